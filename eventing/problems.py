@@ -1,0 +1,151 @@
+"""What can go wrong with an event as a whole: problem documents (RFC 9457) and the exceptions behind them.
+
+One class per condition. `type` tells a refusal of Lamina's from one of the infrastructure's, whatever the status.
+Eventing retries 404, 408, 409, 429 and 5xx and takes any other 4xx as final; the statuses are chosen for that.
+"""
+
+from typing import ClassVar, Final
+
+import msgspec
+
+PROBLEM_CONTENT_TYPE: Final = "application/problem+json"
+_TYPE_PREFIX: Final = "urn:lamina:problem:"
+
+
+class Problem(Exception):
+    """Base. `str(problem)` says what was seen and what to do."""
+
+    status: ClassVar[int] = 500
+    name: ClassVar[str] = "internal"
+    title: ClassVar[str] = "Something failed inside; the log of the instance says what"
+
+    @property
+    def type(self) -> str:
+        return _TYPE_PREFIX + self.name
+
+    def document(self) -> bytes:
+        """The `application/problem+json` body."""
+        return msgspec.json.encode(
+            {"type": self.type, "title": self.title, "status": self.status, "detail": str(self)},
+        )
+
+
+class MalformedEvent(Problem):
+    """400. The event or its data cannot be read. A retry does not help."""
+
+    status, name, title = 400, "malformed-event", "The event cannot be read"
+
+
+class Unauthorized(Problem):
+    """401. No token, or another's. A retry does not help."""
+
+    status, name, title = 401, "unauthorized", "The bearer token is missing or wrong"
+
+
+class UnknownEventType(Problem):
+    """400. An event type that this function does not serve. A retry does not help."""
+
+    status, name, title = 400, "unknown-event-type", "This function does not serve events of this type"
+
+
+class EventExpired(Problem):
+    """410. `expirytime` has passed, so nobody awaits the answer. A retry does not help."""
+
+    status, name, title = 410, "event-expired", "The event expired before it was worked on"
+
+
+class EventTooLarge(Problem):
+    """413. More bytes, rows or tokens than this function takes. A retry does not help."""
+
+    status, name, title = 413, "event-too-large", "The event is too large"
+
+
+class UnsupportedMediaType(Problem):
+    """415. A Batch in structured mode, or a content type that is not served. A retry does not help."""
+
+    status, name, title = 415, "unsupported-media-type", "The content type or mode is not supported for this event"
+
+
+class WrongPipeline(Problem):
+    """421. Another pipeline's fingerprint: other weights, cut, dtype or wire version. A retry does not help."""
+
+    status, name, title = 421, "wrong-pipeline", "The event belongs to another pipeline"
+
+
+class WrongLayer(Problem):
+    """421. The event wants another layer than this stage's first. A retry does not help."""
+
+    status, name, title = 421, "wrong-layer", "The event wants a layer that this stage does not begin with"
+
+
+class InvalidRequest(Problem):
+    """422. A well-formed request whose values cannot be served, such as a prompt beyond the context."""
+
+    status, name, title = 422, "invalid-request", "The request cannot be served as it is"
+
+
+class QueueFull(Problem):
+    """429. The bounded queue is full. A retry helps, later."""
+
+    status, name, title = 429, "queue-full", "Too many requests wait already"
+
+
+class ReplaysExhausted(Problem):
+    """500. A sequence broke its route three times. A retry seldom helps."""
+
+    status, name, title = 500, "replays-exhausted", "The sequence broke its route too often"
+
+
+class NotReady(Problem):
+    """503. Weights are not in yet, or the function is draining. A retry helps."""
+
+    status, name, title = 503, "not-ready", "This instance does not take work now"
+
+
+class PipelineUnavailable(Problem):
+    """503. A stage could not be reached or woken in time. A retry may help."""
+
+    status, name, title = 503, "pipeline-unavailable", "A stage of the pipeline is not available"
+
+
+class DeadlineExceeded(Problem):
+    """504. The answer took longer than it may. A retry may help."""
+
+    status, name, title = 504, "deadline-exceeded", "The answer took too long"
+
+
+PROBLEMS: Final[dict[str, type[Problem]]] = {
+    _TYPE_PREFIX + problem.name: problem
+    for problem in (
+        Problem,
+        MalformedEvent,
+        Unauthorized,
+        UnknownEventType,
+        EventExpired,
+        EventTooLarge,
+        UnsupportedMediaType,
+        WrongPipeline,
+        WrongLayer,
+        InvalidRequest,
+        QueueFull,
+        ReplaysExhausted,
+        NotReady,
+        PipelineUnavailable,
+        DeadlineExceeded,
+    )
+}
+
+
+class _Document(msgspec.Struct):
+    type: str = "about:blank"
+    detail: str = ""
+
+
+def problem_from_document(body: bytes) -> Problem | None:
+    """The exception that a reply's body describes; None where it is no problem document of Lamina's."""
+    try:
+        document = msgspec.json.decode(body, type=_Document)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    problem = PROBLEMS.get(document.type)
+    return None if problem is None else problem(document.detail)
