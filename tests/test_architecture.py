@@ -1,0 +1,70 @@
+"""Holds the direction of imports and the owners of heavy libraries, by reading the source."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = ("storage", "eventing", "functions", "knative")
+"""A folder may import those before it, never those behind it."""
+
+OWNERS: dict[str, tuple[str, ...]] = {
+    "boto3": ("storage/object_store.py",),
+    "kubernetes": ("knative/deployer.py",),
+    "transformers": ("functions/stage/transformers_group.py",),
+}
+"""Library → the files, or folders, that may import it."""
+
+
+def source_files() -> list[Path]:
+    return sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that the file imports anywhere, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write the whole name"
+            yield node.module or ""
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", source_files(), ids=name)
+def test_imports_point_one_way(path: Path) -> None:
+    layer = name(path).split("/")[0]
+    behind = set(LAYERS[LAYERS.index(layer) + 1 :])
+    wrong = {module for module in imports(path) if module.split(".")[0] in behind | {"tests", "bench"}}
+    assert not wrong, f"{name(path)} imports {sorted(wrong)}; the direction is {' ← '.join(LAYERS)}"
+
+
+@pytest.mark.parametrize("path", source_files(), ids=name)
+def test_heavy_libraries_have_owners(path: Path) -> None:
+    for module in imports(path):
+        owners = OWNERS.get(module.split(".")[0])
+        assert owners is None or name(path).startswith(owners), f"{name(path)} imports {module}, which belongs to {owners}"
+
+
+def test_owners_exist() -> None:
+    for library, owners in OWNERS.items():
+        for owner in owners:
+            assert (ROOT / owner).exists(), f"{owner}, owner of {library}, does not exist"
+
+
+@pytest.mark.parametrize("package", ["storage", "eventing", "knative"])
+def test_importing_a_package_loads_no_torch(package: str) -> None:
+    code = f"import sys, {package}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_files_stay_short() -> None:
+    long = {name(path): n for path in source_files() if (n := len(path.read_text().splitlines())) > 400}
+    assert not long, f"past 400 lines a file is two files: {long}"
