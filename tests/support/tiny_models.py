@@ -1,0 +1,277 @@
+"""Seeded tiny models of every served family: the oracle of the stage tests is the whole model in transformers.
+
+Every parameter is redrawn, biases and norms included, with spreads that make a forgotten bias, a skipped norm or a
+wrong position change the tokens. Six layers, so that any cut in three works; context 256; vocabulary 128.
+"""
+
+import copy
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+VOCAB_SIZE: Final = 128
+NUM_LAYERS: Final = 6
+CONTEXT: Final = 256
+SLIDING_WINDOW: Final = 8
+
+_COMMON: Final[dict[str, Any]] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_SLIDING_AND_FULL: Final = ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2)
+_ROPE: Final = {"rope_theta": 10_000.0, "rope_type": "default"}
+_MOE: Final = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+def _like_llama(model_type: str, **fields: Any) -> dict[str, Any]:
+    return {"model_type": model_type, **_COMMON, **fields}
+
+
+_LLAMA_SHAPED: Final[dict[str, dict[str, Any]]] = {
+    "llama": _like_llama("llama"),
+    "llama_tied": _like_llama("llama", tie_word_embeddings=True),
+    "llama_biased": _like_llama("llama", attention_bias=True, mlp_bias=True),
+    "llama_wide_heads": _like_llama("llama", head_dim=16),
+    "llama_rope_linear": _like_llama("llama", rope_parameters={**_ROPE, "rope_type": "linear", "factor": 4.0}),
+    "llama_rope_llama3": _like_llama(
+        "llama",
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10_000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "llama_rope_yarn": _like_llama(
+        "llama",
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10_000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "smollm3": _like_llama("smollm3", no_rope_layers=[1, 1, 1, 0, 1, 1]),
+    "mistral": _like_llama("mistral", sliding_window=None),
+    "mistral_sliding": _like_llama("mistral", sliding_window=SLIDING_WINDOW),
+    "qwen2": _like_llama("qwen2"),
+    "qwen2_sliding": _like_llama(
+        "qwen2", use_sliding_window=True, sliding_window=SLIDING_WINDOW, max_window_layers=3, tie_word_embeddings=True
+    ),
+    "qwen3": _like_llama("qwen3", head_dim=16, tie_word_embeddings=True),
+}
+
+_OTHERS: Final[dict[str, dict[str, Any]]] = {
+    "mixtral": _like_llama("mixtral", num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    "qwen3_moe": _like_llama("qwen3_moe", num_experts=4, head_dim=8, decoder_sparse_step=1, mlp_only_layers=[2], **_MOE),
+    "qwen3_moe_every_other": _like_llama("qwen3_moe", num_experts=4, head_dim=8, decoder_sparse_step=2, **_MOE),
+    "gemma": _like_llama("gemma", head_dim=16, tie_word_embeddings=True),
+    "gemma2": _like_llama(
+        "gemma2",
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=SLIDING_WINDOW,
+        tie_word_embeddings=True,
+        layer_types=_SLIDING_AND_FULL,
+    ),
+    "gemma3_text": _like_llama(
+        "gemma3_text",
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=SLIDING_WINDOW,
+        tie_word_embeddings=True,
+        layer_types=["sliding_attention"] * 5 + ["full_attention"],
+    ),
+    "phi": _like_llama("phi", num_key_value_heads=4, qk_layernorm=True),
+    "phi3": _like_llama("phi3", sliding_window=None),
+    "phi3_sliding": _like_llama("phi3", sliding_window=SLIDING_WINDOW),
+    "olmo2": _like_llama("olmo2"),
+    "olmo3": _like_llama("olmo3", sliding_window=SLIDING_WINDOW),
+    "granite": _like_llama(
+        "granite", embedding_multiplier=3.0, logits_scaling=2.0, residual_multiplier=0.5, attention_multiplier=0.3
+    ),
+    "starcoder2": _like_llama("starcoder2", sliding_window=SLIDING_WINDOW, tie_word_embeddings=True),
+    "gpt_neox": _like_llama("gpt_neox", use_parallel_residual=True),
+    "gpt_neox_sequential": _like_llama("gpt_neox", use_parallel_residual=False),
+    "gptj": {
+        "model_type": "gptj",
+        "vocab_size": VOCAB_SIZE,
+        "n_positions": CONTEXT,
+        "n_embd": 32,
+        "n_layer": NUM_LAYERS,
+        "n_head": 4,
+        "rotary_dim": 4,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    },
+    "cohere": _like_llama("cohere", logit_scale=0.25, use_qk_norm=True, tie_word_embeddings=True),
+    "stablelm": _like_llama("stablelm", use_qkv_bias=True),
+    "stablelm_parallel": _like_llama("stablelm", use_parallel_residual=True, qk_layernorm=True),
+    "falcon": _like_llama("falcon", multi_query=True, parallel_attn=True, bias=False, tie_word_embeddings=True),
+    "falcon_grouped": _like_llama(
+        "falcon", new_decoder_architecture=True, num_kv_heads=2, bias=False, tie_word_embeddings=True
+    ),
+    "falcon_alibi": _like_llama(
+        "falcon", alibi=True, multi_query=False, parallel_attn=False, bias=True, tie_word_embeddings=True
+    ),
+    "nemotron": _like_llama("nemotron", head_dim=8),
+    "glm4": _like_llama("glm4", head_dim=8, attention_bias=True),
+    "ministral": _like_llama("ministral", head_dim=8, sliding_window=SLIDING_WINDOW, layer_types=_SLIDING_AND_FULL),
+    "gpt_oss": _like_llama(
+        "gpt_oss",
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=SLIDING_WINDOW,
+        rope_parameters=dict(_ROPE),
+    ),
+    "ernie4_5": _like_llama("ernie4_5", head_dim=8, tie_word_embeddings=True),
+    "exaone4": _like_llama("exaone4", sliding_window=SLIDING_WINDOW, layer_types=_SLIDING_AND_FULL),
+    "seed_oss": _like_llama("seed_oss", head_dim=8),
+    "hunyuan_v1_dense": _like_llama("hunyuan_v1_dense", head_dim=8),
+    "apertus": _like_llama("apertus", rope_parameters=dict(_ROPE)),
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": VOCAB_SIZE,
+        "n_positions": CONTEXT,
+        "n_embd": 32,
+        "n_layer": NUM_LAYERS,
+        "n_head": 4,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "gpt2_scaled_by_layer": {
+        "model_type": "gpt2",
+        "vocab_size": VOCAB_SIZE,
+        "n_positions": CONTEXT,
+        "n_embd": 32,
+        "n_layer": NUM_LAYERS,
+        "n_head": 4,
+        "scale_attn_by_inverse_layer_idx": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "opt": _like_llama("opt", ffn_dim=64, word_embed_proj_dim=32, tie_word_embeddings=True),
+    "opt_projected": _like_llama(
+        "opt", ffn_dim=64, word_embed_proj_dim=16, do_layer_norm_before=False, tie_word_embeddings=True
+    ),
+    "bloom": {
+        "model_type": "bloom",
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "n_layer": NUM_LAYERS,
+        "n_head": 4,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    },
+    "deepseek_v3": _like_llama(
+        "deepseek_v3",
+        num_key_value_heads=4,
+        first_k_dense_replace=3,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        n_group=2,
+        topk_group=1,
+        kv_lora_rank=8,
+        q_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=8,
+        **_MOE,
+    ),
+}
+
+LLAMA_SHAPED: Final = tuple(_LLAMA_SHAPED)
+"""Names of the tiny models that the lean group must run."""
+ALL: Final = (*_LLAMA_SHAPED, *_OTHERS)
+"""Names of all tiny models; several may be of one family."""
+
+
+def tiny_config(name: str, **changes: Any) -> dict[str, Any]:
+    """The `config.json` of a tiny model, as a checkpoint has it."""
+    fields = copy.deepcopy({**_LLAMA_SHAPED, **_OTHERS}[name]) | changes
+    config: dict[str, Any] = AutoConfig.for_model(**fields).to_dict()
+    config["dtype"] = "float32"
+    return config
+
+
+def whole_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    """The whole model in transformers, in eval mode, never stopping at an end token in `generate`."""
+    config = AutoConfig.for_model(**tiny_config(name, **changes))
+    attention = "eager" if config.model_type == "gemma2" else None
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    _redraw(model, seed)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def _redraw(model: PreTrainedModel, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim >= 2:
+            is_embedding = parameter.shape[0] == VOCAB_SIZE
+            parameter.copy_(noise * (0.1 if is_embedding else 2 / parameter.shape[-1] ** 0.5))
+        else:
+            parameter.add_(noise * 0.1)
+
+
+def checkpoint_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Tensors by the names that `save_pretrained` gives them; tied matrices appear once."""
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_file(Path(folder) / "model.safetensors")
+
+
+def stage_tensors(
+    tensors: Mapping[str, torch.Tensor], first_layer: int, last_layer: int, num_layers: int = NUM_LAYERS
+) -> dict[str, torch.Tensor]:
+    """What a stage [first_layer, last_layer) is given: its layers, and at either end everything that is no layer's.
+
+    The first stage gets what comes before the layers and the last one what comes behind them; as no file here knows
+    which is which, either end gets both, which is also what a tied embedding needs.
+    """
+    is_end = first_layer == 0 or last_layer == num_layers
+    chosen = {}
+    for name, tensor in tensors.items():
+        layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
+        if (layer is None and is_end) or (layer is not None and first_layer <= layer < last_layer):
+            chosen[name] = tensor
+    return chosen
+
+
+@torch.inference_mode()
+def greedy(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int) -> list[int]:
+    """The oracle: greedy continuation by `generate`."""
+    ids = torch.tensor([list(prompt)])
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens)
+    return output[0, len(prompt) :].tolist()
+
+
+@torch.inference_mode()
+def all_logits(model: PreTrainedModel, token_ids: Sequence[int]) -> torch.Tensor:
+    """The oracle: float32 logits [len(token_ids), vocab] of one full forward pass without a cache."""
+    logits: torch.Tensor = model(input_ids=torch.tensor([list(token_ids)]), use_cache=False).logits[0]
+    return logits.float()
