@@ -1,0 +1,111 @@
+"""From a setting's text to its value. Each parser raises ValueError that says what is allowed."""
+
+import ipaddress
+import math
+import re
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+LayerRange = tuple[int, int]
+
+
+def text(value: str) -> str:
+    return value
+
+
+def one_of(*allowed: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        if value not in allowed:
+            raise ValueError(f"one of {', '.join(allowed)}")
+        return value
+
+    return parse
+
+
+def integer(lowest: int, highest: int | None = None) -> Callable[[str], int]:
+    allowed = f"a whole number from {lowest}" + (f" to {highest}" if highest is not None else "")
+
+    def parse(value: str) -> int:
+        if not re.fullmatch(r"-?[0-9]{1,18}", value):
+            raise ValueError(allowed)
+        number = int(value)
+        if number < lowest or (highest is not None and number > highest):
+            raise ValueError(allowed)
+        return number
+
+    return parse
+
+
+def seconds(value: str) -> float:
+    """More than zero, finite."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ValueError("seconds, more than 0")
+    return number
+
+
+def fingerprint(value: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{12}", value):
+        raise ValueError("twelve hexadecimal digits, as `python -m knative plan` prints them")
+    return value
+
+
+def layers(value: str) -> LayerRange:
+    """`10:20` → (10, 20)."""
+    match = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", value)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise ValueError("FIRST:LAST with FIRST before LAST, such as 10:20 for layers 10 to 19")
+    return int(match[1]), int(match[2])
+
+
+def cut(value: str) -> tuple[LayerRange, ...]:
+    """`0:10,10:20` → ((0, 10), (10, 20)); begins at 0 and has no gaps."""
+    groups = tuple(layers(part) for part in value.split(","))
+    ends = [0, *(last for _, last in groups)]
+    for (first, last), end in zip(groups, ends, strict=False):
+        if first != end:
+            raise ValueError(f"layer groups without gaps, from layer 0: {first}:{last} should begin at {end}")
+    return groups
+
+
+def url(value: str) -> str:
+    """An http or https URL without its trailing slash."""
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError("a URL that begins with http:// or https://")
+    _ = parts.port  # raises ValueError where it is no number
+    return value.rstrip("/")
+
+
+def kubernetes_api(value: str) -> str:
+    """`cluster` or a URL."""
+    return value if value == "cluster" else url(value)
+
+
+def stages(value: str) -> tuple[tuple[LayerRange, str], ...]:
+    """`0:10=http://a,10:20=http://b` → (((0, 10), "http://a"), …)."""
+    pairs = []
+    for part in value.split(","):
+        group, equals, address = part.partition("=")
+        if not equals:
+            raise ValueError(f"FIRST:LAST=URL, separated by commas; {part!r} has no '='")
+        pairs.append((layers(group), url(address)))
+    return tuple(pairs)
+
+
+def secrets(value: str) -> tuple[str, ...]:
+    """Comma-separated; spaces around them are dropped."""
+    found = tuple(part.strip() for part in value.split(","))
+    if not all(found):
+        raise ValueError("keys separated by commas, none of them empty")
+    return found
+
+
+def network(value: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    try:
+        return ipaddress.ip_network(value)
+    except ValueError as error:
+        raise ValueError(f"a network such as 10.244.0.0/16 ({error})") from error

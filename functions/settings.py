@@ -1,0 +1,103 @@
+"""Frozen dataclasses read from a mapping of strings: one declaration per key, all errors at once.
+
+Knows nothing of Lamina's keys; `config` declares them. A field declared with `setting()` is read from its key, a field
+whose type is another such dataclass is read from the same mapping.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, Final, TypeVar, get_type_hints
+
+REQUIRED: Final = "\0"
+"""As a default: there is none, the key must be given."""
+
+_KEY: Final = "key"
+T = TypeVar("T")
+
+
+class ConfigError(Exception):
+    """The environment is not usable. `errors` has one sentence for each thing that is wrong with it."""
+
+    def __init__(self, errors: Collection[str]) -> None:
+        super().__init__("\n".join(errors))
+        self.errors = tuple(errors)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Key:
+    """One key of the environment."""
+
+    name: str
+    parse: Callable[[str], Any]
+    """From the value; raises ValueError saying what is allowed."""
+    meaning: str
+    default: str
+    """As it would stand in the environment; empty: None, REQUIRED: no default."""
+    secret: bool
+
+    def read(self, environ: Mapping[str, str]) -> Any:
+        """The parsed value. Raises ValueError naming key, value and what is allowed."""
+        text = environ.get(self.name, "") or self.default
+        if text == REQUIRED:
+            raise ValueError(f"{self.name} is not set: {self.meaning}")
+        if not text:
+            return None
+        try:
+            return self.parse(text)
+        except ValueError as error:
+            shown = "its value (not shown)" if self.secret else repr(text)
+            raise ValueError(f"{self.name}: {shown} is not allowed: {error}") from error
+
+
+def setting(name: str, parse: Callable[[str], Any], meaning: str, default: str = REQUIRED, *, secret: bool = False) -> Any:
+    """A dataclass field that is read from the key `name`."""
+    key = Key(name, parse, meaning, default, secret)
+    return dataclasses.field(metadata={_KEY: key}, repr=not secret)
+
+
+def keys(settings: type) -> Iterator[Key]:
+    """The keys of a dataclass and of those nested in it, in their order."""
+    hints = get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        if _KEY in field.metadata:
+            yield field.metadata[_KEY]
+        elif dataclasses.is_dataclass(hints[field.name]):
+            yield from keys(hints[field.name])
+
+
+def read(settings: type[T], environ: Mapping[str, str]) -> T:
+    """An instance from the environment. Raises ConfigError with everything that is wrong."""
+    errors: list[str] = []
+    values = _values(settings, environ, errors)
+    if errors:
+        raise ConfigError(errors)
+    return _build(settings, values)
+
+
+def unknown_keys(environ: Mapping[str, str], prefix: str, known: Collection[str]) -> Iterator[str]:
+    """One sentence for each key with the prefix that nobody declared, naming the nearest that somebody did."""
+    for name in sorted(environ):
+        if name.startswith(prefix) and name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            yield f"{name} is not a known key; the nearest known one is {nearest[0]}"
+
+
+def _values(settings: type, environ: Mapping[str, str], errors: list[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    hints = get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        if _KEY not in field.metadata:
+            values[field.name] = _values(hints[field.name], environ, errors)
+            continue
+        try:
+            values[field.name] = field.metadata[_KEY].read(environ)
+        except ValueError as error:
+            errors.append(str(error))
+    return values
+
+
+def _build(settings: type[T], values: dict[str, Any]) -> T:
+    hints = get_type_hints(settings)
+    nested = {name: _build(hints[name], value) for name, value in values.items() if dataclasses.is_dataclass(hints[name])}
+    return settings(**values | nested)
