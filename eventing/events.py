@@ -18,6 +18,10 @@ MAX_ROWS: Final = 1024
 MAX_BATCH_TOKENS: Final = 65_536
 MAX_POSITION: Final = 2**24
 """Longest sequence the wire format admits, tokens. A stage's own limit is its model's context."""
+MAX_HIDDEN_SIZE: Final = 2**17
+
+ITEM_BYTES: Final = {"F32": 4, "BF16": 2, "F16": 2}
+"""The dtypes of hidden states, by their safetensors names, and the bytes of one number."""
 
 
 class EventType(StrEnum):
@@ -75,7 +79,7 @@ class Status(StrEnum):
     """The row itself is wrong; `reason` says how."""
 
 
-class Sampling(Struct, frozen=True, omit_defaults=True):
+class Sampling(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """How the last stage draws a token. The draw is a function of logits, these values and the position alone."""
 
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
@@ -86,18 +90,18 @@ class Sampling(Struct, frozen=True, omit_defaults=True):
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
     """Over all tokens of the sequence so far, prompt included, as transformers does it."""
-    seed: Annotated[int, Meta(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
 
 
-class Result(Struct, frozen=True, omit_defaults=True):
+class Result(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """What the last stage answers for a row that wants something."""
 
-    token: int | None = None
+    token: Annotated[int, Meta(ge=0, lt=2**31)] | None = None
     logprobs: tuple[float, ...] | None = None
     """With `Want.LOGPROBS`: log-probability of each token of the row but its first, natural logarithm."""
 
 
-class Row(Struct, frozen=True, omit_defaults=True):
+class Row(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """`length` new tokens of one sequence, at `position` of its attempt `attempt`.
 
     Position is the truth: KV beyond `position` is dropped before computing, KV short of it is a miss.
@@ -112,7 +116,7 @@ class Row(Struct, frozen=True, omit_defaults=True):
     reserve_tokens: Annotated[int, Meta(ge=1, le=MAX_POSITION)] | None = None
     """With a sequence's first row: prompt plus max_tokens. Idempotent where a reserve event came before."""
     status: Status = Status.OK
-    held: int | None = None
+    held: Annotated[int, Meta(ge=0, le=MAX_POSITION)] | None = None
     reason: str | None = None
     result: Result | None = None
 
@@ -121,7 +125,7 @@ class Tensor(Struct, frozen=True):
     """Bytes, dtype and shape; C order, little endian. The bytes are a view, never a copy."""
 
     dtype: str
-    """A safetensors name: F32, BF16 or F16."""
+    """A key of ITEM_BYTES."""
     shape: tuple[int, ...]
     data: memoryview
 
