@@ -1,0 +1,258 @@
+"""PipelineSpec: what a person says of a pipeline, in YAML; everything else is derived from it and the model's manifest.
+
+A default lives here and nowhere else. An error names the path in the file and the value that was seen.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import msgspec
+import yaml
+from msgspec import Meta, Struct
+
+from eventing.events import Cut
+
+DTYPES: Final = ("float32", "bfloat16", "float16", "int8")
+MAX_NAME: Final = 36
+"""`{name}-{fingerprint[:8]}-s{k}-00001-private` is the longest DNS label that is made of a name: 63 characters."""
+
+_LABEL: Final = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+_QUANTITY: Final = re.compile(r"(\d+(?:\.\d+)?)(m|k|M|G|T|Ki|Mi|Gi|Ti)?")
+_FACTORS: Final = {
+    None: 1.0, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12,
+    "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40,
+}  # fmt: skip
+
+Seconds = Annotated[float, Meta(gt=0)]
+Positive = Annotated[int, Meta(ge=1)]
+Natural = Annotated[int, Meta(ge=0)]
+
+
+class SpecError(ValueError):
+    """The spec cannot be used. The message names the path and the value, and says what is allowed."""
+
+
+class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A publication in the model repository: `python -m knative push` makes one."""
+
+    name: str
+    dtype: str = "bfloat16"
+    digest: str | None = None
+    """Weights digest as `push` prints it. Pins the publication, and lets `render` work without the store."""
+
+
+class Resources(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Kubernetes quantities, requested and limited alike: a stage that is throttled or evicted breaks routes."""
+
+    cpu: str = "1"
+    memory: str = "2Gi"
+    gpu: Natural = 0
+
+
+class Autoscaling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Knative's own words and units; the defaults are the ones that worked together on a cluster."""
+
+    autoscaler_class: Annotated[str, Meta(pattern="^(kpa|hpa)$")] = msgspec.field(name="class", default="kpa")
+    container_concurrency: Annotated[int, Meta(ge=0, le=1000)] = 8
+    target: Annotated[float, Meta(ge=0.01)] | None = None
+    """Requests in flight that one pod is meant for; with the class hpa, percent of CPU. Unset: 2, or 70 percent."""
+    target_utilization_percentage: Annotated[float, Meta(ge=1, le=100)] = 70
+    window_seconds: Annotated[float, Meta(ge=6, le=3600)] = 10
+    scale_down_delay_seconds: Annotated[float, Meta(ge=0, le=3600)] = 30
+    """Longer than a micro-batch is ever away from a stage, or idle holders of KV are taken."""
+    min_scale: Natural = 0
+    max_scale: Positive = 10
+    """The only brake on bursts, so there always is one."""
+    initial_scale: Positive | None = None
+    target_burst_capacity: Annotated[float, Meta(ge=0)] | None = None
+    """Unset: the cluster's own. -1 is refused: Knative then reads no queue-proxy and cannot see direct traffic."""
+
+
+class Stage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every stage gets."""
+
+    resources: Resources = Resources()
+    kv_cache: str = "512Mi"
+    """KV budget of one pod, a quantity of bytes."""
+    layer_group: Annotated[str, Meta(pattern="^(auto|llama|transformers|sleep)$")] = "auto"
+    sleep_seconds: Seconds | list[Seconds] | None = None
+    """With the layer group `sleep`: seconds a pass takes, for all stages or one number for each."""
+    device: Annotated[str, Meta(pattern="^(auto|cpu|cuda)$")] = "auto"
+    threads: Natural = 0
+    max_merge: Positive | None = None
+    idle_sequence_seconds: Seconds | None = None
+    timeout_seconds: Annotated[int, Meta(ge=1, le=600)] = 600
+    """Also the grace that a leaving pod gets."""
+    progress_deadline_seconds: Positive = 600
+    """How long weights may take to arrive before the revision counts as failed."""
+    weights_cache: Annotated[str, Meta(pattern="^/")] | None = None
+    """Folder of an emptyDir for verified weights: helps restarts of a container, not new pods."""
+    weights_cache_size: str = "2Gi"
+    autoscaling: Autoscaling = Autoscaling()
+
+
+class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The one function that clients talk to. Settings left out are the function's own defaults."""
+
+    resources: Resources = Resources(cpu="500m", memory="512Mi")
+    micro_batch_sequences: Positive | None = None
+    chunk_tokens: Positive | None = None
+    queue_limit: Positive | None = None
+    cold_start_timeout_seconds: Seconds | None = None
+    request_timeout_seconds: Seconds | None = None
+    step_timeout_seconds: Seconds | None = None
+    timeout_seconds: Annotated[int, Meta(ge=1, le=600)] = 600
+    api_keys_secret: str | None = None
+    """Secret whose key `api-keys` holds comma-separated bearer keys. Unset: open to whoever reaches it."""
+    service_account: str | None = None
+    """Needs the right to watch EndpointSlices. Unset: `{name}-gateway`, rendered with its Role."""
+    pod_network: str = "10.0.0.0/8"
+    """CIDR of the cluster's pods: only addresses inside it are followed."""
+    pod_port: Annotated[int, Meta(ge=1, le=65535)] = 8012
+    autoscaling: Autoscaling = Autoscaling(container_concurrency=0, target=100, max_scale=3)
+
+
+class Store(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The S3-compatible store that pods read weights from."""
+
+    endpoint: Annotated[str, Meta(pattern="^https?://")]
+    bucket: str = "lamina"
+    region: str = "us-east-1"
+    secret: str = "lamina-store"
+    """Secret with the keys AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if need be, AWS_SESSION_TOKEN."""
+
+
+class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One pipeline. Either `stages` (the planner cuts) or `cut` (`0:10,10:20,20:30`)."""
+
+    name: str
+    namespace: str = "default"
+    model: Model
+    stages: Positive | None = None
+    cut: str | None = None
+    image: str
+    pipeline_token_secret: str = "lamina-pipeline"
+    """Secret whose key `token` is the bearer token between gateway and stages."""
+    stage: Stage = Stage()
+    gateway: Gateway = Gateway()
+    store: Store
+    log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$")] = "info"
+
+    def __post_init__(self) -> None:
+        _check_label("$.name", self.name, MAX_NAME)
+        _check_label("$.namespace", self.namespace, 63)
+        _check_choice("$.model.dtype", self.model.dtype, DTYPES)
+        for path, scaling in (("$.stage", self.stage.autoscaling), ("$.gateway", self.gateway.autoscaling)):
+            _check_autoscaling(f"{path}.autoscaling", scaling)
+        for path, text in self._quantities():
+            if not _QUANTITY.fullmatch(text):
+                raise SpecError(f"{path}: {text!r} is no Kubernetes quantity, such as 500m, 2 or 512Mi")
+        if (self.stages is None) == (self.cut is None):
+            raise SpecError(f"$.stages, $.cut: exactly one of them is needed, seen {self.stages!r} and {self.cut!r}")
+        if self.cut is not None:
+            parse_cut(self.cut, "$.cut")
+
+    def _quantities(self) -> list[tuple[str, str]]:
+        stage, gateway = self.stage, self.gateway
+        return [
+            ("$.stage.resources.cpu", stage.resources.cpu),
+            ("$.stage.resources.memory", stage.resources.memory),
+            ("$.stage.kv_cache", stage.kv_cache),
+            ("$.stage.weights_cache_size", stage.weights_cache_size),
+            ("$.gateway.resources.cpu", gateway.resources.cpu),
+            ("$.gateway.resources.memory", gateway.resources.memory),
+        ]
+
+
+def _check_label(path: str, value: str, longest: int) -> None:
+    if not _LABEL.fullmatch(value) or len(value) > longest:
+        raise SpecError(
+            f"{path}: {value!r} is no DNS label (lower-case letters, digits, '-', a letter first, at most {longest} characters)"
+        )
+
+
+def _check_choice(path: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise SpecError(f"{path}: {value!r} is none of {', '.join(choices)}")
+
+
+def _check_autoscaling(path: str, scaling: Autoscaling) -> None:
+    if scaling.min_scale > scaling.max_scale:
+        raise SpecError(f"{path}.min_scale: {scaling.min_scale} is above max_scale {scaling.max_scale}")
+    limit = scaling.container_concurrency
+    if scaling.autoscaler_class == "kpa" and limit and (scaling.target or 0) > limit:
+        raise SpecError(f"{path}.target: {scaling.target} is above container_concurrency {limit} and would never be reached")
+    if scaling.autoscaler_class == "hpa" and scaling.min_scale == 0:
+        raise SpecError(f"{path}.min_scale: 0, but the class hpa cannot scale to zero; use 1 or the class kpa")
+
+
+def parse_cut(text: str, path: str = "cut") -> Cut:
+    """`0:10,10:20` → ((0, 10), (10, 20)). Raises SpecError where groups are empty, overlap or leave a gap."""
+    match = re.fullmatch(r"\d+:\d+(,\d+:\d+)*", text)
+    if match is None:
+        raise SpecError(f"{path}: {text!r} is no cut such as 0:10,10:20,20:30")
+    groups = [tuple(map(int, part.split(":"))) for part in text.split(",")]
+    cut = tuple((first, last) for first, last in groups)
+    expected = 0
+    for first, last in cut:
+        if first != expected or last <= first:
+            raise SpecError(
+                f"{path}: {text!r}: group {first}:{last} must begin with layer {expected} and hold at least one layer"
+            )
+        expected = last
+    return cut
+
+
+def format_cut(cut: Cut) -> str:
+    return ",".join(f"{first}:{last}" for first, last in cut)
+
+
+def quantity(text: str) -> float:
+    """A Kubernetes quantity as a number: `500m` → 0.5, `512Mi` → 536870912. Raises SpecError."""
+    match = _QUANTITY.fullmatch(text)
+    if match is None:
+        raise SpecError(f"{text!r} is no Kubernetes quantity, such as 500m, 2 or 512Mi")
+    return float(match[1]) * _FACTORS[match[2]]
+
+
+def spec_from_dict(document: Any) -> PipelineSpec:
+    """Raises SpecError, its message led by the path of what is wrong."""
+    try:
+        return msgspec.convert(document, PipelineSpec)
+    except SpecError:
+        raise
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, SpecError):  # msgspec wraps what __post_init__ raises
+            raise error.__cause__ from None
+        raise SpecError(_with_value(str(error), document)) from error
+
+
+def load_spec(path: Path) -> PipelineSpec:
+    """Reads one YAML document. Raises SpecError, with the file's name in front."""
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SpecError(f"{path}: cannot be read as YAML: {error}") from error
+    try:
+        return spec_from_dict(document)
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from error
+
+
+def _with_value(message: str, document: Any) -> str:
+    """msgspec says what it expected and where; the value that was seen is looked up and added."""
+    text, _, rest = message.partition(" - at `")
+    path = rest.rstrip("`") or "$"
+    value = document
+    for key, index in re.findall(r"\.([^.\[\]]+)|\[(\d+)\]", path):
+        try:
+            value = value[key] if key else value[int(index)]
+        except (KeyError, IndexError, TypeError):
+            return f"{path}: {text}"
+    return f"{path}: {text}, seen {_shortened(value)}"
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
