@@ -267,7 +267,8 @@ def greedy(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int) -> li
     """The oracle: greedy continuation by `generate`."""
     ids = torch.tensor([list(prompt)])
     output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens)
-    return output[0, len(prompt) :].tolist()
+    continuation: list[int] = output[0, len(prompt) :].tolist()
+    return continuation
 
 
 @torch.inference_mode()

@@ -1,0 +1,126 @@
+"""The model families that a stage can run, and what slicing each of them takes. Imports no heavy library.
+
+A family is a `model_type` of a checkpoint's config.json. `transformers_group` runs all of them; the lean group serves
+those it knows. Some families do more around their layers than embed and normalize: a stage that is not the first must
+not add position embeddings a second time, and so on. What follows from a layer's number in the whole model is in
+`cut_config`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+
+class UnsupportedArchitecture(Exception):
+    """The checkpoint's `model_type` is none that a stage can run. Publish a model of a supported family instead."""
+
+    def __init__(self, model_type: str) -> None:
+        super().__init__(f"model_type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+        self.model_type = model_type
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Module names are those of the module that holds the list of layers."""
+
+    layers: str = "layers"
+    before: tuple[str, ...] = ("embed_tokens",)
+    """Applied to the input ahead of the layers, embedding first: the identity in every stage but the first."""
+    added_before: tuple[str, ...] = ()
+    """Whose output is added to the input: zero in every stage but the first."""
+    behind: tuple[str, ...] = ("norm",)
+    """Applied behind the layers: the identity in every stage but the last."""
+    neutral_unless_first: Mapping[str, float] = field(default_factory=dict)
+    """Config values that act on the input, with the value that does nothing."""
+    attention: str | None = None
+    """Attention implementation of transformers, where its own choice would compute something else."""
+
+
+_PLAIN: Final = Family()
+
+FAMILIES: Final[dict[str, Family]] = {
+    "apertus": _PLAIN,
+    "bloom": Family(before=("word_embeddings", "word_embeddings_layernorm"), behind=("ln_f",), layers="h"),
+    "cohere": _PLAIN,
+    "deepseek_v3": _PLAIN,
+    "ernie4_5": _PLAIN,
+    "exaone4": _PLAIN,
+    "falcon": Family(before=("word_embeddings",), behind=("ln_f",), layers="h"),
+    "gemma": _PLAIN,
+    # SDPA has no soft cap on attention scores and would drop it in silence.
+    "gemma2": Family(attention="eager"),
+    "gemma3_text": _PLAIN,
+    "glm4": _PLAIN,
+    "gpt2": Family(before=("wte",), added_before=("wpe",), behind=("ln_f",), layers="h"),
+    "gpt_neox": Family(before=("embed_in",), behind=("final_layer_norm",)),
+    "gpt_oss": _PLAIN,
+    "gptj": Family(before=("wte",), behind=("ln_f",), layers="h"),
+    "granite": Family(neutral_unless_first={"embedding_multiplier": 1.0}),
+    "hunyuan_v1_dense": _PLAIN,
+    "llama": _PLAIN,
+    "ministral": _PLAIN,
+    "mistral": _PLAIN,
+    "mixtral": _PLAIN,
+    "nemotron": _PLAIN,
+    "olmo2": _PLAIN,
+    "olmo3": _PLAIN,
+    "opt": Family(
+        before=("embed_tokens", "project_in"),
+        added_before=("embed_positions",),
+        behind=("final_layer_norm", "project_out"),
+    ),
+    "phi": Family(behind=("final_layernorm",)),
+    "phi3": _PLAIN,
+    "qwen2": _PLAIN,
+    "qwen3": _PLAIN,
+    "qwen3_moe": _PLAIN,
+    "seed_oss": _PLAIN,
+    "smollm3": _PLAIN,
+    "stablelm": _PLAIN,
+    "starcoder2": _PLAIN,
+}
+
+LEAN: Final = frozenset({"llama", "smollm3", "mistral", "qwen2", "qwen3"})
+"""Served by the lean group unless a checkpoint's config asks for something that group declines."""
+
+_LIST_PER_LAYER: Final = ("layer_types", "no_rope_layers")
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a config.json. Raises UnsupportedArchitecture."""
+    model_type = str(config.get("model_type", ""))
+    try:
+        return FAMILIES[model_type]
+    except KeyError:
+        raise UnsupportedArchitecture(model_type) from None
+
+
+def cut_config(config: Any, family: Family, first_layer: int, last_layer: int) -> None:
+    """Makes a transformers config describe the layers [first_layer, last_layer) alone, with local numbers."""
+    num_layers = last_layer - first_layer
+    if num_layers < config.num_hidden_layers:
+        # Embedding and head are in one group no more, or at least one of them is in another.
+        config.tie_word_embeddings = False
+    for name in _LIST_PER_LAYER:
+        values = getattr(config, name, None)
+        if values is not None:
+            setattr(config, name, list(values[first_layer:last_layer]))
+    if config.model_type == "qwen3_moe":
+        _cut_sparse_layers(config, first_layer, last_layer)
+    if config.model_type == "deepseek_v3":
+        config.first_k_dense_replace = max(0, config.first_k_dense_replace - first_layer)
+    if first_layer > 0:
+        for name, value in family.neutral_unless_first.items():
+            setattr(config, name, value)
+    config.num_hidden_layers = num_layers
+
+
+def _cut_sparse_layers(config: Any, first_layer: int, last_layer: int) -> None:
+    """Which layers are sparse follows from their number in the whole model: say it layer by layer instead."""
+    dense = [
+        layer - first_layer
+        for layer in range(first_layer, last_layer)
+        if layer in config.mlp_only_layers or (layer + 1) % config.decoder_sparse_step != 0
+    ]
+    config.mlp_only_layers = dense
+    config.decoder_sparse_step = 1
