@@ -1,0 +1,117 @@
+"""The container of the tensors: the safetensors format's header, read and laid out without touching tensor bytes.
+
+A file is eight bytes of header length (little endian), the header (JSON, padded with spaces), and the tensors without
+gaps. Lamina's own files align every tensor to 64 bytes; where a tensor's length is no multiple of that, a filler tensor
+follows, since the format forbids holes.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from storage.errors import CheckpointInvalid
+
+ALIGNMENT: Final = 64
+FILLER_PREFIX: Final = "lamina.filler."
+ITEM_BYTES: Final[Mapping[str, int]] = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+_MAX_HEADER_BYTES: Final = 100_000_000
+"""The safetensors library's own limit."""
+
+
+class TensorSpan(msgspec.Struct, frozen=True):
+    """A tensor in a file. `start` and `end` count from the beginning of the file."""
+
+    dtype: str
+    """A safetensors name: F32, BF16, F16, I8 …"""
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class _HeaderEntry(msgspec.Struct):
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Raises KeyError for a dtype that is none of safetensors'."""
+    return ITEM_BYTES[dtype] * math.prod(shape)
+
+
+def lay_out(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, TensorSpan]]:
+    """Header and spans, fillers included, of a file with these tensors (dtype, shape) in this order."""
+    entries: dict[str, Any] = {}
+    position = 0
+    for number, (name, (dtype, shape)) in enumerate(tensors.items()):
+        end = position + tensor_bytes(dtype, shape)
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": (position, end)}
+        position = end
+        if filler := -end % ALIGNMENT:
+            position = end + filler
+            entries[f"{FILLER_PREFIX}{number}"] = {"dtype": "U8", "shape": (filler,), "data_offsets": (end, position)}
+    header = _encoded(entries)
+    spans = {
+        name: TensorSpan(entry["dtype"], entry["shape"], *(len(header) + offset for offset in entry["data_offsets"]))
+        for name, entry in entries.items()
+    }
+    return header, spans
+
+
+def _encoded(entries: Mapping[str, Any]) -> bytes:
+    body = msgspec.json.encode(entries)
+    body += b" " * (-(len(body) + 8) % ALIGNMENT)
+    return len(body).to_bytes(8, "little") + body
+
+
+def read_spans(path: Path) -> dict[str, TensorSpan]:
+    """The tensors of a safetensors file. Raises CheckpointInvalid for anything but a whole, well-formed file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise CheckpointInvalid(f"{path} is no safetensors file, or only its beginning: {size} bytes; fetch it again")
+        header = file.read(length)
+    try:
+        entries = msgspec.json.decode(header)
+        entries.pop("__metadata__", None)
+        tensors = msgspec.convert(entries, type=dict[str, _HeaderEntry])
+    except (msgspec.MsgspecError, UnicodeDecodeError, AttributeError) as error:
+        raise CheckpointInvalid(f"{path} has a header that is not safetensors' ({error}); fetch it again") from error
+    for name, entry in tensors.items():
+        _check(path, name, entry, size - 8 - length)
+    return {
+        name: TensorSpan(entry.dtype, entry.shape, *(8 + length + offset for offset in entry.data_offsets))
+        for name, entry in tensors.items()
+    }
+
+
+def _check(path: Path, name: str, entry: _HeaderEntry, data_bytes: int) -> None:
+    start, end = entry.data_offsets
+    if entry.dtype not in ITEM_BYTES:
+        raise CheckpointInvalid(f"{path}: tensor {name!r} has the dtype {entry.dtype}, which is not known here")
+    if min(start, *entry.shape, 0) < 0 or end - start != tensor_bytes(entry.dtype, entry.shape):
+        raise CheckpointInvalid(f"{path}: tensor {name!r} is {entry.dtype} {list(entry.shape)} but has {end - start} bytes")
+    if end > data_bytes:
+        raise CheckpointInvalid(
+            f"{path} is truncated: tensor {name!r} ends at byte {end} of {data_bytes} bytes of tensors; fetch it again"
+        )
+
+
+def read_exactly(descriptor: int, offset: int, view: memoryview) -> None:
+    """Fills `view` from an open file. Raises CheckpointInvalid where the file ends before."""
+    filled = 0
+    while filled < len(view):
+        count = os.preadv(descriptor, [view[filled:]], offset + filled)
+        if not count:
+            raise CheckpointInvalid(
+                f"a checkpoint file ended at byte {offset + filled} while it was read; is it being written?"
+            )
+        filled += count

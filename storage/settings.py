@@ -1,0 +1,33 @@
+"""Where an S3-compatible store is and who may use it: a plain value. Who builds it reads the environment, not this file."""
+
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreSettings:
+    """One bucket at one endpoint. `repr` hides the secrets."""
+
+    endpoint_url: str
+    """`http://host:port` or `https://host`, without bucket: requests are in path style."""
+    bucket: str
+    access_key_id: str
+    secret_access_key: str = field(repr=False)
+    session_token: str | None = field(default=None, repr=False)
+    region: str = "us-east-1"
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.endpoint_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(
+                f"store endpoint {self.endpoint_url!r} is no URL such as http://127.0.0.1:9000 or https://s3.example.com"
+            )
+        if parts.query or parts.fragment or parts.username:
+            raise ValueError(f"store endpoint {parts.hostname!r} may have a host, a port and a path, nothing else")
+        if not self.bucket or "/" in self.bucket:
+            raise ValueError(f"store bucket {self.bucket!r} is no bucket name")
+
+    @property
+    def place(self) -> str:
+        """For messages: endpoint and bucket."""
+        return f"bucket {self.bucket!r} at {self.endpoint_url}"
