@@ -35,6 +35,8 @@ class EventType(StrEnum):
     GENERATE_REQUEST = "dev.lamina.generate.request"
     GENERATE_RESPONSE = "dev.lamina.generate.response"
     TOKEN = "dev.lamina.generate.token"
+    ERROR = "dev.lamina.generate.error"
+    """How a stream ends that cannot go on; its data is a problem document."""
     SCORE_REQUEST = "dev.lamina.score.request"
     SCORE_RESPONSE = "dev.lamina.score.response"
 
