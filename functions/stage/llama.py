@@ -1,0 +1,173 @@
+"""The lean layer group of the Llama-shaped families, on torch alone: a stage that uses it never imports transformers.
+
+All rows of a pass, prompt chunks and decode steps mixed, go through each matrix together; only attention is computed
+sequence by sequence. Weights can be placed layer by layer while later ones are still on their way.
+"""
+
+import re
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, Final, Self
+
+import torch
+from torch.nn import functional
+
+from functions.stage.attention import PassAttention
+from functions.stage.kv_pool import KVPool
+from functions.stage.layer_group import Segment
+from functions.stage.linear import Linear, float_linear
+from functions.stage.llama_config import LlamaConfig, UnsupportedConfig
+from functions.stage.llama_layer import LlamaLayer, MissingTensors, Pass, Tensors
+from functions.stage.rope import Rope
+
+_LAYER: Final = re.compile(r"model\.layers\.(\d+)\.")
+_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LlamaGroup:
+    """Implements `LayerGroup`. Create it, `place` what it needs in any order, `finish`; or `build` it in one go."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        first_layer: int,
+        last_layer: int,
+        dtype: str,
+        device: torch.device | str,
+        kv_budget_bytes: int,
+    ) -> None:
+        """config: a config.json. Raises UnsupportedConfig, and ValueError for a cut or budget that cannot be."""
+        model = LlamaConfig.from_dict(config)
+        if not 0 <= first_layer < last_layer <= model.num_layers:
+            raise ValueError(f"layers {first_layer}:{last_layer} are no group of a model of {model.num_layers}")
+        self._model = model
+        self._device = torch.device(device)
+        self._dtype = _DTYPES[dtype]
+        self.first_layer = first_layer
+        self.last_layer = last_layer
+        self.num_layers = model.num_layers
+        self.hidden_size = model.hidden_size
+        self.vocab_size = model.vocab_size
+        self.max_positions = model.max_positions
+        self.hidden_dtype = self._dtype
+        self.kv = KVPool(
+            last_layer - first_layer, model.num_kv_heads, model.head_dim, self._dtype, self._device, kv_budget_bytes
+        )
+        self._rope = Rope(model.rope, model.head_dim, self._device)
+        self._layers: dict[int, LlamaLayer] = {}
+        self._embedding: torch.Tensor | None = None
+        self._norm: torch.Tensor | None = None
+        self._head: Linear | None = None
+
+    @staticmethod
+    def supports(config: Mapping[str, Any]) -> bool:
+        """Whether this group runs the model of a config.json exactly; if not, the transformers group does."""
+        try:
+            LlamaConfig.from_dict(config)
+        except UnsupportedConfig:
+            return False
+        return True
+
+    @classmethod
+    def build(
+        cls,
+        config: Mapping[str, Any],
+        tensors: MutableMapping[str, torch.Tensor],
+        first_layer: int,
+        last_layer: int,
+        dtype: str,
+        device: torch.device | str,
+        kv_budget_bytes: int,
+    ) -> Self:
+        """A finished group. `tensors` by checkpoint name; what the group uses is removed from it, so that it is freed.
+
+        Raises UnsupportedConfig, MissingTensors, ValueError.
+        """
+        group = cls(config, first_layer, last_layer, dtype, device, kv_budget_bytes)
+        group.place(tensors)
+        group.finish()
+        return group
+
+    def place(self, tensors: MutableMapping[str, torch.Tensor]) -> None:
+        """Takes this group's weights out of `tensors`, any part of the model; a layer comes whole or not at all.
+
+        Raises MissingTensors for a layer of which only some tensors are there.
+        """
+        for layer in sorted({int(found[1]) for found in map(_LAYER.match, tensors) if found}):
+            if self.first_layer <= layer < self.last_layer:
+                named = Tensors(tensors, f"model.layers.{layer}.", self._dtype, self._device)
+                self._layers[layer] = LlamaLayer(self._model, layer, layer - self.first_layer, named)
+        outside = Tensors(tensors, "", self._dtype, self._device)
+        if "model.embed_tokens.weight" in tensors and (self._is_first or (self._is_last and self._model.tie_word_embeddings)):
+            self._embedding = outside.take("model.embed_tokens.weight")
+        if self._is_last and "model.norm.weight" in tensors:
+            self._norm = outside.take("model.norm.weight")
+        if self._is_last and "lm_head.weight" in tensors:
+            self._head = outside.linear("lm_head", biased=False)
+
+    def finish(self) -> None:
+        """Everything has been placed. Raises MissingTensors, naming what has not."""
+        if self._is_last and self._head is None and self._model.tie_word_embeddings and self._embedding is not None:
+            self._head = float_linear(self._embedding, None)
+        missing = [f"model.layers.{layer}" for layer in range(self.first_layer, self.last_layer) if layer not in self._layers]
+        if self._is_first and self._embedding is None:
+            missing.append("model.embed_tokens.weight")
+        if self._is_last and self._norm is None:
+            missing.append("model.norm.weight")
+        if self._is_last and self._head is None:
+            missing.append("model.embed_tokens.weight" if self._model.tie_word_embeddings else "lm_head.weight")
+        if missing:
+            raise MissingTensors(f"not placed: {', '.join(missing)}")
+        if not self._is_first:
+            self._embedding = None
+
+    @torch.inference_mode()
+    def forward(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+        """As `LayerGroup` says. Raises ValueError, and leaves the cache as it was, for segments that do not fit it."""
+        self._check(inputs, segments)
+        state = self._pass(segments)
+        inputs = inputs.to(self._device)
+        hidden = inputs.to(self._dtype) if self._embedding is None else functional.embedding(inputs, self._embedding)
+        for layer in range(self.first_layer, self.last_layer):
+            hidden = self._layers[layer](hidden, state, self.kv)
+        for segment in segments:
+            self.kv.extend(segment.handle, segment.length)
+        if self._norm is not None:
+            hidden = functional.rms_norm(hidden, self._norm.shape, self._norm, self._model.rms_norm_eps)
+        return hidden
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """As `LayerGroup` says. Raises ValueError where the group is not the last."""
+        if self._head is None:
+            raise ValueError(f"layers {self.first_layer}:{self.last_layer} have no head: only the last group has")
+        return self._head(hidden.to(device=self._device, dtype=self._dtype)).float()
+
+    @property
+    def _is_first(self) -> bool:
+        return self.first_layer == 0
+
+    @property
+    def _is_last(self) -> bool:
+        return self.last_layer == self.num_layers
+
+    def _pass(self, segments: Sequence[Segment]) -> Pass:
+        spans = [(segment.handle, segment.position, segment.position + segment.length) for segment in segments]
+        positions = [position for _, first, last in spans for position in range(first, last)]
+        windows = set(self._model.windows[self.first_layer : self.last_layer])
+        return Pass(
+            slots=self.kv.slots(spans),
+            rotations=self._rope.rotations(torch.tensor(positions, device=self._device)),
+            attention={window: PassAttention(segments, self.kv, window, self._dtype) for window in windows},
+        )
+
+    def _check(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> None:
+        handles = {segment.handle for segment in segments}
+        if not segments or len(handles) < len(segments):
+            raise ValueError(f"{len(segments)} segments of {len(handles)} sequences: one for each, and at least one")
+        rows = sum(segment.length for segment in segments)
+        if inputs.shape[0] != rows:
+            raise ValueError(f"{inputs.shape[0]} rows of input for segments of {rows} tokens in all")
+        for segment in segments:
+            held, reserved = self.kv.length(segment.handle), self.kv.reserved(segment.handle)
+            if segment.length < 1 or held != segment.position or held + segment.length > reserved:
+                raise ValueError(f"{segment} does not follow the {held} tokens held, of {reserved} reserved")
