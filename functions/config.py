@@ -8,6 +8,7 @@ from typing import Final
 from functions import parsers
 from functions.parsers import LayerRange
 from functions.settings import REQUIRED, ConfigError, Key, keys, read, setting, unknown_keys
+from storage.settings import StoreSettings
 
 ROLE_KEY: Final = "LAMINA_ROLE"
 _PREFIX: Final = "LAMINA_"
@@ -15,13 +16,13 @@ _ROLE = Key(ROLE_KEY, parsers.one_of("stage", "gateway"), "what this function is
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StoreSettings:
+class StoreConfig(StoreSettings):
     """Where models lie: an S3-compatible store."""
 
-    endpoint: str = setting("LAMINA_STORE_ENDPOINT", parsers.url, "URL of the S3-compatible store")
+    endpoint_url: str = setting("LAMINA_STORE_ENDPOINT", parsers.url, "URL of the S3-compatible store")
     bucket: str = setting("LAMINA_STORE_BUCKET", parsers.text, "bucket that holds the models")
     region: str = setting("LAMINA_STORE_REGION", parsers.text, "region that requests are signed for", "us-east-1")
-    access_key_id: str = setting("AWS_ACCESS_KEY_ID", parsers.text, "access key of the store", secret=True)
+    access_key_id: str = setting("AWS_ACCESS_KEY_ID", parsers.text, "access key of the store")
     secret_access_key: str = setting("AWS_SECRET_ACCESS_KEY", parsers.text, "secret key of the store", secret=True)
     session_token: str | None = setting("AWS_SESSION_TOKEN", parsers.text, "token of temporary keys", "", secret=True)
 
@@ -38,7 +39,7 @@ class CommonConfig:
         "LAMINA_DTYPE", parsers.one_of("float32", "bfloat16", "float16", "int8"), "dtype of the publication in the store"
     )
     cut: tuple[LayerRange, ...] = setting("LAMINA_CUT", parsers.cut, "all layer groups, such as 0:10,10:20,20:30")
-    store: StoreSettings
+    store: StoreConfig
     log_level: str = setting(
         "LAMINA_LOG_LEVEL", parsers.one_of("debug", "info", "warning", "error"), "least severe messages that are logged", "info"
     )

@@ -40,7 +40,7 @@ class Key:
         """The parsed value. Raises ValueError naming key, value and what is allowed."""
         text = environ.get(self.name, "") or self.default
         if text == REQUIRED:
-            raise ValueError(f"{self.name} is not set: {self.meaning}")
+            raise ValueError(f"{self.name} is not set ({self.meaning})")
         if not text:
             return None
         try:
@@ -72,7 +72,10 @@ def read(settings: type[T], environ: Mapping[str, str]) -> T:
     values = _values(settings, environ, errors)
     if errors:
         raise ConfigError(errors)
-    return _build(settings, values)
+    try:
+        return _build(settings, values)
+    except ValueError as error:  # of a dataclass's own __post_init__
+        raise ConfigError([str(error)]) from error
 
 
 def unknown_keys(environ: Mapping[str, str], prefix: str, known: Collection[str]) -> Iterator[str]:

@@ -1,0 +1,93 @@
+"""`python -m functions`: one entry point for a stage and for the gateway, told what to be by its environment."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final, Protocol
+
+from functions.config import Config, GatewayConfig, StageConfig, read_config
+from functions.environment_page import help_text, markdown_page
+from functions.settings import ConfigError
+from functions.startup import StartUp
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIApplication
+
+_log = logging.getLogger("functions")
+
+USAGE_STATUS: Final = 2
+
+
+class Function(Protocol):
+    """A role. `start` returns at once; what goes wrong later is told to its argument as an exit status."""
+
+    threads: int
+    """Requests in hand at the same time."""
+    application: "WSGIApplication"
+
+    def start(self, stop: Callable[[int], None]) -> None: ...
+
+    def close(self) -> None:
+        """After the last request."""
+
+
+def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Runs until a signal ends it. Returns the status to exit with: 0, 1 (failed) or 2 (wrong environment)."""
+    start_up = StartUp()
+    if arguments:
+        return _explain(arguments)
+    try:
+        config = read_config(environ)
+    except ConfigError as error:
+        for sentence in error.errors:
+            print(f"error: {sentence}", file=sys.stderr)
+        return USAGE_STATUS
+    return _serve(config, start_up)
+
+
+def _explain(arguments: Sequence[str]) -> int:
+    pages = {"--help": help_text, "-h": help_text, "--environment": markdown_page}
+    if len(arguments) != 1 or arguments[0] not in pages:
+        print(f"error: {' '.join(arguments)}: the environment says everything; --help lists it", file=sys.stderr)
+        return USAGE_STATUS
+    print(pages[arguments[0]](), end="")
+    return 0
+
+
+def _serve(config: Config, start_up: StartUp) -> int:
+    # Imported only now: the wrong environment and --help need none of it, and each role only its own.
+    from functions.server import Server
+    from functions.telemetry import set_up_logging
+
+    set_up_logging(config.log_level)
+    function = _function(config, start_up)
+    try:
+        server = Server(config.port, function.threads)
+    except OSError as error:
+        _log.error("cannot listen on port %d: %s; choose another with PORT", config.port, error.strerror)
+        return 1
+    function.start(server.stop)
+    _log.info("listening on port %d", server.port)
+    try:
+        return server.run(function.application)
+    finally:
+        function.close()
+
+
+def _function(config: Config, start_up: StartUp) -> Function:
+    if isinstance(config, StageConfig):
+        from functions.stage.function import StageFunction
+
+        return StageFunction(config, start_up)
+    return _gateway(config, start_up)
+
+
+def _gateway(config: GatewayConfig, start_up: StartUp) -> Function:
+    from functions.gateway.function import GatewayFunction
+
+    return GatewayFunction(config, start_up)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))

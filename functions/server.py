@@ -1,0 +1,139 @@
+"""Serves a WSGI application from this one process with gunicorn's threaded worker.
+
+The worker runs without gunicorn's arbiter: a function is one process, so that a signal sent to it means it, its death is seen
+by whoever started it, and nothing restarts it behind the platform's back.
+"""
+
+import logging
+import os
+import signal
+import socket
+import tempfile
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from gunicorn.app.base import BaseApplication
+from gunicorn.glogging import Logger
+from gunicorn.workers.gthread import ThreadWorker
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIApplication
+
+_log = logging.getLogger(__name__)
+
+KEEP_ALIVE_SECONDS: Final = 75
+"""Longer than the senders keep an idle connection (eventing/delivery), so that they close it and not the server."""
+
+GRACEFUL_SECONDS: Final = 600
+"""Longest time after SIGTERM: Knative's upper limit of timeoutSeconds, behind which the platform kills."""
+
+_BACKLOG: Final = 2048
+_CONNECTIONS: Final = 4096
+
+
+class Server:
+    """Listens from construction, so that requests wait rather than fail while the application starts."""
+
+    def __init__(self, port: int, threads: int) -> None:
+        """Binds 0.0.0.0:port. Raises OSError where that is not possible."""
+        self._listener = _listen(port)
+        self._threads = threads
+        self._lock = threading.Lock()
+        self._running = False
+        self._status: int | None = None
+
+    @property
+    def port(self) -> int:
+        port: int = self._listener.getsockname()[1]
+        return port
+
+    def run(self, application: "WSGIApplication") -> int:
+        """Serves until SIGTERM, SIGINT or `stop`; then finishes what is in hand. Main thread only.
+
+        Returns the status to exit with: 0, or what `stop` was told.
+        """
+        adapter = _Adapter(application, self._threads)
+        worker = _Worker(self, adapter, self._listener)
+        try:
+            worker.init_process()
+        finally:
+            worker.tmp.close()
+        return self._status or 0
+
+    def stop(self, status: int) -> None:
+        """Ends `run` as SIGTERM would, with this exit status. From any thread; may come before `run`."""
+        with self._lock:
+            self._status = status
+            if self._running:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def signals_are_set(self) -> bool:
+        """From here on `stop` may send a signal. False where `stop` came before."""
+        with self._lock:
+            self._running = True
+            return self._status is None
+
+
+class _Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
+    def __init__(self, server: Server, adapter: "_Adapter", listener: socket.socket) -> None:
+        log = adapter.cfg.logger_class(adapter.cfg)
+        super().__init__(1, os.getppid(), [listener], adapter, adapter.cfg.timeout, adapter.cfg, log)
+        self._server = server
+
+    def init_signals(self) -> None:
+        super().init_signals()
+        signal.signal(signal.SIGINT, self.handle_exit)
+        self.alive = self._server.signals_are_set()
+
+    def is_parent_alive(self) -> bool:
+        """There is no arbiter to lose: who started the function may end before it."""
+        return True
+
+    def notify(self) -> None:
+        """There is no arbiter to tell."""
+
+
+class _Adapter(BaseApplication):  # type: ignore[misc]
+    """What gunicorn's worker wants to know."""
+
+    def __init__(self, application: "WSGIApplication", threads: int) -> None:
+        self._application = application
+        self._threads = threads
+        super().__init__()
+
+    def load_config(self) -> None:
+        settings: dict[str, Any] = {
+            "threads": self._threads,
+            "worker_connections": self._threads + _CONNECTIONS,
+            "keepalive": KEEP_ALIVE_SECONDS,
+            "graceful_timeout": GRACEFUL_SECONDS,
+            "timeout": 0,
+            "worker_tmp_dir": _scratch_folder(),
+            "logger_class": _Logger,
+        }
+        for name, value in settings.items():
+            self.cfg.set(name, value)
+
+    def load(self) -> "WSGIApplication":
+        return self._application
+
+
+class _Logger(Logger):  # type: ignore[misc]
+    """gunicorn's messages go where all others go; there is no access log."""
+
+    def setup(self, cfg: Any) -> None:
+        self.error_log.propagate = True
+        self.error_log.setLevel(logging.WARNING)
+
+
+def _listen(port: int) -> socket.socket:
+    listener = socket.create_server(("0.0.0.0", port), backlog=_BACKLOG)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+def _scratch_folder() -> str:
+    """gunicorn wants a temporary file; the root file system may be read-only, /dev/shm is memory."""
+    shm = Path("/dev/shm")
+    return str(shm) if os.access(shm, os.W_OK) else tempfile.gettempdir()
