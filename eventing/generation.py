@@ -109,7 +109,7 @@ class TokenEvent(Struct, frozen=True):
 
 
 class ErrorEvent(Struct, frozen=True):
-    """Data of `dev.lamina.generate.error`, the end of a stream that cannot go on: the problem document (RFC 9457) that would have been the reply."""
+    """Data of `dev.lamina.generate.error`, the end of a stream that cannot go on: a problem document (RFC 9457)."""
 
     type: str
     title: str
