@@ -103,7 +103,7 @@ class ObjectReader:
             )
         if (first, last) != (start, start + length - 1):
             raise UnexpectedAnswer(
-                f"{self.settings.place} was asked for bytes {start} to {start + length - 1} of {key!r} and sent {first} to {last}"
+                f"{self.settings.place} was asked for {start} to {start + length - 1} of {key!r} and sent {first} to {last}"
             )
 
     def _attempts(self, key: str) -> tenacity.Retrying:
