@@ -5,9 +5,12 @@ Two implementations: `llama` (lean, torch only) and `transformers_group` (any ot
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
+
+FLOAT_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The dtypes of a publication whose weights are used as they are."""
 
 
 class KVCacheFull(Exception):
@@ -65,10 +68,15 @@ class LayerGroup(Protocol):
     """The model's context, tokens."""
     hidden_dtype: torch.dtype
     """Of hidden states on the wire: float32, bfloat16 or float16."""
-    kv: KVCache
+
+    @property
+    def kv(self) -> KVCache: ...
 
     def forward(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
-        """Runs all segments in one pass and extends their KV by their lengths.
+        """Runs all segments, each of another sequence, in one pass and extends their KV by their lengths.
+
+        Tensors go in and come out on the CPU; what comes out is the caller's to keep, no buffer of the group's. Where
+        this raises, the KV of the segments may be anything up to their length: the caller truncates.
 
         inputs: int64 token ids [sum(length)] for the first group, else hidden states [sum(length), hidden_size].
         Returns hidden states [sum(length), hidden_size]; the last group has applied the final norm.

@@ -4,13 +4,10 @@ A sequence's memory is allocated in full when its first token comes, so a reserv
 nothing. Layers with a sliding window keep everything too: the mask applies the window, and rolling back stays exact.
 """
 
-import heapq
-from dataclasses import dataclass, field
-
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from functions.stage.layer_group import KVCacheFull
+from functions.stage.kv_budget import KVBudget
 
 
 class ReservedLayer(DynamicLayer):  # type: ignore[misc]
@@ -46,57 +43,29 @@ class ReservedLayer(DynamicLayer):  # type: ignore[misc]
         return self.length
 
 
-@dataclass(slots=True)
-class _Sequence:
-    reserved_tokens: int
-    layers: list[ReservedLayer]
-    cache: Cache = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.cache = Cache(layers=self.layers)
-
-
-class TransformersKVCache:
-    """A `KVCache` of `capacity_tokens` for a group of `num_layers` layers."""
+class TransformersKVCache(KVBudget):
+    """A `KVCache` for a group of `num_layers` layers."""
 
     def __init__(self, capacity_tokens: int, num_layers: int) -> None:
-        self._capacity_tokens = capacity_tokens
+        super().__init__(capacity_tokens)
         self._num_layers = num_layers
-        self._reserved_tokens = 0
-        self._sequences: dict[int, _Sequence] = {}
-        self._released: list[int] = []
-
-    @property
-    def capacity_tokens(self) -> int:
-        return self._capacity_tokens
-
-    @property
-    def free_tokens(self) -> int:
-        return self._capacity_tokens - self._reserved_tokens
+        self._caches: dict[int, Cache] = {}
 
     def reserve(self, tokens: int) -> int:
-        if tokens > self.free_tokens:
-            raise KVCacheFull(tokens, self.free_tokens)
-        handle = heapq.heappop(self._released) if self._released else len(self._sequences)
-        self._sequences[handle] = _Sequence(tokens, [ReservedLayer(tokens) for _ in range(self._num_layers)])
-        self._reserved_tokens += tokens
+        handle = super().reserve(tokens)
+        self._caches[handle] = Cache(layers=[ReservedLayer(tokens) for _ in range(self._num_layers)])
         return handle
 
-    def reserved(self, handle: int) -> int:
-        return self._sequences[handle].reserved_tokens
-
-    def length(self, handle: int) -> int:
-        # The shortest layer: a pass that failed half-way has extended some layers and not others.
-        return min(layer.length for layer in self._sequences[handle].layers)
-
-    def truncate(self, handle: int, length: int) -> None:
-        for layer in self._sequences[handle].layers:
-            layer.length = min(layer.length, length)
-
     def release(self, handle: int) -> None:
-        self._reserved_tokens -= self._sequences.pop(handle).reserved_tokens
-        heapq.heappush(self._released, handle)
+        super().release(handle)
+        del self._caches[handle]
 
     def cache(self, handle: int) -> Cache:
-        """What transformers' modules take as `past_key_values`."""
-        return self._sequences[handle].cache
+        """What transformers' modules take as `past_key_values`, holding `length(handle)` tokens in every layer.
+
+        Said here and not in `truncate`, because a pass that failed half-way has extended some layers and not others.
+        """
+        cache = self._caches[handle]
+        for layer in cache.layers:
+            layer.length = self.length(handle)
+        return cache

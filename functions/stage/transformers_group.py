@@ -17,7 +17,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import logging
 
 from functions.stage.families import Family, cut_config, family_of
-from functions.stage.layer_group import Segment
+from functions.stage.layer_group import FLOAT_DTYPES, Segment
 from functions.stage.transformers_cache import TransformersKVCache
 
 _HEADS: Final = ("lm_head", "embed_out")
@@ -45,6 +45,7 @@ class TransformersGroup:
         self.vocab_size: int = config.vocab_size
         self.max_positions = _max_positions(config)
         self.hidden_dtype: torch.dtype = model.dtype
+        self._device: torch.device = model.device
         self._base: nn.Module = model.base_model
         self._head = model
         setattr(model, model.base_model_prefix, _GivenHiddenStates())
@@ -58,14 +59,14 @@ class TransformersGroup:
         tensors: Mapping[str, torch.Tensor],
         first_layer: int,
         last_layer: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        dtype: str,
+        device: torch.device | str,
         kv_budget_bytes: int,
     ) -> Self:
         """Layers [first_layer, last_layer) of the model that `config` (a config.json) describes.
 
         tensors: by their names in the checkpoint; at least this group's layers, and the embedding and head it owns.
-        They are used in place where dtype and device are theirs already.
+        They are used in place where dtype and device are theirs already. dtype: a key of FLOAT_DTYPES.
         Raises UnsupportedArchitecture, MissingTensors.
         """
         family = family_of(config)
@@ -74,14 +75,16 @@ class TransformersGroup:
         own = _own_tensors(tensors, family, cut, first_layer, last_layer == num_layers)
         cut_config(cut, family, first_layer, last_layer)
         model_class = _sliced(AutoModelForCausalLM._model_mapping[type(cut)], family, first_layer, last_layer, num_layers)
-        model = _load(model_class, cut, family, own, dtype).to(device)
+        model = _load(model_class, cut, family, own, FLOAT_DTYPES[dtype]).to(device)
         return cls(model, first_layer, last_layer, num_layers, kv_budget_bytes)
 
     @torch.inference_mode()
     def forward(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
-        parts = torch.split(inputs, [segment.length for segment in segments])
+        parts = torch.split(inputs.to(self._device), [segment.length for segment in segments])
         outputs = [self._forward_one(part, segment.handle) for part, segment in zip(parts, segments, strict=True)]
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        for segment in segments:
+            self.kv.extend(segment.handle, segment.length)
+        return torch.cat(outputs).cpu()
 
     def _forward_one(self, inputs: torch.Tensor, handle: int) -> torch.Tensor:
         name = "input_ids" if self.first_layer == 0 else "inputs_embeds"
@@ -91,17 +94,16 @@ class TransformersGroup:
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self._head(inputs_embeds=hidden[None], use_cache=False).logits[0]
-        return logits.float()
+        logits: torch.Tensor = self._head(inputs_embeds=hidden[None].to(self._device), use_cache=False).logits[0]
+        return logits.float().cpu()
 
     def _kv_bytes_per_token(self) -> int:
         """What the modules really keep for one token: families differ in how, and some compress it."""
         handle = self.kv.reserve(1)
-        device = next(self._base.parameters()).device
         if self.first_layer == 0:
-            inputs = torch.zeros(1, dtype=torch.int64, device=device)
+            inputs = torch.zeros(1, dtype=torch.int64)
         else:
-            inputs = torch.zeros(1, self.hidden_size, dtype=self.hidden_dtype, device=device)
+            inputs = torch.zeros(1, self.hidden_size, dtype=self.hidden_dtype)
         self.forward(inputs, [Segment(handle, position=0, length=1)])
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.kv.cache(handle).layers)
 

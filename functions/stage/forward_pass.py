@@ -1,0 +1,206 @@
+"""One pass of a layer group over the rows of several events: admit, run, split, answer."""
+
+from array import array
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+import torch
+
+from eventing.events import Batch, Result, Row, Status, Want
+from functions.stage.layer_group import LayerGroup, Segment
+from functions.stage.row_checks import finite_tokens, invalid_because
+from functions.stage.sampler import GREEDY, log_probabilities, sample
+from functions.stage.sequences import Refusal, SequenceState, SequenceTable
+from functions.stage.wire_tensors import hidden_tensor, token_tensor, wire_tensor
+
+_LOGITS_AT_ONCE: Final = 256
+"""Rows of logits in memory at once: 256 × 128k × 4 bytes are 128 MiB."""
+
+
+@dataclass(slots=True)
+class _Computed:
+    """A row that goes through the layers."""
+
+    index: int
+    row: Row
+    sequence: SequenceState
+    token_ids: torch.Tensor
+    inputs: torch.Tensor
+    begin: int = 0
+    """Where its tokens begin in the tensor of the whole pass."""
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.row.length
+
+
+@dataclass(slots=True)
+class Part:
+    """One event's share of a pass: its batch, and the rows of it that are stale already."""
+
+    batch: Batch
+    source: str
+    stale: AbstractSet[int]
+    answers: list[Row] = field(init=False)
+    computed: list[_Computed] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.answers = list(self.batch.rows)
+        self.computed = []
+
+    def refuse(self, index: int, refusal: Refusal) -> None:
+        self.answers[index] = refused(self.batch.rows[index], refusal)
+
+
+def refused(row: Row, refusal: Refusal) -> Row:
+    """The answer to a row that was not computed: without its tokens, and without what only a computed row needs."""
+    return Row(
+        id=row.id,
+        attempt=row.attempt,
+        position=row.position,
+        length=0,
+        status=refusal.status,
+        held=refusal.held,
+        reason=refusal.reason,
+    )
+
+
+class ForwardPass:
+    """Runs parts whose sequences are all different. Only the engine's thread comes here."""
+
+    def __init__(self, group: LayerGroup, sequences: SequenceTable) -> None:
+        self._group = group
+        self._sequences = sequences
+        self._is_first = group.first_layer == 0
+        self._is_last = group.last_layer == group.num_layers
+
+    def run(self, parts: Sequence[Part]) -> list[Batch]:
+        """One reply for each part. Where this raises, every sequence's KV is cut to what its row found."""
+        for part in parts:
+            self._admit(part)
+        computed = [row for part in parts for row in part.computed]
+        try:
+            hidden = self._forward(computed) if computed else None
+            if hidden is not None:
+                self._refuse_not_finite(parts, hidden)
+            if self._is_last:
+                return self._results(parts, hidden)
+        except Exception:
+            for row in computed:
+                self._group.kv.truncate(row.sequence.handle, row.row.position)
+            raise
+        return [_relay(part, hidden) for part in parts]
+
+    def _admit(self, part: Part) -> None:
+        batch = part.batch
+        token_ids = token_tensor(batch.token_ids)
+        inputs = token_ids if self._is_first or batch.hidden is None else hidden_tensor(batch.hidden)
+        finite = None if self._is_first else finite_tokens(inputs)
+        offsets = batch.offsets()
+        ids: set[str] = set()
+        for index, row in enumerate(batch.rows):
+            if row.status is not Status.OK:
+                continue
+            span = slice(offsets[index], offsets[index + 1])
+            try:
+                self._check(part, index, token_ids[span], None if finite is None else finite[span], ids)
+                sequence = self._sequences.admit(row, part.source)
+            except Refusal as refusal:
+                part.refuse(index, refusal)
+                continue
+            if self._is_last:
+                del sequence.token_ids[row.position :]
+                sequence.token_ids.extend(batch.token_ids[span])
+            part.computed.append(_Computed(index, row, sequence, token_ids[span], inputs[span]))
+
+    def _check(self, part: Part, index: int, token_ids: torch.Tensor, finite: torch.Tensor | None, ids: set[str]) -> None:
+        row = part.batch.rows[index]
+        if row.id in ids:
+            raise Refusal(Status.INVALID, reason=f"the id {row.id!r} is in the event twice")
+        ids.add(row.id)
+        if index in part.stale:
+            raise Refusal(Status.STALE)
+        reason = invalid_because(row, token_ids, self._group)
+        if reason is not None:
+            raise Refusal(Status.INVALID, reason=reason)
+        if finite is not None and not finite.all():
+            raise _not_finite(f"that came in, ahead of layer {self._group.first_layer},")
+
+    def _forward(self, computed: Sequence[_Computed]) -> torch.Tensor:
+        begin = 0
+        for row in computed:
+            row.begin = begin
+            begin = row.end
+        inputs = torch.cat([row.inputs for row in computed]) if len(computed) > 1 else computed[0].inputs
+        segments = [Segment(row.sequence.handle, row.row.position, row.row.length) for row in computed]
+        return self._group.forward(inputs, segments)
+
+    def _refuse_not_finite(self, parts: Sequence[Part], hidden: torch.Tensor) -> None:
+        finite = finite_tokens(hidden)
+        if finite.all():
+            return
+        for part in parts:
+            for row in list(part.computed):
+                if not finite[row.begin : row.end].all():
+                    self._group.kv.truncate(row.sequence.handle, row.row.position)
+                    part.refuse(row.index, _not_finite(f"that came out, behind layer {self._group.last_layer - 1},"))
+                    part.computed.remove(row)
+
+    def _results(self, parts: Sequence[Part], hidden: torch.Tensor | None) -> list[Batch]:
+        computed = [(part, row) for part in parts for row in part.computed]
+        for part, row in computed:
+            part.answers[row.index] = Row(row.row.id, row.row.attempt, row.row.position, length=0, want=row.row.want)
+        if hidden is not None:
+            self._answer_tokens([pair for pair in computed if pair[1].row.want is Want.TOKEN], hidden)
+            for part, row in computed:
+                if row.row.want is Want.LOGPROBS:
+                    _answer(part, row, Result(logprobs=self._log_probabilities(row, hidden)))
+        return [Batch(tuple(part.answers), memoryview(array("i"))) for part in parts]
+
+    def _answer_tokens(self, wanting: Sequence[tuple[Part, _Computed]], hidden: torch.Tensor) -> None:
+        for first in range(0, len(wanting), _LOGITS_AT_ONCE):
+            some = wanting[first : first + _LOGITS_AT_ONCE]
+            logits = self._group.logits(hidden[[row.end - 1 for _, row in some]])
+            tokens = sample(
+                logits,
+                [row.row.sampling or GREEDY for _, row in some],
+                [row.row.position + row.row.length for _, row in some],
+                [row.sequence.token_ids for _, row in some],
+            )
+            for (part, row), token in zip(some, tokens, strict=True):
+                _answer(part, row, Result(token=token))
+
+    def _log_probabilities(self, row: _Computed, hidden: torch.Tensor) -> tuple[float, ...]:
+        """Each token's under the logits of the token before it, so none for the row's first."""
+        found: list[float] = []
+        predicting, predicted = hidden[row.begin : row.end - 1], row.token_ids[1:]
+        for first in range(0, len(predicted), _LOGITS_AT_ONCE):
+            some = slice(first, first + _LOGITS_AT_ONCE)
+            found += log_probabilities(self._group.logits(predicting[some]), predicted[some])
+        return tuple(found)
+
+
+def _not_finite(where: str) -> Refusal:
+    return Refusal(Status.INVALID, reason=f"hidden states {where} are not finite")
+
+
+def _answer(part: Part, row: _Computed, result: Result) -> None:
+    part.answers[row.index] = msgspec.structs.replace(part.answers[row.index], result=result)
+
+
+def _relay(part: Part, hidden: torch.Tensor | None) -> Batch:
+    """What the next stage takes. Where every row is ok, rows and token ids are those that came in."""
+    rows = part.computed
+    if hidden is None or not rows:
+        return Batch(tuple(part.answers), memoryview(array("i")))
+    if len(rows) == len(part.batch.rows):
+        return Batch(part.batch.rows, part.batch.token_ids, wire_tensor(hidden[rows[0].begin : rows[-1].end]))
+    offsets = part.batch.offsets()
+    token_ids = array("i")
+    for row in rows:
+        token_ids.extend(part.batch.token_ids[offsets[row.index] : offsets[row.index + 1]])
+    kept = torch.cat([hidden[row.begin : row.end] for row in rows])
+    return Batch(tuple(part.answers), memoryview(token_ids), wire_tensor(kept))
