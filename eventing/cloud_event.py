@@ -9,7 +9,7 @@ import re
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, Final, TypeVar, cast
+from typing import Annotated, Any, Final, TypeVar, cast
 
 import msgspec
 from cloudevents.core.exceptions import BaseCloudEventException
@@ -26,6 +26,7 @@ MAX_VALUE_LENGTH: Final = 4096
 Buffer = bytes | memoryview
 Data = Buffer | Sequence[Buffer] | None
 AttributeValue = str | int | bool | datetime | None
+ZonedTime = Annotated[datetime, msgspec.Meta(tz=True)]
 T = TypeVar("T")
 
 _NAME: Final = re.compile(rf"[a-z0-9]{{1,{MAX_NAME_LENGTH}}}")
@@ -140,7 +141,7 @@ def expiry_time(event: CloudEvent) -> datetime | None:
     if value is None:
         return None
     try:
-        return msgspec.convert(value, datetime).astimezone(UTC)
+        return msgspec.convert(value, ZonedTime).astimezone(UTC)
     except msgspec.ValidationError as error:
         raise MalformedEvent(f"the attribute {Attribute.EXPIRY_TIME} is {value!r}: {error}") from error
 

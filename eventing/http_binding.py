@@ -17,7 +17,7 @@ from cloudevents.core.bindings.http import HTTPMessage, from_binary, from_struct
 from cloudevents.core.formats.json import JSONFormat
 from cloudevents.core.v1.event import CloudEvent
 
-from eventing.cloud_event import JSON_CONTENT_TYPE, Buffer, attribute_text, checked_event, data_buffers, is_json
+from eventing.cloud_event import JSON_CONTENT_TYPE, Buffer, ZonedTime, attribute_text, checked_event, data_buffers, is_json
 from eventing.events import BATCH_CONTENT_TYPE
 from eventing.problems import MalformedEvent, UnsupportedMediaType
 
@@ -26,6 +26,8 @@ STRUCTURED_CONTENT_TYPE: Final = JSONFormat.CONTENT_TYPE
 Headers = Mapping[str, str] | Iterable[tuple[str, str]]
 
 _REQUIRED: Final = ("specversion", "id", "source", "type")
+_STRINGS: Final = (*_REQUIRED, "datacontenttype", "dataschema", "subject", "time")
+"""Extensions may be integers and booleans too (JSON format, section 2.2)."""
 _QUOTED_PAIR: Final = re.compile(r"\\(.)")
 
 
@@ -185,13 +187,11 @@ def _from_base64(encoded: object) -> bytes:
 
 def _attribute(name: str, value: object) -> str | datetime:
     """A member of a structured event as the attribute that it would be in binary mode."""
-    if not isinstance(value, str | int):
-        raise MalformedEvent(
-            f"the attribute {name[:40]!r} is a JSON {type(value).__name__}; strings, integers and booleans are served"
-        )
+    if not isinstance(value, str if name in _STRINGS else str | int):
+        raise MalformedEvent(f"the attribute {name[:40]!r} is a JSON {type(value).__name__}, {str(value)[:40]}")
     if name != "time":
-        return cast("str", attribute_text(value))
+        return cast("str", attribute_text(cast("str | int", value)))
     try:
-        return msgspec.convert(value, datetime)
+        return msgspec.convert(value, ZonedTime)
     except msgspec.ValidationError as error:
         raise MalformedEvent(f"the attribute time is {value!r}: {error}") from error
