@@ -14,13 +14,14 @@ from torch.nn import functional
 from functions.stage.attention import PassAttention
 from functions.stage.kv_pool import KVPool
 from functions.stage.layer_group import Segment
-from functions.stage.linear import Linear, float_linear
+from functions.stage.linear import Linear, Matrix, linear
 from functions.stage.llama_config import LlamaConfig, UnsupportedConfig
-from functions.stage.llama_layer import LlamaLayer, MissingTensors, Pass, Tensors
+from functions.stage.llama_layer import LlamaLayer, Pass
+from functions.stage.norm import RmsNorm
 from functions.stage.rope import Rope
+from functions.stage.weights import PRECISIONS, MissingTensors, Precision, Weights
 
 _LAYER: Final = re.compile(r"model\.layers\.(\d+)\.")
-_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class LlamaGroup:
@@ -41,21 +42,21 @@ class LlamaGroup:
             raise ValueError(f"layers {first_layer}:{last_layer} are no group of a model of {model.num_layers}")
         self._model = model
         self._device = torch.device(device)
-        self._dtype = _DTYPES[dtype]
+        self._precision = _precision(dtype, self._device)
         self.first_layer = first_layer
         self.last_layer = last_layer
         self.num_layers = model.num_layers
         self.hidden_size = model.hidden_size
         self.vocab_size = model.vocab_size
         self.max_positions = model.max_positions
-        self.hidden_dtype = self._dtype
+        self.hidden_dtype = self._precision.hidden
         self.kv = KVPool(
-            last_layer - first_layer, model.num_kv_heads, model.head_dim, self._dtype, self._device, kv_budget_bytes
+            last_layer - first_layer, model.num_kv_heads, model.head_dim, self._precision.kv, self._device, kv_budget_bytes
         )
         self._rope = Rope(model.rope, model.head_dim, self._device)
         self._layers: dict[int, LlamaLayer] = {}
         self._embedding: torch.Tensor | None = None
-        self._norm: torch.Tensor | None = None
+        self._norm: RmsNorm | None = None
         self._head: Linear | None = None
 
     @staticmethod
@@ -94,20 +95,21 @@ class LlamaGroup:
         """
         for layer in sorted({int(found[1]) for found in map(_LAYER.match, tensors) if found}):
             if self.first_layer <= layer < self.last_layer:
-                named = Tensors(tensors, f"model.layers.{layer}.", self._dtype, self._device)
-                self._layers[layer] = LlamaLayer(self._model, layer, layer - self.first_layer, named)
-        outside = Tensors(tensors, "", self._dtype, self._device)
-        if "model.embed_tokens.weight" in tensors and (self._is_first or (self._is_last and self._model.tie_word_embeddings)):
-            self._embedding = outside.take("model.embed_tokens.weight")
-        if self._is_last and "model.norm.weight" in tensors:
-            self._norm = outside.take("model.norm.weight")
-        if self._is_last and "lm_head.weight" in tensors:
-            self._head = outside.linear("lm_head", biased=False)
+                named = Weights(tensors, f"model.layers.{layer}.", self._precision, self._device)
+                slot = layer - self.first_layer
+                self._layers[layer] = LlamaLayer(self._model, layer, slot, named, self._precision)
+        others = Weights(tensors, "", self._precision, self._device)
+        if "model.embed_tokens.weight" in others and (self._is_first or (self._is_last and self._model.tie_word_embeddings)):
+            self._embedding = others.matrix("model.embed_tokens").weight
+        if self._is_last and "model.norm.weight" in others:
+            self._norm = RmsNorm(others.vector("model.norm.weight"), self._model.rms_norm_eps)
+        if self._is_last and "lm_head.weight" in others:
+            self._head = linear([others.matrix("lm_head")], self._precision.activations)
 
     def finish(self) -> None:
         """Everything has been placed. Raises MissingTensors, naming what has not."""
         if self._is_last and self._head is None and self._model.tie_word_embeddings and self._embedding is not None:
-            self._head = float_linear(self._embedding, None)
+            self._head = linear([Matrix(self._embedding)], self._precision.activations)
         missing = [f"model.layers.{layer}" for layer in range(self.first_layer, self.last_layer) if layer not in self._layers]
         if self._is_first and self._embedding is None:
             missing.append("model.embed_tokens.weight")
@@ -125,22 +127,21 @@ class LlamaGroup:
         """As `LayerGroup` says. Raises ValueError, and leaves the cache as it was, for segments that do not fit it."""
         self._check(inputs, segments)
         state = self._pass(segments)
-        inputs = inputs.to(self._device)
-        hidden = inputs.to(self._dtype) if self._embedding is None else functional.embedding(inputs, self._embedding)
+        hidden = self._embedded(inputs.to(self._device))
         for layer in range(self.first_layer, self.last_layer):
             hidden = self._layers[layer](hidden, state, self.kv)
         for segment in segments:
             self.kv.extend(segment.handle, segment.length)
         if self._norm is not None:
-            hidden = functional.rms_norm(hidden, self._norm.shape, self._norm, self._model.rms_norm_eps)
-        return hidden
+            hidden = self._norm(hidden)
+        return hidden.to(self.hidden_dtype)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """As `LayerGroup` says. Raises ValueError where the group is not the last."""
         if self._head is None:
             raise ValueError(f"layers {self.first_layer}:{self.last_layer} have no head: only the last group has")
-        return self._head(hidden.to(device=self._device, dtype=self._dtype)).float()
+        return self._head(hidden.to(device=self._device, dtype=self._precision.activations)).float()
 
     @property
     def _is_first(self) -> bool:
@@ -150,6 +151,10 @@ class LlamaGroup:
     def _is_last(self) -> bool:
         return self.last_layer == self.num_layers
 
+    def _embedded(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = inputs if self._embedding is None else functional.embedding(inputs, self._embedding)
+        return hidden.to(self._precision.activations)
+
     def _pass(self, segments: Sequence[Segment]) -> Pass:
         spans = [(segment.handle, segment.position, segment.position + segment.length) for segment in segments]
         positions = [position for _, first, last in spans for position in range(first, last)]
@@ -157,7 +162,7 @@ class LlamaGroup:
         return Pass(
             slots=self.kv.slots(spans),
             rotations=self._rope.rotations(torch.tensor(positions, device=self._device)),
-            attention={window: PassAttention(segments, self.kv, window, self._dtype) for window in windows},
+            attention={window: PassAttention(segments, self.kv, window, self._precision.kv) for window in windows},
         )
 
     def _check(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> None:
@@ -171,3 +176,11 @@ class LlamaGroup:
             held, reserved = self.kv.length(segment.handle), self.kv.reserved(segment.handle)
             if segment.length < 1 or held != segment.position or held + segment.length > reserved:
                 raise ValueError(f"{segment} does not follow the {held} tokens held, of {reserved} reserved")
+
+
+def _precision(dtype: str, device: torch.device) -> Precision:
+    if dtype not in PRECISIONS:
+        raise ValueError(f"dtype {dtype!r} is none of {', '.join(PRECISIONS)}")
+    if dtype == "int8" and device.type != "cpu":
+        raise ValueError(f"int8 runs on CPUs, not on {device}: publish the model in bfloat16 for it")
+    return PRECISIONS[dtype]
