@@ -14,7 +14,7 @@ LAYERS = ("storage", "eventing", "functions", "knative")
 
 OWNERS: dict[str, tuple[str, ...]] = {
     "boto3": ("storage/object_store.py",),
-    "kubernetes": ("knative/deployer.py",),
+    "kubernetes": ("knative/cluster.py",),
     "transformers": ("functions/stage/transformers_group.py",),
 }
 """Library → the files, or folders, that may import it."""
