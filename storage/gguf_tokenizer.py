@@ -1,0 +1,94 @@
+"""The tokenizer that a GGUF file describes, written as Hugging Face's files, from the file's own vocabulary and rules.
+
+transformers derives one too, but leaves out the rules of `tokenizer.ggml.pre` (SmolLM's digits come out wrong).
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from storage.errors import CheckpointInvalid
+
+_CONTROL: Final = 3
+_USER_DEFINED: Final = 4
+"""Values of tokenizer.ggml.token_type; see the GGUF specification."""
+
+_QWEN2_WORDS: Final = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _gpt2(tokenizer: Tokenizer) -> None:
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+def _smollm(tokenizer: Tokenizer) -> None:
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
+
+
+def _qwen2(tokenizer: Tokenizer) -> None:
+    words = pre_tokenizers.Split(Regex(_QWEN2_WORDS), behavior="isolated")
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, in_bytes])
+
+
+_RULES: Final[Mapping[str, Callable[[Tokenizer], None]]] = {"gpt-2": _gpt2, "smollm": _smollm, "qwen2": _qwen2}
+"""By `tokenizer.ggml.pre`."""
+
+
+def tokenizer_files(path: Path, fields: Mapping[str, Any]) -> dict[str, bytes]:
+    """tokenizer.json and what goes with it. `fields` are the GGUF's metadata. Raises CheckpointInvalid."""
+    special = _special_tokens(fields)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | special
+    files = {
+        "tokenizer.json": _tokenizer(path, fields, special).to_str(pretty=False).encode(),
+        "tokenizer_config.json": msgspec.json.format(msgspec.json.encode(config), indent=2),
+        "generation_config.json": msgspec.json.format(msgspec.json.encode(_generation_config(fields)), indent=2),
+    }
+    if template := fields.get("tokenizer.chat_template"):
+        files["chat_template.jinja"] = template.encode()
+    return files
+
+
+def _tokenizer(path: Path, fields: Mapping[str, Any], special: Mapping[str, str]) -> Tokenizer:
+    kind, rules = str(fields.get("tokenizer.ggml.model")), str(fields.get("tokenizer.ggml.pre"))
+    if kind != "gpt2" or rules not in _RULES:
+        raise CheckpointInvalid(
+            f"{path} has a tokenizer of model {kind!r} with the rules {rules!r}; known is gpt2 with {', '.join(_RULES)}. "
+            "Publish the model from its Hugging Face folder, which has tokenizer.json"
+        )
+    tokens: list[str] = fields["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges))
+    _RULES[rules](tokenizer)
+    tokenizer.decoder = decoders.ByteLevel()
+    for token, token_type in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True):
+        if token_type in (_CONTROL, _USER_DEFINED):
+            tokenizer.add_tokens([AddedToken(token, special=token_type == _CONTROL, normalized=False)])
+    if fields.get("tokenizer.ggml.add_bos_token"):
+        bos = special["bos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, fields["tokenizer.ggml.bos_token_id"])]
+        )
+    return tokenizer
+
+
+def _special_tokens(fields: Mapping[str, Any]) -> dict[str, str]:
+    """bos_token and its like, as texts."""
+    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+    numbers = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for key, name in names.items()}
+    return {name: fields["tokenizer.ggml.tokens"][number] for name, number in numbers.items() if number is not None}
+
+
+def _generation_config(fields: Mapping[str, Any]) -> dict[str, Any]:
+    ends = [fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
+    return {
+        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": sorted({number for number in ends if number is not None}),
+        "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
+    }
