@@ -220,9 +220,14 @@ def whole_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32,
     attention = "eager" if config.model_type == "gemma2" else None
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     _redraw(model, seed)
+    if dtype != torch.float32:
+        # Not `.to`: that would round the rotary frequencies too, which a model that is loaded keeps in float32.
+        model = type(model).from_pretrained(
+            None, config=config, state_dict=model.state_dict(), dtype=dtype, attn_implementation=attention
+        )
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
-    return model.to(dtype).eval()
+    return model.eval()
 
 
 @torch.no_grad()
