@@ -1,0 +1,89 @@
+"""Server-sent events (WHATWG HTML, section 9.2): what streams of tokens are written in and read from."""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from msgspec import Struct
+
+EVENT_STREAM_CONTENT_TYPE: Final = "text/event-stream"
+HEARTBEAT: Final = b":\n\n"
+"""A comment: readers ignore it, and writing it is the only way to learn that a client went away."""
+
+_LINE_END: Final = re.compile(rb"\r\n|\n|\r")
+_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+
+
+class ServerSentEvent(Struct, frozen=True):
+    """`id` is the last one seen on the stream, which may be an earlier event's."""
+
+    data: str
+    event: str = "message"
+    id: str = ""
+
+
+def encode_sse(data: str | bytes, *, event: str = "", id: str = "") -> bytes:
+    """One event. `data` may have several lines (UTF-8); `event` and `id` may not: ValueError."""
+    lines = [*_field(b"event", event), *_field(b"id", id)]
+    lines += [b"data: " + line for line in _LINE_END.split(data.encode() if isinstance(data, str) else data)]
+    return b"\n".join([*lines, b"", b""])
+
+
+def decode_sse(chunks: Iterable[bytes]) -> Iterator[ServerSentEvent]:
+    """The events of a stream that comes in chunks cut anywhere, each as soon as it is complete; comments are left out."""
+    decoder = SSEDecoder()
+    for chunk in chunks:
+        yield from decoder.feed(chunk)
+
+
+class SSEDecoder:
+    """The same for whoever gets the chunks one at a time. An event that the stream's end cuts off is dropped."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._after_carriage_return = False
+        self._at_start = True
+        self._event = ""
+        self._data: list[str] = []
+        self._id = ""
+
+    def feed(self, chunk: bytes) -> list[ServerSentEvent]:
+        """The events that `chunk` completes."""
+        return [event for line in self._lines(chunk) if (event := self._take_line(line)) is not None]
+
+    def _lines(self, chunk: bytes) -> list[bytes]:
+        if not chunk:
+            return []
+        ends_in_carriage_return = chunk.endswith(b"\r")
+        if self._after_carriage_return:  # That line has been taken already; this is the second half of its end.
+            chunk = chunk.removeprefix(b"\n")
+        self._after_carriage_return = ends_in_carriage_return
+        *lines, self._rest = _LINE_END.split(self._rest + chunk)
+        return lines
+
+    def _take_line(self, line: bytes) -> ServerSentEvent | None:
+        if self._at_start:
+            line, self._at_start = line.removeprefix(_BYTE_ORDER_MARK), False
+        if not line:
+            return self._dispatch()
+        name, _, raw = line.partition(b":")
+        value = raw.removeprefix(b" ").decode("utf-8", "replace")
+        if name == b"data":
+            self._data.append(value)
+        elif name == b"event":
+            self._event = value
+        elif name == b"id" and "\0" not in value:
+            self._id = value
+        return None
+
+    def _dispatch(self) -> ServerSentEvent | None:
+        data, event = self._data, self._event
+        self._data, self._event = [], ""
+        return ServerSentEvent("\n".join(data), event or "message", self._id) if data else None
+
+
+def _field(name: bytes, value: str) -> list[bytes]:
+    encoded = value.encode()
+    if _LINE_END.search(encoded) or b"\0" in encoded:
+        raise ValueError(f"{name.decode()} {value!r} must be one line")
+    return [name + b": " + encoded] if value else []
