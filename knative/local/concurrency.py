@@ -1,0 +1,46 @@
+"""What queue-proxy and activator count: how many requests there were on average, and how many arrived."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Of the time since the last report."""
+
+    average: float
+    """Requests in flight, weighted by how long they were."""
+    arrivals: int
+
+
+class ConcurrencyMeter:
+    """Counts requests in flight. `now` is in seconds of one clock that only grows."""
+
+    def __init__(self, now: float) -> None:
+        self.in_flight = 0
+        self.last_arrival = now
+        self._since = self._changed = now
+        self._weighted = 0.0
+        self._arrivals = 0
+
+    def enter(self, now: float) -> None:
+        self._advance(now)
+        self.in_flight += 1
+        self._arrivals += 1
+        self.last_arrival = now
+
+    def leave(self, now: float) -> None:
+        self._advance(now)
+        self.in_flight -= 1
+
+    def report(self, now: float) -> Report:
+        """Covers the time since the last report, requests that still run included, and begins the next."""
+        self._advance(now)
+        seconds = now - self._since
+        average = self._weighted / seconds if seconds > 0 else float(self.in_flight)
+        report = Report(average, self._arrivals)
+        self._since, self._weighted, self._arrivals = now, 0.0, 0
+        return report
+
+    def _advance(self, now: float) -> None:
+        self._weighted += self.in_flight * (now - self._changed)
+        self._changed = now

@@ -1,0 +1,132 @@
+"""Knative on one machine: Service manifests in, processes that scale with their requests out.
+
+One event loop holds everything that Knative runs beside the functions: ingress, activator, queue-proxies, autoscaler, and the
+part of the Kubernetes API that the gateway watches. The functions are processes of their own, and none outlives it.
+"""
+
+import asyncio
+import errno
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from knative.autoscaling_annotations import AutoscalerConfig
+from knative.local.admin import Admin
+from knative.local.containers import LocalData, NamedData
+from knative.local.endpoint_slices import EndpointSlices
+from knative.local.metrics import render_metrics
+from knative.local.pods import PodTiming
+from knative.local.processes import PlainStarter, ProcessStarter
+from knative.local.revision_settings import revision_settings
+from knative.local.revisions import Revision, RevisionName, Surroundings
+from knative.local.services import LocalService
+from knative.local.status import platform_status
+
+_log = logging.getLogger(__name__)
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+"""Where `python -m functions` is found."""
+
+
+class PortInUse(Exception):
+    """Another process listens there. The message says which port and what to do."""
+
+
+def _from_zero() -> AutoscalerConfig:
+    """Knative's defaults, but new revisions begin at zero: on one machine nothing shall start that nobody asked for."""
+    return AutoscalerConfig(allow_zero_initial_scale=True, initial_scale=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlatformOptions:
+    """What a cluster has as its own configuration."""
+
+    ports: Mapping[str, int] = field(default_factory=dict)
+    """Service → port of its URL; those not named get one that the system chooses."""
+    secrets: NamedData = field(default_factory=dict)
+    config_maps: NamedData = field(default_factory=dict)
+    logs: Path
+    autoscaler: AutoscalerConfig = field(default_factory=_from_zero)
+    timing: PodTiming = field(default_factory=PodTiming)
+    starter: ProcessStarter = field(default_factory=PlainStarter)
+    folder: Path = ROOT
+    activator_queue_depth: int = 10_000
+    """Requests that one revision may hold; beyond it 503."""
+
+
+class Platform:
+    """`start`, `apply`, `stop`; one event loop."""
+
+    def __init__(self, options: PlatformOptions) -> None:
+        self.services: dict[tuple[str, str], LocalService] = {}
+        """(namespace, name) → Service."""
+        self._options = options
+        self._slices = EndpointSlices()
+        self._admin = Admin(self._slices, self.status, lambda: render_metrics(self.services.values()))
+        self._around = Surroundings(
+            starter=options.starter,
+            timing=options.timing,
+            slices=self._slices,
+            folder=options.folder,
+            logs=options.logs,
+            activator_queue_depth=options.activator_queue_depth,
+        )
+
+    @property
+    def admin_url(self) -> str:
+        return self._admin.url
+
+    async def start(self) -> None:
+        await self._admin.start()
+
+    async def apply(self, manifests: Sequence[Mapping[str, Any]]) -> None:
+        """Creates or changes Services; other kinds are left to a cluster.
+
+        Raises UnsupportedManifest, SettingsError, UnknownRevision or PortInUse.
+        """
+        found = [manifest for manifest in manifests if manifest["kind"] == "Service"]
+        for manifest in found:  # all URLs exist before any environment names them
+            await self._listen(manifest["metadata"]["name"], manifest["metadata"].get("namespace", "default"))
+        for manifest in found:
+            metadata = manifest["metadata"]
+            self.services[metadata.get("namespace", "default"), metadata["name"]].apply(manifest)
+
+    async def stop(self, grace_seconds: float = 5.0) -> None:
+        """Ends every pod: SIGTERM to all, SIGKILL to those that are still there after the grace."""
+        await asyncio.gather(*(service.stop(grace_seconds) for service in self.services.values()))
+        self._admin.close()
+
+    def url(self, name: str, namespace: str = "default") -> str:
+        return self.services[namespace, name].url
+
+    def status(self) -> dict[str, Any]:
+        return platform_status(os.getpid(), self.services.values())
+
+    async def _listen(self, name: str, namespace: str) -> None:
+        if (namespace, name) in self.services:
+            return
+        service = LocalService(name, namespace, self._make_revision)
+        port = self._options.ports.get(name, 0)
+        try:
+            await service.listen(port)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise PortInUse(f"port {port} of 127.0.0.1 is in use by another process; choose another with --port") from error
+        self.services[namespace, name] = service
+
+    def _make_revision(self, name: RevisionName, template: Mapping[str, Any]) -> Revision:
+        settings = revision_settings(template, self._options.autoscaler)
+        return Revision(name, template, settings, self._local_data(), self._around)
+
+    def _local_data(self) -> LocalData:
+        in_cluster = {
+            "LAMINA_KUBERNETES_API": self.admin_url,
+            "LAMINA_POD_NETWORK": "127.0.0.0/8",
+            "LAMINA_POD_PORT": "0",
+        }
+        replacements = {service.cluster_url: service.url for service in self.services.values()}
+        return LocalData(self._options.secrets, self._options.config_maps, replacements, in_cluster)

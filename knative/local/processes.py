@@ -1,0 +1,95 @@
+"""Processes of pods: each in a session of its own, none outliving the platform, not even when that is killed."""
+
+import asyncio
+import contextlib
+import errno
+import os
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final, Protocol
+
+_LAUNCHER: Final = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the parent is gone")
+os.execv(sys.argv[2], sys.argv[3:])
+"""
+
+
+class Process(Protocol):
+    """A running function. Its pid is also its process group."""
+
+    @property
+    def pid(self) -> int: ...
+
+    async def wait(self) -> int:
+        """Exit status; negative: the signal that ended it."""
+
+
+class ProcessStarter(Protocol):
+    """How a pod's process comes to be: started afresh, or forked from one that has the imports done."""
+
+    async def start(self, command: Sequence[str], environ: Mapping[str, str], folder: Path, log: Path) -> Process:
+        """Output is appended to `log`. Raises OSError where the command cannot be run."""
+
+
+class PlainStarter:
+    """Starts the command afresh."""
+
+    async def start(self, command: Sequence[str], environ: Mapping[str, str], folder: Path, log: Path) -> Process:
+        with log.open("ab") as output:
+            return await asyncio.create_subprocess_exec(
+                *dying_with_parent(command, environ),
+                env=dict(environ),
+                cwd=folder,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+
+def dying_with_parent(command: Sequence[str], environ: Mapping[str, str]) -> tuple[str, ...]:
+    """The command behind a launcher, after which the kernel kills it when its parent dies (on Linux).
+
+    The launcher runs between fork and exec, where Python code in a process with threads may not. Raises FileNotFoundError.
+    """
+    executable = shutil.which(command[0], path=environ.get("PATH"))
+    if executable is None:
+        raise FileNotFoundError(errno.ENOENT, "no such command", command[0])
+    return (sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), executable, *command)
+
+
+def send_signal(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def kill_group(pid: int) -> None:
+    """SIGKILL to the process and whatever it started in its session."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def memory_bytes(pid: int) -> int:
+    """Memory that belongs to the process alone or is shared memory, without files it maps; 0 where that is unknown."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    sizes = dict(line.split(":", 1) for line in status.splitlines())
+    return sum(int(sizes[key].split()[0]) * 1024 for key in ("RssAnon", "RssShmem") if key in sizes)

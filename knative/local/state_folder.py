@@ -1,0 +1,117 @@
+"""`.lamina`: what a run on this machine leaves for `status`, for the next run, and for who wants to read the logs."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+DEFAULT_FOLDER: Final = Path(".lamina")
+
+
+class StateError(Exception):
+    """The folder cannot be used now. The message says what to do."""
+
+
+class RunningPlatform(msgspec.Struct, frozen=True):
+    """Where a running platform is."""
+
+    pid: int
+    admin_url: str
+    gateway_url: str
+    store_endpoint: str = ""
+
+
+class StateFolder:
+    """Held by one run at a time. Use as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.logs = path / "logs"
+        self.recovered = False
+        """An earlier run ended without cleaning up (killed, or the machine went down); what it left is gone now."""
+        self._lock: int | None = None
+
+    def __enter__(self) -> "StateFolder":
+        """Raises StateError where another run has it, or it cannot be written."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._clean()
+        except BlockingIOError as error:
+            self._release()
+            raise StateError(self._held_by()) from error
+        except OSError as error:
+            self._release()
+            raise StateError(f"{self.path}: cannot be used: {error.strerror}; choose another folder with --state") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.unlink(missing_ok=True)
+        self._release()
+
+    def publish(self, running: RunningPlatform) -> None:
+        """Makes the run known to `status` and the like, at once or not at all."""
+        temporary = self._file.with_suffix(".new")
+        temporary.write_bytes(msgspec.json.encode(running))
+        temporary.replace(self._file)
+
+    @property
+    def _file(self) -> Path:
+        return self.path / "platform.json"
+
+    def _clean(self) -> None:
+        # Processes of a killed run die with it (processes.py), so files are all that can be left.
+        self.recovered = self._file.exists()
+        self._file.unlink(missing_ok=True)
+        shutil.rmtree(self.logs, ignore_errors=True)
+        self.logs.mkdir()
+
+    def _held_by(self) -> str:
+        running = find_running(self.path)
+        where = f" (process {running.pid}, serving {running.gateway_url})" if running else ""
+        return f"another run uses {self.path}{where}: end it with Ctrl-C, or give this one a folder of its own with --state"
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def find_running(folder: Path) -> RunningPlatform | None:
+    """The platform that runs with this state folder; None where there is none."""
+    try:
+        running = msgspec.json.decode((folder / "platform.json").read_bytes(), type=RunningPlatform)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return running if _is_held(folder / "lock") else None
+
+
+def _is_held(lock: Path) -> bool:
+    try:
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def local_secret(folder: Path, name: str, make: Any) -> dict[str, str]:
+    """A Secret that this machine keeps for itself: read from `secrets/{name}.json`, made with `make()` at first."""
+    path = folder / "secrets" / f"{name}.json"
+    with contextlib.suppress(OSError, ValueError):
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(kept, dict):
+            return {str(key): str(value) for key, value in kept.items()}
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    secret: dict[str, str] = make()
+    path.touch(mode=0o600)
+    path.write_text(json.dumps(secret), encoding="utf-8")
+    return secret
