@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ UTILIZATION = 0.75
 WINDOW = 60.0
 
 
-def spec(target: float, burst: float, **changes: float) -> DeciderSpec:
+def spec(target: float, burst: float, **changes: Any) -> DeciderSpec:
     return replace(
         DeciderSpec(
             target_value=target,
@@ -126,7 +127,7 @@ def test_starting_beside_several_pods_is_panic() -> None:
     assert Revision(spec(10, 100), initial_state(5, 0)).ask(5, 0, 0, now=2).desired_scale == 5
 
 
-def delayed(**changes: float) -> DeciderSpec:
+def delayed(**changes: Any) -> DeciderSpec:
     return spec(10, 100, panic_threshold=100, scale_down_delay_seconds=300, **changes)
 
 

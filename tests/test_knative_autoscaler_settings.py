@@ -9,7 +9,7 @@ from knative.local.autoscaler import DeciderSpec
 from knative.local.revision_settings import RevisionSettings, SettingsError, revision_settings
 
 
-def settings(container_concurrency: int = 0, config: AutoscalerConfig | None = None, **annotations: str) -> RevisionSettings:
+def settings(container_concurrency: int = 0, config: AutoscalerConfig | None = None, **annotations: Any) -> RevisionSettings:
     keys = {f"autoscaling.knative.dev/{name.replace('_', '-')}": value for name, value in annotations.items()}
     template: dict[str, Any] = {
         "metadata": {"annotations": keys},

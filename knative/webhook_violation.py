@@ -1,0 +1,44 @@
+"""What the webhook says of one field, in Knative's words."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One field and what is wrong with it."""
+
+    field: str
+    """As Knative names it: `spec.template.spec.containers[0].image`."""
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.field}"
+
+
+Violations = Iterator[Violation]
+
+
+def missing(field: str) -> Violation:
+    return Violation(field, "missing field(s)")
+
+
+def disallowed(field: str) -> Violation:
+    return Violation(field, "must not set the field(s)")
+
+
+def invalid(field: str, value: object, detail: str = "") -> Violation:
+    return Violation(field, f"invalid value: {value}" + (f" ({detail})" if detail else ""))
+
+
+def out_of_bounds(field: str, value: object, lowest: object, highest: object) -> Violation:
+    return Violation(field, f"expected {lowest} <= {value} <= {highest}")
+
+
+def exactly_one_of(at: str, names: Sequence[str], given: Sequence[str]) -> Violations:
+    """For a group of fields of which one must be set, and not more."""
+    if not given:
+        yield Violation(f"{at}.{names[0]}", f"expected exactly one of {', '.join(names)}, got neither")
+    elif len(given) > 1:
+        for name in given:
+            yield Violation(f"{at}.{name}", "expected exactly one, got both")
