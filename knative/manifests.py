@@ -89,7 +89,7 @@ def gateway_service(pipeline: Pipeline) -> Manifest:
 def gateway_access(pipeline: Pipeline) -> list[Manifest]:
     """ServiceAccount, Role and RoleBinding: the gateway may read EndpointSlices of its namespace, and nothing else."""
     name = _service_account(pipeline.spec)
-    metadata = {"name": name, "namespace": pipeline.spec.namespace, "labels": _labels(pipeline, "gateway")}
+    metadata = {"name": name, "namespace": pipeline.spec.namespace, "labels": labels(pipeline, "gateway")}
     rule = {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["get", "list", "watch"]}
     role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": name}
     subject = {"kind": "ServiceAccount", "name": name, "namespace": pipeline.spec.namespace}
@@ -107,19 +107,20 @@ def gateway_access(pipeline: Pipeline) -> list[Manifest]:
 
 
 def _service(pipeline: Pipeline, name: str, component: str, template: Manifest, cluster_local: bool) -> Manifest:
-    labels = _labels(pipeline, component)
-    template["metadata"]["labels"] = dict(labels)
+    own_labels = labels(pipeline, component)
+    template["metadata"]["labels"] = dict(own_labels)
     if cluster_local:
-        labels["networking.knative.dev/visibility"] = "cluster-local"
+        own_labels["networking.knative.dev/visibility"] = "cluster-local"
     return {
         "apiVersion": "serving.knative.dev/v1",
         "kind": "Service",
-        "metadata": {"name": name, "namespace": pipeline.spec.namespace, "labels": labels},
+        "metadata": {"name": name, "namespace": pipeline.spec.namespace, "labels": own_labels},
         "spec": {"template": template},
     }
 
 
-def _labels(pipeline: Pipeline, component: str) -> dict[str, str]:
+def labels(pipeline: Pipeline, component: str) -> dict[str, str]:
+    """Kubernetes' recommended labels, and the fingerprint."""
     return {
         "app.kubernetes.io/name": "lamina",
         "app.kubernetes.io/instance": pipeline.spec.name,

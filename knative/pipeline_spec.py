@@ -123,6 +123,15 @@ class Store(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Secret with the keys AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if need be, AWS_SESSION_TOKEN."""
 
 
+class Network(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Namespaces from which pods may be reached, besides Knative's own."""
+
+    policies: bool = True
+    """Whether NetworkPolicies are rendered. A cluster whose network does not know them ignores them."""
+    ingress_namespace: str = "kourier-system"
+    monitoring_namespace: str = "monitoring"
+
+
 class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One pipeline. Either `stages` (the planner cuts) or `cut` (`0:10,10:20,20:30`)."""
 
@@ -137,6 +146,7 @@ class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     stage: Stage = Stage()
     gateway: Gateway = Gateway()
     store: Store
+    network: Network = Network()
     log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$")] = "info"
 
     def __post_init__(self) -> None:
