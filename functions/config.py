@@ -31,7 +31,9 @@ class StoreConfig(StoreSettings):
 class CommonConfig:
     """What stage and gateway are both told."""
 
-    port: int = setting("PORT", parsers.integer(1, 65535), "where to listen, on 0.0.0.0; Knative sets it", "8080")
+    port: int = setting(
+        "PORT", parsers.integer(0, 65535), "where to listen, on 0.0.0.0; Knative sets it; 0: a free port", "8080"
+    )
     pipeline: str = setting("LAMINA_PIPELINE", parsers.fingerprint, "fingerprint of the pipeline, which every event carries")
     pipeline_token: str = setting("LAMINA_PIPELINE_TOKEN", parsers.text, "bearer token between gateway and stages", secret=True)
     model: str = setting("LAMINA_MODEL", parsers.text, "name of the model in the store")
