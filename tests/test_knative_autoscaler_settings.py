@@ -50,16 +50,16 @@ def test_defaults_are_knatives() -> None:
         (8, {"metric": "rps", "target": "50"}, 35, 50),
     ],
 )
-def test_target(container_concurrency: int, annotations: dict[str, str], target: float, total: float) -> None:
+def test_target(container_concurrency: int, annotations: dict[str, Any], target: float, total: float) -> None:
     decider = settings(container_concurrency, **annotations).decider
-    assert (decider.target_value, decider.total_value) == (pytest.approx(target), total)
+    assert (decider.target_value, decider.total_value) == pytest.approx((target, total))
 
 
 @pytest.mark.parametrize(
     ("window", "percentage", "panic"), [("60s", None, 6), ("10s", None, 1), ("6s", None, 1), ("25s", None, 3), ("1m", "50", 30)]
 )
 def test_panic_window_is_a_share_in_whole_seconds(window: str, percentage: str | None, panic: float) -> None:
-    annotations = {"window": window} | ({"panic_window_percentage": percentage} if percentage else {})
+    annotations: dict[str, Any] = {"window": window} | ({"panic_window_percentage": percentage} if percentage else {})
     assert settings(**annotations).decider.panic_window_seconds == panic
 
 
@@ -94,10 +94,11 @@ def test_initial_scale_zero_needs_the_clusters_leave() -> None:
 
 
 def test_the_hpa_class_scales_on_cpu_unless_told_otherwise() -> None:
-    assert settings(**{"class": "hpa.autoscaling.knative.dev"}).metric == "cpu"
+    hpa: dict[str, Any] = {"class": "hpa.autoscaling.knative.dev"}
+    assert settings(**hpa).metric == "cpu"
 
 
 @pytest.mark.parametrize(("name", "value"), [("min_scale", "two"), ("window", "10"), ("target", "NaN"), ("max_scale", "1_0")])
 def test_what_cannot_be_read_is_named(name: str, value: str) -> None:
     with pytest.raises(SettingsError, match=name.replace("_", "-")):
-        settings(**{name: value})
+        settings(**dict[str, Any]({name: value}))
