@@ -1,0 +1,96 @@
+"""How many micro-batches may be in flight, into how many the sequences are divided, and who waits how."""
+
+import math
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from collections.abc import Sequence as Numbers
+from typing import Final, Generic, Protocol, TypeVar
+
+IN_FLIGHT_PER_INSTANCE: Final = 2
+"""Micro-batches at each ready instance of the narrowest stage: above Knative's target, so that it grows under a backlog."""
+
+
+class Waiting(Protocol):
+    @property
+    def client_id(self) -> str: ...
+
+
+W = TypeVar("W", bound=Waiting)
+
+
+def micro_batches_allowed(ready_instances: Numbers[int], stage_seconds: Numbers[float]) -> int:
+    """Micro-batches that may be in flight, at least one for each stage.
+
+    ready_instances, stage_seconds: per stage; how many instances take work (0: unknown) and how long an event is there, its
+    wait included. The narrowest stage is the one with the most seconds per instance. By Little's law a share of
+    seconds / sum(seconds) of all that is in flight is at that stage, so this many keep two at each of its instances:
+    counting only two per instance in the whole pipeline would leave one there, below the autoscaler's target, for ever.
+    """
+    instances = [max(1, count) for count in ready_instances]
+    total = sum(stage_seconds)
+    if total <= 0:
+        return max(len(instances), IN_FLIGHT_PER_INSTANCE * len(instances) * min(instances))
+    narrowest = max(range(len(instances)), key=lambda stage: stage_seconds[stage] / instances[stage])
+    at_narrowest = IN_FLIGHT_PER_INSTANCE * instances[narrowest]
+    return max(len(instances), math.ceil(at_narrowest * total / stage_seconds[narrowest] - 1e-9))
+
+
+def micro_batches_wanted(sequences: int, num_stages: int, most_sequences: int, allowed: int) -> int:
+    """Into how many micro-batches so many sequences are divided: one per stage first, then full ones, as many as allowed."""
+    return min(sequences, allowed, max(num_stages, math.ceil(sequences / most_sequences)))
+
+
+class FairQueue(Generic[W]):
+    """First come, first served within a client; round robin between clients. Who returns goes before all who are new."""
+
+    def __init__(self) -> None:
+        self._clients: OrderedDict[str, deque[W]] = OrderedDict()
+        self._returned: deque[W] = deque()
+
+    def __len__(self) -> int:
+        return len(self._returned) + sum(len(waiting) for waiting in self._clients.values())
+
+    def __iter__(self) -> Iterator[W]:
+        """All who wait, in no particular order."""
+        yield from self._returned
+        for waiting in self._clients.values():
+            yield from waiting
+
+    def push(self, item: W) -> None:
+        self._clients.setdefault(item.client_id, deque()).append(item)
+
+    def push_returned(self, item: W) -> None:
+        """For one that was taken out before: it had its turn already."""
+        self._returned.append(item)
+
+    def peek(self) -> W | None:
+        if self._returned:
+            return self._returned[0]
+        return next((waiting[0] for waiting in self._clients.values()), None)
+
+    def pop(self) -> W:
+        """The one whose turn it is; its client goes to the end of the round. Raises IndexError when nobody waits."""
+        if self._returned:
+            return self._returned.popleft()
+        if not self._clients:
+            raise IndexError("nobody waits")
+        client_id, waiting = next(iter(self._clients.items()))
+        item = waiting.popleft()
+        if waiting:
+            self._clients.move_to_end(client_id)
+        else:
+            del self._clients[client_id]
+        return item
+
+    def remove(self, item: W) -> bool:
+        """Takes `item` out of the queue; False where it is not in it."""
+        if item in self._returned:
+            self._returned.remove(item)
+            return True
+        waiting = self._clients.get(item.client_id, deque())
+        if item not in waiting:
+            return False
+        waiting.remove(item)
+        if not waiting:
+            del self._clients[item.client_id]
+        return True

@@ -1,0 +1,58 @@
+"""From the configuration to a running scheduler: sender, pipeline, placement, watch."""
+
+import secrets
+from dataclasses import dataclass
+
+from eventing.delivery import Sender
+from functions.config import GatewayConfig
+from functions.gateway.board import Limits
+from functions.gateway.endpoints import EndpointsWatch, KubernetesAPI, PodNetwork, service_name
+from functions.gateway.pipeline import Pipeline, PipelineIdentity
+from functions.gateway.routes import Placement
+from functions.gateway.scheduler import Scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class RunningScheduler:
+    scheduler: Scheduler
+    _sender: Sender
+    _watch: EndpointsWatch | None
+
+    def close(self) -> None:
+        """Ends what `scheduler.drain` has left, and the watch."""
+        if self._watch is not None:
+            self._watch.stop()
+        self.scheduler.close()
+        self._sender.close()
+
+
+def start_scheduler(config: GatewayConfig) -> RunningScheduler:
+    """A scheduler over the configured stages. Sends nothing before the first sequence comes."""
+    identity = PipelineIdentity(
+        fingerprint=config.pipeline,
+        token=config.pipeline_token,
+        source=f"/pipelines/{config.pipeline}/gateways/{secrets.token_hex(6)}",
+        first_layers=tuple(first for (first, _), _ in config.stages),
+    )
+    sender = Sender()
+    pipeline = Pipeline(sender, identity, config.step_timeout_seconds)
+    urls = [url for _, url in config.stages]
+    limits = Limits(
+        queue_limit=config.queue_limit,
+        chunk_tokens=config.chunk_tokens,
+        micro_batch_sequences=config.micro_batch_sequences,
+        cold_start_timeout_seconds=config.cold_start_timeout_seconds,
+    )
+    scheduler = Scheduler(pipeline, Placement(urls, watched=config.kubernetes_api is not None), limits)
+    watch = _watch(config, urls, scheduler)
+    if watch is not None:
+        watch.start()
+    return RunningScheduler(scheduler, sender, watch)
+
+
+def _watch(config: GatewayConfig, urls: list[str], scheduler: Scheduler) -> EndpointsWatch | None:
+    if config.kubernetes_api is None or config.pod_network is None:
+        return None
+    api = KubernetesAPI(config.kubernetes_api, config.namespace)
+    pods = PodNetwork(config.pod_network, config.pod_port)
+    return EndpointsWatch(api, [service_name(url) for url in urls], pods, scheduler.endpoints_changed)

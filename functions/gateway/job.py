@@ -1,0 +1,81 @@
+"""A sequence at work: what the scheduler knows of it beyond what the door sees."""
+
+import random
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from functions.gateway.progress import Progress
+from functions.gateway.sequence import Sequence
+
+if TYPE_CHECKING:
+    from functions.gateway.micro_batch import MicroBatch
+
+MOST_STRIKES: Final = 3
+"""Attempts of a sequence that may break its route, one after the other, before it ends with an error."""
+ON_TRIAL_AT: Final = 2
+"""From so many on it goes on only while nothing else is in flight, so that it can take nobody with it."""
+_FIRST_PAUSE_SECONDS: Final = 0.1
+_LONGEST_PAUSE_SECONDS: Final = 5.0
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """Waits in the queue (no micro_batch), is given memory (not yet reserved), then computes."""
+
+    sequence: Sequence
+    id: str
+    """What stages know it by: unique over all gateways and their restarts."""
+    progress: Progress
+    reserve_tokens: int
+    waiting_since: float = field(default_factory=time.monotonic)
+    micro_batch: "MicroBatch | None" = None
+    reserved: bool = False
+    one_by_one: bool = False
+    """Its reservation did not fit once: from then on it asks one stage after the other, in order."""
+    strikes: int = 0
+    """Times that its own step broke its route since it last came further."""
+    misses: int = 0
+    """Misses since it last came further: the first is forgiven, each further one is a strike."""
+    replay_at: float = 0.0
+    """Earliest start of a replay, in time.monotonic()."""
+    must_restart: bool = False
+    """Its route is broken; it leaves when all its pieces are back."""
+    served: int = 0
+    """When its last prompt chunk was sent, counted in trips: who waits longest is next."""
+
+    @property
+    def client_id(self) -> str:
+        return self.sequence.client_id
+
+    @property
+    def total_tokens(self) -> int:
+        return len(self.sequence.tokens)
+
+    @property
+    def at_rest(self) -> bool:
+        """Nothing of it is on its way, neither tokens nor a reservation that has begun."""
+        return self.progress.in_flight == 0 and self.reserved
+
+    @property
+    def decodes(self) -> bool:
+        return self.at_rest and not self.must_restart and self.progress.decodes(self.total_tokens)
+
+    def came_further(self) -> None:
+        """It has a new token: whatever broke before was not its fault."""
+        self.strikes = self.misses = 0
+
+    def strike(self) -> None:
+        """A step of this sequence broke its route: the next attempt comes later each time."""
+        self.strikes += 1
+        pause = min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 4 ** (self.strikes - 1))
+        self.replay_at = time.monotonic() + pause * random.uniform(0.75, 1.25)
+
+    def leave(self) -> None:
+        """Back to where it holds nothing anywhere, ready to be queued."""
+        if self.micro_batch is not None:
+            self.micro_batch.jobs.remove(self)
+        self.micro_batch = None
+        self.reserved = False
+        self.must_restart = False
+        self.progress.restart()

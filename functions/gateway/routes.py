@@ -1,0 +1,224 @@
+"""Routes: one instance for each stage, chosen by the gateway. Session affinity on stock Knative.
+
+Not thread-safe: the scheduler's lock is held around everything here but a `Turnstile`.
+"""
+
+import random
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+FIRST_SUSPENSION_SECONDS: Final = 0.1
+LONGEST_SUSPENSION_SECONDS: Final = 5.0
+REBALANCE_AT: Final = 2
+"""An instance that carries so many routes more than another gives one away."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """What is known of one instance from outside."""
+
+    url: str
+    revision: str = ""
+    ready: bool = True
+    terminating: bool = False
+
+
+class Turnstile:
+    """One at a time, in the order of `queue`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._queue: deque[threading.Event] = deque()
+
+    @property
+    def idle(self) -> bool:
+        return not self._queue
+
+    def queue(self) -> threading.Event:
+        """Set when it is one's turn; `leave` afterwards, always."""
+        turn = threading.Event()
+        with self._lock:
+            if not self._queue:
+                turn.set()
+            self._queue.append(turn)
+        return turn
+
+    def leave(self) -> None:
+        with self._lock:
+            self._queue.popleft()
+            if self._queue:
+                self._queue[0].set()
+
+
+@dataclass(eq=False, slots=True)
+class Instance:
+    """One instance of a stage, or a Service URL where there is no watch."""
+
+    stage: int
+    url: str
+    revision: str = ""
+    ready: bool = True
+    terminating: bool = False
+    awake: bool = True
+    """False for a Service URL that has not answered since it last failed."""
+    routes: int = 0
+    free_tokens: int | None = None
+    """As its last reply said."""
+    boot: str = ""
+    """Who answered last, with a nonce of its boot."""
+    prompts: Turnstile = field(default_factory=Turnstile)
+    """One event with prompt chunks at a time, so that running decodes wait for at most one."""
+    failures: int = 0
+    suspended_until: float = 0.0
+
+    def usable(self, now: float) -> bool:
+        return self.ready and self.awake and not self.terminating and now >= self.suspended_until
+
+    def answered(self, boot: str, free_tokens: int | None) -> None:
+        self.failures = 0
+        self.boot = boot
+        if free_tokens is not None:
+            self.free_tokens = free_tokens
+
+    def broke(self, now: float) -> None:
+        """Left alone for a while, longer each time."""
+        pause = min(LONGEST_SUSPENSION_SECONDS, FIRST_SUSPENSION_SECONDS * 2 ** min(self.failures, 16))
+        self.suspended_until = now + pause * random.uniform(0.75, 1.25)
+        self.failures += 1
+
+
+class Route:
+    """One instance per stage, counted at each of them until it is closed."""
+
+    def __init__(self, instances: Iterable[Instance]) -> None:
+        self.instances = tuple(instances)
+        for instance in self.instances:
+            instance.routes += 1
+
+    def replace(self, instance: Instance) -> Instance:
+        """Goes through `instance` from now on; returns the one that it left."""
+        left = self.instances[instance.stage]
+        left.routes -= 1
+        instance.routes += 1
+        self.instances = (*self.instances[: instance.stage], instance, *self.instances[instance.stage + 1 :])
+        return left
+
+    def lacks(self, reserve_tokens: int) -> bool:
+        """Some instance has said that it has not so much memory."""
+        return any(_lacks(instance, reserve_tokens) for instance in self.instances)
+
+    def close(self) -> None:
+        for instance in self.instances:
+            instance.routes -= 1
+
+
+class Placement:
+    """The instances of all stages, and which of them a route shall use."""
+
+    def __init__(self, service_urls: Sequence[str], *, watched: bool) -> None:
+        """service_urls: per stage. Without a watch they are the instances themselves, asleep until they answer."""
+        self.service_urls = tuple(service_urls)
+        self.watched = watched
+        self._stages: list[dict[str, Instance]] = [
+            {} if watched else {url: Instance(stage, url, awake=False)} for stage, url in enumerate(service_urls)
+        ]
+
+    @property
+    def num_stages(self) -> int:
+        return len(self._stages)
+
+    def update(self, stage: int, endpoints: Iterable[Endpoint]) -> None:
+        """All that the watch knows of `stage`. Instances that it no longer knows are gone: routes leave them."""
+        known = self._stages[stage]
+        seen = {endpoint.url: endpoint for endpoint in endpoints}
+        for url in known.keys() - seen.keys():
+            instance = known.pop(url)
+            instance.ready, instance.terminating = False, True
+        for url, endpoint in seen.items():
+            instance = known.setdefault(url, Instance(stage, url))
+            instance.revision = endpoint.revision
+            instance.ready, instance.terminating = endpoint.ready, endpoint.terminating
+
+    def ready_counts(self) -> list[int]:
+        """Per stage: instances of the current revision that take work; 0 where there is no watch, so that it is unknown."""
+        return [len(self._current(stage)) if self.watched else 0 for stage in range(self.num_stages)]
+
+    def cold(self) -> list[int]:
+        """Stages that must be woken: none of their instances is ready and awake."""
+        return [stage for stage in range(self.num_stages) if not any(i.awake for i in self._current(stage))]
+
+    def woken(self, stage: int) -> None:
+        """The Service URL of `stage` answered."""
+        for instance in () if self.watched else self._stages[stage].values():
+            instance.awake, instance.failures, instance.suspended_until = True, 0, 0.0
+
+    def broke(self, instance: Instance) -> None:
+        """A request to `instance` failed. A Service URL has to be woken again, an instance is suspended for a while."""
+        instance.broke(time.monotonic())
+        if not self.watched:
+            instance.awake = False
+
+    def place(self, reserve_tokens: int) -> Route | None:
+        """A new route over the instances with the fewest routes, those with memory first; None where a stage has none now."""
+        chosen = [self.least_used(stage, reserve_tokens) for stage in range(self.num_stages)]
+        instances = [instance for instance in chosen if instance is not None]
+        return Route(instances) if len(instances) == self.num_stages else None
+
+    def least_used(self, stage: int, reserve_tokens: int = 0) -> Instance | None:
+        usable = self._usable(stage)
+        return min(usable, key=lambda instance: (_lacks(instance, reserve_tokens), instance.routes), default=None)
+
+    def must_leave(self, route: Route) -> Instance | None:
+        """Where `route` shall go instead of an instance that is terminating or no longer ready; None: it can stay, or must."""
+        for instance in route.instances:
+            if instance.terminating or not instance.ready:
+                target = self.least_used(instance.stage)
+                if target is not None and target is not instance:
+                    return target
+        return None
+
+    def strands(self, route: Route) -> bool:
+        """An instance of `route` is on its way out and nobody stands by: the stage has to be woken."""
+        return any(instance.terminating and not self._current(instance.stage) for instance in route.instances)
+
+    def unbalanced(self) -> tuple[Instance, Instance] | None:
+        """(from, to): an instance with so many routes more than another that one should move; None where all is well."""
+        for stage in range(self.num_stages):
+            usable = self._usable(stage)
+            if len(usable) > 1:
+                least = min(usable, key=lambda instance: instance.routes)
+                most = max(usable, key=lambda instance: instance.routes)
+                if most.routes - least.routes >= REBALANCE_AT:
+                    return most, least
+        return None
+
+    def next_resumption(self) -> float | None:
+        """When the next suspension ends, in time.monotonic(); None where none is pending."""
+        now = time.monotonic()
+        ends = (i.suspended_until for known in self._stages for i in known.values() if i.suspended_until > now)
+        return min(ends, default=None)
+
+    def _usable(self, stage: int) -> list[Instance]:
+        now = time.monotonic()
+        return [instance for instance in self._current(stage) if instance.usable(now)]
+
+    def _current(self, stage: int) -> list[Instance]:
+        """The ready instances of the newest revision that has any."""
+        ready = [instance for instance in self._stages[stage].values() if instance.ready and not instance.terminating]
+        newest = max((_revision_order(instance.revision) for instance in ready), default=None)
+        return [instance for instance in ready if _revision_order(instance.revision) == newest]
+
+
+def _lacks(instance: Instance, reserve_tokens: int) -> bool:
+    return instance.free_tokens is not None and instance.free_tokens < reserve_tokens
+
+
+def _revision_order(revision: str) -> tuple[int, str]:
+    """Knative numbers revisions: `stage-0-00002`."""
+    number = re.search(r"-(\d+)$", revision)
+    return (int(number[1]) if number else 0, revision)
