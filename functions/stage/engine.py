@@ -138,6 +138,7 @@ class Engine:
 
     def _serve(self) -> None:
         last_look = self._clock()
+        work: Sequence[Call | WaitingEvent] | None = None
         try:
             while (work := self._queue.take(self._look_for_idle_seconds)) is not None:
                 if self._clock() - last_look >= self._look_for_idle_seconds:
@@ -148,7 +149,7 @@ class Engine:
                     if isinstance(call, Call):
                         _settle(call)
         finally:
-            self._queue.abandon()
+            self._queue.abandon(in_hand=work or ())
 
     def _answer(self, events: list[WaitingEvent]) -> None:
         """Runs what has not expired, and settles every event's reply."""

@@ -2,7 +2,7 @@
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -61,10 +61,11 @@ class EventQueue:
         with self._changed:
             self._refuse_when_closed()
             for index, row in enumerate(event.batch.rows):
+                step = (row.attempt, row.position)
                 here = self._here[event.source, row.id]
-                if (row.attempt, row.position) < max(here, default=(0, 0)):
+                if here and step < max(here):
                     event.stale.add(index)
-                here.append((row.attempt, row.position))
+                here.append(step)
             self._waiting.append(event)
             self._changed.notify()
 
@@ -109,16 +110,16 @@ class EventQueue:
             self._closed = True
             self._changed.notify()
 
-    def abandon(self) -> None:
-        """Closes, and answers NotReady to all that waits."""
+    def abandon(self, in_hand: Sequence[Call | WaitingEvent] = ()) -> None:
+        """Closes, and answers NotReady to all that waits, and to what is in hand and has no answer yet."""
         with self._changed:
             self._closed = True
-            replies: list[Future[Any]] = [call.reply for call in self._calls]
-            replies += [event.reply for event in self._waiting]
+            abandoned: list[Call | WaitingEvent] = [*in_hand, *self._calls, *self._waiting]
             self._calls, self._waiting = [], []
             self._changed.notify()
-        for reply in replies:
-            reply.set_exception(NotReady("the stage stopped before this had its turn"))
+        for work in abandoned:
+            if not work.reply.done():
+                work.reply.set_exception(NotReady("the stage stopped before this was done"))
 
     def _refuse_when_closed(self) -> None:
         if self._closed:
