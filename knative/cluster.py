@@ -19,6 +19,8 @@ from kubernetes.dynamic import DynamicClient
 from kubernetes.dynamic.exceptions import NotFoundError, ResourceNotFoundError
 from urllib3.exceptions import HTTPError
 
+from knative.cluster_errors import ClusterError, ClusterUnreachable, FieldConflict, KindMissing, NotPermitted, Refused
+
 Manifest = dict[str, Any]
 
 FIELD_MANAGER: Final = "lamina"
@@ -30,30 +32,6 @@ _INSTALL_HINTS: Final = {
     "messaging.knative.dev": "install Knative Eventing",
     "monitoring.coreos.com": "install the Prometheus operator, or leave monitoring out",
 }
-
-
-class ClusterError(Exception):
-    """Base. The message says what was seen and what to do."""
-
-
-class ClusterUnreachable(ClusterError):
-    """No kubeconfig, no such context, or nobody answers. A retry helps once that is mended."""
-
-
-class NotPermitted(ClusterError):
-    """401 or 403 from the API itself. Someone must grant the right."""
-
-
-class KindMissing(ClusterError):
-    """The API does not serve this kind: its CRD is not installed."""
-
-
-class Refused(ClusterError):
-    """The API or an admission webhook does not accept the object. A retry of the same object does not help."""
-
-
-class FieldConflict(ClusterError):
-    """Another field manager owns fields that we want to set."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from knative import preflight
-from knative.cluster import Cluster, ClusterError, Manifest, Ref
+from knative.cluster import Cluster, Manifest, Ref
+from knative.cluster_errors import ClusterError, DeployFailed
 from knative.diagnosis import SERVING, diagnose, hopeless_pod, readiness
 from knative.history import INSTANCE, MANAGED_BY, Version, fingerprint_of, gateway_of, remember, versions
 from knative.manifests import to_yaml
@@ -35,10 +36,6 @@ _OWN_KINDS: Final = (
     ("v1", "Secret"),
 )
 """Everything that a pipeline may consist of, in the order in which it is taken away: what brings work first."""
-
-
-class DeployFailed(ClusterError):
-    """A Service did not become Ready. The message has the reason and what was found out about it."""
 
 
 class Deployer:

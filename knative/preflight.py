@@ -6,7 +6,8 @@ import secrets
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from knative.cluster import Cluster, ClusterError, Manifest, NotPermitted, Ref
+from knative.cluster import Cluster, Manifest, Ref
+from knative.cluster_errors import NotPermitted, PreflightFailed
 from knative.history import INSTANCE, MANAGED_BY
 
 OLDEST_KNATIVE: Final = (1, 10)
@@ -14,10 +15,6 @@ OLDEST_KNATIVE: Final = (1, 10)
 
 _SYSTEM_NAMESPACE: Final = "knative-serving"
 _CLASS: Final = "autoscaling.knative.dev/class"
-
-
-class PreflightFailed(ClusterError):
-    """Something that the deployment needs is not there. The message says what, and how to get it."""
 
 
 def check(cluster: Cluster, objects: list[Manifest], say: Callable[[str], None]) -> None:

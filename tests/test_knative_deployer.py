@@ -6,12 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from knative.cluster import Cluster, ClusterError, ClusterUnreachable, FieldConflict, KindMissing, NotPermitted, Refused
-from knative.deployer import Deployer, DeployFailed
+from knative.cluster import Cluster
+from knative.cluster_errors import (
+    ClusterError,
+    ClusterUnreachable,
+    DeployFailed,
+    FieldConflict,
+    KindMissing,
+    NotPermitted,
+    PreflightFailed,
+    Refused,
+)
+from knative.deployer import Deployer
 from knative.history import gateway_of, versions
 from knative.manifests import Manifest, Pipeline, render
 from knative.pipeline_spec import spec_from_dict
-from knative.preflight import PreflightFailed
 from tests.support.kubernetes_api import (
     KubernetesApi,
     crash_loops,
