@@ -1,14 +1,14 @@
 """`.lamina`: what a run on this machine leaves for `status`, for the next run, and for who wants to read the logs."""
 
-import contextlib
 import fcntl
-import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
+
+from storage.settings import StoreSettings
 
 DEFAULT_FOLDER: Final = Path(".lamina")
 
@@ -23,7 +23,8 @@ class RunningPlatform(msgspec.Struct, frozen=True):
     pid: int
     admin_url: str
     gateway_url: str
-    store_endpoint: str = ""
+    store: StoreSettings | None = None
+    """Its embedded store, keys included: the file is for its owner's eyes only."""
 
 
 class StateFolder:
@@ -58,6 +59,7 @@ class StateFolder:
     def publish(self, running: RunningPlatform) -> None:
         """Makes the run known to `status` and the like, at once or not at all."""
         temporary = self._file.with_suffix(".new")
+        temporary.touch(mode=0o600)
         temporary.write_bytes(msgspec.json.encode(running))
         temporary.replace(self._file)
 
@@ -101,17 +103,3 @@ def _is_held(lock: Path) -> bool:
     except OSError:
         return False
     return False
-
-
-def local_secret(folder: Path, name: str, make: Any) -> dict[str, str]:
-    """A Secret that this machine keeps for itself: read from `secrets/{name}.json`, made with `make()` at first."""
-    path = folder / "secrets" / f"{name}.json"
-    with contextlib.suppress(OSError, ValueError):
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(kept, dict):
-            return {str(key): str(value) for key, value in kept.items()}
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    secret: dict[str, str] = make()
-    path.touch(mode=0o600)
-    path.write_text(json.dumps(secret), encoding="utf-8")
-    return secret

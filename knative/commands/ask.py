@@ -1,0 +1,50 @@
+"""`python -m knative ask`: one question to a gateway, the answer as it streams."""
+
+import asyncio
+
+import click
+from rich.console import Console
+
+from eventing.generation import GenerateResponse
+from knative.asking import AskFailed, Question
+from knative.asking import ask as ask_gateway
+
+
+@click.command()
+@click.argument("url")
+@click.argument("prompt")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--raw", is_flag=True, help="The prompt as it is, without the model's chat template.")
+@click.option("--api-key", envvar="LAMINA_API_KEY", show_envvar=True, help="Where the gateway wants one.")
+@click.option("--timeout", type=click.FloatRange(min=1), default=900.0, show_default=True, help="Seconds for the whole answer.")
+def ask(url: str, prompt: str, max_tokens: int, temperature: float, raw: bool, api_key: str | None, timeout: float) -> None:
+    """Ask the gateway at URL, as an HTTP CloudEvent, and print the answer while it streams.
+
+    \b
+    python -m knative ask http://127.0.0.1:8080 "What is the capital of France?"
+    python -m knative ask http://127.0.0.1:8080 "The capital of France is" --raw --max-tokens 8
+    """
+    asyncio.run(show_answer(Console(), url, Question(prompt, max_tokens, temperature, raw, api_key, timeout)))
+
+
+async def show_answer(console: Console, url: str, question: Question) -> GenerateResponse:
+    """Prints the answer's text as it comes, then one line on how it went. Raises AskFailed."""
+    async for answer in ask_gateway(url, question):
+        if isinstance(answer, GenerateResponse):
+            _show_timings(console, answer)
+            return answer
+        console.out(answer.text, end="", highlight=False)
+        console.file.flush()
+    raise AskFailed(f"{url}: the answer had no end")
+
+
+def _show_timings(console: Console, answer: GenerateResponse) -> None:
+    usage, timings = answer.usage, answer.timings
+    console.out()
+    console.out(
+        f"({usage.prompt_tokens} + {usage.completion_tokens} tokens, first after {timings.time_to_first_token_seconds:.2f} s, "
+        f"then {timings.tokens_per_second:.1f} tokens/s, {answer.finish_reason})",
+        highlight=False,
+        style="dim",
+    )

@@ -1,0 +1,41 @@
+"""Which exceptions are answers to the person at the terminal: their message says what was seen and what to do."""
+
+from eventing.problems import Problem
+from knative.asking import AskFailed
+from knative.local.platform import PortInUse
+from knative.local.probes import UnsupportedManifest
+from knative.local.revision_settings import SettingsError
+from knative.local.services import UnknownRevision
+from knative.local.state_folder import StateError
+from knative.model_shape import UnknownShape
+from knative.pipeline_spec import SpecError
+from knative.planner import TooManyStages
+from knative.rendering import RenderFailed
+from knative.start_watch import PodsFailed
+from storage.errors import StorageError
+
+_EXPECTED = (
+    AskFailed,
+    PodsFailed,
+    PortInUse,
+    Problem,
+    RenderFailed,
+    SettingsError,
+    SpecError,
+    StateError,
+    StorageError,
+    TooManyStages,
+    UnknownRevision,
+    UnknownShape,
+    UnsupportedManifest,
+)
+
+
+def one_line(error: Exception) -> str | None:
+    """The message to print; None for what is a fault of Lamina's own and wants its traceback."""
+    if isinstance(error, _EXPECTED):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:  # a full disk, a missing right: about the machine, not about Lamina
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}"
+    return None

@@ -1,0 +1,43 @@
+"""`python -m knative render`: the Kubernetes objects of a pipeline, on standard output or into a folder."""
+
+from pathlib import Path
+
+import click
+
+from knative.manifests import render as render_files
+from knative.manifests import to_yaml
+from knative.model_shape import ModelShape
+from knative.pipeline_spec import PipelineSpec, load_spec
+from knative.rendering import published_shape, resolve
+from knative.store_access import StoreOptions, open_store, store_options
+from storage.model_repository import Manifest, read_manifest
+
+
+@click.command()
+@click.argument("spec", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--output", "-o", type=click.Path(file_okay=False, path_type=Path), help="Folder to write into, a file each.")
+@store_options
+def render(spec: Path, output: Path | None, store: StoreOptions) -> None:
+    """Render the pipeline that SPEC describes: a Knative Service for each stage, one for the gateway, and its Role.
+
+    The store is asked for what the spec leaves open; one with `cut` and `model.digest` needs none. What Knative would
+    refuse, or accept and surely not as meant, is not rendered.
+
+    \b
+    python -m knative render pipeline.yaml | kubectl apply -f -
+    python -m knative render pipeline.yaml --output manifests/
+    """
+    files = render_files(resolve(loaded := load_spec(spec), lambda: _published(loaded, store)))
+    if output is None:
+        click.echo("".join(to_yaml(objects) for objects in files.values()), nl=False)
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    for name, objects in files.items():
+        (output / name).write_text(to_yaml(objects), encoding="utf-8")
+        click.echo(str(output / name))
+
+
+def _published(spec: PipelineSpec, store: StoreOptions) -> tuple[Manifest, ModelShape]:
+    with open_store(store) as opened:
+        manifest = read_manifest(opened, spec.model.name, spec.model.dtype)
+        return manifest, published_shape(opened, manifest)

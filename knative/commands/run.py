@@ -1,0 +1,180 @@
+"""`python -m knative run`: a model answers through a pipeline of functions on this machine, then is served."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from rich.console import Console
+
+from knative.asking import Question
+from knative.commands.ask import show_answer
+from knative.local.platform import Platform, PlatformOptions
+from knative.local.state_folder import RunningPlatform, StateFolder
+from knative.local_pipeline import LocalPipeline, ensure_published, local_pipeline, read_data_folder
+from knative.manifests import services
+from knative.pipeline_spec import DTYPES, load_spec
+from knative.stage_table import show_stages
+from knative.start_watch import watch_starts
+from knative.store_access import STORE_FOLDER, state_option
+from storage.embedded import EmbeddedStore
+from storage.object_store import ObjectStore
+
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+_STOP_SECONDS: Final = 5.0
+"""What pods get to finish when the run ends."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunOptions:
+    spec: Path | None
+    model: str | None
+    stages: int
+    dtype: str
+    port: int
+    prompt: str
+    max_tokens: int
+    once: bool
+    secrets: Path | None
+    config_maps: Path | None
+    state: Path
+
+
+@click.command()
+@click.option(
+    "--spec", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A PipelineSpec instead of --stages …"
+)
+@click.option("--model", help="A folder, GGUF file, hub id or published name. Default: the packaged SmolLM2-135M-Instruct.")
+@click.option("--stages", type=click.IntRange(min=1), default=3, show_default=True, help="How many groups of layers.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Of the gateway; 0: any free one.")
+@click.option("--prompt", default="What is the capital of France?", show_default=True, help="The first question.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--once", is_flag=True, help="End after the answer.")
+@click.option("--secrets", type=_FOLDER, help="Secrets that the spec names: a folder for each, a file for each key.")
+@click.option("--config-maps", type=_FOLDER, help="Config maps, likewise.")
+@state_option
+def run(**options: Any) -> None:
+    """Run a pipeline on this machine: publish the model, start at zero, ask one question, show the stages, then serve.
+
+    Ctrl-C ends it and every process it started.
+
+    \b
+    python -m knative run
+    python -m knative run --once --prompt "The capital of France is" --max-tokens 8
+    python -m knative run --model ./my-model --stages 5 --dtype float32 --port 9000
+    python -m knative run --spec examples/smollm2-cpu/pipeline.yaml
+    """
+    logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    signal.signal(signal.SIGTERM, _interrupt)
+    chosen, console = RunOptions(**options), Console()
+    with StateFolder(chosen.state) as state:
+        if state.recovered:
+            console.out(f"an earlier run in {state.path} ended without cleaning up; its leftovers are gone", highlight=False)
+        with EmbeddedStore(chosen.state / STORE_FOLDER) as embedded:
+            store = ObjectStore(embedded.settings)
+            local = _prepare(chosen, store, console)
+            asyncio.run(_Run(chosen, state, local, store, console).run())
+
+
+def _interrupt(*_: object) -> None:
+    """SIGTERM before the event loop runs takes the way of Ctrl-C, so that everything is closed."""
+    raise KeyboardInterrupt
+
+
+def _prepare(options: RunOptions, store: ObjectStore, console: Console) -> LocalPipeline:
+    spec = load_spec(options.spec) if options.spec else None
+    model, dtype = (spec.model.name, spec.model.dtype) if spec and not options.model else (options.model, options.dtype)
+    manifest = ensure_published(store, model, dtype, console)
+    return local_pipeline(store, manifest, options.stages, spec, read_data_folder(options.secrets))
+
+
+class _Run:
+    """The part that has an event loop: platform, question, table, serving."""
+
+    def __init__(
+        self, options: RunOptions, state: StateFolder, local: LocalPipeline, store: ObjectStore, console: Console
+    ) -> None:
+        self._options = options
+        self._state = state
+        self._local = local
+        self._store = store
+        self._console = console
+        self._stop = asyncio.Event()
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._stop.set)
+        async with self._platform() as platform:
+            url = platform.url(self._gateway, self._local.pipeline.spec.namespace)
+            self._announce(platform, url)
+            if not await self._until_stopped(self._first_answer(platform, url)) or self._options.once:
+                return
+            self._say(f"serving on {url} until Ctrl-C; python -m knative status shows what runs")
+            await self._stop.wait()
+
+    @property
+    def _gateway(self) -> str:
+        return self._local.pipeline.spec.name
+
+    @contextlib.asynccontextmanager
+    async def _platform(self) -> AsyncIterator[Platform]:
+        options = PlatformOptions(
+            ports={self._gateway: self._options.port},
+            secrets=self._local.secrets,
+            config_maps=read_data_folder(self._options.config_maps),
+            logs=self._state.logs,
+        )
+        platform = Platform(options)
+        await platform.start()
+        try:
+            await platform.apply(services(self._local.pipeline))
+            yield platform
+        finally:
+            await platform.stop(_STOP_SECONDS)
+
+    def _announce(self, platform: Platform, url: str) -> None:
+        self._state.publish(
+            RunningPlatform(
+                pid=platform.status()["pid"], admin_url=platform.admin_url, gateway_url=url, store=self._store.settings
+            )
+        )
+        stages = len(self._local.pipeline.cut)
+        self._say(f"{self._local.shape.name} as {self._local.shape.dtype} in {stages} stages, all at zero; gateway {url}")
+        self._say(f"> {self._options.prompt}")
+
+    async def _first_answer(self, platform: Platform, url: str) -> None:
+        watch = asyncio.create_task(watch_starts(platform.status, lambda text: self._say(f"  {text}")))
+        question = Question(self._options.prompt, self._options.max_tokens, raw=not self._local.has_chat_template)
+        answer = asyncio.create_task(show_answer(self._console, url, question))
+        try:
+            await asyncio.wait((watch, answer), return_when=asyncio.FIRST_COMPLETED)
+            if watch.done():
+                await watch
+            await answer
+        finally:
+            for task in (watch, answer):
+                task.cancel()
+            await asyncio.gather(watch, answer, return_exceptions=True)
+        await show_stages(self._console, self._local, platform.status())
+
+    async def _until_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
+        """False where the run was told to stop before `work` was done."""
+        task, stopped = asyncio.create_task(work), asyncio.create_task(self._stop.wait())
+        await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if task.done():
+            await task
+            return True
+        task.cancel()
+        await asyncio.wait([task])
+        return False
+
+    def _say(self, text: str) -> None:
+        self._console.out(text, highlight=False)

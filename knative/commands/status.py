@@ -1,0 +1,105 @@
+"""`python -m knative status`: what runs on this machine, and why."""
+
+import json
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from rich.console import Console
+from rich.live import Live
+
+from knative.console import rich_table, show_table, size
+from knative.local.state_folder import StateError, find_running
+from knative.store_access import state_option
+
+_COLUMNS: Final = (
+    "service", "ready", "starting", "leaving", "desired", "stable", "panic", "panicking", "waiting", "restarts", "memory",
+)  # fmt: skip
+_REFRESH_SECONDS: Final = 1.0
+
+
+@click.command()
+@click.option("--watch", is_flag=True, help="Again every second, until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="All that the platform tells, as JSON.")
+@state_option
+def status(watch: bool, as_json: bool, state: Path) -> None:
+    """Show the pipeline that `run` serves on this machine: replicas, concurrency, and what the autoscaler wants.
+
+    \b
+    python -m knative status
+    python -m knative status --watch
+    """
+    console = Console()
+    if as_json:
+        click.echo(json.dumps(_ask(state), indent=2))
+    elif not watch:
+        _show(console, _ask(state))
+    elif console.is_terminal:
+        _live(console, state)
+    else:
+        while True:
+            _show(console, _ask(state))
+            time.sleep(_REFRESH_SECONDS)
+
+
+def _ask(state: Path) -> dict[str, Any]:
+    running = find_running(state)
+    if running is None:
+        raise StateError(f"nothing runs here with the state folder {state}; start it with: python -m knative run")
+    try:
+        with urllib.request.urlopen(f"{running.admin_url}/status", timeout=5) as reply:
+            answer: dict[str, Any] = json.load(reply)
+    except OSError as error:
+        raise StateError(f"process {running.pid} runs, but does not answer at {running.admin_url}: {error}") from error
+    return answer
+
+
+def _show(console: Console, answer: dict[str, Any]) -> None:
+    show_table(console, "", _COLUMNS, _rows(answer))
+    for text in _troubles(answer):
+        console.out(text, highlight=False)
+
+
+def _live(console: Console, state: Path) -> None:
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            live.update(rich_table("", _COLUMNS, _rows(_ask(state))), refresh=True)
+            time.sleep(_REFRESH_SECONDS)
+
+
+def _rows(answer: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        _row(service["name"] if len(service["revisions"]) == 1 else f"{revision['name']} {revision['percent']} %", revision)
+        for service in answer["services"]
+        for revision in service["revisions"]
+    ]
+
+
+def _row(name: str, revision: dict[str, Any]) -> tuple[str, ...]:
+    phases = [pod["phase"] for pod in revision["pods"]]
+    return (
+        name,
+        str(phases.count("ready")),
+        str(sum(phase in ("starting", "not ready", "back-off") for phase in phases)),
+        str(phases.count("leaving")),
+        str(revision["desired_scale"]),
+        f"{revision['stable']:.2f}",
+        f"{revision['panic']:.2f}",
+        "yes" if revision["panicking"] else "no",
+        str(revision["waiting"]),
+        str(sum(pod["restarts"] for pod in revision["pods"])),
+        size(sum(pod["memory_bytes"] for pod in revision["pods"])),
+    )
+
+
+def _troubles(answer: dict[str, Any]) -> list[str]:
+    revisions = [revision for service in answer["services"] for revision in service["revisions"]]
+    failures = [f"{revision['name']}: {revision['failure']}" for revision in revisions if revision["failure"]]
+    return failures + [
+        f"{pod['name']}: {pod['trouble']}; log: {pod['log']}"
+        for revision in revisions
+        for pod in revision["pods"]
+        if pod["phase"] == "back-off"
+    ]

