@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from eventing.events import Batch, Row, Status, Want
+from eventing.generation import ReleaseRow, ReserveRow
 from eventing.problems import EventExpired, NotReady
 from functions.stage.engine import Engine, PassStatistics
 from functions.stage.event_queue import EventQueue, WaitingEvent
-from functions.stage.sequences import Release, Reservation
 from tests.support.counting_group import CountingGroup, Poisoned
 from tests.support.stage_pipeline import batch, engines
 
@@ -180,7 +180,7 @@ def test_a_release_reaches_what_still_waits() -> None:
         with people.held():
             waiting = people.send(step("a", 0, 1, reserve=10), step("b", 0, 1, reserve=10))
             with ThreadPoolExecutor() as pool:
-                releasing = pool.submit(people.engine.release, [Release("a", 0)], source=GATEWAY)
+                releasing = pool.submit(people.engine.release, [ReleaseRow("a", 0)], source=GATEWAY)
                 wait_for(lambda: len(people.engine._queue._calls) == 1)
                 people.group.gate.set()
                 assert releasing.result(DEADLINE_SECONDS) == 0
@@ -225,7 +225,7 @@ def test_idle_sequences_expire_and_those_heard_of_do_not() -> None:
         clock.now += 50
         assert token(people.send(step("a", 1, 1))) == 2
         clock.now += 20
-        assert people.engine.reserve([Reservation("c", 0, 90)], source=GATEWAY) == [Status.OK]
+        assert people.engine.reserve([ReserveRow("c", 0, 90)], source=GATEWAY) == [Status.OK]
         assert people.engine.free_tokens == 0
         assert answer(people.send(step("b", 1, 1))).status is Status.MISS
 
@@ -251,7 +251,7 @@ def test_draining_answers_what_waits_and_takes_nothing_more() -> None:
             with pytest.raises(NotReady, match="shutting down"):
                 people.engine.handle(batch([step("b", 0, 1, reserve=10)], [1]), source=GATEWAY)
             with pytest.raises(NotReady, match="shutting down"):
-                people.engine.release([Release("a", 0)], source=GATEWAY)
+                people.engine.release([ReleaseRow("a", 0)], source=GATEWAY)
         assert token(waiting) == 1
         stopping.join(DEADLINE_SECONDS)
         assert not people.engine.alive(stuck_after_seconds=10)
@@ -291,7 +291,7 @@ def test_a_dead_thread_is_seen_and_nobody_waits_for_it_for_ever(monkeypatch: pyt
                 future.result(DEADLINE_SECONDS)
         wait_for(lambda: not people.engine.alive(stuck_after_seconds=10))
         with pytest.raises(NotReady, match="shutting down"):
-            people.engine.reserve([Reservation("a", 0, 1)], source=GATEWAY)
+            people.engine.reserve([ReserveRow("a", 0, 1)], source=GATEWAY)
 
 
 def test_warming_up_leaves_nothing_behind() -> None:
@@ -319,7 +319,7 @@ def test_many_threads_at_once_get_their_own_answers() -> None:
         def converse(n: int) -> list[int | None]:
             replies = [engine.handle(batch([step(str(n), 0, 1, reserve=20)], [n]), source=GATEWAY)]
             replies += [engine.handle(batch([step(str(n), k, 1)], [n]), source=GATEWAY) for k in range(1, 10)]
-            engine.release([Release(str(n), 0)], source=GATEWAY)
+            engine.release([ReleaseRow(str(n), 0)], source=GATEWAY)
             return [result.token if (result := reply.rows[0].result) else None for reply in replies]
 
         for n, tokens in enumerate(pool.map(converse, range(90))):

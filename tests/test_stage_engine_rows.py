@@ -8,9 +8,9 @@ import torch
 
 from eventing.batch_codec import decode_batch, encode_batch
 from eventing.events import Batch, Row, Status, Tensor, Want
+from eventing.generation import ReleaseRow, ReserveRow
 from eventing.problems import EventTooLarge, MalformedEvent
 from functions.stage.engine import Engine
-from functions.stage.sequences import Release, Reservation
 from functions.stage.wire_tensors import hidden_tensor, wire_tensor
 from tests.support.counting_group import HIDDEN, VOCAB, CountingGroup
 from tests.support.stage_pipeline import batch, engines
@@ -128,6 +128,13 @@ def test_a_sequence_that_does_not_fit_is_full(stage: Stage) -> None:
     assert stage.engine.free_tokens == 0
 
 
+def test_a_sequence_that_can_never_fit_is_invalid(stage: Stage) -> None:
+    answer = stage.step("a", 0, [1], reserve=101)
+    reason = "101 tokens to reserve will never fit: this stage's KV cache has 100"
+    assert (answer.status, answer.reason) == (Status.INVALID, reason)
+    assert stage.engine.reserve([ReserveRow("a", 0, 101)], source=GATEWAY) == [Status.INVALID]
+
+
 def test_a_row_beyond_its_reservation_is_invalid(stage: Stage) -> None:
     stage.begin("a", [1, 2, 3], reserve=4)
     assert token_of(stage.step("a", 3, [6])) == 12
@@ -142,23 +149,23 @@ def test_a_larger_reservation_at_the_start_replaces_the_smaller(stage: Stage) ->
 
 
 def test_reserve_events_are_idempotent_and_make_first_rows_welcome(stage: Stage) -> None:
-    wanted = [Reservation("a", 0, 30), Reservation("b", 0, 60), Reservation("c", 0, 20), Reservation("d", 0, 0)]
-    statuses = [Status.OK, Status.OK, Status.FULL, Status.INVALID]
+    wanted = [ReserveRow("a", 0, 30), ReserveRow("b", 0, 60), ReserveRow("c", 0, 20)]
+    statuses = [Status.OK, Status.OK, Status.FULL]
     for _ in range(2):
         assert stage.engine.reserve(wanted, source=GATEWAY) == statuses
         assert stage.engine.free_tokens == 10
     assert token_of(stage.step("a", 0, [4])) == 4
     assert token_of(stage.step("b", 0, [5], reserve=60)) == 5
     assert stage.engine.free_tokens == 10
-    assert stage.engine.reserve([Reservation("a", 3, 30)], source=GATEWAY) == [Status.OK]
-    assert stage.engine.reserve([Reservation("a", 2, 30)], source=GATEWAY) == [Status.STALE]
-    assert stage.engine.reserve([Reservation("a", 4, 30)], source="another") == [Status.INVALID]
+    assert stage.engine.reserve([ReserveRow("a", 3, 30)], source=GATEWAY) == [Status.OK]
+    assert stage.engine.reserve([ReserveRow("a", 2, 30)], source=GATEWAY) == [Status.STALE]
+    assert stage.engine.reserve([ReserveRow("a", 4, 30)], source="another") == [Status.INVALID]
 
 
 def test_a_release_frees_attempts_up_to_its_own(stage: Stage) -> None:
     stage.begin("a", [1], attempt=1)
     stage.begin("b", [1], attempt=1)
-    releases = [Release("a", 1), Release("b", 0), Release("unknown", 5)]
+    releases = [ReleaseRow("a", 1), ReleaseRow("b", 0), ReleaseRow("unknown", 5)]
     assert stage.engine.release(releases, source="another") == 0
     assert stage.engine.release(releases, source=GATEWAY) == 1
     assert stage.engine.release(releases, source=GATEWAY) == 0

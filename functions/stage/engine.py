@@ -15,12 +15,13 @@ from typing import Final
 import torch
 
 from eventing.events import Batch, Row, Status, Want
+from eventing.generation import ReleaseRow, ReserveRow
 from eventing.problems import EventExpired
 from functions.stage.event_queue import Call, EventQueue, WaitingEvent
 from functions.stage.forward_pass import ForwardPass, Part
 from functions.stage.layer_group import LayerGroup
 from functions.stage.row_checks import check_event
-from functions.stage.sequences import Release, Reservation, SequenceTable
+from functions.stage.sequences import SequenceTable
 from functions.stage.wire_tensors import wire_tensor
 
 _log: Final = logging.getLogger(__name__)
@@ -108,16 +109,16 @@ class Engine:
         self._queue.put(event)
         return event.reply.result()
 
-    def reserve(self, reservations: Sequence[Reservation], *, source: str) -> list[Status]:
+    def reserve(self, rows: Sequence[ReserveRow], *, source: str) -> list[Status]:
         """ok, full, stale or invalid for each; the reserved ones stay reserved if others do not fit. Raises NotReady."""
-        call = Call(lambda: [self._sequences.reserve(reservation, source) for reservation in reservations])
+        call = Call(lambda: [self._sequences.reserve(row, source) for row in rows])
         self._queue.call(call)
         statuses: list[Status] = call.reply.result()
         return statuses
 
-    def release(self, releases: Sequence[Release], *, source: str) -> int:
+    def release(self, rows: Sequence[ReleaseRow], *, source: str) -> int:
         """How many sequences were released; an unknown one is no error. Raises NotReady."""
-        call = Call(lambda: sum(self._release(release, source) for release in releases))
+        call = Call(lambda: sum(self._release(row, source) for row in rows))
         self._queue.call(call)
         released: int = call.reply.result()
         return released
@@ -130,9 +131,9 @@ class Engine:
             tensor = wire_tensor(torch.zeros(1, self._group.hidden_size, dtype=self._group.hidden_dtype))
         row = Row(row_id, attempt=0, position=0, length=1, want=Want.TOKEN, reserve_tokens=1)
         self.handle(Batch((row,), memoryview(array("i", [0])), tensor), source=source)
-        self.release([Release(row_id, attempt=0)], source=source)
+        self.release([ReleaseRow(row_id, attempt=0)], source=source)
 
-    def _release(self, release: Release, source: str) -> bool:
+    def _release(self, release: ReleaseRow, source: str) -> bool:
         self._queue.mark_released(release.id, release.attempt, source)
         return self._sequences.release(release, source)
 

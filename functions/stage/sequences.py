@@ -8,25 +8,9 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from msgspec import Struct
-
-from eventing.events import MAX_POSITION, Row, Status
+from eventing.events import Row, Status
+from eventing.generation import ReleaseRow, ReserveRow
 from functions.stage.layer_group import KVCache, KVCacheFull
-
-
-class Reservation(Struct, frozen=True, forbid_unknown_fields=True):
-    """One row of a `dev.lamina.reserve` event."""
-
-    id: str
-    attempt: int
-    reserve_tokens: int
-
-
-class Release(Struct, frozen=True, forbid_unknown_fields=True):
-    """One row of a `dev.lamina.release` event: attempts up to this one are released."""
-
-    id: str
-    attempt: int
 
 
 @dataclass(slots=True)
@@ -80,17 +64,15 @@ class SequenceTable:
         self._kv.truncate(sequence.handle, row.position)
         return sequence
 
-    def reserve(self, reservation: Reservation, source: str) -> Status:
+    def reserve(self, wanted: ReserveRow, source: str) -> Status:
         """Idempotent: the same sequence and attempt may ask again."""
-        if not 1 <= reservation.reserve_tokens <= MAX_POSITION:
-            return Status.INVALID
         try:
-            self._reserve(reservation.id, reservation.attempt, reservation.reserve_tokens, source)
+            self._reserve(wanted.id, wanted.attempt, wanted.reserve_tokens, source)
         except Refusal as refusal:
             return refusal.status
         return Status.OK
 
-    def release(self, release: Release, source: str) -> bool:
+    def release(self, release: ReleaseRow, source: str) -> bool:
         """Whether there was something to release."""
         sequence = self._sequences.get(release.id)
         if sequence is None or sequence.source != source or sequence.attempt > release.attempt:
@@ -112,7 +94,11 @@ class SequenceTable:
             self._begin_attempt(id_, sequence, attempt, source)
             if tokens <= self._kv.reserved(sequence.handle):
                 return sequence
+            # It asks for more than before: what it had goes, and what it held with it.
             self._drop(id_)
+        if tokens > self._kv.capacity_tokens:
+            reason = f"{tokens} tokens to reserve will never fit: this stage's KV cache has {self._kv.capacity_tokens}"
+            raise Refusal(Status.INVALID, reason=reason)
         try:
             handle = self._kv.reserve(tokens)
         except KVCacheFull as full:
