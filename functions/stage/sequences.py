@@ -48,13 +48,11 @@ class SequenceTable:
 
     def admit(self, row: Row, source: str) -> SequenceState:
         """The sequence, its KV cut to the row's position, with room for the row. Raises Refusal."""
-        sequence = self._sequences.get(row.id)
-        if sequence is None and (row.reserve_tokens is None or row.position > 0):
-            raise Refusal(Status.MISS, held=0)
         if row.reserve_tokens is not None and row.position == 0:
             sequence = self._reserve(row.id, row.attempt, row.reserve_tokens, source)
-        assert sequence is not None
-        self._begin_attempt(row.id, sequence, row.attempt, source)
+        else:
+            sequence = self._known(row)
+            self._begin_attempt(row.id, sequence, row.attempt, source)
         held = self._kv.length(sequence.handle)
         if held < row.position:
             raise Refusal(Status.MISS, held=held)
@@ -87,6 +85,12 @@ class SequenceTable:
         for id_ in idle:
             self._drop(id_)
         return len(idle)
+
+    def _known(self, row: Row) -> SequenceState:
+        try:
+            return self._sequences[row.id]
+        except KeyError:
+            raise Refusal(Status.MISS, held=0) from None
 
     def _reserve(self, id_: str, attempt: int, tokens: int, source: str) -> SequenceState:
         sequence = self._sequences.get(id_)
