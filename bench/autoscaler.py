@@ -1,14 +1,10 @@
-"""What one decision of the local autoscaler costs: `python bench/autoscaler.py`.
+"""What one decision of the local autoscaler costs: `python -m bench.autoscaler`.
 
 Prints microseconds for each second recorded and for each decision, by averaging algorithm and window, on this machine.
 """
 
 import random
-import sys
 import timeit
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from knative.local.autoscaler import Autoscaler, DeciderSpec
 

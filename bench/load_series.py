@@ -1,0 +1,134 @@
+"""What a load run records, and what it comes to."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+
+class Record(msgspec.Struct, frozen=True, tag_field="kind", tag=str.lower):
+    """`t`: seconds since the start of the run."""
+
+    t: float
+
+
+class Phase(Record, frozen=True):
+    """From here on the plan wants so many conversations."""
+
+    conversations: int
+    seconds: float
+
+
+class Second(Record, frozen=True):
+    """The second that ended at `t`."""
+
+    in_flight: int
+    """Questions whose answer had not ended."""
+    tokens: int
+
+
+class Answer(Record, frozen=True):
+    """An answer that ended well at `t`."""
+
+    conversation: int
+    started: float
+    prompt: str
+    text: str
+    tokens: int
+    time_to_first_token_seconds: float
+    replays: int
+
+
+class Failure(Record, frozen=True):
+    """A question that was not answered to its end; conversation -1: the metrics page could not be read."""
+
+    conversation: int
+    started: float
+    reason: str
+
+
+class Replicas(Record, frozen=True):
+    """A revision's pods at `t`."""
+
+    service: str
+    revision: str
+    ready: float = 0
+    desired: float = 0
+    starting: float = 0
+    not_ready: float = 0
+    leaving: float = 0
+    concurrency: float = 0
+    panicking: float = 0
+
+    @property
+    def held(self) -> float:
+        """Pods that cost something, whatever they do."""
+        return self.ready + self.starting + self.not_ready + self.leaving
+
+
+_DECODER: Final = msgspec.json.Decoder(Phase | Second | Answer | Failure | Replicas)
+
+
+def read_records(path: Path) -> list[Record]:
+    """Raises msgspec.DecodeError, OSError."""
+    return [_DECODER.decode(line) for line in path.read_bytes().splitlines() if line.strip()]
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The least value that `share` of them do not exceed; NaN of none."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
+
+
+def phases(records: Iterable[Record]) -> Iterator[tuple[Phase, float]]:
+    """Each phase with its end; the last one lasts until the last record."""
+    records = list(records)
+    found = [record for record in records if isinstance(record, Phase)]
+    ends = [phase.t for phase in found[1:]] + [records[-1].t if records else 0.0]
+    yield from zip(found, ends, strict=True)
+
+
+def replica_seconds(records: Iterable[Record]) -> dict[str, tuple[float, float]]:
+    """Service → (replica-seconds that were held, replica-seconds of its peak held throughout)."""
+    held: dict[str, dict[float, float]] = {}
+    for record in records:
+        if isinstance(record, Replicas):
+            by_time = held.setdefault(record.service, {})
+            by_time[record.t] = by_time.get(record.t, 0.0) + record.held
+    result = {}
+    for service, by_time in held.items():
+        times = sorted(by_time)
+        area = sum(by_time[start] * (end - start) for start, end in pairwise(times))
+        result[service] = area, max(by_time.values()) * (times[-1] - times[0])
+    return result
+
+
+def summary(records: Sequence[Record]) -> str:
+    """A Markdown table by phase, one of cost, and how many failed."""
+    lines = [
+        "| conversations | seconds | answers | tokens/s | time to first token p50 | p95 | failed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for phase, end in phases(records):
+        lines.append(_phase_row(phase, end, [record for record in records if phase.t <= record.t < end]))
+    cost = replica_seconds(records)
+    if cost:
+        lines += ["", "| service | replica-seconds | static for the peak | share |", "|---|---|---|---|"]
+        cost["all"] = sum(held for held, _ in cost.values()), sum(peak for _, peak in cost.values())
+        for service, (held, peak) in cost.items():
+            lines.append(f"| {service} | {held:.0f} | {peak:.0f} | {held / peak if peak else 0:.0%} |")
+    return "\n".join(lines)
+
+
+def _phase_row(phase: Phase, end: float, records: Sequence[Record]) -> str:
+    answers = [record for record in records if isinstance(record, Answer)]
+    first = [answer.time_to_first_token_seconds for answer in answers]
+    tokens = sum(record.tokens for record in records if isinstance(record, Second))
+    failed = sum(isinstance(record, Failure) for record in records)
+    seconds = end - phase.t
+    return (
+        f"| {phase.conversations} | {seconds:.0f} | {len(answers)} | {tokens / seconds if seconds else 0:.1f} "
+        f"| {percentile(first, 0.5):.2f} s | {percentile(first, 0.95):.2f} s | {failed} |"
+    )
