@@ -1,8 +1,15 @@
 """The HPA class on CPU, after the documented algorithm."""
 
+import select
+import subprocess
+import sys
+import time
+
 import pytest
 
 from knative.local.hpa import HorizontalPodAutoscaler, HpaSpec, hpa_spec, recommend
+from knative.local.hpa_autoscaler import HpaRevisionAutoscaler, cpu_request, cpu_seconds, revision_autoscaler
+from knative.local.revision_autoscaler import RevisionAutoscaler
 from knative.local.revision_settings import SettingsError, revision_settings
 
 SPEC = HpaSpec(target_percent=50, min_replicas=1, max_replicas=10)
@@ -62,3 +69,57 @@ def test_annotations() -> None:
     assert spec == HpaSpec(50, 2, 5, up_stabilization_seconds=30, down_stabilization_seconds=30)
     with pytest.raises(SettingsError, match="memory"):
         annotated(metric="memory")
+
+
+TEMPLATE = {
+    "metadata": {
+        "annotations": {
+            "autoscaling.knative.dev/class": "hpa.autoscaling.knative.dev",
+            "autoscaling.knative.dev/target": "50",
+            "autoscaling.knative.dev/max-scale": "3",
+        }
+    },
+    "spec": {"containers": [{"image": "registry.example/app", "resources": {"requests": {"cpu": "500m"}}}]},
+}
+
+
+def test_a_busy_process_gains_company() -> None:
+    autoscaler = revision_autoscaler(revision_settings(TEMPLATE), TEMPLATE, ready=0, now=0.0)
+    assert isinstance(autoscaler, HpaRevisionAutoscaler)
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    idle = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        began = time.monotonic()
+        while (cpu_seconds(busy.pid) or 0) < 0.3 and time.monotonic() < began + 30:
+            autoscaler.observe(time.monotonic() - began, [(busy.pid, True), (None, False)])
+            select.select([], [], [], 0.02)
+        now = time.monotonic() - began
+        autoscaler.observe(now, [(busy.pid, True), (None, False)])
+        (percent,) = autoscaler.cpu_percent
+        assert 10 < percent <= 220, "of half a core"
+        autoscaler.cpu_percent = [max(percent, 200.0)]
+        autoscaler.decide(14.0, 1)
+        assert autoscaler.desired_scale == 1, "not before its period"
+        autoscaler.decide(15.0, 1)
+        assert autoscaler.desired_scale == 3
+        answer = autoscaler.reconcile(15.0, replicas=2, ready=1)
+        assert (answer.replicas, answer.proxy) == (3, False)
+        assert autoscaler.reconcile(16.0, replicas=3, ready=0).proxy
+        for second in (20.0, 21.0):
+            autoscaler.observe(second, [(idle.pid, True)])
+        assert autoscaler.cpu_percent == [pytest.approx(0, abs=10)]
+    finally:
+        for process in (busy, idle):
+            process.kill()
+            process.communicate()
+    assert cpu_seconds(busy.pid) is None
+
+
+def test_the_class_decides_which_autoscaler() -> None:
+    assert isinstance(revision_autoscaler(revision_settings({}), {}, ready=0, now=0.0), RevisionAutoscaler)
+
+
+def test_the_hpa_class_needs_a_cpu_request() -> None:
+    assert cpu_request(TEMPLATE) == 0.5
+    with pytest.raises(SettingsError, match=r"containers\[0\].resources.requests.cpu"):
+        cpu_request({"spec": {"containers": [{"image": "x"}]}})
