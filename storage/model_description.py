@@ -32,6 +32,7 @@ class ModelDescription:
 
 def describe_model(config: Mapping[str, Any]) -> ModelDescription:
     """`config` is a parsed config.json. Raises ArchitectureUnsupported."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # 0.6 s, which only a real publication pays
 
     model_type = config.get("model_type")
@@ -39,7 +40,10 @@ def describe_model(config: Mapping[str, Any]) -> ModelDescription:
         raise ArchitectureUnsupported(
             f"config.json has model_type {model_type!r}, which transformers does not know; no code of the checkpoint is run"
         )
-    known = CONFIG_MAPPING[model_type].from_dict(dict(config))
+    try:
+        known = CONFIG_MAPPING[model_type].from_dict(dict(config))
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise ArchitectureUnsupported(f"config.json is not what a {model_type!r} has: {error}") from error
     missing = [
         name for name in ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads") if not hasattr(known, name)
     ]

@@ -202,6 +202,7 @@ def _contradiction(stored: StoredObject) -> str | None:
     for name, span in stored.tensors.items():
         if span.dtype not in ITEM_BYTES or min((0, *span.shape)) < 0:
             return f"has {name!r} as {span.dtype} {list(span.shape)}"
-        if span.end - span.start != tensor_bytes(span.dtype, span.shape) or not 0 <= span.start <= span.end <= stored.bytes:
+        fits = span.end - span.start == tensor_bytes(span.dtype, span.shape) and 0 <= span.start <= span.end <= stored.bytes
+        if not fits or span.start % ALIGNMENT:
             return f"has {name!r} of {span.dtype} {list(span.shape)} in bytes {span.start} to {span.end} of {stored.bytes}"
     return None

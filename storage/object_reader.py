@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from queue import Empty, LifoQueue
-from typing import Final
+from types import TracebackType
+from typing import Final, Self
 from urllib.parse import urlsplit
 
 import tenacity
@@ -39,7 +40,7 @@ class _TransientAnswer(Exception):
 
 
 class ObjectReader:
-    """Reads objects of one bucket. Thread-safe; connections are kept and reused."""
+    """Reads objects of one bucket. Thread-safe; connections are kept and reused until it is closed. A context manager."""
 
     def __init__(self, settings: StoreSettings, *, stall_seconds: float = 10.0, retry_seconds: float = 60.0) -> None:
         """`stall_seconds` without a byte end an attempt; failing attempts are repeated for `retry_seconds`, with back-off."""
@@ -79,6 +80,12 @@ class ObjectReader:
                 self._idle.get_nowait().close()
             except Empty:
                 return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
 
     def _read_into(self, key: str, start: int, view: memoryview, total_bytes: int | None) -> Iterator[int]:
         """Yields byte counts as they come in."""
@@ -129,21 +136,24 @@ class ObjectReader:
 
     @contextmanager
     def _answer(self, key: str, headers: dict[str, str]) -> Iterator[HTTPResponse]:
-        """A 200 or 206. The connection goes back to the idle ones only if the body was read to its end."""
+        """A 200 or 206. The connection is kept only if the body was read to its end and the server keeps it too."""
         connection = self._connection()
         try:
             path = object_path(self.settings, key)
             connection.request("GET", path, headers=signed_get_headers(self.settings, path) | headers)
-            response = connection.getresponse()
-            if response.status not in (200, 206):
-                self._refuse(key, response)
-            yield response
-            if not response.isclosed() and response.read(1):
-                raise UnexpectedAnswer(f"{self.settings.place} sends more of {key!r} than was asked for")
+            with connection.getresponse() as response:
+                if response.status not in (200, 206):
+                    self._refuse(key, response)
+                yield response
+                if not response.isclosed() and response.read(1):
+                    raise UnexpectedAnswer(f"{self.settings.place} sends more of {key!r} than was asked for")
         except BaseException:
             connection.close()
             raise
-        self._idle.put(connection)
+        if response.will_close:
+            connection.close()
+        else:
+            self._idle.put(connection)
 
     def _refuse(self, key: str, response: HTTPResponse) -> None:
         code = error_code(response.read(_ERROR_BODY_BYTES))

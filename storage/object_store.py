@@ -65,7 +65,11 @@ class ObjectStore:
     def head(self, key: str) -> ObjectInfo:
         """Length of an object. Raises ObjectNotFound."""
         bucket = self.settings.bucket
-        answer = self._call(key, lambda: self._client.head_object(Bucket=bucket, Key=key))
+        try:
+            answer = self._call(key, lambda: self._client.head_object(Bucket=bucket, Key=key))
+        except ObjectNotFound:
+            self._head_bucket()  # the answer to a HEAD has no body that could tell a missing bucket from a missing object
+            raise
         return ObjectInfo(key, answer["ContentLength"])
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -86,14 +90,16 @@ class ObjectStore:
 
     def ensure_bucket(self) -> None:
         """Creates the bucket unless it is there."""
-        bucket = self.settings.bucket
         try:
-            self._call("", lambda: self._client.head_bucket(Bucket=bucket))
+            self._head_bucket()
         except BucketNotFound:
             self._call("", self._create_bucket)
 
     def _read(self, key: str) -> bytes:
         return self._client.get_object(Bucket=self.settings.bucket, Key=key)["Body"].read()
+
+    def _head_bucket(self) -> None:
+        self._call("", lambda: self._client.head_bucket(Bucket=self.settings.bucket))
 
     def _create_bucket(self) -> None:
         # Amazon refuses its oldest region as a constraint, and a request without one everywhere else.
