@@ -24,7 +24,9 @@ class Function(Protocol):
 
     threads: int
     """Requests in hand at the same time."""
-    application: "WSGIApplication"
+
+    @property
+    def application(self) -> "WSGIApplication": ...
 
     def start(self, stop: Callable[[int], None]) -> None: ...
 

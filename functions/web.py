@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 import msgspec
 from flask import Flask, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from eventing.problems import PROBLEM_CONTENT_TYPE, Problem
+from eventing.problems import PROBLEM_CONTENT_TYPE, EventTooLarge, Problem
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +51,10 @@ def add_problem_handlers(app: Flask) -> None:
     @app.errorhandler(Problem)
     def refused(problem: Problem) -> Response:
         return problem_response(problem)
+
+    @app.errorhandler(RequestEntityTooLarge)
+    def too_large(_: RequestEntityTooLarge) -> Response:
+        return problem_response(EventTooLarge(f"the body has more than {app.config['MAX_CONTENT_LENGTH']} bytes"))
 
     @app.errorhandler(HTTPException)
     def not_served(error: HTTPException) -> Response:

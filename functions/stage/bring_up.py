@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from eventing.events import pipeline_fingerprint
 from functions.config import StageConfig
+from functions.publication import read_publication
 from functions.stage.threads import set_openmp, thread_count
 from functions.startup import StartUp
-from storage.model_repository import Manifest, read_file, read_manifest
+from storage.model_repository import Manifest, read_file
 from storage.object_reader import ObjectReader
 from storage.weight_loader import LoadedObject, LoadProgress, iterate_layers
 
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 
     from functions.stage.engine import Engine, PassStatistics
     from functions.stage.layer_group import LayerGroup
-
-
-class WrongPublication(Exception):
-    """The store holds another model than this stage was made for. Render the pipeline again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,28 +62,13 @@ def bring_up(config: StageConfig, start_up: StartUp, on_pass: "Callable[[PassSta
 def open_weights(config: StageConfig, start_up: StartUp) -> Weights:
     """Checks that the publication is the one that the configuration names, and lets its bytes flow."""
     reader = ObjectReader(config.store)
-    manifest = read_manifest(reader, config.model, config.dtype)
+    manifest = read_publication(config, reader)
     start_up.mark("connect")
-    _check_publication(config, manifest)
     model_config = msgspec.json.decode(read_file(reader, manifest, "config.json"), type=dict[str, Any])
     if config.layer_group == "sleep":
         return Weights(manifest, model_config, iter(()))
     objects = iterate_layers(reader, manifest, *config.layers, on_progress=_Progress(start_up))
     return Weights(manifest, model_config, objects)
-
-
-def _check_publication(config: StageConfig, manifest: Manifest) -> None:
-    what = f"model {config.model!r} in {config.dtype} in {config.store.place}"
-    if config.cut[-1][1] != manifest.num_layers:
-        raise WrongPublication(
-            f"{what} has {manifest.num_layers} layers and LAMINA_CUT ends at {config.cut[-1][1]}; render the pipeline again"
-        )
-    seen = pipeline_fingerprint(manifest.digest, config.cut, config.dtype)
-    if seen != config.pipeline:
-        raise WrongPublication(
-            f"{what}, cut as LAMINA_CUT says, is pipeline {seen}, and LAMINA_PIPELINE says {config.pipeline}: "
-            "it was published anew, or cut otherwise, or this is another version of Lamina; render the pipeline again"
-        )
 
 
 def _layer_group(config: StageConfig, weights: Weights, start_up: StartUp) -> "LayerGroup":

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Final
 
 from eventing.problems import NotReady
 from functions.config import StageConfig
+from functions.publication import WrongPublication
 from functions.stage.app import create_app
-from functions.stage.bring_up import WrongPublication, bring_up
+from functions.stage.bring_up import bring_up
 from functions.stage.event_handlers import EventHandlers
 from functions.startup import StartUp
 from functions.telemetry import StageMetrics

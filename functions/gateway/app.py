@@ -1,0 +1,28 @@
+"""The gateway over HTTP: two doors, one core behind both."""
+
+from collections.abc import Callable
+from typing import Final
+
+from flask import Flask
+
+from functions.config import GatewayConfig
+from functions.gateway.clients import Clients
+from functions.gateway.core import Generator
+from functions.gateway.event_door import EventDoor
+from functions.gateway.openai_api import OpenAIDoor
+from functions.web import add_problem_handlers
+
+MAX_REQUEST_BYTES: Final = 2**23
+"""Far beyond any context."""
+
+
+def create_app(config: GatewayConfig, generator: Callable[[], Generator]) -> Flask:
+    """`generator` raises NotReady until there is one. Probes are added by whoever knows how the gateway is."""
+    app = Flask("gateway", static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = MAX_REQUEST_BYTES
+    add_problem_handlers(app)
+    clients = Clients(config.api_keys or ())
+    source = f"/pipelines/{config.pipeline}/gateway"
+    EventDoor(generator, clients, source, config.request_timeout_seconds).register(app)
+    OpenAIDoor(generator, clients, config.model, config.pipeline, config.request_timeout_seconds).register(app)
+    return app

@@ -1,0 +1,81 @@
+"""The gateway as a function: loads the tokenizer beside the server, and says how it is."""
+
+import logging
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from eventing.problems import NotReady
+from functions.config import GatewayConfig
+from functions.gateway.app import create_app
+from functions.gateway.build import start_scheduler
+from functions.gateway.core import Generator
+from functions.gateway.scheduler_metrics import SchedulerCollector
+from functions.gateway.tokenizer import ModelText
+from functions.publication import WrongPublication, read_publication
+from functions.startup import StartUp
+from functions.telemetry import GatewayMetrics
+from functions.web import add_probes
+from storage.errors import StorageError
+from storage.object_reader import ObjectReader
+
+_log: Final = logging.getLogger(__name__)
+
+_FAILED_STATUS: Final = 1
+_RUNNING_THREADS: Final = 512
+"""Answers in hand at once, one thread each: far more than stages on any pipeline compute at the same time."""
+
+
+class GatewayFunction:
+    """The gateway of one pipeline."""
+
+    def __init__(self, config: GatewayConfig, start_up: StartUp) -> None:
+        self._config = config
+        self._start_up = start_up
+        self._metrics = GatewayMetrics()
+        self._generator: Generator | None = None
+        self._running = start_scheduler(config)
+        self.threads = config.queue_limit + _RUNNING_THREADS
+        self.application = create_app(config, self._ready_generator)
+        add_probes(self.application, self._metrics.registry, sick=lambda: None, ready=self._ready)
+        names = [f"{first}:{last}" for (first, last), _ in config.stages]
+        self._metrics.registry.register(SchedulerCollector(self._running.scheduler.stats, names))
+
+    def start(self, stop: Callable[[int], None]) -> None:
+        """Loads tokenizer and template in a thread; where that fails, logs the cause and stops with status 1."""
+        threading.Thread(target=self._load, args=(stop,), name="start-up", daemon=True).start()
+
+    def close(self) -> None:
+        """After the last request."""
+        self._running.close()
+
+    def _load(self, stop: Callable[[int], None]) -> None:
+        try:
+            reader = ObjectReader(self._config.store)
+            manifest = read_publication(self._config, reader)
+            self._start_up.mark("connect")
+            text = ModelText.load(reader, manifest)
+            reader.close()
+        except (StorageError, WrongPublication) as error:
+            _log.error("the gateway cannot start: %s", error)
+            stop(_FAILED_STATUS)
+            return
+        except Exception:  # noqa: BLE001 - logged, and told to the server
+            _log.exception("the gateway cannot start")
+            stop(_FAILED_STATUS)
+            return
+        self._start_up.mark("last_byte")
+        for phase, seconds in self._start_up.phases().items():
+            self._metrics.startup_phase.labels(phase).set(seconds)
+        self._metrics.ready.set(1)
+        self._generator = Generator(text, self._running.scheduler, self._metrics)
+        _log.info("ready after %.2f s", self._start_up.phases()["last_byte"])
+
+    def _ready_generator(self) -> Generator:
+        if self._generator is None:
+            raise NotReady(f"{socket.gethostname()} is still loading the tokenizer of {self._config.model}")
+        return self._generator
+
+    def _ready(self) -> tuple[bool, Mapping[str, object]]:
+        return self._generator is not None, {"start_up": self._start_up.phases()}
