@@ -11,13 +11,13 @@ from knative.autoscaling_annotations import AutoscalerConfig
 from knative.webhook_annotations import service_annotations, template_annotations
 from knative.webhook_dry_run import pod
 from knative.webhook_podspec import revision_spec
-from knative.webhook_schema import unknown_fields, wrong_types
+from knative.webhook_schema import as_decoded, unknown_fields, wrong_types
 from knative.webhook_traffic import traffic
 from knative.webhook_values import is_dns_1035_label, is_label_value, is_qualified_name
-from knative.webhook_violation import Violation, Violations, invalid, missing
+from knative.webhook_violation import Violation, Violations, in_one_line, invalid, missing
 from knative.webhook_warnings import warnings
 
-__all__ = ["API_VERSION", "Violation", "is_knative_service", "validate", "warnings"]
+__all__ = ["API_VERSION", "Violation", "in_one_line", "is_knative_service", "validate", "warnings"]
 
 API_VERSION: Final = "serving.knative.dev/v1"
 _TEMPLATE: Final = "spec.template"
@@ -36,12 +36,13 @@ def validate(service: dict[str, Any], config: AutoscalerConfig = _DEFAULTS) -> l
 
     As on a cluster a rule speaks only where all before it are content: unknown fields, types, Knative's webhook, the pod.
     """
+    decoded = as_decoded(service)
     rules: tuple[Callable[[], Violations], ...] = (
         lambda: _kind(service),
         lambda: unknown_fields(service),
-        lambda: wrong_types(service),
-        lambda: _webhook(service, config),
-        lambda: pod(service["spec"]["template"]["spec"], "spec"),
+        lambda: wrong_types(decoded),
+        lambda: _webhook(decoded, config),
+        lambda: pod(decoded["spec"]["template"]["spec"], "spec"),
     )
     for rule in rules:
         if found := list(dict.fromkeys(rule())):

@@ -32,9 +32,6 @@ def disallowed_fields(value: dict[str, Any], names: tuple[str, ...], pointers: t
 
 def container(item: dict[str, Any], volumes: dict[str, dict[str, Any]], port_name: str | None, at: str) -> Violations:
     """port_name: of the port that is served, "http" where it has none; None for a sidecar, which serves nothing."""
-    if not item:
-        yield missing(at)
-        return
     yield from probes(item, port_name, at)
     if item.get("name") == "queue-proxy":
         yield Violation(f"{at}.name", '"queue-proxy" is a reserved container name')

@@ -1,6 +1,6 @@
 """The shape of a Knative Service: which fields there are, and of which type (config/core/300-resources/service.yaml).
 
-The API server refuses a field that is not in the schema, and a value of another type, before any webhook sees the object.
+The API server refuses a field that is not in the schema, Knative's webhook a value of another type; it reads nulls as Go does.
 A schema here is a type's name, a dict of fields ("!" behind a name: required), a list of one item schema, or `Mapping`.
 """
 
@@ -193,6 +193,27 @@ def unknown_fields(value: object, schema: Schema = SERVICE, at: str = "") -> Vio
             yield from unknown_fields(item, schema[0], f"{at}[{index}]")
 
 
+def as_decoded(value: Any, schema: Schema = SERVICE) -> Any:
+    """A copy with nulls as Go reads them: absent in an object with fields, empty in a list or in a map of strings.
+
+    Knative's webhook passes every object through its Go types before anything is validated.
+    """
+    if isinstance(schema, Fields) and isinstance(value, dict):
+        fields = {name.rstrip("!"): field for name, field in schema.items()}
+        return {name: as_decoded(item, fields.get(name, "any")) for name, item in value.items() if item is not None}
+    if isinstance(schema, Mapping) and isinstance(value, dict):
+        return {name: _zero(schema.values) if item is None else item for name, item in value.items()}
+    if isinstance(schema, list) and isinstance(value, list):
+        return [_zero(schema[0]) if item is None else as_decoded(item, schema[0]) for item in value]
+    return value
+
+
+def _zero(schema: Schema) -> Any:
+    if schema == "quantity":
+        return 0
+    return "" if schema == "string" else {}
+
+
 def wrong_types(value: object, schema: Schema = SERVICE, at: str = "") -> Violations:
     """Every value of another type than the schema's, and every required field that is absent."""
     if isinstance(schema, str):
@@ -234,7 +255,7 @@ def _join(at: str, name: str) -> str:
 def _is_of(value: object, name: str) -> bool:
     integer = isinstance(value, int) and not isinstance(value, bool)
     if name == "quantity":
-        return integer or (isinstance(value, str) and bool(QUANTITY.fullmatch(value)))
+        return not isinstance(value, bool) and bool(QUANTITY.fullmatch(str(value)))
     return {
         "any": True,
         "string": isinstance(value, str),

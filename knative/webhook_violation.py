@@ -1,6 +1,6 @@
 """What the webhook says of one field, in Knative's words."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -38,7 +38,16 @@ def out_of_bounds(field: str, value: object, lowest: object, highest: object) ->
 def exactly_one_of(at: str, names: Sequence[str], given: Sequence[str]) -> Violations:
     """For a group of fields of which one must be set, and not more."""
     if not given:
-        yield Violation(f"{at}.{names[0]}", f"expected exactly one of {', '.join(names)}, got neither")
+        for name in names:
+            yield Violation(f"{at}.{name}", "expected exactly one, got neither")
     elif len(given) > 1:
         for name in given:
             yield Violation(f"{at}.{name}", "expected exactly one, got both")
+
+
+def in_one_line(violations: Iterable[Violation]) -> str:
+    """`reason: field, field; reason: field`, as Knative gathers them."""
+    fields: dict[str, list[str]] = {}
+    for violation in violations:
+        fields.setdefault(violation.reason, []).append(violation.field)
+    return "; ".join(f"{reason}: {', '.join(names)}" for reason, names in fields.items())

@@ -6,6 +6,7 @@ from typing import Any, Final
 from knative import autoscaling_annotations as annotated
 from knative.autoscaling_annotations import GROUP, HPA, KPA, Annotation
 from knative.webhook_annotations import ALGORITHMS, NETWORKING, QUEUE_PERCENTAGE, QUEUE_RESOURCES, ROLLOUT_DURATION
+from knative.webhook_schema import as_decoded
 from knative.webhook_values import parse_float, parse_int
 from knative.webhook_violation import Violation, Violations
 
@@ -38,7 +39,8 @@ _PREFERRED: Final = [annotation.key for annotation in (*_OF_TEMPLATE, ROLLOUT_DU
 
 def warnings(service: dict[str, Any]) -> list[Violation]:
     """Of a Service that `validate` accepts; for any other the result has no meaning."""
-    metadata, template = service.get("metadata", {}), service["spec"]["template"]
+    decoded = as_decoded(service)
+    metadata, template = decoded.get("metadata", {}), decoded["spec"]["template"]
     annotations, spec = template.get("metadata", {}).get("annotations", {}), template["spec"]
     return [
         *_unread(metadata.get("annotations", {}), _SERVICE),

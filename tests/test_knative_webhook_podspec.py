@@ -40,7 +40,7 @@ def test_an_empty_value_is_no_value(spec: dict[str, Any]) -> None:
         ({"timeoutSeconds": -1}, "timeoutSeconds"),
         ({"serviceAccountName": "No_Such"}, "serviceAccountName"),
         ({"containers": []}, "containers"),
-        ({"containers": [{}]}, "containers[0]"),
+        ({"containers": [{}]}, "containers[0].image"),
     ],
 )
 def test_pod_fields(spec: dict[str, Any], field: str) -> None:
@@ -64,6 +64,8 @@ def test_pod_fields(spec: dict[str, Any], field: str) -> None:
         {"image": "dev.local/app"},
         {"securityContext": {"privileged": False, "capabilities": {"drop": ["ALL"], "add": []}}},
         {"terminationMessagePolicy": "FallbackToLogsOnError"},
+        {"resources": {"limits": {"cpu": 0.5, "memory": 1e9}}},
+        {"env": [{"name": "A", "value": None}], "args": [None], "ports": None, "resources": {"limits": {"cpu": None}}},
     ],
 )
 def test_accepted_containers(container: dict[str, Any]) -> None:
@@ -84,7 +86,6 @@ def test_accepted_containers(container: dict[str, Any]) -> None:
         ({"env": [{"name": "A", "valueFrom": {"secretKeyRef": {"name": "s"}}}]}, "env[0].valueFrom.secretKeyRef.key"),
         ({"env": [{"name": "A", "valueFrom": {"secretKeyRef": {"key": "k"}}}]}, "env[0].valueFrom.secretKeyRef.name"),
         ({"env": {"A": "1"}}, "env"),
-        ({"envFrom": [{}]}, "envFrom[0].configMapRef"),
         ({"image": ""}, "image"),
         ({"image": "UPPER/case"}, "image"),
         ({"image": "a b"}, "image"),
@@ -94,7 +95,6 @@ def test_accepted_containers(container: dict[str, Any]) -> None:
         ({"readinessProbe": {"failureThreshold": 3}}, "readinessProbe.failureThreshold"),
         ({"readinessProbe": {"timeoutSeconds": 3}}, "readinessProbe.timeoutSeconds"),
         ({"readinessProbe": {"periodSeconds": -1}}, None),
-        ({"livenessProbe": {"periodSeconds": 5}}, "livenessProbe.httpGet"),
         ({"livenessProbe": {"exec": {"command": ["x"]}, "successThreshold": 2}}, "livenessProbe.successThreshold"),
         ({"livenessProbe": {"exec": {}}}, "livenessProbe.exec.command"),
         ({"startupProbe": {"tcpSocket": {"port": "9000x"}}}, "startupProbe.tcpSocket.port"),
@@ -116,6 +116,13 @@ def test_refused_containers(container: dict[str, Any], field: str | None) -> Non
     short = {name.removeprefix(f"{AT}.containers[0].").removeprefix("spec.containers[0].") for name in found}
     assert found
     assert field is None or short == {field}
+
+
+def test_of_a_group_exactly_one() -> None:
+    none = fields(container={"livenessProbe": {"periodSeconds": 5}})
+    assert none == {f"{AT}.containers[0].livenessProbe.{name}" for name in ("httpGet", "tcpSocket", "exec", "grpc")}
+    both = fields(container={"envFrom": [{"secretRef": {"name": "s"}, "configMapRef": {"name": "m"}}, {"secretRef": {}}]})
+    assert both == {f"{AT}.containers[0].envFrom[0].{name}" for name in ("secretRef", "configMapRef")}
 
 
 MOUNT = {"name": "x", "mountPath": "/x"}
@@ -143,6 +150,7 @@ def test_accepted_volumes(volume: dict[str, Any]) -> None:
         ({"emptyDir": {"medim": "Memory"}}, "emptyDir.medim"),
         ({"emptyDir": {"sizeLimit": "-1"}}, "emptyDir.sizeLimit"),
         ({"emptyDir": None}, "emptyDir"),
+        ({"secret": {"secretName": None}}, "secret.secretName"),
         ({"secret": {}}, "secret.secretName"),
         ({"secret": {"secretName": "s", "defaultMode": 777}}, "secret.defaultMode"),
         ({"configMap": {"name": "m", "items": [{"key": "a", "path": ""}]}}, "items[0].path"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from knative.manifest_files import Manifest, ManifestError, read_manifests
-from knative.webhook import is_knative_service, validate, warnings
+from knative.webhook import in_one_line, is_knative_service, validate, warnings
 
 
 @click.command("check")
@@ -42,7 +42,7 @@ def _check(file: Path, manifests: list[Manifest]) -> bool:
         label = f"{file} {service.name}" if len(services) > 1 else str(file)
         violations = validate(service.object)
         accepted &= not violations
-        click.echo(f"{label}: refused: {'; '.join(map(str, violations))}" if violations else f"{label}: accepted")
+        click.echo(f"{label}: refused: {in_one_line(violations)}" if violations else f"{label}: accepted")
         for warning in () if violations else _warnings(service):
             click.echo(f"{label}: warning: {warning}")
     return accepted
