@@ -99,7 +99,7 @@ def generate(
     sampling: Sampling | None = None,
     source: str = "gateway",
 ) -> list[int]:
-    """Generates as the gateway would, and releases."""
+    """Generates as the gateway would. The sequence stays."""
     token_ids = list(prompt)
     position = 0
     while len(token_ids) < len(prompt) + new_tokens:
