@@ -73,8 +73,11 @@ class ObjectReader:
                     filled += count
 
     def close(self) -> None:
-        """Closes idle connections and ends running retries."""
+        """Closes idle connections, those in use when their answers are in, and ends running retries."""
         self._closed.set()
+        self._close_idle()
+
+    def _close_idle(self) -> None:
         while True:
             try:
                 self._idle.get_nowait().close()
@@ -152,8 +155,10 @@ class ObjectReader:
             raise
         if response.will_close:
             connection.close()
-        else:
-            self._idle.put(connection)
+            return
+        self._idle.put(connection)
+        if self._closed.is_set():
+            self._close_idle()
 
     def _refuse(self, key: str, response: HTTPResponse) -> None:
         code = error_code(response.read(_ERROR_BODY_BYTES))

@@ -11,7 +11,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -65,7 +65,8 @@ class WeightCache:
                 unfinished.rename(path)
         except OSError as error:
             _log.warning("the weight cache cannot keep %s (%s); going on without", stored.key, error)
-            unfinished.unlink(missing_ok=True)
+            with suppress(OSError):
+                unfinished.unlink()
 
     def _path(self, stored: StoredObject) -> Path:
         return self._folder / f"{stored.digest}{_SUFFIX}"
