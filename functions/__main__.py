@@ -92,4 +92,8 @@ def _gateway(config: GatewayConfig, start_up: StartUp) -> Function:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], os.environ))
+    status = main(sys.argv[1:], os.environ)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: nothing is left to do, and a thread that still imports torch or waits for the store would be waited for.
+    os._exit(status)

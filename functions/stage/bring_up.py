@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from functions.background import run_in_background
 from functions.config import StageConfig
 from functions.publication import read_publication
 from functions.stage.threads import set_openmp, thread_count
@@ -36,15 +36,14 @@ def bring_up(config: StageConfig, start_up: StartUp, on_pass: "Callable[[PassSta
     """An engine that has run one step. Raises WrongPublication, a StorageError, or what the layer group refuses."""
     threads = thread_count(config.threads)
     set_openmp(os.environ, threads)
-    with ThreadPoolExecutor(1, "weights") as executor:
-        opening = executor.submit(open_weights, config, start_up)
-        import torch
+    opening = run_in_background(lambda: open_weights(config, start_up), "open-weights")
+    import torch
 
-        from functions.stage.engine import Engine
+    from functions.stage.engine import Engine
 
-        torch.set_num_threads(threads)
-        start_up.mark("import")
-        weights = opening.result()
+    torch.set_num_threads(threads)
+    start_up.mark("import")
+    weights = opening.result()
     engine = Engine(
         _layer_group(config, weights, start_up),
         num_stages=len(config.cut),

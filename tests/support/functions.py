@@ -9,7 +9,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -53,6 +53,13 @@ def common_environment(published: Published, cut: Cut = CUT) -> dict[str, str]:
         "AWS_ACCESS_KEY_ID": published.store.access_key_id,
         "AWS_SECRET_ACCESS_KEY": published.store.secret_access_key,
     }
+
+
+def wait_until(condition: Callable[[], bool], timeout_seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.05)
 
 
 class FunctionProcess:
