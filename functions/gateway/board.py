@@ -3,9 +3,10 @@
 What to do next is the planner's; how it is done the scheduler's.
 """
 
+import bisect
 import random
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -51,7 +52,8 @@ class Reservation:
 class Memory:
     """Sequences that were told that a stage is full: one after the other, nobody overtakes them."""
 
-    hungry: deque[Job] = field(default_factory=deque)
+    hungry: list[Job] = field(default_factory=list)
+    """In the order in which they came to the gateway."""
     retry_at: float = 0.0
     pause_seconds: float = _FIRST_MEMORY_PAUSE_SECONDS
 
@@ -143,6 +145,8 @@ class Board:
                 self._requeue(job, None)
             return
         self.no_route_since = None
+        if Status.FULL in reservation.statuses:
+            self.memory.was_full()
         for job, status in zip(jobs, reservation.statuses, strict=True):
             if status is Status.OK:
                 job.reserved = True
@@ -161,8 +165,7 @@ class Board:
         self._release(job, frees=False)
         job.leave()
         job.one_by_one = True
-        self.memory.was_full()
-        self.memory.hungry.append(job)
+        bisect.insort(self.memory.hungry, job, key=lambda other: other.number)
 
     # Replies.
 
@@ -173,7 +176,9 @@ class Board:
             excepted = set(in_trip)
             for job in self._jobs_at(instance):
                 if job.reserved and job not in excepted:
-                    self._lost(job, instance, "rebooted")
+                    job.progress.missed(instance.stage, 0)
+                    job.sequence.replayed()
+                    self.stats.replays["rebooted"] += 1
         instance.answered(answerer.boot, answerer.free_tokens)
 
     def answered(self, trip: Trip, stage: int, reply: ForwardReply, seconds: float) -> list[int]:
@@ -204,8 +209,8 @@ class Board:
         for job, _ in pieces:
             job.progress.failed()
             job.must_restart = True
-            if failure.blames and not job.sequence.ended:
-                self._strike(job, str(failure))
+            if (failure.blames or failure.final) and not job.sequence.ended:
+                self._strike(job, str(failure), PipelineUnavailable if failure.final else ReplaysExhausted)
             job.progress.settle()
             self._settle(job, failure.cause)
 
@@ -218,12 +223,6 @@ class Board:
     def _jobs_at(self, instance: Instance) -> list[Job]:
         return [job for batch in self.micro_batches if instance in batch.route.instances for job in batch.jobs]
 
-    def _lost(self, job: Job, instance: Instance, cause: str) -> None:
-        """`instance` holds nothing of `job`: it is computed anew, up to this stage."""
-        job.progress.missed(instance.stage, 0)
-        job.sequence.replayed()
-        self.stats.replays[cause] += 1
-
     def _arrived(self, job: Job, row: Row) -> None:
         job.progress.settle()
         if row.result is not None and row.result.token is not None:
@@ -234,28 +233,34 @@ class Board:
         self._settle(job)
 
     def _row_failed(self, job: Job, stage: int, row: Row) -> None:
-        job.progress.failed()
         if row.status is Status.INVALID:
             job.sequence.fail(InvalidRequest(row.reason or f"stage {stage} refuses the sequence"))
-        elif row.status is Status.MISS:
+        elif row.status in (Status.MISS, Status.STALE):
+            self._lost(job, stage, row.status)
+        if row.status is Status.MISS:
             job.progress.missed(stage, row.held or 0)
         else:
+            job.progress.failed()
             job.must_restart = True
-        if row.status in (Status.MISS, Status.STALE) and not job.sequence.ended:
-            job.misses += 1
-            if job.misses > 1:
-                self._strike(job, f"stage {stage} answered {row.status} {job.misses} times in a row")
-        if row.status is Status.MISS:
-            job.sequence.replayed()
-            self.stats.replays["miss"] += 1
         job.progress.settle()
         self._settle(job, str(row.status))
 
-    def _strike(self, job: Job, why: str) -> None:
+    def _lost(self, job: Job, stage: int, cause: str) -> None:
+        """`stage` has lost what it held of `job`: forgiven the first time. Chunks behind the first one say the same again."""
+        if job.progress.failing or job.sequence.ended:
+            return
+        if stage in job.missed_at:
+            self._strike(job, f"stage {stage} answered {cause} again")
+        job.missed_at.add(stage)
+        if cause == Status.MISS:
+            job.sequence.replayed()
+            self.stats.replays[cause] += 1
+
+    def _strike(self, job: Job, why: str, problem: type[Problem] = ReplaysExhausted) -> None:
         job.strike()
         self.suspects.add(job)
         if job.strikes >= MOST_STRIKES:
-            job.sequence.fail(ReplaysExhausted(f"gave up after {job.strikes} attempts that came no further; the last: {why}"))
+            job.sequence.fail(problem(f"gave up after {job.strikes} attempts that came no further; the last: {why}"))
 
     # Leaving a micro-batch.
 

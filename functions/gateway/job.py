@@ -28,6 +28,8 @@ class Job:
     """What stages know it by: unique over all gateways and their restarts."""
     progress: Progress
     reserve_tokens: int
+    number: int
+    """Who came first."""
     waiting_since: float = field(default_factory=time.monotonic)
     micro_batch: "MicroBatch | None" = None
     reserved: bool = False
@@ -35,8 +37,8 @@ class Job:
     """Its reservation did not fit once: from then on it asks one stage after the other, in order."""
     strikes: int = 0
     """Times that its own step broke its route since it last came further."""
-    misses: int = 0
-    """Misses since it last came further: the first is forgiven, each further one is a strike."""
+    missed_at: set[int] = field(default_factory=set)
+    """Stages that lost it since it last came further: the first time is forgiven, each further one is a strike."""
     replay_at: float = 0.0
     """Earliest start of a replay, in time.monotonic()."""
     must_restart: bool = False
@@ -63,7 +65,8 @@ class Job:
 
     def came_further(self) -> None:
         """It has a new token: whatever broke before was not its fault."""
-        self.strikes = self.misses = 0
+        self.strikes = 0
+        self.missed_at.clear()
 
     def strike(self) -> None:
         """A step of this sequence broke its route: the next attempt comes later each time."""

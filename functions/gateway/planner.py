@@ -120,10 +120,10 @@ class Planner:
     def _admit(self, now: float) -> Iterator[Reserve]:
         """Takes sequences out of the queue, as many as capacity and memory allow, and asks for their memory."""
         board = self._board
+        if any(job.one_by_one for batch in board.micro_batches for job in batch.jobs if not job.reserved):
+            return  # Whoever comes behind it would take what it is asking for.
         if board.memory.hungry:
             yield from self._admit_hungry(now)
-            return
-        if any(job.one_by_one for batch in board.micro_batches for job in batch.jobs if not job.reserved):
             return
         groups: dict[MicroBatch, list[Job]] = {}
         while (job := board.queue.peek()) is not None:
@@ -139,7 +139,7 @@ class Planner:
         memory = self._board.memory
         home = self._home(memory.hungry[0], now) if now >= memory.retry_at else None
         if home is not None:
-            job = memory.hungry.popleft()
+            job = memory.hungry.pop(0)
             self._join(home, job)
             yield Reserve(home, [job], one_by_one=True)
 
@@ -275,7 +275,7 @@ class Planner:
             job.sequence.started()
             if batch is None:
                 job.served = self._trips
-                self._board.stats.prompt_tokens += piece.length
+            self._board.stats.prompt_tokens += max(0, min(piece.end, job.sequence.prompt_tokens) - piece.position)
         deadline = max(job.sequence.deadline for job, _ in pieces)
         return Trip(route, pieces, pieces[0][1].depth, batch, deadline)
 

@@ -33,6 +33,11 @@ class Progress:
         self._sent = [0] * num_stages
         self._failed = False
 
+    @property
+    def failing(self) -> bool:
+        """Something on its way got lost, and the rest is not settled yet."""
+        return self._failed
+
     def next_piece(self, total_tokens: int, most_tokens: int) -> Piece | None:
         """What to send next of a sequence of `total_tokens`; None where everything is sent or a failure must settle first."""
         position = min(self._sent)

@@ -74,7 +74,8 @@ class Scheduler:
             limit = self._limits.queue_limit + max(0, self._planner.room())
             if self._board.waiting >= limit:
                 raise QueueFull(f"{self._board.waiting} requests wait already; ask again later")
-            job = Job(sequence, f"{self._boot}-{next(self._numbers)}", Progress(self._pipeline.num_stages), reserve_tokens)
+            number = next(self._numbers)
+            job = Job(sequence, f"{self._boot}-{number}", Progress(self._pipeline.num_stages), reserve_tokens, number)
             sequence.attach(lambda: self._cancelled(job))
             self._board.submit(job)
             self._act()

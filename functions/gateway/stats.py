@@ -37,7 +37,7 @@ class Stats:
     """Events on their way."""
     tokens: int = 0
     prompt_tokens: int = 0
-    """Sent in chunks, replays included."""
+    """Sent into the first stage, replays included."""
     sequences: Counter[str] = field(default_factory=Counter)
     """Ended, by finish reason or problem name."""
     replays: Counter[str] = field(default_factory=Counter)

@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from io import BytesIO
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from werkzeug.serving import BaseWSGIServer, ThreadedWSGIServer, WSGIRequestHandler
+from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 
 from eventing.batch_codec import decode_batch
 from eventing.delivery import Sender
-from eventing.events import EventType, Row
+from eventing.events import Batch, EventType, Row
 from functions.gateway.board import Limits
 from functions.gateway.pipeline import Pipeline, PipelineIdentity
 from functions.gateway.routes import Placement
@@ -48,6 +49,7 @@ class Fault(StrEnum):
     TWICE = "it is delivered twice, and the second reply is the answer"
     UNAVAILABLE = "503 from something in between"
     KILLED = "the stage dies with it in hand"
+    KILLED_RESTARTED = "the same, and it starts again at once"
 
 
 @dataclass(slots=True)
@@ -60,6 +62,7 @@ class Seen:
     body: bytes
     arrived: float
     left: float = 0.0
+    reply: bytes = b""
 
     @property
     def ids(self) -> set[str]:
@@ -108,12 +111,18 @@ class CountingStage:
         self._max_merge = max_merge
         self._idle_seconds = idle_seconds
         self._boots = 0
-        self._server: BaseWSGIServer | None = None
+        self._server: _Server | None = None
+        self._lock = threading.Lock()
         self._port = 0
         self.seconds = 0.0
         """What each pass takes at least."""
         self.inspect: Inspect = lambda _: None
         self.seen: list[Seen] = []
+        self.passes: list[set[tuple[int, int]]] = []
+        """Position and length of each segment of each pass."""
+        self.queued: list[tuple[int, tuple[Row, ...]]] = []
+        """Rows of each event, with the number of passes that were over when it was put into the engine's queue."""
+        self.passes_over = 0
         self.start()
 
     @property
@@ -130,7 +139,8 @@ class CountingStage:
         self.group = CountingGroup(
             self.index, self.index + 1, self._num_stages, capacity_tokens=self._capacity_tokens, max_positions=2**20
         )
-        self.engine = Engine(
+        self.engine = _NotingEngine(
+            self,
             _Slow(self.group, self),
             num_stages=self._num_stages,
             max_merge=self._max_merge,
@@ -146,10 +156,10 @@ class CountingStage:
 
     def kill(self) -> None:
         """As SIGKILL: every connection is reset, nobody listens any more, what was held is gone."""
-        server = cast("_Server", self._server)
+        with self._lock:
+            server, self._server = self._server, None
         if server is None:
             return
-        self._server = None
         server.shutdown()
         server.server_close()
         for connection in list(server.sockets):
@@ -171,23 +181,34 @@ class CountingStage:
             seen = _seen(environ, body)
             self.seen.append(seen)
             fault = self.inspect(seen)
-            if fault is Fault.KILLED:
-                threading.Thread(target=self.kill).start()
-                threading.Event().wait(0.2)
-            if fault in (Fault.KILLED, Fault.REFUSED):
+            if fault in (Fault.KILLED, Fault.KILLED_RESTARTED):
+                self.kill()
+                if fault is Fault.KILLED_RESTARTED:
+                    self.start()
+            if fault in (Fault.KILLED, Fault.KILLED_RESTARTED, Fault.REFUSED):
                 raise _broken(environ)
             if fault is Fault.UNAVAILABLE:
                 start_response("503 Service Unavailable", [("Content-Length", "0")])
                 return [b""]
             if fault is Fault.TWICE:
-                list(app({**environ, "wsgi.input": _input(body)}, lambda *_: lambda _: None))
-            answer = list(app({**environ, "wsgi.input": _input(body)}, start_response))
-            seen.left = time.monotonic()
+                list(app({**environ, "wsgi.input": BytesIO(body)}, lambda *_: lambda _: None))
+            answer = list(app({**environ, "wsgi.input": BytesIO(body)}, start_response))
+            seen.left, seen.reply = time.monotonic(), b"".join(answer)
             if fault is Fault.REPLY_LOST:
                 raise _broken(environ)
             return answer
 
         return with_faults
+
+
+class _NotingEngine(Engine):
+    def __init__(self, stage: CountingStage, group: Any, **settings: Any) -> None:
+        super().__init__(group, **settings)
+        self._stage = stage
+
+    def handle(self, batch: Batch, *, source: str, expires_at: float | None = None) -> Batch:
+        self._stage.queued.append((self._stage.passes_over, batch.rows))
+        return super().handle(batch, source=source, expires_at=expires_at)
 
 
 class _Slow:
@@ -201,15 +222,13 @@ class _Slow:
         return getattr(self._group, name)
 
     def forward(self, inputs: Any, segments: Any) -> Any:
+        self._stage.passes.append({(segment.position, segment.length) for segment in segments})
         if self._stage.seconds:
             time.sleep(self._stage.seconds)
-        return self._group.forward(inputs, segments)
-
-
-def _input(body: bytes) -> Any:
-    import io
-
-    return io.BytesIO(body)
+        try:
+            return self._group.forward(inputs, segments)
+        finally:
+            self._stage.passes_over += 1
 
 
 def _seen(environ: "WSGIEnvironment", body: bytes) -> Seen:
