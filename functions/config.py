@@ -120,6 +120,12 @@ class GatewayConfig(CommonConfig):
         "URL of the API that serves EndpointSlices; cluster: from the pod's ServiceAccount; unset: no watch",
         "",
     )
+    stage_services: tuple[str, ...] | None = setting(
+        "LAMINA_STAGE_SERVICES",
+        parsers.services,
+        "names of the stages' Knative Services, whose EndpointSlices are watched; unset: the first label of each URL's host",
+        "",
+    )
     namespace: str = setting("LAMINA_NAMESPACE", parsers.text, "namespace of the stages", "default")
     pod_network: IPv4Network | IPv6Network | None = setting(  # noqa: RUF009
         "LAMINA_POD_NETWORK", parsers.network, "only pod addresses in this network are followed; needed for a watch", ""
@@ -184,5 +190,8 @@ def _contradictions(config: Config) -> Iterator[str]:
     if tuple(group for group, _ in config.stages) != config.cut:
         named = ",".join(f"{first}:{last}" for (first, last), _ in config.stages)
         yield f"LAMINA_STAGES: {named} is not allowed: the groups of LAMINA_CUT in their order, {cut}"
+    if config.stage_services is not None and len(config.stage_services) != len(config.cut):
+        names = ",".join(config.stage_services)
+        yield f"LAMINA_STAGE_SERVICES: {names} is not allowed: one name for each group of LAMINA_CUT, {cut}"
     if config.kubernetes_api is not None and config.pod_network is None:
         yield "LAMINA_POD_NETWORK is not set: with LAMINA_KUBERNETES_API it says which addresses may be followed"

@@ -96,6 +96,14 @@ def stages(value: str) -> tuple[tuple[LayerRange, str], ...]:
     return tuple(pairs)
 
 
+def services(value: str) -> tuple[str, ...]:
+    """`chat-1f0a-s0,chat-1f0a-s1` → both names."""
+    names = tuple(value.split(","))
+    if not all(re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", name) for name in names):
+        raise ValueError("names of Services, separated by commas")
+    return names
+
+
 def secrets(value: str) -> tuple[str, ...]:
     """Comma-separated; spaces around them are dropped."""
     found = tuple(part.strip() for part in value.split(","))

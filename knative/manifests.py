@@ -245,6 +245,7 @@ def _gateway_env(pipeline: Pipeline) -> list[Manifest]:
         *_common_env(pipeline, "gateway"),
         *_values(
             LAMINA_STAGES=stages,
+            LAMINA_STAGE_SERVICES=",".join(pipeline.stage_name(k) for k in range(len(pipeline.cut))),
             LAMINA_QUEUE_LIMIT=gateway.queue_limit,
             LAMINA_CHUNK_TOKENS=gateway.chunk_tokens,
             LAMINA_MICRO_BATCH_SEQUENCES=gateway.micro_batch_sequences,

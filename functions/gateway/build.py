@@ -55,4 +55,5 @@ def _watch(config: GatewayConfig, urls: list[str], scheduler: Scheduler) -> Endp
         return None
     api = KubernetesAPI(config.kubernetes_api, config.namespace)
     pods = PodNetwork(config.pod_network, config.pod_port)
-    return EndpointsWatch(api, [service_name(url) for url in urls], pods, scheduler.endpoints_changed)
+    services = config.stage_services or [service_name(url) for url in urls]
+    return EndpointsWatch(api, services, pods, scheduler.endpoints_changed)
