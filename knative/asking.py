@@ -15,6 +15,7 @@ from eventing.problems import MalformedEvent, problem_from_document
 from eventing.sse import EVENT_STREAM_CONTENT_TYPE, ServerSentEvent, SSEDecoder
 
 _SOURCE: Final = "lamina/cli"
+_SENTENCE_ENDS: Final = ("?", ".", "!", "…", "？", "。", "！", "؟", "।")
 _TYPES: Final[dict[str, type[TokenEvent | GenerateResponse | ErrorEvent]]] = {
     "dev.lamina.generate.token": TokenEvent,
     "dev.lamina.generate.response": GenerateResponse,
@@ -33,10 +34,15 @@ class Question:
     text: str
     max_tokens: int
     temperature: float = 0.0
-    raw: bool = False
-    """The text as it is, without the model's chat template."""
+    chat: bool = True
+    """Through the model's chat template; False: continue the text as it is."""
     api_key: str | None = None
     timeout_seconds: float = 900.0
+
+
+def is_question(text: str) -> bool:
+    """Whether a text is to be answered rather than continued: it ends like a sentence."""
+    return text.rstrip().rstrip("\"')").endswith(_SENTENCE_ENDS)
 
 
 async def ask(url: str, question: Question) -> AsyncIterator[Answer]:
@@ -57,10 +63,10 @@ async def ask(url: str, question: Question) -> AsyncIterator[Answer]:
 
 def _request(question: Question) -> tuple[dict[str, str], bytes]:
     sampling: dict[str, Any] = {"max_tokens": question.max_tokens, "temperature": question.temperature}
-    if question.raw:
-        data = GenerateRequest(prompt=question.text, **sampling)
-    else:
+    if question.chat:
         data = GenerateRequest(messages=(Message(role="user", content=question.text),), **sampling)
+    else:
+        data = GenerateRequest(prompt=question.text, **sampling)
     headers, pieces = to_binary_http(json_event(EventType.GENERATE_REQUEST, _SOURCE, data))
     headers["accept"] = EVENT_STREAM_CONTENT_TYPE
     if question.api_key is not None:

@@ -6,8 +6,15 @@ import click
 from rich.console import Console
 
 from eventing.generation import GenerateResponse
-from knative.asking import AskFailed, Question
+from knative.asking import AskFailed, Question, is_question
 from knative.asking import ask as ask_gateway
+
+chat_option = click.option(
+    "--chat/--raw",
+    default=None,
+    help="Through the model's chat template, or the prompt as it is. Default: a prompt that ends like a sentence is asked, "
+    "an open one, such as 'The capital of France is', is continued.",
+)
 
 
 @click.command()
@@ -15,17 +22,20 @@ from knative.asking import ask as ask_gateway
 @click.argument("prompt")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--raw", is_flag=True, help="The prompt as it is, without the model's chat template.")
+@chat_option
 @click.option("--api-key", envvar="LAMINA_API_KEY", show_envvar=True, help="Where the gateway wants one.")
 @click.option("--timeout", type=click.FloatRange(min=1), default=900.0, show_default=True, help="Seconds for the whole answer.")
-def ask(url: str, prompt: str, max_tokens: int, temperature: float, raw: bool, api_key: str | None, timeout: float) -> None:
+def ask(
+    url: str, prompt: str, max_tokens: int, temperature: float, chat: bool | None, api_key: str | None, timeout: float
+) -> None:
     """Ask the gateway at URL, as an HTTP CloudEvent, and print the answer while it streams.
 
     \b
     python -m knative ask http://127.0.0.1:8080 "What is the capital of France?"
-    python -m knative ask http://127.0.0.1:8080 "The capital of France is" --raw --max-tokens 8
+    python -m knative ask http://127.0.0.1:8080 "The capital of France is" --max-tokens 8
     """
-    asyncio.run(show_answer(Console(), url, Question(prompt, max_tokens, temperature, raw, api_key, timeout)))
+    as_chat = is_question(prompt) if chat is None else chat
+    asyncio.run(show_answer(Console(), url, Question(prompt, max_tokens, temperature, as_chat, api_key, timeout)))
 
 
 async def show_answer(console: Console, url: str, question: Question) -> GenerateResponse:

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import click
 
+from knative.manifests import Manifest, to_yaml
 from knative.manifests import render as render_files
-from knative.manifests import to_yaml
 from knative.model_shape import ModelShape
 from knative.pipeline_spec import PipelineSpec, load_spec
 from knative.rendering import published_shape, resolve
 from knative.store_access import StoreOptions, open_store, store_options
-from storage.model_repository import Manifest, read_manifest
+from storage.model_repository import Manifest as Publication
+from storage.model_repository import read_manifest
 
 
 @click.command()
@@ -27,7 +28,7 @@ def render(spec: Path, output: Path | None, store: StoreOptions) -> None:
     python -m knative render pipeline.yaml | kubectl apply -f -
     python -m knative render pipeline.yaml --output manifests/
     """
-    files = render_files(resolve(loaded := load_spec(spec), lambda: _published(loaded, store)))
+    files = rendered_files(load_spec(spec), store)
     if output is None:
         click.echo("".join(to_yaml(objects) for objects in files.values()), nl=False)
         return
@@ -37,7 +38,16 @@ def render(spec: Path, output: Path | None, store: StoreOptions) -> None:
         click.echo(str(output / name))
 
 
-def _published(spec: PipelineSpec, store: StoreOptions) -> tuple[Manifest, ModelShape]:
+def rendered_files(spec: PipelineSpec, store: StoreOptions) -> dict[str, list[Manifest]]:
+    """File name → objects, in the order in which they are applied. Raises what `resolve` does."""
+    return render_files(resolve(spec, lambda: _published(spec, store)))
+
+
+def rendered_objects(spec: PipelineSpec, store: StoreOptions) -> list[Manifest]:
+    return [manifest for objects in rendered_files(spec, store).values() for manifest in objects]
+
+
+def _published(spec: PipelineSpec, store: StoreOptions) -> tuple[Publication, ModelShape]:
     with open_store(store) as opened:
         manifest = read_manifest(opened, spec.model.name, spec.model.dtype)
         return manifest, published_shape(opened, manifest)

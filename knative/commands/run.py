@@ -12,8 +12,8 @@ from typing import Any, Final
 import click
 from rich.console import Console
 
-from knative.asking import Question
-from knative.commands.ask import show_answer
+from knative.asking import Question, is_question
+from knative.commands.ask import chat_option, show_answer
 from knative.local.platform import Platform, PlatformOptions
 from knative.local.state_folder import RunningPlatform, StateFolder
 from knative.local_pipeline import LocalPipeline, ensure_published, local_pipeline, read_data_folder
@@ -39,6 +39,7 @@ class RunOptions:
     port: int
     prompt: str
     max_tokens: int
+    chat: bool | None
     once: bool
     secrets: Path | None
     config_maps: Path | None
@@ -55,6 +56,7 @@ class RunOptions:
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Of the gateway; 0: any free one.")
 @click.option("--prompt", default="What is the capital of France?", show_default=True, help="The first question.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@chat_option
 @click.option("--once", is_flag=True, help="End after the answer.")
 @click.option("--secrets", type=_FOLDER, help="Secrets that the spec names: a folder for each, a file for each key.")
 @click.option("--config-maps", type=_FOLDER, help="Config maps, likewise.")
@@ -123,6 +125,12 @@ class _Run:
     def _gateway(self) -> str:
         return self._local.pipeline.spec.name
 
+    @property
+    def _asks_in_chat(self) -> bool:
+        if self._options.chat is not None:
+            return self._options.chat
+        return self._local.has_chat_template and is_question(self._options.prompt)
+
     @contextlib.asynccontextmanager
     async def _platform(self) -> AsyncIterator[Platform]:
         options = PlatformOptions(
@@ -151,7 +159,7 @@ class _Run:
 
     async def _first_answer(self, platform: Platform, url: str) -> None:
         watch = asyncio.create_task(watch_starts(platform.status, lambda text: self._say(f"  {text}")))
-        question = Question(self._options.prompt, self._options.max_tokens, raw=not self._local.has_chat_template)
+        question = Question(self._options.prompt, self._options.max_tokens, chat=self._asks_in_chat)
         answer = asyncio.create_task(show_answer(self._console, url, question))
         try:
             await asyncio.wait((watch, answer), return_when=asyncio.FIRST_COMPLETED)
