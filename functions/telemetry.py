@@ -3,9 +3,12 @@
 import logging
 import sys
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+if TYPE_CHECKING:
+    from functions.stage.engine import PassStatistics
 
 STEP_SECONDS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 """Buckets for what happens in every step."""
@@ -49,11 +52,24 @@ class StageMetrics(FunctionMetrics):
             "lamina_stage_queue_seconds", "An event waited in the stage", buckets=STEP_SECONDS, registry=registry
         )
         self.compute = Histogram(
-            "lamina_stage_compute_seconds", "The pass that an event was in", buckets=STEP_SECONDS, registry=registry
+            "lamina_stage_compute_seconds", "One pass through the layers", buckets=STEP_SECONDS, registry=registry
         )
         self.codec = Histogram(
             "lamina_stage_codec_seconds", "Decoding and encoding of an event", buckets=STEP_SECONDS, registry=registry
         )
+
+        self.weights_bytes = Gauge("lamina_stage_weights_bytes", "Of this stage's objects in the store", registry=registry)
+        self.loaded_bytes = Gauge(
+            "lamina_stage_loaded_bytes", "How many of them have come in and are verified", registry=registry
+        )
+
+    def observe_pass(self, statistics: "PassStatistics") -> None:
+        for seconds in statistics.queue_seconds:
+            self.queue.observe(seconds)
+        self.compute.observe(statistics.compute_seconds)
+        self.tokens.inc(statistics.tokens)
+        for status in statistics.rows:
+            self.rows.labels(str(status)).inc()
 
     def watch(self, free_tokens: Callable[[], float], sequences: Callable[[], float]) -> None:
         """Reads the engine whenever the metrics are read."""

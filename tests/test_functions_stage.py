@@ -151,7 +151,7 @@ def test_reserve_and_release(first: Client) -> None:
     rows = (ReserveRow("small", 0, 10), ReserveRow("huge", 0, 10_000_000))
     event = json_event(EventType.RESERVE, SOURCE, ReserveRequest(rows), **first.attributes)
     reply = json_data(first.send(event), ReserveReply)
-    assert [row.status for row in reply.rows] == [Status.OK, Status.FULL]
+    assert [row.status for row in reply.rows] == [Status.OK, Status.INVALID]
     released = ReleaseRequest((ReleaseRow("small", 0), ReleaseRow("unknown", 3)))
     event = json_event(EventType.RELEASE, SOURCE, released, **first.attributes)
     assert json_data(first.send(event), ReleaseReply).released == 1

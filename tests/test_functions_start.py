@@ -84,6 +84,25 @@ def test_altered_weights_are_never_served(tmp_path: Path) -> None:
         assert stored.key in stage.log or "layer-00003" in stage.log
 
 
+def test_a_model_that_cannot_be_run_is_named(published: Published) -> None:
+    with FunctionProcess(stage_environment(published, 1, LAMINA_KV_CACHE_BYTES="1")) as stage:
+        assert stage.wait_end() == 1
+    assert "layers 2:4 of tiny in float32" in stage.log
+    assert "Traceback" not in stage.log
+
+
+def test_weights_come_out_of_the_cache_on_the_next_start(published: Published, tmp_path: Path) -> None:
+    environ = stage_environment(published, 1, LAMINA_WEIGHTS_CACHE=str(tmp_path / "cache"))
+    with FunctionProcess(environ) as stage:
+        stage.wait_ready()
+    with FunctionProcess(environ) as stage:
+        stage.wait_ready()
+        assert stage.get("/readyz")[1]["start_up"].keys() >= {"first_byte", "last_byte"}
+        total = sum(published.manifest.objects[f"layer-0000{layer}"].bytes for layer in (2, 3))
+        assert f"lamina_stage_loaded_bytes {total:.1f}" in stage.get("/metrics")[1]
+    assert any((tmp_path / "cache").rglob("*"))
+
+
 def test_a_port_in_use_is_named(published: Published) -> None:
     with socket.create_server(("0.0.0.0", 0)) as listener:
         port = listener.getsockname()[1]
@@ -140,10 +159,11 @@ from functions.__main__ import _function
 from functions.server import Server
 from functions.stage.bring_up import bring_up
 from functions.startup import StartUp
+from functions.telemetry import StageMetrics
 config = read_config(os.environ)
 start_up = StartUp()
 _function(config, start_up)
-bring_up(config, start_up, lambda statistics: None)
+bring_up(config, start_up, StageMetrics())
 print(json.dumps(sorted(sys.modules)))
 """
 IMPORTS_OF_A_GATEWAY = """

@@ -1,8 +1,9 @@
 """From the configuration to a running engine, one thing beside the other: bytes flow while torch is being imported."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -12,14 +13,16 @@ from functions.config import StageConfig
 from functions.publication import read_publication
 from functions.stage.threads import set_openmp, thread_count
 from functions.startup import StartUp
+from functions.telemetry import StageMetrics
 from storage.model_repository import Manifest, read_file
 from storage.object_reader import ObjectReader
+from storage.weight_cache import WeightCache
 from storage.weight_loader import LoadedObject, LoadProgress, iterate_layers
 
 if TYPE_CHECKING:
     import torch
 
-    from functions.stage.engine import Engine, PassStatistics
+    from functions.stage.engine import Engine
     from functions.stage.layer_group import LayerGroup
 
 
@@ -32,11 +35,15 @@ class Weights:
     objects: Iterator[LoadedObject]
 
 
-def bring_up(config: StageConfig, start_up: StartUp, on_pass: "Callable[[PassStatistics], None]") -> "Engine":
-    """An engine that has run one step. Raises WrongPublication, a StorageError, or what the layer group refuses."""
+class UnservableModel(Exception):
+    """The layers cannot be run here: the architecture, the dtype, or tensors that are missing. The message has the cause."""
+
+
+def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> "Engine":
+    """An engine that has run one step. Raises WrongPublication, UnservableModel or a StorageError."""
     threads = thread_count(config.threads)
     set_openmp(os.environ, threads)
-    opening = run_in_background(lambda: open_weights(config, start_up), "open-weights")
+    opening = run_in_background(lambda: open_weights(config, start_up, metrics), "open-weights")
     import torch
 
     from functions.stage.engine import Engine
@@ -49,7 +56,7 @@ def bring_up(config: StageConfig, start_up: StartUp, on_pass: "Callable[[PassSta
         num_stages=len(config.cut),
         max_merge=config.max_merge,
         idle_sequence_seconds=config.idle_sequence_seconds,
-        on_pass=on_pass,
+        on_pass=metrics.observe_pass,
     )
     start_up.mark("place")
     engine.start()
@@ -58,7 +65,7 @@ def bring_up(config: StageConfig, start_up: StartUp, on_pass: "Callable[[PassSta
     return engine
 
 
-def open_weights(config: StageConfig, start_up: StartUp) -> Weights:
+def open_weights(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> Weights:
     """Checks that the publication is the one that the configuration names, and lets its bytes flow."""
     reader = ObjectReader(config.store)
     manifest = read_publication(config, reader)
@@ -66,29 +73,61 @@ def open_weights(config: StageConfig, start_up: StartUp) -> Weights:
     model_config = msgspec.json.decode(read_file(reader, manifest, "config.json"), type=dict[str, Any])
     if config.layer_group == "sleep":
         return Weights(manifest, model_config, iter(()))
-    objects = iterate_layers(reader, manifest, *config.layers, on_progress=_Progress(start_up))
+    cache = WeightCache(Path(config.weights_cache), config.weights_cache_bytes) if config.weights_cache else None
+    objects = iterate_layers(reader, manifest, *config.layers, cache=cache, on_progress=_Progress(start_up, metrics))
     return Weights(manifest, model_config, objects)
 
 
 def _layer_group(config: StageConfig, weights: Weights, start_up: StartUp) -> "LayerGroup":
-    from functions.stage.build import build_layer_group
+    from functions.stage.build import UnsupportedDtype
+    from functions.stage.families import UnsupportedArchitecture
+    from functions.stage.llama_config import UnsupportedConfig
+    from functions.stage.weights import MissingTensors
 
+    try:
+        return _built(config, weights, start_up)
+    except (UnsupportedArchitecture, UnsupportedConfig, UnsupportedDtype, MissingTensors, ValueError) as error:
+        what = f"layers {config.layers[0]}:{config.layers[1]} of {config.model} in {config.dtype} as {config.layer_group}"
+        raise UnservableModel(f"{what}: {error}") from error
+
+
+def _built(config: StageConfig, weights: Weights, start_up: StartUp) -> "LayerGroup":
+    from functions.stage.build import build_layer_group, choose
+
+    kind = choose(weights.model_config) if config.layer_group == "auto" else config.layer_group
+    if kind == "llama":
+        return _placed_as_it_comes(config, weights, start_up)
     tensors: dict[str, torch.Tensor] = {}
     for loaded in weights.objects:
-        tensors |= {name: _tensor(raw.dtype, raw.shape, raw.data) for name, raw in loaded.tensors.items()}
+        tensors |= _tensors(loaded)
     start_up.mark("last_byte")
-    first, last = config.layers
     return build_layer_group(
-        config.layer_group,  # type: ignore[arg-type]  # the parser allows nothing else
+        kind,  # type: ignore[arg-type]  # the parser allows nothing else
         weights.model_config,
         tensors,
-        first,
-        last,
+        *config.layers,
         config.dtype,
         _device(config.device),
         config.kv_cache_bytes,
         config.sleep_seconds,
     )
+
+
+def _placed_as_it_comes(config: StageConfig, weights: Weights, start_up: StartUp) -> "LayerGroup":
+    """Packs one layer while the next ones are still on their way, so that memory stays at the weights and a few parts."""
+    from functions.stage.llama import LlamaGroup
+
+    device = _device(config.device)
+    group = LlamaGroup(weights.model_config, *config.layers, config.dtype, device, config.kv_cache_bytes)
+    for loaded in weights.objects:
+        group.place(_tensors(loaded))
+    start_up.mark("last_byte")
+    group.finish()
+    return group
+
+
+def _tensors(loaded: LoadedObject) -> "dict[str, torch.Tensor]":
+    return {name: _tensor(raw.dtype, raw.shape, raw.data) for name, raw in loaded.tensors.items()}
 
 
 def _tensor(dtype: str, shape: tuple[int, ...], data: memoryview) -> "torch.Tensor":
@@ -110,10 +149,13 @@ def _device(configured: str) -> str:
 class _Progress:
     """Marks the first and the last byte; the loader itself logs what is in."""
 
-    def __init__(self, start_up: StartUp) -> None:
+    def __init__(self, start_up: StartUp, metrics: StageMetrics) -> None:
         self._start_up = start_up
+        self._metrics = metrics
 
     def __call__(self, progress: LoadProgress) -> None:
         self._start_up.mark("first_byte")
+        self._metrics.loaded_bytes.set(progress.done_bytes)
+        self._metrics.weights_bytes.set(progress.total_bytes)
         if progress.done_bytes == progress.total_bytes:
             self._start_up.mark("last_byte")

@@ -11,7 +11,7 @@ from eventing.problems import NotReady
 from functions.config import StageConfig
 from functions.publication import WrongPublication
 from functions.stage.app import create_app
-from functions.stage.bring_up import bring_up
+from functions.stage.bring_up import UnservableModel, bring_up
 from functions.stage.event_handlers import EventHandlers
 from functions.startup import StartUp
 from functions.telemetry import StageMetrics
@@ -19,7 +19,7 @@ from functions.web import add_probes
 from storage.errors import StorageError
 
 if TYPE_CHECKING:
-    from functions.stage.engine import Engine, PassStatistics
+    from functions.stage.engine import Engine
 
 _log: Final = logging.getLogger(__name__)
 
@@ -69,8 +69,8 @@ class StageFunction:
 
     def _bring_up(self, stop: Callable[[int], None]) -> None:
         try:
-            engine = bring_up(self._config, self._start_up, self._measure)
-        except (StorageError, WrongPublication) as error:
+            engine = bring_up(self._config, self._start_up, self._metrics)
+        except (StorageError, WrongPublication, UnservableModel) as error:
             _log.error("the stage cannot start: %s", error)
             self._fail(stop)
             return
@@ -95,14 +95,6 @@ class StageFunction:
         for phase, seconds in self.phases().items():
             self._metrics.startup_phase.labels(phase).set(seconds)
         self._metrics.ready.set(1)
-
-    def _measure(self, statistics: "PassStatistics") -> None:
-        for seconds in statistics.queue_seconds:
-            self._metrics.queue.observe(seconds)
-        self._metrics.compute.observe(statistics.compute_seconds)
-        self._metrics.tokens.inc(statistics.tokens)
-        for status in statistics.rows:
-            self._metrics.rows.labels(str(status)).inc()
 
     def _sick(self) -> str | None:
         if self._engine is not None and not self._engine.alive(_STUCK_AFTER_SECONDS):
