@@ -20,6 +20,9 @@ MAX_POSITION: Final = 2**24
 """Longest sequence the wire format admits, tokens. A stage's own limit is its model's context."""
 MAX_HIDDEN_SIZE: Final = 2**17
 
+SAFE_EVENT_BYTES: Final = 64 * 1024
+"""What every intermediary must pass on (CloudEvents 1.0.2, section 4); more travels by claim check."""
+
 ITEM_BYTES: Final = {"F32": 4, "BF16": 2, "F16": 2}
 """The dtypes of hidden states, by their safetensors names, and the bytes of one number."""
 
@@ -56,7 +59,11 @@ class Attribute(StrEnum):
     """RFC 3339; work that nobody awaits any more is dropped."""
     TRACEPARENT = "traceparent"
     DATAREF = "dataref"
-    """Claim check: where the data lies in the store."""
+    """Claim check: where the data lies in the store, `s3://bucket/key`."""
+    DATAREF_BYTES = "datarefbytes"
+    """Bytes that lie there."""
+    DATAREF_SHA256 = "datarefsha256"
+    """Their SHA-256, hexadecimal."""
 
 
 class Want(StrEnum):

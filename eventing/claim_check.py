@@ -1,0 +1,136 @@
+"""Claim check: data too large for an intermediary waits in the object store, and the event carries where (`dataref`).
+
+Brokers and channels pass on 64 KiB and may drop more. Between gateway and stages, which talk directly, nothing goes this way.
+A payload's key is its expiry, rounded up to the hour, and its SHA-256: a repeated delivery writes the same object, and `sweep`
+knows what is over without asking for each object. Reading a payload does not delete it, because the same event may come again.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Final, Protocol
+
+from cloudevents.core.v1.event import CloudEvent
+
+from eventing.cloud_event import (
+    attribute_text,
+    checked_event,
+    data_buffers,
+    expiry_time,
+    integer_attribute,
+    required_attribute,
+)
+from eventing.events import SAFE_EVENT_BYTES, Attribute
+from eventing.problems import EventExpired, EventTooLarge, MalformedEvent
+from storage.errors import ObjectNotFound
+from storage.object_info import ObjectInfo
+
+MAX_PAYLOAD_BYTES: Final = 2**30
+DEFAULT_LIFETIME: Final = timedelta(hours=24)
+
+_HOUR: Final = "%Y%m%dT%HZ"
+_DIGEST: Final = re.compile("[0-9a-f]{64}")
+_REFERENCE: Final = (Attribute.DATAREF, Attribute.DATAREF_BYTES, Attribute.DATAREF_SHA256)
+
+
+class PayloadStore(Protocol):
+    """What is needed of one bucket; `storage.object_store.ObjectStore` is one."""
+
+    def put(self, key: str, data: bytes) -> None: ...
+
+    def get(self, key: str) -> bytes:
+        """Raises ObjectNotFound."""
+
+    def delete(self, key: str) -> None: ...
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]: ...
+
+
+class ClaimCheck:
+    """Both sides of it, for one bucket and one prefix in it; references to any other place are refused, not followed."""
+
+    def __init__(self, store: PayloadStore, bucket: str, prefix: str, lifetime: timedelta = DEFAULT_LIFETIME) -> None:
+        """`prefix` ends in `/`. `lifetime` is how long the payload of an event without `expirytime` is kept."""
+        if not prefix.endswith("/"):
+            raise ValueError(f"the prefix {prefix!r} must end in '/'")
+        self._store = store
+        self._prefix = prefix
+        self._lifetime = lifetime
+        self._root = f"s3://{bucket}/{prefix}"
+
+    def check_in(self, event: CloudEvent, now: datetime) -> CloudEvent:
+        """The event itself if every intermediary must pass it on, else one without data, which waits in the store."""
+        if event_bytes(event) <= SAFE_EVENT_BYTES:
+            return event
+        data = b"".join(data_buffers(event))
+        digest = hashlib.sha256(data).hexdigest()
+        name = f"{_hour_after(expiry_time(event) or now + self._lifetime)}/{digest}"
+        self._store.put(self._prefix + name, data)
+        reference = (self._root + name, str(len(data)), digest)
+        return checked_event(dict(event.get_attributes()) | dict(zip(_REFERENCE, reference, strict=True)), None)
+
+    def redeem(self, event: CloudEvent) -> CloudEvent:
+        """The event with its data, fetched and verified if it carries a reference.
+
+        Raises MalformedEvent, EventTooLarge, EventExpired (the payload is gone), and the store's own errors.
+        """
+        reference = event.get_extension(Attribute.DATAREF)
+        if reference is None:
+            return event
+        attributes = {name: value for name, value in event.get_attributes().items() if name not in _REFERENCE}
+        return checked_event(attributes, self._fetch(event, str(reference)))
+
+    def sweep(self, now: datetime) -> int:
+        """Deletes the payloads whose hour is over; how many."""
+        over = [info.key for info in self._store.list(self._prefix) if self._is_over(info.key, now)]
+        for key in over:
+            self._store.delete(key)
+        return len(over)
+
+    def _fetch(self, event: CloudEvent, reference: str) -> bytes:
+        key = self._key(reference)
+        expected_bytes = integer_attribute(event, Attribute.DATAREF_BYTES)
+        expected_digest = required_attribute(event, Attribute.DATAREF_SHA256)
+        if expected_bytes > MAX_PAYLOAD_BYTES:
+            raise EventTooLarge(f"the payload {reference} has {expected_bytes} bytes, the most is {MAX_PAYLOAD_BYTES}")
+        try:
+            data = self._store.get(key)
+        except ObjectNotFound as error:
+            raise EventExpired(f"the payload {reference} is not in the store any more") from error
+        if len(data) != expected_bytes:
+            raise MalformedEvent(f"the payload {reference} has {len(data)} bytes, the event says {expected_bytes}")
+        if hashlib.sha256(data).hexdigest() != expected_digest:
+            raise MalformedEvent(f"the payload {reference} is not the one that was checked in: its SHA-256 differs")
+        return data
+
+    def _key(self, reference: str) -> str:
+        """The key behind a reference to one of our own payloads. Raises MalformedEvent for any other."""
+        name = reference.removeprefix(self._root)
+        hour, _, digest = name.partition("/")
+        if name == reference or _end_of_hour(hour) is None or not _DIGEST.fullmatch(digest):
+            raise MalformedEvent(f"the attribute dataref is {reference[:200]!r}, followed is only {self._root}<hour>/<sha256>")
+        return self._prefix + name
+
+    def _is_over(self, key: str, now: datetime) -> bool:
+        end = _end_of_hour(key.removeprefix(self._prefix).partition("/")[0])
+        return end is not None and end <= now
+
+
+def event_bytes(event: CloudEvent) -> int:
+    """Data and attributes, roughly as long as they are in either mode."""
+    attributes = event.get_attributes().items()
+    return sum(memoryview(buffer).nbytes for buffer in data_buffers(event)) + sum(
+        len(name) + len(attribute_text(value) or "") + len("ce-: \r\n") for name, value in attributes
+    )
+
+
+def _hour_after(moment: datetime) -> str:
+    return (moment.astimezone(UTC) + timedelta(hours=1)).strftime(_HOUR)
+
+
+def _end_of_hour(hour: str) -> datetime | None:
+    try:
+        return datetime.strptime(hour, _HOUR).replace(tzinfo=UTC)
+    except ValueError:
+        return None
