@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _PART_BYTES: Final = 16 * 2**20
 _READ_BYTES: Final = 2**20
+_CONNECTIONS: Final = 3
 _CONNECT_TIMEOUT_SECONDS: Final = 5
 _READ_TIMEOUT_SECONDS: Final = 60
 _ATTEMPTS: Final = 4
@@ -42,8 +43,12 @@ class ObjectStore:
         )
         self._client = session.client("s3", endpoint_url=settings.endpoint_url, config=_client_config())
         self._transfer = TransferConfig(
-            multipart_threshold=_PART_BYTES, multipart_chunksize=_PART_BYTES, io_chunksize=_READ_BYTES, max_concurrency=3
+            multipart_threshold=_PART_BYTES,
+            multipart_chunksize=_PART_BYTES,
+            io_chunksize=_READ_BYTES,
+            max_concurrency=_CONNECTIONS,
         )
+        self._transfer.max_in_memory_upload_chunks = _CONNECTIONS  # else ten
 
     def get(self, key: str) -> bytes:
         """The whole object; for small ones."""
