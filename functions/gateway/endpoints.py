@@ -238,6 +238,7 @@ class _Follower:
                     self._list()
                 self._follow()
                 pause = _FIRST_PAUSE_SECONDS
+                self._stopped.wait(_FIRST_PAUSE_SECONDS)
             except _Expired:
                 self._resource_version = ""
             except (_Refused, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
@@ -258,9 +259,8 @@ class _Follower:
         stream = self._api.watch(self._service, self._resource_version)
         self._stream = stream
         try:
-            for line in _lines(stream):
-                if self._stopped.is_set():
-                    return
+            lines = _lines(stream)
+            while not self._stopped.is_set() and (line := next(lines, None)) is not None:
                 self._apply(_read_event(line))
         finally:
             self._stream = None

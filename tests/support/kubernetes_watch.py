@@ -1,0 +1,134 @@
+"""A server that lists and watches objects as the Kubernetes API does: versions, JSON lines, bookmarks, 410."""
+
+import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from queue import SimpleQueue
+from threading import Lock, Thread
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import parse_qs, urlsplit
+
+
+class WatchServer:
+    """One collection, whatever path and selector are asked for. Each change has a new version."""
+
+    def __init__(self, port: int = 0) -> None:
+        self.objects: dict[str, dict[str, Any]] = {}
+        self.version = 0
+        self.requests: list[str] = []
+        self.watches: list[SimpleQueue[bytes | None]] = []
+        self._history: list[tuple[int, bytes]] = []
+        self._lock = Lock()
+        self.failures: list[int] = []
+        """Statuses of the next answers; 200 stands for one that is no JSON."""
+        self._gone = ""
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                outer._answer(self)
+
+            def log_message(self, *_: object) -> None:
+                """Tests are silent."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self._server.daemon_threads = True
+        self._thread = Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
+
+    @property
+    def port(self) -> int:
+        return self._server.server_port
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def put(self, obj: dict[str, Any], *, silently: bool = False) -> None:
+        """Creates or replaces; `silently`: watches are not told."""
+        kind = "MODIFIED" if obj["metadata"]["name"] in self.objects else "ADDED"
+        self._version(obj)
+        self.objects[obj["metadata"]["name"]] = obj
+        if not silently:
+            self._tell(kind, obj)
+
+    def delete(self, name: str) -> None:
+        obj = self.objects.pop(name)
+        self._version(obj)
+        self._tell("DELETED", obj)
+
+    def bookmark(self, version: str) -> None:
+        self._tell("BOOKMARK", {"kind": "EndpointSlice", "metadata": {"resourceVersion": version}})
+
+    def expire(self, how: str) -> None:
+        """The next watch is answered 410: as the `status` of the reply, or in an `event`."""
+        self._gone = how
+
+    def end_watches(self) -> None:
+        watches, self.watches = self.watches, []
+        for watch in watches:
+            watch.put(None)
+
+    def _version(self, obj: dict[str, Any]) -> None:
+        self.version += 1
+        obj["metadata"]["resourceVersion"] = str(self.version)
+
+    def _tell(self, kind: str, obj: dict[str, Any]) -> None:
+        line = json.dumps({"type": kind, "object": obj}).encode() + b"\n"
+        with self._lock:
+            self._history.append((self.version, line))
+            for watch in self.watches:
+                watch.put(line)
+
+    def _answer(self, request: BaseHTTPRequestHandler) -> None:
+        self.requests.append(request.path)
+        query = parse_qs(urlsplit(request.path).query)
+        if self.failures:
+            _send(request, self.failures.pop(0), b"{")
+        elif "watch" not in query:
+            metadata = {"resourceVersion": str(self.version)}
+            _send(request, 200, json.dumps({"metadata": metadata, "items": list(self.objects.values())}).encode())
+        elif self._gone == "status":
+            self._gone = ""
+            _send(request, 410, b"{}")
+        else:
+            self._stream(request, int(query["resourceVersion"][0]))
+
+    def _stream(self, request: BaseHTTPRequestHandler, since: int) -> None:
+        watch: SimpleQueue[bytes | None] = SimpleQueue()
+        if self._gone == "event":
+            self._gone = ""
+            watch.put(json.dumps({"type": "ERROR", "object": {"kind": "Status", "code": 410}}).encode() + b"\n")
+        with self._lock:
+            for version, line in self._history:
+                if version > since:
+                    watch.put(line)
+            self.watches.append(watch)
+        request.send_response(200)
+        request.send_header("Transfer-Encoding", "chunked")
+        request.end_headers()
+        try:
+            while (line := watch.get()) is not None:
+                request.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
+            request.wfile.write(b"0\r\n\r\n")
+        except OSError:
+            request.close_connection = True
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
+        self.end_watches()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def _send(request: BaseHTTPRequestHandler, status: int, body: bytes) -> None:
+    request.send_response(status)
+    request.send_header("Content-Type", "application/json")
+    request.send_header("Content-Length", str(len(body)))
+    request.end_headers()
+    request.wfile.write(body)
