@@ -313,7 +313,7 @@ def test_instances_that_come_and_go_at_random_cost_no_token() -> None:
                     if ready is not None
                 )
             )
-            _until(time.monotonic() + dice.uniform(0.02, 0.15), lambda: all(s.ended for s in sequences))
+            _until(time.monotonic() + dice.uniform(0.02, 0.15), lambda: all(s.over for s in sequences))
         pipeline.publish(Endpoint(pipeline.instances[1].url))
         pipeline.check(sequences)
 

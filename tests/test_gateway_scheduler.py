@@ -312,3 +312,35 @@ def _refuses(scheduler: Scheduler) -> bool:
     except NotReady:
         return True
     return False
+
+
+def test_a_sequence_has_ended_only_when_all_of_it_is_taken() -> None:
+    """A door that waits in vain, and then sees the end, must not lose what came in between."""
+    sequence = Sequence("request", [1], 3, eos_ids=[9])
+    assert sequence.next_token(0.0) is None
+    assert not sequence.ended
+    sequence.put(5)
+    sequence.put(9)
+    assert sequence.finish_reason == "stop"
+    assert not sequence.ended
+    assert sequence.next_token() == 5
+    assert sequence.ended
+    assert sequence.next_token() is None
+
+
+def test_a_sequence_hands_out_its_tokens_before_its_problem() -> None:
+    sequence = Sequence("request", [1], 3)
+    sequence.put(5)
+    sequence.fail(DeadlineExceeded("late"))
+    sequence.put(6)
+    assert sequence.next_token() == 5
+    with pytest.raises(DeadlineExceeded, match="late"):
+        sequence.next_token()
+    sequence.cancel()
+    assert sequence.finish_reason is None
+
+
+@pytest.mark.parametrize(("prompt", "max_tokens"), [([], 1), ([1], 0)])
+def test_a_sequence_without_prompt_or_answer_is_refused(prompt: list[int], max_tokens: int) -> None:
+    with pytest.raises(ValueError, match="must be at least 1"):
+        Sequence("request", prompt, max_tokens)

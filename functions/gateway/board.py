@@ -116,7 +116,7 @@ class Board:
 
     def expire(self, now: float) -> None:
         """Ends what took too long."""
-        for job in [job for job in self.jobs if job.sequence.deadline <= now and not job.sequence.ended]:
+        for job in [job for job in self.jobs if job.sequence.deadline <= now and not job.sequence.over]:
             seconds = job.sequence.deadline_seconds
             self.end(job, DeadlineExceeded(f"no complete answer within {seconds:g} seconds; ask for fewer tokens, or later"))
         if self.no_route_since is not None:
@@ -152,7 +152,7 @@ class Board:
                 job.reserved = True
                 self.memory.pause_seconds = _FIRST_MEMORY_PAUSE_SECONDS
                 self._settle(job)
-            elif job.sequence.ended:
+            elif job.sequence.over:
                 self._leave(job)
             elif status is Status.FULL:
                 self._go_hungry(job)
@@ -209,7 +209,7 @@ class Board:
         for job, _ in pieces:
             job.progress.failed()
             job.must_restart = True
-            if (failure.blames or failure.final) and not job.sequence.ended:
+            if (failure.blames or failure.final) and not job.sequence.over:
                 self._strike(job, str(failure), PipelineUnavailable if failure.final else ReplaysExhausted)
             job.progress.settle()
             self._settle(job, failure.cause)
@@ -247,7 +247,7 @@ class Board:
 
     def _lost(self, job: Job, stage: int, cause: str) -> None:
         """`stage` has lost what it held of `job`: forgiven the first time. Chunks behind the first one say the same again."""
-        if job.progress.failing or job.sequence.ended:
+        if job.progress.failing or job.sequence.over:
             return
         if stage in job.missed_at:
             self._strike(job, f"stage {stage} answered {cause} again")
@@ -268,7 +268,7 @@ class Board:
         """Once nothing of `job` is on its way: takes it away if it has ended, starts it again if its route broke."""
         if not job.at_rest:
             return
-        if job.sequence.ended:
+        if job.sequence.over:
             self._leave(job)
         elif job.must_restart:
             self._requeue(job, cause)
@@ -284,7 +284,7 @@ class Board:
         """Starts `job` again on another route. `cause` None: it had computed nothing yet."""
         self._release(job)
         job.leave()
-        if job.sequence.ended:
+        if job.sequence.over:
             self._forget(job)
             return
         if cause is not None:

@@ -222,7 +222,7 @@ class Planner:
             self._trial = None
         if self._trial is None:
             ready = (job for job in self._board.suspects if job.strikes >= ON_TRIAL_AT and job.at_rest)
-            self._trial = next((job for job in ready if not job.sequence.ended), None)
+            self._trial = next((job for job in ready if not job.sequence.over), None)
 
     def _may_send(self, job: Job) -> bool:
         if self._trial is None:
@@ -263,7 +263,7 @@ class Planner:
 
     def _has_prompt(self, job: Job) -> bool:
         """At most as many chunks of it are on their way as there are stages."""
-        if not job.reserved or job.must_restart or job.sequence.ended or not self._may_send(job):
+        if not job.reserved or job.must_restart or job.sequence.over or not self._may_send(job):
             return False
         return job.progress.in_flight < self._board.placement.num_stages and (job.strikes > 0 or not job.decodes)
 

@@ -76,7 +76,7 @@ class Sequence:
         An end-of-text token is not handed out. Raises the Problem that ended the sequence, after all tokens before it.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._taken < self._visible or self.ended, timeout)
+            self._changed.wait_for(lambda: self._taken < self._visible or self.over, timeout)
             if self._taken < self._visible:
                 self._taken += 1
                 return self.tokens[self._taken - 1]
@@ -95,8 +95,9 @@ class Sequence:
 
     @property
     def ended(self) -> bool:
-        """No further token will be added; `next_token` still hands out those not taken."""
-        return self._finish_reason is not None or self._problem is not None
+        """The answer is complete, or failed, and every token of it has been taken."""
+        with self._changed:
+            return self.over and self._taken >= self._visible
 
     @property
     def token_ids(self) -> list[int]:
@@ -122,6 +123,11 @@ class Sequence:
 
     # For the scheduler.
 
+    @property
+    def over(self) -> bool:
+        """No further token will be added."""
+        return self._finish_reason is not None or self._problem is not None
+
     def attach(self, cancel: Callable[[], None]) -> None:
         """From here on `cancel` is called when nobody awaits the answer."""
         self._cancel = cancel
@@ -137,7 +143,7 @@ class Sequence:
     def put(self, token: int) -> None:
         """Appends a token that the last stage drew; ends the sequence with an end-of-text token or the last one allowed."""
         with self._changed:
-            if self.ended:
+            if self.over:
                 return
             self.tokens.append(token)
             self._first_token_at = self._first_token_at or time.monotonic()
@@ -151,12 +157,12 @@ class Sequence:
 
     def finish(self, reason: FinishReason) -> None:
         with self._changed:
-            if not self.ended:
+            if not self.over:
                 self._end(reason)
 
     def fail(self, problem: Problem) -> None:
         with self._changed:
-            if not self.ended:
+            if not self.over:
                 self._problem = problem
                 self._end(None)
 
