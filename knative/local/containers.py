@@ -14,7 +14,8 @@ from knative.pipeline_spec import SpecError, quantity
 NamedData = Mapping[str, Mapping[str, str]]
 """Secrets or config maps: name → key → value."""
 
-_FUNCTION: Final = (sys.executable, "-m", "functions")
+FUNCTION: Final = (sys.executable, "-m", "functions")
+"""What a container without a command of its own runs."""
 _INHERITED: Final = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "PYTHONPATH")
 """What a container image would bring along; nothing else of the platform's environment reaches a pod."""
 _DEFAULT_TIMEOUT_SECONDS: Final = 300
@@ -53,7 +54,7 @@ def read_container(template: Mapping[str, Any], local: LocalData) -> Container:
     limits = container.get("resources", {}).get("limits", {})
     timeout = float(pod.get("timeoutSeconds") or _DEFAULT_TIMEOUT_SECONDS)
     return Container(
-        command=(*(container.get("command") or _FUNCTION), *(container.get("args") or ())),
+        command=(*(container.get("command") or FUNCTION), *(container.get("args") or ())),
         environ=_environ(container, local) | _threads(container, limits),
         readiness=read_probe(container, "readinessProbe") or Probe(path=None),
         liveness=read_probe(container, "livenessProbe"),
