@@ -170,7 +170,8 @@ class Engine:
                 event.reply.set_result(outcome)
             else:
                 event.reply.set_exception(outcome)
-        self._report(current, outcomes, began)
+        if current:
+            self._report(current, outcomes, began)
 
     def _run(self, events: list[WaitingEvent]) -> list[Batch | Exception]:
         """One pass over all; where that raises, one for each, so that a poisoned event fails alone."""

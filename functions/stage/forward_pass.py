@@ -11,7 +11,7 @@ import torch
 
 from eventing.events import Batch, Result, Row, Status, Want
 from functions.stage.layer_group import LayerGroup, Segment
-from functions.stage.row_checks import finite_tokens, invalid_because
+from functions.stage.row_checks import finite_tokens, invalid_rows
 from functions.stage.sampler import GREEDY, log_probabilities, sample
 from functions.stage.sequences import Refusal, SequenceState, SequenceTable
 from functions.stage.wire_tensors import hidden_tensor, token_tensor, wire_tensor
@@ -27,8 +27,8 @@ class _Computed:
     index: int
     row: Row
     sequence: SequenceState
-    token_ids: torch.Tensor
-    inputs: torch.Tensor
+    span: slice
+    """Its tokens in its event."""
     begin: int = 0
     """Where its tokens begin in the tensor of the whole pass."""
 
@@ -44,12 +44,25 @@ class Part:
     batch: Batch
     source: str
     stale: AbstractSet[int]
+    token_ids: torch.Tensor = field(init=False)
+    """int64 [tokens]"""
+    hidden: torch.Tensor | None = field(init=False)
+    """[tokens, hidden_size], None into the first stage."""
     answers: list[Row] = field(init=False)
     computed: list[_Computed] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.token_ids = token_tensor(self.batch.token_ids)
+        self.hidden = None if self.batch.hidden is None else hidden_tensor(self.batch.hidden)
         self.answers = list(self.batch.rows)
         self.computed = []
+
+    def inputs(self) -> torch.Tensor:
+        """Of the rows that are computed, in their order."""
+        inputs = self.token_ids if self.hidden is None else self.hidden
+        if len(self.computed) == len(self.batch.rows):
+            return inputs
+        return torch.cat([inputs[row.span] for row in self.computed])
 
     def refuse(self, index: int, refusal: Refusal) -> None:
         self.answers[index] = refused(self.batch.rows[index], refusal)
@@ -74,7 +87,6 @@ class ForwardPass:
     def __init__(self, group: LayerGroup, sequences: SequenceTable) -> None:
         self._group = group
         self._sequences = sequences
-        self._is_first = group.first_layer == 0
         self._is_last = group.last_layer == group.num_layers
 
     def run(self, parts: Sequence[Part]) -> list[Batch]:
@@ -83,7 +95,7 @@ class ForwardPass:
             self._admit(part)
         computed = [row for part in parts for row in part.computed]
         try:
-            hidden = self._forward(computed) if computed else None
+            hidden = self._forward(parts)
             if hidden is not None:
                 self._refuse_not_finite(parts, hidden)
             if self._is_last:
@@ -96,47 +108,42 @@ class ForwardPass:
 
     def _admit(self, part: Part) -> None:
         batch = part.batch
-        token_ids = token_tensor(batch.token_ids)
-        inputs = token_ids if self._is_first or batch.hidden is None else hidden_tensor(batch.hidden)
-        finite = None if self._is_first else finite_tokens(inputs)
+        invalid = invalid_rows(batch, part.token_ids, part.hidden, self._group)
         offsets = batch.offsets()
         ids: set[str] = set()
         for index, row in enumerate(batch.rows):
             if row.status is not Status.OK:
                 continue
-            span = slice(offsets[index], offsets[index + 1])
             try:
-                self._check(part, index, token_ids[span], None if finite is None else finite[span], ids)
+                if row.id in ids:
+                    raise Refusal(Status.INVALID, reason=f"the id {row.id!r} is in the event twice")
+                ids.add(row.id)
+                if index in invalid:
+                    raise Refusal(Status.INVALID, reason=invalid[index])
+                if index in part.stale:
+                    raise Refusal(Status.STALE)
                 sequence = self._sequences.admit(row, part.source)
             except Refusal as refusal:
                 part.refuse(index, refusal)
                 continue
+            span = slice(offsets[index], offsets[index + 1])
             if self._is_last:
                 del sequence.token_ids[row.position :]
                 sequence.token_ids.extend(batch.token_ids[span])
-            part.computed.append(_Computed(index, row, sequence, token_ids[span], inputs[span]))
+            part.computed.append(_Computed(index, row, sequence, span))
 
-    def _check(self, part: Part, index: int, token_ids: torch.Tensor, finite: torch.Tensor | None, ids: set[str]) -> None:
-        row = part.batch.rows[index]
-        if row.id in ids:
-            raise Refusal(Status.INVALID, reason=f"the id {row.id!r} is in the event twice")
-        ids.add(row.id)
-        if index in part.stale:
-            raise Refusal(Status.STALE)
-        reason = invalid_because(row, token_ids, self._group)
-        if reason is not None:
-            raise Refusal(Status.INVALID, reason=reason)
-        if finite is not None and not finite.all():
-            raise _not_finite(f"that came in, ahead of layer {self._group.first_layer},")
-
-    def _forward(self, computed: Sequence[_Computed]) -> torch.Tensor:
+    def _forward(self, parts: Sequence[Part]) -> torch.Tensor | None:
+        parts = [part for part in parts if part.computed]
+        if not parts:
+            return None
+        segments: list[Segment] = []
         begin = 0
-        for row in computed:
+        for row in (row for part in parts for row in part.computed):
             row.begin = begin
             begin = row.end
-        inputs = torch.cat([row.inputs for row in computed]) if len(computed) > 1 else computed[0].inputs
-        segments = [Segment(row.sequence.handle, row.row.position, row.row.length) for row in computed]
-        return self._group.forward(inputs, segments)
+            segments.append(Segment(row.sequence.handle, row.row.position, row.row.length))
+        inputs = [part.inputs() for part in parts]
+        return self._group.forward(torch.cat(inputs) if len(inputs) > 1 else inputs[0], segments)
 
     def _refuse_not_finite(self, parts: Sequence[Part], hidden: torch.Tensor) -> None:
         finite = finite_tokens(hidden)
@@ -146,7 +153,8 @@ class ForwardPass:
             for row in list(part.computed):
                 if not finite[row.begin : row.end].all():
                     self._group.kv.truncate(row.sequence.handle, row.row.position)
-                    part.refuse(row.index, _not_finite(f"that came out, behind layer {self._group.last_layer - 1},"))
+                    reason = f"hidden states that came out, behind layer {self._group.last_layer - 1}, are not finite"
+                    part.refuse(row.index, Refusal(Status.INVALID, reason=reason))
                     part.computed.remove(row)
 
     def _results(self, parts: Sequence[Part], hidden: torch.Tensor | None) -> list[Batch]:
@@ -157,7 +165,11 @@ class ForwardPass:
             self._answer_tokens([pair for pair in computed if pair[1].row.want is Want.TOKEN], hidden)
             for part, row in computed:
                 if row.row.want is Want.LOGPROBS:
-                    _answer(part, row, Result(logprobs=self._log_probabilities(row, hidden)))
+                    _answer(
+                        part,
+                        row,
+                        Result(logprobs=self._log_probabilities(part.token_ids[row.span], hidden[row.begin : row.end])),
+                    )
         return [Batch(tuple(part.answers), memoryview(array("i"))) for part in parts]
 
     def _answer_tokens(self, wanting: Sequence[tuple[Part, _Computed]], hidden: torch.Tensor) -> None:
@@ -173,18 +185,14 @@ class ForwardPass:
             for (part, row), token in zip(some, tokens, strict=True):
                 _answer(part, row, Result(token=token))
 
-    def _log_probabilities(self, row: _Computed, hidden: torch.Tensor) -> tuple[float, ...]:
+    def _log_probabilities(self, token_ids: torch.Tensor, hidden: torch.Tensor) -> tuple[float, ...]:
         """Each token's under the logits of the token before it, so none for the row's first."""
         found: list[float] = []
-        predicting, predicted = hidden[row.begin : row.end - 1], row.token_ids[1:]
+        predicting, predicted = hidden[:-1], token_ids[1:]
         for first in range(0, len(predicted), _LOGITS_AT_ONCE):
             some = slice(first, first + _LOGITS_AT_ONCE)
             found += log_probabilities(self._group.logits(predicting[some]), predicted[some])
         return tuple(found)
-
-
-def _not_finite(where: str) -> Refusal:
-    return Refusal(Status.INVALID, reason=f"hidden states {where} are not finite")
 
 
 def _answer(part: Part, row: _Computed, result: Result) -> None:
@@ -198,9 +206,8 @@ def _relay(part: Part, hidden: torch.Tensor | None) -> Batch:
         return Batch(tuple(part.answers), memoryview(array("i")))
     if len(rows) == len(part.batch.rows):
         return Batch(part.batch.rows, part.batch.token_ids, wire_tensor(hidden[rows[0].begin : rows[-1].end]))
-    offsets = part.batch.offsets()
     token_ids = array("i")
     for row in rows:
-        token_ids.extend(part.batch.token_ids[offsets[row.index] : offsets[row.index + 1]])
+        token_ids.extend(part.batch.token_ids[row.span])
     kept = torch.cat([hidden[row.begin : row.end] for row in rows])
     return Batch(tuple(part.answers), memoryview(token_ids), wire_tensor(kept))

@@ -2,7 +2,7 @@
 
 import torch
 
-from eventing.events import MAX_BATCH_TOKENS, MAX_ROWS, Batch, Row
+from eventing.events import MAX_BATCH_TOKENS, MAX_ROWS, Batch, Row, Status
 from eventing.problems import EventTooLarge, MalformedEvent
 from functions.stage.layer_group import LayerGroup
 from functions.stage.wire_tensors import NAMES
@@ -37,8 +37,29 @@ def _check_hidden(batch: Batch, group: LayerGroup, tokens: int) -> None:
         raise MalformedEvent(f"the tensor is {seen}, this stage takes {wanted[0]} {list(wanted[1])}")
 
 
-def invalid_because(row: Row, token_ids: torch.Tensor, group: LayerGroup) -> str | None:
-    """Why the row cannot be computed whatever the stage holds; None where it can. token_ids: the row's own."""
+def invalid_rows(batch: Batch, token_ids: torch.Tensor, hidden: torch.Tensor | None, group: LayerGroup) -> dict[int, str]:
+    """Rows that cannot be computed whatever the stage holds, by their index, and why. A row that is not ok is none.
+
+    token_ids: int64 [tokens]; hidden: [tokens, hidden_size], None into the first stage.
+    """
+    good_tokens = (token_ids >= 0) & (token_ids < group.vocab_size)
+    finite = torch.ones(()) if hidden is None else finite_tokens(hidden)
+    suspicious = not (good_tokens.all() and finite.all())
+    invalid: dict[int, str] = {}
+    offsets = batch.offsets()
+    for index, row in enumerate(batch.rows):
+        if row.status is not Status.OK:
+            continue
+        reason = _wrong_place(row, group)
+        if reason is None and suspicious:
+            span = slice(offsets[index], offsets[index + 1])
+            reason = _wrong_content(token_ids[span], good_tokens[span], finite if hidden is None else finite[span], group)
+        if reason is not None:
+            invalid[index] = reason
+    return invalid
+
+
+def _wrong_place(row: Row, group: LayerGroup) -> str | None:
     if row.length == 0:
         return "the row has no tokens"
     if row.position < 0:
@@ -46,10 +67,14 @@ def invalid_because(row: Row, token_ids: torch.Tensor, group: LayerGroup) -> str
     end = row.position + row.length
     if end > group.max_positions:
         return f"the row ends at position {end}, the model's context is {group.max_positions} tokens"
-    least, greatest = (int(value) for value in token_ids.aminmax())
-    if least < 0 or greatest >= group.vocab_size:
-        wrong = least if least < 0 else greatest
-        return f"token id {wrong} is outside the vocabulary of {group.vocab_size}"
+    return None
+
+
+def _wrong_content(token_ids: torch.Tensor, good: torch.Tensor, finite: torch.Tensor, group: LayerGroup) -> str | None:
+    if not good.all():
+        return f"token id {int(token_ids[~good][0])} is outside the vocabulary of {group.vocab_size}"
+    if not finite.all():
+        return f"hidden states that came in, ahead of layer {group.first_layer}, are not finite"
     return None
 
 
