@@ -30,6 +30,9 @@ class Function(Protocol):
 
     def start(self, stop: Callable[[int], None]) -> None: ...
 
+    def drain(self) -> None:
+        """The function was told to stop: it finishes what it has in hand, and refuses what waits for readiness."""
+
     def close(self) -> None:
         """After the last request."""
 
@@ -72,7 +75,7 @@ def _serve(config: Config, start_up: StartUp) -> int:
     function.start(server.stop)
     _log.info("listening on port %d", server.port)
     try:
-        return server.run(function.application)
+        return server.run(function.application, function.drain)
     finally:
         function.close()
 

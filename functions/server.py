@@ -10,6 +10,7 @@ import signal
 import socket
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -48,13 +49,13 @@ class Server:
         port: int = self._listener.getsockname()[1]
         return port
 
-    def run(self, application: "WSGIApplication") -> int:
-        """Serves until SIGTERM, SIGINT or `stop`; then finishes what is in hand. Main thread only.
+    def run(self, application: "WSGIApplication", on_stop: Callable[[], None]) -> int:
+        """Serves until SIGTERM, SIGINT or `stop`; then calls `on_stop` and finishes what is in hand. Main thread only.
 
         Returns the status to exit with: 0, or what `stop` was told.
         """
         adapter = _Adapter(application, self._threads)
-        worker = _Worker(self, adapter, self._listener)
+        worker = _Worker(self, adapter, self._listener, on_stop)
         try:
             worker.init_process()
         finally:
@@ -76,15 +77,22 @@ class Server:
 
 
 class _Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
-    def __init__(self, server: Server, adapter: "_Adapter", listener: socket.socket) -> None:
+    def __init__(self, server: Server, adapter: "_Adapter", listener: socket.socket, on_stop: Callable[[], None]) -> None:
         log = adapter.cfg.logger_class(adapter.cfg)
         super().__init__(1, os.getppid(), [listener], adapter, adapter.cfg.timeout, adapter.cfg, log)
         self._server = server
+        self._on_stop = on_stop
 
     def init_signals(self) -> None:
         super().init_signals()
         signal.signal(signal.SIGINT, self.handle_exit)
         self.alive = self._server.signals_are_set()
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        if self.alive:
+            # In a thread: a signal handler interrupts anything, also who holds the locks that this may need.
+            threading.Thread(target=self._on_stop, name="on-stop", daemon=True).start()
+        super().handle_exit(sig, frame)
 
     def is_parent_alive(self) -> bool:
         """There is no arbiter to lose: who started the function may end before it."""

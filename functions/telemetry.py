@@ -46,6 +46,7 @@ class StageMetrics(FunctionMetrics):
         super().__init__()
         registry = self.registry
         self.events = Counter("lamina_stage_events", "Events answered", ["type", "status"], registry=registry)
+        self.in_flight = Gauge("lamina_stage_events_in_flight", "Events that are being answered", registry=registry)
         self.rows = Counter("lamina_stage_rows", "Rows answered", ["status"], registry=registry)
         self.tokens = Counter("lamina_stage_tokens", "Tokens that went through the layers", registry=registry)
         self.queue = Histogram(

@@ -112,7 +112,7 @@ def test_a_port_in_use_is_named(published: Published) -> None:
 
 
 def test_a_starting_stage_says_so_and_can_be_ended(published: Published, sender: Sender) -> None:
-    """Its store does not answer: it goes on trying, alive and not ready."""
+    """Its store does not answer: it goes on trying, alive and not ready, and keeps nobody waiting once it shall end."""
     silent = {"LAMINA_STORE_ENDPOINT": f"http://127.0.0.1:{free_port()}"}
     with FunctionProcess(stage_environment(published, 0) | silent) as stage:
         assert stage.get("/healthz")[0] == 200
@@ -121,7 +121,14 @@ def test_a_starting_stage_says_so_and_can_be_ended(published: Published, sender:
         headers, body = to_binary_http(event)
         with pytest.raises(NotReady, match="is starting"):
             sender.send(stage.url, headers | AUTHORIZED, body, 10)
-        assert stage.stop() == 0
+        with ThreadPoolExecutor() as executor:
+            event = json_event(EventType.WARMUP, "/test", WarmupRequest(), pipeline=published.fingerprint())
+            headers, body = to_binary_http(event)
+            waiting = executor.submit(sender.send, stage.url, headers | AUTHORIZED, body, 60)
+            wait_until(lambda: "lamina_stage_events_in_flight 1.0" in stage.get("/metrics")[1])
+            assert stage.stop() == 0
+            with pytest.raises(NotReady, match="told to stop"):
+                waiting.result()
 
 
 def test_a_warm_up_event_waits_for_the_weights(published: Published, sender: Sender) -> None:

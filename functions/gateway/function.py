@@ -36,6 +36,7 @@ class GatewayFunction:
         self._metrics = GatewayMetrics()
         self._generator: Generator | None = None
         self._running = start_scheduler(config)
+        self._draining = False
         self.threads = config.queue_limit + _RUNNING_THREADS
         self.application = create_app(config, self._ready_generator)
         add_probes(self.application, self._metrics.registry, sick=lambda: None, ready=self._ready)
@@ -45,6 +46,10 @@ class GatewayFunction:
     def start(self, stop: Callable[[int], None]) -> None:
         """Loads tokenizer and template in a thread; where that fails, logs the cause and stops with status 1."""
         threading.Thread(target=self._load, args=(stop,), name="start-up", daemon=True).start()
+
+    def drain(self) -> None:
+        """Is not ready any more; requests that still come are answered."""
+        self._draining = True
 
     def close(self) -> None:
         """After the last request."""
@@ -78,4 +83,4 @@ class GatewayFunction:
         return self._generator
 
     def _ready(self) -> tuple[bool, Mapping[str, object]]:
-        return self._generator is not None, {"start_up": self._start_up.phases()}
+        return self._generator is not None and not self._draining, {"start_up": self._start_up.phases()}

@@ -29,7 +29,8 @@ def create_app(handlers: EventHandlers, pipeline_token: str, metrics: StageMetri
         event = from_http(request.headers.items(), _body())
         g.event_type = event.get_type() if event.get_type() in handlers.table else "unknown"
         durations = Durations()
-        headers, buffers = to_binary_http(handlers.answer(event, durations))
+        with metrics.in_flight.track_inprogress():
+            headers, buffers = to_binary_http(handlers.answer(event, durations))
         if durations.engine:
             metrics.codec.observe(durations.codec)
             headers["Server-Timing"] = f"engine;dur={durations.engine * 1000:.3f}, codec;dur={durations.codec * 1000:.3f}"

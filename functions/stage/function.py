@@ -42,12 +42,19 @@ class StageFunction:
         self._changed = threading.Condition()
         self._engine: Engine | None = None
         self._failed = False
+        self._draining = False
         self.application = create_app(EventHandlers(config, self.instance, self), config.pipeline_token, self._metrics)
         add_probes(self.application, self._metrics.registry, sick=self._sick, ready=self._ready)
 
     def start(self, stop: Callable[[int], None]) -> None:
         """Brings the engine up in a thread; where that fails, logs the cause and stops with status 1."""
         threading.Thread(target=self._bring_up, args=(stop,), name="start-up", daemon=True).start()
+
+    def drain(self) -> None:
+        """Takes no warm-up event any more that the weights would have to come for."""
+        with self._changed:
+            self._draining = True
+            self._changed.notify_all()
 
     def close(self) -> None:
         """After the last request: nothing waits in the engine any more."""
@@ -57,12 +64,17 @@ class StageFunction:
     def engine(self, wait_seconds: float = 0.0) -> "Engine":
         """The engine once it has run one step. Raises NotReady after `wait_seconds`."""
         with self._changed:
-            self._changed.wait_for(lambda: self._engine is not None or self._failed, max(0.0, wait_seconds))
+            self._changed.wait_for(self._is_decided, max(0.0, wait_seconds))
             if self._engine is not None:
                 return self._engine
         if self._failed:
             raise NotReady(f"the start of {self.instance} failed; its log has the cause")
+        if self._draining:
+            raise NotReady(f"{self.instance} was told to stop before its weights were in; another instance will answer")
         raise NotReady(f"{self.instance} is starting; ended are the phases {', '.join(self.phases())}")
+
+    def _is_decided(self) -> bool:
+        return self._engine is not None or self._failed or self._draining
 
     def phases(self) -> dict[str, float]:
         return self._start_up.phases()
@@ -102,4 +114,4 @@ class StageFunction:
         return None
 
     def _ready(self) -> tuple[bool, Mapping[str, object]]:
-        return self._engine is not None, {"instance": self.instance, "start_up": self.phases()}
+        return self._engine is not None and not self._draining, {"instance": self.instance, "start_up": self.phases()}
