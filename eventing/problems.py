@@ -145,7 +145,7 @@ def problem_from_document(body: bytes) -> Problem | None:
     """The exception that a reply's body describes; None where it is no problem document of Lamina's."""
     try:
         document = msgspec.json.decode(body, type=_Document)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     problem = PROBLEMS.get(document.type)
     return None if problem is None else problem(document.detail)
