@@ -47,16 +47,9 @@ class EmbeddedStore:
         self._keys = (secrets.token_hex(10), secrets.token_hex(20))
         self._lines: SimpleQueue[str | None] = SimpleQueue()
         self._process: subprocess.Popen[str] | None = None
-        self._command = [
-            rclone_executable(),
-            "serve",
-            "s3",
-            "--addr",
-            f"127.0.0.1:{port}",
-            "--config",
-            "",
-            str(folder.resolve()),
-        ]
+        # --etag-hash "": by default the first read of every object waits until rclone has computed its MD5.
+        options = ["--addr", f"127.0.0.1:{port}", "--config", "", "--etag-hash", ""]
+        self._command = [rclone_executable(), "serve", "s3", *options, str(folder.resolve())]
         self._keeper = threading.Thread(target=self._keep, name="embedded-store", daemon=True)
         self._keeper.start()
         try:

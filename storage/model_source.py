@@ -6,13 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
+import xxhash
+
 from storage.checkpoint import Checkpoint
 from storage.errors import CheckpointInvalid
 from storage.hugging_face_folder import open_folder
 
 _HUB_ID: Final = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _HUB_FILES: Final = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
-_SMALL_FILE_BYTES: Final = 2**26
+_LARGE_FILE_BYTES: Final = 2**27
 _GGUF_MAGIC: Final = b"GGUF"
 _CHECKPOINT_SUFFIXES: Final = (".safetensors", ".gguf", ".json", ".jinja", ".txt", ".model")
 
@@ -47,15 +49,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def checkpoint_fingerprint(path: Path) -> str:
-    """Changes when the checkpoint does, without reading it: small files by content, large ones by size and time of change."""
+    """Changes when the checkpoint does, at little cost: large files count by size and time of change, others by content."""
     seen = hashlib.sha256()
     for file in _checkpoint_files(path):
         status = file.stat()
-        seen.update(f"{file.name} {status.st_size} ".encode())
-        if file.suffix in (".safetensors", ".gguf") or status.st_size > _SMALL_FILE_BYTES:
-            seen.update(str(status.st_mtime_ns).encode())
-        else:
-            seen.update(hashlib.sha256(file.read_bytes()).digest())
+        content = status.st_mtime_ns if status.st_size > _LARGE_FILE_BYTES else xxhash.xxh3_128_hexdigest(file.read_bytes())
+        seen.update(f"{file.name} {status.st_size} {content}\n".encode())
     return seen.hexdigest()
 
 

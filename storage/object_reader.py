@@ -174,14 +174,17 @@ class ObjectReader:
         parts = urlsplit(self.settings.endpoint_url)
         kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         connection = kind(parts.hostname or "", parts.port, timeout=_CONNECT_TIMEOUT_SECONDS)
-        connection.connect()
+        try:
+            connection.connect()
+        except ssl.SSLCertVerificationError as error:
+            raise StoreUnreachable(
+                f"{self.settings.place} shows a certificate that is not trusted here ({error}); set SSL_CERT_FILE to its authority"
+            ) from error
         connection.sock.settimeout(self._stall_seconds)
         return connection
 
 
 def _is_worth_retrying(error: BaseException) -> bool:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return False
     return isinstance(error, OSError | HTTPException | _TransientAnswer)
 
 

@@ -65,6 +65,15 @@ def test_a_fingerprint_stays_until_something_changes(folder: Path, tmp_path: Pat
     assert checkpoint_fingerprint(copy) not in (first, second)
 
 
+def test_a_large_file_counts_by_its_time_of_change(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.model_source._LARGE_FILE_BYTES", 100_000)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    first = checkpoint_fingerprint(copy)
+    assert checkpoint_fingerprint(copy) == first
+    os.utime(copy / "model.safetensors", (1, 1))
+    assert checkpoint_fingerprint(copy) != first
+
+
 def test_one_file_of_a_checkpoint_is_refused(folder: Path) -> None:
     with pytest.raises(CheckpointInvalid, match="give its folder"):
         open_checkpoint(folder / "model.safetensors")
