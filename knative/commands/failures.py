@@ -2,7 +2,7 @@
 
 from eventing.problems import Problem
 from knative.asking import AskFailed
-from knative.local.platform import PortInUse
+from knative.local.platform import ManifestRefused, PortInUse
 from knative.local.probes import UnsupportedManifest
 from knative.local.revision_settings import SettingsError
 from knative.local.services import UnknownRevision
@@ -16,6 +16,7 @@ from storage.errors import StorageError
 
 _EXPECTED = (
     AskFailed,
+    ManifestRefused,
     PodsFailed,
     PortInUse,
     Problem,

@@ -287,20 +287,18 @@ class _Connection(asyncio.Protocol):
             await self._server.handler(exchange)
         except HttpError as error:
             self._fail(exchange, error.status, str(error))
-        except asyncio.CancelledError:
-            self.abort()
-            raise
         except Exception:  # noqa: BLE001  # one request must not take the platform with it
             _log.exception("%s %s failed", exchange.method.decode(), exchange.target.decode(errors="replace"))
             self._fail(exchange, HTTPStatus.INTERNAL_SERVER_ERROR, "the platform failed; its log says how")
         finally:
-            self._task = None
+            if self._task is asyncio.current_task():  # the next request's may have taken its place already
+                self._task = None
+            if not exchange.ended:
+                self.abort()
 
     def _fail(self, exchange: Exchange, status: HTTPStatus, text: str) -> None:
         """An answer that has begun can only be broken off."""
-        if exchange.started:
-            self.abort()
-        else:
+        if not exchange.started:
             exchange.respond(status, text.encode() + b"\n")
 
     def _count(self, size: int) -> None:

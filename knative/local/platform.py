@@ -24,11 +24,16 @@ from knative.local.revision_settings import revision_settings
 from knative.local.revisions import Revision, RevisionName, Surroundings
 from knative.local.services import LocalService
 from knative.local.status import platform_status
+from knative.webhook import is_knative_service, validate
 
 _log = logging.getLogger(__name__)
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 """Where `python -m functions` is found."""
+
+
+class ManifestRefused(ValueError):
+    """Knative would not take the manifest either. The message names Service and fields."""
 
 
 class PortInUse(Exception):
@@ -82,12 +87,15 @@ class Platform:
     async def start(self) -> None:
         await self._admin.start()
 
-    async def apply(self, manifests: Sequence[Mapping[str, Any]]) -> None:
+    async def apply(self, manifests: Sequence[dict[str, Any]]) -> None:
         """Creates or changes Services; other kinds are left to a cluster.
 
-        Raises UnsupportedManifest, SettingsError, UnknownRevision or PortInUse.
+        Raises ManifestRefused, UnsupportedManifest, SettingsError, UnknownRevision or PortInUse.
         """
-        found = [manifest for manifest in manifests if manifest["kind"] == "Service"]
+        found = [manifest for manifest in manifests if is_knative_service(manifest)]
+        for manifest in found:
+            if violations := validate(manifest, self._options.autoscaler):
+                raise ManifestRefused(f"{manifest['metadata']['name']}: {'; '.join(map(str, violations))}")
         for manifest in found:  # all URLs exist before any environment names them
             await self._listen(manifest["metadata"]["name"], manifest["metadata"].get("namespace", "default"))
         for manifest in found:

@@ -51,7 +51,9 @@ class Pod:
         self.phase = Phase.STARTING
         self.restarts = 0
         self.trouble = ""
-        """Why the container last ended, or what its readiness probe sees while it fails."""
+        """What keeps it from being ready: why the container ended, or what its readiness probe sees."""
+        self.last_end = ""
+        """Why the container last ended; stays when it has come back."""
         self.readiness = ""
         """Body of the last readiness probe that passed: functions tell the phases of their start there."""
         self._container = container
@@ -116,7 +118,7 @@ class Pod:
             began = loop.time()
             self._enter(Phase.STARTING)
             self._life = ContainerLife(self._container, self.log, self.proxy.connect, self._probed)
-            self.trouble = await self._life.run(starter, folder, self.name)
+            self.trouble = self.last_end = await self._life.run(starter, folder, self.name)
             self._life = None
             self.proxy.connect(None)
             if self.leaving:

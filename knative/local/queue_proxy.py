@@ -100,3 +100,5 @@ class QueueProxy:
             raise HttpError(HTTPStatus.BAD_GATEWAY, str(error)) from error
         except TimeoutError as error:
             raise HttpError(HTTPStatus.GATEWAY_TIMEOUT, "the function did not answer in time") from error
+        finally:
+            exchange.on_start = None

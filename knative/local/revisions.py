@@ -13,11 +13,11 @@ from knative.local.activator import Activator
 from knative.local.autoscaler import TICK_SECONDS
 from knative.local.containers import LocalData, read_container
 from knative.local.endpoint_slices import EndpointSlices, PodEndpoint, endpoint_slice
+from knative.local.hpa_autoscaler import HpaRevisionAutoscaler, revision_autoscaler
 from knative.local.http_messages import HttpError
 from knative.local.http_server import Exchange
 from knative.local.pods import Phase, Pod, PodTiming
 from knative.local.processes import ProcessStarter
-from knative.local.revision_autoscaler import RevisionAutoscaler
 from knative.local.revision_settings import RevisionSettings
 
 _log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Revision:
         local: LocalData,
         around: Surroundings,
     ) -> None:
-        """Raises UnsupportedManifest."""
+        """Raises UnsupportedManifest or SettingsError."""
         self.name = name
         self.template = template
         self.pods: list[Pod] = []
@@ -75,7 +75,7 @@ class Revision:
             limits.container_concurrency, limits.timeout_seconds, around.activator_queue_depth, self._poke
         )
         self._now = asyncio.get_running_loop().time
-        self.autoscaler = RevisionAutoscaler(settings, ready=0, now=self._now())
+        self.autoscaler = revision_autoscaler(settings, template, ready=0, now=self._now())
         self._without_ready_pod_since: float | None = None
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -130,7 +130,9 @@ class Revision:
         held = self.activator.meter.report(now)
         self.concurrency = held.average + sum(report.average for report in reports)
         arrivals = held.arrivals + sum(report.arrivals for report in reports)
-        if ready or held.average or held.arrivals:
+        if isinstance(self.autoscaler, HpaRevisionAutoscaler):
+            self.autoscaler.observe(now, [(pod.pid, pod.ready) for pod in self.staying_pods])
+        elif ready or held.average or held.arrivals:
             self.autoscaler.record(now, self.concurrency, arrivals / _SCRAPE_SECONDS)
 
     def _poke(self) -> None:

@@ -47,6 +47,7 @@ def _pod(pod: Pod) -> dict[str, Any]:
         "in_flight": pod.proxy.all.in_flight,
         "restarts": pod.restarts,
         "trouble": pod.trouble,
+        "last_end": pod.last_end,
         "readiness": _parsed(pod.readiness),
         "memory_bytes": memory_bytes(pod.pid) if pod.pid else 0,
         "log": str(pod.log),
