@@ -1,8 +1,9 @@
 """What the platform tells about itself over HTTP: EndpointSlices as the Kubernetes API serves them, and its status."""
 
+import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -66,11 +67,11 @@ class Admin:
             exchange.respond(HTTPStatus.OK, json.dumps(self._slices.list(namespace, selector)).encode(), _JSON)
             return
         since, bookmarks = query.get("resourceVersion", ""), query.get("allowWatchBookmarks", "") in ("1", "true")
+        seconds = query.get("timeoutSeconds", "")
         async with contextlib.aclosing(self._slices.watch(namespace, selector, since, bookmarks)) as lines:
-            await self._stream(exchange, lines)
-
-    async def _stream(self, exchange: Exchange, lines: AsyncIterator[bytes]) -> None:
-        exchange.write(exchange.start(200, b"OK", [(b"Content-Type", _JSON)]))
-        async for line in lines:
-            exchange.write(exchange.framed(line))
+            exchange.write(exchange.start(200, b"OK", [(b"Content-Type", _JSON)]))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(int(seconds) if seconds.isdigit() and int(seconds) else None):
+                    async for line in lines:
+                        exchange.write(exchange.framed(line))
         exchange.end()

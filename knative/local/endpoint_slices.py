@@ -95,15 +95,21 @@ class EndpointSlices:
         metadata = {"resourceVersion": str(self._version)}
         return {"kind": "EndpointSliceList", "apiVersion": _API_VERSION, "metadata": metadata, "items": items}
 
-    async def watch(self, namespace: str, selector: str, since: str, bookmarks: bool) -> AsyncGenerator[bytes, None]:
-        """Lines of JSON for ever. `since`: a resourceVersion, or nothing (or 0) for what exists now, as ADDED, first."""
-        matches = _selector(selector)
-        seen = self._version
+    def watch(self, namespace: str, selector: str, since: str, bookmarks: bool) -> AsyncGenerator[bytes, None]:
+        """Lines of JSON for ever. `since`: a resourceVersion, or nothing (or 0) for what exists now, as ADDED, first.
+
+        Raises HttpError 400 for what cannot be read.
+        """
         if since in ("", "0"):
-            for found in self.list(namespace, selector)["items"]:
-                yield _line("ADDED", found)
-        else:
-            seen = _version(since)
+            present = [_line("ADDED", found) for found in self.list(namespace, selector)["items"]]
+            return self._changes(namespace, _selector(selector), self._version, bookmarks, present)
+        return self._changes(namespace, _selector(selector), _version(since), bookmarks, [])
+
+    async def _changes(
+        self, namespace: str, matches: Callable[[dict[str, str]], bool], seen: int, bookmarks: bool, first: list[bytes]
+    ) -> AsyncGenerator[bytes, None]:
+        for line in first:
+            yield line
         while True:
             if self._history and seen < self._history[0].version - 1:
                 yield _line("ERROR", _expired(seen, self._history[0].version))
