@@ -7,7 +7,7 @@ import asyncio
 import json
 import re
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
@@ -106,7 +106,7 @@ class EndpointSlices:
         return self._changes(namespace, _selector(selector), _version(since), bookmarks, [])
 
     async def _changes(
-        self, namespace: str, matches: Callable[[dict[str, str]], bool], seen: int, bookmarks: bool, first: list[bytes]
+        self, namespace: str, matches: Callable[[dict[str, str]], bool], seen: int, bookmarks: bool, first: Sequence[bytes]
     ) -> AsyncGenerator[bytes, None]:
         for line in first:
             yield line
