@@ -63,8 +63,8 @@ def _tokenizer(path: Path, fields: Mapping[str, Any], special: Mapping[str, str]
             "Publish the model from its Hugging Face folder, which has tokenizer.json"
         )
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges))
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=_merges(path, fields["tokenizer.ggml.merges"], vocabulary)))
     _RULES[rules](tokenizer)
     tokenizer.decoder = decoders.ByteLevel()
     for token, token_type in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True):
@@ -76,6 +76,16 @@ def _tokenizer(path: Path, fields: Mapping[str, Any], special: Mapping[str, str]
             single=f"{bos} $A", special_tokens=[(bos, fields["tokenizer.ggml.bos_token_id"])]
         )
     return tokenizer
+
+
+def _merges(path: Path, merges: list[str], vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
+    pairs = []
+    for merge in merges:
+        left, _, right = merge.partition(" ")
+        if not {left, right, left + right} <= vocabulary.keys():
+            raise CheckpointInvalid(f"{path} merges {merge!r}, which are no tokens; make the GGUF file again")
+        pairs.append((left, right))
+    return pairs
 
 
 def _special_tokens(fields: Mapping[str, Any]) -> dict[str, str]:

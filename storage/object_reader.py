@@ -178,7 +178,7 @@ class ObjectReader:
             connection.connect()
         except ssl.SSLCertVerificationError as error:
             raise StoreUnreachable(
-                f"{self.settings.place} shows a certificate that is not trusted here ({error}); set SSL_CERT_FILE to its authority"
+                f"{self.settings.place} shows a certificate that is not trusted here ({error}); set SSL_CERT_FILE"
             ) from error
         connection.sock.settimeout(self._stall_seconds)
         return connection
