@@ -9,8 +9,11 @@ from functions.stage.build import UnsupportedDtype, build_layer_group
 from functions.stage.families import FAMILIES, UnsupportedArchitecture
 from functions.stage.layer_group import KVCacheFull, Segment
 from functions.stage.transformers_group import MissingTensors, TransformersGroup
+from storage.model_description import describe_model
+from storage.model_repository import layer_object
+from storage.placement import head_matrix, place_tensors
 from tests.support import tiny_models
-from tests.support.stage_pipeline import GroupPipeline, build_groups, tensors, whole_model
+from tests.support.stage_pipeline import CUT, GroupPipeline, build_groups, tensors, whole_model
 
 PROMPT = [5, 9, 33, 7, 100, 3, 8, 1, 20, 50, 60, 4, 17]
 """Longer than the tiny models' sliding window."""
@@ -37,8 +40,22 @@ def test_a_family_cut_in_three_gives_the_whole_models_tokens(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", tiny_models.ALL)
-def test_a_prompt_in_one_piece_gives_the_whole_models_logits_to_the_bit(name: str) -> None:
-    logits = GroupPipeline(build_groups(name)).logits(PROMPT, 0)
+def test_the_objects_of_a_publication_give_the_whole_models_logits_to_the_bit(name: str) -> None:
+    """A prompt in one piece, through stages that got exactly what the model repository would give them."""
+    config = tiny_models.tiny_config(name)
+    model = describe_model(config)
+    sources: Any = tensors(name)  # placing looks at their names and shapes alone
+    placed = place_tensors(sources, model)
+    groups = []
+    for first, last in CUT:
+        objects = [layer_object(number) for number in range(first, last)]
+        if first == 0:
+            objects.append("embedding")
+        if last == model.num_layers:
+            objects += ["head"] if head_matrix(placed) else ["head", "embedding"]
+        stage = {tensor: tensors(name)[tensor] for object_ in objects for tensor in placed[object_]}
+        groups.append(TransformersGroup.build(config, stage, first, last, "float32", "cpu", 2**20))
+    logits = GroupPipeline(groups).logits(PROMPT, 0)
     assert torch.equal(logits, tiny_models.all_logits(whole_model(name), PROMPT))
 
 
@@ -55,6 +72,16 @@ def test_bfloat16_is_the_whole_models_bfloat16(name: str) -> None:
     assert groups[0].hidden_dtype == torch.bfloat16
     whole = tiny_models.whole_model(name, dtype=torch.bfloat16)
     assert torch.equal(GroupPipeline(groups).logits(PROMPT, 0), tiny_models.all_logits(whole, PROMPT))
+
+
+def test_names_of_a_bare_checkpoint_are_understood() -> None:
+    """The GPT-2 and BLOOM checkpoints that people have were saved without the causal model's prefix."""
+    config = tiny_models.tiny_config("gpt2")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors("gpt2").items()}
+    stages = [(first, last, tiny_models.stage_tensors(bare, first, last)) for first, last in CUT]
+    groups = [TransformersGroup.build(config, own, first, last, "float32", "cpu", 2**20) for first, last, own in stages]
+    logits = GroupPipeline(groups).logits(PROMPT, 0)
+    assert torch.equal(logits, tiny_models.all_logits(whole_model("gpt2"), PROMPT))
 
 
 def test_every_family_has_a_tiny_model() -> None:

@@ -6,7 +6,6 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Final
 
-import msgspec
 import torch
 
 from eventing.events import Batch, Result, Row, Status, Want
@@ -31,6 +30,7 @@ class _Computed:
     """Its tokens in its event."""
     begin: int = 0
     """Where its tokens begin in the tensor of the whole pass."""
+    result: Result | None = None
 
     @property
     def end(self) -> int:
@@ -158,32 +158,28 @@ class ForwardPass:
                     part.computed.remove(row)
 
     def _results(self, parts: Sequence[Part], hidden: torch.Tensor | None) -> list[Batch]:
-        computed = [(part, row) for part in parts for row in part.computed]
-        for part, row in computed:
-            part.answers[row.index] = Row(row.row.id, row.row.attempt, row.row.position, length=0, want=row.row.want)
         if hidden is not None:
-            self._answer_tokens([pair for pair in computed if pair[1].row.want is Want.TOKEN], hidden)
-            for part, row in computed:
-                if row.row.want is Want.LOGPROBS:
-                    _answer(
-                        part,
-                        row,
-                        Result(logprobs=self._log_probabilities(part.token_ids[row.span], hidden[row.begin : row.end])),
-                    )
+            self._draw([row for part in parts for row in part.computed if row.row.want is Want.TOKEN], hidden)
+        for part in parts:
+            for row in part.computed:
+                if hidden is not None and row.row.want is Want.LOGPROBS:
+                    found = self._log_probabilities(part.token_ids[row.span], hidden[row.begin : row.end])
+                    row.result = Result(logprobs=found)
+                part.answers[row.index] = _answer(row)
         return [Batch(tuple(part.answers), memoryview(array("i"))) for part in parts]
 
-    def _answer_tokens(self, wanting: Sequence[tuple[Part, _Computed]], hidden: torch.Tensor) -> None:
+    def _draw(self, wanting: Sequence[_Computed], hidden: torch.Tensor) -> None:
         for first in range(0, len(wanting), _LOGITS_AT_ONCE):
             some = wanting[first : first + _LOGITS_AT_ONCE]
-            logits = self._group.logits(hidden[[row.end - 1 for _, row in some]])
+            logits = self._group.logits(hidden[[row.end - 1 for row in some]])
             tokens = sample(
                 logits,
-                [row.row.sampling or GREEDY for _, row in some],
-                [row.row.position + row.row.length for _, row in some],
-                [row.sequence.token_ids for _, row in some],
+                [row.row.sampling or GREEDY for row in some],
+                [row.row.position + row.row.length for row in some],
+                [row.sequence.token_ids for row in some],
             )
-            for (part, row), token in zip(some, tokens, strict=True):
-                _answer(part, row, Result(token=token))
+            for row, token in zip(some, tokens, strict=True):
+                row.result = Result(token=token)
 
     def _log_probabilities(self, token_ids: torch.Tensor, hidden: torch.Tensor) -> tuple[float, ...]:
         """Each token's under the logits of the token before it, so none for the row's first."""
@@ -195,8 +191,9 @@ class ForwardPass:
         return tuple(found)
 
 
-def _answer(part: Part, row: _Computed, result: Result) -> None:
-    part.answers[row.index] = msgspec.structs.replace(part.answers[row.index], result=result)
+def _answer(row: _Computed) -> Row:
+    """Of the last stage: the result in place of the tokens, and nothing that only a stage needs."""
+    return Row(row.row.id, row.row.attempt, row.row.position, length=0, want=row.row.want, result=row.result)
 
 
 def _relay(part: Part, hidden: torch.Tensor | None) -> Batch:

@@ -75,7 +75,8 @@ class LayerGroup(Protocol):
     def forward(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
         """Runs all segments, each of another sequence, in one pass and extends their KV by their lengths.
 
-        Tensors go in and come out on the CPU; what comes out is the caller's to keep, no buffer of the group's. Where
+        Tensors go in and come out on the CPU. What goes in is only read: it may be the very bytes of an event. What comes
+        out is the caller's to keep, no buffer of the group's. Where
         this raises, the KV of the segments may be anything up to their length: the caller truncates.
 
         inputs: int64 token ids [sum(length)] for the first group, else hidden states [sum(length), hidden_size].

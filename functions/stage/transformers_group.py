@@ -12,7 +12,7 @@ from typing import Any, Final, Self
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import logging
 
@@ -35,7 +35,13 @@ class TransformersGroup:
     """Implements `LayerGroup`."""
 
     def __init__(
-        self, model: PreTrainedModel, first_layer: int, last_layer: int, num_layers: int, kv_budget_bytes: int
+        self,
+        model: PreTrainedModel,
+        hidden_dtype: torch.dtype,
+        first_layer: int,
+        last_layer: int,
+        num_layers: int,
+        kv_budget_bytes: int,
     ) -> None:
         config = model.config
         self.first_layer = first_layer
@@ -44,7 +50,7 @@ class TransformersGroup:
         self.hidden_size: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
         self.max_positions = _max_positions(config)
-        self.hidden_dtype: torch.dtype = model.dtype
+        self.hidden_dtype = hidden_dtype
         self._device: torch.device = model.device
         self._base: nn.Module = model.base_model
         self._head = model
@@ -70,13 +76,15 @@ class TransformersGroup:
         Raises UnsupportedArchitecture, MissingTensors.
         """
         family = family_of(config)
-        cut = AutoConfig.for_model(**config)
+        # Whatever the weights were quantized with before, they were published as plain floats.
+        cut = AutoConfig.for_model(**{name: value for name, value in config.items() if name != "quantization_config"})
         num_layers: int = cut.num_hidden_layers
         own = _own_tensors(tensors, family, cut, first_layer, last_layer == num_layers)
         cut_config(cut, family, first_layer, last_layer)
-        model_class = _sliced(AutoModelForCausalLM._model_mapping[type(cut)], family, first_layer, last_layer, num_layers)
-        model = _load(model_class, cut, family, own, FLOAT_DTYPES[dtype]).to(device)
-        return cls(model, first_layer, last_layer, num_layers, kv_budget_bytes)
+        hidden_dtype = FLOAT_DTYPES[dtype]
+        model_class = _sliced(MODEL_FOR_CAUSAL_LM_MAPPING[type(cut)], family, first_layer, last_layer, num_layers)
+        model = _load(model_class, cut, family, own, hidden_dtype).to(device)
+        return cls(model, hidden_dtype, first_layer, last_layer, num_layers, kv_budget_bytes)
 
     @torch.inference_mode()
     def forward(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
@@ -84,7 +92,7 @@ class TransformersGroup:
         outputs = [self._forward_one(part, segment.handle) for part, segment in zip(parts, segments, strict=True)]
         for segment in segments:
             self.kv.extend(segment.handle, segment.length)
-        return torch.cat(outputs).cpu()
+        return torch.cat(outputs).to("cpu", self.hidden_dtype)
 
     def _forward_one(self, inputs: torch.Tensor, handle: int) -> torch.Tensor:
         name = "input_ids" if self.first_layer == 0 else "inputs_embeds"
