@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,22 @@ def test_a_budget_counts_reservations() -> None:
     c = kv.reserve(3)
     assert c != b
     assert (kv.length(c), kv.free_tokens) == (0, 1)
+
+
+def test_sleeping_stages_work_at_the_same_time() -> None:
+    """Eight micro-batches keep the slowest stage busy; walked one by one, a round would take the sum of all stages."""
+    config = tiny_models.tiny_config("llama")
+    seconds = (0.01, 0.03, 0.01)
+    groups = [
+        build_layer_group("sleep", config, {}, first, last, "bfloat16", "cpu", 2**20, pause)
+        for (first, last), pause in zip(CUT, seconds, strict=True)
+    ]
+    tokens = 5
+    with engines(groups, max_merge=1) as stages, ThreadPoolExecutor(max_workers=8) as pool:
+        began = time.perf_counter()
+        answers = list(pool.map(lambda number: generate(stages, str(number), [number], tokens), range(8)))
+        elapsed = time.perf_counter() - began
+    assert answers == [[number] * tokens for number in range(8)]
+    rounds = 8 * tokens
+    assert elapsed < 0.8 * rounds * sum(seconds), "the stages worked one after the other"
+    assert elapsed >= rounds * max(seconds)
