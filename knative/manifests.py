@@ -50,15 +50,6 @@ class Pipeline:
         return f"http://{self.stage_name(index)}.{self.spec.namespace}.svc.cluster.local"
 
 
-def render(pipeline: Pipeline) -> dict[str, list[Manifest]]:
-    """File name → objects, in the order in which they are applied: access, stages, gateway."""
-    files = {"access.yaml": gateway_access(pipeline)} if pipeline.spec.gateway.service_account is None else {}
-    for index in range(len(pipeline.cut)):
-        files[f"stage-{index}.yaml"] = [stage_service(pipeline, index)]
-    files["gateway.yaml"] = [gateway_service(pipeline)]
-    return files
-
-
 def services(pipeline: Pipeline) -> list[Manifest]:
     """The Knative Services alone: stages in their order, then the gateway."""
     return [*(stage_service(pipeline, index) for index in range(len(pipeline.cut))), gateway_service(pipeline)]

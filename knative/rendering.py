@@ -5,8 +5,10 @@ from collections.abc import Callable
 import msgspec
 
 from eventing.events import Cut
-from knative.manifests import Pipeline, services
+from knative.manifests import Manifest as Object
+from knative.manifests import Pipeline, gateway_access, gateway_service, services, stage_service
 from knative.model_shape import ModelShape, shape_from_objects
+from knative.network_policy import network_policies
 from knative.pipeline_spec import PipelineSpec, parse_cut
 from knative.planner import cut_evenly
 from knative.webhook import validate, warnings
@@ -15,6 +17,17 @@ from storage.model_repository import Manifest, Reader, layer_object, read_file
 
 class RenderFailed(Exception):
     """The manifests would be refused, or accepted and wrong. The message names every field."""
+
+
+def render(pipeline: Pipeline) -> dict[str, list[Object]]:
+    """File name → objects, in the order in which they are applied: access, network, stages, gateway."""
+    files = {"access.yaml": gateway_access(pipeline)} if pipeline.spec.gateway.service_account is None else {}
+    if pipeline.spec.network.policies:
+        files["network.yaml"] = network_policies(pipeline)
+    for index in range(len(pipeline.cut)):
+        files[f"stage-{index}.yaml"] = [stage_service(pipeline, index)]
+    files["gateway.yaml"] = [gateway_service(pipeline)]
+    return files
 
 
 def resolve(spec: PipelineSpec, manifest: Callable[[], tuple[Manifest, ModelShape]]) -> Pipeline:

@@ -19,8 +19,9 @@ from knative.cluster_errors import (
 )
 from knative.deployer import Deployer
 from knative.history import gateway_of, versions
-from knative.manifests import Manifest, Pipeline, render
+from knative.manifests import Manifest, Pipeline
 from knative.pipeline_spec import spec_from_dict
+from knative.rendering import render
 from tests.support.kubernetes_api import (
     KubernetesApi,
     crash_loops,

@@ -8,8 +8,9 @@ import yaml
 
 from eventing.events import pipeline_fingerprint
 from functions.config import GatewayConfig, StageConfig, read_config
-from knative.manifests import Pipeline, gateway_access, render, services, to_yaml
+from knative.manifests import Pipeline, gateway_access, services, to_yaml
 from knative.pipeline_spec import SpecError, load_spec, parse_cut, quantity, spec_from_dict
+from knative.rendering import render
 
 CUT = ((0, 10), (10, 20), (20, 30))
 DIGEST = "sha256:0123"

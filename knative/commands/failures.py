@@ -2,6 +2,7 @@
 
 from eventing.problems import Problem
 from knative.asking import AskFailed
+from knative.cluster_errors import ClusterError
 from knative.local.platform import ManifestRefused, PortInUse
 from knative.local.probes import UnsupportedManifest
 from knative.local.revision_settings import SettingsError
@@ -16,6 +17,7 @@ from storage.errors import StorageError
 
 _EXPECTED = (
     AskFailed,
+    ClusterError,
     ManifestRefused,
     PodsFailed,
     PortInUse,

@@ -5,10 +5,10 @@ from pathlib import Path
 import click
 
 from knative.manifests import Manifest, to_yaml
-from knative.manifests import render as render_files
 from knative.model_shape import ModelShape
 from knative.pipeline_spec import PipelineSpec, load_spec
 from knative.rendering import published_shape, resolve
+from knative.rendering import render as render_files
 from knative.store_access import StoreOptions, open_store, store_options
 from storage.model_repository import Manifest as Publication
 from storage.model_repository import read_manifest

@@ -1,0 +1,26 @@
+"""`python -m knative delete`: takes a pipeline off a cluster."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import click
+
+from knative.cluster_access import cluster_options, namespace_option, say, timeout_option
+
+if TYPE_CHECKING:
+    from knative.cluster import Cluster
+
+
+@click.command()
+@click.argument("name")
+@namespace_option
+@timeout_option
+@cluster_options
+def delete(name: str, namespace: str | None, timeout: float, connect: "Callable[[], Cluster]") -> None:
+    """Delete the pipeline NAME with everything that was made for it. The published model stays in the store."""
+    from knative.deployer import Deployer
+
+    cluster = connect()
+    where = namespace or cluster.default_namespace
+    count = Deployer(cluster, where, say, timeout).delete(name)
+    click.echo(f"{count} objects deleted" if count else f"nothing of {name} is in namespace {where}")

@@ -1,0 +1,51 @@
+"""`python -m knative deploy`: a pipeline onto a cluster, or what that would change."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from knative.cluster_access import cluster_options, force_option, say, timeout_option
+from knative.commands.render import rendered_objects
+from knative.pipeline_spec import load_spec
+from knative.store_access import StoreOptions, store_options
+
+if TYPE_CHECKING:
+    from knative.cluster import Cluster
+
+
+@click.command()
+@click.argument("spec", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--dry-run", type=click.Choice(["server"]), help="Change nothing; print the difference as the cluster sees it.")
+@timeout_option
+@force_option
+@cluster_options
+@store_options
+def deploy(
+    spec: Path,
+    dry_run: str | None,
+    timeout: float,
+    force_conflicts: bool,
+    connect: "Callable[[], Cluster]",
+    store: StoreOptions,
+) -> None:
+    """Bring the pipeline that SPEC describes onto a cluster, and print the gateway's URL.
+
+    New stages come up beside the old ones; then the gateway moves; the old stages go when their last answer ended. Deploying
+    the same again changes nothing.
+
+    \b
+    python -m knative deploy pipeline.yaml --dry-run=server
+    python -m knative ask "$(python -m knative deploy pipeline.yaml)" "Hello?"
+    """
+    loaded = load_spec(spec)
+    objects = rendered_objects(loaded, store)
+    from knative.deployer import Deployer
+
+    deployer = Deployer(connect(), loaded.namespace, say, timeout)
+    if dry_run:
+        lines = list(deployer.diff(objects))
+        click.echo("\n".join(lines) if lines else "nothing would change")
+        return
+    click.echo(deployer.deploy(objects, force=force_conflicts))

@@ -1,0 +1,43 @@
+"""`python -m knative logs`: what the functions of a pipeline wrote."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import click
+
+from knative.cluster_access import cluster_options, namespace_option
+
+if TYPE_CHECKING:
+    from knative.cluster import Cluster
+
+_CONTAINER = "function"
+
+
+@click.command()
+@click.argument("name")
+@click.option("--stage", type=click.IntRange(min=0), help="Only this stage; the gateway and all stages by default.")
+@click.option("--lines", type=click.IntRange(min=1), default=20, show_default=True, help="Of each pod, counted from the end.")
+@click.option("--follow", "-f", is_flag=True, help="Go on as more is written; needs one pod, so name a --stage.")
+@namespace_option
+@cluster_options
+def logs(
+    name: str, stage: int | None, lines: int, follow: bool, namespace: str | None, connect: "Callable[[], Cluster]"
+) -> None:
+    """Print the last log lines of the pods of the pipeline NAME, each led by its pod."""
+    cluster = connect()
+    where = namespace or cluster.default_namespace
+    pods = sorted(
+        pod["metadata"]["name"]
+        for pod in cluster.find("v1", "Pod", where, f"app.kubernetes.io/instance={name}")
+        if stage is None or pod["metadata"]["labels"].get("serving.knative.dev/service", "").endswith(f"-s{stage}")
+    )
+    if not pods:
+        click.echo(f"no pod of {name} runs in namespace {where}; it may be at zero", err=True)
+        return
+    if follow:
+        for line in cluster.follow_log(where, pods[-1], _CONTAINER, lines):
+            click.echo(line)
+        return
+    for pod in pods:
+        for line in cluster.log_tail(where, pod, _CONTAINER, lines):
+            click.echo(f"{pod}: {line}")

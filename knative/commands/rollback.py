@@ -1,0 +1,38 @@
+"""`python -m knative rollback`: back to what was deployed before."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import click
+
+from knative.cluster_access import cluster_options, force_option, namespace_option, say, timeout_option
+
+if TYPE_CHECKING:
+    from knative.cluster import Cluster
+
+
+@click.command()
+@click.argument("name")
+@click.option("--to", "number", type=click.IntRange(min=1), help="Number of the version; the last different one by default.")
+@namespace_option
+@timeout_option
+@force_option
+@cluster_options
+def rollback(
+    name: str,
+    number: int | None,
+    namespace: str | None,
+    timeout: float,
+    force_conflicts: bool,
+    connect: "Callable[[], Cluster]",
+) -> None:
+    """Deploy again what the pipeline NAME was before, and print the gateway's URL.
+
+    The cluster itself remembers the last ten versions. Going back is a deploy like any other: old stages beside the new ones,
+    then the gateway moves.
+    """
+    from knative.deployer import Deployer
+
+    cluster = connect()
+    deployer = Deployer(cluster, namespace or cluster.default_namespace, say, timeout)
+    click.echo(deployer.rollback(name, number, force=force_conflicts))
