@@ -1,25 +1,16 @@
 """What a stage answers to each type of event. Knows events and an engine, no HTTP; imports no torch."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final, Protocol
+from typing import Final
 
 from cloudevents.core.v1.event import CloudEvent
+from msgspec import Struct
 
-from eventing.cloud_event import (
-    batch_data,
-    batch_event,
-    check_not_expired,
-    expiry_time,
-    integer_attribute,
-    json_data,
-    json_event,
-    reply_id,
-    required_attribute,
-)
-from eventing.events import Attribute, Batch, EventType, Status
+from eventing.cloud_event import batch_data, batch_event, check_not_expired, expiry_time, json_data, json_event, reply_id
+from eventing.events import Attribute, Batch, EventType
 from eventing.generation import (
     ReleaseReply,
     ReleaseRequest,
@@ -29,33 +20,14 @@ from eventing.generation import (
     WarmupReply,
     WarmupRequest,
 )
-from eventing.problems import UnknownEventType, WrongLayer, WrongPipeline
+from eventing.problems import UnknownEventType
 from functions.config import StageConfig
+from functions.stage.identity import StageIdentity
+from functions.stage.scoring import scorer_of
+from functions.stage.stage_engine import Readiness, StageEngine
 
 WARM_UP_SECONDS: Final = 600.0
 """Longest time that a warm-up event without expirytime waits for the weights."""
-
-
-class StageEngine(Protocol):
-    """functions.stage.engine.Engine."""
-
-    @property
-    def free_tokens(self) -> int: ...
-
-    def handle(self, batch: Batch, *, source: str, expires_at: float | None = None) -> Batch: ...
-
-    def reserve(self, reservations: Sequence[Any], *, source: str) -> list[Status]: ...
-
-    def release(self, releases: Sequence[Any], *, source: str) -> int: ...
-
-
-class Readiness(Protocol):
-    """Who knows when the engine is there."""
-
-    def engine(self, wait_seconds: float = 0.0) -> StageEngine:
-        """Raises NotReady."""
-
-    def phases(self) -> dict[str, float]: ...
 
 
 @dataclass(slots=True)
@@ -74,17 +46,15 @@ class EventHandlers:
     """Dispatches by event type."""
 
     def __init__(self, config: StageConfig, instance: str, readiness: Readiness) -> None:
-        self._pipeline = config.pipeline
-        self._first, self._last = config.layers
-        self._is_last = config.layers == config.cut[-1]
-        self._instance = instance
-        self._source = f"/pipelines/{config.pipeline}/stages/{self._first}-{self._last}"
+        self._identity = StageIdentity.of(config, instance)
         self._readiness = readiness
+        self._scorer = scorer_of(config, self._identity, readiness)
         self.table: dict[str, Handler] = {
             EventType.FORWARD: self._forward,
             EventType.WARMUP: self._warm_up,
             EventType.RESERVE: self._reserve,
             EventType.RELEASE: self._release,
+            EventType.SCORE_REQUEST: self._score,
         }
 
     def answer(self, event: CloudEvent, durations: Durations) -> CloudEvent:
@@ -93,21 +63,14 @@ class EventHandlers:
         if handler is None:
             served = ", ".join(self.table)
             raise UnknownEventType(f"{event.get_type()!r} is not served by a stage, which serves {served}")
-        self._check_pipeline(event)
+        # Who wants a text scored need not know which pipeline does it.
+        if event.get_type() != EventType.SCORE_REQUEST or event.get_extension(Attribute.PIPELINE) is not None:
+            self._identity.check_pipeline(event)
         check_not_expired(event, datetime.now(UTC))
         return handler(event, durations)
 
-    def _check_pipeline(self, event: CloudEvent) -> None:
-        seen = required_attribute(event, Attribute.PIPELINE)
-        if seen != self._pipeline:
-            raise WrongPipeline(
-                f"the event is of pipeline {seen!r} and this stage of {self._pipeline!r}; send it to its own pipeline's stage"
-            )
-
     def _forward(self, event: CloudEvent, durations: Durations) -> CloudEvent:
-        layer = integer_attribute(event, Attribute.LAYER)
-        if layer != self._first:
-            raise WrongLayer(f"the event wants layer {layer} and this stage runs {self._first} to {self._last - 1}")
+        self._identity.check_layer(event)
         engine = self._readiness.engine()
         expiry = expiry_time(event)
         began = time.perf_counter()
@@ -121,38 +84,34 @@ class EventHandlers:
         return answer
 
     def _batch_reply(self, cause: CloudEvent, batch: Batch, free_tokens: int) -> CloudEvent:
-        attributes = self._attributes(free_tokens)
-        if not self._is_last:
-            attributes[Attribute.LAYER] = self._last
-        type_ = EventType.RESULT if self._is_last else EventType.FORWARD
-        return batch_event(type_, self._source, batch, id=reply_id(cause), **attributes)
+        attributes = self._identity.reply_attributes(free_tokens)
+        if not self._identity.is_last_stage:
+            attributes[Attribute.LAYER] = self._identity.last
+        type_ = EventType.RESULT if self._identity.is_last_stage else EventType.FORWARD
+        return batch_event(type_, self._identity.source, batch, id=reply_id(cause), **attributes)
 
-    def _warm_up(self, event: CloudEvent, durations: Durations) -> CloudEvent:
+    def _warm_up(self, event: CloudEvent, _: Durations) -> CloudEvent:
         json_data(event, WarmupRequest)
         expiry = expiry_time(event)
         wait = WARM_UP_SECONDS if expiry is None else (expiry - datetime.now(UTC)).total_seconds()
         engine = self._readiness.engine(wait_seconds=wait)
-        return self._json_reply(event, WarmupReply(self._instance, self._readiness.phases()), engine)
+        return self._json_reply(event, WarmupReply(self._identity.instance, self._readiness.phases()), engine)
 
-    def _reserve(self, event: CloudEvent, durations: Durations) -> CloudEvent:
+    def _reserve(self, event: CloudEvent, _: Durations) -> CloudEvent:
         rows = json_data(event, ReserveRequest).rows
         engine = self._readiness.engine()
         statuses = engine.reserve(rows, source=event.get_source())
         reserved = (ReservedRow(row.id, row.attempt, status) for row, status in zip(rows, statuses, strict=True))
         return self._json_reply(event, ReserveReply(tuple(reserved)), engine)
 
-    def _release(self, event: CloudEvent, durations: Durations) -> CloudEvent:
+    def _release(self, event: CloudEvent, _: Durations) -> CloudEvent:
         rows = json_data(event, ReleaseRequest).rows
         engine = self._readiness.engine()
         return self._json_reply(event, ReleaseReply(engine.release(rows, source=event.get_source())), engine)
 
-    def _json_reply(self, cause: CloudEvent, value: Any, engine: StageEngine) -> CloudEvent:
-        attributes = self._attributes(engine.free_tokens)
-        return json_event(cause.get_type(), self._source, value, id=reply_id(cause), **attributes)
+    def _score(self, event: CloudEvent, _: Durations) -> CloudEvent:
+        return self._scorer.answer(event)
 
-    def _attributes(self, free_tokens: int) -> dict[str, str | int | bool | datetime | None]:
-        return {
-            Attribute.PIPELINE: self._pipeline,
-            Attribute.INSTANCE: self._instance,
-            Attribute.FREE_TOKENS: free_tokens,
-        }
+    def _json_reply(self, cause: CloudEvent, value: Struct, engine: StageEngine) -> CloudEvent:
+        attributes = self._identity.reply_attributes(engine.free_tokens)
+        return json_event(cause.get_type(), self._identity.source, value, id=reply_id(cause), **attributes)

@@ -43,7 +43,9 @@ class StageFunction:
         self._engine: Engine | None = None
         self._failed = False
         self._draining = False
-        self.application = create_app(EventHandlers(config, self.instance, self), config.pipeline_token, self._metrics)
+        handlers = EventHandlers(config, self.instance, self)
+        open_scoring = config.scoring == "open"
+        self.application = create_app(handlers, config.pipeline_token, self._metrics, open_scoring=open_scoring)
         add_probes(self.application, self._metrics.registry, sick=self._sick, ready=self._ready)
 
     def start(self, stop: Callable[[int], None]) -> None:
