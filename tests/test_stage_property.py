@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from eventing.batch_codec import decode_batch, encode_batch, select_rows
 from eventing.events import Batch, Row, Sampling, Status, Want
+from functions.stage import forward_pass
 from functions.stage.build import Kind
 from functions.stage.engine import Engine
 from functions.stage.sampler import sample
 from tests.support import tiny_models
-from tests.support.stage_pipeline import batch, build_groups, engines, whole_model
+from tests.support.stage_pipeline import batch, build_groups, engines, through, whole_model
 
 NEW_TOKENS = 6
 Event = Literal["none", "duplicate", "lost", "late", "attempt"]
@@ -179,3 +180,14 @@ def test_a_stage_that_starts_anew_costs_a_prefill_and_no_token(stage: int) -> No
         stages[stage] = fresh[stage]
         assert micro_batch.drive(stages) == [expected("llama", conversation)]
         stages[stage] = fresh[stage]
+
+
+def test_a_text_is_scored_as_by_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward_pass, "_LOGITS_AT_ONCE", 64)
+    text = [3 + number * 7 % 120 for number in range(200)]
+    row = Row("a", 0, 0, len(text), Want.LOGPROBS, reserve_tokens=len(text))
+    with engines(build_groups("llama")) as stages:
+        (answer,) = through(stages, batch([row], text)).rows
+    assert answer.result is not None
+    whole = tiny_models.all_logits(whole_model("llama"), text).log_softmax(dim=-1)
+    assert answer.result.logprobs == pytest.approx([float(whole[n, text[n + 1]]) for n in range(len(text) - 1)], abs=1e-4)
