@@ -1,7 +1,6 @@
 """`python -m knative`: the command line. A command's module is imported only when it is called, so that --help is quick."""
 
 import importlib
-import sys
 from typing import Any, Final
 
 import click
@@ -21,6 +20,8 @@ _COMMANDS: Final = {
     "kpa-replay": "knative.commands.kpa_replay",
 }
 """Name → module; the command is the module's attribute of the same name, `_` for `-`."""
+
+_INTERRUPTED: Final = 130
 
 _EPILOG: Final = """\b
 Start here:
@@ -52,6 +53,8 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise click.exceptions.Exit(_INTERRUPTED) from error
         except Exception as error:
             from knative.commands.failures import one_line
 
@@ -67,7 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(prog_name="python -m knative")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main(prog_name="python -m knative")
