@@ -19,7 +19,7 @@ from storage.checkpoint import Checkpoint
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid
 from storage.gguf_checkpoint import open_gguf
 from storage.gguf_tokenizer import tokenizer_files
-from tests.support.storage import default_model_gguf
+from tests.support.storage import default_model_gguf, default_model_metadata
 
 TEXT = """In 2024, 1234567 people paid $3,141.59 (or 2 718 €) for 0x1F600 items; call +49-30-901820 at 10:45:07.
 The quick brown fox doesn't jump; it's we'll-known, they'd've said  —  "naïve café", ﬁancé.
@@ -40,25 +40,31 @@ def checkpoint(path: Path) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def fields(path: Path) -> dict[str, Any]:
-    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+def fields() -> dict[str, Any]:
+    return default_model_metadata()
 
 
-def test_weights_are_bit_equal_to_transformers(path: Path, checkpoint: Checkpoint) -> None:
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+@pytest.fixture(scope="module")
+def read_by_transformers(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Its own reading: config and tensors."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    expected = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**checkpoint.config))
+    parsed: dict[str, Any] = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)
+    return parsed
+
+
+def test_weights_are_bit_equal_to_transformers(checkpoint: Checkpoint, read_by_transformers: dict[str, Any]) -> None:
+    expected = read_by_transformers["tensors"]
     assert checkpoint.tensors.keys() == expected.keys()
     for name, source in checkpoint.tensors.items():
         ours = torch.cat([torch.frombuffer(block, dtype=torch.float32) for block in source.blocks()]).view(source.shape)
         assert torch.equal(ours, expected[name]), name
 
 
-def test_the_configuration_is_the_metadata_s(path: Path, checkpoint: Checkpoint) -> None:
-    theirs = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
+def test_the_configuration_is_the_metadata_s(checkpoint: Checkpoint, read_by_transformers: dict[str, Any]) -> None:
+    theirs = AutoConfig.for_model(**read_by_transformers["config"]).to_dict()
     ours = AutoConfig.for_model(**checkpoint.config).to_dict()
-    ignored = {"_model_name_or_path", "architectures", "dtype", "pad_token_id", "unk_token_id", "_name_or_path"}
+    ignored = {"_model_name_or_path", "architectures", "dtype", "pad_token_id", "unk_token_id"}
     assert {name: value for name, value in ours.items() if name not in ignored} == {
         name: value for name, value in theirs.items() if name not in ignored
     }

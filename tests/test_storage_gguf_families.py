@@ -15,7 +15,7 @@ from storage.errors import ArchitectureUnsupported, CheckpointInvalid
 from storage.gguf_checkpoint import open_gguf
 from storage.gguf_tokenizer import tokenizer_files
 from tests.support import tiny_models
-from tests.support.storage import default_model_gguf
+from tests.support.storage import default_model_metadata
 from tests.test_storage_gguf import TEXT
 
 TOKENS = [*map(chr, range(33, 127)), "ab"]
@@ -88,7 +88,7 @@ def add_tensor(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor) -> None
 
 @pytest.fixture(scope="module")
 def default_fields() -> dict[str, Any]:
-    return {name: field.contents() for name, field in gguf.GGUFReader(default_model_gguf()).fields.items()}
+    return default_model_metadata()
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen2", "qwen3"])

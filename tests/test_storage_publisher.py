@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from storage.weight_loader import RawTensor, load_layers
 from tests.support import tiny_models
 from tests.support.storage import FaultProxy, fault_proxy
 
+ROOT = Path(__file__).resolve().parent.parent
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8}
 
 
@@ -330,3 +333,18 @@ def test_files_of_other_formats_are_refused(content: bytes, words: str, store: O
 def test_a_source_that_is_nowhere_is_refused(store: ObjectStore) -> None:
     with pytest.raises(CheckpointInvalid, match="neither a folder, nor a file, nor a hub id"):
         publish("no such folder", store, "nowhere", "float32")
+
+
+def test_a_second_run_imports_nothing_heavy(llama: Path, settings: StoreSettings, store: ObjectStore) -> None:
+    publish(llama, store, "light", "float32")
+    code = (
+        "import sys; from storage.object_store import ObjectStore; from storage.publisher import publish\n"
+        "from storage.settings import StoreSettings\n"
+        "folder, endpoint, key, secret = sys.argv[1:]\n"
+        "settings = StoreSettings(endpoint_url=endpoint, bucket='lamina', access_key_id=key, secret_access_key=secret)\n"
+        "publish(folder, ObjectStore(settings), 'light', 'float32')\n"
+        "print({'torch', 'numpy', 'transformers', 'gguf', 'tokenizers', 'huggingface_hub'} & set(sys.modules))\n"
+    )
+    arguments = [str(llama), settings.endpoint_url, settings.access_key_id, settings.secret_access_key]
+    run = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert run.stdout == "set()\n"

