@@ -30,10 +30,7 @@ def slice_of(
         "addressType": "IPv4",
         "metadata": {"name": name, "labels": {"serving.knative.dev/revision": revision}},
         "ports": [{"name": name, "port": port, "protocol": "TCP"} for name, port in ports or KNATIVE_PORTS],
-        "endpoints": [
-            {"addresses": [address], "conditions": conditions, "targetRef": {"kind": "Pod"}}
-            for address, conditions in addresses
-        ],
+        "endpoints": [{"addresses": [address], "conditions": conditions} for address, conditions in addresses],
     }
 
 
@@ -46,9 +43,13 @@ class Told:
 
     def __init__(self) -> None:
         self.all: list[list[Endpoint]] = []
+        self.unknown = 0
 
     def __call__(self, stage: int, endpoints: Any) -> None:
         assert stage == 0
+        if endpoints is None:
+            self.unknown += 1
+            return
         self.all.append(sorted(endpoints, key=lambda endpoint: endpoint.url))
 
     def wait(self, *expected: Endpoint) -> None:
@@ -172,6 +173,20 @@ def test_an_api_that_fails_is_asked_again(server: WatchServer, caplog: pytest.Lo
     assert "trying again: Input data was truncated" in caplog.text
 
 
+def test_without_the_right_to_watch_the_instances_are_unknown(server: WatchServer) -> None:
+    with watching(server) as told:
+        wait_until(lambda: server.watches, "the watch")
+        assert not told.unknown
+        server.failures = [500, 500]
+        server.end_watches(broken=True)
+        wait_until(lambda: not server.failures and len(told.all) == 2, "the API's return")
+        assert not told.unknown, "what was known is better than nothing"
+        server.failures = [403]
+        server.end_watches(broken=True)
+        wait_until(lambda: len(told.all) == 3, "the return of the right")
+        assert told.unknown == 1
+
+
 def test_an_api_that_is_not_there_is_waited_for() -> None:
     with WatchServer() as server:
         port = server.port
@@ -183,6 +198,7 @@ def test_an_api_that_is_not_there_is_waited_for() -> None:
         server.put(slice_of("one", ("10.1.0.5", READY)))
         told.wait(Endpoint("http://10.1.0.5:8012", "stage-0-00001"))
         watch.stop()
+    assert told.unknown
 
 
 def test_stopping_ends_an_open_watch(server: WatchServer) -> None:

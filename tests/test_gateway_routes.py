@@ -283,6 +283,19 @@ def test_a_new_instance_is_given_its_share_one_micro_batch_at_a_time() -> None:
         assert 1 <= pipeline.scheduler.stats().moves["balance"] <= 4
 
 
+def test_without_the_right_to_watch_the_service_urls_serve_until_it_comes() -> None:
+    with watched() as pipeline:
+        for stage in range(3):
+            pipeline.scheduler.endpoints_changed(stage, None)
+        sequences = pipeline.run(4, 60)
+        assert sequences[0].next_token(10) is not None
+        pipeline.publish(Endpoint(pipeline.instances[1].url))
+        wait_until(lambda: pipeline.instances[1].engine.sequences, "the move to the instance that is known now")
+        assert [sequences[0].next_token(10) for _ in range(59)] == counted(prompt(0), 60)[1:]
+        for index in (1, 2, 3):
+            assert tokens_of(sequences[index]) == counted(prompt(index), 60)
+
+
 def test_an_instance_that_dies_is_avoided() -> None:
     with watched() as pipeline:
         dying, other = pipeline.instances

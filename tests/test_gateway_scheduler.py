@@ -277,6 +277,18 @@ def test_an_invalid_row_fails_alone() -> None:
         nothing_left(stages)
 
 
+def test_what_can_never_fit_is_refused_and_holds_nobody_up() -> None:
+    with counting_stages(capacity_tokens=100) as stages, scheduling(stages) as scheduler:
+        impossible = answer([1] * 60, 41)
+        possible = answer([1] * 60, 40)
+        scheduler.submit(impossible)
+        scheduler.submit(possible)
+        with pytest.raises(InvalidRequest, match="101 tokens are more than a stage can ever hold"):
+            tokens_of(impossible)
+        assert tokens_of(possible) == counted([1] * 60, 40)
+        nothing_left(stages)
+
+
 def test_draining_finishes_what_is_there_and_takes_nothing_new() -> None:
     with counting_stages() as stages, scheduling(stages) as scheduler:
         stages[0].seconds = 0.01

@@ -159,7 +159,8 @@ class Board:
             elif status is Status.STALE:
                 self._requeue(job, None)
             else:
-                self._leave(job, InvalidRequest(f"a stage cannot hold {job.reserve_tokens} tokens of one sequence: {status}"))
+                wanted = f"prompt and answer of {job.reserve_tokens} tokens"
+                self._leave(job, InvalidRequest(f"{wanted} are more than a stage can ever hold; ask for fewer"))
 
     def _go_hungry(self, job: Job) -> None:
         self._release(job, frees=False)

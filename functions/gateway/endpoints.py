@@ -38,8 +38,8 @@ _GONE: Final = 410
 _MAX_LINE_BYTES: Final = 16 * 2**20
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-OnChange = Callable[[int, Sequence[Endpoint]], None]
-"""Stage and all its endpoints, whenever they changed."""
+OnChange = Callable[[int, Sequence[Endpoint] | None], None]
+"""Stage and all its endpoints, whenever they changed; None when they cannot be known."""
 
 
 class _Metadata(msgspec.Struct, rename="camel"):
@@ -95,7 +95,11 @@ class _Expired(Exception):
 
 
 class _Refused(Exception):
-    """The API answered with an error."""
+    """The API answered with an error. 401 and 403: this gateway has not the right to watch."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(f"the Kubernetes API answered {status}: {detail}")
+        self.without_right = status in (401, 403)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +224,8 @@ class _Follower:
         self._on_change = on_change
         self._slices: dict[str, _Slice] = {}
         self._resource_version = ""
+        self._knows = False
+        """It has listed once: what it knows is better than nothing while the API is away."""
         self._stopped = threading.Event()
         self._stream: urllib3.BaseHTTPResponse | None = None
         self.thread = threading.Thread(target=self._run, name=f"endpoints-{service}", daemon=True)
@@ -242,8 +248,11 @@ class _Follower:
             except _Expired:
                 self._resource_version = ""
             except (_Refused, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-                if not self._stopped.is_set():
-                    _log.warning("watching the instances of %s failed, trying again: %s", self._service, error)
+                if self._stopped.is_set():
+                    return
+                _log.warning("watching the instances of %s failed, trying again: %s", self._service, error)
+                if not self._knows or (isinstance(error, _Refused) and error.without_right):
+                    self._on_change(self._stage, None)
                 self._resource_version = ""
                 self._stopped.wait(pause * random.uniform(0.75, 1.25))
                 pause = min(_LONGEST_PAUSE_SECONDS, 2 * pause)
@@ -252,6 +261,7 @@ class _Follower:
         found = self._api.list(self._service)
         self._slices = {each.metadata.name: each for each in found.items}
         self._resource_version = found.metadata.resource_version
+        self._knows = True
         self._tell()
 
     def _follow(self) -> None:
@@ -269,7 +279,7 @@ class _Follower:
     def _apply(self, event: _WatchEvent) -> None:
         if event.type == "ERROR":
             status = _read_status(event.object)
-            raise _Expired if status.code == _GONE else _Refused(f"status {status.code}: {status.message}")
+            raise _Expired if status.code == _GONE else _Refused(status.code, status.message)
         each = _read_slice(event.object)
         self._resource_version = each.metadata.resource_version or self._resource_version
         if event.type == "BOOKMARK":
@@ -288,7 +298,7 @@ def _check(response: urllib3.BaseHTTPResponse) -> None:
     if response.status == _GONE:
         raise _Expired
     if response.status != 200:
-        raise _Refused(f"the Kubernetes API answered {response.status}: {response.data[:200]!r}")
+        raise _Refused(response.status, response.data[:200].decode("utf-8", "replace"))
 
 
 def _lines(stream: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
@@ -298,4 +308,4 @@ def _lines(stream: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
         *lines, rest = (rest + part).split(b"\n")
         yield from filter(None, lines)
         if len(rest) > _MAX_LINE_BYTES:
-            raise _Refused(f"a line of the watch has more than {_MAX_LINE_BYTES} bytes")
+            raise _Refused(200, f"a line of more than {_MAX_LINE_BYTES} bytes")

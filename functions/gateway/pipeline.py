@@ -41,9 +41,6 @@ from eventing.problems import (
 )
 from functions.gateway.routes import Instance
 
-CONTROL_TIMEOUT_SECONDS: Final = 10.0
-"""For reserve and release, which compute nothing. A reservation also finds out whether a stage answers at all."""
-
 S = TypeVar("S", bound=Struct)
 
 
@@ -120,8 +117,8 @@ class Pipeline:
     def reserve(
         self, instance: Instance, rows: Sequence[ReserveRow], deadline: float
     ) -> tuple[Answerer, tuple[ReservedRow, ...]]:
-        """Room for the rows, each answered by itself, in their order. Raises StageFailed."""
-        timeout = min(CONTROL_TIMEOUT_SECONDS, self._step_timeout_seconds, deadline - time.monotonic())
+        """Room for the rows, each answered by itself, in their order; it may wait for a pass. Raises StageFailed."""
+        timeout = min(self._step_timeout_seconds, deadline - time.monotonic())
         answerer, reply = self._ask(instance, EventType.RESERVE, ReserveRequest(tuple(rows)), ReserveReply, timeout)
         if [(row.id, row.attempt) for row in reply.rows] != [(row.id, row.attempt) for row in rows]:
             raise StageFailed(instance.stage, "malformed", "its reply to a reservation has other rows than the request")
@@ -130,7 +127,7 @@ class Pipeline:
     def release(self, instance: Instance, rows: Sequence[ReleaseRow]) -> Answerer:
         """Frees the rows' memory. Raises StageFailed; the stage will then forget them when they have been idle."""
         request = ReleaseRequest(tuple(rows))
-        return self._ask(instance, EventType.RELEASE, request, ReleaseReply, CONTROL_TIMEOUT_SECONDS)[0]
+        return self._ask(instance, EventType.RELEASE, request, ReleaseReply, self._step_timeout_seconds)[0]
 
     def warm_up(self, stage: int, url: str, timeout_seconds: float) -> WarmupReply:
         """Wakes a stage and returns once its weights are in. Raises StageFailed."""

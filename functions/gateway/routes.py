@@ -64,6 +64,8 @@ class Instance:
     revision: str = ""
     ready: bool = True
     terminating: bool = False
+    is_service: bool = False
+    """The Service URL stands in for instances that nobody watches."""
     awake: bool = True
     """False for a Service URL that has not answered since it last failed."""
     routes: int = 0
@@ -123,10 +125,9 @@ class Placement:
     def __init__(self, service_urls: Sequence[str], *, watched: bool) -> None:
         """service_urls: per stage. Without a watch they are the instances themselves, asleep until they answer."""
         self.service_urls = tuple(service_urls)
-        self.watched = watched
-        self._stages: list[dict[str, Instance]] = [
-            {} if watched else {url: Instance(stage, url, awake=False)} for stage, url in enumerate(service_urls)
-        ]
+        self._stages: list[dict[str, Instance]] = [{} for _ in service_urls]
+        for stage in () if watched else range(len(service_urls)):
+            self.unwatched(stage)
 
     @property
     def num_stages(self) -> int:
@@ -144,9 +145,14 @@ class Placement:
             instance.revision = endpoint.revision
             instance.ready, instance.terminating = endpoint.ready, endpoint.terminating
 
+    def unwatched(self, stage: int) -> None:
+        """Nobody may watch `stage`, or nobody can: routes go by what its Service URL answers, until `update` knows better."""
+        url = self.service_urls[stage]
+        self._stages[stage].setdefault(url, Instance(stage, url, is_service=True, awake=False))
+
     def ready_counts(self) -> list[int]:
         """Per stage: instances of the current revision that take work; 0 where there is no watch, so that it is unknown."""
-        return [len(self._current(stage)) if self.watched else 0 for stage in range(self.num_stages)]
+        return [sum(not i.is_service for i in self._current(stage)) for stage in range(self.num_stages)]
 
     def cold(self) -> list[int]:
         """Stages that must be woken: none of their instances is ready and awake."""
@@ -154,14 +160,14 @@ class Placement:
 
     def woken(self, stage: int) -> None:
         """The Service URL of `stage` answered."""
-        for instance in () if self.watched else self._stages[stage].values():
-            instance.awake, instance.failures, instance.suspended_until = True, 0, 0.0
+        for instance in self._stages[stage].values():
+            if instance.is_service:
+                instance.awake, instance.failures, instance.suspended_until = True, 0, 0.0
 
     def broke(self, instance: Instance) -> None:
         """A request to `instance` failed. A Service URL has to be woken again, an instance is suspended for a while."""
         instance.broke(time.monotonic())
-        if not self.watched:
-            instance.awake = False
+        instance.awake = not instance.is_service
 
     def place(self, reserve_tokens: int) -> Route | None:
         """A new route over the instances with the fewest routes, those with memory first; None where a stage has none now."""

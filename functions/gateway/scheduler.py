@@ -117,9 +117,13 @@ class Scheduler:
 
     # For the watch.
 
-    def endpoints_changed(self, stage: int, endpoints: Items[Endpoint]) -> None:
+    def endpoints_changed(self, stage: int, endpoints: Items[Endpoint] | None) -> None:
+        """All instances of `stage`; None: they cannot be known."""
         with self._changed:
-            self._placement.update(stage, endpoints)
+            if endpoints is None:
+                self._placement.unwatched(stage)
+            else:
+                self._placement.update(stage, endpoints)
             self._act()
 
     # For trips (trip.TripLog).

@@ -65,10 +65,11 @@ class WatchServer:
         """The next watch is answered 410: as the `status` of the reply, or in an `event`."""
         self._gone = how
 
-    def end_watches(self) -> None:
+    def end_watches(self, *, broken: bool = False) -> None:
+        """`broken`: in the middle of a line, as a lost connection does it."""
         watches, self.watches = self.watches, []
         for watch in watches:
-            watch.put(None)
+            watch.put(b"" if broken else None)
 
     def _version(self, obj: dict[str, Any]) -> None:
         self.version += 1
@@ -109,9 +110,10 @@ class WatchServer:
         request.send_header("Transfer-Encoding", "chunked")
         request.end_headers()
         try:
-            while (line := watch.get()) is not None:
+            while line := watch.get():
                 request.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
-            request.wfile.write(b"0\r\n\r\n")
+            request.wfile.write(b"ff\r\n{" if line == b"" else b"0\r\n\r\n")
+            request.close_connection = line == b""
         except OSError:
             request.close_connection = True
 
