@@ -5,7 +5,6 @@ import json
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from typing import Any
 
 import openai
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from eventing.sse import decode_sse
-from tests.support.functions import FunctionProcess, gateway_environment, stage_environment, wait_until
+from tests.support.functions import FunctionProcess, gateway_environment, running, stage_environment, wait_until
 from tests.support.published import CUT, Published, published_model
 from tests.support.tiny_models import CONTEXT, greedy
 
@@ -34,9 +33,8 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
 
 @pytest.fixture(scope="module")
 def stage_urls(published: Published) -> Iterator[list[str]]:
-    with ExitStack() as stack:
-        started = [stack.enter_context(FunctionProcess(stage_environment(published, group))) for group in range(len(CUT))]
-        yield [stage.wait_ready().url for stage in started]
+    with running(stage_environment(published, group) for group in range(len(CUT))) as started:
+        yield [stage.url for stage in started]
 
 
 @pytest.fixture(scope="module")

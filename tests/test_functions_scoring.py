@@ -3,7 +3,6 @@
 import json
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import msgspec
@@ -21,7 +20,7 @@ from eventing.problems import InvalidRequest, MalformedEvent, Problem, Unauthori
 from functions.stage.identity import StageIdentity
 from functions.stage.scoring import Scorer
 from storage.object_store import ObjectStore
-from tests.support.functions import FunctionProcess, stage_environment
+from tests.support.functions import FunctionProcess, running, stage_environment
 from tests.support.published import CUT, Published, published_model
 from tests.support.tiny_models import CONTEXT, all_logits
 
@@ -36,10 +35,8 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
 
 @pytest.fixture(scope="module")
 def stages(published: Published) -> Iterator[list[FunctionProcess]]:
-    with ExitStack() as stack:
-        environments = [stage_environment(published, group, LAMINA_SCORING="open") for group in range(len(CUT))]
-        started = [stack.enter_context(FunctionProcess(environ)) for environ in environments]
-        yield [stage.wait_ready() for stage in started]
+    with running(stage_environment(published, group, LAMINA_SCORING="open") for group in range(len(CUT))) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import json
 from array import array
 from collections.abc import Iterator
-from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -36,7 +35,7 @@ from eventing.problems import (
     WrongLayer,
     WrongPipeline,
 )
-from tests.support.functions import TOKEN, FunctionProcess, stage_environment
+from tests.support.functions import TOKEN, FunctionProcess, running, stage_environment
 from tests.support.published import CUT, Published, published_model
 from tests.support.tiny_models import greedy
 
@@ -54,9 +53,8 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
 
 @pytest.fixture(scope="module")
 def stages(published: Published) -> Iterator[list[FunctionProcess]]:
-    with ExitStack() as stack:
-        started = [stack.enter_context(FunctionProcess(stage_environment(published, group))) for group in range(len(CUT))]
-        yield [stage.wait_ready() for stage in started]
+    with running(stage_environment(published, group) for group in range(len(CUT))) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")

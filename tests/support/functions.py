@@ -9,7 +9,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -147,6 +148,16 @@ class FunctionProcess:
             with self._said:
                 self._lines.append(line)
                 self._said.notify_all()
+
+
+@contextmanager
+def running(environments: Iterable[Mapping[str, str]]) -> Iterator[list[FunctionProcess]]:
+    """A ready function for each environment; they start together and end together."""
+    with ExitStack() as stack:
+        started = [stack.enter_context(FunctionProcess(environ)) for environ in environments]
+        yield [function.wait_ready() for function in started]
+        for function in started:
+            function.process.terminate()
 
 
 def _parsed(body: bytes) -> Any:
