@@ -15,7 +15,22 @@ LAYERS = ("storage", "eventing", "functions", "knative")
 OWNERS: dict[str, tuple[str, ...]] = {
     "boto3": ("storage/object_store.py",),
     "kubernetes": ("knative/cluster.py",),
-    "transformers": ("functions/stage/transformers_group.py",),
+    "botocore": ("storage/object_store.py",),
+    "transformers": (
+        "functions/stage/transformers_group.py",
+        "functions/stage/transformers_cache.py",
+        "storage/hugging_face_folder.py",
+        "storage/model_description.py",
+    ),
+    "torch": ("functions/stage/", "storage/conversion.py"),
+    "gguf": ("storage/gguf_checkpoint.py",),
+    "huggingface_hub": ("storage/model_source.py", "storage/model_description.py"),
+    "flask": ("functions/",),
+    "gunicorn": ("functions/server.py",),
+    "tokenizers": ("functions/gateway/tokenizer.py", "functions/gateway/text_stream.py", "storage/gguf_tokenizer.py"),
+    "jinja2": ("functions/gateway/chat_template.py",),
+    "aiohttp": ("knative/",),
+    "rich": ("knative/",),
 }
 """Library → the files, or folders, that may import it."""
 
