@@ -45,6 +45,12 @@ class LocalPipeline:
     def has_chat_template(self) -> bool:
         return "chat_template.jinja" in self.manifest.files
 
+    @property
+    def api_key(self) -> str | None:
+        """One that the gateway takes; None where it is open."""
+        name = self.pipeline.spec.gateway.api_keys_secret
+        return None if name is None else self.secrets[name]["api-keys"].partition(",")[0]
+
 
 def ensure_published(store: ObjectStore, model: str | None, dtype: str, console: Console) -> Manifest:
     """model: None for the default one, a published name, or what `push` takes. Publishes only what is not there yet.
@@ -52,7 +58,7 @@ def ensure_published(store: ObjectStore, model: str | None, dtype: str, console:
     Raises a StorageError.
     """
     if model is None:
-        name, source = DEFAULT_MODEL, _packaged_model()
+        name, source = DEFAULT_MODEL, packaged_model()
     elif Path(model).exists() or "/" in model:
         name, source = published_name(model), model
     else:
@@ -64,7 +70,10 @@ def ensure_published(store: ObjectStore, model: str | None, dtype: str, console:
 def local_pipeline(
     store: ObjectStore, manifest: Manifest, stages: int, spec: PipelineSpec | None, named_secrets: NamedData
 ) -> LocalPipeline:
-    """spec: None for one made for this machine. Raises TooManyStages, RenderFailed, SpecError."""
+    """spec: None for one made for this machine. Secrets that are not given are made up for this run.
+
+    Raises TooManyStages, RenderFailed or SpecError.
+    """
     shape = published_shape(store, manifest)
     here = Store(endpoint=store.settings.endpoint_url, bucket=store.settings.bucket, region=store.settings.region)
     if spec is None:
@@ -72,6 +81,8 @@ def local_pipeline(
     else:
         spec = msgspec.structs.replace(spec, store=msgspec.structs.replace(here, secret=spec.store.secret))
     made = {spec.store.secret: _store_secret(store.settings), spec.pipeline_token_secret: {"token": secrets.token_hex(16)}}
+    if spec.gateway.api_keys_secret is not None:
+        made[spec.gateway.api_keys_secret] = {"api-keys": secrets.token_hex(16)}
     return LocalPipeline(resolve(spec, lambda: (manifest, shape)), manifest, shape, {**made, **named_secrets})
 
 
@@ -86,7 +97,7 @@ def read_data_folder(folder: Path | None) -> NamedData:
     }
 
 
-def _packaged_model() -> str:
+def packaged_model() -> str:
     found = importlib.util.find_spec(_DEFAULT_PACKAGE)
     files = [path for place in (found.submodule_search_locations or [] if found else []) for path in Path(place).glob("*.gguf")]
     if not files:

@@ -27,6 +27,27 @@ def test_the_first_request_starts_a_pod_and_waits_for_it(tmp_path: Path) -> None
     asyncio.run(scenario())
 
 
+def test_one_held_request_starts_one_pod(tmp_path: Path) -> None:
+    """The request that wakes a revision is not counted a second time when the second is over."""
+
+    async def scenario() -> None:
+        release = tmp_path / "release"
+        manifest = echo_service(annotations={"target": "2", "window": "10s"})
+        async with running_platform(tmp_path, manifest) as platform, client() as session:
+            held = asyncio.create_task(fetch(session, f"{platform.url('echo')}/hold?until={release}"))
+            await until(lambda: revision(platform).autoscaler.desired_scale == 1)
+            decisions = []
+            for _ in range(3):
+                seen = revision(platform).autoscaler.last_decision
+                await until(lambda seen=seen: revision(platform).autoscaler.last_decision is not seen)
+                decisions.append(revision(platform).autoscaler.desired_scale)
+            release.touch()
+            await held
+            assert decisions == [1, 1, 1]
+
+    asyncio.run(scenario())
+
+
 def test_an_idle_revision_falls_to_zero_and_comes_back(tmp_path: Path) -> None:
     async def scenario() -> None:
         quick = echo_service(annotations={"window": "6s"})

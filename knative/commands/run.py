@@ -171,11 +171,15 @@ class _Run:
         )
         stages = len(self._local.pipeline.cut)
         self._say(f"{self._local.shape.name} as {self._local.shape.dtype} in {stages} stages, all at zero; gateway {url}")
+        if self._local.api_key is not None:
+            self._say(f"the gateway wants a key: Authorization: Bearer {self._local.api_key}")
         self._say(f"> {self._options.prompt}")
 
     async def _first_answer(self, platform: Platform, url: str) -> None:
         watch = asyncio.create_task(watch_starts(platform.status, lambda text: self._say(f"  {text}")))
-        question = Question(self._options.prompt, self._options.max_tokens, chat=self._asks_in_chat)
+        question = Question(
+            self._options.prompt, self._options.max_tokens, chat=self._asks_in_chat, api_key=self._local.api_key
+        )
         answer = asyncio.create_task(show_answer(self._console, url, question))
         try:
             await asyncio.wait((watch, answer), return_when=asyncio.FIRST_COMPLETED)

@@ -77,6 +77,7 @@ class Revision:
         self._now = asyncio.get_running_loop().time
         self.autoscaler = revision_autoscaler(settings, template, ready=0, now=self._now())
         self._without_ready_pod_since: float | None = None
+        self._reported_early = 0
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -128,8 +129,11 @@ class Revision:
         now, ready = self._now(), self.ready_pods
         reports = [pod.proxy.report(now) for pod in ready]
         held = self.activator.meter.report(now)
-        self.concurrency = held.average + sum(report.average for report in reports)
-        arrivals = held.arrivals + sum(report.arrivals for report in reports)
+        # The request that woke the revision was reported when it came (activator, concurrency_reporter.go).
+        early, self._reported_early = self._reported_early, 0
+        held_average, held_arrivals = max(0.0, held.average - early), held.arrivals - early
+        self.concurrency = held_average + sum(report.average for report in reports)
+        arrivals = held_arrivals + sum(report.arrivals for report in reports)
         if isinstance(self.autoscaler, HpaRevisionAutoscaler):
             self.autoscaler.observe(now, [(pod.pid, pod.ready) for pod in self.staying_pods])
         elif ready or held.average or held.arrivals:
@@ -139,6 +143,7 @@ class Revision:
         """The first request at zero does not wait for the next tick."""
         if self.staying_pods:
             return
+        self._reported_early = 1
         self.autoscaler.record(self._now(), 1.0, 1.0)
         self._decide()
 
