@@ -234,7 +234,7 @@ class _Connection(asyncio.Protocol):
         self._count(len(name) + len(value))
 
     def on_headers_complete(self) -> None:
-        if self._refused:
+        if self._refused or self._parser.should_upgrade():  # an upgrade is refused by data_received
             return
         self.speaks_1_1 = self._parser.get_http_version() == "1.1"
         keep_alive = self._parser.should_keep_alive()
