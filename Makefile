@@ -53,6 +53,10 @@ format: $(VENV)/dev.stamp ## Format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+.PHONY: generate
+generate: $(VENV)/dev.stamp ## Write generated files anew: rendered examples, pages of the environment and of the command line
+	PYTHONPATH=. $(BIN)/python docs/generate.py
+
 .PHONY: clean
 clean: ## Remove the virtual environment, the local state and all caches
 	rm -rf $(VENV) .lamina .mypy_cache .ruff_cache .pytest_cache .hypothesis
