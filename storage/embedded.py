@@ -47,8 +47,10 @@ class EmbeddedStore:
         self._keys = (secrets.token_hex(10), secrets.token_hex(20))
         self._lines: SimpleQueue[str | None] = SimpleQueue()
         self._process: subprocess.Popen[str] | None = None
-        # --etag-hash "": by default the first read of every object waits until rclone has computed its MD5.
-        options = ["--addr", f"127.0.0.1:{port}", "--config", "", "--etag-hash", ""]
+        # --etag-hash "": by default the first read of every object waits until rclone has computed its MD5. --no-checksum:
+        # nor is every read hashed for rclone itself, five times the work of sending it; the manifest's checksums hold.
+        # --buffer-size 0: a local file needs no reading ahead, which copies each byte once more.
+        options = ["--addr", f"127.0.0.1:{port}", "--config", "", "--etag-hash", "", "--no-checksum", "--buffer-size", "0"]
         self._command = [rclone_executable(), "serve", "s3", *options, str(folder.resolve())]
         self._keeper = threading.Thread(target=self._keep, name="embedded-store", daemon=True)
         self._keeper.start()
