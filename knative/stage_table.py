@@ -1,25 +1,23 @@
 """The table that `run` ends its answer with: what each stage is, and what its start cost."""
 
 import asyncio
-import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-import aiohttp
 from rich.console import Console
 
 from knative.console import show_table, size
 from knative.local_pipeline import LocalPipeline
 from knative.planner import StagePlan, plan_stages
+from knative.pod_metrics import read_metrics
 
 _COLUMNS: Final = ("stage", "layers", "weights", "process", "import", "weights in", "first step", "ready after", "tokens/s")
-_SAMPLE: Final = re.compile(r"^(\w+)(?:\{[^}]*\})? ([-+.\deE]+)$", re.MULTILINE)
 
 
 async def show_stages(console: Console, local: LocalPipeline, status: Mapping[str, Any]) -> None:
     plans = plan_stages(local.shape, local.pipeline.cut)
     pods = [_first_pod(status, local.pipeline.stage_name(index)) for index in range(len(plans))]
-    rates = await asyncio.gather(*(_tokens_per_second(pod) for pod in pods))
+    rates = await asyncio.gather(*(asyncio.to_thread(_tokens_per_second, pod) for pod in pods))
     rows = [_row(plan, pod, rate) for plan, pod, rate in zip(plans, pods, rates, strict=True)]
     show_table(console, f"{local.shape.name} as {local.shape.dtype}, pipeline {local.pipeline.fingerprint}", _COLUMNS, rows)
 
@@ -62,15 +60,8 @@ def _seconds(begin: float | None, end: float | None) -> str:
     return "-" if end is None else f"{max(0.0, end - (begin or 0.0)):.2f} s"
 
 
-async def _tokens_per_second(pod: Mapping[str, Any] | None) -> float | None:
+def _tokens_per_second(pod: Mapping[str, Any] | None) -> float | None:
     """Tokens through the layers while they computed, from the stage's own metrics."""
-    if pod is None:
-        return None
-    url = f"http://127.0.0.1:{pod['port']}/metrics"
-    try:
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session, session.get(url) as reply:
-            samples = {name: float(value) for name, value in _SAMPLE.findall(await reply.text())}
-    except (aiohttp.ClientError, TimeoutError):
-        return None
+    samples = {} if pod is None else read_metrics(pod)
     seconds = samples.get("lamina_stage_compute_seconds_sum", 0.0)
     return samples.get("lamina_stage_tokens_total", 0.0) / seconds if seconds else None

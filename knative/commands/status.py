@@ -7,17 +7,20 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 
 from knative.console import rich_table, show_table, size
 from knative.local.state_folder import StateError, find_running
+from knative.pod_metrics import RevisionRates
 from knative.store_access import state_option
 
 _COLUMNS: Final = (
-    "service", "ready", "starting", "leaving", "desired", "stable", "panic", "panicking", "waiting", "restarts", "memory",
+    "service", "ready", "starting", "leaving", "desired", "stable", "panic", "panicking", "tokens/s", "waiting", "restarts",
+    "memory",
 )  # fmt: skip
 _REFRESH_SECONDS: Final = 1.0
+_FIRST_RATE_SECONDS: Final = 0.5
 
 
 @click.command()
@@ -34,14 +37,35 @@ def status(watch: bool, as_json: bool, state: Path) -> None:
     console = Console()
     if as_json:
         click.echo(json.dumps(_ask(state), indent=2))
-    elif not watch:
-        _show(console, _ask(state))
-    elif console.is_terminal:
-        _live(console, state)
-    else:
-        while True:
-            _show(console, _ask(state))
-            time.sleep(_REFRESH_SECONDS)
+        return
+    view = _View(state)
+    if watch and console.is_terminal:
+        _live(console, view)
+    while True:
+        _show(console, view)
+        if not watch:
+            return
+        time.sleep(_REFRESH_SECONDS)
+
+
+class _View:
+    """One status after the other; rates need two."""
+
+    def __init__(self, state: Path) -> None:
+        self._state = state
+        self._rates = RevisionRates()
+        self.rows()
+        time.sleep(_FIRST_RATE_SECONDS)
+
+    def rows(self) -> tuple[list[tuple[str, ...]], list[str]]:
+        """The table, and what is wrong."""
+        answer, now = _ask(self._state), time.monotonic()
+        rows = [
+            _row(_label(service, revision), revision, *self._rates.tokens_per_second(revision, now))
+            for service in answer["services"]
+            for revision in service["revisions"]
+        ]
+        return rows, _troubles(answer)
 
 
 def _ask(state: Path) -> dict[str, Any]:
@@ -56,28 +80,27 @@ def _ask(state: Path) -> dict[str, Any]:
     return answer
 
 
-def _show(console: Console, answer: dict[str, Any]) -> None:
-    show_table(console, "", _COLUMNS, _rows(answer))
-    for text in _troubles(answer):
+def _show(console: Console, view: _View) -> None:
+    rows, troubles = view.rows()
+    show_table(console, "", _COLUMNS, rows)
+    for text in troubles:
         console.out(text, highlight=False)
 
 
-def _live(console: Console, state: Path) -> None:
+def _live(console: Console, view: _View) -> None:
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            live.update(rich_table("", _COLUMNS, _rows(_ask(state))), refresh=True)
+            rows, troubles = view.rows()
+            live.update(Group(rich_table("", _COLUMNS, rows), *troubles), refresh=True)
             time.sleep(_REFRESH_SECONDS)
 
 
-def _rows(answer: dict[str, Any]) -> list[tuple[str, ...]]:
-    return [
-        _row(service["name"] if len(service["revisions"]) == 1 else f"{revision['name']} {revision['percent']} %", revision)
-        for service in answer["services"]
-        for revision in service["revisions"]
-    ]
+def _label(service: dict[str, Any], revision: dict[str, Any]) -> str:
+    single = len(service["revisions"]) == 1
+    return str(service["name"]) if single else f"{revision['name']} {revision['percent']} %"
 
 
-def _row(name: str, revision: dict[str, Any]) -> tuple[str, ...]:
+def _row(name: str, revision: dict[str, Any], rate: float | None, queued: int) -> tuple[str, ...]:
     phases = [pod["phase"] for pod in revision["pods"]]
     return (
         name,
@@ -88,7 +111,8 @@ def _row(name: str, revision: dict[str, Any]) -> tuple[str, ...]:
         f"{revision['stable']:.2f}",
         f"{revision['panic']:.2f}",
         "yes" if revision["panicking"] else "no",
-        str(revision["waiting"]),
+        "-" if rate is None else f"{rate:.1f}",
+        str(revision["waiting"] + queued),
         str(sum(pod["restarts"] for pod in revision["pods"])),
         size(sum(pod["memory_bytes"] for pod in revision["pods"])),
     )

@@ -40,6 +40,10 @@ class QueueProxy:
     def port(self) -> int:
         return self._server.port
 
+    @property
+    def function_port(self) -> int | None:
+        return None if self._upstream is None else self._upstream.port
+
     async def start(self) -> None:
         await self._server.start()
 

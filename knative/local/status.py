@@ -44,6 +44,7 @@ def _pod(pod: Pod) -> dict[str, Any]:
         "phase": pod.phase.value,
         "pid": pod.pid,
         "port": pod.proxy.port,
+        "function_port": pod.proxy.function_port,
         "in_flight": pod.proxy.all.in_flight,
         "restarts": pod.restarts,
         "trouble": pod.trouble,
