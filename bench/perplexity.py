@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from functions.stage.layer_group import Segment
 from functions.stage.llama import LlamaGroup
-from knative.local_pipeline import packaged_model
+from knative.model_sources import packaged_model
 from storage.checkpoint import Checkpoint
 from storage.conversion import TargetTensor, convert_tensor
 from storage.model_repository import Dtype
