@@ -8,6 +8,7 @@ knows what is over without asking for each object. Reading a payload does not de
 import hashlib
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Final, Protocol
 
@@ -22,11 +23,13 @@ from eventing.cloud_event import (
     required_attribute,
 )
 from eventing.events import SAFE_EVENT_BYTES, Attribute
-from eventing.problems import EventExpired, EventTooLarge, MalformedEvent
-from storage.errors import ObjectNotFound
+from eventing.problems import EventExpired, EventTooLarge, MalformedEvent, NotReady
+from storage.errors import ObjectNotFound, StorageError
 from storage.object_info import ObjectInfo
+from storage.payload_store import MAX_PAYLOAD_BYTES
 
-MAX_PAYLOAD_BYTES: Final = 2**30
+CLAIMS_PREFIX: Final = "claims/"
+"""In the bucket of the models: a lifecycle rule of the store may delete what is older than a few days there."""
 DEFAULT_LIFETIME: Final = timedelta(hours=24)
 
 _HOUR: Final = "%Y%m%dT%HZ"
@@ -34,13 +37,17 @@ _DIGEST: Final = re.compile("[0-9a-f]{64}")
 _REFERENCE: Final = (Attribute.DATAREF, Attribute.DATAREF_BYTES, Attribute.DATAREF_SHA256)
 
 
-class PayloadStore(Protocol):
-    """What is needed of one bucket; `storage.object_store.ObjectStore` is one."""
+class Payloads(Protocol):
+    """What is needed of one bucket; `storage.payload_store.PayloadStore` is one."""
 
     def put(self, key: str, data: bytes) -> None: ...
 
     def get(self, key: str) -> bytes:
         """Raises ObjectNotFound."""
+
+
+class SweepableStore(Protocol):
+    """What sweeping needs; `storage.object_store.ObjectStore` is one."""
 
     def delete(self, key: str) -> None: ...
 
@@ -50,7 +57,9 @@ class PayloadStore(Protocol):
 class ClaimCheck:
     """Both sides of it, for one bucket and one prefix in it; references to any other place are refused, not followed."""
 
-    def __init__(self, store: PayloadStore, bucket: str, prefix: str, lifetime: timedelta = DEFAULT_LIFETIME) -> None:
+    def __init__(
+        self, store: Payloads, bucket: str, prefix: str = CLAIMS_PREFIX, lifetime: timedelta = DEFAULT_LIFETIME
+    ) -> None:
         """`prefix` ends in `/`. `lifetime` is how long the payload of an event without `expirytime` is kept."""
         if not prefix.endswith("/"):
             raise ValueError(f"the prefix {prefix!r} must end in '/'")
@@ -60,33 +69,30 @@ class ClaimCheck:
         self._root = f"s3://{bucket}/{prefix}"
 
     def check_in(self, event: CloudEvent, now: datetime) -> CloudEvent:
-        """The event itself if every intermediary must pass it on, else one without data, which waits in the store."""
+        """The event itself if every intermediary must pass it on, else one without data, which waits in the store.
+
+        Raises NotReady where the store does not take it.
+        """
         if event_bytes(event) <= SAFE_EVENT_BYTES:
             return event
         data = b"".join(data_buffers(event))
         digest = hashlib.sha256(data).hexdigest()
         name = f"{_hour_after(expiry_time(event) or now + self._lifetime)}/{digest}"
-        self._store.put(self._prefix + name, data)
+        with _store_errors():
+            self._store.put(self._prefix + name, data)
         reference = (self._root + name, str(len(data)), digest)
         return checked_event(dict(event.get_attributes()) | dict(zip(_REFERENCE, reference, strict=True)), None)
 
     def redeem(self, event: CloudEvent) -> CloudEvent:
         """The event with its data, fetched and verified if it carries a reference.
 
-        Raises MalformedEvent, EventTooLarge, EventExpired (the payload is gone), and the store's own errors.
+        Raises MalformedEvent, EventTooLarge, EventExpired (the payload is gone), NotReady (the store does not give it).
         """
         reference = event.get_extension(Attribute.DATAREF)
         if reference is None:
             return event
         attributes = {name: value for name, value in event.get_attributes().items() if name not in _REFERENCE}
         return checked_event(attributes, self._fetch(event, str(reference)))
-
-    def sweep(self, now: datetime) -> int:
-        """Deletes the payloads whose hour is over; how many."""
-        over = [info.key for info in self._store.list(self._prefix) if self._is_over(info.key, now)]
-        for key in over:
-            self._store.delete(key)
-        return len(over)
 
     def _fetch(self, event: CloudEvent, reference: str) -> bytes:
         key = self._key(reference)
@@ -95,7 +101,8 @@ class ClaimCheck:
         if expected_bytes > MAX_PAYLOAD_BYTES:
             raise EventTooLarge(f"the payload {reference} has {expected_bytes} bytes, the most is {MAX_PAYLOAD_BYTES}")
         try:
-            data = self._store.get(key)
+            with _store_errors():
+                data = self._store.get(key)
         except ObjectNotFound as error:
             raise EventExpired(f"the payload {reference} is not in the store any more") from error
         if len(data) != expected_bytes:
@@ -112,9 +119,13 @@ class ClaimCheck:
             raise MalformedEvent(f"the attribute dataref is {reference[:200]!r}, followed is only {self._root}<hour>/<sha256>")
         return self._prefix + name
 
-    def _is_over(self, key: str, now: datetime) -> bool:
-        end = _end_of_hour(key.removeprefix(self._prefix).partition("/")[0])
-        return end is not None and end <= now
+
+def sweep(store: SweepableStore, now: datetime, prefix: str = CLAIMS_PREFIX) -> int:
+    """Deletes the payloads whose hour is over; how many."""
+    over = [info.key for info in store.list(prefix) if _is_over(info.key.removeprefix(prefix), now)]
+    for key in over:
+        store.delete(key)
+    return len(over)
 
 
 def event_bytes(event: CloudEvent) -> int:
@@ -125,8 +136,24 @@ def event_bytes(event: CloudEvent) -> int:
     )
 
 
+@contextmanager
+def _store_errors() -> Iterator[None]:
+    """Whoever delivers the event tries again, and in the end its dead letter says what was wrong with the store."""
+    try:
+        yield
+    except ObjectNotFound:
+        raise
+    except StorageError as error:
+        raise NotReady(f"the store that large payloads wait in: {error}") from error
+
+
 def _hour_after(moment: datetime) -> str:
     return (moment.astimezone(UTC) + timedelta(hours=1)).strftime(_HOUR)
+
+
+def _is_over(name: str, now: datetime) -> bool:
+    end = _end_of_hour(name.partition("/")[0])
+    return end is not None and end <= now
 
 
 def _end_of_hour(hour: str) -> datetime | None:

@@ -57,6 +57,8 @@ class Attribute(StrEnum):
     """On every reply of a stage: KV tokens that can still be reserved there."""
     EXPIRY_TIME = "expirytime"
     """RFC 3339; work that nobody awaits any more is dropped."""
+    SIGNATURE = "signature"
+    """In place of a bearer token where none can be sent, see `eventing.signature`."""
     TRACEPARENT = "traceparent"
     DATAREF = "dataref"
     """Claim check: where the data lies in the store, `s3://bucket/key`."""

@@ -66,13 +66,6 @@ class StageConfig(CommonConfig):
     idle_sequence_seconds: float = setting(
         "LAMINA_IDLE_SEQUENCE_SECONDS", parsers.seconds, "a sequence not heard of for so long is released", "600"
     )
-    scoring: str = setting(
-        "LAMINA_SCORING",
-        parsers.one_of("token", "open"),
-        "who may have texts scored: token: who has the pipeline token; open: also anybody who reaches /score, as an Eventing "
-        "Sequence must, which sends no token",
-        "token",
-    )
     weights_cache: str | None = setting(
         "LAMINA_WEIGHTS_CACHE", parsers.text, "folder of verified weights that outlives the pod; unset: none", ""
     )

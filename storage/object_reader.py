@@ -9,7 +9,7 @@ import re
 import ssl
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from queue import Empty, LifoQueue
 from types import TracebackType
@@ -50,13 +50,13 @@ class ObjectReader:
         self._idle: LifoQueue[HTTPConnection] = LifoQueue()
         self._closed = threading.Event()
 
-    def get(self, key: str) -> bytes:
-        """A whole object of at most 64 MiB. Raises a StorageError subclass that names endpoint, bucket and key."""
+    def get(self, key: str, *, max_bytes: int = _SMALL_OBJECT_BYTES) -> bytes:
+        """A whole object of at most `max_bytes`. Raises a StorageError subclass that names endpoint, bucket and key."""
         for attempt in self._attempts(key):
             with attempt, self._answer(key, {}) as response:
                 length = response.length
-                if length is None or length > _SMALL_OBJECT_BYTES:
-                    raise UnexpectedAnswer(f"{key!r} in {self.settings.place} has {length} bytes, more than a small object has")
+                if length is None or length > max_bytes:
+                    raise UnexpectedAnswer(f"{key!r} in {self.settings.place} has {length} bytes, at most {max_bytes} are read")
                 return response.read()
         raise AssertionError("tenacity either returns or raises")
 
@@ -137,13 +137,15 @@ class ObjectReader:
             retry_error_callback=give_up,
         )
 
+    def _answer(self, key: str, headers: dict[str, str]) -> AbstractContextManager[HTTPResponse]:
+        return self._exchange("GET", key, signed_get_headers(self.settings, object_path(self.settings, key)) | headers)
+
     @contextmanager
-    def _answer(self, key: str, headers: dict[str, str]) -> Iterator[HTTPResponse]:
+    def _exchange(self, method: str, key: str, headers: dict[str, str], body: bytes = b"") -> Iterator[HTTPResponse]:
         """A 200 or 206. The connection is kept only if the body was read to its end and the server keeps it too."""
         connection = self._connection()
         try:
-            path = object_path(self.settings, key)
-            connection.request("GET", path, headers=signed_get_headers(self.settings, path) | headers)
+            connection.request(method, object_path(self.settings, key), body or None, headers)
             with connection.getresponse() as response:
                 if response.status not in (200, 206):
                     self._refuse(key, response)

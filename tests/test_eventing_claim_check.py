@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from cloudevents.core.v1.event import CloudEvent
 
-from eventing.claim_check import MAX_PAYLOAD_BYTES, ClaimCheck, event_bytes
+from eventing.claim_check import ClaimCheck, event_bytes, sweep
 from eventing.cloud_event import batch_data, batch_event, data_buffers, make_event
 from eventing.events import SAFE_EVENT_BYTES, Attribute, EventType
 from eventing.http_binding import from_http, to_binary_http
 from eventing.problems import EventExpired, EventTooLarge, MalformedEvent
 from storage.embedded import EmbeddedStore
 from storage.object_store import ObjectStore
+from storage.payload_store import MAX_PAYLOAD_BYTES, PayloadStore
 from tests.support.batches import make_batch
 
 NOW = datetime(2026, 11, 24, 12, 30, tzinfo=UTC)
@@ -37,8 +38,14 @@ def store(server: EmbeddedStore) -> Iterator[ObjectStore]:
 
 
 @pytest.fixture
-def claims(store: ObjectStore) -> ClaimCheck:
-    return ClaimCheck(store, store.settings.bucket, PREFIX)
+def payloads(store: ObjectStore) -> Iterator[PayloadStore]:
+    with PayloadStore(store.settings) as payloads:
+        yield payloads
+
+
+@pytest.fixture
+def claims(payloads: PayloadStore) -> ClaimCheck:
+    return ClaimCheck(payloads, payloads.settings.bucket, PREFIX)
 
 
 def _large_event(**attributes: str | datetime) -> CloudEvent:
@@ -88,11 +95,11 @@ def test_sweep_deletes_what_is_over_and_nothing_else(claims: ClaimCheck, store: 
     store.put(PREFIX + "by-hand", b"kept")
     claims.check_in(_large_event(), NOW)
     soon = claims.check_in(_large_event(expirytime=NOW + timedelta(minutes=1)), NOW)
-    assert claims.sweep(NOW + timedelta(minutes=2)) == 0, "the hour is not over"
-    assert claims.sweep(NOW + timedelta(minutes=31)) == 1
+    assert sweep(store, NOW + timedelta(minutes=2), PREFIX) == 0, "the hour is not over"
+    assert sweep(store, NOW + timedelta(minutes=31), PREFIX) == 1
     with pytest.raises(EventExpired, match="not in the store any more"):
         claims.redeem(soon)
-    assert claims.sweep(NOW + timedelta(days=2)) == 1
+    assert sweep(store, NOW + timedelta(days=2), PREFIX) == 1
     assert [info.key for info in store.list("")] == ["models/x/manifest.json", PREFIX + "by-hand"]
 
 
@@ -133,9 +140,9 @@ def test_altered_payloads_are_refused(claims: ClaimCheck, store: ObjectStore) ->
         claims.redeem(ticket)
 
 
-def test_a_prefix_must_be_a_folder(store: ObjectStore) -> None:
+def test_a_prefix_must_be_a_folder(payloads: PayloadStore) -> None:
     with pytest.raises(ValueError, match="'payloads' must end in '/'"):
-        ClaimCheck(store, "lamina", "payloads")
+        ClaimCheck(payloads, "lamina", "payloads")
 
 
 def test_the_reference_says_size_and_digest(claims: ClaimCheck) -> None:

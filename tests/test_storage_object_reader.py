@@ -1,5 +1,6 @@
 """What pods read with: the signature against botocore's, ranges into memory, and every fault of a store on the way."""
 
+import hashlib
 import subprocess
 import sys
 import threading
@@ -26,7 +27,7 @@ from storage.errors import (
 from storage.object_reader import ObjectReader
 from storage.object_store import ObjectStore
 from storage.settings import StoreSettings
-from storage.signing import object_path, signed_get_headers
+from storage.signing import object_path, signed_headers
 from tests.support.storage import Fault, FaultProxy, answering_every_get_with, fault_proxy
 
 CONTENT = bytes(range(251)) * 20_000
@@ -55,7 +56,10 @@ def read(settings: StoreSettings, start: int, length: int, **options: Any) -> by
 @pytest.mark.parametrize("token", [None, "a/session+token=="])
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9000", "https://s3.example.com:443/base", "http://s3.example.com:80"])
 @pytest.mark.parametrize("key", ["models/a/b.safetensors", "with space/ü+%25&=~.bin"])
-def test_the_signature_is_botocores(monkeypatch: pytest.MonkeyPatch, endpoint: str, key: str, token: str | None) -> None:
+@pytest.mark.parametrize(("method", "body"), [("GET", b""), ("PUT", b"payload")])
+def test_the_signature_is_botocores(
+    monkeypatch: pytest.MonkeyPatch, endpoint: str, key: str, token: str | None, method: str, body: bytes
+) -> None:
     settings = StoreSettings(
         endpoint_url=endpoint,
         bucket="bucket",
@@ -67,9 +71,9 @@ def test_the_signature_is_botocores(monkeypatch: pytest.MonkeyPatch, endpoint: s
     now = datetime(2026, 11, 24, 9, 30, 1, tzinfo=UTC)
     path = object_path(settings, key)
     monkeypatch.setattr("botocore.auth.get_current_datetime", lambda: now.replace(tzinfo=None))
-    request = AWSRequest("GET", endpoint.removesuffix("/base") + path)
+    request = AWSRequest(method, endpoint.removesuffix("/base") + path, data=body)
     S3SigV4Auth(Credentials("AKID", "se/cret", token), "s3", "eu-central-1").add_auth(request)
-    ours = signed_get_headers(settings, path, now)
+    ours = signed_headers(settings, method, path, hashlib.sha256(body).hexdigest(), now)
     assert ours["authorization"] == request.headers["Authorization"]
     assert ours.get("x-amz-security-token") == request.headers.get("X-Amz-Security-Token")
 

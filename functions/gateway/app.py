@@ -5,12 +5,15 @@ from typing import Final
 
 from flask import Flask
 
+from eventing.claim_check import ClaimCheck
 from functions.config import GatewayConfig
 from functions.gateway.clients import Clients
 from functions.gateway.core import Generator
 from functions.gateway.event_door import EventDoor
 from functions.gateway.openai_api import OpenAIDoor
+from functions.gateway.scoring import ScoreEntry
 from functions.web import add_problem_handlers
+from storage.payload_store import PayloadStore
 
 MAX_REQUEST_BYTES: Final = 2**23
 """Far beyond any context."""
@@ -23,6 +26,8 @@ def create_app(config: GatewayConfig, generator: Callable[[], Generator]) -> Fla
     add_problem_handlers(app)
     clients = Clients(config.api_keys or ())
     source = f"/pipelines/{config.pipeline}/gateway"
-    EventDoor(generator, clients, source, config.request_timeout_seconds).register(app)
+    claims = ClaimCheck(PayloadStore(config.store), config.store.bucket)
+    scores = ScoreEntry(lambda: generator().text, claims, pipeline=config.pipeline, source=source, token=config.pipeline_token)
+    EventDoor(generator, clients, claims, scores, source, config.request_timeout_seconds).register(app)
     OpenAIDoor(generator, clients, config.model, config.pipeline, config.request_timeout_seconds).register(app)
     return app

@@ -39,22 +39,22 @@ class Generator:
     """Answers requests. Thread-safe."""
 
     def __init__(self, text: ModelText, scheduler: Submitter, metrics: GatewayMetrics) -> None:
-        self._text = text
+        self.text = text
         self._scheduler = scheduler
         self._metrics = metrics
 
     def generate(self, request: GenerateRequest, asker: Asker) -> "Generation":
         """Begins an answer. Raises InvalidRequest, QueueFull, NotReady."""
         if request.messages is not None:
-            prompt = self._text.encode_messages(request.messages)
+            prompt = self.text.encode_messages(request.messages)
         else:
-            prompt = self._text.encode(request.prompt or "")
-        room = self._text.context_length - len(prompt)
+            prompt = self.text.encode(request.prompt or "")
+        room = self.text.context_length - len(prompt)
         if not prompt:
             raise InvalidRequest("the prompt has no tokens")
         if room < 1:
             raise InvalidRequest(
-                f"the prompt has {len(prompt)} tokens and the model's context is {self._text.context_length}, which must "
+                f"the prompt has {len(prompt)} tokens and the model's context is {self.text.context_length}, which must "
                 "hold the answer too; shorten the prompt"
             )
         sequence = Sequence(
@@ -62,13 +62,13 @@ class Generator:
             prompt,
             min(request.max_tokens, room),
             sampling=request.sampling(asker.seed),
-            eos_ids=self._text.eos_ids,
+            eos_ids=self.text.eos_ids,
             client_id=asker.client_id,
             deadline_seconds=asker.deadline_seconds,
         )
         self._scheduler.submit(sequence)
         self._metrics.prompt_tokens.inc(len(prompt))
-        return Generation(sequence, TextStream(self._text.tokenizer, request.stop_strings), self._metrics)
+        return Generation(sequence, TextStream(self.text.tokenizer, request.stop_strings), self._metrics)
 
 
 class Generation:

@@ -1,4 +1,7 @@
-"""The door for CloudEvents: `dev.lamina.generate.request` in, the response as an event or as a stream of events out."""
+"""The door for CloudEvents: `dev.lamina.generate.request` in, the response as an event or as a stream of events out.
+
+A `dev.lamina.score.request` comes from a Sequence, whose first step the gateway is: the reply is the first stage's event.
+"""
 
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -8,6 +11,7 @@ from cloudevents.core.v1.event import CloudEvent
 from flask import Flask, Response, request
 from msgspec import Struct
 
+from eventing.claim_check import ClaimCheck
 from eventing.cloud_event import check_not_expired, expiry_time, json_data, json_event, reply_id, reply_seed
 from eventing.events import Attribute, EventType
 from eventing.generation import ErrorEvent, GenerateRequest
@@ -16,6 +20,7 @@ from eventing.problems import Problem, UnknownEventType
 from eventing.sse import EVENT_STREAM_CONTENT_TYPE, HEARTBEAT, encode_sse
 from functions.gateway.clients import Clients
 from functions.gateway.core import Asker, Generation, Generator
+from functions.gateway.scoring import ScoreEntry
 from functions.gateway.streaming import stream_response
 
 
@@ -23,10 +28,18 @@ class EventDoor:
     """source: of all replies. request_timeout_seconds: how long one answer may take."""
 
     def __init__(
-        self, generator: Callable[[], Generator], clients: Clients, source: str, request_timeout_seconds: float
+        self,
+        generator: Callable[[], Generator],
+        clients: Clients,
+        claims: ClaimCheck,
+        scores: ScoreEntry,
+        source: str,
+        request_timeout_seconds: float,
     ) -> None:
         self._generator = generator
         self._clients = clients
+        self._claims = claims
+        self._scores = scores
         self._source = source
         self._timeout_seconds = request_timeout_seconds
 
@@ -36,11 +49,19 @@ class EventDoor:
     def _receive(self) -> Response:
         client_id = self._clients.identify(request)
         event = from_http(request.headers.items(), request.get_data(cache=False))
-        if event.get_type() != EventType.GENERATE_REQUEST:
+        if event.get_type() not in (EventType.GENERATE_REQUEST, EventType.SCORE_REQUEST):
             raise UnknownEventType(
-                f"{event.get_type()!r} is not served by a gateway, which serves {EventType.GENERATE_REQUEST}"
+                f"{event.get_type()!r} is not served by a gateway, which serves {EventType.GENERATE_REQUEST} and "
+                f"{EventType.SCORE_REQUEST}"
             )
         check_not_expired(event, datetime.now(UTC))
+        event = self._claims.redeem(event)
+        if event.get_type() == EventType.SCORE_REQUEST:
+            headers, body = to_binary_http(self._scores.begin(event))
+            return Response(b"".join(body), 200, headers)
+        return self._generate(event, client_id)
+
+    def _generate(self, event: CloudEvent, client_id: str) -> Response:
         data = json_data(event, GenerateRequest)
         asker = Asker(reply_id(event), client_id, reply_seed(event), self._seconds_left(event))
         generation = self._generator().generate(data, asker)

@@ -9,6 +9,7 @@ from typing import Final
 from cloudevents.core.v1.event import CloudEvent
 from msgspec import Struct
 
+from eventing.claim_check import ClaimCheck
 from eventing.cloud_event import batch_data, batch_event, check_not_expired, expiry_time, json_data, json_event, reply_id
 from eventing.events import Attribute, Batch, EventType
 from eventing.generation import (
@@ -21,10 +22,12 @@ from eventing.generation import (
     WarmupRequest,
 )
 from eventing.problems import UnknownEventType
+from eventing.signature import is_signed
 from functions.config import StageConfig
 from functions.stage.identity import StageIdentity
-from functions.stage.scoring import scorer_of
+from functions.stage.scoring import Scorer
 from functions.stage.stage_engine import Readiness, StageEngine
+from storage.payload_store import PayloadStore
 
 WARM_UP_SECONDS: Final = 600.0
 """Longest time that a warm-up event without expirytime waits for the weights."""
@@ -48,13 +51,13 @@ class EventHandlers:
     def __init__(self, config: StageConfig, instance: str, readiness: Readiness) -> None:
         self._identity = StageIdentity.of(config, instance)
         self._readiness = readiness
-        self._scorer = scorer_of(config, self._identity, readiness)
+        claims = ClaimCheck(PayloadStore(config.store), config.store.bucket)
+        self._scorer = Scorer(self._identity, readiness, claims, config.pipeline_token)
         self.table: dict[str, Handler] = {
             EventType.FORWARD: self._forward,
             EventType.WARMUP: self._warm_up,
             EventType.RESERVE: self._reserve,
             EventType.RELEASE: self._release,
-            EventType.SCORE_REQUEST: self._score,
         }
 
     def answer(self, event: CloudEvent, durations: Durations) -> CloudEvent:
@@ -63,13 +66,13 @@ class EventHandlers:
         if handler is None:
             served = ", ".join(self.table)
             raise UnknownEventType(f"{event.get_type()!r} is not served by a stage, which serves {served}")
-        # Who wants a text scored need not know which pipeline does it.
-        if event.get_type() != EventType.SCORE_REQUEST or event.get_extension(Attribute.PIPELINE) is not None:
-            self._identity.check_pipeline(event)
+        self._identity.check_pipeline(event)
         check_not_expired(event, datetime.now(UTC))
         return handler(event, durations)
 
     def _forward(self, event: CloudEvent, durations: Durations) -> CloudEvent:
+        if is_signed(event):  # It came through a Sequence, which passes each reply on and never comes back.
+            return self._scorer.answer(event)
         self._identity.check_layer(event)
         engine = self._readiness.engine()
         expiry = expiry_time(event)
@@ -108,9 +111,6 @@ class EventHandlers:
         rows = json_data(event, ReleaseRequest).rows
         engine = self._readiness.engine()
         return self._json_reply(event, ReleaseReply(engine.release(rows, source=event.get_source())), engine)
-
-    def _score(self, event: CloudEvent, _: Durations) -> CloudEvent:
-        return self._scorer.answer(event)
 
     def _json_reply(self, cause: CloudEvent, value: Struct, engine: StageEngine) -> CloudEvent:
         attributes = self._identity.reply_attributes(engine.free_tokens)

@@ -44,8 +44,7 @@ class StageFunction:
         self._failed = False
         self._draining = False
         handlers = EventHandlers(config, self.instance, self)
-        open_scoring = config.scoring == "open"
-        self.application = create_app(handlers, config.pipeline_token, self._metrics, open_scoring=open_scoring)
+        self.application = create_app(handlers, config.pipeline_token, self._metrics)
         add_probes(self.application, self._metrics.registry, sick=self._sick, ready=self._ready)
 
     def start(self, stop: Callable[[int], None]) -> None:
