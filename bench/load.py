@@ -115,7 +115,7 @@ async def _converse(load: Load, number: int, over: asyncio.Event, recorder: Reco
     words = random.Random(f"{load.seed} {number}")
     while not over.is_set():
         prompt = " ".join(words.choices(_WORDS, k=words.randint(*load.prompt_words)))
-        question = Question(prompt, load.max_tokens, raw=True, api_key=load.api_key, timeout_seconds=load.timeout_seconds)
+        question = Question(prompt, load.max_tokens, chat=False, api_key=load.api_key, timeout_seconds=load.timeout_seconds)
         started = recorder.now
         recorder.in_flight += 1
         try:
