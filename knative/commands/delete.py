@@ -5,19 +5,21 @@ from typing import TYPE_CHECKING
 
 import click
 
-from knative.cluster_access import cluster_options, namespace_option, say, timeout_option
+from knative.cluster_access import cluster_options, pipeline_options, say, timeout_option
 
 if TYPE_CHECKING:
     from knative.cluster import Cluster
 
 
 @click.command()
-@click.argument("name")
-@namespace_option
+@pipeline_options
 @timeout_option
 @cluster_options
 def delete(name: str, namespace: str | None, timeout: float, connect: "Callable[[], Cluster]") -> None:
-    """Delete the pipeline NAME with everything that was made for it. The published model stays in the store."""
+    """Delete PIPELINE (its name, or the file of its spec) with everything that was made for it.
+
+    The published model stays in the store.
+    """
     from knative.deployer import Deployer
 
     cluster = connect()

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from knative.cluster_access import cluster_options, force_option, say, timeout_option
-from knative.commands.render import rendered_objects
-from knative.pipeline_spec import load_spec
+from knative.commands.render import image_option, read_spec, rendered_objects
 from knative.store_access import StoreOptions, store_options
 
 if TYPE_CHECKING:
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("spec", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--dry-run", type=click.Choice(["server"]), help="Change nothing; print the difference as the cluster sees it.")
+@image_option
 @timeout_option
 @force_option
 @cluster_options
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 def deploy(
     spec: Path,
     dry_run: str | None,
+    image: str | None,
     timeout: float,
     force_conflicts: bool,
     connect: "Callable[[], Cluster]",
@@ -39,7 +40,7 @@ def deploy(
     python -m knative deploy pipeline.yaml --dry-run=server
     python -m knative ask "$(python -m knative deploy pipeline.yaml)" "Hello?"
     """
-    loaded = load_spec(spec)
+    loaded = read_spec(spec, image)
     objects = rendered_objects(loaded, store)
     from knative.deployer import Deployer
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from knative.cluster_access import cluster_options, namespace_option
+from knative.cluster_access import cluster_options, pipeline_options
 
 if TYPE_CHECKING:
     from knative.cluster import Cluster
@@ -14,16 +14,15 @@ _CONTAINER = "function"
 
 
 @click.command()
-@click.argument("name")
+@pipeline_options
 @click.option("--stage", type=click.IntRange(min=0), help="Only this stage; the gateway and all stages by default.")
 @click.option("--lines", type=click.IntRange(min=1), default=20, show_default=True, help="Of each pod, counted from the end.")
 @click.option("--follow", "-f", is_flag=True, help="Go on as more is written; needs one pod, so name a --stage.")
-@namespace_option
 @cluster_options
 def logs(
     name: str, stage: int | None, lines: int, follow: bool, namespace: str | None, connect: "Callable[[], Cluster]"
 ) -> None:
-    """Print the last log lines of the pods of the pipeline NAME, each led by its pod."""
+    """Print the last log lines of the pods of PIPELINE (its name, or the file of its spec), each led by its pod."""
     cluster = connect()
     where = namespace or cluster.default_namespace
     pods = sorted(

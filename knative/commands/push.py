@@ -1,42 +1,69 @@
 """`python -m knative push`: publishes a checkpoint into the store."""
 
-import re
 from pathlib import Path
 
 import click
 from rich.console import Console
 
 from knative.console import publish_progress, size
-from knative.pipeline_spec import DTYPES
+from knative.model_sources import DEFAULT_MODEL, packaged_model, published_name
+from knative.pipeline_spec import DTYPES, Model, load_spec
 from knative.store_access import StoreOptions, open_store, store_options
+from storage.errors import ModelNotPublished
+from storage.model_repository import Manifest, Reader, read_manifest
 from storage.publisher import publish
 
 
 @click.command()
-@click.argument("source")
+@click.argument("source", required=False)
 @click.option("--name", help="What it is called in the store. Default: the source's own name.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
+@click.option("--dtype", type=click.Choice(DTYPES), help="Default: bfloat16.")
+@click.option(
+    "--spec",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Name and dtype from this PipelineSpec. Without SOURCE nothing is done where that model is published already.",
+)
 @store_options
-def push(source: str, name: str | None, dtype: str, store: StoreOptions) -> None:
+def push(source: str | None, name: str | None, dtype: str | None, spec: Path | None, store: StoreOptions) -> None:
     """Publish SOURCE (a Hugging Face folder, a GGUF file, or a hub id) into the store, an object for each layer.
 
-    An interrupted push goes on where it stopped; nothing is visible before all of it is there.
+    Without SOURCE it is the packaged default model. An interrupted push goes on where it stopped; nothing is visible before all
+    of it is there.
 
     \b
     python -m knative push ./Llama-2-13b-hf --name llama-2-13b --dtype bfloat16
     python -m knative push HuggingFaceTB/SmolLM2-1.7B-Instruct --dtype int8
+    python -m knative push --spec pipeline.yaml ./Llama-2-13b-hf
     """
+    model = _model(source, name, dtype, spec)
     console = Console()
-    name = name or published_name(source)
-    with open_store(store) as opened, publish_progress(console, f"publishing {name} as {dtype}") as progress:
-        manifest = publish(source, opened, name, dtype, progress=progress)
+    with open_store(store) as opened:
+        manifest = _published(opened, model) if spec is not None and source is None else None
+        if manifest is None:
+            path = source or _default_source(model)
+            with publish_progress(console, f"publishing {model.name} as {model.dtype}") as progress:
+                manifest = publish(path, opened, model.name, model.dtype, progress=progress)
     total = sum(stored.bytes for stored in manifest.objects.values())
-    console.out(f"{name} as {dtype}: {manifest.num_layers} layers, {size(total)}", highlight=False)
+    console.out(f"{model.name} as {model.dtype}: {manifest.num_layers} layers, {size(total)}", highlight=False)
     console.out(f"digest: {manifest.digest}", highlight=False)
 
 
-def published_name(source: str) -> str:
-    """Of a folder, file or hub id: its last part, with what a name may not have replaced."""
-    path = Path(source)
-    last = path.stem if path.suffix == ".gguf" else path.resolve().name if path.exists() else path.name
-    return re.sub(r"[^a-z0-9._-]+", "-", last.lower()).strip("-._") or "model"
+def _model(source: str | None, name: str | None, dtype: str | None, spec: Path | None) -> Model:
+    """What it shall be called: as the options say, then the spec, then the source."""
+    wanted = load_spec(spec).model if spec is not None else Model(name=published_name(source) if source else DEFAULT_MODEL)
+    return Model(name=name or wanted.name, dtype=dtype or wanted.dtype)
+
+
+def _published(reader: Reader, model: Model) -> Manifest | None:
+    try:
+        return read_manifest(reader, model.name, model.dtype)
+    except ModelNotPublished:
+        return None
+
+
+def _default_source(model: Model) -> str:
+    if model.name != DEFAULT_MODEL:
+        raise ModelNotPublished(
+            f"{model.name} is not published as {model.dtype}; name its SOURCE: a folder, a GGUF file or a hub id"
+        )
+    return packaged_model()

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import click
+import msgspec
 
 from knative.manifests import Manifest, to_yaml
 from knative.model_shape import ModelShape
@@ -13,12 +14,15 @@ from knative.store_access import StoreOptions, open_store, store_options
 from storage.model_repository import Manifest as Publication
 from storage.model_repository import read_manifest
 
+image_option = click.option("--image", help="Instead of the spec's.")
+
 
 @click.command()
 @click.argument("spec", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--output", "-o", type=click.Path(file_okay=False, path_type=Path), help="Folder to write into, a file each.")
+@image_option
 @store_options
-def render(spec: Path, output: Path | None, store: StoreOptions) -> None:
+def render(spec: Path, output: Path | None, image: str | None, store: StoreOptions) -> None:
     """Render the pipeline that SPEC describes: a Knative Service for each stage, one for the gateway, and its Role.
 
     The store is asked for what the spec leaves open; one with `cut` and `model.digest` needs none. What Knative would
@@ -28,7 +32,7 @@ def render(spec: Path, output: Path | None, store: StoreOptions) -> None:
     python -m knative render pipeline.yaml | kubectl apply -f -
     python -m knative render pipeline.yaml --output manifests/
     """
-    files = rendered_files(load_spec(spec), store)
+    files = rendered_files(read_spec(spec, image), store)
     if output is None:
         click.echo("".join(to_yaml(objects) for objects in files.values()), nl=False)
         return
@@ -36,6 +40,12 @@ def render(spec: Path, output: Path | None, store: StoreOptions) -> None:
     for name, objects in files.items():
         (output / name).write_text(to_yaml(objects), encoding="utf-8")
         click.echo(str(output / name))
+
+
+def read_spec(path: Path, image: str | None) -> PipelineSpec:
+    """Raises SpecError."""
+    spec = load_spec(path)
+    return spec if image is None else msgspec.structs.replace(spec, image=image)
 
 
 def rendered_files(spec: PipelineSpec, store: StoreOptions) -> dict[str, list[Manifest]]:

@@ -5,16 +5,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from knative.cluster_access import cluster_options, force_option, namespace_option, say, timeout_option
+from knative.cluster_access import cluster_options, force_option, pipeline_options, say, timeout_option
 
 if TYPE_CHECKING:
     from knative.cluster import Cluster
 
 
 @click.command()
-@click.argument("name")
+@pipeline_options
 @click.option("--to", "number", type=click.IntRange(min=1), help="Number of the version; the last different one by default.")
-@namespace_option
 @timeout_option
 @force_option
 @cluster_options
@@ -26,7 +25,7 @@ def rollback(
     force_conflicts: bool,
     connect: "Callable[[], Cluster]",
 ) -> None:
-    """Deploy again what the pipeline NAME was before, and print the gateway's URL.
+    """Deploy again what PIPELINE (its name, or the file of its spec) was before, and print the gateway's URL.
 
     The cluster itself remembers the last ten versions. Going back is a deploy like any other: old stages beside the new ones,
     then the gateway moves.
