@@ -50,11 +50,14 @@ class Int8Linear:
     def _products(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Float32 [n, out], to be multiplied with the scales [n, 1] of the rows."""
         row_scale = x.abs().amax(1, keepdim=True).clamp_min_(_SMALLEST)
-        whole = x * (self._largest / row_scale)
-        rest = whole.frac().mul_(_LARGEST)
+        steps = x * (self._largest / row_scale)
+        rows = torch.empty((2 * len(x), x.shape[1]), dtype=torch.int8)
+        whole, rest = rows.chunk(2)
+        whole.copy_(steps)
+        rest.copy_(steps.frac_().mul_(_LARGEST))
         y: torch.Tensor = self._matmul(
-            torch.cat((whole, rest)).to(torch.int8),
-            *(1.0, 0, self._weight, self._scale, self._zero_points, None, 1.0, 0, torch.float32, "none", [], ""),
+            *(rows, 1.0, 0, self._weight, self._scale, self._zero_points),
+            *(None, 1.0, 0, torch.float32, "none", [], ""),
         )
         of_whole, of_rest = y.chunk(2)
         return of_whole.add_(of_rest, alpha=1 / _LARGEST), row_scale
