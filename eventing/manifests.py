@@ -1,8 +1,8 @@
 """Knative Eventing's objects around a pipeline, as plain dicts of their own: Broker, Triggers, Sequence. Pure functions.
 
-    client → Broker ─ generate.request → gateway ─ generate.response ┐
-               │                                                     ├→ Broker ─ *.response → reply sink
-               └──── score.request → Sequence of the stages ─ score.response ┘
+    client → Broker ─ generate.request → gateway ─ generate.response ───────────────┐
+               │                                                                    ├→ Broker ─ *.response → reply sink
+               └──── score.request → Sequence of gateway and stages ─ score.response ┘
                      whatever fails for good, at any step → dead letter sink
 
 Delivery is at least once. What is retried: no answer, 404, 408, 409, 429 and 5xx; the statuses of `problems` are chosen for it.
@@ -27,20 +27,22 @@ _RESPONSES: Final = (EventType.GENERATE_RESPONSE, EventType.SCORE_RESPONSE)
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """How often and how long delivery is tried; the n-th retry waits backoff_seconds × 2^n."""
+    """How often and how long delivery is tried. The wait before retry n, counted from 0: backoff_seconds × 2^n, or × n."""
 
     timeout_seconds: int
     """How long one attempt may take: as long as the longest answer."""
     dead_letter_sink: Destination
     retry: int = 5
-    backoff_seconds: int = 1
+    backoff_policy: str = "exponential"
+    """exponential or linear."""
+    backoff_seconds: float = 1
 
     def spec(self) -> Manifest:
         return {
             "deadLetterSink": deepcopy(dict(self.dead_letter_sink)),
             "retry": self.retry,
-            "backoffPolicy": "exponential",
-            "backoffDelay": f"PT{self.backoff_seconds}S",
+            "backoffPolicy": self.backoff_policy,
+            "backoffDelay": f"PT{self.backoff_seconds:g}S",
             "timeout": f"PT{self.timeout_seconds}S",
         }
 
@@ -50,9 +52,11 @@ class EventingPlan:
     """What stands around one pipeline, all in one namespace."""
 
     name: str
+    """Of the Broker and, with a suffix, of its Triggers."""
+    sequence: str
     namespace: str
     gateway: str
-    """Name of the gateway's Service."""
+    """Name of the gateway's Service; it must ask for no API key, which no Trigger can send."""
     stages: Sequence[str]
     """Names of the stages' Services, first layer first."""
     delivery: Delivery
@@ -66,7 +70,7 @@ class EventingPlan:
 
 def render_eventing(plan: EventingPlan) -> list[Manifest]:
     """All objects, in the order in which they are applied."""
-    gateway, scoring = service_destination(plan.gateway), _destination("flows.knative.dev/v1", "Sequence", f"{plan.name}-score")
+    gateway, scoring = service_destination(plan.gateway), _destination("flows.knative.dev/v1", "Sequence", plan.sequence)
     triggers = [
         trigger(plan, "generate", EventType.GENERATE_REQUEST, gateway),
         trigger(plan, "score", EventType.SCORE_REQUEST, scoring),
@@ -97,13 +101,13 @@ def trigger(plan: EventingPlan, suffix: str, event_type: EventType, subscriber: 
 
 
 def score_sequence(plan: EventingPlan) -> Manifest:
-    """The stages one after the other: the reply of each is the next one's event, the last one's goes to the Broker."""
+    """Gateway and stages one after the other: the reply of each is the next one's event, the last one's goes to the Broker."""
     spec = {
         "channelTemplate": deepcopy(dict(plan.channel)),
-        "steps": [service_destination(stage) | {"delivery": plan.delivery.spec()} for stage in plan.stages],
+        "steps": [service_destination(step) | {"delivery": plan.delivery.spec()} for step in (plan.gateway, *plan.stages)],
         "reply": _destination("eventing.knative.dev/v1", "Broker", plan.name),
     }
-    return _object(plan, "flows.knative.dev/v1", "Sequence", f"{plan.name}-score", spec)
+    return _object(plan, "flows.knative.dev/v1", "Sequence", plan.sequence, spec)
 
 
 def service_destination(name: str) -> Manifest:

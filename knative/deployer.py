@@ -20,9 +20,10 @@ _WATCH_SECONDS: Final = 2
 _STAGE: Final = "app.kubernetes.io/component=stage"
 _GATEWAY: Final = "app.kubernetes.io/component=gateway"
 _PIPELINE: Final = "lamina.dev/pipeline"
+_FLOWS: Final = "flows.knative.dev/v1"
 _OWN_KINDS: Final = (
     ("messaging.knative.dev/v1", "Subscription"),
-    ("flows.knative.dev/v1", "Sequence"),
+    (_FLOWS, "Sequence"),
     ("eventing.knative.dev/v1", "Trigger"),
     ("eventing.knative.dev/v1", "Broker"),
     (SERVING, "Service"),
@@ -90,11 +91,12 @@ class Deployer:
 
     def prune(self, name: str, current: str) -> None:
         """Deletes the stages of other pipelines once no gateway pod is left that drives them. Waits for that."""
-        old = [
-            service
-            for service in self._cluster.find(SERVING, "Service", self._namespace, f"{INSTANCE}={name},{_STAGE}")
-            if fingerprint_of(service) != current
-        ]
+        for gateway in self._old(SERVING, "Service", f"{INSTANCE}={name},{_GATEWAY}", current):
+            # For events, which go to the current one by now: its pods finish what they have in hand.
+            self._cluster.delete(Ref.of(gateway))
+        old = self._old(SERVING, "Service", f"{INSTANCE}={name},{_STAGE}", current)
+        if self._cluster.serves(_FLOWS, "Sequence"):
+            old = self._old(_FLOWS, "Sequence", f"{INSTANCE}={name},{MANAGED_BY}=lamina", current) + old
         for fingerprint in dict.fromkeys(map(fingerprint_of, old)):
             if not self._await_end_of_sequences(name, fingerprint):
                 self._say(f"sequences of pipeline {fingerprint} still run; the next deploy prunes its stages")
@@ -103,6 +105,11 @@ class Deployer:
                 if fingerprint_of(service) == fingerprint:
                     self._cluster.delete(Ref.of(service))
                     self._say(f"pruned {Ref.of(service)}")
+
+    def _old(self, api_version: str, kind: str, selector: str, current: str) -> list[Manifest]:
+        """Objects of other pipelines than the current one."""
+        found = self._cluster.find(api_version, kind, self._namespace, selector)
+        return [each for each in found if fingerprint_of(each) != current]
 
     def delete(self, name: str) -> int:
         """Takes away everything that carries the pipeline's name and was made by Lamina. Returns how many objects."""

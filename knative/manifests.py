@@ -46,13 +46,20 @@ class Pipeline:
         """Carries the fingerprint: a new cut or model is a new set of Services beside the old one."""
         return f"{self.spec.name}-{self.fingerprint[:8]}-s{index}"
 
+    @property
+    def events_gateway_name(self) -> str:
+        """Likewise, so that a Sequence's first step is of the same pipeline as the stages behind it."""
+        return f"{self.spec.name}-{self.fingerprint[:8]}-ev"
+
     def stage_url(self, index: int) -> str:
         return f"http://{self.stage_name(index)}.{self.spec.namespace}.svc.cluster.local"
 
 
 def services(pipeline: Pipeline) -> list[Manifest]:
-    """The Knative Services alone: stages in their order, then the gateway."""
-    return [*(stage_service(pipeline, index) for index in range(len(pipeline.cut))), gateway_service(pipeline)]
+    """The Knative Services alone: stages in their order, the gateway and, with Eventing, the events' gateway."""
+    stages = [stage_service(pipeline, index) for index in range(len(pipeline.cut))]
+    events = [] if pipeline.spec.eventing is None else [events_gateway_service(pipeline)]
+    return [*stages, gateway_service(pipeline), *events]
 
 
 def to_yaml(objects: list[Manifest]) -> str:
@@ -69,12 +76,21 @@ def stage_service(pipeline: Pipeline, index: int) -> Manifest:
 
 
 def gateway_service(pipeline: Pipeline) -> Manifest:
+    return _gateway(pipeline, pipeline.spec.name, pipeline.spec.gateway.api_keys_secret, cluster_local=False)
+
+
+def events_gateway_service(pipeline: Pipeline) -> Manifest:
+    """A gateway for Eventing, which cannot send an API key: it asks for none, and is reached from inside the cluster only."""
+    return _gateway(pipeline, pipeline.events_gateway_name, None, cluster_local=True)
+
+
+def _gateway(pipeline: Pipeline, name: str, api_keys_secret: str | None, cluster_local: bool) -> Manifest:
     spec, gateway = pipeline.spec, pipeline.spec.gateway
-    container = _container(spec, gateway.resources, _gateway_env(pipeline))
+    container = _container(spec, gateway.resources, _gateway_env(pipeline, api_keys_secret))
     template = _template(gateway.autoscaling, container, gateway.timeout_seconds, 120)
     template["spec"]["serviceAccountName"] = _service_account(spec)
     _add_volumes(template["spec"], None)
-    return _service(pipeline, spec.name, "gateway", template, cluster_local=False)
+    return _service(pipeline, name, "gateway", template, cluster_local)
 
 
 def gateway_access(pipeline: Pipeline) -> list[Manifest]:
@@ -229,7 +245,7 @@ def _sleep_seconds(stage: Stage, index: int) -> float | None:
     return stage.sleep_seconds[index]
 
 
-def _gateway_env(pipeline: Pipeline) -> list[Manifest]:
+def _gateway_env(pipeline: Pipeline, api_keys_secret: str | None) -> list[Manifest]:
     gateway = pipeline.spec.gateway
     stages = ",".join(f"{first}:{last}={pipeline.stage_url(k)}" for k, (first, last) in enumerate(pipeline.cut))
     env = [
@@ -249,8 +265,8 @@ def _gateway_env(pipeline: Pipeline) -> list[Manifest]:
             LAMINA_POD_PORT=gateway.pod_port,
         ),
     ]
-    if gateway.api_keys_secret is not None:
-        env.append(_from_secret("LAMINA_API_KEYS", gateway.api_keys_secret, "api-keys"))
+    if api_keys_secret is not None:
+        env.append(_from_secret("LAMINA_API_KEYS", api_keys_secret, "api-keys"))
     return env
 
 

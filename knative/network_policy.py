@@ -11,6 +11,7 @@ from knative.manifests import CONTAINER_PORT, Manifest, Pipeline, labels
 
 _REQUESTS, _AUTOSCALER, _METRICS = 8012, 9090, 9091
 _KNATIVE: Final = "knative-serving"
+_EVENTING: Final = "knative-eventing"
 _SELECTING: Final = ("app.kubernetes.io/instance", "app.kubernetes.io/component")
 
 
@@ -18,6 +19,9 @@ def network_policies(pipeline: Pipeline) -> list[Manifest]:
     """One policy for the stages, one for the gateway. Only ingress is limited: the store and DNS stay reachable."""
     to_stage = [_pods(_KNATIVE, app="activator"), _namespace(pipeline.spec.network.ingress_namespace), _gateway(pipeline)]
     to_gateway = to_stage[:2]
+    if pipeline.spec.eventing is not None:
+        # By default Eventing comes through the ingress; with a service mesh it comes from its own pods.
+        to_stage, to_gateway = [*to_stage, _namespace(_EVENTING)], [*to_gateway, _namespace(_EVENTING)]
     return [_policy(pipeline, "stage", to_stage), _policy(pipeline, "gateway", to_gateway)]
 
 

@@ -14,6 +14,8 @@ from msgspec import Meta, Struct
 from eventing.events import Cut
 
 DTYPES: Final = ("float32", "bfloat16", "float16", "int8")
+MAX_NAME_WITH_EVENTING: Final = 28
+"""`{name}-{fingerprint[:8]}-kn-sequence-10-kn-channel` is a DNS label too, which Eventing makes of a Sequence's name."""
 MAX_NAME: Final = 36
 """`{name}-{fingerprint[:8]}-s{k}-00001-private` is the longest DNS label that is made of a name: 63 characters."""
 
@@ -132,6 +134,30 @@ class Network(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     monitoring_namespace: str = "monitoring"
 
 
+class Channel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What events wait in between the steps of the Sequence."""
+
+    api_version: str = "messaging.knative.dev/v1"
+    kind: str = "InMemoryChannel"
+    """Keeps nothing over a restart of its pod. Name a durable one for what must not be lost."""
+
+
+class Eventing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A Broker with Triggers, and a Sequence that scores texts. Whoever reaches the Broker may ask: events carry no API key."""
+
+    dead_letter_sink: str
+    """Where an event goes that cannot be delivered: a URL, or the name of a Knative Service of the same namespace."""
+    reply_sink: str | None = None
+    """Where responses go, likewise. Unset: whoever wants them makes a Trigger."""
+    broker_class: str = "MTChannelBasedBroker"
+    channel: Channel = Channel()
+    retry: Annotated[int, Meta(ge=0, le=100)] = 5
+    backoff_policy: Annotated[str, Meta(pattern="^(exponential|linear)$")] = "exponential"
+    backoff_seconds: Annotated[float, Meta(gt=0, le=3600)] = 1
+    timeout_seconds: Annotated[int, Meta(ge=1, le=600)] = 600
+    """Of one delivery: as long as the longest answer, cold start included."""
+
+
 class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One pipeline. Either `stages` (the planner cuts) or `cut` (`0:10,10:20,20:30`)."""
 
@@ -147,10 +173,12 @@ class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     gateway: Gateway = Gateway()
     store: Store
     network: Network = Network()
+    eventing: Eventing | None = None
+    """Unset: the pipeline is asked over HTTP only."""
     log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$")] = "info"
 
     def __post_init__(self) -> None:
-        _check_label("$.name", self.name, MAX_NAME)
+        _check_label("$.name", self.name, MAX_NAME if self.eventing is None else MAX_NAME_WITH_EVENTING)
         _check_label("$.namespace", self.namespace, 63)
         _check_choice("$.model.dtype", self.model.dtype, DTYPES)
         for path, scaling in (("$.stage", self.stage.autoscaling), ("$.gateway", self.gateway.autoscaling)):
@@ -158,6 +186,8 @@ class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         for path, text in self._quantities():
             if not _QUANTITY.fullmatch(text):
                 raise SpecError(f"{path}: {text!r} is no Kubernetes quantity, such as 500m, 2 or 512Mi")
+        if self.eventing is not None:
+            _check_sinks(self.eventing)
         if (self.stages is None) == (self.cut is None):
             raise SpecError(f"$.stages, $.cut: exactly one of them is needed, seen {self.stages!r} and {self.cut!r}")
         if self.cut is not None:
@@ -185,6 +215,14 @@ def _check_label(path: str, value: str, longest: int) -> None:
 def _check_choice(path: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise SpecError(f"{path}: {value!r} is none of {', '.join(choices)}")
+
+
+def _check_sinks(eventing: Eventing) -> None:
+    for path, sink in (("dead_letter_sink", eventing.dead_letter_sink), ("reply_sink", eventing.reply_sink)):
+        if sink is not None and not re.match("https?://[^/]", sink):
+            if "/" in sink or ":" in sink:
+                raise SpecError(f"$.eventing.{path}: {sink!r} is neither a URL that begins with http nor the name of a Service")
+            _check_label(f"$.eventing.{path}", sink, 63)
 
 
 def _check_autoscaling(path: str, scaling: Autoscaling) -> None:

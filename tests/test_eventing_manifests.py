@@ -9,6 +9,7 @@ from eventing.manifests import Delivery, EventingPlan, render_eventing, service_
 
 PLAN = EventingPlan(
     name="smol",
+    sequence="smol-score",
     namespace="models",
     gateway="smol-gateway",
     stages=("smol-s0", "smol-s1", "smol-s2"),
@@ -41,10 +42,10 @@ def test_every_event_type_has_its_subscriber() -> None:
     }
 
 
-def test_the_sequence_runs_the_stages_in_order_and_answers_the_broker() -> None:
+def test_the_sequence_runs_gateway_and_stages_in_order_and_answers_the_broker() -> None:
     (sequence,) = _of_kind("Sequence")
     (broker,) = _of_kind("Broker")
-    assert [step["ref"]["name"] for step in sequence["spec"]["steps"]] == list(PLAN.stages)
+    assert [step["ref"]["name"] for step in sequence["spec"]["steps"]] == [PLAN.gateway, *PLAN.stages]
     assert sequence["spec"]["reply"]["ref"] == {
         "apiVersion": broker["apiVersion"],
         "kind": "Broker",
@@ -56,7 +57,7 @@ def test_the_sequence_runs_the_stages_in_order_and_answers_the_broker() -> None:
 def test_every_delivery_is_bounded_and_ends_in_the_dead_letter_sink() -> None:
     deliveries = [manifest["spec"]["delivery"] for kind in ("Broker", "Trigger") for manifest in _of_kind(kind)]
     deliveries += [step["delivery"] for step in _of_kind("Sequence")[0]["spec"]["steps"]]
-    assert deliveries == [DELIVERY] * 8
+    assert deliveries == [DELIVERY] * 9
 
 
 def test_names_and_order_of_application() -> None:
@@ -75,7 +76,7 @@ def test_names_and_order_of_application() -> None:
 
 
 def test_without_a_reply_sink_nothing_takes_the_responses() -> None:
-    plan = EventingPlan("smol", "models", "gateway", ("s0",), PLAN.delivery)
+    plan = EventingPlan("smol", "smol-score", "models", "gateway", ("s0",), PLAN.delivery)
     assert [manifest["metadata"]["name"] for manifest in _of_kind("Trigger", plan)] == ["smol-generate", "smol-score"]
     assert "labels" not in _of_kind("Broker", plan)[0]["metadata"]
 

@@ -24,8 +24,8 @@ def services(folder: Path) -> list[dict[str, Any]]:
     return [each for each in objects if is_knative_service(each)]
 
 
-def test_there_are_three_examples() -> None:
-    assert [path.name for path in EXAMPLES] == ["llama-2-13b", "smollm2-cpu", "smollm2-hpa"]
+def test_there_are_four_examples() -> None:
+    assert [path.name for path in EXAMPLES] == ["llama-2-13b", "smollm2-cpu", "smollm2-eventing", "smollm2-hpa"]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
@@ -40,7 +40,9 @@ def test_rendered_files_are_up_to_date(example: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_knative_accepts_them_without_a_warning(example: Path) -> None:
     found = services(example)
-    assert len(found) == len(list((example / "rendered").glob("stage-*.yaml"))) + 1
+    assert len(found) == len(list((example / "rendered").glob("stage-*.yaml"))) + len(
+        list((example / "rendered").glob("gateway*.yaml"))
+    )
     for service in found:
         assert (validate(service), warnings(service)) == ([], [])
 

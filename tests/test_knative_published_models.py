@@ -1,0 +1,72 @@
+"""Every object of every rendered example is what the published models of Kubernetes and Knative take, to the last field.
+
+The models are generated from the projects' own API definitions. They drop fields that they do not know, so what they read is
+written out again and compared.
+"""
+
+import importlib
+import warnings
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import yaml
+
+from knative.local.platform import ROOT
+
+MODULES: Final = {
+    "v1": "kubernetes.core.v1",
+    "rbac.authorization.k8s.io/v1": "kubernetes.rbac.v1",
+    "networking.k8s.io/v1": "kubernetes.networking.v1",
+    "serving.knative.dev/v1": "knative_serving.serving.v1",
+    "eventing.knative.dev/v1": "knative_eventing.eventing.v1",
+    "flows.knative.dev/v1": "knative_eventing.flows.v1",
+    "monitoring.coreos.com/v1": "prometheus_operator.v1",
+}
+FILES: Final = sorted((ROOT / "examples").glob("*/rendered/*.yaml"))
+
+
+def readable(value: Any, key: str = "") -> Any:
+    """Without what the models, not the APIs, stumble over.
+
+    A quantity of digits alone is read as a number and then fails as a string. And `timeout` of a delivery is in no schema: it
+    is a beta feature of Eventing, on by default, for which the CRDs keep fields that they do not name.
+    """
+    if isinstance(value, dict):
+        return {k: readable(v, k) for k, v in value.items() if (key, k) != ("delivery", "timeout")}
+    if isinstance(value, list):
+        return [readable(each) for each in value]
+    return f"{value}000m" if isinstance(value, str) and value.isdigit() and key in ("cpu", "nvidia.com/gpu") else value
+
+
+def understood(manifest: dict[str, Any]) -> Any:
+    """The manifest as its model has read it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of the models about their own fields
+        module = importlib.import_module(f"cloudcoil.models.{MODULES[manifest['apiVersion']]}")
+    model = getattr(module, manifest["kind"]).model_validate(manifest)
+    return model.model_dump(by_alias=True, exclude_unset=True, mode="json")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.parent.name}/{path.name}")
+def test_rendered_objects_are_understood_whole(path: Path) -> None:
+    objects = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+    assert objects
+    for manifest in map(readable, objects):
+        assert understood(manifest) == manifest
+
+
+def test_all_kinds_are_among_them() -> None:
+    kinds = {each["kind"] for path in FILES for each in yaml.safe_load_all(path.read_text(encoding="utf-8"))}
+    assert kinds >= {"Service", "ServiceAccount", "Role", "RoleBinding", "NetworkPolicy", "Broker", "Trigger", "Sequence"}
+
+
+@pytest.mark.parametrize("key", ["retries", "backOffDelay"])
+def test_a_field_of_another_name_would_be_seen(key: str) -> None:
+    broker = {
+        "apiVersion": "eventing.knative.dev/v1",
+        "kind": "Broker",
+        "metadata": {"name": "chat"},
+        "spec": {"delivery": {key: 1}},
+    }
+    assert understood(broker) != broker
