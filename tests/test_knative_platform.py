@@ -287,6 +287,17 @@ def test_traffic_is_split_by_percent(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_the_hpa_class_keeps_a_pod_without_requests(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        annotations = {"class": "hpa.autoscaling.knative.dev", "metric": "cpu", "min-scale": "1"}
+        manifest = echo_service(annotations=annotations, container={"resources": {"requests": {"cpu": "100m"}}})
+        async with running_platform(tmp_path, manifest) as platform, client() as session:
+            await until(lambda: len(revision(platform).ready_pods) == 1)
+            assert (await fetch(session, platform.url("echo") + "/pid"))[0] == 200
+
+    asyncio.run(scenario())
+
+
 def test_secrets_and_cluster_names_are_resolved(tmp_path: Path) -> None:
     async def scenario() -> None:
         container = {

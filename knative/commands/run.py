@@ -29,7 +29,7 @@ from storage.embedded import EmbeddedStore
 from storage.object_store import ObjectStore
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
-_STOP_SECONDS: Final = 5.0
+_STOP_SECONDS: Final = 3.0
 """What pods get to finish when the run ends."""
 
 

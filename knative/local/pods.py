@@ -85,21 +85,20 @@ class Pod:
         """Scale-in: still answers until it was quiet for a while, is then told, and killed when its grace is over."""
         if self.leaving:
             return
-        never_served = not self.readiness
         self._enter(Phase.LEAVING)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._container.limits.timeout_seconds
-        if not never_served:
+        if self.readiness:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(deadline):
                     await self.proxy.quiet(self._timing.drain_quiet_seconds)
         await self.stop(deadline - loop.time())
 
     async def stop(self, grace_seconds: float) -> None:
-        """SIGTERM, and SIGKILL to all of its session after the grace."""
+        """SIGTERM, and SIGKILL to all of its session after the grace; one that never was ready has nothing to finish."""
         self._enter(Phase.LEAVING)
         if self._task is not None:
-            await self._end(self._task, grace_seconds)
+            await self._end(self._task, grace_seconds if self.readiness else 0.0)
         self.proxy.close()
         self._enter(Phase.GONE)
 
