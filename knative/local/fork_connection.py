@@ -1,6 +1,7 @@
 """The platform's end of a fork server: its process, and the processes that are forked from it."""
 
 import asyncio
+import contextlib
 import itertools
 import os
 import signal
@@ -8,15 +9,13 @@ import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, Self
+from typing import Self
 
 import msgspec
 
 from knative.local.container_life import last_line
 from knative.local.fork_messages import Answer, Ended, Fork, Forked, Imported, line
 from knative.local.processes import dying_with_parent, kill_group
-
-_END_SECONDS: Final = 5.0
 
 
 class ForkServerGone(Exception):
@@ -88,12 +87,8 @@ class ForkConnection:
         return await asked
 
     async def close(self) -> None:
-        """Ends the server, and with it what it has forked."""
-        self._writer.close()
-        try:
-            async with asyncio.timeout(_END_SECONDS):
-                await self._process.wait()
-        except TimeoutError:
+        """Ends the server, which has nothing to lose, and with it what it has forked."""
+        with contextlib.suppress(ProcessLookupError):
             self._process.kill()
         await asyncio.gather(self._reading, return_exceptions=True)
 
@@ -105,6 +100,7 @@ class ForkConnection:
             pass  # it died with something unread
         finally:
             self.gone = True
+            self._writer.close()
             await self._give_up()
 
     def _take(self, answer: Answer) -> None:
