@@ -4,6 +4,7 @@ PORT as in any function. CRASH=1: ends at once with status 3. NEVER_READY=1: its
 """
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -78,8 +79,6 @@ def main() -> None:
         sys.exit("told to crash")
     server = ThreadingHTTPServer(("127.0.0.1", int(os.environ["PORT"])), Handler)
     server.daemon_threads = True
-    import signal
-
     signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
     server.serve_forever(poll_interval=0.05)
 
