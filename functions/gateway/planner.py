@@ -4,7 +4,7 @@ Called with the scheduler's lock held whenever something has happened; its answe
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Final
 
@@ -125,9 +125,12 @@ class Planner:
         if board.memory.hungry:
             yield from self._admit_hungry(now)
             return
+        # One reservation at a time for each micro-batch: those who come meanwhile share the next one. A burst of requests
+        # would otherwise be as many events at every stage, which its autoscaler takes for load.
+        reserving = {batch for batch in board.micro_batches if not all(job.reserved for job in batch.jobs)}
         groups: dict[MicroBatch, list[Job]] = {}
         while (job := board.queue.peek()) is not None:
-            home = self._home(job, now)
+            home = self._home(job, now, reserving)
             if home is None:
                 break
             self._join(home, board.queue.pop())
@@ -137,7 +140,7 @@ class Planner:
     def _admit_hungry(self, now: float) -> Iterator[Reserve]:
         """The first of those that a stage was too full for; nobody overtakes it."""
         memory = self._board.memory
-        home = self._home(memory.hungry[0], now) if now >= memory.retry_at else None
+        home = self._home(memory.hungry[0], now, set()) if now >= memory.retry_at else None
         if home is not None:
             job = memory.hungry.pop(0)
             self._join(home, job)
@@ -147,8 +150,8 @@ class Planner:
         home.join(job)
         job.served = self._trips
 
-    def _home(self, job: Job, now: float) -> MicroBatch | None:
-        """The micro-batch that `job` joins, new where there may be one more; None where it has to wait."""
+    def _home(self, job: Job, now: float, closed: Set[MicroBatch]) -> MicroBatch | None:
+        """The micro-batch that `job` joins, none of `closed`, new where there may be one more; None where it has to wait."""
         board = self._board
         most = board.limits.micro_batch_sequences
         sequences = board.running + len(board.queue) + len(board.memory.hungry)
@@ -163,7 +166,10 @@ class Planner:
         with_room = [
             batch
             for batch in board.micro_batches
-            if len(batch.jobs) < most and batch.target is None and all(i.usable(now) for i in batch.route.instances)
+            if len(batch.jobs) < most
+            and batch not in closed
+            and batch.target is None
+            and all(i.usable(now) for i in batch.route.instances)
         ]
         return min(with_room, key=lambda batch: (batch.route.lacks(job.reserve_tokens), len(batch.jobs)), default=None)
 
