@@ -15,11 +15,8 @@ def write_section(document: Path, name: str, text: str) -> None:
     section = f"{begin}\n{text.strip()}\n{end}"
     before = document.read_text(encoding="utf-8") if document.exists() else _TITLE
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-    if pattern.search(before):
-        after = pattern.sub(lambda _: section, before, count=1)
-    else:
-        after = f"{before.rstrip()}\n\n{section}\n"
-    document.write_text(after, encoding="utf-8")
+    after, replaced = pattern.subn(lambda _: section, before, count=1)
+    document.write_text(after if replaced else f"{before.rstrip()}\n\n{section}\n", encoding="utf-8")
 
 
 def machine() -> str:

@@ -161,6 +161,7 @@ def _annotations(scaling: Autoscaling) -> dict[str, str]:
         "target": _plain(target),
         "target-utilization-percentage": None if hpa else _plain(scaling.target_utilization_percentage),
         "window": None if hpa else f"{_plain(scaling.window_seconds)}s",
+        "panic-window-percentage": None if hpa else _plain(scaling.panic_window_percentage),
         "scale-down-delay": None if hpa else f"{_plain(scaling.scale_down_delay_seconds)}s",
         "min-scale": str(scaling.min_scale),
         "max-scale": str(scaling.max_scale),
