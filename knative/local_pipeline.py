@@ -50,11 +50,11 @@ class LocalPipeline:
 
 
 def ensure_published(store: ObjectStore, model: str | None, dtype: str, console: Console) -> Manifest:
-    """model: None for the default one, a published name, or what `push` takes. Publishes only what is not there yet.
+    """model: None or its name for the default one, a published name, or what `push` takes. Publishes only what is not there.
 
     Raises a StorageError.
     """
-    if model is None:
+    if model in (None, DEFAULT_MODEL):
         name, source = DEFAULT_MODEL, packaged_model()
     elif Path(model).exists() or "/" in model:
         name, source = published_name(model), model

@@ -7,14 +7,17 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 import click
 from rich.console import Console
 
+from eventing.claim_check import sweep
 from knative.asking import Question, is_question
 from knative.commands.ask import chat_option, show_answer
+from knative.eventing_manifests import eventing_objects
 from knative.local.fork_starter import ForkStarter
 from knative.local.platform import ROOT, Platform, PlatformOptions
 from knative.local.processes import PlainStarter, ProcessStarter
@@ -90,6 +93,7 @@ def run(**options: Any) -> None:
             console.out(f"an earlier run in {state.path} ended without cleaning up; its leftovers are gone", highlight=False)
         with EmbeddedStore(chosen.state / STORE_FOLDER) as embedded:
             store = ObjectStore(embedded.settings)
+            sweep(store, datetime.now(UTC))  # payloads of events that nobody awaits any more
             local = _prepare(chosen, store, console)
             asyncio.run(_Run(chosen, state, local, store, console).run())
 
@@ -158,7 +162,7 @@ class _Run:
         platform = Platform(options)
         await platform.start()
         try:
-            await platform.apply(services(self._local.pipeline))
+            await platform.apply([*services(self._local.pipeline), *eventing_objects(self._local.pipeline)])
             yield platform
         finally:
             await platform.stop(_STOP_SECONDS)
@@ -173,6 +177,9 @@ class _Run:
         self._say(f"{self._local.shape.name} as {self._local.shape.dtype} in {stages} stages, all at zero; gateway {url}")
         if self._local.api_key is not None:
             self._say(f"the gateway wants a key: Authorization: Bearer {self._local.api_key}")
+        if self._local.pipeline.spec.eventing is not None:
+            broker = platform.eventing.broker_url(self._local.pipeline.spec.name, self._local.pipeline.spec.namespace)
+            self._say(f"events go to the broker {broker}")
         self._say(f"> {self._options.prompt}")
 
     async def _first_answer(self, platform: Platform, url: str) -> None:

@@ -58,14 +58,14 @@ class _View:
         time.sleep(_FIRST_RATE_SECONDS)
 
     def rows(self) -> tuple[list[tuple[str, ...]], list[str]]:
-        """The table, and what is wrong."""
+        """The table, and lines about events and what is wrong."""
         answer, now = _ask(self._state), time.monotonic()
         rows = [
             _row(_label(service, revision), revision, *self._rates.tokens_per_second(revision, now))
             for service in answer["services"]
             for revision in service["revisions"]
         ]
-        return rows, _troubles(answer)
+        return rows, [*_events(answer.get("eventing") or {}), *_troubles(answer)]
 
 
 def _ask(state: Path) -> dict[str, Any]:
@@ -116,6 +116,18 @@ def _row(name: str, revision: dict[str, Any], rate: float | None, queued: int) -
         str(sum(pod["restarts"] for pod in revision["pods"])),
         size(sum(pod["memory_bytes"] for pod in revision["pods"])),
     )
+
+
+def _events(eventing: dict[str, Any]) -> list[str]:
+    """A line for each Broker, and for each Trigger and step of a Sequence."""
+    brokers = eventing.get("brokers", [])
+    names = [(each["name"], each) for broker in brokers for each in broker["triggers"]]
+    names += [(f"step {each['url'].rpartition('/sequences/')[2]}", each) for each in eventing.get("steps", [])]
+    return [f"broker {broker['url']}: {broker['accepted']} events accepted" for broker in brokers] + [
+        f"{name} → {each['subscriber']}: {each['delivered']} delivered, {each['retries']} retries, "
+        f"{each['dead_letters']} dead letters, {each['lost']} lost"
+        for name, each in names
+    ]
 
 
 def _troubles(answer: dict[str, Any]) -> list[str]:

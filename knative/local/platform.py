@@ -1,7 +1,7 @@
 """Knative on one machine: Service manifests in, processes that scale with their requests out.
 
-One event loop holds everything that Knative runs beside the functions: ingress, activator, queue-proxies, autoscaler, and the
-part of the Kubernetes API that the gateway watches. The functions are processes of their own, and none outlives it.
+One event loop holds everything that Knative runs beside the functions: ingress, activator, queue-proxies, autoscaler, brokers,
+and the part of the Kubernetes API that the gateway watches. The functions are processes of their own, and none outlives it.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ from knative.autoscaling_annotations import AutoscalerConfig
 from knative.local.admin import Admin
 from knative.local.containers import LocalData, NamedData
 from knative.local.endpoint_slices import EndpointSlices
+from knative.local.eventing import LocalEventing
 from knative.local.metrics import render_metrics
 from knative.local.pods import PodTiming
 from knative.local.processes import PlainStarter, ProcessStarter
@@ -68,6 +69,7 @@ class Platform:
     def __init__(self, options: PlatformOptions) -> None:
         self.services: dict[tuple[str, str], LocalService] = {}
         """(namespace, name) → Service."""
+        self.eventing = LocalEventing(self._find, options.logs)
         self._options = options
         self._slices = EndpointSlices()
         self._admin = Admin(self._slices, self.status, lambda: render_metrics(self.services.values()))
@@ -88,7 +90,7 @@ class Platform:
         await self._admin.start()
 
     async def apply(self, manifests: Sequence[dict[str, Any]]) -> None:
-        """Creates or changes Services; other kinds are left to a cluster.
+        """Creates or changes Services, Brokers, Triggers and Sequences; other kinds are left to a cluster.
 
         Raises ManifestRefused, UnsupportedManifest, SettingsError, UnknownRevision or PortInUse.
         """
@@ -101,9 +103,11 @@ class Platform:
         for manifest in found:
             metadata = manifest["metadata"]
             self.services[metadata.get("namespace", "default"), metadata["name"]].apply(manifest)
+        await self.eventing.apply(manifests)
 
     async def stop(self, grace_seconds: float = 5.0) -> None:
         """Ends every pod: SIGTERM to all, SIGKILL to those that are still there after the grace."""
+        await self.eventing.stop()
         await asyncio.gather(*(service.stop(grace_seconds) for service in self.services.values()))
         self._admin.close()
 
@@ -111,7 +115,11 @@ class Platform:
         return self.services[namespace, name].url
 
     def status(self) -> dict[str, Any]:
-        return platform_status(os.getpid(), self.services.values())
+        return platform_status(os.getpid(), self.services.values()) | {"eventing": self.eventing.status()}
+
+    def _find(self, namespace: str, name: str) -> str | None:
+        service = self.services.get((namespace, name))
+        return None if service is None else service.url
 
     async def _listen(self, name: str, namespace: str) -> None:
         if (namespace, name) in self.services:
