@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eventing.delivery import Sender
+from functions.config import StageConfig, read_config
 from functions.gateway.board import Limits
 from functions.gateway.pipeline import Pipeline, PipelineIdentity
 from functions.gateway.routes import Placement
@@ -39,6 +40,23 @@ MODEL: Final = {
 }
 
 
+def stage_config(index: int, num_stages: int) -> StageConfig:
+    environ = {
+        "LAMINA_ROLE": "stage",
+        "LAMINA_PIPELINE": FINGERPRINT,
+        "LAMINA_PIPELINE_TOKEN": TOKEN,
+        "LAMINA_MODEL": "sleep",
+        "LAMINA_DTYPE": "bfloat16",
+        "LAMINA_CUT": ",".join(f"{stage}:{stage + 1}" for stage in range(num_stages)),
+        "LAMINA_LAYERS": f"{index}:{index + 1}",
+        "LAMINA_STORE_ENDPOINT": "http://127.0.0.1:9",
+        "LAMINA_STORE_BUCKET": "none",
+        "AWS_ACCESS_KEY_ID": "none",
+        "AWS_SECRET_ACCESS_KEY": "none",
+    }
+    return cast("StageConfig", read_config(environ))
+
+
 def serve_stage(index: int, num_stages: int, seconds: float, address: Connection) -> None:
     """The process of one stage."""
     from functions.server import Server
@@ -51,10 +69,8 @@ def serve_stage(index: int, num_stages: int, seconds: float, address: Connection
     group = SleepGroup({**MODEL, "num_hidden_layers": num_stages}, index, index + 1, 2**30, seconds)
     engine = Engine(group, num_stages=num_stages, max_merge=1, idle_sequence_seconds=600.0)
     engine.start()
-    cut = tuple((stage, stage + 1) for stage in range(num_stages))
-    config = SimpleNamespace(pipeline=FINGERPRINT, layers=cut[index], cut=cut)
     readiness = SimpleNamespace(engine=lambda wait_seconds=0.0: engine, phases=dict)
-    handlers = EventHandlers(cast("Any", config), f"stage-{index}", cast("Any", readiness))
+    handlers = EventHandlers(stage_config(index, num_stages), f"stage-{index}", cast("Any", readiness))
     server = Server(0, 64)
     address.send(f"http://127.0.0.1:{server.port}")
     server.run(create_app(handlers, TOKEN, StageMetrics()), lambda: None)
@@ -84,7 +100,9 @@ def measure(seconds: Sequence[float], micro_batches: int, duration_seconds: floa
     with stages(seconds) as urls, Sender() as sender:
         identity = PipelineIdentity(FINGERPRINT, TOKEN, "/gateways/bench", tuple(range(len(seconds))))
         scheduler = Scheduler(
-            Pipeline(sender, identity, 30.0), Placement(urls, watched=False), Limits(micro_batch_sequences=ROWS, queue_limit=1000)
+            Pipeline(sender, identity, 30.0),
+            Placement(urls, watched=False),
+            Limits(micro_batch_sequences=ROWS, queue_limit=1000),
         )
         answers = [Answer("bench", [1, 2, 3, number], 8000) for number in range(ROWS * micro_batches)]
         for answer in answers:
@@ -104,7 +122,9 @@ def measure(seconds: Sequence[float], micro_batches: int, duration_seconds: floa
 
 @click.command(help=__doc__)
 @click.option("--seconds", "duration_seconds", default=6.0, show_default=True, help="How long each setting is measured.")
-@click.option("--micro-batches", default=8, show_default=True, help="Work for so many; the scheduler admits what capacity allows.")
+@click.option(
+    "--micro-batches", default=8, show_default=True, help="Work for so many; the scheduler admits what capacity allows."
+)
 def main(duration_seconds: float, micro_batches: int) -> None:
     table = Table(title=f"Stages that sleep, {micro_batches} micro-batches of {ROWS} sequences")
     for column in ("ms per pass", "steps/s", "slowest stage alone", "ratio", "gateway CPU per hop"):

@@ -14,10 +14,11 @@ from functions.gateway.routes import Endpoint, Instance, Placement, Turnstile
 from functions.gateway.scheduler import Scheduler
 from functions.gateway.sequence import Sequence
 from tests.support.gateway import (
-    CountingStage,
     Fault,
+    StageServer,
     answer,
     counted,
+    counting_stage,
     counting_stages,
     scheduling,
     tokens_of,
@@ -157,7 +158,7 @@ def test_a_turnstile_keeps_order() -> None:
 class Watched:
     """Three stages; `instances` are those of stage 1. What the watch would say is said by `publish`."""
 
-    def __init__(self, stages: list[CountingStage], scheduler: Scheduler, spare: list[CountingStage]) -> None:
+    def __init__(self, stages: list[StageServer], scheduler: Scheduler, spare: list[StageServer]) -> None:
         self.stages = stages
         self.scheduler = scheduler
         self.instances = [stages[1], *spare]
@@ -187,7 +188,7 @@ def prompt(index: int) -> list[int]:
 @contextmanager
 def watched(spares: int = 1, **limits: float) -> Iterator[Watched]:
     with counting_stages() as stages:
-        spare = [CountingStage(1, 3, capacity_tokens=100_000) for _ in range(spares)]
+        spare = [counting_stage(1) for _ in range(spares)]
         placed = Placement([stage.url for stage in stages], watched=True)
         try:
             with scheduling(stages, placement=placed, **limits) as scheduler:
@@ -197,7 +198,7 @@ def watched(spares: int = 1, **limits: float) -> Iterator[Watched]:
                 stage.kill()
 
 
-def forwards(stage: CountingStage) -> int:
+def forwards(stage: StageServer) -> int:
     return len(stage.forwards)
 
 
@@ -315,8 +316,8 @@ def test_instances_that_come_and_go_at_random_cost_no_token() -> None:
         pipeline.publish(Endpoint(pipeline.instances[0].url))
         for stage in (*pipeline.stages, *pipeline.instances):
             stage.seconds = 0.002
-        sequences = pipeline.run(12, 150)
-        until = time.monotonic() + 2.5
+        sequences = pipeline.run(12, 80)
+        until = time.monotonic() + 1.5
         while time.monotonic() < until and any(sequence.finish_reason is None for sequence in sequences):
             states = [dice.choice([None, False, True, True]) for _ in pipeline.instances]
             pipeline.publish(

@@ -11,8 +11,8 @@ from eventing.problems import DeadlineExceeded, InvalidRequest, NotReady, QueueF
 from functions.gateway.scheduler import Scheduler
 from functions.gateway.sequence import Sequence
 from tests.support.gateway import (
-    CountingStage,
     Seen,
+    StageServer,
     answer,
     counted,
     counting_stages,
@@ -41,7 +41,7 @@ def at_once(events: list[Seen]) -> int:
     return max(itertools.accumulate(step for _, step in moments))
 
 
-def nothing_left(stages: list[CountingStage]) -> None:
+def nothing_left(stages: list[StageServer]) -> None:
     wait_until(lambda: not any(stage.engine.sequences for stage in stages), "the release of all sequences")
     assert all(stage.engine.free_tokens == stage.group.kv.capacity_tokens for stage in stages)
 
@@ -170,7 +170,7 @@ def test_running_decodes_wait_for_at_most_one_chunk() -> None:
         assert max(waits) == 1, "it met chunks, and never two"
 
 
-def _chunks_waited_for(stage: CountingStage, over: int, step: Row) -> int:
+def _chunks_waited_for(stage: StageServer, over: int, step: Row) -> int:
     """Passes with a chunk that began or ran on between the arrival of a decode step and its own pass."""
     own = next((n for n, segments in enumerate(stage.passes) if (step.position, step.length) in segments), None)
     if own is None:  # Its sequence was cancelled while it waited.

@@ -18,21 +18,19 @@ class Waiting(Protocol):
 W = TypeVar("W", bound=Waiting)
 
 
-def micro_batches_allowed(ready_instances: Numbers[int], stage_seconds: Numbers[float]) -> int:
+def micro_batches_allowed(ready_instances: Numbers[int], service_seconds: Numbers[float]) -> int:
     """Micro-batches that may be in flight, at least one for each stage.
 
-    ready_instances, stage_seconds: per stage; how many instances take work (0: unknown) and how long an event is there, its
-    wait included. The narrowest stage is the one with the most seconds per instance. By Little's law a share of
-    seconds / sum(seconds) of all that is in flight is at that stage, so this many keep two at each of its instances:
-    counting only two per instance in the whole pipeline would leave one there, below the autoscaler's target, for ever.
+    ready_instances: per stage, how many take work; 0: unknown. service_seconds: per stage, of a step that does not wait;
+    where one is 0, all are taken to be alike. The narrowest stage has the most seconds per instance. By Little's law its
+    rate times the seconds of a whole round is what keeps it busy, and twice that is two at each of its instances, those on
+    their way through the other stages not counted. Two per instance in the whole pipeline would leave it with little more
+    than one, which is below the autoscaler's target: it would never grow (docs/scheduling.md has the numbers).
     """
     instances = [max(1, count) for count in ready_instances]
-    total = sum(stage_seconds)
-    if total <= 0:
-        return max(len(instances), IN_FLIGHT_PER_INSTANCE * len(instances) * min(instances))
-    narrowest = max(range(len(instances)), key=lambda stage: stage_seconds[stage] / instances[stage])
-    at_narrowest = IN_FLIGHT_PER_INSTANCE * instances[narrowest]
-    return max(len(instances), math.ceil(at_narrowest * total / stage_seconds[narrowest] - 1e-9))
+    seconds = service_seconds if all(service_seconds) else [1.0] * len(instances)
+    rate = min(count / each for count, each in zip(instances, seconds, strict=True))
+    return max(len(instances), math.ceil(IN_FLIGHT_PER_INSTANCE * rate * sum(seconds) - 1e-9))
 
 
 def micro_batches_wanted(sequences: int, num_stages: int, most_sequences: int, allowed: int) -> int:

@@ -207,11 +207,12 @@ class Board:
     def broke(self, trip: Trip, failure: StageFailed) -> None:
         self.placement.broke(trip.instances[failure.stage])
         pieces, trip.pieces = trip.pieces, []
-        for job, _ in pieces:
+        for job, piece in pieces:
+            if (failure.blames or failure.final) and not (job.must_restart or job.sequence.over):
+                job.broke(piece)
+                self._suspect(job, str(failure), PipelineUnavailable if failure.final else ReplaysExhausted)
             job.progress.failed()
             job.must_restart = True
-            if (failure.blames or failure.final) and not job.sequence.over:
-                self._strike(job, str(failure), PipelineUnavailable if failure.final else ReplaysExhausted)
             job.progress.settle()
             self._settle(job, failure.cause)
 
@@ -251,14 +252,14 @@ class Board:
         if job.progress.failing or job.sequence.over:
             return
         if stage in job.missed_at:
-            self._strike(job, f"stage {stage} answered {cause} again")
+            job.strike()
+            self._suspect(job, f"stage {stage} answered {cause} again")
         job.missed_at.add(stage)
         if cause == Status.MISS:
             job.sequence.replayed()
             self.stats.replays[cause] += 1
 
-    def _strike(self, job: Job, why: str, problem: type[Problem] = ReplaysExhausted) -> None:
-        job.strike()
+    def _suspect(self, job: Job, why: str, problem: type[Problem] = ReplaysExhausted) -> None:
         self.suspects.add(job)
         if job.strikes >= MOST_STRIKES:
             job.sequence.fail(problem(f"gave up after {job.strikes} attempts that came no further; the last: {why}"))

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from functions.gateway.progress import Progress
+from functions.gateway.progress import Piece, Progress
 from functions.gateway.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ class Job:
     """Its reservation did not fit once: from then on it asks one stage after the other, in order."""
     strikes: int = 0
     """Times that its own step broke its route since it last came further."""
+    broke_before: int = 0
+    """Position before which its steps broke the route: what breaks behind it is another cause."""
     missed_at: set[int] = field(default_factory=set)
     """Stages that lost it since it last came further: the first time is forgiven, each further one is a strike."""
     replay_at: float = 0.0
@@ -68,8 +70,15 @@ class Job:
         self.strikes = 0
         self.missed_at.clear()
 
+    def broke(self, piece: Piece) -> None:
+        """`piece` was at a stage when that failed. It is the first of its kind if the sequence had come further than ever."""
+        if piece.position >= self.broke_before:
+            self.strikes = 0
+        self.broke_before = max(self.broke_before, piece.end)
+        self.strike()
+
     def strike(self) -> None:
-        """A step of this sequence broke its route: the next attempt comes later each time."""
+        """The sequence may have done it: its next attempt comes later each time."""
         self.strikes += 1
         pause = min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 4 ** (self.strikes - 1))
         self.replay_at = time.monotonic() + pause * random.uniform(0.75, 1.25)

@@ -113,9 +113,8 @@ class Planner:
 
     def _allowed(self) -> int:
         board = self._board
-        seconds = [stage.recent_seconds for stage in board.stats.stages]
-        known = all(seconds)
-        return micro_batches_allowed(board.placement.ready_counts(), seconds if known else [0.0] * len(seconds))
+        seconds = [stage.service_seconds for stage in board.stats.stages]
+        return micro_batches_allowed(board.placement.ready_counts(), seconds)
 
     def _admit(self, now: float) -> Iterator[Reserve]:
         """Takes sequences out of the queue, as many as capacity and memory allow, and asks for their memory."""

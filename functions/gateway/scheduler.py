@@ -35,6 +35,7 @@ _log = logging.getLogger(__name__)
 
 _THREADS: Final = 512
 """At most: one for each event on its way. They are made when they are needed."""
+_LOOK_AGAIN_SECONDS: Final = 1.0
 _CLOSE_SECONDS: Final = 5.0
 """What `close` waits for events on their way."""
 
@@ -147,7 +148,7 @@ class Scheduler:
         self._start(self._planner.next_actions())
 
     def _start(self, actions: Items[Action]) -> None:
-        for action in actions:
+        for action in () if self._closed else actions:
             self._trips.submit(self._guarded, action)
         due = self._planner.next_due()
         if (due is not None and due < self._clock_looks_at) or not self._board.jobs:
@@ -159,8 +160,12 @@ class Scheduler:
         """The clock: looks again when something is due that no reply brings."""
         with self._changed:
             while not self._closed:
-                self._act()
-                due = self._planner.next_due()
+                try:
+                    self._act()
+                    due = self._planner.next_due()
+                except Exception:  # noqa: BLE001 - a clock that stopped would be noticed by deadlines that never come
+                    _log.exception("the clock failed inside the gateway")
+                    due = time.monotonic() + _LOOK_AGAIN_SECONDS
                 self._clock_looks_at = math.inf if due is None else due
                 self._changed.wait(None if due is None else max(0.0, due - time.monotonic()))
 
@@ -194,7 +199,7 @@ class Scheduler:
                 actions = self._planner.next_actions()
                 walks = [action for action in actions if isinstance(action, Walk)]
                 self._start([action for action in actions if action not in walks[:1]])
-                trip = walks[0].trip if walks else None
+                trip = walks[0].trip if walks and not self._closed else None
 
     def _reserve(self, action: Reserve) -> None:
         rows = [ReserveRow(job.id, job.progress.attempt, job.reserve_tokens) for job in action.jobs]

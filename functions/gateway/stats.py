@@ -5,8 +5,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final
 
-_SMOOTHING: Final = 0.1
-"""Share of the newest value in a moving average."""
+_FALL: Final = 0.3
+_RISE: Final = 0.01
+"""Shares of a quicker and of a slower step in what a step is taken to last: waits make steps slow, nothing makes them quick."""
 
 
 @dataclass(slots=True)
@@ -15,14 +16,15 @@ class StageStats:
 
     steps: int = 0
     seconds: float = 0.0
-    recent_seconds: float = 0.0
-    """Moving average over decode steps."""
+    service_seconds: float = 0.0
+    """What a decode step takes without waiting, as the quick ones of late say; 0: not known."""
 
     def step(self, seconds: float, decode: bool) -> None:
         self.steps += 1
         self.seconds += seconds
         if decode:
-            self.recent_seconds += (seconds - self.recent_seconds) * (_SMOOTHING if self.recent_seconds else 1.0)
+            share = 1.0 if not self.service_seconds else _FALL if seconds < self.service_seconds else _RISE
+            self.service_seconds += share * (seconds - self.service_seconds)
 
 
 @dataclass(slots=True)

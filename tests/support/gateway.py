@@ -1,7 +1,7 @@
 """What the scheduler's tests run against: real stage applications and engines behind real HTTP, in this process.
 
-A stage counts (see `counting_group`): the next token is the sum of all tokens so far, so an answer shows every token lost,
-repeated or out of place. What goes wrong at a stage is a test's to say, event by event.
+Most tests have stages that count (see `counting_group`): the next token is the sum of all tokens so far, so an answer shows
+every token lost, repeated or out of place. What goes wrong at a stage is a test's to say, event by event.
 """
 
 import socket
@@ -20,7 +20,8 @@ from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 
 from eventing.batch_codec import decode_batch
 from eventing.delivery import Sender
-from eventing.events import Batch, EventType, Row
+from eventing.events import Batch, Cut, EventType, Row
+from functions.config import StageConfig, read_config
 from functions.gateway.board import Limits
 from functions.gateway.pipeline import Pipeline, PipelineIdentity
 from functions.gateway.routes import Placement
@@ -29,6 +30,7 @@ from functions.gateway.sequence import Sequence as Answer
 from functions.stage.app import create_app
 from functions.stage.engine import Engine
 from functions.stage.event_handlers import EventHandlers
+from functions.stage.layer_group import LayerGroup
 from functions.telemetry import StageMetrics
 from tests.support.counting_group import VOCAB, CountingGroup
 
@@ -101,15 +103,17 @@ class _Server(ThreadedWSGIServer):
         """A connection that the test has broken."""
 
 
-class CountingStage:
+class StageServer:
     """One stage. It can be killed and started again at its address, and slowed down."""
 
-    def __init__(self, index: int, num_stages: int, *, capacity_tokens: int, max_merge: int = 8, idle_seconds: float = 600.0):
+    def __init__(
+        self, index: int, cut: Cut, build: Callable[[], LayerGroup], *, max_merge: int = 8, idle_seconds: float = 600.0
+    ) -> None:
+        """build: makes the group of `cut[index]`, anew for each boot."""
         self.index = index
-        self._num_stages = num_stages
-        self._capacity_tokens = capacity_tokens
-        self._max_merge = max_merge
-        self._idle_seconds = idle_seconds
+        self._cut = cut
+        self._build = build
+        self._settings: dict[str, Any] = {"max_merge": max_merge, "idle_sequence_seconds": idle_seconds}
         self._boots = 0
         self._server: _Server | None = None
         self._lock = threading.Lock()
@@ -126,6 +130,10 @@ class CountingStage:
         self.start()
 
     @property
+    def first_layer(self) -> int:
+        return self._cut[self.index][0]
+
+    @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self._port}"
 
@@ -136,16 +144,8 @@ class CountingStage:
     def start(self) -> None:
         """A new boot, with nothing held."""
         self._boots += 1
-        self.group = CountingGroup(
-            self.index, self.index + 1, self._num_stages, capacity_tokens=self._capacity_tokens, max_positions=2**20
-        )
-        self.engine = _NotingEngine(
-            self,
-            _Slow(self.group, self),
-            num_stages=self._num_stages,
-            max_merge=self._max_merge,
-            idle_sequence_seconds=self._idle_seconds,
-        )
+        self.group = self._build()
+        self.engine = _NotingEngine(self, _Slow(self.group, self), num_stages=len(self._cut), **self._settings)
         self.engine.start()
         server = _Server("127.0.0.1", self._port, self._app(), _Handler)
         server.sockets = set()
@@ -167,13 +167,9 @@ class CountingStage:
         self.engine.stop(drain=False)
 
     def _app(self) -> Callable[["WSGIEnvironment", "StartResponse"], Iterable[bytes]]:
-        config = SimpleNamespace(
-            pipeline=FINGERPRINT,
-            layers=(self.index, self.index + 1),
-            cut=tuple((stage, stage + 1) for stage in range(self._num_stages)),
-        )
         readiness = SimpleNamespace(engine=lambda wait_seconds=0.0: self.engine, phases=dict)
-        handlers = EventHandlers(cast("Any", config), f"stage-{self.index}-boot-{self._boots}", cast("Any", readiness))
+        config = _config(self._cut, self.index)
+        handlers = EventHandlers(config, f"stage-{self.index}-boot-{self._boots}", cast("Any", readiness))
         app = create_app(handlers, TOKEN, StageMetrics())
 
         def with_faults(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
@@ -201,8 +197,26 @@ class CountingStage:
         return with_faults
 
 
+def _config(cut: Cut, index: int) -> StageConfig:
+    groups = [f"{first}:{last}" for first, last in cut]
+    environ = {
+        "LAMINA_ROLE": "stage",
+        "LAMINA_PIPELINE": FINGERPRINT,
+        "LAMINA_PIPELINE_TOKEN": TOKEN,
+        "LAMINA_MODEL": "tiny",
+        "LAMINA_DTYPE": "float32",
+        "LAMINA_CUT": ",".join(groups),
+        "LAMINA_LAYERS": groups[index],
+        "LAMINA_STORE_ENDPOINT": "http://127.0.0.1:9",
+        "LAMINA_STORE_BUCKET": "none",
+        "AWS_ACCESS_KEY_ID": "none",
+        "AWS_SECRET_ACCESS_KEY": "none",
+    }
+    return cast("StageConfig", read_config(environ))
+
+
 class _NotingEngine(Engine):
-    def __init__(self, stage: CountingStage, group: Any, **settings: Any) -> None:
+    def __init__(self, stage: StageServer, group: Any, **settings: Any) -> None:
         super().__init__(group, **settings)
         self._stage = stage
 
@@ -214,7 +228,7 @@ class _NotingEngine(Engine):
 class _Slow:
     """The group, each pass of which takes as long as its stage says."""
 
-    def __init__(self, group: CountingGroup, stage: CountingStage) -> None:
+    def __init__(self, group: LayerGroup, stage: StageServer) -> None:
         self._group = group
         self._stage = stage
 
@@ -251,24 +265,37 @@ def _reset(connection: socket.socket) -> None:
         return
 
 
+def counting_stage(index: int, num_stages: int = 3, capacity_tokens: int = 100_000, **settings: Any) -> StageServer:
+    def build() -> LayerGroup:
+        return CountingGroup(index, index + 1, num_stages, capacity_tokens=capacity_tokens, max_positions=2**20)
+
+    return StageServer(index, [(stage, stage + 1) for stage in range(num_stages)], build, **settings)
+
+
 @contextmanager
-def counting_stages(num_stages: int = 3, capacity_tokens: int = 100_000, **settings: Any) -> Iterator[list[CountingStage]]:
+def counting_stages(num_stages: int = 3, **settings: Any) -> Iterator[list[StageServer]]:
+    with running(lambda index: counting_stage(index, num_stages, **settings), num_stages) as stages:
+        yield stages
+
+
+@contextmanager
+def running(make: Callable[[int], StageServer], num_stages: int) -> Iterator[list[StageServer]]:
+    """Stages that `make` starts, killed at the end."""
     with ExitStack() as stack:
         stages = []
         for index in range(num_stages):
-            stage = CountingStage(index, num_stages, capacity_tokens=capacity_tokens, **settings)
-            stack.callback(stage.kill)
-            stages.append(stage)
+            stages.append(make(index))
+            stack.callback(stages[-1].kill)
         yield stages
 
 
 @contextmanager
 def scheduling(
-    stages: Sequence[CountingStage], *, step_timeout_seconds: float = 20.0, placement: Placement | None = None, **limits: Any
+    stages: Sequence[StageServer], *, step_timeout_seconds: float = 20.0, placement: Placement | None = None, **limits: Any
 ) -> Iterator[Scheduler]:
     """A scheduler over the stages by their URLs, or by `placement`."""
     source = f"/gateways/{id(stages)}-{time.monotonic_ns()}"
-    identity = PipelineIdentity(FINGERPRINT, TOKEN, source, tuple(range(len(stages))))
+    identity = PipelineIdentity(FINGERPRINT, TOKEN, source, tuple(stage.first_layer for stage in stages))
     with Sender() as sender:
         pipeline = Pipeline(sender, identity, step_timeout_seconds)
         placement = placement or Placement([stage.url for stage in stages], watched=False)
