@@ -51,7 +51,8 @@ class Load:
     """(conversations, seconds) in order."""
     prompt_words: tuple[int, int]
     """Least and most words of a prompt."""
-    max_tokens: int
+    max_tokens: tuple[int, int]
+    """Least and most tokens of an answer: were they all alike, conversations would go in step."""
     api_key: str | None
     timeout_seconds: float
     metrics_url: str | None
@@ -115,7 +116,8 @@ async def _converse(load: Load, number: int, over: asyncio.Event, recorder: Reco
     words = random.Random(f"{load.seed} {number}")
     while not over.is_set():
         prompt = " ".join(words.choices(_WORDS, k=words.randint(*load.prompt_words)))
-        question = Question(prompt, load.max_tokens, chat=False, api_key=load.api_key, timeout_seconds=load.timeout_seconds)
+        max_tokens = words.randint(*load.max_tokens)
+        question = Question(prompt, max_tokens, chat=False, api_key=load.api_key, timeout_seconds=load.timeout_seconds)
         started = recorder.now
         recorder.in_flight += 1
         try:
@@ -209,7 +211,7 @@ def parse_plan(text: str) -> tuple[tuple[int, float], ...]:
 @click.option("--metrics", "metrics_url", help="Prometheus page with the revisions' replicas; scraped each second.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="JSON lines.")
 @click.option("--prompt-words", type=(click.IntRange(min=1), click.IntRange(min=1)), default=(8, 64), show_default=True)
-@click.option("--max-tokens", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--max-tokens", type=(click.IntRange(min=1), click.IntRange(min=1)), default=(16, 48), show_default=True)
 @click.option("--api-key", envvar="LAMINA_API_KEY", show_envvar=True)
 @click.option("--timeout", "timeout_seconds", type=click.FloatRange(min=1), default=600.0, show_default=True)
 @click.option("--seed", default=1, show_default=True, help="Of the prompts.")

@@ -66,7 +66,7 @@ def load(folder: Path, handler: Callable[[web.Request], Awaitable[web.StreamResp
         await site.start()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         with output.open("w") as file:
-            await run(Load(url, parse_plan(plan), (2, 4), 3, None, 10, f"{url}/metrics", 1), Recorder(file))
+            await run(Load(url, parse_plan(plan), (2, 4), (3, 3), None, 10, f"{url}/metrics", 1), Recorder(file))
         await runner.cleanup()
 
     asyncio.run(whole())
