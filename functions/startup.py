@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -26,13 +27,25 @@ class StartUp:
         self._began = time.monotonic() - process_age_seconds()
         self._lock = threading.Lock()
         self._phases: dict[str, float] = {}
+        self._listeners: list[Callable[[str, float], None]] = []
         self.mark("process")
 
     def mark(self, phase: str, at: float | None = None) -> None:
         """The phase ended now, or at this reading of time.monotonic(). The first mark of a phase counts."""
         seconds = (time.monotonic() if at is None else at) - self._began
         with self._lock:
-            self._phases.setdefault(phase, round(seconds, 4))
+            if phase in self._phases:
+                return
+            self._phases[phase] = round(seconds, 4)
+            for tell in self._listeners:
+                tell(phase, self._phases[phase])
+
+    def report_to(self, tell: Callable[[str, float], None]) -> None:
+        """`tell` gets every phase with its seconds: those that have ended at once, the others when they end."""
+        with self._lock:
+            self._listeners.append(tell)
+            for phase, seconds in self._phases.items():
+                tell(phase, seconds)
 
     def phases(self) -> dict[str, float]:
         """Phase → seconds from the start of the process to its end, of the phases that ended."""

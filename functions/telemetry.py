@@ -40,6 +40,9 @@ class FunctionMetrics:
             registry=self.registry,
         )
 
+    def phase_ended(self, phase: str, seconds: float) -> None:
+        self.startup_phase.labels(phase).set(seconds)
+
 
 class StageMetrics(FunctionMetrics):
     def __init__(self) -> None:

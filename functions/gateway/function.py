@@ -34,6 +34,7 @@ class GatewayFunction:
         self._config = config
         self._start_up = start_up
         self._metrics = GatewayMetrics()
+        start_up.report_to(self._metrics.phase_ended)
         self._generator: Generator | None = None
         self._running = start_scheduler(config)
         self._draining = False
@@ -71,8 +72,6 @@ class GatewayFunction:
             stop(_FAILED_STATUS)
             return
         self._start_up.mark("last_byte")
-        for phase, seconds in self._start_up.phases().items():
-            self._metrics.startup_phase.labels(phase).set(seconds)
         self._metrics.ready.set(1)
         self._generator = Generator(text, self._running.scheduler, self._metrics)
         _log.info("ready after %.2f s", self._start_up.phases()["last_byte"])

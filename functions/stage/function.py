@@ -39,6 +39,7 @@ class StageFunction:
         self._config = config
         self._start_up = start_up
         self._metrics = StageMetrics()
+        start_up.report_to(self._metrics.phase_ended)
         self._changed = threading.Condition()
         self._engine: Engine | None = None
         self._failed = False
@@ -105,8 +106,6 @@ class StageFunction:
 
     def _measure_engine(self, engine: "Engine") -> None:
         self._metrics.watch(lambda: engine.free_tokens, lambda: engine.sequences)
-        for phase, seconds in self.phases().items():
-            self._metrics.startup_phase.labels(phase).set(seconds)
         self._metrics.ready.set(1)
 
     def _sick(self) -> str | None:
