@@ -70,14 +70,14 @@ deploy-kn: needs-spec needs-store $(VENV)/run.stamp ## The same with kn and kube
 	@$(BIN)/python -m knative push --spec "$$SPEC" $${MODEL:+"$$MODEL"}
 	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 	  $(BIN)/python -m knative render "$$SPEC" --output "$$folder" $${IMAGE:+--image "$$IMAGE"}; \
-	  $(BIN)/python -m knative check "$$folder"/stage-*.yaml "$$folder"/gateway.yaml; \
-	  for file in "$$folder"/*.yaml; do \
-	    case "$$file" in */stage-*|*/gateway.yaml) ;; *) kubectl $${CONTEXT:+--context "$$CONTEXT"} apply -f "$$file" ;; esac; \
-	  done; \
-	  for file in "$$folder"/stage-*.yaml "$$folder"/gateway.yaml; do \
-	    name=$$(sed -n 's/^  name: //p;T;q' "$$file"); namespace=$$(sed -n 's/^  namespace: //p;T;q' "$$file"); \
+	  $(BIN)/python -m knative check "$$folder"/stage-*.yaml "$$folder"/gateway*.yaml; \
+	  apply() { [ ! -e "$$1" ] || kubectl $${CONTEXT:+--context "$$CONTEXT"} apply --filename "$$1"; }; \
+	  for part in access network monitoring; do apply "$$folder/$$part.yaml"; done; \
+	  for file in "$$folder"/stage-*.yaml "$$folder"/gateway*.yaml; do \
+	    name=$$(awk '$$1 == "name:" { print $$2; exit }' "$$file"); namespace=$$(awk '$$1 == "namespace:" { print $$2; exit }' "$$file"); \
 	    kn $${CONTEXT:+--context "$$CONTEXT"} service apply "$$name" --namespace "$$namespace" --filename "$$file" --wait-timeout "$$TIMEOUT"; \
-	  done
+	  done; \
+	  apply "$$folder/eventing.yaml"
 
 .PHONY: test-cluster
 test-cluster: $(VENV)/dev.stamp ## The whole life of a pipeline on a real cluster (LAMINA_TEST_KUBECONFIG= LAMINA_TEST_IMAGE= and the store's keys)

@@ -161,6 +161,17 @@ class Eventing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Of one delivery: as long as the longest answer, cold start included."""
 
 
+class Monitoring(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """PodMonitor and PrometheusRule; needs the Prometheus operator."""
+
+    labels: dict[str, str] = {}
+    """On both objects: what the Prometheus selects by, such as `release: prometheus`."""
+    interval_seconds: Annotated[int, Meta(ge=1, le=300)] = 15
+    queue_proxy_metrics: bool = False
+    """Scrapes queue-proxy too, which listens only once config-observability has `request-metrics-protocol: prometheus`."""
+    alerts: bool = True
+
+
 class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One pipeline. Either `stages` (the planner cuts) or `cut` (`0:10,10:20,20:30`)."""
 
@@ -178,6 +189,8 @@ class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     network: Network = Network()
     eventing: Eventing | None = None
     """Unset: the pipeline is asked over HTTP only."""
+    monitoring: Monitoring | None = None
+    """Unset: whoever scrapes the pods brings their own objects."""
     log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$")] = "info"
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from knative.eventing_manifests import eventing_objects
 from knative.manifests import Manifest as Object
 from knative.manifests import Pipeline, events_gateway_service, gateway_access, gateway_service, services, stage_service
 from knative.model_shape import ModelShape, shape_from_objects
+from knative.monitoring import monitoring_objects
 from knative.network_policy import network_policies
 from knative.pipeline_spec import PipelineSpec, parse_cut
 from knative.planner import cut_evenly
@@ -21,10 +22,12 @@ class RenderFailed(Exception):
 
 
 def render(pipeline: Pipeline) -> dict[str, list[Object]]:
-    """File name → objects, in the order in which they are applied: access, network, stages, gateways, eventing."""
+    """File name → objects, in the order in which they are applied: access, network, monitoring, stages, gateways, eventing."""
     files = {"access.yaml": gateway_access(pipeline)} if pipeline.spec.gateway.service_account is None else {}
     if pipeline.spec.network.policies:
         files["network.yaml"] = network_policies(pipeline)
+    if pipeline.spec.monitoring is not None:
+        files["monitoring.yaml"] = monitoring_objects(pipeline)
     for index in range(len(pipeline.cut)):
         files[f"stage-{index}.yaml"] = [stage_service(pipeline, index)]
     files["gateway.yaml"] = [gateway_service(pipeline)]

@@ -16,7 +16,7 @@ from storage.settings import StoreSettings
 from tests.support.published import save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = ("awk", "bash", "cat", "env", "mktemp", "rm", "sed", "sh")
+TOOLS = ("awk", "bash", "cat", "env", "mktemp", "rm", "sh")
 """What recipes use; no kn, kubectl or container engine that this machine may have."""
 STAMPS = ("-o", ".venv/run.stamp", "-o", ".venv/dev.stamp")
 """What is installed stays as it is."""
@@ -85,7 +85,7 @@ def test_kn_gets_a_file_for_each_service_and_kubectl_the_rest(tmp_path: Path, st
     calls = (tmp_path / "calls").read_text().splitlines()
     kubectl = [call for call in calls if call.startswith("kubectl")]
     assert [Path(call.split()[-1]).name for call in kubectl] == ["access.yaml", "network.yaml"]
-    assert all("--context there apply -f" in call for call in kubectl)
+    assert all("--context there apply --filename" in call for call in kubectl)
     assert calls[: len(kubectl)] == kubectl
     applied = [call.split() for call in calls if call.startswith("kn ")]
     assert [Path(call[call.index("--filename") + 1]).name for call in applied] == [

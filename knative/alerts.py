@@ -1,0 +1,102 @@
+"""Alert rules, by the metrics that functions export alone: they hold on a cluster whose Knative exports nothing.
+
+docs/operating.md has a section for each, which says what to do.
+"""
+
+from dataclasses import dataclass
+from string import Template
+from typing import Any, Final
+
+_OF_PIPELINE: Final = "sum by (namespace, pipeline)"
+_RUNBOOK: Final = "docs/operating.md#"
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """expression: PromQL, with `$of` where matchers of one pipeline go; a comma may stand behind the last matcher."""
+
+    name: str
+    expression: str
+    for_minutes: int
+    severity: str
+    summary: str
+
+
+ALERTS: Final = (
+    Alert(
+        "LaminaStuck",
+        f"{_OF_PIPELINE} (lamina_gateway_waiting_sequences{{$of}} + lamina_gateway_running_sequences{{$of}}) > 0"
+        f" and {_OF_PIPELINE} (rate(lamina_gateway_drawn_tokens_total{{$of}}[5m])) == 0",
+        5,
+        "critical",
+        "Requests wait, and no token has come for five minutes",
+    ),
+    Alert(
+        "LaminaAnswersFail",
+        f'{_OF_PIPELINE} (rate(lamina_gateway_answers_total{{outcome!~"stop|length|cancelled|invalid-request",$of}}[5m]))'
+        f" / {_OF_PIPELINE} (rate(lamina_gateway_answers_total{{$of}}[5m])) > 0.05",
+        5,
+        "critical",
+        "More than one answer in twenty ends with an error",
+    ),
+    Alert(
+        "LaminaFirstTokenSlow",
+        "histogram_quantile(0.95, sum by (namespace, pipeline, le)"
+        " (rate(lamina_gateway_time_to_first_token_seconds_bucket{$of}[5m]))) > 30",
+        10,
+        "warning",
+        "One answer in twenty begins after more than 30 seconds",
+    ),
+    Alert(
+        "LaminaQueueLong",
+        f"{_OF_PIPELINE} (lamina_gateway_waiting_sequences{{$of}}) > 64",
+        10,
+        "warning",
+        "More than 64 requests have been waiting for ten minutes",
+    ),
+    Alert(
+        "LaminaReplays",
+        f"{_OF_PIPELINE} (rate(lamina_gateway_replays_total{{$of}}[10m]))"
+        f" / {_OF_PIPELINE} (rate(lamina_gateway_answers_total{{$of}}[10m])) > 0.5",
+        10,
+        "warning",
+        "Every second answer is computed anew somewhere: routes break or keys and values are lost",
+    ),
+    Alert(
+        "LaminaStageFails",
+        'sum by (namespace, pipeline, service) (rate(lamina_stage_events_total{status="500",$of}[5m])) > 0.1',
+        5,
+        "critical",
+        "A stage fails while it computes",
+    ),
+    Alert(
+        "LaminaStageMemoryFull",
+        "max by (namespace, pipeline, service) (lamina_stage_free_tokens{$of}) < 256"
+        f" and on (namespace, pipeline) {_OF_PIPELINE} (lamina_gateway_waiting_sequences{{$of}}) > 0",
+        10,
+        "warning",
+        "Requests wait because no pod of a stage has room for their keys and values",
+    ),
+    Alert(
+        "LaminaNotReady",
+        "min by (namespace, pipeline, service, pod) (lamina_ready{$of}) == 0",
+        10,
+        "warning",
+        "A pod has not become ready for ten minutes",
+    ),
+)
+
+
+def rule_groups(matchers: str = "") -> list[dict[str, Any]]:
+    """Prometheus' rule groups, for all pipelines or, with matchers such as `pipeline="chat"`, for one."""
+    return [{"name": "lamina", "rules": [_rule(alert, matchers) for alert in ALERTS]}]
+
+
+def _rule(alert: Alert, matchers: str) -> dict[str, Any]:
+    return {
+        "alert": alert.name,
+        "expr": Template(alert.expression).substitute(of=matchers),
+        "for": f"{alert.for_minutes}m",
+        "labels": {"severity": alert.severity},
+        "annotations": {"summary": alert.summary, "runbook": _RUNBOOK + alert.name.lower()},
+    }
