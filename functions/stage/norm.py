@@ -1,6 +1,6 @@
 """RMSNorm in five small operators: torch's own on CPUs is a chain of eight, and upcasts bf16 on top.
 
-1 row of 576 fp32: 4 µs, `F.rms_norm` 7; 128 rows: 19 and 27 (Xeon with AMX, one thread).
+One row of 576 in fp32 takes 6.1 µs (`F.rms_norm` 7.1), 512 rows 103 (638); Xeon with AMX, one thread.
 """
 
 import torch
