@@ -62,8 +62,10 @@ class _Body:
         return bytes(self._data)
 
     def write_body(self, data: bytes) -> None:
+        if self._done.done():  # too long already
+            return
         self._data += data
-        if len(self._data) > MAX_EVENT_BYTES and not self._done.done():
+        if len(self._data) > MAX_EVENT_BYTES:
             text = f"an event has at most {MAX_EVENT_BYTES} bytes here; send a reference to more (dataref)"
             self._done.set_exception(HttpError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text))
 
