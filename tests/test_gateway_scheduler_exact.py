@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -77,15 +78,18 @@ def test_batched_answers_are_those_of_the_whole_model(undisturbed: list[list[int
 
 
 def test_answers_survive_everything_that_stages_can_do(undisturbed: list[list[int]]) -> None:
-    """Two gateways; now and then an event befalls what the dice say, at any stage; some clients go away."""
+    """Two gateways; three times a second some event befalls what the dice say, at any stage; some clients go away."""
     dice = random.Random(5)
     lock = threading.Lock()
     happened: list[Fault] = []
+    last = time.monotonic()
 
     def trouble(seen: Seen) -> Fault | None:
+        nonlocal last
         with lock:
-            if seen.type != EventType.FORWARD or dice.random() > 0.01:
+            if seen.type != EventType.FORWARD or seen.arrived < last + dice.uniform(0.2, 0.5):
                 return None
+            last = seen.arrived
             happened.append(dice.choice(TROUBLES))
             return happened[-1]
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from functions.gateway.admission import FairQueue, micro_batches_allowed, micro_batches_wanted
 from functions.gateway.job import Job
 from functions.gateway.micro_batch import MicroBatch, level, prompt_pieces
-from functions.gateway.progress import Progress
+from functions.gateway.progress import Piece, Progress
 from functions.gateway.routes import Instance, Route
 from functions.gateway.sequence import Sequence
 from functions.gateway.stats import StageStats
@@ -214,3 +215,30 @@ def test_an_event_is_filled_with_chunks_of_several_prompts() -> None:
 def test_a_suspect_travels_alone() -> None:
     assert [one.number for one, _ in prompt_pieces([job(0), job(1, strikes=1), job(2)], 64)] == [0, 2]
     assert [one.number for one, _ in prompt_pieces([job(1, strikes=1), job(2)], 64)] == [1]
+
+
+def test_strikes_count_breaks_at_one_place_and_accidents_are_forgiven() -> None:
+    accident, poison = job(0), job(1)
+    for stage, position in ((0, 0), (1, 0), (1, 64), (0, 64), (2, 64), (1, 0)):
+        accident.broke(stage, Piece(position, 64, 2))
+        assert accident.strikes == 1
+    for position in (0, 32, 60):
+        poison.broke(1, Piece(position, 64, 2))
+    assert poison.strikes == 3
+    assert poison.exhausted
+    assert not accident.exhausted
+    for stage in (0, 1, 0):
+        accident.broke(stage, Piece(0, 64, 2))
+    assert accident.exhausted, "nothing is tried for ever"
+    accident.came_further()
+    assert not accident.exhausted
+
+
+def test_each_replay_comes_later() -> None:
+    suspect = job(0)
+    pauses = []
+    for _ in range(3):
+        suspect.broke(1, Piece(0, 64, 2))
+        pauses.append(suspect.replay_at - time.monotonic())
+    assert pauses == sorted(pauses)
+    assert pauses[0] > 0

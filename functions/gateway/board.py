@@ -15,7 +15,7 @@ from eventing.events import Row, Status
 from eventing.generation import ReleaseRow
 from eventing.problems import DeadlineExceeded, InvalidRequest, PipelineUnavailable, Problem, ReplaysExhausted
 from functions.gateway.admission import FairQueue
-from functions.gateway.job import MOST_STRIKES, Job
+from functions.gateway.job import Job
 from functions.gateway.micro_batch import MicroBatch
 from functions.gateway.pipeline import Answerer, ForwardReply, StageFailed
 from functions.gateway.progress import Piece
@@ -209,7 +209,7 @@ class Board:
         pieces, trip.pieces = trip.pieces, []
         for job, piece in pieces:
             if (failure.blames or failure.final) and not (job.must_restart or job.sequence.over):
-                job.broke(piece)
+                job.broke(failure.stage, piece)
                 self._suspect(job, str(failure), PipelineUnavailable if failure.final else ReplaysExhausted)
             job.progress.failed()
             job.must_restart = True
@@ -261,8 +261,8 @@ class Board:
 
     def _suspect(self, job: Job, why: str, problem: type[Problem] = ReplaysExhausted) -> None:
         self.suspects.add(job)
-        if job.strikes >= MOST_STRIKES:
-            job.sequence.fail(problem(f"gave up after {job.strikes} attempts that came no further; the last: {why}"))
+        if job.exhausted:
+            job.sequence.fail(problem(f"gave up after {job.breaks} attempts that came no further; the last: {why}"))
 
     # Leaving a micro-batch.
 

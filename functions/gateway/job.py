@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from functions.gateway.micro_batch import MicroBatch
 
 MOST_STRIKES: Final = 3
-"""Attempts of a sequence that may break its route, one after the other, before it ends with an error."""
+"""Attempts of a sequence that may break its route at the same place, one after the other, before it ends with an error."""
+MOST_BREAKS: Final = 9
+"""The same at whatever place: stages that are killed every few seconds break a sequence here and there, poison in one place."""
 ON_TRIAL_AT: Final = 2
 """From so many on it goes on only while nothing else is in flight, so that it can take nobody with it."""
 _FIRST_PAUSE_SECONDS: Final = 0.1
@@ -36,9 +38,11 @@ class Job:
     one_by_one: bool = False
     """Its reservation did not fit once: from then on it asks one stage after the other, in order."""
     strikes: int = 0
-    """Times that its own step broke its route since it last came further."""
-    broke_before: int = 0
-    """Position before which its steps broke the route: what breaks behind it is another cause."""
+    """Times that it broke its route at the same place since it last came further, as far as anybody can tell."""
+    breaks: int = 0
+    """The same at whatever place."""
+    broke_at: tuple[int, Piece] | None = None
+    """Stage and piece of its last break."""
     missed_at: set[int] = field(default_factory=set)
     """Stages that lost it since it last came further: the first time is forgiven, each further one is a strike."""
     replay_at: float = 0.0
@@ -65,21 +69,27 @@ class Job:
     def decodes(self) -> bool:
         return self.at_rest and not self.must_restart and self.progress.decodes(self.total_tokens)
 
+    @property
+    def exhausted(self) -> bool:
+        return self.strikes >= MOST_STRIKES or self.breaks >= MOST_BREAKS
+
     def came_further(self) -> None:
         """It has a new token: whatever broke before was not its fault."""
-        self.strikes = 0
+        self.strikes = self.breaks = 0
         self.missed_at.clear()
 
-    def broke(self, piece: Piece) -> None:
-        """`piece` was at a stage when that failed. It is the first of its kind if the sequence had come further than ever."""
-        if piece.position >= self.broke_before:
+    def broke(self, stage: int, piece: Piece) -> None:
+        """`stage` failed with `piece` in hand: what tokens do to a stage they do again, accidents happen anywhere."""
+        last = self.broke_at
+        if last is None or last[0] != stage or not piece.overlaps(last[1]):
             self.strikes = 0
-        self.broke_before = max(self.broke_before, piece.end)
+        self.broke_at = (stage, piece)
         self.strike()
 
     def strike(self) -> None:
         """The sequence may have done it: its next attempt comes later each time."""
         self.strikes += 1
+        self.breaks += 1
         pause = min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 4 ** (self.strikes - 1))
         self.replay_at = time.monotonic() + pause * random.uniform(0.75, 1.25)
 

@@ -155,7 +155,9 @@ class Planner:
         most = board.limits.micro_batch_sequences
         sequences = board.running + len(board.queue) + len(board.memory.hungry)
         wanted = micro_batches_wanted(sequences, board.placement.num_stages, most, self._allowed())
-        if len(board.micro_batches) < wanted:
+        # On an older revision sequences end where they began, and none begins: or it would never fall to zero.
+        current = [batch for batch in board.micro_batches if not board.placement.outdated(batch.route)]
+        if len(current) < wanted:
             route = board.placement.place(job.reserve_tokens)
             if route is None:
                 board.no_route_since = board.no_route_since or now
@@ -164,7 +166,7 @@ class Planner:
             return board.micro_batches[-1]
         with_room = [
             batch
-            for batch in board.micro_batches
+            for batch in current
             if len(batch.jobs) < most
             and batch not in closed
             and batch.target is None

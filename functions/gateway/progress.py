@@ -20,6 +20,9 @@ class Piece:
     def end(self) -> int:
         return self.position + self.length
 
+    def overlaps(self, other: "Piece") -> bool:
+        return self.position < other.end and other.position < self.end
+
 
 class Progress:
     """Tokens held per stage of one attempt. Not thread-safe: the scheduler's lock is held around it."""

@@ -192,6 +192,14 @@ class Placement:
         """An instance of `route` is on its way out and nobody stands by: the stage has to be woken."""
         return any(instance.terminating and not self._current(instance.stage) for instance in route.instances)
 
+    def outdated(self, route: Route) -> bool:
+        """A newer revision takes work in place of one of its instances."""
+        return any(
+            bool(current := self._current(instance.stage)) and instance not in current
+            for instance in route.instances
+            if instance.ready
+        )
+
     def unbalanced(self) -> tuple[Instance, Instance] | None:
         """(from, to): an instance with so many routes more than another that one should move; None where all is well."""
         for stage in range(self.num_stages):
