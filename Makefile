@@ -125,7 +125,7 @@ format: $(VENV)/dev.stamp ## Format the code and mend what the linter can
 	$(BIN)/ruff format .
 
 .PHONY: generate
-generate: $(VENV)/dev.stamp ## Write generated files anew: rendered examples, pages of the environment and of the command line
+generate: $(VENV)/dev.stamp ## Write generated files anew: rendered examples, pages of the environment and the command line, dashboard, alerts
 	PYTHONPATH=. $(BIN)/python docs/generate.py
 
 .PHONY: clean

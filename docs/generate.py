@@ -3,6 +3,7 @@
 Each is a function of the code alone; a page that cannot be written here does not belong here.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import click
 
 from functions.environment_page import markdown_page
 from knative.__main__ import main as command_line
+from knative.alerts import rule_groups
 from knative.commands.render import rendered_files
+from knative.dashboard import dashboard
 from knative.manifests import to_yaml
 from knative.pipeline_spec import load_spec
 from knative.store_access import StoreOptions
@@ -24,6 +27,8 @@ def generated() -> Iterator[tuple[Path, str]]:
     """Every generated file with its text."""
     yield ROOT / "docs" / "environment.md", markdown_page()
     yield ROOT / "docs" / "commands.md", commands_page()
+    yield ROOT / "monitoring" / "dashboard.json", json.dumps(dashboard(), indent=1) + "\n"
+    yield ROOT / "monitoring" / "alerts.yaml", to_yaml([{"groups": rule_groups()}])
     for spec in sorted((ROOT / "examples").glob("*/pipeline.yaml")):
         for name, objects in rendered_files(load_spec(spec), NO_STORE).items():
             yield spec.parent / "rendered" / name, to_yaml(objects)
