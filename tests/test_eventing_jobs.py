@@ -1,8 +1,8 @@
 """Jobs through Broker, Triggers and Sequence on one machine, as a cluster would run them, with deliveries that go wrong.
 
 Real processes, real HTTP, the rendered objects. Every tenth delivery is made twice, every twentieth fails once, half of these
-after the subscriber has done its work; the gateway, subscriber of both kinds of jobs, is killed and started again. A sink that drops what it knows counts
-each job once, and what it counts is what the functions answer without any of this.
+after the subscriber has done its work; the gateway, subscriber of both kinds of jobs, is killed and started again. A sink that
+drops what it knows counts each job once, and what it counts is what the functions answer without any of this.
 """
 
 import asyncio

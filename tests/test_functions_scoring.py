@@ -14,9 +14,18 @@ import torch
 from cloudevents.core.v1.event import CloudEvent
 
 from eventing.claim_check import ClaimCheck
-from eventing.cloud_event import batch_event, checked_event, expiry_time, json_data, json_event, reply_id
+from eventing.cloud_event import (
+    batch_event,
+    checked_event,
+    data_buffers,
+    expiry_time,
+    json_data,
+    json_event,
+    make_event,
+    reply_id,
+)
 from eventing.delivery import Sender
-from eventing.events import Attribute, Batch, EventType, Result, Row, Status, Tensor, Want
+from eventing.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType, Result, Row, Status, Tensor, Want
 from eventing.generation import ReleaseRow, ScoreRequest, ScoreResponse
 from eventing.http_binding import from_http, to_binary_http
 from eventing.problems import (
@@ -191,8 +200,8 @@ def wide(published: Published) -> Iterator[tuple[list[WideEngine], list[Scorer]]
         yield engines, [Scorer(*pair, claims, TOKEN) for pair in zip(identities, engines, strict=True)]
 
 
-def hundred_tokens() -> CloudEvent:
-    batch = Batch((score_row("job", 100),), memoryview(array("i", range(100))))
+def first_event(tokens: int = 100) -> CloudEvent:
+    batch = Batch((score_row("job", tokens),), memoryview(array("i", range(tokens))))
     end = datetime.now(UTC) + timedelta(minutes=1)
     return sign(batch_event(EventType.FORWARD, "/gateway", batch, layer=0, expirytime=end), TOKEN)
 
@@ -202,7 +211,7 @@ Wide = tuple[list[WideEngine], list[Scorer]]
 
 def test_hidden_states_too_large_for_a_channel_wait_in_the_store(wide: Wide, published: Published) -> None:
     engines, (first, last) = wide
-    following = first.answer(hundred_tokens())
+    following = first.answer(first_event())
     assert following.get_data() is None
     assert str(following.get_extension(Attribute.DATAREF)).startswith(f"s3://{published.store.bucket}/claims/")
     verify(following, TOKEN)
@@ -215,9 +224,30 @@ def test_hidden_states_too_large_for_a_channel_wait_in_the_store(wide: Wide, pub
     assert engines[0].released != engines[1].released, "each delivery has a name of its own"
 
 
+def test_a_response_too_large_for_a_channel_waits_in_the_store_too(wide: Wide, published: Published) -> None:
+    _, (_, last) = wide
+    data = data_buffers(first_event(20_000))
+    end = datetime.now(UTC) + timedelta(minutes=1)
+    event = make_event(EventType.FORWARD, "/s", data, BATCH_CONTENT_TYPE, id="job", layer=2, expirytime=end)
+    response = last.answer(event)
+    assert response.get_data() is None
+    with PayloadStore(published.store) as store:
+        whole = ClaimCheck(store, published.store.bucket).redeem(response)
+    assert json_data(whole, ScoreResponse).logprob_sum == -19_999
+
+
+def test_a_request_may_wait_in_the_store(steps: Steps, published: Published) -> None:
+    with PayloadStore(published.store) as store:
+        claims = ClaimCheck(store, published.store.bucket)
+        by_claim_check = claims.check_in(request(ScoreRequest(text="word " * 20_000)), datetime.now(UTC))
+    assert by_claim_check.get_data() is None
+    with pytest.raises(InvalidRequest, match=f"context is {CONTEXT}"):
+        steps.send(steps.urls[0], by_claim_check)
+
+
 def test_payloads_that_are_gone_or_not_the_same_are_refused(wide: Wide, published: Published) -> None:
     _, (first, last) = wide
-    following = first.answer(hundred_tokens())
+    following = first.answer(first_event())
     key = str(following.get_extension(Attribute.DATAREF)).removeprefix(f"s3://{published.store.bucket}/")
     store = ObjectStore(published.store)
     size = len(store.get(key))
@@ -236,7 +266,7 @@ def test_a_store_that_does_not_answer_is_worth_a_retry(published: Published) -> 
     identity = StageIdentity("0123456789ab", 0, 2, True, False, "me")
     scorer = Scorer(identity, WideEngine(scores=False), ClaimCheck(nowhere, "lamina"), TOKEN)
     with pytest.raises(NotReady, match=r"127\.0\.0\.1:1"):
-        scorer.answer(hundred_tokens())
+        scorer.answer(first_event())
 
 
 def test_a_text_may_fill_the_context(steps: Steps, published: Published) -> None:
@@ -284,7 +314,11 @@ def test_stages_are_asked_in_their_order(steps: Steps) -> None:
 
 
 def signed(published: Published, batch: Batch, **attributes: Any) -> CloudEvent:
-    usual: dict[str, Any] = {"layer": 0, "pipeline": published.fingerprint(), "expirytime": datetime.now(UTC) + timedelta(minutes=1)}
+    usual: dict[str, Any] = {
+        "layer": 0,
+        "pipeline": published.fingerprint(),
+        "expirytime": datetime.now(UTC) + timedelta(minutes=1),
+    }
     return sign(batch_event(EventType.FORWARD, "/jobs", batch, **usual | attributes), TOKEN)
 
 

@@ -18,7 +18,7 @@ from knative.local.eventing import LocalEventing
 from knative.local.eventing_objects import Delivery, Trigger, read_eventing_object
 from knative.local.probes import UnsupportedManifest
 from tests.support.event_sink import EventSink, Reply, event_sink, post
-from tests.support.platform import client, until
+from tests.support.platform import client, echo_service, revision, running_platform, until
 
 
 def a(kind: str, name: str, spec: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -423,6 +423,19 @@ def test_what_cannot_be_run_is_named(tmp_path: Path, manifest: dict[str, Any], w
         with pytest.raises(UnsupportedManifest, match=words):
             async with local(tmp_path, a("Broker", "b"), manifest):
                 pass
+
+    asyncio.run(scenario())
+
+
+def test_the_platform_wakes_a_service_for_an_event(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        step = {"ref": {"apiVersion": "serving.knative.dev/v1", "kind": "Service", "name": "echo"}, "delivery": delivery()}
+        manifests = [a("Sequence", "s", {"steps": [step]}), a("Broker", "b"), trigger("in", TO_SEQUENCE), echo_service()]
+        async with running_platform(tmp_path, *manifests) as platform, client() as session:
+            assert revision(platform).pods == []
+            assert await post(session, platform.eventing.broker_url("b"), event()) == (202, "")
+            await until(lambda: platform.status()["eventing"]["steps"][0]["delivered"] == 1)
+            assert len(revision(platform).pods) == 1
 
     asyncio.run(scenario())
 
