@@ -12,6 +12,7 @@ from itertools import accumulate, pairwise
 from typing import Final
 
 from eventing.events import Cut
+from functions.gateway.admission import micro_batches_wanted
 from knative.model_shape import ModelShape
 
 SEQUENCE_TOKENS: Final = 4096
@@ -79,7 +80,7 @@ def replicas_for(
     A micro-batch is at one stage at a time. Once every stage has the pods it needs, a stage holds the share of the
     micro-batches that it has of a round's compute, and the autoscaler wants one pod for each `target` of them.
     """
-    micro_batches = math.ceil(conversations / micro_batch)
+    micro_batches = micro_batches_wanted(conversations, len(plans), micro_batch, allowed=conversations)
     return [min(max_scale, max(1, math.ceil(micro_batches * plan.compute_share / target))) for plan in plans]
 
 

@@ -162,7 +162,8 @@ def test_plan_of_llama_2_13b() -> None:
     assert "cut: 0:10,10:20,20:30,30:40" in result.output
     assert re.search(r"^0 +0:10 +6\.2 GiB +25% +200\.0 KiB +800\.0 MiB +10\.0 KiB$", result.output, re.MULTILINE)
     assert "a hop carries 10240 bytes per token" in result.output
-    assert "stage 3: 2" in result.output
+    asked = "replicas for 64 conversations in micro-batches of at most 8, 1.4 in flight for each pod, at most 10"
+    assert f"{asked}: stage 0: 2, stage 1: 2, stage 2: 2, stage 3: 2" in result.output
 
 
 @pytest.mark.parametrize(

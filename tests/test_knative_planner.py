@@ -136,3 +136,11 @@ def test_replicas_follow_the_compute_share() -> None:
     assert replicas_for(plans, conversations=8, micro_batch=8, target=1.4, max_scale=10) == [1, 1, 1]
     assert replicas_for(plans, conversations=128, micro_batch=8, target=1.4, max_scale=10) == [4, 5, 5]
     assert replicas_for(plans, conversations=1280, micro_batch=8, target=1.4, max_scale=10) == [10, 10, 10]
+
+
+def test_few_conversations_are_still_a_micro_batch_for_each_stage() -> None:
+    """As the gateway divides them: half of three micro-batches in one stage are more than one pod is meant for."""
+    plans = plan_stages(shape_from_config(SMOLLM2, "s", "bfloat16"), ((0, 2), (2, 28), (28, 30)))
+    assert plans[1].compute_share * 1 < 1.4 < plans[1].compute_share * 3
+    assert replicas_for(plans, conversations=1, micro_batch=8, target=1.4, max_scale=10) == [1, 1, 1]
+    assert replicas_for(plans, conversations=3, micro_batch=8, target=1.4, max_scale=10) == [1, 2, 1]

@@ -7,6 +7,7 @@ import click
 from rich.console import Console
 
 from eventing.events import Cut
+from functions.gateway.board import Limits
 from knative.console import show_table, size
 from knative.model_shape import ModelShape, shape_from_folder
 from knative.pipeline_spec import DTYPES, Autoscaling, format_cut, parse_cut
@@ -14,8 +15,6 @@ from knative.planner import StagePlan, cut_evenly, plan_stages, replicas_for
 from knative.rendering import published_shape
 from knative.store_access import StoreOptions, open_store, store_options
 from storage.model_repository import read_manifest
-
-_MICRO_BATCH_SEQUENCES = 8
 
 
 @click.command()
@@ -74,10 +73,11 @@ def _show(console: Console, shape: ModelShape, cut: Cut, plans: tuple[StagePlan,
 def _show_replicas(console: Console, plans: tuple[StagePlan, ...], conversations: int) -> None:
     scaling = Autoscaling()
     per_pod = (scaling.target or 2) * scaling.target_utilization_percentage / 100
-    replicas = replicas_for(plans, conversations, _MICRO_BATCH_SEQUENCES, per_pod, scaling.max_scale)
+    micro_batch = Limits().micro_batch_sequences
+    replicas = replicas_for(plans, conversations, micro_batch, per_pod, scaling.max_scale)
     text = ", ".join(f"stage {plan.index}: {count}" for plan, count in zip(plans, replicas, strict=True))
     console.out(
-        f"replicas for {conversations} conversations in micro-batches of {_MICRO_BATCH_SEQUENCES}, "
+        f"replicas for {conversations} conversations in micro-batches of at most {micro_batch}, "
         f"{per_pod:g} in flight for each pod, at most {scaling.max_scale}: {text}",
         highlight=False,
     )
