@@ -292,11 +292,16 @@ class Planner:
         """All stages at once the first time, then those that are still cold."""
         board = self._board
         stranded = any(board.placement.strands(batch.route) for batch in board.micro_batches)
-        if self._waking or now < self._wake_at or not (board.waiting or stranded):
+        if now < self._wake_at or not (board.waiting or stranded):
             return
+        first = board.no_route_since is None or now - board.no_route_since < WAKE_PAUSE_SECONDS
+        yield from self.wake(everything=first)
+
+    def wake(self, *, everything: bool) -> Iterator[Wake]:
+        """Where any stage is cold, and no round is under way. everything: all stages, not only those that are known to be."""
+        board = self._board
         cold = board.placement.cold()
-        if cold:
+        if cold and not self._waking:
             self._waking = True
-            first = board.no_route_since is None or now - board.no_route_since < WAKE_PAUSE_SECONDS
             board.stats.wakes += 1
-            yield Wake(list(range(board.placement.num_stages)) if first else cold)
+            yield Wake(list(range(board.placement.num_stages)) if everything else cold)

@@ -9,7 +9,7 @@ import errno
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,7 +42,7 @@ class PortInUse(Exception):
 
 
 def _from_zero() -> AutoscalerConfig:
-    """Knative's defaults, but new revisions begin at zero: on one machine nothing shall start that nobody asked for."""
+    """Knative's defaults, but what comes first begins at zero: on one machine nothing shall start that nobody asked for."""
     return AutoscalerConfig(allow_zero_initial_scale=True, initial_scale=0)
 
 
@@ -136,7 +136,14 @@ class Platform:
 
     def _make_revision(self, name: RevisionName, template: Mapping[str, Any]) -> Revision:
         settings = revision_settings(template, self._options.autoscaler)
+        if self._any_pods and not settings.initial_scale:
+            # Beside pods that serve, what is new is warmed first, as on a cluster: else traffic would move to zero pods.
+            settings = replace(settings, initial_scale=1)
         return Revision(name, template, settings, self._local_data(), self._around)
+
+    @property
+    def _any_pods(self) -> bool:
+        return any(revision.staying_pods for service in self.services.values() for revision in service.revisions)
 
     def _local_data(self) -> LocalData:
         in_cluster = {
