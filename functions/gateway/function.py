@@ -45,7 +45,11 @@ class GatewayFunction:
         self._metrics.registry.register(SchedulerCollector(self._running.scheduler.stats, names))
 
     def start(self, stop: Callable[[int], None]) -> None:
-        """Loads tokenizer and template in a thread; where that fails, logs the cause and stops with status 1."""
+        """Loads tokenizer and template in a thread; where that fails, logs the cause and stops with status 1.
+
+        Meanwhile the stages wake: at zero a gateway is started by a request, which is about to need them all.
+        """
+        self._running.scheduler.wake()
         threading.Thread(target=self._load, args=(stop,), name="start-up", daemon=True).start()
 
     def drain(self) -> None:

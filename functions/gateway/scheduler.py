@@ -81,6 +81,11 @@ class Scheduler:
             self._board.submit(job)
             self._act()
 
+    def wake(self) -> None:
+        """Warm-up events to all stages at once, where any is cold, before a sequence asks for them."""
+        with self._changed:
+            self._start(list(self._planner.wake(everything=True)))
+
     def drain(self, timeout_seconds: float) -> bool:
         """Takes no new sequences and waits for those it has; False where some are left when the time is over."""
         with self._changed:
