@@ -46,6 +46,10 @@ class ForkStarter:
         with contextlib.suppress(ForkServerGone, asyncio.CancelledError):
             await (await self._server).close()
 
+    async def warm(self) -> None:
+        """Waits until the server has its imports done. Raises ForkServerGone where it could not be launched."""
+        await self._connection()
+
     async def start(self, command: Sequence[str], environ: Mapping[str, str], folder: Path, log: Path) -> Process:
         """As ProcessStarter says. Waits for the server's imports where they are not done yet."""
         if tuple(command) == FUNCTION and folder == self._folder:

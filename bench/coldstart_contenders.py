@@ -1,0 +1,205 @@
+"""One way of getting a stage's weights out of the store, once, in a process of its own; prints the seconds that took.
+
+    python -m bench.coldstart_contenders NAME < job.json
+
+Imports are done before the clock starts, and every way ends with the same tensors in memory (`plain_gets` with nothing).
+"""
+
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import msgspec
+
+from storage.model_repository import Manifest, decode_manifest
+from storage.settings import StoreSettings
+from storage.signing import object_path, signed_get_headers
+
+_CONNECTIONS: Final = 4
+_BUFFER_BYTES: Final = 2**20
+
+
+class Job(msgspec.Struct):
+    """What to load from where."""
+
+    store: dict[str, str]
+    """The fields of StoreSettings."""
+    manifest: str
+    cache: str
+    """A folder."""
+
+    @property
+    def settings(self) -> StoreSettings:
+        return StoreSettings(**self.store)
+
+    def decoded(self) -> Manifest:
+        return decode_manifest(self.manifest.encode(), "manifest.json")
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """What is printed."""
+
+    seconds: float
+    cpu_seconds: float
+    tensors: int
+
+
+Load = Callable[[], object]
+
+
+def lamina(job: Job) -> Load:
+    """The project's loader, as a stage calls it: verified, into the memory of tensors."""
+    return _loader(job, cached=False)
+
+
+def lamina_cached(job: Job) -> Load:
+    """The same with a folder of verified objects from an earlier start, in the page cache."""
+    return _loader(job, cached=True)
+
+
+def _loader(job: Job, *, cached: bool) -> Load:
+    import torch
+
+    from storage.object_reader import ObjectReader
+    from storage.weight_cache import WeightCache
+    from storage.weight_loader import load_layers
+
+    manifest, reader = job.decoded(), ObjectReader(job.settings)
+    cache = WeightCache(Path(job.cache), 2**34) if cached else None
+
+    def load() -> object:
+        raw = load_layers(reader, manifest, 0, manifest.num_layers, cache=cache)
+        return {name: torch.frombuffer(each.data, dtype=torch.bfloat16).view(each.shape) for name, each in raw.items()}
+
+    return load
+
+
+def plain_gets(job: Job) -> Load:
+    """The same ranged GETs, each into a new buffer that is thrown away: no verification, no tensors."""
+    return _gets(job, reuse_buffers=False)
+
+
+def plain_gets_one_buffer(job: Job) -> Load:
+    """The same, always into one buffer of 1 MiB for each connection, which stays in the processor's cache."""
+    return _gets(job, reuse_buffers=True)
+
+
+def _gets(job: Job, *, reuse_buffers: bool) -> Load:
+    settings, manifest = job.settings, job.decoded()
+    endpoint = urlsplit(settings.endpoint_url)
+    parts = deque(
+        (stored.key, start, min(start + stored.part_bytes, stored.bytes))
+        for stored in manifest.objects.values()
+        for start in range(0, stored.bytes, stored.part_bytes)
+    )
+
+    def read() -> None:
+        connection = HTTPConnection(endpoint.hostname or "", endpoint.port)
+        small = memoryview(bytearray(_BUFFER_BYTES))
+        while True:
+            try:
+                key, start, end = parts.popleft()
+            except IndexError:
+                break
+            whole = small if reuse_buffers else memoryview(bytearray(end - start))
+            buffer = whole
+            path = object_path(settings, key)
+            headers = signed_get_headers(settings, path) | {"range": f"bytes={start}-{end - 1}"}
+            connection.request("GET", path, headers=headers)
+            with connection.getresponse() as response:
+                while count := response.readinto(buffer):
+                    buffer = whole if reuse_buffers else buffer[count:]
+        connection.close()
+
+    def load() -> object:
+        threads = [threading.Thread(target=read) for _ in range(_CONNECTIONS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return None
+
+    return load
+
+
+def boto3_download(job: Job) -> Load:
+    """boto3's `download_file`, as it comes, into a file in memory; then `load_file`. What most servers do."""
+    import boto3
+    from botocore.config import Config
+    from safetensors.torch import load_file
+
+    settings, manifest = job.settings, job.decoded()
+    client = boto3.client(
+        "s3",
+        endpoint_url=settings.endpoint_url,
+        region_name=settings.region,
+        aws_access_key_id=settings.access_key_id,
+        aws_secret_access_key=settings.secret_access_key,
+        config=Config(signature_version="s3v4", response_checksum_validation="when_required"),
+    )
+
+    def load() -> object:
+        tensors = {}
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+            for name, stored in manifest.objects.items():
+                file = f"{folder}/{name}.safetensors"
+                client.download_file(settings.bucket, stored.key, file)
+                # A mapped tensor has not been read yet; a copy has.
+                tensors.update({key: tensor.clone() for key, tensor in load_file(file).items()})
+        return tensors
+
+    return load
+
+
+def runai_streamer(job: Job) -> Load:
+    """runai-model-streamer, as it comes."""
+    import os
+
+    settings, manifest = job.settings, job.decoded()
+    os.environ.update(
+        AWS_ENDPOINT_URL=settings.endpoint_url,
+        AWS_ACCESS_KEY_ID=settings.access_key_id,
+        AWS_SECRET_ACCESS_KEY=settings.secret_access_key,
+        AWS_REGION=settings.region,
+        RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING="0",
+        RUNAI_STREAMER_LOG_LEVEL="WARNING",
+    )
+    from runai_model_streamer import SafetensorsStreamer
+
+    urls = [f"s3://{settings.bucket}/{stored.key}" for stored in manifest.objects.values()]
+
+    def load() -> object:
+        with SafetensorsStreamer() as streamer:
+            streamer.stream_files(urls)
+            return dict(streamer.get_tensors())
+
+    return load
+
+
+CONTENDERS: Final[Mapping[str, Callable[[Job], Load]]] = {
+    each.__name__: each for each in (lamina, lamina_cached, plain_gets, plain_gets_one_buffer, boto3_download, runai_streamer)
+}
+
+
+def main(name: str) -> None:
+    job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
+    load = CONTENDERS[name](job)
+    cpu, began = time.process_time(), time.perf_counter()
+    loaded: Any = load()
+    seconds = time.perf_counter() - began
+    print(
+        msgspec.json.encode(
+            {"seconds": seconds, "cpu_seconds": time.process_time() - cpu, "tensors": len(loaded or ())}
+        ).decode()
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,30 @@
+"""How long a process takes to import what its role needs, from its start to its end."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Final
+
+PROGRAMS: Final = {
+    "import torch": "import torch",
+    "lean stage": (
+        "import functions.__main__, functions.server, functions.telemetry, functions.stage.function\n"
+        "import torch\n"
+        "import functions.stage.engine, functions.stage.build, functions.stage.llama"
+    ),
+    "gateway": "import functions.__main__, functions.server, functions.telemetry, functions.gateway.function",
+}
+"""Role → what its start imports (tests/test_functions_start.py holds the real start to it)."""
+
+
+def measure_imports(rounds: int, tell: Callable[[str], None]) -> dict[str, list[float]]:
+    """Seconds of whole processes, in turn."""
+    figures: dict[str, list[float]] = {name: [] for name in PROGRAMS}
+    for _ in range(rounds):
+        for name, code in PROGRAMS.items():
+            began = time.perf_counter()
+            subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+            figures[name].append(time.perf_counter() - began)
+            tell(f"{name}: {figures[name][-1]:.2f} s")
+    return figures
