@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 FINGERPRINT: Final = "0123456789ab"
 TOKEN: Final = "pipeline-secret"
-WAIT_SECONDS: Final = 30.0
+WAIT_SECONDS: Final = 60.0
 """Deadline of everything that a test waits for."""
 
 
