@@ -44,6 +44,7 @@ class ColdStarts:
     monolith_limited: list[ColdStart]
     plain: list[ColdStart]
     forked: list[ColdStart]
+    forked_cached: list[ColdStart]
     limited: dict[int, list[ColdStart]]
 
 
@@ -52,11 +53,15 @@ def say(text: str) -> None:
 
 
 async def measure_cold_starts(around: Surroundings, bytes_per_second: float, rounds: int) -> ColdStarts:
-    found = ColdStarts([], [], [], [], {stages: [] for stages in _CUTS})
+    found = ColdStarts([], [], [], [], [], {stages: [] for stages in _CUTS})
     async with ForkStarter(ROOT, around.logs / "fork-server.log") as starter:
         await starter.warm()
+        cache = around.logs.parent / "weights"
+        await cold_pipeline(around, 3, starter=starter, weights_cache=cache)  # fills it
         for _ in range(rounds):
             found.forked.append(_told("3 forked stages", await cold_pipeline(around, 3, starter=starter)))
+            cached = await cold_pipeline(around, 3, starter=starter, weights_cache=cache)
+            found.forked_cached.append(_told("3 forked stages, cache", cached))
             found.plain.append(_told("3 plain stages", await cold_pipeline(around, 3)))
             found.monolith.append(_told("monolith", await cold_monolith(around)))
             limited = await cold_monolith(around, bytes_per_second=bytes_per_second)
@@ -91,6 +96,7 @@ def measure(folder: Path, rounds: int, bytes_per_second: float) -> Results:
         monolith_limited=starts.monolith_limited,
         plain=starts.plain,
         forked=starts.forked,
+        forked_cached=starts.forked_cached,
         limited=starts.limited,
         imports=imports,
     )

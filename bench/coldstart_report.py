@@ -30,6 +30,8 @@ class Results:
     monolith_limited: Sequence[ColdStart]
     plain: Sequence[ColdStart]
     forked: Sequence[ColdStart]
+    forked_cached: Sequence[ColdStart]
+    """With the folder of verified weights that `python -m knative run` has."""
     limited: Mapping[int, Sequence[ColdStart]]
     """By the number of stages."""
     imports: Mapping[str, Sequence[float]]
@@ -110,6 +112,7 @@ def _first_tokens(results: Results) -> str:
         "monolith": results.monolith,
         "3 stages, plain processes": results.plain,
         "3 stages, forked": results.forked,
+        "3 stages, forked, weights out of the cache": results.forked_cached,
     }
     rows = [(name, f"{first_token(runs):.2f}", _spread(runs), _phases(runs)) for name, runs in named.items()]
     columns = ("what", "first token, seconds", "from – to", "ends of the phases, latest stage")

@@ -56,10 +56,15 @@ class ColdStart:
 
 
 async def cold_pipeline(
-    around: Surroundings, stages: int, *, bytes_per_second: float | None = None, starter: ProcessStarter | None = None
+    around: Surroundings,
+    stages: int,
+    *,
+    bytes_per_second: float | None = None,
+    starter: ProcessStarter | None = None,
+    weights_cache: Path | None = None,
 ) -> ColdStart:
     """starter: None for plain processes. bytes_per_second: of each pod, the gateway's included; None: no limit."""
-    local = local_pipeline(around.store, around.manifest, stages, None, {})
+    local = local_pipeline(around.store, around.manifest, stages, None, {}, weights_cache)
     manifests = services(local.pipeline)
     with _endpoints(around.store, bytes_per_second, len(manifests)) as endpoints:
         for manifest, endpoint in zip(manifests, endpoints, strict=True):

@@ -27,6 +27,8 @@ from storage.settings import StoreSettings
 _RUNTIME_BYTES: Final = 2**30
 """Python, torch and what a pass needs beside weights and KV."""
 _KV_CACHE: Final = "256Mi"
+_CACHE: Final = "8Gi"
+"""Of verified weights, of all models that were run here lately."""
 _MAX_SCALE: Final = 3
 """Of a stage on one machine, whose cores more replicas do not multiply."""
 
@@ -65,16 +67,24 @@ def ensure_published(store: ObjectStore, model: str | None, dtype: str, console:
 
 
 def local_pipeline(
-    store: ObjectStore, manifest: Manifest, stages: int, spec: PipelineSpec | None, named_secrets: NamedData
+    store: ObjectStore,
+    manifest: Manifest,
+    stages: int,
+    spec: PipelineSpec | None,
+    named_secrets: NamedData,
+    weights_cache: Path | None = None,
 ) -> LocalPipeline:
-    """spec: None for one made for this machine. Secrets that are not given are made up for this run.
+    """spec: None for one made for this machine, whose stages keep verified weights in the folder `weights_cache`.
 
-    Raises TooManyStages, RenderFailed or SpecError.
+    Secrets that are not given are made up for this run. Raises TooManyStages, RenderFailed or SpecError.
     """
     shape = published_shape(store, manifest)
     here = Store(endpoint=store.settings.endpoint_url, bucket=store.settings.bucket, region=store.settings.region)
     if spec is None:
         spec = _spec_for_this_machine(manifest, shape, stages, here)
+        if weights_cache is not None:
+            stage = msgspec.structs.replace(spec.stage, weights_cache=str(weights_cache.resolve()), weights_cache_size=_CACHE)
+            spec = msgspec.structs.replace(spec, stage=stage)
     else:
         spec = msgspec.structs.replace(spec, store=msgspec.structs.replace(here, secret=spec.store.secret))
     made = {spec.store.secret: _store_secret(store.settings), spec.pipeline_token_secret: {"token": secrets.token_hex(16)}}

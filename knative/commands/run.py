@@ -32,6 +32,7 @@ from storage.embedded import EmbeddedStore
 from storage.object_store import ObjectStore
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+_CACHE_FOLDER: Final = "weights"
 _STOP_SECONDS: Final = 3.0
 """What pods get to finish when the run ends."""
 
@@ -107,7 +108,8 @@ def _prepare(options: RunOptions, store: ObjectStore, console: Console) -> Local
     spec = load_spec(options.spec) if options.spec else None
     model, dtype = (spec.model.name, spec.model.dtype) if spec and not options.model else (options.model, options.dtype)
     manifest = ensure_published(store, model, dtype, console)
-    return local_pipeline(store, manifest, options.stages, spec, read_data_folder(options.secrets))
+    cache = options.state / _CACHE_FOLDER
+    return local_pipeline(store, manifest, options.stages, spec, read_data_folder(options.secrets), cache)
 
 
 class _Run:
