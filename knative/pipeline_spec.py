@@ -61,9 +61,9 @@ class Autoscaling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Requests in flight that one pod is meant for; with the class hpa, percent of CPU. Unset: 2, or 70 percent."""
     target_utilization_percentage: Annotated[float, Meta(ge=1, le=100)] = 70
     window_seconds: Annotated[float, Meta(ge=6, le=3600)] = 10
-    panic_window_percentage: Annotated[float, Meta(ge=1, le=100)] = 30
-    """Of the window. Knative's own 10 of 10 s is one second, in which a few prompts at once are a surge; and what one second
-    asks for stays for the scale-down delay."""
+    panic_window_percentage: Annotated[float, Meta(ge=1, le=100)] = 60
+    """Of the window: 6 s, as Knative has by default with its window of 60 s. Its 10 % of 10 s is one second, in which a few
+    prompts at once are a surge; and what one second asks for stays for the scale-down delay."""
     scale_down_delay_seconds: Annotated[float, Meta(ge=0, le=3600)] = 30
     """Longer than a micro-batch is ever away from a stage, or idle holders of KV are taken."""
     min_scale: Natural = 0

@@ -80,7 +80,7 @@ def test_autoscaling_defaults_are_the_ones_that_worked_together() -> None:
         "autoscaling.knative.dev/target": "2",
         "autoscaling.knative.dev/target-utilization-percentage": "70",
         "autoscaling.knative.dev/window": "10s",
-        "autoscaling.knative.dev/panic-window-percentage": "30",
+        "autoscaling.knative.dev/panic-window-percentage": "60",
         "autoscaling.knative.dev/scale-down-delay": "30s",
         "autoscaling.knative.dev/min-scale": "0",
         "autoscaling.knative.dev/max-scale": "10",
