@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Final
+from typing import Final, TypeGuard
 
 from bench.load_series import Answer, Failure, Phase, Record, Replicas, Second, percentile, phases, replica_seconds
 
@@ -47,7 +47,7 @@ class PhaseFigures:
     """Ready, per stage."""
     tokens_per_second: float
     could_do: float | None
-    """None for real layers."""
+    """None for real layers, and where answers of the phase before still run."""
     first_token_p50: float
     first_token_p95: float
     answers: int
@@ -75,13 +75,18 @@ def _figures(setting: Setting, records: Sequence[Record], phase: Phase, end: flo
         seconds=end - phase.t,
         replicas=replicas,
         tokens_per_second=fmean(tokens) if tokens else 0.0,
-        could_do=setting.could_do(replicas, phase.conversations) if setting.sleep_seconds else None,
+        could_do=setting.could_do(replicas, phase.conversations) if setting.sleep_seconds and rises else None,
         first_token_p50=percentile(first, 0.5),
         first_token_p95=percentile(first, 0.95),
         answers=len(first),
-        failed=sum(isinstance(record, Failure) for record in within),
+        failed=sum(map(_is_request, within)),
         rises=rises,
     )
+
+
+def _is_request(record: Record) -> TypeGuard[Failure]:
+    """A question that failed, not a reading of the metrics."""
+    return isinstance(record, Failure) and record.conversation >= 0
 
 
 def _ready(records: Sequence[Record], service: str) -> float:
@@ -91,7 +96,7 @@ def _ready(records: Sequence[Record], service: str) -> float:
 
 def judge(setting: Setting, records: Sequence[Record]) -> list[Verdict]:
     """What must show. Of real layers on a machine that cannot multiply them: only that nothing failed."""
-    failures = [record for record in records if isinstance(record, Failure)]
+    failures = [record for record in records if _is_request(record)]
     answers = sum(isinstance(record, Answer) for record in records)
     seen = f"{len(failures)} of {answers + len(failures)}" + (f"; first: {failures[0].reason}" if failures else "")
     verdicts = [Verdict("no request failed", seen, bool(answers) and not failures)]
