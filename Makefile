@@ -110,7 +110,7 @@ setup: $(VENV)/dev.stamp ## The virtual environment with everything that tests a
 
 .PHONY: test
 test: $(VENV)/dev.stamp ## Every test; no GPU, cluster, Docker or root
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: check
 check: $(VENV)/dev.stamp ## Lint, format, types, import directions, owners of heavy libraries, generated files
