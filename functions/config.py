@@ -42,6 +42,12 @@ class CommonConfig:
     )
     cut: tuple[LayerRange, ...] = setting("LAMINA_CUT", parsers.cut, "all layer groups, such as 0:10,10:20,20:30")
     store: StoreConfig
+    traces_endpoint: str | None = setting(
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+        parsers.url,
+        "where traces go, by OTLP over HTTP; unset: nowhere. OpenTelemetry reads its other OTEL_* keys by itself",
+        "",
+    )
     log_level: str = setting(
         "LAMINA_LOG_LEVEL", parsers.one_of("debug", "info", "warning", "error"), "least severe messages that are logged", "info"
     )

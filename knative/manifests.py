@@ -11,7 +11,7 @@ from typing import Any, Final
 import yaml
 
 from eventing.events import Cut, pipeline_fingerprint
-from knative.pipeline_spec import Autoscaling, PipelineSpec, Resources, SpecError, Stage, format_cut, quantity
+from knative.pipeline_spec import Autoscaling, PipelineSpec, Resources, SpecError, Stage, Tracing, format_cut, quantity
 
 Manifest = dict[str, Any]
 
@@ -214,8 +214,19 @@ def _common_env(pipeline: Pipeline, role: str) -> list[Manifest]:
             LAMINA_STORE_REGION=spec.store.region,
             LAMINA_LOG_LEVEL=spec.log_level,
         ),
+        *_tracing_env(spec.tracing),
         _from_secret("LAMINA_PIPELINE_TOKEN", spec.pipeline_token_secret, "token"),
     ]
+
+
+def _tracing_env(tracing: Tracing | None) -> list[Manifest]:
+    if tracing is None:
+        return []
+    return _values(
+        OTEL_EXPORTER_OTLP_ENDPOINT=tracing.endpoint,
+        OTEL_TRACES_SAMPLER="parentbased_traceidratio",
+        OTEL_TRACES_SAMPLER_ARG=tracing.sample_ratio,
+    )
 
 
 def _stage_env(pipeline: Pipeline, index: int) -> list[Manifest]:

@@ -172,6 +172,15 @@ class Monitoring(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     alerts: bool = True
 
 
+class Tracing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Traces of gateway and stages, by OTLP over HTTP."""
+
+    endpoint: Annotated[str, Meta(pattern="^https?://")]
+    """Of a collector; `/v1/traces` is put behind it."""
+    sample_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.1
+    """Of requests that bring no decision of their own; a span for each stage and step is many."""
+
+
 class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One pipeline. Either `stages` (the planner cuts) or `cut` (`0:10,10:20,20:30`)."""
 
@@ -191,6 +200,8 @@ class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Unset: the pipeline is asked over HTTP only."""
     monitoring: Monitoring | None = None
     """Unset: whoever scrapes the pods brings their own objects."""
+    tracing: Tracing | None = None
+    """Unset: traceparent is passed on, nothing is recorded."""
     log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$")] = "info"
 
     def __post_init__(self) -> None:

@@ -29,6 +29,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "gunicorn": ("functions/server.py",),
     "tokenizers": ("functions/gateway/tokenizer.py", "functions/gateway/text_stream.py", "storage/gguf_tokenizer.py"),
     "jinja2": ("functions/gateway/chat_template.py",),
+    "opentelemetry": ("functions/tracing_export.py",),
     "aiohttp": ("knative/",),
     "rich": ("knative/",),
 }

@@ -10,6 +10,7 @@ from functions.gateway.endpoints import EndpointsWatch, KubernetesAPI, PodNetwor
 from functions.gateway.pipeline import Pipeline, PipelineIdentity
 from functions.gateway.routes import Placement
 from functions.gateway.scheduler import Scheduler
+from functions.tracing import Tracer
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class RunningScheduler:
         self._sender.close()
 
 
-def start_scheduler(config: GatewayConfig) -> RunningScheduler:
+def start_scheduler(config: GatewayConfig, tracer: Tracer) -> RunningScheduler:
     """A scheduler over the configured stages. Sends nothing before the first sequence comes."""
     identity = PipelineIdentity(
         fingerprint=config.pipeline,
@@ -35,7 +36,7 @@ def start_scheduler(config: GatewayConfig) -> RunningScheduler:
         first_layers=tuple(first for (first, _), _ in config.stages),
     )
     sender = Sender()
-    pipeline = Pipeline(sender, identity, config.step_timeout_seconds)
+    pipeline = Pipeline(sender, identity, config.step_timeout_seconds, tracer)
     urls = [url for _, url in config.stages]
     limits = Limits(
         queue_limit=config.queue_limit,

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from eventing.generation import FinishReason, GenerateRequest, GenerateResponse, Timings, TokenEvent, Usage
-from eventing.problems import InvalidRequest
+from eventing.problems import InvalidRequest, Problem
 from functions.gateway.sequence import Sequence
 from functions.gateway.text_stream import TextStream
 from functions.gateway.tokenizer import ModelText
 from functions.telemetry import GatewayMetrics
+from functions.tracing import PASSING, Attributes, Span, TraceContext, Tracer
 
 HEARTBEAT_SECONDS: Final = 3.0
 """How often a stream says that it lives, which is also how soon a client that went away is noticed."""
@@ -33,15 +34,18 @@ class Asker:
     seed: int
     """For a request that names none."""
     deadline_seconds: float
+    trace: TraceContext | None = None
+    """Of the client's span, where it sent one."""
 
 
 class Generator:
     """Answers requests. Thread-safe."""
 
-    def __init__(self, text: ModelText, scheduler: Submitter, metrics: GatewayMetrics) -> None:
+    def __init__(self, text: ModelText, scheduler: Submitter, metrics: GatewayMetrics, tracer: Tracer = PASSING) -> None:
         self.text = text
         self._scheduler = scheduler
         self._metrics = metrics
+        self._tracer = tracer
 
     def generate(self, request: GenerateRequest, asker: Asker) -> "Generation":
         """Begins an answer. Raises InvalidRequest, QueueFull, NotReady."""
@@ -57,6 +61,9 @@ class Generator:
                 f"the prompt has {len(prompt)} tokens and the model's context is {self.text.context_length}, which must "
                 "hold the answer too; shorten the prompt"
             )
+        span = self._tracer.serve(
+            "generate", asker.trace, {"lamina.request": asker.request_id, "lamina.prompt_tokens": len(prompt)}
+        )
         sequence = Sequence(
             asker.request_id,
             prompt,
@@ -65,19 +72,25 @@ class Generator:
             eos_ids=self.text.eos_ids,
             client_id=asker.client_id,
             deadline_seconds=asker.deadline_seconds,
+            trace=span.context,
         )
-        self._scheduler.submit(sequence)
+        try:
+            self._scheduler.submit(sequence)
+        except Problem as problem:
+            span.end(problem.name)
+            raise
         self._metrics.prompt_tokens.inc(len(prompt))
-        return Generation(sequence, TextStream(self.text.tokenizer, request.stop_strings), self._metrics)
+        return Generation(sequence, TextStream(self.text.tokenizer, request.stop_strings), self._metrics, span)
 
 
 class Generation:
     """One answer. Iterate `tokens` to its end, then ask for `response`; or `close` it where nobody listens any more."""
 
-    def __init__(self, sequence: Sequence, stream: TextStream, metrics: GatewayMetrics) -> None:
+    def __init__(self, sequence: Sequence, stream: TextStream, metrics: GatewayMetrics, span: Span) -> None:
         self._sequence = sequence
         self._stream = stream
         self._metrics = metrics
+        self._span = span
         self._token_ids: list[int] = []
         self._given = 0
         """Tokens given out; the others wait until their text is certain."""
@@ -112,6 +125,9 @@ class Generation:
         """Frees what the answer holds, if it has not ended by itself."""
         if not self._sequence.ended:
             self._sequence.cancel()
+        problem = self._sequence.problem
+        told: Attributes = {"lamina.finish_reason": self._outcome(), "lamina.completion_tokens": self._completion_tokens()}
+        self._span.end(None if problem is None else problem.name, told)
 
     def response(self) -> GenerateResponse:
         """After the last token."""

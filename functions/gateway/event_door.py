@@ -22,6 +22,7 @@ from functions.gateway.clients import Clients
 from functions.gateway.core import Asker, Generation, Generator
 from functions.gateway.scoring import ScoreEntry
 from functions.gateway.streaming import stream_response
+from functions.tracing import TraceContext, read_traceparent
 
 
 class EventDoor:
@@ -63,7 +64,7 @@ class EventDoor:
 
     def _generate(self, event: CloudEvent, client_id: str) -> Response:
         data = json_data(event, GenerateRequest)
-        asker = Asker(reply_id(event), client_id, reply_seed(event), self._seconds_left(event))
+        asker = Asker(reply_id(event), client_id, reply_seed(event), self._seconds_left(event), _trace(event))
         generation = self._generator().generate(data, asker)
         if _wants_stream():
             return stream_response(generation, self._stream(event, generation), partial(self._failure, event))
@@ -96,6 +97,12 @@ class EventDoor:
     def _event(self, cause: CloudEvent, type_: str, value: Struct, id_: str) -> CloudEvent:
         traceparent = cause.get_extension(Attribute.TRACEPARENT)
         return json_event(type_, self._source, value, id=id_, **{Attribute.TRACEPARENT: traceparent})
+
+
+def _trace(event: CloudEvent) -> TraceContext | None:
+    """By the event's own attribute, else by the request that brought it."""
+    text = event.get_extension(Attribute.TRACEPARENT)
+    return read_traceparent(str(text) if text else request.headers.get("traceparent"))
 
 
 def _wants_stream() -> bool:

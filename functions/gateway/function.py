@@ -16,6 +16,7 @@ from functions.gateway.tokenizer import ModelText
 from functions.publication import WrongPublication, read_publication
 from functions.startup import StartUp
 from functions.telemetry import GatewayMetrics
+from functions.tracing import make_tracer
 from functions.web import add_probes
 from storage.errors import StorageError
 from storage.object_reader import ObjectReader
@@ -36,7 +37,8 @@ class GatewayFunction:
         self._metrics = GatewayMetrics()
         start_up.report_to(self._metrics.phase_ended)
         self._generator: Generator | None = None
-        self._running = start_scheduler(config)
+        self._tracer = make_tracer(config.traces_endpoint, "lamina-gateway", {"lamina.pipeline": config.pipeline})
+        self._running = start_scheduler(config, self._tracer)
         self._draining = False
         self.threads = config.queue_limit + _RUNNING_THREADS
         self.application = create_app(config, self._ready_generator)
@@ -59,6 +61,7 @@ class GatewayFunction:
     def close(self) -> None:
         """After the last request."""
         self._running.close()
+        self._tracer.close()
 
     def _load(self, stop: Callable[[int], None]) -> None:
         try:
@@ -77,7 +80,7 @@ class GatewayFunction:
             return
         self._start_up.mark("last_byte")
         self._metrics.ready.set(1)
-        self._generator = Generator(text, self._running.scheduler, self._metrics)
+        self._generator = Generator(text, self._running.scheduler, self._metrics, self._tracer)
         _log.info("ready after %.2f s", self._start_up.phases()["last_byte"])
 
     def _ready_generator(self) -> Generator:

@@ -17,6 +17,7 @@ from functions.gateway.clients import Clients
 from functions.gateway.core import Asker, Generation, Generator
 from functions.gateway.openai_types import ChatRequest, CompletionRequest
 from functions.gateway.streaming import stream_response
+from functions.tracing import read_traceparent
 from functions.web import json_response
 
 _log: Final = logging.getLogger(__name__)
@@ -148,7 +149,9 @@ class OpenAIDoor:
         return json_response(answer.document(shape.object, choices, usage=response.usage))
 
     def _generate(self, generate: GenerateRequest, id_: str, client_id: str) -> Generation:
-        asker = Asker(id_, client_id, secrets.randbits(63), self._timeout_seconds)
+        asker = Asker(
+            id_, client_id, secrets.randbits(63), self._timeout_seconds, read_traceparent(request.headers.get("traceparent"))
+        )
         return self._generator().generate(generate, asker)
 
     def _model_document(self) -> dict[str, Any]:

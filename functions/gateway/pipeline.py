@@ -40,7 +40,10 @@ from eventing.problems import (
     WrongPipeline,
 )
 from functions.gateway.routes import Instance
+from functions.tracing import PASSING, Attributes, Span, TraceContext, Tracer
 
+Traces = Sequence[TraceContext]
+"""Of the sequences that an event is sent for."""
 S = TypeVar("S", bound=Struct)
 
 
@@ -91,20 +94,29 @@ class PipelineIdentity:
 class Pipeline:
     """Sends events to the stages. Thread-safe."""
 
-    def __init__(self, sender: Sender, identity: PipelineIdentity, step_timeout_seconds: float) -> None:
+    def __init__(
+        self, sender: Sender, identity: PipelineIdentity, step_timeout_seconds: float, tracer: Tracer = PASSING
+    ) -> None:
         self._sender = sender
         self._identity = identity
         self._step_timeout_seconds = step_timeout_seconds
+        self._tracer = tracer
 
     @property
     def num_stages(self) -> int:
         return len(self._identity.first_layers)
 
-    def forward(self, instance: Instance, body: Sequence[Buffer], ids: Sequence[str], deadline: float) -> ForwardReply:
-        """One step at one stage. `ids`: of the rows, in their order. `deadline`: in time.monotonic(). Raises StageFailed."""
+    def forward(
+        self, instance: Instance, body: Sequence[Buffer], ids: Sequence[str], deadline: float, traces: Traces = ()
+    ) -> ForwardReply:
+        """One step at one stage. Raises StageFailed.
+
+        ids: of the rows, in their order. deadline: in time.monotonic(). traces: of the rows' sequences.
+        """
         timeout = min(self._step_timeout_seconds, deadline - time.monotonic())
-        event = self._batch_event(instance.stage, body, timeout)
-        reply = self._send(instance.stage, instance.url, event, timeout)
+        with self._span(EventType.FORWARD, instance.stage, instance.url, traces) as span:
+            event = self._batch_event(instance.stage, body, timeout, span.context)
+            reply = self._send(instance.stage, instance.url, event, timeout)
         try:
             answerer = _answerer(instance, from_http(reply.headers, reply.body))
             batch = decode_batch(reply.body)
@@ -115,11 +127,11 @@ class Pipeline:
         return ForwardReply(answerer, batch, reply.body)
 
     def reserve(
-        self, instance: Instance, rows: Sequence[ReserveRow], deadline: float
+        self, instance: Instance, rows: Sequence[ReserveRow], deadline: float, traces: Traces = ()
     ) -> tuple[Answerer, tuple[ReservedRow, ...]]:
         """Room for the rows, each answered by itself, in their order; it may wait for a pass. Raises StageFailed."""
         timeout = min(self._step_timeout_seconds, deadline - time.monotonic())
-        answerer, reply = self._ask(instance, EventType.RESERVE, ReserveRequest(tuple(rows)), ReserveReply, timeout)
+        answerer, reply = self._ask(instance, EventType.RESERVE, ReserveRequest(tuple(rows)), ReserveReply, timeout, traces)
         if [(row.id, row.attempt) for row in reply.rows] != [(row.id, row.attempt) for row in rows]:
             raise StageFailed(instance.stage, "malformed", "its reply to a reservation has other rows than the request")
         return answerer, reply.rows
@@ -131,28 +143,49 @@ class Pipeline:
 
     def warm_up(self, stage: int, url: str, timeout_seconds: float) -> WarmupReply:
         """Wakes a stage and returns once its weights are in. Raises StageFailed."""
-        event = self._json_event(stage, EventType.WARMUP, WarmupRequest(), timeout_seconds)
-        return _read(stage, self._send(stage, url, event, timeout_seconds), WarmupReply)[1]
+        return self._exchange(stage, url, EventType.WARMUP, WarmupRequest(), WarmupReply, timeout_seconds)[1]
 
     def _ask(
-        self, instance: Instance, type: EventType, request: Struct, reply: type[S], timeout_seconds: float
+        self, instance: Instance, type: EventType, request: Struct, reply: type[S], timeout_seconds: float, traces: Traces = ()
     ) -> tuple[Answerer, S]:
-        event = self._json_event(instance.stage, type, request, timeout_seconds)
-        answer, value = _read(instance.stage, self._send(instance.stage, instance.url, event, timeout_seconds), reply)
+        answer, value = self._exchange(instance.stage, instance.url, type, request, reply, timeout_seconds, traces)
         return _answerer(instance, answer), value
 
-    def _batch_event(self, stage: int, body: Data, timeout_seconds: float) -> CloudEvent:
-        attributes = self._attributes(stage, timeout_seconds)
+    def _exchange(
+        self,
+        stage: int,
+        url: str,
+        type: EventType,
+        request: Struct,
+        reply: type[S],
+        timeout_seconds: float,
+        traces: Traces = (),
+    ) -> tuple[CloudEvent, S]:
+        """One event with JSON data and its reply. Raises StageFailed."""
+        with self._span(type, stage, url, traces) as span:
+            event = self._json_event(stage, type, request, timeout_seconds, span.context)
+            return _read(stage, self._send(stage, url, event, timeout_seconds), reply)
+
+    def _span(self, type: EventType, stage: int, url: str, traces: Traces) -> Span:
+        told: Attributes = {"lamina.stage": stage, "lamina.sequences": len(traces), "url.full": url}
+        return self._tracer.send(f"send {type.removeprefix('dev.lamina.')}", traces, told)
+
+    def _batch_event(self, stage: int, body: Data, timeout_seconds: float, trace: TraceContext) -> CloudEvent:
+        attributes = self._attributes(stage, timeout_seconds, trace)
         return make_event(EventType.FORWARD, self._identity.source, body, BATCH_CONTENT_TYPE, id=None, **attributes)
 
-    def _json_event(self, stage: int, type: EventType, value: Struct, timeout_seconds: float) -> CloudEvent:
-        return json_event(type, self._identity.source, value, id=None, **self._attributes(stage, timeout_seconds))
+    def _json_event(
+        self, stage: int, type: EventType, value: Struct, timeout_seconds: float, trace: TraceContext
+    ) -> CloudEvent:
+        attributes = self._attributes(stage, timeout_seconds, trace)
+        return json_event(type, self._identity.source, value, id=None, **attributes)
 
-    def _attributes(self, stage: int, timeout_seconds: float) -> dict[str, AttributeValue]:
+    def _attributes(self, stage: int, timeout_seconds: float, trace: TraceContext) -> dict[str, AttributeValue]:
         return {
             Attribute.PIPELINE: self._identity.fingerprint,
             Attribute.LAYER: self._identity.first_layers[stage],
             Attribute.EXPIRY_TIME: datetime.now(UTC) + timedelta(seconds=timeout_seconds),
+            Attribute.TRACEPARENT: trace.traceparent,
         }
 
     def _send(self, stage: int, url: str, event: CloudEvent, timeout_seconds: float) -> Reply:

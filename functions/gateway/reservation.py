@@ -7,7 +7,7 @@ from typing import Final
 from eventing.events import Status
 from eventing.generation import ReservedRow, ReserveRow
 from functions.gateway.board import Reservation
-from functions.gateway.pipeline import Answerer, Pipeline, StageFailed
+from functions.gateway.pipeline import Answerer, Pipeline, StageFailed, Traces
 from functions.gateway.routes import Instance
 
 _WORST_FIRST: Final = (Status.INVALID, Status.STALE, Status.MISS, Status.FULL, Status.OK)
@@ -16,15 +16,20 @@ Answer = tuple[Answerer, tuple[ReservedRow, ...]] | StageFailed
 
 
 def reserve_at_once(
-    pipeline: Pipeline, instances: Sequence[Instance], rows: Sequence[ReserveRow], deadline: float, calls: Executor
+    pipeline: Pipeline,
+    instances: Sequence[Instance],
+    rows: Sequence[ReserveRow],
+    deadline: float,
+    traces: Traces,
+    calls: Executor,
 ) -> Reservation:
     """Asks all stages together, and returns when the last has answered."""
-    futures = [calls.submit(_ask, pipeline, instance, rows, deadline) for instance in instances]
+    futures = [calls.submit(_ask, pipeline, instance, rows, deadline, traces) for instance in instances]
     return _combined([future.result() for future in futures], len(rows))
 
 
 def reserve_in_order(
-    pipeline: Pipeline, instances: Sequence[Instance], rows: Sequence[ReserveRow], deadline: float
+    pipeline: Pipeline, instances: Sequence[Instance], rows: Sequence[ReserveRow], deadline: float, traces: Traces
 ) -> Reservation:
     """Asks stage after stage, and stops at the first that has no room.
 
@@ -33,16 +38,16 @@ def reserve_in_order(
     """
     answers: list[Answer] = []
     for instance in instances:
-        answers.append(_ask(pipeline, instance, rows, deadline))
+        answers.append(_ask(pipeline, instance, rows, deadline, traces))
         reservation = _combined(answers, len(rows))
         if reservation.failure is not None or any(status is not Status.OK for status in reservation.statuses):
             break
     return reservation
 
 
-def _ask(pipeline: Pipeline, instance: Instance, rows: Sequence[ReserveRow], deadline: float) -> Answer:
+def _ask(pipeline: Pipeline, instance: Instance, rows: Sequence[ReserveRow], deadline: float, traces: Traces) -> Answer:
     try:
-        return pipeline.reserve(instance, rows, deadline)
+        return pipeline.reserve(instance, rows, deadline, traces)
     except StageFailed as failure:
         return failure
 

@@ -27,7 +27,7 @@ from functions.gateway.planner import Action, Planner, Release, Reserve, Wake, W
 from functions.gateway.progress import Progress
 from functions.gateway.reservation import reserve_at_once, reserve_in_order
 from functions.gateway.routes import Endpoint, Instance, Placement
-from functions.gateway.sequence import Sequence
+from functions.gateway.sequence import Sequence, traces_of
 from functions.gateway.stats import Stats
 from functions.gateway.trip import Trip, walk
 
@@ -210,10 +210,11 @@ class Scheduler:
         rows = [ReserveRow(job.id, job.progress.attempt, job.reserve_tokens) for job in action.jobs]
         deadline = max(job.sequence.deadline for job in action.jobs)
         instances = action.micro_batch.route.instances
+        traces = traces_of(job.sequence for job in action.jobs)
         if action.one_by_one:
-            reservation = reserve_in_order(self._pipeline, instances, rows, deadline)
+            reservation = reserve_in_order(self._pipeline, instances, rows, deadline, traces)
         else:
-            reservation = reserve_at_once(self._pipeline, instances, rows, deadline, self._calls)
+            reservation = reserve_at_once(self._pipeline, instances, rows, deadline, traces, self._calls)
         if reservation.failure is not None:
             _log.warning("no memory for %d sequences: %s", len(rows), reservation.failure)
         with self._changed:

@@ -5,13 +5,14 @@ The scheduler puts, the door takes; neither waits for the other. Where a sequenc
 
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 
 from eventing.events import Sampling
 from eventing.generation import FinishReason
 from eventing.problems import Problem
+from functions.tracing import TraceContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Sequence:
         eos_ids: Collection[int] = (),
         client_id: str = "",
         deadline_seconds: float = 600.0,
+        trace: TraceContext | None = None,
     ) -> None:
         """`id` is for logs and errors; the ids that stages see are the scheduler's own.
 
@@ -54,6 +56,8 @@ class Sequence:
         self.client_id = client_id
         self.deadline_seconds = deadline_seconds
         self.deadline = time.monotonic() + deadline_seconds
+        self.trace = trace
+        """Of the answer's span."""
         self.tokens = list(prompt_token_ids)
         """Prompt and all that was generated, an end-of-text token included. The scheduler's; grows only."""
         self._changed = threading.Condition()
@@ -170,3 +174,7 @@ class Sequence:
         self._finish_reason = reason
         self._ended_at = time.monotonic()
         self._changed.notify_all()
+
+
+def traces_of(sequences: Iterable[Sequence]) -> list[TraceContext]:
+    return [sequence.trace for sequence in sequences if sequence.trace is not None]

@@ -18,6 +18,7 @@ from functions.gateway.micro_batch import MicroBatch
 from functions.gateway.pipeline import ForwardReply, Pipeline, StageFailed
 from functions.gateway.progress import Piece
 from functions.gateway.routes import Instance, Turnstile
+from functions.gateway.sequence import traces_of
 
 Body = Sequence[Buffer]
 
@@ -74,7 +75,9 @@ def walk(trip: Trip, pipeline: Pipeline, log: TripLog) -> None:
 def _step(trip: Trip, stage: int, body: Body, pipeline: Pipeline, log: TripLog) -> Body:
     """The body for the next stage; empty where no row goes on."""
     sent = time.monotonic()
-    reply = pipeline.forward(trip.instances[stage], body, [job.id for job, _ in trip.pieces], trip.deadline)
+    jobs = [job for job, _ in trip.pieces]
+    traces = traces_of(job.sequence for job in jobs)
+    reply = pipeline.forward(trip.instances[stage], body, [job.id for job in jobs], trip.deadline, traces)
     goes_on = log.answered(trip, stage, reply, time.monotonic() - sent)
     if len(goes_on) == len(reply.batch.rows):
         return [reply.body]

@@ -27,6 +27,7 @@ from functions.config import StageConfig
 from functions.stage.identity import StageIdentity
 from functions.stage.scoring import Scorer
 from functions.stage.stage_engine import Readiness, StageEngine
+from functions.tracing import PASSING, Tracer, read_traceparent
 from storage.payload_store import PayloadStore
 
 WARM_UP_SECONDS: Final = 600.0
@@ -48,11 +49,13 @@ Handler = Callable[[CloudEvent, Durations], CloudEvent]
 class EventHandlers:
     """Dispatches by event type."""
 
-    def __init__(self, config: StageConfig, instance: str, readiness: Readiness) -> None:
+    def __init__(self, config: StageConfig, instance: str, readiness: Readiness, tracer: Tracer = PASSING) -> None:
+        self._tracer = tracer
         self._identity = StageIdentity.of(config, instance)
         self._readiness = readiness
         claims = ClaimCheck(PayloadStore(config.store), config.store.bucket)
         self._scorer = Scorer(self._identity, readiness, claims, config.pipeline_token)
+        self._layers = f"{config.layers[0]}:{config.layers[1]}"
         self.table: dict[str, Handler] = {
             EventType.FORWARD: self._forward,
             EventType.WARMUP: self._warm_up,
@@ -68,7 +71,11 @@ class EventHandlers:
             raise UnknownEventType(f"{event.get_type()!r} is not served by a stage, which serves {served}")
         self._identity.check_pipeline(event)
         check_not_expired(event, datetime.now(UTC))
-        return handler(event, durations)
+        asked = read_traceparent(str(event.get_extension(Attribute.TRACEPARENT)))
+        with self._tracer.serve(event.get_type().removeprefix("dev.lamina."), asked, {"lamina.layers": self._layers}) as span:
+            reply = handler(event, durations)
+            span.end(None, {"lamina.engine_seconds": durations.engine, "lamina.codec_seconds": durations.codec})
+        return reply
 
     def _forward(self, event: CloudEvent, durations: Durations) -> CloudEvent:
         if is_signed(event):  # It came through a Sequence, which passes each reply on and never comes back.

@@ -15,6 +15,7 @@ from functions.stage.bring_up import UnservableModel, bring_up
 from functions.stage.event_handlers import EventHandlers
 from functions.startup import StartUp
 from functions.telemetry import StageMetrics
+from functions.tracing import make_tracer
 from functions.web import add_probes
 from storage.errors import StorageError
 
@@ -44,7 +45,8 @@ class StageFunction:
         self._engine: Engine | None = None
         self._failed = False
         self._draining = False
-        handlers = EventHandlers(config, self.instance, self)
+        self._tracer = make_tracer(config.traces_endpoint, "lamina-stage", {"lamina.pipeline": config.pipeline})
+        handlers = EventHandlers(config, self.instance, self, self._tracer)
         self.application = create_app(handlers, config.pipeline_token, self._metrics)
         add_probes(self.application, self._metrics.registry, sick=self._sick, ready=self._ready)
 
@@ -62,6 +64,7 @@ class StageFunction:
         """After the last request: nothing waits in the engine any more."""
         if self._engine is not None:
             self._engine.stop(drain=False)
+        self._tracer.close()
 
     def engine(self, wait_seconds: float = 0.0) -> "Engine":
         """The engine once it has run one step. Raises NotReady after `wait_seconds`."""
