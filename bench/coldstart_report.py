@@ -11,8 +11,8 @@ from bench.coldstart_runs import ColdStart
 LABELS: Final = {
     "lamina": "Lamina: verified, into tensors",
     "lamina_cached": "Lamina: out of the local cache, verified",
-    "plain_gets": "plain ranged GETs, each into a buffer that is thrown away",
-    "plain_gets_one_buffer": "plain ranged GETs, over and over into one small buffer",
+    "plain_gets": "plain ranged GETs into a buffer that is thrown away",
+    "plain_gets_small_buffer": "plain ranged GETs, over and over into 1 MiB: no memory at all",
     "boto3_download": "boto3 `download_file`, then load",
     "runai_streamer": "runai-model-streamer",
 }

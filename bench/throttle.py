@@ -6,10 +6,10 @@ Prints a JSON list of its ports, and runs until its stdin is closed. What client
 """
 
 import asyncio
+import contextlib
 import json
 import socket
 import sys
-from contextlib import suppress
 from typing import Final
 
 import click
@@ -33,34 +33,39 @@ class TokenBucket:
 
 
 class Throttle:
-    """One proxy: all of its connections share its rate."""
+    """One proxy: all of its connections share its rate. A context manager; its value is the port."""
 
     def __init__(self, upstream: tuple[str, int], bytes_per_second: float) -> None:
         self._upstream = upstream
         self._bucket = TokenBucket(bytes_per_second)
-        self._connections: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    async def start(self) -> int:
-        """Returns the port."""
+    async def __aenter__(self) -> int:
         listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         listener.setblocking(False)
-        task = asyncio.create_task(self._accept(listener))
-        self._connections.add(task)
+        self._tasks.add(asyncio.create_task(self._accept(listener)))
         port: int = listener.getsockname()[1]
         return port
 
+    async def __aexit__(self, *_: object) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        while True:
-            client, _ = await loop.sock_accept(listener)
-            task = asyncio.create_task(self._serve(client))
-            self._connections.add(task)
-            task.add_done_callback(self._connections.discard)
+        with listener:
+            while True:
+                client, _ = await loop.sock_accept(listener)
+                task = asyncio.create_task(self._serve(client))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, client: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         server = socket.socket()
-        with client, server, suppress(OSError):
+        with client, server, contextlib.suppress(OSError):
             for end in (client, server):
                 end.setblocking(False)
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -86,9 +91,10 @@ async def _pass_on(source: socket.socket, target: socket.socket, bucket: TokenBu
 
 
 async def _run(upstream: tuple[str, int], bytes_per_second: float, count: int) -> None:
-    throttles = [Throttle(upstream, bytes_per_second) for _ in range(count)]
-    print(json.dumps([await throttle.start() for throttle in throttles]), flush=True)
-    await asyncio.to_thread(sys.stdin.read)
+    async with contextlib.AsyncExitStack() as stack:
+        ports = [await stack.enter_async_context(Throttle(upstream, bytes_per_second)) for _ in range(count)]
+        print(json.dumps(ports), flush=True)
+        await asyncio.to_thread(sys.stdin.read)
 
 
 @click.command()
