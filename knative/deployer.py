@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from knative import preflight
 from knative.cluster import Cluster, Manifest, Ref
-from knative.cluster_errors import ClusterError, DeployFailed
-from knative.diagnosis import SERVING, diagnose, hopeless_pod, readiness
+from knative.cluster_errors import ClusterError, DeployFailed, NotPermitted
+from knative.diagnosis import SERVING, diagnose, hopeless_pod, next_step, readiness
 from knative.history import INSTANCE, MANAGED_BY, Version, fingerprint_of, gateway_of, remember, versions
 from knative.manifests import to_yaml
 
@@ -37,6 +37,8 @@ _OWN_KINDS: Final = (
     ("v1", "Secret"),
 )
 """Everything that a pipeline may consist of, in the order in which it is taken away: what brings work first."""
+_KEPT: Final = ("Secret", "ConfigMap")
+"""Made by the deployer itself, token and history: no spec asks for them."""
 
 
 class Deployer:
@@ -69,6 +71,7 @@ class Deployer:
         self._apply(late, force)
         number = remember(self._cluster, self._namespace, name, objects)
         self._say(f"version {number}, pipeline {fingerprint_of(gateway)}: {url}")
+        self._drop(name, objects)
         self.prune(name, fingerprint_of(gateway))
         return url
 
@@ -114,11 +117,11 @@ class Deployer:
     def delete(self, name: str) -> int:
         """Takes away everything that carries the pipeline's name and was made by Lamina. Returns how many objects."""
         count = 0
-        for ref in self._own(name):
+        for ref in map(Ref.of, self._own(name)):
             count += self._cluster.delete(ref)
             self._say(f"deleted {ref}")
         deadline = time.monotonic() + self._timeout_seconds
-        for ref in self._own(name):
+        for ref in map(Ref.of, self._own(name)):
             self._await_absence(ref, deadline)
         return count
 
@@ -127,10 +130,25 @@ class Deployer:
         found = self._cluster.find(SERVING, "Service", self._namespace, f"{INSTANCE}={name},{MANAGED_BY}=lamina")
         return sorted(found, key=lambda service: (service["metadata"]["name"] != name, service["metadata"]["name"]))
 
-    def _own(self, name: str) -> list[Ref]:
+    def _drop(self, name: str, objects: list[Manifest]) -> None:
+        """Deletes what the spec does not ask for any more, such as the objects of a section that was taken out of it."""
+        wanted, current = set(map(Ref.of, objects)), fingerprint_of(gateway_of(objects))
+        try:
+            own = self._own(name)
+        except NotPermitted as error:
+            self._say(f"not looked for what the spec does not ask for any more: {error}")
+            return
+        for each in own:
+            ref = Ref.of(each)
+            of_an_old_pipeline = each["metadata"]["labels"].get(_PIPELINE, current) != current  # `prune` knows when
+            if ref not in wanted and ref.kind not in _KEPT and not of_an_old_pipeline:
+                self._cluster.delete(ref)
+                self._say(f"deleted {ref}, which the spec does not ask for any more")
+
+    def _own(self, name: str) -> list[Manifest]:
         selector = f"{INSTANCE}={name},{MANAGED_BY}=lamina"
         return [
-            Ref.of(each)
+            each
             for api_version, kind in _OWN_KINDS
             if self._cluster.serves(api_version, kind)
             for each in self._cluster.find(api_version, kind, self._namespace, selector)
@@ -224,7 +242,7 @@ def _to_go_back_to(known: list[Version], number: int | None) -> Version:
 
 
 def _failure(headline: str, details: list[str]) -> str:
-    return "\n  ".join([headline, *details])
+    return "\n  ".join([headline, *details, next_step([headline, *details])])
 
 
 def _comparable(manifest: Manifest) -> str:

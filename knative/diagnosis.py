@@ -11,6 +11,16 @@ _LOG_LINES: Final = 10
 _EVENTS: Final = 5
 _HOPELESS: Final = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "CrashLoopBackOff", "CreateContainerConfigError")
 """Waiting reasons of a container that time does not mend."""
+_NEXT_STEPS: Final = {
+    "exceeded quota": "lower the resources in the spec, or have the quota raised",
+    "ImagePull": "check the image's name and tag, and that the cluster may pull it",
+    "InvalidImageName": "check the image's name in the spec",
+    "CreateContainerConfigError": "make the Secret or key that it names",
+    "OOMKilled": "give the stage more memory, or a smaller kv_cache",
+    "CrashLoopBackOff": "the last log lines say what the function lacks",
+    "Insufficient": "no node has room: lower the resources in the spec, or add nodes",
+}
+"""What is found in a diagnosis → what to do about it; the first that fits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +71,12 @@ def diagnose(cluster: Cluster, service: Manifest) -> list[str]:
     for pod in pods[:1]:
         lines += _log_lines(cluster, pod)
     return list(dict.fromkeys(lines))
+
+
+def next_step(diagnosis: list[str]) -> str:
+    text = "\n".join(diagnosis)
+    known = next((step for sign, step in _NEXT_STEPS.items() if sign in text), "mend what is said above")
+    return f"next: {known}, and deploy again; what served before still does"
 
 
 def newest_pods(cluster: Cluster, service: Manifest) -> list[Manifest]:

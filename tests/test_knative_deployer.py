@@ -152,6 +152,15 @@ def test_delete_removes_everything_it_made_and_nothing_else(api: KubernetesApi, 
     assert deployer.delete("chat") == 0
 
 
+def test_what_the_spec_does_not_ask_for_any_more_is_deleted(api: KubernetesApi, deployer: Deployer) -> None:
+    deployer.deploy(objects())
+    assert len(api.named("networkpolicies")) == 2
+    deployer.deploy([each for each in objects() if each["kind"] != "NetworkPolicy"])
+    assert api.named("networkpolicies") == []
+    assert {"lamina-pipeline", "lamina-store"} <= set(api.named("secrets"))
+    assert len(api.named("services")) == 4
+
+
 def test_diff_is_the_clusters_own_dry_run(api: KubernetesApi, deployer: Deployer) -> None:
     deployer.deploy(objects())
     assert list(deployer.diff(objects())) == []
@@ -165,9 +174,12 @@ def test_diff_is_the_clusters_own_dry_run(api: KubernetesApi, deployer: Deployer
 @pytest.mark.parametrize(
     ("behaviour", "expected"),
     [
-        (image_pull_fails, ["does not become ready", "ImagePullBackOff", "registry.example/lamina:missing"]),
-        (crash_loops, ["CrashLoopBackOff", "ended with 1", "bucket 'lamina' does not exist"]),
-        (revision_fails, ["initial scale was never achieved", "FailedCreate", "exceeded quota"]),
+        (
+            image_pull_fails,
+            ["does not become ready", "ImagePullBackOff", "registry.example/lamina:missing", "next: check the image's"],
+        ),
+        (crash_loops, ["CrashLoopBackOff", "ended with 1", "bucket 'lamina' does not exist", "next: the last log lines"]),
+        (revision_fails, ["initial scale was never achieved", "FailedCreate", "exceeded quota", "next: lower the resources"]),
     ],
 )
 def test_a_stage_that_fails_is_explained_and_the_gateway_stays_as_it_was(
@@ -224,6 +236,17 @@ def test_without_knative_nothing_is_applied(api: KubernetesApi, cluster: Cluster
     del api.kinds["serving.knative.dev/v1"]
     with pytest.raises(KindMissing, match="install Knative Serving"):
         deployer.deploy(objects())
+    assert api.applied == []
+
+
+def test_without_the_prometheus_operator_monitoring_is_refused(api: KubernetesApi, deployer: Deployer) -> None:
+    monitor = {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PodMonitor",
+        "metadata": {"name": "chat", "namespace": "default", "labels": {}},
+    }
+    with pytest.raises(KindMissing, match=r"does not serve PodMonitor.*Prometheus operator, or leave monitoring out"):
+        deployer.deploy([*objects(), monitor])
     assert api.applied == []
 
 
