@@ -1,7 +1,5 @@
 """The command line: one clear line for what goes wrong, and `run` from a folder to an answer, with nothing left behind."""
 
-import json
-import os
 import re
 import signal
 import subprocess
@@ -17,9 +15,9 @@ from knative.__main__ import main
 from knative.asking import is_question
 from knative.local.platform import ROOT
 from tests.support.published import save_checkpoint
+from tests.support.run_command import Run
 
 LLAMA = str(ROOT / "examples" / "llama-2-13b")
-DEADLINE_SECONDS = 90
 
 
 def invoke(*arguments: str) -> Result:
@@ -34,69 +32,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def running(checkpoint: Path, tmp_path: Path) -> Iterator["Run"]:
+def running(checkpoint: Path, tmp_path: Path) -> Iterator[Run]:
     run = Run(checkpoint, tmp_path / "state")
     try:
         yield run
     finally:
         run.end()
-
-
-class Run:
-    """`python -m knative run` of the tiny model, in a process of its own."""
-
-    def __init__(self, checkpoint: Path, state: Path) -> None:
-        self.state = state
-        self._arguments = [
-            *("--model", str(checkpoint), "--stages", "2", "--dtype", "float32", "--port", "0"),
-            *("--prompt", "ab", "--max-tokens", "3", "--state", str(state)),
-        ]
-        self.process: subprocess.Popen[str] | None = None
-        self.seen = ""
-
-    def start(self, *more: str) -> None:
-        command = [sys.executable, "-m", "knative", "run", *self._arguments, *more]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-    def read_until(self, text: str) -> None:
-        assert self.process is not None
-        assert self.process.stdout is not None
-        while text not in self.seen:
-            line = self.process.stdout.readline()
-            assert line, self.seen
-            self.seen += line
-
-    def finish(self) -> int:
-        assert self.process is not None
-        rest, _ = self.process.communicate(timeout=DEADLINE_SECONDS)
-        self.seen += rest
-        return self.process.returncode
-
-    def end(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.kill()
-            self.process.communicate()
-
-    def processes(self) -> list[str]:
-        """Command lines of all processes that know this run's state folder or store."""
-        found = []
-        for folder in Path("/proc").iterdir():
-            try:
-                text = (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
-            except OSError:
-                continue
-            if folder.name.isdigit() and folder.name != str(os.getpid()) and self._marks(text):
-                found.append(text.split(b"\0LAMINA")[0].decode(errors="replace"))
-        return found
-
-    def _marks(self, text: bytes) -> bool:
-        endpoint = self.store_endpoint
-        return str(self.state).encode() in text or (endpoint is not None and endpoint.encode() in text)
-
-    store_endpoint: str | None = None
-
-    def note_store(self) -> None:
-        self.store_endpoint = json.loads((self.state / "platform.json").read_text())["store"]["endpoint_url"]
 
 
 def test_a_running_pipeline_is_asked_and_shown_and_ended_by_ctrl_c(running: Run) -> None:

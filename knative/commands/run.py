@@ -21,7 +21,7 @@ from knative.eventing_manifests import eventing_objects
 from knative.local.fork_starter import ForkStarter
 from knative.local.platform import ROOT, Platform, PlatformOptions
 from knative.local.processes import PlainStarter, ProcessStarter
-from knative.local.state_folder import RunningPlatform, StateFolder
+from knative.local.state_folder import RunningPlatform, StateFolder, naming_a_full_disk
 from knative.local_pipeline import LocalPipeline, ensure_published, local_pipeline, read_data_folder
 from knative.manifests import services
 from knative.pipeline_spec import DTYPES, load_spec
@@ -95,7 +95,8 @@ def run(**options: Any) -> None:
         with EmbeddedStore(chosen.state / STORE_FOLDER) as embedded:
             store = ObjectStore(embedded.settings)
             sweep(store, datetime.now(UTC))  # payloads of events that nobody awaits any more
-            local = _prepare(chosen, store, console)
+            with naming_a_full_disk(state.path):
+                local = _prepare(chosen, store, console)
             asyncio.run(_Run(chosen, state, local, store, console).run())
 
 

@@ -1,16 +1,20 @@
 """`.lamina`: what a run on this machine leaves for `status`, for the next run, and for who wants to read the logs."""
 
+import contextlib
 import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
+from storage.errors import StorageError
 from storage.settings import StoreSettings
 
 DEFAULT_FOLDER: Final = Path(".lamina")
+_FULL_BELOW_BYTES: Final = 2**20
 
 
 class StateError(Exception):
@@ -83,6 +87,19 @@ class StateFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+@contextlib.contextmanager
+def naming_a_full_disk(folder: Path) -> Iterator[None]:
+    """A store that cannot write says no more than 500. Raises StateError instead where no room is left."""
+    try:
+        yield
+    except StorageError as error:
+        if (free := shutil.disk_usage(folder).free) >= _FULL_BELOW_BYTES:
+            raise
+        raise StateError(
+            f"the disk of {folder} is full ({free // 1024} KiB left): free some, or choose --state; {error}"
+        ) from error
 
 
 def find_running(folder: Path) -> RunningPlatform | None:
