@@ -5,7 +5,18 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Final, TypeGuard
 
-from bench.load_series import Answer, Failure, Phase, Record, Replicas, Second, percentile, phases, replica_seconds
+from bench.load_series import (
+    Answer,
+    Failure,
+    Phase,
+    Record,
+    Replicas,
+    Second,
+    idle_seconds,
+    percentile,
+    phases,
+    replica_seconds,
+)
 
 SETTLED_SECONDS: Final = 30.0
 """After a rise: from then on throughput counts."""
@@ -149,7 +160,7 @@ def _cost(records: Sequence[Record]) -> Verdict:
     share = held / static if static else 1.0
     return Verdict(
         f"replica-seconds are at most {MOST_COST:.0%} of a static deployment's for the peak",
-        f"{held:.0f} of {static:.0f}: {share:.0%}",
+        f"{held:.0f} of {static:.0f}: {share:.0%}; {idle_seconds(records):.0f} s of the run at zero",
         share <= MOST_COST,
     )
 

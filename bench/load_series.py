@@ -105,6 +105,15 @@ def replica_seconds(records: Iterable[Record]) -> dict[str, tuple[float, float]]
     return result
 
 
+def idle_seconds(records: Iterable[Record]) -> float:
+    """How long no service held anything."""
+    held: dict[float, float] = {}
+    for record in records:
+        if isinstance(record, Replicas):
+            held[record.t] = held.get(record.t, 0.0) + record.held
+    return sum(end - start for start, end in pairwise(sorted(held)) if not held[start])
+
+
 def summary(records: Sequence[Record]) -> str:
     """A Markdown table by phase, one of cost, and how many failed."""
     lines = [
