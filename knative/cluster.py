@@ -4,6 +4,7 @@ Everything that can go wrong with it leaves here as a ClusterError whose message
 """
 
 import json
+import os
 import shutil
 import tempfile
 import weakref
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
+import yaml
 from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 from kubernetes.config.config_exception import ConfigException
@@ -25,6 +27,8 @@ Manifest = dict[str, Any]
 
 FIELD_MANAGER: Final = "lamina"
 _TIMEOUT_SECONDS: Final = 30
+_EXCERPT_LENGTH: Final = 200
+"""Of what answers in no form that we know, such as a proxy's page."""
 _INSTALL_HINTS: Final = {
     "serving.knative.dev": "install Knative Serving, or choose another context",
     "eventing.knative.dev": "install Knative Eventing",
@@ -63,8 +67,16 @@ class Cluster:
         # The client's own place for its cache outlives the process, and knows nothing of CRDs installed since.
         folder = tempfile.mkdtemp(prefix="lamina-discovery-")
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        with self._errors("asking what the API serves"):
-            self._dynamic = DynamicClient(api, cache_file=f"{folder}/cache.json")
+        try:
+            with self._errors("asking what the API serves"):
+                self._dynamic = DynamicClient(api, cache_file=f"{folder}/cache.json")
+        except (
+            Refused,
+            AttributeError,
+            TypeError,
+            ValueError,
+        ) as error:  # the client takes any JSON, and any text, for an answer
+            raise ClusterUnreachable(f"{description} answers, but not as a Kubernetes API does: {error}") from error
 
     @classmethod
     def connect(cls, kubeconfig: str | None = None, context: str | None = None) -> "Cluster":
@@ -74,6 +86,9 @@ class Cluster:
             api = config.new_client_from_config(kubeconfig, context, persist_config=False)
         except ConfigException as error:
             return cls._in_cluster(error, named=bool(kubeconfig or context))
+        except (yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError) as error:
+            where = kubeconfig or os.environ.get("KUBECONFIG", "~/.kube/config")
+            raise ClusterUnreachable(f"{where} is no kubeconfig: {' '.join(str(error).split())}") from error
         chosen = next(entry for entry in contexts if entry["name"] == (context or active["name"]))
         namespace = chosen["context"].get("namespace", "default")
         return cls(api, f"context {chosen['name']} at {api.configuration.host}", namespace)
@@ -226,4 +241,4 @@ def _message(error: ApiException) -> str:
     try:
         return str(json.loads(body)["message"])
     except (ValueError, KeyError, TypeError):
-        return body.strip() or str(error.reason)
+        return " ".join(body.split())[:_EXCERPT_LENGTH] or str(error.reason)

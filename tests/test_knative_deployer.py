@@ -3,8 +3,10 @@
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+import yaml
 
 from knative.cluster import Cluster
 from knative.cluster_errors import (
@@ -29,6 +31,7 @@ from tests.support.kubernetes_api import (
     never_ready,
     revision_fails,
 )
+from tests.support.storage import answering_every_get_with
 
 CUT = ((0, 10), (10, 20), (20, 30))
 
@@ -313,6 +316,24 @@ def test_no_cluster_is_one_clear_message(tmp_path: Path, monkeypatch: pytest.Mon
     api.close()
     with pytest.raises(ClusterUnreachable, match="does not answer"):
         Cluster.connect(str(kubeconfig))
+
+
+@pytest.mark.parametrize("text", [": : :\n- [", "hello", "", "apiVersion: v1\nkind: Config\n", "\udcff"])
+def test_what_is_no_kubeconfig_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    path = tmp_path / "broken"
+    path.write_text(text, errors="surrogateescape")
+    with pytest.raises(ClusterUnreachable, match="broken"):
+        Cluster.connect(str(path))
+
+
+def test_what_is_no_kubernetes_api_is_named(tmp_path: Path, api: KubernetesApi) -> None:
+    with answering_every_get_with(b"<html>hello</html>") as url:
+        kubeconfig = tmp_path / "kubeconfig"
+        own = urlsplit(yaml.safe_load(api.kubeconfig())["clusters"][0]["cluster"]["server"]).netloc
+        kubeconfig.write_text(api.kubeconfig().replace(own, urlsplit(url).netloc))
+        with pytest.raises(ClusterUnreachable, match="answers, but not as a Kubernetes API does"):
+            Cluster.connect(str(kubeconfig))
 
 
 def test_logs_are_read_and_followed(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
