@@ -17,13 +17,14 @@ ONCE ?=
 SPEC ?=
 IMAGE ?=
 CONTEXT ?=
+INGRESS ?=
 TIMEOUT ?= 900
 ENGINE ?=
 BASE ?= python:3.11-slim
 ACCELERATOR ?= cpu
 TORCH_INDEX ?=
 # Recipes read these through the environment, so that no quoting in a value can break a command.
-export PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT TIMEOUT ENGINE BASE ACCELERATOR TORCH_INDEX
+export PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT INGRESS TIMEOUT ENGINE BASE ACCELERATOR TORCH_INDEX
 
 BIN := $(VENV)/bin
 FOLDERS := storage eventing functions knative
@@ -34,7 +35,7 @@ help: ## This list
 	@awk 'BEGIN { FS = ":.*## " } \
 	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
 	  /^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@printf '\nVariables: PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT TIMEOUT ENGINE BASE ACCELERATOR TORCH_INDEX PYTHON VENV\n'
+	@printf '\nVariables: PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT INGRESS TIMEOUT ENGINE BASE ACCELERATOR TORCH_INDEX PYTHON VENV\n'
 
 .PHONY: run
 run: $(VENV)/run.stamp ## Ask a real model through a pipeline on this machine, then serve it (PROMPT= STAGES= DTYPE= MODEL= PORT= ONCE=1)
@@ -54,11 +55,11 @@ image-rootfs-test: $(VENV)/dev.stamp ## Without an engine: the image's steps int
 	LAMINA_TEST_ROOTFS=1 $(BIN)/python -m pytest tests/test_image_rootfs.py
 
 .PHONY: deploy-all
-deploy-all: needs-spec needs-store $(VENV)/run.stamp ## Push the model, render, apply, wait, print the URL, ask (SPEC= MODEL= IMAGE= CONTEXT= PROMPT=)
+deploy-all: needs-spec needs-store $(VENV)/run.stamp ## Push the model, render, apply, wait, print the URL, ask (SPEC= MODEL= IMAGE= CONTEXT= INGRESS= PROMPT=)
 	@$(BIN)/python -m knative push --spec "$$SPEC" $${MODEL:+"$$MODEL"}
 	@url=$$($(BIN)/python -m knative deploy "$$SPEC" --timeout "$$TIMEOUT" $${IMAGE:+--image "$$IMAGE"} $${CONTEXT:+--context "$$CONTEXT"}); \
 	  echo "$$url"; \
-	  exec $(BIN)/python -m knative ask "$$url" "$$PROMPT" --max-tokens "$$MAX_TOKENS"
+	  exec $(BIN)/python -m knative ask "$${INGRESS:-$$url}" "$$PROMPT" --max-tokens "$$MAX_TOKENS" $${INGRESS:+--host "$${url#*://}"}
 
 .PHONY: undeploy-all
 undeploy-all: needs-spec $(VENV)/run.stamp ## Delete everything that was made for the pipeline, whichever way it came (SPEC= CONTEXT=)

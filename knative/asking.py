@@ -38,6 +38,8 @@ class Question:
     """Through the model's chat template; False: continue the text as it is."""
     api_key: str | None = None
     timeout_seconds: float = 900.0
+    host: str | None = None
+    """Where the URL is an ingress's own: the host that it knows the gateway by."""
 
 
 def is_question(text: str) -> bool:
@@ -71,6 +73,8 @@ def _request(question: Question) -> tuple[dict[str, str], bytes]:
     headers["accept"] = EVENT_STREAM_CONTENT_TYPE
     if question.api_key is not None:
         headers["authorization"] = f"Bearer {question.api_key}"
+    if question.host is not None:
+        headers["host"] = question.host
     return headers, b"".join(pieces)
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from storage.embedded import EmbeddedStore
-from storage.object_store import ObjectStore
-from storage.publisher import publish
 from storage.settings import StoreSettings
-from tests.support.published import save_checkpoint
+from tests.support.functions import gateway_environment, running, stage_environment
+from tests.support.kubernetes_api import KubernetesApi
+from tests.support.published import Published, published_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("awk", "bash", "cat", "env", "mktemp", "rm", "sh")
@@ -23,12 +22,14 @@ STAMPS = ("-o", ".venv/run.stamp", "-o", ".venv/dev.stamp")
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreSettings]:
-    folder = tmp_path_factory.mktemp("store")
-    save_checkpoint(folder / "checkpoint")
-    with EmbeddedStore(folder / "store") as embedded:
-        publish(folder / "checkpoint", ObjectStore(embedded.settings), "tiny", "float32")
-        yield embedded.settings
+def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
+    with published_model(tmp_path_factory.mktemp("published")) as model:
+        yield model
+
+
+@pytest.fixture
+def store(published: Published) -> StoreSettings:
+    return published.store
 
 
 def make(folder: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -98,6 +99,33 @@ def test_kn_gets_a_file_for_each_service_and_kubectl_the_rest(tmp_path: Path, st
     gateway = yaml.safe_load((tmp_path / "seen.yaml").read_text())
     assert gateway["metadata"]["name"] == applied[-1][5] == "chat"
     assert gateway["spec"]["template"]["spec"]["containers"][0]["image"] == "registry.example/other:2"
+
+
+def test_deploy_all_pushes_applies_waits_and_asks(tmp_path: Path, store: StoreSettings, published: Published) -> None:
+    """The cluster is a stand-in; what answers is a pipeline of real functions, behind what stands for the ingress."""
+    api = KubernetesApi()
+    cut = ((0, 6),)
+    keys = {"AWS_ACCESS_KEY_ID": "eA==", "AWS_SECRET_ACCESS_KEY": "eA=="}
+    metadata = {"name": "lamina-store", "namespace": "models"}
+    api.put({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": keys})
+    (tmp_path / "kubeconfig").write_text(api.kubeconfig())
+    environ = {**environment(store), "KUBECONFIG": str(tmp_path / "kubeconfig")}
+    with (
+        running([stage_environment(published, 0, cut)]) as (stage,),
+        running([gateway_environment(published, [stage.url], cut)]) as (gateway,),
+    ):
+        arguments = (f"SPEC={spec(tmp_path, store)}", f"INGRESS={gateway.url}", "PROMPT=the weather", "MAX_TOKENS=4")
+        done = make(tmp_path, "deploy-all", *arguments, **environ)
+    assert done.returncode == 0, done.stderr
+    assert "digest: " + published.manifest.digest in done.stdout
+    assert "http://chat.models.example\n" in done.stdout
+    assert "tokens, first after" in done.stdout
+    services = api.named("services")
+    assert len(services) == 3
+    undone = make(tmp_path, "undeploy-all", f"SPEC={tmp_path / 'pipeline.yaml'}", **environ)
+    assert "objects deleted" in undone.stdout, undone.stderr
+    assert api.named("services") == []
+    api.close()
 
 
 def test_what_is_missing_is_named_before_anything_is_done(tmp_path: Path, store: StoreSettings) -> None:

@@ -24,18 +24,27 @@ chat_option = click.option(
 @click.option("--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True, help="0 is greedy.")
 @chat_option
 @click.option("--api-key", envvar="LAMINA_API_KEY", show_envvar=True, help="Where the gateway wants one.")
+@click.option("--host", help="Where URL is an ingress's address: the host of the gateway's URL, which does not resolve here.")
 @click.option("--timeout", type=click.FloatRange(min=1), default=900.0, show_default=True, help="Seconds for the whole answer.")
 def ask(
-    url: str, prompt: str, max_tokens: int, temperature: float, chat: bool | None, api_key: str | None, timeout: float
+    url: str,
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    chat: bool | None,
+    api_key: str | None,
+    host: str | None,
+    timeout: float,
 ) -> None:
     """Ask the gateway at URL, as an HTTP CloudEvent, and print the answer while it streams.
 
     \b
     python -m knative ask http://127.0.0.1:8080 "What is the capital of France?"
     python -m knative ask http://127.0.0.1:8080 "The capital of France is" --max-tokens 8
+    python -m knative ask http://203.0.113.7 --host chat.default.example.com "What is the capital of France?"
     """
     as_chat = is_question(prompt) if chat is None else chat
-    asyncio.run(show_answer(Console(), url, Question(prompt, max_tokens, temperature, as_chat, api_key, timeout)))
+    asyncio.run(show_answer(Console(), url, Question(prompt, max_tokens, temperature, as_chat, api_key, timeout, host)))
 
 
 async def show_answer(console: Console, url: str, question: Question) -> GenerateResponse:
