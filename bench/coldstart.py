@@ -43,6 +43,7 @@ class ColdStarts:
     monolith: list[ColdStart]
     monolith_limited: list[ColdStart]
     plain: list[ColdStart]
+    plain_limited: list[ColdStart]
     forked: list[ColdStart]
     forked_cached: list[ColdStart]
     limited: dict[int, list[ColdStart]]
@@ -53,7 +54,7 @@ def say(text: str) -> None:
 
 
 async def measure_cold_starts(around: Surroundings, bytes_per_second: float, rounds: int) -> ColdStarts:
-    found = ColdStarts([], [], [], [], [], {stages: [] for stages in _CUTS})
+    found = ColdStarts([], [], [], [], [], [], {stages: [] for stages in _CUTS})
     async with ForkStarter(ROOT, around.logs / "fork-server.log") as starter:
         await starter.warm()
         cache = around.logs.parent / "weights"
@@ -66,9 +67,11 @@ async def measure_cold_starts(around: Surroundings, bytes_per_second: float, rou
             found.monolith.append(_told("monolith", await cold_monolith(around)))
             limited = await cold_monolith(around, bytes_per_second=bytes_per_second)
             found.monolith_limited.append(_told("monolith, limited", limited))
+            limited = await cold_pipeline(around, 3, bytes_per_second=bytes_per_second)
+            found.plain_limited.append(_told("3 plain stages, limited", limited))
             for stages, runs in found.limited.items():
-                run = await cold_pipeline(around, stages, bytes_per_second=bytes_per_second)
-                runs.append(_told(f"{stages} plain stages, limited", run))
+                run = await cold_pipeline(around, stages, bytes_per_second=bytes_per_second, starter=starter)
+                runs.append(_told(f"{stages} forked stages, limited", run))
     return found
 
 
@@ -95,6 +98,7 @@ def measure(folder: Path, rounds: int, bytes_per_second: float) -> Results:
         monolith=starts.monolith,
         monolith_limited=starts.monolith_limited,
         plain=starts.plain,
+        plain_limited=starts.plain_limited,
         forked=starts.forked,
         forked_cached=starts.forked_cached,
         limited=starts.limited,

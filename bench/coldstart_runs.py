@@ -162,7 +162,8 @@ def _endpoints(store: ObjectStore, bytes_per_second: float | None, count: int) -
     upstream = urlsplit(store.settings.endpoint_url).netloc
     command = [sys.executable, "-m", "bench.throttle", "--upstream", upstream]
     command += ["--bytes-per-second", str(bytes_per_second), "--count", str(count)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as proxies:
+    # A session of its own: Linux shares processors out by sessions, and what stands for a network is not to share one.
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as proxies:
         assert proxies.stdin is not None
         assert proxies.stdout is not None
         try:

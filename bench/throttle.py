@@ -14,7 +14,7 @@ from typing import Final
 
 import click
 
-_CHUNK_BYTES: Final = 2**16
+_CHUNK_BYTES: Final = 2**18
 _BURST_SECONDS: Final = 0.02
 """What a silent connection may save up: that of a network card's queue, not of a quota."""
 
@@ -70,8 +70,8 @@ class Throttle:
                 end.setblocking(False)
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 # Small, or the kernel's buffers let megabytes through before the rate is felt.
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * _CHUNK_BYTES)
-            server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * _CHUNK_BYTES)
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CHUNK_BYTES)
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _CHUNK_BYTES)
             await loop.sock_connect(server, self._upstream)
             up = asyncio.create_task(_pass_on(client, server, None))
             try:
