@@ -22,18 +22,6 @@ _METRICS: Final[dict[str, tuple[str, Callable[[Revision], float]]]] = {
     "kn_revision_pods_pending_count": ("Pods that start", lambda r: sum(pod.phase is Phase.STARTING for pod in r.pods)),
     "kn_revision_pods_terminating_count": ("Pods that leave", lambda r: sum(pod.leaving for pod in r.pods)),
     "kn_revision_panic_mode": ("1 while the revision panics", lambda r: r.autoscaler.panicking),
-    "kn_revision_concurrency_stable": (
-        "Requests in flight over the stable window",
-        lambda r: r.autoscaler.last_decision.stable if r.autoscaler.last_decision else 0.0,
-    ),
-    "kn_revision_concurrency_panic": (
-        "Requests in flight over the panic window",
-        lambda r: r.autoscaler.last_decision.panic if r.autoscaler.last_decision else 0.0,
-    ),
-    "kn_revision_concurrency_target": (
-        "Requests in flight that one pod is meant for",
-        lambda r: r.autoscaler.settings.decider.target_value,
-    ),
     "kn_revision_capacity_excess": (
         "Requests that fit beyond load and target burst",
         lambda r: r.autoscaler.excess_burst_capacity,
@@ -41,12 +29,27 @@ _METRICS: Final[dict[str, tuple[str, Callable[[Revision], float]]]] = {
 }
 
 
+_LOADS: Final[dict[str, tuple[str, Callable[[Revision], float]]]] = {
+    "stable": ("over the stable window", lambda r: r.autoscaler.last_decision.stable if r.autoscaler.last_decision else 0.0),
+    "panic": ("over the panic window", lambda r: r.autoscaler.last_decision.panic if r.autoscaler.last_decision else 0.0),
+    "target": ("that one pod is meant for", lambda r: r.autoscaler.settings.decider.target_value),
+}
+_UNITS: Final = {"concurrency": "Requests in flight", "rps": "Requests per second"}
+"""By what a revision scales on: it has the one or the other."""
+
+
 def render_metrics(services: Iterable[LocalService]) -> bytes:
     registry = CollectorRegistry()
-    gauges = {name: (Gauge(name, text, _LABELS, registry=registry), read) for name, (text, read) in _METRICS.items()}
+    gauges = [(Gauge(name, text, _LABELS, registry=registry), read, "") for name, (text, read) in _METRICS.items()]
+    gauges += [
+        (Gauge(f"kn_revision_{metric}_{name}", f"{unit} {text}", _LABELS, registry=registry), read, metric)
+        for metric, unit in _UNITS.items()
+        for name, (text, read) in _LOADS.items()
+    ]
     for service in services:
         for revision in service.revisions:
             labels = (revision.name.revision, service.name, service.name, service.namespace)
-            for gauge, read in gauges.values():
-                gauge.labels(*labels).set(read(revision))
+            for gauge, read, metric in gauges:
+                if metric in ("", revision.autoscaler.settings.metric):
+                    gauge.labels(*labels).set(read(revision))
     return generate_latest(registry)
