@@ -147,7 +147,7 @@ def _peak(records: Sequence[Record], service: str) -> float:
 def _throughput(phase: PhaseFigures) -> Verdict:
     share = phase.tokens_per_second / phase.could_do if phase.could_do else 0.0
     return Verdict(
-        f"{phase.conversations} conversations: {SETTLED_SECONDS:.0f} s after the rise, throughput is at least "
+        f"{phase.conversations} conversations: {SETTLED_SECONDS:.0f} s after the rise at the latest, throughput is at least "
         f"{LEAST_SHARE} × what the replicas could do",
         f"{share:.2f}",
         share >= LEAST_SHARE,
