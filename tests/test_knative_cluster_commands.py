@@ -55,6 +55,11 @@ def test_a_pipeline_goes_out_is_changed_goes_back_and_is_taken_away(api: Kuberne
     assert (back.returncode, back.stdout) == (0, "http://chat.default.example\n"), back.stderr
     assert len(api.named("services")) == 4
 
+    shown = run(tmp_path, "status", "chat")
+    assert [line.split()[:3] for line in shown.stdout.splitlines()[1:2]] == [["chat", "yes", "1"]], shown.stderr
+    assert len(shown.stdout.splitlines()) == 5
+    assert "no pipeline other" in run(tmp_path, "status", "other").stderr
+
     api.logs["chat-00003-pod"] = "one\ntwo\n"
     assert run(tmp_path, "logs", "chat").stdout == "chat-00003-pod: one\nchat-00003-pod: two\n"
     assert "it may be at zero" in run(tmp_path, "logs", "other").stderr

@@ -3,17 +3,22 @@
 import json
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 from rich.console import Console, Group
 from rich.live import Live
 
+from knative.cluster_access import cluster_options
 from knative.console import rich_table, show_table, size
 from knative.local.state_folder import StateError, find_running
 from knative.pod_metrics import RevisionRates
 from knative.store_access import state_option
+
+if TYPE_CHECKING:
+    from knative.cluster import Cluster
 
 _COLUMNS: Final = (
     "service", "ready", "starting", "leaving", "desired", "stable", "panic", "panicking", "tokens/s", "waiting", "restarts",
@@ -24,17 +29,28 @@ _FIRST_RATE_SECONDS: Final = 0.5
 
 
 @click.command()
+@click.argument("pipeline", required=False)
 @click.option("--watch", is_flag=True, help="Again every second, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="All that the platform tells, as JSON.")
+@click.option("--namespace", "-n", help="On a cluster: of the pipeline; the context's own by default.")
+@cluster_options
 @state_option
-def status(watch: bool, as_json: bool, state: Path) -> None:
+def status(
+    pipeline: str | None, watch: bool, as_json: bool, namespace: str | None, connect: "Callable[[], Cluster]", state: Path
+) -> None:
     """Show the pipeline that `run` serves on this machine: replicas, concurrency, and what the autoscaler wants.
+
+    With the name of a PIPELINE: its Services on a cluster, and why one is not ready.
 
     \b
     python -m knative status
     python -m knative status --watch
+    python -m knative status chat --context production
     """
     console = Console()
+    if pipeline is not None:
+        _show_cluster(console, connect(), namespace, pipeline)
+        return
     if as_json:
         click.echo(json.dumps(_ask(state), indent=2))
         return
@@ -46,6 +62,18 @@ def status(watch: bool, as_json: bool, state: Path) -> None:
         if not watch:
             return
         time.sleep(_REFRESH_SECONDS)
+
+
+def _show_cluster(console: Console, cluster: "Cluster", namespace: str | None, name: str) -> None:
+    from knative.cluster_status import COLUMNS, cluster_rows
+
+    where = namespace or cluster.default_namespace
+    rows, troubles = cluster_rows(cluster, where, name)
+    if not rows:
+        raise click.ClickException(f"no pipeline {name} is in namespace {where} of {cluster.description}")
+    show_table(console, "", COLUMNS, rows)
+    for line in troubles:
+        console.out(line, highlight=False)
 
 
 class _View:
