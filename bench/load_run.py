@@ -56,7 +56,7 @@ class Run:
 SLEEPING: Final = Run(
     section="load",
     picture=ROOT / "docs" / "load.png",
-    plan="0:5,1:25,16:40,64:50,4:30,0:310",
+    plan="0:5,1:30,16:40,64:50,4:30,0:285",
     max_tokens=(96, 160),
     sleep_seconds=(0.03, 0.09, 0.03),
     micro_batch_sequences=16,
