@@ -52,10 +52,14 @@ def warm_parent(folder: Path) -> Iterator[WarmParent]:
 
 @asynccontextmanager
 async def cold_pipeline(
-    published: Published, folder: Path, starter: ForkStarter, endpoints: Mapping[int, str]
+    published: Published,
+    folder: Path,
+    starter: ForkStarter,
+    endpoints: Mapping[int, str],
+    weights_cache: Path | None = None,
 ) -> AsyncIterator[tuple[Platform, LocalPipeline]]:
     """Three stages. endpoints: stage → URL of its store, where it is not the published one."""
-    local = local_pipeline(ObjectStore(published.store), published.manifest, len(CUT), None, {})
+    local = local_pipeline(ObjectStore(published.store), published.manifest, len(CUT), None, {}, weights_cache)
     manifests = services(local.pipeline)
     for index, endpoint in endpoints.items():
         set_environment(manifests[index], {"LAMINA_STORE_ENDPOINT": endpoint})

@@ -1,0 +1,95 @@
+"""Forked pods from zero: right answers, honest phases, fresh nonces, weights out of the cache the second time."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from eventing.generation import GenerateResponse
+from functions.startup import PHASES
+from knative.asking import Question, ask
+from tests.support.cold_pipeline import WarmParent, cold_pipeline, pods_of, warm_parent
+from tests.support.published import CUT, Published, published_model
+from tests.support.storage import FaultProxy, fault_proxy
+from tests.support.tiny_models import greedy
+
+DEADLINE_SECONDS = 90.0
+PROMPT = "hello"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
+    with published_model(tmp_path_factory.mktemp("published")) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmParent]:
+    with warm_parent(tmp_path_factory.mktemp("parent")) as parent:
+        yield parent
+
+
+@pytest.fixture
+def proxy(published: Published) -> Iterator[FaultProxy]:
+    with fault_proxy(published.store) as proxy:
+        yield proxy
+
+
+async def cold_answer(
+    published: Published, parent: WarmParent, proxy: FaultProxy, folder: Path, cache: Path | None = None
+) -> tuple[str, list[dict[str, Any]]]:
+    """To a question with everything at zero; and what the stages' readiness said."""
+    endpoints = dict.fromkeys(range(len(CUT)), proxy.settings.endpoint_url)
+    async with cold_pipeline(published, folder, parent.starter, endpoints, cache) as (platform, local):
+        url = platform.url(local.pipeline.spec.name)
+        *_, answer = [each async for each in ask(url, Question(PROMPT, 8, chat=False))]
+        assert isinstance(answer, GenerateResponse)
+        pods = [pods_of(platform, local.pipeline.stage_name(index)) for index in range(len(CUT))]
+    assert [len(each) for each in pods] == [1] * len(CUT)
+    return answer.text, [each[0]["readiness"] for each in pods]
+
+
+def layers_read(proxy: FaultProxy) -> int:
+    return sum("layer-" in path for _, path in proxy.requests)
+
+
+def test_phases_begin_with_the_fork(published: Published, parent: WarmParent, proxy: FaultProxy, tmp_path: Path) -> None:
+    text, said = parent.run(cold_answer(published, parent, proxy, tmp_path), DEADLINE_SECONDS)
+    with torch.inference_mode():
+        ids = greedy(published.model, published.tokenizer.encode(PROMPT).ids, 8)
+    assert text == published.tokenizer.decode(ids[: next((at for at, token in enumerate(ids) if token in (2, 4)), 8)])
+    for each in said:
+        phases = each["start_up"]
+        assert phases.keys() == set(PHASES)
+        assert 0 <= phases["process"] <= phases["import"] <= phases["place"] <= phases["warm_up"]
+        assert phases["connect"] <= phases["first_byte"] <= phases["last_byte"] <= phases["place"]
+        assert phases["import"] < 1.0  # where torch is imported alone it takes longer than that
+    assert len({each["instance"].rpartition("-")[2] for each in said}) == len(CUT)
+
+
+def test_the_second_start_reads_no_weights(published: Published, parent: WarmParent, proxy: FaultProxy, tmp_path: Path) -> None:
+    cache = tmp_path / "weights"
+    first, _ = parent.run(cold_answer(published, parent, proxy, tmp_path, cache), DEADLINE_SECONDS)
+    assert layers_read(proxy) >= 6
+    proxy.requests.clear()
+    second, said = parent.run(cold_answer(published, parent, proxy, tmp_path, cache), DEADLINE_SECONDS)
+    assert second == first
+    assert layers_read(proxy) == 0
+    assert all(each["start_up"].keys() == set(PHASES) for each in said)
+
+
+def test_what_was_altered_in_the_cache_is_read_again(
+    published: Published, parent: WarmParent, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    cache = tmp_path / "weights"
+    first, _ = parent.run(cold_answer(published, parent, proxy, tmp_path, cache), DEADLINE_SECONDS)
+    for file in cache.glob("*.safetensors"):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    proxy.requests.clear()
+    second, _ = parent.run(cold_answer(published, parent, proxy, tmp_path, cache), DEADLINE_SECONDS)
+    assert second == first
+    assert layers_read(proxy) >= 6
