@@ -52,7 +52,7 @@ image: ## Build the image of all functions with podman, buildah or docker (IMAGE
 
 .PHONY: image-rootfs-test
 image-rootfs-test: $(VENV)/dev.stamp ## Without an engine: the image's steps into a folder, entered as nobody and read-only, a pipeline answers (minutes)
-	LAMINA_TEST_ROOTFS=1 $(BIN)/python -m pytest tests/test_image_rootfs.py
+	$(BIN)/python -m pytest -m image tests/test_image_rootfs.py
 
 .PHONY: deploy-all
 deploy-all: needs-spec needs-store $(VENV)/run.stamp ## Push the model, render, apply, wait, print the URL, ask (SPEC= MODEL= IMAGE= CONTEXT= INGRESS= PROMPT=)

@@ -20,10 +20,7 @@ from tests.support import rootfs
 from tests.support.functions import FunctionProcess, gateway_environment, stage_environment
 from tests.support.published import CUT, Published, published_model
 
-pytestmark = [
-    pytest.mark.timeout(900),
-    pytest.mark.skipif("LAMINA_TEST_ROOTFS" not in os.environ, reason="takes minutes: make image-rootfs-test"),
-]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.image]
 MODULE = ("-m", "tests.support.rootfs")
 PROMPT = "the weather"
 PROBE = """
