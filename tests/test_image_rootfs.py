@@ -4,7 +4,6 @@ Takes minutes and a gigabyte, so it runs by `make image-rootfs-test` only.
 """
 
 import json
-import os
 import stat
 import subprocess
 import sys
