@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from os import sched_getaffinity
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -145,14 +146,19 @@ def read_metrics(url: str) -> dict[str, float]:
 
 def _write_spec(dtype: str, state: Path) -> tuple[Path, Path]:
     """The spec, and a folder of secrets with the token that the direct gateway needs too."""
-    stays_up = {"min_scale": 1, "max_scale": 1}
+    cores, stays_up = len(sched_getaffinity(0)), {"min_scale": 1, "max_scale": 1}
     spec = {
         "name": "bench",
         "model": {"name": published_name(packaged_model()), "dtype": dtype},
         "stages": NUM_STAGES,
         "image": "lamina:local",
         "pipeline_token_secret": _TOKEN_SECRET,
-        "stage": {"resources": {"cpu": "1", "memory": "2Gi"}, "kv_cache": "256Mi", "autoscaling": stays_up},
+        "stage": {
+            "resources": {"cpu": str(cores), "memory": "2Gi"},
+            "busy_threads": max(1, cores // NUM_STAGES),
+            "kv_cache": "256Mi",
+            "autoscaling": stays_up,
+        },
         "gateway": {"autoscaling": {"container_concurrency": 0, "target": 100, **stays_up}},
         "store": {"endpoint": "http://embedded.invalid"},
     }

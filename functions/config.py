@@ -67,6 +67,12 @@ class StageConfig(CommonConfig):
     sleep_seconds: float = setting("LAMINA_SLEEP_SECONDS", parsers.seconds, "how long a pass takes with sleep", "0.03")
     device: str = setting("LAMINA_DEVICE", parsers.one_of("auto", "cpu", "cuda"), "where the layers run", "auto")
     threads: int = setting("LAMINA_THREADS", parsers.integer(0, 1024), "threads of a pass; 0: as many as the CPU limit", "0")
+    busy_threads: int = setting(
+        "LAMINA_BUSY_THREADS",
+        parsers.integer(0, 1024),
+        "threads of a pass while the stage is busy for more than half of the time, for stages that share cores; 0: the same",
+        "0",
+    )
     kv_cache_bytes: int = setting("LAMINA_KV_CACHE_BYTES", parsers.integer(1), "memory for keys and values", str(2**30))
     max_merge: int = setting("LAMINA_MAX_MERGE", parsers.integer(1, 1024), "most events merged into one pass", "4")
     idle_sequence_seconds: float = setting(

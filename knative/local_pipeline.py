@@ -3,6 +3,7 @@
 import math
 import os
 import secrets
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -115,7 +116,7 @@ def _already_published(store: ObjectStore, name: str, dtype: str) -> Manifest:
 def _spec_for_this_machine(manifest: Manifest, shape: ModelShape, stages: int, store: Store) -> PipelineSpec:
     plans = plan_stages(shape, cut_evenly(shape, stages))
     memory = max(plan.weight_bytes for plan in plans) * 2 + quantity(_KV_CACHE) + _RUNTIME_BYTES
-    cores = max(1, (os.cpu_count() or 1) // stages)
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return PipelineSpec(
         name="lamina",
         model=Model(name=manifest.name, dtype=manifest.dtype),
@@ -123,6 +124,7 @@ def _spec_for_this_machine(manifest: Manifest, shape: ModelShape, stages: int, s
         image="lamina:local",
         stage=Stage(
             resources=Resources(cpu=str(cores), memory=f"{math.ceil(memory / 2**20)}Mi"),
+            busy_threads=max(1, cores // stages),
             kv_cache=_KV_CACHE,
             autoscaling=Autoscaling(max_scale=_MAX_SCALE),
         ),

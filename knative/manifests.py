@@ -240,6 +240,7 @@ def _stage_env(pipeline: Pipeline, index: int) -> list[Manifest]:
             LAMINA_SLEEP_SECONDS=_sleep_seconds(stage, index),
             LAMINA_DEVICE=stage.device,
             LAMINA_THREADS=stage.threads,
+            LAMINA_BUSY_THREADS=stage.busy_threads,
             LAMINA_KV_CACHE_BYTES=int(quantity(stage.kv_cache)),
             LAMINA_MAX_MERGE=stage.max_merge,
             LAMINA_IDLE_SEQUENCE_SECONDS=stage.idle_sequence_seconds,

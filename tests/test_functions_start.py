@@ -19,7 +19,7 @@ from eventing.events import BATCH_CONTENT_TYPE, Batch, EventType, Row, Status
 from eventing.generation import WarmupReply, WarmupRequest
 from eventing.http_binding import from_http, to_binary_http
 from eventing.problems import NotReady
-from functions.stage.threads import set_openmp, thread_count
+from functions.stage.threads import WAITING, PassThreads, set_openmp, thread_count
 from storage.object_store import ObjectStore
 from tests.support.environments import GATEWAY
 from tests.support.functions import ROOT, TOKEN, FunctionProcess, gateway_environment, stage_environment, wait_until
@@ -227,5 +227,18 @@ print(json.dumps(sorted(sys.modules)))
 def test_threads_follow_the_configuration_and_wait_without_spinning() -> None:
     environ: dict[str, str] = {}
     set_openmp(environ, thread_count(3))
-    assert environ == {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "passive"}
+    assert environ == {"OMP_NUM_THREADS": "3", **WAITING}
     assert thread_count(0) >= 1
+
+
+def test_a_busy_stage_keeps_to_its_share_of_the_cores_and_a_mostly_idle_one_takes_all() -> None:
+    threads, moment = PassThreads(4, 1), 0.0
+    seen = []
+    for pause in (2.0, 2.0, 2.0, 0.1, 0.1, 2.0, 2.0, 2.0, 2.0):
+        moment += pause
+        seen.append(threads.begin(moment))
+        threads.end(moment, moment + 1.0)
+        moment += 1.0
+    assert seen[:5] == [4, 4, 4, 1, 1]
+    assert seen[-1] == 4
+    assert PassThreads(3, 0).begin(0.0) == 3

@@ -11,7 +11,7 @@ import msgspec
 from functions.background import run_in_background
 from functions.config import StageConfig
 from functions.publication import read_publication
-from functions.stage.threads import set_openmp, thread_count
+from functions.stage.threads import PassThreads, set_openmp, thread_count
 from functions.startup import StartUp
 from functions.telemetry import StageMetrics
 from storage.model_repository import Manifest, read_file
@@ -56,6 +56,7 @@ def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> "
         num_stages=len(config.cut),
         max_merge=config.max_merge,
         idle_sequence_seconds=config.idle_sequence_seconds,
+        threads=PassThreads(threads, config.busy_threads),
         on_pass=metrics.observe_pass,
     )
     start_up.mark("place")

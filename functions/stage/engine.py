@@ -22,6 +22,7 @@ from functions.stage.forward_pass import ForwardPass, Part
 from functions.stage.layer_group import LayerGroup
 from functions.stage.row_checks import check_event
 from functions.stage.sequences import SequenceTable
+from functions.stage.threads import PassThreads
 from functions.stage.wire_tensors import wire_tensor
 
 _log: Final = logging.getLogger(__name__)
@@ -47,8 +48,8 @@ class Engine:
     """Runs a layer group.
 
     num_stages: of the pipeline; bounds merging (see EventQueue). max_merge: most events in one pass.
-    idle_sequence_seconds: a sequence not heard of for so long is released. clock: seconds since the epoch, by which
-    events expire and sequences are idle.
+    idle_sequence_seconds: a sequence not heard of for so long is released. threads: of a pass; None: as torch is
+    set. clock: seconds since the epoch, by which events expire and sequences are idle.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Engine:
         num_stages: int,
         max_merge: int,
         idle_sequence_seconds: float,
+        threads: PassThreads | None = None,
         clock: Callable[[], float] = time.time,
         on_pass: Callable[[PassStatistics], None] = _ignore,
     ) -> None:
@@ -68,6 +70,7 @@ class Engine:
         self._sequences = SequenceTable(group.kv, idle_sequence_seconds, clock)
         self._forward_pass = ForwardPass(group, self._sequences)
         self._look_for_idle_seconds = idle_sequence_seconds / 10
+        self._threads = threads
         self._pass_began: float | None = None
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
 
@@ -159,8 +162,11 @@ class Engine:
         now = self._clock()
         current = [event for event in events if event.expires_at is None or event.expires_at > now]
         began = self._pass_began = time.perf_counter()
+        self._set_threads(began)
         outcomes = self._run(current)
         self._pass_began = None
+        if self._threads is not None:
+            self._threads.end(began, time.perf_counter())
         # Ahead of the replies: whoever gets one may send the sequence's next step at once.
         self._queue.done(events)
         for event in set(events).difference(current):
@@ -172,6 +178,10 @@ class Engine:
                 event.reply.set_exception(outcome)
         if current:
             self._report(current, outcomes, began)
+
+    def _set_threads(self, now: float) -> None:
+        if self._threads is not None and (count := self._threads.begin(now)) != torch.get_num_threads():
+            torch.set_num_threads(count)
 
     def _run(self, events: list[WaitingEvent]) -> list[Batch | Exception]:
         """One pass over all; where that raises, one for each, so that a poisoned event fails alone."""

@@ -1,12 +1,49 @@
-"""How many threads a stage computes with, and how they wait. Must be set before torch is imported."""
+"""How many threads a stage computes with, and how they wait. How they wait must be set before torch is imported."""
 
 import os
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Final
 
+_SPIN_COUNT: Final = "3000"
+"""Turns that a thread waits awake, some 0.1 ms: as long as one operator of a decode step, much shorter than a pass."""
+_SMOOTHING: Final = 0.5
+_BUSY: Final = 0.45
+"""Three stages that take turns with one micro-batch are busy a third of the time each; sharing two cores, two thirds."""
+
 _CGROUP_V2: Final = Path("/sys/fs/cgroup/cpu.max")
 _CGROUP_V1: Final = (Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us"))
+
+
+WAITING: Final = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": _SPIN_COUNT}
+"""Read by OpenMP when torch is loaded."""
+
+
+class PassThreads:
+    """How many threads the next pass computes with, where stages share cores: all while this one is mostly idle.
+
+    A stage that is idle for more than half of the time waits for the others, so that the cores are its own when it is its
+    turn. One that is busy keeps to its share, or threads of several stages would wait for each other.
+    """
+
+    def __init__(self, threads: int, busy_threads: int) -> None:
+        """busy_threads: 0 for `threads`, whatever happens."""
+        self._threads = threads
+        self._busy_threads = busy_threads or threads
+        self._busy = 0.0
+        """Share of the time, moving average over passes."""
+        self._last: tuple[float, float] | None = None
+        """When the last pass began and ended."""
+
+    def begin(self, now: float) -> int:
+        """Threads of the pass that begins now, in seconds of any one clock."""
+        if self._last is not None:
+            began, ended = self._last
+            self._busy += ((ended - began) / max(now - began, 1e-9) - self._busy) * _SMOOTHING
+        return self._busy_threads if self._busy > _BUSY else self._threads
+
+    def end(self, began: float, now: float) -> None:
+        self._last = (began, now)
 
 
 def thread_count(configured: int) -> int:
@@ -19,9 +56,9 @@ def thread_count(configured: int) -> int:
 
 
 def set_openmp(environ: MutableMapping[str, str], threads: int) -> None:
-    """Threads that wait for work sleep: spinning costs 2 to 5 times where several stages share cores."""
+    """Threads that wait for more than an operator sleep: spinning costs 2 to 5 times where several stages share cores."""
     environ["OMP_NUM_THREADS"] = str(threads)
-    environ["OMP_WAIT_POLICY"] = "passive"
+    environ.update(WAITING)
 
 
 def _cpu_limit() -> float | None:

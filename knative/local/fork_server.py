@@ -18,6 +18,7 @@ from typing import Final
 
 import msgspec
 
+from functions.stage.threads import WAITING
 from knative.local.fork_isolation import isolate
 from knative.local.fork_messages import Ended, Fork, Forked, Imported, Refused, line
 
@@ -112,7 +113,7 @@ class ForkServer:
 def import_all(modules: Sequence[str]) -> None:
     """Raises ImportError and ThreadsRunning."""
     # Read when the libraries are loaded: numpy's OpenBLAS starts its threads then, and OpenMP's learn how to wait.
-    os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
+    os.environ.update(WAITING, OPENBLAS_NUM_THREADS="1")
     for module in modules:
         importlib.import_module(module)
     threads = len(list(Path("/proc/self/task").iterdir()))
