@@ -117,10 +117,11 @@ def test_a_pod_computes_with_its_own_number_of_threads(tmp_path: Path, monkeypat
     [
         ({"STATUS": "3"}, None, 3),
         ({"RAISE": "1"}, None, 1),
+        ({"EXIT": "4"}, None, 4),
         ({"WAIT": "1"}, signal.SIGTERM, -signal.SIGTERM),
         ({"WAIT": "1"}, signal.SIGKILL, -signal.SIGKILL),
     ],
-    ids=["status", "raised", "terminated", "killed"],
+    ids=["status", "raised", "exited", "terminated", "killed"],
 )
 def test_the_end_of_a_pod_is_told(tmp_path: Path, environ: dict[str, str], number: int | None, status: int) -> None:
     async def run() -> int:

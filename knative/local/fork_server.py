@@ -75,15 +75,19 @@ class ForkServer:
 
     def _fork(self, request: Fork) -> bool:
         """Whether this is the child."""
+        opened: list[int] = []
         try:
-            output = os.open(request.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            isolated, tell = os.pipe()
+            opened.append(os.open(request.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666))
+            opened.extend(os.pipe())
             pid = os.fork()
         except OSError as error:
+            for descriptor in opened:
+                os.close(descriptor)
             self._control.sendall(line(Refused(request.number, error.errno or 0, error.strerror or str(error))))
             return False
+        output, isolated, tell = opened
         if pid == 0:
-            self._become(request, output, tell)
+            self._become(request, output)
             return True
         os.close(output)
         os.close(tell)
@@ -93,8 +97,8 @@ class ForkServer:
         self._control.sendall(line(Forked(request.number, pid)))
         return False
 
-    def _become(self, request: Fork, output: int, tell: int) -> None:
-        """In the child. Closing `tell`, with all other files, tells the server."""
+    def _become(self, request: Fork, output: int) -> None:
+        """In the child. That all other files are closed tells the server, which waits at the other end of a pipe."""
         self._selector.close()
         self._control.close()
         try:
@@ -140,6 +144,8 @@ def _run_function(main: Main) -> None:
     status = _FAILED_STATUS
     try:
         status = main([], os.environ)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else _FAILED_STATUS
     except BaseException:  # noqa: BLE001  this is the end of the process
         traceback.print_exc()
     sys.stdout.flush()

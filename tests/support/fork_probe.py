@@ -72,6 +72,8 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     print("to stderr", file=sys.stderr)
     if environ.get("RAISE"):
         raise RuntimeError("as it was told")
+    if environ.get("EXIT"):
+        sys.exit(int(environ["EXIT"]))
     while environ.get("WAIT"):
         time.sleep(60)
     return int(environ.get("STATUS", "0"))
