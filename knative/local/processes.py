@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import random
 import shutil
 import signal
 import socket
@@ -12,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
+_POD_PORTS: Final = range(20_000, 32_000)
+_TRIES: Final = 50
 _LAUNCHER: Final = """
 import ctypes, os, signal, sys
 if sys.platform == "linux":
@@ -78,11 +81,18 @@ def kill_group(pid: int) -> None:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port of this machine that nobody listens on now.
+
+    From below the range that Linux takes outgoing connections' ports from (ip_local_port_range): one of those would now and
+    then get the port between this look and the function's own bind.
+    """
+    for port in (*random.sample(_POD_PORTS, _TRIES), 0):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the function does: TIME_WAIT is free
+            probe.bind(("0.0.0.0", port))
+            found: int = probe.getsockname()[1]
+            return found
+    raise OSError(errno.EADDRINUSE, "no free port")
 
 
 def memory_bytes(pid: int) -> int:
