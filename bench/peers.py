@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import aiohttp
 from bench.serving_client import Client, Measurement
 from bench.serving_pipeline import ROOT, started, wait_for
 from bench.serving_requests import Request
+from functions.stage.threads import WAITING
 from knative.local.processes import free_port
 
 LLAMA_CPP_SLOTS: Final = 16
@@ -58,7 +60,7 @@ class Transformers:
 
 @contextmanager
 def running_transformers(model: str, log: Path) -> Iterator[Transformers]:
-    """Loaded once this is entered."""
+    """Loaded once this is entered. Its threads wait as a stage's do: they spin briefly, so that other load costs it no more."""
     with log.open("w") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "bench.peers_transformers", model],
@@ -67,6 +69,7 @@ def running_transformers(model: str, log: Path) -> Iterator[Transformers]:
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
+            env={**os.environ, **WAITING},
         )
         with process:
             try:

