@@ -33,7 +33,7 @@ _DOCUMENT: Final = ROOT / "docs" / "benchmarks.md"
 _PICTURE: Final = ROOT / "docs" / "coldstart.png"
 _FOLDER: Final = ROOT / ".lamina" / "coldstart"
 _CUTS: Final = (1, 2, 3, 5)
-_IMPORT_ROUNDS: Final = 5
+_IMPORT_ROUNDS: Final = 7
 
 
 @dataclass
