@@ -52,7 +52,9 @@ def write() -> None:
 
 def commands_page() -> str:
     """`--help` of the command line and of each command."""
-    context = click.Context(command_line, info_name="python -m knative", terminal_width=100, max_content_width=100)
+    # With the settings of a real call: click remembers the help option that it made first.
+    settings = {"terminal_width": 100, "max_content_width": 100, **command_line.context_settings}
+    context = click.Context(command_line, info_name="python -m knative", **settings)
     parts = ["# The command line", "Generated from `--help`.", _block(command_line.get_help(context))]
     for name in command_line.list_commands(context):
         command = command_line.get_command(context, name)
