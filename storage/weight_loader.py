@@ -4,7 +4,6 @@ No torch here, so that bytes flow while torch is still being imported. Every par
 """
 
 import logging
-import mmap
 import threading
 import time
 from collections import deque
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from storage.errors import ChecksumMismatch
+from storage.memory import new_memory, populate
 from storage.model_repository import Manifest, StoredObject, layer_object, part_checksum
 
 _log = logging.getLogger(__name__)
@@ -134,7 +134,6 @@ class _ObjectLoad:
         self.name = name
         self.stored = stored
         self.complete: Future[memoryview] = Future()
-        self.lock = threading.Lock()
         self.buffer: memoryview | None = None
         self.from_cache = False
         self.parts_left = len(stored.parts)
@@ -153,7 +152,11 @@ class _ObjectLoad:
 
 
 class _Load:
-    """The threads that read one stage's parts, in the order of a forward pass."""
+    """The threads that read one stage's parts, in the order of a forward pass.
+
+    An object is opened first: it comes out of the cache there and then, several objects at the same time, or has its parts
+    queued.
+    """
 
     def __init__(
         self,
@@ -167,13 +170,16 @@ class _Load:
         self._cache = cache
         self._on_progress = on_progress
         self._order = deque(_ObjectLoad(name, manifest.objects[name]) for name in names)
-        self._parts = deque((load, number) for load in self._order for number in range(len(load.stored.parts)))
+        self._unopened = deque(self._order)
+        self._opening = 0
+        self._parts: deque[tuple[_ObjectLoad, int]] = deque()
         self._incomplete = {load.name: load for load in self._order}
         self._total_bytes = sum(load.stored.bytes for load in self._order)
         self._done_bytes = 0
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._started = time.monotonic()
-        for number in range(min(CONNECTIONS, len(self._parts))):
+        parts = sum(len(load.stored.parts) for load in self._order)
+        for number in range(min(CONNECTIONS, parts)):
             threading.Thread(target=self._work, name=f"weights-{number}", daemon=True).start()
 
     def objects(self) -> Iterator[LoadedObject]:
@@ -182,45 +188,62 @@ class _Load:
                 load = self._order.popleft()
                 yield LoadedObject(load.name, load.tensors(load.complete.result()))
         finally:
-            self._parts.clear()
+            self._stop()
 
     def _work(self) -> None:
-        while True:
+        while (task := self._next()) is not None:
+            load, number = task
             try:
-                load, number = self._parts.popleft()
-            except IndexError:
-                return
-            try:
-                self._load_part(load, number)
-            except Exception as error:  # noqa: BLE001  the thread ends here; whoever waits for the objects gets it
+                if number is None:
+                    self._open(load)
+                else:
+                    self._load_part(load, number)
+            except Exception as error:  # noqa: BLE001  the thread ends soon; whoever waits for the objects gets it
                 self._fail(error)
 
-    def _load_part(self, load: _ObjectLoad, number: int) -> None:
-        with load.lock:
-            if load.buffer is None:
-                self._open(load)
+    def _next(self) -> tuple[_ObjectLoad, int | None] | None:
+        """A part, or None for its number: an object to open. Waits while what another thread opens may have parts."""
+        with self._changed:
+            while True:
+                if self._parts:
+                    return self._parts.popleft()
+                if self._unopened:
+                    self._opening += 1
+                    return self._unopened.popleft(), None
+                if not self._opening:
+                    return None
+                self._changed.wait()
+
+    def _open(self, load: _ObjectLoad) -> None:
+        """Takes the object from the cache, or makes room for it and queues its parts."""
+        parts = 0
+        try:
+            cached = self._cache.get(load.stored) if self._cache else None
+            load.from_cache = cached is not None
+            load.buffer = new_memory(load.stored.bytes) if cached is None else cached
+            parts = 0 if load.from_cache else len(load.stored.parts)
+        finally:
+            with self._changed:
+                self._opening -= 1
+                if load.name in self._incomplete:  # not stopped meanwhile
+                    self._parts.extend((load, number) for number in range(parts))
+                self._changed.notify_all()
         if load.from_cache:
-            return
+            self._tell(load, load.stored.bytes)
+            self._complete(load)
+
+    def _load_part(self, load: _ObjectLoad, number: int) -> None:
         part = load.part(number)
+        populate(part)
         self._read_verified(load.stored, number, part)
         self._tell(load, len(part))
-        with load.lock:
+        with self._changed:
             load.parts_left -= 1
             finished = load.parts_left == 0
         if finished:
             if self._cache:
                 self._cache.put(load.stored, load.whole())
             self._complete(load)
-
-    def _open(self, load: _ObjectLoad) -> None:
-        """Takes the object from the cache or makes room for it."""
-        load.buffer = self._cache.get(load.stored) if self._cache else None
-        load.from_cache = load.buffer is not None
-        if load.from_cache:
-            self._tell(load, load.stored.bytes)
-            self._complete(load)
-        else:
-            load.buffer = _aligned_memory(load.stored.bytes)
 
     def _read_verified(self, stored: StoredObject, number: int, part: memoryview) -> None:
         start = number * stored.part_bytes
@@ -239,7 +262,7 @@ class _Load:
         )
 
     def _tell(self, load: _ObjectLoad, count: int) -> None:
-        with self._lock:
+        with self._changed:
             self._done_bytes += count
             done = self._done_bytes
         if self._on_progress:
@@ -255,19 +278,21 @@ class _Load:
             self._total_bytes,
             time.monotonic() - self._started,
         )
-        with self._lock:
-            if self._incomplete.pop(load.name, None):
-                load.complete.set_result(load.whole())
+        with self._changed:
+            waits = self._incomplete.pop(load.name, None) is not None
+        if waits:
+            load.complete.set_result(load.whole())
 
     def _fail(self, error: Exception) -> None:
-        self._parts.clear()
-        with self._lock:
-            for load in self._incomplete.values():
-                load.complete.set_exception(error)
+        for load in self._stop():
+            load.complete.set_exception(error)
+
+    def _stop(self) -> list[_ObjectLoad]:
+        """Nothing more is begun. Returns what is not complete, and will never be."""
+        with self._changed:
+            self._parts.clear()
+            self._unopened.clear()
+            left = list(self._incomplete.values())
             self._incomplete.clear()
-
-
-def _aligned_memory(size: int) -> memoryview:
-    """Writable, at a page's boundary, zero pages until touched."""
-    # Without MADV_HUGEPAGE: measured, finding whole huge pages took a loaded machine two to three times as long to fill.
-    return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+            self._changed.notify_all()
+            return left
