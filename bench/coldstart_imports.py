@@ -8,12 +8,21 @@ from typing import Final
 
 PROGRAMS: Final = {
     "import torch": "import torch",
-    "lean stage": (
-        "import functions.__main__, functions.server, functions.telemetry, functions.stage.function\n"
-        "import torch\n"
-        "import functions.stage.engine, functions.stage.build, functions.stage.llama"
-    ),
-    "gateway": "import functions.__main__, functions.server, functions.telemetry, functions.gateway.function",
+    "lean stage": """
+import functions.__main__
+from functions.imports import without_collection
+with without_collection():
+    import functions.server, functions.telemetry, functions.stage.function
+with without_collection():
+    import torch, functions.stage.engine
+import functions.stage.build, functions.stage.llama
+""",
+    "gateway": """
+import functions.__main__
+from functions.imports import without_collection
+with without_collection():
+    import functions.server, functions.telemetry, functions.gateway.function
+""",
 }
 """Role → what its start imports (tests/test_functions_start.py holds the real start to it)."""
 

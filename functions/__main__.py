@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from functions.config import Config, GatewayConfig, StageConfig, read_config
 from functions.environment_page import help_text, markdown_page
+from functions.imports import without_collection
 from functions.settings import ConfigError
 from functions.startup import StartUp
 
@@ -62,11 +63,12 @@ def _explain(arguments: Sequence[str]) -> int:
 
 def _serve(config: Config, start_up: StartUp) -> int:
     # Imported only now: the wrong environment and --help need none of it, and each role only its own.
-    from functions.server import Server
-    from functions.telemetry import set_up_logging
+    with without_collection():
+        from functions.server import Server
+        from functions.telemetry import set_up_logging
 
-    set_up_logging(config.log_level)
-    function = _function(config, start_up)
+        set_up_logging(config.log_level)
+        function = _function(config, start_up)
     try:
         server = Server(config.port, function.threads)
     except OSError as error:

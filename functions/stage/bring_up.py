@@ -10,6 +10,7 @@ import msgspec
 
 from functions.background import run_in_background
 from functions.config import StageConfig
+from functions.imports import without_collection
 from functions.publication import read_publication
 from functions.stage.threads import PassThreads, set_openmp, thread_count
 from functions.startup import StartUp
@@ -44,9 +45,10 @@ def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> "
     threads = thread_count(config.threads)
     set_openmp(os.environ, threads)
     opening = run_in_background(lambda: open_weights(config, start_up, metrics), "open-weights")
-    import torch
+    with without_collection():
+        import torch
 
-    from functions.stage.engine import Engine
+        from functions.stage.engine import Engine
 
     torch.set_num_threads(threads)
     start_up.mark("import")

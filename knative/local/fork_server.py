@@ -4,7 +4,6 @@ It has one thread, runs no function itself, reaps its children and reports their
 and its children with it. `python -m knative.local.fork_server FD`: a socket to the platform, see fork_messages.
 """
 
-import gc
 import importlib
 import os
 import socket
@@ -18,6 +17,7 @@ from typing import Final
 
 import msgspec
 
+from functions.imports import without_collection
 from functions.stage.threads import WAITING
 from knative.local.fork_isolation import isolate
 from knative.local.fork_messages import Ended, Fork, Forked, Imported, Refused, line
@@ -118,13 +118,12 @@ def import_all(modules: Sequence[str]) -> None:
     """Raises ImportError and ThreadsRunning."""
     # Read when the libraries are loaded: numpy's OpenBLAS starts its threads then, and OpenMP's learn how to wait.
     os.environ.update(WAITING, OPENBLAS_NUM_THREADS="1")
-    for module in modules:
-        importlib.import_module(module)
+    with without_collection():  # nor does a collection in a child touch, and thereby copy, what they have made
+        for module in modules:
+            importlib.import_module(module)
     threads = len(list(Path("/proc/self/task").iterdir()))
     if threads > 1:
         raise ThreadsRunning(f"{threads} threads run after importing {', '.join(modules)}")
-    gc.collect()
-    gc.freeze()  # no collection of a child touches, and thereby copies, what was there before it
 
 
 def run(descriptor: int, modules: Sequence[str], find_main: Callable[[], Main]) -> int:
