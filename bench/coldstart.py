@@ -112,7 +112,7 @@ def _total_bytes(manifest: Manifest) -> int:
 
 def _section(text: str, rounds: int) -> str:
     command = f"`python -m bench.coldstart --rounds {rounds}`"
-    model = "SmolLM2-135M-Instruct in bfloat16 where not said otherwise; medians; the page cache is warm, every process cold"
+    model = "SmolLM2-135M-Instruct in bfloat16 where not said otherwise; medians. Every process is cold, the page cache is warm"
     picture = f"![waits of a cold request; load phase by the cut]({_PICTURE.name})"
     return f"## Cold start\n\n{command} · {machine()} · {model}.\n\n{text}\n\n{picture}"
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from bench.coldstart_report import Results, first_token
 from bench.coldstart_runs import ColdStart
 
-_COLOURS: Final = {"import": "#4477aa", "weights": "#66ccee", "place": "#228833", "rest": "#bbbbbb"}
+_COLOURS: Final = {"import": "#4477aa", "weights": "#66ccee", "place": "#228833", "gateway, first pass": "#bbbbbb"}
 
 
 def draw(results: Results, picture: Path) -> None:
@@ -23,6 +23,7 @@ def draw(results: Results, picture: Path) -> None:
 def _waits(panel: Any, results: Results) -> None:
     rate = f"{results.bytes_per_second / 1e6:.0f} MB/s a pod"
     runs = {
+        "3 stages, forked, cache": results.forked_cached,
         "3 stages, forked": results.forked,
         "3 stages": results.plain,
         "monolith": results.monolith,
@@ -50,7 +51,7 @@ def _parts(run: ColdStart) -> Mapping[str, tuple[float, float]]:
         "import": (0.0, imported),
         "weights": (imported, weights),
         "place": (weights, placed),
-        "rest": (placed, run.first_token_seconds),
+        "gateway, first pass": (placed, run.first_token_seconds),
     }
 
 
