@@ -129,12 +129,7 @@ def main(rounds: int, bytes_per_second: float, folder: Path, print_only: bool) -
     click.echo(text)
     if not print_only:
         draw(results, _PICTURE)
-        command = f"python -m bench.coldstart --rounds {rounds}"
-        head = (
-            f"## Cold start\n\n`{command}` · {machine()} · SmolLM2-135M-Instruct in bfloat16 where not said otherwise; medians."
-        )
-        tail = f"![waits of a cold request; load phase by the cut]({_PICTURE.name})"
-        write_section(_DOCUMENT, "coldstart", f"{head}\n\n{text}\n\n{tail}")
+        write_section(_DOCUMENT, "coldstart", _section(text, rounds))
     sys.exit(0 if all(verdict.holds for verdict in verdicts(results)) else 1)
 
 

@@ -17,6 +17,11 @@ LABELS: Final = {
     "runai_streamer": "runai-model-streamer",
 }
 
+_WHY_FORKED: Final = (
+    "Forked, so that pods do not import torch five times on the same processors, which a cluster's do not either "
+    "([experiments.md](experiments.md#cold-start) has the plain ones)."
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Results:
@@ -140,7 +145,7 @@ def _load_phases(results: Results) -> str:
         rows.append((str(stages), f"{largest / 1e6:.0f}", f"{wire:.2f}", f"{seen:.2f}", f"{seen / wire:.2f} ×", f"{total:.2f}"))
     title = f"### The load phase, {results.bytes_per_second / 1e6:.0f} MB/s a pod, forked"
     columns = ("stages", "largest stage, MB", "over the rate, s", "load phase, s", "of it", "first token, s")
-    return f"{title}\n\n{table(columns, rows)}"
+    return f"{title}\n\n{_WHY_FORKED}\n\n{table(columns, rows)}"
 
 
 def _imports(results: Results) -> str:
