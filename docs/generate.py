@@ -4,6 +4,7 @@ Each is a function of the code alone; a page that cannot be written here does no
 """
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,7 +53,6 @@ def write() -> None:
 
 def commands_page() -> str:
     """`--help` of the command line and of each command."""
-    # With the settings of a real call: click remembers the help option that it made first.
     settings = {"terminal_width": 100, "max_content_width": 100, **command_line.context_settings}
     context = click.Context(command_line, info_name="python -m knative", **settings)
     parts = ["# The command line", "Generated from `--help`.", _block(command_line.get_help(context))]
@@ -68,5 +68,15 @@ def _block(text: str) -> str:
     return f"```\n{text.rstrip()}\n```"
 
 
+@click.command()
+@click.option("--check", is_flag=True, help="Write nothing; name the files that are not up to date, with status 1.")
+def main(check: bool) -> None:
+    """Write every generated file anew."""
+    if not check:
+        write()
+    elif files := stale():
+        sys.exit(f"not up to date: {', '.join(files)}; run: make generate")
+
+
 if __name__ == "__main__":
-    write()
+    main()

@@ -6,6 +6,7 @@ after the other, never padded together, so their results are those of the whole 
 transformers beside `transformers_cache`.
 """
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Self
@@ -53,6 +54,9 @@ class TransformersGroup:
         self.hidden_dtype = hidden_dtype
         self._device: torch.device = model.device
         self._base: nn.Module = model.base_model
+        # transformers 5.24 renamed it.
+        takes = inspect.signature(self._base.forward).parameters
+        self._cache_argument = "cache" if "cache" in takes else "past_key_values"
         self._head = model
         setattr(model, model.base_model_prefix, _GivenHiddenStates())
         self.kv = TransformersKVCache(capacity_tokens=1, num_layers=last_layer - first_layer)
@@ -96,7 +100,7 @@ class TransformersGroup:
 
     def _forward_one(self, inputs: torch.Tensor, handle: int) -> torch.Tensor:
         name = "input_ids" if self.first_layer == 0 else "inputs_embeds"
-        output = self._base(**{name: inputs[None]}, past_key_values=self.kv.cache(handle), use_cache=True)
+        output = self._base(**{name: inputs[None], self._cache_argument: self.kv.cache(handle)}, use_cache=True)
         hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden
 
