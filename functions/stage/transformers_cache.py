@@ -61,7 +61,7 @@ class TransformersKVCache(KVBudget):
         del self._caches[handle]
 
     def cache(self, handle: int) -> Cache:
-        """What transformers' modules take as `cache` (before 5.24, `past_key_values`), holding `length(handle)` tokens in every layer.
+        """What modules of transformers take as `cache`, holding `length(handle)` tokens in every layer.
 
         Said here and not in `truncate`, because a pass that failed half-way has extended some layers and not others.
         """
