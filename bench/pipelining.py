@@ -8,6 +8,7 @@ one micro-batch; the loss is what the pipeline's bubbles, HTTP and the gateway t
 """
 
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from functions.gateway.pipeline import Pipeline, PipelineIdentity
 from functions.gateway.routes import Placement
 from functions.gateway.scheduler import Scheduler
 from functions.gateway.sequence import Sequence as Answer
+from functions.stage.threads import set_openmp
 
 FINGERPRINT: Final = "0123456789ab"
 TOKEN: Final = "bench"
@@ -59,6 +61,7 @@ def stage_config(index: int, num_stages: int) -> StageConfig:
 
 def serve_stage(index: int, num_stages: int, seconds: float, address: Connection) -> None:
     """The process of one stage."""
+    set_openmp(os.environ, 1)  # Ahead of torch, as in `functions.__main__`.
     from functions.server import Server
     from functions.stage.app import create_app
     from functions.stage.engine import Engine

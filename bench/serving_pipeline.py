@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from eventing.events import Cut
 from knative.local.containers import LocalData, read_container
 from knative.local.state_folder import find_running
-from knative.local_pipeline import LocalPipeline, local_pipeline
+from knative.local_pipeline import LocalPipeline, Sharing, local_pipeline
 from knative.manifests import gateway_service
 from knative.model_sources import packaged_model, published_name
 from knative.pipeline_spec import load_spec
@@ -147,6 +147,7 @@ def read_metrics(url: str) -> dict[str, float]:
 def _write_spec(dtype: str, state: Path) -> tuple[Path, Path]:
     """The spec, and a folder of secrets with the token that the direct gateway needs too."""
     cores, stays_up = len(sched_getaffinity(0)), {"min_scale": 1, "max_scale": 1}
+    sharing = Sharing(cores, NUM_STAGES)
     spec = {
         "name": "bench",
         "model": {"name": published_name(packaged_model()), "dtype": dtype},
@@ -155,11 +156,15 @@ def _write_spec(dtype: str, state: Path) -> tuple[Path, Path]:
         "pipeline_token_secret": _TOKEN_SECRET,
         "stage": {
             "resources": {"cpu": str(cores), "memory": "2Gi"},
-            "busy_threads": max(1, cores // NUM_STAGES),
+            "busy_threads": sharing.busy_threads,
             "kv_cache": "256Mi",
             "autoscaling": stays_up,
         },
-        "gateway": {"autoscaling": {"container_concurrency": 0, "target": 100, **stays_up}},
+        "gateway": {
+            "micro_batch_sequences": sharing.micro_batch_sequences,
+            "stages_at_once": sharing.stages_at_once,
+            "autoscaling": {"container_concurrency": 0, "target": 100, **stays_up},
+        },
         "store": {"endpoint": "http://embedded.invalid"},
     }
     file, secret = state / "pipeline.yaml", state / "secrets" / _TOKEN_SECRET

@@ -117,6 +117,12 @@ class GatewayConfig(CommonConfig):
     micro_batch_sequences: int = setting(
         "LAMINA_MICRO_BATCH_SEQUENCES", parsers.integer(1, 1024), "most sequences in one micro-batch", "8"
     )
+    stages_at_once: int = setting(
+        "LAMINA_STAGES_AT_ONCE",
+        parsers.integer(0, 1024),
+        "stages that can compute at the same time, fewer than all where they share cores; 0: all",
+        "0",
+    )
     cold_start_timeout_seconds: float = setting(
         "LAMINA_COLD_START_TIMEOUT_SECONDS", parsers.seconds, "how long a request waits for sleeping stages", "300"
     )

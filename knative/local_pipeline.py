@@ -6,7 +6,7 @@ import secrets
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 import msgspec
 from rich.console import Console
@@ -16,7 +16,7 @@ from knative.local.containers import NamedData
 from knative.manifests import Pipeline
 from knative.model_shape import ModelShape
 from knative.model_sources import DEFAULT_MODEL, packaged_model, published_name
-from knative.pipeline_spec import Autoscaling, Model, PipelineSpec, Resources, Stage, Store, quantity
+from knative.pipeline_spec import Autoscaling, Gateway, Model, PipelineSpec, Resources, Stage, Store, quantity
 from knative.planner import cut_evenly, plan_stages
 from knative.rendering import published_shape, resolve
 from storage.errors import ModelNotPublished
@@ -50,6 +50,26 @@ class LocalPipeline:
         """One that the gateway takes; None where it is open."""
         name = self.pipeline.spec.gateway.api_keys_secret
         return None if name is None else self.secrets[name]["api-keys"].partition(",")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """How `stages` share the `cores` of one machine. docs/experiments.md has what was measured."""
+
+    cores: int
+    stages: int
+
+    micro_batch_sequences: ClassVar[int] = 16
+    """Fewer and larger than on a cluster, because each pass reads all weights through the same memory."""
+
+    @property
+    def busy_threads(self) -> int:
+        return max(1, self.cores // self.stages)
+
+    @property
+    def stages_at_once(self) -> int:
+        """With less than two cores for each, one after the other with both is quicker than side by side."""
+        return max(1, min(self.stages, self.cores // 2))
 
 
 def ensure_published(store: ObjectStore, model: str | None, dtype: str, console: Console) -> Manifest:
@@ -117,6 +137,7 @@ def _spec_for_this_machine(manifest: Manifest, shape: ModelShape, stages: int, s
     plans = plan_stages(shape, cut_evenly(shape, stages))
     memory = max(plan.weight_bytes for plan in plans) * 2 + quantity(_KV_CACHE) + _RUNTIME_BYTES
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    sharing = Sharing(cores, stages)
     return PipelineSpec(
         name="lamina",
         model=Model(name=manifest.name, dtype=manifest.dtype),
@@ -124,10 +145,11 @@ def _spec_for_this_machine(manifest: Manifest, shape: ModelShape, stages: int, s
         image="lamina:local",
         stage=Stage(
             resources=Resources(cpu=str(cores), memory=f"{math.ceil(memory / 2**20)}Mi"),
-            busy_threads=max(1, cores // stages),
+            busy_threads=sharing.busy_threads,
             kv_cache=_KV_CACHE,
             autoscaling=Autoscaling(max_scale=_MAX_SCALE),
         ),
+        gateway=Gateway(micro_batch_sequences=sharing.micro_batch_sequences, stages_at_once=sharing.stages_at_once),
         store=store,
     )
 

@@ -104,6 +104,8 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     resources: Resources = Resources(cpu="500m", memory="512Mi")
     micro_batch_sequences: Positive | None = None
+    stages_at_once: Positive | None = None
+    """How many stages can compute at the same time, where they share cores. Unset: all."""
     chunk_tokens: Positive | None = None
     queue_limit: Positive | None = None
     cold_start_timeout_seconds: Seconds | None = None

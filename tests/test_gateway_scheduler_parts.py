@@ -78,7 +78,7 @@ def test_what_a_step_takes_is_told_from_what_it_waits() -> None:
     ("sequences", "wanted"), [(0, 0), (1, 1), (2, 2), (3, 3), (16, 3), (24, 3), (25, 4), (48, 6), (49, 6), (500, 6)]
 )
 def test_sequences_are_divided_over_the_stages_before_micro_batches_are_filled(sequences: int, wanted: int) -> None:
-    assert micro_batches_wanted(sequences, num_stages=3, most_sequences=8, allowed=6) == wanted
+    assert micro_batches_wanted(sequences, stages_at_once=3, most_sequences=8, allowed=6) == wanted
 
 
 @dataclass(frozen=True)

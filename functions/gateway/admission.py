@@ -33,9 +33,10 @@ def micro_batches_allowed(ready_instances: Numbers[int], service_seconds: Number
     return max(len(instances), math.ceil(IN_FLIGHT_PER_INSTANCE * rate * sum(seconds) - 1e-9))
 
 
-def micro_batches_wanted(sequences: int, num_stages: int, most_sequences: int, allowed: int) -> int:
-    """Into how many micro-batches so many sequences are divided: one per stage first, then full ones, as many as allowed."""
-    return min(sequences, allowed, max(num_stages, math.ceil(sequences / most_sequences)))
+def micro_batches_wanted(sequences: int, stages_at_once: int, most_sequences: int, allowed: int) -> int:
+    """Into how many micro-batches so many sequences are divided: one for each stage that can compute at the same time first,
+    then full ones, as many as allowed."""
+    return min(sequences, allowed, max(stages_at_once, math.ceil(sequences / most_sequences)))
 
 
 class FairQueue(Generic[W]):

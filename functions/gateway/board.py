@@ -34,6 +34,7 @@ class Limits:
     queue_limit: int = 256
     chunk_tokens: int = 256
     micro_batch_sequences: int = 8
+    stages_at_once: int = 0
     cold_start_timeout_seconds: float = 300.0
 
 

@@ -111,6 +111,10 @@ class Planner:
             board.paced.remove(job)
             board.queue.push_returned(job)
 
+    @property
+    def _stages_at_once(self) -> int:
+        return self._board.limits.stages_at_once or self._board.placement.num_stages
+
     def _allowed(self) -> int:
         board = self._board
         seconds = [stage.service_seconds for stage in board.stats.stages]
@@ -154,7 +158,7 @@ class Planner:
         board = self._board
         most = board.limits.micro_batch_sequences
         sequences = board.running + len(board.queue) + len(board.memory.hungry)
-        wanted = micro_batches_wanted(sequences, board.placement.num_stages, most, self._allowed())
+        wanted = micro_batches_wanted(sequences, self._stages_at_once, most, self._allowed())
         # On an older revision sequences end where they began, and none begins: or it would never fall to zero.
         current = [batch for batch in board.micro_batches if not board.placement.outdated(batch.route)]
         if len(current) < wanted:
@@ -239,7 +243,7 @@ class Planner:
     def _decode_steps(self) -> Iterator[Trip]:
         board = self._board
         most = board.limits.micro_batch_sequences
-        wanted = micro_batches_wanted(board.running, board.placement.num_stages, most, self._allowed())
+        wanted = micro_batches_wanted(board.running, self._stages_at_once, most, self._allowed())
         for batch in list(board.micro_batches):
             if batch.decoding or batch.target is not None:
                 continue

@@ -5,7 +5,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Final
 
-_SPIN_COUNT: Final = "3000"
+_SPIN_COUNT: Final = "20000"
 """Turns that a thread waits awake, some 0.1 ms: as long as one operator of a decode step, much shorter than a pass."""
 _SMOOTHING: Final = 0.5
 _BUSY: Final = 0.45
