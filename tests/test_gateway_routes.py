@@ -115,16 +115,28 @@ def test_a_broken_instance_is_left_alone_for_longer_each_time() -> None:
     placed = placement("x", "y")
     broken = placed.least_used(1)
     assert broken is not None
-    pauses = []
+    moment, pauses = time.monotonic(), []
     for _ in range(4):
-        placed.broke(broken)
-        pauses.append(broken.suspended_until - time.monotonic())
+        broken.broke(moment)
+        pauses.append(broken.suspended_until - moment)
+        moment = broken.suspended_until
     assert pauses == sorted(pauses)
     assert url(placed.least_used(1)) != broken.url
     assert placed.next_resumption() == broken.suspended_until
     broken.answered("boot", None)
-    placed.broke(broken)
-    assert broken.suspended_until - time.monotonic() < pauses[1]
+    broken.broke(moment)
+    assert broken.suspended_until - moment < pauses[1]
+
+
+def test_an_instance_that_dies_with_many_events_in_hand_broke_once() -> None:
+    placed = placement("x")
+    instance = placed.least_used(1)
+    assert instance is not None
+    placed.broke(instance)
+    resumption = instance.suspended_until
+    for _ in range(15):
+        placed.broke(instance)
+    assert (instance.failures, instance.suspended_until) == (1, resumption)
 
 
 def test_without_a_watch_the_service_url_is_the_instance_once_it_is_awake() -> None:

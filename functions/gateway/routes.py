@@ -88,7 +88,13 @@ class Instance:
             self.free_tokens = free_tokens
 
     def broke(self, now: float) -> None:
-        """Left alone for a while, longer each time."""
+        """Left alone for a while, longer each time.
+
+        What fails meanwhile was on its way already, and says nothing new: a pod may die with many events in hand and be back
+        in no time.
+        """
+        if now < self.suspended_until:
+            return
         pause = min(LONGEST_SUSPENSION_SECONDS, FIRST_SUSPENSION_SECONDS * 2 ** min(self.failures, 16))
         self.suspended_until = now + pause * random.uniform(0.75, 1.25)
         self.failures += 1
