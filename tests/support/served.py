@@ -44,7 +44,9 @@ def tiny_pipeline(published: Published, cut: str = "0:2,2:4,4:6", **stage: Any) 
 
 
 @asynccontextmanager
-async def serving(folder: Path, published: Published, manifests: Sequence[dict[str, Any]]) -> AsyncIterator[Platform]:
+async def serving(
+    folder: Path, published: Published, manifests: Sequence[dict[str, Any]], timing: PodTiming = TIMING
+) -> AsyncIterator[Platform]:
     secrets = {
         "lamina-pipeline": {"token": "secret"},
         "lamina-store": {
@@ -54,7 +56,7 @@ async def serving(folder: Path, published: Published, manifests: Sequence[dict[s
     }
     async with (
         ForkStarter(ROOT, folder / "fork-server.log") as starter,
-        running_platform(folder, *manifests, secrets=secrets, timing=TIMING, starter=starter) as platform,
+        running_platform(folder, *manifests, secrets=secrets, timing=timing, starter=starter) as platform,
     ):
         yield platform
 
