@@ -76,7 +76,7 @@ class Planner:
         actions: list[Action] = [*self._admit(now)]
         self._choose_trial()
         actions += [Walk(trip) for trip in self._decode_steps()]
-        actions += [Walk(trip) for trip in self._prompt_steps()]
+        actions += [Walk(trip) for trip in self._prompt_steps(now)]
         actions += self._wake(now)
         actions += [Release(instance, rows) for instance, rows in board.releases.items()]
         board.releases.clear()
@@ -87,10 +87,10 @@ class Planner:
         board = self._board
         due = [job.sequence.deadline for job in board.jobs]
         due += [job.replay_at for job in board.paced]
+        due += [resumption] if (resumption := board.placement.next_resumption()) is not None else []
         if board.memory.hungry:
             due.append(board.memory.retry_at)
         if board.waiting:
-            due += [resumption] if (resumption := board.placement.next_resumption()) is not None else []
             due += [] if self._waking else [self._wake_at]
             if board.no_route_since is not None:
                 oldest = min(max(board.no_route_since, job.waiting_since) for job in board.waiting_jobs())
@@ -255,11 +255,14 @@ class Planner:
                 pieces = [(job, Piece(job.total_tokens - 1, 1, depth)) for job in jobs]
                 yield self._trip(pieces, batch.route.instances, batch)
 
-    def _prompt_steps(self) -> Iterator[Trip]:
-        """At each first stage where no chunk is: one event, begun by whoever waits longest, filled up with others' chunks."""
+    def _prompt_steps(self, now: float) -> Iterator[Trip]:
+        """At each first stage where no chunk is: one event, begun by whoever waits longest, filled up with others' chunks.
+
+        Nothing to an instance that has just broken: suspects, who travel one by one, would each get another strike there.
+        """
         by_route: dict[tuple[Instance, ...], list[Job]] = {}
         for batch in self._board.micro_batches:
-            if batch.target is None and batch.route.instances[0].prompts.idle:
+            if batch.target is None and not batch.route.suspended(now) and batch.route.instances[0].prompts.idle:
                 jobs = [job for job in batch.jobs if self._has_prompt(job)]
                 by_route.setdefault(batch.route.instances, []).extend(jobs)
         candidates = [(min(job.served for job in jobs), route) for route, jobs in by_route.items() if jobs]

@@ -116,6 +116,10 @@ class Route:
         self.instances = (*self.instances[: instance.stage], instance, *self.instances[instance.stage + 1 :])
         return left
 
+    def suspended(self, now: float) -> bool:
+        """Some instance has just broken, and what is sent to it now would probably break too."""
+        return any(now < instance.suspended_until for instance in self.instances)
+
     def lacks(self, reserve_tokens: int) -> bool:
         """Some instance has said that it has not so much memory."""
         return any(_lacks(instance, reserve_tokens) for instance in self.instances)

@@ -32,6 +32,7 @@ from functions.stage.engine import Engine
 from functions.stage.event_handlers import EventHandlers
 from functions.stage.layer_group import LayerGroup
 from functions.telemetry import StageMetrics
+from knative.local.processes import free_port
 from tests.support.counting_group import VOCAB, CountingGroup
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class StageServer:
         self._boots = 0
         self._server: _Server | None = None
         self._lock = threading.Lock()
-        self._port = 0
+        self._port = free_port()  # of a kind that no outgoing connection takes while the stage is down
         self.seconds = 0.0
         """What each pass takes at least."""
         self.inspect: Inspect = lambda _: None
