@@ -1,24 +1,24 @@
 """Kept-alive HTTP/1.1 connections by host, for many threads.
 
-http.client rather than urllib3: 0.08 ms less CPU for each small request, the same for large ones, and each phase of a request
-has a time limit of its own (urllib3 holds the sending of a body to the limit for connecting).
+Not urllib3's: it takes more CPU for each small request, and holds the sending of a body to the limit for connecting.
 """
 
-import http.client
 import select
+import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import urlsplit
 
+from eventing.cloud_event import Buffer
+from eventing.http_exchange import HttpReply, exchange
+
 IDLE_SECONDS: Final = 15.0
 """A connection unused for longer is not used again. Shorter than any keep-alive limit of what listens behind it."""
-
-Connection = http.client.HTTPConnection
 
 
 class NoFreeConnection(Exception):
@@ -40,6 +40,39 @@ class Origin:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{url!r} is not an http or https URL")
         return cls(parts.scheme == "https", parts.hostname, parts.port)
+
+
+class Connection:
+    """To an origin, once `connect` has been called. `sock` None: not connected, or not any more."""
+
+    def __init__(self, origin: Origin, tls: ssl.SSLContext | None) -> None:
+        self._origin = origin
+        self._tls = tls
+        self.sock: socket.socket | None = None
+
+    def connect(self, timeout_seconds: float) -> None:
+        """Raises OSError, ssl.SSLError among them."""
+        address = (self._origin.host, self._origin.port or (443 if self._origin.secure else 80))
+        sock = socket.create_connection(address, timeout_seconds)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.sock = sock if self._tls is None else self._tls.wrap_socket(sock, server_hostname=self._origin.host)
+        except BaseException:
+            sock.close()
+            raise
+
+    def exchange(self, head: bytes, buffers: Sequence[Buffer], deadline: float) -> HttpReply:
+        """One request and its reply; closes the connection where the reply says so. Raises as `http_exchange` says."""
+        assert self.sock is not None
+        reply = exchange(self.sock, head, buffers, deadline)
+        if not reply.keeps:
+            self.close()
+        return reply
+
+    def close(self) -> None:
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
 
 
 @dataclass(slots=True, eq=False)
@@ -120,8 +153,7 @@ class ConnectionPool:
     def _new(self, origin: Origin) -> Connection:
         if origin.secure:
             self._tls = self._tls or ssl.create_default_context()
-            return http.client.HTTPSConnection(origin.host, origin.port, context=self._tls)
-        return http.client.HTTPConnection(origin.host, origin.port)
+        return Connection(origin, self._tls if origin.secure else None)
 
     def _keep(self, host: _Host, connection: Connection) -> None:
         with self._lock:
@@ -140,5 +172,6 @@ def _close_all(host: _Host) -> None:
 def _is_dropped(connection: Connection) -> bool:
     """An idle connection that is readable has been closed by the other side, or has said what nobody asked for."""
     poll = select.poll()
+    assert connection.sock is not None
     poll.register(connection.sock, select.POLLIN)
     return bool(poll.poll(0))

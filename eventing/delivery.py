@@ -8,13 +8,10 @@ What is retried, and by whom:
 A redirect is never followed, and a proxy from the environment never used.
 """
 
-import contextlib
-import http.client
-import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Final
@@ -24,14 +21,10 @@ import tenacity
 
 from eventing.cloud_event import Buffer
 from eventing.connections import Connection, ConnectionPool, NoFreeConnection, Origin
+from eventing.http_exchange import BadReply, remaining, request_head
 from eventing.problems import PROBLEM_CONTENT_TYPE, NotReady, problem_from_document
 
 USER_AGENT: Final = "lamina"
-MAX_REPLY_BYTES: Final = 2**30
-
-_JOIN_BELOW_BYTES: Final = 16 * 1024
-"""Smaller buffers are sent together: copying them is cheaper than one more system call and packet each."""
-_READ_BYTES: Final = 2**20
 _EXCERPT_LENGTH: Final = 200
 _NEVER_SENT: Final = frozenset(
     {"k-proxy-request", "k-kubelet-probe", "host", "content-length", "transfer-encoding", "user-agent"}
@@ -128,103 +121,36 @@ class Sender:
         if self._closed.is_set():
             raise Unreachable(f"{url}: the sender is closed")
         origin = Origin.of(url)
+        head = _request_head(url, headers, sum(memoryview(buffer).nbytes for buffer in buffers))
         try:
             with self._pool.connection(origin, deadline - time.monotonic()) as connection:
                 self._connect(connection, url, deadline)
-                return _exchange_on(connection, url, headers, buffers, deadline)
+                reply = connection.exchange(head, buffers, deadline)
+                return Reply(reply.status, reply.headers, memoryview(reply.body))
         except NoFreeConnection as error:
             raise Unreachable(f"{url}: {error}") from error
         except TimeoutError as error:
             raise DeliveryTimeout(f"{url}: no complete reply in time") from error
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, BadReply) as error:
             raise ConnectionBroken(f"{url}: the connection broke: {str(error) or type(error).__name__}") from error
 
     def _connect(self, connection: Connection, url: str, deadline: float) -> None:
         if connection.sock is not None:
             return
-        connection.timeout = min(self._connect_timeout_seconds, _remaining(deadline))
+        timeout = min(self._connect_timeout_seconds, remaining(deadline))
         try:
-            connection.connect()
+            connection.connect(timeout)
         except OSError as error:
             raise Unreachable(f"{url}: no connection: {error}") from error
 
 
-def _exchange_on(
-    connection: Connection, url: str, headers: Mapping[str, str], buffers: Sequence[Buffer], deadline: float
-) -> Reply:
-    sock = connection.sock  # http.client forgets it when the reply says `Connection: close`.
-    sock.settimeout(_remaining(deadline))
-    _put_headers(connection, url, headers, sum(memoryview(buffer).nbytes for buffer in buffers))
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # A refusal may have come before all was sent.
-        connection.endheaders()
-        for buffer in _joined(buffers):
-            sock.settimeout(_remaining(deadline))
-            connection.send(buffer)
-    sock.settimeout(_remaining(deadline))
-    with connection.getresponse() as response:
-        headers_seen = {name.lower(): value for name, value in response.getheaders()}
-        return Reply(response.status, headers_seen, memoryview(_read_body(response, sock, url, deadline)))
-
-
-def _put_headers(connection: Connection, url: str, headers: Mapping[str, str], body_bytes: int) -> None:
+def _request_head(url: str, headers: Mapping[str, str], body_bytes: int) -> bytes:
     parts = urlsplit(url)
-    connection.putrequest("POST", f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/")
-    for name, value in headers.items():
-        if name.lower() not in _NEVER_SENT:
-            connection.putheader(name, value)
-    connection.putheader("User-Agent", USER_AGENT)
-    connection.putheader("Content-Length", str(body_bytes))
-
-
-def _joined(buffers: Iterable[Buffer]) -> Iterator[Buffer]:
-    small: list[Buffer] = []
-    for buffer in buffers:
-        if len(buffer) < _JOIN_BELOW_BYTES:
-            small.append(buffer)
-            continue
-        if small:
-            yield b"".join(small)
-            small.clear()
-        yield buffer
-    if small:
-        yield b"".join(small)
-
-
-def _read_body(response: http.client.HTTPResponse, sock: socket.socket, url: str, deadline: float) -> bytearray:
-    length = response.length
-    if length is None:
-        return _read_unknown_length(response, sock, url, deadline)
-    if length > MAX_REPLY_BYTES:
-        raise InfrastructureError(response.status, url, f"a body of {length} bytes, the most is {MAX_REPLY_BYTES}")
-    body = bytearray(length)
-    view = memoryview(body)
-    received = 0
-    while received < length:
-        sock.settimeout(_remaining(deadline))
-        count = response.readinto(view[received : received + _READ_BYTES])
-        if not count:
-            raise http.client.IncompleteRead(bytes(view[:received][:_EXCERPT_LENGTH]), length - received)
-        received += count
-    return body
-
-
-def _read_unknown_length(response: http.client.HTTPResponse, sock: socket.socket, url: str, deadline: float) -> bytearray:
-    body = bytearray()
-    while True:
-        sock.settimeout(_remaining(deadline))
-        piece = response.read1(_READ_BYTES)
-        if not piece:
-            return body
-        body += piece
-        if len(body) > MAX_REPLY_BYTES:
-            raise InfrastructureError(response.status, url, f"a body of more than {MAX_REPLY_BYTES} bytes")
-
-
-def _remaining(deadline: float) -> float:
-    seconds = deadline - time.monotonic()
-    if seconds <= 0:
-        raise TimeoutError
-    return seconds
+    target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
+    sent = {name: value for name, value in headers.items() if name.lower() not in _NEVER_SENT}
+    return request_head(
+        parts.netloc.rpartition("@")[2], target, sent | {"User-Agent": USER_AGENT, "Content-Length": str(body_bytes)}
+    )
 
 
 def _refusal(url: str, reply: Reply) -> Exception:

@@ -2,7 +2,7 @@
 
 What happens is simple to say: whoever changes the board, a trip that came back, a door that submits, the watch, the clock, then
 asks the planner what to do next, under the one lock, and hands it to threads that do nothing but wait for answers. A thread per
-event on its way rather than an event loop: `eventing.delivery` is synchronous (http.client needs less CPU per request than an
+event on its way rather than an event loop: `eventing.delivery` is synchronous (it needs less CPU per request than an
 asyncio client), each hop's work is waiting in a system call, and no code has to be written twice. The lock is never held over
 input or output.
 """
