@@ -1,6 +1,7 @@
 """`python -m knative ask`: one question to a gateway, the answer as it streams."""
 
 import asyncio
+from collections.abc import Callable
 
 import click
 from rich.console import Console
@@ -47,12 +48,18 @@ def ask(
     asyncio.run(show_answer(Console(), url, Question(prompt, max_tokens, temperature, as_chat, api_key, timeout, host)))
 
 
-async def show_answer(console: Console, url: str, question: Question) -> GenerateResponse:
-    """Prints the answer's text as it comes, then one line on how it went. Raises AskFailed."""
+async def show_answer(
+    console: Console, url: str, question: Question, begins: Callable[[], object] = lambda: None
+) -> GenerateResponse:
+    """Prints the answer's text as it comes, then one line on how it went. `begins` is called ahead of each piece.
+
+    Raises AskFailed.
+    """
     async for answer in ask_gateway(url, question):
         if isinstance(answer, GenerateResponse):
             _show_timings(console, answer)
             return answer
+        begins()
         console.out(answer.text, end="", highlight=False)
         console.file.flush()
     raise AskFailed(f"{url}: the answer had no end")

@@ -190,10 +190,10 @@ class _Run:
         question = Question(
             self._options.prompt, self._options.max_tokens, chat=self._asks_in_chat, api_key=self._local.api_key
         )
-        answer = asyncio.create_task(show_answer(self._console, url, question))
+        answer = asyncio.create_task(show_answer(self._console, url, question, begins=watch.cancel))
         try:
             await asyncio.wait((watch, answer), return_when=asyncio.FIRST_COMPLETED)
-            if watch.done():
+            if watch.done() and not watch.cancelled():
                 await watch
             await answer
         finally:
