@@ -170,6 +170,16 @@ def test_running_decodes_wait_for_at_most_one_chunk() -> None:
         assert max(waits) == 1, "it met chunks, and never two"
 
 
+def test_where_one_stage_computes_at_a_time_all_sequences_travel_together() -> None:
+    with counting_stages() as stages, scheduling(stages, stages_at_once=1) as scheduler:
+        for stage in stages:
+            stage.seconds = 0.002
+        run(scheduler, [[sequence] * 4 for sequence in range(6)], max_tokens=20)
+        together = [len(seen.rows) for seen in stages[0].forwards if seen.rows[0].length == 1]
+    assert max(together) == 6
+    assert together.count(6) >= 10, "but for those who came late, every step is one event"
+
+
 def _chunks_waited_for(stage: StageServer, over: int, step: Row) -> int:
     """Passes with a chunk that began or ran on between the arrival of a decode step and its own pass."""
     own = next((n for n, segments in enumerate(stage.passes) if (step.position, step.length) in segments), None)

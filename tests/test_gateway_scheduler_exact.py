@@ -51,9 +51,10 @@ def generate(scheduler: Scheduler, wanted: list[tuple[list[int], Sampling]]) -> 
 
 
 @contextmanager
-def gateways(stages: list[StageServer], number: int) -> Iterator[list[Scheduler]]:
+def gateways(stages: list[StageServer], *stages_at_once: int) -> Iterator[list[Scheduler]]:
+    settings = [{"chunk_tokens": 16, "micro_batch_sequences": 4, "stages_at_once": at_once} for at_once in stages_at_once]
     with ExitStack() as stack:
-        yield [stack.enter_context(scheduling(stages, chunk_tokens=16, micro_batch_sequences=4)) for _ in range(number)]
+        yield [stack.enter_context(scheduling(stages, **each)) for each in settings]
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +72,9 @@ def undisturbed() -> list[list[int]]:
     return answers
 
 
-def test_batched_answers_are_those_of_the_whole_model(undisturbed: list[list[int]]) -> None:
-    with running(stage, 3) as stages, gateways(stages, 1) as (scheduler,):
+@pytest.mark.parametrize("stages_at_once", [0, 1, 2])
+def test_batched_answers_are_those_of_the_whole_model(undisturbed: list[list[int]], stages_at_once: int) -> None:
+    with running(stage, 3) as stages, gateways(stages, stages_at_once) as (scheduler,):
         assert [tokens_of(sequence) for sequence in generate(scheduler, requests(REQUESTS))] == undisturbed
 
 
@@ -98,7 +100,7 @@ def test_answers_survive_everything_that_stages_can_do(undisturbed: list[list[in
             happened.append(dice.choice(TROUBLES))
             return happened[-1]
 
-    with running(stage, 3) as stages, gateways(stages, 2) as (one, other):
+    with running(stage, 3) as stages, gateways(stages, 0, 1) as (one, other):
         for each in stages:
             each.inspect = trouble
         sequences = [*generate(one, requests(REQUESTS)), *generate(other, requests(REQUESTS))]
