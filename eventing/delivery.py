@@ -21,7 +21,7 @@ import tenacity
 
 from eventing.cloud_event import Buffer
 from eventing.connections import Connection, ConnectionPool, NoFreeConnection, Origin
-from eventing.http_exchange import BadReply, remaining, request_head
+from eventing.http_exchange import BadReply, ReplyTooLarge, remaining, request_head
 from eventing.problems import PROBLEM_CONTENT_TYPE, NotReady, problem_from_document
 
 USER_AGENT: Final = "lamina"
@@ -131,6 +131,8 @@ class Sender:
             raise Unreachable(f"{url}: {error}") from error
         except TimeoutError as error:
             raise DeliveryTimeout(f"{url}: no complete reply in time") from error
+        except ReplyTooLarge as error:
+            raise InfrastructureError(error.status, url, str(error)) from error
         except (OSError, BadReply) as error:
             raise ConnectionBroken(f"{url}: the connection broke: {str(error) or type(error).__name__}") from error
 
@@ -148,9 +150,8 @@ def _request_head(url: str, headers: Mapping[str, str], body_bytes: int) -> byte
     parts = urlsplit(url)
     target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
     sent = {name: value for name, value in headers.items() if name.lower() not in _NEVER_SENT}
-    return request_head(
-        parts.netloc.rpartition("@")[2], target, sent | {"User-Agent": USER_AGENT, "Content-Length": str(body_bytes)}
-    )
+    own = {"Accept-Encoding": "identity", "User-Agent": USER_AGENT, "Content-Length": str(body_bytes)}
+    return request_head(parts.netloc.rpartition("@")[2], target, own | sent)
 
 
 def _refusal(url: str, reply: Reply) -> Exception:

@@ -27,7 +27,15 @@ _INTERIM: Final = range(100, 200)
 
 
 class BadReply(Exception):
-    """What came back is no HTTP, ended too early, or is too large."""
+    """What came back is no HTTP, or ended too early."""
+
+
+class ReplyTooLarge(BadReply):
+    """It is HTTP, with this status, but more than anybody may send."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(f"{detail}, the most is {MAX_REPLY_BYTES}")
+        self.status = status
 
 
 class HttpReply:
@@ -85,7 +93,7 @@ class HttpReply:
 
     def _read_known(self, sock: socket.socket, deadline: float, begun: bytes, length: int) -> None:
         if length > MAX_REPLY_BYTES:
-            raise BadReply(f"a body of {length} bytes, the most is {MAX_REPLY_BYTES}")
+            raise ReplyTooLarge(self.status, f"a body of {length} bytes")
         self.body = bytearray(length)
         received = min(len(begun), length)
         self.body[:received] = begun[:received]
@@ -110,7 +118,7 @@ class HttpReply:
                 return
             self._feed(data)
             if len(self.body) > MAX_REPLY_BYTES:
-                raise BadReply(f"a body of more than {MAX_REPLY_BYTES} bytes")
+                raise ReplyTooLarge(self.status, f"a body of {len(self.body)} bytes so far")
 
     def _feed(self, data: bytes) -> None:
         try:

@@ -45,6 +45,7 @@ def test_body_and_headers_arrive_and_come_back(sender: Sender) -> None:
     assert request.headers["Authorization"] == "Bearer t"
     assert request.headers["Content-Length"] == str(6 + 256)
     assert request.headers["Transfer-Encoding"] is None
+    assert request.headers["Accept-Encoding"] == "identity"
 
 
 def test_what_hides_a_request_from_the_autoscaler_is_never_sent(sender: Sender) -> None:
@@ -321,6 +322,22 @@ def test_final_refusals_are_not_retried(sender: Sender, status: int) -> None:
     with serving(script) as server, pytest.raises(InfrastructureError):
         sender.send_idempotent(server.url, {}, [b"x"], 5)
     assert len(script.times) == 1
+
+
+def test_a_reply_that_is_too_large_is_the_infrastructures_and_not_asked_for_again(sender: Sender) -> None:
+    def too_large(exchange: Exchange) -> None:
+        exchange.send_response(200)
+        exchange.send_header("Content-Length", str(2**31))
+        exchange.end_headers()
+        exchange.close_connection = True
+
+    with (
+        serving(too_large) as server,
+        pytest.raises(InfrastructureError, match="a body of 2147483648 bytes, the most") as raised,
+    ):
+        sender.send_idempotent(server.url, {}, [b"x"], 5)
+    assert raised.value.status == 200
+    assert len(server.requests) == 1
 
 
 def test_send_makes_one_attempt(sender: Sender) -> None:
