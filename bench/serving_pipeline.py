@@ -12,7 +12,6 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from os import sched_getaffinity
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -21,6 +20,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from eventing.events import Cut
+from functions.stage.threads import usable_cores
 from knative.local.containers import LocalData, read_container
 from knative.local.state_folder import find_running
 from knative.local_pipeline import LocalPipeline, Sharing, local_pipeline
@@ -146,7 +146,7 @@ def read_metrics(url: str) -> dict[str, float]:
 
 def _write_spec(dtype: str, state: Path) -> tuple[Path, Path]:
     """The spec, and a folder of secrets with the token that the direct gateway needs too."""
-    cores, stays_up = len(sched_getaffinity(0)), {"min_scale": 1, "max_scale": 1}
+    cores, stays_up = usable_cores(), {"min_scale": 1, "max_scale": 1}
     sharing = Sharing(cores, NUM_STAGES)
     spec = {
         "name": "bench",

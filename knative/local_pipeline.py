@@ -1,9 +1,7 @@
 """What `run` runs: a model in the embedded store, the pipeline made of it, and the platform's options for this machine."""
 
 import math
-import os
 import secrets
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final
@@ -11,6 +9,7 @@ from typing import ClassVar, Final
 import msgspec
 from rich.console import Console
 
+from functions.stage.threads import usable_cores
 from knative.console import publish_progress
 from knative.local.containers import NamedData
 from knative.manifests import Pipeline
@@ -136,7 +135,7 @@ def _already_published(store: ObjectStore, name: str, dtype: str) -> Manifest:
 def _spec_for_this_machine(manifest: Manifest, shape: ModelShape, stages: int, store: Store) -> PipelineSpec:
     plans = plan_stages(shape, cut_evenly(shape, stages))
     memory = max(plan.weight_bytes for plan in plans) * 2 + quantity(_KV_CACHE) + _RUNTIME_BYTES
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    cores = usable_cores()
     sharing = Sharing(cores, stages)
     return PipelineSpec(
         name="lamina",

@@ -78,8 +78,12 @@ class Instance:
     failures: int = 0
     suspended_until: float = 0.0
 
+    def suspended(self, now: float) -> bool:
+        """It has just broken, and what is sent to it now would probably break too."""
+        return now < self.suspended_until
+
     def usable(self, now: float) -> bool:
-        return self.ready and self.awake and not self.terminating and now >= self.suspended_until
+        return self.ready and self.awake and not self.terminating and not self.suspended(now)
 
     def answered(self, boot: str, free_tokens: int | None) -> None:
         self.failures = 0
@@ -93,7 +97,7 @@ class Instance:
         What fails meanwhile was on its way already, and says nothing new: a pod may die with many events in hand and be back
         in no time.
         """
-        if now < self.suspended_until:
+        if self.suspended(now):
             return
         pause = min(LONGEST_SUSPENSION_SECONDS, FIRST_SUSPENSION_SECONDS * 2 ** min(self.failures, 16))
         self.suspended_until = now + pause * random.uniform(0.75, 1.25)
@@ -117,8 +121,8 @@ class Route:
         return left
 
     def suspended(self, now: float) -> bool:
-        """Some instance has just broken, and what is sent to it now would probably break too."""
-        return any(now < instance.suspended_until for instance in self.instances)
+        """Some instance is."""
+        return any(instance.suspended(now) for instance in self.instances)
 
     def lacks(self, reserve_tokens: int) -> bool:
         """Some instance has said that it has not so much memory."""
@@ -224,7 +228,7 @@ class Placement:
     def next_resumption(self) -> float | None:
         """When the next suspension ends, in time.monotonic(); None where none is pending."""
         now = time.monotonic()
-        ends = (i.suspended_until for known in self._stages for i in known.values() if i.suspended_until > now)
+        ends = (i.suspended_until for known in self._stages for i in known.values() if i.suspended(now))
         return min(ends, default=None)
 
     def _usable(self, stage: int) -> list[Instance]:

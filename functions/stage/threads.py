@@ -1,22 +1,21 @@
 """How many threads a stage computes with, and how they wait. How they wait must be set before torch is imported."""
 
 import os
+import sys
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Final
 
-_SPIN_COUNT: Final = "20000"
-"""Turns that a thread waits awake, some 0.1 ms: as long as one operator of a decode step, much shorter than a pass."""
+WAITING: Final = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "20000"}
+"""Read by OpenMP when torch is loaded. A thread waits awake for so many turns: enough for what lies between two parallel
+operators of a pass, and over soon after the pass; docs/experiments.md compares counts."""
+
 _SMOOTHING: Final = 0.5
 _BUSY: Final = 0.45
 """Three stages that take turns with one micro-batch are busy a third of the time each; sharing two cores, two thirds."""
 
 _CGROUP_V2: Final = Path("/sys/fs/cgroup/cpu.max")
 _CGROUP_V1: Final = (Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us"))
-
-
-WAITING: Final = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": _SPIN_COUNT}
-"""Read by OpenMP when torch is loaded."""
 
 
 class PassThreads:
@@ -50,9 +49,14 @@ def thread_count(configured: int) -> int:
     """`configured`, or for 0 the whole cores that this process may use: its CPU limit, or those it may run on."""
     if configured:
         return configured
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     limit = _cpu_limit()
     return cores if limit is None else max(1, min(cores, int(limit)))
+
+
+def usable_cores() -> int:
+    """Those that this process may run on, whatever its CPU limit."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def set_openmp(environ: MutableMapping[str, str], threads: int) -> None:
