@@ -1,7 +1,7 @@
 """A cold pipeline whose store misbehaves: a request survives what the start survives, and the answer is right."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,10 +10,10 @@ import torch
 from eventing.generation import GenerateResponse
 from functions.startup import PHASES
 from knative.asking import Question, ask
-from tests.support.cold_pipeline import WarmParent, cold_pipeline, pods_of, warm_parent
+from tests.support.cold_pipeline import WarmParent, cold_pipeline, pods_of
 from tests.support.functions import FunctionProcess, gateway_environment, stage_environment, wait_until
-from tests.support.published import Published, published_model
-from tests.support.storage import Fault, FaultProxy, fault_proxy
+from tests.support.published import Published, until_end
+from tests.support.storage import Fault, FaultProxy
 from tests.support.tiny_models import greedy
 
 STAGE = 1
@@ -23,28 +23,10 @@ DEADLINE_SECONDS = 90.0
 PROMPT = "The capital of France is"
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
-    with published_model(tmp_path_factory.mktemp("published")) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def parent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmParent]:
-    with warm_parent(tmp_path_factory.mktemp("parent")) as parent:
-        yield parent
-
-
-@pytest.fixture
-def proxy(published: Published) -> Iterator[FaultProxy]:
-    with fault_proxy(published.store) as proxy:
-        yield proxy
-
-
 def expected_text(published: Published) -> str:
     with torch.inference_mode():
         ids = greedy(published.model, published.tokenizer.encode(PROMPT).ids, 12)
-    text: str = published.tokenizer.decode(ids[: next((at for at, token in enumerate(ids) if token in (2, 4)), 12)])
+    text: str = published.tokenizer.decode(until_end(ids))
     return text
 
 

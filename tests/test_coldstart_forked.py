@@ -1,40 +1,20 @@
 """Forked pods from zero: right answers, honest phases, fresh nonces, weights out of the cache the second time."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from eventing.generation import GenerateResponse
 from functions.startup import PHASES
 from knative.asking import Question, ask
-from tests.support.cold_pipeline import WarmParent, cold_pipeline, pods_of, warm_parent
-from tests.support.published import CUT, Published, published_model
-from tests.support.storage import FaultProxy, fault_proxy
+from tests.support.cold_pipeline import WarmParent, cold_pipeline, pods_of
+from tests.support.published import CUT, Published, until_end
+from tests.support.storage import FaultProxy
 from tests.support.tiny_models import greedy
 
 DEADLINE_SECONDS = 90.0
 PROMPT = "hello"
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
-    with published_model(tmp_path_factory.mktemp("published")) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def parent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmParent]:
-    with warm_parent(tmp_path_factory.mktemp("parent")) as parent:
-        yield parent
-
-
-@pytest.fixture
-def proxy(published: Published) -> Iterator[FaultProxy]:
-    with fault_proxy(published.store) as proxy:
-        yield proxy
 
 
 async def cold_answer(
@@ -59,7 +39,7 @@ def test_phases_begin_with_the_fork(published: Published, parent: WarmParent, pr
     text, said = parent.run(cold_answer(published, parent, proxy, tmp_path), DEADLINE_SECONDS)
     with torch.inference_mode():
         ids = greedy(published.model, published.tokenizer.encode(PROMPT).ids, 8)
-    assert text == published.tokenizer.decode(ids[: next((at for at, token in enumerate(ids) if token in (2, 4)), 8)])
+    assert text == published.tokenizer.decode(until_end(ids))
     for each in said:
         phases = each["start_up"]
         assert phases.keys() == set(PHASES)

@@ -36,7 +36,7 @@ from knative.pipeline_spec import spec_from_dict
 from tests.support.event_sink import EventSink, event_sink, post
 from tests.support.functions import FunctionProcess, gateway_environment, stage_environment
 from tests.support.platform import client, until
-from tests.support.published import CUT, Published, published_model
+from tests.support.published import CUT, Published
 from tests.support.tiny_models import CONTEXT, all_logits
 
 JOBS = 100
@@ -47,12 +47,6 @@ POISON = {
     "too-late": (EventType.GENERATE_REQUEST, {"prompt": "x"}, "410", "event-expired"),
 }
 """Event id → type, data, and the code and problem that its dead letter names."""
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
-    with published_model(tmp_path_factory.mktemp("published")) as model:
-        yield model
 
 
 class Functions:

@@ -13,7 +13,7 @@ import torch
 
 from eventing.sse import decode_sse
 from tests.support.functions import FunctionProcess, gateway_environment, running, stage_environment, wait_until
-from tests.support.published import CUT, Published, published_model
+from tests.support.published import CUT, Published, until_end
 from tests.support.tiny_models import CONTEXT, greedy
 
 EVENT = {
@@ -23,12 +23,6 @@ EVENT = {
     "ce-type": "dev.lamina.generate.request",
     "Content-Type": "application/json",
 }
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
-    with published_model(tmp_path_factory.mktemp("published")) as model:
-        yield model
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +54,7 @@ def expected_ids(published: Published, prompt_ids: list[int], count: int) -> lis
     """As transformers continues, up to the end token."""
     with torch.inference_mode():
         ids = greedy(published.model, prompt_ids, count)
-    return ids[: next((index for index, token in enumerate(ids) if token in (2, 4)), len(ids))]
+    return until_end(ids)
 
 
 def chat_ids(published: Published, text: str) -> list[int]:

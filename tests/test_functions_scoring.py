@@ -45,16 +45,10 @@ from functions.stage.scoring import Scorer
 from storage.object_store import ObjectStore
 from storage.payload_store import PayloadStore
 from tests.support.functions import TOKEN, FunctionProcess, gateway_environment, stage_environment
-from tests.support.published import CUT, Published, published_model
+from tests.support.published import CUT, Published
 from tests.support.tiny_models import CONTEXT, all_logits
 
 TEXT = "The capital of France is the 12th"
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
-    with published_model(tmp_path_factory.mktemp("published")) as model:
-        yield model
 
 
 @pytest.fixture(scope="module")

@@ -36,19 +36,13 @@ from eventing.problems import (
     WrongPipeline,
 )
 from tests.support.functions import TOKEN, FunctionProcess, running, stage_environment
-from tests.support.published import CUT, Published, published_model
+from tests.support.published import CUT, Published
 from tests.support.tiny_models import greedy
 
 SOURCE = "/test"
 NOTHING = encode_batch(Batch((Row("refused", 0, 0, 0, status=Status.FULL),), memoryview(array("i"))))
 """A batch whose only row was refused before: every stage takes it and computes nothing."""
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
-    with published_model(tmp_path_factory.mktemp("published")) as model:
-        yield model
 
 
 @pytest.fixture(scope="module")

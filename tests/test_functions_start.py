@@ -28,12 +28,6 @@ from tests.support.published import Published, published_model
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
-    with published_model(tmp_path_factory.mktemp("published")) as model:
-        yield model
-
-
 @pytest.fixture
 def sender() -> Iterator[Sender]:
     with Sender() as sender:

@@ -17,7 +17,7 @@ import pytest
 
 from tests.support import rootfs
 from tests.support.functions import FunctionProcess, gateway_environment, stage_environment
-from tests.support.published import CUT, Published, published_model
+from tests.support.published import CUT, Published
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.image]
 MODULE = ("-m", "tests.support.rootfs")
@@ -47,12 +47,6 @@ def folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="lamina-rootfs-") as name:
         rootfs.build(Path(name))
         yield Path(name)
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
-    with published_model(tmp_path_factory.mktemp("published")) as model:
-        yield model
 
 
 def test_the_pipeline_becomes_ready_answers_and_drains(folder: Path, published: Published) -> None:

@@ -3,7 +3,6 @@
 import shutil
 import stat
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,19 +11,13 @@ import yaml
 from storage.settings import StoreSettings
 from tests.support.functions import gateway_environment, running, stage_environment
 from tests.support.kubernetes_api import KubernetesApi
-from tests.support.published import Published, published_model
+from tests.support.published import Published
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("awk", "bash", "cat", "env", "mktemp", "rm", "sh")
 """What recipes use; no kn, kubectl or container engine that this machine may have."""
 STAMPS = ("-o", ".venv/run.stamp", "-o", ".venv/dev.stamp")
 """What is installed stays as it is."""
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
-    with published_model(tmp_path_factory.mktemp("published")) as model:
-        yield model
 
 
 @pytest.fixture

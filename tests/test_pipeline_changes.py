@@ -4,29 +4,20 @@ Real processes of a tiny model; every answer is held against the whole model's.
 """
 
 import asyncio
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-
-import pytest
 
 from knative.local.pods import Phase, Pod
 from knative.manifests import services
 from knative.pod_metrics import read_metrics
 from tests.support.platform import until
-from tests.support.published import Published, published_model
+from tests.support.published import Published
 from tests.support.served import Conversations, serving, stage_revisions, tiny_pipeline
 
 GENERATIONS = 50
 LONG = 100
 SHORT = 24
 CONVERSATIONS = 12
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
-    with published_model(tmp_path_factory.mktemp("published")) as published:
-        yield published
 
 
 def test_scale_in_amid_fifty_generations(published: Published, tmp_path: Path) -> None:

@@ -11,14 +11,13 @@ import itertools
 import os
 import random
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
 import msgspec
-import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -32,7 +31,7 @@ from knative.local.revisions import Revision
 from knative.manifests import services
 from knative.pod_metrics import read_metrics
 from tests.support.platform import until
-from tests.support.published import Published, published_model
+from tests.support.published import Published, until_end
 from tests.support.served import serving, stage_revisions, tiny_pipeline
 
 NUMBERS = [number for number in range(202) if number not in (39, 90)]
@@ -40,7 +39,6 @@ NUMBERS = [number for number in range(202) if number not in (39, 90)]
 CLIENTS = 16
 NEW_TOKENS = 100
 ENDINGS = ("", " hello", " The capital of France is", "x" * 30, " the the the north")
-END_IDS = (2, 4)
 
 KILL_SECONDS = 2.0
 KILL_ANSWERS = 20
@@ -58,12 +56,6 @@ def prompt(number: int) -> str:
 def sampling(number: int) -> Sampling:
     """Every other one draws."""
     return Sampling(temperature=float(number % 2), seed=number)
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
-    with published_model(tmp_path_factory.mktemp("published")) as published:
-        yield published
 
 
 class Draws(LogitsProcessor):  # type: ignore[misc]
@@ -94,7 +86,7 @@ def undisturbed(published: Published) -> dict[int, list[int]]:
             logits_processor=LogitsProcessorList(draws),
         )
         answers |= zip(numbers, output[:, inputs.shape[1] :].tolist(), strict=True)
-    return {number: list(itertools.takewhile(lambda token: token not in END_IDS, tokens)) for number, tokens in answers.items()}
+    return {number: until_end(tokens) for number, tokens in answers.items()}
 
 
 async def ask(session: aiohttp.ClientSession, url: str, number: int) -> GenerateResponse:

@@ -6,7 +6,6 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -19,7 +18,7 @@ from tests.support.functions import (
     stage_environment,
     wait_until,
 )
-from tests.support.published import CUT, Published, published_model
+from tests.support.published import CUT, Published
 
 SEQUENCES = 1000
 AT_ONCE = 16
@@ -71,12 +70,6 @@ def test_keys_and_values_take_the_bytes_that_the_plan_says(dtype: str) -> None:
     grown, planned = json.loads(said.stdout)
     assert planned == pytest.approx(BUDGET_BYTES, rel=0.05)
     assert grown == pytest.approx(planned, rel=0.05)
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
-    with published_model(tmp_path_factory.mktemp("published")) as model:
-        yield model
 
 
 def test_a_thousand_abandoned_sequences_leave_nothing_behind(published: Published) -> None:

@@ -1,8 +1,9 @@
 """A seeded tiny chat model, published into a real S3 server: what function processes are started on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +20,8 @@ from tests.support import tiny_models
 
 SPECIAL: Final = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 """Their ids are 0 to 4; the 256 byte tokens come behind them."""
+END_IDS: Final = (2, 4)
+"""After either of them the model has said all."""
 VOCAB_SIZE: Final = len(SPECIAL) + 256 + 3
 CUT: Final = ((0, 2), (2, 4), (4, 6))
 CHAT_TEMPLATE: Final = """\
@@ -44,6 +47,11 @@ class Published:
         return pipeline_fingerprint(self.manifest.digest, cut, self.manifest.dtype)
 
 
+def until_end(token_ids: Iterable[int]) -> list[int]:
+    """What comes before the first end token."""
+    return list(takewhile(lambda token: token not in END_IDS, token_ids))
+
+
 def byte_tokenizer() -> Tokenizer:
     """Byte-level BPE with three merges; puts <s> before a text, as its post-processor says."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -60,7 +68,7 @@ def byte_tokenizer() -> Tokenizer:
 def save_checkpoint(folder: Path) -> PreTrainedModel:
     """A Hugging Face folder; returns the model in it."""
     model = tiny_models.whole_model("llama", vocab_size=VOCAB_SIZE)
-    model.generation_config.eos_token_id = [2, 4]
+    model.generation_config.eos_token_id = list(END_IDS)
     model.save_pretrained(folder)
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": {"content": "<|im_end|>"}}')

@@ -16,12 +16,11 @@ from knative.local.revisions import Revision
 from knative.manifests import Pipeline
 from knative.pipeline_spec import Autoscaling, Gateway, Model, PipelineSpec, Resources, Stage, Store, parse_cut
 from tests.support.platform import running_platform
-from tests.support.published import Published
+from tests.support.published import Published, until_end
 from tests.support.tiny_models import greedy
 
 PROMPTS = ("hello", "The capital of France is", "12345", "the the", "x" * 40, "a river", "no", "winter", "?", "north")
 TIMING = PodTiming(drain_quiet_seconds=1.0, restart_backoff_seconds=0.2)
-_END_IDS = (2, 4)
 _BEGUN_AT = 5
 """Tokens."""
 
@@ -94,8 +93,7 @@ class Conversations:
                 self.begun += seen == _BEGUN_AT
 
     def _check(self, prompt: str, tokens: int, answer: GenerateResponse) -> None:
-        expected = self._expected[prompt][:tokens]
-        expected = expected[: next((index for index, token in enumerate(expected) if token in _END_IDS), tokens)]
+        expected = until_end(self._expected[prompt][:tokens])
         assert list(answer.token_ids) == expected, f"{prompt!r}: {answer.token_ids} instead of {expected}"
         self.answered += 1
         self.replays += answer.timings.replays
