@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from functions.stage.int8_linear import Int8Linear
-from functions.stage.linear import PackedLinear, PlainLinear
+from functions.stage.linear import OneDnnLinear, PlainLinear
 from functions.stage.norm import RmsNorm
 from functions.stage.rope import rotate
 
@@ -32,7 +32,7 @@ def float_matrices(rows: int, dtype: torch.dtype) -> Ways:
     """All matrices of ten layers: laid out for oneDNN, or as they are."""
     weights = [torch.randn(shape).to(dtype) for _ in range(LAYERS) for shape in SHAPES]
     x = {size: torch.randn(rows, size).to(dtype) for size in (HIDDEN, 1536)}
-    packed = [PackedLinear(weight, None) for weight in weights]
+    packed = [OneDnnLinear(weight, None) for weight in weights]
     plain = [PlainLinear(weight, None) for weight in weights]
     return {
         "packed for oneDNN": lambda: [each(x[weight.shape[1]]) for each, weight in zip(packed, weights, strict=True)],
@@ -116,7 +116,7 @@ def attention(lengths: Sequence[int], dtype: torch.dtype) -> Ways:
             for start, length in zip(starts, lengths, strict=True)
         ]
     )
-    weights = [[PackedLinear(torch.randn(shape).to(torch.bfloat16), None) for shape in SHAPES] for _ in range(LAYERS)]
+    weights = [[OneDnnLinear(torch.randn(shape).to(torch.bfloat16), None) for shape in SHAPES] for _ in range(LAYERS)]
     x = {size: torch.randn(count, size).to(torch.bfloat16) for size in (HIDDEN, 1536)}
 
     def by_range(layer: int) -> torch.Tensor:

@@ -23,6 +23,8 @@ OWNERS: dict[str, tuple[str, ...]] = {
         "storage/model_description.py",
     ),
     "torch": ("functions/stage/", "storage/conversion.py"),
+    "numba": ("functions/stage/native/",),
+    "llvmlite": ("functions/stage/native/",),
     "gguf": ("storage/gguf_checkpoint.py",),
     "huggingface_hub": ("storage/model_source.py", "storage/model_description.py"),
     "flask": ("functions/",),

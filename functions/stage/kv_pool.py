@@ -40,6 +40,7 @@ class KVPool(KVBudget):
             raise ValueError(f"a KV budget of {budget_bytes} bytes holds no token of {self.bytes_per_token} bytes: raise it")
         self._arena = torch.empty((num_layers, 2, num_kv_heads, self.capacity_tokens, head_dim), dtype=dtype, device=device)
         self._layers = self._arena.unbind(0)
+        self.num_layers = num_layers
         self._starts: dict[int, int] = {}
 
     @property
@@ -56,6 +57,11 @@ class KVPool(KVBudget):
     def release(self, handle: int) -> None:
         super().release(handle)
         del self._starts[handle]
+
+    def arena(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and all values of a layer, [num_kv_heads, capacity_tokens, head_dim] each: views."""
+        keys, values = self._layers[layer].unbind(0)
+        return keys, values
 
     def slots(self, spans: Iterable[tuple[int, int, int]]) -> torch.Tensor:
         """Places in the arena, int64, of spans (handle, first token, one behind the last token), one after the other."""

@@ -57,11 +57,11 @@ class PlainLinear(_Unfused):
         return functional.linear(x, self._weight, self._bias)
 
 
-class PackedLinear:
-    """CPU, fp32 or bf16: the weight in oneDNN's own layout."""
+class OneDnnLinear:
+    """CPU, fp32 or bf16: by oneDNN, with the weight in its own layout; or, not `packed`, as it is, laid out for every call."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._weight = torch.ops.mkldnn._reorder_linear_weight.default(weight)
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, packed: bool = True) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight.default(weight) if packed else weight
         self._bias = bias
         self._unary = torch.ops.mkldnn._linear_pointwise.default
         self._binary = torch.ops.mkldnn._linear_pointwise.binary
@@ -119,26 +119,39 @@ class Matrix:
         return Matrix(self.weight[rows], scale, bias)
 
 
-def linear(matrices: Sequence[Matrix], dtype: torch.dtype) -> Linear:
-    """The matrices stacked, for activations of `dtype`. Biases: all or none of them."""
+def stacked(matrices: Sequence[Matrix]) -> list[Matrix]:
+    """The matrices as one; where they are of several kinds, as they are. Biases: all or none of them."""
     if len({matrix.weight.dtype for matrix in matrices}) > 1:
-        return SideBySide([linear([matrix], dtype) for matrix in matrices])
-    weight = _stacked([matrix.weight for matrix in matrices])
-    bias = None if matrices[0].bias is None else _stacked([matrix.bias for matrix in matrices if matrix.bias is not None])
+        return list(matrices)
+    return [
+        Matrix(
+            _cat([matrix.weight for matrix in matrices]),
+            None if matrices[0].scale is None else _cat([matrix.scale for matrix in matrices if matrix.scale is not None]),
+            None if matrices[0].bias is None else _cat([matrix.bias for matrix in matrices if matrix.bias is not None]),
+        )
+    ]
+
+
+def linear(matrices: Sequence[Matrix], dtype: torch.dtype, *, packed: bool = True) -> Linear:
+    """The matrices stacked, for activations of `dtype`. packed: whether weights may be copied into another layout."""
+    matrix, *others = stacked(matrices)
+    if others:
+        return SideBySide([linear([part], dtype, packed=packed) for part in (matrix, *others)])
+    weight, bias = matrix.weight, matrix.bias
     own: Linear
-    if weight.dtype == torch.int8:
-        own = Int8Linear(weight, _stacked([matrix.scale for matrix in matrices if matrix.scale is not None]), bias)
+    if matrix.scale is not None:
+        own = Int8Linear(weight, matrix.scale, bias)
     else:
-        own = PackedLinear(weight, bias) if _packs(weight) else PlainLinear(weight, bias)
+        own = OneDnnLinear(weight, bias, packed=packed) if _is_for_onednn(weight) else PlainLinear(weight, bias)
     own_dtype = torch.float32 if weight.dtype == torch.int8 else weight.dtype
     return own if own_dtype == dtype else CastLinear(own, own_dtype)
 
 
-def _stacked(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def _cat(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _packs(weight: torch.Tensor) -> bool:
+def _is_for_onednn(weight: torch.Tensor) -> bool:
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     return weight.dtype == torch.float32 or (

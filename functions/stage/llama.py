@@ -16,7 +16,8 @@ from functions.stage.kv_pool import KVPool
 from functions.stage.layer_group import Segment
 from functions.stage.linear import Linear, Matrix, linear
 from functions.stage.llama_config import LlamaConfig, UnsupportedConfig
-from functions.stage.llama_layer import LlamaLayer, Pass
+from functions.stage.llama_layer import LayerWeights, LlamaLayer, Pass, Places
+from functions.stage.native.choice import native_layers, rows_for_torch
 from functions.stage.norm import RmsNorm
 from functions.stage.rope import Rope
 from functions.stage.weights import PRECISIONS, MissingTensors, Precision, Weights
@@ -54,7 +55,11 @@ class LlamaGroup:
             last_layer - first_layer, model.num_kv_heads, model.head_dim, self._precision.kv, self._device, kv_budget_bytes
         )
         self._rope = Rope(model.rope, model.head_dim, self._device)
+        self._native = native_layers(model, first_layer, dtype, self.kv)
+        """The same layers in machine code, for passes of few rows or for all."""
+        self._rows_for_torch = None if self._native is None else rows_for_torch(dtype)
         self._layers: dict[int, LlamaLayer] = {}
+        self._placed: set[int] = set()
         self._embedding: torch.Tensor | None = None
         self._norm: RmsNorm | None = None
         self._head: Linear | None = None
@@ -96,8 +101,7 @@ class LlamaGroup:
         for layer in sorted({int(found[1]) for found in map(_LAYER.match, tensors) if found}):
             if self.first_layer <= layer < self.last_layer:
                 named = Weights(tensors, f"model.layers.{layer}.", self._precision, self._device)
-                slot = layer - self.first_layer
-                self._layers[layer] = LlamaLayer(self._model, layer, slot, named, self._precision)
+                self._place_layer(layer, LayerWeights.take(self._model, named))
         others = Weights(tensors, "", self._precision, self._device)
         if "model.embed_tokens.weight" in others and (self._is_first or (self._is_last and self._model.tie_word_embeddings)):
             self._embedding = others.matrix("model.embed_tokens").weight
@@ -110,7 +114,7 @@ class LlamaGroup:
         """Everything has been placed. Raises MissingTensors, naming what has not."""
         if self._is_last and self._head is None and self._model.tie_word_embeddings and self._embedding is not None:
             self._head = linear([Matrix(self._embedding)], self._precision.activations)
-        missing = [f"model.layers.{layer}" for layer in range(self.first_layer, self.last_layer) if layer not in self._layers]
+        missing = [f"model.layers.{layer}" for layer in range(self.first_layer, self.last_layer) if layer not in self._placed]
         if self._is_first and self._embedding is None:
             missing.append("model.embed_tokens.weight")
         if self._is_last and self._norm is None:
@@ -126,10 +130,8 @@ class LlamaGroup:
     def forward(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
         """As `LayerGroup` says. Raises ValueError, and leaves the cache as it was, for segments that do not fit it."""
         self._check(inputs, segments)
-        state = self._pass(segments)
         hidden = self._embedded(inputs.to(self._device))
-        for layer in range(self.first_layer, self.last_layer):
-            hidden = self._layers[layer](hidden, state, self.kv)
+        hidden = self._in_machine_code(hidden, segments) if self._is_native(len(hidden)) else self._by_torch(hidden, segments)
         for segment in segments:
             self.kv.extend(segment.handle, segment.length)
         if self._norm is not None:
@@ -155,15 +157,36 @@ class LlamaGroup:
         hidden = inputs if self._embedding is None else functional.embedding(inputs, self._embedding)
         return hidden.to(self._precision.activations)
 
-    def _pass(self, segments: Sequence[Segment]) -> Pass:
+    def _place_layer(self, layer: int, weights: LayerWeights) -> None:
+        slot = layer - self.first_layer
+        if self._native is not None:
+            self._native.place(layer, weights)
+        if self._native is None or self._rows_for_torch is not None:
+            packed = self._native is None
+            self._layers[layer] = LlamaLayer(self._model, layer, slot, weights, self._precision, packed=packed)
+        self._placed.add(layer)
+
+    def _is_native(self, rows: int) -> bool:
+        return self._native is not None and (self._rows_for_torch is None or rows < self._rows_for_torch)
+
+    def _in_machine_code(self, hidden: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+        assert self._native is not None
+        places = self._places(segments)
+        return self._native(hidden.to(torch.float32), segments, places)
+
+    def _by_torch(self, hidden: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+        windows = set(self._model.windows[self.first_layer : self.last_layer])
+        attention = {window: PassAttention(segments, self.kv, window, self._precision.kv) for window in windows}
+        state = Pass(self._places(segments), attention)
+        for layer in range(self.first_layer, self.last_layer):
+            hidden = self._layers[layer](hidden, state, self.kv)
+        return hidden
+
+    def _places(self, segments: Sequence[Segment]) -> Places:
         spans = [(segment.handle, segment.position, segment.position + segment.length) for segment in segments]
         positions = [position for _, first, last in spans for position in range(first, last)]
-        windows = set(self._model.windows[self.first_layer : self.last_layer])
-        return Pass(
-            slots=self.kv.slots(spans),
-            rotations=self._rope.rotations(torch.tensor(positions, device=self._device)),
-            attention={window: PassAttention(segments, self.kv, window, self._precision.kv) for window in windows},
-        )
+        rotations = self._rope.rotations(torch.tensor(positions, device=self._device))
+        return Places(positions, self.kv.slots(spans), rotations)
 
     def _check(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> None:
         handles = {segment.handle for segment in segments}

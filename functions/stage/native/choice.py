@@ -1,0 +1,43 @@
+"""Whether a group's layers run in machine code here. Imports numba only where they do."""
+
+import logging
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from functions.stage.kv_pool import KVPool
+from functions.stage.llama_config import LlamaConfig
+
+if TYPE_CHECKING:
+    from functions.stage.native.layers import NativeLayers
+
+_log: Final = logging.getLogger(__name__)
+_DTYPES: Final = ("bfloat16", "int8")
+_STEP: Final = 32
+"""`vector_code.STEP`: sums run over multiples of so many products."""
+_ROWS_FOR_TILES: Final = 64
+"""From here on, oneDNN gains by AMX's tiles more than it loses by laying weights out for every pass."""
+
+
+def native_layers(model: LlamaConfig, first_layer: int, dtype: str, pool: KVPool) -> "NativeLayers | None":
+    """None where torch's operators have to do: another dtype or device, odd sizes, no numba or none of GNU's OpenMP."""
+    sizes = (model.hidden_size, model.intermediate_size, model.head_dim)
+    if dtype not in _DTYPES or pool.device.type != "cpu" or any(size % _STEP for size in sizes):
+        return None
+    try:
+        from functions.stage.native.layers import NativeLayers
+        from functions.stage.native.openmp import NoOpenMP
+    except ImportError as error:
+        _log.warning("layers run by torch's operators, which is slower: %s", error)
+        return None
+    try:
+        return NativeLayers(model, first_layer, pool)
+    except NoOpenMP as error:
+        _log.warning("layers run by torch's operators, which is slower: %s", error)
+        return None
+
+
+def rows_for_torch(dtype: str) -> int | None:
+    """From how many rows on torch's operators are faster than native layers; None where they never are."""
+    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return _ROWS_FOR_TILES if has_tiles and dtype == "bfloat16" else None

@@ -1,0 +1,70 @@
+"""The layers of a group as one function without Python, which several threads of OpenMP run together.
+
+Every thread does the small operators (norms, rounding, quantizing) for all rows by itself, so that they need no waiting for
+each other, and its share of what takes long: rows of a matrix, heads of a sequence. Six times per layer the threads wait.
+"""
+
+from typing import Any, Final
+
+import numpy as np
+from numba import carray, njit
+
+from functions.stage.native.attention import attend, write_kv
+from functions.stage.native.matrices import gated, matrix
+from functions.stage.native.tables import GROUP, LAYER, PASS
+from functions.stage.native.vector_code import call_at, pointer
+
+_jit: Final = njit(nogil=True, error_model="numpy")
+
+
+@_jit
+def _before(group: Any, layer: Any, state: Any, scratch: int, thread: int, threads: int) -> None:
+    outs = (group.heads + 2 * group.kv_heads) * group.head_dim
+    matrix(
+        group, layer.qkv_int8 != 0, layer.qkv, layer.qkv_scale, layer.qkv_bias, group.hidden_size, outs,
+        state.hidden, layer.input_gain, state.heads, 0, state.rows, scratch, thread, threads,
+    )  # fmt: skip
+    call_at(group.barrier)
+    for unit in range(thread, state.rows * group.kv_heads, threads):
+        write_kv(group, layer, state, unit // group.kv_heads, unit % group.kv_heads)
+    call_at(group.barrier)
+
+
+@_jit
+def _attention(group: Any, layer: Any, state: Any, scratch: int, thread: int, threads: int) -> None:
+    bundles = carray(pointer(state.bundles), (state.num_bundles, 2), np.int64)
+    for unit in range(thread, state.num_bundles * group.kv_heads, threads):
+        first_row, rows = bundles[unit // group.kv_heads]
+        attend(group, layer, state, first_row, rows, unit % group.kv_heads, scratch)
+    call_at(group.barrier)
+
+
+@_jit
+def _after(group: Any, layer: Any, state: Any, scratch: int, thread: int, threads: int) -> None:
+    hidden = group.hidden_size
+    matrix(
+        group, layer.out_int8 != 0, layer.out, layer.out_scale, layer.out_bias, group.heads * group.head_dim, hidden,
+        state.attended, 0, state.hidden, 1, state.rows, scratch, thread, threads,
+    )  # fmt: skip
+    call_at(group.barrier)
+    gated(group, layer, state, scratch, thread, threads)
+    call_at(group.barrier)
+    matrix(
+        group, layer.down_int8 != 0, layer.down, layer.down_scale, layer.down_bias, group.inner_size, hidden,
+        state.inner, 0, state.hidden, 1, state.rows, scratch, thread, threads,
+    )  # fmt: skip
+    call_at(group.barrier)
+
+
+def run(tables: Any) -> None:
+    """What a thread does. tables: addresses of a GROUP and of a PASS."""
+    addresses = carray(tables, 2)
+    group = carray(pointer(addresses[0]), 1, GROUP)[0]
+    state = carray(pointer(addresses[1]), 1, PASS)[0]
+    layers = carray(pointer(group.layers), group.num_layers, LAYER)
+    thread, threads = np.int64(call_at(group.thread_number)), np.int64(call_at(group.threads))
+    scratch = state.scratch + thread * state.scratch_bytes
+    for layer in layers:
+        _before(group, layer, state, scratch, thread, threads)
+        _attention(group, layer, state, scratch, thread, threads)
+        _after(group, layer, state, scratch, thread, threads)

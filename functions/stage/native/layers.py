@@ -1,0 +1,150 @@
+"""The layers of a Llama-shaped group in machine code: what numba made of `kernels`, on tensors in their plain layout.
+
+One call per pass, whatever mixture of decode steps and chunks of prompts it is.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from functions.stage.kv_pool import KVPool
+from functions.stage.layer_group import Segment
+from functions.stage.linear import Matrix, stacked
+from functions.stage.llama_config import LlamaConfig
+from functions.stage.llama_layer import LayerWeights, Places
+from functions.stage.native import machine_code
+from functions.stage.native.attention import VECTORS
+from functions.stage.native.matrices import BLOCK_ROWS, SUMS
+from functions.stage.native.openmp import OpenMP
+from functions.stage.native.tables import GROUP, LAYER, PASS
+from functions.stage.native.vector_code import OUTS, ROWS
+
+_LARGEST_WEIGHT: Final = 127
+_LANES: Final = 16
+
+
+class NativeLayers:
+    """Layers of matrices in int8 or bf16, with a KV arena in bf16."""
+
+    def __init__(self, model: LlamaConfig, first_layer: int, pool: KVPool) -> None:
+        """Raises NoOpenMP."""
+        self._model = model
+        self._first_layer = first_layer
+        self._pool = pool
+        self._openmp = OpenMP.of_torch()
+        self._function = machine_code.address()
+        self._layers = np.zeros(pool.num_layers, LAYER)
+        self._kept: list[torch.Tensor] = []
+        """What the tables have the addresses of."""
+        self._group = self._group_table()
+
+    def place(self, layer: int, weights: LayerWeights) -> None:
+        """layer: number in the whole model."""
+        slot = layer - self._first_layer
+        entry = self._layers[slot]
+        for name in ("input_gain", "qk_gain", "mlp_gain"):
+            gain = getattr(weights, name)
+            entry[name] = 0 if gain is None else self._address(gain.float())
+        (qkv,) = _of_one_kind(weights.qkv, together=True)
+        gate, up = _of_one_kind([weights.gate, weights.up])
+        for name, matrix in (("qkv", qkv), ("out", weights.out), ("gate", gate), ("up", up), ("down", weights.down)):
+            outs = len(matrix.weight)
+            wide = matrix.scale is None
+            entry[name] = self._address(matrix.weight.bfloat16() if wide else matrix.weight)
+            entry[f"{name}_scale"] = self._address(torch.ones(outs) if matrix.scale is None else matrix.scale)
+            entry[f"{name}_bias"] = self._address(torch.zeros(outs) if matrix.bias is None else matrix.bias.float())
+            entry[f"{name}_int8"] = not wide
+        keys, values = self._pool.arena(slot)
+        entry["keys"], entry["values"] = keys.data_ptr(), values.data_ptr()
+        entry["window"] = self._model.windows[layer] or np.iinfo(np.int64).max
+        entry["rotary"] = self._model.rotary[layer]
+
+    def __call__(self, hidden: torch.Tensor, segments: Sequence[Segment], places: Places) -> torch.Tensor:
+        """hidden float32 [n, hidden_size], overwritten with the result. As many threads as torch's operators take."""
+        state = _State(self._model, hidden, segments, places, torch.get_num_threads())
+        tables = np.array([self._group.ctypes.data, state.table.ctypes.data], dtype=np.int64)
+        self._openmp.run(self._function, tables.ctypes.data, state.threads)
+        return hidden
+
+    def _group_table(self) -> Any:
+        model = self._model
+        table = np.zeros(1, GROUP)
+        widest = max(model.hidden_size, model.intermediate_size, model.num_heads * model.head_dim)
+        lane_products = math.ceil(widest / _LANES)
+        table["layers"] = self._layers.ctypes.data
+        table["num_layers"] = len(self._layers)
+        table["largest"] = min(32_767, (2**31 - 1) // (_LARGEST_WEIGHT * lane_products))
+        table["eps"] = model.rms_norm_eps
+        table["hidden_size"], table["inner_size"] = model.hidden_size, model.intermediate_size
+        table["heads"], table["kv_heads"], table["head_dim"] = model.num_heads, model.num_kv_heads, model.head_dim
+        table["capacity"] = self._pool.capacity_tokens
+        table["thread_number"], table["threads"] = self._openmp.thread_number, self._openmp.threads
+        table["barrier"] = self._openmp.barrier
+        return table
+
+    def _address(self, tensor: torch.Tensor) -> int:
+        tensor = tensor.contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+class _State:
+    """Memory of one pass, and its table."""
+
+    def __init__(
+        self, model: LlamaConfig, hidden: torch.Tensor, segments: Sequence[Segment], places: Places, threads: int
+    ) -> None:
+        rows = len(hidden)
+        self.threads = threads
+        bundles = _bundles(segments)
+        most_tokens = max(places.positions) + 1
+        scratch_bytes = _scratch_bytes(model, most_tokens)
+        self.table = np.zeros(1, PASS)
+        self.table["rows"], self.table["num_bundles"], self.table["most_tokens"] = rows, len(bundles), most_tokens
+        self.table["scratch_bytes"] = scratch_bytes
+        self._tensors = {
+            "hidden": hidden,
+            "rotations": places.rotations,
+            "slots": places.slots,
+            "positions": torch.tensor(places.positions),
+            "bundles": torch.tensor(bundles),
+            "heads": torch.empty(rows, (model.num_heads + 2 * model.num_kv_heads) * model.head_dim),
+            "attended": torch.empty(rows, model.num_heads * model.head_dim),
+            "inner": torch.empty(rows, model.intermediate_size),
+            "scratch": torch.empty(threads * scratch_bytes, dtype=torch.uint8),
+        }
+        for name, tensor in self._tensors.items():
+            self.table[name] = tensor.data_ptr()
+
+
+def _bundles(segments: Sequence[Segment]) -> list[tuple[int, int]]:
+    """First row and number of rows, of at most VECTORS rows of a segment each."""
+    found: list[tuple[int, int]] = []
+    begin = 0
+    for segment in segments:
+        end = begin + segment.length
+        found += [(row, min(VECTORS, end - row)) for row in range(begin, end, VECTORS)]
+        begin = end
+    return found
+
+
+def _of_one_kind(matrices: Sequence[Matrix], *, together: bool = False) -> Sequence[Matrix]:
+    """All of them int8, or all of them bf16, as far as they can be with some wide already; `together`: as one."""
+    if len({matrix.weight.dtype for matrix in matrices}) > 1:
+        matrices = [_wide(matrix) for matrix in matrices]
+    return stacked(matrices) if together else matrices
+
+
+def _wide(matrix: Matrix) -> Matrix:
+    weight = matrix.weight if matrix.scale is None else matrix.weight * matrix.scale.unsqueeze(1)
+    return Matrix(weight.bfloat16(), None, None if matrix.bias is None else matrix.bias.float())
+
+
+def _scratch_bytes(model: LlamaConfig, most_tokens: int) -> int:
+    widest = max(model.hidden_size, model.intermediate_size, model.num_heads * model.head_dim) + 16
+    of_matrices = 4 * (SUMS + (BLOCK_ROWS + ROWS) * OUTS + widest) + 2 * BLOCK_ROWS * widest
+    of_attention = 4 * SUMS + VECTORS * (2 * model.head_dim + 4 * most_tokens)
+    return -(-max(of_matrices, of_attention) // 64) * 64 + 64

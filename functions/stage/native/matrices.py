@@ -1,0 +1,150 @@
+"""Matrices: rows are rounded to 16 bits once, then multiplied tile by tile, a share of the outputs for each thread."""
+
+from typing import Any, Final
+
+import numpy as np
+from numba import carray
+
+from functions.stage.native import vector_code as code
+from functions.stage.native.arithmetic import exp, floats, jit, normalize, pack, vector
+from functions.stage.native.vector_code import OUTS, ROWS, pointer, scale_tile, store_tile
+
+BLOCK_ROWS: Final = 64
+"""So many rows go through a matrix together: rounded to 16 bits, they stay in the second level of the cache."""
+TILE: Final = OUTS * ROWS
+SUMS: Final = 2 * TILE
+"""Floats at the beginning of a thread's scratch memory, for the sums of two tiles."""
+
+_int8_first_1, _int8_first_2, _int8_first_3, _int8_first_4 = (
+    code.tile_of(code.Int8, OUTS, rows, True) for rows in (1, 2, 3, 4)
+)
+_int8_1, _int8_2, _int8_3, _int8_4 = (code.tile_of(code.Int8, OUTS, rows, False) for rows in (1, 2, 3, 4))
+_bf16_first_1, _bf16_first_2, _bf16_first_3, _bf16_first_4 = (
+    code.tile_of(code.BFloat16, OUTS, rows, True) for rows in (1, 2, 3, 4)
+)
+_bf16_1, _bf16_2, _bf16_3, _bf16_4 = (code.tile_of(code.BFloat16, OUTS, rows, False) for rows in (1, 2, 3, 4))
+
+
+@jit
+def packed_rows(group: Any, int8: bool, source: int, width: int, first: int, last: int, gain: int, scratch: int) -> int:
+    """Rows [first, last) of the float32 matrix at `source`, normalized where there is a gain, packed into the scratch memory.
+
+    Returns where the packed rows are; the rows' scales lie before them.
+    """
+    rows = floats(source, last, width)
+    scales = floats(scratch + 4 * SUMS, BLOCK_ROWS, OUTS)
+    normalized = vector(scratch + 4 * (SUMS + BLOCK_ROWS * OUTS), width)
+    packed_at = scratch + 4 * (SUMS + BLOCK_ROWS * OUTS + (width + 15) // 16 * 16)
+    packed = carray(pointer(packed_at), (last - first, width), np.int16)
+    for row in range(first, last):
+        if gain == 0:
+            scales[row - first, :] = pack(int8, group.largest, rows[row], packed[row - first])
+        else:
+            normalize(rows[row], vector(gain, width), group.eps, normalized)
+            scales[row - first, :] = pack(int8, group.largest, normalized, packed[row - first])
+    return packed_at
+
+
+@jit
+def tile(int8: bool, fetch: bool, rows: int, weights: int, x: int, width: int, out: int) -> None:
+    """out[row * OUTS + weight row] of up to ROWS packed rows."""
+    if int8:
+        if fetch:
+            if rows == 4:
+                _int8_first_4(weights, width, x, 2 * width, width, out)
+            elif rows == 1:
+                _int8_first_1(weights, width, x, 2 * width, width, out)
+            elif rows == 2:
+                _int8_first_2(weights, width, x, 2 * width, width, out)
+            else:
+                _int8_first_3(weights, width, x, 2 * width, width, out)
+        elif rows == 4:
+            _int8_4(weights, width, x, 2 * width, width, out)
+        elif rows == 1:
+            _int8_1(weights, width, x, 2 * width, width, out)
+        elif rows == 2:
+            _int8_2(weights, width, x, 2 * width, width, out)
+        else:
+            _int8_3(weights, width, x, 2 * width, width, out)
+    elif fetch:
+        if rows == 4:
+            _bf16_first_4(weights, 2 * width, x, 2 * width, width, out)
+        elif rows == 1:
+            _bf16_first_1(weights, 2 * width, x, 2 * width, width, out)
+        elif rows == 2:
+            _bf16_first_2(weights, 2 * width, x, 2 * width, width, out)
+        else:
+            _bf16_first_3(weights, 2 * width, x, 2 * width, width, out)
+    elif rows == 4:
+        _bf16_4(weights, 2 * width, x, 2 * width, width, out)
+    elif rows == 1:
+        _bf16_1(weights, 2 * width, x, 2 * width, width, out)
+    elif rows == 2:
+        _bf16_2(weights, 2 * width, x, 2 * width, width, out)
+    else:
+        _bf16_3(weights, 2 * width, x, 2 * width, width, out)
+
+
+@jit
+def share(count: int, thread: int, threads: int) -> Any:
+    """The outputs [first, last) of a thread: whole tiles."""
+    tiles = count // OUTS
+    return tiles * thread // threads * OUTS, tiles * (thread + 1) // threads * OUTS
+
+
+@jit
+def matrix(
+    group: Any,
+    int8: bool,
+    weights: int,
+    scales: int,
+    biases: int,
+    width: int,
+    outs: int,
+    source: int,
+    gain: int,
+    out: int,
+    add: int,
+    rows: int,
+    scratch: int,
+    thread: int,
+    threads: int,
+) -> None:
+    """out [rows, outs] = (out, where `add`) + source [rows, width] · weightsᵀ + bias: this thread's columns of it."""
+    row_bytes = width if int8 else 2 * width
+    row_scales = scratch + 4 * SUMS
+    begin, end = share(outs, thread, threads)
+    for first in range(0, rows, BLOCK_ROWS):
+        last = min(rows, first + BLOCK_ROWS)
+        x = packed_rows(group, int8, source, width, first, last, gain, scratch)
+        for j in range(begin, end, OUTS):
+            for row in range(first, last, ROWS):
+                count = min(ROWS, last - row)
+                tile(int8, row == first, count, weights + j * row_bytes, x + (row - first) * width * 2, width, scratch)
+                scale_tile(scratch, row_scales + 4 * OUTS * (row - first), scales + 4 * j, biases + 4 * j)
+                store_tile(scratch, out + 4 * (row * outs + j), 4 * outs, count, add)
+
+
+@jit
+def gated(group: Any, layer: Any, state: Any, scratch: int, thread: int, threads: int) -> None:
+    """inner [rows, inner_size] = silu(gate x) * (up x) of the normalized hidden state: this thread's columns of it."""
+    int8 = layer.gate_int8 != 0
+    width, outs, rows = group.hidden_size, group.inner_size, state.rows
+    row_bytes = width if int8 else 2 * width
+    row_scales = scratch + 4 * SUMS
+    gates, ups = vector(scratch, TILE), vector(scratch + 4 * TILE, TILE)
+    begin, end = share(outs, thread, threads)
+    for first in range(0, rows, BLOCK_ROWS):
+        last = min(rows, first + BLOCK_ROWS)
+        x = packed_rows(group, int8, state.hidden, width, first, last, layer.mlp_gain, scratch)
+        for j in range(begin, end, OUTS):
+            for row in range(first, last, ROWS):
+                count = min(ROWS, last - row)
+                place, scales = x + (row - first) * width * 2, row_scales + 4 * OUTS * (row - first)
+                tile(int8, row == first, count, layer.gate + j * row_bytes, place, width, scratch)
+                scale_tile(scratch, scales, layer.gate_scale + 4 * j, layer.gate_bias + 4 * j)
+                tile(int8, row == first, count, layer.up + j * row_bytes, place, width, scratch + 4 * TILE)
+                scale_tile(scratch + 4 * TILE, scales, layer.up_scale + 4 * j, layer.up_bias + 4 * j)
+                for i in range(TILE):
+                    gates[i] = gates[i] / (np.float32(1) + exp(-gates[i])) * ups[i]
+                store_tile(scratch, state.inner + 4 * (row * outs + j), 4 * outs, count, 0)

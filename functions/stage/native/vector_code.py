@@ -1,0 +1,331 @@
+"""What numba cannot say: dot products by the CPU's own instructions, and memory at an address. Everything here is inlined.
+
+A tile multiplies a few rows of weights with a few rows of activations and keeps every partial sum in a register; the
+weights that come next are fetched meanwhile, without which one core reads memory at two fifths of its speed (Zen 4). The order
+of a sum depends on its length alone, never on how many rows are multiplied together.
+
+int8 weights meet int16 activations (VNNI's vpdpwssd where there is AVX-512), bf16 meets bf16 (vdpbf16ps where there is
+AVX512-BF16). Elsewhere the same sums are written in portable vector code.
+"""
+
+from typing import Any, Final
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from functions.stage.native import target
+
+OUTS: Final = 4
+"""Rows of weights in a tile."""
+ROWS: Final = 4
+"""Most rows of activations in a tile."""
+STEP: Final = 32
+"""Sums run over multiples of this many products."""
+_AHEAD_BYTES: Final = 4096
+"""How far ahead of the weights in use those that follow are fetched."""
+_LANES: Final = 16
+
+_I8, _I16, _I32, _I64, _F32 = (ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType())
+_FLOATS: Final = ir.VectorType(_F32, _LANES)
+_INTS: Final = ir.VectorType(_I32, _LANES)
+
+
+class _BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+def _number(value: int) -> ir.Constant:
+    return ir.Constant(_I64, value)
+
+
+def _load(builder: Any, address: Any, offset: Any, kind: ir.Type) -> Any:
+    return builder.load(builder.inttoptr(builder.add(address, offset), kind.as_pointer()), align=1)
+
+
+def _call(builder: Any, name: str, result: ir.Type, *arguments: Any) -> Any:
+    function_type = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), arguments)
+
+
+def _even_and_odd(builder: Any, first: Any, second: Any) -> tuple[Any, Any]:
+    """Of two vectors one behind the other, the elements with even and with odd numbers."""
+    lanes = first.type.count
+    picks = ir.VectorType(_I32, lanes)
+    even = builder.shuffle_vector(first, second, ir.Constant(picks, list(range(0, 2 * lanes, 2))))
+    return even, builder.shuffle_vector(first, second, ir.Constant(picks, list(range(1, 2 * lanes, 2))))
+
+
+class Int8:
+    """int8 weights, int16 activations, exact sums in int32. How large an activation may be, `layers` says."""
+
+    weight_bytes: Final = 1
+    loaded_weights: Final = ir.VectorType(_I8, STEP)
+    loaded_rows: Final = ir.VectorType(_I16, STEP)
+    zero: Final = ir.Constant(_INTS, [0] * _LANES)
+
+    @staticmethod
+    def widen(builder: Any, weights: Any) -> Any:
+        return builder.sext(weights, ir.VectorType(_I16, STEP))
+
+    widen_row = staticmethod(lambda builder, row: row)
+
+    @staticmethod
+    def multiply_add(builder: Any, total: Any, weights: Any, row: Any) -> Any:
+        if target.has_avx512():
+            return builder.add(total, _call(builder, "llvm.x86.avx512.pmaddw.d.512", _INTS, weights, row))
+        if target.has_avx2():
+            return builder.add(total, _pmadd_of_halves(builder, weights, row))
+        wide = ir.VectorType(_I32, STEP)
+        products = builder.mul(builder.sext(weights, wide), builder.sext(row, wide))
+        even, odd = _halves_interleaved(builder, products)
+        return builder.add(total, builder.add(even, odd))
+
+    @staticmethod
+    def floats(builder: Any, total: Any) -> Any:
+        return builder.sitofp(total, _FLOATS)
+
+    @staticmethod
+    def add(builder: Any, a: Any, b: Any) -> Any:
+        return builder.add(a, b)
+
+
+def _pmadd_of_halves(builder: Any, weights: Any, row: Any) -> Any:
+    halves = []
+    for first in (0, _LANES):
+        picks = ir.Constant(_INTS, list(range(first, first + _LANES)))
+        parts = [builder.shuffle_vector(whole, ir.Constant(whole.type, ir.Undefined), picks) for whole in (weights, row)]
+        halves.append(_call(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(_I32, _LANES // 2), *parts))
+    return builder.shuffle_vector(*halves, ir.Constant(_INTS, list(range(_LANES))))
+
+
+def _halves_interleaved(builder: Any, products: Any) -> tuple[Any, Any]:
+    picks = ir.VectorType(_I32, _LANES)
+    undefined = ir.Constant(products.type, ir.Undefined)
+    even = builder.shuffle_vector(products, undefined, ir.Constant(picks, list(range(0, STEP, 2))))
+    return even, builder.shuffle_vector(products, undefined, ir.Constant(picks, list(range(1, STEP, 2))))
+
+
+class BFloat16:
+    """bf16 weights and activations, sums in float32."""
+
+    weight_bytes: Final = 2
+    zero: Final = ir.Constant(_FLOATS, [0.0] * _LANES)
+    loaded_weights: Final = ir.VectorType(_I16, STEP)
+    loaded_rows: Final = ir.VectorType(_I16, STEP)
+
+    @staticmethod
+    def widen(builder: Any, weights: Any) -> Any:
+        return weights
+
+    widen_row = widen
+
+    @staticmethod
+    def multiply_add(builder: Any, total: Any, weights: Any, row: Any) -> Any:
+        if target.has_avx512_bf16():
+            kind = ir.VectorType(_BFloat(), STEP)
+            pairs = builder.bitcast(weights, kind), builder.bitcast(row, kind)
+            return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, total, *pairs)
+        for a, b in zip(_pairs_of_floats(builder, weights), _pairs_of_floats(builder, row), strict=True):
+            total = _call(builder, "llvm.fmuladd.v16f32", _FLOATS, a, b, total)
+        return total
+
+    @staticmethod
+    def floats(builder: Any, total: Any) -> Any:
+        return total
+
+    @staticmethod
+    def add(builder: Any, a: Any, b: Any) -> Any:
+        return builder.fadd(a, b)
+
+
+def _pairs_of_floats(builder: Any, numbers: Any) -> tuple[Any, Any]:
+    """The even and the odd ones of 32 bf16 numbers: the upper half of a float's bits is a bf16."""
+    bits = builder.bitcast(numbers, _INTS)
+    even = builder.shl(bits, ir.Constant(_INTS, [16] * _LANES))
+    odd = builder.and_(bits, ir.Constant(_INTS, [0xFFFF0000] * _LANES))
+    return builder.bitcast(even, _FLOATS), builder.bitcast(odd, _FLOATS)
+
+
+def tile_of(kind: Any, outs: int, rows: int, fetch: bool) -> Any:
+    """(weights, bytes per row of them, activations, bytes per row of them, products, out): out[row * outs + weight row]."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        weights, weights_stride, x, x_stride, products, out = arguments
+        totals = [[cgutils.alloca_once_value(builder, kind.zero) for _ in range(rows)] for _ in range(outs)]
+        for total in (total for row in totals for total in row):
+            builder.store(kind.zero, total)
+        weight_rows = [builder.add(weights, builder.mul(weights_stride, _number(out_row))) for out_row in range(outs)]
+        x_rows = [builder.add(x, builder.mul(x_stride, _number(row))) for row in range(rows)]
+        with cgutils.for_range_slice(builder, _number(0), products, _number(STEP)) as (product, _):
+            place = builder.mul(product, _number(kind.weight_bytes))
+            if fetch:
+                _fetch(builder, weights, builder.mul(place, _number(outs)), outs * STEP * kind.weight_bytes)
+            x_place = builder.mul(product, _number(2))
+            x_values = [_load(builder, row, x_place, kind.loaded_rows) for row in x_rows]
+            for weight_row, row_totals in zip(weight_rows, totals, strict=True):
+                values = kind.widen(builder, _load(builder, weight_row, place, kind.loaded_weights))
+                for total, x_value in zip(row_totals, x_values, strict=True):
+                    builder.store(kind.multiply_add(builder, builder.load(total), values, x_value), total)
+        sums = [kind.floats(builder, builder.load(totals[o][r])) for r in range(rows) for o in range(outs)]
+        _store_sums(builder, sums, out)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def tile(typing_context, weights, weights_stride, x, x_stride, products, out):  # type: ignore[no-untyped-def]
+        return types.void(*[types.int64] * 6), codegen
+
+    return tile
+
+
+def _fetch(builder: Any, weights: Any, place: Any, size: int) -> None:
+    """The rows of a tile lie one behind the other, so what comes next does too."""
+    ahead = builder.add(builder.add(weights, _number(_AHEAD_BYTES)), place)
+    for line in range(0, size, 64):
+        address = builder.inttoptr(builder.add(ahead, _number(line)), _I8.as_pointer())
+        read, keep, data = ir.Constant(_I32, 0), ir.Constant(_I32, 3), ir.Constant(_I32, 1)
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), address, read, keep, data)
+
+
+def _store_sums(builder: Any, sums: list[Any], out: Any) -> None:
+    """Each vector's elements summed up. Neighbours are added pairwise until one vector holds all sums of 16."""
+    count = len(sums)
+    while len(sums) < _LANES:
+        sums.append(ir.Constant(_FLOATS, [0.0] * _LANES))
+    while len(sums) > 1:
+        sums = [
+            builder.fadd(*_even_and_odd(builder, first, second)) for first, second in zip(sums[::2], sums[1::2], strict=True)
+        ]
+    if count == _LANES:
+        builder.store(sums[0], builder.inttoptr(out, _FLOATS.as_pointer()), align=4)
+        return
+    for index in range(count):
+        address = builder.inttoptr(builder.add(out, _number(4 * index)), _F32.as_pointer())
+        builder.store(builder.extract_element(sums[0], ir.Constant(_I32, index)), address)
+
+
+def weighted_sum_of(heads: int) -> Any:
+    """(weights float32 [heads, ...], bytes per head, values bf16 [tokens, ...], bytes per token, tokens, out, bytes per head).
+
+    Sixteen columns of the values: out[head] = Σ over tokens of weight * value.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        weights, weights_stride, values, values_stride, tokens, out, out_stride = arguments
+        zero = ir.Constant(_FLOATS, [0.0] * _LANES)
+        totals = [cgutils.alloca_once_value(builder, zero) for _ in range(heads)]
+        for total in totals:
+            builder.store(zero, total)
+        rows = [builder.add(weights, builder.mul(weights_stride, _number(head))) for head in range(heads)]
+        with cgutils.for_range_slice(builder, _number(0), tokens, _number(1)) as (token, _):
+            bits = _load(builder, values, builder.mul(token, values_stride), ir.VectorType(_I16, _LANES))
+            wide = builder.shl(builder.zext(bits, _INTS), ir.Constant(_INTS, [16] * _LANES))
+            value = builder.bitcast(wide, _FLOATS)
+            for row, total in zip(rows, totals, strict=True):
+                weight = _load(builder, row, builder.mul(token, _number(4)), _F32)
+                one = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), weight, ir.Constant(_I32, 0))
+                every = builder.shuffle_vector(one, ir.Constant(_FLOATS, ir.Undefined), ir.Constant(_INTS, [0] * _LANES))
+                builder.store(_call(builder, "llvm.fmuladd.v16f32", _FLOATS, value, every, builder.load(total)), total)
+        for head, total in enumerate(totals):
+            address = builder.add(out, builder.mul(out_stride, _number(head)))
+            builder.store(builder.load(total), builder.inttoptr(address, _FLOATS.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def weighted_sum(  # type: ignore[no-untyped-def]
+        typing_context, weights, weights_stride, values, values_stride, tokens, out, out_stride
+    ):
+        return types.void(*[types.int64] * 7), codegen
+
+    return weighted_sum
+
+
+@intrinsic
+def scale_tile(typing_context, sums, row_scales, scales, biases):  # type: ignore[no-untyped-def]
+    """A tile's sums, in place: times the scales of row (given for each output) and output, plus the output's bias."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        tile_at, row_scales_at, scales_at, biases_at = arguments
+        outs = ir.VectorType(_F32, OUTS)
+        every_row = ir.Constant(_INTS, [lane % OUTS for lane in range(_LANES)])
+
+        def of_outputs(address: Any) -> Any:
+            values = _load(builder, address, _number(0), outs)
+            return builder.shuffle_vector(values, ir.Constant(outs, ir.Undefined), every_row)
+
+        values = builder.fmul(_load(builder, tile_at, _number(0), _FLOATS), _load(builder, row_scales_at, _number(0), _FLOATS))
+        values = _call(builder, "llvm.fmuladd.v16f32", _FLOATS, values, of_outputs(scales_at), of_outputs(biases_at))
+        builder.store(values, builder.inttoptr(tile_at, _FLOATS.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
+
+
+@intrinsic
+def store_tile(typing_context, sums, out, stride, rows, add):  # type: ignore[no-untyped-def]
+    """The first `rows` rows of a tile to `out`, rows `stride` bytes apart, where `add` on top of what is there."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        tile_at, out_at, stride, rows, add = arguments
+        outs = ir.VectorType(_F32, OUTS)
+        zero = ir.Constant(outs, [0.0] * OUTS)
+        for row in range(ROWS):
+            with builder.if_then(builder.icmp_signed("<", _number(row), rows), likely=True):
+                address = builder.add(out_at, builder.mul(stride, _number(row)))
+                values = _load(builder, tile_at, _number(4 * OUTS * row), outs)
+                held = cgutils.alloca_once_value(builder, zero)
+                builder.store(zero, held)
+                with builder.if_then(builder.icmp_signed("!=", add, _number(0))):
+                    builder.store(_load(builder, address, _number(0), outs), held)
+                total = builder.fadd(values, builder.load(held))
+                builder.store(total, builder.inttoptr(address, outs.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), codegen
+
+
+@intrinsic
+def pointer(typing_context, address):  # type: ignore[no-untyped-def]
+    """The address as a pointer, for `carray`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], _I8.as_pointer())
+
+    return types.voidptr(types.int64), codegen
+
+
+@intrinsic
+def call_at(typing_context, address):  # type: ignore[no-untyped-def]
+    """Calls the C function `int (void)` at the address. One that returns nothing may be called so, too."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        function = builder.inttoptr(arguments[0], ir.FunctionType(_I32, []).as_pointer())
+        return builder.call(function, [])
+
+    return types.int32(types.int64), codegen
+
+
+@intrinsic
+def float_of_bits(typing_context, bits):  # type: ignore[no-untyped-def]
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], _F32)
+
+    return types.float32(types.int32), codegen
+
+
+@intrinsic
+def bits_of_float(typing_context, value):  # type: ignore[no-untyped-def]
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], _I32)
+
+    return types.int32(types.float32), codegen
