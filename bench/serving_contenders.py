@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Final
 
-from bench.peers import LlamaCpp, Transformers
+from bench.peers import Transformers
+from bench.peers_llama_cpp import LlamaCpp
 from bench.serving_client import Client, Measurement
 from bench.serving_pipeline import RunningPipeline, cpu_seconds
 from bench.serving_requests import Request, Requests

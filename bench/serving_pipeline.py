@@ -5,6 +5,7 @@ Stages have one replica each and stay up, so that no run is measured while a pod
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -42,6 +43,14 @@ _LISTENING: Final = re.compile(r"listening on port (\d+)")
 T = TypeVar("T")
 
 
+class DidNotStart(RuntimeError):
+    """why: as a report may have it, without this machine's paths."""
+
+    def __init__(self, why: str, log: Path) -> None:
+        super().__init__(f"{why}; {log} says more")
+        self.why = why
+
+
 @dataclass(frozen=True, slots=True)
 class StageUrls:
     """Of one stage."""
@@ -75,7 +84,7 @@ class RunningPipeline:
 
 @contextmanager
 def running_pipeline(dtype: str, state: Path) -> Iterator[RunningPipeline]:
-    """Everything up and asked once. Raises RuntimeError, with where the logs are."""
+    """Everything up and asked once. Raises DidNotStart, with where the logs are."""
     state.mkdir(parents=True, exist_ok=True)
     spec, secrets = _write_spec(dtype, state)
     options = ["--spec", str(spec), "--secrets", str(secrets), "--model", packaged_model(), "--dtype", dtype, "--port", "0"]
@@ -112,13 +121,19 @@ def started(command: list[str], log: Path, environ: Mapping[str, str] | None = N
 
 
 def wait_for(look: Callable[[], T | None], process: "subprocess.Popen[bytes]", log: Path) -> T:
-    """What `look` finds. Raises RuntimeError where `process` has ended, or takes too long."""
+    """What `look` finds. Raises DidNotStart where `process` has ended, or takes too long."""
     deadline = time.monotonic() + _START_SECONDS
     while (found := look()) is None:
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"{log.stem} did not come up within {_START_SECONDS:g} s; {log} says why")
+        if (code := process.poll()) is not None:
+            raise DidNotStart(f"{log.stem} {_ended(code)}", log)
+        if time.monotonic() > deadline:
+            raise DidNotStart(f"{log.stem} did not come up within {_START_SECONDS:g} s", log)
         time.sleep(0.1)
     return found
+
+
+def _ended(code: int) -> str:
+    return f"ended by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"ended with exit code {code}"
 
 
 def cpu_seconds(pids: tuple[int, ...]) -> float:

@@ -30,6 +30,10 @@ class Findings:
     bytes_per_second: float
     weights_bytes: Mapping[str, int]
     """By dtype: what a token's step reads of them."""
+    llama_cpp: str
+    """The build that served it, empty where none did."""
+    did_not_run: Mapping[str, str]
+    """Contender → why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +41,25 @@ class Target:
     what: str
     wanted: float
     seen: float
+    """0 where not measured."""
     at_most: bool = False
     percent: bool = False
 
     @property
-    def is_met(self) -> bool:
-        return self.seen <= self.wanted if self.at_most else self.seen >= self.wanted
+    def verdict(self) -> str:
+        if not self.seen:
+            return "not measured"
+        return "met" if (self.seen <= self.wanted if self.at_most else self.seen >= self.wanted) else "missed"
 
 
 def targets(found: Findings) -> list[Target]:
-    """What serving is to reach, as far as this run has measured it, and what it saw."""
+    """What serving is to reach, as far as this run was to measure it, and what it saw."""
     ratio = found.results.ratio
+    prefill = Target("prefill of 1k, best dtype, × llama.cpp", 3.0, max(ratio(PREFILL, own, LLAMA_CPP) for own in (BF16, INT8)))
     wanted = [
         Target("single stream, bf16, × generate", 1.3, ratio(SINGLE, BF16, GENERATE)),
         Target("single stream, int8, × generate", 2.2, ratio(SINGLE, INT8, GENERATE)),
-        Target("prefill of 1k, best dtype, × llama.cpp", 3.0, max(ratio(PREFILL, own, LLAMA_CPP) for own in (BF16, INT8))),
+        prefill,
         Target("16 concurrent, bf16, × static batch", 1.8, ratio(CONCURRENT, BF16, GENERATE)),
         Target("16 concurrent, int8, × static batch", 2.5, ratio(CONCURRENT, INT8, GENERATE)),
         Target("16 concurrent, bf16, × generate_batch", 1.3, ratio(CONCURRENT, BF16, GENERATE_BATCH)),
@@ -66,7 +74,7 @@ def targets(found: Findings) -> list[Target]:
         ),
         *(Target(f"sleeping {name} ms, × slowest stage", 0.8, rate / bound) for name, (rate, bound) in found.sleeping.items()),
     ]
-    return [target for target in wanted if target.seen]
+    return [target for target in wanted if target.seen or (target is prefill and LLAMA_CPP in found.did_not_run)]
 
 
 def markdown(found: Findings, facts: Sequence[str], picture: str) -> str:
@@ -81,14 +89,16 @@ def _targets_table(rows: Sequence[Target]) -> list[str]:
     return [
         "\n| wanted | | seen | |\n|---|---:|---:|---|",
         *(
-            f"| {row.what} | {'≤' if row.at_most else '≥'} {_number(row.wanted, row)} | {_number(row.seen, row)} "
-            f"| {'met' if row.is_met else 'missed'} |"
+            f"| {row.what} | {'≤' if row.at_most else '≥'} {_number(row.wanted, row)} "
+            f"| {_number(row.seen, row)} | {row.verdict} |"
             for row in rows
         ),
     ]
 
 
 def _number(value: float, row: Target) -> str:
+    if not value:
+        return "–"
     return f"{value:.1%}" if row.percent else f"{value:.2f}"
 
 
@@ -110,6 +120,7 @@ def _workload_table(found: Findings, workload: str) -> list[str]:
             f"| {_ms(_p99(gaps)) if gaps else '–'} | {results.rate(workload, name):.1f} "
             f"| {f'{ratio:.2f}' if ratio else '–'} | {cpu:.1f} |"
         )
+    rows += [f"| {name} did not run: {why} | – | – | – | – | – | – |" for name, why in found.did_not_run.items()]
     if workload == SINGLE:
         rows += [
             f"| bound: {size / 1e6:.0f} MB of {dtype} weights a token at {found.bytes_per_second / 1e9:.1f} GB/s "
