@@ -6,17 +6,19 @@ by whoever started it, and nothing restarts it behind the platform's back.
 
 import logging
 import os
+import select
 import signal
 import socket
 import tempfile
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from gunicorn.app.base import BaseApplication
 from gunicorn.glogging import Logger
-from gunicorn.workers.gthread import ThreadWorker
+from gunicorn.workers.gthread import TConn, ThreadWorker
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
@@ -28,6 +30,10 @@ KEEP_ALIVE_SECONDS: Final = 75
 
 GRACEFUL_SECONDS: Final = 600
 """Longest time after SIGTERM: Knative's upper limit of timeoutSeconds, behind which the platform kills."""
+
+NEXT_REQUEST_SECONDS: Final = 0.25
+"""How long a thread that has answered waits for the connection's next request before the poller does. As short as what a new
+connection may lose if all other threads became busy meanwhile."""
 
 _BACKLOG: Final = 2048
 _CONNECTIONS: Final = 4096
@@ -82,6 +88,24 @@ class _Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         super().__init__(1, os.getppid(), [listener], adapter, adapter.cfg.timeout, adapter.cfg, log)
         self._server = server
         self._on_stop = on_stop
+        self._submitted = 0
+        """Connections that the pool has in hand or queued."""
+
+    def enqueue_req(self, conn: TConn) -> None:
+        self._submitted += 1
+        super().enqueue_req(conn)
+
+    def finish_request(self, conn: TConn, fs: "Future[Any]") -> None:
+        self._submitted -= 1
+        super().finish_request(conn, fs)
+
+    def handle(self, conn: TConn) -> Any:
+        """Requests of one connection for as long as each soon follows the last: handing the socket to the poller and back
+        wakes two threads for each of them. Only while half of the pool is free, and not once the server stops."""
+        keeps = super().handle(conn)
+        while keeps is True and self.alive and self._submitted * 2 <= self.cfg.threads and _sends_more(conn):
+            keeps = super().handle(conn)
+        return keeps
 
     def init_signals(self) -> None:
         super().init_signals()
@@ -133,6 +157,15 @@ class _Logger(Logger):  # type: ignore[misc]
     def setup(self, cfg: Any) -> None:
         self.error_log.propagate = True
         self.error_log.setLevel(logging.WARNING)
+
+
+def _sends_more(conn: TConn) -> bool:
+    """Whether the next request begins, or the connection ends, soon. False where it has begun to arrive with the last one."""
+    if conn.parser.unreader.buf.getvalue():  # The socket tells nothing of these bytes; gunicorn looks for them.
+        return False
+    poll = select.poll()
+    poll.register(conn.sock, select.POLLIN)
+    return bool(poll.poll(NEXT_REQUEST_SECONDS * 1000))
 
 
 def _listen(port: int) -> socket.socket:
