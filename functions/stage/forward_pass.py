@@ -10,7 +10,7 @@ import torch
 
 from eventing.events import Batch, Result, Row, Status, Want
 from functions.stage.layer_group import LayerGroup, Segment
-from functions.stage.row_checks import finite_tokens, invalid_rows
+from functions.stage.row_checks import all_finite, finite_tokens, invalid_rows
 from functions.stage.sampler import GREEDY, log_probabilities, sample
 from functions.stage.sequences import Refusal, SequenceState, SequenceTable
 from functions.stage.wire_tensors import hidden_tensor, token_tensor, wire_tensor
@@ -44,22 +44,19 @@ class Part:
     batch: Batch
     source: str
     stale: AbstractSet[int]
-    token_ids: torch.Tensor = field(init=False)
-    """int64 [tokens]"""
     hidden: torch.Tensor | None = field(init=False)
     """[tokens, hidden_size], None into the first stage."""
     answers: list[Row] = field(init=False)
     computed: list[_Computed] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.token_ids = token_tensor(self.batch.token_ids)
         self.hidden = None if self.batch.hidden is None else hidden_tensor(self.batch.hidden)
         self.answers = list(self.batch.rows)
         self.computed = []
 
     def inputs(self) -> torch.Tensor:
         """Of the rows that are computed, in their order."""
-        inputs = self.token_ids if self.hidden is None else self.hidden
+        inputs = token_tensor(self.batch.token_ids) if self.hidden is None else self.hidden
         if len(self.computed) == len(self.batch.rows):
             return inputs
         return torch.cat([inputs[row.span] for row in self.computed])
@@ -108,7 +105,7 @@ class ForwardPass:
 
     def _admit(self, part: Part) -> None:
         batch = part.batch
-        invalid = invalid_rows(batch, part.token_ids, part.hidden, self._group)
+        invalid = invalid_rows(batch, part.hidden, self._group)
         offsets = batch.offsets()
         ids: set[str] = set()
         for index, row in enumerate(batch.rows):
@@ -146,9 +143,9 @@ class ForwardPass:
         return self._group.forward(torch.cat(inputs) if len(inputs) > 1 else inputs[0], segments)
 
     def _refuse_not_finite(self, parts: Sequence[Part], hidden: torch.Tensor) -> None:
-        finite = finite_tokens(hidden)
-        if finite.all():
+        if all_finite(hidden):
             return
+        finite = finite_tokens(hidden)
         for part in parts:
             for row in list(part.computed):
                 if not finite[row.begin : row.end].all():
@@ -163,7 +160,7 @@ class ForwardPass:
         for part in parts:
             for row in part.computed:
                 if hidden is not None and row.row.want is Want.LOGPROBS:
-                    found = self._log_probabilities(part.token_ids[row.span], hidden[row.begin : row.end])
+                    found = self._log_probabilities(token_tensor(part.batch.token_ids[row.span]), hidden[row.begin : row.end])
                     row.result = Result(logprobs=found)
                 part.answers[row.index] = _answer(row)
         return [Batch(tuple(part.answers), memoryview(array("i"))) for part in parts]

@@ -1,5 +1,7 @@
 """What makes an event unreadable as a whole, and what makes one of its rows invalid."""
 
+import math
+
 import torch
 
 from eventing.events import MAX_BATCH_TOKENS, MAX_ROWS, Batch, Row, Status
@@ -37,14 +39,12 @@ def _check_hidden(batch: Batch, group: LayerGroup, tokens: int) -> None:
         raise MalformedEvent(f"the tensor is {seen}, this stage takes {wanted[0]} {list(wanted[1])}")
 
 
-def invalid_rows(batch: Batch, token_ids: torch.Tensor, hidden: torch.Tensor | None, group: LayerGroup) -> dict[int, str]:
+def invalid_rows(batch: Batch, hidden: torch.Tensor | None, group: LayerGroup) -> dict[int, str]:
     """Rows that cannot be computed whatever the stage holds, by their index, and why. A row that is not ok is none.
 
-    token_ids: int64 [tokens]; hidden: [tokens, hidden_size], None into the first stage.
+    hidden: [tokens, hidden_size], None into the first stage.
     """
-    good_tokens = (token_ids >= 0) & (token_ids < group.vocab_size)
-    finite = torch.ones(()) if hidden is None else finite_tokens(hidden)
-    suspicious = not (good_tokens.all() and finite.all())
+    suspicious = not (_are_tokens(batch.token_ids, group) and (hidden is None or all_finite(hidden)))
     invalid: dict[int, str] = {}
     offsets = batch.offsets()
     for index, row in enumerate(batch.rows):
@@ -53,7 +53,7 @@ def invalid_rows(batch: Batch, token_ids: torch.Tensor, hidden: torch.Tensor | N
         reason = _wrong_place(row, group)
         if reason is None and suspicious:
             span = slice(offsets[index], offsets[index + 1])
-            reason = _wrong_content(token_ids[span], good_tokens[span], finite if hidden is None else finite[span], group)
+            reason = _wrong_content(batch.token_ids[span], None if hidden is None else hidden[span], group)
         if reason is not None:
             invalid[index] = reason
     return invalid
@@ -70,12 +70,24 @@ def _wrong_place(row: Row, group: LayerGroup) -> str | None:
     return None
 
 
-def _wrong_content(token_ids: torch.Tensor, good: torch.Tensor, finite: torch.Tensor, group: LayerGroup) -> str | None:
-    if not good.all():
-        return f"token id {int(token_ids[~good][0])} is outside the vocabulary of {group.vocab_size}"
-    if not finite.all():
+def _wrong_content(token_ids: memoryview, hidden: torch.Tensor | None, group: LayerGroup) -> str | None:
+    if not _are_tokens(token_ids, group):
+        wrong = next(token for token in token_ids if not 0 <= token < group.vocab_size)
+        return f"token id {wrong} is outside the vocabulary of {group.vocab_size}"
+    if hidden is not None and not finite_tokens(hidden).all():
         return f"hidden states that came in, ahead of layer {group.first_layer}, are not finite"
     return None
+
+
+def _are_tokens(token_ids: memoryview, group: LayerGroup) -> bool:
+    return not token_ids or (min(token_ids) >= 0 and max(token_ids) < group.vocab_size)
+
+
+def all_finite(hidden: torch.Tensor) -> bool:
+    """Two operators where `finite_tokens` takes six, each of which costs a decode step as much as it would a long prompt.
+
+    False also where finite numbers are so large that their sum is not: then `finite_tokens` has to say."""
+    return math.isfinite(hidden.sum(dtype=torch.float32).item())
 
 
 def finite_tokens(hidden: torch.Tensor) -> torch.Tensor:
