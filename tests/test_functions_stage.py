@@ -3,13 +3,15 @@
 import json
 from array import array
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
+from http.client import HTTPConnection
 from typing import Any
 
 import pytest
 import torch
 
-from eventing.batch_codec import encode_batch
+from eventing.batch_codec import decode_batch, encode_batch
 from eventing.cloud_event import Data, batch_data, json_data, json_event, make_event
 from eventing.delivery import Reply, Sender
 from eventing.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType, Row, Status, Want
@@ -257,6 +259,34 @@ def test_an_oversized_event_is_refused_before_it_is_read(first: Client) -> None:
     with pytest.raises(EventTooLarge, match="fewer tokens"):
         first.post(headers | AUTHORIZED, [memoryview(bytearray(2**28 + 1))])
     assert_still_serving(first)
+
+
+def post_in_chunks(url: str, headers: dict[str, str], body: list[bytes]) -> tuple[int, bytes]:
+    connection = HTTPConnection(url.removeprefix("http://"), timeout=30)
+    with closing(connection):
+        connection.request("POST", "/", iter(body), headers, encode_chunked=True)
+        reply = connection.getresponse()
+        return reply.status, reply.read()
+
+
+def test_an_event_whose_body_comes_in_chunks_is_answered(first: Client) -> None:
+    headers, _ = to_binary_http(first.event(EventType.FORWARD, b""))
+    body = b"".join(encode_batch(rows_of("in chunks", [5])))
+    status, answer = post_in_chunks(first.url, headers | AUTHORIZED, [body[:30], body[30:]])
+    assert status == 200
+    assert [row.status for row in decode_batch(answer).rows] == [Status.OK]
+
+
+def test_refused_events_are_counted_by_what_was_known_of_them(stages: list[FunctionProcess], first: Client) -> None:
+    with pytest.raises(Unauthorized):
+        first.send(first.event(EventType.WARMUP, b"{}", "application/json"), {})
+    with pytest.raises(UnknownEventType):
+        first.send(first.event("dev.lamina.dance", b"{}", "application/json"))
+    with pytest.raises(MalformedEvent):
+        first.send(first.event(EventType.WARMUP, b"no JSON", "application/json"))
+    text = stages[0].get("/metrics")[1]
+    for labels in ('status="401",type="unread"', 'status="400",type="unknown"', 'status="400",type="dev.lamina.warmup"'):
+        assert f"lamina_stage_events_total{{{labels}}}" in text
 
 
 def test_other_paths_and_methods_are_problem_documents(stages: list[FunctionProcess]) -> None:

@@ -278,6 +278,14 @@ def test_where_all_rows_are_ok_rows_and_tokens_are_passed_through(middle: Stage)
     assert decode_batch(b"".join(encode_batch(reply))).rows == into.rows
 
 
+def test_finite_states_pass_even_where_their_sum_over_rows_is_not(middle: Stage) -> None:
+    rows = [Row(id_, 0, 0, 1, reserve_tokens=9) for id_ in "ab"]
+    states = torch.zeros(2, 4)
+    states[:, 0] = 3e38
+    reply = middle.engine.handle(middle_batch(rows, [1, 2], states), source=GATEWAY)
+    assert [row.status for row in reply.rows] == [Status.OK, Status.OK]
+
+
 def test_rows_that_fail_leave_the_tensor(middle: Stage) -> None:
     rows = [Row(id_, 0, 0, 2, reserve_tokens=9) for id_ in "abc"] + [Row("d", 0, 5, 1)]
     states = torch.arange(28.0).view(7, 4)
