@@ -3,7 +3,8 @@
 import contextlib
 import json
 import timeit
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
 
 import msgspec
 import pytest
@@ -85,6 +86,35 @@ def test_the_sdk_reads_what_is_written_and_the_other_way_round() -> None:
         assert ours.get_time() == theirs.get_time()
         assert json_data(ours, Message) == Message("user", "x")
         assert expiry_time(ours) == datetime(2026, 1, 2, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    "extensions",
+    [
+        {},
+        {"layer": 12, "freetokens": 0, "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"},
+        {"plain": "!#$&'()*+,-./09:;<=>?@AZ[]^_`az{|}~"},
+        {"blank": "a b"},
+        {"quote": 'a"b'},
+        {"percent": "100%25"},
+        {"beyond": "Ünïcödé €"},
+        {"offset": "+00:00"},
+    ],
+)
+@pytest.mark.parametrize("offset", [timedelta(0), timedelta(hours=-3, minutes=-30), timedelta(seconds=30)])
+def test_headers_are_those_of_the_sdk(extensions: dict[str, Any], offset: timedelta) -> None:
+    attributes = make_event("a.type", "/a/source", b"data", "text/plain", **extensions).get_attributes()
+    event = CloudEvent({**attributes, "time": datetime(2026, 2, 3, 4, 5, 6, 70, timezone(offset))}, b"data")
+    headers, _ = to_binary_http(event)
+    message = to_binary_event(event)
+    assert headers == message.headers
+    if offset.seconds % 60 == 0:  # RFC 3339 has no seconds there.
+        assert from_http(headers, b"").get_attributes() == from_http_event(message).get_attributes()
+
+
+def test_a_time_that_only_the_sdk_reads_is_read() -> None:
+    headers, _ = to_binary_http(make_event("a.type", "/a/source"))
+    assert from_http(headers | {"ce-time": "20260203T040506Z"}, b"").get_time() == datetime(2026, 2, 3, 4, 5, 6, tzinfo=UTC)
 
 
 def test_a_batch_goes_out_and_comes_in_without_a_copy() -> None:
