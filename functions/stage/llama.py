@@ -5,7 +5,7 @@ sequence by sequence. Weights can be placed layer by layer while later ones are 
 """
 
 import re
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, Final, Self
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn import functional
 from functions.stage.attention import PassAttention
 from functions.stage.kv_pool import KVPool
 from functions.stage.layer_group import Segment
-from functions.stage.linear import Linear, Matrix, linear
+from functions.stage.linear import Matrix, linear
 from functions.stage.llama_config import LlamaConfig, UnsupportedConfig
 from functions.stage.llama_layer import LayerWeights, LlamaLayer, Pass, Places
 from functions.stage.native.choice import native_layers, rows_for_torch
@@ -62,7 +62,7 @@ class LlamaGroup:
         self._placed: set[int] = set()
         self._embedding: torch.Tensor | None = None
         self._norm: RmsNorm | None = None
-        self._head: Linear | None = None
+        self._head: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @staticmethod
     def supports(config: Mapping[str, Any]) -> bool:
@@ -108,12 +108,12 @@ class LlamaGroup:
         if self._is_last and "model.norm.weight" in others:
             self._norm = RmsNorm(others.vector("model.norm.weight"), self._model.rms_norm_eps)
         if self._is_last and "lm_head.weight" in others:
-            self._head = linear([others.matrix("lm_head")], self._precision.activations)
+            self._head = self._linear(others.matrix("lm_head"))
 
     def finish(self) -> None:
         """Everything has been placed. Raises MissingTensors, naming what has not."""
         if self._is_last and self._head is None and self._model.tie_word_embeddings and self._embedding is not None:
-            self._head = linear([Matrix(self._embedding)], self._precision.activations)
+            self._head = self._linear(Matrix(self._embedding))
         missing = [f"model.layers.{layer}" for layer in range(self.first_layer, self.last_layer) if layer not in self._placed]
         if self._is_first and self._embedding is None:
             missing.append("model.embed_tokens.weight")
@@ -156,6 +156,10 @@ class LlamaGroup:
     def _embedded(self, inputs: torch.Tensor) -> torch.Tensor:
         hidden = inputs if self._embedding is None else functional.embedding(inputs, self._embedding)
         return hidden.to(self._precision.activations)
+
+    def _linear(self, matrix: Matrix) -> Callable[[torch.Tensor], torch.Tensor]:
+        native = None if self._native is None else self._native.linear(matrix)
+        return native or linear([matrix], self._precision.activations)
 
     def _place_layer(self, layer: int, weights: LayerWeights) -> None:
         slot = layer - self.first_layer

@@ -17,13 +17,13 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if arguments.level is not None:
         target.select(target.LEVELS[arguments.level])
-        machine_code.compile_for_selected_target()
+        machine_code.for_selected_target()
     elif arguments.all_levels and platform.machine() == "x86_64":
         # Each in a process of its own: numba's target is chosen once.
         for level in range(len(target.LEVELS)):
             subprocess.run([sys.executable, "-m", "functions.stage.native", "--level", str(level)], check=True)
     else:
-        machine_code.address()
+        machine_code.for_this_machine()
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import numpy as np
 from numba import carray, njit
 
 from functions.stage.native.attention import attend, write_kv
-from functions.stage.native.matrices import gated, matrix
-from functions.stage.native.tables import GROUP, LAYER, PASS
+from functions.stage.native.matrices import multiply, multiply_gated
+from functions.stage.native.tables import GROUP, LAYER, PASS, PRODUCT
 from functions.stage.native.vector_code import call_at, pointer
 
 _jit: Final = njit(nogil=True, error_model="numpy")
@@ -19,11 +19,9 @@ _jit: Final = njit(nogil=True, error_model="numpy")
 
 @_jit
 def _before(group: Any, layer: Any, state: Any, scratch: int, thread: int, threads: int) -> None:
-    outs = (group.heads + 2 * group.kv_heads) * group.head_dim
-    matrix(
-        group, layer.qkv_int8 != 0, layer.qkv, layer.qkv_scale, layer.qkv_bias, group.hidden_size, outs,
-        state.hidden, layer.input_gain, state.heads, 0, state.rows, scratch, thread, threads,
-    )  # fmt: skip
+    """Queries, keys and values of all rows."""
+    hidden, heads = state.hidden, state.heads
+    multiply(group, layer.qkv, hidden, layer.input_gain, heads, 0, state.rows, scratch, thread, threads)
     call_at(group.barrier)
     for unit in range(thread, state.rows * group.kv_heads, threads):
         write_kv(group, layer, state, unit // group.kv_heads, unit % group.kv_heads)
@@ -41,23 +39,17 @@ def _attention(group: Any, layer: Any, state: Any, scratch: int, thread: int, th
 
 @_jit
 def _after(group: Any, layer: Any, state: Any, scratch: int, thread: int, threads: int) -> None:
-    hidden = group.hidden_size
-    matrix(
-        group, layer.out_int8 != 0, layer.out, layer.out_scale, layer.out_bias, group.heads * group.head_dim, hidden,
-        state.attended, 0, state.hidden, 1, state.rows, scratch, thread, threads,
-    )  # fmt: skip
+    """What attention found, through its matrix, and the MLP."""
+    multiply(group, layer.out, state.attended, 0, state.hidden, 1, state.rows, scratch, thread, threads)
     call_at(group.barrier)
-    gated(group, layer, state, scratch, thread, threads)
+    multiply_gated(group, layer, state, scratch, thread, threads)
     call_at(group.barrier)
-    matrix(
-        group, layer.down_int8 != 0, layer.down, layer.down_scale, layer.down_bias, group.inner_size, hidden,
-        state.inner, 0, state.hidden, 1, state.rows, scratch, thread, threads,
-    )  # fmt: skip
+    multiply(group, layer.down, state.inner, 0, state.hidden, 1, state.rows, scratch, thread, threads)
     call_at(group.barrier)
 
 
-def run(tables: Any) -> None:
-    """What a thread does. tables: addresses of a GROUP and of a PASS."""
+def run_layers(tables: Any) -> None:
+    """What a thread does in a pass. tables: addresses of a GROUP and of a PASS."""
     addresses = carray(tables, 2)
     group = carray(pointer(addresses[0]), 1, GROUP)[0]
     state = carray(pointer(addresses[1]), 1, PASS)[0]
@@ -68,3 +60,13 @@ def run(tables: Any) -> None:
         _before(group, layer, state, scratch, thread, threads)
         _attention(group, layer, state, scratch, thread, threads)
         _after(group, layer, state, scratch, thread, threads)
+
+
+def run_product(tables: Any) -> None:
+    """What a thread does of one matrix. tables: addresses of a GROUP and of a PRODUCT."""
+    addresses = carray(tables, 2)
+    group = carray(pointer(addresses[0]), 1, GROUP)[0]
+    state = carray(pointer(addresses[1]), 1, PRODUCT)[0]
+    thread, threads = np.int64(call_at(group.thread_number)), np.int64(call_at(group.threads))
+    scratch = state.scratch + thread * state.scratch_bytes
+    multiply(group, state.matrix, state.source, 0, state.product, 0, state.rows, scratch, thread, threads)

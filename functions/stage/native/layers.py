@@ -4,7 +4,8 @@ One call per pass, whatever mixture of decode steps and chunks of prompts it is.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -19,11 +20,13 @@ from functions.stage.native import machine_code
 from functions.stage.native.attention import VECTORS
 from functions.stage.native.matrices import BLOCK_ROWS, SUMS
 from functions.stage.native.openmp import OpenMP
-from functions.stage.native.tables import GROUP, LAYER, PASS
+from functions.stage.native.tables import GROUP, LAYER, PASS, PRODUCT
 from functions.stage.native.vector_code import OUTS, ROWS
 
 _LARGEST_WEIGHT: Final = 127
 _LANES: Final = 16
+_LINE_BYTES: Final = 64
+"""Of the cache: threads' memory does not share one."""
 
 
 class NativeLayers:
@@ -35,7 +38,7 @@ class NativeLayers:
         self._first_layer = first_layer
         self._pool = pool
         self._openmp = OpenMP.of_torch()
-        self._function = machine_code.address()
+        self._code = machine_code.for_this_machine()
         self._layers = np.zeros(pool.num_layers, LAYER)
         self._kept: list[torch.Tensor] = []
         """What the tables have the addresses of."""
@@ -51,12 +54,7 @@ class NativeLayers:
         (qkv,) = _of_one_kind(weights.qkv, together=True)
         gate, up = _of_one_kind([weights.gate, weights.up])
         for name, matrix in (("qkv", qkv), ("out", weights.out), ("gate", gate), ("up", up), ("down", weights.down)):
-            outs = len(matrix.weight)
-            wide = matrix.scale is None
-            entry[name] = self._address(matrix.weight.bfloat16() if wide else matrix.weight)
-            entry[f"{name}_scale"] = self._address(torch.ones(outs) if matrix.scale is None else matrix.scale)
-            entry[f"{name}_bias"] = self._address(torch.zeros(outs) if matrix.bias is None else matrix.bias.float())
-            entry[f"{name}_int8"] = not wide
+            self._fill(entry[name], matrix)
         keys, values = self._pool.arena(slot)
         entry["keys"], entry["values"] = keys.data_ptr(), values.data_ptr()
         entry["window"] = self._model.windows[layer] or np.iinfo(np.int64).max
@@ -65,9 +63,28 @@ class NativeLayers:
     def __call__(self, hidden: torch.Tensor, segments: Sequence[Segment], places: Places) -> torch.Tensor:
         """hidden float32 [n, hidden_size], overwritten with the result. As many threads as torch's operators take."""
         state = _State(self._model, hidden, segments, places, torch.get_num_threads())
-        tables = np.array([self._group.ctypes.data, state.table.ctypes.data], dtype=np.int64)
-        self._openmp.run(self._function, tables.ctypes.data, state.threads)
+        self._run(self._code.run_layers, state.table, state.threads)
         return hidden
+
+    def linear(self, matrix: Matrix) -> "NativeLinear | None":
+        """A matrix by itself; None for one whose outputs are no whole number of tiles."""
+        if len(matrix.weight) % OUTS:
+            return None
+        table = np.zeros(1, PRODUCT)
+        self._fill(table[0]["matrix"], matrix)
+        return NativeLinear(table, partial(self._run, self._code.run_product), len(matrix.weight))
+
+    def _run(self, function: int, table: Any, threads: int) -> None:
+        tables = np.array([self._group.ctypes.data, table.ctypes.data], dtype=np.int64)
+        self._openmp.run(function, tables.ctypes.data, threads)
+
+    def _fill(self, entry: Any, matrix: Matrix) -> None:
+        outs, width = matrix.weight.shape
+        wide = matrix.scale is None
+        entry["weights"] = self._address(matrix.weight.bfloat16() if wide else matrix.weight)
+        entry["scales"] = self._address(torch.ones(outs) if matrix.scale is None else matrix.scale)
+        entry["biases"] = self._address(torch.zeros(outs) if matrix.bias is None else matrix.bias.float())
+        entry["int8"], entry["outs"], entry["width"] = not wide, outs, width
 
     def _group_table(self) -> Any:
         model = self._model
@@ -89,6 +106,27 @@ class NativeLayers:
         tensor = tensor.contiguous()
         self._kept.append(tensor)
         return tensor.data_ptr()
+
+
+class NativeLinear:
+    """float32 or bf16 [n, in] → float32 [n, out]."""
+
+    def __init__(self, table: Any, run: Callable[[Any, int], None], outs: int) -> None:
+        self._table = table
+        self._run = run
+        self._outs = outs
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(torch.float32).contiguous()
+        threads = torch.get_num_threads()
+        product = torch.empty(len(x), self._outs)
+        scratch_bytes = _matrix_scratch_bytes(x.shape[1])
+        scratch = torch.empty(threads * scratch_bytes, dtype=torch.uint8)
+        table = self._table.copy()
+        table["rows"], table["scratch_bytes"] = len(x), scratch_bytes
+        table["source"], table["product"], table["scratch"] = x.data_ptr(), product.data_ptr(), scratch.data_ptr()
+        self._run(table, threads)
+        return product
 
 
 class _State:
@@ -144,7 +182,13 @@ def _wide(matrix: Matrix) -> Matrix:
 
 
 def _scratch_bytes(model: LlamaConfig, most_tokens: int) -> int:
-    widest = max(model.hidden_size, model.intermediate_size, model.num_heads * model.head_dim) + 16
-    of_matrices = 4 * (SUMS + (BLOCK_ROWS + ROWS) * OUTS + widest) + 2 * BLOCK_ROWS * widest
+    """Of one thread."""
+    widest = max(model.hidden_size, model.intermediate_size, model.num_heads * model.head_dim)
     of_attention = 4 * SUMS + VECTORS * (2 * model.head_dim + 4 * most_tokens)
-    return -(-max(of_matrices, of_attention) // 64) * 64 + 64
+    return max(_matrix_scratch_bytes(widest), -(-of_attention // _LINE_BYTES) * _LINE_BYTES)
+
+
+def _matrix_scratch_bytes(width: int) -> int:
+    """Sums, scales of the rows, a normalized row, and a block of packed rows."""
+    floats = SUMS + (BLOCK_ROWS + ROWS) * OUTS + -(-width // _LANES) * _LANES
+    return -(-(4 * floats + 2 * BLOCK_ROWS * width) // _LINE_BYTES) * _LINE_BYTES

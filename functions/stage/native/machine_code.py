@@ -1,4 +1,4 @@
-"""`kernels.run` as machine code: compiled once (some 10 s), kept beside the source, loaded from then on.
+"""`kernels` as machine code: compiled once (some 10 s), kept beside the source, loaded from then on.
 
 What is kept belongs to one state of the source and one level of CPUs. Where the folder cannot be written, as in a container,
 what the image brought is used; what it did not bring is compiled at every start.
@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -23,31 +24,39 @@ from functions.stage.native import target
 _log: Final = logging.getLogger(__name__)
 _FOLDER: Final = Path(__file__).parent
 _SIGNATURE: Final = types.void(types.CPointer(types.int64))
+_alive: Final[list[Any]] = []
+"""What has been compiled goes with the last reference to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class MachineCode:
+    """Addresses of C functions `void (int64 *)`, of `kernels`."""
+
+    run_layers: int
+    run_product: int
+    compiled: bool
+    """Whether this process had to compile them."""
 
 
 @cache
-def _compiled() -> Any:
+def for_this_machine() -> MachineCode:
     target.select(target.of_this_machine())
-    return compile_for_selected_target()
+    return for_selected_target()
 
 
-def address() -> int:
-    """Of the C function `void (int64 *)`, for this machine."""
-    found: int = _compiled().address
-    return found
-
-
-def compile_for_selected_target() -> Any:
-    """The function, from what is kept or, where nothing is, compiled and then kept."""
+def for_selected_target() -> MachineCode:
+    """From what is kept or, where nothing is, compiled and then kept."""
     from functions.stage.native import kernels
 
     begun = time.perf_counter()
     with _cache_folder() as folder:
         config.CACHE_DIR = str(folder)
-        compiled = cfunc(_SIGNATURE, cache=True)(kernels.run)
-    if not compiled.cache_hits:
+        layers, product = (cfunc(_SIGNATURE, cache=True)(function) for function in (kernels.run_layers, kernels.run_product))
+    _alive.extend((layers, product))
+    code = MachineCode(layers.address, product.address, compiled=not (layers.cache_hits and product.cache_hits))
+    if code.compiled:
         _log.info("compiled the layers for %s in %.1f s", config.CPU_NAME or "this CPU", time.perf_counter() - begun)
-    return compiled
+    return code
 
 
 @contextmanager

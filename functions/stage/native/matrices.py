@@ -93,24 +93,15 @@ def share(count: int, thread: int, threads: int) -> Any:
 
 
 @jit
-def matrix(
-    group: Any,
-    int8: bool,
-    weights: int,
-    scales: int,
-    biases: int,
-    width: int,
-    outs: int,
-    source: int,
-    gain: int,
-    out: int,
-    add: int,
-    rows: int,
-    scratch: int,
-    thread: int,
-    threads: int,
+def multiply(
+    group: Any, matrix: Any, source: int, gain: int, out: int, add: int, rows: int, scratch: int, thread: int, threads: int
 ) -> None:
-    """out [rows, outs] = (out, where `add`) + source [rows, width] · weightsᵀ + bias: this thread's columns of it."""
+    """out [rows, outs] = (out, where `add`) + source [rows, width] · weightsᵀ + bias: this thread's columns of it.
+
+    gain: of the norm that the source goes through, or 0.
+    """
+    int8 = matrix.int8 != 0
+    width, outs = matrix.width, matrix.outs
     row_bytes = width if int8 else 2 * width
     row_scales = scratch + 4 * SUMS
     begin, end = share(outs, thread, threads)
@@ -120,16 +111,17 @@ def matrix(
         for j in range(begin, end, OUTS):
             for row in range(first, last, ROWS):
                 count = min(ROWS, last - row)
-                tile(int8, row == first, count, weights + j * row_bytes, x + (row - first) * width * 2, width, scratch)
-                scale_tile(scratch, row_scales + 4 * OUTS * (row - first), scales + 4 * j, biases + 4 * j)
+                tile(int8, row == first, count, matrix.weights + j * row_bytes, x + (row - first) * width * 2, width, scratch)
+                scale_tile(scratch, row_scales + 4 * OUTS * (row - first), matrix.scales + 4 * j, matrix.biases + 4 * j)
                 store_tile(scratch, out + 4 * (row * outs + j), 4 * outs, count, add)
 
 
 @jit
-def gated(group: Any, layer: Any, state: Any, scratch: int, thread: int, threads: int) -> None:
+def multiply_gated(group: Any, layer: Any, state: Any, scratch: int, thread: int, threads: int) -> None:
     """inner [rows, inner_size] = silu(gate x) * (up x) of the normalized hidden state: this thread's columns of it."""
-    int8 = layer.gate_int8 != 0
-    width, outs, rows = group.hidden_size, group.inner_size, state.rows
+    gate, up = layer.gate, layer.up
+    int8 = gate.int8 != 0
+    width, outs, rows = gate.width, gate.outs, state.rows
     row_bytes = width if int8 else 2 * width
     row_scales = scratch + 4 * SUMS
     gates, ups = vector(scratch, TILE), vector(scratch + 4 * TILE, TILE)
@@ -141,10 +133,10 @@ def gated(group: Any, layer: Any, state: Any, scratch: int, thread: int, threads
             for row in range(first, last, ROWS):
                 count = min(ROWS, last - row)
                 place, scales = x + (row - first) * width * 2, row_scales + 4 * OUTS * (row - first)
-                tile(int8, row == first, count, layer.gate + j * row_bytes, place, width, scratch)
-                scale_tile(scratch, scales, layer.gate_scale + 4 * j, layer.gate_bias + 4 * j)
-                tile(int8, row == first, count, layer.up + j * row_bytes, place, width, scratch + 4 * TILE)
-                scale_tile(scratch + 4 * TILE, scales, layer.up_scale + 4 * j, layer.up_bias + 4 * j)
+                tile(int8, row == first, count, gate.weights + j * row_bytes, place, width, scratch)
+                scale_tile(scratch, scales, gate.scales + 4 * j, gate.biases + 4 * j)
+                tile(int8, row == first, count, up.weights + j * row_bytes, place, width, scratch + 4 * TILE)
+                scale_tile(scratch + 4 * TILE, scales, up.scales + 4 * j, up.biases + 4 * j)
                 for i in range(TILE):
                     gates[i] = gates[i] / (np.float32(1) + exp(-gates[i])) * ups[i]
                 store_tile(scratch, state.inner + 4 * (row * outs + j), 4 * outs, count, 0)

@@ -8,34 +8,28 @@ from typing import Final
 import numpy as np
 
 
-def _record(**fields: type) -> np.dtype[np.void]:
+def _record(**fields: type | np.dtype[np.void]) -> np.dtype[np.void]:
     return np.dtype(list(fields.items()), align=True)
 
 
+MATRIX: Final = _record(
+    weights=np.int64,  # [outs, width], int8 or bf16
+    scales=np.int64,  # float32 [outs]
+    biases=np.int64,  # float32 [outs]
+    int8=np.int64,
+    outs=np.int64,
+    width=np.int64,
+)
+
 LAYER: Final = _record(
-    input_gain=np.int64,  # gains, scales and biases: float32
-    qkv=np.int64,  # matrices [out, in]: int8 or bf16
-    qkv_scale=np.int64,
-    qkv_bias=np.int64,
-    qkv_int8=np.int64,  # else bf16
+    input_gain=np.int64,  # gains: float32
+    qkv=MATRIX,
     qk_gain=np.int64,  # [heads + kv_heads, head_dim]
-    out=np.int64,
-    out_scale=np.int64,
-    out_bias=np.int64,
-    out_int8=np.int64,
+    out=MATRIX,
     mlp_gain=np.int64,
-    gate=np.int64,
-    gate_scale=np.int64,
-    gate_bias=np.int64,
-    gate_int8=np.int64,
-    up=np.int64,
-    up_scale=np.int64,
-    up_bias=np.int64,
-    up_int8=np.int64,
-    down=np.int64,
-    down_scale=np.int64,
-    down_bias=np.int64,
-    down_int8=np.int64,
+    gate=MATRIX,
+    up=MATRIX,
+    down=MATRIX,
     keys=np.int64,  # bf16 [kv_heads, capacity, head_dim]
     values=np.int64,
     window=np.int64,  # how many tokens a token attends to, its own included
@@ -73,3 +67,13 @@ PASS: Final = _record(
     scratch_bytes=np.int64,  # of each
     most_tokens=np.int64,  # that any row attends to
 )
+
+PRODUCT: Final = _record(
+    matrix=MATRIX,
+    rows=np.int64,
+    source=np.int64,  # float32 [rows, width]
+    product=np.int64,  # float32 [rows, outs]
+    scratch=np.int64,
+    scratch_bytes=np.int64,
+)
+"""One matrix by itself: the head."""
