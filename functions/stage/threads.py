@@ -11,7 +11,7 @@ WAITING: Final = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "20000"}
 operators of a pass, and over soon after the pass; docs/experiments.md compares counts."""
 
 _SMOOTHING: Final = 0.5
-_BUSY: Final = 0.45
+_BUSY: Final = 0.58
 """Three stages that take turns with one micro-batch are busy a third of the time each; sharing two cores, two thirds."""
 
 _CGROUP_V2: Final = Path("/sys/fs/cgroup/cpu.max")

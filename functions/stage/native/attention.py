@@ -8,12 +8,13 @@ from numba import carray
 from functions.stage.native import vector_code as code
 from functions.stage.native.arithmetic import bf16, exp, floats, integers, jit, normalize, vector
 from functions.stage.native.matrices import SUMS, tile
-from functions.stage.native.vector_code import OUTS, pointer
+from functions.stage.native.vector_code import COLUMNS, OUTS, bits_of_float, float_of_bits, pointer
 
 VECTORS: Final = 4
 """Queries that read keys and values together."""
 
 _one_key_1, _one_key_2, _one_key_3, _one_key_4 = (code.tile_of(code.BFloat16, 1, rows, False) for rows in (1, 2, 3, 4))
+_pairs_tile_1, _pairs_tile_2, _pairs_tile_3, _pairs_tile_4 = (code.pairs_tile_of(rows) for rows in (1, 2, 3, 4))
 _sum_1, _sum_2, _sum_3, _sum_4 = (code.weighted_sum_of(heads) for heads in (1, 2, 3, 4))
 
 
@@ -54,19 +55,47 @@ def write_kv(group: Any, layer: Any, state: Any, row: int, kv_head: int) -> None
 
 
 @jit
-def attend(group: Any, layer: Any, state: Any, first_row: int, rows: int, kv_head: int, scratch: int) -> None:
+def lay_out(group: Any, layer: Any, state: Any, block: int, kv_head: int) -> None:
+    """Keys and values of up to COLUMNS tokens in one head as `pairs_tile` reads them. Tokens that are missing are zeros."""
+    size = group.head_dim
+    first, count = carray(pointer(state.blocks), (state.num_blocks, 2), np.int64)[block]
+    place = 2 * size * (kv_head * group.capacity + first)
+    keys = carray(pointer(layer.keys + place), (count, size // 2), np.int32)
+    laid_keys = carray(pointer(laid_at(group, state, state.laid_keys, block, kv_head)), (size // 2, COLUMNS), np.int32)
+    for pair in range(size // 2):
+        for token in range(count):
+            laid_keys[pair, token] = keys[token, pair]
+        laid_keys[pair, count:] = 0
+    values = carray(pointer(layer.values + place), (count, size), np.int16)
+    laid_values = carray(pointer(laid_at(group, state, state.laid_values, block, kv_head)), (COLUMNS // 2, size, 2), np.int16)
+    for token in range(count):
+        for i in range(size):
+            laid_values[token // 2, i, token % 2] = values[token, i]
+    for token in range(count, COLUMNS):
+        laid_values[token // 2, :, token % 2] = 0
+
+
+@jit
+def laid_at(group: Any, state: Any, laid: int, block: int, kv_head: int) -> int:
+    return laid + 2 * COLUMNS * group.head_dim * (kv_head * state.num_blocks + block)
+
+
+@jit
+def attend(group: Any, layer: Any, state: Any, first_row: int, rows: int, first_block: int, kv_head: int, scratch: int) -> None:
     """Attention of some rows of one sequence, one behind the other, in the heads that share a key head.
 
-    Up to VECTORS queries read keys and values together: heads of one row, or rows in one head.
+    Up to VECTORS queries read keys and values together: heads of one row, or rows in one head. first_block: of their sequence,
+    laid out, or -1.
     """
     shared = group.heads // group.kv_heads
     begin, end = kv_head * shared, (kv_head + 1) * shared
     if rows == 1:
         for head in range(begin, end, VECTORS):
-            attend_together(group, layer, state, first_row, 0, head, 1, min(VECTORS, end - head), kv_head, scratch)
+            count = min(VECTORS, end - head)
+            attend_together(group, layer, state, first_row, 0, head, 1, count, first_block, kv_head, scratch)
     else:
         for head in range(begin, end):
-            attend_together(group, layer, state, first_row, 1, head, 0, rows, kv_head, scratch)
+            attend_together(group, layer, state, first_row, 1, head, 0, rows, first_block, kv_head, scratch)
 
 
 @jit
@@ -79,6 +108,7 @@ def attend_together(
     head: int,
     next_head: int,
     count: int,
+    first_block: int,
     kv_head: int,
     scratch: int,
 ) -> None:
@@ -87,6 +117,8 @@ def attend_together(
     heads = carray(pointer(state.heads), (state.rows, group.heads + 2 * group.kv_heads, size), np.float32)
     positions = integers(state.positions, state.rows)
     begin = max(positions[row] - layer.window + 1, 0)
+    if first_block >= 0:
+        begin = begin // COLUMNS * COLUMNS
     tokens = positions[row + next_row * (count - 1)] + 1 - begin
     slot = integers(state.slots, state.rows)[row] - positions[row] + begin
     place = 2 * size * (kv_head * group.capacity + slot)
@@ -94,40 +126,69 @@ def attend_together(
     scores_at = queries_at + 2 * VECTORS * size
     queries = carray(pointer(queries_at), (VECTORS, size), np.int16)
     scores = floats(scores_at, VECTORS, state.most_tokens)
+    scale = np.float32(1) / np.sqrt(np.float32(size))
     for query in range(count):
         for i in range(size):
-            queries[query, i] = bf16(heads[row + query * next_row, head + query * next_head, i])
-    scale = np.float32(1) / np.sqrt(np.float32(size))
-    score(layer.keys + place, queries_at, size, tokens, count, scores, vector(scratch, SUMS), scratch, scale)
+            queries[query, i] = bf16(heads[row + query * next_row, head + query * next_head, i] * scale)
+    block = first_block + begin // COLUMNS
+    if first_block >= 0:
+        for token in range(0, tokens, COLUMNS):
+            keys = laid_at(group, state, state.laid_keys, block + token // COLUMNS, kv_head)
+            pairs_tile(count, keys, 4 * COLUMNS, queries_at, 2 * size, size // 2, scores_at + 4 * token, 4 * state.most_tokens)
+    else:
+        score(layer.keys + place, queries_at, size, tokens, count, scores, vector(scratch, SUMS), scratch)
     for query in range(count):
         position = positions[row + query * next_row]
         first = max(position - layer.window + 1, 0) - begin
         last = position + 1 - begin
         scores[query, :first] = 0
-        scores[query, last:tokens] = 0
+        scores[query, last:] = 0
         softmax(scores[query, first:last])
     out = state.attended + 4 * size * (row * group.heads + head)
     out_stride = 4 * size * (next_row * group.heads + next_head)
-    for i in range(0, size, 16):
-        weighted(
-            count, scores_at, 4 * state.most_tokens, layer.values + place + 2 * i, 2 * size, tokens, out + 4 * i, out_stride
-        )
+    if first_block >= 0:
+        shares_at = scores_at + 4 * VECTORS * state.most_tokens
+        shares = carray(pointer(shares_at), (VECTORS, state.most_tokens), np.int16)
+        for query in range(count):
+            for token in range(tokens + tokens % 2):
+                shares[query, token] = bf16(scores[query, token])
+        values = laid_at(group, state, state.laid_values, block, kv_head)
+        for i in range(0, size, COLUMNS):
+            pairs_tile(
+                count, values + 4 * i, 4 * size, shares_at, 2 * state.most_tokens, (tokens + 1) // 2, out + 4 * i, out_stride
+            )
+    else:
+        for i in range(0, size, 16):
+            values = layer.values + place + 2 * i
+            weighted(count, scores_at, 4 * state.most_tokens, values, 2 * size, tokens, out + 4 * i, out_stride)
 
 
 @jit
-def score(
-    keys: int, queries: int, size: int, tokens: int, count: int, scores: Any, sums: Any, scratch: int, scale: np.float32
+def pairs_tile(
+    count: int, columns: int, pair_stride: int, x: int, x_stride: int, pairs: int, out: int, out_stride: int
 ) -> None:
+    if count == 4:
+        _pairs_tile_4(columns, pair_stride, x, x_stride, pairs, out, out_stride)
+    elif count == 1:
+        _pairs_tile_1(columns, pair_stride, x, x_stride, pairs, out, out_stride)
+    elif count == 2:
+        _pairs_tile_2(columns, pair_stride, x, x_stride, pairs, out, out_stride)
+    else:
+        _pairs_tile_3(columns, pair_stride, x, x_stride, pairs, out, out_stride)
+
+
+@jit
+def score(keys: int, queries: int, size: int, tokens: int, count: int, scores: Any, sums: Any, scratch: int) -> None:
     whole = tokens // OUTS * OUTS
     for token in range(0, whole, OUTS):
         tile(False, True, count, keys + 2 * size * token, queries, size, scratch)
         for head in range(count):
             for o in range(OUTS):
-                scores[head, token + o] = sums[head * OUTS + o] * scale
+                scores[head, token + o] = sums[head * OUTS + o]
     for token in range(whole, tokens):
         one_key(count, keys + 2 * size * token, queries, size, scratch)
         for head in range(count):
-            scores[head, token] = sums[head] * scale
+            scores[head, token] = sums[head]
 
 
 @jit
@@ -157,10 +218,18 @@ def weighted(
 
 
 @jit
+def largest_of(numbers: Any) -> np.float32:
+    """By the numbers' bits as integers of the same order, whose maximum vectors find."""
+    found = np.int32(-(2**31))
+    for i in range(len(numbers)):
+        bits = bits_of_float(numbers[i])
+        found = max(found, bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+    return float_of_bits(found ^ ((found >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+
+@jit
 def softmax(scores: Any) -> None:
-    largest = scores[0]
-    for i in range(len(scores)):
-        largest = max(largest, scores[i])
+    largest = largest_of(scores)
     total = np.float32(0)
     for i in range(len(scores)):
         scores[i] = exp(scores[i] - largest)

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from numba import carray, njit
 
-from functions.stage.native.attention import attend, write_kv
+from functions.stage.native.attention import attend, lay_out, write_kv
 from functions.stage.native.matrices import multiply, multiply_gated
 from functions.stage.native.tables import GROUP, LAYER, PASS, PRODUCT
 from functions.stage.native.vector_code import call_at, pointer
@@ -30,10 +30,13 @@ def _before(group: Any, layer: Any, state: Any, scratch: int, thread: int, threa
 
 @_jit
 def _attention(group: Any, layer: Any, state: Any, scratch: int, thread: int, threads: int) -> None:
-    bundles = carray(pointer(state.bundles), (state.num_bundles, 2), np.int64)
+    for unit in range(thread, state.num_blocks * group.kv_heads, threads):
+        lay_out(group, layer, state, unit // group.kv_heads, unit % group.kv_heads)
+    call_at(group.barrier)
+    bundles = carray(pointer(state.bundles), (state.num_bundles, 3), np.int64)
     for unit in range(thread, state.num_bundles * group.kv_heads, threads):
-        first_row, rows = bundles[unit // group.kv_heads]
-        attend(group, layer, state, first_row, rows, unit % group.kv_heads, scratch)
+        first_row, rows, first_block = bundles[unit // group.kv_heads]
+        attend(group, layer, state, first_row, rows, first_block, unit % group.kv_heads, scratch)
     call_at(group.barrier)
 
 

@@ -21,10 +21,12 @@ from functions.stage.native.attention import VECTORS
 from functions.stage.native.matrices import BLOCK_ROWS, SUMS
 from functions.stage.native.openmp import OpenMP
 from functions.stage.native.tables import GROUP, LAYER, PASS, PRODUCT
-from functions.stage.native.vector_code import OUTS, ROWS
+from functions.stage.native.vector_code import COLUMNS, OUTS, ROWS
 
 _LARGEST_WEIGHT: Final = 127
 _LANES: Final = 16
+_LAID_OUT_ROWS: Final = 16
+"""Of a chunk, from which on its sequence's keys and values are laid out for it."""
 _LINE_BYTES: Final = 64
 """Of the cache: threads' memory does not share one."""
 
@@ -137,18 +139,22 @@ class _State:
     ) -> None:
         rows = len(hidden)
         self.threads = threads
-        bundles = _bundles(segments)
-        most_tokens = max(places.positions) + 1
+        bundles, blocks = _bundles(segments, places)
+        most_tokens = -(-(max(places.positions) + 1) // COLUMNS) * COLUMNS
         scratch_bytes = _scratch_bytes(model, most_tokens)
         self.table = np.zeros(1, PASS)
         self.table["rows"], self.table["num_bundles"], self.table["most_tokens"] = rows, len(bundles), most_tokens
-        self.table["scratch_bytes"] = scratch_bytes
+        self.table["num_blocks"], self.table["scratch_bytes"] = len(blocks), scratch_bytes
+        laid = len(blocks) * COLUMNS * model.num_kv_heads * model.head_dim
         self._tensors = {
             "hidden": hidden,
             "rotations": places.rotations,
             "slots": places.slots,
             "positions": torch.tensor(places.positions),
             "bundles": torch.tensor(bundles),
+            "blocks": torch.tensor(blocks, dtype=torch.int64),
+            "laid_keys": torch.empty(laid, dtype=torch.bfloat16),
+            "laid_values": torch.empty(laid, dtype=torch.bfloat16),
             "heads": torch.empty(rows, (model.num_heads + 2 * model.num_kv_heads) * model.head_dim),
             "attended": torch.empty(rows, model.num_heads * model.head_dim),
             "inner": torch.empty(rows, model.intermediate_size),
@@ -158,15 +164,25 @@ class _State:
             self.table[name] = tensor.data_ptr()
 
 
-def _bundles(segments: Sequence[Segment]) -> list[tuple[int, int]]:
-    """First row and number of rows, of at most VECTORS rows of a segment each."""
-    found: list[tuple[int, int]] = []
+def _bundles(segments: Sequence[Segment], places: Places) -> tuple[list[tuple[int, int, int]], list[tuple[int, int]]]:
+    """At most VECTORS rows of a segment each: first row, number of rows, first block or -1; and the blocks.
+
+    Keys and values are laid out anew where a chunk is long enough to pay for it.
+    """
+    bundles: list[tuple[int, int, int]] = []
+    blocks: list[tuple[int, int]] = []
     begin = 0
     for segment in segments:
         end = begin + segment.length
-        found += [(row, min(VECTORS, end - row)) for row in range(begin, end, VECTORS)]
+        first_block = -1
+        if segment.length >= _LAID_OUT_ROWS:
+            first_block = len(blocks)
+            tokens = segment.position + segment.length
+            first_slot = int(places.slots[begin]) - segment.position
+            blocks += [(first_slot + token, min(COLUMNS, tokens - token)) for token in range(0, tokens, COLUMNS)]
+        bundles += [(row, min(VECTORS, end - row), first_block) for row in range(begin, end, VECTORS)]
         begin = end
-    return found
+    return bundles, blocks
 
 
 def _of_one_kind(matrices: Sequence[Matrix], *, together: bool = False) -> Sequence[Matrix]:
@@ -184,7 +200,7 @@ def _wide(matrix: Matrix) -> Matrix:
 def _scratch_bytes(model: LlamaConfig, most_tokens: int) -> int:
     """Of one thread."""
     widest = max(model.hidden_size, model.intermediate_size, model.num_heads * model.head_dim)
-    of_attention = 4 * SUMS + VECTORS * (2 * model.head_dim + 4 * most_tokens)
+    of_attention = 4 * SUMS + VECTORS * (2 * model.head_dim + 6 * most_tokens)
     return max(_matrix_scratch_bytes(widest), -(-of_attention // _LINE_BYTES) * _LINE_BYTES)
 
 

@@ -23,6 +23,8 @@ ROWS: Final = 4
 """Most rows of activations in a tile."""
 STEP: Final = 32
 """Sums run over multiples of this many products."""
+COLUMNS: Final = 32
+"""Of a tile whose columns lie side by side in pairs."""
 _AHEAD_BYTES: Final = 4096
 """How far ahead of the weights in use those that follow are fetched."""
 _LANES: Final = 16
@@ -212,6 +214,47 @@ def _store_sums(builder: Any, sums: list[Any], out: Any) -> None:
     for index in range(count):
         address = builder.inttoptr(builder.add(out, _number(4 * index)), _F32.as_pointer())
         builder.store(builder.extract_element(sums[0], ir.Constant(_I32, index)), address)
+
+
+def pairs_tile_of(rows: int) -> Any:
+    """(columns, bytes per pair, x bf16, bytes per row, pairs, out, bytes per row of it): products of rows with COLUMNS columns.
+
+    columns bf16 [pairs, …, 2] of which COLUMNS are taken, x [rows, 2 * pairs], out float32. A vector holds one pair of every
+    column, so that no sum goes across a vector.
+    """
+    parts = COLUMNS // _LANES
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        columns, pair_stride, x, x_stride, pairs, out, out_stride = arguments
+        totals = [[cgutils.alloca_once_value(builder, BFloat16.zero) for _ in range(parts)] for _ in range(rows)]
+        for total in (total for row in totals for total in row):
+            builder.store(BFloat16.zero, total)
+        row_at = [builder.add(x, builder.mul(x_stride, _number(row))) for row in range(rows)]
+        undefined = ir.Constant(_INTS, ir.Undefined)
+        with cgutils.for_range_slice(builder, _number(0), pairs, _number(1)) as (pair, _):
+            place = builder.mul(pair, pair_stride)
+            vectors = [
+                _load(builder, columns, builder.add(place, _number(64 * part)), BFloat16.loaded_weights)
+                for part in range(parts)
+            ]
+            for row, row_totals in zip(row_at, totals, strict=True):
+                bits = _load(builder, row, builder.mul(pair, _number(4)), _I32)
+                one = builder.insert_element(undefined, bits, ir.Constant(_I32, 0))
+                every = builder.shuffle_vector(one, undefined, ir.Constant(_INTS, [0] * _LANES))
+                values = builder.bitcast(every, BFloat16.loaded_rows)
+                for vector, total in zip(vectors, row_totals, strict=True):
+                    builder.store(BFloat16.multiply_add(builder, builder.load(total), vector, values), total)
+        for row, row_totals in enumerate(totals):
+            for part, total in enumerate(row_totals):
+                address = builder.add(out, builder.add(builder.mul(out_stride, _number(row)), _number(64 * part)))
+                builder.store(builder.load(total), builder.inttoptr(address, _FLOATS.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def pairs_tile(typing_context, columns, pair_stride, x, x_stride, pairs, out, out_stride):  # type: ignore[no-untyped-def]
+        return types.void(*[types.int64] * 7), codegen
+
+    return pairs_tile
 
 
 def weighted_sum_of(heads: int) -> Any:
