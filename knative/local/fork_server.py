@@ -30,6 +30,7 @@ MODULES: Final = (
     "functions.stage.engine",
     "functions.stage.build",
     "functions.stage.llama",
+    "functions.stage.native.layers",
     "functions.gateway.function",
 )
 """What stages and gateways import; not transformers, which only the stages of other families need."""
