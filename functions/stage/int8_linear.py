@@ -1,8 +1,8 @@
 """Matrices with int8 weights per output channel and activations per token (row), each row as two int8 numbers a value.
 
 A row is divided by its own largest value, so what a sequence gets never depends on the rows beside it: products are
-summed exactly in int32. The kernel is oneDNN's, on weights laid out once: fast with AMX, and its reference kernel, hundreds of times slower,
-without. It serves where native layers cannot (see `native.choice`).
+summed exactly in int32. The kernel is oneDNN's, on weights laid out once: fast with AMX; without, its reference kernel,
+hundreds of times slower. It serves where native layers cannot (see `native.choice`).
 
 One int8 per activation costs 3 to 5 % of perplexity, because a few channels of a row are far larger than the rest. So
 what truncation to int8 leaves over goes through the same kernel as a second row: 14 bits in all, and 0.6 % at most. While

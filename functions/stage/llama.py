@@ -1,7 +1,8 @@
 """The lean layer group of the Llama-shaped families: a stage that uses it never imports transformers.
 
 All rows of a pass, prompt chunks and decode steps mixed, go through each matrix together; only attention is computed
-sequence by sequence. On CPUs, layers in bf16 and int8 run in machine code of our own (`native`), all others by torch's operators. Weights can be placed layer by layer while later ones are still on their way.
+sequence by sequence. On CPUs, layers in bf16 and int8 run in machine code of our own (`native`), all others by torch's
+operators. Weights can be placed layer by layer while later ones are still on their way.
 """
 
 import re
