@@ -233,6 +233,6 @@ def test_a_busy_stage_keeps_to_its_share_of_the_cores_and_a_mostly_idle_one_take
         seen.append(threads.begin(moment))
         threads.end(moment, moment + 1.0)
         moment += 1.0
-    assert seen[:5] == [4, 4, 4, 1, 1]
+    assert seen[:5] == [4, 4, 4, 4, 1]
     assert seen[-1] == 4
     assert PassThreads(3, 0).begin(0.0) == 3
