@@ -89,11 +89,13 @@ def test_every_family_has_a_tiny_model() -> None:
 
 
 def test_sequences_of_one_pass_do_not_touch_each_other() -> None:
+    """To rounding alone: which kernel multiplies, and in which order it sums, depends on how many rows there are."""
     (group,) = build_groups("qwen3_moe", ((0, 6),))
-    alone = [GroupPipeline([group]).logits(PROMPT[:length], 0) for length in (3, 7, 13)]
-    segments = [Segment(group.kv.reserve(20), 0, length) for length in (3, 7, 13)]
-    together = group.logits(group.forward(torch.tensor(PROMPT[:3] + PROMPT[:7] + PROMPT[:13]), segments))
-    assert torch.equal(together, torch.cat(alone))
+    texts = [PROMPT[:3], PROMPT[3:10], PROMPT[::-1]]
+    alone = [GroupPipeline([group]).logits(text, 0) for text in texts]
+    segments = [Segment(group.kv.reserve(20), 0, len(text)) for text in texts]
+    together = group.logits(group.forward(torch.tensor([token for text in texts for token in text]), segments))
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
 def test_weights_are_used_in_place() -> None:

@@ -15,6 +15,7 @@ from functions.stage.llama import LlamaGroup
 from functions.stage.llama_config import UnsupportedConfig
 from functions.stage.weights import MissingTensors
 from tests.support import tiny_models
+from tests.support.group_chain import GroupChain, by_plan, tokens_of
 
 CUT: Final = ((0, 2), (2, 4), (4, 6))
 NAMES: Final = (*tiny_models.LLAMA_SHAPED, "ministral", "seed_oss")
@@ -43,73 +44,22 @@ def build(name: str, cut: Sequence[tuple[int, int]] = CUT, dtype: str = "float32
     ]
 
 
-class Stages:
-    """A chain of groups, driven as the engine drives them."""
-
-    def __init__(self, groups: Sequence[LlamaGroup]) -> None:
-        self.groups = groups
-        self.handles: dict[str, list[int]] = {}
-
-    def reserve(self, *ids: str, tokens: int = 60) -> None:
-        for id in ids:
-            self.handles[id] = [group.kv.reserve(tokens) for group in self.groups]
-
-    def release(self, id: str) -> None:
-        for group, handle in zip(self.groups, self.handles.pop(id), strict=True):
-            group.kv.release(handle)
-
-    def logits(self, rows: dict[str, tuple[int, Sequence[int]]]) -> dict[str, torch.Tensor]:
-        """One pass. rows: id → position and tokens; KV is truncated to the position first."""
-        hidden = torch.tensor([token for _, tokens in rows.values() for token in tokens])
-        for stage, group in enumerate(self.groups):
-            segments = [Segment(self.handles[id][stage], position, len(tokens)) for id, (position, tokens) in rows.items()]
-            for segment in segments:
-                group.kv.truncate(segment.handle, segment.position)
-            hidden = group.forward(hidden, segments)
-        lengths = [len(tokens) for _, tokens in rows.values()]
-        return dict(zip(rows, self.groups[-1].logits(hidden).split(lengths), strict=True))
-
-    def greedy(self, id: str, prompt: Sequence[int], new_tokens: int) -> list[int]:
-        tokens = list(prompt)
-        given = 0
-        for _ in range(new_tokens):
-            logits = self.logits({id: (given, tokens[given:])})[id]
-            given = len(tokens)
-            tokens.append(int(logits[-1].argmax()))
-        return tokens[len(prompt) :]
-
-
-def tokens_of(seed: int, length: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(tiny_models.VOCAB_SIZE, (length,), generator=generator).tolist()
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_chunks_and_steps_of_ragged_sequences_in_one_pass_give_the_whole_models_logits(name: str) -> None:
-    stages = Stages(build(name))
+    stages = GroupChain(build(name))
     texts = {"a": tokens_of(1, 40), "b": tokens_of(2, 30), "c": tokens_of(3, 25)}
     stages.reserve(*texts)
     # Each column is a pass: whole prompts beside nothing, chunks beside steps, steps alone.
     plan = {"a": (7, 1, 9, 1, 1, 21), "b": (0, 5, 20, 1, 1, 3), "c": (0, 0, 1, 1, 10, 13)}
-    given = dict.fromkeys(texts, 0)
-    logits: dict[str, list[torch.Tensor]] = {id: [] for id in texts}
-    for lengths in zip(*plan.values(), strict=True):
-        rows = {
-            id: (given[id], texts[id][given[id] : given[id] + length])
-            for id, length in zip(texts, lengths, strict=True)
-            if length
-        }
-        for id, part in stages.logits(rows).items():
-            given[id] += len(part)
-            logits[id].append(part)
+    logits = by_plan(stages.logits, texts, plan)
     for id, text in texts.items():
         expected = tiny_models.all_logits(model(name), text)
-        torch.testing.assert_close(torch.cat(logits[id]), expected, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(logits[id], expected, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_greedy_tokens_are_those_of_generate(name: str) -> None:
-    stages = Stages(build(name))
+    stages = GroupChain(build(name))
     stages.reserve("a")
     prompt = tokens_of(4, 20)
     assert stages.greedy("a", prompt, 20) == tiny_models.greedy(model(name), prompt, 20)
@@ -118,7 +68,7 @@ def test_greedy_tokens_are_those_of_generate(name: str) -> None:
 @pytest.mark.parametrize("cut", [((0, 6),), ((0, 1), (1, 6)), ((0, 5), (5, 6))])
 @pytest.mark.parametrize("name", ["llama_tied", "smollm3", "qwen2_sliding"])
 def test_any_cut_gives_the_same_tokens(name: str, cut: Sequence[tuple[int, int]]) -> None:
-    stages = Stages(build(name, cut, tokens=600))
+    stages = GroupChain(build(name, cut, tokens=600))
     stages.reserve("a")
     prompt = tokens_of(5, 12)
     assert stages.greedy("a", prompt, 12) == tiny_models.greedy(model(name), prompt, 12)
@@ -126,7 +76,7 @@ def test_any_cut_gives_the_same_tokens(name: str, cut: Sequence[tuple[int, int]]
 
 @pytest.mark.parametrize("name", ["llama", "mistral_sliding"])
 def test_what_lies_behind_a_position_is_forgotten(name: str) -> None:
-    stages = Stages(build(name))
+    stages = GroupChain(build(name))
     stages.reserve("a")
     text = tokens_of(6, 30)
     stages.logits({"a": (0, tokens_of(7, 25))})
@@ -137,7 +87,7 @@ def test_what_lies_behind_a_position_is_forgotten(name: str) -> None:
 
 
 def test_sequences_moved_together_keep_their_cache() -> None:
-    stages = Stages(build("llama", tokens=150))
+    stages = GroupChain(build("llama", tokens=150))
     texts = {id: tokens_of(seed, 30) for seed, id in enumerate("abcd")}
     stages.reserve("a", "b", "c", tokens=50)
     stages.logits({id: (0, texts[id][:20]) for id in "abc"})
@@ -152,7 +102,7 @@ def test_sequences_moved_together_keep_their_cache() -> None:
 
 
 def test_bfloat16_is_as_close_as_transformers_in_bfloat16() -> None:
-    stages = Stages(build("llama", dtype="bfloat16"))
+    stages = GroupChain(build("llama", dtype="bfloat16"))
     assert stages.groups[0].hidden_dtype == torch.bfloat16
     stages.reserve("a")
     text = tokens_of(9, 40)
@@ -174,7 +124,7 @@ def test_layers_can_be_placed_one_by_one_in_any_order() -> None:
         group.finish()
     group.place({name: tensor for name, tensor in named.items() if "layers" not in name})
     group.finish()
-    stages = Stages([group])
+    stages = GroupChain([group])
     stages.reserve("a")
     prompt = tokens_of(10, 10)
     assert stages.greedy("a", prompt, 5) == tiny_models.greedy(model("llama_tied"), prompt, 5)

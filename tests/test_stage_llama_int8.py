@@ -10,24 +10,7 @@ from functions.stage.layer_group import Segment
 from functions.stage.linear import Matrix, linear
 from functions.stage.llama import LlamaGroup
 from tests.support import tiny_models
-
-MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
-
-
-def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    scale = weight.abs().amax(1) / 127
-    return (weight / scale.unsqueeze(1)).round().to(torch.int8), scale
-
-
-def int8_checkpoint(tensors: dict[str, torch.Tensor], keep_wide: Collection[str] = ()) -> dict[str, torch.Tensor]:
-    stored = {}
-    for name, tensor in tensors.items():
-        matrix = name.split(".")[-2]
-        if name.endswith(".weight") and matrix in MATRICES and matrix not in keep_wide:
-            stored[name], stored[f"{name}_scale"] = quantized(tensor)
-        else:
-            stored[name] = tensor.bfloat16()
-    return stored
+from tests.support.int8_checkpoints import MATRICES, int8_checkpoint, quantized
 
 
 def group(name: str, keep_wide: Collection[str] = ()) -> LlamaGroup:

@@ -176,8 +176,8 @@ class LlamaGroup:
 
     def _in_machine_code(self, hidden: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
         assert self._native is not None
-        places = self._places(segments)
-        return self._native(hidden.to(torch.float32), segments, places)
+        plain = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        return self._native(plain, segments, self._places(segments))
 
     def _by_torch(self, hidden: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
         windows = set(self._model.windows[self.first_layer : self.last_layer])

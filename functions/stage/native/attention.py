@@ -1,17 +1,15 @@
 """Queries, keys and values made ready, and attention over the KV arena: a few queries of one sequence at a time."""
 
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numba import carray
 
 from functions.stage.native import vector_code as code
 from functions.stage.native.arithmetic import bf16, exp, floats, integers, jit, normalize, vector
-from functions.stage.native.matrices import SUMS, tile
-from functions.stage.native.vector_code import COLUMNS, OUTS, bits_of_float, float_of_bits, pointer
-
-VECTORS: Final = 4
-"""Queries that read keys and values together."""
+from functions.stage.native.matrices import tile
+from functions.stage.native.shapes import COLUMNS, OUTS, SUMS, VECTORS
+from functions.stage.native.vector_code import bits_of_float, float_of_bits, pointer
 
 _one_key_1, _one_key_2, _one_key_3, _one_key_4 = (code.tile_of(code.BFloat16, 1, rows, False) for rows in (1, 2, 3, 4))
 _pairs_tile_1, _pairs_tile_2, _pairs_tile_3, _pairs_tile_4 = (code.pairs_tile_of(rows) for rows in (1, 2, 3, 4))

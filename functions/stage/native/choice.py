@@ -7,14 +7,13 @@ import torch
 
 from functions.stage.kv_pool import KVPool
 from functions.stage.llama_config import LlamaConfig
+from functions.stage.native.shapes import STEP
 
 if TYPE_CHECKING:
     from functions.stage.native.layers import NativeLayers
 
 _log: Final = logging.getLogger(__name__)
 _DTYPES: Final = ("bfloat16", "int8")
-_STEP: Final = 32
-"""`vector_code.STEP`: sums run over multiples of so many products."""
 _ROWS_FOR_TILES: Final = 64
 """From here on, oneDNN gains by AMX's tiles more than it loses by laying weights out for every pass."""
 
@@ -22,7 +21,7 @@ _ROWS_FOR_TILES: Final = 64
 def native_layers(model: LlamaConfig, first_layer: int, dtype: str, pool: KVPool) -> "NativeLayers | None":
     """None where torch's operators have to do: another dtype or device, odd sizes, no numba or none of GNU's OpenMP."""
     sizes = (model.hidden_size, model.intermediate_size, model.head_dim)
-    if dtype not in _DTYPES or pool.device.type != "cpu" or any(size % _STEP for size in sizes):
+    if dtype not in _DTYPES or pool.device.type != "cpu" or any(size % STEP for size in sizes):
         return None
     try:
         from functions.stage.native.layers import NativeLayers

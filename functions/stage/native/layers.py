@@ -17,11 +17,9 @@ from functions.stage.linear import Matrix, stacked
 from functions.stage.llama_config import LlamaConfig
 from functions.stage.llama_layer import LayerWeights, Places
 from functions.stage.native import machine_code
-from functions.stage.native.attention import VECTORS
-from functions.stage.native.matrices import BLOCK_ROWS, SUMS
 from functions.stage.native.openmp import OpenMP
+from functions.stage.native.shapes import BLOCK_ROWS, COLUMNS, OUTS, ROWS, SUMS, VECTORS
 from functions.stage.native.tables import GROUP, LAYER, PASS, PRODUCT
-from functions.stage.native.vector_code import COLUMNS, OUTS, ROWS
 
 _LARGEST_WEIGHT: Final = 127
 _LANES: Final = 16

@@ -1,5 +1,8 @@
 """`kernels` as machine code: compiled once (some 10 s), kept beside the source, loaded from then on.
 
+The target must be selected before numba compiles anything, or code would be made for the CPU at hand and looked up as that of
+a level. So nothing here or in `layers` imports functions for numba: importing one has numba choose its target.
+
 What is kept belongs to one state of the source and one level of CPUs. Where the folder cannot be written, as in a container,
 what the image brought is used; what it did not bring is compiled at every start.
 """

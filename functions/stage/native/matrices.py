@@ -1,19 +1,14 @@
 """Matrices: rows are rounded to 16 bits once, then multiplied tile by tile, a share of the outputs for each thread."""
 
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numba import carray
 
 from functions.stage.native import vector_code as code
 from functions.stage.native.arithmetic import exp, floats, jit, normalize, pack, vector
-from functions.stage.native.vector_code import OUTS, ROWS, pointer, scale_tile, store_tile
-
-BLOCK_ROWS: Final = 64
-"""So many rows go through a matrix together: rounded to 16 bits, they stay in the second level of the cache."""
-TILE: Final = OUTS * ROWS
-SUMS: Final = 2 * TILE
-"""Floats at the beginning of a thread's scratch memory, for the sums of two tiles."""
+from functions.stage.native.shapes import BLOCK_ROWS, OUTS, ROWS, SUMS, TILE
+from functions.stage.native.vector_code import pointer, scale_tile, store_tile
 
 _int8_first_1, _int8_first_2, _int8_first_3, _int8_first_4 = (
     code.tile_of(code.Int8, OUTS, rows, True) for rows in (1, 2, 3, 4)

@@ -16,15 +16,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from functions.stage.native import target
+from functions.stage.native.shapes import COLUMNS, OUTS, ROWS, STEP
 
-OUTS: Final = 4
-"""Rows of weights in a tile."""
-ROWS: Final = 4
-"""Most rows of activations in a tile."""
-STEP: Final = 32
-"""Sums run over multiples of this many products."""
-COLUMNS: Final = 32
-"""Of a tile whose columns lie side by side in pairs."""
 _AHEAD_BYTES: Final = 4096
 """How far ahead of the weights in use those that follow are fetched."""
 _LANES: Final = 16

@@ -1,0 +1,19 @@
+"""How much is computed together. No numba here: what is compiled must not be imported before its target is selected."""
+
+from typing import Final
+
+OUTS: Final = 4
+"""Rows of weights in a tile."""
+ROWS: Final = 4
+"""Most rows of activations in a tile."""
+TILE: Final = OUTS * ROWS
+SUMS: Final = 2 * TILE
+"""Floats at the beginning of a thread's scratch memory, for the sums of two tiles."""
+STEP: Final = 32
+"""Sums run over multiples of this many products."""
+BLOCK_ROWS: Final = 64
+"""So many rows go through a matrix together: rounded to 16 bits, they stay in the second level of the cache."""
+VECTORS: Final = 4
+"""Queries that read keys and values together."""
+COLUMNS: Final = 32
+"""Of a tile whose columns lie side by side in pairs."""
