@@ -1,10 +1,12 @@
 """Numbers, row by row: floats at an address, exp, rounding to 16 bits, RMSNorm. Loops that LLVM makes vectors of."""
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
 from numba import carray, njit
 
+from functions.stage.native.shapes import ROWS
 from functions.stage.native.vector_code import bits_of_float, float_of_bits, pointer
 
 jit: Final = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract", "arcp"})
@@ -12,6 +14,24 @@ jit: Final = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "nsz", "
 
 _SMALLEST: Final = np.int32(np.float32(1e-30).view(np.int32))
 """Bits of what a row of zeros is divided by. Positive floats are in the order of their bits, whose maximum vectors find."""
+
+
+def by_rows(tile_of: Callable[[int], Any]) -> Any:
+    """A function of the number of rows, 1 to 4, and of what the tile for so many takes: numba has no table of functions."""
+    one, two, three, four = (tile_of(rows) for rows in range(1, ROWS + 1))
+
+    @jit
+    def chosen(rows: int, *arguments: Any) -> None:
+        if rows == 4:
+            four(*arguments)
+        elif rows == 1:
+            one(*arguments)
+        elif rows == 2:
+            two(*arguments)
+        else:
+            three(*arguments)
+
+    return chosen
 
 
 @jit

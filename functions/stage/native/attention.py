@@ -6,14 +6,14 @@ import numpy as np
 from numba import carray
 
 from functions.stage.native import vector_code as code
-from functions.stage.native.arithmetic import bf16, exp, floats, integers, jit, normalize, vector
+from functions.stage.native.arithmetic import bf16, by_rows, exp, floats, integers, jit, normalize, vector
 from functions.stage.native.matrices import tile
-from functions.stage.native.shapes import COLUMNS, OUTS, SUMS, VECTORS
+from functions.stage.native.shapes import COLUMNS, LANES, OUTS, SUMS, VECTORS
 from functions.stage.native.vector_code import bits_of_float, float_of_bits, pointer
 
-_one_key_1, _one_key_2, _one_key_3, _one_key_4 = (code.tile_of(code.BFloat16, 1, rows, False) for rows in (1, 2, 3, 4))
-_pairs_tile_1, _pairs_tile_2, _pairs_tile_3, _pairs_tile_4 = (code.pairs_tile_of(rows) for rows in (1, 2, 3, 4))
-_sum_1, _sum_2, _sum_3, _sum_4 = (code.weighted_sum_of(heads) for heads in (1, 2, 3, 4))
+_one_key = by_rows(lambda rows: code.tile_of(code.BFloat16, 1, rows, False))
+_pairs_tile = by_rows(code.pairs_tile_of)
+_weighted_sum = by_rows(code.weighted_sum_of)
 
 
 @jit
@@ -54,7 +54,7 @@ def write_kv(group: Any, layer: Any, state: Any, row: int, kv_head: int) -> None
 
 @jit
 def lay_out(group: Any, layer: Any, state: Any, block: int, kv_head: int) -> None:
-    """Keys and values of up to COLUMNS tokens in one head as `pairs_tile` reads them. Tokens that are missing are zeros."""
+    """Keys and values of up to COLUMNS tokens in one head as `_pairs_tile` reads them. Tokens that are missing are zeros."""
     size = group.head_dim
     first, count = carray(pointer(state.blocks), (state.num_blocks, 2), np.int64)[block]
     place = 2 * size * (kv_head * group.capacity + first)
@@ -132,7 +132,7 @@ def attend_together(
     if first_block >= 0:
         for token in range(0, tokens, COLUMNS):
             keys = laid_at(group, state, state.laid_keys, block + token // COLUMNS, kv_head)
-            pairs_tile(count, keys, 4 * COLUMNS, queries_at, 2 * size, size // 2, scores_at + 4 * token, 4 * state.most_tokens)
+            _pairs_tile(count, keys, 4 * COLUMNS, queries_at, 2 * size, size // 2, scores_at + 4 * token, 4 * state.most_tokens)
     else:
         score(layer.keys + place, queries_at, size, tokens, count, scores, vector(scratch, SUMS), scratch)
     for query in range(count):
@@ -152,27 +152,13 @@ def attend_together(
                 shares[query, token] = bf16(scores[query, token])
         values = laid_at(group, state, state.laid_values, block, kv_head)
         for i in range(0, size, COLUMNS):
-            pairs_tile(
+            _pairs_tile(
                 count, values + 4 * i, 4 * size, shares_at, 2 * state.most_tokens, (tokens + 1) // 2, out + 4 * i, out_stride
             )
     else:
-        for i in range(0, size, 16):
+        for i in range(0, size, LANES):
             values = layer.values + place + 2 * i
-            weighted(count, scores_at, 4 * state.most_tokens, values, 2 * size, tokens, out + 4 * i, out_stride)
-
-
-@jit
-def pairs_tile(
-    count: int, columns: int, pair_stride: int, x: int, x_stride: int, pairs: int, out: int, out_stride: int
-) -> None:
-    if count == 4:
-        _pairs_tile_4(columns, pair_stride, x, x_stride, pairs, out, out_stride)
-    elif count == 1:
-        _pairs_tile_1(columns, pair_stride, x, x_stride, pairs, out, out_stride)
-    elif count == 2:
-        _pairs_tile_2(columns, pair_stride, x, x_stride, pairs, out, out_stride)
-    else:
-        _pairs_tile_3(columns, pair_stride, x, x_stride, pairs, out, out_stride)
+            _weighted_sum(count, scores_at, 4 * state.most_tokens, values, 2 * size, tokens, out + 4 * i, out_stride)
 
 
 @jit
@@ -184,35 +170,9 @@ def score(keys: int, queries: int, size: int, tokens: int, count: int, scores: A
             for o in range(OUTS):
                 scores[head, token + o] = sums[head * OUTS + o]
     for token in range(whole, tokens):
-        one_key(count, keys + 2 * size * token, queries, size, scratch)
+        _one_key(count, keys + 2 * size * token, 2 * size, queries, 2 * size, size, scratch)
         for head in range(count):
             scores[head, token] = sums[head]
-
-
-@jit
-def one_key(count: int, key: int, queries: int, size: int, out: int) -> None:
-    if count == 1:
-        _one_key_1(key, 2 * size, queries, 2 * size, size, out)
-    elif count == 2:
-        _one_key_2(key, 2 * size, queries, 2 * size, size, out)
-    elif count == 3:
-        _one_key_3(key, 2 * size, queries, 2 * size, size, out)
-    else:
-        _one_key_4(key, 2 * size, queries, 2 * size, size, out)
-
-
-@jit
-def weighted(
-    count: int, weights: int, weights_stride: int, values: int, values_stride: int, tokens: int, out: int, out_stride: int
-) -> None:
-    if count == 1:
-        _sum_1(weights, weights_stride, values, values_stride, tokens, out, out_stride)
-    elif count == 2:
-        _sum_2(weights, weights_stride, values, values_stride, tokens, out, out_stride)
-    elif count == 3:
-        _sum_3(weights, weights_stride, values, values_stride, tokens, out, out_stride)
-    else:
-        _sum_4(weights, weights_stride, values, values_stride, tokens, out, out_stride)
 
 
 @jit

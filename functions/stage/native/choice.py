@@ -7,6 +7,7 @@ import torch
 
 from functions.stage.kv_pool import KVPool
 from functions.stage.llama_config import LlamaConfig
+from functions.stage.native.openmp import NoOpenMP
 from functions.stage.native.shapes import STEP
 
 if TYPE_CHECKING:
@@ -25,13 +26,9 @@ def native_layers(model: LlamaConfig, first_layer: int, dtype: str, pool: KVPool
         return None
     try:
         from functions.stage.native.layers import NativeLayers
-        from functions.stage.native.openmp import NoOpenMP
-    except ImportError as error:
-        _log.warning("layers run by torch's operators, which is slower: %s", error)
-        return None
-    try:
+
         return NativeLayers(model, first_layer, pool)
-    except NoOpenMP as error:
+    except (ImportError, NoOpenMP) as error:
         _log.warning("layers run by torch's operators, which is slower: %s", error)
         return None
 

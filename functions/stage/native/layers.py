@@ -18,11 +18,10 @@ from functions.stage.llama_config import LlamaConfig
 from functions.stage.llama_layer import LayerWeights, Places
 from functions.stage.native import machine_code
 from functions.stage.native.openmp import OpenMP
-from functions.stage.native.shapes import BLOCK_ROWS, COLUMNS, OUTS, ROWS, SUMS, VECTORS
+from functions.stage.native.shapes import BLOCK_ROWS, COLUMNS, LANES, OUTS, ROWS, SUMS, VECTORS
 from functions.stage.native.tables import GROUP, LAYER, PASS, PRODUCT
 
 _LARGEST_WEIGHT: Final = 127
-_LANES: Final = 16
 _LAID_OUT_ROWS: Final = 16
 """Of a chunk, from which on its sequence's keys and values are laid out for it."""
 _LINE_BYTES: Final = 64
@@ -89,13 +88,11 @@ class NativeLayers:
     def _group_table(self) -> Any:
         model = self._model
         table = np.zeros(1, GROUP)
-        widest = max(model.hidden_size, model.intermediate_size, model.num_heads * model.head_dim)
-        lane_products = math.ceil(widest / _LANES)
+        lane_products = math.ceil(_widest(model) / LANES)
         table["layers"] = self._layers.ctypes.data
         table["num_layers"] = len(self._layers)
         table["largest"] = min(32_767, (2**31 - 1) // (_LARGEST_WEIGHT * lane_products))
         table["eps"] = model.rms_norm_eps
-        table["hidden_size"], table["inner_size"] = model.hidden_size, model.intermediate_size
         table["heads"], table["kv_heads"], table["head_dim"] = model.num_heads, model.num_kv_heads, model.head_dim
         table["capacity"] = self._pool.capacity_tokens
         table["thread_number"], table["threads"] = self._openmp.thread_number, self._openmp.threads
@@ -138,7 +135,7 @@ class _State:
         rows = len(hidden)
         self.threads = threads
         bundles, blocks = _bundles(segments, places)
-        most_tokens = -(-(max(places.positions) + 1) // COLUMNS) * COLUMNS
+        most_tokens = _rounded_up(max(places.positions) + 1, COLUMNS)
         scratch_bytes = _scratch_bytes(model, most_tokens)
         self.table = np.zeros(1, PASS)
         self.table["rows"], self.table["num_bundles"], self.table["most_tokens"] = rows, len(bundles), most_tokens
@@ -197,12 +194,20 @@ def _wide(matrix: Matrix) -> Matrix:
 
 def _scratch_bytes(model: LlamaConfig, most_tokens: int) -> int:
     """Of one thread."""
-    widest = max(model.hidden_size, model.intermediate_size, model.num_heads * model.head_dim)
     of_attention = 4 * SUMS + VECTORS * (2 * model.head_dim + 6 * most_tokens)
-    return max(_matrix_scratch_bytes(widest), -(-of_attention // _LINE_BYTES) * _LINE_BYTES)
+    return max(_matrix_scratch_bytes(_widest(model)), _rounded_up(of_attention, _LINE_BYTES))
 
 
 def _matrix_scratch_bytes(width: int) -> int:
     """Sums, scales of the rows, a normalized row, and a block of packed rows."""
-    floats = SUMS + (BLOCK_ROWS + ROWS) * OUTS + -(-width // _LANES) * _LANES
-    return -(-(4 * floats + 2 * BLOCK_ROWS * width) // _LINE_BYTES) * _LINE_BYTES
+    floats = SUMS + (BLOCK_ROWS + ROWS) * OUTS + _rounded_up(width, LANES)
+    return _rounded_up(4 * floats + 2 * BLOCK_ROWS * width, _LINE_BYTES)
+
+
+def _widest(model: LlamaConfig) -> int:
+    """Of the rows that a matrix is multiplied with."""
+    return max(model.hidden_size, model.intermediate_size, model.num_heads * model.head_dim)
+
+
+def _rounded_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

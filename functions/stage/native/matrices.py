@@ -6,18 +6,14 @@ import numpy as np
 from numba import carray
 
 from functions.stage.native import vector_code as code
-from functions.stage.native.arithmetic import exp, floats, jit, normalize, pack, vector
-from functions.stage.native.shapes import BLOCK_ROWS, OUTS, ROWS, SUMS, TILE
+from functions.stage.native.arithmetic import by_rows, exp, floats, jit, normalize, pack, vector
+from functions.stage.native.shapes import BLOCK_ROWS, LANES, OUTS, ROWS, SUMS, TILE
 from functions.stage.native.vector_code import pointer, scale_tile, store_tile
 
-_int8_first_1, _int8_first_2, _int8_first_3, _int8_first_4 = (
-    code.tile_of(code.Int8, OUTS, rows, True) for rows in (1, 2, 3, 4)
-)
-_int8_1, _int8_2, _int8_3, _int8_4 = (code.tile_of(code.Int8, OUTS, rows, False) for rows in (1, 2, 3, 4))
-_bf16_first_1, _bf16_first_2, _bf16_first_3, _bf16_first_4 = (
-    code.tile_of(code.BFloat16, OUTS, rows, True) for rows in (1, 2, 3, 4)
-)
-_bf16_1, _bf16_2, _bf16_3, _bf16_4 = (code.tile_of(code.BFloat16, OUTS, rows, False) for rows in (1, 2, 3, 4))
+_int8_fetching = by_rows(lambda rows: code.tile_of(code.Int8, OUTS, rows, True))
+_int8 = by_rows(lambda rows: code.tile_of(code.Int8, OUTS, rows, False))
+_bf16_fetching = by_rows(lambda rows: code.tile_of(code.BFloat16, OUTS, rows, True))
+_bf16 = by_rows(lambda rows: code.tile_of(code.BFloat16, OUTS, rows, False))
 
 
 @jit
@@ -29,7 +25,7 @@ def packed_rows(group: Any, int8: bool, source: int, width: int, first: int, las
     rows = floats(source, last, width)
     scales = floats(scratch + 4 * SUMS, BLOCK_ROWS, OUTS)
     normalized = vector(scratch + 4 * (SUMS + BLOCK_ROWS * OUTS), width)
-    packed_at = scratch + 4 * (SUMS + BLOCK_ROWS * OUTS + (width + 15) // 16 * 16)
+    packed_at = scratch + 4 * (SUMS + BLOCK_ROWS * OUTS + (width + LANES - 1) // LANES * LANES)
     packed = carray(pointer(packed_at), (last - first, width), np.int16)
     for row in range(first, last):
         if gain == 0:
@@ -45,39 +41,13 @@ def tile(int8: bool, fetch: bool, rows: int, weights: int, x: int, width: int, o
     """out[row * OUTS + weight row] of up to ROWS packed rows."""
     if int8:
         if fetch:
-            if rows == 4:
-                _int8_first_4(weights, width, x, 2 * width, width, out)
-            elif rows == 1:
-                _int8_first_1(weights, width, x, 2 * width, width, out)
-            elif rows == 2:
-                _int8_first_2(weights, width, x, 2 * width, width, out)
-            else:
-                _int8_first_3(weights, width, x, 2 * width, width, out)
-        elif rows == 4:
-            _int8_4(weights, width, x, 2 * width, width, out)
-        elif rows == 1:
-            _int8_1(weights, width, x, 2 * width, width, out)
-        elif rows == 2:
-            _int8_2(weights, width, x, 2 * width, width, out)
+            _int8_fetching(rows, weights, width, x, 2 * width, width, out)
         else:
-            _int8_3(weights, width, x, 2 * width, width, out)
+            _int8(rows, weights, width, x, 2 * width, width, out)
     elif fetch:
-        if rows == 4:
-            _bf16_first_4(weights, 2 * width, x, 2 * width, width, out)
-        elif rows == 1:
-            _bf16_first_1(weights, 2 * width, x, 2 * width, width, out)
-        elif rows == 2:
-            _bf16_first_2(weights, 2 * width, x, 2 * width, width, out)
-        else:
-            _bf16_first_3(weights, 2 * width, x, 2 * width, width, out)
-    elif rows == 4:
-        _bf16_4(weights, 2 * width, x, 2 * width, width, out)
-    elif rows == 1:
-        _bf16_1(weights, 2 * width, x, 2 * width, width, out)
-    elif rows == 2:
-        _bf16_2(weights, 2 * width, x, 2 * width, width, out)
+        _bf16_fetching(rows, weights, 2 * width, x, 2 * width, width, out)
     else:
-        _bf16_3(weights, 2 * width, x, 2 * width, width, out)
+        _bf16(rows, weights, 2 * width, x, 2 * width, width, out)
 
 
 @jit

@@ -2,6 +2,8 @@
 
 from typing import Final
 
+LANES: Final = 16
+"""Of a vector: 32-bit numbers."""
 OUTS: Final = 4
 """Rows of weights in a tile."""
 ROWS: Final = 4

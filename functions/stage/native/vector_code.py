@@ -16,15 +16,14 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from functions.stage.native import target
-from functions.stage.native.shapes import COLUMNS, OUTS, ROWS, STEP
+from functions.stage.native.shapes import COLUMNS, LANES, OUTS, ROWS, STEP
 
 _AHEAD_BYTES: Final = 4096
 """How far ahead of the weights in use those that follow are fetched."""
-_LANES: Final = 16
 
 _I8, _I16, _I32, _I64, _F32 = (ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType())
-_FLOATS: Final = ir.VectorType(_F32, _LANES)
-_INTS: Final = ir.VectorType(_I32, _LANES)
+_FLOATS: Final = ir.VectorType(_F32, LANES)
+_INTS: Final = ir.VectorType(_I32, LANES)
 
 
 class _BFloat(ir.Type):
@@ -53,6 +52,17 @@ def _call(builder: Any, name: str, result: ir.Type, *arguments: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), arguments)
 
 
+def _store(builder: Any, value: Any, address: Any) -> None:
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=4)
+
+
+def _broadcast(builder: Any, value: Any, vector: ir.Type) -> Any:
+    """The same number in every lane."""
+    undefined = ir.Constant(vector, ir.Undefined)
+    one = builder.insert_element(undefined, value, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(one, undefined, ir.Constant(_INTS, [0] * LANES))
+
+
 def _even_and_odd(builder: Any, first: Any, second: Any) -> tuple[Any, Any]:
     """Of two vectors one behind the other, the elements with even and with odd numbers."""
     lanes = first.type.count
@@ -67,13 +77,11 @@ class Int8:
     weight_bytes: Final = 1
     loaded_weights: Final = ir.VectorType(_I8, STEP)
     loaded_rows: Final = ir.VectorType(_I16, STEP)
-    zero: Final = ir.Constant(_INTS, [0] * _LANES)
+    zero: Final = ir.Constant(_INTS, [0] * LANES)
 
     @staticmethod
     def widen(builder: Any, weights: Any) -> Any:
         return builder.sext(weights, ir.VectorType(_I16, STEP))
-
-    widen_row = staticmethod(lambda builder, row: row)
 
     @staticmethod
     def multiply_add(builder: Any, total: Any, weights: Any, row: Any) -> Any:
@@ -90,22 +98,18 @@ class Int8:
     def floats(builder: Any, total: Any) -> Any:
         return builder.sitofp(total, _FLOATS)
 
-    @staticmethod
-    def add(builder: Any, a: Any, b: Any) -> Any:
-        return builder.add(a, b)
-
 
 def _pmadd_of_halves(builder: Any, weights: Any, row: Any) -> Any:
     halves = []
-    for first in (0, _LANES):
-        picks = ir.Constant(_INTS, list(range(first, first + _LANES)))
+    for first in (0, LANES):
+        picks = ir.Constant(_INTS, list(range(first, first + LANES)))
         parts = [builder.shuffle_vector(whole, ir.Constant(whole.type, ir.Undefined), picks) for whole in (weights, row)]
-        halves.append(_call(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(_I32, _LANES // 2), *parts))
-    return builder.shuffle_vector(*halves, ir.Constant(_INTS, list(range(_LANES))))
+        halves.append(_call(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(_I32, LANES // 2), *parts))
+    return builder.shuffle_vector(*halves, ir.Constant(_INTS, list(range(LANES))))
 
 
 def _halves_interleaved(builder: Any, products: Any) -> tuple[Any, Any]:
-    picks = ir.VectorType(_I32, _LANES)
+    picks = ir.VectorType(_I32, LANES)
     undefined = ir.Constant(products.type, ir.Undefined)
     even = builder.shuffle_vector(products, undefined, ir.Constant(picks, list(range(0, STEP, 2))))
     return even, builder.shuffle_vector(products, undefined, ir.Constant(picks, list(range(1, STEP, 2))))
@@ -115,15 +119,13 @@ class BFloat16:
     """bf16 weights and activations, sums in float32."""
 
     weight_bytes: Final = 2
-    zero: Final = ir.Constant(_FLOATS, [0.0] * _LANES)
+    zero: Final = ir.Constant(_FLOATS, [0.0] * LANES)
     loaded_weights: Final = ir.VectorType(_I16, STEP)
     loaded_rows: Final = ir.VectorType(_I16, STEP)
 
     @staticmethod
     def widen(builder: Any, weights: Any) -> Any:
         return weights
-
-    widen_row = widen
 
     @staticmethod
     def multiply_add(builder: Any, total: Any, weights: Any, row: Any) -> Any:
@@ -139,16 +141,12 @@ class BFloat16:
     def floats(builder: Any, total: Any) -> Any:
         return total
 
-    @staticmethod
-    def add(builder: Any, a: Any, b: Any) -> Any:
-        return builder.fadd(a, b)
-
 
 def _pairs_of_floats(builder: Any, numbers: Any) -> tuple[Any, Any]:
     """The even and the odd ones of 32 bf16 numbers: the upper half of a float's bits is a bf16."""
     bits = builder.bitcast(numbers, _INTS)
-    even = builder.shl(bits, ir.Constant(_INTS, [16] * _LANES))
-    odd = builder.and_(bits, ir.Constant(_INTS, [0xFFFF0000] * _LANES))
+    even = builder.shl(bits, ir.Constant(_INTS, [16] * LANES))
+    odd = builder.and_(bits, ir.Constant(_INTS, [0xFFFF0000] * LANES))
     return builder.bitcast(even, _FLOATS), builder.bitcast(odd, _FLOATS)
 
 
@@ -195,18 +193,17 @@ def _fetch(builder: Any, weights: Any, place: Any, size: int) -> None:
 def _store_sums(builder: Any, sums: list[Any], out: Any) -> None:
     """Each vector's elements summed up. Neighbours are added pairwise until one vector holds all sums of 16."""
     count = len(sums)
-    while len(sums) < _LANES:
-        sums.append(ir.Constant(_FLOATS, [0.0] * _LANES))
+    while len(sums) < LANES:
+        sums.append(ir.Constant(_FLOATS, [0.0] * LANES))
     while len(sums) > 1:
         sums = [
             builder.fadd(*_even_and_odd(builder, first, second)) for first, second in zip(sums[::2], sums[1::2], strict=True)
         ]
-    if count == _LANES:
-        builder.store(sums[0], builder.inttoptr(out, _FLOATS.as_pointer()), align=4)
+    if count == LANES:
+        _store(builder, sums[0], out)
         return
     for index in range(count):
-        address = builder.inttoptr(builder.add(out, _number(4 * index)), _F32.as_pointer())
-        builder.store(builder.extract_element(sums[0], ir.Constant(_I32, index)), address)
+        _store(builder, builder.extract_element(sums[0], ir.Constant(_I32, index)), builder.add(out, _number(4 * index)))
 
 
 def pairs_tile_of(rows: int) -> Any:
@@ -215,7 +212,7 @@ def pairs_tile_of(rows: int) -> Any:
     columns bf16 [pairs, …, 2] of which COLUMNS are taken, x [rows, 2 * pairs], out float32. A vector holds one pair of every
     column, so that no sum goes across a vector.
     """
-    parts = COLUMNS // _LANES
+    parts = COLUMNS // LANES
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         columns, pair_stride, x, x_stride, pairs, out, out_stride = arguments
@@ -223,7 +220,6 @@ def pairs_tile_of(rows: int) -> Any:
         for total in (total for row in totals for total in row):
             builder.store(BFloat16.zero, total)
         row_at = [builder.add(x, builder.mul(x_stride, _number(row))) for row in range(rows)]
-        undefined = ir.Constant(_INTS, ir.Undefined)
         with cgutils.for_range_slice(builder, _number(0), pairs, _number(1)) as (pair, _):
             place = builder.mul(pair, pair_stride)
             vectors = [
@@ -232,15 +228,13 @@ def pairs_tile_of(rows: int) -> Any:
             ]
             for row, row_totals in zip(row_at, totals, strict=True):
                 bits = _load(builder, row, builder.mul(pair, _number(4)), _I32)
-                one = builder.insert_element(undefined, bits, ir.Constant(_I32, 0))
-                every = builder.shuffle_vector(one, undefined, ir.Constant(_INTS, [0] * _LANES))
-                values = builder.bitcast(every, BFloat16.loaded_rows)
+                values = builder.bitcast(_broadcast(builder, bits, _INTS), BFloat16.loaded_rows)
                 for vector, total in zip(vectors, row_totals, strict=True):
                     builder.store(BFloat16.multiply_add(builder, builder.load(total), vector, values), total)
         for row, row_totals in enumerate(totals):
             for part, total in enumerate(row_totals):
                 address = builder.add(out, builder.add(builder.mul(out_stride, _number(row)), _number(64 * part)))
-                builder.store(builder.load(total), builder.inttoptr(address, _FLOATS.as_pointer()), align=4)
+                _store(builder, builder.load(total), address)
         return context.get_dummy_value()
 
     @intrinsic
@@ -258,23 +252,22 @@ def weighted_sum_of(heads: int) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         weights, weights_stride, values, values_stride, tokens, out, out_stride = arguments
-        zero = ir.Constant(_FLOATS, [0.0] * _LANES)
+        zero = ir.Constant(_FLOATS, [0.0] * LANES)
         totals = [cgutils.alloca_once_value(builder, zero) for _ in range(heads)]
         for total in totals:
             builder.store(zero, total)
         rows = [builder.add(weights, builder.mul(weights_stride, _number(head))) for head in range(heads)]
         with cgutils.for_range_slice(builder, _number(0), tokens, _number(1)) as (token, _):
-            bits = _load(builder, values, builder.mul(token, values_stride), ir.VectorType(_I16, _LANES))
-            wide = builder.shl(builder.zext(bits, _INTS), ir.Constant(_INTS, [16] * _LANES))
+            bits = _load(builder, values, builder.mul(token, values_stride), ir.VectorType(_I16, LANES))
+            wide = builder.shl(builder.zext(bits, _INTS), ir.Constant(_INTS, [16] * LANES))
             value = builder.bitcast(wide, _FLOATS)
             for row, total in zip(rows, totals, strict=True):
                 weight = _load(builder, row, builder.mul(token, _number(4)), _F32)
-                one = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), weight, ir.Constant(_I32, 0))
-                every = builder.shuffle_vector(one, ir.Constant(_FLOATS, ir.Undefined), ir.Constant(_INTS, [0] * _LANES))
+                every = _broadcast(builder, weight, _FLOATS)
                 builder.store(_call(builder, "llvm.fmuladd.v16f32", _FLOATS, value, every, builder.load(total)), total)
         for head, total in enumerate(totals):
             address = builder.add(out, builder.mul(out_stride, _number(head)))
-            builder.store(builder.load(total), builder.inttoptr(address, _FLOATS.as_pointer()), align=4)
+            _store(builder, builder.load(total), address)
         return context.get_dummy_value()
 
     @intrinsic
@@ -293,7 +286,7 @@ def scale_tile(typing_context, sums, row_scales, scales, biases):  # type: ignor
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         tile_at, row_scales_at, scales_at, biases_at = arguments
         outs = ir.VectorType(_F32, OUTS)
-        every_row = ir.Constant(_INTS, [lane % OUTS for lane in range(_LANES)])
+        every_row = ir.Constant(_INTS, [lane % OUTS for lane in range(LANES)])
 
         def of_outputs(address: Any) -> Any:
             values = _load(builder, address, _number(0), outs)
@@ -301,7 +294,7 @@ def scale_tile(typing_context, sums, row_scales, scales, biases):  # type: ignor
 
         values = builder.fmul(_load(builder, tile_at, _number(0), _FLOATS), _load(builder, row_scales_at, _number(0), _FLOATS))
         values = _call(builder, "llvm.fmuladd.v16f32", _FLOATS, values, of_outputs(scales_at), of_outputs(biases_at))
-        builder.store(values, builder.inttoptr(tile_at, _FLOATS.as_pointer()), align=4)
+        _store(builder, values, tile_at)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), codegen
@@ -324,7 +317,7 @@ def store_tile(typing_context, sums, out, stride, rows, add):  # type: ignore[no
                 with builder.if_then(builder.icmp_signed("!=", add, _number(0))):
                     builder.store(_load(builder, address, _number(0), outs), held)
                 total = builder.fadd(values, builder.load(held))
-                builder.store(total, builder.inttoptr(address, outs.as_pointer()), align=4)
+                _store(builder, total, address)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 5), codegen
