@@ -156,8 +156,8 @@ def test_a_watch_that_ends_goes_on_where_it_was(server: WatchServer) -> None:
     server.put(slice_of("one", ("10.1.0.5", READY)))
     with watching(server) as told:
         told.wait(Endpoint("http://10.1.0.5:8012", "stage-0-00001"))
-        server.bookmark("77")
         wait_until(lambda: server.watches, "the watch")
+        server.bookmark("77")
         server.end_watches()
         wait_until(lambda: any("resourceVersion=77" in request for request in server.requests), "the next watch")
         assert len(told.all) == 1

@@ -199,6 +199,22 @@ def test_one_that_crashes_at_once_backs_off_and_its_last_words_are_shown(tmp_pat
     asyncio.run(scenario())
 
 
+def test_while_one_comes_back_both_its_end_and_what_the_probe_sees_are_shown(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        manifest = echo_service(environment={"NEVER_READY": "1"})
+        async with running_platform(tmp_path, manifest) as platform, client() as session:
+            waiting = asyncio.create_task(fetch(session, platform.url("echo")))
+            await until(lambda: [pod.trouble for pod in revision(platform).pods] == ["readiness probe: {}"])
+            pod = revision(platform).pods[0]
+            with pytest.raises(aiohttp.ClientConnectionError):
+                await fetch(session, f"http://127.0.0.1:{pod.proxy.function_port}/crash")
+            await until(lambda: pod.restarts == 1 and "readiness probe" in pod.trouble)
+            assert pod.trouble.startswith("exit status 7; readiness probe: ")
+            waiting.cancel()
+
+    asyncio.run(scenario())
+
+
 def test_one_that_never_becomes_ready_fails_by_its_deadline_and_says_what_the_probe_saw(tmp_path: Path) -> None:
     async def scenario() -> None:
         deadline = {"serving.knative.dev/progress-deadline": "2s"}

@@ -51,7 +51,7 @@ class Pod:
         self.phase = Phase.STARTING
         self.restarts = 0
         self.trouble = ""
-        """What keeps it from being ready: why the container ended, or what its readiness probe sees."""
+        """What keeps it from being ready: why the container ended, what its readiness probe sees; both while it comes back."""
         self.last_end = ""
         """Why the container last ended; stays when it has come back."""
         self.readiness = ""
@@ -134,7 +134,8 @@ class Pod:
             self.trouble, self.readiness = "", text or "ready"
             self._enter(Phase.READY)
         else:
-            self.trouble = f"readiness probe: {text}"
+            came_back = f"{self.last_end}; " if self.last_end and self.phase is Phase.STARTING else ""
+            self.trouble = f"{came_back}readiness probe: {text}"
             self._enter(Phase.NOT_READY if self.phase is Phase.READY else self.phase)
 
     def _enter(self, phase: Phase) -> None:

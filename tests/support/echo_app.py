@@ -1,6 +1,6 @@
 """A stand-in function for tests of the platform: `python -m tests.support.echo_app`, told what to do by paths and environment.
 
-PORT as in any function. CRASH=1: ends at once with status 3. NEVER_READY=1: its readiness probe fails for ever.
+PORT as in any function. CRASH=1: ends at once with status 1. NEVER_READY=1: its readiness probe fails for ever.
 """
 
 import os
