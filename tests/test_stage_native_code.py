@@ -15,7 +15,7 @@ from llvmlite import binding
 from functions.stage.kv_pool import KVPool
 from functions.stage.llama_config import LlamaConfig
 from functions.stage.native import machine_code, target
-from functions.stage.native.choice import native_layers, rows_for_torch
+from functions.stage.native.choice import native_layers
 from tests.support.group_chain import GroupChain, by_plan, tokens_of
 from tests.support.native_models import (
     built_groups,
@@ -47,15 +47,6 @@ def test_machine_code_is_for_bfloat16_and_int8_in_sizes_of_whole_vectors_on_cpus
     assert not chosen("bfloat16", device="meta")
     for field in ("hidden_size", "intermediate_size", "head_dim"):
         assert not chosen("bfloat16", **{field: config("llama")[field] + 16})
-
-
-def test_torch_takes_passes_of_many_rows_where_it_multiplies_bfloat16_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    for tiles, rows in ((True, 64), (False, None)):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles, raising=False)
-        assert rows_for_torch("bfloat16") == rows
-        assert rows_for_torch("int8") is None
-    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
-    assert rows_for_torch("bfloat16") is None
 
 
 @pytest.mark.parametrize("lacking", ["numba", "libgomp.so.1", "RTLD_NOLOAD"])

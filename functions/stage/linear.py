@@ -58,10 +58,10 @@ class PlainLinear(_Unfused):
 
 
 class OneDnnLinear:
-    """CPU, fp32 or bf16: by oneDNN, with the weight in its own layout; or, not `packed`, as it is, laid out for every call."""
+    """CPU, fp32 or bf16: by oneDNN, with the weight in its own layout."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, packed: bool = True) -> None:
-        self._weight = torch.ops.mkldnn._reorder_linear_weight.default(weight) if packed else weight
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight.default(weight)
         self._bias = bias
         self._unary = torch.ops.mkldnn._linear_pointwise.default
         self._binary = torch.ops.mkldnn._linear_pointwise.binary
@@ -132,17 +132,17 @@ def stacked(matrices: Sequence[Matrix]) -> list[Matrix]:
     ]
 
 
-def linear(matrices: Sequence[Matrix], dtype: torch.dtype, *, packed: bool = True) -> Linear:
-    """The matrices stacked, for activations of `dtype`. packed: whether weights may be copied into another layout."""
+def linear(matrices: Sequence[Matrix], dtype: torch.dtype) -> Linear:
+    """The matrices stacked, for activations of `dtype`."""
     matrix, *others = stacked(matrices)
     if others:
-        return SideBySide([linear([part], dtype, packed=packed) for part in (matrix, *others)])
+        return SideBySide([linear([part], dtype) for part in (matrix, *others)])
     weight, bias = matrix.weight, matrix.bias
     own: Linear
     if matrix.scale is not None:
         own = Int8Linear(weight, matrix.scale, bias)
     else:
-        own = OneDnnLinear(weight, bias, packed=packed) if _is_for_onednn(weight) else PlainLinear(weight, bias)
+        own = OneDnnLinear(weight, bias) if _is_for_onednn(weight) else PlainLinear(weight, bias)
     own_dtype = torch.float32 if weight.dtype == torch.int8 else weight.dtype
     return own if own_dtype == dtype else CastLinear(own, own_dtype)
 

@@ -18,7 +18,7 @@ from functions.stage.layer_group import Segment
 from functions.stage.linear import Matrix, linear
 from functions.stage.llama_config import LlamaConfig, UnsupportedConfig
 from functions.stage.llama_layer import LayerWeights, LlamaLayer, Pass, Places
-from functions.stage.native.choice import native_layers, rows_for_torch
+from functions.stage.native.choice import native_layers
 from functions.stage.norm import RmsNorm
 from functions.stage.rope import Rope
 from functions.stage.weights import PRECISIONS, MissingTensors, Precision, Weights
@@ -57,8 +57,7 @@ class LlamaGroup:
         )
         self._rope = Rope(model.rope, model.head_dim, self._device)
         self._native = native_layers(model, first_layer, dtype, self.kv)
-        """The same layers in machine code, for passes of few rows or for all."""
-        self._rows_for_torch = None if self._native is None else rows_for_torch(dtype)
+        """All layers in machine code, where they can be; `_layers` is empty then."""
         self._layers: dict[int, LlamaLayer] = {}
         self._placed: set[int] = set()
         self._embedding: torch.Tensor | None = None
@@ -132,7 +131,11 @@ class LlamaGroup:
         """As `LayerGroup` says. Raises ValueError, and leaves the cache as it was, for segments that do not fit it."""
         self._check(inputs, segments)
         hidden = self._embedded(inputs.to(self._device))
-        hidden = self._in_machine_code(hidden, segments) if self._is_native(len(hidden)) else self._by_torch(hidden, segments)
+        if self._native is None:
+            hidden = self._by_torch(hidden, segments)
+        else:
+            plain = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            hidden = self._native(plain, segments, self._places(segments))
         for segment in segments:
             self.kv.extend(segment.handle, segment.length)
         if self._norm is not None:
@@ -166,18 +169,9 @@ class LlamaGroup:
         slot = layer - self.first_layer
         if self._native is not None:
             self._native.place(layer, weights)
-        if self._native is None or self._rows_for_torch is not None:
-            packed = self._native is None
-            self._layers[layer] = LlamaLayer(self._model, layer, slot, weights, self._precision, packed=packed)
+        else:
+            self._layers[layer] = LlamaLayer(self._model, layer, slot, weights, self._precision)
         self._placed.add(layer)
-
-    def _is_native(self, rows: int) -> bool:
-        return self._native is not None and (self._rows_for_torch is None or rows < self._rows_for_torch)
-
-    def _in_machine_code(self, hidden: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
-        assert self._native is not None
-        plain = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        return self._native(plain, segments, self._places(segments))
 
     def _by_torch(self, hidden: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
         windows = set(self._model.windows[self.first_layer : self.last_layer])

@@ -69,10 +69,8 @@ class LayerWeights:
 class LlamaLayer:
     """A layer with its weights, by torch's operators."""
 
-    def __init__(
-        self, model: LlamaConfig, layer: int, slot: int, weights: LayerWeights, precision: Precision, *, packed: bool = True
-    ) -> None:
-        """layer: number in the whole model, slot: in this group's KV pool. packed: see `linear`."""
+    def __init__(self, model: LlamaConfig, layer: int, slot: int, weights: LayerWeights, precision: Precision) -> None:
+        """layer: number in the whole model, slot: in this group's KV pool."""
         self._slot = slot
         self._window = model.windows[layer]
         self._rotary = model.rotary[layer]
@@ -81,11 +79,11 @@ class LlamaLayer:
         self._head_dim = model.head_dim
         self._kv_dtype = precision.kv
         self._input_norm = RmsNorm(weights.input_gain, model.rms_norm_eps)
-        self._qkv = linear(weights.qkv, precision.activations, packed=packed)
+        self._qkv = linear(weights.qkv, precision.activations)
         self._qk_norm = None if weights.qk_gain is None else RmsNorm(weights.qk_gain, model.rms_norm_eps)
-        self._out = linear([weights.out], precision.activations, packed=packed)
+        self._out = linear([weights.out], precision.activations)
         self._mlp_norm = RmsNorm(weights.mlp_gain, model.rms_norm_eps)
-        self._mlp = gated_mlp(weights.gate, weights.up, weights.down, precision.activations, packed=packed)
+        self._mlp = gated_mlp(weights.gate, weights.up, weights.down, precision.activations)
 
     def __call__(self, hidden: torch.Tensor, state: Pass, pool: KVPool) -> torch.Tensor:
         """hidden [n, hidden_size] → the same; keys and values of the n tokens are in the pool behind it."""

@@ -37,8 +37,8 @@ class FusedMlp:
         return self._down.add_to(residual, functional.silu(gate).mul_(up))
 
 
-def gated_mlp(gate: Matrix, up: Matrix, down: Matrix, dtype: torch.dtype, *, packed: bool = True) -> GatedMlp:
-    """The faster way for the kinds of these matrices, for activations of `dtype`. packed: see `linear`."""
+def gated_mlp(gate: Matrix, up: Matrix, down: Matrix, dtype: torch.dtype) -> GatedMlp:
+    """The faster way for the kinds of these matrices, for activations of `dtype`."""
     if gate.weight.dtype == up.weight.dtype == torch.int8:
         return FusedMlp(linear([gate, up], dtype), linear([down], dtype))
-    return SplitMlp(*(linear([matrix], dtype, packed=packed) for matrix in (gate, up, down)))
+    return SplitMlp(*(linear([matrix], dtype) for matrix in (gate, up, down)))

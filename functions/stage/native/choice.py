@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 _log: Final = logging.getLogger(__name__)
 _DTYPES: Final = ("bfloat16", "int8")
-_ROWS_FOR_TILES: Final = 64
-"""From here on, oneDNN gains by AMX's tiles more than it loses by laying weights out for every pass."""
 
 
 def native_layers(model: LlamaConfig, first_layer: int, dtype: str, pool: KVPool) -> "NativeLayers | None":
@@ -31,9 +29,3 @@ def native_layers(model: LlamaConfig, first_layer: int, dtype: str, pool: KVPool
     except (ImportError, NoOpenMP) as error:
         _log.warning("layers run by torch's operators, which is slower: %s", error)
         return None
-
-
-def rows_for_torch(dtype: str) -> int | None:
-    """From how many rows on torch's operators are faster than native layers; None where they never are."""
-    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    return _ROWS_FOR_TILES if has_tiles and dtype == "bfloat16" else None
