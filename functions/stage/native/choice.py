@@ -3,8 +3,6 @@
 import logging
 from typing import TYPE_CHECKING, Final
 
-import torch
-
 from functions.stage.kv_pool import KVPool
 from functions.stage.llama_config import LlamaConfig
 from functions.stage.native.openmp import NoOpenMP

@@ -182,12 +182,12 @@ def tile_of(kind: Any, outs: int, rows: int, fetch: bool) -> Any:
 
 
 def _fetch(builder: Any, weights: Any, place: Any, size: int) -> None:
-    """The rows of a tile lie one behind the other, so what comes next does too."""
+    """The rows of a tile lie one behind the other, so what comes next does too; read once a pass, it need not stay cached."""
     ahead = builder.add(builder.add(weights, _number(_AHEAD_BYTES)), place)
     for line in range(0, size, 64):
         address = builder.inttoptr(builder.add(ahead, _number(line)), _I8.as_pointer())
-        read, keep, data = ir.Constant(_I32, 0), ir.Constant(_I32, 3), ir.Constant(_I32, 1)
-        _call(builder, "llvm.prefetch.p0", ir.VoidType(), address, read, keep, data)
+        read, once, data = (ir.Constant(_I32, value) for value in (0, 0, 1))
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), address, read, once, data)
 
 
 def _store_sums(builder: Any, sums: list[Any], out: Any) -> None:
