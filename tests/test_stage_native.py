@@ -5,6 +5,7 @@ exchanged, a bias or a gain left out, a window one token too short or too long, 
 alone moves the exact logits at least 1.7 times as far.
 """
 
+import ctypes
 from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from typing import Final
@@ -112,6 +113,37 @@ def test_a_sequence_gets_the_same_bits_whatever_runs_beside_it_on_any_threads(na
             together = states_of(group, list(TEXTS), plan)
             for id in TEXTS:
                 assert torch.equal(together[id], alone[id]), (id, threads, plan[id])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_thread_that_comes_late_holds_up_nobody_and_changes_nothing(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    (group,) = native_groups("llama_biased", dtype, ((2, 5),))
+    hidden = torch.randn(75, group.hidden_size, generator=torch.Generator().manual_seed(3)).bfloat16()
+    lengths = (1, 70, 1, 3)
+    torch.set_num_threads(2)
+    wanted = forwarded(group, hidden, lengths)
+    threads = LateThreads(group)
+    monkeypatch.setattr(group._native, "_openmp", threads)
+    assert torch.equal(forwarded(group, hidden, lengths), wanted)
+    assert threads.came == [0, 1]
+
+
+class LateThreads:
+    """Two threads in place of OpenMP's: the second comes when the first has returned."""
+
+    def __init__(self, group: LlamaGroup) -> None:
+        self.came: list[int] = []
+        c_function = ctypes.CFUNCTYPE(ctypes.c_int)
+        self._number, self._threads = c_function(lambda: self.came[-1]), c_function(lambda: 2)
+        assert group._native is not None
+        for name, function in (("thread_number", self._number), ("threads", self._threads)):
+            group._native._group[name] = ctypes.cast(function, ctypes.c_void_p).value
+
+    def run(self, function: int, data: int, threads: int) -> None:
+        assert threads == 2
+        for number in range(threads):
+            self.came.append(number)
+            ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(data)
 
 
 def _chunks(tokens: int, size: int) -> tuple[int, ...]:

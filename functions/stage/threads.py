@@ -6,7 +6,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Final
 
-WAITING: Final = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "20000"}
+WAITING: Final = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000"}
 """Read by OpenMP when torch is loaded. A thread waits awake for so many turns: enough for what lies between two parallel
 operators of a pass, and over soon after the pass; docs/experiments.md compares counts."""
 

@@ -1,7 +1,7 @@
 """The layers of a group as one function without Python, which several threads of OpenMP run together.
 
-Every thread does the small operators (norms, rounding, quantizing) for all rows by itself, so that they need no waiting for
-each other, and its share of what takes long: rows of a matrix, heads of a sequence. Six times per layer the threads wait.
+A layer is a few phases, in each of which the threads share the work piece by piece (`sharing`). Small operators (norms,
+rounding, quantizing) are done by each thread for the pieces that it takes, so that nobody waits for them.
 """
 
 from typing import Any, Final
@@ -11,44 +11,75 @@ from numba import carray, njit
 
 from functions.stage.native.attention import attend, lay_out, write_kv
 from functions.stage.native.matrices import multiply, multiply_gated
+from functions.stage.native.shapes import PHASES
+from functions.stage.native.sharing import Worker, finish, take
 from functions.stage.native.tables import GROUP, LAYER, PASS, PRODUCT
 from functions.stage.native.vector_code import call_at, pointer
 
 _jit: Final = njit(nogil=True, error_model="numpy")
+_QKV, _WRITE_KV, _LAY_OUT, _ATTEND, _OUT, _GATED, _DOWN = range(PHASES)
 
 
 @_jit
-def _before(group: Any, layer: Any, state: Any, scratch: int, thread: int, threads: int) -> None:
-    """Queries, keys and values of all rows."""
-    hidden, heads = state.hidden, state.heads
-    multiply(group, layer.qkv, hidden, layer.input_gain, heads, 0, state.rows, scratch, thread, threads)
-    call_at(group.barrier)
-    for unit in range(thread, state.rows * group.kv_heads, threads):
-        write_kv(group, layer, state, unit // group.kv_heads, unit % group.kv_heads)
-    call_at(group.barrier)
+def _write_kv(group: Any, layer: Any, state: Any, worker: Any, phase: int) -> None:
+    done = 0
+    piece = take(worker, phase, state.rows, group.kv_heads)
+    while piece >= 0:
+        write_kv(group, layer, state, piece // group.kv_heads, piece % group.kv_heads)
+        done += 1
+        piece = take(worker, phase, state.rows, group.kv_heads)
+    finish(worker, phase, done, state.rows * group.kv_heads)
 
 
 @_jit
-def _attention(group: Any, layer: Any, state: Any, scratch: int, thread: int, threads: int) -> None:
-    for unit in range(thread, state.num_blocks * group.kv_heads, threads):
-        lay_out(group, layer, state, unit // group.kv_heads, unit % group.kv_heads)
-    call_at(group.barrier)
+def _lay_out(group: Any, layer: Any, state: Any, worker: Any, phase: int) -> None:
+    done = 0
+    piece = take(worker, phase, state.num_blocks, group.kv_heads)
+    while piece >= 0:
+        lay_out(group, layer, state, piece // group.kv_heads, piece % group.kv_heads)
+        done += 1
+        piece = take(worker, phase, state.num_blocks, group.kv_heads)
+    finish(worker, phase, done, state.num_blocks * group.kv_heads)
+
+
+@_jit
+def _attend(group: Any, layer: Any, state: Any, only_steps: bool, worker: Any, phase: int) -> None:
+    """only_steps: of one token each, whose keys and values are written here."""
     bundles = carray(pointer(state.bundles), (state.num_bundles, 3), np.int64)
-    for unit in range(thread, state.num_bundles * group.kv_heads, threads):
-        first_row, rows, first_block = bundles[unit // group.kv_heads]
-        attend(group, layer, state, first_row, rows, first_block, unit % group.kv_heads, scratch)
-    call_at(group.barrier)
+    done = 0
+    piece = take(worker, phase, state.num_bundles, group.kv_heads)
+    while piece >= 0:
+        kv_head = piece % group.kv_heads
+        first_row, rows, first_block = bundles[piece // group.kv_heads]
+        if only_steps:
+            write_kv(group, layer, state, first_row, kv_head)
+        attend(group, layer, state, first_row, rows, first_block, kv_head, worker.scratch)
+        done += 1
+        piece = take(worker, phase, state.num_bundles, group.kv_heads)
+    finish(worker, phase, done, state.num_bundles * group.kv_heads)
 
 
 @_jit
-def _after(group: Any, layer: Any, state: Any, scratch: int, thread: int, threads: int) -> None:
-    """What attention found, through its matrix, and the MLP."""
-    multiply(group, layer.out, state.attended, 0, state.hidden, 1, state.rows, scratch, thread, threads)
-    call_at(group.barrier)
-    multiply_gated(group, layer, state, scratch, thread, threads)
-    call_at(group.barrier)
-    multiply(group, layer.down, state.inner, 0, state.hidden, 1, state.rows, scratch, thread, threads)
-    call_at(group.barrier)
+def _run_layer(group: Any, layer: Any, state: Any, worker: Any, phase: int) -> None:
+    """phase: the layer's first."""
+    rows, hidden = state.rows, state.hidden
+    multiply(group, layer.qkv, hidden, layer.input_gain, state.heads, 0, rows, worker, phase + _QKV)
+    only_steps = state.num_bundles == rows
+    if not only_steps:
+        _write_kv(group, layer, state, worker, phase + _WRITE_KV)
+    if state.num_blocks:
+        _lay_out(group, layer, state, worker, phase + _LAY_OUT)
+    _attend(group, layer, state, only_steps, worker, phase + _ATTEND)
+    multiply(group, layer.out, state.attended, 0, hidden, 1, rows, worker, phase + _OUT)
+    multiply_gated(group, layer, state, worker, phase + _GATED)
+    multiply(group, layer.down, state.inner, 0, hidden, 1, rows, worker, phase + _DOWN)
+
+
+@_jit
+def _worker(group: Any, state: Any) -> Worker:
+    """The thread that calls."""
+    number, threads = int(call_at(group.thread_number)), int(call_at(group.threads))
+    return Worker(number, threads, state.scratch + number * state.scratch_bytes, state.counters, group.give_way)
 
 
 def run_layers(tables: Any) -> None:
@@ -57,12 +88,9 @@ def run_layers(tables: Any) -> None:
     group = carray(pointer(addresses[0]), 1, GROUP)[0]
     state = carray(pointer(addresses[1]), 1, PASS)[0]
     layers = carray(pointer(group.layers), group.num_layers, LAYER)
-    thread, threads = np.int64(call_at(group.thread_number)), np.int64(call_at(group.threads))
-    scratch = state.scratch + thread * state.scratch_bytes
-    for layer in layers:
-        _before(group, layer, state, scratch, thread, threads)
-        _attention(group, layer, state, scratch, thread, threads)
-        _after(group, layer, state, scratch, thread, threads)
+    worker = _worker(group, state)
+    for number in range(group.num_layers):
+        _run_layer(group, layers[number], state, worker, number * PHASES)
 
 
 def run_product(tables: Any) -> None:
@@ -70,6 +98,4 @@ def run_product(tables: Any) -> None:
     addresses = carray(tables, 2)
     group = carray(pointer(addresses[0]), 1, GROUP)[0]
     state = carray(pointer(addresses[1]), 1, PRODUCT)[0]
-    thread, threads = np.int64(call_at(group.thread_number)), np.int64(call_at(group.threads))
-    scratch = state.scratch + thread * state.scratch_bytes
-    multiply(group, state.matrix, state.source, 0, state.product, 0, state.rows, scratch, thread, threads)
+    multiply(group, state.matrix, state.source, 0, state.product, 0, state.rows, _worker(group, state), 0)

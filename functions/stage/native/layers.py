@@ -18,14 +18,12 @@ from functions.stage.llama_config import LlamaConfig
 from functions.stage.llama_layer import LayerWeights, Places
 from functions.stage.native import machine_code
 from functions.stage.native.openmp import OpenMP
-from functions.stage.native.shapes import BLOCK_ROWS, COLUMNS, LANES, OUTS, ROWS, SUMS, VECTORS
+from functions.stage.native.shapes import BLOCK_ROWS, COLUMNS, LANES, LINE_BYTES, OUTS, PHASES, ROWS, SUMS, VECTORS
 from functions.stage.native.tables import GROUP, LAYER, PASS, PRODUCT
 
 _LARGEST_WEIGHT: Final = 127
 _LAID_OUT_ROWS: Final = 16
 """Of a chunk, from which on its sequence's keys and values are laid out for it."""
-_LINE_BYTES: Final = 64
-"""Of the cache: threads' memory does not share one."""
 
 
 class NativeLayers:
@@ -61,7 +59,7 @@ class NativeLayers:
 
     def __call__(self, hidden: torch.Tensor, segments: Sequence[Segment], places: Places) -> torch.Tensor:
         """hidden float32 [n, hidden_size], overwritten with the result. As many threads as torch's operators take."""
-        state = _State(self._model, hidden, segments, places, torch.get_num_threads())
+        state = _State(self._model, self._pool.num_layers, hidden, segments, places, torch.get_num_threads())
         self._run(self._code.run_layers, state.table, state.threads)
         return hidden
 
@@ -96,7 +94,7 @@ class NativeLayers:
         table["heads"], table["kv_heads"], table["head_dim"] = model.num_heads, model.num_kv_heads, model.head_dim
         table["capacity"] = self._pool.capacity_tokens
         table["thread_number"], table["threads"] = self._openmp.thread_number, self._openmp.threads
-        table["barrier"] = self._openmp.barrier
+        table["give_way"] = self._openmp.give_way
         return table
 
     def _address(self, tensor: torch.Tensor) -> int:
@@ -118,10 +116,11 @@ class NativeLinear:
         threads = torch.get_num_threads()
         product = torch.empty(len(x), self._outs)
         scratch_bytes = _matrix_scratch_bytes(x.shape[1])
-        scratch = torch.empty(threads * scratch_bytes, dtype=torch.uint8)
+        scratch, counters = torch.empty(threads * scratch_bytes, dtype=torch.uint8), _counters(1, threads)
         table = self._table.copy()
         table["rows"], table["scratch_bytes"] = len(x), scratch_bytes
-        table["source"], table["product"], table["scratch"] = x.data_ptr(), product.data_ptr(), scratch.data_ptr()
+        for name, tensor in (("source", x), ("product", product), ("scratch", scratch), ("counters", counters)):
+            table[name] = tensor.data_ptr()
         self._run(table, threads)
         return product
 
@@ -130,7 +129,13 @@ class _State:
     """Memory of one pass, and its table."""
 
     def __init__(
-        self, model: LlamaConfig, hidden: torch.Tensor, segments: Sequence[Segment], places: Places, threads: int
+        self,
+        model: LlamaConfig,
+        num_layers: int,
+        hidden: torch.Tensor,
+        segments: Sequence[Segment],
+        places: Places,
+        threads: int,
     ) -> None:
         rows = len(hidden)
         self.threads = threads
@@ -154,6 +159,7 @@ class _State:
             "attended": torch.empty(rows, model.num_heads * model.head_dim),
             "inner": torch.empty(rows, model.intermediate_size),
             "scratch": torch.empty(threads * scratch_bytes, dtype=torch.uint8),
+            "counters": _counters(num_layers * PHASES, threads),
         }
         for name, tensor in self._tensors.items():
             self.table[name] = tensor.data_ptr()
@@ -180,6 +186,10 @@ def _bundles(segments: Sequence[Segment], places: Places) -> tuple[list[tuple[in
     return bundles, blocks
 
 
+def _counters(phases: int, threads: int) -> torch.Tensor:
+    return torch.zeros(phases * (threads + 1) * LINE_BYTES // 8, dtype=torch.int64)
+
+
 def _of_one_kind(matrices: Sequence[Matrix], *, together: bool = False) -> Sequence[Matrix]:
     """All of them int8, or all of them bf16, as far as they can be with some wide already; `together`: as one."""
     if len({matrix.weight.dtype for matrix in matrices}) > 1:
@@ -195,13 +205,13 @@ def _wide(matrix: Matrix) -> Matrix:
 def _scratch_bytes(model: LlamaConfig, most_tokens: int) -> int:
     """Of one thread."""
     of_attention = 4 * SUMS + VECTORS * (2 * model.head_dim + 6 * most_tokens)
-    return max(_matrix_scratch_bytes(_widest(model)), _rounded_up(of_attention, _LINE_BYTES))
+    return max(_matrix_scratch_bytes(_widest(model)), _rounded_up(of_attention, LINE_BYTES))
 
 
 def _matrix_scratch_bytes(width: int) -> int:
     """Sums, scales of the rows, a normalized row, and a block of packed rows."""
     floats = SUMS + (BLOCK_ROWS + ROWS) * OUTS + _rounded_up(width, LANES)
-    return _rounded_up(4 * floats + 2 * BLOCK_ROWS * width, _LINE_BYTES)
+    return _rounded_up(4 * floats + 2 * BLOCK_ROWS * width, LINE_BYTES)
 
 
 def _widest(model: LlamaConfig) -> int:

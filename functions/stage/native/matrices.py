@@ -1,4 +1,7 @@
-"""Matrices: rows are rounded to 16 bits once, then multiplied tile by tile, a share of the outputs for each thread."""
+"""Matrices: rows are rounded to 16 bits once, then multiplied tile by tile.
+
+A piece of the work is a block of rows and a unit of the outputs.
+"""
 
 from typing import Any
 
@@ -7,7 +10,8 @@ from numba import carray
 
 from functions.stage.native import vector_code as code
 from functions.stage.native.arithmetic import by_rows, exp, floats, jit, normalize, pack, vector
-from functions.stage.native.shapes import BLOCK_ROWS, LANES, OUTS, ROWS, SUMS, TILE
+from functions.stage.native.shapes import BLOCK_ROWS, LANES, OUTS, ROWS, SUMS, TILE, UNIT_BYTES
+from functions.stage.native.sharing import finish, take
 from functions.stage.native.vector_code import pointer, scale_tile, store_tile
 
 _int8_fetching = by_rows(lambda rows: code.tile_of(code.Int8, OUTS, rows, True))
@@ -51,50 +55,80 @@ def tile(int8: bool, fetch: bool, rows: int, weights: int, x: int, width: int, o
 
 
 @jit
-def share(count: int, thread: int, threads: int) -> Any:
-    """The outputs [first, last) of a thread: whole tiles."""
-    tiles = count // OUTS
-    return tiles * thread // threads * OUTS, tiles * (thread + 1) // threads * OUTS
+def blocks_of(rows: int) -> Any:
+    """How many blocks the rows are cut into, and how many rows each has, the last perhaps fewer."""
+    blocks = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
+    return blocks, ((rows + blocks - 1) // blocks + ROWS - 1) // ROWS * ROWS
 
 
 @jit
-def multiply(
-    group: Any, matrix: Any, source: int, gain: int, out: int, add: int, rows: int, scratch: int, thread: int, threads: int
-) -> None:
-    """out [rows, outs] = (out, where `add`) + source [rows, width] · weightsᵀ + bias: this thread's columns of it.
+def units_of(outs: int, row_bytes: int) -> Any:
+    """How many units the outputs are cut into, and how many each has, the last perhaps fewer."""
+    size = max(1, UNIT_BYTES // (row_bytes * OUTS)) * OUTS
+    return (outs + size - 1) // size, size
+
+
+@jit
+def next_piece(worker: Any, phase: int, blocks: int, units: int) -> int:
+    """Block and unit as one number. A thread keeps to its blocks where there are several: it packs only those."""
+    if blocks == 1:
+        return take(worker, phase, units, 1)
+    return take(worker, phase, blocks, units)
+
+
+@jit
+def multiply(group: Any, matrix: Any, source: int, gain: int, out: int, add: int, rows: int, worker: Any, phase: int) -> None:
+    """out [rows, outs] = (out, where `add`) + source [rows, width] · weightsᵀ + bias.
 
     gain: of the norm that the source goes through, or 0.
     """
     int8 = matrix.int8 != 0
     width, outs = matrix.width, matrix.outs
     row_bytes = width if int8 else 2 * width
+    scratch = worker.scratch
     row_scales = scratch + 4 * SUMS
-    begin, end = share(outs, thread, threads)
-    for first in range(0, rows, BLOCK_ROWS):
-        last = min(rows, first + BLOCK_ROWS)
-        x = packed_rows(group, int8, source, width, first, last, gain, scratch)
-        for j in range(begin, end, OUTS):
+    blocks, block_rows = blocks_of(rows)
+    units, unit_outs = units_of(outs, row_bytes)
+    packed, x, done = -1, 0, 0
+    piece = next_piece(worker, phase, blocks, units)
+    while piece >= 0:
+        block, unit = piece // units, piece % units
+        first, last = block * block_rows, min(rows, (block + 1) * block_rows)
+        if block != packed:
+            x = packed_rows(group, int8, source, width, first, last, gain, scratch)
+            packed = block
+        for j in range(unit * unit_outs, min(outs, (unit + 1) * unit_outs), OUTS):
             for row in range(first, last, ROWS):
                 count = min(ROWS, last - row)
                 tile(int8, row == first, count, matrix.weights + j * row_bytes, x + (row - first) * width * 2, width, scratch)
                 scale_tile(scratch, row_scales + 4 * OUTS * (row - first), matrix.scales + 4 * j, matrix.biases + 4 * j)
                 store_tile(scratch, out + 4 * (row * outs + j), 4 * outs, count, add)
+        done += 1
+        piece = next_piece(worker, phase, blocks, units)
+    finish(worker, phase, done, blocks * units)
 
 
 @jit
-def multiply_gated(group: Any, layer: Any, state: Any, scratch: int, thread: int, threads: int) -> None:
-    """inner [rows, inner_size] = silu(gate x) * (up x) of the normalized hidden state: this thread's columns of it."""
+def multiply_gated(group: Any, layer: Any, state: Any, worker: Any, phase: int) -> None:
+    """inner [rows, inner_size] = silu(gate x) * (up x) of the normalized hidden state."""
     gate, up = layer.gate, layer.up
     int8 = gate.int8 != 0
     width, outs, rows = gate.width, gate.outs, state.rows
     row_bytes = width if int8 else 2 * width
+    scratch = worker.scratch
     row_scales = scratch + 4 * SUMS
     gates, ups = vector(scratch, TILE), vector(scratch + 4 * TILE, TILE)
-    begin, end = share(outs, thread, threads)
-    for first in range(0, rows, BLOCK_ROWS):
-        last = min(rows, first + BLOCK_ROWS)
-        x = packed_rows(group, int8, state.hidden, width, first, last, layer.mlp_gain, scratch)
-        for j in range(begin, end, OUTS):
+    blocks, block_rows = blocks_of(rows)
+    units, unit_outs = units_of(outs, 2 * row_bytes)
+    packed, x, done = -1, 0, 0
+    piece = next_piece(worker, phase, blocks, units)
+    while piece >= 0:
+        block, unit = piece // units, piece % units
+        first, last = block * block_rows, min(rows, (block + 1) * block_rows)
+        if block != packed:
+            x = packed_rows(group, int8, state.hidden, width, first, last, layer.mlp_gain, scratch)
+            packed = block
+        for j in range(unit * unit_outs, min(outs, (unit + 1) * unit_outs), OUTS):
             for row in range(first, last, ROWS):
                 count = min(ROWS, last - row)
                 place, scales = x + (row - first) * width * 2, row_scales + 4 * OUTS * (row - first)
@@ -105,3 +139,6 @@ def multiply_gated(group: Any, layer: Any, state: Any, scratch: int, thread: int
                 for i in range(TILE):
                     gates[i] = gates[i] / (np.float32(1) + exp(-gates[i])) * ups[i]
                 store_tile(scratch, state.inner + 4 * (row * outs + j), 4 * outs, count, 0)
+        done += 1
+        piece = next_piece(worker, phase, blocks, units)
+    finish(worker, phase, done, blocks * units)

@@ -12,11 +12,14 @@ class NoOpenMP(Exception):
 
 @dataclass(frozen=True, slots=True)
 class OpenMP:
-    """Addresses of `omp_get_thread_num`, `omp_get_num_threads` and `GOMP_barrier`, for a function that threads run together."""
+    """Addresses of C functions, for a function that threads run together."""
 
     thread_number: int
+    """`omp_get_thread_num`"""
     threads: int
-    barrier: int
+    """`omp_get_num_threads`"""
+    give_way: int
+    """`sched_yield`"""
     parallel: Any
     """`GOMP_parallel`"""
 
@@ -30,10 +33,13 @@ class OpenMP:
         parallel = library.GOMP_parallel
         parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         parallel.restype = None
-        names = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
-        thread_number, threads, barrier = (ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in names)
-        return cls(thread_number, threads, barrier, parallel)
+        thread_number, threads = _address(library.omp_get_thread_num), _address(library.omp_get_num_threads)
+        return cls(thread_number, threads, _address(ctypes.CDLL(None).sched_yield), parallel)
 
     def run(self, function: int, data: int, threads: int) -> None:
         """Calls the C function `void (void *)` with `data` on so many threads, this one among them; without the GIL."""
         self.parallel(function, data, threads, 0)
+
+
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0

@@ -17,5 +17,11 @@ BLOCK_ROWS: Final = 64
 """So many rows go through a matrix together: rounded to 16 bits, they stay in the second level of the cache."""
 VECTORS: Final = 4
 """Queries that read keys and values together."""
+PHASES: Final = 7
+"""Of a layer, one after the other; what is in one is computed in any order."""
+UNIT_BYTES: Final = 98_304
+"""Of weights in a piece of work: some microseconds."""
+LINE_BYTES: Final = 64
+"""Of the cache: threads' memory does not share one."""
 COLUMNS: Final = 32
 """Of a tile whose columns lie side by side in pairs."""

@@ -47,7 +47,7 @@ GROUP: Final = _record(
     capacity=np.int64,  # tokens of the KV arena
     thread_number=np.int64,  # functions of OpenMP
     threads=np.int64,
-    barrier=np.int64,
+    give_way=np.int64,
 )
 
 PASS: Final = _record(
@@ -67,6 +67,7 @@ PASS: Final = _record(
     inner=np.int64,  # float32 [rows, inner_size]
     scratch=np.int64,  # of the first thread, then of the next
     scratch_bytes=np.int64,  # of each
+    counters=np.int64,  # int64 [num_layers * PHASES, threads + 1], each in a line of its own; zeros: see `sharing`
     most_tokens=np.int64,  # that any row attends to
 )
 
@@ -77,5 +78,6 @@ PRODUCT: Final = _record(
     product=np.int64,  # float32 [rows, outs]
     scratch=np.int64,
     scratch_bytes=np.int64,
+    counters=np.int64,  # of one phase
 )
 """One matrix by itself: the head."""

@@ -35,7 +35,7 @@ _NEEDED: Final[Mapping[str | None, tuple[str, ...]]] = {
 
 def of_this_machine() -> Target:
     """The best level that this CPU has all of; any other kind of CPU is taken as it is."""
-    if platform.machine().lower() not in {"x86_64", "amd64"}:
+    if not is_x86():
         return Target(None, None)
     has = llvm.get_host_cpu_features()
     for level in LEVELS:
@@ -49,6 +49,10 @@ def select(target: Target) -> None:
     """For everything that numba compiles from here on in this process."""
     config.CPU_NAME = target.cpu
     config.CPU_FEATURES = target.features
+
+
+def is_x86() -> bool:
+    return platform.machine().lower() in {"x86_64", "amd64"}
 
 
 def has_avx512() -> bool:

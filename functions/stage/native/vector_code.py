@@ -345,6 +345,39 @@ def call_at(typing_context, address):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def fetch_add(typing_context, address, value):  # type: ignore[no-untyped-def]
+    """Adds to the int64 at the address, which other threads add to as well; returns what it was."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        counter = builder.inttoptr(arguments[0], _I64.as_pointer())
+        return builder.atomic_rmw("add", counter, arguments[1], "acq_rel")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def load_acquired(typing_context, address):  # type: ignore[no-untyped-def]
+    """The int64 at the address; what another thread wrote ahead of its `fetch_add` is to be seen from here on."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.load_atomic(builder.inttoptr(arguments[0], _I64.as_pointer()), "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def pause(typing_context):  # type: ignore[no-untyped-def]
+    """Tells the CPU that this is a loop of waiting, where it has an instruction for that."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if target.is_x86():
+            _call(builder, "llvm.x86.sse2.pause", ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
 def float_of_bits(typing_context, bits):  # type: ignore[no-untyped-def]
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], _F32)
