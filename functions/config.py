@@ -70,7 +70,8 @@ class StageConfig(CommonConfig):
     busy_threads: int = setting(
         "LAMINA_BUSY_THREADS",
         parsers.integer(0, 1024),
-        "threads of a pass while the stage is busy for more than half of the time, for stages that share cores; 0: the same",
+        "threads of a pass by torch's operators (fp32) while the stage is busy for more than half of the time, for stages that "
+        "share cores; 0: the same",
         "0",
     )
     kv_cache_bytes: int = setting("LAMINA_KV_CACHE_BYTES", parsers.integer(1), "memory for keys and values", str(2**30))

@@ -86,7 +86,7 @@ class Stage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     device: Annotated[str, Meta(pattern="^(auto|cpu|cuda)$")] = "auto"
     threads: Natural = 0
     busy_threads: Positive | None = None
-    """For stages that share the cores of one machine: threads of a pass while the stage is busy. Unset: as `threads`."""
+    """For stages in fp32 that share the cores of one machine: threads of a pass while it is busy. Unset: as `threads`."""
     max_merge: Positive | None = None
     idle_sequence_seconds: Seconds | None = None
     timeout_seconds: Annotated[int, Meta(ge=1, le=600)] = 600

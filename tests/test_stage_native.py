@@ -43,6 +43,11 @@ def logits_of(groups: Sequence[LlamaGroup]) -> torch.Tensor:
     return torch.cat(list(by_plan(chain.logits, TEXTS, PLAN).values()))
 
 
+def test_only_native_layers_share_their_work() -> None:
+    assert all(group.shares_work for group in native_groups("llama", "bfloat16"))
+    assert not any(group.shares_work for group in torch_groups("llama", "bfloat16"))
+
+
 @cache
 def error_of_torch(name: str) -> float:
     return error(logits_of(torch_groups(name, "bfloat16")), logits_of(exact_groups(name, "bfloat16")))

@@ -53,12 +53,13 @@ def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> "
     torch.set_num_threads(threads)
     start_up.mark("import")
     weights = opening.result()
+    group = _layer_group(config, weights, start_up)
     engine = Engine(
-        _layer_group(config, weights, start_up),
+        group,
         num_stages=len(config.cut),
         max_merge=config.max_merge,
         idle_sequence_seconds=config.idle_sequence_seconds,
-        threads=PassThreads(threads, config.busy_threads),
+        threads=PassThreads(threads, 0 if group.shares_work else config.busy_threads),
         on_pass=metrics.observe_pass,
     )
     start_up.mark("place")

@@ -70,6 +70,10 @@ class LayerGroup(Protocol):
     """Of hidden states on the wire: float32, bfloat16 or float16."""
 
     @property
+    def shares_work(self) -> bool:
+        """Whether threads of a pass take each other's work, so that one whose core is busy holds up no other."""
+
+    @property
     def kv(self) -> KVCache: ...
 
     def forward(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:

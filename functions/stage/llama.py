@@ -150,6 +150,10 @@ class LlamaGroup:
         return self._head(hidden.to(device=self._device, dtype=self._precision.activations)).float()
 
     @property
+    def shares_work(self) -> bool:
+        return self._native is not None
+
+    @property
     def _is_first(self) -> bool:
         return self.first_layer == 0
 

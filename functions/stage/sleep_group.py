@@ -20,6 +20,8 @@ _DIGITS: Final = torch.tensor([1, 2**7, 2**14, 2**21])
 class SleepGroup:
     """Implements `LayerGroup`."""
 
+    shares_work: Final = True
+
     def __init__(
         self, config: Mapping[str, Any], first_layer: int, last_layer: int, kv_budget_bytes: int, seconds: float
     ) -> None:

@@ -19,7 +19,8 @@ _CGROUP_V1: Final = (Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), Path("/sys/fs/
 
 
 class PassThreads:
-    """How many threads the next pass computes with, where stages share cores: all while this one is mostly idle.
+    """How many threads the next pass computes with, where stages share cores and threads wait for each other (in torch's
+    operators): all while this stage is mostly idle.
 
     A stage that is idle for more than half of the time waits for the others, so that the cores are its own when it is its
     turn. One that is busy keeps to its share, or threads of several stages would wait for each other.

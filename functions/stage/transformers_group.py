@@ -35,6 +35,8 @@ class MissingTensors(Exception):
 class TransformersGroup:
     """Implements `LayerGroup`."""
 
+    shares_work: Final = False
+
     def __init__(
         self,
         model: PreTrainedModel,

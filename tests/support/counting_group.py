@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 
@@ -23,6 +24,8 @@ class CountingGroup:
     lists how many tokens each segment of each pass had. A pass with token `poison` raises, one with `not_a_number` gives
     NaN for that sequence.
     """
+
+    shares_work: Final = False
 
     def __init__(
         self,
