@@ -6,8 +6,8 @@ from typing import Any, Final
 import numpy as np
 from numba import carray, njit
 
+from functions.stage.native.scalar_code import bits_of_float, float_of_bits, nearest, pointer
 from functions.stage.native.shapes import ROWS
-from functions.stage.native.vector_code import bits_of_float, float_of_bits, pointer
 
 jit: Final = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract", "arcp"})
 """Sums may be reordered; infinities and NaN stay what they are."""
@@ -50,18 +50,12 @@ def integers(address: int, size: int) -> Any:
 
 
 @jit
-def nearest(x: np.float32) -> np.int32:
-    """Half away from zero."""
-    return np.int32(x + (np.float32(0.5) if x >= 0 else np.float32(-0.5)))
-
-
-@jit
 def exp(x: np.float32) -> np.float32:
     """2^n times a polynomial (Cephes' expf) for x between -87 and 88, its limit beyond; relative error about 2e-7."""
     limited = x if x > np.float32(-87.0) else np.float32(-87.0)
     limited = limited if limited < np.float32(88.0) else np.float32(88.0)
     n = nearest(limited * np.float32(1.44269504))
-    r = limited - np.float32(n) * np.float32(0.693359375) + np.float32(n) * np.float32(2.12194440e-4)
+    r = limited - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
     y = np.float32(1.9875691500e-4)
     y = y * r + np.float32(1.3981999507e-3)
     y = y * r + np.float32(8.3334519073e-3)
@@ -70,7 +64,7 @@ def exp(x: np.float32) -> np.float32:
     y = y * r + np.float32(5.0000001201e-1)
     y = y * r * r + r + np.float32(1.0)
     not_finite = x - x  # 0, or NaN
-    return y * float_of_bits((n + np.int32(127)) << np.int32(23)) + not_finite
+    return y * float_of_bits((np.int32(n) + np.int32(127)) << np.int32(23)) + not_finite
 
 
 @jit

@@ -8,8 +8,8 @@ from numba import carray
 from functions.stage.native import vector_code as code
 from functions.stage.native.arithmetic import bf16, by_rows, exp, floats, integers, jit, normalize, vector
 from functions.stage.native.matrices import tile
+from functions.stage.native.scalar_code import bits_of_float, float_of_bits, pointer
 from functions.stage.native.shapes import COLUMNS, LANES, OUTS, SUMS, VECTORS
-from functions.stage.native.vector_code import bits_of_float, float_of_bits, pointer
 
 _one_key = by_rows(lambda rows: code.tile_of(code.BFloat16, 1, rows, False))
 _pairs_tile = by_rows(code.pairs_tile_of)

@@ -11,10 +11,10 @@ from numba import carray, njit
 
 from functions.stage.native.attention import attend, lay_out, write_kv
 from functions.stage.native.matrices import multiply, multiply_gated
+from functions.stage.native.scalar_code import call_at, pointer
 from functions.stage.native.shapes import PHASES
 from functions.stage.native.sharing import Worker, finish, take
 from functions.stage.native.tables import GROUP, LAYER, PASS, PRODUCT
-from functions.stage.native.vector_code import call_at, pointer
 
 _jit: Final = njit(nogil=True, error_model="numpy")
 _QKV, _WRITE_KV, _LAY_OUT, _ATTEND, _OUT, _GATED, _DOWN = range(PHASES)

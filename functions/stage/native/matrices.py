@@ -10,9 +10,10 @@ from numba import carray
 
 from functions.stage.native import vector_code as code
 from functions.stage.native.arithmetic import by_rows, exp, floats, jit, normalize, pack, vector
+from functions.stage.native.scalar_code import pointer
 from functions.stage.native.shapes import BLOCK_ROWS, LANES, OUTS, ROWS, SUMS, TILE, UNIT_BYTES
 from functions.stage.native.sharing import finish, take
-from functions.stage.native.vector_code import pointer, scale_tile, store_tile
+from functions.stage.native.vector_code import scale_tile, store_tile
 
 _int8_fetching = by_rows(lambda rows: code.tile_of(code.Int8, OUTS, rows, True))
 _int8 = by_rows(lambda rows: code.tile_of(code.Int8, OUTS, rows, False))

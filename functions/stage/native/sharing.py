@@ -10,8 +10,8 @@ Counters: for every phase of the pass one per thread, of the pieces taken of its
 from typing import Any, Final, NamedTuple
 
 from functions.stage.native.arithmetic import jit
+from functions.stage.native.scalar_code import call_at, fetch_add, load_acquired, pause
 from functions.stage.native.shapes import LINE_BYTES
-from functions.stage.native.vector_code import call_at, fetch_add, load_acquired, pause
 
 _TURNS_AWAKE: Final = 256
 """Of waiting for the others, before the core is offered to whoever wants it: some microseconds."""

@@ -1,4 +1,4 @@
-"""What numba cannot say: dot products by the CPU's own instructions, and memory at an address. Everything here is inlined.
+"""What numba cannot say about vectors: dot products by the CPU's own instructions. Everything here is inlined.
 
 A tile multiplies a few rows of weights with a few rows of activations and keeps every partial sum in a register; the
 weights that come next are fetched meanwhile, without which one core reads memory at two fifths of its speed (Zen 4). The order
@@ -16,57 +16,17 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from functions.stage.native import target
+from functions.stage.native.emit import F32, FLOATS, I8, I16, I32, INTS, BFloat, broadcast, call, load, number, store
 from functions.stage.native.shapes import COLUMNS, LANES, OUTS, ROWS, STEP
 
 _AHEAD_BYTES: Final = 4096
 """How far ahead of the weights in use those that follow are fetched."""
 
-_I8, _I16, _I32, _I64, _F32 = (ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType())
-_FLOATS: Final = ir.VectorType(_F32, LANES)
-_INTS: Final = ir.VectorType(_I32, LANES)
-
-
-class _BFloat(ir.Type):
-    """LLVM's bfloat, which llvmlite does not name."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
-
-
-def _number(value: int) -> ir.Constant:
-    return ir.Constant(_I64, value)
-
-
-def _load(builder: Any, address: Any, offset: Any, kind: ir.Type) -> Any:
-    return builder.load(builder.inttoptr(builder.add(address, offset), kind.as_pointer()), align=1)
-
-
-def _call(builder: Any, name: str, result: ir.Type, *arguments: Any) -> Any:
-    function_type = ir.FunctionType(result, [argument.type for argument in arguments])
-    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), arguments)
-
-
-def _store(builder: Any, value: Any, address: Any) -> None:
-    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=4)
-
-
-def _broadcast(builder: Any, value: Any, vector: ir.Type) -> Any:
-    """The same number in every lane."""
-    undefined = ir.Constant(vector, ir.Undefined)
-    one = builder.insert_element(undefined, value, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(one, undefined, ir.Constant(_INTS, [0] * LANES))
-
 
 def _even_and_odd(builder: Any, first: Any, second: Any) -> tuple[Any, Any]:
     """Of two vectors one behind the other, the elements with even and with odd numbers."""
     lanes = first.type.count
-    picks = ir.VectorType(_I32, lanes)
+    picks = ir.VectorType(I32, lanes)
     even = builder.shuffle_vector(first, second, ir.Constant(picks, list(range(0, 2 * lanes, 2))))
     return even, builder.shuffle_vector(first, second, ir.Constant(picks, list(range(1, 2 * lanes, 2))))
 
@@ -75,41 +35,41 @@ class Int8:
     """int8 weights, int16 activations, exact sums in int32. How large an activation may be, `layers` says."""
 
     weight_bytes: Final = 1
-    loaded_weights: Final = ir.VectorType(_I8, STEP)
-    loaded_rows: Final = ir.VectorType(_I16, STEP)
-    zero: Final = ir.Constant(_INTS, [0] * LANES)
+    loaded_weights: Final = ir.VectorType(I8, STEP)
+    loaded_rows: Final = ir.VectorType(I16, STEP)
+    zero: Final = ir.Constant(INTS, [0] * LANES)
 
     @staticmethod
     def widen(builder: Any, weights: Any) -> Any:
-        return builder.sext(weights, ir.VectorType(_I16, STEP))
+        return builder.sext(weights, ir.VectorType(I16, STEP))
 
     @staticmethod
     def multiply_add(builder: Any, total: Any, weights: Any, row: Any) -> Any:
         if target.has_avx512():
-            return builder.add(total, _call(builder, "llvm.x86.avx512.pmaddw.d.512", _INTS, weights, row))
+            return builder.add(total, call(builder, "llvm.x86.avx512.pmaddw.d.512", INTS, weights, row))
         if target.has_avx2():
             return builder.add(total, _pmadd_of_halves(builder, weights, row))
-        wide = ir.VectorType(_I32, STEP)
+        wide = ir.VectorType(I32, STEP)
         products = builder.mul(builder.sext(weights, wide), builder.sext(row, wide))
         even, odd = _halves_interleaved(builder, products)
         return builder.add(total, builder.add(even, odd))
 
     @staticmethod
     def floats(builder: Any, total: Any) -> Any:
-        return builder.sitofp(total, _FLOATS)
+        return builder.sitofp(total, FLOATS)
 
 
 def _pmadd_of_halves(builder: Any, weights: Any, row: Any) -> Any:
     halves = []
     for first in (0, LANES):
-        picks = ir.Constant(_INTS, list(range(first, first + LANES)))
+        picks = ir.Constant(INTS, list(range(first, first + LANES)))
         parts = [builder.shuffle_vector(whole, ir.Constant(whole.type, ir.Undefined), picks) for whole in (weights, row)]
-        halves.append(_call(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(_I32, LANES // 2), *parts))
-    return builder.shuffle_vector(*halves, ir.Constant(_INTS, list(range(LANES))))
+        halves.append(call(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(I32, LANES // 2), *parts))
+    return builder.shuffle_vector(*halves, ir.Constant(INTS, list(range(LANES))))
 
 
 def _halves_interleaved(builder: Any, products: Any) -> tuple[Any, Any]:
-    picks = ir.VectorType(_I32, LANES)
+    picks = ir.VectorType(I32, LANES)
     undefined = ir.Constant(products.type, ir.Undefined)
     even = builder.shuffle_vector(products, undefined, ir.Constant(picks, list(range(0, STEP, 2))))
     return even, builder.shuffle_vector(products, undefined, ir.Constant(picks, list(range(1, STEP, 2))))
@@ -119,9 +79,9 @@ class BFloat16:
     """bf16 weights and activations, sums in float32."""
 
     weight_bytes: Final = 2
-    zero: Final = ir.Constant(_FLOATS, [0.0] * LANES)
-    loaded_weights: Final = ir.VectorType(_I16, STEP)
-    loaded_rows: Final = ir.VectorType(_I16, STEP)
+    zero: Final = ir.Constant(FLOATS, [0.0] * LANES)
+    loaded_weights: Final = ir.VectorType(I16, STEP)
+    loaded_rows: Final = ir.VectorType(I16, STEP)
 
     @staticmethod
     def widen(builder: Any, weights: Any) -> Any:
@@ -130,11 +90,11 @@ class BFloat16:
     @staticmethod
     def multiply_add(builder: Any, total: Any, weights: Any, row: Any) -> Any:
         if target.has_avx512_bf16():
-            kind = ir.VectorType(_BFloat(), STEP)
+            kind = ir.VectorType(BFloat(), STEP)
             pairs = builder.bitcast(weights, kind), builder.bitcast(row, kind)
-            return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, total, *pairs)
+            return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, total, *pairs)
         for a, b in zip(_pairs_of_floats(builder, weights), _pairs_of_floats(builder, row), strict=True):
-            total = _call(builder, "llvm.fmuladd.v16f32", _FLOATS, a, b, total)
+            total = call(builder, "llvm.fmuladd.v16f32", FLOATS, a, b, total)
         return total
 
     @staticmethod
@@ -144,10 +104,10 @@ class BFloat16:
 
 def _pairs_of_floats(builder: Any, numbers: Any) -> tuple[Any, Any]:
     """The even and the odd ones of 32 bf16 numbers: the upper half of a float's bits is a bf16."""
-    bits = builder.bitcast(numbers, _INTS)
-    even = builder.shl(bits, ir.Constant(_INTS, [16] * LANES))
-    odd = builder.and_(bits, ir.Constant(_INTS, [0xFFFF0000] * LANES))
-    return builder.bitcast(even, _FLOATS), builder.bitcast(odd, _FLOATS)
+    bits = builder.bitcast(numbers, INTS)
+    even = builder.shl(bits, ir.Constant(INTS, [16] * LANES))
+    odd = builder.and_(bits, ir.Constant(INTS, [0xFFFF0000] * LANES))
+    return builder.bitcast(even, FLOATS), builder.bitcast(odd, FLOATS)
 
 
 def tile_of(kind: Any, outs: int, rows: int, fetch: bool) -> Any:
@@ -158,16 +118,16 @@ def tile_of(kind: Any, outs: int, rows: int, fetch: bool) -> Any:
         totals = [[cgutils.alloca_once_value(builder, kind.zero) for _ in range(rows)] for _ in range(outs)]
         for total in (total for row in totals for total in row):
             builder.store(kind.zero, total)
-        weight_rows = [builder.add(weights, builder.mul(weights_stride, _number(out_row))) for out_row in range(outs)]
-        x_rows = [builder.add(x, builder.mul(x_stride, _number(row))) for row in range(rows)]
-        with cgutils.for_range_slice(builder, _number(0), products, _number(STEP)) as (product, _):
-            place = builder.mul(product, _number(kind.weight_bytes))
+        weight_rows = [builder.add(weights, builder.mul(weights_stride, number(out_row))) for out_row in range(outs)]
+        x_rows = [builder.add(x, builder.mul(x_stride, number(row))) for row in range(rows)]
+        with cgutils.for_range_slice(builder, number(0), products, number(STEP)) as (product, _):
+            place = builder.mul(product, number(kind.weight_bytes))
             if fetch:
-                _fetch(builder, weights, builder.mul(place, _number(outs)), outs * STEP * kind.weight_bytes)
-            x_place = builder.mul(product, _number(2))
-            x_values = [_load(builder, row, x_place, kind.loaded_rows) for row in x_rows]
+                _fetch(builder, weights, builder.mul(place, number(outs)), outs * STEP * kind.weight_bytes)
+            x_place = builder.mul(product, number(2))
+            x_values = [load(builder, row, x_place, kind.loaded_rows) for row in x_rows]
             for weight_row, row_totals in zip(weight_rows, totals, strict=True):
-                values = kind.widen(builder, _load(builder, weight_row, place, kind.loaded_weights))
+                values = kind.widen(builder, load(builder, weight_row, place, kind.loaded_weights))
                 for total, x_value in zip(row_totals, x_values, strict=True):
                     builder.store(kind.multiply_add(builder, builder.load(total), values, x_value), total)
         sums = [kind.floats(builder, builder.load(totals[o][r])) for r in range(rows) for o in range(outs)]
@@ -183,27 +143,27 @@ def tile_of(kind: Any, outs: int, rows: int, fetch: bool) -> Any:
 
 def _fetch(builder: Any, weights: Any, place: Any, size: int) -> None:
     """The rows of a tile lie one behind the other, so what comes next does too; read once a pass, it need not stay cached."""
-    ahead = builder.add(builder.add(weights, _number(_AHEAD_BYTES)), place)
+    ahead = builder.add(builder.add(weights, number(_AHEAD_BYTES)), place)
     for line in range(0, size, 64):
-        address = builder.inttoptr(builder.add(ahead, _number(line)), _I8.as_pointer())
-        read, once, data = (ir.Constant(_I32, value) for value in (0, 0, 1))
-        _call(builder, "llvm.prefetch.p0", ir.VoidType(), address, read, once, data)
+        address = builder.inttoptr(builder.add(ahead, number(line)), I8.as_pointer())
+        read, once, data = (ir.Constant(I32, value) for value in (0, 0, 1))
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), address, read, once, data)
 
 
 def _store_sums(builder: Any, sums: list[Any], out: Any) -> None:
     """Each vector's elements summed up. Neighbours are added pairwise until one vector holds all sums of 16."""
     count = len(sums)
     while len(sums) < LANES:
-        sums.append(ir.Constant(_FLOATS, [0.0] * LANES))
+        sums.append(ir.Constant(FLOATS, [0.0] * LANES))
     while len(sums) > 1:
         sums = [
             builder.fadd(*_even_and_odd(builder, first, second)) for first, second in zip(sums[::2], sums[1::2], strict=True)
         ]
     if count == LANES:
-        _store(builder, sums[0], out)
+        store(builder, sums[0], out)
         return
     for index in range(count):
-        _store(builder, builder.extract_element(sums[0], ir.Constant(_I32, index)), builder.add(out, _number(4 * index)))
+        store(builder, builder.extract_element(sums[0], ir.Constant(I32, index)), builder.add(out, number(4 * index)))
 
 
 def pairs_tile_of(rows: int) -> Any:
@@ -219,22 +179,21 @@ def pairs_tile_of(rows: int) -> Any:
         totals = [[cgutils.alloca_once_value(builder, BFloat16.zero) for _ in range(parts)] for _ in range(rows)]
         for total in (total for row in totals for total in row):
             builder.store(BFloat16.zero, total)
-        row_at = [builder.add(x, builder.mul(x_stride, _number(row))) for row in range(rows)]
-        with cgutils.for_range_slice(builder, _number(0), pairs, _number(1)) as (pair, _):
+        row_at = [builder.add(x, builder.mul(x_stride, number(row))) for row in range(rows)]
+        with cgutils.for_range_slice(builder, number(0), pairs, number(1)) as (pair, _):
             place = builder.mul(pair, pair_stride)
             vectors = [
-                _load(builder, columns, builder.add(place, _number(64 * part)), BFloat16.loaded_weights)
-                for part in range(parts)
+                load(builder, columns, builder.add(place, number(64 * part)), BFloat16.loaded_weights) for part in range(parts)
             ]
             for row, row_totals in zip(row_at, totals, strict=True):
-                bits = _load(builder, row, builder.mul(pair, _number(4)), _I32)
-                values = builder.bitcast(_broadcast(builder, bits, _INTS), BFloat16.loaded_rows)
+                bits = load(builder, row, builder.mul(pair, number(4)), I32)
+                values = builder.bitcast(broadcast(builder, bits, INTS), BFloat16.loaded_rows)
                 for vector, total in zip(vectors, row_totals, strict=True):
                     builder.store(BFloat16.multiply_add(builder, builder.load(total), vector, values), total)
         for row, row_totals in enumerate(totals):
             for part, total in enumerate(row_totals):
-                address = builder.add(out, builder.add(builder.mul(out_stride, _number(row)), _number(64 * part)))
-                _store(builder, builder.load(total), address)
+                address = builder.add(out, builder.add(builder.mul(out_stride, number(row)), number(64 * part)))
+                store(builder, builder.load(total), address)
         return context.get_dummy_value()
 
     @intrinsic
@@ -252,22 +211,22 @@ def weighted_sum_of(heads: int) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         weights, weights_stride, values, values_stride, tokens, out, out_stride = arguments
-        zero = ir.Constant(_FLOATS, [0.0] * LANES)
+        zero = ir.Constant(FLOATS, [0.0] * LANES)
         totals = [cgutils.alloca_once_value(builder, zero) for _ in range(heads)]
         for total in totals:
             builder.store(zero, total)
-        rows = [builder.add(weights, builder.mul(weights_stride, _number(head))) for head in range(heads)]
-        with cgutils.for_range_slice(builder, _number(0), tokens, _number(1)) as (token, _):
-            bits = _load(builder, values, builder.mul(token, values_stride), ir.VectorType(_I16, LANES))
-            wide = builder.shl(builder.zext(bits, _INTS), ir.Constant(_INTS, [16] * LANES))
-            value = builder.bitcast(wide, _FLOATS)
+        rows = [builder.add(weights, builder.mul(weights_stride, number(head))) for head in range(heads)]
+        with cgutils.for_range_slice(builder, number(0), tokens, number(1)) as (token, _):
+            bits = load(builder, values, builder.mul(token, values_stride), ir.VectorType(I16, LANES))
+            wide = builder.shl(builder.zext(bits, INTS), ir.Constant(INTS, [16] * LANES))
+            value = builder.bitcast(wide, FLOATS)
             for row, total in zip(rows, totals, strict=True):
-                weight = _load(builder, row, builder.mul(token, _number(4)), _F32)
-                every = _broadcast(builder, weight, _FLOATS)
-                builder.store(_call(builder, "llvm.fmuladd.v16f32", _FLOATS, value, every, builder.load(total)), total)
+                weight = load(builder, row, builder.mul(token, number(4)), F32)
+                every = broadcast(builder, weight, FLOATS)
+                builder.store(call(builder, "llvm.fmuladd.v16f32", FLOATS, value, every, builder.load(total)), total)
         for head, total in enumerate(totals):
-            address = builder.add(out, builder.mul(out_stride, _number(head)))
-            _store(builder, builder.load(total), address)
+            address = builder.add(out, builder.mul(out_stride, number(head)))
+            store(builder, builder.load(total), address)
         return context.get_dummy_value()
 
     @intrinsic
@@ -285,16 +244,16 @@ def scale_tile(typing_context, sums, row_scales, scales, biases):  # type: ignor
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         tile_at, row_scales_at, scales_at, biases_at = arguments
-        outs = ir.VectorType(_F32, OUTS)
-        every_row = ir.Constant(_INTS, [lane % OUTS for lane in range(LANES)])
+        outs = ir.VectorType(F32, OUTS)
+        every_row = ir.Constant(INTS, [lane % OUTS for lane in range(LANES)])
 
         def of_outputs(address: Any) -> Any:
-            values = _load(builder, address, _number(0), outs)
+            values = load(builder, address, number(0), outs)
             return builder.shuffle_vector(values, ir.Constant(outs, ir.Undefined), every_row)
 
-        values = builder.fmul(_load(builder, tile_at, _number(0), _FLOATS), _load(builder, row_scales_at, _number(0), _FLOATS))
-        values = _call(builder, "llvm.fmuladd.v16f32", _FLOATS, values, of_outputs(scales_at), of_outputs(biases_at))
-        _store(builder, values, tile_at)
+        values = builder.fmul(load(builder, tile_at, number(0), FLOATS), load(builder, row_scales_at, number(0), FLOATS))
+        values = call(builder, "llvm.fmuladd.v16f32", FLOATS, values, of_outputs(scales_at), of_outputs(biases_at))
+        store(builder, values, tile_at)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), codegen
@@ -306,88 +265,18 @@ def store_tile(typing_context, sums, out, stride, rows, add):  # type: ignore[no
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         tile_at, out_at, stride, rows, add = arguments
-        outs = ir.VectorType(_F32, OUTS)
+        outs = ir.VectorType(F32, OUTS)
         zero = ir.Constant(outs, [0.0] * OUTS)
         for row in range(ROWS):
-            with builder.if_then(builder.icmp_signed("<", _number(row), rows), likely=True):
-                address = builder.add(out_at, builder.mul(stride, _number(row)))
-                values = _load(builder, tile_at, _number(4 * OUTS * row), outs)
+            with builder.if_then(builder.icmp_signed("<", number(row), rows), likely=True):
+                address = builder.add(out_at, builder.mul(stride, number(row)))
+                values = load(builder, tile_at, number(4 * OUTS * row), outs)
                 held = cgutils.alloca_once_value(builder, zero)
                 builder.store(zero, held)
-                with builder.if_then(builder.icmp_signed("!=", add, _number(0))):
-                    builder.store(_load(builder, address, _number(0), outs), held)
+                with builder.if_then(builder.icmp_signed("!=", add, number(0))):
+                    builder.store(load(builder, address, number(0), outs), held)
                 total = builder.fadd(values, builder.load(held))
-                _store(builder, total, address)
+                store(builder, total, address)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 5), codegen
-
-
-@intrinsic
-def pointer(typing_context, address):  # type: ignore[no-untyped-def]
-    """The address as a pointer, for `carray`."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], _I8.as_pointer())
-
-    return types.voidptr(types.int64), codegen
-
-
-@intrinsic
-def call_at(typing_context, address):  # type: ignore[no-untyped-def]
-    """Calls the C function `int (void)` at the address. One that returns nothing may be called so, too."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        function = builder.inttoptr(arguments[0], ir.FunctionType(_I32, []).as_pointer())
-        return builder.call(function, [])
-
-    return types.int32(types.int64), codegen
-
-
-@intrinsic
-def fetch_add(typing_context, address, value):  # type: ignore[no-untyped-def]
-    """Adds to the int64 at the address, which other threads add to as well; returns what it was."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        counter = builder.inttoptr(arguments[0], _I64.as_pointer())
-        return builder.atomic_rmw("add", counter, arguments[1], "acq_rel")
-
-    return types.int64(types.int64, types.int64), codegen
-
-
-@intrinsic
-def load_acquired(typing_context, address):  # type: ignore[no-untyped-def]
-    """The int64 at the address; what another thread wrote ahead of its `fetch_add` is to be seen from here on."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.load_atomic(builder.inttoptr(arguments[0], _I64.as_pointer()), "acquire", 8)
-
-    return types.int64(types.int64), codegen
-
-
-@intrinsic
-def pause(typing_context):  # type: ignore[no-untyped-def]
-    """Tells the CPU that this is a loop of waiting, where it has an instruction for that."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if target.is_x86():
-            _call(builder, "llvm.x86.sse2.pause", ir.VoidType())
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
-@intrinsic
-def float_of_bits(typing_context, bits):  # type: ignore[no-untyped-def]
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], _F32)
-
-    return types.float32(types.int32), codegen
-
-
-@intrinsic
-def bits_of_float(typing_context, value):  # type: ignore[no-untyped-def]
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], _I32)
-
-    return types.int32(types.float32), codegen
