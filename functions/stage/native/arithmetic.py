@@ -16,20 +16,24 @@ _SMALLEST: Final = np.int32(np.float32(1e-30).view(np.int32))
 """Bits of what a row of zeros is divided by. Positive floats are in the order of their bits, whose maximum vectors find."""
 
 
-def by_rows(tile_of: Callable[[int], Any]) -> Any:
-    """A function of the number of rows, 1 to 4, and of what the tile for so many takes: numba has no table of functions."""
-    one, two, three, four = (tile_of(rows) for rows in range(1, ROWS + 1))
+def by_rows(tile_of: Callable[[int], Any], most: int = ROWS) -> Any:
+    """A function of the number of rows, 1 to `most`, and of what the tile for so many takes, as numba has no tables of them."""
+    of_most = tile_of(most)
+    if most == 1:
+
+        @jit
+        def only(rows: int, *arguments: Any) -> None:
+            of_most(*arguments)
+
+        return only
+    fewer = by_rows(tile_of, most - 1)
 
     @jit
     def chosen(rows: int, *arguments: Any) -> None:
-        if rows == 4:
-            four(*arguments)
-        elif rows == 1:
-            one(*arguments)
-        elif rows == 2:
-            two(*arguments)
+        if rows == most:
+            of_most(*arguments)
         else:
-            three(*arguments)
+            fewer(rows, *arguments)
 
     return chosen
 

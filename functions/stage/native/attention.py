@@ -9,10 +9,10 @@ from functions.stage.native import vector_code as code
 from functions.stage.native.arithmetic import bf16, by_rows, exp, floats, integers, jit, normalize, vector
 from functions.stage.native.matrices import tile
 from functions.stage.native.scalar_code import bits_of_float, float_of_bits, pointer
-from functions.stage.native.shapes import COLUMNS, LANES, OUTS, SUMS, VECTORS
+from functions.stage.native.shapes import COLUMNS, LANES, OUTS, QUERIES, SUMS, VECTORS
 
 _one_key = by_rows(lambda rows: code.tile_of(code.BFloat16, 1, rows, False))
-_pairs_tile = by_rows(code.pairs_tile_of)
+_pairs_tile = by_rows(code.pairs_tile_of, QUERIES)
 _weighted_sum = by_rows(code.weighted_sum_of)
 
 
@@ -82,8 +82,8 @@ def laid_at(group: Any, state: Any, laid: int, block: int, kv_head: int) -> int:
 def attend(group: Any, layer: Any, state: Any, first_row: int, rows: int, first_block: int, kv_head: int, scratch: int) -> None:
     """Attention of some rows of one sequence, one behind the other, in the heads that share a key head.
 
-    Up to VECTORS queries read keys and values together: heads of one row, or rows in one head. first_block: of their sequence,
-    laid out, or -1.
+    Some queries read keys and values together: heads of one row, or rows in one head. first_block: of their sequence, laid out,
+    or -1.
     """
     shared = group.heads // group.kv_heads
     begin, end = kv_head * shared, (kv_head + 1) * shared
@@ -121,9 +121,9 @@ def attend_together(
     slot = integers(state.slots, state.rows)[row] - positions[row] + begin
     place = 2 * size * (kv_head * group.capacity + slot)
     queries_at = scratch + 4 * SUMS
-    scores_at = queries_at + 2 * VECTORS * size
-    queries = carray(pointer(queries_at), (VECTORS, size), np.int16)
-    scores = floats(scores_at, VECTORS, state.most_tokens)
+    scores_at = queries_at + 2 * QUERIES * size
+    queries = carray(pointer(queries_at), (QUERIES, size), np.int16)
+    scores = floats(scores_at, QUERIES, state.most_tokens)
     scale = np.float32(1) / np.sqrt(np.float32(size))
     for query in range(count):
         for i in range(size):
@@ -145,8 +145,8 @@ def attend_together(
     out = state.attended + 4 * size * (row * group.heads + head)
     out_stride = 4 * size * (next_row * group.heads + next_head)
     if first_block >= 0:
-        shares_at = scores_at + 4 * VECTORS * state.most_tokens
-        shares = carray(pointer(shares_at), (VECTORS, state.most_tokens), np.int16)
+        shares_at = scores_at + 4 * QUERIES * state.most_tokens
+        shares = carray(pointer(shares_at), (QUERIES, state.most_tokens), np.int16)
         for query in range(count):
             for token in range(tokens + tokens % 2):
                 shares[query, token] = bf16(scores[query, token])

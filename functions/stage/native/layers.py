@@ -18,7 +18,7 @@ from functions.stage.llama_config import LlamaConfig
 from functions.stage.llama_layer import LayerWeights, Places
 from functions.stage.native import machine_code
 from functions.stage.native.openmp import OpenMP
-from functions.stage.native.shapes import BLOCK_ROWS, COLUMNS, LANES, LINE_BYTES, OUTS, PHASES, ROWS, SUMS, VECTORS
+from functions.stage.native.shapes import BLOCK_ROWS, COLUMNS, LANES, LINE_BYTES, OUTS, PHASES, QUERIES, ROWS, SUMS, VECTORS
 from functions.stage.native.tables import GROUP, LAYER, PASS, PRODUCT
 
 _LARGEST_WEIGHT: Final = 127
@@ -166,7 +166,7 @@ class _State:
 
 
 def _bundles(segments: Sequence[Segment], places: Places) -> tuple[list[tuple[int, int, int]], list[tuple[int, int]]]:
-    """At most VECTORS rows of a segment each: first row, number of rows, first block or -1; and the blocks.
+    """Bundles, at most VECTORS rows of a segment, QUERIES where it is laid out: first row, rows, first block or -1; and blocks.
 
     Keys and values are laid out anew where a chunk is long enough to pay for it.
     """
@@ -181,7 +181,8 @@ def _bundles(segments: Sequence[Segment], places: Places) -> tuple[list[tuple[in
             tokens = segment.position + segment.length
             first_slot = int(places.slots[begin]) - segment.position
             blocks += [(first_slot + token, min(COLUMNS, tokens - token)) for token in range(0, tokens, COLUMNS)]
-        bundles += [(row, min(VECTORS, end - row), first_block) for row in range(begin, end, VECTORS)]
+        together = VECTORS if first_block < 0 else QUERIES
+        bundles += [(row, min(together, end - row), first_block) for row in range(begin, end, together)]
         begin = end
     return bundles, blocks
 
@@ -204,7 +205,7 @@ def _wide(matrix: Matrix) -> Matrix:
 
 def _scratch_bytes(model: LlamaConfig, most_tokens: int) -> int:
     """Of one thread."""
-    of_attention = 4 * SUMS + VECTORS * (2 * model.head_dim + 6 * most_tokens)
+    of_attention = 4 * SUMS + QUERIES * (2 * model.head_dim + 6 * most_tokens)
     return max(_matrix_scratch_bytes(_widest(model)), _rounded_up(of_attention, LINE_BYTES))
 
 

@@ -17,6 +17,8 @@ BLOCK_ROWS: Final = 64
 """So many rows go through a matrix together: rounded to 16 bits, they stay in the second level of the cache."""
 VECTORS: Final = 4
 """Queries that read keys and values together."""
+QUERIES: Final = 8
+"""Those of a chunk, whose keys and values are laid out for them."""
 PHASES: Final = 7
 """Of a layer, one after the other; what is in one is computed in any order."""
 UNIT_BYTES: Final = 98_304
