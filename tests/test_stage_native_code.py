@@ -115,14 +115,10 @@ def test_another_kind_of_cpu_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) 
     assert target.of_this_machine() == target.Target(None, None)
 
 
-# Runs in a process of its own, as numba chooses its target once.
-RUN_FOR_TARGET: Final = """
-import logging, sys
+OF_JOBS: Final = """
+import sys
 import torch
-from functions.stage.native import target
-cpu, features, given, into = sys.argv[1:]
-target.of_this_machine = lambda: target.Target(cpu, features)
-logging.basicConfig(level=logging.INFO, format="%(message)s")
+given, into = sys.argv[-2:]
 from functions.stage.layer_group import Segment
 from functions.stage.llama import LlamaGroup
 results = []
@@ -135,6 +131,14 @@ for dtype, config, tensors, passes in torch.load(given):
         results.append(group.logits(hidden))
 torch.save(results, into)
 """
+# Runs in a process of its own, as numba chooses its target once.
+RUN_FOR_TARGET: Final = f"""
+import logging, sys
+from functions.stage.native import target
+cpu, features = sys.argv[1:3]
+target.of_this_machine = lambda: target.Target(cpu, features)
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+{OF_JOBS}"""
 
 
 def run_for_target(folder: Path, level: target.Target, source: Path = REPOSITORY) -> tuple[list[torch.Tensor], str]:
@@ -206,6 +210,24 @@ def test_code_made_ahead_for_avx2_is_what_a_stage_uses_and_computes_the_same(tmp
     results, said = run_for_target(tmp_path, target.LEVELS[level], source)
     assert "compiled" not in said
     assert_right(results)
+
+
+# Torch and the code come ahead of the fork, as where pods are forked.
+RUN_FORKED: Final = f"""
+import os, sys
+import torch
+from functions.stage.native import preloaded
+if child := os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+{OF_JOBS}"""
+
+
+def test_code_loaded_ahead_of_a_fork_is_that_of_the_children(tmp_path: Path) -> None:
+    torch.save(jobs(), tmp_path / "jobs")
+    command = [sys.executable, "-c", RUN_FORKED, tmp_path / "jobs", tmp_path / "results"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert_right(torch.load(tmp_path / "results"))
 
 
 @pytest.mark.skipif(not IS_X86_64, reason="levels are those of x86-64")

@@ -31,6 +31,7 @@ MODULES: Final = (
     "functions.stage.build",
     "functions.stage.llama",
     "functions.stage.native.layers",
+    "functions.stage.native.preloaded",
     "functions.gateway.function",
 )
 """What stages and gateways import; not transformers, which only the stages of other families need."""
