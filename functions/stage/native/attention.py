@@ -30,7 +30,7 @@ def prepare_head(group: Any, layer: Any, head: Any, gain: int, rotation: Any) ->
 
 
 @jit
-def write_kv(group: Any, layer: Any, state: Any, row: int, kv_head: int) -> None:
+def write_kv(row: int, kv_head: int, group: Any, layer: Any, state: Any) -> None:
     """The heads of one row that share a key head: made ready, and key and value written to the arena."""
     size = group.head_dim
     shared = group.heads // group.kv_heads
@@ -53,7 +53,7 @@ def write_kv(group: Any, layer: Any, state: Any, row: int, kv_head: int) -> None
 
 
 @jit
-def lay_out(group: Any, layer: Any, state: Any, block: int, kv_head: int) -> None:
+def lay_out(block: int, kv_head: int, group: Any, layer: Any, state: Any) -> None:
     """Keys and values of up to COLUMNS tokens in one head as `_pairs_tile` reads them. Tokens that are missing are zeros."""
     size = group.head_dim
     first, count = carray(pointer(state.blocks), (state.num_blocks, 2), np.int64)[block]

@@ -13,7 +13,7 @@ from functions.stage.native.attention import attend, lay_out, write_kv
 from functions.stage.native.matrices import multiply, multiply_gated
 from functions.stage.native.scalar_code import call_at, pointer
 from functions.stage.native.shapes import PHASES
-from functions.stage.native.sharing import Worker, finish, take
+from functions.stage.native.sharing import Worker, phase_of
 from functions.stage.native.tables import GROUP, LAYER, PASS, PRODUCT
 
 _jit: Final = njit(nogil=True, error_model="numpy")
@@ -21,55 +21,32 @@ _QKV, _WRITE_KV, _LAY_OUT, _ATTEND, _OUT, _GATED, _DOWN = range(PHASES)
 
 
 @_jit
-def _write_kv(group: Any, layer: Any, state: Any, worker: Any, phase: int) -> None:
-    done = 0
-    piece = take(worker, phase, state.rows, group.kv_heads)
-    while piece >= 0:
-        write_kv(group, layer, state, piece // group.kv_heads, piece % group.kv_heads)
-        done += 1
-        piece = take(worker, phase, state.rows, group.kv_heads)
-    finish(worker, phase, done, state.rows * group.kv_heads)
+def _only_steps(state: Any) -> bool:
+    """Of one token each, whose keys and values are written right where they are attended to."""
+    return bool(state.num_bundles == state.rows)
 
 
 @_jit
-def _lay_out(group: Any, layer: Any, state: Any, worker: Any, phase: int) -> None:
-    done = 0
-    piece = take(worker, phase, state.num_blocks, group.kv_heads)
-    while piece >= 0:
-        lay_out(group, layer, state, piece // group.kv_heads, piece % group.kv_heads)
-        done += 1
-        piece = take(worker, phase, state.num_blocks, group.kv_heads)
-    finish(worker, phase, done, state.num_blocks * group.kv_heads)
+def _attend_bundle(bundle: int, kv_head: int, group: Any, layer: Any, state: Any, scratch: int) -> None:
+    first_row, rows, first_block = carray(pointer(state.bundles), (state.num_bundles, 3), np.int64)[bundle]
+    if _only_steps(state):
+        write_kv(first_row, kv_head, group, layer, state)
+    attend(group, layer, state, first_row, rows, first_block, kv_head, scratch)
 
 
-@_jit
-def _attend(group: Any, layer: Any, state: Any, only_steps: bool, worker: Any, phase: int) -> None:
-    """only_steps: of one token each, whose keys and values are written here."""
-    bundles = carray(pointer(state.bundles), (state.num_bundles, 3), np.int64)
-    done = 0
-    piece = take(worker, phase, state.num_bundles, group.kv_heads)
-    while piece >= 0:
-        kv_head = piece % group.kv_heads
-        first_row, rows, first_block = bundles[piece // group.kv_heads]
-        if only_steps:
-            write_kv(group, layer, state, first_row, kv_head)
-        attend(group, layer, state, first_row, rows, first_block, kv_head, worker.scratch)
-        done += 1
-        piece = take(worker, phase, state.num_bundles, group.kv_heads)
-    finish(worker, phase, done, state.num_bundles * group.kv_heads)
+_write_kv, _lay_out, _attend = phase_of(write_kv), phase_of(lay_out), phase_of(_attend_bundle)
 
 
 @_jit
 def _run_layer(group: Any, layer: Any, state: Any, worker: Any, phase: int) -> None:
     """phase: the layer's first."""
-    rows, hidden = state.rows, state.hidden
+    rows, hidden, kv_heads = state.rows, state.hidden, group.kv_heads
     multiply(group, layer.qkv, hidden, layer.input_gain, state.heads, 0, rows, worker, phase + _QKV)
-    only_steps = state.num_bundles == rows
-    if not only_steps:
-        _write_kv(group, layer, state, worker, phase + _WRITE_KV)
+    if not _only_steps(state):
+        _write_kv(worker, phase + _WRITE_KV, rows, kv_heads, group, layer, state)
     if state.num_blocks:
-        _lay_out(group, layer, state, worker, phase + _LAY_OUT)
-    _attend(group, layer, state, only_steps, worker, phase + _ATTEND)
+        _lay_out(worker, phase + _LAY_OUT, state.num_blocks, kv_heads, group, layer, state)
+    _attend(worker, phase + _ATTEND, state.num_bundles, kv_heads, group, layer, state, worker.scratch)
     multiply(group, layer.out, state.attended, 0, hidden, 1, rows, worker, phase + _OUT)
     multiply_gated(group, layer, state, worker, phase + _GATED)
     multiply(group, layer.down, state.inner, 0, hidden, 1, rows, worker, phase + _DOWN)

@@ -7,6 +7,7 @@ all would wait for it. What a piece computes depends on nothing but the piece, s
 Counters: for every phase of the pass one per thread, of the pieces taken of its share, and one of the pieces done by all.
 """
 
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from functions.stage.native.arithmetic import jit
@@ -63,3 +64,19 @@ def _first_of(share: int, shares: int, things: int) -> int:
 @jit
 def _counter(worker: Any, phase: int, which: int) -> int:
     return worker.counters + LINE_BYTES * (phase * (worker.threads + 1) + which)
+
+
+def phase_of(do: Callable[..., None]) -> Any:
+    """A whole phase, of as many pieces as all things have parts: calls `do(thing, part, *arguments)` for each of them."""
+
+    @jit
+    def run(worker: Any, phase: int, things: int, parts: int, *arguments: Any) -> None:
+        done = 0
+        piece = take(worker, phase, things, parts)
+        while piece >= 0:
+            do(piece // parts, piece % parts, *arguments)
+            done += 1
+            piece = take(worker, phase, things, parts)
+        finish(worker, phase, done, things * parts)
+
+    return run
