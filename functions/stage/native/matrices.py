@@ -3,6 +3,7 @@
 A piece of the work is a block of rows and a unit of the outputs.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -63,9 +64,9 @@ def blocks_of(rows: int) -> Any:
 
 
 @jit
-def units_of(outs: int, row_bytes: int) -> Any:
+def units_of(outs: int, out_bytes: int) -> Any:
     """How many units the outputs are cut into, and how many each has, the last perhaps fewer."""
-    size = max(1, UNIT_BYTES // (row_bytes * OUTS)) * OUTS
+    size = max(1, UNIT_BYTES // (out_bytes * OUTS)) * OUTS
     return (outs + size - 1) // size, size
 
 
@@ -77,69 +78,97 @@ def next_piece(worker: Any, phase: int, blocks: int, units: int) -> int:
     return take(worker, phase, blocks, units)
 
 
+def product_of(multiply_tile: Callable[..., None]) -> Any:
+    """A whole phase: all rows at `source`, through the norm of `gain` if not 0, with all outputs of a matrix.
+
+    Calls `multiply_tile(int8, fetch, rows, row, out, x, row_scales, scratch, *arguments)` for each tile. row, out: the first of
+    it; x: where its packed rows are. out_bytes: of the weights of one output.
+    """
+
+    @jit
+    def run(
+        group: Any, matrix: Any, out_bytes: int, source: int, gain: int, rows: int, worker: Any, phase: int, *arguments: Any
+    ) -> None:
+        int8, width, outs = matrix.int8 != 0, matrix.width, matrix.outs
+        scratch = worker.scratch
+        row_scales = scratch + 4 * SUMS
+        blocks, block_rows = blocks_of(rows)
+        units, unit_outs = units_of(outs, out_bytes)
+        packed, x, done = -1, 0, 0
+        piece = next_piece(worker, phase, blocks, units)
+        while piece >= 0:
+            block, unit = piece // units, piece % units
+            first, last = block * block_rows, min(rows, (block + 1) * block_rows)
+            if block != packed:
+                x = packed_rows(group, int8, source, width, first, last, gain, scratch)
+                packed = block
+            for j in range(unit * unit_outs, min(outs, (unit + 1) * unit_outs), OUTS):
+                for row in range(first, last, ROWS):
+                    place, scales = x + (row - first) * width * 2, row_scales + 4 * OUTS * (row - first)
+                    multiply_tile(int8, row == first, min(ROWS, last - row), row, j, place, scales, scratch, *arguments)
+            done += 1
+            piece = next_piece(worker, phase, blocks, units)
+        finish(worker, phase, done, blocks * units)
+
+    return run
+
+
+@jit
+def row_bytes(matrix: Any) -> int:
+    return matrix.width if matrix.int8 != 0 else 2 * matrix.width
+
+
+@jit
+def scaled_tile(int8: bool, fetch: bool, rows: int, out: int, x: int, row_scales: int, matrix: Any, sums: int) -> None:
+    """A tile of the product, with its bias."""
+    tile(int8, fetch, rows, matrix.weights + out * row_bytes(matrix), x, matrix.width, sums)
+    scale_tile(sums, row_scales, matrix.scales + 4 * out, matrix.biases + 4 * out)
+
+
+@jit
+def _tile(
+    int8: bool,
+    fetch: bool,
+    rows: int,
+    row: int,
+    out: int,
+    x: int,
+    row_scales: int,
+    scratch: int,
+    matrix: Any,
+    at: int,
+    add: int,
+) -> None:
+    scaled_tile(int8, fetch, rows, out, x, row_scales, matrix, scratch)
+    store_tile(scratch, at + 4 * (row * matrix.outs + out), 4 * matrix.outs, rows, add)
+
+
+@jit
+def _gated_tile(
+    int8: bool, fetch: bool, rows: int, row: int, out: int, x: int, row_scales: int, scratch: int, layer: Any, at: int
+) -> None:
+    gates, ups = vector(scratch, TILE), vector(scratch + 4 * TILE, TILE)
+    scaled_tile(int8, fetch, rows, out, x, row_scales, layer.gate, scratch)
+    scaled_tile(int8, fetch, rows, out, x, row_scales, layer.up, scratch + 4 * TILE)
+    for i in range(TILE):
+        gates[i] = gates[i] / (np.float32(1) + exp(-gates[i])) * ups[i]
+    store_tile(scratch, at + 4 * (row * layer.gate.outs + out), 4 * layer.gate.outs, rows, 0)
+
+
+_product, _gated_product = product_of(_tile), product_of(_gated_tile)
+
+
 @jit
 def multiply(group: Any, matrix: Any, source: int, gain: int, out: int, add: int, rows: int, worker: Any, phase: int) -> None:
     """out [rows, outs] = (out, where `add`) + source [rows, width] · weightsᵀ + bias.
 
     gain: of the norm that the source goes through, or 0.
     """
-    int8 = matrix.int8 != 0
-    width, outs = matrix.width, matrix.outs
-    row_bytes = width if int8 else 2 * width
-    scratch = worker.scratch
-    row_scales = scratch + 4 * SUMS
-    blocks, block_rows = blocks_of(rows)
-    units, unit_outs = units_of(outs, row_bytes)
-    packed, x, done = -1, 0, 0
-    piece = next_piece(worker, phase, blocks, units)
-    while piece >= 0:
-        block, unit = piece // units, piece % units
-        first, last = block * block_rows, min(rows, (block + 1) * block_rows)
-        if block != packed:
-            x = packed_rows(group, int8, source, width, first, last, gain, scratch)
-            packed = block
-        for j in range(unit * unit_outs, min(outs, (unit + 1) * unit_outs), OUTS):
-            for row in range(first, last, ROWS):
-                count = min(ROWS, last - row)
-                tile(int8, row == first, count, matrix.weights + j * row_bytes, x + (row - first) * width * 2, width, scratch)
-                scale_tile(scratch, row_scales + 4 * OUTS * (row - first), matrix.scales + 4 * j, matrix.biases + 4 * j)
-                store_tile(scratch, out + 4 * (row * outs + j), 4 * outs, count, add)
-        done += 1
-        piece = next_piece(worker, phase, blocks, units)
-    finish(worker, phase, done, blocks * units)
+    _product(group, matrix, row_bytes(matrix), source, gain, rows, worker, phase, matrix, out, add)
 
 
 @jit
 def multiply_gated(group: Any, layer: Any, state: Any, worker: Any, phase: int) -> None:
     """inner [rows, inner_size] = silu(gate x) * (up x) of the normalized hidden state."""
-    gate, up = layer.gate, layer.up
-    int8 = gate.int8 != 0
-    width, outs, rows = gate.width, gate.outs, state.rows
-    row_bytes = width if int8 else 2 * width
-    scratch = worker.scratch
-    row_scales = scratch + 4 * SUMS
-    gates, ups = vector(scratch, TILE), vector(scratch + 4 * TILE, TILE)
-    blocks, block_rows = blocks_of(rows)
-    units, unit_outs = units_of(outs, 2 * row_bytes)
-    packed, x, done = -1, 0, 0
-    piece = next_piece(worker, phase, blocks, units)
-    while piece >= 0:
-        block, unit = piece // units, piece % units
-        first, last = block * block_rows, min(rows, (block + 1) * block_rows)
-        if block != packed:
-            x = packed_rows(group, int8, state.hidden, width, first, last, layer.mlp_gain, scratch)
-            packed = block
-        for j in range(unit * unit_outs, min(outs, (unit + 1) * unit_outs), OUTS):
-            for row in range(first, last, ROWS):
-                count = min(ROWS, last - row)
-                place, scales = x + (row - first) * width * 2, row_scales + 4 * OUTS * (row - first)
-                tile(int8, row == first, count, gate.weights + j * row_bytes, place, width, scratch)
-                scale_tile(scratch, scales, gate.scales + 4 * j, gate.biases + 4 * j)
-                tile(int8, row == first, count, up.weights + j * row_bytes, place, width, scratch + 4 * TILE)
-                scale_tile(scratch + 4 * TILE, scales, up.scales + 4 * j, up.biases + 4 * j)
-                for i in range(TILE):
-                    gates[i] = gates[i] / (np.float32(1) + exp(-gates[i])) * ups[i]
-                store_tile(scratch, state.inner + 4 * (row * outs + j), 4 * outs, count, 0)
-        done += 1
-        piece = next_piece(worker, phase, blocks, units)
-    finish(worker, phase, done, blocks * units)
+    gate, both = layer.gate, 2 * row_bytes(layer.gate)
+    _gated_product(group, gate, both, state.hidden, layer.mlp_gain, state.rows, worker, phase, layer, state.inner)
