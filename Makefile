@@ -52,7 +52,7 @@ image: ## Build the image of all functions with podman, buildah or docker (IMAGE
 
 .PHONY: image-rootfs-test
 image-rootfs-test: $(VENV)/dev.stamp $(VENV)/native.stamp ## Without an engine: the image's steps into a folder, entered as nobody and read-only, a pipeline answers (minutes)
-	$(BIN)/python -m pytest -m image tests/test_image_rootfs.py
+	$(BIN)/python -m pytest -m image tests/house/test_image_rootfs.py
 
 .PHONY: deploy-all
 deploy-all: needs-spec needs-store $(VENV)/run.stamp ## Push the model, render, apply, wait, print the URL, ask (SPEC= MODEL= IMAGE= CONTEXT= INGRESS= PROMPT=)
@@ -82,7 +82,7 @@ deploy-kn: needs-spec needs-store $(VENV)/run.stamp ## The same with kn and kube
 
 .PHONY: test-cluster
 test-cluster: $(VENV)/dev.stamp ## The whole life of a pipeline on a real cluster (LAMINA_TEST_KUBECONFIG= LAMINA_TEST_IMAGE= and the store's keys)
-	$(BIN)/python -m pytest -m cluster tests/test_cluster.py
+	$(BIN)/python -m pytest -m cluster tests/pipeline/test_cluster.py
 
 .PHONY: needs-spec
 needs-spec:
@@ -103,7 +103,7 @@ bench-coldstart: $(VENV)/bench.stamp $(VENV)/native.stamp ## From zero to the fi
 
 .PHONY: bench-load
 bench-load: $(VENV)/bench.stamp $(VENV)/native.stamp ## Conversations that come and go: 0, 1, 16, 64, 4, 0, on a pipeline that scales by itself
-	$(BIN)/python -m bench.load_run
+	$(BIN)/python -m bench.load
 
 ##@ Develop
 .PHONY: setup
@@ -118,7 +118,7 @@ check: $(VENV)/dev.stamp ## Lint, format, types, import directions, owners of he
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_architecture.py tests/test_generated.py
+	$(BIN)/python -m pytest -q tests/house/test_architecture.py tests/house/test_generated.py
 
 .PHONY: format
 format: $(VENV)/dev.stamp ## Format the code and mend what the linter can

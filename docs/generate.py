@@ -10,14 +10,14 @@ from pathlib import Path
 
 import click
 
-from functions.environment_page import markdown_page
+from functions.configuration.environment_page import markdown_page
 from knative.__main__ import main as command_line
-from knative.alerts import rule_groups
 from knative.commands.render import rendered_files
-from knative.dashboard import dashboard
-from knative.manifests import to_yaml
-from knative.pipeline_spec import load_spec
-from knative.store_access import StoreOptions
+from knative.commands.sources.store_access import StoreOptions
+from knative.render.alerts import rule_groups
+from knative.render.dashboard import dashboard
+from knative.render.services import to_yaml
+from knative.spec.pipeline_spec import load_spec
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_STORE = StoreOptions(None, "lamina", "us-east-1", None, None, None, ROOT / ".lamina")

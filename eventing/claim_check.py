@@ -14,7 +14,8 @@ from typing import Final, Protocol
 
 from cloudevents.core.v1.event import CloudEvent
 
-from eventing.cloud_event import (
+from eventing.problems import EventExpired, EventTooLarge, MalformedEvent, NotReady
+from eventing.wire.cloud_event import (
     attribute_text,
     checked_event,
     data_buffers,
@@ -22,11 +23,10 @@ from eventing.cloud_event import (
     integer_attribute,
     required_attribute,
 )
-from eventing.events import SAFE_EVENT_BYTES, Attribute
-from eventing.problems import EventExpired, EventTooLarge, MalformedEvent, NotReady
+from eventing.wire.events import SAFE_EVENT_BYTES, Attribute
 from storage.errors import ObjectNotFound, StorageError
-from storage.object_info import ObjectInfo
-from storage.payload_store import MAX_PAYLOAD_BYTES
+from storage.store.object_info import ObjectInfo
+from storage.store.payload_store import MAX_PAYLOAD_BYTES
 
 CLAIMS_PREFIX: Final = "claims/"
 """In the bucket of the models: a lifecycle rule of the store may delete what is older than a few days there."""
@@ -38,7 +38,7 @@ _REFERENCE: Final = (Attribute.DATAREF, Attribute.DATAREF_BYTES, Attribute.DATAR
 
 
 class Payloads(Protocol):
-    """What is needed of one bucket; `storage.payload_store.PayloadStore` is one."""
+    """What is needed of one bucket; `storage.store.payload_store.PayloadStore` is one."""
 
     def put(self, key: str, data: bytes) -> None: ...
 
@@ -47,7 +47,7 @@ class Payloads(Protocol):
 
 
 class SweepableStore(Protocol):
-    """What sweeping needs; `storage.object_store.ObjectStore` is one."""
+    """What sweeping needs; `storage.store.object_store.ObjectStore` is one."""
 
     def delete(self, key: str) -> None: ...
 

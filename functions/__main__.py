@@ -6,11 +6,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
-from functions.config import Config, GatewayConfig, StageConfig, read_config
-from functions.environment_page import help_text, markdown_page
-from functions.imports import without_collection
-from functions.settings import ConfigError
-from functions.startup import StartUp
+from functions.configuration.config import Config, GatewayConfig, StageConfig, read_config
+from functions.configuration.environment_page import help_text, markdown_page
+from functions.configuration.settings import ConfigError
+from functions.hosting.imports import without_collection
+from functions.hosting.startup import StartUp
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
@@ -64,8 +64,8 @@ def _explain(arguments: Sequence[str]) -> int:
 def _serve(config: Config, start_up: StartUp) -> int:
     # Imported only now: the wrong environment and --help need none of it, and each role only its own.
     with without_collection():
-        from functions.server import Server
-        from functions.telemetry import set_up_logging
+        from functions.hosting.server import Server
+        from functions.observing.telemetry import set_up_logging
 
         set_up_logging(config.log_level)
         function = _function(config, start_up)
@@ -84,7 +84,7 @@ def _serve(config: Config, start_up: StartUp) -> int:
 
 def _function(config: Config, start_up: StartUp) -> Function:
     if isinstance(config, StageConfig):
-        from functions.stage.function import StageFunction
+        from functions.stage.serving.function import StageFunction
 
         return StageFunction(config, start_up)
     return _gateway(config, start_up)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.support.cold_pipeline import WarmParent
-    from tests.support.published import Published
-    from tests.support.storage import FaultProxy
+    from tests.support.knative.cold_pipeline import WarmParent
+    from tests.support.storage.published import Published
+    from tests.support.storage.storage import FaultProxy
 
 # Tests run torch in this process and in stage processes beside it: one thread each, or they spin against one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Published]":
     """The tiny chat model in a store that runs."""
-    from tests.support.published import published_model
+    from tests.support.storage.published import published_model
 
     with published_model(tmp_path_factory.mktemp("published")) as model:
         yield model
@@ -30,7 +30,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Published]"
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[WarmParent]":
     """One fork server, warm, for all cold starts of a module."""
-    from tests.support.cold_pipeline import warm_parent
+    from tests.support.knative.cold_pipeline import warm_parent
 
     with warm_parent(tmp_path_factory.mktemp("parent")) as parent:
         yield parent
@@ -39,7 +39,7 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[WarmParent]":
 @pytest.fixture
 def proxy(published: "Published") -> "Iterator[FaultProxy]":
     """In front of the store of `published`."""
-    from tests.support.storage import fault_proxy
+    from tests.support.storage.storage import fault_proxy
 
     with fault_proxy(published.store) as proxy:
         yield proxy

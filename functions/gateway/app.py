@@ -6,14 +6,14 @@ from typing import Final
 from flask import Flask
 
 from eventing.claim_check import ClaimCheck
-from functions.config import GatewayConfig
-from functions.gateway.clients import Clients
-from functions.gateway.core import Generator
-from functions.gateway.event_door import EventDoor
-from functions.gateway.openai_api import OpenAIDoor
-from functions.gateway.scoring import ScoreEntry
-from functions.web import add_problem_handlers
-from storage.payload_store import PayloadStore
+from functions.configuration.config import GatewayConfig
+from functions.gateway.doors.answers import Generator
+from functions.gateway.doors.clients import Clients
+from functions.gateway.doors.events import EventDoor
+from functions.gateway.doors.openai import OpenAIDoor
+from functions.gateway.doors.scoring import ScoreEntry
+from functions.hosting.web import add_problem_handlers
+from storage.store.payload_store import PayloadStore
 
 MAX_REQUEST_BYTES: Final = 2**23
 """Far beyond any context."""

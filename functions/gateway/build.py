@@ -3,14 +3,14 @@
 import secrets
 from dataclasses import dataclass
 
-from eventing.delivery import Sender
-from functions.config import GatewayConfig
-from functions.gateway.board import Limits
-from functions.gateway.endpoints import EndpointsWatch, KubernetesAPI, PodNetwork, service_name
-from functions.gateway.pipeline import Pipeline, PipelineIdentity
-from functions.gateway.routes import Placement
-from functions.gateway.scheduler import Scheduler
-from functions.tracing import Tracer
+from eventing.http.delivery import Sender
+from functions.configuration.config import GatewayConfig
+from functions.gateway.scheduling.board import Limits
+from functions.gateway.scheduling.scheduler import Scheduler
+from functions.gateway.stages.client import Pipeline, PipelineIdentity
+from functions.gateway.stages.endpoints import EndpointsWatch, KubernetesAPI, PodNetwork, service_name
+from functions.gateway.stages.routes import Placement
+from functions.observing.tracing import Tracer
 
 
 @dataclass(frozen=True, slots=True)

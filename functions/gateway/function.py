@@ -7,19 +7,19 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from eventing.problems import NotReady
-from functions.config import GatewayConfig
+from functions.configuration.config import GatewayConfig
 from functions.gateway.app import create_app
 from functions.gateway.build import start_scheduler
-from functions.gateway.core import Generator
-from functions.gateway.scheduler_metrics import SchedulerCollector
-from functions.gateway.tokenizer import ModelText
-from functions.publication import WrongPublication, read_publication
-from functions.startup import StartUp
-from functions.telemetry import GatewayMetrics
-from functions.tracing import make_tracer
-from functions.web import add_probes
+from functions.gateway.doors.answers import Generator
+from functions.gateway.scheduling.scheduler_metrics import SchedulerCollector
+from functions.gateway.text.tokenizer import ModelText
+from functions.hosting.publication import WrongPublication, read_publication
+from functions.hosting.startup import StartUp
+from functions.hosting.web import add_probes
+from functions.observing.telemetry import GatewayMetrics
+from functions.observing.tracing import make_tracer
 from storage.errors import StorageError
-from storage.object_reader import ObjectReader
+from storage.store.object_reader import ObjectReader
 
 _log: Final = logging.getLogger(__name__)
 

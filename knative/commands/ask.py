@@ -6,9 +6,9 @@ from collections.abc import Callable
 import click
 from rich.console import Console
 
-from eventing.generation import GenerateResponse
-from knative.asking import AskFailed, Question, is_question
-from knative.asking import ask as ask_gateway
+from eventing.wire.generation import GenerateResponse
+from knative.commands.terminal.asking import AskFailed, Question, is_question
+from knative.commands.terminal.asking import ask as ask_gateway
 
 chat_option = click.option(
     "--chat/--raw",

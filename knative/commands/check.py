@@ -5,8 +5,8 @@ from pathlib import Path
 
 import click
 
-from knative.manifest_files import Manifest, ManifestError, read_manifests
-from knative.webhook import in_one_line, is_knative_service, validate, warnings
+from knative.commands.sources.manifest_files import Manifest, ManifestError, read_manifests
+from knative.webhook.check import in_one_line, is_knative_service, validate, warnings
 
 
 @click.command("check")

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from knative.cluster_access import cluster_options, pipeline_options, say, timeout_option
+from knative.commands.sources.cluster_access import cluster_options, pipeline_options, say, timeout_option
 
 if TYPE_CHECKING:
-    from knative.cluster import Cluster
+    from knative.cluster.client import Cluster
 
 
 @click.command()
@@ -20,7 +20,7 @@ def delete(name: str, namespace: str | None, timeout: float, connect: "Callable[
 
     The published model stays in the store.
     """
-    from knative.deployer import Deployer
+    from knative.cluster.deployer import Deployer
 
     cluster = connect()
     where = namespace or cluster.default_namespace

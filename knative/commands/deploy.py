@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from knative.cluster_access import cluster_options, force_option, say, timeout_option
 from knative.commands.render import image_option, read_spec, rendered_objects
-from knative.store_access import StoreOptions, store_options
+from knative.commands.sources.cluster_access import cluster_options, force_option, say, timeout_option
+from knative.commands.sources.store_access import StoreOptions, store_options
 
 if TYPE_CHECKING:
-    from knative.cluster import Cluster
+    from knative.cluster.client import Cluster
 
 
 @click.command()
@@ -42,7 +42,7 @@ def deploy(
     """
     loaded = read_spec(spec, image)
     objects = rendered_objects(loaded, store)
-    from knative.deployer import Deployer
+    from knative.cluster.deployer import Deployer
 
     deployer = Deployer(connect(), loaded.namespace, say, timeout)
     if dry_run:

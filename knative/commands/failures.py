@@ -1,18 +1,18 @@
 """Which exceptions are answers to the person at the terminal: their message says what was seen and what to do."""
 
 from eventing.problems import Problem
-from knative.asking import AskFailed
-from knative.cluster_errors import ClusterError
+from knative.cluster.errors import ClusterError
+from knative.commands.terminal.asking import AskFailed
+from knative.commands.terminal.start_watch import PodsFailed
+from knative.local.autoscaler.revision_settings import SettingsError
+from knative.local.kubelet.probes import UnsupportedManifest
 from knative.local.platform import ManifestRefused, PortInUse
-from knative.local.probes import UnsupportedManifest
-from knative.local.revision_settings import SettingsError
-from knative.local.services import UnknownRevision
+from knative.local.serving.services import UnknownRevision
 from knative.local.state_folder import StateError
-from knative.model_shape import UnknownShape
-from knative.pipeline_spec import SpecError
-from knative.planner import TooManyStages
-from knative.rendering import RenderFailed
-from knative.start_watch import PodsFailed
+from knative.render.rendering import RenderFailed
+from knative.spec.cut import TooManyStages
+from knative.spec.model_shape import UnknownShape
+from knative.spec.pipeline_spec import SpecError
 from storage.errors import StorageError
 
 _EXPECTED = (

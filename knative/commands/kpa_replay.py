@@ -5,7 +5,7 @@ from typing import Final
 
 import click
 
-from knative.local.replay import TraceError, replay_file
+from knative.local.autoscaler.replay import TraceError, replay_file
 
 _SHOWN: Final = 10
 

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from knative.cluster_access import cluster_options, pipeline_options
+from knative.commands.sources.cluster_access import cluster_options, pipeline_options
 
 if TYPE_CHECKING:
-    from knative.cluster import Cluster
+    from knative.cluster.client import Cluster
 
 _CONTAINER = "function"
 

@@ -6,15 +6,15 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from eventing.events import Cut
-from functions.gateway.board import Limits
-from knative.console import show_table, size
-from knative.model_shape import ModelShape, shape_from_folder
-from knative.pipeline_spec import DTYPES, Autoscaling, format_cut, parse_cut
-from knative.planner import StagePlan, cut_evenly, plan_stages, replicas_for
-from knative.rendering import published_shape
-from knative.store_access import StoreOptions, open_store, store_options
-from storage.model_repository import read_manifest
+from eventing.wire.events import Cut
+from functions.gateway.scheduling.board import Limits
+from knative.commands.sources.store_access import StoreOptions, open_store, store_options
+from knative.commands.terminal.console import show_table, size
+from knative.render.rendering import published_shape
+from knative.spec.cut import StagePlan, cut_evenly, plan_stages, replicas_for
+from knative.spec.model_shape import ModelShape, shape_from_folder
+from knative.spec.pipeline_spec import DTYPES, Autoscaling, format_cut, parse_cut
+from storage.models.model_repository import read_manifest
 
 
 @click.command()

@@ -5,13 +5,13 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from knative.console import publish_progress, size
-from knative.model_sources import DEFAULT_MODEL, packaged_model, published_name
-from knative.pipeline_spec import DTYPES, Model, load_spec
-from knative.store_access import StoreOptions, open_store, store_options
+from knative.commands.sources.store_access import StoreOptions, open_store, store_options
+from knative.commands.terminal.console import publish_progress, size
+from knative.spec.model_sources import DEFAULT_MODEL, packaged_model, published_name
+from knative.spec.pipeline_spec import DTYPES, Model, load_spec
 from storage.errors import ModelNotPublished
-from storage.model_repository import Manifest, Reader, read_manifest
-from storage.publisher import publish
+from storage.models.model_repository import Manifest, Reader, read_manifest
+from storage.models.publisher import publish
 
 
 @click.command()

@@ -5,14 +5,14 @@ from pathlib import Path
 import click
 import msgspec
 
-from knative.manifests import Manifest, to_yaml
-from knative.model_shape import ModelShape
-from knative.pipeline_spec import PipelineSpec, load_spec
-from knative.rendering import published_shape, resolve
-from knative.rendering import render as render_files
-from knative.store_access import StoreOptions, open_store, store_options
-from storage.model_repository import Manifest as Publication
-from storage.model_repository import read_manifest
+from knative.commands.sources.store_access import StoreOptions, open_store, store_options
+from knative.render.rendering import published_shape, resolve
+from knative.render.rendering import render as render_files
+from knative.render.services import Manifest, to_yaml
+from knative.spec.model_shape import ModelShape
+from knative.spec.pipeline_spec import PipelineSpec, load_spec
+from storage.models.model_repository import Manifest as Publication
+from storage.models.model_repository import read_manifest
 
 image_option = click.option("--image", help="Instead of the spec's.")
 

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from knative.cluster_access import cluster_options, force_option, pipeline_options, say, timeout_option
+from knative.commands.sources.cluster_access import cluster_options, force_option, pipeline_options, say, timeout_option
 
 if TYPE_CHECKING:
-    from knative.cluster import Cluster
+    from knative.cluster.client import Cluster
 
 
 @click.command()
@@ -30,7 +30,7 @@ def rollback(
     The cluster itself remembers the last ten versions. Going back is a deploy like any other: old stages beside the new ones,
     then the gateway moves.
     """
-    from knative.deployer import Deployer
+    from knative.cluster.deployer import Deployer
 
     cluster = connect()
     deployer = Deployer(cluster, namespace or cluster.default_namespace, say, timeout)

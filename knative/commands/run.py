@@ -15,21 +15,21 @@ import click
 from rich.console import Console
 
 from eventing.claim_check import sweep
-from knative.asking import Question, is_question
 from knative.commands.ask import chat_option, show_answer
-from knative.eventing_manifests import eventing_objects
-from knative.local.fork_starter import ForkStarter
+from knative.commands.sources.local_pipeline import LocalPipeline, ensure_published, local_pipeline, read_data_folder
+from knative.commands.sources.store_access import STORE_FOLDER, state_option
+from knative.commands.terminal.asking import Question, is_question
+from knative.commands.terminal.stage_table import show_stages
+from knative.commands.terminal.start_watch import watch_starts
+from knative.local.kubelet.fork_starter import ForkStarter
+from knative.local.kubelet.processes import PlainStarter, ProcessStarter
 from knative.local.platform import ROOT, Platform, PlatformOptions
-from knative.local.processes import PlainStarter, ProcessStarter
 from knative.local.state_folder import RunningPlatform, StateFolder, naming_a_full_disk
-from knative.local_pipeline import LocalPipeline, ensure_published, local_pipeline, read_data_folder
-from knative.manifests import services
-from knative.pipeline_spec import DTYPES, load_spec
-from knative.stage_table import show_stages
-from knative.start_watch import watch_starts
-from knative.store_access import STORE_FOLDER, state_option
-from storage.embedded import EmbeddedStore
-from storage.object_store import ObjectStore
+from knative.render.eventing_manifests import eventing_objects
+from knative.render.services import services
+from knative.spec.pipeline_spec import DTYPES, load_spec
+from storage.store.embedded import EmbeddedStore
+from storage.store.object_store import ObjectStore
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _CACHE_FOLDER: Final = "weights"

@@ -11,14 +11,14 @@ import click
 from rich.console import Console, Group
 from rich.live import Live
 
-from knative.cluster_access import cluster_options
-from knative.console import rich_table, show_table, size
+from knative.commands.sources.cluster_access import cluster_options
+from knative.commands.sources.store_access import state_option
+from knative.commands.terminal.console import rich_table, show_table, size
+from knative.commands.terminal.pod_metrics import RevisionRates
 from knative.local.state_folder import StateError, find_running
-from knative.pod_metrics import RevisionRates
-from knative.store_access import state_option
 
 if TYPE_CHECKING:
-    from knative.cluster import Cluster
+    from knative.cluster.client import Cluster
 
 _COLUMNS: Final = (
     "service", "ready", "starting", "leaving", "desired", "stable", "panic", "panicking", "tokens/s", "waiting", "restarts",
@@ -65,7 +65,7 @@ def status(
 
 
 def _show_cluster(console: Console, cluster: "Cluster", namespace: str | None, name: str) -> None:
-    from knative.cluster_status import COLUMNS, cluster_rows
+    from knative.cluster.status import COLUMNS, cluster_rows
 
     where = namespace or cluster.default_namespace
     rows, troubles = cluster_rows(cluster, where, name)

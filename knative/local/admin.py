@@ -8,9 +8,9 @@ from http import HTTPStatus
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from knative.local.endpoint_slices import EndpointSlices
-from knative.local.http_messages import HttpError
-from knative.local.http_server import Exchange, HttpServer
+from knative.local.http.messages import HttpError
+from knative.local.http.server import Exchange, HttpServer
+from knative.local.serving.endpoint_slices import EndpointSlices
 
 _PREFIX = "/apis/discovery.k8s.io/v1/namespaces/"
 _JSON = b"application/json"

@@ -5,9 +5,9 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
-from knative.local.pods import Phase
-from knative.local.revisions import Revision
-from knative.local.services import LocalService
+from knative.local.kubelet.pods import Phase
+from knative.local.serving.revisions import Revision
+from knative.local.serving.services import LocalService
 
 _LABELS: Final = ("kn_revision_name", "kn_service_name", "kn_configuration_name", "k8s_namespace_name")
 

@@ -13,19 +13,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from knative.autoscaling_annotations import AutoscalerConfig
 from knative.local.admin import Admin
-from knative.local.containers import LocalData, NamedData
-from knative.local.endpoint_slices import EndpointSlices
-from knative.local.eventing import LocalEventing
+from knative.local.autoscaler.revision_settings import revision_settings
+from knative.local.eventing.eventing import LocalEventing
+from knative.local.kubelet.containers import LocalData, NamedData
+from knative.local.kubelet.pods import PodTiming
+from knative.local.kubelet.processes import PlainStarter, ProcessStarter
 from knative.local.metrics import render_metrics
-from knative.local.pods import PodTiming
-from knative.local.processes import PlainStarter, ProcessStarter
-from knative.local.revision_settings import revision_settings
-from knative.local.revisions import Revision, RevisionName, Surroundings
-from knative.local.services import LocalService
+from knative.local.serving.endpoint_slices import EndpointSlices
+from knative.local.serving.revisions import Revision, RevisionName, Surroundings
+from knative.local.serving.services import LocalService
 from knative.local.status import platform_status
-from knative.webhook import is_knative_service, validate
+from knative.webhook.autoscaling_annotations import AutoscalerConfig
+from knative.webhook.check import is_knative_service, validate
 
 _log = logging.getLogger(__name__)
 

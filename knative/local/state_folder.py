@@ -11,7 +11,7 @@ from typing import Final
 import msgspec
 
 from storage.errors import StorageError
-from storage.settings import StoreSettings
+from storage.store.settings import StoreSettings
 
 DEFAULT_FOLDER: Final = Path(".lamina")
 _FULL_BELOW_BYTES: Final = 2**20

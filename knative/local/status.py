@@ -4,10 +4,10 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from knative.local.pods import Pod
-from knative.local.processes import memory_bytes
-from knative.local.revisions import Revision
-from knative.local.services import LocalService
+from knative.local.kubelet.pods import Pod
+from knative.local.kubelet.processes import memory_bytes
+from knative.local.serving.revisions import Revision
+from knative.local.serving.services import LocalService
 
 
 def platform_status(pid: int, services: Iterable[LocalService]) -> dict[str, Any]:

@@ -1,0 +1,172 @@
+"""Cold starts on the local platform: a request to a pipeline, or a monolith, of which nothing runs, until its first token."""
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from eventing.wire.generation import TokenEvent
+from knative.commands.sources.local_pipeline import local_pipeline
+from knative.commands.terminal.asking import Question, ask
+from knative.local.kubelet.processes import PlainStarter, ProcessStarter
+from knative.local.platform import Platform, PlatformOptions
+from knative.render.services import services
+from storage.loading.weight_loader import stage_objects
+from storage.models.model_repository import Manifest
+from storage.store.object_store import ObjectStore
+
+PROMPT: Final = "What is the capital of France?"
+_NAME: Final = "monolith"
+_STOP_SECONDS: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What all runs share."""
+
+    store: ObjectStore
+    manifest: Manifest
+    logs: Path
+
+
+@dataclass(frozen=True, slots=True)
+class ColdStart:
+    """One request to something of which nothing ran."""
+
+    first_token_seconds: float
+    """From the client's request."""
+    token: str
+    phases: tuple[Mapping[str, float], ...]
+    """Of each stage, or of the monolith: phase → seconds from the start of its process."""
+    largest_bytes: int
+    """What the stage with most weights had to load; of a monolith: all."""
+
+    @property
+    def load_seconds(self) -> float:
+        """Longest load phase of a stage: from the store's first answer to the last byte."""
+        return max(phases["last_byte"] - phases["connect"] for phases in self.phases)
+
+
+async def cold_pipeline(
+    around: Surroundings,
+    stages: int,
+    *,
+    bytes_per_second: float | None = None,
+    starter: ProcessStarter | None = None,
+    weights_cache: Path | None = None,
+) -> ColdStart:
+    """starter: None for plain processes. bytes_per_second: of each pod, the gateway's included; None: no limit."""
+    local = local_pipeline(around.store, around.manifest, stages, None, {}, weights_cache)
+    manifests = services(local.pipeline)
+    with _endpoints(around.store, bytes_per_second, len(manifests)) as endpoints:
+        for manifest, endpoint in zip(manifests, endpoints, strict=True):
+            _set_environment(manifest, "LAMINA_STORE_ENDPOINT", endpoint)
+        options = PlatformOptions(logs=around.logs, secrets=local.secrets, starter=starter or PlainStarter())
+        async with _running(options, manifests) as platform:
+            url = platform.url(local.pipeline.spec.name, local.pipeline.spec.namespace)
+            began = time.perf_counter()
+            token = await _first_token(url)
+            seconds = time.perf_counter() - began
+            phases = tuple(_phases(platform, local.pipeline.stage_name(index)) for index in range(stages))
+    largest = max(_bytes_of(around.manifest, first, last) for first, last in local.pipeline.cut)
+    return ColdStart(seconds, token, phases, largest)
+
+
+async def cold_monolith(around: Surroundings, *, bytes_per_second: float | None = None) -> ColdStart:
+    with _endpoints(around.store, bytes_per_second, 1) as (endpoint,):
+        options = PlatformOptions(logs=around.logs)
+        async with _running(options, [_monolith(around.store, endpoint)]) as platform:
+            began = time.perf_counter()
+            async with (
+                aiohttp.ClientSession() as session,
+                session.post(platform.url(_NAME), data=PROMPT.encode(), raise_for_status=True) as reply,
+            ):
+                answer = await reply.json()
+            seconds = time.perf_counter() - began
+    return ColdStart(seconds, answer["token"], (answer["phases"],), _bytes_of(around.manifest, 0, around.manifest.num_layers))
+
+
+def _bytes_of(manifest: Manifest, first: int, last: int) -> int:
+    return sum(manifest.objects[name].bytes for name in stage_objects(manifest, first, last))
+
+
+async def _first_token(url: str) -> str:
+    async for answer in ask(url, Question(PROMPT, max_tokens=1)):
+        if isinstance(answer, TokenEvent):
+            return answer.text
+        return answer.text
+    raise RuntimeError(f"{url} ended its answer without a token")
+
+
+@contextlib.asynccontextmanager
+async def _running(options: PlatformOptions, manifests: Sequence[dict[str, Any]]) -> AsyncIterator[Platform]:
+    platform = Platform(options)
+    await platform.start()
+    try:
+        await platform.apply(manifests)
+        yield platform
+    finally:
+        await platform.stop(_STOP_SECONDS)
+
+
+def _phases(platform: Platform, name: str) -> Mapping[str, float]:
+    (service,) = (each for each in platform.status()["services"] if each["name"] == name)
+    pods = [pod for revision in service["revisions"] for pod in revision["pods"]]
+    if len(pods) != 1 or pods[0]["restarts"]:
+        raise RuntimeError(f"{name} has {len(pods)} pods, {pods}: one that started once was expected")
+    phases: Mapping[str, float] = pods[0]["readiness"]["start_up"]
+    return phases
+
+
+def _set_environment(manifest: dict[str, Any], name: str, value: str) -> None:
+    (container,) = manifest["spec"]["template"]["spec"]["containers"]
+    (entry,) = (each for each in container["env"] if each["name"] == name)
+    entry["value"] = value
+
+
+def _monolith(store: ObjectStore, endpoint: str) -> dict[str, Any]:
+    settings = store.settings
+    environ = {
+        "LAMINA_STORE_ENDPOINT": endpoint,
+        "LAMINA_STORE_BUCKET": settings.bucket,
+        "AWS_ACCESS_KEY_ID": settings.access_key_id,
+        "AWS_SECRET_ACCESS_KEY": settings.secret_access_key,
+    }
+    container = {
+        "image": "registry.example/monolith:1",
+        "command": [sys.executable, "-m", "bench.coldstart.monolith"],
+        "env": [{"name": name, "value": value} for name, value in environ.items()],
+    }
+    return {
+        "apiVersion": "serving.knative.dev/v1",
+        "kind": "Service",
+        "metadata": {"name": _NAME},
+        "spec": {"template": {"spec": {"timeoutSeconds": 300, "containers": [container]}}},
+    }
+
+
+@contextlib.contextmanager
+def _endpoints(store: ObjectStore, bytes_per_second: float | None, count: int) -> Iterator[list[str]]:
+    """URLs of the store, one for each pod: with a limit behind a proxy of its own."""
+    if bytes_per_second is None:
+        yield [store.settings.endpoint_url] * count
+        return
+    upstream = urlsplit(store.settings.endpoint_url).netloc
+    command = [sys.executable, "-m", "bench.coldstart.throttle", "--upstream", upstream]
+    command += ["--bytes-per-second", str(bytes_per_second), "--count", str(count)]
+    # A session of its own: Linux shares processors out by sessions, and what stands for a network is not to share one.
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as proxies:
+        assert proxies.stdin is not None
+        assert proxies.stdout is not None
+        try:
+            yield [f"http://127.0.0.1:{port}" for port in json.loads(proxies.stdout.readline())]
+        finally:
+            proxies.stdin.close()

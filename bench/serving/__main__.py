@@ -1,0 +1,141 @@
+"""`make bench`: Lamina's three stages beside other ways of running the same model on the same machine, in one run.
+
+    python -m bench.serving                    all of it, about seven minutes on two cores; writes docs/benchmarks.md
+    python -m bench.serving --rounds 1 --dtype int8 --workload "single stream" --output some/where/benchmarks.md
+
+Lamina runs as users run it (`python -m knative run`: gateway and stages as processes behind queue-proxies), and through a
+second gateway that asks the same stage processes directly. Needs the packages of requirements-bench.txt, and a machine with
+nothing else to do.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
+from os import getloadavg, sched_getaffinity
+from pathlib import Path
+from typing import Final
+
+import click
+from tokenizers import Tokenizer
+
+from bench.report import machine, write_section
+from bench.serving import pipelining
+from bench.serving.client import Client
+from bench.serving.contenders import CONCURRENT, PREFILL, SINGLE, lamina, llama_cpp, measure_all, transformers, workloads
+from bench.serving.interference import Interference, measure_interference
+from bench.serving.peers import running_transformers
+from bench.serving.peers_llama_cpp import LLAMA_CPP_SLOTS, LlamaCpp, running_llama_cpp
+from bench.serving.pipeline import ROOT, DidNotStart, RunningPipeline, running_pipeline
+from bench.serving.plot import draw
+from bench.serving.report import LLAMA_CPP, Findings, markdown, targets
+from bench.serving.requests import Requests
+from bench.serving.round import RoundTime, measure_rounds
+from knative.spec.model_sources import packaged_model
+from storage.models.model_repository import read_file
+from storage.store.object_store import ObjectStore
+
+_STATE: Final = ROOT / ".lamina" / "bench"
+_ROUNDS_OF_A_STEP: Final = 60
+_SLEEPING: Final = ((0.02, 0.02, 0.02), (0.02, 0.06, 0.02))
+_SLEEPING_MICRO_BATCHES: Final = 8
+_SLEEPING_SECONDS: Final = 4.0
+
+
+@click.command(help=__doc__)
+@click.option("--rounds", type=click.IntRange(min=1), default=2, show_default=True, help="Each contender's turns.")
+@click.option("--new-tokens", type=click.IntRange(min=8), default=96, show_default=True, help="Of the single stream.")
+@click.option("--dtype", "dtypes", multiple=True, default=("bfloat16", "int8", "float32"), show_default=True)
+@click.option("--workload", "chosen", multiple=True, default=(SINGLE, CONCURRENT, PREFILL), show_default=True)
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=ROOT / "docs" / "benchmarks.md")
+def main(rounds: int, new_tokens: int, dtypes: Sequence[str], chosen: Sequence[str], output: Path) -> None:
+    began, load = time.monotonic(), getloadavg()[0]
+    found = measure(rounds, new_tokens, dtypes, chosen)
+    picture = output.with_name("serving.png")
+    draw(found, picture)
+    facts = _facts(found, rounds, new_tokens, time.monotonic() - began, load)
+    write_section(output, "serving", markdown(found, facts, picture.name))
+    for target in targets(found):
+        click.echo(f"{target.verdict}: {target.what}: {target.seen:.3f}, wanted {target.wanted}")
+    click.echo(f"{output} has the rest")
+
+
+def measure(rounds: int, new_tokens: int, dtypes: Sequence[str], chosen: Sequence[str]) -> Findings:
+    """Everything is started first and stays up, idle while it is not its turn."""
+    model, log = packaged_model(), _STATE / "logs"
+    log.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        pipelines = [stack.enter_context(running_pipeline(dtype, _STATE / dtype)) for dtype in dtypes]
+        whole = stack.enter_context(running_transformers(model, log / "transformers.log"))
+        other = _llama_cpp(stack, model, log)
+        requests = _requests(pipelines[0])
+        contenders = [contender for pipeline in pipelines for contender in lamina(pipeline)]
+        contenders += transformers(whole) + ([llama_cpp(other)] if isinstance(other, LlamaCpp) else [])
+        work = {name: asked for name, asked in workloads(requests, new_tokens).items() if name in chosen}
+        return Findings(
+            asyncio.run(measure_all(contenders, work, rounds, click.echo)),
+            dict(_steps(pipelines, requests)),
+            {each.dtype: _interference(each, requests) for each in pipelines},
+            dict(_sleeping()),
+            whole.bytes_per_second(),
+            {each.dtype: sum(entry.bytes for entry in each.local.manifest.objects.values()) for each in pipelines},
+            other.build if isinstance(other, LlamaCpp) else "",
+            {LLAMA_CPP: other.why} if isinstance(other, DidNotStart) else {},
+        )
+
+
+def _llama_cpp(stack: ExitStack, model: str, logs: Path) -> LlamaCpp | DidNotStart:
+    """A peer that does not come up on this machine has its row say so, and leaves the rest of the run as it is."""
+    try:
+        return stack.enter_context(running_llama_cpp(model, len(sched_getaffinity(0)), logs))
+    except DidNotStart as error:
+        click.echo(f"llama.cpp did not run: {error}")
+        return error
+
+
+def _requests(pipeline: RunningPipeline) -> Requests:
+    text = read_file(ObjectStore(pipeline.store), pipeline.local.manifest, "tokenizer.json").decode()
+    return Requests(Tokenizer.from_str(text))
+
+
+def _steps(pipelines: Sequence[RunningPipeline], requests: Requests) -> Iterator[tuple[str, RoundTime]]:
+    for pipeline in pipelines:
+        asked = requests.decoding(16, 2 * _ROUNDS_OF_A_STEP)
+        for name, batches in (("1", [asked[:1]]), ("2 × 8", [asked[:8], asked[8:]])):
+            for suffix, through_proxies in (("", False), (", through queue-proxies", True)):
+                found = measure_rounds(pipeline, batches, _ROUNDS_OF_A_STEP, through_proxies=through_proxies)
+                click.echo(f"{pipeline.dtype}, {name}{suffix}: {found.total * 1000:.1f} ms a round")
+                yield f"{pipeline.dtype}, {name}{suffix}", found
+
+
+def _interference(pipeline: RunningPipeline, requests: Requests) -> Interference:
+    click.echo(f"{pipeline.dtype}: a prompt of 4k beside eight running answers")
+    return asyncio.run(measure_interference(Client(pipeline.url, pipeline.model, {}), requests))
+
+
+def _sleeping() -> Iterator[tuple[str, tuple[float, float]]]:
+    for setting in _SLEEPING:
+        rate, _ = pipelining.measure(setting, _SLEEPING_MICRO_BATCHES, _SLEEPING_SECONDS)
+        yield "/".join(f"{seconds * 1000:g}" for seconds in setting), (rate, 1 / max(setting))
+
+
+def _facts(found: Findings, rounds: int, new_tokens: int, seconds: float, load: float) -> list[str]:
+    packages = [f"{name} {version(name)}" for name in ("torch", "transformers")]
+    packages += [f"llama.cpp of the package {found.llama_cpp}"] if found.llama_cpp else []
+    return [
+        f"`python -m bench.serving --rounds {rounds} --new-tokens {new_tokens}` on {machine()}; {', '.join(packages)}; "
+        f"SmolLM2-135M-Instruct, greedy, every answer as long as asked for. The run took {seconds:.0f} s; the load average "
+        f"before it was {load:.1f}.\n",
+        "Lamina is three stage processes and a gateway, started by `python -m knative run` with one replica "
+        "a stage; every hop goes through a queue-proxy, all of them in the platform's one process. *No queue-proxy*: a second "
+        "gateway asks the same stages directly. Peers have both cores, too: transformers holds the whole model in bf16 in one "
+        "process (`generate` takes the 16 requests as one static batch, filled up to the longest prompt and run to the longest "
+        "answer; only tokens asked for count), and llama.cpp serves the packaged Q4_1 file with "
+        f"{LLAMA_CPP_SLOTS} slots, prompts not cached. "
+        "Contenders take turns; rates and ratios are medians over the rounds, CPU seconds those of all its processes.\n",
+    ]
+
+
+if __name__ == "__main__":
+    main()

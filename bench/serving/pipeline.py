@@ -1,0 +1,228 @@
+"""Lamina as `bench.serving` runs it: `python -m knative run`, as a user does, and a second gateway beside its queue-proxies.
+
+Stages have one replica each and stay up, so that no run is measured while a pod starts.
+"""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import psutil
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from eventing.wire.events import Cut
+from functions.stage.engine.threads import usable_cores
+from knative.commands.sources.local_pipeline import LocalPipeline, Sharing, local_pipeline
+from knative.local.kubelet.containers import LocalData, read_container
+from knative.local.state_folder import find_running
+from knative.render.services import gateway_service
+from knative.spec.model_sources import packaged_model, published_name
+from knative.spec.pipeline_spec import load_spec
+from storage.models.model_repository import read_manifest
+from storage.store.object_store import ObjectStore
+from storage.store.settings import StoreSettings
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+TOKEN: Final = "bench-pipeline-token"
+NUM_STAGES: Final = 3
+_TOKEN_SECRET: Final = "bench-token"
+_START_SECONDS: Final = 180.0
+_STOP_SECONDS: Final = 20.0
+_LISTENING: Final = re.compile(r"listening on port (\d+)")
+
+T = TypeVar("T")
+
+
+class DidNotStart(RuntimeError):
+    """why: as a report may have it, without this machine's paths."""
+
+    def __init__(self, why: str, log: Path) -> None:
+        super().__init__(f"{why}; {log} says more")
+        self.why = why
+
+
+@dataclass(frozen=True, slots=True)
+class StageUrls:
+    """Of one stage."""
+
+    proxy: str
+    """Its queue-proxy's, which is `podIP:8012` on a cluster."""
+    function: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunningPipeline:
+    """Three stages and a gateway on the local platform, and a gateway that talks to the same stages directly."""
+
+    dtype: str
+    url: str
+    direct_url: str
+    stages: tuple[StageUrls, ...]
+    local: LocalPipeline
+    store: StoreSettings
+    pids: tuple[int, ...]
+    """Of the platform (whose children the pods are) and of the direct gateway."""
+
+    @property
+    def cut(self) -> Cut:
+        return self.local.pipeline.cut
+
+    @property
+    def model(self) -> str:
+        return self.local.pipeline.spec.model.name
+
+
+@contextmanager
+def running_pipeline(dtype: str, state: Path) -> Iterator[RunningPipeline]:
+    """Everything up and asked once. Raises DidNotStart, with where the logs are."""
+    state.mkdir(parents=True, exist_ok=True)
+    spec, secrets = _write_spec(dtype, state)
+    options = ["--spec", str(spec), "--secrets", str(secrets), "--model", packaged_model(), "--dtype", dtype, "--port", "0"]
+    with started([sys.executable, "-m", "knative", "run", *options, "--state", str(state)], state / "run.log") as run:
+        running = wait_for(lambda: find_running(state), run, state / "run.log")
+        assert running.store is not None
+        stages = wait_for(lambda: _stages(running.admin_url), run, state / "run.log")
+        store = ObjectStore(running.store)
+        name = published_name(packaged_model())
+        named_secrets = {_TOKEN_SECRET: {"token": TOKEN}}
+        local = local_pipeline(store, read_manifest(store, name, dtype), NUM_STAGES, load_spec(spec), named_secrets)
+        log = state / "gateway.log"
+        with started([sys.executable, "-m", "functions"], log, _direct_gateway(local, stages)) as gateway:
+            direct_url = wait_for(lambda: _listening_url(log), gateway, log)
+            wait_for(lambda: _is_ready(direct_url), gateway, log)
+            pids = (run.pid, gateway.pid)
+            yield RunningPipeline(dtype, running.gateway_url, direct_url, stages, local, running.store, pids)
+
+
+@contextmanager
+def started(command: list[str], log: Path, environ: Mapping[str, str] | None = None) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process of this benchmark's own; ended with SIGTERM, and with SIGKILL where that takes too long."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def wait_for(look: Callable[[], T | None], process: "subprocess.Popen[bytes]", log: Path) -> T:
+    """What `look` finds. Raises DidNotStart where `process` has ended, or takes too long."""
+    deadline = time.monotonic() + _START_SECONDS
+    while (found := look()) is None:
+        if (code := process.poll()) is not None:
+            raise DidNotStart(f"{log.stem} {_ended(code)}", log)
+        if time.monotonic() > deadline:
+            raise DidNotStart(f"{log.stem} did not come up within {_START_SECONDS:g} s", log)
+        time.sleep(0.1)
+    return found
+
+
+def _ended(code: int) -> str:
+    return f"ended by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"ended with exit code {code}"
+
+
+def cpu_seconds(pids: tuple[int, ...]) -> float:
+    """Of these processes and all below them that still run, and of their children that have ended."""
+    seconds = 0.0
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            root = psutil.Process(pid)
+            for process in [root, *root.children(recursive=True)]:
+                with suppress(psutil.NoSuchProcess):
+                    seconds += sum(process.cpu_times()[:4])
+    return seconds
+
+
+def read_metrics(url: str) -> dict[str, float]:
+    """Sums of a function's metrics over their labels, by sample name."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as reply:
+        page = reply.read().decode()
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            found[sample.name] = found.get(sample.name, 0.0) + sample.value
+    return found
+
+
+def _write_spec(dtype: str, state: Path) -> tuple[Path, Path]:
+    """The spec, and a folder of secrets with the token that the direct gateway needs too."""
+    cores, stays_up = usable_cores(), {"min_scale": 1, "max_scale": 1}
+    sharing = Sharing(cores, NUM_STAGES)
+    spec = {
+        "name": "bench",
+        "model": {"name": published_name(packaged_model()), "dtype": dtype},
+        "stages": NUM_STAGES,
+        "image": "lamina:local",
+        "pipeline_token_secret": _TOKEN_SECRET,
+        "stage": {
+            "resources": {"cpu": str(cores), "memory": "2Gi"},
+            "busy_threads": sharing.busy_threads,
+            "kv_cache": "256Mi",
+            "autoscaling": stays_up,
+        },
+        "gateway": {
+            "micro_batch_sequences": sharing.micro_batch_sequences,
+            "stages_at_once": sharing.stages_at_once,
+            "autoscaling": {"container_concurrency": 0, "target": 100, **stays_up},
+        },
+        "store": {"endpoint": "http://embedded.invalid"},
+    }
+    file, secret = state / "pipeline.yaml", state / "secrets" / _TOKEN_SECRET
+    file.write_text(yaml.safe_dump(spec), encoding="utf-8")
+    secret.mkdir(parents=True, exist_ok=True)
+    (secret / "token").write_text(TOKEN, encoding="utf-8")
+    return file, secret.parent
+
+
+def _stages(admin_url: str) -> tuple[StageUrls, ...] | None:
+    """In their order, once each has a ready pod."""
+    try:
+        with urllib.request.urlopen(f"{admin_url}/status", timeout=30) as reply:
+            services = {service["name"]: service for service in json.load(reply)["services"]}
+    except OSError:
+        return None
+    found = [_ready_pod(service) for name, service in sorted(services.items()) if re.search(r"-s\d+$", name)]
+    ready = [pod for pod in found if pod is not None]
+    if len(ready) < NUM_STAGES:
+        return None
+    return tuple(StageUrls(*(f"http://127.0.0.1:{pod[port]}" for port in ("port", "function_port"))) for pod in ready)
+
+
+def _ready_pod(service: dict[str, Any]) -> dict[str, Any] | None:
+    pods = [pod for revision in service["revisions"] for pod in revision["pods"]]
+    return next((pod for pod in pods if pod["phase"] == "ready"), None)
+
+
+def _direct_gateway(local: LocalPipeline, stages: tuple[StageUrls, ...]) -> dict[str, str]:
+    """The environment of the platform's own gateway, but for the watch: Service URLs are the functions themselves."""
+    template = gateway_service(local.pipeline)["spec"]["template"]
+    urls = {local.pipeline.stage_url(index): stage.function for index, stage in enumerate(stages)}
+    environ = dict(read_container(template, LocalData(local.secrets, {}, urls, {})).environ)
+    del environ["LAMINA_KUBERNETES_API"]
+    return environ | {"PORT": "0"}
+
+
+def _listening_url(log: Path) -> str | None:
+    found = _LISTENING.search(log.read_text(encoding="utf-8"))
+    return f"http://127.0.0.1:{found[1]}" if found else None
+
+
+def _is_ready(url: str) -> bool | None:
+    with suppress(OSError), urllib.request.urlopen(f"{url}/readyz", timeout=30):
+        return True
+    return None

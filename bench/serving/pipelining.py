@@ -1,0 +1,144 @@
+"""Do micro-batches keep the slowest stage busy? Stages that sleep a stated time per pass, as processes, behind real HTTP.
+
+    python -m bench.serving.pipelining
+
+For each setting: steps per second of micro-batches over what the slowest stage could do alone (1 / its seconds), and the CPU
+that the gateway spends on one hop (one event at one stage, with eight rows). Without merging in the stages, so that a pass is
+one micro-batch; the loss is what the pipeline's bubbles, HTTP and the gateway take.
+"""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from types import SimpleNamespace
+from typing import Any, Final, cast
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from eventing.http.delivery import Sender
+from functions.configuration.config import StageConfig, read_config
+from functions.gateway.scheduling.board import Limits
+from functions.gateway.scheduling.scheduler import Scheduler
+from functions.gateway.scheduling.sequence import Sequence as Answer
+from functions.gateway.stages.client import Pipeline, PipelineIdentity
+from functions.gateway.stages.routes import Placement
+from functions.stage.engine.threads import set_openmp
+
+FINGERPRINT: Final = "0123456789ab"
+TOKEN: Final = "bench"
+ROWS: Final = 8
+MODEL: Final = {
+    "num_hidden_layers": 3,
+    "hidden_size": 576,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}
+
+
+def stage_config(index: int, num_stages: int) -> StageConfig:
+    environ = {
+        "LAMINA_ROLE": "stage",
+        "LAMINA_PIPELINE": FINGERPRINT,
+        "LAMINA_PIPELINE_TOKEN": TOKEN,
+        "LAMINA_MODEL": "sleep",
+        "LAMINA_DTYPE": "bfloat16",
+        "LAMINA_CUT": ",".join(f"{stage}:{stage + 1}" for stage in range(num_stages)),
+        "LAMINA_LAYERS": f"{index}:{index + 1}",
+        "LAMINA_STORE_ENDPOINT": "http://127.0.0.1:9",
+        "LAMINA_STORE_BUCKET": "none",
+        "AWS_ACCESS_KEY_ID": "none",
+        "AWS_SECRET_ACCESS_KEY": "none",
+    }
+    return cast("StageConfig", read_config(environ))
+
+
+def serve_stage(index: int, num_stages: int, seconds: float, address: Connection) -> None:
+    """The process of one stage."""
+    set_openmp(os.environ, 1)  # Ahead of torch, as in `functions.__main__`.
+    from functions.hosting.server import Server
+    from functions.observing.telemetry import StageMetrics
+    from functions.stage.engine.engine import Engine
+    from functions.stage.models.sleep_group import SleepGroup
+    from functions.stage.serving.app import create_app
+    from functions.stage.serving.handlers import EventHandlers
+
+    group = SleepGroup({**MODEL, "num_hidden_layers": num_stages}, index, index + 1, 2**30, seconds)
+    engine = Engine(group, num_stages=num_stages, max_merge=1, idle_sequence_seconds=600.0)
+    engine.start()
+    readiness = SimpleNamespace(engine=lambda wait_seconds=0.0: engine, phases=dict)
+    handlers = EventHandlers(stage_config(index, num_stages), f"stage-{index}", cast("Any", readiness))
+    server = Server(0, 64)
+    address.send(f"http://127.0.0.1:{server.port}")
+    server.run(create_app(handlers, TOKEN, StageMetrics()), lambda: None)
+
+
+@contextmanager
+def stages(seconds: Sequence[float]) -> Iterator[list[str]]:
+    """Their URLs."""
+    spawn = multiprocessing.get_context("spawn")
+    processes, urls = [], []
+    for index, of_stage in enumerate(seconds):
+        here, there = spawn.Pipe()
+        process = spawn.Process(target=serve_stage, args=(index, len(seconds), of_stage, there), daemon=True)
+        process.start()
+        processes.append(process)
+        urls.append(here)
+    try:
+        yield [connection.recv() for connection in urls]
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+
+
+def measure(seconds: Sequence[float], micro_batches: int, duration_seconds: float) -> tuple[float, float]:
+    """Micro-batch steps per second, and the gateway's CPU seconds per hop."""
+    with stages(seconds) as urls, Sender() as sender:
+        identity = PipelineIdentity(FINGERPRINT, TOKEN, "/gateways/bench", tuple(range(len(seconds))))
+        scheduler = Scheduler(
+            Pipeline(sender, identity, 30.0),
+            Placement(urls, watched=False),
+            Limits(micro_batch_sequences=ROWS, queue_limit=1000),
+        )
+        answers = [Answer("bench", [1, 2, 3, number], 8000) for number in range(ROWS * micro_batches)]
+        for answer in answers:
+            scheduler.submit(answer)
+        for answer in answers[:ROWS]:
+            answer.next_token(60)
+        time.sleep(1.0)
+        before, cpu, began = scheduler.stats(), time.process_time(), time.monotonic()
+        time.sleep(duration_seconds)
+        after, cpu, took = scheduler.stats(), time.process_time() - cpu, time.monotonic() - began
+        for answer in answers:
+            answer.cancel()
+        scheduler.close()
+    hops = sum(stage.steps for stage in after.stages) - sum(stage.steps for stage in before.stages)
+    return (after.stages[-1].steps - before.stages[-1].steps) / took, cpu / hops
+
+
+@click.command(help=__doc__)
+@click.option("--seconds", "duration_seconds", default=6.0, show_default=True, help="How long each setting is measured.")
+@click.option(
+    "--micro-batches", default=8, show_default=True, help="Work for so many; the scheduler admits what capacity allows."
+)
+def main(duration_seconds: float, micro_batches: int) -> None:
+    table = Table(title=f"Stages that sleep, {micro_batches} micro-batches of {ROWS} sequences")
+    for column in ("ms per pass", "steps/s", "slowest stage alone", "ratio", "gateway CPU per hop"):
+        table.add_column(column, justify="right")
+    for setting in ((0.02, 0.02, 0.02), (0.02, 0.06, 0.02), (0.001, 0.001, 0.001)):
+        rate, cpu = measure(setting, micro_batches, duration_seconds)
+        bound = 1 / max(setting)
+        name = "/".join(f"{seconds * 1000:g}" for seconds in setting)
+        table.add_row(name, f"{rate:.1f}", f"{bound:.1f}", f"{rate / bound:.2f}", f"{cpu * 1000:.3f} ms")
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""CloudEvent ↔ HTTP, CloudEvents 1.0.2 with its HTTP protocol binding and JSON format, over the cloudevents SDK.
+
+Binary mode carries everything, structured mode JSON data only (a Batch is 415 there), batched mode is refused. The SDK's
+own JSONFormat would decode, copy and guess at event data; `_PassThrough` leaves it as the bytes it is.
+"""
+
+import base64
+import json
+import re
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import Any, Final, NoReturn, cast
+
+import msgspec
+from cloudevents.core.base import BaseCloudEvent, EventFactory
+from cloudevents.core.bindings.http import HTTPMessage, from_binary, from_structured, to_binary, to_structured
+from cloudevents.core.formats.json import JSONFormat
+from cloudevents.core.v1.event import CloudEvent
+
+from eventing.problems import MalformedEvent, UnsupportedMediaType
+from eventing.wire.cloud_event import JSON_CONTENT_TYPE, Buffer, ZonedTime, attribute_text, checked_event, data_buffers, is_json
+from eventing.wire.events import BATCH_CONTENT_TYPE
+
+STRUCTURED_CONTENT_TYPE: Final = JSONFormat.CONTENT_TYPE
+
+Headers = Mapping[str, str] | Iterable[tuple[str, str]]
+
+_REQUIRED: Final = ("specversion", "id", "source", "type")
+_STRINGS: Final = (*_REQUIRED, "datacontenttype", "dataschema", "subject", "time")
+"""Extensions may be integers and booleans too (JSON format, section 2.2)."""
+_PLAIN: Final = re.compile("[!#$&-~]*")
+"""What needs no quoting in a header: printable ASCII without blank, double quote and per cent (HTTP binding, 3.1.3.2)."""
+_TO_Z: Final = re.compile(r"\+00:00\Z")
+_QUOTED_PAIR: Final = re.compile(r"\\(.)")
+
+
+def to_binary_http(event: CloudEvent) -> tuple[dict[str, str], list[Buffer]]:
+    """Headers (lower case) and the body in pieces, which are the event's own data: nothing is copied."""
+    headers = _plain_headers(event)
+    if headers is None:
+        headers = to_binary(event, _FORMAT).headers
+    return headers, data_buffers(event)
+
+
+def to_structured_http(event: CloudEvent) -> tuple[dict[str, str], list[Buffer]]:
+    """Headers and body of an event whose data is JSON. Raises UnsupportedMediaType for any other."""
+    message = to_structured(event, _FORMAT)
+    return message.headers, [message.body]
+
+
+def from_http(headers: Headers, body: bytes | bytearray | memoryview) -> CloudEvent:
+    """The event of a request or reply in binary or structured mode; its data is `body`, or, structured, bytes of JSON.
+
+    Raises MalformedEvent, which names the attribute, and UnsupportedMediaType.
+    """
+    own = _own_headers(headers)
+    content_type = own.get("content-type", "")
+    media_type = content_type.partition(";")[0].strip().lower()
+    if not media_type.startswith("application/cloudevents"):
+        _check_binary(own)
+        attributes = _plain_attributes(own)
+        if attributes is not None:
+            return checked_event(attributes, body)
+        return cast("CloudEvent", _binary_event(HTTPMessage(own, cast("bytes", body))))
+    if media_type != STRUCTURED_CONTENT_TYPE:
+        raise UnsupportedMediaType(f"{content_type} is not served; send one event, binary or as {STRUCTURED_CONTENT_TYPE}")
+    return cast("CloudEvent", from_structured(HTTPMessage(own, cast("bytes", body)), _FORMAT, checked_event))
+
+
+def _plain_headers(event: CloudEvent) -> dict[str, str] | None:
+    """As the SDK's `to_binary` makes them; None where something has to be quoted, which nothing between stages has.
+
+    This and `_plain_attributes` are here because each of the SDK's takes twice as long, and a hop has two of both."""
+    headers: dict[str, str] = {}
+    for name, value in event.get_attributes().items():
+        if name == "datacontenttype":
+            headers["content-type"] = value
+            continue
+        if value is None:
+            return None
+        text = _TO_Z.sub("Z", value.isoformat()) if isinstance(value, datetime) else str(value)
+        if not _PLAIN.fullmatch(text):
+            return None
+        headers[f"ce-{name}"] = text
+    return headers
+
+
+def _plain_attributes(own: Mapping[str, str]) -> dict[str, Any] | None:
+    """As the SDK's `from_binary` reads them; None where something is quoted, or the time is not that of RFC 3339."""
+    attributes: dict[str, Any] = {}
+    for name, value in own.items():
+        if name == "content-type":
+            attributes["datacontenttype"] = value
+        elif "%" in value:
+            return None
+        else:
+            attributes[name[3:]] = value
+    try:
+        if "time" in attributes:
+            attributes["time"] = msgspec.convert(attributes["time"], ZonedTime)
+    except msgspec.ValidationError:
+        return None
+    return attributes
+
+
+def _own_headers(headers: Headers) -> dict[str, str]:
+    """Content-Type and the attributes, names in lower case, quoted strings undone (HTTP binding, section 3.1.3.2)."""
+    own: dict[str, str] = {}
+    for name, value in headers.items() if isinstance(headers, Mapping) else headers:
+        lower = name.lower()
+        if not lower.startswith("ce-") and lower != "content-type":
+            continue
+        if lower in own:
+            raise MalformedEvent(f"the header {lower} is there twice: {own[lower][:40]!r} and {value[:40]!r}")
+        quoted = lower != "content-type" and len(value) > 1 and value[0] == value[-1] == '"'
+        own[lower] = _QUOTED_PAIR.sub(r"\1", value[1:-1]) if quoted else value
+    return own
+
+
+def _check_binary(headers: Mapping[str, str]) -> None:
+    missing = [f"ce-{name}" for name in _REQUIRED if not headers.get(f"ce-{name}")]
+    if len(missing) == len(_REQUIRED):
+        raise MalformedEvent(f"not a CloudEvent: neither ce- headers nor the content type {STRUCTURED_CONTENT_TYPE}")
+    if missing:
+        raise MalformedEvent(f"the header {', '.join(missing)} is missing or empty")
+    _check_version(headers["ce-specversion"])
+    if "ce-datacontenttype" in headers:
+        raise MalformedEvent("the attribute datacontenttype travels as Content-Type, not as ce-datacontenttype")
+
+
+def _check_version(version: object) -> None:
+    if version != "1.0":
+        raise MalformedEvent(f"the attribute specversion is {version!r}, served is 1.0")
+
+
+def _binary_event(message: HTTPMessage) -> BaseCloudEvent:
+    try:
+        return from_binary(message, _FORMAT, checked_event)
+    except (ValueError, OverflowError) as error:  # Only `time` is parsed here.
+        raise MalformedEvent(f"the attribute time is {message.headers.get('ce-time')!r}: {error}") from error
+
+
+class _PassThrough(JSONFormat):
+    """Event data as bytes, in whatever form they come, and JSON read strictly."""
+
+    def read_data(self, body: Any, datacontenttype: str | None) -> Any:
+        return body
+
+    def write_data(self, data: Any, datacontenttype: str | None) -> Any:
+        return data
+
+    def read(self, event_factory: EventFactory | None, data: Any) -> BaseCloudEvent:
+        members = _json_object(data)
+        _check_version(members.get("specversion"))
+        content = _structured_data(members)
+        for name in _REQUIRED:
+            if not members.get(name):
+                raise MalformedEvent(f"the attribute {name} is missing or empty")
+        attributes: dict[str, Any] = {name: _attribute(name, value) for name, value in members.items() if value is not None}
+        return checked_event(attributes, content)
+
+    def write(self, event: BaseCloudEvent) -> bytes:
+        members = dict(event.get_attributes())
+        content_type = members.get("datacontenttype", JSON_CONTENT_TYPE)
+        if not is_json(content_type):
+            raise UnsupportedMediaType(f"{event.get_type()} with data of {content_type} travels in binary mode only")
+        buffers = data_buffers(cast("CloudEvent", event))
+        if buffers:
+            members["data"] = _parsed(b"".join(buffers), "the data")
+        return msgspec.json.encode(members)
+
+
+_FORMAT: Final = _PassThrough()
+
+
+def _json_object(body: bytes | memoryview) -> dict[str, Any]:
+    members = _parsed(body, "the event")
+    if not isinstance(members, dict):
+        raise MalformedEvent(f"the event is a JSON {type(members).__name__}, not an object")
+    return members
+
+
+def _parsed(body: bytes | memoryview, what: str) -> Any:
+    """Strict JSON: UTF-8, no member twice, no NaN."""
+    try:
+        return json.loads(str(body, "utf-8"), object_pairs_hook=_without_repetition, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise MalformedEvent(f"{what} is not JSON in UTF-8: {error}") from error
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice[:40]!r} is there twice")
+    return members
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _structured_data(members: dict[str, Any]) -> bytes | None:
+    """Takes the data out of `members` (JSON format, section 3.1) and sets datacontenttype where its default was meant."""
+    content_type = members.get("datacontenttype") or JSON_CONTENT_TYPE
+    if content_type == BATCH_CONTENT_TYPE:
+        raise UnsupportedMediaType(f"{BATCH_CONTENT_TYPE} travels in binary mode only")
+    data, encoded = members.pop("data", None), members.pop("data_base64", None)
+    if data is not None and encoded is not None:
+        raise MalformedEvent("data and data_base64 exclude each other")
+    if data is None and encoded is None:
+        return None
+    members["datacontenttype"] = content_type
+    if encoded is not None:
+        return _from_base64(encoded)
+    if isinstance(content_type, str) and not is_json(content_type):
+        if not isinstance(data, str):
+            raise MalformedEvent(f"data of {content_type} must be a JSON string, or travel as data_base64")
+        return data.encode("utf-8", "surrogatepass")
+    return json.dumps(data).encode()
+
+
+def _from_base64(encoded: object) -> bytes:
+    try:
+        return base64.b64decode(cast("str", encoded), validate=True)
+    except (ValueError, TypeError) as error:
+        raise MalformedEvent(f"data_base64 is not base64: {error}") from error
+
+
+def _attribute(name: str, value: object) -> str | datetime:
+    """A member of a structured event as the attribute that it would be in binary mode."""
+    if not isinstance(value, str if name in _STRINGS else str | int):
+        raise MalformedEvent(f"the attribute {name[:40]!r} is a JSON {type(value).__name__}, {str(value)[:40]}")
+    if name != "time":
+        return cast("str", attribute_text(cast("str | int", value)))
+    try:
+        return msgspec.convert(value, ZonedTime)
+    except msgspec.ValidationError as error:
+        raise MalformedEvent(f"the attribute time is {value!r}: {error}") from error

@@ -1,0 +1,190 @@
+"""Sending events over HTTP: one attempt, or with retries where a second delivery does no harm.
+
+What is retried, and by whom:
+* `Sender.send` makes one attempt. Forward events go this way: the gateway answers a failure with another route and a replay.
+* `Sender.send_idempotent` is for warm-up, reserve and release, which can be delivered twice. Until its time is over it retries
+  Unreachable, ConnectionBroken, NotReady, and the infrastructure's 429, 502 and 503, after 0.1 s, doubling up to 2 s, with
+  jitter, never before what Retry-After says. Everything else is final.
+A redirect is never followed, and a proxy from the environment never used.
+"""
+
+import ssl
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Final
+from urllib.parse import urlsplit
+
+import tenacity
+
+from eventing.http.connections import Connection, ConnectionPool, NoFreeConnection, Origin
+from eventing.http.exchange import BadReply, ReplyTooLarge, remaining, request_head
+from eventing.problems import PROBLEM_CONTENT_TYPE, NotReady, problem_from_document
+from eventing.wire.cloud_event import Buffer
+
+USER_AGENT: Final = "lamina"
+_EXCERPT_LENGTH: Final = 200
+_NEVER_SENT: Final = frozenset(
+    {"k-proxy-request", "k-kubelet-probe", "host", "content-length", "transfer-encoding", "user-agent"}
+)
+"""Knative's own headers make a request invisible to the autoscaler; the others are this module's to set."""
+_RETRIED_STATUSES: Final = (429, 502, 503)
+_BACKOFF: Final = tenacity.wait_exponential(multiplier=0.1, max=2.0) + tenacity.wait_random(0, 0.1)
+
+
+class DeliveryError(Exception):
+    """Base: no answer of Lamina's came. The message names the URL."""
+
+
+class Unreachable(DeliveryError):
+    """No connection (refused, no route, unknown name, TLS, none free): nothing was delivered."""
+
+
+class ConnectionBroken(DeliveryError):
+    """The connection broke before the whole reply was there: the event may have been worked on or not."""
+
+
+class DeliveryTimeout(DeliveryError):
+    """The time was over before the whole reply was there: the event may have been worked on or not."""
+
+
+class InfrastructureError(DeliveryError):
+    """A reply that is neither 2xx nor a problem document of Lamina's: a proxy, activator or server spoke."""
+
+    def __init__(self, status: int, url: str, excerpt: str, retry_after_seconds: float | None = None) -> None:
+        super().__init__(f"{url} answered {status}: {excerpt}")
+        self.status = status
+        self.url = url
+        self.excerpt = excerpt
+        self.retry_after_seconds = retry_after_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A 2xx reply. `headers` in lower case; `body` is writable memory of its own, so tensors can lie in it."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: memoryview
+
+
+class Sender:
+    """Thread-safe. Connections are kept and used again; close() ends them and all waiting for a retry."""
+
+    def __init__(
+        self,
+        *,
+        connect_timeout_seconds: float = 5.0,
+        max_connections_per_host: int = 64,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """`tls` None: the system's trust store, host names checked."""
+        self._connect_timeout_seconds = connect_timeout_seconds
+        self._pool = ConnectionPool(max_connections_per_host, tls)
+        self._closed = threading.Event()
+
+    def send(self, url: str, headers: Mapping[str, str], buffers: Sequence[Buffer], timeout_seconds: float) -> Reply:
+        """POSTs `buffers` one after the other as one body, within `timeout_seconds` from now until the reply's last byte.
+
+        Raises a Problem where Lamina refused, InfrastructureError where something between did, else another DeliveryError.
+        """
+        reply = self._exchange(url, headers, buffers, time.monotonic() + timeout_seconds)
+        if 200 <= reply.status < 300:
+            return reply
+        raise _refusal(url, reply)
+
+    def send_idempotent(self, url: str, headers: Mapping[str, str], buffers: Sequence[Buffer], timeout_seconds: float) -> Reply:
+        """Like `send`, with the retries stated above, all within `timeout_seconds`; raises what the last attempt did."""
+        deadline = time.monotonic() + timeout_seconds
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_may_retry),
+            wait=_wait_seconds,
+            stop=tenacity.stop_any(tenacity.stop_before_delay(timeout_seconds), tenacity.stop_when_event_set(self._closed)),
+            sleep=tenacity.sleep_using_event(self._closed),
+            reraise=True,
+        )
+        return retrying(lambda: self.send(url, headers, buffers, deadline - time.monotonic()))
+
+    def close(self) -> None:
+        self._closed.set()
+        self._pool.close()
+
+    def __enter__(self) -> "Sender":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _exchange(self, url: str, headers: Mapping[str, str], buffers: Sequence[Buffer], deadline: float) -> Reply:
+        if self._closed.is_set():
+            raise Unreachable(f"{url}: the sender is closed")
+        origin = Origin.of(url)
+        head = _request_head(url, headers, sum(memoryview(buffer).nbytes for buffer in buffers))
+        try:
+            with self._pool.connection(origin, deadline - time.monotonic()) as connection:
+                self._connect(connection, url, deadline)
+                reply = connection.exchange(head, buffers, deadline)
+                return Reply(reply.status, reply.headers, memoryview(reply.body))
+        except NoFreeConnection as error:
+            raise Unreachable(f"{url}: {error}") from error
+        except TimeoutError as error:
+            raise DeliveryTimeout(f"{url}: no complete reply in time") from error
+        except ReplyTooLarge as error:
+            raise InfrastructureError(error.status, url, str(error)) from error
+        except (OSError, BadReply) as error:
+            raise ConnectionBroken(f"{url}: the connection broke: {str(error) or type(error).__name__}") from error
+
+    def _connect(self, connection: Connection, url: str, deadline: float) -> None:
+        if connection.sock is not None:
+            return
+        timeout = min(self._connect_timeout_seconds, remaining(deadline))
+        try:
+            connection.connect(timeout)
+        except OSError as error:
+            raise Unreachable(f"{url}: no connection: {error}") from error
+
+
+def _request_head(url: str, headers: Mapping[str, str], body_bytes: int) -> bytes:
+    parts = urlsplit(url)
+    target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
+    sent = {name: value for name, value in headers.items() if name.lower() not in _NEVER_SENT}
+    own = {"Accept-Encoding": "identity", "User-Agent": USER_AGENT, "Content-Length": str(body_bytes)}
+    return request_head(parts.netloc.rpartition("@")[2], target, own | sent)
+
+
+def _refusal(url: str, reply: Reply) -> Exception:
+    if reply.headers.get("content-type", "").startswith(PROBLEM_CONTENT_TYPE):
+        problem = problem_from_document(bytes(reply.body))
+        if problem is not None:
+            problem.add_note(f"answered by {url}")
+            return problem
+    excerpt = " ".join(bytes(reply.body[:2000]).decode("utf-8", "replace").split())[:_EXCERPT_LENGTH]
+    return InfrastructureError(
+        reply.status, url, excerpt or "(no text)", _retry_after_seconds(reply.headers.get("retry-after"))
+    )
+
+
+def _retry_after_seconds(value: str | None) -> float | None:
+    """Seconds or an HTTP date (RFC 9110, section 10.2.3); None where it is neither."""
+    if value is None:
+        return None
+    if value.isascii() and value.isdigit():
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def _may_retry(error: BaseException) -> bool:
+    if isinstance(error, InfrastructureError):
+        return error.status in _RETRIED_STATUSES
+    return isinstance(error, Unreachable | ConnectionBroken | NotReady)
+
+
+def _wait_seconds(state: tenacity.RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    stated = error.retry_after_seconds if isinstance(error, InfrastructureError) else None
+    return max(_BACKOFF(state), stated or 0.0)

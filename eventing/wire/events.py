@@ -1,0 +1,172 @@
+"""The wire types: event types, attributes, and the Batch that travels between stages.
+
+A Batch is a table of rows, the rows' token ids, and at most one tensor of hidden states. `batch_codec` turns it into
+bytes, `http_binding` into HTTP; nothing here knows either, and nothing here imports torch.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Annotated, Final
+
+from msgspec import Meta, Struct
+
+WIRE_VERSION: Final = 1
+BATCH_CONTENT_TYPE: Final = "application/vnd.lamina.batch"
+
+MAX_ROWS: Final = 1024
+MAX_BATCH_TOKENS: Final = 65_536
+MAX_POSITION: Final = 2**24
+"""Longest sequence the wire format admits, tokens. A stage's own limit is its model's context."""
+MAX_HIDDEN_SIZE: Final = 2**17
+
+SAFE_EVENT_BYTES: Final = 64 * 1024
+"""What every intermediary must pass on (CloudEvents 1.0.2, section 4); more travels by claim check."""
+
+ITEM_BYTES: Final = {"F32": 4, "BF16": 2, "F16": 2}
+"""The dtypes of hidden states, by their safetensors names, and the bytes of one number."""
+
+
+class EventType(StrEnum):
+    """The `type` attribute of every event that Lamina sends or accepts."""
+
+    FORWARD = "dev.lamina.forward"
+    RESULT = "dev.lamina.result"
+    WARMUP = "dev.lamina.warmup"
+    RESERVE = "dev.lamina.reserve"
+    RELEASE = "dev.lamina.release"
+    GENERATE_REQUEST = "dev.lamina.generate.request"
+    GENERATE_RESPONSE = "dev.lamina.generate.response"
+    TOKEN = "dev.lamina.generate.token"
+    ERROR = "dev.lamina.generate.error"
+    """How a stream ends that cannot go on; its data is a problem document."""
+    SCORE_REQUEST = "dev.lamina.score.request"
+    SCORE_RESPONSE = "dev.lamina.score.response"
+
+
+class Attribute(StrEnum):
+    """Extension attributes. CloudEvents 1.0 section 3.1: lower-case letters and digits, at most 20 of them."""
+
+    PIPELINE = "pipeline"
+    """Fingerprint of weights, cut, dtype and wire version; a stage refuses another's."""
+    LAYER = "layer"
+    """The next layer to run. A stage accepts only its own first layer and answers with the one behind its last."""
+    INSTANCE = "instance"
+    """Who answered, with a nonce of its boot."""
+    FREE_TOKENS = "freetokens"
+    """On every reply of a stage: KV tokens that can still be reserved there."""
+    EXPIRY_TIME = "expirytime"
+    """RFC 3339; work that nobody awaits any more is dropped."""
+    SIGNATURE = "signature"
+    """In place of a bearer token where none can be sent, see `eventing.wire.signature`."""
+    TRACEPARENT = "traceparent"
+    DATAREF = "dataref"
+    """Claim check: where the data lies in the store, `s3://bucket/key`."""
+    DATAREF_BYTES = "datarefbytes"
+    """Bytes that lie there."""
+    DATAREF_SHA256 = "datarefsha256"
+    """Their SHA-256, hexadecimal."""
+
+
+class Want(StrEnum):
+    """What the last stage shall answer for a row."""
+
+    NONE = "none"
+    TOKEN = "token"
+    LOGPROBS = "logprobs"
+
+
+class Status(StrEnum):
+    """How a row fared at a stage. Everything but `ok` leaves the row out of the tensor: its length is 0."""
+
+    OK = "ok"
+    STALE = "stale"
+    """An older attempt, or older than the step in progress: touched nothing."""
+    MISS = "miss"
+    """The stage holds less KV than the row's position; `held` says how much."""
+    FULL = "full"
+    """`reserve_tokens` did not fit; `held` is 0."""
+    INVALID = "invalid"
+    """The row itself is wrong; `reason` says how."""
+
+
+class Sampling(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """How the last stage draws a token. The draw is a function of logits, these values and the position alone."""
+
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
+    """0 is greedy."""
+    top_k: Annotated[int, Meta(ge=0)] = 0
+    """0 keeps all."""
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    """Over all tokens of the sequence so far, prompt included, as transformers does it."""
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
+
+
+class Result(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What the last stage answers for a row that wants something."""
+
+    token: Annotated[int, Meta(ge=0, lt=2**31)] | None = None
+    logprobs: tuple[float, ...] | None = None
+    """With `Want.LOGPROBS`: log-probability of each token of the row but its first, natural logarithm."""
+
+
+class Row(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """`length` new tokens of one sequence, at `position` of its attempt `attempt`.
+
+    Position is the truth: KV beyond `position` is dropped before computing, KV short of it is a miss.
+    """
+
+    id: Annotated[str, Meta(min_length=1, max_length=128)]
+    attempt: Annotated[int, Meta(ge=0, lt=2**31)]
+    position: Annotated[int, Meta(ge=0, le=MAX_POSITION)]
+    length: Annotated[int, Meta(ge=0, le=MAX_BATCH_TOKENS)]
+    want: Want = Want.NONE
+    sampling: Sampling | None = None
+    reserve_tokens: Annotated[int, Meta(ge=1, le=MAX_POSITION)] | None = None
+    """With a sequence's first row: prompt plus max_tokens. Idempotent where a reserve event came before."""
+    status: Status = Status.OK
+    held: Annotated[int, Meta(ge=0, le=MAX_POSITION)] | None = None
+    reason: str | None = None
+    result: Result | None = None
+
+
+class Tensor(Struct, frozen=True):
+    """Bytes, dtype and shape; C order, little endian. The bytes are a view, never a copy."""
+
+    dtype: str
+    """A key of ITEM_BYTES."""
+    shape: tuple[int, ...]
+    data: memoryview
+
+
+class Batch(Struct, frozen=True):
+    """One micro-batch. The rows' lengths add up to `len(token_ids)` and, where there is one, to `hidden.shape[0]`.
+
+    Into the first stage there is no tensor; between stages it is hidden [sum(length), hidden_size]; out of the last
+    stage there are neither tensor nor token ids, and rows carry results with length 0.
+    """
+
+    rows: tuple[Row, ...]
+    token_ids: memoryview
+    """int32, little endian, format "i", flat over all rows in their order."""
+    hidden: Tensor | None = None
+
+    def offsets(self) -> list[int]:
+        """Where each row's tokens begin, and the total behind them: len(rows) + 1 numbers."""
+        offsets = [0]
+        for row in self.rows:
+            offsets.append(offsets[-1] + row.length)
+        return offsets
+
+
+Cut = Sequence[tuple[int, int]]
+"""Layer groups [first, last) in order, without gaps: ((0, 10), (10, 20), (20, 30))."""
+
+
+def pipeline_fingerprint(weights_digest: str, cut: Cut, dtype: str) -> str:
+    """Twelve hex digits that differ whenever weights, cut, dtype or wire version do."""
+    ranges = ",".join(f"{first}:{last}" for first, last in cut)
+    text = f"{weights_digest} {ranges} {dtype} {WIRE_VERSION}"
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

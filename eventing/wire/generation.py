@@ -1,0 +1,196 @@
+"""The JSON data of events: generation, scoring, and what the gateway says to a stage besides forward events.
+
+Requests refuse unknown fields, because an option dropped in silence is an answer to another question; replies do not, so
+that an older client reads a newer gateway. Bounds stand in the types: msgspec names the path of a value that is out of them.
+"""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct, field
+
+from eventing.wire.events import MAX_BATCH_TOKENS, MAX_POSITION, MAX_ROWS, Sampling, Status
+
+DEFAULT_MAX_TOKENS = 256
+MAX_STOP_STRINGS = 16
+
+StopString = Annotated[str, Meta(min_length=1, max_length=256)]
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+SequenceId = Annotated[str, Meta(min_length=1, max_length=128)]
+Attempt = Annotated[int, Meta(ge=0, lt=2**31)]
+
+FinishReason = Literal["stop", "length", "cancelled"]
+"""stop: an end token or a stop string; length: max_tokens or the context; cancelled: the client went away."""
+
+
+class Message(Struct, frozen=True, forbid_unknown_fields=True):
+    """One turn of a conversation, for the model's chat template."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Data of `dev.lamina.generate.request`. Whether the answer streams is the client's Accept header, not a field."""
+
+    prompt: Annotated[str, Meta(min_length=1)] | None = None
+    """Text as it is, without the chat template. Exactly one of `prompt` and `messages` is given."""
+    messages: Annotated[tuple[Message, ...], Meta(min_length=1)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_POSITION)] = DEFAULT_MAX_TOKENS
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
+    """0 is greedy."""
+    top_k: Annotated[int, Meta(ge=0, lt=2**31)] = 0
+    """0 keeps all."""
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    """None: `cloud_event.reply_seed` of the request, so that a repeated delivery has the same answer."""
+    stop: StopString | Annotated[tuple[StopString, ...], Meta(max_length=MAX_STOP_STRINGS)] = ()
+    """The text ends before the first of these; it is not part of the answer."""
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) == (self.messages is None):
+            given = "neither" if self.prompt is None else "both"
+            raise ValueError(f"exactly one of `prompt` and `messages` must be given, not {given}")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else self.stop
+
+    def sampling(self, seed: int) -> Sampling:
+        """What the last stage needs to know; `seed` counts where the request names none."""
+        return Sampling(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=seed if self.seed is None else self.seed,
+        )
+
+
+class Usage(Struct, frozen=True):
+    """Tokens, as the OpenAI API counts them."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Timings(Struct, frozen=True):
+    """Where an answer's time went."""
+
+    queue_seconds: float
+    time_to_first_token_seconds: float
+    """From the request's arrival, so it contains queue_seconds."""
+    total_seconds: float
+    tokens_per_second: float
+    """Of the tokens behind the first; 0 where there is none."""
+    replays: int = 0
+    """How often a broken route made the sequence begin again."""
+
+
+class GenerateResponse(Struct, frozen=True):
+    """Data of `dev.lamina.generate.response`; on a stream, the last event."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+
+
+class TokenEvent(Struct, frozen=True):
+    """Data of `dev.lamina.generate.token`: the text that token `index` of the answer has completed, which may be empty."""
+
+    index: int
+    token_id: int
+    text: str
+
+
+class ErrorEvent(Struct, frozen=True):
+    """Data of `dev.lamina.generate.error`, the end of a stream that cannot go on: a problem document (RFC 9457)."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+
+
+class ScoreRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Data of `dev.lamina.score.request`. Exactly one of `text` and `token_ids` is given."""
+
+    text: Annotated[str, Meta(min_length=1)] | None = None
+    token_ids: Annotated[tuple[TokenId, ...], Meta(min_length=2, max_length=MAX_BATCH_TOKENS)] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.token_ids is None):
+            given = "neither" if self.text is None else "both"
+            raise ValueError(f"exactly one of `text` and `token_ids` must be given, not {given}")
+
+
+class ScoreResponse(Struct, frozen=True):
+    """Data of `dev.lamina.score.response`."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Log-probability of each token but the first, given those before it, natural logarithm."""
+    logprob_sum: float
+
+
+class ReserveRow(Struct, frozen=True, forbid_unknown_fields=True):
+    """A sequence that wants room in a stage's KV cache."""
+
+    id: SequenceId
+    attempt: Attempt
+    reserve_tokens: Annotated[int, Meta(ge=1, le=MAX_POSITION)]
+
+
+class ReserveRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """Data of `dev.lamina.reserve`."""
+
+    rows: Annotated[tuple[ReserveRow, ...], Meta(min_length=1, max_length=MAX_ROWS)]
+
+
+class ReservedRow(Struct, frozen=True):
+    """`ok`, `full` or `stale`."""
+
+    id: SequenceId
+    attempt: Attempt
+    status: Status
+
+
+class ReserveReply(Struct, frozen=True):
+    """The rows of the request in their order."""
+
+    rows: tuple[ReservedRow, ...]
+
+
+class ReleaseRow(Struct, frozen=True, forbid_unknown_fields=True):
+    """A sequence that has ended: all its attempts up to this one are released."""
+
+    id: SequenceId
+    attempt: Attempt
+
+
+class ReleaseRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """Data of `dev.lamina.release`. An unknown id is no error."""
+
+    rows: Annotated[tuple[ReleaseRow, ...], Meta(min_length=1, max_length=MAX_ROWS)]
+
+
+class ReleaseReply(Struct, frozen=True):
+    """How many sequences were held and are not any more."""
+
+    released: int
+
+
+class WarmupRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """Data of `dev.lamina.warmup`: nothing."""
+
+
+class WarmupReply(Struct, frozen=True):
+    """Who is warm, and the seconds of each phase of its start."""
+
+    instance: str
+    start_up: dict[str, float] = field(default_factory=dict)

@@ -1,0 +1,216 @@
+"""What a function is told by its environment: the only reader of it, and the only place of defaults."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network
+from typing import Final
+
+from functions.configuration import parsers
+from functions.configuration.parsers import LayerRange
+from functions.configuration.settings import REQUIRED, ConfigError, Key, keys, read, setting, unknown_keys
+from storage.store.settings import StoreSettings
+
+ROLE_KEY: Final = "LAMINA_ROLE"
+_PREFIX: Final = "LAMINA_"
+_ROLE = Key(ROLE_KEY, parsers.one_of("stage", "gateway"), "what this function is: stage or gateway", REQUIRED, False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreConfig(StoreSettings):
+    """Where models lie: an S3-compatible store."""
+
+    endpoint_url: str = setting("LAMINA_STORE_ENDPOINT", parsers.url, "URL of the S3-compatible store")
+    bucket: str = setting("LAMINA_STORE_BUCKET", parsers.text, "bucket that holds the models")
+    region: str = setting("LAMINA_STORE_REGION", parsers.text, "region that requests are signed for", "us-east-1")
+    access_key_id: str = setting("AWS_ACCESS_KEY_ID", parsers.text, "access key of the store")
+    secret_access_key: str = setting("AWS_SECRET_ACCESS_KEY", parsers.text, "secret key of the store", secret=True)
+    session_token: str | None = setting("AWS_SESSION_TOKEN", parsers.text, "token of temporary keys", "", secret=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommonConfig:
+    """What stage and gateway are both told."""
+
+    port: int = setting(
+        "PORT", parsers.integer(0, 65535), "where to listen, on 0.0.0.0; Knative sets it; 0: a free port", "8080"
+    )
+    pipeline: str = setting("LAMINA_PIPELINE", parsers.fingerprint, "fingerprint of the pipeline, which every event carries")
+    pipeline_token: str = setting("LAMINA_PIPELINE_TOKEN", parsers.text, "bearer token between gateway and stages", secret=True)
+    model: str = setting("LAMINA_MODEL", parsers.text, "name of the model in the store")
+    dtype: str = setting(
+        "LAMINA_DTYPE", parsers.one_of("float32", "bfloat16", "float16", "int8"), "dtype of the publication in the store"
+    )
+    cut: tuple[LayerRange, ...] = setting("LAMINA_CUT", parsers.cut, "all layer groups, such as 0:10,10:20,20:30")
+    store: StoreConfig
+    traces_endpoint: str | None = setting(
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+        parsers.url,
+        "where traces go, by OTLP over HTTP; unset: nowhere. OpenTelemetry reads its other OTEL_* keys by itself",
+        "",
+    )
+    log_level: str = setting(
+        "LAMINA_LOG_LEVEL", parsers.one_of("debug", "info", "warning", "error"), "least severe messages that are logged", "info"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageConfig(CommonConfig):
+    """What one stage is told."""
+
+    layers: LayerRange = setting("LAMINA_LAYERS", parsers.layers, "this stage's group of the cut, such as 10:20")  # noqa: RUF009
+    layer_group: str = setting(
+        "LAMINA_LAYER_GROUP",
+        parsers.one_of("auto", "llama", "transformers", "sleep"),
+        "what runs the layers; auto chooses by architecture, sleep waits instead of computing (for benchmarks)",
+        "auto",
+    )
+    sleep_seconds: float = setting("LAMINA_SLEEP_SECONDS", parsers.seconds, "how long a pass takes with sleep", "0.03")
+    device: str = setting("LAMINA_DEVICE", parsers.one_of("auto", "cpu", "cuda"), "where the layers run", "auto")
+    threads: int = setting("LAMINA_THREADS", parsers.integer(0, 1024), "threads of a pass; 0: as many as the CPU limit", "0")
+    busy_threads: int = setting(
+        "LAMINA_BUSY_THREADS",
+        parsers.integer(0, 1024),
+        "threads of a pass by torch's operators (fp32) while the stage is busy for more than half of the time, for stages that "
+        "share cores; 0: the same",
+        "0",
+    )
+    kv_cache_bytes: int = setting("LAMINA_KV_CACHE_BYTES", parsers.integer(1), "memory for keys and values", str(2**30))
+    max_merge: int = setting("LAMINA_MAX_MERGE", parsers.integer(1, 1024), "most events merged into one pass", "4")
+    idle_sequence_seconds: float = setting(
+        "LAMINA_IDLE_SEQUENCE_SECONDS", parsers.seconds, "a sequence not heard of for so long is released", "600"
+    )
+    weights_cache: str | None = setting(
+        "LAMINA_WEIGHTS_CACHE", parsers.text, "folder of verified weights that outlives the pod; unset: none", ""
+    )
+    weights_cache_bytes: int = setting(
+        "LAMINA_WEIGHTS_CACHE_BYTES", parsers.integer(1), "most bytes that this folder may hold", str(20 * 2**30)
+    )
+
+    @property
+    def first(self) -> bool:
+        return self.layers == self.cut[0]
+
+    @property
+    def last(self) -> bool:
+        return self.layers == self.cut[-1]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatewayConfig(CommonConfig):
+    """What a gateway is told."""
+
+    stages: tuple[tuple[LayerRange, str], ...] = setting(
+        "LAMINA_STAGES", parsers.stages, "URL of each group's Service: 0:10=http://…,10:20=http://…"
+    )
+    api_keys: tuple[str, ...] | None = setting(
+        "LAMINA_API_KEYS",
+        parsers.secrets,
+        "bearer keys of clients, separated by commas; unset: open",
+        "",
+        secret=True,
+    )
+    queue_limit: int = setting(
+        "LAMINA_QUEUE_LIMIT", parsers.integer(0, 100_000), "requests that may wait; beyond it 429", "256"
+    )
+    chunk_tokens: int = setting(
+        "LAMINA_CHUNK_TOKENS", parsers.integer(1, 65_536), "most prompt tokens of one sequence in one event", "256"
+    )
+    micro_batch_sequences: int = setting(
+        "LAMINA_MICRO_BATCH_SEQUENCES", parsers.integer(1, 1024), "most sequences in one micro-batch", "8"
+    )
+    stages_at_once: int = setting(
+        "LAMINA_STAGES_AT_ONCE",
+        parsers.integer(0, 1024),
+        "stages that can compute at the same time, fewer than all where they share cores; 0: all",
+        "0",
+    )
+    cold_start_timeout_seconds: float = setting(
+        "LAMINA_COLD_START_TIMEOUT_SECONDS", parsers.seconds, "how long a request waits for sleeping stages", "300"
+    )
+    request_timeout_seconds: float = setting(
+        "LAMINA_REQUEST_TIMEOUT_SECONDS", parsers.seconds, "how long one answer may take", "600"
+    )
+    step_timeout_seconds: float = setting(
+        "LAMINA_STEP_TIMEOUT_SECONDS", parsers.seconds, "how long one event may be at a stage", "120"
+    )
+    kubernetes_api: str | None = setting(
+        "LAMINA_KUBERNETES_API",
+        parsers.kubernetes_api,
+        "URL of the API that serves EndpointSlices; cluster: from the pod's ServiceAccount; unset: no watch",
+        "",
+    )
+    stage_services: tuple[str, ...] | None = setting(
+        "LAMINA_STAGE_SERVICES",
+        parsers.services,
+        "names of the stages' Knative Services, whose EndpointSlices are watched; unset: the first label of each URL's host",
+        "",
+    )
+    namespace: str = setting("LAMINA_NAMESPACE", parsers.text, "namespace of the stages", "default")
+    pod_network: IPv4Network | IPv6Network | None = setting(  # noqa: RUF009
+        "LAMINA_POD_NETWORK", parsers.network, "only pod addresses in this network are followed; needed for a watch", ""
+    )
+    pod_port: int = setting(
+        "LAMINA_POD_PORT", parsers.integer(0, 65535), "only this port of a pod is followed; 0: the slice's own", "8012"
+    )
+
+
+Config = StageConfig | GatewayConfig
+_ROLES: Final[dict[str, type[StageConfig] | type[GatewayConfig]]] = {"stage": StageConfig, "gateway": GatewayConfig}
+
+
+def read_config(environ: Mapping[str, str]) -> Config:
+    """The configuration of the role that the environment names.
+
+    Raises ConfigError with one sentence for each wrong, missing or unknown key.
+    """
+    errors = list(unknown_keys(environ, _PREFIX, {key.name for key, _ in _all_keys()}))
+    try:
+        role = _ROLE.read(environ)
+    except ValueError as error:
+        raise ConfigError([*errors, str(error)]) from error
+    errors += _keys_of_another_role(role, environ)
+    try:
+        config = read(_ROLES[role], environ)
+    except ConfigError as error:
+        raise ConfigError([*errors, *error.errors]) from error
+    errors += _contradictions(config)
+    if errors:
+        raise ConfigError(errors)
+    return config
+
+
+def environment() -> Iterator[tuple[str, str, str, str]]:
+    """Key, role, default and meaning of everything that a function reads. No default: empty."""
+    for key, role in _all_keys():
+        yield key.name, role, "required" if key.default == REQUIRED else key.default, key.meaning
+
+
+def _all_keys() -> list[tuple[Key, str]]:
+    """Every key with its role: both, stage or gateway."""
+    common = list(keys(CommonConfig))
+    own = [(key, role) for role, settings in _ROLES.items() for key in keys(settings) if key not in common]
+    return [(_ROLE, "both"), *((key, "both") for key in common), *own]
+
+
+def _keys_of_another_role(role: str, environ: Mapping[str, str]) -> Iterator[str]:
+    for key, owner in _all_keys():
+        if owner not in ("both", role) and key.name in environ:
+            yield f"{key.name} is a key of the {owner}, and {ROLE_KEY} is {role}"
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    """Values that are right by themselves and wrong together."""
+    cut = ",".join(f"{first}:{last}" for first, last in config.cut)
+    if isinstance(config, StageConfig):
+        if config.layers not in config.cut:
+            first, last = config.layers
+            yield f"LAMINA_LAYERS: '{first}:{last}' is not allowed: one of the groups of LAMINA_CUT, {cut}"
+        return
+    if tuple(group for group, _ in config.stages) != config.cut:
+        named = ",".join(f"{first}:{last}" for (first, last), _ in config.stages)
+        yield f"LAMINA_STAGES: {named} is not allowed: the groups of LAMINA_CUT in their order, {cut}"
+    if config.stage_services is not None and len(config.stage_services) != len(config.cut):
+        names = ",".join(config.stage_services)
+        yield f"LAMINA_STAGE_SERVICES: {names} is not allowed: one name for each group of LAMINA_CUT, {cut}"
+    if config.kubernetes_api is not None and config.pod_network is None:
+        yield "LAMINA_POD_NETWORK is not set: with LAMINA_KUBERNETES_API it says which addresses may be followed"

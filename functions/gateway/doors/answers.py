@@ -1,0 +1,182 @@
+"""What both doors do: a request becomes a sequence, its tokens become text. Knows no HTTP."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from eventing.problems import InvalidRequest, Problem
+from eventing.wire.generation import FinishReason, GenerateRequest, GenerateResponse, Timings, TokenEvent, Usage
+from functions.gateway.scheduling.sequence import Sequence
+from functions.gateway.text.text_stream import TextStream
+from functions.gateway.text.tokenizer import ModelText
+from functions.observing.telemetry import GatewayMetrics
+from functions.observing.tracing import PASSING, Attributes, Span, TraceContext, Tracer
+
+HEARTBEAT_SECONDS: Final = 3.0
+"""How often a stream says that it lives, which is also how soon a client that went away is noticed."""
+
+
+class Submitter(Protocol):
+    """A Scheduler."""
+
+    def submit(self, sequence: Sequence) -> None:
+        """Its tokens come by themselves. Raises QueueFull, NotReady, InvalidRequest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who asks, and until when."""
+
+    request_id: str
+    client_id: str
+    """Clients share the pipeline fairly, whatever each of them asks for."""
+    seed: int
+    """For a request that names none."""
+    deadline_seconds: float
+    trace: TraceContext | None = None
+    """Of the client's span, where it sent one."""
+
+
+class Generator:
+    """Answers requests. Thread-safe."""
+
+    def __init__(self, text: ModelText, scheduler: Submitter, metrics: GatewayMetrics, tracer: Tracer = PASSING) -> None:
+        self.text = text
+        self._scheduler = scheduler
+        self._metrics = metrics
+        self._tracer = tracer
+
+    def generate(self, request: GenerateRequest, asker: Asker) -> "Generation":
+        """Begins an answer. Raises InvalidRequest, QueueFull, NotReady."""
+        if request.messages is not None:
+            prompt = self.text.encode_messages(request.messages)
+        else:
+            prompt = self.text.encode(request.prompt or "")
+        room = self.text.context_length - len(prompt)
+        if not prompt:
+            raise InvalidRequest("the prompt has no tokens")
+        if room < 1:
+            raise InvalidRequest(
+                f"the prompt has {len(prompt)} tokens and the model's context is {self.text.context_length}, which must "
+                "hold the answer too; shorten the prompt"
+            )
+        span = self._tracer.serve(
+            "generate", asker.trace, {"lamina.request": asker.request_id, "lamina.prompt_tokens": len(prompt)}
+        )
+        sequence = Sequence(
+            asker.request_id,
+            prompt,
+            min(request.max_tokens, room),
+            sampling=request.sampling(asker.seed),
+            eos_ids=self.text.eos_ids,
+            client_id=asker.client_id,
+            deadline_seconds=asker.deadline_seconds,
+            trace=span.context,
+        )
+        try:
+            self._scheduler.submit(sequence)
+        except Problem as problem:
+            span.end(problem.name)
+            raise
+        self._metrics.prompt_tokens.inc(len(prompt))
+        return Generation(sequence, TextStream(self.text.tokenizer, request.stop_strings), self._metrics, span)
+
+
+class Generation:
+    """One answer. Iterate `tokens` to its end, then ask for `response`; or `close` it where nobody listens any more."""
+
+    def __init__(self, sequence: Sequence, stream: TextStream, metrics: GatewayMetrics, span: Span) -> None:
+        self._sequence = sequence
+        self._stream = stream
+        self._metrics = metrics
+        self._span = span
+        self._token_ids: list[int] = []
+        self._given = 0
+        """Tokens given out; the others wait until their text is certain."""
+        self._text: list[str] = []
+        self._certain = ""
+        """Text that is certain and not given out, because the token that completed it waits."""
+        self._last_token_at: float | None = None
+
+    def tokens(self, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> Iterator[TokenEvent | None]:
+        """The answer's tokens, each with the text that it completed; None when so many seconds brought nothing.
+
+        A token is given out once its text is certain, so all texts together are the answer's. Raises the Problem that
+        ended the answer before its time. When the iterator is closed, the answer is cancelled.
+        """
+        try:
+            while not self._stream.stopped:
+                token_id = self._sequence.next_token(heartbeat_seconds)
+                if token_id is not None:
+                    self._take(token_id)
+                    yield from self._give(len(self._token_ids) - self._stream.holds)
+                elif self._sequence.ended:
+                    break
+                else:
+                    yield None
+            self._certain += self._stream.finish()
+            yield from self._give(len(self._token_ids))
+        finally:
+            self.close()
+            self._metrics.answers.labels(self._outcome()).inc()
+
+    def close(self) -> None:
+        """Frees what the answer holds, if it has not ended by itself."""
+        if not self._sequence.ended:
+            self._sequence.cancel()
+        problem = self._sequence.problem
+        told: Attributes = {"lamina.finish_reason": self._outcome(), "lamina.completion_tokens": self._completion_tokens()}
+        self._span.end(None if problem is None else problem.name, told)
+
+    def response(self) -> GenerateResponse:
+        """After the last token."""
+        prompt_tokens, completion_tokens = self._sequence.prompt_tokens, self._completion_tokens()
+        timings = self._timings(completion_tokens)
+        self._metrics.answer.observe(timings.total_seconds)
+        self._metrics.first_token.observe(timings.time_to_first_token_seconds)
+        return GenerateResponse(
+            text="".join(self._text),
+            token_ids=tuple(self._token_ids),
+            finish_reason=self._finish_reason(),
+            usage=Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens),
+            timings=timings,
+        )
+
+    def _take(self, token_id: int) -> None:
+        now = time.monotonic()
+        if self._last_token_at is not None:
+            self._metrics.inter_token.observe(now - self._last_token_at)
+        self._last_token_at = now
+        self._metrics.tokens.inc()
+        self._token_ids.append(token_id)
+        self._certain += self._stream.push(token_id)
+
+    def _give(self, end: int) -> Iterator[TokenEvent]:
+        """Tokens up to `end`; the last of them carries all the text that is certain."""
+        for index in range(self._given, end):
+            text = self._certain if index == end - 1 else ""
+            if text:
+                self._text.append(text)
+                self._certain = ""
+            self._given = index + 1
+            yield TokenEvent(index, self._token_ids[index], text)
+
+    def _finish_reason(self) -> FinishReason:
+        return "stop" if self._stream.stopped else self._sequence.finish_reason or "cancelled"
+
+    def _outcome(self) -> str:
+        problem = self._sequence.problem
+        return self._finish_reason() if problem is None else problem.name
+
+    def _completion_tokens(self) -> int:
+        """Behind a stop string more may have been computed, which is no part of the answer."""
+        return len(self._token_ids) if self._stream.stopped else self._sequence.completion_tokens
+
+    def _timings(self, completion_tokens: int) -> Timings:
+        seen = self._sequence.timings()
+        total = seen.total_seconds or 0.0
+        first = total if seen.time_to_first_token_seconds is None else seen.time_to_first_token_seconds
+        decoding = total - first
+        rate = (completion_tokens - 1) / decoding if completion_tokens > 1 and decoding > 0 else 0.0
+        return Timings(seen.queue_seconds or 0.0, first, total, rate, seen.replays)

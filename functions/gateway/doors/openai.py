@@ -1,0 +1,211 @@
+"""The door for clients of the OpenAI API: chat completions, completions and the list of models."""
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, TypeVar
+
+import msgspec
+from flask import Blueprint, Flask, Response, request
+
+from eventing.http.sse import HEARTBEAT, encode_sse
+from eventing.problems import MalformedEvent, Problem
+from eventing.wire.generation import GenerateRequest, Usage
+from functions.gateway.doors.answers import Asker, Generation, Generator
+from functions.gateway.doors.clients import Clients
+from functions.gateway.doors.openai_types import ChatRequest, CompletionRequest
+from functions.gateway.doors.streaming import stream_response
+from functions.hosting.web import json_response
+from functions.observing.tracing import read_traceparent
+
+_log: Final = logging.getLogger(__name__)
+_NOT_FOUND: Final = 404
+
+R = TypeVar("R", ChatRequest, CompletionRequest)
+
+
+class Shape(Protocol):
+    """How an answer is written: as a chat completion or as a completion."""
+
+    object: str
+    chunk_object: str
+    id_prefix: str
+
+    def choice(self, text: str, finish_reason: str) -> dict[str, Any]: ...
+
+    def first_chunk(self) -> dict[str, Any] | None: ...
+
+    def chunk(self, text: str, finish_reason: str | None) -> dict[str, Any]: ...
+
+
+class ChatShape:
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+    id_prefix = "chatcmpl-"
+
+    def choice(self, text: str, finish_reason: str) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": 0, "message": message, "finish_reason": finish_reason, "logprobs": None}
+
+    def first_chunk(self) -> dict[str, Any] | None:
+        return {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None, "logprobs": None}
+
+    def chunk(self, text: str, finish_reason: str | None) -> dict[str, Any]:
+        delta = {"content": text} if finish_reason is None else {}
+        return {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
+
+
+class CompletionShape:
+    object = "text_completion"
+    chunk_object = "text_completion"
+    id_prefix = "cmpl-"
+
+    def choice(self, text: str, finish_reason: str) -> dict[str, Any]:
+        return self.chunk(text, finish_reason)
+
+    def first_chunk(self) -> dict[str, Any] | None:
+        return None
+
+    def chunk(self, text: str, finish_reason: str | None) -> dict[str, Any]:
+        return {"index": 0, "text": text, "finish_reason": finish_reason, "logprobs": None}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What all documents of one answer have in common."""
+
+    shape: Shape
+    id: str
+    created: int
+    model: str
+    pipeline: str
+
+    def document(self, object_: str, choices: list[dict[str, Any]], **more: object) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": object_,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.pipeline,
+            "choices": choices,
+            **more,
+        }
+
+
+class OpenAIDoor:
+    """model: the one model that is served. pipeline: its fingerprint."""
+
+    def __init__(
+        self, generator: Callable[[], Generator], clients: Clients, model: str, pipeline: str, request_timeout_seconds: float
+    ) -> None:
+        self._generator = generator
+        self._clients = clients
+        self._model = model
+        self._pipeline = pipeline
+        self._timeout_seconds = request_timeout_seconds
+        self._started = int(time.time())
+
+    def register(self, app: Flask) -> None:
+        door = Blueprint("openai", __name__, url_prefix="/v1")
+        door.post("/chat/completions")(self._chat)
+        door.post("/completions")(self._complete)
+        door.get("/models")(self._models)
+        door.get("/models/<model>")(self._one_model)
+        door.errorhandler(Problem)(_refused)
+        door.errorhandler(Exception)(_unexpected)
+        app.register_blueprint(door)
+
+    def _chat(self) -> Response:
+        return self._answer(ChatRequest, ChatShape())
+
+    def _complete(self) -> Response:
+        return self._answer(CompletionRequest, CompletionShape())
+
+    def _models(self) -> Response:
+        self._clients.identify(request)
+        return json_response({"object": "list", "data": [self._model_document()]})
+
+    def _one_model(self, model: str) -> Response:
+        self._clients.identify(request)
+        return json_response(self._model_document()) if model == self._model else self._model_not_found(model)
+
+    def _answer(self, type_: type[R], shape: Shape) -> Response:
+        client_id = self._clients.identify(request)
+        asked = _read(type_)
+        if asked.model != self._model:
+            return self._model_not_found(asked.model)
+        id_ = shape.id_prefix + secrets.token_hex(12)
+        answer = Answer(shape, id_, int(time.time()), self._model, self._pipeline)
+        generation = self._generate(asked.generate_request(), id_, client_id)
+        if asked.stream:
+            with_usage = asked.stream_options is not None and asked.stream_options.include_usage
+            return stream_response(generation, _stream(answer, generation, with_usage), _failure)
+        for _ in generation.tokens():
+            pass
+        response = generation.response()
+        choices = [shape.choice(response.text, response.finish_reason)]
+        return json_response(answer.document(shape.object, choices, usage=response.usage))
+
+    def _generate(self, generate: GenerateRequest, id_: str, client_id: str) -> Generation:
+        asker = Asker(
+            id_, client_id, secrets.randbits(63), self._timeout_seconds, read_traceparent(request.headers.get("traceparent"))
+        )
+        return self._generator().generate(generate, asker)
+
+    def _model_document(self) -> dict[str, Any]:
+        return {"id": self._model, "object": "model", "created": self._started, "owned_by": "lamina"}
+
+    def _model_not_found(self, model: str) -> Response:
+        message = f"The model {model!r} is not served here; this gateway serves {self._model!r}"
+        return _error(_NOT_FOUND, message, "model_not_found", "model")
+
+
+def _read(type_: type[R]) -> R:
+    try:
+        return msgspec.json.decode(request.get_data(cache=False), type=type_)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedEvent(f"the request cannot be served: {error}") from error
+
+
+def _stream(answer: Answer, generation: Generation, with_usage: bool) -> Iterator[bytes]:
+    def sent(choices: list[dict[str, Any]], usage: Usage | None = None) -> bytes:
+        more = {"usage": usage} if with_usage else {}
+        return encode_sse(msgspec.json.encode(answer.document(answer.shape.chunk_object, choices, **more)))
+
+    first = answer.shape.first_chunk()
+    yield HEARTBEAT if first is None else sent([first])
+    for token in generation.tokens():
+        if token is None:
+            yield HEARTBEAT
+        elif token.text:
+            yield sent([answer.shape.chunk(token.text, None)])
+    response = generation.response()
+    yield sent([answer.shape.chunk("", response.finish_reason)])
+    if with_usage:
+        yield sent([], response.usage)
+    yield encode_sse("[DONE]")
+
+
+def _failure(problem: Problem) -> bytes:
+    return encode_sse(msgspec.json.encode(_error_document(problem.status, str(problem), problem.name)))
+
+
+def _refused(problem: Problem) -> Response:
+    return _error(problem.status, str(problem), problem.name)
+
+
+def _unexpected(error: Exception) -> Response:
+    _log.error("unexpected error", exc_info=error)
+    return _error(500, f"{type(error).__name__}; the log of this instance has the traceback", "internal")
+
+
+def _error(status: int, message: str, code: str, parameter: str | None = None) -> Response:
+    return json_response(_error_document(status, message, code, parameter), status)
+
+
+def _error_document(status: int, message: str, code: str, parameter: str | None = None) -> dict[str, Any]:
+    types = {401: "authentication_error", 429: "rate_limit_error"}
+    kind = types.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": parameter, "code": code.replace("-", "_")}}

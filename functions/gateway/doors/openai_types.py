@@ -1,0 +1,110 @@
+"""Requests of the OpenAI API, as far as they are served. What is not served is refused, never dropped in silence."""
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+from eventing.wire.events import MAX_POSITION
+from eventing.wire.generation import DEFAULT_MAX_TOKENS, MAX_STOP_STRINGS, GenerateRequest, Message, StopString
+
+MaxTokens = Annotated[int, Meta(ge=1, le=MAX_POSITION)]
+
+
+class TextPart(Struct, frozen=True, tag_field="type", tag="text", forbid_unknown_fields=True):
+    text: str
+
+
+class ChatMessage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One turn. The fields that must be null are those of an answer that a client sends back as it got it."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | tuple[TextPart, ...]
+    name: str | None = None
+    refusal: None = None
+    audio: None = None
+    tool_calls: None = None
+    function_call: None = None
+    annotations: tuple[()] | None = None
+
+    def message(self) -> Message:
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return Message("system" if self.role == "developer" else self.role, text)
+
+
+class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class TextFormat(Struct, frozen=True, tag_field="type", tag="text"):
+    pass
+
+
+class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What both requests have. `top_k`, `min_p` and `repetition_penalty` are extensions that other servers have too.
+
+    Whatever stands behind `seed` is taken only with the value that changes nothing, or says nothing about the answer.
+    """
+
+    model: str
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    """None: 1, as in the OpenAI API; the CloudEvents door's is 0."""
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=0, lt=2**31)] = 0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    stop: StopString | Annotated[tuple[StopString, ...], Meta(max_length=MAX_STOP_STRINGS)] | None = None
+    max_tokens: MaxTokens | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    n: Annotated[int, Meta(ge=1, le=1)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=0, le=0)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=0, le=0)] | None = None
+    logit_bias: Annotated[dict[str, float], Meta(max_length=0)] | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    def sampling_fields(self) -> dict[str, Any]:
+        """For a GenerateRequest."""
+        return {
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "top_p": 1.0 if self.top_p is None else self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "seed": self.seed,
+            "stop": self.stop or (),
+        }
+
+
+class ChatRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[tuple[ChatMessage, ...], Meta(min_length=1)]
+    max_completion_tokens: MaxTokens | None = None
+    logprobs: Literal[False] | None = None
+    tools: tuple[()] | None = None
+    response_format: TextFormat | None = None
+
+    def generate_request(self) -> GenerateRequest:
+        messages = tuple(message.message() for message in self.messages)
+        max_tokens = self.max_completion_tokens or self.max_tokens or DEFAULT_MAX_TOKENS
+        return GenerateRequest(messages=messages, max_tokens=max_tokens, **self.sampling_fields())
+
+
+class CompletionRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/completions`: one prompt, without the chat template."""
+
+    prompt: Annotated[str, Meta(min_length=1)]
+    echo: Literal[False] | None = None
+    best_of: Annotated[int, Meta(ge=1, le=1)] | None = None
+    logprobs: None = None
+    suffix: None = None
+
+    def generate_request(self) -> GenerateRequest:
+        return GenerateRequest(prompt=self.prompt, max_tokens=self.max_tokens or DEFAULT_MAX_TOKENS, **self.sampling_fields())

@@ -1,0 +1,62 @@
+"""The first step of a score: a text becomes the event that the first stage takes. Computes nothing, waits for nothing."""
+
+from array import array
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+from cloudevents.core.v1.event import CloudEvent
+
+from eventing.claim_check import ClaimCheck
+from eventing.problems import InvalidRequest
+from eventing.wire.cloud_event import AttributeValue, batch_event, expiry_time, json_data, reply_id
+from eventing.wire.events import Attribute, Batch, EventType
+from eventing.wire.generation import ScoreRequest
+from eventing.wire.score import score_row
+from eventing.wire.signature import sign
+from functions.gateway.text.tokenizer import ModelText
+
+SCORE_LIFETIME: Final = timedelta(hours=24)
+"""Of a score whose request does not expire sooner: how long its events are good, and its payloads kept."""
+
+
+class ScoreEntry:
+    """text: raises NotReady until the tokenizer is there. source: of the event. token: of the pipeline, signs it."""
+
+    def __init__(self, text: Callable[[], ModelText], claims: ClaimCheck, *, pipeline: str, source: str, token: str) -> None:
+        self._text = text
+        self._claims = claims
+        self._pipeline = pipeline
+        self._source = source
+        self._token = token
+
+    def begin(self, request: CloudEvent) -> CloudEvent:
+        """The event for layer 0, with the id of the reply to `request`, signed. Raises a Problem."""
+        token_ids = self._token_ids(json_data(request, ScoreRequest))
+        id_, now = reply_id(request), datetime.now(UTC)
+        batch = Batch((score_row(id_, len(token_ids)),), memoryview(array("i", token_ids)))
+        attributes: dict[str, AttributeValue] = {
+            Attribute.PIPELINE: self._pipeline,
+            Attribute.LAYER: 0,
+            Attribute.EXPIRY_TIME: _end(request, now),
+            Attribute.TRACEPARENT: request.get_extension(Attribute.TRACEPARENT),
+        }
+        event = batch_event(EventType.FORWARD, self._source, batch, id=id_, **attributes)
+        return self._claims.check_in(sign(event, self._token), now)
+
+    def _token_ids(self, request: ScoreRequest) -> list[int]:
+        """Raises InvalidRequest where they have nothing to score, or do not fit into the context."""
+        text = self._text()
+        token_ids = text.encode(request.text) if request.text is not None else list(request.token_ids or ())
+        if len(token_ids) < 2:
+            raise InvalidRequest("a text of one token has nothing to score: each token is scored by those before it")
+        if len(token_ids) > text.context_length:
+            raise InvalidRequest(
+                f"the text has {len(token_ids)} tokens and the model's context is {text.context_length}; score it in parts"
+            )
+        return token_ids
+
+
+def _end(request: CloudEvent, now: datetime) -> datetime:
+    latest = now + SCORE_LIFETIME
+    return min(expiry_time(request) or latest, latest)

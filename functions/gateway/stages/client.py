@@ -1,0 +1,237 @@
+"""What the gateway says to the instances of stages, and what it makes of their failures.
+
+One method per event type. Everything that can go wrong with an event as a whole ends in `StageFailed`; what goes wrong with one
+row stands in the row.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Final, TypeVar
+
+from cloudevents.core.v1.event import CloudEvent
+from msgspec import Struct
+
+from eventing.http.binding import from_http, to_binary_http
+from eventing.http.delivery import (
+    ConnectionBroken,
+    DeliveryError,
+    DeliveryTimeout,
+    InfrastructureError,
+    Reply,
+    Sender,
+    Unreachable,
+)
+from eventing.problems import (
+    MalformedEvent,
+    NotReady,
+    Problem,
+    Unauthorized,
+    UnknownEventType,
+    UnsupportedMediaType,
+    WrongLayer,
+    WrongPipeline,
+)
+from eventing.wire.batch_codec import decode_batch
+from eventing.wire.cloud_event import AttributeValue, Buffer, Data, json_data, json_event, make_event
+from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType
+from eventing.wire.generation import (
+    ReleaseReply,
+    ReleaseRequest,
+    ReleaseRow,
+    ReservedRow,
+    ReserveReply,
+    ReserveRequest,
+    ReserveRow,
+    WarmupReply,
+    WarmupRequest,
+)
+from functions.gateway.stages.routes import Instance
+from functions.observing.tracing import PASSING, Attributes, Span, TraceContext, Tracer
+
+Traces = Sequence[TraceContext]
+"""Of the sequences that an event is sent for."""
+S = TypeVar("S", bound=Struct)
+
+
+class StageFailed(Exception):
+    """An event got no usable answer from `instance`, or from the Service URL of `stage`."""
+
+    def __init__(self, stage: int, cause: str, detail: str, *, blames: bool = False, final: bool = False) -> None:
+        super().__init__(f"stage {stage}: {detail}")
+        self.stage = stage
+        self.cause = cause
+        """One word for metrics: refused, broken, timeout, infrastructure, not-ready, malformed or a problem's name."""
+        self.blames = blames
+        """The event may have done it: it was at the stage when the stage failed."""
+        self.final = final
+        """The stage refuses this gateway, not this event: asking again does not help."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answerer:
+    """Who answered, and what it said of itself."""
+
+    instance: Instance
+    boot: str
+    """The `instance` attribute: a name with a nonce of its boot."""
+    free_tokens: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardReply:
+    answerer: Answerer
+    batch: Batch
+    """Views into `body`."""
+    body: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineIdentity:
+    """What every event carries."""
+
+    fingerprint: str
+    token: str
+    source: str
+    """The gateway with a nonce of its boot; a stage lets nobody else touch this source's sequences."""
+    first_layers: tuple[int, ...]
+    """Per stage."""
+
+
+class Pipeline:
+    """Sends events to the stages. Thread-safe."""
+
+    def __init__(
+        self, sender: Sender, identity: PipelineIdentity, step_timeout_seconds: float, tracer: Tracer = PASSING
+    ) -> None:
+        self._sender = sender
+        self._identity = identity
+        self._step_timeout_seconds = step_timeout_seconds
+        self._tracer = tracer
+
+    @property
+    def num_stages(self) -> int:
+        return len(self._identity.first_layers)
+
+    def forward(
+        self, instance: Instance, body: Sequence[Buffer], ids: Sequence[str], deadline: float, traces: Traces = ()
+    ) -> ForwardReply:
+        """One step at one stage. Raises StageFailed.
+
+        ids: of the rows, in their order. deadline: in time.monotonic(). traces: of the rows' sequences.
+        """
+        timeout = min(self._step_timeout_seconds, deadline - time.monotonic())
+        with self._span(EventType.FORWARD, instance.stage, instance.url, traces) as span:
+            event = self._batch_event(instance.stage, body, timeout, span.context)
+            reply = self._send(instance.stage, instance.url, event, timeout)
+        try:
+            answerer = _answerer(instance, from_http(reply.headers, reply.body))
+            batch = decode_batch(reply.body)
+            if [row.id for row in batch.rows] != list(ids):
+                raise MalformedEvent(f"the reply has rows {[row.id for row in batch.rows]}, sent were {list(ids)}")
+        except Problem as error:
+            raise StageFailed(instance.stage, "malformed", f"its reply: {error}", blames=True) from error
+        return ForwardReply(answerer, batch, reply.body)
+
+    def reserve(
+        self, instance: Instance, rows: Sequence[ReserveRow], deadline: float, traces: Traces = ()
+    ) -> tuple[Answerer, tuple[ReservedRow, ...]]:
+        """Room for the rows, each answered by itself, in their order; it may wait for a pass. Raises StageFailed."""
+        timeout = min(self._step_timeout_seconds, deadline - time.monotonic())
+        answerer, reply = self._ask(instance, EventType.RESERVE, ReserveRequest(tuple(rows)), ReserveReply, timeout, traces)
+        if [(row.id, row.attempt) for row in reply.rows] != [(row.id, row.attempt) for row in rows]:
+            raise StageFailed(instance.stage, "malformed", "its reply to a reservation has other rows than the request")
+        return answerer, reply.rows
+
+    def release(self, instance: Instance, rows: Sequence[ReleaseRow]) -> Answerer:
+        """Frees the rows' memory. Raises StageFailed; the stage will then forget them when they have been idle."""
+        request = ReleaseRequest(tuple(rows))
+        return self._ask(instance, EventType.RELEASE, request, ReleaseReply, self._step_timeout_seconds)[0]
+
+    def warm_up(self, stage: int, url: str, timeout_seconds: float) -> WarmupReply:
+        """Wakes a stage and returns once its weights are in. Raises StageFailed."""
+        return self._exchange(stage, url, EventType.WARMUP, WarmupRequest(), WarmupReply, timeout_seconds)[1]
+
+    def _ask(
+        self, instance: Instance, type: EventType, request: Struct, reply: type[S], timeout_seconds: float, traces: Traces = ()
+    ) -> tuple[Answerer, S]:
+        answer, value = self._exchange(instance.stage, instance.url, type, request, reply, timeout_seconds, traces)
+        return _answerer(instance, answer), value
+
+    def _exchange(
+        self,
+        stage: int,
+        url: str,
+        type: EventType,
+        request: Struct,
+        reply: type[S],
+        timeout_seconds: float,
+        traces: Traces = (),
+    ) -> tuple[CloudEvent, S]:
+        """One event with JSON data and its reply. Raises StageFailed."""
+        with self._span(type, stage, url, traces) as span:
+            event = self._json_event(stage, type, request, timeout_seconds, span.context)
+            return _read(stage, self._send(stage, url, event, timeout_seconds), reply)
+
+    def _span(self, type: EventType, stage: int, url: str, traces: Traces) -> Span:
+        told: Attributes = {"lamina.stage": stage, "lamina.sequences": len(traces), "url.full": url}
+        return self._tracer.send(f"send {type.removeprefix('dev.lamina.')}", traces, told)
+
+    def _batch_event(self, stage: int, body: Data, timeout_seconds: float, trace: TraceContext) -> CloudEvent:
+        attributes = self._attributes(stage, timeout_seconds, trace)
+        return make_event(EventType.FORWARD, self._identity.source, body, BATCH_CONTENT_TYPE, id=None, **attributes)
+
+    def _json_event(
+        self, stage: int, type: EventType, value: Struct, timeout_seconds: float, trace: TraceContext
+    ) -> CloudEvent:
+        attributes = self._attributes(stage, timeout_seconds, trace)
+        return json_event(type, self._identity.source, value, id=None, **attributes)
+
+    def _attributes(self, stage: int, timeout_seconds: float, trace: TraceContext) -> dict[str, AttributeValue]:
+        return {
+            Attribute.PIPELINE: self._identity.fingerprint,
+            Attribute.LAYER: self._identity.first_layers[stage],
+            Attribute.EXPIRY_TIME: datetime.now(UTC) + timedelta(seconds=timeout_seconds),
+            Attribute.TRACEPARENT: trace.traceparent,
+        }
+
+    def _send(self, stage: int, url: str, event: CloudEvent, timeout_seconds: float) -> Reply:
+        headers, buffers = to_binary_http(event)
+        headers["authorization"] = f"Bearer {self._identity.token}"
+        try:
+            return self._sender.send(url, headers, buffers, max(0.001, timeout_seconds))
+        except (DeliveryError, Problem) as error:
+            raise _failure(stage, error) from error
+
+
+def _answerer(instance: Instance, answer: CloudEvent) -> Answerer:
+    free = str(answer.get_extension(Attribute.FREE_TOKENS))
+    boot = answer.get_extension(Attribute.INSTANCE)
+    return Answerer(instance, str(boot or ""), int(free) if free.isdecimal() else None)
+
+
+def _read(stage: int, reply: Reply, type: type[S]) -> tuple[CloudEvent, S]:
+    try:
+        event = from_http(reply.headers, reply.body)
+        return event, json_data(event, type)
+    except Problem as error:
+        raise StageFailed(stage, "malformed", f"its reply: {error}") from error
+
+
+_REFUSES_GATEWAY: Final = (WrongPipeline, WrongLayer, Unauthorized, UnknownEventType, UnsupportedMediaType)
+
+
+def _failure(stage: int, error: DeliveryError | Problem) -> StageFailed:
+    """What a failure means for the sequences that were in the event."""
+    if isinstance(error, Problem):
+        final = isinstance(error, _REFUSES_GATEWAY)
+        blames = not final and not isinstance(error, NotReady)
+        return StageFailed(stage, error.name, f"{error.name}: {error}", blames=blames, final=final)
+    if isinstance(error, Unreachable):
+        return StageFailed(stage, "refused", str(error))
+    if isinstance(error, InfrastructureError):
+        # 503 comes from an activator or a queue-proxy that is full or has nobody behind it: the event reached no function.
+        return StageFailed(stage, "infrastructure", str(error), blames=error.status != 503)
+    cause = {ConnectionBroken: "broken", DeliveryTimeout: "timeout"}.get(type(error), "broken")
+    return StageFailed(stage, cause, str(error), blames=True)

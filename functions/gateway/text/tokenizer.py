@@ -1,0 +1,102 @@
+"""Text ↔ token ids, by the files that were published with the model. No torch, no transformers."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+import msgspec
+from tokenizers import Tokenizer
+
+from eventing.problems import InvalidRequest
+from eventing.wire.generation import Message
+from functions.gateway.text.chat_template import ChatTemplate
+from storage.models.model_repository import Manifest, Reader, read_file
+
+_log: Final = logging.getLogger(__name__)
+
+_SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelText:
+    """What the gateway knows about a model: how its text is read and written, and where answers end. Thread-safe."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    eos_ids: frozenset[int]
+    context_length: int
+    """Tokens."""
+
+    @classmethod
+    def load(cls, reader: Reader, manifest: Manifest) -> Self:
+        """Raises ObjectNotFound where there is no tokenizer.json, ValueError for files that cannot be read."""
+        tokenizer = Tokenizer.from_str(read_file(reader, manifest, "tokenizer.json").decode())
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        files = {name: _json_file(reader, manifest, name) for name in ("tokenizer_config.json", "generation_config.json")}
+        model_config = _json_file(reader, manifest, "config.json")
+        special = _special_tokens(files["tokenizer_config.json"])
+        return cls(
+            tokenizer,
+            _chat_template(reader, manifest, files["tokenizer_config.json"], special),
+            _eos_ids(tokenizer, special, files["generation_config.json"], model_config),
+            manifest.context_length,
+        )
+
+    def encode(self, prompt: str) -> list[int]:
+        """With the special tokens that the tokenizer itself puts around a text."""
+        ids: list[int] = self.tokenizer.encode(prompt).ids
+        return ids
+
+    def encode_messages(self, messages: Sequence[Message]) -> list[int]:
+        """Through the chat template, which writes special tokens itself. Raises InvalidRequest."""
+        if self.template is None:
+            raise InvalidRequest("the model has no chat template; send `prompt` instead of `messages`")
+        ids: list[int] = self.tokenizer.encode(self.template.render(messages), add_special_tokens=False).ids
+        return ids
+
+
+def _json_file(reader: Reader, manifest: Manifest, name: str) -> dict[str, Any]:
+    """Empty where the model was published without it."""
+    if name not in manifest.files:
+        return {}
+    return msgspec.json.decode(read_file(reader, manifest, name), type=dict[str, Any])
+
+
+def _special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    """Name → text. A token is a string, or an object with its text as `content`."""
+    found = {}
+    for name in _SPECIAL_TOKENS:
+        token = tokenizer_config.get(name)
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            found[name] = text
+    return found
+
+
+def _chat_template(
+    reader: Reader, manifest: Manifest, tokenizer_config: Mapping[str, Any], special: Mapping[str, str]
+) -> ChatTemplate | None:
+    """From its own file, else from tokenizer_config.json, where it may be one of several with names."""
+    if "chat_template.jinja" in manifest.files:
+        source: Any = read_file(reader, manifest, "chat_template.jinja").decode()
+    else:
+        source = tokenizer_config.get("chat_template")
+    if isinstance(source, list):
+        source = next((each.get("template") for each in source if each.get("name") == "default"), None)
+    return ChatTemplate(source, special) if isinstance(source, str) else None
+
+
+def _eos_ids(
+    tokenizer: Tokenizer, special: Mapping[str, str], generation_config: Mapping[str, Any], model_config: Mapping[str, Any]
+) -> frozenset[int]:
+    """What ends an answer: as generation_config.json says, else config.json, else the tokenizer's eos_token."""
+    for config in (generation_config, model_config):
+        ids = config.get("eos_token_id")
+        if ids is not None:
+            return frozenset(ids if isinstance(ids, Iterable) else [ids])
+    eos = tokenizer.token_to_id(special.get("eos_token", ""))
+    if eos is None:
+        _log.warning("the model names no end-of-text token: answers end at max_tokens")
+    return frozenset() if eos is None else frozenset([eos])

@@ -1,0 +1,214 @@
+"""The engine of a stage: takes events from many threads, runs them on one, answers each.
+
+It knows batches and layer groups, no HTTP. Everything that touches KV happens on its one thread; the other threads wait
+for their replies.
+"""
+
+import logging
+import threading
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from eventing.problems import EventExpired
+from eventing.wire.events import Batch, Row, Status, Want
+from eventing.wire.generation import ReleaseRow, ReserveRow
+from functions.stage.engine.event_queue import Call, EventQueue, WaitingEvent
+from functions.stage.engine.forward_pass import ForwardPass, Part
+from functions.stage.engine.row_checks import check_event
+from functions.stage.engine.sequences import SequenceTable
+from functions.stage.engine.threads import PassThreads
+from functions.stage.engine.wire_tensors import wire_tensor
+from functions.stage.models.layer_group import LayerGroup
+
+_log: Final = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PassStatistics:
+    """What one pass was like. Given to `on_pass` on the engine's thread, after the replies are out."""
+
+    queue_seconds: tuple[float, ...]
+    """How long each merged event waited."""
+    compute_seconds: float
+    tokens: int
+    rows: tuple[Status, ...]
+    """The status of every row answered."""
+
+
+def _ignore(_: PassStatistics) -> None:
+    pass
+
+
+class Engine:
+    """Runs a layer group.
+
+    num_stages: of the pipeline; bounds merging (see EventQueue). max_merge: most events in one pass.
+    idle_sequence_seconds: a sequence not heard of for so long is released. threads: of a pass; None: as torch is
+    set. clock: seconds since the epoch, by which events expire and sequences are idle.
+    """
+
+    def __init__(
+        self,
+        group: LayerGroup,
+        *,
+        num_stages: int,
+        max_merge: int,
+        idle_sequence_seconds: float,
+        threads: PassThreads | None = None,
+        clock: Callable[[], float] = time.time,
+        on_pass: Callable[[PassStatistics], None] = _ignore,
+    ) -> None:
+        self._group = group
+        self._clock = clock
+        self._on_pass = on_pass
+        self._queue = EventQueue(num_stages, max_merge)
+        self._sequences = SequenceTable(group.kv, idle_sequence_seconds, clock)
+        self._forward_pass = ForwardPass(group, self._sequences)
+        self._look_for_idle_seconds = idle_sequence_seconds / 10
+        self._threads = threads
+        self._pass_began: float | None = None
+        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+
+    @property
+    def free_tokens(self) -> int:
+        """KV tokens that can still be reserved."""
+        return self._group.kv.free_tokens
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that have KV reserved."""
+        return len(self._sequences)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, *, drain: bool = True) -> None:
+        """Takes no more work and ends the thread; without `drain`, what waits is answered NotReady."""
+        if drain:
+            self._queue.close()
+        else:
+            self._queue.abandon()
+        self._thread.join()
+
+    def alive(self, stuck_after_seconds: float) -> bool:
+        """False once the thread is dead or one pass has taken longer than `stuck_after_seconds`."""
+        began = self._pass_began
+        stuck = began is not None and time.perf_counter() - began > stuck_after_seconds
+        return self._thread.is_alive() and not stuck
+
+    def handle(self, batch: Batch, *, source: str, expires_at: float | None = None) -> Batch:
+        """The reply to one forward event; blocks until its pass is done. Call it from any thread.
+
+        source: of the event; a sequence belongs to the source that began it. expires_at: seconds since the epoch.
+        Raises MalformedEvent, EventTooLarge, EventExpired, NotReady, and whatever the layer group raised on this event.
+        """
+        check_event(batch, self._group)
+        event = WaitingEvent(batch, source, expires_at, arrived=time.perf_counter())
+        self._queue.put(event)
+        return event.reply.result()
+
+    def reserve(self, rows: Sequence[ReserveRow], *, source: str) -> list[Status]:
+        """ok, full, stale or invalid for each; the reserved ones stay reserved if others do not fit. Raises NotReady."""
+        call = Call(lambda: [self._sequences.reserve(row, source) for row in rows])
+        self._queue.call(call)
+        statuses: list[Status] = call.reply.result()
+        return statuses
+
+    def release(self, rows: Sequence[ReleaseRow], *, source: str) -> int:
+        """How many sequences were released; an unknown one is no error. Raises NotReady."""
+        call = Call(lambda: sum(self._release(row, source) for row in rows))
+        self._queue.call(call)
+        released: int = call.reply.result()
+        return released
+
+    def warm_up(self) -> None:
+        """Runs one token through everything, so that the first event finds all kernels ready."""
+        source, row_id = "warm-up", "warm-up"
+        tensor = None
+        if self._group.first_layer > 0:
+            tensor = wire_tensor(torch.zeros(1, self._group.hidden_size, dtype=self._group.hidden_dtype))
+        row = Row(row_id, attempt=0, position=0, length=1, want=Want.TOKEN, reserve_tokens=1)
+        self.handle(Batch((row,), memoryview(array("i", [0])), tensor), source=source)
+        self.release([ReleaseRow(row_id, attempt=0)], source=source)
+
+    def _release(self, release: ReleaseRow, source: str) -> bool:
+        self._queue.mark_released(release.id, release.attempt, source)
+        return self._sequences.release(release, source)
+
+    def _serve(self) -> None:
+        last_look = self._clock()
+        work: Sequence[Call | WaitingEvent] | None = None
+        try:
+            while (work := self._queue.take(self._look_for_idle_seconds)) is not None:
+                if self._clock() - last_look >= self._look_for_idle_seconds:
+                    last_look = self._clock()
+                    self._sequences.expire()
+                self._answer([event for event in work if isinstance(event, WaitingEvent)])
+                for call in work:
+                    if isinstance(call, Call):
+                        _settle(call)
+        finally:
+            self._queue.abandon(in_hand=work or ())
+
+    def _answer(self, events: list[WaitingEvent]) -> None:
+        """Runs what has not expired, and settles every event's reply."""
+        if not events:
+            return
+        now = self._clock()
+        current = [event for event in events if event.expires_at is None or event.expires_at > now]
+        began = self._pass_began = time.perf_counter()
+        self._set_threads(began)
+        outcomes = self._run(current)
+        self._pass_began = None
+        if self._threads is not None:
+            self._threads.end(began, time.perf_counter())
+        # Ahead of the replies: whoever gets one may send the sequence's next step at once.
+        self._queue.done(events)
+        for event in set(events).difference(current):
+            event.reply.set_exception(EventExpired("the event expired before its turn came"))
+        for event, outcome in zip(current, outcomes, strict=True):
+            if isinstance(outcome, Batch):
+                event.reply.set_result(outcome)
+            else:
+                event.reply.set_exception(outcome)
+        if current:
+            self._report(current, outcomes, began)
+
+    def _set_threads(self, now: float) -> None:
+        if self._threads is not None and (count := self._threads.begin(now)) != torch.get_num_threads():
+            torch.set_num_threads(count)
+
+    def _run(self, events: list[WaitingEvent]) -> list[Batch | Exception]:
+        """One pass over all; where that raises, one for each, so that a poisoned event fails alone."""
+        if not events:
+            return []
+        try:
+            return [*self._forward_pass.run([Part(event.batch, event.source, event.stale) for event in events])]
+        except Exception as error:  # noqa: BLE001 - the sender of the event gets it; the engine serves on
+            _log.exception("a pass of %d events failed", len(events))
+            if len(events) == 1:
+                return [error]
+        return [outcome for event in events for outcome in self._run([event])]
+
+    def _report(self, events: Sequence[WaitingEvent], outcomes: Sequence[Batch | Exception], began: float) -> None:
+        replies = [outcome for outcome in outcomes if isinstance(outcome, Batch)]
+        self._on_pass(
+            PassStatistics(
+                queue_seconds=tuple(began - event.arrived for event in events),
+                compute_seconds=time.perf_counter() - began,
+                tokens=sum(len(event.batch.token_ids) for event in events),
+                rows=tuple(row.status for reply in replies for row in reply.rows),
+            )
+        )
+
+
+def _settle(call: Call) -> None:
+    try:
+        call.reply.set_result(call.action())
+    except Exception as error:  # noqa: BLE001 - whoever waits for the call gets it
+        call.reply.set_exception(error)

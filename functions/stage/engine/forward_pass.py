@@ -1,0 +1,207 @@
+"""One pass of a layer group over the rows of several events: admit, run, split, answer."""
+
+from array import array
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+
+from eventing.wire.events import Batch, Result, Row, Status, Want
+from functions.stage.engine.row_checks import all_finite, finite_tokens, invalid_rows
+from functions.stage.engine.sampler import GREEDY, log_probabilities, sample
+from functions.stage.engine.sequences import Refusal, SequenceState, SequenceTable
+from functions.stage.engine.wire_tensors import hidden_tensor, token_tensor, wire_tensor
+from functions.stage.models.layer_group import LayerGroup, Segment
+
+_LOGITS_AT_ONCE: Final = 256
+"""Rows of logits in memory at once: 256 × 128k × 4 bytes are 128 MiB."""
+
+
+@dataclass(slots=True)
+class _Computed:
+    """A row that goes through the layers."""
+
+    index: int
+    row: Row
+    sequence: SequenceState
+    span: slice
+    """Its tokens in its event."""
+    begin: int = 0
+    """Where its tokens begin in the tensor of the whole pass."""
+    result: Result | None = None
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.row.length
+
+
+@dataclass(slots=True)
+class Part:
+    """One event's share of a pass: its batch, and the rows of it that are stale already."""
+
+    batch: Batch
+    source: str
+    stale: AbstractSet[int]
+    hidden: torch.Tensor | None = field(init=False)
+    """[tokens, hidden_size], None into the first stage."""
+    answers: list[Row] = field(init=False)
+    computed: list[_Computed] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.hidden = None if self.batch.hidden is None else hidden_tensor(self.batch.hidden)
+        self.answers = list(self.batch.rows)
+        self.computed = []
+
+    def inputs(self) -> torch.Tensor:
+        """Of the rows that are computed, in their order."""
+        inputs = token_tensor(self.batch.token_ids) if self.hidden is None else self.hidden
+        if len(self.computed) == len(self.batch.rows):
+            return inputs
+        return torch.cat([inputs[row.span] for row in self.computed])
+
+    def refuse(self, index: int, refusal: Refusal) -> None:
+        self.answers[index] = refused(self.batch.rows[index], refusal)
+
+
+def refused(row: Row, refusal: Refusal) -> Row:
+    """The answer to a row that was not computed: without its tokens, and without what only a computed row needs."""
+    return Row(
+        id=row.id,
+        attempt=row.attempt,
+        position=row.position,
+        length=0,
+        status=refusal.status,
+        held=refusal.held,
+        reason=refusal.reason,
+    )
+
+
+class ForwardPass:
+    """Runs parts whose sequences are all different. Only the engine's thread comes here."""
+
+    def __init__(self, group: LayerGroup, sequences: SequenceTable) -> None:
+        self._group = group
+        self._sequences = sequences
+        self._is_last = group.last_layer == group.num_layers
+
+    def run(self, parts: Sequence[Part]) -> list[Batch]:
+        """One reply for each part. Where this raises, every sequence's KV is cut to what its row found."""
+        for part in parts:
+            self._admit(part)
+        computed = [row for part in parts for row in part.computed]
+        try:
+            hidden = self._forward(parts)
+            if hidden is not None:
+                self._refuse_not_finite(parts, hidden)
+            if self._is_last:
+                return self._results(parts, hidden)
+        except Exception:
+            for row in computed:
+                self._group.kv.truncate(row.sequence.handle, row.row.position)
+            raise
+        return [_relay(part, hidden) for part in parts]
+
+    def _admit(self, part: Part) -> None:
+        batch = part.batch
+        invalid = invalid_rows(batch, part.hidden, self._group)
+        offsets = batch.offsets()
+        ids: set[str] = set()
+        for index, row in enumerate(batch.rows):
+            if row.status is not Status.OK:
+                continue
+            try:
+                if row.id in ids:
+                    raise Refusal(Status.INVALID, reason=f"the id {row.id!r} is in the event twice")
+                ids.add(row.id)
+                if index in invalid:
+                    raise Refusal(Status.INVALID, reason=invalid[index])
+                if index in part.stale:
+                    raise Refusal(Status.STALE)
+                sequence = self._sequences.admit(row, part.source)
+            except Refusal as refusal:
+                part.refuse(index, refusal)
+                continue
+            span = slice(offsets[index], offsets[index + 1])
+            if self._is_last:
+                del sequence.token_ids[row.position :]
+                sequence.token_ids.extend(batch.token_ids[span])
+            part.computed.append(_Computed(index, row, sequence, span))
+
+    def _forward(self, parts: Sequence[Part]) -> torch.Tensor | None:
+        parts = [part for part in parts if part.computed]
+        if not parts:
+            return None
+        segments: list[Segment] = []
+        begin = 0
+        for row in (row for part in parts for row in part.computed):
+            row.begin = begin
+            begin = row.end
+            segments.append(Segment(row.sequence.handle, row.row.position, row.row.length))
+        inputs = [part.inputs() for part in parts]
+        return self._group.forward(torch.cat(inputs) if len(inputs) > 1 else inputs[0], segments)
+
+    def _refuse_not_finite(self, parts: Sequence[Part], hidden: torch.Tensor) -> None:
+        if all_finite(hidden):
+            return
+        finite = finite_tokens(hidden)
+        for part in parts:
+            for row in list(part.computed):
+                if not finite[row.begin : row.end].all():
+                    self._group.kv.truncate(row.sequence.handle, row.row.position)
+                    reason = f"hidden states that came out, behind layer {self._group.last_layer - 1}, are not finite"
+                    part.refuse(row.index, Refusal(Status.INVALID, reason=reason))
+                    part.computed.remove(row)
+
+    def _results(self, parts: Sequence[Part], hidden: torch.Tensor | None) -> list[Batch]:
+        if hidden is not None:
+            self._draw([row for part in parts for row in part.computed if row.row.want is Want.TOKEN], hidden)
+        for part in parts:
+            for row in part.computed:
+                if hidden is not None and row.row.want is Want.LOGPROBS:
+                    found = self._log_probabilities(token_tensor(part.batch.token_ids[row.span]), hidden[row.begin : row.end])
+                    row.result = Result(logprobs=found)
+                part.answers[row.index] = _answer(row)
+        return [Batch(tuple(part.answers), memoryview(array("i"))) for part in parts]
+
+    def _draw(self, wanting: Sequence[_Computed], hidden: torch.Tensor) -> None:
+        for first in range(0, len(wanting), _LOGITS_AT_ONCE):
+            some = wanting[first : first + _LOGITS_AT_ONCE]
+            logits = self._group.logits(hidden[[row.end - 1 for row in some]])
+            tokens = sample(
+                logits,
+                [row.row.sampling or GREEDY for row in some],
+                [row.row.position + row.row.length for row in some],
+                [row.sequence.token_ids for row in some],
+            )
+            for row, token in zip(some, tokens, strict=True):
+                row.result = Result(token=token)
+
+    def _log_probabilities(self, token_ids: torch.Tensor, hidden: torch.Tensor) -> tuple[float, ...]:
+        """Each token's under the logits of the token before it, so none for the row's first."""
+        found: list[float] = []
+        predicting, predicted = hidden[:-1], token_ids[1:]
+        for first in range(0, len(predicted), _LOGITS_AT_ONCE):
+            some = slice(first, first + _LOGITS_AT_ONCE)
+            found += log_probabilities(self._group.logits(predicting[some]), predicted[some])
+        return tuple(found)
+
+
+def _answer(row: _Computed) -> Row:
+    """Of the last stage: the result in place of the tokens, and nothing that only a stage needs."""
+    return Row(row.row.id, row.row.attempt, row.row.position, length=0, want=row.row.want, result=row.result)
+
+
+def _relay(part: Part, hidden: torch.Tensor | None) -> Batch:
+    """What the next stage takes. Where every row is ok, rows and token ids are those that came in."""
+    rows = part.computed
+    if hidden is None or not rows:
+        return Batch(tuple(part.answers), memoryview(array("i")))
+    if len(rows) == len(part.batch.rows):
+        return Batch(part.batch.rows, part.batch.token_ids, wire_tensor(hidden[rows[0].begin : rows[-1].end]))
+    token_ids = array("i")
+    for row in rows:
+        token_ids.extend(part.batch.token_ids[row.span])
+    kept = torch.cat([hidden[row.begin : row.end] for row in rows])
+    return Batch(tuple(part.answers), memoryview(token_ids), wire_tensor(kept))

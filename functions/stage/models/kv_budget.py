@@ -1,0 +1,55 @@
+"""The accounting of a KV cache: which sequences have how much reserved, and how much of it is filled."""
+
+from dataclasses import dataclass
+
+from functions.stage.models.layer_group import KVCacheFull
+
+
+@dataclass(slots=True)
+class _Reservation:
+    tokens: int
+    length: int = 0
+
+
+class KVBudget:
+    """Implements `KVCache` but for the memory itself, which the layer groups built on it own."""
+
+    def __init__(self, capacity_tokens: int) -> None:
+        self._capacity_tokens = capacity_tokens
+        self._reserved_tokens = 0
+        self._reservations: dict[int, _Reservation] = {}
+        self._released_handles: list[int] = []
+
+    @property
+    def capacity_tokens(self) -> int:
+        return self._capacity_tokens
+
+    @property
+    def free_tokens(self) -> int:
+        return self._capacity_tokens - self._reserved_tokens
+
+    def reserve(self, tokens: int) -> int:
+        if tokens > self.free_tokens:
+            raise KVCacheFull(tokens, self.free_tokens)
+        handle = self._released_handles.pop() if self._released_handles else len(self._reservations)
+        self._reservations[handle] = _Reservation(tokens)
+        self._reserved_tokens += tokens
+        return handle
+
+    def reserved(self, handle: int) -> int:
+        return self._reservations[handle].tokens
+
+    def length(self, handle: int) -> int:
+        return self._reservations[handle].length
+
+    def extend(self, handle: int, tokens: int) -> None:
+        """Counts `tokens` as held: for the layer group, once a pass is done."""
+        self._reservations[handle].length += tokens
+
+    def truncate(self, handle: int, length: int) -> None:
+        reservation = self._reservations[handle]
+        reservation.length = min(reservation.length, length)
+
+    def release(self, handle: int) -> None:
+        self._reserved_tokens -= self._reservations.pop(handle).tokens
+        self._released_handles.append(handle)

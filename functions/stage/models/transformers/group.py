@@ -1,0 +1,218 @@
+"""A layer group made of transformers' own modules: any family of `families`, at the library's speed.
+
+The library builds the whole causal model class with the cut config and without what other stages own; its own loader
+renames and fuses checkpoint tensors as that family needs; its own causal head computes the logits. Sequences run one
+after the other, never padded together, so their results are those of the whole model to the bit. The one importer of
+transformers beside `transformers_cache`.
+"""
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Self
+
+import torch
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.utils import logging
+
+from functions.stage.models.families import Family, cut_config, family_of
+from functions.stage.models.layer_group import FLOAT_DTYPES, Segment
+from functions.stage.models.transformers.cache import TransformersKVCache
+
+_HEADS: Final = ("lm_head", "embed_out")
+_LAYER_NUMBER: Final = re.compile(r"(?<![^.])\d+(?=\.)")
+"""The first number in a tensor's name is its layer's."""
+_ALIBI_CONTEXT: Final = 2048
+"""For configs that state no context, as BLOOM's: what it was trained with."""
+
+
+class MissingTensors(Exception):
+    """The checkpoint's tensors do not fit the config's modules. Publish the model again from a complete checkpoint."""
+
+
+class TransformersGroup:
+    """Implements `LayerGroup`."""
+
+    shares_work: Final = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        hidden_dtype: torch.dtype,
+        first_layer: int,
+        last_layer: int,
+        num_layers: int,
+        kv_budget_bytes: int,
+    ) -> None:
+        config = model.config
+        self.first_layer = first_layer
+        self.last_layer = last_layer
+        self.num_layers = num_layers
+        self.hidden_size: int = config.hidden_size
+        self.vocab_size: int = config.vocab_size
+        self.max_positions = _max_positions(config)
+        self.hidden_dtype = hidden_dtype
+        self._device: torch.device = model.device
+        self._base: nn.Module = model.base_model
+        # transformers 5.24 renamed it.
+        takes = inspect.signature(self._base.forward).parameters
+        self._cache_argument = "cache" if "cache" in takes else "past_key_values"
+        self._head = model
+        setattr(model, model.base_model_prefix, _GivenHiddenStates())
+        self.kv = TransformersKVCache(capacity_tokens=1, num_layers=last_layer - first_layer)
+        self.kv = TransformersKVCache(kv_budget_bytes // self._kv_bytes_per_token(), last_layer - first_layer)
+
+    @classmethod
+    def build(
+        cls,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, torch.Tensor],
+        first_layer: int,
+        last_layer: int,
+        dtype: str,
+        device: torch.device | str,
+        kv_budget_bytes: int,
+    ) -> Self:
+        """Layers [first_layer, last_layer) of the model that `config` (a config.json) describes.
+
+        tensors: by their names in the checkpoint; at least this group's layers, and the embedding and head it owns.
+        They are used in place where dtype and device are theirs already. dtype: a key of FLOAT_DTYPES.
+        Raises UnsupportedArchitecture, MissingTensors.
+        """
+        family = family_of(config)
+        # Whatever the weights were quantized with before, they were published as plain floats.
+        cut = AutoConfig.for_model(**{name: value for name, value in config.items() if name != "quantization_config"})
+        num_layers: int = cut.num_hidden_layers
+        own = _own_tensors(tensors, family, cut, first_layer, last_layer == num_layers)
+        cut_config(cut, family, first_layer, last_layer)
+        hidden_dtype = FLOAT_DTYPES[dtype]
+        model_class = _sliced(MODEL_FOR_CAUSAL_LM_MAPPING[type(cut)], family, first_layer, last_layer, num_layers)
+        model = _load(model_class, cut, family, own, hidden_dtype).to(device)
+        return cls(model, hidden_dtype, first_layer, last_layer, num_layers, kv_budget_bytes)
+
+    @torch.inference_mode()
+    def forward(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+        parts = torch.split(inputs.to(self._device), [segment.length for segment in segments])
+        outputs = [self._forward_one(part, segment.handle) for part, segment in zip(parts, segments, strict=True)]
+        for segment in segments:
+            self.kv.extend(segment.handle, segment.length)
+        return torch.cat(outputs).to("cpu", self.hidden_dtype)
+
+    def _forward_one(self, inputs: torch.Tensor, handle: int) -> torch.Tensor:
+        name = "input_ids" if self.first_layer == 0 else "inputs_embeds"
+        output = self._base(**{name: inputs[None], self._cache_argument: self.kv.cache(handle)}, use_cache=True)
+        hidden: torch.Tensor = output.last_hidden_state[0]
+        return hidden
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self._head(inputs_embeds=hidden[None].to(self._device), use_cache=False).logits[0]
+        return logits.float().cpu()
+
+    def _kv_bytes_per_token(self) -> int:
+        """What the modules really keep for one token: families differ in how, and some compress it."""
+        handle = self.kv.reserve(1)
+        if self.first_layer == 0:
+            inputs = torch.zeros(1, dtype=torch.int64)
+        else:
+            inputs = torch.zeros(1, self.hidden_size, dtype=self.hidden_dtype)
+        self.forward(inputs, [Segment(handle, position=0, length=1)])
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.kv.cache(handle).layers)
+
+
+class _GivenHiddenStates(nn.Module):
+    """Stands where a causal model has its layers, so that the model's own forward turns hidden states into logits."""
+
+    @property
+    def decoder(self) -> nn.Module:
+        """Where OPT's causal model looks for its layers."""
+        return self
+
+    def forward(self, *_: object, inputs_embeds: torch.Tensor, **__: object) -> "_HiddenStates":
+        return _HiddenStates(last_hidden_state=inputs_embeds)
+
+
+class _HiddenStates(MoeModelOutputWithPast):  # type: ignore[misc]
+    """Whatever a causal model of any family copies from its layers' output: some know routers, GPT-2 cross-attention."""
+
+    cross_attentions = None
+
+
+class _Zero(nn.Module):
+    def forward(self, *_: object, **__: object) -> torch.Tensor:
+        return torch.zeros(())
+
+
+def _sliced(
+    model_class: type[PreTrainedModel], family: Family, first_layer: int, last_layer: int, num_layers: int
+) -> type[PreTrainedModel]:
+    """The model class without the modules that other stages own, so that no memory is spent on them."""
+
+    def __init__(self: PreTrainedModel, config: Any) -> None:
+        model_class.__init__(self, config)
+        owner = next(module for module in self.base_model.modules() if hasattr(module, family.layers))
+        if first_layer > 0:
+            _replace(owner, family.before, nn.Identity)
+            _replace(owner, family.added_before, _Zero)
+        if last_layer < num_layers:
+            _replace(owner, family.behind, nn.Identity)
+            _replace(self, ("lm_head",), nn.Identity)
+        if config.model_type == "gpt2" and config.scale_attn_by_inverse_layer_idx:
+            _scale_attention_by_layer(owner.h, first_layer)
+
+    # The library finds a family's checkpoint conversion by the name of the class.
+    return type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
+
+
+def _replace(owner: nn.Module, names: Sequence[str], replacement: type[nn.Module]) -> None:
+    for name in names:
+        if getattr(owner, name) is not None:
+            setattr(owner, name, replacement())
+
+
+def _scale_attention_by_layer(blocks: Any, first_layer: int) -> None:
+    for number, block in enumerate(blocks):
+        block.attn.scaling = block.attn.head_dim**-0.5 / (first_layer + number + 1)
+
+
+def _own_tensors(
+    tensors: Mapping[str, torch.Tensor], family: Family, config: Any, first_layer: int, is_last: bool
+) -> dict[str, torch.Tensor]:
+    """Layer numbers made local; what other stages own left out; a tied head taken from the embedding."""
+    own: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        modules = set(name.split("."))
+        if _LAYER_NUMBER.search(name):
+            own[_LAYER_NUMBER.sub(lambda number: str(int(number[0]) - first_layer), name, count=1)] = tensor
+        elif first_layer > 0 and modules.intersection(family.before + family.added_before):
+            if is_last and config.tie_word_embeddings and family.before[0] in modules:
+                own.setdefault("lm_head.weight", tensor)
+        elif is_last or not modules.intersection((*family.behind, *_HEADS)):
+            own[name] = tensor
+    return own
+
+
+def _load(
+    model_class: type[PreTrainedModel], config: Any, family: Family, tensors: dict[str, torch.Tensor], dtype: torch.dtype
+) -> Any:
+    logging.disable_progress_bar()
+    model, found = model_class.from_pretrained(
+        None,
+        config=config,
+        state_dict=tensors,
+        dtype=dtype,
+        attn_implementation=family.attention,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    for trouble in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if found[trouble]:
+            raise MissingTensors(f"{config.model_type}: {trouble.replace('_keys', '')} tensors: {sorted(found[trouble])[:8]}")
+    return model
+
+
+def _max_positions(config: Any) -> int:
+    stated = getattr(config, "max_position_embeddings", None) or getattr(config, "seq_length", None)
+    return int(stated or _ALIBI_CONTEXT)

@@ -1,0 +1,127 @@
+"""A stage over HTTP: who may speak, how large an event may be, and what the reply's headers say."""
+
+import hmac
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Final, NoReturn
+
+from cloudevents.core.v1.event import CloudEvent
+from flask import Flask, Request, Response, request
+from werkzeug.wsgi import get_content_length
+
+from eventing.http.binding import from_http, to_binary_http
+from eventing.problems import EventTooLarge, MalformedEvent, Unauthorized
+from eventing.wire.events import SAFE_EVENT_BYTES, Attribute
+from eventing.wire.signature import verify
+from functions.hosting.web import add_problem_handlers
+from functions.observing.telemetry import StageMetrics
+from functions.stage.serving.handlers import Durations, EventHandlers
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+MAX_EVENT_BYTES: Final = 2**28
+"""A chunk of 512 tokens of the widest published models takes 32 MiB in fp32."""
+_SIGNATURE: Final = f"HTTP_CE_{Attribute.SIGNATURE.upper()}"
+_ERROR: Final = "lamina.error"
+_EVENT_TYPE: Final = "lamina.event_type"
+"""In the WSGI environment of a refused event: the exception, and the type as metrics name it."""
+
+
+def create_app(handlers: EventHandlers, pipeline_token: str, metrics: StageMetrics) -> Flask:
+    """The application; probes are added by whoever knows how the stage is."""
+    app = Flask("stage", static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = MAX_EVENT_BYTES
+    add_problem_handlers(app)
+    app.wsgi_app = _EventDoor(app, handlers, pipeline_token, metrics)  # type: ignore[method-assign]
+
+    @app.post("/")
+    def refuse() -> NoReturn:
+        """An event comes here only with what went wrong with it; the error handlers make a reply of that."""
+        raise request.environ[_ERROR]
+
+    @app.after_request
+    def count(response: Response) -> Response:
+        if _EVENT_TYPE in request.environ:
+            metrics.events.labels(request.environ[_EVENT_TYPE], str(response.status_code)).inc()
+        return response
+
+    return app
+
+
+class _EventDoor:
+    """Answers `POST /` as WSGI's middleware, and leaves all other requests to Flask, and all refusals.
+
+    A request costs Flask as much as a small stage's layers do where these have emptied the caches, which is how every step of
+    a stream finds them; docs/experiments.md has the numbers.
+    """
+
+    def __init__(self, app: Flask, handlers: EventHandlers, pipeline_token: str, metrics: StageMetrics) -> None:
+        self._flask = app.wsgi_app
+        self._handlers = handlers
+        self._pipeline_token = pipeline_token
+        self._metrics = metrics
+
+    def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+        if environ["PATH_INFO"] != "/" or environ["REQUEST_METHOD"] != "POST":
+            return self._flask(environ, start_response)
+        type_ = "unread"
+        try:
+            event = _trusted_event(environ, self._pipeline_token)
+            type_ = event.get_type() if event.get_type() in self._handlers.table else "unknown"
+            headers, body = self._answer(event)
+        except Exception as error:  # noqa: BLE001 - Flask's error handlers know what to say
+            environ[_ERROR], environ[_EVENT_TYPE] = error, type_
+            return self._flask(environ, start_response)
+        self._metrics.events.labels(type_, "200").inc()
+        start_response("200 OK", [*headers.items(), ("Content-Length", str(len(body)))])
+        return (body,)
+
+    def _answer(self, event: CloudEvent) -> tuple[dict[str, str], bytes]:
+        durations = Durations()
+        with self._metrics.in_flight.track_inprogress():
+            headers, buffers = to_binary_http(self._handlers.answer(event, durations))
+        if durations.engine:
+            self._metrics.codec.observe(durations.codec)
+            headers["Server-Timing"] = f"engine;dur={durations.engine * 1000:.3f}, codec;dur={durations.codec * 1000:.3f}"
+        return headers, b"".join(buffers)
+
+
+def _trusted_event(environ: "WSGIEnvironment", pipeline_token: str) -> CloudEvent:
+    """By bearer token, or by its own signature where a Sequence brings it. Raises Unauthorized, EventExpired."""
+    if "HTTP_AUTHORIZATION" not in environ and _SIGNATURE in environ:
+        # What the channel passes on is no larger, so nobody is listened to for longer before the signature is seen.
+        event = from_http(_event_headers(environ), _body(environ, SAFE_EVENT_BYTES))
+        verify(event, pipeline_token)
+        return event
+    _check_token(environ.get("HTTP_AUTHORIZATION", ""), pipeline_token)
+    return from_http(_event_headers(environ), _body(environ, MAX_EVENT_BYTES))
+
+
+def _check_token(given: str, pipeline_token: str) -> None:
+    if not hmac.compare_digest(given.encode(), f"Bearer {pipeline_token}".encode()):
+        seen = "no Authorization header" if not given else "another token"
+        raise Unauthorized(f"{seen}; send Authorization: Bearer with the pipeline token")
+
+
+def _event_headers(environ: "WSGIEnvironment") -> Iterator[tuple[str, str]]:
+    """Those that an event's attributes are in."""
+    for key, value in environ.items():
+        if key.startswith("HTTP_CE_"):
+            yield key[5:].replace("_", "-"), value
+        elif key == "CONTENT_TYPE" and value:
+            yield "content-type", value
+
+
+def _body(environ: "WSGIEnvironment", max_bytes: int) -> bytes:
+    """All of it in one read where its length is known: a large body comes in pieces of 64 KiB otherwise."""
+    length = get_content_length(environ)
+    if length is None:
+        in_chunks = Request(environ)
+        in_chunks.max_content_length = max_bytes
+        return in_chunks.get_data(cache=False)
+    if length > max_bytes:
+        raise EventTooLarge(f"the event has {length} bytes, the most is {max_bytes}; send fewer tokens at once")
+    body: bytes = environ["wsgi.input"].read(length)
+    if len(body) < length:
+        raise MalformedEvent(f"the body ended after {len(body)} of {length} bytes")
+    return body

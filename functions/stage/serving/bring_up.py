@@ -1,0 +1,165 @@
+"""From the configuration to a running engine, one thing beside the other: bytes flow while torch is being imported."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from functions.configuration.config import StageConfig
+from functions.hosting.background import run_in_background
+from functions.hosting.imports import without_collection
+from functions.hosting.publication import read_publication
+from functions.hosting.startup import StartUp
+from functions.observing.telemetry import StageMetrics
+from functions.stage.engine.threads import PassThreads, set_openmp, thread_count
+from storage.loading.weight_cache import WeightCache
+from storage.loading.weight_loader import LoadedObject, LoadProgress, iterate_layers
+from storage.models.model_repository import Manifest, read_file
+from storage.store.object_reader import ObjectReader
+
+if TYPE_CHECKING:
+    import torch
+
+    from functions.stage.engine.engine import Engine
+    from functions.stage.models.layer_group import LayerGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A model's description, and this stage's objects as they arrive."""
+
+    manifest: Manifest
+    model_config: dict[str, Any]
+    objects: Iterator[LoadedObject]
+
+
+class UnservableModel(Exception):
+    """The layers cannot be run here: the architecture, the dtype, or tensors that are missing. The message has the cause."""
+
+
+def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> "Engine":
+    """An engine that has run one step. Raises WrongPublication, UnservableModel or a StorageError."""
+    threads = thread_count(config.threads)
+    set_openmp(os.environ, threads)
+    opening = run_in_background(lambda: open_weights(config, start_up, metrics), "open-weights")
+    with without_collection():
+        import torch
+
+        from functions.stage.engine.engine import Engine
+
+    torch.set_num_threads(threads)
+    start_up.mark("import")
+    weights = opening.result()
+    group = _layer_group(config, weights, start_up)
+    engine = Engine(
+        group,
+        num_stages=len(config.cut),
+        max_merge=config.max_merge,
+        idle_sequence_seconds=config.idle_sequence_seconds,
+        threads=PassThreads(threads, 0 if group.shares_work else config.busy_threads),
+        on_pass=metrics.observe_pass,
+    )
+    start_up.mark("place")
+    engine.start()
+    engine.warm_up()
+    start_up.mark("warm_up")
+    return engine
+
+
+def open_weights(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> Weights:
+    """Checks that the publication is the one that the configuration names, and lets its bytes flow."""
+    reader = ObjectReader(config.store)
+    manifest = read_publication(config, reader)
+    start_up.mark("connect")
+    model_config = msgspec.json.decode(read_file(reader, manifest, "config.json"), type=dict[str, Any])
+    if config.layer_group == "sleep":
+        return Weights(manifest, model_config, iter(()))
+    cache = WeightCache(Path(config.weights_cache), config.weights_cache_bytes) if config.weights_cache else None
+    objects = iterate_layers(reader, manifest, *config.layers, cache=cache, on_progress=_Progress(start_up, metrics))
+    return Weights(manifest, model_config, objects)
+
+
+def _layer_group(config: StageConfig, weights: Weights, start_up: StartUp) -> "LayerGroup":
+    from functions.stage.models.build import UnsupportedDtype
+    from functions.stage.models.families import UnsupportedArchitecture
+    from functions.stage.models.llama.config import UnsupportedConfig
+    from functions.stage.models.weights import MissingTensors
+
+    try:
+        return _built(config, weights, start_up)
+    except (UnsupportedArchitecture, UnsupportedConfig, UnsupportedDtype, MissingTensors, ValueError) as error:
+        what = f"layers {config.layers[0]}:{config.layers[1]} of {config.model} in {config.dtype} as {config.layer_group}"
+        raise UnservableModel(f"{what}: {error}") from error
+
+
+def _built(config: StageConfig, weights: Weights, start_up: StartUp) -> "LayerGroup":
+    from functions.stage.models.build import build_layer_group, choose
+
+    kind = choose(weights.model_config) if config.layer_group == "auto" else config.layer_group
+    if kind == "llama":
+        return _placed_as_it_comes(config, weights, start_up)
+    tensors: dict[str, torch.Tensor] = {}
+    for loaded in weights.objects:
+        tensors |= _tensors(loaded)
+    start_up.mark("last_byte")
+    return build_layer_group(
+        kind,  # type: ignore[arg-type]  # the parser allows nothing else
+        weights.model_config,
+        tensors,
+        *config.layers,
+        config.dtype,
+        _device(config.device),
+        config.kv_cache_bytes,
+        config.sleep_seconds,
+    )
+
+
+def _placed_as_it_comes(config: StageConfig, weights: Weights, start_up: StartUp) -> "LayerGroup":
+    """Packs one layer while the next ones are still on their way, so that memory stays at the weights and a few parts."""
+    from functions.stage.models.llama.group import LlamaGroup
+
+    device = _device(config.device)
+    group = LlamaGroup(weights.model_config, *config.layers, config.dtype, device, config.kv_cache_bytes)
+    for loaded in weights.objects:
+        group.place(_tensors(loaded))
+    start_up.mark("last_byte")
+    group.finish()
+    return group
+
+
+def _tensors(loaded: LoadedObject) -> "dict[str, torch.Tensor]":
+    return {name: _tensor(raw.dtype, raw.shape, raw.data) for name, raw in loaded.tensors.items()}
+
+
+def _tensor(dtype: str, shape: tuple[int, ...], data: memoryview) -> "torch.Tensor":
+    """Over the very memory that the bytes were read into."""
+    import torch
+
+    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8}
+    return torch.frombuffer(data, dtype=dtypes[dtype]).view(shape)
+
+
+def _device(configured: str) -> str:
+    import torch
+
+    if configured != "auto":
+        return configured
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class _Progress:
+    """Marks the first and the last byte; the loader itself logs what is in."""
+
+    def __init__(self, start_up: StartUp, metrics: StageMetrics) -> None:
+        self._start_up = start_up
+        self._metrics = metrics
+
+    def __call__(self, progress: LoadProgress) -> None:
+        self._start_up.mark("first_byte")
+        self._metrics.loaded_bytes.set(progress.done_bytes)
+        self._metrics.weights_bytes.set(progress.total_bytes)
+        if progress.done_bytes == progress.total_bytes:
+            self._start_up.mark("last_byte")

@@ -1,0 +1,120 @@
+"""The stage as a function: brings the engine up beside the server, and says how it is."""
+
+import logging
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Final
+
+from eventing.problems import NotReady
+from functions.configuration.config import StageConfig
+from functions.hosting.publication import WrongPublication
+from functions.hosting.startup import StartUp
+from functions.hosting.web import add_probes
+from functions.observing.telemetry import StageMetrics
+from functions.observing.tracing import make_tracer
+from functions.stage.serving.app import create_app
+from functions.stage.serving.bring_up import UnservableModel, bring_up
+from functions.stage.serving.handlers import EventHandlers
+from storage.errors import StorageError
+
+if TYPE_CHECKING:
+    from functions.stage.engine.engine import Engine
+
+_log: Final = logging.getLogger(__name__)
+
+_STUCK_AFTER_SECONDS: Final = 300.0
+"""No pass takes so long: a chunk of a large model on one slow core takes tens of seconds."""
+_FAILED_STATUS: Final = 1
+
+
+class StageFunction:
+    """One stage of one pipeline."""
+
+    threads = 64
+    """Far above any containerConcurrency: events that wait for the weights must not keep probes from being answered."""
+
+    def __init__(self, config: StageConfig, start_up: StartUp) -> None:
+        self.instance = f"{socket.gethostname()}-{secrets.token_hex(4)}"
+        self._config = config
+        self._start_up = start_up
+        self._metrics = StageMetrics()
+        start_up.report_to(self._metrics.phase_ended)
+        self._changed = threading.Condition()
+        self._engine: Engine | None = None
+        self._failed = False
+        self._draining = False
+        self._tracer = make_tracer(config.traces_endpoint, "lamina-stage", {"lamina.pipeline": config.pipeline})
+        handlers = EventHandlers(config, self.instance, self, self._tracer)
+        self.application = create_app(handlers, config.pipeline_token, self._metrics)
+        add_probes(self.application, self._metrics.registry, sick=self._sick, ready=self._ready)
+
+    def start(self, stop: Callable[[int], None]) -> None:
+        """Brings the engine up in a thread; where that fails, logs the cause and stops with status 1."""
+        threading.Thread(target=self._bring_up, args=(stop,), name="start-up", daemon=True).start()
+
+    def drain(self) -> None:
+        """Takes no warm-up event any more that the weights would have to come for."""
+        with self._changed:
+            self._draining = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """After the last request: nothing waits in the engine any more."""
+        if self._engine is not None:
+            self._engine.stop(drain=False)
+        self._tracer.close()
+
+    def engine(self, wait_seconds: float = 0.0) -> "Engine":
+        """The engine once it has run one step. Raises NotReady after `wait_seconds`."""
+        with self._changed:
+            self._changed.wait_for(self._is_decided, max(0.0, wait_seconds))
+            if self._engine is not None:
+                return self._engine
+        if self._failed:
+            raise NotReady(f"the start of {self.instance} failed; its log has the cause")
+        if self._draining:
+            raise NotReady(f"{self.instance} was told to stop before its weights were in; another instance will answer")
+        raise NotReady(f"{self.instance} is starting; ended are the phases {', '.join(self.phases())}")
+
+    def _is_decided(self) -> bool:
+        return self._engine is not None or self._failed or self._draining
+
+    def phases(self) -> dict[str, float]:
+        return self._start_up.phases()
+
+    def _bring_up(self, stop: Callable[[int], None]) -> None:
+        try:
+            engine = bring_up(self._config, self._start_up, self._metrics)
+        except (StorageError, WrongPublication, UnservableModel) as error:
+            _log.error("the stage cannot start: %s", error)
+            self._fail(stop)
+            return
+        except Exception:  # noqa: BLE001 - logged, and told to the server
+            _log.exception("the stage cannot start")
+            self._fail(stop)
+            return
+        self._measure_engine(engine)
+        with self._changed:
+            self._engine = engine
+            self._changed.notify_all()
+        _log.info("ready: %s", ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.phases().items()))
+
+    def _fail(self, stop: Callable[[int], None]) -> None:
+        with self._changed:
+            self._failed = True
+            self._changed.notify_all()
+        stop(_FAILED_STATUS)
+
+    def _measure_engine(self, engine: "Engine") -> None:
+        self._metrics.watch(lambda: engine.free_tokens, lambda: engine.sequences)
+        self._metrics.ready.set(1)
+
+    def _sick(self) -> str | None:
+        if self._engine is not None and not self._engine.alive(_STUCK_AFTER_SECONDS):
+            return f"the engine's thread is dead, or one pass takes longer than {_STUCK_AFTER_SECONDS:.0f} s"
+        return None
+
+    def _ready(self) -> tuple[bool, Mapping[str, object]]:
+        return self._engine is not None and not self._draining, {"instance": self.instance, "start_up": self.phases()}

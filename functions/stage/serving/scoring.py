@@ -1,0 +1,89 @@
+"""Scoring a text in a single pass: what an Eventing Sequence of gateway and stages does, each reply the next step's event.
+
+The gateway has begun a Batch of one row; each stage runs its layers over it, and the last one answers with a ScoreResponse.
+Nothing is kept between events: the row's memory is reserved and freed within one, under a name that no other delivery has,
+so that repeated deliveries, also at the same time, do not meet. All events of a score have one id, that of the reply to the
+request. What is too large for a channel waits in the store.
+"""
+
+import secrets
+from datetime import UTC, datetime
+
+import msgspec
+from cloudevents.core.v1.event import CloudEvent
+
+from eventing.claim_check import ClaimCheck
+from eventing.problems import InvalidRequest, MalformedEvent, NotReady
+from eventing.wire.cloud_event import batch_data, batch_event, expiry_time, json_event, required_attribute
+from eventing.wire.events import Attribute, Batch, EventType, Row, Status
+from eventing.wire.generation import ReleaseRow, ScoreResponse
+from eventing.wire.score import score_row
+from eventing.wire.signature import sign
+from functions.stage.serving.identity import StageIdentity
+from functions.stage.serving.stage_engine import Readiness, StageEngine
+
+
+class Scorer:
+    """token: of the pipeline; signs what the next stage gets."""
+
+    def __init__(self, identity: StageIdentity, readiness: Readiness, claims: ClaimCheck, token: str) -> None:
+        self._identity = identity
+        self._readiness = readiness
+        self._claims = claims
+        self._token = token
+        self._source = f"{identity.source}/scores"
+
+    def answer(self, event: CloudEvent) -> CloudEvent:
+        """The next stage's event, or the response. Raises a Problem."""
+        self._identity.check_layer(event)
+        required_attribute(event, Attribute.EXPIRY_TIME)  # what follows is signed, too
+        engine = self._readiness.engine()
+        batch = _one_text(self._claims.redeem(event))
+        reply = self._run(engine, batch, event)
+        return self._claims.check_in(self._reply(event, batch, reply, engine.free_tokens), datetime.now(UTC))
+
+    def _run(self, engine: StageEngine, batch: Batch, event: CloudEvent) -> Batch:
+        """The engine's reply, whose only row is ok. Raises NotReady where trying again helps, else InvalidRequest."""
+        expiry = expiry_time(event)
+        own = score_row(secrets.token_hex(12), len(batch.token_ids))
+        try:
+            reply = engine.handle(
+                msgspec.structs.replace(batch, rows=(own,)),
+                source=self._source,
+                expires_at=None if expiry is None else expiry.timestamp(),
+            )
+        finally:
+            engine.release([ReleaseRow(own.id, own.attempt)], source=self._source)
+        _check_status(reply.rows[0])
+        return reply
+
+    def _reply(self, cause: CloudEvent, asked: Batch, reply: Batch, free_tokens: int) -> CloudEvent:
+        source, id_ = self._identity.source, cause.get_id()
+        attributes = self._identity.reply_attributes(free_tokens) | {
+            name: cause.get_extension(name) for name in (Attribute.EXPIRY_TIME, Attribute.TRACEPARENT)
+        }
+        if self._identity.is_last_stage:
+            return json_event(EventType.SCORE_RESPONSE, source, _response(asked, reply), id=id_, **attributes)
+        attributes[Attribute.LAYER] = self._identity.last
+        onward = msgspec.structs.replace(reply, rows=asked.rows)
+        return sign(batch_event(EventType.FORWARD, source, onward, id=id_, **attributes), self._token)
+
+
+def _one_text(event: CloudEvent) -> Batch:
+    batch = batch_data(event)
+    if len(batch.rows) != 1 or len(batch.token_ids) < 2:
+        raise MalformedEvent(f"{len(batch.rows)} rows with {len(batch.token_ids)} tokens; to be scored is one text at a time")
+    return batch
+
+
+def _check_status(row: Row) -> None:
+    if row.status is Status.INVALID:
+        raise InvalidRequest(row.reason or "the text cannot be scored")
+    if row.status is not Status.OK:
+        raise NotReady(f"the text was not scored now: {row.status}, {row.reason or 'no reason given'}")
+
+
+def _response(asked: Batch, reply: Batch) -> ScoreResponse:
+    result = reply.rows[0].result
+    logprobs = () if result is None else result.logprobs or ()
+    return ScoreResponse(tuple(asked.token_ids), logprobs, sum(logprobs))

@@ -1,0 +1,29 @@
+"""What the handlers of events want of an engine, without importing one: that would import torch."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from eventing.wire.events import Batch, Status
+from eventing.wire.generation import ReleaseRow, ReserveRow
+
+
+class StageEngine(Protocol):
+    """functions.stage.engine.engine.Engine."""
+
+    @property
+    def free_tokens(self) -> int: ...
+
+    def handle(self, batch: Batch, *, source: str, expires_at: float | None = None) -> Batch: ...
+
+    def reserve(self, reservations: Sequence[ReserveRow], *, source: str) -> list[Status]: ...
+
+    def release(self, releases: Sequence[ReleaseRow], *, source: str) -> int: ...
+
+
+class Readiness(Protocol):
+    """Who knows when the engine is there."""
+
+    def engine(self, wait_seconds: float = 0.0) -> StageEngine:
+        """Raises NotReady."""
+
+    def phases(self) -> dict[str, float]: ...

@@ -1,0 +1,244 @@
+"""A Kubernetes API, narrowed to what a deployment needs. The only importer of the kubernetes client.
+
+Everything that can go wrong with it leaves here as a ClusterError whose message says the cause and the next step.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import yaml
+from kubernetes import client, config
+from kubernetes.client.exceptions import ApiException
+from kubernetes.config.config_exception import ConfigException
+from kubernetes.dynamic import DynamicClient
+from kubernetes.dynamic.exceptions import NotFoundError, ResourceNotFoundError
+from urllib3.exceptions import HTTPError
+
+from knative.cluster.errors import ClusterError, ClusterUnreachable, FieldConflict, KindMissing, NotPermitted, Refused
+
+Manifest = dict[str, Any]
+
+FIELD_MANAGER: Final = "lamina"
+_TIMEOUT_SECONDS: Final = 30
+_EXCERPT_LENGTH: Final = 200
+"""Of what answers in no form that we know, such as a proxy's page."""
+_INSTALL_HINTS: Final = {
+    "serving.knative.dev": "install Knative Serving, or choose another context",
+    "eventing.knative.dev": "install Knative Eventing",
+    "flows.knative.dev": "install Knative Eventing",
+    "messaging.knative.dev": "install Knative Eventing",
+    "monitoring.coreos.com": "install the Prometheus operator, or leave monitoring out",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """Names one object."""
+
+    api_version: str
+    kind: str
+    namespace: str
+    name: str
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> "Ref":
+        metadata = manifest["metadata"]
+        return cls(manifest["apiVersion"], manifest["kind"], metadata.get("namespace", ""), metadata["name"])
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.namespace}/{self.name}"
+
+
+class Cluster:
+    """One API server, seen by one identity."""
+
+    def __init__(self, api: client.ApiClient, description: str, default_namespace: str = "default") -> None:
+        """Asks the server what it serves. Raises ClusterUnreachable or NotPermitted."""
+        self.description = description
+        self.default_namespace = default_namespace
+        self._api = api
+        # The client's own place for its cache outlives the process, and knows nothing of CRDs installed since.
+        folder = tempfile.mkdtemp(prefix="lamina-discovery-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        try:
+            with self._errors("asking what the API serves"):
+                self._dynamic = DynamicClient(api, cache_file=f"{folder}/cache.json")
+        except (
+            Refused,
+            AttributeError,
+            TypeError,
+            ValueError,
+        ) as error:  # the client takes any JSON, and any text, for an answer
+            raise ClusterUnreachable(f"{description} answers, but not as a Kubernetes API does: {error}") from error
+
+    @classmethod
+    def connect(cls, kubeconfig: str | None = None, context: str | None = None) -> "Cluster":
+        """By kubeconfig (given, $KUBECONFIG or ~/.kube/config) or, without one, as the pod that this runs in."""
+        try:
+            contexts, active = config.list_kube_config_contexts(kubeconfig)
+            api = config.new_client_from_config(kubeconfig, context, persist_config=False)
+        except ConfigException as error:
+            return cls._in_cluster(error, named=bool(kubeconfig or context))
+        except (yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError) as error:
+            where = kubeconfig or os.environ.get("KUBECONFIG", "~/.kube/config")
+            raise ClusterUnreachable(f"{where} is no kubeconfig: {' '.join(str(error).split())}") from error
+        chosen = next(entry for entry in contexts if entry["name"] == (context or active["name"]))
+        namespace = chosen["context"].get("namespace", "default")
+        return cls(api, f"context {chosen['name']} at {api.configuration.host}", namespace)
+
+    @classmethod
+    def _in_cluster(cls, cause: ConfigException, named: bool) -> "Cluster":
+        settings = client.Configuration()
+        try:
+            if named:
+                raise cause
+            config.load_incluster_config(settings)
+        except ConfigException as error:
+            raise ClusterUnreachable(
+                f"no cluster to talk to: {cause}; name a kubeconfig with --kubeconfig or KUBECONFIG, a context with --context"
+            ) from error
+        return cls(client.ApiClient(settings), f"this pod's cluster at {settings.host}")
+
+    def serves(self, api_version: str, kind: str) -> bool:
+        try:
+            self.require(api_version, kind)
+        except KindMissing:
+            return False
+        return True
+
+    def require(self, api_version: str, kind: str) -> None:
+        """Raises KindMissing, saying what brings the kind."""
+        self._resource(api_version, kind)
+
+    def serves_group(self, group: str) -> bool:
+        """Whether an API group is there at all, such as metrics.k8s.io."""
+        with self._errors("listing API groups"):
+            return group in self._dynamic.resources.api_groups
+
+    def get(self, ref: Ref) -> Manifest | None:
+        """The object as it is, or None."""
+        resource = self._resource(ref.api_version, ref.kind)
+        with self._errors(f"reading {ref}"):
+            try:
+                return _plain(resource.get(name=ref.name, namespace=ref.namespace, _request_timeout=_TIMEOUT_SECONDS))
+            except NotFoundError:
+                return None
+
+    def find(self, api_version: str, kind: str, namespace: str, selector: str = "") -> list[Manifest]:
+        """Objects whose labels match the selector, `a=b,c=d`."""
+        resource = self._resource(api_version, kind)
+        with self._errors(f"listing {kind} in {namespace}"):
+            found = resource.get(namespace=namespace, label_selector=selector, _request_timeout=_TIMEOUT_SECONDS)
+        # Items of a list carry neither kind nor apiVersion of their own.
+        return [{**item, "apiVersion": api_version, "kind": kind} for item in _plain(found)["items"] or []]
+
+    def apply(self, manifest: Manifest, *, force: bool = False, dry_run: bool = False) -> Manifest:
+        """Server-side apply as the field manager `lamina`. Returns the object as it then is, or would be."""
+        ref = Ref.of(manifest)
+        resource = self._resource(ref.api_version, ref.kind)
+        with self._errors(f"applying {ref}"):
+            return _plain(
+                resource.server_side_apply(
+                    body=manifest,
+                    name=ref.name,
+                    namespace=ref.namespace,
+                    field_manager=FIELD_MANAGER,
+                    force_conflicts=force,
+                    dry_run="All" if dry_run else None,
+                    _request_timeout=_TIMEOUT_SECONDS,
+                )
+            )
+
+    def delete(self, ref: Ref) -> bool:
+        """Whether there was such an object. What depends on it goes in the background."""
+        resource = self._resource(ref.api_version, ref.kind)
+        body = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background"}
+        with self._errors(f"deleting {ref}"):
+            try:
+                resource.delete(name=ref.name, namespace=ref.namespace, body=body, _request_timeout=_TIMEOUT_SECONDS)
+            except NotFoundError:
+                return False
+        return True
+
+    def watch(self, api_version: str, kind: str, namespace: str, selector: str, timeout_seconds: int) -> Iterator[Manifest]:
+        """Each object as it is now and whenever it changes, for so long."""
+        resource = self._resource(api_version, kind)
+        with self._errors(f"watching {kind} in {namespace}"):
+            for event in self._dynamic.watch(resource, namespace=namespace, label_selector=selector, timeout=timeout_seconds):
+                yield event["raw_object"]
+
+    def log_tail(self, namespace: str, pod: str, container: str, lines: int, previous: bool = False) -> list[str]:
+        """The last lines that a container wrote; none where there is no log (yet, or any more)."""
+        core = client.CoreV1Api(self._api)
+        with self._errors(f"reading the log of {pod}"):
+            try:
+                text = core.read_namespaced_pod_log(pod, namespace, container=container, tail_lines=lines, previous=previous)
+            except ApiException as error:
+                if error.status in (400, 404):
+                    return []
+                raise
+        return (text or "").splitlines()
+
+    def follow_log(self, namespace: str, pod: str, container: str, lines: int) -> Iterator[str]:
+        """The last lines of a log, then each new one as it is written."""
+        core = client.CoreV1Api(self._api)
+        with self._errors(f"following the log of {pod}"):
+            response = core.read_namespaced_pod_log(
+                pod, namespace, container=container, tail_lines=lines, follow=True, _preload_content=False
+            )
+            yield from (line.decode(errors="replace").rstrip("\n") for line in response)
+
+    def _resource(self, api_version: str, kind: str) -> Any:
+        with self._errors(f"looking for {kind}"):
+            try:
+                return self._dynamic.resources.get(api_version=api_version, kind=kind)
+            except ResourceNotFoundError as error:
+                hint = _INSTALL_HINTS.get(api_version.split("/")[0], "install what brings it")
+                raise KindMissing(f"{self.description} does not serve {kind} ({api_version}); {hint}") from error
+
+    @contextmanager
+    def _errors(self, doing: str) -> Iterator[None]:
+        """What the client raises becomes a ClusterError that says what was being done."""
+        try:
+            yield
+        except ApiException as error:
+            raise _translate(doing, error) from error
+        except (HTTPError, OSError) as error:
+            raise ClusterUnreachable(
+                f"{doing}: {self.description} does not answer ({error}); check the cluster, the context and the network"
+            ) from error
+
+
+def _plain(answer: Any) -> Manifest:
+    plain: Manifest = answer.to_dict()
+    return plain
+
+
+def _translate(doing: str, error: ApiException) -> ClusterError:
+    message = _message(error)
+    if error.status == 401:
+        return NotPermitted(f"{doing}: unknown identity: {message}; log in again, or choose another context")
+    if error.status == 403 and "admission webhook" not in message and "exceeded quota" not in message:
+        return NotPermitted(f"{doing}: {message}; ask for a Role with this right in the namespace")
+    if error.status == 409 and "conflict" in message.lower():
+        return FieldConflict(f"{doing}: {message}; remove those changes, or take the fields over with --force-conflicts")
+    if error.status == 404:
+        return Refused(f"{doing}: {message}; does the namespace exist?")
+    if "exceeded quota" in message:
+        return Refused(f"{doing}: {message}; lower the resources in the spec, or have the quota raised")
+    return Refused(f"{doing}: the cluster answered {error.status}: {message}")
+
+
+def _message(error: ApiException) -> str:
+    body = error.body.decode(errors="replace") if isinstance(error.body, bytes) else error.body or ""
+    try:
+        return str(json.loads(body)["message"])
+    except (ValueError, KeyError, TypeError):
+        return " ".join(body.split())[:_EXCERPT_LENGTH] or str(error.reason)

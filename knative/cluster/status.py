@@ -1,0 +1,29 @@
+"""What a pipeline on a cluster is doing: a row for each Service, and why one is not ready."""
+
+from knative.cluster.client import Cluster, Manifest
+from knative.cluster.deployer import Deployer
+from knative.cluster.diagnosis import diagnose, readiness
+
+COLUMNS = ("service", "ready", "pods", "revision", "pipeline", "url")
+
+
+def cluster_rows(cluster: Cluster, namespace: str, name: str) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The table, gateway first, and lines on what is wrong."""
+    services = Deployer(cluster, namespace, lambda line: None).services(name)
+    troubles = [line for service in services if readiness(service).ready is False for line in diagnose(cluster, service)]
+    return [_row(cluster, service) for service in services], troubles
+
+
+def _row(cluster: Cluster, service: Manifest) -> tuple[str, ...]:
+    metadata, status = service["metadata"], service.get("status") or {}
+    state = readiness(service)
+    ready = {True: "yes", False: "no", None: "not yet"}[state.ready]
+    pods = cluster.find("v1", "Pod", metadata["namespace"], f"serving.knative.dev/service={metadata['name']}")
+    return (
+        metadata["name"],
+        ready,
+        str(len(pods)),
+        status.get("latestReadyRevisionName", status.get("latestCreatedRevisionName", "")),
+        metadata["labels"].get("lamina.dev/pipeline", ""),
+        status.get("url", ""),
+    )

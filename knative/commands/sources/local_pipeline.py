@@ -1,0 +1,157 @@
+"""What `run` runs: a model in the embedded store, the pipeline made of it, and the platform's options for this machine."""
+
+import math
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Final
+
+import msgspec
+from rich.console import Console
+
+from functions.stage.engine.threads import usable_cores
+from knative.commands.terminal.console import publish_progress
+from knative.local.kubelet.containers import NamedData
+from knative.render.rendering import published_shape, resolve
+from knative.render.services import Pipeline
+from knative.spec.cut import cut_evenly, plan_stages
+from knative.spec.model_shape import ModelShape
+from knative.spec.model_sources import DEFAULT_MODEL, packaged_model, published_name
+from knative.spec.pipeline_spec import Autoscaling, Gateway, Model, PipelineSpec, Resources, Stage, Store, quantity
+from storage.errors import ModelNotPublished
+from storage.models.model_repository import Manifest, list_models, read_manifest
+from storage.models.publisher import publish
+from storage.store.object_store import ObjectStore
+from storage.store.settings import StoreSettings
+
+_RUNTIME_BYTES: Final = 2**30
+"""Python, torch and what a pass needs beside weights and KV."""
+_KV_CACHE: Final = "256Mi"
+_CACHE: Final = "8Gi"
+"""Of verified weights, of all models that were run here lately."""
+_MAX_SCALE: Final = 3
+"""Of a stage on one machine, whose cores more replicas do not multiply."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPipeline:
+    pipeline: Pipeline
+    manifest: Manifest
+    shape: ModelShape
+    secrets: NamedData
+
+    @property
+    def has_chat_template(self) -> bool:
+        return "chat_template.jinja" in self.manifest.files
+
+    @property
+    def api_key(self) -> str | None:
+        """One that the gateway takes; None where it is open."""
+        name = self.pipeline.spec.gateway.api_keys_secret
+        return None if name is None else self.secrets[name]["api-keys"].partition(",")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """How `stages` share the `cores` of one machine. docs/experiments.md has what was measured."""
+
+    cores: int
+    stages: int
+
+    micro_batch_sequences: ClassVar[int] = 16
+    """Fewer and larger than on a cluster, because each pass reads all weights through the same memory."""
+
+    @property
+    def busy_threads(self) -> int:
+        return max(1, self.cores // self.stages)
+
+    @property
+    def stages_at_once(self) -> int:
+        """With less than two cores for each, one after the other with both is quicker than side by side."""
+        return max(1, min(self.stages, self.cores // 2))
+
+
+def ensure_published(store: ObjectStore, model: str | None, dtype: str, console: Console) -> Manifest:
+    """model: None or its name for the default one, a published name, or what `push` takes. Publishes only what is not there.
+
+    Raises a StorageError.
+    """
+    if model in (None, DEFAULT_MODEL):
+        name, source = DEFAULT_MODEL, packaged_model()
+    elif Path(model).exists() or "/" in model:
+        name, source = published_name(model), model
+    else:
+        return _already_published(store, model, dtype)
+    with publish_progress(console, f"publishing {name} as {dtype}") as progress:
+        return publish(source, store, name, dtype, progress=progress)
+
+
+def local_pipeline(
+    store: ObjectStore,
+    manifest: Manifest,
+    stages: int,
+    spec: PipelineSpec | None,
+    named_secrets: NamedData,
+    weights_cache: Path | None = None,
+) -> LocalPipeline:
+    """spec: None for one made for this machine, whose stages keep verified weights in the folder `weights_cache`.
+
+    Secrets that are not given are made up for this run. Raises TooManyStages, RenderFailed or SpecError.
+    """
+    shape = published_shape(store, manifest)
+    here = Store(endpoint=store.settings.endpoint_url, bucket=store.settings.bucket, region=store.settings.region)
+    if spec is None:
+        spec = _spec_for_this_machine(manifest, shape, stages, here)
+        if weights_cache is not None:
+            stage = msgspec.structs.replace(spec.stage, weights_cache=str(weights_cache.resolve()), weights_cache_size=_CACHE)
+            spec = msgspec.structs.replace(spec, stage=stage)
+    else:
+        spec = msgspec.structs.replace(spec, store=msgspec.structs.replace(here, secret=spec.store.secret))
+    made = {spec.store.secret: _store_secret(store.settings), spec.pipeline_token_secret: {"token": secrets.token_hex(16)}}
+    if spec.gateway.api_keys_secret is not None:
+        made[spec.gateway.api_keys_secret] = {"api-keys": secrets.token_hex(16)}
+    return LocalPipeline(resolve(spec, lambda: (manifest, shape)), manifest, shape, {**made, **named_secrets})
+
+
+def read_data_folder(folder: Path | None) -> NamedData:
+    """Secrets or config maps as Kubernetes mounts them: a folder for each, a file for each key."""
+    if folder is None:
+        return {}
+    return {
+        each.name: {file.name: file.read_text(encoding="utf-8").strip() for file in each.iterdir() if file.is_file()}
+        for each in folder.iterdir()
+        if each.is_dir()
+    }
+
+
+def _already_published(store: ObjectStore, name: str, dtype: str) -> Manifest:
+    try:
+        return read_manifest(store, name, dtype)
+    except ModelNotPublished as error:
+        known = ", ".join(f"{model} as {kind}" for model, kind in list_models(store)) or "nothing"
+        raise ModelNotPublished(f"{name!r} is no folder here, and not published as {dtype}; published is {known}") from error
+
+
+def _spec_for_this_machine(manifest: Manifest, shape: ModelShape, stages: int, store: Store) -> PipelineSpec:
+    plans = plan_stages(shape, cut_evenly(shape, stages))
+    memory = max(plan.weight_bytes for plan in plans) * 2 + quantity(_KV_CACHE) + _RUNTIME_BYTES
+    cores = usable_cores()
+    sharing = Sharing(cores, stages)
+    return PipelineSpec(
+        name="lamina",
+        model=Model(name=manifest.name, dtype=manifest.dtype),
+        stages=stages,
+        image="lamina:local",
+        stage=Stage(
+            resources=Resources(cpu=str(cores), memory=f"{math.ceil(memory / 2**20)}Mi"),
+            busy_threads=sharing.busy_threads,
+            kv_cache=_KV_CACHE,
+            autoscaling=Autoscaling(max_scale=_MAX_SCALE),
+        ),
+        gateway=Gateway(micro_batch_sequences=sharing.micro_batch_sequences, stages_at_once=sharing.stages_at_once),
+        store=store,
+    )
+
+
+def _store_secret(settings: StoreSettings) -> dict[str, str]:
+    return {"AWS_ACCESS_KEY_ID": settings.access_key_id, "AWS_SECRET_ACCESS_KEY": settings.secret_access_key}

@@ -1,0 +1,68 @@
+"""What people see: rich tables and progress on a terminal, plain lines where there is none."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from storage.models.publisher import ProgressCallback, PublishProgress
+
+_PLAIN_STEPS = 4
+
+
+def show_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """The first column is a name, the others are numbers. Plain: one line each, columns aligned by blanks."""
+    if console.is_terminal:
+        console.print(rich_table(title, columns, rows))
+        return
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    for row in (columns, *rows):
+        cells = [
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        console.out("  ".join(cells).rstrip(), highlight=False)
+
+
+def rich_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+@contextmanager
+def publish_progress(console: Console, what: str) -> Iterator[ProgressCallback]:
+    if not console.is_terminal:
+        yield _plain_progress(console, what)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda seen: progress.update(task, completed=seen.done_bytes, total=seen.total_bytes)
+
+
+def _plain_progress(console: Console, what: str) -> ProgressCallback:
+    told = 0
+
+    def tell(seen: PublishProgress) -> None:
+        nonlocal told
+        step = seen.done_bytes * _PLAIN_STEPS // max(1, seen.total_bytes)
+        if step > told:
+            told = step
+            console.out(f"{what}: {100 * step // _PLAIN_STEPS} % of {size(seen.total_bytes)}", highlight=False)
+
+    return tell
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

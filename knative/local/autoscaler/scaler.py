@@ -1,0 +1,148 @@
+"""From the autoscaler's desired scale to replicas: Knative's reconciler of the KPA class (pkg/reconciler/autoscaling/kpa).
+
+Around the decision stand min-scale, max-scale and initial-scale, and the way to zero: a revision is first marked inactive
+(no replica goes yet, the activator takes the traffic over), and falls to zero once the activator has been in the path for
+the grace period and the last pod was kept for its retention period.
+"""
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Final
+
+from knative.local.autoscaler.revision_settings import RevisionSettings
+
+UNKNOWN: Final = -1
+"""Desired scale where the autoscaler has no data."""
+_ACTIVATION_BUFFER_SECONDS: Final = 30
+"""Beyond the progress deadline, so that why the pods failed is known before they go."""
+_PROBE_PERIOD_SECONDS: Final = 1
+_PROXY_CHECK_SECONDS: Final = 3
+
+
+class Activity(StrEnum):
+    """The PodAutoscaler's Active condition: Unknown, True, False."""
+
+    ACTIVATING = "activating"
+    ACTIVE = "active"
+    INACTIVE = "inactive"
+
+
+@dataclass(frozen=True, slots=True)
+class RevisionStatus:
+    """What outlives one reconciliation."""
+
+    activity: Activity
+    since: float
+    """When the activity last changed."""
+    initialized: bool = False
+    """The initial scale was ready once; from then on it counts no more."""
+    proxied_since: float | None = None
+    """Since when every request goes through the activator; None while requests go straight to pods."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the reconciler wants."""
+
+    want: int
+    """Pods wanted; 0 without `apply` marks the revision inactive and leaves its pods; -1: unknown."""
+    apply: bool
+    """Whether replicas shall be set to `want` now."""
+    check_after_seconds: float | None = None
+    """When to reconcile again though nothing has changed."""
+
+
+def scale_target(
+    settings: RevisionSettings,
+    status: RevisionStatus,
+    desired: int,
+    now: float,
+    *,
+    reachable: bool = True,
+    backed_by_activator: bool = True,
+) -> Target:
+    """How many replicas a revision shall have.
+
+    desired: the autoscaler's last answer, or UNKNOWN. reachable: a route leads to the revision.
+    backed_by_activator: the activator answers for the revision's address, as Knative probes it before the last pod goes.
+    """
+    if desired < 0 and status.activity is not Activity.ACTIVATING:
+        return Target(desired, apply=False)
+    want = _bounded(settings, status, desired, reachable)
+    if want != 0:
+        return Target(want, apply=True)
+    if not settings.enable_scale_to_zero:
+        return Target(1, apply=True)
+    if status.activity is Activity.ACTIVATING:
+        return _give_up_activation(settings, status, now)
+    if status.activity is Activity.ACTIVE:
+        return _deactivate(settings, status, now)
+    return _to_zero(settings, status, now, reachable, backed_by_activator)
+
+
+def next_status(
+    settings: RevisionSettings, status: RevisionStatus, want: int, ready: int, now: float, *, reachable: bool = True
+) -> RevisionStatus:
+    """The status after `want` was decided with `ready` pods ready."""
+    threshold = _active_threshold(settings, status, reachable)
+    activity = status.activity
+    if want == 0 or threshold == 0:
+        activity = Activity.INACTIVE
+    elif want > 0 or activity is not Activity.INACTIVE:
+        activity = Activity.ACTIVE if ready >= threshold else Activity.ACTIVATING
+    since = status.since if activity is status.activity else now
+    return replace(status, activity=activity, since=since, initialized=status.initialized or ready >= threshold)
+
+
+def in_proxy_mode(want: int, excess_burst_capacity: int) -> bool:
+    """Whether the activator shall stand in the path: at zero, and while the ready pods could not bear the target burst."""
+    return not (want > 0 and excess_burst_capacity >= 0)
+
+
+def _bounded(settings: RevisionSettings, status: RevisionStatus, desired: int, reachable: bool) -> int:
+    least = settings.min_scale if reachable else 0
+    if reachable and not status.initialized and settings.initial_scale > 1:
+        least = max(least, settings.initial_scale)
+    if desired < least:
+        return least
+    return min(desired, settings.max_scale) if settings.max_scale else desired
+
+
+def _active_threshold(settings: RevisionSettings, status: RevisionStatus, reachable: bool) -> int:
+    """Pods that must be ready for the revision to count as active."""
+    least = settings.min_scale if reachable else 0
+    return max(least, 1 if status.initialized else settings.initial_scale)
+
+
+def _give_up_activation(settings: RevisionSettings, status: RevisionStatus, now: float) -> Target:
+    timeout = settings.progress_deadline_seconds + _ACTIVATION_BUFFER_SECONDS
+    if now - status.since > timeout:
+        return Target(0, apply=True)
+    return Target(UNKNOWN, apply=False, check_after_seconds=timeout)
+
+
+def _deactivate(settings: RevisionSettings, status: RevisionStatus, now: float) -> Target:
+    """A revision stays active for at least a stable window, at one pod at most."""
+    left = settings.decider.stable_window_seconds - (now - status.since)
+    if left > 0:
+        return Target(1, apply=True, check_after_seconds=left)
+    again = None if status.proxied_since is None else _PROXY_CHECK_SECONDS
+    return Target(0, apply=False, check_after_seconds=again)
+
+
+def _to_zero(
+    settings: RevisionSettings, status: RevisionStatus, now: float, reachable: bool, backed_by_activator: bool
+) -> Target:
+    if settings.pods_report and not backed_by_activator:
+        return Target(0, apply=False, check_after_seconds=_PROBE_PERIOD_SECONDS)
+    inactive = now - status.since
+    grace = settings.scale_to_zero_grace_period_seconds
+    retention = settings.scale_to_zero_pod_retention_period_seconds if reachable else 0.0
+    if inactive >= max(grace, retention):
+        return Target(0, apply=True)
+    if inactive < retention:
+        return Target(0, apply=False, check_after_seconds=retention - inactive)
+    proxied = 0.0 if status.proxied_since is None else now - status.proxied_since
+    if proxied >= grace:
+        return Target(0, apply=True)
+    return Target(0, apply=False, check_after_seconds=grace - proxied)

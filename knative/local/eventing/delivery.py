@@ -1,0 +1,144 @@
+"""Delivering an event as Knative's dispatcher does: with retries and pauses, its reply onward, and else as a dead letter.
+
+Retried are no answer, 404, 408, 409, 429 and 5xx; every other answer that is not 2xx is final. A dead letter is the original
+event with `knativeerrordest`, `knativeerrorcode` and, in base64 and cut off, `knativeerrordata`, the body of the last answer.
+"""
+
+import asyncio
+import base64
+import logging
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, Final
+
+from cloudevents.core.v1.event import CloudEvent
+
+from eventing.wire.cloud_event import checked_event
+from knative.local.eventing.objects import Delivery
+from knative.local.eventing.targets import Answer, NoAnswer, Target
+
+TTL: Final = "knativebrokerttl"
+"""How often an event's replies may still come back to a Broker. Subscribers do not see it."""
+_RETRIED: Final = frozenset({404, 408, 409, 429})
+_MAX_ERROR_DATA: Final = 1024
+
+_log = logging.getLogger(__name__)
+
+
+class Undeliverable(Exception):
+    """All attempts failed, or one for good."""
+
+    def __init__(self, destination: str, status: int, body: bytes) -> None:
+        super().__init__(f"{destination} answered {status}: {body[:200].decode(errors='replace')}")
+        self.attributes = {
+            "knativeerrordest": destination,
+            "knativeerrorcode": str(status),
+            "knativeerrordata": base64.b64encode(body).decode()[:_MAX_ERROR_DATA],
+        }
+
+
+@dataclass(slots=True)
+class Counts:
+    """Of one Trigger or step. Events, but for `retries`."""
+
+    delivered: int = 0
+    retries: int = 0
+    dead_letters: int = 0
+    lost: int = 0
+    """Undeliverable without a dead letter sink, or to it."""
+
+
+class Subscription:
+    """Who gets events, where replies go, and how hard it is tried."""
+
+    def __init__(
+        self, subscriber: Target, reply: Target | None, delivery: Delivery, dead_letter_sink: Target | None, counts: Counts
+    ) -> None:
+        self.subscriber = subscriber
+        self.counts = counts
+        self._reply = reply
+        self._delivery = delivery
+        self._dead_letter_sink = dead_letter_sink
+
+    async def run(self, event: CloudEvent) -> None:
+        """Ends when the event and its reply, or its dead letter, are delivered or lost."""
+        ttl = event.get_extension(TTL)
+        try:
+            reply = await self._deliver(with_attributes(event, {TTL: None}), self.subscriber)
+            if reply is not None and self._reply is not None:
+                await self._deliver(reply if ttl is None else with_attributes(reply, {TTL: str(ttl)}), self._reply)
+            self.counts.delivered += 1
+        except Undeliverable as error:
+            await self._bury(event, error)
+
+    async def _deliver(self, event: CloudEvent, target: Target) -> CloudEvent | None:
+        """The reply. Raises Undeliverable."""
+        for retry in range(self._delivery.retry + 1):
+            answer = await self._attempt(event, target)
+            if 200 <= answer.status < 300:
+                return answer.event
+            if retry == self._delivery.retry or not (answer.status >= 500 or answer.status in _RETRIED):
+                break
+            self.counts.retries += 1
+            await asyncio.sleep(self._delivery.pause_seconds(retry))
+        raise Undeliverable(target.name, answer.status, answer.body)
+
+    async def _attempt(self, event: CloudEvent, target: Target) -> Answer:
+        try:
+            return await target.deliver(event, self._delivery.timeout_seconds)
+        except NoAnswer as error:
+            return Answer(HTTPStatus.INTERNAL_SERVER_ERROR, f"dispatch error: {error}".encode())
+
+    async def _bury(self, event: CloudEvent, cause: Undeliverable) -> None:
+        if self._dead_letter_sink is not None:
+            try:
+                await self._deliver(with_attributes(event, cause.attributes), self._dead_letter_sink)
+                self.counts.dead_letters += 1
+                return
+            except Undeliverable as error:
+                _log.error("%s %s and its dead letter: %s", event.get_type(), event.get_id(), error)
+        self.counts.lost += 1
+        _log.error("%s %s is lost: %s", event.get_type(), event.get_id(), cause)
+
+
+class Spool:
+    """All deliveries in progress. In memory: what has not been delivered when the platform stops is gone."""
+
+    def __init__(self, limit: int) -> None:
+        self.closed = False
+        self._limit = limit
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    @property
+    def full(self) -> bool:
+        """No event is taken from outside. Replies and steps are: each takes the place of what caused it."""
+        return len(self._tasks) >= self._limit
+
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("a delivery failed", exc_info=error)
+
+    async def close(self) -> int:
+        """Ends all of it; how many were not delivered."""
+        self.closed = True
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return len(tasks)
+
+
+def with_attributes(event: CloudEvent, changes: Mapping[str, str | None]) -> CloudEvent:
+    """The event with attributes set or, where None, taken away; its data is the same memory."""
+    attributes = {**event.get_attributes(), **changes}
+    return checked_event({name: value for name, value in attributes.items() if value is not None}, event.get_data())

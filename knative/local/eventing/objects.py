@@ -1,0 +1,171 @@
+"""Broker, Trigger and Sequence as YAML → what is run of them here. Anything that would be run differently is refused."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from knative.local.eventing.filter import Filter, read_filter
+from knative.local.kubelet.probes import UnsupportedManifest
+
+Manifest = Mapping[str, Any]
+
+BROKER: Final = ("eventing.knative.dev/v1", "Broker")
+TRIGGER: Final = ("eventing.knative.dev/v1", "Trigger")
+SEQUENCE: Final = ("flows.knative.dev/v1", "Sequence")
+SERVICE: Final = ("serving.knative.dev/v1", "Service")
+_DURATION: Final = re.compile(r"P(?:(\d+)D)?(?:T(?:(\d+)H)?(?:(\d+)M)?(?:(\d+(?:\.\d+)?)S)?)?")
+_UNIT_SECONDS: Final = (86_400, 3_600, 60, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """An object by kind and name, an absolute URL, or both: the object's URL with a path."""
+
+    kind: tuple[str, str] | None = None
+    """(apiVersion, kind)"""
+    namespace: str = ""
+    name: str = ""
+    uri: str | None = None
+
+    def __str__(self) -> str:
+        return self.uri or "" if self.kind is None else f"{self.kind[1]} {self.namespace}/{self.name}{self.uri or ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A DeliverySpec. Without one an event is delivered once, and lost where that fails."""
+
+    retry: int = 0
+    policy: str | None = None
+    """exponential, linear, or None: no pause."""
+    backoff_seconds: float = 0.0
+    timeout_seconds: float | None = None
+    """Of one attempt."""
+    dead_letter_sink: Destination | None = None
+
+    def pause_seconds(self, retry: int) -> float:
+        """Before a retry, counted from 0, as Knative's dispatcher counts them: the first linear one comes at once."""
+        if self.policy == "exponential":
+            return self.backoff_seconds * math.exp2(retry)
+        return self.backoff_seconds * retry if self.policy == "linear" else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Broker:
+    namespace: str
+    name: str
+    delivery: Delivery | None
+
+
+@dataclass(frozen=True, slots=True)
+class Trigger:
+    namespace: str
+    name: str
+    broker: str
+    filter: Filter
+    subscriber: Destination
+    delivery: Delivery | None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    subscriber: Destination
+    delivery: Delivery = field(default_factory=Delivery)
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    namespace: str
+    name: str
+    steps: tuple[Step, ...]
+    reply: Destination | None
+
+
+EventingObject = Broker | Trigger | Sequence
+
+
+def read_eventing_object(manifest: Manifest) -> EventingObject | None:
+    """None for what is no object of Eventing. Raises UnsupportedManifest, which names object and field."""
+    kind = (str(manifest.get("apiVersion")), str(manifest.get("kind")))
+    group = kind[0].split("/")[0]
+    if group not in ("eventing.knative.dev", "flows.knative.dev", "messaging.knative.dev", "sources.knative.dev"):
+        return None
+    metadata, spec = manifest["metadata"], manifest.get("spec") or {}
+    namespace, name = metadata.get("namespace", "default"), metadata["name"]
+    try:
+        if kind == BROKER:
+            return Broker(namespace, name, _delivery(spec.get("delivery"), namespace))
+        if kind == TRIGGER:
+            return _trigger(namespace, name, spec)
+        if kind == SEQUENCE:
+            return _sequence(namespace, name, spec)
+    except UnsupportedManifest as error:
+        raise UnsupportedManifest(f"{kind[1]} {name}: {error}") from error
+    raise UnsupportedManifest(f"{kind[1]} {name} ({kind[0]}) is not run on one machine; Broker, Trigger and Sequence are")
+
+
+def _trigger(namespace: str, name: str, spec: Manifest) -> Trigger:
+    return Trigger(
+        namespace,
+        name,
+        str(_required(spec, "broker")),
+        read_filter(spec),
+        _destination(_required(spec, "subscriber"), namespace, "subscriber"),
+        _delivery(spec.get("delivery"), namespace),
+    )
+
+
+def _sequence(namespace: str, name: str, spec: Manifest) -> Sequence:
+    steps = tuple(
+        Step(_destination(step, namespace, f"steps[{index}]"), _delivery(step.get("delivery"), namespace) or Delivery())
+        for index, step in enumerate(_required(spec, "steps"))
+    )
+    if not steps:
+        raise UnsupportedManifest("spec.steps: there must be at least one")
+    reply = spec.get("reply")
+    return Sequence(namespace, name, steps, None if reply is None else _destination(reply, namespace, "reply"))
+
+
+def _destination(value: Manifest, namespace: str, path: str) -> Destination:
+    reference, uri = value.get("ref"), value.get("uri")
+    if reference is None:
+        if not re.match("https?://[^/]", uri or ""):
+            raise UnsupportedManifest(f"spec.{path}: {uri!r} is no http URL, and there is no ref")
+        return Destination(uri=uri)
+    kind = (reference.get("apiVersion"), reference.get("kind"))
+    if kind not in (SERVICE, BROKER, SEQUENCE):
+        raise UnsupportedManifest(
+            f"spec.{path}.ref: {kind[1]} ({kind[0]}) is not here; a Knative Service, Broker or Sequence is"
+        )
+    return Destination(kind, reference.get("namespace") or namespace, reference["name"], uri)
+
+
+def _delivery(value: Manifest | None, namespace: str) -> Delivery | None:
+    if value is None:
+        return None
+    policy, sink, timeout = value.get("backoffPolicy"), value.get("deadLetterSink"), value.get("timeout")
+    if policy not in (None, "exponential", "linear"):
+        raise UnsupportedManifest(f"spec.delivery.backoffPolicy: {policy!r} is neither exponential nor linear")
+    return Delivery(
+        retry=int(value.get("retry") or 0),
+        policy=policy,
+        backoff_seconds=_seconds(value.get("backoffDelay") or "PT0S", "backoffDelay"),
+        timeout_seconds=None if timeout is None else _seconds(timeout, "timeout"),
+        dead_letter_sink=None if sink is None else _destination(sink, namespace, "delivery.deadLetterSink"),
+    )
+
+
+def _seconds(text: str, key: str) -> float:
+    """An ISO 8601 duration of days and less, such as PT1M30S."""
+    match = _DURATION.fullmatch(text)
+    if match is None or text[-1] in "PT":
+        raise UnsupportedManifest(f"spec.delivery.{key}: {text!r} is no ISO 8601 duration such as PT1.5S")
+    return sum(float(amount or 0) * unit for amount, unit in zip(match.groups(), _UNIT_SECONDS, strict=True))
+
+
+def _required(spec: Manifest, key: str) -> Any:
+    if spec.get(key) is None:
+        raise UnsupportedManifest(f"spec.{key} is missing")
+    return spec[key]

@@ -1,0 +1,318 @@
+"""A small HTTP/1.1 server whose handlers see heads as bytes and bodies as they arrive: what a streaming proxy needs.
+
+One task per request. Bodies are pushed, never collected: a slow reader on one side pauses the sender on the other.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from typing import Final, Protocol
+
+import httptools
+
+from knative.local.http.messages import (
+    CHUNKED,
+    LAST_CHUNK,
+    Headers,
+    HttpError,
+    chunk,
+    find,
+    has_body,
+    response_head,
+)
+
+_log = logging.getLogger(__name__)
+
+_BUFFER_BYTES: Final = 256 * 1024
+"""Body of a request that is held before anybody wants it; beyond this the client is paused."""
+_MAX_HEAD_BYTES: Final = 64 * 1024
+
+
+class BodySink(Protocol):
+    """Takes a request's body as it arrives, and is told when its answer's reader is slow."""
+
+    def write_body(self, data: bytes) -> None: ...
+
+    def end_body(self) -> None: ...
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+
+class Exchange:
+    """One request and its answer."""
+
+    def __init__(self, connection: "_Connection", method: bytes, target: bytes, headers: Headers, keep_alive: bool) -> None:
+        self.method = method
+        self.target = target
+        self.headers = headers
+        self.started = False
+        """Whether the head of the answer has been sent."""
+        self.on_start: Callable[[], None] | None = None
+        """Called once when the answer begins."""
+        self.body_complete = False
+        self._connection = connection
+        self._keep_alive = keep_alive
+        self._ended = False
+        self._chunked = False
+        self._sink: BodySink | None = None
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+
+    @property
+    def ended(self) -> bool:
+        return self._ended
+
+    @property
+    def request_is_chunked(self) -> bool:
+        return (find(self.headers, b"transfer-encoding") or b"").lower().endswith(b"chunked")
+
+    def attach(self, sink: BodySink) -> None:
+        """From here on the body goes to `sink`, what was held first."""
+        self._sink = sink
+        for data in self._held:
+            sink.write_body(data)
+        self._held.clear()
+        self.resume()
+        if self.body_complete:
+            sink.end_body()
+
+    def pause(self) -> None:
+        """Stops reading from the client."""
+        self._connection.pause_reading()
+
+    def resume(self) -> None:
+        self._connection.resume_reading()
+
+    def start(self, status: int, reason: bytes, headers: Headers) -> bytes:
+        """The head of the answer as bytes to write; how the body is framed follows from it."""
+        self.started = True
+        if self.on_start is not None:
+            self.on_start()
+        extra: Headers = []
+        if has_body(self.method, status) and find(headers, b"content-length") is None:
+            self._chunked = self._connection.speaks_1_1
+            if self._chunked:
+                extra.append(CHUNKED)
+            else:
+                self._keep_alive = False
+        if not self._keep_alive:
+            extra.append((b"Connection", b"close"))
+        return response_head(status, reason, headers + extra)
+
+    def framed(self, data: bytes) -> bytes:
+        return chunk(data) if self._chunked else data
+
+    def write(self, data: bytes) -> None:
+        """Bytes that `start` and `framed` made."""
+        self._connection.write(data)
+
+    def end(self) -> None:
+        """The answer is complete."""
+        if self._chunked:
+            self._connection.write(LAST_CHUNK)
+        self._ended = True
+        self._connection.answered(self, self._keep_alive)
+
+    def respond(self, status: HTTPStatus, body: bytes, content_type: bytes = b"text/plain; charset=utf-8") -> None:
+        """A whole answer at once."""
+        headers = [(b"Content-Type", content_type), (b"Content-Length", b"%d" % len(body))]
+        self.write(self.start(status.value, status.phrase.encode(), headers) + (body if self.method != b"HEAD" else b""))
+        self.end()
+
+    def body_arrived(self, data: bytes) -> None:
+        if self._sink is not None:
+            self._sink.write_body(data)
+        elif not self._ended:
+            self._held.append(data)
+            self._held_bytes += len(data)
+            if self._held_bytes > _BUFFER_BYTES:
+                self.pause()
+
+    def body_ended(self) -> None:
+        self.body_complete = True
+        if self._sink is not None:
+            self._sink.end_body()
+
+    def reader_is_slow(self, slow: bool) -> None:
+        if self._sink is not None:
+            if slow:
+                self._sink.pause_reading()
+            else:
+                self._sink.resume_reading()
+
+
+Handler = Callable[[Exchange], Awaitable[None]]
+
+
+class HttpServer:
+    """Listens on 127.0.0.1 and gives every request to `handler`."""
+
+    def __init__(self, handler: Handler) -> None:
+        self.handler = handler
+        self.connections: set[_Connection] = set()
+        self._server: asyncio.Server | None = None
+        self.port = 0
+
+    async def start(self, port: int = 0) -> None:
+        """Port 0: one that the system chooses. Raises OSError where the port is taken."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: _Connection(self), "127.0.0.1", port, backlog=1024)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    def close(self) -> None:
+        """Stops listening and breaks what is open."""
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self.connections):
+            connection.abort()
+
+
+class _Connection(asyncio.Protocol):
+    """The callbacks of asyncio and of the parser for one client connection."""
+
+    def __init__(self, server: HttpServer) -> None:
+        self._server = server
+        self._parser = httptools.HttpRequestParser(self)
+        self._transport: asyncio.Transport | None = None
+        self._exchange: Exchange | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._paused = False
+        self._refused = False
+        self._target = b""
+        self._headers: Headers = []
+        self._head_bytes = 0
+        self.speaks_1_1 = True
+
+    # asyncio's callbacks
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._server.connections.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._server.connections.discard(self)
+        if self._task is not None and self._exchange is not None and not self._exchange.ended:
+            self._task.cancel()  # nobody awaits the answer any more
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._refuse(HTTPStatus.NOT_IMPLEMENTED, "upgrades are not served here")
+        except httptools.HttpParserError as error:
+            self._refuse(HTTPStatus.BAD_REQUEST, f"no HTTP/1.1: {error}")
+
+    def pause_writing(self) -> None:
+        if self._exchange is not None:
+            self._exchange.reader_is_slow(True)
+
+    def resume_writing(self) -> None:
+        if self._exchange is not None:
+            self._exchange.reader_is_slow(False)
+
+    # the parser's callbacks
+
+    def on_message_begin(self) -> None:
+        if self._exchange is not None:  # pipelining: nobody does it, and it would break the order of answers
+            self._refused = True
+        self._target, self._headers, self._head_bytes = b"", [], 0
+
+    def on_url(self, url: bytes) -> None:
+        self._target += url
+        self._count(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers.append((name, value))
+        self._count(len(name) + len(value))
+
+    def on_headers_complete(self) -> None:
+        if self._refused or self._parser.should_upgrade():  # an upgrade is refused by data_received
+            return
+        self.speaks_1_1 = self._parser.get_http_version() == "1.1"
+        keep_alive = self._parser.should_keep_alive()
+        self._exchange = Exchange(self, self._parser.get_method(), self._target, self._headers, keep_alive)
+        if (find(self._headers, b"expect") or b"").lower() == b"100-continue":
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._task = asyncio.get_running_loop().create_task(self._handle(self._exchange))
+
+    def on_body(self, body: bytes) -> None:
+        if self._exchange is not None and not self._refused:
+            self._exchange.body_arrived(body)
+
+    def on_message_complete(self) -> None:
+        if self._exchange is None or self._refused:
+            return
+        exchange = self._exchange
+        if exchange.ended:
+            self._exchange = None
+        exchange.body_ended()
+
+    # what an exchange asks for
+
+    def write(self, data: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(data)
+
+    def pause_reading(self) -> None:
+        if self._transport is not None and not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self._transport is not None and self._paused:
+            self._paused = False
+            self._transport.resume_reading()
+
+    def answered(self, exchange: Exchange, keep_alive: bool) -> None:
+        self.resume_reading()
+        if exchange.body_complete:
+            self._exchange = None
+        if (not keep_alive or self._refused) and self._transport is not None:
+            self._transport.close()
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def _handle(self, exchange: Exchange) -> None:
+        try:
+            await self._server.handler(exchange)
+        except HttpError as error:
+            self._fail(exchange, error.status, str(error))
+        except Exception:  # noqa: BLE001  # one request must not take the platform with it
+            _log.exception("%s %s failed", exchange.method.decode(), exchange.target.decode(errors="replace"))
+            self._fail(exchange, HTTPStatus.INTERNAL_SERVER_ERROR, "the platform failed; its log says how")
+        finally:
+            if self._task is asyncio.current_task():  # the next request's may have taken its place already
+                self._task = None
+            if not exchange.ended:
+                self.abort()
+
+    def _fail(self, exchange: Exchange, status: HTTPStatus, text: str) -> None:
+        """An answer that has begun can only be broken off."""
+        if not exchange.started:
+            exchange.respond(status, text.encode() + b"\n")
+
+    def _count(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > _MAX_HEAD_BYTES and not self._refused:
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"more than {_MAX_HEAD_BYTES} bytes of head")
+
+    def _refuse(self, status: HTTPStatus, text: str) -> None:
+        """Answers what cannot be read, unless an answer is under way already, and closes."""
+        self._refused = True
+        if self._exchange is None:
+            body = text.encode() + b"\n"
+            headers = [(b"Content-Length", b"%d" % len(body)), (b"Connection", b"close")]
+            self.write(response_head(status.value, status.phrase.encode(), headers) + body)
+        if self._transport is not None:
+            with contextlib.suppress(RuntimeError):
+                self._transport.close()

@@ -1,0 +1,101 @@
+"""One life of a container: its process from start to end, watched by its probes and for its memory."""
+
+import asyncio
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from knative.local.kubelet.containers import Container
+from knative.local.kubelet.probes import Probe, run_probe
+from knative.local.kubelet.processes import Process, ProcessStarter, free_port, kill_group, memory_bytes
+
+_EAGER_PROBE_SECONDS: Final = 0.05
+"""Between readiness probes until the first success, as queue-proxy does it."""
+_MEMORY_CHECK_SECONDS: Final = 1.0
+
+
+class ContainerLife:
+    """`run` returns why it ended. The callbacks come from the event loop, in between."""
+
+    def __init__(self, container: Container, log: Path, on_port: Callable[[int], None], on_ready: Callable[[bool, str], None]):
+        """on_port: the process runs and will listen there. on_ready: the readiness probe's verdict, and what it saw."""
+        self.process: Process | None = None
+        self._container = container
+        self._log = log
+        self._on_port = on_port
+        self._on_ready = on_ready
+        self._killed_because: str | None = None
+
+    async def run(self, starter: ProcessStarter, folder: Path, name: str) -> str:
+        port = free_port()
+        environ = {**self._container.environ, "PORT": str(port), "HOSTNAME": name}
+        try:
+            process = await starter.start(self._container.command, environ, folder, self._log)
+        except OSError as error:
+            return f"cannot run {self._container.command[0]}: {error.strerror}"
+        self.process = process
+        self._on_port(port)
+        watches = self._watch(process, port)
+        try:
+            status = await process.wait()
+        finally:
+            for watch in watches:
+                watch.cancel()
+            kill_group(process.pid)  # also what it may have left behind in its session
+        return self._killed_because or self._describe(status)
+
+    def _watch(self, process: Process, port: int) -> list[asyncio.Task[None]]:
+        watches = [self._watch_readiness(self._container.readiness, port)]
+        if self._container.liveness is not None:
+            watches.append(self._watch_liveness(self._container.liveness, process, port))
+        if self._container.memory_limit_bytes is not None:
+            watches.append(self._watch_memory(self._container.memory_limit_bytes, process))
+        return [asyncio.create_task(watch) for watch in watches]
+
+    async def _watch_readiness(self, probe: Probe, port: int) -> None:
+        await asyncio.sleep(probe.initial_delay_seconds)
+        failures, was_ready = 0, False
+        while True:
+            result = await run_probe(probe, port)
+            failures = 0 if result.passed else failures + 1
+            was_ready = was_ready or result.passed
+            if result.passed or not was_ready or failures >= probe.failure_threshold:
+                self._on_ready(result.passed, result.text)
+            await asyncio.sleep(probe.period_seconds if was_ready else _EAGER_PROBE_SECONDS)
+
+    async def _watch_liveness(self, probe: Probe, process: Process, port: int) -> None:
+        await asyncio.sleep(probe.initial_delay_seconds)
+        failures = 0
+        while failures < probe.failure_threshold:
+            await asyncio.sleep(probe.period_seconds)
+            result = await run_probe(probe, port)
+            failures = 0 if result.passed else failures + 1
+        self._kill(process, f"liveness probe failed {failures} times: {result.text}")
+
+    async def _watch_memory(self, limit: int, process: Process) -> None:
+        while (seen := memory_bytes(process.pid)) <= limit:
+            await asyncio.sleep(_MEMORY_CHECK_SECONDS)
+        self._kill(
+            process, f"OOMKilled: {seen / 2**20:.0f} MiB in use, {limit / 2**20:.0f} MiB allowed by resources.limits.memory"
+        )
+
+    def _kill(self, process: Process, reason: str) -> None:
+        self._killed_because = reason
+        kill_group(process.pid)
+
+    def _describe(self, status: int) -> str:
+        how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        tail = last_line(self._log)
+        return f"{how}: {tail}" if tail else how
+
+
+def last_line(log: Path, most_bytes: int = 4096) -> str:
+    """The last line of a log that says something."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - most_bytes))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")

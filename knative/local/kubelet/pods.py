@@ -1,0 +1,146 @@
+"""A pod: a container behind its queue-proxy, restarted when it ends, drained when it shall go."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+from knative.local.kubelet.container_life import ContainerLife
+from knative.local.kubelet.containers import Container
+from knative.local.kubelet.processes import ProcessStarter, kill_group, send_signal
+from knative.local.serving.queue_proxy import QueueProxy
+
+_log = logging.getLogger(__name__)
+
+_BACKOFF_RESET_SECONDS: Final = 600.0
+"""A container that ran so long starts with the shortest back-off again."""
+
+
+@dataclass(frozen=True, slots=True)
+class PodTiming:
+    """What kubelet and queue-proxy have as constants."""
+
+    drain_quiet_seconds: float = 30.0
+    """A leaving pod is told once no new request came for so long."""
+    restart_backoff_seconds: float = 10.0
+    """Before the second restart in a row; doubled each time, up to the maximum. The first is immediate."""
+    restart_backoff_max_seconds: float = 300.0
+
+
+class Phase(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    NOT_READY = "not ready"
+    BACK_OFF = "back-off"
+    LEAVING = "leaving"
+    GONE = "gone"
+
+
+class Pod:
+    """`on_change` is called whenever `phase` changes."""
+
+    def __init__(self, name: str, container: Container, timing: PodTiming, log: Path, on_change: Callable[[], None]) -> None:
+        self.name = name
+        self.proxy = QueueProxy(container.limits)
+        self.log = log
+        self.phase = Phase.STARTING
+        self.restarts = 0
+        self.trouble = ""
+        """What keeps it from being ready: why the container ended, what its readiness probe sees; both while it comes back."""
+        self.last_end = ""
+        """Why the container last ended; stays when it has come back."""
+        self.readiness = ""
+        """Body of the last readiness probe that passed: functions tell the phases of their start there."""
+        self._container = container
+        self._timing = timing
+        self._on_change = on_change
+        self._life: ContainerLife | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self.phase is Phase.READY
+
+    @property
+    def leaving(self) -> bool:
+        return self.phase in (Phase.LEAVING, Phase.GONE)
+
+    @property
+    def pid(self) -> int | None:
+        process = self._life.process if self._life is not None else None
+        return None if process is None else process.pid
+
+    async def start(self, starter: ProcessStarter, folder: Path) -> None:
+        """Returns at once; `phase` tells the rest."""
+        await self.proxy.start()
+        self._on_change()
+        self._task = asyncio.create_task(self._keep_running(starter, folder), name=f"pod {self.name}")
+
+    async def leave(self) -> None:
+        """Scale-in: still answers until it was quiet for a while, is then told, and killed when its grace is over."""
+        if self.leaving:
+            return
+        self._enter(Phase.LEAVING)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._container.limits.timeout_seconds
+        if self.readiness:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(deadline):
+                    await self.proxy.quiet(self._timing.drain_quiet_seconds)
+        await self.stop(deadline - loop.time())
+
+    async def stop(self, grace_seconds: float) -> None:
+        """SIGTERM, and SIGKILL to all of its session after the grace; one that never was ready has nothing to finish."""
+        self._enter(Phase.LEAVING)
+        if self._task is not None:
+            await self._end(self._task, grace_seconds if self.readiness else 0.0)
+        self.proxy.close()
+        self._enter(Phase.GONE)
+
+    async def _end(self, task: asyncio.Task[None], grace_seconds: float) -> None:
+        if (pid := self.pid) is None:
+            task.cancel()  # between two lives
+        else:
+            send_signal(pid, signal.SIGTERM)
+            await asyncio.wait([task], timeout=max(0.0, grace_seconds))
+            kill_group(pid)
+        await asyncio.wait([task])
+
+    async def _keep_running(self, starter: ProcessStarter, folder: Path) -> None:
+        loop, backoff = asyncio.get_running_loop(), 0.0
+        while not self.leaving:
+            began = loop.time()
+            self._enter(Phase.STARTING)
+            self._life = ContainerLife(self._container, self.log, self.proxy.connect, self._probed)
+            self.trouble = self.last_end = await self._life.run(starter, folder, self.name)
+            self._life = None
+            self.proxy.connect(None)
+            if self.leaving:
+                return
+            backoff = 0.0 if loop.time() - began >= _BACKOFF_RESET_SECONDS else backoff
+            self.restarts += 1
+            _log.warning("pod %s: %s; restart %d in %g s", self.name, self.trouble, self.restarts, backoff)
+            self._enter(Phase.BACK_OFF)
+            await asyncio.sleep(backoff)
+            backoff = min(max(2 * backoff, self._timing.restart_backoff_seconds), self._timing.restart_backoff_max_seconds)
+
+    def _probed(self, passed: bool, text: str) -> None:
+        if passed:
+            self.trouble, self.readiness = "", text or "ready"
+            self._enter(Phase.READY)
+        else:
+            came_back = f"{self.last_end}; " if self.last_end and self.phase is Phase.STARTING else ""
+            self.trouble = f"{came_back}readiness probe: {text}"
+            self._enter(Phase.NOT_READY if self.phase is Phase.READY else self.phase)
+
+    def _enter(self, phase: Phase) -> None:
+        """A leaving pod can only go."""
+        if phase is self.phase or self.phase is Phase.GONE or (self.phase is Phase.LEAVING and phase is not Phase.GONE):
+            return
+        self.phase = phase
+        self._on_change()

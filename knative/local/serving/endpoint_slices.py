@@ -1,0 +1,193 @@
+"""EndpointSlices of the revisions' private Services: list and watch as the Kubernetes API serves them.
+
+One slice per pod. Knative's labels and port name, so that the gateway is the same code here and on a cluster.
+"""
+
+import asyncio
+import json
+import re
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, Final
+
+from knative.local.http.messages import HttpError
+
+Slice = dict[str, Any]
+
+_HISTORY: Final = 1000
+_BOOKMARK_SECONDS: Final = 30.0
+_API_VERSION: Final = "discovery.k8s.io/v1"
+
+
+@dataclass(frozen=True, slots=True)
+class PodEndpoint:
+    """What a slice says of a pod."""
+
+    service: str
+    revision: str
+    namespace: str
+    pod: str
+    port: int
+    """Of its queue-proxy, on 127.0.0.1."""
+    ready: bool
+    serving: bool
+    """Ready but for its leaving."""
+    terminating: bool
+
+
+def endpoint_slice(endpoint: PodEndpoint) -> Slice:
+    labels = {
+        "kubernetes.io/service-name": f"{endpoint.revision}-private",
+        "endpointslice.kubernetes.io/managed-by": "endpointslice-controller.k8s.io",
+        "networking.internal.knative.dev/serverlessservice": endpoint.revision,
+        "networking.internal.knative.dev/serviceType": "Private",
+        "serving.knative.dev/revision": endpoint.revision,
+        "serving.knative.dev/service": endpoint.service,
+    }
+    conditions = {"ready": endpoint.ready, "serving": endpoint.serving, "terminating": endpoint.terminating}
+    target = {"kind": "Pod", "name": endpoint.pod, "namespace": endpoint.namespace}
+    return {
+        "apiVersion": _API_VERSION,
+        "kind": "EndpointSlice",
+        "metadata": {"name": f"{endpoint.pod}-private", "namespace": endpoint.namespace, "labels": labels},
+        "addressType": "IPv4",
+        "endpoints": [{"addresses": ["127.0.0.1"], "conditions": conditions, "targetRef": target}],
+        "ports": [{"name": "http", "protocol": "TCP", "port": endpoint.port}],
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Event:
+    version: int
+    kind: str
+    object: Slice
+
+
+class EndpointSlices:
+    """The slices that exist, and the last changes to them. One event loop."""
+
+    def __init__(self) -> None:
+        self._slices: dict[tuple[str, str], Slice] = {}
+        self._history: deque[_Event] = deque(maxlen=_HISTORY)
+        self._version = 0
+        self._changed = asyncio.Event()
+
+    def put(self, found: Slice) -> None:
+        """Adds or changes; what is the same already is no event."""
+        key = _key(found)
+        known = self._slices.get(key)
+        if known is not None and _without_version(known) == found:
+            return
+        self._record("ADDED" if known is None else "MODIFIED", found)
+        self._slices[key] = self._history[-1].object
+
+    def remove(self, found: Slice) -> None:
+        known = self._slices.pop(_key(found), None)
+        if known is not None:
+            self._record("DELETED", known)
+
+    def list(self, namespace: str, selector: str) -> dict[str, Any]:
+        """Raises HttpError 400 for a selector that cannot be read."""
+        matches = _selector(selector)
+        items = [found for (where, _), found in sorted(self._slices.items()) if where == namespace and matches(_labels(found))]
+        metadata = {"resourceVersion": str(self._version)}
+        return {"kind": "EndpointSliceList", "apiVersion": _API_VERSION, "metadata": metadata, "items": items}
+
+    def watch(self, namespace: str, selector: str, since: str, bookmarks: bool) -> AsyncGenerator[bytes, None]:
+        """Lines of JSON for ever. `since`: a resourceVersion, or nothing (or 0) for what exists now, as ADDED, first.
+
+        Raises HttpError 400 for what cannot be read.
+        """
+        if since in ("", "0"):
+            present = [_line("ADDED", found) for found in self.list(namespace, selector)["items"]]
+            return self._changes(namespace, _selector(selector), self._version, bookmarks, present)
+        return self._changes(namespace, _selector(selector), _version(since), bookmarks, [])
+
+    async def _changes(
+        self, namespace: str, matches: Callable[[dict[str, str]], bool], seen: int, bookmarks: bool, first: Sequence[bytes]
+    ) -> AsyncGenerator[bytes, None]:
+        for line in first:
+            yield line
+        while True:
+            if self._history and seen < self._history[0].version - 1:
+                yield _line("ERROR", _expired(seen, self._history[0].version))
+                return
+            for event in [event for event in self._history if event.version > seen]:
+                seen = event.version
+                if event.object["metadata"]["namespace"] == namespace and matches(_labels(event.object)):
+                    yield _line(event.kind, event.object)
+            if not await self._news(seen) and bookmarks:
+                yield _line("BOOKMARK", _bookmark(seen))
+
+    async def _news(self, seen: int) -> bool:
+        """False: nothing for as long as it takes to send a bookmark."""
+        try:
+            async with asyncio.timeout(_BOOKMARK_SECONDS):
+                while seen == self._version:
+                    await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _record(self, kind: str, found: Slice) -> None:
+        self._version += 1
+        metadata = {**found["metadata"], "resourceVersion": str(self._version)}
+        self._history.append(_Event(self._version, kind, {**found, "metadata": metadata}))
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+def _selector(text: str) -> Callable[[dict[str, str]], bool]:
+    """Kubernetes' label selectors: `a=b`, `a!=b`, `a in (b,c)`, `a notin (b,c)`, `a`, `!a`, joined by commas."""
+    requirements = [_requirement(part.strip()) for part in re.split(r",(?![^(]*\))", text) if part.strip()]
+    return lambda labels: all(requirement(labels) for requirement in requirements)
+
+
+def _requirement(text: str) -> Callable[[dict[str, str]], bool]:
+    key = r"[A-Za-z0-9][-A-Za-z0-9_./]*"
+    if match := re.fullmatch(rf"({key})\s+(in|notin)\s+\(([^()]*)\)", text):
+        values = {value.strip() for value in match[3].split(",")}
+        name, wanted = match[1], match[2] == "in"
+        return lambda labels: (labels.get(name) in values) is wanted
+    if match := re.fullmatch(rf"({key})\s*(==|=|!=)\s*([-A-Za-z0-9_.]*)", text):
+        name, wanted, value = match[1], match[2] != "!=", match[3]
+        return lambda labels: (labels.get(name) == value) is wanted
+    if match := re.fullmatch(rf"(!?)({key})", text):
+        name, wanted = match[2], not match[1]
+        return lambda labels: (name in labels) is wanted
+    raise HttpError(HTTPStatus.BAD_REQUEST, f"unable to parse requirement of labelSelector: {text!r}")
+
+
+def _version(text: str) -> int:
+    if not text.isdigit():
+        raise HttpError(HTTPStatus.BAD_REQUEST, f"resourceVersion: {text!r} is none")
+    return int(text)
+
+
+def _expired(seen: int, oldest: int) -> dict[str, Any]:
+    message = f"too old resource version: {seen} ({oldest})"
+    return {"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": message, "reason": "Expired", "code": 410}
+
+
+def _bookmark(version: int) -> Slice:
+    return {"kind": "EndpointSlice", "apiVersion": _API_VERSION, "metadata": {"resourceVersion": str(version)}}
+
+
+def _line(kind: str, found: dict[str, Any]) -> bytes:
+    return json.dumps({"type": kind, "object": found}, separators=(",", ":")).encode() + b"\n"
+
+
+def _key(found: Slice) -> tuple[str, str]:
+    return found["metadata"]["namespace"], found["metadata"]["name"]
+
+
+def _labels(found: Slice) -> dict[str, str]:
+    labels: dict[str, str] = found["metadata"]["labels"]
+    return labels
+
+
+def _without_version(found: Slice) -> Slice:
+    metadata = {key: value for key, value in found["metadata"].items() if key != "resourceVersion"}
+    return {**found, "metadata": metadata}

@@ -1,0 +1,108 @@
+"""One pod's queue-proxy: every request to the function passes it, through the activator or straight to its port.
+
+It counts, holds containerConcurrency, bounds how long an answer may take, and stays while its pod drains.
+"""
+
+import asyncio
+from dataclasses import dataclass
+from http import HTTPStatus
+
+from knative.local.http.client import UpstreamFailed, UpstreamPool
+from knative.local.http.messages import HttpError
+from knative.local.http.server import Exchange, HttpServer
+from knative.local.serving.breaker import Breaker
+from knative.local.serving.concurrency import ConcurrencyMeter, Report
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """Of a revision's template, under Knative's names."""
+
+    container_concurrency: int
+    timeout_seconds: float
+    response_start_timeout_seconds: float
+
+
+class QueueProxy:
+    """Stands for `podIP:8012`: a port of its own on 127.0.0.1."""
+
+    def __init__(self, limits: RequestLimits) -> None:
+        now = asyncio.get_running_loop().time()
+        self.all = ConcurrencyMeter(now)
+        self.proxied = ConcurrencyMeter(now)
+        """Those that came through the activator, which reports them itself."""
+        self._limits = limits
+        self._breaker = Breaker(limits.container_concurrency)
+        self._upstream: UpstreamPool | None = None
+        self._server = HttpServer(self._direct)
+
+    @property
+    def port(self) -> int:
+        return self._server.port
+
+    @property
+    def function_port(self) -> int | None:
+        return None if self._upstream is None else self._upstream.port
+
+    async def start(self) -> None:
+        await self._server.start()
+
+    def connect(self, port: int | None) -> None:
+        """Where the function listens; None while there is none. What runs on the old connections breaks."""
+        if self._upstream is not None:
+            self._upstream.close()
+        self._upstream = None if port is None else UpstreamPool(port)
+
+    def close(self) -> None:
+        self.connect(None)
+        self._server.close()
+
+    async def serve(self, exchange: Exchange) -> None:
+        """Raises HttpError: 503 queue full, 502 no function behind, 504 no answer in time."""
+        clock = asyncio.get_running_loop().time
+        self.all.enter(clock())
+        try:
+            async with self._breaker:
+                await self._forward(exchange)
+        finally:
+            self.all.leave(clock())
+
+    async def serve_proxied(self, exchange: Exchange) -> None:
+        """For the activator."""
+        clock = asyncio.get_running_loop().time
+        self.proxied.enter(clock())
+        try:
+            await self.serve(exchange)
+        finally:
+            self.proxied.leave(clock())
+
+    def report(self, now: float) -> Report:
+        """What the autoscaler scrapes: without the activator's share, which it hears of from there."""
+        everything, proxied = self.all.report(now), self.proxied.report(now)
+        return Report(max(0.0, everything.average - proxied.average), everything.arrivals - proxied.arrivals)
+
+    async def quiet(self, seconds: float) -> None:
+        """Returns once no new request came for so long, counted from now."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while (left := max(began, self.all.last_arrival) + seconds - loop.time()) > 0:
+            await asyncio.sleep(left)
+
+    async def _direct(self, exchange: Exchange) -> None:
+        await self.serve(exchange)
+
+    async def _forward(self, exchange: Exchange) -> None:
+        if self._upstream is None:
+            raise HttpError(HTTPStatus.BAD_GATEWAY, "the function is not running")
+        limits = self._limits
+        deadline = asyncio.get_running_loop().time() + limits.timeout_seconds
+        try:
+            async with asyncio.timeout(min(limits.timeout_seconds, limits.response_start_timeout_seconds)) as timeout:
+                exchange.on_start = lambda: timeout.reschedule(deadline)
+                await self._upstream.forward(exchange)
+        except UpstreamFailed as error:
+            raise HttpError(HTTPStatus.BAD_GATEWAY, str(error)) from error
+        except TimeoutError as error:
+            raise HttpError(HTTPStatus.GATEWAY_TIMEOUT, "the function did not answer in time") from error
+        finally:
+            exchange.on_start = None

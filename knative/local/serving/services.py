@@ -1,0 +1,116 @@
+"""A Knative Service on one machine: its URL on a port, its revisions, and which of them gets how much of the traffic."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, Final
+
+from knative.local.http.messages import HttpError
+from knative.local.http.server import Exchange, HttpServer
+from knative.local.serving.revisions import Revision, RevisionName
+
+_log = logging.getLogger(__name__)
+
+_READY_CHECK_SECONDS: Final = 0.1
+
+MakeRevision = Callable[[RevisionName, Mapping[str, Any]], Revision]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    percent: int
+    revision: Revision
+
+
+class UnknownRevision(ValueError):
+    """`spec.traffic` names a revision that does not exist here."""
+
+
+class LocalService:
+    """`apply` takes the manifest and each change of it; the URL is there from `listen` on."""
+
+    def __init__(self, name: str, namespace: str, make_revision: MakeRevision) -> None:
+        self.name = name
+        self.namespace = namespace
+        self.revisions: list[Revision] = []
+        """Oldest first."""
+        self.routes: list[Route] = []
+        self._make_revision = make_revision
+        self._server = HttpServer(self._serve)
+        self._rollout: asyncio.Task[None] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.port}"
+
+    @property
+    def cluster_url(self) -> str:
+        return f"http://{self.name}.{self.namespace}.svc.cluster.local"
+
+    async def listen(self, port: int) -> None:
+        """Raises OSError where the port is taken."""
+        await self._server.start(port)
+
+    def apply(self, manifest: Mapping[str, Any]) -> None:
+        """A changed template is a new revision, to which traffic moves once it is ready. Raises UnknownRevision."""
+        spec = manifest["spec"]
+        if not self.revisions or self.revisions[-1].template != spec["template"]:
+            name = RevisionName(self.namespace, self.name, f"{self.name}-{len(self.revisions) + 1:05d}")
+            revision = self._make_revision(name, spec["template"])
+            self.revisions.append(revision)
+            revision.start()
+        traffic = self._traffic(spec.get("traffic") or [{"latestRevision": True, "percent": 100}])
+        if self._rollout is not None:
+            self._rollout.cancel()
+        if not self.routes:
+            self._set_routes(traffic)  # there is nothing to stay with meanwhile
+        else:
+            self._rollout = asyncio.create_task(self._move(traffic), name=f"rollout of {self.name}")
+
+    async def stop(self, grace_seconds: float) -> None:
+        if self._rollout is not None:
+            self._rollout.cancel()
+        await asyncio.gather(*(revision.stop(grace_seconds) for revision in self.revisions))
+        self._server.close()
+
+    async def _serve(self, exchange: Exchange) -> None:
+        if not self.routes:
+            raise HttpError(HTTPStatus.SERVICE_UNAVAILABLE, f"{self.name} has no revision yet")
+        if len(self.routes) == 1:
+            route = self.routes[0]
+        else:
+            route = random.choices(self.routes, [route.percent for route in self.routes])[0]
+        await route.revision.serve(exchange)
+
+    def _traffic(self, entries: list[Mapping[str, Any]]) -> list[Route]:
+        return [Route(entry["percent"], self._revision(entry)) for entry in entries if entry.get("percent")]
+
+    def _revision(self, entry: Mapping[str, Any]) -> Revision:
+        name = entry.get("revisionName")
+        if name is None:
+            return self.revisions[-1]
+        found = next((revision for revision in self.revisions if revision.name.revision == name), None)
+        if found is None:
+            have = ", ".join(revision.name.revision for revision in self.revisions)
+            raise UnknownRevision(f"spec.traffic: revision {name!r} does not exist; there are {have}")
+        return found
+
+    async def _move(self, traffic: list[Route]) -> None:
+        """Waits for every revision that is to get traffic; a failed one keeps the routes as they are."""
+        for route in traffic:
+            revision = route.revision
+            while not revision.initialized:
+                if revision.failure is not None:
+                    _log.error("%s gets no traffic: %s", revision.name.revision, revision.failure)
+                    return
+                await asyncio.sleep(_READY_CHECK_SECONDS)
+        self._set_routes(traffic)
+
+    def _set_routes(self, traffic: list[Route]) -> None:
+        self.routes = traffic
+        routed = {route.revision for route in traffic}
+        for revision in self.revisions:
+            revision.reachable = revision in routed

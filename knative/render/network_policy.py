@@ -1,0 +1,68 @@
+"""Who may reach a pipeline's pods: Knative's own components on the ports that they need, the gateway, Prometheus; nobody else.
+
+The ports are queue-proxy's: 8012 takes requests, 9090 answers the autoscaler, 9091 has queue-proxy's metrics. The function's
+own port is open to Prometheus alone, for /metrics; requests that went straight to it would be counted by nobody.
+Probes come from the node, which no policy keeps out.
+"""
+
+from typing import Any, Final
+
+from knative.render.services import CONTAINER_PORT, Manifest, Pipeline, labels
+
+_REQUESTS, _AUTOSCALER, _METRICS = 8012, 9090, 9091
+_KNATIVE: Final = "knative-serving"
+_EVENTING: Final = "knative-eventing"
+_SELECTING: Final = ("app.kubernetes.io/instance", "app.kubernetes.io/component")
+
+
+def network_policies(pipeline: Pipeline) -> list[Manifest]:
+    """One policy for the stages, one for the gateway. Only ingress is limited: the store and DNS stay reachable."""
+    to_stage = [_pods(_KNATIVE, app="activator"), _namespace(pipeline.spec.network.ingress_namespace), _gateway(pipeline)]
+    to_gateway = to_stage[:2]
+    if pipeline.spec.eventing is not None:
+        # By default Eventing comes through the ingress; with a service mesh it comes from its own pods.
+        to_stage, to_gateway = [*to_stage, _namespace(_EVENTING)], [*to_gateway, _namespace(_EVENTING)]
+    return [_policy(pipeline, "stage", to_stage), _policy(pipeline, "gateway", to_gateway)]
+
+
+def _policy(pipeline: Pipeline, component: str, callers: list[Manifest]) -> Manifest:
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {
+            "name": f"{pipeline.spec.name}-{component}",
+            "namespace": pipeline.spec.namespace,
+            "labels": labels(pipeline, component),
+        },
+        "spec": {
+            "podSelector": _selector(pipeline, component),
+            "policyTypes": ["Ingress"],
+            "ingress": [
+                _allow(callers, _REQUESTS),
+                _allow([_pods(_KNATIVE, app="autoscaler")], _AUTOSCALER),
+                _allow([_namespace(pipeline.spec.network.monitoring_namespace)], _METRICS, CONTAINER_PORT),
+            ],
+        },
+    }
+
+
+def _allow(callers: list[Manifest], *ports: int) -> Manifest:
+    return {"from": callers, "ports": [{"protocol": "TCP", "port": port} for port in ports]}
+
+
+def _namespace(name: str) -> dict[str, Any]:
+    return {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}}}
+
+
+def _pods(namespace: str, **own_labels: str) -> dict[str, Any]:
+    return {**_namespace(namespace), "podSelector": {"matchLabels": own_labels}}
+
+
+def _gateway(pipeline: Pipeline) -> dict[str, Any]:
+    """Of any version of this pipeline: during a change the old gateway still drives the old stages."""
+    return {"podSelector": _selector(pipeline, "gateway")}
+
+
+def _selector(pipeline: Pipeline, component: str) -> dict[str, Any]:
+    own = labels(pipeline, component)
+    return {"matchLabels": {key: own[key] for key in _SELECTING}}

@@ -1,0 +1,322 @@
+"""PipelineSpec and model → the Kubernetes objects of a pipeline: a Knative Service per stage, one for the gateway, its Role.
+
+They are what runs everywhere: on a cluster as they are, on one machine read by `knative/local`. Keys of the environment are
+those of docs/structures.md. No secret value is ever rendered, only names of Secrets.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any, Final
+
+import yaml
+
+from eventing.wire.events import Cut, pipeline_fingerprint
+from knative.spec.pipeline_spec import Autoscaling, PipelineSpec, Resources, SpecError, Stage, Tracing, format_cut, quantity
+
+Manifest = dict[str, Any]
+
+CONTAINER_PORT: Final = 8080
+_AUTOSCALING: Final = "autoscaling.knative.dev/"
+_NUMBER_LIKE: Final = re.compile(r"[-+.]?\d")
+_CACHE_VOLUME: Final = "weights-cache"
+_TEMPORARY_VOLUME: Final = "tmp"
+_NON_ROOT: Final = {
+    "runAsNonRoot": True,
+    "runAsUser": 65532,
+    "allowPrivilegeEscalation": False,
+    "readOnlyRootFilesystem": True,
+    "capabilities": {"drop": ["ALL"]},
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """A spec with what only the model can tell: where it is cut, and the digest of its weights."""
+
+    spec: PipelineSpec
+    cut: Cut
+    weights_digest: str
+
+    @property
+    def fingerprint(self) -> str:
+        return pipeline_fingerprint(self.weights_digest, self.cut, self.spec.model.dtype)
+
+    def stage_name(self, index: int) -> str:
+        """Carries the fingerprint: a new cut or model is a new set of Services beside the old one."""
+        return f"{self.spec.name}-{self.fingerprint[:8]}-s{index}"
+
+    @property
+    def events_gateway_name(self) -> str:
+        """Likewise, so that a Sequence's first step is of the same pipeline as the stages behind it."""
+        return f"{self.spec.name}-{self.fingerprint[:8]}-ev"
+
+    def stage_url(self, index: int) -> str:
+        return f"http://{self.stage_name(index)}.{self.spec.namespace}.svc.cluster.local"
+
+
+def services(pipeline: Pipeline) -> list[Manifest]:
+    """The Knative Services alone: stages in their order, the gateway and, with Eventing, the events' gateway."""
+    stages = [stage_service(pipeline, index) for index in range(len(pipeline.cut))]
+    events = [] if pipeline.spec.eventing is None else [events_gateway_service(pipeline)]
+    return [*stages, gateway_service(pipeline), *events]
+
+
+def to_yaml(objects: list[Manifest]) -> str:
+    """Deterministic: keys in the order of rendering, a document each."""
+    return yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, width=120, explicit_start=True)
+
+
+def stage_service(pipeline: Pipeline, index: int) -> Manifest:
+    spec, stage = pipeline.spec, pipeline.spec.stage
+    container = _container(spec, stage.resources, _stage_env(pipeline, index))
+    template = _template(stage.autoscaling, container, stage.timeout_seconds, stage.progress_deadline_seconds)
+    _add_volumes(template["spec"], stage)
+    return _service(pipeline, pipeline.stage_name(index), "stage", template, cluster_local=True)
+
+
+def gateway_service(pipeline: Pipeline) -> Manifest:
+    return _gateway(pipeline, pipeline.spec.name, pipeline.spec.gateway.api_keys_secret, cluster_local=False)
+
+
+def events_gateway_service(pipeline: Pipeline) -> Manifest:
+    """A gateway for Eventing, which cannot send an API key: it asks for none, and is reached from inside the cluster only."""
+    return _gateway(pipeline, pipeline.events_gateway_name, None, cluster_local=True)
+
+
+def _gateway(pipeline: Pipeline, name: str, api_keys_secret: str | None, cluster_local: bool) -> Manifest:
+    spec, gateway = pipeline.spec, pipeline.spec.gateway
+    container = _container(spec, gateway.resources, _gateway_env(pipeline, api_keys_secret))
+    template = _template(gateway.autoscaling, container, gateway.timeout_seconds, 120)
+    template["spec"]["serviceAccountName"] = _service_account(spec)
+    _add_volumes(template["spec"], None)
+    return _service(pipeline, name, "gateway", template, cluster_local)
+
+
+def gateway_access(pipeline: Pipeline) -> list[Manifest]:
+    """ServiceAccount, Role and RoleBinding: the gateway may read EndpointSlices of its namespace, and nothing else."""
+    name = _service_account(pipeline.spec)
+    metadata = {"name": name, "namespace": pipeline.spec.namespace, "labels": labels(pipeline, "gateway")}
+    rule = {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["get", "list", "watch"]}
+    role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": name}
+    subject = {"kind": "ServiceAccount", "name": name, "namespace": pipeline.spec.namespace}
+    return [
+        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata},
+        {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "Role", "metadata": metadata, "rules": [rule]},
+        {
+            "apiVersion": "rbac.authorization.k8s.io/v1",
+            "kind": "RoleBinding",
+            "metadata": metadata,
+            "roleRef": role,
+            "subjects": [subject],
+        },
+    ]
+
+
+def _service(pipeline: Pipeline, name: str, component: str, template: Manifest, cluster_local: bool) -> Manifest:
+    own_labels = labels(pipeline, component)
+    template["metadata"]["labels"] = dict(own_labels)
+    if cluster_local:
+        own_labels["networking.knative.dev/visibility"] = "cluster-local"
+    return {
+        "apiVersion": "serving.knative.dev/v1",
+        "kind": "Service",
+        "metadata": {"name": name, "namespace": pipeline.spec.namespace, "labels": own_labels},
+        "spec": {"template": template},
+    }
+
+
+def labels(pipeline: Pipeline, component: str) -> dict[str, str]:
+    """Kubernetes' recommended labels, and the fingerprint."""
+    return {
+        "app.kubernetes.io/name": "lamina",
+        "app.kubernetes.io/instance": pipeline.spec.name,
+        "app.kubernetes.io/component": component,
+        "app.kubernetes.io/part-of": "lamina",
+        "app.kubernetes.io/managed-by": "lamina",
+        "lamina.dev/pipeline": pipeline.fingerprint,
+    }
+
+
+def _template(scaling: Autoscaling, container: Manifest, timeout_seconds: int, progress_deadline_seconds: int) -> Manifest:
+    annotations = {**_annotations(scaling), "serving.knative.dev/progress-deadline": f"{progress_deadline_seconds}s"}
+    return {
+        "metadata": {"annotations": annotations},
+        "spec": {
+            "containerConcurrency": scaling.container_concurrency,
+            "timeoutSeconds": timeout_seconds,
+            "responseStartTimeoutSeconds": timeout_seconds,  # 300 unless set, whatever timeoutSeconds is
+            "enableServiceLinks": False,
+            "containers": [container],
+        },
+    }
+
+
+def _annotations(scaling: Autoscaling) -> dict[str, str]:
+    hpa = scaling.autoscaler_class == "hpa"
+    target = scaling.target or (70 if hpa else 2)
+    values: dict[str, str | None] = {
+        "class": f"{scaling.autoscaler_class}.autoscaling.knative.dev",
+        "metric": "cpu" if hpa else "concurrency",
+        "target": _plain(target),
+        "target-utilization-percentage": None if hpa else _plain(scaling.target_utilization_percentage),
+        "window": None if hpa else f"{_plain(scaling.window_seconds)}s",
+        "panic-window-percentage": None if hpa else _plain(scaling.panic_window_percentage),
+        "scale-down-delay": None if hpa else f"{_plain(scaling.scale_down_delay_seconds)}s",
+        "min-scale": str(scaling.min_scale),
+        "max-scale": str(scaling.max_scale),
+        "initial-scale": None if scaling.initial_scale is None else str(scaling.initial_scale),
+        "target-burst-capacity": None if scaling.target_burst_capacity is None else _plain(scaling.target_burst_capacity),
+    }
+    return {_AUTOSCALING + key: value for key, value in values.items() if value is not None}
+
+
+def _container(spec: PipelineSpec, resources: Resources, env: list[Manifest]) -> Manifest:
+    amounts: dict[str, str] = {"cpu": resources.cpu, "memory": resources.memory}
+    if resources.gpu:
+        amounts["nvidia.com/gpu"] = str(resources.gpu)
+    return {
+        "name": "function",
+        "image": spec.image,
+        "ports": [{"name": "http1", "containerPort": CONTAINER_PORT}],
+        "env": env,
+        "envFrom": [{"secretRef": {"name": spec.store.secret}}],
+        "resources": {"requests": dict(amounts), "limits": dict(amounts)},
+        "readinessProbe": {"httpGet": {"path": "/readyz"}, "periodSeconds": 1, "timeoutSeconds": 2},
+        # /healthz answers while weights still load, so that slow weights never get a pod killed; a minute covers the imports.
+        "livenessProbe": {"httpGet": {"path": "/healthz"}, "periodSeconds": 10, "timeoutSeconds": 5, "failureThreshold": 6},
+        "securityContext": {**_NON_ROOT, "capabilities": {"drop": ["ALL"]}},
+    }
+
+
+def _add_volumes(pod: Manifest, stage: Stage | None) -> None:
+    """The root file system is read-only: a scratch folder, and the weights cache where it is wanted."""
+    volumes: list[Manifest] = [{"name": _TEMPORARY_VOLUME, "emptyDir": {}}]
+    mounts = [{"name": _TEMPORARY_VOLUME, "mountPath": "/tmp"}]
+    if stage is not None and stage.weights_cache is not None:
+        volumes.append({"name": _CACHE_VOLUME, "emptyDir": {"sizeLimit": stage.weights_cache_size}})
+        mounts.append({"name": _CACHE_VOLUME, "mountPath": stage.weights_cache})
+    pod["containers"][0]["volumeMounts"] = mounts
+    pod["volumes"] = volumes
+
+
+def _common_env(pipeline: Pipeline, role: str) -> list[Manifest]:
+    spec = pipeline.spec
+    return [
+        *_values(
+            LAMINA_ROLE=role,
+            LAMINA_PIPELINE=pipeline.fingerprint,
+            LAMINA_MODEL=spec.model.name,
+            LAMINA_DTYPE=spec.model.dtype,
+            LAMINA_CUT=format_cut(pipeline.cut),
+            LAMINA_STORE_ENDPOINT=spec.store.endpoint,
+            LAMINA_STORE_BUCKET=spec.store.bucket,
+            LAMINA_STORE_REGION=spec.store.region,
+            LAMINA_LOG_LEVEL=spec.log_level,
+        ),
+        *_tracing_env(spec.tracing),
+        _from_secret("LAMINA_PIPELINE_TOKEN", spec.pipeline_token_secret, "token"),
+    ]
+
+
+def _tracing_env(tracing: Tracing | None) -> list[Manifest]:
+    if tracing is None:
+        return []
+    return _values(
+        OTEL_EXPORTER_OTLP_ENDPOINT=tracing.endpoint,
+        OTEL_TRACES_SAMPLER="parentbased_traceidratio",
+        OTEL_TRACES_SAMPLER_ARG=tracing.sample_ratio,
+    )
+
+
+def _stage_env(pipeline: Pipeline, index: int) -> list[Manifest]:
+    stage = pipeline.spec.stage
+    first, last = pipeline.cut[index]
+    return [
+        *_common_env(pipeline, "stage"),
+        *_values(
+            LAMINA_LAYERS=f"{first}:{last}",
+            LAMINA_LAYER_GROUP=stage.layer_group,
+            LAMINA_SLEEP_SECONDS=_sleep_seconds(stage, index),
+            LAMINA_DEVICE=stage.device,
+            LAMINA_THREADS=stage.threads,
+            LAMINA_BUSY_THREADS=stage.busy_threads,
+            LAMINA_KV_CACHE_BYTES=int(quantity(stage.kv_cache)),
+            LAMINA_MAX_MERGE=stage.max_merge,
+            LAMINA_IDLE_SEQUENCE_SECONDS=stage.idle_sequence_seconds,
+            LAMINA_WEIGHTS_CACHE=stage.weights_cache,
+            LAMINA_WEIGHTS_CACHE_BYTES=int(quantity(stage.weights_cache_size)) if stage.weights_cache else None,
+        ),
+    ]
+
+
+def _sleep_seconds(stage: Stage, index: int) -> float | None:
+    if not isinstance(stage.sleep_seconds, list):
+        return stage.sleep_seconds
+    if index >= len(stage.sleep_seconds):
+        raise SpecError(f"$.stage.sleep_seconds: {len(stage.sleep_seconds)} numbers, none for stage {index}")
+    return stage.sleep_seconds[index]
+
+
+def _gateway_env(pipeline: Pipeline, api_keys_secret: str | None) -> list[Manifest]:
+    gateway = pipeline.spec.gateway
+    stages = ",".join(f"{first}:{last}={pipeline.stage_url(k)}" for k, (first, last) in enumerate(pipeline.cut))
+    env = [
+        *_common_env(pipeline, "gateway"),
+        *_values(
+            LAMINA_STAGES=stages,
+            LAMINA_STAGE_SERVICES=",".join(pipeline.stage_name(k) for k in range(len(pipeline.cut))),
+            LAMINA_QUEUE_LIMIT=gateway.queue_limit,
+            LAMINA_CHUNK_TOKENS=gateway.chunk_tokens,
+            LAMINA_MICRO_BATCH_SEQUENCES=gateway.micro_batch_sequences,
+            LAMINA_STAGES_AT_ONCE=gateway.stages_at_once,
+            LAMINA_COLD_START_TIMEOUT_SECONDS=gateway.cold_start_timeout_seconds,
+            LAMINA_REQUEST_TIMEOUT_SECONDS=gateway.request_timeout_seconds,
+            LAMINA_STEP_TIMEOUT_SECONDS=gateway.step_timeout_seconds,
+            LAMINA_KUBERNETES_API="cluster",
+            LAMINA_NAMESPACE=pipeline.spec.namespace,
+            LAMINA_POD_NETWORK=gateway.pod_network,
+            LAMINA_POD_PORT=gateway.pod_port,
+        ),
+    ]
+    if api_keys_secret is not None:
+        env.append(_from_secret("LAMINA_API_KEYS", api_keys_secret, "api-keys"))
+    return env
+
+
+def _values(**values: object) -> list[Manifest]:
+    """Settings left out are not rendered: the function's own default applies."""
+    return [{"name": name, "value": _plain(value)} for name, value in values.items() if value is not None]
+
+
+def _from_secret(name: str, secret: str, key: str) -> Manifest:
+    return {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}}
+
+
+def _plain(value: object) -> str:
+    """2.0 → 2: Kubernetes and Knative read both, people prefer the shorter."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _service_account(spec: PipelineSpec) -> str:
+    return spec.gateway.service_account or f"{spec.name}-gateway"
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes shared values out instead of anchors, indents lists, and quotes what another reader may take for a number.
+
+    A fingerprint such as 1178e1174203 is a string to PyYAML and a float to Kubernetes.
+    """
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        super().increase_indent(flow, False)
+
+
+def _string(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if _NUMBER_LIKE.match(text) else None)
+
+
+_Dumper.add_representer(str, _string)

@@ -1,0 +1,337 @@
+"""PipelineSpec: what a person says of a pipeline, in YAML; everything else is derived from it and the model's manifest.
+
+A default lives here and nowhere else. An error names the path in the file and the value that was seen.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import msgspec
+import yaml
+from msgspec import Meta, Struct
+
+from eventing.wire.events import Cut
+
+DTYPES: Final = ("float32", "bfloat16", "float16", "int8")
+MAX_NAME_WITH_EVENTING: Final = 28
+"""`{name}-{fingerprint[:8]}-kn-sequence-10-kn-channel` is a DNS label too, which Eventing makes of a Sequence's name."""
+MAX_NAME: Final = 36
+"""`{name}-{fingerprint[:8]}-s{k}-00001-private` is the longest DNS label that is made of a name: 63 characters."""
+
+_LABEL: Final = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+_QUANTITY: Final = re.compile(r"(\d+(?:\.\d+)?)(m|k|M|G|T|Ki|Mi|Gi|Ti)?")
+_FACTORS: Final = {
+    None: 1.0, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12,
+    "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40,
+}  # fmt: skip
+
+Seconds = Annotated[float, Meta(gt=0)]
+Positive = Annotated[int, Meta(ge=1)]
+Natural = Annotated[int, Meta(ge=0)]
+
+
+class SpecError(ValueError):
+    """The spec cannot be used. The message names the path and the value, and says what is allowed."""
+
+
+class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A publication in the model repository: `python -m knative push` makes one."""
+
+    name: str
+    dtype: str = "bfloat16"
+    digest: str | None = None
+    """Weights digest as `push` prints it. Pins the publication, and lets `render` work without the store."""
+
+
+class Resources(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Kubernetes quantities, requested and limited alike: a stage that is throttled or evicted breaks routes."""
+
+    cpu: str = "1"
+    memory: str = "2Gi"
+    gpu: Natural = 0
+
+
+class Autoscaling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Knative's own words and units; the defaults are the ones that worked together on a cluster."""
+
+    autoscaler_class: Annotated[str, Meta(pattern="^(kpa|hpa)$")] = msgspec.field(name="class", default="kpa")
+    container_concurrency: Annotated[int, Meta(ge=0, le=1000)] = 8
+    target: Annotated[float, Meta(ge=0.01)] | None = None
+    """Requests in flight that one pod is meant for; with the class hpa, percent of CPU. Unset: 2, or 70 percent."""
+    target_utilization_percentage: Annotated[float, Meta(ge=1, le=100)] = 70
+    window_seconds: Annotated[float, Meta(ge=6, le=3600)] = 10
+    panic_window_percentage: Annotated[float, Meta(ge=1, le=100)] = 60
+    """Of the window: 6 s, as Knative has by default with its window of 60 s. Its 10 % of 10 s is one second, in which a few
+    prompts at once are a surge; and what one second asks for stays for the scale-down delay."""
+    scale_down_delay_seconds: Annotated[float, Meta(ge=0, le=3600)] = 30
+    """Longer than a micro-batch is ever away from a stage, or idle holders of KV are taken."""
+    min_scale: Natural = 0
+    max_scale: Positive = 10
+    """The only brake on bursts, so there always is one."""
+    initial_scale: Positive | None = None
+    target_burst_capacity: Annotated[float, Meta(ge=0)] | None = None
+    """Unset: the cluster's own. -1 is refused: Knative then reads no queue-proxy and cannot see direct traffic."""
+
+
+class Stage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every stage gets."""
+
+    resources: Resources = Resources()
+    kv_cache: str = "512Mi"
+    """KV budget of one pod, a quantity of bytes."""
+    layer_group: Annotated[str, Meta(pattern="^(auto|llama|transformers|sleep)$")] = "auto"
+    sleep_seconds: Seconds | list[Seconds] | None = None
+    """With the layer group `sleep`: seconds a pass takes, for all stages or one number for each."""
+    device: Annotated[str, Meta(pattern="^(auto|cpu|cuda)$")] = "auto"
+    threads: Natural = 0
+    busy_threads: Positive | None = None
+    """For stages in fp32 that share the cores of one machine: threads of a pass while it is busy. Unset: as `threads`."""
+    max_merge: Positive | None = None
+    idle_sequence_seconds: Seconds | None = None
+    timeout_seconds: Annotated[int, Meta(ge=1, le=600)] = 600
+    """Also the grace that a leaving pod gets."""
+    progress_deadline_seconds: Positive = 600
+    """How long weights may take to arrive before the revision counts as failed."""
+    weights_cache: Annotated[str, Meta(pattern="^/")] | None = None
+    """Folder of an emptyDir for verified weights: helps restarts of a container, not new pods."""
+    weights_cache_size: str = "2Gi"
+    autoscaling: Autoscaling = Autoscaling()
+
+
+class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The one function that clients talk to. Settings left out are the function's own defaults."""
+
+    resources: Resources = Resources(cpu="500m", memory="512Mi")
+    micro_batch_sequences: Positive | None = None
+    stages_at_once: Positive | None = None
+    """How many stages can compute at the same time, where they share cores. Unset: all."""
+    chunk_tokens: Positive | None = None
+    queue_limit: Positive | None = None
+    cold_start_timeout_seconds: Seconds | None = None
+    request_timeout_seconds: Seconds | None = None
+    step_timeout_seconds: Seconds | None = None
+    timeout_seconds: Annotated[int, Meta(ge=1, le=600)] = 600
+    api_keys_secret: str | None = None
+    """Secret whose key `api-keys` holds comma-separated bearer keys. Unset: open to whoever reaches it."""
+    service_account: str | None = None
+    """Needs the right to watch EndpointSlices. Unset: `{name}-gateway`, rendered with its Role."""
+    pod_network: str = "10.0.0.0/8"
+    """CIDR of the cluster's pods: only addresses inside it are followed."""
+    pod_port: Annotated[int, Meta(ge=1, le=65535)] = 8012
+    autoscaling: Autoscaling = Autoscaling(container_concurrency=0, target=100, max_scale=3)
+
+
+class Store(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The S3-compatible store that pods read weights from."""
+
+    endpoint: Annotated[str, Meta(pattern="^https?://")]
+    bucket: str = "lamina"
+    region: str = "us-east-1"
+    secret: str = "lamina-store"
+    """Secret with the keys AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if need be, AWS_SESSION_TOKEN."""
+
+
+class Network(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Namespaces from which pods may be reached, besides Knative's own."""
+
+    policies: bool = True
+    """Whether NetworkPolicies are rendered. A cluster whose network does not know them ignores them."""
+    ingress_namespace: str = "kourier-system"
+    monitoring_namespace: str = "monitoring"
+
+
+class Channel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What events wait in between the steps of the Sequence."""
+
+    api_version: str = "messaging.knative.dev/v1"
+    kind: str = "InMemoryChannel"
+    """Keeps nothing over a restart of its pod. Name a durable one for what must not be lost."""
+
+
+class Eventing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A Broker with Triggers, and a Sequence that scores texts. Whoever reaches the Broker may ask: events carry no API key."""
+
+    dead_letter_sink: str
+    """Where an event goes that cannot be delivered: a URL, or the name of a Knative Service of the same namespace."""
+    reply_sink: str | None = None
+    """Where responses go, likewise. Unset: whoever wants them makes a Trigger."""
+    broker_class: str = "MTChannelBasedBroker"
+    channel: Channel = Channel()
+    retry: Annotated[int, Meta(ge=0, le=100)] = 5
+    backoff_policy: Annotated[str, Meta(pattern="^(exponential|linear)$")] = "exponential"
+    backoff_seconds: Annotated[float, Meta(gt=0, le=3600)] = 1
+    timeout_seconds: Annotated[int, Meta(ge=1, le=600)] = 600
+    """Of one delivery: as long as the longest answer, cold start included."""
+
+
+class Monitoring(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """PodMonitor and PrometheusRule; needs the Prometheus operator."""
+
+    labels: dict[str, str] = {}
+    """On both objects: what the Prometheus selects by, such as `release: prometheus`."""
+    interval_seconds: Annotated[int, Meta(ge=1, le=300)] = 15
+    queue_proxy_metrics: bool = False
+    """Scrapes queue-proxy too, which listens only once config-observability has `request-metrics-protocol: prometheus`."""
+    alerts: bool = True
+
+
+class Tracing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Traces of gateway and stages, by OTLP over HTTP."""
+
+    endpoint: Annotated[str, Meta(pattern="^https?://")]
+    """Of a collector; `/v1/traces` is put behind it."""
+    sample_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.1
+    """Of requests that bring no decision of their own; a span for each stage and step is many."""
+
+
+class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One pipeline. Either `stages` (the planner cuts) or `cut` (`0:10,10:20,20:30`)."""
+
+    name: str
+    namespace: str = "default"
+    model: Model
+    stages: Positive | None = None
+    cut: str | None = None
+    image: str
+    pipeline_token_secret: str = "lamina-pipeline"
+    """Secret whose key `token` is the bearer token between gateway and stages."""
+    stage: Stage = Stage()
+    gateway: Gateway = Gateway()
+    store: Store
+    network: Network = Network()
+    eventing: Eventing | None = None
+    """Unset: the pipeline is asked over HTTP only."""
+    monitoring: Monitoring | None = None
+    """Unset: whoever scrapes the pods brings their own objects."""
+    tracing: Tracing | None = None
+    """Unset: traceparent is passed on, nothing is recorded."""
+    log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$")] = "info"
+
+    def __post_init__(self) -> None:
+        _check_label("$.name", self.name, MAX_NAME if self.eventing is None else MAX_NAME_WITH_EVENTING)
+        _check_label("$.namespace", self.namespace, 63)
+        _check_choice("$.model.dtype", self.model.dtype, DTYPES)
+        for path, scaling in (("$.stage", self.stage.autoscaling), ("$.gateway", self.gateway.autoscaling)):
+            _check_autoscaling(f"{path}.autoscaling", scaling)
+        for path, text in self._quantities():
+            if not _QUANTITY.fullmatch(text):
+                raise SpecError(f"{path}: {text!r} is no Kubernetes quantity, such as 500m, 2 or 512Mi")
+        if self.eventing is not None:
+            _check_sinks(self.eventing)
+        if (self.stages is None) == (self.cut is None):
+            raise SpecError(f"$.stages, $.cut: exactly one of them is needed, seen {self.stages!r} and {self.cut!r}")
+        if self.cut is not None:
+            parse_cut(self.cut, "$.cut")
+
+    def _quantities(self) -> list[tuple[str, str]]:
+        stage, gateway = self.stage, self.gateway
+        return [
+            ("$.stage.resources.cpu", stage.resources.cpu),
+            ("$.stage.resources.memory", stage.resources.memory),
+            ("$.stage.kv_cache", stage.kv_cache),
+            ("$.stage.weights_cache_size", stage.weights_cache_size),
+            ("$.gateway.resources.cpu", gateway.resources.cpu),
+            ("$.gateway.resources.memory", gateway.resources.memory),
+        ]
+
+
+def _check_label(path: str, value: str, longest: int) -> None:
+    if not _LABEL.fullmatch(value) or len(value) > longest:
+        raise SpecError(
+            f"{path}: {value!r} is no DNS label (lower-case letters, digits, '-', a letter first, at most {longest} characters)"
+        )
+
+
+def _check_choice(path: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise SpecError(f"{path}: {value!r} is none of {', '.join(choices)}")
+
+
+def _check_sinks(eventing: Eventing) -> None:
+    for path, sink in (("dead_letter_sink", eventing.dead_letter_sink), ("reply_sink", eventing.reply_sink)):
+        if sink is not None and not re.match("https?://[^/]", sink):
+            if "/" in sink or ":" in sink:
+                raise SpecError(f"$.eventing.{path}: {sink!r} is neither a URL that begins with http nor the name of a Service")
+            _check_label(f"$.eventing.{path}", sink, 63)
+
+
+def _check_autoscaling(path: str, scaling: Autoscaling) -> None:
+    if scaling.min_scale > scaling.max_scale:
+        raise SpecError(f"{path}.min_scale: {scaling.min_scale} is above max_scale {scaling.max_scale}")
+    limit = scaling.container_concurrency
+    if scaling.autoscaler_class == "kpa" and limit and (scaling.target or 0) > limit:
+        raise SpecError(f"{path}.target: {scaling.target} is above container_concurrency {limit} and would never be reached")
+    if scaling.autoscaler_class == "hpa" and scaling.min_scale == 0:
+        raise SpecError(f"{path}.min_scale: 0, but the class hpa cannot scale to zero; use 1 or the class kpa")
+
+
+def parse_cut(text: str, path: str = "cut") -> Cut:
+    """`0:10,10:20` → ((0, 10), (10, 20)). Raises SpecError where groups are empty, overlap or leave a gap."""
+    match = re.fullmatch(r"\d+:\d+(,\d+:\d+)*", text)
+    if match is None:
+        raise SpecError(f"{path}: {text!r} is no cut such as 0:10,10:20,20:30")
+    groups = [tuple(map(int, part.split(":"))) for part in text.split(",")]
+    cut = tuple((first, last) for first, last in groups)
+    expected = 0
+    for first, last in cut:
+        if first != expected or last <= first:
+            raise SpecError(
+                f"{path}: {text!r}: group {first}:{last} must begin with layer {expected} and hold at least one layer"
+            )
+        expected = last
+    return cut
+
+
+def format_cut(cut: Cut) -> str:
+    return ",".join(f"{first}:{last}" for first, last in cut)
+
+
+def quantity(text: str) -> float:
+    """A Kubernetes quantity as a number: `500m` → 0.5, `512Mi` → 536870912. Raises SpecError."""
+    match = _QUANTITY.fullmatch(text)
+    if match is None:
+        raise SpecError(f"{text!r} is no Kubernetes quantity, such as 500m, 2 or 512Mi")
+    return float(match[1]) * _FACTORS[match[2]]
+
+
+def spec_from_dict(document: Any) -> PipelineSpec:
+    """Raises SpecError, its message led by the path of what is wrong."""
+    try:
+        return msgspec.convert(document, PipelineSpec)
+    except SpecError:
+        raise
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, SpecError):  # msgspec wraps what __post_init__ raises
+            raise error.__cause__ from None
+        raise SpecError(_with_value(str(error), document)) from error
+
+
+def load_spec(path: Path) -> PipelineSpec:
+    """Reads one YAML document. Raises SpecError, with the file's name in front."""
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SpecError(f"{path}: cannot be read as YAML: {error}") from error
+    try:
+        return spec_from_dict(document)
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from error
+
+
+def _with_value(message: str, document: Any) -> str:
+    """msgspec says what it expected and where; the value that was seen is looked up and added."""
+    text, _, rest = message.partition(" - at `")
+    path = rest.rstrip("`") or "$"
+    value = document
+    for key, index in re.findall(r"\.([^.\[\]]+)|\[(\d+)\]", path):
+        try:
+            value = value[key] if key else value[int(index)]
+        except (KeyError, IndexError, TypeError):
+            return f"{path}: {text}"
+    return f"{path}: {text}, seen {_shortened(value)}"
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

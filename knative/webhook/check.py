@@ -1,0 +1,105 @@
+"""Whether a cluster would accept a Knative Service: the API server's, the webhook's and the pod's rules, in their order.
+
+Nothing here talks to a cluster. The rules are those of Knative Serving with its default feature flags; tests hold them to a
+real cluster's verdict over recorded manifests. `knative.webhook.warnings` says what is accepted and surely a mistake.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from knative.webhook.annotations import service_annotations, template_annotations
+from knative.webhook.autoscaling_annotations import AutoscalerConfig
+from knative.webhook.dry_run import pod
+from knative.webhook.podspec import revision_spec
+from knative.webhook.schema import as_decoded, unknown_fields, wrong_types
+from knative.webhook.traffic import traffic
+from knative.webhook.values import is_dns_1035_label, is_label_value, is_qualified_name
+from knative.webhook.violation import Violation, Violations, in_one_line, invalid, missing
+from knative.webhook.warnings import warnings
+
+__all__ = ["API_VERSION", "Violation", "in_one_line", "is_knative_service", "validate", "warnings"]
+
+API_VERSION: Final = "serving.knative.dev/v1"
+_TEMPLATE: Final = "spec.template"
+_DEFAULTS: Final = AutoscalerConfig()
+
+
+def is_knative_service(document: object) -> bool:
+    """A Service of Knative's, of whatever version; Kubernetes has a kind of the same name."""
+    if not isinstance(document, Mapping):
+        return False
+    return document.get("kind") == "Service" and str(document.get("apiVersion", "")).startswith("serving.knative.dev/")
+
+
+def validate(service: dict[str, Any], config: AutoscalerConfig = _DEFAULTS) -> list[Violation]:
+    """Why a cluster would refuse the Service; empty where it would accept it.
+
+    As on a cluster a rule speaks only where all before it are content: unknown fields, types, Knative's webhook, the pod.
+    """
+    decoded = as_decoded(service)
+    rules: tuple[Callable[[], Violations], ...] = (
+        lambda: _kind(service),
+        lambda: unknown_fields(service),
+        lambda: wrong_types(decoded),
+        lambda: _webhook(decoded, config),
+        lambda: pod(decoded["spec"]["template"]["spec"], "spec"),
+    )
+    for rule in rules:
+        if found := list(dict.fromkeys(rule())):
+            return found
+    return []
+
+
+def _kind(service: dict[str, Any]) -> Violations:
+    if service.get("kind") != "Service":
+        yield Violation("kind", f"a Service is wanted, not {service.get('kind')!r}")
+    if service.get("apiVersion") != API_VERSION:
+        yield Violation("apiVersion", f"{API_VERSION} is wanted, not {service.get('apiVersion')!r}")
+
+
+def _webhook(service: dict[str, Any], config: AutoscalerConfig) -> Violations:
+    metadata, spec = service.get("metadata", {}), service.get("spec", {})
+    template = spec.get("template", {})
+    yield from _metadata(metadata)
+    yield from service_annotations(metadata.get("annotations", {}), "metadata.annotations")
+    yield from revision_spec(template.get("spec", {}), f"{_TEMPLATE}.spec")
+    annotations = template.get("metadata", {}).get("annotations", {})
+    yield from template_annotations(annotations, config, f"{_TEMPLATE}.metadata.annotations")
+    yield from _revision_name(template.get("metadata", {}), metadata)
+    yield from traffic(spec.get("traffic", []), "spec.traffic")
+
+
+def _metadata(metadata: dict[str, Any]) -> Violations:
+    name, prefix = metadata.get("name", ""), metadata.get("generateName", "")
+    if prefix and not is_dns_1035_label(_as_prefix(prefix)):
+        yield Violation("metadata.generateName", f'not a DNS 1035 label prefix: "{prefix}"')
+    if name and not is_dns_1035_label(name):
+        yield Violation("metadata.name", f'not a DNS 1035 label: "{name}"')
+    if not name and not prefix:
+        yield Violation("metadata.name", "name or generateName is required")
+    for field in ("annotations", "labels"):
+        for key, value in metadata.get(field, {}).items():
+            if not is_qualified_name(key):
+                yield Violation(f"metadata.{field}", f'invalid key name "{key}"')
+            elif field == "labels" and not is_label_value(value):
+                yield invalid(f"metadata.labels.{key}", value, "not a label value")
+
+
+def _revision_name(template: dict[str, Any], service: dict[str, Any]) -> Violations:
+    """A revision that is given a name carries its Service's as a prefix."""
+    at, name, prefix = f"{_TEMPLATE}.metadata", template.get("name", ""), template.get("generateName", "")
+    if prefix and not is_dns_1035_label(_as_prefix(prefix)):
+        yield invalid(f"{at}.generateName", prefix, "not a DNS 1035 label prefix")
+    if not name:
+        return
+    if not is_dns_1035_label(name):
+        yield invalid(f"{at}.name", name, "not a DNS 1035 label")
+    elif not service.get("name"):
+        yield missing("metadata.name")
+    elif not name.startswith(f"{service['name']}-"):
+        yield invalid(f"{at}.name", f'"{name}" must have prefix "{service["name"]}-"')
+
+
+def _as_prefix(prefix: str) -> str:
+    """A name that the prefix could begin: a trailing dash is no fault in it."""
+    return prefix[:-1] + "a" if prefix.endswith("-") else prefix

@@ -1,0 +1,124 @@
+"""Hugging Face checkpoints: a folder with config.json, safetensors (one file or shards with an index) and a tokenizer.
+
+Nothing in the folder is run: no remote code, and a pickled checkpoint is refused.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from storage.checkpoints.checkpoint import Checkpoint, SourceTensor
+from storage.checkpoints.safetensors_format import TensorSpan, read_exactly, read_spans, tensor_bytes
+from storage.errors import CheckpointInvalid
+
+_INDEX: Final = "model.safetensors.index.json"
+_SINGLE: Final = "model.safetensors"
+_FILES: Final = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja",
+)  # fmt: skip
+_SLOW_TOKENIZERS: Final = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def open_folder(folder: Path) -> Checkpoint:
+    """Raises CheckpointInvalid, naming the file and what is wrong with it."""
+    config = _read_json(folder / "config.json")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "an unnamed method")
+        raise CheckpointInvalid(
+            f"{folder} is quantized with {method}; publish the unquantized checkpoint, with dtype int8 if wanted"
+        )
+    return Checkpoint(config, dict(_files(folder)), dict(_tensors(folder)))
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, SourceTensor]]:
+    for path, wanted in _shards(folder).items():
+        spans = read_spans(path)
+        if missing := sorted(set(wanted or ()) - set(spans)):
+            raise CheckpointInvalid(f"{path} lacks {missing[0]!r}, which {_INDEX} says it has; fetch the checkpoint again")
+        for name in wanted or spans:
+            span = spans[name]
+            yield name, SourceTensor(span.dtype, span.shape, partial(_read_rows, path, span))
+
+
+def _read_rows(path: Path, span: TensorSpan, first: int, last: int) -> memoryview:
+    row_bytes = tensor_bytes(span.dtype, span.shape[1:])
+    view = memoryview(bytearray((last - first) * row_bytes))
+    with path.open("rb", buffering=0) as file:
+        read_exactly(file.fileno(), span.start + first * row_bytes, view)
+    return view
+
+
+def _shards(folder: Path) -> dict[Path, list[str] | None]:
+    """Files and the tensors to take from each; None: all."""
+    if (folder / _INDEX).is_file():
+        return _indexed_shards(folder)
+    if (folder / _SINGLE).is_file():
+        return {folder / _SINGLE: None}
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return {found[0]: None}
+    if found:
+        raise CheckpointInvalid(f"{folder} has {len(found)} safetensors files and no {_INDEX} that tells them apart")
+    if pickles := sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)):
+        raise CheckpointInvalid(
+            f"{folder} has {pickles[0]}, a pickle, which can run code when read and is not; convert it to safetensors "
+            "where you trust it (save_pretrained writes them)"
+        )
+    raise CheckpointInvalid(f"{folder} has no safetensors file; is it the folder of a checkpoint?")
+
+
+def _indexed_shards(folder: Path) -> dict[Path, list[str] | None]:
+    weight_map = _read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointInvalid(f"{folder / _INDEX} has no weight_map; fetch it again")
+    shards: dict[Path, list[str] | None] = {}
+    for name, file in weight_map.items():
+        path = folder / str(file)
+        if path.parent != folder or not path.is_file():
+            raise CheckpointInvalid(f"{folder} lacks the shard {file!r}, which {_INDEX} names for {name!r}; fetch it")
+        names = shards.setdefault(path, [])
+        assert names is not None
+        names.append(name)
+    return shards
+
+
+def _files(folder: Path) -> Iterator[tuple[str, bytes]]:
+    present = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
+    if "tokenizer.json" not in present and any((folder / name).is_file() for name in _SLOW_TOKENIZERS):
+        present["tokenizer.json"] = _converted_tokenizer(folder)
+    if "chat_template.jinja" not in present and (template := _embedded_chat_template(folder)):
+        present["chat_template.jinja"] = template.encode()
+    yield from present.items()
+
+
+def _embedded_chat_template(folder: Path) -> str | None:
+    """Before chat_template.jinja there was a key in tokenizer_config.json: a text, or a list of named ones."""
+    path = folder / "tokenizer_config.json"
+    template = _read_json(path).get("chat_template") if path.is_file() else None
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _converted_tokenizer(folder: Path) -> bytes:
+    from transformers import AutoTokenizer  # heavy, and needed for old checkpoints only
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        text: str = tokenizer.backend_tokenizer.to_str()
+    except (ValueError, OSError, AttributeError, ImportError) as error:
+        raise CheckpointInvalid(f"{folder} has no tokenizer.json, and none can be made from its files: {error}") from error
+    return text.encode()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except FileNotFoundError as error:
+        raise CheckpointInvalid(f"{path.parent} has no {path.name}; is it the folder of a checkpoint?") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise CheckpointInvalid(f"{path} is not the JSON it should be: {error}") from error

@@ -1,0 +1,298 @@
+"""Loads a stage's layers out of the store: exactly its objects, in parallel ranged reads, into the memory that tensors use.
+
+No torch here, so that bytes flow while torch is still being imported. Every part is verified as soon as it is in.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from storage.errors import ChecksumMismatch
+from storage.loading.memory import new_memory, populate
+from storage.models.model_repository import Manifest, StoredObject, layer_object, part_checksum
+
+_log = logging.getLogger(__name__)
+
+CONNECTIONS: Final = 4
+"""Measured on loopback: more are no faster, fewer are slower."""
+_READS_OF_A_BAD_PART: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class RawTensor:
+    """A tensor's bytes where they were read to: writable, aligned to 64 bytes; `torch.frombuffer` makes a tensor of them.
+
+    The memory lives for as long as any of its object's views does.
+    """
+
+    dtype: str
+    """A safetensors name: F32, BF16, F16, I8."""
+    shape: tuple[int, ...]
+    data: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedObject:
+    """One object, complete and verified."""
+
+    name: str
+    """embedding, layer-00007, or head."""
+    tensors: dict[str, RawTensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """Told after every part, from the threads that read."""
+
+    object: str
+    done_bytes: int
+    total_bytes: int
+    seconds: float
+    """Since the start of the load."""
+
+
+ProgressCallback = Callable[[LoadProgress], None]
+
+
+class RangeReader(Protocol):
+    """An ObjectReader."""
+
+    def read_range_into(self, key: str, start: int, view: memoryview, *, total_bytes: int | None = None) -> None: ...
+
+
+class Cache(Protocol):
+    """A WeightCache."""
+
+    def get(self, stored: StoredObject) -> memoryview | None:
+        """The verified bytes of an object, writable; None where it has none."""
+
+    def put(self, stored: StoredObject, data: memoryview) -> None: ...
+
+
+def stage_objects(manifest: Manifest, first: int, last: int) -> list[str]:
+    """Names of the objects that layers [first, last) need, in the order of a forward pass.
+
+    The first group has the embedding, the last one the head, and the embedding too where the two are tied.
+    Raises ValueError for a range that is not in the model.
+    """
+    if not 0 <= first < last <= manifest.num_layers:
+        raise ValueError(f"layers {first}:{last} are no part of {manifest.name!r}, which has layers 0:{manifest.num_layers}")
+    is_first, is_last = first == 0, last == manifest.num_layers
+    names = ["embedding"] if is_first else []
+    names += map(layer_object, range(first, last))
+    if is_last and manifest.tied and not is_first:
+        names.append("embedding")
+    return [*names, "head"] if is_last else names
+
+
+def load_layers(
+    reader: RangeReader,
+    manifest: Manifest,
+    first: int,
+    last: int,
+    *,
+    cache: Cache | None = None,
+    on_progress: ProgressCallback | None = None,
+) -> dict[str, RawTensor]:
+    """All tensors that layers [first, last) need, by their names in the checkpoint.
+
+    Raises ValueError for the range, ChecksumMismatch naming object and part, or what the reader raises.
+    """
+    tensors: dict[str, RawTensor] = {}
+    for loaded in iterate_layers(reader, manifest, first, last, cache=cache, on_progress=on_progress):
+        tensors |= loaded.tensors
+    return tensors
+
+
+def iterate_layers(
+    reader: RangeReader,
+    manifest: Manifest,
+    first: int,
+    last: int,
+    *,
+    cache: Cache | None = None,
+    on_progress: ProgressCallback | None = None,
+) -> Iterator[LoadedObject]:
+    """The same object by object, in the order of a forward pass, while the later ones are still being read.
+
+    Reading starts with this call, not with the first `next`. Drop an object before taking the next one, and memory stays
+    at the weights plus one layer, also where the caller copies.
+    """
+    load = _Load(reader, manifest, stage_objects(manifest, first, last), cache, on_progress)
+    return load.objects()
+
+
+class _ObjectLoad:
+    """One object on its way in. Its parts may be read by several threads."""
+
+    def __init__(self, name: str, stored: StoredObject) -> None:
+        self.name = name
+        self.stored = stored
+        self.complete: Future[memoryview] = Future()
+        self.buffer: memoryview | None = None
+        self.from_cache = False
+        self.parts_left = len(stored.parts)
+
+    def whole(self) -> memoryview:
+        assert self.buffer is not None
+        return self.buffer
+
+    def part(self, number: int) -> memoryview:
+        start = number * self.stored.part_bytes
+        return self.whole()[start : start + self.stored.part_bytes]
+
+    def tensors(self, data: memoryview) -> dict[str, RawTensor]:
+        spans = self.stored.tensors.items()
+        return {name: RawTensor(span.dtype, span.shape, data[span.start : span.end]) for name, span in spans}
+
+
+class _Load:
+    """The threads that read one stage's parts, in the order of a forward pass.
+
+    An object is opened first: it comes out of the cache there and then, several objects at the same time, or has its parts
+    queued.
+    """
+
+    def __init__(
+        self,
+        reader: RangeReader,
+        manifest: Manifest,
+        names: list[str],
+        cache: Cache | None,
+        on_progress: ProgressCallback | None,
+    ) -> None:
+        self._reader = reader
+        self._cache = cache
+        self._on_progress = on_progress
+        self._order = deque(_ObjectLoad(name, manifest.objects[name]) for name in names)
+        self._unopened = deque(self._order)
+        self._opening = 0
+        self._parts: deque[tuple[_ObjectLoad, int]] = deque()
+        self._incomplete = {load.name: load for load in self._order}
+        self._total_bytes = sum(load.stored.bytes for load in self._order)
+        self._done_bytes = 0
+        self._changed = threading.Condition()
+        self._started = time.monotonic()
+        parts = sum(len(load.stored.parts) for load in self._order)
+        for number in range(min(CONNECTIONS, parts)):
+            threading.Thread(target=self._work, name=f"weights-{number}", daemon=True).start()
+
+    def objects(self) -> Iterator[LoadedObject]:
+        try:
+            while self._order:
+                load = self._order.popleft()
+                yield LoadedObject(load.name, load.tensors(load.complete.result()))
+        finally:
+            self._stop()
+
+    def _work(self) -> None:
+        while (task := self._next()) is not None:
+            load, number = task
+            try:
+                if number is None:
+                    self._open(load)
+                else:
+                    self._load_part(load, number)
+            except Exception as error:  # noqa: BLE001  the thread ends soon; whoever waits for the objects gets it
+                self._fail(error)
+
+    def _next(self) -> tuple[_ObjectLoad, int | None] | None:
+        """A part, or None for its number: an object to open. Waits while what another thread opens may have parts."""
+        with self._changed:
+            while True:
+                if self._parts:
+                    return self._parts.popleft()
+                if self._unopened:
+                    self._opening += 1
+                    return self._unopened.popleft(), None
+                if not self._opening:
+                    return None
+                self._changed.wait()
+
+    def _open(self, load: _ObjectLoad) -> None:
+        """Takes the object from the cache, or makes room for it and queues its parts."""
+        parts = 0
+        try:
+            cached = self._cache.get(load.stored) if self._cache else None
+            load.from_cache = cached is not None
+            load.buffer = new_memory(load.stored.bytes) if cached is None else cached
+            parts = 0 if load.from_cache else len(load.stored.parts)
+        finally:
+            with self._changed:
+                self._opening -= 1
+                if load.name in self._incomplete:  # not stopped meanwhile
+                    self._parts.extend((load, number) for number in range(parts))
+                self._changed.notify_all()
+        if load.from_cache:
+            self._tell(load, load.stored.bytes)
+            self._complete(load)
+
+    def _load_part(self, load: _ObjectLoad, number: int) -> None:
+        part = load.part(number)
+        populate(part)
+        self._read_verified(load.stored, number, part)
+        self._tell(load, len(part))
+        with self._changed:
+            load.parts_left -= 1
+            finished = load.parts_left == 0
+        if finished:
+            if self._cache:
+                self._cache.put(load.stored, load.whole())
+            self._complete(load)
+
+    def _read_verified(self, stored: StoredObject, number: int, part: memoryview) -> None:
+        start = number * stored.part_bytes
+        seen = ""
+        for _ in range(_READS_OF_A_BAD_PART):
+            self._reader.read_range_into(stored.key, start, part, total_bytes=stored.bytes)
+            seen = part_checksum(part)
+            if seen == stored.parts[number]:
+                return
+            _log.warning(
+                "%s, part %d: checksum %s instead of %s; reading it again", stored.key, number, seen, stored.parts[number]
+            )
+        raise ChecksumMismatch(
+            f"{stored.key}, part {number} (bytes {start} to {start + len(part) - 1}): checksum {stored.parts[number]} was "
+            f"published, {seen} read, {_READS_OF_A_BAD_PART} times over; the object was altered, publish the model again"
+        )
+
+    def _tell(self, load: _ObjectLoad, count: int) -> None:
+        with self._changed:
+            self._done_bytes += count
+            done = self._done_bytes
+        if self._on_progress:
+            self._on_progress(LoadProgress(load.name, done, self._total_bytes, time.monotonic() - self._started))
+
+    def _complete(self, load: _ObjectLoad) -> None:
+        _log.info(
+            "%s is in%s, %d bytes; %d of %d after %.2f s",
+            load.name,
+            " (from the cache)" if load.from_cache else "",
+            load.stored.bytes,
+            self._done_bytes,
+            self._total_bytes,
+            time.monotonic() - self._started,
+        )
+        with self._changed:
+            waits = self._incomplete.pop(load.name, None) is not None
+        if waits:
+            load.complete.set_result(load.whole())
+
+    def _fail(self, error: Exception) -> None:
+        for load in self._stop():
+            load.complete.set_exception(error)
+
+    def _stop(self) -> list[_ObjectLoad]:
+        """Nothing more is begun. Returns what is not complete, and will never be."""
+        with self._changed:
+            self._parts.clear()
+            self._unopened.clear()
+            left = list(self._incomplete.values())
+            self._incomplete.clear()
+            self._changed.notify_all()
+            return left

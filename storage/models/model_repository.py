@@ -1,0 +1,208 @@
+"""The layout of published models in a bucket, and the manifest that describes one publication.
+
+The manifest is written last: a publication is visible as a whole or not at all.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Final, Literal, Protocol
+
+import msgspec
+import xxhash
+
+from storage.checkpoints.safetensors_format import ALIGNMENT, ITEM_BYTES, TensorSpan, tensor_bytes
+from storage.errors import ChecksumMismatch, ManifestInvalid, ManifestTooNew, ModelNotPublished, ObjectNotFound
+from storage.store.object_info import ObjectInfo
+
+MANIFEST_VERSION: Final = 1
+PART_BYTES: Final = 16 * 2**20
+"""Unit of ranged reads and of their checksums. Measured: 16 to 32 MiB over four connections read fastest."""
+
+Dtype = Literal["float32", "bfloat16", "float16", "int8"]
+DTYPES: Final[tuple[Dtype, ...]] = ("float32", "bfloat16", "float16", "int8")
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_ROOT: Final = "models/"
+
+
+class StoredObject(msgspec.Struct, frozen=True):
+    """One safetensors file of a publication: the embedding, one decoder layer, or the head."""
+
+    key: str
+    bytes: int
+    part_bytes: int
+    parts: tuple[str, ...]
+    """xxh3_128 (hex) of each `part_bytes` of the object, the last one shorter."""
+    tensors: dict[str, TensorSpan]
+    """Without the fillers."""
+
+    @property
+    def digest(self) -> str:
+        """Of the contents, wherever they lie."""
+        return hashlib.sha256(msgspec.json.encode((self.bytes, self.part_bytes, self.parts))).hexdigest()
+
+
+class StoredFile(msgspec.Struct, frozen=True):
+    """A small file of the publication: config.json, tokenizer.json …"""
+
+    key: str
+    bytes: int
+    sha256: str
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
+    """A publication. `objects` has embedding, layer-00000 … and head, in this order."""
+
+    manifest_version: int
+    name: str
+    dtype: Dtype
+    publication: str
+    """Folder of the objects; from the checkpoint's fingerprint, so that an interrupted publisher finds it again."""
+    architecture: str
+    """The class in transformers, such as LlamaForCausalLM."""
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    num_kv_heads: int
+    head_dim: int
+    context_length: int
+    """Tokens."""
+    tied: bool
+    """The head's matrix is the embedding's, and the object `head` lacks it."""
+    objects: dict[str, StoredObject]
+    files: dict[str, StoredFile]
+
+    @cached_property
+    def digest(self) -> str:
+        """The weights digest of the pipeline fingerprint: of all contents, and of nothing about where they lie."""
+        contents = (
+            self.dtype,
+            self.tied,
+            {name: (stored.digest, stored.tensors) for name, stored in self.objects.items()},
+            {name: stored.sha256 for name, stored in self.files.items()},
+        )
+        return hashlib.sha256(msgspec.json.encode(contents, order="sorted")).hexdigest()
+
+
+class Reader(Protocol):
+    """An ObjectReader or an ObjectStore."""
+
+    def get(self, key: str) -> bytes: ...
+
+
+class Lister(Protocol):
+    """An ObjectStore."""
+
+    def list(self, prefix: str) -> Iterable[ObjectInfo]: ...
+
+
+class _Version(msgspec.Struct):
+    manifest_version: int
+
+
+def layer_object(layer: int) -> str:
+    """Name of a layer's object: layer-00007."""
+    return f"layer-{layer:05d}"
+
+
+def object_names(num_layers: int) -> list[str]:
+    """All objects of a publication in the order of a forward pass."""
+    return ["embedding", *map(layer_object, range(num_layers)), "head"]
+
+
+def model_prefix(name: str, dtype: str) -> str:
+    """Folder of a model in one dtype. Raises ValueError for what cannot be a name or is no dtype."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"model name {name!r}: letters, digits, '.', '_' and '-', at most 128, beginning with a letter or digit"
+        )
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    return f"{_ROOT}{name}/{dtype}/"
+
+
+def manifest_key(name: str, dtype: str) -> str:
+    return model_prefix(name, dtype) + "manifest.json"
+
+
+def part_checksum(part: bytes | memoryview) -> str:
+    """xxh3_128, hex: fast enough for every byte that is loaded; the manifest as a whole is under sha256."""
+    return xxhash.xxh3_128_hexdigest(part)
+
+
+def read_manifest(reader: Reader, name: str, dtype: str) -> Manifest:
+    """Raises ModelNotPublished, ManifestTooNew, ManifestInvalid, or what the reader raises."""
+    key = manifest_key(name, dtype)
+    try:
+        data = reader.get(key)
+    except ObjectNotFound as error:
+        raise ModelNotPublished(f"model {name!r} is not published as {dtype}: {error}; publish it first") from error
+    return decode_manifest(data, key)
+
+
+def decode_manifest(data: bytes, key: str) -> Manifest:
+    """`key` is for messages. Raises ManifestTooNew or ManifestInvalid."""
+    try:
+        version = msgspec.json.decode(data, type=_Version).manifest_version
+        if version > MANIFEST_VERSION:
+            raise ManifestTooNew(
+                f"{key} has version {version} and this Lamina reads up to {MANIFEST_VERSION}; update it, or publish again"
+            )
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ManifestInvalid(f"{key} cannot be read ({error}); publish the model again") from error
+    _check(manifest, key)
+    return manifest
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+
+
+def read_file(reader: Reader, manifest: Manifest, name: str) -> bytes:
+    """A file of the publication, such as tokenizer.json. Raises ObjectNotFound, ChecksumMismatch."""
+    if name not in manifest.files:
+        raise ObjectNotFound(
+            f"model {manifest.name!r} was published without {name}; it has {', '.join(sorted(manifest.files))}. "
+            "Publish a checkpoint that contains it"
+        )
+    stored = manifest.files[name]
+    data = reader.get(stored.key)
+    seen = hashlib.sha256(data).hexdigest()
+    if seen != stored.sha256:
+        raise ChecksumMismatch(f"{stored.key}: sha256 {stored.sha256} published, {seen} read; publish the model again")
+    return data
+
+
+def list_models(store: Lister) -> list[tuple[str, Dtype]]:
+    """Name and dtype of every published model, sorted."""
+    found = []
+    for item in store.list(_ROOT):
+        name, _, rest = item.key.removeprefix(_ROOT).partition("/")
+        dtype, _, file = rest.partition("/")
+        if file == "manifest.json" and dtype in DTYPES:
+            found.append((name, dtype))
+    return sorted(found)
+
+
+def _check(manifest: Manifest, key: str) -> None:
+    if set(manifest.objects) != set(object_names(manifest.num_layers)):
+        raise ManifestInvalid(f"{key} says {manifest.num_layers} layers but lists other objects; publish the model again")
+    for name, stored in manifest.objects.items():
+        if reason := _contradiction(stored):
+            raise ManifestInvalid(f"{key}: object {name!r} {reason}; publish the model again")
+
+
+def _contradiction(stored: StoredObject) -> str | None:
+    if stored.part_bytes <= 0 or stored.part_bytes % ALIGNMENT or len(stored.parts) != -(-stored.bytes // stored.part_bytes):
+        return f"has {stored.bytes} bytes in {len(stored.parts)} parts of {stored.part_bytes}"
+    for name, span in stored.tensors.items():
+        if span.dtype not in ITEM_BYTES or min((0, *span.shape)) < 0:
+            return f"has {name!r} as {span.dtype} {list(span.shape)}"
+        fits = span.end - span.start == tensor_bytes(span.dtype, span.shape) and 0 <= span.start <= span.end <= stored.bytes
+        if not fits or span.start % ALIGNMENT:
+            return f"has {name!r} of {span.dtype} {list(span.shape)} in bytes {span.start} to {span.end} of {stored.bytes}"
+    return None

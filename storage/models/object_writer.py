@@ -1,0 +1,103 @@
+"""One object of a publication: laid out, streamed into the store, and checksummed on its way."""
+
+import io
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO, cast
+
+import xxhash
+
+from storage.checkpoints.safetensors_format import FILLER_PREFIX, TensorSpan, lay_out
+from storage.errors import CheckpointInvalid
+from storage.models.conversion import TargetTensor
+from storage.models.model_repository import PART_BYTES, StoredObject
+from storage.store.object_store import ObjectStore
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectPlan:
+    """A safetensors file that can be written: its header and where every tensor will lie."""
+
+    name: str
+    tensors: Mapping[str, TargetTensor]
+    header: bytes
+    spans: Mapping[str, TensorSpan]
+    """In the file's order, fillers included."""
+
+    @property
+    def bytes(self) -> int:
+        return max((span.end for span in self.spans.values()), default=len(self.header))
+
+    @property
+    def named_spans(self) -> dict[str, TensorSpan]:
+        return {name: span for name, span in self.spans.items() if not name.startswith(FILLER_PREFIX)}
+
+
+def plan_object(name: str, tensors: Mapping[str, TargetTensor]) -> ObjectPlan:
+    header, spans = lay_out({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()})
+    return ObjectPlan(name, tensors, header, spans)
+
+
+def write_object(store: ObjectStore, key: str, plan: ObjectPlan, on_bytes: Callable[[int], None]) -> StoredObject:
+    """Streams the object, a few MiB in memory at a time; `on_bytes` is told how many went through."""
+    stream = _PlanStream(plan, on_bytes)
+    store.put_stream(key, cast("BinaryIO", io.BufferedReader(stream, buffer_size=2**20)))
+    return StoredObject(key, plan.bytes, PART_BYTES, stream.part_checksums(), plan.named_spans)
+
+
+class _PlanStream(io.RawIOBase):
+    """The bytes of a plan, read once from front to back."""
+
+    def __init__(self, plan: ObjectPlan, on_bytes: Callable[[int], None]) -> None:
+        self._blocks = _blocks(plan)
+        self._block = memoryview(b"")
+        self._on_bytes = on_bytes
+        self._parts: list[str] = []
+        self._hash = xxhash.xxh3_128()
+        self._hashed = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not len(self._block):
+            following = next(self._blocks, None)
+            if following is None:
+                return 0
+            self._block = following
+            self._checksum(following)
+            self._on_bytes(len(following))
+        view = memoryview(buffer).cast("B")
+        count = min(len(view), len(self._block))
+        view[:count] = self._block[:count]
+        self._block = self._block[count:]
+        return count
+
+    def part_checksums(self) -> tuple[str, ...]:
+        """Of the whole stream, once it is at its end."""
+        return tuple(self._parts) if not self._hashed else (*self._parts, self._hash.hexdigest())
+
+    def _checksum(self, block: memoryview) -> None:
+        while len(block):
+            piece = block[: PART_BYTES - self._hashed]
+            self._hash.update(piece)
+            self._hashed += len(piece)
+            block = block[len(piece) :]
+            if self._hashed == PART_BYTES:
+                self._parts.append(self._hash.hexdigest())
+                self._hash.reset()
+                self._hashed = 0
+
+
+def _blocks(plan: ObjectPlan) -> Iterator[memoryview]:
+    yield memoryview(plan.header)
+    for name, span in plan.spans.items():
+        if name not in plan.tensors:
+            yield memoryview(bytes(span.end - span.start))
+            continue
+        written = 0
+        for block in plan.tensors[name].blocks():
+            written += len(block)
+            yield block
+        if written != span.end - span.start:
+            raise CheckpointInvalid(f"tensor {name!r} gave {written} bytes instead of {span.end - span.start}")

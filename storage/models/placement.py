@@ -1,0 +1,79 @@
+"""Which object of a publication a checkpoint's tensor belongs to: embedding, a layer, or head."""
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from storage.checkpoints.checkpoint import SourceTensor
+from storage.checkpoints.model_description import ModelDescription
+from storage.errors import ArchitectureUnsupported, CheckpointInvalid
+from storage.models.model_repository import layer_object, object_names
+
+_LAYER: Final = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
+_BUFFER: Final = re.compile(r"(?:\.rotary_emb\.inv_freq|\.masked_bias|\.(?:attn|attention)\.bias)$")
+"""Constants that old checkpoints carry and models compute for themselves."""
+_EMBEDDING_MODULES: Final = frozenset(
+    {"embed_tokens", "wte", "wpe", "embed_in", "embed_positions", "word_embeddings", "word_embeddings_layernorm", "project_in"}
+)
+_HEAD_MODULES: Final = frozenset({"norm", "ln_f", "final_layer_norm", "final_layernorm", "lm_head", "embed_out", "project_out"})
+_EMBEDDING_MATRICES: Final = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+_HEAD_MATRICES: Final = ("lm_head.weight", "embed_out.weight")
+
+
+Placement = dict[str, dict[str, SourceTensor]]
+
+
+def place_tensors(tensors: Mapping[str, SourceTensor], model: ModelDescription) -> Placement:
+    """Object name → the tensors it holds, all objects in order. Raises CheckpointInvalid where one would be incomplete."""
+    placed: Placement = {name: {} for name in object_names(model.num_layers)}
+    for name, tensor in tensors.items():
+        if (target := _object_of(name, tensor, model)) is not None:
+            placed[target][name] = tensor
+    if embedding_matrix(placed) is None:
+        raise CheckpointInvalid("the checkpoint has no embedding matrix, such as model.embed_tokens.weight")
+    for target, members in placed.items():
+        if not members:
+            raise CheckpointInvalid(
+                f"no tensor of the checkpoint is for {target}; config.json says {model.num_layers} layers. Is a shard missing?"
+            )
+    if not model.tied and head_matrix(placed) is None:
+        raise CheckpointInvalid(
+            "the checkpoint has no head matrix, such as lm_head.weight, and its config.json does not tie it to the embedding"
+        )
+    return placed
+
+
+def embedding_matrix(placed: Placement) -> str | None:
+    """Name of the token embedding's matrix."""
+    return next((name for name in placed["embedding"] if name.endswith(_EMBEDDING_MATRICES)), None)
+
+
+def head_matrix(placed: Placement) -> str | None:
+    """Name of the matrix that makes logits, None where it is the embedding's."""
+    return next((name for name in placed["head"] if name.endswith(_HEAD_MATRICES)), None)
+
+
+def _object_of(name: str, tensor: SourceTensor, model: ModelDescription) -> str | None:
+    """None: the tensor is not published."""
+    if _is_buffer(name, tensor):
+        return None
+    if found := _LAYER.search(name):
+        layer = int(found.group(1))
+        if layer < model.num_layers:
+            return layer_object(layer)
+        if layer < model.num_layers + model.ignored_layers:
+            return None
+        raise CheckpointInvalid(f"the checkpoint has {name!r}, but config.json says {model.num_layers} layers; which is right?")
+    module = name.split(".")[-2] if "." in name else ""
+    if module in _EMBEDDING_MODULES:
+        return "embedding"
+    if module in _HEAD_MODULES:
+        return "head"
+    raise ArchitectureUnsupported(
+        f"the checkpoint of a {model.model_type!r} has {name!r}, which is neither embedding, layer nor head"
+    )
+
+
+def _is_buffer(name: str, tensor: SourceTensor) -> bool:
+    # A causal mask [1, 1, n, n] has the name that a projection's bias [n] has elsewhere.
+    return bool(_BUFFER.search(name)) and not (name.endswith(".bias") and len(tensor.shape) < 2)

@@ -1,0 +1,225 @@
+"""Publishes a checkpoint: every decoder layer, the embedding and the head as one object each, then the manifest.
+
+Bounded memory: tensors pass through in blocks of a few MiB. Resumable: behind every finished object a fragment of the
+manifest is written, and the next run goes on after the last one. Idempotent: a checkpoint that is published already costs
+one manifest read and a look at the files. Nothing is visible before the manifest.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from dataclasses import replace as with_changes
+from pathlib import Path
+from typing import Final, cast
+
+import msgspec
+
+from storage.checkpoints.checkpoint import Checkpoint, SourceTensor
+from storage.checkpoints.model_description import ModelDescription, describe_model
+from storage.checkpoints.model_source import checkpoint_fingerprint, locate, open_checkpoint
+from storage.errors import ArchitectureUnsupported, ManifestInvalid, ModelNotPublished
+from storage.models.conversion import TargetTensor, convert_tensor, is_int8_matrix
+from storage.models.model_repository import (
+    MANIFEST_VERSION,
+    PART_BYTES,
+    Dtype,
+    Manifest,
+    StoredFile,
+    StoredObject,
+    encode_manifest,
+    manifest_key,
+    model_prefix,
+    read_manifest,
+)
+from storage.models.object_writer import ObjectPlan, plan_object, write_object
+from storage.models.placement import Placement, embedding_matrix, head_matrix, place_tensors
+from storage.store.object_store import ObjectStore
+
+_log = logging.getLogger(__name__)
+
+_FRAGMENT_SUFFIX: Final = ".fragment.json"
+
+
+@dataclass(frozen=True, slots=True)
+class PublishProgress:
+    """Told after every block. Bytes are those of all objects; what an earlier run finished counts as done."""
+
+    object: str
+    done_bytes: int
+    total_bytes: int
+
+
+ProgressCallback = Callable[[PublishProgress], None]
+
+
+def publish(
+    source: str | Path,
+    store: ObjectStore,
+    name: str,
+    dtype: str,
+    *,
+    progress: ProgressCallback | None = None,
+    keep_wide: Collection[str] = (),
+) -> Manifest:
+    """Makes a model readable under `name` and `dtype`, and returns its manifest.
+
+    source: a Hugging Face folder, a GGUF file, or a hub id. dtype: float32, bfloat16, float16 or int8.
+    keep_wide: matrices, such as down_proj, that int8 leaves in bfloat16.
+    Raises ValueError for a name or dtype that cannot be, CheckpointInvalid or another StorageError; what was published
+    before under this name stays as it was.
+    """
+    prefix = model_prefix(name, dtype)
+    path = locate(source)
+    publication = _publication(path, dtype, keep_wide)
+    current = _current(store, name, dtype)
+    if current is not None and current.publication == publication:
+        _log.info("%s is published as %s in %s already", source, name, dtype)
+        return current
+    checkpoint = open_checkpoint(path)
+    model, placed = _settle_tie(describe_model(checkpoint.config), checkpoint)
+    plans = _plans(placed, model, cast("Dtype", dtype), keep_wide)
+    upload = _Upload(store, f"{prefix}{publication}/", plans, progress)
+    objects = upload.objects()
+    files = upload.files(_files(checkpoint, model))
+    manifest = _manifest(name, cast("Dtype", dtype), publication, model, objects, files)
+    store.put(manifest_key(name, dtype), encode_manifest(manifest))
+    upload.delete_fragments()
+    return manifest
+
+
+def _publication(path: Path, dtype: str, keep_wide: Collection[str]) -> str:
+    text = f"{checkpoint_fingerprint(path)} {dtype} {sorted(keep_wide)} {MANIFEST_VERSION} {PART_BYTES}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _current(store: ObjectStore, name: str, dtype: str) -> Manifest | None:
+    try:
+        return read_manifest(store, name, dtype)
+    except (ModelNotPublished, ManifestInvalid):
+        return None
+
+
+def _settle_tie(model: ModelDescription, checkpoint: Checkpoint) -> tuple[ModelDescription, Placement]:
+    """A tied checkpoint may carry the head's matrix all the same: dropped if equal, believed if not, as transformers does."""
+    placed = place_tensors(checkpoint.tensors, model)
+    head = head_matrix(placed)
+    if not model.tied or head is None:
+        return model, placed
+    embedding = embedding_matrix(placed)
+    if embedding and _equal(placed["embedding"][embedding], placed["head"][head]):
+        del placed["head"][head]
+        return model, placed
+    return with_changes(model, tied=False), placed
+
+
+def _equal(left: SourceTensor, right: SourceTensor) -> bool:
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
+        return False
+    return all(ours == theirs for ours, theirs in zip(left.blocks(), right.blocks(), strict=True))
+
+
+def _plans(placed: Placement, model: ModelDescription, dtype: Dtype, keep_wide: Collection[str]) -> list[ObjectPlan]:
+    layers = [item for name, members in placed.items() if name.startswith("layer-") for item in members.items()]
+    if dtype == "int8" and not any(is_int8_matrix(*item) for item in layers):
+        raise ArchitectureUnsupported(
+            f"int8 is for Llama-shaped models, not for a {model.model_type!r}; publish it as bfloat16"
+        )
+    plans = []
+    for name, members in placed.items():
+        tensors: dict[str, TargetTensor] = {}
+        for tensor_name, source in members.items():
+            tensors |= convert_tensor(tensor_name, source, dtype, keep_wide)
+        plans.append(plan_object(name, tensors))
+    return plans
+
+
+def _files(checkpoint: Checkpoint, model: ModelDescription) -> dict[str, bytes]:
+    files = dict(checkpoint.files)
+    if checkpoint.config.get("tie_word_embeddings", model.tied) != model.tied:
+        config = dict(checkpoint.config) | {"tie_word_embeddings": model.tied}
+        files["config.json"] = msgspec.json.format(msgspec.json.encode(config), indent=2)
+    return files
+
+
+class _Upload:
+    """Writes one publication's folder, leaving out what an interrupted run has written already."""
+
+    def __init__(self, store: ObjectStore, prefix: str, plans: list[ObjectPlan], progress: ProgressCallback | None) -> None:
+        self._store = store
+        self._prefix = prefix
+        self._plans = plans
+        self._progress = progress
+        self._done_bytes = 0
+        self._total_bytes = sum(plan.bytes for plan in plans)
+        self._present = {item.key: item.bytes for item in store.list(prefix)}
+
+    def objects(self) -> dict[str, StoredObject]:
+        return {plan.name: self._finished(plan) or self._written(plan) for plan in self._plans}
+
+    def files(self, files: Mapping[str, bytes]) -> dict[str, StoredFile]:
+        for name, data in files.items():
+            self._store.put(self._prefix + name, data)
+        return {
+            name: StoredFile(self._prefix + name, len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()
+        }
+
+    def delete_fragments(self) -> None:
+        for plan in self._plans:
+            self._store.delete(self._fragment_key(plan))
+
+    def _finished(self, plan: ObjectPlan) -> StoredObject | None:
+        fragment_key = self._fragment_key(plan)
+        if self._present.get(self._key(plan)) != plan.bytes or fragment_key not in self._present:
+            return None
+        try:
+            stored = msgspec.json.decode(self._store.get(fragment_key), type=StoredObject)
+        except msgspec.MsgspecError:
+            return None
+        if (stored.key, stored.bytes, stored.tensors) != (self._key(plan), plan.bytes, plan.named_spans):
+            return None
+        self._tell(plan, plan.bytes)
+        return stored
+
+    def _written(self, plan: ObjectPlan) -> StoredObject:
+        stored = write_object(self._store, self._key(plan), plan, lambda count: self._tell(plan, count))
+        self._store.put(self._fragment_key(plan), msgspec.json.encode(stored))
+        return stored
+
+    def _tell(self, plan: ObjectPlan, count: int) -> None:
+        self._done_bytes += count
+        if self._progress:
+            self._progress(PublishProgress(plan.name, self._done_bytes, self._total_bytes))
+
+    def _key(self, plan: ObjectPlan) -> str:
+        return f"{self._prefix}{plan.name}.safetensors"
+
+    def _fragment_key(self, plan: ObjectPlan) -> str:
+        return f"{self._prefix}{plan.name}{_FRAGMENT_SUFFIX}"
+
+
+def _manifest(
+    name: str,
+    dtype: Dtype,
+    publication: str,
+    model: ModelDescription,
+    objects: dict[str, StoredObject],
+    files: dict[str, StoredFile],
+) -> Manifest:
+    return Manifest(
+        manifest_version=MANIFEST_VERSION,
+        name=name,
+        dtype=dtype,
+        publication=publication,
+        architecture=model.architecture,
+        model_type=model.model_type,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        vocab_size=model.vocab_size,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        context_length=model.context_length,
+        tied=model.tied,
+        objects=objects,
+        files=files,
+    )

@@ -1,0 +1,50 @@
+"""What a store's error answer means: HTTP status and S3 error code to the exception that says so."""
+
+import re
+from typing import Final
+
+from storage.errors import (
+    AccessDenied,
+    BucketNotFound,
+    ObjectAltered,
+    ObjectNotFound,
+    StorageError,
+    StoreUnreachable,
+    UnexpectedAnswer,
+)
+from storage.store.settings import StoreSettings
+
+_CODE: Final = re.compile(rb"<Code>([A-Za-z0-9]+)</Code>")
+
+
+def error_code(body: bytes) -> str:
+    """The S3 error code in an answer's XML body, "" where there is none."""
+    found = _CODE.search(body)
+    return found.group(1).decode() if found else ""
+
+
+def is_transient(status: int) -> bool:
+    """Whether asking again may help: the server's own failures, time-outs and throttling."""
+    return status >= 500 or status in (408, 429)
+
+
+def refusal(settings: StoreSettings, key: str, status: int, code: str) -> StorageError:
+    """The exception for an answer that is an error; `key` is "" where the request was about the bucket itself."""
+    seen = f"HTTP {status}" + (f" {code}" if code and code != str(status) else "")
+    if code == "NoSuchBucket" or (status == 404 and not key):
+        return BucketNotFound(f"there is no {settings.place}; create it, or correct its name")
+    if status == 404:
+        return ObjectNotFound(f"there is no object {key!r} in {settings.place}")
+    if status in (401, 403):
+        return AccessDenied(
+            f"{settings.place} refuses access key {settings.access_key_id!r} for {key!r} ({seen}); check the keys, "
+            "the session token, the bucket's policy and this machine's clock"
+        )
+    if status == 416:
+        return ObjectAltered(f"{key!r} in {settings.place} is shorter than what was published; publish the model again")
+    if is_transient(status):
+        return StoreUnreachable(f"{settings.place} fails at {key!r} ({seen}), also when asked again; look at the store")
+    subject = f"a request for {key!r}" if key else "a request about the bucket"
+    return UnexpectedAnswer(
+        f"{settings.place} answers {subject} with {seen}; is it an S3 store, and is the bucket's name right?"
+    )

@@ -1,0 +1,74 @@
+"""A peer that does not come up costs the benchmark its row and no more: the next build is tried, and the report says why."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.serving.client import Measurement
+from bench.serving.contenders import PREFILL, SINGLE, Results
+from bench.serving.peers_llama_cpp import Build, builds_for, running_llama_cpp
+from bench.serving.pipeline import DidNotStart
+from bench.serving.report import BF16, LLAMA_CPP, Findings, markdown, targets
+
+DIES = "import os, signal; os.kill(os.getpid(), signal.SIGILL)"
+SERVES = """
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Healthy).serve_forever()
+"""
+WHY = "pytest ended by signal 4 (Illegal instruction)"
+
+
+def build(package: str, program: str) -> Build:
+    return Build(package, "any", lambda: ([sys.executable, "-c", program], dict(os.environ)))
+
+
+def test_the_next_build_is_tried_where_one_does_not_start(tmp_path: Path) -> None:
+    builds = [build("not-installed-at-all", SERVES), build("pytest", DIES), build("aiohttp", SERVES)]
+    with running_llama_cpp("model.gguf", 1, tmp_path, builds) as peer:
+        assert peer.build.startswith("aiohttp ")
+        assert peer.build.endswith(" (any)")
+
+
+def test_a_cpu_without_amx_gets_the_build_for_avx2_first() -> None:
+    assert [build.instructions for build in builds_for("flags : avx2 amx_bf16 amx_tile fma")] == ["AMX", "AVX2"]
+    assert [build.instructions for build in builds_for("flags : avx2 avx512f fma")] == ["AVX2", "AMX"]
+
+
+def test_what_became_of_every_build_is_said(tmp_path: Path) -> None:
+    builds = [build("not-installed-at-all", SERVES), build("pytest", DIES)]
+    with pytest.raises(DidNotStart) as raised, running_llama_cpp("model.gguf", 1, tmp_path, builds):
+        pass
+    assert raised.value.why == f"not-installed-at-all is not installed; {WHY}"
+
+
+def findings(did_not_run: dict[str, str], measured: tuple[str, ...]) -> Findings:
+    results = Results()
+    for workload in (SINGLE, PREFILL):
+        for name in measured:
+            results.add(workload, name, Measurement(1.0, 100, [0.1], [0.01]))
+    return Findings(results, {}, {}, {}, 1e9, {}, "", did_not_run)
+
+
+def test_the_report_of_a_run_without_a_peer() -> None:
+    found = findings({LLAMA_CPP: WHY}, (BF16,))
+    assert [(target.what, target.verdict) for target in targets(found)] == [
+        ("prefill of 1k, best dtype, × llama.cpp", "not measured")
+    ]
+    text = markdown(found, [], "serving.png")
+    assert "| prefill of 1k, best dtype, × llama.cpp | ≥ 3.00 | – | not measured |" in text
+    assert text.count(f"| {LLAMA_CPP} did not run: {WHY} | – | – | – | – | – | – |") == 2
+
+
+def test_the_report_of_a_run_with_it() -> None:
+    found = findings({}, (BF16, LLAMA_CPP))
+    assert [(target.seen, target.verdict) for target in targets(found)] == [(1.0, "missed")]
+    assert "did not run" not in markdown(found, [], "serving.png")

@@ -1,0 +1,375 @@
+"""The sender over real sockets: connections used again, time limits, every way an exchange can break, and the retry policy."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from email.utils import formatdate
+
+import pytest
+
+from eventing.http.connections import ConnectionPool, Origin
+from eventing.http.delivery import (
+    ConnectionBroken,
+    DeliveryTimeout,
+    InfrastructureError,
+    Sender,
+    Unreachable,
+)
+from eventing.problems import PROBLEM_CONTENT_TYPE, MalformedEvent, NotReady, WrongPipeline
+from tests.support.http_server import Exchange, Server, serving, unused_port
+
+
+@pytest.fixture
+def sender() -> Iterator[Sender]:
+    with Sender(connect_timeout_seconds=1.0, max_connections_per_host=8) as sender:
+        yield sender
+
+
+def _echo(exchange: Exchange) -> None:
+    exchange.answer(200, exchange.body, Content_Type="text/plain", Ce_Instance="pod-1/ab")
+
+
+def test_body_and_headers_arrive_and_come_back(sender: Sender) -> None:
+    pieces = [b"abc", memoryview(b"def"), b"", memoryview(bytes(range(256)))]
+    with serving(_echo) as server:
+        reply = sender.send(server.url + "path?x=1", {"ce-id": "7", "Authorization": "Bearer t"}, pieces, 5)
+        request = server.requests[0]
+    assert reply.status == 200
+    assert bytes(reply.body) == b"abcdef" + bytes(range(256))
+    assert not reply.body.readonly
+    assert reply.headers["ce-instance"] == "pod-1/ab"
+    assert request.path == "/path?x=1"
+    assert request.headers["ce-id"] == "7"
+    assert request.headers["Authorization"] == "Bearer t"
+    assert request.headers["Content-Length"] == str(6 + 256)
+    assert request.headers["Transfer-Encoding"] is None
+    assert request.headers["Accept-Encoding"] == "identity"
+
+
+def test_what_hides_a_request_from_the_autoscaler_is_never_sent(sender: Sender) -> None:
+    hidden = {"K-Proxy-Request": "activator", "k-kubelet-probe": "queue", "User-Agent": "kube-probe/1.36", "Host": "x"}
+    with serving(_echo) as server:
+        sender.send(server.url, hidden, [], 5)
+        headers = server.requests[0].headers
+    assert headers["K-Proxy-Request"] is None
+    assert headers["K-Kubelet-Probe"] is None
+    assert headers.get_all("User-Agent") == ["lamina"]
+    assert headers.get_all("Host") == [server.url[7:-1]]
+
+
+def test_connections_are_used_again(sender: Sender) -> None:
+    with serving(_echo) as server:
+        for _ in range(20):
+            sender.send(server.url, {}, [b"x"], 5)
+        assert server.connections == 1
+
+
+def test_threads_share_no_connection_and_no_more_than_allowed_are_open(sender: Sender) -> None:
+    with serving(_echo) as server, ThreadPoolExecutor(32) as threads:
+        bodies = [str(number).encode() * 1000 for number in range(400)]
+        replies = list(threads.map(lambda body: sender.send(server.url, {}, [body], 20), bodies))
+        assert [bytes(reply.body) for reply in replies] == bodies
+        assert server.connections <= 8
+
+
+def test_a_connection_closed_while_idle_is_not_used_again(sender: Sender) -> None:
+    def answer_and_close(exchange: Exchange) -> None:
+        _echo(exchange)
+        exchange.close_connection = True  # without saying so: what a server does when its keep-alive time is over
+
+    with serving(answer_and_close) as server:
+        for _ in range(5):
+            sender.send(server.url, {}, [b"x"], 5)
+            _wait_until_dropped(sender, server.url)
+        assert server.connections == 5
+
+
+def _wait_until_dropped(sender: Sender, url: str) -> None:
+    """The FIN may still be on its way when the reply is there already."""
+    with sender._pool.connection(Origin.of(url), 1) as connection:
+        if connection.sock is not None:
+            connection.sock.settimeout(5)
+            assert connection.sock.recv(1, socket.MSG_PEEK) == b""
+
+
+def test_connection_close_is_obeyed(sender: Sender) -> None:
+    with serving(lambda exchange: exchange.answer(200, b"bye", Connection="close")) as server:
+        assert [bytes(sender.send(server.url, {}, [b"x"], 5).body) for _ in range(3)] == [b"bye"] * 3
+        assert server.connections == 3
+
+
+def test_a_body_of_40_megabytes_each_way(sender: Sender) -> None:
+    body = memoryview(bytes(40 * 2**20))
+    with serving(_echo) as server:
+        reply = sender.send(server.url, {}, [b"head", body], 60)
+    assert len(reply.body) == len(body) + 4
+
+
+def test_a_chunked_reply_and_one_that_ends_with_the_connection(sender: Sender) -> None:
+    def chunked(exchange: Exchange) -> None:
+        exchange.send_response(200)
+        exchange.send_header("Transfer-Encoding", "chunked")
+        exchange.end_headers()
+        exchange.wfile.write(b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n")
+
+    def until_close(exchange: Exchange) -> None:
+        exchange.send_response(200)
+        exchange.end_headers()
+        exchange.wfile.write(b"until the end")
+        exchange.close_connection = True
+
+    with serving(chunked) as server:
+        assert [bytes(sender.send(server.url, {}, [], 5).body) for _ in range(2)] == [b"abcde"] * 2
+        assert server.connections == 1
+    with serving(until_close) as server:
+        assert bytes(sender.send(server.url, {}, [], 5).body) == b"until the end"
+
+
+def test_nobody_listens(sender: Sender) -> None:
+    url = f"http://127.0.0.1:{unused_port()}/"
+    with pytest.raises(Unreachable, match=rf"{url}.*refused"):
+        sender.send(url, {}, [b"x"], 5)
+    with pytest.raises(Unreachable, match="no connection"):
+        sender.send("http://does-not-exist.invalid/", {}, [b"x"], 5)
+
+
+def test_tls_is_verified() -> None:
+    with serving(_echo) as server, Sender() as sender, pytest.raises(Unreachable, match="no connection"):
+        sender.send(server.url.replace("http:", "https:"), {}, [], 5)
+
+
+@pytest.mark.parametrize("url", ["ftp://127.0.0.1/", "127.0.0.1:8080", "http://"])
+def test_what_is_no_url_is_named(sender: Sender, url: str) -> None:
+    with pytest.raises(ValueError, match=url):
+        sender.send(url, {}, [], 5)
+
+
+def test_reset_before_the_reply(sender: Sender) -> None:
+    with serving(Exchange.reset) as server, pytest.raises(ConnectionBroken, match=server.url):
+        sender.send(server.url, {}, [b"x"], 5)
+
+
+def test_closed_in_the_middle_of_the_reply(sender: Sender) -> None:
+    def half(exchange: Exchange) -> None:
+        exchange.send_response(200)
+        exchange.send_header("Content-Length", "100")
+        exchange.end_headers()
+        exchange.wfile.write(bytes(50))
+        exchange.close_connection = True
+
+    with serving(half) as server:
+        with pytest.raises(ConnectionBroken, match="50 more expected"):
+            sender.send(server.url, {}, [b"x"], 5)
+        server.respond = _echo
+        assert bytes(sender.send(server.url, {}, [b"again"], 5).body) == b"again"
+
+
+def test_what_is_not_http(sender: Sender) -> None:
+    with serving(lambda exchange: None) as server:
+        server.respond = lambda exchange: exchange.wfile.write(b"SSH-2.0-OpenSSH\r\n")  # type: ignore[func-returns-value]
+        with pytest.raises(ConnectionBroken, match="SSH-2"):
+            sender.send(server.url, {}, [b"x"], 5)
+
+
+def test_no_answer_in_time(sender: Sender) -> None:
+    with serving(lambda exchange: None) as server:
+        server.respond = lambda exchange: (server.released.wait(30), None)[1]
+        begin = time.monotonic()
+        with pytest.raises(DeliveryTimeout, match=server.url):
+            sender.send(server.url, {}, [b"x"], 0.2)
+        assert time.monotonic() - begin < 5
+
+
+def test_a_reply_that_trickles_is_bounded_by_the_whole_time(sender: Sender) -> None:
+    def trickle(exchange: Exchange) -> None:
+        exchange.send_response(200)
+        exchange.send_header("Transfer-Encoding", "chunked")
+        exchange.end_headers()
+        try:
+            while not exchange.server.released.wait(0.05):
+                exchange.wfile.write(b"1\r\nx\r\n")
+        except OSError:
+            exchange.close_connection = True
+
+    with serving(trickle) as server, pytest.raises(DeliveryTimeout):
+        sender.send(server.url, {}, [b"x"], 0.3)
+
+
+def test_sending_is_bounded_by_the_whole_time(sender: Sender) -> None:
+    with serving(lambda exchange: None) as server:
+        server.read_bodies = False
+        server.respond = lambda exchange: (server.released.wait(30), None)[1]
+        with pytest.raises(DeliveryTimeout):
+            sender.send(server.url, {}, [memoryview(bytes(64 * 2**20))], 0.3)
+
+
+def test_waiting_for_a_free_connection_is_bounded() -> None:
+    with serving(lambda exchange: None) as server, Sender(max_connections_per_host=1) as sender:
+        entered = threading.Event()
+
+        def hold(exchange: Exchange) -> None:
+            entered.set()
+            server.released.wait(30)
+            exchange.answer(200)
+
+        server.respond = hold
+        with ThreadPoolExecutor(1) as threads:
+            first = threads.submit(sender.send, server.url, {}, [], 20)
+            assert entered.wait(5)
+            with pytest.raises(Unreachable, match="all 1 connections"):
+                sender.send(server.url, {}, [], 0.1)
+            server.released.set()
+            assert first.result().status == 200
+
+
+def test_problem_documents_become_the_class_that_was_raised(sender: Sender) -> None:
+    problem = WrongPipeline("event of abc, this is def")
+    with (
+        serving(lambda exchange: exchange.answer(421, problem.document(), Content_Type=PROBLEM_CONTENT_TYPE)) as server,
+        pytest.raises(WrongPipeline, match="event of abc, this is def") as raised,
+    ):
+        sender.send(server.url, {}, [b"x"], 5)
+    assert server.url in raised.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "content_type", "excerpt"),
+    [
+        (502, b"connection refused\n to 127.0.0.1:8080", "text/plain", "connection refused to 127.0.0.1:8080"),
+        (404, b"", "text/html", "no text"),
+        (503, b'{"type": "about:blank", "detail": "busy"}', PROBLEM_CONTENT_TYPE, "about:blank"),
+        (500, b"\xff\xfe not problem", PROBLEM_CONTENT_TYPE, "not problem"),
+        (307, b"elsewhere", "text/plain", "elsewhere"),
+        (400, MalformedEvent("x").document(), "application/json", "urn:lamina"),
+    ],
+)
+def test_other_refusals_are_the_infrastructures(
+    sender: Sender, status: int, body: bytes, content_type: str, excerpt: str
+) -> None:
+    with (
+        serving(lambda exchange: exchange.answer(status, body, Content_Type=content_type)) as server,
+        pytest.raises(InfrastructureError, match=excerpt) as raised,
+    ):
+        sender.send(server.url, {}, [b"x"], 5)
+    assert raised.value.status == status
+    assert raised.value.url == server.url
+    assert server.connections == 1
+
+
+def test_a_refusal_while_the_body_is_still_being_sent(sender: Sender) -> None:
+    def refuse(exchange: Exchange) -> None:
+        exchange.answer(413, b"too large", Connection="close")
+        exchange.connection.shutdown(socket.SHUT_WR)
+        while exchange.connection.recv(2**20):  # A polite server: it reads on, so that no RST overtakes its answer.
+            pass
+
+    with serving(refuse) as server:
+        server.read_bodies = False
+        with pytest.raises(InfrastructureError, match="answered 413: too large"):
+            sender.send(server.url, {}, [memoryview(bytes(32 * 2**20))], 20)
+
+
+class _FailsFirst:
+    """Answers with the given failures first, then with 200."""
+
+    def __init__(self, *failures: tuple[int, bytes, dict[str, str]] | None) -> None:
+        self._failures = list(failures)
+        self.times: list[float] = []
+
+    def __call__(self, exchange: Exchange) -> None:
+        self.times.append(time.monotonic())
+        failure = self._failures.pop(0) if self._failures else (200, b"done", {})
+        if failure is None:
+            exchange.reset()
+        else:
+            exchange.answer(failure[0], failure[1], **failure[2])
+
+
+NOT_READY = (503, NotReady("loading").document(), {"Content_Type": PROBLEM_CONTENT_TYPE})
+
+
+def test_idempotent_events_are_retried(sender: Sender) -> None:
+    script = _FailsFirst((502, b"refused", {}), None, NOT_READY, (429, b"busy", {}))
+    with serving(script) as server:
+        assert bytes(sender.send_idempotent(server.url, {}, [b"x"], 20).body) == b"done"
+    assert len(script.times) == 5
+
+
+def test_retry_after_is_obeyed(sender: Sender) -> None:
+    script = _FailsFirst((503, b"", {"Retry_After": "1"}), (429, b"", {"Retry_After": formatdate(0, usegmt=True)}))
+    with serving(script) as server:
+        assert sender.send_idempotent(server.url, {}, [b"x"], 20).status == 200
+    assert 1.0 <= script.times[1] - script.times[0] < 3
+    assert script.times[2] - script.times[1] < 1
+
+
+def test_retries_end_with_their_time_and_the_last_error(sender: Sender) -> None:
+    with serving(lambda exchange: exchange.answer(503, b"no", Retry_After="60")) as server:
+        begin = time.monotonic()
+        with pytest.raises(InfrastructureError, match="503"):
+            sender.send_idempotent(server.url, {}, [b"x"], 5)
+        assert time.monotonic() - begin < 2, "a wait that cannot help is not waited for"
+    url = f"http://127.0.0.1:{unused_port()}/"
+    with pytest.raises(Unreachable):
+        sender.send_idempotent(url, {}, [b"x"], 0.5)
+
+
+@pytest.mark.parametrize("status", [400, 404, 413, 500, 504])
+def test_final_refusals_are_not_retried(sender: Sender, status: int) -> None:
+    script = _FailsFirst((status, b"no", {}))
+    with serving(script) as server, pytest.raises(InfrastructureError):
+        sender.send_idempotent(server.url, {}, [b"x"], 5)
+    assert len(script.times) == 1
+
+
+def test_a_reply_that_is_too_large_is_the_infrastructures_and_not_asked_for_again(sender: Sender) -> None:
+    def too_large(exchange: Exchange) -> None:
+        exchange.send_response(200)
+        exchange.send_header("Content-Length", str(2**31))
+        exchange.end_headers()
+        exchange.close_connection = True
+
+    with (
+        serving(too_large) as server,
+        pytest.raises(InfrastructureError, match="a body of 2147483648 bytes, the most") as raised,
+    ):
+        sender.send_idempotent(server.url, {}, [b"x"], 5)
+    assert raised.value.status == 200
+    assert len(server.requests) == 1
+
+
+def test_send_makes_one_attempt(sender: Sender) -> None:
+    for failure in (None, NOT_READY, (503, b"", {})):
+        script = _FailsFirst(failure)
+        with serving(script) as server, pytest.raises((ConnectionBroken, NotReady, InfrastructureError)):
+            sender.send(server.url, {}, [b"x"], 5)
+        assert len(script.times) == 1
+
+
+def test_close_ends_connections_and_waits(sender: Sender) -> None:
+    with serving(lambda exchange: exchange.answer(503, b"no", Retry_After="20")) as server, ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(sender.send_idempotent, server.url, {}, [b"x"], 60)
+        _wait_for_requests(server, 1)
+        sender.close()
+        with pytest.raises((InfrastructureError, Unreachable)):
+            waiting.result(timeout=5)
+        with pytest.raises(Unreachable, match="closed"):
+            sender.send(server.url, {}, [b"x"], 5)
+
+
+def _wait_for_requests(server: Server, count: int) -> None:
+    deadline = time.monotonic() + 5
+    while len(server.requests) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_hosts_nobody_talks_to_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eventing.http.connections.IDLE_SECONDS", 0.0)
+    pool = ConnectionPool(max_connections_per_host=2)
+    for port in range(1, 50):
+        with pool.connection(Origin(False, "127.0.0.1", port), 1) as connection:
+            assert connection.sock is None
+    assert len(pool._hosts) == 1

@@ -1,0 +1,105 @@
+"""The JSON data of events: defaults, bounds that are named, and what requests refuse."""
+
+import msgspec
+import pytest
+
+from eventing.problems import QueueFull
+from eventing.wire.events import MAX_ROWS, Sampling
+from eventing.wire.generation import (
+    ErrorEvent,
+    GenerateRequest,
+    GenerateResponse,
+    ReleaseRequest,
+    ReserveRequest,
+    ScoreRequest,
+    Timings,
+    Usage,
+    WarmupReply,
+    WarmupRequest,
+)
+
+
+def _generate(text: str) -> GenerateRequest:
+    return msgspec.json.decode(text, type=GenerateRequest)
+
+
+def test_defaults() -> None:
+    request = _generate('{"prompt": "Hello"}')
+    assert request.max_tokens == 256
+    assert request.temperature == 0
+    assert request.stop_strings == ()
+    assert request.sampling(seed=7) == Sampling(seed=7)
+    assert msgspec.json.encode(request) == b'{"prompt":"Hello"}'
+
+
+def test_every_option_reaches_the_sampler() -> None:
+    request = _generate(
+        '{"messages": [{"role": "user", "content": "x"}], "temperature": 1, "top_k": 40, "top_p": 0.9, "min_p": 0.1,'
+        ' "repetition_penalty": 1.1, "seed": 5, "stop": ["a", "b"]}'
+    )
+    assert request.sampling(seed=7) == Sampling(1.0, 40, 0.9, 0.1, 1.1, 5)
+    assert request.stop_strings == ("a", "b")
+    assert _generate('{"prompt": "x", "stop": "end"}').stop_strings == ("end",)
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("{}", "exactly one of `prompt` and `messages` must be given, not neither"),
+        ('{"prompt": "x", "messages": [{"role": "user", "content": "x"}]}', "not both"),
+        ('{"prompt": ""}', r"length >= 1 - at `\$.prompt`"),
+        ('{"messages": []}', r"length >= 1 - at `\$.messages`"),
+        ('{"messages": [{"role": "pirate", "content": "x"}]}', r"'pirate' - at `\$.messages\[0\].role`"),
+        ('{"messages": [{"role": "user"}]}', r"missing required field `content` - at `\$.messages\[0\]`"),
+        ('{"prompt": "x", "max_token": 5}', "unknown field `max_token`"),
+        ('{"prompt": "x", "max_tokens": 0}', r"`int` >= 1 - at `\$.max_tokens`"),
+        ('{"prompt": "x", "max_tokens": 1.5}', r"\$.max_tokens"),
+        ('{"prompt": "x", "temperature": -0.1}', r"`float` >= 0.0 - at `\$.temperature`"),
+        ('{"prompt": "x", "temperature": 101}', r"\$.temperature"),
+        ('{"prompt": "x", "top_p": 0}', r"\$.top_p"),
+        ('{"prompt": "x", "top_k": -1}', r"\$.top_k"),
+        ('{"prompt": "x", "min_p": 1.5}', r"\$.min_p"),
+        ('{"prompt": "x", "repetition_penalty": 0}', r"\$.repetition_penalty"),
+        ('{"prompt": "x", "seed": -1}', r"\$.seed"),
+        ('{"prompt": "x", "seed": 9223372036854775808}', r"\$.seed"),
+        ('{"prompt": "x", "stop": ""}', r"\$.stop"),
+        ('{"prompt": "x", "stop": ["' + '","'.join("abcdefghijklmnopq") + '"]}', r"length <= 16 - at `\$.stop`"),
+    ],
+)
+def test_bad_values_are_named(text: str, seen: str) -> None:
+    with pytest.raises(msgspec.ValidationError, match=seen):
+        _generate(text)
+
+
+@pytest.mark.parametrize(
+    ("type_", "text", "seen"),
+    [
+        (ScoreRequest, "{}", "not neither"),
+        (ScoreRequest, '{"text": "x", "token_ids": [1, 2]}', "not both"),
+        (ScoreRequest, '{"token_ids": [1]}', r"length >= 2 - at `\$.token_ids`"),
+        (ScoreRequest, '{"token_ids": [1, -2]}', r"\$.token_ids\[1\]"),
+        (ReserveRequest, '{"rows": []}', r"\$.rows"),
+        (ReserveRequest, '{"rows": [{"id": "a", "attempt": 0, "reserve_tokens": 0}]}', r"\$.rows\[0\].reserve_tokens"),
+        (ReleaseRequest, '{"rows": [{"id": "", "attempt": 0}]}', r"\$.rows\[0\].id"),
+        (ReleaseRequest, '{"rows": [' + ",".join(['{"id": "a", "attempt": 0}'] * (MAX_ROWS + 1)) + "]}", r"length <= 1024"),
+        (WarmupRequest, '{"hot": true}', "unknown field `hot`"),
+    ],
+)
+def test_bad_control_messages_are_named(type_: type[msgspec.Struct], text: str, seen: str) -> None:
+    with pytest.raises(msgspec.ValidationError, match=seen):
+        msgspec.json.decode(text, type=type_)
+
+
+def test_a_newer_gateways_reply_can_be_read() -> None:
+    response = GenerateResponse("hi", (1, 2), "stop", Usage(3, 2, 5), Timings(0.0, 0.1, 0.2, 10.0))
+    document = msgspec.json.decode(msgspec.json.encode(response)) | {"added": {"later": 1}}
+    assert msgspec.convert(document, GenerateResponse) == response
+    assert msgspec.json.decode(b'{"instance": "pod/1", "start_up": {"import": 1.2}}', type=WarmupReply).start_up == {
+        "import": 1.2
+    }
+
+
+def test_an_error_event_is_a_problem_document() -> None:
+    assert msgspec.json.decode(QueueFull("512 wait").document(), type=ErrorEvent) == ErrorEvent(
+        "urn:lamina:problem:queue-full", QueueFull.title, 429, "512 wait"
+    )

@@ -1,0 +1,111 @@
+"""A real (tiny) model through gateway and stages, while stages are killed: the whole model's tokens, sampled ones too."""
+
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from eventing.wire.events import EventType, Sampling
+from functions.gateway.scheduling.scheduler import Scheduler
+from functions.gateway.scheduling.sequence import Sequence
+from functions.stage.models.build import build_layer_group
+from functions.stage.models.layer_group import LayerGroup
+from tests.support.functions.gateway import Fault, Seen, StageServer, answer, running, scheduling, tokens_of
+from tests.support.functions.stage_pipeline import build_groups, engines, tensors, whole_model
+from tests.support.functions.stage_pipeline import generate as through_engines
+from tests.support.storage import tiny_models
+
+CUT = ((0, 2), (2, 3), (3, 6))
+MODEL = "llama"
+NEW_TOKENS = 16
+REQUESTS = 16
+TROUBLES = [Fault.KILLED_RESTARTED, Fault.KILLED_RESTARTED, Fault.REFUSED, Fault.REPLY_LOST, Fault.TWICE, Fault.UNAVAILABLE]
+
+
+def stage(index: int) -> StageServer:
+    first, last = CUT[index]
+
+    def build() -> LayerGroup:
+        own = tiny_models.stage_tensors(tensors(MODEL), first, last)
+        return build_layer_group("llama", tiny_models.tiny_config(MODEL), own, first, last, "float32", "cpu", 2**22)
+
+    return StageServer(index, CUT, build)
+
+
+def requests(number: int) -> list[tuple[list[int], Sampling]]:
+    """Prompts of 1 to 120 tokens; every other one is sampled at temperature 1."""
+    dice = random.Random(11)
+    prompts = [
+        [dice.randrange(3, tiny_models.VOCAB_SIZE) for _ in range(dice.choice([1, 2, 7, 40, 120]))] for _ in range(number)
+    ]
+    return [(prompt, Sampling(temperature=float(index % 2), seed=index)) for index, prompt in enumerate(prompts)]
+
+
+def generate(scheduler: Scheduler, wanted: list[tuple[list[int], Sampling]]) -> list[Sequence]:
+    sequences = [answer(prompt, NEW_TOKENS, sampling=sampling) for prompt, sampling in wanted]
+    for sequence in sequences:
+        scheduler.submit(sequence)
+    return sequences
+
+
+@contextmanager
+def gateways(stages: list[StageServer], *stages_at_once: int) -> Iterator[list[Scheduler]]:
+    settings = [{"chunk_tokens": 16, "micro_batch_sequences": 4, "stages_at_once": at_once} for at_once in stages_at_once]
+    with ExitStack() as stack:
+        yield [stack.enter_context(scheduling(stages, **each)) for each in settings]
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> list[list[int]]:
+    """One at a time through the same engines: greedy answers as transformers gives them, and the sampled ones."""
+    groups = build_groups(MODEL, CUT, "llama", kv_budget_bytes=2**22)
+    with engines(groups) as stages:
+        answers = [
+            through_engines(stages, f"id-{index}", prompt, NEW_TOKENS, sampling=sampling)
+            for index, (prompt, sampling) in enumerate(requests(REQUESTS))
+        ]
+    for (prompt, sampling), tokens in zip(requests(REQUESTS), answers, strict=True):
+        if sampling.temperature == 0:
+            assert tokens == tiny_models.greedy(whole_model(MODEL), prompt, NEW_TOKENS)
+    return answers
+
+
+@pytest.mark.parametrize("stages_at_once", [0, 1, 2])
+def test_batched_answers_are_those_of_the_whole_model(undisturbed: list[list[int]], stages_at_once: int) -> None:
+    with running(stage, 3) as stages, gateways(stages, stages_at_once) as (scheduler,):
+        assert [tokens_of(sequence) for sequence in generate(scheduler, requests(REQUESTS))] == undisturbed
+
+
+def test_answers_survive_everything_that_stages_can_do(undisturbed: list[list[int]]) -> None:
+    """Two gateways; fifteen times, every 15 to 30 events, one befalls what the dice say; some clients go away.
+
+    By events and not by time: on a slow machine one sequence would meet three troubles without a step between them.
+    """
+    dice = random.Random(5)
+    lock = threading.Lock()
+    happened: list[Fault] = []
+    quiet = 0
+
+    def trouble(seen: Seen) -> Fault | None:
+        nonlocal quiet
+        with lock:
+            if seen.type != EventType.FORWARD or len(happened) == 15:
+                return None
+            quiet -= 1
+            if quiet >= 0:
+                return None
+            quiet = dice.randrange(15, 30)
+            happened.append(dice.choice(TROUBLES))
+            return happened[-1]
+
+    with running(stage, 3) as stages, gateways(stages, 0, 1) as (one, other):
+        for each in stages:
+            each.inspect = trouble
+        sequences = [*generate(one, requests(REQUESTS)), *generate(other, requests(REQUESTS))]
+        gone = generate(one, requests(6))
+        for sequence in gone:
+            sequence.cancel()
+        assert [tokens_of(sequence) for sequence in sequences] == undisturbed * 2
+        assert len(set(happened)) >= 3

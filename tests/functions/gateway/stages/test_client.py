@@ -1,0 +1,157 @@
+"""What the gateway says to stages, and what it makes of every way in which they can fail."""
+
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from eventing.http.binding import from_http, to_binary_http
+from eventing.http.delivery import Sender
+from eventing.problems import PROBLEM_CONTENT_TYPE, EventTooLarge, NotReady, Problem, Unauthorized, WrongPipeline
+from eventing.wire.batch_codec import encode_batch
+from eventing.wire.cloud_event import batch_event, expiry_time, json_data, json_event, make_event
+from eventing.wire.events import Batch, EventType, Row, Status
+from eventing.wire.generation import (
+    ReleaseReply,
+    ReleaseRequest,
+    ReleaseRow,
+    ReservedRow,
+    ReserveReply,
+    ReserveRow,
+    WarmupReply,
+)
+from functions.gateway.stages.client import Pipeline, PipelineIdentity, StageFailed
+from functions.gateway.stages.routes import Instance
+from tests.support.http_server import Exchange, Server, serving, unused_port
+
+IDS = ["a", "b"]
+ROWS = tuple(Row(id_, 0, 5, 1) for id_ in IDS)
+BATCH = Batch(ROWS, memoryview(array("i", [1, 2])))
+
+Respond = Callable[[Exchange], None]
+
+
+@contextmanager
+def pipeline(respond: Respond, step_timeout_seconds: float = 5.0) -> Iterator[tuple[Pipeline, Instance, Server]]:
+    identity = PipelineIdentity("0123456789ab", "secret", "/gateways/1", (0, 10, 20))
+    with serving(respond) as server, Sender() as sender:
+        yield Pipeline(sender, identity, step_timeout_seconds), Instance(1, server.url), server
+
+
+def answer_batch(exchange: Exchange, batch: Batch = BATCH, **attributes: str | int) -> None:
+    headers, buffers = to_binary_http(batch_event(EventType.FORWARD, "/stage", batch, id=None, **attributes))
+    exchange.answer(200, b"".join(buffers), **{name.replace("-", "_"): value for name, value in headers.items()})
+
+
+def answer_json(exchange: Exchange, value: ReserveReply | ReleaseReply | WarmupReply) -> None:
+    headers, buffers = to_binary_http(json_event("dev.lamina.reply", "/stage", value, id=None, instance="i-1", freetokens=7))
+    exchange.answer(200, b"".join(buffers), **{name.replace("-", "_"): value for name, value in headers.items()})
+
+
+def answer_problem(problem: Problem) -> Respond:
+    return lambda exchange: exchange.answer(problem.status, problem.document(), Content_Type=PROBLEM_CONTENT_TYPE)
+
+
+def forward(respond: Respond, **settings: float) -> StageFailed:
+    """How a step fails."""
+    with pipeline(respond, **settings) as (under_test, instance, _), pytest.raises(StageFailed) as failed:
+        under_test.forward(instance, encode_batch(BATCH), IDS, time.monotonic() + 10)
+    return failed.value
+
+
+def test_a_step_and_what_it_carries() -> None:
+    with pipeline(lambda exchange: answer_batch(exchange, instance="i-1", freetokens=99)) as (under_test, instance, server):
+        reply = under_test.forward(instance, encode_batch(BATCH), IDS, time.monotonic() + 2)
+        (exchange,) = server.requests
+    event = from_http(exchange.headers.items(), exchange.body)
+    assert event.get_type() == EventType.FORWARD
+    assert event.get_source() == "/gateways/1"
+    assert event.get_extension("pipeline") == "0123456789ab"
+    assert event.get_extension("layer") == "10"
+    assert exchange.headers["Authorization"] == "Bearer secret"
+    expiry = expiry_time(event)
+    assert expiry is not None
+    assert timedelta(0) < expiry - datetime.now(UTC) <= timedelta(seconds=2), "the earlier of step timeout and deadline"
+    assert exchange.body == b"".join(encode_batch(BATCH))
+    assert reply.batch.rows == ROWS
+    assert bytes(reply.body) == exchange.body
+    assert (reply.answerer.instance, reply.answerer.boot, reply.answerer.free_tokens) == (instance, "i-1", 99)
+
+
+def test_reservation_release_and_warm_up() -> None:
+    reserved = tuple(ReservedRow(id_, 3, status) for id_, status in zip(IDS, (Status.OK, Status.FULL), strict=True))
+    with pipeline(lambda exchange: answer_json(exchange, ReserveReply(reserved))) as (under_test, instance, _):
+        answerer, rows = under_test.reserve(instance, [ReserveRow(id_, 3, 10) for id_ in IDS], time.monotonic() + 5)
+        assert (answerer.boot, answerer.free_tokens, rows) == ("i-1", 7, reserved)
+    with pipeline(lambda exchange: answer_json(exchange, ReleaseReply(1))) as (under_test, instance, server):
+        assert under_test.release(instance, [ReleaseRow("a", 3)]).free_tokens == 7
+        event = from_http(server.requests[0].headers.items(), server.requests[0].body)
+        assert json_data(event, ReleaseRequest).rows == (ReleaseRow("a", 3),)
+    with pipeline(lambda exchange: answer_json(exchange, WarmupReply("i-1", {"import": 1.5}))) as (under_test, instance, _):
+        assert under_test.warm_up(1, instance.url, 5.0).start_up == {"import": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("problem", "cause", "blames", "final"),
+    [
+        (NotReady("starting"), "not-ready", False, False),
+        (WrongPipeline("another"), "wrong-pipeline", False, True),
+        (Unauthorized("no token"), "unauthorized", False, True),
+        (EventTooLarge("large"), "event-too-large", True, False),
+        (Problem("bug"), "internal", True, False),
+    ],
+    ids=lambda value: value.name if isinstance(value, Problem) else None,
+)
+def test_refusals_of_a_stage(problem: Problem, cause: str, blames: bool, final: bool) -> None:
+    failed = forward(answer_problem(problem))
+    assert (failed.stage, failed.cause, failed.blames, failed.final) == (1, cause, blames, final)
+    assert str(failed) == f"stage 1: {cause}: {problem}"
+
+
+@pytest.mark.parametrize(("status", "blames"), [(502, True), (503, False), (504, True), (404, True)])
+def test_what_something_in_between_says(status: int, blames: bool) -> None:
+    failed = forward(lambda exchange: exchange.answer(status, b"upstream"))
+    assert (failed.cause, failed.blames) == ("infrastructure", blames)
+
+
+def test_no_answer_at_all() -> None:
+    broken = forward(lambda exchange: exchange.reset())
+    assert (broken.cause, broken.blames) == ("broken", True)
+    late = forward(lambda exchange: exchange.server.released.wait(5) and None, step_timeout_seconds=0.1)
+    assert (late.cause, late.blames) == ("timeout", True)
+    with pipeline(lambda exchange: None) as (under_test, _, _):
+        nobody = Instance(1, f"http://127.0.0.1:{unused_port()}")
+        with pytest.raises(StageFailed) as refused:
+            under_test.forward(nobody, encode_batch(BATCH), IDS, time.monotonic() + 5)
+    assert (refused.value.cause, refused.value.blames) == ("refused", False)
+
+
+@pytest.mark.parametrize(
+    "respond",
+    [
+        lambda exchange: exchange.answer(200, b"hello", Content_Type="text/plain"),
+        lambda exchange: answer_batch(exchange, Batch(ROWS[:1], memoryview(array("i", [1])))),
+        lambda exchange: answer_batch(exchange, Batch(ROWS[::-1], memoryview(array("i", [1, 2])))),
+        lambda exchange: exchange.answer(200, b"LMB", **_headers()),
+    ],
+    ids=["no event", "a row lacks", "rows in another order", "no batch"],
+)
+def test_answers_that_make_no_sense(respond: Respond) -> None:
+    failed = forward(respond)
+    assert (failed.cause, failed.blames) == ("malformed", True)
+
+
+def test_a_reservation_of_other_rows_makes_no_sense() -> None:
+    rows = (ReservedRow("z", 0, Status.OK),)
+    with pipeline(lambda exchange: answer_json(exchange, ReserveReply(rows))) as (under_test, instance, _):
+        with pytest.raises(StageFailed, match="other rows") as failed:
+            under_test.reserve(instance, [ReserveRow("a", 0, 10)], time.monotonic() + 5)
+        assert not failed.value.blames
+
+
+def _headers() -> dict[str, str]:
+    headers, _ = to_binary_http(make_event(EventType.FORWARD, "/stage", b"LMB", "application/vnd.lamina.batch", id=None))
+    return {name.replace("-", "_"): value for name, value in headers.items()}

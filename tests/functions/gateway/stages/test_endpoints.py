@@ -1,0 +1,213 @@
+"""The watch of EndpointSlices, against a server that lists and watches as the Kubernetes API does."""
+
+import ipaddress
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from functions.gateway.stages.endpoints import EndpointsWatch, KubernetesAPI, PodNetwork, service_name
+from functions.gateway.stages.routes import Endpoint
+from tests.support.functions.gateway import wait_until
+from tests.support.knative.kubernetes_watch import WatchServer
+
+PODS = PodNetwork(ipaddress.ip_network("10.1.0.0/16"), 8012)
+KNATIVE_PORTS = [("http-autometric", 9090), ("http", 8012), ("https", 8112)]
+
+
+def slice_of(
+    name: str,
+    *addresses: tuple[str, dict[str, bool | None]],
+    revision: str = "stage-0-00001",
+    ports: list[tuple[str | None, int]] | None = None,
+) -> dict[str, Any]:
+    return {
+        "kind": "EndpointSlice",
+        "addressType": "IPv4",
+        "metadata": {"name": name, "labels": {"serving.knative.dev/revision": revision}},
+        "ports": [{"name": name, "port": port, "protocol": "TCP"} for name, port in ports or KNATIVE_PORTS],
+        "endpoints": [{"addresses": [address], "conditions": conditions} for address, conditions in addresses],
+    }
+
+
+READY: dict[str, bool | None] = {"ready": True, "serving": True, "terminating": False}
+TERMINATING: dict[str, bool | None] = {"ready": False, "serving": True, "terminating": True}
+
+
+class Told:
+    """What the watch said of stage 0, newest last."""
+
+    def __init__(self) -> None:
+        self.all: list[list[Endpoint]] = []
+        self.unknown = 0
+
+    def __call__(self, stage: int, endpoints: Any) -> None:
+        assert stage == 0
+        if endpoints is None:
+            self.unknown += 1
+            return
+        self.all.append(sorted(endpoints, key=lambda endpoint: endpoint.url))
+
+    def wait(self, *expected: Endpoint) -> None:
+        wait_until(lambda: self.all and self.all[-1] == list(expected), f"{expected} after {self.all}")
+
+
+@contextmanager
+def watching(server: WatchServer, pods: PodNetwork = PODS) -> Iterator[Told]:
+    told = Told()
+    watch = EndpointsWatch(KubernetesAPI(server.url, "lamina"), ["stage-0"], pods, told)
+    watch.start()
+    try:
+        yield told
+    finally:
+        watch.stop()
+
+
+@pytest.fixture
+def server() -> Iterator[WatchServer]:
+    with WatchServer() as started:
+        yield started
+
+
+def test_lists_then_follows(server: WatchServer) -> None:
+    server.put(slice_of("one", ("10.1.0.5", READY)))
+    first = Endpoint("http://10.1.0.5:8012", "stage-0-00001")
+    with watching(server) as told:
+        told.wait(first)
+        server.put(slice_of("one", ("10.1.0.5", READY), ("10.1.0.6", {"ready": False})))
+        told.wait(first, Endpoint("http://10.1.0.6:8012", "stage-0-00001", ready=False))
+        server.put(slice_of("one", ("10.1.0.5", TERMINATING), ("10.1.0.6", READY)))
+        told.wait(
+            Endpoint("http://10.1.0.5:8012", "stage-0-00001", ready=False, terminating=True),
+            Endpoint("http://10.1.0.6:8012", "stage-0-00001"),
+        )
+        server.delete("one")
+        told.wait()
+    listing, following = server.requests[:2]
+    assert urlsplit(listing).path == "/apis/discovery.k8s.io/v1/namespaces/lamina/endpointslices"
+    selector = "serving.knative.dev/service=stage-0,networking.internal.knative.dev/serviceType=Private"
+    assert parse_qs(urlsplit(listing).query) == {"labelSelector": [selector]}
+    parameters = parse_qs(urlsplit(following).query)
+    assert parameters["watch"] == ["1"]
+    assert parameters["resourceVersion"] == ["1"]
+    assert parameters["labelSelector"] == [selector]
+
+
+def test_slices_are_merged(server: WatchServer) -> None:
+    """knative/local has a slice for each pod, each with its own port; Kubernetes splits large ones."""
+    local = PodNetwork(ipaddress.ip_network("127.0.0.0/8"), 0)
+    server.put(slice_of("pod-1", ("127.0.0.1", READY), ports=[("http", 40001)]))
+    server.put(slice_of("pod-2", ("127.0.0.1", READY), revision="stage-0-00002", ports=[(None, 40002)]))
+    with watching(server, local) as told:
+        told.wait(
+            Endpoint("http://127.0.0.1:40001", "stage-0-00001"),
+            Endpoint("http://127.0.0.1:40002", "stage-0-00002"),
+        )
+        server.delete("pod-1")
+        told.wait(Endpoint("http://127.0.0.1:40002", "stage-0-00002"))
+
+
+def test_an_address_in_two_slices_is_one_instance(server: WatchServer) -> None:
+    server.put(slice_of("old", ("10.1.0.5", {"ready": False})))
+    server.put(slice_of("new", ("10.1.0.5", READY)))
+    with watching(server) as told:
+        told.wait(Endpoint("http://10.1.0.5:8012", "stage-0-00001"))
+
+
+def test_conditions_that_are_not_given_mean_what_kubernetes_says(server: WatchServer) -> None:
+    server.put(slice_of("one", ("10.1.0.5", {}), ("10.1.0.6", {"ready": None, "terminating": None})))
+    with watching(server) as told:
+        told.wait(Endpoint("http://10.1.0.5:8012", "stage-0-00001"), Endpoint("http://10.1.0.6:8012", "stage-0-00001"))
+
+
+def test_foreign_addresses_and_ports_are_not_followed(server: WatchServer, caplog: pytest.LogCaptureFixture) -> None:
+    server.put(slice_of("foreign", ("192.168.0.1", READY), ("169.254.169.254", READY), ("not-an-address", READY)))
+    server.put(slice_of("port", ("10.1.0.7", READY), ports=[("http", 22)]))
+    server.put(slice_of("unnamed", ("10.1.0.8", READY), ports=[("a", 8012), ("b", 8012)]))
+    server.put(slice_of("own", ("10.1.0.9", READY)))
+    with caplog.at_level(logging.WARNING), watching(server) as told:
+        told.wait(Endpoint("http://10.1.0.9:8012", "stage-0-00001"))
+    assert "foreign: 169.254.169.254 port 8012 is not followed" in caplog.text
+    assert "port: 10.1.0.7 port 22 is not followed" in caplog.text
+
+
+def test_ipv6(server: WatchServer) -> None:
+    server.put(slice_of("one", ("fd00::5", READY)))
+    with watching(server, PodNetwork(ipaddress.ip_network("fd00::/64"), 8012)) as told:
+        told.wait(Endpoint("http://[fd00::5]:8012", "stage-0-00001"))
+
+
+@pytest.mark.parametrize("how", ["status", "event"])
+def test_an_expired_version_is_listed_anew(server: WatchServer, how: str) -> None:
+    server.put(slice_of("one", ("10.1.0.5", READY)))
+    with watching(server) as told:
+        told.wait(Endpoint("http://10.1.0.5:8012", "stage-0-00001"))
+        server.expire(how)
+        server.put(slice_of("one", ("10.1.0.6", READY)), silently=True)
+        server.end_watches()
+        told.wait(Endpoint("http://10.1.0.6:8012", "stage-0-00001"))
+
+
+def test_a_watch_that_ends_goes_on_where_it_was(server: WatchServer) -> None:
+    server.put(slice_of("one", ("10.1.0.5", READY)))
+    with watching(server) as told:
+        told.wait(Endpoint("http://10.1.0.5:8012", "stage-0-00001"))
+        wait_until(lambda: server.watches, "the watch")
+        server.bookmark("77")
+        server.end_watches()
+        wait_until(lambda: any("resourceVersion=77" in request for request in server.requests), "the next watch")
+        assert len(told.all) == 1
+
+
+def test_an_api_that_fails_is_asked_again(server: WatchServer, caplog: pytest.LogCaptureFixture) -> None:
+    server.put(slice_of("one", ("10.1.0.5", READY)))
+    server.failures = [500, 403, 200]
+    with caplog.at_level(logging.WARNING), watching(server) as told:
+        told.wait(Endpoint("http://10.1.0.5:8012", "stage-0-00001"))
+    assert "watching the instances of stage-0 failed, trying again: the Kubernetes API answered 500" in caplog.text
+    assert "answered 403" in caplog.text
+    assert "trying again: Input data was truncated" in caplog.text
+
+
+def test_without_the_right_to_watch_the_instances_are_unknown(server: WatchServer) -> None:
+    with watching(server) as told:
+        wait_until(lambda: server.watches, "the watch")
+        assert not told.unknown
+        server.failures = [500, 500]
+        server.end_watches(broken=True)
+        wait_until(lambda: not server.failures and len(told.all) == 2, "the API's return")
+        assert not told.unknown, "what was known is better than nothing"
+        server.failures = [403]
+        server.end_watches(broken=True)
+        wait_until(lambda: len(told.all) == 3, "the return of the right")
+        assert told.unknown == 1
+
+
+def test_an_api_that_is_not_there_is_waited_for() -> None:
+    with WatchServer() as server:
+        port = server.port
+    told = Told()
+    api = KubernetesAPI(f"http://127.0.0.1:{port}", "lamina")
+    watch = EndpointsWatch(api, ["stage-0"], PODS, told)
+    watch.start()
+    wait_until(lambda: told.unknown, "the news that nothing is known")
+    with WatchServer(port) as server:
+        server.put(slice_of("one", ("10.1.0.5", READY)))
+        told.wait(Endpoint("http://10.1.0.5:8012", "stage-0-00001"))
+        watch.stop()
+
+
+def test_stopping_ends_an_open_watch(server: WatchServer) -> None:
+    before = threading.active_count()
+    with watching(server) as told:
+        wait_until(lambda: told.all and server.watches, "the watch")
+    wait_until(lambda: threading.active_count() <= before + 1, "the end of the thread")
+
+
+def test_names_of_services() -> None:
+    assert service_name("http://stage-0.default.svc.cluster.local") == "stage-0"
+    assert service_name("http://stage-0") == "stage-0"

@@ -1,0 +1,223 @@
+"""Text in and out of the gateway: chat template and tokenizer as transformers does it, streams that show certain text only."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from eventing.problems import InvalidRequest
+from eventing.wire.generation import Message
+from functions.gateway.text.chat_template import ChatTemplate
+from functions.gateway.text.text_stream import Detokenizer, StopStrings, TextStream
+from functions.gateway.text.tokenizer import ModelText
+from storage.models.model_repository import Manifest, StoredFile
+from tests.support.storage.published import CHAT_TEMPLATE, byte_tokenizer
+
+TEXTS = [
+    "hello",
+    "The capital of France is",
+    "12345 + 67",
+    "naïve 😀 日本語",
+    " leading and  double  spaces\n\n",
+    "the other then",
+]
+MESSAGES = (
+    Message("system", "Be brief."),
+    Message("user", "Hi <b>&</b> 😀"),
+    Message("assistant", "Hello."),
+    Message("user", "the"),
+)
+TEMPLATES = [
+    CHAT_TEMPLATE,
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] | upper }}] {{ m.content | trim }}{{ eos_token }}\n{% endfor %}",
+    "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ m | tojson }}{% endfor %}",
+    "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}",
+    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    "   {% if add_generation_prompt %}\n<assistant>{% endif %}\n",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return byte_tokenizer()
+
+
+def transformers_tokenizer(folder: Path, template: str) -> Any:
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|im_end|>"})
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+class Folder:
+    """Reads a publication's files from a dict, as an ObjectReader would."""
+
+    def __init__(self, files: dict[str, Any]) -> None:
+        self.files = {name: data if isinstance(data, bytes) else json.dumps(data).encode() for name, data in files.items()}
+
+    def get(self, key: str) -> bytes:
+        return self.files[key]
+
+    def manifest(self) -> Manifest:
+        stored = {name: StoredFile(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in self.files.items()}
+        numbers = dict.fromkeys(("num_layers", "hidden_size", "vocab_size", "num_kv_heads", "head_dim"), 1)
+        return Manifest(
+            manifest_version=1,
+            name="m",
+            dtype="float32",
+            publication="p",
+            architecture="LlamaForCausalLM",
+            model_type="llama",
+            context_length=64,
+            tied=False,
+            objects={},
+            files=stored,
+            **numbers,
+        )
+
+
+def load(**files: Any) -> ModelText:
+    folder = Folder(
+        {"tokenizer.json": byte_tokenizer().to_str().encode()} | {name.replace("__", "."): data for name, data in files.items()}
+    )
+    return ModelText.load(folder, folder.manifest())
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_templates_render_as_in_transformers(tmp_path: Path, template: str) -> None:
+    reference = transformers_tokenizer(tmp_path, template)
+    turns = [{"role": message.role, "content": message.content} for message in MESSAGES]
+    expected = reference.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    rendered = ChatTemplate(template, {"bos_token": "<s>", "eos_token": "<|im_end|>"}).render(MESSAGES)
+    assert rendered == expected
+
+
+def test_tokens_are_those_of_transformers(tmp_path: Path) -> None:
+    reference: PreTrainedTokenizerFast = transformers_tokenizer(tmp_path, CHAT_TEMPLATE)
+    text = load(chat_template__jinja=CHAT_TEMPLATE.encode(), tokenizer_config__json={"eos_token": "<|im_end|>"})
+    for prompt in TEXTS:
+        assert text.encode(prompt) == reference(prompt)["input_ids"]
+    turns = [{"role": message.role, "content": message.content} for message in MESSAGES]
+    expected = reference.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    assert text.encode_messages(MESSAGES) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('no system role') }}", "no system role"),
+        ("{{ messages[9].content }}", "refuses"),
+        ("{{ messages | length + 'x' }}", "refuses"),
+        ("{{ ''.__class__.__mro__ }}", "refuses"),
+        ("{{ messages.append(1) }}", "refuses"),
+    ],
+)
+def test_what_a_template_refuses_is_an_invalid_request(template: str, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words):
+        ChatTemplate(template, {}).render(MESSAGES)
+
+
+def test_the_template_may_be_one_of_several_in_the_tokenizers_configuration() -> None:
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "the"}]
+    assert (
+        load(tokenizer_config__json={"chat_template": named}).encode_messages(MESSAGES)
+        == byte_tokenizer().encode("the").ids[1:]
+    )
+    assert load(tokenizer_config__json={"chat_template": "th"}).template is not None
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        load().encode_messages(MESSAGES)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"generation_config__json": {"eos_token_id": [2, 4]}, "config__json": {"eos_token_id": 3}}, {2, 4}),
+        ({"generation_config__json": {}, "config__json": {"eos_token_id": 3}}, {3}),
+        ({"tokenizer_config__json": {"eos_token": {"content": "<|im_end|>"}}}, {4}),
+        ({}, set()),
+    ],
+)
+def test_where_answers_end(files: dict[str, Any], expected: set[int]) -> None:
+    assert load(**files).eos_ids == expected
+
+
+@given(st.lists(st.integers(5, 263), max_size=40))
+@settings(deadline=None, max_examples=200)
+def test_pieces_of_text_are_the_whole_text(ids: list[int]) -> None:
+    tokenizer = byte_tokenizer()
+    detokenizer = Detokenizer(tokenizer)
+    pieces = [detokenizer.push(token_id) for token_id in ids]
+    assert "".join([*pieces, detokenizer.finish()]).replace("\ufffd", "") == tokenizer.decode(ids).replace("\ufffd", "")
+
+
+@given(st.text(max_size=40))
+@settings(deadline=None)
+def test_valid_text_comes_back_in_whole_characters(text: str) -> None:
+    tokenizer = byte_tokenizer()
+    detokenizer = Detokenizer(tokenizer)
+    pieces = [detokenizer.push(token_id) for token_id in tokenizer.encode(text, add_special_tokens=False).ids]
+    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+    assert "".join([*pieces, detokenizer.finish()]) == text
+
+
+def test_a_space_that_belongs_to_a_word_is_kept() -> None:
+    """SentencePiece-like tokenizers drop the space of a text's first token, which a word inside a text must keep."""
+    tokenizer = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1, "c": 2}, unk_token="c"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    detokenizer = Detokenizer(tokenizer)
+    assert [detokenizer.push(token_id) for token_id in (0, 1, 2, 0)] == ["a", " b", "c", " a"]
+
+
+def test_bytes_that_never_become_a_character_are_given_out_in_the_end(tokenizer: Tokenizer) -> None:
+    (continuation,) = (token_id for token, token_id in tokenizer.get_vocab().items() if token == "Ģ")  # byte 0x80 alone
+    detokenizer = Detokenizer(tokenizer)
+    assert "\ufffd" in "".join(detokenizer.push(continuation) for _ in range(20))
+
+
+@given(st.lists(st.text("abc", max_size=4), max_size=10), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
+@settings(deadline=None)
+def test_stop_strings_never_show(pieces: list[str], stops: list[str]) -> None:
+    stream = StopStrings(stops)
+    whole = "".join(pieces)
+    seen = ""
+    for piece in pieces:
+        seen += stream.push(piece)
+        if stream.found:
+            break
+    seen += stream.finish()
+    # The first stop string to be complete ends the text, however many others began before it.
+    complete = min((place + len(stop) for stop in stops if (place := whole.find(stop)) >= 0), default=None)
+    assert stream.found == (complete is not None)
+    assert all(stop not in seen for stop in stops)
+    assert whole.startswith(seen)
+    if complete is None:
+        assert seen == whole
+
+
+def test_a_stop_string_over_token_boundaries(tokenizer: Tokenizer) -> None:
+    stream = TextStream(tokenizer, ["\nUser:"])
+    ids = tokenizer.encode("Sure.\nUse it.\nUser: more", add_special_tokens=False).ids
+    shown = ""
+    for token_id in ids:
+        shown += stream.push(token_id)
+        assert not any(shown.endswith(part) for part in ("\n", "\nUs", "\nUser", "\nUser:"))
+        if stream.stopped:
+            break
+    assert shown + stream.finish() == "Sure.\nUse it."
+
+
+def test_text_that_only_began_like_a_stop_string_is_given_out(tokenizer: Tokenizer) -> None:
+    stream = TextStream(tokenizer, ["###"])
+    shown = "".join(stream.push(token_id) for token_id in tokenizer.encode("a##", add_special_tokens=False).ids)
+    assert shown == "a"
+    assert stream.holds
+    assert stream.finish() == "##"

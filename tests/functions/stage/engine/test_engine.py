@@ -1,0 +1,327 @@
+"""The engine's thread: merging, order, expiry, poisoned events, drain, and being alive."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from eventing.problems import EventExpired, NotReady
+from eventing.wire.events import Batch, Row, Status, Want
+from eventing.wire.generation import ReleaseRow, ReserveRow
+from functions.stage.engine.engine import Engine, PassStatistics
+from functions.stage.engine.event_queue import EventQueue, WaitingEvent
+from tests.support.functions.counting_group import CountingGroup, Poisoned
+from tests.support.functions.stage_pipeline import batch, engines
+
+GATEWAY = "gateway"
+DEADLINE_SECONDS = 30
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Crowd:
+    """Sends events from many threads while the group is held in a first pass, so that what waits is known."""
+
+    def __init__(self, engine: Engine, group: CountingGroup) -> None:
+        self.engine = engine
+        self.group = group
+        self._pool = ThreadPoolExecutor(max_workers=32)
+
+    def send(self, *rows: Row, tokens: Sequence[int] | None = None, **arguments: Any) -> "Future[Batch]":
+        """Returns once the event waits at the stage."""
+        ids = [1] * sum(row.length for row in rows) if tokens is None else tokens
+        before = self._at_stage()
+        future = self._pool.submit(self.engine.handle, batch(rows, ids), source=GATEWAY, **arguments)
+        wait_for(lambda: self._at_stage() > before or future.done())
+        return future
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While inside, the engine's thread is in a pass with a sequence named "holder"."""
+        self.group.gate.clear()
+        self.group.began.clear()
+        holder = self.send(step("holder", 0, 1, reserve=2))
+        assert self.group.began.wait(DEADLINE_SECONDS)
+        try:
+            yield
+        finally:
+            self.group.gate.set()
+            assert holder.result(DEADLINE_SECONDS).rows[0].status is Status.OK
+
+    def _at_stage(self) -> int:
+        return sum(len(steps) for steps in self.engine._queue._here.copy().values())
+
+    def close(self) -> None:
+        self.group.gate.set()
+        self._pool.shutdown()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come about"
+        time.sleep(0.001)
+
+
+def step(id_: str, position: int, length: int, attempt: int = 0, reserve: int | None = None) -> Row:
+    return Row(id_, attempt, position, length, Want.TOKEN, reserve_tokens=reserve)
+
+
+def answer(future: "Future[Batch]") -> Row:
+    (row,) = future.result(DEADLINE_SECONDS).rows
+    return row
+
+
+def token(future: "Future[Batch]") -> int | None:
+    result = answer(future).result
+    return None if result is None else result.token
+
+
+@contextmanager
+def crowd(capacity_tokens: int = 1000, **settings: Any) -> Iterator[Crowd]:
+    group = CountingGroup(capacity_tokens=capacity_tokens)
+    with engines([group], **settings) as (engine,):
+        people = Crowd(engine, group)
+        try:
+            yield people
+        finally:
+            people.close()
+
+
+def test_what_waits_is_merged_and_split_again() -> None:
+    seen: list[PassStatistics] = []
+    with crowd(max_merge=8, on_pass=seen.append) as people:
+        with people.held():
+            futures = [people.send(step(str(n), 0, n, reserve=10), tokens=[n] * n) for n in (1, 2, 3, 4)]
+        assert [token(future) for future in futures] == [1, 4, 9, 16]
+        assert people.group.passes == [[1], [1, 2, 3, 4]]
+        wait_for(lambda: len(seen) == 2)
+    assert [len(statistics.queue_seconds) for statistics in seen] == [1, 4]
+    assert seen[1].tokens == 10
+    assert seen[1].rows == (Status.OK,) * 4
+    assert min(seen[1].queue_seconds) > 0
+    assert seen[0].compute_seconds >= max(seen[1].queue_seconds)
+
+
+@pytest.mark.parametrize(("num_stages", "max_merge", "first_pass"), [(1, 8, 8), (3, 8, 3), (3, 2, 2), (8, 8, 1), (1, 1, 1)])
+def test_a_pass_takes_the_stages_share_of_what_waits(num_stages: int, max_merge: int, first_pass: int) -> None:
+    with crowd(num_stages=num_stages, max_merge=max_merge) as people:
+        with people.held():
+            futures = [people.send(step(str(n), 0, 1, reserve=5)) for n in range(8)]
+        wait(futures, DEADLINE_SECONDS)
+        assert len(people.group.passes[1]) == first_pass
+
+
+def test_large_events_are_not_merged() -> None:
+    group = CountingGroup(capacity_tokens=2000, max_positions=1000)
+    with engines([group], num_stages=1, max_merge=8) as (engine,):
+        people = Crowd(engine, group)
+        with people.held():
+            futures = [people.send(step(str(n), 0, 300, reserve=300)) for n in range(2)]
+            futures += [people.send(step("small", 0, 1, reserve=1))]
+        wait(futures, DEADLINE_SECONDS)
+        assert group.passes == [[1], [300, 1], [300]]
+        people.close()
+
+
+def test_two_steps_of_a_sequence_never_meet_and_keep_their_order() -> None:
+    with crowd(num_stages=1, max_merge=8) as people:
+        with people.held():
+            first = people.send(step("a", 0, 2, reserve=10), step("b", 0, 1, reserve=10), tokens=[1, 2, 3])
+            second = people.send(step("a", 2, 1), step("c", 0, 1, reserve=10), tokens=[3, 9])
+            third = people.send(step("c", 1, 1), tokens=[1])
+            apart = people.send(step("d", 0, 1, reserve=10), tokens=[5])
+        assert [row.result and row.result.token for row in first.result().rows] == [3, 3]
+        assert [row.result and row.result.token for row in second.result().rows] == [6, 9]
+        assert (token(third), token(apart)) == (10, 5)
+        assert people.group.passes == [[1], [2, 1, 1], [1, 1], [1]]
+
+
+def test_a_duplicate_of_a_step_that_is_here_waits_its_turn() -> None:
+    with crowd() as people:
+        with people.held():
+            both = [people.send(step("a", 0, 2, reserve=10), tokens=[1, 2]) for _ in range(2)]
+        assert [token(future) for future in both] == [3, 3]
+
+
+def test_a_row_older_than_the_step_in_progress_is_stale() -> None:
+    with crowd() as people:
+        assert token(people.send(step("a", 0, 3, reserve=10), tokens=[1, 2, 3])) == 6
+        with people.held():
+            current = people.send(step("a", 3, 1), tokens=[6])
+            late = people.send(step("a", 0, 3, reserve=10), tokens=[1, 2, 3])
+        assert token(current) == 12
+        assert (answer(late).status, answer(late).result) == (Status.STALE, None)
+        assert token(people.send(step("a", 4, 1), tokens=[12])) == 24
+
+
+def test_an_older_attempt_is_stale_even_while_the_newer_one_waits() -> None:
+    with crowd() as people:
+        assert token(people.send(step("a", 0, 1, reserve=10))) == 1
+        with people.held():
+            newer = people.send(step("a", 0, 1, attempt=1, reserve=10))
+            older = people.send(step("a", 1, 1, attempt=0))
+        assert token(newer) == 1
+        assert answer(older).status is Status.STALE
+
+
+def test_a_release_reaches_what_still_waits() -> None:
+    with crowd(capacity_tokens=100) as people:
+        with people.held():
+            waiting = people.send(step("a", 0, 1, reserve=10), step("b", 0, 1, reserve=10))
+            with ThreadPoolExecutor() as pool:
+                releasing = pool.submit(people.engine.release, [ReleaseRow("a", 0)], source=GATEWAY)
+                wait_for(lambda: len(people.engine._queue._calls) == 1)
+                people.group.gate.set()
+                assert releasing.result(DEADLINE_SECONDS) == 0
+        assert [row.status for row in waiting.result().rows] == [Status.STALE, Status.OK]
+        assert people.engine.free_tokens == 100 - 2 - 10
+
+
+def test_a_poisoned_event_fails_alone() -> None:
+    with crowd(num_stages=1, max_merge=8) as people:
+        people.group.poison = 13
+        assert token(people.send(step("a", 0, 2, reserve=10), tokens=[1, 2])) == 3
+        with people.held():
+            good = people.send(step("a", 2, 1), tokens=[3])
+            poisoned = people.send(step("b", 0, 1, reserve=10), step("c", 0, 1, reserve=10), tokens=[13, 1])
+            too = people.send(step("d", 0, 1, reserve=10), tokens=[4])
+        assert (token(good), token(too)) == (6, 4)
+        with pytest.raises(Poisoned, match="token 13"):
+            poisoned.result()
+        assert token(people.send(step("a", 3, 1), tokens=[6])) == 12
+        assert answer(people.send(step("b", 1, 1))).held == 0
+        assert people.engine.alive(stuck_after_seconds=10)
+
+
+def test_an_expired_event_is_dropped_before_it_is_computed() -> None:
+    clock = Clock()
+    with crowd(clock=clock) as people:
+        with people.held():
+            expired = people.send(step("a", 0, 1, reserve=10), expires_at=1005.0)
+            timely = people.send(step("b", 0, 1, reserve=10), expires_at=1020.0)
+            clock.now = 1010.0
+        with pytest.raises(EventExpired):
+            expired.result()
+        assert token(timely) == 1
+        assert people.engine.sequences == 2
+
+
+def test_idle_sequences_expire_and_those_heard_of_do_not() -> None:
+    clock = Clock()
+    with crowd(capacity_tokens=100, clock=clock, idle_sequence_seconds=60.0) as people:
+        for id_ in ("a", "b"):
+            assert token(people.send(step(id_, 0, 1, reserve=10))) == 1
+        clock.now += 50
+        assert token(people.send(step("a", 1, 1))) == 2
+        clock.now += 20
+        assert people.engine.reserve([ReserveRow("c", 0, 90)], source=GATEWAY) == [Status.OK]
+        assert people.engine.free_tokens == 0
+        assert answer(people.send(step("b", 1, 1))).status is Status.MISS
+
+
+def test_a_thousand_abandoned_sequences_leave_nothing_behind() -> None:
+    group = CountingGroup(capacity_tokens=10_000)
+    with engines([group], idle_sequence_seconds=0.2) as (engine,):
+        for first in range(0, 1000, 100):
+            rows = [step(str(n), 0, 1, reserve=10) for n in range(first, first + 100)]
+            assert {row.status for row in engine.handle(batch(rows, [1] * 100), source=GATEWAY).rows} == {Status.OK}
+        wait_for(lambda: engine.free_tokens == 10_000)
+        assert engine.sequences == 0
+        assert not engine._queue._here
+
+
+def test_draining_answers_what_waits_and_takes_nothing_more() -> None:
+    with crowd() as people:
+        with people.held():
+            waiting = people.send(step("a", 0, 1, reserve=10))
+            stopping = threading.Thread(target=people.engine.stop)
+            stopping.start()
+            wait_for(lambda: people.engine._queue._closed)
+            with pytest.raises(NotReady, match="shutting down"):
+                people.engine.handle(batch([step("b", 0, 1, reserve=10)], [1]), source=GATEWAY)
+            with pytest.raises(NotReady, match="shutting down"):
+                people.engine.release([ReleaseRow("a", 0)], source=GATEWAY)
+        assert token(waiting) == 1
+        stopping.join(DEADLINE_SECONDS)
+        assert not people.engine.alive(stuck_after_seconds=10)
+
+
+def test_stopping_without_draining_answers_not_ready() -> None:
+    with crowd() as people:
+        with people.held():
+            waiting = people.send(step("a", 0, 1, reserve=10))
+            stopping = threading.Thread(target=people.engine.stop, kwargs={"drain": False})
+            stopping.start()
+            with pytest.raises(NotReady, match="stopped before"):
+                waiting.result(DEADLINE_SECONDS)
+        stopping.join(DEADLINE_SECONDS)
+
+
+def test_a_stuck_pass_is_seen() -> None:
+    with crowd() as people:
+        assert people.engine.alive(stuck_after_seconds=0.01)
+        with people.held():
+            assert people.engine.alive(stuck_after_seconds=60)
+            wait_for(lambda: not people.engine.alive(stuck_after_seconds=0.01))
+        wait_for(lambda: people.engine.alive(stuck_after_seconds=0.01))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dead_thread_is_seen_and_nobody_waits_for_it_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(*_: object) -> None:
+        raise SystemExit
+
+    with crowd() as people:
+        with people.held():
+            monkeypatch.setattr(people.group, "forward", die)
+            futures = [people.send(step(id_, 0, 1, reserve=10)) for id_ in "ab"]
+        for future in futures:
+            with pytest.raises(NotReady, match="stopped before"):
+                future.result(DEADLINE_SECONDS)
+        wait_for(lambda: not people.engine.alive(stuck_after_seconds=10))
+        with pytest.raises(NotReady, match="shutting down"):
+            people.engine.reserve([ReserveRow("a", 0, 1)], source=GATEWAY)
+
+
+def test_warming_up_leaves_nothing_behind() -> None:
+    groups = [CountingGroup(0, 2, 6), CountingGroup(2, 4, 6), CountingGroup(4, 6, 6)]
+    with engines(groups) as stages:
+        for engine in stages:
+            engine.warm_up()
+        assert [engine.free_tokens for engine in stages] == [100] * 3
+    assert [group.passes for group in groups] == [[[1]]] * 3
+
+
+def test_the_queue_gives_nothing_when_nothing_comes() -> None:
+    queue = EventQueue(num_stages=1, max_merge=1)
+    assert queue.take(0.001) == []
+    queue.close()
+    assert queue.take(0.001) is None
+    with pytest.raises(NotReady):
+        queue.put(WaitingEvent(batch([step("a", 0, 1)], [1]), GATEWAY, None, 0.0))
+
+
+def test_many_threads_at_once_get_their_own_answers() -> None:
+    group = CountingGroup(capacity_tokens=100_000)
+    with engines([group], num_stages=2) as (engine,), ThreadPoolExecutor(max_workers=16) as pool:
+
+        def converse(n: int) -> list[int | None]:
+            replies = [engine.handle(batch([step(str(n), 0, 1, reserve=20)], [n]), source=GATEWAY)]
+            replies += [engine.handle(batch([step(str(n), k, 1)], [n]), source=GATEWAY) for k in range(1, 10)]
+            engine.release([ReleaseRow(str(n), 0)], source=GATEWAY)
+            return [result.token if (result := reply.rows[0].result) else None for reply in replies]
+
+        for n, tokens in enumerate(pool.map(converse, range(90))):
+            assert tokens == [n * k % 97 for k in range(1, 11)]
+        assert engine.free_tokens == 100_000

@@ -1,0 +1,321 @@
+"""The row contract: what each row of an event is answered, one row failing alone."""
+
+from array import array
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from eventing.problems import EventTooLarge, MalformedEvent
+from eventing.wire.batch_codec import decode_batch, encode_batch
+from eventing.wire.events import Batch, Row, Status, Tensor, Want
+from eventing.wire.generation import ReleaseRow, ReserveRow
+from functions.stage.engine.engine import Engine
+from functions.stage.engine.wire_tensors import hidden_tensor, wire_tensor
+from tests.support.functions.counting_group import HIDDEN, VOCAB, CountingGroup
+from tests.support.functions.stage_pipeline import batch, engines
+
+GATEWAY = "gateway"
+
+
+class Stage:
+    """One engine over a counting group that is the whole model."""
+
+    def __init__(self, engine: Engine, group: CountingGroup) -> None:
+        self.engine = engine
+        self.group = group
+
+    def step(self, id_: str, position: int, tokens: list[int], attempt: int = 0, reserve: int | None = None) -> Row:
+        row = Row(id_, attempt, position, len(tokens), Want.TOKEN, reserve_tokens=reserve)
+        (answer,) = self.engine.handle(batch([row], tokens), source=GATEWAY).rows
+        return answer
+
+    def begin(self, id_: str, tokens: list[int], attempt: int = 0, reserve: int = 20) -> int:
+        answer = self.step(id_, 0, tokens, attempt, reserve)
+        assert answer.status is Status.OK, answer
+        return token_of(answer)
+
+
+def token_of(row: Row) -> int:
+    assert row.status is Status.OK, row
+    assert row.result is not None
+    assert row.result.token is not None
+    return row.result.token
+
+
+@pytest.fixture
+def stage() -> Iterator[Stage]:
+    group = CountingGroup()
+    with engines([group]) as (engine,):
+        yield Stage(engine, group)
+
+
+def test_a_sequence_goes_on_step_by_step(stage: Stage) -> None:
+    assert stage.begin("a", [1, 2, 3]) == 6
+    assert token_of(stage.step("a", 3, [6])) == 12
+    assert token_of(stage.step("a", 4, [12])) == 24
+
+
+def test_a_result_row_has_no_tokens_and_no_tensor(stage: Stage) -> None:
+    row = Row("a", 0, 0, 3, Want.TOKEN, reserve_tokens=20)
+    reply = stage.engine.handle(batch([row], [1, 2, 3]), source=GATEWAY)
+    assert (len(reply.token_ids), reply.hidden) == (0, None)
+    (answer,) = reply.rows
+    assert (answer.length, answer.position, answer.reserve_tokens) == (0, 0, None)
+    assert decode_batch(b"".join(encode_batch(reply))).rows == reply.rows
+
+
+def test_a_row_that_wants_nothing_gets_nothing(stage: Stage) -> None:
+    row = Row("a", 0, 0, 3, Want.NONE, reserve_tokens=20)
+    (answer,) = stage.engine.handle(batch([row], [1, 2, 3]), source=GATEWAY).rows
+    assert (answer.status, answer.result) == (Status.OK, None)
+
+
+def test_a_duplicate_of_the_current_step_gives_the_same_answer(stage: Stage) -> None:
+    stage.begin("a", [1, 2, 3])
+    assert token_of(stage.step("a", 3, [6])) == 12
+    assert token_of(stage.step("a", 3, [6])) == 12
+    assert token_of(stage.step("a", 4, [12])) == 24
+
+
+def test_a_duplicate_of_the_first_row_reserves_once(stage: Stage) -> None:
+    stage.begin("a", [1, 2, 3])
+    stage.begin("a", [1, 2, 3])
+    assert stage.engine.free_tokens == 80
+
+
+def test_a_rollback_drops_what_lies_beyond(stage: Stage) -> None:
+    stage.begin("a", [1, 2, 3])
+    stage.step("a", 3, [50])
+    assert token_of(stage.step("a", 1, [10])) == 11
+    assert stage.step("a", 3, [1]).held == 2
+
+
+def test_a_gap_is_a_miss_that_says_what_is_held_and_touches_nothing(stage: Stage) -> None:
+    stage.begin("a", [1, 2, 3])
+    answer = stage.step("a", 5, [1])
+    assert (answer.status, answer.held, answer.length) == (Status.MISS, 3, 0)
+    assert token_of(stage.step("a", 3, [6])) == 12
+
+
+@pytest.mark.parametrize(("position", "reserve"), [(0, None), (7, None), (7, 20)])
+def test_an_unknown_sequence_is_a_miss(stage: Stage, position: int, reserve: int | None) -> None:
+    answer = stage.step("unknown", position, [1], reserve=reserve)
+    assert (answer.status, answer.held) == (Status.MISS, 0)
+    assert stage.engine.free_tokens == 100
+
+
+def test_a_newer_attempt_begins_with_nothing(stage: Stage) -> None:
+    stage.begin("a", [1, 2, 3])
+    answer = stage.step("a", 3, [6], attempt=1)
+    assert (answer.status, answer.held) == (Status.MISS, 0)
+    assert stage.begin("a", [1, 2, 3], attempt=1) == 6
+    assert stage.engine.free_tokens == 80
+
+
+def test_an_older_attempt_is_stale_and_touches_nothing(stage: Stage) -> None:
+    stage.begin("a", [1, 2, 3], attempt=2)
+    for late in (stage.step("a", 0, [9], attempt=1, reserve=20), stage.step("a", 3, [9], attempt=0)):
+        assert (late.status, late.length, late.result) == (Status.STALE, 0, None)
+    assert token_of(stage.step("a", 3, [6], attempt=2)) == 12
+
+
+def test_a_sequence_that_does_not_fit_is_full(stage: Stage) -> None:
+    stage.begin("a", [1], reserve=90)
+    answer = stage.step("b", 0, [1], reserve=11)
+    assert (answer.status, answer.held) == (Status.FULL, 0)
+    assert stage.begin("c", [1], reserve=10) == 1
+    assert stage.engine.free_tokens == 0
+
+
+def test_a_sequence_that_can_never_fit_is_invalid(stage: Stage) -> None:
+    answer = stage.step("a", 0, [1], reserve=101)
+    reason = "101 tokens to reserve will never fit: this stage's KV cache has 100"
+    assert (answer.status, answer.reason) == (Status.INVALID, reason)
+    assert stage.engine.reserve([ReserveRow("a", 0, 101)], source=GATEWAY) == [Status.INVALID]
+
+
+def test_a_row_beyond_its_reservation_is_invalid(stage: Stage) -> None:
+    stage.begin("a", [1, 2, 3], reserve=4)
+    assert token_of(stage.step("a", 3, [6])) == 12
+    answer = stage.step("a", 4, [1])
+    assert (answer.status, answer.reason) == (Status.INVALID, "the row ends at position 5, 4 tokens are reserved")
+
+
+def test_a_larger_reservation_at_the_start_replaces_the_smaller(stage: Stage) -> None:
+    stage.begin("a", [1], reserve=4)
+    stage.begin("a", [1], reserve=40)
+    assert stage.engine.free_tokens == 60
+
+
+def test_reserve_events_are_idempotent_and_make_first_rows_welcome(stage: Stage) -> None:
+    wanted = [ReserveRow("a", 0, 30), ReserveRow("b", 0, 60), ReserveRow("c", 0, 20)]
+    statuses = [Status.OK, Status.OK, Status.FULL]
+    for _ in range(2):
+        assert stage.engine.reserve(wanted, source=GATEWAY) == statuses
+        assert stage.engine.free_tokens == 10
+    assert token_of(stage.step("a", 0, [4])) == 4
+    assert token_of(stage.step("b", 0, [5], reserve=60)) == 5
+    assert stage.engine.free_tokens == 10
+    assert stage.engine.reserve([ReserveRow("a", 3, 30)], source=GATEWAY) == [Status.OK]
+    assert stage.engine.reserve([ReserveRow("a", 2, 30)], source=GATEWAY) == [Status.STALE]
+    assert stage.engine.reserve([ReserveRow("a", 4, 30)], source="another") == [Status.INVALID]
+
+
+def test_a_release_frees_attempts_up_to_its_own(stage: Stage) -> None:
+    stage.begin("a", [1], attempt=1)
+    stage.begin("b", [1], attempt=1)
+    releases = [ReleaseRow("a", 1), ReleaseRow("b", 0), ReleaseRow("unknown", 5)]
+    assert stage.engine.release(releases, source="another") == 0
+    assert stage.engine.release(releases, source=GATEWAY) == 1
+    assert stage.engine.release(releases, source=GATEWAY) == 0
+    assert (stage.engine.free_tokens, stage.engine.sequences) == (80, 1)
+    assert stage.step("a", 1, [1], attempt=1).status is Status.MISS
+
+
+def test_an_id_in_use_by_another_source_is_invalid(stage: Stage) -> None:
+    stage.begin("a", [1, 2, 3])
+    row = Row("a", 7, 0, 1, Want.TOKEN, reserve_tokens=20)
+    (answer,) = stage.engine.handle(batch([row], [1]), source="another").rows
+    assert (answer.status, answer.reason) == (Status.INVALID, "the id 'a' is in use by another source")
+    assert token_of(stage.step("a", 3, [6])) == 12
+
+
+def test_invalid_rows_leave_their_neighbours_unharmed(stage: Stage) -> None:
+    rows = [
+        Row("good", 0, 0, 2, Want.TOKEN, reserve_tokens=10),
+        Row("vocabulary", 0, 0, 2, Want.TOKEN, reserve_tokens=10),
+        Row("negative", 0, 0, 1, Want.TOKEN, reserve_tokens=10),
+        Row("context", 0, 63, 2, Want.TOKEN, reserve_tokens=10),
+        Row("empty", 0, 0, 0, Want.TOKEN, reserve_tokens=10),
+        Row("before", 0, -1, 1, Want.TOKEN, reserve_tokens=10),
+        Row("good", 0, 0, 1, Want.TOKEN, reserve_tokens=10),
+        Row("passed on", 0, 0, 0, status=Status.FULL, held=0),
+        Row("good too", 0, 0, 1, Want.TOKEN, reserve_tokens=10),
+    ]
+    reply = stage.engine.handle(batch(rows, [1, 2, 3, VOCAB, -1, 4, 5, 6, 7, 8]), source=GATEWAY)
+    assert [row.id for row in reply.rows] == [row.id for row in rows]
+    assert [row.reason for row in reply.rows] == [
+        None,
+        f"token id {VOCAB} is outside the vocabulary of {VOCAB}",
+        f"token id -1 is outside the vocabulary of {VOCAB}",
+        "the row ends at position 65, the model's context is 64 tokens",
+        "the row has no tokens",
+        "position -1 is negative",
+        "the id 'good' is in the event twice",
+        None,
+        None,
+    ]
+    assert (token_of(reply.rows[0]), token_of(reply.rows[8])) == (3, 8)
+    assert reply.rows[7] == rows[7]
+    assert {row.status for row in reply.rows[1:7]} == {Status.INVALID}
+    assert (stage.group.passes, stage.engine.free_tokens) == ([[2, 1]], 80)
+
+
+def test_a_sequence_whose_states_become_not_finite_fails_alone(stage: Stage) -> None:
+    stage.group.not_a_number = 13
+    rows = [Row(id_, 0, 0, 2, Want.TOKEN, reserve_tokens=10) for id_ in ("a", "b", "c")]
+    reply = stage.engine.handle(batch(rows, [1, 2, 3, 13, 5, 6]), source=GATEWAY)
+    assert reply.rows[1].status is Status.INVALID
+    assert reply.rows[1].reason == "hidden states that came out, behind layer 1, are not finite"
+    assert (token_of(reply.rows[0]), token_of(reply.rows[2])) == (3, 11)
+    stage.group.not_a_number = None
+    assert token_of(stage.step("b", 0, [3, 13])) == 16
+
+
+def test_log_probabilities_are_of_each_token_but_the_first(stage: Stage) -> None:
+    row = Row("a", 0, 0, 4, Want.LOGPROBS, reserve_tokens=10)
+    (answer,) = stage.engine.handle(batch([row], [1, 1, 3, 5]), source=GATEWAY).rows
+    assert answer.result is not None
+    assert answer.result.token is None
+    hit = torch.zeros(VOCAB).scatter(0, torch.tensor(1), 1.0).log_softmax(dim=0)
+    # Behind 1 the group predicts 1, behind 1 1 it predicts 2, behind 1 1 3 it predicts 5.
+    assert answer.result.logprobs == pytest.approx([float(hit[1]), float(hit[0]), float(hit[1])])
+
+
+@pytest.mark.parametrize(
+    ("into", "problem", "message"),
+    [
+        (Batch((), memoryview(array("i"))), MalformedEvent, "has 0 rows"),
+        (batch([Row(str(n), 0, 0, 1) for n in range(10_000)], [1] * 10_000), MalformedEvent, "has 10000 rows"),
+        (batch([Row("a", 0, 0, 2)], [1, 2, 3]), MalformedEvent, "lengths add up to 2, there are 3 token ids"),
+        (batch([Row("a", 0, 0, 4), Row("b", 0, 0, -1)], [1, 2, 3]), MalformedEvent, "there are 3 token ids"),
+        (batch([Row("a", 0, 0, 70_000)], [1] * 70_000), EventTooLarge, "70000 tokens"),
+        (
+            Batch((Row("a", 0, 0, 1),), memoryview(array("i", [1])), wire_tensor(torch.zeros(1, HIDDEN))),
+            MalformedEvent,
+            "takes token ids alone",
+        ),
+    ],
+)
+def test_an_event_that_makes_no_sense_is_refused_as_a_whole(
+    stage: Stage, into: Batch, problem: type[Exception], message: str
+) -> None:
+    with pytest.raises(problem, match=message):
+        stage.engine.handle(into, source=GATEWAY)
+    assert stage.begin("a", [1]) == 1
+
+
+def middle_batch(rows: list[Row], tokens: list[int], states: torch.Tensor) -> Batch:
+    return Batch(tuple(rows), memoryview(array("i", tokens)), wire_tensor(states))
+
+
+@pytest.fixture
+def middle() -> Iterator[Stage]:
+    group = CountingGroup(first_layer=2, last_layer=4, num_layers=6)
+    with engines([group]) as (engine,):
+        yield Stage(engine, group)
+
+
+def test_where_all_rows_are_ok_rows_and_tokens_are_passed_through(middle: Stage) -> None:
+    rows = [Row("a", 0, 0, 2, Want.NONE, reserve_tokens=9), Row("b", 1, 0, 1, Want.TOKEN, reserve_tokens=9)]
+    into = middle_batch(rows, [5, 6, 7], torch.arange(12.0).view(3, 4))
+    reply = middle.engine.handle(into, source=GATEWAY)
+    assert reply.rows is into.rows
+    assert reply.token_ids is into.token_ids
+    assert reply.hidden is not None
+    assert hidden_tensor(reply.hidden)[:, 0].tolist() == [0.0, 4.0, 8.0]
+    assert decode_batch(b"".join(encode_batch(reply))).rows == into.rows
+
+
+def test_finite_states_pass_even_where_their_sum_over_rows_is_not(middle: Stage) -> None:
+    rows = [Row(id_, 0, 0, 1, reserve_tokens=9) for id_ in "ab"]
+    states = torch.zeros(2, 4)
+    states[:, 0] = 3e38
+    reply = middle.engine.handle(middle_batch(rows, [1, 2], states), source=GATEWAY)
+    assert [row.status for row in reply.rows] == [Status.OK, Status.OK]
+
+
+def test_rows_that_fail_leave_the_tensor(middle: Stage) -> None:
+    rows = [Row(id_, 0, 0, 2, reserve_tokens=9) for id_ in "abc"] + [Row("d", 0, 5, 1)]
+    states = torch.arange(28.0).view(7, 4)
+    states[3, 2] = float("inf")
+    reply = middle.engine.handle(middle_batch(rows, [1, 2, 3, 4, 5, 6, 7], states), source=GATEWAY)
+    assert [row.status for row in reply.rows] == [Status.OK, Status.INVALID, Status.OK, Status.MISS]
+    assert reply.rows[1].reason == "hidden states that came in, ahead of layer 2, are not finite"
+    assert [row.length for row in reply.rows] == [2, 0, 2, 0]
+    assert reply.token_ids.tolist() == [1, 2, 5, 6]
+    assert reply.hidden is not None
+    assert hidden_tensor(reply.hidden)[:, 0].tolist() == [0.0, 4.0, 16.0, 20.0]
+    assert decode_batch(b"".join(encode_batch(reply))).rows == reply.rows
+
+
+def test_an_event_without_any_good_row_gets_its_statuses(middle: Stage) -> None:
+    reply = middle.engine.handle(middle_batch([Row("a", 0, 3, 1)], [1], torch.zeros(1, 4)), source=GATEWAY)
+    assert reply.rows[0].status is Status.MISS
+    assert reply.hidden is None
+    assert middle.engine.handle(reply, source=GATEWAY).rows == reply.rows
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (None, "no tensor, but layer 2 takes hidden states"),
+        (wire_tensor(torch.zeros(1, HIDDEN + 1)), r"is F32 \[1, 5\], this stage takes F32 \[1, 4\]"),
+        (wire_tensor(torch.zeros(1, HIDDEN, dtype=torch.bfloat16)), r"is BF16 \[1, 4\], this stage takes F32"),
+        (wire_tensor(torch.zeros(2, HIDDEN)), r"is F32 \[2, 4\]"),
+    ],
+)
+def test_another_models_tensor_is_refused(middle: Stage, tensor: Tensor | None, message: str) -> None:
+    with pytest.raises(MalformedEvent, match=message):
+        middle.engine.handle(Batch((Row("a", 0, 0, 1),), memoryview(array("i", [1])), tensor), source=GATEWAY)

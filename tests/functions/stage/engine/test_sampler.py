@@ -1,0 +1,143 @@
+"""The sampler's filters are transformers' own; its draws are a pure function and follow the distribution."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GenerationConfig
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from eventing.wire.events import Sampling
+from functions.stage.engine.sampler import keep, log_probabilities, sample
+from tests.support.functions.stage_pipeline import whole_model
+from tests.support.storage import tiny_models
+
+VOCAB = 1211
+
+
+def random_logits(seed: int, rows: int = 1) -> torch.Tensor:
+    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def processors(sampling: Sampling) -> LogitsProcessorList:
+    """transformers' own, in the order of its `generate`."""
+    chain = LogitsProcessorList()
+    if sampling.repetition_penalty != 1:
+        chain.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    chain.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        chain.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        chain.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        chain.append(MinPLogitsWarper(sampling.min_p))
+    return chain
+
+
+def test_the_order_of_filters_is_that_of_generate() -> None:
+    config = GenerationConfig(
+        do_sample=True, temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.2, pad_token_id=0
+    )
+    chain = whole_model("llama")._get_logits_processor(config, input_ids_seq_length=1)
+    mine = processors(Sampling(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.2))
+    assert [type(processor) for processor in chain] == [type(processor) for processor in mine]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    temperature=st.floats(0.1, 3),
+    top_k=st.sampled_from([0, 1, 2, 7, 50, VOCAB, 10 * VOCAB]),
+    top_p=st.sampled_from([1.0, 0.95, 0.5, 0.1, 1e-6]),
+    min_p=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+)
+def test_the_filters_keep_what_transformers_keeps(
+    seed: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    logits = random_logits(seed)
+    expected = processors(sampling)(torch.zeros(1, 1, dtype=torch.int64), logits.clone())[0]
+    scores, tokens = keep(logits[0] / temperature, sampling)
+    assert sorted(tokens.tolist()) == expected.isfinite().nonzero()[:, 0].tolist()
+    torch.testing.assert_close(scores, expected[tokens])
+
+
+@pytest.mark.parametrize("history", [[1, 2, 3, 3, 3], [5], list(range(VOCAB))])
+def test_the_repetition_penalty_is_transformers(history: list[int]) -> None:
+    for seed in range(20):
+        logits = random_logits(seed)
+        expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([history]), logits.clone()).argmax().item()
+        assert sample(logits, [Sampling(repetition_penalty=1.7)], [9], [history]) == [expected]
+
+
+def test_greedy_takes_the_lowest_of_equal_tokens() -> None:
+    logits = torch.zeros(2, VOCAB)
+    logits[1, [200, 17, 90]] = 2.0
+    assert sample(logits, [Sampling(), Sampling()], [0, 0], [[], []]) == [0, 17]
+
+
+def test_greedy_generation_with_a_penalty_is_generates() -> None:
+    model = whole_model("llama")
+    prompt = [5, 9, 33]
+    ids = torch.tensor([prompt])
+    expected = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, repetition_penalty=1.5
+    )[0].tolist()
+    tokens = list(prompt)
+    while len(tokens) < len(expected):
+        logits = tiny_models.all_logits(model, tokens)[-1:]
+        tokens += sample(logits, [Sampling(repetition_penalty=1.5)], [len(tokens)], [tokens])
+    assert tokens == expected
+
+
+def test_a_draw_depends_on_nothing_but_logits_values_seed_and_position() -> None:
+    logits = random_logits(1, rows=64)
+    samplings = [Sampling(temperature=1.0, seed=row, top_k=(0, 40)[row % 2]) for row in range(64)]
+    positions = list(range(100, 164))
+    together = sample(logits, samplings, positions, [[]] * 64)
+    alone = [sample(logits[n : n + 1], [samplings[n]], [positions[n]], [[7]])[0] for n in reversed(range(64))]
+    assert together == alone[::-1]
+    assert len(set(together)) > 10
+
+
+def test_the_draws_are_these_for_ever() -> None:
+    """Replays may run on another version of this code: the generator must never change."""
+    logits = torch.arange(211, dtype=torch.float32)[None] / 40
+    draws = [sample(logits, [Sampling(temperature=1.0, seed=seed)], [position], [[]])[0] for seed, position in CASES]
+    assert draws == EXPECTED_DRAWS
+
+
+CASES = [(0, 0), (0, 1), (1, 0), (1, 1), (2**63 - 1, 2**24), (42, 1000)]
+EXPECTED_DRAWS = [197, 204, 184, 194, 210, 125]
+
+
+def test_draws_follow_the_softmax_of_what_is_kept() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5, -20.0]])
+    sampling = Sampling(temperature=0.8, top_k=4)
+    scores, tokens = keep(logits[0] / 0.8, sampling)
+    expected = dict(zip(tokens.tolist(), scores.softmax(dim=-1).tolist(), strict=True))
+    counts = dict.fromkeys(range(6), 0)
+    draws = 20_000
+    for position in range(draws // 2):
+        for seed in (3, 4):
+            (token,) = sample(logits, [Sampling(temperature=0.8, top_k=4, seed=seed)], [position], [[]])
+            counts[token] += 1
+    for token, count in counts.items():
+        probability = expected.get(token, 0.0)
+        assert abs(count / draws - probability) <= 4 * math.sqrt(probability * (1 - probability) / draws), token
+
+
+def test_log_probabilities_are_the_log_softmax() -> None:
+    logits = random_logits(3, rows=4)
+    tokens = torch.tensor([0, 5, 1210, 17])
+    expected = [math.log(logits[row].softmax(dim=-1)[token]) for row, token in enumerate(tokens)]
+    assert log_probabilities(logits, tokens) == pytest.approx(expected, abs=1e-5)

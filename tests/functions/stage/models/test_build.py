@@ -1,0 +1,154 @@
+"""Which layer group runs what, what it imports for it, and the group that sleeps."""
+
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from functions.stage.models.build import build_layer_group, choose
+from functions.stage.models.families import FAMILIES, LEAN
+from functions.stage.models.kv_budget import KVBudget
+from functions.stage.models.layer_group import KVCacheFull, Segment
+from tests.support.functions.stage_pipeline import CUT, build_groups, engines, generate, tensors, whole_model
+from tests.support.paths import ROOT
+from tests.support.storage import tiny_models
+
+PROMPT = [5, 9, 33, 7, 100, 3, 8]
+
+BUILD = """
+import json, sys
+from safetensors.torch import load_file
+from functions.stage.models.build import build_layer_group
+from functions.stage.engine.engine import Engine
+folder, kind = sys.argv[1:]
+config = json.load(open(f"{folder}/config.json"))
+group = build_layer_group(kind, config, load_file(f"{folder}/stage.safetensors"), 0, 2, "float32", "cpu", 2**20, 0.001)
+engine = Engine(group, num_stages=3, max_merge=8, idle_sequence_seconds=60)
+engine.start()
+engine.warm_up()
+engine.stop()
+print(*sorted({name.split(".")[0] for name in sys.modules}))
+"""
+
+
+def modules_loaded(name: str, kind: str, folder: Path) -> set[str]:
+    """Top-level modules of a process that built the first stage and ran one step."""
+    (folder / "config.json").write_text(json.dumps(tiny_models.tiny_config(name)))
+    save_file(tiny_models.stage_tensors(tensors(name), 0, 2), folder / "stage.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, str(folder), kind], cwd=ROOT, check=True, capture_output=True, text=True, timeout=60
+    )
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(("name", "kind"), [("llama", "auto"), ("qwen3", "auto"), ("llama", "sleep")])
+def test_a_lean_stage_never_imports_transformers(name: str, kind: str, tmp_path: Path) -> None:
+    loaded = modules_loaded(name, kind, tmp_path)
+    assert "torch" in loaded
+    assert not loaded & {"transformers", "boto3", "flask", "prometheus_client"}
+
+
+def test_other_families_run_on_transformers(tmp_path: Path) -> None:
+    assert "transformers" in modules_loaded("gpt2", "auto", tmp_path)
+
+
+@pytest.mark.parametrize("name", tiny_models.ALL)
+def test_every_llama_shaped_model_is_lean_and_no_other(name: str) -> None:
+    assert choose(tiny_models.tiny_config(name)) == ("llama" if name in tiny_models.LLAMA_SHAPED else "transformers")
+
+
+def test_what_the_lean_group_declines_goes_to_transformers() -> None:
+    odd = tiny_models.tiny_config("llama", hidden_act="gelu_new")
+    assert choose(odd) == "transformers"
+    stage = tiny_models.stage_tensors(tensors("llama"), 2, 4)
+    group = build_layer_group("auto", odd, stage, 2, 4, "float32", "cpu", 2**20)
+    assert type(group).__name__ == "TransformersGroup"
+
+
+def test_lean_families_are_families() -> None:
+    assert set(FAMILIES) >= LEAN
+
+
+def test_lean_and_transformers_stages_can_be_mixed_in_one_pipeline() -> None:
+    lean, other = build_groups("llama", kind="llama"), build_groups("llama", kind="transformers")
+    with engines([lean[0], other[1], lean[2]]) as stages:
+        assert generate(stages, "a", PROMPT, 10) == tiny_models.greedy(whole_model("llama"), PROMPT, 10)
+
+
+def test_sleeping_stages_answer_the_token_they_were_given() -> None:
+    with engines(build_groups("llama", kind="sleep")) as stages:
+        for last in (7, 100, 127):
+            assert generate(stages, str(last), [1, 2, last], 5, chunk=2) == [last] * 5
+
+
+def test_a_sleeping_pass_takes_its_time_whatever_its_size() -> None:
+    config = tiny_models.tiny_config("llama")
+    group = build_layer_group("sleep", config, {}, 2, 4, "bfloat16", "cpu", 2**20, sleep_seconds=0.05)
+    handles = [group.kv.reserve(20) for _ in range(3)]
+    began = time.perf_counter()
+    hidden = group.forward(torch.ones(30, 32), [Segment(handle, 0, 10) for handle in handles])
+    assert 0.05 <= time.perf_counter() - began < 0.5
+    assert hidden.shape == (30, 32)
+    assert [group.kv.length(handle) for handle in handles] == [10] * 3
+
+
+def test_a_sleeping_group_accounts_for_kv_as_a_real_one() -> None:
+    for first, last in CUT:
+        config = tiny_models.tiny_config("llama")
+        stage = tiny_models.stage_tensors(tensors("llama"), first, last)
+        real = build_layer_group("transformers", config, stage, first, last, "bfloat16", "cpu", 2**20)
+        sleeping = build_layer_group("sleep", config, {}, first, last, "bfloat16", "cpu", 2**20)
+        assert sleeping.kv.capacity_tokens == real.kv.capacity_tokens
+        assert sleeping.hidden_dtype == real.hidden_dtype
+
+
+def test_a_large_vocabulary_survives_the_sleeping_stages() -> None:
+    config = tiny_models.tiny_config("llama", vocab_size=300_000)
+    first = build_layer_group("sleep", config, {}, 0, 3, "bfloat16", "cpu", 2**20)
+    last = build_layer_group("sleep", config, {}, 3, 6, "bfloat16", "cpu", 2**20)
+    token_ids = torch.tensor([0, 1, 127, 128, 49_151, 151_936, 299_999])
+    hidden = first.forward(token_ids, [Segment(first.kv.reserve(7), 0, 7)])
+    hidden = last.forward(hidden, [Segment(last.kv.reserve(7), 0, 7)])
+    assert last.logits(hidden).argmax(dim=-1).tolist() == token_ids.tolist()
+
+
+def test_a_budget_counts_reservations() -> None:
+    kv = KVBudget(10)
+    a, b = kv.reserve(4), kv.reserve(6)
+    assert (kv.free_tokens, kv.reserved(b)) == (0, 6)
+    with pytest.raises(KVCacheFull, match="1 tokens wanted, 0 free"):
+        kv.reserve(1)
+    kv.extend(a, 3)
+    kv.truncate(a, 5)
+    assert kv.length(a) == 3
+    kv.truncate(a, 1)
+    assert kv.length(a) == 1
+    kv.release(a)
+    c = kv.reserve(3)
+    assert c != b
+    assert (kv.length(c), kv.free_tokens) == (0, 1)
+
+
+def test_sleeping_stages_work_at_the_same_time() -> None:
+    """Eight micro-batches keep the slowest stage busy; walked one by one, a round would take the sum of all stages."""
+    config = tiny_models.tiny_config("llama")
+    seconds = (0.01, 0.03, 0.01)
+    groups = [
+        build_layer_group("sleep", config, {}, first, last, "bfloat16", "cpu", 2**20, pause)
+        for (first, last), pause in zip(CUT, seconds, strict=True)
+    ]
+    tokens = 5
+    with engines(groups, max_merge=1) as stages, ThreadPoolExecutor(max_workers=8) as pool:
+        began = time.perf_counter()
+        answers = list(pool.map(lambda number: generate(stages, str(number), [number], tokens), range(8)))
+        elapsed = time.perf_counter() - began
+    assert answers == [[number] * tokens for number in range(8)]
+    rounds = 8 * tokens
+    assert elapsed < 0.8 * rounds * sum(seconds), "the stages worked one after the other"
+    assert elapsed >= rounds * max(seconds)

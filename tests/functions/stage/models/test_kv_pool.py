@@ -1,0 +1,95 @@
+"""The lean group's KV memory: what is free can be reserved, what is reserved is never another's, bytes are as planned."""
+
+import random
+
+import pytest
+import torch
+
+from functions.stage.models.layer_group import KVCacheFull
+from functions.stage.models.llama.kv_pool import KVPool
+
+TOKEN_BYTES = 3 * 2 * 2 * 4 * 4
+
+
+def pool(tokens: int) -> KVPool:
+    return KVPool(3, 2, 4, torch.float32, torch.device("cpu"), tokens * TOKEN_BYTES + TOKEN_BYTES - 1)
+
+
+def fill(kv: KVPool, handle: int, first: int, last: int, value: float) -> None:
+    slots = kv.slots([(handle, first, last)])
+    for layer in range(3):
+        kv.write(layer, slots, torch.full((last - first, 2, 2, 4), value + layer))
+    kv.extend(handle, last - first)
+
+
+def assert_holds(kv: KVPool, handle: int, value: float) -> None:
+    for layer, (keys, values) in enumerate(kv.read(handle, 0, kv.length(handle))):
+        assert keys.shape == values.shape == (2, 1, kv.length(handle), 4)
+        assert keys.eq(value + layer).all()
+        assert values.eq(value + layer).all()
+
+
+def test_capacity_is_the_budget_to_the_token() -> None:
+    kv = pool(100)
+    assert (kv.capacity_tokens, kv.free_tokens, kv.bytes_per_token) == (100, 100, TOKEN_BYTES)
+    handle = kv.reserve(37)
+    assert (kv.free_tokens, kv.reserved(handle), kv.length(handle)) == (63, 37, 0)
+    kv.release(handle)
+    assert kv.free_tokens == 100
+    with pytest.raises(ValueError, match="holds no token"):
+        pool(0)
+
+
+def test_what_does_not_fit_says_what_is_free() -> None:
+    kv = pool(100)
+    kv.reserve(40)
+    with pytest.raises(KVCacheFull, match="61 tokens wanted, 60 free"):
+        kv.reserve(61)
+
+
+def test_a_reservation_that_no_hole_takes_moves_the_others_together() -> None:
+    kv = pool(100)
+    handles = [kv.reserve(20) for _ in range(5)]
+    for number, handle in enumerate(handles):
+        fill(kv, handle, 0, 15, 10.0 * number)
+    for number in (0, 2, 4):
+        kv.release(handles[number])
+    large = kv.reserve(60)
+    fill(kv, large, 0, 60, 100.0)
+    assert_holds(kv, handles[1], 10.0)
+    assert_holds(kv, handles[3], 30.0)
+    assert_holds(kv, large, 100.0)
+    assert kv.free_tokens == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_order_of_reserving_and_releasing_keeps_every_cache_whole(seed: int) -> None:
+    chance = random.Random(seed)
+    kv = pool(500)
+    held: dict[int, float] = {}
+    for step in range(400):
+        tokens = chance.choice([1, 3, 20, 60, 150])
+        if tokens <= kv.free_tokens:
+            handle = kv.reserve(tokens)
+            assert handle not in held
+            fill(kv, handle, 0, chance.randint(1, tokens), float(step))
+            held[handle] = float(step)
+        else:
+            with pytest.raises(KVCacheFull):
+                kv.reserve(tokens)
+            kv.release(gone := chance.choice(list(held)))
+            del held[gone]
+        assert kv.free_tokens == 500 - sum(kv.reserved(handle) for handle in held)
+    for handle, value in held.items():
+        assert_holds(kv, handle, value)
+
+
+def test_a_thousand_sequences_leave_nothing_behind() -> None:
+    kv = pool(50)
+    handles = set()
+    for _ in range(1000):
+        handle = kv.reserve(50)
+        handles.add(handle)
+        kv.release(handle)
+    assert kv.free_tokens == 50
+    assert handles == {0}, "handles are used again"

@@ -1,0 +1,183 @@
+"""The lean layer group against the whole model in transformers: every family, cut in three, chunks and steps mixed."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import cache
+from typing import Final
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from functions.stage.models.layer_group import Segment
+from functions.stage.models.llama.config import UnsupportedConfig
+from functions.stage.models.llama.group import LlamaGroup
+from functions.stage.models.weights import MissingTensors
+from tests.support.functions.group_chain import GroupChain, by_plan, tokens_of
+from tests.support.storage import tiny_models
+
+CUT: Final = ((0, 2), (2, 4), (4, 6))
+NAMES: Final = (*tiny_models.LLAMA_SHAPED, "ministral", "seed_oss")
+TOLERANCE: Final = 1e-4
+
+
+@cache
+def model(name: str) -> PreTrainedModel:
+    return tiny_models.whole_model(name)
+
+
+@cache
+def checkpoint(name: str) -> dict[str, torch.Tensor]:
+    return tiny_models.checkpoint_tensors(model(name))
+
+
+def build(name: str, cut: Sequence[tuple[int, int]] = CUT, dtype: str = "float32", tokens: int = 200) -> list[LlamaGroup]:
+    config = tiny_models.tiny_config(name)
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    token_bytes = 2 * 2 * config["num_key_value_heads"] * head_dim * 4
+    return [
+        LlamaGroup.build(
+            config, tiny_models.stage_tensors(checkpoint(name), first, last), first, last, dtype, "cpu", tokens * token_bytes
+        )
+        for first, last in cut
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_chunks_and_steps_of_ragged_sequences_in_one_pass_give_the_whole_models_logits(name: str) -> None:
+    stages = GroupChain(build(name))
+    texts = {"a": tokens_of(1, 40), "b": tokens_of(2, 30), "c": tokens_of(3, 25)}
+    stages.reserve(*texts)
+    # Each column is a pass: whole prompts beside nothing, chunks beside steps, steps alone.
+    plan = {"a": (7, 1, 9, 1, 1, 21), "b": (0, 5, 20, 1, 1, 3), "c": (0, 0, 1, 1, 10, 13)}
+    logits = by_plan(stages.logits, texts, plan)
+    for id, text in texts.items():
+        expected = tiny_models.all_logits(model(name), text)
+        torch.testing.assert_close(logits[id], expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_tokens_are_those_of_generate(name: str) -> None:
+    stages = GroupChain(build(name))
+    stages.reserve("a")
+    prompt = tokens_of(4, 20)
+    assert stages.greedy("a", prompt, 20) == tiny_models.greedy(model(name), prompt, 20)
+
+
+@pytest.mark.parametrize("cut", [((0, 6),), ((0, 1), (1, 6)), ((0, 5), (5, 6))])
+@pytest.mark.parametrize("name", ["llama_tied", "smollm3", "qwen2_sliding"])
+def test_any_cut_gives_the_same_tokens(name: str, cut: Sequence[tuple[int, int]]) -> None:
+    stages = GroupChain(build(name, cut, tokens=600))
+    stages.reserve("a")
+    prompt = tokens_of(5, 12)
+    assert stages.greedy("a", prompt, 12) == tiny_models.greedy(model(name), prompt, 12)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral_sliding"])
+def test_what_lies_behind_a_position_is_forgotten(name: str) -> None:
+    stages = GroupChain(build(name))
+    stages.reserve("a")
+    text = tokens_of(6, 30)
+    stages.logits({"a": (0, tokens_of(7, 25))})
+    stages.logits({"a": (0, text[:10])})
+    stages.logits({"a": (10, tokens_of(8, 15))})
+    logits = stages.logits({"a": (10, text[10:])})["a"]
+    torch.testing.assert_close(logits, tiny_models.all_logits(model(name), text)[10:], atol=TOLERANCE, rtol=0)
+
+
+def test_sequences_moved_together_keep_their_cache() -> None:
+    stages = GroupChain(build("llama", tokens=150))
+    texts = {id: tokens_of(seed, 30) for seed, id in enumerate("abcd")}
+    stages.reserve("a", "b", "c", tokens=50)
+    stages.logits({id: (0, texts[id][:20]) for id in "abc"})
+    stages.release("a")
+    stages.reserve("e", tokens=20)
+    stages.release("b")
+    stages.reserve("d", tokens=80)  # 80 are free, but in two holes
+    logits = stages.logits({"c": (20, texts["c"][20:]), "d": (0, texts["d"])})
+    for id, part in logits.items():
+        expected = tiny_models.all_logits(model("llama"), texts[id])[-len(part) :]
+        torch.testing.assert_close(part, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_bfloat16_is_as_close_as_transformers_in_bfloat16() -> None:
+    stages = GroupChain(build("llama", dtype="bfloat16"))
+    assert stages.groups[0].hidden_dtype == torch.bfloat16
+    stages.reserve("a")
+    text = tokens_of(9, 40)
+    exact = tiny_models.all_logits(model("llama"), text)
+    library = tiny_models.all_logits(tiny_models.whole_model("llama", dtype=torch.bfloat16), text)
+    ours = stages.logits({"a": (0, text)})["a"]
+    assert (ours - exact).abs().mean() < 1.2 * (library - exact).abs().mean()
+
+
+def test_layers_can_be_placed_one_by_one_in_any_order() -> None:
+    config = tiny_models.tiny_config("llama_tied")
+    group = LlamaGroup(config, 0, 6, "float32", "cpu", 2**20)
+    named = dict(checkpoint("llama_tied"))
+    for layer in (5, 0, 3, 1, 4, 2):
+        part = {name: tensor for name, tensor in named.items() if name.startswith(f"model.layers.{layer}.")}
+        group.place(part)
+        assert not part, "sources must be given up as they are used"
+    with pytest.raises(MissingTensors, match=r"model\.embed_tokens\.weight, model\.norm\.weight"):
+        group.finish()
+    group.place({name: tensor for name, tensor in named.items() if "layers" not in name})
+    group.finish()
+    stages = GroupChain([group])
+    stages.reserve("a")
+    prompt = tokens_of(10, 10)
+    assert stages.greedy("a", prompt, 5) == tiny_models.greedy(model("llama_tied"), prompt, 5)
+
+
+def test_a_layer_that_is_not_whole_is_refused_by_name() -> None:
+    part = {name: tensor for name, tensor in checkpoint("llama").items() if "layers.1" in name and "up_proj" not in name}
+    group = LlamaGroup(tiny_models.tiny_config("llama"), 0, 2, "float32", "cpu", 2**20)
+    with pytest.raises(MissingTensors, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        group.place(part)
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [
+        [],
+        [Segment(0, 1, 5)],
+        [Segment(0, 0, 61)],
+        [Segment(0, 0, 0)],
+        [Segment(0, 0, 2), Segment(0, 0, 3)],
+        [Segment(0, 0, 6)],
+    ],
+)
+def test_segments_that_do_not_fit_the_cache_are_refused_and_change_nothing(segments: list[Segment]) -> None:
+    group = build("llama", ((0, 2),))[0]
+    handle = group.kv.reserve(60)
+    rows = 5 if len(segments) != 1 or segments[0].length == 6 else segments[0].length
+    with pytest.raises(ValueError, match=r"segments|follow|rows"):
+        group.forward(torch.zeros(rows, dtype=torch.int64), segments)
+    assert group.kv.length(handle) == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "gpt2"},
+        {"hidden_act": "gelu"},
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        {"quantization_config": {"quant_method": "awq"}},
+        {"architectures": ["LlamaForSequenceClassification"]},
+        {"num_key_value_heads": 3},
+    ],
+)
+def test_what_it_cannot_run_exactly_is_declined(changes: dict[str, object]) -> None:
+    config = {**tiny_models.tiny_config("llama"), **changes}
+    assert not LlamaGroup.supports(config)
+    with pytest.raises(UnsupportedConfig):
+        LlamaGroup(config, 0, 6, "float32", "cpu", 2**20)
+
+
+def test_a_stage_that_uses_it_never_imports_transformers() -> None:
+    unwanted = "'transformers' in sys.modules or 'numpy.testing' in sys.modules"
+    code = f"import sys, functions.stage.models.llama.group; sys.exit({unwanted})"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,113 @@
+"""The environment of a function: defaults, every kind of mistake, and what `python -m functions` says about them."""
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from ipaddress import IPv4Network
+
+import pytest
+
+from functions.configuration.config import GatewayConfig, StageConfig, environment, read_config
+from functions.configuration.environment_page import help_text, markdown_page
+from functions.configuration.settings import ConfigError
+from tests.support.environments import GATEWAY, STAGE
+from tests.support.paths import ROOT
+
+
+def errors(environ: Mapping[str, str]) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        read_config(environ)
+    return caught.value.errors
+
+
+def test_a_stage_reads_its_keys_and_takes_defaults_for_the_rest() -> None:
+    config = read_config({**STAGE, "LAMINA_THREADS": "3", "LAMINA_WEIGHTS_CACHE": "", "HOME": "/nowhere"})
+    assert isinstance(config, StageConfig)
+    assert (config.layers, config.cut, config.threads) == ((2, 4), ((0, 2), (2, 4)), 3)
+    assert (config.port, config.layer_group, config.weights_cache) == (8080, "auto", None)
+    assert config.store.endpoint_url == "http://127.0.0.1:9000"
+
+
+def test_a_gateway_reads_its_keys() -> None:
+    config = read_config({**GATEWAY, "LAMINA_API_KEYS": "one, two", "LAMINA_POD_NETWORK": "10.0.0.0/8"})
+    assert isinstance(config, GatewayConfig)
+    assert config.stages == (((0, 2), "http://one:81"), ((2, 4), "http://two"))
+    assert config.api_keys == ("one", "two")
+    assert config.pod_network == IPv4Network("10.0.0.0/8")
+
+
+def test_no_secret_is_shown() -> None:
+    shown = repr(read_config({**GATEWAY, "LAMINA_API_KEYS": "secret-api"})) + str(
+        errors({**GATEWAY, "LAMINA_API_KEYS": "secret-api,,"})
+    )
+    assert "secret" not in shown.replace("secret_access_key", "")
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({**STAGE, "LAMINA_KV_CACHE_BYTE": "1"}, ("LAMINA_KV_CACHE_BYTE ", "nearest", "LAMINA_KV_CACHE_BYTES")),
+        ({**STAGE, "LAMINA_QUEUE_LIMIT": "1"}, ("LAMINA_QUEUE_LIMIT", "gateway", "stage")),
+        ({**STAGE, "LAMINA_ROLE": "router"}, ("LAMINA_ROLE", "'router'", "stage, gateway")),
+        ({**STAGE, "LAMINA_ROLE": ""}, ("LAMINA_ROLE", "not set")),
+        ({**STAGE, "PORT": "70000"}, ("PORT", "'70000'", "0 to 65535")),
+        ({**STAGE, "PORT": "eight"}, ("PORT", "'eight'", "whole number")),
+        ({**STAGE, "LAMINA_PIPELINE": "latest"}, ("LAMINA_PIPELINE", "'latest'", "twelve hexadecimal")),
+        ({**STAGE, "LAMINA_DTYPE": "int4"}, ("LAMINA_DTYPE", "'int4'", "float32")),
+        ({**STAGE, "LAMINA_CUT": "0:2,3:4"}, ("LAMINA_CUT", "3:4 should begin at 2")),
+        ({**STAGE, "LAMINA_CUT": "1:4"}, ("LAMINA_CUT", "1:4 should begin at 0")),
+        ({**STAGE, "LAMINA_LAYERS": "4:2"}, ("LAMINA_LAYERS", "'4:2'", "10:20")),
+        ({**STAGE, "LAMINA_LAYERS": "1:4"}, ("LAMINA_LAYERS", "'1:4'", "0:2,2:4")),
+        ({**STAGE, "LAMINA_SLEEP_SECONDS": "nan"}, ("LAMINA_SLEEP_SECONDS", "'nan'", "more than 0")),
+        ({**STAGE, "LAMINA_STORE_ENDPOINT": "s3.example"}, ("LAMINA_STORE_ENDPOINT", "'s3.example'", "http://")),
+        ({**STAGE, "LAMINA_STORE_ENDPOINT": "http://host:port"}, ("LAMINA_STORE_ENDPOINT", "'http://host:port'")),
+        ({**STAGE, "LAMINA_STORE_BUCKET": "a/b"}, ("bucket", "'a/b'")),
+        ({**GATEWAY, "LAMINA_STAGES": "0:2=http://one"}, ("LAMINA_STAGES", "0:2,2:4")),
+        ({**GATEWAY, "LAMINA_STAGES": "0:2,2:4"}, ("LAMINA_STAGES", "has no '='")),
+        ({**GATEWAY, "LAMINA_KUBERNETES_API": "cluster"}, ("LAMINA_POD_NETWORK", "LAMINA_KUBERNETES_API")),
+        ({**GATEWAY, "LAMINA_POD_NETWORK": "10.0.0.1/8"}, ("LAMINA_POD_NETWORK", "10.244.0.0/16")),
+        ({**GATEWAY, "LAMINA_POD_PORT": "-1"}, ("LAMINA_POD_PORT", "'-1'")),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_mistake_is_named_with_what_is_allowed(environ: Mapping[str, str], words: tuple[str, ...]) -> None:
+    (error,) = errors(environ)
+    assert all(word in error for word in words), error
+
+
+def test_all_mistakes_come_at_once() -> None:
+    seen = errors({**STAGE, "LAMINA_DTYPE": "x", "LAMINA_MODEL": "", "LAMINA_THREADS": "-1", "LAMINA_NOTHING": "1"})
+    assert [error.split(":")[0].split()[0] for error in seen] == [
+        "LAMINA_NOTHING",
+        "LAMINA_MODEL",
+        "LAMINA_DTYPE",
+        "LAMINA_THREADS",
+    ]
+
+
+def test_the_page_of_the_environment_is_up_to_date() -> None:
+    page = (ROOT / "docs" / "environment.md").read_text()
+    assert page == markdown_page(), "run: python -m functions --environment > docs/environment.md"
+
+
+def test_every_key_is_in_the_help() -> None:
+    assert all(f"  {key}" in help_text() for key, *_ in environment())
+
+
+def run(arguments: list[str], environ: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "functions", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=dict(environ), capture_output=True, text=True, timeout=30, check=False)
+
+
+def test_the_program_names_each_mistake_and_ends_with_status_2() -> None:
+    ended = run([], {**STAGE, "LAMINA_DTYPE": "x", "LAMINA_CACHE": "1"})
+    assert ended.returncode == 2
+    assert [line.split()[:2] for line in ended.stderr.splitlines()] == [["error:", "LAMINA_CACHE"], ["error:", "LAMINA_DTYPE:"]]
+
+
+def test_the_program_explains_itself_without_an_environment() -> None:
+    assert run(["--help"], {}).stdout == help_text()
+    assert run(["--environment"], {}).stdout == markdown_page()
+    refused = run(["--port", "80"], {})
+    assert refused.returncode == 2
+    assert "--help" in refused.stderr

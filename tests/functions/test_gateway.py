@@ -1,0 +1,175 @@
+"""A gateway process over three stage processes: the answers of the whole model through both doors, and the official client."""
+
+import http.client
+import json
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+import torch
+
+from eventing.http.sse import decode_sse
+from tests.support.functions.functions import FunctionProcess, gateway_environment, running, stage_environment, wait_until
+from tests.support.storage.published import CUT, Published, until_end
+from tests.support.storage.tiny_models import CONTEXT, greedy
+
+EVENT = {
+    "ce-specversion": "1.0",
+    "ce-id": "1",
+    "ce-source": "/client",
+    "ce-type": "dev.lamina.generate.request",
+    "Content-Type": "application/json",
+}
+
+
+@pytest.fixture(scope="module")
+def stage_urls(published: Published) -> Iterator[list[str]]:
+    with running(stage_environment(published, group) for group in range(len(CUT))) as started:
+        yield [stage.url for stage in started]
+
+
+@pytest.fixture(scope="module")
+def gateway(published: Published, stage_urls: list[str]) -> Iterator[FunctionProcess]:
+    with FunctionProcess(gateway_environment(published, stage_urls)) as started:
+        yield started.wait_ready()
+
+
+@pytest.fixture(scope="module")
+def client(gateway: FunctionProcess) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def post(gateway: FunctionProcess, data: object, **headers: str) -> bytes:
+    request = urllib.request.Request(gateway.url, json.dumps(data).encode(), EVENT | headers)
+    with urllib.request.urlopen(request, timeout=60) as response:
+        body: bytes = response.read()
+        return body
+
+
+def expected_ids(published: Published, prompt_ids: list[int], count: int) -> list[int]:
+    """As transformers continues, up to the end token."""
+    with torch.inference_mode():
+        ids = greedy(published.model, prompt_ids, count)
+    return until_end(ids)
+
+
+def chat_ids(published: Published, text: str) -> list[int]:
+    prompt = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+    ids: list[int] = published.tokenizer.encode(prompt, add_special_tokens=False).ids
+    return ids
+
+
+def test_answers_are_those_of_the_whole_model(gateway: FunctionProcess, published: Published) -> None:
+    prompts = ["hello", "The capital of France is", "12345", "日本", "x" * 100, "the"]
+    with ThreadPoolExecutor(len(prompts)) as executor:
+        bodies = list(executor.map(lambda prompt: post(gateway, {"prompt": prompt, "max_tokens": 12}), prompts))
+    for prompt, body in zip(prompts, bodies, strict=True):
+        answer = json.loads(body)
+        expected = expected_ids(published, published.tokenizer.encode(prompt).ids, 12)
+        assert answer["token_ids"] == expected
+        assert answer["text"] == published.tokenizer.decode(expected)
+        assert answer["finish_reason"] == ("length" if len(expected) == 12 else "stop")
+
+
+def test_a_streamed_answer_is_the_same(gateway: FunctionProcess, published: Published) -> None:
+    data = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 10}
+    events = [json.loads(event.data) for event in decode_sse([post(gateway, data, Accept="text/event-stream")])]
+    expected = expected_ids(published, chat_ids(published, "Hi"), 10)
+    assert [event["data"]["token_id"] for event in events[:-1]] == expected
+    assert "".join(event["data"]["text"] for event in events[:-1]) == events[-1]["data"]["text"]
+
+
+def test_a_seed_gives_the_same_answer_again(gateway: FunctionProcess) -> None:
+    asked = {"prompt": "hello", "max_tokens": 12, "temperature": 1.0}
+    first, again, other = (json.loads(post(gateway, asked | {"seed": seed}))["token_ids"] for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_the_official_client_chats(client: openai.OpenAI, published: Published) -> None:
+    asked: Any = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 10, "temperature": 0}
+    completion = client.chat.completions.create(**asked)
+    expected = expected_ids(published, chat_ids(published, "Hi"), 10)
+    assert completion.choices[0].message.content == published.tokenizer.decode(expected)
+    assert completion.usage is not None
+    assert completion.usage.prompt_tokens == len(chat_ids(published, "Hi"))
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(texts) == completion.choices[0].message.content
+    assert chunks[-1].usage == completion.usage
+    assert chunks[-2].choices[0].finish_reason == completion.choices[0].finish_reason
+
+
+def test_the_official_client_completes_and_lists_models(client: openai.OpenAI, published: Published) -> None:
+    asked: Any = {"model": "tiny", "prompt": "hello", "max_tokens": 6, "temperature": 0}
+    completion = client.completions.create(**asked)
+    expected = expected_ids(published, published.tokenizer.encode("hello").ids, 6)
+    assert completion.choices[0].text == published.tokenizer.decode(expected)
+    assert (
+        "".join(chunk.choices[0].text for chunk in client.completions.create(**asked, stream=True))
+        == completion.choices[0].text
+    )
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "lamina"
+
+
+def test_the_official_client_is_told_what_is_wrong(client: openai.OpenAI) -> None:
+    too_long: Any = [{"role": "user", "content": "x" * CONTEXT}]
+    with pytest.raises(openai.UnprocessableEntityError, match=f"context is {CONTEXT}"):
+        client.chat.completions.create(model="tiny", messages=too_long)
+    with pytest.raises(openai.NotFoundError, match="serves 'tiny'"):
+        client.models.retrieve("gpt-4")
+    with pytest.raises(openai.BadRequestError, match=r"\$\.n"):
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hi"}], n=2)
+
+
+def test_a_client_that_goes_away_frees_the_pipeline(gateway: FunctionProcess) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=30)
+    connection.request("POST", "/", json.dumps({"prompt": "hello", "max_tokens": 200}), EVENT | {"Accept": "text/event-stream"})
+    response = connection.getresponse()
+    while b"generate.token" not in response.readline():
+        pass
+    response.close()
+    connection.close()
+    wait_until(lambda: 'lamina_gateway_answers_total{outcome="cancelled"} 1.0' in metrics(gateway))
+    wait_until(lambda: "lamina_gateway_running_sequences 0.0" in metrics(gateway))
+
+
+def metrics(gateway: FunctionProcess) -> str:
+    text: str = gateway.get("/metrics")[1]
+    return text
+
+
+def test_what_the_gateway_measures(gateway: FunctionProcess) -> None:
+    post(gateway, {"prompt": "hello", "max_tokens": 3})
+    text = metrics(gateway)
+    for name in (
+        'lamina_gateway_answers_total{outcome="length"}',
+        "lamina_gateway_time_to_first_token_seconds_count",
+        "lamina_gateway_inter_token_latency_seconds_count",
+        "lamina_gateway_prompt_tokens_total",
+        "lamina_gateway_tokens_total",
+        "lamina_gateway_waiting_sequences 0.0",
+        'lamina_gateway_stage_seconds_total{stage="2:4"}',
+        "lamina_ready 1.0",
+    ):
+        assert name in text
+
+
+def test_sigterm_lets_a_stream_come_to_its_end(published: Published, stage_urls: list[str]) -> None:
+    with FunctionProcess(gateway_environment(published, stage_urls)) as gateway:
+        gateway.wait_ready()
+        connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=60)
+        connection.request(
+            "POST", "/", json.dumps({"prompt": "the", "max_tokens": 60}), EVENT | {"Accept": "text/event-stream"}
+        )
+        response = connection.getresponse()
+        first = response.readline()
+        gateway.process.terminate()
+        *_, last = decode_sse([first + response.read()])
+        connection.close()
+        assert json.loads(last.data)["type"] == "dev.lamina.generate.response"
+        assert gateway.wait_end(30) == 0

@@ -1,0 +1,295 @@
+"""Stage processes over real HTTP, with a tiny model out of a real store: the right tokens, and every refusal."""
+
+import json
+from array import array
+from collections.abc import Iterator
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from http.client import HTTPConnection
+from typing import Any
+
+import pytest
+import torch
+
+from eventing.http.binding import from_http, to_binary_http, to_structured_http
+from eventing.http.delivery import Reply, Sender
+from eventing.problems import (
+    EventExpired,
+    EventTooLarge,
+    MalformedEvent,
+    Problem,
+    Unauthorized,
+    UnknownEventType,
+    UnsupportedMediaType,
+    WrongLayer,
+    WrongPipeline,
+)
+from eventing.wire.batch_codec import decode_batch, encode_batch
+from eventing.wire.cloud_event import Data, batch_data, json_data, json_event, make_event
+from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType, Row, Status, Want
+from eventing.wire.generation import (
+    ReleaseReply,
+    ReleaseRequest,
+    ReleaseRow,
+    ReserveReply,
+    ReserveRequest,
+    ReserveRow,
+    WarmupReply,
+    WarmupRequest,
+)
+from tests.support.functions.functions import TOKEN, FunctionProcess, running, stage_environment
+from tests.support.storage.published import CUT, Published
+from tests.support.storage.tiny_models import greedy
+
+SOURCE = "/test"
+NOTHING = encode_batch(Batch((Row("refused", 0, 0, 0, status=Status.FULL),), memoryview(array("i"))))
+"""A batch whose only row was refused before: every stage takes it and computes nothing."""
+AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
+
+
+@pytest.fixture(scope="module")
+def stages(published: Published) -> Iterator[list[FunctionProcess]]:
+    with running(stage_environment(published, group) for group in range(len(CUT))) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def sender() -> Iterator[Sender]:
+    with Sender() as sender:
+        yield sender
+
+
+class Client:
+    """Says to one stage what a gateway says."""
+
+    def __init__(self, sender: Sender, stage: FunctionProcess, published: Published, group: int) -> None:
+        self._sender = sender
+        self.url = stage.url
+        self.attributes: dict[str, Any] = {
+            Attribute.PIPELINE: published.fingerprint(),
+            Attribute.LAYER: CUT[group][0],
+        }
+
+    def post(self, headers: dict[str, str], body: Any) -> Reply:
+        return self._sender.send(self.url, headers, body, 30)
+
+    def send(self, event: Any, headers: dict[str, str] = AUTHORIZED) -> Any:
+        own, body = to_binary_http(event)
+        reply = self.post(own | headers, body)
+        return from_http(reply.headers, reply.body)
+
+    def event(self, type_: str, data: Data, content_type: str = BATCH_CONTENT_TYPE, **changes: Any) -> Any:
+        return make_event(type_, SOURCE, data, content_type, **(self.attributes | changes))
+
+    def forward(self, body: Data, **changes: Any) -> Any:
+        return self.send(self.event(EventType.FORWARD, body, **changes))
+
+
+@pytest.fixture
+def clients(sender: Sender, stages: list[FunctionProcess], published: Published) -> list[Client]:
+    return [Client(sender, stage, published, group) for group, stage in enumerate(stages)]
+
+
+@pytest.fixture
+def first(clients: list[Client]) -> Client:
+    return clients[0]
+
+
+def rows_of(id_: str, tokens: list[int], position: int = 0, reserve: int | None = 64) -> Batch:
+    row = Row(id_, 0, position, len(tokens), want=Want.TOKEN, reserve_tokens=reserve)
+    return Batch((row,), memoryview(array("i", tokens)))
+
+
+def step(clients: list[Client], batch: Batch) -> Batch:
+    """Round all stages; the body of each reply is the body of the next request."""
+    body: Data = encode_batch(batch)
+    for client in clients:
+        reply = client.forward(body)
+        body = reply.get_data()
+    return batch_data(reply)
+
+
+def test_three_stages_give_the_tokens_of_the_whole_model(clients: list[Client], published: Published) -> None:
+    prompt = [1, 40, 90, 33, 7]
+    with torch.inference_mode():
+        expected = greedy(published.model, prompt, 8)
+    seen: list[int] = []
+    batch = rows_of("exact", prompt)
+    while len(seen) < len(expected):
+        (row,) = step(clients, batch).rows
+        assert row.status is Status.OK
+        assert row.result is not None
+        assert row.result.token is not None
+        seen.append(row.result.token)
+        batch = rows_of("exact", seen[-1:], len(prompt) + len(seen) - 1, None)
+    assert seen == expected
+
+
+def test_a_reply_says_who_answered_and_what_is_free(clients: list[Client], published: Published) -> None:
+    reply = clients[0].forward(encode_batch(rows_of("who", [5])))
+    assert reply.get_type() == EventType.FORWARD
+    assert reply.get_extension(Attribute.LAYER) == str(CUT[1][0])
+    assert reply.get_extension(Attribute.PIPELINE) == published.fingerprint()
+    assert int(reply.get_extension(Attribute.FREE_TOKENS)) > 0
+    assert reply.get_extension(Attribute.INSTANCE) == clients[0].forward(NOTHING).get_extension(Attribute.INSTANCE)
+    assert len({client.forward(NOTHING).get_extension(Attribute.INSTANCE) for client in clients}) == len(clients)
+
+
+def test_server_timing_tells_the_engine_from_the_codec(first: Client) -> None:
+    headers, body = to_binary_http(first.event(EventType.FORWARD, encode_batch(rows_of("timing", [5]))))
+    timing = first.post(headers | AUTHORIZED, body).headers["server-timing"]
+    assert [part.split(";")[0] for part in timing.split(", ")] == ["engine", "codec"]
+
+
+def test_reserve_and_release(first: Client) -> None:
+    rows = (ReserveRow("small", 0, 10), ReserveRow("huge", 0, 10_000_000))
+    event = json_event(EventType.RESERVE, SOURCE, ReserveRequest(rows), **first.attributes)
+    reply = json_data(first.send(event), ReserveReply)
+    assert [row.status for row in reply.rows] == [Status.OK, Status.INVALID]
+    released = ReleaseRequest((ReleaseRow("small", 0), ReleaseRow("unknown", 3)))
+    event = json_event(EventType.RELEASE, SOURCE, released, **first.attributes)
+    assert json_data(first.send(event), ReleaseReply).released == 1
+
+
+def test_warm_up_reports_the_start(first: Client) -> None:
+    reply = json_data(first.send(json_event(EventType.WARMUP, SOURCE, WarmupRequest(), **first.attributes)), WarmupReply)
+    assert set(reply.start_up) == {"process", "import", "connect", "first_byte", "last_byte", "place", "warm_up"}
+    assert reply.start_up["process"] < reply.start_up["connect"] <= reply.start_up["last_byte"] < reply.start_up["warm_up"]
+
+
+def test_probes_and_metrics(stages: list[FunctionProcess], first: Client) -> None:
+    first.forward(encode_batch(rows_of("metrics", [5, 6])))
+    assert stages[0].get("/healthz") == (200, {"alive": True, "cause": None})
+    assert stages[0].get("/readyz")[1]["ready"] is True
+    status, text = stages[0].get("/metrics")
+    assert status == 200
+    for name in (
+        'lamina_stage_events_total{status="200",type="dev.lamina.forward"}',
+        'lamina_stage_rows_total{status="ok"}',
+        "lamina_stage_compute_seconds_sum",
+        "lamina_stage_queue_seconds_count",
+        "lamina_stage_codec_seconds_count",
+        "lamina_stage_free_tokens",
+        "lamina_stage_sequences",
+        'lamina_startup_phase_seconds{phase="last_byte"}',
+        "lamina_ready 1.0",
+    ):
+        assert name in text
+
+
+def past(seconds: float) -> datetime:
+    return datetime.now(UTC) - timedelta(seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem", "words"),
+    [
+        ({"pipeline": "0123456789ab"}, WrongPipeline, "'0123456789ab'"),
+        ({"pipeline": None}, MalformedEvent, "pipeline is missing"),
+        ({"layer": 2}, WrongLayer, "layer 2"),
+        ({"layer": "two"}, MalformedEvent, "'two'"),
+        ({"expirytime": past(5)}, EventExpired, "expired"),
+        ({"expirytime": "soon"}, MalformedEvent, "'soon'"),
+    ],
+)
+def test_events_of_others_are_refused(first: Client, changes: dict[str, Any], problem: type[Problem], words: str) -> None:
+    with pytest.raises(problem, match=words):
+        first.forward(encode_batch(rows_of("refused", [5])), **changes)
+    assert_still_serving(first)
+
+
+def assert_still_serving(client: Client) -> None:
+    (row,) = batch_data(client.forward(encode_batch(rows_of("serving", [5])))).rows
+    assert row.status is Status.OK
+
+
+@pytest.mark.parametrize(
+    ("authorization", "words"),
+    [
+        ({}, "no Authorization"),
+        ({"Authorization": "Bearer wrong"}, "another token"),
+        ({"Authorization": TOKEN}, "another token"),
+    ],
+)
+def test_a_stage_takes_its_pipelines_token_only(first: Client, authorization: dict[str, str], words: str) -> None:
+    with pytest.raises(Unauthorized, match=words):
+        first.send(first.event(EventType.FORWARD, encode_batch(rows_of("token", [5]))), authorization)
+    assert_still_serving(first)
+
+
+@pytest.mark.parametrize(
+    ("type_", "data", "content_type", "problem", "words"),
+    [
+        ("dev.lamina.unknown", b"{}", "application/json", UnknownEventType, "dev.lamina.warmup"),
+        (EventType.FORWARD, b"not a batch at all, by far", BATCH_CONTENT_TYPE, MalformedEvent, "begins with"),
+        (EventType.FORWARD, b"", BATCH_CONTENT_TYPE, MalformedEvent, "0 bytes"),
+        (EventType.FORWARD, b"{}", "application/json", UnsupportedMediaType, "application/json"),
+        (EventType.RESERVE, b'{"rows": []}', "application/json", MalformedEvent, "rows"),
+        (EventType.RESERVE, b'{"rows": "\xff"}', "application/json", MalformedEvent, "reserve"),
+        (EventType.RELEASE, b'{"rows": [{"id": "a", "attempt": -1}]}', "application/json", MalformedEvent, "attempt"),
+        (EventType.WARMUP, b'{"hurry": true}', "application/json", MalformedEvent, "hurry"),
+    ],
+)
+def test_malformed_events_are_refused(
+    first: Client, type_: str, data: bytes, content_type: str, problem: type[Problem], words: str
+) -> None:
+    with pytest.raises(problem, match=words):
+        first.send(first.event(type_, data, content_type))
+    assert_still_serving(first)
+
+
+def test_what_is_no_event_is_refused(first: Client) -> None:
+    with pytest.raises(MalformedEvent, match="not a CloudEvent"):
+        first.post(AUTHORIZED | {"Content-Type": "application/json"}, [b"{}"])
+    with pytest.raises(MalformedEvent, match="UTF-8"):
+        first.post(AUTHORIZED | {"Content-Type": "application/cloudevents+json"}, [b'{"specversion": "\xff"}'])
+    assert_still_serving(first)
+
+
+def test_a_batch_travels_in_binary_mode_only(first: Client) -> None:
+    event = first.event(EventType.FORWARD, b'{"rows": []}', "application/json")
+    headers, body = to_structured_http(event)
+    document = json.loads(bytes(body[0])) | {"datacontenttype": BATCH_CONTENT_TYPE}
+    with pytest.raises(UnsupportedMediaType, match="binary mode only"):
+        first.post(headers | AUTHORIZED, [json.dumps(document).encode()])
+
+
+def test_an_oversized_event_is_refused_before_it_is_read(first: Client) -> None:
+    headers, _ = to_binary_http(first.event(EventType.FORWARD, b""))
+    with pytest.raises(EventTooLarge, match="fewer tokens"):
+        first.post(headers | AUTHORIZED, [memoryview(bytearray(2**28 + 1))])
+    assert_still_serving(first)
+
+
+def post_in_chunks(url: str, headers: dict[str, str], body: list[bytes]) -> tuple[int, bytes]:
+    connection = HTTPConnection(url.removeprefix("http://"), timeout=30)
+    with closing(connection):
+        connection.request("POST", "/", iter(body), headers, encode_chunked=True)
+        reply = connection.getresponse()
+        return reply.status, reply.read()
+
+
+def test_an_event_whose_body_comes_in_chunks_is_answered(first: Client) -> None:
+    headers, _ = to_binary_http(first.event(EventType.FORWARD, b""))
+    body = b"".join(encode_batch(rows_of("in chunks", [5])))
+    status, answer = post_in_chunks(first.url, headers | AUTHORIZED, [body[:30], body[30:]])
+    assert status == 200
+    assert [row.status for row in decode_batch(answer).rows] == [Status.OK]
+
+
+def test_refused_events_are_counted_by_what_was_known_of_them(stages: list[FunctionProcess], first: Client) -> None:
+    with pytest.raises(Unauthorized):
+        first.send(first.event(EventType.WARMUP, b"{}", "application/json"), {})
+    with pytest.raises(UnknownEventType):
+        first.send(first.event("dev.lamina.dance", b"{}", "application/json"))
+    with pytest.raises(MalformedEvent):
+        first.send(first.event(EventType.WARMUP, b"no JSON", "application/json"))
+    text = stages[0].get("/metrics")[1]
+    for labels in ('status="401",type="unread"', 'status="400",type="unknown"', 'status="400",type="dev.lamina.warmup"'):
+        assert f"lamina_stage_events_total{{{labels}}}" in text
+
+
+def test_other_paths_and_methods_are_problem_documents(stages: list[FunctionProcess]) -> None:
+    assert stages[0].get("/nothing")[1]["status"] == 404
+    status, document = stages[0].get("/")
+    assert (status, document["title"]) == (405, "Method Not Allowed")

@@ -1,0 +1,103 @@
+"""The image is told by files that must agree: Containerfile, .containerignore, requirement lists, manifests, imports."""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import yaml
+
+from tests.support.house.rootfs import containerfile
+from tests.support.paths import ROOT
+
+OWN = ("storage", "eventing", "functions")
+COME_ALONG = {"werkzeug": "flask"}
+"""Imported, and part of another requirement."""
+
+
+def requirements(name: str) -> set[str]:
+    lines = (ROOT / name).read_text().splitlines()
+    return {re.split(r"[<>=\[ ]", line)[0].lower() for line in lines if line and not line.startswith(("#", "-r"))}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Modules that run: not those that only type checkers see."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def libraries_of_functions() -> set[str]:
+    """Whatever `python -m functions` can come to import, followed through our own files."""
+    found: set[str] = set()
+    seen: set[Path] = set()
+    todo = [ROOT / "functions" / "__main__.py"]
+    while todo:
+        path = todo.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        for module in imports(path):
+            top = module.split(".")[0]
+            if top in OWN:
+                todo += [file for file in [ROOT / (module.replace(".", "/") + ".py")] if file.exists()]
+            elif top not in sys.stdlib_module_names:
+                found.add(top)
+    return found
+
+
+def distribution(module: str) -> str:
+    names = metadata.packages_distributions()[module]
+    return COME_ALONG.get(module, names[0].lower().replace("_", "-"))
+
+
+def test_pods_get_what_they_import_and_nothing_more() -> None:
+    wanted = {distribution(module) for module in libraries_of_functions() if module != "opentelemetry"}
+    assert wanted == requirements("requirements-functions.txt")
+
+
+def test_the_lists_do_not_repeat_each_other() -> None:
+    assert not requirements("requirements.txt") & requirements("requirements-functions.txt")
+    assert "-r requirements-functions.txt" in (ROOT / "requirements.txt").read_text()
+
+
+def test_what_is_copied_is_let_through_and_nothing_else() -> None:
+    copied = {source for step in containerfile().steps if step.instruction == "COPY" for source in step.value.split()[:-1]}
+    lines = (ROOT / ".containerignore").read_text().splitlines()
+    assert lines[1] == "*"
+    assert {line[1:] for line in lines if line.startswith("!")} == copied
+    assert (ROOT / ".dockerignore").resolve() == ROOT / ".containerignore"
+
+
+def test_the_image_is_what_manifests_say() -> None:
+    file = containerfile()
+    assert file.entrypoint == ("python", "-m", "functions")
+    for manifest in (ROOT / "examples" / "smollm2-cpu" / "rendered").glob("[sg]*.yaml"):
+        pod = yaml.safe_load(manifest.read_text())["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        assert "command" not in container
+        assert file.user.split(":")[0] == str(container["securityContext"]["runAsUser"])
+        assert f"EXPOSE {container['ports'][0]['containerPort']}" in (ROOT / "Containerfile").read_text()
+        assert file.environment["HOME"] in [mount["mountPath"] for mount in container["volumeMounts"]]
+
+
+def test_no_registry_and_no_index_is_committed() -> None:
+    file = containerfile()
+    assert file.base == "python:3.11-slim"
+    assert containerfile(BASE="registry.example/python:3").base == "registry.example/python:3"
+    assert file.arguments["TORCH_INDEX"] == ""
+    assert "://" not in (ROOT / "Containerfile").read_text()

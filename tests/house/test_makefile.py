@@ -1,0 +1,156 @@
+"""What `make` does on a cluster's behalf, with kn and kubectl that only write down what they were told."""
+
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from storage.store.settings import StoreSettings
+from tests.support.functions.functions import gateway_environment, running, stage_environment
+from tests.support.knative.kubernetes_api import KubernetesApi
+from tests.support.paths import ROOT
+from tests.support.storage.published import Published
+
+TOOLS = ("awk", "bash", "cat", "env", "mktemp", "rm", "sh")
+"""What recipes use; no kn, kubectl or container engine that this machine may have."""
+STAMPS = ("-o", ".venv/run.stamp", "-o", ".venv/dev.stamp")
+"""What is installed stays as it is."""
+
+
+@pytest.fixture
+def store(published: Published) -> StoreSettings:
+    return published.store
+
+
+def make(folder: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    for name in TOOLS:
+        if not (folder / name).exists():
+            (folder / name).symlink_to(found(name))
+    command = [found("make"), "--no-print-directory", *STAMPS, *arguments]
+    environ = {"PATH": str(folder), "HOME": str(folder), **environ}
+    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120, check=False)
+
+
+def found(name: str) -> str:
+    path = shutil.which(name)
+    assert path is not None, f"{name} is not installed"
+    return path
+
+
+def tool(folder: Path, name: str) -> None:
+    script = folder / name
+    script.write_text(f'#!/bin/sh\nfor each in "$@"; do [ ! -f "$each" ] || cat "$each"; done > {folder}/seen.yaml\n')
+    with script.open("a") as file:
+        file.write(f'echo "{name} $*" >> {folder}/calls\n')
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+
+
+def environment(store: StoreSettings) -> dict[str, str]:
+    return {
+        "LAMINA_STORE_ENDPOINT": store.endpoint_url,
+        "LAMINA_STORE_BUCKET": store.bucket,
+        "AWS_ACCESS_KEY_ID": store.access_key_id,
+        "AWS_SECRET_ACCESS_KEY": store.secret_access_key,
+    }
+
+
+def spec(folder: Path, store: StoreSettings) -> str:
+    document = {
+        "name": "chat",
+        "namespace": "models",
+        "model": {"name": "tiny", "dtype": "float32"},
+        "stages": 2,
+        "image": "registry.example/lamina:1",
+        "store": {"endpoint": store.endpoint_url},
+    }
+    (folder / "pipeline.yaml").write_text(yaml.safe_dump(document))
+    return str(folder / "pipeline.yaml")
+
+
+def test_kn_gets_a_file_for_each_service_and_kubectl_the_rest(tmp_path: Path, store: StoreSettings) -> None:
+    tool(tmp_path, "kn")
+    tool(tmp_path, "kubectl")
+    arguments = (f"SPEC={spec(tmp_path, store)}", "CONTEXT=there", "IMAGE=registry.example/other:2")
+    done = make(tmp_path, "deploy-kn", *arguments, **environment(store))
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    kubectl = [call for call in calls if call.startswith("kubectl")]
+    assert [Path(call.split()[-1]).name for call in kubectl] == ["access.yaml", "network.yaml"]
+    assert all("--context there apply --filename" in call for call in kubectl)
+    assert calls[: len(kubectl)] == kubectl
+    applied = [call.split() for call in calls if call.startswith("kn ")]
+    assert [Path(call[call.index("--filename") + 1]).name for call in applied] == [
+        "stage-0.yaml",
+        "stage-1.yaml",
+        "gateway.yaml",
+    ]
+    assert all(call[:5] == ["kn", "--context", "there", "service", "apply"] for call in applied)
+    assert all(call[call.index("--namespace") + 1] == "models" for call in applied)
+    gateway = yaml.safe_load((tmp_path / "seen.yaml").read_text())
+    assert gateway["metadata"]["name"] == applied[-1][5] == "chat"
+    assert gateway["spec"]["template"]["spec"]["containers"][0]["image"] == "registry.example/other:2"
+
+
+def test_deploy_all_pushes_applies_waits_and_asks(tmp_path: Path, store: StoreSettings, published: Published) -> None:
+    """The cluster is a stand-in; what answers is a pipeline of real functions, behind what stands for the ingress."""
+    api = KubernetesApi()
+    cut = ((0, 6),)
+    keys = {"AWS_ACCESS_KEY_ID": "eA==", "AWS_SECRET_ACCESS_KEY": "eA=="}
+    metadata = {"name": "lamina-store", "namespace": "models"}
+    api.put({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": keys})
+    (tmp_path / "kubeconfig").write_text(api.kubeconfig())
+    environ = {**environment(store), "KUBECONFIG": str(tmp_path / "kubeconfig")}
+    with (
+        running([stage_environment(published, 0, cut)]) as (stage,),
+        running([gateway_environment(published, [stage.url], cut)]) as (gateway,),
+    ):
+        arguments = (f"SPEC={spec(tmp_path, store)}", f"INGRESS={gateway.url}", "PROMPT=the weather", "MAX_TOKENS=4")
+        done = make(tmp_path, "deploy-all", *arguments, **environ)
+    assert done.returncode == 0, done.stderr
+    assert "digest: " + published.manifest.digest in done.stdout
+    assert "http://chat.models.example\n" in done.stdout
+    assert "tokens, first after" in done.stdout
+    services = api.named("services")
+    assert len(services) == 3
+    undone = make(tmp_path, "undeploy-all", f"SPEC={tmp_path / 'pipeline.yaml'}", **environ)
+    assert "objects deleted" in undone.stdout, undone.stderr
+    assert api.named("services") == []
+    api.close()
+
+
+def test_what_is_missing_is_named_before_anything_is_done(tmp_path: Path, store: StoreSettings) -> None:
+    bare = make(tmp_path, "deploy-all")
+    assert "SPEC= names the pipeline" in bare.stderr
+    nowhere = make(tmp_path, "deploy-all", f"SPEC={spec(tmp_path, store)}")
+    assert "LAMINA_STORE_ENDPOINT is not set" in nowhere.stderr
+    without_kn = make(tmp_path, "deploy-kn", f"SPEC={spec(tmp_path, store)}", **environment(store))
+    assert "kn not found" in without_kn.stderr
+    assert {bare.returncode, nowhere.returncode, without_kn.returncode} == {2}
+
+
+def test_an_unpublished_model_needs_a_source(tmp_path: Path, store: StoreSettings) -> None:
+    path = Path(spec(tmp_path, store))
+    path.write_text(path.read_text().replace("name: tiny", "name: huge"))
+    done = make(tmp_path, "deploy-all", f"SPEC={path}", **environment(store))
+    assert done.returncode == 2
+    assert "huge is not published as float32; name its SOURCE" in done.stderr
+
+
+def test_the_image_is_built_by_the_engine_that_is_there(tmp_path: Path) -> None:
+    missing = make(tmp_path, "image")
+    assert "no podman, buildah or docker here" in missing.stderr
+    tool(tmp_path, "buildah")
+    done = make(tmp_path, "image", "IMAGE=registry.example/lamina:7", "ACCELERATOR=cuda")
+    assert done.returncode == 0, done.stderr
+    call = (tmp_path / "calls").read_text()
+    assert "--tag registry.example/lamina:7" in call
+    assert "ACCELERATOR=cuda" in call
+
+
+def test_help_lists_every_target(tmp_path: Path) -> None:
+    shown = make(tmp_path, "help").stdout
+    targets = {line.split(":")[1].strip() for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith(".PHONY")}
+    assert {target for target in targets if f"\n  {target} " not in shown} == {"needs-spec", "needs-store"}

@@ -1,0 +1,85 @@
+"""deploy, rollback, logs and delete as a person types them, against the stand-in for the Kubernetes API."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support.knative.kubernetes_api import KubernetesApi, image_pull_fails
+from tests.support.paths import ROOT
+
+SPEC = {
+    "name": "chat",
+    "model": {"name": "smollm2", "digest": "d" * 64},
+    "cut": "0:10,10:20,20:30",
+    "image": "registry.example/lamina:1",
+    "store": {"endpoint": "http://store.example:9000"},
+}
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[KubernetesApi]:
+    server = KubernetesApi()
+    keys = {"AWS_ACCESS_KEY_ID": "eA==", "AWS_SECRET_ACCESS_KEY": "eA=="}
+    metadata = {"name": "lamina-store", "namespace": "default"}
+    server.put({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": keys})
+    (tmp_path / "kubeconfig").write_text(server.kubeconfig())
+    (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(SPEC))
+    yield server
+    server.close()
+
+
+def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "knative", *arguments, "--kubeconfig", str(tmp_path / "kubeconfig")]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_pipeline_goes_out_is_changed_goes_back_and_is_taken_away(api: KubernetesApi, tmp_path: Path) -> None:
+    spec = str(tmp_path / "pipeline.yaml")
+    planned = run(tmp_path, "deploy", spec, "--dry-run=server")
+    assert (planned.returncode, api.named("services")) == (0, []), planned.stderr
+    assert "+kind: Service" in planned.stdout
+
+    deployed = run(tmp_path, "deploy", spec)
+    assert (deployed.returncode, deployed.stdout) == (0, "http://chat.default.example\n"), deployed.stderr
+    assert len(api.named("services")) == 4
+    assert run(tmp_path, "deploy", spec, "--dry-run=server").stdout == "nothing would change\n"
+
+    Path(spec).write_text(yaml.safe_dump(SPEC | {"cut": "0:15,15:30"}))
+    assert run(tmp_path, "deploy", spec).returncode == 0
+    assert len(api.named("services")) == 3
+    back = run(tmp_path, "rollback", "chat")
+    assert (back.returncode, back.stdout) == (0, "http://chat.default.example\n"), back.stderr
+    assert len(api.named("services")) == 4
+
+    shown = run(tmp_path, "status", "chat")
+    assert [line.split()[:3] for line in shown.stdout.splitlines()[1:2]] == [["chat", "yes", "1"]], shown.stderr
+    assert len(shown.stdout.splitlines()) == 5
+    assert "no pipeline other" in run(tmp_path, "status", "other").stderr
+
+    api.logs["chat-00003-pod"] = "one\ntwo\n"
+    assert run(tmp_path, "logs", "chat").stdout == "chat-00003-pod: one\nchat-00003-pod: two\n"
+    assert "it may be at zero" in run(tmp_path, "logs", "other").stderr
+
+    deleted = run(tmp_path, "delete", "chat")
+    assert "objects deleted" in deleted.stdout, deleted.stderr
+    assert {key[3] for key in api.objects} == {"lamina-store"}
+    assert run(tmp_path, "delete", "chat").stdout == "nothing of chat is in namespace default\n"
+
+
+def test_a_failure_is_told_with_its_cause_and_without_a_traceback(api: KubernetesApi, tmp_path: Path) -> None:
+    api.behaviours["chat"] = image_pull_fails
+    failed = run(tmp_path, "deploy", str(tmp_path / "pipeline.yaml"))
+    assert failed.returncode == 1
+    assert "ImagePullBackOff" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_no_cluster_is_one_line(tmp_path: Path) -> None:
+    result = run(tmp_path, "delete", "chat")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "no cluster to talk to" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,156 @@
+"""The command line: one clear line for what goes wrong, and `run` from a folder to an answer, with nothing left behind."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from knative.__main__ import main
+from knative.commands.terminal.asking import is_question
+from knative.local.platform import ROOT
+from tests.support.knative.run_command import Run
+from tests.support.storage.published import save_checkpoint
+
+LLAMA = str(ROOT / "examples" / "llama-2-13b")
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments, prog_name="python -m knative")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny-model"
+    save_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture
+def running(checkpoint: Path, tmp_path: Path) -> Iterator[Run]:
+    run = Run(checkpoint, tmp_path / "state")
+    try:
+        yield run
+    finally:
+        run.end()
+
+
+def test_a_running_pipeline_is_asked_and_shown_and_ended_by_ctrl_c(running: Run) -> None:
+    running.start()
+    running.read_until("serving on http://")
+    running.note_store()
+    url = re.findall(r"serving on (http://[\d.:]+)", running.seen)[0]
+    asked = invoke("ask", url, "ab", "--max-tokens", "2")
+    assert asked.exit_code == 0, asked.output
+    assert "+ 2 tokens" in asked.output
+    shown = invoke("status", "--state", str(running.state))
+    assert len(re.findall(r"^lamina\S* +1 ", shown.output, re.MULTILINE)) == 3
+    planned = invoke("plan", "--model", "tiny-model", "--dtype", "float32", "--stages", "2", "--state", str(running.state))
+    assert "cut: 0:" in planned.output, planned.output
+    second = invoke("run", "--state", str(running.state))
+    assert second.exit_code == 1
+    assert "another run uses" in second.output
+    assert running.process is not None
+    running.process.send_signal(signal.SIGINT)
+    assert running.finish() == 0
+    assert running.processes() == []
+
+
+@pytest.mark.parametrize(
+    ("after", "number"),
+    [("publishing", signal.SIGINT), ("all at zero", signal.SIGINT), ("s0: starting", signal.SIGTERM)],
+)
+def test_ended_at_any_phase_nothing_is_left(running: Run, after: str, number: signal.Signals) -> None:
+    running.start()
+    running.read_until(after)
+    if (running.state / "platform.json").exists():
+        running.note_store()
+    assert running.process is not None
+    running.process.send_signal(number)
+    assert running.finish() in (0, 130), running.seen
+    assert "Traceback" not in running.seen
+    assert running.processes() == []
+
+
+def test_killed_outright_nothing_is_left_and_the_next_run_says_so_and_answers(running: Run) -> None:
+    running.start()
+    running.read_until("serving on")
+    running.note_store()
+    assert running.process is not None
+    running.process.kill()
+    running.finish()
+    deadline = time.monotonic() + 20
+    while running.processes() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert running.processes() == []
+    running.start("--once")
+    running.seen = ""
+    assert running.finish() == 0
+    assert "ended without cleaning up" in running.seen
+    assert re.search(r"\(\d+ \+ 3 tokens, first after .* tokens/s, length\)", running.seen)
+    assert re.search(r"^0 +0:\d.*\n1 +\d:6 ", running.seen, re.MULTILINE)
+    assert not (running.state / "platform.json").exists()
+
+
+def test_plan_of_llama_2_13b() -> None:
+    result = invoke("plan", "--model", LLAMA, "--stages", "4", "--conversations", "64")
+    assert result.exit_code == 0
+    assert "cut: 0:10,10:20,20:30,30:40" in result.output
+    assert re.search(r"^0 +0:10 +6\.2 GiB +25% +200\.0 KiB +800\.0 MiB +10\.0 KiB$", result.output, re.MULTILINE)
+    assert "a hop carries 10240 bytes per token" in result.output
+    asked = "replicas for 64 conversations in micro-batches of at most 8, 1.4 in flight for each pod, at most 10"
+    assert f"{asked}: stage 0: 2, stage 1: 2, stage 2: 2, stage 3: 2" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan", "--model", LLAMA, "--stages", "41"), "41 stages wanted, but llama-2-13b has 40 layers; ask for at most 40"),
+        (("plan", "--model", LLAMA, "--cut", "0:10,20:40"), "group 20:40 must begin with layer 10"),
+        (("ask", "http://127.0.0.1:9", "hi"), "nobody listens there"),
+    ],
+)
+def test_failures_are_one_line(arguments: tuple[str, ...], message: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 1
+    (line,) = result.output.strip().splitlines()
+    assert line.startswith("Error: ")
+    assert message in line
+
+
+def test_failures_that_need_a_folder_are_one_line(tmp_path: Path) -> None:
+    state = ("--state", str(tmp_path / "state"))
+    nothing = invoke("status", *state)
+    assert "nothing runs here" in nothing.output
+    unknown = invoke("plan", "--model", "nobody", *state)
+    assert "not published as bfloat16" in unknown.output
+    keys = invoke("push", LLAMA, "--store-endpoint", "http://127.0.0.1:9")
+    assert (keys.exit_code, "set AWS_ACCESS_KEY_ID" in keys.output) == (2, True)
+    (tmp_path / "bad.yaml").write_text("name: [")
+    bad = invoke("render", str(tmp_path / "bad.yaml"))
+    assert "bad.yaml: cannot be read as YAML" in bad.output
+    assert {result.exit_code for result in (nothing, unknown, bad)} == {1}
+
+
+def test_every_command_teaches() -> None:
+    listed = invoke("--help").output
+    for command in ("run", "ask", "plan", "push", "render", "status"):
+        assert re.search(rf"^  {command} ", listed, re.MULTILINE)
+        assert f"python -m knative {command}" in invoke(command, "--help").output
+
+
+def test_help_needs_no_heavy_import() -> None:
+    code = "import sys, knative.__main__; sys.exit(any(m in sys.modules for m in ('torch', 'boto3', 'aiohttp', 'kubernetes')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "asked"), [("Who?", True), ("I am.", True), ("The capital of France is", False), ("«是吗？»", False)]
+)
+def test_a_prompt_that_ends_like_a_sentence_is_a_question(text: str, asked: bool) -> None:
+    assert is_question(text) is asked

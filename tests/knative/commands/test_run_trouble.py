@@ -1,0 +1,94 @@
+"""What can go wrong with `run`: one line says it, and no process is left. More of it in test_knative_command_line.py."""
+
+import re
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.knative.run_command import Run
+from tests.support.storage.published import save_checkpoint
+
+SMALL = """
+name: small
+model: {name: tiny-model, dtype: float32}
+stages: 2
+image: "lamina:local"
+stage: {resources: {memory: 16Mi}}
+store: {endpoint: "http://127.0.0.1:1"}
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny-model"
+    save_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture
+def running(checkpoint: Path, tmp_path: Path) -> Iterator[Run]:
+    run = Run(checkpoint, tmp_path / "state")
+    try:
+        yield run
+    finally:
+        run.end()
+
+
+def error_of(run: Run) -> str:
+    """The one line with which it ended."""
+    assert run.finish() == 1, run.seen
+    assert "Traceback" not in run.seen
+    assert run.processes() == []
+    (line,) = re.findall(r"^Error: (.*)", run.seen, re.MULTILINE)
+    return str(line)
+
+
+def test_a_port_in_use(running: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        running.start("--port", str(port))
+        assert error_of(running) == f"port {port} of 127.0.0.1 is in use by another process; choose another with --port"
+
+
+def test_functions_that_end_at_once(running: Run, tmp_path: Path) -> None:
+    spec = tmp_path / "small.yaml"
+    spec.write_text(SMALL)
+    running.start("--spec", str(spec))
+    error = error_of(running)
+    assert re.search(r"small-\w+-s\d cannot start: OOMKilled: \d+ MiB in use, 16 MiB allowed .*; log: .*\.log$", error)
+
+
+def test_a_spec_that_knative_would_refuse(running: Run, tmp_path: Path) -> None:
+    spec = tmp_path / "refused.yaml"
+    spec.write_text(SMALL + "gateway: {autoscaling: {target_burst_capacity: -1}}")
+    running.start("--spec", str(spec))
+    assert "target_burst_capacity" in error_of(running)
+
+
+def test_a_full_disk(running: Run) -> None:
+    running.state.mkdir()
+    script = f'mount -t tmpfs -o size=100k tmpfs "{running.state}" && exec "$@"'
+    inside = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*inside, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("needs the right to mount in a namespace of its own")
+    running.start(inside=inside)
+    assert re.match(rf"the disk of {running.state} is full \(\d+ KiB left\): free some, or choose --state", error_of(running))
+
+
+@pytest.mark.parametrize("after", ["publishing", "s0: starting", "serving on"])
+def test_ctrl_c_and_again(running: Run, after: str) -> None:
+    """The second one, while it is closing, may end it as it likes: nothing is left all the same."""
+    running.start()
+    running.read_until(after)
+    if (running.state / "platform.json").exists():
+        running.note_store()
+    assert running.process is not None
+    running.process.send_signal(signal.SIGINT)
+    running.process.send_signal(signal.SIGINT)
+    running.finish()
+    assert running.processes() == []

@@ -1,0 +1,448 @@
+"""Brokers, Triggers and Sequences on one machine, over real HTTP: filters, replies, retries and all else as Knative does it."""
+
+import asyncio
+import base64
+import io
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from cloudevents.core.v1.event import CloudEvent
+
+from eventing.wire.cloud_event import data_buffers, make_event
+from knative.local.eventing.eventing import LocalEventing
+from knative.local.eventing.objects import Delivery, Trigger, read_eventing_object
+from knative.local.kubelet.probes import UnsupportedManifest
+from tests.support.knative.event_sink import EventSink, Reply, event_sink, post
+from tests.support.knative.platform import client, echo_service, revision, running_platform, until
+
+
+def a(kind: str, name: str, spec: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    group = "flows" if kind == "Sequence" else "eventing"
+    return {"apiVersion": f"{group}.knative.dev/v1", "kind": kind, "metadata": {"name": name}, "spec": dict(spec or {})}
+
+
+def trigger(name: str, subscriber: Any, *, delivery: dict[str, Any] | None = None, **filters: Any) -> dict[str, Any]:
+    """subscriber: a URL or a destination. filters: `filter`, `filters`."""
+    spec = {"broker": "b", "subscriber": {"uri": subscriber} if isinstance(subscriber, str) else subscriber, **filters}
+    return a("Trigger", name, spec | ({"delivery": delivery} if delivery else {}))
+
+
+def delivery(dead_letters: str | None = None, **more: Any) -> dict[str, Any]:
+    quick = {"retry": 2, "backoffPolicy": "linear", "backoffDelay": "PT0.01S", "timeout": "PT5S"} | more
+    return quick | ({"deadLetterSink": {"uri": dead_letters}} if dead_letters else {})
+
+
+def of_type(type_: str) -> dict[str, Any]:
+    return {"attributes": {"type": type_}}
+
+
+def event(id_: str = "1", type_: str = "ask", data: bytes = b"{}", **more: str) -> CloudEvent:
+    return make_event(type_, "/me", data, id=id_, **more)
+
+
+class Local:
+    """An Eventing that is to be run, and what is around it."""
+
+    def __init__(self, eventing: LocalEventing, session: aiohttp.ClientSession) -> None:
+        self.eventing = eventing
+        self._session = session
+
+    async def send(self, *events: CloudEvent, broker: str = "b") -> list[tuple[int, str]]:
+        return [await post(self._session, self.eventing.broker_url(broker), each) for each in events]
+
+    async def rest(self) -> None:
+        """Until nothing is in progress."""
+        await until(lambda: self.eventing.status()["in_progress"] == 0)
+
+    def trigger(self, name: str) -> dict[str, Any]:
+        (broker,) = self.eventing.status()["brokers"]
+        found: dict[str, Any] = next(each for each in broker["triggers"] if each["name"] == f"default/{name}")
+        return found
+
+
+@asynccontextmanager
+async def local(folder: Path, *manifests: dict[str, Any], limit: int = 100, **services: str) -> AsyncIterator[Local]:
+    eventing = LocalEventing(lambda _, name: services.get(name), folder, limit)
+    async with client() as session:
+        try:
+            await eventing.apply(manifests)
+            yield Local(eventing, session)
+        finally:
+            await eventing.stop()
+
+
+Scenario = Callable[[EventSink, EventSink], Awaitable[None]]
+
+
+@pytest.fixture
+def run() -> Callable[[Scenario], None]:
+    """With two sinks: a subscriber, and the dead letters' or answers'."""
+
+    async def with_sinks(scenario: Scenario) -> None:
+        async with event_sink() as subscriber, event_sink() as other:
+            await scenario(subscriber, other)
+
+    return lambda scenario: asyncio.run(with_sinks(scenario))
+
+
+Run = Callable[[Scenario], None]
+
+
+def test_an_event_goes_to_every_trigger_that_it_matches_as_it_was(tmp_path: Path, run: Run) -> None:
+    async def scenario(first: EventSink, second: EventSink) -> None:
+        manifests = [a("Broker", "b"), trigger("all", first.url), trigger("asks", second.url, filter=of_type("ask"))]
+        async with local(tmp_path, *manifests) as eventing:
+            binary = make_event("tell", "/me", b"\0\1", "application/vnd.lamina.batch", id="2", subject="ü")
+            assert await eventing.send(event("1", data=b'{"a": 1}'), binary) == [(202, "")] * 2
+            await eventing.rest()
+        assert sorted(first.ids()) == ["1", "2"]
+        assert second.ids() == ["1"]
+        told = next(each for each in first.events if each.get_id() == "2")
+        assert dict(told.get_attributes()) == dict(binary.get_attributes())
+        assert b"".join(data_buffers(told)) == b"\0\1"
+        assert {headers["prefer"] for headers in first.headers} == {"reply"}
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({"filter": {"attributes": {"type": "ask", "source": "/me"}}}, ["1"]),
+        ({"filter": {"attributes": {"priority": "high"}}}, ["2"]),
+        ({"filter": {"attributes": {"priority": ""}}}, ["2", "3"]),
+        ({"filters": [{"exact": {"type": "ask"}}]}, ["1"]),
+        ({"filters": [{"prefix": {"type": "te"}}, {"suffix": {"priority": "gh"}}]}, ["2"]),
+        ({"filters": [{"not": {"exact": {"type": "tell"}}}]}, ["1"]),
+        ({"filters": [{"any": [{"exact": {"priority": "low"}}, {"exact": {"type": "ask"}}]}]}, ["1", "3"]),
+        ({"filters": [{"all": [{"exact": {"type": "tell"}}, {"not": {"exact": {"priority": "low"}}}]}]}, ["2"]),
+        ({"filters": [{"exact": {"type": "ask"}}], "filter": of_type("tell")}, ["1"]),
+    ],
+)
+def test_filters(filters: dict[str, Any], expected: list[str]) -> None:
+    found = read_eventing_object(trigger("t", "http://sink.example", **filters))
+    assert isinstance(found, Trigger)
+    events = [event("1"), event("2", "tell", priority="high"), event("3", "tell", priority="low")]
+    assert [each.get_id() for each in events if found.filter(each)] == expected
+
+
+def test_a_reply_comes_back_into_the_broker(tmp_path: Path, run: Run) -> None:
+    async def scenario(subscriber: EventSink, answers: EventSink) -> None:
+        subscriber.answer = lambda asked: Reply(event=event(f"reply-{asked.get_id()}", "answer"))
+        asks, gets = trigger("a", subscriber.url, filter=of_type("ask")), trigger("b", answers.url, filter=of_type("answer"))
+        async with local(tmp_path, a("Broker", "b"), asks, gets) as eventing:
+            await eventing.send(event("1"), event("2"))
+            await eventing.rest()
+            assert eventing.trigger("a")["delivered"] == eventing.trigger("b")["delivered"] == 2
+        assert sorted(answers.ids()) == ["reply-1", "reply-2"]
+        for each in [*answers.events, *subscriber.events]:
+            assert each.get_extension("knativebrokerttl") is None
+
+    run(scenario)
+
+
+def test_replies_that_match_their_own_trigger_do_not_go_round_for_ever(tmp_path: Path, run: Run) -> None:
+    async def scenario(subscriber: EventSink, dead_letters: EventSink) -> None:
+        subscriber.answer = lambda asked: Reply(event=asked)
+        async with local(
+            tmp_path, a("Broker", "b"), trigger("a", subscriber.url, delivery=delivery(dead_letters.url))
+        ) as eventing:
+            await eventing.send(event())
+            await eventing.rest()
+        assert len(subscriber.events) == 255
+        (letter,) = dead_letters.events
+        assert "came back too often" in base64.b64decode(str(letter.get_extension("knativeerrordata"))).decode()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("status", [404, 408, 409, 429, 500, 502, 503])
+def test_what_may_pass_is_tried_again(tmp_path: Path, run: Run, status: int) -> None:
+    async def scenario(subscriber: EventSink, dead_letters: EventSink) -> None:
+        subscriber.answer = lambda _: Reply(status if len(subscriber.events) < 3 else 202)
+        async with local(
+            tmp_path, a("Broker", "b"), trigger("a", subscriber.url, delivery=delivery(dead_letters.url))
+        ) as eventing:
+            await eventing.send(event())
+            await eventing.rest()
+            assert eventing.trigger("a") | {"subscriber": ""} == {
+                "name": "default/a", "subscriber": "", "delivered": 1, "retries": 2, "dead_letters": 0, "lost": 0,
+            }  # fmt: skip
+        assert subscriber.ids() == ["1"] * 3
+        assert dead_letters.events == []
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(("status", "attempts"), [(400, 1), (401, 1), (410, 1), (421, 1), (422, 1), (302, 1), (503, 3)])
+def test_a_dead_letter_is_the_event_with_the_reason(tmp_path: Path, run: Run, status: int, attempts: int) -> None:
+    async def scenario(subscriber: EventSink, dead_letters: EventSink) -> None:
+        subscriber.answer = lambda _: Reply(status, body=b"because " * 200)
+        async with local(
+            tmp_path, a("Broker", "b"), trigger("a", subscriber.url, delivery=delivery(dead_letters.url))
+        ) as eventing:
+            await eventing.send(event(data=b'{"a": 1}', subject="s"))
+            await eventing.rest()
+            assert eventing.trigger("a")["dead_letters"] == 1
+        assert len(subscriber.events) == attempts
+        (letter,) = dead_letters.events
+        assert (letter.get_id(), letter.get_subject(), data_buffers(letter)) == ("1", "s", [b'{"a": 1}'])
+        assert letter.get_extension("knativeerrorcode") == str(status)
+        assert letter.get_extension("knativeerrordest") == subscriber.url
+        data = str(letter.get_extension("knativeerrordata"))
+        assert len(data) == 1024
+        assert base64.b64decode(data).startswith(b"because because")
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        (Reply(200, body=b"no event"), "neither empty nor a CloudEvent"),
+        (Reply(200, body=b"{}", headers={"Content-Type": "application/cloudevents+json"}), "is no CloudEvent"),
+        (Reply(after_seconds=10), "no whole answer within 0.1 s"),
+    ],
+)
+def test_no_answer_and_no_event_are_failures(tmp_path: Path, run: Run, reply: Reply, words: str) -> None:
+    async def scenario(subscriber: EventSink, dead_letters: EventSink) -> None:
+        subscriber.answer = lambda _: reply
+        spec = delivery(dead_letters.url, retry=1, timeout="PT0.1S")
+        async with local(tmp_path, a("Broker", "b"), trigger("a", subscriber.url, delivery=spec)) as eventing:
+            await eventing.send(event())
+            await eventing.rest()
+        assert len(subscriber.events) == 2
+        assert words in base64.b64decode(str(dead_letters.events[0].get_extension("knativeerrordata"))).decode()
+
+    run(scenario)
+
+
+def test_a_subscriber_that_comes_back_gets_what_was_sent_meanwhile(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with event_sink() as gone:
+            pass
+        spec = delivery(retry=3, backoffPolicy="exponential")
+        async with local(tmp_path, a("Broker", "b"), trigger("a", gone.url, delivery=spec)) as eventing:
+            await eventing.send(event())
+            await eventing.rest()
+            assert eventing.trigger("a") | {"subscriber": ""} == {
+                "name": "default/a", "subscriber": "", "delivered": 0, "retries": 3, "dead_letters": 0, "lost": 1,
+            }  # fmt: skip
+
+    asyncio.run(scenario())
+
+
+def test_a_trigger_without_a_dead_letter_sink_uses_its_brokers(tmp_path: Path, run: Run) -> None:
+    async def scenario(subscriber: EventSink, dead_letters: EventSink) -> None:
+        subscriber.answer = lambda _: Reply(503)
+        broker = a("Broker", "b", {"delivery": delivery(dead_letters.url)})
+        own = trigger("own", subscriber.url, delivery=delivery(retry=0), filter=of_type("ask"))
+        none = trigger("none", subscriber.url, filter=of_type("tell"))
+        async with local(tmp_path, broker, own, none) as eventing:
+            await eventing.send(event("1", "ask"), event("2", "tell"))
+            await eventing.rest()
+        assert sorted(subscriber.ids()) == ["1", "2", "2", "2"]
+        assert sorted(dead_letters.ids()) == ["1", "2"]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(("policy", "pauses"), [("linear", [0, 2, 4, 6]), ("exponential", [2, 4, 8, 16]), (None, [0, 0, 0, 0])])
+def test_pauses_are_knatives(policy: str | None, pauses: list[float]) -> None:
+    assert [Delivery(retry=4, policy=policy, backoff_seconds=2).pause_seconds(retry) for retry in range(4)] == pauses
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("PT1S", 1), ("PT0.25S", 0.25), ("PT1M30S", 90), ("P1DT2H", 93600)])
+def test_durations(text: str, seconds: float) -> None:
+    found = read_eventing_object(trigger("t", "http://sink.example", delivery={"timeout": text}))
+    assert isinstance(found, Trigger)
+    assert found.delivery is not None
+    assert found.delivery.timeout_seconds == seconds
+
+
+def sequence(*steps: str, dead_letters: str | None = None, **more: Any) -> dict[str, Any]:
+    return a("Sequence", "s", {"steps": [{"uri": step, "delivery": delivery(dead_letters)} for step in steps], **more})
+
+
+TO_SEQUENCE = {"ref": {"apiVersion": "flows.knative.dev/v1", "kind": "Sequence", "name": "s"}}
+TO_BROKER = {"ref": {"apiVersion": "eventing.knative.dev/v1", "kind": "Broker", "name": "b"}}
+
+
+def test_each_steps_reply_is_the_next_ones_event_and_the_last_goes_on(tmp_path: Path, run: Run) -> None:
+    async def scenario(step: EventSink, answers: EventSink) -> None:
+        step.answer = lambda seen: Reply(event=event(seen.get_id() + "+", "step" if len(seen.get_id()) < 3 else "answer"))
+        manifests = [
+            trigger("in", TO_SEQUENCE, filter=of_type("ask")),
+            trigger("out", answers.url, filter=of_type("answer")),
+            sequence(step.url, step.url, step.url + "/path", reply=TO_BROKER),
+            a("Broker", "b"),
+        ]
+        async with local(tmp_path, *manifests) as eventing:
+            await eventing.send(event("1"))
+            await eventing.rest()
+            assert [each["delivered"] for each in eventing.eventing.status()["steps"]] == [1, 1, 1]
+        assert step.ids() == ["1", "1+", "1++"]
+        assert answers.ids() == ["1+++"]
+
+    run(scenario)
+
+
+def test_a_step_without_a_reply_ends_the_sequence_and_one_that_fails_is_a_dead_letter(tmp_path: Path, run: Run) -> None:
+    async def scenario(step: EventSink, dead_letters: EventSink) -> None:
+        replies = {"ends": Reply(202), "says": Reply(200, body=b"no event"), "fails": Reply(422)}
+        step.answer = lambda seen: replies[seen.get_id()]
+        manifests = a("Broker", "b"), trigger("in", TO_SEQUENCE), sequence(step.url, step.url, dead_letters=dead_letters.url)
+        async with local(tmp_path, *manifests) as eventing:
+            await eventing.send(*(event(id_) for id_ in replies))
+            await eventing.rest()
+        assert sorted(step.ids()) == ["ends", "fails", "says"]
+        assert dead_letters.ids() == ["fails"]
+
+    run(scenario)
+
+
+def test_a_full_broker_refuses_and_takes_replies_all_the_same(tmp_path: Path, run: Run) -> None:
+    async def scenario(subscriber: EventSink, answers: EventSink) -> None:
+        subscriber.answer = lambda asked: Reply(event=event(f"reply-{asked.get_id()}", "answer"), after_seconds=0.3)
+        asks, gets = trigger("a", subscriber.url, filter=of_type("ask")), trigger("b", answers.url, filter=of_type("answer"))
+        async with local(tmp_path, a("Broker", "b"), asks, gets, limit=3) as eventing:
+            sent = await eventing.send(*(event(str(number)) for number in range(5)))
+            assert [status for status, _ in sent] == [202] * 3 + [429] * 2
+            assert "3 deliveries are in progress" in sent[-1][1]
+            await eventing.rest()
+            assert (await eventing.send(event("6")))[0][0] == 202
+            await eventing.rest()
+        assert sorted(answers.ids()) == ["reply-0", "reply-1", "reply-2", "reply-6"]
+
+    run(scenario)
+
+
+def test_stopping_does_not_wait_for_deliveries(tmp_path: Path, run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(subscriber: EventSink, _: EventSink) -> None:
+        subscriber.answer = lambda _: Reply(after_seconds=30)
+        async with asyncio.timeout(5), local(tmp_path, a("Broker", "b"), trigger("a", subscriber.url)) as eventing:
+            await eventing.send(event())
+            await until(lambda: subscriber.events != [])
+
+    run(scenario)
+    assert "1 deliveries were still in progress" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "body", "expected"),
+    [
+        ("GET", "/default/b", {}, b"", (405, "by POST")),
+        ("POST", "/default/other", {}, b"", (404, "no such Broker")),
+        ("POST", "/", {}, b"", (404, "no such Broker")),
+        ("POST", "/default/b", {}, b"text", (400, "not a CloudEvent")),
+        ("POST", "/default/b", {"ce-specversion": "1.0", "ce-type": "t", "ce-source": "/"}, b"", (400, "ce-id")),
+        ("POST", "/default/b", {"Content-Type": "application/cloudevents+json"}, b"{", (400, "JSON")),
+        ("POST", "/default/b", {}, b"x" * (2**20 + 1), (413, "dataref")),
+    ],
+)
+def test_what_the_ingress_refuses(
+    tmp_path: Path, method: str, path: str, headers: dict[str, str], body: bytes, expected: tuple[int, str]
+) -> None:
+    async def scenario() -> None:
+        async with local(tmp_path, a("Broker", "b")) as eventing, client() as session:
+            url = eventing.eventing.broker_url("b").removesuffix("/default/b") + path
+            async with session.request(method, url, data=io.BytesIO(body), headers=headers) as reply:
+                assert reply.status == expected[0]
+                assert expected[1] in await reply.text()
+
+    asyncio.run(scenario())
+
+
+def test_events_for_services_elsewhere_are_written_into_files(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        sink = {"ref": {"apiVersion": "serving.knative.dev/v1", "kind": "Service", "name": "answers"}}
+        async with local(tmp_path, a("Broker", "b"), trigger("a", sink)) as eventing:
+            await eventing.send(event("1", data=b'{"a": 1}'), make_event("ask", "/me", b"\0", "application/x", id="2"))
+            await eventing.rest()
+
+    asyncio.run(scenario())
+    lines = [json.loads(line) for line in (tmp_path / "events-answers.jsonl").read_text().splitlines()]
+    found = {line["id"]: line for line in lines}
+    assert found["1"]["data"] == {"a": 1}
+    assert found["2"]["data_base64"] == "AA=="
+
+
+def test_services_here_are_reached_with_the_path_of_the_destination(tmp_path: Path, run: Run) -> None:
+    async def scenario(subscriber: EventSink, _: EventSink) -> None:
+        ref = {"apiVersion": "serving.knative.dev/v1", "kind": "Service", "name": "here"}
+        async with local(tmp_path, a("Broker", "b"), trigger("a", {"ref": ref, "uri": "/x"}), here=subscriber.url) as eventing:
+            await eventing.send(event())
+            await eventing.rest()
+            assert eventing.trigger("a")["subscriber"] == f"{subscriber.url}/x"
+        assert subscriber.ids() == ["1"]
+
+    run(scenario)
+
+
+def test_a_changed_trigger_counts_on(tmp_path: Path, run: Run) -> None:
+    async def scenario(first: EventSink, second: EventSink) -> None:
+        async with local(tmp_path, a("Broker", "b"), trigger("a", first.url)) as eventing:
+            await eventing.send(event("1"))
+            await eventing.rest()
+            await eventing.eventing.apply([trigger("a", second.url)])
+            await eventing.send(event("2"))
+            await eventing.rest()
+            assert eventing.trigger("a")["delivered"] == 2
+        assert (first.ids(), second.ids()) == (["1"], ["2"])
+
+    run(scenario)
+
+
+NO_BROKER = a("Trigger", "t", {"broker": "other", "subscriber": {"uri": "http://sink.example"}})
+
+
+@pytest.mark.parametrize(
+    ("manifest", "words"),
+    [
+        (NO_BROKER, "Trigger t: there is no Broker 'other'"),
+        (a("Trigger", "t", {"subscriber": {"uri": "http://sink.example"}}), r"Trigger t: spec\.broker is missing"),
+        (a("Trigger", "t", {"broker": "b"}), r"spec\.subscriber is missing"),
+        (trigger("t", "sink.example"), "no http URL"),
+        (trigger("t", {"ref": {"apiVersion": "v1", "kind": "Service", "name": "x"}}), r"Service \(v1\) is not here"),
+        (trigger("t", TO_SEQUENCE), "there is no Sequence default/s"),
+        (trigger("t", "http://sink.example", filters=[{"cesql": "type = 'a'"}]), "'cesql' is not run"),
+        (trigger("t", "http://sink.example", delivery={"backoffPolicy": "random"}), "neither exponential nor linear"),
+        (trigger("t", "http://sink.example", delivery={"timeout": "5s"}), "'5s' is no ISO 8601 duration"),
+        (trigger("t", "http://sink.example", delivery={"timeout": "PT"}), "'PT' is no ISO 8601 duration"),
+        (a("Sequence", "s", {"steps": []}), "at least one"),
+        ({**a("Sequence", "p"), "kind": "Parallel"}, r"Parallel p \(flows\.knative\.dev/v1\) is not run"),
+    ],
+)
+def test_what_cannot_be_run_is_named(tmp_path: Path, manifest: dict[str, Any], words: str) -> None:
+    async def scenario() -> None:
+        with pytest.raises(UnsupportedManifest, match=words):
+            async with local(tmp_path, a("Broker", "b"), manifest):
+                pass
+
+    asyncio.run(scenario())
+
+
+def test_the_platform_wakes_a_service_for_an_event(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        step = {"ref": {"apiVersion": "serving.knative.dev/v1", "kind": "Service", "name": "echo"}, "delivery": delivery()}
+        manifests = [a("Sequence", "s", {"steps": [step]}), a("Broker", "b"), trigger("in", TO_SEQUENCE), echo_service()]
+        async with running_platform(tmp_path, *manifests) as platform, client() as session:
+            assert revision(platform).pods == []
+            assert await post(session, platform.eventing.broker_url("b"), event()) == (202, "")
+            await until(lambda: platform.status()["eventing"]["steps"][0]["delivered"] == 1)
+            assert len(revision(platform).pods) == 1
+
+    asyncio.run(scenario())
+
+
+def test_other_kinds_start_nothing(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with local(tmp_path, {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "x"}}) as eventing:
+            assert eventing.eventing.status() == {}
+
+    asyncio.run(scenario())

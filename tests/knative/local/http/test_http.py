@@ -1,0 +1,286 @@
+"""The proxy's HTTP, byte by byte: framing, keep-alive, what must not pass, and what ends badly."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+
+import pytest
+
+from knative.local.http.client import UpstreamFailed, UpstreamPool
+from knative.local.http.messages import HttpError, forwarded
+from knative.local.http.server import Exchange, HttpServer
+
+Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@asynccontextmanager
+async def proxy_to(upstream: Talk) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A client's connection to a proxy before a server that says what `upstream` writes."""
+
+    async def closing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await upstream(reader, writer)
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(closing, "127.0.0.1", 0)
+    pool = UpstreamPool(server.sockets[0].getsockname()[1])
+
+    async def handler(exchange: Exchange) -> None:
+        try:
+            await pool.forward(exchange)
+        except UpstreamFailed as error:
+            raise HttpError(HTTPStatus.BAD_GATEWAY, str(error)) from error
+
+    proxy = HttpServer(handler)
+    await proxy.start()
+    reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+    try:
+        async with asyncio.timeout(10):
+            yield reader, writer
+    finally:
+        writer.close()
+        proxy.close()
+        pool.close()
+        server.close()
+
+
+def answering(answer: bytes, seen: list[bytes] | None = None, *, times: int = 1) -> Talk:
+    """Reads a head (and a body of its Content-Length), answers, as often as said, then closes."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(times):
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = next((int(line[15:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")), 0)
+            body = await reader.readexactly(length)
+            if seen is not None:
+                seen.append(head + body)
+            writer.write(answer)
+            await writer.drain()
+
+    return talk
+
+
+async def read_all(reader: asyncio.StreamReader) -> bytes:
+    return await reader.read()
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"
+
+
+def test_a_connection_is_kept_on_both_sides() -> None:
+    async def scenario() -> None:
+        connections: list[None] = []
+
+        async def counted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connections.append(None)
+            await answering(OK, times=3)(reader, writer)
+
+        async with proxy_to(counted) as (reader, writer):
+            for _ in range(3):
+                writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+                assert await reader.readexactly(len(OK)) == OK
+        assert len(connections) == 1
+
+    asyncio.run(scenario())
+
+
+def test_hop_by_hop_headers_and_knatives_marks_do_not_pass() -> None:
+    async def scenario() -> None:
+        seen: list[bytes] = []
+        async with proxy_to(answering(OK, seen)) as (reader, writer):
+            writer.write(
+                b"POST /path?q=1 HTTP/1.1\r\nHost: a\r\nConnection: x-mine, keep-alive\r\nX-Mine: 1\r\nTE: trailers\r\n"
+                b"K-Proxy-Request: activator\r\nce-id: 7\r\nContent-Length: 4\r\n\r\nbody"
+            )
+            await reader.readexactly(len(OK))
+        assert seen == [b"POST /path?q=1 HTTP/1.1\r\nHost: a\r\nce-id: 7\r\nContent-Length: 4\r\n\r\nbody"]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        # a body that ends with its connection becomes chunks
+        (
+            b"HTTP/1.0 200 OK\r\n\r\nto the end",
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\na\r\nto the end\r\n0\r\n\r\n",
+        ),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", b"HTTP/1.1 204 No Content\r\n\r\n"),
+        (b"HTTP/1.1 304 Not Modified\r\nETag: x\r\n\r\n", b"HTTP/1.1 304 Not Modified\r\nETag: x\r\n\r\n"),
+        (b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + OK, OK),
+        (
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n",
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n",
+        ),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"),
+    ],
+)
+def test_answers_are_framed_anew(answer: bytes, expected: bytes) -> None:
+    async def scenario() -> None:
+        async with proxy_to(answering(answer)) as (reader, writer):
+            writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert await reader.readexactly(len(expected)) == expected
+
+    asyncio.run(scenario())
+
+
+def test_a_head_request_has_no_body_though_it_has_a_length() -> None:
+    async def scenario() -> None:
+        head = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n"
+        async with proxy_to(answering(head)) as (reader, writer):
+            writer.write(b"HEAD / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+            assert await read_all(reader) == head[:-2] + b"Connection: close\r\n\r\n"
+
+    asyncio.run(scenario())
+
+
+def test_an_old_client_gets_an_unframed_body_and_the_end_of_its_connection() -> None:
+    async def scenario() -> None:
+        answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n"
+        async with proxy_to(answering(answer)) as (reader, writer):
+            writer.write(b"GET / HTTP/1.0\r\n\r\n")
+            assert await read_all(reader) == b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhi"
+
+    asyncio.run(scenario())
+
+
+def test_expect_100_is_answered_here() -> None:
+    async def scenario() -> None:
+        seen: list[bytes] = []
+        async with proxy_to(answering(OK, seen)) as (reader, writer):
+            writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n")
+            assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+            writer.write(b"body")
+            assert await reader.readexactly(len(OK)) == OK
+        assert b"Expect" not in seen[0]
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_before_the_body_is_there_does_not_spoil_the_connection() -> None:
+    async def early(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(OK)
+        await writer.drain()
+
+    async def scenario() -> None:
+        async with proxy_to(early) as (reader, writer):
+            writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 400000\r\n\r\n")
+            assert await reader.readexactly(len(OK)) == OK
+            writer.write(b"x" * 400000 + b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert await reader.readexactly(len(OK)) == OK
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("answer", "seen"),
+    [
+        (b"", b"HTTP/1.1 502 Bad Gateway"),  # closed without a word
+        (b"no http at all\r\n\r\n", b"HTTP/1.1 502 Bad Gateway"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort", b"HTTP/1.1 200 OK"),  # begun: can only break off
+    ],
+)
+def test_a_server_that_fails(answer: bytes, seen: bytes) -> None:
+    async def scenario() -> None:
+        async with proxy_to(answering(answer)) as (reader, writer):
+            writer.write(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+            try:
+                text = await read_all(reader)
+            except ConnectionResetError:
+                text = seen
+            assert text.startswith(seen)
+
+    asyncio.run(scenario())
+
+
+def test_nobody_listening_is_502() -> None:
+    async def scenario() -> None:
+        async def nothing(exchange: Exchange) -> None:
+            with pytest.raises(UpstreamFailed, match=r"127\.0\.0\.1:1"):
+                await UpstreamPool(1).forward(exchange)
+            raise HttpError(HTTPStatus.BAD_GATEWAY, "gone")
+
+        server = HttpServer(nothing)
+        await server.start()
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert (await reader.readuntil(b"\n")).startswith(b"HTTP/1.1 502")
+        writer.close()
+        server.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (b"complete nonsense\r\n\r\n", b"HTTP/1.1 400"),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n", b"HTTP/1.1 400"),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n", b"HTTP/1.1 400"),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"y" * 70_000 + b"\r\n\r\n", b"HTTP/1.1 431"),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n", b"HTTP/1.1 501"),
+    ],
+)
+def test_what_is_not_served_gets_a_status_and_the_end_of_its_connection(request_bytes: bytes, status: bytes) -> None:
+    async def scenario() -> None:
+        async with proxy_to(answering(OK)) as (reader, writer):
+            writer.write(request_bytes)
+            assert (await read_all(reader)).startswith(status)
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_goes_away_ends_the_request_at_the_server() -> None:
+    async def scenario() -> None:
+        gone = asyncio.Event()
+
+        async def waits(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nab")
+            assert await reader.read() == b""
+            gone.set()
+
+        async with proxy_to(waits) as (reader, writer):
+            writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            await reader.readuntil(b"ab")
+            writer.close()
+            await gone.wait()
+
+    asyncio.run(scenario())
+
+
+def test_a_slow_client_slows_the_server_down() -> None:
+    """The proxy holds a bounded amount of an answer that nobody reads."""
+
+    async def scenario() -> None:
+        sent = 0
+        blocked = asyncio.Event()
+
+        async def floods(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal sent
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 268435456\r\n\r\n")
+            while sent < 268435456:
+                writer.write(b"x" * 2**20)
+                try:
+                    async with asyncio.timeout(0.5):
+                        await writer.drain()
+                except TimeoutError:
+                    blocked.set()
+                    return
+                sent += 2**20
+
+        async with proxy_to(floods) as (_, writer):
+            writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            await blocked.wait()
+        assert sent < 64 * 2**20
+
+    asyncio.run(scenario())
+
+
+def test_headers_named_by_connection_are_dropped() -> None:
+    assert forwarded([(b"Connection", b"a, B"), (b"A", b"1"), (b"b", b"2"), (b"C", b"3")]) == [(b"C", b"3")]

@@ -1,0 +1,194 @@
+"""What the activator and queue-proxy decide, without processes: balancing, places, counting."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+
+from knative.local.http.messages import HttpError
+from knative.local.http.server import Exchange
+from knative.local.serving.activator import Activator
+from knative.local.serving.breaker import Breaker
+from knative.local.serving.concurrency import ConcurrencyMeter
+from knative.local.serving.queue_proxy import QueueProxy
+from tests.support.knative.platform import until
+
+
+class HeldProxy:
+    """Stands for a pod's queue-proxy: keeps every request until it is let go."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.served = 0
+        self.gate = asyncio.Event()
+
+    async def serve_proxied(self, exchange: object) -> None:
+        self.served += 1
+        await self.gate.wait()
+
+    serve = serve_proxied
+
+
+def activator(concurrency: int, wake: Callable[[], None] = lambda: None, wait_seconds: float = 30) -> Activator:
+    return Activator(concurrency, wait_seconds, 100, wake)
+
+
+def proxies(count: int) -> tuple[list[HeldProxy], list[QueueProxy]]:
+    held = [HeldProxy(str(index)) for index in range(count)]
+    return held, cast("list[QueueProxy]", held)
+
+
+def send(to: Activator, count: int) -> list[asyncio.Task[None]]:
+    return [asyncio.create_task(to.serve(cast(Exchange, None))) for _ in range(count)]
+
+
+async def let_go(held: list[HeldProxy], tasks: list[asyncio.Task[None]]) -> None:
+    for proxy in held:
+        proxy.gate.set()
+    await asyncio.gather(*tasks)
+
+
+def test_up_to_three_the_first_pod_with_room_is_taken() -> None:
+    async def scenario() -> None:
+        held, pods = proxies(3)
+        door = activator(2)
+        door.set_pods(pods)
+        tasks = send(door, 5)
+        await until(lambda: sum(proxy.served for proxy in held) == 5)
+        assert [proxy.served for proxy in held] == [2, 2, 1]
+        await let_go(held, tasks)
+
+    asyncio.run(scenario())
+
+
+def test_above_three_pods_take_turns() -> None:
+    async def scenario() -> None:
+        held, pods = proxies(3)
+        door = activator(10)
+        door.set_pods(pods)
+        tasks = send(door, 9)
+        await until(lambda: sum(proxy.served for proxy in held) == 9)
+        assert [proxy.served for proxy in held] == [3, 3, 3]
+        await let_go(held, tasks)
+
+    asyncio.run(scenario())
+
+
+def test_without_a_limit_the_less_busy_of_two_is_taken() -> None:
+    async def scenario() -> None:
+        held, pods = proxies(2)
+        door = activator(0)
+        door.set_pods(pods)
+        tasks = send(door, 40)
+        await until(lambda: sum(proxy.served for proxy in held) == 40)
+        assert [proxy.served for proxy in held] == [20, 20]
+        await let_go(held, tasks)
+
+    asyncio.run(scenario())
+
+
+def test_full_pods_keep_requests_waiting_and_a_new_pod_gets_them() -> None:
+    async def scenario() -> None:
+        held, pods = proxies(2)
+        door = activator(1)
+        door.set_pods(pods[:1])
+        tasks = send(door, 3)
+        await until(lambda: door.waiting == 2)
+        door.set_pods(pods)
+        await until(lambda: held[1].served == 1)
+        assert door.waiting == 1
+        await let_go(held, tasks)
+        assert door.meter.in_flight == 0
+
+    asyncio.run(scenario())
+
+
+def test_out_of_the_path_nothing_is_held_or_counted_here() -> None:
+    async def scenario() -> None:
+        held, pods = proxies(2)
+        door = activator(1)
+        door.in_path = False
+        door.set_pods(pods)
+        tasks = send(door, 6)
+        await until(lambda: sum(proxy.served for proxy in held) == 6)
+        assert (door.meter.in_flight, door.waiting) == (0, 0)
+        await let_go(held, tasks)
+
+    asyncio.run(scenario())
+
+
+def test_a_cancelled_wait_gives_its_place_back() -> None:
+    async def scenario() -> None:
+        held, pods = proxies(1)
+        door = activator(1)
+        door.set_pods(pods)
+        running, *waiting = send(door, 3)
+        await until(lambda: door.waiting == 2)
+        waiting[0].cancel()
+        await asyncio.wait([waiting[0]])
+        await let_go(held, [running, waiting[1]])
+        await let_go(held, send(door, 2))
+
+    asyncio.run(scenario())
+
+
+def test_at_zero_every_request_wakes_and_failing_them_says_why() -> None:
+    async def scenario() -> None:
+        woken: list[None] = []
+        door = activator(1, wake=lambda: woken.append(None))
+        tasks = send(door, 2)
+        await until(lambda: door.waiting == 2)
+        assert len(woken) == 2
+        door.fail_waiting("no luck")
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [str(result) for result in results] == ["no luck", "no luck"]
+
+    asyncio.run(scenario())
+
+
+def test_the_breaker_keeps_order_and_refuses_beyond_ten_times() -> None:
+    async def scenario() -> None:
+        breaker, order, gates = Breaker(1), [], [asyncio.Event() for _ in range(11)]
+
+        async def visit(index: int) -> None:
+            async with breaker:
+                order.append(index)
+                await gates[index].wait()
+
+        tasks = [asyncio.create_task(visit(index)) for index in range(11)]
+        await until(lambda: order == [0])
+        with pytest.raises(HttpError, match="pending request queue full"):
+            async with breaker:
+                pass
+        tasks[3].cancel()
+        for gate in gates:
+            gate.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert order == [0, 1, 2, *range(4, 11)]
+        async with breaker:
+            pass
+
+    asyncio.run(scenario())
+
+
+def test_a_breaker_without_limit_lets_everybody_in() -> None:
+    async def scenario() -> None:
+        breaker: Any = Breaker(0)
+        for _ in range(50):
+            await breaker.__aenter__()
+
+    asyncio.run(scenario())
+
+
+def test_concurrency_is_weighted_by_time() -> None:
+    meter = ConcurrencyMeter(10.0)
+    meter.enter(10.0)
+    meter.enter(10.5)
+    meter.leave(10.75)
+    report = meter.report(11.0)
+    assert report.average == pytest.approx(1.25)
+    assert report.arrivals == 2
+    assert meter.report(12.0).average == pytest.approx(1.0)
+    assert Counter([meter.report(12.0).arrivals]) == {0: 1}

@@ -1,0 +1,116 @@
+"""The `eventing` section of a spec: what is rendered of it, what it refuses, and how long names may be."""
+
+from typing import Any
+
+import pytest
+
+from eventing.wire.events import EventType
+from knative.render.eventing_manifests import eventing_objects
+from knative.render.network_policy import network_policies
+from knative.render.services import Manifest, Pipeline, events_gateway_service, gateway_service, services
+from knative.spec.pipeline_spec import MAX_NAME, MAX_NAME_WITH_EVENTING, SpecError, spec_from_dict
+from knative.webhook.check import validate, warnings
+
+CUT = ((0, 10), (10, 20), (20, 30))
+
+
+def pipeline(eventing: dict[str, Any] | None, name: str = "chat") -> Pipeline:
+    document = {
+        "name": name,
+        "namespace": "models",
+        "model": {"name": "smollm2"},
+        "cut": "0:10,10:20,20:30",
+        "image": "registry.example/lamina:1",
+        "store": {"endpoint": "http://store.example:9000"},
+        "gateway": {"api_keys_secret": "keys"},
+        **({} if eventing is None else {"eventing": eventing}),
+    }
+    return Pipeline(spec_from_dict(document), CUT, "d" * 64)
+
+
+WITH = {"dead_letter_sink": "dead-letters", "reply_sink": "https://answers.example/x", "retry": 3, "backoff_seconds": 0.5}
+
+
+def named(objects: list[Manifest], kind: str) -> dict[str, Manifest]:
+    return {each["metadata"]["name"]: each for each in objects if each["kind"] == kind}
+
+
+def secrets(service: Manifest) -> set[str]:
+    (container,) = service["spec"]["template"]["spec"]["containers"]
+    return {entry["name"] for entry in container["env"] if "valueFrom" in entry}
+
+
+def test_the_events_gateway_asks_for_no_key_and_is_not_seen_from_outside() -> None:
+    public, events = gateway_service(pipeline(WITH)), events_gateway_service(pipeline(WITH))
+    assert secrets(public) == {"LAMINA_PIPELINE_TOKEN", "LAMINA_API_KEYS"}
+    assert secrets(events) == {"LAMINA_PIPELINE_TOKEN"}
+    assert "networking.knative.dev/visibility" not in public["metadata"]["labels"]
+    assert events["metadata"]["labels"]["networking.knative.dev/visibility"] == "cluster-local"
+    assert (validate(events), warnings(events)) == ([], [])
+
+
+def test_the_policies_of_the_gateway_hold_for_it_and_let_eventing_in() -> None:
+    pod_labels = events_gateway_service(pipeline(WITH))["spec"]["template"]["metadata"]["labels"]
+    for eventing, expected in ((WITH, True), (None, False)):
+        _, gateway = network_policies(pipeline(eventing))
+        assert gateway["spec"]["podSelector"]["matchLabels"].items() <= pod_labels.items()
+        for policy in network_policies(pipeline(eventing)):
+            assert ("knative-eventing" in str(policy["spec"]["ingress"][0])) is expected
+
+
+def test_everything_that_a_sequence_needs_is_of_one_pipeline() -> None:
+    one = pipeline(WITH)
+    (sequence,) = named(eventing_objects(one), "Sequence").values()
+    steps = [step["ref"]["name"] for step in sequence["spec"]["steps"]]
+    assert steps == [one.events_gateway_name, *(one.stage_name(index) for index in range(3))]
+    assert all(one.fingerprint[:8] in name for name in [*steps, sequence["metadata"]["name"]])
+    assert set(steps) <= {service["metadata"]["name"] for service in services(one)}
+
+
+def test_names_of_broker_and_triggers_stay_and_lead_to_the_current_pipeline() -> None:
+    objects = eventing_objects(pipeline(WITH))
+    assert list(named(objects, "Broker")) == ["chat"]
+    subscribers = {
+        each["spec"]["filter"]["attributes"]["type"]: each["spec"]["subscriber"] for each in named(objects, "Trigger").values()
+    }
+    assert subscribers[EventType.GENERATE_REQUEST]["ref"]["name"] == pipeline(WITH).events_gateway_name
+    assert [subscribers[EventType.SCORE_REQUEST]["ref"]["name"]] == list(named(objects, "Sequence"))
+    assert subscribers[EventType.SCORE_RESPONSE] == {"uri": "https://answers.example/x"}
+
+
+def test_delivery_is_what_the_spec_says() -> None:
+    delivery = named(eventing_objects(pipeline(WITH | {"backoff_policy": "linear"})), "Broker")["chat"]["spec"]["delivery"]
+    sink = {"ref": {"apiVersion": "serving.knative.dev/v1", "kind": "Service", "name": "dead-letters"}}
+    expected = {"deadLetterSink": sink, "retry": 3, "backoffPolicy": "linear", "backoffDelay": "PT0.5S", "timeout": "PT600S"}
+    assert delivery == expected
+
+
+def test_without_the_section_there_is_nothing() -> None:
+    assert eventing_objects(pipeline(None)) == []
+    assert len(services(pipeline(None))) + 1 == len(services(pipeline(WITH)))
+
+
+@pytest.mark.parametrize(
+    ("eventing", "message"),
+    [
+        ({}, r"\$\.eventing: .*dead_letter_sink"),
+        ({"dead_letter_sink": "dead letters"}, r"dead_letter_sink: 'dead letters' is no DNS label"),
+        ({"dead_letter_sink": "ftp://x"}, r"dead_letter_sink: 'ftp://x' is neither a URL"),
+        ({"dead_letter_sink": "x", "reply_sink": "http://"}, r"reply_sink: 'http://' is neither a URL"),
+        ({"dead_letter_sink": "x", "retry": -1}, r"\$\.eventing\.retry: .*seen -1"),
+        ({"dead_letter_sink": "x", "backoff_policy": "random"}, r"backoff_policy: .*seen 'random'"),
+        ({"dead_letter_sink": "x", "timeout_seconds": 601}, r"timeout_seconds: .*seen 601"),
+        ({"dead_letter_sink": "x", "broker": "b"}, r"\$\.eventing: .*broker"),
+    ],
+)
+def test_what_is_refused(eventing: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        pipeline(eventing)
+
+
+def test_eventing_makes_longer_names_of_a_pipelines() -> None:
+    pipeline(None, "a" * MAX_NAME)
+    (name,) = named(eventing_objects(pipeline(WITH, "a" * MAX_NAME_WITH_EVENTING)), "Sequence")
+    assert len(f"{name}-kn-sequence-10-kn-channel") <= 63
+    with pytest.raises(SpecError, match="at most 28 characters"):
+        pipeline(WITH, "a" * (MAX_NAME_WITH_EVENTING + 1))

@@ -1,0 +1,171 @@
+"""Panels, alerts and the page on operating ask for what functions export: held against /metrics of real processes."""
+
+import json
+import re
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from knative.render.alerts import ALERTS, rule_groups
+from knative.render.dashboard import dashboard
+from knative.render.monitoring import monitoring_objects
+from knative.render.rendering import render
+from knative.render.services import Pipeline
+from knative.spec.pipeline_spec import SpecError, spec_from_dict
+from tests.support.functions.functions import gateway_environment, running, stage_environment
+from tests.support.knative.promql import asked
+from tests.support.paths import ROOT
+from tests.support.storage.published import published_model
+
+CUT = ((0, 6),)
+OF_THE_POD = {"namespace", "pipeline", "fingerprint", "component", "service", "revision", "pod"}
+"""What the PodMonitor and the operator put on every series."""
+KNATIVE = {
+    name: {"k8s_namespace_name", "kn_service_name", "kn_configuration_name", "kn_revision_name"}
+    for name in (
+        "kn_revision_pods_desired",
+        "kn_revision_pods_count",
+        "kn_revision_concurrency_stable",
+        "kn_revision_concurrency_panic",
+        "kn_revision_concurrency_target",
+        "kn_serving_queue_depth",
+    )
+}
+"""From Knative's page on its metrics (Serving metrics, OpenTelemetry), as Prometheus writes them."""
+SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
+
+Metrics = dict[str, set[str] | None]
+"""Name → labels; None: there is no series yet, so the labels are not known."""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Metrics]:
+    """Of a stage and a gateway that have answered a question."""
+    with (
+        published_model(tmp_path_factory.mktemp("published")) as published,
+        running([stage_environment(published, 0, CUT)]) as (stage,),
+        running([gateway_environment(published, [stage.url], CUT)]) as (gateway,),
+    ):
+        body = json.dumps({"model": "tiny", "prompt": "the", "max_tokens": 3}).encode()
+        request = urllib.request.Request(f"{gateway.url}/v1/completions", body, {"Content-Type": "application/json"})
+        urllib.request.urlopen(request, timeout=60).close()
+        yield {**_metrics(stage.get("/metrics")[1]), **_metrics(gateway.get("/metrics")[1])}
+
+
+def _metrics(page: str) -> Metrics:
+    found: Metrics = {}
+    for family in text_string_to_metric_families(page):
+        for suffix in SUFFIXES[family.type]:
+            name = family.name + suffix
+            samples = [sample for sample in family.samples if sample.name == name]
+            found[name] = set().union(*(sample.labels for sample in samples)) if samples else None
+    return {name: labels for name, labels in found.items() if not name.endswith("_created")}
+
+
+def panel_queries() -> Iterator[tuple[str, str, str]]:
+    """Panel, query as Grafana sends it, legend."""
+    for panel in dashboard()["panels"]:
+        for target in panel.get("targets", []):
+            expression = target["expr"].replace("$__rate_interval", "5m").replace("$namespace", "n").replace("$pipeline", "p")
+            yield panel["title"], expression, target["legendFormat"]
+
+
+def _hold(expression: str, exported: Metrics) -> None:
+    for each in asked(expression):
+        assert each.metric in exported or each.metric in KNATIVE, f"nobody exports {each.metric}: {expression}"
+        labels = exported.get(each.metric, KNATIVE.get(each.metric))
+        missing = each.labels - OF_THE_POD - (labels or set()) if labels is not None else set()
+        assert not missing, f"{each.metric} has no label {missing}: {expression}"
+
+
+def test_every_panel_asks_for_what_is_exported(exported: Metrics) -> None:
+    queries = list(panel_queries())
+    assert len(queries) > 30
+    for _, expression, legend in queries:
+        assert "$" not in expression
+        _hold(expression, exported)
+        labels = set().union(*(each.labels for each in asked(expression))) | OF_THE_POD | KNATIVE["kn_revision_pods_count"]
+        assert set(re.findall(r"{{(\w+)}}", legend)) <= labels, expression
+
+
+def test_every_alert_asks_for_what_is_exported(exported: Metrics) -> None:
+    for matchers in ("", 'namespace="models",pipeline="chat"'):
+        for rule in rule_groups(matchers)[0]["rules"]:
+            _hold(rule["expr"], exported)
+            assert all({"namespace", "pipeline"} <= each.labels for each in asked(rule["expr"]) if matchers)
+
+
+def test_the_page_on_operating_explains_every_metric_and_no_other(exported: Metrics) -> None:
+    page = (ROOT / "docs" / "operating.md").read_text()
+    explained = set(re.findall(r"^\| `(lamina_\w+)` \|", page, re.MULTILINE))
+    families = {re.sub("_(bucket|sum|count)$", "", name) for name in exported}
+    assert explained == families
+
+
+def test_every_alert_has_a_section_that_says_what_to_do() -> None:
+    page = (ROOT / "docs" / "operating.md").read_text()
+    assert [alert.name for alert in ALERTS] == re.findall(r"^### (Lamina\w+)$", page, re.MULTILINE)
+
+
+def test_the_dashboard_can_be_imported() -> None:
+    model = dashboard()
+    panels = model["panels"]
+    assert [panel["id"] for panel in panels] == list(range(1, len(panels) + 1))
+    taken: set[tuple[int, int]] = set()
+    for panel in panels:
+        place = panel["gridPos"]
+        cells = {(x, y) for x in range(place["x"], place["x"] + place["w"]) for y in range(place["y"], place["y"] + place["h"])}
+        assert not cells & taken, f"{panel['title']} lies over another panel"
+        assert place["x"] + place["w"] <= 24
+        taken |= cells
+    names = {variable["name"] for variable in model["templating"]["list"]}
+    assert names == {"datasource", "namespace", "pipeline"}
+
+
+def pipeline(**monitoring: Any) -> Pipeline:
+    document = {
+        "name": "chat",
+        "namespace": "models",
+        "model": {"name": "tiny", "digest": "d" * 64},
+        "cut": "0:3,3:6",
+        "image": "registry.example/lamina:1",
+        "store": {"endpoint": "http://store.example:9000"},
+        "monitoring": monitoring,
+    }
+    return Pipeline(spec_from_dict(document), ((0, 3), (3, 6)), "d" * 64)
+
+
+def test_the_pods_are_scraped_where_their_metrics_are() -> None:
+    rendered = render(pipeline(labels={"release": "prometheus"}, queue_proxy_metrics=True))
+    monitor, rules = rendered["monitoring.yaml"]
+    assert (monitor["kind"], rules["kind"]) == ("PodMonitor", "PrometheusRule")
+    endpoints = monitor["spec"]["podMetricsEndpoints"]
+    assert [(each["port"], each["path"]) for each in endpoints] == [("user-port", "/metrics"), ("http-usermetric", "/metrics")]
+    put_on = {each["targetLabel"] for each in endpoints[0]["relabelings"]}
+    assert put_on | {"namespace", "pod"} == OF_THE_POD
+    for service in ("stage-0.yaml", "gateway.yaml"):
+        labels = rendered[service][0]["spec"]["template"]["metadata"]["labels"]
+        assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    for each in (monitor, rules):
+        assert each["metadata"]["labels"]["release"] == "prometheus"
+        assert each["metadata"]["labels"]["app.kubernetes.io/managed-by"] == "lamina"
+
+
+def test_monitoring_is_what_the_spec_says() -> None:
+    assert [each["kind"] for each in monitoring_objects(pipeline(alerts=False))] == ["PodMonitor"]
+    (endpoint,) = monitoring_objects(pipeline(interval_seconds=30))[0]["spec"]["podMetricsEndpoints"]
+    assert endpoint["interval"] == "30s"
+    with pytest.raises(SpecError, match=r"\$\.monitoring\.interval_seconds.*seen 0"):
+        pipeline(interval_seconds=0)
+    plain = spec_from_dict({**_without_monitoring()})
+    assert "monitoring.yaml" not in render(Pipeline(plain, ((0, 6),), "d" * 64))
+
+
+def _without_monitoring() -> dict[str, Any]:
+    text = (ROOT / "examples" / "smollm2-cpu" / "pipeline.yaml").read_text()
+    document: dict[str, Any] = yaml.safe_load(text)
+    return document

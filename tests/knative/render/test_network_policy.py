@@ -1,0 +1,61 @@
+"""The NetworkPolicies let Knative work, and nobody else in."""
+
+from knative.render.network_policy import network_policies
+from knative.render.services import Pipeline, gateway_service, stage_service
+from knative.spec.pipeline_spec import spec_from_dict
+
+CUT = ((0, 10), (10, 20), (20, 30))
+
+
+def pipeline() -> Pipeline:
+    document = {
+        "name": "chat",
+        "model": {"name": "smollm2"},
+        "cut": "0:10,10:20,20:30",
+        "image": "registry.example/lamina:1",
+        "store": {"endpoint": "http://store.example:9000"},
+        "network": {"monitoring_namespace": "observability"},
+    }
+    return Pipeline(spec_from_dict(document), CUT, "d" * 64)
+
+
+def reachable(policy: dict, port: int) -> list[dict]:  # type: ignore[type-arg]
+    return [
+        caller
+        for rule in policy["spec"]["ingress"]
+        for caller in rule["from"]
+        if port in [each["port"] for each in rule["ports"]]
+    ]
+
+
+def namespace(peer: dict) -> str:  # type: ignore[type-arg]
+    return peer.get("namespaceSelector", {}).get("matchLabels", {}).get("kubernetes.io/metadata.name", "own")
+
+
+def test_policies_select_the_pods_of_the_rendered_services() -> None:
+    stage, gateway = network_policies(pipeline())
+    for policy, service in ((stage, stage_service(pipeline(), 1)), (gateway, gateway_service(pipeline()))):
+        pod_labels = service["spec"]["template"]["metadata"]["labels"]
+        assert policy["spec"]["podSelector"]["matchLabels"].items() <= pod_labels.items()
+    assert stage["spec"]["podSelector"] != gateway["spec"]["podSelector"]
+
+
+def test_requests_come_from_the_activator_the_ingress_and_for_stages_the_gateway() -> None:
+    stage, gateway = network_policies(pipeline())
+    assert [namespace(peer) for peer in reachable(stage, 8012)] == ["knative-serving", "kourier-system", "own"]
+    assert [namespace(peer) for peer in reachable(gateway, 8012)] == ["knative-serving", "kourier-system"]
+    own = reachable(stage, 8012)[-1]["podSelector"]["matchLabels"]
+    assert own.items() <= gateway_service(pipeline())["spec"]["template"]["metadata"]["labels"].items()
+
+
+def test_the_autoscaler_and_prometheus_read_their_ports_only() -> None:
+    for policy in network_policies(pipeline()):
+        assert reachable(policy, 9090) == [
+            {
+                "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "knative-serving"}},
+                "podSelector": {"matchLabels": {"app": "autoscaler"}},
+            }
+        ]
+        assert [namespace(peer) for peer in reachable(policy, 9091)] == ["observability"]
+        assert [namespace(peer) for peer in reachable(policy, 8080)] == ["observability"]
+        assert policy["spec"]["policyTypes"] == ["Ingress"]

@@ -1,0 +1,179 @@
+"""PipelineSpec and the manifests rendered from it; their environment is held to functions/configuration/config.py itself."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from eventing.wire.events import pipeline_fingerprint
+from functions.configuration.config import GatewayConfig, StageConfig, read_config
+from knative.render.rendering import render
+from knative.render.services import Pipeline, gateway_access, services, to_yaml
+from knative.spec.pipeline_spec import SpecError, load_spec, parse_cut, quantity, spec_from_dict
+
+CUT = ((0, 10), (10, 20), (20, 30))
+DIGEST = "sha256:0123"
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    return {
+        "name": "chat",
+        "namespace": "models",
+        "model": {"name": "smollm2", "dtype": "int8"},
+        "cut": "0:10,10:20,20:30",
+        "image": "registry.example/lamina:1",
+        "store": {"endpoint": "http://store.example:9000", "secret": "store-keys"},
+    } | changes
+
+
+def pipeline(**changes: Any) -> Pipeline:
+    return Pipeline(spec_from_dict(document(**changes)), CUT, DIGEST)
+
+
+def environment(service: dict[str, Any]) -> dict[str, str]:
+    """What the container would see, every secret being `secret`."""
+    container = service["spec"]["template"]["spec"]["containers"][0]
+    found = {entry["name"]: entry.get("value", "secret") for entry in container["env"]}
+    return found | {"PORT": "8080", "AWS_ACCESS_KEY_ID": "secret", "AWS_SECRET_ACCESS_KEY": "secret"}
+
+
+def test_functions_accept_every_rendered_environment() -> None:
+    everything = {
+        "sleep_seconds": [0.03, 0.09, 0.03],
+        "layer_group": "sleep",
+        "max_merge": 2,
+        "idle_sequence_seconds": 60,
+        "weights_cache": "/cache",
+        "threads": 1,
+    }
+    knobs = dict.fromkeys(("micro_batch_sequences", "chunk_tokens", "queue_limit"), 16)
+    waits = dict.fromkeys(("cold_start_timeout_seconds", "request_timeout_seconds", "step_timeout_seconds"), 30.5)
+    full = pipeline(stage=everything, gateway={**knobs, **waits, "api_keys_secret": "keys"})
+    for variant in (pipeline(), full):
+        configs = [read_config(environment(service)) for service in services(variant)]
+        assert [config.pipeline for config in configs] == [variant.fingerprint] * 4
+        assert [config.layers for config in configs if isinstance(config, StageConfig)] == list(CUT)
+    assert [config.sleep_seconds for config in configs if isinstance(config, StageConfig)] == [0.03, 0.09, 0.03]
+    gateway = configs[-1]
+    assert isinstance(gateway, GatewayConfig)
+    assert gateway.stages[1] == ((10, 20), f"http://chat-{full.fingerprint[:8]}-s1.models.svc.cluster.local")
+    assert gateway.api_keys == ("secret",)
+
+
+def test_names_carry_the_fingerprint() -> None:
+    expected = pipeline_fingerprint(DIGEST, CUT, "int8")
+    names = [service["metadata"]["name"] for service in services(pipeline())]
+    assert names == [*(f"chat-{expected[:8]}-s{k}" for k in range(3)), "chat"]
+
+
+def test_stages_are_cluster_local_and_the_gateway_is_not() -> None:
+    visible = [service["metadata"]["labels"].get("networking.knative.dev/visibility") for service in services(pipeline())]
+    assert visible == ["cluster-local"] * 3 + [None]
+
+
+def test_autoscaling_defaults_are_the_ones_that_worked_together() -> None:
+    template = services(pipeline())[0]["spec"]["template"]
+    assert template["metadata"]["annotations"] == {
+        "autoscaling.knative.dev/class": "kpa.autoscaling.knative.dev",
+        "autoscaling.knative.dev/metric": "concurrency",
+        "autoscaling.knative.dev/target": "2",
+        "autoscaling.knative.dev/target-utilization-percentage": "70",
+        "autoscaling.knative.dev/window": "10s",
+        "autoscaling.knative.dev/panic-window-percentage": "60",
+        "autoscaling.knative.dev/scale-down-delay": "30s",
+        "autoscaling.knative.dev/min-scale": "0",
+        "autoscaling.knative.dev/max-scale": "10",
+        "serving.knative.dev/progress-deadline": "600s",
+    }
+    assert template["spec"]["containerConcurrency"] == 8
+    assert template["spec"]["timeoutSeconds"] == template["spec"]["responseStartTimeoutSeconds"] == 600
+
+
+def test_hpa_scales_on_cpu() -> None:
+    stage = {"autoscaling": {"class": "hpa", "min_scale": 1}}
+    annotations = services(pipeline(stage=stage))[0]["spec"]["template"]["metadata"]["annotations"]
+    assert annotations["autoscaling.knative.dev/class"] == "hpa.autoscaling.knative.dev"
+    assert annotations["autoscaling.knative.dev/metric"] == "cpu"
+    assert annotations["autoscaling.knative.dev/target"] == "70"
+    assert "autoscaling.knative.dev/window" not in annotations
+
+
+def test_gpu_and_volumes() -> None:
+    stage = {"resources": {"cpu": "4", "memory": "16Gi", "gpu": 1}, "weights_cache": "/var/cache/weights"}
+    pod = services(pipeline(stage=stage))[0]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["resources"]["limits"] == {"cpu": "4", "memory": "16Gi", "nvidia.com/gpu": "1"}
+    assert {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]} == {"/tmp", "/var/cache/weights"}
+
+
+def test_secrets_are_named_and_never_shown() -> None:
+    container = services(pipeline())[0]["spec"]["template"]["spec"]["containers"][0]
+    assert container["envFrom"] == [{"secretRef": {"name": "store-keys"}}]
+    token = next(entry for entry in container["env"] if entry["name"] == "LAMINA_PIPELINE_TOKEN")
+    assert token["valueFrom"] == {"secretKeyRef": {"name": "lamina-pipeline", "key": "token"}}
+
+
+def test_the_gateway_may_only_read_endpoint_slices() -> None:
+    account, role, binding = gateway_access(pipeline())
+    assert role["rules"] == [
+        {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["get", "list", "watch"]}
+    ]
+    assert binding["subjects"][0]["name"] == account["metadata"]["name"] == "chat-gateway"
+    assert "access.yaml" not in render(pipeline(gateway={"service_account": "mine"}))
+
+
+def test_yaml_is_deterministic_and_reads_back() -> None:
+    text = to_yaml(services(pipeline()))
+    assert text == to_yaml(services(pipeline()))
+    assert list(yaml.safe_load_all(text)) == services(pipeline())
+    assert "&id" not in text
+
+
+def test_a_label_that_looks_like_a_float_is_quoted() -> None:
+    assert to_yaml([{"label": "1178e1174203"}]) == '---\nlabel: "1178e1174203"\n'
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "Chat"}, r"\$\.name: 'Chat' is no DNS label"),
+        ({"name": "c" * 37}, r"\$\.name: .* at most 36 characters"),
+        ({"stages": 3}, r"\$\.stages, \$\.cut: exactly one of them"),
+        ({"cut": "0:10,11:20"}, r"\$\.cut: '0:10,11:20': group 11:20 must begin with layer 10"),
+        ({"cut": "0:0"}, r"group 0:0 must begin with layer 0 and hold at least one layer"),
+        ({"cut": "ten"}, r"\$\.cut: 'ten' is no cut such as"),
+        ({"model": {"name": "m", "dtype": "fp8"}}, r"\$\.model\.dtype: 'fp8' is none of float32"),
+        ({"stage": {"kv_cache": "1 GB"}}, r"\$\.stage\.kv_cache: '1 GB' is no Kubernetes quantity"),
+        ({"stage": {"autoscaling": {"target": 9}}}, r"\$\.stage\.autoscaling\.target: 9.* is above container_concurrency 8"),
+        ({"stage": {"autoscaling": {"target": "2"}}}, r"\$\.stage\.autoscaling\.target: Expected .*seen '2'"),
+        ({"stage": {"autoscaling": {"min_scale": 11}}}, r"min_scale: 11 is above max_scale 10"),
+        ({"stage": {"autoscaling": {"class": "hpa"}}}, r"min_scale: 0, but the class hpa cannot scale to zero"),
+        ({"stage": {"autoscaling": {"target_burst_capacity": -1}}}, r"target_burst_capacity: Expected .* >= 0.*seen -1"),
+        ({"stage": {"autoscaling": {"targt": 2}}}, r"\$\.stage\.autoscaling: .*unknown field `targt`"),
+        ({"stage": {"timeout_seconds": 601}}, r"\$\.stage\.timeout_seconds: Expected `int` <= 600, seen 601"),
+        ({"store": {"endpoint": "store:9000"}}, r"\$\.store\.endpoint: .*seen 'store:9000'"),
+    ],
+)
+def test_errors_name_path_and_value(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        spec_from_dict(document(**change))
+
+
+def test_a_list_of_sleeps_must_reach_every_stage() -> None:
+    with pytest.raises(SpecError, match="2 numbers, none for stage 2"):
+        services(pipeline(stage={"layer_group": "sleep", "sleep_seconds": [0.1, 0.2]}))
+
+
+def test_a_file_is_named_in_front(tmp_path: Path) -> None:
+    path = tmp_path / "pipeline.yaml"
+    path.write_text("name: [")
+    with pytest.raises(SpecError, match=r"pipeline\.yaml: cannot be read as YAML"):
+        load_spec(path)
+    path.write_text("name: chat")
+    with pytest.raises(SpecError, match=r"pipeline.yaml: \$: Object missing required field `model`"):
+        load_spec(path)
+
+
+def test_quantities_and_cuts() -> None:
+    assert [quantity(text) for text in ("500m", "2", "1.5", "512Mi", "1k", "2G")] == [0.5, 2, 1.5, 2**29, 1000, 2e9]
+    assert parse_cut("0:10,10:20,20:30") == CUT

@@ -1,0 +1,147 @@
+"""The planner: its cuts are optimal, and its numbers are those of published models."""
+
+import json
+import struct
+from itertools import combinations, pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from knative.spec.cut import TooManyStages, cut_evenly, plan_stages, replicas_for
+from knative.spec.model_shape import ModelShape, UnknownShape, shape_from_config, shape_from_folder
+from tests.support.paths import ROOT
+
+LLAMA_2_13B = ROOT / "examples" / "llama-2-13b"
+SMOLLM2 = {
+    "model_type": "llama",
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+
+
+def heaviest(shape: ModelShape, cut: tuple[tuple[int, int], ...]) -> float:
+    """The weight of the heaviest group, computed the slow way."""
+    plans = plan_stages(shape, cut)
+    size = sum(plan.weight_bytes for plan in plans)
+    work = sum(plan.compute for plan in plans)
+    return max(max(plan.weight_bytes / size, plan.compute / work) for plan in plans)
+
+
+def all_cuts(layers: int, stages: int) -> list[tuple[tuple[int, int], ...]]:
+    inner = combinations(range(1, layers), stages - 1)
+    return [tuple(pairwise((0, *bounds, layers))) for bounds in inner]
+
+
+@settings(deadline=None)
+@given(
+    layers=st.lists(st.tuples(st.integers(1, 100), st.integers(1, 100)), min_size=1, max_size=8),
+    embedding=st.integers(0, 500),
+    head=st.tuples(st.integers(0, 500), st.integers(0, 500)),
+    data=st.data(),
+)
+def test_no_other_cut_has_a_lighter_heaviest_group(
+    layers: list[tuple[int, int]], embedding: int, head: tuple[int, int], data: st.DataObject
+) -> None:
+    shape = ModelShape(
+        name="drawn",
+        dtype="bfloat16",
+        hidden_size=8,
+        layer_bytes=tuple(size for size, _ in layers),
+        embedding_bytes=embedding,
+        head_bytes=head[0],
+        layer_compute=tuple(work for _, work in layers),
+        head_compute=head[1],
+        kv_values_per_layer=4,
+    )
+    stages = data.draw(st.integers(1, len(layers)))
+    cut = tuple(cut_evenly(shape, stages))
+    assert len(cut) == stages
+    assert heaviest(shape, cut) == pytest.approx(min(heaviest(shape, other) for other in all_cuts(len(layers), stages)))
+
+
+def test_llama_2_13b_in_four_stages() -> None:
+    shape = shape_from_folder(LLAMA_2_13B, "float16")
+    plans = plan_stages(shape, cut_evenly(shape, 4))
+    assert [(plan.first_layer, plan.last_layer) for plan in plans] == [(0, 10), (10, 20), (20, 30), (30, 40)]
+    assert sum(plan.weight_bytes for plan in plans) == 2 * 13_015_864_320  # the parameters that Meta's checkpoint has
+    assert [plan.kv_bytes_per_token for plan in plans] == [10 * 2 * 40 * 128 * 2] * 4
+    assert plans[0].kv_bytes_per_sequence == 800 * 2**20
+    assert [plan.hop_bytes_per_token for plan in plans] == [10240, 10240, 10240, 0]
+
+
+def test_a_small_models_head_weighs_as_much_as_eight_layers() -> None:
+    shape = shape_from_config(SMOLLM2, "smollm2", "bfloat16")
+    cut = cut_evenly(shape, 3)
+    assert cut == ((0, 10), (10, 24), (24, 30))
+    shares = [plan.compute_share for plan in plan_stages(shape, cut)]
+    assert max(shares) < 0.37
+
+
+def test_float32_doubles_what_moves_and_int8_halves_only_the_weights() -> None:
+    plans = {
+        d: plan_stages(shape_from_config(SMOLLM2, "s", d), ((0, 15), (15, 30)))[0] for d in ("float32", "bfloat16", "int8")
+    }
+    assert plans["float32"].hop_bytes_per_token == 4 * 576
+    assert plans["int8"].hop_bytes_per_token == plans["bfloat16"].hop_bytes_per_token == 2 * 576
+    assert plans["float32"].weight_bytes == 2 * plans["bfloat16"].weight_bytes == 4 * plans["int8"].weight_bytes
+
+
+def test_experts_weigh_in_bytes_and_only_the_chosen_in_compute() -> None:
+    mixtral = SMOLLM2 | {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+    shape = shape_from_config(mixtral, "mixtral", "bfloat16")
+    dense = shape_from_config(SMOLLM2, "dense", "bfloat16")
+    assert shape.layer_bytes[0] > 6 * dense.layer_bytes[0]
+    assert shape.layer_compute[0] < 3 * dense.layer_compute[0]
+
+
+def test_safetensors_headers_give_exact_sizes(tmp_path: Path) -> None:
+    config = SMOLLM2 | {"num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = {
+        "model.embed_tokens.weight": [100, 4],
+        "model.layers.0.mlp.up_proj.weight": [10, 4],
+        "model.layers.1.mlp.up_proj.weight": [30, 4],
+        "model.norm.weight": [4],
+    }
+    header = json.dumps({k: {"dtype": "F32", "shape": s, "data_offsets": [0, 0]} for k, s in tensors.items()}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    shape = shape_from_folder(tmp_path, "bfloat16")
+    assert shape.layer_bytes == (80, 240)
+    assert (shape.embedding_bytes, shape.head_bytes) == (800, 808)
+
+
+def test_more_stages_than_layers() -> None:
+    with pytest.raises(TooManyStages, match="31 stages wanted, but s has 30 layers; ask for at most 30 stages"):
+        cut_evenly(shape_from_config(SMOLLM2, "s", "int8"), 31)
+
+
+def test_a_config_without_layers_is_named() -> None:
+    with pytest.raises(UnknownShape, match=r"odd: config.json has no positive integer num_hidden_layers or n_layer"):
+        shape_from_config({"hidden_size": 8}, "odd", "bfloat16")
+
+
+def test_a_folder_without_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UnknownShape, match=r"config\.json: cannot be read as JSON"):
+        shape_from_folder(tmp_path, "bfloat16")
+
+
+def test_replicas_follow_the_compute_share() -> None:
+    plans = plan_stages(shape_from_config(SMOLLM2, "s", "bfloat16"), ((0, 10), (10, 24), (24, 30)))
+    assert replicas_for(plans, conversations=8, micro_batch=8, target=1.4, max_scale=10) == [1, 1, 1]
+    assert replicas_for(plans, conversations=128, micro_batch=8, target=1.4, max_scale=10) == [4, 5, 5]
+    assert replicas_for(plans, conversations=1280, micro_batch=8, target=1.4, max_scale=10) == [10, 10, 10]
+
+
+def test_few_conversations_are_still_a_micro_batch_for_each_stage() -> None:
+    """As the gateway divides them: half of three micro-batches in one stage are more than one pod is meant for."""
+    plans = plan_stages(shape_from_config(SMOLLM2, "s", "bfloat16"), ((0, 2), (2, 28), (28, 30)))
+    assert plans[1].compute_share * 1 < 1.4 < plans[1].compute_share * 3
+    assert replicas_for(plans, conversations=1, micro_batch=8, target=1.4, max_scale=10) == [1, 1, 1]
+    assert replicas_for(plans, conversations=3, micro_batch=8, target=1.4, max_scale=10) == [1, 2, 1]

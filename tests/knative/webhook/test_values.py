@@ -1,0 +1,95 @@
+"""Numbers, durations, quantities and names as Go and Kubernetes read them."""
+
+from fractions import Fraction
+
+import pytest
+
+from knative.webhook.values import (
+    is_dns_1035_label,
+    is_qualified_name,
+    parse_duration,
+    parse_float,
+    parse_int,
+    parse_quantity,
+)
+
+SECOND = 10**9
+
+
+@pytest.mark.parametrize(
+    ("text", "nanoseconds"),
+    [
+        ("0", 0),
+        ("+0", 0),
+        ("30s", 30 * SECOND),
+        ("1m30s", 90 * SECOND),
+        ("1h15m30.918s", 4_530_918_000_000),
+        ("1.5h", 5400 * SECOND),
+        (".5s", SECOND // 2),
+        ("5.s", 5 * SECOND),
+        ("-10s", -10 * SECOND),
+        ("39µs", 39_000),
+        ("1ns", 1),
+    ],
+)
+def test_durations(text: str, nanoseconds: int) -> None:
+    assert parse_duration(text) == nanoseconds
+
+
+@pytest.mark.parametrize("text", ["", "3", "-", "s", ".", "1d", "1 s", "s1", "1_0s", "3000000h", "--1s"])
+def test_no_durations(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [
+        ("500m", Fraction(1, 2)),
+        ("1Gi", 2**30),
+        ("1.5Gi", 3 * 2**29),
+        ("2k", 2000),
+        ("1e3", 1000),
+        ("1E", 10**18),
+        (".5", Fraction(1, 2)),
+        ("-1", -1),
+        (2, 2),
+        ("100n", Fraction(1, 10**7)),
+    ],
+)
+def test_quantities(value: str | int, number: Fraction | int) -> None:
+    assert parse_quantity(value) == number
+
+
+@pytest.mark.parametrize("value", ["", "1gb", "1 Gi", "Gi", "1K", "0x10", "1ee3", "1_000"])
+def test_no_quantities(value: str) -> None:
+    with pytest.raises(ValueError):
+        parse_quantity(value)
+
+
+@pytest.mark.parametrize("text", ["", " 1", "1_0", "1.0", "0x1", "١"])
+def test_no_integers(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_int(text)
+
+
+@pytest.mark.parametrize(("text", "number"), [("1", 1), ("1.", 1), (".5", 0.5), ("1e-2", 0.01), ("+Inf", float("inf"))])
+def test_numbers(text: str, number: float) -> None:
+    assert parse_float(text) == number
+
+
+@pytest.mark.parametrize("text", ["", " 1", "1_0", "one", "1e"])
+def test_no_numbers(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_float(text)
+
+
+def test_names() -> None:
+    assert is_dns_1035_label("a-1")
+    assert not is_dns_1035_label("1-a")
+    assert not is_dns_1035_label("a-")
+    assert not is_dns_1035_label("a\n")
+    assert is_qualified_name("example.dev/Name_1.x")
+    assert not is_qualified_name("Upper.dev/name")
+    assert not is_qualified_name("/name")
+    assert not is_qualified_name("a/b/c")

@@ -1,0 +1,108 @@
+"""Scale-in, a new revision and a new cut while the pipeline answers: nothing fails, nothing is wrong, nothing crosses over.
+
+Real processes of a tiny model; every answer is held against the whole model's.
+"""
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+from knative.commands.terminal.pod_metrics import read_metrics
+from knative.local.kubelet.pods import Phase, Pod
+from knative.render.services import services
+from tests.support.functions.served import Conversations, serving, stage_revisions, tiny_pipeline
+from tests.support.knative.platform import until
+from tests.support.storage.published import Published
+
+GENERATIONS = 50
+LONG = 100
+SHORT = 24
+CONVERSATIONS = 12
+
+
+def test_scale_in_amid_fifty_generations(published: Published, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        pipeline = tiny_pipeline(published)
+        manifests = services(pipeline)
+        manifests[1]["spec"]["template"]["metadata"]["annotations"]["autoscaling.knative.dev/min-scale"] = "3"
+        conversations = Conversations(published)
+        conversations.prepare(LONG)
+        async with serving(tmp_path, published, manifests) as platform:
+            middle = stage_revisions(platform, pipeline)[1][0]
+            await until(lambda: len(middle.ready_pods) == 3)
+            url = platform.url("tiny")
+            asked = asyncio.gather(*(conversations.ask(url, number, LONG) for number in range(GENERATIONS)))
+            await until(lambda: conversations.begun >= GENERATIONS // 2)
+            pods = list(middle.pods)
+            middle.autoscaler.settings = replace(middle.autoscaler.settings, min_scale=1, max_scale=1)
+            await until(lambda: sum(pod.leaving for pod in pods) == 2)
+            assert conversations.answered < GENERATIONS // 2, "scaled in too late to disturb anything"
+            held = asyncio.gather(*(last_held(pod) for pod in pods if pod.leaving))
+            await asked
+            assert await held == [0, 0], "a pod left with sequences in it"
+            assert conversations.answered == GENERATIONS
+            assert conversations.replays >= 1, "no sequence was on a pod that left"
+
+    asyncio.run(scenario())
+
+
+async def last_held(pod: Pod) -> float:
+    """How many sequences a leaving pod said last that it holds."""
+    held = -1.0
+    while pod.phase is not Phase.GONE:
+        samples = await asyncio.to_thread(read_metrics, {"function_port": pod.proxy.function_port})
+        held = samples.get("lamina_stage_sequences", held)
+        await asyncio.sleep(0.05)
+    return held
+
+
+def test_a_new_revision_under_load(published: Published, tmp_path: Path) -> None:
+    """Sequences end where they began, so none is computed anew; the old pods leave behind the last of them."""
+
+    async def scenario() -> None:
+        pipeline, changed = tiny_pipeline(published), tiny_pipeline(published, idle_sequence_seconds=500)
+        assert changed.fingerprint == pipeline.fingerprint
+        conversations = Conversations(published)
+        conversations.prepare(SHORT)
+        async with serving(tmp_path, published, services(pipeline)) as platform, asyncio.TaskGroup() as group:
+            url = platform.url("tiny")
+            for number in range(CONVERSATIONS):
+                group.create_task(conversations.keep_asking(url, number, SHORT))
+            await until(lambda: conversations.answered >= CONVERSATIONS)
+            await platform.apply(services(changed))
+            revisions = stage_revisions(platform, pipeline)
+            assert [len(of_stage) for of_stage in revisions] == [2, 2, 2]
+            await until(lambda: all(new.ready_pods and not old.pods for old, new in revisions), 60)
+            answered = conversations.answered
+            await until(lambda: conversations.answered >= answered + CONVERSATIONS)
+            conversations.over.set()
+        assert conversations.replays == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_new_cut_under_load(published: Published, tmp_path: Path) -> None:
+    """New stages come up beside the old, the gateway's new revision takes what is new over, and the old ones end at zero."""
+
+    async def scenario() -> None:
+        old, new = tiny_pipeline(published), tiny_pipeline(published, cut="0:3,3:6")
+        assert new.fingerprint != old.fingerprint
+        conversations = Conversations(published)
+        conversations.prepare(SHORT)
+        async with serving(tmp_path, published, services(old)) as platform, asyncio.TaskGroup() as group:
+            url = platform.url("tiny")
+            for number in range(CONVERSATIONS):
+                group.create_task(conversations.keep_asking(url, number, SHORT))
+            await until(lambda: conversations.answered >= CONVERSATIONS)
+            await platform.apply(services(new))
+            old_gateway, new_gateway = platform.services["default", "tiny"].revisions
+            ending = [*(revision for (revision,) in stage_revisions(platform, old)), old_gateway]
+            await until(lambda: not any(revision.pods for revision in ending), 60)
+            answered = conversations.answered
+            await until(lambda: conversations.answered >= answered + CONVERSATIONS)
+            assert new_gateway.ready_pods
+            assert all(revision.ready_pods for (revision,) in stage_revisions(platform, new))
+            conversations.over.set()
+        assert conversations.replays == 0
+
+    asyncio.run(scenario())

@@ -1,0 +1,106 @@
+"""How the loader keeps its threads busy: several objects opened at once, one large object read by all."""
+
+import os
+import threading
+from typing import Final
+
+import pytest
+
+from storage.loading.memory import new_memory, populate
+from storage.loading.weight_loader import CONNECTIONS, load_layers
+from storage.models.model_repository import Manifest, StoredObject, layer_object, part_checksum
+
+PART: Final = 4096
+DEADLINE_SECONDS: Final = 20.0
+
+
+def manifest_of(contents: dict[str, bytes]) -> Manifest:
+    """Of a model whose layers these are."""
+    objects = {
+        name: StoredObject(
+            key=name,
+            bytes=len(data),
+            part_bytes=PART,
+            parts=tuple(part_checksum(data[start : start + PART]) for start in range(0, len(data), PART)),
+            tensors={},
+        )
+        for name, data in contents.items()
+    }
+    return Manifest(
+        manifest_version=1,
+        name="made",
+        dtype="float32",
+        publication="0",
+        architecture="LlamaForCausalLM",
+        model_type="llama",
+        num_layers=100,
+        hidden_size=1,
+        vocab_size=1,
+        num_kv_heads=1,
+        head_dim=1,
+        context_length=1,
+        tied=False,
+        objects=objects,
+        files={},
+    )
+
+
+class MeetingReader:
+    """Reads out of memory, and lets nobody through before `together` are reading."""
+
+    def __init__(self, contents: dict[str, bytes], together: int) -> None:
+        self._contents = contents
+        self._meeting = threading.Barrier(together)
+
+    def read_range_into(self, key: str, start: int, view: memoryview, *, total_bytes: int | None = None) -> None:
+        self._meeting.wait(DEADLINE_SECONDS)
+        view[:] = self._contents[key][start : start + len(view)]
+
+
+class MeetingCache:
+    """Has everything, or nothing, and answers nobody before `together` have asked."""
+
+    def __init__(self, contents: dict[str, bytes], together: int) -> None:
+        self._contents = contents
+        self._meeting = threading.Barrier(together)
+
+    def get(self, stored: StoredObject) -> memoryview | None:
+        self._meeting.wait(DEADLINE_SECONDS)
+        data = self._contents.get(stored.key)
+        return None if data is None else memoryview(bytearray(data))
+
+    def put(self, stored: StoredObject, data: memoryview) -> None:
+        """Keeps nothing."""
+
+
+def layers(count: int, parts: int) -> dict[str, bytes]:
+    return {layer_object(number): os.urandom(parts * PART) for number in range(1, count + 1)}
+
+
+def test_several_objects_are_taken_from_the_cache_at_the_same_time() -> None:
+    contents = layers(CONNECTIONS, parts=8)
+    cache = MeetingCache(contents, together=CONNECTIONS)
+    load_layers(MeetingReader({}, 1), manifest_of(contents), 1, CONNECTIONS + 1, cache=cache)
+
+
+@pytest.mark.parametrize("misses", [False, True], ids=["no cache", "not in the cache"])
+def test_one_object_is_read_by_all_connections(misses: bool) -> None:
+    contents = layers(1, parts=2 * CONNECTIONS)
+    cache = MeetingCache({}, together=1) if misses else None
+    load_layers(MeetingReader(contents, together=CONNECTIONS), manifest_of(contents), 1, 2, cache=cache)
+
+
+def test_no_more_threads_than_parts() -> None:
+    contents = layers(1, parts=1)
+    before = threading.active_count()
+    load_layers(MeetingReader(contents, together=1), manifest_of(contents), 1, 2)
+    assert threading.active_count() <= before + 1
+
+
+def test_memory_is_there_before_it_is_read_into() -> None:
+    memory = new_memory(64 * PART)
+    populate(memory[16 * PART : 32 * PART])
+    assert bytes(memory) == bytes(64 * PART)
+    memory[:4] = b"made"
+    populate(memory[: 8 * PART + 5])  # again, and not whole pages
+    assert bytes(memory[:4]) == b"made"

@@ -1,0 +1,104 @@
+"""What serving holds: keys and values take the bytes that the planner says, and abandoned sequences leave none behind."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.support.functions.functions import (
+    ROOT,
+    FunctionProcess,
+    gateway_environment,
+    running,
+    stage_environment,
+    wait_until,
+)
+from tests.support.storage.published import CUT, Published
+
+SEQUENCES = 1000
+AT_ONCE = 16
+BUDGET_BYTES = 64 * 2**20
+FILL = """
+import json, os, sys
+import torch
+from functions.stage.models.llama.group import LlamaGroup
+from knative.spec.model_shape import shape_from_config
+from knative.spec.cut import plan_stages
+from tests.support.storage.tiny_models import tiny_config
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+dtype, budget = sys.argv[1], int(sys.argv[2])
+config = tiny_config("llama")
+plan = plan_stages(shape_from_config(config, "tiny", dtype), ((0, 2), (2, 6)))[1]
+def filled(budget):
+    pool = LlamaGroup(config, 2, 6, dtype, "cpu", budget).kv
+    for first in range(0, pool.capacity_tokens, 1024):
+        slots = torch.arange(first, min(first + 1024, pool.capacity_tokens))
+        for layer, memory in enumerate(pool._layers):
+            pool.write(layer, slots, torch.ones(len(slots), 2, memory.shape[1], memory.shape[3], dtype=memory.dtype))
+    return pool
+
+filled(2**21)  # the code that it runs takes memory, too
+before = resident()
+pool = filled(budget)
+print(json.dumps([resident() - before, plan.kv_bytes_per_token * pool.capacity_tokens]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_keys_and_values_take_the_bytes_that_the_plan_says(dtype: str) -> None:
+    """Of the process that holds them, to within 5 %."""
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    said = subprocess.run(
+        [sys.executable, "-c", FILL, dtype, str(BUDGET_BYTES)],
+        env=environ,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    grown, planned = json.loads(said.stdout)
+    assert planned == pytest.approx(BUDGET_BYTES, rel=0.05)
+    assert grown == pytest.approx(planned, rel=0.05)
+
+
+def test_a_thousand_abandoned_sequences_leave_nothing_behind(published: Published) -> None:
+    """Clients that leave before anything came, at the first byte, and in the middle of the answer."""
+    with running(stage_environment(published, group) for group in range(len(CUT))) as stages:
+        capacity = [metric(stage, "lamina_stage_free_tokens") for stage in stages]
+        environ = gateway_environment(published, [stage.url for stage in stages], LAMINA_QUEUE_LIMIT=str(SEQUENCES))
+        with FunctionProcess(environ) as gateway, ThreadPoolExecutor(AT_ONCE) as clients:
+            gateway.wait_ready()
+            list(clients.map(lambda number: abandon(gateway, number), range(SEQUENCES)))
+            wait_until(lambda: metric(gateway, "lamina_gateway_sequences_total") >= SEQUENCES, 120)
+            for name in ("running_sequences", "waiting_sequences", "events_in_flight"):
+                wait_until(lambda name=name: metric(gateway, f"lamina_gateway_{name}") == 0, 60)
+            wait_until(lambda: all(metric(stage, "lamina_stage_sequences") == 0 for stage in stages), 60)
+            assert [metric(stage, "lamina_stage_free_tokens") for stage in stages] == capacity
+
+
+def abandon(gateway: FunctionProcess, number: int) -> None:
+    """Asks for an answer far longer than it is listened to."""
+    body = json.dumps({"model": "tiny", "prompt": f"number {number}", "max_tokens": 200, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: test\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=60) as connection:
+        connection.sendall(head + body)
+        for _ in range(number % 3):
+            connection.recv(64)
+
+
+def metric(function: FunctionProcess, name: str) -> float:
+    """Summed over its labels; 0 where there is none yet."""
+    page: str = function.get("/metrics")[1]
+    values = re.findall(rf"^{name}(?:{{.*}})? (\S+)$", page, re.MULTILINE)
+    return sum(map(float, values))

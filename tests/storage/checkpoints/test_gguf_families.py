@@ -1,0 +1,141 @@
+"""GGUF files of every architecture that is read, written on the spot and held to transformers' own reading of them."""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Tokenizer, Qwen2Tokenizer
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+from storage.checkpoints.gguf_checkpoint import open_gguf
+from storage.checkpoints.gguf_tokenizer import tokenizer_files
+from storage.errors import ArchitectureUnsupported, CheckpointInvalid
+from tests.storage.checkpoints.test_gguf import TEXT
+from tests.support.storage import tiny_models
+from tests.support.storage.storage import default_model_metadata
+
+TOKENS = [*map(chr, range(33, 127)), "ab"]
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def gguf_name(name: str) -> str:
+    module, kind = name.rsplit(".", 1)
+    if module.startswith("model.layers."):
+        _, _, layer, module = module.split(".", 3)
+        return f"blk.{layer}.{NAMES[module]}.{kind}"
+    return f"{NAMES[module]}.{kind}"
+
+
+def write_gguf(path: Path, family: str, extra_tensor: str = "", drop_tensor: str = "") -> Path:
+    """Matrices as Q8_0, the rest as float32. What is in it is random; transformers says what it means."""
+    model = tiny_models.whole_model(family)
+    config = model.config
+    writer = gguf.GGUFWriter(path, config.model_type)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim if hasattr(config, "head_dim") else config.hidden_size // config.num_attention_heads)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([1] * len(TOKENS))
+    writer.add_token_merges(["a b"])
+    for name, tensor in tiny_models.checkpoint_tensors(model).items():
+        if name != drop_tensor:
+            add_tensor(writer, gguf_name(name), tensor)
+    if extra_tensor:
+        add_tensor(writer, extra_tensor, torch.zeros(4))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def add_tensor(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor) -> None:
+    array = tensor.numpy()
+    if array.ndim == 2:
+        kind = gguf.GGMLQuantizationType.Q8_0
+        writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+    else:
+        writer.add_tensor(name, array.astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def default_fields() -> dict[str, Any]:
+    return default_model_metadata()
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen2", "qwen3"])
+def test_tensors_are_those_that_transformers_reads(family: str, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", family)
+    checkpoint = open_gguf(path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**checkpoint.config))
+    expected = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    assert checkpoint.tensors.keys() == expected.keys()
+    for name, source in checkpoint.tensors.items():
+        ours = torch.cat([torch.frombuffer(block, dtype=torch.float32) for block in source.blocks()]).view(source.shape)
+        assert torch.equal(ours, expected[name]), name
+
+
+def test_a_tensor_that_is_not_llama_shaped_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArchitectureUnsupported, match=r"'blk\.0\.ffn_gate_inp\.weight' that no Llama-shaped"):
+        open_gguf(write_gguf(tmp_path / "x.gguf", "llama", extra_tensor="blk.0.ffn_gate_inp.weight"))
+
+
+def test_a_frequency_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArchitectureUnsupported, match="scales its rotary positions"):
+        open_gguf(write_gguf(tmp_path / "x.gguf", "llama", extra_tensor="rope_freqs.weight"))
+
+
+def test_a_missing_embedding_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointInvalid, match=r"lacks token_embd\.weight"):
+        open_gguf(write_gguf(tmp_path / "x.gguf", "llama", drop_tensor="model.embed_tokens.weight"))
+
+
+def test_a_merge_of_what_is_no_token_is_refused(default_fields: dict[str, Any]) -> None:
+    merges = [*default_fields["tokenizer.ggml.merges"], "no such"]
+    with pytest.raises(CheckpointInvalid, match="merges 'no such', which are no tokens"):
+        tokenizer_files(Path("x.gguf"), default_fields | {"tokenizer.ggml.merges": merges})
+
+
+@pytest.mark.parametrize(("rules", "tokenizer_class"), [("qwen2", Qwen2Tokenizer), ("gpt-2", GPT2Tokenizer)])
+def test_the_rules_are_those_of_transformers_own_tokenizers(
+    rules: str, tokenizer_class: Any, default_fields: dict[str, Any]
+) -> None:
+    ours = Tokenizer.from_str(
+        tokenizer_files(Path("x.gguf"), default_fields | {"tokenizer.ggml.pre": rules})["tokenizer.json"].decode()
+    )
+    tokens, merges = default_fields["tokenizer.ggml.tokens"], default_fields["tokenizer.ggml.merges"]
+    theirs = tokenizer_class(
+        vocab={token: number for number, token in enumerate(tokens)},
+        merges=[tuple(merge.split(" ", 1)) for merge in merges],
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+    assert ours.encode(TEXT).ids == theirs(TEXT)["input_ids"]

@@ -1,0 +1,241 @@
+"""Loading a stage: exactly its objects, verified, in parallel, through every fault of a store, never with wrong bytes."""
+
+import ctypes
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from storage.errors import ChecksumMismatch, ObjectAltered, ObjectNotFound, StorageError, StoreUnreachable
+from storage.loading.weight_cache import WeightCache
+from storage.loading.weight_loader import LoadProgress, iterate_layers, load_layers, stage_objects
+from storage.models.model_repository import Manifest
+from storage.models.publisher import publish
+from storage.store.embedded import EmbeddedStore
+from storage.store.object_reader import ObjectReader
+from storage.store.object_store import ObjectStore
+from storage.store.settings import StoreSettings
+from tests.support.storage import tiny_models
+from tests.support.storage.storage import Fault, FaultProxy, fault_proxy
+
+TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreSettings]:
+    with EmbeddedStore(tmp_path_factory.mktemp("store")) as store:
+        yield store.settings
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six layers of about 1.2 MB."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_models.whole_model("llama", hidden_size=160, intermediate_size=480).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def manifest(checkpoint: Path, settings: StoreSettings) -> Manifest:
+    return publish(checkpoint, ObjectStore(settings), "tiny", "float32")
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory, settings: StoreSettings) -> Manifest:
+    folder = tmp_path_factory.mktemp("tied")
+    tiny_models.whole_model("llama_tied").save_pretrained(folder)
+    return publish(folder, ObjectStore(settings), "tied", "float32")
+
+
+@pytest.fixture
+def proxy(settings: StoreSettings) -> Iterator[FaultProxy]:
+    with fault_proxy(settings) as proxy:
+        yield proxy
+
+
+def assert_loads(settings: StoreSettings, manifest: Manifest, checkpoint: Path, cache: WeightCache | None = None) -> None:
+    expected = load_file(checkpoint / "model.safetensors")
+    with ObjectReader(settings, stall_seconds=0.5, retry_seconds=20) as reader:
+        tensors = load_layers(reader, manifest, 0, manifest.num_layers, cache=cache)
+    assert tensors.keys() == expected.keys()
+    for name, raw in tensors.items():
+        assert torch.equal(torch.frombuffer(raw.data, dtype=TORCH_DTYPES[raw.dtype]).view(raw.shape), expected[name]), name
+
+
+def test_a_stage_reads_its_own_objects_and_no_others(manifest: Manifest, tied: Manifest, proxy: FaultProxy) -> None:
+    layers = [f"layer-0000{number}" for number in range(6)]
+    assert stage_objects(manifest, 0, 2) == ["embedding", *layers[:2]]
+    assert stage_objects(manifest, 2, 4) == layers[2:4]
+    assert stage_objects(manifest, 4, 6) == [*layers[4:], "head"]
+    assert stage_objects(manifest, 0, 6) == ["embedding", *layers, "head"]
+    assert stage_objects(tied, 4, 6) == [*layers[4:], "embedding", "head"]
+    assert stage_objects(tied, 0, 6) == ["embedding", *layers, "head"]
+    with ObjectReader(proxy.settings) as reader:
+        tensors = load_layers(reader, manifest, 2, 4)
+    assert {path.rsplit("/", 1)[-1] for _, path in proxy.requests} == {f"{name}.safetensors" for name in layers[2:4]}
+    assert {name.split(".")[2] for name in tensors} == {"2", "3"}
+
+
+@pytest.mark.parametrize(("first", "last"), [(-1, 2), (2, 2), (3, 2), (0, 7)])
+def test_a_range_that_is_not_in_the_model_is_refused(manifest: Manifest, first: int, last: int) -> None:
+    with pytest.raises(ValueError, match=f"layers {first}:{last} are no part of 'tiny', which has layers 0:6"):
+        stage_objects(manifest, first, last)
+
+
+def test_buffers_are_writable_and_aligned(manifest: Manifest, settings: StoreSettings) -> None:
+    with ObjectReader(settings) as reader:
+        for raw in load_layers(reader, manifest, 0, 6).values():
+            assert not raw.data.readonly
+            assert ctypes.addressof(ctypes.c_char.from_buffer(raw.data)) % 64 == 0
+
+
+def test_objects_come_in_the_order_of_a_forward_pass(manifest: Manifest, settings: StoreSettings) -> None:
+    with ObjectReader(settings) as reader:
+        assert [loaded.name for loaded in iterate_layers(reader, manifest, 0, 6)] == stage_objects(manifest, 0, 6)
+
+
+def test_a_layer_can_be_placed_while_the_next_one_flows(manifest: Manifest, proxy: FaultProxy) -> None:
+    proxy.faults.append(Fault(path="layer-00005", stall_after=1000))
+    with ObjectReader(proxy.settings, stall_seconds=2.0) as reader:
+        objects = iterate_layers(reader, manifest, 3, 6)
+        started = time.monotonic()
+        assert [next(objects).name, next(objects).name] == ["layer-00003", "layer-00004"]
+        assert time.monotonic() - started < 2.0, "did not wait for the layer that stalls"
+        assert [loaded.name for loaded in objects] == ["layer-00005", "head"]
+
+
+def test_reading_begins_before_anybody_asks(manifest: Manifest, settings: StoreSettings) -> None:
+    complete = threading.Event()
+
+    def note(progress: LoadProgress) -> None:
+        if progress.done_bytes == progress.total_bytes:
+            complete.set()
+
+    with ObjectReader(settings) as reader:
+        objects = iterate_layers(reader, manifest, 0, 6, on_progress=note)
+        assert complete.wait(20)
+        assert len(list(objects)) == 8
+
+
+def test_an_object_s_memory_goes_with_it(manifest: Manifest, settings: StoreSettings) -> None:
+    with ObjectReader(settings) as reader:
+        objects = iterate_layers(reader, manifest, 0, 6)
+        memory = weakref.ref(next(iter(next(objects).tensors.values())).data.obj)
+        assert next(objects).name == "layer-00000"
+        assert memory() is None
+        assert len(list(objects)) == 6
+
+
+def test_progress_ends_at_the_total(manifest: Manifest, settings: StoreSettings) -> None:
+    seen: list[LoadProgress] = []
+    with ObjectReader(settings) as reader:
+        load_layers(reader, manifest, 2, 4, on_progress=seen.append)
+    total = sum(manifest.objects[name].bytes for name in stage_objects(manifest, 2, 4))
+    assert max(progress.done_bytes for progress in seen) == total
+    assert {progress.total_bytes for progress in seen} == {total}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(times=5, reset_after=100_000),
+        Fault(times=5, end_after=100_000),
+        Fault(times=2, stall_after=700_000),
+        Fault(times=9, status=500),
+        Fault(times=1, path="layer-00002", flip_byte=700_000),
+        Fault(times=2, path="head", flip_byte=1000),
+    ],
+    ids=["resets", "early ends", "stalls", "500s", "altered once", "altered twice"],
+)
+def test_faults_that_pass_are_survived(fault: Fault, manifest: Manifest, checkpoint: Path, proxy: FaultProxy) -> None:
+    proxy.faults.append(fault)
+    assert_loads(proxy.settings, manifest, checkpoint)
+    assert fault.times == 0
+
+
+def test_a_store_that_is_away_for_a_while_is_survived(manifest: Manifest, checkpoint: Path, proxy: FaultProxy) -> None:
+    settings, served = proxy.settings, 0
+
+    def leave(method: str, path: str) -> None:
+        nonlocal served
+        served += 1
+        if served == 4:
+            proxy.down()  # Before this request is answered: its connection breaks, and so does every other one.
+            threading.Timer(1.5, proxy.up).start()
+
+    proxy.on_request = leave
+    assert_loads(settings, manifest, checkpoint)
+    assert served > 8
+
+
+def test_an_altered_object_is_named_and_never_served(manifest: Manifest, proxy: FaultProxy) -> None:
+    proxy.faults.append(Fault(times=99, path="layer-00003", flip_byte=5000))
+    key, checksum = manifest.objects["layer-00003"].key, manifest.objects["layer-00003"].parts[0]
+    with (
+        ObjectReader(proxy.settings) as reader,
+        pytest.raises(
+            ChecksumMismatch, match=rf"{key}, part 0 \(bytes 0 to \d+\): checksum {checksum} was published, \w+ read"
+        ),
+    ):
+        load_layers(reader, manifest, 0, 6)
+    assert sum("layer-00003" in path for _, path in proxy.requests) == 3
+
+
+def shorten(store: ObjectStore, key: str) -> None:
+    store.put(key, store.get(key)[:-10])
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "words"),
+    [(ObjectStore.delete, ObjectNotFound, "no object .*layer-00001"), (shorten, ObjectAltered, "layer-00001.* were published")],
+    ids=["missing", "truncated"],
+)
+def test_an_object_that_is_not_as_published_is_named(
+    damage: object, error: type[StorageError], words: str, checkpoint: Path, settings: StoreSettings
+) -> None:
+    store = ObjectStore(settings)
+    manifest = publish(checkpoint, store, f"damaged-{error.__name__}", "float32")
+    damage(store, manifest.objects["layer-00001"].key)  # type: ignore[operator]
+    with ObjectReader(settings) as reader, pytest.raises(error, match=words):
+        load_layers(reader, manifest, 0, 2)
+
+
+def test_a_store_that_stays_away_is_named(manifest: Manifest, proxy: FaultProxy) -> None:
+    settings = proxy.settings
+    proxy.down()
+    with (
+        ObjectReader(settings, retry_seconds=0.5) as reader,
+        pytest.raises(StoreUnreachable, match=f"{settings.endpoint_url} did not deliver"),
+    ):
+        load_layers(reader, manifest, 0, 6)
+
+
+def test_the_second_start_reads_the_cache(manifest: Manifest, checkpoint: Path, proxy: FaultProxy, tmp_path: Path) -> None:
+    cache = WeightCache(tmp_path, 2**30)
+    assert_loads(proxy.settings, manifest, checkpoint, cache)
+    proxy.requests.clear()
+    assert_loads(proxy.settings, manifest, checkpoint, cache)
+    assert proxy.requests == []
+
+
+def test_a_damaged_cache_is_read_from_the_store_again(
+    manifest: Manifest, checkpoint: Path, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    cache = WeightCache(tmp_path, 2**30)
+    assert_loads(proxy.settings, manifest, checkpoint, cache)
+    held = sorted(tmp_path.glob("*.safetensors"))
+    held[0].write_bytes(held[0].read_bytes()[:-1])
+    data = bytearray(held[1].read_bytes())
+    data[1000] ^= 1
+    held[1].write_bytes(data)
+    proxy.requests.clear()
+    assert_loads(proxy.settings, manifest, checkpoint, cache)
+    assert len(proxy.requests) == 2
+    proxy.requests.clear()
+    assert_loads(proxy.settings, manifest, checkpoint, cache)
+    assert proxy.requests == []

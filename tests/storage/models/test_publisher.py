@@ -1,0 +1,350 @@
+"""Publishing Hugging Face folders: every family's tensors come back, runs resume, a second one uploads nothing."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from storage.errors import ArchitectureUnsupported, CheckpointInvalid, ModelNotPublished, StorageError, StoreUnreachable
+from storage.loading.weight_loader import RawTensor, load_layers
+from storage.models.model_repository import Manifest, object_names, read_file, read_manifest
+from storage.models.publisher import PublishProgress, publish
+from storage.store.embedded import EmbeddedStore
+from storage.store.object_reader import ObjectReader
+from storage.store.object_store import ObjectStore
+from storage.store.settings import StoreSettings
+from tests.support.paths import ROOT
+from tests.support.storage import tiny_models
+from tests.support.storage.storage import FaultProxy, fault_proxy
+
+TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreSettings]:
+    with EmbeddedStore(tmp_path_factory.mktemp("store")) as store:
+        yield store.settings
+
+
+@pytest.fixture(scope="module")
+def store(settings: StoreSettings) -> ObjectStore:
+    return ObjectStore(settings)
+
+
+@pytest.fixture
+def proxy(settings: StoreSettings) -> Iterator[FaultProxy]:
+    with fault_proxy(settings) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untied, in several shards."""
+    folder = tmp_path_factory.mktemp("llama")
+    save(tiny_models.whole_model("llama"), folder, max_shard_size="100KB")
+    assert len(list(folder.glob("*.safetensors"))) >= 3
+    return folder
+
+
+@pytest.fixture
+def copied(llama: Path, tmp_path: Path) -> Path:
+    """A llama that a test may damage."""
+    return shutil.copytree(llama, tmp_path / "llama")
+
+
+def save(model: PreTrainedModel, folder: Path, max_shard_size: str = "1GB") -> Path:
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+def checkpoint_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def loaded(settings: StoreSettings, manifest: Manifest) -> dict[str, torch.Tensor]:
+    with ObjectReader(settings) as reader:
+        return {name: as_torch(raw) for name, raw in load_layers(reader, manifest, 0, manifest.num_layers).items()}
+
+
+def as_torch(raw: RawTensor) -> torch.Tensor:
+    return torch.frombuffer(raw.data, dtype=TORCH_DTYPES[raw.dtype]).view(raw.shape)
+
+
+def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+@pytest.mark.parametrize("family", tiny_models.ALL)
+def test_every_family_comes_back(family: str, settings: StoreSettings, store: ObjectStore, tmp_path: Path) -> None:
+    model = tiny_models.whole_model(family)
+    save(model, tmp_path)
+    manifest = publish(tmp_path, store, family, "float32")
+    assert_equal(loaded(settings, manifest), checkpoint_of(tmp_path))
+    config = model.config
+    assert list(manifest.objects) == object_names(tiny_models.NUM_LAYERS)
+    assert manifest.model_type == config.model_type
+    assert manifest.architecture == type(model).__name__
+    assert (manifest.hidden_size, manifest.vocab_size) == (config.hidden_size, config.vocab_size)
+    assert manifest.tied == config.tie_word_embeddings
+    assert read_file(store, manifest, "config.json") == (tmp_path / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_other_float_types_are_rounded_as_torch_does(
+    dtype: str, llama: Path, settings: StoreSettings, store: ObjectStore
+) -> None:
+    manifest = publish(llama, store, "rounded", dtype)
+    expected = {name: tensor.to(getattr(torch, dtype)) for name, tensor in checkpoint_of(llama).items()}
+    assert_equal(loaded(settings, manifest), expected)
+
+
+def test_int8_has_a_scale_per_output_channel(llama: Path, settings: StoreSettings, store: ObjectStore) -> None:
+    manifest = publish(llama, store, "quantized", "int8", keep_wide=["down_proj"])
+    tensors, checkpoint = loaded(settings, manifest), checkpoint_of(llama)
+    matrix = "model.layers.3.mlp.up_proj.weight"
+    assert tensors[matrix].dtype == torch.int8
+    scale = tensors[f"{matrix}_scale"]
+    assert torch.equal(scale, checkpoint[matrix].abs().amax(1) / 127)
+    error = (tensors[matrix].float() * scale[:, None] - checkpoint[matrix]).abs()
+    assert bool((error <= scale[:, None] * 0.501).all())
+    wide = ("model.layers.3.mlp.down_proj.weight", "model.layers.3.input_layernorm.weight", "lm_head.weight")
+    assert {tensors[name].dtype for name in (*wide, "model.embed_tokens.weight")} == {torch.bfloat16}
+
+
+def test_objects_are_safetensors_files_with_aligned_tensors(llama: Path, store: ObjectStore, tmp_path: Path) -> None:
+    manifest = publish(llama, store, "aligned", "float32")
+    path = tmp_path / "layer.safetensors"
+    path.write_bytes(store.get(manifest.objects["layer-00002"].key))
+    with safe_open(path, framework="pt") as file:
+        expected = {name: tensor for name, tensor in checkpoint_of(llama).items() if ".layers.2." in name}
+        assert_equal({name: file.get_tensor(name) for name in file.keys()}, expected)  # noqa: SIM118  not a dict
+    assert all(span.start % 64 == 0 for stored in manifest.objects.values() for span in stored.tensors.values())
+
+
+def test_tensors_of_odd_lengths_are_aligned_too(store: ObjectStore, settings: StoreSettings, tmp_path: Path) -> None:
+    save(tiny_models.whole_model("llama", hidden_size=40, intermediate_size=37), tmp_path)
+    manifest = publish(tmp_path, store, "odd", "bfloat16")
+    assert all(span.start % 64 == 0 for stored in manifest.objects.values() for span in stored.tensors.values())
+    assert_equal(loaded(settings, manifest), {name: t.bfloat16() for name, t in checkpoint_of(tmp_path).items()})
+
+
+def test_a_second_run_uploads_nothing(llama: Path, proxy: FaultProxy) -> None:
+    store = ObjectStore(proxy.settings)
+    first = publish(llama, store, "twice", "float32")
+    proxy.requests.clear()
+    assert publish(llama, store, "twice", "float32") == first
+    assert [method for method, _ in proxy.requests] == ["GET"]
+
+
+def test_the_digest_is_the_contents(llama: Path, copied: Path, store: ObjectStore, tmp_path: Path) -> None:
+    first = publish(llama, store, "original", "float32")
+    with EmbeddedStore(tmp_path / "elsewhere") as other:
+        again = publish(copied, ObjectStore(other.settings), "copy", "float32")
+    assert again.digest == first.digest
+    assert publish(llama, store, "original", "bfloat16").digest != first.digest
+
+
+def test_a_changed_checkpoint_replaces_the_old_one(copied: Path, settings: StoreSettings, store: ObjectStore) -> None:
+    first = publish(copied, store, "changing", "float32")
+    shard = sorted(copied.glob("*.safetensors"))[0]
+    save_file({name: tensor + 1 for name, tensor in load_file(shard).items()}, shard, {"format": "pt"})
+    second = publish(copied, store, "changing", "float32")
+    assert second.digest != first.digest
+    assert_equal(loaded(settings, read_manifest(store, "changing", "float32")), checkpoint_of(copied))
+
+
+def test_an_interrupted_run_is_invisible_and_goes_on(llama: Path, settings: StoreSettings, proxy: FaultProxy) -> None:
+    class Stopped(Exception):
+        """Stands for anything that ends a publisher."""
+
+    def stop(progress: PublishProgress) -> None:
+        if progress.object == "layer-00003":
+            raise Stopped
+
+    store = ObjectStore(proxy.settings)
+    with pytest.raises(Stopped):
+        publish(llama, store, "interrupted", "float32", progress=stop)
+    with pytest.raises(ModelNotPublished):
+        read_manifest(store, "interrupted", "float32")
+    proxy.requests.clear()
+    seen: list[PublishProgress] = []
+    manifest = publish(llama, store, "interrupted", "float32", progress=seen.append)
+    uploaded = {path.rsplit("/", 1)[-1] for method, path in proxy.requests if method == "PUT" and "safetensors" in path}
+    assert uploaded == {f"layer-0000{number}.safetensors" for number in (3, 4, 5)} | {"head.safetensors"}
+    assert seen[-1].done_bytes == seen[-1].total_bytes == sum(stored.bytes for stored in manifest.objects.values())
+    assert_equal(loaded(settings, manifest), checkpoint_of(llama))
+    assert not [item.key for item in store.list("models/interrupted/") if "fragment" in item.key]
+
+
+def test_a_store_that_fails_leaves_the_old_model(llama: Path, copied: Path, proxy: FaultProxy) -> None:
+    store = ObjectStore(proxy.settings)
+    first = publish(llama, store, "kept", "float32")
+    (copied / "generation_config.json").write_text("{}")
+
+    def stop(progress: PublishProgress) -> None:
+        if progress.object == "head":
+            proxy.down()
+
+    with pytest.raises(StoreUnreachable, match="is it running"):
+        publish(copied, store, "kept", "float32", progress=stop)
+    proxy.up()
+    assert read_manifest(store, "kept", "float32") == first
+
+
+def test_a_tied_checkpoint_may_carry_its_head(store: ObjectStore, settings: StoreSettings, tmp_path: Path) -> None:
+    save(tiny_models.whole_model("llama_tied"), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors")
+    manifest = publish(tmp_path, store, "tied", "float32")
+    assert manifest.tied
+    assert_equal(loaded(settings, manifest), tensors)
+
+
+def test_a_head_of_its_own_is_believed(store: ObjectStore, settings: StoreSettings, tmp_path: Path) -> None:
+    save(tiny_models.whole_model("llama_tied"), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    manifest = publish(tmp_path, store, "untied", "float32")
+    assert not manifest.tied
+    assert json.loads(read_file(store, manifest, "config.json"))["tie_word_embeddings"] is False
+    assert_equal(loaded(settings, manifest), tensors)
+
+
+def test_a_chat_template_in_the_tokenizer_s_configuration_is_found(copied: Path, store: ObjectStore) -> None:
+    template = [{"name": "tools", "template": "no"}, {"name": "default", "template": "{{ messages }}"}]
+    (copied / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    manifest = publish(copied, store, "template", "float32")
+    assert read_file(store, manifest, "chat_template.jinja") == b"{{ messages }}"
+
+
+def truncate(folder: Path) -> None:
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+
+def cut_the_header(folder: Path) -> None:
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:40])
+
+
+def drop_a_shard(folder: Path) -> None:
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+
+
+def drop_a_layer(folder: Path) -> None:
+    tensors = {name: tensor for name, tensor in checkpoint_of(folder).items() if ".layers.4." not in name}
+    replace_tensors(folder, tensors)
+
+
+def replace_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    save_file(tensors, folder / "model.safetensors")
+
+
+def pickle_only(folder: Path) -> None:
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
+
+
+def config(**changes: object) -> object:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def integers(folder: Path) -> None:
+    tensors = checkpoint_of(folder)
+    replace_tensors(folder, tensors | {"model.norm.weight": tensors["model.norm.weight"].to(torch.int32)})
+
+
+def vision(folder: Path) -> None:
+    replace_tensors(folder, checkpoint_of(folder) | {"vision_tower.patch.weight": torch.zeros(2)})
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "words"),
+    [
+        (truncate, CheckpointInvalid, "model-00002.* is truncated"),
+        (cut_the_header, CheckpointInvalid, "only its beginning: 40 bytes"),
+        (drop_a_shard, CheckpointInvalid, "lacks the shard 'model-00002"),
+        (drop_a_layer, CheckpointInvalid, "no tensor of the checkpoint is for layer-00004; config.json says 6 layers"),
+        (pickle_only, CheckpointInvalid, "pytorch_model.bin, a pickle"),
+        (config(num_hidden_layers=5), CheckpointInvalid, r"'model.layers.5..*', but config.json says 5 layers"),
+        (config(model_type="mystery"), ArchitectureUnsupported, "model_type 'mystery'"),
+        (config(num_attention_heads="four"), CheckpointInvalid, "num_attention_heads"),
+        (config(model_type="t5"), ArchitectureUnsupported, "'t5' is no decoder-only"),
+        (config(quantization_config={"quant_method": "gptq"}), CheckpointInvalid, "quantized with gptq"),
+        (integers, CheckpointInvalid, "'model.norm.weight' is I32"),
+        (vision, ArchitectureUnsupported, "'vision_tower.patch.weight'"),
+        (lambda folder: (folder / "config.json").unlink(), CheckpointInvalid, "has no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), CheckpointInvalid, "not the JSON"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_nothing_is_visible(
+    damage: object, error: type[StorageError], words: str, copied: Path, store: ObjectStore
+) -> None:
+    damage(copied)  # type: ignore[operator]
+    with pytest.raises(error, match=words):
+        publish(copied, store, "damaged", "float32")
+    with pytest.raises(ModelNotPublished):
+        read_manifest(store, "damaged", "float32")
+    assert list(store.list("models/damaged/")) == []
+
+
+def test_values_beyond_float16_are_refused(copied: Path, store: ObjectStore) -> None:
+    tensors = checkpoint_of(copied)
+    tensors["model.norm.weight"][0] = 1e6
+    replace_tensors(copied, tensors)
+    with pytest.raises(CheckpointInvalid, match=r"'model\.norm\.weight' has values beyond float16"):
+        publish(copied, store, "beyond", "float16")
+
+
+def test_int8_is_refused_where_nothing_would_be_int8(store: ObjectStore, tmp_path: Path) -> None:
+    save(tiny_models.whole_model("gpt2"), tmp_path)
+    with pytest.raises(ArchitectureUnsupported, match="not for a 'gpt2'"):
+        publish(tmp_path, store, "gpt2", "int8")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(b"\x80\x02pickle", "known are folders"), (b"GGUF\x03\0\0\0", "no GGUF file, or only its beginning")]
+)
+def test_files_of_other_formats_are_refused(content: bytes, words: str, store: ObjectStore, tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointInvalid, match=words):
+        publish(path, store, "format", "float32")
+
+
+def test_a_source_that_is_nowhere_is_refused(store: ObjectStore) -> None:
+    with pytest.raises(CheckpointInvalid, match="neither a folder, nor a file, nor a hub id"):
+        publish("no such folder", store, "nowhere", "float32")
+
+
+def test_a_second_run_imports_nothing_heavy(llama: Path, settings: StoreSettings, store: ObjectStore) -> None:
+    publish(llama, store, "light", "float32")
+    code = (
+        "import sys; from storage.store.object_store import ObjectStore; from storage.models.publisher import publish\n"
+        "from storage.store.settings import StoreSettings\n"
+        "folder, endpoint, key, secret = sys.argv[1:]\n"
+        "settings = StoreSettings(endpoint_url=endpoint, bucket='lamina', access_key_id=key, secret_access_key=secret)\n"
+        "publish(folder, ObjectStore(settings), 'light', 'float32')\n"
+        "print({'torch', 'numpy', 'transformers', 'gguf', 'tokenizers', 'huggingface_hub'} & set(sys.modules))\n"
+    )
+    arguments = [str(llama), settings.endpoint_url, settings.access_key_id, settings.secret_access_key]
+    run = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert run.stdout == "set()\n"

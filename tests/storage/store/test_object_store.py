@@ -1,0 +1,134 @@
+"""The object store against a real S3 server: what it keeps, and what it says when something is wrong."""
+
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+
+from storage.errors import AccessDenied, BucketNotFound, ObjectNotFound, StorageError, StoreUnreachable
+from storage.store.embedded import EmbeddedStore
+from storage.store.object_info import ObjectInfo
+from storage.store.object_reader import ObjectReader
+from storage.store.object_store import ObjectStore
+from storage.store.settings import StoreSettings
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreSettings]:
+    with EmbeddedStore(tmp_path_factory.mktemp("store")) as store:
+        yield store.settings
+
+
+@pytest.fixture(scope="module")
+def store(settings: StoreSettings) -> ObjectStore:
+    return ObjectStore(settings)
+
+
+def test_objects_come_back_as_they_were_put(store: ObjectStore) -> None:
+    store.put("folder/with space/ü+%25&=.bin", b"\0\1\2")
+    assert store.get("folder/with space/ü+%25&=.bin") == b"\0\1\2"
+    assert store.head("folder/with space/ü+%25&=.bin") == ObjectInfo("folder/with space/ü+%25&=.bin", 3)
+
+
+def test_streams_of_many_parts_come_back_whole(store: ObjectStore) -> None:
+    content = bytes(range(256)) * (40 * 2**20 // 256) + b"end"
+    store.put_stream("streams/large", io.BytesIO(content))
+    assert store.get("streams/large") == content
+
+
+def test_a_stream_that_breaks_leaves_nothing_and_says_why(store: ObjectStore) -> None:
+    class Breaking(io.RawIOBase):
+        left = 20
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+            self.left -= 1
+            if not self.left:
+                raise ValueError("the source ended")
+            return len(buffer)
+
+    with pytest.raises(ValueError, match="the source ended"):
+        store.put_stream("streams/broken", io.BufferedReader(Breaking(), buffer_size=2**20))
+    assert list(store.list("streams/broken")) == []
+
+
+def test_list_gives_everything_below_a_prefix(store: ObjectStore) -> None:
+    for name in ("a/1", "a/b/2", "ab/3"):
+        store.put(f"listed/{name}", name.encode())
+    assert [item.key for item in store.list("listed/a/")] == ["listed/a/1", "listed/a/b/2"]
+    assert list(store.list("listed/none/")) == []
+
+
+def test_deleting_twice_is_no_error(store: ObjectStore) -> None:
+    store.put("deleted", b"x")
+    store.delete("deleted")
+    store.delete("deleted")
+    with pytest.raises(ObjectNotFound, match="'deleted'"):
+        store.head("deleted")
+
+
+def test_ensure_bucket_creates_it_once(settings: StoreSettings) -> None:
+    other = ObjectStore(replace(settings, bucket="another"))
+    with pytest.raises(BucketNotFound, match="'another'"):
+        other.put("key", b"x")
+    other.ensure_bucket()
+    other.ensure_bucket()
+    other.put("key", b"x")
+    assert other.get("key") == b"x"
+
+
+CALLS: dict[str, Callable[[ObjectStore], object]] = {
+    "get": lambda store: store.get("key"),
+    "put": lambda store: store.put("key", b"x"),
+    "put_stream": lambda store: store.put_stream("key", io.BytesIO(b"x")),
+    "head": lambda store: store.head("key"),
+    "list": lambda store: list(store.list("")),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"secret_access_key": "wrong"}, AccessDenied, "refuses access key"),
+        ({"access_key_id": "nobody"}, AccessDenied, "'nobody'"),
+        ({"bucket": "missing"}, BucketNotFound, "'missing'"),
+        ({"endpoint_url": "http://127.0.0.1:9"}, StoreUnreachable, "127.0.0.1:9"),
+    ],
+)
+def test_what_is_wrong_is_named(
+    settings: StoreSettings,
+    changes: dict[str, str],
+    error: type[StorageError],
+    words: str,
+    call: Callable[[ObjectStore], object],
+) -> None:
+    with pytest.raises(error, match=words):
+        call(ObjectStore(replace(settings, **changes)))
+
+
+def read_with_reader(settings: StoreSettings) -> bytes:
+    with ObjectReader(settings) as reader:
+        return reader.get("nothing")
+
+
+@pytest.mark.parametrize("read", [lambda s: ObjectStore(s).get("nothing"), read_with_reader])
+def test_a_missing_object_is_named(settings: StoreSettings, read: object) -> None:
+    with pytest.raises(ObjectNotFound, match=f"'nothing' in bucket 'lamina' at {settings.endpoint_url}"):
+        read(settings)  # type: ignore[operator]
+
+
+def test_settings_hide_their_secrets(settings: StoreSettings) -> None:
+    shown = repr(replace(settings, session_token="token-of-mine"))
+    assert settings.secret_access_key not in shown
+    assert "token-of-mine" not in shown
+    assert settings.bucket in shown
+
+
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:9000", "s3://bucket", "http://", "http://host?x=1", "http://user:pw@host"])
+def test_an_endpoint_that_is_no_url_is_refused(endpoint: str) -> None:
+    with pytest.raises(ValueError, match="store endpoint"):
+        StoreSettings(endpoint_url=endpoint, bucket="bucket", access_key_id="id", secret_access_key="key")

@@ -1,0 +1,62 @@
+"""What pods write payloads with, against a real S3 server: written and read again, overwritten, and every refusal named."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from storage.errors import AccessDenied, BucketNotFound, ObjectNotFound, StorageError, StoreUnreachable, UnexpectedAnswer
+from storage.store.embedded import EmbeddedStore
+from storage.store.payload_store import PayloadStore
+from storage.store.settings import StoreSettings
+from tests.support.storage.storage import fault_proxy
+
+KEY = "claims/20261124T13Z/payload"
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreSettings]:
+    with EmbeddedStore(tmp_path_factory.mktemp("store")) as server:
+        yield server.settings
+
+
+@pytest.mark.parametrize("size", [0, 1, 3 * 2**20])
+def test_what_was_put_is_got(settings: StoreSettings, size: int) -> None:
+    with PayloadStore(settings) as store:
+        for filling in (b"a", b"b"):
+            store.put(KEY, filling * size)
+            assert store.get(KEY) == filling * size
+
+
+def test_connections_are_reused(settings: StoreSettings) -> None:
+    with fault_proxy(settings) as proxy, PayloadStore(proxy.settings) as store:
+        for number in range(3):
+            store.put(f"{KEY}-{number}", b"x" * 100_000)
+            store.get(f"{KEY}-{number}")
+        assert proxy.connections == 1
+
+
+def test_more_than_allowed_is_not_read(settings: StoreSettings) -> None:
+    with PayloadStore(settings) as store:
+        store.put(KEY, b"12345")
+        with pytest.raises(UnexpectedAnswer, match="5 bytes, at most 4"):
+            store.get(KEY, max_bytes=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"secret_access_key": "wrong"}, AccessDenied),
+        ({"bucket": "elsewhere"}, BucketNotFound),
+        ({"endpoint_url": "http://127.0.0.1:1"}, StoreUnreachable),
+    ],
+)
+def test_refusals_are_named(settings: StoreSettings, changes: dict[str, Any], error: type[StorageError]) -> None:
+    with PayloadStore(replace(settings, **changes), retry_seconds=0.3) as store, pytest.raises(error):
+        store.put(KEY, b"x")
+
+
+def test_what_is_not_there_is_named(settings: StoreSettings) -> None:
+    with PayloadStore(settings) as store, pytest.raises(ObjectNotFound, match="claims/nothing"):
+        store.get("claims/nothing")

@@ -1,0 +1,166 @@
+"""`python -m functions` as a process, with an environment: stages and gateways as they run everywhere."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any, Final, Self
+
+from eventing.wire.events import Cut
+from tests.support.paths import ROOT
+from tests.support.storage.published import CUT, Published
+
+TOKEN: Final = "pipeline-secret"
+_LISTENING: Final = re.compile(r"listening on port (\d+)")
+
+
+def stage_environment(published: Published, group: int, cut: Cut = CUT, **more: str) -> dict[str, str]:
+    """Of the stage that runs `cut[group]`."""
+    first, last = cut[group]
+    own = {
+        "LAMINA_ROLE": "stage",
+        "LAMINA_LAYERS": f"{first}:{last}",
+        "LAMINA_THREADS": "1",
+        "LAMINA_KV_CACHE_BYTES": "1000000",
+    }
+    return common_environment(published, cut) | own | more
+
+
+def gateway_environment(published: Published, stage_urls: Sequence[str], cut: Cut = CUT, **more: str) -> dict[str, str]:
+    stages = ",".join(f"{first}:{last}={url}" for (first, last), url in zip(cut, stage_urls, strict=True))
+    return common_environment(published, cut) | {"LAMINA_ROLE": "gateway", "LAMINA_STAGES": stages} | more
+
+
+def common_environment(published: Published, cut: Cut = CUT) -> dict[str, str]:
+    return {
+        "PORT": "0",
+        "PATH": os.environ["PATH"],
+        "LAMINA_PIPELINE": published.fingerprint(cut),
+        "LAMINA_PIPELINE_TOKEN": TOKEN,
+        "LAMINA_MODEL": published.manifest.name,
+        "LAMINA_DTYPE": published.manifest.dtype,
+        "LAMINA_CUT": ",".join(f"{first}:{last}" for first, last in cut),
+        "LAMINA_STORE_ENDPOINT": published.store.endpoint_url,
+        "LAMINA_STORE_BUCKET": published.store.bucket,
+        "AWS_ACCESS_KEY_ID": published.store.access_key_id,
+        "AWS_SECRET_ACCESS_KEY": published.store.secret_access_key,
+    }
+
+
+def wait_until(condition: Callable[[], bool], timeout_seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.05)
+
+
+class FunctionProcess:
+    """A running function. A context manager; at its end the process gets SIGTERM, and SIGKILL if that takes too long."""
+
+    def __init__(self, environ: Mapping[str, str], command: Sequence[str] = ("-m", "functions")) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=dict(environ),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._lines: list[str] = []
+        self._said = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def log(self) -> str:
+        """What it said so far; after its end, all of it."""
+        return "".join(self._lines)
+
+    @property
+    def port(self) -> int:
+        """Waits until it listens."""
+        with self._said:
+            self._said.wait_for(lambda: _LISTENING.search(self.log) or not self._reader.is_alive(), 30)
+        found = _LISTENING.search(self.log)
+        assert found, f"does not listen:\n{self.log}"
+        return int(found[1])
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def wait_ready(self, timeout_seconds: float = 60.0) -> Self:
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            status, document = self.get("/readyz")
+            if status == 200:
+                return self
+            assert self.process.poll() is None, f"ended while starting:\n{self.log}"
+            assert time.monotonic() < deadline, f"not ready: {document}\n{self.log}"
+            time.sleep(0.05)
+
+    def get(self, path: str) -> tuple[int, Any]:
+        """Status and body, parsed where it is JSON."""
+        try:
+            with urllib.request.urlopen(self.url + path, timeout=30) as response:
+                return response.status, _parsed(response.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, _parsed(error.read())
+
+    def wait_end(self, timeout_seconds: float = 60.0) -> int:
+        """The exit status."""
+        status = self.process.wait(timeout_seconds)
+        self._reader.join(5)
+        return status
+
+    def stop(self) -> int:
+        self.process.terminate()
+        return self.wait_end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self.wait_end()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            with self._said:
+                self._lines.append(line)
+                self._said.notify_all()
+
+
+@contextmanager
+def running(environments: Iterable[Mapping[str, str]]) -> Iterator[list[FunctionProcess]]:
+    """A ready function for each environment; they start together and end together."""
+    with ExitStack() as stack:
+        started = [stack.enter_context(FunctionProcess(environ)) for environ in environments]
+        yield [function.wait_ready() for function in started]
+        for function in started:
+            function.process.terminate()
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError:
+        return body.decode("utf-8", "replace")

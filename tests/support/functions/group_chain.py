@@ -1,0 +1,71 @@
+"""Several sequences through a chain of layer groups, as the engine drives them but without one."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from functions.stage.models.layer_group import LayerGroup, Segment
+from tests.support.storage import tiny_models
+
+Rows = Mapping[str, tuple[int, Sequence[int]]]
+"""Id → position and tokens."""
+Step = Callable[[Rows], Mapping[str, torch.Tensor]]
+
+
+class GroupChain:
+    def __init__(self, groups: Sequence[LayerGroup]) -> None:
+        self.groups = groups
+        self.handles: dict[str, list[int]] = {}
+
+    def reserve(self, *ids: str, tokens: int = 60) -> None:
+        for id in ids:
+            self.handles[id] = [group.kv.reserve(tokens) for group in self.groups]
+
+    def release(self, id: str) -> None:
+        for group, handle in zip(self.groups, self.handles.pop(id), strict=True):
+            group.kv.release(handle)
+
+    def states(self, rows: Rows) -> dict[str, torch.Tensor]:
+        """One pass; what the last group makes of each sequence. KV is truncated to the position first."""
+        hidden = torch.tensor([token for _, tokens in rows.values() for token in tokens])
+        for stage, group in enumerate(self.groups):
+            segments = [Segment(self.handles[id][stage], position, len(tokens)) for id, (position, tokens) in rows.items()]
+            for segment in segments:
+                group.kv.truncate(segment.handle, segment.position)
+            hidden = group.forward(hidden, segments)
+        return dict(zip(rows, hidden.split([len(tokens) for _, tokens in rows.values()]), strict=True))
+
+    def logits(self, rows: Rows) -> dict[str, torch.Tensor]:
+        """One pass."""
+        states = self.states(rows)
+        logits = self.groups[-1].logits(torch.cat(list(states.values())))
+        return dict(zip(rows, logits.split([len(part) for part in states.values()]), strict=True))
+
+    def greedy(self, id: str, prompt: Sequence[int], new_tokens: int) -> list[int]:
+        tokens = list(prompt)
+        given = 0
+        for _ in range(new_tokens):
+            logits = self.logits({id: (given, tokens[given:])})[id]
+            given = len(tokens)
+            tokens.append(int(logits[-1].argmax()))
+        return tokens[len(prompt) :]
+
+
+def by_plan(step: Step, texts: Mapping[str, Sequence[int]], plan: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor]:
+    """What `step`, `states` or `logits` of a chain, gives for each text. plan: how many of its tokens go in, pass by pass."""
+    given = dict.fromkeys(texts, 0)
+    results: dict[str, list[torch.Tensor]] = {id: [] for id in texts}
+    for lengths in zip(*(plan[id] for id in texts), strict=True):
+        parts = {id: texts[id][given[id] : given[id] + length] for id, length in zip(texts, lengths, strict=True) if length}
+        rows = {id: (given[id], tokens) for id, tokens in parts.items()}
+        for id, part in (step(rows) if rows else {}).items():
+            given[id] += len(part)
+            results[id].append(part)
+    assert given == {id: len(text) for id, text in texts.items()}
+    return {id: torch.cat(parts) for id, parts in results.items()}
+
+
+def tokens_of(seed: int, length: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens: list[int] = torch.randint(tiny_models.VOCAB_SIZE, (length,), generator=generator).tolist()
+    return tokens

@@ -1,0 +1,89 @@
+"""Tiny models of sizes that the native layers run, and float32 groups with the same numbers in their matrices."""
+
+from collections.abc import Collection, Sequence
+from functools import cache
+from typing import Any, Final
+from unittest.mock import patch
+
+import torch
+
+from functions.stage.models.llama.group import LlamaGroup
+from tests.support.functions.int8_checkpoints import dequantized, int8_checkpoint
+from tests.support.storage import tiny_models
+
+NAMES: Final = (*tiny_models.LLAMA_SHAPED, "ministral", "seed_oss")
+CUT: Final = ((0, 2), (2, 3), (3, 6))
+BUDGET: Final = 2**22
+
+_SHAPES: Final = ((64, 4, 2), (96, 6, 2), (160, 5, 1), (64, 4, 4), (64, 8, 4), (224, 7, 1))
+"""Hidden size and heads, so many on so many: 1 to 7 queries share a key head."""
+_BIASES: Final = {"qwen3": ("attention_bias",), "seed_oss": ("attention_out_bias", "mlp_bias")}
+"""Beyond those that a family has anyway."""
+
+
+def changes(name: str) -> dict[str, Any]:
+    """Of the tiny model: every size a multiple of 32, and no two of them the same."""
+    hidden_size, heads, kv_heads = _SHAPES[NAMES.index(name) % len(_SHAPES)]
+    return {
+        "hidden_size": hidden_size,
+        "intermediate_size": hidden_size + 32,
+        "head_dim": 32,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        **dict.fromkeys(_BIASES.get(name, ()), True),
+    }
+
+
+@cache
+def config(name: str) -> dict[str, Any]:
+    return tiny_models.tiny_config(name, **changes(name))
+
+
+@cache
+def checkpoint(name: str, dtype: str, keep_wide: Collection[str] = ()) -> dict[str, torch.Tensor]:
+    """dtype: bfloat16 or int8. Do not change it."""
+    tensors = tiny_models.checkpoint_tensors(tiny_models.whole_model(name, **changes(name)))
+    for key, tensor in tensors.items():
+        if tensor.ndim == 1:
+            usual, times = (0, 10) if key.endswith(".bias") else (1, 5)
+            tensor.sub_(usual).mul_(times).add_(usual)  # far enough from it that one that is lost shows
+    if dtype == "int8":
+        return int8_checkpoint(tensors, keep_wide)
+    return {key: tensor.bfloat16() for key, tensor in tensors.items()}
+
+
+def built_groups(
+    name: str, dtype: str, cut: Sequence[tuple[int, int]] = CUT, keep_wide: Collection[str] = ()
+) -> list[LlamaGroup]:
+    """As a stage builds them, in machine code or not."""
+    return [_group(name, dtype, checkpoint(name, dtype, keep_wide), first, last) for first, last in cut]
+
+
+def native_groups(
+    name: str, dtype: str, cut: Sequence[tuple[int, int]] = CUT, keep_wide: Collection[str] = ()
+) -> list[LlamaGroup]:
+    groups = built_groups(name, dtype, cut, keep_wide)
+    assert all(group._native is not None for group in groups), "the layers that are to be tested are not in use"
+    return groups
+
+
+def torch_groups(name: str, dtype: str) -> list[LlamaGroup]:
+    """The same by torch's operators."""
+    with patch("functions.stage.models.llama.group.native_layers", lambda *_: None):
+        return built_groups(name, dtype)
+
+
+def exact_groups(name: str, dtype: str, keep_wide: Collection[str] = ()) -> list[LlamaGroup]:
+    """What `native_groups` approximate: torch's layers in float32, cut once, on numbers rounded to `dtype` before."""
+    tensors = dequantized(checkpoint(name, dtype, keep_wide))
+    return [_group(name, "float32", tensors, 0, tiny_models.NUM_LAYERS)]
+
+
+def _group(name: str, dtype: str, tensors: dict[str, torch.Tensor], first: int, last: int) -> LlamaGroup:
+    own = tiny_models.stage_tensors(tensors, first, last)
+    return LlamaGroup.build(config(name), own, first, last, dtype, "cpu", BUDGET)
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """How long the difference is in relation to what is exact."""
+    return float((found - exact).norm() / exact.norm())

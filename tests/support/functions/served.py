@@ -1,0 +1,104 @@
+"""A pipeline of the tiny model on a local platform, function processes and all, and conversations with it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eventing.wire.generation import GenerateResponse
+from knative.commands.terminal.asking import Question, ask
+from knative.local.kubelet.fork_starter import ForkStarter
+from knative.local.kubelet.pods import PodTiming
+from knative.local.platform import ROOT, Platform
+from knative.local.serving.revisions import Revision
+from knative.render.services import Pipeline
+from knative.spec.pipeline_spec import Autoscaling, Gateway, Model, PipelineSpec, Resources, Stage, Store, parse_cut
+from tests.support.knative.platform import running_platform
+from tests.support.storage.published import Published, until_end
+from tests.support.storage.tiny_models import greedy
+
+PROMPTS = ("hello", "The capital of France is", "12345", "the the", "x" * 40, "a river", "no", "winter", "?", "north")
+TIMING = PodTiming(drain_quiet_seconds=1.0, restart_backoff_seconds=0.2)
+_BEGUN_AT = 5
+"""Tokens."""
+
+
+def tiny_pipeline(published: Published, cut: str = "0:2,2:4,4:6", **stage: Any) -> Pipeline:
+    """stage: more of the spec's stage."""
+    scaling = Autoscaling(target=8, window_seconds=6, scale_down_delay_seconds=0, max_scale=3)
+    spec = PipelineSpec(
+        name="tiny",
+        model=Model(name=published.manifest.name, dtype=published.manifest.dtype),
+        cut=cut,
+        image="lamina:local",
+        stage=Stage(resources=Resources(memory="1Gi"), kv_cache="16Mi", autoscaling=scaling, **stage),
+        gateway=Gateway(
+            autoscaling=Autoscaling(container_concurrency=0, target=100, window_seconds=6, scale_down_delay_seconds=0)
+        ),
+        store=Store(endpoint=published.store.endpoint_url, bucket=published.store.bucket),
+    )
+    return Pipeline(spec, parse_cut(cut), published.manifest.digest)
+
+
+@asynccontextmanager
+async def serving(
+    folder: Path, published: Published, manifests: Sequence[dict[str, Any]], timing: PodTiming = TIMING
+) -> AsyncIterator[Platform]:
+    secrets = {
+        "lamina-pipeline": {"token": "secret"},
+        "lamina-store": {
+            "AWS_ACCESS_KEY_ID": published.store.access_key_id,
+            "AWS_SECRET_ACCESS_KEY": published.store.secret_access_key,
+        },
+    }
+    async with (
+        ForkStarter(ROOT, folder / "fork-server.log") as starter,
+        running_platform(folder, *manifests, secrets=secrets, timing=timing, starter=starter) as platform,
+    ):
+        yield platform
+
+
+def stage_revisions(platform: Platform, pipeline: Pipeline) -> list[list[Revision]]:
+    """Per stage, oldest first."""
+    names = [pipeline.stage_name(index) for index in range(len(pipeline.cut))]
+    return [platform.services["default", name].revisions for name in names]
+
+
+@dataclass
+class Conversations:
+    """Asks; every answer is held against the whole model's. What is not answered, or answered otherwise, is raised."""
+
+    published: Published
+    answered: int = 0
+    begun: int = 0
+    """Answers whose first tokens have come."""
+    replays: int = 0
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+    _expected: dict[str, list[int]] = field(default_factory=dict)
+
+    def prepare(self, tokens: int) -> None:
+        """Computes what is expected, before the platform runs: it would hold up the event loop."""
+        for prompt in PROMPTS:
+            self._expected[prompt] = greedy(self.published.model, self.published.tokenizer.encode(prompt).ids, tokens)
+
+    async def ask(self, url: str, number: int, tokens: int) -> None:
+        prompt, seen = PROMPTS[number % len(PROMPTS)], 0
+        async for answer in ask(url, Question(prompt, tokens, chat=False, timeout_seconds=100)):
+            if isinstance(answer, GenerateResponse):
+                self._check(prompt, tokens, answer)
+            else:
+                seen += 1
+                self.begun += seen == _BEGUN_AT
+
+    def _check(self, prompt: str, tokens: int, answer: GenerateResponse) -> None:
+        expected = until_end(self._expected[prompt][:tokens])
+        assert list(answer.token_ids) == expected, f"{prompt!r}: {answer.token_ids} instead of {expected}"
+        self.answered += 1
+        self.replays += answer.timings.replays
+
+    async def keep_asking(self, url: str, number: int, tokens: int) -> None:
+        """One answer after another until `over` is set."""
+        while not self.over.is_set():
+            await self.ask(url, number, tokens)

@@ -1,0 +1,116 @@
+"""A pipeline of layer groups, or of engines, in this process: what the stage tests drive."""
+
+import functools
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from eventing.wire.events import Batch, Row, Sampling, Status, Want
+from functions.stage.engine.engine import Engine
+from functions.stage.models.build import Kind, build_layer_group
+from functions.stage.models.layer_group import LayerGroup, Segment
+from tests.support.storage import tiny_models
+
+CUT = ((0, 2), (2, 3), (3, 6))
+
+
+@functools.cache
+def whole_model(name: str) -> Any:
+    return tiny_models.whole_model(name)
+
+
+@functools.cache
+def tensors(name: str) -> dict[str, torch.Tensor]:
+    return tiny_models.checkpoint_tensors(whole_model(name))
+
+
+def build_groups(
+    name: str,
+    cut: Sequence[tuple[int, int]] = CUT,
+    kind: Kind = "transformers",
+    dtype: str = "float32",
+    kv_budget_bytes: int = 2**20,
+) -> list[LayerGroup]:
+    config = tiny_models.tiny_config(name)
+    return [
+        build_layer_group(
+            kind, config, tiny_models.stage_tensors(tensors(name), first, last), first, last, dtype, "cpu", kv_budget_bytes
+        )
+        for first, last in cut
+    ]
+
+
+class GroupPipeline:
+    """One sequence through bare layer groups, under the position rule."""
+
+    def __init__(self, groups: Sequence[LayerGroup], reserve_tokens: int = 64) -> None:
+        self.groups = groups
+        self.handles = [group.kv.reserve(reserve_tokens) for group in groups]
+
+    def logits(self, token_ids: Sequence[int], position: int) -> torch.Tensor:
+        """float32 [len(token_ids), vocab]"""
+        states = torch.tensor(list(token_ids))
+        for group, handle in zip(self.groups, self.handles, strict=True):
+            group.kv.truncate(handle, position)
+            assert group.kv.length(handle) == position
+            states = group.forward(states, [Segment(handle, position, len(token_ids))])
+        return self.groups[-1].logits(states)
+
+
+@contextmanager
+def engines(groups: Sequence[LayerGroup], **settings: Any) -> Iterator[list[Engine]]:
+    """Started engines over the groups, stopped at the end."""
+    defaults: dict[str, Any] = {"num_stages": len(groups), "max_merge": 8, "idle_sequence_seconds": 600.0}
+    started = [Engine(group, **(defaults | settings)) for group in groups]
+    for engine in started:
+        engine.start()
+    try:
+        yield started
+    finally:
+        for engine in started:
+            engine.stop(drain=False)
+
+
+def batch(rows: Sequence[Row], token_ids: Sequence[int]) -> Batch:
+    """A batch into the first stage."""
+    return Batch(tuple(rows), memoryview(array("i", token_ids)))
+
+
+def through(stages: Sequence[Engine], into: Batch, source: str = "gateway") -> Batch:
+    """The last stage's reply; stops early where no row is ok any more."""
+    for engine in stages:
+        into = engine.handle(into, source=source)
+        if all(row.status is not Status.OK for row in into.rows):
+            break
+    return into
+
+
+def generate(
+    stages: Sequence[Engine],
+    id_: str,
+    prompt: Sequence[int],
+    new_tokens: int,
+    *,
+    attempt: int = 0,
+    chunk: int = 256,
+    sampling: Sampling | None = None,
+    source: str = "gateway",
+) -> list[int]:
+    """Generates as the gateway would. The sequence stays."""
+    token_ids = list(prompt)
+    position = 0
+    while len(token_ids) < len(prompt) + new_tokens:
+        new = token_ids[position : position + chunk]
+        is_end = position + len(new) == len(token_ids)
+        reserve = len(prompt) + new_tokens if position == 0 else None
+        want = Want.TOKEN if is_end else Want.NONE
+        row = Row(id_, attempt, position, len(new), want, sampling if is_end else None, reserve)
+        (answer,) = through(stages, batch([row], new), source).rows
+        assert answer.status is Status.OK, answer
+        position += len(new)
+        if answer.result is not None and answer.result.token is not None:
+            token_ids.append(answer.result.token)
+    return token_ids[len(prompt) :]

@@ -1,0 +1,272 @@
+"""A real cluster, as tests/pipeline/test_cluster.py needs it: where it is, how to ask its gateway, who asks from inside."""
+
+import contextlib
+import http.client
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from kubernetes import client, config
+from kubernetes.client.exceptions import ApiException
+
+from knative.cluster.client import Cluster, Manifest, Ref
+from storage.store.settings import StoreSettings
+
+NEEDED: Final = {
+    "LAMINA_TEST_KUBECONFIG": "kubeconfig of a cluster with Knative Serving, and room for ten pods of 1 CPU and 2 GiB",
+    "LAMINA_TEST_IMAGE": "an image made by `make image`, where that cluster can pull it",
+    "LAMINA_TEST_STORE_ENDPOINT": "S3-compatible store as pods reach it",
+    "AWS_ACCESS_KEY_ID": "its keys; the bucket (LAMINA_TEST_STORE_BUCKET, lamina) must exist",
+    "AWS_SECRET_ACCESS_KEY": "likewise",
+}
+"""May be set too: LAMINA_TEST_CONTEXT; LAMINA_TEST_NAMESPACE (lamina-test), made if it is not there, and then removed;
+LAMINA_TEST_STORE_LOCAL_ENDPOINT, the store as this machine reaches it; LAMINA_TEST_INGRESS, such as http://203.0.113.7, where
+the domain of Knative's URLs does not resolve here."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    kubeconfig: str
+    context: str | None
+    namespace: str
+    image: str
+    store: StoreSettings
+    """As this machine reaches it."""
+    store_endpoint: str
+    """As pods do."""
+    ingress: str | None
+
+
+def missing() -> list[str]:
+    """What the environment lacks."""
+    return [name for name in NEEDED if not os.environ.get(name)]
+
+
+def settings() -> Settings:
+    endpoint = os.environ["LAMINA_TEST_STORE_ENDPOINT"]
+    return Settings(
+        kubeconfig=os.environ["LAMINA_TEST_KUBECONFIG"],
+        context=os.environ.get("LAMINA_TEST_CONTEXT"),
+        namespace=os.environ.get("LAMINA_TEST_NAMESPACE", "lamina-test"),
+        image=os.environ["LAMINA_TEST_IMAGE"],
+        store=StoreSettings(
+            endpoint_url=os.environ.get("LAMINA_TEST_STORE_LOCAL_ENDPOINT", endpoint),
+            bucket=os.environ.get("LAMINA_TEST_STORE_BUCKET", "lamina"),
+            region=os.environ.get("LAMINA_TEST_STORE_REGION", "us-east-1"),
+            access_key_id=os.environ["AWS_ACCESS_KEY_ID"],
+            secret_access_key=os.environ["AWS_SECRET_ACCESS_KEY"],
+        ),
+        store_endpoint=endpoint,
+        ingress=os.environ.get("LAMINA_TEST_INGRESS"),
+    )
+
+
+def wait_until(condition: Callable[[], bool], timeout_seconds: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {timeout_seconds:g} s"
+        time.sleep(1)
+
+
+@contextmanager
+def core_api(where: Settings) -> Iterator[client.CoreV1Api]:
+    """For what the deployer never does: namespaces, and killing pods."""
+    api = config.new_client_from_config(where.kubeconfig, where.context)
+    try:
+        yield client.CoreV1Api(api)
+    finally:
+        api.close()
+
+
+@contextmanager
+def namespace(where: Settings) -> Iterator[None]:
+    """There is one; where it was made here it is removed in the end."""
+    with core_api(where) as core:
+        try:
+            core.create_namespace({"metadata": {"name": where.namespace}})
+        except ApiException as error:
+            if error.status != 409:
+                raise
+            yield
+            return
+        try:
+            yield
+        finally:
+            core.delete_namespace(where.namespace)
+
+
+def kill(where: Settings, pod: str) -> None:
+    """At once: no SIGTERM, no drain."""
+    with core_api(where) as core:
+        core.delete_namespaced_pod(pod, where.namespace, grace_period_seconds=0)
+
+
+def pods(cluster: Cluster, where: Settings, selector: str) -> list[Manifest]:
+    """Pods that are not on their way out."""
+    found = cluster.find("v1", "Pod", where.namespace, selector)
+    return [pod for pod in found if not pod["metadata"].get("deletionTimestamp")]
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """Asked as clients do, through the ingress."""
+
+    url: str
+    ingress: str | None
+    model: str
+
+    def complete(self, prompt: str, max_tokens: int) -> str:
+        """Greedy. Raises AssertionError for any other status than 200."""
+        with self._asked(prompt, max_tokens, stream=False) as response:
+            text: str = json.load(response)["choices"][0]["text"]
+        return text
+
+    def stream(self, prompt: str, max_tokens: int) -> Iterator[str]:
+        """The same, piece by piece."""
+        with self._asked(prompt, max_tokens, stream=True) as response:
+            for line in response:
+                data = line.decode().strip().removeprefix("data: ")
+                if data == "[DONE]":
+                    return
+                if data.startswith("{"):
+                    document = json.loads(data)
+                    assert "error" not in document, document
+                    yield "".join(choice["text"] for choice in document["choices"])
+        raise AssertionError("the stream ended before its last event")
+
+    @contextmanager
+    def _asked(self, prompt: str, max_tokens: int, *, stream: bool) -> Iterator[http.client.HTTPResponse]:
+        place, host = urlsplit(self.ingress or self.url), urlsplit(self.url).netloc
+        kind = http.client.HTTPSConnection if place.scheme == "https" else http.client.HTTPConnection
+        document = {"model": self.model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": stream}
+        with contextlib.closing(kind(place.hostname or "", place.port, timeout=600)) as connection:
+            headers = {"Host": host, "Content-Type": "application/json"}
+            connection.request("POST", "/v1/completions", json.dumps(document), headers)
+            response = connection.getresponse()
+            if response.status != 200:
+                raise AssertionError(f"{response.status}: {response.read()[:500]!r}")
+            yield response
+
+
+@dataclass
+class Conversations:
+    """Questions asked over and over, by many at a time; every answer must be what it was when nothing else ran."""
+
+    gateway: Gateway
+    expected: dict[str, str]
+    max_tokens: int
+    answers: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def running(self, count: int) -> Iterator["Conversations"]:
+        """At its end every answer has come; fails where one was wrong or missing."""
+        over = threading.Event()
+        with ThreadPoolExecutor(count) as executor:
+            asked = [executor.submit(self._converse, number, over) for number in range(count)]
+            try:
+                yield self
+            finally:
+                over.set()
+        for each in asked:
+            each.result()
+        assert self.answers
+        assert not self.wrong
+
+    def _converse(self, number: int, over: threading.Event) -> None:
+        prompts = list(self.expected)
+        while not over.is_set():
+            prompt = prompts[number % len(prompts)]
+            number += 1
+            try:
+                text = self.gateway.complete(prompt, self.max_tokens)
+            except (AssertionError, OSError, http.client.HTTPException) as error:
+                self.wrong.append(f"{prompt!r}: {error!r}")
+                continue
+            self.answers += 1
+            if text != self.expected[prompt]:
+                self.wrong.append(f"{prompt!r}: {text!r}")
+
+
+_PROBE: Final = """
+import http.server, json, os, sys, threading, time, urllib.error, urllib.request
+seen = {}
+class Sink(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        seen[self.headers["ce-id"]] = {"type": self.headers["ce-type"], "data": json.loads(body)}
+        self.send_response(202); self.send_header("Content-Length", "0"); self.end_headers()
+    def log_message(self, *_): pass
+server = http.server.ThreadingHTTPServer(("", 8080), Sink)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+event = json.loads(os.environ["EVENT"])
+headers = {"ce-specversion": "1.0", "ce-source": "/probe", "ce-id": event["id"], "ce-type": event["type"],
+           "content-type": "application/json"}
+for _ in range(2):  # delivered twice: one answer all the same
+    request = urllib.request.Request(os.environ["BROKER"], json.dumps(event["data"]).encode(), headers)
+    urllib.request.urlopen(request, timeout=60).close()
+deadline = time.monotonic() + 300
+while not seen and time.monotonic() < deadline:
+    time.sleep(0.2)
+time.sleep(20)
+print("ANSWERS " + json.dumps(seen), flush=True)
+"""
+
+
+class Probe:
+    """A pod that sends one event to a Broker, twice, and is the sink of what comes back."""
+
+    name: Final = "lamina-test-probe"
+
+    def __init__(self, cluster: Cluster, where: Settings) -> None:
+        self._cluster = cluster
+        self._where = where
+
+    @property
+    def sink(self) -> str:
+        return f"http://{self.name}.{self._where.namespace}.svc.cluster.local"
+
+    def ask(self, broker_url: str, event: dict[str, Any]) -> dict[str, Any]:
+        """Answers by their id: type and data."""
+        for manifest in (self._service(), self._pod(broker_url, event)):
+            self._cluster.apply(manifest)
+        try:
+            wait_until(lambda: bool(self._answers()), 600, "the answer to an event")
+            answers: dict[str, Any] = json.loads(self._answers()[0].removeprefix("ANSWERS "))
+        finally:
+            self.remove()
+        return answers
+
+    def remove(self) -> None:
+        for kind in ("Pod", "Service"):
+            self._cluster.delete(Ref("v1", kind, self._where.namespace, self.name))
+
+    def _answers(self) -> list[str]:
+        lines = self._cluster.log_tail(self._where.namespace, self.name, "probe", 50)
+        return [line for line in lines if line.startswith("ANSWERS ")]
+
+    def _metadata(self) -> dict[str, Any]:
+        return {"name": self.name, "namespace": self._where.namespace, "labels": {"app": self.name}}
+
+    def _service(self) -> Manifest:
+        spec = {"selector": {"app": self.name}, "ports": [{"port": 80, "targetPort": 8080, "protocol": "TCP"}]}
+        return {"apiVersion": "v1", "kind": "Service", "metadata": self._metadata(), "spec": spec}
+
+    def _pod(self, broker_url: str, event: dict[str, Any]) -> Manifest:
+        container = {
+            "name": "probe",
+            "image": self._where.image,
+            "command": ["python", "-c", _PROBE],
+            "env": [{"name": "BROKER", "value": broker_url}, {"name": "EVENT", "value": json.dumps(event)}],
+            "securityContext": {"allowPrivilegeEscalation": False, "runAsNonRoot": True, "capabilities": {"drop": ["ALL"]}},
+        }
+        security = {"runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}}
+        spec = {"restartPolicy": "Never", "securityContext": security, "containers": [container]}
+        return {"apiVersion": "v1", "kind": "Pod", "metadata": self._metadata(), "spec": spec}

