@@ -1,0 +1,4 @@
+"""Events over HTTP: the CloudEvents binding, connections that are kept, one request and its reply, server-sent events.
+
+May import: eventing, eventing.wire.
+"""

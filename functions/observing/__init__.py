@@ -1,0 +1,4 @@
+"""What a function tells of itself: logs, metrics, traces.
+
+May import: nothing of Lamina.
+"""

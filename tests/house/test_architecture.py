@@ -1,9 +1,12 @@
 """Holds the direction of imports and the owners of heavy libraries, by reading the source."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -43,8 +46,56 @@ OWNERS: dict[str, tuple[str, ...]] = {
 """Library → the files, or folders, that may import it."""
 
 
+@cache
 def source_files() -> list[Path]:
     return sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
+
+
+@cache
+def rooms() -> list[str]:
+    """Every folder with an `__init__.py`, as a package."""
+    return sorted(".".join(path.parent.relative_to(ROOT).parts) for path in source_files() if path.name == "__init__.py")
+
+
+def files_of(room: str) -> list[Path]:
+    return sorted((ROOT / room.replace(".", "/")).glob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room_of(module: str) -> str:
+    return module if module in rooms() else module.rpartition(".")[0]
+
+
+def room_docstring(room: str) -> str:
+    return ast.get_docstring(ast.parse((ROOT / room.replace(".", "/") / "__init__.py").read_text())) or ""
+
+
+def may_import(room: str) -> set[str]:
+    """What the room's docstring allows: packages, whose own files are meant, or with `.*` all that is below them."""
+    allowed = room_docstring(room).partition("\n\nMay import: ")[2].rstrip(".")
+    return set() if allowed == "nothing of Lamina" else set(re.split(r",\s+", allowed))
+
+
+def whole(allowed: set[str]) -> list[str]:
+    return [each.removesuffix("*") for each in allowed if each.endswith(".*")]
+
+
+@cache
+def modules_imported(path: Path) -> frozenset[str]:
+    """Modules of Lamina that the file imports anywhere; `from package import module` is the module."""
+    known = {module_name(other) for other in source_files()}
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names} & known
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found |= {full if full in known else str(node.module)} & known
+    return frozenset(found)
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -67,6 +118,60 @@ def test_imports_point_one_way(path: Path) -> None:
     behind = set(LAYERS[LAYERS.index(layer) + 1 :])
     wrong = {module for module in imports(path) if module.split(".")[0] in behind | {"tests", "bench"}}
     assert not wrong, f"{name(path)} imports {sorted(wrong)}; the direction is {' ← '.join(LAYERS)}"
+
+
+@pytest.mark.parametrize("room", rooms())
+def test_a_room_says_what_it_is_for(room: str) -> None:
+    said, _, allowed = room_docstring(room).partition("\n\nMay import: ")
+    assert len(said.split()) >= 5, f"{room}/__init__.py does not say what lives there"
+    assert allowed, f"{room}/__init__.py does not say what it may import"
+    unknown = {each.removesuffix(".*") for each in may_import(room)} - set(rooms())
+    assert not unknown, f"{room} may import {unknown}, which are no rooms"
+
+
+@pytest.mark.parametrize("room", rooms())
+def test_a_room_imports_what_it_says(room: str) -> None:
+    allowed = may_import(room)
+    used = {room_of(module) for path in files_of(room) for module in modules_imported(path)} - {room}
+    wrong = {each for each in used if each not in allowed and not any(each.startswith(prefix) for prefix in whole(allowed))}
+    assert not wrong, f"{room} imports {sorted(wrong)}, which its __init__.py does not name"
+
+
+@pytest.mark.parametrize("room", rooms())
+def test_a_room_says_no_more_than_it_imports(room: str) -> None:
+    used = {room_of(module) for path in files_of(room) for module in modules_imported(path)}
+    idle = {each for each in may_import(room) if not any((other + ".").startswith(each.removesuffix("*")) for other in used)}
+    assert not idle, f"{room} does not import {sorted(idle)}: take it out of its __init__.py"
+
+
+def test_no_import_circle() -> None:
+    """Of modules, also of imports inside functions and for types alone."""
+    graph = {module_name(path): set(modules_imported(path)) - {module_name(path)} for path in source_files()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"import circle: {' → '.join(reversed(error.args[1]))}")
+
+
+def test_rooms_of_a_folder_point_one_way() -> None:
+    """Between rooms beside each other, whatever their own files do."""
+    for folder in ("storage", "eventing", "functions.gateway", "functions.stage", "knative", "knative.local"):
+        graph: dict[str, set[str]] = {room: set() for room in rooms() if room.rpartition(".")[0] == folder}
+        for path in source_files():
+            here = next((room for room in graph if module_name(path).startswith(room + ".")), None)
+            for module in modules_imported(path) if here else ():
+                graph[here] |= {room for room in graph if room != here and (module + ".").startswith(room + ".")}
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as error:
+            pytest.fail(f"rooms of {folder} go round in a circle: {' → '.join(reversed(error.args[1]))}")
+
+
+def test_gateway_and_stage_know_nothing_of_each_other() -> None:
+    for one, other in (("gateway", "stage"), ("stage", "gateway")):
+        for path in (ROOT / "functions" / one).rglob("*.py"):
+            wrong = [module for module in imports(path) if module.startswith(f"functions.{other}")]
+            assert not wrong, f"{name(path)} imports {wrong}"
 
 
 @pytest.mark.parametrize("path", source_files(), ids=name)

@@ -1,0 +1,4 @@
+"""How many pods: Knative's autoscaler, the HPA class, their windows and settings, held to recorded decisions.
+
+May import: knative.webhook.
+"""
