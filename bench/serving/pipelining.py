@@ -25,7 +25,7 @@ from functions.configuration.config import StageConfig, read_config
 from functions.gateway.scheduling.board import Limits
 from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.scheduling.sequence import Sequence as Answer
-from functions.gateway.stages.client import Pipeline, PipelineIdentity
+from functions.gateway.stages.client import PipelineIdentity, StageClient
 from functions.gateway.stages.routes import Placement
 from functions.stage.engine.threads import set_openmp
 
@@ -103,7 +103,7 @@ def measure(seconds: Sequence[float], micro_batches: int, duration_seconds: floa
     with stages(seconds) as urls, Sender() as sender:
         identity = PipelineIdentity(FINGERPRINT, TOKEN, "/gateways/bench", tuple(range(len(seconds))))
         scheduler = Scheduler(
-            Pipeline(sender, identity, 30.0),
+            StageClient(sender, identity, 30.0),
             Placement(urls, watched=False),
             Limits(micro_batch_sequences=ROWS, queue_limit=1000),
         )

@@ -22,7 +22,7 @@ from eventing.wire.batch_codec import encode_batch
 from eventing.wire.cloud_event import Buffer
 from eventing.wire.events import Batch, Row, Want
 from eventing.wire.generation import ReleaseRow
-from functions.gateway.stages.client import Pipeline, PipelineIdentity
+from functions.gateway.stages.client import PipelineIdentity, StageClient
 from functions.gateway.stages.routes import Instance
 
 _TIMING: Final = re.compile(r"(engine|codec);dur=([0-9.]+)")
@@ -78,7 +78,7 @@ def measure_rounds(
     )
     sender = _Timed()
     with sender, ThreadPoolExecutor(len(batches)) as threads:
-        ends = Pipeline(sender, identity, _TIMEOUT_SECONDS)
+        ends = StageClient(sender, identity, _TIMEOUT_SECONDS)
         instances = [Instance(stage, url) for stage, url in enumerate(urls)]
         walkers = [_Walker(f"round-{number}", batch, ends, instances, sender) for number, batch in enumerate(batches)]
         for walker in walkers:
@@ -102,7 +102,7 @@ class _Walker:
     """One micro-batch."""
 
     def __init__(
-        self, name: str, requests: Sequence[Request], ends: Pipeline, instances: Sequence[Instance], sender: _Timed
+        self, name: str, requests: Sequence[Request], ends: StageClient, instances: Sequence[Instance], sender: _Timed
     ) -> None:
         self._ids = [f"{name}-{index}-{time.time_ns()}" for index in range(len(requests))]
         self._requests = requests

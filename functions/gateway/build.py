@@ -7,7 +7,7 @@ from eventing.http.delivery import Sender
 from functions.configuration.config import GatewayConfig
 from functions.gateway.scheduling.board import Limits
 from functions.gateway.scheduling.scheduler import Scheduler
-from functions.gateway.stages.client import Pipeline, PipelineIdentity
+from functions.gateway.stages.client import PipelineIdentity, StageClient
 from functions.gateway.stages.endpoints import EndpointsWatch, KubernetesAPI, PodNetwork, service_name
 from functions.gateway.stages.routes import Placement
 from functions.observing.tracing import Tracer
@@ -36,7 +36,7 @@ def start_scheduler(config: GatewayConfig, tracer: Tracer) -> RunningScheduler:
         first_layers=tuple(first for (first, _), _ in config.stages),
     )
     sender = Sender()
-    pipeline = Pipeline(sender, identity, config.step_timeout_seconds, tracer)
+    pipeline = StageClient(sender, identity, config.step_timeout_seconds, tracer)
     urls = [url for _, url in config.stages]
     limits = Limits(
         queue_limit=config.queue_limit,

@@ -19,7 +19,8 @@ from functions.gateway.scheduling.job import Job
 from functions.gateway.scheduling.micro_batch import MicroBatch
 from functions.gateway.scheduling.progress import Piece
 from functions.gateway.scheduling.stats import StageStats, Stats
-from functions.gateway.stages.client import Answerer, ForwardReply, StageFailed
+from functions.gateway.stages.client import ForwardReply, Origin
+from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.routes import Instance, Placement
 from functions.gateway.stages.trip import Trip
 
@@ -44,7 +45,7 @@ class Reservation:
 
     statuses: list[Status]
     """Per job, the worst of all stages."""
-    answerers: list[Answerer]
+    origins: list[Origin]
     failure: StageFailed | None = None
     """A stage gave no answer: then no status counts."""
 
@@ -136,12 +137,12 @@ class Board:
 
     def reserved(self, jobs: Sequence[Job], reservation: Reservation) -> None:
         """The answer to the reservation for `jobs`, which are in one micro-batch."""
-        for answerer in reservation.answerers:
-            self.heard(answerer)
+        for origin in reservation.origins:
+            self.heard(origin)
         failure = reservation.failure
         if failure is not None:
             if jobs and jobs[0].micro_batch is not None:
-                self.placement.broke(jobs[0].micro_batch.route.instances[failure.stage])
+                self.placement.avoid(jobs[0].micro_batch.route.instances[failure.stage])
             for job in jobs:
                 self._requeue(job, None)
             return
@@ -171,22 +172,22 @@ class Board:
 
     # Replies.
 
-    def heard(self, answerer: Answerer, in_trip: Iterable[Job] = ()) -> None:
+    def heard(self, origin: Origin, in_trip: Iterable[Job] = ()) -> None:
         """Notes who answered. After a new boot all held there is lost; the rows of those `in_trip` say so themselves."""
-        instance = answerer.instance
-        if instance.boot not in ("", answerer.boot):
+        instance = origin.instance
+        if instance.boot not in ("", origin.boot):
             excepted = set(in_trip)
             for job in self._jobs_at(instance):
                 if job.reserved and job not in excepted:
                     job.progress.missed(instance.stage, 0)
                     job.sequence.replayed()
                     self.stats.replays["rebooted"] += 1
-        instance.answered(answerer.boot, answerer.free_tokens)
+        instance.replied(origin.boot, origin.free_tokens)
 
     def answered(self, trip: Trip, stage: int, reply: ForwardReply, seconds: float) -> list[int]:
         """See `trip.TripLog`. Raises StageFailed where the last stage owes a token."""
         rows = reply.batch.rows
-        self.heard(reply.answerer, (job for job, _ in trip.pieces))
+        self.heard(reply.origin, (job for job, _ in trip.pieces))
         self.stats.stages[stage].step(seconds, trip.micro_batch is not None)
         last = stage == self.placement.num_stages - 1
         if last and any(_owes_token(row, job, piece) for row, (job, piece) in zip(rows, trip.pieces, strict=True)):
@@ -206,11 +207,11 @@ class Board:
         return goes_on
 
     def broke(self, trip: Trip, failure: StageFailed) -> None:
-        self.placement.broke(trip.instances[failure.stage])
+        self.placement.avoid(trip.instances[failure.stage])
         pieces, trip.pieces = trip.pieces, []
         for job, piece in pieces:
             if (failure.blames or failure.final) and not (job.must_restart or job.sequence.over):
-                job.broke(failure.stage, piece)
+                job.strike_at(failure.stage, piece)
                 self._suspect(job, str(failure), PipelineUnavailable if failure.final else ReplaysExhausted)
             job.progress.failed()
             job.must_restart = True

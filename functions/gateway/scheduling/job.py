@@ -78,7 +78,7 @@ class Job:
         self.strikes = self.breaks = 0
         self.missed_at.clear()
 
-    def broke(self, stage: int, piece: Piece) -> None:
+    def strike_at(self, stage: int, piece: Piece) -> None:
         """`stage` failed with `piece` in hand: what tokens do to a stage they do again, accidents happen anywhere."""
         last = self.broke_at
         if last is None or last[0] != stage or not piece.overlaps(last[1]):

@@ -7,16 +7,17 @@ from typing import Final
 from eventing.wire.events import Status
 from eventing.wire.generation import ReservedRow, ReserveRow
 from functions.gateway.scheduling.board import Reservation
-from functions.gateway.stages.client import Answerer, Pipeline, StageFailed, Traces
+from functions.gateway.stages.client import Origin, StageClient, Traces
+from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.routes import Instance
 
 _WORST_FIRST: Final = (Status.INVALID, Status.STALE, Status.MISS, Status.FULL, Status.OK)
 
-Answer = tuple[Answerer, tuple[ReservedRow, ...]] | StageFailed
+Answer = tuple[Origin, tuple[ReservedRow, ...]] | StageFailed
 
 
 def reserve_at_once(
-    pipeline: Pipeline,
+    pipeline: StageClient,
     instances: Sequence[Instance],
     rows: Sequence[ReserveRow],
     deadline: float,
@@ -29,7 +30,7 @@ def reserve_at_once(
 
 
 def reserve_in_order(
-    pipeline: Pipeline, instances: Sequence[Instance], rows: Sequence[ReserveRow], deadline: float, traces: Traces
+    pipeline: StageClient, instances: Sequence[Instance], rows: Sequence[ReserveRow], deadline: float, traces: Traces
 ) -> Reservation:
     """Asks stage after stage, and stops at the first that has no room.
 
@@ -45,7 +46,7 @@ def reserve_in_order(
     return reservation
 
 
-def _ask(pipeline: Pipeline, instance: Instance, rows: Sequence[ReserveRow], deadline: float, traces: Traces) -> Answer:
+def _ask(pipeline: StageClient, instance: Instance, rows: Sequence[ReserveRow], deadline: float, traces: Traces) -> Answer:
     try:
         return pipeline.reserve(instance, rows, deadline, traces)
     except StageFailed as failure:
@@ -54,10 +55,10 @@ def _ask(pipeline: Pipeline, instance: Instance, rows: Sequence[ReserveRow], dea
 
 def _combined(answers: Sequence[Answer], num_rows: int) -> Reservation:
     statuses = [Status.OK] * num_rows
-    answerers: list[Answerer] = []
+    origins: list[Origin] = []
     for answer in answers:
         if isinstance(answer, StageFailed):
-            return Reservation(statuses, answerers, answer)
-        answerers.append(answer[0])
+            return Reservation(statuses, origins, answer)
+        origins.append(answer[0])
         statuses = [min(old, row.status, key=_WORST_FIRST.index) for old, row in zip(statuses, answer[1], strict=True)]
-    return Reservation(statuses, answerers)
+    return Reservation(statuses, origins)

@@ -27,7 +27,8 @@ from functions.gateway.scheduling.progress import Progress
 from functions.gateway.scheduling.reservation import reserve_at_once, reserve_in_order
 from functions.gateway.scheduling.sequence import Sequence, traces_of
 from functions.gateway.scheduling.stats import Stats
-from functions.gateway.stages.client import ForwardReply, Pipeline, StageFailed
+from functions.gateway.stages.client import ForwardReply, StageClient
+from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.routes import Endpoint, Instance, Placement
 from functions.gateway.stages.trip import Trip, walk
 
@@ -43,7 +44,7 @@ _CLOSE_SECONDS: Final = 5.0
 class Scheduler:
     """Takes sequences and puts tokens into them. Thread-safe."""
 
-    def __init__(self, pipeline: Pipeline, placement: Placement, limits: Limits) -> None:
+    def __init__(self, pipeline: StageClient, placement: Placement, limits: Limits) -> None:
         self._pipeline = pipeline
         self._placement = placement
         self._limits = limits
@@ -223,12 +224,12 @@ class Scheduler:
 
     def _release(self, instance: Instance, rows: Items[ReleaseRow]) -> None:
         try:
-            answerer = self._pipeline.release(instance, rows)
+            origin = self._pipeline.release(instance, rows)
         except StageFailed as failure:
             _log.info("%d sequences are left to expire: %s", len(rows), failure)
             return
         with self._changed:
-            self._board.heard(answerer)
+            self._board.heard(origin)
 
     def _wake(self, stages: Items[int]) -> None:
         for future in [self._calls.submit(self._warm_up, stage) for stage in stages]:

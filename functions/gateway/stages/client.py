@@ -1,38 +1,21 @@
-"""What the gateway says to the instances of stages, and what it makes of their failures.
+"""What the gateway says to the instances of stages.
 
-One method per event type. Everything that can go wrong with an event as a whole ends in `StageFailed`; what goes wrong with one
-row stands in the row.
+One method per event type. Everything that can go wrong with an event as a whole ends in `StageFailed` (`failures`); what goes
+wrong with one row stands in the row.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from cloudevents.core.v1.event import CloudEvent
 from msgspec import Struct
 
 from eventing.http.binding import from_http, to_binary_http
-from eventing.http.delivery import (
-    ConnectionBroken,
-    DeliveryError,
-    DeliveryTimeout,
-    InfrastructureError,
-    Reply,
-    Sender,
-    Unreachable,
-)
-from eventing.problems import (
-    MalformedEvent,
-    NotReady,
-    Problem,
-    Unauthorized,
-    UnknownEventType,
-    UnsupportedMediaType,
-    WrongLayer,
-    WrongPipeline,
-)
+from eventing.http.delivery import DeliveryError, Reply, Sender
+from eventing.problems import MalformedEvent, Problem
 from eventing.wire.batch_codec import decode_batch
 from eventing.wire.cloud_event import AttributeValue, Buffer, Data, json_data, json_event, make_event
 from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType
@@ -47,6 +30,7 @@ from eventing.wire.generation import (
     WarmupReply,
     WarmupRequest,
 )
+from functions.gateway.stages.failures import StageFailed, stage_failed
 from functions.gateway.stages.routes import Instance
 from functions.observing.tracing import PASSING, Attributes, Span, TraceContext, Tracer
 
@@ -55,23 +39,9 @@ Traces = Sequence[TraceContext]
 S = TypeVar("S", bound=Struct)
 
 
-class StageFailed(Exception):
-    """An event got no usable answer from `instance`, or from the Service URL of `stage`."""
-
-    def __init__(self, stage: int, cause: str, detail: str, *, blames: bool = False, final: bool = False) -> None:
-        super().__init__(f"stage {stage}: {detail}")
-        self.stage = stage
-        self.cause = cause
-        """One word for metrics: refused, broken, timeout, infrastructure, not-ready, malformed or a problem's name."""
-        self.blames = blames
-        """The event may have done it: it was at the stage when the stage failed."""
-        self.final = final
-        """The stage refuses this gateway, not this event: asking again does not help."""
-
-
 @dataclass(frozen=True, slots=True)
-class Answerer:
-    """Who answered, and what it said of itself."""
+class Origin:
+    """Who replied, and what it said of itself."""
 
     instance: Instance
     boot: str
@@ -81,7 +51,7 @@ class Answerer:
 
 @dataclass(frozen=True, slots=True)
 class ForwardReply:
-    answerer: Answerer
+    origin: Origin
     batch: Batch
     """Views into `body`."""
     body: memoryview
@@ -99,7 +69,7 @@ class PipelineIdentity:
     """Per stage."""
 
 
-class Pipeline:
+class StageClient:
     """Sends events to the stages. Thread-safe."""
 
     def __init__(
@@ -126,25 +96,25 @@ class Pipeline:
             event = self._batch_event(instance.stage, body, timeout, span.context)
             reply = self._send(instance.stage, instance.url, event, timeout)
         try:
-            answerer = _answerer(instance, from_http(reply.headers, reply.body))
+            origin = _origin(instance, from_http(reply.headers, reply.body))
             batch = decode_batch(reply.body)
             if [row.id for row in batch.rows] != list(ids):
                 raise MalformedEvent(f"the reply has rows {[row.id for row in batch.rows]}, sent were {list(ids)}")
         except Problem as error:
             raise StageFailed(instance.stage, "malformed", f"its reply: {error}", blames=True) from error
-        return ForwardReply(answerer, batch, reply.body)
+        return ForwardReply(origin, batch, reply.body)
 
     def reserve(
         self, instance: Instance, rows: Sequence[ReserveRow], deadline: float, traces: Traces = ()
-    ) -> tuple[Answerer, tuple[ReservedRow, ...]]:
-        """Room for the rows, each answered by itself, in their order; it may wait for a pass. Raises StageFailed."""
+    ) -> tuple[Origin, tuple[ReservedRow, ...]]:
+        """Room for the rows, each with its own status, in their order; it may wait for a pass. Raises StageFailed."""
         timeout = min(self._step_timeout_seconds, deadline - time.monotonic())
-        answerer, reply = self._ask(instance, EventType.RESERVE, ReserveRequest(tuple(rows)), ReserveReply, timeout, traces)
+        origin, reply = self._ask(instance, EventType.RESERVE, ReserveRequest(tuple(rows)), ReserveReply, timeout, traces)
         if [(row.id, row.attempt) for row in reply.rows] != [(row.id, row.attempt) for row in rows]:
             raise StageFailed(instance.stage, "malformed", "its reply to a reservation has other rows than the request")
-        return answerer, reply.rows
+        return origin, reply.rows
 
-    def release(self, instance: Instance, rows: Sequence[ReleaseRow]) -> Answerer:
+    def release(self, instance: Instance, rows: Sequence[ReleaseRow]) -> Origin:
         """Frees the rows' memory. Raises StageFailed; the stage will then forget them when they have been idle."""
         request = ReleaseRequest(tuple(rows))
         return self._ask(instance, EventType.RELEASE, request, ReleaseReply, self._step_timeout_seconds)[0]
@@ -155,9 +125,9 @@ class Pipeline:
 
     def _ask(
         self, instance: Instance, type: EventType, request: Struct, reply: type[S], timeout_seconds: float, traces: Traces = ()
-    ) -> tuple[Answerer, S]:
-        answer, value = self._exchange(instance.stage, instance.url, type, request, reply, timeout_seconds, traces)
-        return _answerer(instance, answer), value
+    ) -> tuple[Origin, S]:
+        event, value = self._exchange(instance.stage, instance.url, type, request, reply, timeout_seconds, traces)
+        return _origin(instance, event), value
 
     def _exchange(
         self,
@@ -202,13 +172,13 @@ class Pipeline:
         try:
             return self._sender.send(url, headers, buffers, max(0.001, timeout_seconds))
         except (DeliveryError, Problem) as error:
-            raise _failure(stage, error) from error
+            raise stage_failed(stage, error) from error
 
 
-def _answerer(instance: Instance, answer: CloudEvent) -> Answerer:
-    free = str(answer.get_extension(Attribute.FREE_TOKENS))
-    boot = answer.get_extension(Attribute.INSTANCE)
-    return Answerer(instance, str(boot or ""), int(free) if free.isdecimal() else None)
+def _origin(instance: Instance, reply: CloudEvent) -> Origin:
+    free = str(reply.get_extension(Attribute.FREE_TOKENS))
+    boot = reply.get_extension(Attribute.INSTANCE)
+    return Origin(instance, str(boot or ""), int(free) if free.isdecimal() else None)
 
 
 def _read(stage: int, reply: Reply, type: type[S]) -> tuple[CloudEvent, S]:
@@ -217,21 +187,3 @@ def _read(stage: int, reply: Reply, type: type[S]) -> tuple[CloudEvent, S]:
         return event, json_data(event, type)
     except Problem as error:
         raise StageFailed(stage, "malformed", f"its reply: {error}") from error
-
-
-_REFUSES_GATEWAY: Final = (WrongPipeline, WrongLayer, Unauthorized, UnknownEventType, UnsupportedMediaType)
-
-
-def _failure(stage: int, error: DeliveryError | Problem) -> StageFailed:
-    """What a failure means for the sequences that were in the event."""
-    if isinstance(error, Problem):
-        final = isinstance(error, _REFUSES_GATEWAY)
-        blames = not final and not isinstance(error, NotReady)
-        return StageFailed(stage, error.name, f"{error.name}: {error}", blames=blames, final=final)
-    if isinstance(error, Unreachable):
-        return StageFailed(stage, "refused", str(error))
-    if isinstance(error, InfrastructureError):
-        # 503 comes from an activator or a queue-proxy that is full or has nobody behind it: the event reached no function.
-        return StageFailed(stage, "infrastructure", str(error), blames=error.status != 503)
-    cause = {ConnectionBroken: "broken", DeliveryTimeout: "timeout"}.get(type(error), "broken")
-    return StageFailed(stage, cause, str(error), blames=True)

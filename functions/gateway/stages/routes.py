@@ -67,12 +67,12 @@ class Instance:
     is_service: bool = False
     """The Service URL stands in for instances that nobody watches."""
     awake: bool = True
-    """False for a Service URL that has not answered since it last failed."""
+    """False for a Service URL that has not replied since it last failed."""
     routes: int = 0
     free_tokens: int | None = None
     """As its last reply said."""
     boot: str = ""
-    """Who answered last, with a nonce of its boot."""
+    """Who replied last, with a nonce of its boot."""
     prompts: Turnstile = field(default_factory=Turnstile)
     """One event with prompt chunks at a time, so that running decodes wait for at most one."""
     failures: int = 0
@@ -85,13 +85,13 @@ class Instance:
     def usable(self, now: float) -> bool:
         return self.ready and self.awake and not self.terminating and not self.suspended(now)
 
-    def answered(self, boot: str, free_tokens: int | None) -> None:
+    def replied(self, boot: str, free_tokens: int | None) -> None:
         self.failures = 0
         self.boot = boot
         if free_tokens is not None:
             self.free_tokens = free_tokens
 
-    def broke(self, now: float) -> None:
+    def suspend(self, now: float) -> None:
         """Left alone for a while, longer each time.
 
         What fails meanwhile was on its way already, and says nothing new: a pod may die with many events in hand and be back
@@ -137,7 +137,7 @@ class Placement:
     """The instances of all stages, and which of them a route shall use."""
 
     def __init__(self, service_urls: Sequence[str], *, watched: bool) -> None:
-        """service_urls: per stage. Without a watch they are the instances themselves, asleep until they answer."""
+        """service_urls: per stage. Without a watch they are the instances themselves, asleep until they reply."""
         self.service_urls = tuple(service_urls)
         self._stages: list[dict[str, Instance]] = [{} for _ in service_urls]
         for stage in () if watched else range(len(service_urls)):
@@ -160,7 +160,7 @@ class Placement:
             instance.ready, instance.terminating = endpoint.ready, endpoint.terminating
 
     def unwatched(self, stage: int) -> None:
-        """Nobody may watch `stage`, or nobody can: routes go by what its Service URL answers, until `update` knows better."""
+        """Nobody may watch `stage`, or nobody can: routes go by what its Service URL says, until `update` knows better."""
         url = self.service_urls[stage]
         self._stages[stage].setdefault(url, Instance(stage, url, is_service=True, awake=False))
 
@@ -173,14 +173,14 @@ class Placement:
         return [stage for stage in range(self.num_stages) if not any(i.awake for i in self._current(stage))]
 
     def woken(self, stage: int) -> None:
-        """The Service URL of `stage` answered."""
+        """The Service URL of `stage` replied."""
         for instance in self._stages[stage].values():
             if instance.is_service:
                 instance.awake, instance.failures, instance.suspended_until = True, 0, 0.0
 
-    def broke(self, instance: Instance) -> None:
+    def avoid(self, instance: Instance) -> None:
         """A request to `instance` failed. A Service URL has to be woken again, an instance is suspended for a while."""
-        instance.broke(time.monotonic())
+        instance.suspend(time.monotonic())
         instance.awake = not instance.is_service
 
     def place(self, reserve_tokens: int) -> Route | None:

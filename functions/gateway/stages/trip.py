@@ -17,7 +17,8 @@ from functions.gateway.scheduling.job import Job
 from functions.gateway.scheduling.micro_batch import MicroBatch
 from functions.gateway.scheduling.progress import Piece
 from functions.gateway.scheduling.sequence import traces_of
-from functions.gateway.stages.client import ForwardReply, Pipeline, StageFailed
+from functions.gateway.stages.client import ForwardReply, StageClient
+from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.routes import Instance, Turnstile
 
 Body = Sequence[Buffer]
@@ -52,7 +53,7 @@ class TripLog(Protocol):
         """A trip with prompt chunks has left its first stage: the next one may enter it."""
 
 
-def walk(trip: Trip, pipeline: Pipeline, log: TripLog) -> None:
+def walk(trip: Trip, pipeline: StageClient, log: TripLog) -> None:
     """Sends the trip round its stages and returns when it is over, whatever became of it."""
     turn = trip.instances[0].prompts if trip.micro_batch is None else None
     try:
@@ -72,7 +73,7 @@ def walk(trip: Trip, pipeline: Pipeline, log: TripLog) -> None:
             turn.leave()
 
 
-def _step(trip: Trip, stage: int, body: Body, pipeline: Pipeline, log: TripLog) -> Body:
+def _step(trip: Trip, stage: int, body: Body, pipeline: StageClient, log: TripLog) -> Body:
     """The body for the next stage; empty where no row goes on."""
     sent = time.monotonic()
     jobs = [job for job, _ in trip.pieces]

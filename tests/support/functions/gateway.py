@@ -25,7 +25,7 @@ from functions.configuration.config import StageConfig, read_config
 from functions.gateway.scheduling.board import Limits
 from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.scheduling.sequence import Sequence as Answer
-from functions.gateway.stages.client import Pipeline, PipelineIdentity
+from functions.gateway.stages.client import PipelineIdentity, StageClient
 from functions.gateway.stages.routes import Placement
 from functions.observing.telemetry import StageMetrics
 from functions.stage.engine.engine import Engine
@@ -298,7 +298,7 @@ def scheduling(
     source = f"/gateways/{id(stages)}-{time.monotonic_ns()}"
     identity = PipelineIdentity(FINGERPRINT, TOKEN, source, tuple(stage.first_layer for stage in stages))
     with Sender() as sender:
-        pipeline = Pipeline(sender, identity, step_timeout_seconds)
+        pipeline = StageClient(sender, identity, step_timeout_seconds)
         placement = placement or Placement([stage.url for stage in stages], watched=False)
         scheduler = Scheduler(pipeline, placement, Limits(**limits))
         try:

@@ -220,15 +220,15 @@ def test_a_suspect_travels_alone() -> None:
 def test_strikes_count_breaks_at_one_place_and_accidents_are_forgiven() -> None:
     accident, poison = job(0), job(1)
     for stage, position in ((0, 0), (1, 0), (1, 64), (0, 64), (2, 64), (1, 0)):
-        accident.broke(stage, Piece(position, 64, 2))
+        accident.strike_at(stage, Piece(position, 64, 2))
         assert accident.strikes == 1
     for position in (0, 32, 60):
-        poison.broke(1, Piece(position, 64, 2))
+        poison.strike_at(1, Piece(position, 64, 2))
     assert poison.strikes == 3
     assert poison.exhausted
     assert not accident.exhausted
     for stage in (0, 1, 0):
-        accident.broke(stage, Piece(0, 64, 2))
+        accident.strike_at(stage, Piece(0, 64, 2))
     assert accident.exhausted, "nothing is tried for ever"
     accident.came_further()
     assert not accident.exhausted
@@ -238,7 +238,7 @@ def test_each_replay_comes_later() -> None:
     suspect = job(0)
     pauses = []
     for _ in range(3):
-        suspect.broke(1, Piece(0, 64, 2))
+        suspect.strike_at(1, Piece(0, 64, 2))
         pauses.append(suspect.replay_at - time.monotonic())
     assert pauses == sorted(pauses)
     assert pauses[0] > 0

@@ -23,7 +23,8 @@ from eventing.wire.generation import (
     ReserveRow,
     WarmupReply,
 )
-from functions.gateway.stages.client import Pipeline, PipelineIdentity, StageFailed
+from functions.gateway.stages.client import PipelineIdentity, StageClient
+from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.routes import Instance
 from tests.support.http_server import Exchange, Server, serving, unused_port
 
@@ -35,10 +36,10 @@ Respond = Callable[[Exchange], None]
 
 
 @contextmanager
-def pipeline(respond: Respond, step_timeout_seconds: float = 5.0) -> Iterator[tuple[Pipeline, Instance, Server]]:
+def pipeline(respond: Respond, step_timeout_seconds: float = 5.0) -> Iterator[tuple[StageClient, Instance, Server]]:
     identity = PipelineIdentity("0123456789ab", "secret", "/gateways/1", (0, 10, 20))
     with serving(respond) as server, Sender() as sender:
-        yield Pipeline(sender, identity, step_timeout_seconds), Instance(1, server.url), server
+        yield StageClient(sender, identity, step_timeout_seconds), Instance(1, server.url), server
 
 
 def answer_batch(exchange: Exchange, batch: Batch = BATCH, **attributes: str | int) -> None:
@@ -78,14 +79,14 @@ def test_a_step_and_what_it_carries() -> None:
     assert exchange.body == b"".join(encode_batch(BATCH))
     assert reply.batch.rows == ROWS
     assert bytes(reply.body) == exchange.body
-    assert (reply.answerer.instance, reply.answerer.boot, reply.answerer.free_tokens) == (instance, "i-1", 99)
+    assert (reply.origin.instance, reply.origin.boot, reply.origin.free_tokens) == (instance, "i-1", 99)
 
 
 def test_reservation_release_and_warm_up() -> None:
     reserved = tuple(ReservedRow(id_, 3, status) for id_, status in zip(IDS, (Status.OK, Status.FULL), strict=True))
     with pipeline(lambda exchange: answer_json(exchange, ReserveReply(reserved))) as (under_test, instance, _):
-        answerer, rows = under_test.reserve(instance, [ReserveRow(id_, 3, 10) for id_ in IDS], time.monotonic() + 5)
-        assert (answerer.boot, answerer.free_tokens, rows) == ("i-1", 7, reserved)
+        origin, rows = under_test.reserve(instance, [ReserveRow(id_, 3, 10) for id_ in IDS], time.monotonic() + 5)
+        assert (origin.boot, origin.free_tokens, rows) == ("i-1", 7, reserved)
     with pipeline(lambda exchange: answer_json(exchange, ReleaseReply(1))) as (under_test, instance, server):
         assert under_test.release(instance, [ReleaseRow("a", 3)]).free_tokens == 7
         event = from_http(server.requests[0].headers.items(), server.requests[0].body)

@@ -55,7 +55,7 @@ def test_instances_that_said_they_are_full_come_last() -> None:
     placed = placement("x", "y")
     full = placed.least_used(1)
     assert full is not None
-    full.answered("boot", 50)
+    full.replied("boot", 50)
     assert url(placed.least_used(1, 50)) == full.url
     assert url(placed.least_used(1, 51)) != full.url
 
@@ -117,14 +117,14 @@ def test_a_broken_instance_is_left_alone_for_longer_each_time() -> None:
     assert broken is not None
     moment, pauses = time.monotonic(), []
     for _ in range(4):
-        broken.broke(moment)
+        broken.suspend(moment)
         pauses.append(broken.suspended_until - moment)
         moment = broken.suspended_until
     assert pauses == sorted(pauses)
     assert url(placed.least_used(1)) != broken.url
     assert placed.next_resumption() == broken.suspended_until
-    broken.answered("boot", None)
-    broken.broke(moment)
+    broken.replied("boot", None)
+    broken.suspend(moment)
     assert broken.suspended_until - moment < pauses[1]
 
 
@@ -132,10 +132,10 @@ def test_an_instance_that_dies_with_many_events_in_hand_broke_once() -> None:
     placed = placement("x")
     instance = placed.least_used(1)
     assert instance is not None
-    placed.broke(instance)
+    placed.avoid(instance)
     resumption = instance.suspended_until
     for _ in range(15):
-        placed.broke(instance)
+        placed.avoid(instance)
     assert (instance.failures, instance.suspended_until) == (1, resumption)
 
 
@@ -149,7 +149,7 @@ def test_without_a_watch_the_service_url_is_the_instance_once_it_is_awake() -> N
     assert route is not None
     assert [instance.url for instance in route.instances] == SERVICES
     assert placed.ready_counts() == [0, 0], "unknown"
-    placed.broke(route.instances[1])
+    placed.avoid(route.instances[1])
     assert placed.cold() == [1]
 
 

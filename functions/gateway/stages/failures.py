@@ -1,0 +1,46 @@
+"""What it means that an event got no usable reply: whether the event may be the cause, and whether asking again can help."""
+
+from typing import Final
+
+from eventing.http.delivery import DeliveryError, DeliveryTimeout, InfrastructureError, Unreachable
+from eventing.problems import (
+    NotReady,
+    Problem,
+    Unauthorized,
+    UnknownEventType,
+    UnsupportedMediaType,
+    WrongLayer,
+    WrongPipeline,
+)
+
+
+class StageFailed(Exception):
+    """An event got no usable reply from an instance of `stage`, or from its Service URL."""
+
+    def __init__(self, stage: int, cause: str, detail: str, *, blames: bool = False, final: bool = False) -> None:
+        super().__init__(f"stage {stage}: {detail}")
+        self.stage = stage
+        self.cause = cause
+        """One word for metrics: refused, broken, timeout, infrastructure, not-ready, malformed or a problem's name."""
+        self.blames = blames
+        """The event may have done it: it was at the stage when the stage failed."""
+        self.final = final
+        """The stage refuses this gateway, not this event: asking again does not help."""
+
+
+_REFUSES_GATEWAY: Final = (WrongPipeline, WrongLayer, Unauthorized, UnknownEventType, UnsupportedMediaType)
+
+
+def stage_failed(stage: int, error: DeliveryError | Problem) -> StageFailed:
+    """What `error` means for the sequences that were in the event."""
+    if isinstance(error, Problem):
+        final = isinstance(error, _REFUSES_GATEWAY)
+        blames = not final and not isinstance(error, NotReady)
+        return StageFailed(stage, error.name, f"{error.name}: {error}", blames=blames, final=final)
+    if isinstance(error, Unreachable):
+        return StageFailed(stage, "refused", str(error))
+    if isinstance(error, InfrastructureError):
+        # 503 comes from an activator or a queue-proxy that is full or has nobody behind it: the event reached no function.
+        return StageFailed(stage, "infrastructure", str(error), blames=error.status != 503)
+    cause = "timeout" if isinstance(error, DeliveryTimeout) else "broken"
+    return StageFailed(stage, cause, str(error), blames=True)
