@@ -7,7 +7,7 @@ from flask import Flask
 
 from eventing.claim_check import ClaimCheck
 from functions.configuration.config import GatewayConfig
-from functions.gateway.doors.answers import Generator
+from functions.gateway.doors.answers import Answers
 from functions.gateway.doors.clients import Clients
 from functions.gateway.doors.events import EventDoor
 from functions.gateway.doors.openai import OpenAIDoor
@@ -19,15 +19,15 @@ MAX_REQUEST_BYTES: Final = 2**23
 """Far beyond any context."""
 
 
-def create_app(config: GatewayConfig, generator: Callable[[], Generator]) -> Flask:
-    """`generator` raises NotReady until there is one. Probes are added by whoever knows how the gateway is."""
+def create_app(config: GatewayConfig, answers: Callable[[], Answers]) -> Flask:
+    """`answers` raises NotReady until there is one. Probes are added by whoever knows how the gateway is."""
     app = Flask("gateway", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_REQUEST_BYTES
     add_problem_handlers(app)
     clients = Clients(config.api_keys or ())
     source = f"/pipelines/{config.pipeline}/gateway"
     claims = ClaimCheck(PayloadStore(config.store), config.store.bucket)
-    scores = ScoreEntry(lambda: generator().text, claims, pipeline=config.pipeline, source=source, token=config.pipeline_token)
-    EventDoor(generator, clients, claims, scores, source, config.request_timeout_seconds).register(app)
-    OpenAIDoor(generator, clients, config.model, config.pipeline, config.request_timeout_seconds).register(app)
+    scores = ScoreEntry(lambda: answers().text, claims, pipeline=config.pipeline, source=source, token=config.pipeline_token)
+    EventDoor(answers, clients, claims, scores, source, config.request_timeout_seconds).register(app)
+    OpenAIDoor(answers, clients, config.model, config.pipeline, config.request_timeout_seconds).register(app)
     return app

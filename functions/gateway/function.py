@@ -10,7 +10,7 @@ from eventing.problems import NotReady
 from functions.configuration.config import GatewayConfig
 from functions.gateway.app import create_app
 from functions.gateway.build import start_scheduler
-from functions.gateway.doors.answers import Generator
+from functions.gateway.doors.answers import Answers
 from functions.gateway.scheduling.scheduler_metrics import SchedulerCollector
 from functions.gateway.text.tokenizer import ModelText
 from functions.hosting.publication import WrongPublication, read_publication
@@ -36,12 +36,12 @@ class GatewayFunction:
         self._start_up = start_up
         self._metrics = GatewayMetrics()
         start_up.report_to(self._metrics.phase_ended)
-        self._generator: Generator | None = None
+        self._answers: Answers | None = None
         self._tracer = make_tracer(config.traces_endpoint, "lamina-gateway", {"lamina.pipeline": config.pipeline})
         self._running = start_scheduler(config, self._tracer)
         self._draining = False
         self.threads = config.queue_limit + _RUNNING_THREADS
-        self.application = create_app(config, self._ready_generator)
+        self.application = create_app(config, self._ready_answers)
         add_probes(self.application, self._metrics.registry, sick=lambda: None, ready=self._ready)
         names = [f"{first}:{last}" for (first, last), _ in config.stages]
         self._metrics.registry.register(SchedulerCollector(self._running.scheduler.stats, names))
@@ -80,13 +80,13 @@ class GatewayFunction:
             return
         self._start_up.mark("last_byte")
         self._metrics.ready.set(1)
-        self._generator = Generator(text, self._running.scheduler, self._metrics, self._tracer)
+        self._answers = Answers(text, self._running.scheduler, self._metrics, self._tracer)
         _log.info("ready after %.2f s", self._start_up.phases()["last_byte"])
 
-    def _ready_generator(self) -> Generator:
-        if self._generator is None:
+    def _ready_answers(self) -> Answers:
+        if self._answers is None:
             raise NotReady(f"{socket.gethostname()} is still loading the tokenizer of {self._config.model}")
-        return self._generator
+        return self._answers
 
     def _ready(self) -> tuple[bool, Mapping[str, object]]:
-        return self._generator is not None and not self._draining, {"start_up": self._start_up.phases()}
+        return self._answers is not None and not self._draining, {"start_up": self._start_up.phases()}

@@ -38,7 +38,7 @@ class Asker:
     """Of the client's span, where it sent one."""
 
 
-class Generator:
+class Answers:
     """Answers requests. Thread-safe."""
 
     def __init__(self, text: ModelText, scheduler: Submitter, metrics: GatewayMetrics, tracer: Tracer = PASSING) -> None:
@@ -47,7 +47,7 @@ class Generator:
         self._metrics = metrics
         self._tracer = tracer
 
-    def generate(self, request: GenerateRequest, asker: Asker) -> "Generation":
+    def begin(self, request: GenerateRequest, asker: Asker) -> "Answer":
         """Begins an answer. Raises InvalidRequest, QueueFull, NotReady."""
         if request.messages is not None:
             prompt = self.text.encode_messages(request.messages)
@@ -80,10 +80,10 @@ class Generator:
             span.end(problem.name)
             raise
         self._metrics.prompt_tokens.inc(len(prompt))
-        return Generation(sequence, TextStream(self.text.tokenizer, request.stop_strings), self._metrics, span)
+        return Answer(sequence, TextStream(self.text.tokenizer, request.stop_strings), self._metrics, span)
 
 
-class Generation:
+class Answer:
     """One answer. Iterate `tokens` to its end, then ask for `response`; or `close` it where nobody listens any more."""
 
     def __init__(self, sequence: Sequence, stream: TextStream, metrics: GatewayMetrics, span: Span) -> None:

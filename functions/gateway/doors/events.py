@@ -18,7 +18,7 @@ from eventing.problems import Problem, UnknownEventType
 from eventing.wire.cloud_event import check_not_expired, expiry_time, json_data, json_event, reply_id, reply_seed
 from eventing.wire.events import Attribute, EventType
 from eventing.wire.generation import ErrorEvent, GenerateRequest
-from functions.gateway.doors.answers import Asker, Generation, Generator
+from functions.gateway.doors.answers import Answer, Answers, Asker
 from functions.gateway.doors.clients import Clients
 from functions.gateway.doors.scoring import ScoreEntry
 from functions.gateway.doors.streaming import stream_response
@@ -30,14 +30,14 @@ class EventDoor:
 
     def __init__(
         self,
-        generator: Callable[[], Generator],
+        answers: Callable[[], Answers],
         clients: Clients,
         claims: ClaimCheck,
         scores: ScoreEntry,
         source: str,
         request_timeout_seconds: float,
     ) -> None:
-        self._generator = generator
+        self._answers = answers
         self._clients = clients
         self._claims = claims
         self._scores = scores
@@ -65,12 +65,12 @@ class EventDoor:
     def _generate(self, event: CloudEvent, client_id: str) -> Response:
         data = json_data(event, GenerateRequest)
         asker = Asker(reply_id(event), client_id, reply_seed(event), self._seconds_left(event), _trace(event))
-        generation = self._generator().generate(data, asker)
+        answer = self._answers().begin(data, asker)
         if _wants_stream():
-            return stream_response(generation, self._stream(event, generation), partial(self._failure, event))
-        for _ in generation.tokens():
+            return stream_response(answer, self._stream(event, answer), partial(self._failure, event))
+        for _ in answer.tokens():
             pass
-        return _http(self._event(event, EventType.GENERATE_RESPONSE, generation.response(), reply_id(event)))
+        return _http(self._event(event, EventType.GENERATE_RESPONSE, answer.response(), reply_id(event)))
 
     def _seconds_left(self, event: CloudEvent) -> float:
         expiry = expiry_time(event)
@@ -78,13 +78,13 @@ class EventDoor:
             return self._timeout_seconds
         return min(self._timeout_seconds, (expiry - datetime.now(UTC)).total_seconds())
 
-    def _stream(self, cause: CloudEvent, generation: Generation) -> Iterator[bytes]:
+    def _stream(self, cause: CloudEvent, answer: Answer) -> Iterator[bytes]:
         """Events in structured mode, each one server-sent event."""
         id_ = reply_id(cause)
         yield HEARTBEAT
-        for token in generation.tokens():
+        for token in answer.tokens():
             yield HEARTBEAT if token is None else self._sent(cause, EventType.TOKEN, token, f"{id_}-{token.index}")
-        yield self._sent(cause, EventType.GENERATE_RESPONSE, generation.response(), id_)
+        yield self._sent(cause, EventType.GENERATE_RESPONSE, answer.response(), id_)
 
     def _failure(self, cause: CloudEvent, problem: Problem) -> bytes:
         error = ErrorEvent(problem.type, problem.title, problem.status, str(problem))

@@ -13,7 +13,7 @@ from flask import Blueprint, Flask, Response, request
 from eventing.http.sse import HEARTBEAT, encode_sse
 from eventing.problems import MalformedEvent, Problem
 from eventing.wire.generation import GenerateRequest, Usage
-from functions.gateway.doors.answers import Asker, Generation, Generator
+from functions.gateway.doors.answers import Answer, Answers, Asker
 from functions.gateway.doors.clients import Clients
 from functions.gateway.doors.openai_types import ChatRequest, CompletionRequest
 from functions.gateway.doors.streaming import stream_response
@@ -73,7 +73,7 @@ class CompletionShape:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Envelope:
     """What all documents of one answer have in common."""
 
     shape: Shape
@@ -98,9 +98,9 @@ class OpenAIDoor:
     """model: the one model that is served. pipeline: its fingerprint."""
 
     def __init__(
-        self, generator: Callable[[], Generator], clients: Clients, model: str, pipeline: str, request_timeout_seconds: float
+        self, answers: Callable[[], Answers], clients: Clients, model: str, pipeline: str, request_timeout_seconds: float
     ) -> None:
-        self._generator = generator
+        self._answers = answers
         self._clients = clients
         self._model = model
         self._pipeline = pipeline
@@ -137,22 +137,22 @@ class OpenAIDoor:
         if asked.model != self._model:
             return self._model_not_found(asked.model)
         id_ = shape.id_prefix + secrets.token_hex(12)
-        answer = Answer(shape, id_, int(time.time()), self._model, self._pipeline)
-        generation = self._generate(asked.generate_request(), id_, client_id)
+        envelope = Envelope(shape, id_, int(time.time()), self._model, self._pipeline)
+        answer = self._begin(asked.generate_request(), id_, client_id)
         if asked.stream:
             with_usage = asked.stream_options is not None and asked.stream_options.include_usage
-            return stream_response(generation, _stream(answer, generation, with_usage), _failure)
-        for _ in generation.tokens():
+            return stream_response(answer, _stream(envelope, answer, with_usage), _failure)
+        for _ in answer.tokens():
             pass
-        response = generation.response()
+        response = answer.response()
         choices = [shape.choice(response.text, response.finish_reason)]
-        return json_response(answer.document(shape.object, choices, usage=response.usage))
+        return json_response(envelope.document(shape.object, choices, usage=response.usage))
 
-    def _generate(self, generate: GenerateRequest, id_: str, client_id: str) -> Generation:
+    def _begin(self, wanted: GenerateRequest, id_: str, client_id: str) -> Answer:
         asker = Asker(
             id_, client_id, secrets.randbits(63), self._timeout_seconds, read_traceparent(request.headers.get("traceparent"))
         )
-        return self._generator().generate(generate, asker)
+        return self._answers().begin(wanted, asker)
 
     def _model_document(self) -> dict[str, Any]:
         return {"id": self._model, "object": "model", "created": self._started, "owned_by": "lamina"}
@@ -169,20 +169,20 @@ def _read(type_: type[R]) -> R:
         raise MalformedEvent(f"the request cannot be served: {error}") from error
 
 
-def _stream(answer: Answer, generation: Generation, with_usage: bool) -> Iterator[bytes]:
+def _stream(envelope: Envelope, answer: Answer, with_usage: bool) -> Iterator[bytes]:
     def sent(choices: list[dict[str, Any]], usage: Usage | None = None) -> bytes:
         more = {"usage": usage} if with_usage else {}
-        return encode_sse(msgspec.json.encode(answer.document(answer.shape.chunk_object, choices, **more)))
+        return encode_sse(msgspec.json.encode(envelope.document(envelope.shape.chunk_object, choices, **more)))
 
-    first = answer.shape.first_chunk()
+    first = envelope.shape.first_chunk()
     yield HEARTBEAT if first is None else sent([first])
-    for token in generation.tokens():
+    for token in answer.tokens():
         if token is None:
             yield HEARTBEAT
         elif token.text:
-            yield sent([answer.shape.chunk(token.text, None)])
-    response = generation.response()
-    yield sent([answer.shape.chunk("", response.finish_reason)])
+            yield sent([envelope.shape.chunk(token.text, None)])
+    response = answer.response()
+    yield sent([envelope.shape.chunk("", response.finish_reason)])
     if with_usage:
         yield sent([], response.usage)
     yield encode_sse("[DONE]")

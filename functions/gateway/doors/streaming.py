@@ -8,21 +8,21 @@ from flask import Response
 
 from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE
 from eventing.problems import Problem
-from functions.gateway.doors.answers import Generation
+from functions.gateway.doors.answers import Answer
 
 _log: Final = logging.getLogger(__name__)
 _HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """So that no proxy keeps tokens back."""
 
 
-def stream_response(generation: Generation, events: Iterator[bytes], failure: Callable[[Problem], bytes]) -> Response:
+def stream_response(answer: Answer, events: Iterator[bytes], failure: Callable[[Problem], bytes]) -> Response:
     """Sends `events`. Where they break off the status is out already, so that `failure` becomes the last event.
 
     The first event should come at once: the status goes out with it, and proxies limit the time until it does.
     The answer is given up as soon as the client is gone.
     """
     response = Response(_guarded(events, failure), content_type=EVENT_STREAM_CONTENT_TYPE, headers=_HEADERS)
-    response.call_on_close(generation.close)
+    response.call_on_close(answer.close)
     return response
 
 

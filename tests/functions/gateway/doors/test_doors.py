@@ -16,7 +16,7 @@ from eventing.problems import NotReady, PipelineUnavailable, Problem, QueueFull
 from functions.configuration.config import GatewayConfig, read_config
 from functions.gateway.app import MAX_REQUEST_BYTES, create_app
 from functions.gateway.doors import answers as core
-from functions.gateway.doors.answers import Generator
+from functions.gateway.doors.answers import Answers
 from functions.gateway.scheduling.sequence import Sequence
 from functions.gateway.text.chat_template import ChatTemplate
 from functions.gateway.text.tokenizer import ModelText
@@ -75,8 +75,8 @@ def client_of(pipeline: Pipeline, **environ: str) -> FlaskClient:
     config = read_config(GATEWAY | environ)
     assert isinstance(config, GatewayConfig)
     text = ModelText(TOKENIZER, ChatTemplate(CHAT_TEMPLATE, {}), frozenset([END]), CONTEXT)
-    generator = Generator(text, pipeline, GatewayMetrics())
-    return create_app(config, lambda: generator).test_client()
+    answers = Answers(text, pipeline, GatewayMetrics())
+    return create_app(config, lambda: answers).test_client()
 
 
 @pytest.fixture
@@ -213,7 +213,7 @@ def test_an_unexpected_error_is_told_without_its_details(
 def test_silence_is_filled_and_a_client_that_leaves_ends_its_answer(
     client: FlaskClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(core.Generation.tokens, "__defaults__", (0.01,))
+    monkeypatch.setattr(core.Answer.tokens, "__defaults__", (0.01,))
     pipeline.script = pipeline.say("Hel", end=False)
     for response in (ask(client, {"prompt": "Hi"}, Accept="text/event-stream"), chat(client, stream=True)):
         pipeline.cancelled.clear()
