@@ -22,9 +22,9 @@ from rich.table import Table
 
 from eventing.http.delivery import Sender
 from functions.configuration.config import StageConfig, read_config
-from functions.gateway.scheduling.board import Limits
+from functions.gateway.scheduling.limits import Limits
+from functions.gateway.scheduling.prompt import Prompt
 from functions.gateway.scheduling.scheduler import Scheduler
-from functions.gateway.scheduling.sequence import Sequence as Answer
 from functions.gateway.stages.client import PipelineIdentity, StageClient
 from functions.gateway.stages.routes import Placement
 from functions.stage.engine.threads import set_openmp
@@ -107,17 +107,15 @@ def measure(seconds: Sequence[float], micro_batches: int, duration_seconds: floa
             Placement(urls, watched=False),
             Limits(micro_batch_sequences=ROWS, queue_limit=1000),
         )
-        answers = [Answer("bench", [1, 2, 3, number], 8000) for number in range(ROWS * micro_batches)]
-        for answer in answers:
-            scheduler.submit(answer)
-        for answer in answers[:ROWS]:
-            answer.next_token(60)
+        streams = [scheduler.submit(Prompt([1, 2, 3, number], 8000)) for number in range(ROWS * micro_batches)]
+        for stream in streams[:ROWS]:
+            stream.next_token(60)
         time.sleep(1.0)
         before, cpu, began = scheduler.stats(), time.process_time(), time.monotonic()
         time.sleep(duration_seconds)
         after, cpu, took = scheduler.stats(), time.process_time() - cpu, time.monotonic() - began
-        for answer in answers:
-            answer.cancel()
+        for stream in streams:
+            stream.cancel()
         scheduler.close()
     hops = sum(stage.steps for stage in after.stages) - sum(stage.steps for stage in before.stages)
     return (after.stages[-1].steps - before.stages[-1].steps) / took, cpu / hops

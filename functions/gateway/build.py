@@ -1,11 +1,11 @@
-"""From the configuration to a running scheduler: sender, pipeline, placement, watch."""
+"""From the configuration to a running scheduler: sender, client of the stages, placement, watch."""
 
 import secrets
 from dataclasses import dataclass
 
 from eventing.http.delivery import Sender
 from functions.configuration.config import GatewayConfig
-from functions.gateway.scheduling.board import Limits
+from functions.gateway.scheduling.limits import Limits
 from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.stages.client import PipelineIdentity, StageClient
 from functions.gateway.stages.endpoints import EndpointsWatch, KubernetesAPI, PodNetwork, service_name
@@ -20,7 +20,7 @@ class RunningScheduler:
     _watch: EndpointsWatch | None
 
     def close(self) -> None:
-        """Ends what `scheduler.drain` has left, and the watch."""
+        """Ends the watch, and what is left of sequences."""
         if self._watch is not None:
             self._watch.stop()
         self.scheduler.close()
@@ -36,7 +36,7 @@ def start_scheduler(config: GatewayConfig, tracer: Tracer) -> RunningScheduler:
         first_layers=tuple(first for (first, _), _ in config.stages),
     )
     sender = Sender()
-    pipeline = StageClient(sender, identity, config.step_timeout_seconds, tracer)
+    client = StageClient(sender, identity, config.step_timeout_seconds, tracer)
     urls = [url for _, url in config.stages]
     limits = Limits(
         queue_limit=config.queue_limit,
@@ -45,7 +45,7 @@ def start_scheduler(config: GatewayConfig, tracer: Tracer) -> RunningScheduler:
         stages_at_once=config.stages_at_once,
         cold_start_timeout_seconds=config.cold_start_timeout_seconds,
     )
-    scheduler = Scheduler(pipeline, Placement(urls, watched=config.kubernetes_api is not None), limits)
+    scheduler = Scheduler(client, Placement(urls, watched=config.kubernetes_api is not None), limits)
     watch = _watch(config, urls, scheduler)
     if watch is not None:
         watch.start()

@@ -7,7 +7,7 @@ import click
 from rich.console import Console
 
 from eventing.wire.events import Cut
-from functions.gateway.scheduling.board import Limits
+from functions.gateway.scheduling.limits import Limits
 from knative.commands.sources.store_access import StoreOptions, open_store, store_options
 from knative.commands.terminal.console import show_table, size
 from knative.render.rendering import published_shape

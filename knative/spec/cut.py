@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 from typing import Final
 
 from eventing.wire.events import Cut
-from functions.gateway.scheduling.admission import micro_batches_wanted
+from functions.gateway.scheduling.capacity import micro_batches_wanted
 from knative.spec.model_shape import ModelShape
 
 SEQUENCE_TOKENS: Final = 4096

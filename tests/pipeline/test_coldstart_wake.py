@@ -7,10 +7,10 @@ from tests.support.functions.gateway import (
     Fault,
     Seen,
     StageServer,
-    answer,
     counted,
     counting_stages,
     scheduling,
+    submit,
     tokens_of,
     wait_until,
 )
@@ -39,22 +39,17 @@ def test_all_stages_are_woken_at_once_and_once() -> None:
         scheduler.wake()
         wait_until(lambda: warm_ups(stages) == [1, 1, 1], "a warm-up event at every stage while all sleep")
         scheduler.wake()
-        sequence = answer([1, 2, 3], 4)
-        scheduler.submit(sequence)  # waits for the same round
+        stream = submit(scheduler, [1, 2, 3], 4)  # waits for the same round
         awake.set()
-        assert tokens_of(sequence) == counted([1, 2, 3], 4)
+        assert tokens_of(stream) == counted([1, 2, 3], 4)
         assert warm_ups(stages) == [1, 1, 1]
         assert scheduler.stats().wakes == 1
 
 
 def test_a_pipeline_that_is_awake_is_left_alone() -> None:
     with counting_stages() as stages, scheduling(stages) as scheduler:
-        sequence = answer([1], 2)
-        scheduler.submit(sequence)
-        tokens_of(sequence)
+        tokens_of(submit(scheduler, [1], 2))
         before = warm_ups(stages)
         scheduler.wake()
-        sequence = answer([1], 2)
-        scheduler.submit(sequence)
-        tokens_of(sequence)
+        tokens_of(submit(scheduler, [1], 2))
         assert warm_ups(stages) == before

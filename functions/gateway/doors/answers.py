@@ -1,4 +1,4 @@
-"""What both doors do: a request becomes a sequence, its tokens become text. Knows no HTTP."""
+"""What both doors do: a request becomes a prompt for the scheduler, the tokens that come become an answer. Knows no HTTP."""
 
 import time
 from collections.abc import Iterator
@@ -7,7 +7,8 @@ from typing import Final, Protocol
 
 from eventing.problems import InvalidRequest, Problem
 from eventing.wire.generation import FinishReason, GenerateRequest, GenerateResponse, Timings, TokenEvent, Usage
-from functions.gateway.scheduling.sequence import Sequence
+from functions.gateway.scheduling.prompt import Prompt
+from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.text.text_stream import TextStream
 from functions.gateway.text.tokenizer import ModelText
 from functions.observing.telemetry import GatewayMetrics
@@ -20,8 +21,8 @@ HEARTBEAT_SECONDS: Final = 3.0
 class Submitter(Protocol):
     """A Scheduler."""
 
-    def submit(self, sequence: Sequence) -> None:
-        """Its tokens come by themselves. Raises QueueFull, NotReady, InvalidRequest."""
+    def submit(self, prompt: Prompt) -> TokenStream:
+        """Tokens come by themselves. Raises QueueFull, NotReady, InvalidRequest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,23 +51,22 @@ class Answers:
     def begin(self, request: GenerateRequest, asker: Asker) -> "Answer":
         """Begins an answer. Raises InvalidRequest, QueueFull, NotReady."""
         if request.messages is not None:
-            prompt = self.text.encode_messages(request.messages)
+            token_ids = self.text.encode_messages(request.messages)
         else:
-            prompt = self.text.encode(request.prompt or "")
-        room = self.text.context_length - len(prompt)
-        if not prompt:
+            token_ids = self.text.encode(request.prompt or "")
+        room = self.text.context_length - len(token_ids)
+        if not token_ids:
             raise InvalidRequest("the prompt has no tokens")
         if room < 1:
             raise InvalidRequest(
-                f"the prompt has {len(prompt)} tokens and the model's context is {self.text.context_length}, which must "
+                f"the prompt has {len(token_ids)} tokens and the model's context is {self.text.context_length}, which must "
                 "hold the answer too; shorten the prompt"
             )
         span = self._tracer.serve(
-            "generate", asker.trace, {"lamina.request": asker.request_id, "lamina.prompt_tokens": len(prompt)}
+            "generate", asker.trace, {"lamina.request": asker.request_id, "lamina.prompt_tokens": len(token_ids)}
         )
-        sequence = Sequence(
-            asker.request_id,
-            prompt,
+        prompt = Prompt(
+            token_ids,
             min(request.max_tokens, room),
             sampling=request.sampling(asker.seed),
             eos_ids=self.text.eos_ids,
@@ -75,20 +75,24 @@ class Answers:
             trace=span.context,
         )
         try:
-            self._scheduler.submit(sequence)
+            token_stream = self._scheduler.submit(prompt)
         except Problem as problem:
             span.end(problem.name)
             raise
-        self._metrics.prompt_tokens.inc(len(prompt))
-        return Answer(sequence, TextStream(self.text.tokenizer, request.stop_strings), self._metrics, span)
+        self._metrics.prompt_tokens.inc(len(token_ids))
+        text_stream = TextStream(self.text.tokenizer, request.stop_strings)
+        return Answer(len(token_ids), token_stream, text_stream, self._metrics, span)
 
 
 class Answer:
     """One answer. Iterate `tokens` to its end, then ask for `response`; or `close` it where nobody listens any more."""
 
-    def __init__(self, sequence: Sequence, stream: TextStream, metrics: GatewayMetrics, span: Span) -> None:
-        self._sequence = sequence
-        self._stream = stream
+    def __init__(
+        self, prompt_tokens: int, token_stream: TokenStream, text_stream: TextStream, metrics: GatewayMetrics, span: Span
+    ) -> None:
+        self._prompt_tokens = prompt_tokens
+        self._token_stream = token_stream
+        self._text_stream = text_stream
         self._metrics = metrics
         self._span = span
         self._token_ids: list[int] = []
@@ -106,16 +110,16 @@ class Answer:
         ended the answer before its time. When the iterator is closed, the answer is cancelled.
         """
         try:
-            while not self._stream.stopped:
-                token_id = self._sequence.next_token(heartbeat_seconds)
+            while not self._text_stream.stopped:
+                token_id = self._token_stream.next_token(heartbeat_seconds)
                 if token_id is not None:
                     self._take(token_id)
-                    yield from self._give(len(self._token_ids) - self._stream.holds)
-                elif self._sequence.ended:
+                    yield from self._give(len(self._token_ids) - self._text_stream.holds)
+                elif self._token_stream.ended:
                     break
                 else:
                     yield None
-            self._certain += self._stream.finish()
+            self._certain += self._text_stream.finish()
             yield from self._give(len(self._token_ids))
         finally:
             self.close()
@@ -123,15 +127,15 @@ class Answer:
 
     def close(self) -> None:
         """Frees what the answer holds, if it has not ended by itself."""
-        if not self._sequence.ended:
-            self._sequence.cancel()
-        problem = self._sequence.problem
+        if not self._token_stream.ended:
+            self._token_stream.cancel()
+        problem = self._token_stream.problem
         told: Attributes = {"lamina.finish_reason": self._outcome(), "lamina.completion_tokens": self._completion_tokens()}
         self._span.end(None if problem is None else problem.name, told)
 
     def response(self) -> GenerateResponse:
         """After the last token."""
-        prompt_tokens, completion_tokens = self._sequence.prompt_tokens, self._completion_tokens()
+        prompt_tokens, completion_tokens = self._prompt_tokens, self._completion_tokens()
         timings = self._timings(completion_tokens)
         self._metrics.answer.observe(timings.total_seconds)
         self._metrics.first_token.observe(timings.time_to_first_token_seconds)
@@ -150,7 +154,7 @@ class Answer:
         self._last_token_at = now
         self._metrics.tokens.inc()
         self._token_ids.append(token_id)
-        self._certain += self._stream.push(token_id)
+        self._certain += self._text_stream.push(token_id)
 
     def _give(self, end: int) -> Iterator[TokenEvent]:
         """Tokens up to `end`; the last of them carries all the text that is certain."""
@@ -163,18 +167,18 @@ class Answer:
             yield TokenEvent(index, self._token_ids[index], text)
 
     def _finish_reason(self) -> FinishReason:
-        return "stop" if self._stream.stopped else self._sequence.finish_reason or "cancelled"
+        return "stop" if self._text_stream.stopped else self._token_stream.finish_reason or "cancelled"
 
     def _outcome(self) -> str:
-        problem = self._sequence.problem
+        problem = self._token_stream.problem
         return self._finish_reason() if problem is None else problem.name
 
     def _completion_tokens(self) -> int:
         """Behind a stop string more may have been computed, which is no part of the answer."""
-        return len(self._token_ids) if self._stream.stopped else self._sequence.completion_tokens
+        return len(self._token_ids) if self._text_stream.stopped else self._token_stream.completion_tokens
 
     def _timings(self, completion_tokens: int) -> Timings:
-        seen = self._sequence.timings()
+        seen = self._token_stream.timings()
         total = seen.total_seconds or 0.0
         first = total if seen.time_to_first_token_seconds is None else seen.time_to_first_token_seconds
         decoding = total - first

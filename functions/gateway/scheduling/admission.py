@@ -1,95 +1,126 @@
-"""How many micro-batches may be in flight, into how many the sequences are divided, and who waits how."""
+"""Who waits comes into a micro-batch, as many as capacity and memory allow, and is given memory at all its stages."""
 
-import math
-from collections import OrderedDict, deque
-from collections.abc import Iterator
-from collections.abc import Sequence as Numbers
-from typing import Final, Generic, Protocol, TypeVar
+from collections.abc import Sequence as Items
+from collections.abc import Set
 
-IN_FLIGHT_PER_INSTANCE: Final = 2
-"""Micro-batches at each ready instance of the narrowest stage: above Knative's target, so that it grows under a backlog."""
-
-
-class Waiting(Protocol):
-    @property
-    def client_id(self) -> str: ...
-
-
-W = TypeVar("W", bound=Waiting)
+from eventing.problems import InvalidRequest
+from eventing.wire.events import Status
+from eventing.wire.generation import ReserveRow
+from functions.gateway.scheduling.actions import Reserve
+from functions.gateway.scheduling.board import Board
+from functions.gateway.scheduling.failures import Failures
+from functions.gateway.scheduling.micro_batch import MicroBatch
+from functions.gateway.scheduling.replies import Replies
+from functions.gateway.scheduling.reservation import Reservation
+from functions.gateway.scheduling.sequence import Sequence, traces_of
 
 
-def micro_batches_allowed(ready_instances: Numbers[int], service_seconds: Numbers[float]) -> int:
-    """Micro-batches that may be in flight, at least one for each stage.
+class Admission:
+    def __init__(self, board: Board, replies: Replies, failures: Failures) -> None:
+        self._board = board
+        self._replies = replies
+        self._failures = failures
 
-    ready_instances: per stage, how many take work; 0: unknown. service_seconds: per stage, of a step that does not wait;
-    where one is 0, all are taken to be alike. The narrowest stage has the most seconds per instance. By Little's law its
-    rate times the seconds of a whole round is what keeps it busy, and twice that is two at each of its instances, those on
-    their way through the other stages not counted. Two per instance in the whole pipeline would leave it with little more
-    than one, which is below the autoscaler's target: it would never grow (docs/scheduling.md has the numbers).
-    """
-    instances = [max(1, count) for count in ready_instances]
-    seconds = service_seconds if all(service_seconds) else [1.0] * len(instances)
-    rate = min(count / each for count, each in zip(instances, seconds, strict=True))
-    return max(len(instances), math.ceil(IN_FLIGHT_PER_INSTANCE * rate * sum(seconds) - 1e-9))
+    def room(self) -> int:
+        """Sequences that could be taken into micro-batches now, beyond those that are."""
+        board = self._board
+        return board.micro_batches_allowed() * board.limits.micro_batch_sequences - board.running
 
+    def take_in(self, now: float) -> list[Reserve]:
+        """Those whose turn it is join micro-batches; what has to be asked for them."""
+        board = self._board
+        if any(one.one_by_one for batch in board.micro_batches for one in batch.sequences if not one.reserved):
+            return []  # Whoever comes behind it would take what it is asking for.
+        if board.waiting.hungry.sequences:
+            return self._take_in_hungry(now)
+        # One reservation at a time for each micro-batch: those who come meanwhile share the next one. A burst of requests
+        # would otherwise be as many events at every stage, which its autoscaler takes for load.
+        reserving = {batch for batch in board.micro_batches if not all(one.reserved for one in batch.sequences)}
+        groups: dict[MicroBatch, list[Sequence]] = {}
+        while (sequence := board.waiting.queue.peek()) is not None:
+            home = self._home(sequence, now, reserving)
+            if home is None:
+                break
+            self._join(home, board.waiting.queue.pop())
+            groups.setdefault(home, []).append(sequence)
+        return [_reserve(home, sequences, one_by_one=False) for home, sequences in groups.items()]
 
-def micro_batches_wanted(sequences: int, stages_at_once: int, most_sequences: int, allowed: int) -> int:
-    """Into how many micro-batches so many sequences are divided: one for each stage that can compute at the same time first,
-    then full ones, as many as allowed."""
-    return min(sequences, allowed, max(stages_at_once, math.ceil(sequences / most_sequences)))
+    def reserved(self, sequences: Items[Sequence], reservation: Reservation) -> None:
+        """What became of the memory for `sequences`, which are in one micro-batch."""
+        for origin in reservation.origins:
+            self._replies.heard(origin)
+        if reservation.failure is not None:
+            self._failures.reservation_failed(sequences, reservation.failure)
+            return
+        self._board.no_route_since = None
+        if Status.FULL in reservation.statuses:
+            self._board.waiting.hungry.still_full()
+        for sequence, status in zip(sequences, reservation.statuses, strict=True):
+            self._reserved(sequence, status)
 
-
-class FairQueue(Generic[W]):
-    """First come, first served within a client; round robin between clients. Who returns goes before all who are new."""
-
-    def __init__(self) -> None:
-        self._clients: OrderedDict[str, deque[W]] = OrderedDict()
-        self._returned: deque[W] = deque()
-
-    def __len__(self) -> int:
-        return len(self._returned) + sum(len(waiting) for waiting in self._clients.values())
-
-    def __iter__(self) -> Iterator[W]:
-        """All who wait, in no particular order."""
-        yield from self._returned
-        for waiting in self._clients.values():
-            yield from waiting
-
-    def push(self, item: W) -> None:
-        self._clients.setdefault(item.client_id, deque()).append(item)
-
-    def push_returned(self, item: W) -> None:
-        """For one that was taken out before: it had its turn already."""
-        self._returned.append(item)
-
-    def peek(self) -> W | None:
-        if self._returned:
-            return self._returned[0]
-        return next((waiting[0] for waiting in self._clients.values()), None)
-
-    def pop(self) -> W:
-        """The one whose turn it is; its client goes to the end of the round. Raises IndexError when nobody waits."""
-        if self._returned:
-            return self._returned.popleft()
-        if not self._clients:
-            raise IndexError("nobody waits")
-        client_id, waiting = next(iter(self._clients.items()))
-        item = waiting.popleft()
-        if waiting:
-            self._clients.move_to_end(client_id)
+    def _reserved(self, sequence: Sequence, status: Status) -> None:
+        board = self._board
+        if status is Status.OK:
+            sequence.reserved = True
+            board.waiting.hungry.was_given()
+            self._failures.settle(sequence)
+        elif sequence.over:
+            board.dismiss(sequence)
+        elif status is Status.FULL:
+            board.take_out(sequence, frees=False)
+            sequence.one_by_one = True
+            board.waiting.hungry.add(sequence)
+        elif status is Status.STALE:
+            self._failures.start_again(sequence)
         else:
-            del self._clients[client_id]
-        return item
+            wanted = f"prompt and answer of {sequence.reserve_tokens} tokens"
+            board.dismiss(sequence, InvalidRequest(f"{wanted} are more than a stage can ever hold; ask for fewer"))
 
-    def remove(self, item: W) -> bool:
-        """Takes `item` out of the queue; False where it is not in it."""
-        if item in self._returned:
-            self._returned.remove(item)
-            return True
-        waiting = self._clients.get(item.client_id, deque())
-        if item not in waiting:
-            return False
-        waiting.remove(item)
-        if not waiting:
-            del self._clients[item.client_id]
-        return True
+    def _take_in_hungry(self, now: float) -> list[Reserve]:
+        """The first of those that a stage was too full for; nobody overtakes it."""
+        hungry = self._board.waiting.hungry
+        home = self._home(hungry.sequences[0], now, set()) if now >= hungry.retry_at else None
+        if home is None:
+            return []
+        sequence = hungry.sequences.pop(0)
+        self._join(home, sequence)
+        return [_reserve(home, [sequence], one_by_one=True)]
+
+    def _join(self, home: MicroBatch, sequence: Sequence) -> None:
+        home.join(sequence)
+        sequence.served = self._board.steps_begun
+
+    def _home(self, sequence: Sequence, now: float, closed: Set[MicroBatch]) -> MicroBatch | None:
+        """The micro-batch for `sequence`, none of `closed`, new where there may be one more; None where it has to wait."""
+        board = self._board
+        # On an older revision sequences end where they began, and none begins: or it would never fall to zero.
+        current = [batch for batch in board.micro_batches if not board.placement.outdated(batch.route)]
+        coming = len(board.waiting.queue) + len(board.waiting.hungry.sequences)
+        if len(current) < board.micro_batches_wanted(board.running + coming):
+            route = board.placement.place(sequence.reserve_tokens)
+            if route is None:
+                board.no_route_since = board.no_route_since or now
+                return None
+            board.micro_batches.append(MicroBatch(route))
+            return board.micro_batches[-1]
+        with_room = [
+            batch
+            for batch in current
+            if len(batch.sequences) < board.limits.micro_batch_sequences
+            and batch not in closed
+            and batch.target is None
+            and all(instance.usable(now) for instance in batch.route.instances)
+        ]
+        reserve = sequence.reserve_tokens
+        return min(with_room, key=lambda batch: (batch.route.lacks(reserve), len(batch.sequences)), default=None)
+
+
+def _reserve(home: MicroBatch, sequences: Items[Sequence], *, one_by_one: bool) -> Reserve:
+    return Reserve(
+        sequences,
+        home.route.instances,
+        [ReserveRow(one.id, one.progress.attempt, one.reserve_tokens) for one in sequences],
+        traces_of(sequences),
+        max(one.deadline for one in sequences),
+        one_by_one,
+    )

@@ -2,63 +2,75 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from typing import Final
 
 from eventing.wire.events import Status
 from eventing.wire.generation import ReservedRow, ReserveRow
-from functions.gateway.scheduling.board import Reservation
 from functions.gateway.stages.client import Origin, StageClient, Traces
 from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.routes import Instance
 
 _WORST_FIRST: Final = (Status.INVALID, Status.STALE, Status.MISS, Status.FULL, Status.OK)
 
-Answer = tuple[Origin, tuple[ReservedRow, ...]] | StageFailed
+Said = tuple[Origin, tuple[ReservedRow, ...]] | StageFailed
+"""By one stage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """What became of one for several sequences on all stages of a route."""
+
+    statuses: Sequence[Status]
+    """Per sequence, the worst of all stages."""
+    origins: Sequence[Origin]
+    failure: StageFailed | None = None
+    """A stage gave no usable reply: then no status counts."""
 
 
 def reserve_at_once(
-    pipeline: StageClient,
+    client: StageClient,
     instances: Sequence[Instance],
     rows: Sequence[ReserveRow],
     deadline: float,
     traces: Traces,
     calls: Executor,
 ) -> Reservation:
-    """Asks all stages together, and returns when the last has answered."""
-    futures = [calls.submit(_ask, pipeline, instance, rows, deadline, traces) for instance in instances]
+    """Asks all stages together, and returns when the last has replied."""
+    futures = [calls.submit(_ask, client, instance, rows, deadline, traces) for instance in instances]
     return _combined([future.result() for future in futures], len(rows))
 
 
 def reserve_in_order(
-    pipeline: StageClient, instances: Sequence[Instance], rows: Sequence[ReserveRow], deadline: float, traces: Traces
+    client: StageClient, instances: Sequence[Instance], rows: Sequence[ReserveRow], deadline: float, traces: Traces
 ) -> Reservation:
     """Asks stage after stage, and stops at the first that has no room.
 
     Two gateways that ask all stages together may each get a part and both give it back, again and again. In order, whoever
     gets the first stage meets nobody at the others who did not get it before.
     """
-    answers: list[Answer] = []
+    said: list[Said] = []
     for instance in instances:
-        answers.append(_ask(pipeline, instance, rows, deadline, traces))
-        reservation = _combined(answers, len(rows))
+        said.append(_ask(client, instance, rows, deadline, traces))
+        reservation = _combined(said, len(rows))
         if reservation.failure is not None or any(status is not Status.OK for status in reservation.statuses):
             break
     return reservation
 
 
-def _ask(pipeline: StageClient, instance: Instance, rows: Sequence[ReserveRow], deadline: float, traces: Traces) -> Answer:
+def _ask(client: StageClient, instance: Instance, rows: Sequence[ReserveRow], deadline: float, traces: Traces) -> Said:
     try:
-        return pipeline.reserve(instance, rows, deadline, traces)
+        return client.reserve(instance, rows, deadline, traces)
     except StageFailed as failure:
         return failure
 
 
-def _combined(answers: Sequence[Answer], num_rows: int) -> Reservation:
+def _combined(said: Sequence[Said], num_rows: int) -> Reservation:
     statuses = [Status.OK] * num_rows
     origins: list[Origin] = []
-    for answer in answers:
-        if isinstance(answer, StageFailed):
-            return Reservation(statuses, origins, answer)
-        origins.append(answer[0])
-        statuses = [min(old, row.status, key=_WORST_FIRST.index) for old, row in zip(statuses, answer[1], strict=True)]
+    for of_stage in said:
+        if isinstance(of_stage, StageFailed):
+            return Reservation(statuses, origins, of_stage)
+        origins.append(of_stage[0])
+        statuses = [min(old, row.status, key=_WORST_FIRST.index) for old, row in zip(statuses, of_stage[1], strict=True)]
     return Reservation(statuses, origins)

@@ -1,10 +1,10 @@
-"""Continuous batching over a pipeline of stages: the threads and the lock around board and planner.
+"""Continuous batching over a pipeline of stages: the threads and the one lock around the board.
 
 What happens is simple to say: whoever changes the board, a trip that came back, a door that submits, the watch, the clock, then
-asks the planner what to do next, under the one lock, and hands it to threads that do nothing but wait for answers. A thread per
-event on its way rather than an event loop: `eventing.http.delivery` is synchronous (it needs less CPU per request than an
-asyncio client), each hop's work is waiting in a system call, and no code has to be written twice. The lock is never held over
-input or output.
+lets everything happen that can happen now, under the one lock, and hands what must be sent to threads that do nothing but wait
+for replies. A thread per event on its way rather than an event loop: `eventing.http.delivery` is synchronous (it needs less CPU
+per request than an asyncio client), each hop's work is waiting in a system call, and no code has to be written twice. The lock
+is never held over input or output.
 """
 
 import logging
@@ -19,14 +19,22 @@ from typing import Final
 
 from eventing.problems import InvalidRequest, NotReady, PipelineUnavailable, QueueFull
 from eventing.wire.events import MAX_POSITION
-from eventing.wire.generation import ReleaseRow, ReserveRow
-from functions.gateway.scheduling.board import Board, Limits
-from functions.gateway.scheduling.job import Job
-from functions.gateway.scheduling.next_actions import Action, Planner, Release, Reserve, Wake, Walk
+from eventing.wire.generation import ReleaseRow
+from functions.gateway.scheduling.actions import Action, Release, Reserve, Wake, Walk
+from functions.gateway.scheduling.admission import Admission
+from functions.gateway.scheduling.board import Board
+from functions.gateway.scheduling.failures import Failures
+from functions.gateway.scheduling.limits import Limits
+from functions.gateway.scheduling.moves import Moves
+from functions.gateway.scheduling.next_steps import NextSteps
 from functions.gateway.scheduling.progress import Progress
+from functions.gateway.scheduling.prompt import Prompt
+from functions.gateway.scheduling.replies import Replies
 from functions.gateway.scheduling.reservation import reserve_at_once, reserve_in_order
-from functions.gateway.scheduling.sequence import Sequence, traces_of
+from functions.gateway.scheduling.sequence import Sequence
 from functions.gateway.scheduling.stats import Stats
+from functions.gateway.scheduling.token_stream import TokenStream
+from functions.gateway.scheduling.wake_ups import WakeUps
 from functions.gateway.stages.client import ForwardReply, StageClient
 from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.routes import Endpoint, Instance, Placement
@@ -39,22 +47,28 @@ _THREADS: Final = 512
 _LOOK_AGAIN_SECONDS: Final = 1.0
 _CLOSE_SECONDS: Final = 5.0
 """What `close` waits for events on their way."""
+_SHUTTING_DOWN: Final = "this gateway is shutting down; ask again, another one will answer"
 
 
 class Scheduler:
-    """Takes sequences and puts tokens into them. Thread-safe."""
+    """Takes prompts and puts tokens into their streams. Thread-safe."""
 
-    def __init__(self, pipeline: StageClient, placement: Placement, limits: Limits) -> None:
-        self._pipeline = pipeline
+    def __init__(self, client: StageClient, placement: Placement, limits: Limits) -> None:
+        self._client = client
         self._placement = placement
         self._limits = limits
         self._board = Board(placement, limits)
-        self._planner = Planner(self._board)
+        self._failures = Failures(self._board)
+        self._replies = Replies(self._board, self._failures)
+        self._moves = Moves(self._board)
+        self._admission = Admission(self._board, self._replies, self._failures)
+        self._next_steps = NextSteps(self._board, self._failures)
+        self._wake_ups = WakeUps(self._board)
         self._boot = secrets.token_hex(6)
         self._numbers = count()
         self._changed = threading.Condition()
         """The one lock; notified when the clock has to look again and when sequences end."""
-        self._draining = False
+        self._closing = False
         self._closed = False
         self._clock_looks_at = math.inf
         self._trips = ThreadPoolExecutor(_THREADS, "trip")
@@ -65,61 +79,57 @@ class Scheduler:
 
     # For doors.
 
-    def submit(self, sequence: Sequence) -> None:
-        """Queues `sequence`; its tokens come by themselves. Raises QueueFull, NotReady (draining) or InvalidRequest."""
-        reserve_tokens = sequence.prompt_tokens + sequence.max_tokens
+    def submit(self, prompt: Prompt) -> TokenStream:
+        """Queues a sequence, whose tokens come by themselves. Raises QueueFull, NotReady (closing) or InvalidRequest."""
+        reserve_tokens = len(prompt.token_ids) + prompt.max_tokens
         if reserve_tokens > MAX_POSITION:
             raise InvalidRequest(f"{reserve_tokens} tokens of prompt and answer; the most is {MAX_POSITION}")
         with self._changed:
-            if self._draining:
-                raise NotReady("this gateway is draining and takes no new requests; ask again, another one will answer")
-            limit = self._limits.queue_limit + max(0, self._planner.room())
-            if self._board.waiting >= limit:
-                raise QueueFull(f"{self._board.waiting} requests wait already; ask again later")
+            if self._closing:
+                raise NotReady(_SHUTTING_DOWN)
+            waiting = len(self._board.waiting)
+            if waiting >= self._limits.queue_limit + max(0, self._admission.room()):
+                raise QueueFull(f"{waiting} requests wait already; ask again later")
             number = next(self._numbers)
-            job = Job(sequence, f"{self._boot}-{number}", Progress(self._pipeline.num_stages), reserve_tokens, number)
-            sequence.attach(lambda: self._cancelled(job))
-            self._board.submit(job)
+            id_ = f"{self._boot}-{number}"
+            stream = TokenStream(prompt.max_tokens, prompt.eos_ids, lambda: self._cancel(id_))
+            self._board.submit(Sequence(id_, number, prompt, stream, Progress(self._placement.num_stages)))
             self._act()
+        return stream
+
+    def _cancel(self, id_: str) -> None:
+        with self._changed:
+            sequence = self._board.sequences.get(id_)
+            if sequence is not None:
+                self._board.end(sequence)
+                self._act()
 
     def wake(self) -> None:
         """Warm-up events to all stages at once, where any is cold, before a sequence asks for them."""
         with self._changed:
-            self._start(list(self._planner.wake(everything=True)))
-
-    def drain(self, timeout_seconds: float) -> bool:
-        """Takes no new sequences and waits for those it has; False where some are left when the time is over."""
-        with self._changed:
-            self._draining = True
-            return self._changed.wait_for(lambda: not self._board.jobs, timeout_seconds)
+            self._start(self._wake_ups.begin(everything=True))
 
     def close(self) -> None:
         """Ends what is left with NotReady, frees its memory at the stages, and waits for the threads."""
         with self._changed:
-            self._draining = True
-            for job in list(self._board.jobs):
-                self._board.end(job, NotReady("this gateway is shutting down; ask again, another one will answer"))
+            self._closing = True
+            for sequence in list(self._board.sequences.values()):
+                self._board.end(sequence, NotReady(_SHUTTING_DOWN))
             self._act()
-            self._changed.wait_for(lambda: not self._board.jobs, _CLOSE_SECONDS)
+            self._changed.wait_for(lambda: not self._board.sequences, _CLOSE_SECONDS)
             self._closed = True
             self._changed.notify_all()
         self._clock.join()
         self._trips.shutdown()
         self._calls.shutdown()
 
-    def _cancelled(self, job: Job) -> None:
-        with self._changed:
-            if job in self._board.jobs:
-                self._board.end(job)
-                self._act()
-
     def stats(self) -> Stats:
         """How it stands now."""
         with self._changed:
             board = self._board
             stats = board.stats.snapshot()
-            stats.waiting, stats.running = board.waiting, board.running
-            stats.micro_batches, stats.trips = len(board.micro_batches), board.trips
+            stats.waiting, stats.running = len(board.waiting), board.running
+            stats.micro_batches, stats.trips = len(board.micro_batches), len(board.steps)
             return stats
 
     # For the watch.
@@ -135,14 +145,14 @@ class Scheduler:
 
     # For trips (trip.TripLog).
 
-    def answered(self, trip: Trip, stage: int, reply: ForwardReply, seconds: float) -> list[int]:
+    def replied(self, trip: Trip, stage: int, reply: ForwardReply, seconds: float) -> None:
         with self._changed:
-            return self._board.answered(trip, stage, reply, seconds)
+            self._replies.replied(self._board.steps[trip], stage, reply, seconds)
 
-    def broke(self, trip: Trip, failure: StageFailed) -> None:
-        _log.warning("a trip with %d sequences broke: %s", len(trip.pieces), failure)
+    def failed(self, trip: Trip, ids: Items[str], failure: StageFailed) -> None:
+        _log.warning("a trip with %d sequences broke: %s", len(ids), failure)
         with self._changed:
-            self._board.broke(trip, failure)
+            self._failures.trip_failed(self._board.steps[trip], ids, failure)
 
     def first_stage_free(self) -> None:
         with self._changed:
@@ -151,13 +161,35 @@ class Scheduler:
     # With the lock held.
 
     def _act(self) -> None:
-        self._start(self._planner.next_actions())
+        self._start(self._go_on())
+
+    def _go_on(self) -> list[Action]:
+        """Everything that can happen now, in this order; what has to be sent for it."""
+        now = time.monotonic()
+        self._failures.expire(now)
+        self._board.waiting.resume(now)
+        self._board.close_empty()
+        self._moves.make(now)
+        actions: list[Action] = [*self._admission.take_in(now)]
+        self._failures.choose_trial()
+        actions += [Walk(step.trip) for step in self._next_steps.begin(now)]
+        actions += self._wake_ups.next(now)
+        actions += self._board.take_releases()
+        return actions
+
+    def _next_due(self) -> float | None:
+        """When to look again although nothing has happened, in time.monotonic(); None: never."""
+        now = time.monotonic()
+        due = [*self._failures.due(), *self._board.waiting.due(), *self._wake_ups.due()]
+        resumption = self._placement.next_resumption()
+        due += [] if resumption is None else [resumption]
+        return min((moment for moment in due if moment > now), default=None)
 
     def _start(self, actions: Items[Action]) -> None:
         for action in () if self._closed else actions:
             self._trips.submit(self._guarded, action)
-        due = self._planner.next_due()
-        if (due is not None and due < self._clock_looks_at) or not self._board.jobs:
+        due = self._next_due()
+        if (due is not None and due < self._clock_looks_at) or not self._board.sequences:
             self._changed.notify_all()
 
     # In threads.
@@ -168,7 +200,7 @@ class Scheduler:
             while not self._closed:
                 try:
                     self._act()
-                    due = self._planner.next_due()
+                    due = self._next_due()
                 except Exception:  # noqa: BLE001 - a clock that stopped would be noticed by deadlines that never come
                     _log.exception("the clock failed inside the gateway")
                     due = time.monotonic() + _LOOK_AGAIN_SECONDS
@@ -195,58 +227,48 @@ class Scheduler:
     def _drive(self, trip: Trip | None) -> None:
         """Walks the trip, then the first that is to be walked next: most of the time its own micro-batch's next step."""
         while trip is not None:
-            try:
-                walk(trip, self._pipeline, self)
-            except Exception as error:  # noqa: BLE001 - its sequences must not wait for ever
-                _log.exception("a trip failed inside the gateway")
-                self.broke(trip, StageFailed(0, "internal", repr(error), blames=True))
+            walk(trip, self._client, self)
             with self._changed:
-                self._board.over(trip)
-                actions = self._planner.next_actions()
+                self._board.step_ends(trip)
+                actions = self._go_on()
                 walks = [action for action in actions if isinstance(action, Walk)]
                 self._start([action for action in actions if action not in walks[:1]])
                 trip = walks[0].trip if walks and not self._closed else None
 
-    def _reserve(self, action: Reserve) -> None:
-        rows = [ReserveRow(job.id, job.progress.attempt, job.reserve_tokens) for job in action.jobs]
-        deadline = max(job.sequence.deadline for job in action.jobs)
-        instances = action.micro_batch.route.instances
-        traces = traces_of(job.sequence for job in action.jobs)
-        if action.one_by_one:
-            reservation = reserve_in_order(self._pipeline, instances, rows, deadline, traces)
-        else:
-            reservation = reserve_at_once(self._pipeline, instances, rows, deadline, traces, self._calls)
+    def _reserve(self, wanted: Reserve) -> None:
+        asked = (self._client, wanted.instances, wanted.rows, wanted.deadline, wanted.traces)
+        reservation = reserve_in_order(*asked) if wanted.one_by_one else reserve_at_once(*asked, self._calls)
         if reservation.failure is not None:
-            _log.warning("no memory for %d sequences: %s", len(rows), reservation.failure)
+            _log.warning("no memory for %d sequences: %s", len(wanted.rows), reservation.failure)
         with self._changed:
-            self._board.reserved(action.jobs, reservation)
+            self._admission.reserved(wanted.sequences, reservation)
             self._act()
 
     def _release(self, instance: Instance, rows: Items[ReleaseRow]) -> None:
         try:
-            origin = self._pipeline.release(instance, rows)
+            origin = self._client.release(instance, rows)
         except StageFailed as failure:
             _log.info("%d sequences are left to expire: %s", len(rows), failure)
             return
         with self._changed:
-            self._board.heard(origin)
+            self._replies.heard(origin)
 
     def _wake(self, stages: Items[int]) -> None:
         for future in [self._calls.submit(self._warm_up, stage) for stage in stages]:
             future.result()
         with self._changed:
-            self._planner.wake_over()
+            self._wake_ups.over()
             self._act()
 
     def _warm_up(self, stage: int) -> None:
         try:
             url = self._placement.service_urls[stage]
-            self._pipeline.warm_up(stage, url, self._limits.cold_start_timeout_seconds)
+            self._client.warm_up(stage, url, self._limits.cold_start_timeout_seconds)
         except StageFailed as failure:
             _log.info("not awake yet: %s", failure)
             if failure.final:
                 with self._changed:
-                    self._board.fail_waiting(PipelineUnavailable(str(failure)))
+                    self._failures.end_waiting(PipelineUnavailable(str(failure)))
             return
         with self._changed:
             self._placement.woken(stage)

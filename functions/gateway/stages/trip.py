@@ -4,35 +4,36 @@ The relay is pass-through: while every row is ok, the body of a stage's reply is
 Only the table is read on the way. Rows that are not ok are taken out of what goes on; the others are unharmed.
 """
 
+import logging
 import time
-from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from eventing.wire.batch_codec import encode_batch, select_rows
 from eventing.wire.cloud_event import Buffer
-from eventing.wire.events import Batch, Row, Want
-from functions.gateway.scheduling.job import Job
-from functions.gateway.scheduling.micro_batch import MicroBatch
-from functions.gateway.scheduling.progress import Piece
-from functions.gateway.scheduling.sequence import traces_of
+from eventing.wire.events import Batch, Status
 from functions.gateway.stages.client import ForwardReply, StageClient
 from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.routes import Instance, Turnstile
+from functions.observing.tracing import TraceContext
 
-Body = Sequence[Buffer]
+_log = logging.getLogger(__name__)
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Trip:
-    """Pieces of several sequences on the same route, as deep as they all go."""
+    """What is sent, and which way. Never changes: who still travels is known to the thread that walks it alone."""
 
     instances: tuple[Instance, ...]
-    pieces: list[tuple[Job, Piece]]
+    batch: Batch
+    """For the first stage: token ids and no tensor."""
+    traces: Mapping[str, TraceContext]
+    """By the id of their row."""
     depth: int
-    micro_batch: MicroBatch | None
-    """Whose decode step it is. None: prompt chunks, whose turn at the first stage is taken already."""
+    """The last stage that it goes to."""
+    chunks: bool
+    """Chunks of prompts, whose turn at the first stage is taken already."""
     deadline: float
     """When nobody awaits it any more, in time.monotonic()."""
 
@@ -40,49 +41,53 @@ class Trip:
 class TripLog(Protocol):
     """Who is told how a trip goes on; called from the trip's thread."""
 
-    def answered(self, trip: Trip, stage: int, reply: ForwardReply, seconds: float) -> list[int]:
-        """`stage` answered after `seconds`; its rows are in the order of `trip.pieces`.
+    def replied(self, trip: Trip, stage: int, reply: ForwardReply, seconds: float) -> None:
+        """`stage` replied after `seconds`; the rows that are ok go on, if it is not the last. Raises StageFailed to end it."""
 
-        Returns the indices of those that go on, and takes the others out of `trip.pieces`.
-        """
-
-    def broke(self, trip: Trip, failure: StageFailed) -> None:
-        """The trip ended at `failure.instance`."""
+    def failed(self, trip: Trip, ids: Sequence[str], failure: StageFailed) -> None:
+        """The trip ended at `failure.stage`; `ids` are the rows that had come so far."""
 
     def first_stage_free(self) -> None:
         """A trip with prompt chunks has left its first stage: the next one may enter it."""
 
 
-def walk(trip: Trip, pipeline: StageClient, log: TripLog) -> None:
+def walk(trip: Trip, client: StageClient, log: TripLog) -> None:
     """Sends the trip round its stages and returns when it is over, whatever became of it."""
-    turn = trip.instances[0].prompts if trip.micro_batch is None else None
+    turn = trip.instances[0].prompts if trip.chunks else None
+    ids = [row.id for row in trip.batch.rows]
     try:
-        body: Body = encode_batch(first_batch(trip))
+        body: Sequence[Buffer] = encode_batch(trip.batch)
         for stage, instance in enumerate(trip.instances[: trip.depth + 1]):
             if turn is not None and stage > 0:
                 turn = _next_turn(turn, instance.prompts)
                 if stage == 1:
                     log.first_stage_free()
-            body = _step(trip, stage, body, pipeline, log)
-            if not body:
+            reply = _hop(trip, stage, body, ids, client, log)
+            rows = reply.batch.rows
+            going = [index for index, row in enumerate(rows) if row.status is Status.OK]
+            if len(going) == len(rows):
+                body = [reply.body]
+                continue
+            ids = [rows[index].id for index in going]
+            if not ids or stage == trip.depth:
                 break
+            body = encode_batch(select_rows(reply.batch, going))
     except StageFailed as failure:
-        log.broke(trip, failure)
+        log.failed(trip, ids, failure)
+    except Exception as error:  # noqa: BLE001 - the end of a thread: its sequences must not wait for ever
+        _log.exception("a trip failed inside the gateway")
+        log.failed(trip, ids, StageFailed(0, "internal", repr(error), blames=True))
     finally:
         if turn is not None:
             turn.leave()
 
 
-def _step(trip: Trip, stage: int, body: Body, pipeline: StageClient, log: TripLog) -> Body:
-    """The body for the next stage; empty where no row goes on."""
+def _hop(trip: Trip, stage: int, body: Sequence[Buffer], ids: Sequence[str], client: StageClient, log: TripLog) -> ForwardReply:
+    traces = [trip.traces[id_] for id_ in ids if id_ in trip.traces]
     sent = time.monotonic()
-    jobs = [job for job, _ in trip.pieces]
-    traces = traces_of(job.sequence for job in jobs)
-    reply = pipeline.forward(trip.instances[stage], body, [job.id for job in jobs], trip.deadline, traces)
-    goes_on = log.answered(trip, stage, reply, time.monotonic() - sent)
-    if len(goes_on) == len(reply.batch.rows):
-        return [reply.body]
-    return encode_batch(select_rows(reply.batch, goes_on)) if goes_on else []
+    reply = client.forward(trip.instances[stage], body, ids, trip.deadline, traces)
+    log.replied(trip, stage, reply, time.monotonic() - sent)
+    return reply
 
 
 def _next_turn(left: Turnstile, entered: Turnstile) -> Turnstile:
@@ -91,25 +96,3 @@ def _next_turn(left: Turnstile, entered: Turnstile) -> Turnstile:
     left.leave()
     turn.wait()
     return entered
-
-
-def first_batch(trip: Trip) -> Batch:
-    """What the first stage is sent: token ids and no tensor."""
-    token_ids = array("i")
-    for job, piece in trip.pieces:
-        token_ids.extend(job.sequence.tokens[piece.position : piece.end])
-    rows = tuple(_row(job, piece, len(trip.instances)) for job, piece in trip.pieces)
-    return Batch(rows, memoryview(token_ids))
-
-
-def _row(job: Job, piece: Piece, num_stages: int) -> Row:
-    wants = piece.depth == num_stages - 1 and piece.end == job.total_tokens
-    return Row(
-        id=job.id,
-        attempt=job.progress.attempt,
-        position=piece.position,
-        length=piece.length,
-        want=Want.TOKEN if wants else Want.NONE,
-        sampling=job.sequence.sampling if wants else None,
-        reserve_tokens=job.reserve_tokens if piece.position == 0 else None,
-    )

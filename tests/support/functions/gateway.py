@@ -22,9 +22,10 @@ from eventing.http.delivery import Sender
 from eventing.wire.batch_codec import decode_batch
 from eventing.wire.events import Batch, Cut, EventType, Row
 from functions.configuration.config import StageConfig, read_config
-from functions.gateway.scheduling.board import Limits
+from functions.gateway.scheduling.limits import Limits
+from functions.gateway.scheduling.prompt import Prompt
 from functions.gateway.scheduling.scheduler import Scheduler
-from functions.gateway.scheduling.sequence import Sequence as Answer
+from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.stages.client import PipelineIdentity, StageClient
 from functions.gateway.stages.routes import Placement
 from functions.observing.telemetry import StageMetrics
@@ -298,26 +299,26 @@ def scheduling(
     source = f"/gateways/{id(stages)}-{time.monotonic_ns()}"
     identity = PipelineIdentity(FINGERPRINT, TOKEN, source, tuple(stage.first_layer for stage in stages))
     with Sender() as sender:
-        pipeline = StageClient(sender, identity, step_timeout_seconds)
+        client = StageClient(sender, identity, step_timeout_seconds)
         placement = placement or Placement([stage.url for stage in stages], watched=False)
-        scheduler = Scheduler(pipeline, placement, Limits(**limits))
+        scheduler = Scheduler(client, placement, Limits(**limits))
         try:
             yield scheduler
         finally:
             scheduler.close()
 
 
-def answer(prompt: Sequence[int], max_tokens: int, **settings: Any) -> Answer:
-    return Answer("request", prompt, max_tokens, **({"deadline_seconds": WAIT_SECONDS} | settings))
+def submit(scheduler: Scheduler, token_ids: Sequence[int], max_tokens: int, **settings: Any) -> TokenStream:
+    return scheduler.submit(Prompt(token_ids, max_tokens, **({"deadline_seconds": WAIT_SECONDS} | settings)))
 
 
-def tokens_of(sequence: Answer) -> list[int]:
-    """All of them, as a door takes them. Raises what the sequence ended with."""
+def tokens_of(stream: TokenStream) -> list[int]:
+    """All of them, as a door takes them. Raises what the answer ended with."""
     deadline = time.monotonic() + WAIT_SECONDS
     tokens = []
-    while not sequence.finish_reason or len(tokens) < len(sequence.token_ids):
+    while not stream.finish_reason or len(tokens) < len(stream.token_ids):
         assert time.monotonic() < deadline, f"only {tokens} came"
-        token = sequence.next_token(1.0)
+        token = stream.next_token(1.0)
         if token is not None:
             tokens.append(token)
     return tokens

@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -17,7 +16,8 @@ from functions.configuration.config import GatewayConfig, read_config
 from functions.gateway.app import MAX_REQUEST_BYTES, create_app
 from functions.gateway.doors import answers as core
 from functions.gateway.doors.answers import Answers
-from functions.gateway.scheduling.sequence import Sequence
+from functions.gateway.scheduling.prompt import Prompt
+from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.text.chat_template import ChatTemplate
 from functions.gateway.text.tokenizer import ModelText
 from functions.observing.telemetry import GatewayMetrics
@@ -36,31 +36,35 @@ EVENT = {
 }
 
 
+Script = Callable[[TokenStream], None]
+
+
 class Pipeline:
-    """Answers each sequence with `text` and an end token, or does what `script` says."""
+    """Answers each prompt with `text` and an end token, or does what `script` says."""
 
     def __init__(self) -> None:
-        self.sequences: list[Sequence] = []
+        self.prompts: list[Prompt] = []
         self.cancelled = threading.Event()
-        self.script: Callable[[Sequence], None] = self.say("Hello there")
+        self.script: Script = self.say("Hello there")
 
-    def submit(self, sequence: Sequence) -> None:
-        self.sequences.append(sequence)
-        sequence.attach(self.cancelled.set)
-        self.script(sequence)
+    def submit(self, prompt: Prompt) -> TokenStream:
+        self.prompts.append(prompt)
+        stream = TokenStream(prompt.max_tokens, prompt.eos_ids, self.cancelled.set)
+        self.script(stream)
+        return stream
 
-    def say(self, text: str, end: bool = True, then: Problem | None = None) -> Callable[[Sequence], None]:
-        def script(sequence: Sequence) -> None:
+    def say(self, text: str, end: bool = True, then: Problem | None = None) -> Script:
+        def script(stream: TokenStream) -> None:
             for token in TOKENIZER.encode(text, add_special_tokens=False).ids + [END] * end:
-                sequence.put(token)
+                stream.put(token)
             if then is not None:
-                sequence.fail(then)
+                stream.fail(then)
 
         return script
 
 
-def refuse(problem: Problem) -> Callable[[Sequence], None]:
-    def script(_: Sequence) -> None:
+def refuse(problem: Problem) -> Script:
+    def script(_: TokenStream) -> None:
         raise problem
 
     return script
@@ -124,18 +128,18 @@ def test_structured_in_structured_out(client: FlaskClient) -> None:
 def test_the_same_request_has_the_same_reply_id_and_seed(client: FlaskClient, pipeline: Pipeline) -> None:
     first, again, other = (ask(client, {"prompt": "Hi"}, ce_id=id_) for id_ in ("1", "1", "2"))
     assert first.headers["ce-id"] == again.headers["ce-id"] != other.headers["ce-id"]
-    seeds = [sequence.sampling.seed for sequence in pipeline.sequences]
+    seeds = [prompt.sampling.seed for prompt in pipeline.prompts]
     assert seeds[0] == seeds[1] != seeds[2]
 
 
 def test_options_reach_the_pipeline(client: FlaskClient, pipeline: Pipeline) -> None:
     options = {"temperature": 0.5, "top_k": 4, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.1, "seed": 7}
     ask(client, {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5, **options})
-    (sequence,) = pipeline.sequences
-    assert {name: getattr(sequence.sampling, name) for name in options} == options
-    assert sequence.max_tokens == 5
-    assert sequence.eos_ids == {END}
-    assert TOKENIZER.decode(sequence.tokens[: sequence.prompt_tokens], skip_special_tokens=False) == (
+    (prompt,) = pipeline.prompts
+    assert {name: getattr(prompt.sampling, name) for name in options} == options
+    assert prompt.max_tokens == 5
+    assert prompt.eos_ids == {END}
+    assert TOKENIZER.decode(prompt.token_ids, skip_special_tokens=False) == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
 
@@ -203,7 +207,7 @@ def test_a_broken_answer_that_is_no_stream_has_its_status(client: FlaskClient, p
 def test_an_unexpected_error_is_told_without_its_details(
     client: FlaskClient, pipeline: Pipeline, door: Callable[[FlaskClient], TestResponse], caplog: pytest.LogCaptureFixture
 ) -> None:
-    pipeline.script = lambda sequence: setattr(sequence, "next_token", None)
+    pipeline.script = lambda stream: setattr(stream, "next_token", None)
     last = stream(door(client))[-1]
     assert "traceback" in json.dumps(last)
     assert "NoneType" not in json.dumps(last)
@@ -225,7 +229,7 @@ def test_silence_is_filled_and_a_client_that_leaves_ends_its_answer(
 
 
 def test_a_client_that_leaves_before_the_first_byte_ends_its_answer(client: FlaskClient, pipeline: Pipeline) -> None:
-    pipeline.script = lambda sequence: None
+    pipeline.script = lambda stream: None
     ask(client, {"prompt": "Hi"}, Accept="text/event-stream").close()
     assert pipeline.cancelled.is_set()
 
@@ -233,14 +237,14 @@ def test_a_client_that_leaves_before_the_first_byte_ends_its_answer(client: Flas
 def test_an_answer_lasts_no_longer_than_its_event(client: FlaskClient, pipeline: Pipeline) -> None:
     soon = (datetime.now(UTC) + timedelta(seconds=30)).isoformat()
     ask(client, {"prompt": "Hi"}, ce_expirytime=soon)
-    assert 20 < pipeline.sequences[0].deadline - time.monotonic() <= 30
+    assert 20 < pipeline.prompts[0].deadline_seconds <= 30
     past = (datetime.now(UTC) - timedelta(seconds=30)).isoformat()
     assert ask(client, {"prompt": "Hi"}, ce_expirytime=past).status_code == 410
 
 
 def test_the_answer_fits_into_the_context(client: FlaskClient, pipeline: Pipeline) -> None:
     ask(client, {"prompt": "x" * 50, "max_tokens": 1000})
-    assert pipeline.sequences[0].max_tokens == CONTEXT - 51
+    assert pipeline.prompts[0].max_tokens == CONTEXT - 51
     refused = ask(client, {"prompt": "x" * 63})
     assert refused.status_code == 422
     assert refused.json is not None
@@ -309,9 +313,9 @@ def test_openai_options_reach_the_pipeline(client: FlaskClient, pipeline: Pipeli
     fields = {"n": 1, "user": "me", "logit_bias": {}, "top_k": 3, "max_completion_tokens": 7, "max_tokens": 9, "stop": "x"}
     response = chat(client, messages=[{"role": "developer", "content": parts}], **fields)
     assert response.status_code == 200
-    (sequence,) = pipeline.sequences
-    assert (sequence.max_tokens, sequence.sampling.top_k, sequence.sampling.temperature) == (7, 3, 1.0)
-    assert "<|im_start|>system\nHi" in TOKENIZER.decode(sequence.tokens[: sequence.prompt_tokens], skip_special_tokens=False)
+    (prompt,) = pipeline.prompts
+    assert (prompt.max_tokens, prompt.sampling.top_k, prompt.sampling.temperature) == (7, 3, 1.0)
+    assert "<|im_start|>system\nHi" in TOKENIZER.decode(prompt.token_ids, skip_special_tokens=False)
 
 
 @pytest.fixture
@@ -332,7 +336,7 @@ def test_both_doors_want_a_key_where_keys_are_configured(closed: FlaskClient, gi
 def test_clients_are_told_apart_by_their_keys_without_keeping_them(closed: FlaskClient, pipeline: Pipeline) -> None:
     for key in ("first-key", "second-key", "first-key"):
         assert ask(closed, {"prompt": "Hi"}, Authorization=f"Bearer {key}").status_code == 200
-    one, two, three = (sequence.client_id for sequence in pipeline.sequences)
+    one, two, three = (prompt.client_id for prompt in pipeline.prompts)
     assert one == three != two
     assert "key" not in one
 
@@ -340,4 +344,4 @@ def test_clients_are_told_apart_by_their_keys_without_keeping_them(closed: Flask
 def test_without_keys_clients_are_told_apart_by_address(client: FlaskClient, pipeline: Pipeline) -> None:
     ask(client, {"prompt": "Hi"}, X_Forwarded_For="10.0.0.7, 10.1.0.1")
     ask(client, {"prompt": "Hi"})
-    assert [sequence.client_id for sequence in pipeline.sequences] == ["10.0.0.7", "127.0.0.1"]
+    assert [prompt.client_id for prompt in pipeline.prompts] == ["10.0.0.7", "127.0.0.1"]

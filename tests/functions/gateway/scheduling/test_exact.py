@@ -9,10 +9,10 @@ import pytest
 
 from eventing.wire.events import EventType, Sampling
 from functions.gateway.scheduling.scheduler import Scheduler
-from functions.gateway.scheduling.sequence import Sequence
+from functions.gateway.scheduling.token_stream import TokenStream
 from functions.stage.models.build import build_layer_group
 from functions.stage.models.layer_group import LayerGroup
-from tests.support.functions.gateway import Fault, Seen, StageServer, answer, running, scheduling, tokens_of
+from tests.support.functions.gateway import Fault, Seen, StageServer, running, scheduling, submit, tokens_of
 from tests.support.functions.stage_pipeline import build_groups, engines, tensors, whole_model
 from tests.support.functions.stage_pipeline import generate as through_engines
 from tests.support.storage import tiny_models
@@ -43,11 +43,8 @@ def requests(number: int) -> list[tuple[list[int], Sampling]]:
     return [(prompt, Sampling(temperature=float(index % 2), seed=index)) for index, prompt in enumerate(prompts)]
 
 
-def generate(scheduler: Scheduler, wanted: list[tuple[list[int], Sampling]]) -> list[Sequence]:
-    sequences = [answer(prompt, NEW_TOKENS, sampling=sampling) for prompt, sampling in wanted]
-    for sequence in sequences:
-        scheduler.submit(sequence)
-    return sequences
+def generate(scheduler: Scheduler, wanted: list[tuple[list[int], Sampling]]) -> list[TokenStream]:
+    return [submit(scheduler, prompt, NEW_TOKENS, sampling=sampling) for prompt, sampling in wanted]
 
 
 @contextmanager
@@ -75,7 +72,7 @@ def undisturbed() -> list[list[int]]:
 @pytest.mark.parametrize("stages_at_once", [0, 1, 2])
 def test_batched_answers_are_those_of_the_whole_model(undisturbed: list[list[int]], stages_at_once: int) -> None:
     with running(stage, 3) as stages, gateways(stages, stages_at_once) as (scheduler,):
-        assert [tokens_of(sequence) for sequence in generate(scheduler, requests(REQUESTS))] == undisturbed
+        assert [tokens_of(stream) for stream in generate(scheduler, requests(REQUESTS))] == undisturbed
 
 
 def test_answers_survive_everything_that_stages_can_do(undisturbed: list[list[int]]) -> None:
@@ -103,9 +100,9 @@ def test_answers_survive_everything_that_stages_can_do(undisturbed: list[list[in
     with running(stage, 3) as stages, gateways(stages, 0, 1) as (one, other):
         for each in stages:
             each.inspect = trouble
-        sequences = [*generate(one, requests(REQUESTS)), *generate(other, requests(REQUESTS))]
+        streams = [*generate(one, requests(REQUESTS)), *generate(other, requests(REQUESTS))]
         gone = generate(one, requests(6))
-        for sequence in gone:
-            sequence.cancel()
-        assert [tokens_of(sequence) for sequence in sequences] == undisturbed * 2
+        for stream in gone:
+            stream.cancel()
+        assert [tokens_of(stream) for stream in streams] == undisturbed * 2
         assert len(set(happened)) >= 3

@@ -15,10 +15,10 @@ from tests.support.functions.gateway import (
     Inspect,
     Seen,
     StageServer,
-    answer,
     counted,
     counting_stages,
     scheduling,
+    submit,
     tokens_of,
     wait_until,
 )
@@ -29,12 +29,10 @@ POISON = 96
 
 def run(scheduler: Scheduler, max_tokens: int = 12) -> int:
     """Eight answers, every token checked; how often sequences were replayed."""
-    sequences = [answer(prompt, max_tokens) for prompt in PROMPTS]
-    for sequence in sequences:
-        scheduler.submit(sequence)
-    for sequence, prompt in zip(sequences, PROMPTS, strict=True):
-        assert tokens_of(sequence) == counted(prompt, max_tokens)
-    return sum(sequence.timings().replays for sequence in sequences)
+    streams = [submit(scheduler, prompt, max_tokens) for prompt in PROMPTS]
+    for stream, prompt in zip(streams, PROMPTS, strict=True):
+        assert tokens_of(stream) == counted(prompt, max_tokens)
+    return sum(stream.timings().replays for stream in streams)
 
 
 def on_forwards(fault: Fault, *numbers: int) -> Inspect:
@@ -76,20 +74,17 @@ def test_a_stage_that_comes_back_later() -> None:
 def test_a_stage_that_never_comes_back() -> None:
     with counting_stages() as stages, scheduling(stages, cold_start_timeout_seconds=0.8) as scheduler:
         stages[1].inspect = on_forwards(Fault.KILLED, 5)
-        sequences = [answer([1], 1000) for _ in range(4)]
-        for sequence in sequences:
-            scheduler.submit(sequence)
-        for sequence in sequences:
+        streams = [submit(scheduler, [1], 1000) for _ in range(4)]
+        for stream in streams:
             with pytest.raises(PipelineUnavailable, match=r"no route for 0\.8 seconds; stages without an instance: 1"):
-                tokens_of(sequence)
+                tokens_of(stream)
         wait_until(lambda: not (stages[0].engine.sequences or stages[2].engine.sequences))
 
 
 def test_a_restart_between_steps_costs_a_recomputation_up_to_that_stage() -> None:
     """The rows miss; nobody's attempt fails, and the stages behind keep what they hold."""
     with counting_stages() as stages, scheduling(stages, chunk_tokens=16) as scheduler:
-        sequence = answer([3] * 40, 30)
-        scheduler.submit(sequence)
+        stream = submit(scheduler, [3] * 40, 30)
         restarted = False
 
         def restart_before_reply(seen: Seen) -> Fault | None:
@@ -101,17 +96,16 @@ def test_a_restart_between_steps_costs_a_recomputation_up_to_that_stage() -> Non
             return None
 
         stages[0].inspect = restart_before_reply
-        assert tokens_of(sequence) == counted([3] * 40, 30)
+        assert tokens_of(stream) == counted([3] * 40, 30)
         rows = [[row for seen in stage.forwards for row in seen.rows] for stage in stages]
         assert {row.attempt for of_stage in rows for row in of_stage} == {0}
         assert [sum(row.position == 0 for row in of_stage) for of_stage in rows] == [2, 2, 1]
-        assert sequence.timings().replays == 1
+        assert stream.timings().replays == 1
 
 
 def test_a_stage_that_forgets_idle_sequences() -> None:
     with counting_stages(idle_seconds=0.15) as stages, scheduling(stages) as scheduler:
-        sequence = answer([3] * 10, 12)
-        scheduler.submit(sequence)
+        stream = submit(scheduler, [3] * 10, 12)
         held_up = False
 
         def hold_up(seen: Seen) -> Fault | None:
@@ -122,8 +116,8 @@ def test_a_stage_that_forgets_idle_sequences() -> None:
             return None
 
         stages[1].inspect = hold_up
-        assert tokens_of(sequence) == counted([3] * 10, 12)
-        assert sequence.timings().replays in (1, 2), "stage 1 may have forgotten it too"
+        assert tokens_of(stream) == counted([3] * 10, 12)
+        assert stream.timings().replays in (1, 2), "stage 1 may have forgotten it too"
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -175,15 +169,14 @@ def test_a_poisonous_sequence_ends_alone() -> None:
             return Fault.KILLED_RESTARTED
 
         stages[1].inspect = die
-        poison = answer([1, POISON, 2], 5)
         prompts = [[token, 2, 3] for token in range(90) if POISON not in counted([token, 2, 3], 30)][:20]
-        sequences = [answer(prompt, 30) for prompt in prompts]
-        for sequence in (*sequences[:10], poison, *sequences[10:]):
-            scheduler.submit(sequence)
+        streams = [submit(scheduler, prompt, 30) for prompt in prompts[:10]]
+        poison = submit(scheduler, [1, POISON, 2], 5)
+        streams += [submit(scheduler, prompt, 30) for prompt in prompts[10:]]
         with pytest.raises(ReplaysExhausted, match="gave up after 3 attempts"):
             tokens_of(poison)
-        for sequence, prompt in zip(sequences, prompts, strict=True):
-            assert tokens_of(sequence) == counted(prompt, 30)
+        for stream, prompt in zip(streams, prompts, strict=True):
+            assert tokens_of(stream) == counted(prompt, 30)
         assert len(deaths) == 3
         assert [len(seen.ids) for seen in deaths[1:]] == [1, 1]
 
@@ -193,39 +186,33 @@ def test_a_sequence_that_dies_of_its_own_answer() -> None:
     prompt = next([first, second] for first in range(90) for second in range(90) if counted([first, second], 6)[4] == POISON)
     with counting_stages() as stages, scheduling(stages) as scheduler:
         stages[2].inspect = lambda seen: Fault.KILLED_RESTARTED if POISON in seen.token_ids else None
-        sequence = answer(prompt, 20)
-        scheduler.submit(sequence)
+        stream = submit(scheduler, prompt, 20)
         with pytest.raises(ReplaysExhausted):
-            tokens_of(sequence)
-        assert sequence.token_ids == counted(prompt, 5)
+            tokens_of(stream)
+        assert stream.token_ids == counted(prompt, 5)
 
 
 @pytest.mark.parametrize("num_stages", [1, 3])
 def test_two_gateways_on_memory_for_one_and_a_half_sequences_both_finish(num_stages: int) -> None:
     with counting_stages(num_stages, capacity_tokens=90) as stages, _two_gateways(stages) as gateways:
         prompts = [[number] * 40 for number in range(4)]
-        sequences = [[answer(prompt, 20) for prompt in prompts] for _ in gateways]
-        for gateway, own in zip(gateways, sequences, strict=True):
-            for sequence in own:
-                gateway.submit(sequence)
-        for own in sequences:
-            for sequence, prompt in zip(own, prompts, strict=True):
-                assert tokens_of(sequence) == counted(prompt, 20)
+        streams = [[submit(gateway, prompt, 20) for prompt in prompts] for gateway in gateways]
+        for own in streams:
+            for stream, prompt in zip(own, prompts, strict=True):
+                assert tokens_of(stream) == counted(prompt, 20)
         _nothing_left(stages)
 
 
 def test_nobody_overtakes_a_large_sequence_that_waits_for_memory() -> None:
     with counting_stages(capacity_tokens=100) as stages, scheduling(stages) as scheduler:
         stages[0].seconds = 0.005
-        first = [answer([1] * 20, 10) for _ in range(2)]
-        large = answer([2] * 70, 10)
-        crowd = [answer([3] * 20, 10) for _ in range(10)]
-        for sequence in (*first, large, *crowd):
-            scheduler.submit(sequence)
+        first = [submit(scheduler, [1] * 20, 10) for _ in range(2)]
+        large = submit(scheduler, [2] * 70, 10)
+        crowd = [submit(scheduler, [3] * 20, 10) for _ in range(10)]
         assert tokens_of(large) == counted([2] * 70, 10)
-        assert sum(sequence.finish_reason is None for sequence in crowd) >= 7
-        for sequence in (*first, *crowd):
-            tokens_of(sequence)
+        assert sum(stream.finish_reason is None for stream in crowd) >= 7
+        for stream in (*first, *crowd):
+            tokens_of(stream)
 
 
 def test_what_a_stage_says_of_rows_is_believed() -> None:
@@ -233,25 +220,22 @@ def test_what_a_stage_says_of_rows_is_believed() -> None:
     with counting_stages() as stages, scheduling(stages) as scheduler:
         real = stages[1].engine.handle
         stages[1].engine.handle = lambda batch, **more: _with_status(real(batch, **more), Status.STALE)  # type: ignore[method-assign]
-        sequence = answer([1, 2, 3], 5)
-        scheduler.submit(sequence)
+        stream = submit(scheduler, [1, 2, 3], 5)
         with pytest.raises(ReplaysExhausted, match="answered stale again"):
-            tokens_of(sequence)
+            tokens_of(stream)
         stages[1].engine.handle = lambda batch, **more: _with_status(real(batch, **more), Status.INVALID)  # type: ignore[method-assign]
-        sequence = answer([1, 2, 3], 5)
-        scheduler.submit(sequence)
+        stream = submit(scheduler, [1, 2, 3], 5)
         with pytest.raises(InvalidRequest, match="as the test wants it"):
-            tokens_of(sequence)
+            tokens_of(stream)
 
 
 def test_a_stage_of_another_pipeline_is_no_route() -> None:
     with counting_stages() as stages:
         swapped = Placement([stage.url for stage in reversed(stages)], watched=False)
         with scheduling(stages, placement=swapped) as scheduler:
-            sequence = answer([1], 5)
-            scheduler.submit(sequence)
+            stream = submit(scheduler, [1], 5)
             with pytest.raises(PipelineUnavailable, match=r"wrong-layer: the event wants layer 0 and this stage runs 2 to 2"):
-                tokens_of(sequence)
+                tokens_of(stream)
 
 
 def _with_status(batch: object, status: Status) -> object:

@@ -7,12 +7,12 @@ from functions.gateway.stages.routes import Endpoint, Placement
 from tests.support.functions.functions import wait_until
 from tests.support.functions.gateway import (
     Seen,
-    answer,
     counted,
     counting_stage,
     counting_stages,
     running,
     scheduling,
+    submit,
     tokens_of,
 )
 
@@ -25,16 +25,13 @@ def test_a_burst_shares_reservations() -> None:
             assert go_on.wait(20)
 
     with counting_stages() as stages, scheduling(stages, micro_batch_sequences=32) as scheduler:
-        first = answer([1, 2], 2)
-        scheduler.submit(first)
+        first = submit(scheduler, [1, 2], 2)
         tokens_of(first)  # The stages are awake.
         before = sum(seen.type == EventType.RESERVE for seen in stages[0].seen)
         stages[0].inspect = hold_reservations
-        burst = [answer([3, number], 3) for number in range(24)]
-        for sequence in burst:
-            scheduler.submit(sequence)
+        burst = [submit(scheduler, [3, number], 3) for number in range(24)]
         go_on.set()
-        assert [tokens_of(sequence) for sequence in burst] == [counted([3, number], 3) for number in range(24)]
+        assert [tokens_of(stream) for stream in burst] == [counted([3, number], 3) for number in range(24)]
         reservations = sum(seen.type == EventType.RESERVE for seen in stages[0].seen) - before
     assert reservations <= 2 * len(stages)
 
@@ -45,15 +42,12 @@ def test_nothing_begins_on_an_older_revision_and_what_runs_there_ends_there() ->
         placement.update(0, [Endpoint(old.url, "s0-00001")])
         old.seconds = 0.01
         with scheduling([old], placement=placement) as scheduler:
-            running_one = answer([1, 2], 60)
-            scheduler.submit(running_one)
+            running_one = submit(scheduler, [1, 2], 60)
             wait_until(lambda: len(running_one.token_ids) > 3)
             scheduler.endpoints_changed(0, [Endpoint(old.url, "s0-00001"), Endpoint(new.url, "s0-00002")])
             seen_by_old = {id_ for seen in old.forwards for id_ in seen.ids}
-            later = [answer([3, number], 4) for number in range(6)]
-            for sequence in later:
-                scheduler.submit(sequence)
-            assert [tokens_of(sequence) for sequence in later] == [counted([3, number], 4) for number in range(6)]
+            later = [submit(scheduler, [3, number], 4) for number in range(6)]
+            assert [tokens_of(stream) for stream in later] == [counted([3, number], 4) for number in range(6)]
             assert running_one.finish_reason is None
             assert tokens_of(running_one) == counted([1, 2], 60)
             assert scheduler.stats().replays == {}

@@ -1,7 +1,6 @@
 """The scheduler over real stage applications and engines, undisturbed: exactness, batching, fairness, limits."""
 
 import itertools
-import threading
 import time
 
 import pytest
@@ -9,14 +8,14 @@ import pytest
 from eventing.problems import DeadlineExceeded, InvalidRequest, NotReady, QueueFull
 from eventing.wire.events import EventType, Row, Sampling, Want
 from functions.gateway.scheduling.scheduler import Scheduler
-from functions.gateway.scheduling.sequence import Sequence
+from functions.gateway.scheduling.token_stream import TokenStream
 from tests.support.functions.gateway import (
     Seen,
     StageServer,
-    answer,
     counted,
     counting_stages,
     scheduling,
+    submit,
     tokens_of,
     wait_until,
 )
@@ -24,15 +23,13 @@ from tests.support.functions.gateway import (
 PROMPTS = [[(7 * sequence + 3 * token) % 90 for token in range(1 + 5 * sequence)] for sequence in range(16)]
 
 
-def run(scheduler: Scheduler, prompts: list[list[int]], max_tokens: int) -> list[Sequence]:
+def run(scheduler: Scheduler, prompts: list[list[int]], max_tokens: int) -> list[TokenStream]:
     """All at once; checks every token."""
-    sequences = [answer(prompt, max_tokens) for prompt in prompts]
-    for sequence in sequences:
-        scheduler.submit(sequence)
-    for sequence, prompt in zip(sequences, prompts, strict=True):
-        assert tokens_of(sequence) == counted(prompt, max_tokens)
-        assert sequence.finish_reason == "length"
-    return sequences
+    streams = [submit(scheduler, prompt, max_tokens) for prompt in prompts]
+    for stream, prompt in zip(streams, prompts, strict=True):
+        assert tokens_of(stream) == counted(prompt, max_tokens)
+        assert stream.finish_reason == "length"
+    return streams
 
 
 def at_once(events: list[Seen]) -> int:
@@ -48,14 +45,14 @@ def nothing_left(stages: list[StageServer]) -> None:
 
 def test_many_sequences_are_exact() -> None:
     with counting_stages() as stages, scheduling(stages, chunk_tokens=16) as scheduler:
-        sequences = run(scheduler, PROMPTS, max_tokens=12)
+        streams = run(scheduler, PROMPTS, max_tokens=12)
         nothing_left(stages)
         stats = scheduler.stats()
     assert stats.tokens == 16 * 12
     assert stats.prompt_tokens == sum(len(prompt) for prompt in PROMPTS)
     assert (stats.running, stats.waiting, stats.micro_batches) == (0, 0, 0)
     assert dict(stats.sequences) == {"length": 16}
-    for timings in (sequence.timings() for sequence in sequences):
+    for timings in (stream.timings() for stream in streams):
         assert timings.queue_seconds is not None
         assert timings.time_to_first_token_seconds is not None
         assert timings.total_seconds is not None
@@ -73,20 +70,18 @@ def test_any_number_of_stages(num_stages: int) -> None:
 def test_end_of_text_ends_the_answer_and_is_not_part_of_it() -> None:
     expected = counted([1, 2, 3], 6)
     with counting_stages() as stages, scheduling(stages) as scheduler:
-        sequence = answer([1, 2, 3], 50, eos_ids=[expected[4]])
-        scheduler.submit(sequence)
-        assert tokens_of(sequence) == expected[:4]
-    assert sequence.finish_reason == "stop"
-    assert sequence.token_ids == expected[:4]
-    assert sequence.completion_tokens == 5
+        stream = submit(scheduler, [1, 2, 3], 50, eos_ids=[expected[4]])
+        assert tokens_of(stream) == expected[:4]
+    assert stream.finish_reason == "stop"
+    assert stream.token_ids == expected[:4]
+    assert stream.completion_tokens == 5
 
 
 def test_the_wire_says_what_each_row_is() -> None:
     sampling = Sampling(temperature=0.0, seed=7)
     with counting_stages() as stages, scheduling(stages, chunk_tokens=16) as scheduler:
-        sequence = answer(PROMPTS[8], 3, sampling=sampling)
-        scheduler.submit(sequence)
-        tokens_of(sequence)
+        stream = submit(scheduler, PROMPTS[8], 3, sampling=sampling)
+        tokens_of(stream)
     rows = [row for seen in stages[2].forwards for row in seen.rows]
     assert [(row.position, row.length, row.want) for row in rows] == [
         (0, 16, Want.NONE),
@@ -129,8 +124,7 @@ def test_few_sequences_are_spread_and_a_single_one_is_not_split() -> None:
 def test_sequences_join_and_leave_at_step_boundaries() -> None:
     with counting_stages(1) as (stage,), scheduling([stage], micro_batch_sequences=4) as scheduler:
         stage.seconds = 0.005
-        long = answer([5], 60)
-        scheduler.submit(long)
+        long = submit(scheduler, [5], 60)
         assert long.next_token(10) is not None
         run(scheduler, [[1], [2], [3]], max_tokens=4)
         assert long.finish_reason is None
@@ -143,10 +137,9 @@ def test_chunks_of_one_prompt_are_in_different_stages_at_once_and_never_two_in_o
     with counting_stages() as stages, scheduling(stages, chunk_tokens=8) as scheduler:
         for stage in stages:
             stage.seconds = 0.02
-        sequence = answer([1] * 64, 2)
         began = time.monotonic()
-        scheduler.submit(sequence)
-        tokens_of(sequence)
+        stream = submit(scheduler, [1] * 64, 2)
+        tokens_of(stream)
     chunks = [[seen for seen in stage.forwards if seen.rows[0].length == 8] for stage in stages]
     assert [len(of_stage) for of_stage in chunks] == [8, 8, 8]
     assert at_once([seen for of_stage in chunks for seen in of_stage]) >= 3
@@ -159,10 +152,9 @@ def test_running_decodes_wait_for_at_most_one_chunk() -> None:
     with counting_stages(max_merge=1) as stages, scheduling(stages, chunk_tokens=64) as scheduler:
         for stage in stages:
             stage.seconds = 0.002
-        running = answer([1], 400)
-        scheduler.submit(running)
+        running = submit(scheduler, [1], 400)
         running.next_token(10)
-        prompts = [[sequence] * 1024 for sequence in range(3)]
+        prompts = [[number] * 1024 for number in range(3)]
         run(scheduler, prompts, max_tokens=2)
         running.cancel()
     for stage in stages:
@@ -174,7 +166,7 @@ def test_where_one_stage_computes_at_a_time_all_sequences_travel_together() -> N
     with counting_stages() as stages, scheduling(stages, stages_at_once=1) as scheduler:
         for stage in stages:
             stage.seconds = 0.002
-        run(scheduler, [[sequence] * 4 for sequence in range(6)], max_tokens=20)
+        run(scheduler, [[number] * 4 for number in range(6)], max_tokens=20)
         together = [len(seen.rows) for seen in stages[0].forwards if seen.rows[0].length == 1]
     assert max(together) == 6
     assert together.count(6) >= 10, "but for those who came late, every step is one event"
@@ -193,11 +185,9 @@ def test_prompts_take_turns() -> None:
     with counting_stages() as stages, scheduling(stages, chunk_tokens=16) as scheduler:
         for stage in stages:
             stage.seconds = 0.005
-        long = answer([1] * 640, 2)
-        scheduler.submit(long)
+        long = submit(scheduler, [1] * 640, 2)
         wait_until(lambda: len(stages[0].forwards) > 3)
-        short = answer([2] * 20, 2)
-        scheduler.submit(short)
+        short = submit(scheduler, [2] * 20, 2)
         tokens_of(short)
         assert long.timings().time_to_first_token_seconds is None
         assert tokens_of(long) == counted([1] * 640, 2)
@@ -206,24 +196,19 @@ def test_prompts_take_turns() -> None:
 def test_clients_take_turns() -> None:
     with counting_stages(1) as (stage,), scheduling([stage], micro_batch_sequences=1) as scheduler:
         stage.seconds = 0.005
-        crowd = [answer([1], 6, client_id="crowd") for _ in range(12)]
-        for sequence in crowd:
-            scheduler.submit(sequence)
-        single = answer([2], 6, client_id="single")
-        scheduler.submit(single)
+        crowd = [submit(scheduler, [1], 6, client_id="crowd") for _ in range(12)]
+        single = submit(scheduler, [2], 6, client_id="single")
         tokens_of(single)
-        assert sum(sequence.finish_reason is None for sequence in crowd) >= 8
-        for sequence in crowd:
-            tokens_of(sequence)
+        assert sum(stream.finish_reason is None for stream in crowd) >= 8
+        for stream in crowd:
+            tokens_of(stream)
 
 
 def test_cancelling_frees_memory_everywhere_at_once() -> None:
     with counting_stages() as stages, scheduling(stages, chunk_tokens=8) as scheduler:
         stages[1].seconds = 0.05
-        others = [answer([3], 8), answer([4] * 50, 4)]
-        running, prefilling = answer([1], 1000), answer([2] * 400, 10)
-        for sequence in (*others, running, prefilling):
-            scheduler.submit(sequence)
+        others = [submit(scheduler, [3], 8), submit(scheduler, [4] * 50, 4)]
+        running, prefilling = submit(scheduler, [1], 1000), submit(scheduler, [2] * 400, 10)
         running.next_token(10)
         prefilling.cancel()
         running.cancel()
@@ -237,38 +222,32 @@ def test_cancelling_frees_memory_everywhere_at_once() -> None:
 def test_a_cancelled_sequence_in_the_queue_is_never_sent() -> None:
     with counting_stages(1) as (stage,), scheduling([stage], micro_batch_sequences=1) as scheduler:
         stage.seconds = 0.01
-        running = [answer([1], 10) for _ in range(2)]
-        waiting = answer([50], 10)
-        for sequence in (*running, waiting):
-            scheduler.submit(sequence)
+        running = [submit(scheduler, [1], 10) for _ in range(2)]
+        waiting = submit(scheduler, [50], 10)
         waiting.cancel()
-        for sequence in running:
-            tokens_of(sequence)
+        for stream in running:
+            tokens_of(stream)
         assert all(50 not in seen.token_ids for seen in stage.forwards)
 
 
 def test_the_queue_is_bounded() -> None:
     with counting_stages(1) as (stage,), scheduling([stage], micro_batch_sequences=2, queue_limit=3) as scheduler:
         stage.seconds = 0.02
-        accepted = [answer([1], 5) for _ in range(2 * 2 + 3)]
-        for sequence in accepted:
-            scheduler.submit(sequence)
+        accepted = [submit(scheduler, [1], 5) for _ in range(2 * 2 + 3)]
         with pytest.raises(QueueFull, match="requests wait already"):
-            scheduler.submit(answer([1], 5))
-        for sequence in accepted:
-            assert tokens_of(sequence) == counted([1], 5)
+            submit(scheduler, [1], 5)
+        for stream in accepted:
+            assert tokens_of(stream) == counted([1], 5)
         run(scheduler, [[1]], max_tokens=2)
 
 
 def test_a_deadline_ends_what_runs_and_what_waits() -> None:
     with counting_stages() as stages, scheduling(stages, micro_batch_sequences=1) as scheduler:
         stages[1].seconds = 0.02
-        late = [answer([1], 100_0, deadline_seconds=0.3) for _ in range(9)]
-        for sequence in late:
-            scheduler.submit(sequence)
-        for sequence in late:
+        late = [submit(scheduler, [1], 100_0, deadline_seconds=0.3) for _ in range(9)]
+        for stream in late:
             with pytest.raises(DeadlineExceeded, match=r"within 0\.3 seconds"):
-                tokens_of(sequence)
+                tokens_of(stream)
         stages[1].seconds = 0.0
         run(scheduler, [[1, 2]], max_tokens=3)
         nothing_left(stages)
@@ -276,93 +255,34 @@ def test_a_deadline_ends_what_runs_and_what_waits() -> None:
 
 def test_an_invalid_row_fails_alone() -> None:
     with counting_stages() as stages, scheduling(stages) as scheduler:
-        bad = answer([5, 1_000_000], 5)
-        good = [answer([5, number], 5) for number in range(4)]
-        for sequence in (good[0], bad, *good[1:]):
-            scheduler.submit(sequence)
+        good = [submit(scheduler, [5, 0], 5)]
+        bad = submit(scheduler, [5, 1_000_000], 5)
+        good += [submit(scheduler, [5, number], 5) for number in range(1, 4)]
         with pytest.raises(InvalidRequest, match="token id 1000000 is outside the vocabulary"):
             tokens_of(bad)
-        for number, sequence in enumerate(good):
-            assert tokens_of(sequence) == counted([5, number], 5)
+        for number, stream in enumerate(good):
+            assert tokens_of(stream) == counted([5, number], 5)
         nothing_left(stages)
 
 
 def test_what_can_never_fit_is_refused_and_holds_nobody_up() -> None:
     with counting_stages(capacity_tokens=100) as stages, scheduling(stages) as scheduler:
-        impossible = answer([1] * 60, 41)
-        possible = answer([1] * 60, 40)
-        scheduler.submit(impossible)
-        scheduler.submit(possible)
+        impossible = submit(scheduler, [1] * 60, 41)
+        possible = submit(scheduler, [1] * 60, 40)
         with pytest.raises(InvalidRequest, match="101 tokens are more than a stage can ever hold"):
             tokens_of(impossible)
         assert tokens_of(possible) == counted([1] * 60, 40)
         nothing_left(stages)
 
 
-def test_draining_finishes_what_is_there_and_takes_nothing_new() -> None:
-    with counting_stages() as stages, scheduling(stages) as scheduler:
-        stages[0].seconds = 0.01
-        sequences = [answer([number], 10) for number in range(5)]
-        for sequence in sequences:
-            scheduler.submit(sequence)
-        drained = threading.Thread(target=lambda: results.append(scheduler.drain(20)))
-        results: list[bool] = []
-        drained.start()
-        wait_until(lambda: _refuses(scheduler))
-        for number, sequence in enumerate(sequences):
-            assert tokens_of(sequence) == counted([number], 10)
-        drained.join()
-        assert results == [True]
-
-
-def test_closing_ends_what_does_not_finish() -> None:
+def test_closing_ends_what_is_there_and_takes_nothing_new() -> None:
     with counting_stages() as stages, scheduling(stages) as scheduler:
         stages[0].seconds = 0.02
-        sequence = answer([1], 1000)
-        scheduler.submit(sequence)
-        sequence.next_token(10)
-        assert not scheduler.drain(0.05)
+        stream = submit(scheduler, [1], 1000)
+        stream.next_token(10)
         scheduler.close()
         with pytest.raises(NotReady, match="shutting down"):
-            tokens_of(sequence)
+            tokens_of(stream)
+        with pytest.raises(NotReady, match="shutting down"):
+            submit(scheduler, [1], 1)
         nothing_left(stages)
-
-
-def _refuses(scheduler: Scheduler) -> bool:
-    try:
-        scheduler.submit(answer([1], 1))
-    except NotReady:
-        return True
-    return False
-
-
-def test_a_sequence_has_ended_only_when_all_of_it_is_taken() -> None:
-    """A door that waits in vain, and then sees the end, must not lose what came in between."""
-    sequence = Sequence("request", [1], 3, eos_ids=[9])
-    assert sequence.next_token(0.0) is None
-    assert not sequence.ended
-    sequence.put(5)
-    sequence.put(9)
-    assert sequence.finish_reason == "stop"
-    assert not sequence.ended
-    assert sequence.next_token() == 5
-    assert sequence.ended
-    assert sequence.next_token() is None
-
-
-def test_a_sequence_hands_out_its_tokens_before_its_problem() -> None:
-    sequence = Sequence("request", [1], 3)
-    sequence.put(5)
-    sequence.fail(DeadlineExceeded("late"))
-    sequence.put(6)
-    assert sequence.next_token() == 5
-    with pytest.raises(DeadlineExceeded, match="late"):
-        sequence.next_token()
-    sequence.cancel()
-    assert sequence.finish_reason is None
-
-
-@pytest.mark.parametrize(("prompt", "max_tokens"), [([], 1), ([1], 0)])
-def test_a_sequence_without_prompt_or_answer_is_refused(prompt: list[int], max_tokens: int) -> None:
-    with pytest.raises(ValueError, match="must be at least 1"):
-        Sequence("request", prompt, max_tokens)

@@ -11,16 +11,16 @@ import pytest
 from eventing.problems import PipelineUnavailable
 from eventing.wire.events import EventType
 from functions.gateway.scheduling.scheduler import Scheduler
-from functions.gateway.scheduling.sequence import Sequence
+from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.stages.routes import Endpoint, Instance, Placement, Turnstile
 from tests.support.functions.gateway import (
     Fault,
     StageServer,
-    answer,
     counted,
     counting_stage,
     counting_stages,
     scheduling,
+    submit,
     tokens_of,
     wait_until,
 )
@@ -182,15 +182,12 @@ class Watched:
         for stage in (0, 2):
             self.scheduler.endpoints_changed(stage, [Endpoint(self.stages[stage].url)])
 
-    def run(self, number: int, max_tokens: int) -> list[Sequence]:
-        sequences = [answer(prompt(index), max_tokens) for index in range(number)]
-        for sequence in sequences:
-            self.scheduler.submit(sequence)
-        return sequences
+    def run(self, number: int, max_tokens: int) -> list[TokenStream]:
+        return [submit(self.scheduler, prompt(index), max_tokens) for index in range(number)]
 
-    def check(self, sequences: list[Sequence]) -> None:
-        for index, sequence in enumerate(sequences):
-            assert tokens_of(sequence) == counted(prompt(index), sequence.max_tokens)
+    def check(self, streams: list[TokenStream], max_tokens: int) -> None:
+        for index, stream in enumerate(streams):
+            assert tokens_of(stream) == counted(prompt(index), max_tokens)
 
 
 def prompt(index: int) -> list[int]:
@@ -216,30 +213,30 @@ def forwards(stage: StageServer) -> int:
 
 def test_a_cold_pipeline_is_woken_all_at_once_and_waited_for() -> None:
     with watched() as cold:
-        sequences = cold.run(4, 5)
+        streams = cold.run(4, 5)
         wait_until(lambda: all(EventType.WARMUP in {seen.type for seen in stage.seen} for stage in cold.stages))
         first = [stage.seen[0] for stage in cold.stages]
         assert max(seen.arrived for seen in first) - min(seen.arrived for seen in first) < 0.5
         assert not any(forwards(stage) for stage in cold.stages)
         cold.publish_ends()
         cold.publish(Endpoint(cold.stages[1].url))
-        cold.check(sequences)
+        cold.check(streams, 5)
 
 
 def test_a_warm_pipeline_is_not_woken() -> None:
     with watched() as warm:
         warm.publish_ends()
         warm.publish(Endpoint(warm.stages[1].url))
-        warm.check(warm.run(4, 5))
+        warm.check(warm.run(4, 5), 5)
         assert all(EventType.WARMUP not in {seen.type for seen in stage.seen} for stage in warm.stages)
 
 
 def test_a_cold_start_that_takes_too_long_is_an_error_of_those_who_wait() -> None:
     with watched(cold_start_timeout_seconds=0.4) as cold:
         cold.publish_ends()
-        (sequence,) = cold.run(1, 5)
+        (stream,) = cold.run(1, 5)
         with pytest.raises(PipelineUnavailable, match=r"no route for 0\.4 seconds; stages without an instance: 1"):
-            tokens_of(sequence)
+            tokens_of(stream)
 
 
 def test_a_terminating_instance_is_left_at_once_and_only_up_to_it_is_anything_computed_anew() -> None:
@@ -247,18 +244,18 @@ def test_a_terminating_instance_is_left_at_once_and_only_up_to_it_is_anything_co
         old, new = pipeline.instances
         pipeline.publish_ends()
         pipeline.publish(Endpoint(old.url))
-        sequences = pipeline.run(6, 120)
-        for sequence in sequences:
-            assert sequence.next_token(10) is not None
+        streams = pipeline.run(6, 120)
+        for stream in streams:
+            assert stream.next_token(10) is not None
         prompts_behind = sum(row.position == 0 for seen in pipeline.stages[2].forwards for row in seen.rows)
         pipeline.publish(Endpoint(old.url, ready=False, terminating=True), Endpoint(new.url))
         wait_until(lambda: not old.engine.sequences, "leaving the terminating instance")
         left_at = forwards(old)
-        rest = [[sequence.next_token(10) for _ in range(119)] for sequence in sequences]
+        rest = [[stream.next_token(10) for _ in range(119)] for stream in streams]
         assert rest == [counted(prompt(index), 120)[1:] for index in range(6)]
         assert forwards(old) == left_at
         assert sum(row.position == 0 for seen in pipeline.stages[2].forwards for row in seen.rows) == prompts_behind
-        assert {sequence.timings().replays for sequence in sequences} == {1}
+        assert {stream.timings().replays for stream in streams} == {1}
         stats = pipeline.scheduler.stats()
         assert stats.replays == {"moved": 6}
         assert stats.moves["leaving"] == 3
@@ -269,14 +266,14 @@ def test_without_another_instance_a_terminating_one_serves_on_and_the_stage_is_w
         old, new = pipeline.instances
         pipeline.publish_ends()
         pipeline.publish(Endpoint(old.url))
-        sequences = pipeline.run(2, 150)
-        assert sequences[0].next_token(10) is not None
+        streams = pipeline.run(2, 150)
+        assert streams[0].next_token(10) is not None
         pipeline.publish(Endpoint(old.url, ready=False, terminating=True))
         wait_until(lambda: EventType.WARMUP in {seen.type for seen in pipeline.stages[1].seen}, "the wake-up")
         pipeline.publish(Endpoint(old.url, ready=False, terminating=True), Endpoint(new.url))
         wait_until(lambda: forwards(new), "the move")
-        assert [sequences[0].next_token(10) for _ in range(149)] == counted(prompt(0), 150)[1:]
-        assert tokens_of(sequences[1]) == counted(prompt(1), 150)
+        assert [streams[0].next_token(10) for _ in range(149)] == counted(prompt(0), 150)[1:]
+        assert tokens_of(streams[1]) == counted(prompt(1), 150)
 
 
 def test_a_new_instance_is_given_its_share_one_micro_batch_at_a_time() -> None:
@@ -286,13 +283,13 @@ def test_a_new_instance_is_given_its_share_one_micro_batch_at_a_time() -> None:
         pipeline.publish(Endpoint(old.url))
         for stage in (*pipeline.stages, new):
             stage.seconds = 0.004
-        sequences = pipeline.run(24, 80)
-        assert sequences[0].next_token(10) is not None
+        streams = pipeline.run(24, 80)
+        assert streams[0].next_token(10) is not None
         pipeline.publish(Endpoint(old.url), Endpoint(new.url))
         wait_until(lambda: new.engine.sequences >= 8, "the move of a micro-batch")
-        assert [sequences[0].next_token(10) for _ in range(79)] == counted(prompt(0), 80)[1:]
-        for index, sequence in enumerate(sequences[1:], 1):
-            assert tokens_of(sequence) == counted(prompt(index), 80)
+        assert [streams[0].next_token(10) for _ in range(79)] == counted(prompt(0), 80)[1:]
+        for index, stream in enumerate(streams[1:], 1):
+            assert tokens_of(stream) == counted(prompt(index), 80)
         assert 1 <= pipeline.scheduler.stats().moves["balance"] <= 4
 
 
@@ -300,13 +297,13 @@ def test_without_the_right_to_watch_the_service_urls_serve_until_it_comes() -> N
     with watched() as pipeline:
         for stage in range(3):
             pipeline.scheduler.endpoints_changed(stage, None)
-        sequences = pipeline.run(4, 60)
-        assert sequences[0].next_token(10) is not None
+        streams = pipeline.run(4, 60)
+        assert streams[0].next_token(10) is not None
         pipeline.publish(Endpoint(pipeline.instances[1].url))
         wait_until(lambda: pipeline.instances[1].engine.sequences, "the move to the instance that is known now")
-        assert [sequences[0].next_token(10) for _ in range(59)] == counted(prompt(0), 60)[1:]
+        assert [streams[0].next_token(10) for _ in range(59)] == counted(prompt(0), 60)[1:]
         for index in (1, 2, 3):
-            assert tokens_of(sequences[index]) == counted(prompt(index), 60)
+            assert tokens_of(streams[index]) == counted(prompt(index), 60)
 
 
 def test_an_instance_that_dies_is_avoided() -> None:
@@ -316,7 +313,7 @@ def test_an_instance_that_dies_is_avoided() -> None:
         pipeline.publish(Endpoint(dying.url), Endpoint(other.url))
         count = itertools.count()
         dying.inspect = lambda seen: Fault.KILLED if seen.type == EventType.FORWARD and next(count) == 10 else None
-        pipeline.check(pipeline.run(8, 30))
+        pipeline.check(pipeline.run(8, 30), 30)
         assert forwards(other)
         assert pipeline.scheduler.stats().replays.total() > 0
 
@@ -328,9 +325,9 @@ def test_instances_that_come_and_go_at_random_cost_no_token() -> None:
         pipeline.publish(Endpoint(pipeline.instances[0].url))
         for stage in (*pipeline.stages, *pipeline.instances):
             stage.seconds = 0.002
-        sequences = pipeline.run(12, 80)
+        streams = pipeline.run(12, 80)
         until = time.monotonic() + 1.5
-        while time.monotonic() < until and any(sequence.finish_reason is None for sequence in sequences):
+        while time.monotonic() < until and any(stream.finish_reason is None for stream in streams):
             states = [dice.choice([None, False, True, True]) for _ in pipeline.instances]
             pipeline.publish(
                 *(
@@ -339,9 +336,9 @@ def test_instances_that_come_and_go_at_random_cost_no_token() -> None:
                     if ready is not None
                 )
             )
-            _until(time.monotonic() + dice.uniform(0.02, 0.15), lambda: all(s.over for s in sequences))
+            _until(time.monotonic() + dice.uniform(0.02, 0.15), lambda: all(s.over for s in streams))
         pipeline.publish(Endpoint(pipeline.instances[1].url))
-        pipeline.check(sequences)
+        pipeline.check(streams, 80)
 
 
 def _until(moment: float, over: Callable[[], bool]) -> None:

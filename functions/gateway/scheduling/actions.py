@@ -1,0 +1,45 @@
+"""What the scheduler's threads do without its lock: plain data, decided and put together under it."""
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+from eventing.wire.generation import ReleaseRow, ReserveRow
+from functions.gateway.scheduling.sequence import Sequence
+from functions.gateway.stages.client import Traces
+from functions.gateway.stages.routes import Instance
+from functions.gateway.stages.trip import Trip
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    trip: Trip
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    sequences: Items[Sequence]
+    """Whose memory it is: for the scheduler, when the reply is there."""
+    instances: tuple[Instance, ...]
+    rows: Items[ReserveRow]
+    """Of `sequences`, in their order."""
+    traces: Traces
+    deadline: float
+    """In time.monotonic()."""
+    one_by_one: bool
+    """Stage after stage in order, so that of two gateways one always comes through."""
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    instance: Instance
+    rows: Items[ReleaseRow]
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Warm-up events to these stages, all at once."""
+
+    stages: Items[int]
+
+
+Action = Walk | Reserve | Release | Wake

@@ -1,0 +1,69 @@
+"""Who waits how: clients take turns, and who returns goes first."""
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from typing import Generic, Protocol, TypeVar
+
+
+class OfClient(Protocol):
+    @property
+    def client_id(self) -> str: ...
+
+
+W = TypeVar("W", bound=OfClient)
+
+
+class FairQueue(Generic[W]):
+    """First come, first served within a client; round robin between clients. Who returns goes before all who are new."""
+
+    def __init__(self) -> None:
+        self._clients: OrderedDict[str, deque[W]] = OrderedDict()
+        self._returned: deque[W] = deque()
+
+    def __len__(self) -> int:
+        return len(self._returned) + sum(len(waiting) for waiting in self._clients.values())
+
+    def __iter__(self) -> Iterator[W]:
+        """All who wait, in no particular order."""
+        yield from self._returned
+        for waiting in self._clients.values():
+            yield from waiting
+
+    def push(self, item: W) -> None:
+        self._clients.setdefault(item.client_id, deque()).append(item)
+
+    def push_returned(self, item: W) -> None:
+        """For one that was taken out before: it had its turn already."""
+        self._returned.append(item)
+
+    def peek(self) -> W | None:
+        if self._returned:
+            return self._returned[0]
+        return next((waiting[0] for waiting in self._clients.values()), None)
+
+    def pop(self) -> W:
+        """The one whose turn it is; its client goes to the end of the round. Raises IndexError when nobody waits."""
+        if self._returned:
+            return self._returned.popleft()
+        if not self._clients:
+            raise IndexError("nobody waits")
+        client_id, waiting = next(iter(self._clients.items()))
+        item = waiting.popleft()
+        if waiting:
+            self._clients.move_to_end(client_id)
+        else:
+            del self._clients[client_id]
+        return item
+
+    def remove(self, item: W) -> bool:
+        """Takes `item` out of the queue; False where it is not in it."""
+        if item in self._returned:
+            self._returned.remove(item)
+            return True
+        waiting = self._clients.get(item.client_id, deque())
+        if item not in waiting:
+            return False
+        waiting.remove(item)
+        if not waiting:
+            del self._clients[item.client_id]
+        return True

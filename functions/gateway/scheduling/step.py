@@ -1,0 +1,56 @@
+"""One event's way through the stages, and what the scheduler keeps of it until it is over."""
+
+from array import array
+from collections.abc import Mapping
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+from eventing.wire.events import Batch, Row, Want
+from functions.gateway.scheduling.micro_batch import MicroBatch
+from functions.gateway.scheduling.progress import Piece
+from functions.gateway.scheduling.sequence import Sequence
+from functions.gateway.stages.routes import Instance
+from functions.gateway.stages.trip import Trip
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    trip: Trip
+    pieces: Mapping[str, tuple[Sequence, Piece]]
+    """By the id of their row."""
+    micro_batch: MicroBatch | None
+    """Whose decode step it is. None: prompt chunks."""
+
+
+def make_step(pieces: Items[tuple[Sequence, Piece]], instances: tuple[Instance, ...], micro_batch: MicroBatch | None) -> Step:
+    """pieces: on the same route, all equally deep."""
+    trip = Trip(
+        instances=instances,
+        batch=_first_batch(pieces, len(instances)),
+        traces={sequence.id: trace for sequence, _ in pieces if (trace := sequence.prompt.trace) is not None},
+        depth=pieces[0][1].depth,
+        chunks=micro_batch is None,
+        deadline=max(sequence.deadline for sequence, _ in pieces),
+    )
+    return Step(trip, {sequence.id: (sequence, piece) for sequence, piece in pieces}, micro_batch)
+
+
+def _first_batch(pieces: Items[tuple[Sequence, Piece]], num_stages: int) -> Batch:
+    """What the first stage is sent: token ids and no tensor."""
+    token_ids = array("i")
+    for sequence, piece in pieces:
+        token_ids.extend(sequence.tokens[piece.position : piece.end])
+    return Batch(tuple(_row(sequence, piece, num_stages) for sequence, piece in pieces), memoryview(token_ids))
+
+
+def _row(sequence: Sequence, piece: Piece, num_stages: int) -> Row:
+    wants = piece.depth == num_stages - 1 and piece.end == sequence.total_tokens
+    return Row(
+        id=sequence.id,
+        attempt=sequence.progress.attempt,
+        position=piece.position,
+        length=piece.length,
+        want=Want.TOKEN if wants else Want.NONE,
+        sampling=sequence.prompt.sampling if wants else None,
+        reserve_tokens=sequence.reserve_tokens if piece.position == 0 else None,
+    )

@@ -1,0 +1,144 @@
+"""From the scheduler to a door: the tokens of one answer as they come, how it ended, what it took.
+
+The scheduler puts, the door takes; neither waits for the other. The lock is the stream's own, so that a door needs none of the
+scheduler's. Whoever ends the stream first says how it ended.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from eventing.problems import Problem
+from eventing.wire.generation import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """What an answer took so far, seconds since it was handed in. None: not yet."""
+
+    queue_seconds: float | None
+    """Until its first chunk was sent, memory and routes included."""
+    time_to_first_token_seconds: float | None
+    total_seconds: float | None
+    replays: int
+    """How often its keys and values were computed anew, whatever the cause."""
+
+
+class TokenStream:
+    """Thread-safe."""
+
+    def __init__(self, max_tokens: int, eos_ids: Collection[int] = (), on_cancel: Callable[[], None] = lambda: None) -> None:
+        """on_cancel: called, with no lock held, when nobody awaits the answer any more."""
+        self._max_tokens = max_tokens
+        self._eos_ids = eos_ids
+        self._on_cancel = on_cancel
+        self._changed = threading.Condition()
+        self._token_ids: list[int] = []
+        self._taken = 0
+        self._computed = 0
+        self.over = False
+        """No further token will come."""
+        self._finish_reason: FinishReason | None = None
+        self._problem: Problem | None = None
+        self._began = time.monotonic()
+        self._started_at: float | None = None
+        self._first_token_at: float | None = None
+        self._ended_at: float | None = None
+        self._replays = 0
+
+    # For the door.
+
+    def next_token(self, timeout: float | None = None) -> int | None:
+        """The next token id in order; None when `timeout` seconds brought none or the answer is complete.
+
+        An end-of-text token is not handed out. Raises the Problem that ended the answer, after all tokens before it.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._taken < len(self._token_ids) or self.over, timeout)
+            if self._taken < len(self._token_ids):
+                self._taken += 1
+                return self._token_ids[self._taken - 1]
+            if self._problem is not None:
+                raise self._problem
+            return None
+
+    @property
+    def ended(self) -> bool:
+        """The answer is complete, or failed, and every token of it has been taken."""
+        with self._changed:
+            return self.over and self._taken >= len(self._token_ids)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """What came so far, without the end-of-text token."""
+        return list(self._token_ids)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens that the pipeline computed for the answer, an end-of-text token counted."""
+        return self._computed
+
+    def cancel(self) -> None:
+        """Nobody awaits the answer any more: its memory is freed at once. Without effect on one that has ended."""
+        self.finish("cancelled")
+        self._on_cancel()
+
+    def timings(self) -> Timings:
+        def since(moment: float | None) -> float | None:
+            return None if moment is None else moment - self._began
+
+        return Timings(since(self._started_at), since(self._first_token_at), since(self._ended_at), self._replays)
+
+    # For both.
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """None while tokens may still come, and after a failure. Tokens not yet taken remain to be taken."""
+        return self._finish_reason
+
+    @property
+    def problem(self) -> Problem | None:
+        return self._problem
+
+    # For the scheduler.
+
+    def started(self) -> None:
+        """The first chunk of the prompt is on its way."""
+        if self._started_at is None:
+            self._started_at = time.monotonic()
+
+    def replayed(self) -> None:
+        self._replays += 1
+
+    def put(self, token: int) -> None:
+        """The last stage drew `token`, which ends the answer if it is an end-of-text token or the last one allowed."""
+        with self._changed:
+            if self.over:
+                return
+            self._computed += 1
+            self._first_token_at = self._first_token_at or time.monotonic()
+            if token in self._eos_ids:
+                self._end("stop")
+                return
+            self._token_ids.append(token)
+            if self._computed >= self._max_tokens:
+                self._end("length")
+            self._changed.notify_all()
+
+    def finish(self, reason: FinishReason) -> None:
+        with self._changed:
+            if not self.over:
+                self._end(reason)
+
+    def fail(self, problem: Problem) -> None:
+        with self._changed:
+            if not self.over:
+                self._problem = problem
+                self._end(None)
+
+    def _end(self, reason: FinishReason | None) -> None:
+        self._finish_reason = reason
+        self._ended_at = time.monotonic()
+        self.over = True
+        self._changed.notify_all()

@@ -1,0 +1,68 @@
+"""What is sent next of a sequence, whatever stages have lost."""
+
+import random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from functions.gateway.scheduling.progress import Progress
+
+
+class Stages:
+    """What stages hold of one sequence, by the position rule; they may forget and events may get lost."""
+
+    def __init__(self, num_stages: int, dice: random.Random, trouble: float) -> None:
+        self.held: list[list[int]] = [[] for _ in range(num_stages)]
+        self.dice = dice
+        self.trouble = trouble
+
+    def compute(self, stage: int, position: int, tokens: list[int]) -> int | None:
+        """None: computed. Else what is held, less than `position`."""
+        held = self.held[stage]
+        if self.dice.random() < self.trouble:
+            del held[self.dice.randrange(len(held) + 1) :]
+        if len(held) < position:
+            return len(held)
+        held[position:] = tokens
+        return None
+
+
+@given(st.integers(1, 4), st.integers(1, 30), st.integers(1, 9), st.integers(), st.sampled_from([0.0, 0.1, 0.3]))
+def test_whatever_stages_forget_every_token_is_computed_from_all_before_it(
+    num_stages: int, prompt_tokens: int, chunk: int, seed: int, trouble: float
+) -> None:
+    """Pieces overlap in flight as trips do; a stage sees pieces in the order in which they were sent."""
+    dice = random.Random(seed)
+    stages = Stages(num_stages, dice, trouble)
+    progress = Progress(num_stages)
+    tokens = list(range(prompt_tokens))
+    flying: list[tuple[int, object]] = []
+    steps = 0
+    while len(tokens) < prompt_tokens + 8:
+        steps += 1
+        assert steps < 5000
+        stages.trouble *= steps < 300
+        first_free = all(stage > 0 for stage, _ in flying)
+        piece = progress.next_piece(len(tokens), chunk) if first_free and len(flying) < num_stages else None
+        if piece is not None and (not flying or dice.random() < 0.7):
+            progress.send(piece)
+            flying.append((0, piece))
+            continue
+        index = dice.choice([i for i, (stage, _) in enumerate(flying) if i == 0 or flying[i - 1][0] > stage + 1 or i == 0])
+        stage, piece = flying[index]  # type: ignore[assignment]
+        assert piece is not None
+        missing = stages.compute(stage, piece.position, tokens[piece.position : piece.end])
+        if missing is not None:
+            progress.missed(stage, missing)
+            progress.settle()
+            flying.pop(index)
+            continue
+        progress.computed(stage, piece)
+        if stage < piece.depth:
+            flying[index] = (stage + 1, piece)
+            continue
+        flying.pop(index)
+        progress.settle()
+        if stage == num_stages - 1 and piece.end == len(tokens):
+            assert stages.held[stage] == tokens
+            tokens.append(len(tokens))
