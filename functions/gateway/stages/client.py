@@ -80,10 +80,6 @@ class StageClient:
         self._step_timeout_seconds = step_timeout_seconds
         self._tracer = tracer
 
-    @property
-    def num_stages(self) -> int:
-        return len(self._identity.first_layers)
-
     def forward(
         self, instance: Instance, body: Sequence[Buffer], ids: Sequence[str], deadline: float, traces: Traces = ()
     ) -> ForwardReply:
