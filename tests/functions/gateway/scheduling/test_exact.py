@@ -12,9 +12,10 @@ from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.stage.models.build import build_layer_group
 from functions.stage.models.layer_group import LayerGroup
-from tests.support.functions.gateway import Fault, Seen, StageServer, running, scheduling, submit, tokens_of
+from tests.support.functions.gateway import scheduling, submit, tokens_of
 from tests.support.functions.stage_pipeline import build_groups, engines, tensors, whole_model
 from tests.support.functions.stage_pipeline import generate as through_engines
+from tests.support.functions.stage_server import Fault, Seen, StageServer, running
 from tests.support.storage import tiny_models
 
 CUT = ((0, 2), (2, 3), (3, 6))

@@ -1,20 +1,36 @@
-"""Where new sequences begin: reservations of a burst are shared, and nothing begins on an older revision."""
+"""Who comes in: clients take turns, the queue is bounded, a burst shares reservations, nothing begins on an older revision."""
 
 import threading
 
+import pytest
+
+from eventing.problems import QueueFull
 from eventing.wire.events import EventType
 from functions.gateway.stages.routes import Endpoint, Placement
-from tests.support.functions.functions import wait_until
-from tests.support.functions.gateway import (
-    Seen,
-    counted,
-    counting_stage,
-    counting_stages,
-    running,
-    scheduling,
-    submit,
-    tokens_of,
-)
+from tests.support.functions.gateway import answers_of, counted, scheduling, submit, tokens_of, wait_until
+from tests.support.functions.stage_server import Seen, counting_stage, counting_stages, running
+
+
+def test_clients_take_turns() -> None:
+    with counting_stages(1) as (stage,), scheduling([stage], micro_batch_sequences=1) as scheduler:
+        stage.seconds = 0.005
+        crowd = [submit(scheduler, [1], 6, client_id="crowd") for _ in range(12)]
+        single = submit(scheduler, [2], 6, client_id="single")
+        tokens_of(single)
+        assert sum(stream.finish_reason is None for stream in crowd) >= 8
+        for stream in crowd:
+            tokens_of(stream)
+
+
+def test_the_queue_is_bounded() -> None:
+    with counting_stages(1) as (stage,), scheduling([stage], micro_batch_sequences=2, queue_limit=3) as scheduler:
+        stage.seconds = 0.02
+        accepted = [submit(scheduler, [1], 5) for _ in range(2 * 2 + 3)]
+        with pytest.raises(QueueFull, match="requests wait already"):
+            submit(scheduler, [1], 5)
+        for stream in accepted:
+            assert tokens_of(stream) == counted([1], 5)
+        answers_of(scheduler, [[1]], max_tokens=2)
 
 
 def test_a_burst_shares_reservations() -> None:

@@ -1,8 +1,6 @@
-"""The scheduler over stages that fail: whatever happens to events and stages, no token is lost or repeated."""
+"""Stages that fail: whatever happens to events and stages, no token is lost or repeated."""
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
@@ -10,18 +8,8 @@ from eventing.problems import InvalidRequest, PipelineUnavailable, ReplaysExhaus
 from eventing.wire.events import EventType, Status
 from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.stages.routes import Placement
-from tests.support.functions.gateway import (
-    Fault,
-    Inspect,
-    Seen,
-    StageServer,
-    counted,
-    counting_stages,
-    scheduling,
-    submit,
-    tokens_of,
-    wait_until,
-)
+from tests.support.functions.gateway import counted, nothing_left, scheduling, submit, tokens_of, wait_until
+from tests.support.functions.stage_server import Fault, Inspect, Seen, counting_stages
 
 PROMPTS = [[(5 * sequence + token) % 90 for token in range(2 + 6 * sequence)] for sequence in range(8)]
 POISON = 96
@@ -58,7 +46,7 @@ def test_no_token_is_lost_or_repeated(fault: Fault, stage: int) -> None:
         stages[stage].inspect = on_forwards(fault, 3, 17)
         replays = run(scheduler)
         assert (replays > 0) == (fault is not Fault.TWICE)
-        _nothing_left(stages)
+        nothing_left(stages)
 
 
 def test_a_stage_that_comes_back_later() -> None:
@@ -192,29 +180,6 @@ def test_a_sequence_that_dies_of_its_own_answer() -> None:
         assert stream.token_ids == counted(prompt, 5)
 
 
-@pytest.mark.parametrize("num_stages", [1, 3])
-def test_two_gateways_on_memory_for_one_and_a_half_sequences_both_finish(num_stages: int) -> None:
-    with counting_stages(num_stages, capacity_tokens=90) as stages, _two_gateways(stages) as gateways:
-        prompts = [[number] * 40 for number in range(4)]
-        streams = [[submit(gateway, prompt, 20) for prompt in prompts] for gateway in gateways]
-        for own in streams:
-            for stream, prompt in zip(own, prompts, strict=True):
-                assert tokens_of(stream) == counted(prompt, 20)
-        _nothing_left(stages)
-
-
-def test_nobody_overtakes_a_large_sequence_that_waits_for_memory() -> None:
-    with counting_stages(capacity_tokens=100) as stages, scheduling(stages) as scheduler:
-        stages[0].seconds = 0.005
-        first = [submit(scheduler, [1] * 20, 10) for _ in range(2)]
-        large = submit(scheduler, [2] * 70, 10)
-        crowd = [submit(scheduler, [3] * 20, 10) for _ in range(10)]
-        assert tokens_of(large) == counted([2] * 70, 10)
-        assert sum(stream.finish_reason is None for stream in crowd) >= 7
-        for stream in (*first, *crowd):
-            tokens_of(stream)
-
-
 def test_what_a_stage_says_of_rows_is_believed() -> None:
     """A stage that answers stale without end is no reason to go on for ever."""
     with counting_stages() as stages, scheduling(stages) as scheduler:
@@ -227,6 +192,18 @@ def test_what_a_stage_says_of_rows_is_believed() -> None:
         stream = submit(scheduler, [1, 2, 3], 5)
         with pytest.raises(InvalidRequest, match="as the test wants it"):
             tokens_of(stream)
+
+
+def test_an_invalid_row_fails_alone() -> None:
+    with counting_stages() as stages, scheduling(stages) as scheduler:
+        good = [submit(scheduler, [5, 0], 5)]
+        bad = submit(scheduler, [5, 1_000_000], 5)
+        good += [submit(scheduler, [5, number], 5) for number in range(1, 4)]
+        with pytest.raises(InvalidRequest, match="token id 1000000 is outside the vocabulary"):
+            tokens_of(bad)
+        for number, stream in enumerate(good):
+            assert tokens_of(stream) == counted([5, number], 5)
+        nothing_left(stages)
 
 
 def test_a_stage_of_another_pipeline_is_no_route() -> None:
@@ -246,13 +223,3 @@ def _with_status(batch: object, status: Status) -> object:
         for row in batch.rows  # type: ignore[attr-defined]
     )
     return msgspec.structs.replace(batch, rows=rows, token_ids=batch.token_ids[:0], hidden=None)  # type: ignore[attr-defined, type-var]
-
-
-@contextmanager
-def _two_gateways(stages: list[StageServer]) -> Iterator[tuple[Scheduler, Scheduler]]:
-    with scheduling(stages) as one, scheduling(stages) as other:
-        yield one, other
-
-
-def _nothing_left(stages: list[StageServer]) -> None:
-    wait_until(lambda: not any(stage.engine.sequences for stage in stages), "the release of all sequences")

@@ -1,0 +1,112 @@
+"""Answers, whichever door they leave by: how they end, break off, and are refused."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+from flask.testing import FlaskClient
+from werkzeug.test import TestResponse
+
+from eventing.problems import NotReady, PipelineUnavailable, Problem, QueueFull
+from functions.gateway.app import MAX_REQUEST_BYTES
+from functions.gateway.doors import answers as core
+from tests.support.functions.doors import CONTEXT, EVENT, Pipeline, ask, chat, refuse, stream
+
+
+def test_a_stop_string_ends_the_answer_and_frees_the_pipeline(client: FlaskClient, pipeline: Pipeline) -> None:
+    pipeline.script = pipeline.say("One. Two. Three.", end=False)
+    *tokens, last = stream(ask(client, {"prompt": "Hi", "stop": [" Three", " Two"]}, Accept="text/event-stream"))
+    assert "".join(event["data"]["text"] for event in tokens) == "One." == last["data"]["text"]
+    assert last["data"]["finish_reason"] == "stop"
+    assert last["data"]["usage"]["completion_tokens"] == len(last["data"]["token_ids"]) == len("One. Two")
+    assert pipeline.cancelled.is_set()
+
+
+def test_an_answer_that_breaks_ends_with_an_error_event(client: FlaskClient, pipeline: Pipeline) -> None:
+    pipeline.script = pipeline.say("Hel", end=False, then=PipelineUnavailable("stage 1 is gone"))
+    *tokens, error = stream(ask(client, {"prompt": "Hi"}, Accept="text/event-stream"))
+    assert "".join(event["data"]["text"] for event in tokens) == "Hel"
+    assert error["type"] == "dev.lamina.generate.error"
+    assert error["data"]["type"] == "urn:lamina:problem:pipeline-unavailable"
+    assert (error["data"]["status"], error["data"]["detail"]) == (503, "stage 1 is gone")
+    *_, error = stream(chat(client, stream=True))
+    assert error["error"] == {
+        "message": "stage 1 is gone",
+        "type": "server_error",
+        "param": None,
+        "code": "pipeline_unavailable",
+    }
+
+
+@pytest.mark.parametrize("problem", [QueueFull("256 wait"), NotReady("draining")])
+@pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
+def test_a_refusal_has_its_status_also_where_a_stream_was_wanted(
+    client: FlaskClient, pipeline: Pipeline, problem: Problem, accept: str
+) -> None:
+    pipeline.script = refuse(problem)
+    response = ask(client, {"prompt": "Hi"}, Accept=accept)
+    assert (response.status_code, response.content_type) == (problem.status, "application/problem+json")
+    response = chat(client, stream=accept != "application/json")
+    assert response.status_code == problem.status
+    assert response.json is not None
+    assert response.json["error"]["code"] == problem.name.replace("-", "_")
+
+
+def test_a_broken_answer_that_is_no_stream_has_its_status(client: FlaskClient, pipeline: Pipeline) -> None:
+    pipeline.script = pipeline.say("Hel", end=False, then=PipelineUnavailable("stage 1 is gone"))
+    assert ask(client, {"prompt": "Hi"}).status_code == 503
+    assert chat(client).status_code == 503
+
+
+@pytest.mark.parametrize(
+    "door", [lambda c: ask(c, {"prompt": "Hi"}, Accept="text/event-stream"), lambda c: chat(c, stream=True)]
+)
+def test_an_unexpected_error_is_told_without_its_details(
+    client: FlaskClient, pipeline: Pipeline, door: Callable[[FlaskClient], TestResponse], caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline.script = lambda stream: setattr(stream, "next_token", None)
+    last = stream(door(client))[-1]
+    assert "traceback" in json.dumps(last)
+    assert "NoneType" not in json.dumps(last)
+    assert "NoneType" in caplog.text
+
+
+def test_silence_is_filled_and_a_client_that_leaves_ends_its_answer(
+    client: FlaskClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core.Answer.tokens, "__defaults__", (0.01,))
+    pipeline.script = pipeline.say("Hel", end=False)
+    for response in (ask(client, {"prompt": "Hi"}, Accept="text/event-stream"), chat(client, stream=True)):
+        pipeline.cancelled.clear()
+        chunks = iter(response.response)
+        seen = [next(chunks) for _ in range(8)]
+        assert seen[-1] == b":\n\n"
+        response.close()
+        assert pipeline.cancelled.wait(5)
+
+
+def test_a_client_that_leaves_before_the_first_byte_ends_its_answer(client: FlaskClient, pipeline: Pipeline) -> None:
+    pipeline.script = lambda stream: None
+    ask(client, {"prompt": "Hi"}, Accept="text/event-stream").close()
+    assert pipeline.cancelled.is_set()
+
+
+def test_the_answer_fits_into_the_context(client: FlaskClient, pipeline: Pipeline) -> None:
+    ask(client, {"prompt": "x" * 50, "max_tokens": 1000})
+    assert pipeline.prompts[0].max_tokens == CONTEXT - 51
+    refused = ask(client, {"prompt": "x" * 63})
+    assert refused.status_code == 422
+    assert refused.json is not None
+    assert "64 tokens" in refused.json["detail"]
+    assert chat(client, messages=[{"role": "user", "content": "x" * 63}]).status_code == 422
+
+
+def test_bodies_that_cannot_be_read(client: FlaskClient) -> None:
+    for content_type, body in (("application/json", b'{"prompt": "\xff"}'), ("application/cloudevents+json", b"\xff{")):
+        response = client.post("/", data=body, headers=EVENT | {"Content-Type": content_type})
+        assert response.status_code == 400
+    assert client.post("/", json={"prompt": "Hi"}).status_code == 400
+    assert ask(client, {"prompt": "Hi"}, ce_type="dev.lamina.forward").status_code == 400
+    assert client.post("/v1/chat/completions", data=b"\xff").status_code == 400
+    assert client.post("/", data=bytes(MAX_REQUEST_BYTES + 1), headers=EVENT).status_code == 413
+    assert client.post("/v1/chat/completions", data=bytes(MAX_REQUEST_BYTES + 1)).status_code == 413

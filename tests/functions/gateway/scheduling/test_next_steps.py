@@ -1,0 +1,105 @@
+"""Which steps are on their way at the same time, and what each of them carries."""
+
+import itertools
+import time
+
+from eventing.wire.events import Row
+from tests.support.functions.gateway import answers_of, counted, nothing_left, scheduling, submit, tokens_of, wait_until
+from tests.support.functions.stage_server import Seen, StageServer, counting_stages
+
+
+def at_once(events: list[Seen]) -> int:
+    """The most events that were at the stage or behind it at the same time."""
+    moments = sorted([(seen.arrived, 1) for seen in events] + [(seen.left, -1) for seen in events])
+    return max(itertools.accumulate(step for _, step in moments))
+
+
+def test_there_is_a_micro_batch_for_each_stage_and_they_are_equally_large() -> None:
+    with counting_stages() as stages, scheduling(stages) as scheduler:
+        for stage in stages:
+            stage.seconds = 0.01
+        answers_of(scheduler, [[1, 2]] * 16, max_tokens=12)
+        nothing_left(stages)
+    decodes = [seen for seen in stages[0].forwards if all(row.position > 1 for row in seen.rows)]
+    everywhere = [seen for stage in stages for seen in stage.forwards]
+    assert at_once(everywhere) >= 3
+    assert {len(seen.rows) for seen in decodes[6:-6]} <= {5, 6}
+
+
+def test_few_sequences_are_spread_and_a_single_one_is_not_split() -> None:
+    with counting_stages() as stages, scheduling(stages) as scheduler:
+        answers_of(scheduler, [[1], [2]], max_tokens=5)
+        assert {len(seen.rows) for seen in stages[0].forwards} == {1}
+        answers_of(scheduler, [[3]], max_tokens=5)
+
+
+def test_where_one_stage_computes_at_a_time_all_sequences_travel_together() -> None:
+    with counting_stages() as stages, scheduling(stages, stages_at_once=1) as scheduler:
+        for stage in stages:
+            stage.seconds = 0.002
+        answers_of(scheduler, [[number] * 4 for number in range(6)], max_tokens=20)
+        together = [len(seen.rows) for seen in stages[0].forwards if seen.rows[0].length == 1]
+    assert max(together) == 6
+    assert together.count(6) >= 10, "but for those who came late, every step is one event"
+
+
+def test_sequences_join_and_leave_at_step_boundaries() -> None:
+    with counting_stages(1) as (stage,), scheduling([stage], micro_batch_sequences=4) as scheduler:
+        stage.seconds = 0.005
+        long = submit(scheduler, [5], 60)
+        assert long.next_token(10) is not None
+        answers_of(scheduler, [[1], [2], [3]], max_tokens=4)
+        assert long.finish_reason is None
+        answers_of(scheduler, [[4, 4]], max_tokens=30)
+        assert [long.next_token(10) for _ in range(59)] == counted([5], 60)[1:]
+    assert {1, 4} <= {len(seen.rows) for seen in stage.forwards}
+
+
+def test_chunks_of_one_prompt_are_in_different_stages_at_once_and_never_two_in_one() -> None:
+    with counting_stages() as stages, scheduling(stages, chunk_tokens=8) as scheduler:
+        for stage in stages:
+            stage.seconds = 0.02
+        began = time.monotonic()
+        stream = submit(scheduler, [1] * 64, 2)
+        tokens_of(stream)
+    chunks = [[seen for seen in stage.forwards if seen.rows[0].length == 8] for stage in stages]
+    assert [len(of_stage) for of_stage in chunks] == [8, 8, 8]
+    assert at_once([seen for of_stage in chunks for seen in of_stage]) >= 3
+    assert [at_once(of_stage) for of_stage in chunks] == [1, 1, 1]
+    assert chunks[2][-1].left - began < 8 * 3 * 0.02, "no faster than one chunk after the other"
+
+
+def test_running_decodes_wait_for_at_most_one_chunk() -> None:
+    """In steps, not in seconds: between two tokens of a running sequence a stage computes at most one chunk of the prompts."""
+    with counting_stages(max_merge=1) as stages, scheduling(stages, chunk_tokens=64) as scheduler:
+        for stage in stages:
+            stage.seconds = 0.002
+        running = submit(scheduler, [1], 400)
+        running.next_token(10)
+        prompts = [[number] * 1024 for number in range(3)]
+        answers_of(scheduler, prompts, max_tokens=2)
+        running.cancel()
+    for stage in stages:
+        waits = [_chunks_waited_for(stage, over, rows[0]) for over, rows in stage.queued if rows[0].length == 1]
+        assert max(waits) == 1, "it met chunks, and never two"
+
+
+def _chunks_waited_for(stage: StageServer, over: int, step: Row) -> int:
+    """Passes with a chunk that began or ran on between the arrival of a decode step and its own pass."""
+    own = next((n for n, segments in enumerate(stage.passes) if (step.position, step.length) in segments), None)
+    if own is None:  # Its sequence was cancelled while it waited.
+        return 0
+    return sum(any(length > 1 for _, length in segments) for segments in stage.passes[over:own])
+
+
+def test_prompts_take_turns() -> None:
+    """A short prompt does not wait until a long one is through."""
+    with counting_stages() as stages, scheduling(stages, chunk_tokens=16) as scheduler:
+        for stage in stages:
+            stage.seconds = 0.005
+        long = submit(scheduler, [1] * 640, 2)
+        wait_until(lambda: len(stages[0].forwards) > 3)
+        short = submit(scheduler, [2] * 20, 2)
+        tokens_of(short)
+        assert long.timings().time_to_first_token_seconds is None
+        assert tokens_of(long) == counted([1] * 640, 2)

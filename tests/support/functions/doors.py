@@ -1,0 +1,87 @@
+"""Both doors of the gateway over a scripted pipeline: what is said in every case that a real one brings about seldom."""
+
+import json
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from flask.testing import FlaskClient
+from werkzeug.test import TestResponse
+
+from eventing.http.sse import decode_sse
+from eventing.problems import Problem
+from functions.configuration.config import GatewayConfig, read_config
+from functions.gateway.app import create_app
+from functions.gateway.doors.answers import Answers
+from functions.gateway.scheduling.prompt import Prompt
+from functions.gateway.scheduling.token_stream import TokenStream
+from functions.gateway.text.chat_template import ChatTemplate
+from functions.gateway.text.tokenizer import ModelText
+from functions.observing.telemetry import GatewayMetrics
+from tests.support.environments import GATEWAY
+from tests.support.storage.published import CHAT_TEMPLATE, byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+END = 4
+CONTEXT = 64
+EVENT = {
+    "ce-specversion": "1.0",
+    "ce-id": "1",
+    "ce-source": "/client",
+    "ce-type": "dev.lamina.generate.request",
+    "Content-Type": "application/json",
+}
+Script = Callable[[TokenStream], None]
+
+
+class Pipeline:
+    """Answers each prompt with `text` and an end token, or does what `script` says."""
+
+    def __init__(self) -> None:
+        self.prompts: list[Prompt] = []
+        self.cancelled = threading.Event()
+        self.script: Script = self.say("Hello there")
+
+    def submit(self, prompt: Prompt) -> TokenStream:
+        self.prompts.append(prompt)
+        stream = TokenStream(prompt.max_tokens, prompt.eos_ids, self.cancelled.set)
+        self.script(stream)
+        return stream
+
+    def say(self, text: str, end: bool = True, then: Problem | None = None) -> Script:
+        def script(stream: TokenStream) -> None:
+            for token in TOKENIZER.encode(text, add_special_tokens=False).ids + [END] * end:
+                stream.put(token)
+            if then is not None:
+                stream.fail(then)
+
+        return script
+
+
+def refuse(problem: Problem) -> Script:
+    def script(_: TokenStream) -> None:
+        raise problem
+
+    return script
+
+
+def client_of(pipeline: Pipeline, **environ: str) -> FlaskClient:
+    config = read_config(GATEWAY | environ)
+    assert isinstance(config, GatewayConfig)
+    text = ModelText(TOKENIZER, ChatTemplate(CHAT_TEMPLATE, {}), frozenset([END]), CONTEXT)
+    answers = Answers(text, pipeline, GatewayMetrics())
+    return create_app(config, lambda: answers).test_client()
+
+
+def ask(client: FlaskClient, data: Any, **headers: str) -> TestResponse:
+    return client.post("/", json=data, headers=EVENT | {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+def chat(client: FlaskClient, **fields: Any) -> TestResponse:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]} | fields
+    return client.post("/v1/chat/completions", json=body)
+
+
+def stream(response: TestResponse) -> list[Any]:
+    events = [event.data for event in decode_sse([response.data])]
+    return [event if event == "[DONE]" else json.loads(event) for event in events]

@@ -1,0 +1,50 @@
+"""A scheduler over three stages, the middle one with several instances, whose watch is the test."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from functions.gateway.scheduling.scheduler import Scheduler
+from functions.gateway.scheduling.token_stream import TokenStream
+from functions.gateway.stages.routes import Endpoint, Placement
+from tests.support.functions.gateway import counted, scheduling, submit, tokens_of
+from tests.support.functions.stage_server import StageServer, counting_stage, counting_stages
+
+
+class Watched:
+    """Three stages; `instances` are those of stage 1. What the watch would say is said by `publish`."""
+
+    def __init__(self, stages: list[StageServer], scheduler: Scheduler, spare: list[StageServer]) -> None:
+        self.stages = stages
+        self.scheduler = scheduler
+        self.instances = [stages[1], *spare]
+
+    def publish(self, *of_middle: Endpoint) -> None:
+        self.scheduler.endpoints_changed(1, of_middle)
+
+    def publish_ends(self) -> None:
+        for stage in (0, 2):
+            self.scheduler.endpoints_changed(stage, [Endpoint(self.stages[stage].url)])
+
+    def run(self, number: int, max_tokens: int) -> list[TokenStream]:
+        return [submit(self.scheduler, prompt(index), max_tokens) for index in range(number)]
+
+    def check(self, streams: list[TokenStream], max_tokens: int) -> None:
+        for index, stream in enumerate(streams):
+            assert tokens_of(stream) == counted(prompt(index), max_tokens)
+
+
+def prompt(index: int) -> list[int]:
+    return [index + 1] * (3 + index)
+
+
+@contextmanager
+def watched(spares: int = 1, **limits: float) -> Iterator[Watched]:
+    with counting_stages() as stages:
+        spare = [counting_stage(1) for _ in range(spares)]
+        placed = Placement([stage.url for stage in stages], watched=True)
+        try:
+            with scheduling(stages, placement=placed, **limits) as scheduler:
+                yield Watched(stages, scheduler, spare)
+        finally:
+            for stage in spare:
+                stage.kill()
