@@ -23,7 +23,7 @@ from eventing.wire.cloud_event import Buffer
 from eventing.wire.events import Batch, Row, Want
 from eventing.wire.generation import ReleaseRow
 from functions.gateway.stages.client import PipelineIdentity, StageClient
-from functions.gateway.stages.routes import Instance
+from functions.gateway.stages.instances import Instance
 
 _TIMING: Final = re.compile(r"(engine|codec);dur=([0-9.]+)")
 _TIMEOUT_SECONDS: Final = 60.0
@@ -78,9 +78,9 @@ def measure_rounds(
     )
     sender = _Timed()
     with sender, ThreadPoolExecutor(len(batches)) as threads:
-        ends = StageClient(sender, identity, _TIMEOUT_SECONDS)
+        client = StageClient(sender, identity, _TIMEOUT_SECONDS)
         instances = [Instance(stage, url) for stage, url in enumerate(urls)]
-        walkers = [_Walker(f"round-{number}", batch, ends, instances, sender) for number, batch in enumerate(batches)]
+        walkers = [_Walker(f"round-{number}", batch, client, instances, sender) for number, batch in enumerate(batches)]
         for walker in walkers:
             walker.prompt()
         list(threads.map(_Walker.decode, walkers, [3] * len(walkers)))
@@ -102,11 +102,11 @@ class _Walker:
     """One micro-batch."""
 
     def __init__(
-        self, name: str, requests: Sequence[Request], ends: StageClient, instances: Sequence[Instance], sender: _Timed
+        self, name: str, requests: Sequence[Request], client: StageClient, instances: Sequence[Instance], sender: _Timed
     ) -> None:
         self._ids = [f"{name}-{index}-{time.time_ns()}" for index in range(len(requests))]
         self._requests = requests
-        self._ends = ends
+        self._client = client
         self._instances = instances
         self._sender = sender
         self._lengths = [0] * len(requests)
@@ -122,7 +122,7 @@ class _Walker:
 
     def release(self) -> None:
         for instance in self._instances:
-            self._ends.release(instance, [ReleaseRow(id_, 0) for id_ in self._ids])
+            self._client.release(instance, [ReleaseRow(id_, 0) for id_ in self._ids])
 
     def _round(self, indices: Sequence[int]) -> RoundTime:
         """Into every sequence of these goes what is new of it, and out comes one token."""
@@ -131,7 +131,7 @@ class _Walker:
         spent = RoundTime()
         for instance in self._instances:
             sent = time.perf_counter()
-            reply = self._ends.forward(
+            reply = self._client.forward(
                 instance, body, [self._ids[index] for index in indices], time.monotonic() + _TIMEOUT_SECONDS
             )
             hop = time.perf_counter() - sent

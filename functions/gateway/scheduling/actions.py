@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from eventing.wire.generation import ReleaseRow, ReserveRow
 from functions.gateway.scheduling.sequence import Sequence
 from functions.gateway.stages.client import Traces
-from functions.gateway.stages.routes import Instance
+from functions.gateway.stages.instances import Instance
 from functions.gateway.stages.trip import Trip
 
 

@@ -17,7 +17,8 @@ from functions.gateway.scheduling.sequence import Sequence
 from functions.gateway.scheduling.stats import StageStats, Stats
 from functions.gateway.scheduling.step import Step
 from functions.gateway.scheduling.waiting import Waiting
-from functions.gateway.stages.routes import Instance, Placement
+from functions.gateway.stages.instances import Instance
+from functions.gateway.stages.routes import Placement
 from functions.gateway.stages.trip import Trip
 
 

@@ -1,7 +1,7 @@
 """Everything that is done when something breaks, or takes too long (docs/scheduling.md, "When something breaks").
 
 What a failure of one event means is `stages.failures`; what speaks against a sequence is counted in `strikes`; instances that
-broke are left alone by `stages.routes`.
+broke are left alone by `stages.instances`.
 """
 
 import time
@@ -15,7 +15,7 @@ from functions.gateway.scheduling.sequence import Sequence
 from functions.gateway.scheduling.step import Step
 from functions.gateway.scheduling.strikes import ON_TRIAL_AT
 from functions.gateway.stages.failures import StageFailed
-from functions.gateway.stages.routes import Instance
+from functions.gateway.stages.instances import Instance
 
 
 class Failures:

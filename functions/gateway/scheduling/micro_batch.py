@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from functions.gateway.scheduling.progress import Piece
 from functions.gateway.scheduling.sequence import Sequence
-from functions.gateway.stages.routes import Instance, Route
+from functions.gateway.stages.instances import Instance
+from functions.gateway.stages.routes import Route
 
 
 @dataclass(eq=False, slots=True)

@@ -2,7 +2,7 @@
 
 from functions.gateway.scheduling.board import Board
 from functions.gateway.scheduling.micro_batch import MicroBatch
-from functions.gateway.stages.routes import Instance
+from functions.gateway.stages.instances import Instance
 
 
 class Moves:

@@ -9,7 +9,7 @@ from functions.gateway.scheduling.micro_batch import MicroBatch, level, prompt_p
 from functions.gateway.scheduling.progress import Piece
 from functions.gateway.scheduling.sequence import Sequence
 from functions.gateway.scheduling.step import Step, make_step
-from functions.gateway.stages.routes import Instance
+from functions.gateway.stages.instances import Instance
 
 
 class NextSteps:

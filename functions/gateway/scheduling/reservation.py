@@ -9,7 +9,7 @@ from eventing.wire.events import Status
 from eventing.wire.generation import ReservedRow, ReserveRow
 from functions.gateway.stages.client import Origin, StageClient, Traces
 from functions.gateway.stages.failures import StageFailed
-from functions.gateway.stages.routes import Instance
+from functions.gateway.stages.instances import Instance
 
 _WORST_FIRST: Final = (Status.INVALID, Status.STALE, Status.MISS, Status.FULL, Status.OK)
 

@@ -37,7 +37,8 @@ from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.scheduling.wake_ups import WakeUps
 from functions.gateway.stages.client import ForwardReply, StageClient
 from functions.gateway.stages.failures import StageFailed
-from functions.gateway.stages.routes import Endpoint, Instance, Placement
+from functions.gateway.stages.instances import Endpoint, Instance
+from functions.gateway.stages.routes import Placement
 from functions.gateway.stages.trip import Trip, walk
 
 _log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from eventing.wire.events import Batch, Row, Want
 from functions.gateway.scheduling.micro_batch import MicroBatch
 from functions.gateway.scheduling.progress import Piece
 from functions.gateway.scheduling.sequence import Sequence
-from functions.gateway.stages.routes import Instance
+from functions.gateway.stages.instances import Instance
 from functions.gateway.stages.trip import Trip
 
 

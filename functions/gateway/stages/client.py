@@ -31,7 +31,7 @@ from eventing.wire.generation import (
     WarmupRequest,
 )
 from functions.gateway.stages.failures import StageFailed, stage_failed
-from functions.gateway.stages.routes import Instance
+from functions.gateway.stages.instances import Instance
 from functions.observing.tracing import PASSING, Attributes, Span, TraceContext, Tracer
 
 Traces = Sequence[TraceContext]

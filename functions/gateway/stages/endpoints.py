@@ -17,7 +17,7 @@ from urllib.parse import urlencode, urlsplit
 import msgspec
 import urllib3
 
-from functions.gateway.stages.routes import Endpoint
+from functions.gateway.stages.instances import Endpoint
 
 _log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from eventing.wire.cloud_event import Buffer
 from eventing.wire.events import Batch, Status
 from functions.gateway.stages.client import ForwardReply, StageClient
 from functions.gateway.stages.failures import StageFailed
-from functions.gateway.stages.routes import Instance, Turnstile
+from functions.gateway.stages.instances import Instance, Turnstile
 from functions.observing.tracing import TraceContext
 
 _log = logging.getLogger(__name__)

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 
 from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.scheduling.token_stream import TokenStream
-from functions.gateway.stages.routes import Endpoint, Placement
+from functions.gateway.stages.instances import Endpoint
+from functions.gateway.stages.routes import Placement
 from tests.support.functions.gateway import counted, scheduling, submit, tokens_of
 from tests.support.functions.stage_server import StageServer, counting_stage, counting_stages
 

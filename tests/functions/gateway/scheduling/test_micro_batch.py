@@ -8,7 +8,8 @@ from functions.gateway.scheduling.prompt import Prompt
 from functions.gateway.scheduling.sequence import Sequence
 from functions.gateway.scheduling.strikes import Strikes
 from functions.gateway.scheduling.token_stream import TokenStream
-from functions.gateway.stages.routes import Instance, Route
+from functions.gateway.stages.instances import Instance
+from functions.gateway.stages.routes import Route
 
 
 def sequence(number: int, prompt_tokens: int = 10, *, decoding: bool = False, strikes: int = 0) -> Sequence:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from eventing.wire.events import EventType
-from functions.gateway.stages.routes import Endpoint
+from functions.gateway.stages.instances import Endpoint
 from tests.support.functions.gateway import counted, tokens_of, wait_until
 from tests.support.functions.stage_server import Fault
 from tests.support.functions.watched import prompt, watched

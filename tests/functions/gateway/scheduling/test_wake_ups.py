@@ -6,7 +6,7 @@ import pytest
 
 from eventing.problems import PipelineUnavailable
 from eventing.wire.events import EventType
-from functions.gateway.stages.routes import Endpoint
+from functions.gateway.stages.instances import Endpoint
 from tests.support.functions.gateway import counted, scheduling, submit, tokens_of, wait_until
 from tests.support.functions.stage_server import Fault, Seen, StageServer, counting_stages
 from tests.support.functions.watched import watched

@@ -25,7 +25,7 @@ from eventing.wire.generation import (
 )
 from functions.gateway.stages.client import PipelineIdentity, StageClient
 from functions.gateway.stages.failures import StageFailed
-from functions.gateway.stages.routes import Instance
+from functions.gateway.stages.instances import Instance
 from tests.support.http_server import Exchange, Server, serving, unused_port
 
 IDS = ["a", "b"]
@@ -36,7 +36,7 @@ Respond = Callable[[Exchange], None]
 
 
 @contextmanager
-def pipeline(respond: Respond, step_timeout_seconds: float = 5.0) -> Iterator[tuple[StageClient, Instance, Server]]:
+def client_of(respond: Respond, step_timeout_seconds: float = 5.0) -> Iterator[tuple[StageClient, Instance, Server]]:
     identity = PipelineIdentity("0123456789ab", "secret", "/gateways/1", (0, 10, 20))
     with serving(respond) as server, Sender() as sender:
         yield StageClient(sender, identity, step_timeout_seconds), Instance(1, server.url), server
@@ -58,14 +58,14 @@ def answer_problem(problem: Problem) -> Respond:
 
 def forward(respond: Respond, **settings: float) -> StageFailed:
     """How a step fails."""
-    with pipeline(respond, **settings) as (under_test, instance, _), pytest.raises(StageFailed) as failed:
-        under_test.forward(instance, encode_batch(BATCH), IDS, time.monotonic() + 10)
+    with client_of(respond, **settings) as (client, instance, _), pytest.raises(StageFailed) as failed:
+        client.forward(instance, encode_batch(BATCH), IDS, time.monotonic() + 10)
     return failed.value
 
 
 def test_a_step_and_what_it_carries() -> None:
-    with pipeline(lambda exchange: answer_batch(exchange, instance="i-1", freetokens=99)) as (under_test, instance, server):
-        reply = under_test.forward(instance, encode_batch(BATCH), IDS, time.monotonic() + 2)
+    with client_of(lambda exchange: answer_batch(exchange, instance="i-1", freetokens=99)) as (client, instance, server):
+        reply = client.forward(instance, encode_batch(BATCH), IDS, time.monotonic() + 2)
         (exchange,) = server.requests
     event = from_http(exchange.headers.items(), exchange.body)
     assert event.get_type() == EventType.FORWARD
@@ -84,15 +84,15 @@ def test_a_step_and_what_it_carries() -> None:
 
 def test_reservation_release_and_warm_up() -> None:
     reserved = tuple(ReservedRow(id_, 3, status) for id_, status in zip(IDS, (Status.OK, Status.FULL), strict=True))
-    with pipeline(lambda exchange: answer_json(exchange, ReserveReply(reserved))) as (under_test, instance, _):
-        origin, rows = under_test.reserve(instance, [ReserveRow(id_, 3, 10) for id_ in IDS], time.monotonic() + 5)
+    with client_of(lambda exchange: answer_json(exchange, ReserveReply(reserved))) as (client, instance, _):
+        origin, rows = client.reserve(instance, [ReserveRow(id_, 3, 10) for id_ in IDS], time.monotonic() + 5)
         assert (origin.boot, origin.free_tokens, rows) == ("i-1", 7, reserved)
-    with pipeline(lambda exchange: answer_json(exchange, ReleaseReply(1))) as (under_test, instance, server):
-        assert under_test.release(instance, [ReleaseRow("a", 3)]).free_tokens == 7
+    with client_of(lambda exchange: answer_json(exchange, ReleaseReply(1))) as (client, instance, server):
+        assert client.release(instance, [ReleaseRow("a", 3)]).free_tokens == 7
         event = from_http(server.requests[0].headers.items(), server.requests[0].body)
         assert json_data(event, ReleaseRequest).rows == (ReleaseRow("a", 3),)
-    with pipeline(lambda exchange: answer_json(exchange, WarmupReply("i-1", {"import": 1.5}))) as (under_test, instance, _):
-        assert under_test.warm_up(1, instance.url, 5.0).start_up == {"import": 1.5}
+    with client_of(lambda exchange: answer_json(exchange, WarmupReply("i-1", {"import": 1.5}))) as (client, instance, _):
+        assert client.warm_up(1, instance.url, 5.0).start_up == {"import": 1.5}
 
 
 @pytest.mark.parametrize(
@@ -123,10 +123,10 @@ def test_no_answer_at_all() -> None:
     assert (broken.cause, broken.blames) == ("broken", True)
     late = forward(lambda exchange: exchange.server.released.wait(5) and None, step_timeout_seconds=0.1)
     assert (late.cause, late.blames) == ("timeout", True)
-    with pipeline(lambda exchange: None) as (under_test, _, _):
+    with client_of(lambda exchange: None) as (client, _, _):
         nobody = Instance(1, f"http://127.0.0.1:{unused_port()}")
         with pytest.raises(StageFailed) as refused:
-            under_test.forward(nobody, encode_batch(BATCH), IDS, time.monotonic() + 5)
+            client.forward(nobody, encode_batch(BATCH), IDS, time.monotonic() + 5)
     assert (refused.value.cause, refused.value.blames) == ("refused", False)
 
 
@@ -147,9 +147,9 @@ def test_answers_that_make_no_sense(respond: Respond) -> None:
 
 def test_a_reservation_of_other_rows_makes_no_sense() -> None:
     rows = (ReservedRow("z", 0, Status.OK),)
-    with pipeline(lambda exchange: answer_json(exchange, ReserveReply(rows))) as (under_test, instance, _):
+    with client_of(lambda exchange: answer_json(exchange, ReserveReply(rows))) as (client, instance, _):
         with pytest.raises(StageFailed, match="other rows") as failed:
-            under_test.reserve(instance, [ReserveRow("a", 0, 10)], time.monotonic() + 5)
+            client.reserve(instance, [ReserveRow("a", 0, 10)], time.monotonic() + 5)
         assert not failed.value.blames
 
 

@@ -2,7 +2,8 @@
 
 import time
 
-from functions.gateway.stages.routes import Endpoint, Instance, Placement, Turnstile
+from functions.gateway.stages.instances import Endpoint, Instance, Turnstile
+from functions.gateway.stages.routes import Placement
 
 SERVICES = ["http://stage-0", "http://stage-1"]
 

@@ -1,0 +1,100 @@
+"""Instances of stages: what is known of each, whether it is used now, and the order in which prompt chunks enter it.
+
+The scheduler's lock is held around what changes. `stage`, `url` and `prompts` never do, which is what the thread of a trip
+reads; a `Turnstile` has a lock of its own.
+"""
+
+import random
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Final
+
+FIRST_SUSPENSION_SECONDS: Final = 0.1
+LONGEST_SUSPENSION_SECONDS: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """What is known of one instance from outside."""
+
+    url: str
+    revision: str = ""
+    ready: bool = True
+    terminating: bool = False
+
+
+class Turnstile:
+    """One at a time, in the order of `queue`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._queue: deque[threading.Event] = deque()
+
+    @property
+    def idle(self) -> bool:
+        return not self._queue
+
+    def queue(self) -> threading.Event:
+        """Set when it is one's turn; `leave` afterwards, always."""
+        turn = threading.Event()
+        with self._lock:
+            if not self._queue:
+                turn.set()
+            self._queue.append(turn)
+        return turn
+
+    def leave(self) -> None:
+        with self._lock:
+            self._queue.popleft()
+            if self._queue:
+                self._queue[0].set()
+
+
+@dataclass(eq=False, slots=True)
+class Instance:
+    """One instance of a stage, or a Service URL where there is no watch."""
+
+    stage: int
+    url: str
+    revision: str = ""
+    ready: bool = True
+    terminating: bool = False
+    is_service: bool = False
+    """The Service URL stands in for instances that nobody watches."""
+    awake: bool = True
+    """False for a Service URL that has not replied since it last failed."""
+    routes: int = 0
+    free_tokens: int | None = None
+    """As its last reply said."""
+    boot: str = ""
+    """Who replied last, with a nonce of its boot."""
+    prompts: Turnstile = field(default_factory=Turnstile)
+    """One event with prompt chunks at a time, so that running decodes wait for at most one."""
+    failures: int = 0
+    suspended_until: float = 0.0
+
+    def suspended(self, now: float) -> bool:
+        """It has just broken, and what is sent to it now would probably break too."""
+        return now < self.suspended_until
+
+    def usable(self, now: float) -> bool:
+        return self.ready and self.awake and not self.terminating and not self.suspended(now)
+
+    def replied(self, boot: str, free_tokens: int | None) -> None:
+        self.failures = 0
+        self.boot = boot
+        if free_tokens is not None:
+            self.free_tokens = free_tokens
+
+    def suspend(self, now: float) -> None:
+        """Left alone for a while, longer each time.
+
+        What fails meanwhile was on its way already, and says nothing new: a pod may die with many events in hand and be back
+        in no time.
+        """
+        if self.suspended(now):
+            return
+        pause = min(LONGEST_SUSPENSION_SECONDS, FIRST_SUSPENSION_SECONDS * 2 ** min(self.failures, 16))
+        self.suspended_until = now + pause * random.uniform(0.75, 1.25)
+        self.failures += 1
