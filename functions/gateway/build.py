@@ -8,7 +8,8 @@ from functions.configuration.config import GatewayConfig
 from functions.gateway.scheduling.limits import Limits
 from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.stages.client import PipelineIdentity, StageClient
-from functions.gateway.stages.endpoints import EndpointsWatch, KubernetesAPI, PodNetwork, service_name
+from functions.gateway.stages.endpoint_slices import KubernetesAPI
+from functions.gateway.stages.endpoints import EndpointsWatch, PodNetwork, service_name
 from functions.gateway.stages.routes import Placement
 from functions.observing.tracing import Tracer
 

@@ -10,7 +10,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from functions.gateway.stages.endpoints import EndpointsWatch, KubernetesAPI, PodNetwork, service_name
+from functions.gateway.stages.endpoint_slices import KubernetesAPI
+from functions.gateway.stages.endpoints import EndpointsWatch, PodNetwork, service_name
 from functions.gateway.stages.instances import Endpoint
 from tests.support.functions.gateway import wait_until
 from tests.support.knative.kubernetes_watch import WatchServer

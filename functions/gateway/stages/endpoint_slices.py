@@ -1,0 +1,143 @@
+"""EndpointSlices from the Kubernetes API: list and watch, over plain urllib3.
+
+The kubernetes client costs half a second of import. `knative/local` serves the same, so this is the code everywhere.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlencode
+
+import msgspec
+import urllib3
+
+SERVICE_LABEL: Final = "serving.knative.dev/service"
+REVISION_LABEL: Final = "serving.knative.dev/revision"
+SERVICE_TYPE_LABEL: Final = "networking.internal.knative.dev/serviceType"
+SERVICE_ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+CLUSTER_API: Final = "https://kubernetes.default.svc"
+IN_CLUSTER: Final = "cluster"
+
+_WATCH_SECONDS: Final = 240
+"""How long one watch lasts; the server ends it, and a connection that died in silence is noticed soon after."""
+CONNECT_SECONDS: Final = 5.0
+_LIST_SECONDS: Final = 30.0
+GONE: Final = 410
+_MAX_LINE_BYTES: Final = 16 * 2**20
+
+
+class Metadata(msgspec.Struct, rename="camel"):
+    name: str = ""
+    resource_version: str = ""
+    labels: dict[str, str] | None = None
+
+
+class Conditions(msgspec.Struct, frozen=True):
+    ready: bool | None = None
+    terminating: bool | None = None
+
+
+class Address(msgspec.Struct):
+    addresses: tuple[str, ...] = ()
+    conditions: Conditions = Conditions()
+
+
+class Port(msgspec.Struct):
+    port: int | None = None
+    name: str | None = None
+
+
+class Slice(msgspec.Struct):
+    metadata: Metadata
+    endpoints: tuple[Address, ...] | None = None
+    ports: tuple[Port, ...] | None = None
+
+
+class SliceList(msgspec.Struct):
+    metadata: Metadata
+    items: tuple[Slice, ...] = ()
+
+
+class WatchEvent(msgspec.Struct):
+    type: str
+    object: msgspec.Raw
+
+
+class _Status(msgspec.Struct):
+    code: int = 0
+    message: str = ""
+
+
+_read_list: Final = msgspec.json.Decoder(SliceList).decode
+read_event: Final = msgspec.json.Decoder(WatchEvent).decode
+read_slice: Final = msgspec.json.Decoder(Slice).decode
+read_status: Final = msgspec.json.Decoder(_Status).decode
+
+
+class Expired(Exception):
+    """The resourceVersion is too old: list again."""
+
+
+class Refused(Exception):
+    """The API answered with an error. 401 and 403: this gateway has not the right to watch."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(f"the Kubernetes API answered {status}: {detail}")
+        self.without_right = status in (401, 403)
+
+
+class KubernetesAPI:
+    """Lists and watches EndpointSlices of one namespace."""
+
+    def __init__(self, api: str, namespace: str) -> None:
+        """api: base URL, or `cluster` for the pod's own ServiceAccount."""
+        self._in_cluster = api == IN_CLUSTER
+        base = CLUSTER_API if self._in_cluster else api
+        self._url = f"{base}/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices"
+        authority = str(SERVICE_ACCOUNT / "ca.crt") if self._in_cluster else None
+        self._pool = urllib3.PoolManager(maxsize=32, retries=False, ca_certs=authority)
+
+    def list(self, service: str) -> SliceList:
+        timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=_LIST_SECONDS)
+        response = self._pool.request("GET", self._address(service), headers=self._headers(), timeout=timeout)
+        _check(response)
+        return _read_list(response.data)
+
+    def watch(self, service: str, resource_version: str) -> urllib3.BaseHTTPResponse:
+        """The open stream of changes; the caller closes it."""
+        address = self._address(
+            service, watch="1", resourceVersion=resource_version, allowWatchBookmarks="true", timeoutSeconds=str(_WATCH_SECONDS)
+        )
+        timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=_WATCH_SECONDS + 30.0)
+        response = self._pool.request("GET", address, headers=self._headers(), timeout=timeout, preload_content=False)
+        if response.status != 200:
+            response.read(cache_content=True)
+            _check(response)
+        return response
+
+    def _address(self, service: str, **parameters: str) -> str:
+        selector = f"{SERVICE_LABEL}={service},{SERVICE_TYPE_LABEL}=Private"
+        return f"{self._url}?{urlencode({'labelSelector': selector, **parameters})}"
+
+    def _headers(self) -> dict[str, str]:
+        """The token is read anew each time: Kubernetes rotates it."""
+        if not self._in_cluster:
+            return {}
+        return {"Authorization": f"Bearer {(SERVICE_ACCOUNT / 'token').read_text().strip()}"}
+
+
+def _check(response: urllib3.BaseHTTPResponse) -> None:
+    if response.status == GONE:
+        raise Expired
+    if response.status != 200:
+        raise Refused(response.status, response.data[:200].decode("utf-8", "replace"))
+
+
+def lines_of(stream: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
+    """Whole lines as they come. A connection cut within one ends quietly: what it said is said again."""
+    rest = b""
+    while part := stream.read1(2**16):
+        *lines, rest = (rest + part).split(b"\n")
+        yield from filter(None, lines)
+        if len(rest) > _MAX_LINE_BYTES:
+            raise Refused(200, f"a line of more than {_MAX_LINE_BYTES} bytes")
