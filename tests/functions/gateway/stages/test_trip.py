@@ -1,0 +1,89 @@
+"""A trip round three stages: who goes on, and who is told what when it ends before its time."""
+
+import time
+from array import array
+from collections.abc import Sequence
+
+import msgspec
+import pytest
+
+from eventing.wire.batch_codec import decode_batch, encode_batch
+from eventing.wire.events import Batch, Row, Status
+from functions.gateway.stages.client import ForwardReply, Origin
+from functions.gateway.stages.failures import StageFailed
+from functions.gateway.stages.instances import Instance
+from functions.gateway.stages.trip import Trip, walk
+
+IDS = ("a", "b", "c")
+BATCH = Batch(tuple(Row(id_, 0, 5, 1) for id_ in IDS), memoryview(array("i", [1, 2, 3])))
+
+
+class Stages:
+    """Every row is ok but those in `lost`, (stage, id); `errors` are raised instead of a stage's reply."""
+
+    def __init__(self, lost: set[tuple[int, str]] = frozenset(), errors: dict[int, Exception] | None = None) -> None:
+        self.lost = lost
+        self.errors = errors or {}
+        self.sent: list[list[str]] = []
+
+    def forward(self, instance: Instance, body: Sequence[bytes], ids: Sequence[str], *_: object) -> ForwardReply:
+        if instance.stage in self.errors:
+            raise self.errors[instance.stage]
+        batch = decode_batch(b"".join(body))
+        assert [row.id for row in batch.rows] == list(ids)
+        self.sent.append(list(ids))
+        rows = tuple(
+            msgspec.structs.replace(row, status=Status.MISS, held=0, length=0) if (instance.stage, row.id) in self.lost else row
+            for row in batch.rows
+        )
+        kept = array("i", [token for row, token in zip(rows, batch.token_ids, strict=True) if row.length])
+        reply = Batch(rows, memoryview(kept))
+        return ForwardReply(Origin(instance, "boot", None), reply, memoryview(b"".join(encode_batch(reply))))
+
+
+class Log:
+    def __init__(self) -> None:
+        self.replies: list[int] = []
+        self.failures: list[tuple[Sequence[str], StageFailed]] = []
+
+    def replied(self, trip: Trip, stage: int, reply: ForwardReply, seconds: float) -> None:
+        self.replies.append(stage)
+
+    def failed(self, trip: Trip, ids: Sequence[str], failure: StageFailed) -> None:
+        self.failures.append((list(ids), failure))
+
+    def first_stage_free(self) -> None:
+        """Nobody waits for it."""
+
+
+def walked(stages: Stages, *, depth: int = 2, chunks: bool = False) -> Log:
+    """Afterwards nobody is left at the entrance of any stage."""
+    instances = tuple(Instance(stage, f"http://{stage}") for stage in range(3))
+    if chunks:
+        instances[0].prompts.queue()
+    log = Log()
+    walk(Trip(instances, BATCH, {}, depth, chunks, time.monotonic() + 10), stages, log)  # type: ignore[arg-type]
+    assert all(instance.prompts.idle for instance in instances)
+    return log
+
+
+def test_rows_that_are_not_ok_stay_behind_and_the_others_go_on() -> None:
+    stages = Stages({(0, "b"), (1, "a")})
+    log = walked(stages)
+    assert stages.sent == [["a", "b", "c"], ["a", "c"], ["c"]]
+    assert (log.replies, log.failures) == ([0, 1, 2], [])
+
+
+def test_it_goes_no_deeper_than_it_shall_and_no_further_than_anybody_is_ok() -> None:
+    assert walked(Stages(), depth=1, chunks=True).replies == [0, 1]
+    assert walked(Stages({(0, id_) for id_ in IDS})).replies == [0]
+
+
+@pytest.mark.parametrize("chunks", [False, True])
+@pytest.mark.parametrize(
+    ("error", "cause", "stage"), [(StageFailed(1, "refused", "nobody"), "refused", 1), (ValueError("a bug"), "internal", 0)]
+)
+def test_a_failure_is_told_of_the_rows_that_had_come_so_far(error: Exception, cause: str, stage: int, chunks: bool) -> None:
+    log = walked(Stages({(0, "b")}, {1: error}), chunks=chunks)
+    ((ids, failure),) = log.failures
+    assert (ids, failure.cause, failure.stage, log.replies) == (["a", "c"], cause, stage, [0])
