@@ -36,9 +36,9 @@ from eventing.wire.cloud_event import (
     make_event,
     reply_id,
 )
+from eventing.wire.control import ReleaseRow
 from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType, Result, Row, Status, Tensor, Want
-from eventing.wire.generation import ReleaseRow, ScoreRequest, ScoreResponse
-from eventing.wire.score import score_row
+from eventing.wire.score import ScoreRequest, ScoreResponse, score_row
 from eventing.wire.signature import sign, verify
 from functions.stage.serving.identity import StageIdentity
 from functions.stage.serving.scoring import Scorer

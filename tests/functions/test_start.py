@@ -17,8 +17,8 @@ from eventing.http.delivery import Sender
 from eventing.problems import NotReady
 from eventing.wire.batch_codec import encode_batch
 from eventing.wire.cloud_event import batch_data, json_data, json_event, make_event
+from eventing.wire.control import WarmupReply, WarmupRequest
 from eventing.wire.events import BATCH_CONTENT_TYPE, Batch, EventType, Row, Status
-from eventing.wire.generation import WarmupReply, WarmupRequest
 from functions.stage.engine.threads import WAITING, PassThreads, set_openmp, thread_count
 from storage.store.object_store import ObjectStore
 from tests.support.environments import GATEWAY

@@ -26,7 +26,8 @@ from cloudevents.core.v1.event import CloudEvent
 from eventing.http.binding import from_http, to_binary_http
 from eventing.wire.cloud_event import json_data, json_event, make_event, reply_id
 from eventing.wire.events import EventType
-from eventing.wire.generation import GenerateRequest, GenerateResponse, ScoreRequest, ScoreResponse
+from eventing.wire.generation import GenerateRequest, GenerateResponse
+from eventing.wire.score import ScoreRequest, ScoreResponse
 from knative.local.eventing.delivery import Subscription
 from knative.local.eventing.eventing import LocalEventing
 from knative.local.eventing.targets import Answer, HttpTarget, NoAnswer

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from eventing.problems import DeadlineExceeded, InvalidRequest, PipelineUnavailable, Problem, ReplaysExhausted
+from eventing.wire.control import ReleaseRow
 from eventing.wire.events import Row, Status
-from eventing.wire.generation import ReleaseRow
 from functions.gateway.scheduling.admission import FairQueue
 from functions.gateway.scheduling.job import Job
 from functions.gateway.scheduling.micro_batch import MicroBatch

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Final
 
-from eventing.wire.generation import ReleaseRow
+from eventing.wire.control import ReleaseRow
 from functions.gateway.scheduling.admission import micro_batches_allowed, micro_batches_wanted
 from functions.gateway.scheduling.board import Board
 from functions.gateway.scheduling.job import ON_TRIAL_AT, Job

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from typing import Final
 
+from eventing.wire.control import ReservedRow, ReserveRow
 from eventing.wire.events import Status
-from eventing.wire.generation import ReservedRow, ReserveRow
 from functions.gateway.scheduling.board import Reservation
 from functions.gateway.stages.client import Answerer, Pipeline, StageFailed, Traces
 from functions.gateway.stages.routes import Instance

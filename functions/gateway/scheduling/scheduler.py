@@ -18,8 +18,8 @@ from itertools import count
 from typing import Final
 
 from eventing.problems import InvalidRequest, NotReady, PipelineUnavailable, QueueFull
+from eventing.wire.control import ReleaseRow, ReserveRow
 from eventing.wire.events import MAX_POSITION
-from eventing.wire.generation import ReleaseRow, ReserveRow
 from functions.gateway.scheduling.board import Board, Limits
 from functions.gateway.scheduling.job import Job
 from functions.gateway.scheduling.next_actions import Action, Planner, Release, Reserve, Wake, Walk
