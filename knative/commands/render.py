@@ -11,8 +11,7 @@ from knative.render.rendering import render as render_files
 from knative.render.services import Manifest, to_yaml
 from knative.spec.model_shape import ModelShape
 from knative.spec.pipeline_spec import PipelineSpec, load_spec
-from storage.models.model_repository import Manifest as Publication
-from storage.models.model_repository import read_manifest
+from storage.models.model_repository import ModelManifest, read_manifest
 
 image_option = click.option("--image", help="Instead of the spec's.")
 
@@ -57,7 +56,7 @@ def rendered_objects(spec: PipelineSpec, store: StoreOptions) -> list[Manifest]:
     return [manifest for objects in rendered_files(spec, store).values() for manifest in objects]
 
 
-def _published(spec: PipelineSpec, store: StoreOptions) -> tuple[Publication, ModelShape]:
+def _published(spec: PipelineSpec, store: StoreOptions) -> tuple[ModelManifest, ModelShape]:
     with open_store(store) as opened:
         manifest = read_manifest(opened, spec.model.name, spec.model.dtype)
         return manifest, published_shape(opened, manifest)

@@ -14,7 +14,7 @@ from knative.spec.cut import cut_evenly
 from knative.spec.model_shape import ModelShape, shape_from_objects
 from knative.spec.pipeline_spec import PipelineSpec, parse_cut
 from knative.webhook.check import validate, warnings
-from storage.models.model_repository import Manifest, Reader, layer_object, read_file
+from storage.models.model_repository import ModelManifest, Reader, layer_object, read_file
 
 
 class RenderFailed(Exception):
@@ -37,7 +37,7 @@ def render(pipeline: Pipeline) -> dict[str, list[Object]]:
     return files
 
 
-def resolve(spec: PipelineSpec, manifest: Callable[[], tuple[Manifest, ModelShape]]) -> Pipeline:
+def resolve(spec: PipelineSpec, manifest: Callable[[], tuple[ModelManifest, ModelShape]]) -> Pipeline:
     """manifest: called only where the spec pins neither digest nor cut. Raises what it raises, TooManyStages, RenderFailed."""
     if spec.cut is not None and spec.model.digest is not None:
         return checked(Pipeline(spec, parse_cut(spec.cut), spec.model.digest))
@@ -50,7 +50,7 @@ def resolve(spec: PipelineSpec, manifest: Callable[[], tuple[Manifest, ModelShap
     return checked(Pipeline(spec, _cut(spec, shape), published.digest))
 
 
-def published_shape(reader: Reader, manifest: Manifest) -> ModelShape:
+def published_shape(reader: Reader, manifest: ModelManifest) -> ModelShape:
     """Raises a StorageError, or UnknownShape."""
     config = msgspec.json.decode(read_file(reader, manifest, "config.json"))
     layers = tuple(manifest.objects[layer_object(layer)].bytes for layer in range(manifest.num_layers))

@@ -22,8 +22,7 @@ from knative.render.rendering import published_shape, render, resolve
 from knative.spec.model_shape import ModelShape
 from knative.spec.model_sources import packaged_model
 from knative.spec.pipeline_spec import Autoscaling, Eventing, Model, PipelineSpec, Resources, Stage, Store
-from storage.models.model_repository import Manifest as Publication
-from storage.models.model_repository import read_file
+from storage.models.model_repository import ModelManifest, read_file
 from storage.models.publisher import publish
 from storage.store.object_store import ObjectStore
 from tests.support.knative.real_cluster import (
@@ -71,7 +70,7 @@ NOTHING_MAY_BE_LEFT: Final = (
 class Scenario:
     """What the steps share."""
 
-    def __init__(self, where: Settings, publication: Publication, shape: ModelShape, tokenizer: Tokenizer) -> None:
+    def __init__(self, where: Settings, publication: ModelManifest, shape: ModelShape, tokenizer: Tokenizer) -> None:
         self.where = where
         self.tokenizer = tokenizer
         self.said: list[str] = []

@@ -16,7 +16,7 @@ from eventing.wire.generation import Message
 from functions.gateway.text.chat_template import ChatTemplate
 from functions.gateway.text.text_stream import Detokenizer, StopStrings, TextStream
 from functions.gateway.text.tokenizer import ModelText
-from storage.models.model_repository import Manifest, StoredFile
+from storage.models.model_repository import ModelManifest, StoredFile
 from tests.support.storage.published import CHAT_TEMPLATE, byte_tokenizer
 
 TEXTS = [
@@ -66,10 +66,10 @@ class Folder:
     def get(self, key: str) -> bytes:
         return self.files[key]
 
-    def manifest(self) -> Manifest:
+    def manifest(self) -> ModelManifest:
         stored = {name: StoredFile(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in self.files.items()}
         numbers = dict.fromkeys(("num_layers", "hidden_size", "vocab_size", "num_kv_heads", "head_dim"), 1)
-        return Manifest(
+        return ModelManifest(
             manifest_version=1,
             name="m",
             dtype="float32",

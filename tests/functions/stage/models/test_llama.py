@@ -10,10 +10,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from functions.stage.models.layer_group import Segment
+from functions.stage.models.layer_group import MissingTensors, Segment
 from functions.stage.models.llama.config import UnsupportedConfig
 from functions.stage.models.llama.group import LlamaGroup
-from functions.stage.models.weights import MissingTensors
 from tests.support.functions.group_chain import GroupChain, by_plan, tokens_of
 from tests.support.storage import tiny_models
 
