@@ -17,7 +17,7 @@ from tests.support.functions.group_chain import GroupChain, by_plan, tokens_of
 from tests.support.storage import tiny_models
 
 CUT: Final = ((0, 2), (2, 4), (4, 6))
-NAMES: Final = (*tiny_models.LLAMA_SHAPED, "ministral", "seed_oss")
+NAMES: Final = tiny_models.LLAMA_SHAPED
 TOLERANCE: Final = 1e-4
 
 
