@@ -80,7 +80,10 @@ class Generator:
             span.end(problem.name)
             raise
         self._metrics.prompt_tokens.inc(len(prompt))
-        return Generation(sequence, TextStream(self.text.tokenizer, request.stop_strings), self._metrics, span)
+        # A message is a text of its own; what continues a prompt is read behind it.
+        before = () if request.messages is not None else prompt
+        stream = TextStream(self.text.tokenizer, request.stop_strings, before)
+        return Generation(sequence, stream, self._metrics, span)
 
 
 class Generation:

@@ -22,6 +22,7 @@ from functions.gateway.text.chat_template import ChatTemplate
 from functions.gateway.text.tokenizer import ModelText
 from functions.observing.telemetry import GatewayMetrics
 from tests.support.environments import GATEWAY
+from tests.support.functions.sentencepiece import CONTINUED, ids_of, llama_2
 from tests.support.storage.published import CHAT_TEMPLATE, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -96,6 +97,28 @@ def chat(client: FlaskClient, **fields: Any) -> TestResponse:
 def stream(response: TestResponse) -> list[Any]:
     events = [event.data for event in decode_sse([response.data])]
     return [event if event == "[DONE]" else json.loads(event) for event in events]
+
+
+def test_a_continuation_has_the_space_before_its_first_word_and_a_message_has_not(pipeline: Pipeline) -> None:
+    tokenizer = llama_2()
+    config = read_config(GATEWAY)
+    assert isinstance(config, GatewayConfig)
+    end = tokenizer.token_to_id("</s>")
+    text = ModelText(tokenizer, ChatTemplate("{{ messages[0].content }}", {}), frozenset([end]), CONTEXT)
+    generator = Generator(text, pipeline, GatewayMetrics())
+    client = create_app(config, lambda: generator).test_client()
+
+    def script(sequence: Sequence) -> None:
+        for token in [*ids_of(tokenizer, "▁Paris", "."), end]:
+            sequence.put(token)
+
+    pipeline.script = script
+    continued = client.post("/v1/completions", json={"model": "tiny", "prompt": CONTINUED})
+    answered = chat(client, messages=[{"role": "user", "content": CONTINUED}])
+    assert continued.json is not None
+    assert answered.json is not None
+    assert continued.json["choices"][0]["text"] == " Paris."
+    assert answered.json["choices"][0]["message"]["content"] == "Paris."
 
 
 def test_binary_in_binary_out(client: FlaskClient) -> None:
