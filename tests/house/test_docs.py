@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import click
 import pytest
@@ -134,6 +135,12 @@ def test_the_map_leads_to_rooms_and_files() -> None:
         assert not [name for name in spans(look_for) if not re.search(rf"\b{name}\b", text)], f"{question} {look_for}"
 
 
+def test_the_readme_names_the_rooms_of_each_folder() -> None:
+    (table,) = tables(section((ROOT / "README.md").read_text(), "Folders"))
+    named = {f"{spans(folder)[0]}{room}" for folder, _, in_folder in table for room in spans(in_folder)}
+    assert named == {room for room in rooms() if room.count("/") == 2}
+
+
 def test_every_room_is_in_the_map() -> None:
     (table,) = tables(section((DOCS / "structures.md").read_text(), "Rooms"))
     assert sorted(room for row in table for room in spans(row[0])) == sorted(rooms())
@@ -165,3 +172,14 @@ def test_settings_that_are_named_exist() -> None:
     for named, name in re.findall(r"`(stage|gateway|store|network|model|monitoring)\.(?:\w+\.)?(\w+)", text):
         assert named in PipelineSpec.__struct_fields__
         assert re.search(rf"^    {name}: ", fields, re.MULTILINE), f"{named}.{name}"
+
+
+def test_the_picture_can_be_read_aloud_and_in_the_dark() -> None:
+    picture = ElementTree.parse(DOCS / "request.svg").getroot()
+    said = {each.get("id"): (each.text or "").strip() for each in picture if each.tag.endswith(("}title", "}desc"))}
+    assert sorted(picture.get("aria-labelledby", "").split()) == sorted(map(str, said))
+    assert all(said.values())
+    style = next(each.text or "" for each in picture if each.tag.endswith("}style"))
+    assert "prefers-color-scheme: dark" in style
+    used = {name for each in picture.iter() for name in each.get("class", "").split()}
+    assert used <= set(re.findall(r"\.([a-z]\w*)", style))
