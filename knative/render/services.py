@@ -1,7 +1,7 @@
 """PipelineSpec and model → the Kubernetes objects of a pipeline: a Knative Service per stage, one for the gateway, its Role.
 
 They are what runs everywhere: on a cluster as they are, on one machine read by `knative/local`. Keys of the environment are
-those of docs/structures.md. No secret value is ever rendered, only names of Secrets.
+those of docs/environment.md. No secret value is ever rendered, only names of Secrets.
 """
 
 import re

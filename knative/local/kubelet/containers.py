@@ -30,7 +30,7 @@ class LocalData:
     replacements: Mapping[str, str]
     """Cluster-local URL → local URL, wherever it stands in a value: what cluster DNS does."""
     in_cluster: Mapping[str, str]
-    """Environment instead of what a pod would find by its ServiceAccount; see docs/structures.md, LAMINA_KUBERNETES_API."""
+    """Environment instead of what a pod would find by its ServiceAccount; see docs/environment.md, LAMINA_KUBERNETES_API."""
 
 
 @dataclass(frozen=True, slots=True)
