@@ -13,8 +13,8 @@ from functions.hosting.background import run_in_background
 from functions.hosting.imports import without_collection
 from functions.hosting.publication import read_publication
 from functions.hosting.startup import StartUp
-from functions.observing.telemetry import StageMetrics
 from functions.stage.engine.threads import PassThreads, set_openmp, thread_count
+from functions.stage.serving.metrics import StageMetrics
 from storage.loading.weight_cache import WeightCache
 from storage.loading.weight_loader import LoadedObject, LoadProgress, iterate_layers
 from storage.models.model_repository import read_file

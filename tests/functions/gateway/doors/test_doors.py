@@ -17,10 +17,10 @@ from functions.configuration.config import GatewayConfig, read_config
 from functions.gateway.app import MAX_REQUEST_BYTES, create_app
 from functions.gateway.doors import answers as core
 from functions.gateway.doors.answers import Generator
+from functions.gateway.doors.metrics import GatewayMetrics
 from functions.gateway.scheduling.sequence import Sequence
 from functions.gateway.text.chat_template import ChatTemplate
 from functions.gateway.text.tokenizer import ModelText
-from functions.observing.telemetry import GatewayMetrics
 from tests.support.environments import GATEWAY
 from tests.support.functions.sentencepiece import CONTINUED, ids_of, llama_2
 from tests.support.storage.published import CHAT_TEMPLATE, byte_tokenizer
