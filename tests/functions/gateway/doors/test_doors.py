@@ -11,7 +11,7 @@ import pytest
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
-from eventing.http.sse import decode_sse
+from eventing.http.sse import SSEDecoder
 from eventing.problems import NotReady, PipelineUnavailable, Problem, QueueFull
 from functions.configuration.config import GatewayConfig, read_config
 from functions.gateway.app import MAX_REQUEST_BYTES, create_app
@@ -95,7 +95,7 @@ def chat(client: FlaskClient, **fields: Any) -> TestResponse:
 
 
 def stream(response: TestResponse) -> list[Any]:
-    events = [event.data for event in decode_sse([response.data])]
+    events = [event.data for event in SSEDecoder().feed(response.data)]
     return [event if event == "[DONE]" else json.loads(event) for event in events]
 
 
