@@ -7,10 +7,10 @@ from typing import Final, Protocol
 
 from eventing.problems import InvalidRequest, Problem
 from eventing.wire.generation import FinishReason, GenerateRequest, GenerateResponse, Timings, TokenEvent, Usage
+from functions.gateway.doors.metrics import GatewayMetrics
 from functions.gateway.scheduling.sequence import Sequence
 from functions.gateway.text.text_stream import TextStream
 from functions.gateway.text.tokenizer import ModelText
-from functions.observing.telemetry import GatewayMetrics
 from functions.observing.tracing import PASSING, Attributes, Span, TraceContext, Tracer
 
 HEARTBEAT_SECONDS: Final = 3.0

@@ -1,20 +1,21 @@
 """From the configuration to a running engine, one thing beside the other: bytes flow while torch is being imported."""
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from functions.configuration.config import StageConfig
-from functions.hosting.background import run_in_background
 from functions.hosting.imports import without_collection
 from functions.hosting.publication import read_publication
 from functions.hosting.startup import StartUp
-from functions.observing.telemetry import StageMetrics
 from functions.stage.engine.threads import PassThreads, set_openmp, thread_count
+from functions.stage.serving.metrics import StageMetrics
 from storage.loading.weight_cache import WeightCache
 from storage.loading.weight_loader import LoadedObject, LoadProgress, iterate_layers
 from storage.models.model_repository import read_file
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
     from functions.stage.engine.engine import Engine
     from functions.stage.models.layer_group import LayerGroup
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,7 @@ def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> "
     """An engine that has run one step. Raises WrongPublication, UnservableModel or a StorageError."""
     threads = thread_count(config.threads)
     set_openmp(os.environ, threads)
-    opening = run_in_background(lambda: open_model(config, start_up, metrics), "open-model")
+    opening = _in_background(lambda: open_model(config, start_up, metrics), "open-model")
     with without_collection():
         import torch
 
@@ -79,6 +83,20 @@ def open_model(config: StageConfig, start_up: StartUp, metrics: StageMetrics) ->
     cache = WeightCache(Path(config.weights_cache), config.weights_cache_bytes) if config.weights_cache else None
     objects = iterate_layers(reader, manifest, *config.layers, cache=cache, on_progress=_Progress(start_up, metrics))
     return ArrivingModel(model_config, objects)
+
+
+def _in_background(action: Callable[[], T], name: str) -> "Future[T]":
+    """What `action` returns or raises. A ThreadPoolExecutor would be waited for at the process's end, whatever it hangs on."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
 
 
 def _layer_group(config: StageConfig, model: ArrivingModel, start_up: StartUp) -> "LayerGroup":

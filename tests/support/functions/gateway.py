@@ -27,11 +27,11 @@ from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.scheduling.sequence import Sequence as Answer
 from functions.gateway.stages.client import Pipeline, PipelineIdentity
 from functions.gateway.stages.routes import Placement
-from functions.observing.telemetry import StageMetrics
 from functions.stage.engine.engine import Engine
 from functions.stage.models.layer_group import LayerGroup
 from functions.stage.serving.app import create_app
 from functions.stage.serving.handlers import EventHandlers
+from functions.stage.serving.metrics import StageMetrics
 from knative.local.kubelet.processes import free_port
 from tests.support.functions.counting_group import VOCAB, CountingGroup
 

@@ -11,16 +11,16 @@ import pytest
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
-from eventing.http.sse import decode_sse
+from eventing.http.sse import SSEDecoder
 from eventing.problems import NotReady, PipelineUnavailable, Problem, QueueFull
 from functions.configuration.config import GatewayConfig, read_config
 from functions.gateway.app import MAX_REQUEST_BYTES, create_app
 from functions.gateway.doors import answers as core
 from functions.gateway.doors.answers import Generator
+from functions.gateway.doors.metrics import GatewayMetrics
 from functions.gateway.scheduling.sequence import Sequence
 from functions.gateway.text.chat_template import ChatTemplate
 from functions.gateway.text.tokenizer import ModelText
-from functions.observing.telemetry import GatewayMetrics
 from tests.support.environments import GATEWAY
 from tests.support.functions.sentencepiece import CONTINUED, ids_of, llama_2
 from tests.support.storage.published import CHAT_TEMPLATE, byte_tokenizer
@@ -95,7 +95,7 @@ def chat(client: FlaskClient, **fields: Any) -> TestResponse:
 
 
 def stream(response: TestResponse) -> list[Any]:
-    events = [event.data for event in decode_sse([response.data])]
+    events = [event.data for event in SSEDecoder().feed(response.data)]
     return [event if event == "[DONE]" else json.loads(event) for event in events]
 
 

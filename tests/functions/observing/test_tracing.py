@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from functions.observing.tracing import PASSING, TraceContext, main_cause, make_tracer, read_traceparent
+from functions.observing.telemetry import make_tracer
+from functions.observing.tracing import PASSING, TraceContext, main_cause, read_traceparent
 from knative.render.services import Pipeline, services
 from knative.spec.pipeline_spec import SpecError, spec_from_dict
 from tests.support.environments import GATEWAY, STAGE
