@@ -1,4 +1,4 @@
 """What a person says of a pipeline, and what is derived from it and the model: its shape, its cut.
 
-May import: storage, storage.models, eventing.wire, functions.gateway.scheduling.
+May import: storage, eventing.wire, functions.gateway.scheduling.
 """
