@@ -75,14 +75,15 @@ def rooms() -> set[str]:
 
 @cache
 def source_files() -> tuple[str, ...]:
-    """Paths of the product's own files, from the project's folder."""
-    return tuple(path.relative_to(ROOT).as_posix() for folder in SOURCES for path in (ROOT / folder).rglob("*.py"))
+    """Paths of all Python files, from the project's folder."""
+    folders = (*SOURCES, "bench", "docs", "tests")
+    return tuple(path.relative_to(ROOT).as_posix() for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
 @cache
 def strings_of_the_code() -> tuple[str, ...]:
-    """Every string but docstrings, pieces put together, `…` in place of what is filled in."""
-    return tuple(text for path in source_files() for text in _strings(ROOT / path))
+    """Every string of the product but docstrings, pieces put together, `…` in place of what is filled in."""
+    return tuple(text for path in source_files() if path.startswith(SOURCES) for text in _strings(ROOT / path))
 
 
 def _strings(path: Path) -> Iterator[str]:
