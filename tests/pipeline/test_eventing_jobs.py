@@ -29,7 +29,7 @@ from eventing.wire.events import EventType
 from eventing.wire.generation import GenerateRequest, GenerateResponse
 from eventing.wire.score import ScoreRequest, ScoreResponse
 from knative.local.eventing.delivery import Subscription
-from knative.local.eventing.eventing import LocalEventing
+from knative.local.eventing.local_eventing import LocalEventing
 from knative.local.eventing.targets import Answer, HttpTarget, NoAnswer
 from knative.render.eventing_manifests import eventing_objects
 from knative.render.services import Pipeline, to_yaml

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from knative.local.errors import UnsupportedManifest
 from knative.local.eventing.filter import Filter, read_filter
-from knative.local.kubelet.probes import UnsupportedManifest
 
 Manifest = Mapping[str, Any]
 

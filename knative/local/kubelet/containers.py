@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from knative.local.kubelet.probes import Probe, UnsupportedManifest, read_probe
-from knative.local.serving.queue_proxy import RequestLimits
+from knative.local.errors import UnsupportedManifest
+from knative.local.kubelet.probes import Probe, read_probe
+from knative.local.proxies.queue_proxy import RequestLimits
 from knative.spec.pipeline_spec import SpecError, quantity
 
 NamedData = Mapping[str, Mapping[str, str]]
