@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from knative.cluster import preflight
-from knative.cluster.client import Cluster, Manifest, Ref
+from knative.cluster.client import Cluster, Ref
 from knative.cluster.diagnosis import SERVING, diagnose, hopeless_pod, next_step, readiness
 from knative.cluster.errors import ClusterError, DeployFailed, NotPermitted
 from knative.cluster.history import INSTANCE, MANAGED_BY, Version, fingerprint_of, gateway_of, remember, versions
-from knative.render.services import to_yaml
+from knative.spec.kubernetes_object import KubernetesObject, to_yaml
 
 _WATCH_SECONDS: Final = 2
 _STAGE: Final = "app.kubernetes.io/component=stage"
@@ -50,7 +50,7 @@ class Deployer:
         self._say = say
         self._timeout_seconds = timeout_seconds
 
-    def deploy(self, objects: list[Manifest], *, force: bool = False) -> str:
+    def deploy(self, objects: list[KubernetesObject], *, force: bool = False) -> str:
         """Idempotent. Returns the gateway's URL.
 
         Raises ClusterError: nothing that served before is touched until the new stages are Ready.
@@ -84,7 +84,7 @@ class Deployer:
         self._say(f"going back to version {version.number}, pipeline {version.fingerprint}")
         return self.deploy(list(version.objects), force=force)
 
-    def diff(self, objects: list[Manifest]) -> Iterator[str]:
+    def diff(self, objects: list[KubernetesObject]) -> Iterator[str]:
         """Unified diff of what is there and what applying would make of it, by the cluster's own dry run."""
         for each in objects:
             live = self._cluster.get(Ref.of(each))
@@ -109,7 +109,7 @@ class Deployer:
                     self._cluster.delete(Ref.of(service))
                     self._say(f"pruned {Ref.of(service)}")
 
-    def _old(self, api_version: str, kind: str, selector: str, current: str) -> list[Manifest]:
+    def _old(self, api_version: str, kind: str, selector: str, current: str) -> list[KubernetesObject]:
         """Objects of other pipelines than the current one."""
         found = self._cluster.find(api_version, kind, self._namespace, selector)
         return [each for each in found if fingerprint_of(each) != current]
@@ -125,12 +125,12 @@ class Deployer:
             self._await_absence(ref, deadline)
         return count
 
-    def services(self, name: str) -> list[Manifest]:
+    def services(self, name: str) -> list[KubernetesObject]:
         """The pipeline's Services: gateway first, then stages by name."""
         found = self._cluster.find(SERVING, "Service", self._namespace, f"{INSTANCE}={name},{MANAGED_BY}=lamina")
         return sorted(found, key=lambda service: (service["metadata"]["name"] != name, service["metadata"]["name"]))
 
-    def _drop(self, name: str, objects: list[Manifest]) -> None:
+    def _drop(self, name: str, objects: list[KubernetesObject]) -> None:
         """Deletes what the spec does not ask for any more, such as the objects of a section that was taken out of it."""
         wanted, current = set(map(Ref.of, objects)), fingerprint_of(gateway_of(objects))
         try:
@@ -145,7 +145,7 @@ class Deployer:
                 self._cluster.delete(ref)
                 self._say(f"deleted {ref}, which the spec does not ask for any more")
 
-    def _own(self, name: str) -> list[Manifest]:
+    def _own(self, name: str) -> list[KubernetesObject]:
         selector = f"{INSTANCE}={name},{MANAGED_BY}=lamina"
         return [
             each
@@ -154,12 +154,12 @@ class Deployer:
             for each in self._cluster.find(api_version, kind, self._namespace, selector)
         ]
 
-    def _apply(self, objects: list[Manifest], force: bool) -> None:
+    def _apply(self, objects: list[KubernetesObject], force: bool) -> None:
         for each in objects:
             self._cluster.apply(each, force=force)
             self._say(f"applied {Ref.of(each)}")
 
-    def _await_deletions(self, objects: list[Manifest]) -> None:
+    def _await_deletions(self, objects: list[KubernetesObject]) -> None:
         """A half-deleted object takes no changes: wait until it is gone."""
         deadline = time.monotonic() + self._timeout_seconds
         for ref in map(Ref.of, objects):
@@ -175,7 +175,7 @@ class Deployer:
                 raise DeployFailed(f"{ref} is still there; its finalizers: {finalizers}; look at what should remove them")
             time.sleep(_WATCH_SECONDS / 4)
 
-    def _await_ready(self, services: list[Manifest]) -> str:
+    def _await_ready(self, services: list[KubernetesObject]) -> str:
         """Waits for all of them; returns the last one's URL. Raises DeployFailed as soon as one cannot become Ready."""
         waiting = {service["metadata"]["name"]: "" for service in services}
         deadline = time.monotonic() + self._timeout_seconds
@@ -191,7 +191,7 @@ class Deployer:
                 self._give_up_if_hopeless(name, deadline)
         return url
 
-    def _note(self, live: Manifest, waiting: dict[str, str]) -> bool:
+    def _note(self, live: KubernetesObject, waiting: dict[str, str]) -> bool:
         """Whether the Service is Ready; says what changed."""
         name, state = live["metadata"]["name"], readiness(live)
         if state.ready:
@@ -245,7 +245,7 @@ def _failure(headline: str, details: list[str]) -> str:
     return "\n  ".join([headline, *details, next_step([headline, *details])])
 
 
-def _comparable(manifest: Manifest) -> str:
+def _comparable(manifest: KubernetesObject) -> str:
     """Without what the server keeps for itself."""
     metadata: dict[str, Any] = {
         key: value

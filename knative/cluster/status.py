@@ -1,8 +1,9 @@
 """What a pipeline on a cluster is doing: a row for each Service, and why one is not ready."""
 
-from knative.cluster.client import Cluster, Manifest
+from knative.cluster.client import Cluster
 from knative.cluster.deployer import Deployer
 from knative.cluster.diagnosis import diagnose, readiness
+from knative.spec.kubernetes_object import KubernetesObject
 
 COLUMNS = ("service", "ready", "pods", "revision", "pipeline", "url")
 
@@ -14,7 +15,7 @@ def cluster_rows(cluster: Cluster, namespace: str, name: str) -> tuple[list[tupl
     return [_row(cluster, service) for service in services], troubles
 
 
-def _row(cluster: Cluster, service: Manifest) -> tuple[str, ...]:
+def _row(cluster: Cluster, service: KubernetesObject) -> tuple[str, ...]:
     metadata, status = service["metadata"], service.get("status") or {}
     state = readiness(service)
     ready = {True: "yes", False: "no", None: "not yet"}[state.ready]

@@ -16,9 +16,10 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from eventing.wire.events import EventType
-from knative.cluster.client import Cluster, Manifest
+from knative.cluster.client import Cluster
 from knative.cluster.deployer import Deployer
 from knative.render.rendering import published_shape, render, resolve
+from knative.spec.kubernetes_object import KubernetesObject
 from knative.spec.model_shape import ModelShape
 from knative.spec.model_sources import packaged_model
 from knative.spec.pipeline_spec import Autoscaling, Eventing, Model, PipelineSpec, Resources, Stage, Store
@@ -102,7 +103,7 @@ class Scenario:
         )
         return msgspec.structs.replace(spec, **changes)
 
-    def objects(self, spec: PipelineSpec) -> list[Manifest]:
+    def objects(self, spec: PipelineSpec) -> list[KubernetesObject]:
         pipeline = resolve(spec, lambda: (self._publication, self._shape))
         return [each for rendered in render(pipeline).values() for each in rendered]
 
@@ -139,7 +140,7 @@ def scenario() -> Iterator[Scenario]:
         steps.deployer.delete(NAME)
 
 
-def _store_secret(where: Settings) -> Manifest:
+def _store_secret(where: Settings) -> KubernetesObject:
     keys = {"AWS_ACCESS_KEY_ID": where.store.access_key_id, "AWS_SECRET_ACCESS_KEY": where.store.secret_access_key}
     data = {name: base64.b64encode(value.encode()).decode() for name, value in keys.items()}
     metadata = {"name": "lamina-store", "namespace": where.namespace}

@@ -13,7 +13,7 @@ from functions.stage.engine.threads import usable_cores
 from knative.commands.terminal.console import publish_progress
 from knative.local.kubelet.containers import NamedData
 from knative.render.rendering import published_shape, resolve
-from knative.render.services import Pipeline
+from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.spec.cut import cut_evenly, plan_stages
 from knative.spec.model_shape import ModelShape
 from knative.spec.model_sources import DEFAULT_MODEL, packaged_model, published_name
@@ -35,7 +35,7 @@ _MAX_SCALE: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class LocalPipeline:
-    pipeline: Pipeline
+    pipeline: ResolvedPipeline
     manifest: ModelManifest
     shape: ModelShape
     secrets: NamedData

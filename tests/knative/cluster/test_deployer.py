@@ -22,7 +22,8 @@ from knative.cluster.errors import (
 )
 from knative.cluster.history import gateway_of, versions
 from knative.render.rendering import render
-from knative.render.services import Manifest, Pipeline
+from knative.render.resolved_pipeline import ResolvedPipeline
+from knative.spec.kubernetes_object import KubernetesObject
 from knative.spec.pipeline_spec import spec_from_dict
 from tests.support.knative.kubernetes_api import (
     KubernetesApi,
@@ -61,12 +62,12 @@ def deployer(cluster: Cluster, said: list[str]) -> Deployer:
     return Deployer(cluster, "default", said.append, timeout_seconds=5)
 
 
-def secret(name: str, *keys: str) -> Manifest:
+def secret(name: str, *keys: str) -> KubernetesObject:
     metadata = {"name": name, "namespace": "default"}
     return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": dict.fromkeys(keys, "eA==")}
 
 
-def objects(cut: tuple[tuple[int, int], ...] = CUT, digest: str = "d" * 64, **stage: object) -> list[Manifest]:
+def objects(cut: tuple[tuple[int, int], ...] = CUT, digest: str = "d" * 64, **stage: object) -> list[KubernetesObject]:
     spec = spec_from_dict(
         {
             "name": "chat",
@@ -77,10 +78,10 @@ def objects(cut: tuple[tuple[int, int], ...] = CUT, digest: str = "d" * 64, **st
             "stage": stage,
         }
     )
-    return [each for rendered in render(Pipeline(spec, cut, digest)).values() for each in rendered]
+    return [each for rendered in render(ResolvedPipeline(spec, cut, digest)).values() for each in rendered]
 
 
-def stage_name(rendered: list[Manifest], index: int) -> str:
+def stage_name(rendered: list[KubernetesObject], index: int) -> str:
     return next(each["metadata"]["name"] for each in rendered if each["metadata"]["name"].endswith(f"-s{index}"))
 
 
@@ -253,7 +254,7 @@ def test_without_the_prometheus_operator_monitoring_is_refused(api: KubernetesAp
     assert api.applied == []
 
 
-def deployment(name: str, version: str) -> Manifest:
+def deployment(name: str, version: str) -> KubernetesObject:
     metadata = {"name": name, "namespace": "knative-serving", "labels": {"app.kubernetes.io/version": version}}
     return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata}
 

@@ -9,7 +9,8 @@ from knative.cluster.client import Cluster
 from knative.cluster.deployer import Deployer
 from knative.cluster.errors import KindMissing
 from knative.render.rendering import render
-from knative.render.services import Manifest, Pipeline
+from knative.render.resolved_pipeline import ResolvedPipeline
+from knative.spec.kubernetes_object import KubernetesObject
 from knative.spec.pipeline_spec import spec_from_dict
 from tests.support.knative.kubernetes_api import KubernetesApi
 
@@ -37,7 +38,7 @@ def deployer(api: KubernetesApi, folder: Path) -> Deployer:
     return Deployer(Cluster.connect(str(kubeconfig)), "default", lambda _: None, timeout_seconds=5)
 
 
-def objects(digest: str) -> list[Manifest]:
+def objects(digest: str) -> list[KubernetesObject]:
     document = {
         "name": "chat",
         "model": {"name": "smollm2"},
@@ -46,11 +47,11 @@ def objects(digest: str) -> list[Manifest]:
         "store": {"endpoint": "http://store.example:9000"},
         "eventing": {"dead_letter_sink": "dead-letters"},
     }
-    pipeline = Pipeline(spec_from_dict(document), CUT, digest)
+    pipeline = ResolvedPipeline(spec_from_dict(document), CUT, digest)
     return [each for rendered in render(pipeline).values() for each in rendered]
 
 
-def names(rendered: list[Manifest], *kinds: str) -> list[str]:
+def names(rendered: list[KubernetesObject], *kinds: str) -> list[str]:
     return sorted(each["metadata"]["name"] for each in rendered if each["kind"] in kinds)
 
 

@@ -14,7 +14,7 @@ from knative.render.alerts import ALERTS, rule_groups
 from knative.render.dashboard import dashboard
 from knative.render.monitoring import monitoring_objects
 from knative.render.rendering import render
-from knative.render.services import Pipeline
+from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.spec.pipeline_spec import SpecError, spec_from_dict
 from tests.support.functions.functions import gateway_environment, running, stage_environment
 from tests.support.knative.promql import asked
@@ -126,7 +126,7 @@ def test_the_dashboard_can_be_imported() -> None:
     assert names == {"datasource", "namespace", "pipeline"}
 
 
-def pipeline(**monitoring: Any) -> Pipeline:
+def pipeline(**monitoring: Any) -> ResolvedPipeline:
     document = {
         "name": "chat",
         "namespace": "models",
@@ -136,7 +136,7 @@ def pipeline(**monitoring: Any) -> Pipeline:
         "store": {"endpoint": "http://store.example:9000"},
         "monitoring": monitoring,
     }
-    return Pipeline(spec_from_dict(document), ((0, 3), (3, 6)), "d" * 64)
+    return ResolvedPipeline(spec_from_dict(document), ((0, 3), (3, 6)), "d" * 64)
 
 
 def test_the_pods_are_scraped_where_their_metrics_are() -> None:
@@ -162,7 +162,7 @@ def test_monitoring_is_what_the_spec_says() -> None:
     with pytest.raises(SpecError, match=r"\$\.monitoring\.interval_seconds.*seen 0"):
         pipeline(interval_seconds=0)
     plain = spec_from_dict({**_without_monitoring()})
-    assert "monitoring.yaml" not in render(Pipeline(plain, ((0, 6),), "d" * 64))
+    assert "monitoring.yaml" not in render(ResolvedPipeline(plain, ((0, 6),), "d" * 64))
 
 
 def _without_monitoring() -> dict[str, Any]:

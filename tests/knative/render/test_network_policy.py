@@ -1,13 +1,14 @@
 """The NetworkPolicies let Knative work, and nobody else in."""
 
 from knative.render.network_policy import network_policies
-from knative.render.services import Pipeline, gateway_service, stage_service
+from knative.render.resolved_pipeline import ResolvedPipeline
+from knative.render.services import gateway_service, stage_service
 from knative.spec.pipeline_spec import spec_from_dict
 
 CUT = ((0, 10), (10, 20), (20, 30))
 
 
-def pipeline() -> Pipeline:
+def pipeline() -> ResolvedPipeline:
     document = {
         "name": "chat",
         "model": {"name": "smollm2"},
@@ -16,7 +17,7 @@ def pipeline() -> Pipeline:
         "store": {"endpoint": "http://store.example:9000"},
         "network": {"monitoring_namespace": "observability"},
     }
-    return Pipeline(spec_from_dict(document), CUT, "d" * 64)
+    return ResolvedPipeline(spec_from_dict(document), CUT, "d" * 64)
 
 
 def reachable(policy: dict, port: int) -> list[dict]:  # type: ignore[type-arg]
