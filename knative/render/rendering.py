@@ -1,4 +1,4 @@
-"""From a PipelineSpec to a ResolvedPipeline whose manifests Knative accepts: what the spec leaves open is asked of the store."""
+"""From a PipelineSpec to objects that Knative accepts: what the spec leaves open is asked of the store."""
 
 from collections.abc import Callable
 
