@@ -1,8 +1,8 @@
 """What a pipeline on a cluster is doing: a row for each Service, and why one is not ready."""
 
 from knative.cluster.client import Cluster
-from knative.cluster.deployer import Deployer
-from knative.cluster.diagnosis import diagnose, readiness
+from knative.cluster.diagnosis import SERVING, diagnose, readiness
+from knative.cluster.history import INSTANCE, MANAGED_BY
 from knative.spec.kubernetes_object import KubernetesObject
 
 COLUMNS = ("service", "ready", "pods", "revision", "pipeline", "url")
@@ -10,9 +10,15 @@ COLUMNS = ("service", "ready", "pods", "revision", "pipeline", "url")
 
 def cluster_rows(cluster: Cluster, namespace: str, name: str) -> tuple[list[tuple[str, ...]], list[str]]:
     """The table, gateway first, and lines on what is wrong."""
-    services = Deployer(cluster, namespace, lambda line: None).services(name)
+    services = services_of(cluster, namespace, name)
     troubles = [line for service in services if readiness(service).ready is False for line in diagnose(cluster, service)]
     return [_row(cluster, service) for service in services], troubles
+
+
+def services_of(cluster: Cluster, namespace: str, name: str) -> list[KubernetesObject]:
+    """The pipeline's Services: gateway first, then stages by name."""
+    found = cluster.find(SERVING, "Service", namespace, f"{INSTANCE}={name},{MANAGED_BY}=lamina")
+    return sorted(found, key=lambda service: (service["metadata"]["name"] != name, service["metadata"]["name"]))
 
 
 def _row(cluster: Cluster, service: KubernetesObject) -> tuple[str, ...]:

@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM
 from eventing.wire.events import EventType
 from knative.cluster.client import Cluster
 from knative.cluster.deployer import Deployer
+from knative.cluster.garbage import GarbageCollector
+from knative.cluster.status import services_of
 from knative.render.rendering import published_shape, render, resolve
 from knative.spec.kubernetes_object import KubernetesObject
 from knative.spec.model_shape import ModelShape
@@ -77,6 +79,7 @@ class Scenario:
         self.said: list[str] = []
         self.cluster = Cluster.connect(where.kubeconfig, where.context)
         self.deployer = Deployer(self.cluster, where.namespace, self.said.append, timeout_seconds=900)
+        self.garbage = GarbageCollector(self.cluster, where.namespace, self.said.append, timeout_seconds=900)
         self.expected: dict[str, str] = {}
         self._publication = publication
         self._shape = shape
@@ -120,7 +123,7 @@ class Scenario:
         return counts
 
     def stage_services(self) -> set[str]:
-        names = {service["metadata"]["name"] for service in self.deployer.services(NAME)}
+        names = {service["metadata"]["name"] for service in services_of(self.cluster, self.where.namespace, NAME)}
         return {name for name in names if name[:-1].endswith("-s")}
 
 
@@ -137,7 +140,7 @@ def scenario() -> Iterator[Scenario]:
         steps.cluster.apply(_store_secret(where))
         yield steps
         Probe(steps.cluster, where).remove()
-        steps.deployer.delete(NAME)
+        steps.garbage.collect_all(NAME)
 
 
 def _store_secret(where: Settings) -> KubernetesObject:
@@ -245,7 +248,7 @@ def _whole_model_logprobs(token_ids: list[int]) -> list[float]:
 
 
 def test_undeployed_nothing_is_left(scenario: Scenario) -> None:
-    assert scenario.deployer.delete(NAME) > 0
+    assert scenario.garbage.collect_all(NAME) > 0
     wait_until(lambda: not scenario.cluster.find("v1", "Pod", scenario.where.namespace, INSTANCE), 700, "no pod")
     left = [
         f"{kind} {each['metadata']['name']}"

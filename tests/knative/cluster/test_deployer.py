@@ -20,6 +20,7 @@ from knative.cluster.errors import (
     PreflightFailed,
     Refused,
 )
+from knative.cluster.garbage import GarbageCollector
 from knative.cluster.history import gateway_of, versions
 from knative.render.rendering import render
 from knative.render.resolved_pipeline import ResolvedPipeline
@@ -147,13 +148,16 @@ def test_rollback_says_what_is_known(deployer: Deployer) -> None:
         deployer.rollback("chat", 7)
 
 
-def test_delete_removes_everything_it_made_and_nothing_else(api: KubernetesApi, deployer: Deployer) -> None:
+def test_delete_removes_everything_it_made_and_nothing_else(
+    api: KubernetesApi, cluster: Cluster, deployer: Deployer, said: list[str]
+) -> None:
+    garbage = GarbageCollector(cluster, "default", said.append, timeout_seconds=5)
     deployer.deploy(objects())
     stranger = secret("somebody-elses", "token")
     api.put(stranger)
-    deployer.delete("chat")
+    garbage.collect_all("chat")
     assert {key[3] for key in api.objects} == {"lamina-store", "somebody-elses"}
-    assert deployer.delete("chat") == 0
+    assert garbage.collect_all("chat") == 0
 
 
 def test_what_the_spec_does_not_ask_for_any_more_is_deleted(api: KubernetesApi, deployer: Deployer) -> None:

@@ -8,6 +8,7 @@ import pytest
 from knative.cluster.client import Cluster
 from knative.cluster.deployer import Deployer
 from knative.cluster.errors import KindMissing
+from knative.cluster.garbage import GarbageCollector
 from knative.render.rendering import render
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.spec.kubernetes_object import KubernetesObject
@@ -32,10 +33,14 @@ def api() -> Iterator[KubernetesApi]:
     server.close()
 
 
-def deployer(api: KubernetesApi, folder: Path) -> Deployer:
+def cluster(api: KubernetesApi, folder: Path) -> Cluster:
     kubeconfig = folder / "kubeconfig"
     kubeconfig.write_text(api.kubeconfig())
-    return Deployer(Cluster.connect(str(kubeconfig)), "default", lambda _: None, timeout_seconds=5)
+    return Cluster.connect(str(kubeconfig))
+
+
+def deployer(api: KubernetesApi, folder: Path) -> Deployer:
+    return Deployer(cluster(api, folder), "default", lambda _: None, timeout_seconds=5)
 
 
 def objects(digest: str) -> list[KubernetesObject]:
@@ -73,7 +78,7 @@ def test_what_led_to_the_old_pipeline_goes_with_it(api: KubernetesApi, tmp_path:
     assert names(old, "Sequence") != names(new, "Sequence")
     trigger = api.objects["eventing.knative.dev/v1", "triggers", "default", "chat-score"]
     assert [trigger["spec"]["subscriber"]["ref"]["name"]] == names(new, "Sequence")
-    deployer(api, tmp_path).delete("chat")
+    GarbageCollector(cluster(api, tmp_path), "default", lambda _: None, timeout_seconds=5).collect_all("chat")
     assert api.named("services") == api.named("sequences") == api.named("brokers") == api.named("triggers") == []
 
 
