@@ -6,10 +6,10 @@ import click
 import msgspec
 
 from knative.commands.sources.store_access import StoreOptions, open_store, store_options
-from knative.render.rendering import published_shape, resolve
 from knative.render.rendering import render as render_files
+from knative.render.rendering import resolve
 from knative.spec.kubernetes_object import KubernetesObject, to_yaml
-from knative.spec.model_shape import ModelShape
+from knative.spec.model_shape import ModelShape, published_shape
 from knative.spec.pipeline_spec import PipelineSpec, load_spec
 from storage.models.model_repository import ModelManifest, read_manifest
 

@@ -200,7 +200,7 @@ class _Run:
             for task in (watch, answer):
                 task.cancel()
             await asyncio.gather(watch, answer, return_exceptions=True)
-        await show_stages(self._console, self._local, platform.status())
+        await show_stages(self._console, self._local.pipeline, self._local.shape, platform.status())
 
     async def _until_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
         """False where the run was told to stop before `work` was done."""

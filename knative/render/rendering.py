@@ -2,20 +2,18 @@
 
 from collections.abc import Callable
 
-import msgspec
-
 from eventing.wire.events import Cut
 from knative.render.eventing import eventing_objects
 from knative.render.monitoring import monitoring_objects
 from knative.render.network_policy import network_policies
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import events_gateway_service, gateway_access, gateway_service, services, stage_service
-from knative.spec.cut import cut_evenly
+from knative.spec.cut import cut_evenly, parse_cut
 from knative.spec.kubernetes_object import KubernetesObject
-from knative.spec.model_shape import ModelShape, shape_from_objects
-from knative.spec.pipeline_spec import PipelineSpec, parse_cut
+from knative.spec.model_shape import ModelShape
+from knative.spec.pipeline_spec import PipelineSpec
 from knative.webhook.check import validate, warnings
-from storage.models.model_repository import ModelManifest, Reader, layer_object, read_file
+from storage.models.model_repository import ModelManifest
 
 
 class RenderFailed(Exception):
@@ -49,14 +47,6 @@ def resolve(spec: PipelineSpec, manifest: Callable[[], tuple[ModelManifest, Mode
             f"{published.digest}; pin that, or publish the pinned weights again"
         )
     return checked(ResolvedPipeline(spec, _cut(spec, shape), published.digest))
-
-
-def published_shape(reader: Reader, manifest: ModelManifest) -> ModelShape:
-    """Raises a StorageError, or UnknownShape."""
-    config = msgspec.json.decode(read_file(reader, manifest, "config.json"))
-    layers = tuple(manifest.objects[layer_object(layer)].bytes for layer in range(manifest.num_layers))
-    embedding, head = manifest.objects["embedding"].bytes, manifest.objects["head"].bytes
-    return shape_from_objects(config, manifest.name, manifest.dtype, layers, embedding, head)
 
 
 def checked(pipeline: ResolvedPipeline) -> ResolvedPipeline:

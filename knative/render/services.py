@@ -7,8 +7,10 @@ those of docs/environment.md. No secret value is ever rendered, only names of Se
 from typing import Final
 
 from knative.render.resolved_pipeline import ResolvedPipeline, labels
+from knative.spec.cut import format_cut
+from knative.spec.errors import SpecError
 from knative.spec.kubernetes_object import KubernetesObject
-from knative.spec.pipeline_spec import Autoscaling, PipelineSpec, Resources, SpecError, Stage, Tracing, format_cut, quantity
+from knative.spec.pipeline_spec import Autoscaling, PipelineSpec, Resources, Stage, Tracing, quantity
 
 CONTAINER_PORT: Final = 8080
 _AUTOSCALING: Final = "autoscaling.knative.dev/"

@@ -20,9 +20,9 @@ from knative.cluster.client import Cluster
 from knative.cluster.deployer import Deployer
 from knative.cluster.garbage import GarbageCollector
 from knative.cluster.status import services_of
-from knative.render.rendering import published_shape, render, resolve
+from knative.render.rendering import render, resolve
 from knative.spec.kubernetes_object import KubernetesObject
-from knative.spec.model_shape import ModelShape
+from knative.spec.model_shape import ModelShape, published_shape
 from knative.spec.model_sources import packaged_model
 from knative.spec.pipeline_spec import Autoscaling, Eventing, Model, PipelineSpec, Resources, Stage, Store
 from storage.models.model_repository import ModelManifest, read_file

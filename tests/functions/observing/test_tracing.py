@@ -13,7 +13,8 @@ from functions.observing.telemetry import make_tracer
 from functions.observing.tracing import PASSING, TraceContext, main_cause, read_traceparent
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import services
-from knative.spec.pipeline_spec import SpecError, spec_from_dict
+from knative.spec.errors import SpecError
+from knative.spec.pipeline_spec import spec_from_dict
 from tests.support.environments import GATEWAY, STAGE
 from tests.support.functions.functions import ROOT, gateway_environment, running, stage_environment
 from tests.support.functions.otlp import Receiver, SeenSpan, otlp_receiver

@@ -10,8 +10,9 @@ from knative.render.eventing import eventing_objects
 from knative.render.network_policy import network_policies
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import events_gateway_service, gateway_service, services
+from knative.spec.errors import SpecError
 from knative.spec.kubernetes_object import KubernetesObject
-from knative.spec.pipeline_spec import MAX_NAME, MAX_NAME_WITH_EVENTING, SpecError, spec_from_dict
+from knative.spec.pipeline_spec import MAX_NAME, MAX_NAME_WITH_EVENTING, spec_from_dict
 from knative.webhook.check import validate, warnings
 
 CUT = ((0, 10), (10, 20), (20, 30))

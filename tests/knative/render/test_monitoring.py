@@ -15,7 +15,8 @@ from knative.render.dashboard import dashboard
 from knative.render.monitoring import monitoring_objects
 from knative.render.rendering import render
 from knative.render.resolved_pipeline import ResolvedPipeline
-from knative.spec.pipeline_spec import SpecError, spec_from_dict
+from knative.spec.errors import SpecError
+from knative.spec.pipeline_spec import spec_from_dict
 from tests.support.functions.functions import gateway_environment, running, stage_environment
 from tests.support.knative.promql import asked
 from tests.support.paths import ROOT

@@ -11,8 +11,10 @@ from functions.configuration.config import GatewayConfig, StageConfig, read_conf
 from knative.render.rendering import render
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import gateway_access, services
+from knative.spec.cut import parse_cut
+from knative.spec.errors import SpecError
 from knative.spec.kubernetes_object import to_yaml
-from knative.spec.pipeline_spec import SpecError, load_spec, parse_cut, quantity, spec_from_dict
+from knative.spec.pipeline_spec import load_spec, quantity, spec_from_dict
 
 CUT = ((0, 10), (10, 20), (20, 30))
 DIGEST = "sha256:0123"

@@ -14,7 +14,8 @@ from knative.local.kubelet.pods import PodTiming
 from knative.local.platform import ROOT, Platform
 from knative.local.serving.revisions import Revision
 from knative.render.resolved_pipeline import ResolvedPipeline
-from knative.spec.pipeline_spec import Autoscaling, Gateway, Model, PipelineSpec, Resources, Stage, Store, parse_cut
+from knative.spec.cut import parse_cut
+from knative.spec.pipeline_spec import Autoscaling, Gateway, Model, PipelineSpec, Resources, Stage, Store
 from tests.support.knative.platform import running_platform
 from tests.support.storage.published import Published, until_end
 from tests.support.storage.tiny_models import greedy

@@ -7,9 +7,7 @@ from knative.commands.terminal.start_watch import PodsFailed
 from knative.local.autoscaler.revision_settings import SettingsError
 from knative.local.errors import LocalError
 from knative.render.rendering import RenderFailed
-from knative.spec.cut import TooManyStages
-from knative.spec.model_shape import UnknownShape
-from knative.spec.pipeline_spec import SpecError
+from knative.spec.errors import SpecError, TooManyStages, UnknownShape
 from storage.errors import StorageError
 
 _EXPECTED = (
