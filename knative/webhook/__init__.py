@@ -1,17 +1,18 @@
-"""Whether a cluster would accept a Service: by the rules of the API server, of Knative's webhook and of the pod, in their words.
+"""Whether a cluster would accept a Service: by the rules of the API server, of Knative's webhook and of the pod.
 
 `check` is the way in. By source, of knative/serving unless said otherwise:
 
-    schema                               config/core/300-resources/service.yaml, and the API server's reading of types
-    annotations, autoscaling_annotations pkg/apis/autoscaling (annotation_validation.go, register.go),
-                                         pkg/apis/serving (metadata_validation.go)
-    podspec, containers, probes, volumes pkg/apis/serving (k8s_validation.go, fieldmask.go)
-    traffic                              pkg/apis/serving/v1 (route_validation.go)
-    dry_run                              kubernetes/kubernetes pkg/apis/core/validation (validation.go)
-    values, violation                    apimachinery's quantities and names, Go's durations, knative.dev/pkg/apis (field_error.go)
+    schema                    config/core/300-resources/service.yaml, and how the API server reads types
+    annotations, autoscaling_annotations
+                              pkg/apis/autoscaling (annotation_validation.go), pkg/apis/serving (metadata_validation.go)
+    podspec, containers, probes, volumes
+                              pkg/apis/serving (k8s_validation.go, fieldmask.go)
+    traffic                   pkg/apis/serving/v1 (route_validation.go)
+    dry_run                   kubernetes/kubernetes pkg/apis/core/validation (validation.go)
+    values, violation         quantities and names of k8s.io/apimachinery, Go's durations, knative.dev/pkg/apis (field_error.go)
 
-`warnings` is Lamina's own: what passes and is surely a mistake. All is held to the verdicts of a real cluster over 116 manifests
-(tests/data/webhook-cases.json); Knative's published schema alone finds 8 of the 71 refusals among them, which is why this is here.
+`warnings` is Lamina's own: what passes and is surely a mistake. All of it is held to the verdicts of a real cluster over 116
+manifests (tests/data/webhook-cases.json); Knative's published schema alone finds 8 of the 71 refusals among them.
 
 May import: nothing of Lamina.
 """
