@@ -22,10 +22,8 @@ from knative.cluster.errors import (
 )
 from knative.cluster.garbage import GarbageCollector
 from knative.cluster.history import gateway_of, versions
-from knative.render.rendering import render
-from knative.render.resolved_pipeline import ResolvedPipeline
+from knative.spec.cut import format_cut
 from knative.spec.kubernetes_object import KubernetesObject
-from knative.spec.pipeline_spec import spec_from_dict
 from tests.support.knative.kubernetes_api import (
     KubernetesApi,
     crash_loops,
@@ -33,6 +31,7 @@ from tests.support.knative.kubernetes_api import (
     never_ready,
     revision_fails,
 )
+from tests.support.knative.pipelines import rendered_pipeline
 from tests.support.storage.storage import answering_every_get_with
 
 CUT = ((0, 10), (10, 20), (20, 30))
@@ -69,17 +68,7 @@ def secret(name: str, *keys: str) -> KubernetesObject:
 
 
 def objects(cut: tuple[tuple[int, int], ...] = CUT, digest: str = "d" * 64, **stage: object) -> list[KubernetesObject]:
-    spec = spec_from_dict(
-        {
-            "name": "chat",
-            "model": {"name": "smollm2"},
-            "cut": ",".join(f"{first}:{last}" for first, last in cut),
-            "image": "registry.example/lamina:1",
-            "store": {"endpoint": "http://store.example:9000"},
-            "stage": stage,
-        }
-    )
-    return [each for rendered in render(ResolvedPipeline(spec, cut, digest)).values() for each in rendered]
+    return rendered_pipeline(digest, cut=format_cut(cut), stage=stage)
 
 
 def stage_name(rendered: list[KubernetesObject], index: int) -> str:

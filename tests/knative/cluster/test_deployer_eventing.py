@@ -9,13 +9,10 @@ from knative.cluster.client import Cluster
 from knative.cluster.deployer import Deployer
 from knative.cluster.errors import KindMissing
 from knative.cluster.garbage import GarbageCollector
-from knative.render.rendering import render
-from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.spec.kubernetes_object import KubernetesObject
-from knative.spec.pipeline_spec import spec_from_dict
 from tests.support.knative.kubernetes_api import KubernetesApi
+from tests.support.knative.pipelines import rendered_pipeline
 
-CUT = ((0, 10), (10, 30))
 EVENTING = {
     "eventing.knative.dev/v1": {"Broker": "brokers", "Trigger": "triggers"},
     "flows.knative.dev/v1": {"Sequence": "sequences"},
@@ -44,16 +41,7 @@ def deployer(api: KubernetesApi, folder: Path) -> Deployer:
 
 
 def objects(digest: str) -> list[KubernetesObject]:
-    document = {
-        "name": "chat",
-        "model": {"name": "smollm2"},
-        "cut": "0:10,10:30",
-        "image": "registry.example/lamina:1",
-        "store": {"endpoint": "http://store.example:9000"},
-        "eventing": {"dead_letter_sink": "dead-letters"},
-    }
-    pipeline = ResolvedPipeline(spec_from_dict(document), CUT, digest)
-    return [each for rendered in render(pipeline).values() for each in rendered]
+    return rendered_pipeline(digest, cut="0:10,10:30", eventing={"dead_letter_sink": "dead-letters"})
 
 
 def names(rendered: list[KubernetesObject], *kinds: str) -> list[str]:

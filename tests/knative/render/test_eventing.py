@@ -12,24 +12,13 @@ from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import events_gateway_service, gateway_service, services
 from knative.spec.errors import SpecError
 from knative.spec.kubernetes_object import KubernetesObject
-from knative.spec.pipeline_spec import MAX_NAME, MAX_NAME_WITH_EVENTING, spec_from_dict
+from knative.spec.pipeline_spec import MAX_NAME, MAX_NAME_WITH_EVENTING
 from knative.webhook.check import validate, warnings
-
-CUT = ((0, 10), (10, 20), (20, 30))
+from tests.support.knative.pipelines import resolved_pipeline
 
 
 def pipeline(eventing: dict[str, Any] | None, name: str = "chat") -> ResolvedPipeline:
-    document = {
-        "name": name,
-        "namespace": "models",
-        "model": {"name": "smollm2"},
-        "cut": "0:10,10:20,20:30",
-        "image": "registry.example/lamina:1",
-        "store": {"endpoint": "http://store.example:9000"},
-        "gateway": {"api_keys_secret": "keys"},
-        **({} if eventing is None else {"eventing": eventing}),
-    }
-    return ResolvedPipeline(spec_from_dict(document), CUT, "d" * 64)
+    return resolved_pipeline(name=name, namespace="models", gateway={"api_keys_secret": "keys"}, eventing=eventing)
 
 
 WITH = {"dead_letter_sink": "dead-letters", "reply_sink": "https://answers.example/x", "retry": 3, "backoff_seconds": 0.5}

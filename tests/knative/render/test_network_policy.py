@@ -3,21 +3,11 @@
 from knative.render.network_policy import network_policies
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import gateway_service, stage_service
-from knative.spec.pipeline_spec import spec_from_dict
-
-CUT = ((0, 10), (10, 20), (20, 30))
+from tests.support.knative.pipelines import resolved_pipeline
 
 
 def pipeline() -> ResolvedPipeline:
-    document = {
-        "name": "chat",
-        "model": {"name": "smollm2"},
-        "cut": "0:10,10:20,20:30",
-        "image": "registry.example/lamina:1",
-        "store": {"endpoint": "http://store.example:9000"},
-        "network": {"monitoring_namespace": "observability"},
-    }
-    return ResolvedPipeline(spec_from_dict(document), CUT, "d" * 64)
+    return resolved_pipeline(network={"monitoring_namespace": "observability"})
 
 
 def reachable(policy: dict, port: int) -> list[dict]:  # type: ignore[type-arg]
