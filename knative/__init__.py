@@ -3,5 +3,5 @@
 `spec` is what a person says, `render` makes Kubernetes objects of it, `webhook` says whether a cluster would take them,
 `cluster` applies them, `local` is Knative on one machine, `commands` is the command line.
 
-May import: knative.commands.
+May import: knative.commands.terminal.
 """

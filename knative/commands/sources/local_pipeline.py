@@ -12,12 +12,13 @@ from rich.console import Console
 from functions.stage.engine.threads import usable_cores
 from knative.commands.terminal.console import publish_progress
 from knative.local.kubelet.containers import NamedData
-from knative.render.rendering import published_shape, resolve
-from knative.render.services import Pipeline
-from knative.spec.cut import cut_evenly, plan_stages
-from knative.spec.model_shape import ModelShape
+from knative.render.rendering import resolve
+from knative.render.resolved_pipeline import ResolvedPipeline
+from knative.spec.cut import cut_evenly
+from knative.spec.model_shape import ModelShape, published_shape
 from knative.spec.model_sources import DEFAULT_MODEL, packaged_model, published_name
 from knative.spec.pipeline_spec import Autoscaling, Gateway, Model, PipelineSpec, Resources, Stage, Store, quantity
+from knative.spec.stage_plan import plan_stages
 from storage.errors import ModelNotPublished
 from storage.models.model_repository import ModelManifest, list_models, read_manifest
 from storage.models.publisher import publish
@@ -35,7 +36,7 @@ _MAX_SCALE: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class LocalPipeline:
-    pipeline: Pipeline
+    pipeline: ResolvedPipeline
     manifest: ModelManifest
     shape: ModelShape
     secrets: NamedData
