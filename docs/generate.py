@@ -16,7 +16,7 @@ from knative.commands.render import rendered_files
 from knative.commands.sources.store_access import StoreOptions
 from knative.render.alerts import rule_groups
 from knative.render.dashboard import dashboard
-from knative.render.services import to_yaml
+from knative.spec.kubernetes_object import to_yaml
 from knative.spec.pipeline_spec import load_spec
 
 ROOT = Path(__file__).resolve().parent.parent

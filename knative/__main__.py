@@ -56,7 +56,7 @@ class _Commands(click.Group):
         except KeyboardInterrupt as error:
             raise click.exceptions.Exit(_INTERRUPTED) from error
         except Exception as error:
-            from knative.commands.failures import one_line
+            from knative.commands.terminal.failures import one_line
 
             text = one_line(error)
             if text is None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from tests.support.knative.cold_pipeline import WarmParent
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
 # Tests run torch in this process and in stage processes beside it: one thread each, or they spin against one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# How long an example takes says how busy the machine is, and nothing about the code.
+settings.register_profile("lamina", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("lamina")
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from bench.coldstart.runs import ColdStart, Surroundings, cold_monolith, cold_pi
 from bench.report import machine, write_section
 from knative.local.kubelet.fork_starter import ForkStarter
 from knative.local.platform import ROOT
-from storage.models.model_repository import Manifest
+from storage.models.model_repository import ModelManifest
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
 
@@ -106,7 +106,7 @@ def measure(folder: Path, rounds: int, bytes_per_second: float) -> Results:
     )
 
 
-def _total_bytes(manifest: Manifest) -> int:
+def _total_bytes(manifest: ModelManifest) -> int:
     return sum(stored.bytes for stored in manifest.objects.values())
 
 

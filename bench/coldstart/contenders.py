@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from storage.models.model_repository import Manifest, decode_manifest
+from storage.models.model_repository import ModelManifest, decode_manifest
 from storage.store.settings import StoreSettings
 from storage.store.signing import object_path, signed_get_headers
 
@@ -40,7 +40,7 @@ class Job(msgspec.Struct):
     def settings(self) -> StoreSettings:
         return StoreSettings(**self.store)
 
-    def decoded(self) -> Manifest:
+    def decoded(self) -> ModelManifest:
         return decode_manifest(self.manifest.encode(), "manifest.json")
 
 

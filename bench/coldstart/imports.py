@@ -24,7 +24,7 @@ with without_collection():
     import functions.hosting.server, functions.observing.telemetry, functions.gateway.function
 """,
 }
-"""Role → what its start imports (tests/functions/test_start.py holds the real start to it)."""
+"""Role → what its start imports (tests/functions/hosting/test_start.py holds the real start to it)."""
 
 
 def measure_imports(rounds: int, tell: Callable[[str], None]) -> dict[str, list[float]]:

@@ -9,12 +9,12 @@ from pathlib import Path
 import msgspec
 
 from bench.coldstart.contenders import CONTENDERS, Job, Loaded
-from storage.models.model_repository import Manifest, encode_manifest
+from storage.models.model_repository import ModelManifest, encode_manifest
 from storage.store.settings import StoreSettings
 
 
 def measure_loading(
-    settings: StoreSettings, manifest: Manifest, cache: Path, rounds: int, tell: Callable[[str], None]
+    settings: StoreSettings, manifest: ModelManifest, cache: Path, rounds: int, tell: Callable[[str], None]
 ) -> dict[str, list[Loaded]]:
     """Every contender `rounds` times, each time in a new process."""
     store = {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}

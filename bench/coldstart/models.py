@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from knative.spec.model_sources import DEFAULT_MODEL, packaged_model
-from storage.models.model_repository import Manifest
+from storage.models.model_repository import ModelManifest
 from storage.models.publisher import publish
 from storage.store.object_store import ObjectStore
 
@@ -20,7 +20,7 @@ _KEYS: Final = 256
 _VOCABULARY: Final = 256
 
 
-def publish_large(store: ObjectStore, folder: Path) -> Manifest:
+def publish_large(store: ObjectStore, folder: Path) -> ModelManifest:
     """Random weights under the name `bench-large`; `folder` keeps the checkpoint, so that it is published once."""
     checkpoint = folder / "bench-large"
     if not (checkpoint / "config.json").exists():
@@ -28,7 +28,7 @@ def publish_large(store: ObjectStore, folder: Path) -> Manifest:
     return publish(checkpoint, store, "bench-large", "bfloat16")
 
 
-def publish_smollm2(store: ObjectStore) -> Manifest:
+def publish_smollm2(store: ObjectStore) -> ModelManifest:
     """SmolLM2-135M-Instruct in bfloat16, 257 MiB."""
     return publish(packaged_model(), store, DEFAULT_MODEL, "bfloat16")
 

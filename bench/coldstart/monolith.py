@@ -11,7 +11,7 @@ import time
 from typing import Any, Final
 
 from storage.loading.weight_loader import load_layers
-from storage.models.model_repository import Manifest
+from storage.models.model_repository import ModelManifest
 from storage.store.object_reader import ObjectReader
 from storage.store.object_store import ObjectStore
 
@@ -19,7 +19,7 @@ _PREFIX: Final = "monolith/"
 _WEIGHTS: Final = "model.safetensors"
 
 
-def publish_monolith(store: ObjectStore, manifest: Manifest) -> None:
+def publish_monolith(store: ObjectStore, manifest: ModelManifest) -> None:
     """The published model once more, as the one checkpoint that `from_pretrained` reads. Done already: nothing."""
     if any(item.key == _PREFIX + _WEIGHTS for item in store.list(_PREFIX)):
         return

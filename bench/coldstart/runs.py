@@ -20,7 +20,7 @@ from knative.local.kubelet.processes import PlainStarter, ProcessStarter
 from knative.local.platform import Platform, PlatformOptions
 from knative.render.services import services
 from storage.loading.weight_loader import stage_objects
-from storage.models.model_repository import Manifest
+from storage.models.model_repository import ModelManifest
 from storage.store.object_store import ObjectStore
 
 PROMPT: Final = "What is the capital of France?"
@@ -33,7 +33,7 @@ class Surroundings:
     """What all runs share."""
 
     store: ObjectStore
-    manifest: Manifest
+    manifest: ModelManifest
     logs: Path
 
 
@@ -94,7 +94,7 @@ async def cold_monolith(around: Surroundings, *, bytes_per_second: float | None 
     return ColdStart(seconds, answer["token"], (answer["phases"],), _bytes_of(around.manifest, 0, around.manifest.num_layers))
 
 
-def _bytes_of(manifest: Manifest, first: int, last: int) -> int:
+def _bytes_of(manifest: ModelManifest, first: int, last: int) -> int:
     return sum(manifest.objects[name].bytes for name in stage_objects(manifest, first, last))
 
 

@@ -155,7 +155,7 @@ def _document(run: Run, local: LocalPipeline, setting: Setting, records: Sequenc
         f"## {title}\n\n`{command}` · {machine()} · {local.shape.name}, {len(setting.stages)} stages, {stages}; "
         f"micro-batches of at most {run.micro_batch_sequences} sequences, answers of {run.max_tokens[0]} to "
         f"{run.max_tokens[1]} tokens; conversations:seconds {run.plan}; "
-        f"all else at its default. What is judged, and why it is set so: [concurrency.md](concurrency.md).\n\n"
+        f"all else at its default. What is judged, and why it is set so: [scaling.md](scaling.md).\n\n"
         f"{markdown(setting, records)}\n\n![load, replicas, throughput, time to first token]({run.picture.name})"
     )
     write_section(_DOCUMENT, run.section, text)

@@ -63,11 +63,11 @@ def serve_stage(index: int, num_stages: int, seconds: float, address: Connection
     """The process of one stage."""
     set_openmp(os.environ, 1)  # Ahead of torch, as in `functions.__main__`.
     from functions.hosting.server import Server
-    from functions.observing.telemetry import StageMetrics
     from functions.stage.engine.engine import Engine
     from functions.stage.models.sleep_group import SleepGroup
     from functions.stage.serving.app import create_app
     from functions.stage.serving.handlers import EventHandlers
+    from functions.stage.serving.metrics import StageMetrics
 
     group = SleepGroup({**MODEL, "num_hidden_layers": num_stages}, index, index + 1, 2**30, seconds)
     engine = Engine(group, num_stages=num_stages, max_merge=1, idle_sequence_seconds=600.0)

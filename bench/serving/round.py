@@ -20,8 +20,8 @@ from bench.serving.requests import Request
 from eventing.http.delivery import Reply, Sender
 from eventing.wire.batch_codec import encode_batch
 from eventing.wire.cloud_event import Buffer
+from eventing.wire.control import ReleaseRow
 from eventing.wire.events import Batch, Row, Want
-from eventing.wire.generation import ReleaseRow
 from functions.gateway.stages.client import PipelineIdentity, StageClient
 from functions.gateway.stages.instances import Instance
 

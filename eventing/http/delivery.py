@@ -1,27 +1,19 @@
-"""Sending events over HTTP: one attempt, or with retries where a second delivery does no harm.
+"""Sending events over HTTP, in one attempt each: whoever sends knows better what to do about a failure.
 
-What is retried, and by whom:
-* `Sender.send` makes one attempt. Forward events go this way: the gateway answers a failure with another route and a replay.
-* `Sender.send_idempotent` is for warm-up, reserve and release, which can be delivered twice. Until its time is over it retries
-  Unreachable, ConnectionBroken, NotReady, and the infrastructure's 429, 502 and 503, after 0.1 s, doubling up to 2 s, with
-  jitter, never before what Retry-After says. Everything else is final.
-A redirect is never followed, and a proxy from the environment never used.
+The gateway answers one with another route and a replay. A redirect is never followed, and a proxy from the environment never
+used.
 """
 
 import ssl
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Final
 from urllib.parse import urlsplit
 
-import tenacity
-
 from eventing.http.connections import Connection, ConnectionPool, NoFreeConnection, Origin
 from eventing.http.exchange import BadReply, ReplyTooLarge, remaining, request_head
-from eventing.problems import PROBLEM_CONTENT_TYPE, NotReady, problem_from_document
+from eventing.problems import PROBLEM_CONTENT_TYPE, problem_from_document
 from eventing.wire.cloud_event import Buffer
 
 USER_AGENT: Final = "lamina"
@@ -30,8 +22,6 @@ _NEVER_SENT: Final = frozenset(
     {"k-proxy-request", "k-kubelet-probe", "host", "content-length", "transfer-encoding", "user-agent"}
 )
 """Knative's own headers make a request invisible to the autoscaler; the others are this module's to set."""
-_RETRIED_STATUSES: Final = (429, 502, 503)
-_BACKOFF: Final = tenacity.wait_exponential(multiplier=0.1, max=2.0) + tenacity.wait_random(0, 0.1)
 
 
 class DeliveryError(Exception):
@@ -53,12 +43,11 @@ class DeliveryTimeout(DeliveryError):
 class InfrastructureError(DeliveryError):
     """A reply that is neither 2xx nor a problem document of Lamina's: a proxy, activator or server spoke."""
 
-    def __init__(self, status: int, url: str, excerpt: str, retry_after_seconds: float | None = None) -> None:
+    def __init__(self, status: int, url: str, excerpt: str) -> None:
         super().__init__(f"{url} answered {status}: {excerpt}")
         self.status = status
         self.url = url
         self.excerpt = excerpt
-        self.retry_after_seconds = retry_after_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +60,7 @@ class Reply:
 
 
 class Sender:
-    """Thread-safe. Connections are kept and used again; close() ends them and all waiting for a retry."""
+    """Thread-safe. Connections are kept and used again; close() ends them."""
 
     def __init__(
         self,
@@ -83,7 +72,7 @@ class Sender:
         """`tls` None: the system's trust store, host names checked."""
         self._connect_timeout_seconds = connect_timeout_seconds
         self._pool = ConnectionPool(max_connections_per_host, tls)
-        self._closed = threading.Event()
+        self._closed = False
 
     def send(self, url: str, headers: Mapping[str, str], buffers: Sequence[Buffer], timeout_seconds: float) -> Reply:
         """POSTs `buffers` one after the other as one body, within `timeout_seconds` from now until the reply's last byte.
@@ -95,20 +84,8 @@ class Sender:
             return reply
         raise _refusal(url, reply)
 
-    def send_idempotent(self, url: str, headers: Mapping[str, str], buffers: Sequence[Buffer], timeout_seconds: float) -> Reply:
-        """Like `send`, with the retries stated above, all within `timeout_seconds`; raises what the last attempt did."""
-        deadline = time.monotonic() + timeout_seconds
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(_may_retry),
-            wait=_wait_seconds,
-            stop=tenacity.stop_any(tenacity.stop_before_delay(timeout_seconds), tenacity.stop_when_event_set(self._closed)),
-            sleep=tenacity.sleep_using_event(self._closed),
-            reraise=True,
-        )
-        return retrying(lambda: self.send(url, headers, buffers, deadline - time.monotonic()))
-
     def close(self) -> None:
-        self._closed.set()
+        self._closed = True
         self._pool.close()
 
     def __enter__(self) -> "Sender":
@@ -118,7 +95,7 @@ class Sender:
         self.close()
 
     def _exchange(self, url: str, headers: Mapping[str, str], buffers: Sequence[Buffer], deadline: float) -> Reply:
-        if self._closed.is_set():
+        if self._closed:
             raise Unreachable(f"{url}: the sender is closed")
         origin = Origin.of(url)
         head = _request_head(url, headers, sum(memoryview(buffer).nbytes for buffer in buffers))
@@ -161,30 +138,4 @@ def _refusal(url: str, reply: Reply) -> Exception:
             problem.add_note(f"answered by {url}")
             return problem
     excerpt = " ".join(bytes(reply.body[:2000]).decode("utf-8", "replace").split())[:_EXCERPT_LENGTH]
-    return InfrastructureError(
-        reply.status, url, excerpt or "(no text)", _retry_after_seconds(reply.headers.get("retry-after"))
-    )
-
-
-def _retry_after_seconds(value: str | None) -> float | None:
-    """Seconds or an HTTP date (RFC 9110, section 10.2.3); None where it is neither."""
-    if value is None:
-        return None
-    if value.isascii() and value.isdigit():
-        return float(value)
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None
-
-
-def _may_retry(error: BaseException) -> bool:
-    if isinstance(error, InfrastructureError):
-        return error.status in _RETRIED_STATUSES
-    return isinstance(error, Unreachable | ConnectionBroken | NotReady)
-
-
-def _wait_seconds(state: tenacity.RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome else None
-    stated = error.retry_after_seconds if isinstance(error, InfrastructureError) else None
-    return max(_BACKOFF(state), stated or 0.0)
+    return InfrastructureError(reply.status, url, excerpt or "(no text)")

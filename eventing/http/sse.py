@@ -1,7 +1,6 @@
 """Server-sent events (WHATWG HTML, section 9.2): what streams of tokens are written in and read from."""
 
 import re
-from collections.abc import Iterable, Iterator
 from typing import Final
 
 from msgspec import Struct
@@ -29,15 +28,11 @@ def encode_sse(data: str | bytes, *, event: str = "", id: str = "") -> bytes:
     return b"\n".join([*lines, b"", b""])
 
 
-def decode_sse(chunks: Iterable[bytes]) -> Iterator[ServerSentEvent]:
-    """The events of a stream that comes in chunks cut anywhere, each as soon as it is complete; comments are left out."""
-    decoder = SSEDecoder()
-    for chunk in chunks:
-        yield from decoder.feed(chunk)
-
-
 class SSEDecoder:
-    """The same for whoever gets the chunks one at a time. An event that the stream's end cuts off is dropped."""
+    """The events of a stream that comes in chunks cut anywhere, each as soon as it is complete; comments are left out.
+
+    An event that the stream's end cuts off is dropped.
+    """
 
     def __init__(self) -> None:
         self._rest = b""

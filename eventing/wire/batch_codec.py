@@ -91,11 +91,6 @@ def decode_batch(body: bytes | bytearray | memoryview) -> Batch:
     )
 
 
-def batch_bytes_length(batch: Batch) -> int:
-    """Bytes of the encoded body."""
-    return sum(len(buffer) for buffer in encode_batch(batch))
-
-
 def select_rows(batch: Batch, keep: Sequence[int]) -> Batch:
     """Only the rows at the indices `keep` (ascending), with their tokens and their part of the tensor.
 

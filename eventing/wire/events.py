@@ -1,7 +1,7 @@
 """The wire types: event types, attributes, and the Batch that travels between stages.
 
 A Batch is a table of rows, the rows' token ids, and at most one tensor of hidden states. `batch_codec` turns it into
-bytes, `http_binding` into HTTP; nothing here knows either, and nothing here imports torch.
+bytes, `eventing.http.binding` into HTTP; nothing here knows either, and nothing here imports torch.
 """
 
 import hashlib

@@ -1,22 +1,20 @@
-"""The JSON data of events: generation, scoring, and what the gateway says to a stage besides forward events.
+"""What clients ask of the gateway and get from it when a text is to be continued: the JSON data of `dev.lamina.generate.*`.
 
 Requests refuse unknown fields, because an option dropped in silence is an answer to another question; replies do not, so
 that an older client reads a newer gateway. Bounds stand in the types: msgspec names the path of a value that is out of them.
+The same holds for `score` and `control`.
 """
 
 from typing import Annotated, Literal
 
-from msgspec import Meta, Struct, field
+from msgspec import Meta, Struct
 
-from eventing.wire.events import MAX_BATCH_TOKENS, MAX_POSITION, MAX_ROWS, Sampling, Status
+from eventing.wire.events import MAX_POSITION, Sampling
 
 DEFAULT_MAX_TOKENS = 256
 MAX_STOP_STRINGS = 16
 
 StopString = Annotated[str, Meta(min_length=1, max_length=256)]
-TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
-SequenceId = Annotated[str, Meta(min_length=1, max_length=128)]
-Attempt = Annotated[int, Meta(ge=0, lt=2**31)]
 
 FinishReason = Literal["stop", "length", "cancelled"]
 """stop: an end token or a stop string; length: max_tokens or the context; cancelled: the client went away."""
@@ -115,82 +113,3 @@ class ErrorEvent(Struct, frozen=True):
     title: str
     status: int
     detail: str
-
-
-class ScoreRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """Data of `dev.lamina.score.request`. Exactly one of `text` and `token_ids` is given."""
-
-    text: Annotated[str, Meta(min_length=1)] | None = None
-    token_ids: Annotated[tuple[TokenId, ...], Meta(min_length=2, max_length=MAX_BATCH_TOKENS)] | None = None
-
-    def __post_init__(self) -> None:
-        if (self.text is None) == (self.token_ids is None):
-            given = "neither" if self.text is None else "both"
-            raise ValueError(f"exactly one of `text` and `token_ids` must be given, not {given}")
-
-
-class ScoreResponse(Struct, frozen=True):
-    """Data of `dev.lamina.score.response`."""
-
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    """Log-probability of each token but the first, given those before it, natural logarithm."""
-    logprob_sum: float
-
-
-class ReserveRow(Struct, frozen=True, forbid_unknown_fields=True):
-    """A sequence that wants room in a stage's KV cache."""
-
-    id: SequenceId
-    attempt: Attempt
-    reserve_tokens: Annotated[int, Meta(ge=1, le=MAX_POSITION)]
-
-
-class ReserveRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """Data of `dev.lamina.reserve`."""
-
-    rows: Annotated[tuple[ReserveRow, ...], Meta(min_length=1, max_length=MAX_ROWS)]
-
-
-class ReservedRow(Struct, frozen=True):
-    """`ok`, `full` or `stale`."""
-
-    id: SequenceId
-    attempt: Attempt
-    status: Status
-
-
-class ReserveReply(Struct, frozen=True):
-    """The rows of the request in their order."""
-
-    rows: tuple[ReservedRow, ...]
-
-
-class ReleaseRow(Struct, frozen=True, forbid_unknown_fields=True):
-    """A sequence that has ended: all its attempts up to this one are released."""
-
-    id: SequenceId
-    attempt: Attempt
-
-
-class ReleaseRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """Data of `dev.lamina.release`. An unknown id is no error."""
-
-    rows: Annotated[tuple[ReleaseRow, ...], Meta(min_length=1, max_length=MAX_ROWS)]
-
-
-class ReleaseReply(Struct, frozen=True):
-    """How many sequences were held and are not any more."""
-
-    released: int
-
-
-class WarmupRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """Data of `dev.lamina.warmup`: nothing."""
-
-
-class WarmupReply(Struct, frozen=True):
-    """Who is warm, and the seconds of each phase of its start."""
-
-    instance: str
-    start_up: dict[str, float] = field(default_factory=dict)

@@ -11,13 +11,13 @@ from functions.configuration.config import GatewayConfig
 from functions.gateway.app import create_app
 from functions.gateway.build import start_scheduler
 from functions.gateway.doors.answers import Answers
+from functions.gateway.doors.metrics import GatewayMetrics
 from functions.gateway.scheduling.scheduler_metrics import SchedulerCollector
 from functions.gateway.text.tokenizer import ModelText
 from functions.hosting.publication import WrongPublication, read_publication
 from functions.hosting.startup import StartUp
 from functions.hosting.web import add_probes
-from functions.observing.telemetry import GatewayMetrics
-from functions.observing.tracing import make_tracer
+from functions.observing.telemetry import make_tracer
 from storage.errors import StorageError
 from storage.store.object_reader import ObjectReader
 

@@ -2,14 +2,14 @@
 
 from eventing.wire.events import pipeline_fingerprint
 from functions.configuration.config import CommonConfig
-from storage.models.model_repository import Manifest, Reader, read_manifest
+from storage.models.model_repository import ModelManifest, Reader, read_manifest
 
 
 class WrongPublication(Exception):
     """The store holds another model than this function was made for. Render the pipeline again."""
 
 
-def read_publication(config: CommonConfig, reader: Reader) -> Manifest:
+def read_publication(config: CommonConfig, reader: Reader) -> ModelManifest:
     """The manifest. Raises WrongPublication naming what was found, or a StorageError."""
     manifest = read_manifest(reader, config.model, config.dtype)
     what = f"model {config.model!r} in {config.dtype} in {config.store.place}"

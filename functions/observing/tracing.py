@@ -4,15 +4,12 @@ Every event carries a `traceparent`, taken from the client or made here. Without
 on, nothing is recorded, and nothing of OpenTelemetry is imported.
 """
 
-import logging
 import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Protocol, Self
-
-_log: Final = logging.getLogger(__name__)
 
 _TRACEPARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
 """W3C Trace Context, section 3.2.2; a later version may have more behind the flags."""
@@ -68,21 +65,6 @@ def read_traceparent(text: str | None) -> TraceContext | None:
 
 def main_cause(causes: Sequence[TraceContext]) -> TraceContext | None:
     return next((cause for cause in causes if cause.sampled), causes[0] if causes else None)
-
-
-def make_tracer(endpoint: str | None, service: str, attributes: Attributes) -> Tracer:
-    """endpoint: None, or where traces go; OpenTelemetry reads it and the other OTEL_* keys by itself.
-
-    service: its name, unless OTEL_SERVICE_NAME says another. attributes: of everything that this process records.
-    """
-    if endpoint is None:
-        return PASSING
-    try:
-        from functions.observing.tracing_export import ExportingTracer
-    except ImportError as error:
-        _log.warning("no traces are exported: %s; pip install -r requirements-tracing.txt, or unset the endpoint", error)
-        return PASSING
-    return ExportingTracer(service, attributes)
 
 
 class _PassingSpan:

@@ -1,4 +1,4 @@
-"""A pipeline onto a cluster and off it again: the client, what must be true before, the deployer, history, diagnosis.
+"""A pipeline onto a cluster and off it again: the client, what must be true before, deployer, garbage, history, diagnosis.
 
-May import: knative.render.
+May import: knative.spec.
 """

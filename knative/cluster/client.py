@@ -22,8 +22,7 @@ from kubernetes.dynamic.exceptions import NotFoundError, ResourceNotFoundError
 from urllib3.exceptions import HTTPError
 
 from knative.cluster.errors import ClusterError, ClusterUnreachable, FieldConflict, KindMissing, NotPermitted, Refused
-
-Manifest = dict[str, Any]
+from knative.spec.kubernetes_object import KubernetesObject
 
 FIELD_MANAGER: Final = "lamina"
 _TIMEOUT_SECONDS: Final = 30
@@ -48,7 +47,7 @@ class Ref:
     name: str
 
     @classmethod
-    def of(cls, manifest: Manifest) -> "Ref":
+    def of(cls, manifest: KubernetesObject) -> "Ref":
         metadata = manifest["metadata"]
         return cls(manifest["apiVersion"], manifest["kind"], metadata.get("namespace", ""), metadata["name"])
 
@@ -122,7 +121,7 @@ class Cluster:
         with self._errors("listing API groups"):
             return group in self._dynamic.resources.api_groups
 
-    def get(self, ref: Ref) -> Manifest | None:
+    def get(self, ref: Ref) -> KubernetesObject | None:
         """The object as it is, or None."""
         resource = self._resource(ref.api_version, ref.kind)
         with self._errors(f"reading {ref}"):
@@ -131,7 +130,7 @@ class Cluster:
             except NotFoundError:
                 return None
 
-    def find(self, api_version: str, kind: str, namespace: str, selector: str = "") -> list[Manifest]:
+    def find(self, api_version: str, kind: str, namespace: str, selector: str = "") -> list[KubernetesObject]:
         """Objects whose labels match the selector, `a=b,c=d`."""
         resource = self._resource(api_version, kind)
         with self._errors(f"listing {kind} in {namespace}"):
@@ -139,7 +138,7 @@ class Cluster:
         # Items of a list carry neither kind nor apiVersion of their own.
         return [{**item, "apiVersion": api_version, "kind": kind} for item in _plain(found)["items"] or []]
 
-    def apply(self, manifest: Manifest, *, force: bool = False, dry_run: bool = False) -> Manifest:
+    def apply(self, manifest: KubernetesObject, *, force: bool = False, dry_run: bool = False) -> KubernetesObject:
         """Server-side apply as the field manager `lamina`. Returns the object as it then is, or would be."""
         ref = Ref.of(manifest)
         resource = self._resource(ref.api_version, ref.kind)
@@ -167,7 +166,9 @@ class Cluster:
                 return False
         return True
 
-    def watch(self, api_version: str, kind: str, namespace: str, selector: str, timeout_seconds: int) -> Iterator[Manifest]:
+    def watch(
+        self, api_version: str, kind: str, namespace: str, selector: str, timeout_seconds: int
+    ) -> Iterator[KubernetesObject]:
         """Each object as it is now and whenever it changes, for so long."""
         resource = self._resource(api_version, kind)
         with self._errors(f"watching {kind} in {namespace}"):
@@ -216,8 +217,8 @@ class Cluster:
             ) from error
 
 
-def _plain(answer: Any) -> Manifest:
-    plain: Manifest = answer.to_dict()
+def _plain(answer: Any) -> KubernetesObject:
+    plain: KubernetesObject = answer.to_dict()
     return plain
 
 

@@ -1,4 +1,4 @@
-"""Rendered objects → a running pipeline, changed without losing an answer, and taken away without leaving anything.
+"""Rendered objects → a running pipeline, changed without losing an answer.
 
 New stages are applied beside the old ones and become Ready, which for Knative means that a pod of each has run; then the
 gateway moves; the old stages go once the last old gateway pod, and with it the last sequence, has ended.
@@ -10,35 +10,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from knative.cluster import preflight
-from knative.cluster.client import Cluster, Manifest, Ref
+from knative.cluster.client import Cluster, Ref
 from knative.cluster.diagnosis import SERVING, diagnose, hopeless_pod, next_step, readiness
-from knative.cluster.errors import ClusterError, DeployFailed, NotPermitted
-from knative.cluster.history import INSTANCE, MANAGED_BY, Version, fingerprint_of, gateway_of, remember, versions
-from knative.render.services import to_yaml
+from knative.cluster.errors import ClusterError, DeployFailed
+from knative.cluster.garbage import GarbageCollector
+from knative.cluster.history import INSTANCE, Version, fingerprint_of, gateway_of, remember, versions
+from knative.spec.kubernetes_object import KubernetesObject, to_yaml
 
 _WATCH_SECONDS: Final = 2
-_STAGE: Final = "app.kubernetes.io/component=stage"
-_GATEWAY: Final = "app.kubernetes.io/component=gateway"
-_PIPELINE: Final = "lamina.dev/pipeline"
-_FLOWS: Final = "flows.knative.dev/v1"
-_OWN_KINDS: Final = (
-    ("messaging.knative.dev/v1", "Subscription"),
-    (_FLOWS, "Sequence"),
-    ("eventing.knative.dev/v1", "Trigger"),
-    ("eventing.knative.dev/v1", "Broker"),
-    (SERVING, "Service"),
-    ("monitoring.coreos.com/v1", "PodMonitor"),
-    ("monitoring.coreos.com/v1", "PrometheusRule"),
-    ("networking.k8s.io/v1", "NetworkPolicy"),
-    ("rbac.authorization.k8s.io/v1", "RoleBinding"),
-    ("rbac.authorization.k8s.io/v1", "Role"),
-    ("v1", "ServiceAccount"),
-    ("v1", "ConfigMap"),
-    ("v1", "Secret"),
-)
-"""Everything that a pipeline may consist of, in the order in which it is taken away: what brings work first."""
-_KEPT: Final = ("Secret", "ConfigMap")
-"""Made by the deployer itself, token and history: no spec asks for them."""
 
 
 class Deployer:
@@ -49,8 +28,9 @@ class Deployer:
         self._namespace = namespace
         self._say = say
         self._timeout_seconds = timeout_seconds
+        self._garbage = GarbageCollector(cluster, namespace, say, timeout_seconds)
 
-    def deploy(self, objects: list[Manifest], *, force: bool = False) -> str:
+    def deploy(self, objects: list[KubernetesObject], *, force: bool = False) -> str:
         """Idempotent. Returns the gateway's URL.
 
         Raises ClusterError: nothing that served before is touched until the new stages are Ready.
@@ -58,7 +38,7 @@ class Deployer:
         gateway = gateway_of(objects)
         name = gateway["metadata"]["name"]
         preflight.check(self._cluster, objects, self._say)
-        self._await_deletions(objects)
+        self._garbage.await_deletions(objects)
         preflight.ensure_secrets(self._cluster, objects, self._say)
         before = [each for each in objects if each["kind"] != "Service" or each["apiVersion"] != SERVING]
         stages = [each for each in objects if each not in before and each is not gateway]
@@ -71,8 +51,7 @@ class Deployer:
         self._apply(late, force)
         number = remember(self._cluster, self._namespace, name, objects)
         self._say(f"version {number}, pipeline {fingerprint_of(gateway)}: {url}")
-        self._drop(name, objects)
-        self.prune(name, fingerprint_of(gateway))
+        self._garbage.collect(name, objects)
         return url
 
     def rollback(self, name: str, number: int | None = None, *, force: bool = False) -> str:
@@ -84,7 +63,7 @@ class Deployer:
         self._say(f"going back to version {version.number}, pipeline {version.fingerprint}")
         return self.deploy(list(version.objects), force=force)
 
-    def diff(self, objects: list[Manifest]) -> Iterator[str]:
+    def diff(self, objects: list[KubernetesObject]) -> Iterator[str]:
         """Unified diff of what is there and what applying would make of it, by the cluster's own dry run."""
         for each in objects:
             live = self._cluster.get(Ref.of(each))
@@ -92,90 +71,12 @@ class Deployer:
             old = _comparable(live).splitlines() if live else []
             yield from difflib.unified_diff(old, _comparable(after).splitlines(), "is", f"would be {Ref.of(each)}", lineterm="")
 
-    def prune(self, name: str, current: str) -> None:
-        """Deletes the stages of other pipelines once no gateway pod is left that drives them. Waits for that."""
-        for gateway in self._old(SERVING, "Service", f"{INSTANCE}={name},{_GATEWAY}", current):
-            # For events, which go to the current one by now: its pods finish what they have in hand.
-            self._cluster.delete(Ref.of(gateway))
-        old = self._old(SERVING, "Service", f"{INSTANCE}={name},{_STAGE}", current)
-        if self._cluster.serves(_FLOWS, "Sequence"):
-            old = self._old(_FLOWS, "Sequence", f"{INSTANCE}={name},{MANAGED_BY}=lamina", current) + old
-        for fingerprint in dict.fromkeys(map(fingerprint_of, old)):
-            if not self._await_end_of_sequences(name, fingerprint):
-                self._say(f"sequences of pipeline {fingerprint} still run; the next deploy prunes its stages")
-                continue
-            for service in old:
-                if fingerprint_of(service) == fingerprint:
-                    self._cluster.delete(Ref.of(service))
-                    self._say(f"pruned {Ref.of(service)}")
-
-    def _old(self, api_version: str, kind: str, selector: str, current: str) -> list[Manifest]:
-        """Objects of other pipelines than the current one."""
-        found = self._cluster.find(api_version, kind, self._namespace, selector)
-        return [each for each in found if fingerprint_of(each) != current]
-
-    def delete(self, name: str) -> int:
-        """Takes away everything that carries the pipeline's name and was made by Lamina. Returns how many objects."""
-        count = 0
-        for ref in map(Ref.of, self._own(name)):
-            count += self._cluster.delete(ref)
-            self._say(f"deleted {ref}")
-        deadline = time.monotonic() + self._timeout_seconds
-        for ref in map(Ref.of, self._own(name)):
-            self._await_absence(ref, deadline)
-        return count
-
-    def services(self, name: str) -> list[Manifest]:
-        """The pipeline's Services: gateway first, then stages by name."""
-        found = self._cluster.find(SERVING, "Service", self._namespace, f"{INSTANCE}={name},{MANAGED_BY}=lamina")
-        return sorted(found, key=lambda service: (service["metadata"]["name"] != name, service["metadata"]["name"]))
-
-    def _drop(self, name: str, objects: list[Manifest]) -> None:
-        """Deletes what the spec does not ask for any more, such as the objects of a section that was taken out of it."""
-        wanted, current = set(map(Ref.of, objects)), fingerprint_of(gateway_of(objects))
-        try:
-            own = self._own(name)
-        except NotPermitted as error:
-            self._say(f"not looked for what the spec does not ask for any more: {error}")
-            return
-        for each in own:
-            ref = Ref.of(each)
-            of_an_old_pipeline = each["metadata"]["labels"].get(_PIPELINE, current) != current  # `prune` knows when
-            if ref not in wanted and ref.kind not in _KEPT and not of_an_old_pipeline:
-                self._cluster.delete(ref)
-                self._say(f"deleted {ref}, which the spec does not ask for any more")
-
-    def _own(self, name: str) -> list[Manifest]:
-        selector = f"{INSTANCE}={name},{MANAGED_BY}=lamina"
-        return [
-            each
-            for api_version, kind in _OWN_KINDS
-            if self._cluster.serves(api_version, kind)
-            for each in self._cluster.find(api_version, kind, self._namespace, selector)
-        ]
-
-    def _apply(self, objects: list[Manifest], force: bool) -> None:
+    def _apply(self, objects: list[KubernetesObject], force: bool) -> None:
         for each in objects:
             self._cluster.apply(each, force=force)
             self._say(f"applied {Ref.of(each)}")
 
-    def _await_deletions(self, objects: list[Manifest]) -> None:
-        """A half-deleted object takes no changes: wait until it is gone."""
-        deadline = time.monotonic() + self._timeout_seconds
-        for ref in map(Ref.of, objects):
-            live = self._cluster.get(ref)
-            if live is not None and live["metadata"].get("deletionTimestamp"):
-                self._say(f"{ref} is being deleted: waiting until it is gone")
-                self._await_absence(ref, deadline)
-
-    def _await_absence(self, ref: Ref, deadline: float) -> None:
-        while (live := self._cluster.get(ref)) is not None:
-            if time.monotonic() > deadline:
-                finalizers = ", ".join(live["metadata"].get("finalizers") or ["none"])
-                raise DeployFailed(f"{ref} is still there; its finalizers: {finalizers}; look at what should remove them")
-            time.sleep(_WATCH_SECONDS / 4)
-
-    def _await_ready(self, services: list[Manifest]) -> str:
+    def _await_ready(self, services: list[KubernetesObject]) -> str:
         """Waits for all of them; returns the last one's URL. Raises DeployFailed as soon as one cannot become Ready."""
         waiting = {service["metadata"]["name"]: "" for service in services}
         deadline = time.monotonic() + self._timeout_seconds
@@ -191,7 +92,7 @@ class Deployer:
                 self._give_up_if_hopeless(name, deadline)
         return url
 
-    def _note(self, live: Manifest, waiting: dict[str, str]) -> bool:
+    def _note(self, live: KubernetesObject, waiting: dict[str, str]) -> bool:
         """Whether the Service is Ready; says what changed."""
         name, state = live["metadata"]["name"], readiness(live)
         if state.ready:
@@ -215,19 +116,6 @@ class Deployer:
         if reason is not None:
             raise DeployFailed(_failure(f"{name} does not become ready: {reason}", diagnose(self._cluster, live)))
 
-    def _await_end_of_sequences(self, name: str, fingerprint: str) -> bool:
-        selector = f"{INSTANCE}={name},{_GATEWAY},{_PIPELINE}={fingerprint}"
-        deadline = time.monotonic() + self._timeout_seconds
-        said = False
-        while pods := self._cluster.find("v1", "Pod", self._namespace, selector):
-            if time.monotonic() > deadline:
-                return False
-            if not said:
-                self._say(f"{len(pods)} gateway pod(s) of pipeline {fingerprint} still finish their answers")
-                said = True
-            time.sleep(_WATCH_SECONDS / 4)
-        return True
-
 
 def _to_go_back_to(known: list[Version], number: int | None) -> Version:
     if number is None:
@@ -245,7 +133,7 @@ def _failure(headline: str, details: list[str]) -> str:
     return "\n  ".join([headline, *details, next_step([headline, *details])])
 
 
-def _comparable(manifest: Manifest) -> str:
+def _comparable(manifest: KubernetesObject) -> str:
     """Without what the server keeps for itself."""
     metadata: dict[str, Any] = {
         key: value

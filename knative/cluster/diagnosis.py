@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Final
 
-from knative.cluster.client import Cluster, Manifest, Ref
+from knative.cluster.client import Cluster, Ref
+from knative.spec.kubernetes_object import KubernetesObject
 
 SERVING: Final = "serving.knative.dev/v1"
 _CONTAINER: Final = "function"
@@ -31,7 +32,7 @@ class Readiness:
     reason: str = ""
 
 
-def readiness(service: Manifest) -> Readiness:
+def readiness(service: KubernetesObject) -> Readiness:
     """As of the generation that was applied last; a condition of an older one says nothing."""
     status = service.get("status") or {}
     if status.get("observedGeneration") != service["metadata"].get("generation"):
@@ -41,12 +42,12 @@ def readiness(service: Manifest) -> Readiness:
     return Readiness({"True": True, "False": False}.get(condition.get("status", "")), reason)
 
 
-def condition_of(manifest: Manifest, kind: str) -> dict[str, Any]:
+def condition_of(manifest: KubernetesObject, kind: str) -> dict[str, Any]:
     conditions = (manifest.get("status") or {}).get("conditions") or []
     return next((condition for condition in conditions if condition.get("type") == kind), {})
 
 
-def hopeless_pod(cluster: Cluster, service: Manifest) -> str | None:
+def hopeless_pod(cluster: Cluster, service: KubernetesObject) -> str | None:
     """What is wrong with a pod of the newest revision that time does not mend; Knative itself waits for its deadline."""
     for pod in newest_pods(cluster, service):
         for state in _container_states(pod):
@@ -56,7 +57,7 @@ def hopeless_pod(cluster: Cluster, service: Manifest) -> str | None:
     return None
 
 
-def diagnose(cluster: Cluster, service: Manifest) -> list[str]:
+def diagnose(cluster: Cluster, service: KubernetesObject) -> list[str]:
     """Conditions, containers, warnings and the last log lines, each a line that names its source."""
     namespace, name = service["metadata"]["namespace"], service["metadata"]["name"]
     lines = [f"Service {name}: {text}" for text in _failed_conditions(service)]
@@ -79,25 +80,25 @@ def next_step(diagnosis: list[str]) -> str:
     return f"next: {known}, and deploy again; what served before still does"
 
 
-def newest_pods(cluster: Cluster, service: Manifest) -> list[Manifest]:
+def newest_pods(cluster: Cluster, service: KubernetesObject) -> list[KubernetesObject]:
     revision = (service.get("status") or {}).get("latestCreatedRevisionName")
     if not revision:
         return []
     return cluster.find("v1", "Pod", service["metadata"]["namespace"], f"serving.knative.dev/revision={revision}")
 
 
-def _failed_conditions(manifest: Manifest) -> list[str]:
+def _failed_conditions(manifest: KubernetesObject) -> list[str]:
     conditions = (manifest.get("status") or {}).get("conditions") or []
     failed = [condition for condition in conditions if condition.get("status") != "True" and condition.get("message")]
     return [f"{condition['type']} {condition.get('reason', '')}: {condition['message']}" for condition in failed]
 
 
-def _container_states(pod: Manifest) -> list[dict[str, Any]]:
+def _container_states(pod: KubernetesObject) -> list[dict[str, Any]]:
     statuses = (pod.get("status") or {}).get("containerStatuses") or []
     return [status.get("state") or {} for status in statuses]
 
 
-def _pod_lines(pod: Manifest) -> list[str]:
+def _pod_lines(pod: KubernetesObject) -> list[str]:
     name = pod["metadata"]["name"]
     lines = []
     for status in (pod.get("status") or {}).get("containerStatuses") or []:
@@ -126,7 +127,7 @@ def _warnings(cluster: Cluster, namespace: str, prefix: str) -> list[str]:
     ]
 
 
-def _log_lines(cluster: Cluster, pod: Manifest) -> list[str]:
+def _log_lines(cluster: Cluster, pod: KubernetesObject) -> list[str]:
     namespace, name = pod["metadata"]["namespace"], pod["metadata"]["name"]
     crashed = cluster.log_tail(namespace, name, _CONTAINER, _LOG_LINES, previous=True)
     lines = crashed or cluster.log_tail(namespace, name, _CONTAINER, _LOG_LINES)

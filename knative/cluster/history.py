@@ -6,8 +6,8 @@ from typing import Any, Final
 
 import yaml
 
-from knative.cluster.client import Cluster, Manifest, Ref
-from knative.render.services import to_yaml
+from knative.cluster.client import Cluster, Ref
+from knative.spec.kubernetes_object import KubernetesObject, to_yaml
 
 KEPT_VERSIONS: Final = 10
 _KEY: Final = "manifests.yaml"
@@ -22,7 +22,7 @@ class Version:
     """One deployed state of a pipeline. `number` counts up; a rollback repeats an old state under a new number."""
 
     number: int
-    objects: tuple[Manifest, ...]
+    objects: tuple[KubernetesObject, ...]
     digest: str
 
     @property
@@ -30,17 +30,17 @@ class Version:
         return fingerprint_of(gateway_of(list(self.objects)))
 
 
-def gateway_of(objects: list[Manifest]) -> Manifest:
+def gateway_of(objects: list[KubernetesObject]) -> KubernetesObject:
     return next(each for each in objects if each["metadata"]["labels"].get("app.kubernetes.io/component") == "gateway"
                 and each["kind"] == "Service")  # fmt: skip
 
 
-def fingerprint_of(manifest: Manifest) -> str:
+def fingerprint_of(manifest: KubernetesObject) -> str:
     fingerprint: str = manifest["metadata"]["labels"]["lamina.dev/pipeline"]
     return fingerprint
 
 
-def digest_of(objects: list[Manifest]) -> str:
+def digest_of(objects: list[KubernetesObject]) -> str:
     return hashlib.sha256(to_yaml(objects).encode()).hexdigest()[:12]
 
 
@@ -50,7 +50,7 @@ def versions(cluster: Cluster, namespace: str, name: str) -> list[Version]:
     return sorted((_read(each) for each in found), key=lambda version: version.number)
 
 
-def remember(cluster: Cluster, namespace: str, name: str, objects: list[Manifest]) -> int:
+def remember(cluster: Cluster, namespace: str, name: str, objects: list[KubernetesObject]) -> int:
     """Writes a version down unless it is the newest already; returns its number. Forgets what is older than the last ten."""
     known = versions(cluster, namespace, name)
     digest = digest_of(objects)
@@ -67,7 +67,7 @@ def _map_name(name: str, number: int) -> str:
     return f"{name}-v{number}"
 
 
-def _config_map(namespace: str, name: str, number: int, objects: list[Manifest], digest: str) -> Manifest:
+def _config_map(namespace: str, name: str, number: int, objects: list[KubernetesObject], digest: str) -> KubernetesObject:
     metadata: dict[str, Any] = {
         "name": _map_name(name, number),
         "namespace": namespace,
@@ -77,7 +77,7 @@ def _config_map(namespace: str, name: str, number: int, objects: list[Manifest],
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {_KEY: to_yaml(objects)}}
 
 
-def _read(config_map: Manifest) -> Version:
+def _read(config_map: KubernetesObject) -> Version:
     annotations = config_map["metadata"]["annotations"]
     objects = tuple(yaml.safe_load_all(config_map["data"][_KEY]))
     return Version(int(annotations[_NUMBER]), objects, annotations["lamina.dev/digest"])

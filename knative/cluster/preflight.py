@@ -6,9 +6,10 @@ import secrets
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from knative.cluster.client import Cluster, Manifest, Ref
+from knative.cluster.client import Cluster, Ref
 from knative.cluster.errors import NotPermitted, PreflightFailed
 from knative.cluster.history import INSTANCE, MANAGED_BY
+from knative.spec.kubernetes_object import KubernetesObject
 
 OLDEST_KNATIVE: Final = (1, 10)
 """The oldest whose webhook takes every field that we render."""
@@ -17,7 +18,7 @@ _SYSTEM_NAMESPACE: Final = "knative-serving"
 _CLASS: Final = "autoscaling.knative.dev/class"
 
 
-def check(cluster: Cluster, objects: list[Manifest], say: Callable[[str], None]) -> None:
+def check(cluster: Cluster, objects: list[KubernetesObject], say: Callable[[str], None]) -> None:
     """Raises KindMissing or PreflightFailed; says what could not be looked at."""
     for api_version, kind in dict.fromkeys((each["apiVersion"], each["kind"]) for each in objects):
         cluster.require(api_version, kind)
@@ -29,7 +30,7 @@ def check(cluster: Cluster, objects: list[Manifest], say: Callable[[str], None])
         say(f"not checked, since we may not look: {error}")
 
 
-def ensure_secrets(cluster: Cluster, objects: list[Manifest], say: Callable[[str], None]) -> None:
+def ensure_secrets(cluster: Cluster, objects: list[KubernetesObject], say: Callable[[str], None]) -> None:
     """Makes the pipeline's token where there is none. Raises PreflightFailed for any other Secret that is missing."""
     for ref, (instance, keys) in _wanted_secrets(objects).items():
         found = cluster.get(ref)
@@ -56,13 +57,13 @@ def _check_hpa(cluster: Cluster) -> None:
         raise PreflightFailed("the class hpa needs a metrics server (API metrics.k8s.io): install one, or use the class kpa")
 
 
-def _template_annotations(objects: list[Manifest]) -> Iterator[dict[str, str]]:
+def _template_annotations(objects: list[KubernetesObject]) -> Iterator[dict[str, str]]:
     for each in objects:
         if each["kind"] == "Service":
             yield each["spec"]["template"]["metadata"].get("annotations", {})
 
 
-def _wanted_secrets(objects: list[Manifest]) -> dict[Ref, tuple[str, set[str]]]:
+def _wanted_secrets(objects: list[KubernetesObject]) -> dict[Ref, tuple[str, set[str]]]:
     """Secrets that the Services name → the pipeline's name, and the keys that are needed of it."""
     wanted: dict[Ref, tuple[str, set[str]]] = {}
     for service in (each for each in objects if each["kind"] == "Service"):
@@ -74,7 +75,7 @@ def _wanted_secrets(objects: list[Manifest]) -> dict[Ref, tuple[str, set[str]]]:
     return wanted
 
 
-def _secret_keys(container: Manifest) -> Iterator[tuple[str, set[str]]]:
+def _secret_keys(container: KubernetesObject) -> Iterator[tuple[str, set[str]]]:
     for entry in container.get("env", []):
         reference = entry.get("valueFrom", {}).get("secretKeyRef")
         if reference and not reference.get("optional"):
@@ -84,7 +85,7 @@ def _secret_keys(container: Manifest) -> Iterator[tuple[str, set[str]]]:
             yield source["secretRef"]["name"], {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
 
 
-def _token_secret(ref: Ref, instance: str) -> Manifest:
+def _token_secret(ref: Ref, instance: str) -> KubernetesObject:
     token = base64.b64encode(secrets.token_urlsafe(32).encode()).decode()
     metadata: dict[str, Any] = {
         "name": ref.name,

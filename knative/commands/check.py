@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from knative.commands.sources.manifest_files import Manifest, ManifestError, read_manifests
+from knative.commands.sources.manifest_files import FileObject, ManifestError, read_manifests
 from knative.webhook.check import in_one_line, is_knative_service, validate, warnings
 
 
@@ -28,7 +28,7 @@ def check(files: tuple[Path, ...]) -> None:
     raise SystemExit(0 if good else 1)
 
 
-def _check(file: Path, manifests: list[Manifest]) -> bool:
+def _check(file: Path, manifests: list[FileObject]) -> bool:
     services = [manifest for manifest in manifests if is_knative_service(manifest.object)]
     for manifest in manifests:
         if manifest not in services:
@@ -48,7 +48,7 @@ def _check(file: Path, manifests: list[Manifest]) -> bool:
     return accepted
 
 
-def _warnings(service: Manifest) -> Iterator[str]:
+def _warnings(service: FileObject) -> Iterator[str]:
     for warning in warnings(service.object):
         yield f"{warning.field}: {warning.reason}"
     for key in service.repeated_keys:

@@ -20,9 +20,9 @@ def delete(name: str, namespace: str | None, timeout: float, connect: "Callable[
 
     The published model stays in the store.
     """
-    from knative.cluster.deployer import Deployer
+    from knative.cluster.garbage import GarbageCollector
 
     cluster = connect()
     where = namespace or cluster.default_namespace
-    count = Deployer(cluster, where, say, timeout).delete(name)
+    count = GarbageCollector(cluster, where, say, timeout).collect_all(name)
     click.echo(f"{count} objects deleted" if count else f"nothing of {name} is in namespace {where}")

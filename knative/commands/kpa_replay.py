@@ -5,7 +5,7 @@ from typing import Final
 
 import click
 
-from knative.local.autoscaler.replay import TraceError, replay_file
+from knative.local.autoscaler.replay import TraceError, replay
 
 _SHOWN: Final = 10
 
@@ -18,7 +18,7 @@ def kpa_replay(file: Path) -> None:
     Prints `N decisions, M differ`, and the first differences to standard error; status 1 where any differ.
     """
     try:
-        result = replay_file(file)
+        result = replay(file)
     except (TraceError, OSError) as error:
         raise click.ClickException(str(error)) from error
     for difference in result.differences[:_SHOWN]:

@@ -10,10 +10,10 @@ from eventing.wire.events import Cut
 from functions.gateway.scheduling.limits import Limits
 from knative.commands.sources.store_access import StoreOptions, open_store, store_options
 from knative.commands.terminal.console import show_table, size
-from knative.render.rendering import published_shape
-from knative.spec.cut import StagePlan, cut_evenly, plan_stages, replicas_for
-from knative.spec.model_shape import ModelShape, shape_from_folder
-from knative.spec.pipeline_spec import DTYPES, Autoscaling, format_cut, parse_cut
+from knative.spec.cut import cut_evenly, format_cut, parse_cut
+from knative.spec.model_shape import ModelShape, published_shape, shape_from_folder
+from knative.spec.pipeline_spec import DTYPES, Autoscaling
+from knative.spec.stage_plan import StagePlan, plan_stages, replicas_for
 from storage.models.model_repository import read_manifest
 
 

@@ -10,7 +10,7 @@ from knative.commands.terminal.console import publish_progress, size
 from knative.spec.model_sources import DEFAULT_MODEL, packaged_model, published_name
 from knative.spec.pipeline_spec import DTYPES, Model, load_spec
 from storage.errors import ModelNotPublished
-from storage.models.model_repository import Manifest, Reader, read_manifest
+from storage.models.model_repository import ModelManifest, Reader, read_manifest
 from storage.models.publisher import publish
 
 
@@ -54,7 +54,7 @@ def _model(source: str | None, name: str | None, dtype: str | None, spec: Path |
     return Model(name=name or wanted.name, dtype=dtype or wanted.dtype)
 
 
-def _published(reader: Reader, model: Model) -> Manifest | None:
+def _published(reader: Reader, model: Model) -> ModelManifest | None:
     try:
         return read_manifest(reader, model.name, model.dtype)
     except ModelNotPublished:

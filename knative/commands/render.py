@@ -6,13 +6,12 @@ import click
 import msgspec
 
 from knative.commands.sources.store_access import StoreOptions, open_store, store_options
-from knative.render.rendering import published_shape, resolve
 from knative.render.rendering import render as render_files
-from knative.render.services import Manifest, to_yaml
-from knative.spec.model_shape import ModelShape
+from knative.render.rendering import resolve
+from knative.spec.kubernetes_object import KubernetesObject, to_yaml
+from knative.spec.model_shape import ModelShape, published_shape
 from knative.spec.pipeline_spec import PipelineSpec, load_spec
-from storage.models.model_repository import Manifest as Publication
-from storage.models.model_repository import read_manifest
+from storage.models.model_repository import ModelManifest, read_manifest
 
 image_option = click.option("--image", help="Instead of the spec's.")
 
@@ -48,16 +47,16 @@ def read_spec(path: Path, image: str | None) -> PipelineSpec:
     return spec if image is None else msgspec.structs.replace(spec, image=image)
 
 
-def rendered_files(spec: PipelineSpec, store: StoreOptions) -> dict[str, list[Manifest]]:
+def rendered_files(spec: PipelineSpec, store: StoreOptions) -> dict[str, list[KubernetesObject]]:
     """File name → objects, in the order in which they are applied. Raises what `resolve` does."""
     return render_files(resolve(spec, lambda: _published(spec, store)))
 
 
-def rendered_objects(spec: PipelineSpec, store: StoreOptions) -> list[Manifest]:
+def rendered_objects(spec: PipelineSpec, store: StoreOptions) -> list[KubernetesObject]:
     return [manifest for objects in rendered_files(spec, store).values() for manifest in objects]
 
 
-def _published(spec: PipelineSpec, store: StoreOptions) -> tuple[Publication, ModelShape]:
+def _published(spec: PipelineSpec, store: StoreOptions) -> tuple[ModelManifest, ModelShape]:
     with open_store(store) as opened:
         manifest = read_manifest(opened, spec.model.name, spec.model.dtype)
         return manifest, published_shape(opened, manifest)

@@ -25,7 +25,7 @@ from knative.local.kubelet.fork_starter import ForkStarter
 from knative.local.kubelet.processes import PlainStarter, ProcessStarter
 from knative.local.platform import ROOT, Platform, PlatformOptions
 from knative.local.state_folder import RunningPlatform, StateFolder, naming_a_full_disk
-from knative.render.eventing_manifests import eventing_objects
+from knative.render.eventing import eventing_objects
 from knative.render.services import services
 from knative.spec.pipeline_spec import DTYPES, load_spec
 from storage.store.embedded import EmbeddedStore
@@ -200,7 +200,7 @@ class _Run:
             for task in (watch, answer):
                 task.cancel()
             await asyncio.gather(watch, answer, return_exceptions=True)
-        await show_stages(self._console, self._local, platform.status())
+        await show_stages(self._console, self._local.pipeline, self._local.shape, platform.status())
 
     async def _until_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
         """False where the run was told to stop before `work` was done."""

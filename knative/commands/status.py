@@ -15,7 +15,8 @@ from knative.commands.sources.cluster_access import cluster_options
 from knative.commands.sources.store_access import state_option
 from knative.commands.terminal.console import rich_table, show_table, size
 from knative.commands.terminal.pod_metrics import RevisionRates
-from knative.local.state_folder import StateError, find_running
+from knative.local.errors import StateError
+from knative.local.state_folder import find_running
 
 if TYPE_CHECKING:
     from knative.cluster.client import Cluster

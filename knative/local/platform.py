@@ -15,7 +15,8 @@ from typing import Any, Final
 
 from knative.local.admin import Admin
 from knative.local.autoscaler.revision_settings import revision_settings
-from knative.local.eventing.eventing import LocalEventing
+from knative.local.errors import ManifestRefused, PortInUse
+from knative.local.eventing.local_eventing import LocalEventing
 from knative.local.kubelet.containers import LocalData, NamedData
 from knative.local.kubelet.pods import PodTiming
 from knative.local.kubelet.processes import PlainStarter, ProcessStarter
@@ -31,14 +32,6 @@ _log = logging.getLogger(__name__)
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 """Where `python -m functions` is found."""
-
-
-class ManifestRefused(ValueError):
-    """Knative would not take the manifest either. The message names Service and fields."""
-
-
-class PortInUse(Exception):
-    """Another process listens there. The message says which port and what to do."""
 
 
 def _from_zero() -> AutoscalerConfig:

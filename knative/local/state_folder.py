@@ -10,15 +10,12 @@ from typing import Final
 
 import msgspec
 
+from knative.local.errors import StateError
 from storage.errors import StorageError
 from storage.store.settings import StoreSettings
 
 DEFAULT_FOLDER: Final = Path(".lamina")
 _FULL_BELOW_BYTES: Final = 2**20
-
-
-class StateError(Exception):
-    """The folder cannot be used now. The message says what to do."""
 
 
 class RunningPlatform(msgspec.Struct, frozen=True):

@@ -3,7 +3,8 @@
 from typing import Any, Final
 
 from knative.render.alerts import rule_groups
-from knative.render.services import Manifest, Pipeline, labels
+from knative.render.resolved_pipeline import ResolvedPipeline, labels
+from knative.spec.kubernetes_object import KubernetesObject
 from knative.spec.pipeline_spec import Monitoring
 
 _API: Final = "monitoring.coreos.com/v1"
@@ -21,7 +22,7 @@ _POD_LABELS: Final = {
 """Label of a pod, as Prometheus writes it → label of its metrics."""
 
 
-def monitoring_objects(pipeline: Pipeline) -> list[Manifest]:
+def monitoring_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
     """PodMonitor and, unless the spec declines them, PrometheusRule; none without the section."""
     monitoring = pipeline.spec.monitoring
     if monitoring is None:
@@ -33,7 +34,7 @@ def monitoring_objects(pipeline: Pipeline) -> list[Manifest]:
     return objects
 
 
-def _pod_monitor(pipeline: Pipeline, monitoring: Monitoring) -> dict[str, Any]:
+def _pod_monitor(pipeline: ResolvedPipeline, monitoring: Monitoring) -> dict[str, Any]:
     ports = [_FUNCTION_PORT, *([_QUEUE_PROXY_PORT] if monitoring.queue_proxy_metrics else [])]
     own = labels(pipeline, "")
     selecting = ("app.kubernetes.io/instance", "app.kubernetes.io/managed-by")
@@ -51,7 +52,7 @@ def _endpoint(port: str, interval_seconds: int) -> dict[str, Any]:
     return {"port": port, "path": "/metrics", "interval": f"{interval_seconds}s", "relabelings": relabelings}
 
 
-def _object(pipeline: Pipeline, monitoring: Monitoring, kind: str, spec: dict[str, Any]) -> Manifest:
+def _object(pipeline: ResolvedPipeline, monitoring: Monitoring, kind: str, spec: dict[str, Any]) -> KubernetesObject:
     metadata = {
         "name": pipeline.spec.name,
         "namespace": pipeline.spec.namespace,

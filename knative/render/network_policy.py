@@ -7,7 +7,9 @@ Probes come from the node, which no policy keeps out.
 
 from typing import Any, Final
 
-from knative.render.services import CONTAINER_PORT, Manifest, Pipeline, labels
+from knative.render.resolved_pipeline import ResolvedPipeline, labels
+from knative.render.services import CONTAINER_PORT
+from knative.spec.kubernetes_object import KubernetesObject
 
 _REQUESTS, _AUTOSCALER, _METRICS = 8012, 9090, 9091
 _KNATIVE: Final = "knative-serving"
@@ -15,7 +17,7 @@ _EVENTING: Final = "knative-eventing"
 _SELECTING: Final = ("app.kubernetes.io/instance", "app.kubernetes.io/component")
 
 
-def network_policies(pipeline: Pipeline) -> list[Manifest]:
+def network_policies(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
     """One policy for the stages, one for the gateway. Only ingress is limited: the store and DNS stay reachable."""
     to_stage = [_pods(_KNATIVE, app="activator"), _namespace(pipeline.spec.network.ingress_namespace), _gateway(pipeline)]
     to_gateway = to_stage[:2]
@@ -25,7 +27,7 @@ def network_policies(pipeline: Pipeline) -> list[Manifest]:
     return [_policy(pipeline, "stage", to_stage), _policy(pipeline, "gateway", to_gateway)]
 
 
-def _policy(pipeline: Pipeline, component: str, callers: list[Manifest]) -> Manifest:
+def _policy(pipeline: ResolvedPipeline, component: str, callers: list[KubernetesObject]) -> KubernetesObject:
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
@@ -46,7 +48,7 @@ def _policy(pipeline: Pipeline, component: str, callers: list[Manifest]) -> Mani
     }
 
 
-def _allow(callers: list[Manifest], *ports: int) -> Manifest:
+def _allow(callers: list[KubernetesObject], *ports: int) -> KubernetesObject:
     return {"from": callers, "ports": [{"protocol": "TCP", "port": port} for port in ports]}
 
 
@@ -58,11 +60,11 @@ def _pods(namespace: str, **own_labels: str) -> dict[str, Any]:
     return {**_namespace(namespace), "podSelector": {"matchLabels": own_labels}}
 
 
-def _gateway(pipeline: Pipeline) -> dict[str, Any]:
+def _gateway(pipeline: ResolvedPipeline) -> dict[str, Any]:
     """Of any version of this pipeline: during a change the old gateway still drives the old stages."""
     return {"podSelector": _selector(pipeline, "gateway")}
 
 
-def _selector(pipeline: Pipeline, component: str) -> dict[str, Any]:
+def _selector(pipeline: ResolvedPipeline, component: str) -> dict[str, Any]:
     own = labels(pipeline, component)
     return {"matchLabels": {key: own[key] for key in _SELECTING}}

@@ -1,27 +1,26 @@
-"""From a PipelineSpec to a Pipeline whose manifests Knative accepts: what the spec leaves open is asked of the store."""
+"""From a PipelineSpec to objects that Knative accepts: what the spec leaves open is asked of the store."""
 
 from collections.abc import Callable
 
-import msgspec
-
 from eventing.wire.events import Cut
-from knative.render.eventing_manifests import eventing_objects
+from knative.render.eventing import eventing_objects
 from knative.render.monitoring import monitoring_objects
 from knative.render.network_policy import network_policies
-from knative.render.services import Manifest as Object
-from knative.render.services import Pipeline, events_gateway_service, gateway_access, gateway_service, services, stage_service
-from knative.spec.cut import cut_evenly
-from knative.spec.model_shape import ModelShape, shape_from_objects
-from knative.spec.pipeline_spec import PipelineSpec, parse_cut
+from knative.render.resolved_pipeline import ResolvedPipeline
+from knative.render.services import events_gateway_service, gateway_access, gateway_service, services, stage_service
+from knative.spec.cut import cut_evenly, parse_cut
+from knative.spec.kubernetes_object import KubernetesObject
+from knative.spec.model_shape import ModelShape
+from knative.spec.pipeline_spec import PipelineSpec
 from knative.webhook.check import validate, warnings
-from storage.models.model_repository import Manifest, Reader, layer_object, read_file
+from storage.models.model_repository import ModelManifest
 
 
 class RenderFailed(Exception):
     """The manifests would be refused, or accepted and wrong. The message names every field."""
 
 
-def render(pipeline: Pipeline) -> dict[str, list[Object]]:
+def render(pipeline: ResolvedPipeline) -> dict[str, list[KubernetesObject]]:
     """File name → objects, in the order in which they are applied: access, network, monitoring, stages, gateways, eventing."""
     files = {"access.yaml": gateway_access(pipeline)} if pipeline.spec.gateway.service_account is None else {}
     if pipeline.spec.network.policies:
@@ -37,28 +36,20 @@ def render(pipeline: Pipeline) -> dict[str, list[Object]]:
     return files
 
 
-def resolve(spec: PipelineSpec, manifest: Callable[[], tuple[Manifest, ModelShape]]) -> Pipeline:
+def resolve(spec: PipelineSpec, manifest: Callable[[], tuple[ModelManifest, ModelShape]]) -> ResolvedPipeline:
     """manifest: called only where the spec pins neither digest nor cut. Raises what it raises, TooManyStages, RenderFailed."""
     if spec.cut is not None and spec.model.digest is not None:
-        return checked(Pipeline(spec, parse_cut(spec.cut), spec.model.digest))
+        return checked(ResolvedPipeline(spec, parse_cut(spec.cut), spec.model.digest))
     published, shape = manifest()
     if spec.model.digest not in (None, published.digest):
         raise RenderFailed(
             f"$.model.digest: {spec.model.digest} is pinned, but {spec.model.name} as {spec.model.dtype} in the store has "
             f"{published.digest}; pin that, or publish the pinned weights again"
         )
-    return checked(Pipeline(spec, _cut(spec, shape), published.digest))
+    return checked(ResolvedPipeline(spec, _cut(spec, shape), published.digest))
 
 
-def published_shape(reader: Reader, manifest: Manifest) -> ModelShape:
-    """Raises a StorageError, or UnknownShape."""
-    config = msgspec.json.decode(read_file(reader, manifest, "config.json"))
-    layers = tuple(manifest.objects[layer_object(layer)].bytes for layer in range(manifest.num_layers))
-    embedding, head = manifest.objects["embedding"].bytes, manifest.objects["head"].bytes
-    return shape_from_objects(config, manifest.name, manifest.dtype, layers, embedding, head)
-
-
-def checked(pipeline: Pipeline) -> Pipeline:
+def checked(pipeline: ResolvedPipeline) -> ResolvedPipeline:
     """Raises RenderFailed for what Knative refuses, and for what it accepts in silence although it is surely a mistake."""
     found = [
         f"{service['metadata']['name']}: {complaint}"

@@ -1,23 +1,19 @@
-"""PipelineSpec and model → the Kubernetes objects of a pipeline: a Knative Service per stage, one for the gateway, its Role.
+"""A resolved pipeline → Kubernetes objects: a Knative Service per stage, one for the gateway, its Role.
 
 They are what runs everywhere: on a cluster as they are, on one machine read by `knative/local`. Keys of the environment are
-those of docs/structures.md. No secret value is ever rendered, only names of Secrets.
+those of docs/environment.md. No secret value is ever rendered, only names of Secrets.
 """
 
-import re
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-import yaml
-
-from eventing.wire.events import Cut, pipeline_fingerprint
-from knative.spec.pipeline_spec import Autoscaling, PipelineSpec, Resources, SpecError, Stage, Tracing, format_cut, quantity
-
-Manifest = dict[str, Any]
+from knative.render.resolved_pipeline import ResolvedPipeline, labels
+from knative.spec.cut import format_cut
+from knative.spec.errors import SpecError
+from knative.spec.kubernetes_object import KubernetesObject
+from knative.spec.pipeline_spec import Autoscaling, PipelineSpec, Resources, Stage, Tracing, quantity
 
 CONTAINER_PORT: Final = 8080
 _AUTOSCALING: Final = "autoscaling.knative.dev/"
-_NUMBER_LIKE: Final = re.compile(r"[-+.]?\d")
 _CACHE_VOLUME: Final = "weights-cache"
 _TEMPORARY_VOLUME: Final = "tmp"
 _NON_ROOT: Final = {
@@ -30,44 +26,14 @@ _NON_ROOT: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Pipeline:
-    """A spec with what only the model can tell: where it is cut, and the digest of its weights."""
-
-    spec: PipelineSpec
-    cut: Cut
-    weights_digest: str
-
-    @property
-    def fingerprint(self) -> str:
-        return pipeline_fingerprint(self.weights_digest, self.cut, self.spec.model.dtype)
-
-    def stage_name(self, index: int) -> str:
-        """Carries the fingerprint: a new cut or model is a new set of Services beside the old one."""
-        return f"{self.spec.name}-{self.fingerprint[:8]}-s{index}"
-
-    @property
-    def events_gateway_name(self) -> str:
-        """Likewise, so that a Sequence's first step is of the same pipeline as the stages behind it."""
-        return f"{self.spec.name}-{self.fingerprint[:8]}-ev"
-
-    def stage_url(self, index: int) -> str:
-        return f"http://{self.stage_name(index)}.{self.spec.namespace}.svc.cluster.local"
-
-
-def services(pipeline: Pipeline) -> list[Manifest]:
+def services(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
     """The Knative Services alone: stages in their order, the gateway and, with Eventing, the events' gateway."""
     stages = [stage_service(pipeline, index) for index in range(len(pipeline.cut))]
     events = [] if pipeline.spec.eventing is None else [events_gateway_service(pipeline)]
     return [*stages, gateway_service(pipeline), *events]
 
 
-def to_yaml(objects: list[Manifest]) -> str:
-    """Deterministic: keys in the order of rendering, a document each."""
-    return yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, width=120, explicit_start=True)
-
-
-def stage_service(pipeline: Pipeline, index: int) -> Manifest:
+def stage_service(pipeline: ResolvedPipeline, index: int) -> KubernetesObject:
     spec, stage = pipeline.spec, pipeline.spec.stage
     container = _container(spec, stage.resources, _stage_env(pipeline, index))
     template = _template(stage.autoscaling, container, stage.timeout_seconds, stage.progress_deadline_seconds)
@@ -75,16 +41,16 @@ def stage_service(pipeline: Pipeline, index: int) -> Manifest:
     return _service(pipeline, pipeline.stage_name(index), "stage", template, cluster_local=True)
 
 
-def gateway_service(pipeline: Pipeline) -> Manifest:
+def gateway_service(pipeline: ResolvedPipeline) -> KubernetesObject:
     return _gateway(pipeline, pipeline.spec.name, pipeline.spec.gateway.api_keys_secret, cluster_local=False)
 
 
-def events_gateway_service(pipeline: Pipeline) -> Manifest:
+def events_gateway_service(pipeline: ResolvedPipeline) -> KubernetesObject:
     """A gateway for Eventing, which cannot send an API key: it asks for none, and is reached from inside the cluster only."""
     return _gateway(pipeline, pipeline.events_gateway_name, None, cluster_local=True)
 
 
-def _gateway(pipeline: Pipeline, name: str, api_keys_secret: str | None, cluster_local: bool) -> Manifest:
+def _gateway(pipeline: ResolvedPipeline, name: str, api_keys_secret: str | None, cluster_local: bool) -> KubernetesObject:
     spec, gateway = pipeline.spec, pipeline.spec.gateway
     container = _container(spec, gateway.resources, _gateway_env(pipeline, api_keys_secret))
     template = _template(gateway.autoscaling, container, gateway.timeout_seconds, 120)
@@ -93,7 +59,7 @@ def _gateway(pipeline: Pipeline, name: str, api_keys_secret: str | None, cluster
     return _service(pipeline, name, "gateway", template, cluster_local)
 
 
-def gateway_access(pipeline: Pipeline) -> list[Manifest]:
+def gateway_access(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
     """ServiceAccount, Role and RoleBinding: the gateway may read EndpointSlices of its namespace, and nothing else."""
     name = _service_account(pipeline.spec)
     metadata = {"name": name, "namespace": pipeline.spec.namespace, "labels": labels(pipeline, "gateway")}
@@ -113,7 +79,9 @@ def gateway_access(pipeline: Pipeline) -> list[Manifest]:
     ]
 
 
-def _service(pipeline: Pipeline, name: str, component: str, template: Manifest, cluster_local: bool) -> Manifest:
+def _service(
+    pipeline: ResolvedPipeline, name: str, component: str, template: KubernetesObject, cluster_local: bool
+) -> KubernetesObject:
     own_labels = labels(pipeline, component)
     template["metadata"]["labels"] = dict(own_labels)
     if cluster_local:
@@ -126,19 +94,9 @@ def _service(pipeline: Pipeline, name: str, component: str, template: Manifest, 
     }
 
 
-def labels(pipeline: Pipeline, component: str) -> dict[str, str]:
-    """Kubernetes' recommended labels, and the fingerprint."""
-    return {
-        "app.kubernetes.io/name": "lamina",
-        "app.kubernetes.io/instance": pipeline.spec.name,
-        "app.kubernetes.io/component": component,
-        "app.kubernetes.io/part-of": "lamina",
-        "app.kubernetes.io/managed-by": "lamina",
-        "lamina.dev/pipeline": pipeline.fingerprint,
-    }
-
-
-def _template(scaling: Autoscaling, container: Manifest, timeout_seconds: int, progress_deadline_seconds: int) -> Manifest:
+def _template(
+    scaling: Autoscaling, container: KubernetesObject, timeout_seconds: int, progress_deadline_seconds: int
+) -> KubernetesObject:
     annotations = {**_annotations(scaling), "serving.knative.dev/progress-deadline": f"{progress_deadline_seconds}s"}
     return {
         "metadata": {"annotations": annotations},
@@ -171,7 +129,7 @@ def _annotations(scaling: Autoscaling) -> dict[str, str]:
     return {_AUTOSCALING + key: value for key, value in values.items() if value is not None}
 
 
-def _container(spec: PipelineSpec, resources: Resources, env: list[Manifest]) -> Manifest:
+def _container(spec: PipelineSpec, resources: Resources, env: list[KubernetesObject]) -> KubernetesObject:
     amounts: dict[str, str] = {"cpu": resources.cpu, "memory": resources.memory}
     if resources.gpu:
         amounts["nvidia.com/gpu"] = str(resources.gpu)
@@ -189,9 +147,9 @@ def _container(spec: PipelineSpec, resources: Resources, env: list[Manifest]) ->
     }
 
 
-def _add_volumes(pod: Manifest, stage: Stage | None) -> None:
+def _add_volumes(pod: KubernetesObject, stage: Stage | None) -> None:
     """The root file system is read-only: a scratch folder, and the weights cache where it is wanted."""
-    volumes: list[Manifest] = [{"name": _TEMPORARY_VOLUME, "emptyDir": {}}]
+    volumes: list[KubernetesObject] = [{"name": _TEMPORARY_VOLUME, "emptyDir": {}}]
     mounts = [{"name": _TEMPORARY_VOLUME, "mountPath": "/tmp"}]
     if stage is not None and stage.weights_cache is not None:
         volumes.append({"name": _CACHE_VOLUME, "emptyDir": {"sizeLimit": stage.weights_cache_size}})
@@ -200,7 +158,7 @@ def _add_volumes(pod: Manifest, stage: Stage | None) -> None:
     pod["volumes"] = volumes
 
 
-def _common_env(pipeline: Pipeline, role: str) -> list[Manifest]:
+def _common_env(pipeline: ResolvedPipeline, role: str) -> list[KubernetesObject]:
     spec = pipeline.spec
     return [
         *_values(
@@ -219,7 +177,7 @@ def _common_env(pipeline: Pipeline, role: str) -> list[Manifest]:
     ]
 
 
-def _tracing_env(tracing: Tracing | None) -> list[Manifest]:
+def _tracing_env(tracing: Tracing | None) -> list[KubernetesObject]:
     if tracing is None:
         return []
     return _values(
@@ -229,7 +187,7 @@ def _tracing_env(tracing: Tracing | None) -> list[Manifest]:
     )
 
 
-def _stage_env(pipeline: Pipeline, index: int) -> list[Manifest]:
+def _stage_env(pipeline: ResolvedPipeline, index: int) -> list[KubernetesObject]:
     stage = pipeline.spec.stage
     first, last = pipeline.cut[index]
     return [
@@ -258,14 +216,14 @@ def _sleep_seconds(stage: Stage, index: int) -> float | None:
     return stage.sleep_seconds[index]
 
 
-def _gateway_env(pipeline: Pipeline, api_keys_secret: str | None) -> list[Manifest]:
+def _gateway_env(pipeline: ResolvedPipeline, api_keys_secret: str | None) -> list[KubernetesObject]:
     gateway = pipeline.spec.gateway
     stages = ",".join(f"{first}:{last}={pipeline.stage_url(k)}" for k, (first, last) in enumerate(pipeline.cut))
     env = [
         *_common_env(pipeline, "gateway"),
         *_values(
             LAMINA_STAGES=stages,
-            LAMINA_STAGE_SERVICES=",".join(pipeline.stage_name(k) for k in range(len(pipeline.cut))),
+            LAMINA_STAGE_SERVICES=",".join(pipeline.stage_names),
             LAMINA_QUEUE_LIMIT=gateway.queue_limit,
             LAMINA_CHUNK_TOKENS=gateway.chunk_tokens,
             LAMINA_MICRO_BATCH_SEQUENCES=gateway.micro_batch_sequences,
@@ -284,12 +242,12 @@ def _gateway_env(pipeline: Pipeline, api_keys_secret: str | None) -> list[Manife
     return env
 
 
-def _values(**values: object) -> list[Manifest]:
+def _values(**values: object) -> list[KubernetesObject]:
     """Settings left out are not rendered: the function's own default applies."""
     return [{"name": name, "value": _plain(value)} for name, value in values.items() if value is not None]
 
 
-def _from_secret(name: str, secret: str, key: str) -> Manifest:
+def _from_secret(name: str, secret: str, key: str) -> KubernetesObject:
     return {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}}
 
 
@@ -300,23 +258,3 @@ def _plain(value: object) -> str:
 
 def _service_account(spec: PipelineSpec) -> str:
     return spec.gateway.service_account or f"{spec.name}-gateway"
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes shared values out instead of anchors, indents lists, and quotes what another reader may take for a number.
-
-    A fingerprint such as 1178e1174203 is a string to PyYAML and a float to Kubernetes.
-    """
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
-        super().increase_indent(flow, False)
-
-
-def _string(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if _NUMBER_LIKE.match(text) else None)
-
-
-_Dumper.add_representer(str, _string)

@@ -1,4 +1,6 @@
-"""What a person says of a pipeline, and what is derived from it and the model: its shape, its cut.
+"""What a person says of a pipeline, and what is derived from it and the model: its shape, its cut, what its stages need.
+
+Also what a Kubernetes object is here, which `render` makes, `cluster` applies and `local` runs.
 
 May import: storage, storage.models, eventing.wire, functions.gateway.scheduling.
 """

@@ -6,44 +6,16 @@ no other cut has a lighter heaviest group, and among those that tie the most eve
 """
 
 import math
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Final
 
 from eventing.wire.events import Cut
-from functions.gateway.scheduling.capacity import micro_batches_wanted
+from knative.spec.errors import SpecError, TooManyStages
 from knative.spec.model_shape import ModelShape
 
-SEQUENCE_TOKENS: Final = 4096
-"""The sequence that `plan` sizes the KV cache for."""
-
 _TOLERANCE: Final = 1e-12
-
-
-class TooManyStages(ValueError):
-    """More stages than layers: some would have nothing to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class StagePlan:
-    """What one stage will need."""
-
-    index: int
-    first_layer: int
-    last_layer: int
-    weight_bytes: int
-    compute: int
-    """Multiply-adds per token."""
-    compute_share: float
-    kv_bytes_per_token: int
-    hop_bytes_per_token: int
-    """Hidden states that leave the stage; 0 behind the last one, which sends a token."""
-
-    @property
-    def kv_bytes_per_sequence(self) -> int:
-        """For 4,096 tokens."""
-        return self.kv_bytes_per_token * SEQUENCE_TOKENS
 
 
 def cut_evenly(shape: ModelShape, stages: int) -> Cut:
@@ -64,43 +36,25 @@ def cut_evenly(shape: ModelShape, stages: int) -> Cut:
     return tuple(pairwise(bounds))
 
 
-def plan_stages(shape: ModelShape, cut: Cut) -> tuple[StagePlan, ...]:
-    """Raises ValueError where the cut does not cover exactly the model's layers."""
-    if not cut or cut[-1][1] != shape.num_layers:
-        raise ValueError(f"the cut ends at layer {cut[-1][1] if cut else 0}, but {shape.name} has {shape.num_layers} layers")
-    total = sum(shape.layer_compute) + shape.head_compute
-    return tuple(_stage_plan(shape, index, group, total) for index, group in enumerate(cut))
+def parse_cut(text: str, path: str = "cut") -> Cut:
+    """`0:10,10:20` → ((0, 10), (10, 20)). Raises SpecError where groups are empty, overlap or leave a gap."""
+    match = re.fullmatch(r"\d+:\d+(,\d+:\d+)*", text)
+    if match is None:
+        raise SpecError(f"{path}: {text!r} is no cut such as 0:10,10:20,20:30")
+    groups = [tuple(map(int, part.split(":"))) for part in text.split(",")]
+    cut = tuple((first, last) for first, last in groups)
+    expected = 0
+    for first, last in cut:
+        if first != expected or last <= first:
+            raise SpecError(
+                f"{path}: {text!r}: group {first}:{last} must begin with layer {expected} and hold at least one layer"
+            )
+        expected = last
+    return cut
 
 
-def replicas_for(
-    plans: tuple[StagePlan, ...], conversations: int, micro_batch: int, target: float, max_scale: int
-) -> list[int]:
-    """Pods that N conversations ask of each stage, once the autoscaler has settled.
-
-    A micro-batch is at one stage at a time. Once every stage has the pods it needs, a stage holds the share of the
-    micro-batches that it has of a round's compute, and the autoscaler wants one pod for each `target` of them.
-    """
-    micro_batches = micro_batches_wanted(conversations, len(plans), micro_batch, allowed=conversations)
-    return [min(max_scale, max(1, math.ceil(micro_batches * plan.compute_share / target))) for plan in plans]
-
-
-def _stage_plan(shape: ModelShape, index: int, group: tuple[int, int], total_compute: int) -> StagePlan:
-    first, last = group
-    is_last = last == shape.num_layers
-    compute = sum(shape.layer_compute[first:last]) + (shape.head_compute if is_last else 0)
-    weight_bytes = sum(shape.layer_bytes[first:last])
-    weight_bytes += shape.embedding_bytes if first == 0 else 0
-    weight_bytes += shape.head_bytes if is_last else 0
-    return StagePlan(
-        index=index,
-        first_layer=first,
-        last_layer=last,
-        weight_bytes=weight_bytes,
-        compute=compute,
-        compute_share=compute / total_compute,
-        kv_bytes_per_token=(last - first) * shape.kv_values_per_layer * shape.value_bytes,
-        hop_bytes_per_token=0 if is_last else shape.hidden_size * shape.value_bytes,
-    )
+def format_cut(cut: Cut) -> str:
+    return ",".join(f"{first}:{last}" for first, last in cut)
 
 
 def _group_weight(shape: ModelShape) -> Callable[[int, int], float]:

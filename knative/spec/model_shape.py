@@ -1,13 +1,18 @@
-"""ModelShape: what the planner needs to know of a model, from a config, a folder of safetensors or a published manifest."""
+"""ModelShape: what a cut needs to know of a model, from a config, a folder of safetensors or a published manifest."""
 
 import json
 import math
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
+
+import msgspec
+
+from knative.spec.errors import UnknownShape
+from storage.models.model_repository import ModelManifest, Reader, layer_object, read_file
 
 DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
@@ -17,10 +22,6 @@ _UNGATED: Final = frozenset({"gpt2", "opt", "bloom", "gpt_neox", "gptj", "phi", 
 _TIED: Final = frozenset({"gpt2", "opt", "bloom", "falcon", "gemma", "gemma2", "gemma3_text", "cohere"})
 _LAYER_KEY: Final = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 _EMBEDDING_KEY: Final = re.compile(r"(?:embed_tokens|wte|wpe|word_embeddings|embed_positions|embed_in|embeddings)\b")
-
-
-class UnknownShape(ValueError):
-    """The model's shape cannot be told. The message names what is missing and where it was looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,23 +85,18 @@ def shape_from_folder(folder: Path, dtype: str) -> ModelShape:
     return _shape_from_tensors(config, folder.name, dtype, {k: v for file in files for k, v in _tensor_sizes(file)})
 
 
-def shape_from_objects(
-    config: Mapping[str, Any], name: str, dtype: str, layer_bytes: tuple[int, ...], embedding_bytes: int, head_bytes: int
-) -> ModelShape:
-    """From the sizes of a publication's objects, which are exact, and its config.json, which gives compute and KV."""
-    estimate = shape_from_config(config, name, dtype)
-    if _tied(_text_config(config)):
-        head_bytes += embedding_bytes
-    return ModelShape(
-        name=name,
-        dtype=dtype,
-        hidden_size=estimate.hidden_size,
-        layer_bytes=layer_bytes,
+def published_shape(reader: Reader, manifest: ModelManifest) -> ModelShape:
+    """From the sizes of a publication's objects, which are exact, and its config.json, which gives compute and KV.
+
+    Raises a StorageError, or UnknownShape.
+    """
+    config = msgspec.json.decode(read_file(reader, manifest, "config.json"))
+    embedding_bytes, head_bytes = manifest.objects["embedding"].bytes, manifest.objects["head"].bytes
+    return replace(
+        shape_from_config(config, manifest.name, manifest.dtype),
+        layer_bytes=tuple(manifest.objects[layer_object(layer)].bytes for layer in range(manifest.num_layers)),
         embedding_bytes=embedding_bytes,
-        head_bytes=head_bytes,
-        layer_compute=estimate.layer_compute,
-        head_compute=estimate.head_compute,
-        kv_values_per_layer=estimate.kv_values_per_layer,
+        head_bytes=head_bytes + (embedding_bytes if _tied(_text_config(config)) else 0),
     )
 
 

@@ -11,7 +11,8 @@ import msgspec
 import yaml
 from msgspec import Meta, Struct
 
-from eventing.wire.events import Cut
+from knative.spec.cut import parse_cut
+from knative.spec.errors import SpecError
 
 DTYPES: Final = ("float32", "bfloat16", "float16", "int8")
 MAX_NAME_WITH_EVENTING: Final = 28
@@ -29,10 +30,6 @@ _FACTORS: Final = {
 Seconds = Annotated[float, Meta(gt=0)]
 Positive = Annotated[int, Meta(ge=1)]
 Natural = Annotated[int, Meta(ge=0)]
-
-
-class SpecError(ValueError):
-    """The spec cannot be used. The message names the path and the value, and says what is allowed."""
 
 
 class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -186,7 +183,7 @@ class Tracing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One pipeline. Either `stages` (the planner cuts) or `cut` (`0:10,10:20,20:30`)."""
+    """One pipeline. Either `stages` (cut evenly) or `cut` (`0:10,10:20,20:30`)."""
 
     name: str
     namespace: str = "default"
@@ -264,27 +261,6 @@ def _check_autoscaling(path: str, scaling: Autoscaling) -> None:
         raise SpecError(f"{path}.target: {scaling.target} is above container_concurrency {limit} and would never be reached")
     if scaling.autoscaler_class == "hpa" and scaling.min_scale == 0:
         raise SpecError(f"{path}.min_scale: 0, but the class hpa cannot scale to zero; use 1 or the class kpa")
-
-
-def parse_cut(text: str, path: str = "cut") -> Cut:
-    """`0:10,10:20` → ((0, 10), (10, 20)). Raises SpecError where groups are empty, overlap or leave a gap."""
-    match = re.fullmatch(r"\d+:\d+(,\d+:\d+)*", text)
-    if match is None:
-        raise SpecError(f"{path}: {text!r} is no cut such as 0:10,10:20,20:30")
-    groups = [tuple(map(int, part.split(":"))) for part in text.split(",")]
-    cut = tuple((first, last) for first, last in groups)
-    expected = 0
-    for first, last in cut:
-        if first != expected or last <= first:
-            raise SpecError(
-                f"{path}: {text!r}: group {first}:{last} must begin with layer {expected} and hold at least one layer"
-            )
-        expected = last
-    return cut
-
-
-def format_cut(cut: Cut) -> str:
-    return ",".join(f"{first}:{last}" for first, last in cut)
 
 
 def quantity(text: str) -> float:

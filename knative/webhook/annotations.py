@@ -1,7 +1,7 @@
 """Annotations, as Knative's webhook takes them (pkg/apis/autoscaling, pkg/apis/serving)."""
 
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Final, TypeVar
 
 from knative.webhook import autoscaling_annotations as annotated
 from knative.webhook.autoscaling_annotations import HPA, KPA, Annotation, AutoscalerConfig
@@ -9,6 +9,7 @@ from knative.webhook.values import MAX_INT32, NANOSECONDS, parse_duration, parse
 from knative.webhook.violation import Violation, Violations, invalid, out_of_bounds
 
 Annotations = Mapping[str, str]
+T = TypeVar("T")
 
 _DOMAIN: Final = ".knative.dev"
 ALGORITHMS: Final = ("linear", "weighted-exponential", "weightedExponential")
@@ -79,16 +80,13 @@ def _scales(annotations: Annotations, config: AutoscalerConfig, at: str) -> Viol
 
 def _natural(annotation: Annotation, annotations: Annotations, at: str) -> tuple[int, list[Violation]]:
     """(value, 0 where it is absent or wrong; what is wrong)."""
-    key, value = annotation.get(annotations)
-    if value is None:
-        return 0, []
-    try:
-        number = parse_int(value)
-    except ValueError:
-        return 0, [invalid(f"{at}.{key}", value)]
-    if not 0 <= number <= MAX_INT32:
-        return 0, [out_of_bounds(f"{at}.{key}", value, 0, MAX_INT32)]
-    return number, []
+    for key, value, number in _read(annotation, annotations, parse_int):
+        if number is None:
+            return 0, [invalid(f"{at}.{key}", value)]
+        if not 0 <= number <= MAX_INT32:
+            return 0, [out_of_bounds(f"{at}.{key}", value, 0, MAX_INT32)]
+        return number, []
+    return 0, []
 
 
 def _scale_limit(annotations: Annotations, config: AutoscalerConfig, most: int, at: str) -> Violations:
@@ -103,52 +101,45 @@ def _scale_limit(annotations: Annotations, config: AutoscalerConfig, most: int, 
 
 
 def _activation_scale(annotations: Annotations, least: int, most: int, at: str) -> Violations:
-    key, value = annotated.ACTIVATION_SCALE.get(annotations)
-    if value is None:
-        return
-    field = f"{at}.{key}"
-    try:
-        scale = parse_int(value)
-    except ValueError:
-        yield invalid(field, value)
-        return
-    if abs(scale) > MAX_INT32:
-        yield invalid(field, value)
-    elif least > scale:
-        yield Violation(field, f"min-scale={least} is greater than activation-scale={scale}")
-    elif 0 < most < scale:
-        yield Violation(field, f"max-scale={most} is less than activation-scale={scale}")
-    elif scale < 2:
-        yield Violation(field, f"activation-scale={scale} must be greater than 1")
+    for key, value, scale in _read(annotated.ACTIVATION_SCALE, annotations, parse_int):
+        field = f"{at}.{key}"
+        if scale is None or abs(scale) > MAX_INT32:
+            yield invalid(field, value)
+        elif least > scale:
+            yield Violation(field, f"min-scale={least} is greater than activation-scale={scale}")
+        elif 0 < most < scale:
+            yield Violation(field, f"max-scale={most} is less than activation-scale={scale}")
+        elif scale < 2:
+            yield Violation(field, f"activation-scale={scale} must be greater than 1")
 
 
 def _numbers(annotations: Annotations, config: AutoscalerConfig, at: str) -> Violations:
     yield from _in_range(annotated.PANIC_WINDOW_PERCENTAGE, 1, 100, annotations, at)
     yield from _in_range(annotated.PANIC_THRESHOLD_PERCENTAGE, 110, 1000, annotations, at)
     yield from _in_range(annotated.TARGET_UTILIZATION_PERCENTAGE, 1, 100, annotations, at)
-    for key, value, number in _number(annotated.TARGET, annotations):
+    for key, value, number in _read(annotated.TARGET, annotations, parse_float):
         if number is None:
             yield invalid(f"{at}.{key}", value)
         elif number < annotated.TARGET_MIN:
             yield Violation(f"{at}.{key}", f"target {value} should be at least {annotated.TARGET_MIN}")
-    for key, value, number in _number(annotated.TARGET_BURST_CAPACITY, annotations):
+    for key, value, number in _read(annotated.TARGET_BURST_CAPACITY, annotations, parse_float):
         if number is None or (number < 0 and number != -1):
             yield invalid(f"{at}.{key}", value, "at least 0, or -1 for the activator always in the path")
 
 
-def _number(annotation: Annotation, annotations: Annotations) -> list[tuple[str, str, float | None]]:
-    """[(key, value, number or None where it is none)], empty where the annotation is absent."""
+def _read(annotation: Annotation, annotations: Annotations, parse: Callable[[str], T]) -> list[tuple[str, str, T | None]]:
+    """[(key, value, what it says or None where it cannot be read)], empty where the annotation is absent."""
     key, value = annotation.get(annotations)
     if value is None:
         return []
     try:
-        return [(key, value, parse_float(value))]
+        return [(key, value, parse(value))]
     except ValueError:
         return [(key, value, None)]
 
 
 def _in_range(annotation: Annotation, lowest: int, highest: int, annotations: Annotations, at: str) -> Violations:
-    for key, value, number in _number(annotation, annotations):
+    for key, value, number in _read(annotation, annotations, parse_float):
         if number is None:
             yield invalid(f"{at}.{key}", value)
         elif number < lowest or number > highest:
@@ -204,19 +195,14 @@ def _algorithm(annotations: Annotations, config: AutoscalerConfig, at: str) -> V
 
 
 def _initial_scale(annotations: Annotations, config: AutoscalerConfig, at: str) -> Violations:
-    key, value = annotated.INITIAL_SCALE.get(annotations)
-    if value is None:
-        return
-    field = f"{at}.{key}"
-    try:
-        scale = parse_int(value)
-    except ValueError:
-        yield invalid(field, value)
-        return
-    if scale < 0:
-        yield invalid(field, value, "must be greater than 0")
-    elif scale == 0 and not config.allow_zero_initial_scale:
-        yield invalid(field, value, "0 not allowed by cluster")
+    for key, value, scale in _read(annotated.INITIAL_SCALE, annotations, parse_int):
+        field = f"{at}.{key}"
+        if scale is None:
+            yield invalid(field, value)
+        elif scale < 0:
+            yield invalid(field, value, "must be greater than 0")
+        elif scale == 0 and not config.allow_zero_initial_scale:
+            yield invalid(field, value, "0 not allowed by cluster")
 
 
 def _networking(annotations: Annotations, at: str) -> Violations:
@@ -226,23 +212,15 @@ def _networking(annotations: Annotations, at: str) -> Violations:
 
 
 def _queue_sidecar(annotations: Annotations, at: str) -> Violations:
-    for key, value, number in _number(QUEUE_PERCENTAGE, annotations):
+    for key, value, number in _read(QUEUE_PERCENTAGE, annotations, parse_float):
         if number is None:
             yield invalid(f"{at}[{key}]", value)
         elif number < 0.1 or number > 100:
             yield out_of_bounds(f"{at}[{key}]", value, 0.1, 100)
     for annotation in QUEUE_RESOURCES:
-        key, text = annotation.get(annotations)
-        if text is not None and not _reads(parse_quantity, text):
-            yield invalid(f"{at}[{key}]", text)
-
-
-def _reads(parse: Callable[[str], object], text: str) -> bool:
-    try:
-        parse(text)
-    except ValueError:
-        return False
-    return True
+        for key, value, quantity in _read(annotation, annotations, parse_quantity):
+            if quantity is None:
+                yield invalid(f"{at}[{key}]", value)
 
 
 def _second_precision(annotation: Annotation, name: str, annotations: Annotations, at: str) -> Violations:

@@ -14,7 +14,7 @@ from typing import Final, Protocol
 
 from storage.errors import ChecksumMismatch
 from storage.loading.memory import new_memory, populate
-from storage.models.model_repository import Manifest, StoredObject, layer_object, part_checksum
+from storage.models.model_repository import ModelManifest, StoredObject, layer_object, part_checksum
 
 _log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Cache(Protocol):
     def put(self, stored: StoredObject, data: memoryview) -> None: ...
 
 
-def stage_objects(manifest: Manifest, first: int, last: int) -> list[str]:
+def stage_objects(manifest: ModelManifest, first: int, last: int) -> list[str]:
     """Names of the objects that layers [first, last) need, in the order of a forward pass.
 
     The first group has the embedding, the last one the head, and the embedding too where the two are tied.
@@ -92,7 +92,7 @@ def stage_objects(manifest: Manifest, first: int, last: int) -> list[str]:
 
 def load_layers(
     reader: RangeReader,
-    manifest: Manifest,
+    manifest: ModelManifest,
     first: int,
     last: int,
     *,
@@ -111,7 +111,7 @@ def load_layers(
 
 def iterate_layers(
     reader: RangeReader,
-    manifest: Manifest,
+    manifest: ModelManifest,
     first: int,
     last: int,
     *,
@@ -161,7 +161,7 @@ class _Load:
     def __init__(
         self,
         reader: RangeReader,
-        manifest: Manifest,
+        manifest: ModelManifest,
         names: list[str],
         cache: Cache | None,
         on_progress: ProgressCallback | None,

@@ -52,7 +52,7 @@ class StoredFile(msgspec.Struct, frozen=True):
     sha256: str
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
+class ModelManifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """A publication. `objects` has embedding, layer-00000 … and head, in this order."""
 
     manifest_version: int
@@ -133,7 +133,7 @@ def part_checksum(part: bytes | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(part)
 
 
-def read_manifest(reader: Reader, name: str, dtype: str) -> Manifest:
+def read_manifest(reader: Reader, name: str, dtype: str) -> ModelManifest:
     """Raises ModelNotPublished, ManifestTooNew, ManifestInvalid, or what the reader raises."""
     key = manifest_key(name, dtype)
     try:
@@ -143,7 +143,7 @@ def read_manifest(reader: Reader, name: str, dtype: str) -> Manifest:
     return decode_manifest(data, key)
 
 
-def decode_manifest(data: bytes, key: str) -> Manifest:
+def decode_manifest(data: bytes, key: str) -> ModelManifest:
     """`key` is for messages. Raises ManifestTooNew or ManifestInvalid."""
     try:
         version = msgspec.json.decode(data, type=_Version).manifest_version
@@ -151,18 +151,18 @@ def decode_manifest(data: bytes, key: str) -> Manifest:
             raise ManifestTooNew(
                 f"{key} has version {version} and this Lamina reads up to {MANIFEST_VERSION}; update it, or publish again"
             )
-        manifest = msgspec.json.decode(data, type=Manifest)
+        manifest = msgspec.json.decode(data, type=ModelManifest)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ManifestInvalid(f"{key} cannot be read ({error}); publish the model again") from error
     _check(manifest, key)
     return manifest
 
 
-def encode_manifest(manifest: Manifest) -> bytes:
+def encode_manifest(manifest: ModelManifest) -> bytes:
     return msgspec.json.format(msgspec.json.encode(manifest), indent=1)
 
 
-def read_file(reader: Reader, manifest: Manifest, name: str) -> bytes:
+def read_file(reader: Reader, manifest: ModelManifest, name: str) -> bytes:
     """A file of the publication, such as tokenizer.json. Raises ObjectNotFound, ChecksumMismatch."""
     if name not in manifest.files:
         raise ObjectNotFound(
@@ -188,7 +188,7 @@ def list_models(store: Lister) -> list[tuple[str, Dtype]]:
     return sorted(found)
 
 
-def _check(manifest: Manifest, key: str) -> None:
+def _check(manifest: ModelManifest, key: str) -> None:
     if set(manifest.objects) != set(object_names(manifest.num_layers)):
         raise ManifestInvalid(f"{key} says {manifest.num_layers} layers but lists other objects; publish the model again")
     for name, stored in manifest.objects.items():

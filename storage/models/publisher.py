@@ -24,7 +24,7 @@ from storage.models.model_repository import (
     MANIFEST_VERSION,
     PART_BYTES,
     Dtype,
-    Manifest,
+    ModelManifest,
     StoredFile,
     StoredObject,
     encode_manifest,
@@ -61,7 +61,7 @@ def publish(
     *,
     progress: ProgressCallback | None = None,
     keep_wide: Collection[str] = (),
-) -> Manifest:
+) -> ModelManifest:
     """Makes a model readable under `name` and `dtype`, and returns its manifest.
 
     source: a Hugging Face folder, a GGUF file, or a hub id. dtype: float32, bfloat16, float16 or int8.
@@ -93,7 +93,7 @@ def _publication(path: Path, dtype: str, keep_wide: Collection[str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _current(store: ObjectStore, name: str, dtype: str) -> Manifest | None:
+def _current(store: ObjectStore, name: str, dtype: str) -> ModelManifest | None:
     try:
         return read_manifest(store, name, dtype)
     except (ModelNotPublished, ManifestInvalid):
@@ -205,8 +205,8 @@ def _manifest(
     model: ModelDescription,
     objects: dict[str, StoredObject],
     files: dict[str, StoredFile],
-) -> Manifest:
-    return Manifest(
+) -> ModelManifest:
+    return ModelManifest(
         manifest_version=MANIFEST_VERSION,
         name=name,
         dtype=dtype,

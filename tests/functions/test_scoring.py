@@ -36,9 +36,9 @@ from eventing.wire.cloud_event import (
     make_event,
     reply_id,
 )
+from eventing.wire.control import ReleaseRow
 from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType, Result, Row, Status, Tensor, Want
-from eventing.wire.generation import ReleaseRow, ScoreRequest, ScoreResponse
-from eventing.wire.score import score_row
+from eventing.wire.score import ScoreRequest, ScoreResponse, score_row
 from eventing.wire.signature import sign, verify
 from functions.stage.serving.identity import StageIdentity
 from functions.stage.serving.scoring import Scorer
@@ -190,7 +190,7 @@ def wide(published: Published) -> Iterator[tuple[list[WideEngine], list[Scorer]]
     engines = [WideEngine(scores=False), WideEngine(scores=True)]
     with PayloadStore(published.store) as store:
         claims = ClaimCheck(store, published.store.bucket)
-        identities = [StageIdentity("0123456789ab", 2 * k, 2 * k + 2, k == 0, k == 1, "me") for k in (0, 1)]
+        identities = [StageIdentity("0123456789ab", 2 * k, 2 * k + 2, k == 1, "me") for k in (0, 1)]
         yield engines, [Scorer(*pair, claims, TOKEN) for pair in zip(identities, engines, strict=True)]
 
 
@@ -257,7 +257,7 @@ def test_payloads_that_are_gone_or_not_the_same_are_refused(wide: Wide, publishe
 
 def test_a_store_that_does_not_answer_is_worth_a_retry(published: Published) -> None:
     nowhere = PayloadStore(replace(published.store, endpoint_url="http://127.0.0.1:1"), retry_seconds=0.1)
-    identity = StageIdentity("0123456789ab", 0, 2, True, False, "me")
+    identity = StageIdentity("0123456789ab", 0, 2, False, "me")
     scorer = Scorer(identity, WideEngine(scores=False), ClaimCheck(nowhere, "lamina"), TOKEN)
     with pytest.raises(NotReady, match=r"127\.0\.0\.1:1"):
         scorer.answer(first_event())

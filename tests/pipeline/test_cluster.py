@@ -16,14 +16,16 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from eventing.wire.events import EventType
-from knative.cluster.client import Cluster, Manifest
+from knative.cluster.client import Cluster
 from knative.cluster.deployer import Deployer
-from knative.render.rendering import published_shape, render, resolve
-from knative.spec.model_shape import ModelShape
+from knative.cluster.garbage import GarbageCollector
+from knative.cluster.status import services_of
+from knative.render.rendering import render, resolve
+from knative.spec.kubernetes_object import KubernetesObject
+from knative.spec.model_shape import ModelShape, published_shape
 from knative.spec.model_sources import packaged_model
 from knative.spec.pipeline_spec import Autoscaling, Eventing, Model, PipelineSpec, Resources, Stage, Store
-from storage.models.model_repository import Manifest as Publication
-from storage.models.model_repository import read_file
+from storage.models.model_repository import ModelManifest, read_file
 from storage.models.publisher import publish
 from storage.store.object_store import ObjectStore
 from tests.support.knative.real_cluster import (
@@ -71,12 +73,13 @@ NOTHING_MAY_BE_LEFT: Final = (
 class Scenario:
     """What the steps share."""
 
-    def __init__(self, where: Settings, publication: Publication, shape: ModelShape, tokenizer: Tokenizer) -> None:
+    def __init__(self, where: Settings, publication: ModelManifest, shape: ModelShape, tokenizer: Tokenizer) -> None:
         self.where = where
         self.tokenizer = tokenizer
         self.said: list[str] = []
         self.cluster = Cluster.connect(where.kubeconfig, where.context)
         self.deployer = Deployer(self.cluster, where.namespace, self.said.append, timeout_seconds=900)
+        self.garbage = GarbageCollector(self.cluster, where.namespace, self.said.append, timeout_seconds=900)
         self.expected: dict[str, str] = {}
         self._publication = publication
         self._shape = shape
@@ -103,7 +106,7 @@ class Scenario:
         )
         return msgspec.structs.replace(spec, **changes)
 
-    def objects(self, spec: PipelineSpec) -> list[Manifest]:
+    def objects(self, spec: PipelineSpec) -> list[KubernetesObject]:
         pipeline = resolve(spec, lambda: (self._publication, self._shape))
         return [each for rendered in render(pipeline).values() for each in rendered]
 
@@ -120,7 +123,7 @@ class Scenario:
         return counts
 
     def stage_services(self) -> set[str]:
-        names = {service["metadata"]["name"] for service in self.deployer.services(NAME)}
+        names = {service["metadata"]["name"] for service in services_of(self.cluster, self.where.namespace, NAME)}
         return {name for name in names if name[:-1].endswith("-s")}
 
 
@@ -137,10 +140,10 @@ def scenario() -> Iterator[Scenario]:
         steps.cluster.apply(_store_secret(where))
         yield steps
         Probe(steps.cluster, where).remove()
-        steps.deployer.delete(NAME)
+        steps.garbage.collect_all(NAME)
 
 
-def _store_secret(where: Settings) -> Manifest:
+def _store_secret(where: Settings) -> KubernetesObject:
     keys = {"AWS_ACCESS_KEY_ID": where.store.access_key_id, "AWS_SECRET_ACCESS_KEY": where.store.secret_access_key}
     data = {name: base64.b64encode(value.encode()).decode() for name, value in keys.items()}
     metadata = {"name": "lamina-store", "namespace": where.namespace}
@@ -245,7 +248,7 @@ def _whole_model_logprobs(token_ids: list[int]) -> list[float]:
 
 
 def test_undeployed_nothing_is_left(scenario: Scenario) -> None:
-    assert scenario.deployer.delete(NAME) > 0
+    assert scenario.garbage.collect_all(NAME) > 0
     wait_until(lambda: not scenario.cluster.find("v1", "Pod", scenario.where.namespace, INSTANCE), 700, "no pod")
     left = [
         f"{kind} {each['metadata']['name']}"

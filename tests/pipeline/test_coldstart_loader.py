@@ -8,13 +8,13 @@ import pytest
 
 from storage.loading.memory import new_memory, populate
 from storage.loading.weight_loader import CONNECTIONS, load_layers
-from storage.models.model_repository import Manifest, StoredObject, layer_object, part_checksum
+from storage.models.model_repository import ModelManifest, StoredObject, layer_object, part_checksum
 
 PART: Final = 4096
 DEADLINE_SECONDS: Final = 20.0
 
 
-def manifest_of(contents: dict[str, bytes]) -> Manifest:
+def manifest_of(contents: dict[str, bytes]) -> ModelManifest:
     """Of a model whose layers these are."""
     objects = {
         name: StoredObject(
@@ -26,7 +26,7 @@ def manifest_of(contents: dict[str, bytes]) -> Manifest:
         )
         for name, data in contents.items()
     }
-    return Manifest(
+    return ModelManifest(
         manifest_version=1,
         name="made",
         dtype="float32",

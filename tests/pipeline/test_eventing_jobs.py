@@ -26,12 +26,14 @@ from cloudevents.core.v1.event import CloudEvent
 from eventing.http.binding import from_http, to_binary_http
 from eventing.wire.cloud_event import json_data, json_event, make_event, reply_id
 from eventing.wire.events import EventType
-from eventing.wire.generation import GenerateRequest, GenerateResponse, ScoreRequest, ScoreResponse
+from eventing.wire.generation import GenerateRequest, GenerateResponse
+from eventing.wire.score import ScoreRequest, ScoreResponse
 from knative.local.eventing.delivery import Subscription
-from knative.local.eventing.eventing import LocalEventing
+from knative.local.eventing.local_eventing import LocalEventing
 from knative.local.eventing.targets import Answer, HttpTarget, NoAnswer
-from knative.render.eventing_manifests import eventing_objects
-from knative.render.services import Pipeline, to_yaml
+from knative.render.eventing import eventing_objects
+from knative.render.resolved_pipeline import ResolvedPipeline
+from knative.spec.kubernetes_object import to_yaml
 from knative.spec.pipeline_spec import spec_from_dict
 from tests.support.functions.functions import FunctionProcess, gateway_environment, stage_environment
 from tests.support.knative.event_sink import EventSink, event_sink, post
@@ -123,7 +125,7 @@ class Faults:
         monkeypatch.setattr(HttpTarget, "deliver", failing_deliver)
 
 
-def pipeline(published: Published, answers: str, dead_letters: str) -> Pipeline:
+def pipeline(published: Published, answers: str, dead_letters: str) -> ResolvedPipeline:
     document = {
         "name": "jobs",
         "model": {"name": "tiny", "dtype": "float32"},
@@ -138,7 +140,7 @@ def pipeline(published: Published, answers: str, dead_letters: str) -> Pipeline:
             "timeout_seconds": 30,
         },
     }
-    return Pipeline(spec_from_dict(document), CUT, published.manifest.digest)
+    return ResolvedPipeline(spec_from_dict(document), CUT, published.manifest.digest)
 
 
 def generation_job(number: int) -> CloudEvent:

@@ -17,9 +17,8 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from eventing.wire.events import Cut
-from knative.render.rendering import published_shape
 from knative.spec.cut import cut_evenly
-from knative.spec.model_shape import ModelShape
+from knative.spec.model_shape import ModelShape, published_shape
 from storage.models.model_repository import read_file
 from storage.models.publisher import publish
 from storage.store.embedded import EmbeddedStore

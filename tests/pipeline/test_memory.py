@@ -28,7 +28,7 @@ import json, os, sys
 import torch
 from functions.stage.models.llama.group import LlamaGroup
 from knative.spec.model_shape import shape_from_config
-from knative.spec.cut import plan_stages
+from knative.spec.stage_plan import plan_stages
 from tests.support.storage.tiny_models import tiny_config
 
 def resident():

@@ -7,11 +7,11 @@ from typing import Final, Protocol
 
 from eventing.problems import InvalidRequest, Problem
 from eventing.wire.generation import FinishReason, GenerateRequest, GenerateResponse, Timings, TokenEvent, Usage
+from functions.gateway.doors.metrics import GatewayMetrics
 from functions.gateway.scheduling.prompt import Prompt
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.text.text_stream import TextStream
 from functions.gateway.text.tokenizer import ModelText
-from functions.observing.telemetry import GatewayMetrics
 from functions.observing.tracing import PASSING, Attributes, Span, TraceContext, Tracer
 
 HEARTBEAT_SECONDS: Final = 3.0
@@ -80,7 +80,9 @@ class Answers:
             span.end(problem.name)
             raise
         self._metrics.prompt_tokens.inc(len(token_ids))
-        text_stream = TextStream(self.text.tokenizer, request.stop_strings)
+        # A message is a text of its own; what continues a prompt is read behind it.
+        before = () if request.messages is not None else token_ids
+        text_stream = TextStream(self.text.tokenizer, request.stop_strings, before)
         return Answer(len(token_ids), token_stream, text_stream, self._metrics, span)
 
 

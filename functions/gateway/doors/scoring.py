@@ -11,8 +11,7 @@ from eventing.claim_check import ClaimCheck
 from eventing.problems import InvalidRequest
 from eventing.wire.cloud_event import AttributeValue, batch_event, expiry_time, json_data, reply_id
 from eventing.wire.events import Attribute, Batch, EventType
-from eventing.wire.generation import ScoreRequest
-from eventing.wire.score import score_row
+from eventing.wire.score import ScoreRequest, score_row
 from eventing.wire.signature import sign
 from functions.gateway.text.tokenizer import ModelText
 

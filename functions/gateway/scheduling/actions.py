@@ -3,7 +3,7 @@
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
-from eventing.wire.generation import ReleaseRow, ReserveRow
+from eventing.wire.control import ReleaseRow, ReserveRow
 from functions.gateway.scheduling.sequence import Sequence
 from functions.gateway.stages.client import Traces
 from functions.gateway.stages.instances import Instance

@@ -4,8 +4,8 @@ from collections.abc import Sequence as Items
 from collections.abc import Set
 
 from eventing.problems import InvalidRequest
+from eventing.wire.control import ReserveRow
 from eventing.wire.events import Status
-from eventing.wire.generation import ReserveRow
 from functions.gateway.scheduling.actions import Reserve
 from functions.gateway.scheduling.board import Board
 from functions.gateway.scheduling.failures import Failures

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from eventing.problems import Problem
-from eventing.wire.generation import ReleaseRow
+from eventing.wire.control import ReleaseRow
 from functions.gateway.scheduling.actions import Release
 from functions.gateway.scheduling.capacity import micro_batches_allowed, micro_batches_wanted
 from functions.gateway.scheduling.limits import Limits

@@ -5,8 +5,8 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Final
 
+from eventing.wire.control import ReservedRow, ReserveRow
 from eventing.wire.events import Status
-from eventing.wire.generation import ReservedRow, ReserveRow
 from functions.gateway.stages.client import Origin, StageClient, Traces
 from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.instances import Instance

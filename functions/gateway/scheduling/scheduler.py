@@ -18,8 +18,8 @@ from itertools import count
 from typing import Final
 
 from eventing.problems import InvalidRequest, NotReady, PipelineUnavailable, QueueFull
+from eventing.wire.control import ReleaseRow
 from eventing.wire.events import MAX_POSITION
-from eventing.wire.generation import ReleaseRow
 from functions.gateway.scheduling.actions import Action, Release, Reserve, Wake, Walk
 from functions.gateway.scheduling.admission import Admission
 from functions.gateway.scheduling.board import Board

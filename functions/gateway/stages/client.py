@@ -18,8 +18,7 @@ from eventing.http.delivery import DeliveryError, Reply, Sender
 from eventing.problems import MalformedEvent, Problem
 from eventing.wire.batch_codec import decode_batch
 from eventing.wire.cloud_event import AttributeValue, Buffer, Data, json_data, json_event, make_event
-from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType
-from eventing.wire.generation import (
+from eventing.wire.control import (
     ReleaseReply,
     ReleaseRequest,
     ReleaseRow,
@@ -30,6 +29,7 @@ from eventing.wire.generation import (
     WarmupReply,
     WarmupRequest,
 )
+from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType
 from functions.gateway.stages.failures import StageFailed, stage_failed
 from functions.gateway.stages.instances import Instance
 from functions.observing.tracing import PASSING, Attributes, Span, TraceContext, Tracer

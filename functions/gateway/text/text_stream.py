@@ -4,39 +4,53 @@ from collections.abc import Sequence
 from typing import Final
 
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
-_REPLACEMENT: Final = "\ufffd"
 _LONGEST_CHARACTER_TOKENS: Final = 8
 """A character has at most 4 bytes, hence tokens; what is still no character behind so many never becomes one."""
+_LOOKED_AT_TOKENS: Final = 64
+"""How far from a prompt's end a token is looked for that reads by itself. Special ones, and bytes, do not."""
+_REPLACEMENT: Final = "\ufffd"
 
 
 class Detokenizer:
     """Text that tokens complete. What it has given out never changes, and all of it together is the answer's text."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
+        """before: the tokens that the answer continues; none, where it is a text of its own, as a chat's messages are."""
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._shown = 0
-        """Tokens whose text has been given out."""
-        self._context = 0
-        """Tokens from here to `_shown` are decoded along: how a token reads can depend on the one before it."""
+        self._neighbour = _readable(tokenizer, before)
+        """Tokens that come before, and are text by themselves. SentencePiece-like decoders drop the space of a text's first
+        word, and take what has nothing before it for that."""
+        self._stream = DecodeStream(self._neighbour, skip_special_tokens=True)
+        self._waiting: list[int] = []
+        """Tokens whose text has not been given out."""
 
     def push(self, token_id: int) -> str:
         """Empty while the token's last character lacks bytes."""
-        self._ids.append(token_id)
-        return self._take(final=len(self._ids) - self._shown > _LONGEST_CHARACTER_TOKENS)
+        self._waiting.append(token_id)
+        try:
+            text: str | None = self._stream.step(self._tokenizer, token_id)
+        except Exception:  # noqa: BLE001 - the library has no class for it: bytes behind whole characters undid these
+            return self._take_what_waits()
+        if text is None:
+            return self._take_what_waits() if len(self._waiting) > _LONGEST_CHARACTER_TOKENS else ""
+        self._neighbour, self._waiting = self._waiting, []
+        return text
 
     def finish(self) -> str:
         """What is left, however incomplete."""
-        return self._take(final=True)
+        return self._take_what_waits() if self._waiting else ""
 
-    def _take(self, final: bool) -> str:
-        before = self._tokenizer.decode(self._ids[self._context : self._shown])
-        after: str = self._tokenizer.decode(self._ids[self._context :])
-        if after.endswith(_REPLACEMENT) and not final:
-            return ""
-        self._context, self._shown = self._shown, len(self._ids)
-        return after[len(before) :]
+    def _take_what_waits(self) -> str:
+        before: str = self._tokenizer.decode(self._neighbour)
+        text: str = self._tokenizer.decode(self._neighbour + self._waiting)
+        # Bytes behind bytes undo these here as well; but where bytes come first, no word does.
+        text = text[len(before) :] if text.startswith(before) else self._tokenizer.decode(self._waiting)
+        self._neighbour = _readable(self._tokenizer, self._waiting) or self._neighbour
+        self._waiting = []
+        self._stream = DecodeStream(self._neighbour, skip_special_tokens=True)
+        return text
 
 
 class StopStrings:
@@ -67,8 +81,9 @@ class StopStrings:
 class TextStream:
     """Both together."""
 
-    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str]) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str], before: Sequence[int] = ()) -> None:
+        """before: the tokens that the answer continues, as `Detokenizer` takes them."""
+        self._detokenizer = Detokenizer(tokenizer, before)
         self._stops = StopStrings(stop_strings)
         self._incomplete = False
 
@@ -99,3 +114,12 @@ def _overlap(text: str, stop: str) -> int:
     """Characters at the end of `text` that could begin `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((length for length in range(longest, 0, -1) if stop.startswith(text[-length:])), 0)
+
+
+def _readable(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[int]:
+    """The last token that is text by itself, as a list; an empty one where none is near."""
+    for token_id in reversed(token_ids[-_LOOKED_AT_TOKENS:]):
+        text = tokenizer.decode([token_id])
+        if text and not text.endswith(_REPLACEMENT):
+            return [token_id]
+    return []

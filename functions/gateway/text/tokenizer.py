@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from eventing.problems import InvalidRequest
 from eventing.wire.generation import Message
 from functions.gateway.text.chat_template import ChatTemplate
-from storage.models.model_repository import Manifest, Reader, read_file
+from storage.models.model_repository import ModelManifest, Reader, read_file
 
 _log: Final = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class ModelText:
     """Tokens."""
 
     @classmethod
-    def load(cls, reader: Reader, manifest: Manifest) -> Self:
+    def load(cls, reader: Reader, manifest: ModelManifest) -> Self:
         """Raises ObjectNotFound where there is no tokenizer.json, ValueError for files that cannot be read."""
         tokenizer = Tokenizer.from_str(read_file(reader, manifest, "tokenizer.json").decode())
         tokenizer.no_truncation()
@@ -57,7 +57,7 @@ class ModelText:
         return ids
 
 
-def _json_file(reader: Reader, manifest: Manifest, name: str) -> dict[str, Any]:
+def _json_file(reader: Reader, manifest: ModelManifest, name: str) -> dict[str, Any]:
     """Empty where the model was published without it."""
     if name not in manifest.files:
         return {}
@@ -76,7 +76,7 @@ def _special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _chat_template(
-    reader: Reader, manifest: Manifest, tokenizer_config: Mapping[str, Any], special: Mapping[str, str]
+    reader: Reader, manifest: ModelManifest, tokenizer_config: Mapping[str, Any], special: Mapping[str, str]
 ) -> ChatTemplate | None:
     """From its own file, else from tokenizer_config.json, where it may be one of several with names."""
     if "chat_template.jinja" in manifest.files:

@@ -15,8 +15,8 @@ from typing import Final
 import torch
 
 from eventing.problems import EventExpired
+from eventing.wire.control import ReleaseRow, ReserveRow
 from eventing.wire.events import Batch, Row, Status, Want
-from eventing.wire.generation import ReleaseRow, ReserveRow
 from functions.stage.engine.event_queue import Call, EventQueue, WaitingEvent
 from functions.stage.engine.forward_pass import ForwardPass, Part
 from functions.stage.engine.row_checks import check_event

@@ -8,8 +8,8 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from eventing.wire.control import ReleaseRow, ReserveRow
 from eventing.wire.events import Row, Status
-from eventing.wire.generation import ReleaseRow, ReserveRow
 from functions.stage.models.layer_group import KVCache, KVCacheFull
 
 

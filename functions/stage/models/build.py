@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 
-from functions.stage.models.families import LEAN, family_of
+from functions.stage.models.families import family_of
 from functions.stage.models.layer_group import FLOAT_DTYPES, LayerGroup
 
 Kind = Literal["auto", "llama", "transformers", "sleep"]
@@ -18,8 +18,6 @@ class UnsupportedDtype(Exception):
 def choose(config: Mapping[str, Any]) -> Literal["llama", "transformers"]:
     """The lean group where it runs the model of a config.json exactly, else transformers. Raises UnsupportedArchitecture."""
     family_of(config)
-    if config["model_type"] not in LEAN:
-        return "transformers"
     from functions.stage.models.llama.group import LlamaGroup
 
     return "llama" if LlamaGroup.supports(config) else "transformers"

@@ -1,9 +1,9 @@
 """The model families that a stage can run, and what slicing each of them takes. Imports no heavy library.
 
-A family is a `model_type` of a checkpoint's config.json. `transformers_group` runs all of them; the lean group serves
-those it knows. Some families do more around their layers than embed and normalize: a stage that is not the first must
-not add position embeddings a second time, and so on. What follows from a layer's number in the whole model is in
-`cut_config`.
+A family is a `model_type` of a checkpoint's config.json. The transformers group runs all of them; which of them the lean
+group knows, it says itself (`llama.config`). Some families do more around their layers than embed and normalize: a stage
+that is not the first must not add position embeddings a second time, and so on. What follows from a layer's number in the
+whole model is in `cut_config`.
 """
 
 from collections.abc import Mapping
@@ -79,9 +79,6 @@ FAMILIES: Final[dict[str, Family]] = {
     "stablelm": _PLAIN,
     "starcoder2": _PLAIN,
 }
-
-LEAN: Final = frozenset({"llama", "smollm3", "mistral", "qwen2", "qwen3"})
-"""Served by the lean group unless a checkpoint's config asks for something that group declines."""
 
 _LIST_PER_LAYER: Final = ("layer_types", "no_rope_layers")
 

@@ -1,6 +1,6 @@
 """What a stage runs: a group of consecutive decoder layers with their KV cache.
 
-Two implementations: `llama` (lean, torch only) and `transformers_group` (any other family). The engine knows this file only.
+Two implementations: `llama` (lean, torch only) and `transformers` (any other family). The engine knows this file only.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,10 @@ class KVCacheFull(Exception):
         super().__init__(f"{wanted_tokens} tokens wanted, {free_tokens} free")
         self.wanted_tokens = wanted_tokens
         self.free_tokens = free_tokens
+
+
+class MissingTensors(Exception):
+    """The published tensors are not those that the layers need. Publish the model again from a complete checkpoint."""
 
 
 class KVCache(Protocol):

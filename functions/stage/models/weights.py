@@ -6,11 +6,8 @@ from typing import Final
 
 import torch
 
+from functions.stage.models.layer_group import MissingTensors as MissingTensors  # what taking a weight raises
 from functions.stage.models.llama.linear import Matrix
-
-
-class MissingTensors(Exception):
-    """The stage lacks tensors that its layers need. Publish the model again from a complete checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from eventing.problems import EventTooLarge, MalformedEvent, Unauthorized
 from eventing.wire.events import SAFE_EVENT_BYTES, Attribute
 from eventing.wire.signature import verify
 from functions.hosting.web import add_problem_handlers
-from functions.observing.telemetry import StageMetrics
 from functions.stage.serving.handlers import Durations, EventHandlers
+from functions.stage.serving.metrics import StageMetrics
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment

@@ -1,23 +1,24 @@
 """From the configuration to a running engine, one thing beside the other: bytes flow while torch is being imported."""
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from functions.configuration.config import StageConfig
-from functions.hosting.background import run_in_background
 from functions.hosting.imports import without_collection
 from functions.hosting.publication import read_publication
 from functions.hosting.startup import StartUp
-from functions.observing.telemetry import StageMetrics
 from functions.stage.engine.threads import PassThreads, set_openmp, thread_count
+from functions.stage.serving.metrics import StageMetrics
 from storage.loading.weight_cache import WeightCache
 from storage.loading.weight_loader import LoadedObject, LoadProgress, iterate_layers
-from storage.models.model_repository import Manifest, read_file
+from storage.models.model_repository import read_file
 from storage.store.object_reader import ObjectReader
 
 if TYPE_CHECKING:
@@ -27,12 +28,14 @@ if TYPE_CHECKING:
     from functions.stage.models.layer_group import LayerGroup
 
 
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """A model's description, and this stage's objects as they arrive."""
+T = TypeVar("T")
 
-    manifest: Manifest
-    model_config: dict[str, Any]
+
+@dataclass(frozen=True, slots=True)
+class ArrivingModel:
+    """Its config.json, and this stage's objects as they come in."""
+
+    config: dict[str, Any]
     objects: Iterator[LoadedObject]
 
 
@@ -44,7 +47,7 @@ def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> "
     """An engine that has run one step. Raises WrongPublication, UnservableModel or a StorageError."""
     threads = thread_count(config.threads)
     set_openmp(os.environ, threads)
-    opening = run_in_background(lambda: open_weights(config, start_up, metrics), "open-weights")
+    opening = _in_background(lambda: open_model(config, start_up, metrics), "open-model")
     with without_collection():
         import torch
 
@@ -52,8 +55,8 @@ def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> "
 
     torch.set_num_threads(threads)
     start_up.mark("import")
-    weights = opening.result()
-    group = _layer_group(config, weights, start_up)
+    model = opening.result()
+    group = _layer_group(config, model, start_up)
     engine = Engine(
         group,
         num_stages=len(config.cut),
@@ -69,45 +72,59 @@ def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> "
     return engine
 
 
-def open_weights(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> Weights:
+def open_model(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> ArrivingModel:
     """Checks that the publication is the one that the configuration names, and lets its bytes flow."""
     reader = ObjectReader(config.store)
     manifest = read_publication(config, reader)
     start_up.mark("connect")
     model_config = msgspec.json.decode(read_file(reader, manifest, "config.json"), type=dict[str, Any])
     if config.layer_group == "sleep":
-        return Weights(manifest, model_config, iter(()))
+        return ArrivingModel(model_config, iter(()))
     cache = WeightCache(Path(config.weights_cache), config.weights_cache_bytes) if config.weights_cache else None
     objects = iterate_layers(reader, manifest, *config.layers, cache=cache, on_progress=_Progress(start_up, metrics))
-    return Weights(manifest, model_config, objects)
+    return ArrivingModel(model_config, objects)
 
 
-def _layer_group(config: StageConfig, weights: Weights, start_up: StartUp) -> "LayerGroup":
+def _in_background(action: Callable[[], T], name: str) -> "Future[T]":
+    """What `action` returns or raises. A ThreadPoolExecutor would be waited for at the process's end, whatever it hangs on."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
+
+
+def _layer_group(config: StageConfig, model: ArrivingModel, start_up: StartUp) -> "LayerGroup":
     from functions.stage.models.build import UnsupportedDtype
     from functions.stage.models.families import UnsupportedArchitecture
+    from functions.stage.models.layer_group import MissingTensors
     from functions.stage.models.llama.config import UnsupportedConfig
-    from functions.stage.models.weights import MissingTensors
 
     try:
-        return _built(config, weights, start_up)
+        return _built(config, model, start_up)
     except (UnsupportedArchitecture, UnsupportedConfig, UnsupportedDtype, MissingTensors, ValueError) as error:
         what = f"layers {config.layers[0]}:{config.layers[1]} of {config.model} in {config.dtype} as {config.layer_group}"
         raise UnservableModel(f"{what}: {error}") from error
 
 
-def _built(config: StageConfig, weights: Weights, start_up: StartUp) -> "LayerGroup":
+def _built(config: StageConfig, model: ArrivingModel, start_up: StartUp) -> "LayerGroup":
     from functions.stage.models.build import build_layer_group, choose
 
-    kind = choose(weights.model_config) if config.layer_group == "auto" else config.layer_group
+    kind = choose(model.config) if config.layer_group == "auto" else config.layer_group
     if kind == "llama":
-        return _placed_as_it_comes(config, weights, start_up)
+        return _placed_as_it_comes(config, model, start_up)
     tensors: dict[str, torch.Tensor] = {}
-    for loaded in weights.objects:
+    for loaded in model.objects:
         tensors |= _tensors(loaded)
     start_up.mark("last_byte")
     return build_layer_group(
         kind,  # type: ignore[arg-type]  # the parser allows nothing else
-        weights.model_config,
+        model.config,
         tensors,
         *config.layers,
         config.dtype,
@@ -117,13 +134,13 @@ def _built(config: StageConfig, weights: Weights, start_up: StartUp) -> "LayerGr
     )
 
 
-def _placed_as_it_comes(config: StageConfig, weights: Weights, start_up: StartUp) -> "LayerGroup":
+def _placed_as_it_comes(config: StageConfig, model: ArrivingModel, start_up: StartUp) -> "LayerGroup":
     """Packs one layer while the next ones are still on their way, so that memory stays at the weights and a few parts."""
     from functions.stage.models.llama.group import LlamaGroup
 
     device = _device(config.device)
-    group = LlamaGroup(weights.model_config, *config.layers, config.dtype, device, config.kv_cache_bytes)
-    for loaded in weights.objects:
+    group = LlamaGroup(model.config, *config.layers, config.dtype, device, config.kv_cache_bytes)
+    for loaded in model.objects:
         group.place(_tensors(loaded))
     start_up.mark("last_byte")
     group.finish()

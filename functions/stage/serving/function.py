@@ -12,11 +12,11 @@ from functions.configuration.config import StageConfig
 from functions.hosting.publication import WrongPublication
 from functions.hosting.startup import StartUp
 from functions.hosting.web import add_probes
-from functions.observing.telemetry import StageMetrics
-from functions.observing.tracing import make_tracer
+from functions.observing.telemetry import make_tracer
 from functions.stage.serving.app import create_app
 from functions.stage.serving.bring_up import UnservableModel, bring_up
 from functions.stage.serving.handlers import EventHandlers
+from functions.stage.serving.metrics import StageMetrics
 from storage.errors import StorageError
 
 if TYPE_CHECKING:

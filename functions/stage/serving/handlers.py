@@ -12,8 +12,7 @@ from msgspec import Struct
 from eventing.claim_check import ClaimCheck
 from eventing.problems import UnknownEventType
 from eventing.wire.cloud_event import batch_data, batch_event, check_not_expired, expiry_time, json_data, json_event, reply_id
-from eventing.wire.events import Attribute, Batch, EventType
-from eventing.wire.generation import (
+from eventing.wire.control import (
     ReleaseReply,
     ReleaseRequest,
     ReservedRow,
@@ -22,6 +21,7 @@ from eventing.wire.generation import (
     WarmupReply,
     WarmupRequest,
 )
+from eventing.wire.events import Attribute, Batch, EventType
 from eventing.wire.signature import is_signed
 from functions.configuration.config import StageConfig
 from functions.observing.tracing import PASSING, Tracer, read_traceparent

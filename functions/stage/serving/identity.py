@@ -19,14 +19,13 @@ class StageIdentity:
     pipeline: str
     first: int
     last: int
-    is_first_stage: bool
     is_last_stage: bool
     instance: str
 
     @classmethod
     def of(cls, config: StageConfig, instance: str) -> Self:
         first, last = config.layers
-        return cls(config.pipeline, first, last, config.layers == config.cut[0], config.layers == config.cut[-1], instance)
+        return cls(config.pipeline, first, last, config.layers == config.cut[-1], instance)
 
     @property
     def source(self) -> str:

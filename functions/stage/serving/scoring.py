@@ -15,9 +15,9 @@ from cloudevents.core.v1.event import CloudEvent
 from eventing.claim_check import ClaimCheck
 from eventing.problems import InvalidRequest, MalformedEvent, NotReady
 from eventing.wire.cloud_event import batch_data, batch_event, expiry_time, json_event, required_attribute
+from eventing.wire.control import ReleaseRow
 from eventing.wire.events import Attribute, Batch, EventType, Row, Status
-from eventing.wire.generation import ReleaseRow, ScoreResponse
-from eventing.wire.score import score_row
+from eventing.wire.score import ScoreResponse, score_row
 from eventing.wire.signature import sign
 from functions.stage.serving.identity import StageIdentity
 from functions.stage.serving.stage_engine import Readiness, StageEngine

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from eventing.wire.control import ReleaseRow, ReserveRow
 from eventing.wire.events import Batch, Status
-from eventing.wire.generation import ReleaseRow, ReserveRow
 
 
 class StageEngine(Protocol):

@@ -12,14 +12,15 @@ from rich.console import Console
 from functions.stage.engine.threads import usable_cores
 from knative.commands.terminal.console import publish_progress
 from knative.local.kubelet.containers import NamedData
-from knative.render.rendering import published_shape, resolve
-from knative.render.services import Pipeline
-from knative.spec.cut import cut_evenly, plan_stages
-from knative.spec.model_shape import ModelShape
+from knative.render.rendering import resolve
+from knative.render.resolved_pipeline import ResolvedPipeline
+from knative.spec.cut import cut_evenly
+from knative.spec.model_shape import ModelShape, published_shape
 from knative.spec.model_sources import DEFAULT_MODEL, packaged_model, published_name
 from knative.spec.pipeline_spec import Autoscaling, Gateway, Model, PipelineSpec, Resources, Stage, Store, quantity
+from knative.spec.stage_plan import plan_stages
 from storage.errors import ModelNotPublished
-from storage.models.model_repository import Manifest, list_models, read_manifest
+from storage.models.model_repository import ModelManifest, list_models, read_manifest
 from storage.models.publisher import publish
 from storage.store.object_store import ObjectStore
 from storage.store.settings import StoreSettings
@@ -35,8 +36,8 @@ _MAX_SCALE: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class LocalPipeline:
-    pipeline: Pipeline
-    manifest: Manifest
+    pipeline: ResolvedPipeline
+    manifest: ModelManifest
     shape: ModelShape
     secrets: NamedData
 
@@ -71,7 +72,7 @@ class Sharing:
         return max(1, min(self.stages, self.cores // 2))
 
 
-def ensure_published(store: ObjectStore, model: str | None, dtype: str, console: Console) -> Manifest:
+def ensure_published(store: ObjectStore, model: str | None, dtype: str, console: Console) -> ModelManifest:
     """model: None or its name for the default one, a published name, or what `push` takes. Publishes only what is not there.
 
     Raises a StorageError.
@@ -88,7 +89,7 @@ def ensure_published(store: ObjectStore, model: str | None, dtype: str, console:
 
 def local_pipeline(
     store: ObjectStore,
-    manifest: Manifest,
+    manifest: ModelManifest,
     stages: int,
     spec: PipelineSpec | None,
     named_secrets: NamedData,
@@ -124,7 +125,7 @@ def read_data_folder(folder: Path | None) -> NamedData:
     }
 
 
-def _already_published(store: ObjectStore, name: str, dtype: str) -> Manifest:
+def _already_published(store: ObjectStore, name: str, dtype: str) -> ModelManifest:
     try:
         return read_manifest(store, name, dtype)
     except ModelNotPublished as error:
@@ -132,7 +133,7 @@ def _already_published(store: ObjectStore, name: str, dtype: str) -> Manifest:
         raise ModelNotPublished(f"{name!r} is no folder here, and not published as {dtype}; published is {known}") from error
 
 
-def _spec_for_this_machine(manifest: Manifest, shape: ModelShape, stages: int, store: Store) -> PipelineSpec:
+def _spec_for_this_machine(manifest: ModelManifest, shape: ModelShape, stages: int, store: Store) -> PipelineSpec:
     plans = plan_stages(shape, cut_evenly(shape, stages))
     memory = max(plan.weight_bytes for plan in plans) * 2 + quantity(_KV_CACHE) + _RUNTIME_BYTES
     cores = usable_cores()

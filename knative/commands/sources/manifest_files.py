@@ -7,16 +7,18 @@ from typing import Any
 
 import yaml
 
+from knative.spec.kubernetes_object import KubernetesObject
+
 
 class ManifestError(Exception):
     """A file cannot be read as manifests. The message names the file and the place."""
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest:
-    """One object of a file."""
+class FileObject:
+    """One object, as it stands in a file."""
 
-    object: dict[str, Any]
+    object: KubernetesObject
     repeated_keys: tuple[str, ...]
     """Keys that stand twice in the file, with their line; the last one counts."""
 
@@ -30,7 +32,7 @@ class Manifest:
         return str(metadata.get("name", "")) if isinstance(metadata, dict) else ""
 
 
-def read_manifests(path: Path) -> list[Manifest]:
+def read_manifests(path: Path) -> list[FileObject]:
     """Every object in the file; a List counts as its items. Raises ManifestError."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -45,7 +47,7 @@ def read_manifests(path: Path) -> list[Manifest]:
         raise ManifestError(f"{path}: nested too deeply") from error
 
 
-def _manifests(path: Path, text: str) -> Iterator[Manifest]:
+def _manifests(path: Path, text: str) -> Iterator[FileObject]:
     loader = _Loader(text)
     try:
         while loader.check_data():  # type: ignore[no-untyped-call]
@@ -56,7 +58,7 @@ def _manifests(path: Path, text: str) -> Iterator[Manifest]:
             for item in _items(document):
                 if not isinstance(item, dict):
                     raise ManifestError(f"{path}: a manifest is an object, not {type(item).__name__} ({str(item)[:40]!r})")
-                yield Manifest(item, tuple(loader.repeated))
+                yield FileObject(item, tuple(loader.repeated))
     finally:
         loader.dispose()
 

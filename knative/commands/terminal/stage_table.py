@@ -6,20 +6,22 @@ from typing import Any, Final
 
 from rich.console import Console
 
-from knative.commands.sources.local_pipeline import LocalPipeline
 from knative.commands.terminal.console import show_table, size
 from knative.commands.terminal.pod_metrics import read_metrics
-from knative.spec.cut import StagePlan, plan_stages
+from knative.render.resolved_pipeline import ResolvedPipeline
+from knative.spec.model_shape import ModelShape
+from knative.spec.stage_plan import StagePlan, plan_stages
 
 _COLUMNS: Final = ("stage", "layers", "weights", "process", "import", "weights in", "first step", "ready after", "tokens/s")
 
 
-async def show_stages(console: Console, local: LocalPipeline, status: Mapping[str, Any]) -> None:
-    plans = plan_stages(local.shape, local.pipeline.cut)
-    pods = [_first_pod(status, local.pipeline.stage_name(index)) for index in range(len(plans))]
+async def show_stages(console: Console, pipeline: ResolvedPipeline, shape: ModelShape, status: Mapping[str, Any]) -> None:
+    """status: as the platform tells it, with the pods of `pipeline`."""
+    plans = plan_stages(shape, pipeline.cut)
+    pods = [_first_pod(status, name) for name in pipeline.stage_names]
     rates = await asyncio.gather(*(asyncio.to_thread(_tokens_per_second, pod) for pod in pods))
     rows = [_row(plan, pod, rate) for plan, pod, rate in zip(plans, pods, rates, strict=True)]
-    show_table(console, f"{local.shape.name} as {local.shape.dtype}, pipeline {local.pipeline.fingerprint}", _COLUMNS, rows)
+    show_table(console, f"{shape.name} as {shape.dtype}, pipeline {pipeline.fingerprint}", _COLUMNS, rows)
 
 
 def _row(plan: StagePlan, pod: Mapping[str, Any] | None, rate: float | None) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """How many pods a revision wants: Knative's autoscaler (pkg/autoscaler/scaling) as a pure function.
 
 `scale` maps settings, state, ready pods and two averages to a decision and the next state. `Autoscaler` keeps the windows
-and the state around it. Neither knows min-scale, max-scale or zero's grace; `scaler` does. docs/autoscaling.md has the
+and the state around it. Neither knows min-scale, max-scale or zero's grace; `scaler` does. docs/scaling.md has the
 formulae, and tests hold both to decisions recorded from Knative's own code.
 """
 

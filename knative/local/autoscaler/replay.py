@@ -81,14 +81,8 @@ class _Trace(msgspec.Struct, frozen=True):
     initial_ready: int = 0
 
 
-def replay(path: Path | str) -> tuple[int, int]:
-    """(decisions, of which differ) over a file of traces, plain or gzip. Raises TraceError, OSError."""
-    result = replay_file(path)
-    return result.decisions, len(result.differences)
-
-
-def replay_file(path: Path | str) -> Replay:
-    """As `replay`, with every difference. Raises TraceError, OSError."""
+def replay(path: Path | str) -> Replay:
+    """Every decision of a file of traces, plain or gzip. Raises TraceError, OSError."""
     decisions = 0
     differences: list[Difference] = []
     for trace in _traces(Path(path)):

@@ -41,7 +41,7 @@ class RevisionStatus:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class ScaleTarget:
     """What the reconciler wants."""
 
     want: int
@@ -60,19 +60,19 @@ def scale_target(
     *,
     reachable: bool = True,
     backed_by_activator: bool = True,
-) -> Target:
+) -> ScaleTarget:
     """How many replicas a revision shall have.
 
     desired: the autoscaler's last answer, or UNKNOWN. reachable: a route leads to the revision.
     backed_by_activator: the activator answers for the revision's address, as Knative probes it before the last pod goes.
     """
     if desired < 0 and status.activity is not Activity.ACTIVATING:
-        return Target(desired, apply=False)
+        return ScaleTarget(desired, apply=False)
     want = _bounded(settings, status, desired, reachable)
     if want != 0:
-        return Target(want, apply=True)
+        return ScaleTarget(want, apply=True)
     if not settings.enable_scale_to_zero:
-        return Target(1, apply=True)
+        return ScaleTarget(1, apply=True)
     if status.activity is Activity.ACTIVATING:
         return _give_up_activation(settings, status, now)
     if status.activity is Activity.ACTIVE:
@@ -114,35 +114,35 @@ def _active_threshold(settings: RevisionSettings, status: RevisionStatus, reacha
     return max(least, 1 if status.initialized else settings.initial_scale)
 
 
-def _give_up_activation(settings: RevisionSettings, status: RevisionStatus, now: float) -> Target:
+def _give_up_activation(settings: RevisionSettings, status: RevisionStatus, now: float) -> ScaleTarget:
     timeout = settings.progress_deadline_seconds + _ACTIVATION_BUFFER_SECONDS
     if now - status.since > timeout:
-        return Target(0, apply=True)
-    return Target(UNKNOWN, apply=False, check_after_seconds=timeout)
+        return ScaleTarget(0, apply=True)
+    return ScaleTarget(UNKNOWN, apply=False, check_after_seconds=timeout)
 
 
-def _deactivate(settings: RevisionSettings, status: RevisionStatus, now: float) -> Target:
+def _deactivate(settings: RevisionSettings, status: RevisionStatus, now: float) -> ScaleTarget:
     """A revision stays active for at least a stable window, at one pod at most."""
     left = settings.decider.stable_window_seconds - (now - status.since)
     if left > 0:
-        return Target(1, apply=True, check_after_seconds=left)
+        return ScaleTarget(1, apply=True, check_after_seconds=left)
     again = None if status.proxied_since is None else _PROXY_CHECK_SECONDS
-    return Target(0, apply=False, check_after_seconds=again)
+    return ScaleTarget(0, apply=False, check_after_seconds=again)
 
 
 def _to_zero(
     settings: RevisionSettings, status: RevisionStatus, now: float, reachable: bool, backed_by_activator: bool
-) -> Target:
+) -> ScaleTarget:
     if settings.pods_report and not backed_by_activator:
-        return Target(0, apply=False, check_after_seconds=_PROBE_PERIOD_SECONDS)
+        return ScaleTarget(0, apply=False, check_after_seconds=_PROBE_PERIOD_SECONDS)
     inactive = now - status.since
     grace = settings.scale_to_zero_grace_period_seconds
     retention = settings.scale_to_zero_pod_retention_period_seconds if reachable else 0.0
     if inactive >= max(grace, retention):
-        return Target(0, apply=True)
+        return ScaleTarget(0, apply=True)
     if inactive < retention:
-        return Target(0, apply=False, check_after_seconds=retention - inactive)
+        return ScaleTarget(0, apply=False, check_after_seconds=retention - inactive)
     proxied = 0.0 if status.proxied_since is None else now - status.proxied_since
     if proxied >= grace:
-        return Target(0, apply=True)
-    return Target(0, apply=False, check_after_seconds=grace - proxied)
+        return ScaleTarget(0, apply=True)
+    return ScaleTarget(0, apply=False, check_after_seconds=grace - proxied)

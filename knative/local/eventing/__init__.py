@@ -1,4 +1,4 @@
 """Brokers, Triggers and Sequences on one machine, from the same YAML as on a cluster.
 
-May import: eventing, eventing.wire, eventing.http, knative.local.http, knative.local.kubelet.
+May import: eventing, eventing.wire, eventing.http, knative.local, knative.local.http.
 """

@@ -6,7 +6,7 @@ from typing import Any, Final
 from cloudevents.core.v1.event import CloudEvent
 
 from eventing.wire.cloud_event import attribute_text
-from knative.local.kubelet.probes import UnsupportedManifest
+from knative.local.errors import UnsupportedManifest
 
 Filter = Callable[[CloudEvent], bool]
 

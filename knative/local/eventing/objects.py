@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from knative.local.errors import UnsupportedManifest
 from knative.local.eventing.filter import Filter, read_filter
-from knative.local.kubelet.probes import UnsupportedManifest
-
-Manifest = Mapping[str, Any]
 
 BROKER: Final = ("eventing.knative.dev/v1", "Broker")
 TRIGGER: Final = ("eventing.knative.dev/v1", "Trigger")
@@ -86,7 +84,7 @@ class Sequence:
 EventingObject = Broker | Trigger | Sequence
 
 
-def read_eventing_object(manifest: Manifest) -> EventingObject | None:
+def read_eventing_object(manifest: Mapping[str, Any]) -> EventingObject | None:
     """None for what is no object of Eventing. Raises UnsupportedManifest, which names object and field."""
     kind = (str(manifest.get("apiVersion")), str(manifest.get("kind")))
     group = kind[0].split("/")[0]
@@ -106,7 +104,7 @@ def read_eventing_object(manifest: Manifest) -> EventingObject | None:
     raise UnsupportedManifest(f"{kind[1]} {name} ({kind[0]}) is not run on one machine; Broker, Trigger and Sequence are")
 
 
-def _trigger(namespace: str, name: str, spec: Manifest) -> Trigger:
+def _trigger(namespace: str, name: str, spec: Mapping[str, Any]) -> Trigger:
     return Trigger(
         namespace,
         name,
@@ -117,7 +115,7 @@ def _trigger(namespace: str, name: str, spec: Manifest) -> Trigger:
     )
 
 
-def _sequence(namespace: str, name: str, spec: Manifest) -> Sequence:
+def _sequence(namespace: str, name: str, spec: Mapping[str, Any]) -> Sequence:
     steps = tuple(
         Step(_destination(step, namespace, f"steps[{index}]"), _delivery(step.get("delivery"), namespace) or Delivery())
         for index, step in enumerate(_required(spec, "steps"))
@@ -128,7 +126,7 @@ def _sequence(namespace: str, name: str, spec: Manifest) -> Sequence:
     return Sequence(namespace, name, steps, None if reply is None else _destination(reply, namespace, "reply"))
 
 
-def _destination(value: Manifest, namespace: str, path: str) -> Destination:
+def _destination(value: Mapping[str, Any], namespace: str, path: str) -> Destination:
     reference, uri = value.get("ref"), value.get("uri")
     if reference is None:
         if not re.match("https?://[^/]", uri or ""):
@@ -142,7 +140,7 @@ def _destination(value: Manifest, namespace: str, path: str) -> Destination:
     return Destination(kind, reference.get("namespace") or namespace, reference["name"], uri)
 
 
-def _delivery(value: Manifest | None, namespace: str) -> Delivery | None:
+def _delivery(value: Mapping[str, Any] | None, namespace: str) -> Delivery | None:
     if value is None:
         return None
     policy, sink, timeout = value.get("backoffPolicy"), value.get("deadLetterSink"), value.get("timeout")
@@ -165,7 +163,7 @@ def _seconds(text: str, key: str) -> float:
     return sum(float(amount or 0) * unit for amount, unit in zip(match.groups(), _UNIT_SECONDS, strict=True))
 
 
-def _required(spec: Manifest, key: str) -> Any:
+def _required(spec: Mapping[str, Any], key: str) -> Any:
     if spec.get(key) is None:
         raise UnsupportedManifest(f"spec.{key} is missing")
     return spec[key]

@@ -10,6 +10,7 @@ from urllib.parse import urljoin
 import aiohttp
 from cloudevents.core.v1.event import CloudEvent
 
+from knative.local.errors import UnsupportedManifest
 from knative.local.eventing.broker import BrokerInbox, StepInbox, Subscriber
 from knative.local.eventing.delivery import Counts, Spool, Subscription
 from knative.local.eventing.objects import (
@@ -24,11 +25,10 @@ from knative.local.eventing.objects import (
     Trigger,
 )
 from knative.local.eventing.targets import Answer, FileTarget, HttpTarget, Target
-from knative.local.kubelet.probes import UnsupportedManifest
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class Connections:
     """What the objects are wired to."""
 
     base_url: str
@@ -53,7 +53,7 @@ def sequence_path(namespace: str, name: str, step: int = 0) -> str:
 class Wiring:
     """inboxes: by path, what takes events in."""
 
-    def __init__(self, objects: Iterable[EventingObject], around: Surroundings) -> None:
+    def __init__(self, objects: Iterable[EventingObject], around: Connections) -> None:
         """Raises UnsupportedManifest where an object names another that is not here."""
         self.inboxes: dict[str, BrokerInbox | StepInbox] = {}
         self._around = around

@@ -208,6 +208,8 @@ class _Upstream(asyncio.Protocol):
             self._flush()
             exchange, self._exchange = self._exchange, None
             exchange.end()
+            # Who read the end of the answer slowly had reading stopped, and knows of no exchange to start it again for.
+            self.resume_reading()
         if self._done is not None and not self._done.done():
             self._done.set_result(None)
 

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from knative.local.kubelet.probes import Probe, UnsupportedManifest, read_probe
-from knative.local.serving.queue_proxy import RequestLimits
-from knative.spec.pipeline_spec import SpecError, quantity
+from knative.local.errors import UnsupportedManifest
+from knative.local.kubelet.probes import Probe, read_probe
+from knative.local.proxies.queue_proxy import RequestLimits
+from knative.spec.errors import SpecError
+from knative.spec.pipeline_spec import quantity
 
 NamedData = Mapping[str, Mapping[str, str]]
 """Secrets or config maps: name → key → value."""
@@ -30,7 +32,7 @@ class LocalData:
     replacements: Mapping[str, str]
     """Cluster-local URL → local URL, wherever it stands in a value: what cluster DNS does."""
     in_cluster: Mapping[str, str]
-    """Environment instead of what a pod would find by its ServiceAccount; see docs/structures.md, LAMINA_KUBERNETES_API."""
+    """Environment instead of what a pod would find by its ServiceAccount; see docs/environment.md, LAMINA_KUBERNETES_API."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import Final
 from knative.local.kubelet.container_life import ContainerLife
 from knative.local.kubelet.containers import Container
 from knative.local.kubelet.processes import ProcessStarter, kill_group, send_signal
-from knative.local.serving.queue_proxy import QueueProxy
+from knative.local.proxies.queue_proxy import QueueProxy
 
 _log = logging.getLogger(__name__)
 

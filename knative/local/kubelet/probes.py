@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-
-class UnsupportedManifest(ValueError):
-    """Knative accepts it, the local platform has no way to run it. The message names the field."""
+from knative.local.errors import UnsupportedManifest
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Services, revisions and the way of a request: activator, queue-proxy, breaker, EndpointSlices.
+"""Services with their URLs, revisions with their pods, and the EndpointSlices that tell of them.
 
-May import: knative.local.http, knative.local.autoscaler, knative.local.kubelet.
+May import: knative.local, knative.local.http, knative.local.autoscaler, knative.local.proxies, knative.local.kubelet.
 """

@@ -17,7 +17,7 @@ from knative.local.http.server import Exchange
 from knative.local.kubelet.containers import LocalData, read_container
 from knative.local.kubelet.pods import Phase, Pod, PodTiming
 from knative.local.kubelet.processes import ProcessStarter
-from knative.local.serving.activator import Activator
+from knative.local.proxies.activator import Activator
 from knative.local.serving.endpoint_slices import EndpointSlices, PodEndpoint, endpoint_slice
 
 _log = logging.getLogger(__name__)

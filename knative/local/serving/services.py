@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
 
+from knative.local.errors import UnknownRevision
 from knative.local.http.messages import HttpError
 from knative.local.http.server import Exchange, HttpServer
 from knative.local.serving.revisions import Revision, RevisionName
@@ -23,10 +24,6 @@ MakeRevision = Callable[[RevisionName, Mapping[str, Any]], Revision]
 class Route:
     percent: int
     revision: Revision
-
-
-class UnknownRevision(ValueError):
-    """`spec.traffic` names a revision that does not exist here."""
 
 
 class LocalService:

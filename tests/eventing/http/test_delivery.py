@@ -1,11 +1,11 @@
-"""The sender over real sockets: connections used again, time limits, every way an exchange can break, and the retry policy."""
+"""The sender over real sockets: connections used again, time limits, and every way an exchange can break."""
 
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from email.utils import formatdate
+from functools import partial
 
 import pytest
 
@@ -18,7 +18,7 @@ from eventing.http.delivery import (
     Unreachable,
 )
 from eventing.problems import PROBLEM_CONTENT_TYPE, MalformedEvent, NotReady, WrongPipeline
-from tests.support.http_server import Exchange, Server, serving, unused_port
+from tests.support.http_server import Exchange, serving, unused_port
 
 
 @pytest.fixture
@@ -271,60 +271,10 @@ def test_a_refusal_while_the_body_is_still_being_sent(sender: Sender) -> None:
             sender.send(server.url, {}, [memoryview(bytes(32 * 2**20))], 20)
 
 
-class _FailsFirst:
-    """Answers with the given failures first, then with 200."""
-
-    def __init__(self, *failures: tuple[int, bytes, dict[str, str]] | None) -> None:
-        self._failures = list(failures)
-        self.times: list[float] = []
-
-    def __call__(self, exchange: Exchange) -> None:
-        self.times.append(time.monotonic())
-        failure = self._failures.pop(0) if self._failures else (200, b"done", {})
-        if failure is None:
-            exchange.reset()
-        else:
-            exchange.answer(failure[0], failure[1], **failure[2])
-
-
 NOT_READY = (503, NotReady("loading").document(), {"Content_Type": PROBLEM_CONTENT_TYPE})
 
 
-def test_idempotent_events_are_retried(sender: Sender) -> None:
-    script = _FailsFirst((502, b"refused", {}), None, NOT_READY, (429, b"busy", {}))
-    with serving(script) as server:
-        assert bytes(sender.send_idempotent(server.url, {}, [b"x"], 20).body) == b"done"
-    assert len(script.times) == 5
-
-
-def test_retry_after_is_obeyed(sender: Sender) -> None:
-    script = _FailsFirst((503, b"", {"Retry_After": "1"}), (429, b"", {"Retry_After": formatdate(0, usegmt=True)}))
-    with serving(script) as server:
-        assert sender.send_idempotent(server.url, {}, [b"x"], 20).status == 200
-    assert 1.0 <= script.times[1] - script.times[0] < 3
-    assert script.times[2] - script.times[1] < 1
-
-
-def test_retries_end_with_their_time_and_the_last_error(sender: Sender) -> None:
-    with serving(lambda exchange: exchange.answer(503, b"no", Retry_After="60")) as server:
-        begin = time.monotonic()
-        with pytest.raises(InfrastructureError, match="503"):
-            sender.send_idempotent(server.url, {}, [b"x"], 5)
-        assert time.monotonic() - begin < 2, "a wait that cannot help is not waited for"
-    url = f"http://127.0.0.1:{unused_port()}/"
-    with pytest.raises(Unreachable):
-        sender.send_idempotent(url, {}, [b"x"], 0.5)
-
-
-@pytest.mark.parametrize("status", [400, 404, 413, 500, 504])
-def test_final_refusals_are_not_retried(sender: Sender, status: int) -> None:
-    script = _FailsFirst((status, b"no", {}))
-    with serving(script) as server, pytest.raises(InfrastructureError):
-        sender.send_idempotent(server.url, {}, [b"x"], 5)
-    assert len(script.times) == 1
-
-
-def test_a_reply_that_is_too_large_is_the_infrastructures_and_not_asked_for_again(sender: Sender) -> None:
+def test_a_reply_that_is_too_large_is_the_infrastructures(sender: Sender) -> None:
     def too_large(exchange: Exchange) -> None:
         exchange.send_response(200)
         exchange.send_header("Content-Length", str(2**31))
@@ -335,35 +285,35 @@ def test_a_reply_that_is_too_large_is_the_infrastructures_and_not_asked_for_agai
         serving(too_large) as server,
         pytest.raises(InfrastructureError, match="a body of 2147483648 bytes, the most") as raised,
     ):
-        sender.send_idempotent(server.url, {}, [b"x"], 5)
+        sender.send(server.url, {}, [b"x"], 5)
     assert raised.value.status == 200
     assert len(server.requests) == 1
 
 
 def test_send_makes_one_attempt(sender: Sender) -> None:
-    for failure in (None, NOT_READY, (503, b"", {})):
-        script = _FailsFirst(failure)
-        with serving(script) as server, pytest.raises((ConnectionBroken, NotReady, InfrastructureError)):
+    attempts: list[str] = []
+
+    def fail(exchange: Exchange, *, how: str) -> None:
+        attempts.append(how)
+        if how == "reset":
+            exchange.reset()
+        else:
+            status, body, headers = NOT_READY if how == "not ready" else (503, b"", {"Retry_After": "0"})
+            exchange.answer(status, body, **headers)
+
+    for how, raised in (("reset", ConnectionBroken), ("not ready", NotReady), ("busy", InfrastructureError)):
+        with serving(partial(fail, how=how)) as server, pytest.raises(raised):
             sender.send(server.url, {}, [b"x"], 5)
-        assert len(script.times) == 1
+    assert attempts == ["reset", "not ready", "busy"]
 
 
-def test_close_ends_connections_and_waits(sender: Sender) -> None:
-    with serving(lambda exchange: exchange.answer(503, b"no", Retry_After="20")) as server, ThreadPoolExecutor(1) as threads:
-        waiting = threads.submit(sender.send_idempotent, server.url, {}, [b"x"], 60)
-        _wait_for_requests(server, 1)
+def test_nothing_is_sent_once_closed(sender: Sender) -> None:
+    with serving(lambda exchange: exchange.answer(200, b"")) as server:
+        sender.send(server.url, {}, [b"x"], 5)
         sender.close()
-        with pytest.raises((InfrastructureError, Unreachable)):
-            waiting.result(timeout=5)
         with pytest.raises(Unreachable, match="closed"):
             sender.send(server.url, {}, [b"x"], 5)
-
-
-def _wait_for_requests(server: Server, count: int) -> None:
-    deadline = time.monotonic() + 5
-    while len(server.requests) < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+        assert len(server.requests) == 1
 
 
 def test_hosts_nobody_talks_to_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,10 @@ from knative.cluster.errors import (
     PreflightFailed,
     Refused,
 )
+from knative.cluster.garbage import GarbageCollector
 from knative.cluster.history import gateway_of, versions
-from knative.render.rendering import render
-from knative.render.services import Manifest, Pipeline
-from knative.spec.pipeline_spec import spec_from_dict
+from knative.spec.cut import format_cut
+from knative.spec.kubernetes_object import KubernetesObject
 from tests.support.knative.kubernetes_api import (
     KubernetesApi,
     crash_loops,
@@ -31,6 +31,7 @@ from tests.support.knative.kubernetes_api import (
     never_ready,
     revision_fails,
 )
+from tests.support.knative.pipelines import rendered_pipeline
 from tests.support.storage.storage import answering_every_get_with
 
 CUT = ((0, 10), (10, 20), (20, 30))
@@ -61,26 +62,16 @@ def deployer(cluster: Cluster, said: list[str]) -> Deployer:
     return Deployer(cluster, "default", said.append, timeout_seconds=5)
 
 
-def secret(name: str, *keys: str) -> Manifest:
+def secret(name: str, *keys: str) -> KubernetesObject:
     metadata = {"name": name, "namespace": "default"}
     return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": dict.fromkeys(keys, "eA==")}
 
 
-def objects(cut: tuple[tuple[int, int], ...] = CUT, digest: str = "d" * 64, **stage: object) -> list[Manifest]:
-    spec = spec_from_dict(
-        {
-            "name": "chat",
-            "model": {"name": "smollm2"},
-            "cut": ",".join(f"{first}:{last}" for first, last in cut),
-            "image": "registry.example/lamina:1",
-            "store": {"endpoint": "http://store.example:9000"},
-            "stage": stage,
-        }
-    )
-    return [each for rendered in render(Pipeline(spec, cut, digest)).values() for each in rendered]
+def objects(cut: tuple[tuple[int, int], ...] = CUT, digest: str = "d" * 64, **stage: object) -> list[KubernetesObject]:
+    return rendered_pipeline(digest, cut=format_cut(cut), stage=stage)
 
 
-def stage_name(rendered: list[Manifest], index: int) -> str:
+def stage_name(rendered: list[KubernetesObject], index: int) -> str:
     return next(each["metadata"]["name"] for each in rendered if each["metadata"]["name"].endswith(f"-s{index}"))
 
 
@@ -146,13 +137,16 @@ def test_rollback_says_what_is_known(deployer: Deployer) -> None:
         deployer.rollback("chat", 7)
 
 
-def test_delete_removes_everything_it_made_and_nothing_else(api: KubernetesApi, deployer: Deployer) -> None:
+def test_delete_removes_everything_it_made_and_nothing_else(
+    api: KubernetesApi, cluster: Cluster, deployer: Deployer, said: list[str]
+) -> None:
+    garbage = GarbageCollector(cluster, "default", said.append, timeout_seconds=5)
     deployer.deploy(objects())
     stranger = secret("somebody-elses", "token")
     api.put(stranger)
-    deployer.delete("chat")
+    garbage.collect_all("chat")
     assert {key[3] for key in api.objects} == {"lamina-store", "somebody-elses"}
-    assert deployer.delete("chat") == 0
+    assert garbage.collect_all("chat") == 0
 
 
 def test_what_the_spec_does_not_ask_for_any_more_is_deleted(api: KubernetesApi, deployer: Deployer) -> None:
@@ -253,7 +247,7 @@ def test_without_the_prometheus_operator_monitoring_is_refused(api: KubernetesAp
     assert api.applied == []
 
 
-def deployment(name: str, version: str) -> Manifest:
+def deployment(name: str, version: str) -> KubernetesObject:
     metadata = {"name": name, "namespace": "knative-serving", "labels": {"app.kubernetes.io/version": version}}
     return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata}
 

@@ -8,12 +8,11 @@ import pytest
 from knative.cluster.client import Cluster
 from knative.cluster.deployer import Deployer
 from knative.cluster.errors import KindMissing
-from knative.render.rendering import render
-from knative.render.services import Manifest, Pipeline
-from knative.spec.pipeline_spec import spec_from_dict
+from knative.cluster.garbage import GarbageCollector
+from knative.spec.kubernetes_object import KubernetesObject
 from tests.support.knative.kubernetes_api import KubernetesApi
+from tests.support.knative.pipelines import rendered_pipeline
 
-CUT = ((0, 10), (10, 30))
 EVENTING = {
     "eventing.knative.dev/v1": {"Broker": "brokers", "Trigger": "triggers"},
     "flows.knative.dev/v1": {"Sequence": "sequences"},
@@ -31,26 +30,21 @@ def api() -> Iterator[KubernetesApi]:
     server.close()
 
 
-def deployer(api: KubernetesApi, folder: Path) -> Deployer:
+def cluster(api: KubernetesApi, folder: Path) -> Cluster:
     kubeconfig = folder / "kubeconfig"
     kubeconfig.write_text(api.kubeconfig())
-    return Deployer(Cluster.connect(str(kubeconfig)), "default", lambda _: None, timeout_seconds=5)
+    return Cluster.connect(str(kubeconfig))
 
 
-def objects(digest: str) -> list[Manifest]:
-    document = {
-        "name": "chat",
-        "model": {"name": "smollm2"},
-        "cut": "0:10,10:30",
-        "image": "registry.example/lamina:1",
-        "store": {"endpoint": "http://store.example:9000"},
-        "eventing": {"dead_letter_sink": "dead-letters"},
-    }
-    pipeline = Pipeline(spec_from_dict(document), CUT, digest)
-    return [each for rendered in render(pipeline).values() for each in rendered]
+def deployer(api: KubernetesApi, folder: Path) -> Deployer:
+    return Deployer(cluster(api, folder), "default", lambda _: None, timeout_seconds=5)
 
 
-def names(rendered: list[Manifest], *kinds: str) -> list[str]:
+def objects(digest: str) -> list[KubernetesObject]:
+    return rendered_pipeline(digest, cut="0:10,10:30", eventing={"dead_letter_sink": "dead-letters"})
+
+
+def names(rendered: list[KubernetesObject], *kinds: str) -> list[str]:
     return sorted(each["metadata"]["name"] for each in rendered if each["kind"] in kinds)
 
 
@@ -72,7 +66,7 @@ def test_what_led_to_the_old_pipeline_goes_with_it(api: KubernetesApi, tmp_path:
     assert names(old, "Sequence") != names(new, "Sequence")
     trigger = api.objects["eventing.knative.dev/v1", "triggers", "default", "chat-score"]
     assert [trigger["spec"]["subscriber"]["ref"]["name"]] == names(new, "Sequence")
-    deployer(api, tmp_path).delete("chat")
+    GarbageCollector(cluster(api, tmp_path), "default", lambda _: None, timeout_seconds=5).collect_all("chat")
     assert api.named("services") == api.named("sequences") == api.named("brokers") == api.named("triggers") == []
 
 

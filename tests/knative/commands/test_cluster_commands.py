@@ -9,15 +9,10 @@ import pytest
 import yaml
 
 from tests.support.knative.kubernetes_api import KubernetesApi, image_pull_fails
+from tests.support.knative.pipelines import DIGEST, document
 from tests.support.paths import ROOT
 
-SPEC = {
-    "name": "chat",
-    "model": {"name": "smollm2", "digest": "d" * 64},
-    "cut": "0:10,10:20,20:30",
-    "image": "registry.example/lamina:1",
-    "store": {"endpoint": "http://store.example:9000"},
-}
+SPEC = document(model={"name": "smollm2", "digest": DIGEST})
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,29 +14,12 @@ from knative.__main__ import main
 from knative.commands.terminal.asking import is_question
 from knative.local.platform import ROOT
 from tests.support.knative.run_command import Run
-from tests.support.storage.published import save_checkpoint
 
 LLAMA = str(ROOT / "examples" / "llama-2-13b")
 
 
 def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(main, arguments, prog_name="python -m knative")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint") / "tiny-model"
-    save_checkpoint(folder)
-    return folder
-
-
-@pytest.fixture
-def running(checkpoint: Path, tmp_path: Path) -> Iterator[Run]:
-    run = Run(checkpoint, tmp_path / "state")
-    try:
-        yield run
-    finally:
-        run.end()
 
 
 def test_a_running_pipeline_is_asked_and_shown_and_ended_by_ctrl_c(running: Run) -> None:

@@ -1,17 +1,15 @@
-"""What can go wrong with `run`: one line says it, and no process is left. More of it in test_knative_command_line.py."""
+"""What can go wrong with `run`: one line says it, and no process is left. More of it in test_command_line.py."""
 
 import re
 import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.knative.run_command import Run
-from tests.support.storage.published import save_checkpoint
 
 SMALL = """
 name: small
@@ -21,22 +19,6 @@ image: "lamina:local"
 stage: {resources: {memory: 16Mi}}
 store: {endpoint: "http://127.0.0.1:1"}
 """
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint") / "tiny-model"
-    save_checkpoint(folder)
-    return folder
-
-
-@pytest.fixture
-def running(checkpoint: Path, tmp_path: Path) -> Iterator[Run]:
-    run = Run(checkpoint, tmp_path / "state")
-    try:
-        yield run
-    finally:
-        run.end()
 
 
 def error_of(run: Run) -> str:

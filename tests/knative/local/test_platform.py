@@ -9,10 +9,9 @@ from typing import Any
 import aiohttp
 import pytest
 
+from knative.local.errors import ManifestRefused, PortInUse, UnknownRevision, UnsupportedManifest
 from knative.local.kubelet.pods import Phase
-from knative.local.kubelet.probes import UnsupportedManifest
-from knative.local.platform import ManifestRefused, Platform, PortInUse
-from knative.local.serving.services import UnknownRevision
+from knative.local.platform import Platform
 from tests.support.knative.platform import client, echo_service, fetch, revision, running_platform, until
 
 

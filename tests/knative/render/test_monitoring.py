@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from knative.render.alerts import ALERTS, rule_groups
 from knative.render.dashboard import dashboard
 from knative.render.monitoring import monitoring_objects
 from knative.render.rendering import render
-from knative.render.services import Pipeline
-from knative.spec.pipeline_spec import SpecError, spec_from_dict
+from knative.render.resolved_pipeline import ResolvedPipeline
+from knative.spec.errors import SpecError
 from tests.support.functions.functions import gateway_environment, running, stage_environment
+from tests.support.knative.pipelines import resolved_pipeline
 from tests.support.knative.promql import asked
 from tests.support.paths import ROOT
 from tests.support.storage.published import published_model
@@ -126,17 +126,10 @@ def test_the_dashboard_can_be_imported() -> None:
     assert names == {"datasource", "namespace", "pipeline"}
 
 
-def pipeline(**monitoring: Any) -> Pipeline:
-    document = {
-        "name": "chat",
-        "namespace": "models",
-        "model": {"name": "tiny", "digest": "d" * 64},
-        "cut": "0:3,3:6",
-        "image": "registry.example/lamina:1",
-        "store": {"endpoint": "http://store.example:9000"},
-        "monitoring": monitoring,
-    }
-    return Pipeline(spec_from_dict(document), ((0, 3), (3, 6)), "d" * 64)
+def pipeline(**monitoring: Any) -> ResolvedPipeline:
+    return resolved_pipeline(
+        namespace="models", model={"name": "tiny", "digest": "d" * 64}, cut="0:3,3:6", monitoring=monitoring
+    )
 
 
 def test_the_pods_are_scraped_where_their_metrics_are() -> None:
@@ -161,11 +154,4 @@ def test_monitoring_is_what_the_spec_says() -> None:
     assert endpoint["interval"] == "30s"
     with pytest.raises(SpecError, match=r"\$\.monitoring\.interval_seconds.*seen 0"):
         pipeline(interval_seconds=0)
-    plain = spec_from_dict({**_without_monitoring()})
-    assert "monitoring.yaml" not in render(Pipeline(plain, ((0, 6),), "d" * 64))
-
-
-def _without_monitoring() -> dict[str, Any]:
-    text = (ROOT / "examples" / "smollm2-cpu" / "pipeline.yaml").read_text()
-    document: dict[str, Any] = yaml.safe_load(text)
-    return document
+    assert "monitoring.yaml" not in render(resolved_pipeline())

@@ -1,22 +1,13 @@
 """The NetworkPolicies let Knative work, and nobody else in."""
 
 from knative.render.network_policy import network_policies
-from knative.render.services import Pipeline, gateway_service, stage_service
-from knative.spec.pipeline_spec import spec_from_dict
+from knative.render.resolved_pipeline import ResolvedPipeline
+from knative.render.services import gateway_service, stage_service
+from tests.support.knative.pipelines import resolved_pipeline
 
-CUT = ((0, 10), (10, 20), (20, 30))
 
-
-def pipeline() -> Pipeline:
-    document = {
-        "name": "chat",
-        "model": {"name": "smollm2"},
-        "cut": "0:10,10:20,20:30",
-        "image": "registry.example/lamina:1",
-        "store": {"endpoint": "http://store.example:9000"},
-        "network": {"monitoring_namespace": "observability"},
-    }
-    return Pipeline(spec_from_dict(document), CUT, "d" * 64)
+def pipeline() -> ResolvedPipeline:
+    return resolved_pipeline(network={"monitoring_namespace": "observability"})
 
 
 def reachable(policy: dict, port: int) -> list[dict]:  # type: ignore[type-arg]

@@ -9,8 +9,12 @@ import yaml
 from eventing.wire.events import pipeline_fingerprint
 from functions.configuration.config import GatewayConfig, StageConfig, read_config
 from knative.render.rendering import render
-from knative.render.services import Pipeline, gateway_access, services, to_yaml
-from knative.spec.pipeline_spec import SpecError, load_spec, parse_cut, quantity, spec_from_dict
+from knative.render.resolved_pipeline import ResolvedPipeline
+from knative.render.services import gateway_access, services
+from knative.spec.cut import parse_cut
+from knative.spec.errors import SpecError
+from knative.spec.kubernetes_object import to_yaml
+from knative.spec.pipeline_spec import load_spec, quantity, spec_from_dict
 
 CUT = ((0, 10), (10, 20), (20, 30))
 DIGEST = "sha256:0123"
@@ -27,8 +31,8 @@ def document(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def pipeline(**changes: Any) -> Pipeline:
-    return Pipeline(spec_from_dict(document(**changes)), CUT, DIGEST)
+def pipeline(**changes: Any) -> ResolvedPipeline:
+    return ResolvedPipeline(spec_from_dict(document(**changes)), CUT, DIGEST)
 
 
 def environment(service: dict[str, Any]) -> dict[str, str]:

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from knative.spec.cut import TooManyStages, cut_evenly, plan_stages, replicas_for
-from knative.spec.model_shape import ModelShape, UnknownShape, shape_from_config, shape_from_folder
+from knative.spec.cut import cut_evenly
+from knative.spec.errors import TooManyStages, UnknownShape
+from knative.spec.model_shape import ModelShape, shape_from_config, shape_from_folder
+from knative.spec.stage_plan import plan_stages, replicas_for
 from tests.support.paths import ROOT
 
 LLAMA_2_13B = ROOT / "examples" / "llama-2-13b"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from storage.errors import ChecksumMismatch, ObjectAltered, ObjectNotFound, StorageError, StoreUnreachable
 from storage.loading.weight_cache import WeightCache
 from storage.loading.weight_loader import LoadProgress, iterate_layers, load_layers, stage_objects
-from storage.models.model_repository import Manifest
+from storage.models.model_repository import ModelManifest
 from storage.models.publisher import publish
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_reader import ObjectReader
@@ -41,12 +41,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def manifest(checkpoint: Path, settings: StoreSettings) -> Manifest:
+def manifest(checkpoint: Path, settings: StoreSettings) -> ModelManifest:
     return publish(checkpoint, ObjectStore(settings), "tiny", "float32")
 
 
 @pytest.fixture(scope="module")
-def tied(tmp_path_factory: pytest.TempPathFactory, settings: StoreSettings) -> Manifest:
+def tied(tmp_path_factory: pytest.TempPathFactory, settings: StoreSettings) -> ModelManifest:
     folder = tmp_path_factory.mktemp("tied")
     tiny_models.whole_model("llama_tied").save_pretrained(folder)
     return publish(folder, ObjectStore(settings), "tied", "float32")
@@ -58,7 +58,7 @@ def proxy(settings: StoreSettings) -> Iterator[FaultProxy]:
         yield proxy
 
 
-def assert_loads(settings: StoreSettings, manifest: Manifest, checkpoint: Path, cache: WeightCache | None = None) -> None:
+def assert_loads(settings: StoreSettings, manifest: ModelManifest, checkpoint: Path, cache: WeightCache | None = None) -> None:
     expected = load_file(checkpoint / "model.safetensors")
     with ObjectReader(settings, stall_seconds=0.5, retry_seconds=20) as reader:
         tensors = load_layers(reader, manifest, 0, manifest.num_layers, cache=cache)
@@ -67,7 +67,7 @@ def assert_loads(settings: StoreSettings, manifest: Manifest, checkpoint: Path, 
         assert torch.equal(torch.frombuffer(raw.data, dtype=TORCH_DTYPES[raw.dtype]).view(raw.shape), expected[name]), name
 
 
-def test_a_stage_reads_its_own_objects_and_no_others(manifest: Manifest, tied: Manifest, proxy: FaultProxy) -> None:
+def test_a_stage_reads_its_own_objects_and_no_others(manifest: ModelManifest, tied: ModelManifest, proxy: FaultProxy) -> None:
     layers = [f"layer-0000{number}" for number in range(6)]
     assert stage_objects(manifest, 0, 2) == ["embedding", *layers[:2]]
     assert stage_objects(manifest, 2, 4) == layers[2:4]
@@ -82,24 +82,24 @@ def test_a_stage_reads_its_own_objects_and_no_others(manifest: Manifest, tied: M
 
 
 @pytest.mark.parametrize(("first", "last"), [(-1, 2), (2, 2), (3, 2), (0, 7)])
-def test_a_range_that_is_not_in_the_model_is_refused(manifest: Manifest, first: int, last: int) -> None:
+def test_a_range_that_is_not_in_the_model_is_refused(manifest: ModelManifest, first: int, last: int) -> None:
     with pytest.raises(ValueError, match=f"layers {first}:{last} are no part of 'tiny', which has layers 0:6"):
         stage_objects(manifest, first, last)
 
 
-def test_buffers_are_writable_and_aligned(manifest: Manifest, settings: StoreSettings) -> None:
+def test_buffers_are_writable_and_aligned(manifest: ModelManifest, settings: StoreSettings) -> None:
     with ObjectReader(settings) as reader:
         for raw in load_layers(reader, manifest, 0, 6).values():
             assert not raw.data.readonly
             assert ctypes.addressof(ctypes.c_char.from_buffer(raw.data)) % 64 == 0
 
 
-def test_objects_come_in_the_order_of_a_forward_pass(manifest: Manifest, settings: StoreSettings) -> None:
+def test_objects_come_in_the_order_of_a_forward_pass(manifest: ModelManifest, settings: StoreSettings) -> None:
     with ObjectReader(settings) as reader:
         assert [loaded.name for loaded in iterate_layers(reader, manifest, 0, 6)] == stage_objects(manifest, 0, 6)
 
 
-def test_a_layer_can_be_placed_while_the_next_one_flows(manifest: Manifest, proxy: FaultProxy) -> None:
+def test_a_layer_can_be_placed_while_the_next_one_flows(manifest: ModelManifest, proxy: FaultProxy) -> None:
     proxy.faults.append(Fault(path="layer-00005", stall_after=1000))
     with ObjectReader(proxy.settings, stall_seconds=2.0) as reader:
         objects = iterate_layers(reader, manifest, 3, 6)
@@ -109,7 +109,7 @@ def test_a_layer_can_be_placed_while_the_next_one_flows(manifest: Manifest, prox
         assert [loaded.name for loaded in objects] == ["layer-00005", "head"]
 
 
-def test_reading_begins_before_anybody_asks(manifest: Manifest, settings: StoreSettings) -> None:
+def test_reading_begins_before_anybody_asks(manifest: ModelManifest, settings: StoreSettings) -> None:
     complete = threading.Event()
 
     def note(progress: LoadProgress) -> None:
@@ -122,7 +122,7 @@ def test_reading_begins_before_anybody_asks(manifest: Manifest, settings: StoreS
         assert len(list(objects)) == 8
 
 
-def test_an_object_s_memory_goes_with_it(manifest: Manifest, settings: StoreSettings) -> None:
+def test_an_object_s_memory_goes_with_it(manifest: ModelManifest, settings: StoreSettings) -> None:
     with ObjectReader(settings) as reader:
         objects = iterate_layers(reader, manifest, 0, 6)
         memory = weakref.ref(next(iter(next(objects).tensors.values())).data.obj)
@@ -131,7 +131,7 @@ def test_an_object_s_memory_goes_with_it(manifest: Manifest, settings: StoreSett
         assert len(list(objects)) == 6
 
 
-def test_progress_ends_at_the_total(manifest: Manifest, settings: StoreSettings) -> None:
+def test_progress_ends_at_the_total(manifest: ModelManifest, settings: StoreSettings) -> None:
     seen: list[LoadProgress] = []
     with ObjectReader(settings) as reader:
         load_layers(reader, manifest, 2, 4, on_progress=seen.append)
@@ -152,13 +152,13 @@ def test_progress_ends_at_the_total(manifest: Manifest, settings: StoreSettings)
     ],
     ids=["resets", "early ends", "stalls", "500s", "altered once", "altered twice"],
 )
-def test_faults_that_pass_are_survived(fault: Fault, manifest: Manifest, checkpoint: Path, proxy: FaultProxy) -> None:
+def test_faults_that_pass_are_survived(fault: Fault, manifest: ModelManifest, checkpoint: Path, proxy: FaultProxy) -> None:
     proxy.faults.append(fault)
     assert_loads(proxy.settings, manifest, checkpoint)
     assert fault.times == 0
 
 
-def test_a_store_that_is_away_for_a_while_is_survived(manifest: Manifest, checkpoint: Path, proxy: FaultProxy) -> None:
+def test_a_store_that_is_away_for_a_while_is_survived(manifest: ModelManifest, checkpoint: Path, proxy: FaultProxy) -> None:
     settings, served = proxy.settings, 0
 
     def leave(method: str, path: str) -> None:
@@ -173,7 +173,7 @@ def test_a_store_that_is_away_for_a_while_is_survived(manifest: Manifest, checkp
     assert served > 8
 
 
-def test_an_altered_object_is_named_and_never_served(manifest: Manifest, proxy: FaultProxy) -> None:
+def test_an_altered_object_is_named_and_never_served(manifest: ModelManifest, proxy: FaultProxy) -> None:
     proxy.faults.append(Fault(times=99, path="layer-00003", flip_byte=5000))
     key, checksum = manifest.objects["layer-00003"].key, manifest.objects["layer-00003"].parts[0]
     with (
@@ -205,7 +205,7 @@ def test_an_object_that_is_not_as_published_is_named(
         load_layers(reader, manifest, 0, 2)
 
 
-def test_a_store_that_stays_away_is_named(manifest: Manifest, proxy: FaultProxy) -> None:
+def test_a_store_that_stays_away_is_named(manifest: ModelManifest, proxy: FaultProxy) -> None:
     settings = proxy.settings
     proxy.down()
     with (
@@ -215,7 +215,7 @@ def test_a_store_that_stays_away_is_named(manifest: Manifest, proxy: FaultProxy)
         load_layers(reader, manifest, 0, 6)
 
 
-def test_the_second_start_reads_the_cache(manifest: Manifest, checkpoint: Path, proxy: FaultProxy, tmp_path: Path) -> None:
+def test_the_second_start_reads_the_cache(manifest: ModelManifest, checkpoint: Path, proxy: FaultProxy, tmp_path: Path) -> None:
     cache = WeightCache(tmp_path, 2**30)
     assert_loads(proxy.settings, manifest, checkpoint, cache)
     proxy.requests.clear()
@@ -224,7 +224,7 @@ def test_the_second_start_reads_the_cache(manifest: Manifest, checkpoint: Path, 
 
 
 def test_a_damaged_cache_is_read_from_the_store_again(
-    manifest: Manifest, checkpoint: Path, proxy: FaultProxy, tmp_path: Path
+    manifest: ModelManifest, checkpoint: Path, proxy: FaultProxy, tmp_path: Path
 ) -> None:
     cache = WeightCache(tmp_path, 2**30)
     assert_loads(proxy.settings, manifest, checkpoint, cache)

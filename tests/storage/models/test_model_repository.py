@@ -8,7 +8,7 @@ import pytest
 from storage.checkpoints.safetensors_format import TensorSpan
 from storage.errors import ChecksumMismatch, ManifestInvalid, ManifestTooNew, ModelNotPublished, ObjectNotFound
 from storage.models.model_repository import (
-    Manifest,
+    ModelManifest,
     StoredFile,
     StoredObject,
     decode_manifest,
@@ -27,8 +27,8 @@ def an_object(folder: str, name: str) -> StoredObject:
     return StoredObject(f"{folder}/{name}.safetensors", 192, 128, ("a" * 32, "b" * 32), {f"{name}.weight": span})
 
 
-def a_manifest(folder: str = "models/tiny/float32/1", **changes: Any) -> Manifest:
-    manifest = Manifest(
+def a_manifest(folder: str = "models/tiny/float32/1", **changes: Any) -> ModelManifest:
+    manifest = ModelManifest(
         manifest_version=1,
         name="tiny",
         dtype="float32",
@@ -97,7 +97,7 @@ def test_what_is_no_manifest_is_refused(data: bytes) -> None:
         decode_manifest(data, "key")
 
 
-def changed(**changes: Any) -> Manifest:
+def changed(**changes: Any) -> ModelManifest:
     manifest = a_manifest()
     stored = msgspec.structs.replace(manifest.objects["head"], **changes)
     return msgspec.structs.replace(manifest, objects=manifest.objects | {"head": stored})
@@ -118,7 +118,7 @@ def changed(**changes: Any) -> Manifest:
         changed(tensors={"x": TensorSpan("F32", (4, 8), 60, 188)}),
     ],
 )
-def test_a_manifest_that_contradicts_itself_is_refused(manifest: Manifest) -> None:
+def test_a_manifest_that_contradicts_itself_is_refused(manifest: ModelManifest) -> None:
     with pytest.raises(ManifestInvalid, match="publish the model again"):
         decode_manifest(encode_manifest(manifest), "key")
 

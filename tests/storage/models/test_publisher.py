@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid, ModelNotPublished, StorageError, StoreUnreachable
 from storage.loading.weight_loader import RawTensor, load_layers
-from storage.models.model_repository import Manifest, object_names, read_file, read_manifest
+from storage.models.model_repository import ModelManifest, object_names, read_file, read_manifest
 from storage.models.publisher import PublishProgress, publish
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_reader import ObjectReader
@@ -69,7 +69,7 @@ def checkpoint_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
-def loaded(settings: StoreSettings, manifest: Manifest) -> dict[str, torch.Tensor]:
+def loaded(settings: StoreSettings, manifest: ModelManifest) -> dict[str, torch.Tensor]:
     with ObjectReader(settings) as reader:
         return {name: as_torch(raw) for name, raw in load_layers(reader, manifest, 0, manifest.num_layers).items()}
 

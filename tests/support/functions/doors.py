@@ -8,16 +8,16 @@ from typing import Any
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
-from eventing.http.sse import decode_sse
+from eventing.http.sse import SSEDecoder
 from eventing.problems import Problem
 from functions.configuration.config import GatewayConfig, read_config
 from functions.gateway.app import create_app
 from functions.gateway.doors.answers import Answers
+from functions.gateway.doors.metrics import GatewayMetrics
 from functions.gateway.scheduling.prompt import Prompt
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.text.chat_template import ChatTemplate
 from functions.gateway.text.tokenizer import ModelText
-from functions.observing.telemetry import GatewayMetrics
 from tests.support.environments import GATEWAY
 from tests.support.storage.published import CHAT_TEMPLATE, byte_tokenizer
 
@@ -83,5 +83,5 @@ def chat(client: FlaskClient, **fields: Any) -> TestResponse:
 
 
 def stream(response: TestResponse) -> list[Any]:
-    events = [event.data for event in decode_sse([response.data])]
+    events = [event.data for event in SSEDecoder().feed(response.data)]
     return [event if event == "[DONE]" else json.loads(event) for event in events]

@@ -89,7 +89,7 @@ class FunctionProcess:
     def port(self) -> int:
         """Waits until it listens."""
         with self._said:
-            self._said.wait_for(lambda: _LISTENING.search(self.log) or not self._reader.is_alive(), 30)
+            self._said.wait_for(lambda: _LISTENING.search(self.log) or not self._reader.is_alive(), 120)
         found = _LISTENING.search(self.log)
         assert found, f"does not listen:\n{self.log}"
         return int(found[1])
@@ -98,7 +98,7 @@ class FunctionProcess:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def wait_ready(self, timeout_seconds: float = 60.0) -> Self:
+    def wait_ready(self, timeout_seconds: float = 180.0) -> Self:
         deadline = time.monotonic() + timeout_seconds
         while True:
             status, document = self.get("/readyz")

@@ -11,7 +11,7 @@ from functions.stage.models.llama.group import LlamaGroup
 from tests.support.functions.int8_checkpoints import dequantized, int8_checkpoint
 from tests.support.storage import tiny_models
 
-NAMES: Final = (*tiny_models.LLAMA_SHAPED, "ministral", "seed_oss")
+NAMES: Final = tiny_models.LLAMA_SHAPED
 CUT: Final = ((0, 2), (2, 3), (3, 6))
 BUDGET: Final = 2**22
 

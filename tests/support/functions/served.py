@@ -13,8 +13,9 @@ from knative.local.kubelet.fork_starter import ForkStarter
 from knative.local.kubelet.pods import PodTiming
 from knative.local.platform import ROOT, Platform
 from knative.local.serving.revisions import Revision
-from knative.render.services import Pipeline
-from knative.spec.pipeline_spec import Autoscaling, Gateway, Model, PipelineSpec, Resources, Stage, Store, parse_cut
+from knative.render.resolved_pipeline import ResolvedPipeline
+from knative.spec.cut import parse_cut
+from knative.spec.pipeline_spec import Autoscaling, Gateway, Model, PipelineSpec, Resources, Stage, Store
 from tests.support.knative.platform import running_platform
 from tests.support.storage.published import Published, until_end
 from tests.support.storage.tiny_models import greedy
@@ -25,7 +26,7 @@ _BEGUN_AT = 5
 """Tokens."""
 
 
-def tiny_pipeline(published: Published, cut: str = "0:2,2:4,4:6", **stage: Any) -> Pipeline:
+def tiny_pipeline(published: Published, cut: str = "0:2,2:4,4:6", **stage: Any) -> ResolvedPipeline:
     """stage: more of the spec's stage."""
     scaling = Autoscaling(target=8, window_seconds=6, scale_down_delay_seconds=0, max_scale=3)
     spec = PipelineSpec(
@@ -35,11 +36,13 @@ def tiny_pipeline(published: Published, cut: str = "0:2,2:4,4:6", **stage: Any) 
         image="lamina:local",
         stage=Stage(resources=Resources(memory="1Gi"), kv_cache="16Mi", autoscaling=scaling, **stage),
         gateway=Gateway(
-            autoscaling=Autoscaling(container_concurrency=0, target=100, window_seconds=6, scale_down_delay_seconds=0)
+            autoscaling=Autoscaling(
+                container_concurrency=0, target=100, window_seconds=6, scale_down_delay_seconds=0, max_scale=1
+            )
         ),
         store=Store(endpoint=published.store.endpoint_url, bucket=published.store.bucket),
     )
-    return Pipeline(spec, parse_cut(cut), published.manifest.digest)
+    return ResolvedPipeline(spec, parse_cut(cut), published.manifest.digest)
 
 
 @asynccontextmanager
@@ -60,7 +63,7 @@ async def serving(
         yield platform
 
 
-def stage_revisions(platform: Platform, pipeline: Pipeline) -> list[list[Revision]]:
+def stage_revisions(platform: Platform, pipeline: ResolvedPipeline) -> list[list[Revision]]:
     """Per stage, oldest first."""
     names = [pipeline.stage_name(index) for index in range(len(pipeline.cut))]
     return [platform.services["default", name].revisions for name in names]

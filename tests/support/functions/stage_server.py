@@ -21,11 +21,11 @@ from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 from eventing.wire.batch_codec import decode_batch
 from eventing.wire.events import Batch, Cut, EventType, Row
 from functions.configuration.config import StageConfig, read_config
-from functions.observing.telemetry import StageMetrics
 from functions.stage.engine.engine import Engine
 from functions.stage.models.layer_group import LayerGroup
 from functions.stage.serving.app import create_app
 from functions.stage.serving.handlers import EventHandlers
+from functions.stage.serving.metrics import StageMetrics
 from knative.local.kubelet.processes import free_port
 from tests.support.functions.counting_group import CountingGroup
 

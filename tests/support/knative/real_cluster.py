@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 
-from knative.cluster.client import Cluster, Manifest, Ref
+from knative.cluster.client import Cluster, Ref
+from knative.spec.kubernetes_object import KubernetesObject
 from storage.store.settings import StoreSettings
 
 NEEDED: Final = {
@@ -108,7 +109,7 @@ def kill(where: Settings, pod: str) -> None:
         core.delete_namespaced_pod(pod, where.namespace, grace_period_seconds=0)
 
 
-def pods(cluster: Cluster, where: Settings, selector: str) -> list[Manifest]:
+def pods(cluster: Cluster, where: Settings, selector: str) -> list[KubernetesObject]:
     """Pods that are not on their way out."""
     found = cluster.find("v1", "Pod", where.namespace, selector)
     return [pod for pod in found if not pod["metadata"].get("deletionTimestamp")]
@@ -255,11 +256,11 @@ class Probe:
     def _metadata(self) -> dict[str, Any]:
         return {"name": self.name, "namespace": self._where.namespace, "labels": {"app": self.name}}
 
-    def _service(self) -> Manifest:
+    def _service(self) -> KubernetesObject:
         spec = {"selector": {"app": self.name}, "ports": [{"port": 80, "targetPort": 8080, "protocol": "TCP"}]}
         return {"apiVersion": "v1", "kind": "Service", "metadata": self._metadata(), "spec": spec}
 
-    def _pod(self, broker_url: str, event: dict[str, Any]) -> Manifest:
+    def _pod(self, broker_url: str, event: dict[str, Any]) -> KubernetesObject:
         container = {
             "name": "probe",
             "image": self._where.image,

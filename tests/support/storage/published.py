@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedModel
 
 from eventing.wire.events import Cut, pipeline_fingerprint
-from storage.models.model_repository import Manifest
+from storage.models.model_repository import ModelManifest
 from storage.models.publisher import publish
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
@@ -38,7 +38,7 @@ CHAT_TEMPLATE: Final = """\
 @dataclass(frozen=True)
 class Published:
     store: StoreSettings
-    manifest: Manifest
+    manifest: ModelManifest
     model: PreTrainedModel
     """The oracle."""
     tokenizer: Tokenizer

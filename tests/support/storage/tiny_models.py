@@ -76,6 +76,9 @@ _LLAMA_SHAPED: Final[dict[str, dict[str, Any]]] = {
         "qwen2", use_sliding_window=True, sliding_window=SLIDING_WINDOW, max_window_layers=3, tie_word_embeddings=True
     ),
     "qwen3": _like_llama("qwen3", head_dim=16, tie_word_embeddings=True),
+    "ministral": _like_llama("ministral", head_dim=16, sliding_window=SLIDING_WINDOW, layer_types=_SLIDING_AND_FULL),
+    "seed_oss": _like_llama("seed_oss", head_dim=16),
+    "seed_oss_biased": _like_llama("seed_oss", head_dim=8, attention_out_bias=True, mlp_bias=True),
 }
 
 _OTHERS: Final[dict[str, dict[str, Any]]] = {
@@ -134,7 +137,6 @@ _OTHERS: Final[dict[str, dict[str, Any]]] = {
     ),
     "nemotron": _like_llama("nemotron", head_dim=8),
     "glm4": _like_llama("glm4", head_dim=8, attention_bias=True),
-    "ministral": _like_llama("ministral", head_dim=8, sliding_window=SLIDING_WINDOW, layer_types=_SLIDING_AND_FULL),
     "gpt_oss": _like_llama(
         "gpt_oss",
         head_dim=8,
@@ -145,7 +147,6 @@ _OTHERS: Final[dict[str, dict[str, Any]]] = {
     ),
     "ernie4_5": _like_llama("ernie4_5", head_dim=8, tie_word_embeddings=True),
     "exaone4": _like_llama("exaone4", sliding_window=SLIDING_WINDOW, layer_types=_SLIDING_AND_FULL),
-    "seed_oss": _like_llama("seed_oss", head_dim=8),
     "hunyuan_v1_dense": _like_llama("hunyuan_v1_dense", head_dim=8),
     "apertus": _like_llama("apertus", rope_parameters=dict(_ROPE)),
     "gpt2": {

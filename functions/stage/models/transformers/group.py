@@ -3,7 +3,7 @@
 The library builds the whole causal model class with the cut config and without what other stages own; its own loader
 renames and fuses checkpoint tensors as that family needs; its own causal head computes the logits. Sequences run one
 after the other, never padded together, so their results are those of the whole model to the bit. The one importer of
-transformers beside `transformers_cache`.
+transformers beside `cache`.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import logging
 
 from functions.stage.models.families import Family, cut_config, family_of
-from functions.stage.models.layer_group import FLOAT_DTYPES, Segment
+from functions.stage.models.layer_group import FLOAT_DTYPES, MissingTensors, Segment
 from functions.stage.models.transformers.cache import TransformersKVCache
 
 _HEADS: Final = ("lm_head", "embed_out")
@@ -26,10 +26,6 @@ _LAYER_NUMBER: Final = re.compile(r"(?<![^.])\d+(?=\.)")
 """The first number in a tensor's name is its layer's."""
 _ALIBI_CONTEXT: Final = 2048
 """For configs that state no context, as BLOOM's: what it was trained with."""
-
-
-class MissingTensors(Exception):
-    """The checkpoint's tensors do not fit the config's modules. Publish the model again from a complete checkpoint."""
 
 
 class TransformersGroup:

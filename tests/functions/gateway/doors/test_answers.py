@@ -8,9 +8,17 @@ from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
 from eventing.problems import NotReady, PipelineUnavailable, Problem, QueueFull
-from functions.gateway.app import MAX_REQUEST_BYTES
+from functions.configuration.config import GatewayConfig, read_config
+from functions.gateway.app import MAX_REQUEST_BYTES, create_app
 from functions.gateway.doors import answers as core
+from functions.gateway.doors.answers import Answers
+from functions.gateway.doors.metrics import GatewayMetrics
+from functions.gateway.scheduling.token_stream import TokenStream
+from functions.gateway.text.chat_template import ChatTemplate
+from functions.gateway.text.tokenizer import ModelText
+from tests.support.environments import GATEWAY
 from tests.support.functions.doors import CONTEXT, EVENT, Pipeline, ask, chat, refuse, stream
+from tests.support.functions.sentencepiece import CONTINUED, ids_of, llama_2
 
 
 def test_a_stop_string_ends_the_answer_and_frees_the_pipeline(client: FlaskClient, pipeline: Pipeline) -> None:
@@ -110,3 +118,25 @@ def test_bodies_that_cannot_be_read(client: FlaskClient) -> None:
     assert client.post("/v1/chat/completions", data=b"\xff").status_code == 400
     assert client.post("/", data=bytes(MAX_REQUEST_BYTES + 1), headers=EVENT).status_code == 413
     assert client.post("/v1/chat/completions", data=bytes(MAX_REQUEST_BYTES + 1)).status_code == 413
+
+
+def test_a_continuation_has_the_space_before_its_first_word_and_a_message_has_not(pipeline: Pipeline) -> None:
+    tokenizer = llama_2()
+    config = read_config(GATEWAY)
+    assert isinstance(config, GatewayConfig)
+    end = tokenizer.token_to_id("</s>")
+    text = ModelText(tokenizer, ChatTemplate("{{ messages[0].content }}", {}), frozenset([end]), CONTEXT)
+    answers = Answers(text, pipeline, GatewayMetrics())
+    client = create_app(config, lambda: answers).test_client()
+
+    def script(stream: TokenStream) -> None:
+        for token in [*ids_of(tokenizer, "▁Paris", "."), end]:
+            stream.put(token)
+
+    pipeline.script = script
+    continued = client.post("/v1/completions", json={"model": "tiny", "prompt": CONTINUED})
+    answered = chat(client, messages=[{"role": "user", "content": CONTINUED}])
+    assert continued.json is not None
+    assert answered.json is not None
+    assert continued.json["choices"][0]["text"] == " Paris."
+    assert answered.json["choices"][0]["message"]["content"] == "Paris."

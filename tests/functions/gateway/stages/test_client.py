@@ -13,16 +13,8 @@ from eventing.http.delivery import Sender
 from eventing.problems import PROBLEM_CONTENT_TYPE, EventTooLarge, NotReady, Problem, Unauthorized, WrongPipeline
 from eventing.wire.batch_codec import encode_batch
 from eventing.wire.cloud_event import batch_event, expiry_time, json_data, json_event, make_event
+from eventing.wire.control import ReleaseReply, ReleaseRequest, ReleaseRow, ReservedRow, ReserveReply, ReserveRow, WarmupReply
 from eventing.wire.events import Batch, EventType, Row, Status
-from eventing.wire.generation import (
-    ReleaseReply,
-    ReleaseRequest,
-    ReleaseRow,
-    ReservedRow,
-    ReserveReply,
-    ReserveRow,
-    WarmupReply,
-)
 from functions.gateway.stages.client import PipelineIdentity, StageClient
 from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.instances import Instance

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from eventing.problems import EventExpired, NotReady
+from eventing.wire.control import ReleaseRow, ReserveRow
 from eventing.wire.events import Batch, Row, Status, Want
-from eventing.wire.generation import ReleaseRow, ReserveRow
 from functions.stage.engine.engine import Engine, PassStatistics
 from functions.stage.engine.event_queue import EventQueue, WaitingEvent
 from tests.support.functions.counting_group import CountingGroup, Poisoned

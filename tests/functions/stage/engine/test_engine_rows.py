@@ -8,8 +8,8 @@ import torch
 
 from eventing.problems import EventTooLarge, MalformedEvent
 from eventing.wire.batch_codec import decode_batch, encode_batch
+from eventing.wire.control import ReleaseRow, ReserveRow
 from eventing.wire.events import Batch, Row, Status, Tensor, Want
-from eventing.wire.generation import ReleaseRow, ReserveRow
 from functions.stage.engine.engine import Engine
 from functions.stage.engine.wire_tensors import hidden_tensor, wire_tensor
 from tests.support.functions.counting_group import HIDDEN, VOCAB, CountingGroup

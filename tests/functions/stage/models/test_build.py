@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from functions.stage.models.build import build_layer_group, choose
-from functions.stage.models.families import FAMILIES, LEAN
+from functions.stage.models.families import FAMILIES
 from functions.stage.models.kv_budget import KVBudget
 from functions.stage.models.layer_group import KVCacheFull, Segment
+from functions.stage.models.llama.config import _FAMILIES
 from tests.support.functions.stage_pipeline import CUT, build_groups, engines, generate, tensors, whole_model
 from tests.support.paths import ROOT
 from tests.support.storage import tiny_models
@@ -72,7 +73,16 @@ def test_what_the_lean_group_declines_goes_to_transformers() -> None:
 
 
 def test_lean_families_are_families() -> None:
-    assert set(FAMILIES) >= LEAN
+    assert set(FAMILIES) >= set(_FAMILIES)
+
+
+@pytest.mark.parametrize("name", ["ministral", "seed_oss"])
+def test_no_llama_shaped_family_is_left_to_the_slower_group(name: str) -> None:
+    """Which families are lean once stood in two lists, and these in one of them only."""
+    groups = build_groups(name, kind="auto")
+    assert {type(group).__name__ for group in groups} == {"LlamaGroup"}
+    with engines(groups) as stages:
+        assert generate(stages, "a", PROMPT, 16, chunk=3) == tiny_models.greedy(whole_model(name), PROMPT, 16)
 
 
 def test_lean_and_transformers_stages_can_be_mixed_in_one_pipeline() -> None:

@@ -7,8 +7,8 @@ import torch
 
 from functions.stage.models.build import UnsupportedDtype, build_layer_group
 from functions.stage.models.families import FAMILIES, UnsupportedArchitecture
-from functions.stage.models.layer_group import KVCacheFull, Segment
-from functions.stage.models.transformers.group import MissingTensors, TransformersGroup
+from functions.stage.models.layer_group import KVCacheFull, MissingTensors, Segment
+from functions.stage.models.transformers.group import TransformersGroup
 from storage.checkpoints.model_description import describe_model
 from storage.models.model_repository import layer_object
 from storage.models.placement import head_matrix, place_tensors

@@ -67,7 +67,8 @@ def hide(monkeypatch: pytest.MonkeyPatch, lacking: str) -> None:
         raise OSError(f"{name}: cannot open shared object file: No such file or directory")
 
     if lacking == "numba":
-        for module in [name for name in sys.modules if name.startswith("functions.stage.native.")]:
+        adapter = "functions.stage.models.llama.native_layers"
+        for module in [name for name in sys.modules if name == adapter or name.startswith("functions.stage.native.")]:
             monkeypatch.delitem(sys.modules, module)
             monkeypatch.delattr(module)
         monkeypatch.setitem(sys.modules, "numba", None)

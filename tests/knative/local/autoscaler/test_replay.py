@@ -8,14 +8,14 @@ import pytest
 from click.testing import CliRunner
 
 from knative.commands.kpa_replay import kpa_replay
-from knative.local.autoscaler.replay import TraceError, replay, replay_file
+from knative.local.autoscaler.replay import Replay, TraceError, replay
 from tests.support.paths import DATA
 
 TRACES = DATA / "kpa-traces.jsonl.gz"
 
 
 def test_every_recorded_decision_is_knatives() -> None:
-    result = replay_file(TRACES)
+    result = replay(TRACES)
     assert result.decisions == 40 * 151
     assert not result.differences, "\n".join(map(str, result.differences[:10]))
 
@@ -38,10 +38,11 @@ def test_a_difference_is_found_and_named(tmp_path: Path, field: str, value: floa
     step[field] = not step[field] if value is None else step[field] + value
     file = tmp_path / "trace.jsonl"
     file.write_text(json.dumps(trace))
-    assert replay(file) == (151, 1)
-    result = CliRunner().invoke(kpa_replay, [str(file)])
-    assert (result.exit_code, result.stdout) == (1, "151 decisions, 1 differ\n")
-    assert "trace-0 at 40 s" in result.stderr
+    result = replay(file)
+    assert (result.decisions, len(result.differences)) == (151, 1)
+    told = CliRunner().invoke(kpa_replay, [str(file)])
+    assert (told.exit_code, told.stdout) == (1, "151 decisions, 1 differ\n")
+    assert "trace-0 at 40 s" in told.stderr
 
 
 @pytest.mark.parametrize(
@@ -60,4 +61,4 @@ def test_a_file_that_is_no_trace_says_so(tmp_path: Path, content: bytes) -> None
 def test_an_empty_file_holds_no_decisions(tmp_path: Path) -> None:
     file = tmp_path / "empty"
     file.write_bytes(b"\n")
-    assert replay(file) == (0, 0)
+    assert replay(file) == Replay(0, ())

@@ -7,7 +7,15 @@ import pytest
 from knative.local.autoscaler.kpa import DeciderSpec
 from knative.local.autoscaler.revision_autoscaler import RevisionAutoscaler
 from knative.local.autoscaler.revision_settings import RevisionSettings, revision_settings
-from knative.local.autoscaler.scaler import UNKNOWN, Activity, RevisionStatus, Target, in_proxy_mode, next_status, scale_target
+from knative.local.autoscaler.scaler import (
+    UNKNOWN,
+    Activity,
+    RevisionStatus,
+    ScaleTarget,
+    in_proxy_mode,
+    next_status,
+    scale_target,
+)
 
 GRACE, WINDOW, DEADLINE = 60.0, 300.0, 120.0
 NOW = 10_000.0
@@ -86,27 +94,29 @@ LONG_ACTIVE = status(ACTIVE, WINDOW)
 def test_scale_target(
     configured: dict[str, float], before: RevisionStatus, desired: int, want: int, apply: bool, again: float | None
 ) -> None:
-    assert scale_target(settings(**configured), before, desired, NOW) == Target(want, apply, again)
+    assert scale_target(settings(**configured), before, desired, NOW) == ScaleTarget(want, apply, again)
 
 
 @pytest.mark.parametrize(
     ("configured", "before", "expected"),
     [
-        ({"min_scale": 2}, status(INACTIVE, GRACE), Target(0, True)),
-        ({"scale_to_zero_pod_retention_period_seconds": 10 * GRACE}, status(INACTIVE, GRACE), Target(0, True)),
-        ({"scale_to_zero_pod_retention_period_seconds": 10 * GRACE}, status(INACTIVE, GRACE - 1), Target(0, False, GRACE)),
-        ({"initial_scale": 2}, status(ACTIVE, 120, initialized=False), Target(1, True, WINDOW - 120)),
+        ({"min_scale": 2}, status(INACTIVE, GRACE), ScaleTarget(0, True)),
+        ({"scale_to_zero_pod_retention_period_seconds": 10 * GRACE}, status(INACTIVE, GRACE), ScaleTarget(0, True)),
+        ({"scale_to_zero_pod_retention_period_seconds": 10 * GRACE}, status(INACTIVE, GRACE - 1), ScaleTarget(0, False, GRACE)),
+        ({"initial_scale": 2}, status(ACTIVE, 120, initialized=False), ScaleTarget(1, True, WINDOW - 120)),
     ],
 )
-def test_an_unreachable_revision_has_no_floor(configured: dict[str, float], before: RevisionStatus, expected: Target) -> None:
+def test_an_unreachable_revision_has_no_floor(
+    configured: dict[str, float], before: RevisionStatus, expected: ScaleTarget
+) -> None:
     assert scale_target(settings(**configured), before, 0, NOW, reachable=False) == expected
 
 
 def test_the_last_pod_waits_for_the_activator() -> None:
     before = status(INACTIVE, GRACE)
-    assert scale_target(settings(), before, 0, NOW, backed_by_activator=False) == Target(0, False, 1)
+    assert scale_target(settings(), before, 0, NOW, backed_by_activator=False) == ScaleTarget(0, False, 1)
     always = replace(settings(), decider=replace(settings().decider, target_burst_capacity=-1))
-    assert scale_target(always, before, 0, NOW, backed_by_activator=False) == Target(0, True), "it always is then"
+    assert scale_target(always, before, 0, NOW, backed_by_activator=False) == ScaleTarget(0, True), "it always is then"
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ import pytest
 from cloudevents.core.v1.event import CloudEvent
 
 from eventing.wire.cloud_event import data_buffers, make_event
-from knative.local.eventing.eventing import LocalEventing
+from knative.local.errors import UnsupportedManifest
+from knative.local.eventing.local_eventing import LocalEventing
 from knative.local.eventing.objects import Delivery, Trigger, read_eventing_object
-from knative.local.kubelet.probes import UnsupportedManifest
 from tests.support.knative.event_sink import EventSink, Reply, event_sink, post
 from tests.support.knative.platform import client, echo_service, revision, running_platform, until
 

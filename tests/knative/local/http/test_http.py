@@ -4,27 +4,32 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from http import HTTPStatus
+from typing import Any, cast
 
 import pytest
 
 from knative.local.http.client import UpstreamFailed, UpstreamPool
-from knative.local.http.messages import HttpError, forwarded
-from knative.local.http.server import Exchange, HttpServer
+from knative.local.http.messages import Headers, HttpError, forwarded
+from knative.local.http.server import BodySink, Exchange, HttpServer
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+def closing(talk: Talk) -> Talk:
+    async def talk_and_close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await talk(reader, writer)
+        finally:
+            writer.close()
+
+    return talk_and_close
 
 
 @asynccontextmanager
 async def proxy_to(upstream: Talk) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     """A client's connection to a proxy before a server that says what `upstream` writes."""
 
-    async def closing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            await upstream(reader, writer)
-        finally:
-            writer.close()
-
-    server = await asyncio.start_server(closing, "127.0.0.1", 0)
+    server = await asyncio.start_server(closing(upstream), "127.0.0.1", 0)
     pool = UpstreamPool(server.sockets[0].getsockname()[1])
 
     async def handler(exchange: Exchange) -> None:
@@ -278,6 +283,41 @@ def test_a_slow_client_slows_the_server_down() -> None:
             writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
             await blocked.wait()
         assert sent < 64 * 2**20
+
+    asyncio.run(scenario())
+
+
+class SlowReader(Exchange):
+    """An exchange whose client has not read the end of its answer when the server is done with it."""
+
+    def __init__(self) -> None:
+        super().__init__(cast("Any", None), b"GET", b"/", [], keep_alive=True)
+        self.upstream: BodySink | None = None
+
+    def attach(self, sink: BodySink) -> None:
+        self.upstream = sink
+        sink.end_body()
+
+    def start(self, status: int, reason: bytes, headers: Headers) -> bytes:
+        return b""
+
+    def write(self, data: bytes) -> None:
+        assert self.upstream is not None
+        self.upstream.pause_reading()
+
+    def end(self) -> None:
+        pass
+
+
+def test_a_connection_whose_last_answer_was_read_slowly_takes_the_next_request() -> None:
+    async def scenario() -> None:
+        server = await asyncio.start_server(closing(answering(OK, times=2)), "127.0.0.1", 0)
+        pool = UpstreamPool(server.sockets[0].getsockname()[1])
+        async with asyncio.timeout(10):
+            await pool.forward(SlowReader())
+            await pool.forward(SlowReader())
+        pool.close()
+        server.close()
 
     asyncio.run(scenario())
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from knative.local.errors import StateError
 from knative.local.kubelet.processes import dying_with_parent, memory_bytes
 from knative.local.platform import ROOT
-from knative.local.state_folder import RunningPlatform, StateError, StateFolder, find_running
+from knative.local.state_folder import RunningPlatform, StateFolder, find_running
 
 
 def alive(pid: int) -> bool:

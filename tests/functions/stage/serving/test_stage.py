@@ -26,8 +26,7 @@ from eventing.problems import (
 )
 from eventing.wire.batch_codec import decode_batch, encode_batch
 from eventing.wire.cloud_event import Data, batch_data, json_data, json_event, make_event
-from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType, Row, Status, Want
-from eventing.wire.generation import (
+from eventing.wire.control import (
     ReleaseReply,
     ReleaseRequest,
     ReleaseRow,
@@ -37,6 +36,7 @@ from eventing.wire.generation import (
     WarmupReply,
     WarmupRequest,
 )
+from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType, Row, Status, Want
 from tests.support.functions.functions import TOKEN, FunctionProcess, running, stage_environment
 from tests.support.storage.published import CUT, Published
 from tests.support.storage.tiny_models import greedy

@@ -5,32 +5,23 @@ from knative.cluster.errors import ClusterError
 from knative.commands.terminal.asking import AskFailed
 from knative.commands.terminal.start_watch import PodsFailed
 from knative.local.autoscaler.revision_settings import SettingsError
-from knative.local.kubelet.probes import UnsupportedManifest
-from knative.local.platform import ManifestRefused, PortInUse
-from knative.local.serving.services import UnknownRevision
-from knative.local.state_folder import StateError
+from knative.local.errors import LocalError
 from knative.render.rendering import RenderFailed
-from knative.spec.cut import TooManyStages
-from knative.spec.model_shape import UnknownShape
-from knative.spec.pipeline_spec import SpecError
+from knative.spec.errors import SpecError, TooManyStages, UnknownShape
 from storage.errors import StorageError
 
 _EXPECTED = (
     AskFailed,
     ClusterError,
-    ManifestRefused,
+    LocalError,
     PodsFailed,
-    PortInUse,
     Problem,
     RenderFailed,
     SettingsError,
     SpecError,
-    StateError,
     StorageError,
     TooManyStages,
-    UnknownRevision,
     UnknownShape,
-    UnsupportedManifest,
 )
 
 

@@ -17,8 +17,8 @@ from eventing.http.delivery import Sender
 from eventing.problems import NotReady
 from eventing.wire.batch_codec import encode_batch
 from eventing.wire.cloud_event import batch_data, json_data, json_event, make_event
+from eventing.wire.control import WarmupReply, WarmupRequest
 from eventing.wire.events import BATCH_CONTENT_TYPE, Batch, EventType, Row, Status
-from eventing.wire.generation import WarmupReply, WarmupRequest
 from functions.stage.engine.threads import WAITING, PassThreads, set_openmp, thread_count
 from storage.store.object_store import ObjectStore
 from tests.support.environments import GATEWAY
@@ -160,7 +160,7 @@ from functions.__main__ import _function
 from functions.hosting.server import Server
 from functions.stage.serving.bring_up import bring_up
 from functions.hosting.startup import StartUp
-from functions.observing.telemetry import StageMetrics
+from functions.stage.serving.metrics import StageMetrics
 config = read_config(os.environ)
 start_up = StartUp()
 _function(config, start_up)

@@ -1,4 +1,4 @@
-"""Text in and out of the gateway: chat template and tokenizer as transformers does it, streams that show certain text only."""
+"""Prompts on their way in: chat template and tokenizer as transformers has them."""
 
 import hashlib
 import json
@@ -6,17 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from eventing.problems import InvalidRequest
 from eventing.wire.generation import Message
 from functions.gateway.text.chat_template import ChatTemplate
-from functions.gateway.text.text_stream import Detokenizer, StopStrings, TextStream
 from functions.gateway.text.tokenizer import ModelText
-from storage.models.model_repository import Manifest, StoredFile
+from storage.models.model_repository import ModelManifest, StoredFile
 from tests.support.storage.published import CHAT_TEMPLATE, byte_tokenizer
 
 TEXTS = [
@@ -43,11 +39,6 @@ TEMPLATES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return byte_tokenizer()
-
-
 def transformers_tokenizer(folder: Path, template: str) -> Any:
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
@@ -66,10 +57,10 @@ class Folder:
     def get(self, key: str) -> bytes:
         return self.files[key]
 
-    def manifest(self) -> Manifest:
+    def manifest(self) -> ModelManifest:
         stored = {name: StoredFile(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in self.files.items()}
         numbers = dict.fromkeys(("num_layers", "hidden_size", "vocab_size", "num_kv_heads", "head_dim"), 1)
-        return Manifest(
+        return ModelManifest(
             manifest_version=1,
             name="m",
             dtype="float32",
@@ -147,77 +138,3 @@ def test_the_template_may_be_one_of_several_in_the_tokenizers_configuration() ->
 )
 def test_where_answers_end(files: dict[str, Any], expected: set[int]) -> None:
     assert load(**files).eos_ids == expected
-
-
-@given(st.lists(st.integers(5, 263), max_size=40))
-@settings(deadline=None, max_examples=200)
-def test_pieces_of_text_are_the_whole_text(ids: list[int]) -> None:
-    tokenizer = byte_tokenizer()
-    detokenizer = Detokenizer(tokenizer)
-    pieces = [detokenizer.push(token_id) for token_id in ids]
-    assert "".join([*pieces, detokenizer.finish()]).replace("\ufffd", "") == tokenizer.decode(ids).replace("\ufffd", "")
-
-
-@given(st.text(max_size=40))
-@settings(deadline=None)
-def test_valid_text_comes_back_in_whole_characters(text: str) -> None:
-    tokenizer = byte_tokenizer()
-    detokenizer = Detokenizer(tokenizer)
-    pieces = [detokenizer.push(token_id) for token_id in tokenizer.encode(text, add_special_tokens=False).ids]
-    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
-    assert "".join([*pieces, detokenizer.finish()]) == text
-
-
-def test_a_space_that_belongs_to_a_word_is_kept() -> None:
-    """SentencePiece-like tokenizers drop the space of a text's first token, which a word inside a text must keep."""
-    tokenizer = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1, "c": 2}, unk_token="c"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    detokenizer = Detokenizer(tokenizer)
-    assert [detokenizer.push(token_id) for token_id in (0, 1, 2, 0)] == ["a", " b", "c", " a"]
-
-
-def test_bytes_that_never_become_a_character_are_given_out_in_the_end(tokenizer: Tokenizer) -> None:
-    (continuation,) = (token_id for token, token_id in tokenizer.get_vocab().items() if token == "Ģ")  # byte 0x80 alone
-    detokenizer = Detokenizer(tokenizer)
-    assert "\ufffd" in "".join(detokenizer.push(continuation) for _ in range(20))
-
-
-@given(st.lists(st.text("abc", max_size=4), max_size=10), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
-@settings(deadline=None)
-def test_stop_strings_never_show(pieces: list[str], stops: list[str]) -> None:
-    stream = StopStrings(stops)
-    whole = "".join(pieces)
-    seen = ""
-    for piece in pieces:
-        seen += stream.push(piece)
-        if stream.found:
-            break
-    seen += stream.finish()
-    # The first stop string to be complete ends the text, however many others began before it.
-    complete = min((place + len(stop) for stop in stops if (place := whole.find(stop)) >= 0), default=None)
-    assert stream.found == (complete is not None)
-    assert all(stop not in seen for stop in stops)
-    assert whole.startswith(seen)
-    if complete is None:
-        assert seen == whole
-
-
-def test_a_stop_string_over_token_boundaries(tokenizer: Tokenizer) -> None:
-    stream = TextStream(tokenizer, ["\nUser:"])
-    ids = tokenizer.encode("Sure.\nUse it.\nUser: more", add_special_tokens=False).ids
-    shown = ""
-    for token_id in ids:
-        shown += stream.push(token_id)
-        assert not any(shown.endswith(part) for part in ("\n", "\nUs", "\nUser", "\nUser:"))
-        if stream.stopped:
-            break
-    assert shown + stream.finish() == "Sure.\nUse it."
-
-
-def test_text_that_only_began_like_a_stop_string_is_given_out(tokenizer: Tokenizer) -> None:
-    stream = TextStream(tokenizer, ["###"])
-    shown = "".join(stream.push(token_id) for token_id in tokenizer.encode("a##", add_special_tokens=False).ids)
-    assert shown == "a"
-    assert stream.holds
-    assert stream.finish() == "##"

@@ -3,39 +3,32 @@
 from typing import Any
 
 import pytest
+import yaml
 
 from eventing.wire.events import EventType
-from knative.render.eventing_manifests import eventing_objects
+from knative.render.eventing import eventing_objects
 from knative.render.network_policy import network_policies
-from knative.render.services import Manifest, Pipeline, events_gateway_service, gateway_service, services
-from knative.spec.pipeline_spec import MAX_NAME, MAX_NAME_WITH_EVENTING, SpecError, spec_from_dict
+from knative.render.resolved_pipeline import ResolvedPipeline
+from knative.render.services import events_gateway_service, gateway_service, services
+from knative.spec.errors import SpecError
+from knative.spec.kubernetes_object import KubernetesObject
+from knative.spec.pipeline_spec import MAX_NAME, MAX_NAME_WITH_EVENTING
 from knative.webhook.check import validate, warnings
+from tests.support.knative.pipelines import resolved_pipeline
 
-CUT = ((0, 10), (10, 20), (20, 30))
 
-
-def pipeline(eventing: dict[str, Any] | None, name: str = "chat") -> Pipeline:
-    document = {
-        "name": name,
-        "namespace": "models",
-        "model": {"name": "smollm2"},
-        "cut": "0:10,10:20,20:30",
-        "image": "registry.example/lamina:1",
-        "store": {"endpoint": "http://store.example:9000"},
-        "gateway": {"api_keys_secret": "keys"},
-        **({} if eventing is None else {"eventing": eventing}),
-    }
-    return Pipeline(spec_from_dict(document), CUT, "d" * 64)
+def pipeline(eventing: dict[str, Any] | None, name: str = "chat") -> ResolvedPipeline:
+    return resolved_pipeline(name=name, namespace="models", gateway={"api_keys_secret": "keys"}, eventing=eventing)
 
 
 WITH = {"dead_letter_sink": "dead-letters", "reply_sink": "https://answers.example/x", "retry": 3, "backoff_seconds": 0.5}
 
 
-def named(objects: list[Manifest], kind: str) -> dict[str, Manifest]:
+def named(objects: list[KubernetesObject], kind: str) -> dict[str, KubernetesObject]:
     return {each["metadata"]["name"]: each for each in objects if each["kind"] == kind}
 
 
-def secrets(service: Manifest) -> set[str]:
+def secrets(service: KubernetesObject) -> set[str]:
     (container,) = service["spec"]["template"]["spec"]["containers"]
     return {entry["name"] for entry in container["env"] if "valueFrom" in entry}
 
@@ -76,6 +69,37 @@ def test_names_of_broker_and_triggers_stay_and_lead_to_the_current_pipeline() ->
     assert subscribers[EventType.GENERATE_REQUEST]["ref"]["name"] == pipeline(WITH).events_gateway_name
     assert [subscribers[EventType.SCORE_REQUEST]["ref"]["name"]] == list(named(objects, "Sequence"))
     assert subscribers[EventType.SCORE_RESPONSE] == {"uri": "https://answers.example/x"}
+
+
+def test_every_event_type_has_its_subscriber_and_what_has_no_sink_stays_with_the_broker() -> None:
+    triggers = [list(named(eventing_objects(pipeline(spec)), "Trigger")) for spec in (WITH, {"dead_letter_sink": "x"})]
+    assert triggers == [
+        ["chat-generate", "chat-score", "chat-generate-reply", "chat-score-reply"],
+        ["chat-generate", "chat-score"],
+    ]
+
+
+def test_the_sequence_answers_the_broker_and_is_applied_before_what_names_it() -> None:
+    objects = eventing_objects(pipeline(WITH))
+    assert [each["kind"] for each in objects] == ["Broker", "Sequence", *["Trigger"] * 4]
+    broker, sequence = objects[:2]
+    reply = {"apiVersion": broker["apiVersion"], "kind": "Broker", "name": broker["metadata"]["name"]}
+    assert sequence["spec"]["reply"]["ref"] == reply
+    assert sequence["spec"]["channelTemplate"] == {"apiVersion": "messaging.knative.dev/v1", "kind": "InMemoryChannel"}
+    assert {each["metadata"]["namespace"] for each in objects} == {"models"}
+
+
+def test_every_delivery_is_bounded_and_ends_in_the_dead_letter_sink() -> None:
+    broker, sequence, *triggers = eventing_objects(pipeline(WITH))
+    deliveries = [each["spec"]["delivery"] for each in triggers] + [step["delivery"] for step in sequence["spec"]["steps"]]
+    assert deliveries == [broker["spec"]["delivery"]] * 8
+
+
+def test_they_are_plain_values_that_share_nothing() -> None:
+    objects = eventing_objects(pipeline(WITH))
+    text = yaml.safe_dump_all(objects)
+    assert list(yaml.safe_load_all(text)) == objects
+    assert "&id" not in text, "shared parts become YAML anchors, which readers of manifests do not expect"
 
 
 def test_delivery_is_what_the_spec_says() -> None:

@@ -13,8 +13,8 @@ from http import HTTPStatus
 
 from knative.local.http.messages import HttpError
 from knative.local.http.server import Exchange
-from knative.local.serving.concurrency import ConcurrencyMeter
-from knative.local.serving.queue_proxy import QueueProxy
+from knative.local.proxies.concurrency import ConcurrencyMeter
+from knative.local.proxies.queue_proxy import QueueProxy
 
 _FIRST_AVAILABLE_UP_TO = 3
 

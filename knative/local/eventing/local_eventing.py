@@ -17,7 +17,7 @@ from knative.local.eventing.delivery import Spool, Subscription
 from knative.local.eventing.ingress import EventIngress
 from knative.local.eventing.objects import EventingObject, read_eventing_object
 from knative.local.eventing.targets import Target
-from knative.local.eventing.wiring import Surroundings, Wiring, broker_path
+from knative.local.eventing.wiring import Connections, Wiring, broker_path
 from knative.local.http.server import HttpServer
 
 _log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class LocalEventing:
         self._sinks = sinks
         self._spool = Spool(max_deliveries)
         self._server = HttpServer(EventIngress(self._find, self._spool).serve)
-        self._around: Surroundings | None = None
+        self._around: Connections | None = None
         self._wiring: Wiring | None = None
         self._objects: dict[tuple[type, str, str], EventingObject] = {}
 
@@ -76,11 +76,11 @@ class LocalEventing:
             "steps": [{"url": each.name, **_status(each.step)} for each in inboxes if isinstance(each, StepInbox)],
         }
 
-    async def _open(self) -> Surroundings:
+    async def _open(self) -> Connections:
         await self._server.start()
         # As many connections as there are deliveries: HttpTarget limits them for each URL.
         session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), auto_decompress=False)
-        self._around = Surroundings(
+        self._around = Connections(
             f"http://127.0.0.1:{self._server.port}", session, self._spool, self._find_service, self._sinks
         )
         return self._around

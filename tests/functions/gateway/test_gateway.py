@@ -11,7 +11,7 @@ import openai
 import pytest
 import torch
 
-from eventing.http.sse import decode_sse
+from eventing.http.sse import SSEDecoder
 from tests.support.functions.functions import FunctionProcess, gateway_environment, running, stage_environment, wait_until
 from tests.support.storage.published import CUT, Published, until_end
 from tests.support.storage.tiny_models import CONTEXT, greedy
@@ -77,7 +77,7 @@ def test_answers_are_those_of_the_whole_model(gateway: FunctionProcess, publishe
 
 def test_a_streamed_answer_is_the_same(gateway: FunctionProcess, published: Published) -> None:
     data = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 10}
-    events = [json.loads(event.data) for event in decode_sse([post(gateway, data, Accept="text/event-stream")])]
+    events = [json.loads(event.data) for event in SSEDecoder().feed(post(gateway, data, Accept="text/event-stream"))]
     expected = expected_ids(published, chat_ids(published, "Hi"), 10)
     assert [event["data"]["token_id"] for event in events[:-1]] == expected
     assert "".join(event["data"]["text"] for event in events[:-1]) == events[-1]["data"]["text"]
@@ -169,7 +169,7 @@ def test_sigterm_lets_a_stream_come_to_its_end(published: Published, stage_urls:
         response = connection.getresponse()
         first = response.readline()
         gateway.process.terminate()
-        *_, last = decode_sse([first + response.read()])
+        *_, last = SSEDecoder().feed(first + response.read())
         connection.close()
         assert json.loads(last.data)["type"] == "dev.lamina.generate.response"
         assert gateway.wait_end(30) == 0

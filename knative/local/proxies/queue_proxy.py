@@ -10,8 +10,8 @@ from http import HTTPStatus
 from knative.local.http.client import UpstreamFailed, UpstreamPool
 from knative.local.http.messages import HttpError
 from knative.local.http.server import Exchange, HttpServer
-from knative.local.serving.breaker import Breaker
-from knative.local.serving.concurrency import ConcurrencyMeter, Report
+from knative.local.proxies.breaker import Breaker
+from knative.local.proxies.concurrency import ConcurrencyMeter, Report
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,10 @@ import pytest
 
 from knative.local.http.messages import HttpError
 from knative.local.http.server import Exchange
-from knative.local.serving.activator import Activator
-from knative.local.serving.breaker import Breaker
-from knative.local.serving.concurrency import ConcurrencyMeter
-from knative.local.serving.queue_proxy import QueueProxy
+from knative.local.proxies.activator import Activator
+from knative.local.proxies.breaker import Breaker
+from knative.local.proxies.concurrency import ConcurrencyMeter
+from knative.local.proxies.queue_proxy import QueueProxy
 from tests.support.knative.platform import until
 
 

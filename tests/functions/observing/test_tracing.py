@@ -9,9 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from functions.observing.tracing import PASSING, TraceContext, main_cause, make_tracer, read_traceparent
-from knative.render.services import Pipeline, services
-from knative.spec.pipeline_spec import SpecError, spec_from_dict
+from functions.observing.telemetry import make_tracer
+from functions.observing.tracing import PASSING, TraceContext, main_cause, read_traceparent
+from knative.render.resolved_pipeline import ResolvedPipeline
+from knative.render.services import services
+from knative.spec.errors import SpecError
+from knative.spec.pipeline_spec import spec_from_dict
 from tests.support.environments import GATEWAY, STAGE
 from tests.support.functions.functions import ROOT, gateway_environment, running, stage_environment
 from tests.support.functions.otlp import Receiver, SeenSpan, otlp_receiver
@@ -92,7 +95,7 @@ def test_the_spec_says_where_traces_go() -> None:
         "store": {"endpoint": "http://store.example:9000"},
         "tracing": {"endpoint": "http://collector.monitoring:4318", "sample_ratio": 0.25},
     }
-    for service in services(Pipeline(spec_from_dict(document), CUT, "d" * 64)):
+    for service in services(ResolvedPipeline(spec_from_dict(document), CUT, "d" * 64)):
         (container,) = service["spec"]["template"]["spec"]["containers"]
         told = {entry["name"]: entry["value"] for entry in container["env"] if entry["name"].startswith("OTEL_")}
         assert told == {

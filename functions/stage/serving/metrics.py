@@ -1,0 +1,49 @@
+"""What a stage measures."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from functions.observing.telemetry import STEP_SECONDS, FunctionMetrics
+
+if TYPE_CHECKING:
+    from functions.stage.engine.engine import PassStatistics
+
+
+class StageMetrics(FunctionMetrics):
+    def __init__(self) -> None:
+        super().__init__()
+        registry = self.registry
+        self.events = Counter("lamina_stage_events", "Events answered", ["type", "status"], registry=registry)
+        self.in_flight = Gauge("lamina_stage_events_in_flight", "Events that are being answered", registry=registry)
+        self.rows = Counter("lamina_stage_rows", "Rows answered", ["status"], registry=registry)
+        self.tokens = Counter("lamina_stage_tokens", "Tokens that went through the layers", registry=registry)
+        self.queue = Histogram(
+            "lamina_stage_queue_seconds", "An event waited in the stage", buckets=STEP_SECONDS, registry=registry
+        )
+        self.compute = Histogram(
+            "lamina_stage_compute_seconds", "One pass through the layers", buckets=STEP_SECONDS, registry=registry
+        )
+        self.codec = Histogram(
+            "lamina_stage_codec_seconds", "Decoding and encoding of an event", buckets=STEP_SECONDS, registry=registry
+        )
+
+        self.weights_bytes = Gauge("lamina_stage_weights_bytes", "Of this stage's objects in the store", registry=registry)
+        self.loaded_bytes = Gauge(
+            "lamina_stage_loaded_bytes", "How many of them have come in and are verified", registry=registry
+        )
+
+    def observe_pass(self, statistics: "PassStatistics") -> None:
+        for seconds in statistics.queue_seconds:
+            self.queue.observe(seconds)
+        self.compute.observe(statistics.compute_seconds)
+        self.tokens.inc(statistics.tokens)
+        for status in statistics.rows:
+            self.rows.labels(str(status)).inc()
+
+    def watch(self, free_tokens: Callable[[], float], sequences: Callable[[], float]) -> None:
+        """Reads the engine whenever the metrics are read."""
+        registry = self.registry
+        Gauge("lamina_stage_free_tokens", "KV tokens that can still be reserved", registry=registry).set_function(free_tokens)
+        Gauge("lamina_stage_sequences", "Sequences that hold KV", registry=registry).set_function(sequences)

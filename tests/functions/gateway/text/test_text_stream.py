@@ -1,0 +1,154 @@
+"""Answers on their way out: text that is certain, whole characters only, and nothing of a stop string."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from functions.gateway.text.text_stream import Detokenizer, StopStrings, TextStream
+from tests.support.functions.sentencepiece import CONTINUED, PIECES, ids_of, llama_2, metaspace
+from tests.support.storage.published import byte_tokenizer
+
+SENTENCEPIECE = (llama_2, metaspace)
+PARTS = ("The", "Paris", "is", " ", "  ", ".", "a", "é", "€", "日本", "😀", "x")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return byte_tokenizer()
+
+
+def pieces_of(tokenizer: Tokenizer, ids: Sequence[int], before: Sequence[int] = ()) -> list[str]:
+    """What each token gives out, and what is left in the end."""
+    detokenizer = Detokenizer(tokenizer, before)
+    return [*(detokenizer.push(token_id) for token_id in ids), detokenizer.finish()]
+
+
+@given(st.lists(st.integers(5, 263), max_size=40))
+@settings(deadline=None, max_examples=200)
+def test_pieces_of_text_are_the_whole_text(ids: list[int]) -> None:
+    tokenizer = byte_tokenizer()
+    detokenizer = Detokenizer(tokenizer)
+    pieces = [detokenizer.push(token_id) for token_id in ids]
+    assert "".join([*pieces, detokenizer.finish()]).replace("\ufffd", "") == tokenizer.decode(ids).replace("\ufffd", "")
+
+
+@given(st.text(max_size=40))
+@settings(deadline=None)
+def test_valid_text_comes_back_in_whole_characters(text: str) -> None:
+    tokenizer = byte_tokenizer()
+    detokenizer = Detokenizer(tokenizer)
+    pieces = [detokenizer.push(token_id) for token_id in tokenizer.encode(text, add_special_tokens=False).ids]
+    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+    assert "".join([*pieces, detokenizer.finish()]) == text
+
+
+@pytest.mark.parametrize("make", SENTENCEPIECE)
+def test_what_continues_a_text_keeps_the_space_of_its_first_word(make: Callable[[], Tokenizer]) -> None:
+    tokenizer = make()
+    answer = ids_of(tokenizer, "▁Paris", ".")
+    assert pieces_of(tokenizer, answer, tokenizer.encode(CONTINUED).ids) == [" Paris", ".", ""]
+    assert pieces_of(tokenizer, answer) == ["Paris", ".", ""], "a text of its own begins with a word"
+
+
+@pytest.mark.parametrize("make", SENTENCEPIECE)
+def test_a_space_within_an_answer_is_kept(make: Callable[[], Tokenizer]) -> None:
+    tokenizer = make()
+    assert pieces_of(tokenizer, ids_of(tokenizer, "▁Paris", "▁is", "a", "▁of")) == ["Paris", " is", "a", " of", ""]
+    bytes_first = ids_of(tokenizer, "<0xE2>", "<0x82>", "<0xAC>", "▁is")
+    assert pieces_of(tokenizer, bytes_first) == ["", "", "€", " is", ""]
+
+
+@pytest.mark.parametrize("before", [(), ("</s>",), ("▁is", "<s>"), ("▁is", "<0xE2>", "<0x82>", "<0xAC>")])
+def test_before_an_answer_may_be_what_is_no_text_by_itself(before: tuple[str, ...]) -> None:
+    tokenizer = llama_2()
+    shown = pieces_of(tokenizer, ids_of(tokenizer, "▁Paris", "."), ids_of(tokenizer, *before))
+    assert shown == [" Paris" if "▁is" in before else "Paris", ".", ""]
+
+
+@pytest.mark.parametrize("make", SENTENCEPIECE)
+@given(
+    text=st.lists(st.sampled_from(["The", "Paris", "is", " ", "  ", ".", "a", "é", "€", "日本", "😀", "x"]), max_size=12),
+    data=st.data(),
+)
+@settings(deadline=None, max_examples=300)
+def test_an_answer_behind_a_prompt_reads_as_both_together(
+    make: Callable[[], Tokenizer], text: list[str], data: st.DataObject
+) -> None:
+    tokenizer = make()
+    ids = tokenizer.encode("The " + "".join(text)).ids
+    cut = data.draw(st.integers(1, len(ids)))
+    prompt = tokenizer.decode(ids[:cut])
+    assume(not prompt.endswith("\ufffd"))
+    shown = pieces_of(tokenizer, ids[cut:], ids[:cut])
+    assert prompt + "".join(shown) == tokenizer.decode(ids)
+    assert not any("\ufffd" in piece for piece in shown)
+
+
+@given(st.lists(st.integers(0, 2 + 256 + len(PIECES)), max_size=40))
+@settings(deadline=None, max_examples=300)
+def test_bytes_that_are_no_characters_cost_no_text_around_them(ids: list[int]) -> None:
+    """A run of bytes is decoded as a whole: one too many makes replacement characters of those that were fine before."""
+    tokenizer = llama_2()
+    high = {tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(128, 256)}
+    low = {tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(128)}
+    ids = [token_id for token_id in ids if token_id not in low]
+    prompt = tokenizer.encode(CONTINUED).ids
+    shown = CONTINUED + "".join(pieces_of(tokenizer, ids, prompt))
+    pieces = [token_id for token_id in ids if token_id not in high]
+    assert shown.encode("ascii", "ignore") == tokenizer.decode(prompt + pieces).encode("ascii", "ignore")
+
+
+def test_a_character_that_was_shown_stays_though_more_bytes_come() -> None:
+    tokenizer = llama_2()
+    answer = ids_of(tokenizer, "<0xE2>", "<0x82>", "<0xAC>", "<0xE2>", "▁Paris", "▁is")
+    assert pieces_of(tokenizer, answer) == ["", "", "€", "", "\ufffd Paris", " is", ""]
+
+
+def test_bytes_that_never_become_a_character_are_given_out_in_the_end(tokenizer: Tokenizer) -> None:
+    (continuation,) = (token_id for token, token_id in tokenizer.get_vocab().items() if token == "Ģ")  # byte 0x80 alone
+    detokenizer = Detokenizer(tokenizer)
+    assert "".join(detokenizer.push(continuation) for _ in range(20)) == "\ufffd" * 18
+    assert detokenizer.finish() == "\ufffd" * 2
+
+
+@given(st.lists(st.text("abc", max_size=4), max_size=10), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
+@settings(deadline=None)
+def test_stop_strings_never_show(pieces: list[str], stops: list[str]) -> None:
+    stream = StopStrings(stops)
+    whole = "".join(pieces)
+    seen = ""
+    for piece in pieces:
+        seen += stream.push(piece)
+        if stream.found:
+            break
+    seen += stream.finish()
+    # The first stop string to be complete ends the text, however many others began before it.
+    complete = min((place + len(stop) for stop in stops if (place := whole.find(stop)) >= 0), default=None)
+    assert stream.found == (complete is not None)
+    assert all(stop not in seen for stop in stops)
+    assert whole.startswith(seen)
+    if complete is None:
+        assert seen == whole
+
+
+def test_a_stop_string_over_token_boundaries(tokenizer: Tokenizer) -> None:
+    stream = TextStream(tokenizer, ["\nUser:"])
+    ids = tokenizer.encode("Sure.\nUse it.\nUser: more", add_special_tokens=False).ids
+    shown = ""
+    for token_id in ids:
+        shown += stream.push(token_id)
+        assert not any(shown.endswith(part) for part in ("\n", "\nUs", "\nUser", "\nUser:"))
+        if stream.stopped:
+            break
+    assert shown + stream.finish() == "Sure.\nUse it."
+
+
+def test_text_that_only_began_like_a_stop_string_is_given_out(tokenizer: Tokenizer) -> None:
+    stream = TextStream(tokenizer, ["###"])
+    shown = "".join(stream.push(token_id) for token_id in tokenizer.encode("a##", add_special_tokens=False).ids)
+    assert shown == "a"
+    assert stream.holds
+    assert stream.finish() == "##"
