@@ -1,5 +1,6 @@
 """One pass of a layer group over the rows of several events: admit, run, split, answer."""
 
+import math
 from array import array
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
@@ -31,6 +32,8 @@ class _Computed:
     begin: int = 0
     """Where its tokens begin in the tensor of the whole pass."""
     result: Result | None = None
+    refusal: Refusal | None = None
+    """Where its logits are no numbers to answer with."""
 
     @property
     def end(self) -> int:
@@ -161,8 +164,11 @@ class ForwardPass:
             for row in part.computed:
                 if hidden is not None and row.row.want is Want.LOGPROBS:
                     found = self._log_probabilities(token_tensor(part.batch.token_ids[row.span]), hidden[row.begin : row.end])
-                    row.result = Result(logprobs=found)
-                part.answers[row.index] = _answer(row)
+                    self._settle(row, Result(logprobs=found) if all(map(math.isfinite, found)) else None)
+                if row.refusal is not None:
+                    part.refuse(row.index, row.refusal)
+                else:
+                    part.answers[row.index] = _answer(row)
         return [Batch(tuple(part.answers), memoryview(array("i"))) for part in parts]
 
     def _draw(self, wanting: Sequence[_Computed], hidden: torch.Tensor) -> None:
@@ -176,7 +182,14 @@ class ForwardPass:
                 [row.sequence.token_ids for row in some],
             )
             for row, token in zip(some, tokens, strict=True):
-                row.result = Result(token=token)
+                self._settle(row, None if token is None else Result(token=token))
+
+    def _settle(self, row: _Computed, result: Result | None) -> None:
+        """None: the hidden states are finite and the logits are not, so whatever was answered would be made up."""
+        row.result = result
+        if result is None:
+            self._group.kv.truncate(row.sequence.handle, row.row.position)
+            row.refusal = Refusal(Status.INVALID, reason="the logits of the row are not finite")
 
     def _log_probabilities(self, token_ids: torch.Tensor, hidden: torch.Tensor) -> tuple[float, ...]:
         """Each token's under the logits of the token before it, so none for the row's first."""

@@ -1,5 +1,6 @@
 """The row contract: what each row of an event is answered, one row failing alone."""
 
+import math
 from array import array
 from collections.abc import Iterator
 
@@ -9,7 +10,7 @@ import torch
 from eventing.problems import EventTooLarge, MalformedEvent
 from eventing.wire.batch_codec import decode_batch, encode_batch
 from eventing.wire.control import ReleaseRow, ReserveRow
-from eventing.wire.events import Batch, Row, Status, Tensor, Want
+from eventing.wire.events import Batch, Row, Sampling, Status, Tensor, Want
 from functions.stage.engine.engine import Engine
 from functions.stage.engine.wire_tensors import hidden_tensor, wire_tensor
 from tests.support.functions.counting_group import HIDDEN, VOCAB, CountingGroup
@@ -220,6 +221,39 @@ def test_a_sequence_whose_states_become_not_finite_fails_alone(stage: Stage) -> 
     assert reply.rows[1].reason == "hidden states that came out, behind layer 1, are not finite"
     assert (token_of(reply.rows[0]), token_of(reply.rows[2])) == (3, 11)
     stage.group.not_a_number = None
+    assert token_of(stage.step("b", 0, [3, 13])) == 16
+
+
+def test_extreme_sampling_values_break_no_pass(stage: Stage) -> None:
+    extremes = (
+        Sampling(temperature=1e-40, top_p=0.9),
+        Sampling(temperature=1.0, top_p=1e-50),
+        Sampling(temperature=1.0, repetition_penalty=1e-40),
+    )
+    rows = [Row(f"e{n}", 0, 0, 2, Want.TOKEN, each, reserve_tokens=10) for n, each in enumerate(extremes)]
+    rows.append(Row("ordinary", 0, 0, 2, Want.TOKEN, reserve_tokens=10))
+    reply = stage.engine.handle(batch(rows, [1, 2] * 4), source=GATEWAY)
+    assert token_of(reply.rows[0]) == token_of(reply.rows[3]) == 3
+    assert {row.status for row in reply.rows} == {Status.OK}
+    assert stage.group.passes == [[2, 2, 2, 2]], "the pass was run again, row by row"
+
+
+@pytest.mark.parametrize("want", [Want.TOKEN, Want.LOGPROBS])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_row_whose_logits_are_no_numbers_fails_alone(stage: Stage, want: Want, wrong: float) -> None:
+    sound = stage.group.logits
+
+    def overflowing(hidden: torch.Tensor) -> torch.Tensor:
+        logits = sound(hidden)
+        logits[hidden[:, 0] >= 15, 9] = wrong
+        return logits
+
+    stage.group.logits = overflowing  # type: ignore[method-assign]
+    rows = [Row(id_, 0, 0, 3, want, reserve_tokens=10) for id_ in "abc"]
+    reply = stage.engine.handle(batch(rows, [1, 2, 3, 1, 14, 5, 5, 6, 1]), source=GATEWAY)
+    assert [row.status for row in reply.rows] == [Status.OK, Status.INVALID, Status.OK]
+    assert reply.rows[1].reason == "the logits of the row are not finite"
+    stage.group.logits = sound  # type: ignore[method-assign]
     assert token_of(stage.step("b", 0, [3, 13])) == 16
 
 

@@ -43,6 +43,63 @@ def processors(sampling: Sampling) -> LogitsProcessorList:
     return chain
 
 
+TINY = st.floats(min_value=0, exclude_min=True, max_value=1e-30)
+"""Down to the least number above 0: float32 takes many of them for 0, and overflows with the others."""
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    sampling=st.builds(
+        Sampling,
+        temperature=st.just(0.0) | TINY | st.floats(0, 100),
+        top_k=st.sampled_from([0, 1, 2, 2**31 - 1, 2**70]),
+        top_p=TINY | st.floats(0, 1, exclude_min=True),
+        min_p=st.just(0.0) | TINY | st.floats(0, 1),
+        repetition_penalty=TINY | st.floats(0, 100, exclude_min=True),
+        seed=st.sampled_from([0, 2**63 - 1]),
+    ),
+    row=st.lists(st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, -math.inf]), min_size=5, max_size=5),
+    history=st.lists(st.integers(0, 4)),
+)
+def test_every_sampling_value_draws_a_token_whatever_the_logits(
+    sampling: Sampling, row: list[float], history: list[int]
+) -> None:
+    logits = torch.tensor([row, [0.0, 1.0, 2.0, 3.0, 4.0]])
+    extreme, ordinary = sample(logits, [sampling, Sampling()], [2**24, 0], [history, []])
+    assert ordinary == 4, "the row beside it"
+    if math.isfinite(max(row)):
+        assert extreme is not None
+        assert row[extreme] > -math.inf, "a token that cannot come"
+    else:
+        assert extreme is None
+
+
+@pytest.mark.parametrize("temperature", [1e-20, 1e-39, 1e-40, 5e-324])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 1e-50])
+def test_hardly_any_temperature_is_greedy(temperature: float, top_p: float) -> None:
+    logits = random_logits(5, rows=20)
+    cold = Sampling(temperature=temperature, top_p=top_p, seed=1)
+    assert sample(logits, [cold] * 20, list(range(20)), [[]] * 20) == logits.argmax(dim=-1).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_hardly_any_penalty_prefers_what_was_there_in_its_order(temperature: float) -> None:
+    logits = torch.tensor([[3.0, 1.0, 2.0, -1.0]])
+    for penalty in (1e-38, 1e-42, 5e-324):
+        sampling = Sampling(temperature=temperature, repetition_penalty=penalty)
+        assert sample(logits, [sampling], [9], [[1, 2, 3]]) == [2]
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_a_row_of_logits_that_are_no_numbers_has_no_token(wrong: float) -> None:
+    logits = random_logits(6, rows=3)
+    logits[1, 7 if wrong > -math.inf or math.isnan(wrong) else slice(None)] = wrong
+    for sampling in (Sampling(), Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.1)):
+        first, second, third = sample(logits, [sampling] * 3, [1, 2, 3], [[5]] * 3)
+        assert second is None
+        assert None not in (first, third)
+
+
 def test_the_order_of_filters_is_that_of_generate() -> None:
     config = GenerationConfig(
         do_sample=True, temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.2, pad_token_id=0
@@ -95,7 +152,9 @@ def test_greedy_generation_with_a_penalty_is_generates() -> None:
     tokens = list(prompt)
     while len(tokens) < len(expected):
         logits = tiny_models.all_logits(model, tokens)[-1:]
-        tokens += sample(logits, [Sampling(repetition_penalty=1.5)], [len(tokens)], [tokens])
+        (token,) = sample(logits, [Sampling(repetition_penalty=1.5)], [len(tokens)], [tokens])
+        assert token is not None
+        tokens.append(token)
     assert tokens == expected
 
 
@@ -130,6 +189,7 @@ def test_draws_follow_the_softmax_of_what_is_kept() -> None:
     for position in range(draws // 2):
         for seed in (3, 4):
             (token,) = sample(logits, [Sampling(temperature=0.8, top_k=4, seed=seed)], [position], [[]])
+            assert token is not None
             counts[token] += 1
     for token, count in counts.items():
         probability = expected.get(token, 0.0)
