@@ -65,7 +65,12 @@ class StageConfig(CommonConfig):
         "auto",
     )
     sleep_seconds: float = setting("LAMINA_SLEEP_SECONDS", parsers.seconds, "how long a pass takes with sleep", "0.03")
-    device: str = setting("LAMINA_DEVICE", parsers.one_of("auto", "cpu", "cuda"), "where the layers run", "auto")
+    device: str = setting(
+        "LAMINA_DEVICE",
+        parsers.one_of("auto", "cpu", "cuda"),
+        "where the layers run; auto: a GPU, if one is there and runs the dtype",
+        "auto",
+    )
     threads: int = setting("LAMINA_THREADS", parsers.integer(0, 1024), "threads of a pass; 0: as many as the CPU limit", "0")
     busy_threads: int = setting(
         "LAMINA_BUSY_THREADS",
@@ -205,6 +210,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         if config.layers not in config.cut:
             first, last = config.layers
             yield f"LAMINA_LAYERS: '{first}:{last}' is not allowed: one of the groups of LAMINA_CUT, {cut}"
+        if config.device == "cuda" and config.dtype == "int8":
+            yield "LAMINA_DEVICE: 'cuda' is not allowed with LAMINA_DTYPE int8, which runs on CPUs: cpu, auto, or another dtype"
         return
     if tuple(group for group, _ in config.stages) != config.cut:
         named = ",".join(f"{first}:{last}" for (first, last), _ in config.stages)

@@ -23,6 +23,13 @@ def choose(config: Mapping[str, Any]) -> Literal["llama", "transformers"]:
     return "llama" if LlamaGroup.supports(config) else "transformers"
 
 
+def device_for(configured: str, dtype: str) -> str:
+    """Where layers of a publication run: `auto` takes a GPU where there is one and the dtype runs on it. int8 runs on CPUs."""
+    if configured != "auto":
+        return configured
+    return "cuda" if dtype in FLOAT_DTYPES and torch.cuda.is_available() else "cpu"
+
+
 def build_layer_group(
     kind: Kind,
     config: Mapping[str, Any],

@@ -83,13 +83,13 @@ class LayerGroup(Protocol):
     def forward(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
         """Runs all segments, each of another sequence, in one pass and extends their KV by their lengths.
 
-        Tensors go in and come out on the CPU. What goes in is only read: it may be the very bytes of an event. What comes
-        out is the caller's to keep, no buffer of the group's. Where
-        this raises, the KV of the segments may be anything up to their length: the caller truncates.
+        Tensors go in and come out on the CPU, wherever the layers are. What goes in is only read: it may be the very bytes of
+        an event. What comes out is the caller's to keep, no buffer of the group's. Where this raises, the KV of the segments
+        may be anything up to their length: the caller truncates.
 
         inputs: int64 token ids [sum(length)] for the first group, else hidden states [sum(length), hidden_size].
         Returns hidden states [sum(length), hidden_size]; the last group has applied the final norm.
         """
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Last group only: [n, hidden_size] → float32 [n, vocab_size], with the family's scaling and soft cap."""
+        """Last group only: [n, hidden_size] → float32 [n, vocab_size] on the CPU, with the family's scaling and soft cap."""

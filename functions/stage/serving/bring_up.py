@@ -113,11 +113,12 @@ def _layer_group(config: StageConfig, model: ArrivingModel, start_up: StartUp) -
 
 
 def _built(config: StageConfig, model: ArrivingModel, start_up: StartUp) -> "LayerGroup":
-    from functions.stage.models.build import build_layer_group, choose
+    from functions.stage.models.build import build_layer_group, choose, device_for
 
     kind = choose(model.config) if config.layer_group == "auto" else config.layer_group
+    device = device_for(config.device, config.dtype)
     if kind == "llama":
-        return _placed_as_it_comes(config, model, start_up)
+        return _placed_as_it_comes(config, device, model, start_up)
     tensors: dict[str, torch.Tensor] = {}
     for loaded in model.objects:
         tensors |= _tensors(loaded)
@@ -128,17 +129,16 @@ def _built(config: StageConfig, model: ArrivingModel, start_up: StartUp) -> "Lay
         tensors,
         *config.layers,
         config.dtype,
-        _device(config.device),
+        device,
         config.kv_cache_bytes,
         config.sleep_seconds,
     )
 
 
-def _placed_as_it_comes(config: StageConfig, model: ArrivingModel, start_up: StartUp) -> "LayerGroup":
+def _placed_as_it_comes(config: StageConfig, device: str, model: ArrivingModel, start_up: StartUp) -> "LayerGroup":
     """Packs one layer while the next ones are still on their way, so that memory stays at the weights and a few parts."""
     from functions.stage.models.llama.group import LlamaGroup
 
-    device = _device(config.device)
     group = LlamaGroup(model.config, *config.layers, config.dtype, device, config.kv_cache_bytes)
     for loaded in model.objects:
         group.place(_tensors(loaded))
@@ -157,14 +157,6 @@ def _tensor(dtype: str, shape: tuple[int, ...], data: memoryview) -> "torch.Tens
 
     dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8}
     return torch.frombuffer(data, dtype=dtypes[dtype]).view(shape)
-
-
-def _device(configured: str) -> str:
-    import torch
-
-    if configured != "auto":
-        return configured
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class _Progress:

@@ -146,6 +146,10 @@ def test_a_label_that_looks_like_a_float_is_quoted() -> None:
         ({"cut": "0:10,11:20"}, r"\$\.cut: '0:10,11:20': group 11:20 must begin with layer 10"),
         ({"cut": "0:0"}, r"group 0:0 must begin with layer 0 and hold at least one layer"),
         ({"cut": "ten"}, r"\$\.cut: 'ten' is no cut such as"),
+        (
+            {"model": {"name": "m", "dtype": "int8"}, "stage": {"device": "cuda"}},
+            r"\$\.stage\.device: 'cuda' does not run \$\.model\.dtype int8",
+        ),
         ({"model": {"name": "m", "dtype": "fp8"}}, r"\$\.model\.dtype: 'fp8' is none of float32"),
         ({"stage": {"kv_cache": "1 GB"}}, r"\$\.stage\.kv_cache: '1 GB' is no Kubernetes quantity"),
         ({"stage": {"autoscaling": {"target": 9}}}, r"\$\.stage\.autoscaling\.target: 9.* is above container_concurrency 8"),

@@ -140,14 +140,14 @@ class LlamaGroup:
             self.kv.extend(segment.handle, segment.length)
         if self._norm is not None:
             hidden = self._norm(hidden)
-        return hidden.to(self.hidden_dtype)
+        return hidden.to("cpu", self.hidden_dtype)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """As `LayerGroup` says. Raises ValueError where the group is not the last."""
         if self._head is None:
             raise ValueError(f"layers {self.first_layer}:{self.last_layer} have no head: only the last group has")
-        return self._head(hidden.to(device=self._device, dtype=self._precision.activations)).float()
+        return self._head(hidden.to(device=self._device, dtype=self._precision.activations)).to("cpu", torch.float32)
 
     @property
     def shares_work(self) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from functions.stage.models.build import build_layer_group, choose
+from functions.stage.models.build import build_layer_group, choose, device_for
 from functions.stage.models.families import FAMILIES
 from functions.stage.models.kv_budget import KVBudget
 from functions.stage.models.layer_group import KVCacheFull, Segment
@@ -70,6 +70,23 @@ def test_what_the_lean_group_declines_goes_to_transformers() -> None:
     stage = tiny_models.stage_tensors(tensors("llama"), 2, 4)
     group = build_layer_group("auto", odd, stage, 2, 4, "float32", "cpu", 2**20)
     assert type(group).__name__ == "TransformersGroup"
+
+
+@pytest.mark.parametrize(
+    ("configured", "dtype", "has_gpu", "device"),
+    [
+        ("auto", "bfloat16", True, "cuda"),
+        ("auto", "bfloat16", False, "cpu"),
+        ("auto", "int8", True, "cpu"),
+        ("cpu", "float32", True, "cpu"),
+        ("cuda", "float32", False, "cuda"),
+    ],
+)
+def test_auto_takes_the_device_that_runs_the_dtype(
+    configured: str, dtype: str, has_gpu: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert device_for(configured, dtype) == device
 
 
 def test_lean_families_are_families() -> None:
