@@ -15,10 +15,15 @@ hole can take makes the pool move sequences together first; what is free can alw
 """
 
 from collections.abc import Iterable
+from typing import Final
 
 import torch
 
 from functions.stage.models.kv_budget import KVBudget
+
+
+_MOVED_AT_ONCE: Final = 2**20
+"""Bytes of a layer that pass through a buffer while ranges are moved, as far as one token has not more."""
 
 
 class KVPool(KVBudget):
@@ -48,10 +53,17 @@ class KVPool(KVBudget):
         return self._arena.device
 
     def reserve(self, tokens: int) -> int:
-        """Takes up to some milliseconds where sequences must be moved together first."""
+        """Takes up to some milliseconds where sequences must be moved together first.
+
+        Where moving fails, nothing is reserved, and a sequence that was being moved holds nothing any more.
+        """
         handle = super().reserve(tokens)
-        start = self._hole(tokens)
-        self._starts[handle] = self._compact() if start is None else start
+        try:
+            start = self._hole(tokens)
+            self._starts[handle] = self._compact() if start is None else start
+        except BaseException:
+            super().release(handle)
+            raise
         return handle
 
     def release(self, handle: int) -> None:
@@ -90,18 +102,36 @@ class KVPool(KVBudget):
         return end if self.capacity_tokens - end >= tokens else None
 
     def _compact(self) -> int:
-        """Moves all ranges to the front; where the free rest begins. Copies only what is held."""
+        """Moves all ranges to the front; where the free rest begins. Copies only what is held.
+
+        All memory that it takes is there before the first range moves. A range counts as empty until it has arrived in all
+        layers: a copy that fails half-way leaves a sequence that answers miss, never one with wrong keys and values.
+        """
+        buffer = self._buffer()
         end = 0
         for handle, start in self._by_start():
             if start != end:
-                self._move(start, end, self.length(handle))
+                held = self.length(handle)
+                self.truncate(handle, 0)
+                self._move(start, end, held, buffer)
                 self._starts[handle] = end
+                self.extend(handle, held)
             end += self.reserved(handle)
         return end
 
-    def _move(self, source: int, target: int, tokens: int) -> None:
-        for layer in self._layers:  # one layer at a time, because source and target may overlap
-            layer.narrow(2, target, tokens).copy_(layer.narrow(2, source, tokens).clone())
+    def _buffer(self) -> torch.Tensor:
+        """[2, num_kv_heads, tokens, head_dim] for some tokens of one layer."""
+        keys_and_values = self._layers[0]
+        token_bytes = self.bytes_per_token // self.num_layers
+        return torch.empty_like(keys_and_values[:, :, : max(1, _MOVED_AT_ONCE // token_bytes)])
+
+    def _move(self, source: int, target: int, tokens: int, buffer: torch.Tensor) -> None:
+        """Part after part, front to back, because source and target may overlap."""
+        for layer in self._layers:
+            for done in range(0, tokens, buffer.shape[2]):
+                part = buffer[:, :, : min(buffer.shape[2], tokens - done)]
+                part.copy_(layer.narrow(2, source + done, part.shape[2]))
+                layer.narrow(2, target + done, part.shape[2]).copy_(part)
 
     def _by_start(self) -> list[tuple[int, int]]:
         return sorted(self._starts.items(), key=lambda item: item[1])

@@ -1,11 +1,15 @@
 """The lean group's KV memory: what is free can be reserved, what is reserved is never another's, bytes are as planned."""
 
 import random
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from functions.stage.models.layer_group import KVCacheFull
+from functions.stage.models.llama import kv_pool
 from functions.stage.models.llama.kv_pool import KVPool
 
 TOKEN_BYTES = 3 * 2 * 2 * 4 * 4
@@ -60,6 +64,60 @@ def test_a_reservation_that_no_hole_takes_moves_the_others_together() -> None:
     assert_holds(kv, handles[3], 30.0)
     assert_holds(kv, large, 100.0)
     assert kv.free_tokens == 0
+
+
+class _CopiesFail(TorchDispatchMode):
+    """The `last`th copy into memory, counted from 0, fails, and all behind it; as a GPU's do once it has failed."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__()
+        self.left = last
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default or func is torch.ops.aten.clone.default:
+            if self.left == 0:
+                raise RuntimeError("no memory")
+            self.left -= 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("copies", range(24))
+def test_moving_that_fails_half_way_leaves_no_sequence_wrong(copies: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_pool, "_MOVED_AT_ONCE", 5 * 2 * 2 * 4 * 4)
+    kv = pool(100)
+    handles = [kv.reserve(20) for _ in range(5)]
+    for number, handle in enumerate(handles):
+        fill(kv, handle, 0, 10, 10.0 * number)
+    for number in (0, 2, 4):
+        kv.release(handles[number])
+    with pytest.raises(RuntimeError, match="no memory"), _CopiesFail(copies):
+        kv.reserve(60)
+    assert kv.free_tokens == 60, "the reservation that failed is not there"
+    assert [kv.length(handle) for handle in (handles[1], handles[3])].count(10) == 1
+    for number in (1, 3):
+        assert_holds(kv, handles[number], 10.0 * number)
+    large = kv.reserve(60)
+    fill(kv, large, 0, 60, 100.0)
+    fill(kv, handles[1], kv.length(handles[1]), 20, 10.0)
+    fill(kv, handles[3], kv.length(handles[3]), 20, 30.0)
+    for handle, value in ((large, 100.0), (handles[1], 10.0), (handles[3], 30.0)):
+        assert_holds(kv, handle, value)
+
+
+def test_moving_takes_its_memory_before_it_moves_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    kv = pool(100)
+    first, second = kv.reserve(30), kv.reserve(30)
+    fill(kv, second, 0, 30, 7.0)
+    kv.release(first)
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "empty_like", full)
+    with pytest.raises(MemoryError):
+        kv.reserve(60)
+    assert (kv.length(second), kv.free_tokens) == (30, 70)
+    assert_holds(kv, second, 7.0)
 
 
 @pytest.mark.parametrize("seed", range(3))
