@@ -16,6 +16,8 @@ from functions.stage.engine.sequences import Refusal, SequenceState, SequenceTab
 from functions.stage.engine.wire_tensors import hidden_tensor, token_tensor, wire_tensor
 from functions.stage.models.layer_group import LayerGroup, Segment
 
+_TOKENS_AT_ONCE: Final = 1024
+"""In the layers: what these take grows with the tokens of a pass, and more of them gain nothing."""
 _LOGITS_AT_ONCE: Final = 256
 """Rows of logits in memory at once: 256 × 128k × 4 bytes are 128 MiB."""
 
@@ -143,7 +145,17 @@ class ForwardPass:
             begin = row.end
             segments.append(Segment(row.sequence.handle, row.row.position, row.row.length))
         inputs = [part.inputs() for part in parts]
-        return self._group.forward(torch.cat(inputs) if len(inputs) > 1 else inputs[0], segments)
+        return self._through_the_layers(torch.cat(inputs) if len(inputs) > 1 else inputs[0], segments)
+
+    def _through_the_layers(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+        """One pass of the group, or several one after the other where a long text is scored in a single event."""
+        if len(inputs) <= _TOKENS_AT_ONCE:
+            return self._group.forward(inputs, segments)
+        hidden = torch.empty(len(inputs), self._group.hidden_size, dtype=self._group.hidden_dtype)
+        for first in range(0, len(inputs), _TOKENS_AT_ONCE):
+            rows = slice(first, min(first + _TOKENS_AT_ONCE, len(inputs)))
+            hidden[rows] = self._group.forward(inputs[rows], _segments_of(segments, rows))
+        return hidden
 
     def _refuse_not_finite(self, parts: Sequence[Part], hidden: torch.Tensor) -> None:
         if all_finite(hidden):
@@ -199,6 +211,18 @@ class ForwardPass:
             some = slice(first, first + _LOGITS_AT_ONCE)
             found += log_probabilities(self._group.logits(predicting[some]), predicted[some])
         return tuple(found)
+
+
+def _segments_of(segments: Sequence[Segment], rows: slice) -> list[Segment]:
+    """What some rows of a pass are of its segments."""
+    parts: list[Segment] = []
+    begin = 0
+    for segment in segments:
+        first, last = max(begin, rows.start) - begin, min(begin + segment.length, rows.stop) - begin
+        if first < last:
+            parts.append(Segment(segment.handle, segment.position + first, last - first))
+        begin += segment.length
+    return parts
 
 
 def _answer(row: _Computed) -> Row:

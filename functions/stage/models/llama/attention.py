@@ -1,11 +1,13 @@
-"""Attention of the segments of one pass over the KV pool: one call of torch's kernel for each sequence.
+"""Attention of the segments of one pass over the KV pool: one call of torch's kernel for each sequence, or a few.
 
 The linear layers see all rows of a pass as one matrix; here each sequence reads its own range of the pool in place.
-What is the same in every layer (masks, which tokens are read) is found once per pass.
+What is the same in every layer (masks, which tokens are read) is found once per pass. A chunk whose mask would be large is
+attended to block by block, so that memory does not grow with the product of chunk and context.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Final
 
 import torch
 from torch.nn import functional
@@ -13,23 +15,28 @@ from torch.nn import functional
 from functions.stage.models.layer_group import Segment
 from functions.stage.models.llama.kv_pool import KVPool
 
+_MASK_NUMBERS: Final = 2**20
+"""Of one mask, as far as one row has not more."""
+_MASKS_KEPT: Final = 16
+
 
 class PassAttention:
     """The segments of one pass, in layers that look back `window` tokens (None: over everything)."""
 
     def __init__(self, segments: Sequence[Segment], pool: KVPool, window: int | None, dtype: torch.dtype) -> None:
-        firsts = [0 if window is None else max(0, segment.position - window + 1) for segment in segments]
+        self._segments = segments
+        self._window = window
+        self._dtype = dtype
+        self._device = pool.device
         self._lengths = [segment.length for segment in segments]
-        self._masks = [
-            _mask(segment, first, window, dtype, pool.device) for segment, first in zip(segments, firsts, strict=True)
-        ]
-        self._causal = [segment.length > 1 and mask is None for segment, mask in zip(segments, self._masks, strict=True)]
+        self._firsts = [self._first_seen(segment.position) for segment in segments]
+        self._masks: dict[tuple[int, int], torch.Tensor] = {}
         # [layer][segment]: keys and values
         self._reads = list(
             zip(
                 *(
                     pool.read(segment.handle, first, segment.position + segment.length)
-                    for segment, first in zip(segments, firsts, strict=True)
+                    for segment, first in zip(segments, self._firsts, strict=True)
                 ),
                 strict=True,
             )
@@ -37,18 +44,52 @@ class PassAttention:
 
     def __call__(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
         """Queries [n, num_kv_heads, heads per kv head, head_dim] of the pass → [n, num_heads * head_dim]."""
+        parts = zip(self._segments, self._firsts, torch.split(queries, self._lengths), self._reads[layer], strict=True)
         attended = [
-            _decode(segment_queries, keys, values) if length == 1 else _chunk(segment_queries, keys, values, mask, causal)
-            for length, segment_queries, (keys, values), mask, causal in zip(
-                self._lengths,
-                torch.split(queries, self._lengths),
-                self._reads[layer],
-                self._masks,
-                self._causal,
-                strict=True,
-            )
+            result
+            for segment, first, own_queries, (keys, values) in parts
+            for result in self._segment(segment, first, own_queries, keys, values)
         ]
         return attended[0] if len(attended) == 1 else torch.cat(attended)
+
+    def _segment(
+        self, segment: Segment, first: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> Iterator[torch.Tensor]:
+        """first: token that keys and values begin with."""
+        if segment.length == 1:
+            yield _decode(queries, keys, values)
+        elif segment.position == 0 and (self._window is None or segment.length <= self._window):
+            yield _chunk(queries, keys, values, None)
+        else:
+            for begin, end in self._blocks(segment):
+                position = segment.position + begin
+                seen = slice(self._first_seen(position) - first, segment.position + end - first)
+                mask = self._mask(end - begin, position - self._first_seen(position))
+                yield _chunk(queries[begin:end], keys[:, :, seen], values[:, :, seen], mask)
+
+    def _blocks(self, segment: Segment) -> Iterator[tuple[int, int]]:
+        """Rows of the segment, so many at once that their mask is small."""
+        begin = 0
+        while begin < segment.length:
+            position = segment.position + begin
+            back = position - self._first_seen(position)
+            rows = max(1, (math.isqrt(back * back + 4 * _MASK_NUMBERS) - back) // 2)
+            yield begin, (begin := min(begin + rows, segment.length))
+
+    def _first_seen(self, position: int) -> int:
+        return 0 if self._window is None else max(0, position - self._window + 1)
+
+    def _mask(self, rows: int, back: int) -> torch.Tensor:
+        """Additive [rows, back + rows], for rows of which the first sees `back` tokens before itself."""
+        if (rows, back) not in self._masks:
+            if len(self._masks) == _MASKS_KEPT:
+                self._masks.clear()
+            everything = torch.full((rows, back + rows), -math.inf, dtype=self._dtype, device=self._device)
+            mask = everything.triu(back + 1)
+            if self._window is not None and back + rows > self._window:
+                mask += everything.tril_(back - self._window)
+            self._masks[rows, back] = mask
+        return self._masks[rows, back]
 
 
 def _decode(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -59,20 +100,9 @@ def _decode(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> 
     return functional.scaled_dot_product_attention(queries.transpose(0, 1), keys, values).view(1, -1)
 
 
-def _chunk(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, causal: bool
-) -> torch.Tensor:
+def _chunk(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """mask None: the chunk is all that there is, and each token sees what is before it."""
     heads = queries.flatten(1, 2).transpose(0, 1).unsqueeze(0)
     keys, values = keys.transpose(0, 1), values.transpose(0, 1)
-    attended = functional.scaled_dot_product_attention(heads, keys, values, mask, is_causal=causal, enable_gqa=True)
+    attended = functional.scaled_dot_product_attention(heads, keys, values, mask, is_causal=mask is None, enable_gqa=True)
     return attended.squeeze(0).transpose(0, 1).flatten(1)
-
-
-def _mask(segment: Segment, first: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
-    """Additive [length, tokens read]; None where nothing but the future of a whole prompt is hidden, or nothing at all."""
-    if segment.length == 1 or (segment.position == 0 and (window is None or segment.length <= window)):
-        return None
-    end = segment.position + segment.length
-    distance = torch.arange(segment.position, end, device=device).unsqueeze(1) - torch.arange(first, end, device=device)
-    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)

@@ -26,6 +26,8 @@ _LAYER_NUMBER: Final = re.compile(r"(?<![^.])\d+(?=\.)")
 """The first number in a tensor's name is its layer's."""
 _ALIBI_CONTEXT: Final = 2048
 """For configs that state no context, as BLOOM's: what it was trained with."""
+_SCORES_AT_ONCE: Final = 2**22
+"""Numbers in what attention may make at once, rows times tokens and, where it makes all scores, heads."""
 
 
 class TransformersGroup:
@@ -55,6 +57,8 @@ class TransformersGroup:
         # transformers 5.24 renamed it.
         takes = inspect.signature(self._base.forward).parameters
         self._cache_argument = "cache" if "cache" in takes else "past_key_values"
+        eager = config._attn_implementation == "eager"
+        self._scores_per_token: int = config.num_attention_heads if eager else 1
         self._head = model
         setattr(model, model.base_model_prefix, _GivenHiddenStates())
         self.kv = TransformersKVCache(capacity_tokens=1, num_layers=last_layer - first_layer)
@@ -97,10 +101,16 @@ class TransformersGroup:
         return torch.cat(outputs).to("cpu", self.hidden_dtype)
 
     def _forward_one(self, inputs: torch.Tensor, handle: int) -> torch.Tensor:
+        """A long segment part after part: masks, and in some families scores, grow with the product of rows and tokens."""
         name = "input_ids" if self.first_layer == 0 else "inputs_embeds"
-        output = self._base(**{name: inputs[None], self._cache_argument: self.kv.cache(handle)}, use_cache=True)
-        hidden: torch.Tensor = output.last_hidden_state[0]
-        return hidden
+        cache = self.kv.cache(handle)
+        end = self.kv.length(handle) + len(inputs)
+        rows = max(1, _SCORES_AT_ONCE // (end * self._scores_per_token))
+        outputs = [
+            self._base(**{name: part[None], self._cache_argument: cache}, use_cache=True).last_hidden_state[0]
+            for part in torch.split(inputs, rows)
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
