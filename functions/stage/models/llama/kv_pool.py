@@ -21,7 +21,6 @@ import torch
 
 from functions.stage.models.kv_budget import KVBudget
 
-
 _MOVED_AT_ONCE: Final = 2**20
 """Bytes of a layer that pass through a buffer while ranges are moved, as far as one token has not more."""
 

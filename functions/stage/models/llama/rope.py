@@ -18,6 +18,7 @@ import torch
 def rope_parameters(config: Mapping[str, Any], default_theta: float) -> dict[str, Any]:
     """`rope_parameters` of transformers 5, or `rope_theta` with `rope_scaling` of older configs, as one flat dict."""
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    given = given if isinstance(given, Mapping) else {"rope_type": repr(given)}
     parameters = {key: value for key, value in given.items() if value is not None}
     parameters.setdefault("rope_type", parameters.get("type", "default"))
     parameters.setdefault("rope_theta", config.get("rope_theta") or default_theta)
@@ -84,6 +85,11 @@ def _yarn_attention_factor(parameters: Mapping[str, Any]) -> float:
     return tempered(1.0)
 
 
+_COMMON: Final = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"})
+_OPTIONAL: Final[dict[str, frozenset[str]]] = {
+    "default": frozenset({"factor"}),  # transformers reads no factor either
+    "yarn": frozenset({"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}),
+}
 _NEEDED: Final[dict[str, tuple[str, ...]]] = {
     "default": (),
     "linear": ("factor",),
@@ -99,13 +105,22 @@ _FREQUENCIES: Final[dict[str, Callable[[Mapping[str, Any], int], tuple[torch.Ten
 
 
 def rope_supported(parameters: Mapping[str, Any]) -> bool:
-    """Whether `Rope` can be built from what `rope_parameters` returned."""
-    needed = _NEEDED.get(parameters["rope_type"])
+    """Whether `Rope` reads all of what `rope_parameters` returned: what it does not know may change the numbers."""
+    rope_type = parameters["rope_type"]
+    needed = _NEEDED.get(rope_type) if isinstance(rope_type, str) else None
+    if needed is None:
+        return False
+    known = _COMMON.union(needed, _OPTIONAL.get(rope_type, ()))
+    numbers = set(needed).union(set(parameters) - {"rope_type", "type", "truncate"})
     return (
-        needed is not None
-        and all(isinstance(parameters.get(name), int | float) for name in needed)
+        known.issuperset(parameters)
+        and all(_is_number(parameters.get(name)) for name in numbers)
         and parameters["partial_rotary_factor"] == 1.0
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def interleaved_rows(num_heads: int, head_dim: int) -> torch.Tensor:

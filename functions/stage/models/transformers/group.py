@@ -20,6 +20,7 @@ from transformers.utils import logging
 from functions.stage.models.families import Family, cut_config, family_of
 from functions.stage.models.layer_group import FLOAT_DTYPES, MissingTensors, Segment
 from functions.stage.models.transformers.cache import TransformersKVCache
+from functions.stage.models.transformers.long_rope import LongRope
 
 _HEADS: Final = ("lm_head", "embed_out")
 _LAYER_NUMBER: Final = re.compile(r"(?<![^.])\d+(?=\.)")
@@ -57,6 +58,7 @@ class TransformersGroup:
         # transformers 5.24 renamed it.
         takes = inspect.signature(self._base.forward).parameters
         self._cache_argument = "cache" if "cache" in takes else "past_key_values"
+        self._long_rope = LongRope(self._base)
         eager = config._attn_implementation == "eager"
         self._scores_per_token: int = config.num_attention_heads if eager else 1
         self._head = model
@@ -79,7 +81,7 @@ class TransformersGroup:
 
         tensors: by their names in the checkpoint; at least this group's layers, and the embedding and head it owns.
         They are used in place where dtype and device are theirs already. dtype: a key of FLOAT_DTYPES.
-        Raises UnsupportedArchitecture, MissingTensors.
+        Raises UnsupportedArchitecture, UnsupportedRope, MissingTensors.
         """
         family = family_of(config)
         # Whatever the weights were quantized with before, they were published as plain floats.
@@ -104,6 +106,7 @@ class TransformersGroup:
         """A long segment part after part: masks, and in some families scores, grow with the product of rows and tokens."""
         name = "input_ids" if self.first_layer == 0 else "inputs_embeds"
         cache = self.kv.cache(handle)
+        self._long_rope.choose(self.kv.reserved(handle))
         end = self.kv.length(handle) + len(inputs)
         rows = max(1, _SCORES_AT_ONCE // (end * self._scores_per_token))
         outputs = [
