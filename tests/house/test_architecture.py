@@ -21,8 +21,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "kubernetes": ("knative/cluster/client.py",),
     "botocore": ("storage/store/object_store.py",),
     "transformers": (
-        "functions/stage/models/transformers/group.py",
-        "functions/stage/models/transformers/cache.py",
+        "functions/stage/models/transformers/",
         "storage/checkpoints/hugging_face_folder.py",
         "storage/checkpoints/model_description.py",
     ),
