@@ -35,6 +35,7 @@ class GatewayFunction:
         self._config = config
         self._start_up = start_up
         self._metrics = GatewayMetrics()
+        self._metrics.queue_limit.set(config.queue_limit)
         start_up.report_to(self._metrics.phase_ended)
         self._answers: Answers | None = None
         self._tracer = make_tracer(config.traces_endpoint, "lamina-gateway", {"lamina.pipeline": config.pipeline})

@@ -13,8 +13,8 @@ _log: Final = logging.getLogger(__name__)
 STEP_SECONDS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 """Buckets for what happens in every step."""
 
-ANSWER_SECONDS: Final = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0, 600.0)
-"""Buckets for what a person waits for."""
+ANSWER_SECONDS: Final = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+"""Buckets for what a person waits for. An alert's threshold is one of them: within a bucket, quantiles are guesses."""
 
 
 def set_up_logging(level: str) -> None:

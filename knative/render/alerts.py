@@ -8,6 +8,11 @@ from string import Template
 from typing import Any, Final
 
 _OF_PIPELINE: Final = "sum by (namespace, pipeline)"
+_NO_FAILURES: Final = (
+    "stop|length|cancelled|invalid-request|malformed-event|unauthorized|unknown-event-type|event-expired|event-too-large|"
+    "unsupported-media-type|wrong-pipeline|wrong-layer"
+)
+"""Answers that ended well, and refusals of what a client asked for."""
 _RUNBOOK: Final = "docs/operating.md#"
 
 
@@ -33,7 +38,7 @@ ALERTS: Final = (
     ),
     Alert(
         "LaminaAnswersFail",
-        f'{_OF_PIPELINE} (rate(lamina_gateway_answers_total{{outcome!~"stop|length|cancelled|invalid-request",$of}}[5m]))'
+        f'{_OF_PIPELINE} (rate(lamina_gateway_answers_total{{outcome!~"{_NO_FAILURES}",$of}}[5m]))'
         f" / {_OF_PIPELINE} (rate(lamina_gateway_answers_total{{$of}}[5m])) > 0.05",
         5,
         "critical",
@@ -49,10 +54,10 @@ ALERTS: Final = (
     ),
     Alert(
         "LaminaQueueLong",
-        f"{_OF_PIPELINE} (lamina_gateway_waiting_sequences{{$of}}) > 64",
+        f"{_OF_PIPELINE} (lamina_gateway_waiting_sequences{{$of}}) > 0.25 * {_OF_PIPELINE} (lamina_gateway_queue_limit{{$of}})",
         10,
         "warning",
-        "More than 64 requests have been waiting for ten minutes",
+        "For ten minutes, more than a quarter of the requests that may wait have been waiting",
     ),
     Alert(
         "LaminaReplays",
@@ -64,25 +69,32 @@ ALERTS: Final = (
     ),
     Alert(
         "LaminaStageFails",
-        'sum by (namespace, pipeline, service) (rate(lamina_stage_events_total{status="500",$of}[5m])) > 0.1',
+        'sum by (namespace, pipeline, service) (rate(lamina_stage_events_total{status="500",$of}[5m]))'
+        " / sum by (namespace, pipeline, service) (rate(lamina_stage_events_total{$of}[5m])) > 0.01",
         5,
         "critical",
-        "A stage fails while it computes",
+        "A stage fails with more than one event in a hundred",
     ),
     Alert(
         "LaminaStageMemoryFull",
-        "max by (namespace, pipeline, service) (lamina_stage_free_tokens{$of}) < 256"
-        f" and on (namespace, pipeline) {_OF_PIPELINE} (lamina_gateway_waiting_sequences{{$of}}) > 0",
+        f"{_OF_PIPELINE} (lamina_gateway_hungry_sequences{{$of}}) > 0",
         10,
         "warning",
-        "Requests wait because no pod of a stage has room for their keys and values",
+        "Requests wait because a stage has no room for their keys and values",
     ),
     Alert(
         "LaminaNotReady",
-        "min by (namespace, pipeline, service, pod) (lamina_ready{$of}) == 0",
-        10,
+        "max by (namespace, pipeline, service) (max_over_time(lamina_ready{$of}[3m])) == 0",
+        5,
+        "critical",
+        "A Service has pods, and none has become ready for five minutes",
+    ),
+    Alert(
+        "LaminaPodNotReady",
+        "max by (namespace, pipeline, service, pod) (max_over_time(lamina_ready{$of}[3m])) == 0",
+        15,
         "warning",
-        "A pod has not become ready for ten minutes",
+        "A pod has not become ready for fifteen minutes, however often it began anew",
     ),
 )
 

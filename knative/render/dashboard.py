@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 _OF: Final = 'namespace="$namespace",pipeline="$pipeline"'
-_KNATIVE_OF: Final = 'k8s_namespace_name="$namespace",kn_service_name=~"$pipeline.*"'
+_KNATIVE_OF: Final = 'k8s_namespace_name="$namespace",kn_service_name=~"$pipeline(-[0-9a-f]{8}-(s[0-9]+|ev))?"'
+"""The Services that knative/render/services.py names after a pipeline, and none of `$pipeline-2`."""
 _RATE: Final = "[$__rate_interval]"
 _WIDTH, _HEIGHT, _COLUMNS = 8, 8, 24
 
@@ -48,9 +49,10 @@ ROWS: Final[dict[str, tuple[Panel, ...]]] = {
         Panel("Tokens", "short", "Per second: drawn by the last stage, and prompt tokens sent, replays included.",
               [(f"sum (rate(lamina_gateway_drawn_tokens_total{{{_OF}}}{_RATE}))", "drawn"),
                (f"sum (rate(lamina_gateway_sent_prompt_tokens_total{{{_OF}}}{_RATE}))", "prompt")]),
-        Panel("Sequences", "short", "Being answered, and waiting for their turn.",
+        Panel("Sequences", "short", "Being answered, and waiting for their turn; of those, for a stage's memory.",
               [(f"sum (lamina_gateway_running_sequences{{{_OF}}})", "running"),
-               (f"sum (lamina_gateway_waiting_sequences{{{_OF}}})", "waiting")]),
+               (f"sum (lamina_gateway_waiting_sequences{{{_OF}}})", "waiting"),
+               (f"sum (lamina_gateway_hungry_sequences{{{_OF}}})", "for memory")]),
         Panel("Micro-batches", "short", "That exist, and events on their way; fewer events than stages leave a stage idle.",
               [(f"sum (lamina_gateway_micro_batches{{{_OF}}})", "micro-batches"),
                (f"sum (lamina_gateway_events_in_flight{{{_OF}}})", "events in flight")]),
@@ -100,7 +102,7 @@ ROWS: Final[dict[str, tuple[Panel, ...]]] = {
               [(f"kn_revision_concurrency_stable{{{_KNATIVE_OF}}}", "{{kn_revision_name}} stable"),
                (f"kn_revision_concurrency_panic{{{_KNATIVE_OF}}}", "{{kn_revision_name}} panic"),
                (f"kn_revision_concurrency_target{{{_KNATIVE_OF}}}", "{{kn_revision_name}} target")]),
-        Panel("Waiting in queue-proxy", "short", "Requests beyond containerConcurrency; with `queue_proxy_metrics`.",
+        Panel("In queue-proxy", "short", "Running and waiting, each as of its pod's last arrival; with `queue_proxy_metrics`.",
               [(f"sum by (service) (kn_serving_queue_depth{{{_OF}}})", "{{service}}")]),
     ),
 }  # fmt: skip

@@ -1,8 +1,14 @@
 """What a gateway measures of its answers; the scheduler's own metrics are in `scheduling`."""
 
-from prometheus_client import Counter, Histogram
+from typing import Final, get_args
 
+from prometheus_client import Counter, Gauge, Histogram
+
+from eventing.problems import PROBLEMS
+from eventing.wire.generation import FinishReason
 from functions.observing.telemetry import ANSWER_SECONDS, STEP_SECONDS, FunctionMetrics
+
+OUTCOMES: Final = (*get_args(FinishReason), *(problem.name for problem in PROBLEMS.values()))
 
 
 class GatewayMetrics(FunctionMetrics):
@@ -10,6 +16,9 @@ class GatewayMetrics(FunctionMetrics):
         super().__init__()
         registry = self.registry
         self.answers = Counter("lamina_gateway_answers", "Answers by how they ended", ["outcome"], registry=registry)
+        for outcome in OUTCOMES:  # from 0 on, or a rate would not see the first of a kind
+            self.answers.labels(outcome)
+        self.queue_limit = Gauge("lamina_gateway_queue_limit", "Requests that may wait", registry=registry)
         self.prompt_tokens = Counter("lamina_gateway_prompt_tokens", "Tokens of prompts taken in", registry=registry)
         self.tokens = Counter("lamina_gateway_tokens", "Tokens generated", registry=registry)
         self.first_token = Histogram(

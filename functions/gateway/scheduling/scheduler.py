@@ -131,6 +131,7 @@ class Scheduler:
             stats = board.stats.snapshot()
             stats.waiting, stats.running = len(board.waiting), board.running
             stats.micro_batches, stats.trips = len(board.micro_batches), len(board.steps)
+            stats.hungry = len(board.waiting.hungry.sequences)
             return stats
 
     # For the watch.

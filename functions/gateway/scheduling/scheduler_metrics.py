@@ -1,11 +1,27 @@
 """The scheduler's counters as metrics, read whenever somebody asks for them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Final, get_args
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from eventing.problems import PROBLEMS
+from eventing.wire.events import Status
+from eventing.wire.generation import FinishReason
 from functions.gateway.scheduling.stats import Stats
+
+_PROBLEMS: Final = tuple(problem.name for problem in PROBLEMS.values())
+_OUTCOMES: Final = (*get_args(FinishReason), *_PROBLEMS)
+_BROKEN_ROUTES: Final = ("refused", "broken", "timeout", "infrastructure", "malformed")
+_REPLAY_CAUSES: Final = (
+    *_BROKEN_ROUTES,
+    *_PROBLEMS,
+    *(str(status) for status in Status if status is not Status.OK),
+    "rebooted",
+    "moved",
+)
+_MOVE_CAUSES: Final = ("leaving", "balance")
 
 
 class SchedulerCollector(Collector):
@@ -18,6 +34,9 @@ class SchedulerCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
         yield GaugeMetricFamily("lamina_gateway_waiting_sequences", "Requests that wait for their turn", stats.waiting)
+        yield GaugeMetricFamily(
+            "lamina_gateway_hungry_sequences", "Requests that wait because a stage has no memory for them", stats.hungry
+        )
         yield GaugeMetricFamily("lamina_gateway_running_sequences", "Requests that are being answered", stats.running)
         yield GaugeMetricFamily("lamina_gateway_micro_batches", "Micro-batches that exist", stats.micro_batches)
         yield GaugeMetricFamily("lamina_gateway_events_in_flight", "Forward events on their way", stats.trips)
@@ -26,9 +45,11 @@ class SchedulerCollector(Collector):
             "lamina_gateway_sent_prompt_tokens", "Prompt tokens sent, replays included", stats.prompt_tokens
         )
         yield CounterMetricFamily("lamina_gateway_wakes", "Warm-ups of sleeping stages", stats.wakes)
-        yield _by_label("lamina_gateway_sequences", "Sequences by how they ended", "outcome", stats.sequences)
-        yield _by_label("lamina_gateway_replays", "Sequences computed anew, by cause", "cause", stats.replays)
-        yield _by_label("lamina_gateway_moves", "Micro-batches that moved to another instance", "cause", stats.moves)
+        yield _by_label("lamina_gateway_sequences", "Sequences by how they ended", "outcome", stats.sequences, _OUTCOMES)
+        yield _by_label("lamina_gateway_replays", "Sequences computed anew, by cause", "cause", stats.replays, _REPLAY_CAUSES)
+        yield _by_label(
+            "lamina_gateway_moves", "Micro-batches that moved to another instance", "cause", stats.moves, _MOVE_CAUSES
+        )
         yield from self._stages(stats)
 
     def _stages(self, stats: Stats) -> Iterator[Metric]:
@@ -40,8 +61,9 @@ class SchedulerCollector(Collector):
         yield from (steps, seconds)
 
 
-def _by_label(name: str, help_: str, label: str, counts: Mapping[str, int]) -> CounterMetricFamily:
+def _by_label(name: str, help_: str, label: str, counts: Mapping[str, int], born: Iterable[str]) -> CounterMetricFamily:
+    """born: values that are there from 0 on, because a rate does not see a series begin."""
     family = CounterMetricFamily(name, help_, labels=[label])
-    for value, count in counts.items():
+    for value, count in {**dict.fromkeys(born, 0), **counts}.items():
         family.add_metric([value], count)
     return family

@@ -29,10 +29,12 @@ class StageStats:
 
 @dataclass(slots=True)
 class Stats:
-    """Counters since the start, but for the first four, which say how it stands now."""
+    """Counters since the start, but for the first five, which say how it stands now."""
 
     stages: list[StageStats]
     waiting: int = 0
+    hungry: int = 0
+    """Of those, told by a stage that it has no memory for them."""
     running: int = 0
     micro_batches: int = 0
     trips: int = 0

@@ -1,14 +1,19 @@
 """What a stage measures."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from eventing.problems import PROBLEMS
+from eventing.wire.events import EventType, Status
 from functions.observing.telemetry import STEP_SECONDS, FunctionMetrics
 
 if TYPE_CHECKING:
     from functions.stage.engine.engine import PassStatistics
+
+EVENT_TYPES: Final = (EventType.FORWARD, EventType.WARMUP, EventType.RESERVE, EventType.RELEASE, "unknown", "unread")
+STATUSES: Final = ("200", *sorted({str(problem.status) for problem in PROBLEMS.values()}))
 
 
 class StageMetrics(FunctionMetrics):
@@ -18,6 +23,12 @@ class StageMetrics(FunctionMetrics):
         self.events = Counter("lamina_stage_events", "Events answered", ["type", "status"], registry=registry)
         self.in_flight = Gauge("lamina_stage_events_in_flight", "Events that are being answered", registry=registry)
         self.rows = Counter("lamina_stage_rows", "Rows answered", ["status"], registry=registry)
+        # From 0 on, or a rate would not see the first of a kind.
+        for type_ in EVENT_TYPES:
+            for status in STATUSES:
+                self.events.labels(type_, status)
+        for row_status in Status:
+            self.rows.labels(str(row_status))
         self.tokens = Counter("lamina_stage_tokens", "Tokens that went through the layers", registry=registry)
         self.queue = Histogram(
             "lamina_stage_queue_seconds", "An event waited in the stage", buckets=STEP_SECONDS, registry=registry

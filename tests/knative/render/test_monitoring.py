@@ -92,6 +92,22 @@ def test_every_panel_asks_for_what_is_exported(exported: Metrics) -> None:
         assert set(re.findall(r"{{(\w+)}}", legend)) <= labels, expression
 
 
+def test_the_last_row_is_of_one_pipeline_alone() -> None:
+    """Grafana puts the pipeline's name into a regular expression, which Prometheus anchors."""
+    seen = 0
+    named = pipeline()
+    own = [named.spec.name, named.stage_name(0), named.stage_name(11), named.events_gateway_name]
+    others = ["chat2", "chat-2", "chat-2-0123abcd-s0", "my-chat", "chat2-0123abcd-s0", "chat-0123abcd-s0-extra"]
+    for panel in dashboard()["panels"]:
+        for target in panel.get("targets", []):
+            for pattern in re.findall(r'kn_service_name=~"([^"]*)"', target["expr"]):
+                seen += 1
+                services = re.compile(pattern.replace("$pipeline", "chat"))
+                assert all(services.fullmatch(name) for name in own)
+                assert not any(services.fullmatch(name) for name in others)
+    assert seen >= 5
+
+
 def test_every_alert_asks_for_what_is_exported(exported: Metrics) -> None:
     for matchers in ("", 'namespace="models",pipeline="chat"'):
         for rule in rule_groups(matchers)[0]["rules"]:
