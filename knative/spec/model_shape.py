@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
+from functions.stage.native.limits import obstacle
 from knative.spec.errors import UnknownShape
 from storage.models.model_repository import ModelManifest, Reader, layer_object, read_file
 
@@ -39,6 +40,8 @@ class ModelShape:
     head_compute: int
     kv_values_per_layer: int
     """Numbers that one token leaves in the KV cache of one layer: 2 x key-value heads x head size."""
+    slow_because: str | None = None
+    """Why a CPU runs the layers by slower means than machine code; None: it does not."""
 
     @property
     def num_layers(self) -> int:
@@ -113,7 +116,14 @@ def _shape(text: Mapping[str, Any], name: str, dtype: str, parameters: _Paramete
         layer_compute=parameters.active_layers,
         head_compute=_number(text, name, "vocab_size") * hidden,
         kv_values_per_layer=2 * _kv_heads(text, name) * _head_size(text, name),
+        slow_because=_slow_because(text, name, dtype),
     )
+
+
+def _slow_because(text: Mapping[str, Any], name: str, dtype: str) -> str | None:
+    """By dtype and sizes alone: whether the family is one that has machine code, the stage will say."""
+    sizes = {key: size for key in ("hidden_size", "intermediate_size") if (size := _first(text, key)) is not None}
+    return obstacle(dtype, "cpu", {**sizes, "head_dim": _head_size(text, name)})
 
 
 def _shape_from_tensors(config: Mapping[str, Any], name: str, dtype: str, sizes: Mapping[str, int]) -> ModelShape:

@@ -84,6 +84,11 @@ class Engine:
         """Sequences that have KV reserved."""
         return len(self._sequences)
 
+    @property
+    def runs_by(self) -> str:
+        """What computes the layers; see `LayerGroup`."""
+        return self._group.runs_by
+
     def start(self) -> None:
         self._thread.start()
 

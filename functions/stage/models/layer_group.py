@@ -72,6 +72,8 @@ class LayerGroup(Protocol):
     """The model's context, tokens."""
     hidden_dtype: torch.dtype
     """Of hidden states on the wire: float32, bfloat16 or float16."""
+    runs_by: str
+    """What computes the layers and, where that is not the fastest, why: for people."""
 
     @property
     def shares_work(self) -> bool:

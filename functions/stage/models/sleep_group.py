@@ -21,6 +21,7 @@ class SleepGroup:
     """Implements `LayerGroup`."""
 
     shares_work: Final = True
+    runs_by = "nothing: passes sleep"
 
     def __init__(
         self, config: Mapping[str, Any], first_layer: int, last_layer: int, kv_budget_bytes: int, seconds: float

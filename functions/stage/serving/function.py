@@ -99,7 +99,8 @@ class StageFunction:
         with self._changed:
             self._engine = engine
             self._changed.notify_all()
-        _log.info("ready: %s", ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.phases().items()))
+        phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.phases().items())
+        _log.info("ready: %s; layers run by %s", phases, engine.runs_by)
 
     def _fail(self, stop: Callable[[int], None]) -> None:
         with self._changed:
@@ -117,4 +118,8 @@ class StageFunction:
         return None
 
     def _ready(self) -> tuple[bool, Mapping[str, object]]:
-        return self._engine is not None and not self._draining, {"instance": self.instance, "start_up": self.phases()}
+        return self._engine is not None and not self._draining, {
+            "instance": self.instance,
+            "start_up": self.phases(),
+            "layers_run_by": None if self._engine is None else self._engine.runs_by,
+        }

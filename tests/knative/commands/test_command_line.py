@@ -1,5 +1,6 @@
 """The command line: one clear line for what goes wrong, and `run` from a folder to an answer, with nothing left behind."""
 
+import json
 import re
 import signal
 import subprocess
@@ -87,6 +88,15 @@ def test_plan_of_llama_2_13b() -> None:
     assert "a hop carries 10240 bytes per token" in result.output
     asked = "replicas for 64 conversations in micro-batches of at most 8, 1.4 in flight for each pod, at most 10"
     assert f"{asked}: stage 0: 2, stage 1: 2, stage 2: 2, stage 3: 2" in result.output
+
+
+def test_plan_says_where_layers_will_be_slow(tmp_path: Path) -> None:
+    config = json.loads((Path(LLAMA) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "head_dim": 80}))
+    for dtype in ("bfloat16", "int8"):
+        slow = invoke("plan", "--model", str(tmp_path), "--dtype", dtype).output
+        assert "on CPUs layers run without machine code, which is slower: head_dim 80 cannot be divided by 32" in slow
+        assert "slower" not in invoke("plan", "--model", LLAMA, "--dtype", dtype).output
 
 
 @pytest.mark.parametrize(

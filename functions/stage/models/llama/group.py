@@ -18,7 +18,7 @@ from functions.stage.models.llama.config import LlamaConfig, UnsupportedConfig
 from functions.stage.models.llama.kv_pool import KVPool
 from functions.stage.models.llama.layer import LayerWeights, LlamaLayer, Pass, Places
 from functions.stage.models.llama.linear import Matrix, linear
-from functions.stage.models.llama.native_choice import native_layers
+from functions.stage.models.llama.native_choice import native_layers, native_obstacle
 from functions.stage.models.llama.norm import RmsNorm
 from functions.stage.models.llama.rope import Rope
 from functions.stage.models.weights import PRECISIONS, MissingTensors, Precision, Weights
@@ -58,6 +58,8 @@ class LlamaGroup:
         self._rope = Rope(model.rope, model.head_dim, self._device)
         self._native = native_layers(model, first_layer, dtype, self.kv)
         """All layers in machine code, where they can be; `_layers` is empty then."""
+        why = native_obstacle(model, dtype, self.kv) or "the log says why"
+        self.runs_by = f"torch's operators: {why}" if self._native is None else "machine code"
         self._layers: dict[int, LlamaLayer] = {}
         self._placed: set[int] = set()
         self._embedding: torch.Tensor | None = None

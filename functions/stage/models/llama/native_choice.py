@@ -5,25 +5,40 @@ from typing import TYPE_CHECKING, Final
 
 from functions.stage.models.llama.config import LlamaConfig
 from functions.stage.models.llama.kv_pool import KVPool
+from functions.stage.native.limits import DTYPES, obstacle
 from functions.stage.native.openmp import NoOpenMP
-from functions.stage.native.shapes import STEP
 
 if TYPE_CHECKING:
     from functions.stage.models.llama.native_layers import NativeLayers
 
 _log: Final = logging.getLogger(__name__)
-_DTYPES: Final = ("bfloat16", "int8")
+_SLOWER: Final = "layers run by torch's operators, which is slower: %s"
+
+
+def native_obstacle(model: LlamaConfig, dtype: str, pool: KVPool) -> str | None:
+    """What in the model, its dtype or its device is in the way."""
+    sizes = {
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "head_dim": model.head_dim,
+    }
+    return obstacle(dtype, pool.device.type, sizes)
 
 
 def native_layers(model: LlamaConfig, first_layer: int, dtype: str, pool: KVPool) -> "NativeLayers | None":
-    """None where torch's operators have to do: another dtype or device, odd sizes, no numba or none of GNU's OpenMP."""
-    sizes = (model.hidden_size, model.intermediate_size, model.head_dim)
-    if dtype not in _DTYPES or pool.device.type != "cpu" or any(size % STEP for size in sizes):
+    """None where torch's operators have to do: another dtype or device, odd sizes, no numba or none of GNU's OpenMP.
+
+    Says so in the log where machine code was to be expected, on a CPU in one of its dtypes.
+    """
+    found = native_obstacle(model, dtype, pool)
+    if found is not None:
+        if dtype in DTYPES and pool.device.type == "cpu":
+            _log.warning(_SLOWER, found)
         return None
     try:
         from functions.stage.models.llama.native_layers import NativeLayers
 
         return NativeLayers(model, first_layer, pool)
     except (ImportError, NoOpenMP) as error:
-        _log.warning("layers run by torch's operators, which is slower: %s", error)
+        _log.warning(_SLOWER, error)
         return None

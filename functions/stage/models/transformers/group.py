@@ -35,6 +35,7 @@ class TransformersGroup:
     """Implements `LayerGroup`."""
 
     shares_work: Final = False
+    runs_by = "transformers' modules"
 
     def __init__(
         self,

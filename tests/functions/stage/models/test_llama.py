@@ -176,6 +176,27 @@ def test_what_it_cannot_run_exactly_is_declined(changes: dict[str, object]) -> N
         LlamaGroup(config, 0, 6, "float32", "cpu", 2**20)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "why"),
+    [
+        ("llama", "int8", "head_dim 8 cannot be divided by 32"),
+        ("llama_wide_heads", "bfloat16", "head_dim 16 cannot be divided by 32"),
+        ("llama", "float32", "float32 is not bfloat16 or int8"),
+    ],
+)
+def test_layers_without_machine_code_say_why(name: str, dtype: str, why: str, caplog: pytest.LogCaptureFixture) -> None:
+    group = LlamaGroup(tiny_models.tiny_config(name), 0, 6, dtype, "cpu", 2**20)
+    assert group.runs_by == f"torch's operators: {why}"
+    assert [record.getMessage() for record in caplog.records] == (
+        [] if dtype == "float32" else [f"layers run by torch's operators, which is slower: {why}"]
+    )
+
+
+def test_layers_in_machine_code_say_so(caplog: pytest.LogCaptureFixture) -> None:
+    group = LlamaGroup(tiny_models.tiny_config("llama", hidden_size=64, head_dim=32), 0, 6, "int8", "cpu", 2**20)
+    assert (group.runs_by, caplog.records) == ("machine code", [])
+
+
 def test_a_stage_that_uses_it_never_imports_transformers() -> None:
     unwanted = "'transformers' in sys.modules or 'numpy.testing' in sys.modules"
     code = f"import sys, functions.stage.models.llama.group; sys.exit({unwanted})"

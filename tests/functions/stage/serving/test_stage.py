@@ -160,7 +160,8 @@ def test_warm_up_reports_the_start(first: Client) -> None:
 def test_probes_and_metrics(stages: list[FunctionProcess], first: Client) -> None:
     first.forward(encode_batch(rows_of("metrics", [5, 6])))
     assert stages[0].get("/healthz") == (200, {"alive": True, "cause": None})
-    assert stages[0].get("/readyz")[1]["ready"] is True
+    readiness = stages[0].get("/readyz")[1]
+    assert (readiness["ready"], readiness["layers_run_by"]) == (True, "torch's operators: float32 is not bfloat16 or int8")
     status, text = stages[0].get("/metrics")
     assert status == 200
     for name in (
