@@ -148,7 +148,9 @@ def _store_errors() -> Iterator[None]:
 
 
 def _hour_after(moment: datetime) -> str:
-    return (moment.astimezone(UTC) + timedelta(hours=1)).strftime(_HOUR)
+    """Of the last moment that there is, its own."""
+    latest = datetime.max.replace(tzinfo=UTC) - timedelta(hours=1)
+    return (min(moment.astimezone(UTC), latest) + timedelta(hours=1)).strftime(_HOUR)
 
 
 def _is_over(name: str, now: datetime) -> bool:

@@ -19,6 +19,9 @@ class Problem(Exception):
     name: ClassVar[str] = "internal"
     title: ClassVar[str] = "Something failed inside; the log of the instance says what"
 
+    retry_after_seconds: ClassVar[int | None] = None
+    """Said to the client as Retry-After."""
+
     @property
     def type(self) -> str:
         return _TYPE_PREFIX + self.name
@@ -102,6 +105,12 @@ class NotReady(Problem):
     status, name, title = 503, "not-ready", "This instance does not take work now"
 
 
+class Overloaded(NotReady):
+    """503. As many bytes of requests are in memory as may be. A retry helps, a little later."""
+
+    name, title, retry_after_seconds = "overloaded", "This instance holds as much as it can", 1
+
+
 class PipelineUnavailable(Problem):
     """503. A stage could not be reached or woken in time. A retry may help."""
 
@@ -130,6 +139,7 @@ PROBLEMS: Final[dict[str, type[Problem]]] = {
         QueueFull,
         ReplaysExhausted,
         NotReady,
+        Overloaded,
         PipelineUnavailable,
         DeadlineExceeded,
     )

@@ -130,7 +130,7 @@ def _check_binary(headers: Mapping[str, str]) -> None:
 
 def _check_version(version: object) -> None:
     if version != "1.0":
-        raise MalformedEvent(f"the attribute specversion is {version!r}, served is 1.0")
+        raise MalformedEvent(f"the attribute specversion is {_shown(version)}, served is 1.0")
 
 
 def _binary_event(message: HTTPMessage) -> BaseCloudEvent:
@@ -184,17 +184,26 @@ def _parsed(body: bytes | memoryview, what: str) -> Any:
     """Strict JSON: UTF-8, no member twice, no NaN."""
     try:
         return json.loads(str(body, "utf-8"), object_pairs_hook=_without_repetition, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise MalformedEvent(f"{what} is JSON that is nested too deeply") from error
+    except ValueError as error:
         raise MalformedEvent(f"{what} is not JSON in UTF-8: {error}") from error
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice[:40]!r} is there twice")
+    members: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in members:
+            raise ValueError(f"{name[:40]!r} is there twice")
+        members[name] = value
     return members
+
+
+def _shown(value: object) -> str:
+    """The beginning of a string or number; of anything else its kind, for its text may be long and its nesting deep."""
+    if isinstance(value, str):
+        return repr(value[:40])
+    return f"a JSON {type(value).__name__}" + (f", {value}" if isinstance(value, float) else "")
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -218,7 +227,14 @@ def _structured_data(members: dict[str, Any]) -> bytes | None:
         if not isinstance(data, str):
             raise MalformedEvent(f"data of {content_type} must be a JSON string, or travel as data_base64")
         return data.encode("utf-8", "surrogatepass")
-    return json.dumps(data).encode()
+    return _written(data)
+
+
+def _written(data: object) -> bytes:
+    try:
+        return json.dumps(data).encode()
+    except RecursionError as error:  # Writing takes a little more of the stack than reading did.
+        raise MalformedEvent("the data is JSON that is nested too deeply") from error
 
 
 def _from_base64(encoded: object) -> bytes:
@@ -231,7 +247,7 @@ def _from_base64(encoded: object) -> bytes:
 def _attribute(name: str, value: object) -> str | datetime:
     """A member of a structured event as the attribute that it would be in binary mode."""
     if not isinstance(value, str if name in _STRINGS else str | int):
-        raise MalformedEvent(f"the attribute {name[:40]!r} is a JSON {type(value).__name__}, {str(value)[:40]}")
+        raise MalformedEvent(f"the attribute {name[:40]!r} is {_shown(value)}")
     if name != "time":
         return cast("str", attribute_text(cast("str | int", value)))
     try:

@@ -5,6 +5,10 @@ from typing import Final
 
 from msgspec import Struct
 
+from eventing.problems import MalformedEvent
+
+MAX_EVENT_BYTES: Final = 2**24
+"""Of one event on a stream that is read, its comments included."""
 EVENT_STREAM_CONTENT_TYPE: Final = "text/event-stream"
 HEARTBEAT: Final = b":\n\n"
 """A comment: readers ignore it, and writing it is the only way to learn that a client went away."""
@@ -31,11 +35,15 @@ def encode_sse(data: str | bytes, *, event: str = "", id: str = "") -> bytes:
 class SSEDecoder:
     """The events of a stream that comes in chunks cut anywhere, each as soon as it is complete; comments are left out.
 
-    An event that the stream's end cuts off is dropped.
+    An event that the stream's end cuts off is dropped. Raises MalformedEvent where one event has more than
+    MAX_EVENT_BYTES.
     """
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest: list[bytes] = []
+        """A line that has no end yet, in pieces: joined once, when it has."""
+        self._held_bytes = 0
+        """Of that line and of the event that it belongs to."""
         self._after_carriage_return = False
         self._at_start = True
         self._event = ""
@@ -44,17 +52,32 @@ class SSEDecoder:
 
     def feed(self, chunk: bytes) -> list[ServerSentEvent]:
         """The events that `chunk` completes."""
-        return [event for line in self._lines(chunk) if (event := self._take_line(line)) is not None]
+        events = []
+        for line in self._lines(chunk):
+            event = self._take_line(line)
+            if event is not None:
+                events.append(event)
+        return events
 
-    def _lines(self, chunk: bytes) -> list[bytes]:
+    def _lines(self, chunk: bytes) -> Iterator[bytes]:
         if not chunk:
-            return []
+            return
         ends_in_carriage_return = chunk.endswith(b"\r")
         if self._after_carriage_return:  # That line has been taken already; this is the second half of its end.
             chunk = chunk.removeprefix(b"\n")
         self._after_carriage_return = ends_in_carriage_return
-        *lines, self._rest = _LINE_END.split(self._rest + chunk)
-        return lines
+        first, *others = _LINE_END.split(chunk)
+        self._hold(first)
+        for part in others:
+            yield b"".join(self._rest)
+            self._rest.clear()
+            self._hold(part)
+
+    def _hold(self, part: bytes) -> None:
+        self._rest.append(part)
+        self._held_bytes += len(part)
+        if self._held_bytes > MAX_EVENT_BYTES:
+            raise MalformedEvent(f"a server-sent event has more than {MAX_EVENT_BYTES} bytes")
 
     def _take_line(self, line: bytes) -> ServerSentEvent | None:
         if self._at_start:
@@ -73,7 +96,7 @@ class SSEDecoder:
 
     def _dispatch(self) -> ServerSentEvent | None:
         data, event = self._data, self._event
-        self._data, self._event = [], ""
+        self._data, self._event, self._held_bytes = [], "", 0
         return ServerSentEvent("\n".join(data), event or "message", self._id) if data else None
 
 

@@ -142,7 +142,7 @@ def expiry_time(event: CloudEvent) -> datetime | None:
         return None
     try:
         return msgspec.convert(value, ZonedTime).astimezone(UTC)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, OverflowError) as error:  # OverflowError: before the year 1 or behind 9999 in UTC.
         raise MalformedEvent(f"the attribute {Attribute.EXPIRY_TIME} is {value!r}: {error}") from error
 
 

@@ -90,6 +90,11 @@ def test_the_limit_counts_attributes_too(claims: ClaimCheck) -> None:
         assert (ticket.get_extension("dataref") is None) is travels
 
 
+def test_a_payload_without_an_end_is_kept_until_the_last_hour_there_is(claims: ClaimCheck) -> None:
+    event = _large_event(expirytime="9999-12-31T23:59:59Z")
+    assert claims.redeem(claims.check_in(event, NOW)).get_type() == EventType.FORWARD
+
+
 def test_sweep_deletes_what_is_over_and_nothing_else(claims: ClaimCheck, store: ObjectStore) -> None:
     store.put("models/x/manifest.json", b"{}")
     store.put(PREFIX + "by-hand", b"kept")

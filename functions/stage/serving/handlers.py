@@ -31,7 +31,7 @@ from functions.stage.serving.stage_engine import Readiness, StageEngine
 from storage.store.payload_store import PayloadStore
 
 WARM_UP_SECONDS: Final = 600.0
-"""Longest time that a warm-up event without expirytime waits for the weights."""
+"""Longest time that a warm-up event waits for the weights, whatever its expirytime."""
 
 
 @dataclass(slots=True)
@@ -103,8 +103,8 @@ class EventHandlers:
     def _warm_up(self, event: CloudEvent, _: Durations) -> CloudEvent:
         json_data(event, WarmupRequest)
         expiry = expiry_time(event)
-        wait = WARM_UP_SECONDS if expiry is None else (expiry - datetime.now(UTC)).total_seconds()
-        engine = self._readiness.engine(wait_seconds=wait)
+        left = WARM_UP_SECONDS if expiry is None else (expiry - datetime.now(UTC)).total_seconds()
+        engine = self._readiness.engine(wait_seconds=min(left, WARM_UP_SECONDS))
         return self._json_reply(event, WarmupReply(self._identity.instance, self._readiness.phases()), engine)
 
     def _reserve(self, event: CloudEvent, _: Durations) -> CloudEvent:
