@@ -13,7 +13,7 @@ from functions.hosting.imports import without_collection
 from functions.hosting.startup import StartUp
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import WSGIApplication
+    from functions.hosting.server import Service
 
 _log = logging.getLogger("functions")
 
@@ -23,11 +23,8 @@ USAGE_STATUS: Final = 2
 class Function(Protocol):
     """A role. `start` returns at once; what goes wrong later is told to its argument as an exit status."""
 
-    threads: int
-    """Requests in hand at the same time."""
-
     @property
-    def application(self) -> "WSGIApplication": ...
+    def service(self) -> "Service": ...
 
     def start(self, stop: Callable[[int], None]) -> None: ...
 
@@ -70,14 +67,15 @@ def _serve(config: Config, start_up: StartUp) -> int:
         set_up_logging(config.log_level)
         function = _function(config, start_up)
     try:
-        server = Server(config.port, function.threads)
+        server = Server(config.listen, config.port, config.metrics_port)
     except OSError as error:
-        _log.error("cannot listen on port %d: %s; choose another with PORT", config.port, error.strerror)
+        _log.error("cannot listen on %s; choose another with PORT or LAMINA_METRICS_PORT", error.strerror)
         return 1
     function.start(server.stop)
     _log.info("listening on port %d", server.port)
+    _log.info("metrics on port %d", server.management_port)
     try:
-        return server.run(function.application, function.drain)
+        return server.run(function.service, function.drain)
     finally:
         function.close()
 

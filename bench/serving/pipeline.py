@@ -38,6 +38,7 @@ NUM_STAGES: Final = 3
 _TOKEN_SECRET: Final = "bench-token"
 _START_SECONDS: Final = 180.0
 _STOP_SECONDS: Final = 20.0
+_PORTS: Final = ("port", "function_port", "metrics_port")
 _LISTENING: Final = re.compile(r"listening on port (\d+)")
 
 T = TypeVar("T")
@@ -58,6 +59,7 @@ class StageUrls:
     proxy: str
     """Its queue-proxy's, which is `podIP:8012` on a cluster."""
     function: str
+    metrics: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +202,7 @@ def _stages(admin_url: str) -> tuple[StageUrls, ...] | None:
     ready = [pod for pod in found if pod is not None]
     if len(ready) < NUM_STAGES:
         return None
-    return tuple(StageUrls(*(f"http://127.0.0.1:{pod[port]}" for port in ("port", "function_port"))) for pod in ready)
+    return tuple(StageUrls(*(f"http://127.0.0.1:{pod[port]}" for port in _PORTS)) for pod in ready)
 
 
 def _ready_pod(service: dict[str, Any]) -> dict[str, Any] | None:
@@ -214,7 +216,7 @@ def _direct_gateway(local: LocalPipeline, stages: tuple[StageUrls, ...]) -> dict
     urls = {local.pipeline.stage_url(index): stage.function for index, stage in enumerate(stages)}
     environ = dict(read_container(template, LocalData(local.secrets, {}, urls, {})).environ)
     del environ["LAMINA_KUBERNETES_API"]
-    return environ | {"PORT": "0"}
+    return environ | {"PORT": "0", "LAMINA_LISTEN": "127.0.0.1", "LAMINA_METRICS_PORT": "0"}
 
 
 def _listening_url(log: Path) -> str | None:

@@ -160,4 +160,4 @@ class _Walker:
 
 def _waited(pipeline: RunningPipeline) -> float:
     """Seconds that events have waited at all stages, since they started."""
-    return sum(read_metrics(stage.function)["lamina_stage_queue_seconds_sum"] for stage in pipeline.stages)
+    return sum(read_metrics(stage.metrics)["lamina_stage_queue_seconds_sum"] for stage in pipeline.stages)

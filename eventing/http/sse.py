@@ -1,6 +1,7 @@
 """Server-sent events (WHATWG HTML, section 9.2): what streams of tokens are written in and read from."""
 
 import re
+from collections.abc import Iterator
 from typing import Final
 
 from msgspec import Struct

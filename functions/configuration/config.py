@@ -32,7 +32,19 @@ class CommonConfig:
     """What stage and gateway are both told."""
 
     port: int = setting(
-        "PORT", parsers.integer(0, 65535), "where to listen, on 0.0.0.0; Knative sets it; 0: a free port", "8080"
+        "PORT", parsers.integer(0, 65535), "where to listen for requests; Knative sets it; 0: a free port", "8080"
+    )
+    listen: str = setting(
+        "LAMINA_LISTEN",
+        parsers.address,
+        "address to listen at: 0.0.0.0 as Knative wants it, :: for IPv6 too, 127.0.0.1 on one machine",
+        "0.0.0.0",
+    )
+    metrics_port: int = setting(
+        "LAMINA_METRICS_PORT",
+        parsers.integer(0, 65535),
+        "where /metrics and the details of /readyz are, which clients of PORT do not get; 0: a free port",
+        "9464",
     )
     pipeline: str = setting("LAMINA_PIPELINE", parsers.fingerprint, "fingerprint of the pipeline, which every event carries")
     pipeline_token: str = setting("LAMINA_PIPELINE_TOKEN", parsers.text, "bearer token between gateway and stages", secret=True)

@@ -6,6 +6,9 @@ import re
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
+MAX_SECONDS = 10_000_000
+"""Some months. From about 9e9 on no lock can be waited for."""
+
 LayerRange = tuple[int, int]
 
 
@@ -37,13 +40,13 @@ def integer(lowest: int, highest: int | None = None) -> Callable[[str], int]:
 
 
 def seconds(value: str) -> float:
-    """More than zero, finite."""
+    """More than zero, and no more than the system can wait for."""
     try:
         number = float(value)
     except ValueError:
         number = math.nan
-    if not 0 < number < math.inf:
-        raise ValueError("seconds, more than 0")
+    if not 0 < number <= MAX_SECONDS:
+        raise ValueError(f"seconds, more than 0, at most {MAX_SECONDS}")
     return number
 
 
@@ -51,6 +54,13 @@ def fingerprint(value: str) -> str:
     if not re.fullmatch(r"[0-9a-f]{12}", value):
         raise ValueError("twelve hexadecimal digits, as `python -m knative plan` prints them")
     return value
+
+
+def address(value: str) -> str:
+    try:
+        return str(ipaddress.ip_address(value))
+    except ValueError as error:
+        raise ValueError("an IP address, such as 0.0.0.0") from error
 
 
 def layers(value: str) -> LayerRange:

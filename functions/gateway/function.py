@@ -8,15 +8,16 @@ from typing import Final
 
 from eventing.problems import NotReady
 from functions.configuration.config import GatewayConfig
-from functions.gateway.app import create_app
+from functions.gateway.app import MAX_REQUEST_BYTES, create_app, gateway_admission
 from functions.gateway.build import start_scheduler
 from functions.gateway.doors.answers import Answers
 from functions.gateway.doors.metrics import GatewayMetrics
 from functions.gateway.scheduling.scheduler_metrics import SchedulerCollector
 from functions.gateway.text.tokenizer import ModelText
+from functions.hosting.management import Management
 from functions.hosting.publication import WrongPublication, read_publication
+from functions.hosting.server import Service
 from functions.hosting.startup import StartUp
-from functions.hosting.web import add_probes
 from functions.observing.telemetry import make_tracer
 from storage.errors import StorageError
 from storage.store.object_reader import ObjectReader
@@ -26,6 +27,8 @@ _log: Final = logging.getLogger(__name__)
 _FAILED_STATUS: Final = 1
 _RUNNING_THREADS: Final = 512
 """Answers in hand at once, one thread each: far more than stages on any pipeline compute at the same time."""
+_REQUEST_BYTES: Final = 8 * MAX_REQUEST_BYTES
+"""Of all requests that are being read, together."""
 
 
 class GatewayFunction:
@@ -41,9 +44,13 @@ class GatewayFunction:
         self._tracer = make_tracer(config.traces_endpoint, "lamina-gateway", {"lamina.pipeline": config.pipeline})
         self._running = start_scheduler(config, self._tracer)
         self._draining = False
-        self.threads = config.queue_limit + _RUNNING_THREADS
-        self.application = create_app(config, self._ready_answers)
-        add_probes(self.application, self._metrics.registry, sick=lambda: None, ready=self._ready)
+        self.service = Service(
+            create_app(config, self._ready_answers),
+            Management(self._metrics.registry, sick=lambda: None, ready=self._ready),
+            gateway_admission(config),
+            threads=config.queue_limit + _RUNNING_THREADS,
+            request_bytes=_REQUEST_BYTES,
+        )
         names = [f"{first}:{last}" for (first, last), _ in config.stages]
         self._metrics.registry.register(SchedulerCollector(self._running.scheduler.stats, names))
 

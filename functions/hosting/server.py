@@ -1,180 +1,243 @@
-"""Serves a WSGI application from this one process with gunicorn's threaded worker.
+"""Serves a function over HTTP from this one process: one thread reads requests, others answer them.
 
-The worker runs without gunicorn's arbiter: a function is one process, so that a signal sent to it means it, its death is seen
-by whoever started it, and nothing restarts it behind the platform's back.
+A signal sent to the process means it, its death is seen by whoever started it, and nothing restarts it behind the platform's
+back. A request is given to a thread once it is whole, so that clients which send slowly, or not at all, hold a connection and
+no thread; docs/experiments.md says what other servers did. Probes have a thread of their own on the clients' port, and the
+management port has one.
 """
 
 import logging
-import os
-import select
+import resource
 import signal
 import socket
-import tempfile
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from gunicorn.app.base import BaseApplication
-from gunicorn.glogging import Logger
-from gunicorn.workers.gthread import TConn, ThreadWorker
+from functions.hosting.connection import Connection, client_gone
+from functions.hosting.environ import CLIENT_GONE, MANAGEMENT, base_environ
+from functions.hosting.limits import BodyBudget, Limits
+from functions.hosting.poller import Door, Poller
+from functions.hosting.reply import Reply
+from functions.hosting.request_reader import BadRequest, ClientClosed, RequestReader
+from functions.hosting.workers import Workers
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
+    from functions.hosting.request_reader import Admit
+
 _log = logging.getLogger(__name__)
 
-KEEP_ALIVE_SECONDS: Final = 75
-"""Longer than the senders keep an idle connection (eventing/delivery), so that they close it and not the server."""
-
-GRACEFUL_SECONDS: Final = 600
-"""Longest time after SIGTERM: Knative's upper limit of timeoutSeconds, behind which the platform kills."""
-
+PROBES: Final = ("/healthz", "/readyz")
 NEXT_REQUEST_SECONDS: Final = 0.25
-"""How long a thread that has answered waits for the connection's next request before the poller does. As short as what a new
-connection may lose if all other threads became busy meanwhile."""
+"""How long a thread that has answered waits for the connection's next request before the poller does: handing the socket to it
+and back wakes two threads for each request. Only while half of the threads have nothing to do."""
 
 _BACKLOG: Final = 2048
-_CONNECTIONS: Final = 4096
+_MANAGEMENT_CONNECTIONS: Final = 32
+_WAITING_REQUESTS: Final = 256
+"""Whole ones that no thread has taken; more are refused."""
+_FEWEST_WAITING: Final = 16
+_FILES_FOR_OTHERS: Final = 512
+"""That the process opens besides: connections to stages and to the store, the libraries' own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What a function answers with."""
+
+    application: "WSGIApplication"
+    management: "WSGIApplication"
+    """Answers probes on the clients' port, and everything on its own. Waits for nothing."""
+    admit: "Admit"
+    threads: int
+    """Requests in hand at the same time."""
+    request_bytes: int
+    """Of all bodies in memory together."""
 
 
 class Server:
     """Listens from construction, so that requests wait rather than fail while the application starts."""
 
-    def __init__(self, port: int, threads: int) -> None:
-        """Binds 0.0.0.0:port. Raises OSError where that is not possible."""
-        self._listener = _listen(port)
-        self._threads = threads
+    def __init__(self, host: str, port: int, management_port: int, limits: Limits | None = None) -> None:
+        """Port 0: a free one. Raises OSError, which names the port, where that is not possible."""
+        self._limits = limits or Limits()
+        self._listener = _listen(host, port)
+        self._management_listener = _listen(host, management_port)
+        self._host = host
         self._lock = threading.Lock()
-        self._running = False
+        self._stop: Callable[[], None] | None = None
         self._status: int | None = None
 
     @property
     def port(self) -> int:
-        port: int = self._listener.getsockname()[1]
-        return port
+        return _port(self._listener)
 
-    def run(self, application: "WSGIApplication", on_stop: Callable[[], None]) -> int:
+    @property
+    def management_port(self) -> int:
+        return _port(self._management_listener)
+
+    def run(self, service: Service, on_stop: Callable[[], None]) -> int:
         """Serves until SIGTERM, SIGINT or `stop`; then calls `on_stop` and finishes what is in hand. Main thread only.
 
         Returns the status to exit with: 0, or what `stop` was told.
         """
-        adapter = _Adapter(application, self._threads)
-        worker = _Worker(self, adapter, self._listener, on_stop)
-        try:
-            worker.init_process()
-        finally:
-            worker.tmp.close()
+        serving = _Serving(service, self._limits)
+        waiting = _room_for(self._limits.waiting_connections, service.threads + _WAITING_REQUESTS)
+        poller = Poller(
+            [
+                serving.door(self._host, self._listener, waiting, management=False),
+                serving.door(self._host, self._management_listener, _MANAGEMENT_CONNECTIONS, management=True),
+            ],
+            self._limits,
+        )
+        serving.poller = poller
+
+        def stop(*_: object) -> None:
+            if not poller.stopping:
+                poller.stop()
+                # In a thread: a signal's handler interrupts anything, also who holds the locks that this may need.
+                threading.Thread(target=on_stop, name="on-stop", daemon=True).start()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
+        with self._lock:
+            self._stop = stop
+            stopped_before = self._status is not None
+        if stopped_before:
+            stop()
+        poller.run()
         return self._status or 0
 
     def stop(self, status: int) -> None:
         """Ends `run` as SIGTERM would, with this exit status. From any thread; may come before `run`."""
         with self._lock:
             self._status = status
-            if self._running:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    def signals_are_set(self) -> bool:
-        """From here on `stop` may send a signal. False where `stop` came before."""
-        with self._lock:
-            self._running = True
-            return self._status is None
+            stop = self._stop
+        if stop is not None:
+            stop()
 
 
-class _Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
-    def __init__(self, server: Server, adapter: "_Adapter", listener: socket.socket, on_stop: Callable[[], None]) -> None:
-        log = adapter.cfg.logger_class(adapter.cfg)
-        super().__init__(1, os.getppid(), [listener], adapter, adapter.cfg.timeout, adapter.cfg, log)
-        self._server = server
-        self._on_stop = on_stop
-        self._submitted = 0
-        """Connections that the pool has in hand or queued."""
+class _Serving:
+    """Who answers which request."""
 
-    def enqueue_req(self, conn: TConn) -> None:
-        self._submitted += 1
-        super().enqueue_req(conn)
+    poller: Poller
 
-    def finish_request(self, conn: TConn, fs: "Future[Any]") -> None:
-        self._submitted -= 1
-        super().finish_request(conn, fs)
+    def __init__(self, service: Service, limits: Limits) -> None:
+        self._service = service
+        self._limits = limits
+        self._budget = BodyBudget(service.request_bytes)
+        self._clients: Workers[Connection] = Workers(service.threads, self._serve_client, "request")
+        self._probes: Workers[Connection] = Workers(1, self._serve_for_platform, "probe")
+        self._managers: Workers[Connection] = Workers(1, self._serve_for_platform, "management")
 
-    def handle(self, conn: TConn) -> Any:
-        """Requests of one connection for as long as each soon follows the last: handing the socket to the poller and back
-        wakes two threads for each of them. Only while half of the pool is free, and not once the server stops."""
-        keeps = super().handle(conn)
-        while keeps is True and self.alive and self._submitted * 2 <= self.cfg.threads and _sends_more(conn):
-            keeps = super().handle(conn)
-        return keeps
+    def door(self, host: str, listener: socket.socket, most_waiting: int, *, management: bool) -> Door:
+        port = _port(listener)
 
-    def init_signals(self) -> None:
-        super().init_signals()
-        signal.signal(signal.SIGINT, self.handle_exit)
-        self.alive = self._server.signals_are_set()
+        def read(client: tuple[str, int]) -> RequestReader:
+            base = base_environ(host, port, client) | {MANAGEMENT: management}
+            return RequestReader(_no_body if management else self._admit, self._budget, base)
 
-    def handle_exit(self, sig: int, frame: Any) -> None:
-        if self.alive:
-            # In a thread: a signal handler interrupts anything, also who holds the locks that this may need.
-            threading.Thread(target=self._on_stop, name="on-stop", daemon=True).start()
-        super().handle_exit(sig, frame)
+        if management:
+            return Door(listener, most_waiting, read, lambda _: self._managers.waiting < most_waiting, self._managers.submit)
+        return Door(listener, most_waiting, read, self._takes, self._dispatch)
 
-    def is_parent_alive(self) -> bool:
-        """There is no arbiter to lose: who started the function may end before it."""
-        return True
+    def _admit(self, environ: dict[str, Any]) -> int:
+        return 0 if environ["PATH_INFO"] in PROBES else self._service.admit(environ)
 
-    def notify(self) -> None:
-        """There is no arbiter to tell."""
+    def _takes(self, connection: Connection) -> bool:
+        workers = self._workers(connection)
+        return workers.waiting < _WAITING_REQUESTS
 
+    def _dispatch(self, connection: Connection) -> None:
+        self._workers(connection).submit(connection)
 
-class _Adapter(BaseApplication):  # type: ignore[misc]
-    """What gunicorn's worker wants to know."""
+    def _workers(self, connection: Connection) -> Workers[Connection]:
+        return self._probes if _is_probe(connection) else self._clients
 
-    def __init__(self, application: "WSGIApplication", threads: int) -> None:
-        self._application = application
-        self._threads = threads
-        super().__init__()
+    def _serve_client(self, connection: Connection) -> None:
+        self._serve(connection, self._answer_client)
 
-    def load_config(self) -> None:
-        settings: dict[str, Any] = {
-            "threads": self._threads,
-            "worker_connections": self._threads + _CONNECTIONS,
-            "keepalive": KEEP_ALIVE_SECONDS,
-            "graceful_timeout": GRACEFUL_SECONDS,
-            "timeout": 0,
-            "worker_tmp_dir": _scratch_folder(),
-            "logger_class": _Logger,
-        }
-        for name, value in settings.items():
-            self.cfg.set(name, value)
+    def _serve_for_platform(self, connection: Connection) -> None:
+        self._serve(connection, self._answer_probe)
 
-    def load(self) -> "WSGIApplication":
-        return self._application
+    def _serve(self, connection: Connection, answer: Callable[[Connection], bool]) -> None:
+        """answer: what is to be done on the connection, and whether something may follow."""
+        try:
+            keeps = answer(connection)
+        except Exception:  # noqa: BLE001 - logged; one connection must not take its thread with it, nor stay in hand for ever
+            _log.exception("a connection broke")
+            keeps = False
+        self.poller.take_back(connection, keeps=keeps)
 
-
-class _Logger(Logger):  # type: ignore[misc]
-    """gunicorn's messages go where all others go; there is no access log."""
-
-    def setup(self, cfg: Any) -> None:
-        self.error_log.propagate = True
-        self.error_log.setLevel(logging.WARNING)
-
-
-def _sends_more(conn: TConn) -> bool:
-    """Whether the next request begins, or the connection ends, soon. False where it has begun to arrive with the last one."""
-    if conn.parser.unreader.buf.getvalue():  # The socket tells nothing of these bytes; gunicorn looks for them.
+    def _answer_probe(self, connection: Connection) -> bool:
+        """One on each connection: the first reply always fits into what the kernel holds, so that no reader is waited for."""
+        self._answer(connection, self._service.management, keeps=False)
         return False
-    poll = select.poll()
-    poll.register(conn.sock, select.POLLIN)
-    return bool(poll.poll(NEXT_REQUEST_SECONDS * 1000))
+
+    def _answer_client(self, connection: Connection) -> bool:
+        """The requests of one connection for as long as each soon follows the last."""
+        while True:
+            reader = connection.reader
+            keeps = self._answer(connection, self._service.application, keeps=reader.keeps and not self.poller.stopping)
+            if not keeps:
+                if reader.unread:
+                    connection.linger()
+                return reader.unread
+            try:
+                more = connection.next_request()
+                if not more and self._clients.mostly_free and not self.poller.stopping:
+                    more = connection.receive_soon(NEXT_REQUEST_SECONDS)
+            except BadRequest as error:
+                return connection.refuse(error)
+            except (ClientClosed, OSError):
+                return False
+            if not more or _is_probe(connection):
+                return True
+
+    def _answer(self, connection: Connection, application: "WSGIApplication", *, keeps: bool) -> bool:
+        environ = connection.reader.environ
+        assert environ is not None
+        environ[CLIENT_GONE] = client_gone(connection.sock)
+        reply = Reply(connection.sock, environ, self._limits, keeps=keeps)
+        try:
+            reply.answer(application, environ)
+        except OSError:  # The client is gone, or reads nothing.
+            return False
+        return reply.keeps
 
 
-def _listen(port: int) -> socket.socket:
-    listener = socket.create_server(("0.0.0.0", port), backlog=_BACKLOG)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener
+def _is_probe(connection: Connection) -> bool:
+    environ = connection.reader.environ
+    return environ is not None and environ["PATH_INFO"] in PROBES
 
 
-def _scratch_folder() -> str:
-    """gunicorn wants a temporary file; the root file system may be read-only, /dev/shm is memory."""
-    shm = Path("/dev/shm")
-    return str(shm) if os.access(shm, os.W_OK) else tempfile.gettempdir()
+def _no_body(_: object) -> int:
+    return 0
+
+
+def _room_for(waiting: int, in_hand: int) -> int:
+    """Connections that may wait beside those in hand; raises the limit of open files as far as it may be raised."""
+    wanted = waiting + in_hand + _FILES_FOR_OTHERS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(_FEWEST_WAITING, waiting - (wanted - min(soft, wanted)))
+
+
+def _port(listener: socket.socket) -> int:
+    port: int = listener.getsockname()[1]
+    return port
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """`::` takes IPv4 as well."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = host == "::" and socket.has_dualstack_ipv6()
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG, dualstack_ipv6=both)
+    except OSError as error:
+        raise OSError(error.errno, f"port {port}: {error.strerror}") from error

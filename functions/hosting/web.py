@@ -1,14 +1,13 @@
-"""What the Flask applications of all functions share: probes, metrics, and errors as problem documents."""
+"""What the Flask applications of all functions share: errors as problem documents."""
 
 import logging
-from collections.abc import Callable, Mapping
 
 import msgspec
-from flask import Flask, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from eventing.problems import PROBLEM_CONTENT_TYPE, EventTooLarge, Problem
+from functions.hosting.environ import REFUSED
 
 _log = logging.getLogger(__name__)
 
@@ -18,35 +17,25 @@ def json_response(document: object, status: int = 200) -> Response:
 
 
 def problem_response(problem: Problem) -> Response:
-    return Response(problem.document(), problem.status, content_type=PROBLEM_CONTENT_TYPE)
+    return with_retry_after(Response(problem.document(), problem.status, content_type=PROBLEM_CONTENT_TYPE), problem)
 
 
-def add_probes(
-    app: Flask,
-    registry: CollectorRegistry,
-    *,
-    sick: Callable[[], str | None],
-    ready: Callable[[], tuple[bool, Mapping[str, object]]],
-) -> None:
-    """`/healthz`, `/readyz` and `/metrics`. `sick` says what is wrong, if anything; `ready` comes with details."""
-
-    @app.get("/healthz")
-    def healthz() -> Response:
-        cause = sick()
-        return json_response({"alive": cause is None, "cause": cause}, 200 if cause is None else 503)
-
-    @app.get("/readyz")
-    def readyz() -> Response:
-        is_ready, details = ready()
-        return json_response({"ready": is_ready, **details}, 200 if is_ready else 503)
-
-    @app.get("/metrics")
-    def metrics() -> Response:
-        return Response(generate_latest(registry), content_type=CONTENT_TYPE_LATEST)
+def with_retry_after(response: Response, problem: Problem) -> Response:
+    if problem.retry_after_seconds is not None:
+        response.headers["Retry-After"] = str(problem.retry_after_seconds)
+    return response
 
 
 def add_problem_handlers(app: Flask) -> None:
-    """Whatever is raised becomes a problem document; what nobody expected is logged with its traceback."""
+    """Whatever is raised becomes a problem document; what nobody expected is logged with its traceback.
+
+    So does what the server refused before the body was in, in the words of the door that it knocked at.
+    """
+
+    @app.before_request
+    def refuse() -> None:
+        if REFUSED in request.environ:
+            raise request.environ[REFUSED]
 
     @app.errorhandler(Problem)
     def refused(problem: Problem) -> Response:

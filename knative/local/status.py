@@ -45,6 +45,7 @@ def _pod(pod: Pod) -> dict[str, Any]:
         "pid": pod.pid,
         "port": pod.proxy.port,
         "function_port": pod.proxy.function_port,
+        "metrics_port": pod.metrics_port,
         "in_flight": pod.proxy.all.in_flight,
         "restarts": pod.restarts,
         "trouble": pod.trouble,

@@ -4,12 +4,14 @@ from typing import Any, Final
 
 from knative.render.alerts import rule_groups
 from knative.render.resolved_pipeline import ResolvedPipeline, labels
+from knative.render.services import METRICS_PORT
 from knative.spec.kubernetes_object import KubernetesObject
 from knative.spec.pipeline_spec import Monitoring
 
 _API: Final = "monitoring.coreos.com/v1"
 _FUNCTION_PORT: Final = "user-port"
-"""Knative's name for the function's port, whatever the Service calls it."""
+"""Knative's name for the function's port, whatever the Service calls it. It is how Prometheus finds the pod; metrics are at
+another port, which no Service may declare."""
 _QUEUE_PROXY_PORT: Final = "http-usermetric"
 """9091: queue-proxy's own, once config-observability has `request-metrics-protocol: prometheus`."""
 _POD_LABELS: Final = {
@@ -45,10 +47,20 @@ def _pod_monitor(pipeline: ResolvedPipeline, monitoring: Monitoring) -> dict[str
 
 
 def _endpoint(port: str, interval_seconds: int) -> dict[str, Any]:
-    relabelings = [
+    relabelings: list[dict[str, Any]] = [
         {"sourceLabels": [f"__meta_kubernetes_pod_label_{label}"], "targetLabel": target}
         for label, target in _POD_LABELS.items()
     ]
+    if port == _FUNCTION_PORT:
+        # The address as Prometheus writes it, in brackets where it is IPv6.
+        relabelings.append(
+            {
+                "sourceLabels": ["__address__"],
+                "regex": r"(.+):\d+",
+                "replacement": f"$1:{METRICS_PORT}",
+                "targetLabel": "__address__",
+            }
+        )
     return {"port": port, "path": "/metrics", "interval": f"{interval_seconds}s", "relabelings": relabelings}
 
 

@@ -1,14 +1,14 @@
 """Who may reach a pipeline's pods: Knative's own components on the ports that they need, the gateway, Prometheus; nobody else.
 
-The ports are queue-proxy's: 8012 takes requests, 9090 answers the autoscaler, 9091 has queue-proxy's metrics. The function's
-own port is open to Prometheus alone, for /metrics; requests that went straight to it would be counted by nobody.
+The ports are queue-proxy's, and the function's for metrics: 8012 takes requests, 9090 answers the autoscaler, 9091 and 9464 are
+for Prometheus. Where the function takes requests nobody comes in from outside the pod; nobody would count them.
 Probes come from the node, which no policy keeps out.
 """
 
 from typing import Any, Final
 
 from knative.render.resolved_pipeline import ResolvedPipeline, labels
-from knative.render.services import CONTAINER_PORT
+from knative.render.services import METRICS_PORT
 from knative.spec.kubernetes_object import KubernetesObject
 
 _REQUESTS, _AUTOSCALER, _METRICS = 8012, 9090, 9091
@@ -42,7 +42,7 @@ def _policy(pipeline: ResolvedPipeline, component: str, callers: list[Kubernetes
             "ingress": [
                 _allow(callers, _REQUESTS),
                 _allow([_pods(_KNATIVE, app="autoscaler")], _AUTOSCALER),
-                _allow([_namespace(pipeline.spec.network.monitoring_namespace)], _METRICS, CONTAINER_PORT),
+                _allow([_namespace(pipeline.spec.network.monitoring_namespace)], _METRICS, METRICS_PORT),
             ],
         },
     }

@@ -13,6 +13,8 @@ from knative.spec.kubernetes_object import KubernetesObject
 from knative.spec.pipeline_spec import Autoscaling, PipelineSpec, Resources, Stage, Tracing, quantity
 
 CONTAINER_PORT: Final = 8080
+METRICS_PORT: Final = 9464
+"""Where a function's metrics are by default; a test holds the two together."""
 _AUTOSCALING: Final = "autoscaling.knative.dev/"
 _CACHE_VOLUME: Final = "weights-cache"
 _TEMPORARY_VOLUME: Final = "tmp"

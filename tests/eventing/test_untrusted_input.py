@@ -30,26 +30,16 @@ from eventing.wire.cloud_event import (
     reply_id,
     reply_seed,
 )
+from eventing.wire.control import ReleaseRequest, ReserveRequest
 from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute
-from eventing.wire.generation import GenerateRequest, ReleaseRequest, ReserveRequest, ScoreRequest
+from eventing.wire.generation import GenerateRequest
+from eventing.wire.score import ScoreRequest
 from eventing.wire.signature import verify
 from tests.support.functions.batches import batches, encoded
 
 NAMES = st.sampled_from(["id", "source", "type", "specversion", "time", "subject", *(each.value for each in Attribute), "data"])
-EDGES = st.sampled_from(
-    [
-        "1.0",
-        "",
-        "0001-01-01T00:00:00+23:59",
-        "9999-12-31T23:59:59-23:59",
-        "2026-02-30T00:00:00Z",
-        "1e10",
-        "9" * 400,
-        '"',
-        "%",
-        "%ff",
-    ]
-)
+TIMES = ["0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59", "2026-02-30T00:00:00Z"]
+EDGES = st.sampled_from([*TIMES, "1.0", "", "1e10", "9" * 400, '"', "%", "%ff"])
 TEXTS = EDGES | st.text(st.characters(max_codepoint=255), max_size=30)
 TYPES = st.sampled_from(
     ["application/json", STRUCTURED_CONTENT_TYPE, BATCH_CONTENT_TYPE, "application/cloudevents-batch+json", "text/plain"]
@@ -106,6 +96,12 @@ def test_any_damaged_batch(batch: Any, headers: dict[str, str], position: int, d
     read_everything(COMPLETE | headers | {"content-type": BATCH_CONTENT_TYPE}, damaged)
     with contextlib.suppress(Problem):
         decode_batch(damaged)
+
+
+@pytest.mark.parametrize("moment", TIMES)
+def test_moments_that_are_not_in_the_calendar(moment: str) -> None:
+    with pytest.raises(MalformedEvent, match="expirytime"):
+        expiry_time(from_http(COMPLETE | {"ce-expirytime": moment}, b""))
 
 
 @pytest.mark.parametrize("name", ["data", "specversion", "id", "time", "layer", "data_base64", "datacontenttype"])

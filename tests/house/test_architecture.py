@@ -31,7 +31,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "gguf": ("storage/checkpoints/gguf_checkpoint.py",),
     "huggingface_hub": ("storage/checkpoints/model_source.py", "storage/checkpoints/model_description.py"),
     "flask": ("functions/",),
-    "gunicorn": ("functions/hosting/server.py",),
+    "httptools": ("functions/hosting/request_reader.py", "eventing/http/exchange.py", "knative/local/http/"),
     "tokenizers": (
         "functions/gateway/text/tokenizer.py",
         "functions/gateway/text/text_stream.py",

@@ -50,7 +50,7 @@ async def last_held(pod: Pod) -> float:
     """How many sequences a leaving pod said last that it holds."""
     held = -1.0
     while pod.phase is not Phase.GONE:
-        samples = await asyncio.to_thread(read_metrics, {"function_port": pod.proxy.function_port})
+        samples = await asyncio.to_thread(read_metrics, {"metrics_port": pod.metrics_port})
         held = samples.get("lamina_stage_sequences", held)
         await asyncio.sleep(0.05)
     return held

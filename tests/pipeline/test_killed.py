@@ -154,7 +154,7 @@ class Killer:
 
     async def _look(self) -> float:
         (pod,) = self.gateway.ready_pods
-        samples = await asyncio.to_thread(read_metrics, {"function_port": pod.proxy.function_port})
+        samples = await asyncio.to_thread(read_metrics, {"metrics_port": pod.metrics_port})
         self.replays.append(samples["lamina_gateway_replays_total"])
         return samples["lamina_gateway_running_sequences"]
 

@@ -17,7 +17,7 @@ from functions.gateway.doors.answers import Answer, Answers, Asker
 from functions.gateway.doors.clients import Clients
 from functions.gateway.doors.openai_types import ChatRequest, CompletionRequest
 from functions.gateway.doors.streaming import stream_response
-from functions.hosting.web import json_response
+from functions.hosting.web import json_response, with_retry_after
 from functions.observing.tracing import read_traceparent
 
 _log: Final = logging.getLogger(__name__)
@@ -193,7 +193,7 @@ def _failure(problem: Problem) -> bytes:
 
 
 def _refused(problem: Problem) -> Response:
-    return _error(problem.status, str(problem), problem.name)
+    return with_retry_after(_error(problem.status, str(problem), problem.name), problem)
 
 
 def _unexpected(error: Exception) -> Response:

@@ -1,17 +1,18 @@
 """A stage over HTTP: who may speak, how large an event may be, and what the reply's headers say."""
 
 import hmac
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from cloudevents.core.v1.event import CloudEvent
-from flask import Flask, Request, Response, request
+from flask import Flask, Response, request
 from werkzeug.wsgi import get_content_length
 
 from eventing.http.binding import from_http, to_binary_http
 from eventing.problems import EventTooLarge, MalformedEvent, Unauthorized
 from eventing.wire.events import SAFE_EVENT_BYTES, Attribute
 from eventing.wire.signature import verify
+from functions.hosting.environ import REFUSED
 from functions.hosting.web import add_problem_handlers
 from functions.stage.serving.handlers import Durations, EventHandlers
 from functions.stage.serving.metrics import StageMetrics
@@ -28,7 +29,7 @@ _EVENT_TYPE: Final = "lamina.event_type"
 
 
 def create_app(handlers: EventHandlers, pipeline_token: str, metrics: StageMetrics) -> Flask:
-    """The application; probes are added by whoever knows how the stage is."""
+    """Answers events; probes are not its business."""
     app = Flask("stage", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_EVENT_BYTES
     add_problem_handlers(app)
@@ -59,6 +60,7 @@ class _EventDoor:
         self._flask = app.wsgi_app
         self._handlers = handlers
         self._pipeline_token = pipeline_token
+        self._admit = stage_admission(pipeline_token)
         self._metrics = metrics
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
@@ -66,7 +68,7 @@ class _EventDoor:
             return self._flask(environ, start_response)
         type_ = "unread"
         try:
-            event = _trusted_event(environ, self._pipeline_token)
+            event = self._trusted_event(environ)
             type_ = event.get_type() if event.get_type() in self._handlers.table else "unknown"
             headers, body = self._answer(event)
         except Exception as error:  # noqa: BLE001 - Flask's error handlers know what to say
@@ -75,6 +77,15 @@ class _EventDoor:
         self._metrics.events.labels(type_, "200").inc()
         start_response("200 OK", [*headers.items(), ("Content-Length", str(len(body)))])
         return (body,)
+
+    def _trusted_event(self, environ: "WSGIEnvironment") -> CloudEvent:
+        """By bearer token, or by its own signature where a Sequence brings it. Raises Unauthorized, EventExpired."""
+        if REFUSED in environ:
+            raise environ[REFUSED]
+        event = from_http(_event_headers(environ), _body(environ, self._admit(environ)))
+        if _is_signed(environ):
+            verify(event, self._pipeline_token)
+        return event
 
     def _answer(self, event: CloudEvent) -> tuple[dict[str, str], bytes]:
         durations = Durations()
@@ -86,15 +97,25 @@ class _EventDoor:
         return headers, b"".join(buffers)
 
 
-def _trusted_event(environ: "WSGIEnvironment", pipeline_token: str) -> CloudEvent:
-    """By bearer token, or by its own signature where a Sequence brings it. Raises Unauthorized, EventExpired."""
-    if "HTTP_AUTHORIZATION" not in environ and _SIGNATURE in environ:
-        # What the channel passes on is no larger, so nobody is listened to for longer before the signature is seen.
-        event = from_http(_event_headers(environ), _body(environ, SAFE_EVENT_BYTES))
-        verify(event, pipeline_token)
-        return event
-    _check_token(environ.get("HTTP_AUTHORIZATION", ""), pipeline_token)
-    return from_http(_event_headers(environ), _body(environ, MAX_EVENT_BYTES))
+def stage_admission(pipeline_token: str) -> "Callable[[WSGIEnvironment], int]":
+    """How large a body may be, by its head alone. Raises Unauthorized, so that no stranger's body is read."""
+
+    def admit(environ: "WSGIEnvironment") -> int:
+        if environ["PATH_INFO"] != "/" or environ["REQUEST_METHOD"] != "POST":
+            return 0
+        if _is_signed(environ):
+            # What the channel passes on is no larger, so nobody is listened to for longer before the signature is seen.
+            return SAFE_EVENT_BYTES
+        _check_token(environ.get("HTTP_AUTHORIZATION", ""), pipeline_token)
+        return MAX_EVENT_BYTES
+
+    return admit
+
+
+def _is_signed(environ: "WSGIEnvironment") -> bool:
+    """In binary mode, as gateway and stages send it: JSON of who knows whom is not parsed to find a signature in it."""
+    structured = environ.get("CONTENT_TYPE", "").lower().startswith("application/cloudevents")
+    return _SIGNATURE in environ and "HTTP_AUTHORIZATION" not in environ and not structured
 
 
 def _check_token(given: str, pipeline_token: str) -> None:
@@ -113,12 +134,8 @@ def _event_headers(environ: "WSGIEnvironment") -> Iterator[tuple[str, str]]:
 
 
 def _body(environ: "WSGIEnvironment", max_bytes: int) -> bytes:
-    """All of it in one read where its length is known: a large body comes in pieces of 64 KiB otherwise."""
-    length = get_content_length(environ)
-    if length is None:
-        in_chunks = Request(environ)
-        in_chunks.max_content_length = max_bytes
-        return in_chunks.get_data(cache=False)
+    """All of it in one read, which functions/hosting/environ answers with the memory that it came into."""
+    length = get_content_length(environ) or 0
     if length > max_bytes:
         raise EventTooLarge(f"the event has {length} bytes, the most is {max_bytes}; send fewer tokens at once")
     body: bytes = environ["wsgi.input"].read(length)

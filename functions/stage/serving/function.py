@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Final
 
 from eventing.problems import NotReady
 from functions.configuration.config import StageConfig
+from functions.hosting.management import Management
 from functions.hosting.publication import WrongPublication
+from functions.hosting.server import Service
 from functions.hosting.startup import StartUp
-from functions.hosting.web import add_probes
 from functions.observing.telemetry import make_tracer
-from functions.stage.serving.app import create_app
+from functions.stage.serving.app import MAX_EVENT_BYTES, create_app, stage_admission
 from functions.stage.serving.bring_up import UnservableModel, bring_up
 from functions.stage.serving.handlers import EventHandlers
 from functions.stage.serving.metrics import StageMetrics
@@ -27,13 +28,14 @@ _log: Final = logging.getLogger(__name__)
 _STUCK_AFTER_SECONDS: Final = 300.0
 """No pass takes so long: a chunk of a large model on one slow core takes tens of seconds."""
 _FAILED_STATUS: Final = 1
+_THREADS: Final = 64
+"""Far above any containerConcurrency: events that wait for the weights must not keep others from being answered."""
+_REQUEST_BYTES: Final = 2 * MAX_EVENT_BYTES
+"""Of all events together."""
 
 
 class StageFunction:
     """One stage of one pipeline."""
-
-    threads = 64
-    """Far above any containerConcurrency: events that wait for the weights must not keep probes from being answered."""
 
     def __init__(self, config: StageConfig, start_up: StartUp) -> None:
         self.instance = f"{socket.gethostname()}-{secrets.token_hex(4)}"
@@ -47,8 +49,13 @@ class StageFunction:
         self._draining = False
         self._tracer = make_tracer(config.traces_endpoint, "lamina-stage", {"lamina.pipeline": config.pipeline})
         handlers = EventHandlers(config, self.instance, self, self._tracer)
-        self.application = create_app(handlers, config.pipeline_token, self._metrics)
-        add_probes(self.application, self._metrics.registry, sick=self._sick, ready=self._ready)
+        self.service = Service(
+            create_app(handlers, config.pipeline_token, self._metrics),
+            Management(self._metrics.registry, sick=self._sick, ready=self._ready),
+            stage_admission(config.pipeline_token),
+            threads=_THREADS,
+            request_bytes=_REQUEST_BYTES,
+        )
 
     def start(self, stop: Callable[[int], None]) -> None:
         """Brings the engine up in a thread; where that fails, logs the cause and stops with status 1."""

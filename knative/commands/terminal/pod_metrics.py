@@ -1,4 +1,4 @@
-"""Metrics of the functions that run here, read past their queue-proxies: watching must not keep a pod alive."""
+"""Metrics of the functions that run here, read at ports of their own: watching must not keep a pod alive."""
 
 import re
 import urllib.request
@@ -14,10 +14,10 @@ _WAITING: Final = "lamina_gateway_waiting_sequences"
 def read_metrics(pod: Mapping[str, Any]) -> defaultdict[str, float]:
     """Name → value, summed over labels; empty where the pod does not answer. `pod` as the platform's status has it."""
     samples: defaultdict[str, float] = defaultdict(float)
-    if pod["function_port"] is None:
+    if pod["metrics_port"] is None:
         return samples
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{pod['function_port']}/metrics", timeout=2) as reply:
+        with urllib.request.urlopen(f"http://127.0.0.1:{pod['metrics_port']}/metrics", timeout=2) as reply:
             text = reply.read().decode()
     except OSError:
         return samples

@@ -21,6 +21,8 @@ class ContainerLife:
     def __init__(self, container: Container, log: Path, on_port: Callable[[int], None], on_ready: Callable[[bool, str], None]):
         """on_port: the process runs and will listen there. on_ready: the readiness probe's verdict, and what it saw."""
         self.process: Process | None = None
+        self.metrics_port: int | None = None
+        """Where a function's metrics are."""
         self._container = container
         self._log = log
         self._on_port = on_port
@@ -28,8 +30,8 @@ class ContainerLife:
         self._killed_because: str | None = None
 
     async def run(self, starter: ProcessStarter, folder: Path, name: str) -> str:
-        port = free_port()
-        environ = {**self._container.environ, "PORT": str(port), "HOSTNAME": name}
+        port, self.metrics_port = free_port(), free_port()
+        environ = {**self._container.environ, **_own_places(port, self.metrics_port), "HOSTNAME": name}
         try:
             process = await starter.start(self._container.command, environ, folder, self._log)
         except OSError as error:
@@ -46,22 +48,25 @@ class ContainerLife:
         return self._killed_because or self._describe(status)
 
     def _watch(self, process: Process, port: int) -> list[asyncio.Task[None]]:
-        watches = [self._watch_readiness(self._container.readiness, port)]
+        watches = [self._watch_readiness(self._container.readiness, port, self.metrics_port)]
         if self._container.liveness is not None:
             watches.append(self._watch_liveness(self._container.liveness, process, port))
         if self._container.memory_limit_bytes is not None:
             watches.append(self._watch_memory(self._container.memory_limit_bytes, process))
         return [asyncio.create_task(watch) for watch in watches]
 
-    async def _watch_readiness(self, probe: Probe, port: int) -> None:
+    async def _watch_readiness(self, probe: Probe, port: int, metrics_port: int | None) -> None:
         await asyncio.sleep(probe.initial_delay_seconds)
-        failures, was_ready = 0, False
+        failures, was_ready, details = 0, False, ""
         while True:
             result = await run_probe(probe, port)
             failures = 0 if result.passed else failures + 1
+            if result.passed and not was_ready and metrics_port is not None:
+                told = await run_probe(probe, metrics_port)  # A function tells clients no more than the verdict.
+                details = told.text if told.passed else ""
             was_ready = was_ready or result.passed
             if result.passed or not was_ready or failures >= probe.failure_threshold:
-                self._on_ready(result.passed, result.text)
+                self._on_ready(result.passed, details if result.passed and details else result.text)
             await asyncio.sleep(probe.period_seconds if was_ready else _EAGER_PROBE_SECONDS)
 
     async def _watch_liveness(self, probe: Probe, process: Process, port: int) -> None:
@@ -88,6 +93,11 @@ class ContainerLife:
         how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         tail = last_line(self._log)
         return f"{how}: {tail}" if tail else how
+
+
+def _own_places(port: int, metrics_port: int) -> dict[str, str]:
+    """A pod on one machine has no address of its own: it listens where only this machine comes, at ports of its own."""
+    return {"PORT": str(port), "LAMINA_LISTEN": "127.0.0.1", "LAMINA_METRICS_PORT": str(metrics_port)}
 
 
 def last_line(log: Path, most_bytes: int = 4096) -> str:

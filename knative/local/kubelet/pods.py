@@ -75,6 +75,10 @@ class Pod:
         process = self._life.process if self._life is not None else None
         return None if process is None else process.pid
 
+    @property
+    def metrics_port(self) -> int | None:
+        return None if self._life is None else self._life.metrics_port
+
     async def start(self, starter: ProcessStarter, folder: Path) -> None:
         """Returns at once; `phase` tells the rest."""
         await self.proxy.start()

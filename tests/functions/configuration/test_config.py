@@ -59,6 +59,8 @@ def test_no_secret_is_shown() -> None:
         ({**STAGE, "LAMINA_LAYERS": "4:2"}, ("LAMINA_LAYERS", "'4:2'", "10:20")),
         ({**STAGE, "LAMINA_LAYERS": "1:4"}, ("LAMINA_LAYERS", "'1:4'", "0:2,2:4")),
         ({**STAGE, "LAMINA_DEVICE": "cuda", "LAMINA_DTYPE": "int8"}, ("LAMINA_DEVICE", "'cuda'", "LAMINA_DTYPE int8", "auto")),
+        ({**STAGE, "LAMINA_SLEEP_SECONDS": "1e10"}, ("LAMINA_SLEEP_SECONDS", "'1e10'", "at most 10000000")),
+        ({**STAGE, "LAMINA_LISTEN": "here"}, ("LAMINA_LISTEN", "'here'")),
         ({**STAGE, "LAMINA_SLEEP_SECONDS": "nan"}, ("LAMINA_SLEEP_SECONDS", "'nan'", "more than 0")),
         ({**STAGE, "LAMINA_STORE_ENDPOINT": "s3.example"}, ("LAMINA_STORE_ENDPOINT", "'s3.example'", "http://")),
         ({**STAGE, "LAMINA_STORE_ENDPOINT": "http://host:port"}, ("LAMINA_STORE_ENDPOINT", "'http://host:port'")),

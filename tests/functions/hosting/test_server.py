@@ -2,48 +2,13 @@
 
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from http.client import HTTPConnection
 
 import pytest
 
-from tests.support.paths import ROOT
-
-SERVER = """
-import sys, threading
-import functions.hosting.server
-functions.hosting.server.NEXT_REQUEST_SECONDS = float(sys.argv[2])
-def application(environ, start_response):
-    body = threading.current_thread().name.encode()
-    start_response("200 OK", [("Content-Length", str(len(body)))])
-    return [body]
-server = functions.hosting.server.Server(0, int(sys.argv[1]))
-print(server.port, flush=True)
-sys.exit(server.run(application, lambda: None))
-"""
-ENOUGH = 60.0
-"""Seconds; far longer than any of these tests."""
-
-
-@dataclass(frozen=True)
-class Serving:
-    process: "subprocess.Popen[str]"
-    port: int
-
-
-@contextmanager
-def serving(threads: int, next_request_seconds: float) -> Iterator[Serving]:
-    code = [sys.executable, "-c", SERVER, str(threads), str(next_request_seconds)]
-    with subprocess.Popen(code, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            yield Serving(process, int(process.stdout.readline()))
-        finally:
-            process.kill()
+from tests.support.functions.server import ENOUGH, Serving, reply, serving
 
 
 @contextmanager
@@ -53,6 +18,14 @@ def connections(port: int, count: int) -> Iterator[list[HTTPConnection]]:
         for connection in opened:
             stack.callback(connection.close)
         yield opened
+
+
+def _takes_connections(server: Serving) -> bool:
+    try:
+        server.connect().close()
+    except ConnectionError:
+        return False
+    return True
 
 
 def answering_thread(connection: HTTPConnection) -> str:
@@ -81,9 +54,7 @@ def test_requests_sent_in_one_piece_are_all_answered() -> None:
     last = b"GET / HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n"
     with serving(8, ENOUGH) as server, socket.create_connection(("127.0.0.1", server.port), timeout=ENOUGH) as sock:
         sock.sendall(request + request + last)
-        seen = b""
-        while piece := sock.recv(4096):
-            seen += piece
+        seen = reply(sock)
     assert seen.count(b"HTTP/1.1 200 OK") == 3
 
 
@@ -92,3 +63,46 @@ def test_a_connection_whose_next_request_is_awaited_does_not_keep_the_server_fro
         answering_thread(connection)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(timeout=ENOUGH) == 0
+
+
+def test_a_body_is_read_whichever_way_it_is_framed() -> None:
+    """By its length, in chunks, and with `100 Continue` awaited before it; each twice on one connection."""
+    plain = b"POST /echo HTTP/1.1\r\nHost: here\r\nContent-Length: 5\r\n\r\nhello"
+    chunks = b"POST /echo HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n"
+    waits = b"POST /echo HTTP/1.1\r\nHost: here\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n"
+    with serving(4) as server, server.connect() as sock:
+        for request in (plain, chunks, plain, chunks):
+            sock.sendall(request)
+            assert sock.recv(4096).endswith(b"\r\n\r\nhello")
+        sock.sendall(waits)
+        assert sock.recv(4096) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(b"hello")
+        assert sock.recv(4096).endswith(b"\r\n\r\nhello")
+
+
+def test_an_offer_of_another_protocol_is_declined_by_answering() -> None:
+    offer = b"GET / HTTP/1.1\r\nHost: here\r\nConnection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\n\r\n"
+    with serving(4) as server, server.connect() as sock:
+        sock.sendall(offer)
+        assert reply(sock).startswith(b"HTTP/1.1 200 OK")
+
+
+def test_a_request_on_its_way_when_the_server_stops_is_answered() -> None:
+    with serving(4, linger_seconds=ENOUGH) as server, server.connect() as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
+        assert sock.recv(4096).startswith(b"HTTP/1.1 200 OK")
+        sock.sendall(b"GET / HTTP/1.1\r\n")
+        server.process.send_signal(signal.SIGTERM)
+        while _takes_connections(server):
+            pass
+        sock.sendall(b"Host: here\r\n\r\n")
+        assert b"Connection: close" in reply(sock)
+        assert server.process.wait(timeout=ENOUGH) == 0
+
+
+def test_a_server_listens_where_it_is_told_to() -> None:
+    """127.0.0.2 is this machine as well, and a server at all of its addresses would answer there."""
+    with serving(2) as server:
+        for port in (server.port, server.management_port):
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.2", port), timeout=ENOUGH)

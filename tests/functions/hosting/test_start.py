@@ -125,9 +125,12 @@ def test_a_starting_stage_says_so_and_can_be_ended(published: Published, sender:
                 waiting.result()
 
 
-def test_a_warm_up_event_waits_for_the_weights(published: Published, sender: Sender) -> None:
+@pytest.mark.parametrize("expirytime", [None, "9999-12-31T23:59:59Z"])
+def test_a_warm_up_event_waits_for_the_weights(published: Published, sender: Sender, expirytime: str | None) -> None:
+    """However far its end is: no lock can be waited for as long as that."""
     with FunctionProcess(stage_environment(published, 2)) as stage:
-        event = json_event(EventType.WARMUP, "/test", WarmupRequest(), pipeline=published.fingerprint())
+        attributes = {"pipeline": published.fingerprint(), "expirytime": expirytime}
+        event = json_event(EventType.WARMUP, "/test", WarmupRequest(), **attributes)
         headers, body = to_binary_http(event)
         reply = sender.send(stage.url, headers | AUTHORIZED, body, 60)
         warm = json_data(from_http(reply.headers, reply.body), WarmupReply)

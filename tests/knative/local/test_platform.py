@@ -329,6 +329,9 @@ def test_secrets_and_cluster_names_are_resolved(tmp_path: Path) -> None:
             assert (await fetch(session, url + "TOKEN"))[1] == "sesame"
             assert (await fetch(session, url + "AWS_ACCESS_KEY_ID"))[1] == "mine"
             assert (await fetch(session, url + "OTHER"))[1] == "0:1=" + platform.url("other")
+            assert (await fetch(session, url + "LAMINA_LISTEN"))[1] == "127.0.0.1"
+            own = str(revision(platform).pods[0].metrics_port)
+            assert (await fetch(session, url + "LAMINA_METRICS_PORT"))[1] == own
 
     asyncio.run(scenario())
 

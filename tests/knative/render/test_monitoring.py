@@ -14,6 +14,7 @@ from knative.render.dashboard import dashboard
 from knative.render.monitoring import monitoring_objects
 from knative.render.rendering import render
 from knative.render.resolved_pipeline import ResolvedPipeline
+from knative.render.services import METRICS_PORT
 from knative.spec.errors import SpecError
 from tests.support.functions.functions import gateway_environment, running, stage_environment
 from tests.support.knative.pipelines import resolved_pipeline
@@ -148,6 +149,14 @@ def pipeline(**monitoring: Any) -> ResolvedPipeline:
     )
 
 
+def _relabelled(endpoint: dict[str, Any], address: str) -> str:
+    """The address that Prometheus scrapes, of one that it found; its regular expressions hold for the whole value."""
+    for rule in endpoint["relabelings"]:
+        if rule["targetLabel"] == "__address__" and (match := re.fullmatch(rule["regex"], address)):
+            address = match.expand(rule["replacement"].replace("$", "\\"))
+    return address
+
+
 def test_the_pods_are_scraped_where_their_metrics_are() -> None:
     rendered = render(pipeline(labels={"release": "prometheus"}, queue_proxy_metrics=True))
     monitor, rules = rendered["monitoring.yaml"]
@@ -155,7 +164,9 @@ def test_the_pods_are_scraped_where_their_metrics_are() -> None:
     endpoints = monitor["spec"]["podMetricsEndpoints"]
     assert [(each["port"], each["path"]) for each in endpoints] == [("user-port", "/metrics"), ("http-usermetric", "/metrics")]
     put_on = {each["targetLabel"] for each in endpoints[0]["relabelings"]}
-    assert put_on | {"namespace", "pod"} == OF_THE_POD
+    assert put_on - {"__address__"} | {"namespace", "pod"} == OF_THE_POD
+    assert [_relabelled(endpoint, "10.1.2.3:8080") for endpoint in endpoints] == [f"10.1.2.3:{METRICS_PORT}", "10.1.2.3:8080"]
+    assert _relabelled(endpoints[0], "[fd00::7]:8080") == f"[fd00::7]:{METRICS_PORT}"
     for service in ("stage-0.yaml", "gateway.yaml"):
         labels = rendered[service][0]["spec"]["template"]["metadata"]["labels"]
         assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()

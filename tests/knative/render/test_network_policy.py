@@ -2,7 +2,7 @@
 
 from knative.render.network_policy import network_policies
 from knative.render.resolved_pipeline import ResolvedPipeline
-from knative.render.services import gateway_service, stage_service
+from knative.render.services import CONTAINER_PORT, METRICS_PORT, gateway_service, stage_service
 from tests.support.knative.pipelines import resolved_pipeline
 
 
@@ -48,5 +48,6 @@ def test_the_autoscaler_and_prometheus_read_their_ports_only() -> None:
             }
         ]
         assert [namespace(peer) for peer in reachable(policy, 9091)] == ["observability"]
-        assert [namespace(peer) for peer in reachable(policy, 8080)] == ["observability"]
+        assert [namespace(peer) for peer in reachable(policy, METRICS_PORT)] == ["observability"]
+        assert reachable(policy, CONTAINER_PORT) == []
         assert policy["spec"]["policyTypes"] == ["Ingress"]

@@ -10,7 +10,7 @@ from eventing.wire.events import pipeline_fingerprint
 from functions.configuration.config import GatewayConfig, StageConfig, read_config
 from knative.render.rendering import render
 from knative.render.resolved_pipeline import ResolvedPipeline
-from knative.render.services import gateway_access, services
+from knative.render.services import METRICS_PORT, gateway_access, services
 from knative.spec.cut import parse_cut
 from knative.spec.errors import SpecError
 from knative.spec.kubernetes_object import to_yaml
@@ -57,6 +57,7 @@ def test_functions_accept_every_rendered_environment() -> None:
     for variant in (pipeline(), full):
         configs = [read_config(environment(service)) for service in services(variant)]
         assert [config.pipeline for config in configs] == [variant.fingerprint] * 4
+        assert {(config.listen, config.metrics_port) for config in configs} == {("0.0.0.0", METRICS_PORT)}
         assert [config.layers for config in configs if isinstance(config, StageConfig)] == list(CUT)
     assert [config.sleep_seconds for config in configs if isinstance(config, StageConfig)] == [0.03, 0.09, 0.03]
     gateway = configs[-1]

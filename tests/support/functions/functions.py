@@ -20,6 +20,8 @@ from tests.support.storage.published import CUT, Published
 
 TOKEN: Final = "pipeline-secret"
 _LISTENING: Final = re.compile(r"listening on port (\d+)")
+_METRICS: Final = re.compile(r"metrics on port (\d+)")
+_OF_MANAGEMENT: Final = ("/metrics", "/readyz")
 
 
 def stage_environment(published: Published, group: int, cut: Cut = CUT, **more: str) -> dict[str, str]:
@@ -42,6 +44,8 @@ def gateway_environment(published: Published, stage_urls: Sequence[str], cut: Cu
 def common_environment(published: Published, cut: Cut = CUT) -> dict[str, str]:
     return {
         "PORT": "0",
+        "LAMINA_LISTEN": "127.0.0.1",
+        "LAMINA_METRICS_PORT": "0",
         "PATH": os.environ["PATH"],
         "LAMINA_PIPELINE": published.fingerprint(cut),
         "LAMINA_PIPELINE_TOKEN": TOKEN,
@@ -88,11 +92,11 @@ class FunctionProcess:
     @property
     def port(self) -> int:
         """Waits until it listens."""
-        with self._said:
-            self._said.wait_for(lambda: _LISTENING.search(self.log) or not self._reader.is_alive(), 120)
-        found = _LISTENING.search(self.log)
-        assert found, f"does not listen:\n{self.log}"
-        return int(found[1])
+        return self._said_port(_LISTENING)
+
+    @property
+    def metrics_port(self) -> int:
+        return self._said_port(_METRICS)
 
     @property
     def url(self) -> str:
@@ -109,9 +113,10 @@ class FunctionProcess:
             time.sleep(0.05)
 
     def get(self, path: str) -> tuple[int, Any]:
-        """Status and body, parsed where it is JSON."""
+        """Status and body, parsed where it is JSON; what clients do not get is asked for where they do not come."""
+        url = f"http://127.0.0.1:{self.metrics_port}" if path in _OF_MANAGEMENT else self.url
         try:
-            with urllib.request.urlopen(self.url + path, timeout=30) as response:
+            with urllib.request.urlopen(url + path, timeout=30) as response:
                 return response.status, _parsed(response.read())
         except urllib.error.HTTPError as error:
             with error:
@@ -140,6 +145,13 @@ class FunctionProcess:
         self.wait_end()
         assert self.process.stderr is not None
         self.process.stderr.close()
+
+    def _said_port(self, where: re.Pattern[str]) -> int:
+        with self._said:
+            self._said.wait_for(lambda: where.search(self.log) or not self._reader.is_alive(), 120)
+        found = where.search(self.log)
+        assert found, f"does not listen:\n{self.log}"
+        return int(found[1])
 
     def _read(self) -> None:
         assert self.process.stderr is not None

@@ -1,6 +1,7 @@
 """Stage processes over real HTTP, with a tiny model out of a real store: the right tokens, and every refusal."""
 
 import json
+import socket
 from array import array
 from collections.abc import Iterator
 from contextlib import closing
@@ -159,7 +160,7 @@ def test_warm_up_reports_the_start(first: Client) -> None:
 
 def test_probes_and_metrics(stages: list[FunctionProcess], first: Client) -> None:
     first.forward(encode_batch(rows_of("metrics", [5, 6])))
-    assert stages[0].get("/healthz") == (200, {"alive": True, "cause": None})
+    assert stages[0].get("/healthz") == (200, {"alive": True})
     readiness = stages[0].get("/readyz")[1]
     assert (readiness["ready"], readiness["layers_run_by"]) == (True, "torch's operators: float32 is not bfloat16 or int8")
     status, text = stages[0].get("/metrics")
@@ -257,7 +258,7 @@ def test_a_batch_travels_in_binary_mode_only(first: Client) -> None:
 
 def test_an_oversized_event_is_refused_before_it_is_read(first: Client) -> None:
     headers, _ = to_binary_http(first.event(EventType.FORWARD, b""))
-    with pytest.raises(EventTooLarge, match="fewer tokens"):
+    with pytest.raises(EventTooLarge, match="the most is 268435456"):
         first.post(headers | AUTHORIZED, [memoryview(bytearray(2**28 + 1))])
     assert_still_serving(first)
 
@@ -288,6 +289,29 @@ def test_refused_events_are_counted_by_what_was_known_of_them(stages: list[Funct
     text = stages[0].get("/metrics")[1]
     for labels in ('status="401",type="unread"', 'status="400",type="unknown"', 'status="400",type="dev.lamina.warmup"'):
         assert f"lamina_stage_events_total{{{labels}}}" in text
+
+
+def test_clients_get_the_verdicts_of_probes_and_nothing_else(first: Client) -> None:
+    def get(path: str) -> tuple[int, bytes]:
+        connection = HTTPConnection(first.url.removeprefix("http://"), timeout=30)
+        with closing(connection):
+            connection.request("GET", path)
+            reply = connection.getresponse()
+            return reply.status, reply.read()
+
+    assert get("/readyz") == (200, b'{"ready":true}')
+    assert get("/healthz") == (200, b'{"alive":true}')
+    assert get("/metrics")[0] == 404
+
+
+def test_strangers_are_refused_before_their_body_is_read(first: Client) -> None:
+    """With a signature that nobody has seen, too, where it would take reading the event as JSON to see it."""
+    host, port = first.url.removeprefix("http://").split(":")
+    structured = b"Content-Type: application/cloudevents+json\r\nce-signature: 00\r\n"
+    for headers in (b"", b"Authorization: Bearer wrong\r\n", structured):
+        with socket.create_connection((host, int(port)), timeout=30) as sock:
+            sock.sendall(b"POST / HTTP/1.1\r\nHost: here\r\n" + headers + b"Content-Length: 1000000\r\n\r\n")
+            assert sock.recv(4096).startswith(b"HTTP/1.1 401 ")
 
 
 def test_other_paths_and_methods_are_problem_documents(stages: list[FunctionProcess]) -> None:

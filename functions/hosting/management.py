@@ -1,0 +1,57 @@
+"""Probes and metrics, for whoever runs the function: bare WSGI, so that they answer whatever the applications are busy with."""
+
+from collections.abc import Callable, Iterable, Mapping
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+from functions.hosting.environ import MANAGEMENT
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+_JSON: Final = "application/json"
+_Answer = tuple[HTTPStatus, bytes, str]
+
+
+class Management:
+    """`/healthz`, `/readyz` and `/metrics`. `sick` says what is wrong, if anything; `ready` comes with details.
+
+    On the clients' port there are the first two, without details: the platform's probes come that way, and so may anybody.
+    """
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        *,
+        sick: Callable[[], str | None],
+        ready: Callable[[], tuple[bool, Mapping[str, object]]],
+    ) -> None:
+        self._registry = registry
+        self._sick = sick
+        self._ready = ready
+
+    def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+        status, body, content_type = self._answer(environ)
+        start_response(f"{status.value} {status.phrase}", [("Content-Type", content_type), ("Content-Length", str(len(body)))])
+        return [body]
+
+    def _answer(self, environ: "WSGIEnvironment") -> _Answer:
+        path, detailed = environ["PATH_INFO"], bool(environ.get(MANAGEMENT))
+        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            return HTTPStatus.METHOD_NOT_ALLOWED, b"GET only\n", "text/plain"
+        if path == "/healthz":
+            cause = self._sick()
+            return _verdict(cause is None, {"alive": cause is None, **({"cause": cause} if detailed else {})})
+        if path == "/readyz":
+            ready, details = self._ready()
+            return _verdict(ready, {"ready": ready, **(details if detailed else {})})
+        if path == "/metrics" and detailed:
+            return HTTPStatus.OK, generate_latest(self._registry), CONTENT_TYPE_LATEST
+        return HTTPStatus.NOT_FOUND, b"/healthz, /readyz and /metrics are here\n", "text/plain"
+
+
+def _verdict(good: bool, document: Mapping[str, object]) -> _Answer:
+    return HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE, msgspec.json.encode(document), _JSON

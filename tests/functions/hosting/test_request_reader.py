@@ -1,0 +1,152 @@
+"""A request from its bytes: the same however they are cut, refused by name where it is none, within its budget."""
+
+import contextlib
+import gc
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eventing.problems import EventTooLarge, Overloaded, Unauthorized
+from functions.hosting.environ import REFUSED
+from functions.hosting.limits import MAX_HEAD_BYTES, MAX_HEADERS, SMALL_BODY_BYTES, BodyBudget
+from functions.hosting.request_reader import BadRequest, RequestReader
+
+START = b"POST /a%20b?c=d HTTP/1.1\r\nHost: here\r\n"
+PLAIN = START + b"Content-Length: 5\r\nX-One: 1\r\nX-One: 2\r\nx_two: 3\r\n\r\nhello"
+CHUNKED = START + b"Transfer-Encoding: chunked\r\n\r\n3;a=b\r\nhel\r\n2\r\nlo\r\n0\r\nX-One: trailer\r\n\r\n"
+
+
+def reader(most_bytes: int = 1000, budget: BodyBudget | None = None) -> RequestReader:
+    return RequestReader(lambda _: most_bytes, budget or BodyBudget(10**6), {})
+
+
+def body(of: RequestReader) -> bytes:
+    assert of.complete
+    assert of.environ is not None
+    read: bytes = of.environ["wsgi.input"].read()
+    return bytes(read)
+
+
+def fed(data: bytes, most_bytes: int = 1000, budget: BodyBudget | None = None) -> RequestReader:
+    read = reader(most_bytes, budget)
+    read.feed(data)
+    return read
+
+
+@given(st.sampled_from([PLAIN, CHUNKED]), st.data())
+def test_a_request_is_the_same_however_it_is_cut(request: bytes, data: st.DataObject) -> None:
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(request)), max_size=6)))
+    read = reader()
+    for begin, end in zip([0, *cuts], [*cuts, len(request)], strict=True):
+        if begin < end:
+            read.feed(request[begin:end])
+    assert read.environ is not None
+    assert body(read) == b"hello"
+    assert read.keeps
+    assert read.environ["PATH_INFO"] == "/a b"
+    assert read.environ["QUERY_STRING"] == "c=d"
+    assert read.environ["CONTENT_LENGTH"] == "5"
+    assert read.environ.get("HTTP_X_ONE") == ("1,2" if request is PLAIN else None)
+    assert "HTTP_X_TWO" not in read.environ
+
+
+@given(st.lists(st.binary(max_size=30) | st.sampled_from([START, b"\r\n", b"\r\n\r\n", b"Content-Length: 5\r\n", b"5\r\n"])))
+def test_any_bytes_raise_nothing_but_what_is_declared(pieces: list[bytes]) -> None:
+    for beginning in (b"", START, START + b"Transfer-Encoding: chunked\r\n\r\n"):
+        read = reader()
+        with contextlib.suppress(BadRequest):
+            for piece in (beginning, *pieces):
+                if piece and not read.complete:
+                    read.feed(piece)
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"no HTTP\r\n\r\n", 400),
+        (START + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+        (START + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n", 400),
+        (START + b"Content-Length: -5\r\n\r\n", 400),
+        (START + b"Content-Length: " + b"9" * 40 + b"\r\n\r\n", 400),
+        (START + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n", 400),
+        (START + b"Transfer-Encoding: gzip, chunked\r\n\r\n", 501),
+        (START + b"Transfer-Encoding: chunked\r\n\r\nno size\r\n", 400),
+        (START + b"Content-Length : 5\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\nHost: here\n\nGET / HTTP/1.1\r\n\r\n", 400),
+        (START + b"a: b\r\n" * (MAX_HEADERS + 1) + b"\r\n", 431),
+        (START + b"a: " + b"b" * MAX_HEAD_BYTES, 431),
+        (START + b"Transfer-Encoding: chunked\r\n\r\n1;" + b"x" * 2 * MAX_HEAD_BYTES, 400),
+        (START + b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"a: b\r\n" * MAX_HEAD_BYTES, 400),
+    ],
+)
+def test_what_is_no_request_is_refused(request_: bytes, status: int) -> None:
+    with pytest.raises(BadRequest) as refused:
+        fed(request_)
+    assert refused.value.status == status
+
+
+def test_whoever_may_not_send_is_refused_by_the_head_alone() -> None:
+    def admit(_: object) -> int:
+        raise Unauthorized("no")
+
+    read = RequestReader(admit, BodyBudget(0), {})
+    read.feed(START + b"Content-Length: 100000000\r\nExpect: 100-continue\r\n\r\n")
+    assert read.environ is not None
+    assert isinstance(read.environ[REFUSED], Unauthorized)
+    assert body(read) == b""
+    assert (read.unread, read.keeps, read.expects_continue) == (True, False, False)
+
+
+def test_a_body_beyond_its_limit_is_refused_as_soon_as_that_is_known() -> None:
+    for request in (START + b"Content-Length: 11\r\n\r\n", START + b"Transfer-Encoding: chunked\r\n\r\nb\r\nhello world\r\n"):
+        read = fed(request, most_bytes=10)
+        assert read.environ is not None
+        assert isinstance(read.environ[REFUSED], EventTooLarge)
+        assert read.unread
+
+
+@pytest.mark.parametrize("framing", ["length", "chunks"])
+def test_bodies_count_until_their_memory_is_free(framing: str) -> None:
+    budget, size = BodyBudget(10**6), 900_000
+    head = START + (
+        b"Content-Length: %d\r\n\r\n" % size if framing == "length" else b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % size
+    )
+    end = b"" if framing == "length" else b"\r\n0\r\n\r\n"
+    first = fed(head + bytes(size) + end, size, budget)
+    assert budget.held_bytes == size - SMALL_BODY_BYTES
+    second = fed(head + bytes(size) + end, size, budget)
+    assert second.environ is not None
+    assert isinstance(second.environ[REFUSED], Overloaded)
+    assert budget.held_bytes == size - SMALL_BODY_BYTES
+    assert first.environ is not None
+    whole = first.environ["wsgi.input"].read()
+    del first
+    view = memoryview(whole)[5:]
+    del whole
+    gc.collect()
+    assert budget.held_bytes == size - SMALL_BODY_BYTES
+    del view
+    gc.collect()
+    assert budget.held_bytes == 0
+    assert body(fed(START + b"Content-Length: 5\r\n\r\nhello", budget=BodyBudget(0))) == b"hello"
+
+
+def test_announcing_a_body_costs_nothing() -> None:
+    budget = BodyBudget(10**6)
+    waiting = [fed(START + b"Content-Length: 900000\r\n\r\n", 10**6, budget) for _ in range(100)]
+    assert budget.held_bytes == 0
+    assert not any(read.complete for read in waiting)
+
+
+def test_a_stream_of_a_body_is_read_in_any_pieces() -> None:
+    for size in (1, 2, 3, 10):
+        read = fed(PLAIN)
+        assert read.environ is not None
+        stream, pieces = read.environ["wsgi.input"], []
+        while piece := stream.read(size):
+            pieces.append(bytes(piece))
+        assert b"".join(pieces) == b"hello"
+    read = fed(START + b"Content-Length: 6\r\n\r\na\nb\nc\n")
+    assert read.environ is not None
+    assert list(read.environ["wsgi.input"]) == [b"a\n", b"b\n", b"c\n"]

@@ -1,0 +1,114 @@
+"""Nobody holds a thread for nothing: half-sent requests, stalled readers, too many connections, too many bytes."""
+
+import resource
+import socket
+from contextlib import ExitStack
+
+import pytest
+
+from tests.support.functions.server import ENOUGH, half_sent, reply, serving
+
+HALF_A_HEAD = b"POST / HTTP/1.1\r\nHost: he"
+HALF_A_BODY = b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: 1000\r\n\r\nhello"
+HALF_A_CHUNK = b"POST / HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\r\n1000\r\nhello"
+
+
+@pytest.mark.parametrize("begun", [b"", HALF_A_HEAD, HALF_A_BODY, HALF_A_CHUNK], ids=["nothing", "head", "body", "chunk"])
+def test_half_sent_requests_hold_no_thread(begun: bytes) -> None:
+    with serving(2, head_seconds=ENOUGH, transfer_seconds=ENOUGH) as server, half_sent(server, 80, begun):
+        assert server.get("/").startswith(b"request-")
+        assert server.get("/healthz") == b"probe"
+
+
+def test_probes_are_answered_while_every_thread_is_held() -> None:
+    with serving(2) as server, ExitStack() as stack:
+        held = [stack.enter_context(server.connect()) for _ in range(40)]
+        for sock in held:
+            sock.sendall(b"GET /hold HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n")
+        for path in ("/healthz", "/readyz"):
+            assert server.get(path) == b"probe"
+        with socket.create_connection(("127.0.0.1", server.management_port), timeout=ENOUGH) as sock:
+            sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: here\r\n\r\n")
+            assert reply(sock).endswith(b"management")
+
+
+@pytest.mark.parametrize("begun", [HALF_A_HEAD, HALF_A_BODY, HALF_A_CHUNK], ids=["head", "body", "chunk"])
+def test_a_request_that_does_not_go_on_is_told_so(begun: bytes) -> None:
+    with (
+        serving(2, head_seconds=0.1, transfer_seconds=0.1, linger_seconds=0.1) as server,
+        half_sent(server, 1, begun) as (sock,),
+    ):
+        assert reply(sock).startswith(b"HTTP/1.1 408 Request Timeout")
+
+
+def test_a_connection_without_a_request_is_closed() -> None:
+    with serving(2, head_seconds=0.1) as server, server.connect() as sock:
+        assert reply(sock) == b""
+
+
+def test_a_client_that_reads_nothing_ends_its_stream() -> None:
+    """The application learns of it by its generator being closed, and has its thread back."""
+    with serving(2, transfer_seconds=0.1, slowest_bytes_per_second=1e9) as server, server.connect() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.sendall(b"GET /stream HTTP/1.1\r\nHost: here\r\n\r\n")
+        assert server.get("/gone").startswith(b"request-")
+
+
+def test_an_application_can_ask_whether_its_client_is_gone() -> None:
+    with serving(2) as server:
+        with server.connect() as sock:
+            sock.sendall(b"GET /until-gone HTTP/1.1\r\nHost: here\r\n\r\n")
+        assert server.get("/gone").startswith(b"request-")
+
+
+def test_whoever_has_waited_longest_makes_room() -> None:
+    with serving(2, waiting_connections=20, head_seconds=ENOUGH) as server, half_sent(server, 60, HALF_A_HEAD) as opened:
+        assert server.get("/").startswith(b"request-")
+        assert reply(opened[0]) == b""
+
+
+def test_a_server_out_of_file_descriptors_closes_whoever_waits() -> None:
+    with serving(2, head_seconds=ENOUGH) as server:
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (40, 40))
+        with half_sent(server, 80, HALF_A_HEAD):
+            assert server.get("/").startswith(b"request-")
+
+
+def test_whole_requests_that_no_thread_takes_are_bounded() -> None:
+    """Two are in hand, 256 wait; whoever comes then is told to come again, and probes are answered."""
+    request = b"GET /hold HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n"
+    with serving(2) as server, half_sent(server, 2 + 256 + 40, request) as opened:
+        assert reply(opened[-1]).startswith(b"HTTP/1.1 503 Service Unavailable")
+        assert server.get("/healthz") == b"probe"
+
+
+def test_a_body_larger_than_admitted_is_not_read() -> None:
+    for framing in (b"Content-Length: 2000", b"Transfer-Encoding: chunked"):
+        with serving(2, body_bytes=1000) as server, server.connect() as sock:
+            sock.sendall(b"POST / HTTP/1.1\r\nHost: here\r\n" + framing + b"\r\n\r\n" + b"7d0\r\n" + bytes(2000) + b"\r\n")
+            seen = reply(sock)
+            assert seen.endswith(b"EventTooLarge")
+            assert b"Connection: close" in seen
+
+
+def test_bodies_in_memory_have_one_limit_together() -> None:
+    """What does not fit is refused, small bodies never are, and what has gone makes room again."""
+    large = b"POST %b HTTP/1.1\r\nHost: here\r\nConnection: close\r\nContent-Length: 900000\r\n\r\n"
+    small = b"POST / HTTP/1.1\r\nHost: here\r\nConnection: close\r\nContent-Length: 10\r\n\r\n0123456789"
+    with serving(8, request_bytes=10**6) as server:
+        with half_sent(server, 1, large % b"/hold" + bytes(890_000)):
+            assert server.get("/").startswith(b"request-")  # By now the first bytes of the other have been read.
+            seen = b""
+            while not seen.endswith(b"Overloaded"):  # Not before the rest of the other is in.
+                with server.connect() as sock:
+                    sock.sendall(large % b"/" + bytes(900_000))
+                    seen = reply(sock)
+            with server.connect() as sock:
+                sock.sendall(small)
+                assert b"request-" in reply(sock)
+        seen = b"Overloaded"
+        while seen.endswith(b"Overloaded"):
+            with server.connect() as sock:
+                sock.sendall(large % b"/" + bytes(900_000))
+                seen = reply(sock)
+        assert b"request-" in seen

@@ -1,0 +1,127 @@
+"""The HTTP server in a process of its own, with an application that can be held, and clients that do as no client should."""
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from http.client import HTTPConnection
+from typing import Final
+
+from tests.support.paths import ROOT
+
+_SERVER: Final = """
+import json, sys, threading, time
+import functions.hosting.server
+from functions.hosting.environ import CLIENT_GONE
+from functions.hosting.limits import Limits
+from functions.hosting.server import Server, Service
+given = json.loads(sys.argv[1])
+functions.hosting.server.NEXT_REQUEST_SECONDS = given["next_request_seconds"]
+held = threading.Event()
+gone = threading.Event()
+def application(environ, start_response):
+    path = environ["PATH_INFO"]
+    if path == "/stream":
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return stream()
+    if path == "/hold":
+        held.wait()
+    if path == "/release":
+        held.set()
+    if path == "/until-gone":
+        while not environ[CLIENT_GONE]():
+            time.sleep(0.01)
+        gone.set()
+    if path == "/gone":
+        gone.wait()
+    body = threading.current_thread().name.encode()
+    if path == "/echo":
+        body = bytes(environ["wsgi.input"].read())
+    if "lamina.refused" in environ:
+        start_response("503 Service Unavailable", [])
+        return [type(environ["lamina.refused"]).__name__.encode()]
+    start_response("200 OK", [("Content-Length", str(len(body)))])
+    return [body]
+def stream():
+    try:
+        while True:
+            yield bytes(2**20)
+    finally:
+        gone.set()
+def management(environ, start_response):
+    start_response("200 OK", [])
+    return [b"management" if environ["lamina.management"] else b"probe"]
+server = Server("127.0.0.1", 0, 0, Limits(**given["limits"]))
+print(server.port, server.management_port, flush=True)
+service = Service(application, management, lambda environ: given["body_bytes"], given["threads"], given["request_bytes"])
+sys.exit(server.run(service, lambda: None))
+"""
+ENOUGH: Final = 60.0
+"""Seconds; far longer than anything here takes."""
+
+
+@dataclass(frozen=True)
+class Serving:
+    process: "subprocess.Popen[str]"
+    port: int
+    management_port: int
+
+    def get(self, path: str) -> bytes:
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=ENOUGH)
+        try:
+            connection.request("GET", path)
+            return connection.getresponse().read()
+        finally:
+            connection.close()
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=ENOUGH)
+
+
+@contextmanager
+def serving(
+    threads: int,
+    next_request_seconds: float = 0.25,
+    *,
+    body_bytes: int = 2**20,
+    request_bytes: int = 2**22,
+    **limits: float,
+) -> Iterator[Serving]:
+    given = {
+        "threads": threads,
+        "next_request_seconds": next_request_seconds,
+        "body_bytes": body_bytes,
+        "request_bytes": request_bytes,
+        "limits": limits,
+    }
+    code = [sys.executable, "-c", _SERVER, json.dumps(given)]
+    with subprocess.Popen(code, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            port, management_port = map(int, process.stdout.readline().split())
+            yield Serving(process, port, management_port)
+        finally:
+            process.kill()
+
+
+@contextmanager
+def half_sent(server: Serving, count: int, begun: bytes) -> Iterator[list[socket.socket]]:
+    """So many connections on which a request has begun, and does not go on."""
+    with ExitStack() as stack:
+        opened = [stack.enter_context(server.connect()) for _ in range(count)]
+        for sock in opened:
+            sock.sendall(begun)
+        yield opened
+
+
+def reply(sock: socket.socket) -> bytes:
+    """Everything until the server closes the connection, or resets it because it has not read all."""
+    seen = b""
+    with contextlib.suppress(ConnectionResetError):
+        while piece := sock.recv(2**16):
+            seen += piece
+    return seen
