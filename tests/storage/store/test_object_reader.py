@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -134,6 +135,27 @@ def test_a_store_that_is_away_for_a_while_is_survived(proxy: FaultProxy) -> None
     timer.start()
     assert read(settings, 0, 1000) == CONTENT[:1000]
     timer.join()
+
+
+@pytest.fixture
+def slow(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> FaultProxy:
+    """A proxy before which every request takes half a minute, by the clock that the reader sees."""
+    clock = SimpleNamespace(monotonic=lambda: 30.0 * proxy.count("GET"))
+    monkeypatch.setattr("storage.store.object_reader.time", clock)
+    return proxy
+
+
+def test_retries_count_from_the_last_progress(slow: FaultProxy) -> None:
+    slow.faults.append(Fault(times=4, end_after=1_000_000))
+    assert read(slow.settings, 0, len(CONTENT), retry_seconds=40.0) == CONTENT
+    assert slow.count("GET") == 5
+
+
+@pytest.mark.parametrize("delivered", [0, 1000])
+def test_a_few_bytes_are_no_progress(slow: FaultProxy, delivered: int) -> None:
+    slow.faults.append(Fault(times=99, end_after=delivered))
+    with pytest.raises(StoreUnreachable, match="in 2 attempts"):
+        read(slow.settings, 0, len(CONTENT), retry_seconds=40.0)
 
 
 @pytest.mark.parametrize(
