@@ -9,7 +9,7 @@ import re
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from queue import Empty, LifoQueue
@@ -64,8 +64,17 @@ class ObjectReader:
                 return response.read()
         raise AssertionError("tenacity either returns or raises")
 
-    def read_range_into(self, key: str, start: int, view: memoryview, *, total_bytes: int | None = None) -> None:
-        """Fills `view` (bytes, writable) with the object's bytes from `start` on.
+    def read_range_into(
+        self,
+        key: str,
+        start: int,
+        view: memoryview,
+        *,
+        total_bytes: int | None = None,
+        on_bytes: Callable[[memoryview], object] | None = None,
+    ) -> None:
+        """Fills `view` (bytes, writable) with the object's bytes from `start` on. on_bytes: gets every piece of it, in order,
+        as soon as it is in.
 
         An attempt that breaks off is continued where it stopped. Raises ObjectAltered where the object is not
         `total_bytes` long, and otherwise a StorageError subclass that names endpoint, bucket and key.
@@ -75,6 +84,8 @@ class ObjectReader:
         for attempt in self._attempts(key, progress):
             with attempt:
                 for count in self._read_into(key, start + filled, view[filled:], total_bytes):
+                    if on_bytes is not None:
+                        on_bytes(view[filled : filled + count])
                     filled += count
                     progress.add(count)
 

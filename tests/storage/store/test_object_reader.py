@@ -128,6 +128,14 @@ def test_a_broken_read_goes_on_where_it_stopped(proxy: FaultProxy) -> None:
     assert proxy.sent_bytes < len(CONTENT) + 2**20, "the first two MiB were not sent again"
 
 
+def test_pieces_are_told_once_and_in_order_also_across_a_break(proxy: FaultProxy) -> None:
+    proxy.faults.append(Fault(times=2, end_after=1_500_000))
+    view, told = memoryview(bytearray(len(CONTENT))), bytearray()
+    with ObjectReader(proxy.settings) as reader:
+        reader.read_range_into("content", 0, view, on_bytes=told.extend)
+    assert told == CONTENT
+
+
 def test_a_store_that_is_away_for_a_while_is_survived(proxy: FaultProxy) -> None:
     settings = proxy.settings
     proxy.down()
