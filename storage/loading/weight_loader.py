@@ -268,7 +268,8 @@ class _Load:
             )
         raise ChecksumMismatch(
             f"{stored.key}, part {number} (bytes {start} to {start + len(part) - 1}): BLAKE3 {stored.parts[number]} was "
-            f"published, {seen} read, {_READS_OF_A_BAD_PART} times over; the object was altered, publish the model again"
+            f"published, {seen} read, {_READS_OF_A_BAD_PART} "
+            "times over; the object was altered, publish the model again (push --afresh)"
         )
 
     def _tell(self, load: _ObjectLoad, count: int) -> None:

@@ -63,11 +63,13 @@ def publish(
     *,
     progress: ProgressCallback | None = None,
     keep_wide: Collection[str] = (),
+    afresh: bool = False,
 ) -> ModelManifest:
     """Makes a model readable under `name` and `dtype`, and returns its manifest.
 
     source: a Hugging Face folder, a GGUF file, or a hub id. dtype: float32, bfloat16, float16 or int8.
     keep_wide: matrices, such as down_proj, that int8 leaves in bfloat16.
+    afresh: writes every object, also where the store seems to have it, which is what mends a damaged one.
     Raises ValueError for a name or dtype that cannot be, CheckpointInvalid or another StorageError; what was published
     before under this name stays as it was.
     """
@@ -75,7 +77,7 @@ def publish(
     path = locate(source)
     state, contents = checkpoint_state(path), checkpoint_fingerprint(path)
     publication = _publication(contents, dtype, keep_wide)
-    current = _current(store, name, dtype)
+    current = None if afresh else _current(store, name, dtype)
     if current is not None and current.publication == publication:
         _log.info("%s is published as %s in %s already", source, name, dtype)
         return current
@@ -85,7 +87,7 @@ def publish(
     model, placed = _settle_tie(describe_model(checkpoint.config), checkpoint)
     check_shapes(checkpoint.config, {name: tensor.shape for members in placed.values() for name, tensor in members.items()})
     plans = _plans(placed, cast("Dtype", dtype), keep_wide)
-    upload = _Upload(store, f"{prefix}{publication}/", plans, progress)
+    upload = _Upload(store, f"{prefix}{publication}/", plans, progress, afresh)
     objects = upload.objects()
     files = upload.files(_files(checkpoint, model))
     if checkpoint_state(path) != state and checkpoint_fingerprint(path) != contents:
@@ -149,14 +151,16 @@ def _files(checkpoint: Checkpoint, model: ModelDescription) -> dict[str, bytes]:
 class _Upload:
     """Writes one publication's folder, leaving out what an interrupted run has written already."""
 
-    def __init__(self, store: ObjectStore, prefix: str, plans: list[ObjectPlan], progress: ProgressCallback | None) -> None:
+    def __init__(
+        self, store: ObjectStore, prefix: str, plans: list[ObjectPlan], progress: ProgressCallback | None, afresh: bool
+    ) -> None:
         self._store = store
         self._prefix = prefix
         self._plans = plans
         self._progress = progress
         self._done_bytes = 0
         self._total_bytes = sum(plan.bytes for plan in plans)
-        self._present = {item.key: item.bytes for item in store.list(prefix)}
+        self._present = {} if afresh else {item.key: item.bytes for item in store.list(prefix)}
 
     def objects(self) -> dict[str, StoredObject]:
         return {plan.name: self._verified(plan) or self._written(plan) for plan in self._plans}

@@ -126,7 +126,8 @@ class ObjectReader:
         first, last, total = map(int, found.groups()) if found else (0, (response.length or 0) - 1, response.length or 0)
         if total_bytes is not None and total != total_bytes:
             raise ObjectAltered(
-                f"{key!r} in {self.settings.place} has {total} bytes, {total_bytes} were published; publish the model again"
+                f"{key!r} in {self.settings.place} has {total} bytes, {total_bytes} were published; "
+                "publish the model again (push --afresh)"
             )
         if (first, last) != (start, start + length - 1):
             raise UnexpectedAnswer(

@@ -15,7 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from storage.errors import ArchitectureUnsupported, CheckpointInvalid, ModelNotPublished, StorageError, StoreUnreachable
+from storage.errors import (
+    ArchitectureUnsupported,
+    CheckpointInvalid,
+    ChecksumMismatch,
+    ModelNotPublished,
+    StorageError,
+    StoreUnreachable,
+)
 from storage.loading.weight_loader import RawTensor, load_layers
 from storage.models.model_repository import ModelManifest, object_names, read_file, read_manifest
 from storage.models.publisher import PublishProgress, publish
@@ -240,6 +247,17 @@ def test_equal_sizes_and_times_are_no_equal_checkpoints(copied: Path, settings: 
     second = publish(copied, store, "same-times", "float32")
     assert second.digest != first.digest
     assert_equal(loaded(settings, second), checkpoint_of(copied))
+
+
+def test_a_damaged_object_is_mended_by_publishing_afresh(llama: Path, settings: StoreSettings, store: ObjectStore) -> None:
+    first = publish(llama, store, "mended", "float32")
+    key = first.objects["layer-00002"].key
+    store.put(key, bytes(first.objects["layer-00002"].bytes))
+    assert publish(llama, store, "mended", "float32") == first
+    with pytest.raises(ChecksumMismatch, match="push --afresh"):
+        loaded(settings, first)
+    assert publish(llama, store, "mended", "float32", afresh=True) == first
+    assert_equal(loaded(settings, first), checkpoint_of(llama))
 
 
 class Stopped(Exception):
