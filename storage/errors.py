@@ -48,6 +48,10 @@ class ManifestTooNew(ManifestInvalid):
     """A manifest of a later version than this one reads. Update Lamina, or publish again with this one."""
 
 
+class ManifestTooOld(ManifestInvalid):
+    """A manifest of a version whose checksums prove nothing. Publish the model again, and render its pipelines again."""
+
+
 class CheckpointInvalid(StorageError):
     """A checkpoint that is incomplete, truncated or in a format that is not published. Nothing became visible."""
 

@@ -29,7 +29,7 @@ from functions.gateway.stages.client import PipelineIdentity, StageClient
 from functions.gateway.stages.routes import Placement
 from functions.stage.engine.threads import set_openmp
 
-FINGERPRINT: Final = "0123456789ab"
+FINGERPRINT: Final = "0123456789abcdef0123456789abcdef"
 TOKEN: Final = "bench"
 ROWS: Final = 8
 MODEL: Final = {

@@ -166,7 +166,11 @@ Cut = Sequence[tuple[int, int]]
 
 
 def pipeline_fingerprint(weights_digest: str, cut: Cut, dtype: str) -> str:
-    """Twelve hex digits that differ whenever weights, cut, dtype or wire version do."""
+    """32 hex digits that differ whenever weights, cut, dtype or wire version do.
+
+    128 bits, since two models with the same fingerprint could stand for each other; names of Services carry the first
+    eight digits of it, which only have to keep one pipeline's stages apart from the next one's.
+    """
     ranges = ",".join(f"{first}:{last}" for first, last in cut)
     text = f"{weights_digest} {ranges} {dtype} {WIRE_VERSION}"
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

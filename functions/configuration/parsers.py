@@ -51,8 +51,8 @@ def seconds(value: str) -> float:
 
 
 def fingerprint(value: str) -> str:
-    if not re.fullmatch(r"[0-9a-f]{12}", value):
-        raise ValueError("twelve hexadecimal digits, as `python -m knative plan` prints them")
+    if not re.fullmatch(r"[0-9a-f]{32}", value):
+        raise ValueError("32 hexadecimal digits, as `python -m knative plan` prints them")
     return value
 
 

@@ -23,8 +23,9 @@ from storage.models.publisher import publish
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Name and dtype from this PipelineSpec. Without SOURCE nothing is done where that model is published already.",
 )
+@click.option("--afresh", is_flag=True, help="Write every object again, also those that the store seems to have: mends damage.")
 @store_options
-def push(source: str | None, name: str | None, dtype: str | None, spec: Path | None, store: StoreOptions) -> None:
+def push(source: str | None, name: str | None, dtype: str | None, spec: Path | None, afresh: bool, store: StoreOptions) -> None:
     """Publish SOURCE (a Hugging Face folder, a GGUF file, or a hub id) into the store, an object for each layer.
 
     Without SOURCE it is the packaged default model. An interrupted push goes on where it stopped; nothing is visible before all
@@ -38,11 +39,11 @@ def push(source: str | None, name: str | None, dtype: str | None, spec: Path | N
     model = _model(source, name, dtype, spec)
     console = Console()
     with open_store(store) as opened:
-        manifest = _published(opened, model) if spec is not None and source is None else None
+        manifest = _published(opened, model) if spec is not None and source is None and not afresh else None
         if manifest is None:
             path = source or _default_source(model)
             with publish_progress(console, f"publishing {model.name} as {model.dtype}") as progress:
-                manifest = publish(path, opened, model.name, model.dtype, progress=progress)
+                manifest = publish(path, opened, model.name, model.dtype, progress=progress, afresh=afresh)
     total = sum(stored.bytes for stored in manifest.objects.values())
     console.out(f"{model.name} as {model.dtype}: {manifest.num_layers} layers, {size(total)}", highlight=False)
     console.out(f"digest: {manifest.digest}", highlight=False)

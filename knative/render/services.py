@@ -4,6 +4,7 @@ They are what runs everywhere: on a cluster as they are, on one machine read by 
 those of docs/environment.md. No secret value is ever rendered, only names of Secrets.
 """
 
+import math
 from typing import Final
 
 from knative.render.resolved_pipeline import ResolvedPipeline, labels
@@ -17,6 +18,9 @@ METRICS_PORT: Final = 9464
 """Where a function's metrics are by default; a test holds the two together."""
 _AUTOSCALING: Final = "autoscaling.knative.dev/"
 _CACHE_VOLUME: Final = "weights-cache"
+_CACHE_SHARE: Final = 0.95
+_OTHER_FILES_BYTES: Final = 2**30
+"""Logs and scratch files, which count against the pod's ephemeral storage like its weights cache."""
 _TEMPORARY_VOLUME: Final = "tmp"
 _NON_ROOT: Final = {
     "runAsNonRoot": True,
@@ -38,6 +42,11 @@ def services(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
 def stage_service(pipeline: ResolvedPipeline, index: int) -> KubernetesObject:
     spec, stage = pipeline.spec, pipeline.spec.stage
     container = _container(spec, stage.resources, _stage_env(pipeline, index))
+    if stage.weights_cache is not None:
+        # A node short of disk first evicts the pods that use more than they asked for: without this, every one with a cache.
+        amount = f"{math.ceil((quantity(stage.weights_cache_size) + _OTHER_FILES_BYTES) / 2**20)}Mi"
+        for amounts in container["resources"].values():
+            amounts["ephemeral-storage"] = amount
     template = _template(stage.autoscaling, container, stage.timeout_seconds, stage.progress_deadline_seconds)
     _add_volumes(template["spec"], stage)
     return _service(pipeline, pipeline.stage_name(index), "stage", template, cluster_local=True)
@@ -205,9 +214,14 @@ def _stage_env(pipeline: ResolvedPipeline, index: int) -> list[KubernetesObject]
             LAMINA_MAX_MERGE=stage.max_merge,
             LAMINA_IDLE_SEQUENCE_SECONDS=stage.idle_sequence_seconds,
             LAMINA_WEIGHTS_CACHE=stage.weights_cache,
-            LAMINA_WEIGHTS_CACHE_BYTES=int(quantity(stage.weights_cache_size)) if stage.weights_cache else None,
+            LAMINA_WEIGHTS_CACHE_BYTES=_cache_bytes(stage) if stage.weights_cache else None,
         ),
     ]
+
+
+def _cache_bytes(stage: Stage) -> int:
+    """Less than the volume's limit: the kubelet counts blocks and folders as well, and evicts the pod of a volume beyond it."""
+    return int(quantity(stage.weights_cache_size) * _CACHE_SHARE)
 
 
 def _sleep_seconds(stage: Stage, index: int) -> float | None:

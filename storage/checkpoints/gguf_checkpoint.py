@@ -1,11 +1,13 @@
 """GGUF files of the Llama-shaped architectures, seen as the Hugging Face checkpoint they were made from.
 
-Tensors are dequantized to float32 as they are read, a few rows at a time. The metadata become config.json and, in
-`gguf_tokenizer`, the tokenizer's files. This is the only importer of gguf.
+Tensors are dequantized to float32 as they are read, a few rows at a time. The metadata become config.json (`gguf_config`)
+and the tokenizer's files (`gguf_tokenizer`). This is the only importer of gguf.
 """
 
+import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -16,24 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.checkpoints.checkpoint import Checkpoint, SourceTensor
+from storage.checkpoints.gguf_config import model_config
+from storage.checkpoints.gguf_format import GgufTensor, read_header
 from storage.checkpoints.gguf_tokenizer import tokenizer_files
+from storage.checkpoints.safetensors_format import read_exactly
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid
 
-_ARCHITECTURES: Final[Mapping[str, str]] = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-_CONFIG_KEYS: Final[Mapping[str, str]] = {
-    "block_count": "num_hidden_layers",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "context_length": "max_position_embeddings",
-    "rope.freq_base": "rope_theta",
-}
 _MODULES: Final[Mapping[str, str]] = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -50,54 +40,17 @@ _MODULES: Final[Mapping[str, str]] = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_TENSOR_NAME: Final = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<module>\w+)\.(?P<kind>weight|bias)")
+_TENSOR_NAME: Final = re.compile(r"(?:blk\.(?P<layer>\d{1,6})\.)?(?P<module>\w+)\.(?P<kind>weight|bias)")
 
 
 def open_gguf(path: Path) -> Checkpoint:
     """Raises CheckpointInvalid for a file that is no whole GGUF, ArchitectureUnsupported for what is not Llama-shaped."""
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise CheckpointInvalid(f"{path} is no GGUF file, or only its beginning ({error}); fetch it again") from error
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    architecture = str(fields.get("general.architecture"))
-    if architecture not in _ARCHITECTURES:
-        raise ArchitectureUnsupported(
-            f"{path} holds a {architecture!r}; known are {', '.join(_ARCHITECTURES)}; publish others from safetensors"
-        )
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = _config(path, architecture, fields, tensors)
-    _check_types(path, tensors)
-    files = tokenizer_files(path, fields) | {"config.json": msgspec.json.format(msgspec.json.encode(config), indent=2)}
-    return Checkpoint(
-        config,
-        files,
-        {_hugging_face_name(path, name): _source(tensor, architecture, config) for name, tensor in tensors.items()},
-    )
-
-
-def _config(path: Path, architecture: str, fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    if fields.get(f"{architecture}.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in tensors:
-        raise ArchitectureUnsupported(
-            f"{path} scales its rotary positions, which is not read from GGUF; publish it from safetensors"
-        )
-    try:
-        config = {name: fields[f"{architecture}.{key}"] for key, name in _CONFIG_KEYS.items()}
-        vocab_size = int(tensors["token_embd.weight"].shape[1])
-    except KeyError as error:
-        raise CheckpointInvalid(f"{path} lacks {error.args[0]}; make the GGUF file again") from error
-    heads = config["num_attention_heads"]
-    return config | {
-        "architectures": [_ARCHITECTURES[architecture]],
-        "model_type": architecture,
-        "head_dim": fields.get(f"{architecture}.attention.key_length", config["hidden_size"] // heads),
-        "vocab_size": vocab_size,
-        "hidden_act": "silu",
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
-        "tie_word_embeddings": "output.weight" not in tensors,
-        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
-    }
+    header = read_header(path)
+    config = model_config(path, header)
+    size = path.stat().st_size
+    tensors = {_hugging_face_name(path, tensor.name): _source(path, tensor, config, size) for tensor in header.tensors}
+    config_file = msgspec.json.format(msgspec.json.encode(config), indent=2)
+    return Checkpoint(config, tokenizer_files(path, header.fields) | {"config.json": config_file}, tensors)
 
 
 def _hugging_face_name(path: Path, name: str) -> str:
@@ -110,34 +63,70 @@ def _hugging_face_name(path: Path, name: str) -> str:
     return f"{prefix}{_MODULES[found['module']]}.{found['kind']}"
 
 
-def _check_types(path: Path, tensors: Mapping[str, Any]) -> None:
-    """Tries one row of every quantization in the file, before anything is written."""
-    for kind, tensor in {tensor.tensor_type: tensor for tensor in tensors.values()}.items():
-        try:
-            gguf.quants.dequantize(tensor.data[:1], kind)
-        except NotImplementedError as error:
-            raise CheckpointInvalid(
-                f"{path} is quantized as {kind.name}, which cannot be read; use another quantization"
-            ) from error
+def _source(path: Path, tensor: GgufTensor, config: Mapping[str, Any], file_bytes: int) -> SourceTensor:
+    rows, columns = tensor.shape[0], math.prod(tensor.shape[1:])
+    dequantize, row_bytes = _quantization(path, tensor, columns)
+    if tensor.start + rows * row_bytes > file_bytes:
+        raise CheckpointInvalid(
+            f"{path} is no GGUF file, or only its beginning (tensor {tensor.name!r} ends at byte "
+            f"{tensor.start + rows * row_bytes} of {file_bytes}); fetch it again"
+        )
+    order = _row_order(path, tensor, rows, config)
+    return SourceTensor("F32", tensor.shape, partial(_read_rows, path, tensor.start, row_bytes, dequantize, order))
 
 
-def _source(tensor: Any, architecture: str, config: Mapping[str, Any]) -> SourceTensor:
-    shape = tuple(int(size) for size in reversed(tensor.shape))
-    heads = None
-    if architecture == "llama" and ".attn_q." in tensor.name:
-        heads = config["num_attention_heads"]
-    if architecture == "llama" and ".attn_k." in tensor.name:
-        heads = config["num_key_value_heads"]
-    return SourceTensor("F32", shape, partial(_read_rows, tensor, _row_order(shape[0], heads)))
+def _quantization(path: Path, tensor: GgufTensor, columns: int) -> tuple[Callable[[NDArray[np.uint8]], Any], int]:
+    """What makes floats of bytes, and how many bytes a row has. One block is tried, before anything is written."""
+    try:
+        kind = gguf.GGMLQuantizationType(tensor.kind)
+        block_items, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        dequantize: Callable[[NDArray[np.uint8]], Any] = partial(gguf.quants.dequantize, qtype=kind)
+        dequantize(np.zeros((1, block_bytes), np.uint8))
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise CheckpointInvalid(
+            f"{path} has {tensor.name!r} quantized as {tensor.kind}, which cannot be read ({error}); use another quantization"
+        ) from error
+    if columns % block_items:
+        raise CheckpointInvalid(f"{path} has {tensor.name!r} as {list(tensor.shape)} in blocks of {block_items}; make it again")
+    return dequantize, columns // block_items * block_bytes
 
 
-def _row_order(rows: int, heads: int | None) -> NDArray[np.intp]:
-    """Where in the file each row lies. llama.cpp interleaves the two halves of every rotary head, Hugging Face does not."""
-    order = np.arange(rows)
-    return order if heads is None else order.reshape(heads, -1, 2).swapaxes(1, 2).reshape(rows)
+def _row_order(path: Path, tensor: GgufTensor, rows: int, config: Mapping[str, Any]) -> Callable[[int, int], NDArray[np.intp]]:
+    """Where in the file the rows [first, last) lie. llama.cpp interleaves the two halves of every rotary head in files of
+    `llama`, Hugging Face does not."""
+    heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(tensor.name.split(".")[-2])
+    if config["model_type"] != "llama" or heads is None:
+        return np.arange
+    size, odd = divmod(rows, config[heads])
+    if odd or size % 2:
+        raise CheckpointInvalid(f"{path} has {tensor.name!r} with {rows} rows for {config[heads]} heads; make it again")
+    return partial(_interleaved, size)
 
 
-def _read_rows(tensor: Any, order: NDArray[np.intp], first: int, last: int) -> memoryview:
-    rows = gguf.quants.dequantize(tensor.data[order[first:last]], tensor.tensor_type)
-    contiguous: Any = np.ascontiguousarray(rows, dtype=np.float32)
+def _interleaved(head_rows: int, first: int, last: int) -> NDArray[np.intp]:
+    places: NDArray[np.intp]
+    head, row = np.divmod(np.arange(first, last), head_rows)
+    half, pair = np.divmod(row, head_rows // 2)
+    places = head * head_rows + 2 * pair + half
+    return places
+
+
+def _read_rows(
+    path: Path,
+    start: int,
+    row_bytes: int,
+    dequantize: Callable[[NDArray[np.uint8]], Any],
+    order: Callable[[int, int], NDArray[np.intp]],
+    first: int,
+    last: int,
+) -> memoryview:
+    places = order(first, last)
+    lowest, count = int(places.min()), int(places.max() - places.min()) + 1
+    data: Any = np.empty((count, row_bytes), np.uint8)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        read_exactly(descriptor, start + lowest * row_bytes, memoryview(data).cast("B"))
+    finally:
+        os.close(descriptor)
+    contiguous: Any = np.ascontiguousarray(dequantize(data[places - lowest]), dtype=np.float32)
     return memoryview(contiguous).cast("B")

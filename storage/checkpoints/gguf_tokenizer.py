@@ -12,10 +12,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from storage.errors import CheckpointInvalid
 
+BOS: Final = "tokenizer.ggml.bos_token_id"
+EOS: Final = "tokenizer.ggml.eos_token_id"
 _CONTROL: Final = 3
 _USER_DEFINED: Final = 4
 """Values of tokenizer.ggml.token_type; see the GGUF specification."""
 
+_TOKEN_IDS: Final = ("bos", "eos", "eot", "unknown", "padding")
 _QWEN2_WORDS: Final = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -43,6 +46,7 @@ _RULES: Final[Mapping[str, Callable[[Tokenizer], None]]] = {"gpt-2": _gpt2, "smo
 
 def tokenizer_files(path: Path, fields: Mapping[str, Any]) -> dict[str, bytes]:
     """tokenizer.json and what goes with it. `fields` are the GGUF's metadata. Raises CheckpointInvalid."""
+    _check_types(path, fields)
     special = _special_tokens(fields)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | special
     files = {
@@ -67,15 +71,34 @@ def _tokenizer(path: Path, fields: Mapping[str, Any], special: Mapping[str, str]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=_merges(path, fields["tokenizer.ggml.merges"], vocabulary)))
     _RULES[rules](tokenizer)
     tokenizer.decoder = decoders.ByteLevel()
-    for token, token_type in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True):
+    for token, token_type in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True):  # alike, as _check_types saw
         if token_type in (_CONTROL, _USER_DEFINED):
             tokenizer.add_tokens([AddedToken(token, special=token_type == _CONTROL, normalized=False)])
     if fields.get("tokenizer.ggml.add_bos_token"):
+        if BOS not in fields:
+            raise CheckpointInvalid(f"{path} puts a token before every text, and lacks {BOS}; make the GGUF file again")
         bos = special["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, fields["tokenizer.ggml.bos_token_id"])]
-        )
+        tokenizer.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, fields[BOS])])
     return tokenizer
+
+
+def _check_types(path: Path, fields: Mapping[str, Any]) -> None:
+    """What the rest of this file relies on."""
+    for key, kind in (("tokens", str), ("merges", str), ("token_type", int)):
+        values = fields.get(f"tokenizer.ggml.{key}")
+        if not isinstance(values, list) or not all(type(value) is kind for value in values):
+            raise CheckpointInvalid(f"{path} has no list of tokenizer.ggml.{key}; make the GGUF file again")
+    size, types = len(fields["tokenizer.ggml.tokens"]), len(fields["tokenizer.ggml.token_type"])
+    if size != types:
+        raise CheckpointInvalid(f"{path} has {size} tokens and {types} types of tokens; make the GGUF file again")
+    for key in _TOKEN_IDS:
+        number = fields.get(f"tokenizer.ggml.{key}_token_id")
+        if number is not None and (type(number) is not int or not 0 <= number < size):
+            raise CheckpointInvalid(
+                f"{path} has tokenizer.ggml.{key}_token_id = {str(number)[:64]} and {size} tokens; make the GGUF file again"
+            )
+    if not isinstance(fields.get("tokenizer.chat_template", ""), str):
+        raise CheckpointInvalid(f"{path} has a tokenizer.chat_template that is no text; make the GGUF file again")
 
 
 def _merges(path: Path, merges: list[str], vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:

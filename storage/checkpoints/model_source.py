@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-import xxhash
+import msgspec
+from blake3 import blake3
 
 from storage.checkpoints.checkpoint import Checkpoint
 from storage.checkpoints.hugging_face_folder import open_folder
@@ -14,7 +15,6 @@ from storage.errors import CheckpointInvalid
 
 _HUB_ID: Final = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _HUB_FILES: Final = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
-_LARGE_FILE_BYTES: Final = 2**27
 _GGUF_MAGIC: Final = b"GGUF"
 _CHECKPOINT_SUFFIXES: Final = (".safetensors", ".gguf", ".json", ".jinja", ".txt", ".model")
 
@@ -49,13 +49,24 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def checkpoint_fingerprint(path: Path) -> str:
-    """Changes when the checkpoint does, at little cost: large files count by size and time of change, others by content."""
-    seen = hashlib.sha256()
-    for file in _checkpoint_files(path):
-        status = file.stat()
-        content = status.st_mtime_ns if status.st_size > _LARGE_FILE_BYTES else xxhash.xxh3_128_hexdigest(file.read_bytes())
-        seen.update(f"{file.name} {status.st_size} {content}\n".encode())
-    return seen.hexdigest()
+    """BLAKE3 (hex) of names and contents, every byte of them: size and time of change are alike where a copy kept them."""
+    return blake3(msgspec.json.encode([(file.name, _digest(file)) for file in _checkpoint_files(path)])).hexdigest()
+
+
+def checkpoint_state(path: Path) -> tuple[tuple[str, int, int, int, int], ...]:
+    """What the file system says of the files: another as soon as one is written to, replaced or removed.
+
+    That holds whatever mtime says, which anybody can set; ctime nobody can. Equal contents may well differ in it.
+    """
+    return tuple(
+        (file.name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        for file, status in ((file, file.stat()) for file in _checkpoint_files(path))
+    )
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, blake3).hexdigest()  # type: ignore[arg-type]  # it is a hash, and not OpenSSL's
 
 
 def _checkpoint_files(path: Path) -> Iterable[Path]:

@@ -21,6 +21,8 @@ ITEM_BYTES: Final[Mapping[str, int]] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+MAX_DIMENSIONS: Final = 8
+"""Of a tensor. Only so many sizes are multiplied: a million of them would keep a core busy for hours."""
 _MAX_HEADER_BYTES: Final = 100_000_000
 """The safetensors library's own limit."""
 
@@ -83,7 +85,7 @@ def read_spans(path: Path) -> dict[str, TensorSpan]:
         entries = msgspec.json.decode(header)
         entries.pop("__metadata__", None)
         tensors = msgspec.convert(entries, type=dict[str, _HeaderEntry])
-    except (msgspec.MsgspecError, UnicodeDecodeError, AttributeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, AttributeError, TypeError) as error:
         raise CheckpointInvalid(f"{path} has a header that is not safetensors' ({error}); fetch it again") from error
     for name, entry in tensors.items():
         _check(path, name, entry, size - 8 - length)
@@ -97,6 +99,8 @@ def _check(path: Path, name: str, entry: _HeaderEntry, data_bytes: int) -> None:
     start, end = entry.data_offsets
     if entry.dtype not in ITEM_BYTES:
         raise CheckpointInvalid(f"{path}: tensor {name!r} has the dtype {entry.dtype}, which is not known here")
+    if len(entry.shape) > MAX_DIMENSIONS:
+        raise CheckpointInvalid(f"{path}: tensor {name!r} has {len(entry.shape)} dimensions, more than {MAX_DIMENSIONS}")
     if min(start, *entry.shape, 0) < 0 or end - start != tensor_bytes(entry.dtype, entry.shape):
         raise CheckpointInvalid(f"{path}: tensor {name!r} is {entry.dtype} {list(entry.shape)} but has {end - start} bytes")
     if end > data_bytes:

@@ -13,7 +13,8 @@ _MADV_POPULATE_WRITE: Final = 23  # madvise(2), Linux 5.14
 def new_memory(size: int) -> memoryview:
     """Writable, at a page's boundary, zero pages until touched."""
     # Without MADV_HUGEPAGE: measured, finding whole huge pages took a loaded machine two to three times as long to fill.
-    return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    # mmap(2) maps no empty piece.
+    return memoryview(mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))[:size]
 
 
 def populate(part: memoryview) -> None:

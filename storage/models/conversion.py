@@ -7,7 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from storage.checkpoints.checkpoint import SourceTensor
-from storage.errors import CheckpointInvalid
+from storage.errors import ArchitectureUnsupported, CheckpointInvalid
 from storage.models.model_repository import Dtype
 
 if TYPE_CHECKING:
@@ -16,19 +16,34 @@ if TYPE_CHECKING:
 INT8_MATRICES: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Linear layers of the Llama-shaped families. Norms, embedding and head stay bfloat16: small, or what quality hangs on."""
 
+LLAMA_SHAPED: Final = frozenset({"llama", "ministral", "mistral", "qwen2", "qwen3", "seed_oss", "smollm3"})
+"""Families (`model_type`) that stages run in int8, by their lean layers (functions/stage/models/llama/config.py). Others may
+have matrices of the same names and still be of another shape."""
+
 _SAFETENSORS_NAME: Final[Mapping[Dtype, str]] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "BF16"}
 _FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
 _INT8_MAX: Final = 127
 
 
 class TargetTensor(Protocol):
-    """A tensor to be written. `blocks` may be iterated once, after those of the tensors before it."""
+    """A tensor to be written. `blocks` are iterated in the order of the tensors, each time that the object is read."""
 
     @property
     def dtype(self) -> str: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
     def blocks(self) -> Iterator[memoryview]: ...
+
+
+def check_int8(config: Mapping[str, Any]) -> None:
+    """config: a config.json. Raises ArchitectureUnsupported for a model that no stage would run in int8."""
+    if (model_type := config.get("model_type")) not in LLAMA_SHAPED:
+        raise ArchitectureUnsupported(
+            f"int8 is for Llama-shaped models ({', '.join(sorted(LLAMA_SHAPED))}), not for a {model_type!r}; "
+            "publish it as bfloat16"
+        )
+    if (activation := config.get("hidden_act") or "silu") != "silu":
+        raise ArchitectureUnsupported(f"int8 is for models with SiLU, this one has {activation!r}; publish it as bfloat16")
 
 
 def convert_tensor(name: str, source: SourceTensor, dtype: Dtype, keep_wide: Collection[str]) -> dict[str, TargetTensor]:
@@ -81,10 +96,12 @@ class _Int8Matrix:
         self._source = source
         self.shape = source.shape
         self.scales: list[memoryview] = []
+        """Of the last iteration."""
 
     def blocks(self) -> Iterator[memoryview]:
         import torch
 
+        self.scales = []
         for block in self._source.blocks():
             rows = _tensor(block, self._source.dtype).to(torch.float32).view(-1, math.prod(self.shape[1:]))
             scale = rows.abs().amax(dim=1, keepdim=True) / _INT8_MAX

@@ -7,22 +7,35 @@ import hashlib
 import re
 from collections.abc import Iterable
 from functools import cached_property
-from typing import Final, Literal, Protocol
+from typing import Annotated, Final, Literal, Protocol
 
 import msgspec
-import xxhash
+from blake3 import blake3
 
-from storage.checkpoints.safetensors_format import ALIGNMENT, ITEM_BYTES, TensorSpan, tensor_bytes
-from storage.errors import ChecksumMismatch, ManifestInvalid, ManifestTooNew, ModelNotPublished, ObjectNotFound
+from storage.checkpoints.safetensors_format import ALIGNMENT, MAX_DIMENSIONS, TensorSpan, tensor_bytes
+from storage.errors import (
+    ChecksumMismatch,
+    ManifestInvalid,
+    ManifestTooNew,
+    ManifestTooOld,
+    ModelNotPublished,
+    ObjectNotFound,
+)
 from storage.store.object_info import ObjectInfo
 
-MANIFEST_VERSION: Final = 1
+MANIFEST_VERSION: Final = 2
+"""Version 1 committed to its parts by xxh3, which anybody can forge; reading it would keep that door open."""
 PART_BYTES: Final = 16 * 2**20
 """Unit of ranged reads and of their checksums. Measured: 16 to 32 MiB over four connections read fastest."""
 
 Dtype = Literal["float32", "bfloat16", "float16", "int8"]
 DTYPES: Final[tuple[Dtype, ...]] = ("float32", "bfloat16", "float16", "int8")
 
+Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+_Size = Annotated[int, msgspec.Meta(gt=0, le=2**48)]
+
+_PUBLISHED_DTYPES: Final = frozenset({"F32", "BF16", "F16", "I8"})
+"""Names of safetensors that a loader makes tensors of."""
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _ROOT: Final = "models/"
 
@@ -31,10 +44,10 @@ class StoredObject(msgspec.Struct, frozen=True):
     """One safetensors file of a publication: the embedding, one decoder layer, or the head."""
 
     key: str
-    bytes: int
-    part_bytes: int
-    parts: tuple[str, ...]
-    """xxh3_128 (hex) of each `part_bytes` of the object, the last one shorter."""
+    bytes: _Size
+    part_bytes: _Size
+    parts: tuple[Digest, ...]
+    """BLAKE3 (hex) of each `part_bytes` of the object, the last one shorter."""
     tensors: dict[str, TensorSpan]
     """Without the fillers."""
 
@@ -49,7 +62,7 @@ class StoredFile(msgspec.Struct, frozen=True):
 
     key: str
     bytes: int
-    sha256: str
+    sha256: Digest
 
 
 class ModelManifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
@@ -63,12 +76,12 @@ class ModelManifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     architecture: str
     """The class in transformers, such as LlamaForCausalLM."""
     model_type: str
-    num_layers: int
-    hidden_size: int
-    vocab_size: int
-    num_kv_heads: int
-    head_dim: int
-    context_length: int
+    num_layers: _Size
+    hidden_size: _Size
+    vocab_size: _Size
+    num_kv_heads: _Size
+    head_dim: _Size
+    context_length: _Size
     """Tokens."""
     tied: bool
     """The head's matrix is the embedding's, and the object `head` lacks it."""
@@ -77,14 +90,16 @@ class ModelManifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @cached_property
     def digest(self) -> str:
-        """The weights digest of the pipeline fingerprint: of all contents, and of nothing about where they lie."""
-        contents = (
-            self.dtype,
-            self.tied,
-            {name: (stored.digest, stored.tensors) for name, stored in self.objects.items()},
-            {name: stored.sha256 for name, stored in self.files.items()},
-        )
+        """The weights digest of the pipeline fingerprint: of all contents and what is said of them, not of where they lie."""
+        contents = {name: getattr(self, name) for name in self.__struct_fields__ if name not in _PLACES} | {
+            "objects": {name: (stored.digest, stored.tensors) for name, stored in self.objects.items()},
+            "files": {name: stored.sha256 for name, stored in self.files.items()},
+        }
         return hashlib.sha256(msgspec.json.encode(contents, order="sorted")).hexdigest()
+
+
+_PLACES: Final = frozenset({"manifest_version", "name", "publication"})
+"""Fields of a manifest that are not about the model."""
 
 
 class Reader(Protocol):
@@ -128,13 +143,13 @@ def manifest_key(name: str, dtype: str) -> str:
     return model_prefix(name, dtype) + "manifest.json"
 
 
-def part_checksum(part: bytes | memoryview) -> str:
-    """xxh3_128, hex: fast enough for every byte that is loaded; the manifest as a whole is under sha256."""
-    return xxhash.xxh3_128_hexdigest(part)
+def new_digest() -> blake3:
+    """Of a part. BLAKE3: the cryptographic hash that is fast enough for every byte that is loaded (docs/experiments.md)."""
+    return blake3()
 
 
 def read_manifest(reader: Reader, name: str, dtype: str) -> ModelManifest:
-    """Raises ModelNotPublished, ManifestTooNew, ManifestInvalid, or what the reader raises."""
+    """Raises ModelNotPublished, ManifestTooNew, ManifestTooOld, ManifestInvalid, or what the reader raises."""
     key = manifest_key(name, dtype)
     try:
         data = reader.get(key)
@@ -144,15 +159,20 @@ def read_manifest(reader: Reader, name: str, dtype: str) -> ModelManifest:
 
 
 def decode_manifest(data: bytes, key: str) -> ModelManifest:
-    """`key` is for messages. Raises ManifestTooNew or ManifestInvalid."""
+    """`key` is for messages. Raises ManifestTooNew, ManifestTooOld or ManifestInvalid."""
     try:
         version = msgspec.json.decode(data, type=_Version).manifest_version
         if version > MANIFEST_VERSION:
             raise ManifestTooNew(
                 f"{key} has version {version} and this Lamina reads up to {MANIFEST_VERSION}; update it, or publish again"
             )
+        if version < MANIFEST_VERSION:
+            raise ManifestTooOld(
+                f"{key} has version {version}, whose checksums do not hold against forgery, and this Lamina reads version "
+                f"{MANIFEST_VERSION}; publish the model again, and render the pipeline again"
+            )
         manifest = msgspec.json.decode(data, type=ModelManifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ManifestInvalid(f"{key} cannot be read ({error}); publish the model again") from error
     _check(manifest, key)
     return manifest
@@ -189,20 +209,35 @@ def list_models(store: Lister) -> list[tuple[str, Dtype]]:
 
 
 def _check(manifest: ModelManifest, key: str) -> None:
-    if set(manifest.objects) != set(object_names(manifest.num_layers)):
+    # The count first: the names of as many layers as somebody says there are would fill the memory.
+    count = manifest.num_layers + 2
+    if len(manifest.objects) != count or set(manifest.objects) != set(object_names(manifest.num_layers)):
         raise ManifestInvalid(f"{key} says {manifest.num_layers} layers but lists other objects; publish the model again")
+    seen: set[str] = set()
     for name, stored in manifest.objects.items():
-        if reason := _contradiction(stored):
+        reason = _contradiction(stored)
+        if twice := [tensor for tensor in stored.tensors if tensor in seen]:
+            reason = f"has {twice[0]!r}, which another object has too"
+        if reason:
             raise ManifestInvalid(f"{key}: object {name!r} {reason}; publish the model again")
+        seen |= stored.tensors.keys()
 
 
 def _contradiction(stored: StoredObject) -> str | None:
-    if stored.part_bytes <= 0 or stored.part_bytes % ALIGNMENT or len(stored.parts) != -(-stored.bytes // stored.part_bytes):
+    if stored.part_bytes % ALIGNMENT or len(stored.parts) != -(-stored.bytes // stored.part_bytes):
         return f"has {stored.bytes} bytes in {len(stored.parts)} parts of {stored.part_bytes}"
-    for name, span in stored.tensors.items():
-        if span.dtype not in ITEM_BYTES or min((0, *span.shape)) < 0:
-            return f"has {name!r} as {span.dtype} {list(span.shape)}"
-        fits = span.end - span.start == tensor_bytes(span.dtype, span.shape) and 0 <= span.start <= span.end <= stored.bytes
-        if not fits or span.start % ALIGNMENT:
+    if not stored.tensors:
+        return "has no tensor"
+    end = min(span.start for span in stored.tensors.values())
+    for name, span in sorted(stored.tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if span.dtype not in _PUBLISHED_DTYPES or len(span.shape) > MAX_DIMENSIONS or min((0, *span.shape)) < 0:
+            return f"has {name!r} as {span.dtype} {list(span.shape[:MAX_DIMENSIONS])}"
+        fits = span.end - span.start == tensor_bytes(span.dtype, span.shape) and end <= span.start <= span.end <= stored.bytes
+        if not fits or span.start <= 0 or span.start % ALIGNMENT:
             return f"has {name!r} of {span.dtype} {list(span.shape)} in bytes {span.start} to {span.end} of {stored.bytes}"
+        if span.start - end >= ALIGNMENT:
+            return f"has bytes {end} to {span.start}, before {name!r}, that belong to no tensor"
+        end = span.end
+    if stored.bytes - end >= ALIGNMENT:
+        return f"has bytes {end} to {stored.bytes} that belong to no tensor"
     return None

@@ -1,16 +1,15 @@
-"""One object of a publication: laid out, streamed into the store, and checksummed on its way."""
+"""One object of a publication: laid out, streamed into the store, and hashed on its way."""
 
 import io
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
-import xxhash
-
 from storage.checkpoints.safetensors_format import FILLER_PREFIX, TensorSpan, lay_out
 from storage.errors import CheckpointInvalid
 from storage.models.conversion import TargetTensor
-from storage.models.model_repository import PART_BYTES, StoredObject
+from storage.models.model_repository import PART_BYTES, StoredObject, new_digest
 from storage.store.object_store import ObjectStore
 
 
@@ -42,18 +41,26 @@ def write_object(store: ObjectStore, key: str, plan: ObjectPlan, on_bytes: Calla
     """Streams the object, a few MiB in memory at a time; `on_bytes` is told how many went through."""
     stream = _PlanStream(plan, on_bytes)
     store.put_stream(key, cast("BinaryIO", io.BufferedReader(stream, buffer_size=2**20)))
-    return StoredObject(key, plan.bytes, PART_BYTES, stream.part_checksums(), plan.named_spans)
+    return StoredObject(key, plan.bytes, PART_BYTES, stream.part_digests(), plan.named_spans)
+
+
+def planned_digests(plan: ObjectPlan, on_bytes: Callable[[int], None]) -> tuple[str, ...]:
+    """Of the object's parts as `write_object` would write them: reads, converts and hashes everything, and sends nothing."""
+    stream = _PlanStream(plan, on_bytes)
+    deque(stream.blocks(), maxlen=0)
+    return stream.part_digests()
 
 
 class _PlanStream(io.RawIOBase):
     """The bytes of a plan, read once from front to back."""
 
     def __init__(self, plan: ObjectPlan, on_bytes: Callable[[int], None]) -> None:
-        self._blocks = _blocks(plan)
+        self._plan = plan
+        self._blocks = self.blocks()
         self._block = memoryview(b"")
         self._on_bytes = on_bytes
         self._parts: list[str] = []
-        self._hash = xxhash.xxh3_128()
+        self._hash = new_digest()
         self._hashed = 0
 
     def readable(self) -> bool:
@@ -65,19 +72,24 @@ class _PlanStream(io.RawIOBase):
             if following is None:
                 return 0
             self._block = following
-            self._checksum(following)
-            self._on_bytes(len(following))
         view = memoryview(buffer).cast("B")
         count = min(len(view), len(self._block))
         view[:count] = self._block[:count]
         self._block = self._block[count:]
         return count
 
-    def part_checksums(self) -> tuple[str, ...]:
+    def blocks(self) -> Iterator[memoryview]:
+        """What `read` gives, block by block."""
+        for block in _blocks(self._plan):
+            self._digest(block)
+            self._on_bytes(len(block))
+            yield block
+
+    def part_digests(self) -> tuple[str, ...]:
         """Of the whole stream, once it is at its end."""
         return tuple(self._parts) if not self._hashed else (*self._parts, self._hash.hexdigest())
 
-    def _checksum(self, block: memoryview) -> None:
+    def _digest(self, block: memoryview) -> None:
         while len(block):
             piece = block[: PART_BYTES - self._hashed]
             self._hash.update(piece)

@@ -25,6 +25,10 @@ Placement = dict[str, dict[str, SourceTensor]]
 
 def place_tensors(tensors: Mapping[str, SourceTensor], model: ModelDescription) -> Placement:
     """Object name → the tensors it holds, all objects in order. Raises CheckpointInvalid where one would be incomplete."""
+    if model.num_layers > len(tensors):
+        raise CheckpointInvalid(
+            f"config.json says {model.num_layers} layers, and the checkpoint has {len(tensors)} tensors in all"
+        )
     placed: Placement = {name: {} for name in object_names(model.num_layers)}
     for name, tensor in tensors.items():
         if (target := _object_of(name, tensor, model)) is not None:

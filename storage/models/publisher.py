@@ -1,8 +1,9 @@
 """Publishes a checkpoint: every decoder layer, the embedding and the head as one object each, then the manifest.
 
 Bounded memory: tensors pass through in blocks of a few MiB. Resumable: behind every finished object a fragment of the
-manifest is written, and the next run goes on after the last one. Idempotent: a checkpoint that is published already costs
-one manifest read and a look at the files. Nothing is visible before the manifest.
+manifest is written; the next run reads the checkpoint of it again and, where that gives the same bytes, sends nothing.
+Idempotent: a checkpoint that is published already costs one manifest read and one reading of the files, whose contents alone
+say so. Nothing is visible before the manifest.
 """
 
 import hashlib
@@ -17,9 +18,10 @@ import msgspec
 
 from storage.checkpoints.checkpoint import Checkpoint, SourceTensor
 from storage.checkpoints.model_description import ModelDescription, describe_model
-from storage.checkpoints.model_source import checkpoint_fingerprint, locate, open_checkpoint
-from storage.errors import ArchitectureUnsupported, ManifestInvalid, ModelNotPublished
-from storage.models.conversion import TargetTensor, convert_tensor, is_int8_matrix
+from storage.checkpoints.model_source import checkpoint_fingerprint, checkpoint_state, locate, open_checkpoint
+from storage.errors import CheckpointInvalid, ManifestInvalid, ModelNotPublished
+from storage.models.conversion import TargetTensor, check_int8, convert_tensor
+from storage.models.expected_shapes import check_shapes
 from storage.models.model_repository import (
     MANIFEST_VERSION,
     PART_BYTES,
@@ -32,7 +34,7 @@ from storage.models.model_repository import (
     model_prefix,
     read_manifest,
 )
-from storage.models.object_writer import ObjectPlan, plan_object, write_object
+from storage.models.object_writer import ObjectPlan, plan_object, planned_digests, write_object
 from storage.models.placement import Placement, embedding_matrix, head_matrix, place_tensors
 from storage.store.object_store import ObjectStore
 
@@ -43,7 +45,7 @@ _FRAGMENT_SUFFIX: Final = ".fragment.json"
 
 @dataclass(frozen=True, slots=True)
 class PublishProgress:
-    """Told after every block. Bytes are those of all objects; what an earlier run finished counts as done."""
+    """Told after every block. Bytes are those of all objects, read or sent: what an earlier run finished is only read."""
 
     object: str
     done_bytes: int
@@ -61,36 +63,45 @@ def publish(
     *,
     progress: ProgressCallback | None = None,
     keep_wide: Collection[str] = (),
+    afresh: bool = False,
 ) -> ModelManifest:
     """Makes a model readable under `name` and `dtype`, and returns its manifest.
 
     source: a Hugging Face folder, a GGUF file, or a hub id. dtype: float32, bfloat16, float16 or int8.
     keep_wide: matrices, such as down_proj, that int8 leaves in bfloat16.
+    afresh: writes every object, also where the store seems to have it, which is what mends a damaged one.
     Raises ValueError for a name or dtype that cannot be, CheckpointInvalid or another StorageError; what was published
     before under this name stays as it was.
     """
     prefix = model_prefix(name, dtype)
     path = locate(source)
-    publication = _publication(path, dtype, keep_wide)
-    current = _current(store, name, dtype)
+    state, contents = checkpoint_state(path), checkpoint_fingerprint(path)
+    publication = _publication(contents, dtype, keep_wide)
+    current = None if afresh else _current(store, name, dtype)
     if current is not None and current.publication == publication:
         _log.info("%s is published as %s in %s already", source, name, dtype)
         return current
     checkpoint = open_checkpoint(path)
+    if dtype == "int8":
+        check_int8(checkpoint.config)
     model, placed = _settle_tie(describe_model(checkpoint.config), checkpoint)
-    plans = _plans(placed, model, cast("Dtype", dtype), keep_wide)
-    upload = _Upload(store, f"{prefix}{publication}/", plans, progress)
+    check_shapes(checkpoint.config, {name: tensor.shape for members in placed.values() for name, tensor in members.items()})
+    plans = _plans(placed, cast("Dtype", dtype), keep_wide)
+    upload = _Upload(store, f"{prefix}{publication}/", plans, progress, afresh)
     objects = upload.objects()
     files = upload.files(_files(checkpoint, model))
+    if checkpoint_state(path) != state and checkpoint_fingerprint(path) != contents:
+        raise CheckpointInvalid(f"{path} changed while it was published; publish it again when nothing writes to it")
     manifest = _manifest(name, cast("Dtype", dtype), publication, model, objects, files)
     store.put(manifest_key(name, dtype), encode_manifest(manifest))
     upload.delete_fragments()
     return manifest
 
 
-def _publication(path: Path, dtype: str, keep_wide: Collection[str]) -> str:
-    text = f"{checkpoint_fingerprint(path)} {dtype} {sorted(keep_wide)} {MANIFEST_VERSION} {PART_BYTES}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _publication(contents: str, dtype: str, keep_wide: Collection[str]) -> str:
+    """contents: the checkpoint's fingerprint. 128 bits: a folder is never shared by two checkpoints."""
+    text = f"{contents} {dtype} {sorted(keep_wide)} {MANIFEST_VERSION} {PART_BYTES}"
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _current(store: ObjectStore, name: str, dtype: str) -> ModelManifest | None:
@@ -119,12 +130,7 @@ def _equal(left: SourceTensor, right: SourceTensor) -> bool:
     return all(ours == theirs for ours, theirs in zip(left.blocks(), right.blocks(), strict=True))
 
 
-def _plans(placed: Placement, model: ModelDescription, dtype: Dtype, keep_wide: Collection[str]) -> list[ObjectPlan]:
-    layers = [item for name, members in placed.items() if name.startswith("layer-") for item in members.items()]
-    if dtype == "int8" and not any(is_int8_matrix(*item) for item in layers):
-        raise ArchitectureUnsupported(
-            f"int8 is for Llama-shaped models, not for a {model.model_type!r}; publish it as bfloat16"
-        )
+def _plans(placed: Placement, dtype: Dtype, keep_wide: Collection[str]) -> list[ObjectPlan]:
     plans = []
     for name, members in placed.items():
         tensors: dict[str, TargetTensor] = {}
@@ -145,17 +151,19 @@ def _files(checkpoint: Checkpoint, model: ModelDescription) -> dict[str, bytes]:
 class _Upload:
     """Writes one publication's folder, leaving out what an interrupted run has written already."""
 
-    def __init__(self, store: ObjectStore, prefix: str, plans: list[ObjectPlan], progress: ProgressCallback | None) -> None:
+    def __init__(
+        self, store: ObjectStore, prefix: str, plans: list[ObjectPlan], progress: ProgressCallback | None, afresh: bool
+    ) -> None:
         self._store = store
         self._prefix = prefix
         self._plans = plans
         self._progress = progress
         self._done_bytes = 0
         self._total_bytes = sum(plan.bytes for plan in plans)
-        self._present = {item.key: item.bytes for item in store.list(prefix)}
+        self._present = {} if afresh else {item.key: item.bytes for item in store.list(prefix)}
 
     def objects(self) -> dict[str, StoredObject]:
-        return {plan.name: self._finished(plan) or self._written(plan) for plan in self._plans}
+        return {plan.name: self._verified(plan) or self._written(plan) for plan in self._plans}
 
     def files(self, files: Mapping[str, bytes]) -> dict[str, StoredFile]:
         for name, data in files.items():
@@ -168,6 +176,16 @@ class _Upload:
         for plan in self._plans:
             self._store.delete(self._fragment_key(plan))
 
+    def _verified(self, plan: ObjectPlan) -> StoredObject | None:
+        """What an earlier run wrote, if it is what the checkpoint gives now; None: it has to be written."""
+        if (stored := self._finished(plan)) is None:
+            return None
+        told = self._done_bytes
+        if planned_digests(plan, lambda count: self._tell(plan, count)) == stored.parts:
+            return stored
+        self._done_bytes = told
+        return None
+
     def _finished(self, plan: ObjectPlan) -> StoredObject | None:
         fragment_key = self._fragment_key(plan)
         if self._present.get(self._key(plan)) != plan.bytes or fragment_key not in self._present:
@@ -178,7 +196,6 @@ class _Upload:
             return None
         if (stored.key, stored.bytes, stored.tensors) != (self._key(plan), plan.bytes, plan.named_spans):
             return None
-        self._tell(plan, plan.bytes)
         return stored
 
     def _written(self, plan: ObjectPlan) -> StoredObject:

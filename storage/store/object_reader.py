@@ -8,7 +8,8 @@ import logging
 import re
 import ssl
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from queue import Empty, LifoQueue
@@ -29,6 +30,8 @@ _CONNECT_TIMEOUT_SECONDS: Final = 5.0
 _READ_BYTES: Final = 2**20
 _ERROR_BODY_BYTES: Final = 4096
 _SMALL_OBJECT_BYTES: Final = 2**26
+_PROGRESS_BYTES: Final = 2**16
+"""What has to come in for the retries to begin anew: fewer would let a store drip bytes for ever."""
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
@@ -43,7 +46,8 @@ class ObjectReader:
     """Reads objects of one bucket. Thread-safe; connections are kept and reused until it is closed. A context manager."""
 
     def __init__(self, settings: StoreSettings, *, stall_seconds: float = 10.0, retry_seconds: float = 60.0) -> None:
-        """`stall_seconds` without a byte end an attempt; failing attempts are repeated for `retry_seconds`, with back-off."""
+        """`stall_seconds` without a byte end an attempt; failing attempts are repeated, with back-off, until
+        `retry_seconds` are over since the last progress."""
         self.settings = settings
         self._stall_seconds = stall_seconds
         self._retry_seconds = retry_seconds
@@ -60,17 +64,30 @@ class ObjectReader:
                 return response.read()
         raise AssertionError("tenacity either returns or raises")
 
-    def read_range_into(self, key: str, start: int, view: memoryview, *, total_bytes: int | None = None) -> None:
-        """Fills `view` (bytes, writable) with the object's bytes from `start` on.
+    def read_range_into(
+        self,
+        key: str,
+        start: int,
+        view: memoryview,
+        *,
+        total_bytes: int | None = None,
+        on_bytes: Callable[[memoryview], object] | None = None,
+    ) -> None:
+        """Fills `view` (bytes, writable) with the object's bytes from `start` on. on_bytes: gets every piece of it, in order,
+        as soon as it is in.
 
         An attempt that breaks off is continued where it stopped. Raises ObjectAltered where the object is not
         `total_bytes` long, and otherwise a StorageError subclass that names endpoint, bucket and key.
         """
         filled = 0
-        for attempt in self._attempts(key):
+        progress = _Progress()
+        for attempt in self._attempts(key, progress):
             with attempt:
                 for count in self._read_into(key, start + filled, view[filled:], total_bytes):
+                    if on_bytes is not None:
+                        on_bytes(view[filled : filled + count])
                     filled += count
+                    progress.add(count)
 
     def close(self) -> None:
         """Closes idle connections, those in use when their answers are in, and ends running retries."""
@@ -109,14 +126,20 @@ class ObjectReader:
         first, last, total = map(int, found.groups()) if found else (0, (response.length or 0) - 1, response.length or 0)
         if total_bytes is not None and total != total_bytes:
             raise ObjectAltered(
-                f"{key!r} in {self.settings.place} has {total} bytes, {total_bytes} were published; publish the model again"
+                f"{key!r} in {self.settings.place} has {total} bytes, {total_bytes} were published; "
+                "publish the model again (push --afresh)"
             )
         if (first, last) != (start, start + length - 1):
             raise UnexpectedAnswer(
                 f"{self.settings.place} was asked for {start} to {start + length - 1} of {key!r} and sent {first} to {last}"
             )
 
-    def _attempts(self, key: str) -> tenacity.Retrying:
+    def _attempts(self, key: str, progress: "_Progress | None" = None) -> tenacity.Retrying:
+        since = progress or _Progress()
+
+        def is_over(_: tenacity.RetryCallState) -> bool:
+            return self._closed.is_set() or time.monotonic() - since.at >= self._retry_seconds
+
         def give_up(state: tenacity.RetryCallState) -> None:
             cause = state.outcome.exception() if state.outcome else None
             raise StoreUnreachable(
@@ -131,7 +154,7 @@ class ObjectReader:
         return tenacity.Retrying(
             retry=tenacity.retry_if_exception(_is_worth_retrying),
             wait=tenacity.wait_random_exponential(multiplier=0.1, max=2),
-            stop=tenacity.stop_after_delay(self._retry_seconds) | tenacity.stop_when_event_set(self._closed),
+            stop=is_over,
             sleep=tenacity.sleep_using_event(self._closed),
             before_sleep=log,
             retry_error_callback=give_up,
@@ -184,6 +207,19 @@ class ObjectReader:
             ) from error
         connection.sock.settimeout(self._stall_seconds)
         return connection
+
+
+class _Progress:
+    """When bytes came in last. A long read that breaks off at its end has as many retries as one that never began."""
+
+    def __init__(self) -> None:
+        self.at = time.monotonic()
+        self._bytes = 0
+
+    def add(self, count: int) -> None:
+        self._bytes += count
+        if self._bytes >= _PROGRESS_BYTES:
+            self.at, self._bytes = time.monotonic(), 0
 
 
 def _is_worth_retrying(error: BaseException) -> bool:

@@ -190,7 +190,7 @@ def wide(published: Published) -> Iterator[tuple[list[WideEngine], list[Scorer]]
     engines = [WideEngine(scores=False), WideEngine(scores=True)]
     with PayloadStore(published.store) as store:
         claims = ClaimCheck(store, published.store.bucket)
-        identities = [StageIdentity("0123456789ab", 2 * k, 2 * k + 2, k == 1, "me") for k in (0, 1)]
+        identities = [StageIdentity("0123456789abcdef0123456789abcdef", 2 * k, 2 * k + 2, k == 1, "me") for k in (0, 1)]
         yield engines, [Scorer(*pair, claims, TOKEN) for pair in zip(identities, engines, strict=True)]
 
 
@@ -257,7 +257,7 @@ def test_payloads_that_are_gone_or_not_the_same_are_refused(wide: Wide, publishe
 
 def test_a_store_that_does_not_answer_is_worth_a_retry(published: Published) -> None:
     nowhere = PayloadStore(replace(published.store, endpoint_url="http://127.0.0.1:1"), retry_seconds=0.1)
-    identity = StageIdentity("0123456789ab", 0, 2, False, "me")
+    identity = StageIdentity("0123456789abcdef0123456789abcdef", 0, 2, False, "me")
     scorer = Scorer(identity, WideEngine(scores=False), ClaimCheck(nowhere, "lamina"), TOKEN)
     with pytest.raises(NotReady, match=r"127\.0\.0\.1:1"):
         scorer.answer(first_event())
@@ -333,7 +333,7 @@ def test_one_text_at_a_time(steps: Steps, published: Published) -> None:
         ({"source": "/another"}, Unauthorized),
         ({"type": "dev.lamina.release"}, Unauthorized),
         ({"layer": "2"}, Unauthorized),
-        ({"pipeline": "0123456789ab"}, Unauthorized),
+        ({"pipeline": "0123456789abcdef0123456789abcdef"}, Unauthorized),
         ({"expirytime": "2099-01-01T00:00:00Z"}, Unauthorized),
         ({"expirytime": None}, Unauthorized),
         ({"subject": "intermediaries may add attributes"}, None),

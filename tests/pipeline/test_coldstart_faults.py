@@ -83,7 +83,7 @@ def test_a_request_survives_a_store_that(
 
 
 FATAL: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
-    "alters a byte each time": ({"flip_byte": 2000}, ("layer-0000", "part 0", "checksum", "publish the model again")),
+    "alters a byte each time": ({"flip_byte": 2000}, ("layer-0000", "part 0", "BLAKE3", "publish the model again")),
     "refuses": ({"status": 403}, ("bucket", "key")),
     "has lost them": ({"status": 404}, ("no object", "layer-0000")),
 }

@@ -2,13 +2,15 @@
 
 import os
 import threading
+from collections.abc import Callable
 from typing import Final
 
 import pytest
+from blake3 import blake3
 
 from storage.loading.memory import new_memory, populate
 from storage.loading.weight_loader import CONNECTIONS, load_layers
-from storage.models.model_repository import ModelManifest, StoredObject, layer_object, part_checksum
+from storage.models.model_repository import ModelManifest, StoredObject, layer_object
 
 PART: Final = 4096
 DEADLINE_SECONDS: Final = 20.0
@@ -21,13 +23,13 @@ def manifest_of(contents: dict[str, bytes]) -> ModelManifest:
             key=name,
             bytes=len(data),
             part_bytes=PART,
-            parts=tuple(part_checksum(data[start : start + PART]) for start in range(0, len(data), PART)),
+            parts=tuple(blake3(data[start : start + PART]).hexdigest() for start in range(0, len(data), PART)),
             tensors={},
         )
         for name, data in contents.items()
     }
     return ModelManifest(
-        manifest_version=1,
+        manifest_version=2,
         name="made",
         dtype="float32",
         publication="0",
@@ -52,9 +54,19 @@ class MeetingReader:
         self._contents = contents
         self._meeting = threading.Barrier(together)
 
-    def read_range_into(self, key: str, start: int, view: memoryview, *, total_bytes: int | None = None) -> None:
+    def read_range_into(
+        self,
+        key: str,
+        start: int,
+        view: memoryview,
+        *,
+        total_bytes: int | None = None,
+        on_bytes: Callable[[memoryview], object] | None = None,
+    ) -> None:
         self._meeting.wait(DEADLINE_SECONDS)
         view[:] = self._contents[key][start : start + len(view)]
+        if on_bytes is not None:
+            on_bytes(view)
 
 
 class MeetingCache:

@@ -1,7 +1,7 @@
 """Complete environments of a stage and of a gateway that nobody starts."""
 
 COMMON = {
-    "LAMINA_PIPELINE": "0123456789ab",
+    "LAMINA_PIPELINE": "0123456789abcdef0123456789abcdef",
     "LAMINA_PIPELINE_TOKEN": "secret-token",
     "LAMINA_MODEL": "tiny",
     "LAMINA_DTYPE": "float32",

@@ -52,7 +52,7 @@ def test_no_secret_is_shown() -> None:
         ({**STAGE, "LAMINA_ROLE": ""}, ("LAMINA_ROLE", "not set")),
         ({**STAGE, "PORT": "70000"}, ("PORT", "'70000'", "0 to 65535")),
         ({**STAGE, "PORT": "eight"}, ("PORT", "'eight'", "whole number")),
-        ({**STAGE, "LAMINA_PIPELINE": "latest"}, ("LAMINA_PIPELINE", "'latest'", "twelve hexadecimal")),
+        ({**STAGE, "LAMINA_PIPELINE": "latest"}, ("LAMINA_PIPELINE", "'latest'", "32 hexadecimal")),
         ({**STAGE, "LAMINA_DTYPE": "int4"}, ("LAMINA_DTYPE", "'int4'", "float32")),
         ({**STAGE, "LAMINA_CUT": "0:2,3:4"}, ("LAMINA_CUT", "3:4 should begin at 2")),
         ({**STAGE, "LAMINA_CUT": "1:4"}, ("LAMINA_CUT", "1:4 should begin at 0")),

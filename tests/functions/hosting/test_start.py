@@ -43,7 +43,10 @@ def free_port() -> int:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"LAMINA_PIPELINE": "0123456789ab"}, ("0123456789ab", "{fingerprint}", "render")),
+        (
+            {"LAMINA_PIPELINE": "0123456789abcdef0123456789abcdef"},
+            ("0123456789abcdef0123456789abcdef", "{fingerprint}", "render"),
+        ),
         ({"LAMINA_CUT": "0:2,2:4,4:5"}, ("6 layers", "ends at 5")),
         ({"LAMINA_MODEL": "large"}, ("'large'", "float32", "publish")),
         ({"LAMINA_STORE_BUCKET": "nothing"}, ("'nothing'",)),

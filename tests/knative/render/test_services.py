@@ -107,8 +107,28 @@ def test_hpa_scales_on_cpu() -> None:
 def test_gpu_and_volumes() -> None:
     stage = {"resources": {"cpu": "4", "memory": "16Gi", "gpu": 1}, "weights_cache": "/var/cache/weights"}
     pod = services(pipeline(stage=stage))[0]["spec"]["template"]["spec"]
-    assert pod["containers"][0]["resources"]["limits"] == {"cpu": "4", "memory": "16Gi", "nvidia.com/gpu": "1"}
+    assert pod["containers"][0]["resources"]["limits"] == {
+        "cpu": "4",
+        "memory": "16Gi",
+        "nvidia.com/gpu": "1",
+        "ephemeral-storage": "3072Mi",
+    }
     assert {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]} == {"/tmp", "/var/cache/weights"}
+
+
+def test_a_weights_cache_stays_below_what_evicts_its_pod() -> None:
+    """The kubelet evicts beyond the volume's limit, and first of all whoever uses more ephemeral storage than it asked for."""
+    stage = {"weights_cache": "/cache", "weights_cache_size": "8Gi"}
+    pod = services(pipeline(stage=stage))[0]["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    env = {entry["name"]: entry.get("value") for entry in container["env"]}
+    limit = next(volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"] if volume["name"] == "weights-cache")
+    asked = container["resources"]["requests"]["ephemeral-storage"]
+    assert 0.9 * quantity(limit) <= int(env["LAMINA_WEIGHTS_CACHE_BYTES"]) <= 0.97 * quantity(limit)
+    assert quantity(asked) == quantity(limit) + 2**30
+    assert container["resources"]["limits"]["ephemeral-storage"] == asked
+    plain = services(pipeline())[0]["spec"]["template"]["spec"]["containers"][0]
+    assert "ephemeral-storage" not in plain["resources"]["requests"]
 
 
 def test_secrets_are_named_and_never_shown() -> None:

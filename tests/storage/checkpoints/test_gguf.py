@@ -17,6 +17,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from storage.checkpoints.checkpoint import Checkpoint
 from storage.checkpoints.gguf_checkpoint import open_gguf
+from storage.checkpoints.gguf_format import read_header
 from storage.checkpoints.gguf_tokenizer import tokenizer_files
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid
 from tests.support.storage.storage import default_model_gguf, default_model_metadata
@@ -115,6 +116,11 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
 def test_scaled_positions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ArchitectureUnsupported, match="scales its rotary positions"):
         open_gguf(a_gguf(tmp_path / "x.gguf", "llama", {"llama.rope.scaling.type": "yarn"}))
+
+
+def test_metadata_are_those_that_gguf_reads(path: Path, fields: dict[str, Any]) -> None:
+    header = read_header(path)
+    assert header.fields == {name: value for name, value in fields.items() if not name.startswith("GGUF.")}
 
 
 def test_missing_metadata_are_named(tmp_path: Path) -> None:

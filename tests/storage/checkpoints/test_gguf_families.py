@@ -1,5 +1,7 @@
 """GGUF files of every architecture that is read, written on the spot and held to transformers' own reading of them."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,13 @@ def gguf_name(name: str) -> str:
     return f"{NAMES[module]}.{kind}"
 
 
-def write_gguf(path: Path, family: str, extra_tensor: str = "", drop_tensor: str = "") -> Path:
+def write_gguf(
+    path: Path,
+    family: str,
+    extra_tensor: str = "",
+    drop_tensor: str = "",
+    add: Callable[[gguf.GGUFWriter], object] = lambda writer: None,
+) -> Path:
     """Matrices as Q8_0, the rest as float32. What is in it is random; transformers says what it means."""
     model = tiny_models.whole_model(family)
     config = model.config
@@ -55,8 +63,9 @@ def write_gguf(path: Path, family: str, extra_tensor: str = "", drop_tensor: str
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim if hasattr(config, "head_dim") else config.hidden_size // config.num_attention_heads)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    head_dim = config.head_dim if hasattr(config, "head_dim") else config.hidden_size // config.num_attention_heads
+    writer.add_key_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10_000.0)
@@ -65,6 +74,7 @@ def write_gguf(path: Path, family: str, extra_tensor: str = "", drop_tensor: str
     writer.add_token_list(TOKENS)
     writer.add_token_types([1] * len(TOKENS))
     writer.add_token_merges(["a b"])
+    add(writer)
     for name, tensor in tiny_models.checkpoint_tensors(model).items():
         if name != drop_tensor:
             add_tensor(writer, gguf_name(name), tensor)
@@ -112,6 +122,54 @@ def test_a_tensor_that_is_not_llama_shaped_is_refused(tmp_path: Path) -> None:
 def test_a_frequency_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArchitectureUnsupported, match="scales its rotary positions"):
         open_gguf(write_gguf(tmp_path / "x.gguf", "llama", extra_tensor="rope_freqs.weight"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope.scaling.factor", 4.0),
+        ("rope.scale_linear", 2.0),
+        ("rope.scaling.attn_factor", 1.5),
+        ("attention.value_length", 16),
+        ("attention.sliding_window", 8),
+        ("attention.scale", 0.5),
+        ("attention.clamp_kqv", 8.0),
+        ("attention.max_alibi_bias", 8.0),
+        ("logit_scale", 2.0),
+        ("expert_count", 8),
+        ("vocab_size", 64),
+        ("something.new", 1),
+        ("tensor_data_layout", "Meta AI original pth"),
+    ],
+)
+def test_a_key_that_changes_the_result_is_refused(key: str, value: float | str, tmp_path: Path) -> None:
+    with pytest.raises(ArchitectureUnsupported, match=re.escape(f"llama.{key} = {value}")):
+        open_gguf(write_gguf(tmp_path / "x.gguf", "llama", add=lambda writer: add_key(writer, key, value)))
+
+
+def add_key(writer: gguf.GGUFWriter, key: str, value: float | str) -> None:
+    put = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+    put(f"llama.{key}", value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("rope.scale_linear", 1.0), ("attention.sliding_window", 4096), ("expert_count", 0)]
+)
+def test_a_key_that_changes_nothing_is_none(key: str, value: float, tmp_path: Path) -> None:
+    plain = open_gguf(write_gguf(tmp_path / "plain.gguf", "llama"))
+    same = open_gguf(write_gguf(tmp_path / "x.gguf", "llama", add=lambda writer: add_key(writer, key, value)))
+    assert same.config == plain.config
+
+
+def test_partly_rotated_heads_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rotate = gguf.GGUFWriter.add_rope_dimension_count
+    monkeypatch.setattr(gguf.GGUFWriter, "add_rope_dimension_count", lambda writer, count: rotate(writer, count // 2))
+    with pytest.raises(ArchitectureUnsupported, match=r"llama\.rope\.dimension_count = 4, which is read from GGUF only as 8"):
+        open_gguf(write_gguf(tmp_path / "x.gguf", "llama"))
+
+
+def test_heads_of_another_length_are_honoured(tmp_path: Path) -> None:
+    assert open_gguf(write_gguf(tmp_path / "x.gguf", "llama_wide_heads")).config["head_dim"] == 16
 
 
 def test_a_missing_embedding_is_named(tmp_path: Path) -> None:

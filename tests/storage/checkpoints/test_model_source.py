@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from storage.checkpoints.model_source import checkpoint_fingerprint, locate, open_checkpoint
+from storage.checkpoints.model_source import checkpoint_fingerprint, checkpoint_state, locate, open_checkpoint
 from storage.errors import CheckpointInvalid
 from tests.support.storage import tiny_models
 
@@ -65,13 +65,20 @@ def test_a_fingerprint_stays_until_something_changes(folder: Path, tmp_path: Pat
     assert checkpoint_fingerprint(copy) not in (first, second)
 
 
-def test_a_large_file_counts_by_its_time_of_change(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("storage.checkpoints.model_source._LARGE_FILE_BYTES", 100_000)
+def test_contents_decide_and_not_size_and_time_of_change(folder: Path, tmp_path: Path) -> None:
+    """In a large file, too, and wherever the byte lies."""
     copy = shutil.copytree(folder, tmp_path / "copy")
-    first = checkpoint_fingerprint(copy)
-    assert checkpoint_fingerprint(copy) == first
-    os.utime(copy / "model.safetensors", (1, 1))
+    shard = copy / "model-extra.safetensors"
+    with shard.open("wb") as file:
+        file.truncate(2**27 + 2**20)
+    os.utime(shard, (1, 1))
+    first, before = checkpoint_fingerprint(copy), checkpoint_state(copy)
+    with shard.open("r+b") as file:
+        file.seek(2**26 + 12345)
+        file.write(b"x")
+    os.utime(shard, (1, 1))
     assert checkpoint_fingerprint(copy) != first
+    assert checkpoint_state(copy) != before
 
 
 def test_one_file_of_a_checkpoint_is_refused(folder: Path) -> None:

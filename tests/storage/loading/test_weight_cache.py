@@ -1,21 +1,27 @@
 """The node-local cache: checked before trust, bounded, and shared by processes without locks that can be forgotten."""
 
+import fcntl
 import os
+import secrets
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from storage.loading.weight_cache import WeightCache
-from storage.models.model_repository import StoredObject, part_checksum
+from storage.models.model_repository import StoredObject
 from tests.support.paths import ROOT
 
 
 def an_object(seed: int, size: int = 1000) -> tuple[StoredObject, memoryview]:
     data = memoryview(bytearray((seed + number) % 256 for number in range(size)))
-    parts = tuple(part_checksum(data[start : start + 256]) for start in range(0, size, 256))
+    parts = tuple(blake3(data[start : start + 256]).hexdigest() for start in range(0, size, 256))
     return StoredObject(f"key-{seed}", size, 256, parts, {}), data
 
 
@@ -45,7 +51,8 @@ def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
     for age, (stored, data) in enumerate(objects[:3]):
         cache.put(stored, data)
         used = time.time() - 100 + age
-        os.utime(tmp_path / f"{stored.digest}.safetensors", (used, used))
+        (file,) = tmp_path.glob(f"{stored.digest}.*")
+        os.utime(file, (used, used))
     assert cache.get(objects[0][0]) is not None
     cache.put(*objects[3])
     assert [cache.get(stored) is not None for stored, _ in objects] == [True, False, True, True]
@@ -53,13 +60,77 @@ def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
 
 
 def test_what_is_mapped_survives_its_eviction(tmp_path: Path) -> None:
-    cache = WeightCache(tmp_path, 1500)
+    cache, of_another_process = WeightCache(tmp_path, 1500), WeightCache(tmp_path, 1500)
     first, data = an_object(1)
     cache.put(first, data)
     mapped = cache.get(first)
-    cache.put(*an_object(2))
+    of_another_process.put(*an_object(2))
     assert cache.get(first) is None
     assert mapped == data
+
+
+def test_what_this_process_has_mapped_stays(tmp_path: Path) -> None:
+    cache = WeightCache(tmp_path, 1500)
+    first, data = an_object(1)
+    cache.put(first, data)
+    assert cache.get(first) == data
+    cache.put(*an_object(2))
+    assert cache.get(first) == data
+    assert held_bytes(tmp_path) <= 1500
+
+
+def test_a_file_cut_short_under_its_mapping_costs_one_start(tmp_path: Path) -> None:
+    """SIGBUS, and the next process reads the store again."""
+    code = (
+        "import os, sys; from pathlib import Path; from tests.storage.loading.test_weight_cache import an_object, WeightCache\n"
+        "folder = Path(sys.argv[1])\n"
+        "cache = WeightCache(folder, 10**6)\n"
+        "stored, data = an_object(1, 100_000)\n"
+        "cache.put(stored, data)\n"
+        "held = cache.get(stored)\n"
+        "(file,) = folder.glob('*.safetensors')\n"
+        "assert file.stat().st_mode & 0o222 == 0, 'only its owner, and on purpose'\n"
+        "file.chmod(0o600)\n"
+        "os.truncate(file, 0)\n"
+        "held == data\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False)
+    assert (run.returncode, run.stderr) == (-signal.SIGBUS, "")
+    cache = WeightCache(tmp_path, 10**6)
+    stored, data = an_object(1, 100_000)
+    assert cache.get(stored) is None
+    cache.put(stored, data)
+    assert cache.get(stored) == data
+
+
+def test_what_is_being_written_counts(tmp_path: Path) -> None:
+    cache = WeightCache(tmp_path, 2500)
+    stored, data = an_object(1)
+    with writing(tmp_path, 1000), writing(tmp_path, 1000):
+        cache.put(stored, data)
+        assert cache.get(stored) is None
+        assert held_bytes(tmp_path) <= 2500
+    cache.put(stored, data)
+    assert cache.get(stored) is not None
+
+
+def test_the_folder_is_never_larger_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked at before and after each file gets its name."""
+    most = 0
+    rename = Path.rename
+
+    def looking(path: Path, target: Path) -> Path:
+        nonlocal most
+        most = max(most, held_bytes(tmp_path))
+        renamed = rename(path, target)
+        most = max(most, held_bytes(tmp_path))
+        return renamed
+
+    monkeypatch.setattr(Path, "rename", looking)
+    cache = WeightCache(tmp_path, 3000)
+    for number in range(9):
+        cache.put(*an_object(number))
+    assert 2000 < most <= 3000
 
 
 def test_what_is_larger_than_the_cache_is_not_kept(tmp_path: Path) -> None:
@@ -75,6 +146,7 @@ def test_a_file_that_fails_its_check_is_removed(tmp_path: Path, damage: object) 
     stored, data = an_object(1)
     cache.put(stored, data)
     (file,) = tmp_path.glob("*.safetensors")
+    file.chmod(0o600)
     file.write_bytes(damage(file.read_bytes()))  # type: ignore[operator]
     assert cache.get(stored) is None
     assert not file.exists()
@@ -88,14 +160,27 @@ def test_a_folder_that_cannot_be_written_costs_only_the_cache(tmp_path: Path) ->
     assert cache.get(stored) is None
 
 
+@contextmanager
+def writing(folder: Path, size: int) -> Iterator[Path]:
+    """A file as somebody has it who is at it."""
+    path = folder / f"{secrets.token_hex(4)}.unfinished"
+    with path.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(size)
+        yield path
+
+
+def held_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
 def test_what_a_dead_process_left_is_removed(tmp_path: Path) -> None:
-    old, young = tmp_path / "old.unfinished", tmp_path / "young.unfinished"
-    for path in (old, young):
-        path.write_bytes(b"x")
-    os.utime(old, (1, 1))
-    WeightCache(tmp_path, 10_000).put(*an_object(1))
-    assert not old.exists()
-    assert young.exists()
+    left = tmp_path / "left.unfinished"
+    left.write_bytes(b"x")
+    with writing(tmp_path, 1) as alive:
+        WeightCache(tmp_path, 10_000).put(*an_object(1))
+        assert not left.exists()
+        assert alive.exists()
 
 
 def test_two_processes_share_a_folder(tmp_path: Path) -> None:

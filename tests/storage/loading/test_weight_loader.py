@@ -7,14 +7,18 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
+import xxhash
+from blake3 import blake3
 from safetensors.torch import load_file
 
+from storage.checkpoints.safetensors_format import TensorSpan
 from storage.errors import ChecksumMismatch, ObjectAltered, ObjectNotFound, StorageError, StoreUnreachable
 from storage.loading.weight_cache import WeightCache
-from storage.loading.weight_loader import LoadProgress, iterate_layers, load_layers, stage_objects
-from storage.models.model_repository import ModelManifest
+from storage.loading.weight_loader import LoadedObject, LoadProgress, iterate_layers, load_layers, stage_objects
+from storage.models.model_repository import PART_BYTES, ModelManifest, StoredObject
 from storage.models.publisher import publish
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_reader import ObjectReader
@@ -175,15 +179,42 @@ def test_a_store_that_is_away_for_a_while_is_survived(manifest: ModelManifest, c
 
 def test_an_altered_object_is_named_and_never_served(manifest: ModelManifest, proxy: FaultProxy) -> None:
     proxy.faults.append(Fault(times=99, path="layer-00003", flip_byte=5000))
-    key, checksum = manifest.objects["layer-00003"].key, manifest.objects["layer-00003"].parts[0]
+    key, digest = manifest.objects["layer-00003"].key, manifest.objects["layer-00003"].parts[0]
     with (
         ObjectReader(proxy.settings) as reader,
-        pytest.raises(
-            ChecksumMismatch, match=rf"{key}, part 0 \(bytes 0 to \d+\): checksum {checksum} was published, \w+ read"
-        ),
+        pytest.raises(ChecksumMismatch, match=rf"{key}, part 0 \(bytes 0 to \d+\): BLAKE3 {digest} was published, \w+ read"),
     ):
         load_layers(reader, manifest, 0, 6)
     assert sum("layer-00003" in path for _, path in proxy.requests) == 3
+
+
+def forgeable(first: int, second: int) -> bytes:
+    """2 KiB whose xxh3 depends on the sum of the two numbers alone.
+
+    xxh3 multiplies the two halves of eight bytes, each after an exclusive or with a constant: where that makes the lower half
+    zero, the upper half goes only into a sum with its like.
+    """
+    data = bytearray(2048)
+    data[0:8] = bytes.fromhex("b8fe6c39") + first.to_bytes(4, "little")
+    data[64:72] = bytes.fromhex("7c01812c") + second.to_bytes(4, "little")
+    return bytes(data)
+
+
+def test_forged_weights_are_refused(manifest: ModelManifest, settings: StoreSettings) -> None:
+    """Whoever can write to the bucket puts other weights there, under the very checksum that the manifest once had."""
+    honest, forged = forgeable(1000, 2000), forgeable(1001, 1999)
+    assert honest != forged
+    assert xxhash.xxh3_128_hexdigest(honest) == xxhash.xxh3_128_hexdigest(forged)
+    part = blake3(honest).hexdigest()
+    stored = StoredObject("forged", len(honest), PART_BYTES, (part,), {"x": TensorSpan("I8", (1024,), 64, 1088)})
+    changed = msgspec.structs.replace(manifest, objects=manifest.objects | {"layer-00003": stored})
+    store = ObjectStore(settings)
+    with ObjectReader(settings) as reader:
+        store.put("forged", honest)
+        assert load_layers(reader, changed, 3, 4)["x"].data == honest[64:1088]
+        store.put("forged", forged)
+        with pytest.raises(ChecksumMismatch, match=f"forged, part 0 .*: BLAKE3 {part} was published"):
+            load_layers(reader, changed, 3, 4)
 
 
 def shorten(store: ObjectStore, key: str) -> None:
@@ -203,6 +234,20 @@ def test_an_object_that_is_not_as_published_is_named(
     damage(store, manifest.objects["layer-00001"].key)  # type: ignore[operator]
     with ObjectReader(settings) as reader, pytest.raises(error, match=words):
         load_layers(reader, manifest, 0, 2)
+
+
+@pytest.mark.parametrize("empty", ["embedding", "layer-00000", "head"])
+def test_an_object_without_bytes_keeps_nobody_waiting(empty: str, manifest: ModelManifest, settings: StoreSettings) -> None:
+    """No manifest that was read has one; who asks gets an answer all the same."""
+    nothing = msgspec.structs.replace(manifest.objects[empty], bytes=0, parts=(), tensors={})
+    changed = msgspec.structs.replace(manifest, objects=manifest.objects | {empty: nothing})
+    loaded: list[LoadedObject] = []
+    with ObjectReader(settings) as reader:
+        thread = threading.Thread(target=lambda: loaded.extend(iterate_layers(reader, changed, 0, 6)), daemon=True)
+        thread.start()
+        thread.join(60)
+    assert [each.name for each in loaded] == stage_objects(manifest, 0, 6)
+    assert {each.name for each in loaded if not each.tensors} == {empty}
 
 
 def test_a_store_that_stays_away_is_named(manifest: ModelManifest, proxy: FaultProxy) -> None:
@@ -229,6 +274,8 @@ def test_a_damaged_cache_is_read_from_the_store_again(
     cache = WeightCache(tmp_path, 2**30)
     assert_loads(proxy.settings, manifest, checkpoint, cache)
     held = sorted(tmp_path.glob("*.safetensors"))
+    for file in held:
+        file.chmod(0o600)
     held[0].write_bytes(held[0].read_bytes()[:-1])
     data = bytearray(held[1].read_bytes())
     data[1000] ^= 1

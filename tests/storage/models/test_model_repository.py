@@ -6,8 +6,16 @@ import msgspec
 import pytest
 
 from storage.checkpoints.safetensors_format import TensorSpan
-from storage.errors import ChecksumMismatch, ManifestInvalid, ManifestTooNew, ModelNotPublished, ObjectNotFound
+from storage.errors import (
+    ChecksumMismatch,
+    ManifestInvalid,
+    ManifestTooNew,
+    ManifestTooOld,
+    ModelNotPublished,
+    ObjectNotFound,
+)
 from storage.models.model_repository import (
+    MANIFEST_VERSION,
     ModelManifest,
     StoredFile,
     StoredObject,
@@ -24,12 +32,12 @@ from storage.store.object_info import ObjectInfo
 
 def an_object(folder: str, name: str) -> StoredObject:
     span = TensorSpan("F32", (4, 8), 64, 192)
-    return StoredObject(f"{folder}/{name}.safetensors", 192, 128, ("a" * 32, "b" * 32), {f"{name}.weight": span})
+    return StoredObject(f"{folder}/{name}.safetensors", 192, 128, ("a" * 64, "b" * 64), {f"{name}.weight": span})
 
 
 def a_manifest(folder: str = "models/tiny/float32/1", **changes: Any) -> ModelManifest:
     manifest = ModelManifest(
-        manifest_version=1,
+        manifest_version=MANIFEST_VERSION,
         name="tiny",
         dtype="float32",
         publication="1",
@@ -87,11 +95,21 @@ def test_a_dtype_that_is_none_is_refused() -> None:
 
 
 def test_a_newer_manifest_is_refused_by_its_version_alone() -> None:
-    with pytest.raises(ManifestTooNew, match="version 2 and this Lamina reads up to 1"):
-        decode_manifest(b'{"manifest_version": 2, "unknown": []}', "key")
+    with pytest.raises(ManifestTooNew, match="version 3 and this Lamina reads up to 2"):
+        decode_manifest(b'{"manifest_version": 3, "unknown": []}', "key")
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b"[1]", b"\xff", b'{"manifest_version": 1}', b'{"manifest_version": "1"}'])
+def test_a_manifest_whose_checksums_can_be_forged_is_refused_and_says_what_to_do() -> None:
+    with pytest.raises(
+        ManifestTooOld, match=r"version 1, whose checksums do not hold against forgery.*; publish the model again"
+    ):
+        decode_manifest(b'{"manifest_version": 1}', "key")
+
+
+DEEP = b'{"manifest_version": 2, "unknown": ' + b"[" * 100_000
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"[1]", b"\xff", b'{"manifest_version": 2}', b'{"manifest_version": "2"}', DEEP])
 def test_what_is_no_manifest_is_refused(data: bytes) -> None:
     with pytest.raises(ManifestInvalid, match="key cannot be read"):
         decode_manifest(data, "key")
@@ -107,9 +125,21 @@ def changed(**changes: Any) -> ModelManifest:
     "manifest",
     [
         a_manifest(num_layers=3),
-        changed(parts=("a" * 32,)),
+        a_manifest(num_layers=0),
+        a_manifest(hidden_size=0),
+        a_manifest(num_layers=2**40),
+        changed(parts=("a" * 64,)),
+        changed(parts=("a" * 32, "b" * 32)),
         changed(part_bytes=0),
         changed(bytes=100),
+        changed(bytes=0, parts=(), tensors={}),
+        changed(tensors={}),
+        changed(bytes=256),
+        changed(tensors={"embedding.weight": TensorSpan("F32", (4, 8), 64, 192)}),
+        changed(tensors={"x": TensorSpan("F32", (1,) * 9, 64, 68)}),
+        changed(tensors={"x": TensorSpan("F64", (2, 8), 64, 192)}),
+        changed(tensors={"x": TensorSpan("F32", (4, 8), 64, 192), "y": TensorSpan("F32", (4, 8), 64, 192)}),
+        changed(tensors={"x": TensorSpan("F32", (1,), 0, 4), "y": TensorSpan("F32", (16,), 128, 192)}),
         changed(tensors={"x": TensorSpan("F32", (4, 8), 64, 191)}),
         changed(tensors={"x": TensorSpan("F32", (4, -8), 64, 192)}),
         changed(tensors={"x": TensorSpan("F32", (2**40, 2**40), 64, 192)}),
@@ -126,7 +156,9 @@ def test_a_manifest_that_contradicts_itself_is_refused(manifest: ModelManifest) 
 def test_the_digest_is_of_contents_and_not_of_places() -> None:
     digest = a_manifest().digest
     assert a_manifest("models/other/float32/2", name="other", publication="2").digest == digest
-    assert changed(parts=("a" * 32, "c" * 32)).digest != digest
+    assert changed(parts=("a" * 64, "c" * 64)).digest != digest
+    assert a_manifest(context_length=65).digest != digest
+    assert a_manifest(architecture="MistralForCausalLM").digest != digest
     assert a_manifest(files={}).digest != digest
     assert a_manifest(tied=True).digest != digest
     assert a_manifest(objects=dict(reversed(a_manifest().objects.items()))).digest == digest

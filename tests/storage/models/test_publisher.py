@@ -1,10 +1,12 @@
 """Publishing Hugging Face folders: every family's tensors come back, runs resume, a second one uploads nothing."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from storage.errors import ArchitectureUnsupported, CheckpointInvalid, ModelNotPublished, StorageError, StoreUnreachable
+from storage.errors import (
+    ArchitectureUnsupported,
+    CheckpointInvalid,
+    ChecksumMismatch,
+    ModelNotPublished,
+    StorageError,
+    StoreUnreachable,
+)
 from storage.loading.weight_loader import RawTensor, load_layers
 from storage.models.model_repository import ModelManifest, object_names, read_file, read_manifest
 from storage.models.publisher import PublishProgress, publish
@@ -25,6 +34,7 @@ from tests.support.paths import ROOT
 from tests.support.storage import tiny_models
 from tests.support.storage.storage import FaultProxy, fault_proxy
 
+O_PROJ, GATE = "model.layers.3.self_attn.o_proj.weight", "model.layers.2.mlp.gate_proj.weight"
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8}
 
 
@@ -164,16 +174,9 @@ def test_a_changed_checkpoint_replaces_the_old_one(copied: Path, settings: Store
 
 
 def test_an_interrupted_run_is_invisible_and_goes_on(llama: Path, settings: StoreSettings, proxy: FaultProxy) -> None:
-    class Stopped(Exception):
-        """Stands for anything that ends a publisher."""
-
-    def stop(progress: PublishProgress) -> None:
-        if progress.object == "layer-00003":
-            raise Stopped
-
     store = ObjectStore(proxy.settings)
     with pytest.raises(Stopped):
-        publish(llama, store, "interrupted", "float32", progress=stop)
+        publish(llama, store, "interrupted", "float32", progress=stop_at("layer-00003"))
     with pytest.raises(ModelNotPublished):
         read_manifest(store, "interrupted", "float32")
     proxy.requests.clear()
@@ -228,6 +231,84 @@ def test_a_chat_template_in_the_tokenizer_s_configuration_is_found(copied: Path,
     assert read_file(store, manifest, "chat_template.jinja") == b"{{ messages }}"
 
 
+def with_one_bit_more(folder: Path) -> None:
+    """Another checkpoint of the same sizes and times of change, as a copy that keeps both has it."""
+    for shard in folder.glob("*.safetensors"):
+        times = shard.stat()
+        tensors = {name: tensor + 1 for name, tensor in load_file(shard).items()}
+        save_file(tensors, shard, {"format": "pt"})
+        assert shard.stat().st_size == times.st_size
+        os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_equal_sizes_and_times_are_no_equal_checkpoints(copied: Path, settings: StoreSettings, store: ObjectStore) -> None:
+    first = publish(copied, store, "same-times", "float32")
+    with_one_bit_more(copied)
+    second = publish(copied, store, "same-times", "float32")
+    assert second.digest != first.digest
+    assert_equal(loaded(settings, second), checkpoint_of(copied))
+
+
+def test_a_damaged_object_is_mended_by_publishing_afresh(llama: Path, settings: StoreSettings, store: ObjectStore) -> None:
+    first = publish(llama, store, "mended", "float32")
+    key = first.objects["layer-00002"].key
+    store.put(key, bytes(first.objects["layer-00002"].bytes))
+    assert publish(llama, store, "mended", "float32") == first
+    with pytest.raises(ChecksumMismatch, match="push --afresh"):
+        loaded(settings, first)
+    assert publish(llama, store, "mended", "float32", afresh=True) == first
+    assert_equal(loaded(settings, first), checkpoint_of(llama))
+
+
+class Stopped(Exception):
+    """Stands for anything that ends a publisher."""
+
+
+def stop_at(name: str) -> Callable[[PublishProgress], None]:
+    def stop(progress: PublishProgress) -> None:
+        if progress.object == name:
+            raise Stopped
+
+    return stop
+
+
+def test_a_resume_never_mixes_two_checkpoints(copied: Path, settings: StoreSettings, store: ObjectStore) -> None:
+    with pytest.raises(Stopped):
+        publish(copied, store, "mixed", "float32", progress=stop_at("layer-00003"))
+    with_one_bit_more(copied)
+    manifest = publish(copied, store, "mixed", "float32")
+    assert_equal(loaded(settings, manifest), checkpoint_of(copied))
+
+
+def test_a_resume_verifies_what_it_leaves_out(
+    copied: Path, settings: StoreSettings, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where two checkpoints were to have one fingerprint, or a newer publisher converts otherwise."""
+    monkeypatch.setattr("storage.models.publisher.checkpoint_fingerprint", lambda path: "the same for all")
+    with pytest.raises(Stopped):
+        publish(copied, store, "verified", "int8", progress=stop_at("layer-00003"))
+    with_one_bit_more(copied)
+    seen: list[PublishProgress] = []
+    manifest = publish(copied, store, "verified", "int8", progress=seen.append)
+    assert seen[-1].done_bytes == seen[-1].total_bytes
+    with monkeypatch.context() as patch:
+        patch.setattr("storage.models.publisher.checkpoint_fingerprint", lambda path: "another")
+        assert publish(copied, store, "whole", "int8").digest == manifest.digest
+
+
+def test_a_checkpoint_that_changes_while_it_is_published_is_refused(copied: Path, store: ObjectStore) -> None:
+    def change(progress: PublishProgress) -> None:
+        if progress.object == "layer-00003" and not changed:
+            with_one_bit_more(copied)
+            changed.append(True)
+
+    changed: list[bool] = []
+    with pytest.raises(CheckpointInvalid, match="changed while it was published; publish it again"):
+        publish(copied, store, "moving", "float32", progress=change)
+    with pytest.raises(ModelNotPublished):
+        read_manifest(store, "moving", "float32")
+
+
 def truncate(folder: Path) -> None:
     shard = sorted(folder.glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -272,6 +353,24 @@ def integers(folder: Path) -> None:
     replace_tensors(folder, tensors | {"model.norm.weight": tensors["model.norm.weight"].to(torch.int32)})
 
 
+def tensor(name: str, shape: tuple[int, ...]) -> object:
+    """The tensor in another shape, or one more."""
+
+    def change(folder: Path) -> None:
+        replace_tensors(folder, checkpoint_of(folder) | {name: torch.ones(shape)})
+
+    return change
+
+
+def without(name: str) -> object:
+    def change(folder: Path) -> None:
+        tensors = checkpoint_of(folder)
+        del tensors[name]
+        replace_tensors(folder, tensors)
+
+    return change
+
+
 def vision(folder: Path) -> None:
     replace_tensors(folder, checkpoint_of(folder) | {"vision_tower.patch.weight": torch.zeros(2)})
 
@@ -290,6 +389,14 @@ def vision(folder: Path) -> None:
         (config(model_type="t5"), ArchitectureUnsupported, "'t5' is no decoder-only"),
         (config(quantization_config={"quant_method": "gptq"}), CheckpointInvalid, "quantized with gptq"),
         (integers, CheckpointInvalid, "'model.norm.weight' is I32"),
+        (tensor(O_PROJ, (40, 32)), CheckpointInvalid, rf"'{O_PROJ}' is \[40, 32\] and config.json makes it \[32, 32\]"),
+        (tensor(GATE, (64, 48)), CheckpointInvalid, rf"'{GATE}' is \[64, 48\] and config.json makes it \[64, 32\]"),
+        (tensor("lm_head.weight", (64, 32)), CheckpointInvalid, r"is \[64, 32\] and config.json makes it \[128, 32\]"),
+        (tensor("model.norm.weight", (33,)), CheckpointInvalid, r"is \[33\] and config.json makes it \[32\]"),
+        (tensor(O_PROJ.replace("weight", "bias"), (32,)), CheckpointInvalid, "has '.*o_proj.bias', for which .* no place"),
+        (without(GATE), CheckpointInvalid, f"lacks '{GATE}', which its config.json asks for"),
+        (config(hidden_size=64), CheckpointInvalid, r"is \[128, 32\] and config.json makes it \[128, 64\]"),
+        (config(num_hidden_layers=10**12), CheckpointInvalid, r"1000000000000 layers, and the checkpoint has \d+ tensors"),
         (vision, ArchitectureUnsupported, "'vision_tower.patch.weight'"),
         (lambda folder: (folder / "config.json").unlink(), CheckpointInvalid, "has no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), CheckpointInvalid, "not the JSON"),
@@ -314,10 +421,29 @@ def test_values_beyond_float16_are_refused(copied: Path, store: ObjectStore) -> 
         publish(copied, store, "beyond", "float16")
 
 
-def test_int8_is_refused_where_nothing_would_be_int8(store: ObjectStore, tmp_path: Path) -> None:
-    save(tiny_models.whole_model("gpt2"), tmp_path)
-    with pytest.raises(ArchitectureUnsupported, match="not for a 'gpt2'"):
-        publish(tmp_path, store, "gpt2", "int8")
+@pytest.mark.parametrize("family", sorted({*tiny_models.ALL} - {*tiny_models.LLAMA_SHAPED}))
+def test_shapes_of_other_families_are_those_of_transformers(family: str, store: ObjectStore, tmp_path: Path) -> None:
+    save(tiny_models.whole_model(family), tmp_path)
+    tensors = checkpoint_of(tmp_path)
+    name = next(name for name, tensor in tensors.items() if ".3." in name and tensor.ndim == 2)
+    replace_tensors(tmp_path, tensors | {name: torch.ones(tensors[name].shape[0] + 1, tensors[name].shape[1])})
+    with pytest.raises(CheckpointInvalid, match=re.escape(f"tensor {name!r} is [")):
+        publish(tmp_path, store, "misshapen", "float32")
+    assert list(store.list("models/misshapen/")) == []
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma", "mixtral", "olmo2"])
+def test_int8_is_refused_where_no_stage_would_run_it(family: str, store: ObjectStore, tmp_path: Path) -> None:
+    save(tiny_models.whole_model(family), tmp_path)
+    with pytest.raises(ArchitectureUnsupported, match=f"not for a '{family}'"):
+        publish(tmp_path, store, f"{family}-int8", "int8")
+    assert list(store.list(f"models/{family}-int8/")) == []
+
+
+def test_int8_is_refused_for_another_activation(copied: Path, store: ObjectStore) -> None:
+    config(hidden_act="gelu")(copied)  # type: ignore[operator]
+    with pytest.raises(ArchitectureUnsupported, match="int8 is for models with SiLU, this one has 'gelu'"):
+        publish(copied, store, "gelu", "int8")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -127,6 +128,14 @@ def test_a_broken_read_goes_on_where_it_stopped(proxy: FaultProxy) -> None:
     assert proxy.sent_bytes < len(CONTENT) + 2**20, "the first two MiB were not sent again"
 
 
+def test_pieces_are_told_once_and_in_order_also_across_a_break(proxy: FaultProxy) -> None:
+    proxy.faults.append(Fault(times=2, end_after=1_500_000))
+    view, told = memoryview(bytearray(len(CONTENT))), bytearray()
+    with ObjectReader(proxy.settings) as reader:
+        reader.read_range_into("content", 0, view, on_bytes=told.extend)
+    assert told == CONTENT
+
+
 def test_a_store_that_is_away_for_a_while_is_survived(proxy: FaultProxy) -> None:
     settings = proxy.settings
     proxy.down()
@@ -134,6 +143,27 @@ def test_a_store_that_is_away_for_a_while_is_survived(proxy: FaultProxy) -> None
     timer.start()
     assert read(settings, 0, 1000) == CONTENT[:1000]
     timer.join()
+
+
+@pytest.fixture
+def slow(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> FaultProxy:
+    """A proxy before which every request takes half a minute, by the clock that the reader sees."""
+    clock = SimpleNamespace(monotonic=lambda: 30.0 * proxy.count("GET"))
+    monkeypatch.setattr("storage.store.object_reader.time", clock)
+    return proxy
+
+
+def test_retries_count_from_the_last_progress(slow: FaultProxy) -> None:
+    slow.faults.append(Fault(times=4, end_after=1_000_000))
+    assert read(slow.settings, 0, len(CONTENT), retry_seconds=40.0) == CONTENT
+    assert slow.count("GET") == 5
+
+
+@pytest.mark.parametrize("delivered", [0, 1000])
+def test_a_few_bytes_are_no_progress(slow: FaultProxy, delivered: int) -> None:
+    slow.faults.append(Fault(times=99, end_after=delivered))
+    with pytest.raises(StoreUnreachable, match="in 2 attempts"):
+        read(slow.settings, 0, len(CONTENT), retry_seconds=40.0)
 
 
 @pytest.mark.parametrize(

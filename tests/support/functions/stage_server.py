@@ -32,7 +32,7 @@ from tests.support.functions.counting_group import CountingGroup
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
-FINGERPRINT: Final = "0123456789ab"
+FINGERPRINT: Final = "0123456789abcdef0123456789abcdef"
 TOKEN: Final = "pipeline-secret"
 
 

@@ -21,6 +21,7 @@ from functions.stage.models.llama.linear import Matrix, linear
 from functions.stage.models.llama.native_choice import native_layers, native_obstacle
 from functions.stage.models.llama.norm import RmsNorm
 from functions.stage.models.llama.rope import Rope
+from functions.stage.models.llama.shapes import check_shapes
 from functions.stage.models.weights import PRECISIONS, MissingTensors, Precision, Weights
 
 _LAYER: Final = re.compile(r"model\.layers\.(\d+)\.")
@@ -98,8 +99,9 @@ class LlamaGroup:
     def place(self, tensors: MutableMapping[str, torch.Tensor]) -> None:
         """Takes this group's weights out of `tensors`, any part of the model; a layer comes whole or not at all.
 
-        Raises MissingTensors for a layer of which only some tensors are there.
+        Raises MissingTensors for a layer of which only some tensors are there, and WrongShape.
         """
+        check_shapes(self._model, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
         for layer in sorted({int(found[1]) for found in map(_LAYER.match, tensors) if found}):
             if self.first_layer <= layer < self.last_layer:
                 named = Weights(tensors, f"model.layers.{layer}.", self._precision, self._device)

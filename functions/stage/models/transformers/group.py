@@ -92,7 +92,7 @@ class TransformersGroup:
         cut_config(cut, family, first_layer, last_layer)
         hidden_dtype = FLOAT_DTYPES[dtype]
         model_class = _sliced(MODEL_FOR_CAUSAL_LM_MAPPING[type(cut)], family, first_layer, last_layer, num_layers)
-        model = _load(model_class, cut, family, own, hidden_dtype).to(device)
+        model = _load(model_class, cut, family, own, hidden_dtype, first_layer).to(device)
         return cls(model, hidden_dtype, first_layer, last_layer, num_layers, kv_budget_bytes)
 
     @torch.inference_mode()
@@ -205,8 +205,18 @@ def _own_tensors(
 
 
 def _load(
-    model_class: type[PreTrainedModel], config: Any, family: Family, tensors: dict[str, torch.Tensor], dtype: torch.dtype
+    model_class: type[PreTrainedModel],
+    config: Any,
+    family: Family,
+    tensors: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    first_layer: int,
 ) -> Any:
+    """first_layer: for messages, which name tensors as the whole model has them."""
+
+    def whole(name: str) -> str:
+        return _LAYER_NUMBER.sub(lambda number: str(int(number[0]) + first_layer), name, count=1)
+
     logging.disable_progress_bar()
     model, found = model_class.from_pretrained(
         None,
@@ -217,9 +227,13 @@ def _load(
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    for trouble in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+    for name, seen, expected in sorted(found["mismatched_keys"]):
+        raise MissingTensors(f"{config.model_type}: {whole(name)} is {list(seen)}, and the config makes it {list(expected)}")
+    for trouble in ("missing_keys", "unexpected_keys"):
         if found[trouble]:
-            raise MissingTensors(f"{config.model_type}: {trouble.replace('_keys', '')} tensors: {sorted(found[trouble])[:8]}")
+            raise MissingTensors(
+                f"{config.model_type}: {trouble.replace('_keys', '')} tensors: {sorted(map(whole, found[trouble]))[:8]}"
+            )
     return model
 
 

@@ -14,7 +14,7 @@ def test_binary_in_binary_out(client: FlaskClient) -> None:
     response = ask(client, {"prompt": "Hi"}, ce_traceparent="00-1-2-01")
     assert response.status_code == 200
     assert response.headers["ce-type"] == "dev.lamina.generate.response"
-    assert response.headers["ce-source"] == "/pipelines/0123456789ab/gateway"
+    assert response.headers["ce-source"] == "/pipelines/0123456789abcdef0123456789abcdef/gateway"
     assert response.headers["ce-traceparent"] == "00-1-2-01"
     answer = response.json
     assert answer is not None

@@ -29,7 +29,7 @@ Respond = Callable[[Exchange], None]
 
 @contextmanager
 def client_of(respond: Respond, step_timeout_seconds: float = 5.0) -> Iterator[tuple[StageClient, Instance, Server]]:
-    identity = PipelineIdentity("0123456789ab", "secret", "/gateways/1", (0, 10, 20))
+    identity = PipelineIdentity("0123456789abcdef0123456789abcdef", "secret", "/gateways/1", (0, 10, 20))
     with serving(respond) as server, Sender() as sender:
         yield StageClient(sender, identity, step_timeout_seconds), Instance(1, server.url), server
 
@@ -62,7 +62,7 @@ def test_a_step_and_what_it_carries() -> None:
     event = from_http(exchange.headers.items(), exchange.body)
     assert event.get_type() == EventType.FORWARD
     assert event.get_source() == "/gateways/1"
-    assert event.get_extension("pipeline") == "0123456789ab"
+    assert event.get_extension("pipeline") == "0123456789abcdef0123456789abcdef"
     assert event.get_extension("layer") == "10"
     assert exchange.headers["Authorization"] == "Bearer secret"
     expiry = expiry_time(event)

@@ -186,7 +186,7 @@ def past(seconds: float) -> datetime:
 @pytest.mark.parametrize(
     ("changes", "problem", "words"),
     [
-        ({"pipeline": "0123456789ab"}, WrongPipeline, "'0123456789ab'"),
+        ({"pipeline": "0123456789abcdef0123456789abcdef"}, WrongPipeline, "'0123456789abcdef0123456789abcdef'"),
         ({"pipeline": None}, MalformedEvent, "pipeline is missing"),
         ({"layer": 2}, WrongLayer, "layer 2"),
         ({"layer": "two"}, MalformedEvent, "'two'"),

@@ -1,0 +1,98 @@
+"""Shapes of what is loaded, held against the config: no kernel sees a tensor of another shape, and the error names it."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from functions.stage.models.build import build_layer_group
+from functions.stage.models.families import FAMILIES
+from functions.stage.models.layer_group import MissingTensors
+from functions.stage.models.llama.config import LlamaConfig
+from functions.stage.models.llama.group import LlamaGroup
+from functions.stage.models.llama.shapes import WrongShape, layer_shapes, outer_shapes
+from storage.models.conversion import LLAMA_SHAPED
+from tests.support.functions.int8_checkpoints import int8_checkpoint
+from tests.support.storage import tiny_models
+
+BUDGET_BYTES = 2**20
+
+
+def tensors_of(name: str) -> dict[str, torch.Tensor]:
+    return tiny_models.checkpoint_tensors(tiny_models.whole_model(name))
+
+
+@pytest.mark.parametrize("name", tiny_models.LLAMA_SHAPED)
+def test_the_table_is_transformers_own(name: str) -> None:
+    model = LlamaConfig.from_dict(tiny_models.tiny_config(name))
+    table = dict(outer_shapes(model))
+    for layer in range(model.num_layers):
+        table |= {f"model.layers.{layer}.{key}": shape for key, shape in layer_shapes(model).items()}
+    of_floats = {key: shape for key, shape in table.items() if not key.endswith("_scale")}
+    if model.tie_word_embeddings:
+        del of_floats["lm_head.weight"]
+    assert of_floats == {key: tuple(tensor.shape) for key, tensor in tensors_of(name).items()}
+
+
+def test_int8_is_published_for_the_families_that_run_it() -> None:
+    assert {model_type for model_type in FAMILIES if LlamaGroup.supports(plain_config(model_type))} == LLAMA_SHAPED
+
+
+def plain_config(model_type: str) -> dict[str, Any]:
+    """Nothing in it that the lean group could decline but the family."""
+    return {**tiny_models.tiny_config("llama"), "model_type": model_type}
+
+
+def wrong(shape: tuple[int, ...], seen: int) -> tuple[int, ...]:
+    """Taller, wider, flat, and with a dimension more."""
+    return [(shape[0] + 8, *shape[1:]), (*shape[:-1], shape[-1] + 8), (shape[0] * shape[-1],), (*shape, 1)][seen]
+
+
+@pytest.mark.parametrize("seen", range(4))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_tensor_of_another_shape_is_refused_by_name(dtype: str, seen: int) -> None:
+    config, tensors = tiny_models.tiny_config("llama_biased"), tensors_of("llama_biased")
+    group = LlamaGroup(config, 0, tiny_models.NUM_LAYERS, dtype, "cpu", BUDGET_BYTES)
+    for name, tensor in tensors.items():
+        shape = wrong(tuple(tensor.shape), seen)
+        if shape == tuple(tensor.shape):
+            continue
+        with pytest.raises(WrongShape) as error:
+            group.place({name: torch.zeros(shape, dtype=getattr(torch, dtype))})
+        assert str(error.value) == f"{name} is {list(shape)}, and the config makes it {list(tensor.shape)}"
+
+
+def test_scales_of_another_length_are_refused() -> None:
+    config, tensors = tiny_models.tiny_config("llama"), int8_checkpoint(tensors_of("llama"))
+    scale = next(name for name in tensors if name.endswith("_scale"))
+    tensors[scale] = tensors[scale][:-1]
+    with pytest.raises(WrongShape, match=scale):
+        build_layer_group("llama", config, tensors, 0, tiny_models.NUM_LAYERS, "int8", "cpu", BUDGET_BYTES)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.bias", "model.layers.6.input_layernorm.weight"])
+def test_a_tensor_without_a_place_is_refused(name: str) -> None:
+    group = LlamaGroup(tiny_models.tiny_config("llama"), 0, tiny_models.NUM_LAYERS, "float32", "cpu", BUDGET_BYTES)
+    with pytest.raises(MissingTensors, match=rf"the config has no place for {name} \[32\]"):
+        group.place({name: torch.zeros(32)})
+
+
+@pytest.mark.parametrize("family", ["gemma", "gpt2"])
+def test_other_families_name_the_tensor_and_both_shapes(family: str) -> None:
+    tensors = tensors_of(family)
+    name = next(name for name, tensor in tensors.items() if ".3." in name and tensor.ndim == 2)
+    tall = (tensors[name].shape[0] + 1, tensors[name].shape[1])
+    expected = list(tensors[name].shape)
+    tensors[name] = torch.zeros(tall)
+    with pytest.raises(MissingTensors) as error:
+        build_layer_group(
+            "transformers",
+            tiny_models.tiny_config(family),
+            tensors,
+            0,
+            tiny_models.NUM_LAYERS,
+            "float32",
+            "cpu",
+            BUDGET_BYTES,
+        )
+    assert str(error.value) == f"{family}: {name} is {list(tall)}, and the config makes it {expected}"
