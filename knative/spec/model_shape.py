@@ -41,7 +41,7 @@ class ModelShape:
     kv_values_per_layer: int
     """Numbers that one token leaves in the KV cache of one layer: 2 x key-value heads x head size."""
     slow_because: str | None = None
-    """Why a CPU runs the layers by slower means than machine code; None: it does not."""
+    """Why a CPU runs the layers by slower means than C; None: it does not."""
 
     @property
     def num_layers(self) -> int:
@@ -121,9 +121,8 @@ def _shape(text: Mapping[str, Any], name: str, dtype: str, parameters: _Paramete
 
 
 def _slow_because(text: Mapping[str, Any], name: str, dtype: str) -> str | None:
-    """By dtype and sizes alone: whether the family is one that has machine code, the stage will say."""
-    sizes = {key: size for key in ("hidden_size", "intermediate_size") if (size := _first(text, key)) is not None}
-    return obstacle(dtype, "cpu", {**sizes, "head_dim": _head_size(text, name)})
+    """By dtype and sizes alone: whether the family is one that has layers in C, the stage will say."""
+    return obstacle(dtype, "cpu", {"head_dim": _head_size(text, name)})
 
 
 def _shape_from_tensors(config: Mapping[str, Any], name: str, dtype: str, sizes: Mapping[str, int]) -> ModelShape:

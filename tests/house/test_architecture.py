@@ -27,8 +27,6 @@ OWNERS: dict[str, tuple[str, ...]] = {
         "storage/models/expected_shapes.py",
     ),
     "torch": ("functions/stage/", "storage/models/conversion.py", "storage/models/expected_shapes.py"),
-    "numba": ("functions/stage/native/",),
-    "llvmlite": ("functions/stage/native/",),
     "gguf": ("storage/checkpoints/gguf_checkpoint.py",),
     "huggingface_hub": ("storage/checkpoints/model_source.py", "storage/checkpoints/model_description.py"),
     "flask": ("functions/",),

@@ -14,8 +14,10 @@ class _Reservation:
 class KVBudget:
     """Implements `KVCache` but for the memory itself, which the layer groups built on it own."""
 
-    def __init__(self, capacity_tokens: int) -> None:
-        self._capacity_tokens = capacity_tokens
+    def __init__(self, capacity_tokens: int, block_tokens: int = 1) -> None:
+        """block_tokens: a reservation takes whole blocks, and a capacity that is none is not used to its end."""
+        self._capacity_tokens = capacity_tokens // block_tokens * block_tokens
+        self._block_tokens = block_tokens
         self._reserved_tokens = 0
         self._reservations: dict[int, _Reservation] = {}
         self._released_handles: list[int] = []
@@ -29,12 +31,16 @@ class KVBudget:
         return self._capacity_tokens - self._reserved_tokens
 
     def reserve(self, tokens: int) -> int:
-        if tokens > self.free_tokens:
+        if self.taken(tokens) > self.free_tokens:
             raise KVCacheFull(tokens, self.free_tokens)
         handle = self._released_handles.pop() if self._released_handles else len(self._reservations)
         self._reservations[handle] = _Reservation(tokens)
-        self._reserved_tokens += tokens
+        self._reserved_tokens += self.taken(tokens)
         return handle
+
+    def taken(self, tokens: int) -> int:
+        """What a reservation of `tokens` takes."""
+        return -(-tokens // self._block_tokens) * self._block_tokens
 
     def reserved(self, handle: int) -> int:
         return self._reservations[handle].tokens
@@ -51,5 +57,5 @@ class KVBudget:
         reservation.length = min(reservation.length, length)
 
     def release(self, handle: int) -> None:
-        self._reserved_tokens -= self._reservations.pop(handle).tokens
+        self._reserved_tokens -= self.taken(self._reservations.pop(handle).tokens)
         self._released_handles.append(handle)

@@ -1,18 +1,20 @@
-"""What native layers do not run, in words that a log and a plan can give. Imports no numba."""
+"""What native layers do not run, in words that a log and a plan can give. Imports no heavy library."""
 
 from collections.abc import Mapping
 from typing import Final
 
-from functions.stage.native.shapes import STEP
-
-DTYPES: Final = ("bfloat16", "int8")
+DTYPES: Final = ("float32", "bfloat16", "int8")
+MOST_HEAD: Final = 1024
+"""Numbers of a head: LAMINA_MOST_HEAD of `c/native.h`."""
 
 
 def obstacle(dtype: str, device: str, sizes: Mapping[str, int]) -> str | None:
-    """Why layers of these sizes, by their names in a config.json, cannot run in machine code; None: they can."""
+    """Why layers of these sizes, by their names in a config.json, cannot run in C; None: they can."""
     if device != "cpu":
         return f"they are on {device}"
     if dtype not in DTYPES:
-        return f"{dtype} is not {' or '.join(DTYPES)}"
-    odd = [f"{name} {size}" for name, size in sizes.items() if size % STEP]
-    return f"{' and '.join(odd)} cannot be divided by {STEP}" if odd else None
+        return f"{dtype} is not {', '.join(DTYPES[:-1])} or {DTYPES[-1]}"
+    head_dim = sizes["head_dim"]
+    if head_dim % 2:
+        return f"head_dim {head_dim} is odd"
+    return f"head_dim {head_dim} is over {MOST_HEAD}" if head_dim > MOST_HEAD else None

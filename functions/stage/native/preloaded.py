@@ -1,5 +1,10 @@
-"""Machine code that is loaded by this import: for a process that others are forked from, which then have it at once."""
+"""Layers that are loaded by this import: for a process that others are forked from, which then have them at once."""
 
-from functions.stage.native import machine_code
+from contextlib import suppress
 
-machine_code.for_this_machine()
+from functions.stage.native.compiler import CompilationFailed, NoCompiler
+from functions.stage.native.library import library
+
+# A stage that needs them says what is in the way.
+with suppress(NoCompiler, CompilationFailed, OSError, ImportError):
+    library()

@@ -41,7 +41,7 @@ def config(name: str) -> dict[str, Any]:
 
 @cache
 def checkpoint(name: str, dtype: str, keep_wide: Collection[str] = ()) -> dict[str, torch.Tensor]:
-    """dtype: bfloat16 or int8. Do not change it."""
+    """Do not change it."""
     tensors = tiny_models.checkpoint_tensors(tiny_models.whole_model(name, **changes(name)))
     for key, tensor in tensors.items():
         if tensor.ndim == 1:
@@ -49,13 +49,13 @@ def checkpoint(name: str, dtype: str, keep_wide: Collection[str] = ()) -> dict[s
             tensor.sub_(usual).mul_(times).add_(usual)  # far enough from it that one that is lost shows
     if dtype == "int8":
         return int8_checkpoint(tensors, keep_wide)
-    return {key: tensor.bfloat16() for key, tensor in tensors.items()}
+    return tensors if dtype == "float32" else {key: tensor.bfloat16() for key, tensor in tensors.items()}
 
 
 def built_groups(
     name: str, dtype: str, cut: Sequence[tuple[int, int]] = CUT, keep_wide: Collection[str] = ()
 ) -> list[LlamaGroup]:
-    """As a stage builds them, in machine code or not."""
+    """As a stage builds them, in C or not."""
     return [_group(name, dtype, checkpoint(name, dtype, keep_wide), first, last) for first, last in cut]
 
 
@@ -69,14 +69,15 @@ def native_groups(
 
 def torch_groups(name: str, dtype: str) -> list[LlamaGroup]:
     """The same by torch's operators."""
-    with patch("functions.stage.models.llama.group.native_layers", lambda *_: None):
+    with patch("functions.stage.models.llama.group.native_library", lambda *_: None):
         return built_groups(name, dtype)
 
 
 def exact_groups(name: str, dtype: str, keep_wide: Collection[str] = ()) -> list[LlamaGroup]:
     """What `native_groups` approximate: torch's layers in float32, cut once, on numbers rounded to `dtype` before."""
     tensors = dequantized(checkpoint(name, dtype, keep_wide))
-    return [_group(name, "float32", tensors, 0, tiny_models.NUM_LAYERS)]
+    with patch("functions.stage.models.llama.group.native_library", lambda *_: None):
+        return [_group(name, "float32", tensors, 0, tiny_models.NUM_LAYERS)]
 
 
 def _group(name: str, dtype: str, tensors: dict[str, torch.Tensor], first: int, last: int) -> LlamaGroup:

@@ -1,7 +1,7 @@
 """The lean layer group of the Llama-shaped families: a stage that uses it never imports transformers.
 
 All rows of a pass, prompt chunks and decode steps mixed, go through each matrix together; only attention is computed
-sequence by sequence. On CPUs, layers in bf16 and int8 run in machine code of our own (`native`), all others by torch's
+sequence by sequence. On CPUs, layers run in C of our own (`native`) wherever it can be compiled, all others by torch's
 operators. Weights can be placed layer by layer while later ones are still on their way.
 """
 
@@ -15,10 +15,11 @@ from torch.nn import functional
 from functions.stage.models.layer_group import Segment
 from functions.stage.models.llama.attention import PassAttention
 from functions.stage.models.llama.config import LlamaConfig, UnsupportedConfig
-from functions.stage.models.llama.kv_pool import KVPool
+from functions.stage.models.llama.kv_pool import KVPool, in_blocks
 from functions.stage.models.llama.layer import LayerWeights, LlamaLayer, Pass, Places
 from functions.stage.models.llama.linear import Matrix, linear
-from functions.stage.models.llama.native_choice import native_layers, native_obstacle
+from functions.stage.models.llama.native_choice import native_library, native_obstacle
+from functions.stage.models.llama.native_layers import NativeLayers
 from functions.stage.models.llama.norm import RmsNorm
 from functions.stage.models.llama.rope import Rope
 from functions.stage.models.llama.shapes import check_shapes
@@ -53,14 +54,16 @@ class LlamaGroup:
         self.vocab_size = model.vocab_size
         self.max_positions = model.max_positions
         self.hidden_dtype = self._precision.hidden
-        self.kv = KVPool(
+        library = native_library(model, dtype, self._device)
+        make_pool = KVPool if library is None else in_blocks
+        self.kv = make_pool(
             last_layer - first_layer, model.num_kv_heads, model.head_dim, self._precision.kv, self._device, kv_budget_bytes
         )
         self._rope = Rope(model.rope, model.head_dim, self._device)
-        self._native = native_layers(model, first_layer, dtype, self.kv)
-        """All layers in machine code, where they can be; `_layers` is empty then."""
-        why = native_obstacle(model, dtype, self.kv) or "the log says why"
-        self.runs_by = f"torch's operators: {why}" if self._native is None else "machine code"
+        self._native = None if library is None else NativeLayers(library, model, first_layer, self.kv)
+        """All layers in C, where they can be; `_layers` is empty then."""
+        why = native_obstacle(model, dtype, self._device) or "the log says why"
+        self.runs_by = f"torch's operators: {why}" if library is None else f"C, {library.level}"
         self._layers: dict[int, LlamaLayer] = {}
         self._placed: set[int] = set()
         self._embedding: torch.Tensor | None = None
@@ -139,7 +142,7 @@ class LlamaGroup:
             hidden = self._by_torch(hidden, segments)
         else:
             plain = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-            hidden = self._native(plain, segments, self._places(segments))
+            hidden = self._native(plain, segments, self._rotations(self._positions(segments)))
         for segment in segments:
             self.kv.extend(segment.handle, segment.length)
         if self._norm is not None:
@@ -170,8 +173,7 @@ class LlamaGroup:
         return hidden.to(self._precision.activations)
 
     def _linear(self, matrix: Matrix) -> Callable[[torch.Tensor], torch.Tensor]:
-        native = None if self._native is None else self._native.linear(matrix)
-        return native or linear([matrix], self._precision.activations)
+        return linear([matrix], self._precision.activations) if self._native is None else self._native.linear(matrix)
 
     def _place_layer(self, layer: int, weights: LayerWeights) -> None:
         slot = layer - self.first_layer
@@ -191,9 +193,13 @@ class LlamaGroup:
 
     def _places(self, segments: Sequence[Segment]) -> Places:
         spans = [(segment.handle, segment.position, segment.position + segment.length) for segment in segments]
-        positions = [position for _, first, last in spans for position in range(first, last)]
-        rotations = self._rope.rotations(torch.tensor(positions, device=self._device))
-        return Places(positions, self.kv.slots(spans), rotations)
+        return Places(self.kv.slots(spans), self._rotations(self._positions(segments)))
+
+    def _positions(self, segments: Sequence[Segment]) -> list[int]:
+        return [segment.position + token for segment in segments for token in range(segment.length)]
+
+    def _rotations(self, positions: Sequence[int]) -> torch.Tensor:
+        return self._rope.rotations(torch.tensor(positions, device=self._device))
 
     def _check(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> None:
         handles = {segment.handle for segment in segments}

@@ -20,6 +20,7 @@ from typing import Final
 import torch
 
 from functions.stage.models.kv_budget import KVBudget
+from functions.stage.native.records import BLOCK_TOKENS, padded_head
 
 _MOVED_AT_ONCE: Final = 2**20
 """Bytes of a layer that pass through a buffer while ranges are moved, as far as one token has not more."""
@@ -36,15 +37,20 @@ class KVPool(KVBudget):
         dtype: torch.dtype,
         device: torch.device,
         budget_bytes: int,
+        block_tokens: int = 1,
     ) -> None:
-        """Raises ValueError where the budget holds not even one token."""
+        """block_tokens: that ranges are rounded up to. Raises ValueError where the budget holds not even one block."""
         self.bytes_per_token = num_layers * 2 * num_kv_heads * head_dim * dtype.itemsize
-        super().__init__(budget_bytes // self.bytes_per_token)
+        super().__init__(budget_bytes // self.bytes_per_token, block_tokens)
         if self.capacity_tokens < 1:
-            raise ValueError(f"a KV budget of {budget_bytes} bytes holds no token of {self.bytes_per_token} bytes: raise it")
+            of_tokens = "token" if block_tokens == 1 else f"{block_tokens} tokens"
+            raise ValueError(
+                f"a KV budget of {budget_bytes} bytes holds no {of_tokens} of {self.bytes_per_token} bytes: raise it"
+            )
         self._arena = torch.empty((num_layers, 2, num_kv_heads, self.capacity_tokens, head_dim), dtype=dtype, device=device)
         self._layers = self._arena.unbind(0)
         self.num_layers = num_layers
+        self.dtype = dtype
         self._starts: dict[int, int] = {}
 
     @property
@@ -58,7 +64,7 @@ class KVPool(KVBudget):
         """
         handle = super().reserve(tokens)
         try:
-            start = self._hole(tokens)
+            start = self._hole(self.taken(tokens))
             self._starts[handle] = self._compact() if start is None else start
         except BaseException:
             super().release(handle)
@@ -73,6 +79,10 @@ class KVPool(KVBudget):
         """All keys and all values of a layer, [num_kv_heads, capacity_tokens, head_dim] each: views."""
         keys, values = self._layers[layer].unbind(0)
         return keys, values
+
+    def start(self, handle: int) -> int:
+        """Where in the arena a sequence's tokens begin."""
+        return self._starts[handle]
 
     def slots(self, spans: Iterable[tuple[int, int, int]]) -> torch.Tensor:
         """Places in the arena, int64, of spans (handle, first token, one behind the last token), one after the other."""
@@ -97,7 +107,7 @@ class KVPool(KVBudget):
         for handle, start in self._by_start():
             if start - end >= tokens:
                 return end
-            end = start + self.reserved(handle)
+            end = start + self.taken(self.reserved(handle))
         return end if self.capacity_tokens - end >= tokens else None
 
     def _compact(self) -> int:
@@ -112,10 +122,10 @@ class KVPool(KVBudget):
             if start != end:
                 held = self.length(handle)
                 self.truncate(handle, 0)
-                self._move(start, end, held, buffer)
+                self._move(start, end, self.taken(held), buffer)
                 self._starts[handle] = end
                 self.extend(handle, held)
-            end += self.reserved(handle)
+            end += self.taken(self.reserved(handle))
         return end
 
     def _buffer(self) -> torch.Tensor:
@@ -134,3 +144,10 @@ class KVPool(KVBudget):
 
     def _by_start(self) -> list[tuple[int, int]]:
         return sorted(self._starts.items(), key=lambda item: item[1])
+
+
+def in_blocks(
+    num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, budget_bytes: int
+) -> KVPool:
+    """A pool for native layers, which lay out each block of tokens as they read it (`native/c/native.h`)."""
+    return KVPool(num_layers, num_kv_heads, padded_head(head_dim), dtype, device, budget_bytes, BLOCK_TOKENS)

@@ -19,8 +19,6 @@ from functions.stage.models.weights import Precision, Weights
 class Places:
     """Where the new tokens of a pass are."""
 
-    positions: Sequence[int]
-    """In their sequences."""
     slots: torch.Tensor
     """In the KV pool, int64 [n]."""
     rotations: torch.Tensor

@@ -1,44 +1,36 @@
-"""Whether a group's layers run in machine code here. Imports numba only where they do."""
+"""Whether a group's layers run in C here."""
 
 import logging
-from typing import TYPE_CHECKING, Final
+from typing import Final
+
+import torch
 
 from functions.stage.models.llama.config import LlamaConfig
-from functions.stage.models.llama.kv_pool import KVPool
+from functions.stage.native.compiler import CompilationFailed, NoCompiler
+from functions.stage.native.library import Library, library
 from functions.stage.native.limits import DTYPES, obstacle
-from functions.stage.native.openmp import NoOpenMP
-
-if TYPE_CHECKING:
-    from functions.stage.models.llama.native_layers import NativeLayers
 
 _log: Final = logging.getLogger(__name__)
 _SLOWER: Final = "layers run by torch's operators, which is slower: %s"
 
 
-def native_obstacle(model: LlamaConfig, dtype: str, pool: KVPool) -> str | None:
+def native_obstacle(model: LlamaConfig, dtype: str, device: torch.device) -> str | None:
     """What in the model, its dtype or its device is in the way."""
-    sizes = {
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.intermediate_size,
-        "head_dim": model.head_dim,
-    }
-    return obstacle(dtype, pool.device.type, sizes)
+    return obstacle(dtype, device.type, {"head_dim": model.head_dim})
 
 
-def native_layers(model: LlamaConfig, first_layer: int, dtype: str, pool: KVPool) -> "NativeLayers | None":
-    """None where torch's operators have to do: another dtype or device, odd sizes, no numba or none of GNU's OpenMP.
+def native_library(model: LlamaConfig, dtype: str, device: torch.device) -> Library | None:
+    """None where torch's operators have to do: another dtype or device, odd sizes, or no library and no compiler to make it.
 
-    Says so in the log where machine code was to be expected, on a CPU in one of its dtypes.
+    Says so in the log where layers in C were to be expected, on a CPU in one of their dtypes.
     """
-    found = native_obstacle(model, dtype, pool)
+    found = native_obstacle(model, dtype, device)
     if found is not None:
-        if dtype in DTYPES and pool.device.type == "cpu":
+        if dtype in DTYPES and device.type == "cpu":
             _log.warning(_SLOWER, found)
         return None
     try:
-        from functions.stage.models.llama.native_layers import NativeLayers
-
-        return NativeLayers(model, first_layer, pool)
-    except (ImportError, NoOpenMP) as error:
+        return library()
+    except (NoCompiler, CompilationFailed, OSError, ImportError) as error:
         _log.warning(_SLOWER, error)
         return None

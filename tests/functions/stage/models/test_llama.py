@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from functions.stage.models.layer_group import MissingTensors, Segment
 from functions.stage.models.llama.config import UnsupportedConfig
 from functions.stage.models.llama.group import LlamaGroup
+from functions.stage.native.library import library
+from functions.stage.native.records import padded_head
 from tests.support.functions.group_chain import GroupChain, by_plan, tokens_of
 from tests.support.storage import tiny_models
 
@@ -34,7 +36,7 @@ def checkpoint(name: str) -> dict[str, torch.Tensor]:
 def build(name: str, cut: Sequence[tuple[int, int]] = CUT, dtype: str = "float32", tokens: int = 200) -> list[LlamaGroup]:
     config = tiny_models.tiny_config(name)
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    token_bytes = 2 * 2 * config["num_key_value_heads"] * head_dim * 4
+    token_bytes = 2 * 2 * config["num_key_value_heads"] * padded_head(head_dim) * 4
     return [
         LlamaGroup.build(
             config, tiny_models.stage_tensors(checkpoint(name), first, last), first, last, dtype, "cpu", tokens * token_bytes
@@ -86,9 +88,9 @@ def test_what_lies_behind_a_position_is_forgotten(name: str) -> None:
 
 
 def test_sequences_moved_together_keep_their_cache() -> None:
-    stages = GroupChain(build("llama", tokens=150))
+    stages = GroupChain(build("llama", tokens=160))
     texts = {id: tokens_of(seed, 30) for seed, id in enumerate("abcd")}
-    stages.reserve("a", "b", "c", tokens=50)
+    stages.reserve("a", "b", "c", tokens=48)
     stages.logits({id: (0, texts[id][:20]) for id in "abc"})
     stages.release("a")
     stages.reserve("e", tokens=20)
@@ -177,24 +179,24 @@ def test_what_it_cannot_run_exactly_is_declined(changes: dict[str, object]) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "why"),
+    ("head_dim", "dtype", "why"),
     [
-        ("llama", "int8", "head_dim 8 cannot be divided by 32"),
-        ("llama_wide_heads", "bfloat16", "head_dim 16 cannot be divided by 32"),
-        ("llama", "float32", "float32 is not bfloat16 or int8"),
+        (1026, "int8", "head_dim 1026 is over 1024"),
+        (2000, "bfloat16", "head_dim 2000 is over 1024"),
+        (8, "float16", "float16 is not float32, bfloat16 or int8"),
     ],
 )
-def test_layers_without_machine_code_say_why(name: str, dtype: str, why: str, caplog: pytest.LogCaptureFixture) -> None:
-    group = LlamaGroup(tiny_models.tiny_config(name), 0, 6, dtype, "cpu", 2**20)
+def test_layers_that_are_not_in_c_say_why(head_dim: int, dtype: str, why: str, caplog: pytest.LogCaptureFixture) -> None:
+    group = LlamaGroup(tiny_models.tiny_config("llama", head_dim=head_dim), 0, 6, dtype, "cpu", 2**20)
     assert group.runs_by == f"torch's operators: {why}"
     assert [record.getMessage() for record in caplog.records] == (
-        [] if dtype == "float32" else [f"layers run by torch's operators, which is slower: {why}"]
+        [] if dtype == "float16" else [f"layers run by torch's operators, which is slower: {why}"]
     )
 
 
-def test_layers_in_machine_code_say_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_layers_in_c_say_so(caplog: pytest.LogCaptureFixture) -> None:
     group = LlamaGroup(tiny_models.tiny_config("llama", hidden_size=64, head_dim=32), 0, 6, "int8", "cpu", 2**20)
-    assert (group.runs_by, caplog.records) == ("machine code", [])
+    assert (group.runs_by, caplog.records) == (f"C, {library().level}", [])
 
 
 def test_a_stage_that_uses_it_never_imports_transformers() -> None:

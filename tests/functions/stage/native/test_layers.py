@@ -1,12 +1,14 @@
-"""The layers in machine code: nearer to torch's in float32 than torch's in bfloat16 are, and the same in any company.
+"""The layers in C: nearer to torch's in float32 than torch's in bfloat16 are, and the same bits in any chunks and company.
 
 That bound, 1.1 to 7 % of the length of the logits, finds what is wrong in one place of one layer of six: two heads of a matrix
 exchanged, a bias or a gain left out, a window one token too short or too long, a rotation where there is none, each of which
 alone moves the exact logits at least 1.7 times as far.
 """
 
-import ctypes
-from collections.abc import Collection, Iterator, Sequence
+import itertools
+import os
+import random
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Final
 
@@ -20,6 +22,7 @@ from tests.support.functions.int8_checkpoints import MATRICES
 from tests.support.functions.native_models import NAMES, checkpoint, config, error, exact_groups, native_groups, torch_groups
 
 DTYPES: Final = ("bfloat16", "int8")
+ALL_DTYPES: Final = (*DTYPES, "float32")
 # Each column is a pass: of 1 to 5 rows, chunks beside steps, more rows than go through a matrix at once.
 PLAN: Final = {
     "a": (1, 2, 2, 3, 3, 7, 1, 9, 1, 8),
@@ -93,70 +96,103 @@ def first_layers(name: str, dtype: str) -> LlamaGroup:
     return group
 
 
-def states_of(group: LlamaGroup, ids: Collection[str], plan: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+def states_of(
+    group: LlamaGroup, texts: Mapping[str, Sequence[int]], plan: Mapping[str, Sequence[int]]
+) -> dict[str, torch.Tensor]:
     chain = GroupChain([group])
-    chain.reserve(*ids, tokens=100)
-    states = by_plan(chain.states, {id: TEXTS[id] for id in ids}, plan)
-    for id in ids:
+    chain.reserve(*texts, tokens=100)
+    states = by_plan(chain.states, texts, plan)
+    for id in texts:
         chain.release(id)
     return states
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["llama", "llama_biased", "qwen2_sliding", "qwen3", "smollm3", "mistral_sliding"])
-def test_a_sequence_gets_the_same_bits_whatever_runs_beside_it_on_any_threads(name: str, dtype: str) -> None:
-    """In other chunks it need not: those of 16 rows and more read keys and values laid out for them."""
+LENGTHS: Final = (97, 60, 33, 16, 5)
+PASSES: Final = 8
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sequence_gets_the_same_bits_in_any_chunks_and_company_on_any_threads(name: str, dtype: str) -> None:
+    """Those that it gets token by token, alone, on one thread."""
     group = first_layers(name, dtype)
+    texts = {str(number): tokens_of(number, length) for number, length in enumerate(LENGTHS)}
     torch.set_num_threads(1)
-    chunks = {id: _chunks(len(text), 5 + number) for number, (id, text) in enumerate(TEXTS.items())}
-    whole = {id: (len(text),) for id, text in TEXTS.items()}
-    for plan in (PLAN, chunks, whole):
-        torch.set_num_threads(1)
-        alone = {id: states_of(group, [id], plan)[id] for id in TEXTS}
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            together = states_of(group, list(TEXTS), plan)
-            for id in TEXTS:
-                assert torch.equal(together[id], alone[id]), (id, threads, plan[id])
+    alone = {id: states_of(group, {id: text}, {id: (1,) * len(text)})[id] for id, text in texts.items()}
+    dice = random.Random(f"{name} {dtype}")
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        plan = {id: any_chunks(dice, len(text)) for id, text in texts.items()}
+        together = states_of(group, texts, plan)
+        for id in texts:
+            assert torch.equal(together[id], alone[id]), (threads, plan)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_thread_that_comes_late_holds_up_nobody_and_changes_nothing(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+def any_chunks(dice: random.Random, tokens: int) -> tuple[int, ...]:
+    """In so many passes, in some of which there may be nothing of the sequence."""
+    cuts = [0, *sorted(dice.choices(range(tokens + 1), k=PASSES - 1)), tokens]
+    return tuple(end - begin for begin, end in itertools.pairwise(cuts))
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+def test_answers_that_are_replayed_at_token_32_of_96_do_not_differ(dtype: str) -> None:
+    """What was a prompt and steps comes again in chunks of 16, on fresh stages, and goes on."""
+    prompts = [tokens_of(seed, 4 + 3 * seed) for seed in range(16)]
+    whole = [answer(native_groups("llama", dtype), prompt, 96) for prompt in prompts]
+    for prompt, tokens in zip(prompts, whole, strict=True):
+        replayed = answer(native_groups("llama", dtype), prompt + tokens[:32], 64, chunk=16)
+        assert tokens[:32] + replayed == tokens
+
+
+def answer(groups: Sequence[LlamaGroup], text: list[int], new_tokens: int, chunk: int | None = None) -> list[int]:
+    """Drawn from the best 8 by a generator of the position, so that the smallest change of a logit may show."""
+    chain = GroupChain(groups)
+    chain.reserve("a", tokens=len(text) + new_tokens)
+    chunk = chunk or len(text)
+    logits = [chain.logits({"a": (at, text[at : at + chunk])})["a"] for at in range(0, len(text), chunk)][-1]
+    tokens: list[int] = []
+    for position in range(len(text), len(text) + new_tokens):
+        best, ids = logits[-1].topk(8)
+        drawn = torch.multinomial(best.softmax(0), 1, generator=torch.Generator().manual_seed(position))
+        tokens.append(int(ids[drawn]))
+        logits = chain.logits({"a": (position, tokens[-1:])})["a"]
+    return tokens
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+def test_a_sequence_that_was_cut_back_gets_the_same_bits(dtype: str) -> None:
+    """Whatever was held behind the position, be it not finite."""
+    group = first_layers("mistral_sliding", dtype)
+    text = tokens_of(1, 40)
+    wanted = states_of(group, {"a": text}, {"a": (40,)})["a"]
+    for position in (7, 16, 21, 32):
+        handle = group.kv.reserve(60)
+        group.forward(torch.tensor(text[:position]), [Segment(handle, 0, position)])
+        assert group._embedding is not None
+        kept = group._embedding[text[0]].clone()
+        group._embedding[text[0]] = float("nan")
+        group.forward(torch.tensor([text[0]] * 20), [Segment(handle, position, 20)])
+        group._embedding[text[0]] = kept
+        group.kv.truncate(handle, position)
+        rest = [group.forward(torch.tensor([text[at]]), [Segment(handle, at, 1)]) for at in range(position, 40)]
+        assert torch.equal(torch.cat(rest), wanted[position:])
+        group.kv.release(handle)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+def test_threads_that_do_not_come_hold_up_nobody_and_change_nothing(dtype: str) -> None:
+    """In a process that was forked from one that has computed there is but the thread that calls."""
     (group,) = native_groups("llama_biased", dtype, ((2, 5),))
-    hidden = torch.randn(75, group.hidden_size, generator=torch.Generator().manual_seed(3)).bfloat16()
+    hidden = torch.randn(75, group.hidden_size, generator=torch.Generator().manual_seed(3))
     lengths = (1, 70, 1, 3)
-    torch.set_num_threads(2)
+    torch.set_num_threads(3)
     wanted = forwarded(group, hidden, lengths)
-    threads = LateThreads(group)
-    monkeypatch.setattr(group._native, "_openmp", threads)
-    assert torch.equal(forwarded(group, hidden, lengths), wanted)
-    assert threads.came == [0, 1]
+    if not (child := os.fork()):
+        os._exit(0 if torch.equal(forwarded(group, hidden, lengths), wanted) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-class LateThreads:
-    """Two threads in place of OpenMP's: the second comes when the first has returned."""
-
-    def __init__(self, group: LlamaGroup) -> None:
-        self.came: list[int] = []
-        c_function = ctypes.CFUNCTYPE(ctypes.c_int)
-        self._number, self._threads = c_function(lambda: self.came[-1]), c_function(lambda: 2)
-        assert group._native is not None
-        for name, function in (("thread_number", self._number), ("threads", self._threads)):
-            group._native._group[name] = ctypes.cast(function, ctypes.c_void_p).value
-
-    def run(self, function: int, data: int, threads: int) -> None:
-        assert threads == 2
-        for number in range(threads):
-            self.came.append(number)
-            ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(data)
-
-
-def _chunks(tokens: int, size: int) -> tuple[int, ...]:
-    """Equal ones, the last cut short, and nothing afterwards, in as many passes as the longest text needs."""
-    return tuple(max(0, min(size, tokens - first)) for first in range(0, 20 * size, size))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
 def test_a_row_that_is_not_finite_stays_alone_with_it(dtype: str) -> None:
     (group,) = native_groups("llama_biased", dtype, ((2, 5),))
     lengths = (5, 1, 3, 1, 4, 2)
@@ -168,12 +204,13 @@ def test_a_row_that_is_not_finite_stays_alone_with_it(dtype: str) -> None:
     found = forwarded(group, hidden, lengths).split(lengths)
     assert not found[1].isfinite().any()
     assert not found[2][2].isfinite().any()
+    assert torch.equal(found[2][:2], good[2][:2]), "what came before it in the same chunk"
     for index in (0, 4, 5):
         assert torch.equal(found[index], good[index])
         assert found[index].isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
 def test_rows_of_zeros_get_what_biases_make_of_them(dtype: str) -> None:
     (group,), (exact,) = native_groups("llama_biased", dtype, ((0, 6),)), exact_groups("llama_biased", dtype)
     for one in (group, exact):
@@ -194,7 +231,7 @@ def forwarded(group: LlamaGroup, inputs: torch.Tensor, lengths: Sequence[int]) -
     return result
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
 def test_inputs_may_lie_in_memory_in_any_order_and_stay_what_they_are(dtype: str) -> None:
     (group,) = native_groups("llama", dtype, ((2, 5),))
     hidden = torch.randn(6, group.hidden_size, generator=torch.Generator().manual_seed(2)).bfloat16()
@@ -206,7 +243,7 @@ def test_inputs_may_lie_in_memory_in_any_order_and_stay_what_they_are(dtype: str
     assert torch.equal(wide, hidden.float())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
 def test_matrices_are_held_once_and_in_place(dtype: str) -> None:
     tensors = {name: tensor for name, tensor in checkpoint("llama_biased", dtype).items() if ".layers.3." in name}
     group = LlamaGroup(config("llama_biased"), 3, 4, dtype, "cpu", 2**20)
@@ -221,7 +258,7 @@ def test_matrices_are_held_once_and_in_place(dtype: str) -> None:
         ("up", "mlp.up_proj"),
         ("down", "mlp.down_proj"),
     ):
-        assert native._layers[field]["weights"][0] == tensors[f"model.layers.3.{name}.weight"].data_ptr()
+        assert getattr(native._layers._layers[0], field).weights.data == tensors[f"model.layers.3.{name}.weight"].data_ptr()
     assert not group._layers
-    matrices = [tensor for tensor in native._kept if tensor.ndim == 2]
-    assert sum(map(torch.Tensor.numel, matrices)) == sum(tensor.numel() for tensor in tensors.values() if tensor.ndim == 2)
+    matrices = [array for array in native._layers._kept if array.ndim == 2 and array.shape[1] > 32]
+    assert sum(array.size for array in matrices) == sum(tensor.numel() for tensor in tensors.values() if tensor.ndim == 2)

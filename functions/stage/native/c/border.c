@@ -1,0 +1,196 @@
+/* The border: what Python gives is checked here, before any of its memory is touched. */
+
+#include "forward.h"
+#include "workspace.h"
+
+/* Of any size: products of three of them stay far inside of 63 bits. */
+enum { MOST = 1 << 20 };
+static const int64_t MOST_TOKENS = 1 << 30;
+
+static bool within(int64_t number, int64_t least, int64_t most)
+{
+    return number >= least && number <= most;
+}
+
+/* LAMINA_OK for memory of at least so many bytes, at a multiple of `alignment`. */
+static Status check_memory(const Memory *memory, int64_t bytes, int64_t alignment)
+{
+    if (!memory->data || memory->bytes < bytes)
+        return LAMINA_SHORT_MEMORY;
+    return (uintptr_t)memory->data % (uintptr_t)alignment ? LAMINA_UNALIGNED : LAMINA_OK;
+}
+
+static Status check_optional(const Memory *memory, int64_t bytes, int64_t alignment)
+{
+    return memory->bytes ? check_memory(memory, bytes, alignment) : LAMINA_OK;
+}
+
+#define CHECK(condition)                \
+    do {                                \
+        Status found = (condition);     \
+        if (found != LAMINA_OK)         \
+            return found;               \
+    } while (0)
+
+static Status check_matrix(const Matrix *matrix)
+{
+    if (!within(matrix->dtype, LAMINA_BF16, LAMINA_F32))
+        return LAMINA_BAD_DTYPE;
+    if (!within(matrix->outs, 1, MOST) || !within(matrix->width, 1, MOST))
+        return LAMINA_BAD_SIZE;
+    int64_t number = bytes_of(matrix->dtype);
+    CHECK(check_memory(&matrix->weights, matrix->outs * rounded_up(matrix->width, LAMINA_STEP) * number, number));
+    if (matrix->dtype == LAMINA_INT8)
+        CHECK(check_memory(&matrix->scales, matrix->outs * 4, 4));
+    return check_optional(&matrix->biases, matrix->outs * 4, 4);
+}
+
+static Status check_shape(const Matrix *matrix, int64_t outs, int64_t width)
+{
+    return matrix->outs == outs && matrix->width == width ? check_matrix(matrix) : LAMINA_BAD_MATRIX;
+}
+
+static Status check_sizes(const Group *group)
+{
+    if (!within(group->num_layers, 1, MOST) || !within(group->hidden_size, 1, MOST) || !within(group->inner_size, 1, MOST))
+        return LAMINA_BAD_SIZE;
+    if (!within(group->kv_heads, 1, MOST) || !within(group->heads, group->kv_heads, MOST) || group->heads % group->kv_heads)
+        return LAMINA_BAD_SIZE;
+    if (!within(group->head_dim, 2, LAMINA_MOST_HEAD) || group->head_dim % 2)
+        return LAMINA_BAD_SIZE;
+    if (!within((group->heads + 2 * group->kv_heads) * group->head_dim, 1, MOST))
+        return LAMINA_BAD_SIZE;
+    if (!within(group->capacity_tokens, LAMINA_BLOCK_TOKENS, MOST_TOKENS) || group->capacity_tokens % LAMINA_BLOCK_TOKENS)
+        return LAMINA_BAD_SIZE;
+    if (!(group->eps >= 0 && group->eps < 1))
+        return LAMINA_BAD_SIZE;
+    return group->kv_dtype == LAMINA_BF16 || group->kv_dtype == LAMINA_F32 ? LAMINA_OK : LAMINA_BAD_DTYPE;
+}
+
+static Status check_layer(const Group *group, const Layer *layer)
+{
+    int64_t attended = group->heads * group->head_dim, all_heads = group->heads + 2 * group->kv_heads;
+    int64_t arena_bytes = group->kv_heads * group->capacity_tokens * padded_head(group) * bytes_of(group->kv_dtype);
+    if (!within(layer->window, 0, INT64_MAX) || !within(layer->rotary, 0, 1))
+        return LAMINA_BAD_SIZE;
+    CHECK(check_memory(&layer->input_gain, group->hidden_size * 4, 4));
+    CHECK(check_shape(&layer->qkv, all_heads * group->head_dim, group->hidden_size));
+    CHECK(check_optional(&layer->qk_gain, (group->heads + group->kv_heads) * group->head_dim * 4, 4));
+    CHECK(check_shape(&layer->out, group->hidden_size, attended));
+    CHECK(check_memory(&layer->mlp_gain, group->hidden_size * 4, 4));
+    CHECK(check_shape(&layer->gate, group->inner_size, group->hidden_size));
+    CHECK(check_shape(&layer->up, group->inner_size, group->hidden_size));
+    CHECK(check_shape(&layer->down, group->hidden_size, group->inner_size));
+    if (layer->gate.dtype != layer->up.dtype)
+        return LAMINA_BAD_DTYPE;
+    CHECK(check_memory(&layer->keys, arena_bytes, 4));
+    return check_memory(&layer->values, arena_bytes, 4);
+}
+
+static Status check_group(const Group *group)
+{
+    CHECK(check_sizes(group));
+    CHECK(check_memory(&group->layers, group->num_layers * (int64_t)sizeof(Layer), _Alignof(Layer)));
+    const Layer *layers = group->layers.data;
+    for (int64_t layer = 0; layer < group->num_layers; layer++)
+        CHECK(check_layer(group, &layers[layer]));
+    return LAMINA_OK;
+}
+
+/* Which are all of the rows, each inside the arena; most_tokens: that one of them comes to. */
+static Status check_segments(const Group *group, const Pass *pass, int64_t *most_tokens)
+{
+    if (pass->segments.bytes % (int64_t)sizeof(Segment))
+        return LAMINA_BAD_SEGMENT;
+    CHECK(check_memory(&pass->segments, sizeof(Segment), _Alignof(Segment)));
+    const Segment *segments = pass->segments.data;
+    int64_t rows = 0;
+    for (int64_t number = 0; number < pass->segments.bytes / (int64_t)sizeof(Segment); number++) {
+        const Segment *segment = &segments[number];
+        if (!within(segment->first_slot, 0, group->capacity_tokens) || segment->first_slot % LAMINA_BLOCK_TOKENS)
+            return LAMINA_BAD_SEGMENT;
+        if (!within(segment->position, 0, group->capacity_tokens) || !within(segment->length, 1, pass->rows - rows))
+            return LAMINA_BAD_SEGMENT;
+        if (segment->first_slot + segment->position + segment->length > group->capacity_tokens)
+            return LAMINA_BAD_SEGMENT;
+        rows += segment->length;
+        *most_tokens = larger(*most_tokens, segment->position + segment->length);
+    }
+    return rows == pass->rows ? LAMINA_OK : LAMINA_BAD_SEGMENT;
+}
+
+static Status check_pass(const Group *group, const Pass *pass, int64_t *most_tokens)
+{
+    if (!within(pass->rows, 1, MOST) || !within(pass->threads, 1, LAMINA_MOST_THREADS))
+        return LAMINA_BAD_SIZE;
+    CHECK(check_memory(&pass->hidden, pass->rows * group->hidden_size * 4, 4));
+    CHECK(check_memory(&pass->rotations, pass->rows * group->head_dim * 4, 4));
+    CHECK(check_segments(group, pass, most_tokens));
+    int64_t bytes = pass_workspace(group, pass->rows, *most_tokens, pass->threads, NULL).bytes;
+    return check_memory(&pass->workspace, bytes, LAMINA_LINE_BYTES);
+}
+
+static Status check_product(const Product *product)
+{
+    CHECK(check_matrix(&product->matrix));
+    if (!within(product->rows, 1, MOST) || !within(product->threads, 1, LAMINA_MOST_THREADS))
+        return LAMINA_BAD_SIZE;
+    CHECK(check_memory(&product->x, product->rows * product->matrix.width * 4, 4));
+    CHECK(check_memory(&product->y, product->rows * product->matrix.outs * 4, 4));
+    int64_t bytes = product_workspace(&product->matrix, product->threads, NULL).bytes;
+    return check_memory(&product->workspace, bytes, LAMINA_LINE_BYTES);
+}
+
+int lamina_run_layers(Pool *pool, const Group *group, const Pass *pass)
+{
+    int64_t most_tokens = 0;
+    CHECK(check_group(group));
+    CHECK(check_pass(group, pass, &most_tokens));
+    run_pass(pool, group, pass, most_tokens);
+    return LAMINA_OK;
+}
+
+int lamina_multiply(Pool *pool, const Product *product)
+{
+    CHECK(check_product(product));
+    run_matrix(pool, product);
+    return LAMINA_OK;
+}
+
+int64_t lamina_pass_bytes(const Group *group, int64_t rows, int64_t most_tokens, int64_t threads)
+{
+    Status sizes = check_sizes(group);
+    if (sizes != LAMINA_OK)
+        return -(int64_t)sizes;
+    if (!within(rows, 1, MOST) || !within(threads, 1, LAMINA_MOST_THREADS) || !within(most_tokens, 1, MOST_TOKENS))
+        return -LAMINA_BAD_SIZE;
+    return pass_workspace(group, rows, most_tokens, threads, NULL).bytes;
+}
+
+int64_t lamina_product_bytes(const Matrix *matrix, int64_t rows, int64_t threads)
+{
+    if (!within(matrix->width, 1, MOST) || !within(rows, 1, MOST) || !within(threads, 1, LAMINA_MOST_THREADS))
+        return -LAMINA_BAD_SIZE;
+    return product_workspace(matrix, threads, NULL).bytes;
+}
+
+int64_t lamina_size_of(int64_t record)
+{
+    static const int64_t sizes[] = {sizeof(Memory), sizeof(Matrix), sizeof(Layer), sizeof(Group),
+                                    sizeof(Segment), sizeof(Pass), sizeof(Product)};
+    return within(record, 0, sizeof sizes / sizeof *sizes - 1) ? sizes[record] : 0;
+}
+
+const char *lamina_message(int status)
+{
+    switch (status) {
+    case LAMINA_OK: return "all is well";
+    case LAMINA_BAD_SIZE: return "a number is out of range";
+    case LAMINA_BAD_DTYPE: return "a dtype is unknown, or not possible there";
+    case LAMINA_BAD_MATRIX: return "a matrix does not have the shape that the group's sizes ask for";
+    case LAMINA_SHORT_MEMORY: return "memory is missing, or smaller than its shape";
+    case LAMINA_UNALIGNED: return "an address is no multiple of what lies there";
+    case LAMINA_BAD_SEGMENT: return "a segment leaves the arena or begins inside a block, or segments are not all of the rows";
+    default: return "an unknown status";
+    }
+}

@@ -1,0 +1,102 @@
+/* A level of CPUs: what of the work is written for its vectors. Inside the library only.
+
+   One table for each level, chosen once. All levels are made of the same source (`level.inc.h`) over another kind of vector
+   (`vectors_*.h`), compiled with that level's instructions; sums run in an order that is the level's own and depends on
+   lengths and positions alone. A level with AMX would be one more file beside `level_avx512_bf16.c`, over the same vectors,
+   with a `multiply` and a `multiply_gated` of its own. */
+
+#ifndef LAMINA_LEVEL_H
+#define LAMINA_LEVEL_H
+
+#include <stdbool.h>
+#include <string.h>
+
+#include "native.h"
+
+/* Rows of activations as a matrix of some dtype wants them. */
+typedef struct {
+    const uint8_t *data;  /* [rows, stride] of bf16, of 16-bit integers, or of float32 */
+    const float *scales;  /* [rows, LAMINA_TILE_OUTS], one number repeated: what an int8 matrix's sums are multiplied with */
+    int64_t rows;
+    int64_t row_bytes;
+} Rows;
+
+/* Some queries of one sequence in the heads that share a key head. */
+typedef struct {
+    const Segment *segment;
+    int64_t first_position;
+    int64_t rows;           /* at most LAMINA_QUERIES */
+    int64_t kv_head;
+    const float *heads;     /* of the first row, [rows, heads + 2 * kv_heads, head_dim] */
+    float *attended;        /* of the first row, [rows, heads * head_dim] */
+} Queries;
+
+typedef struct {
+    const char *name;
+
+    /* out [size] = x [size] through the RMSNorm of `gain` [size] */
+    void (*normalize)(const float *x, const float *gain, float eps, int64_t size, float *out);
+
+    /* Packs x [size] for a matrix of dtype: [stride], zeros behind size. Returns what sums are to be multiplied with. */
+    float (*pack)(Dtype dtype, const float *x, int64_t size, uint8_t *packed);
+
+    /* y [rows, outs] of outputs [first, last): = x Wᵀ + b, where `add` on top of what is there. */
+    void (*multiply)(const Matrix *matrix, const Rows *x, int64_t first, int64_t last, bool add, float *y);
+
+    /* y [rows, outs] of outputs [first, last): silu(gate x) * (up x) */
+    void (*multiply_gated)(const Matrix *gate, const Matrix *up, const Rows *x, int64_t first, int64_t last, float *y);
+
+    /* A row's heads [heads + 2 * kv_heads, head_dim] that share a key head: normalized and rotated in place, and key and value
+       written to the arena. is_last: no later token of its sequence is in the pass. */
+    void (*write_kv)(const Group *group, const Layer *layer, int64_t kv_head, int64_t slot, bool is_last,
+                     const float *rotation, float *heads);
+
+    /* scratch: attention_scratch_bytes (`workspace.h`) */
+    void (*attend)(const Group *group, const Layer *layer, const Queries *queries, uint8_t *scratch);
+} Level;
+
+extern const Level lamina_portable;
+#if defined(__x86_64__)
+extern const Level lamina_avx2, lamina_avx512_vnni, lamina_avx512_bf16;
+#endif
+
+const Level *lamina_chosen_level(void);
+
+static inline int64_t rounded_up(int64_t number, int64_t multiple)
+{
+    return (number + multiple - 1) / multiple * multiple;
+}
+
+static inline int64_t bytes_of(int64_t dtype)
+{
+    return dtype == LAMINA_INT8 ? 1 : dtype == LAMINA_BF16 ? 2 : 4;
+}
+
+/* Of a packed number: 16 bits for a matrix in 8 or 16 of them. */
+static inline int64_t packed_bytes_of(int64_t dtype)
+{
+    return dtype == LAMINA_F32 ? 4 : 2;
+}
+
+static inline int64_t padded_head(const Group *group)
+{
+    return rounded_up(group->head_dim, 16);
+}
+
+static inline int64_t smaller(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+static inline int64_t larger(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
+/* The first token that one at `position` attends to. */
+static inline int64_t first_attended(const Layer *layer, int64_t position)
+{
+    return layer->window ? larger(0, position - layer->window + 1) : 0;
+}
+
+#endif

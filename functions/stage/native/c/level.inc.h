@@ -1,0 +1,19 @@
+/* The source of every level. Before it: INLINE, UNROLL, `vec` with its functions, and LEVEL, the name of the table. */
+
+#include "level.h"
+
+enum { LANES = 16 };
+
+#include "row.inc.h"
+#include "matrix.inc.h"
+#include "attention.inc.h"
+
+const Level LEVEL = {
+    .name = LEVEL_NAME,
+    .normalize = normalize,
+    .pack = pack,
+    .multiply = multiply,
+    .multiply_gated = multiply_gated,
+    .write_kv = write_kv,
+    .attend = attend,
+};

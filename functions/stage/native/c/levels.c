@@ -1,0 +1,74 @@
+/* Which level of CPU this is: asked once, by cpuid. */
+
+#include <stdatomic.h>
+
+#include "level.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+
+static const Level *const LEVELS[] = {&lamina_portable, &lamina_avx2, &lamina_avx512_vnni, &lamina_avx512_bf16};
+
+/* Whether the operating system keeps the registers: bits of XCR0. */
+static bool keeps(uint32_t wanted)
+{
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (low & wanted) == wanted;
+}
+
+static int64_t find_best(void)
+{
+    enum { FMA = 1 << 12, OSXSAVE = 1 << 27, AVX2 = 1 << 5, BF16 = 1 << 5, YMM = 0x06, ZMM = 0xE6 };
+    const uint32_t avx512 = 1u << 16 /* F */ | 1u << 17 /* DQ */ | 1u << 30 /* BW */ | 1u << 31 /* VL */, vnni = 1u << 11;
+    uint32_t a, b, c, d, extended_b, extended_c;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & OSXSAVE) || !(c & FMA) || !keeps(YMM))
+        return 0;
+    if (!__get_cpuid_count(7, 0, &a, &extended_b, &extended_c, &d) || !(extended_b & AVX2))
+        return 0;
+    if ((extended_b & avx512) != avx512 || !(extended_c & vnni) || !keeps(ZMM))
+        return 1;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & BF16) ? 3 : 2;
+}
+#else
+static const Level *const LEVELS[] = {&lamina_portable};
+
+static int64_t find_best(void)
+{
+    return 0;
+}
+#endif
+
+enum { NUM_LEVELS = sizeof LEVELS / sizeof *LEVELS };
+
+static _Atomic int64_t chosen = -1;
+
+int64_t lamina_best_level(void)
+{
+    return find_best();
+}
+
+int64_t lamina_level(void)
+{
+    if (chosen < 0)
+        chosen = find_best();
+    return chosen;
+}
+
+const Level *lamina_chosen_level(void)
+{
+    return LEVELS[lamina_level()];
+}
+
+const char *lamina_level_name(int64_t level)
+{
+    return level >= 0 && level < NUM_LEVELS ? LEVELS[level]->name : NULL;
+}
+
+int lamina_use_level(int64_t level)
+{
+    if (level < 0 || level > find_best())
+        return LAMINA_BAD_SIZE;
+    chosen = level;
+    return LAMINA_OK;
+}

@@ -1,0 +1,93 @@
+/* Rows of numbers: RMSNorm, exp, and packing for a matrix. */
+
+/* Up to LANES numbers of a row from i on, zeros behind its end. */
+INLINE vec row_part(const float *row, int64_t i, int64_t size)
+{
+    int64_t left = size - i;
+    return left >= LANES ? load(row + i) : left > 0 ? load_part(row + i, left) : zeros();
+}
+
+INLINE void store_row_part(float *row, int64_t i, int64_t size, vec numbers)
+{
+    if (size - i >= LANES)
+        store(row + i, numbers);
+    else
+        store_part(row + i, numbers, size - i);
+}
+
+static void normalize(const float *x, const float *gain, float eps, int64_t size, float *out)
+{
+    vec squares = zeros();
+    for (int64_t i = 0; i < size; i += LANES) {
+        vec part = row_part(x, i, size);
+        squares = fma_f32(part, part, squares);
+    }
+    vec inverse = every_f32(1.0f / __builtin_sqrtf(sum_f32(squares) / (float)size + eps));
+    for (int64_t i = 0; i < size; i += LANES)
+        store_row_part(out, i, size, mul_f32(mul_f32(row_part(x, i, size), inverse), row_part(gain, i, size)));
+}
+
+/* 2^n times a polynomial (Cephes' expf), relative error about 2e-7. 0 below -87, and for -infinity; e^88 above 88; NaN for NaN
+   and infinity. */
+INLINE vec exp_f32(vec x)
+{
+    const vec lowest = every_f32(-87.0f);
+    vec limited = min_f32(max_f32(x, lowest), every_f32(88.0f));
+    vec n = round_f32(mul_f32(limited, every_f32(1.44269504f)));
+    vec r = fma_f32(n, every_f32(-0.693359375f), limited);
+    r = fma_f32(n, every_f32(2.12194440e-4f), r);
+    vec y = every_f32(1.9875691500e-4f);
+    y = fma_f32(y, r, every_f32(1.3981999507e-3f));
+    y = fma_f32(y, r, every_f32(8.3334519073e-3f));
+    y = fma_f32(y, r, every_f32(4.1665795894e-2f));
+    y = fma_f32(y, r, every_f32(1.6666665459e-1f));
+    y = fma_f32(y, r, every_f32(5.0000001201e-1f));
+    y = add_f32(fma_f32(y, mul_f32(r, r), r), every_f32(1.0f));
+    vec power = shift_left_i32(add_i32(i32_of_f32(n), every_i32(127)), 23);
+    vec zero_or_nan = sub_f32(x, x);
+    return if_less_f32(x, lowest, zeros(), add_f32(mul_f32(y, power), zero_or_nan));
+}
+
+/* What a row's largest number becomes as an integer. Partial sums stay in int32: a lane adds up so many products with 127. */
+INLINE float largest_integer(int64_t size)
+{
+    int64_t products = (size + LANES - 1) / LANES;
+    return (float)smaller(32767, INT32_MAX / (127 * products));
+}
+
+INLINE float pack_as_integers(const float *x, int64_t size, uint8_t *packed)
+{
+    /* Positive floats are in the order of their bits, NaN the largest. A row of zeros is divided by 1e-30. */
+    vec largest_bits = every_f32(1e-30f);
+    for (int64_t i = 0; i < size; i += LANES)
+        largest_bits = max_i32(largest_bits, and_i32(row_part(x, i, size), every_i32(0x7FFFFFFF)));
+    int32_t lanes[LANES], most = 0;
+    store(lanes, largest_bits);
+    for (int i = 0; i < LANES; i++)
+        most = lanes[i] > most ? lanes[i] : most;
+    float largest;
+    memcpy(&largest, &most, sizeof largest);
+    float steps = largest_integer(size);
+    vec scale = every_f32(steps / largest);
+    for (int64_t i = 0; i < size; i += 2 * LANES) {
+        vec first = mul_f32(row_part(x, i, size), scale), second = mul_f32(row_part(x, i + LANES, size), scale);
+        store(packed + 2 * i, i16_of_f32(first, second));
+    }
+    return largest / steps;
+}
+
+static float pack(Dtype dtype, const float *x, int64_t size, uint8_t *packed)
+{
+    if (dtype == LAMINA_INT8)
+        return pack_as_integers(x, size, packed);
+    for (int64_t i = 0; i < size; i += 2 * LANES) {
+        vec first = row_part(x, i, size), second = row_part(x, i + LANES, size);
+        if (dtype == LAMINA_BF16) {
+            store(packed + 2 * i, bf16_of_f32(first, second));
+        } else {
+            store(packed + 4 * i, first);
+            store(packed + 4 * (i + LANES), second);
+        }
+    }
+    return 1.0f;
+}

@@ -1,0 +1,150 @@
+/* Vectors of AVX2: two halves of 32 bytes. */
+
+#include <immintrin.h>
+
+typedef struct {
+    __m256i low, high;
+} vec;
+
+#define F32(v) _mm256_castsi256_ps(v)
+#define BITS(v) _mm256_castps_si256(v)
+
+INLINE vec load(const void *at) { return (vec){_mm256_loadu_si256(at), _mm256_loadu_si256((const __m256i *)at + 1)}; }
+INLINE void store(void *at, vec a)
+{
+    _mm256_storeu_si256(at, a.low);
+    _mm256_storeu_si256((__m256i *)at + 1, a.high);
+}
+INLINE vec load_part(const float *at, int64_t count)
+{
+    float lanes[16] = {0};
+    for (int64_t i = 0; i < count; i++)
+        lanes[i] = at[i];
+    return load(lanes);
+}
+INLINE void store_part(float *at, vec a, int64_t count)
+{
+    float lanes[16];
+    store(lanes, a);
+    for (int64_t i = 0; i < count; i++)
+        at[i] = lanes[i];
+}
+
+#define SAME(bits) ((vec){(bits), (bits)})
+INLINE vec zeros(void) { return SAME(_mm256_setzero_si256()); }
+INLINE vec every_f32(float x) { return SAME(BITS(_mm256_set1_ps(x))); }
+INLINE vec every_i32(int32_t x) { return SAME(_mm256_set1_epi32(x)); }
+INLINE vec every_4_f32(const float *at) { return SAME(BITS(_mm256_broadcast_ps((const __m128 *)at))); }
+#undef SAME
+
+#define BY_HALVES(name, operation) \
+    INLINE vec name(vec a, vec b) { return (vec){operation(a.low, b.low), operation(a.high, b.high)}; }
+#define F32_BY_HALVES(name, operation)                                                                          \
+    INLINE vec name(vec a, vec b)                                                                               \
+    {                                                                                                           \
+        return (vec){BITS(operation(F32(a.low), F32(b.low))), BITS(operation(F32(a.high), F32(b.high)))};       \
+    }
+F32_BY_HALVES(add_f32, _mm256_add_ps)
+F32_BY_HALVES(sub_f32, _mm256_sub_ps)
+F32_BY_HALVES(mul_f32, _mm256_mul_ps)
+F32_BY_HALVES(div_f32, _mm256_div_ps)
+F32_BY_HALVES(max_f32, _mm256_max_ps)
+F32_BY_HALVES(min_f32, _mm256_min_ps)
+BY_HALVES(add_i32, _mm256_add_epi32)
+BY_HALVES(max_i32, _mm256_max_epi32)
+BY_HALVES(and_i32, _mm256_and_si256)
+
+INLINE vec fma_f32(vec a, vec b, vec c)
+{
+    return (vec){BITS(_mm256_fmadd_ps(F32(a.low), F32(b.low), F32(c.low))),
+                 BITS(_mm256_fmadd_ps(F32(a.high), F32(b.high), F32(c.high)))};
+}
+
+INLINE __m256i chosen_half(__m256i a, __m256i b, __m256i yes, __m256i no)
+{
+    return _mm256_blendv_epi8(no, yes, BITS(_mm256_cmp_ps(F32(a), F32(b), _CMP_LT_OQ)));
+}
+INLINE vec if_less_f32(vec a, vec b, vec yes, vec no)
+{
+    return (vec){chosen_half(a.low, b.low, yes.low, no.low), chosen_half(a.high, b.high, yes.high, no.high)};
+}
+
+#define NEAREST(half) BITS(_mm256_round_ps(F32(half), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))
+INLINE vec round_f32(vec a) { return (vec){NEAREST(a.low), NEAREST(a.high)}; }
+#undef NEAREST
+INLINE vec i32_of_f32(vec a) { return (vec){_mm256_cvtps_epi32(F32(a.low)), _mm256_cvtps_epi32(F32(a.high))}; }
+INLINE vec f32_of_i32(vec a) { return (vec){BITS(_mm256_cvtepi32_ps(a.low)), BITS(_mm256_cvtepi32_ps(a.high))}; }
+INLINE vec shift_left_i32(vec a, int by) { return (vec){_mm256_slli_epi32(a.low, by), _mm256_slli_epi32(a.high, by)}; }
+
+INLINE vec i16_of_i8(const void *at)
+{
+    const __m128i *bytes = at;
+    return (vec){_mm256_cvtepi8_epi16(_mm_loadu_si128(bytes)), _mm256_cvtepi8_epi16(_mm_loadu_si128(bytes + 1))};
+}
+INLINE vec dot_i16(vec sum, vec a, vec b)
+{
+    return (vec){_mm256_add_epi32(sum.low, _mm256_madd_epi16(a.low, b.low)),
+                 _mm256_add_epi32(sum.high, _mm256_madd_epi16(a.high, b.high))};
+}
+
+/* Packing puts lanes of 128 bits side by side: back into their order. */
+INLINE __m256i in_order(__m256i packed) { return _mm256_permute4x64_epi64(packed, 0xD8); }
+INLINE vec i16_of_f32(vec first, vec second)
+{
+    vec a = i32_of_f32(first), b = i32_of_f32(second);
+    return (vec){in_order(_mm256_packs_epi32(a.low, a.high)), in_order(_mm256_packs_epi32(b.low, b.high))};
+}
+
+/* The upper half of a float32 is a bf16. */
+INLINE vec dot_bf16(vec sum, vec a, vec b)
+{
+    const vec upper = every_i32((int32_t)0xFFFF0000u);
+    sum = fma_f32(shift_left_i32(a, 16), shift_left_i32(b, 16), sum);
+    return fma_f32(and_i32(a, upper), and_i32(b, upper), sum);
+}
+
+/* To the nearest, ties to even; not finite stays not finite. */
+INLINE __m256i upper_halves(__m256i a)
+{
+    __m256i even = _mm256_and_si256(_mm256_srli_epi32(a, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(a, _mm256_add_epi32(even, _mm256_set1_epi32(0x7FFF)));
+    __m256i quiet = _mm256_or_si256(a, _mm256_set1_epi32(0x00400000));
+    __m256i unordered = BITS(_mm256_cmp_ps(F32(a), F32(a), _CMP_UNORD_Q));
+    return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, unordered), 16);
+}
+INLINE vec bf16_of_f32(vec first, vec second)
+{
+    return (vec){in_order(_mm256_packus_epi32(upper_halves(first.low), upper_halves(first.high))),
+                 in_order(_mm256_packus_epi32(upper_halves(second.low), upper_halves(second.high)))};
+}
+
+INLINE __m256 joined(vec a) { return _mm256_add_ps(F32(a.low), F32(a.high)); }
+
+/* The sums of four vectors. */
+INLINE __m128 sum_4(const vec sums[4])
+{
+    __m256 ab = _mm256_hadd_ps(joined(sums[0]), joined(sums[1])), cd = _mm256_hadd_ps(joined(sums[2]), joined(sums[3]));
+    __m256 all = _mm256_hadd_ps(ab, cd);
+    return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+}
+
+INLINE float sum_f32(vec a)
+{
+    const vec sums[4] = {a, zeros(), zeros(), zeros()};
+    return _mm_cvtss_f32(sum_4(sums));
+}
+
+/* [row * 4 + out] = the sum of sums[row][out]; zeros from `rows` on. */
+INLINE vec sum_tile(const int rows, vec sums[4][4])
+{
+    __m128 row[4] = {_mm_setzero_ps(), _mm_setzero_ps(), _mm_setzero_ps(), _mm_setzero_ps()};
+    UNROLL
+    for (int r = 0; r < rows; r++)
+        row[r] = sum_4(sums[r]);
+    return (vec){BITS(_mm256_set_m128(row[1], row[0])), BITS(_mm256_set_m128(row[3], row[2]))};
+}
+
+#undef F32
+#undef BITS
+#undef BY_HALVES
+#undef F32_BY_HALVES

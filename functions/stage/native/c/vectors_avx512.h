@@ -1,0 +1,111 @@
+/* Vectors of AVX-512 with VNNI: `vec` is 64 bytes, and a function's name says what it takes them for. */
+
+#include <immintrin.h>
+
+typedef __m512i vec;
+
+#define F32(v) _mm512_castsi512_ps(v)
+#define BITS(v) _mm512_castps_si512(v)
+
+INLINE vec load(const void *at) { return _mm512_loadu_si512(at); }
+INLINE void store(void *at, vec a) { _mm512_storeu_si512(at, a); }
+INLINE __mmask16 first_lanes(int64_t count) { return (__mmask16)((1u << count) - 1); }
+INLINE vec load_part(const float *at, int64_t count) { return BITS(_mm512_maskz_loadu_ps(first_lanes(count), at)); }
+INLINE void store_part(float *at, vec a, int64_t count) { _mm512_mask_storeu_ps(at, first_lanes(count), F32(a)); }
+
+INLINE vec zeros(void) { return _mm512_setzero_si512(); }
+INLINE vec every_f32(float x) { return BITS(_mm512_set1_ps(x)); }
+INLINE vec every_i32(int32_t x) { return _mm512_set1_epi32(x); }
+INLINE vec every_4_f32(const float *at) { return BITS(_mm512_broadcast_f32x4(_mm_loadu_ps(at))); }
+
+INLINE vec add_f32(vec a, vec b) { return BITS(_mm512_add_ps(F32(a), F32(b))); }
+INLINE vec sub_f32(vec a, vec b) { return BITS(_mm512_sub_ps(F32(a), F32(b))); }
+INLINE vec mul_f32(vec a, vec b) { return BITS(_mm512_mul_ps(F32(a), F32(b))); }
+INLINE vec div_f32(vec a, vec b) { return BITS(_mm512_div_ps(F32(a), F32(b))); }
+INLINE vec fma_f32(vec a, vec b, vec c) { return BITS(_mm512_fmadd_ps(F32(a), F32(b), F32(c))); }
+INLINE vec max_f32(vec a, vec b) { return BITS(_mm512_max_ps(F32(a), F32(b))); }
+INLINE vec min_f32(vec a, vec b) { return BITS(_mm512_min_ps(F32(a), F32(b))); }
+INLINE vec if_less_f32(vec a, vec b, vec yes, vec no)
+{
+    return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(F32(a), F32(b), _CMP_LT_OQ), no, yes);
+}
+INLINE vec round_f32(vec a) { return BITS(_mm512_roundscale_ps(F32(a), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
+
+INLINE vec i32_of_f32(vec a) { return _mm512_cvtps_epi32(F32(a)); }
+INLINE vec f32_of_i32(vec a) { return BITS(_mm512_cvtepi32_ps(a)); }
+INLINE vec add_i32(vec a, vec b) { return _mm512_add_epi32(a, b); }
+INLINE vec max_i32(vec a, vec b) { return _mm512_max_epi32(a, b); }
+INLINE vec and_i32(vec a, vec b) { return _mm512_and_si512(a, b); }
+INLINE vec shift_left_i32(vec a, int by) { return _mm512_slli_epi32(a, (unsigned)by); }
+
+INLINE vec i16_of_i8(const void *at) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256(at)); }
+INLINE vec dot_i16(vec sum, vec a, vec b) { return _mm512_dpwssd_epi32(sum, a, b); }
+
+/* 32 numbers of two vectors, one behind the other. */
+INLINE vec i16_of_f32(vec first, vec second)
+{
+    __m256i low = _mm512_cvtsepi32_epi16(i32_of_f32(first)), high = _mm512_cvtsepi32_epi16(i32_of_f32(second));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
+#ifdef WITH_BF16
+INLINE vec dot_bf16(vec sum, vec a, vec b) { return BITS(_mm512_dpbf16_ps(F32(sum), (__m512bh)a, (__m512bh)b)); }
+INLINE vec bf16_of_f32(vec first, vec second) { return (vec)_mm512_cvtne2ps_pbh(F32(second), F32(first)); }
+#else
+/* The upper half of a float32 is a bf16. */
+INLINE vec dot_bf16(vec sum, vec a, vec b)
+{
+    const vec upper = every_i32((int32_t)0xFFFF0000u);
+    sum = fma_f32(shift_left_i32(a, 16), shift_left_i32(b, 16), sum);
+    return fma_f32(and_i32(a, upper), and_i32(b, upper), sum);
+}
+
+/* To the nearest, ties to even; not finite stays not finite. */
+INLINE __m256i upper_halves(vec a)
+{
+    vec even = and_i32(_mm512_srli_epi32(a, 16), every_i32(1));
+    vec rounded = add_i32(a, add_i32(even, every_i32(0x7FFF)));
+    vec quiet = _mm512_or_si512(a, every_i32(0x00400000));
+    __mmask16 unordered = _mm512_cmp_ps_mask(F32(a), F32(a), _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(unordered, rounded, quiet), 16));
+}
+
+INLINE vec bf16_of_f32(vec first, vec second)
+{
+    return _mm512_inserti64x4(_mm512_castsi256_si512(upper_halves(first)), upper_halves(second), 1);
+}
+#endif
+
+INLINE float sum_f32(vec a)
+{
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(F32(a)), _mm512_extractf32x8_ps(F32(a), 1));
+    __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+    return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+
+/* Lanes of four vectors summed up as far as lanes of 128 bits go: each holds a part of each sum. */
+INLINE __m512 quarters(const vec sums[4])
+{
+    __m512 a = F32(sums[0]), b = F32(sums[1]), c = F32(sums[2]), d = F32(sums[3]);
+    __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+    __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+}
+
+INLINE __m512 added_lanes(__m512 a, __m512 b)
+{
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+}
+
+/* [row * 4 + out] = the sum of sums[row][out]; zeros from `rows` on. */
+INLINE vec sum_tile(const int rows, vec sums[4][4])
+{
+    __m512 none = _mm512_setzero_ps(), first = added_lanes(quarters(sums[0]), rows > 1 ? quarters(sums[1]) : none);
+    if (rows <= 2)
+        return BITS(added_lanes(first, none));
+    return BITS(added_lanes(first, added_lanes(quarters(sums[2]), rows > 3 ? quarters(sums[3]) : none)));
+}
+
+#undef F32
+#undef BITS

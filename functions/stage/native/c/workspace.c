@@ -1,0 +1,59 @@
+#include "workspace.h"
+
+/* The next `bytes`, in lines of their own. */
+static void *taken(Workspace *workspace, uint8_t *memory, int64_t bytes)
+{
+    void *at = memory ? memory + workspace->bytes : NULL;
+    workspace->bytes += rounded_up(bytes, LAMINA_LINE_BYTES);
+    return at;
+}
+
+static int64_t matrix_scratch_bytes(int64_t width, int64_t packed_number)
+{
+    int64_t stride = rounded_up(width, LAMINA_STEP);
+    return BLOCK_ROWS * LAMINA_TILE_OUTS * 4 + stride * 4 + BLOCK_ROWS * stride * packed_number;
+}
+
+MatrixScratch matrix_scratch(const Matrix *matrix, uint8_t *scratch)
+{
+    MatrixScratch parts = {.scales = (float *)scratch};
+    parts.normalized = parts.scales + BLOCK_ROWS * LAMINA_TILE_OUTS;
+    parts.packed = (uint8_t *)(parts.normalized + rounded_up(matrix->width, LAMINA_STEP));
+    return parts;
+}
+
+/* Packed queries, what they get, and their scores (`attention.inc.h`). A window begins with a block, as does what is read. */
+static int64_t attention_scratch_bytes(const Group *group, int64_t most_tokens)
+{
+    int64_t tokens = rounded_up(most_tokens, LAMINA_BLOCK_TOKENS);
+    return LAMINA_QUERIES * 4 * (rounded_up(group->head_dim, LAMINA_STEP) + padded_head(group) + tokens);
+}
+
+Workspace pass_workspace(const Group *group, int64_t rows, int64_t most_tokens, int64_t threads, uint8_t *memory)
+{
+    Workspace workspace = {0};
+    int64_t all_heads = group->heads + 2 * group->kv_heads;
+    int64_t widest = larger(larger(group->hidden_size, group->inner_size), group->heads * group->head_dim);
+    workspace.heads = taken(&workspace, memory, rows * all_heads * group->head_dim * 4);
+    workspace.attended = taken(&workspace, memory, rows * group->heads * group->head_dim * 4);
+    workspace.inner = taken(&workspace, memory, rows * group->inner_size * 4);
+    workspace.places = taken(&workspace, memory, rows * (int64_t)sizeof(Place));
+    workspace.bundles = taken(&workspace, memory, rows * (int64_t)sizeof(Bundle));
+    workspace.counters_bytes = group->num_layers * PHASES * (threads + 1) * (int64_t)sizeof(Counter);
+    workspace.counters = taken(&workspace, memory, workspace.counters_bytes);
+    workspace.scratch_bytes = rounded_up(
+        larger(matrix_scratch_bytes(widest, 4), attention_scratch_bytes(group, most_tokens)), LAMINA_LINE_BYTES);
+    workspace.scratch = taken(&workspace, memory, threads * workspace.scratch_bytes);
+    return workspace;
+}
+
+Workspace product_workspace(const Matrix *matrix, int64_t threads, uint8_t *memory)
+{
+    Workspace workspace = {0};
+    workspace.counters_bytes = (threads + 1) * (int64_t)sizeof(Counter);
+    workspace.counters = taken(&workspace, memory, workspace.counters_bytes);
+    workspace.scratch_bytes =
+        rounded_up(matrix_scratch_bytes(matrix->width, packed_bytes_of(matrix->dtype)), LAMINA_LINE_BYTES);
+    workspace.scratch = taken(&workspace, memory, threads * workspace.scratch_bytes);
+    return workspace;
+}

@@ -1,0 +1,201 @@
+/* Calls the border with random groups, passes and products in memory of exactly the bytes that they say, right and wrong ones,
+   on every level: what the library accepts must stay inside its memory, which the sanitizers see. Numbers are any bits.
+
+   argv: seed and rounds. Prints how many calls were accepted and refused. */
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "native.h"
+
+static uint64_t state;
+
+static uint64_t next(void)
+{
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    return state;
+}
+
+static int64_t any(int64_t least, int64_t most)
+{
+    return least + (int64_t)(next() % (uint64_t)(most - least + 1));
+}
+
+static void *taken[4096];
+static int num_taken;
+
+/* Of any bits, among them NaN and infinity; now and then all of them plain. */
+static Memory memory_of(int64_t bytes)
+{
+    uint8_t *data = malloc((size_t)bytes); /* whose end is exact to the byte */
+    taken[num_taken++] = data;
+    int plain = any(0, 3) > 0;
+    for (int64_t i = 0; i < bytes; i++)
+        data[i] = plain ? (uint8_t)any(0, 63) : (uint8_t)next();
+    return (Memory){data, bytes};
+}
+
+static int64_t padded(int64_t number, int64_t multiple)
+{
+    return (number + multiple - 1) / multiple * multiple;
+}
+
+static Matrix matrix_of(int64_t dtype, int64_t outs, int64_t width)
+{
+    int64_t number = dtype == LAMINA_INT8 ? 1 : dtype == LAMINA_BF16 ? 2 : 4;
+    Matrix matrix = {.dtype = dtype, .outs = outs, .width = width};
+    matrix.weights = memory_of(outs * padded(width, LAMINA_STEP) * number);
+    if (dtype == LAMINA_INT8)
+        matrix.scales = memory_of(outs * 4);
+    if (any(0, 1))
+        matrix.biases = memory_of(outs * 4);
+    return matrix;
+}
+
+static Group group_of(void)
+{
+    Group group = {
+        .num_layers = any(1, 2), .hidden_size = any(1, 70), .inner_size = any(1, 70), .kv_heads = any(1, 3),
+        .head_dim = 2 * any(1, 20), .capacity_tokens = 16 * any(1, 6), .kv_dtype = any(0, 1) ? LAMINA_BF16 : LAMINA_F32,
+        .eps = 1e-5,
+    };
+    group.heads = group.kv_heads * any(1, 5);
+    group.layers = memory_of(group.num_layers * (int64_t)sizeof(Layer));
+    int64_t attended = group.heads * group.head_dim, all_heads = group.heads + 2 * group.kv_heads;
+    int64_t arena = group.kv_heads * group.capacity_tokens * padded(group.head_dim, 16) * (group.kv_dtype == LAMINA_BF16 ? 2 : 4);
+    Layer *layers = group.layers.data;
+    for (int64_t i = 0; i < group.num_layers; i++) {
+        int64_t dtype = any(LAMINA_BF16, LAMINA_F32), of_mlp = any(LAMINA_BF16, LAMINA_F32);
+        layers[i] = (Layer){
+            .input_gain = memory_of(group.hidden_size * 4),
+            .qkv = matrix_of(dtype, all_heads * group.head_dim, group.hidden_size),
+            .qk_gain = any(0, 1) ? memory_of((group.heads + group.kv_heads) * group.head_dim * 4) : (Memory){0},
+            .out = matrix_of(dtype, group.hidden_size, attended),
+            .mlp_gain = memory_of(group.hidden_size * 4),
+            .gate = matrix_of(of_mlp, group.inner_size, group.hidden_size),
+            .up = matrix_of(of_mlp, group.inner_size, group.hidden_size),
+            .down = matrix_of(dtype, group.hidden_size, group.inner_size),
+            .keys = memory_of(arena),
+            .values = memory_of(arena),
+            .window = any(0, 2) ? 0 : any(1, 40),
+            .rotary = any(0, 1),
+        };
+    }
+    return group;
+}
+
+/* One number of a record becomes another: of its bytes, or of its bits. */
+static void spoil(void *record, size_t bytes)
+{
+    int64_t *numbers = record;
+    int64_t *chosen = &numbers[any(0, (int64_t)(bytes / 8) - 1)];
+    static const int64_t odd[] = {0, -1, 1, INT64_MAX, INT64_MIN, 1 << 20, 1ll << 40};
+    /* An address becomes none, or the next one, of a byte less: one that is nobody's memory no check can know. */
+    if (*chosen > 1ll << 40 && *chosen < 1ll << 48) {
+        if (any(0, 1))
+            *chosen = 0;
+        else
+            chosen[0]++, chosen[1]--;
+    } else {
+        *chosen = any(0, 1) ? odd[any(0, 6)] : *chosen - any(-3, 3);
+    }
+}
+
+/* Bytes may say less than there is, never more: a caller's lie about its own memory is beyond any check. */
+static int says_more(const Memory *memories, const Memory *before, int count)
+{
+    for (int i = 0; i < count; i++)
+        if (memories[i].bytes > before[i].bytes)
+            return 1;
+    return 0;
+}
+
+static Memory workspace_of(int64_t bytes)
+{
+    uint8_t *data = aligned_alloc(64, (size_t)padded(bytes, 64));
+    taken[num_taken++] = data;
+    memset(data, 0xFF, (size_t)bytes);
+    return (Memory){data, bytes};
+}
+
+static int run_pass(Pool *pool)
+{
+    Group group = group_of();
+    Segment segments[3];
+    int64_t count = any(1, 3), rows = 0, most = 1, slot = 0, used = 0;
+    for (; used < count && slot < group.capacity_tokens; used++) {
+        int64_t room = group.capacity_tokens - slot, position = any(0, room - 1);
+        segments[used] = (Segment){slot, position, any(1, room - position)};
+        int64_t end = segments[used].position + segments[used].length;
+        rows += segments[used].length;
+        most = end > most ? end : most;
+        slot += padded(end, 16);
+    }
+    int64_t threads = any(1, 3);
+    Pass pass = {.rows = rows, .threads = threads, .hidden = memory_of(rows * group.hidden_size * 4),
+                 .rotations = memory_of(rows * group.head_dim * 4), .segments = memory_of(used * (int64_t)sizeof(Segment)),
+                 .workspace = workspace_of(lamina_pass_bytes(&group, rows, most, threads))};
+    memcpy(pass.segments.data, segments, (size_t)pass.segments.bytes);
+    Layer *layers = group.layers.data;
+    Layer before = layers[0];
+    Pass whole = pass;
+    Group sound = group;
+    switch (any(0, 5)) {
+    case 0:
+        spoil(&group, sizeof group);
+        break;
+    case 1:
+        spoil(&layers[0], sizeof(Layer));
+        break;
+    case 2:
+        spoil(&pass, sizeof pass);
+        break;
+    case 3:
+        spoil(pass.segments.data, (size_t)pass.segments.bytes);
+        break;
+    }
+    if (says_more(&group.layers, &sound.layers, 1) || says_more(&pass.hidden, &whole.hidden, 4) ||
+        says_more(&layers[0].input_gain, &before.input_gain, 1) || says_more(&layers[0].qk_gain, &before.qk_gain, 1) ||
+        says_more(&layers[0].mlp_gain, &before.mlp_gain, 1) || says_more(&layers[0].keys, &before.keys, 2))
+        return -1;
+    const Matrix *now[] = {&layers[0].qkv, &layers[0].out, &layers[0].gate, &layers[0].up, &layers[0].down};
+    const Matrix *then[] = {&before.qkv, &before.out, &before.gate, &before.up, &before.down};
+    for (int i = 0; i < 5; i++)
+        if (says_more(&now[i]->weights, &then[i]->weights, 3))
+            return -1;
+    return lamina_run_layers(pool, &group, &pass);
+}
+
+static int run_product(Pool *pool)
+{
+    int64_t rows = any(1, 70), threads = any(1, 3);
+    Product product = {.matrix = matrix_of(any(LAMINA_BF16, LAMINA_F32), any(1, 70), any(1, 100)), .rows = rows, .threads = threads};
+    product.x = memory_of(rows * product.matrix.width * 4);
+    product.y = memory_of(rows * product.matrix.outs * 4);
+    product.workspace = workspace_of(lamina_product_bytes(&product.matrix, rows, threads));
+    Product before = product;
+    if (any(0, 1))
+        spoil(&product, sizeof product);
+    if (says_more(&product.matrix.weights, &before.matrix.weights, 3) || says_more(&product.x, &before.x, 3))
+        return -1;
+    return lamina_multiply(pool, &product);
+}
+
+int main(int argc, char **argv)
+{
+    state = argc > 1 ? strtoull(argv[1], NULL, 10) * 2654435761u + 1 : 1;
+    int rounds = argc > 2 ? atoi(argv[2]) : 100, accepted = 0, refused = 0;
+    Pool *pool = lamina_new_pool();
+    for (int round = 0; round < rounds; round++) {
+        lamina_use_level(any(0, lamina_best_level()));
+        int status = any(0, 2) ? run_pass(pool) : run_product(pool);
+        accepted += status == LAMINA_OK;
+        refused += status > 0;
+        while (num_taken)
+            free(taken[--num_taken]);
+    }
+    lamina_free_pool(pool);
+    printf("%d accepted, %d refused\n", accepted, refused);
+    return 0;
+}

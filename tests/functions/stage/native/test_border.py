@@ -1,0 +1,212 @@
+"""What the library must not touch: numbers out of range, shapes that do not fit, memory that is too small, is refused."""
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+import pytest
+
+from functions.stage.native import limits, records
+from functions.stage.native.compiler import SOURCE
+from functions.stage.native.layers import Layers, Linear, MatrixArrays, Sizes, Threads
+from functions.stage.native.library import Refused, library
+from functions.stage.native.records import Array, Dtype, Memory
+
+SIZES: Final = Sizes(
+    num_layers=2,
+    hidden_size=48,
+    inner_size=40,
+    heads=4,
+    kv_heads=2,
+    head_dim=10,
+    eps=1e-5,
+    capacity_tokens=64,
+    kv_dtype=Dtype.F32,
+)
+
+
+def zeros(*shape: int) -> Array:
+    return np.zeros(shape, np.float32)
+
+
+def group() -> Layers:
+    layers = Layers(library(), SIZES)
+    shapes = {"qkv": (80, 48), "out": (48, 40), "gate": (40, 48), "up": (40, 48), "down": (48, 40)}
+    for slot in range(2):
+        layers.place(
+            slot,
+            {name: MatrixArrays(Dtype.F32, zeros(*shape), biases=zeros(shape[0])) for name, shape in shapes.items()},
+            {"input_gain": zeros(48), "qk_gain": zeros(6, 10), "mlp_gain": zeros(48)},
+            (zeros(2, 64, 16), zeros(2, 64, 16)),
+            window=None,
+            rotary=True,
+        )
+    return layers
+
+
+def run(layers: Layers, segments: list[tuple[int, int, int]], threads: int = 2, rows: int | None = None) -> Array:
+    rows = sum(length for _, _, length in segments) if rows is None else rows
+    hidden = np.ones((rows, 48), np.float32)
+    layers.run(hidden, np.zeros((rows, 5), np.complex64), segments, threads)
+    return hidden
+
+
+def test_what_fits_runs() -> None:
+    assert (run(group(), [(0, 0, 16), (48, 15, 1), (16, 3, 29)]) == 1).all()
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [
+        [(8, 0, 1)],  # inside a block
+        [(-16, 0, 1)],
+        [(64, 0, 1)],
+        [(48, 16, 1)],
+        [(48, 0, 17)],
+        [(0, -1, 1)],
+        [(0, 0, 0), (16, 0, 3)],
+        [(0, 2**62, 1)],
+        [(2**62, 2**62, 1)],
+    ],
+)
+def test_segments_lie_in_the_arena(segments: list[tuple[int, int, int]]) -> None:
+    with pytest.raises(Refused, match=r"segment|range"):
+        run(group(), segments)
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_segments_are_all_of_the_rows(rows: int) -> None:
+    with pytest.raises(Refused, match="segments are not all of the rows"):
+        run(group(), [(0, 0, 1), (16, 0, 2)], rows=rows)
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_threads_are_some(threads: int) -> None:
+    with pytest.raises(Refused, match="out of range"):
+        run(group(), [(0, 0, 1)], threads)
+
+
+def test_of_many_cores_as_many_compute_as_a_pool_has_room_for() -> None:
+    assert (run(group(), [(0, 0, 40)], 1000) == 1).all()
+
+
+@pytest.mark.parametrize("name", ["hidden", "rotations", "segments", "workspace"])
+def test_memory_of_a_pass_is_as_large_as_its_shape(name: str) -> None:
+    layers = group()
+    group_record = layers._group
+    arrays = {
+        "hidden": zeros(3, 48),
+        "rotations": zeros(3, 10),
+        "segments": np.array([[0, 0, 3]], np.int64),
+        "workspace": records.aligned(library().pass_bytes(group_record, 3, 3, 1)),
+    }
+    memory = {key: Memory.of(array) for key, array in arrays.items()}
+    library().run_layers(layers._threads.pool, group_record, records.Pass(rows=3, threads=1, **memory))
+    for wrong in (
+        Memory(arrays[name].ctypes.data, arrays[name].nbytes - 1),
+        Memory(None, arrays[name].nbytes),
+        Memory(None, 0),
+    ):
+        with pytest.raises(Refused, match=r"memory is missing|segments are not all"):
+            library().run_layers(
+                layers._threads.pool, group_record, records.Pass(rows=3, threads=1, **(memory | {name: wrong}))
+            )
+    shifted = Memory(arrays[name].ctypes.data + 1, arrays[name].nbytes)
+    with pytest.raises(Refused, match="no multiple"):
+        library().run_layers(layers._threads.pool, group_record, records.Pass(rows=3, threads=1, **(memory | {name: shifted})))
+
+
+WRONG: Final[dict[str, tuple[Callable[[Any], None], str]]] = {
+    "no layers": (lambda record: setattr(record, "num_layers", 0), "range"),
+    "more layers than memory": (lambda record: setattr(record, "num_layers", 3), "memory"),
+    "another hidden size": (lambda record: setattr(record, "hidden_size", 47), "shape"),
+    "another inner size": (lambda record: setattr(record, "inner_size", 41), "shape"),
+    "another head size": (lambda record: setattr(record, "head_dim", 12), "shape|memory"),
+    "an odd head size": (lambda record: setattr(record, "head_dim", 9), "range"),
+    "a huge head size": (lambda record: setattr(record, "head_dim", 2**40), "range"),
+    "heads that share no key head evenly": (lambda record: setattr(record, "kv_heads", 3), "range"),
+    "no key heads": (lambda record: setattr(record, "kv_heads", 0), "range"),
+    "a larger arena than memory": (lambda record: setattr(record, "capacity_tokens", 80), "memory"),
+    "an arena of no whole blocks": (lambda record: setattr(record, "capacity_tokens", 60), "range"),
+    "keys in int8": (lambda record: setattr(record, "kv_dtype", Dtype.INT8), "dtype"),
+    "keys in nothing known": (lambda record: setattr(record, "kv_dtype", 17), "dtype"),
+    "a negative eps": (lambda record: setattr(record, "eps", -1.0), "range"),
+    "an eps that is no number": (lambda record: setattr(record, "eps", float("nan")), "range"),
+}
+WRONG_LAYER: Final[dict[str, tuple[Callable[[Any], None], str]]] = {
+    "a matrix of another width": (lambda layer: setattr(layer.down, "width", 39), "shape"),
+    "a matrix of more outputs": (lambda layer: setattr(layer.out, "outs", 49), "shape"),
+    "a matrix of no known dtype": (lambda layer: setattr(layer.qkv, "dtype", 3), "dtype"),
+    "int8 without scales": (lambda layer: setattr(layer.qkv, "dtype", Dtype.INT8), "memory"),
+    "gate and up of two dtypes": (lambda layer: setattr(layer.gate, "dtype", Dtype.BF16), "dtype"),
+    "weights that are missing": (lambda layer: setattr(layer.up, "weights", Memory()), "memory"),
+    "weights that are short": (lambda layer: setattr(layer.up.weights, "bytes", 40 * 64 * 4 - 4), "memory"),
+    "weights between two numbers": (lambda layer: setattr(layer.up.weights, "data", layer.up.weights.data + 2), "multiple"),
+    "biases that are short": (lambda layer: setattr(layer.out.biases, "bytes", 4), "memory"),
+    "a gain that is missing": (lambda layer: setattr(layer, "input_gain", Memory()), "memory"),
+    "gains of too few heads": (lambda layer: setattr(layer.qk_gain, "bytes", 5 * 10 * 4), "memory"),
+    "keys that are short": (lambda layer: setattr(layer.keys, "bytes", 2 * 64 * 16 * 4 - 1), "memory"),
+    "a negative window": (lambda layer: setattr(layer, "window", -1), "range"),
+    "a rotation that is neither": (lambda layer: setattr(layer, "rotary", 2), "range"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_group_fits_together(case: str) -> None:
+    change, why = WRONG[case]
+    layers = group()
+    change(layers._group)
+    with pytest.raises(Refused, match=why):
+        run(layers, [(0, 0, 2)])
+
+
+@pytest.mark.parametrize("case", WRONG_LAYER)
+def test_every_layer_fits_its_group(case: str) -> None:
+    change, why = WRONG_LAYER[case]
+    layers = group()
+    change(layers._layers[1])
+    with pytest.raises(Refused, match=why):
+        run(layers, [(0, 0, 2)])
+
+
+def test_a_layer_that_was_not_placed_is_refused() -> None:
+    with pytest.raises(Refused):
+        run(Layers(library(), SIZES), [(0, 0, 1)])
+
+
+def test_a_product_fits_its_matrix() -> None:
+    linear = Linear(library(), Threads(library()), MatrixArrays(Dtype.F32, zeros(3, 32)))
+    with pytest.raises(Refused, match="memory"):
+        linear(zeros(2, 31), 1)
+    with pytest.raises(Refused, match="range"):
+        linear(zeros(2, 32), 0)
+    wrong = copy.copy(linear)
+    wrong._matrix = records.Matrix(dtype=Dtype.F32, outs=0, width=32)
+    with pytest.raises(Refused):
+        wrong(zeros(2, 32), 1)
+
+
+def test_arrays_must_be_contiguous() -> None:
+    with pytest.raises(ValueError, match="not contiguous"):
+        Memory.of(zeros(4, 6)[:, ::2])
+
+
+def test_every_status_has_words() -> None:
+    message = library().functions["lamina_message"]
+    words = [message(status) for status in range(9)]
+    assert len(set(words[:7])) == 7
+    assert words[7] == words[8] == b"an unknown status"
+
+
+def test_records_and_numbers_are_those_of_the_header() -> None:
+    assert library().functions["lamina_size_of"](len(records.RECORDS)) == 0
+    header = (SOURCE / "native.h").read_text()
+    numbers = dict(re.findall(r"LAMINA_(\w+) = (\d+)", header))
+    for name in ("STEP", "BLOCK_TOKENS", "MOST_THREADS", "LINE_BYTES"):
+        assert getattr(records, name) == int(numbers[name])
+    assert int(numbers["MOST_HEAD"]) == limits.MOST_HEAD
+    found = re.search(r"typedef enum \{ (.*) \} Dtype;", header)
+    assert found is not None
+    assert [f"LAMINA_{dtype.name}" for dtype in Dtype] == found[1].split(", ")

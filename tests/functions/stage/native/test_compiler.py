@@ -1,0 +1,168 @@
+"""Where the compiled library comes from: which compiler, which file, and what happens where neither is there."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+
+from functions.stage.models.llama.config import LlamaConfig
+from functions.stage.models.llama.native_choice import native_library
+from functions.stage.native import compiler, library
+from functions.stage.native.compiler import CompilationFailed, Compiler, NoCompiler
+from tests.support.functions.group_chain import GroupChain, by_plan, tokens_of
+from tests.support.functions.native_models import built_groups, torch_groups
+from tests.support.paths import ROOT
+from tests.support.storage import tiny_models
+
+TEXTS: Final = {"a": tokens_of(1, 30), "b": tokens_of(2, 21)}
+PLAN: Final = {"a": (1, 20, 9), "b": (3, 1, 17)}
+CPU: Final = torch.device("cpu")
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Nothing compiled yet, in a folder of its own; and a user's folder beside it."""
+    monkeypatch.setattr(compiler, "_BESIDE", tmp_path / "beside")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "of-user"))
+    yield tmp_path
+    library.library.cache_clear()
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, found: "Compiler | None", calls: list[Path]) -> None:
+    def compiled(_: Compiler, into: Path, flags: tuple[str, ...] = ()) -> None:
+        calls.append(into)
+        into.write_bytes(b"library")
+
+    monkeypatch.setattr(Compiler, "found", lambda: found)
+    monkeypatch.setattr(Compiler, "compile", compiled)
+
+
+def test_the_environments_compiler_goes_before_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", f"{sys.executable} -s")
+    found = Compiler.found()
+    assert found is not None
+    assert found.command == (sys.executable, "-s")
+    assert found.version.startswith("Python")
+    monkeypatch.delenv("CC")
+    of_package = Compiler.found()
+    assert of_package is not None
+    assert of_package.command[:4] == (sys.executable, "-m", "ziglang", "cc")
+
+
+def test_a_compiler_that_is_not_there_or_refuses_says_so(monkeypatch: pytest.MonkeyPatch, elsewhere: Path) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(CompilationFailed, match="no-such-compiler cannot be run"):
+        compiler.library_file()
+    monkeypatch.setenv("CC", f"{sys.executable}")
+    with pytest.raises(CompilationFailed, match="-ffp-contract=off"):
+        compiler.library_file()
+    assert not list((elsewhere / "beside").iterdir()), "no half a file is left"
+
+
+def test_it_is_compiled_once_for_each_source_and_compiler(monkeypatch: pytest.MonkeyPatch, elsewhere: Path) -> None:
+    calls: list[Path] = []
+    fake(monkeypatch, Compiler(("cc",), "1"), calls)
+    first = compiler.library_file()
+    assert first.parent == elsewhere / "beside"
+    assert compiler.library_file() == first
+    assert len(calls) == 1
+    fake(monkeypatch, Compiler(("cc",), "2"), calls)
+    assert compiler.library_file() != first
+    copy = elsewhere / "source"
+    shutil.copytree(compiler.SOURCE, copy)
+    (copy / "row.inc.h").write_text((copy / "row.inc.h").read_text() + "\n")
+    monkeypatch.setattr(compiler, "SOURCE", copy)
+    assert compiler.library_file() != first
+    assert len(calls) == 3
+
+
+def test_without_a_compiler_what_is_there_is_used(monkeypatch: pytest.MonkeyPatch, elsewhere: Path) -> None:
+    fake(monkeypatch, Compiler(("cc",), "1"), [])
+    made = compiler.library_file()
+    fake(monkeypatch, None, [])
+    assert compiler.library_file() == made
+    made.unlink()
+    with pytest.raises(NoCompiler, match="pip install ziglang"):
+        compiler.library_file()
+
+
+def test_where_the_source_is_read_only_the_users_folder_is_taken(monkeypatch: pytest.MonkeyPatch, elsewhere: Path) -> None:
+    fake(monkeypatch, Compiler(("cc",), "1"), [])
+    (elsewhere / "beside").write_text("a file, in which no folder can be made, not by root either")
+    made = compiler.library_file()
+    assert made.parent == elsewhere / "of-user" / "lamina"
+    assert compiler.library_file() == made
+    made.unlink()
+
+    def read_only(*_: object, **__: object) -> None:
+        raise PermissionError(30, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    with pytest.raises(CompilationFailed, match="can be written"):
+        compiler.library_file()
+
+
+def test_torch_runs_the_layers_where_nothing_can_be_compiled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, elsewhere: Path
+) -> None:
+    wanted = logits_of(torch_groups("llama", "bfloat16"))
+    library.library.cache_clear()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    groups = built_groups("llama", "bfloat16")
+    assert all(group._native is None for group in groups)
+    assert torch.equal(logits_of(groups), wanted)
+    assert "layers run by torch's operators, which is slower: no compiled library and no compiler" in caplog.text
+
+
+def test_a_library_of_other_records_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "RECORDS", library.RECORDS[:-1])
+    with pytest.raises(ImportError, match="are others than those"):
+        library.Library(str(compiler.library_file()))
+
+
+def logits_of(groups: Any) -> torch.Tensor:
+    chain = GroupChain(groups)
+    chain.reserve(*TEXTS)
+    return torch.cat(list(by_plan(chain.logits, TEXTS, PLAN).values()))
+
+
+def test_layers_in_c_are_for_cpus_and_every_dtype_but_float16() -> None:
+    model = LlamaConfig.from_dict(tiny_models.tiny_config("llama"))
+    for dtype in ("bfloat16", "int8", "float32"):
+        assert native_library(model, dtype, CPU) is not None
+        assert native_library(model, dtype, torch.device("meta")) is None
+    assert native_library(model, "float16", CPU) is None
+
+
+# The library comes ahead of the fork, as where pods are forked.
+RUN_FORKED: Final = """
+import os, sys
+import torch
+from functions.stage.native import preloaded
+if child := os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+from functions.stage.models.layer_group import Segment
+from functions.stage.models.llama.group import LlamaGroup
+config, tensors = torch.load(sys.argv[1])
+torch.set_num_threads(2)
+group = LlamaGroup.build(config, tensors, 0, 6, "float32", "cpu", 2**20)
+handle = group.kv.reserve(40)
+torch.save(group.logits(group.forward(torch.arange(30), [Segment(handle, 0, 30)])), sys.argv[2])
+"""
+
+
+def test_a_library_loaded_ahead_of_a_fork_is_that_of_the_children(tmp_path: Path) -> None:
+    model = tiny_models.whole_model("llama")
+    torch.save((tiny_models.tiny_config("llama"), tiny_models.checkpoint_tensors(model)), tmp_path / "model")
+    command = [sys.executable, "-c", RUN_FORKED, tmp_path / "model", tmp_path / "logits"]
+    subprocess.run(command, cwd=ROOT, timeout=200, check=True)
+    found, wanted = torch.load(tmp_path / "logits"), tiny_models.all_logits(model, list(range(30)))
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)

@@ -1,0 +1,82 @@
+"""Every level of CPU that this one has computes the same but for the order of sums; any compiler's copy gives the same bits."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from functions.stage.native.compiler import FLAGS, Compiler
+from functions.stage.native.library import Library, library
+from tests.support.functions.group_chain import GroupChain, by_plan, tokens_of
+from tests.support.functions.native_models import error, exact_groups, native_groups, torch_groups
+
+TEXTS: Final = {"a": tokens_of(1, 30), "b": tokens_of(2, 21), "c": tokens_of(3, 6)}
+PLAN: Final = {"a": (1, 20, 9), "b": (3, 1, 17), "c": (0, 1, 5)}
+MODELS: Final = (("llama_biased", "bfloat16"), ("llama_biased", "int8"), ("qwen3", "float32"), ("mistral_sliding", "int8"))
+
+
+@pytest.fixture(autouse=True)
+def _level_as_before() -> Iterator[None]:
+    before = library().level
+    yield
+    library().use_level(before)
+
+
+def logits_of(groups: Any) -> torch.Tensor:
+    chain = GroupChain(groups)
+    chain.reserve(*TEXTS)
+    return torch.cat(list(by_plan(chain.logits, TEXTS, PLAN).values()))
+
+
+def test_the_best_level_is_in_use() -> None:
+    assert library().level == library().levels[-1]
+    assert library().levels[0] == "portable"
+    with pytest.raises(ValueError, match="avx1024"):
+        library().use_level("avx1024")
+
+
+@pytest.mark.parametrize("level", library().levels)
+@pytest.mark.parametrize(("name", "dtype"), MODELS)
+def test_each_level_is_nearer_to_float32_than_torchs_layers_in_bfloat16(name: str, dtype: str, level: str) -> None:
+    exact, by_torch = logits_of(exact_groups(name, dtype)), logits_of(torch_groups(name, "bfloat16"))
+    best = logits_of(native_groups(name, dtype))
+    library().use_level(level)
+    found = logits_of(native_groups(name, dtype))
+    assert error(found, exact) < error(by_torch, exact)
+    assert error(found, best) < error(by_torch, exact) / 4
+
+
+@pytest.mark.parametrize("level", library().levels)
+def test_a_sequence_gets_the_same_bits_in_any_chunks_on_every_level(level: str) -> None:
+    library().use_level(level)
+    for dtype in ("bfloat16", "float32"):
+        groups = native_groups("mistral_sliding", dtype)
+        assert torch.equal(
+            logits_of(groups),
+            torch.cat([in_steps(groups, id) for id in TEXTS]),
+        )
+
+
+def in_steps(groups: Any, id: str) -> torch.Tensor:
+    """Token by token, alone."""
+    chain = GroupChain(groups)
+    chain.reserve(id)
+    return by_plan(chain.logits, {id: TEXTS[id]}, {id: (1,) * len(TEXTS[id])})[id]
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc to compare with")
+def test_another_compiler_makes_the_same_bits(tmp_path: Path) -> None:
+    file = tmp_path / "by-gcc.so"
+    Compiler(("gcc", "-Wno-psabi"), "").compile(file, (*FLAGS, "-O1"))
+    other = Library(str(file))
+    for level in library().levels:
+        library().use_level(level)
+        other.use_level(level)
+        for name, dtype in MODELS:
+            wanted = logits_of(native_groups(name, dtype))
+            with patch("functions.stage.models.llama.group.native_library", lambda *_: other):
+                assert torch.equal(logits_of(native_groups(name, dtype)), wanted), (level, name, dtype)

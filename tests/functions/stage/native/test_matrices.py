@@ -1,0 +1,106 @@
+"""One matrix in C against numpy, in every dtype, size and level: what is exact is equal, the rest is near."""
+
+from collections.abc import Iterator
+from typing import Final
+
+import numpy as np
+import pytest
+
+from functions.stage.native.layers import Linear, MatrixArrays, Threads
+from functions.stage.native.library import library
+from functions.stage.native.records import Array, Dtype
+
+LEVELS: Final = library().levels
+SIZES: Final = ((32, 4), (64, 7), (100, 1), (1, 3), (33, 66), (576, 130))
+"""Width and outputs: whole steps and tiles, and what is left over of both."""
+ROWS: Final = (1, 2, 3, 4, 5, 70, 200)
+
+
+@pytest.fixture(params=LEVELS, autouse=True)
+def _level(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = library().level
+    library().use_level(request.param)
+    yield
+    library().use_level(before)
+
+
+def random(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def bf16(numbers: Array) -> Array:
+    """To the nearest, ties to even, as bits."""
+    bits = numbers.view(np.int32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.int16)
+
+
+def floats(bits: Array) -> Array:
+    return (bits.astype(np.int32) << 16).view(np.float32)
+
+
+def product(matrix: MatrixArrays, x: Array, threads: int = 2) -> Array:
+    return Linear(library(), Threads(library()), matrix)(x, threads)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("width", "outs"), SIZES)
+def test_float32(width: int, outs: int, rows: int) -> None:
+    weights, biases, x = random(outs, width), random(outs, seed=1), random(rows, width, seed=2)
+    found = product(MatrixArrays(Dtype.F32, weights, biases=biases), x)
+    exact = x.astype(np.float64) @ weights.astype(np.float64).T + biases
+    bound = (np.abs(x) @ np.abs(weights).T + np.abs(biases)) * 2.0**-21
+    assert (np.abs(found - exact) <= bound).all()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("width", "outs"), SIZES)
+def test_bfloat16_rounds_its_rows_and_nothing_else(width: int, outs: int, rows: int) -> None:
+    weights, x = bf16(random(outs, width)), random(rows, width, seed=2)
+    found = product(MatrixArrays(Dtype.BF16, weights), x)
+    rounded, of_weights = floats(bf16(x)).astype(np.float64), floats(weights).astype(np.float64)
+    bound = np.abs(rounded) @ np.abs(of_weights).T * 2.0**-20
+    assert (np.abs(found - rounded @ of_weights.T) <= bound).all()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("width", "outs"), SIZES)
+def test_int8_is_the_exact_sum_of_whole_numbers_times_two_scales(width: int, outs: int, rows: int) -> None:
+    weights = np.random.default_rng(0).integers(-127, 128, (outs, width)).astype(np.int8)
+    scales, biases = np.abs(random(outs, seed=1)) + 0.1, random(outs, seed=3)
+    x = random(rows, width, seed=2) * np.logspace(-20, 20, rows, dtype=np.float32)[:, None]
+    found = product(MatrixArrays(Dtype.INT8, weights, scales, biases), x)
+    largest = np.abs(x).max(1, keepdims=True)
+    steps = np.rint(x * (np.float32(32767) / largest)).astype(np.float64)
+    exact = steps @ weights.astype(np.float64).T * (largest / 32767) * scales + biases
+    # Sums of single lanes are rounded to float32 before they are added up.
+    bound = (np.abs(steps) @ np.abs(weights.astype(np.float64)).T * (largest / 32767) * scales + np.abs(biases)) * 2.0**-20
+    assert (np.abs(found - exact) <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", Dtype)
+def test_a_row_gets_the_same_bits_beside_any_others_on_any_threads(dtype: Dtype) -> None:
+    weights = {Dtype.F32: random(70, 96), Dtype.BF16: bf16(random(70, 96)), Dtype.INT8: (random(70, 96) * 40).astype(np.int8)}
+    matrix = MatrixArrays(dtype, weights[dtype], random(70, seed=1) if dtype is Dtype.INT8 else None)
+    x = random(200, 96, seed=2)
+    alone = np.concatenate([product(matrix, x[row : row + 1], 1) for row in range(200)])
+    for threads in (1, 2, 5):
+        assert np.array_equal(product(matrix, x, threads), alone)
+        assert np.array_equal(product(matrix, x[3:69].copy(), threads), alone[3:69])
+
+
+@pytest.mark.parametrize("dtype", Dtype)
+def test_what_is_not_finite_stays_in_its_row_and_zeros_are_zeros(dtype: Dtype) -> None:
+    weights = {Dtype.F32: random(9, 64), Dtype.BF16: bf16(random(9, 64)), Dtype.INT8: (random(9, 64) * 40).astype(np.int8)}
+    matrix = MatrixArrays(dtype, weights[dtype], np.ones(9, np.float32) if dtype is Dtype.INT8 else None)
+    x = random(6, 64, seed=2)
+    good = product(matrix, x)
+    x[1, 5], x[2, 63], x[4] = np.inf, np.nan, 0
+    x[5] = np.full(64, -1, np.int32).view(np.float32)  # a NaN with all bits set
+    found = product(matrix, x)
+    assert np.array_equal(found[[0, 3]], good[[0, 3]])
+    assert not np.isfinite(found[[1, 2, 5]]).any()
+    assert (found[4] == 0).all()
+
+
+def test_no_rows_are_no_work() -> None:
+    assert product(MatrixArrays(Dtype.F32, random(3, 32)), random(0, 32)).shape == (0, 3)
