@@ -1,8 +1,8 @@
 /* Threads that help with a pass.
 
    A pass has seats. Helpers that sleep are woken and take one each; whoever called computes meanwhile, and takes away the seats
-   that are still free when the work is done. So nobody waits for a thread that has not come, be its core busy or, in a forked
-   process, the thread not there. Between passes helpers stay awake for some microseconds only: three stages may share two
+   that are still free when the work is done. So nobody waits for a thread that has not come. A forked process, in which the
+   helpers are not, begins with new ones. Between passes helpers stay awake for some microseconds only: three stages may share two
    cores, and a guest's scheduler takes a halted core for one that is away (docs/experiments.md, "Native layers"). */
 
 #include "pool.h"
@@ -12,6 +12,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 #include "sharing.h"
 
@@ -19,6 +20,7 @@
 enum { TURNS_AWAKE = 2000 };
 
 struct Pool {
+    pid_t process;
     pthread_mutex_t mutex;
     pthread_cond_t seats_free, all_left;
     pthread_t helpers[LAMINA_MOST_THREADS];
@@ -70,9 +72,16 @@ static void hire(Pool *pool, int64_t wanted)
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
+static bool begin(Pool *pool)
+{
+    *pool = (Pool){.process = getpid()};
+    return !pthread_mutex_init(&pool->mutex, NULL) && !pthread_cond_init(&pool->seats_free, NULL) &&
+           !pthread_cond_init(&pool->all_left, NULL);
+}
+
 void pool_run(Pool *pool, int64_t threads, void (*work)(void *argument, int64_t number), void *argument)
 {
-    if (threads == 1) {
+    if (threads == 1 || (pool->process != getpid() && !begin(pool))) {
         work(argument, 0);
         return;
     }
@@ -99,11 +108,8 @@ void pool_run(Pool *pool, int64_t threads, void (*work)(void *argument, int64_t 
 
 Pool *lamina_new_pool(void)
 {
-    Pool *pool = calloc(1, sizeof *pool);
-    if (!pool)
-        return NULL;
-    if (pthread_mutex_init(&pool->mutex, NULL) || pthread_cond_init(&pool->seats_free, NULL) ||
-        pthread_cond_init(&pool->all_left, NULL)) {
+    Pool *pool = malloc(sizeof *pool);
+    if (pool && !begin(pool)) {
         free(pool);
         return NULL;
     }
@@ -112,6 +118,10 @@ Pool *lamina_new_pool(void)
 
 void lamina_free_pool(Pool *pool)
 {
+    if (pool->process != getpid()) {
+        free(pool);
+        return;
+    }
     pthread_mutex_lock(&pool->mutex);
     pool->ends = true;
     pthread_cond_broadcast(&pool->seats_free);
