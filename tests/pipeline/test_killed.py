@@ -44,7 +44,7 @@ KILL_SECONDS = 2.0
 KILL_ANSWERS = 20
 """Or after so many answers, where the machine is so fast that there would be too few kills."""
 LEAST_KILLS = 5
-DEADLINE_SECONDS = 60.0
+DEADLINE_SECONDS = 240.0
 TIMING = PodTiming(restart_backoff_seconds=0.2, restart_backoff_max_seconds=0.2)
 
 
