@@ -41,10 +41,10 @@ class EmbeddedStore:
     Raises StoreUnreachable, with what rclone said, where it does not come up.
     """
 
-    def __init__(self, folder: Path, *, bucket: str = "lamina", port: int = 0) -> None:
-        """port 0: a free one."""
+    def __init__(self, folder: Path, *, bucket: str = "lamina", port: int = 0, keys: tuple[str, str] | None = None) -> None:
+        """port 0: a free one. keys: access and secret key that clients know already; None: made for this run."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._keys = (secrets.token_hex(10), secrets.token_hex(20))
+        self._keys = keys or (secrets.token_hex(10), secrets.token_hex(20))
         self._lines: SimpleQueue[str | None] = SimpleQueue()
         self._process: subprocess.Popen[str] | None = None
         # --etag-hash "": by default the first read of every object waits until rclone has computed its MD5. --no-checksum:

@@ -79,6 +79,17 @@ def test_what_was_put_is_there_on_the_next_start(tmp_path: Path) -> None:
         assert store.settings.endpoint_url.startswith("http://127.0.0.1:")
 
 
+def test_a_store_that_comes_back_is_the_one_that_clients_know(tmp_path: Path) -> None:
+    with EmbeddedStore(tmp_path) as store:
+        client = ObjectStore(store.settings)
+        client.put("key", b"kept")
+    known = store.settings
+    port = int(known.endpoint_url.rpartition(":")[2])
+    with EmbeddedStore(tmp_path, port=port, keys=(known.access_key_id, known.secret_access_key)) as back:
+        assert back.settings == known
+        assert client.get("key") == b"kept"
+
+
 def test_closing_twice_is_harmless(tmp_path: Path) -> None:
     store = EmbeddedStore(tmp_path)
     store.close()
