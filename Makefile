@@ -20,11 +20,12 @@ CONTEXT ?=
 INGRESS ?=
 TIMEOUT ?= 900
 ENGINE ?=
+MINUTES ?=
 BASE ?= python:3.11-slim
 ACCELERATOR ?= cpu
 TORCH_INDEX ?=
 # Recipes read these through the environment, so that no quoting in a value can break a command.
-export PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT INGRESS TIMEOUT ENGINE BASE ACCELERATOR TORCH_INDEX
+export PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT INGRESS TIMEOUT ENGINE BASE ACCELERATOR TORCH_INDEX MINUTES
 
 BIN := $(VENV)/bin
 FOLDERS := storage eventing functions knative
@@ -35,7 +36,7 @@ help: ## This list
 	@awk 'BEGIN { FS = ":.*## " } \
 	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
 	  /^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@printf '\nVariables: PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT INGRESS TIMEOUT ENGINE BASE ACCELERATOR TORCH_INDEX PYTHON VENV\n'
+	@printf '\nVariables: PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT INGRESS TIMEOUT ENGINE BASE ACCELERATOR TORCH_INDEX MINUTES PYTHON VENV\n'
 
 .PHONY: run
 run: $(VENV)/run.stamp $(VENV)/native.stamp ## Ask a real model through a pipeline on this machine, then serve it (PROMPT= STAGES= DTYPE= MODEL= PORT= ONCE=1)
@@ -104,6 +105,10 @@ bench-coldstart: $(VENV)/bench.stamp $(VENV)/native.stamp ## From zero to the fi
 .PHONY: bench-load
 bench-load: $(VENV)/bench.stamp $(VENV)/native.stamp ## Conversations that come and go: 0, 1, 16, 64, 4, 0, on a pipeline that scales by itself
 	$(BIN)/python -m bench.load
+
+.PHONY: soak
+soak: $(VENV)/bench.stamp $(VENV)/native.stamp ## Clients that misbehave beside honest ones, while stages are killed and hang and the store goes away (MINUTES=)
+	$(BIN)/python -m bench.soak $${MINUTES:+--minutes "$$MINUTES"}
 
 ##@ Develop
 .PHONY: setup

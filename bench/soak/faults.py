@@ -1,0 +1,107 @@
+"""What is done to the pipeline itself: stages killed, a stage that accepts connections and never answers, a store that is away.
+
+Kills of the first third meet every stage, those of the second the first stage, and those of the last the last one: so every
+process lives long enough, under all else, to show whether it grows.
+"""
+
+import asyncio
+import os
+import random
+import signal
+from dataclasses import dataclass, field
+
+from bench.soak.pipeline import ReturningStore
+from bench.soak.records import GATEWAY, STORE, Fault, Plan, Recorder
+from knative.local.kubelet.pods import Pod
+from knative.local.platform import Platform
+
+_LOOK_SECONDS = 0.1
+
+
+@dataclass
+class Faults:
+    platform: Platform
+    store: ReturningStore
+    plan: Plan
+    recorder: Recorder
+    kill_seconds: float
+    _hanging: str | None = None
+    _dice: random.Random = field(default_factory=lambda: random.Random(6))
+
+    async def run(self) -> None:
+        """Until the plan is over; what was stopped goes on, and the store is there, whatever happens."""
+        async with asyncio.TaskGroup() as faults:
+            faults.create_task(self._kill())
+            faults.create_task(self._hang())
+            faults.create_task(self._send_store_away())
+
+    @property
+    def _stages(self) -> list[str]:
+        return [service for service in self.plan.services if service != GATEWAY]
+
+    def _pod(self, service: str) -> Pod | None:
+        """The one that answers, where there is one."""
+        found = self.platform.services["default", self.plan.services[service]].revisions[-1].ready_pods
+        return found[0] if found else None
+
+    async def _kill(self) -> None:
+        over = self.recorder.now + self.plan.seconds
+        while (left := over - self.recorder.now) > self.kill_seconds:
+            await asyncio.sleep(self.kill_seconds)
+            victims = victims_at(1 - left / self.plan.seconds, self._stages)
+            service = self._dice.choice(victims)
+            pod = self._pod(service)
+            if service == self._hanging or pod is None or pod.pid is None:
+                continue  # nobody is there to be killed
+            os.kill(pod.pid, signal.SIGKILL)
+            self.recorder.write(Fault(self.recorder.now, "kill", service, self.recorder.now))
+
+    async def _hang(self) -> None:
+        """Each stage in turn, twice."""
+        every = self.plan.seconds / (2 * len(self._stages))
+        for service in (*self._stages, *self._stages):
+            await asyncio.sleep(every / 2)
+            if (pod := await self._wait_for(service, every / 4)) is not None:
+                await self._stop(pod, service, every / 4)
+            await asyncio.sleep(every / 4)
+
+    async def _wait_for(self, service: str, seconds: float) -> Pod | None:
+        until = self.recorder.now + seconds
+        while (pod := self._pod(service)) is None and self.recorder.now < until:
+            await asyncio.sleep(_LOOK_SECONDS)
+        return pod
+
+    async def _stop(self, pod: Pod, service: str, seconds: float) -> None:
+        pid, began = pod.pid, self.recorder.now
+        if pid is None:
+            return
+        self._hanging = service
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            await asyncio.sleep(min(30.0, seconds))
+        finally:
+            if pod.pid == pid:
+                os.kill(pid, signal.SIGCONT)
+            self._hanging = None
+            self.recorder.write(Fault(began, "hang", service, self.recorder.now))
+
+    async def _send_store_away(self) -> None:
+        """Three times."""
+        every = self.plan.seconds / 4
+        for _ in range(3):
+            away = min(30.0, every / 3)
+            await asyncio.sleep(every - away)
+            began = self.recorder.now
+            await asyncio.to_thread(self.store.leave)
+            try:
+                await asyncio.sleep(away)
+            finally:
+                await asyncio.to_thread(self.store.come_back)
+                self.recorder.write(Fault(began, "away", STORE, self.recorder.now))
+
+
+def victims_at(share: float, stages: list[str]) -> list[str]:
+    """share: of the run that is over."""
+    if share < 1 / 3:
+        return stages
+    return [stages[0]] if share < 2 / 3 else [stages[-1]]

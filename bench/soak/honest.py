@@ -1,0 +1,197 @@
+"""Honest clients: the same questions through every door, again and again, waiting as they are told to."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, Final, Literal
+
+import aiohttp
+import msgspec
+
+from bench.soak.questions import QUESTIONS, Question
+from bench.soak.records import Answer, Lost, Plan, Recorder, Reference, Refused
+from eventing.http.binding import from_http, to_binary_http
+from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE, ServerSentEvent, SSEDecoder
+from eventing.wire.cloud_event import json_event
+from eventing.wire.events import EventType
+from eventing.wire.generation import GenerateResponse, TokenEvent
+
+PATIENCE_SECONDS: Final = 240.0
+"""For one answer, refusals included; whoever waits longer counts as lost."""
+_PAUSE_SECONDS: Final = 1.0
+"""After a refusal that names no time."""
+_LONGEST_PAUSE_SECONDS: Final = 30.0
+_COME_AGAIN: Final = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+
+Door = Literal["event", "event stream", "openai", "openai stream"]
+DOORS: Final[tuple[Door, ...]] = ("event", "event stream", "openai", "openai stream")
+
+
+class ComeAgain(Exception):
+    def __init__(self, status: int, retry_after: str | None) -> None:
+        super().__init__(status)
+        self.status = status
+        self.retry_after = retry_after
+
+
+class NoAnswer(Exception):
+    """What came was no answer, or not all of one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    text: str
+    completion_tokens: int
+    token_ids: tuple[int, ...] | None = None
+    replays: int = 0
+
+
+class HonestClient:
+    def __init__(self, session: aiohttp.ClientSession, plan: Plan, recorder: Recorder) -> None:
+        self._session = session
+        self._plan = plan
+        self._recorder = recorder
+
+    async def keep_asking(self, number: int) -> None:
+        """Until the plan is over; the last answer is awaited."""
+        dice = random.Random(f"honest {self._plan.seed} {number}")
+        until = self._recorder.now + self._plan.seconds
+        while self._recorder.now < until:
+            await self._ask(dice.choice(DOORS), dice.choice(QUESTIONS))
+
+    async def _ask(self, door: Door, question: Question) -> None:
+        started = self._recorder.now
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                given = await self._until_answered(door, question)
+        except (NoAnswer, TimeoutError, aiohttp.ClientError, msgspec.MsgspecError) as error:
+            reason = str(error) or type(error).__name__
+            self._recorder.write(Lost(self._recorder.now, question.name, door, started, reason))
+            await asyncio.sleep(_PAUSE_SECONDS)
+            return
+        self._recorder.write(
+            Answer(
+                self._recorder.now,
+                question.name,
+                door,
+                started,
+                given.text,
+                given.completion_tokens,
+                given.token_ids,
+                given.replays,
+            )
+        )
+
+    async def _until_answered(self, door: Door, question: Question) -> Given:
+        while True:
+            try:
+                return await ask(self._session, self._plan, door, question)
+            except ComeAgain as refusal:
+                self._recorder.write(Refused(self._recorder.now, door, refusal.status, refusal.retry_after))
+                await asyncio.sleep(_pause(refusal.retry_after))
+
+
+def _pause(retry_after: str | None) -> float:
+    said = float(retry_after) if retry_after is not None and retry_after.isdigit() else _PAUSE_SECONDS
+    return min(said, _LONGEST_PAUSE_SECONDS)
+
+
+async def take_references(plan: Plan, recorder: Recorder) -> None:
+    """One question after the other, before anything disturbs. Raises NoAnswer, ComeAgain."""
+    async with session_of(plan) as session:
+        for question in QUESTIONS:
+            given = await ask(session, plan, "event", question)
+            found = Reference(recorder.now, question.name, given.text, given.token_ids or (), given.completion_tokens)
+            recorder.write(found)
+
+
+def session_of(plan: Plan) -> aiohttp.ClientSession:
+    """A connection for each request: one that broke with its pod must not count against the next answer."""
+    headers = {"authorization": f"Bearer {plan.honest_key}"}
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
+    return aiohttp.ClientSession(headers=headers, timeout=timeout, connector=aiohttp.TCPConnector(limit=0, force_close=True))
+
+
+async def ask(session: aiohttp.ClientSession, plan: Plan, door: Door, question: Question) -> Given:
+    """Raises ComeAgain, NoAnswer, aiohttp.ClientError, msgspec.MsgspecError."""
+    url, headers, body = _request(plan, door, question)
+    async with session.post(url, data=body, headers=headers) as reply:
+        if reply.status in _COME_AGAIN:
+            raise ComeAgain(reply.status, reply.headers.get("retry-after"))
+        if reply.status != HTTPStatus.OK:
+            raise NoAnswer(f"{reply.status}: {(await reply.read())[:300].decode(errors='replace')}")
+        match door:
+            case "event":
+                return _of_response(msgspec.json.decode(await reply.read(), type=GenerateResponse))
+            case "event stream":
+                return await _of_events(_messages(reply))
+            case "openai":
+                return _of_openai(await reply.json(), question)
+            case "openai stream":
+                return await _of_chunks(_messages(reply))
+
+
+def _request(plan: Plan, door: Door, question: Question) -> tuple[str, dict[str, str], bytes]:
+    if door.startswith("openai"):
+        body = question.openai_body(plan.model, stream=door == "openai stream")
+        return plan.url + question.openai_path, {"content-type": "application/json"}, msgspec.json.encode(body)
+    headers, pieces = to_binary_http(json_event(EventType.GENERATE_REQUEST, "bench/soak", question.event_data()))
+    if door == "event stream":
+        headers["accept"] = EVENT_STREAM_CONTENT_TYPE
+    return plan.url, headers, b"".join(pieces)
+
+
+async def _messages(reply: aiohttp.ClientResponse) -> AsyncIterator[ServerSentEvent]:
+    decoder = SSEDecoder()
+    async for chunk in reply.content.iter_any():
+        for message in decoder.feed(chunk):
+            yield message
+
+
+def _of_response(response: GenerateResponse) -> Given:
+    return Given(response.text, response.usage.completion_tokens, response.token_ids, response.timings.replays)
+
+
+async def _of_events(messages: AsyncIterator[ServerSentEvent]) -> Given:
+    """The tokens as they came; the last event must say the same."""
+    tokens: list[TokenEvent] = []
+    async for message in messages:
+        event = from_http({"content-type": "application/cloudevents+json"}, message.data.encode())
+        data = bytes(event.get_data() or b"")  # type: ignore[arg-type]
+        if event.get_type() == EventType.TOKEN:
+            tokens.append(msgspec.json.decode(data, type=TokenEvent))
+        elif event.get_type() == EventType.GENERATE_RESPONSE:
+            return _same(tokens, _of_response(msgspec.json.decode(data, type=GenerateResponse)))
+        else:
+            raise NoAnswer(f"the stream ended with {event.get_type()}: {data[:300].decode(errors='replace')}")
+    raise NoAnswer("the stream ended before its last event")
+
+
+def _same(tokens: list[TokenEvent], given: Given) -> Given:
+    if tuple(token.token_id for token in tokens) != given.token_ids or "".join(token.text for token in tokens) != given.text:
+        raise NoAnswer("the stream's tokens are not those of its last event")
+    return given
+
+
+def _of_openai(document: Any, question: Question) -> Given:
+    choice = document["choices"][0]
+    text = choice["message"]["content"] if question.chat else choice["text"]
+    return Given(text, document["usage"]["completion_tokens"])
+
+
+async def _of_chunks(messages: AsyncIterator[ServerSentEvent]) -> Given:
+    text: list[str] = []
+    completion_tokens = -1
+    async for message in messages:
+        if message.data == "[DONE]":
+            return Given("".join(text), completion_tokens)
+        document = msgspec.json.decode(message.data.encode())
+        if "error" in document:
+            raise NoAnswer(f"the stream ended with an error: {message.data[:300]}")
+        for choice in document["choices"]:
+            text.append(choice["text"] if "text" in choice else choice["delta"].get("content", ""))
+        if document.get("usage"):
+            completion_tokens = document["usage"]["completion_tokens"]
+    raise NoAnswer("the stream ended before [DONE]")

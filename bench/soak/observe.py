@@ -1,0 +1,88 @@
+"""Looks at the processes while they are soaked, and at their gauges while they rest."""
+
+import asyncio
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from bench.soak.records import FREE, GATEWAY, Ended, Plan, Recorder, Rest, Usage
+from knative.commands.terminal.pod_metrics import read_metrics
+from knative.local.kubelet.processes import memory_bytes
+from knative.local.platform import Platform
+
+_EVERY_SECONDS: Final = 1.0
+SETTLE_SECONDS: Final = 90.0
+"""What everything gets to come to rest when nobody asks any more."""
+GAUGES: Final[Mapping[str, tuple[str, ...]]] = {
+    GATEWAY: ("lamina_gateway_running_sequences", "lamina_gateway_waiting_sequences"),
+    "stage": (FREE, "lamina_stage_sequences"),
+}
+
+
+@dataclass
+class Observer:
+    platform: Platform
+    plan: Plan
+    recorder: Recorder
+    _restarts: dict[str, int] = field(default_factory=dict)
+
+    async def run(self) -> None:
+        while True:
+            for service, pod in self._pods():
+                self._look(service, pod)
+            await asyncio.sleep(_EVERY_SECONDS)
+
+    def _pods(self) -> Iterator[tuple[str, Any]]:
+        """As the platform's status has them."""
+        names = {platform_name: name for name, platform_name in self.plan.services.items()}
+        for service in self.platform.status()["services"]:
+            for revision in service["revisions"]:
+                yield from ((names[service["name"]], pod) for pod in revision["pods"])
+
+    def _look(self, service: str, pod: Mapping[str, Any]) -> None:
+        if pod["restarts"] > self._restarts.get(pod["name"], 0):
+            self._restarts[pod["name"]] = pod["restarts"]
+            self.recorder.write(Ended(self.recorder.now, service, pod["last_end"]))
+        pid = pod["pid"]
+        # A process that has ended, and that nobody has waited for yet, has no memory.
+        if pid is not None and (resident := memory_bytes(pid)) and (usage := read_usage(pid)) is not None:
+            self.recorder.write(Usage(self.recorder.now, service, pid, *usage, resident))
+
+    async def rest(self, moment: Literal["before", "after"], wanted: Mapping[str, dict[str, float]] | None = None) -> None:
+        """Records the gauges once they are as `wanted` (None: once nothing is held), or when waiting has been long enough."""
+        until = self.recorder.now + SETTLE_SECONDS
+        while not self._rests(seen := await self._gauges(), wanted) and self.recorder.now < until:
+            await asyncio.sleep(_EVERY_SECONDS)
+        for service, gauges in seen.items():
+            self.recorder.write(Rest(self.recorder.now, moment, service, gauges))
+        self.seen = seen
+
+    seen: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Gauges as they were recorded last, by service."""
+
+    def _rests(self, seen: dict[str, dict[str, float]], wanted: Mapping[str, dict[str, float]] | None) -> bool:
+        if wanted is not None:
+            return seen == wanted
+        complete = len(seen) == len(self.plan.services) and all(seen.values())
+        return complete and not any(value for gauges in seen.values() for name, value in gauges.items() if name != FREE)
+
+    async def _gauges(self) -> dict[str, dict[str, float]]:
+        found = {}
+        for service, pod in self._pods():
+            samples = await asyncio.to_thread(read_metrics, pod)
+            names = GAUGES[service.partition(" ")[0]]
+            found[service] = {name: samples[name] for name in names} if samples else {}
+        return found
+
+
+def read_usage(pid: int) -> tuple[int, int] | None:
+    """(threads, open descriptors) of a process of ours; None where it has gone."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^Threads:\s+(\d+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+        if found is not None:
+            return int(found[1]), len(os.listdir(f"/proc/{pid}/fd"))
+    return None

@@ -1,0 +1,89 @@
+"""What is soaked: SmolLM2 in fp32 on a local platform, each stage with one pod, so that a kill takes it away from everybody."""
+
+import contextlib
+import secrets
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Final, Self
+from urllib.parse import urlsplit
+
+from bench.soak.records import GATEWAY
+from knative.commands.sources.local_pipeline import LocalPipeline
+from knative.local.kubelet.fork_starter import ForkStarter
+from knative.local.kubelet.pods import PodTiming
+from knative.local.platform import ROOT, Platform, PlatformOptions
+from knative.local.state_folder import RunningPlatform, StateFolder
+from knative.render.services import services
+from knative.spec.pipeline_spec import Autoscaling, Gateway, Model, PipelineSpec, Resources, Stage
+from knative.spec.pipeline_spec import Store as StoreSpec
+from storage.store.embedded import EmbeddedStore
+from storage.store.settings import StoreSettings
+
+MODEL: Final = "smollm2-135m-instruct"
+KEYS_SECRET: Final = "soak-keys"
+_STOP_SECONDS: Final = 5.0
+_TIMING: Final = PodTiming(restart_backoff_seconds=0.5, restart_backoff_max_seconds=5.0)
+"""A pod that is killed again and again would else be waited for rather than soaked."""
+_ALWAYS_ONE: Final = Autoscaling(min_scale=1, max_scale=1)
+
+
+def spec_of(stages: int) -> PipelineSpec:
+    """Everything that is not said here is a default. fp32: answers must be equal token for token."""
+    return PipelineSpec(
+        name="soak",
+        model=Model(name=MODEL, dtype="float32"),
+        stages=stages,
+        image="lamina:local",
+        stage=Stage(resources=Resources(cpu="2", memory="2Gi"), busy_threads=1, kv_cache="128Mi", autoscaling=_ALWAYS_ONE),
+        gateway=Gateway(
+            micro_batch_sequences=16,
+            api_keys_secret=KEYS_SECRET,
+            autoscaling=Autoscaling(container_concurrency=0, target=100, min_scale=1, max_scale=1),
+        ),
+        store=StoreSpec(endpoint="http://127.0.0.1"),
+    )
+
+
+def services_of(local: LocalPipeline) -> dict[str, str]:
+    """Name in the records → the Service's."""
+    stages = range(len(local.pipeline.cut))
+    return {GATEWAY: local.pipeline.spec.name, **{f"stage {index}": local.pipeline.stage_name(index) for index in stages}}
+
+
+@contextlib.asynccontextmanager
+async def serving(state: StateFolder, local: LocalPipeline, store: StoreSettings) -> AsyncIterator[Platform]:
+    async with ForkStarter(ROOT, state.logs / "fork-server.log") as starter:
+        options = PlatformOptions(secrets=local.secrets, logs=state.logs, starter=starter, timing=_TIMING)
+        platform = Platform(options)
+        await platform.start()
+        try:
+            await platform.apply(services(local.pipeline))
+            url = platform.url(local.pipeline.spec.name)
+            state.publish(RunningPlatform(platform.status()["pid"], platform.admin_url, url, store))
+            yield platform
+        finally:
+            await platform.stop(_STOP_SECONDS)
+
+
+class ReturningStore:
+    """The embedded store, which can go away and come back where clients look for it. A context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._keys = (secrets.token_hex(10), secrets.token_hex(20))
+        self._store = EmbeddedStore(folder, keys=self._keys)
+        self.settings = self._store.settings
+
+    def leave(self) -> None:
+        self._store.close()
+
+    def come_back(self) -> None:
+        """Raises StoreUnreachable."""
+        port = urlsplit(self.settings.endpoint_url).port or 0
+        self._store = EmbeddedStore(self._folder, port=port, keys=self._keys)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._store.close()

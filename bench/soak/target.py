@@ -1,0 +1,151 @@
+"""Whom hostile clients reach: the gateway as clients know it, and every process at its own port; connections byte by byte."""
+
+import asyncio
+import contextlib
+import random
+import socket
+import struct
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import aiohttp
+import msgspec
+
+from bench.soak.records import GATEWAY, Plan
+
+ANSWER_SECONDS: Final = 20.0
+"""How long a hostile client waits for an answer that it wants to see."""
+_RESET: Final = struct.pack("ii", 1, 0)
+"""SO_LINGER: closing sends RST, as a client does that was killed."""
+
+Outcomes = Counter[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    async def send(self, data: bytes) -> None:
+        self.writer.write(data)
+        await self.writer.drain()
+
+    async def status(self, seconds: float = ANSWER_SECONDS) -> str:
+        """The status of the reply that comes; "closed" where none does, "silent" where nothing happens for so long."""
+        try:
+            async with asyncio.timeout(seconds):
+                line = await self.reader.readline()
+        except TimeoutError:
+            return "silent"
+        except (OSError, ValueError):
+            return "closed"
+        parts = line.split()
+        return parts[1].decode(errors="replace") if len(parts) > 1 and line.startswith(b"HTTP/") else "closed"
+
+    def reset_on_close(self) -> None:
+        sock: socket.socket = self.writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+
+
+class Target:
+    def __init__(self, plan: Plan, session: aiohttp.ClientSession) -> None:
+        self.plan = plan
+        self._session = session
+        self._ports: dict[str, int] = {}
+
+    async def look(self) -> None:
+        """Where the functions listen now. Raises aiohttp.ClientError."""
+        async with self._session.get(f"{self.plan.admin_url}/status") as reply:
+            status = await reply.json()
+        self._ports = function_ports(status, self.plan.services)
+
+    @property
+    def services(self) -> list[str]:
+        """Those that have a process now."""
+        return list(self._ports)
+
+    def address(self, service: str | None) -> tuple[str, int]:
+        """service: None for the gateway's URL. Raises KeyError where it has no process."""
+        if service is not None:
+            return "127.0.0.1", self._ports[service]
+        parts = urlsplit(self.plan.url)
+        return parts.hostname or "127.0.0.1", parts.port or 80
+
+    def some_way(self, dice: random.Random) -> str | None:
+        """To the gateway: by its URL or by its own port."""
+        return GATEWAY if GATEWAY in self._ports and dice.random() < 0.5 else None
+
+    @contextlib.asynccontextmanager
+    async def connect(self, service: str | None, buffer_bytes: int = 2**16) -> AsyncIterator[Connection]:
+        """Raises OSError, KeyError."""
+        host, port = self.address(service)
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+        try:
+            await asyncio.get_running_loop().sock_connect(sock, (host, port))
+            reader, writer = await asyncio.open_connection(sock=sock, limit=buffer_bytes)
+        except BaseException:
+            sock.close()
+            raise
+        try:
+            yield Connection(reader, writer)
+        finally:
+            writer.close()
+
+    def head(self, path: str, length: int | None, **headers: str) -> bytes:
+        """Of a POST. length: None to say none. headers: underscores stand for dashes; an empty one is left out."""
+        all_headers = {
+            "host": "soak",
+            "authorization": f"Bearer {self.plan.hostile_key}",
+            "content-type": "application/json",
+            **({} if length is None else {"content-length": str(length)}),
+            **{name.replace("_", "-"): value for name, value in headers.items()},
+        }
+        lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in all_headers.items() if value), "", ""]
+        return "\r\n".join(lines).encode("latin-1")
+
+    def post(self, path: str, body: bytes, **headers: str) -> bytes:
+        return self.head(path, len(body), **headers) + body
+
+    def completion(self, prompt: str, max_tokens: int, **more: Any) -> bytes:
+        body = {"model": self.plan.model, "prompt": prompt, "max_tokens": max_tokens, **more}
+        return self.post("/v1/completions", msgspec.json.encode(body))
+
+    async def answered(self, service: str | None, data: bytes) -> str:
+        """What a whole request is answered; "closed" also where it is not read to its end."""
+        async with self.connect(service) as connection:
+            with contextlib.suppress(ConnectionError):
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    await connection.send(data)
+            return await connection.status()
+
+
+def function_ports(status: Mapping[str, Any], services: Mapping[str, str]) -> dict[str, int]:
+    """Of the platform's status document: name in the records → port, of those that have a process."""
+    names = {platform_name: name for name, platform_name in services.items()}
+    return {
+        names[service["name"]]: pod["function_port"]
+        for service in status["services"]
+        for revision in service["revisions"]
+        for pod in revision["pods"]
+        if service["name"] in names and pod["function_port"] is not None
+    }
+
+
+Attack = Callable[[Target, random.Random, Outcomes], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of hostile client."""
+
+    name: str
+    attack: Attack
+    pause_seconds: float
+    """Between two attempts."""
+    refused: bool = False
+    """What it sends is wrong in itself: neither 2xx nor a failure of the server's (500) may come of it."""

@@ -1,0 +1,170 @@
+"""Clients of a soak against servers that are easy to understand: what they send arrives, and what came of it is recorded."""
+
+import asyncio
+import json
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from aiohttp import web
+
+from bench.soak.honest import DOORS, ComeAgain, Door, Given, HonestClient, NoAnswer, ask, session_of, take_references
+from bench.soak.hostile import KINDS
+from bench.soak.questions import QUESTIONS, Question
+from bench.soak.records import GATEWAY, Answer, Lost, Plan, Recorder, Refused, of, read_records
+from bench.soak.target import Outcomes, Target
+from eventing.http.binding import to_structured_http
+from eventing.http.sse import encode_sse
+from eventing.wire.cloud_event import json_event
+from eventing.wire.events import EventType
+from eventing.wire.generation import GenerateResponse, Timings, TokenEvent, Usage
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+CHAT, TEXT = QUESTIONS[0], QUESTIONS[2]
+RESPONSE = GenerateResponse("ab", (5, 6), "length", Usage(3, 2, 5), Timings(0, 0, 0, 0, 1))
+TOKENS = (TokenEvent(0, 5, "a"), TokenEvent(1, 6, "b"))
+STAYS = "reads nothing of its stream"
+
+
+def plan(url: str, seconds: float = 0.0) -> Plan:
+    services = {GATEWAY: "soak", "stage 0": "soak-s0"}
+    keys = {"honest_key": "honest", "hostile_key": "hostile", "honest": 1}
+    return Plan(records="", started=0, seconds=seconds, url=url, admin_url=f"{url}/admin", services=services, model="m", **keys)
+
+
+def message(kind: EventType, data: Any) -> bytes:
+    return encode_sse(b"".join(to_structured_http(json_event(kind, "test", data))[1]))
+
+
+@asynccontextmanager
+async def gateway(handler: Handler) -> AsyncIterator[str]:
+    app = web.Application()
+    app.add_routes([web.post("/{path:.*}", handler)])
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+async def answering(request: web.Request) -> web.StreamResponse:
+    """The same two tokens, in the way of the door that is asked."""
+    body = await request.json()
+    if request.path == "/":
+        if "text/event-stream" not in request.headers.get("accept", ""):
+            return web.Response(body=msgspec.json.encode(RESPONSE))
+        parts = [message(EventType.TOKEN, token) for token in TOKENS]
+        return web.Response(body=b"".join([*parts, message(EventType.GENERATE_RESPONSE, RESPONSE)]))
+    chat = request.path.endswith("chat/completions")
+    if not body.get("stream"):
+        choice = {"message": {"content": "ab"}} if chat else {"text": "ab"}
+        return web.json_response({"choices": [choice], "usage": {"completion_tokens": 2}})
+    chunks: list[Any] = [{"choices": [{"delta": {"content": text}} if chat else {"text": text}]} for text in ("a", "b")]
+    chunks.append({"choices": [], "usage": {"completion_tokens": 2}})
+    return web.Response(body=b"".join(map(encode_sse, [*map(json.dumps, chunks), "[DONE]"])))
+
+
+def asked(handler: Handler, door: Door, question: Question = TEXT) -> Given:
+    async def scenario() -> Given:
+        async with gateway(handler) as url, session_of(plan(url)) as session:
+            return await ask(session, plan(url), door, question)
+
+    return asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("question", [CHAT, TEXT], ids=["chat", "text"])
+@pytest.mark.parametrize("door", DOORS)
+def test_every_door_gives_the_same_answer(door: Door, question: Question) -> None:
+    given = asked(answering, door, question)
+    assert (given.text, given.completion_tokens) == ("ab", 2)
+    assert given.token_ids == (None if door.startswith("openai") else (5, 6))
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_refusal_says_when_to_come_again(status: int) -> None:
+    async def refusing(_: web.Request) -> web.Response:
+        return web.Response(status=status, headers={"Retry-After": "7"})
+
+    with pytest.raises(ComeAgain) as refusal:
+        asked(refusing, "openai")
+    assert (refusal.value.status, refusal.value.retry_after) == (status, "7")
+
+
+@pytest.mark.parametrize(
+    ("door", "stream"),
+    [
+        ("event stream", message(EventType.TOKEN, TOKENS[0])),
+        ("event stream", message(EventType.TOKEN, TOKENS[0]) + message(EventType.GENERATE_RESPONSE, RESPONSE)),
+        ("openai stream", encode_sse(json.dumps({"choices": [{"text": "a"}]}))),
+        ("openai stream", encode_sse(json.dumps({"error": {"message": "gone"}})) + encode_sse("[DONE]")),
+    ],
+    ids=["no last event", "a token is missing", "no end", "an error"],
+)
+def test_half_an_answer_is_none(door: Door, stream: bytes) -> None:
+    async def broken(_: web.Request) -> web.Response:
+        return web.Response(body=stream)
+
+    with pytest.raises(NoAnswer):
+        asked(broken, door)
+
+
+def test_an_honest_client_comes_again_and_records_what_it_lost(tmp_path: Path) -> None:
+    statuses = iter([503, 500])
+
+    async def moody(request: web.Request) -> web.StreamResponse:
+        status = next(statuses, 200)
+        return await answering(request) if status == 200 else web.Response(status=status, headers={"Retry-After": "0"})
+
+    async def scenario() -> None:
+        async with gateway(moody) as url:
+            with Recorder(tmp_path / "records") as recorder:
+                asked = plan(url, seconds=1.1)
+                async with session_of(asked) as session:
+                    await HonestClient(session, asked, recorder).keep_asking(0)
+                await take_references(asked, recorder)
+
+    asyncio.run(scenario())
+    records = read_records(tmp_path / "records")
+    assert [(refused.status, refused.retry_after) for refused in of(Refused, records)] == [(503, "0")]
+    assert [lost.reason[:3] for lost in of(Lost, records)] == ["500"]
+    assert all(answer.text == "ab" for answer in of(Answer, records))
+
+
+def test_every_hostile_client_is_heard_and_its_outcome_counted() -> None:
+    """By a server that refuses whatever comes; only who reads nothing of it does not see that."""
+    heard = Counter[bool]()
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heard[bool(await reader.read(10))] += 1
+        writer.write(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n")
+        writer.close()
+
+    async def scenario() -> dict[str, Outcomes]:
+        server = await asyncio.start_server(refuse, "127.0.0.1", 0, backlog=2048)
+        port = server.sockets[0].getsockname()[1]
+        asked = plan(f"http://127.0.0.1:{port}")
+        outcomes: dict[str, Outcomes] = {kind.name: Counter() for kind in KINDS}
+        async with session_of(asked) as session:
+            target = Target(asked, session)
+            target._ports = {GATEWAY: port, "stage 0": port}
+            dice = random.Random(1)
+            attacks = {kind.name: asyncio.create_task(kind.attack(target, dice, outcomes[kind.name])) for kind in KINDS}
+            stays = attacks.pop(STAYS)
+            await asyncio.gather(*attacks.values())
+            stays.cancel()
+            await asyncio.wait([stays])
+        server.close()
+        return outcomes
+
+    outcomes = asyncio.run(scenario())
+    assert heard[True] > 1000
+    for name, counts in outcomes.items():
+        assert counts, name
+        assert set(counts) <= ({"400", "closed"} if name != STAYS else {"held until the lull", "closed"}), (name, counts)
