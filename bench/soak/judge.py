@@ -7,6 +7,7 @@ from typing import Final
 
 from bench.soak.growth import QUANTITIES, Growth, growths
 from bench.soak.records import (
+    FREE,
     GATEWAY,
     STORE,
     Answer,
@@ -26,7 +27,6 @@ from bench.soak.records import (
 HEALTHY_SECONDS: Final = 1.0
 RECOVERY_SECONDS: Final = 20.0
 """After a fault of a service, or of the store that it starts from: so long its own health is not asked for."""
-_FREE: Final = "lamina_stage_free_tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def _nobody_left(records: Sequence[Record]) -> Verdict:
         f"{service} {name.removeprefix('lamina_')}": value
         for service, gauges in after.items()
         for name, value in gauges.items()
-        if name != _FREE and value
+        if name != FREE and value
     }
     seen = ", ".join(f"{name} {value:g}" for name, value in left.items()) or "0 everywhere"
     complete = bool(after) and all(after.values())
@@ -111,7 +111,7 @@ def _nobody_left(records: Sequence[Record]) -> Verdict:
 
 def _memory_free(records: Sequence[Record]) -> Verdict:
     before, after = (
-        {service: gauges.get(_FREE) for service, gauges in _rest(records, moment).items() if service != GATEWAY}
+        {service: gauges.get(FREE) for service, gauges in _rest(records, moment).items() if service != GATEWAY}
         for moment in ("before", "after")
     )
     pairs = [f"{service} {after.get(service)} of {free}" for service, free in before.items() if after.get(service) != free]

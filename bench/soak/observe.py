@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from bench.soak.records import GATEWAY, Ended, Plan, Recorder, Rest, Usage
+from bench.soak.records import FREE, GATEWAY, Ended, Plan, Recorder, Rest, Usage
 from knative.commands.terminal.pod_metrics import read_metrics
 from knative.local.kubelet.processes import memory_bytes
 from knative.local.platform import Platform
@@ -19,7 +19,7 @@ SETTLE_SECONDS: Final = 90.0
 """What everything gets to come to rest when nobody asks any more."""
 GAUGES: Final[Mapping[str, tuple[str, ...]]] = {
     GATEWAY: ("lamina_gateway_running_sequences", "lamina_gateway_waiting_sequences"),
-    "stage": ("lamina_stage_free_tokens", "lamina_stage_sequences"),
+    "stage": (FREE, "lamina_stage_sequences"),
 }
 
 
@@ -53,11 +53,9 @@ class Observer:
             self.recorder.write(Usage(self.recorder.now, service, pid, *usage, resident))
 
     async def rest(self, moment: Literal["before", "after"], wanted: Mapping[str, dict[str, float]] | None = None) -> None:
-        """Records the gauges once they are as `wanted` (None: once all are there), or when waiting has been long enough."""
+        """Records the gauges once they are as `wanted` (None: once nothing is held), or when waiting has been long enough."""
         until = self.recorder.now + SETTLE_SECONDS
-        while (seen := await self._gauges()) != wanted and self.recorder.now < until:
-            if wanted is None and len(seen) == len(self.plan.services) and all(seen.values()):
-                break
+        while not self._rests(seen := await self._gauges(), wanted) and self.recorder.now < until:
             await asyncio.sleep(_EVERY_SECONDS)
         for service, gauges in seen.items():
             self.recorder.write(Rest(self.recorder.now, moment, service, gauges))
@@ -65,6 +63,12 @@ class Observer:
 
     seen: dict[str, dict[str, float]] = field(default_factory=dict)
     """Gauges as they were recorded last, by service."""
+
+    def _rests(self, seen: dict[str, dict[str, float]], wanted: Mapping[str, dict[str, float]] | None) -> bool:
+        if wanted is not None:
+            return seen == wanted
+        complete = len(seen) == len(self.plan.services) and all(seen.values())
+        return complete and not any(value for gauges in seen.values() for name, value in gauges.items() if name != FREE)
 
     async def _gauges(self) -> dict[str, dict[str, float]]:
         found = {}

@@ -12,6 +12,8 @@ import msgspec
 
 GATEWAY: Final = "gateway"
 STORE: Final = "store"
+FREE: Final = "lamina_stage_free_tokens"
+"""The gauge that is as large as it can be, not 0, when nothing is held."""
 ROUND_LULLS: Final = 3
 """A round is as long as so many lulls."""
 

@@ -12,6 +12,7 @@ from bench.soak.faults import victims_at
 from bench.soak.growth import growths
 from bench.soak.hostile import KINDS
 from bench.soak.judge import late, unexplained, wrong
+from bench.soak.observe import Observer
 from bench.soak.plot import draw
 from bench.soak.questions import QUESTIONS
 from bench.soak.records import (
@@ -244,11 +245,10 @@ def test_a_short_soak_has_rounds_too() -> None:
     assert rounds == {1: 15, 2: 15, 15: 60, 60: 60}
 
 
-def plan(seconds: float) -> Plan:
-    keys = {"honest_key": "h", "hostile_key": "x", "honest": 1}
-    return Plan(
-        records="r", started=0, seconds=seconds, url="http://h:1", admin_url="http://h:2", services={}, model="m", **keys
-    )
+def plan(seconds: float, services: dict[str, str] | None = None) -> Plan:
+    clients = {"honest_key": "h", "hostile_key": "x", "honest": 1}
+    urls = {"url": "http://h:1", "admin_url": "http://h:2"}
+    return Plan(records="r", started=0, seconds=seconds, services=services or {}, model="m", **urls, **clients)
 
 
 def test_where_functions_listen_is_read_from_the_status() -> None:
@@ -265,3 +265,14 @@ def test_questions_and_clients_are_told_apart() -> None:
     assert len({kind.name for kind in KINDS}) == len(KINDS)
     assert {question.temperature > 0 for question in QUESTIONS} == {True, False}
     assert of(Began, records())[0].hostile == tuple(kind.name for kind in KINDS)
+
+
+def test_the_start_is_taken_once_nothing_is_held() -> None:
+    """Else what the last question still held would count as gone afterwards."""
+    observer = Observer(platform=None, plan=plan(60, dict.fromkeys(SERVICES, "")), recorder=None)  # type: ignore[arg-type]
+    idle = {GATEWAY: {RUNNING: 0.0, WAITING: 0.0}, "stage 0": {FREE: 4.0, HELD: 0.0}, "stage 1": {FREE: 4.0, HELD: 0.0}}
+    assert observer._rests(idle, None)
+    assert not observer._rests({**idle, "stage 1": {FREE: 3.0, HELD: 1.0}}, None)
+    assert not observer._rests({**idle, "stage 1": {}}, None)
+    assert not observer._rests({GATEWAY: idle[GATEWAY]}, None)
+    assert not observer._rests({**idle, "stage 1": {FREE: 3.0, HELD: 0.0}}, idle)
