@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -20,6 +21,9 @@ HEARTBEAT_SECONDS: Final = 3.0
 
 class Submitter(Protocol):
     """A Scheduler."""
+
+    def entering(self) -> AbstractContextManager[None]:
+        """For what is done to a request before `submit`: it counts as one that waits. Raises QueueFull, NotReady."""
 
     def submit(self, prompt: Prompt) -> TokenStream:
         """Tokens come by themselves. Raises QueueFull, NotReady, InvalidRequest."""
@@ -50,10 +54,7 @@ class Answers:
 
     def begin(self, request: GenerateRequest, asker: Asker) -> "Answer":
         """Begins an answer. Raises InvalidRequest, QueueFull, NotReady."""
-        if request.messages is not None:
-            token_ids = self.text.encode_messages(request.messages)
-        else:
-            token_ids = self.text.encode(request.prompt or "")
+        token_ids = self._token_ids(request)
         room = self.text.context_length - len(token_ids)
         if not token_ids:
             raise InvalidRequest("the prompt has no tokens")
@@ -84,6 +85,17 @@ class Answers:
         before = () if request.messages is not None else token_ids
         text_stream = TextStream(self.text.tokenizer, request.stop_strings, before)
         return Answer(len(token_ids), token_stream, text_stream, self._metrics, span)
+
+    def _token_ids(self, request: GenerateRequest) -> list[int]:
+        """Nothing is rendered or tokenized that is too long to fit, or that would be refused afterwards."""
+        if request.messages is not None:
+            self.text.check_messages(request.messages)
+        else:
+            self.text.check(request.prompt or "")
+        with self._scheduler.entering():
+            if request.messages is not None:
+                return self.text.encode_messages(request.messages)
+            return self.text.encode(request.prompt or "")
 
 
 class Answer:

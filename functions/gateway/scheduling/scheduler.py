@@ -12,8 +12,10 @@ import math
 import secrets
 import threading
 import time
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import count
 from typing import Final
 
@@ -69,6 +71,7 @@ class Scheduler:
         self._numbers = count()
         self._changed = threading.Condition()
         """The one lock; notified when the clock has to look again and when sequences end."""
+        self._entering = 0
         self._closing = False
         self._closed = False
         self._clock_looks_at = math.inf
@@ -80,17 +83,25 @@ class Scheduler:
 
     # For doors.
 
+    @contextmanager
+    def entering(self) -> Iterator[None]:
+        """For what a door does with a request before `submit`; it counts as waiting. Raises QueueFull or NotReady (closing)."""
+        with self._changed:
+            self._check_room()
+            self._entering += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._entering -= 1
+
     def submit(self, prompt: Prompt) -> TokenStream:
         """Queues a sequence, whose tokens come by themselves. Raises QueueFull, NotReady (closing) or InvalidRequest."""
         reserve_tokens = len(prompt.token_ids) + prompt.max_tokens
         if reserve_tokens > MAX_POSITION:
             raise InvalidRequest(f"{reserve_tokens} tokens of prompt and answer; the most is {MAX_POSITION}")
         with self._changed:
-            if self._closing:
-                raise NotReady(_SHUTTING_DOWN)
-            waiting = len(self._board.waiting)
-            if waiting >= self._limits.queue_limit + max(0, self._admission.room()):
-                raise QueueFull(f"{waiting} requests wait already; ask again later")
+            self._check_room()
             number = next(self._numbers)
             id_ = f"{self._boot}-{number}"
             stream = TokenStream(prompt.max_tokens, prompt.eos_ids, lambda: self._cancel(id_))
@@ -161,6 +172,13 @@ class Scheduler:
             self._act()
 
     # With the lock held.
+
+    def _check_room(self) -> None:
+        if self._closing:
+            raise NotReady(_SHUTTING_DOWN)
+        waiting = len(self._board.waiting) + self._entering
+        if waiting >= self._limits.queue_limit + max(0, self._admission.room()):
+            raise QueueFull(f"{waiting} requests wait already; ask again later")
 
     def _act(self) -> None:
         self._start(self._go_on())

@@ -2,7 +2,8 @@
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from flask.testing import FlaskClient
@@ -40,7 +41,17 @@ class Pipeline:
     def __init__(self) -> None:
         self.prompts: list[Prompt] = []
         self.cancelled = threading.Event()
+        self.entered = 0
+        self.full: Problem | None = None
+        """What is said to whoever enters."""
         self.script: Script = self.say("Hello there")
+
+    @contextmanager
+    def entering(self) -> Iterator[None]:
+        self.entered += 1
+        if self.full is not None:
+            raise self.full
+        yield
 
     def submit(self, prompt: Prompt) -> TokenStream:
         self.prompts.append(prompt)

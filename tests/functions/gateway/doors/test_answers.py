@@ -17,7 +17,7 @@ from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.text.chat_template import ChatTemplate
 from functions.gateway.text.tokenizer import ModelText
 from tests.support.environments import GATEWAY
-from tests.support.functions.doors import CONTEXT, EVENT, Pipeline, ask, chat, refuse, stream
+from tests.support.functions.doors import CONTEXT, EVENT, Pipeline, ask, chat, client_of, refuse, stream
 from tests.support.functions.sentencepiece import CONTINUED, ids_of, llama_2
 
 
@@ -107,6 +107,24 @@ def test_the_answer_fits_into_the_context(client: FlaskClient, pipeline: Pipelin
     assert refused.json is not None
     assert "64 tokens" in refused.json["detail"]
     assert chat(client, messages=[{"role": "user", "content": "x" * 63}]).status_code == 422
+
+
+@pytest.mark.parametrize("content", ["7" * 100_000, "7" * 500])
+@pytest.mark.parametrize("full", [None, QueueFull("256 wait")])
+def test_what_will_be_refused_is_not_read(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, content: str, full: QueueFull | None
+) -> None:
+    """Too long by its characters: refused first. Else the queue is looked at, and only then is anything rendered or read."""
+    read: list[str] = []
+    monkeypatch.setattr(ModelText, "encode", lambda _, prompt: read.append(prompt) or [1])
+    monkeypatch.setattr(ModelText, "encode_messages", lambda _, messages: read.append(messages[0].content) or [1])
+    client = client_of(pipeline)
+    pipeline.full = full
+    long = len(content) > 1000
+    expected = 422 if long else 200 if full is None else 429
+    assert ask(client, {"prompt": content}).status_code == expected
+    assert chat(client, messages=[{"role": "user", "content": content}]).status_code == expected
+    assert (pipeline.entered, len(read)) == (0 if long else 2, 2 if expected == 200 else 0)
 
 
 def test_bodies_that_cannot_be_read(client: FlaskClient) -> None:
