@@ -46,7 +46,7 @@ class GatewayFunction:
         self._draining = False
         self.service = Service(
             create_app(config, self._ready_answers),
-            Management(self._metrics.registry, sick=lambda: None, ready=self._ready),
+            Management(self._metrics.registry, sick=self._running.scheduler.sick, ready=self._ready),
             gateway_admission(config),
             threads=config.queue_limit + _RUNNING_THREADS,
             request_bytes=_REQUEST_BYTES,

@@ -74,6 +74,7 @@ class Answers:
             client_id=asker.client_id,
             deadline_seconds=asker.deadline_seconds,
             trace=span.context,
+            request_id=asker.request_id,
         )
         try:
             token_stream = self._scheduler.submit(prompt)

@@ -4,7 +4,7 @@ from collections.abc import Sequence as Items
 from collections.abc import Set
 
 from eventing.problems import InvalidRequest
-from eventing.wire.control import ReserveRow
+from eventing.wire.control import ReleaseRow, ReserveRow
 from eventing.wire.events import Status
 from functions.gateway.scheduling.actions import Reserve
 from functions.gateway.scheduling.board import Board
@@ -45,17 +45,23 @@ class Admission:
             groups.setdefault(home, []).append(sequence)
         return [_reserve(home, sequences, one_by_one=False) for home, sequences in groups.items()]
 
-    def reserved(self, sequences: Items[Sequence], reservation: Reservation) -> None:
-        """What became of the memory for `sequences`, which are in one micro-batch."""
+    def reserved(self, wanted: Reserve, reservation: Reservation) -> None:
+        """What became of the memory for its sequences, which are in one micro-batch."""
         for origin in reservation.origins:
             self._replies.heard(origin)
+        here = []
+        for sequence, row, status in zip(wanted.sequences, wanted.rows, reservation.statuses, strict=True):
+            if sequence.id in self._board.sequences:
+                here.append((sequence, status))
+            else:
+                self._board.release_row(wanted.instances, ReleaseRow(row.id, row.attempt))
         if reservation.failure is not None:
-            self._failures.reservation_failed(sequences, reservation.failure)
+            self._failures.reservation_failed([sequence for sequence, _ in here], reservation.failure)
             return
         self._board.no_route_since = None
         if Status.FULL in reservation.statuses:
             self._board.waiting.hungry.still_full()
-        for sequence, status in zip(sequences, reservation.statuses, strict=True):
+        for sequence, status in here:
             self._reserved(sequence, status)
 
     def _reserved(self, sequence: Sequence, status: Status) -> None:

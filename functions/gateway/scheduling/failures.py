@@ -5,7 +5,7 @@ broke are left alone by `stages.instances`.
 """
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from collections.abc import Sequence as Items
 
 from eventing.problems import DeadlineExceeded, InvalidRequest, PipelineUnavailable, Problem, ReplaysExhausted
@@ -27,7 +27,7 @@ class Failures:
 
     def trip_failed(self, step: Step, ids: Items[str], failure: StageFailed) -> None:
         """The event got no usable reply; `ids` were its rows. They begin again on another route."""
-        self._board.placement.avoid(step.trip.instances[failure.stage])
+        self._failed_at(step.trip.instances[failure.stage], failure)
         for id_ in ids:
             sequence, piece = step.pieces[id_]
             if (failure.blames or failure.final) and not (sequence.must_restart or sequence.over):
@@ -55,9 +55,21 @@ class Failures:
     def reservation_failed(self, sequences: Items[Sequence], failure: StageFailed) -> None:
         """A stage gave no answer when it was asked for their memory, which counts against none of them."""
         if sequences and sequences[0].route is not None:
-            self._board.placement.avoid(sequences[0].route.instances[failure.stage])
+            self._failed_at(sequences[0].route.instances[failure.stage], failure)
         for sequence in sequences:
             self.start_again(sequence)
+
+    def broke_inside(self, sequences: Iterable[Sequence]) -> None:
+        """The gateway itself failed with them in hand, so that nobody knows how they stand: they end, and others go on."""
+        for sequence in list(sequences):
+            self._board.abandon(sequence, Problem("the gateway failed; its log has the traceback"))
+
+    def _failed_at(self, instance: Instance, failure: StageFailed) -> None:
+        """It is left alone for a while; but a client that did not wait says nothing of it, and only ends."""
+        if failure.expired:
+            self.expire(time.monotonic())
+        else:
+            self._board.placement.avoid(instance)
 
     def rebooted(self, instance: Instance, excepted: Collection[Sequence]) -> None:
         """All that `instance` held is lost. `excepted`: whose rows say so themselves."""

@@ -24,6 +24,8 @@ class Prompt:
     """From when it is handed in."""
     trace: TraceContext | None = None
     """Of the answer's span."""
+    request_id: str = "?"
+    """What the client knows it by; for logs."""
 
     def __post_init__(self) -> None:
         if not self.token_ids or self.max_tokens < 1:

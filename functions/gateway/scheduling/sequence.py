@@ -83,5 +83,10 @@ class Sequence:
         self.progress.restart()
 
 
+def named(sequences: Iterable[Sequence]) -> str:
+    """For a line of a log: the client's request and, in brackets, what the stages know it by."""
+    return ", ".join(f"{sequence.prompt.request_id} ({sequence.id})" for sequence in sequences)
+
+
 def traces_of(sequences: Iterable[Sequence]) -> list[TraceContext]:
     return [sequence.prompt.trace for sequence in sequences if sequence.prompt.trace is not None]
