@@ -45,7 +45,7 @@ class GatewayFunction:
         self._running = start_scheduler(config, self._tracer)
         self._draining = False
         self.service = Service(
-            create_app(config, self._ready_answers),
+            create_app(config, self._ready_answers, self._metrics),
             Management(self._metrics.registry, sick=self._running.scheduler.sick, ready=self._ready),
             gateway_admission(config),
             threads=config.queue_limit + _RUNNING_THREADS,

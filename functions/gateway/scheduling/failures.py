@@ -4,18 +4,22 @@ What a failure of one event means is `stages.failures`; what speaks against a se
 broke are left alone by `stages.instances`.
 """
 
+import logging
 import time
 from collections.abc import Collection, Iterable, Iterator
 from collections.abc import Sequence as Items
+from typing import Final
 
 from eventing.problems import DeadlineExceeded, InvalidRequest, PipelineUnavailable, Problem, ReplaysExhausted
 from eventing.wire.events import Row, Status
 from functions.gateway.scheduling.board import Board
-from functions.gateway.scheduling.sequence import Sequence
+from functions.gateway.scheduling.sequence import Sequence, named
 from functions.gateway.scheduling.step import Step
 from functions.gateway.scheduling.strikes import ON_TRIAL_AT
 from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.instances import Instance
+
+_log: Final = logging.getLogger(__name__)
 
 
 class Failures:
@@ -41,6 +45,7 @@ class Failures:
     def row_failed(self, sequence: Sequence, stage: int, row: Row) -> None:
         """The event came back, but one row of it was not computed: it alone has failed."""
         if row.status is Status.INVALID:
+            _log.info("%s: stage %d refuses it: %s", named([sequence]), stage, row.reason)
             sequence.stream.fail(InvalidRequest(row.reason or f"stage {stage} refuses the sequence"))
         elif row.status in (Status.MISS, Status.STALE):
             self._lost(sequence, stage, row.status)
@@ -152,6 +157,7 @@ class Failures:
         self._board.suspects.add(sequence)
         if sequence.strikes.exhausted:
             breaks = sequence.strikes.breaks
+            _log.warning("%s: given up: %s", named([sequence]), why)
             sequence.stream.fail(problem(f"gave up after {breaks} attempts that came no further; the last: {why}"))
 
     def choose_trial(self) -> None:

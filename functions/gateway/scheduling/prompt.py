@@ -21,7 +21,9 @@ class Prompt:
     eos_ids: frozenset[int] = frozenset()
     client_id: str = ""
     deadline_seconds: float = 600.0
-    """From when it is handed in."""
+    """From when the request came in."""
+    arrived: float | None = None
+    """When that was, in time.monotonic(). None: when it is handed in."""
     trace: TraceContext | None = None
     """Of the answer's span."""
     request_id: str = "?"

@@ -113,7 +113,7 @@ class Scheduler:
             self._check_room()
             number = next(self._numbers)
             id_ = f"{self._boot}-{number}"
-            stream = TokenStream(prompt.max_tokens, prompt.eos_ids, lambda: self._cancel(id_))
+            stream = TokenStream(prompt.max_tokens, prompt.eos_ids, lambda: self._cancel(id_), prompt.arrived)
             self._board.submit(Sequence(id_, number, prompt, stream, Progress(self._placement.num_stages)))
             self._act()
         return stream

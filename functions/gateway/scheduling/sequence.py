@@ -45,7 +45,8 @@ class Sequence:
         self.tokens = list(self.prompt.token_ids)
         self.reserve_tokens = len(self.tokens) + self.prompt.max_tokens
         self.waiting_since = time.monotonic()
-        self.deadline = self.waiting_since + self.prompt.deadline_seconds
+        arrived = self.waiting_since if self.prompt.arrived is None else self.prompt.arrived
+        self.deadline = arrived + self.prompt.deadline_seconds
 
     @property
     def client_id(self) -> str:
