@@ -59,11 +59,12 @@ def create_app(config: GatewayConfig, answers: Callable[[], Answers], metrics: G
     app = _Counting(metrics)
     app.config["MAX_CONTENT_LENGTH"] = MAX_REQUEST_BYTES
     add_problem_handlers(app)
-    clients = Clients(config.api_keys or ())
+    clients = Clients(config.api_keys or (), config.proxies)
     source = f"/pipelines/{config.pipeline}/gateway"
     claims = ClaimCheck(PayloadStore(config.store), config.store.bucket)
     scores = ScoreEntry(lambda: answers().text, claims, pipeline=config.pipeline, source=source, token=config.pipeline_token)
-    EventDoor(answers, clients, claims, scores, source, config.request_timeout_seconds).register(app)
+    entry = scores if config.scores == "on" else None
+    EventDoor(answers, clients, claims, entry, source, config.request_timeout_seconds).register(app)
     OpenAIDoor(answers, clients, config.model, config.pipeline, config.request_timeout_seconds).register(app)
     return app
 

@@ -1,6 +1,7 @@
 """The door for CloudEvents: `dev.lamina.generate.request` in, the response as an event or as a stream of events out.
 
-A `dev.lamina.score.request` comes from a Sequence, whose first step the gateway is: the reply is the first stage's event.
+A `dev.lamina.score.request` comes from a Sequence, whose first step the gateway for events is: the reply is the first stage's
+event. Whoever delivers for a Sequence says `Prefer: reply`; clients do not.
 """
 
 import time
@@ -34,7 +35,7 @@ class EventDoor:
         answers: Callable[[], Answers],
         clients: Clients,
         claims: ClaimCheck,
-        scores: ScoreEntry,
+        scores: ScoreEntry | None,
         source: str,
         request_timeout_seconds: float,
     ) -> None:
@@ -61,9 +62,17 @@ class EventDoor:
         check_not_expired(event, datetime.now(UTC))
         event = self._claims.redeem(event)
         if event.get_type() == EventType.SCORE_REQUEST:
-            headers, body = to_binary_http(self._scores.begin(event))
-            return Response(b"".join(body), 200, headers)
+            return self._score(event)
         return self._generate(event, client_id, arrived)
+
+    def _score(self, event: CloudEvent) -> Response:
+        """What goes back is signed with the pipeline's token: for the next step of a Sequence, and for nobody else."""
+        if self._scores is None:
+            raise UnknownEventType(f"{event.get_type()} goes to the Broker, whose gateway is not this one")
+        if "reply" not in request.headers.get("Prefer", "").lower().split():
+            raise UnknownEventType(f"{event.get_type()} goes to the Broker: this gateway takes it from a Sequence only")
+        headers, body = to_binary_http(self._scores.begin(event))
+        return Response(b"".join(body), 200, headers)
 
     def _generate(self, event: CloudEvent, client_id: str, arrived: float) -> Response:
         data = json_data(event, GenerateRequest)
