@@ -31,17 +31,23 @@ class Admission:
         board = self._board
         if any(one.one_by_one for batch in board.micro_batches for one in batch.sequences if not one.reserved):
             return []  # Whoever comes behind it would take what it is asking for.
-        if board.waiting.hungry.sequences:
-            return self._take_in_hungry(now)
+        hungry = board.waiting.hungry
+        if hungry.sequences and (tried := self._take_in_hungry(now)):
+            return tried
         # One reservation at a time for each micro-batch: those who come meanwhile share the next one. A burst of requests
         # would otherwise be as many events at every stage, which its autoscaler takes for load.
         reserving = {batch for batch in board.micro_batches if not all(one.reserved for one in batch.sequences)}
         groups: dict[MicroBatch, list[Sequence]] = {}
-        while (sequence := board.waiting.queue.peek()) is not None:
+        behind = hungry.clients
+        while (sequence := board.waiting.queue.peek(behind)) is not None:
+            if hungry.sequences and not (hungry.may_be_overtaken(sequence) and self._fits(sequence)):
+                behind.add(sequence.client_id)
+                continue
             home = self._home(sequence, now, reserving)
             if home is None:
                 break
-            self._join(home, board.waiting.queue.pop())
+            self._join(home, board.waiting.queue.pop(behind))
+            hungry.overtaken(sequence)
             groups.setdefault(home, []).append(sequence)
         return [_reserve(home, sequences, one_by_one=False) for home, sequences in groups.items()]
 
@@ -83,14 +89,29 @@ class Admission:
             board.dismiss(sequence, InvalidRequest(f"{wanted} are more than a stage can ever hold; ask for fewer"))
 
     def _take_in_hungry(self, now: float) -> list[Reserve]:
-        """The first of those that a stage was too full for; nobody overtakes it."""
+        """The first of those that a stage was too full for; while it has to wait, one that may overtake it and seems to fit."""
         hungry = self._board.waiting.hungry
-        home = self._home(hungry.sequences[0], now, set()) if now >= hungry.retry_at else None
+        if now >= hungry.retry_at:
+            sequence = hungry.sequences[0]
+        else:
+            others = (one for one in hungry.sequences[1:] if hungry.may_be_overtaken(one) and self._fits(one))
+            if (found := next(others, None)) is None:
+                return []
+            sequence = found
+        home = self._home(sequence, now, set())
         if home is None:
             return []
-        sequence = hungry.sequences.pop(0)
+        overtakes = sequence is not hungry.sequences[0]
+        hungry.sequences.remove(sequence)
+        if overtakes:
+            hungry.overtaken(sequence)
         self._join(home, sequence)
         return [_reserve(home, [sequence], one_by_one=True)]
+
+    def _fits(self, sequence: Sequence) -> bool:
+        """As far as the stages' last replies say, an instance of each has room for it."""
+        placement = self._board.placement
+        return all(placement.has_room(stage, sequence.reserve_tokens) for stage in range(placement.num_stages))
 
     def _join(self, home: MicroBatch, sequence: Sequence) -> None:
         home.join(sequence)

@@ -36,6 +36,8 @@ class Sequence:
     reserved: bool = False
     one_by_one: bool = False
     """Its reservation did not fit once: from then on it asks one stage after the other, in order."""
+    overtaken_tokens: int = 0
+    """Given to others while a stage was too full for it."""
     must_restart: bool = False
     """Its route is broken; it leaves when all its pieces are back."""
     served: int = 0
