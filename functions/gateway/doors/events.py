@@ -23,7 +23,7 @@ from eventing.wire.generation import ErrorEvent, GenerateRequest
 from functions.gateway.doors.answers import Answer, Answers, Asker
 from functions.gateway.doors.clients import Clients
 from functions.gateway.doors.scoring import ScoreEntry
-from functions.gateway.doors.streaming import client_gone, stream_response, whole_response
+from functions.gateway.doors.streaming import arrived, client_gone, stream_response, whole_response
 from functions.observing.tracing import TraceContext, read_traceparent
 
 
@@ -50,7 +50,7 @@ class EventDoor:
         app.post("/")(self._receive)
 
     def _receive(self) -> Response:
-        arrived = time.monotonic()
+        began = arrived()
         client_id = self._clients.identify(request)
         event = from_http(request.headers.items(), request.get_data(cache=False))
         if event.get_type() not in (EventType.GENERATE_REQUEST, EventType.SCORE_REQUEST):
@@ -63,7 +63,7 @@ class EventDoor:
         event = self._claims.redeem(event)
         if event.get_type() == EventType.SCORE_REQUEST:
             return self._score(event)
-        return self._generate(event, client_id, arrived)
+        return self._generate(event, client_id, began)
 
     def _score(self, event: CloudEvent) -> Response:
         """What goes back is signed with the pipeline's token: for the next step of a Sequence, and for nobody else."""
@@ -74,14 +74,14 @@ class EventDoor:
         headers, body = to_binary_http(self._scores.begin(event))
         return Response(b"".join(body), 200, headers)
 
-    def _generate(self, event: CloudEvent, client_id: str, arrived: float) -> Response:
+    def _generate(self, event: CloudEvent, client_id: str, began: float) -> Response:
         data = json_data(event, GenerateRequest)
         asker = Asker(
             reply_id(event),
             client_id,
             reply_seed(event),
-            self._seconds_left(event) + time.monotonic() - arrived,
-            arrived,
+            self._seconds_left(event) + time.monotonic() - began,
+            began,
             client_gone(),
             _trace(event),
         )

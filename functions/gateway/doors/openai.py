@@ -16,7 +16,7 @@ from eventing.wire.generation import GenerateRequest, Usage
 from functions.gateway.doors.answers import Answer, Answers, Asker
 from functions.gateway.doors.clients import Clients
 from functions.gateway.doors.openai_types import ChatRequest, CompletionRequest
-from functions.gateway.doors.streaming import client_gone, stream_response, whole_response
+from functions.gateway.doors.streaming import arrived, client_gone, stream_response, whole_response
 from functions.hosting.web import json_response, with_retry_after
 from functions.observing.tracing import read_traceparent
 
@@ -132,23 +132,23 @@ class OpenAIDoor:
         return json_response(self._model_document()) if model == self._model else self._model_not_found(model)
 
     def _answer(self, type_: type[R], shape: Shape) -> Response:
-        arrived = time.monotonic()
+        began = arrived()
         client_id = self._clients.identify(request)
         asked = _read(type_)
         if asked.model != self._model:
             return self._model_not_found(asked.model)
         g.request_id = id_ = shape.id_prefix + secrets.token_hex(12)
         envelope = Envelope(shape, id_, int(time.time()), self._model, self._pipeline)
-        answer = self._begin(asked.generate_request(), id_, client_id, arrived)
+        answer = self._begin(asked.generate_request(), id_, client_id, began)
         g.answering = True
         if asked.stream:
             with_usage = asked.stream_options is not None and asked.stream_options.include_usage
             return stream_response(answer, _stream(envelope, answer, with_usage), _failure)
         return whole_response(answer, lambda: _whole(envelope, answer))
 
-    def _begin(self, wanted: GenerateRequest, id_: str, client_id: str, arrived: float) -> Answer:
+    def _begin(self, wanted: GenerateRequest, id_: str, client_id: str, began: float) -> Answer:
         trace = read_traceparent(request.headers.get("traceparent"))
-        asker = Asker(id_, client_id, secrets.randbits(63), self._timeout_seconds, arrived, client_gone(), trace)
+        asker = Asker(id_, client_id, secrets.randbits(63), self._timeout_seconds, began, client_gone(), trace)
         return self._answers().begin(wanted, asker)
 
     def _model_document(self) -> dict[str, Any]:

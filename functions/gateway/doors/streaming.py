@@ -1,6 +1,7 @@
 """Answers as server-sent events over WSGI, whichever door they leave by."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -9,7 +10,7 @@ from flask import Response, request
 from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE
 from eventing.problems import Problem
 from functions.gateway.doors.answers import Answer, ClientLeft
-from functions.hosting.environ import CLIENT_GONE
+from functions.hosting.environ import ARRIVED, CLIENT_GONE
 
 _log: Final = logging.getLogger(__name__)
 _HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -37,6 +38,12 @@ def whole_response(answer: Answer, finished: Callable[[], Response]) -> Response
     except ClientLeft:
         return Response(status=CLIENT_CLOSED_REQUEST)
     return finished()
+
+
+def arrived() -> float:
+    """When this request came in, in time.monotonic(): as the server saw it, else now."""
+    moment: float = request.environ.get(ARRIVED) or time.monotonic()
+    return moment
 
 
 def client_gone() -> Callable[[], bool]:

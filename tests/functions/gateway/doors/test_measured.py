@@ -39,6 +39,15 @@ def test_the_clock_starts_where_the_clients_does(
     assert pipeline.value("time_to_first_token_seconds_sum") == seen
 
 
+def test_the_servers_clock_is_believed(client: FlaskClient, pipeline: Pipeline) -> None:
+    """Reading the body and waiting for a thread took time, too."""
+    environ = {"lamina.arrived": time.monotonic() - 4.0}
+    client.post("/", json={"prompt": "Hi"}, headers=EVENT, environ_overrides=environ)
+    client.post("/v1/completions", json={"model": "tiny", "prompt": "Hi"}, headers={"Accept": "*/*"}, environ_overrides=environ)
+    assert [prompt.arrived for prompt in pipeline.prompts] == [environ["lamina.arrived"]] * 2
+    assert pipeline.value("time_to_first_token_seconds_sum") >= 8.0
+
+
 def test_a_first_token_is_measured_also_of_an_answer_that_fails(client: FlaskClient, pipeline: Pipeline) -> None:
     pipeline.script = pipeline.say("Hel", end=False, then=PipelineUnavailable("stage 1 is gone"))
     for door in DOORS:
