@@ -9,7 +9,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import urlsplit
@@ -74,6 +74,13 @@ class Connection:
             self.sock.close()
             self.sock = None
 
+    def shut(self) -> None:
+        """From another thread: whoever waits for a reply is told that the connection broke."""
+        sock = self.sock
+        if sock is not None:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
 
 @dataclass(slots=True, eq=False)
 class _Host:
@@ -81,6 +88,7 @@ class _Host:
     idle: list[tuple[float, Connection]] = field(default_factory=list)
     """When it became idle, and the connection; the last one used is last."""
     users: int = 0
+    used: set[Connection] = field(default_factory=set)
 
 
 class ConnectionPool:
@@ -104,11 +112,11 @@ class ConnectionPool:
             if not host.slots.acquire(timeout=max(0.0, wait_seconds)):
                 raise NoFreeConnection(f"all {self._max_connections} connections to {origin.host} stayed in use")
             try:
-                connection = self._take(host) or self._new(origin)
+                connection = self._take(host, origin)
                 try:
                     yield connection
                 except BaseException:
-                    connection.close()
+                    self._drop(host, connection)
                     raise
                 self._keep(host, connection)
             finally:
@@ -118,11 +126,13 @@ class ConnectionPool:
                 host.users -= 1
 
     def close(self) -> None:
-        """Closes the idle connections now, and each one in use when its request has ended."""
+        """Closes the idle connections, and breaks those in use, so that nobody waits for a reply any more."""
         with self._lock:
             self._closed = True
             for host in self._hosts.values():
                 _close_all(host)
+                for connection in host.used:
+                    connection.shut()
 
     def _enter(self, origin: Origin) -> _Host:
         with self._lock:
@@ -141,13 +151,18 @@ class ConnectionPool:
                 _close_all(host)
                 del self._hosts[origin]
 
-    def _take(self, host: _Host) -> Connection | None:
+    def _take(self, host: _Host, origin: Origin) -> Connection:
         with self._lock:
-            while host.idle:
-                since, connection = host.idle.pop()
-                if time.monotonic() - since < IDLE_SECONDS and not _is_dropped(connection):
-                    return connection
-                connection.close()
+            connection = self._idle(host) or self._new(origin)
+            host.used.add(connection)
+            return connection
+
+    def _idle(self, host: _Host) -> Connection | None:
+        while host.idle:
+            since, connection = host.idle.pop()
+            if time.monotonic() - since < IDLE_SECONDS and not _is_dropped(connection):
+                return connection
+            connection.close()
         return None
 
     def _new(self, origin: Origin) -> Connection:
@@ -155,8 +170,14 @@ class ConnectionPool:
             self._tls = self._tls or ssl.create_default_context()
         return Connection(origin, self._tls if origin.secure else None)
 
+    def _drop(self, host: _Host, connection: Connection) -> None:
+        with self._lock:
+            host.used.discard(connection)
+            connection.close()
+
     def _keep(self, host: _Host, connection: Connection) -> None:
         with self._lock:
+            host.used.discard(connection)
             if self._closed:
                 connection.close()
             elif connection.sock is not None:  # else the reply said `Connection: close`

@@ -125,6 +125,20 @@ class GatewayConfig(CommonConfig):
         "bearer keys of clients, separated by commas; unset: open",
         "",
         secret=True,
+        closes=True,
+    )
+    proxies: int = setting(
+        "LAMINA_PROXIES",
+        parsers.integer(0, 16),
+        "proxies that every request passes, each of which adds to X-Forwarded-For who spoke to it; the first one's entry tells "
+        "clients without keys apart; 0: the header counts for nothing",
+        "1",
+    )
+    scores: str = setting(
+        "LAMINA_SCORES",
+        parsers.one_of("on", "off"),
+        "whether it is the first step of a Sequence that scores texts, which hands out signed events; not where clients come",
+        "off",
     )
     queue_limit: int = setting(
         "LAMINA_QUEUE_LIMIT", parsers.integer(0, 100_000), "requests that may wait; beyond it 429", "256"

@@ -35,9 +35,13 @@ class Key:
     default: str
     """As it would stand in the environment; empty: None, REQUIRED: no default."""
     secret: bool
+    closes: bool = False
+    """Without it something is open that it closes: an empty value is a mistake, and not the same as none."""
 
     def read(self, environ: Mapping[str, str]) -> Any:
         """The parsed value. Raises ValueError naming key, value and what is allowed."""
+        if self.closes and environ.get(self.name) == "":
+            raise ValueError(f"{self.name} is set and empty: give it a value, or unset it ({self.meaning})")
         text = environ.get(self.name, "") or self.default
         if text == REQUIRED:
             raise ValueError(f"{self.name} is not set ({self.meaning})")
@@ -50,9 +54,17 @@ class Key:
             raise ValueError(f"{self.name}: {shown} is not allowed: {error}") from error
 
 
-def setting(name: str, parse: Callable[[str], Any], meaning: str, default: str = REQUIRED, *, secret: bool = False) -> Any:
+def setting(
+    name: str,
+    parse: Callable[[str], Any],
+    meaning: str,
+    default: str = REQUIRED,
+    *,
+    secret: bool = False,
+    closes: bool = False,
+) -> Any:
     """A dataclass field that is read from the key `name`."""
-    key = Key(name, parse, meaning, default, secret)
+    key = Key(name, parse, meaning, default, secret, closes)
     return dataclasses.field(metadata={_KEY: key}, repr=not secret)
 
 

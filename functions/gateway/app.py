@@ -1,15 +1,19 @@
 """The gateway over HTTP: two doors, one core behind both."""
 
+import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from flask import Flask, Request
+from flask import Flask, Request, g, request
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from eventing.claim_check import ClaimCheck
+from eventing.problems import EventTooLarge, Problem
 from functions.configuration.config import GatewayConfig
 from functions.gateway.doors.answers import Answers
 from functions.gateway.doors.clients import Clients
 from functions.gateway.doors.events import EventDoor
+from functions.gateway.doors.metrics import GatewayMetrics
 from functions.gateway.doors.openai import OpenAIDoor
 from functions.gateway.doors.scoring import ScoreEntry
 from functions.hosting.web import add_problem_handlers
@@ -18,20 +22,49 @@ from storage.store.payload_store import PayloadStore
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
+_log: Final = logging.getLogger(__name__)
+
 MAX_REQUEST_BYTES: Final = 2**23
 """Far beyond any context."""
 
 
-def create_app(config: GatewayConfig, answers: Callable[[], Answers]) -> Flask:
+class _Counting(Flask):
+    """Counts what is asked and refused by its outcome, as an answer counts itself once it has begun."""
+
+    def __init__(self, metrics: GatewayMetrics) -> None:
+        super().__init__("gateway", static_folder=None)
+        self._metrics = metrics
+
+    def handle_user_exception(self, e: Exception) -> Any:
+        if not isinstance(e, Problem | HTTPException):
+            _log.error("%s failed", g.get("request_id", "a request"))
+        if request.method == "POST" and not g.get("answering", False):
+            outcome = _outcome(e)
+            if outcome is not None:
+                self._metrics.answers.labels(outcome).inc()
+        return super().handle_user_exception(e)
+
+
+def _outcome(error: Exception) -> str | None:
+    """None: nothing was asked that this gateway could answer."""
+    if isinstance(error, RequestEntityTooLarge):
+        return EventTooLarge.name
+    if isinstance(error, HTTPException):
+        return None
+    return error.name if isinstance(error, Problem) else Problem.name
+
+
+def create_app(config: GatewayConfig, answers: Callable[[], Answers], metrics: GatewayMetrics) -> Flask:
     """`answers` raises NotReady until there is one."""
-    app = Flask("gateway", static_folder=None)
+    app = _Counting(metrics)
     app.config["MAX_CONTENT_LENGTH"] = MAX_REQUEST_BYTES
     add_problem_handlers(app)
-    clients = Clients(config.api_keys or ())
+    clients = Clients(config.api_keys or (), config.proxies)
     source = f"/pipelines/{config.pipeline}/gateway"
     claims = ClaimCheck(PayloadStore(config.store), config.store.bucket)
     scores = ScoreEntry(lambda: answers().text, claims, pipeline=config.pipeline, source=source, token=config.pipeline_token)
-    EventDoor(answers, clients, claims, scores, source, config.request_timeout_seconds).register(app)
+    entry = scores if config.scores == "on" else None
+    EventDoor(answers, clients, claims, entry, source, config.request_timeout_seconds).register(app)
     OpenAIDoor(answers, clients, config.model, config.pipeline, config.request_timeout_seconds).register(app)
     return app
 

@@ -44,9 +44,11 @@ class GatewayFunction:
         self._tracer = make_tracer(config.traces_endpoint, "lamina-gateway", {"lamina.pipeline": config.pipeline})
         self._running = start_scheduler(config, self._tracer)
         self._draining = False
+        if config.api_keys is None:
+            _log.warning("open to whoever reaches it: LAMINA_API_KEYS is not set")
         self.service = Service(
-            create_app(config, self._ready_answers),
-            Management(self._metrics.registry, sick=lambda: None, ready=self._ready),
+            create_app(config, self._ready_answers, self._metrics),
+            Management(self._metrics.registry, sick=self._running.scheduler.sick, ready=self._ready),
             gateway_admission(config),
             threads=config.queue_limit + _RUNNING_THREADS,
             request_bytes=_REQUEST_BYTES,

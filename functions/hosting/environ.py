@@ -2,6 +2,7 @@
 
 import io
 import sys
+import time
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
@@ -19,6 +20,8 @@ MANAGEMENT: Final = "lamina.management"
 """Whether the request came by the port that clients do not reach."""
 CLIENT_GONE: Final = "lamina.client_gone"
 """() -> bool: whether the client has closed its connection, so that nobody awaits the answer."""
+ARRIVED: Final = "lamina.arrived"
+"""When the request's headers were in, in time.monotonic(): before its body was read, and before a thread took it."""
 
 
 class BodyStream(io.RawIOBase):
@@ -60,6 +63,7 @@ def wsgi_environ(
     """`base`: of the server and the connection. The body's stream comes later, under `wsgi.input`."""
     path, _, query = _target(url).partition(b"?")
     environ = base.copy()
+    environ[ARRIVED] = time.monotonic()
     environ["REQUEST_METHOD"] = method.decode("latin-1")
     environ["PATH_INFO"] = (unquote_to_bytes(path) if b"%" in path else path).decode("latin-1")
     environ["QUERY_STRING"] = query.decode("latin-1")

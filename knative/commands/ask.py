@@ -1,6 +1,7 @@
 """`python -m knative ask`: one question to a gateway, the answer as it streams."""
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import click
@@ -55,22 +56,29 @@ async def show_answer(
 
     Raises AskFailed.
     """
+    asked_at = time.monotonic()
+    first_at: float | None = None
     async for answer in ask_gateway(url, question):
+        now = time.monotonic()
         if isinstance(answer, GenerateResponse):
-            _show_timings(console, answer)
+            first_at = now if first_at is None else first_at
+            _show_timings(console, answer, first_at - asked_at, now - first_at)
             return answer
+        first_at = now if first_at is None else first_at
         begins()
         console.out(answer.text, end="", highlight=False)
         console.file.flush()
     raise AskFailed(f"{url}: the answer had no end")
 
 
-def _show_timings(console: Console, answer: GenerateResponse) -> None:
-    usage, timings = answer.usage, answer.timings
+def _show_timings(console: Console, answer: GenerateResponse, first_seconds: float, other_seconds: float) -> None:
+    """By the clock of whoever waited: the gateway's own begins when it has started, and ends before the network."""
+    usage = answer.usage
+    rate = (usage.completion_tokens - 1) / other_seconds if usage.completion_tokens > 1 and other_seconds > 0 else 0.0
     console.out()
     console.out(
-        f"({usage.prompt_tokens} + {usage.completion_tokens} tokens, first after {timings.time_to_first_token_seconds:.2f} s, "
-        f"then {timings.tokens_per_second:.1f} tokens/s, {answer.finish_reason})",
+        f"({usage.prompt_tokens} + {usage.completion_tokens} tokens, first after {first_seconds:.2f} s, "
+        f"then {rate:.1f} tokens/s, {answer.finish_reason})",
         highlight=False,
         style="dim",
     )

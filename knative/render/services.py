@@ -63,7 +63,8 @@ def events_gateway_service(pipeline: ResolvedPipeline) -> KubernetesObject:
 
 def _gateway(pipeline: ResolvedPipeline, name: str, api_keys_secret: str | None, cluster_local: bool) -> KubernetesObject:
     spec, gateway = pipeline.spec, pipeline.spec.gateway
-    container = _container(spec, gateway.resources, _gateway_env(pipeline, api_keys_secret))
+    scores = "on" if cluster_local else None
+    container = _container(spec, gateway.resources, _gateway_env(pipeline, api_keys_secret, scores))
     template = _template(gateway.autoscaling, container, gateway.timeout_seconds, 120)
     template["spec"]["serviceAccountName"] = _service_account(spec)
     _add_volumes(template["spec"], None)
@@ -232,7 +233,7 @@ def _sleep_seconds(stage: Stage, index: int) -> float | None:
     return stage.sleep_seconds[index]
 
 
-def _gateway_env(pipeline: ResolvedPipeline, api_keys_secret: str | None) -> list[KubernetesObject]:
+def _gateway_env(pipeline: ResolvedPipeline, api_keys_secret: str | None, scores: str | None) -> list[KubernetesObject]:
     gateway = pipeline.spec.gateway
     stages = ",".join(f"{first}:{last}={pipeline.stage_url(k)}" for k, (first, last) in enumerate(pipeline.cut))
     env = [
@@ -251,6 +252,8 @@ def _gateway_env(pipeline: ResolvedPipeline, api_keys_secret: str | None) -> lis
             LAMINA_NAMESPACE=pipeline.spec.namespace,
             LAMINA_POD_NETWORK=gateway.pod_network,
             LAMINA_POD_PORT=gateway.pod_port,
+            LAMINA_PROXIES=gateway.proxies,
+            LAMINA_SCORES=scores,
         ),
     ]
     if api_keys_secret is not None:

@@ -112,6 +112,8 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     timeout_seconds: Annotated[int, Meta(ge=1, le=600)] = 600
     api_keys_secret: str | None = None
     """Secret whose key `api-keys` holds comma-separated bearer keys. Unset: open to whoever reaches it."""
+    proxies: Annotated[int, Meta(ge=0, le=16)] | None = None
+    """That every request passes and that add to X-Forwarded-For, queue-proxy among them. Unset: that one."""
     service_account: str | None = None
     """Needs the right to watch EndpointSlices. Unset: `{name}-gateway`, rendered with its Role."""
     pod_network: str = "10.0.0.0/8"

@@ -24,6 +24,7 @@ from eventing.problems import (
     NotReady,
     Problem,
     Unauthorized,
+    UnknownEventType,
     WrongLayer,
 )
 from eventing.wire.cloud_event import (
@@ -61,7 +62,7 @@ def stages(published: Published) -> Iterator[list[FunctionProcess]]:
 
 @pytest.fixture(scope="module")
 def gateway(published: Published, stages: list[FunctionProcess]) -> Iterator[FunctionProcess]:
-    with FunctionProcess(gateway_environment(published, [stage.url for stage in stages])) as process:
+    with FunctionProcess(gateway_environment(published, [stage.url for stage in stages], LAMINA_SCORES="on")) as process:
         yield process.wait_ready()
 
 
@@ -80,6 +81,7 @@ class Steps:
 
     def send(self, url: str, event: CloudEvent) -> CloudEvent:
         headers, body = to_binary_http(event)
+        headers["Prefer"] = "reply"
         reply = self._sender.send(url, headers, body, 30)
         return from_http(reply.headers, reply.body)
 
@@ -134,6 +136,16 @@ def test_all_events_of_a_score_have_the_id_of_the_reply_and_end_as_the_request_d
     assert {event.get_extension("traceparent") for event in events} == {trace}
     assert [event.get_type() for event in events] == [EventType.FORWARD] * len(CUT) + [EventType.SCORE_RESPONSE]
     assert len({event.get_source() for event in events}) == len(events)
+
+
+def test_a_signed_event_is_good_for_an_hour_and_goes_to_sequences_only(steps: Steps, sender: Sender) -> None:
+    cause = request(ScoreRequest(text=TEXT), expirytime=datetime.now(UTC) + timedelta(days=3))
+    end = expiry_time(steps.events(cause)[1])
+    assert end is not None
+    assert end <= datetime.now(UTC) + timedelta(hours=1)
+    headers, body = to_binary_http(cause)
+    with pytest.raises(UnknownEventType, match="from a Sequence only"):
+        sender.send(steps.urls[0], headers, body, 30)
 
 
 def test_a_repeated_delivery_has_the_same_reply(steps: Steps) -> None:

@@ -1,7 +1,8 @@
 """What both doors do: a request becomes a prompt for the scheduler, the tokens that come become an answer. Knows no HTTP."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -15,11 +16,20 @@ from functions.gateway.text.tokenizer import ModelText
 from functions.observing.tracing import PASSING, Attributes, Span, TraceContext, Tracer
 
 HEARTBEAT_SECONDS: Final = 3.0
-"""How often a stream says that it lives, which is also how soon a client that went away is noticed."""
+"""How often a stream says that it lives."""
+LOOK_SECONDS: Final = 0.5
+"""How often it is looked whether the client is there still."""
+
+
+class ClientLeft(Exception):
+    """Nobody awaits the answer any more; it has been cancelled."""
 
 
 class Submitter(Protocol):
     """A Scheduler."""
+
+    def entering(self) -> AbstractContextManager[None]:
+        """For what is done to a request before `submit`: it counts as one that waits. Raises QueueFull, NotReady."""
 
     def submit(self, prompt: Prompt) -> TokenStream:
         """Tokens come by themselves. Raises QueueFull, NotReady, InvalidRequest."""
@@ -27,7 +37,7 @@ class Submitter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Asker:
-    """Who asks, and until when."""
+    """Who asks, since when and until when."""
 
     request_id: str
     client_id: str
@@ -35,6 +45,11 @@ class Asker:
     seed: int
     """For a request that names none."""
     deadline_seconds: float
+    """From `arrived` on."""
+    arrived: float
+    """When the request came in, in time.monotonic()."""
+    gone: Callable[[], bool] = lambda: False
+    """Whether the client has left. Waits for nothing."""
     trace: TraceContext | None = None
     """Of the client's span, where it sent one."""
 
@@ -50,10 +65,7 @@ class Answers:
 
     def begin(self, request: GenerateRequest, asker: Asker) -> "Answer":
         """Begins an answer. Raises InvalidRequest, QueueFull, NotReady."""
-        if request.messages is not None:
-            token_ids = self.text.encode_messages(request.messages)
-        else:
-            token_ids = self.text.encode(request.prompt or "")
+        token_ids = self._token_ids(request)
         room = self.text.context_length - len(token_ids)
         if not token_ids:
             raise InvalidRequest("the prompt has no tokens")
@@ -72,7 +84,9 @@ class Answers:
             eos_ids=self.text.eos_ids,
             client_id=asker.client_id,
             deadline_seconds=asker.deadline_seconds,
+            arrived=asker.arrived,
             trace=span.context,
+            request_id=asker.request_id,
         )
         try:
             token_stream = self._scheduler.submit(prompt)
@@ -83,15 +97,34 @@ class Answers:
         # A message is a text of its own; what continues a prompt is read behind it.
         before = () if request.messages is not None else token_ids
         text_stream = TextStream(self.text.tokenizer, request.stop_strings, before)
-        return Answer(len(token_ids), token_stream, text_stream, self._metrics, span)
+        return Answer(asker, len(token_ids), token_stream, text_stream, self._metrics, span)
+
+    def _token_ids(self, request: GenerateRequest) -> list[int]:
+        """Nothing is rendered or tokenized that is too long to fit, or that would be refused afterwards."""
+        if request.messages is not None:
+            self.text.check_messages(request.messages)
+        else:
+            self.text.check(request.prompt or "")
+        with self._scheduler.entering():
+            if request.messages is not None:
+                return self.text.encode_messages(request.messages)
+            return self.text.encode(request.prompt or "")
 
 
 class Answer:
     """One answer. Iterate `tokens` to its end, then ask for `response`; or `close` it where nobody listens any more."""
 
     def __init__(
-        self, prompt_tokens: int, token_stream: TokenStream, text_stream: TextStream, metrics: GatewayMetrics, span: Span
+        self,
+        asker: Asker,
+        prompt_tokens: int,
+        token_stream: TokenStream,
+        text_stream: TextStream,
+        metrics: GatewayMetrics,
+        span: Span,
     ) -> None:
+        self.request_id = asker.request_id
+        self._gone = asker.gone
         self._prompt_tokens = prompt_tokens
         self._token_stream = token_stream
         self._text_stream = text_stream
@@ -103,34 +136,51 @@ class Answer:
         self._text: list[str] = []
         self._certain = ""
         """Text that is certain and not given out, because the token that completed it waits."""
-        self._last_token_at: float | None = None
+        self._measured = 0
+        """Tokens whose time has been observed."""
+        self._closed = False
 
     def tokens(self, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> Iterator[TokenEvent | None]:
         """The answer's tokens, each with the text that it completed; None when so many seconds brought nothing.
 
         A token is given out once its text is certain, so all texts together are the answer's. Raises the Problem that
-        ended the answer before its time. When the iterator is closed, the answer is cancelled.
+        ended the answer before its time, or ClientLeft. When the iterator is closed, the answer is cancelled.
         """
+        now = time.monotonic()
+        speaks_at, looks_at = now + heartbeat_seconds, now + LOOK_SECONDS
         try:
             while not self._text_stream.stopped:
-                token_id = self._token_stream.next_token(heartbeat_seconds)
+                token_id = self._token_stream.next_token(max(0.0, min(speaks_at, looks_at) - now))
+                now = time.monotonic()
+                if now >= looks_at:
+                    looks_at = now + LOOK_SECONDS
+                    if self._gone():
+                        raise ClientLeft
                 if token_id is not None:
                     self._take(token_id)
                     yield from self._give(len(self._token_ids) - self._text_stream.holds)
                 elif self._token_stream.ended:
                     break
-                else:
+                elif now >= speaks_at:
                     yield None
+                else:
+                    continue
+                now = time.monotonic()
+                speaks_at = now + heartbeat_seconds
             self._certain += self._text_stream.finish()
             yield from self._give(len(self._token_ids))
         finally:
             self.close()
-            self._metrics.answers.labels(self._outcome()).inc()
 
     def close(self) -> None:
-        """Frees what the answer holds, if it has not ended by itself."""
+        """Frees what the answer holds, if it has not ended by itself, and counts how it ended."""
+        if self._closed:
+            return
+        self._closed = True
         if not self._token_stream.ended:
-            self._token_stream.cancel()
+            self._token_stream.cancel("stop" if self._text_stream.stopped else "cancelled")
+        self._measure()
+        self._metrics.answers.labels(self._outcome()).inc()
         problem = self._token_stream.problem
         told: Attributes = {"lamina.finish_reason": self._outcome(), "lamina.completion_tokens": self._completion_tokens()}
         self._span.end(None if problem is None else problem.name, told)
@@ -140,7 +190,6 @@ class Answer:
         prompt_tokens, completion_tokens = self._prompt_tokens, self._completion_tokens()
         timings = self._timings(completion_tokens)
         self._metrics.answer.observe(timings.total_seconds)
-        self._metrics.first_token.observe(timings.time_to_first_token_seconds)
         return GenerateResponse(
             text="".join(self._text),
             token_ids=tuple(self._token_ids),
@@ -150,13 +199,16 @@ class Answer:
         )
 
     def _take(self, token_id: int) -> None:
-        now = time.monotonic()
-        if self._last_token_at is not None:
-            self._metrics.inter_token.observe(now - self._last_token_at)
-        self._last_token_at = now
+        self._measure()
         self._metrics.tokens.inc()
         self._token_ids.append(token_id)
         self._certain += self._text_stream.push(token_id)
+
+    def _measure(self) -> None:
+        """When the pipeline drew its tokens, whatever became of the answer, and however slowly it is read."""
+        for seconds in self._token_stream.waits(self._measured):
+            (self._metrics.inter_token if self._measured else self._metrics.first_token).observe(seconds)
+            self._measured += 1
 
     def _give(self, end: int) -> Iterator[TokenEvent]:
         """Tokens up to `end`; the last of them carries all the text that is certain."""

@@ -1,14 +1,16 @@
 """The door for CloudEvents: `dev.lamina.generate.request` in, the response as an event or as a stream of events out.
 
-A `dev.lamina.score.request` comes from a Sequence, whose first step the gateway is: the reply is the first stage's event.
+A `dev.lamina.score.request` comes from a Sequence, whose first step the gateway for events is: the reply is the first stage's
+event. Whoever delivers for a Sequence says `Prefer: reply`; clients do not.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
 
 from cloudevents.core.v1.event import CloudEvent
-from flask import Flask, Response, request
+from flask import Flask, Response, g, request
 from msgspec import Struct
 
 from eventing.claim_check import ClaimCheck
@@ -21,7 +23,7 @@ from eventing.wire.generation import ErrorEvent, GenerateRequest
 from functions.gateway.doors.answers import Answer, Answers, Asker
 from functions.gateway.doors.clients import Clients
 from functions.gateway.doors.scoring import ScoreEntry
-from functions.gateway.doors.streaming import stream_response
+from functions.gateway.doors.streaming import arrived, client_gone, stream_response, whole_response
 from functions.observing.tracing import TraceContext, read_traceparent
 
 
@@ -33,7 +35,7 @@ class EventDoor:
         answers: Callable[[], Answers],
         clients: Clients,
         claims: ClaimCheck,
-        scores: ScoreEntry,
+        scores: ScoreEntry | None,
         source: str,
         request_timeout_seconds: float,
     ) -> None:
@@ -48,6 +50,7 @@ class EventDoor:
         app.post("/")(self._receive)
 
     def _receive(self) -> Response:
+        began = arrived()
         client_id = self._clients.identify(request)
         event = from_http(request.headers.items(), request.get_data(cache=False))
         if event.get_type() not in (EventType.GENERATE_REQUEST, EventType.SCORE_REQUEST):
@@ -55,24 +58,43 @@ class EventDoor:
                 f"{event.get_type()!r} is not served by a gateway, which serves {EventType.GENERATE_REQUEST} and "
                 f"{EventType.SCORE_REQUEST}"
             )
+        g.request_id = reply_id(event)
         check_not_expired(event, datetime.now(UTC))
         event = self._claims.redeem(event)
         if event.get_type() == EventType.SCORE_REQUEST:
-            headers, body = to_binary_http(self._scores.begin(event))
-            return Response(b"".join(body), 200, headers)
-        return self._generate(event, client_id)
+            return self._score(event)
+        return self._generate(event, client_id, began)
 
-    def _generate(self, event: CloudEvent, client_id: str) -> Response:
+    def _score(self, event: CloudEvent) -> Response:
+        """What goes back is signed with the pipeline's token: for the next step of a Sequence, and for nobody else."""
+        if self._scores is None:
+            raise UnknownEventType(f"{event.get_type()} goes to the Broker, whose gateway is not this one")
+        if "reply" not in request.headers.get("Prefer", "").lower().split():
+            raise UnknownEventType(f"{event.get_type()} goes to the Broker: this gateway takes it from a Sequence only")
+        headers, body = to_binary_http(self._scores.begin(event))
+        return Response(b"".join(body), 200, headers)
+
+    def _generate(self, event: CloudEvent, client_id: str, began: float) -> Response:
         data = json_data(event, GenerateRequest)
-        asker = Asker(reply_id(event), client_id, reply_seed(event), self._seconds_left(event), _trace(event))
+        asker = Asker(
+            reply_id(event),
+            client_id,
+            reply_seed(event),
+            self._seconds_left(event) + time.monotonic() - began,
+            began,
+            client_gone(),
+            _trace(event),
+        )
         answer = self._answers().begin(data, asker)
+        g.answering = True
         if _wants_stream():
             return stream_response(answer, self._stream(event, answer), partial(self._failure, event))
-        for _ in answer.tokens():
-            pass
-        return _http(self._event(event, EventType.GENERATE_RESPONSE, answer.response(), reply_id(event)))
+        return whole_response(
+            answer, lambda: _http(self._event(event, EventType.GENERATE_RESPONSE, answer.response(), reply_id(event)))
+        )
 
     def _seconds_left(self, event: CloudEvent) -> float:
+        """From now on."""
         expiry = expiry_time(event)
         if expiry is None:
             return self._timeout_seconds

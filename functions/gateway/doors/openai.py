@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
-from flask import Blueprint, Flask, Response, request
+from flask import Blueprint, Flask, Response, g, request
 
 from eventing.http.sse import HEARTBEAT, encode_sse
 from eventing.problems import MalformedEvent, Problem
@@ -16,7 +16,7 @@ from eventing.wire.generation import GenerateRequest, Usage
 from functions.gateway.doors.answers import Answer, Answers, Asker
 from functions.gateway.doors.clients import Clients
 from functions.gateway.doors.openai_types import ChatRequest, CompletionRequest
-from functions.gateway.doors.streaming import stream_response
+from functions.gateway.doors.streaming import arrived, client_gone, stream_response, whole_response
 from functions.hosting.web import json_response, with_retry_after
 from functions.observing.tracing import read_traceparent
 
@@ -132,26 +132,23 @@ class OpenAIDoor:
         return json_response(self._model_document()) if model == self._model else self._model_not_found(model)
 
     def _answer(self, type_: type[R], shape: Shape) -> Response:
+        began = arrived()
         client_id = self._clients.identify(request)
         asked = _read(type_)
         if asked.model != self._model:
             return self._model_not_found(asked.model)
-        id_ = shape.id_prefix + secrets.token_hex(12)
+        g.request_id = id_ = shape.id_prefix + secrets.token_hex(12)
         envelope = Envelope(shape, id_, int(time.time()), self._model, self._pipeline)
-        answer = self._begin(asked.generate_request(), id_, client_id)
+        answer = self._begin(asked.generate_request(), id_, client_id, began)
+        g.answering = True
         if asked.stream:
             with_usage = asked.stream_options is not None and asked.stream_options.include_usage
             return stream_response(answer, _stream(envelope, answer, with_usage), _failure)
-        for _ in answer.tokens():
-            pass
-        response = answer.response()
-        choices = [shape.choice(response.text, response.finish_reason)]
-        return json_response(envelope.document(shape.object, choices, usage=response.usage))
+        return whole_response(answer, lambda: _whole(envelope, answer))
 
-    def _begin(self, wanted: GenerateRequest, id_: str, client_id: str) -> Answer:
-        asker = Asker(
-            id_, client_id, secrets.randbits(63), self._timeout_seconds, read_traceparent(request.headers.get("traceparent"))
-        )
+    def _begin(self, wanted: GenerateRequest, id_: str, client_id: str, began: float) -> Answer:
+        trace = read_traceparent(request.headers.get("traceparent"))
+        asker = Asker(id_, client_id, secrets.randbits(63), self._timeout_seconds, began, client_gone(), trace)
         return self._answers().begin(wanted, asker)
 
     def _model_document(self) -> dict[str, Any]:
@@ -167,6 +164,12 @@ def _read(type_: type[R]) -> R:
         return msgspec.json.decode(request.get_data(cache=False), type=type_)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedEvent(f"the request cannot be served: {error}") from error
+
+
+def _whole(envelope: Envelope, answer: Answer) -> Response:
+    response = answer.response()
+    choices = [envelope.shape.choice(response.text, response.finish_reason)]
+    return json_response(envelope.document(envelope.shape.object, choices, usage=response.usage))
 
 
 def _stream(envelope: Envelope, answer: Answer, with_usage: bool) -> Iterator[bytes]:

@@ -15,8 +15,9 @@ from eventing.wire.score import ScoreRequest, score_row
 from eventing.wire.signature import sign
 from functions.gateway.text.tokenizer import ModelText
 
-SCORE_LIFETIME: Final = timedelta(hours=24)
-"""Of a score whose request does not expire sooner: how long its events are good, and its payloads kept."""
+SCORE_LIFETIME: Final = timedelta(hours=1)
+"""Of a score whose request does not expire sooner: how long its signed events are good. Every step's retries and a cold start
+fit into it several times."""
 
 
 class ScoreEntry:

@@ -1,18 +1,22 @@
 """Answers as server-sent events over WSGI, whichever door they leave by."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from flask import Response
+from flask import Response, request
 
 from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE
 from eventing.problems import Problem
-from functions.gateway.doors.answers import Answer
+from functions.gateway.doors.answers import Answer, ClientLeft
+from functions.hosting.environ import ARRIVED, CLIENT_GONE
 
 _log: Final = logging.getLogger(__name__)
 _HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """So that no proxy keeps tokens back."""
+CLIENT_CLOSED_REQUEST: Final = 499
+"""nginx's; nobody reads it."""
 
 
 def stream_response(answer: Answer, events: Iterator[bytes], failure: Callable[[Problem], bytes]) -> Response:
@@ -21,16 +25,40 @@ def stream_response(answer: Answer, events: Iterator[bytes], failure: Callable[[
     The first event should come at once: the status goes out with it, and proxies limit the time until it does.
     The answer is given up as soon as the client is gone.
     """
-    response = Response(_guarded(events, failure), content_type=EVENT_STREAM_CONTENT_TYPE, headers=_HEADERS)
+    response = Response(_guarded(answer, events, failure), content_type=EVENT_STREAM_CONTENT_TYPE, headers=_HEADERS)
     response.call_on_close(answer.close)
     return response
 
 
-def _guarded(events: Iterator[bytes], failure: Callable[[Problem], bytes]) -> Iterator[bytes]:
+def whole_response(answer: Answer, finished: Callable[[], Response]) -> Response:
+    """`finished`, once the answer is. Raises the Problem that ended it. Where the client leaves, the answer is given up."""
+    try:
+        for _ in answer.tokens():
+            pass
+    except ClientLeft:
+        return Response(status=CLIENT_CLOSED_REQUEST)
+    return finished()
+
+
+def arrived() -> float:
+    """When this request came in, in time.monotonic(): as the server saw it, else now."""
+    moment: float = request.environ.get(ARRIVED) or time.monotonic()
+    return moment
+
+
+def client_gone() -> Callable[[], bool]:
+    """Whether the client of this request has left, as the server that took it knows; one that does not know says no."""
+    gone: Callable[[], bool] = request.environ.get(CLIENT_GONE, lambda: False)
+    return gone
+
+
+def _guarded(answer: Answer, events: Iterator[bytes], failure: Callable[[Problem], bytes]) -> Iterator[bytes]:
     try:
         yield from events
     except Problem as problem:
         yield failure(problem)
+    except ClientLeft:
+        return
     except Exception:  # noqa: BLE001 - logged, and the client is told
-        _log.exception("an answer broke off")
+        _log.exception("the answer to %s broke off", answer.request_id)
         yield failure(Problem("the gateway failed; its log has the traceback"))

@@ -4,7 +4,7 @@ from collections.abc import Sequence as Items
 from collections.abc import Set
 
 from eventing.problems import InvalidRequest
-from eventing.wire.control import ReserveRow
+from eventing.wire.control import ReleaseRow, ReserveRow
 from eventing.wire.events import Status
 from functions.gateway.scheduling.actions import Reserve
 from functions.gateway.scheduling.board import Board
@@ -31,31 +31,43 @@ class Admission:
         board = self._board
         if any(one.one_by_one for batch in board.micro_batches for one in batch.sequences if not one.reserved):
             return []  # Whoever comes behind it would take what it is asking for.
-        if board.waiting.hungry.sequences:
-            return self._take_in_hungry(now)
+        hungry = board.waiting.hungry
+        if hungry.sequences and (tried := self._take_in_hungry(now)):
+            return tried
         # One reservation at a time for each micro-batch: those who come meanwhile share the next one. A burst of requests
         # would otherwise be as many events at every stage, which its autoscaler takes for load.
         reserving = {batch for batch in board.micro_batches if not all(one.reserved for one in batch.sequences)}
         groups: dict[MicroBatch, list[Sequence]] = {}
-        while (sequence := board.waiting.queue.peek()) is not None:
+        behind = hungry.clients
+        while (sequence := board.waiting.queue.peek(behind)) is not None:
+            if hungry.sequences and not (hungry.may_be_overtaken(sequence) and self._fits(sequence)):
+                behind.add(sequence.client_id)
+                continue
             home = self._home(sequence, now, reserving)
             if home is None:
                 break
-            self._join(home, board.waiting.queue.pop())
+            self._join(home, board.waiting.queue.pop(behind))
+            hungry.overtaken(sequence)
             groups.setdefault(home, []).append(sequence)
         return [_reserve(home, sequences, one_by_one=False) for home, sequences in groups.items()]
 
-    def reserved(self, sequences: Items[Sequence], reservation: Reservation) -> None:
-        """What became of the memory for `sequences`, which are in one micro-batch."""
+    def reserved(self, wanted: Reserve, reservation: Reservation) -> None:
+        """What became of the memory for its sequences, which are in one micro-batch."""
         for origin in reservation.origins:
             self._replies.heard(origin)
+        here = []
+        for sequence, row, status in zip(wanted.sequences, wanted.rows, reservation.statuses, strict=True):
+            if sequence.id in self._board.sequences:
+                here.append((sequence, status))
+            else:
+                self._board.release_row(wanted.instances, ReleaseRow(row.id, row.attempt))
         if reservation.failure is not None:
-            self._failures.reservation_failed(sequences, reservation.failure)
+            self._failures.reservation_failed([sequence for sequence, _ in here], reservation.failure)
             return
         self._board.no_route_since = None
         if Status.FULL in reservation.statuses:
             self._board.waiting.hungry.still_full()
-        for sequence, status in zip(sequences, reservation.statuses, strict=True):
+        for sequence, status in here:
             self._reserved(sequence, status)
 
     def _reserved(self, sequence: Sequence, status: Status) -> None:
@@ -77,14 +89,29 @@ class Admission:
             board.dismiss(sequence, InvalidRequest(f"{wanted} are more than a stage can ever hold; ask for fewer"))
 
     def _take_in_hungry(self, now: float) -> list[Reserve]:
-        """The first of those that a stage was too full for; nobody overtakes it."""
+        """The first of those that a stage was too full for; while it has to wait, one that may overtake it and seems to fit."""
         hungry = self._board.waiting.hungry
-        home = self._home(hungry.sequences[0], now, set()) if now >= hungry.retry_at else None
+        if now >= hungry.retry_at:
+            sequence = hungry.sequences[0]
+        else:
+            others = (one for one in hungry.sequences[1:] if hungry.may_be_overtaken(one) and self._fits(one))
+            if (found := next(others, None)) is None:
+                return []
+            sequence = found
+        home = self._home(sequence, now, set())
         if home is None:
             return []
-        sequence = hungry.sequences.pop(0)
+        overtakes = sequence is not hungry.sequences[0]
+        hungry.sequences.remove(sequence)
+        if overtakes:
+            hungry.overtaken(sequence)
         self._join(home, sequence)
         return [_reserve(home, [sequence], one_by_one=True)]
+
+    def _fits(self, sequence: Sequence) -> bool:
+        """As far as the stages' last replies say, an instance of each has room for it."""
+        placement = self._board.placement
+        return all(placement.has_room(stage, sequence.reserve_tokens) for stage in range(placement.num_stages))
 
     def _join(self, home: MicroBatch, sequence: Sequence) -> None:
         home.join(sequence)

@@ -5,7 +5,7 @@ The scheduler's lock is held around it, and around all that reads and changes it
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from eventing.problems import Problem
 from eventing.wire.control import ReleaseRow
@@ -37,6 +37,8 @@ class Board:
         self.suspects: set[Sequence] = set()
         """With a strike against them."""
         self.no_route_since: float | None = None
+        self._abandoned: dict[str, int] = {}
+        """Ids and attempts of sequences that are gone while something of theirs may still be on its way."""
         self._releases: defaultdict[Instance, list[ReleaseRow]] = defaultdict(list)
         """To be sent."""
 
@@ -83,6 +85,20 @@ class Board:
         self.take_out(sequence)
         self._forget(sequence)
 
+    def abandon(self, sequence: Sequence, problem: Problem) -> None:
+        """Takes out one of which nobody knows any more what is on its way; where that comes back, it is released again."""
+        if sequence.id not in self.sequences:
+            return
+        sequence.stream.fail(problem)
+        if any(sequence.id in step.pieces for step in self.steps.values()):
+            self._abandoned[sequence.id] = sequence.progress.attempt
+        self.release(sequence)
+        self.waiting.remove(sequence)
+        for batch in self.micro_batches:
+            if sequence in batch.sequences:
+                batch.part_with(sequence)
+        self._forget(sequence)
+
     def take_out(self, sequence: Sequence, *, frees: bool = True) -> None:
         """Out of its micro-batch; to wait again, or for good. frees: whether it held memory, so that others may hope."""
         self.release(sequence, frees=frees)
@@ -117,6 +133,11 @@ class Board:
     def release_at(self, instance: Instance, sequence: Sequence) -> None:
         self._releases[instance].append(ReleaseRow(sequence.id, sequence.progress.attempt))
 
+    def release_row(self, instances: Iterable[Instance], row: ReleaseRow) -> None:
+        """For a sequence that is gone already."""
+        for instance in instances:
+            self._releases[instance].append(row)
+
     def take_releases(self) -> list[Release]:
         releases = [Release(instance, rows) for instance, rows in self._releases.items()]
         self._releases.clear()
@@ -126,6 +147,8 @@ class Board:
 
     def step_begins(self, step: Step) -> None:
         self.steps[step.trip] = step
+        if step.micro_batch is not None:
+            step.micro_batch.decoding = True
         self.steps_begun += 1
 
     def step_ends(self, trip: Trip) -> None:
@@ -133,6 +156,10 @@ class Board:
         step = self.steps.pop(trip)
         if step.micro_batch is not None:
             step.micro_batch.decoding = False
+        for id_ in self._abandoned.keys() & step.pieces.keys():
+            self.release_row(trip.instances, ReleaseRow(id_, self._abandoned[id_]))
+            if not any(id_ in other.pieces for other in self.steps.values()):
+                del self._abandoned[id_]
 
     def close_empty(self) -> None:
         for batch in [batch for batch in self.micro_batches if not batch.sequences and not batch.decoding]:

@@ -4,18 +4,22 @@ What a failure of one event means is `stages.failures`; what speaks against a se
 broke are left alone by `stages.instances`.
 """
 
+import logging
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from collections.abc import Sequence as Items
+from typing import Final
 
 from eventing.problems import DeadlineExceeded, InvalidRequest, PipelineUnavailable, Problem, ReplaysExhausted
 from eventing.wire.events import Row, Status
 from functions.gateway.scheduling.board import Board
-from functions.gateway.scheduling.sequence import Sequence
+from functions.gateway.scheduling.sequence import Sequence, named
 from functions.gateway.scheduling.step import Step
 from functions.gateway.scheduling.strikes import ON_TRIAL_AT
 from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.instances import Instance
+
+_log: Final = logging.getLogger(__name__)
 
 
 class Failures:
@@ -27,7 +31,7 @@ class Failures:
 
     def trip_failed(self, step: Step, ids: Items[str], failure: StageFailed) -> None:
         """The event got no usable reply; `ids` were its rows. They begin again on another route."""
-        self._board.placement.avoid(step.trip.instances[failure.stage])
+        self._failed_at(step.trip.instances[failure.stage], failure)
         for id_ in ids:
             sequence, piece = step.pieces[id_]
             if (failure.blames or failure.final) and not (sequence.must_restart or sequence.over):
@@ -41,6 +45,7 @@ class Failures:
     def row_failed(self, sequence: Sequence, stage: int, row: Row) -> None:
         """The event came back, but one row of it was not computed: it alone has failed."""
         if row.status is Status.INVALID:
+            _log.info("%s: stage %d refuses it: %s", named([sequence]), stage, row.reason)
             sequence.stream.fail(InvalidRequest(row.reason or f"stage {stage} refuses the sequence"))
         elif row.status in (Status.MISS, Status.STALE):
             self._lost(sequence, stage, row.status)
@@ -55,9 +60,21 @@ class Failures:
     def reservation_failed(self, sequences: Items[Sequence], failure: StageFailed) -> None:
         """A stage gave no answer when it was asked for their memory, which counts against none of them."""
         if sequences and sequences[0].route is not None:
-            self._board.placement.avoid(sequences[0].route.instances[failure.stage])
+            self._failed_at(sequences[0].route.instances[failure.stage], failure)
         for sequence in sequences:
             self.start_again(sequence)
+
+    def broke_inside(self, sequences: Iterable[Sequence]) -> None:
+        """The gateway itself failed with them in hand, so that nobody knows how they stand: they end, and others go on."""
+        for sequence in list(sequences):
+            self._board.abandon(sequence, Problem("the gateway failed; its log has the traceback"))
+
+    def _failed_at(self, instance: Instance, failure: StageFailed) -> None:
+        """It is left alone for a while; but a client that did not wait says nothing of it, and only ends."""
+        if failure.expired:
+            self.expire(time.monotonic())
+        else:
+            self._board.placement.avoid(instance)
 
     def rebooted(self, instance: Instance, excepted: Collection[Sequence]) -> None:
         """All that `instance` held is lost. `excepted`: whose rows say so themselves."""
@@ -140,6 +157,7 @@ class Failures:
         self._board.suspects.add(sequence)
         if sequence.strikes.exhausted:
             breaks = sequence.strikes.breaks
+            _log.warning("%s: given up: %s", named([sequence]), why)
             sequence.stream.fail(problem(f"gave up after {breaks} attempts that came no further; the last: {why}"))
 
     def choose_trial(self) -> None:

@@ -1,7 +1,8 @@
 """Who waits how: clients take turns, and who returns goes first."""
 
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from itertools import chain
 from typing import Generic, Protocol, TypeVar
 
 
@@ -36,23 +37,26 @@ class FairQueue(Generic[W]):
         """For one that was taken out before: it had its turn already."""
         self._returned.append(item)
 
-    def peek(self) -> W | None:
-        if self._returned:
-            return self._returned[0]
-        return next((waiting[0] for waiting in self._clients.values()), None)
+    def peek(self, but: Container[str] = ()) -> W | None:
+        """The one whose turn it is, none of the clients in `but`."""
+        returned = (item for item in self._returned if item.client_id not in but)
+        waiting = (items[0] for client_id, items in self._clients.items() if client_id not in but)
+        return next(chain(returned, waiting), None)
 
-    def pop(self) -> W:
-        """The one whose turn it is; its client goes to the end of the round. Raises IndexError when nobody waits."""
-        if self._returned:
-            return self._returned.popleft()
-        if not self._clients:
+    def pop(self, but: Container[str] = ()) -> W:
+        """Takes out what `peek` says; its client goes to the end of the round. Raises IndexError when nobody waits."""
+        item = self.peek(but)
+        if item is None:
             raise IndexError("nobody waits")
-        client_id, waiting = next(iter(self._clients.items()))
-        item = waiting.popleft()
+        if item in self._returned:
+            self._returned.remove(item)
+            return item
+        waiting = self._clients[item.client_id]
+        waiting.popleft()
         if waiting:
-            self._clients.move_to_end(client_id)
+            self._clients.move_to_end(item.client_id)
         else:
-            del self._clients[client_id]
+            del self._clients[item.client_id]
         return item
 
     def remove(self, item: W) -> bool:

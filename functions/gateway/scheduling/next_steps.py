@@ -31,7 +31,6 @@ class NextSteps:
             level(batch, board.micro_batches, len(board.micro_batches) > wanted, board.limits.micro_batch_sequences)
             going = [one for one in batch.sequences if not one.strikes.count and one.decodes and self._failures.may_send(one)]
             if going:
-                batch.decoding = True
                 pieces = [(sequence, Piece(sequence.total_tokens - 1, 1, depth)) for sequence in going]
                 yield self._begin(pieces, batch.route.instances, batch)
 
@@ -52,7 +51,6 @@ class NextSteps:
             prompts = sorted(by_route[route], key=lambda sequence: sequence.served)
             pieces = prompt_pieces(prompts, self._board.limits.chunk_tokens)
             if pieces:
-                route[0].prompts.queue()
                 yield self._begin(pieces, route, None)
 
     def _has_prompt(self, sequence: Sequence) -> bool:
@@ -65,6 +63,8 @@ class NextSteps:
     def _begin(self, pieces: Items[tuple[Sequence, Piece]], instances: tuple[Instance, ...], batch: MicroBatch | None) -> Step:
         board = self._board
         step = make_step(pieces, instances, batch)
+        if batch is None:
+            instances[0].prompts.queue()
         board.step_begins(step)
         for sequence, piece in pieces:
             sequence.progress.send(piece)

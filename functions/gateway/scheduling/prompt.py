@@ -21,9 +21,13 @@ class Prompt:
     eos_ids: frozenset[int] = frozenset()
     client_id: str = ""
     deadline_seconds: float = 600.0
-    """From when it is handed in."""
+    """From when the request came in."""
+    arrived: float | None = None
+    """When that was, in time.monotonic(). None: when it is handed in."""
     trace: TraceContext | None = None
     """Of the answer's span."""
+    request_id: str = "?"
+    """What the client knows it by; for logs."""
 
     def __post_init__(self) -> None:
         if not self.token_ids or self.max_tokens < 1:

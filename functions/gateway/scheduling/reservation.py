@@ -1,7 +1,7 @@
 """Memory for sequences at every stage of a route, before anything of them is computed."""
 
 from collections.abc import Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 from typing import Final
 
@@ -36,8 +36,9 @@ def reserve_at_once(
     traces: Traces,
     calls: Executor,
 ) -> Reservation:
-    """Asks all stages together, and returns when the last has replied."""
+    """Asks all stages together, and returns when the last has replied: what is released then comes behind all of it."""
     futures = [calls.submit(_ask, client, instance, rows, deadline, traces) for instance in instances]
+    wait(futures)
     return _combined([future.result() for future in futures], len(rows))
 
 

@@ -12,8 +12,10 @@ import math
 import secrets
 import threading
 import time
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import count
 from typing import Final
 
@@ -31,7 +33,7 @@ from functions.gateway.scheduling.progress import Progress
 from functions.gateway.scheduling.prompt import Prompt
 from functions.gateway.scheduling.replies import Replies
 from functions.gateway.scheduling.reservation import reserve_at_once, reserve_in_order
-from functions.gateway.scheduling.sequence import Sequence
+from functions.gateway.scheduling.sequence import Sequence, named
 from functions.gateway.scheduling.stats import Stats
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.scheduling.wake_ups import WakeUps
@@ -45,7 +47,12 @@ _log = logging.getLogger(__name__)
 
 _THREADS: Final = 512
 """At most: one for each event on its way. They are made when they are needed."""
-_LOOK_AGAIN_SECONDS: Final = 1.0
+_LOOK_AGAIN_SECONDS: Final = 5.0
+"""The clock looks at least so often, whatever is due, and whatever a deadline says."""
+_STUCK_SECONDS: Final = 30.0
+"""A clock that has not looked for so long will not look again."""
+_MOST_FAILURES: Final = 3
+"""Decisions that failed one after the other, until the gateway is taken for broken."""
 _CLOSE_SECONDS: Final = 5.0
 """What `close` waits for events on their way."""
 _SHUTTING_DOWN: Final = "this gateway is shutting down; ask again, another one will answer"
@@ -69,8 +76,13 @@ class Scheduler:
         self._numbers = count()
         self._changed = threading.Condition()
         """The one lock; notified when the clock has to look again and when sequences end."""
+        self._entering = 0
         self._closing = False
         self._closed = False
+        self._walked: set[Trip] = set()
+        """Trips that a thread has, or will have."""
+        self._failed_in_a_row = 0
+        self._clock_looked_at = time.monotonic()
         self._clock_looks_at = math.inf
         self._trips = ThreadPoolExecutor(_THREADS, "trip")
         self._calls = ThreadPoolExecutor(_THREADS, "call")
@@ -80,20 +92,28 @@ class Scheduler:
 
     # For doors.
 
+    @contextmanager
+    def entering(self) -> Iterator[None]:
+        """For what a door does with a request before `submit`; it counts as waiting. Raises QueueFull or NotReady (closing)."""
+        with self._changed:
+            self._check_room()
+            self._entering += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._entering -= 1
+
     def submit(self, prompt: Prompt) -> TokenStream:
         """Queues a sequence, whose tokens come by themselves. Raises QueueFull, NotReady (closing) or InvalidRequest."""
         reserve_tokens = len(prompt.token_ids) + prompt.max_tokens
         if reserve_tokens > MAX_POSITION:
             raise InvalidRequest(f"{reserve_tokens} tokens of prompt and answer; the most is {MAX_POSITION}")
         with self._changed:
-            if self._closing:
-                raise NotReady(_SHUTTING_DOWN)
-            waiting = len(self._board.waiting)
-            if waiting >= self._limits.queue_limit + max(0, self._admission.room()):
-                raise QueueFull(f"{waiting} requests wait already; ask again later")
+            self._check_room()
             number = next(self._numbers)
             id_ = f"{self._boot}-{number}"
-            stream = TokenStream(prompt.max_tokens, prompt.eos_ids, lambda: self._cancel(id_))
+            stream = TokenStream(prompt.max_tokens, prompt.eos_ids, lambda: self._cancel(id_), prompt.arrived)
             self._board.submit(Sequence(id_, number, prompt, stream, Progress(self._placement.num_stages)))
             self._act()
         return stream
@@ -110,8 +130,24 @@ class Scheduler:
         with self._changed:
             self._start(self._wake_ups.begin(everything=True))
 
+    def sick(self) -> str | None:
+        """What is wrong with the scheduler itself, if anything. Takes no lock: whoever holds it may be what is stuck."""
+        if self._closed:
+            return None
+        if not self._clock.is_alive():
+            return "the scheduler's clock has ended"
+        silent = time.monotonic() - self._clock_looked_at
+        if silent > _STUCK_SECONDS:
+            return f"the scheduler has been stuck for {silent:.0f} s"
+        if self._failed_in_a_row >= _MOST_FAILURES:
+            return "the scheduler fails whenever it decides what is next; its log has the traceback"
+        return None
+
     def close(self) -> None:
-        """Ends what is left with NotReady, frees its memory at the stages, and waits for the threads."""
+        """Ends what is left with NotReady and frees its memory at the stages, for which it waits some seconds at most.
+
+        Threads that wait for a stage even longer end when the sender is closed.
+        """
         with self._changed:
             self._closing = True
             for sequence in list(self._board.sequences.values()):
@@ -120,9 +156,9 @@ class Scheduler:
             self._changed.wait_for(lambda: not self._board.sequences, _CLOSE_SECONDS)
             self._closed = True
             self._changed.notify_all()
-        self._clock.join()
-        self._trips.shutdown()
-        self._calls.shutdown()
+        self._clock.join(_CLOSE_SECONDS)
+        self._trips.shutdown(wait=False)
+        self._calls.shutdown(wait=False)
 
     def stats(self) -> Stats:
         """How it stands now."""
@@ -152,9 +188,10 @@ class Scheduler:
             self._replies.replied(self._board.steps[trip], stage, reply, seconds)
 
     def failed(self, trip: Trip, ids: Items[str], failure: StageFailed) -> None:
-        _log.warning("a trip with %d sequences broke: %s", len(ids), failure)
         with self._changed:
-            self._failures.trip_failed(self._board.steps[trip], ids, failure)
+            step = self._board.steps[trip]
+            self._failures.trip_failed(step, ids, failure)
+        _log.warning("a trip of %s broke: %s", named(step.pieces[id_][0] for id_ in ids), failure)
 
     def first_stage_free(self) -> None:
         with self._changed:
@@ -162,8 +199,37 @@ class Scheduler:
 
     # With the lock held.
 
+    def _check_room(self) -> None:
+        if self._closing:
+            raise NotReady(_SHUTTING_DOWN)
+        waiting = len(self._board.waiting) + self._entering
+        if waiting >= self._limits.queue_limit + max(0, self._admission.room()):
+            raise QueueFull(f"{waiting} requests wait already; ask again later")
+
     def _act(self) -> None:
-        self._start(self._go_on())
+        self._start(self._decide())
+
+    def _decide(self) -> list[Action]:
+        """What has to be sent now. Where that fails nobody knows how the sequences stand: they end, and it begins anew."""
+        try:
+            actions = self._go_on()
+        except Exception:  # noqa: BLE001 - whoever decides has something else to do then
+            self._failed_in_a_row += 1
+            _log.exception("the gateway failed; its %d answers end: %s", len(self._board.sequences), self._named_all())
+            for trip in self._board.steps.keys() - self._walked:
+                self._never_walked(trip)
+            self._failures.broke_inside(self._board.sequences.values())
+            return list(self._board.take_releases())
+        self._failed_in_a_row = 0
+        return actions
+
+    def _never_walked(self, trip: Trip) -> None:
+        if trip.chunks:
+            trip.instances[0].prompts.leave()
+        self._board.step_ends(trip)
+
+    def _named_all(self) -> str:
+        return named(self._board.sequences.values())
 
     def _go_on(self) -> list[Action]:
         """Everything that can happen now, in this order; what has to be sent for it."""
@@ -189,6 +255,8 @@ class Scheduler:
 
     def _start(self, actions: Items[Action]) -> None:
         for action in () if self._closed else actions:
+            if isinstance(action, Walk):
+                self._walked.add(action.trip)
             self._trips.submit(self._guarded, action)
         due = self._next_due()
         if (due is not None and due < self._clock_looks_at) or not self._board.sequences:
@@ -200,14 +268,16 @@ class Scheduler:
         """The clock: looks again when something is due that no reply brings."""
         with self._changed:
             while not self._closed:
+                self._clock_looked_at = time.monotonic()
                 try:
                     self._act()
                     due = self._next_due()
                 except Exception:  # noqa: BLE001 - a clock that stopped would be noticed by deadlines that never come
                     _log.exception("the clock failed inside the gateway")
-                    due = time.monotonic() + _LOOK_AGAIN_SECONDS
+                    due = None
                 self._clock_looks_at = math.inf if due is None else due
-                self._changed.wait(None if due is None else max(0.0, due - time.monotonic()))
+                left = _LOOK_AGAIN_SECONDS if due is None else due - time.monotonic()
+                self._changed.wait(min(_LOOK_AGAIN_SECONDS, max(0.0, left)))
 
     def _guarded(self, action: Action) -> None:
         try:
@@ -219,8 +289,9 @@ class Scheduler:
         match action:
             case Walk(trip):
                 self._drive(trip)
-            case Reserve():
-                self._reserve(action)
+            case Reserve(sequences):
+                with self._ending(sequences):
+                    self._reserve(action)
             case Release(instance, rows):
                 self._release(instance, rows)
             case Wake(stages):
@@ -229,38 +300,55 @@ class Scheduler:
     def _drive(self, trip: Trip | None) -> None:
         """Walks the trip, then the first that is to be walked next: most of the time its own micro-batch's next step."""
         while trip is not None:
-            walk(trip, self._client, self)
+            with self._ending([sequence for sequence, _ in self._board.steps[trip].pieces.values()]):
+                walk(trip, self._client, self)
             with self._changed:
+                self._walked.discard(trip)
                 self._board.step_ends(trip)
-                actions = self._go_on()
+                actions = self._decide()
                 walks = [action for action in actions if isinstance(action, Walk)]
                 self._start([action for action in actions if action not in walks[:1]])
                 trip = walks[0].trip if walks and not self._closed else None
+                if trip is not None:
+                    self._walked.add(trip)
+
+    @contextmanager
+    def _ending(self, sequences: Items[Sequence]) -> Iterator[None]:
+        """What nobody expected ends them: they wait for what this thread does, and nobody else will do it."""
+        try:
+            yield
+        except Exception:  # noqa: BLE001 - where a thread, or a step of one, ends
+            _log.exception("the gateway failed; the answers that it had in hand end: %s", named(sequences))
+            with self._changed:
+                self._failures.broke_inside(sequences)
+                self._act()
 
     def _reserve(self, wanted: Reserve) -> None:
         asked = (self._client, wanted.instances, wanted.rows, wanted.deadline, wanted.traces)
         reservation = reserve_in_order(*asked) if wanted.one_by_one else reserve_at_once(*asked, self._calls)
         if reservation.failure is not None:
-            _log.warning("no memory for %d sequences: %s", len(wanted.rows), reservation.failure)
+            _log.warning("no memory for %s: %s", named(wanted.sequences), reservation.failure)
         with self._changed:
-            self._admission.reserved(wanted.sequences, reservation)
+            self._admission.reserved(wanted, reservation)
             self._act()
 
     def _release(self, instance: Instance, rows: Items[ReleaseRow]) -> None:
         try:
             origin = self._client.release(instance, rows)
         except StageFailed as failure:
-            _log.info("%d sequences are left to expire: %s", len(rows), failure)
+            _log.info("left to expire: %s: %s", ", ".join(row.id for row in rows), failure)
             return
         with self._changed:
             self._replies.heard(origin)
 
     def _wake(self, stages: Items[int]) -> None:
-        for future in [self._calls.submit(self._warm_up, stage) for stage in stages]:
-            future.result()
-        with self._changed:
-            self._wake_ups.over()
-            self._act()
+        try:
+            for future in [self._calls.submit(self._warm_up, stage) for stage in stages]:
+                future.result()
+        finally:
+            with self._changed:
+                self._wake_ups.over()
+                self._act()
 
     def _warm_up(self, stage: int) -> None:
         try:

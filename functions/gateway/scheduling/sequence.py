@@ -36,6 +36,8 @@ class Sequence:
     reserved: bool = False
     one_by_one: bool = False
     """Its reservation did not fit once: from then on it asks one stage after the other, in order."""
+    overtaken_tokens: int = 0
+    """Given to others while a stage was too full for it."""
     must_restart: bool = False
     """Its route is broken; it leaves when all its pieces are back."""
     served: int = 0
@@ -45,7 +47,8 @@ class Sequence:
         self.tokens = list(self.prompt.token_ids)
         self.reserve_tokens = len(self.tokens) + self.prompt.max_tokens
         self.waiting_since = time.monotonic()
-        self.deadline = self.waiting_since + self.prompt.deadline_seconds
+        arrived = self.waiting_since if self.prompt.arrived is None else self.prompt.arrived
+        self.deadline = arrived + self.prompt.deadline_seconds
 
     @property
     def client_id(self) -> str:
@@ -81,6 +84,11 @@ class Sequence:
         self.reserved = False
         self.must_restart = False
         self.progress.restart()
+
+
+def named(sequences: Iterable[Sequence]) -> str:
+    """For a line of a log: the client's request and, in brackets, what the stages know it by."""
+    return ", ".join(f"{sequence.prompt.request_id} ({sequence.id})" for sequence in sequences)
 
 
 def traces_of(sequences: Iterable[Sequence]) -> list[TraceContext]:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from itertools import pairwise
 
 from eventing.problems import Problem
 from eventing.wire.generation import FinishReason
@@ -15,7 +16,7 @@ from eventing.wire.generation import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """What an answer took so far, seconds since it was handed in. None: not yet."""
+    """What an answer took so far, seconds since its request came in. None: not yet."""
 
     queue_seconds: float | None
     """Until its first chunk was sent, memory and routes included."""
@@ -28,20 +29,28 @@ class Timings:
 class TokenStream:
     """Thread-safe."""
 
-    def __init__(self, max_tokens: int, eos_ids: Collection[int] = (), on_cancel: Callable[[], None] = lambda: None) -> None:
-        """on_cancel: called, with no lock held, when nobody awaits the answer any more."""
+    def __init__(
+        self,
+        max_tokens: int,
+        eos_ids: Collection[int] = (),
+        on_cancel: Callable[[], None] = lambda: None,
+        arrived: float | None = None,
+    ) -> None:
+        """on_cancel: called, with no lock held, when nobody awaits the answer any more. arrived: as a Prompt has it."""
         self._max_tokens = max_tokens
         self._eos_ids = eos_ids
         self._on_cancel = on_cancel
         self._changed = threading.Condition()
         self._token_ids: list[int] = []
+        self._put_at: list[float] = []
+        """When each of them came, in time.monotonic()."""
         self._taken = 0
         self._computed = 0
         self.over = False
         """No further token will come."""
         self._finish_reason: FinishReason | None = None
         self._problem: Problem | None = None
-        self._began = time.monotonic()
+        self._began = time.monotonic() if arrived is None else arrived
         self._started_at: float | None = None
         self._first_token_at: float | None = None
         self._ended_at: float | None = None
@@ -79,9 +88,17 @@ class TokenStream:
         """Tokens that the pipeline computed for the answer, an end-of-text token counted."""
         return self._computed
 
-    def cancel(self) -> None:
-        """Nobody awaits the answer any more: its memory is freed at once. Without effect on one that has ended."""
-        self.finish("cancelled")
+    def waits(self, begin: int) -> list[float]:
+        """Seconds from the request to its first token, then from each token to the next, as the pipeline drew them; those
+        from number `begin` on. Also of tokens that nobody has taken; of an end-of-text token where it is the first."""
+        with self._changed:
+            came = self._put_at or ([] if self._first_token_at is None else [self._first_token_at])
+            before = self._began if begin == 0 else came[begin - 1]
+            return [later - earlier for earlier, later in pairwise([before, *came[begin:]])]
+
+    def cancel(self, reason: FinishReason = "cancelled") -> None:
+        """Nothing more is wanted of the answer: its memory is freed at once. Without effect on one that has ended."""
+        self.finish(reason)
         self._on_cancel()
 
     def timings(self) -> Timings:
@@ -117,11 +134,14 @@ class TokenStream:
             if self.over:
                 return
             self._computed += 1
-            self._first_token_at = self._first_token_at or time.monotonic()
+            now = time.monotonic()
+            if self._first_token_at is None:
+                self._first_token_at = now
             if token in self._eos_ids:
                 self._end("stop")
                 return
             self._token_ids.append(token)
+            self._put_at.append(now)
             if self._computed >= self._max_tokens:
                 self._end("length")
             self._changed.notify_all()

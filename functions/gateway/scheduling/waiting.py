@@ -11,10 +11,16 @@ from functions.gateway.scheduling.sequence import Sequence
 
 _FIRST_PAUSE_SECONDS: Final = 0.02
 _LONGEST_PAUSE_SECONDS: Final = 1.0
+_OVERTAKEN_TIMES: Final = 4
+"""What others may be given while one waits, as multiples of what it waits for."""
 
 
 class Hungry:
-    """Sequences that were told that a stage is full: one after the other, nobody overtakes them."""
+    """Sequences that were told that a stage is full: one after the other, the first one first.
+
+    Their own clients wait with them. Others may overtake them, but only so far that the memory which those get meanwhile comes
+    to a few times what the overtaken wants: then all wait until it has been given.
+    """
 
     def __init__(self) -> None:
         self.sequences: list[Sequence] = []
@@ -24,6 +30,22 @@ class Hungry:
 
     def add(self, sequence: Sequence) -> None:
         bisect.insort(self.sequences, sequence, key=lambda other: other.number)
+
+    @property
+    def clients(self) -> set[str]:
+        return {sequence.client_id for sequence in self.sequences}
+
+    def may_be_overtaken(self, by: Sequence) -> bool:
+        """By a sequence of another client, which came later or not."""
+        return all(
+            one.client_id != by.client_id and one.overtaken_tokens + by.reserve_tokens <= _OVERTAKEN_TIMES * one.reserve_tokens
+            for one in self.sequences
+            if one is not by
+        )
+
+    def overtaken(self, by: Sequence) -> None:
+        for one in self.sequences:
+            one.overtaken_tokens += by.reserve_tokens
 
     def still_full(self) -> None:
         """The next try comes later each time, and not at the moment when another gateway comes too."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from cloudevents.core.v1.event import CloudEvent
 from msgspec import Struct
@@ -33,6 +33,9 @@ from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType
 from functions.gateway.stages.failures import StageFailed, stage_failed
 from functions.gateway.stages.instances import Instance
 from functions.observing.tracing import PASSING, Attributes, Span, TraceContext, Tracer
+
+RESERVATION_SECONDS: Final = 10.0
+"""How long a stage that has not failed of late may take for a reservation."""
 
 Traces = Sequence[TraceContext]
 """Of the sequences that an event is sent for."""
@@ -87,10 +90,10 @@ class StageClient:
 
         ids: of the rows, in their order. deadline: in time.monotonic(). traces: of the rows' sequences.
         """
-        timeout = min(self._step_timeout_seconds, deadline - time.monotonic())
+        timeout, awaited_until = _time_left(self._step_timeout_seconds, deadline)
         with self._span(EventType.FORWARD, instance.stage, instance.url, traces) as span:
             event = self._batch_event(instance.stage, body, timeout, span.context)
-            reply = self._send(instance.stage, instance.url, event, timeout)
+            reply = self._send(instance.stage, instance.url, event, timeout, awaited_until)
         try:
             origin = _origin(instance, from_http(reply.headers, reply.body))
             batch = decode_batch(reply.body)
@@ -103,9 +106,15 @@ class StageClient:
     def reserve(
         self, instance: Instance, rows: Sequence[ReserveRow], deadline: float, traces: Traces = ()
     ) -> tuple[Origin, tuple[ReservedRow, ...]]:
-        """Room for the rows, each with its own status, in their order; it may wait for a pass. Raises StageFailed."""
-        timeout = min(self._step_timeout_seconds, deadline - time.monotonic())
-        origin, reply = self._ask(instance, EventType.RESERVE, ReserveRequest(tuple(rows)), ReserveReply, timeout, traces)
+        """Room for the rows, each with its own status, in their order; it may wait for a pass. Raises StageFailed.
+
+        A stage replies between two passes. One that takes a connection and says nothing costs less than a step may, so that
+        another instance is asked soon; each time in a row it has longer, for there are stages with long passes.
+        """
+        own = min(self._step_timeout_seconds, RESERVATION_SECONDS * 2 ** min(instance.failures, 8))
+        timeout, awaited_until = _time_left(own, deadline)
+        request = ReserveRequest(tuple(rows))
+        origin, reply = self._ask(instance, EventType.RESERVE, request, ReserveReply, timeout, traces, awaited_until)
         if [(row.id, row.attempt) for row in reply.rows] != [(row.id, row.attempt) for row in rows]:
             raise StageFailed(instance.stage, "malformed", "its reply to a reservation has other rows than the request")
         return origin, reply.rows
@@ -120,9 +129,17 @@ class StageClient:
         return self._exchange(stage, url, EventType.WARMUP, WarmupRequest(), WarmupReply, timeout_seconds)[1]
 
     def _ask(
-        self, instance: Instance, type: EventType, request: Struct, reply: type[S], timeout_seconds: float, traces: Traces = ()
+        self,
+        instance: Instance,
+        type: EventType,
+        request: Struct,
+        reply: type[S],
+        timeout_seconds: float,
+        traces: Traces = (),
+        awaited_until: float | None = None,
     ) -> tuple[Origin, S]:
-        event, value = self._exchange(instance.stage, instance.url, type, request, reply, timeout_seconds, traces)
+        told = (type, request, reply, timeout_seconds, traces, awaited_until)
+        event, value = self._exchange(instance.stage, instance.url, *told)
         return _origin(instance, event), value
 
     def _exchange(
@@ -134,11 +151,12 @@ class StageClient:
         reply: type[S],
         timeout_seconds: float,
         traces: Traces = (),
+        awaited_until: float | None = None,
     ) -> tuple[CloudEvent, S]:
         """One event with JSON data and its reply. Raises StageFailed."""
         with self._span(type, stage, url, traces) as span:
             event = self._json_event(stage, type, request, timeout_seconds, span.context)
-            return _read(stage, self._send(stage, url, event, timeout_seconds), reply)
+            return _read(stage, self._send(stage, url, event, timeout_seconds, awaited_until), reply)
 
     def _span(self, type: EventType, stage: int, url: str, traces: Traces) -> Span:
         told: Attributes = {"lamina.stage": stage, "lamina.sequences": len(traces), "url.full": url}
@@ -162,13 +180,21 @@ class StageClient:
             Attribute.TRACEPARENT: trace.traceparent,
         }
 
-    def _send(self, stage: int, url: str, event: CloudEvent, timeout_seconds: float) -> Reply:
+    def _send(
+        self, stage: int, url: str, event: CloudEvent, timeout_seconds: float, awaited_until: float | None = None
+    ) -> Reply:
         headers, buffers = to_binary_http(event)
         headers["authorization"] = f"Bearer {self._identity.token}"
         try:
             return self._sender.send(url, headers, buffers, max(0.001, timeout_seconds))
         except (DeliveryError, Problem) as error:
-            raise stage_failed(stage, error) from error
+            raise stage_failed(stage, error, awaited_until) from error
+
+
+def _time_left(own_seconds: float, deadline: float) -> tuple[float, float | None]:
+    """How long is waited for a reply; and until when, if it is the client that waits no longer."""
+    left = deadline - time.monotonic()
+    return (left, deadline) if left < own_seconds else (own_seconds, None)
 
 
 def _origin(instance: Instance, reply: CloudEvent) -> Origin:

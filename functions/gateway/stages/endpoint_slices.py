@@ -18,8 +18,10 @@ SERVICE_ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 CLUSTER_API: Final = "https://kubernetes.default.svc"
 IN_CLUSTER: Final = "cluster"
 
-_WATCH_SECONDS: Final = 240
-"""How long one watch lasts; the server ends it, and a connection that died in silence is noticed soon after."""
+WATCH_SECONDS: Final = 20.0
+"""How long one watch lasts. The server ends it, with a bookmark where the next one begins: an empty request each time."""
+SILENCE_SECONDS: Final = 5.0
+"""A connection that has died in silence is noticed so long after the server should have ended the watch."""
 CONNECT_SECONDS: Final = 5.0
 _LIST_SECONDS: Final = 30.0
 GONE: Final = 410
@@ -89,8 +91,12 @@ class Refused(Exception):
 class KubernetesAPI:
     """Lists and watches EndpointSlices of one namespace."""
 
-    def __init__(self, api: str, namespace: str) -> None:
+    def __init__(
+        self, api: str, namespace: str, watch_seconds: float = WATCH_SECONDS, silence_seconds: float = SILENCE_SECONDS
+    ) -> None:
         """api: base URL, or `cluster` for the pod's own ServiceAccount."""
+        self._watch_seconds = watch_seconds
+        self._silence_seconds = silence_seconds
         self._in_cluster = api == IN_CLUSTER
         base = CLUSTER_API if self._in_cluster else api
         self._url = f"{base}/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices"
@@ -105,10 +111,11 @@ class KubernetesAPI:
 
     def watch(self, service: str, resource_version: str) -> urllib3.BaseHTTPResponse:
         """The open stream of changes; the caller closes it."""
+        lasts = f"{max(1.0, self._watch_seconds):.0f}"
         address = self._address(
-            service, watch="1", resourceVersion=resource_version, allowWatchBookmarks="true", timeoutSeconds=str(_WATCH_SECONDS)
+            service, watch="1", resourceVersion=resource_version, allowWatchBookmarks="true", timeoutSeconds=lasts
         )
-        timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=_WATCH_SECONDS + 30.0)
+        timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=self._watch_seconds + self._silence_seconds)
         response = self._pool.request("GET", address, headers=self._headers(), timeout=timeout, preload_content=False)
         if response.status != 200:
             response.read(cache_content=True)

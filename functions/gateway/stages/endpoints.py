@@ -137,6 +137,7 @@ class _Follower:
             stream.shutdown()
 
     def _run(self) -> None:
+        """Goes on whatever happens: without it the gateway would send to instances of long ago."""
         pause = _FIRST_PAUSE_SECONDS
         while not self._stopped.is_set():
             try:
@@ -145,17 +146,27 @@ class _Follower:
                 self._follow()
                 pause = _FIRST_PAUSE_SECONDS
                 self._stopped.wait(_FIRST_PAUSE_SECONDS)
+                continue
             except Expired:
                 self._resource_version = ""
-            except (Refused, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            except Exception as error:  # noqa: BLE001 - also of whoever is told: one bad turn must not be the last
                 if self._stopped.is_set():
                     return
-                _log.warning("watching the instances of %s failed, trying again: %s", self._service, error)
-                if not self._knows or (isinstance(error, Refused) and error.without_right):
-                    self._on_change(self._stage, None)
-                self._resource_version = ""
-                self._stopped.wait(pause * random.uniform(0.75, 1.25))
-                pause = min(_LONGEST_PAUSE_SECONDS, 2 * pause)
+                self._failed(error)
+            self._stopped.wait(pause * random.uniform(0.75, 1.25))
+            pause = min(_LONGEST_PAUSE_SECONDS, 2 * pause)
+
+    def _failed(self, error: Exception) -> None:
+        expected = isinstance(error, Refused | urllib3.exceptions.HTTPError | OSError | ValueError)
+        _log.warning(
+            "watching the instances of %s failed, trying again: %s", self._service, error, exc_info=None if expected else error
+        )
+        self._resource_version = ""
+        if not self._knows or (isinstance(error, Refused) and error.without_right):
+            try:
+                self._on_change(self._stage, None)
+            except Exception:  # noqa: BLE001 - the same
+                _log.exception("nobody could be told that the instances of %s are unknown", self._service)
 
     def _list(self) -> None:
         found = self._api.list(self._service)

@@ -1,7 +1,7 @@
 """Instances of stages: what is known of each, whether it is used now, and the order in which prompt chunks enter it.
 
 The scheduler's lock is held around what changes. `stage`, `url` and `prompts` never do, which is what the thread of a trip
-reads; a `Turnstile` has a lock of its own.
+reads (and `failures`, for how long it waits); a `Turnstile` has a lock of its own.
 """
 
 import random

@@ -103,6 +103,10 @@ class Placement:
         usable = self._usable(stage)
         return min(usable, key=lambda instance: (_lacks(instance, reserve_tokens), instance.routes), default=None)
 
+    def has_room(self, stage: int, reserve_tokens: int) -> bool:
+        """Some instance of `stage` has not said that it has less memory."""
+        return any(not _lacks(instance, reserve_tokens) for instance in self._usable(stage))
+
     def must_leave(self, route: Route) -> Instance | None:
         """Where `route` shall go instead of an instance that is terminating or no longer ready; None: it can stay, or must."""
         for instance in route.instances:

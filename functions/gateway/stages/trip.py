@@ -4,7 +4,6 @@ The relay is pass-through: while every row is ok, the body of a stage's reply is
 Only the table is read on the way. Rows that are not ok are taken out of what goes on; the others are unharmed.
 """
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,6 @@ from functions.gateway.stages.client import ForwardReply, StageClient
 from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.instances import Instance, Turnstile
 from functions.observing.tracing import TraceContext
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -52,7 +49,7 @@ class TripLog(Protocol):
 
 
 def walk(trip: Trip, client: StageClient, log: TripLog) -> None:
-    """Sends the trip round its stages and returns when it is over, whatever became of it."""
+    """Sends the trip round its stages and returns when it is over. What it raises nobody expected, and `log` was not told."""
     turn = trip.instances[0].prompts if trip.chunks else None
     ids = [row.id for row in trip.batch.rows]
     try:
@@ -74,9 +71,6 @@ def walk(trip: Trip, client: StageClient, log: TripLog) -> None:
             body = encode_batch(select_rows(reply.batch, going))
     except StageFailed as failure:
         log.failed(trip, ids, failure)
-    except Exception as error:  # noqa: BLE001 - the end of a thread: its sequences must not wait for ever
-        _log.exception("a trip failed inside the gateway")
-        log.failed(trip, ids, StageFailed(0, "internal", repr(error), blames=True))
     finally:
         if turn is not None:
             turn.leave()

@@ -1,7 +1,7 @@
 """A model's chat template: messages → the text that it was trained on. Sandboxed; the same dialect as transformers'."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, NoReturn
 
@@ -32,13 +32,26 @@ class ChatTemplate:
         self._template = environment.from_string(source)
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The conversation, up to where the assistant's next answer begins. Raises InvalidRequest."""
+    def render(self, messages: Sequence[Message], most_characters: int) -> str:
+        """The conversation, up to where the assistant's next answer begins. Raises InvalidRequest.
+
+        It is given up once it has more than `most_characters`.
+        """
         turns = [{"role": message.role, "content": message.content} for message in messages]
+        pieces = self._template.generate(messages=turns, add_generation_prompt=True, **self._special_tokens)
         try:
-            return self._template.render(messages=turns, add_generation_prompt=True, **self._special_tokens)
+            return "".join(_bounded(pieces, most_characters))
         except _REFUSALS as error:
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}") from error
+
+
+def _bounded(pieces: Iterable[str], most_characters: int) -> Iterator[str]:
+    characters = 0
+    for piece in pieces:
+        characters += len(piece)
+        if characters > most_characters:
+            raise InvalidRequest(f"the messages become more than {most_characters} characters of text; the context holds fewer")
+        yield piece
 
 
 class _Generation(Extension):

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
 import msgspec
@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from eventing.problems import InvalidRequest
 from eventing.wire.generation import Message
 from functions.gateway.text.chat_template import ChatTemplate
+from functions.gateway.text.encoder import Encoder
 from storage.models.model_repository import ModelManifest, Reader, read_file
 
 _log: Final = logging.getLogger(__name__)
@@ -27,6 +28,10 @@ class ModelText:
     eos_ids: frozenset[int]
     context_length: int
     """Tokens."""
+    encoder: Encoder = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "encoder", Encoder(self.tokenizer, self.context_length))
 
     @classmethod
     def load(cls, reader: Reader, manifest: ModelManifest) -> Self:
@@ -44,17 +49,29 @@ class ModelText:
             manifest.context_length,
         )
 
+    def check(self, prompt: str) -> None:
+        """Raises InvalidRequest where it is so long that it cannot fit into the context. Looks at its length only."""
+        self.encoder.check(len(prompt))
+
+    def check_messages(self, messages: Sequence[Message]) -> None:
+        """The same for a conversation, every message of which takes at least one token."""
+        if len(messages) > self.context_length:
+            raise InvalidRequest(
+                f"{len(messages)} messages are more than the model's context has tokens, {self.context_length}; send fewer"
+            )
+        self.encoder.check(sum(len(message.content) for message in messages))
+
     def encode(self, prompt: str) -> list[int]:
-        """With the special tokens that the tokenizer itself puts around a text."""
-        ids: list[int] = self.tokenizer.encode(prompt).ids
-        return ids
+        """With the special tokens that the tokenizer itself puts around a text. Raises InvalidRequest where it cannot fit."""
+        return self.encoder.encode(prompt, add_special_tokens=True)
 
     def encode_messages(self, messages: Sequence[Message]) -> list[int]:
         """Through the chat template, which writes special tokens itself. Raises InvalidRequest."""
         if self.template is None:
             raise InvalidRequest("the model has no chat template; send `prompt` instead of `messages`")
-        ids: list[int] = self.tokenizer.encode(self.template.render(messages), add_special_tokens=False).ids
-        return ids
+        self.check_messages(messages)
+        text = self.template.render(messages, self.encoder.most_characters)
+        return self.encoder.encode(text, add_special_tokens=False)
 
 
 def _json_file(reader: Reader, manifest: ModelManifest, name: str) -> dict[str, Any]:

@@ -195,13 +195,15 @@ class Engine:
         try:
             return [*self._forward_pass.run([Part(event.batch, event.source, event.stale) for event in events])]
         except Exception as error:  # noqa: BLE001 - the sender of the event gets it; the engine serves on
-            _log.exception("a pass of %d events failed", len(events))
+            _log.exception("a pass failed: %s", ", ".join(row.id for event in events for row in event.batch.rows))
             if len(events) == 1:
                 return [error]
         return [outcome for event in events for outcome in self._run([event])]
 
     def _report(self, events: Sequence[WaitingEvent], outcomes: Sequence[Batch | Exception], began: float) -> None:
         replies = [outcome for outcome in outcomes if isinstance(outcome, Batch)]
+        for row in (row for reply in replies for row in reply.rows if row.status is Status.INVALID):
+            _log.info("%s is refused: %s", row.id, row.reason)
         self._on_pass(
             PassStatistics(
                 queue_seconds=tuple(began - event.arrived for event in events),

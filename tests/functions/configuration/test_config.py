@@ -36,6 +36,16 @@ def test_a_gateway_reads_its_keys() -> None:
     assert config.pod_network == IPv4Network("10.0.0.0/8")
 
 
+def test_what_closes_the_gateway_is_not_empty_by_mistake() -> None:
+    """As it is where a Secret has the key and no value; unset it is open, and says so."""
+    config = read_config(GATEWAY)
+    assert isinstance(config, GatewayConfig)
+    assert config.api_keys is None
+    (error,) = errors({**GATEWAY, "LAMINA_API_KEYS": ""})
+    assert error.startswith("LAMINA_API_KEYS is set and empty")
+    assert len(errors({**GATEWAY, "LAMINA_API_KEYS": " "})) == 1
+
+
 def test_no_secret_is_shown() -> None:
     shown = repr(read_config({**GATEWAY, "LAMINA_API_KEYS": "secret-api"})) + str(
         errors({**GATEWAY, "LAMINA_API_KEYS": "secret-api,,"})

@@ -2,9 +2,11 @@
 
 import http.client
 import json
+import socket
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import openai
@@ -136,6 +138,22 @@ def test_a_client_that_goes_away_frees_the_pipeline(gateway: FunctionProcess) ->
     connection.close()
     wait_until(lambda: 'lamina_gateway_answers_total{outcome="cancelled"} 1.0' in metrics(gateway))
     wait_until(lambda: "lamina_gateway_running_sequences 0.0" in metrics(gateway))
+
+
+def test_a_client_that_goes_away_is_noticed_though_its_answer_is_no_stream(published: Published) -> None:
+    """Its answer waits for stages that take connections and say nothing, for five minutes if need be."""
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in CUT]
+        urls = [f"http://127.0.0.1:{listener.getsockname()[1]}" for listener in listeners]
+        gateway = stack.enter_context(FunctionProcess(gateway_environment(published, urls))).wait_ready()
+        for path, body in (("/", {"prompt": "hello"}), ("/v1/completions", {"model": "tiny", "prompt": "hello"})):
+            connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=30)
+            connection.request("POST", path, json.dumps(body), EVENT)
+            wait_until(lambda: "lamina_gateway_waiting_sequences 1.0" in metrics(gateway))
+            connection.close()
+            wait_until(lambda: "lamina_gateway_waiting_sequences 0.0" in metrics(gateway))
+        assert 'lamina_gateway_answers_total{outcome="cancelled"} 2.0' in metrics(gateway)
+        assert "open to whoever reaches it: LAMINA_API_KEYS is not set" in gateway.log
 
 
 def metrics(gateway: FunctionProcess) -> str:

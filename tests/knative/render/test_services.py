@@ -53,7 +53,7 @@ def test_functions_accept_every_rendered_environment() -> None:
     }
     knobs = dict.fromkeys(("micro_batch_sequences", "chunk_tokens", "queue_limit"), 16)
     waits = dict.fromkeys(("cold_start_timeout_seconds", "request_timeout_seconds", "step_timeout_seconds"), 30.5)
-    full = pipeline(stage=everything, gateway={**knobs, **waits, "api_keys_secret": "keys"})
+    full = pipeline(stage=everything, gateway={**knobs, **waits, "api_keys_secret": "keys", "proxies": 2})
     for variant in (pipeline(), full):
         configs = [read_config(environment(service)) for service in services(variant)]
         assert [config.pipeline for config in configs] == [variant.fingerprint] * 4
@@ -64,6 +64,7 @@ def test_functions_accept_every_rendered_environment() -> None:
     assert isinstance(gateway, GatewayConfig)
     assert gateway.stages[1] == ((10, 20), f"http://chat-{full.fingerprint[:8]}-s1.models.svc.cluster.local")
     assert gateway.api_keys == ("secret",)
+    assert (gateway.proxies, gateway.scores) == (2, "off")
 
 
 def test_names_carry_the_fingerprint() -> None:

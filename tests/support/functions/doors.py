@@ -2,7 +2,8 @@
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from flask.testing import FlaskClient
@@ -40,13 +41,28 @@ class Pipeline:
     def __init__(self) -> None:
         self.prompts: list[Prompt] = []
         self.cancelled = threading.Event()
+        self.metrics = GatewayMetrics()
+        self.entered = 0
+        self.full: Problem | None = None
+        """What is said to whoever enters."""
         self.script: Script = self.say("Hello there")
+
+    @contextmanager
+    def entering(self) -> Iterator[None]:
+        self.entered += 1
+        if self.full is not None:
+            raise self.full
+        yield
 
     def submit(self, prompt: Prompt) -> TokenStream:
         self.prompts.append(prompt)
-        stream = TokenStream(prompt.max_tokens, prompt.eos_ids, self.cancelled.set)
+        self.stream = stream = TokenStream(prompt.max_tokens, prompt.eos_ids, self.cancelled.set, prompt.arrived)
         self.script(stream)
         return stream
+
+    def value(self, name: str, **labels: str) -> float:
+        """Of a metric of the gateway, without its prefix."""
+        return self.metrics.registry.get_sample_value(f"lamina_gateway_{name}", labels) or 0.0
 
     def say(self, text: str, end: bool = True, then: Problem | None = None) -> Script:
         def script(stream: TokenStream) -> None:
@@ -69,8 +85,8 @@ def client_of(pipeline: Pipeline, **environ: str) -> FlaskClient:
     config = read_config(GATEWAY | environ)
     assert isinstance(config, GatewayConfig)
     text = ModelText(TOKENIZER, ChatTemplate(CHAT_TEMPLATE, {}), frozenset([END]), CONTEXT)
-    answers = Answers(text, pipeline, GatewayMetrics())
-    return create_app(config, lambda: answers).test_client()
+    answers = Answers(text, pipeline, pipeline.metrics)
+    return create_app(config, lambda: answers, pipeline.metrics).test_client()
 
 
 def ask(client: FlaskClient, data: Any, **headers: str) -> TestResponse:

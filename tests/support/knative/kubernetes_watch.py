@@ -22,6 +22,8 @@ class WatchServer:
         self.failures: list[int] = []
         """Statuses of the next answers; 200 stands for one that is no JSON."""
         self._gone = ""
+        self.always_gone = False
+        """Every watch is answered 410."""
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -90,7 +92,7 @@ class WatchServer:
         elif "watch" not in query:
             metadata = {"resourceVersion": str(self.version)}
             _send(request, 200, json.dumps({"metadata": metadata, "items": list(self.objects.values())}).encode())
-        elif self._gone == "status":
+        elif self.always_gone or self._gone == "status":
             self._gone = ""
             _send(request, 410, b"{}")
         else:

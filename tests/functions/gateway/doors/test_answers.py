@@ -12,12 +12,11 @@ from functions.configuration.config import GatewayConfig, read_config
 from functions.gateway.app import MAX_REQUEST_BYTES, create_app
 from functions.gateway.doors import answers as core
 from functions.gateway.doors.answers import Answers
-from functions.gateway.doors.metrics import GatewayMetrics
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.text.chat_template import ChatTemplate
 from functions.gateway.text.tokenizer import ModelText
 from tests.support.environments import GATEWAY
-from tests.support.functions.doors import CONTEXT, EVENT, Pipeline, ask, chat, refuse, stream
+from tests.support.functions.doors import CONTEXT, EVENT, Pipeline, ask, chat, client_of, refuse, stream
 from tests.support.functions.sentencepiece import CONTINUED, ids_of, llama_2
 
 
@@ -109,6 +108,24 @@ def test_the_answer_fits_into_the_context(client: FlaskClient, pipeline: Pipelin
     assert chat(client, messages=[{"role": "user", "content": "x" * 63}]).status_code == 422
 
 
+@pytest.mark.parametrize("content", ["7" * 100_000, "7" * 500])
+@pytest.mark.parametrize("full", [None, QueueFull("256 wait")])
+def test_what_will_be_refused_is_not_read(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, content: str, full: QueueFull | None
+) -> None:
+    """Too long by its characters: refused first. Else the queue is looked at, and only then is anything rendered or read."""
+    read: list[str] = []
+    monkeypatch.setattr(ModelText, "encode", lambda _, prompt: read.append(prompt) or [1])
+    monkeypatch.setattr(ModelText, "encode_messages", lambda _, messages: read.append(messages[0].content) or [1])
+    client = client_of(pipeline)
+    pipeline.full = full
+    long = len(content) > 1000
+    expected = 422 if long else 200 if full is None else 429
+    assert ask(client, {"prompt": content}).status_code == expected
+    assert chat(client, messages=[{"role": "user", "content": content}]).status_code == expected
+    assert (pipeline.entered, len(read)) == (0 if long else 2, 2 if expected == 200 else 0)
+
+
 def test_bodies_that_cannot_be_read(client: FlaskClient) -> None:
     for content_type, body in (("application/json", b'{"prompt": "\xff"}'), ("application/cloudevents+json", b"\xff{")):
         response = client.post("/", data=body, headers=EVENT | {"Content-Type": content_type})
@@ -126,8 +143,8 @@ def test_a_continuation_has_the_space_before_its_first_word_and_a_message_has_no
     assert isinstance(config, GatewayConfig)
     end = tokenizer.token_to_id("</s>")
     text = ModelText(tokenizer, ChatTemplate("{{ messages[0].content }}", {}), frozenset([end]), CONTEXT)
-    answers = Answers(text, pipeline, GatewayMetrics())
-    client = create_app(config, lambda: answers).test_client()
+    answers = Answers(text, pipeline, pipeline.metrics)
+    client = create_app(config, lambda: answers, pipeline.metrics).test_client()
 
     def script(stream: TokenStream) -> None:
         for token in [*ids_of(tokenizer, "▁Paris", "."), end]:

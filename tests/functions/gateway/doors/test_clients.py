@@ -29,7 +29,33 @@ def test_clients_are_told_apart_by_their_keys_without_keeping_them(closed: Flask
     assert "key" not in one
 
 
-def test_without_keys_clients_are_told_apart_by_address(client: FlaskClient, pipeline: Pipeline) -> None:
-    ask(client, {"prompt": "Hi"}, X_Forwarded_For="10.0.0.7, 10.1.0.1")
+@pytest.mark.parametrize(
+    ("proxies", "forwarded", "expected"),
+    [
+        (None, "10.0.0.7, 10.1.0.1", "10.1.0.1"),
+        (1, "forged, 10.1.0.1", "10.1.0.1"),
+        (2, "forged, 10.0.0.7, 10.1.0.1", "10.0.0.7"),
+        (2, "10.1.0.1", "127.0.0.1"),
+        (1, " ", "127.0.0.1"),
+        (0, "forged", "127.0.0.1"),
+    ],
+)
+def test_without_keys_clients_are_told_apart_by_what_the_platforms_proxies_saw(
+    pipeline: Pipeline, proxies: int | None, forwarded: str, expected: str
+) -> None:
+    """Whatever a client writes itself stands before it, and gives it no further queue."""
+    client = client_of(pipeline, **({} if proxies is None else {"LAMINA_PROXIES": str(proxies)}))
+    ask(client, {"prompt": "Hi"}, X_Forwarded_For=forwarded)
+    ask(client, {"prompt": "Hi"}, X_Forwarded_For=f"another, {forwarded}" if proxies != 2 or "," in forwarded else forwarded)
     ask(client, {"prompt": "Hi"})
-    assert [prompt.client_id for prompt in pipeline.prompts] == ["10.0.0.7", "127.0.0.1"]
+    assert [prompt.client_id for prompt in pipeline.prompts] == [expected, expected, "127.0.0.1"]
+
+
+@pytest.mark.parametrize("prefer", [None, "reply"])
+def test_a_client_is_given_no_signed_event(client: FlaskClient, prefer: str | None) -> None:
+    """Where clients come nothing is scored, whatever they write themselves."""
+    headers = {} if prefer is None else {"Prefer": prefer}
+    reply = ask(client, {"text": "Hello there"}, ce_type="dev.lamina.score.request", **headers)
+    assert reply.status_code == 400
+    assert "ce-signature" not in reply.headers
+    assert b"Broker" in reply.data

@@ -1,6 +1,7 @@
 """Who comes in: clients take turns, the queue is bounded, a burst shares reservations, nothing begins on an older revision."""
 
 import threading
+from contextlib import ExitStack
 
 import pytest
 
@@ -31,6 +32,18 @@ def test_the_queue_is_bounded() -> None:
             submit(scheduler, [1], 5)
         for stream in accepted:
             assert tokens_of(stream) == counted([1], 5)
+        answers_of(scheduler, [[1]], max_tokens=2)
+
+
+def test_who_is_being_read_counts_as_waiting() -> None:
+    with counting_stages(1) as (stage,), scheduling([stage], micro_batch_sequences=1, queue_limit=1) as scheduler:
+        with ExitStack() as stack:
+            for _ in range(2 * 1 + 1):
+                stack.enter_context(scheduler.entering())
+            with pytest.raises(QueueFull, match="3 requests wait already"):
+                stack.enter_context(scheduler.entering())
+            with pytest.raises(QueueFull, match="3 requests wait already"):
+                submit(scheduler, [1], 5)
         answers_of(scheduler, [[1]], max_tokens=2)
 
 

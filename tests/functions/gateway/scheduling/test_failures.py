@@ -194,16 +194,21 @@ def test_what_a_stage_says_of_rows_is_believed() -> None:
             tokens_of(stream)
 
 
-def test_an_invalid_row_fails_alone() -> None:
+def test_an_invalid_row_fails_alone(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     with counting_stages() as stages, scheduling(stages) as scheduler:
         good = [submit(scheduler, [5, 0], 5)]
-        bad = submit(scheduler, [5, 1_000_000], 5)
+        bad = submit(scheduler, [5, 1_000_000], 5, request_id="bad-one")
         good += [submit(scheduler, [5, number], 5) for number in range(1, 4)]
         with pytest.raises(InvalidRequest, match="token id 1000000 is outside the vocabulary"):
             tokens_of(bad)
         for number, stream in enumerate(good):
             assert tokens_of(stream) == counted([5, number], 5)
         nothing_left(stages)
+    (refused,) = (record for record in caplog.records if "is refused" in record.message)
+    (told,) = (record for record in caplog.records if "refuses it" in record.message)
+    assert refused.name.startswith("functions.stage")
+    assert f"bad-one ({refused.message.split()[0]})" in told.message, "the stage's line is found by the gateway's"
 
 
 def test_a_stage_of_another_pipeline_is_no_route() -> None:

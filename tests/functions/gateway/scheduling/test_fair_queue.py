@@ -23,6 +23,10 @@ def test_the_queue_goes_round_the_clients() -> None:
     queue.push_returned(returned)
     assert len(queue) == len(list(queue)) == 7
     assert queue.peek() == returned
+    other = queue.peek(but={"a"})
+    assert other is not None
+    assert other.number == 4
+    assert queue.peek(but={"a", "b", "c"}) is None
     assert [queue.pop().number for _ in range(7)] == [9, 0, 4, 6, 2, 5, 3]
     assert queue.peek() is None
     with pytest.raises(IndexError, match="nobody waits"):

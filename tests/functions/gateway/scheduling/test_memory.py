@@ -7,7 +7,7 @@ import pytest
 
 from eventing.problems import InvalidRequest
 from functions.gateway.scheduling.scheduler import Scheduler
-from tests.support.functions.gateway import counted, nothing_left, scheduling, submit, tokens_of
+from tests.support.functions.gateway import counted, nothing_left, scheduling, submit, tokens_of, wait_until
 from tests.support.functions.stage_server import StageServer, counting_stages
 
 
@@ -42,6 +42,40 @@ def test_nobody_overtakes_a_large_sequence_that_waits_for_memory() -> None:
         assert sum(stream.finish_reason is None for stream in crowd) >= 7
         for stream in (*first, *crowd):
             tokens_of(stream)
+
+
+def test_a_client_that_wants_most_of_the_memory_does_not_hold_up_others() -> None:
+    """There is room for many small ones beside what runs; only what waits of the same client stays behind."""
+    with counting_stages(capacity_tokens=100) as stages, scheduling(stages, micro_batch_sequences=16) as scheduler:
+        stages[0].seconds = 0.01
+        holder = submit(scheduler, [1] * 5, 55, client_id="holder")
+        wait_until(lambda: holder.token_ids, "its first token")
+        greedy = [submit(scheduler, [2] * 70, 10, client_id="greedy") for _ in range(4)]
+        wait_until(lambda: scheduler.stats().hungry, "a sequence that waits for memory")
+        for number in range(5):
+            assert tokens_of(submit(scheduler, [number], 2, client_id="modest")) == counted([number], 2)
+        assert holder.finish_reason is None, "all of that beside what still runs"
+        assert not any(stream.token_ids for stream in greedy)
+        for stream in (holder, *greedy):
+            tokens_of(stream)
+        nothing_left(stages)
+
+
+def test_who_waits_for_memory_is_overtaken_so_far_and_no_further() -> None:
+    """However many others there are, and though each of them would fit."""
+    with counting_stages(capacity_tokens=100) as stages, scheduling(stages, micro_batch_sequences=16) as scheduler:
+        stages[0].seconds = 0.002
+        holder = submit(scheduler, [1] * 5, 20, client_id="holder")
+        wait_until(lambda: holder.token_ids, "its first token")
+        large = submit(scheduler, [2] * 80, 10, client_id="large")
+        wait_until(lambda: scheduler.stats().hungry, "a sequence that waits for memory")
+        crowd = [submit(scheduler, [3] * 20, 10, client_id=f"client-{number}") for number in range(40)]
+        assert tokens_of(large) == counted([2] * 80, 10)
+        served = sum(bool(stream.token_ids) for stream in crowd)
+        assert served * 30 <= 4 * 90, "the memory that went to others before it"
+        for stream in (holder, *crowd):
+            tokens_of(stream)
+        nothing_left(stages)
 
 
 def test_cancelling_frees_memory_everywhere_at_once() -> None:

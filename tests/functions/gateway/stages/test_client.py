@@ -10,7 +10,7 @@ import pytest
 
 from eventing.http.binding import from_http, to_binary_http
 from eventing.http.delivery import Sender
-from eventing.problems import PROBLEM_CONTENT_TYPE, EventTooLarge, NotReady, Problem, Unauthorized, WrongPipeline
+from eventing.problems import PROBLEM_CONTENT_TYPE, EventExpired, EventTooLarge, NotReady, Problem, Unauthorized, WrongPipeline
 from eventing.wire.batch_codec import encode_batch
 from eventing.wire.cloud_event import batch_event, expiry_time, json_data, json_event, make_event
 from eventing.wire.control import ReleaseReply, ReleaseRequest, ReleaseRow, ReservedRow, ReserveReply, ReserveRow, WarmupReply
@@ -120,6 +120,32 @@ def test_no_answer_at_all() -> None:
         with pytest.raises(StageFailed) as refused:
             client.forward(nobody, encode_batch(BATCH), IDS, time.monotonic() + 5)
     assert (refused.value.cause, refused.value.blames) == ("refused", False)
+
+
+def test_a_client_that_waits_no_longer_is_no_failure_of_the_stage() -> None:
+    """Whether the time is over here, or the stage says so."""
+    rows = [ReserveRow(id_, 0, 10) for id_ in IDS]
+    for respond in (lambda exchange: exchange.server.released.wait(5) and None, answer_problem(EventExpired("late"))):
+        with client_of(respond) as (client, instance, _):
+            for ask in (
+                lambda end, to=client, at=instance: to.forward(at, encode_batch(BATCH), IDS, end),
+                lambda end, to=client, at=instance: to.reserve(at, rows, end),
+            ):
+                with pytest.raises(StageFailed) as failed:
+                    ask(time.monotonic() + 0.1)
+                assert (failed.value.cause, failed.value.expired, failed.value.blames) == ("deadline", True, False)
+
+
+@pytest.mark.parametrize(("failures", "seconds"), [(0, 10), (1, 20), (2, 40), (9, 120)])
+def test_a_reservation_has_a_time_of_its_own(failures: int, seconds: float) -> None:
+    """Shorter than a step's, so that a stage which says nothing is soon left; longer after each failure, for slow ones."""
+    reserved = ReserveReply((ReservedRow("a", 0, Status.OK),))
+    with client_of(lambda exchange: answer_json(exchange, reserved), step_timeout_seconds=120.0) as (client, instance, server):
+        instance.failures = failures
+        client.reserve(instance, [ReserveRow("a", 0, 10)], time.monotonic() + 600)
+        expiry = expiry_time(from_http(server.requests[0].headers.items(), server.requests[0].body))
+    assert expiry is not None
+    assert timedelta(seconds=seconds - 10) < expiry - datetime.now(UTC) <= timedelta(seconds=seconds)
 
 
 @pytest.mark.parametrize(

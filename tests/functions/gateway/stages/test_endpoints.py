@@ -10,7 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from functions.gateway.stages.endpoint_slices import KubernetesAPI
+from functions.gateway.stages.endpoint_slices import SILENCE_SECONDS, WATCH_SECONDS, KubernetesAPI
 from functions.gateway.stages.endpoints import EndpointsWatch, PodNetwork, service_name
 from functions.gateway.stages.instances import Endpoint
 from tests.support.functions.gateway import wait_until
@@ -199,6 +199,62 @@ def test_an_api_that_is_not_there_is_waited_for() -> None:
     with WatchServer(port) as server:
         server.put(slice_of("one", ("10.1.0.5", READY)))
         told.wait(Endpoint("http://10.1.0.5:8012", "stage-0-00001"))
+        watch.stop()
+
+
+def test_whoever_is_told_may_fail_and_is_told_again(server: WatchServer, caplog: pytest.LogCaptureFixture) -> None:
+    server.put(slice_of("one", ("10.1.0.5", READY)))
+    told, failures = Told(), ["first", "second"]
+
+    def fail(stage: int, endpoints: Any) -> None:
+        if failures:
+            raise KeyError(failures.pop())
+        told(stage, endpoints)
+
+    watch = EndpointsWatch(KubernetesAPI(server.url, "lamina"), ["stage-0"], PODS, fail)
+    watch.start()
+    try:
+        told.wait(Endpoint("http://10.1.0.5:8012", "stage-0-00001"))
+        server.put(slice_of("one", ("10.1.0.6", READY)))
+        told.wait(Endpoint("http://10.1.0.6:8012", "stage-0-00001"))
+    finally:
+        watch.stop()
+    assert "KeyError" in caplog.text
+
+
+def test_versions_that_expire_at_once_are_asked_for_more_and_more_slowly(
+    server: WatchServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    real = threading.Event.wait
+
+    def wait(event: threading.Event, timeout: float | None = None) -> bool:
+        if threading.current_thread().name == "endpoints-stage-0" and timeout is not None:
+            pauses.append(timeout)
+            timeout = 0.0
+        return real(event, timeout)
+
+    monkeypatch.setattr(threading.Event, "wait", wait)
+    server.always_gone = True
+    with watching(server):
+        wait_until(lambda: len(pauses) >= 8, "eight pauses")
+    assert pauses[7] > 10 * pauses[0]
+
+
+def test_a_watch_that_has_died_in_silence_is_noticed(server: WatchServer) -> None:
+    """The server neither ends it in time nor says anything, though there is news."""
+    assert WATCH_SECONDS + SILENCE_SECONDS < 30
+    server.put(slice_of("one", ("10.1.0.5", READY)))
+    told = Told()
+    api = KubernetesAPI(server.url, "lamina", watch_seconds=0.2, silence_seconds=0.1)
+    watch = EndpointsWatch(api, ["stage-0"], PODS, told)
+    watch.start()
+    try:
+        told.wait(Endpoint("http://10.1.0.5:8012", "stage-0-00001"))
+        wait_until(lambda: server.watches, "the watch")
+        server.put(slice_of("one", ("10.1.0.6", READY)), silently=True)
+        told.wait(Endpoint("http://10.1.0.6:8012", "stage-0-00001"))
+    finally:
         watch.stop()
 
 

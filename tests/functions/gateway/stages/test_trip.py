@@ -80,10 +80,17 @@ def test_it_goes_no_deeper_than_it_shall_and_no_further_than_anybody_is_ok() -> 
 
 
 @pytest.mark.parametrize("chunks", [False, True])
-@pytest.mark.parametrize(
-    ("error", "cause", "stage"), [(StageFailed(1, "refused", "nobody"), "refused", 1), (ValueError("a bug"), "internal", 0)]
-)
-def test_a_failure_is_told_of_the_rows_that_had_come_so_far(error: Exception, cause: str, stage: int, chunks: bool) -> None:
-    log = walked(Stages({(0, "b")}, {1: error}), chunks=chunks)
+def test_a_failure_is_told_of_the_rows_that_had_come_so_far(chunks: bool) -> None:
+    log = walked(Stages({(0, "b")}, {1: StageFailed(1, "refused", "nobody")}), chunks=chunks)
     ((ids, failure),) = log.failures
-    assert (ids, failure.cause, failure.stage, log.replies) == (["a", "c"], cause, stage, [0])
+    assert (ids, failure.cause, failure.stage, log.replies) == (["a", "c"], "refused", 1, [0])
+
+
+def test_what_nobody_expected_is_for_whoever_walks_it() -> None:
+    instances = tuple(Instance(stage, f"http://{stage}") for stage in range(3))
+    instances[0].prompts.queue()
+    stages, log = Stages(set(), {1: ValueError("a bug")}), Log()
+    with pytest.raises(ValueError, match="a bug"):
+        walk(Trip(instances, BATCH, {}, 2, True, time.monotonic() + 10), stages, log)  # type: ignore[arg-type]
+    assert all(instance.prompts.idle for instance in instances)
+    assert (log.replies, log.failures) == ([0], [])

@@ -87,7 +87,7 @@ def test_templates_render_as_in_transformers(tmp_path: Path, template: str) -> N
     reference = transformers_tokenizer(tmp_path, template)
     turns = [{"role": message.role, "content": message.content} for message in MESSAGES]
     expected = reference.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    rendered = ChatTemplate(template, {"bos_token": "<s>", "eos_token": "<|im_end|>"}).render(MESSAGES)
+    rendered = ChatTemplate(template, {"bos_token": "<s>", "eos_token": "<|im_end|>"}).render(MESSAGES, 1000)
     assert rendered == expected
 
 
@@ -113,7 +113,29 @@ def test_tokens_are_those_of_transformers(tmp_path: Path) -> None:
 )
 def test_what_a_template_refuses_is_an_invalid_request(template: str, words: str) -> None:
     with pytest.raises(InvalidRequest, match=words):
-        ChatTemplate(template, {}).render(MESSAGES)
+        ChatTemplate(template, {}).render(MESSAGES, 1000)
+
+
+def test_a_template_is_given_up_where_its_text_becomes_too_long() -> None:
+    template = ChatTemplate("{% for m in messages %}{% for n in range(90000) %}{{ m.content }}{% endfor %}{% endfor %}", {})
+    rendered: list[int] = []
+
+    class Counting(str):
+        def __str__(self) -> str:
+            rendered.append(1)
+            return self
+
+    with pytest.raises(InvalidRequest, match="more than 1000 characters"):
+        template.render([Message("user", Counting("x" * 100))], 1000)
+    assert len(rendered) == 11
+
+
+def test_more_messages_than_tokens_are_not_rendered() -> None:
+    text = load(chat_template__jinja=b"{{ raise_exception('rendered') }}")
+    with pytest.raises(InvalidRequest, match="65 messages are more than the model's context has tokens, 64"):
+        text.encode_messages([Message("user", "")] * 65)
+    with pytest.raises(InvalidRequest, match="10000 characters"):
+        text.encode_messages([Message("user", "x" * 5000)] * 2)
 
 
 def test_the_template_may_be_one_of_several_in_the_tokenizers_configuration() -> None:

@@ -1,0 +1,35 @@
+"""What `ask` says of an answer's time: what its caller waited, not what the gateway saw of it."""
+
+import asyncio
+import io
+from collections.abc import AsyncIterator
+
+import pytest
+from rich.console import Console
+
+from eventing.wire.generation import GenerateResponse, Timings, TokenEvent, Usage
+from knative.commands import ask
+from knative.commands.terminal.asking import Answer, Question
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_the_clock_is_the_callers(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a gateway that was at zero, and answered in no time once it was there."""
+    now = 100.0
+
+    async def answers(url: str, question: Question) -> AsyncIterator[Answer]:
+        nonlocal now
+        now += 4.28
+        for index in range(tokens):
+            yield TokenEvent(index, 7, "a")
+            now += 0.5
+        now += 0.5 if tokens else 0.0
+        timings = Timings(0.0, 0.02, 0.03, 1000.0)
+        yield GenerateResponse("aaa", (7,) * tokens, "stop", Usage(5, tokens + 1, tokens + 6), timings)
+
+    monkeypatch.setattr(ask, "ask_gateway", answers)
+    monkeypatch.setattr(ask.time, "monotonic", lambda: now)
+    out = io.StringIO()
+    asyncio.run(ask.show_answer(Console(file=out), "http://gateway", Question("hello", 8)))
+    rate = "1.5" if tokens else "0.0"
+    assert f"({5} + {tokens + 1} tokens, first after 4.28 s, then {rate} tokens/s, stop)" in out.getvalue()
