@@ -78,6 +78,12 @@ def test_stages_are_cluster_local_and_the_gateway_is_not() -> None:
     assert visible == ["cluster-local"] * 3 + [None]
 
 
+def test_stages_mount_no_token_and_gateways_may_answer_before_they_have_read() -> None:
+    *stages, gateway = (service["spec"]["template"] for service in services(pipeline()))
+    assert [stage["spec"]["automountServiceAccountToken"] for stage in stages] == [False] * 3
+    assert gateway["metadata"]["annotations"]["features.knative.dev/http-full-duplex"] == "Enabled"
+
+
 def test_autoscaling_defaults_are_the_ones_that_worked_together() -> None:
     template = services(pipeline())[0]["spec"]["template"]
     assert template["metadata"]["annotations"] == {
