@@ -61,7 +61,7 @@ class Functions:
         for group in range(len(CUT)):
             self._start(f"s{group}", stage_environment(published, group))
         stages = [self.processes[f"s{group}"].url for group in range(len(CUT))]
-        self._start("ev", gateway_environment(published, stages))
+        self._start("ev", gateway_environment(published, stages, LAMINA_SCORES="on"))
         for process in self.processes.values():
             process.wait_ready()
 
@@ -164,6 +164,7 @@ def poison(id_: str) -> CloudEvent:
 
 async def ask(session: aiohttp.ClientSession, url: str, event: CloudEvent) -> CloudEvent:
     headers, buffers = to_binary_http(event)
+    headers["Prefer"] = "reply"
     async with session.post(url, data=b"".join(buffers), headers=headers) as reply:
         assert reply.status == 200, await reply.text()
         return from_http(dict(reply.headers), await reply.read())

@@ -48,6 +48,7 @@ class Exchange(BaseHTTPRequestHandler):
 
 class Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self, respond: Callable[[Exchange], None]) -> None:
         super().__init__(("127.0.0.1", 0), Exchange)

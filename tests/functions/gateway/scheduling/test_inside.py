@@ -10,8 +10,11 @@ import pytest
 from eventing.problems import Problem
 from eventing.wire.events import EventType
 from functions.gateway.scheduling.scheduler import Scheduler
+from functions.gateway.stages import client
+from functions.gateway.stages.instances import Endpoint
 from tests.support.functions.gateway import answers_of, nothing_left, scheduling, submit, tokens_of, wait_until
 from tests.support.functions.stage_server import Seen, StageServer, counting_stages
+from tests.support.functions.watched import watched
 
 
 def fails_once(owner: object, name: str, monkeypatch: pytest.MonkeyPatch, after: int = 0) -> None:
@@ -141,6 +144,23 @@ def _threads() -> list[str]:
 
 def hang_until(event: threading.Event, stage: StageServer) -> None:
     stage.inspect = lambda seen: None if seen.type != EventType.FORWARD else event.wait(20) and None
+
+
+def test_an_instance_that_says_nothing_to_a_reservation_is_left_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long before the time of a step is over."""
+    monkeypatch.setattr(client, "RESERVATION_SECONDS", 0.2)
+    resumed = threading.Event()
+    with watched(step_timeout_seconds=600) as pipeline:
+        hung, other = pipeline.instances
+        hung.inspect = lambda seen: None if seen.type != EventType.RESERVE else resumed.wait(20) and None
+        pipeline.publish_ends()
+        pipeline.publish(Endpoint(hung.url))
+        streams = pipeline.run(1, 5)
+        wait_until(lambda: any(seen.type == EventType.RESERVE for seen in hung.seen), "the reservation that hangs")
+        pipeline.publish(Endpoint(hung.url), Endpoint(other.url))
+        pipeline.check(streams, 5)
+        assert not resumed.is_set()
+        resumed.set()
 
 
 def test_a_deadline_of_the_client_says_nothing_of_the_stage() -> None:
