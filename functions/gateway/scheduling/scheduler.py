@@ -257,7 +257,10 @@ class Scheduler:
         for action in () if self._closed else actions:
             if isinstance(action, Walk):
                 self._walked.add(action.trip)
-            self._trips.submit(self._guarded, action)
+            try:
+                self._trips.submit(self._guarded, action)
+            except RuntimeError as error:  # It is queued all the same, for a thread that is there.
+                _log.error("no thread more for a %s: %s", type(action).__name__, error)
         due = self._next_due()
         if (due is not None and due < self._clock_looks_at) or not self._board.sequences:
             self._changed.notify_all()

@@ -88,6 +88,14 @@ def test_a_round_of_warm_ups_that_fails_is_not_the_last(monkeypatch: pytest.Monk
         answers_of(scheduler, [[1, 2]], max_tokens=2)
 
 
+def test_where_no_further_thread_can_start_those_that_are_there_do_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    with counting_stages() as stages, scheduling(stages) as scheduler:
+        answers_of(scheduler, [[1, 2], [3]], max_tokens=2)
+        fails_once(scheduler._trips, "_adjust_thread_count", monkeypatch)
+        answers_of(scheduler, [[1, 2], [3]], max_tokens=5)
+        nothing_left(stages)
+
+
 def test_no_deadline_is_too_far_for_the_clock() -> None:
     with counting_stages(1) as stages, scheduling(stages) as scheduler:
         stages[0].seconds = 0.01
