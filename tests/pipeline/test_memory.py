@@ -36,7 +36,7 @@ def resident():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 dtype, budget = sys.argv[1], int(sys.argv[2])
-config = tiny_config("llama")
+config = tiny_config("llama", head_dim=16)
 plan = plan_stages(shape_from_config(config, "tiny", dtype), ((0, 2), (2, 6)))[1]
 def filled(budget):
     pool = LlamaGroup(config, 2, 6, dtype, "cpu", budget).kv

@@ -174,7 +174,7 @@ def test_a_micro_batch_links_to_all_its_sequences(traced: Receiver) -> None:
 
 def test_opentelemetrys_own_settings_hold(traced: Receiver) -> None:
     assert traced.headers["x-tenant"] == "lamina"
-    assert all(len(span.attributes["lamina.pipeline"]) == 12 for span in traced.spans)
+    assert all(len(span.attributes["lamina.pipeline"]) == 32 for span in traced.spans)
 
 
 def test_a_span_that_ends_by_an_exception_says_so_and_what_is_not_sampled_is_not_exported(

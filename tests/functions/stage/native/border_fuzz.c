@@ -85,6 +85,14 @@ static Group group_of(void)
     return group;
 }
 
+static int is_address(int64_t number)
+{
+    for (int i = 0; i < num_taken; i++)
+        if ((int64_t)(intptr_t)taken[i] == number)
+            return 1;
+    return 0;
+}
+
 /* One number of a record becomes another: of its bytes, or of its bits. */
 static void spoil(void *record, size_t bytes)
 {
@@ -92,7 +100,7 @@ static void spoil(void *record, size_t bytes)
     int64_t *chosen = &numbers[any(0, (int64_t)(bytes / 8) - 1)];
     static const int64_t odd[] = {0, -1, 1, INT64_MAX, INT64_MIN, 1 << 20, 1ll << 40};
     /* An address becomes none, or the next one, of a byte less: one that is nobody's memory no check can know. */
-    if (*chosen > 1ll << 40 && *chosen < 1ll << 48) {
+    if (is_address(*chosen)) {
         if (any(0, 1))
             *chosen = 0;
         else

@@ -15,7 +15,7 @@ from functions.stage.native.compiler import FLAGS, SOURCE
 DRIVER: Final = Path(__file__).with_name("border_fuzz.c")
 ROUNDS: Final = 600
 ENVIRONMENT: Final = {"ASAN_OPTIONS": "detect_stack_use_after_return=0"}
-"""gcc 12 puts vectors of 64 bytes at addresses of 32 otherwise (its bug 110027)."""
+"""gcc 12 puts vectors of 64 bytes at addresses of 32 otherwise, and crashes."""
 ZIG: Final = (sys.executable, "-m", "ziglang", "cc")
 SANITIZERS: Final[dict[str, tuple[Sequence[str], str]]] = {
     "gcc": (("gcc", "-Wno-psabi"), "address,undefined"),
