@@ -62,10 +62,11 @@ def stage_config(index: int, num_stages: int) -> StageConfig:
 def serve_stage(index: int, num_stages: int, seconds: float, address: Connection) -> None:
     """The process of one stage."""
     set_openmp(os.environ, 1)  # Ahead of torch, as in `functions.__main__`.
-    from functions.hosting.server import Server
+    from functions.hosting.management import Management
+    from functions.hosting.server import Server, Service
     from functions.stage.engine.engine import Engine
     from functions.stage.models.sleep_group import SleepGroup
-    from functions.stage.serving.app import create_app
+    from functions.stage.serving.app import create_app, stage_admission
     from functions.stage.serving.handlers import EventHandlers
     from functions.stage.serving.metrics import StageMetrics
 
@@ -74,9 +75,12 @@ def serve_stage(index: int, num_stages: int, seconds: float, address: Connection
     engine.start()
     readiness = SimpleNamespace(engine=lambda wait_seconds=0.0: engine, phases=dict)
     handlers = EventHandlers(stage_config(index, num_stages), f"stage-{index}", cast("Any", readiness))
-    server = Server(0, 64)
+    metrics = StageMetrics()
+    management = Management(metrics.registry, sick=lambda: None, ready=lambda: (True, {}))
+    service = Service(create_app(handlers, TOKEN, metrics), management, stage_admission(TOKEN), threads=64, request_bytes=2**29)
+    server = Server("127.0.0.1", 0, 0)
     address.send(f"http://127.0.0.1:{server.port}")
-    server.run(create_app(handlers, TOKEN, StageMetrics()), lambda: None)
+    server.run(service, lambda: None)
 
 
 @contextmanager
