@@ -31,7 +31,7 @@ def echo_service(name: str = "echo", *, concurrency: int = 8, timeout: int = 30,
         **parts.get("container", {}),
     }
     spec = {"containerConcurrency": concurrency, "timeoutSeconds": timeout, "containers": [container]}
-    service = {
+    service: dict[str, Any] = {
         "apiVersion": "serving.knative.dev/v1",
         "kind": "Service",
         "metadata": {"name": name, "namespace": "default"},
