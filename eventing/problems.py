@@ -90,7 +90,7 @@ class InvalidRequest(Problem):
 class QueueFull(Problem):
     """429. The bounded queue is full. A retry helps, later."""
 
-    status, name, title = 429, "queue-full", "Too many requests wait already"
+    status, name, title, retry_after_seconds = 429, "queue-full", "Too many requests wait already", 1
 
 
 class ReplaysExhausted(Problem):
@@ -102,19 +102,20 @@ class ReplaysExhausted(Problem):
 class NotReady(Problem):
     """503. Weights are not in yet, or the function is draining. A retry helps."""
 
-    status, name, title = 503, "not-ready", "This instance does not take work now"
+    status, name, title, retry_after_seconds = 503, "not-ready", "This instance does not take work now", 1
 
 
 class Overloaded(NotReady):
     """503. As many bytes of requests are in memory as may be. A retry helps, a little later."""
 
-    name, title, retry_after_seconds = "overloaded", "This instance holds as much as it can", 1
+    name, title = "overloaded", "This instance holds as much as it can"
 
 
 class PipelineUnavailable(Problem):
     """503. A stage could not be reached or woken in time. A retry may help."""
 
     status, name, title = 503, "pipeline-unavailable", "A stage of the pipeline is not available"
+    retry_after_seconds = 5
 
 
 class DeadlineExceeded(Problem):

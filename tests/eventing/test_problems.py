@@ -25,6 +25,12 @@ def test_the_table_is_complete_and_names_are_unique() -> None:
     assert all(problem.__module__ == problems.__name__ for problem in _classes())
 
 
+def test_whoever_shall_come_again_is_told_when() -> None:
+    assert {problem.name for problem in _classes() if problem.retry_after_seconds} == {
+        problem.name for problem in _classes() if problem.status in (429, 503)
+    }
+
+
 @pytest.mark.parametrize("problem", list(_classes()))
 def test_the_docstring_says_status_and_whether_a_retry_helps(problem: type[Problem]) -> None:
     text = inspect.getdoc(problem) or ""

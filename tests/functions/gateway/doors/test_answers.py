@@ -122,7 +122,8 @@ def test_what_will_be_refused_is_not_read(
     long = len(content) > 1000
     expected = 422 if long else 200 if full is None else 429
     assert ask(client, {"prompt": content}).status_code == expected
-    assert chat(client, messages=[{"role": "user", "content": content}]).status_code == expected
+    reply = chat(client, messages=[{"role": "user", "content": content}])
+    assert (reply.status_code, reply.headers.get("Retry-After")) == (expected, "1" if expected == 429 else None)
     assert (pipeline.entered, len(read)) == (0 if long else 2, 2 if expected == 200 else 0)
 
 
