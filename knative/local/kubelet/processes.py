@@ -96,13 +96,10 @@ def free_port() -> int:
 
 
 def memory_bytes(pid: int) -> int:
-    """Memory that the process has written to, without files that it maps; 0 where that is unknown.
-
-    What a forked process has not written to since is the fork server's, as in a cgroup: who touched it first is charged for it.
-    """
+    """Memory that belongs to the process alone or is shared memory, without files it maps; 0 where that is unknown."""
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+        status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return 0
-    sizes = dict(line.split(":", 1) for line in lines)
-    return int(sizes["Private_Dirty"].split()[0]) * 1024
+    sizes = dict(line.split(":", 1) for line in status.splitlines())
+    return sum(int(sizes[key].split()[0]) * 1024 for key in ("RssAnon", "RssShmem") if key in sizes)

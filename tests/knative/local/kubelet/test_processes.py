@@ -60,23 +60,6 @@ def test_memory_is_that_of_the_process_alone() -> None:
     assert memory_bytes(2**22 + 1) == 0
 
 
-def test_memory_of_a_fork_is_what_it_has_written_to() -> None:
-    before_the_fork = b"x" * 2**26
-    awaited, ends = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(ends)
-        os.read(awaited, 1)
-        os._exit(0)
-    try:
-        seen = memory_bytes(child)
-    finally:
-        os.close(awaited)
-        os.close(ends)
-        os.waitpid(child, 0)
-    assert 0 < seen < len(before_the_fork) // 2
-
-
 def test_a_second_run_is_told_where_the_first_is(tmp_path: Path) -> None:
     with StateFolder(tmp_path / "state") as state:
         state.publish(RunningPlatform(pid=os.getpid(), admin_url="http://a", gateway_url="http://127.0.0.1:8080"))
