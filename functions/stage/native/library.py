@@ -5,7 +5,7 @@ import logging
 from functools import cache
 from typing import Any, Final
 
-from functions.stage.native.compiler import library_file
+from functions.stage.native.compiler import CompilationFailed, NoCompiler, library_file
 from functions.stage.native.records import RECORDS, Group, Matrix, Pass, Product
 
 _log: Final = logging.getLogger(__name__)
@@ -96,9 +96,13 @@ class Library:
         return found
 
 
+UNAVAILABLE: Final = (NoCompiler, CompilationFailed, OSError, ImportError)
+"""What `library` raises where there is none: layers run by torch's operators then."""
+
+
 @cache
 def library() -> Library:
-    """The one of this process. Raises NoCompiler, CompilationFailed, OSError or ImportError."""
+    """The one of this process. Raises one of UNAVAILABLE."""
     loaded = Library(str(library_file()))
     _log.info("layers run in C, for %s", loaded.level)
     return loaded

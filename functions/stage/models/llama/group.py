@@ -5,14 +5,13 @@ sequence by sequence. On CPUs, layers run in C of our own (`native`) wherever it
 operators. Weights can be placed layer by layer while later ones are still on their way.
 """
 
-import re
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import torch
 from torch.nn import functional
 
-from functions.stage.models.layer_group import Segment
+from functions.stage.models.layer_group import MissingTensors, Segment
 from functions.stage.models.llama.attention import PassAttention
 from functions.stage.models.llama.config import LlamaConfig, UnsupportedConfig
 from functions.stage.models.llama.kv_pool import KVPool, in_blocks
@@ -22,10 +21,8 @@ from functions.stage.models.llama.native_choice import native_library, native_ob
 from functions.stage.models.llama.native_layers import NativeLayers
 from functions.stage.models.llama.norm import RmsNorm
 from functions.stage.models.llama.rope import Rope
-from functions.stage.models.llama.shapes import check_shapes
-from functions.stage.models.weights import PRECISIONS, MissingTensors, Precision, Weights
-
-_LAYER: Final = re.compile(r"model\.layers\.(\d+)\.")
+from functions.stage.models.llama.shapes import LAYER_NAME, check_shapes
+from functions.stage.models.llama.weights import PRECISIONS, Precision, Weights
 
 
 class LlamaGroup:
@@ -105,7 +102,7 @@ class LlamaGroup:
         Raises MissingTensors for a layer of which only some tensors are there, and WrongShape.
         """
         check_shapes(self._model, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-        for layer in sorted({int(found[1]) for found in map(_LAYER.match, tensors) if found}):
+        for layer in sorted({int(found[1]) for found in map(LAYER_NAME.match, tensors) if found}):
             if self.first_layer <= layer < self.last_layer:
                 named = Weights(tensors, f"model.layers.{layer}.", self._precision, self._device)
                 self._place_layer(layer, LayerWeights.take(self._model, named))

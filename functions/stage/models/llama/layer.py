@@ -12,7 +12,7 @@ from functions.stage.models.llama.linear import Matrix, linear, stacked
 from functions.stage.models.llama.mlp import gated_mlp
 from functions.stage.models.llama.norm import RmsNorm
 from functions.stage.models.llama.rope import interleaved_rows, rotate
-from functions.stage.models.weights import Precision, Weights
+from functions.stage.models.llama.weights import Precision, Weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,7 @@ from typing import Final
 import torch
 
 from functions.stage.models.llama.config import LlamaConfig
-from functions.stage.native.compiler import CompilationFailed, NoCompiler
-from functions.stage.native.library import Library, library
+from functions.stage.native.library import UNAVAILABLE, Library, library
 from functions.stage.native.limits import DTYPES, obstacle
 
 _log: Final = logging.getLogger(__name__)
@@ -31,6 +30,6 @@ def native_library(model: LlamaConfig, dtype: str, device: torch.device) -> Libr
         return None
     try:
         return library()
-    except (NoCompiler, CompilationFailed, OSError, ImportError) as error:
+    except UNAVAILABLE as error:
         _log.warning(_SLOWER, error)
         return None

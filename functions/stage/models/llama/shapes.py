@@ -13,7 +13,7 @@ from functions.stage.models.llama.config import LlamaConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_LAYER: Final = re.compile(r"model\.layers\.(\d+)\.")
+LAYER_NAME: Final = re.compile(r"model\.layers\.(\d+)\.")
 
 
 class WrongShape(MissingTensors):
@@ -31,7 +31,7 @@ def check_shapes(model: LlamaConfig, seen: Shapes) -> None:
     """
     of_layers, of_others = layer_shapes(model), outer_shapes(model)
     for name, shape in seen.items():
-        found = _LAYER.match(name)
+        found = LAYER_NAME.match(name)
         in_layer = found is not None and int(found[1]) < model.num_layers
         expected = of_layers.get(name[found.end() :]) if found and in_layer else of_others.get(name)
         if expected is None:

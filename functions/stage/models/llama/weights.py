@@ -6,7 +6,7 @@ from typing import Final
 
 import torch
 
-from functions.stage.models.layer_group import MissingTensors as MissingTensors  # what taking a weight raises
+from functions.stage.models.layer_group import MissingTensors
 from functions.stage.models.llama.linear import Matrix
 
 
