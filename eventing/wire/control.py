@@ -1,10 +1,15 @@
 """What the gateway says to a stage besides forward events, and what it hears: the JSON data of reserve, release and warm-up."""
 
-from typing import Annotated
+from typing import Annotated, Final
 
 from msgspec import Meta, Struct, field
 
 from eventing.wire.events import MAX_POSITION, MAX_ROWS, Status
+
+LEASE_SECONDS: Final = 20.0
+"""A stage frees what a gateway holds there that it has not heard of for so long: a gateway that was killed releases nothing."""
+RENEWAL_SECONDS: Final = 5.0
+"""How often a gateway lets every stage hear of it where it holds something."""
 
 SequenceId = Annotated[str, Meta(min_length=1, max_length=128)]
 Attempt = Annotated[int, Meta(ge=0, lt=2**31)]
@@ -46,9 +51,9 @@ class ReleaseRow(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ReleaseRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """Data of `dev.lamina.release`. An unknown id is no error."""
+    """Data of `dev.lamina.release`. An unknown id is no error. No rows: the gateway lives, and keeps what it holds."""
 
-    rows: Annotated[tuple[ReleaseRow, ...], Meta(min_length=1, max_length=MAX_ROWS)]
+    rows: Annotated[tuple[ReleaseRow, ...], Meta(max_length=MAX_ROWS)]
 
 
 class ReleaseReply(Struct, frozen=True):

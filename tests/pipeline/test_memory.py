@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from tests.support.functions.functions import (
     stage_environment,
     wait_until,
 )
+from tests.support.functions.metrics import metric
 from tests.support.storage.published import CUT, Published
 
 SEQUENCES = 1000
@@ -95,10 +95,3 @@ def abandon(gateway: FunctionProcess, number: int) -> None:
         connection.sendall(head + body)
         for _ in range(number % 3):
             connection.recv(64)
-
-
-def metric(function: FunctionProcess, name: str) -> float:
-    """Summed over its labels; 0 where there is none yet."""
-    page: str = function.get("/metrics")[1]
-    values = re.findall(rf"^{name}(?:{{.*}})? (\S+)$", page, re.MULTILINE)
-    return sum(map(float, values))

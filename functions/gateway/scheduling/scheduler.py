@@ -31,6 +31,7 @@ from functions.gateway.scheduling.moves import Moves
 from functions.gateway.scheduling.next_steps import NextSteps
 from functions.gateway.scheduling.progress import Progress
 from functions.gateway.scheduling.prompt import Prompt
+from functions.gateway.scheduling.renewals import Renewals
 from functions.gateway.scheduling.replies import Replies
 from functions.gateway.scheduling.reservation import reserve_at_once, reserve_in_order
 from functions.gateway.scheduling.sequence import Sequence, named
@@ -72,6 +73,7 @@ class Scheduler:
         self._admission = Admission(self._board, self._replies, self._failures)
         self._next_steps = NextSteps(self._board, self._failures)
         self._wake_ups = WakeUps(self._board)
+        self._renewals = Renewals(self._board)
         self._boot = secrets.token_hex(6)
         self._numbers = count()
         self._changed = threading.Condition()
@@ -238,7 +240,7 @@ class Scheduler:
         self._board.waiting.resume(now)
         self._board.close_empty()
         self._moves.make(now)
-        actions: list[Action] = [*self._admission.take_in(now)]
+        actions: list[Action] = [*self._renewals.next(now), *self._admission.take_in(now)]
         self._failures.choose_trial()
         actions += [Walk(step.trip) for step in self._next_steps.begin(now)]
         actions += self._wake_ups.next(now)
@@ -248,7 +250,7 @@ class Scheduler:
     def _next_due(self) -> float | None:
         """When to look again although nothing has happened, in time.monotonic(); None: never."""
         now = time.monotonic()
-        due = [*self._failures.due(), *self._board.waiting.due(), *self._wake_ups.due()]
+        due = [*self._failures.due(), *self._board.waiting.due(), *self._wake_ups.due(), *self._renewals.due()]
         resumption = self._placement.next_resumption()
         due += [] if resumption is None else [resumption]
         return min((moment for moment in due if moment > now), default=None)
@@ -339,7 +341,10 @@ class Scheduler:
         try:
             origin = self._client.release(instance, rows)
         except StageFailed as failure:
-            _log.info("left to expire: %s: %s", ", ".join(row.id for row in rows), failure)
+            if rows:
+                _log.info("not released: %s: %s", ", ".join(row.id for row in rows), failure)
+            with self._changed:
+                self._renewals.lost(instance, rows)
             return
         with self._changed:
             self._replies.heard(origin)

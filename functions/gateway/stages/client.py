@@ -19,6 +19,7 @@ from eventing.problems import MalformedEvent, Problem
 from eventing.wire.batch_codec import decode_batch
 from eventing.wire.cloud_event import AttributeValue, Buffer, Data, json_data, json_event, make_event
 from eventing.wire.control import (
+    RENEWAL_SECONDS,
     ReleaseReply,
     ReleaseRequest,
     ReleaseRow,
@@ -120,9 +121,10 @@ class StageClient:
         return origin, reply.rows
 
     def release(self, instance: Instance, rows: Sequence[ReleaseRow]) -> Origin:
-        """Frees the rows' memory. Raises StageFailed; the stage will then forget them when they have been idle."""
+        """Frees the rows' memory; without rows, says that this gateway lives. Raises StageFailed."""
+        timeout = self._step_timeout_seconds if rows else min(RENEWAL_SECONDS, self._step_timeout_seconds)
         request = ReleaseRequest(tuple(rows))
-        return self._ask(instance, EventType.RELEASE, request, ReleaseReply, self._step_timeout_seconds)[0]
+        return self._ask(instance, EventType.RELEASE, request, ReleaseReply, timeout)[0]
 
     def warm_up(self, stage: int, url: str, timeout_seconds: float) -> WarmupReply:
         """Wakes a stage and returns once its weights are in. Raises StageFailed."""

@@ -15,10 +15,11 @@ from typing import Final
 import torch
 
 from eventing.problems import EventExpired
-from eventing.wire.control import ReleaseRow, ReserveRow
+from eventing.wire.control import LEASE_SECONDS, ReleaseRow, ReserveRow
 from eventing.wire.events import Batch, Row, Status, Want
 from functions.stage.engine.event_queue import Call, EventQueue, WaitingEvent
 from functions.stage.engine.forward_pass import ForwardPass, Part
+from functions.stage.engine.leases import Leases
 from functions.stage.engine.row_checks import check_event
 from functions.stage.engine.sequences import SequenceTable
 from functions.stage.engine.threads import PassThreads
@@ -48,8 +49,9 @@ class Engine:
     """Runs a layer group.
 
     num_stages: of the pipeline; bounds merging (see EventQueue). max_merge: most events in one pass.
-    idle_sequence_seconds: a sequence not heard of for so long is released. threads: of a pass; None: as torch is
-    set. clock: seconds since the epoch, by which events expire and sequences are idle.
+    idle_sequence_seconds: a sequence not heard of for so long is released. lease_seconds: so is all of a source of which
+    nothing at all was heard. threads: of a pass; None: as torch is set. clock: seconds since the epoch, by which events
+    expire and sequences are idle.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Engine:
         num_stages: int,
         max_merge: int,
         idle_sequence_seconds: float,
+        lease_seconds: float = LEASE_SECONDS,
         threads: PassThreads | None = None,
         clock: Callable[[], float] = time.time,
         on_pass: Callable[[PassStatistics], None] = _ignore,
@@ -69,7 +72,8 @@ class Engine:
         self._queue = EventQueue(num_stages, max_merge)
         self._sequences = SequenceTable(group.kv, idle_sequence_seconds, clock)
         self._forward_pass = ForwardPass(group, self._sequences)
-        self._look_for_idle_seconds = idle_sequence_seconds / 10
+        self._leases = Leases(lease_seconds)
+        self._look_seconds = min(self._leases.look_seconds, idle_sequence_seconds / 10)
         self._threads = threads
         self._pass_began: float | None = None
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
@@ -112,6 +116,7 @@ class Engine:
         source: of the event; a sequence belongs to the source that began it. expires_at: seconds since the epoch.
         Raises MalformedEvent, EventTooLarge, EventExpired, NotReady, and whatever the layer group raised on this event.
         """
+        self._leases.heard(source)
         check_event(batch, self._group)
         event = WaitingEvent(batch, source, expires_at, arrived=time.perf_counter())
         self._queue.put(event)
@@ -119,13 +124,15 @@ class Engine:
 
     def reserve(self, rows: Sequence[ReserveRow], *, source: str) -> list[Status]:
         """ok, full, stale or invalid for each; the reserved ones stay reserved if others do not fit. Raises NotReady."""
+        self._leases.heard(source)
         call = Call(lambda: [self._sequences.reserve(row, source) for row in rows])
         self._queue.call(call)
         statuses: list[Status] = call.reply.result()
         return statuses
 
     def release(self, rows: Sequence[ReleaseRow], *, source: str) -> int:
-        """How many sequences were released; an unknown one is no error. Raises NotReady."""
+        """How many sequences were released; an unknown one is no error. No rows: `source` lives. Raises NotReady."""
+        self._leases.heard(source)
         call = Call(lambda: sum(self._release(row, source) for row in rows))
         self._queue.call(call)
         released: int = call.reply.result()
@@ -149,16 +156,24 @@ class Engine:
         last_look = self._clock()
         work: Sequence[Call | WaitingEvent] | None = None
         try:
-            while (work := self._queue.take(self._look_for_idle_seconds)) is not None:
-                if self._clock() - last_look >= self._look_for_idle_seconds:
+            while (work := self._queue.take(self._look_seconds)) is not None:
+                if self._clock() - last_look >= self._look_seconds:
                     last_look = self._clock()
-                    self._sequences.expire()
+                    self._expire()
                 self._answer([event for event in work if isinstance(event, WaitingEvent)])
                 for call in work:
                     if isinstance(call, Call):
                         _settle(call)
         finally:
             self._queue.abandon(in_hand=work or ())
+
+    def _expire(self) -> None:
+        """Frees what nobody will ever release: idle sequences, and all of gateways that are gone."""
+        gone = self._leases.look(self._sequences.sources())
+        if released := self._sequences.expire(gone):
+            _log.warning(
+                "released %d sequences of nobody; gateways not heard of any more: %s", released, sorted(gone) or "none"
+            )
 
     def _answer(self, events: list[WaitingEvent]) -> None:
         """Runs what has not expired, and settles every event's reply."""

@@ -5,7 +5,7 @@ A newer attempt begins with nothing held; an older one is stale. Only the engine
 """
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 
 from eventing.wire.control import ReleaseRow, ReserveRow
@@ -78,13 +78,17 @@ class SequenceTable:
         self._drop(release.id)
         return True
 
-    def expire(self) -> int:
-        """Releases what was not heard of for too long; how many sequences that were."""
+    def sources(self) -> set[str]:
+        """Whose sequences are held."""
+        return {sequence.source for sequence in self._sequences.values()}
+
+    def expire(self, gone: Container[str] = ()) -> int:
+        """Releases what was not heard of for too long, and all of the sources in `gone`; how many sequences that were."""
         oldest = self._clock() - self._idle_seconds
-        idle = [id_ for id_, sequence in self._sequences.items() if sequence.last_seen < oldest]
-        for id_ in idle:
+        over = [id_ for id_, one in self._sequences.items() if one.last_seen < oldest or one.source in gone]
+        for id_ in over:
             self._drop(id_)
-        return len(idle)
+        return len(over)
 
     def _known(self, row: Row) -> SequenceState:
         try:

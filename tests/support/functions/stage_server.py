@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 
 from eventing.wire.batch_codec import decode_batch
+from eventing.wire.control import LEASE_SECONDS
 from eventing.wire.events import Batch, Cut, EventType, Row
 from functions.configuration.config import StageConfig, read_config
 from functions.stage.engine.engine import Engine
@@ -100,13 +101,24 @@ class StageServer:
     """One stage. It can be killed and started again at its address, and slowed down."""
 
     def __init__(
-        self, index: int, cut: Cut, build: Callable[[], LayerGroup], *, max_merge: int = 8, idle_seconds: float = 600.0
+        self,
+        index: int,
+        cut: Cut,
+        build: Callable[[], LayerGroup],
+        *,
+        max_merge: int = 8,
+        idle_seconds: float = 600.0,
+        lease_seconds: float = LEASE_SECONDS,
     ) -> None:
         """build: makes the group of `cut[index]`, anew for each boot."""
         self.index = index
         self._cut = cut
         self._build = build
-        self._settings: dict[str, Any] = {"max_merge": max_merge, "idle_sequence_seconds": idle_seconds}
+        self._settings: dict[str, Any] = {
+            "max_merge": max_merge,
+            "idle_sequence_seconds": idle_seconds,
+            "lease_seconds": lease_seconds,
+        }
         self._boots = 0
         self._server: _Server | None = None
         self._lock = threading.Lock()
