@@ -58,3 +58,10 @@ class CheckpointInvalid(StorageError):
 
 class ArchitectureUnsupported(CheckpointInvalid):
     """A checkpoint of a model that is not a decoder known here."""
+
+
+class LibraryMissing(StorageError):
+    """What is asked for takes a library that a lean installation leaves out. Install requirements.txt."""
+
+    def __init__(self, what: str, missing: ImportError) -> None:
+        super().__init__(f"{what}, which is not installed here ({missing}): pip install -r requirements.txt")

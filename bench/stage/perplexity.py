@@ -24,8 +24,9 @@ from functions.stage.models.llama.group import LlamaGroup
 from knative.spec.model_sources import packaged_model
 from storage.checkpoints.checkpoint import Checkpoint
 from storage.checkpoints.model_source import locate, open_checkpoint
-from storage.models.conversion import TargetTensor, convert_tensor
+from storage.models.conversion import convert_tensor
 from storage.models.model_repository import Dtype
+from storage.models.object_writer import TargetTensor
 
 _TEXTS: Final = (Path(__file__).parents[1] / "data" / "lighthouse.txt", Path(__file__).parents[2] / "LICENSE")
 _WINDOW_TOKENS: Final = 1024

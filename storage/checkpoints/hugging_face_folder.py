@@ -12,7 +12,7 @@ import msgspec
 
 from storage.checkpoints.checkpoint import Checkpoint, SourceTensor
 from storage.checkpoints.safetensors_format import TensorSpan, read_exactly, read_spans, tensor_bytes
-from storage.errors import CheckpointInvalid
+from storage.errors import CheckpointInvalid, LibraryMissing
 
 _INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"
@@ -105,8 +105,10 @@ def _embedded_chat_template(folder: Path) -> str | None:
 
 
 def _converted_tokenizer(folder: Path) -> bytes:
-    from transformers import AutoTokenizer  # heavy, and needed for old checkpoints only
-
+    try:
+        from transformers import AutoTokenizer  # heavy, and needed for old checkpoints only
+    except ImportError as error:
+        raise LibraryMissing(f"{folder} has no tokenizer.json; making one takes transformers", error) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         text: str = tokenizer.backend_tokenizer.to_str()

@@ -1,13 +1,15 @@
-"""What a manifest says about a model's shape, from its config.json, through transformers' own configuration classes.
+"""What a manifest says about a model's shape, from its config.json.
 
-They know every family's names and defaults (n_layer, tie_word_embeddings, head_dim …). Nothing of a checkpoint is run.
+Llama-shaped families have a table (`llama_shaped`). Of all others transformers' own configuration classes know the names and
+defaults (n_layer, tie_word_embeddings, head_dim …). Nothing of a checkpoint is run.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from storage.errors import ArchitectureUnsupported
+from storage.checkpoints.llama_shaped import LLAMA_FAMILIES, LlamaSizes
+from storage.errors import ArchitectureUnsupported, LibraryMissing
 
 _UNLIMITED_CONTEXT_TOKENS: Final = 2048
 """Where a family without learned or rotary positions (BLOOM) names no limit: its training length."""
@@ -31,12 +33,36 @@ class ModelDescription:
 
 
 def describe_model(config: Mapping[str, Any]) -> ModelDescription:
-    """`config` is a parsed config.json. Raises ArchitectureUnsupported."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # 0.6 s, which only a real publication pays
-
+    """`config` is a parsed config.json. Raises ArchitectureUnsupported; for a family without a table LibraryMissing, too."""
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str):
+        raise ArchitectureUnsupported(f"config.json has model_type {model_type!r}, which is no name")
+    return _llama_shaped(config) if model_type in LLAMA_FAMILIES else _of_transformers(config, model_type)
+
+
+def _llama_shaped(config: Mapping[str, Any]) -> ModelDescription:
+    sizes = LlamaSizes.from_config(config)
+    return ModelDescription(
+        architecture=_architecture(config),
+        model_type=config["model_type"],
+        num_layers=sizes.num_layers,
+        ignored_layers=config.get("num_nextn_predict_layers") or 0,
+        hidden_size=sizes.hidden_size,
+        vocab_size=sizes.vocab_size,
+        num_kv_heads=sizes.num_kv_heads,
+        head_dim=sizes.head_dim,
+        context_length=sizes.max_positions,
+        tied=sizes.tie_word_embeddings,
+    )
+
+
+def _of_transformers(config: Mapping[str, Any], model_type: str) -> ModelDescription:
+    try:
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # 0.6 s, which only a real publication pays
+    except ImportError as error:
+        raise LibraryMissing(f"publishing a {model_type!r} takes transformers", error) from error
+    if model_type not in CONFIG_MAPPING:
         raise ArchitectureUnsupported(
             f"config.json has model_type {model_type!r}, which transformers does not know; no code of the checkpoint is run"
         )
@@ -51,9 +77,8 @@ def describe_model(config: Mapping[str, Any]) -> ModelDescription:
         raise ArchitectureUnsupported(
             f"{model_type!r} is no decoder-only language model: its configuration lacks {missing or 'nothing but a decoder'}"
         )
-    architectures = config.get("architectures") or [""]
     return ModelDescription(
-        architecture=architectures[0],
+        architecture=_architecture(config),
         model_type=model_type,
         num_layers=known.num_hidden_layers,
         ignored_layers=getattr(known, "num_nextn_predict_layers", None) or 0,
@@ -66,6 +91,11 @@ def describe_model(config: Mapping[str, Any]) -> ModelDescription:
         or _UNLIMITED_CONTEXT_TOKENS,
         tied=bool(getattr(known, "tie_word_embeddings", False)),
     )
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    architectures: list[str] = config.get("architectures") or [""]
+    return architectures[0]
 
 
 def _num_kv_heads(config: Any) -> int:

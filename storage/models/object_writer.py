@@ -4,13 +4,22 @@ import io
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Protocol, cast
 
 from storage.checkpoints.safetensors_format import FILLER_PREFIX, TensorSpan, lay_out
 from storage.errors import CheckpointInvalid
-from storage.models.conversion import TargetTensor
 from storage.models.model_repository import PART_BYTES, StoredObject, new_digest
 from storage.store.object_store import ObjectStore
+
+
+class TargetTensor(Protocol):
+    """A tensor to be written. `blocks` are iterated in the order of the tensors, each time that the object is read."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def blocks(self) -> Iterator[memoryview]: ...
 
 
 @dataclass(frozen=True, slots=True)

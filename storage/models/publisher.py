@@ -20,7 +20,6 @@ from storage.checkpoints.checkpoint import Checkpoint, SourceTensor
 from storage.checkpoints.model_description import ModelDescription, describe_model
 from storage.checkpoints.model_source import checkpoint_fingerprint, checkpoint_state, locate, open_checkpoint
 from storage.errors import CheckpointInvalid, ManifestInvalid, ModelNotPublished
-from storage.models.conversion import TargetTensor, check_int8, convert_tensor
 from storage.models.expected_shapes import check_shapes
 from storage.models.model_repository import (
     MANIFEST_VERSION,
@@ -34,8 +33,9 @@ from storage.models.model_repository import (
     model_prefix,
     read_manifest,
 )
-from storage.models.object_writer import ObjectPlan, plan_object, planned_digests, write_object
+from storage.models.object_writer import ObjectPlan, TargetTensor, plan_object, planned_digests, write_object
 from storage.models.placement import Placement, embedding_matrix, head_matrix, place_tensors
+from storage.models.quantizable import check_quantizable
 from storage.store.object_store import ObjectStore
 
 _log = logging.getLogger(__name__)
@@ -82,8 +82,7 @@ def publish(
         _log.info("%s is published as %s in %s already", source, name, dtype)
         return current
     checkpoint = open_checkpoint(path)
-    if dtype == "int8":
-        check_int8(checkpoint.config)
+    check_quantizable(checkpoint.config, cast("Dtype", dtype))
     model, placed = _settle_tie(describe_model(checkpoint.config), checkpoint)
     check_shapes(checkpoint.config, {name: tensor.shape for members in placed.values() for name, tensor in members.items()})
     plans = _plans(placed, cast("Dtype", dtype), keep_wide)
@@ -131,6 +130,8 @@ def _equal(left: SourceTensor, right: SourceTensor) -> bool:
 
 
 def _plans(placed: Placement, dtype: Dtype, keep_wide: Collection[str]) -> list[ObjectPlan]:
+    from storage.models.conversion import convert_tensor  # numpy, which only a real publication needs
+
     plans = []
     for name, members in placed.items():
         tensors: dict[str, TargetTensor] = {}

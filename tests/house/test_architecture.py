@@ -26,7 +26,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
         "storage/checkpoints/model_description.py",
         "storage/models/expected_shapes.py",
     ),
-    "torch": ("functions/stage/", "storage/models/conversion.py", "storage/models/expected_shapes.py"),
+    "torch": ("functions/stage/", "storage/models/expected_shapes.py"),
     "gguf": ("storage/checkpoints/gguf_checkpoint.py",),
     "huggingface_hub": ("storage/checkpoints/model_source.py", "storage/checkpoints/model_description.py"),
     "flask": ("functions/",),

@@ -1,75 +1,28 @@
 """What a Llama-shaped model looks like, read from its config.json in either spelling (transformers 4 and 5).
 
-A family is a row of a table here: where its biases are, and what holds where a config says nothing. Whatever deviates in
-other ways (another activation, a partial rotation, a quantized checkpoint) is declined, and the transformers group serves it.
+The families and their sizes are storage's (`storage/checkpoints/llama_shaped.py`), since publishing needs them, too. What
+deviates in other ways (another activation, a partial rotation, a quantized checkpoint) is declined, and the transformers group
+serves it.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any
 
 from functions.stage.models.llama.rope import rope_parameters, rope_supported
+from storage.checkpoints.llama_shaped import LLAMA_FAMILIES, LlamaSizes
+from storage.errors import ArchitectureUnsupported
 
 
 class UnsupportedConfig(Exception):
     """The lean group does not run this config. Use the transformers group."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Family:
-    """Biases are a constant of the family or named by a key of the config; `defaults` stand in for missing keys."""
-
-    qkv_bias: bool | str = False
-    out_bias: bool | str = False
-    mlp_bias: bool | str = False
-    qk_norm: bool = False
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-
-
-_FAMILIES: Final[dict[str, _Family]] = {
-    "llama": _Family("attention_bias", "attention_bias", "mlp_bias", defaults={"max_position_embeddings": 2048}),
-    "ministral": _Family(defaults={"max_position_embeddings": 131_072, "sliding_window": 4096}),
-    "mistral": _Family(defaults={"max_position_embeddings": 131_072, "sliding_window": 4096, "num_key_value_heads": 8}),
-    "qwen2": _Family(qkv_bias=True, defaults={"max_position_embeddings": 32_768, "sliding_window": 4096}),
-    "qwen3": _Family(
-        "attention_bias",
-        "attention_bias",
-        qk_norm=True,
-        defaults={"max_position_embeddings": 32_768, "sliding_window": 4096, "head_dim": 128},
-    ),
-    "seed_oss": _Family(
-        "attention_bias",
-        "attention_out_bias",
-        "mlp_bias",
-        defaults={"max_position_embeddings": 524_288, "attention_bias": True, "head_dim": 128},
-    ),
-    "smollm3": _Family(
-        "attention_bias",
-        "attention_bias",
-        "mlp_bias",
-        defaults={"max_position_embeddings": 32_768, "rope_theta": 2_000_000.0, "tie_word_embeddings": True},
-    ),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class LlamaConfig:
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig(LlamaSizes):
     """A whole model. `windows` and `rotary` have one entry per layer."""
 
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_positions: int
     rms_norm_eps: float
-    tie_word_embeddings: bool
-    qkv_bias: bool
-    out_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
     windows: tuple[int | None, ...]
     """How many tokens, its own included, a token attends to; None: all."""
     rotary: tuple[bool, ...]
@@ -79,48 +32,20 @@ class LlamaConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "LlamaConfig":
         """Raises UnsupportedConfig, which says what is in the way."""
-        family = _FAMILIES.get(str(config.get("model_type")))
-        if family is None:
-            raise UnsupportedConfig(f"model_type {config.get('model_type')!r} is not one of {', '.join(_FAMILIES)}")
-        values = {**family.defaults, **config}
-        if values.get("max_position_embeddings") is None or values.get("head_dim") is None:
-            values = {**values, **_derived(values, family)}
-        return _checked(cls._from_values(values, family), values)
-
-    @classmethod
-    def _from_values(cls, values: Mapping[str, Any], family: _Family) -> "LlamaConfig":
         try:
-            return cls(
-                num_layers=values["num_hidden_layers"],
-                hidden_size=values["hidden_size"],
-                intermediate_size=values["intermediate_size"],
-                num_heads=values["num_attention_heads"],
-                num_kv_heads=values.get("num_key_value_heads") or values["num_attention_heads"],
-                head_dim=values["head_dim"],
-                vocab_size=values["vocab_size"],
-                max_positions=values["max_position_embeddings"],
-                rms_norm_eps=values.get("rms_norm_eps", 1e-6),
-                tie_word_embeddings=values.get("tie_word_embeddings", False),
-                qkv_bias=_bias(family.qkv_bias, values),
-                out_bias=_bias(family.out_bias, values),
-                mlp_bias=_bias(family.mlp_bias, values),
-                qk_norm=family.qk_norm,
-                windows=_windows(values),
-                rotary=_rotary(values),
-                rope=rope_parameters(values, 10_000.0),
-            )
-        except KeyError as missing:
-            raise UnsupportedConfig(f"the config lacks {missing}") from None
-
-
-def _derived(values: Mapping[str, Any], family: _Family) -> dict[str, Any]:
-    head_dim = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
-    context = values.get("max_position_embeddings") or family.defaults["max_position_embeddings"]
-    return {"head_dim": head_dim, "max_position_embeddings": context}
-
-
-def _bias(of_family: bool | str, values: Mapping[str, Any]) -> bool:
-    return bool(values.get(of_family, False)) if isinstance(of_family, str) else of_family
+            sizes = LlamaSizes.from_config(config)
+        except ArchitectureUnsupported as error:
+            raise UnsupportedConfig(str(error)) from error
+        defaults = LLAMA_FAMILIES[config["model_type"]].defaults
+        values = {**defaults, **config, "max_position_embeddings": sizes.max_positions}
+        model = cls(
+            **vars(sizes),
+            rms_norm_eps=values.get("rms_norm_eps", 1e-6),
+            windows=_windows(values),
+            rotary=_rotary(values),
+            rope=rope_parameters(values, 10_000.0),
+        )
+        return _checked(model, values)
 
 
 def _windows(values: Mapping[str, Any]) -> tuple[int | None, ...]:

@@ -5,13 +5,12 @@ memory that is none of its own.
 """
 
 import re
-from collections.abc import Mapping
 from typing import Final
 
 from functions.stage.models.layer_group import MissingTensors
 from functions.stage.models.llama.config import LlamaConfig
-
-Shapes = Mapping[str, tuple[int, ...]]
+from storage.checkpoints import llama_shaped
+from storage.checkpoints.llama_shaped import Shapes
 
 LAYER_NAME: Final = re.compile(r"model\.layers\.(\d+)\.")
 
@@ -42,31 +41,15 @@ def check_shapes(model: LlamaConfig, seen: Shapes) -> None:
 
 def layer_shapes(model: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Of one layer, by name without `model.layers.N.`: float or int8 matrices, the scales of int8 ones, biases, norms."""
-    hidden, queries, keys = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
-    if model.qk_norm:
-        shapes |= {"self_attn.q_norm.weight": (model.head_dim,), "self_attn.k_norm.weight": (model.head_dim,)}
-    for name, outs, width, biased in (
-        ("self_attn.q_proj", queries, hidden, model.qkv_bias),
-        ("self_attn.k_proj", keys, hidden, model.qkv_bias),
-        ("self_attn.v_proj", keys, hidden, model.qkv_bias),
-        ("self_attn.o_proj", hidden, queries, model.out_bias),
-        ("mlp.gate_proj", model.intermediate_size, hidden, model.mlp_bias),
-        ("mlp.up_proj", model.intermediate_size, hidden, model.mlp_bias),
-        ("mlp.down_proj", hidden, model.intermediate_size, model.mlp_bias),
-    ):
-        shapes |= {f"{name}.weight": (outs, width), f"{name}.weight_scale": (outs,)}
-        if biased:
-            shapes[f"{name}.bias"] = (outs,)
-    return shapes
+    return _with_scales(llama_shaped.layer_shapes(model))
 
 
 def outer_shapes(model: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Of what is no layer's, by whole name."""
-    matrix = (model.vocab_size, model.hidden_size)
-    return {
-        "model.embed_tokens.weight": matrix,
-        "model.norm.weight": (model.hidden_size,),
-        "lm_head.weight": matrix,
-        "lm_head.weight_scale": (model.vocab_size,),
-    }
+    shapes = llama_shaped.outer_shapes(model)
+    return shapes | _with_scales({"lm_head.weight": shapes["lm_head.weight"]})
+
+
+def _with_scales(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    scales = {f"{name}_scale": shape[:1] for name, shape in shapes.items() if len(shape) == 2}
+    return {**shapes, **scales}

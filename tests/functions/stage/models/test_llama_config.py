@@ -7,8 +7,9 @@ import torch
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from functions.stage.models.llama.config import _FAMILIES, LlamaConfig
+from functions.stage.models.llama.config import LlamaConfig
 from functions.stage.models.llama.rope import Rope, interleaved_rows, rotate
+from storage.checkpoints.llama_shaped import LLAMA_FAMILIES
 from tests.support.storage import tiny_models
 
 ROTATIONS: list[dict[str, Any]] = [
@@ -60,7 +61,7 @@ def test_a_config_that_leaves_out_defaults_reads_the_same(name: str) -> None:
     assert LlamaConfig.from_dict(lean) == LlamaConfig.from_dict(full)
 
 
-@pytest.mark.parametrize("model_type", _FAMILIES)
+@pytest.mark.parametrize("model_type", LLAMA_FAMILIES)
 def test_family_defaults_are_those_of_transformers(model_type: str) -> None:
     sizes = {
         "model_type": model_type,

@@ -11,7 +11,7 @@ from functions.stage.models.layer_group import MissingTensors
 from functions.stage.models.llama.config import LlamaConfig
 from functions.stage.models.llama.group import LlamaGroup
 from functions.stage.models.llama.shapes import WrongShape, layer_shapes, outer_shapes
-from storage.models.conversion import LLAMA_SHAPED
+from storage.checkpoints.llama_shaped import LLAMA_FAMILIES
 from tests.support.functions.int8_checkpoints import int8_checkpoint
 from tests.support.storage import tiny_models
 
@@ -35,7 +35,7 @@ def test_the_table_is_transformers_own(name: str) -> None:
 
 
 def test_int8_is_published_for_the_families_that_run_it() -> None:
-    assert {model_type for model_type in FAMILIES if LlamaGroup.supports(plain_config(model_type))} == LLAMA_SHAPED
+    assert {model_type for model_type in FAMILIES if LlamaGroup.supports(plain_config(model_type))} == LLAMA_FAMILIES.keys()
 
 
 def plain_config(model_type: str) -> dict[str, Any]:

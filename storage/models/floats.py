@@ -1,0 +1,49 @@
+"""Floats of a checkpoint as numpy has them, and rounded to the types that are published; the bytes are those that torch writes.
+
+numpy has no bfloat16: it is the upper half of a float32, rounded to the nearest, to the even one of two.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
+"""What is read, by the names of safetensors."""
+
+Floats = NDArray[np.float32]
+
+_NUMPY: Final[Mapping[str, np.dtype[Any]]] = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
+_QUIET_NAN: Final = 0x7FC0
+
+
+def read_floats(block: memoryview, dtype: str) -> Floats:
+    """A flat array of what `block` holds; numbers beyond float32 become infinite."""
+    if dtype == "BF16":
+        return (np.frombuffer(block, "<u2").astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(over="ignore"):
+        values: Floats = np.frombuffer(block, _NUMPY[dtype]).astype(np.float32, copy=False)
+    return values
+
+
+def rounded(values: Floats, dtype: Literal["F32", "F16", "BF16"]) -> NDArray[Any]:
+    """`values` in another type, bfloat16 as its bits; numbers beyond float16 become infinite."""
+    if dtype == "BF16":
+        return bfloat16_bits(values)
+    with np.errstate(over="ignore"):
+        converted: NDArray[Any] = values.astype(_NUMPY[dtype], copy=False)
+    return converted
+
+
+def bfloat16_bits(values: Floats) -> NDArray[np.uint16]:
+    """As torch rounds."""
+    bits = values.view(np.uint32)
+    half = bits >> 16
+    half &= 1
+    half += 0x7FFF
+    half += bits
+    half >>= 16
+    nearest = half.astype(np.uint16)
+    nearest[np.isnan(values)] = _QUIET_NAN
+    return nearest

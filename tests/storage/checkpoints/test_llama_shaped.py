@@ -1,0 +1,66 @@
+"""The table of the Llama-shaped families against transformers' own classes: sizes, defaults, names and shapes of tensors."""
+
+from typing import Any, Final
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from storage.checkpoints.llama_shaped import LLAMA_FAMILIES, LlamaSizes, layer_shapes, outer_shapes
+from storage.checkpoints.model_description import _of_transformers, describe_model
+from storage.errors import ArchitectureUnsupported
+from tests.support.storage import tiny_models
+
+BARE: Final[dict[str, Any]] = {
+    "vocab_size": 48,
+    "hidden_size": 128,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+    "pad_token_id": 0,
+}
+"""What every config.json says; for all else a family has a default."""
+CONFIGS: Final = (
+    *(tiny_models.tiny_config(name) for name in tiny_models.LLAMA_SHAPED),
+    # Without a head size transformers does not build a Ministral.
+    *({"model_type": family, **BARE, **({"head_dim": 4} if family == "ministral" else {})} for family in LLAMA_FAMILIES),
+    *({"model_type": family, **BARE, "num_key_value_heads": None} for family in ("llama", "qwen2", "smollm3")),
+    {"model_type": "llama", **BARE, "head_dim": None},
+    {"model_type": "llama", **BARE, "num_nextn_predict_layers": 1, "architectures": ["LlamaForCausalLM"]},
+)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: str(config["model_type"]))
+def test_a_manifest_says_what_transformers_would(config: dict[str, Any]) -> None:
+    assert describe_model(config) == _of_transformers(config, config["model_type"])
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: str(config["model_type"]))
+def test_tensors_are_those_of_the_model(config: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    sizes = LlamaSizes.from_config(config)
+    ours = outer_shapes(sizes)
+    for layer in range(sizes.num_layers):
+        ours |= {f"model.layers.{layer}.{name}": shape for name, shape in layer_shapes(sizes).items()}
+    assert ours == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_size": "128"}, "config.json has hidden_size = '128'; a 'llama' has a number of at least 1 there"),
+        ({"num_hidden_layers": 0}, "has num_hidden_layers = '0'"),
+        ({"vocab_size": True}, "has vocab_size = 'True'"),
+        ({"attention_bias": 1}, "has attention_bias = '1'; a 'llama' has true or false there"),
+        ({"intermediate_size": None}, "has intermediate_size = 'None'"),
+    ],
+)
+def test_what_is_no_size_is_named(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ArchitectureUnsupported, match=words):
+        describe_model({"model_type": "llama", **BARE, **change})
+
+
+def test_a_missing_size_is_named() -> None:
+    with pytest.raises(ArchitectureUnsupported, match=r"config.json lacks hidden_size; a 'llama' has a number of at least 1"):
+        describe_model({"model_type": "llama", **{name: value for name, value in BARE.items() if name != "hidden_size"}})
