@@ -1,11 +1,21 @@
 """Passes an exchange on to a server and its answer back, over connections that are kept for the next one."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Final
 
 import httptools
 
-from knative.local.http.messages import CHUNKED, LAST_CHUNK, Headers, chunk, forwarded, has_body, request_head
+from knative.local.http.messages import (
+    CHUNKED,
+    LAST_CHUNK,
+    Headers,
+    chunk,
+    forwarded,
+    has_body,
+    request_head,
+    with_forwarded_for,
+)
 from knative.local.http.server import Exchange
 
 _IDLE_SECONDS: Final = 30.0
@@ -17,11 +27,16 @@ class UpstreamFailed(Exception):
     """The server refused the connection or broke it before its answer was complete."""
 
 
+AnswerBegins = Callable[[Exchange, Headers], str | None]
+"""Told of an answer's headers before they are passed on; may say why the answer will break behind them."""
+
+
 class UpstreamPool:
     """Connections to one server on 127.0.0.1."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, on_answer: AnswerBegins = lambda exchange, headers: None) -> None:
         self.port = port
+        self._on_answer = on_answer
         self._idle: list[_Upstream] = []
         self._open: set[_Upstream] = set()
 
@@ -30,7 +45,7 @@ class UpstreamPool:
         upstream = self._take() or await self._connect()
         self._open.add(upstream)
         try:
-            await upstream.forward(exchange)
+            await upstream.forward(exchange, self._on_answer)
         finally:
             self._open.discard(upstream)
             if upstream.reusable:
@@ -72,6 +87,8 @@ class _Upstream(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
         self._exchange: Exchange | None = None
+        self._on_answer: AnswerBegins | None = None
+        self._breaks: str | None = None
         self._done: asyncio.Future[None] | None = None
         self._headers: Headers = []
         self._reason = b""
@@ -87,12 +104,13 @@ class _Upstream(asyncio.Protocol):
         open_ = self._transport is not None and not self._transport.is_closing()
         return open_ and self._exchange is None and self._sent and self._keep_alive
 
-    async def forward(self, exchange: Exchange) -> None:
+    async def forward(self, exchange: Exchange, on_answer: AnswerBegins) -> None:
         self._exchange = exchange
+        self._on_answer, self._breaks = on_answer, None
         self._done = asyncio.get_running_loop().create_future()
         self._sent = False
         self._chunked = exchange.request_is_chunked
-        headers = forwarded(exchange.headers)
+        headers = with_forwarded_for(forwarded(exchange.headers), exchange.seen_from)
         if self._chunked:
             headers.append(CHUNKED)
         # Head and what is there of the body leave in one piece.
@@ -100,7 +118,11 @@ class _Upstream(asyncio.Protocol):
         exchange.attach(self)
         collected, self._collected = self._collected, None
         self._write(b"".join(collected))
-        await self._done
+        try:
+            await self._done
+        finally:
+            if self._exchange is not None:  # cancelled: whatever else comes belongs to nobody
+                self._exchange, self._keep_alive = None, False
 
     def abort(self) -> None:
         if self._transport is not None:
@@ -157,6 +179,9 @@ class _Upstream(asyncio.Protocol):
             self._fail(f"no HTTP answer: {error}")
             self.abort()
         self._flush()
+        if self._breaks is not None:
+            self._keep_alive = False
+            self._fail(self._breaks)
 
     def pause_writing(self) -> None:
         if self._exchange is not None:
@@ -183,6 +208,9 @@ class _Upstream(asyncio.Protocol):
         self._skip = status < 200  # interim: the real answer follows
         if self._skip or self._exchange is None:
             return
+        if self._on_answer is not None:
+            self._breaks = self._on_answer(self._exchange, self._headers)
+        self._skip = self._breaks is not None  # all behind the head
         self._out.append(self._exchange.start(status, self._reason, forwarded(self._headers)))
         if self._exchange.method == b"HEAD" and has_body(b"GET", status):
             # The parser cannot know that no body follows; the connection is of no more use to it.

@@ -23,6 +23,7 @@ _HOP_BY_HOP: Final = frozenset(
         b"k-kubelet-probe",
     }
 )
+_FORWARDED_FOR: Final = b"x-forwarded-for"
 CHUNKED: Final = (b"Transfer-Encoding", b"chunked")
 LAST_CHUNK: Final = b"0\r\n\r\n"
 
@@ -40,6 +41,13 @@ def forwarded(headers: Headers) -> Headers:
     named = {name.strip().lower() for key, value in headers if key.lower() == b"connection" for name in value.split(b",")}
     drop = _HOP_BY_HOP | named if named else _HOP_BY_HOP
     return [(key, value) for key, value in headers if key.lower() not in drop]
+
+
+def with_forwarded_for(headers: Headers, seen_from: list[bytes]) -> Headers:
+    """X-Forwarded-For as each proxy on the way adds to its end, whatever the client wrote into it itself."""
+    said = [value for key, value in headers if key.lower() == _FORWARDED_FOR]
+    rest = [header for header in headers if header[0].lower() != _FORWARDED_FOR] if said else headers
+    return [*rest, (b"X-Forwarded-For", b", ".join([*said, *seen_from]))]
 
 
 def find(headers: Headers, wanted: bytes) -> bytes | None:

@@ -25,6 +25,8 @@ from knative.local.http.messages import (
 
 _log = logging.getLogger(__name__)
 
+THIS_MACHINE: Final = b"127.0.0.1"
+"""The address of every proxy here, as the next one sees it."""
 _BUFFER_BYTES: Final = 256 * 1024
 """Body of a request that is held before anybody wants it; beyond this the client is paused."""
 _MAX_HEAD_BYTES: Final = 64 * 1024
@@ -49,11 +51,16 @@ class Exchange:
         self.method = method
         self.target = target
         self.headers = headers
+        self.seen_from: list[bytes] = []
+        """Who spoke to each proxy that the request has passed here: the client, and this machine's own proxies behind it."""
         self.started = False
         """Whether the head of the answer has been sent."""
-        self.on_start: Callable[[], None] | None = None
-        """Called once when the answer begins."""
+        self.written_at: float | None = None
+        """When something of the answer was last sent, by the event loop's clock."""
+        self.has_body = False
+        """Whether anything of the request's body has come."""
         self.body_complete = False
+        self.body_ended_at: float | None = None
         self._connection = connection
         self._keep_alive = keep_alive
         self._ended = False
@@ -90,8 +97,6 @@ class Exchange:
     def start(self, status: int, reason: bytes, headers: Headers) -> bytes:
         """The head of the answer as bytes to write; how the body is framed follows from it."""
         self.started = True
-        if self.on_start is not None:
-            self.on_start()
         extra: Headers = []
         if has_body(self.method, status) and find(headers, b"content-length") is None:
             self._chunked = self._connection.speaks_1_1
@@ -108,6 +113,7 @@ class Exchange:
 
     def write(self, data: bytes) -> None:
         """Bytes that `start` and `framed` made."""
+        self.written_at = asyncio.get_running_loop().time()
         self._connection.write(data)
 
     def end(self) -> None:
@@ -117,6 +123,12 @@ class Exchange:
         self._ended = True
         self._connection.answered(self, self._keep_alive)
 
+    def cut_short(self, text: bytes) -> None:
+        """Ends an answer that has begun: by these last words where its length was left open, else by breaking it off."""
+        if self._chunked and not self._ended:
+            self.write(self.framed(text))
+            self.end()
+
     def respond(self, status: HTTPStatus, body: bytes, content_type: bytes = b"text/plain; charset=utf-8") -> None:
         """A whole answer at once."""
         headers = [(b"Content-Type", content_type), (b"Content-Length", b"%d" % len(body))]
@@ -124,6 +136,7 @@ class Exchange:
         self.end()
 
     def body_arrived(self, data: bytes) -> None:
+        self.has_body = True
         if self._sink is not None:
             self._sink.write_body(data)
         elif not self._ended:
@@ -134,6 +147,7 @@ class Exchange:
 
     def body_ended(self) -> None:
         self.body_complete = True
+        self.body_ended_at = asyncio.get_running_loop().time()
         if self._sink is not None:
             self._sink.end_body()
 
@@ -185,6 +199,7 @@ class _Connection(asyncio.Protocol):
         self._target = b""
         self._headers: Headers = []
         self._head_bytes = 0
+        self._peer = b""
         self.speaks_1_1 = True
 
     # asyncio's callbacks
@@ -192,6 +207,7 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        self._peer = str(transport.get_extra_info("peername")[0]).encode()
         self._server.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -239,6 +255,7 @@ class _Connection(asyncio.Protocol):
         self.speaks_1_1 = self._parser.get_http_version() == "1.1"
         keep_alive = self._parser.should_keep_alive()
         self._exchange = Exchange(self, self._parser.get_method(), self._target, self._headers, keep_alive)
+        self._exchange.seen_from.append(self._peer)
         if (find(self._headers, b"expect") or b"").lower() == b"100-continue":
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._task = asyncio.get_running_loop().create_task(self._handle(self._exchange))

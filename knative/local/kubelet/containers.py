@@ -9,7 +9,9 @@ from typing import Any, Final
 
 from knative.local.errors import UnsupportedManifest
 from knative.local.kubelet.probes import Probe, read_probe
+from knative.local.proxies.full_duplex import ANNOTATION as FULL_DUPLEX
 from knative.local.proxies.queue_proxy import RequestLimits
+from knative.local.proxies.timeouts import Timeouts
 from knative.spec.errors import SpecError
 from knative.spec.pipeline_spec import quantity
 
@@ -21,6 +23,7 @@ FUNCTION: Final = (sys.executable, "-m", "functions")
 _INHERITED: Final = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "PYTHONPATH")
 """What a container image would bring along; nothing else of the platform's environment reaches a pod."""
 _DEFAULT_TIMEOUT_SECONDS: Final = 300
+_DEFAULT_RESPONSE_START_SECONDS: Final = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ def read_container(template: Mapping[str, Any], local: LocalData) -> Container:
         raise UnsupportedManifest("spec.template.spec.containers: only one container is run on one machine")
     container = pod["containers"][0]
     limits = container.get("resources", {}).get("limits", {})
-    timeout = float(pod.get("timeoutSeconds") or _DEFAULT_TIMEOUT_SECONDS)
+    annotations = template.get("metadata", {}).get("annotations") or {}
     return Container(
         command=(*(container.get("command") or FUNCTION), *(container.get("args") or ())),
         environ=_environ(container, local) | _threads(container, limits),
@@ -62,11 +65,19 @@ def read_container(template: Mapping[str, Any], local: LocalData) -> Container:
         liveness=read_probe(container, "livenessProbe"),
         limits=RequestLimits(
             container_concurrency=int(pod.get("containerConcurrency") or 0),
-            timeout_seconds=timeout,
-            response_start_timeout_seconds=float(pod.get("responseStartTimeoutSeconds") or timeout),
+            timeouts=_timeouts(pod),
+            full_duplex=annotations.get(FULL_DUPLEX, "").lower() == "enabled",
         ),
         memory_limit_bytes=int(_quantity(limits["memory"], "memory")) if "memory" in limits else None,
     )
+
+
+def _timeouts(pod: Mapping[str, Any]) -> Timeouts:
+    """With the defaults of config-defaults, which count where they are shorter than `timeoutSeconds`."""
+    timeout, start = float(pod.get("timeoutSeconds") or _DEFAULT_TIMEOUT_SECONDS), pod.get("responseStartTimeoutSeconds")
+    if start is None:
+        start = _DEFAULT_RESPONSE_START_SECONDS if timeout > _DEFAULT_RESPONSE_START_SECONDS else 0
+    return Timeouts(timeout, float(start), float(pod.get("idleTimeoutSeconds") or 0))
 
 
 def _environ(container: Mapping[str, Any], local: LocalData) -> dict[str, str]:

@@ -91,7 +91,7 @@ class Pod:
             return
         self._enter(Phase.LEAVING)
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._container.limits.timeout_seconds
+        deadline = loop.time() + self._container.limits.timeouts.timeout_seconds
         if self.readiness:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(deadline):

@@ -15,6 +15,7 @@ from knative.local.http.messages import HttpError
 from knative.local.http.server import Exchange
 from knative.local.proxies.concurrency import ConcurrencyMeter
 from knative.local.proxies.queue_proxy import QueueProxy
+from knative.local.proxies.timeouts import Timeouts, in_time
 
 _FIRST_AVAILABLE_UP_TO = 3
 
@@ -30,13 +31,13 @@ class _Tracker:
 class Activator:
     """`serve` is the only way into a revision for those who do not know its pods."""
 
-    def __init__(self, container_concurrency: int, wait_seconds: float, queue_depth: int, wake: Callable[[], None]) -> None:
-        """wake: called when a request finds no pod at all. wait_seconds: how long a request is held."""
+    def __init__(self, container_concurrency: int, timeouts: Timeouts, queue_depth: int, wake: Callable[[], None]) -> None:
+        """wake: called when a request finds no pod at all. timeouts: being held counts."""
         self.meter = ConcurrencyMeter(asyncio.get_running_loop().time())
         self.in_path = True
         """False: the ingress sends requests to the pods in turn, and they are the pods' to report."""
         self._limit = container_concurrency
-        self._wait_seconds = wait_seconds
+        self._timeouts = timeouts
         self._queue_depth = queue_depth
         self._wake = wake
         self._trackers: list[_Tracker] = []
@@ -61,18 +62,19 @@ class Activator:
                 place.set_exception(HttpError(HTTPStatus.SERVICE_UNAVAILABLE, reason))
 
     async def serve(self, exchange: Exchange) -> None:
-        """Raises HttpError: 503 where no pod could take the request in time, else what the pod's queue-proxy raises."""
+        """Raises HttpError: 504 where no pod took the request in time, 503 where too many wait, or what queue-proxy raises."""
         if not self.in_path and self._trackers:
             await self._next_in_turn().proxy.serve(exchange)
             return
         clock = asyncio.get_running_loop().time
         self.meter.enter(clock())
         try:
-            tracker = await self._acquire()
-            try:
-                await tracker.proxy.serve_proxied(exchange)
-            finally:
-                self._release(tracker)
+            async with in_time(exchange, self._timeouts, "activator request timeout"):
+                tracker = await self._acquire()
+                try:
+                    await tracker.proxy.serve_proxied(exchange)
+                finally:
+                    self._release(tracker)
         finally:
             self.meter.leave(clock())
 
@@ -95,11 +97,7 @@ class Activator:
         if not self._trackers:
             self._wake()
         try:
-            async with asyncio.timeout(self._wait_seconds):
-                return await place
-        except TimeoutError as error:
-            self._give_up(place)
-            raise HttpError(HTTPStatus.SERVICE_UNAVAILABLE, f"no pod in {self._wait_seconds:g} seconds") from error
+            return await place
         except asyncio.CancelledError:
             self._give_up(place)
             raise

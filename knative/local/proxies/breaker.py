@@ -34,7 +34,7 @@ class Breaker:
         except asyncio.CancelledError:
             if place.done() and not place.cancelled():
                 self._hand_on()
-            else:
+            elif place in self._waiting:  # else it was passed over in the same moment
                 self._waiting.remove(place)
             raise
 

@@ -4,14 +4,19 @@ It counts, holds containerConcurrency, bounds how long an answer may take, and s
 """
 
 import asyncio
+import logging
 from dataclasses import dataclass
 from http import HTTPStatus
 
 from knative.local.http.client import UpstreamFailed, UpstreamPool
-from knative.local.http.messages import HttpError
-from knative.local.http.server import Exchange, HttpServer
+from knative.local.http.messages import Headers, HttpError
+from knative.local.http.server import THIS_MACHINE, Exchange, HttpServer
 from knative.local.proxies.breaker import Breaker
 from knative.local.proxies.concurrency import ConcurrencyMeter, Report
+from knative.local.proxies.full_duplex import broken_off
+from knative.local.proxies.timeouts import Timeouts, in_time
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +24,8 @@ class RequestLimits:
     """Of a revision's template, under Knative's names."""
 
     container_concurrency: int
-    timeout_seconds: float
-    response_start_timeout_seconds: float
+    timeouts: Timeouts
+    full_duplex: bool = False
 
 
 class QueueProxy:
@@ -51,7 +56,7 @@ class QueueProxy:
         """Where the function listens; None while there is none. What runs on the old connections breaks."""
         if self._upstream is not None:
             self._upstream.close()
-        self._upstream = None if port is None else UpstreamPool(port)
+        self._upstream = None if port is None else UpstreamPool(port, self._answer_begins)
 
     def close(self) -> None:
         self.connect(None)
@@ -62,13 +67,14 @@ class QueueProxy:
         clock = asyncio.get_running_loop().time
         self.all.enter(clock())
         try:
-            async with self._breaker:
+            async with in_time(exchange, self._limits.timeouts, "request timeout"), self._breaker:
                 await self._forward(exchange)
         finally:
             self.all.leave(clock())
 
     async def serve_proxied(self, exchange: Exchange) -> None:
-        """For the activator."""
+        """For the activator, which is a proxy on the way of its own."""
+        exchange.seen_from.append(THIS_MACHINE)
         clock = asyncio.get_running_loop().time
         self.proxied.enter(clock())
         try:
@@ -94,15 +100,15 @@ class QueueProxy:
     async def _forward(self, exchange: Exchange) -> None:
         if self._upstream is None:
             raise HttpError(HTTPStatus.BAD_GATEWAY, "the function is not running")
-        limits = self._limits
-        deadline = asyncio.get_running_loop().time() + limits.timeout_seconds
         try:
-            async with asyncio.timeout(min(limits.timeout_seconds, limits.response_start_timeout_seconds)) as timeout:
-                exchange.on_start = lambda: timeout.reschedule(deadline)
-                await self._upstream.forward(exchange)
+            await self._upstream.forward(exchange)
         except UpstreamFailed as error:
             raise HttpError(HTTPStatus.BAD_GATEWAY, str(error)) from error
-        except TimeoutError as error:
-            raise HttpError(HTTPStatus.GATEWAY_TIMEOUT, "the function did not answer in time") from error
-        finally:
-            exchange.on_start = None
+
+    def _answer_begins(self, exchange: Exchange, headers: Headers) -> str | None:
+        if self._limits.full_duplex:
+            return None
+        reason = broken_off(exchange, headers, asyncio.get_running_loop().time())
+        if reason is not None:
+            _log.warning("%s %s: broken off: %s", exchange.method.decode(), exchange.target.decode(errors="replace"), reason)
+        return reason

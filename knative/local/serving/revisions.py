@@ -71,9 +71,7 @@ class Revision:
         self._around = around
         self._settings = settings
         limits = self._container.limits
-        self.activator = Activator(
-            limits.container_concurrency, limits.timeout_seconds, around.activator_queue_depth, self._poke
-        )
+        self.activator = Activator(limits.container_concurrency, limits.timeouts, around.activator_queue_depth, self._poke)
         self._now = asyncio.get_running_loop().time
         self.autoscaler = revision_autoscaler(settings, template, ready=0, now=self._now())
         self._without_ready_pod_since: float | None = None

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from knative.local.errors import UnknownRevision
 from knative.local.http.messages import HttpError
-from knative.local.http.server import Exchange, HttpServer
+from knative.local.http.server import THIS_MACHINE, Exchange, HttpServer
 from knative.local.serving.revisions import Revision, RevisionName
 
 _log = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ class LocalService:
         self._server.close()
 
     async def _serve(self, exchange: Exchange) -> None:
+        exchange.seen_from.append(THIS_MACHINE)  # The ingress is a proxy of its own.
         if not self.routes:
             raise HttpError(HTTPStatus.SERVICE_UNAVAILABLE, f"{self.name} has no revision yet")
         if len(self.routes) == 1:

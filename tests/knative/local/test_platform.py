@@ -14,6 +14,8 @@ from knative.local.kubelet.pods import Phase
 from knative.local.platform import Platform
 from tests.support.knative.platform import client, echo_service, fetch, revision, running_platform, until
 
+FULL_DUPLEX = {"features.knative.dev/http-full-duplex": "Enabled"}
+
 
 def test_the_first_request_starts_a_pod_and_waits_for_it(tmp_path: Path) -> None:
     async def scenario() -> None:
@@ -82,7 +84,7 @@ def test_bodies_stream_both_ways(tmp_path: Path, through: str) -> None:
     """The app answers a chunk before it reads the next, so that a buffer anywhere would stop the conversation."""
 
     async def scenario() -> None:
-        async with running_platform(tmp_path, echo_service()) as platform, client() as session:
+        async with running_platform(tmp_path, echo_service(full_annotations=FULL_DUPLEX)) as platform, client() as session:
             await fetch(session, platform.url("echo") + "/pid")
             url = platform.url("echo") if through == "ingress" else _pod_url(platform)
             await converse(session, url)
@@ -107,7 +109,7 @@ def test_bodies_stream_both_ways(tmp_path: Path, through: str) -> None:
 def test_a_large_body_to_a_slow_reader_arrives_whole(tmp_path: Path) -> None:
     async def scenario() -> None:
         body = os.urandom(2**20) * 24
-        async with running_platform(tmp_path, echo_service()) as platform, client() as session:
+        async with running_platform(tmp_path, echo_service(full_annotations=FULL_DUPLEX)) as platform, client() as session:
             async with session.post(platform.url("echo"), data=io.BytesIO(body)) as reply:
                 seen = b""
                 async for chunk in reply.content.iter_chunked(2**18):
@@ -135,11 +137,11 @@ def test_container_concurrency_holds_for_direct_requests_too(tmp_path: Path) -> 
     asyncio.run(scenario())
 
 
-def test_a_request_that_finds_no_pod_in_time_gets_503(tmp_path: Path) -> None:
+def test_a_request_that_finds_no_pod_in_time_gets_504(tmp_path: Path) -> None:
     async def scenario() -> None:
         manifest = echo_service(timeout=1, environment={"NEVER_READY": "1"})
         async with running_platform(tmp_path, manifest) as platform, client() as session:
-            assert await fetch(session, platform.url("echo") + "/pid") == (503, "no pod in 1 seconds\n")
+            assert await fetch(session, platform.url("echo") + "/pid") == (504, "activator request timeout\n")
 
     asyncio.run(scenario())
 

@@ -29,6 +29,8 @@ class Handler(BaseHTTPRequestHandler):
             self.hold(Path(parse_qs(parts.query)["until"][0]))
         elif parts.path == "/environment":
             self.answer(200, os.environ.get(parts.query, "").encode())
+        elif parts.path == "/header":
+            self.answer(200, (self.headers.get(parts.query) or "").encode())
         elif parts.path == "/pid":
             self.answer(200, str(os.getpid()).encode())
         elif parts.path == "/crash":

@@ -100,7 +100,8 @@ def test_hop_by_hop_headers_and_knatives_marks_do_not_pass() -> None:
                 b"K-Proxy-Request: activator\r\nce-id: 7\r\nContent-Length: 4\r\n\r\nbody"
             )
             await reader.readexactly(len(OK))
-        assert seen == [b"POST /path?q=1 HTTP/1.1\r\nHost: a\r\nce-id: 7\r\nContent-Length: 4\r\n\r\nbody"]
+        own = b"X-Forwarded-For: 127.0.0.1"
+        assert seen == [b"POST /path?q=1 HTTP/1.1\r\nHost: a\r\nce-id: 7\r\nContent-Length: 4\r\n%b\r\n\r\nbody" % own]
 
     asyncio.run(scenario())
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -13,7 +14,11 @@ from knative.local.proxies.activator import Activator
 from knative.local.proxies.breaker import Breaker
 from knative.local.proxies.concurrency import ConcurrencyMeter
 from knative.local.proxies.queue_proxy import QueueProxy
+from knative.local.proxies.timeouts import Timeouts
 from tests.support.knative.platform import until
+
+ASKED = SimpleNamespace(started=False, written_at=None)
+"""As much of a request as the activator looks at."""
 
 
 class HeldProxy:
@@ -31,8 +36,8 @@ class HeldProxy:
     serve = serve_proxied
 
 
-def activator(concurrency: int, wake: Callable[[], None] = lambda: None, wait_seconds: float = 30) -> Activator:
-    return Activator(concurrency, wait_seconds, 100, wake)
+def activator(concurrency: int, wake: Callable[[], None] = lambda: None) -> Activator:
+    return Activator(concurrency, Timeouts(30), 100, wake)
 
 
 def proxies(count: int) -> tuple[list[HeldProxy], list[QueueProxy]]:
@@ -41,7 +46,7 @@ def proxies(count: int) -> tuple[list[HeldProxy], list[QueueProxy]]:
 
 
 def send(to: Activator, count: int) -> list[asyncio.Task[None]]:
-    return [asyncio.create_task(to.serve(cast(Exchange, None))) for _ in range(count)]
+    return [asyncio.create_task(to.serve(cast(Exchange, ASKED))) for _ in range(count)]
 
 
 async def let_go(held: list[HeldProxy], tasks: list[asyncio.Task[None]]) -> None:

@@ -1,0 +1,98 @@
+"""An answer that begins before its request was read to the end, as Go's ReverseProxy treats it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import aiohttp
+import pytest
+
+from tests.support.knative.behind_queue_proxy import OPEN_ENDED, Function, behind_queue_proxy, chunk
+
+BODY = b"x" * 2000
+
+
+async def early(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answers what it has not read."""
+    writer.write(OPEN_ENDED + chunk(b"early"))
+    await writer.drain()
+    await reader.readexactly(len(BODY))
+    writer.write(b"0\r\n\r\n")
+
+
+async def at_once(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Reads all, and has its answer begin in the same moment."""
+    await reader.readexactly(len(BODY))
+    writer.write(OPEN_ENDED + chunk(b"at once"))
+    await asyncio.sleep(0.02)
+    writer.write(b"0\r\n\r\n")
+
+
+async def later(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Says nothing before it has something to say."""
+    await reader.readexactly(len(BODY))
+    await asyncio.sleep(0.02)
+    writer.write(OPEN_ENDED + chunk(b"later") + b"0\r\n\r\n")
+
+
+async def refusal(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """By the head alone, in few words."""
+    writer.write(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 6\r\n\r\nno key")
+    await writer.drain()
+    await reader.readexactly(len(BODY))
+
+
+async def whole(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """An answer that says its length, as a stage's."""
+    await reader.readexactly(len(BODY))
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n" + b"y" * 5000)
+
+
+async def slow_body() -> AsyncIterator[bytes]:
+    yield BODY[:1000]
+    await asyncio.sleep(0.1)
+    yield BODY[1000:]
+
+
+async def ask(session: aiohttp.ClientSession, url: str) -> bytes:
+    async with session.post(url, data=slow_body(), headers={"Content-Length": str(len(BODY))}) as reply:
+        return await reply.read()
+
+
+@pytest.mark.parametrize("function", [early, at_once])
+def test_without_the_annotation_it_is_broken_off(function: Function, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        async with behind_queue_proxy(function) as (session, url):
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await ask(session, url)
+
+    asyncio.run(scenario())
+    assert "features.knative.dev/http-full-duplex" in caplog.text
+
+
+@pytest.mark.parametrize(("function", "answer"), [(early, b"early"), (at_once, b"at once")])
+def test_with_the_annotation_it_is_whole(function: Function, answer: bytes) -> None:
+    async def scenario() -> None:
+        async with behind_queue_proxy(function, full_duplex=True) as (session, url):
+            assert await ask(session, url) == answer
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("function", "answer"), [(later, b"later"), (refusal, b"no key"), (whole, b"y" * 5000)])
+def test_what_begins_late_is_short_or_says_its_length_is_whole_either_way(function: Function, answer: bytes) -> None:
+    async def scenario() -> None:
+        async with behind_queue_proxy(function) as (session, url):
+            assert await ask(session, url) == answer
+
+    asyncio.run(scenario())
+
+
+def test_a_request_without_a_body_has_nothing_to_be_closed() -> None:
+    async def answer(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(OPEN_ENDED + chunk(b"events") + b"0\r\n\r\n")
+
+    async def scenario() -> None:
+        async with behind_queue_proxy(answer) as (session, url), session.get(url) as reply:
+            assert await reply.read() == b"events"
+
+    asyncio.run(scenario())
