@@ -238,6 +238,8 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"LAMINA_LAYERS: '{first}:{last}' is not allowed: one of the groups of LAMINA_CUT, {cut}"
         if config.device == "cuda" and config.dtype == "int8":
             yield "LAMINA_DEVICE: 'cuda' is not allowed with LAMINA_DTYPE int8, which runs on CPUs: cpu, auto, or another dtype"
+        if config.layer_group == "transformers" and config.dtype == "int8":
+            yield "LAMINA_LAYER_GROUP: 'transformers' is not allowed with LAMINA_DTYPE int8: auto, or another dtype"
         return
     if tuple(group for group, _ in config.stages) != config.cut:
         named = ",".join(f"{first}:{last}" for (first, last), _ in config.stages)

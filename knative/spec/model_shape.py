@@ -14,6 +14,7 @@ import msgspec
 from functions.stage.native.limits import obstacle
 from knative.spec.errors import UnknownShape
 from storage.models.model_repository import ModelManifest, Reader, layer_object, read_file
+from storage.models.quantizable import check_quantizable
 
 DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
@@ -64,7 +65,10 @@ class _Parameters:
 
 
 def shape_from_config(config: Mapping[str, Any], name: str, dtype: str) -> ModelShape:
-    """From a Hugging Face config alone; biases are left out (under 0.1 percent). Raises UnknownShape."""
+    """From a Hugging Face config alone; biases are left out (under 0.1 percent).
+
+    Raises UnknownShape, or ArchitectureUnsupported for a dtype that no stage would run it in.
+    """
     text = _text_config(config)
     layers = _number(text, name, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
     dense, active = _layer_parameters(text, name)
@@ -74,7 +78,10 @@ def shape_from_config(config: Mapping[str, Any], name: str, dtype: str) -> Model
 
 
 def shape_from_folder(folder: Path, dtype: str) -> ModelShape:
-    """From `config.json` and, where safetensors lie beside it, their headers, which are exact. Raises UnknownShape."""
+    """From `config.json` and, where safetensors lie beside it, their headers, which are exact.
+
+    Raises as `shape_from_config`.
+    """
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -104,6 +111,7 @@ def published_shape(reader: Reader, manifest: ModelManifest) -> ModelShape:
 
 
 def _shape(text: Mapping[str, Any], name: str, dtype: str, parameters: _Parameters) -> ModelShape:
+    check_quantizable(text, dtype)
     width = DTYPE_BYTES[dtype]
     hidden = _number(text, name, "hidden_size", "n_embd", "d_model")
     return ModelShape(

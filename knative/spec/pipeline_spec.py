@@ -219,6 +219,8 @@ class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
                 raise SpecError(f"{path}: {text!r} is no Kubernetes quantity, such as 500m, 2 or 512Mi")
         if self.stage.device == "cuda" and self.model.dtype == "int8":
             raise SpecError("$.stage.device: 'cuda' does not run $.model.dtype int8; use auto or cpu, or another dtype")
+        if self.stage.layer_group == "transformers" and self.model.dtype == "int8":
+            raise SpecError("$.stage.layer_group: 'transformers' does not run $.model.dtype int8; use auto, or another dtype")
         if self.eventing is not None:
             _check_sinks(self.eventing)
         if (self.stages is None) == (self.cut is None):

@@ -82,7 +82,7 @@ def publish(
         _log.info("%s is published as %s in %s already", source, name, dtype)
         return current
     checkpoint = open_checkpoint(path)
-    check_quantizable(checkpoint.config, cast("Dtype", dtype))
+    check_quantizable(checkpoint.config, dtype)
     model, placed = _settle_tie(describe_model(checkpoint.config), checkpoint)
     check_shapes(checkpoint.config, {name: tensor.shape for members in placed.values() for name, tensor in members.items()})
     plans = _plans(placed, cast("Dtype", dtype), keep_wide)

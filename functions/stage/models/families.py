@@ -1,9 +1,9 @@
 """The model families that a stage can run, and what slicing each of them takes. Imports no heavy library.
 
 A family is a `model_type` of a checkpoint's config.json. The transformers group runs all of them; which of them the lean
-group knows, it says itself (`llama.config`). Some families do more around their layers than embed and normalize: a stage
-that is not the first must not add position embeddings a second time, and so on. What follows from a layer's number in the
-whole model is in `cut_config`.
+group knows is in `storage.checkpoints.llama_config`. Some families do more around their layers than embed and normalize: a
+stage that is not the first must not add position embeddings a second time, and so on. What follows from a layer's number in
+the whole model is in `cut_config`.
 """
 
 from collections.abc import Mapping

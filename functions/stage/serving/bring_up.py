@@ -103,7 +103,7 @@ def _layer_group(config: StageConfig, model: ArrivingModel, start_up: StartUp) -
     from functions.stage.models.build import UnsupportedDtype
     from functions.stage.models.families import UnsupportedArchitecture
     from functions.stage.models.layer_group import MissingTensors
-    from functions.stage.models.llama.config import UnsupportedConfig
+    from storage.checkpoints.llama_config import UnsupportedConfig
 
     try:
         return _built(config, model, start_up)

@@ -68,6 +68,10 @@ def test_no_secret_is_shown() -> None:
         ({**STAGE, "LAMINA_CUT": "1:4"}, ("LAMINA_CUT", "1:4 should begin at 0")),
         ({**STAGE, "LAMINA_LAYERS": "4:2"}, ("LAMINA_LAYERS", "'4:2'", "10:20")),
         ({**STAGE, "LAMINA_LAYERS": "1:4"}, ("LAMINA_LAYERS", "'1:4'", "0:2,2:4")),
+        (
+            {**STAGE, "LAMINA_LAYER_GROUP": "transformers", "LAMINA_DTYPE": "int8"},
+            ("LAMINA_LAYER_GROUP", "'transformers'", "LAMINA_DTYPE int8", "auto"),
+        ),
         ({**STAGE, "LAMINA_DEVICE": "cuda", "LAMINA_DTYPE": "int8"}, ("LAMINA_DEVICE", "'cuda'", "LAMINA_DTYPE int8", "auto")),
         ({**STAGE, "LAMINA_SLEEP_SECONDS": "1e10"}, ("LAMINA_SLEEP_SECONDS", "'1e10'", "at most 10000000")),
         ({**STAGE, "LAMINA_LISTEN": "here"}, ("LAMINA_LISTEN", "'here'")),

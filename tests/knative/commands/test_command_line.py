@@ -93,10 +93,19 @@ def test_plan_of_llama_2_13b() -> None:
 def test_plan_says_where_layers_will_be_slow(tmp_path: Path) -> None:
     config = json.loads((Path(LLAMA) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "head_dim": 81}))
+    slow = invoke("plan", "--model", str(tmp_path), "--dtype", "bfloat16").output
+    assert "on CPUs layers do not run in C, which is slower: head_dim 81 is odd" in slow
     for dtype in ("bfloat16", "int8"):
-        slow = invoke("plan", "--model", str(tmp_path), "--dtype", dtype).output
-        assert "on CPUs layers do not run in C, which is slower: head_dim 81 is odd" in slow
         assert "slower" not in invoke("plan", "--model", LLAMA, "--dtype", dtype).output
+
+
+def test_plan_refuses_int8_where_no_stage_would_run_it(tmp_path: Path) -> None:
+    config = json.loads((Path(LLAMA) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}))
+    refused = invoke("plan", "--model", str(tmp_path), "--dtype", "int8")
+    assert refused.exit_code == 1
+    assert refused.output.startswith("Error: no stage would run it in int8: the lean layers do not run activation 'gelu'")
+    assert invoke("plan", "--model", str(tmp_path), "--dtype", "bfloat16").exit_code == 0
 
 
 @pytest.mark.parametrize(

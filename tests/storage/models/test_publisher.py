@@ -435,15 +435,29 @@ def test_shapes_of_other_families_are_those_of_transformers(family: str, store: 
 @pytest.mark.parametrize("family", ["gpt2", "gemma", "mixtral", "olmo2"])
 def test_int8_is_refused_where_no_stage_would_run_it(family: str, store: ObjectStore, tmp_path: Path) -> None:
     save(tiny_models.whole_model(family), tmp_path)
-    with pytest.raises(ArchitectureUnsupported, match=f"not for a '{family}'"):
+    with pytest.raises(
+        ArchitectureUnsupported, match=f"no stage would run it in int8: model_type '{family}' is not one of llama"
+    ):
         publish(tmp_path, store, f"{family}-int8", "int8")
     assert list(store.list(f"models/{family}-int8/")) == []
 
 
-def test_int8_is_refused_for_another_activation(copied: Path, store: ObjectStore) -> None:
-    config(hidden_act="gelu")(copied)  # type: ignore[operator]
-    with pytest.raises(ArchitectureUnsupported, match="int8 is for models with SiLU, this one has 'gelu'"):
-        publish(copied, store, "gelu", "int8")
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_act": "gelu"}, "do not run activation 'gelu'; publish it as bfloat16"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "do not run rotation .*dynamic"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rotation"),
+    ],
+)
+def test_int8_is_refused_for_a_llama_that_no_stage_would_run_in_it(
+    changes: dict[str, object], words: str, copied: Path, store: ObjectStore
+) -> None:
+    config(**changes)(copied)  # type: ignore[operator]
+    with pytest.raises(ArchitectureUnsupported, match=words):
+        publish(copied, store, "odd", "int8")
+    assert list(store.list("models/odd/int8/")) == []
+    publish(copied, store, "odd", "bfloat16")
 
 
 @pytest.mark.parametrize(

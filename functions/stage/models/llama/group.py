@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from functions.stage.models.layer_group import MissingTensors, Segment
 from functions.stage.models.llama.attention import PassAttention
-from functions.stage.models.llama.config import LlamaConfig, UnsupportedConfig
 from functions.stage.models.llama.kv_pool import KVPool, in_blocks
 from functions.stage.models.llama.layer import LayerWeights, LlamaLayer, Pass, Places
 from functions.stage.models.llama.linear import Matrix, linear
@@ -23,6 +22,7 @@ from functions.stage.models.llama.norm import RmsNorm
 from functions.stage.models.llama.rope import Rope
 from functions.stage.models.llama.shapes import LAYER_NAME, check_shapes
 from functions.stage.models.llama.weights import PRECISIONS, Precision, Weights
+from storage.checkpoints.llama_config import LlamaConfig, UnsupportedConfig
 
 
 class LlamaGroup:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 
 from functions.stage.models.llama.attention import PassAttention
-from functions.stage.models.llama.config import LlamaConfig
 from functions.stage.models.llama.kv_pool import KVPool
 from functions.stage.models.llama.linear import Matrix, linear, stacked
 from functions.stage.models.llama.mlp import gated_mlp
 from functions.stage.models.llama.norm import RmsNorm
 from functions.stage.models.llama.rope import interleaved_rows, rotate
 from functions.stage.models.llama.weights import Precision, Weights
+from storage.checkpoints.llama_config import LlamaConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,9 @@ from typing import Final
 
 import torch
 
-from functions.stage.models.llama.config import LlamaConfig
 from functions.stage.native.library import UNAVAILABLE, Library, library
 from functions.stage.native.limits import DTYPES, obstacle
+from storage.checkpoints.llama_config import LlamaConfig
 
 _log: Final = logging.getLogger(__name__)
 _SLOWER: Final = "layers run by torch's operators, which is slower: %s"

@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 import torch
 
 from functions.stage.models.layer_group import Segment
-from functions.stage.models.llama.config import LlamaConfig
 from functions.stage.models.llama.kv_pool import KVPool
 from functions.stage.models.llama.layer import LayerWeights
 from functions.stage.models.llama.linear import Matrix, stacked
 from functions.stage.native.layers import Layers, Linear, MatrixArrays, Sizes
 from functions.stage.native.library import Library
 from functions.stage.native.records import Array, Dtype
+from storage.checkpoints.llama_config import LlamaConfig
 
 _DTYPES = {torch.bfloat16: Dtype.BF16, torch.int8: Dtype.INT8, torch.float32: Dtype.F32}
 

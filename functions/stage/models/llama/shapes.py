@@ -8,8 +8,8 @@ import re
 from typing import Final
 
 from functions.stage.models.layer_group import MissingTensors
-from functions.stage.models.llama.config import LlamaConfig
 from storage.checkpoints import llama_shaped
+from storage.checkpoints.llama_config import LlamaConfig
 from storage.checkpoints.llama_shaped import Shapes
 
 LAYER_NAME: Final = re.compile(r"model\.layers\.(\d+)\.")

@@ -15,7 +15,7 @@ from functions.stage.models.build import build_layer_group, choose, device_for
 from functions.stage.models.families import FAMILIES
 from functions.stage.models.kv_budget import KVBudget
 from functions.stage.models.layer_group import KVCacheFull, Segment
-from functions.stage.models.llama.config import _FAMILIES
+from storage.checkpoints.llama_shaped import LLAMA_FAMILIES
 from tests.support.functions.stage_pipeline import CUT, build_groups, engines, generate, tensors, whole_model
 from tests.support.paths import ROOT
 from tests.support.storage import tiny_models
@@ -90,7 +90,7 @@ def test_auto_takes_the_device_that_runs_the_dtype(
 
 
 def test_lean_families_are_families() -> None:
-    assert set(FAMILIES) >= set(_FAMILIES)
+    assert set(FAMILIES) >= set(LLAMA_FAMILIES)
 
 
 @pytest.mark.parametrize("name", ["ministral", "seed_oss"])

@@ -11,10 +11,12 @@ import torch
 from transformers import PreTrainedModel
 
 from functions.stage.models.layer_group import MissingTensors, Segment
-from functions.stage.models.llama.config import UnsupportedConfig
 from functions.stage.models.llama.group import LlamaGroup
 from functions.stage.native.library import library
 from functions.stage.native.records import padded_head
+from storage.checkpoints.llama_config import UnsupportedConfig
+from storage.errors import ArchitectureUnsupported
+from storage.models.quantizable import check_quantizable
 from tests.support.functions.group_chain import GroupChain, by_plan, tokens_of
 from tests.support.storage import tiny_models
 
@@ -176,6 +178,9 @@ def test_what_it_cannot_run_exactly_is_declined(changes: dict[str, object]) -> N
     assert not LlamaGroup.supports(config)
     with pytest.raises(UnsupportedConfig):
         LlamaGroup(config, 0, 6, "float32", "cpu", 2**20)
+    with pytest.raises(ArchitectureUnsupported, match="no stage would run it in int8: "):
+        check_quantizable(config, "int8")
+    check_quantizable(config, "bfloat16")
 
 
 @pytest.mark.parametrize(

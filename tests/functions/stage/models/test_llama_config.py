@@ -7,8 +7,8 @@ import torch
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from functions.stage.models.llama.config import LlamaConfig
 from functions.stage.models.llama.rope import Rope, interleaved_rows, rotate
+from storage.checkpoints.llama_config import LlamaConfig
 from storage.checkpoints.llama_shaped import LLAMA_FAMILIES
 from tests.support.storage import tiny_models
 

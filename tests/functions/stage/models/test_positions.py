@@ -7,8 +7,8 @@ import torch
 
 from functions.stage.models.build import build_layer_group, choose
 from functions.stage.models.layer_group import LayerGroup, Segment
-from functions.stage.models.llama.config import LlamaConfig, UnsupportedConfig
 from functions.stage.models.transformers.long_rope import LongRope, UnsupportedRope
+from storage.checkpoints.llama_config import LlamaConfig, UnsupportedConfig
 from tests.support.functions.group_chain import GroupChain, by_plan, tokens_of
 from tests.support.storage import tiny_models
 

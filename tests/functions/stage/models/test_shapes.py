@@ -8,9 +8,9 @@ import torch
 from functions.stage.models.build import build_layer_group
 from functions.stage.models.families import FAMILIES
 from functions.stage.models.layer_group import MissingTensors
-from functions.stage.models.llama.config import LlamaConfig
 from functions.stage.models.llama.group import LlamaGroup
 from functions.stage.models.llama.shapes import WrongShape, layer_shapes, outer_shapes
+from storage.checkpoints.llama_config import LlamaConfig
 from storage.checkpoints.llama_shaped import LLAMA_FAMILIES
 from tests.support.functions.int8_checkpoints import int8_checkpoint
 from tests.support.storage import tiny_models

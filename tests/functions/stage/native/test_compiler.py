@@ -12,10 +12,10 @@ from typing import Any, Final
 import pytest
 import torch
 
-from functions.stage.models.llama.config import LlamaConfig
 from functions.stage.models.llama.native_choice import native_library
 from functions.stage.native import compiler, library
 from functions.stage.native.compiler import CompilationFailed, Compiler, NoCompiler
+from storage.checkpoints.llama_config import LlamaConfig
 from tests.support.functions.group_chain import GroupChain, by_plan, tokens_of
 from tests.support.functions.native_models import built_groups, torch_groups
 from tests.support.paths import ROOT

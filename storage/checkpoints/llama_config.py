@@ -1,21 +1,20 @@
 """What a Llama-shaped model looks like, read from its config.json in either spelling (transformers 4 and 5).
 
-The families and their sizes are storage's (`storage/checkpoints/llama_shaped.py`), since publishing needs them, too. What
-deviates in other ways (another activation, a partial rotation, a quantized checkpoint) is declined, and the transformers group
-serves it.
+Families and sizes are `llama_shaped`'s. What deviates in other ways (another activation, a partial rotation, a quantized
+checkpoint) is declined: stages then run it by transformers, and not in a dtype that only the lean layers have.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from functions.stage.models.llama.rope import rope_parameters, rope_supported
 from storage.checkpoints.llama_shaped import LLAMA_FAMILIES, LlamaSizes
+from storage.checkpoints.rope_parameters import rope_parameters, rope_supported
 from storage.errors import ArchitectureUnsupported
 
 
 class UnsupportedConfig(Exception):
-    """The lean group does not run this config. Use the transformers group."""
+    """The lean layers do not run this config. transformers may, in a float dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +95,7 @@ def _checked(model: LlamaConfig, values: Mapping[str, Any]) -> LlamaConfig:
     }
     found = [obstacle for obstacle, present in obstacles.items() if present]
     if found:
-        raise UnsupportedConfig("not in the lean group: " + "; ".join(found))
+        raise UnsupportedConfig("the lean layers do not run " + "; ".join(found))
     return model
 
 
