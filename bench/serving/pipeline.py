@@ -214,7 +214,7 @@ def _direct_gateway(local: LocalPipeline, stages: tuple[StageUrls, ...]) -> dict
     """The environment of the platform's own gateway, but for the watch: Service URLs are the functions themselves."""
     template = gateway_service(local.pipeline)["spec"]["template"]
     urls = {local.pipeline.stage_url(index): stage.function for index, stage in enumerate(stages)}
-    environ = dict(read_container(template, LocalData(local.secrets, {}, urls, {})).environ)
+    environ = dict(read_container(template, LocalData(local.secrets, {}, urls, {}), {}).environ)
     del environ["LAMINA_KUBERNETES_API"]
     return environ | {"PORT": "0", "LAMINA_LISTEN": "127.0.0.1", "LAMINA_METRICS_PORT": "0"}
 

@@ -21,6 +21,7 @@ from knative.local.kubelet.containers import LocalData, NamedData
 from knative.local.kubelet.pods import PodTiming
 from knative.local.kubelet.processes import PlainStarter, ProcessStarter
 from knative.local.metrics import render_metrics
+from knative.local.serving.emulated import ignored, refuse_unsupported
 from knative.local.serving.endpoint_slices import EndpointSlices
 from knative.local.serving.revisions import Revision, RevisionName, Surroundings
 from knative.local.serving.services import LocalService
@@ -91,6 +92,9 @@ class Platform:
         for manifest in found:
             if violations := validate(manifest, self._options.autoscaler):
                 raise ManifestRefused(f"{manifest['metadata']['name']}: {'; '.join(map(str, violations))}")
+            refuse_unsupported(manifest)
+            for each in ignored(manifest):
+                _log.warning("%s: not emulated: %s", manifest["metadata"]["name"], each)
         for manifest in found:  # all URLs exist before any environment names them
             await self._listen(manifest["metadata"]["name"], manifest["metadata"].get("namespace", "default"))
         for manifest in found:

@@ -10,8 +10,6 @@ from knative.local.kubelet.containers import Container
 from knative.local.kubelet.probes import Probe, run_probe
 from knative.local.kubelet.processes import Process, ProcessStarter, free_port, kill_group, memory_bytes
 
-_EAGER_PROBE_SECONDS: Final = 0.05
-"""Between readiness probes until the first success, as queue-proxy does it."""
 _MEMORY_CHECK_SECONDS: Final = 1.0
 
 
@@ -57,17 +55,20 @@ class ContainerLife:
 
     async def _watch_readiness(self, probe: Probe, port: int, metrics_port: int | None) -> None:
         await asyncio.sleep(probe.initial_delay_seconds)
-        failures, was_ready, details = 0, False, ""
+        passed, failed, was_ready, details = 0, 0, False, ""
         while True:
-            result = await run_probe(probe, port)
-            failures = 0 if result.passed else failures + 1
-            if result.passed and not was_ready and metrics_port is not None:
+            run = probe if was_ready else probe.until_ready
+            result = await run_probe(run, port)
+            passed, failed = (passed + 1, 0) if result.passed else (0, failed + 1)
+            if passed == probe.success_threshold and metrics_port is not None and not details:
                 told = await run_probe(probe, metrics_port)  # A function tells clients no more than the verdict.
                 details = told.text if told.passed else ""
-            was_ready = was_ready or result.passed
-            if result.passed or not was_ready or failures >= probe.failure_threshold:
-                self._on_ready(result.passed, details if result.passed and details else result.text)
-            await asyncio.sleep(probe.period_seconds if was_ready else _EAGER_PROBE_SECONDS)
+            was_ready = was_ready or passed >= probe.success_threshold
+            if result.passed and passed >= probe.success_threshold:
+                self._on_ready(True, details or result.text)
+            elif not was_ready or failed >= probe.failure_threshold:
+                self._on_ready(False, result.text)
+            await asyncio.sleep((probe if was_ready else run).period_seconds)
 
     async def _watch_liveness(self, probe: Probe, process: Process, port: int) -> None:
         await asyncio.sleep(probe.initial_delay_seconds)

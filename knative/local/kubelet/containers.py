@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from knative.local.errors import UnsupportedManifest
-from knative.local.kubelet.probes import Probe, read_probe
+from knative.local.kubelet.probes import Probe, liveness_probe, readiness_probe
 from knative.local.proxies.full_duplex import ANNOTATION as FULL_DUPLEX
 from knative.local.proxies.queue_proxy import RequestLimits
 from knative.local.proxies.timeouts import Timeouts
@@ -50,8 +50,8 @@ class Container:
     memory_limit_bytes: int | None
 
 
-def read_container(template: Mapping[str, Any], local: LocalData) -> Container:
-    """Raises UnsupportedManifest, which names the field."""
+def read_container(template: Mapping[str, Any], local: LocalData, told: Mapping[str, str]) -> Container:
+    """told: what Knative itself puts into the environment. Raises UnsupportedManifest, which names the field."""
     pod = template["spec"]
     if len(pod["containers"]) != 1:
         raise UnsupportedManifest("spec.template.spec.containers: only one container is run on one machine")
@@ -60,9 +60,9 @@ def read_container(template: Mapping[str, Any], local: LocalData) -> Container:
     annotations = template.get("metadata", {}).get("annotations") or {}
     return Container(
         command=(*(container.get("command") or FUNCTION), *(container.get("args") or ())),
-        environ=_environ(container, local) | _threads(container, limits),
-        readiness=read_probe(container, "readinessProbe") or Probe(path=None),
-        liveness=read_probe(container, "livenessProbe"),
+        environ=_environ(container, local) | _threads(container, limits) | dict(told),
+        readiness=readiness_probe(container),
+        liveness=liveness_probe(container),
         limits=RequestLimits(
             container_concurrency=int(pod.get("containerConcurrency") or 0),
             timeouts=_timeouts(pod),

@@ -1,23 +1,41 @@
-"""The probes of a container, run against 127.0.0.1 as the kubelet and queue-proxy run them against a pod."""
+"""The probes of a container, run against 127.0.0.1 as the kubelet and queue-proxy run them against a pod.
+
+A readiness probe whose `periodSeconds` is 0 or unset is run every 50 ms until it passes, as queue-proxy does it
+(knative/serving, pkg/queue/readiness/probe.go); with a period, the kubelet's, once in each of them. A container without one has
+its port tried, likewise.
+"""
 
 import asyncio
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 from knative.local.errors import UnsupportedManifest
+
+_AGGRESSIVE_SECONDS: Final = 0.05
+_AGGRESSIVE_TIMEOUT_SECONDS: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """HTTP GET of `path`, or with None a mere connection."""
+    """HTTP GET of `path`, or with None a mere connection. The defaults are Kubernetes'."""
 
     path: str | None
     period_seconds: float = 10
     timeout_seconds: float = 1
     failure_threshold: int = 3
+    success_threshold: int = 1
     initial_delay_seconds: float = 0
+    aggressive: bool = False
+    """Run in quick succession until it passes, and with that timeout; `period_seconds` counts from then on."""
+
+    @property
+    def until_ready(self) -> "Probe":
+        """As it is run on a container that has not been ready yet."""
+        if not self.aggressive:
+            return self
+        return replace(self, period_seconds=_AGGRESSIVE_SECONDS, timeout_seconds=_AGGRESSIVE_TIMEOUT_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +45,40 @@ class ProbeResult:
     """What was seen: the body, or what went wrong."""
 
 
-def read_probe(container: Mapping[str, Any], name: str) -> Probe | None:
-    """`readinessProbe` or `livenessProbe` of a container. Raises UnsupportedManifest for kinds other than HTTP and TCP."""
+def readiness_probe(container: Mapping[str, Any]) -> Probe:
+    """Raises UnsupportedManifest."""
+    probe = _read(container, "readinessProbe") or Probe(path=None)
+    return replace(probe, aggressive=not (container.get("readinessProbe") or {}).get("periodSeconds"))
+
+
+def liveness_probe(container: Mapping[str, Any]) -> Probe | None:
+    """Raises UnsupportedManifest."""
+    return _read(container, "livenessProbe")
+
+
+def _read(container: Mapping[str, Any], name: str) -> Probe | None:
     probe = container.get(name)
     if not probe:
         return None
-    known = {"httpGet", "tcpSocket", *_NUMBERS, "successThreshold"}
-    if unknown := set(probe) - known:
+    if unknown := set(probe) - {"httpGet", "tcpSocket", *_NUMBERS}:
         raise UnsupportedManifest(f"{name}.{min(unknown)}: only httpGet and tcpSocket are run on one machine")
+    _refuse_what_is_asked_otherwise(container, name, probe)
     path = (probe["httpGet"].get("path") or "/") if "httpGet" in probe else None
     numbers = {field: probe[key] for key, field in _NUMBERS.items() if probe.get(key)}
     return Probe(path=path, **numbers)
+
+
+def _refuse_what_is_asked_otherwise(container: Mapping[str, Any], name: str, probe: Mapping[str, Any]) -> None:
+    """A process has one port here, and speaks HTTP on it. `host` is left out as Knative leaves it out."""
+    for kind in ("httpGet", "tcpSocket"):
+        action = probe.get(kind) or {}
+        own = [port.get(key) for port in container.get("ports") or () for key in ("containerPort", "name")]
+        if (port := action.get("port")) and port not in own:
+            raise UnsupportedManifest(f"{name}.{kind}.port: {port} is not the container's own port, the only one here")
+        if action.get("httpHeaders"):
+            raise UnsupportedManifest(f"{name}.{kind}.httpHeaders: probes send no headers on one machine")
+        if action.get("scheme", "HTTP") != "HTTP":
+            raise UnsupportedManifest(f"{name}.{kind}.scheme: only HTTP on one machine")
 
 
 async def run_probe(probe: Probe, port: int) -> ProbeResult:
@@ -54,6 +95,7 @@ _NUMBERS = {
     "periodSeconds": "period_seconds",
     "timeoutSeconds": "timeout_seconds",
     "failureThreshold": "failure_threshold",
+    "successThreshold": "success_threshold",
     "initialDelaySeconds": "initial_delay_seconds",
 }
 

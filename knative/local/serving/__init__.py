@@ -1,4 +1,5 @@
 """Services with their URLs, revisions with their pods, and the EndpointSlices that tell of them.
 
-May import: knative.local, knative.local.http, knative.local.autoscaler, knative.local.proxies, knative.local.kubelet.
+May import: knative.webhook, knative.local, knative.local.http, knative.local.autoscaler, knative.local.proxies,
+knative.local.kubelet.
 """

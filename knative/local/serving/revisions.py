@@ -44,6 +44,11 @@ class RevisionName:
     service: str
     revision: str
 
+    @property
+    def told_to_containers(self) -> dict[str, str]:
+        """The variables that Knative sets (its runtime contract); PORT is each container's own."""
+        return {"K_SERVICE": self.service, "K_CONFIGURATION": self.service, "K_REVISION": self.revision}
+
 
 class Revision:
     """`start` begins its reconciliation, `stop` ends it with all of its pods."""
@@ -67,7 +72,7 @@ class Revision:
         """Why no pod became ready within the progress deadline; requests are refused with it instead of held."""
         self.concurrency = 0.0
         """Of the last second, whole revision."""
-        self._container = read_container(template, local)
+        self._container = read_container(template, local, name.told_to_containers)
         self._around = around
         self._settings = settings
         limits = self._container.limits

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
 
-from knative.local.errors import UnknownRevision
+from knative.local.errors import ManifestRefused, UnknownRevision
 from knative.local.http.messages import HttpError
 from knative.local.http.server import THIS_MACHINE, Exchange, HttpServer
 from knative.local.serving.revisions import Revision, RevisionName
@@ -52,14 +52,20 @@ class LocalService:
         await self._server.start(port)
 
     def apply(self, manifest: Mapping[str, Any]) -> None:
-        """A changed template is a new revision, to which traffic moves once it is ready. Raises UnknownRevision."""
+        """A changed template is a new revision, to which traffic moves once it is ready.
+
+        Raises UnknownRevision or ManifestRefused before anything is started.
+        """
         spec = manifest["spec"]
-        if not self.revisions or self.revisions[-1].template != spec["template"]:
-            name = RevisionName(self.namespace, self.name, f"{self.name}-{len(self.revisions) + 1:05d}")
-            revision = self._make_revision(name, spec["template"])
+        template, targets = spec["template"], spec.get("traffic") or [{"latestRevision": True, "percent": 100}]
+        changed = not self.revisions or self.revisions[-1].template != template
+        name = self._next_name(template) if changed else self.revisions[-1].name.revision
+        self._refuse_unknown(targets, name)
+        if changed:
+            revision = self._make_revision(RevisionName(self.namespace, self.name, name), template)
             self.revisions.append(revision)
             revision.start()
-        traffic = self._traffic(spec.get("traffic") or [{"latestRevision": True, "percent": 100}])
+        traffic = self._traffic(targets)
         if self._rollout is not None:
             self._rollout.cancel()
         if not self.routes:
@@ -83,18 +89,29 @@ class LocalService:
             route = random.choices(self.routes, [route.percent for route in self.routes])[0]
         await route.revision.serve(exchange)
 
-    def _traffic(self, entries: list[Mapping[str, Any]]) -> list[Route]:
-        return [Route(entry["percent"], self._revision(entry)) for entry in entries if entry.get("percent")]
+    def _next_name(self, template: Mapping[str, Any]) -> str:
+        """The template's own, or the Service's with the number of the generation."""
+        own: str | None = template.get("metadata", {}).get("name")
+        if own is None:
+            return f"{self.name}-{len(self.revisions) + 1:05d}"
+        if own in self._names:
+            raise ManifestRefused(f"{self.name}: spec.template.metadata.name: {own!r} is another template's; change it, too")
+        return own
 
-    def _revision(self, entry: Mapping[str, Any]) -> Revision:
-        name = entry.get("revisionName")
-        if name is None:
-            return self.revisions[-1]
-        found = next((revision for revision in self.revisions if revision.name.revision == name), None)
-        if found is None:
-            have = ", ".join(revision.name.revision for revision in self.revisions)
-            raise UnknownRevision(f"spec.traffic: revision {name!r} does not exist; there are {have}")
-        return found
+    @property
+    def _names(self) -> list[str]:
+        return [revision.name.revision for revision in self.revisions]
+
+    def _refuse_unknown(self, targets: list[Mapping[str, Any]], latest: str) -> None:
+        have = list(dict.fromkeys([*self._names, latest]))
+        for target in targets:
+            if (wanted := target.get("revisionName")) and wanted not in have:
+                raise UnknownRevision(f"spec.traffic: revision {wanted!r} does not exist; there are {', '.join(have)}")
+
+    def _traffic(self, targets: list[Mapping[str, Any]]) -> list[Route]:
+        by_name = dict(zip(self._names, self.revisions, strict=True))
+        latest = self.revisions[-1].name.revision
+        return [Route(each["percent"], by_name[each.get("revisionName") or latest]) for each in targets if each.get("percent")]
 
     async def _move(self, traffic: list[Route]) -> None:
         """Waits for every revision that is to get traffic; a failed one keeps the routes as they are."""

@@ -304,6 +304,58 @@ def test_traffic_is_split_by_percent(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_a_revision_may_have_a_name_of_its_own(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running_platform(tmp_path, _named("echo-first", WORD="old")) as platform, client() as session:
+            stay = [{"revisionName": "echo-first", "percent": 100}]
+            await platform.apply([_named("echo-second", traffic=stay, WORD="new")])
+            assert await fetch(session, platform.url("echo") + "/environment?WORD") == (200, "old")
+            await platform.apply([_named("echo-second", WORD="new")])
+            await until(lambda: platform.services["default", "echo"].routes[0].revision is revision(platform))
+            assert await fetch(session, platform.url("echo") + "/environment?K_REVISION") == (200, "echo-second")
+            with pytest.raises(ManifestRefused, match="'echo-first' is another template's"):
+                await platform.apply([_named("echo-first", WORD="third")])
+
+    asyncio.run(scenario())
+
+
+def _named(name: str, traffic: list[dict[str, Any]] | None = None, **environment: str) -> dict[str, Any]:
+    manifest = echo_service(environment=environment, **({} if traffic is None else {"traffic": traffic}))
+    manifest["spec"]["template"]["metadata"]["name"] = name
+    return manifest
+
+
+def test_traffic_to_a_revision_that_does_not_exist_starts_nothing(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running_platform(tmp_path, echo_service(environment={"WORD": "old"})) as platform:
+            elsewhere = [{"revisionName": "echo-00007", "percent": 100}]
+            with pytest.raises(UnknownRevision, match="'echo-00007' does not exist; there are echo-00001, echo-00002"):
+                await platform.apply([echo_service(environment={"WORD": "new"}, traffic=elsewhere)])
+            assert [each.name.revision for each in platform.services["default", "echo"].revisions] == ["echo-00001"]
+
+    asyncio.run(scenario())
+
+
+def test_a_container_is_told_where_it_belongs_as_knative_tells_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running_platform(tmp_path, echo_service()) as platform, client() as session:
+            for key, value in {"K_SERVICE": "echo", "K_CONFIGURATION": "echo", "K_REVISION": "echo-00001"}.items():
+                assert await fetch(session, f"{platform.url('echo')}/environment?{key}") == (200, value)
+
+    asyncio.run(scenario())
+
+
+def test_what_is_not_emulated_and_changes_no_answer_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        manifest = echo_service()
+        manifest["metadata"]["annotations"] = {"serving.knative.dev/rollout-duration": "380s"}
+        async with running_platform(tmp_path, manifest):
+            pass
+
+    asyncio.run(scenario())
+    assert "serving.knative.dev/rollout-duration: traffic moves at once here, not over 380s" in caplog.text
+
+
 def test_the_hpa_class_keeps_a_pod_without_requests(tmp_path: Path) -> None:
     async def scenario() -> None:
         annotations = {"class": "hpa.autoscaling.knative.dev", "metric": "cpu", "min-scale": "1"}
@@ -349,6 +401,21 @@ def test_secrets_and_cluster_names_are_resolved(tmp_path: Path) -> None:
         (echo_service(annotations={"initial-scale": "-1"}), ManifestRefused, "initial-scale"),
         (echo_service(concurrency=1001), ManifestRefused, "containerConcurrency"),
         (echo_service(traffic=[{"revisionName": "echo-00009", "percent": 100}]), UnknownRevision, "echo-00009"),
+        (
+            echo_service(traffic=[{"latestRevision": True, "percent": 100, "tag": "new"}]),
+            UnsupportedManifest,
+            r"echo: spec.traffic\[0\].tag: a tag has no URL",
+        ),
+        (
+            echo_service(container={"workingDir": "/app", "ports": [{"name": "h2c", "containerPort": 8080}]}),
+            UnsupportedManifest,
+            r"containers\[0\].workingDir: .*containers\[0\].ports\[0\].name: h2c",
+        ),
+        (
+            echo_service(container={"startupProbe": {"httpGet": {"path": "/"}}}),
+            UnsupportedManifest,
+            r"containers\[0\].startupProbe",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused(tmp_path: Path, manifest: dict[str, Any], error: type[Exception], message: str) -> None:

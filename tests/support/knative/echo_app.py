@@ -3,6 +3,7 @@
     python -m tests.support.knative.echo_app
 
 PORT as in any function. CRASH=1: ends at once with status 1. NEVER_READY=1: its readiness probe fails for ever.
+FAILING_PROBES=3: it fails so often.
 """
 
 import os
@@ -24,7 +25,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         parts = urlsplit(self.path)
         if parts.path == "/readyz":
-            self.answer(503 if os.environ.get("NEVER_READY") else 200, b"{}")
+            probes.append(None)
+            unready = os.environ.get("NEVER_READY") or len(probes) <= int(os.environ.get("FAILING_PROBES", "0"))
+            self.answer(503 if unready else 200, b"{}")
         elif parts.path == "/hold":
             self.hold(Path(parse_qs(parts.query)["until"][0]))
         elif parts.path == "/environment":
@@ -76,6 +79,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 memory: list[bytearray] = []
+probes: list[None] = []
 
 
 def main() -> None:

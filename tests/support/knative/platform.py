@@ -27,7 +27,7 @@ def echo_service(name: str = "echo", *, concurrency: int = 8, timeout: int = 30,
         "image": "registry.example/echo:1",
         "command": [sys.executable, "-m", "tests.support.knative.echo_app"],
         "env": [{"name": key, "value": value} for key, value in parts.get("environment", {}).items()],
-        "readinessProbe": {"httpGet": {"path": "/readyz"}, "periodSeconds": 1},
+        "readinessProbe": {"httpGet": {"path": "/readyz"}},
         **parts.get("container", {}),
     }
     spec = {"containerConcurrency": concurrency, "timeoutSeconds": timeout, "containers": [container]}

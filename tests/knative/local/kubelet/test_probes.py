@@ -1,0 +1,70 @@
+"""Readiness as queue-proxy and kubelet poll it: how often follows from the probe's period."""
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from knative.local.errors import UnsupportedManifest
+from knative.local.kubelet.probes import Probe, liveness_probe, readiness_probe
+from tests.support.knative.platform import client, echo_service, fetch, running_platform
+
+
+def ready_after(folder: Path, failing_probes: int, **probe: Any) -> float:
+    """Seconds from the first request, which starts a pod, to its answer."""
+
+    async def scenario() -> float:
+        container = {"readinessProbe": {"httpGet": {"path": "/readyz"}, **probe}}
+        manifest = echo_service(environment={"FAILING_PROBES": str(failing_probes)}, container=container)
+        async with running_platform(folder, manifest) as platform, client() as session:
+            began = time.monotonic()
+            assert (await fetch(session, platform.url("echo") + "/pid"))[0] == 200
+            return time.monotonic() - began
+
+    return asyncio.run(scenario())
+
+
+def test_without_a_period_it_is_probed_every_50_ms(tmp_path: Path) -> None:
+    assert 30 * 0.05 <= ready_after(tmp_path, 30) < 15
+
+
+def test_with_a_period_it_is_probed_once_in_each(tmp_path: Path) -> None:
+    """At least three: the first one comes before the process listens."""
+    assert ready_after(tmp_path, 2, periodSeconds=1) >= 2
+
+
+def test_the_success_threshold_counts_probes_that_passed_in_a_row(tmp_path: Path) -> None:
+    assert ready_after(tmp_path, 0, periodSeconds=1, successThreshold=3) >= 2
+
+
+def test_a_container_without_a_probe_has_its_port_tried_every_50_ms() -> None:
+    probe = readiness_probe({"image": "app"})
+    assert (probe.path, probe.until_ready.period_seconds, probe.until_ready.timeout_seconds) == (None, 0.05, 0.1)
+    assert liveness_probe({"image": "app"}) is None
+
+
+def test_of_a_period_nothing_is_hurried() -> None:
+    probe = readiness_probe({"readinessProbe": {"httpGet": {"path": "/r"}, "periodSeconds": 3, "timeoutSeconds": 2}})
+    assert probe.until_ready == probe == Probe("/r", period_seconds=3, timeout_seconds=2)
+
+
+@pytest.mark.parametrize(
+    ("probe", "message"),
+    [
+        ({"grpc": {"port": 8080}}, "readinessProbe.grpc: only httpGet and tcpSocket are run on one machine"),
+        ({"httpGet": {"port": 9000}}, "readinessProbe.httpGet.port: 9000 is not the container's own port"),
+        ({"httpGet": {"httpHeaders": [{"name": "a", "value": "b"}]}}, "readinessProbe.httpGet.httpHeaders: "),
+        ({"httpGet": {"scheme": "HTTPS"}}, "readinessProbe.httpGet.scheme: "),
+    ],
+)
+def test_what_is_not_run_here_is_refused(probe: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedManifest, match=message):
+        readiness_probe({"ports": [{"containerPort": 8080}], "readinessProbe": probe})
+
+
+def test_the_containers_own_port_is_none_to_refuse() -> None:
+    ports = [{"name": "http1", "containerPort": 8080}]
+    for port in (8080, "http1"):
+        assert readiness_probe({"ports": ports, "readinessProbe": {"tcpSocket": {"port": port}}}).path is None
