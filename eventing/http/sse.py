@@ -12,7 +12,7 @@ MAX_EVENT_BYTES: Final = 2**24
 """Of one event on a stream that is read, its comments included."""
 EVENT_STREAM_CONTENT_TYPE: Final = "text/event-stream"
 HEARTBEAT: Final = b":\n\n"
-"""A comment: readers ignore it, and writing it is the only way to learn that a client went away."""
+"""A comment: readers ignore it, and proxies see that the stream lives."""
 
 _LINE_END: Final = re.compile(rb"\r\n|\n|\r")
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"

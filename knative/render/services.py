@@ -156,7 +156,9 @@ def _container(spec: PipelineSpec, resources: Resources, env: list[KubernetesObj
         "env": env,
         "envFrom": [{"secretRef": {"name": spec.store.secret}}],
         "resources": {"requests": dict(amounts), "limits": dict(amounts)},
-        "readinessProbe": {"httpGet": {"path": "/readyz"}, "periodSeconds": 1, "timeoutSeconds": 2},
+        # No period: with one, queue-proxy asks the function once for each question of the kubelet or the activator; without,
+        # every 50 ms until it says yes (pkg/queue/readiness/probe.go). Nor may timeoutSeconds be set then.
+        "readinessProbe": {"httpGet": {"path": "/readyz"}},
         # /healthz answers while weights still load, so that slow weights never get a pod killed; a minute covers the imports.
         "livenessProbe": {"httpGet": {"path": "/healthz"}, "periodSeconds": 10, "timeoutSeconds": 5, "failureThreshold": 6},
         "securityContext": {**_NON_ROOT, "capabilities": {"drop": ["ALL"]}},

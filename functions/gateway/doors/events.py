@@ -23,7 +23,7 @@ from eventing.wire.generation import ErrorEvent, GenerateRequest
 from functions.gateway.doors.answers import Answer, Answers, Asker
 from functions.gateway.doors.clients import Clients
 from functions.gateway.doors.scoring import ScoreEntry
-from functions.gateway.doors.streaming import arrived, client_gone, stream_response, whole_response
+from functions.gateway.doors.streaming import arrived, client_gone, spoken, stream_response, whole_response
 from functions.observing.tracing import TraceContext, read_traceparent
 
 
@@ -103,8 +103,7 @@ class EventDoor:
     def _stream(self, cause: CloudEvent, answer: Answer) -> Iterator[bytes]:
         """Events in structured mode, each one server-sent event."""
         id_ = reply_id(cause)
-        yield HEARTBEAT
-        for token in answer.tokens():
+        for token in spoken(answer.tokens()):
             yield HEARTBEAT if token is None else self._sent(cause, EventType.TOKEN, token, f"{id_}-{token.index}")
         yield self._sent(cause, EventType.GENERATE_RESPONSE, answer.response(), id_)
 

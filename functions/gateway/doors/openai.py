@@ -16,7 +16,7 @@ from eventing.wire.generation import GenerateRequest, Usage
 from functions.gateway.doors.answers import Answer, Answers, Asker
 from functions.gateway.doors.clients import Clients
 from functions.gateway.doors.openai_types import ChatRequest, CompletionRequest
-from functions.gateway.doors.streaming import arrived, client_gone, stream_response, whole_response
+from functions.gateway.doors.streaming import arrived, client_gone, spoken, stream_response, whole_response
 from functions.hosting.web import json_response, with_retry_after
 from functions.observing.tracing import read_traceparent
 
@@ -178,8 +178,10 @@ def _stream(envelope: Envelope, answer: Answer, with_usage: bool) -> Iterator[by
         return encode_sse(msgspec.json.encode(envelope.document(envelope.shape.chunk_object, choices, **more)))
 
     first = envelope.shape.first_chunk()
-    yield HEARTBEAT if first is None else sent([first])
-    for token in answer.tokens():
+    for token in spoken(answer.tokens()):
+        if first is not None:
+            yield sent([first])
+            first = None
         if token is None:
             yield HEARTBEAT
         elif token.text:

@@ -3,12 +3,14 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain, dropwhile
 from typing import Final
 
 from flask import Response, request
 
 from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE
 from eventing.problems import Problem
+from eventing.wire.generation import TokenEvent
 from functions.gateway.doors.answers import Answer, ClientLeft
 from functions.hosting.environ import ARRIVED, CLIENT_GONE
 
@@ -20,14 +22,25 @@ CLIENT_CLOSED_REQUEST: Final = 499
 
 
 def stream_response(answer: Answer, events: Iterator[bytes], failure: Callable[[Problem], bytes]) -> Response:
-    """Sends `events`. Where they break off the status is out already, so that `failure` becomes the last event.
+    """Sends `events`, once there is a first. Until then nothing goes out, so that what fails has a status of its own: raises
+    the Problem that ended the answer. Where they break off later, `failure` becomes the last event.
 
-    The first event should come at once: the status goes out with it, and proxies limit the time until it does.
-    The answer is given up as soon as the client is gone.
+    Nothing, also because a proxy may take a reply that begins before it has sent the request's last byte for an error: Go's
+    ReverseProxy closes the connection. The answer is given up as soon as the client is gone.
     """
-    response = Response(_guarded(answer, events, failure), content_type=EVENT_STREAM_CONTENT_TYPE, headers=_HEADERS)
+    try:
+        first = next(events)
+    except ClientLeft:
+        return Response(status=CLIENT_CLOSED_REQUEST)
+    rest = _guarded(answer, chain((first,), events), failure)
+    response = Response(rest, content_type=EVENT_STREAM_CONTENT_TYPE, headers=_HEADERS)
     response.call_on_close(answer.close)
     return response
+
+
+def spoken(tokens: Iterator[TokenEvent | None]) -> Iterator[TokenEvent | None]:
+    """`tokens` without what comes before the first of them: None, which says only that time has passed."""
+    return dropwhile(lambda token: token is None, tokens)
 
 
 def whole_response(answer: Answer, finished: Callable[[], Response]) -> Response:

@@ -68,14 +68,29 @@ def test_a_broken_answer_that_is_no_stream_has_its_status(client: FlaskClient, p
 @pytest.mark.parametrize(
     "door", [lambda c: ask(c, {"prompt": "Hi"}, Accept="text/event-stream"), lambda c: chat(c, stream=True)]
 )
+@pytest.mark.parametrize("tokens", [0, 2])
 def test_an_unexpected_error_is_told_without_its_details(
-    client: FlaskClient, pipeline: Pipeline, door: Callable[[FlaskClient], TestResponse], caplog: pytest.LogCaptureFixture
+    client: FlaskClient,
+    pipeline: Pipeline,
+    tokens: int,
+    door: Callable[[FlaskClient], TestResponse],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    pipeline.script = lambda stream: setattr(stream, "next_token", None)
-    last = stream(door(client))[-1]
+    """As the status and the reply where nothing was said yet, as the last event of a stream that has begun."""
+
+    def script(stream: TokenStream) -> None:
+        pipeline.say("Hello", end=False)(stream)
+        given = [stream.next_token(0) for _ in range(tokens)]
+        again = iter(given)
+        stream.next_token = lambda _: next(again)  # type: ignore[method-assign, assignment]  # then StopIteration
+
+    pipeline.script = script
+    response = door(client)
+    assert response.status_code == (200 if tokens else 500)
+    last = stream(response)[-1] if tokens else response.json
     assert "traceback" in json.dumps(last)
-    assert "NoneType" not in json.dumps(last)
-    assert "NoneType" in caplog.text
+    assert "generator" not in json.dumps(last)
+    assert "StopIteration" in caplog.text
 
 
 def test_silence_is_filled_and_a_client_that_leaves_ends_its_answer(
@@ -92,9 +107,52 @@ def test_silence_is_filled_and_a_client_that_leaves_ends_its_answer(
         assert pipeline.cancelled.wait(5)
 
 
+def test_nothing_is_said_before_the_first_token(
+    client: FlaskClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a heartbeat nor the first chunk, which says who speaks: a proxy may still be sending the request."""
+    monkeypatch.setattr(core.Answer.tokens, "__defaults__", (0.01,))
+    waited: list[object] = []
+
+    def script(stream: TokenStream) -> None:
+        real = stream.next_token
+
+        def next_token(seconds: float) -> int | None:
+            waited.append(token := real(seconds))
+            if len(waited) == 5:
+                pipeline.say("Hello")(stream)
+            return token
+
+        stream.next_token = next_token  # type: ignore[method-assign]
+
+    pipeline.script = script
+    for door in (lambda: ask(client, {"prompt": "Hi"}, Accept="text/event-stream"), lambda: chat(client, stream=True)):
+        waited.clear()
+        response = door()
+        assert waited[:5] == [None] * 5
+        assert next(iter(response.response)).startswith(b"data: ")
+        response.close()
+
+
+@pytest.mark.parametrize("problem", [PipelineUnavailable("stage 1 is gone"), NotReady("draining")])
+def test_what_breaks_before_the_first_token_has_its_status_though_a_stream_was_wanted(
+    client: FlaskClient, pipeline: Pipeline, problem: Problem
+) -> None:
+    pipeline.script = pipeline.say("", end=False, then=problem)
+    response = ask(client, {"prompt": "Hi"}, Accept="text/event-stream")
+    assert (response.status_code, response.content_type) == (problem.status, "application/problem+json")
+    response = chat(client, stream=True)
+    assert response.status_code == problem.status
+    assert response.json is not None
+    assert response.json["error"]["code"] == problem.name.replace("-", "_")
+    assert pipeline.value("answers_total", outcome=problem.name) == 2
+
+
 def test_a_client_that_leaves_before_the_first_byte_ends_its_answer(client: FlaskClient, pipeline: Pipeline) -> None:
-    pipeline.script = lambda stream: None
-    ask(client, {"prompt": "Hi"}, Accept="text/event-stream").close()
+    pipeline.script = lambda _: None
+    gone = {"lamina.client_gone": lambda: True}
+    response = client.post("/", json={"prompt": "Hi"}, headers=EVENT | {"Accept": "text/event-stream"}, environ_overrides=gone)
+    assert (response.status_code, response.data) == (499, b"")
     assert pipeline.cancelled.is_set()
 
 

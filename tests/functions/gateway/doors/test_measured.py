@@ -133,8 +133,9 @@ def test_a_client_that_leaves_is_noticed_though_nothing_is_written(
 
 
 def test_a_client_that_leaves_before_the_first_byte_is_counted_once(client: FlaskClient, pipeline: Pipeline) -> None:
-    pipeline.script = lambda stream: None
-    ask(client, {"prompt": "Hi"}, Accept="text/event-stream").close()
+    pipeline.script = lambda _: None
+    gone = {"lamina.client_gone": lambda: True}
+    client.post("/", json={"prompt": "Hi"}, headers=EVENT | {"Accept": "text/event-stream"}, environ_overrides=gone)
     assert pipeline.value("answers_total", outcome="cancelled") == 1
 
 
