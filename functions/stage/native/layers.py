@@ -29,12 +29,16 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class MatrixArrays:
-    """Weights [outs, width], bf16 as its bits in int16; scales float32 [outs] with int8; biases float32 [outs] or None."""
+    """Weights [outs, width], bf16 as its bits in int16, q4 uint8 as storage/models/q4.py packs them; scales float32 [outs] with
+    int8; biases float32 [outs] or None.
+    """
 
     dtype: Dtype
     weights: Array
     scales: Array | None = None
     biases: Array | None = None
+    q4_shape: tuple[int, int] | None = None
+    """[outs, width] of a matrix in four bits, whose weights do not tell."""
 
 
 class Threads:
@@ -147,8 +151,10 @@ class Linear:
 
 def matrix_record(matrix: MatrixArrays, kept: list[Array]) -> records.Matrix:
     """Its arrays go to `kept`; weights are copied only where their width is no whole number of steps."""
-    outs, width = matrix.weights.shape
-    weights = matrix.weights if width % STEP == 0 else np.pad(matrix.weights, ((0, 0), (0, -width % STEP)))
+    outs, width = matrix.q4_shape or matrix.weights.shape
+    weights = matrix.weights
+    if width % STEP and matrix.dtype is not Dtype.Q4:
+        weights = np.pad(weights, ((0, 0), (0, -width % STEP)))
     kept += [array for array in (weights, matrix.scales, matrix.biases) if array is not None]
     return records.Matrix(
         dtype=matrix.dtype,

@@ -20,6 +20,7 @@ class Dtype(IntEnum):
     BF16 = 0
     INT8 = 1
     F32 = 2
+    Q4 = 3
 
 
 class Memory(ctypes.Structure):

@@ -34,12 +34,12 @@ static Status check_optional(const Memory *memory, int64_t bytes, int64_t alignm
 
 static Status check_matrix(const Matrix *matrix)
 {
-    if (!within(matrix->dtype, LAMINA_BF16, LAMINA_F32))
+    if (!within(matrix->dtype, LAMINA_BF16, LAMINA_Q4))
         return LAMINA_BAD_DTYPE;
     if (!within(matrix->outs, 1, MOST) || !within(matrix->width, 1, MOST))
         return LAMINA_BAD_SIZE;
-    int64_t number = bytes_of(matrix->dtype);
-    CHECK(check_memory(&matrix->weights, matrix->outs * rounded_up(matrix->width, LAMINA_STEP) * number, number));
+    int64_t alignment = matrix->dtype == LAMINA_Q4 ? 2 : bytes_of(matrix->dtype);
+    CHECK(check_memory(&matrix->weights, weight_bytes(matrix, matrix->outs), alignment));
     if (matrix->dtype == LAMINA_INT8)
         CHECK(check_memory(&matrix->scales, matrix->outs * 4, 4));
     return check_optional(&matrix->biases, matrix->outs * 4, 4);

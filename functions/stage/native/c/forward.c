@@ -37,8 +37,7 @@ static Pieces pieces_of(int64_t rows, const Matrix *matrix, int64_t matrices)
     Pieces pieces;
     pieces.blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
     pieces.block_rows = rounded_up((rows + pieces.blocks - 1) / pieces.blocks, LAMINA_TILE_ROWS);
-    int64_t tile_bytes = rounded_up(matrix->width, LAMINA_STEP) * bytes_of(matrix->dtype) * LAMINA_TILE_OUTS * matrices;
-    pieces.unit_outs = larger(1, UNIT_BYTES / tile_bytes) * LAMINA_TILE_OUTS;
+    pieces.unit_outs = larger(1, UNIT_BYTES / (weight_bytes(matrix, LAMINA_GROUP_OUTS) * matrices)) * LAMINA_GROUP_OUTS;
     pieces.units = (matrix->outs + pieces.unit_outs - 1) / pieces.unit_outs;
     return pieces;
 }
@@ -55,7 +54,7 @@ static Rows packed_rows(const Level *level, const Matrix *matrix, const float *x
                         const Worker *worker)
 {
     MatrixScratch scratch = matrix_scratch(matrix, worker->scratch);
-    int64_t row_bytes = rounded_up(matrix->width, LAMINA_STEP) * packed_bytes_of(matrix->dtype);
+    int64_t row_bytes = packed_row_bytes(matrix->dtype, matrix->width);
     for (int64_t row = 0; row < rows; row++) {
         const float *numbers = x + row * matrix->width;
         if (gain) {

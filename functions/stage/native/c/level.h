@@ -15,8 +15,8 @@
 
 /* Rows of activations as a matrix of some dtype wants them. */
 typedef struct {
-    const uint8_t *data;  /* [rows, stride] of bf16, of 16-bit integers, or of float32 */
-    const float *scales;  /* [rows, LAMINA_TILE_OUTS], one number repeated: what an int8 matrix's sums are multiplied with */
+    const uint8_t *data;  /* [rows, stride] of bf16, of 16-bit integers, or of float32; for q4 see `q4.inc.h` */
+    const float *scales;  /* [rows, LAMINA_TILE_OUTS], one number repeated: what an int8 or q4 matrix's sums are multiplied with */
     int64_t rows;
     int64_t row_bytes;
 } Rows;
@@ -37,7 +37,7 @@ typedef struct {
     /* out [size] = x [size] through the RMSNorm of `gain` [size] */
     void (*normalize)(const float *x, const float *gain, float eps, int64_t size, float *out);
 
-    /* Packs x [size] for a matrix of dtype: [stride], zeros behind size. Returns what sums are to be multiplied with. */
+    /* Packs x [size] for a matrix of dtype: packed_row_bytes, zeros behind size. Returns what sums are to be multiplied with. */
     float (*pack)(Dtype dtype, const float *x, int64_t size, uint8_t *packed);
 
     /* y [rows, outs] of outputs [first, last): = x Wᵀ + b, where `add` on top of what is there. */
@@ -72,10 +72,22 @@ static inline int64_t bytes_of(int64_t dtype)
     return dtype == LAMINA_INT8 ? 1 : dtype == LAMINA_BF16 ? 2 : 4;
 }
 
-/* Of a packed number: 16 bits for a matrix in 8 or 16 of them. */
-static inline int64_t packed_bytes_of(int64_t dtype)
+/* Of a row of activations. */
+static inline int64_t packed_row_bytes(int64_t dtype, int64_t width)
 {
-    return dtype == LAMINA_F32 ? 4 : 2;
+    int64_t stride = rounded_up(width, LAMINA_STEP);
+    if (dtype == LAMINA_Q4)
+        return rounded_up(stride * 2 + stride / LAMINA_Q4_BLOCK * 4, LAMINA_LINE_BYTES);
+    return stride * (dtype == LAMINA_F32 ? 4 : 2);
+}
+
+/* Of the first `outs` rows of a matrix; in four bits, of whole groups. */
+static inline int64_t weight_bytes(const Matrix *matrix, int64_t outs)
+{
+    int64_t stride = rounded_up(matrix->width, LAMINA_STEP);
+    if (matrix->dtype == LAMINA_Q4)
+        return rounded_up(outs, LAMINA_GROUP_OUTS) / LAMINA_GROUP_OUTS * (stride / LAMINA_Q4_BLOCK) * LAMINA_Q4_BYTES;
+    return outs * stride * bytes_of(matrix->dtype);
 }
 
 static inline int64_t padded_head(const Group *group)

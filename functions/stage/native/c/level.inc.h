@@ -6,6 +6,8 @@ enum { LANES = 16 };
 
 #include "row.inc.h"
 #include "matrix.inc.h"
+#include "q4.inc.h"
+#include "multiply.inc.h"
 #include "attention.inc.h"
 
 const Level LEVEL = {

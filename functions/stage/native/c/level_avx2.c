@@ -5,7 +5,7 @@
 #include "compiler.h"
 #include "level.h"
 
-BEGIN_TARGET("avx2,fma")
+BEGIN_TARGET("avx2,fma,f16c")
 
 #include "vectors_avx2.h"
 

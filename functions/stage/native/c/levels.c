@@ -19,10 +19,10 @@ static bool keeps(uint32_t wanted)
 
 static int64_t find_best(void)
 {
-    enum { FMA = 1 << 12, OSXSAVE = 1 << 27, AVX2 = 1 << 5, BF16 = 1 << 5, YMM = 0x06, ZMM = 0xE6 };
+    enum { FMA = 1 << 12, F16C = 1 << 29, OSXSAVE = 1 << 27, AVX2 = 1 << 5, BF16 = 1 << 5, YMM = 0x06, ZMM = 0xE6 };
     const uint32_t avx512 = 1u << 16 /* F */ | 1u << 17 /* DQ */ | 1u << 30 /* BW */ | 1u << 31 /* VL */, vnni = 1u << 11;
     uint32_t a, b, c, d, extended_b, extended_c;
-    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & OSXSAVE) || !(c & FMA) || !keeps(YMM))
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & OSXSAVE) || !(c & FMA) || !(c & F16C) || !keeps(YMM))
         return 0;
     if (!__get_cpuid_count(7, 0, &a, &extended_b, &extended_c, &d) || !(extended_b & AVX2))
         return 0;

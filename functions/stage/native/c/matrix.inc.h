@@ -159,6 +159,12 @@ INLINE void multiply_by(const int dtype, const Matrix *matrix, const Rows *x, in
     }
 }
 
+/* silu(gate) * up */
+INLINE vec gated(vec gate, vec up)
+{
+    return mul_f32(div_f32(gate, add_f32(every_f32(1.0f), exp_f32(sub_f32(zeros(), gate)))), up);
+}
+
 INLINE void multiply_gated_by(const int dtype, const Matrix *gate, const Matrix *up, const Rows *x, int64_t first, int64_t last,
                               float *y)
 {
@@ -169,29 +175,8 @@ INLINE void multiply_gated_by(const int dtype, const Matrix *gate, const Matrix 
         take_outputs(dtype, up, out, steps, &of_up);
         for (int64_t row = 0; row < x->rows; row += ROWS) {
             vec gates = product(dtype, &of_gate, x, row, steps), ups = product(dtype, &of_up, x, row, steps);
-            vec silu = div_f32(gates, add_f32(every_f32(1.0f), exp_f32(sub_f32(zeros(), gates))));
-            store_tile(mul_f32(silu, ups), smaller(ROWS, x->rows - row), last - out, gate->outs, false,
+            store_tile(gated(gates, ups), smaller(ROWS, x->rows - row), last - out, gate->outs, false,
                        y + row * gate->outs + out);
         }
     }
-}
-
-static void multiply(const Matrix *matrix, const Rows *x, int64_t first, int64_t last, bool add, float *y)
-{
-    if (matrix->dtype == LAMINA_INT8)
-        multiply_by(LAMINA_INT8, matrix, x, first, last, add, y);
-    else if (matrix->dtype == LAMINA_BF16)
-        multiply_by(LAMINA_BF16, matrix, x, first, last, add, y);
-    else
-        multiply_by(LAMINA_F32, matrix, x, first, last, add, y);
-}
-
-static void multiply_gated(const Matrix *gate, const Matrix *up, const Rows *x, int64_t first, int64_t last, float *y)
-{
-    if (gate->dtype == LAMINA_INT8)
-        multiply_gated_by(LAMINA_INT8, gate, up, x, first, last, y);
-    else if (gate->dtype == LAMINA_BF16)
-        multiply_gated_by(LAMINA_BF16, gate, up, x, first, last, y);
-    else
-        multiply_gated_by(LAMINA_F32, gate, up, x, first, last, y);
 }

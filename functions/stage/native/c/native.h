@@ -15,6 +15,10 @@ enum {
     LAMINA_TILE_OUTS = 4,      /* rows of weights, and */
     LAMINA_TILE_ROWS = 4,      /* most rows of activations, that are multiplied together */
     LAMINA_STEP = 32,          /* rows of weights are padded with zeros to a multiple of so many */
+    LAMINA_GROUP_OUTS = 16,    /* outputs of a matrix in four bits that lie together, and that no piece of work cuts */
+    LAMINA_Q4_BLOCK = 32,      /* weights of a row in four bits that share a scale and a minimum, */
+    LAMINA_Q4_BYTES = 320,     /* and the bytes of such a block of a group: */
+    LAMINA_Q4_ENDS = 256,      /* numbers of four bits, then, from here on, 16 scales and 16 minima, float16 */
     LAMINA_BLOCK_TOKENS = 16,  /* tokens of a sequence whose keys lie side by side: a sequence begins with a block */
     LAMINA_QUERIES = 8,        /* most queries that read keys and values together */
     LAMINA_MOST_HEAD = 1024,   /* numbers of a head */
@@ -27,16 +31,17 @@ typedef struct {
     int64_t bytes; /* 0: there is none */
 } Memory;
 
-/* What numbers are. A matrix is bf16, int8 or float32; keys and values are bf16 or float32. */
-typedef enum { LAMINA_BF16, LAMINA_INT8, LAMINA_F32 } Dtype;
+/* What numbers are. A matrix is of any; keys and values are bf16 or float32. */
+typedef enum { LAMINA_BF16, LAMINA_INT8, LAMINA_F32, LAMINA_Q4 } Dtype;
 
 /* y = x Wᵀ + b. `stride` stands for width rounded up to LAMINA_STEP. Rows are multiplied as bf16 with bf16, as 16-bit integers
-   that a row's own largest number scales with int8, and as float32 with float32. */
+   that a row's own largest number scales with int8, as 12-bit ones with q4, and as float32 with float32. */
 typedef struct {
     int64_t dtype;
     int64_t outs;
     int64_t width;
-    Memory weights; /* [outs, stride] of dtype */
+    Memory weights; /* [outs, stride] of dtype; q4: [outs / group, stride / block, LAMINA_Q4_BYTES], both rounded up
+                       (storage/models/q4.py) */
     Memory scales;  /* float32 [outs], of an int8 matrix only */
     Memory biases;  /* float32 [outs], or none */
 } Matrix;

@@ -55,9 +55,10 @@ INLINE float largest_integer(int64_t size)
     return (float)smaller(32767, INT32_MAX / (127 * products));
 }
 
-INLINE float pack_as_integers(const float *x, int64_t size, uint8_t *packed)
+/* Of the magnitudes of a row, which it is divided by: of zeros 1e-30. NaN where there is one. */
+INLINE float largest_of(const float *x, int64_t size)
 {
-    /* Positive floats are in the order of their bits, NaN the largest. A row of zeros is divided by 1e-30. */
+    /* Positive floats are in the order of their bits, NaN the largest. */
     vec largest_bits = every_f32(1e-30f);
     for (int64_t i = 0; i < size; i += LANES)
         largest_bits = max_i32(largest_bits, and_i32(row_part(x, i, size), every_i32(0x7FFFFFFF)));
@@ -67,7 +68,12 @@ INLINE float pack_as_integers(const float *x, int64_t size, uint8_t *packed)
         most = lanes[i] > most ? lanes[i] : most;
     float largest;
     memcpy(&largest, &most, sizeof largest);
-    float steps = largest_integer(size);
+    return largest;
+}
+
+INLINE float pack_for_int8(const float *x, int64_t size, uint8_t *packed)
+{
+    float largest = largest_of(x, size), steps = largest_integer(size);
     vec scale = every_f32(steps / largest);
     for (int64_t i = 0; i < size; i += 2 * LANES) {
         vec first = mul_f32(row_part(x, i, size), scale), second = mul_f32(row_part(x, i + LANES, size), scale);
@@ -76,10 +82,33 @@ INLINE float pack_as_integers(const float *x, int64_t size, uint8_t *packed)
     return largest / steps;
 }
 
+enum { LARGEST_OF_12_BITS = 2047 };
+
+/* A number is 16 * high + low: 32 bytes of high parts, -128 to 127, then 32 of low ones, 0 to 15, block by block; then a float32
+   for each block, its sum. */
+INLINE float pack_for_q4(const float *x, int64_t size, uint8_t *packed)
+{
+    float largest = largest_of(x, size);
+    vec scale = every_f32(LARGEST_OF_12_BITS / largest);
+    float *sums = (float *)(packed + rounded_up(size, LAMINA_Q4_BLOCK) * 2);
+    for (int64_t i = 0; i < size; i += LAMINA_Q4_BLOCK, packed += 2 * LAMINA_Q4_BLOCK) {
+        vec first = i32_of_f32(round_f32(mul_f32(row_part(x, i, size), scale)));
+        vec second = i32_of_f32(round_f32(mul_f32(row_part(x, i + LANES, size), scale)));
+        store_bytes(packed, shift_right_i32(first, 4));
+        store_bytes(packed + LANES, shift_right_i32(second, 4));
+        store_bytes(packed + 2 * LANES, and_i32(first, every_i32(15)));
+        store_bytes(packed + 3 * LANES, and_i32(second, every_i32(15)));
+        sums[i / LAMINA_Q4_BLOCK] = sum_f32(f32_of_i32(add_i32(first, second)));
+    }
+    return largest / LARGEST_OF_12_BITS;
+}
+
 static float pack(Dtype dtype, const float *x, int64_t size, uint8_t *packed)
 {
     if (dtype == LAMINA_INT8)
-        return pack_as_integers(x, size, packed);
+        return pack_for_int8(x, size, packed);
+    if (dtype == LAMINA_Q4)
+        return pack_for_q4(x, size, packed);
     for (int64_t i = 0; i < size; i += 2 * LANES) {
         vec first = row_part(x, i, size), second = row_part(x, i + LANES, size);
         if (dtype == LAMINA_BF16) {

@@ -76,6 +76,41 @@ INLINE vec i32_of_f32(vec a) { return (vec){_mm256_cvtps_epi32(F32(a.low)), _mm2
 INLINE vec f32_of_i32(vec a) { return (vec){BITS(_mm256_cvtepi32_ps(a.low)), BITS(_mm256_cvtepi32_ps(a.high))}; }
 INLINE vec shift_left_i32(vec a, int by) { return (vec){_mm256_slli_epi32(a.low, by), _mm256_slli_epi32(a.high, by)}; }
 
+INLINE vec shift_right_i32(vec a, int by) { return (vec){_mm256_srli_epi32(a.low, by), _mm256_srli_epi32(a.high, by)}; }
+
+INLINE vec f32_of_f16(const void *at)
+{
+    const __m128i *halves = at;
+    return (vec){BITS(_mm256_cvtph_ps(_mm_loadu_si128(halves))), BITS(_mm256_cvtph_ps(_mm_loadu_si128(halves + 1)))};
+}
+/* The lowest byte of each lane. */
+INLINE void store_bytes(void *at, vec a)
+{
+    const __m256i lowest = _mm256_set1_epi32(255);
+    __m256i words = _mm256_packus_epi32(_mm256_and_si256(a.low, lowest), _mm256_and_si256(a.high, lowest));
+    words = _mm256_permute4x64_epi64(words, 0xD8);
+    _mm_storeu_si128(at, _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+INLINE vec every_4_bytes(const void *at)
+{
+    int32_t bytes;
+    memcpy(&bytes, at, sizeof bytes);
+    return every_i32(bytes);
+}
+
+/* Of four bits, a, with signed bytes: eight times at most, so that 16 bits hold the sums (15 * 128 * 2 * 8 = 30720), until
+   `whole_q4` makes integers of 32 bits, 16 * high + low. */
+INLINE vec dot_q4(vec sum, vec a, vec b)
+{
+    return (vec){_mm256_add_epi16(sum.low, _mm256_maddubs_epi16(a.low, b.low)),
+                 _mm256_add_epi16(sum.high, _mm256_maddubs_epi16(a.high, b.high))};
+}
+INLINE __m256i whole_half(__m256i high, __m256i low)
+{
+    return _mm256_add_epi32(_mm256_madd_epi16(high, _mm256_set1_epi16(16)), _mm256_madd_epi16(low, _mm256_set1_epi16(1)));
+}
+INLINE vec whole_q4(vec high, vec low) { return (vec){whole_half(high.low, low.low), whole_half(high.high, low.high)}; }
+
 INLINE vec i16_of_i8(const void *at)
 {
     const __m128i *bytes = at;

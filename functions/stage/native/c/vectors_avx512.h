@@ -37,6 +37,7 @@ INLINE vec add_i32(vec a, vec b) { return _mm512_add_epi32(a, b); }
 INLINE vec max_i32(vec a, vec b) { return _mm512_max_epi32(a, b); }
 INLINE vec and_i32(vec a, vec b) { return _mm512_and_si512(a, b); }
 INLINE vec shift_left_i32(vec a, int by) { return _mm512_slli_epi32(a, (unsigned)by); }
+INLINE vec shift_right_i32(vec a, int by) { return _mm512_srli_epi32(a, (unsigned)by); }
 
 INLINE vec i16_of_i8(const void *at) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256(at)); }
 INLINE vec dot_i16(vec sum, vec a, vec b) { return _mm512_dpwssd_epi32(sum, a, b); }
@@ -47,6 +48,20 @@ INLINE vec i16_of_f32(vec first, vec second)
     __m256i low = _mm512_cvtsepi32_epi16(i32_of_f32(first)), high = _mm512_cvtsepi32_epi16(i32_of_f32(second));
     return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
+
+INLINE vec f32_of_f16(const void *at) { return BITS(_mm512_cvtph_ps(_mm256_loadu_si256(at))); }
+/* The lowest byte of each lane. */
+INLINE void store_bytes(void *at, vec a) { _mm_storeu_si128(at, _mm512_cvtepi32_epi8(a)); }
+INLINE vec every_4_bytes(const void *at)
+{
+    int32_t bytes;
+    memcpy(&bytes, at, sizeof bytes);
+    return every_i32(bytes);
+}
+
+/* Of four bits, a, with signed bytes: eight times at most, until `whole_q4` makes integers of 32 bits, 16 * high + low. */
+INLINE vec dot_q4(vec sum, vec a, vec b) { return _mm512_dpbusd_epi32(sum, a, b); }
+INLINE vec whole_q4(vec high, vec low) { return add_i32(shift_left_i32(high, 4), low); }
 
 #ifdef WITH_BF16
 INLINE vec dot_bf16(vec sum, vec a, vec b) { return BITS(_mm512_dpbf16_ps(F32(sum), (__m512bh)a, (__m512bh)b)); }

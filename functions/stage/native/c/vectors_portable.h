@@ -80,6 +80,49 @@ INLINE vec shift_left_i32(vec a, int by)
     return (vec)((u32x16)a << by);
 }
 
+INLINE vec shift_right_i32(vec a, int by)
+{
+    typedef uint32_t u32x16 __attribute__((vector_size(64)));
+    return (vec)((u32x16)a >> by);
+}
+
+/* Numbers below float16's least normal one become right by a subtraction, which is exact. */
+INLINE vec f32_of_f16(const void *at)
+{
+    int32_t lanes[16];
+    const uint8_t *bytes = at;
+    for (int i = 0; i < 16; i++)
+        lanes[i] = bytes[2 * i] | bytes[2 * i + 1] << 8;
+    vec half = load(lanes), sign = shift_left_i32(half & 0x8000, 16), exponent = half & 0x7C00;
+    vec magnitude = shift_left_i32(half & 0x7FFF, 13), least = every_i32(113 << 23);
+    vec normal = magnitude + ((127 - 15) << 23), infinite = normal + ((128 - 16) << 23);
+    vec small = sub_f32(magnitude + least, least);
+    vec is_small = exponent == 0, is_infinite = exponent == 0x7C00;
+    return sign | (is_small & small) | (is_infinite & infinite) | (~is_small & ~is_infinite & normal);
+}
+/* The lowest byte of each lane. */
+INLINE void store_bytes(void *at, vec a)
+{
+    uint8_t *bytes = at;
+    for (int i = 0; i < 16; i++)
+        bytes[i] = (uint8_t)a[i];
+}
+INLINE vec every_4_bytes(const void *at)
+{
+    int32_t bytes;
+    memcpy(&bytes, at, sizeof bytes);
+    return every_i32(bytes);
+}
+
+/* Of four bits, a, with signed bytes: eight times at most, until `whole_q4` makes integers of 32 bits, 16 * high + low. */
+INLINE vec dot_q4(vec sum, vec a, vec b)
+{
+    for (int shift = 0; shift < 32; shift += 8)
+        sum += (a >> shift & 15) * (shift_left_i32(b, 24 - shift) >> 24);
+    return sum;
+}
+INLINE vec whole_q4(vec high, vec low) { return high * 16 + low; }
+
 INLINE vec i16_of_i8(const void *at)
 {
     typedef int8_t i8x32 __attribute__((vector_size(32)));

@@ -8,10 +8,9 @@ static void *taken(Workspace *workspace, uint8_t *memory, int64_t bytes)
     return at;
 }
 
-static int64_t matrix_scratch_bytes(int64_t width, int64_t packed_number)
+static int64_t matrix_scratch_bytes(int64_t width, int64_t row_bytes)
 {
-    int64_t stride = rounded_up(width, LAMINA_STEP);
-    return BLOCK_ROWS * LAMINA_TILE_OUTS * 4 + stride * 4 + BLOCK_ROWS * stride * packed_number;
+    return BLOCK_ROWS * LAMINA_TILE_OUTS * 4 + rounded_up(width, LAMINA_STEP) * 4 + BLOCK_ROWS * row_bytes;
 }
 
 MatrixScratch matrix_scratch(const Matrix *matrix, uint8_t *scratch)
@@ -42,7 +41,7 @@ Workspace pass_workspace(const Group *group, int64_t rows, int64_t most_tokens, 
     workspace.counters_bytes = group->num_layers * PHASES * (threads + 1) * (int64_t)sizeof(Counter);
     workspace.counters = taken(&workspace, memory, workspace.counters_bytes);
     workspace.scratch_bytes = rounded_up(
-        larger(matrix_scratch_bytes(widest, 4), attention_scratch_bytes(group, most_tokens)), LAMINA_LINE_BYTES);
+        larger(matrix_scratch_bytes(widest, packed_row_bytes(LAMINA_F32, widest)), attention_scratch_bytes(group, most_tokens)), LAMINA_LINE_BYTES);
     workspace.scratch = taken(&workspace, memory, threads * workspace.scratch_bytes);
     return workspace;
 }
@@ -53,7 +52,7 @@ Workspace product_workspace(const Matrix *matrix, int64_t threads, uint8_t *memo
     workspace.counters_bytes = (threads + 1) * (int64_t)sizeof(Counter);
     workspace.counters = taken(&workspace, memory, workspace.counters_bytes);
     workspace.scratch_bytes =
-        rounded_up(matrix_scratch_bytes(matrix->width, packed_bytes_of(matrix->dtype)), LAMINA_LINE_BYTES);
+        rounded_up(matrix_scratch_bytes(matrix->width, packed_row_bytes(matrix->dtype, matrix->width)), LAMINA_LINE_BYTES);
     workspace.scratch = taken(&workspace, memory, threads * workspace.scratch_bytes);
     return workspace;
 }

@@ -45,7 +45,10 @@ static Matrix matrix_of(int64_t dtype, int64_t outs, int64_t width)
 {
     int64_t number = dtype == LAMINA_INT8 ? 1 : dtype == LAMINA_BF16 ? 2 : 4;
     Matrix matrix = {.dtype = dtype, .outs = outs, .width = width};
-    matrix.weights = memory_of(outs * padded(width, LAMINA_STEP) * number);
+    if (dtype == LAMINA_Q4)
+        matrix.weights = memory_of(padded(outs, 16) / 16 * (padded(width, 32) / 32) * LAMINA_Q4_BYTES);
+    else
+        matrix.weights = memory_of(outs * padded(width, LAMINA_STEP) * number);
     if (dtype == LAMINA_INT8)
         matrix.scales = memory_of(outs * 4);
     if (any(0, 1))
@@ -66,7 +69,7 @@ static Group group_of(void)
     int64_t arena = group.kv_heads * group.capacity_tokens * padded(group.head_dim, 16) * (group.kv_dtype == LAMINA_BF16 ? 2 : 4);
     Layer *layers = group.layers.data;
     for (int64_t i = 0; i < group.num_layers; i++) {
-        int64_t dtype = any(LAMINA_BF16, LAMINA_F32), of_mlp = any(LAMINA_BF16, LAMINA_F32);
+        int64_t dtype = any(LAMINA_BF16, LAMINA_Q4), of_mlp = any(LAMINA_BF16, LAMINA_Q4);
         layers[i] = (Layer){
             .input_gain = memory_of(group.hidden_size * 4),
             .qkv = matrix_of(dtype, all_heads * group.head_dim, group.hidden_size),
@@ -178,7 +181,7 @@ static int run_pass(Pool *pool)
 static int run_product(Pool *pool)
 {
     int64_t rows = any(1, 70), threads = any(1, 3);
-    Product product = {.matrix = matrix_of(any(LAMINA_BF16, LAMINA_F32), any(1, 70), any(1, 100)), .rows = rows, .threads = threads};
+    Product product = {.matrix = matrix_of(any(LAMINA_BF16, LAMINA_Q4), any(1, 70), any(1, 100)), .rows = rows, .threads = threads};
     product.x = memory_of(rows * product.matrix.width * 4);
     product.y = memory_of(rows * product.matrix.outs * 4);
     product.workspace = workspace_of(lamina_product_bytes(&product.matrix, rows, threads));

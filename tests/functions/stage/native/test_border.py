@@ -135,10 +135,19 @@ WRONG: Final[dict[str, tuple[Callable[[Any], None], str]]] = {
     "a negative eps": (lambda record: setattr(record, "eps", -1.0), "range"),
     "an eps that is no number": (lambda record: setattr(record, "eps", float("nan")), "range"),
 }
+
+
+def four_bits(matrix: Any, num_bytes: int, shift: int = 0) -> None:
+    matrix.dtype, matrix.weights.bytes = Dtype.Q4, num_bytes
+    matrix.weights.data += shift
+
+
 WRONG_LAYER: Final[dict[str, tuple[Callable[[Any], None], str]]] = {
     "a matrix of another width": (lambda layer: setattr(layer.down, "width", 39), "shape"),
     "a matrix of more outputs": (lambda layer: setattr(layer.out, "outs", 49), "shape"),
-    "a matrix of no known dtype": (lambda layer: setattr(layer.qkv, "dtype", 3), "dtype"),
+    "a matrix of no known dtype": (lambda layer: setattr(layer.qkv, "dtype", 4), "dtype"),
+    "four bits of too few groups": (lambda layer: four_bits(layer.qkv, 5 * 2 * 320 - 1), "memory"),
+    "four bits whose scales lie between two bytes": (lambda layer: four_bits(layer.qkv, 5 * 2 * 320, shift=1), "multiple"),
     "int8 without scales": (lambda layer: setattr(layer.qkv, "dtype", Dtype.INT8), "memory"),
     "gate and up of two dtypes": (lambda layer: setattr(layer.gate, "dtype", Dtype.BF16), "dtype"),
     "weights that are missing": (lambda layer: setattr(layer.up, "weights", Memory()), "memory"),

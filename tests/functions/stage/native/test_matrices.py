@@ -1,6 +1,7 @@
 """One matrix in C against numpy, in every dtype, size and level: what is exact is equal, the rest is near."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from functions.stage.native.layers import Linear, MatrixArrays, Threads
 from functions.stage.native.library import library
 from functions.stage.native.records import Array, Dtype
+from storage.models import q4
 
 LEVELS: Final = library().levels
 SIZES: Final = ((32, 4), (64, 7), (100, 1), (1, 3), (33, 66), (576, 130))
@@ -77,10 +79,50 @@ def test_int8_is_the_exact_sum_of_whole_numbers_times_two_scales(width: int, out
     assert (np.abs(found - exact) <= bound).all()
 
 
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("width", "outs"), SIZES)
+def test_q4_is_its_weights_times_rows_of_twelve_bits(width: int, outs: int, rows: int) -> None:
+    matrix, weights = q4_matrix(outs, width)
+    x = random(rows, width, seed=2) * np.logspace(-20, 20, rows, dtype=np.float32)[:, None]
+    biases = random(outs, seed=3)
+    found = product(replace(matrix, biases=biases), x)
+    largest = np.abs(x).max(1, keepdims=True)
+    steps = np.rint(x * (np.float32(2047) / largest)).astype(np.float64)
+    exact = steps @ weights.T * (largest / 2047) + biases
+    bound = (np.abs(steps) @ (np.abs(weights) + 2).T * (largest / 2047) + np.abs(biases)) * 2.0**-20
+    assert (np.abs(found - exact) <= bound).all()
+
+
+def test_q4_has_the_same_bits_on_every_level_that_fuses_products_and_sums() -> None:
+    matrix, _ = q4_matrix(130, 576)
+    x = random(70, 576, seed=2)
+    found = product(matrix, x)
+    if library().level != "portable":
+        library().use_level("avx2")
+        assert np.array_equal(product(matrix, x), found)
+
+
+def q4_matrix(outs: int, width: int) -> tuple[MatrixArrays, Array]:
+    """A matrix in four bits, and its weights in float64. Scales and minima are of every size that float16 has."""
+    draw = np.random.default_rng(0)
+    quants = draw.integers(0, 16, (outs, width)).astype(np.uint8)
+    scales, minima = (draw.standard_normal((outs, -(-width // 32))) * 2.0 ** draw.integers(-22, 1) for _ in range(2))
+    scales[0], minima[-1] = 6e-8, -6e-5  # not normal
+    packed = q4.pack(quants, scales, minima)
+    return MatrixArrays(Dtype.Q4, packed, q4_shape=(outs, width)), q4.dequantize(packed, outs, width).astype(np.float64)
+
+
+def matrix_of(dtype: Dtype, outs: int, width: int) -> MatrixArrays:
+    if dtype is Dtype.Q4:
+        return q4_matrix(outs, width)[0]
+    numbers = random(outs, width)
+    weights = {Dtype.F32: numbers, Dtype.BF16: bf16(numbers), Dtype.INT8: (numbers * 40).astype(np.int8)}[dtype]
+    return MatrixArrays(dtype, weights, np.abs(random(outs, seed=1)) if dtype is Dtype.INT8 else None)
+
+
 @pytest.mark.parametrize("dtype", Dtype)
 def test_a_row_gets_the_same_bits_beside_any_others_on_any_threads(dtype: Dtype) -> None:
-    weights = {Dtype.F32: random(70, 96), Dtype.BF16: bf16(random(70, 96)), Dtype.INT8: (random(70, 96) * 40).astype(np.int8)}
-    matrix = MatrixArrays(dtype, weights[dtype], random(70, seed=1) if dtype is Dtype.INT8 else None)
+    matrix = matrix_of(dtype, 70, 96)
     x = random(200, 96, seed=2)
     alone = np.concatenate([product(matrix, x[row : row + 1], 1) for row in range(200)])
     for threads in (1, 2, 5):
@@ -90,8 +132,7 @@ def test_a_row_gets_the_same_bits_beside_any_others_on_any_threads(dtype: Dtype)
 
 @pytest.mark.parametrize("dtype", Dtype)
 def test_what_is_not_finite_stays_in_its_row_and_zeros_are_zeros(dtype: Dtype) -> None:
-    weights = {Dtype.F32: random(9, 64), Dtype.BF16: bf16(random(9, 64)), Dtype.INT8: (random(9, 64) * 40).astype(np.int8)}
-    matrix = MatrixArrays(dtype, weights[dtype], np.ones(9, np.float32) if dtype is Dtype.INT8 else None)
+    matrix = matrix_of(dtype, 9, 64)
     x = random(6, 64, seed=2)
     good = product(matrix, x)
     x[1, 5], x[2, 63], x[4] = np.inf, np.nan, 0

@@ -1,0 +1,99 @@
+/* Matrices in four bits; storage/models/q4.py has their layout: a group is 16 outputs, one for each lane.
+
+   Rows are whole numbers of 12 bits (`pack_for_q4`), so that what a block of 32 weights gives is exact. Blocks are added up from the
+   first to the last, whatever else is multiplied. */
+
+enum { PARTS = 4 };
+
+INLINE const float *block_sums(const uint8_t *packed, int64_t blocks)
+{
+    return (const float *)(packed + blocks * LAMINA_Q4_BLOCK * 2);
+}
+
+/* Adds a block to the sums of a group: products are [LANES] whole numbers. */
+INLINE vec with_block(vec sum, vec products, const uint8_t *block, float sum_of_row)
+{
+    sum = fma_f32(f32_of_i32(products), f32_of_f16(block + LAMINA_Q4_ENDS), sum);
+    return fma_f32(every_f32(sum_of_row), f32_of_f16(block + LAMINA_Q4_ENDS + 2 * LANES), sum);
+}
+
+/* The third hot loop: sums [rows] of a group's outputs. */
+INLINE void q4_tile(const int rows, const uint8_t *block, const uint8_t *x, int64_t row_bytes, int64_t blocks, vec sums[ROWS])
+{
+    const vec lower = every_i32(0x0F0F0F0F);
+    UNROLL
+    for (int row = 0; row < rows; row++)
+        sums[row] = zeros();
+    for (int64_t number = 0; number < blocks; number++, block += LAMINA_Q4_BYTES) {
+        const uint8_t *numbers = x + number * 2 * LAMINA_Q4_BLOCK;
+        vec high[ROWS], low[ROWS];
+        UNROLL
+        for (int row = 0; row < rows; row++)
+            high[row] = low[row] = zeros();
+        UNROLL
+        for (int64_t line = 0; line < LAMINA_Q4_BYTES; line += 64)
+            __builtin_prefetch(block + AHEAD_BYTES + line, 0, 0);
+        UNROLL
+        for (int part = 0; part < PARTS; part++) {
+            vec both = load(block + 64 * part), first = and_i32(both, lower), second = and_i32(shift_right_i32(both, 4), lower);
+            UNROLL
+            for (int row = 0; row < rows; row++) {
+                const uint8_t *at = numbers + row * row_bytes + 8 * part;
+                high[row] = dot_q4(dot_q4(high[row], first, every_4_bytes(at)), second, every_4_bytes(at + 4));
+                low[row] = dot_q4(dot_q4(low[row], first, every_4_bytes(at + 32)), second, every_4_bytes(at + 36));
+            }
+        }
+        UNROLL
+        for (int row = 0; row < rows; row++)
+            sums[row] = with_block(sums[row], whole_q4(high[row], low[row]), block,
+                                   block_sums(x + row * row_bytes, blocks)[number]);
+    }
+}
+
+NOINLINE void q4_tile_of(int64_t rows, const uint8_t *block, const uint8_t *x, int64_t row_bytes, int64_t blocks, vec sums[ROWS])
+{
+    switch (rows) {
+    case 1: q4_tile(1, block, x, row_bytes, blocks, sums); break;
+    case 2: q4_tile(2, block, x, row_bytes, blocks, sums); break;
+    case 3: q4_tile(3, block, x, row_bytes, blocks, sums); break;
+    default: q4_tile(4, block, x, row_bytes, blocks, sums); break;
+    }
+}
+
+/* x Wᵀ + b of a group from output `out` on, for ROWS rows at most. */
+INLINE void q4_product(const Matrix *matrix, const Rows *x, int64_t row, int64_t rows, int64_t out, vec products[ROWS])
+{
+    const int64_t blocks = rounded_up(matrix->width, LAMINA_Q4_BLOCK) / LAMINA_Q4_BLOCK;
+    const uint8_t *group = (const uint8_t *)matrix->weights.data + out / LANES * blocks * LAMINA_Q4_BYTES;
+    q4_tile_of(rows, group, x->data + row * x->row_bytes, x->row_bytes, blocks, products);
+    vec biases = matrix->biases.bytes ? row_part(matrix->biases.data, out, matrix->outs) : zeros();
+    for (int64_t i = 0; i < rows; i++)
+        products[i] = fma_f32(products[i], every_f32(x->scales[(row + i) * OUTS]), biases);
+}
+
+static void multiply_q4(const Matrix *matrix, const Rows *x, int64_t first, int64_t last, bool add, float *y)
+{
+    for (int64_t out = first; out < last; out += LANES)
+        for (int64_t row = 0; row < x->rows; row += ROWS) {
+            const int64_t rows = smaller(ROWS, x->rows - row);
+            vec products[ROWS];
+            q4_product(matrix, x, row, rows, out, products);
+            for (int64_t i = 0; i < rows; i++) {
+                float *to = y + (row + i) * matrix->outs;
+                store_row_part(to, out, matrix->outs, add ? add_f32(row_part(to, out, matrix->outs), products[i]) : products[i]);
+            }
+        }
+}
+
+static void multiply_gated_q4(const Matrix *gate, const Matrix *up, const Rows *x, int64_t first, int64_t last, float *y)
+{
+    for (int64_t out = first; out < last; out += LANES)
+        for (int64_t row = 0; row < x->rows; row += ROWS) {
+            const int64_t rows = smaller(ROWS, x->rows - row);
+            vec gates[ROWS], ups[ROWS];
+            q4_product(gate, x, row, rows, out, gates);
+            q4_product(up, x, row, rows, out, ups);
+            for (int64_t i = 0; i < rows; i++)
+                store_row_part(y + (row + i) * gate->outs, out, gate->outs, gated(gates[i], ups[i]));
+        }
+}
