@@ -50,7 +50,7 @@ class CommonConfig:
     pipeline_token: str = setting("LAMINA_PIPELINE_TOKEN", parsers.text, "bearer token between gateway and stages", secret=True)
     model: str = setting("LAMINA_MODEL", parsers.text, "name of the model in the store")
     dtype: str = setting(
-        "LAMINA_DTYPE", parsers.one_of("float32", "bfloat16", "float16", "int8"), "dtype of the publication in the store"
+        "LAMINA_DTYPE", parsers.one_of("float32", "bfloat16", "float16", "int8", "q4"), "dtype of the publication in the store"
     )
     cut: tuple[LayerRange, ...] = setting("LAMINA_CUT", parsers.cut, "all layer groups, such as 0:10,10:20,20:30")
     store: StoreConfig
@@ -236,10 +236,13 @@ def _contradictions(config: Config) -> Iterator[str]:
         if config.layers not in config.cut:
             first, last = config.layers
             yield f"LAMINA_LAYERS: '{first}:{last}' is not allowed: one of the groups of LAMINA_CUT, {cut}"
-        if config.device == "cuda" and config.dtype == "int8":
-            yield "LAMINA_DEVICE: 'cuda' is not allowed with LAMINA_DTYPE int8, which runs on CPUs: cpu, auto, or another dtype"
-        if config.layer_group == "transformers" and config.dtype == "int8":
-            yield "LAMINA_LAYER_GROUP: 'transformers' is not allowed with LAMINA_DTYPE int8: auto, or another dtype"
+        if config.device == "cuda" and config.dtype in ("int8", "q4"):
+            yield (
+                f"LAMINA_DEVICE: 'cuda' is not allowed with LAMINA_DTYPE {config.dtype}, which runs on CPUs: "
+                "cpu, auto, or another dtype"
+            )
+        if config.layer_group == "transformers" and config.dtype in ("int8", "q4"):
+            yield f"LAMINA_LAYER_GROUP: 'transformers' is not allowed with LAMINA_DTYPE {config.dtype}: auto, or another dtype"
         return
     if tuple(group for group, _ in config.stages) != config.cut:
         named = ",".join(f"{first}:{last}" for (first, last), _ in config.stages)

@@ -16,7 +16,10 @@ from knative.spec.errors import UnknownShape
 from storage.models.model_repository import ModelManifest, Reader, layer_object, read_file
 from storage.models.quantizable import check_quantizable
 
-DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+_LAYER_BYTES: Final = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "q4": 0.625}
+"""Of a number in a layer's matrix; `storage/models/q4.py` has four bits and a block's scale and minimum."""
+_OUTER_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "q4": 1}
+"""Of a number in embedding and head."""
 
 # Families whose feed-forward has two matrices rather than a gated three, and those that share embedding and head
 # although their config.json does not say so.
@@ -50,7 +53,7 @@ class ModelShape:
 
     @property
     def value_bytes(self) -> int:
-        """Width of a number in hidden states and KV cache: int8 is a dtype of weights only."""
+        """Width of a number in hidden states and KV cache: int8 and q4 are dtypes of weights only."""
         return 4 if self.dtype == "float32" else 2
 
 
@@ -112,15 +115,15 @@ def published_shape(reader: Reader, manifest: ModelManifest) -> ModelShape:
 
 def _shape(text: Mapping[str, Any], name: str, dtype: str, parameters: _Parameters) -> ModelShape:
     check_quantizable(text, dtype)
-    width = DTYPE_BYTES[dtype]
+    outer = _OUTER_BYTES[dtype]
     hidden = _number(text, name, "hidden_size", "n_embd", "d_model")
     return ModelShape(
         name=name,
         dtype=dtype,
         hidden_size=hidden,
-        layer_bytes=tuple(count * width for count in parameters.layers),
-        embedding_bytes=parameters.embedding * width,
-        head_bytes=parameters.head * width,
+        layer_bytes=tuple(int(count * _LAYER_BYTES[dtype]) for count in parameters.layers),
+        embedding_bytes=parameters.embedding * outer,
+        head_bytes=parameters.head * outer,
         layer_compute=parameters.active_layers,
         head_compute=_number(text, name, "vocab_size") * hidden,
         kv_values_per_layer=2 * _kv_heads(text, name) * _head_size(text, name),

@@ -14,7 +14,7 @@ from msgspec import Meta, Struct
 from knative.spec.cut import parse_cut
 from knative.spec.errors import SpecError
 
-DTYPES: Final = ("float32", "bfloat16", "float16", "int8")
+DTYPES: Final = ("float32", "bfloat16", "float16", "int8", "q4")
 MAX_NAME_WITH_EVENTING: Final = 28
 """`{name}-{fingerprint[:8]}-kn-sequence-10-kn-channel` is a DNS label too, which Eventing makes of a Sequence's name."""
 MAX_NAME: Final = 36
@@ -217,10 +217,14 @@ class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         for path, text in self._quantities():
             if not _QUANTITY.fullmatch(text):
                 raise SpecError(f"{path}: {text!r} is no Kubernetes quantity, such as 500m, 2 or 512Mi")
-        if self.stage.device == "cuda" and self.model.dtype == "int8":
-            raise SpecError("$.stage.device: 'cuda' does not run $.model.dtype int8; use auto or cpu, or another dtype")
-        if self.stage.layer_group == "transformers" and self.model.dtype == "int8":
-            raise SpecError("$.stage.layer_group: 'transformers' does not run $.model.dtype int8; use auto, or another dtype")
+        if self.stage.device == "cuda" and self.model.dtype in ("int8", "q4"):
+            raise SpecError(
+                f"$.stage.device: 'cuda' does not run $.model.dtype {self.model.dtype}; use auto or cpu, or another dtype"
+            )
+        if self.stage.layer_group == "transformers" and self.model.dtype in ("int8", "q4"):
+            raise SpecError(
+                f"$.stage.layer_group: 'transformers' does not run $.model.dtype {self.model.dtype}; use auto, or another dtype"
+            )
         if self.eventing is not None:
             _check_sinks(self.eventing)
         if (self.stages is None) == (self.cut is None):

@@ -2,12 +2,28 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from storage.checkpoints.safetensors_format import tensor_bytes
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 BLOCK_BYTES: Final = 8 * 2**20
 """Tensors are read, converted and sent in blocks of about this size, so that no tensor need fit into memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class FourBits:
+    """Rows that a checkpoint has in four bits: weight = scale * q + minimum, one of each for a block of 32 weights of a row."""
+
+    quants: "NDArray[np.uint8]"
+    """[rows, width], 0 … 15."""
+    scales: "NDArray[np.float16]"
+    """[rows, blocks]."""
+    minima: "NDArray[np.float16]"
+    """[rows, blocks]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +35,8 @@ class SourceTensor:
     shape: tuple[int, ...]
     read_rows: Callable[[int, int], memoryview]
     """Rows [first, last): writable bytes, C order, little endian."""
+    read_four_bits: Callable[[int, int], FourBits] | None = None
+    """The same rows as the checkpoint has them; None: not in four bits."""
 
     @property
     def rows(self) -> int:
@@ -26,10 +44,15 @@ class SourceTensor:
 
     def blocks(self) -> Iterator[memoryview]:
         """All rows in order, in blocks of whole rows of about BLOCK_BYTES."""
+        for first, last in self.pieces():
+            yield self.read_rows(first, last)
+
+    def pieces(self, multiple: int = 1) -> Iterator[tuple[int, int]]:
+        """All rows [first, last) in order, in pieces of about BLOCK_BYTES; all but the last have a multiple of so many rows."""
         row_bytes = tensor_bytes(self.dtype, self.shape[1:])
-        step = max(1, BLOCK_BYTES // max(1, row_bytes))
+        step = max(1, BLOCK_BYTES // max(1, row_bytes) // multiple) * multiple
         for first in range(0, self.rows, step):
-            yield self.read_rows(first, min(first + step, self.rows))
+            yield first, min(first + step, self.rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """GGUF files of the Llama-shaped architectures, seen as the Hugging Face checkpoint they were made from.
 
-Tensors are dequantized to float32 as they are read, a few rows at a time. The metadata become config.json (`gguf_config`)
+Tensors are dequantized to float32 as they are read, a few rows at a time; those in four bits can be read as they are, too
+(`gguf_four_bits`). The metadata become config.json (`gguf_config`)
 and the tokenizer's files (`gguf_tokenizer`). This is the only importer of gguf.
 """
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from storage.checkpoints.checkpoint import Checkpoint, SourceTensor
 from storage.checkpoints.gguf_config import model_config
 from storage.checkpoints.gguf_format import GgufTensor, read_header
+from storage.checkpoints.gguf_four_bits import four_bits
 from storage.checkpoints.gguf_tokenizer import tokenizer_files
 from storage.checkpoints.safetensors_format import read_exactly
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid
@@ -71,8 +73,14 @@ def _source(path: Path, tensor: GgufTensor, config: Mapping[str, Any], file_byte
             f"{path} is no GGUF file, or only its beginning (tensor {tensor.name!r} ends at byte "
             f"{tensor.start + rows * row_bytes} of {file_bytes}); fetch it again"
         )
-    order = _row_order(path, tensor, rows, config)
-    return SourceTensor("F32", tensor.shape, partial(_read_rows, path, tensor.start, row_bytes, dequantize, order))
+    read = partial(_read_rows, path, tensor.start, row_bytes, _row_order(path, tensor, rows, config))
+    in_four_bits = four_bits(tensor.kind)
+    return SourceTensor(
+        "F32",
+        tensor.shape,
+        lambda first, last: _as_floats(dequantize(read(first, last))),
+        None if in_four_bits is None else lambda first, last: in_four_bits(read(first, last)),
+    )
 
 
 def _quantization(path: Path, tensor: GgufTensor, columns: int) -> tuple[Callable[[NDArray[np.uint8]], Any], int]:
@@ -115,18 +123,21 @@ def _read_rows(
     path: Path,
     start: int,
     row_bytes: int,
-    dequantize: Callable[[NDArray[np.uint8]], Any],
     order: Callable[[int, int], NDArray[np.intp]],
     first: int,
     last: int,
-) -> memoryview:
+) -> NDArray[np.uint8]:
+    """[last - first, row_bytes]."""
     places = order(first, last)
     lowest, count = int(places.min()), int(places.max() - places.min()) + 1
-    data: Any = np.empty((count, row_bytes), np.uint8)
+    data = np.empty((count, row_bytes), np.uint8)
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        read_exactly(descriptor, start + lowest * row_bytes, memoryview(data).cast("B"))
+        read_exactly(descriptor, start + lowest * row_bytes, data.reshape(-1).data)
     finally:
         os.close(descriptor)
-    contiguous: Any = np.ascontiguousarray(dequantize(data[places - lowest]), dtype=np.float32)
-    return memoryview(contiguous).cast("B")
+    return data[places - lowest]
+
+
+def _as_floats(rows: Any) -> memoryview:
+    return np.ascontiguousarray(rows, dtype=np.float32).reshape(-1).view(np.uint8).data

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
 """What is read, by the names of safetensors."""
 
+FloatName = Literal["F32", "F16", "BF16"]
+"""What is written."""
 Floats = NDArray[np.float32]
 
 _NUMPY: Final[Mapping[str, np.dtype[Any]]] = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
@@ -27,7 +29,7 @@ def read_floats(block: memoryview, dtype: str) -> Floats:
     return values
 
 
-def rounded(values: Floats, dtype: Literal["F32", "F16", "BF16"]) -> NDArray[Any]:
+def rounded(values: Floats, dtype: FloatName) -> NDArray[Any]:
     """`values` in another type, bfloat16 as its bits; numbers beyond float16 become infinite."""
     if dtype == "BF16":
         return bfloat16_bits(values)
@@ -47,3 +49,7 @@ def bfloat16_bits(values: Floats) -> NDArray[np.uint16]:
     nearest = half.astype(np.uint16)
     nearest[np.isnan(values)] = _QUIET_NAN
     return nearest
+
+
+def as_bytes(array: NDArray[Any]) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

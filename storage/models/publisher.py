@@ -35,7 +35,7 @@ from storage.models.model_repository import (
 )
 from storage.models.object_writer import ObjectPlan, TargetTensor, plan_object, planned_digests, write_object
 from storage.models.placement import Placement, embedding_matrix, head_matrix, place_tensors
-from storage.models.quantizable import check_quantizable
+from storage.models.quantizable import check_quantizable, is_layer_matrix
 from storage.store.object_store import ObjectStore
 
 _log = logging.getLogger(__name__)
@@ -67,8 +67,8 @@ def publish(
 ) -> ModelManifest:
     """Makes a model readable under `name` and `dtype`, and returns its manifest.
 
-    source: a Hugging Face folder, a GGUF file, or a hub id. dtype: float32, bfloat16, float16 or int8.
-    keep_wide: matrices, such as down_proj, that int8 leaves in bfloat16.
+    source: a Hugging Face folder, a GGUF file, or a hub id. dtype: float32, bfloat16, float16, int8 or q4.
+    keep_wide: matrices, such as down_proj, that int8 and q4 leave in bfloat16.
     afresh: writes every object, also where the store seems to have it, which is what mends a damaged one.
     Raises ValueError for a name or dtype that cannot be, CheckpointInvalid or another StorageError; what was published
     before under this name stays as it was.
@@ -85,6 +85,8 @@ def publish(
     check_quantizable(checkpoint.config, dtype)
     model, placed = _settle_tie(describe_model(checkpoint.config), checkpoint)
     check_shapes(checkpoint.config, {name: tensor.shape for members in placed.values() for name, tensor in members.items()})
+    if dtype == "q4":
+        _tell_of_losses(source, placed)
     plans = _plans(placed, cast("Dtype", dtype), keep_wide)
     upload = _Upload(store, f"{prefix}{publication}/", plans, progress, afresh)
     objects = upload.objects()
@@ -139,6 +141,21 @@ def _plans(placed: Placement, dtype: Dtype, keep_wide: Collection[str]) -> list[
             tensors |= convert_tensor(tensor_name, source, dtype, keep_wide)
         plans.append(plan_object(name, tensors))
     return plans
+
+
+def _tell_of_losses(source: str | Path, placed: Placement) -> None:
+    """Of a checkpoint that has some of its matrices in four bits."""
+    matrices = [
+        tensor for members in placed.values() for name, tensor in members.items() if is_layer_matrix(name, tensor.shape)
+    ]
+    others = sum(tensor.read_four_bits is None for tensor in matrices)
+    if 0 < others < len(matrices):
+        _log.warning(
+            "%s: %d of %d matrices are not in four bits (Q4_0 or Q4_1) and are rounded to four anew, which costs quality",
+            source,
+            others,
+            len(matrices),
+        )
 
 
 def _files(checkpoint: Checkpoint, model: ModelDescription) -> dict[str, bytes]:

@@ -73,6 +73,7 @@ def test_no_secret_is_shown() -> None:
             ("LAMINA_LAYER_GROUP", "'transformers'", "LAMINA_DTYPE int8", "auto"),
         ),
         ({**STAGE, "LAMINA_DEVICE": "cuda", "LAMINA_DTYPE": "int8"}, ("LAMINA_DEVICE", "'cuda'", "LAMINA_DTYPE int8", "auto")),
+        ({**STAGE, "LAMINA_DEVICE": "cuda", "LAMINA_DTYPE": "q4"}, ("LAMINA_DEVICE", "'cuda'", "LAMINA_DTYPE q4", "auto")),
         ({**STAGE, "LAMINA_SLEEP_SECONDS": "1e10"}, ("LAMINA_SLEEP_SECONDS", "'1e10'", "at most 10000000")),
         ({**STAGE, "LAMINA_LISTEN": "here"}, ("LAMINA_LISTEN", "'here'")),
         ({**STAGE, "LAMINA_SLEEP_SECONDS": "nan"}, ("LAMINA_SLEEP_SECONDS", "'nan'", "more than 0")),

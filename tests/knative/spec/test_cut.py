@@ -11,9 +11,13 @@ from hypothesis import strategies as st
 
 from knative.spec.cut import cut_evenly
 from knative.spec.errors import TooManyStages, UnknownShape
-from knative.spec.model_shape import ModelShape, shape_from_config, shape_from_folder
+from knative.spec.model_shape import ModelShape, published_shape, shape_from_config, shape_from_folder
 from knative.spec.stage_plan import plan_stages, replicas_for
+from storage.models.publisher import publish
+from storage.store.embedded import EmbeddedStore
+from storage.store.object_store import ObjectStore
 from tests.support.paths import ROOT
+from tests.support.storage import tiny_models
 
 LLAMA_2_13B = ROOT / "examples" / "llama-2-13b"
 SMOLLM2 = {
@@ -86,13 +90,29 @@ def test_a_small_models_head_weighs_as_much_as_eight_layers() -> None:
     assert max(shares) < 0.37
 
 
-def test_float32_doubles_what_moves_and_int8_halves_only_the_weights() -> None:
-    plans = {
-        d: plan_stages(shape_from_config(SMOLLM2, "s", d), ((0, 15), (15, 30)))[0] for d in ("float32", "bfloat16", "int8")
-    }
+def test_float32_doubles_what_moves_and_what_is_quantized_shrinks_only_the_weights() -> None:
+    shapes = {d: shape_from_config(SMOLLM2, "s", d) for d in ("float32", "bfloat16", "int8", "q4")}
+    plans = {d: plan_stages(shape, ((0, 15), (15, 30)))[0] for d, shape in shapes.items()}
     assert plans["float32"].hop_bytes_per_token == 4 * 576
-    assert plans["int8"].hop_bytes_per_token == plans["bfloat16"].hop_bytes_per_token == 2 * 576
-    assert plans["float32"].weight_bytes == 2 * plans["bfloat16"].weight_bytes == 4 * plans["int8"].weight_bytes
+    for dtype in ("bfloat16", "int8", "q4"):
+        assert plans[dtype].hop_bytes_per_token == 2 * 576
+    assert plans["float32"].weight_bytes == 2 * plans["bfloat16"].weight_bytes
+    layer = shapes["float32"].layer_bytes[0] // 4
+    assert shapes["int8"].layer_bytes[0] == layer
+    assert shapes["q4"].layer_bytes[0] == layer * 5 // 8, "four bits, and sixteen of scale and of minimum for 32 weights"
+    assert shapes["int8"].embedding_bytes == shapes["bfloat16"].embedding_bytes == 2 * shapes["q4"].embedding_bytes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "q4"])
+def test_a_config_alone_tells_what_is_published(dtype: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tiny_models.whole_model("llama", **sizes, vocab_size=2048).save_pretrained(tmp_path)
+    with EmbeddedStore(tmp_path / "store") as embedded:
+        store = ObjectStore(embedded.settings)
+        exact = published_shape(store, publish(tmp_path, store, "m", dtype))
+    told = shape_from_config(json.loads((tmp_path / "config.json").read_text()), "m", dtype)
+    assert told.layer_bytes == pytest.approx(exact.layer_bytes, rel=0.05)
+    assert told.embedding_bytes == pytest.approx(exact.embedding_bytes, rel=0.05)
 
 
 def test_experts_weigh_in_bytes_and_only_the_chosen_in_compute() -> None:

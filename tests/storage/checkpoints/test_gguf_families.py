@@ -53,8 +53,10 @@ def write_gguf(
     extra_tensor: str = "",
     drop_tensor: str = "",
     add: Callable[[gguf.GGUFWriter], object] = lambda writer: None,
+    kind_of: Callable[[str], gguf.GGMLQuantizationType] = lambda name: gguf.GGMLQuantizationType.Q8_0,
 ) -> Path:
-    """Matrices as Q8_0, the rest as float32. What is in it is random; transformers says what it means."""
+    """Matrices as Q8_0, or what `kind_of` their names says, the rest as float32. What is in it is random; transformers says
+    what it means."""
     model = tiny_models.whole_model(family)
     config = model.config
     writer = gguf.GGUFWriter(path, config.model_type)
@@ -77,7 +79,7 @@ def write_gguf(
     add(writer)
     for name, tensor in tiny_models.checkpoint_tensors(model).items():
         if name != drop_tensor:
-            add_tensor(writer, gguf_name(name), tensor)
+            add_tensor(writer, gguf_name(name), tensor, kind_of(name))
     if extra_tensor:
         add_tensor(writer, extra_tensor, torch.zeros(4))
     writer.write_header_to_file()
@@ -87,10 +89,14 @@ def write_gguf(
     return path
 
 
-def add_tensor(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor) -> None:
+def add_tensor(
+    writer: gguf.GGUFWriter,
+    name: str,
+    tensor: torch.Tensor,
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.Q8_0,
+) -> None:
     array = tensor.numpy()
     if array.ndim == 2:
-        kind = gguf.GGMLQuantizationType.Q8_0
         writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
     else:
         writer.add_tensor(name, array.astype(np.float32))
