@@ -11,22 +11,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
+from http.client import HTTPConnection, HTTPException, HTTPResponse, IncompleteRead
 from queue import Empty, LifoQueue
 from types import TracebackType
 from typing import Final, Self
-from urllib.parse import urlsplit
 
 import tenacity
 
 from storage.errors import ObjectAltered, StoreUnreachable, UnexpectedAnswer
+from storage.store.paced import connect
 from storage.store.refusals import error_code, is_transient, refusal
 from storage.store.settings import StoreSettings
 from storage.store.signing import object_path, signed_get_headers
 
 _log = logging.getLogger(__name__)
 
-_CONNECT_TIMEOUT_SECONDS: Final = 5.0
 _READ_BYTES: Final = 2**20
 _ERROR_BODY_BYTES: Final = 4096
 _SMALL_OBJECT_BYTES: Final = 2**26
@@ -46,8 +45,8 @@ class ObjectReader:
     """Reads objects of one bucket. Thread-safe; connections are kept and reused until it is closed. A context manager."""
 
     def __init__(self, settings: StoreSettings, *, stall_seconds: float = 10.0, retry_seconds: float = 60.0) -> None:
-        """`stall_seconds` without a byte end an attempt; failing attempts are repeated, with back-off, until
-        `retry_seconds` are over since the last progress."""
+        """`stall_seconds` without a byte, or a rate that is hardly better (`paced`), end an attempt; failing attempts are
+        repeated, with back-off, until `retry_seconds` are over since the last progress."""
         self.settings = settings
         self._stall_seconds = stall_seconds
         self._retry_seconds = retry_seconds
@@ -196,17 +195,12 @@ class ObjectReader:
             return self._idle.get_nowait()
         except Empty:
             pass
-        parts = urlsplit(self.settings.endpoint_url)
-        kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-        connection = kind(parts.hostname or "", parts.port, timeout=_CONNECT_TIMEOUT_SECONDS)
         try:
-            connection.connect()
+            return connect(self.settings.endpoint_url, self._stall_seconds)
         except ssl.SSLCertVerificationError as error:
             raise StoreUnreachable(
                 f"{self.settings.place} shows a certificate that is not trusted here ({error}); set SSL_CERT_FILE"
             ) from error
-        connection.sock.settimeout(self._stall_seconds)
-        return connection
 
 
 class _Progress:

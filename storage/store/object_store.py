@@ -4,7 +4,7 @@ This is the only importer of boto3. Path-style addresses and signature version 4
 """
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, BinaryIO, Final, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, NoReturn, TypeVar, cast
 
 import boto3
 from boto3.exceptions import S3UploadFailedError
@@ -14,6 +14,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from storage.errors import BucketNotFound, ObjectNotFound, StoreUnreachable
 from storage.store.object_info import ObjectInfo
+from storage.store.paced import CONNECT_SECONDS
+from storage.store.paced_boto import PacedSender
 from storage.store.refusals import refusal
 from storage.store.settings import StoreSettings
 
@@ -23,8 +25,7 @@ if TYPE_CHECKING:
 _PART_BYTES: Final = 16 * 2**20
 _READ_BYTES: Final = 2**20
 _CONNECTIONS: Final = 3
-_CONNECT_TIMEOUT_SECONDS: Final = 5
-_READ_TIMEOUT_SECONDS: Final = 60
+_STALL_SECONDS: Final = 60.0
 _ATTEMPTS: Final = 4
 
 _Returned = TypeVar("_Returned")
@@ -33,7 +34,8 @@ _Returned = TypeVar("_Returned")
 class ObjectStore:
     """One bucket. Thread-safe. Every method raises a StorageError subclass that names endpoint, bucket and key."""
 
-    def __init__(self, settings: StoreSettings) -> None:
+    def __init__(self, settings: StoreSettings, *, stall_seconds: float = _STALL_SECONDS) -> None:
+        """`stall_seconds` without a byte, either way, or a rate that is hardly better (`paced`), end an attempt of four."""
         self.settings = settings
         session = boto3.session.Session(
             aws_access_key_id=settings.access_key_id,
@@ -41,7 +43,8 @@ class ObjectStore:
             aws_session_token=settings.session_token,
             region_name=settings.region,
         )
-        self._client = session.client("s3", endpoint_url=settings.endpoint_url, config=_client_config())
+        self._client = session.client("s3", endpoint_url=settings.endpoint_url, config=_client_config(stall_seconds))
+        self._client.meta.events.register("before-send.s3", cast("Any", PacedSender(settings.endpoint_url, stall_seconds)))
         self._transfer = TransferConfig(
             multipart_threshold=_PART_BYTES,
             multipart_chunksize=_PART_BYTES,
@@ -134,7 +137,7 @@ class ObjectStore:
         raise refusal(self.settings, key, status, code) from error
 
 
-def _client_config() -> Config:
+def _client_config(stall_seconds: float) -> Config:
     # When the checksums were on by default, stores without trailing checksums refused uploads and answered reads that
     # boto3 then rejected.
     return Config(
@@ -142,7 +145,7 @@ def _client_config() -> Config:
         s3={"addressing_style": "path"},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
-        connect_timeout=_CONNECT_TIMEOUT_SECONDS,
-        read_timeout=_READ_TIMEOUT_SECONDS,
+        connect_timeout=CONNECT_SECONDS,
+        read_timeout=stall_seconds,
         retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
     )

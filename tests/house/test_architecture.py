@@ -19,7 +19,7 @@ LAYERS = ("storage", "eventing", "functions", "knative")
 OWNERS: dict[str, tuple[str, ...]] = {
     "boto3": ("storage/store/object_store.py",),
     "kubernetes": ("knative/cluster/client.py",),
-    "botocore": ("storage/store/object_store.py",),
+    "botocore": ("storage/store/object_store.py", "storage/store/paced_boto.py"),
     "transformers": (
         "functions/stage/models/transformers/",
         "storage/checkpoints/hugging_face_folder.py",
