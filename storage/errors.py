@@ -64,4 +64,6 @@ class LibraryMissing(StorageError):
     """What is asked for takes a library that a lean installation leaves out. Install requirements.txt."""
 
     def __init__(self, what: str, missing: ImportError) -> None:
-        super().__init__(f"{what}, which is not installed here ({missing}): pip install -r requirements.txt")
+        super().__init__(
+            f"{what}, which is not installed here ({missing}): pip install -r requirements.txt, or the image's target `full`"
+        )

@@ -8,14 +8,13 @@ from typing import Final
 
 PROGRAMS: Final = {
     "import torch": "import torch",
-    "lean stage": """
+    "native stage": """
 import functions.__main__
 from functions.hosting.imports import without_collection
 with without_collection():
     import functions.hosting.server, functions.observing.telemetry, functions.stage.serving.function
 with without_collection():
-    import torch, functions.stage.engine.engine
-import functions.stage.models.build, functions.stage.models.llama.group
+    import functions.stage.engine.engine, functions.stage.models.build, functions.stage.models.native.group
 """,
     "gateway": """
 import functions.__main__

@@ -84,7 +84,7 @@ def verdicts(results: Results) -> Iterator[Verdict]:
         off = abs(results.load_phase(stages) / results.wire_seconds(stages) - 1)
         yield Verdict(f"load phase of {stages} stage{'s' * (stages > 1)}, off bytes over rate by", off, 0.25, unit="")
     imports = {name: median(seconds) for name, seconds in results.imports.items()}
-    yield Verdict("import of a lean stage, against torch alone", imports["lean stage"] / imports["import torch"], 1.35)
+    yield Verdict("import of a native stage, against torch alone", imports["native stage"] / imports["import torch"], 0.35)
     yield Verdict("import of the gateway", imports["gateway"], 0.5, unit=" s")
 
 

@@ -13,12 +13,15 @@ from functools import partial
 from typing import Any, Final
 
 import click
+import numpy as np
 import torch
 
 from bench.report import machine
 from bench.stage import variants as stage_variants
-from functions.stage.models.layer_group import Segment
-from functions.stage.models.llama.group import LlamaGroup
+from functions.stage.models.build import build_layer_group
+from functions.stage.models.floats import Array, narrowed
+from functions.stage.models.layer_group import LayerGroup, Segment
+from storage.loading.weight_loader import RawTensor
 
 DTYPES: Final = ("float32", "bfloat16", "int8")
 CONFIG: Final[Mapping[str, Any]] = {
@@ -50,19 +53,29 @@ def best_milliseconds(ways: Mapping[str, Callable[[], object]], rounds: int = 7,
     return best
 
 
-def random_group(dtype: str) -> LlamaGroup:
-    tensors: dict[str, torch.Tensor] = {}
+def random_group(dtype: str) -> LayerGroup:
+    tensors: dict[str, RawTensor] = {}
+    dice = np.random.default_rng(1)
     for layer in range(_FIRST, _LAST):
         for name, shape in _layer_shapes():
-            weight = torch.randn(shape) * (shape[-1] ** -0.5 if len(shape) == 2 else 1.0)
+            weight = dice.standard_normal(shape, np.float32) * np.float32(shape[-1] ** -0.5 if len(shape) == 2 else 1.0)
             full_name = f"model.layers.{layer}.{name}.weight"
             if dtype == "int8" and len(shape) == 2:
-                scale = weight.abs().amax(1) / 127
-                tensors[full_name] = (weight / scale.unsqueeze(1)).round().to(torch.int8)
-                tensors[f"{full_name}_scale"] = scale
+                scale = np.abs(weight).max(axis=1) / np.float32(127)
+                tensors[full_name] = _raw("I8", np.rint(weight / scale[:, None]).astype(np.int8))
+                tensors[f"{full_name}_scale"] = _raw("F32", scale)
             else:
-                tensors[full_name] = weight
-    return LlamaGroup.build(CONFIG, tensors, _FIRST, _LAST, dtype, "cpu", _BUDGET_BYTES)
+                tensors[full_name] = _raw("F32", weight)
+    return build_layer_group("auto", CONFIG, tensors, _FIRST, _LAST, dtype, "cpu", _BUDGET_BYTES)
+
+
+def _raw(dtype: str, array: Array) -> RawTensor:
+    return RawTensor(dtype, array.shape, array.data.cast("B"))
+
+
+def _states(group: LayerGroup, rows: int) -> Array:
+    numbers = np.random.default_rng(2).standard_normal((rows, group.hidden_size), np.float32)
+    return narrowed(numbers, group.hidden_dtype)
 
 
 def _layer_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -73,12 +86,12 @@ def _layer_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
     yield from ((f"mlp.{name}_proj", (inner, hidden)) for name in ("gate", "up"))
 
 
-def decode_step(group: LlamaGroup, sequences: int, held: int) -> Callable[[], object]:
+def decode_step(group: LayerGroup, sequences: int, held: int) -> Callable[[], object]:
     """A pass of one token for each sequence; the next call repeats it."""
     handles = [group.kv.reserve(held + 1) for _ in range(sequences)]
     for handle in handles:
-        group.forward(torch.randn(held, group.hidden_size).to(group.hidden_dtype), [Segment(handle, 0, held)])
-    inputs = torch.randn(sequences, group.hidden_size).to(group.hidden_dtype)
+        group.forward(_states(group, held), [Segment(handle, 0, held)])
+    inputs = _states(group, sequences)
 
     def step() -> None:
         for handle in handles:
@@ -88,9 +101,9 @@ def decode_step(group: LlamaGroup, sequences: int, held: int) -> Callable[[], ob
     return step
 
 
-def prompt_chunk(group: LlamaGroup, length: int) -> Callable[[], object]:
+def prompt_chunk(group: LayerGroup, length: int) -> Callable[[], object]:
     handle = group.kv.reserve(length)
-    inputs = torch.randn(length, group.hidden_size).to(group.hidden_dtype)
+    inputs = _states(group, length)
 
     def chunk() -> None:
         group.kv.truncate(handle, 0)

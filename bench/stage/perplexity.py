@@ -16,21 +16,23 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
-import torch
+import numpy as np
 from tokenizers import Tokenizer
 
-from functions.stage.models.layer_group import Segment
-from functions.stage.models.llama.group import LlamaGroup
+from functions.stage.engine.sampler import log_probabilities
+from functions.stage.models.build import build_layer_group
+from functions.stage.models.floats import Array, Float32
+from functions.stage.models.layer_group import LayerGroup, Segment
 from knative.spec.model_sources import packaged_model
 from storage.checkpoints.checkpoint import Checkpoint
 from storage.checkpoints.model_source import locate, open_checkpoint
+from storage.loading.weight_loader import RawTensor
 from storage.models.conversion import convert_tensor
 from storage.models.model_repository import Dtype
 from storage.models.object_writer import TargetTensor
 
 _TEXTS: Final = (Path(__file__).parents[1] / "data" / "lighthouse.txt", Path(__file__).parents[2] / "LICENSE")
 _WINDOW_TOKENS: Final = 1024
-_TORCH_DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +40,14 @@ class Reading:
     """How a model reads a text."""
 
     perplexity: float
-    likeliest: torch.Tensor
+    likeliest: Array
     """The likeliest next token at every place, int64."""
 
 
-def stages(checkpoint: Checkpoint, dtype: Dtype, keep_wide: Sequence[str]) -> list[LlamaGroup]:
+def stages(checkpoint: Checkpoint, dtype: Dtype, keep_wide: Sequence[str]) -> list[LayerGroup]:
     """The whole model as three groups, hidden states between them in the dtype of the wire."""
     config = json.loads(checkpoint.files["config.json"])
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, RawTensor] = {}
     for name, source in checkpoint.tensors.items():
         wide: Sequence[str] = keep_wide if ".layers." in name else [name.split(".")[-2]]
         tensors |= {stored: _loaded(target) for stored, target in convert_tensor(name, source, dtype, wide).items()}
@@ -54,31 +56,30 @@ def stages(checkpoint: Checkpoint, dtype: Dtype, keep_wide: Sequence[str]) -> li
     return [_group(config, tensors, first, last, dtype) for first, last in pairwise(bounds)]
 
 
-def _group(config: dict[str, Any], tensors: dict[str, torch.Tensor], first: int, last: int, dtype: Dtype) -> LlamaGroup:
+def _group(config: dict[str, Any], tensors: dict[str, RawTensor], first: int, last: int, dtype: Dtype) -> LayerGroup:
     budget = 2 * 4 * _WINDOW_TOKENS * (last - first) * config["hidden_size"]
-    return LlamaGroup.build(config, dict(tensors), first, last, dtype, "cpu", budget)
+    return build_layer_group("auto", config, dict(tensors), first, last, dtype, "cpu", budget)
 
 
-def _loaded(target: TargetTensor) -> torch.Tensor:
-    data = b"".join(target.blocks())
-    return torch.frombuffer(bytearray(data), dtype=_TORCH_DTYPES[target.dtype]).view(target.shape)
+def _loaded(target: TargetTensor) -> RawTensor:
+    return RawTensor(target.dtype, target.shape, memoryview(bytearray(b"".join(target.blocks()))))
 
 
-def read(groups: Sequence[LlamaGroup], token_ids: Sequence[int]) -> Reading:
+def read(groups: Sequence[LayerGroup], token_ids: Sequence[int]) -> Reading:
     """Every window of the text by itself; the first token of a window is given, not predicted."""
     log_probability = 0.0
     predicted = 0
     likeliest = []
     for start in range(0, len(token_ids) - 1, _WINDOW_TOKENS):
-        window = torch.tensor(token_ids[start : start + _WINDOW_TOKENS])
-        log_probabilities = _logits(groups, window)[:-1].log_softmax(-1)
-        log_probability += float(log_probabilities.gather(1, window[1:, None]).double().sum())
+        window = np.array(token_ids[start : start + _WINDOW_TOKENS])
+        logits = _logits(groups, window)[:-1]
+        log_probability += math.fsum(log_probabilities(logits, window[1:]))
         predicted += len(window) - 1
-        likeliest.append(log_probabilities.argmax(-1))
-    return Reading(math.exp(-log_probability / predicted), torch.cat(likeliest))
+        likeliest.append(logits.argmax(axis=-1))
+    return Reading(math.exp(-log_probability / predicted), np.concatenate(likeliest))
 
 
-def _logits(groups: Sequence[LlamaGroup], window: torch.Tensor) -> torch.Tensor:
+def _logits(groups: Sequence[LayerGroup], window: Array) -> Float32:
     hidden = window
     for group in groups:
         handle = group.kv.reserve(len(window))
@@ -100,7 +101,7 @@ def rows(checkpoint: Checkpoint, texts: Sequence[Path], keep_wide: Sequence[str]
             reading = read(groups, ids)
             reference = exact.setdefault(text, reading)
             worse = reading.perplexity / reference.perplexity - 1
-            same = (reading.likeliest == reference.likeliest).double().mean()
+            same = (reading.likeliest == reference.likeliest).mean()
             table.append(f"| {dtype} | {text.name} ({len(ids)}) | {reading.perplexity:.3f} | {worse:+.2%} | {same:.3f} |")
     return table
 

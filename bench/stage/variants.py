@@ -15,7 +15,7 @@ from torch.nn import functional
 from functions.stage.models.llama.int8_linear import Int8Linear
 from functions.stage.models.llama.linear import OneDnnLinear, PlainLinear
 from functions.stage.models.llama.norm import RmsNorm
-from functions.stage.models.llama.rope import rotate
+from functions.stage.models.llama.rotation import rotate
 
 Ways = dict[str, Callable[[], object]]
 

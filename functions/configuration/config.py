@@ -72,8 +72,9 @@ class StageConfig(CommonConfig):
     layers: LayerRange = setting("LAMINA_LAYERS", parsers.layers, "this stage's group of the cut, such as 10:20")  # noqa: RUF009
     layer_group: str = setting(
         "LAMINA_LAYER_GROUP",
-        parsers.one_of("auto", "llama", "transformers", "sleep"),
-        "what runs the layers; auto chooses by architecture, sleep waits instead of computing (for benchmarks)",
+        parsers.one_of("auto", "native", "llama", "transformers", "sleep"),
+        "what runs the layers: native (C, on CPUs), llama (torch) or transformers; auto takes the first that can, sleep waits "
+        "instead of computing (for benchmarks)",
         "auto",
     )
     sleep_seconds: float = setting("LAMINA_SLEEP_SECONDS", parsers.seconds, "how long a pass takes with sleep", "0.03")

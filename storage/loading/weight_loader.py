@@ -1,6 +1,6 @@
 """Loads a stage's layers out of the store: exactly its objects, in parallel ranged reads, into the memory that tensors use.
 
-No torch here, so that bytes flow while torch is still being imported. Every part is verified as soon as it is in.
+Nothing heavy here, so that bytes flow while libraries are still being imported. Every part is verified as soon as it is in.
 """
 
 import logging
@@ -25,7 +25,7 @@ _READS_OF_A_BAD_PART: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class RawTensor:
-    """A tensor's bytes where they were read to: writable, aligned to 64 bytes; `torch.frombuffer` makes a tensor of them.
+    """A tensor's bytes where they were read to: writable, aligned to 64 bytes; `frombuffer` makes an array or tensor of them.
 
     The memory lives for as long as any of its object's views does.
     """

@@ -130,7 +130,7 @@ def results(ours: float) -> Results:
         forked=[run_of(0.7, 0.3, 100_000_000)],
         forked_cached=[run_of(0.5, 0.1, 100_000_000)],
         limited=cold,
-        imports={"import torch": [1.0], "lean stage": [1.2], "gateway": [0.3]},
+        imports={"import torch": [1.0], "native stage": [0.3], "gateway": [0.3]},
     )
 
 

@@ -66,7 +66,7 @@ class Draws(LogitsProcessor):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         rows, position = input_ids.shape
-        drawn = torch.tensor(sample(scores, self._samplings, [position] * rows, input_ids.tolist()))
+        drawn = torch.tensor(sample(scores.numpy(), self._samplings, [position] * rows, input_ids.tolist()))
         return torch.full_like(scores, -torch.inf).scatter(1, drawn[:, None], 0.0)
 
 

@@ -25,8 +25,7 @@ AT_ONCE = 16
 BUDGET_BYTES = 64 * 2**20
 FILL = """
 import json, os, sys
-import torch
-from functions.stage.models.llama.group import LlamaGroup
+from functions.stage.models.native.group import NativeGroup
 from knative.spec.model_shape import shape_from_config
 from knative.spec.stage_plan import plan_stages
 from tests.support.storage.tiny_models import tiny_config
@@ -39,11 +38,9 @@ dtype, budget = sys.argv[1], int(sys.argv[2])
 config = tiny_config("llama", head_dim=16)
 plan = plan_stages(shape_from_config(config, "tiny", dtype), ((0, 2), (2, 6)))[1]
 def filled(budget):
-    pool = LlamaGroup(config, 2, 6, dtype, "cpu", budget).kv
-    for first in range(0, pool.capacity_tokens, 1024):
-        slots = torch.arange(first, min(first + 1024, pool.capacity_tokens))
-        for layer, memory in enumerate(pool._layers):
-            pool.write(layer, slots, torch.ones(len(slots), 2, memory.shape[1], memory.shape[3], dtype=memory.dtype))
+    pool = NativeGroup(config, 2, 6, dtype, budget).kv
+    for memory in pool.layers:
+        memory[...] = 1
     return pool
 
 filled(2**21)  # the code that it runs takes memory, too

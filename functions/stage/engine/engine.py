@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import torch
+import numpy as np
 
 from eventing.problems import EventExpired
 from eventing.wire.control import LEASE_SECONDS, ReleaseRow, ReserveRow
@@ -24,6 +24,7 @@ from functions.stage.engine.row_checks import check_event
 from functions.stage.engine.sequences import SequenceTable
 from functions.stage.engine.threads import PassThreads
 from functions.stage.engine.wire_tensors import wire_tensor
+from functions.stage.models.floats import DTYPES
 from functions.stage.models.layer_group import LayerGroup
 
 _log: Final = logging.getLogger(__name__)
@@ -50,8 +51,8 @@ class Engine:
 
     num_stages: of the pipeline; bounds merging (see EventQueue). max_merge: most events in one pass.
     idle_sequence_seconds: a sequence not heard of for so long is released. lease_seconds: so is all of a source of which
-    nothing at all was heard. threads: of a pass; None: as torch is set. clock: seconds since the epoch, by which events
-    expire and sequences are idle.
+    nothing at all was heard. threads: of a pass; None: as the group has it. clock: seconds since the epoch, by which
+    events expire and sequences are idle.
     """
 
     def __init__(
@@ -143,7 +144,8 @@ class Engine:
         source, row_id = "warm-up", "warm-up"
         tensor = None
         if self._group.first_layer > 0:
-            tensor = wire_tensor(torch.zeros(1, self._group.hidden_size, dtype=self._group.hidden_dtype))
+            dtype = self._group.hidden_dtype
+            tensor = wire_tensor(np.zeros((1, self._group.hidden_size), DTYPES[dtype]), dtype)
         row = Row(row_id, attempt=0, position=0, length=1, want=Want.TOKEN, reserve_tokens=1)
         self.handle(Batch((row,), memoryview(array("i", [0])), tensor), source=source)
         self.release([ReleaseRow(row_id, attempt=0)], source=source)
@@ -200,8 +202,8 @@ class Engine:
             self._report(current, outcomes, began)
 
     def _set_threads(self, now: float) -> None:
-        if self._threads is not None and (count := self._threads.begin(now)) != torch.get_num_threads():
-            torch.set_num_threads(count)
+        if self._threads is not None:
+            self._group.use_threads(self._threads.begin(now))
 
     def _run(self, events: list[WaitingEvent]) -> list[Batch | Exception]:
         """One pass over all; where that raises, one for each, so that a poisoned event fails alone."""

@@ -7,13 +7,14 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Final
 
-import torch
+import numpy as np
 
 from eventing.wire.events import Batch, Result, Row, Status, Want
-from functions.stage.engine.row_checks import all_finite, finite_tokens, invalid_rows
+from functions.stage.engine.row_checks import invalid_rows
 from functions.stage.engine.sampler import GREEDY, log_probabilities, sample
 from functions.stage.engine.sequences import Refusal, SequenceState, SequenceTable
-from functions.stage.engine.wire_tensors import hidden_tensor, token_tensor, wire_tensor
+from functions.stage.engine.wire_tensors import hidden_array, token_array, wire_tensor
+from functions.stage.models.floats import DTYPES, Array, all_finite, finite_rows
 from functions.stage.models.layer_group import LayerGroup, Segment
 
 _TOKENS_AT_ONCE: Final = 1024
@@ -49,22 +50,22 @@ class Part:
     batch: Batch
     source: str
     stale: AbstractSet[int]
-    hidden: torch.Tensor | None = field(init=False)
+    hidden: Array | None = field(init=False)
     """[tokens, hidden_size], None into the first stage."""
     answers: list[Row] = field(init=False)
     computed: list[_Computed] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.hidden = None if self.batch.hidden is None else hidden_tensor(self.batch.hidden)
+        self.hidden = None if self.batch.hidden is None else hidden_array(self.batch.hidden)
         self.answers = list(self.batch.rows)
         self.computed = []
 
-    def inputs(self) -> torch.Tensor:
+    def inputs(self) -> Array:
         """Of the rows that are computed, in their order."""
-        inputs = token_tensor(self.batch.token_ids) if self.hidden is None else self.hidden
+        inputs = token_array(self.batch.token_ids) if self.hidden is None else self.hidden
         if len(self.computed) == len(self.batch.rows):
             return inputs
-        return torch.cat([inputs[row.span] for row in self.computed])
+        return np.concatenate([inputs[row.span] for row in self.computed])
 
     def refuse(self, index: int, refusal: Refusal) -> None:
         self.answers[index] = refused(self.batch.rows[index], refusal)
@@ -106,7 +107,7 @@ class ForwardPass:
             for row in computed:
                 self._group.kv.truncate(row.sequence.handle, row.row.position)
             raise
-        return [_relay(part, hidden) for part in parts]
+        return [_relay(part, hidden, self._group.hidden_dtype) for part in parts]
 
     def _admit(self, part: Part) -> None:
         batch = part.batch
@@ -134,7 +135,7 @@ class ForwardPass:
                 sequence.token_ids.extend(batch.token_ids[span])
             part.computed.append(_Computed(index, row, sequence, span))
 
-    def _forward(self, parts: Sequence[Part]) -> torch.Tensor | None:
+    def _forward(self, parts: Sequence[Part]) -> Array | None:
         parts = [part for part in parts if part.computed]
         if not parts:
             return None
@@ -145,22 +146,22 @@ class ForwardPass:
             begin = row.end
             segments.append(Segment(row.sequence.handle, row.row.position, row.row.length))
         inputs = [part.inputs() for part in parts]
-        return self._through_the_layers(torch.cat(inputs) if len(inputs) > 1 else inputs[0], segments)
+        return self._through_the_layers(np.concatenate(inputs) if len(inputs) > 1 else inputs[0], segments)
 
-    def _through_the_layers(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+    def _through_the_layers(self, inputs: Array, segments: Sequence[Segment]) -> Array:
         """One pass of the group, or several one after the other where a long text is scored in a single event."""
         if len(inputs) <= _TOKENS_AT_ONCE:
             return self._group.forward(inputs, segments)
-        hidden = torch.empty(len(inputs), self._group.hidden_size, dtype=self._group.hidden_dtype)
+        hidden = np.empty((len(inputs), self._group.hidden_size), DTYPES[self._group.hidden_dtype])
         for first in range(0, len(inputs), _TOKENS_AT_ONCE):
             rows = slice(first, min(first + _TOKENS_AT_ONCE, len(inputs)))
             hidden[rows] = self._group.forward(inputs[rows], _segments_of(segments, rows))
         return hidden
 
-    def _refuse_not_finite(self, parts: Sequence[Part], hidden: torch.Tensor) -> None:
-        if all_finite(hidden):
+    def _refuse_not_finite(self, parts: Sequence[Part], hidden: Array) -> None:
+        if all_finite(hidden, self._group.hidden_dtype):
             return
-        finite = finite_tokens(hidden)
+        finite = finite_rows(hidden, self._group.hidden_dtype)
         for part in parts:
             for row in list(part.computed):
                 if not finite[row.begin : row.end].all():
@@ -169,13 +170,13 @@ class ForwardPass:
                     part.refuse(row.index, Refusal(Status.INVALID, reason=reason))
                     part.computed.remove(row)
 
-    def _results(self, parts: Sequence[Part], hidden: torch.Tensor | None) -> list[Batch]:
+    def _results(self, parts: Sequence[Part], hidden: Array | None) -> list[Batch]:
         if hidden is not None:
             self._draw([row for part in parts for row in part.computed if row.row.want is Want.TOKEN], hidden)
         for part in parts:
             for row in part.computed:
                 if hidden is not None and row.row.want is Want.LOGPROBS:
-                    found = self._log_probabilities(token_tensor(part.batch.token_ids[row.span]), hidden[row.begin : row.end])
+                    found = self._log_probabilities(token_array(part.batch.token_ids[row.span]), hidden[row.begin : row.end])
                     self._settle(row, Result(logprobs=found) if all(map(math.isfinite, found)) else None)
                 if row.refusal is not None:
                     part.refuse(row.index, row.refusal)
@@ -183,7 +184,7 @@ class ForwardPass:
                     part.answers[row.index] = _answer(row)
         return [Batch(tuple(part.answers), memoryview(array("i"))) for part in parts]
 
-    def _draw(self, wanting: Sequence[_Computed], hidden: torch.Tensor) -> None:
+    def _draw(self, wanting: Sequence[_Computed], hidden: Array) -> None:
         for first in range(0, len(wanting), _LOGITS_AT_ONCE):
             some = wanting[first : first + _LOGITS_AT_ONCE]
             logits = self._group.logits(hidden[[row.end - 1 for row in some]])
@@ -203,7 +204,7 @@ class ForwardPass:
             self._group.kv.truncate(row.sequence.handle, row.row.position)
             row.refusal = Refusal(Status.INVALID, reason="the logits of the row are not finite")
 
-    def _log_probabilities(self, token_ids: torch.Tensor, hidden: torch.Tensor) -> tuple[float, ...]:
+    def _log_probabilities(self, token_ids: Array, hidden: Array) -> tuple[float, ...]:
         """Each token's under the logits of the token before it, so none for the row's first."""
         found: list[float] = []
         predicting, predicted = hidden[:-1], token_ids[1:]
@@ -230,15 +231,15 @@ def _answer(row: _Computed) -> Row:
     return Row(row.row.id, row.row.attempt, row.row.position, length=0, want=row.row.want, result=row.result)
 
 
-def _relay(part: Part, hidden: torch.Tensor | None) -> Batch:
+def _relay(part: Part, hidden: Array | None, dtype: str) -> Batch:
     """What the next stage takes. Where every row is ok, rows and token ids are those that came in."""
     rows = part.computed
     if hidden is None or not rows:
         return Batch(tuple(part.answers), memoryview(array("i")))
     if len(rows) == len(part.batch.rows):
-        return Batch(part.batch.rows, part.batch.token_ids, wire_tensor(hidden[rows[0].begin : rows[-1].end]))
+        return Batch(part.batch.rows, part.batch.token_ids, wire_tensor(hidden[rows[0].begin : rows[-1].end], dtype))
     token_ids = array("i")
     for row in rows:
         token_ids.extend(part.batch.token_ids[row.span])
-    kept = torch.cat([hidden[row.begin : row.end] for row in rows])
-    return Batch(tuple(part.answers), memoryview(token_ids), wire_tensor(kept))
+    kept = np.concatenate([hidden[row.begin : row.end] for row in rows])
+    return Batch(tuple(part.answers), memoryview(token_ids), wire_tensor(kept, dtype))

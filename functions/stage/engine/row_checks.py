@@ -1,12 +1,8 @@
 """What makes an event unreadable as a whole, and what makes one of its rows invalid."""
 
-import math
-
-import torch
-
 from eventing.problems import EventTooLarge, MalformedEvent
 from eventing.wire.events import MAX_BATCH_TOKENS, MAX_ROWS, Batch, Row, Status
-from functions.stage.engine.wire_tensors import NAMES
+from functions.stage.models.floats import Array, all_finite, finite_rows
 from functions.stage.models.layer_group import LayerGroup
 
 
@@ -33,18 +29,18 @@ def _check_hidden(batch: Batch, group: LayerGroup, tokens: int) -> None:
         if tokens:
             raise MalformedEvent(f"the batch has no tensor, but layer {group.first_layer} takes hidden states")
         return
-    wanted = (NAMES[group.hidden_dtype], (tokens, group.hidden_size))
+    wanted = (group.hidden_dtype, (tokens, group.hidden_size))
     if (hidden.dtype, hidden.shape) != wanted:
         seen = f"{hidden.dtype} {list(hidden.shape)}"
         raise MalformedEvent(f"the tensor is {seen}, this stage takes {wanted[0]} {list(wanted[1])}")
 
 
-def invalid_rows(batch: Batch, hidden: torch.Tensor | None, group: LayerGroup) -> dict[int, str]:
+def invalid_rows(batch: Batch, hidden: Array | None, group: LayerGroup) -> dict[int, str]:
     """Rows that cannot be computed whatever the stage holds, by their index, and why. A row that is not ok is none.
 
     hidden: [tokens, hidden_size], None into the first stage.
     """
-    suspicious = not (_are_tokens(batch.token_ids, group) and (hidden is None or all_finite(hidden)))
+    suspicious = not (_are_tokens(batch.token_ids, group) and (hidden is None or all_finite(hidden, group.hidden_dtype)))
     invalid: dict[int, str] = {}
     offsets = batch.offsets()
     for index, row in enumerate(batch.rows):
@@ -70,26 +66,14 @@ def _wrong_place(row: Row, group: LayerGroup) -> str | None:
     return None
 
 
-def _wrong_content(token_ids: memoryview, hidden: torch.Tensor | None, group: LayerGroup) -> str | None:
+def _wrong_content(token_ids: memoryview, hidden: Array | None, group: LayerGroup) -> str | None:
     if not _are_tokens(token_ids, group):
         wrong = next(token for token in token_ids if not 0 <= token < group.vocab_size)
         return f"token id {wrong} is outside the vocabulary of {group.vocab_size}"
-    if hidden is not None and not finite_tokens(hidden).all():
+    if hidden is not None and not finite_rows(hidden, group.hidden_dtype).all():
         return f"hidden states that came in, ahead of layer {group.first_layer}, are not finite"
     return None
 
 
 def _are_tokens(token_ids: memoryview, group: LayerGroup) -> bool:
     return not token_ids or (min(token_ids) >= 0 and max(token_ids) < group.vocab_size)
-
-
-def all_finite(hidden: torch.Tensor) -> bool:
-    """Two operators where `finite_tokens` takes six, each of which costs a decode step as much as it would a long prompt.
-
-    False also where finite numbers are so large that their sum is not: then `finite_tokens` has to say."""
-    return math.isfinite(hidden.sum(dtype=torch.float32).item())
-
-
-def finite_tokens(hidden: torch.Tensor) -> torch.Tensor:
-    """bool [tokens]: whether all hidden states of a token are finite. One pass over the memory: a sum keeps NaN and inf."""
-    return hidden.sum(dim=-1, dtype=torch.float32).isfinite()

@@ -1,4 +1,4 @@
-"""How many threads a stage computes with, and how they wait. How they wait must be set before torch is imported."""
+"""How many threads a stage computes with, and how torch's wait, which must be set before torch is imported."""
 
 import os
 import sys

@@ -1,4 +1,5 @@
 """What a stage runs: the interface of a layer group, the families, and the choice between the ways to run one.
 
-May import: functions.stage.models.llama, functions.stage.models.transformers.
+May import: functions.stage.models.llama, functions.stage.models.native, functions.stage.models.transformers, storage,
+storage.checkpoints, storage.loading, storage.models.
 """

@@ -1,16 +1,14 @@
 """What a stage runs: a group of consecutive decoder layers with their KV cache.
 
-Two implementations: `llama` (lean, torch only) and `transformers` (any other family). The engine knows this file only.
+Three implementations: `native` (C, no torch), `llama` (torch's operators) and `transformers` (any other family). The engine
+knows this file only, and numpy: what is behind a group's border is its own business.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Protocol
 
-import torch
-
-FLOAT_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""The dtypes of a publication whose weights are used as they are."""
+from functions.stage.models.floats import Array, Float32, HiddenDtype
 
 
 class KVCacheFull(Exception):
@@ -70,8 +68,7 @@ class LayerGroup(Protocol):
     vocab_size: int
     max_positions: int
     """The model's context, tokens."""
-    hidden_dtype: torch.dtype
-    """Of hidden states on the wire: float32, bfloat16 or float16."""
+    hidden_dtype: HiddenDtype
     runs_by: str
     """What computes the layers and, where that is not the fastest, why: for people."""
 
@@ -82,16 +79,20 @@ class LayerGroup(Protocol):
     @property
     def kv(self) -> KVCache: ...
 
-    def forward(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+    def use_threads(self, count: int) -> None:
+        """How many compute from here on; one until it is said, but for torch's operators, which have a number of their own."""
+
+    def forward(self, inputs: Array, segments: Sequence[Segment]) -> Array:
         """Runs all segments, each of another sequence, in one pass and extends their KV by their lengths.
 
-        Tensors go in and come out on the CPU, wherever the layers are. What goes in is only read: it may be the very bytes of
-        an event. What comes out is the caller's to keep, no buffer of the group's. Where this raises, the KV of the segments
-        may be anything up to their length: the caller truncates.
+        Arrays go in and come out wherever the layers are. What goes in is only read: it may be the very bytes of an event. What
+        comes out is the caller's to keep, no buffer of the group's. Where this raises, the KV of the segments may be anything
+        up to their length: the caller truncates.
 
         inputs: int64 token ids [sum(length)] for the first group, else hidden states [sum(length), hidden_size].
-        Returns hidden states [sum(length), hidden_size]; the last group has applied the final norm.
+        Returns hidden states [sum(length), hidden_size]; the last group has applied the final norm. Hidden states are of
+        `hidden_dtype`, as `floats.DTYPES` has it: bf16 is its bits in uint16.
         """
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Last group only: [n, hidden_size] → float32 [n, vocab_size] on the CPU, with the family's scaling and soft cap."""
+    def logits(self, hidden: Array) -> Float32:
+        """Last group only: [n, hidden_size] → float32 [n, vocab_size], with the family's scaling and soft cap."""

@@ -8,12 +8,14 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-import torch
+import numpy as np
 
+from functions.stage.models.floats import Array, Float32, HiddenDtype, narrowed, widened
 from functions.stage.models.kv_budget import KVBudget
 from functions.stage.models.layer_group import Segment
 
-_DIGITS: Final = torch.tensor([1, 2**7, 2**14, 2**21])
+_BF16_BYTES: Final = 2
+_DIGITS: Final = np.array([1, 2**7, 2**14, 2**21])
 """A token id as digits of seven bits, which every dtype of hidden states holds exactly."""
 
 
@@ -21,6 +23,7 @@ class SleepGroup:
     """Implements `LayerGroup`."""
 
     shares_work: Final = True
+    hidden_dtype: HiddenDtype = "BF16"
     runs_by = "nothing: passes sleep"
 
     def __init__(
@@ -33,26 +36,30 @@ class SleepGroup:
         self.hidden_size: int = config["hidden_size"]
         self.vocab_size: int = config["vocab_size"]
         self.max_positions: int = config["max_position_embeddings"]
-        self.hidden_dtype = torch.bfloat16
         self.kv = KVBudget(kv_budget_bytes // self._kv_bytes_per_token(config))
         self._seconds = seconds
 
-    def forward(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+    def use_threads(self, count: int) -> None:
+        """Sleeping takes none."""
+
+    def forward(self, inputs: Array, segments: Sequence[Segment]) -> Array:
         time.sleep(self._seconds)
         for segment in segments:
             self.kv.extend(segment.handle, segment.length)
         if self.first_layer > 0:
-            return inputs.clone()
-        hidden = torch.zeros(len(inputs), self.hidden_size, dtype=self.hidden_dtype)
-        hidden[:, : len(_DIGITS)] = (inputs[:, None] // _DIGITS % 2**7).to(self.hidden_dtype)
-        return hidden
+            return inputs.copy()
+        hidden = np.zeros((len(inputs), self.hidden_size), np.float32)
+        hidden[:, : len(_DIGITS)] = inputs[:, None] // _DIGITS % 2**7
+        return narrowed(hidden, self.hidden_dtype)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        token_ids = (hidden[:, : len(_DIGITS)].to(torch.int64) * _DIGITS).sum(dim=-1)
-        return torch.zeros(len(hidden), self.vocab_size).scatter(1, token_ids[:, None], 1.0)
+    def logits(self, hidden: Array) -> Float32:
+        digits = widened(hidden[:, : len(_DIGITS)], self.hidden_dtype).astype(np.int64)
+        logits = np.zeros((len(hidden), self.vocab_size), np.float32)
+        logits[np.arange(len(hidden)), (digits * _DIGITS).sum(axis=-1)] = 1
+        return logits
 
     def _kv_bytes_per_token(self, config: Mapping[str, Any]) -> int:
         heads: int = config["num_attention_heads"]
         head_size: int = config.get("head_dim") or self.hidden_size // heads
         kv_heads: int = config.get("num_key_value_heads") or heads
-        return 2 * (self.last_layer - self.first_layer) * kv_heads * head_size * self.hidden_dtype.itemsize
+        return 2 * (self.last_layer - self.first_layer) * kv_heads * head_size * _BF16_BYTES

@@ -1,4 +1,4 @@
-"""From the configuration to a running engine, one thing beside the other: bytes flow while torch is being imported."""
+"""From the configuration to a running engine, one thing beside the other: bytes flow while libraries are being imported."""
 
 import os
 import threading
@@ -22,11 +22,10 @@ from storage.models.model_repository import read_file
 from storage.store.object_reader import ObjectReader
 
 if TYPE_CHECKING:
-    import torch
-
     from functions.stage.engine.engine import Engine
+    from functions.stage.models.build import Choice
     from functions.stage.models.layer_group import LayerGroup
-
+    from storage.loading.weight_loader import RawTensor
 
 T = TypeVar("T")
 
@@ -46,17 +45,12 @@ class UnservableModel(Exception):
 def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> "Engine":
     """An engine that has run one step. Raises WrongPublication, UnservableModel or a StorageError."""
     threads = thread_count(config.threads)
-    set_openmp(os.environ, threads)
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's, which nothing here multiplies with; read when numpy is loaded
     opening = _in_background(lambda: open_model(config, start_up, metrics), "open-model")
     with without_collection():
-        import torch
-
         from functions.stage.engine.engine import Engine
 
-    torch.set_num_threads(threads)
-    start_up.mark("import")
-    model = opening.result()
-    group = _layer_group(config, model, start_up)
+    group = _layer_group(config, opening, threads, start_up)
     engine = Engine(
         group,
         num_stages=len(config.cut),
@@ -99,64 +93,62 @@ def _in_background(action: Callable[[], T], name: str) -> "Future[T]":
     return future
 
 
-def _layer_group(config: StageConfig, model: ArrivingModel, start_up: StartUp) -> "LayerGroup":
+def _layer_group(config: StageConfig, opening: "Future[ArrivingModel]", threads: int, start_up: StartUp) -> "LayerGroup":
     from functions.stage.models.build import UnsupportedDtype
     from functions.stage.models.families import UnsupportedArchitecture
     from functions.stage.models.layer_group import MissingTensors
     from storage.checkpoints.llama_config import UnsupportedConfig
 
     try:
-        return _built(config, model, start_up)
-    except (UnsupportedArchitecture, UnsupportedConfig, UnsupportedDtype, MissingTensors, ValueError) as error:
+        return _built(config, opening, threads, start_up)
+    except (
+        UnsupportedArchitecture,
+        UnsupportedConfig,
+        UnsupportedDtype,
+        MissingTensors,
+        ValueError,
+    ) as error:
         what = f"layers {config.layers[0]}:{config.layers[1]} of {config.model} in {config.dtype} as {config.layer_group}"
         raise UnservableModel(f"{what}: {error}") from error
 
 
-def _built(config: StageConfig, model: ArrivingModel, start_up: StartUp) -> "LayerGroup":
-    from functions.stage.models.build import build_layer_group, choose, device_for
+def _built(config: StageConfig, opening: "Future[ArrivingModel]", threads: int, start_up: StartUp) -> "LayerGroup":
+    from functions.stage.models.build import Kind, build_layer_group, choose, import_group
 
-    kind = choose(model.config) if config.layer_group == "auto" else config.layer_group
-    device = device_for(config.device, config.dtype)
-    if kind == "llama":
-        return _placed_as_it_comes(config, device, model, start_up)
-    tensors: dict[str, torch.Tensor] = {}
+    model = opening.result()
+    kind: Kind = config.layer_group  # type: ignore[assignment]  # the parser allows nothing else
+    with without_collection():
+        choice = choose(kind, model.config, config.dtype, config.device, lambda: set_openmp(os.environ, threads))
+        import_group(choice)
+    start_up.mark("import")
+    if choice.kind in ("native", "llama"):
+        return _placed_as_it_comes(config, choice, model, start_up)
+    tensors: dict[str, RawTensor] = {}
     for loaded in model.objects:
-        tensors |= _tensors(loaded)
+        tensors |= loaded.tensors
     start_up.mark("last_byte")
     return build_layer_group(
-        kind,  # type: ignore[arg-type]  # the parser allows nothing else
+        choice.kind,
         model.config,
         tensors,
         *config.layers,
         config.dtype,
-        device,
+        choice.device,
         config.kv_cache_bytes,
         config.sleep_seconds,
     )
 
 
-def _placed_as_it_comes(config: StageConfig, device: str, model: ArrivingModel, start_up: StartUp) -> "LayerGroup":
+def _placed_as_it_comes(config: StageConfig, choice: "Choice", model: ArrivingModel, start_up: StartUp) -> "LayerGroup":
     """Packs one layer while the next ones are still on their way, so that memory stays at the weights and a few parts."""
-    from functions.stage.models.llama.group import LlamaGroup
+    from functions.stage.models.build import empty_group
 
-    group = LlamaGroup(model.config, *config.layers, config.dtype, device, config.kv_cache_bytes)
+    group = empty_group(choice, model.config, *config.layers, config.dtype, config.kv_cache_bytes)
     for loaded in model.objects:
-        group.place(_tensors(loaded))
+        group.place(loaded.tensors)
     start_up.mark("last_byte")
     group.finish()
     return group
-
-
-def _tensors(loaded: LoadedObject) -> "dict[str, torch.Tensor]":
-    return {name: _tensor(raw.dtype, raw.shape, raw.data) for name, raw in loaded.tensors.items()}
-
-
-def _tensor(dtype: str, shape: tuple[int, ...], data: memoryview) -> "torch.Tensor":
-    """Over the very memory that the bytes were read into."""
-    import torch
-
-    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8}
-    return torch.frombuffer(data, dtype=dtypes[dtype]).view(shape)
 
 
 class _Progress:

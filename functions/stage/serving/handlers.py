@@ -1,4 +1,4 @@
-"""What a stage answers to each type of event. Knows events and an engine, no HTTP; imports no torch."""
+"""What a stage answers to each type of event. Knows events and an engine, no HTTP."""
 
 import time
 from collections.abc import Callable

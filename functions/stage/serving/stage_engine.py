@@ -1,4 +1,4 @@
-"""What the handlers of events want of an engine, without importing one: that would import torch."""
+"""What the handlers of events want of an engine, without importing one, which would import numpy."""
 
 from collections.abc import Sequence
 from typing import Protocol

@@ -29,12 +29,11 @@ MODULES: Final = (
     "functions.stage.serving.function",
     "functions.stage.engine.engine",
     "functions.stage.models.build",
-    "functions.stage.models.llama.group",
-    "functions.stage.models.llama.native_layers",
+    "functions.stage.models.native.group",
     "functions.stage.native.preloaded",
     "functions.gateway.function",
 )
-"""What stages and gateways import; not transformers, which only the stages of other families need."""
+"""What native stages and gateways import; not torch and transformers, which only other stages need."""
 
 Main = Callable[[Sequence[str], Mapping[str, str]], int]
 """`functions.__main__.main`."""

@@ -23,7 +23,7 @@ from functions.stage.engine.threads import WAITING, PassThreads, set_openmp, thr
 from storage.store.object_store import ObjectStore
 from tests.support.environments import GATEWAY
 from tests.support.functions.functions import ROOT, TOKEN, FunctionProcess, gateway_environment, stage_environment, wait_until
-from tests.support.storage.published import Published, published_model
+from tests.support.storage.published import CUT, Published, published_model
 
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 
@@ -194,8 +194,25 @@ def imported(code: str, environ: dict[str, str]) -> list[str]:
     return modules
 
 
-def test_a_lean_stage_imports_little_more_than_torch(published: Published) -> None:
-    modules = imported(IMPORTS_OF_A_STAGE, stage_environment(published, 1))
+OF_A_NATIVE_STAGE = {
+    *("functions", "eventing", "storage"),
+    *("numpy", "flask", "werkzeug", "jinja2", "markupsafe", "click", "itsdangerous", "blinker", "httptools"),
+    *("cloudevents", "dateutil", "six", "msgspec", "prometheus_client", "blake3", "xxhash", "tenacity", "typing_extensions"),
+    "cython_runtime",  # of numpy.random
+}
+"""Packages that it may import: Lamina, arrays, HTTP, events and digests."""
+
+
+@pytest.mark.parametrize("stage", range(len(CUT)))
+def test_a_native_stage_imports_neither_torch_nor_transformers(published: Published, stage: int) -> None:
+    packages = {module.split(".")[0] for module in imported(IMPORTS_OF_A_STAGE, stage_environment(published, stage))}
+    packages = {package for package in packages - sys.stdlib_module_names if not package.startswith("_")}
+    assert packages <= OF_A_NATIVE_STAGE
+    assert "numpy" in packages
+
+
+def test_a_stage_by_torchs_operators_imports_little_more_than_torch(published: Published) -> None:
+    modules = imported(IMPORTS_OF_A_STAGE, stage_environment(published, 1, LAMINA_LAYER_GROUP="llama"))
     assert "torch" in modules
     assert not NEVER.intersection(modules)
 

@@ -4,8 +4,9 @@ import threading
 from collections.abc import Sequence
 from typing import Final
 
-import torch
+import numpy as np
 
+from functions.stage.models.floats import Array, Float32, HiddenDtype
 from functions.stage.models.kv_budget import KVBudget
 from functions.stage.models.layer_group import Segment
 
@@ -26,6 +27,8 @@ class CountingGroup:
     """
 
     shares_work: Final = False
+    runs_by: Final = "counting"
+    hidden_dtype: HiddenDtype = "F32"
 
     def __init__(
         self,
@@ -42,7 +45,6 @@ class CountingGroup:
         self.hidden_size = HIDDEN
         self.vocab_size = VOCAB
         self.max_positions = max_positions
-        self.hidden_dtype = torch.float32
         self.kv = KVBudget(capacity_tokens)
         self.gate = threading.Event()
         self.gate.set()
@@ -52,13 +54,17 @@ class CountingGroup:
         self.not_a_number: int | None = None
         self._sums: dict[int, list[float]] = {}
 
-    def forward(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+    def use_threads(self, count: int) -> None:
+        """Counting takes one."""
+
+    def forward(self, inputs: Array, segments: Sequence[Segment]) -> Array:
         self.began.set()
         assert self.gate.wait(30)
         self.passes.append([segment.length for segment in segments])
-        values = inputs.to(torch.float32) if self.first_layer == 0 else inputs[:, 0]
+        values = inputs.astype(np.float32) if self.first_layer == 0 else inputs[:, 0]
         outputs = []
-        for segment, part in zip(segments, torch.split(values, [segment.length for segment in segments]), strict=True):
+        parts = np.split(values, np.cumsum([segment.length for segment in segments])[:-1])
+        for segment, part in zip(segments, parts, strict=True):
             assert self.kv.length(segment.handle) == segment.position
             sums = self._sums.setdefault(segment.handle, [])
             del sums[segment.position :]
@@ -67,13 +73,14 @@ class CountingGroup:
             self.kv.extend(segment.handle, segment.length)
             if self.poison in part.tolist():
                 raise Poisoned(f"token {self.poison}")
-            states = torch.zeros(segment.length, HIDDEN)
-            states[:, 0] = torch.tensor(sums[segment.position :])
+            states = np.zeros((segment.length, HIDDEN), np.float32)
+            states[:, 0] = sums[segment.position :]
             if self.not_a_number in part.tolist():
-                states[-1, 1] = float("nan")
+                states[-1, 1] = np.nan
             outputs.append(states)
-        return torch.cat(outputs)
+        return np.concatenate(outputs)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        tokens = hidden[:, 0].to(torch.int64) % VOCAB
-        return torch.zeros(len(hidden), VOCAB).scatter(1, tokens[:, None], 1.0)
+    def logits(self, hidden: Array) -> Float32:
+        logits = np.zeros((len(hidden), VOCAB), np.float32)
+        logits[np.arange(len(hidden)), hidden[:, 0].astype(np.int64) % VOCAB] = 1
+        return logits

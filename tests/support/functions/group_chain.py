@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 
 from functions.stage.models.layer_group import LayerGroup, Segment
+from tests.support.functions.borders import logits_of, tensor
 from tests.support.storage import tiny_models
 
 Rows = Mapping[str, tuple[int, Sequence[int]]]
@@ -27,18 +29,18 @@ class GroupChain:
 
     def states(self, rows: Rows) -> dict[str, torch.Tensor]:
         """One pass; what the last group makes of each sequence. KV is truncated to the position first."""
-        hidden = torch.tensor([token for _, tokens in rows.values() for token in tokens])
+        hidden = np.array([token for _, tokens in rows.values() for token in tokens], np.int64)
         for stage, group in enumerate(self.groups):
             segments = [Segment(self.handles[id][stage], position, len(tokens)) for id, (position, tokens) in rows.items()]
             for segment in segments:
                 group.kv.truncate(segment.handle, segment.position)
             hidden = group.forward(hidden, segments)
-        return dict(zip(rows, hidden.split([len(tokens) for _, tokens in rows.values()]), strict=True))
+        return dict(zip(rows, tensor(hidden, self.groups[-1]).split([len(tokens) for _, tokens in rows.values()]), strict=True))
 
     def logits(self, rows: Rows) -> dict[str, torch.Tensor]:
         """One pass."""
         states = self.states(rows)
-        logits = self.groups[-1].logits(torch.cat(list(states.values())))
+        logits = logits_of(self.groups[-1], torch.cat(list(states.values())))
         return dict(zip(rows, logits.split([len(part) for part in states.values()]), strict=True))
 
     def greedy(self, id: str, prompt: Sequence[int], new_tokens: int) -> list[int]:

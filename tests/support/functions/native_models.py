@@ -3,11 +3,13 @@
 from collections.abc import Collection, Sequence
 from functools import cache
 from typing import Any, Final
-from unittest.mock import patch
 
 import torch
 
 from functions.stage.models.llama.group import LlamaGroup
+from functions.stage.models.native.group import NativeGroup
+from storage.loading.weight_loader import RawTensor
+from tests.support.functions.borders import raw
 from tests.support.functions.int8_checkpoints import dequantized, int8_checkpoint
 from tests.support.storage import tiny_models
 
@@ -52,37 +54,29 @@ def checkpoint(name: str, dtype: str, keep_wide: Collection[str] = ()) -> dict[s
     return tensors if dtype == "float32" else {key: tensor.bfloat16() for key, tensor in tensors.items()}
 
 
-def built_groups(
-    name: str, dtype: str, cut: Sequence[tuple[int, int]] = CUT, keep_wide: Collection[str] = ()
-) -> list[LlamaGroup]:
-    """As a stage builds them, in C or not."""
-    return [_group(name, dtype, checkpoint(name, dtype, keep_wide), first, last) for first, last in cut]
-
-
 def native_groups(
     name: str, dtype: str, cut: Sequence[tuple[int, int]] = CUT, keep_wide: Collection[str] = ()
-) -> list[LlamaGroup]:
-    groups = built_groups(name, dtype, cut, keep_wide)
-    assert all(group._native is not None for group in groups), "the layers that are to be tested are not in use"
-    return groups
+) -> list[NativeGroup]:
+    tensors = checkpoint(name, dtype, keep_wide)
+    return [NativeGroup.build(config(name), _own(tensors, first, last), first, last, dtype, BUDGET) for first, last in cut]
 
 
 def torch_groups(name: str, dtype: str) -> list[LlamaGroup]:
     """The same by torch's operators."""
-    with patch("functions.stage.models.llama.group.native_library", lambda *_: None):
-        return built_groups(name, dtype)
+    return [_torch_group(name, dtype, checkpoint(name, dtype), first, last) for first, last in CUT]
 
 
 def exact_groups(name: str, dtype: str, keep_wide: Collection[str] = ()) -> list[LlamaGroup]:
     """What `native_groups` approximate: torch's layers in float32, cut once, on numbers rounded to `dtype` before."""
-    tensors = dequantized(checkpoint(name, dtype, keep_wide))
-    with patch("functions.stage.models.llama.group.native_library", lambda *_: None):
-        return [_group(name, "float32", tensors, 0, tiny_models.NUM_LAYERS)]
+    return [_torch_group(name, "float32", dequantized(checkpoint(name, dtype, keep_wide)), 0, tiny_models.NUM_LAYERS)]
 
 
-def _group(name: str, dtype: str, tensors: dict[str, torch.Tensor], first: int, last: int) -> LlamaGroup:
-    own = tiny_models.stage_tensors(tensors, first, last)
-    return LlamaGroup.build(config(name), own, first, last, dtype, "cpu", BUDGET)
+def _torch_group(name: str, dtype: str, tensors: dict[str, torch.Tensor], first: int, last: int) -> LlamaGroup:
+    return LlamaGroup.build(config(name), _own(tensors, first, last), first, last, dtype, "cpu", BUDGET)
+
+
+def _own(tensors: dict[str, torch.Tensor], first: int, last: int) -> dict[str, RawTensor]:
+    return raw(tiny_models.stage_tensors(tensors, first, last))
 
 
 def error(found: torch.Tensor, exact: torch.Tensor) -> float:

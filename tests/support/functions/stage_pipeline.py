@@ -6,12 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from eventing.wire.events import Batch, Row, Sampling, Status, Want
 from functions.stage.engine.engine import Engine
 from functions.stage.models.build import Kind, build_layer_group
 from functions.stage.models.layer_group import LayerGroup, Segment
+from storage.loading.weight_loader import RawTensor
+from tests.support.functions.borders import raw
 from tests.support.storage import tiny_models
 
 CUT = ((0, 2), (2, 3), (3, 6))
@@ -27,6 +30,11 @@ def tensors(name: str) -> dict[str, torch.Tensor]:
     return tiny_models.checkpoint_tensors(whole_model(name))
 
 
+def stage_tensors(name: str, first: int, last: int) -> dict[str, RawTensor]:
+    """What a stage reads from the store."""
+    return raw(tiny_models.stage_tensors(tensors(name), first, last))
+
+
 def build_groups(
     name: str,
     cut: Sequence[tuple[int, int]] = CUT,
@@ -36,9 +44,7 @@ def build_groups(
 ) -> list[LayerGroup]:
     config = tiny_models.tiny_config(name)
     return [
-        build_layer_group(
-            kind, config, tiny_models.stage_tensors(tensors(name), first, last), first, last, dtype, "cpu", kv_budget_bytes
-        )
+        build_layer_group(kind, config, stage_tensors(name, first, last), first, last, dtype, "cpu", kv_budget_bytes)
         for first, last in cut
     ]
 
@@ -52,12 +58,12 @@ class GroupPipeline:
 
     def logits(self, token_ids: Sequence[int], position: int) -> torch.Tensor:
         """float32 [len(token_ids), vocab]"""
-        states = torch.tensor(list(token_ids))
+        states = np.array(token_ids, np.int64)
         for group, handle in zip(self.groups, self.handles, strict=True):
             group.kv.truncate(handle, position)
             assert group.kv.length(handle) == position
             states = group.forward(states, [Segment(handle, position, len(token_ids))])
-        return self.groups[-1].logits(states)
+        return torch.from_numpy(self.groups[-1].logits(states))
 
 
 @contextmanager

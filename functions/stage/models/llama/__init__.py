@@ -1,4 +1,4 @@
-"""Llama-shaped families by torch's operators, and by the native layers where they run.
+"""What a Llama-shaped model looks like, and how torch's operators run it.
 
-May import: functions.stage.models, functions.stage.native, storage, storage.checkpoints.
+May import: functions.stage.models, storage, storage.checkpoints, storage.loading.
 """

@@ -10,7 +10,8 @@ from functions.stage.models.llama.kv_pool import KVPool
 from functions.stage.models.llama.linear import Matrix, linear, stacked
 from functions.stage.models.llama.mlp import gated_mlp
 from functions.stage.models.llama.norm import RmsNorm
-from functions.stage.models.llama.rope import interleaved_rows, rotate
+from functions.stage.models.llama.rope import interleaved_rows
+from functions.stage.models.llama.rotation import rotate
 from functions.stage.models.llama.weights import Precision, Weights
 from storage.checkpoints.llama_config import LlamaConfig
 
@@ -106,8 +107,8 @@ def _qkv(model: LlamaConfig, weights: Weights) -> list[Matrix]:
     """Queries and keys with rotated pairs side by side, and values."""
     queries, keys, values = (weights.matrix(f"self_attn.{name}_proj", model.qkv_bias) for name in "qkv")
     return [
-        queries.with_rows(interleaved_rows(model.num_heads, model.head_dim)),
-        keys.with_rows(interleaved_rows(model.num_kv_heads, model.head_dim)),
+        queries.with_rows(torch.from_numpy(interleaved_rows(model.num_heads, model.head_dim))),
+        keys.with_rows(torch.from_numpy(interleaved_rows(model.num_kv_heads, model.head_dim))),
         values,
     ]
 
@@ -116,4 +117,4 @@ def _qk_gains(model: LlamaConfig, weights: Weights) -> torch.Tensor:
     """Of all query heads and all key heads [heads, head_dim], ordered as `rotate` wants them."""
     of_queries = weights.vector("self_attn.q_norm.weight").expand(model.num_heads, -1)
     of_keys = weights.vector("self_attn.k_norm.weight").expand(model.num_kv_heads, -1)
-    return torch.cat((of_queries, of_keys))[:, interleaved_rows(1, model.head_dim)]
+    return torch.cat((of_queries, of_keys))[:, torch.from_numpy(interleaved_rows(1, model.head_dim))]

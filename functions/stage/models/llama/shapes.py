@@ -1,6 +1,6 @@
 """What shape every tensor of a Llama-shaped model has, from its config: what is loaded is held against it.
 
-Machine code and torch's operators take sizes from the config: a taller or wider matrix would have them read or write
+Layers in C and torch's operators take sizes from the config: a taller or wider matrix would have them read or write
 memory that is none of its own.
 """
 

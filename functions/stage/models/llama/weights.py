@@ -8,6 +8,8 @@ import torch
 
 from functions.stage.models.layer_group import MissingTensors
 from functions.stage.models.llama.linear import Matrix
+from functions.stage.models.torch_border import weight_tensor
+from storage.loading.weight_loader import RawTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Weights:
     """Tensors under one prefix. What is taken is removed, so that sources are freed as fused ones appear."""
 
     def __init__(
-        self, tensors: MutableMapping[str, torch.Tensor], prefix: str, precision: Precision, device: torch.device
+        self, tensors: MutableMapping[str, RawTensor], prefix: str, precision: Precision, device: torch.device
     ) -> None:
         self._tensors = tensors
         self._prefix = prefix
@@ -61,6 +63,6 @@ class Weights:
 
     def _take(self, name: str) -> torch.Tensor:
         try:
-            return self._tensors.pop(self._prefix + name).to(self._device)
+            return weight_tensor(self._tensors.pop(self._prefix + name)).to(self._device)
         except KeyError as missing:
             raise MissingTensors(f"{missing} is missing") from None

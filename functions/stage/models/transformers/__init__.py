@@ -1,4 +1,4 @@
 """Any other family, by transformers' own modules.
 
-May import: functions.stage.models.
+May import: functions.stage.models, storage.loading.
 """

@@ -11,16 +11,21 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Self
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import logging
 
+from functions.stage.models import floats
 from functions.stage.models.families import Family, cut_config, family_of
-from functions.stage.models.layer_group import FLOAT_DTYPES, MissingTensors, Segment
+from functions.stage.models.floats import HIDDEN_DTYPES, Array, Float32, HiddenDtype
+from functions.stage.models.layer_group import MissingTensors, Segment
+from functions.stage.models.torch_border import DTYPES, input_tensor, output_array, use_threads, weight_tensors
 from functions.stage.models.transformers.cache import TransformersKVCache
 from functions.stage.models.transformers.long_rope import LongRope
+from storage.loading.weight_loader import RawTensor
 
 _HEADS: Final = ("lm_head", "embed_out")
 _LAYER_NUMBER: Final = re.compile(r"(?<![^.])\d+(?=\.)")
@@ -40,7 +45,7 @@ class TransformersGroup:
     def __init__(
         self,
         model: PreTrainedModel,
-        hidden_dtype: torch.dtype,
+        hidden_dtype: HiddenDtype,
         first_layer: int,
         last_layer: int,
         num_layers: int,
@@ -71,7 +76,7 @@ class TransformersGroup:
     def build(
         cls,
         config: Mapping[str, Any],
-        tensors: Mapping[str, torch.Tensor],
+        tensors: Mapping[str, RawTensor],
         first_layer: int,
         last_layer: int,
         dtype: str,
@@ -81,27 +86,28 @@ class TransformersGroup:
         """Layers [first_layer, last_layer) of the model that `config` (a config.json) describes.
 
         tensors: by their names in the checkpoint; at least this group's layers, and the embedding and head it owns.
-        They are used in place where dtype and device are theirs already. dtype: a key of FLOAT_DTYPES.
+        They are used in place where dtype and device are theirs already. dtype: of floats.
         Raises UnsupportedArchitecture, UnsupportedRope, MissingTensors.
         """
         family = family_of(config)
         # Whatever the weights were quantized with before, they were published as plain floats.
         cut = AutoConfig.for_model(**{name: value for name, value in config.items() if name != "quantization_config"})
         num_layers: int = cut.num_hidden_layers
-        own = _own_tensors(tensors, family, cut, first_layer, last_layer == num_layers)
+        own = _own_tensors(weight_tensors(tensors), family, cut, first_layer, last_layer == num_layers)
         cut_config(cut, family, first_layer, last_layer)
-        hidden_dtype = FLOAT_DTYPES[dtype]
+        hidden_dtype = HIDDEN_DTYPES[dtype]
         model_class = _sliced(MODEL_FOR_CAUSAL_LM_MAPPING[type(cut)], family, first_layer, last_layer, num_layers)
-        model = _load(model_class, cut, family, own, hidden_dtype, first_layer).to(device)
+        model = _load(model_class, cut, family, own, DTYPES[hidden_dtype], first_layer).to(device)
         return cls(model, hidden_dtype, first_layer, last_layer, num_layers, kv_budget_bytes)
 
     @torch.inference_mode()
-    def forward(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
-        parts = torch.split(inputs.to(self._device), [segment.length for segment in segments])
+    def forward(self, inputs: Array, segments: Sequence[Segment]) -> Array:
+        given = input_tensor(inputs, self.hidden_dtype).to(self._device)
+        parts = torch.split(given, [segment.length for segment in segments])
         outputs = [self._forward_one(part, segment.handle) for part, segment in zip(parts, segments, strict=True)]
         for segment in segments:
             self.kv.extend(segment.handle, segment.length)
-        return torch.cat(outputs).to("cpu", self.hidden_dtype)
+        return output_array(torch.cat(outputs).to("cpu", DTYPES[self.hidden_dtype]))
 
     def _forward_one(self, inputs: torch.Tensor, handle: int) -> torch.Tensor:
         """A long segment part after part: masks, and in some families scores, grow with the product of rows and tokens."""
@@ -117,17 +123,21 @@ class TransformersGroup:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self._head(inputs_embeds=hidden[None].to(self._device), use_cache=False).logits[0]
-        return logits.float().cpu()
+    def logits(self, hidden: Array) -> Float32:
+        states = input_tensor(hidden, self.hidden_dtype).to(self._device)
+        logits: torch.Tensor = self._head(inputs_embeds=states[None], use_cache=False).logits[0]
+        return output_array(logits.float().cpu())
+
+    def use_threads(self, count: int) -> None:
+        use_threads(count)
 
     def _kv_bytes_per_token(self) -> int:
         """What the modules really keep for one token: families differ in how, and some compress it."""
         handle = self.kv.reserve(1)
         if self.first_layer == 0:
-            inputs = torch.zeros(1, dtype=torch.int64)
+            inputs: Array = np.zeros(1, np.int64)
         else:
-            inputs = torch.zeros(1, self.hidden_size, dtype=self.hidden_dtype)
+            inputs = np.zeros((1, self.hidden_size), floats.DTYPES[self.hidden_dtype])
         self.forward(inputs, [Segment(handle, position=0, length=1)])
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.kv.cache(handle).layers)
 

@@ -13,7 +13,7 @@ from functions.gateway.scheduling.token_stream import TokenStream
 from functions.stage.models.build import build_layer_group
 from functions.stage.models.layer_group import LayerGroup
 from tests.support.functions.gateway import scheduling, submit, tokens_of
-from tests.support.functions.stage_pipeline import build_groups, engines, tensors, whole_model
+from tests.support.functions.stage_pipeline import build_groups, engines, stage_tensors, whole_model
 from tests.support.functions.stage_pipeline import generate as through_engines
 from tests.support.functions.stage_server import Fault, Seen, StageServer, running
 from tests.support.storage import tiny_models
@@ -29,8 +29,8 @@ def stage(index: int) -> StageServer:
     first, last = CUT[index]
 
     def build() -> LayerGroup:
-        own = tiny_models.stage_tensors(tensors(MODEL), first, last)
-        return build_layer_group("llama", tiny_models.tiny_config(MODEL), own, first, last, "float32", "cpu", 2**22)
+        own = stage_tensors(MODEL, first, last)
+        return build_layer_group("native", tiny_models.tiny_config(MODEL), own, first, last, "float32", "cpu", 2**22)
 
     return StageServer(index, CUT, build)
 

@@ -4,15 +4,16 @@ import math
 from array import array
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
-import torch
 
 from eventing.problems import EventTooLarge, MalformedEvent
 from eventing.wire.batch_codec import decode_batch, encode_batch
 from eventing.wire.control import ReleaseRow, ReserveRow
 from eventing.wire.events import Batch, Row, Sampling, Status, Tensor, Want
 from functions.stage.engine.engine import Engine
-from functions.stage.engine.wire_tensors import hidden_tensor, wire_tensor
+from functions.stage.engine.wire_tensors import hidden_array, wire_tensor
+from functions.stage.models.floats import Array, Float32
 from tests.support.functions.counting_group import HIDDEN, VOCAB, CountingGroup
 from tests.support.functions.stage_pipeline import batch, engines
 
@@ -243,7 +244,7 @@ def test_extreme_sampling_values_break_no_pass(stage: Stage) -> None:
 def test_a_row_whose_logits_are_no_numbers_fails_alone(stage: Stage, want: Want, wrong: float) -> None:
     sound = stage.group.logits
 
-    def overflowing(hidden: torch.Tensor) -> torch.Tensor:
+    def overflowing(hidden: Array) -> Float32:
         logits = sound(hidden)
         logits[hidden[:, 0] >= 15, 9] = wrong
         return logits
@@ -262,9 +263,10 @@ def test_log_probabilities_are_of_each_token_but_the_first(stage: Stage) -> None
     (answer,) = stage.engine.handle(batch([row], [1, 1, 3, 5]), source=GATEWAY).rows
     assert answer.result is not None
     assert answer.result.token is None
-    hit = torch.zeros(VOCAB).scatter(0, torch.tensor(1), 1.0).log_softmax(dim=0)
+    other = -math.log(VOCAB - 1 + math.e)
+    hit = {0: other, 1: other + 1}
     # Behind 1 the group predicts 1, behind 1 1 it predicts 2, behind 1 1 3 it predicts 5.
-    assert answer.result.logprobs == pytest.approx([float(hit[1]), float(hit[0]), float(hit[1])])
+    assert answer.result.logprobs == pytest.approx([hit[1], hit[0], hit[1]])
 
 
 @pytest.mark.parametrize(
@@ -276,7 +278,7 @@ def test_log_probabilities_are_of_each_token_but_the_first(stage: Stage) -> None
         (batch([Row("a", 0, 0, 4), Row("b", 0, 0, -1)], [1, 2, 3]), MalformedEvent, "there are 3 token ids"),
         (batch([Row("a", 0, 0, 70_000)], [1] * 70_000), EventTooLarge, "70000 tokens"),
         (
-            Batch((Row("a", 0, 0, 1),), memoryview(array("i", [1])), wire_tensor(torch.zeros(1, HIDDEN))),
+            Batch((Row("a", 0, 0, 1),), memoryview(array("i", [1])), wire_tensor(np.zeros((1, HIDDEN), np.float32), "F32")),
             MalformedEvent,
             "takes token ids alone",
         ),
@@ -290,8 +292,8 @@ def test_an_event_that_makes_no_sense_is_refused_as_a_whole(
     assert stage.begin("a", [1]) == 1
 
 
-def middle_batch(rows: list[Row], tokens: list[int], states: torch.Tensor) -> Batch:
-    return Batch(tuple(rows), memoryview(array("i", tokens)), wire_tensor(states))
+def middle_batch(rows: list[Row], tokens: list[int], states: Array) -> Batch:
+    return Batch(tuple(rows), memoryview(array("i", tokens)), wire_tensor(states, "F32"))
 
 
 @pytest.fixture
@@ -303,18 +305,18 @@ def middle() -> Iterator[Stage]:
 
 def test_where_all_rows_are_ok_rows_and_tokens_are_passed_through(middle: Stage) -> None:
     rows = [Row("a", 0, 0, 2, Want.NONE, reserve_tokens=9), Row("b", 1, 0, 1, Want.TOKEN, reserve_tokens=9)]
-    into = middle_batch(rows, [5, 6, 7], torch.arange(12.0).view(3, 4))
+    into = middle_batch(rows, [5, 6, 7], np.arange(12, dtype=np.float32).reshape(3, 4))
     reply = middle.engine.handle(into, source=GATEWAY)
     assert reply.rows is into.rows
     assert reply.token_ids is into.token_ids
     assert reply.hidden is not None
-    assert hidden_tensor(reply.hidden)[:, 0].tolist() == [0.0, 4.0, 8.0]
+    assert hidden_array(reply.hidden)[:, 0].tolist() == [0.0, 4.0, 8.0]
     assert decode_batch(b"".join(encode_batch(reply))).rows == into.rows
 
 
 def test_finite_states_pass_even_where_their_sum_over_rows_is_not(middle: Stage) -> None:
     rows = [Row(id_, 0, 0, 1, reserve_tokens=9) for id_ in "ab"]
-    states = torch.zeros(2, 4)
+    states = np.zeros((2, 4), np.float32)
     states[:, 0] = 3e38
     reply = middle.engine.handle(middle_batch(rows, [1, 2], states), source=GATEWAY)
     assert [row.status for row in reply.rows] == [Status.OK, Status.OK]
@@ -322,7 +324,7 @@ def test_finite_states_pass_even_where_their_sum_over_rows_is_not(middle: Stage)
 
 def test_rows_that_fail_leave_the_tensor(middle: Stage) -> None:
     rows = [Row(id_, 0, 0, 2, reserve_tokens=9) for id_ in "abc"] + [Row("d", 0, 5, 1)]
-    states = torch.arange(28.0).view(7, 4)
+    states = np.arange(28, dtype=np.float32).reshape(7, 4)
     states[3, 2] = float("inf")
     reply = middle.engine.handle(middle_batch(rows, [1, 2, 3, 4, 5, 6, 7], states), source=GATEWAY)
     assert [row.status for row in reply.rows] == [Status.OK, Status.INVALID, Status.OK, Status.MISS]
@@ -330,12 +332,12 @@ def test_rows_that_fail_leave_the_tensor(middle: Stage) -> None:
     assert [row.length for row in reply.rows] == [2, 0, 2, 0]
     assert reply.token_ids.tolist() == [1, 2, 5, 6]
     assert reply.hidden is not None
-    assert hidden_tensor(reply.hidden)[:, 0].tolist() == [0.0, 4.0, 16.0, 20.0]
+    assert hidden_array(reply.hidden)[:, 0].tolist() == [0.0, 4.0, 16.0, 20.0]
     assert decode_batch(b"".join(encode_batch(reply))).rows == reply.rows
 
 
 def test_an_event_without_any_good_row_gets_its_statuses(middle: Stage) -> None:
-    reply = middle.engine.handle(middle_batch([Row("a", 0, 3, 1)], [1], torch.zeros(1, 4)), source=GATEWAY)
+    reply = middle.engine.handle(middle_batch([Row("a", 0, 3, 1)], [1], np.zeros((1, 4), np.float32)), source=GATEWAY)
     assert reply.rows[0].status is Status.MISS
     assert reply.hidden is None
     assert middle.engine.handle(reply, source=GATEWAY).rows == reply.rows
@@ -345,9 +347,9 @@ def test_an_event_without_any_good_row_gets_its_statuses(middle: Stage) -> None:
     ("tensor", "message"),
     [
         (None, "no tensor, but layer 2 takes hidden states"),
-        (wire_tensor(torch.zeros(1, HIDDEN + 1)), r"is F32 \[1, 5\], this stage takes F32 \[1, 4\]"),
-        (wire_tensor(torch.zeros(1, HIDDEN, dtype=torch.bfloat16)), r"is BF16 \[1, 4\], this stage takes F32"),
-        (wire_tensor(torch.zeros(2, HIDDEN)), r"is F32 \[2, 4\]"),
+        (wire_tensor(np.zeros((1, HIDDEN + 1), np.float32), "F32"), r"is F32 \[1, 5\], this stage takes F32 \[1, 4\]"),
+        (wire_tensor(np.zeros((1, HIDDEN), np.uint16), "BF16"), r"is BF16 \[1, 4\], this stage takes F32"),
+        (wire_tensor(np.zeros((2, HIDDEN), np.float32), "F32"), r"is F32 \[2, 4\]"),
     ],
 )
 def test_another_models_tensor_is_refused(middle: Stage, tensor: Tensor | None, message: str) -> None:

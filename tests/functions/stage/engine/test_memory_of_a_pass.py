@@ -14,6 +14,7 @@ from functions.stage.models.layer_group import LayerGroup
 from functions.stage.models.llama import attention
 from functions.stage.models.transformers import group as transformers_group
 from tests.support.functions.allocations import Allocations
+from tests.support.functions.borders import raw
 from tests.support.functions.group_chain import tokens_of
 from tests.support.functions.stage_pipeline import batch, tensors, whole_model
 from tests.support.storage import tiny_models
@@ -31,7 +32,7 @@ CASES: list[tuple[Kind, str]] = [
 
 def build(kind: Kind, name: str, dtype: str = "float32", **changes: Any) -> LayerGroup:
     config = tiny_models.tiny_config(name, **changes)
-    return build_layer_group(kind, config, dict(tensors(name)), 0, 6, dtype, "cpu", 2**25)
+    return build_layer_group(kind, config, raw(tensors(name)), 0, 6, dtype, "cpu", 2**25)
 
 
 def passes_of(group: LayerGroup) -> ForwardPass:

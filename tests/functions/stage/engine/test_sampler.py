@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,8 +26,11 @@ from tests.support.storage import tiny_models
 VOCAB = 1211
 
 
-def random_logits(seed: int, rows: int = 1) -> torch.Tensor:
-    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
+Logits = npt.NDArray[np.float32]
+
+
+def random_logits(seed: int, rows: int = 1) -> Logits:
+    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)).mul_(3).numpy()
 
 
 def processors(sampling: Sampling) -> LogitsProcessorList:
@@ -64,7 +69,7 @@ TINY = st.floats(min_value=0, exclude_min=True, max_value=1e-30)
 def test_every_sampling_value_draws_a_token_whatever_the_logits(
     sampling: Sampling, row: list[float], history: list[int]
 ) -> None:
-    logits = torch.tensor([row, [0.0, 1.0, 2.0, 3.0, 4.0]])
+    logits = np.array([row, [0.0, 1.0, 2.0, 3.0, 4.0]], np.float32)
     extreme, ordinary = sample(logits, [sampling, Sampling()], [2**24, 0], [history, []])
     assert ordinary == 4, "the row beside it"
     if math.isfinite(max(row)):
@@ -79,12 +84,12 @@ def test_every_sampling_value_draws_a_token_whatever_the_logits(
 def test_hardly_any_temperature_is_greedy(temperature: float, top_p: float) -> None:
     logits = random_logits(5, rows=20)
     cold = Sampling(temperature=temperature, top_p=top_p, seed=1)
-    assert sample(logits, [cold] * 20, list(range(20)), [[]] * 20) == logits.argmax(dim=-1).tolist()
+    assert sample(logits, [cold] * 20, list(range(20)), [[]] * 20) == logits.argmax(axis=-1).tolist()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_hardly_any_penalty_prefers_what_was_there_in_its_order(temperature: float) -> None:
-    logits = torch.tensor([[3.0, 1.0, 2.0, -1.0]])
+    logits = np.array([[3.0, 1.0, 2.0, -1.0]], np.float32)
     for penalty in (1e-38, 1e-42, 5e-324):
         sampling = Sampling(temperature=temperature, repetition_penalty=penalty)
         assert sample(logits, [sampling], [9], [[1, 2, 3]]) == [2]
@@ -122,22 +127,22 @@ def test_the_filters_keep_what_transformers_keeps(
 ) -> None:
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     logits = random_logits(seed)
-    expected = processors(sampling)(torch.zeros(1, 1, dtype=torch.int64), logits.clone())[0]
-    scores, tokens = keep(logits[0] / temperature, sampling)
+    expected = processors(sampling)(torch.zeros(1, 1, dtype=torch.int64), torch.tensor(logits))[0]
+    scores, tokens = keep(logits[0] / np.float32(temperature), sampling)
     assert sorted(tokens.tolist()) == expected.isfinite().nonzero()[:, 0].tolist()
-    torch.testing.assert_close(scores, expected[tokens])
+    torch.testing.assert_close(torch.tensor(scores), expected[tokens])
 
 
 @pytest.mark.parametrize("history", [[1, 2, 3, 3, 3], [5], list(range(VOCAB))])
 def test_the_repetition_penalty_is_transformers(history: list[int]) -> None:
     for seed in range(20):
         logits = random_logits(seed)
-        expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([history]), logits.clone()).argmax().item()
+        expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([history]), torch.tensor(logits)).argmax().item()
         assert sample(logits, [Sampling(repetition_penalty=1.7)], [9], [history]) == [expected]
 
 
 def test_greedy_takes_the_lowest_of_equal_tokens() -> None:
-    logits = torch.zeros(2, VOCAB)
+    logits = np.zeros((2, VOCAB), np.float32)
     logits[1, [200, 17, 90]] = 2.0
     assert sample(logits, [Sampling(), Sampling()], [0, 0], [[], []]) == [0, 17]
 
@@ -151,7 +156,7 @@ def test_greedy_generation_with_a_penalty_is_generates() -> None:
     )[0].tolist()
     tokens = list(prompt)
     while len(tokens) < len(expected):
-        logits = tiny_models.all_logits(model, tokens)[-1:]
+        logits = tiny_models.all_logits(model, tokens)[-1:].numpy()
         (token,) = sample(logits, [Sampling(repetition_penalty=1.5)], [len(tokens)], [tokens])
         assert token is not None
         tokens.append(token)
@@ -170,7 +175,7 @@ def test_a_draw_depends_on_nothing_but_logits_values_seed_and_position() -> None
 
 def test_the_draws_are_these_for_ever() -> None:
     """Replays may run on another version of this code: the generator must never change."""
-    logits = torch.arange(211, dtype=torch.float32)[None] / 40
+    logits = np.arange(211, dtype=np.float32)[None] / 40
     draws = [sample(logits, [Sampling(temperature=1.0, seed=seed)], [position], [[]])[0] for seed, position in CASES]
     assert draws == EXPECTED_DRAWS
 
@@ -180,10 +185,10 @@ EXPECTED_DRAWS = [197, 204, 184, 194, 210, 125]
 
 
 def test_draws_follow_the_softmax_of_what_is_kept() -> None:
-    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5, -20.0]])
+    logits = np.array([[0.0, 1.0, 2.0, -1.0, 0.5, -20.0]], np.float32)
     sampling = Sampling(temperature=0.8, top_k=4)
-    scores, tokens = keep(logits[0] / 0.8, sampling)
-    expected = dict(zip(tokens.tolist(), scores.softmax(dim=-1).tolist(), strict=True))
+    scores, tokens = keep(logits[0] / np.float32(0.8), sampling)
+    expected = dict(zip(tokens.tolist(), torch.tensor(scores).softmax(dim=-1).tolist(), strict=True))
     counts = dict.fromkeys(range(6), 0)
     draws = 20_000
     for position in range(draws // 2):
@@ -198,6 +203,6 @@ def test_draws_follow_the_softmax_of_what_is_kept() -> None:
 
 def test_log_probabilities_are_the_log_softmax() -> None:
     logits = random_logits(3, rows=4)
-    tokens = torch.tensor([0, 5, 1210, 17])
-    expected = [math.log(logits[row].softmax(dim=-1)[token]) for row, token in enumerate(tokens)]
+    tokens = np.array([0, 5, 1210, 17])
+    expected = [math.log(torch.tensor(logits[row]).softmax(dim=-1)[token]) for row, token in enumerate(tokens)]
     assert log_probabilities(logits, tokens) == pytest.approx(expected, abs=1e-5)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from functions.stage.engine.engine import Engine
 from functions.stage.engine.threads import PassThreads
 from functions.stage.models.build import build_layer_group
+from tests.support.functions.borders import raw
 from tests.support.functions.stage_pipeline import CUT, generate
 from tests.support.storage import tiny_models
 
@@ -73,7 +74,7 @@ def running(model: PreTrainedModel, threads: list[Alternating]) -> Iterator[list
     with ExitStack() as stack:
         stages = []
         for (first, last), each in zip(CUT, threads, strict=True):
-            own = tiny_models.stage_tensors(tensors, first, last)
+            own = raw(tiny_models.stage_tensors(tensors, first, last))
             group = build_layer_group("llama", config, own, first, last, "float32", "cpu", 2**24)
             stages.append(Engine(group, num_stages=len(CUT), max_merge=4, idle_sequence_seconds=600.0, threads=each))
             stages[-1].start()

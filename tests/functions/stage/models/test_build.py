@@ -1,22 +1,26 @@
 """Which layer group runs what, what it imports for it, and the group that sleeps."""
 
 import json
+import pickle
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from functions.stage.models.build import build_layer_group, choose, device_for
+from functions.stage.models import build
+from functions.stage.models.build import Choice, build_layer_group, choose, device_for
 from functions.stage.models.families import FAMILIES
 from functions.stage.models.kv_budget import KVBudget
 from functions.stage.models.layer_group import KVCacheFull, Segment
+from storage.checkpoints.llama_config import UnsupportedConfig
 from storage.checkpoints.llama_shaped import LLAMA_FAMILIES
-from tests.support.functions.stage_pipeline import CUT, build_groups, engines, generate, tensors, whole_model
+from storage.errors import LibraryMissing
+from tests.support.functions.stage_pipeline import CUT, build_groups, engines, generate, stage_tensors, tensors, whole_model
 from tests.support.paths import ROOT
 from tests.support.storage import tiny_models
 
@@ -24,12 +28,15 @@ PROMPT = [5, 9, 33, 7, 100, 3, 8]
 
 BUILD = """
 import json, sys
-from safetensors.torch import load_file
+import pickle
+from storage.loading.weight_loader import RawTensor
 from functions.stage.models.build import build_layer_group
 from functions.stage.engine.engine import Engine
 folder, kind = sys.argv[1:]
 config = json.load(open(f"{folder}/config.json"))
-group = build_layer_group(kind, config, load_file(f"{folder}/stage.safetensors"), 0, 2, "float32", "cpu", 2**20, 0.001)
+arrays = pickle.load(open(f"{folder}/arrays", "rb"))
+tensors = {name: RawTensor("F32", array.shape, array.data.cast("B")) for name, array in arrays.items()}
+group = build_layer_group(kind, config, tensors, 0, 2, "float32", "cpu", 2**20, 0.001)
 engine = Engine(group, num_stages=3, max_merge=8, idle_sequence_seconds=60)
 engine.start()
 engine.warm_up()
@@ -41,18 +48,62 @@ print(*sorted({name.split(".")[0] for name in sys.modules}))
 def modules_loaded(name: str, kind: str, folder: Path) -> set[str]:
     """Top-level modules of a process that built the first stage and ran one step."""
     (folder / "config.json").write_text(json.dumps(tiny_models.tiny_config(name)))
-    save_file(tiny_models.stage_tensors(tensors(name), 0, 2), folder / "stage.safetensors")
+    arrays = {name: tensor.numpy() for name, tensor in tiny_models.stage_tensors(tensors(name), 0, 2).items()}
+    (folder / "arrays").write_bytes(pickle.dumps(arrays))
     done = subprocess.run(
         [sys.executable, "-c", BUILD, str(folder), kind], cwd=ROOT, check=True, capture_output=True, text=True, timeout=60
     )
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize(("name", "kind"), [("llama", "auto"), ("qwen3", "auto"), ("llama", "sleep")])
-def test_a_lean_stage_never_imports_transformers(name: str, kind: str, tmp_path: Path) -> None:
-    loaded = modules_loaded(name, kind, tmp_path)
+@pytest.mark.parametrize(("name", "kind"), [("llama", "auto"), ("qwen3", "auto"), ("llama", "native"), ("llama", "sleep")])
+def test_a_native_stage_imports_numpy_and_hardly_more(name: str, kind: str, tmp_path: Path) -> None:
+    packages = modules_loaded(name, kind, tmp_path) - sys.stdlib_module_names
+    packages = {package for package in packages if not package.startswith("_")}
+    assert packages <= {
+        "functions",
+        "eventing",
+        "storage",
+        "numpy",
+        "msgspec",
+        "cloudevents",
+        "blake3",
+        "dateutil",
+        "six",
+        "typing_extensions",
+    }
+
+
+def test_torchs_operators_need_torch_alone(tmp_path: Path) -> None:
+    loaded = modules_loaded("llama", "llama", tmp_path)
     assert "torch" in loaded
     assert not loaded & {"transformers", "boto3", "flask", "prometheus_client"}
+
+
+def test_what_is_made_of_torch_says_what_is_missing_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    gpt2, llama = tiny_models.tiny_config("gpt2"), tiny_models.tiny_config("llama")
+    assert choose("auto", llama, "float32", "auto") == Choice("native", "cpu")
+    for config, dtype, device, what in (
+        (gpt2, "float32", "auto", "a gpt2 model in float32 on cpu"),
+        (llama, "float16", "auto", "a llama model in float16 on cpu"),
+        (llama, "bfloat16", "cuda", "a llama model in bfloat16 on cuda"),
+    ):
+        with pytest.raises(LibraryMissing, match=rf"^{what} .*takes torch, which is not installed here .*target `full`"):
+            choose("auto", config, dtype, device)
+
+
+def test_what_transformers_runs_says_so_where_only_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(LibraryMissing, match="takes transformers, which is not installed here"):
+        choose("auto", tiny_models.tiny_config("gpt2"), "float32", "auto")
+
+
+def test_layers_that_are_to_run_in_c_and_do_not_are_refused() -> None:
+    with pytest.raises(UnsupportedConfig, match="the layers do not run in C: float16 is not"):
+        choose("native", tiny_models.tiny_config("llama"), "float16", "cpu")
+    with pytest.raises(UnsupportedConfig, match="gpt2"):
+        choose("native", tiny_models.tiny_config("gpt2"), "float32", "cpu")
 
 
 def test_other_families_run_on_transformers(tmp_path: Path) -> None:
@@ -60,14 +111,15 @@ def test_other_families_run_on_transformers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", tiny_models.ALL)
-def test_every_llama_shaped_model_is_lean_and_no_other(name: str) -> None:
-    assert choose(tiny_models.tiny_config(name)) == ("llama" if name in tiny_models.LLAMA_SHAPED else "transformers")
+def test_every_llama_shaped_model_runs_in_c_and_no_other(name: str) -> None:
+    kind = choose("auto", tiny_models.tiny_config(name), "float32", "cpu").kind
+    assert kind == ("native" if name in tiny_models.LLAMA_SHAPED else "transformers")
 
 
 def test_what_the_lean_group_declines_goes_to_transformers() -> None:
     odd = tiny_models.tiny_config("llama", hidden_act="gelu_new")
-    assert choose(odd) == "transformers"
-    stage = tiny_models.stage_tensors(tensors("llama"), 2, 4)
+    assert choose("auto", odd, "float32", "cpu").kind == "transformers"
+    stage = stage_tensors("llama", 2, 4)
     group = build_layer_group("auto", odd, stage, 2, 4, "float32", "cpu", 2**20)
     assert type(group).__name__ == "TransformersGroup"
 
@@ -85,6 +137,7 @@ def test_what_the_lean_group_declines_goes_to_transformers() -> None:
 def test_auto_takes_the_device_that_runs_the_dtype(
     configured: str, dtype: str, has_gpu: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(build, "_GPU_FILES", ("/dev/null",))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     assert device_for(configured, dtype) == device
 
@@ -97,14 +150,14 @@ def test_lean_families_are_families() -> None:
 def test_no_llama_shaped_family_is_left_to_the_slower_group(name: str) -> None:
     """Which families are lean once stood in two lists, and these in one of them only."""
     groups = build_groups(name, kind="auto")
-    assert {type(group).__name__ for group in groups} == {"LlamaGroup"}
+    assert {type(group).__name__ for group in groups} == {"NativeGroup"}
     with engines(groups) as stages:
         assert generate(stages, "a", PROMPT, 16, chunk=3) == tiny_models.greedy(whole_model(name), PROMPT, 16)
 
 
-def test_lean_and_transformers_stages_can_be_mixed_in_one_pipeline() -> None:
-    lean, other = build_groups("llama", kind="llama"), build_groups("llama", kind="transformers")
-    with engines([lean[0], other[1], lean[2]]) as stages:
+def test_native_transformers_and_torchs_stages_can_be_mixed_in_one_pipeline() -> None:
+    native, other, torchs = (build_groups("llama", kind=kind) for kind in ("native", "transformers", "llama"))
+    with engines([native[0], other[1], torchs[2]]) as stages:
         assert generate(stages, "a", PROMPT, 10) == tiny_models.greedy(whole_model("llama"), PROMPT, 10)
 
 
@@ -119,7 +172,7 @@ def test_a_sleeping_pass_takes_its_time_whatever_its_size() -> None:
     group = build_layer_group("sleep", config, {}, 2, 4, "bfloat16", "cpu", 2**20, sleep_seconds=0.05)
     handles = [group.kv.reserve(20) for _ in range(3)]
     began = time.perf_counter()
-    hidden = group.forward(torch.ones(30, 32), [Segment(handle, 0, 10) for handle in handles])
+    hidden = group.forward(np.zeros((30, 32), np.uint16), [Segment(handle, 0, 10) for handle in handles])
     assert 0.05 <= time.perf_counter() - began < 0.5
     assert hidden.shape == (30, 32)
     assert [group.kv.length(handle) for handle in handles] == [10] * 3
@@ -128,7 +181,7 @@ def test_a_sleeping_pass_takes_its_time_whatever_its_size() -> None:
 def test_a_sleeping_group_accounts_for_kv_as_a_real_one() -> None:
     for first, last in CUT:
         config = tiny_models.tiny_config("llama")
-        stage = tiny_models.stage_tensors(tensors("llama"), first, last)
+        stage = stage_tensors("llama", first, last)
         real = build_layer_group("transformers", config, stage, first, last, "bfloat16", "cpu", 2**20)
         sleeping = build_layer_group("sleep", config, {}, first, last, "bfloat16", "cpu", 2**20)
         assert sleeping.kv.capacity_tokens == real.kv.capacity_tokens
@@ -139,10 +192,10 @@ def test_a_large_vocabulary_survives_the_sleeping_stages() -> None:
     config = tiny_models.tiny_config("llama", vocab_size=300_000)
     first = build_layer_group("sleep", config, {}, 0, 3, "bfloat16", "cpu", 2**20)
     last = build_layer_group("sleep", config, {}, 3, 6, "bfloat16", "cpu", 2**20)
-    token_ids = torch.tensor([0, 1, 127, 128, 49_151, 151_936, 299_999])
+    token_ids = np.array([0, 1, 127, 128, 49_151, 151_936, 299_999])
     hidden = first.forward(token_ids, [Segment(first.kv.reserve(7), 0, 7)])
     hidden = last.forward(hidden, [Segment(last.kv.reserve(7), 0, 7)])
-    assert last.logits(hidden).argmax(dim=-1).tolist() == token_ids.tolist()
+    assert last.logits(hidden).argmax(axis=-1).tolist() == token_ids.tolist()
 
 
 def test_a_budget_counts_reservations() -> None:

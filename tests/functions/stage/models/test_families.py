@@ -12,6 +12,7 @@ from functions.stage.models.transformers.group import TransformersGroup
 from storage.checkpoints.model_description import describe_model
 from storage.models.model_repository import layer_object
 from storage.models.placement import head_matrix, place_tensors
+from tests.support.functions.borders import forwarded, logits_of, raw
 from tests.support.functions.stage_pipeline import CUT, GroupPipeline, build_groups, tensors, whole_model
 from tests.support.storage import tiny_models
 
@@ -54,7 +55,7 @@ def test_the_objects_of_a_publication_give_the_whole_models_logits_to_the_bit(na
         if last == model.num_layers:
             objects += ["head"] if head_matrix(placed) else ["head", "embedding"]
         stage = {tensor: tensors(name)[tensor] for object_ in objects for tensor in placed[object_]}
-        groups.append(TransformersGroup.build(config, stage, first, last, "float32", "cpu", 2**20))
+        groups.append(TransformersGroup.build(config, raw(stage), first, last, "float32", "cpu", 2**20))
     logits = GroupPipeline(groups).logits(PROMPT, 0)
     assert torch.equal(logits, tiny_models.all_logits(whole_model(name), PROMPT))
 
@@ -69,7 +70,7 @@ def test_any_cut_gives_the_same_logits(name: str, cut: tuple[tuple[int, int], ..
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text", "mixtral"])
 def test_bfloat16_is_the_whole_models_bfloat16(name: str) -> None:
     groups = build_groups(name, dtype="bfloat16")
-    assert groups[0].hidden_dtype == torch.bfloat16
+    assert groups[0].hidden_dtype == "BF16"
     whole = tiny_models.whole_model(name, dtype=torch.bfloat16)
     assert torch.equal(GroupPipeline(groups).logits(PROMPT, 0), tiny_models.all_logits(whole, PROMPT))
 
@@ -79,7 +80,7 @@ def test_names_of_a_bare_checkpoint_are_understood() -> None:
     config = tiny_models.tiny_config("gpt2")
     bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors("gpt2").items()}
     stages = [(first, last, tiny_models.stage_tensors(bare, first, last)) for first, last in CUT]
-    groups = [TransformersGroup.build(config, own, first, last, "float32", "cpu", 2**20) for first, last, own in stages]
+    groups = [TransformersGroup.build(config, raw(own), first, last, "float32", "cpu", 2**20) for first, last, own in stages]
     logits = GroupPipeline(groups).logits(PROMPT, 0)
     assert torch.equal(logits, tiny_models.all_logits(whole_model("gpt2"), PROMPT))
 
@@ -94,7 +95,7 @@ def test_sequences_of_one_pass_do_not_touch_each_other() -> None:
     texts = [PROMPT[:3], PROMPT[3:10], PROMPT[::-1]]
     alone = [GroupPipeline([group]).logits(text, 0) for text in texts]
     segments = [Segment(group.kv.reserve(20), 0, len(text)) for text in texts]
-    together = group.logits(group.forward(torch.tensor([token for text in texts for token in text]), segments))
+    together = logits_of(group, forwarded(group, [token for text in texts for token in text], segments))
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
@@ -120,7 +121,7 @@ def test_kv_memory_is_what_was_planned() -> None:
     pipeline = GroupPipeline([group], reserve_tokens=group.kv.capacity_tokens)
     with pytest.raises(KVCacheFull):
         group.kv.reserve(1)
-    group.forward(torch.tensor(PROMPT), [Segment(pipeline.handles[0], 0, len(PROMPT))])
+    forwarded(group, PROMPT, [Segment(pipeline.handles[0], 0, len(PROMPT))])
     layers = group.kv.cache(pipeline.handles[0]).layers
     assert sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) == 64 * 512
     group.kv.release(pipeline.handles[0])
@@ -160,4 +161,4 @@ def test_a_tensor_of_another_architecture_is_named() -> None:
 
 def build(name: str, stage: dict[str, torch.Tensor], first: int, last: int, **settings: Any) -> TransformersGroup:
     budget = settings.get("kv_budget_bytes", 2**20)
-    return TransformersGroup.build(tiny_models.tiny_config(name), stage, first, last, "float32", "cpu", budget)
+    return TransformersGroup.build(tiny_models.tiny_config(name), raw(stage), first, last, "float32", "cpu", budget)

@@ -1,7 +1,5 @@
-"""The lean layer group against the whole model in transformers: every family, cut in three, chunks and steps mixed."""
+"""Llama-shaped groups, in C and by torch's operators, against the whole model: every family, cut in three, chunks and steps."""
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from functools import cache
 from typing import Final
@@ -10,19 +8,24 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from functions.stage.models.layer_group import MissingTensors, Segment
+from functions.stage.models.build import Choice, Kind, build_layer_group, choose, empty_group
+from functions.stage.models.layer_group import LayerGroup, MissingTensors, Segment
 from functions.stage.models.llama.group import LlamaGroup
+from functions.stage.models.native.group import NativeGroup
 from functions.stage.native.library import library
 from functions.stage.native.records import padded_head
 from storage.checkpoints.llama_config import UnsupportedConfig
 from storage.errors import ArchitectureUnsupported
+from storage.loading.weight_loader import RawTensor
 from storage.models.quantizable import check_quantizable
+from tests.support.functions.borders import forwarded, raw
 from tests.support.functions.group_chain import GroupChain, by_plan, tokens_of
 from tests.support.storage import tiny_models
 
 CUT: Final = ((0, 2), (2, 4), (4, 6))
 NAMES: Final = tiny_models.LLAMA_SHAPED
 TOLERANCE: Final = 1e-4
+KINDS: Final[tuple[Kind, ...]] = ("native", "llama")
 
 
 @cache
@@ -35,21 +38,26 @@ def checkpoint(name: str) -> dict[str, torch.Tensor]:
     return tiny_models.checkpoint_tensors(model(name))
 
 
-def build(name: str, cut: Sequence[tuple[int, int]] = CUT, dtype: str = "float32", tokens: int = 200) -> list[LlamaGroup]:
+def stage_tensors(name: str, first: int, last: int) -> dict[str, RawTensor]:
+    return raw(tiny_models.stage_tensors(checkpoint(name), first, last))
+
+
+def build(
+    kind: Kind, name: str, cut: Sequence[tuple[int, int]] = CUT, dtype: str = "float32", tokens: int = 200
+) -> list[LayerGroup]:
     config = tiny_models.tiny_config(name)
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     token_bytes = 2 * 2 * config["num_key_value_heads"] * padded_head(head_dim) * 4
     return [
-        LlamaGroup.build(
-            config, tiny_models.stage_tensors(checkpoint(name), first, last), first, last, dtype, "cpu", tokens * token_bytes
-        )
+        build_layer_group(kind, config, stage_tensors(name, first, last), first, last, dtype, "cpu", tokens * token_bytes)
         for first, last in cut
     ]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_chunks_and_steps_of_ragged_sequences_in_one_pass_give_the_whole_models_logits(name: str) -> None:
-    stages = GroupChain(build(name))
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_and_steps_of_ragged_sequences_in_one_pass_give_the_whole_models_logits(kind: Kind, name: str) -> None:
+    stages = GroupChain(build(kind, name))
     texts = {"a": tokens_of(1, 40), "b": tokens_of(2, 30), "c": tokens_of(3, 25)}
     stages.reserve(*texts)
     # Each column is a pass: whole prompts beside nothing, chunks beside steps, steps alone.
@@ -61,8 +69,9 @@ def test_chunks_and_steps_of_ragged_sequences_in_one_pass_give_the_whole_models_
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_greedy_tokens_are_those_of_generate(name: str) -> None:
-    stages = GroupChain(build(name))
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_tokens_are_those_of_generate(kind: Kind, name: str) -> None:
+    stages = GroupChain(build(kind, name))
     stages.reserve("a")
     prompt = tokens_of(4, 20)
     assert stages.greedy("a", prompt, 20) == tiny_models.greedy(model(name), prompt, 20)
@@ -70,16 +79,18 @@ def test_greedy_tokens_are_those_of_generate(name: str) -> None:
 
 @pytest.mark.parametrize("cut", [((0, 6),), ((0, 1), (1, 6)), ((0, 5), (5, 6))])
 @pytest.mark.parametrize("name", ["llama_tied", "smollm3", "qwen2_sliding"])
-def test_any_cut_gives_the_same_tokens(name: str, cut: Sequence[tuple[int, int]]) -> None:
-    stages = GroupChain(build(name, cut, tokens=600))
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_cut_gives_the_same_tokens(kind: Kind, name: str, cut: Sequence[tuple[int, int]]) -> None:
+    stages = GroupChain(build(kind, name, cut, tokens=600))
     stages.reserve("a")
     prompt = tokens_of(5, 12)
     assert stages.greedy("a", prompt, 12) == tiny_models.greedy(model(name), prompt, 12)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral_sliding"])
-def test_what_lies_behind_a_position_is_forgotten(name: str) -> None:
-    stages = GroupChain(build(name))
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_lies_behind_a_position_is_forgotten(kind: Kind, name: str) -> None:
+    stages = GroupChain(build(kind, name))
     stages.reserve("a")
     text = tokens_of(6, 30)
     stages.logits({"a": (0, tokens_of(7, 25))})
@@ -89,8 +100,9 @@ def test_what_lies_behind_a_position_is_forgotten(name: str) -> None:
     torch.testing.assert_close(logits, tiny_models.all_logits(model(name), text)[10:], atol=TOLERANCE, rtol=0)
 
 
-def test_sequences_moved_together_keep_their_cache() -> None:
-    stages = GroupChain(build("llama", tokens=160))
+@pytest.mark.parametrize("kind", KINDS)
+def test_sequences_moved_together_keep_their_cache(kind: Kind) -> None:
+    stages = GroupChain(build(kind, "llama", tokens=160))
     texts = {id: tokens_of(seed, 30) for seed, id in enumerate("abcd")}
     stages.reserve("a", "b", "c", tokens=48)
     stages.logits({id: (0, texts[id][:20]) for id in "abc"})
@@ -104,9 +116,10 @@ def test_sequences_moved_together_keep_their_cache() -> None:
         torch.testing.assert_close(part, expected, atol=TOLERANCE, rtol=0)
 
 
-def test_bfloat16_is_as_close_as_transformers_in_bfloat16() -> None:
-    stages = GroupChain(build("llama", dtype="bfloat16"))
-    assert stages.groups[0].hidden_dtype == torch.bfloat16
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_is_as_close_as_transformers_in_bfloat16(kind: Kind) -> None:
+    stages = GroupChain(build(kind, "llama", dtype="bfloat16"))
+    assert stages.groups[0].hidden_dtype == "BF16"
     stages.reserve("a")
     text = tokens_of(9, 40)
     exact = tiny_models.all_logits(model("llama"), text)
@@ -115,10 +128,11 @@ def test_bfloat16_is_as_close_as_transformers_in_bfloat16() -> None:
     assert (ours - exact).abs().mean() < 1.2 * (library - exact).abs().mean()
 
 
-def test_layers_can_be_placed_one_by_one_in_any_order() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_can_be_placed_one_by_one_in_any_order(kind: Kind) -> None:
     config = tiny_models.tiny_config("llama_tied")
-    group = LlamaGroup(config, 0, 6, "float32", "cpu", 2**20)
-    named = dict(checkpoint("llama_tied"))
+    group = empty_group(Choice(kind, "cpu"), config, 0, 6, "float32", 2**20)
+    named = raw(checkpoint("llama_tied"))
     for layer in (5, 0, 3, 1, 4, 2):
         part = {name: tensor for name, tensor in named.items() if name.startswith(f"model.layers.{layer}.")}
         group.place(part)
@@ -133,9 +147,10 @@ def test_layers_can_be_placed_one_by_one_in_any_order() -> None:
     assert stages.greedy("a", prompt, 5) == tiny_models.greedy(model("llama_tied"), prompt, 5)
 
 
-def test_a_layer_that_is_not_whole_is_refused_by_name() -> None:
-    part = {name: tensor for name, tensor in checkpoint("llama").items() if "layers.1" in name and "up_proj" not in name}
-    group = LlamaGroup(tiny_models.tiny_config("llama"), 0, 2, "float32", "cpu", 2**20)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_that_is_not_whole_is_refused_by_name(kind: Kind) -> None:
+    part = {name: tensor for name, tensor in raw(checkpoint("llama")).items() if "layers.1" in name and "up_proj" not in name}
+    group = empty_group(Choice(kind, "cpu"), tiny_models.tiny_config("llama"), 0, 2, "float32", 2**20)
     with pytest.raises(MissingTensors, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
         group.place(part)
 
@@ -151,12 +166,13 @@ def test_a_layer_that_is_not_whole_is_refused_by_name() -> None:
         [Segment(0, 0, 6)],
     ],
 )
-def test_segments_that_do_not_fit_the_cache_are_refused_and_change_nothing(segments: list[Segment]) -> None:
-    group = build("llama", ((0, 2),))[0]
+@pytest.mark.parametrize("kind", KINDS)
+def test_segments_that_do_not_fit_the_cache_are_refused_and_change_nothing(kind: Kind, segments: list[Segment]) -> None:
+    group = build(kind, "llama", ((0, 2),))[0]
     handle = group.kv.reserve(60)
     rows = 5 if len(segments) != 1 or segments[0].length == 6 else segments[0].length
     with pytest.raises(ValueError, match=r"segments|follow|rows"):
-        group.forward(torch.zeros(rows, dtype=torch.int64), segments)
+        forwarded(group, [0] * rows, segments)
     assert group.kv.length(handle) == 0
 
 
@@ -175,12 +191,13 @@ def test_segments_that_do_not_fit_the_cache_are_refused_and_change_nothing(segme
 )
 def test_what_it_cannot_run_exactly_is_declined(changes: dict[str, object]) -> None:
     config = {**tiny_models.tiny_config("llama"), **changes}
-    assert not LlamaGroup.supports(config)
     with pytest.raises(UnsupportedConfig):
         LlamaGroup(config, 0, 6, "float32", "cpu", 2**20)
     with pytest.raises(ArchitectureUnsupported, match="no stage would run it in int8: "):
         check_quantizable(config, "int8")
     check_quantizable(config, "bfloat16")
+    with pytest.raises(UnsupportedConfig):
+        NativeGroup(config, 0, 6, "float32", 2**20)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +209,8 @@ def test_what_it_cannot_run_exactly_is_declined(changes: dict[str, object]) -> N
     ],
 )
 def test_layers_that_are_not_in_c_say_why(head_dim: int, dtype: str, why: str, caplog: pytest.LogCaptureFixture) -> None:
-    group = LlamaGroup(tiny_models.tiny_config("llama", head_dim=head_dim), 0, 6, dtype, "cpu", 2**20)
+    config = tiny_models.tiny_config("llama", head_dim=head_dim)
+    group = empty_group(choose("auto", config, dtype, "cpu"), config, 0, 6, dtype, 2**20)
     assert group.runs_by == f"torch's operators: {why}"
     assert [record.getMessage() for record in caplog.records] == (
         [] if dtype == "float16" else [f"layers run by torch's operators, which is slower: {why}"]
@@ -200,11 +218,6 @@ def test_layers_that_are_not_in_c_say_why(head_dim: int, dtype: str, why: str, c
 
 
 def test_layers_in_c_say_so(caplog: pytest.LogCaptureFixture) -> None:
-    group = LlamaGroup(tiny_models.tiny_config("llama", hidden_size=64, head_dim=32), 0, 6, "int8", "cpu", 2**20)
+    config = tiny_models.tiny_config("llama", hidden_size=64, head_dim=32)
+    group = empty_group(choose("auto", config, "int8", "cpu"), config, 0, 6, "int8", 2**20)
     assert (group.runs_by, caplog.records) == (f"C, {library().level}", [])
-
-
-def test_a_stage_that_uses_it_never_imports_transformers() -> None:
-    unwanted = "'transformers' in sys.modules or 'numpy.testing' in sys.modules"
-    code = f"import sys, functions.stage.models.llama.group; sys.exit({unwanted})"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

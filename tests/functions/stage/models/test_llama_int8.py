@@ -9,6 +9,7 @@ from functions.stage.models.layer_group import Segment
 from functions.stage.models.llama.group import LlamaGroup
 from functions.stage.models.llama.int8_linear import Int8Linear
 from functions.stage.models.llama.linear import Matrix, linear
+from tests.support.functions.borders import forwarded, logits_of, raw
 from tests.support.functions.int8_checkpoints import MATRICES, int8_checkpoint, quantized
 from tests.support.storage import tiny_models
 
@@ -16,7 +17,7 @@ from tests.support.storage import tiny_models
 def group(name: str, keep_wide: Collection[str] = ()) -> LlamaGroup:
     tensors = tiny_models.checkpoint_tensors(tiny_models.whole_model(name))
     return LlamaGroup.build(
-        tiny_models.tiny_config(name), int8_checkpoint(tensors, keep_wide), 0, 6, "int8", "cpu", kv_budget_bytes=2**20
+        tiny_models.tiny_config(name), raw(int8_checkpoint(tensors, keep_wide)), 0, 6, "int8", "cpu", kv_budget_bytes=2**20
     )
 
 
@@ -88,7 +89,7 @@ def chunk_and_steps(whole: LlamaGroup, texts: list[torch.Tensor]) -> list[torch.
         lengths = [len(text) - 4 if step == 0 else 1 for text in texts]
         inputs = torch.cat([text[at : at + length] for text, at, length in zip(texts, given, lengths, strict=True)])
         segments = [Segment(*segment) for segment in zip(handles, given, lengths, strict=True)]
-        for index, part in enumerate(whole.forward(inputs, segments).split(lengths)):
+        for index, part in enumerate(forwarded(whole, inputs, segments).split(lengths)):
             hidden[index].append(part)
             given[index] += lengths[index]
     for handle in handles:
@@ -102,7 +103,7 @@ def test_it_stays_near_the_model_whatever_is_kept_wide(keep_wide: Collection[str
     whole = group("llama", keep_wide)
     text = list(range(40))
     handle = whole.kv.reserve(len(text))
-    logits = whole.logits(whole.forward(torch.tensor(text), [Segment(handle, 0, len(text))]))
+    logits = logits_of(whole, forwarded(whole, text, [Segment(handle, 0, len(text))]))
     exact = tiny_models.all_logits(tiny_models.whole_model("llama"), text)
     assert (logits - exact).square().mean().sqrt() < exact.std() / 4
 

@@ -9,6 +9,7 @@ from functions.stage.models.build import build_layer_group, choose
 from functions.stage.models.layer_group import LayerGroup, Segment
 from functions.stage.models.transformers.long_rope import LongRope, UnsupportedRope
 from storage.checkpoints.llama_config import LlamaConfig, UnsupportedConfig
+from tests.support.functions.borders import forwarded, raw
 from tests.support.functions.group_chain import GroupChain, by_plan, tokens_of
 from tests.support.storage import tiny_models
 
@@ -70,7 +71,9 @@ def chain(name: str, changes: dict[str, Any]) -> tuple[GroupChain, Any]:
     model = tiny_models.whole_model(name, **changes)
     config, tensors = tiny_models.tiny_config(name, **changes), tiny_models.checkpoint_tensors(model)
     groups: list[LayerGroup] = [
-        build_layer_group("auto", config, tiny_models.stage_tensors(tensors, first, last), first, last, "float32", "cpu", 2**21)
+        build_layer_group(
+            "auto", config, raw(tiny_models.stage_tensors(tensors, first, last)), first, last, "float32", "cpu", 2**21
+        )
         for first, last in ((0, 2), (2, 6))
     ]
     return GroupChain(groups), model
@@ -124,7 +127,7 @@ def test_keys_that_the_lean_group_does_not_read_are_declined(parameters: Any) ->
     config = {**tiny_models.tiny_config("llama"), "rope_parameters": parameters}
     with pytest.raises(UnsupportedConfig, match="rotation"):
         LlamaConfig.from_dict(config)
-    assert choose(config) == "transformers"
+    assert choose("auto", config, "float32", "cpu").kind == "transformers"
 
 
 def test_longrope_in_some_kinds_of_layers_is_refused() -> None:
@@ -140,8 +143,7 @@ def test_a_group_takes_the_frequencies_of_each_pass_anew() -> None:
     group = stages.groups[0]
     text = tokens_of(5, 20)
     handles = {tokens: group.kv.reserve(tokens) for tokens in (20, 100)}
-    alone = group.forward(torch.tensor(text), [Segment(handles[20], 0, 20)])
+    alone = forwarded(group, text, [Segment(handles[20], 0, 20)])
     group.kv.truncate(handles[20], 0)
-    both = torch.tensor([*text, *text])
-    together = group.forward(both, [Segment(handles[100], 0, 20), Segment(handles[20], 0, 20)])
+    together = forwarded(group, [*text, *text], [Segment(handles[100], 0, 20), Segment(handles[20], 0, 20)])
     assert torch.equal(together[20:], alone)

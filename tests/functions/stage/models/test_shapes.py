@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import torch
 
-from functions.stage.models.build import build_layer_group
+from functions.stage.models.build import Choice, build_layer_group, choose, empty_group
 from functions.stage.models.families import FAMILIES
 from functions.stage.models.layer_group import MissingTensors
-from functions.stage.models.llama.group import LlamaGroup
 from functions.stage.models.llama.shapes import WrongShape, layer_shapes, outer_shapes
 from storage.checkpoints.llama_config import LlamaConfig
 from storage.checkpoints.llama_shaped import LLAMA_FAMILIES
+from tests.support.functions.borders import raw
 from tests.support.functions.int8_checkpoints import int8_checkpoint
 from tests.support.storage import tiny_models
 
@@ -35,7 +35,7 @@ def test_the_table_is_transformers_own(name: str) -> None:
 
 
 def test_int8_is_published_for_the_families_that_run_it() -> None:
-    assert {model_type for model_type in FAMILIES if LlamaGroup.supports(plain_config(model_type))} == LLAMA_FAMILIES.keys()
+    assert {model_type for model_type in FAMILIES if is_llama_shaped(plain_config(model_type))} == LLAMA_FAMILIES.keys()
 
 
 def plain_config(model_type: str) -> dict[str, Any]:
@@ -43,38 +43,46 @@ def plain_config(model_type: str) -> dict[str, Any]:
     return {**tiny_models.tiny_config("llama"), "model_type": model_type}
 
 
+def is_llama_shaped(config: dict[str, Any]) -> bool:
+    return choose("auto", config, "float32", "cpu").kind == "native"
+
+
 def wrong(shape: tuple[int, ...], seen: int) -> tuple[int, ...]:
     """Taller, wider, flat, and with a dimension more."""
     return [(shape[0] + 8, *shape[1:]), (*shape[:-1], shape[-1] + 8), (shape[0] * shape[-1],), (*shape, 1)][seen]
 
 
+@pytest.mark.parametrize("kind", ["native", "llama"])
 @pytest.mark.parametrize("seen", range(4))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_tensor_of_another_shape_is_refused_by_name(dtype: str, seen: int) -> None:
+def test_every_tensor_of_another_shape_is_refused_by_name(kind: Any, dtype: str, seen: int) -> None:
     config, tensors = tiny_models.tiny_config("llama_biased"), tensors_of("llama_biased")
-    group = LlamaGroup(config, 0, tiny_models.NUM_LAYERS, dtype, "cpu", BUDGET_BYTES)
+    group = empty_group(Choice(kind, "cpu"), config, 0, tiny_models.NUM_LAYERS, dtype, BUDGET_BYTES)
     for name, tensor in tensors.items():
         shape = wrong(tuple(tensor.shape), seen)
         if shape == tuple(tensor.shape):
             continue
         with pytest.raises(WrongShape) as error:
-            group.place({name: torch.zeros(shape, dtype=getattr(torch, dtype))})
+            group.place(raw({name: torch.zeros(shape, dtype=getattr(torch, dtype))}))
         assert str(error.value) == f"{name} is {list(shape)}, and the config makes it {list(tensor.shape)}"
 
 
-def test_scales_of_another_length_are_refused() -> None:
+@pytest.mark.parametrize("kind", ["native", "llama"])
+def test_scales_of_another_length_are_refused(kind: Any) -> None:
     config, tensors = tiny_models.tiny_config("llama"), int8_checkpoint(tensors_of("llama"))
     scale = next(name for name in tensors if name.endswith("_scale"))
     tensors[scale] = tensors[scale][:-1]
     with pytest.raises(WrongShape, match=scale):
-        build_layer_group("llama", config, tensors, 0, tiny_models.NUM_LAYERS, "int8", "cpu", BUDGET_BYTES)
+        build_layer_group(kind, config, raw(tensors), 0, tiny_models.NUM_LAYERS, "int8", "cpu", BUDGET_BYTES)
 
 
+@pytest.mark.parametrize("kind", ["native", "llama"])
 @pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.bias", "model.layers.6.input_layernorm.weight"])
-def test_a_tensor_without_a_place_is_refused(name: str) -> None:
-    group = LlamaGroup(tiny_models.tiny_config("llama"), 0, tiny_models.NUM_LAYERS, "float32", "cpu", BUDGET_BYTES)
+def test_a_tensor_without_a_place_is_refused(kind: Any, name: str) -> None:
+    config = tiny_models.tiny_config("llama")
+    group = empty_group(Choice(kind, "cpu"), config, 0, tiny_models.NUM_LAYERS, "float32", BUDGET_BYTES)
     with pytest.raises(MissingTensors, match=rf"the config has no place for {name} \[32\]"):
-        group.place({name: torch.zeros(32)})
+        group.place(raw({name: torch.zeros(32)}))
 
 
 @pytest.mark.parametrize("family", ["gemma", "gpt2"])
@@ -88,7 +96,7 @@ def test_other_families_name_the_tensor_and_both_shapes(family: str) -> None:
         build_layer_group(
             "transformers",
             tiny_models.tiny_config(family),
-            tensors,
+            raw(tensors),
             0,
             tiny_models.NUM_LAYERS,
             "float32",

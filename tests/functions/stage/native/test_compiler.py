@@ -1,6 +1,7 @@
 """Where the compiled library comes from: which compiler, which file, and what happens where neither is there."""
 
 import importlib.util
+import pickle
 import shutil
 import subprocess
 import sys
@@ -9,21 +10,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pytest
 import torch
 
-from functions.stage.models.llama.native_choice import native_library
+from functions.stage.models.build import build_layer_group
+from functions.stage.models.native.choice import native_obstacle
 from functions.stage.native import compiler, library
 from functions.stage.native.compiler import CompilationFailed, Compiler, NoCompiler
 from storage.checkpoints.llama_config import LlamaConfig
+from tests.support.functions.borders import raw
 from tests.support.functions.group_chain import GroupChain, by_plan, tokens_of
-from tests.support.functions.native_models import built_groups, torch_groups
+from tests.support.functions.native_models import BUDGET, CUT, checkpoint, config, torch_groups
 from tests.support.paths import ROOT
 from tests.support.storage import tiny_models
 
 TEXTS: Final = {"a": tokens_of(1, 30), "b": tokens_of(2, 21)}
 PLAN: Final = {"a": (1, 20, 9), "b": (3, 1, 17)}
-CPU: Final = torch.device("cpu")
 
 
 @pytest.fixture
@@ -116,8 +119,14 @@ def test_torch_runs_the_layers_where_nothing_can_be_compiled(
     library.library.cache_clear()
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    groups = built_groups("llama", "bfloat16")
-    assert all(group._native is None for group in groups)
+    whole = checkpoint("llama", "bfloat16")
+    groups = [
+        build_layer_group(
+            "auto", config("llama"), raw(tiny_models.stage_tensors(whole, first, last)), first, last, "bfloat16", "cpu", BUDGET
+        )
+        for first, last in CUT
+    ]
+    assert {group.runs_by for group in groups} == {f"torch's operators: {NoCompiler()}"}
     assert torch.equal(logits_of(groups), wanted)
     assert "layers run by torch's operators, which is slower: no compiled library and no compiler" in caplog.text
 
@@ -137,32 +146,35 @@ def logits_of(groups: Any) -> torch.Tensor:
 def test_layers_in_c_are_for_cpus_and_every_dtype_but_float16() -> None:
     model = LlamaConfig.from_dict(tiny_models.tiny_config("llama"))
     for dtype in ("bfloat16", "int8", "float32"):
-        assert native_library(model, dtype, CPU) is not None
-        assert native_library(model, dtype, torch.device("meta")) is None
-    assert native_library(model, "float16", CPU) is None
+        assert native_obstacle(model, dtype, "cpu") is None
+        assert native_obstacle(model, dtype, "meta") == "they are on meta"
+    assert native_obstacle(model, "float16", "cpu") == "float16 is not float32, bfloat16 or int8"
 
 
 # The library comes ahead of the fork, as where pods are forked.
 RUN_FORKED: Final = """
-import os, sys
-import torch
+import os, pickle, sys
+import numpy as np
 from functions.stage.native import preloaded
 if child := os.fork():
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 from functions.stage.models.layer_group import Segment
-from functions.stage.models.llama.group import LlamaGroup
-config, tensors = torch.load(sys.argv[1])
-torch.set_num_threads(2)
-group = LlamaGroup.build(config, tensors, 0, 6, "float32", "cpu", 2**20)
+from functions.stage.models.native.group import NativeGroup
+from storage.loading.weight_loader import RawTensor
+config, arrays = pickle.load(open(sys.argv[1], "rb"))
+tensors = {name: RawTensor("F32", array.shape, array.data.cast("B")) for name, array in arrays.items()}
+group = NativeGroup.build(config, tensors, 0, 6, "float32", 2**20)
+group.use_threads(2)
 handle = group.kv.reserve(40)
-torch.save(group.logits(group.forward(torch.arange(30), [Segment(handle, 0, 30)])), sys.argv[2])
+np.save(sys.argv[2], group.logits(group.forward(np.arange(30), [Segment(handle, 0, 30)])))
 """
 
 
 def test_a_library_loaded_ahead_of_a_fork_is_that_of_the_children(tmp_path: Path) -> None:
     model = tiny_models.whole_model("llama")
-    torch.save((tiny_models.tiny_config("llama"), tiny_models.checkpoint_tensors(model)), tmp_path / "model")
-    command = [sys.executable, "-c", RUN_FORKED, tmp_path / "model", tmp_path / "logits"]
+    arrays = {name: tensor.numpy() for name, tensor in tiny_models.checkpoint_tensors(model).items()}
+    (tmp_path / "model").write_bytes(pickle.dumps((tiny_models.tiny_config("llama"), arrays)))
+    command = [sys.executable, "-c", RUN_FORKED, tmp_path / "model", tmp_path / "logits.npy"]
     subprocess.run(command, cwd=ROOT, timeout=200, check=True)
-    found, wanted = torch.load(tmp_path / "logits"), tiny_models.all_logits(model, list(range(30)))
+    found, wanted = torch.from_numpy(np.load(tmp_path / "logits.npy")), tiny_models.all_logits(model, list(range(30)))
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)

@@ -9,15 +9,19 @@ import gc
 import itertools
 import os
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Final
 
+import numpy as np
 import pytest
 import torch
 
-from functions.stage.models.layer_group import Segment
-from functions.stage.models.llama.group import LlamaGroup
+from functions.stage.models.floats import Array
+from functions.stage.models.layer_group import LayerGroup, Segment
+from functions.stage.models.native.group import NativeGroup
+from tests.support.functions.borders import forwarded, raw, states
 from tests.support.functions.group_chain import GroupChain, by_plan, tokens_of
 from tests.support.functions.int8_checkpoints import MATRICES
 from tests.support.functions.native_models import NAMES, checkpoint, config, error, exact_groups, native_groups, torch_groups
@@ -34,14 +38,7 @@ PLAN: Final = {
 TEXTS: Final = {id: tokens_of(seed, sum(lengths)) for seed, (id, lengths) in enumerate(PLAN.items())}
 
 
-@pytest.fixture(autouse=True)
-def _threads_as_before() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def logits_of(groups: Sequence[LlamaGroup]) -> torch.Tensor:
+def logits_of(groups: Sequence[LayerGroup]) -> torch.Tensor:
     chain = GroupChain(groups)
     chain.reserve(*TEXTS, tokens=100)
     return torch.cat(list(by_plan(chain.logits, TEXTS, PLAN).values()))
@@ -60,9 +57,10 @@ def error_of_torch(name: str) -> float:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_nearer_to_float32_than_those_of_torchs_layers(name: str, dtype: str) -> None:
-    torch.set_num_threads(2)
-    exact = logits_of(exact_groups(name, dtype))
-    assert error(logits_of(native_groups(name, dtype)), exact) < error_of_torch(name)
+    exact, groups = logits_of(exact_groups(name, dtype)), native_groups(name, dtype)
+    for group in groups:
+        group.use_threads(2)
+    assert error(logits_of(groups), exact) < error_of_torch(name)
 
 
 @pytest.mark.parametrize("cut", [((0, 6),), ((0, 1), (1, 6))])
@@ -90,15 +88,15 @@ def test_any_matrix_of_an_int8_model_may_be_wide(keep_wide: Collection[str]) -> 
     assert error(found, exact) < error_of_torch("llama_biased")
 
 
-def first_layers(name: str, dtype: str) -> LlamaGroup:
+def first_layers(name: str, dtype: str) -> NativeGroup:
     """That give their hidden states as they are, not rounded for the wire."""
     (group,) = native_groups(name, dtype, ((0, 4),))
-    group.hidden_dtype = torch.float32
+    group.hidden_dtype = "F32"
     return group
 
 
 def states_of(
-    group: LlamaGroup, texts: Mapping[str, Sequence[int]], plan: Mapping[str, Sequence[int]]
+    group: NativeGroup, texts: Mapping[str, Sequence[int]], plan: Mapping[str, Sequence[int]]
 ) -> dict[str, torch.Tensor]:
     chain = GroupChain([group])
     chain.reserve(*texts, tokens=100)
@@ -118,11 +116,11 @@ def test_a_sequence_gets_the_same_bits_in_any_chunks_and_company_on_any_threads(
     """Those that it gets token by token, alone, on one thread."""
     group = first_layers(name, dtype)
     texts = {str(number): tokens_of(number, length) for number, length in enumerate(LENGTHS)}
-    torch.set_num_threads(1)
+    group.use_threads(1)
     alone = {id: states_of(group, {id: text}, {id: (1,) * len(text)})[id] for id, text in texts.items()}
     dice = random.Random(f"{name} {dtype}")
     for threads in (1, 2, 3, 2):
-        torch.set_num_threads(threads)
+        group.use_threads(threads)
         plan = {id: any_chunks(dice, len(text)) for id, text in texts.items()}
         together = states_of(group, texts, plan)
         for id in texts:
@@ -145,7 +143,7 @@ def test_answers_that_are_replayed_at_token_32_of_96_do_not_differ(dtype: str) -
         assert tokens[:32] + replayed == tokens
 
 
-def answer(groups: Sequence[LlamaGroup], text: list[int], new_tokens: int, chunk: int | None = None) -> list[int]:
+def answer(groups: Sequence[LayerGroup], text: list[int], new_tokens: int, chunk: int | None = None) -> list[int]:
     """Drawn from the best 8 by a generator of the position, so that the smallest change of a logit may show."""
     chain = GroupChain(groups)
     chain.reserve("a", tokens=len(text) + new_tokens)
@@ -168,14 +166,15 @@ def test_a_sequence_that_was_cut_back_gets_the_same_bits(dtype: str) -> None:
     wanted = states_of(group, {"a": text}, {"a": (40,)})["a"]
     for position in (7, 16, 21, 32):
         handle = group.kv.reserve(60)
-        group.forward(torch.tensor(text[:position]), [Segment(handle, 0, position)])
+        forwarded(group, text[:position], [Segment(handle, 0, position)])
         assert group._embedding is not None
-        kept = group._embedding[text[0]].clone()
-        group._embedding[text[0]] = float("nan")
-        group.forward(torch.tensor([text[0]] * 20), [Segment(handle, position, 20)])
-        group._embedding[text[0]] = kept
+        embedding = group._embedding.weights
+        kept = embedding[text[0]].copy()
+        embedding[text[0]] = 0x7FC0 if embedding.dtype == np.uint16 else np.nan
+        forwarded(group, [text[0]] * 20, [Segment(handle, position, 20)])
+        embedding[text[0]] = kept
         group.kv.truncate(handle, position)
-        rest = [group.forward(torch.tensor([text[at]]), [Segment(handle, at, 1)]) for at in range(position, 40)]
+        rest = [forwarded(group, [text[at]], [Segment(handle, at, 1)]) for at in range(position, 40)]
         assert torch.equal(torch.cat(rest), wanted[position:])
         group.kv.release(handle)
 
@@ -186,12 +185,12 @@ def test_more_threads_than_cores_and_those_of_a_forked_process_change_nothing(dt
     (group,) = native_groups("llama_biased", dtype, ((2, 5),))
     hidden = torch.randn(75, group.hidden_size, generator=torch.Generator().manual_seed(3))
     lengths = (1, 70, 1, 3)
-    torch.set_num_threads(3)
-    wanted = forwarded(group, hidden, lengths)
-    torch.set_num_threads(40)
-    assert torch.equal(forwarded(group, hidden, lengths), wanted)
+    group.use_threads(3)
+    wanted = new_sequences(group, hidden, lengths)
+    group.use_threads(40)
+    assert torch.equal(new_sequences(group, hidden, lengths), wanted)
     if not (child := os.fork()):
-        same = torch.equal(forwarded(group, hidden, lengths), wanted)
+        same = torch.equal(new_sequences(group, hidden, lengths), wanted)
         del group
         gc.collect()
         os._exit(0 if same else 1)
@@ -203,11 +202,11 @@ def test_a_row_that_is_not_finite_stays_alone_with_it(dtype: str) -> None:
     (group,) = native_groups("llama_biased", dtype, ((2, 5),))
     lengths = (5, 1, 3, 1, 4, 2)
     hidden = torch.randn(sum(lengths), group.hidden_size, generator=torch.Generator().manual_seed(1)).bfloat16()
-    good = forwarded(group, hidden, lengths).split(lengths)
+    good = new_sequences(group, hidden, lengths).split(lengths)
     hidden[5, 3] = float("inf")
     hidden[8, 60] = float("nan")
     hidden[9] = 3e38  # whose square is infinite
-    found = forwarded(group, hidden, lengths).split(lengths)
+    found = new_sequences(group, hidden, lengths).split(lengths)
     assert not found[1].isfinite().any()
     assert not found[2][2].isfinite().any()
     assert torch.equal(found[2][:2], good[2][:2]), "what came before it in the same chunk"
@@ -219,19 +218,20 @@ def test_a_row_that_is_not_finite_stays_alone_with_it(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
 def test_rows_of_zeros_get_what_biases_make_of_them(dtype: str) -> None:
     (group,), (exact,) = native_groups("llama_biased", dtype, ((0, 6),)), exact_groups("llama_biased", dtype)
-    for one in (group, exact):
-        assert one._embedding is not None
-        one._embedding = torch.zeros_like(one._embedding)
+    assert group._embedding is not None
+    group._embedding = replace(group._embedding, weights=np.zeros_like(group._embedding.weights))
+    assert exact._embedding is not None
+    exact._embedding = torch.zeros_like(exact._embedding)
     tokens = torch.arange(5)
-    wanted = forwarded(exact, tokens, (1, 4))
+    wanted = new_sequences(exact, tokens, (1, 4))
     assert wanted.abs().max() > 0.1
-    assert error(forwarded(group, tokens, (1, 4)).float(), wanted) < 0.02
+    assert error(new_sequences(group, tokens, (1, 4)).float(), wanted) < 0.02
 
 
-def forwarded(group: LlamaGroup, inputs: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """One pass of new sequences."""
+def new_sequences(group: LayerGroup, inputs: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """One pass of them."""
     segments = [Segment(group.kv.reserve(length), 0, length) for length in lengths]
-    result = group.forward(inputs, segments)
+    result = forwarded(group, inputs, segments)
     for segment in segments:
         group.kv.release(segment.handle)
     return result
@@ -240,31 +240,38 @@ def forwarded(group: LlamaGroup, inputs: torch.Tensor, lengths: Sequence[int]) -
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
 def test_inputs_may_lie_in_memory_in_any_order_and_stay_what_they_are(dtype: str) -> None:
     (group,) = native_groups("llama", dtype, ((2, 5),))
-    hidden = torch.randn(6, group.hidden_size, generator=torch.Generator().manual_seed(2)).bfloat16()
-    wanted = forwarded(group, hidden, (6,))
-    turned = hidden.T.contiguous().T
-    assert torch.equal(forwarded(group, turned, (6,)), wanted)
-    wide = hidden.float()
-    assert torch.equal(forwarded(group, wide, (6,)), wanted)
-    assert torch.equal(wide, hidden.float())
+    hidden = states(group, torch.randn(6, group.hidden_size, generator=torch.Generator().manual_seed(2)))
+    wanted = passed(group, hidden)
+    before = hidden.copy()
+    turned = hidden.T.copy().T
+    assert not turned.flags.c_contiguous
+    assert np.array_equal(passed(group, turned), wanted)
+    read_only = np.frombuffer(hidden.tobytes(), hidden.dtype).reshape(hidden.shape)
+    assert np.array_equal(passed(group, read_only), wanted)
+    assert np.array_equal(hidden, before)
+
+
+def passed(group: NativeGroup, hidden: Array) -> Array:
+    handle = group.kv.reserve(len(hidden))
+    result = group.forward(hidden, [Segment(handle, 0, len(hidden))])
+    group.kv.release(handle)
+    return result
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
 def test_matrices_are_held_once_and_in_place(dtype: str) -> None:
     tensors = {name: tensor for name, tensor in checkpoint("llama_biased", dtype).items() if ".layers.3." in name}
-    group = LlamaGroup(config("llama_biased"), 3, 4, dtype, "cpu", 2**20)
-    given = dict(tensors)
+    group = NativeGroup(config("llama_biased"), 3, 4, dtype, 2**20)
+    given = raw(tensors)
     group.place(given)
     assert not given
-    native = group._native
-    assert native is not None
+    layers = group._layers
     for field, name in (
         ("out", "self_attn.o_proj"),
         ("gate", "mlp.gate_proj"),
         ("up", "mlp.up_proj"),
         ("down", "mlp.down_proj"),
     ):
-        assert getattr(native._layers._layers[0], field).weights.data == tensors[f"model.layers.3.{name}.weight"].data_ptr()
-    assert not group._layers
-    matrices = [array for array in native._layers._kept if array.ndim == 2 and array.shape[1] > 32]
+        assert getattr(layers._layers[0], field).weights.data == tensors[f"model.layers.3.{name}.weight"].data_ptr()
+    matrices = [array for array in layers._kept if array.ndim == 2 and array.shape[1] > 32]
     assert sum(array.size for array in matrices) == sum(tensor.numel() for tensor in tensors.values() if tensor.ndim == 2)

@@ -78,5 +78,5 @@ def test_another_compiler_makes_the_same_bits(tmp_path: Path) -> None:
         other.use_level(level)
         for name, dtype in MODELS:
             wanted = logits_of(native_groups(name, dtype))
-            with patch("functions.stage.models.llama.group.native_library", lambda *_: other):
+            with patch("functions.stage.models.native.group.library", lambda: other):
                 assert torch.equal(logits_of(native_groups(name, dtype)), wanted), (level, name, dtype)

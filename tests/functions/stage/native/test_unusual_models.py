@@ -6,7 +6,8 @@ from typing import Any, Final
 import pytest
 import torch
 
-from functions.stage.models.llama.group import LlamaGroup
+from functions.stage.models.native.group import NativeGroup
+from tests.support.functions.borders import raw
 from tests.support.functions.group_chain import GroupChain, by_plan, tokens_of
 from tests.support.storage import tiny_models
 
@@ -101,8 +102,7 @@ def test_tokens_are_those_of_generate_and_logits_those_of_the_whole_model(name: 
     family, changes = MODELS[name]
     model = tiny_models.whole_model(family, **changes)
     config, tensors = tiny_models.tiny_config(family, **changes), tiny_models.checkpoint_tensors(model)
-    group = LlamaGroup.build(config, tensors, 0, 6, "float32", "cpu", 2**22)
-    assert group._native is not None
+    group = NativeGroup.build(config, raw(tensors), 0, 6, "float32", 2**22)
     chain = GroupChain([group])
     prompt = [token % config["vocab_size"] for token in tokens_of(3, 21)]
     chain.reserve("a", "b")

@@ -1,0 +1,135 @@
+"""A publication's tensors as the arrays that C reads: in place wherever their order is C's already."""
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from functions.stage.models.floats import Array, Float32, HiddenDtype, narrowed, widened
+from functions.stage.models.layer_group import MissingTensors
+from functions.stage.models.llama.rope import interleaved_rows
+from functions.stage.native.layers import MatrixArrays
+from functions.stage.native.records import Dtype
+from storage.checkpoints.llama_config import LlamaConfig
+from storage.loading.weight_loader import RawTensor
+
+_DTYPES: Final = {"BF16": Dtype.BF16, "I8": Dtype.INT8, "F32": Dtype.F32}
+_FLOATS: Final[Mapping[Dtype, HiddenDtype]] = {Dtype.BF16: "BF16", Dtype.F32: "F32"}
+_NUMPY_DTYPES: Final = {"BF16": np.uint16, "I8": np.int8, "F32": np.float32, "F16": np.float16}
+_MATRICES: Final = {"float32": Dtype.F32, "bfloat16": Dtype.BF16}
+"""dtype of a publication → of its matrices; of others as they were published."""
+
+
+class Weights:
+    """Tensors under one prefix. What is taken is removed, so that sources are freed as stacked ones appear."""
+
+    def __init__(self, tensors: MutableMapping[str, RawTensor], prefix: str, dtype: str) -> None:
+        self._tensors = tensors
+        self._prefix = prefix
+        self._matrices = _MATRICES.get(dtype)
+
+    def __contains__(self, name: str) -> bool:
+        return self._prefix + name in self._tensors
+
+    def vector(self, name: str) -> Float32:
+        """Raises MissingTensors."""
+        dtype, array = self._take(name)
+        return array if dtype == "F32" else widened(array, _FLOATS[_DTYPES[dtype]])
+
+    def matrix(self, name: str, biased: bool = False) -> MatrixArrays:
+        """`name`.weight with its scale and bias. Raises MissingTensors."""
+        dtype, weights = self._take(f"{name}.weight")
+        scales = self.vector(f"{name}.weight_scale") if dtype == "I8" else None
+        matrix = MatrixArrays(_DTYPES[dtype], weights, scales, self.vector(f"{name}.bias") if biased else None)
+        return matrix if dtype == "I8" or self._matrices is None else converted(matrix, self._matrices)
+
+    def _take(self, name: str) -> tuple[str, Array]:
+        try:
+            raw = self._tensors.pop(self._prefix + name)
+        except KeyError as missing:
+            raise MissingTensors(f"{missing} is missing") from None
+        return raw.dtype, np.frombuffer(raw.data, _NUMPY_DTYPES[raw.dtype]).reshape(raw.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerArrays:
+    """Of one layer, by the names of `native/c/native.h`."""
+
+    matrices: Mapping[str, MatrixArrays]
+    gains: Mapping[str, Float32 | None]
+
+
+def take_layer(model: LlamaConfig, weights: Weights) -> LayerArrays:
+    """Queries and keys have the two halves of each rotated pair side by side. Raises MissingTensors."""
+    queries, keys, values = (weights.matrix(f"self_attn.{name}_proj", model.qkv_bias) for name in "qkv")
+    qkv = [
+        with_rows(queries, interleaved_rows(model.num_heads, model.head_dim)),
+        with_rows(keys, interleaved_rows(model.num_kv_heads, model.head_dim)),
+        values,
+    ]
+    gate, up = of_one_kind([weights.matrix(f"mlp.{name}_proj", model.mlp_bias) for name in ("gate", "up")])
+    return LayerArrays(
+        matrices={
+            "qkv": stacked(of_one_kind(qkv)),
+            "out": weights.matrix("self_attn.o_proj", model.out_bias),
+            "gate": gate,
+            "up": up,
+            "down": weights.matrix("mlp.down_proj", model.mlp_bias),
+        },
+        gains={
+            "input_gain": weights.vector("input_layernorm.weight"),
+            "qk_gain": _qk_gains(model, weights) if model.qk_norm else None,
+            "mlp_gain": weights.vector("post_attention_layernorm.weight"),
+        },
+    )
+
+
+def rows_of(matrix: MatrixArrays, rows: Array) -> Float32:
+    """Some rows in float32, in memory of their own."""
+    if matrix.dtype == Dtype.INT8:
+        assert matrix.scales is not None
+        return matrix.weights[rows].astype(np.float32) * matrix.scales[rows, None]
+    return widened(matrix.weights[rows], _FLOATS[matrix.dtype])
+
+
+def with_rows(matrix: MatrixArrays, rows: Array) -> MatrixArrays:
+    """Output rows in another order."""
+    scales = None if matrix.scales is None else matrix.scales[rows]
+    biases = None if matrix.biases is None else matrix.biases[rows]
+    return MatrixArrays(matrix.dtype, matrix.weights[rows], scales, biases)
+
+
+def stacked(matrices: Sequence[MatrixArrays]) -> MatrixArrays:
+    """Matrices of one kind as one. Biases: all or none of them."""
+    scales = [matrix.scales for matrix in matrices if matrix.scales is not None]
+    biases = [matrix.biases for matrix in matrices if matrix.biases is not None]
+    return MatrixArrays(
+        matrices[0].dtype,
+        np.concatenate([matrix.weights for matrix in matrices]),
+        np.concatenate(scales) if scales else None,
+        np.concatenate(biases) if biases else None,
+    )
+
+
+def of_one_kind(matrices: Sequence[MatrixArrays]) -> Sequence[MatrixArrays]:
+    """As they are, or all in bf16 where some are wide already."""
+    if len({matrix.dtype for matrix in matrices}) == 1:
+        return matrices
+    return [converted(matrix, Dtype.BF16) for matrix in matrices]
+
+
+def converted(matrix: MatrixArrays, dtype: Dtype) -> MatrixArrays:
+    """To float32 or bf16."""
+    if matrix.dtype == dtype:
+        return matrix
+    wide = rows_of(matrix, np.arange(len(matrix.weights)))
+    return MatrixArrays(dtype, narrowed(wide, _FLOATS[dtype]), None, matrix.biases)
+
+
+def _qk_gains(model: LlamaConfig, weights: Weights) -> Float32:
+    """Of all query heads and all key heads [heads + kv heads, head_dim], ordered as rotated pairs are."""
+    order = interleaved_rows(1, model.head_dim)
+    of_queries = weights.vector("self_attn.q_norm.weight")[order]
+    of_keys = weights.vector("self_attn.k_norm.weight")[order]
+    return np.concatenate([np.tile(of_queries, (model.num_heads, 1)), np.tile(of_keys, (model.num_kv_heads, 1))])
