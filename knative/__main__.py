@@ -12,6 +12,8 @@ _COMMANDS: Final = {
     "push": "knative.commands.push",
     "render": "knative.commands.render",
     "deploy": "knative.commands.deploy",
+    "promote": "knative.commands.promote",
+    "abort": "knative.commands.abort",
     "rollback": "knative.commands.rollback",
     "logs": "knative.commands.logs",
     "delete": "knative.commands.delete",

@@ -1,4 +1,4 @@
-"""A pipeline onto a cluster and off it again: the client, what must be true before, deployer, garbage, history, diagnosis.
+"""A pipeline onto a cluster and off it again: client, preflight, lease, deployer, canary, history, garbage, diagnosis, status.
 
 May import: knative.spec.
 """

@@ -3,7 +3,6 @@
 Everything that can go wrong with it leaves here as a ClusterError whose message says the cause and the next step.
 """
 
-import json
 import os
 import shutil
 import tempfile
@@ -18,16 +17,15 @@ from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 from kubernetes.config.config_exception import ConfigException
 from kubernetes.dynamic import DynamicClient
-from kubernetes.dynamic.exceptions import NotFoundError, ResourceNotFoundError
+from kubernetes.dynamic.exceptions import ConflictError, NotFoundError, ResourceNotFoundError
 from urllib3.exceptions import HTTPError
 
-from knative.cluster.errors import ClusterError, ClusterUnreachable, FieldConflict, KindMissing, NotPermitted, Refused
+from knative.cluster.api_errors import cluster_error
+from knative.cluster.errors import ClusterUnreachable, KindMissing, Refused
 from knative.spec.kubernetes_object import KubernetesObject
 
 FIELD_MANAGER: Final = "lamina"
 _TIMEOUT_SECONDS: Final = 30
-_EXCERPT_LENGTH: Final = 200
-"""Of what answers in no form that we know, such as a proxy's page."""
 _INSTALL_HINTS: Final = {
     "serving.knative.dev": "install Knative Serving, or choose another context",
     "eventing.knative.dev": "install Knative Eventing",
@@ -130,10 +128,10 @@ class Cluster:
             except NotFoundError:
                 return None
 
-    def find(self, api_version: str, kind: str, namespace: str, selector: str = "") -> list[KubernetesObject]:
-        """Objects whose labels match the selector, `a=b,c=d`."""
+    def find(self, api_version: str, kind: str, namespace: str | None, selector: str = "") -> list[KubernetesObject]:
+        """Objects whose labels match the selector, `a=b,c=d`; namespace None: of all namespaces."""
         resource = self._resource(api_version, kind)
-        with self._errors(f"listing {kind} in {namespace}"):
+        with self._errors(f"listing {kind} in {namespace or 'all namespaces'}"):
             found = resource.get(namespace=namespace, label_selector=selector, _request_timeout=_TIMEOUT_SECONDS)
         # Items of a list carry neither kind nor apiVersion of their own.
         return [{**item, "apiVersion": api_version, "kind": kind} for item in _plain(found)["items"] or []]
@@ -155,25 +153,48 @@ class Cluster:
                 )
             )
 
-    def delete(self, ref: Ref) -> bool:
-        """Whether there was such an object. What depends on it goes in the background."""
+    def create(self, manifest: KubernetesObject) -> KubernetesObject | None:
+        """The object as it then is; None where there is one of that name, which stays as it was."""
+        ref = Ref.of(manifest)
         resource = self._resource(ref.api_version, ref.kind)
-        body = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background"}
+        with self._errors(f"creating {ref}"):
+            try:
+                return _plain(resource.create(body=manifest, namespace=ref.namespace, _request_timeout=_TIMEOUT_SECONDS))
+            except ConflictError:
+                return None
+
+    def replace(self, manifest: KubernetesObject) -> KubernetesObject | None:
+        """The object as it then is; None where it is no longer of the manifest's resourceVersion, or gone."""
+        ref = Ref.of(manifest)
+        resource = self._resource(ref.api_version, ref.kind)
+        with self._errors(f"replacing {ref}"):
+            try:
+                return _plain(resource.replace(body=manifest, namespace=ref.namespace, _request_timeout=_TIMEOUT_SECONDS))
+            except (ConflictError, NotFoundError):
+                return None
+
+    def delete(self, ref: Ref, resource_version: str | None = None) -> bool:
+        """Whether there was such an object, of that version where one is given. What depends on it goes in the background."""
+        resource = self._resource(ref.api_version, ref.kind)
+        body: dict[str, Any] = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background"}
+        if resource_version is not None:
+            body["preconditions"] = {"resourceVersion": resource_version}
         with self._errors(f"deleting {ref}"):
             try:
                 resource.delete(name=ref.name, namespace=ref.namespace, body=body, _request_timeout=_TIMEOUT_SECONDS)
-            except NotFoundError:
+            except (ConflictError, NotFoundError):
                 return False
         return True
 
     def watch(
         self, api_version: str, kind: str, namespace: str, selector: str, timeout_seconds: int
     ) -> Iterator[KubernetesObject]:
-        """Each object as it is now and whenever it changes, for so long."""
+        """Each object as it is now and whenever it changes, for so long; not those that go."""
         resource = self._resource(api_version, kind)
         with self._errors(f"watching {kind} in {namespace}"):
             for event in self._dynamic.watch(resource, namespace=namespace, label_selector=selector, timeout=timeout_seconds):
-                yield event["raw_object"]
+                if event["type"] != "DELETED":
+                    yield event["raw_object"]
 
     def log_tail(self, namespace: str, pod: str, container: str, lines: int, previous: bool = False) -> list[str]:
         """The last lines that a container wrote; none where there is no log (yet, or any more)."""
@@ -210,7 +231,7 @@ class Cluster:
         try:
             yield
         except ApiException as error:
-            raise _translate(doing, error) from error
+            raise cluster_error(doing, error.status, error.body, str(error.reason)) from error
         except (HTTPError, OSError) as error:
             raise ClusterUnreachable(
                 f"{doing}: {self.description} does not answer ({error}); check the cluster, the context and the network"
@@ -220,26 +241,3 @@ class Cluster:
 def _plain(answer: Any) -> KubernetesObject:
     plain: KubernetesObject = answer.to_dict()
     return plain
-
-
-def _translate(doing: str, error: ApiException) -> ClusterError:
-    message = _message(error)
-    if error.status == 401:
-        return NotPermitted(f"{doing}: unknown identity: {message}; log in again, or choose another context")
-    if error.status == 403 and "admission webhook" not in message and "exceeded quota" not in message:
-        return NotPermitted(f"{doing}: {message}; ask for a Role with this right in the namespace")
-    if error.status == 409 and "conflict" in message.lower():
-        return FieldConflict(f"{doing}: {message}; remove those changes, or take the fields over with --force-conflicts")
-    if error.status == 404:
-        return Refused(f"{doing}: {message}; does the namespace exist?")
-    if "exceeded quota" in message:
-        return Refused(f"{doing}: {message}; lower the resources in the spec, or have the quota raised")
-    return Refused(f"{doing}: the cluster answered {error.status}: {message}")
-
-
-def _message(error: ApiException) -> str:
-    body = error.body.decode(errors="replace") if isinstance(error.body, bytes) else error.body or ""
-    try:
-        return str(json.loads(body)["message"])
-    except (ValueError, KeyError, TypeError):
-        return " ".join(body.split())[:_EXCERPT_LENGTH] or str(error.reason)

@@ -1,17 +1,21 @@
-"""Why a Service does not become Ready: what a person would look up with five kubectl commands."""
+"""Why an object does not become Ready: what a person would look up with five kubectl commands.
 
-from dataclasses import dataclass
+A right that is missing takes away the part that it is needed for, never the rest.
+"""
+
+from collections.abc import Callable
 from typing import Any, Final
 
 from knative.cluster.client import Cluster, Ref
+from knative.cluster.errors import NotPermitted
+from knative.cluster.readiness import REVISION_LABEL, SERVING, newest_revision
 from knative.spec.kubernetes_object import KubernetesObject
 
-SERVING: Final = "serving.knative.dev/v1"
-_CONTAINER: Final = "function"
 _LOG_LINES: Final = 10
 _EVENTS: Final = 5
 _HOPELESS: Final = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "CrashLoopBackOff", "CreateContainerConfigError")
 """Waiting reasons of a container that time does not mend."""
+_SIDECAR: Final = "queue-proxy"
 _NEXT_STEPS: Final = {
     "exceeded quota": "lower the resources in the spec, or have the quota raised",
     "ImagePull": "check the image's name and tag, and that the cluster may pull it",
@@ -20,97 +24,107 @@ _NEXT_STEPS: Final = {
     "OOMKilled": "give the stage more memory, or a smaller kv_cache",
     "CrashLoopBackOff": "the last log lines say what the function lacks",
     "Insufficient": "no node has room: lower the resources in the spec, or add nodes",
+    "dead letter sink": "make the sink that eventing.dead_letter_sink names, or name another",
 }
 """What is found in a diagnosis → what to do about it; the first that fits."""
 
 
-@dataclass(frozen=True, slots=True)
-class Readiness:
-    """Of one Service: `ready` True, False (it failed) or None (not known yet), with Knative's own reason."""
-
-    ready: bool | None
-    reason: str = ""
-
-
-def readiness(service: KubernetesObject) -> Readiness:
-    """As of the generation that was applied last; a condition of an older one says nothing."""
-    status = service.get("status") or {}
-    if status.get("observedGeneration") != service["metadata"].get("generation"):
-        return Readiness(None, "not seen by Knative yet")
-    condition = condition_of(service, "Ready")
-    reason = ": ".join(part for part in (condition.get("reason"), condition.get("message")) if part)
-    return Readiness({"True": True, "False": False}.get(condition.get("status", "")), reason)
-
-
-def condition_of(manifest: KubernetesObject, kind: str) -> dict[str, Any]:
-    conditions = (manifest.get("status") or {}).get("conditions") or []
-    return next((condition for condition in conditions if condition.get("type") == kind), {})
-
-
 def hopeless_pod(cluster: Cluster, service: KubernetesObject) -> str | None:
     """What is wrong with a pod of the newest revision that time does not mend; Knative itself waits for its deadline."""
-    for pod in newest_pods(cluster, service):
-        for state in _container_states(pod):
-            reason = (state.get("waiting") or {}).get("reason")
-            if reason in _HOPELESS:
-                return f"{reason}: {state['waiting'].get('message', 'no message')}"
+    try:
+        pods = newest_pods(cluster, service)
+    except NotPermitted:
+        return None
+    for pod in pods:
+        for status in _container_statuses(pod):
+            waiting = (status.get("state") or {}).get("waiting") or {}
+            if waiting.get("reason") in _HOPELESS:
+                return f"{waiting['reason']}: {waiting.get('message', 'no message')}"
     return None
 
 
-def diagnose(cluster: Cluster, service: KubernetesObject) -> list[str]:
-    """Conditions, containers, warnings and the last log lines, each a line that names its source."""
-    namespace, name = service["metadata"]["namespace"], service["metadata"]["name"]
-    lines = [f"Service {name}: {text}" for text in _failed_conditions(service)]
-    revision_name = (service.get("status") or {}).get("latestCreatedRevisionName")
-    if revision_name:
-        revision = cluster.get(Ref(SERVING, "Revision", namespace, revision_name))
-        lines += [f"Revision {revision_name}: {text}" for text in _failed_conditions(revision or {})]
-    pods = newest_pods(cluster, service)
+def diagnose(cluster: Cluster, manifest: KubernetesObject) -> list[str]:
+    """Conditions and, of a Service, its revision, containers, warnings and last log lines; a line names its source."""
+    namespace, name = manifest["metadata"]["namespace"], manifest["metadata"]["name"]
+    lines = [f"{manifest['kind']} {name}: {text}" for text in failed_conditions(manifest)]
+    revision: str | None = None
+    pods: list[KubernetesObject] = []
+    if manifest["apiVersion"] == SERVING:
+        revision = newest_revision(cluster, manifest)
+        lines += _looked_up(lambda: _revision_lines(cluster, namespace, revision), "the revision")
+        try:
+            pods = newest_pods(cluster, manifest)
+        except NotPermitted as error:
+            lines.append(f"not looked at: pods: {error}")
     for pod in pods:
-        lines += _pod_lines(pod)
-    lines += _warnings(cluster, namespace, revision_name or name)
+        lines += pod_lines(pod)
+    lines += _looked_up(lambda: _warnings(cluster, namespace, revision or name), "events")
     for pod in pods[:1]:
-        lines += _log_lines(cluster, pod)
+        lines += _looked_up(lambda pod=pod: _log_lines(cluster, pod), "the log")  # type: ignore[misc]
     return list(dict.fromkeys(lines))
 
 
 def next_step(diagnosis: list[str]) -> str:
     text = "\n".join(diagnosis)
     known = next((step for sign, step in _NEXT_STEPS.items() if sign in text), "mend what is said above")
-    return f"next: {known}, and deploy again; what served before still does"
+    return (
+        f"next: {known}, and deploy again, or `rollback`, which also takes away what this left; what served before still does"
+    )
 
 
 def newest_pods(cluster: Cluster, service: KubernetesObject) -> list[KubernetesObject]:
-    revision = (service.get("status") or {}).get("latestCreatedRevisionName")
-    if not revision:
+    """Raises NotPermitted."""
+    revision = newest_revision(cluster, service)
+    if revision is None:
         return []
-    return cluster.find("v1", "Pod", service["metadata"]["namespace"], f"serving.knative.dev/revision={revision}")
+    return cluster.find("v1", "Pod", service["metadata"]["namespace"], f"{REVISION_LABEL}={revision}")
 
 
-def _failed_conditions(manifest: KubernetesObject) -> list[str]:
+def function_container(pod: KubernetesObject) -> str:
+    """Rendered as `function`; kn renames it. Knative's own beside it is queue-proxy."""
+    names: list[str] = [container["name"] for container in pod["spec"]["containers"]]
+    return next((name for name in names if name != _SIDECAR), str(names[0]))
+
+
+def failed_conditions(manifest: KubernetesObject) -> list[str]:
     conditions = (manifest.get("status") or {}).get("conditions") or []
     failed = [condition for condition in conditions if condition.get("status") != "True" and condition.get("message")]
     return [f"{condition['type']} {condition.get('reason', '')}: {condition['message']}" for condition in failed]
 
 
-def _container_states(pod: KubernetesObject) -> list[dict[str, Any]]:
-    statuses = (pod.get("status") or {}).get("containerStatuses") or []
-    return [status.get("state") or {} for status in statuses]
-
-
-def _pod_lines(pod: KubernetesObject) -> list[str]:
-    name = pod["metadata"]["name"]
+def pod_lines(pod: KubernetesObject) -> list[str]:
+    """What is wrong with its containers, and with itself where it was evicted."""
+    name, status = pod["metadata"]["name"], pod.get("status") or {}
     lines = []
-    for status in (pod.get("status") or {}).get("containerStatuses") or []:
-        waiting = (status.get("state") or {}).get("waiting")
-        ended = (status.get("lastState") or {}).get("terminated") or (status.get("state") or {}).get("terminated")
-        where = f"Pod {name}, container {status['name']}"
+    if status.get("reason"):
+        lines.append(f"Pod {name}: {status['reason']}: {status.get('message', 'no message')}")
+    for each in _container_statuses(pod):
+        waiting = (each.get("state") or {}).get("waiting")
+        ended = (each.get("lastState") or {}).get("terminated") or (each.get("state") or {}).get("terminated")
+        where = f"Pod {name}, container {each['name']}"
         if waiting:
             lines.append(f"{where}: waiting, {waiting.get('reason')}: {waiting.get('message', 'no message')}")
         if ended:
-            count = status.get("restartCount", 0)
+            count = each.get("restartCount", 0)
             lines.append(f"{where}: ended with {ended.get('exitCode')} ({ended.get('reason')}), {count} restarts")
     return lines
+
+
+def _looked_up(look: Callable[[], list[str]], what: str) -> list[str]:
+    try:
+        return look()
+    except NotPermitted as error:
+        return [f"not looked at: {what}: {error}"]
+
+
+def _revision_lines(cluster: Cluster, namespace: str, name: str | None) -> list[str]:
+    revision = cluster.get(Ref(SERVING, "Revision", namespace, name)) if name else None
+    return [f"Revision {name}: {text}" for text in failed_conditions(revision or {})]
+
+
+def _container_statuses(pod: KubernetesObject) -> list[dict[str, Any]]:
+    statuses: list[dict[str, Any]] = (pod.get("status") or {}).get("containerStatuses") or []
+    return statuses
 
 
 def _warnings(cluster: Cluster, namespace: str, prefix: str) -> list[str]:
@@ -128,7 +142,7 @@ def _warnings(cluster: Cluster, namespace: str, prefix: str) -> list[str]:
 
 
 def _log_lines(cluster: Cluster, pod: KubernetesObject) -> list[str]:
-    namespace, name = pod["metadata"]["namespace"], pod["metadata"]["name"]
-    crashed = cluster.log_tail(namespace, name, _CONTAINER, _LOG_LINES, previous=True)
-    lines = crashed or cluster.log_tail(namespace, name, _CONTAINER, _LOG_LINES)
+    namespace, name, container = pod["metadata"]["namespace"], pod["metadata"]["name"], function_container(pod)
+    crashed = cluster.log_tail(namespace, name, container, _LOG_LINES, previous=True)
+    lines = crashed or cluster.log_tail(namespace, name, container, _LOG_LINES)
     return [f"log of {name}: {line}" for line in lines]

@@ -30,4 +30,12 @@ class PreflightFailed(ClusterError):
 
 
 class DeployFailed(ClusterError):
-    """A Service did not become Ready. The message has the reason and what was found out about it."""
+    """An object did not become Ready. The message has the reason and what was found out about it."""
+
+
+class DeployInProgress(ClusterError):
+    """Somebody else deploys this pipeline, or has taken over. A retry helps once that has ended."""
+
+
+class NothingServes(ClusterError):
+    """There is no version to go back to, or no canary to promote. A retry does not help."""

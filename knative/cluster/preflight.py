@@ -1,14 +1,15 @@
-"""What must be true of a cluster before anything is applied to it: kinds, versions, extensions, Secrets."""
+"""What must be true of a cluster before anything is applied to it: namespace, kinds, versions, extensions, Secrets, sinks.
 
-import base64
+Only looks. All that is missing is reported at once.
+"""
+
 import re
-import secrets
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from knative.cluster.client import Cluster, Ref
-from knative.cluster.errors import NotPermitted, PreflightFailed
-from knative.cluster.history import INSTANCE, MANAGED_BY
+from knative.cluster.errors import ClusterError, KindMissing, NotPermitted, PreflightFailed
+from knative.cluster.pipeline_token import wanted_secrets
 from knative.spec.kubernetes_object import KubernetesObject
 
 OLDEST_KNATIVE: Final = (1, 10)
@@ -16,45 +17,69 @@ OLDEST_KNATIVE: Final = (1, 10)
 
 _SYSTEM_NAMESPACE: Final = "knative-serving"
 _CLASS: Final = "autoscaling.knative.dev/class"
+_EVENTING: Final = ("eventing.knative.dev", "flows.knative.dev")
 
 
 def check(cluster: Cluster, objects: list[KubernetesObject], say: Callable[[str], None]) -> None:
-    """Raises KindMissing or PreflightFailed; says what could not be looked at."""
-    for api_version, kind in dict.fromkeys((each["apiVersion"], each["kind"]) for each in objects):
-        cluster.require(api_version, kind)
+    """Raises KindMissing or PreflightFailed, with a line for each thing that is missing; says what could not be looked at."""
+    namespace = objects[0]["metadata"]["namespace"]
+    gone = _found_out(say, lambda: _namespace(cluster, namespace))
+    if gone:
+        raise PreflightFailed(gone[0])
+    missing = list(_missing_kinds(cluster, objects))
+    problems = [
+        *map(str, missing),
+        *_found_out(say, lambda: _old_version(cluster)),
+        *_found_out(say, lambda: _no_hpa(cluster, objects)),
+        *_found_out(say, lambda: _missing_secrets(cluster, objects)),
+        *_found_out(say, lambda: [] if missing else _missing_sinks(cluster, objects)),
+    ]
+    if problems:
+        if len(problems) == len(missing):
+            raise KindMissing("\n".join(problems))
+        raise PreflightFailed("\n".join(problems))
+
+
+def _found_out(say: Callable[[str], None], look: Callable[[], Any]) -> list[str]:
     try:
-        _check_version(cluster)
-        if any("hpa" in annotations.get(_CLASS, "") for annotations in _template_annotations(objects)):
-            _check_hpa(cluster)
+        return list(look())
     except NotPermitted as error:
         say(f"not checked, since we may not look: {error}")
+        return []
 
 
-def ensure_secrets(cluster: Cluster, objects: list[KubernetesObject], say: Callable[[str], None]) -> None:
-    """Makes the pipeline's token where there is none. Raises PreflightFailed for any other Secret that is missing."""
-    for ref, (instance, keys) in _wanted_secrets(objects).items():
-        found = cluster.get(ref)
-        if found is None and keys == {"token"}:
-            cluster.apply(_token_secret(ref, instance))
-            say(f"made {ref}: the token between gateway and stages")
-        elif found is None or not keys <= set(found.get("data") or {}):
-            raise PreflightFailed(f"{ref} is missing or lacks {', '.join(sorted(keys))}; make it with: {_command(ref, keys)}")
+def _namespace(cluster: Cluster, name: str) -> Iterator[str]:
+    namespace = cluster.get(Ref("v1", "Namespace", "", name))
+    if namespace is None:
+        yield f"namespace {name} does not exist; make it with: kubectl create namespace {name}"
+    elif namespace["metadata"].get("deletionTimestamp") or (namespace.get("status") or {}).get("phase") == "Terminating":
+        yield f"namespace {name} is being deleted and takes nothing new; wait, then: kubectl create namespace {name}"
 
 
-def _check_version(cluster: Cluster) -> None:
+def _missing_kinds(cluster: Cluster, objects: list[KubernetesObject]) -> Iterator[ClusterError]:
+    for api_version, kind in dict.fromkeys((each["apiVersion"], each["kind"]) for each in objects):
+        try:
+            cluster.require(api_version, kind)
+        except KindMissing as error:
+            yield error
+
+
+def _old_version(cluster: Cluster) -> Iterator[str]:
     controller = cluster.get(Ref("apps/v1", "Deployment", _SYSTEM_NAMESPACE, "controller"))
     version = (controller or {"metadata": {}})["metadata"].get("labels", {}).get("app.kubernetes.io/version", "")
     match = re.match(r"v?(\d+)\.(\d+)", version)
     if match and (int(match[1]), int(match[2])) < OLDEST_KNATIVE:
         oldest = ".".join(map(str, OLDEST_KNATIVE))
-        raise PreflightFailed(f"Knative Serving {version} is too old; upgrade it to {oldest} or newer")
+        yield f"Knative Serving {version} is too old; upgrade it to {oldest} or newer"
 
 
-def _check_hpa(cluster: Cluster) -> None:
+def _no_hpa(cluster: Cluster, objects: list[KubernetesObject]) -> Iterator[str]:
+    if not any("hpa" in annotations.get(_CLASS, "") for annotations in _template_annotations(objects)):
+        return
     if cluster.get(Ref("apps/v1", "Deployment", _SYSTEM_NAMESPACE, "autoscaler-hpa")) is None:
-        raise PreflightFailed("the class hpa needs Knative's HPA extension (Deployment autoscaler-hpa): install it, or use kpa")
+        yield "the class hpa needs Knative's HPA extension (Deployment autoscaler-hpa): install it, or use kpa"
     if not cluster.serves_group("metrics.k8s.io"):
-        raise PreflightFailed("the class hpa needs a metrics server (API metrics.k8s.io): install one, or use the class kpa")
+        yield "the class hpa needs a metrics server (API metrics.k8s.io): install one, or use the class kpa"
 
 
 def _template_annotations(objects: list[KubernetesObject]) -> Iterator[dict[str, str]]:
@@ -63,38 +88,39 @@ def _template_annotations(objects: list[KubernetesObject]) -> Iterator[dict[str,
             yield each["spec"]["template"]["metadata"].get("annotations", {})
 
 
-def _wanted_secrets(objects: list[KubernetesObject]) -> dict[Ref, tuple[str, set[str]]]:
-    """Secrets that the Services name → the pipeline's name, and the keys that are needed of it."""
-    wanted: dict[Ref, tuple[str, set[str]]] = {}
-    for service in (each for each in objects if each["kind"] == "Service"):
-        metadata = service["metadata"]
-        for container in service["spec"]["template"]["spec"]["containers"]:
-            for name, keys in _secret_keys(container):
-                ref = Ref("v1", "Secret", metadata["namespace"], name)
-                wanted.setdefault(ref, (metadata["labels"][INSTANCE], set()))[1].update(keys)
-    return wanted
+def _missing_secrets(cluster: Cluster, objects: list[KubernetesObject]) -> Iterator[str]:
+    for ref, wanted in wanted_secrets(objects).items():
+        found = cluster.get(ref)
+        if found is None and wanted.is_token:
+            continue  # the deployer makes it
+        if found is None or not wanted.keys <= set(found.get("data") or {}):
+            yield f"{ref} is missing or lacks {', '.join(sorted(wanted.keys))}; make it with: {_command(ref, wanted.keys)}"
 
 
-def _secret_keys(container: KubernetesObject) -> Iterator[tuple[str, set[str]]]:
-    for entry in container.get("env", []):
-        reference = entry.get("valueFrom", {}).get("secretKeyRef")
-        if reference and not reference.get("optional"):
-            yield reference["name"], {reference["key"]}
-    for source in container.get("envFrom", []):
-        if "secretRef" in source:
-            yield source["secretRef"]["name"], {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+def _missing_sinks(cluster: Cluster, objects: list[KubernetesObject]) -> Iterator[str]:
+    own = set(map(Ref.of, objects))
+    for each in objects:
+        if each["apiVersion"].split("/")[0] not in _EVENTING:
+            continue
+        for ref in dict.fromkeys(_references(each["spec"], each["metadata"]["namespace"])):
+            if ref not in own and cluster.serves(ref.api_version, ref.kind) and cluster.get(ref) is None:
+                by = f"{each['kind']} {each['metadata']['name']}"
+                yield f"{ref}, to which {by} leads, is not there; make it, or name another sink"
 
 
-def _token_secret(ref: Ref, instance: str) -> KubernetesObject:
-    token = base64.b64encode(secrets.token_urlsafe(32).encode()).decode()
-    metadata: dict[str, Any] = {
-        "name": ref.name,
-        "namespace": ref.namespace,
-        "labels": {INSTANCE: instance, MANAGED_BY: "lamina"},
-    }
-    return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": "Opaque", "data": {"token": token}}
+def _references(value: Any, namespace: str) -> Iterator[Ref]:
+    """Every `ref: {apiVersion, kind, name}` below."""
+    if isinstance(value, dict):
+        reference = value.get("ref")
+        if isinstance(reference, dict):
+            yield Ref(reference["apiVersion"], reference["kind"], reference.get("namespace", namespace), reference["name"])
+        for inner in value.values():
+            yield from _references(inner, namespace)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _references(inner, namespace)
 
 
-def _command(ref: Ref, keys: set[str]) -> str:
+def _command(ref: Ref, keys: frozenset[str]) -> str:
     literals = " ".join(f"--from-literal={key}=…" for key in sorted(keys))
     return f"kubectl -n {ref.namespace} create secret generic {ref.name} {literals}"

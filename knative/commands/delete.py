@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 def delete(name: str, namespace: str | None, timeout: float, connect: "Callable[[], Cluster]") -> None:
     """Delete PIPELINE (its name, or the file of its spec) with everything that was made for it.
 
-    The published model stays in the store.
+    The published model stays in the store, and a token Secret that another pipeline uses, too, where it is.
     """
-    from knative.cluster.garbage import GarbageCollector
+    from knative.cluster.deployer import Deployer
 
     cluster = connect()
     where = namespace or cluster.default_namespace
-    count = GarbageCollector(cluster, where, say, timeout).collect_all(name)
+    count = Deployer(cluster, where, say, timeout).delete(name)
     click.echo(f"{count} objects deleted" if count else f"nothing of {name} is in namespace {where}")

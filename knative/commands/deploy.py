@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("spec", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--dry-run", type=click.Choice(["server"]), help="Change nothing; print the difference as the cluster sees it.")
+@click.option(
+    "--canary",
+    type=click.IntRange(1, 99),
+    metavar="PERCENT",
+    help="Beside the pipeline that serves, for so many percent of the requests; then `promote` or `abort`.",
+)
 @image_option
 @timeout_option
 @force_option
@@ -25,6 +31,7 @@ if TYPE_CHECKING:
 def deploy(
     spec: Path,
     dry_run: str | None,
+    canary: int | None,
     image: str | None,
     timeout: float,
     force_conflicts: bool,
@@ -33,11 +40,13 @@ def deploy(
 ) -> None:
     """Bring the pipeline that SPEC describes onto a cluster, and print the gateway's URL.
 
-    New stages come up beside the old ones; then the gateway moves; the old stages go when their last answer ended. Deploying
-    the same again changes nothing.
+    New stages come up beside the old ones; then the gateway moves; the old stages go when their last answer ended. Done means
+    that everything is Ready, Eventing as well. Deploying the same again changes nothing. Of two deploys at the same time the
+    second is told who is at work.
 
     \b
     python -m knative deploy pipeline.yaml --dry-run=server
+    python -m knative deploy another-cut.yaml --canary 10
     python -m knative ask "$(python -m knative deploy pipeline.yaml)" "Hello?"
     """
     loaded = read_spec(spec, image)
@@ -48,5 +57,8 @@ def deploy(
     if dry_run:
         lines = list(deployer.diff(objects))
         click.echo("\n".join(lines) if lines else "nothing would change")
+        return
+    if canary is not None:
+        click.echo(deployer.canary(objects, canary, force=force_conflicts))
         return
     click.echo(deployer.deploy(objects, force=force_conflicts))

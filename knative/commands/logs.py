@@ -10,8 +10,6 @@ from knative.commands.sources.cluster_access import cluster_options, pipeline_op
 if TYPE_CHECKING:
     from knative.cluster.client import Cluster
 
-_CONTAINER = "function"
-
 
 @click.command()
 @pipeline_options
@@ -24,19 +22,25 @@ def logs(
 ) -> None:
     """Print the last log lines of the pods of PIPELINE (its name, or the file of its spec), each led by its pod."""
     cluster = connect()
+    from knative.cluster.diagnosis import function_container
+
     where = namespace or cluster.default_namespace
-    pods = sorted(
-        pod["metadata"]["name"]
+    containers = {
+        pod["metadata"]["name"]: function_container(pod)
         for pod in cluster.find("v1", "Pod", where, f"app.kubernetes.io/instance={name}")
         if stage is None or pod["metadata"]["labels"].get("serving.knative.dev/service", "").endswith(f"-s{stage}")
-    )
+    }
+    pods = sorted(containers)
     if not pods:
         click.echo(f"no pod of {name} runs in namespace {where}; it may be at zero", err=True)
         return
     if follow:
-        for line in cluster.follow_log(where, pods[-1], _CONTAINER, lines):
+        for line in cluster.follow_log(where, pods[-1], containers[pods[-1]], lines):
             click.echo(line)
         return
     for pod in pods:
-        for line in cluster.log_tail(where, pod, _CONTAINER, lines):
+        found = cluster.log_tail(where, pod, containers[pod], lines)
+        if not found:
+            click.echo(f"{pod}: no log of its container {containers[pod]} yet, or any more", err=True)
+        for line in found:
             click.echo(f"{pod}: {line}")

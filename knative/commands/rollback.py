@@ -13,7 +13,12 @@ if TYPE_CHECKING:
 
 @click.command()
 @pipeline_options
-@click.option("--to", "number", type=click.IntRange(min=1), help="Number of the version; the last different one by default.")
+@click.option(
+    "--to",
+    "number",
+    type=click.IntRange(min=1),
+    help="Number of the version; by default what last served, or what served before that.",
+)
 @timeout_option
 @force_option
 @cluster_options
@@ -27,8 +32,9 @@ def rollback(
 ) -> None:
     """Deploy again what PIPELINE (its name, or the file of its spec) was before, and print the gateway's URL.
 
-    The cluster itself remembers the last ten versions. Going back is a deploy like any other: old stages beside the new ones,
-    then the gateway moves.
+    After a deploy that failed that is what serves still, and what the failure left is taken away; after one that did not, what
+    served before. The cluster itself remembers ten versions. Going back is a deploy like any other: old stages beside the new
+    ones, then the gateway moves.
     """
     from knative.cluster.deployer import Deployer
 

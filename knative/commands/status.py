@@ -1,17 +1,18 @@
-"""`python -m knative status`: what runs on this machine, and why."""
+"""`python -m knative status`: what runs on this machine or on a cluster, and why."""
 
 import json
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import click
 from rich.console import Console, Group
 from rich.live import Live
 
 from knative.commands.sources.cluster_access import cluster_options
+from knative.commands.sources.pipeline_name import named_pipeline
 from knative.commands.sources.store_access import state_option
 from knative.commands.terminal.console import rich_table, show_table, size
 from knative.commands.terminal.pod_metrics import RevisionRates
@@ -32,7 +33,7 @@ _FIRST_RATE_SECONDS: Final = 0.5
 @click.command()
 @click.argument("pipeline", required=False)
 @click.option("--watch", is_flag=True, help="Again every second, until Ctrl-C.")
-@click.option("--json", "as_json", is_flag=True, help="All that the platform tells, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="All that is known, as JSON.")
 @click.option("--namespace", "-n", help="On a cluster: of the pipeline; the context's own by default.")
 @cluster_options
 @state_option
@@ -41,21 +42,24 @@ def status(
 ) -> None:
     """Show the pipeline that `run` serves on this machine: replicas, concurrency, and what the autoscaler wants.
 
-    With the name of a PIPELINE: its Services on a cluster, and why one is not ready.
+    With a PIPELINE, its name or the file of its spec: its Services on a cluster, each revision that gets requests, what was
+    deployed, and why something is not ready.
 
     \b
     python -m knative status
     python -m knative status --watch
     python -m knative status chat --context production
     """
-    console = Console()
-    if pipeline is not None:
-        _show_cluster(console, connect(), namespace, pipeline)
-        return
+    view: _View
+    if pipeline is None:
+        view = _LocalView(state)
+    else:
+        name, where = named_pipeline(pipeline, namespace)
+        view = _ClusterView(connect(), where, name)
     if as_json:
-        click.echo(json.dumps(_ask(state), indent=2))
+        click.echo(json.dumps(view.document(), indent=2))
         return
-    view = _View(state)
+    console = Console()
     if watch and console.is_terminal:
         _live(console, view)
     while True:
@@ -65,32 +69,68 @@ def status(
         time.sleep(_REFRESH_SECONDS)
 
 
-def _show_cluster(console: Console, cluster: "Cluster", namespace: str | None, name: str) -> None:
-    from knative.cluster.status import COLUMNS, cluster_rows
+class _View(Protocol):
+    """One status after the other."""
 
-    where = namespace or cluster.default_namespace
-    rows, troubles = cluster_rows(cluster, where, name)
-    if not rows:
-        raise click.ClickException(f"no pipeline {name} is in namespace {where} of {cluster.description}")
-    show_table(console, "", COLUMNS, rows)
-    for line in troubles:
-        console.out(line, highlight=False)
+    @property
+    def columns(self) -> Sequence[str]: ...
+
+    def document(self) -> dict[str, Any]: ...
+
+    def rows(self) -> tuple[list[tuple[str, ...]], list[str]]:
+        """The table, and lines beside it."""
 
 
-class _View:
-    """One status after the other; rates need two."""
+class _ClusterView:
+    def __init__(self, cluster: "Cluster", namespace: str | None, name: str) -> None:
+        from knative.cluster.status import COLUMNS
+
+        self.columns: Sequence[str] = COLUMNS
+        self._cluster = cluster
+        self._namespace = namespace or cluster.default_namespace
+        self._name = name
+
+    def document(self) -> dict[str, Any]:
+        from knative.cluster.status import cluster_status
+
+        found = cluster_status(self._cluster, self._namespace, self._name)
+        if not found["services"]:
+            raise click.ClickException(
+                f"no pipeline {self._name} is in namespace {self._namespace} of {self._cluster.description}"
+            )
+        return found
+
+    def rows(self) -> tuple[list[tuple[str, ...]], list[str]]:
+        from knative.cluster.status import status_lines, status_rows
+
+        found = self.document()
+        return status_rows(found), status_lines(found)
+
+
+class _LocalView:
+    """Rates need two."""
+
+    columns: Sequence[str] = _COLUMNS
 
     def __init__(self, state: Path) -> None:
         self._state = state
-        self._rates = RevisionRates()
-        self.rows()
-        time.sleep(_FIRST_RATE_SECONDS)
+        self._rates: RevisionRates | None = None
+
+    def document(self) -> dict[str, Any]:
+        return _ask(self._state)
 
     def rows(self) -> tuple[list[tuple[str, ...]], list[str]]:
         """The table, and lines about events and what is wrong."""
+        if self._rates is None:
+            self._rates = RevisionRates()
+            self._rows(self._rates)
+            time.sleep(_FIRST_RATE_SECONDS)
+        return self._rows(self._rates)
+
+    def _rows(self, rates: RevisionRates) -> tuple[list[tuple[str, ...]], list[str]]:
         answer, now = _ask(self._state), time.monotonic()
         rows = [
-            _row(_label(service, revision), revision, *self._rates.tokens_per_second(revision, now))
+            _row(_label(service, revision), revision, *rates.tokens_per_second(revision, now))
             for service in answer["services"]
             for revision in service["revisions"]
         ]
@@ -111,7 +151,7 @@ def _ask(state: Path) -> dict[str, Any]:
 
 def _show(console: Console, view: _View) -> None:
     rows, troubles = view.rows()
-    show_table(console, "", _COLUMNS, rows)
+    show_table(console, "", view.columns, rows)
     for text in troubles:
         console.out(text, highlight=False)
 
@@ -120,7 +160,7 @@ def _live(console: Console, view: _View) -> None:
     with Live(console=console, auto_refresh=False) as live:
         while True:
             rows, troubles = view.rows()
-            live.update(Group(rich_table("", _COLUMNS, rows), *troubles), refresh=True)
+            live.update(Group(rich_table("", view.columns, rows), *troubles), refresh=True)
             time.sleep(_REFRESH_SECONDS)
 
 

@@ -191,7 +191,7 @@ def _common_env(pipeline: ResolvedPipeline, role: str) -> list[KubernetesObject]
             LAMINA_LOG_LEVEL=spec.log_level,
         ),
         *_tracing_env(spec.tracing),
-        _from_secret("LAMINA_PIPELINE_TOKEN", spec.pipeline_token_secret, "token"),
+        _from_secret("LAMINA_PIPELINE_TOKEN", spec.token_secret, "token"),
     ]
 
 

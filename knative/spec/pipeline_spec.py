@@ -194,8 +194,8 @@ class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     stages: Positive | None = None
     cut: str | None = None
     image: str
-    pipeline_token_secret: str = "lamina-pipeline"
-    """Secret whose key `token` is the bearer token between gateway and stages."""
+    pipeline_token_secret: str | None = None
+    """Secret whose key `token` is the bearer token between gateway and stages. Unset: `{name}-pipeline`, made by `deploy`."""
     stage: Stage = Stage()
     gateway: Gateway = Gateway()
     store: Store
@@ -231,6 +231,10 @@ class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise SpecError(f"$.stages, $.cut: exactly one of them is needed, seen {self.stages!r} and {self.cut!r}")
         if self.cut is not None:
             parse_cut(self.cut, "$.cut")
+
+    @property
+    def token_secret(self) -> str:
+        return self.pipeline_token_secret or f"{self.name}-pipeline"
 
     def _quantities(self) -> list[tuple[str, str]]:
         stage, gateway = self.stage, self.gateway

@@ -2,12 +2,11 @@
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from knative.spec.pipeline_spec import load_spec
+from knative.commands.sources.pipeline_name import named_pipeline
 
 if TYPE_CHECKING:
     from knative.cluster.client import Cluster
@@ -32,10 +31,7 @@ def pipeline_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--namespace", "-n", help="Of the pipeline. Default: the spec's, or the context's own.")
     @functools.wraps(command)
     def with_pipeline(*args: Any, pipeline: str, namespace: str | None, **kwargs: Any) -> Any:
-        name, where = pipeline, namespace
-        if pipeline.endswith((".yaml", ".yml")):
-            spec = load_spec(Path(pipeline))
-            name, where = spec.name, namespace or spec.namespace
+        name, where = named_pipeline(pipeline, namespace)
         return command(*args, name=name, namespace=where, **kwargs)
 
     return with_pipeline

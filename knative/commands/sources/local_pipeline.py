@@ -108,7 +108,7 @@ def local_pipeline(
             spec = msgspec.structs.replace(spec, stage=stage)
     else:
         spec = msgspec.structs.replace(spec, store=msgspec.structs.replace(here, secret=spec.store.secret))
-    made = {spec.store.secret: _store_secret(store.settings), spec.pipeline_token_secret: {"token": secrets.token_hex(16)}}
+    made = {spec.store.secret: _store_secret(store.settings), spec.token_secret: {"token": secrets.token_hex(16)}}
     if spec.gateway.api_keys_secret is not None:
         made[spec.gateway.api_keys_secret] = {"api-keys": secrets.token_hex(16)}
     return LocalPipeline(resolve(spec, lambda: (manifest, shape)), manifest, shape, {**made, **named_secrets})

@@ -1,7 +1,6 @@
 """The deployer over real HTTP, against a stand-in for the Kubernetes API. Nothing in the deployer knows it is one."""
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,58 +20,17 @@ from knative.cluster.errors import (
     Refused,
 )
 from knative.cluster.garbage import GarbageCollector
-from knative.cluster.history import gateway_of, versions
-from knative.spec.cut import format_cut
+from knative.cluster.history import History, gateway_of
 from knative.spec.kubernetes_object import KubernetesObject
-from tests.support.knative.kubernetes_api import (
-    KubernetesApi,
+from tests.support.knative.deployments import objects, secret, stage_name
+from tests.support.knative.knative_controllers import (
     crash_loops,
     image_pull_fails,
     never_ready,
     revision_fails,
 )
-from tests.support.knative.pipelines import rendered_pipeline
+from tests.support.knative.kubernetes_api import KubernetesApi
 from tests.support.storage.storage import answering_every_get_with
-
-CUT = ((0, 10), (10, 20), (20, 30))
-
-
-@pytest.fixture
-def api() -> Iterator[KubernetesApi]:
-    server = KubernetesApi()
-    server.put(secret("lamina-store", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"))
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def cluster(api: KubernetesApi, tmp_path: Path) -> Cluster:
-    kubeconfig = tmp_path / "kubeconfig"
-    kubeconfig.write_text(api.kubeconfig())
-    return Cluster.connect(str(kubeconfig))
-
-
-@pytest.fixture
-def said() -> list[str]:
-    return []
-
-
-@pytest.fixture
-def deployer(cluster: Cluster, said: list[str]) -> Deployer:
-    return Deployer(cluster, "default", said.append, timeout_seconds=5)
-
-
-def secret(name: str, *keys: str) -> KubernetesObject:
-    metadata = {"name": name, "namespace": "default"}
-    return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": dict.fromkeys(keys, "eA==")}
-
-
-def objects(cut: tuple[tuple[int, int], ...] = CUT, digest: str = "d" * 64, **stage: object) -> list[KubernetesObject]:
-    return rendered_pipeline(digest, cut=format_cut(cut), stage=stage)
-
-
-def stage_name(rendered: list[KubernetesObject], index: int) -> str:
-    return next(each["metadata"]["name"] for each in rendered if each["metadata"]["name"].endswith(f"-s{index}"))
 
 
 def test_deploys_stages_before_the_gateway_and_returns_its_url(api: KubernetesApi, deployer: Deployer, said: list[str]) -> None:
@@ -80,7 +38,7 @@ def test_deploys_stages_before_the_gateway_and_returns_its_url(api: KubernetesAp
     assert deployer.deploy(rendered) == "http://chat.default.example"
     services = [name for name in api.applied if name in api.named("services")]
     assert services == [*(stage_name(rendered, k) for k in range(3)), "chat"]
-    assert "lamina-pipeline" in api.named("secrets"), "the pipeline's token is made where there is none"
+    assert "chat-pipeline" in api.named("secrets"), "the pipeline's token is made where there is none"
     assert any("version 1" in line for line in said)
 
 
@@ -88,8 +46,9 @@ def test_a_second_deploy_changes_nothing(api: KubernetesApi, cluster: Cluster, d
     deployer.deploy(objects())
     before = {key: each["metadata"].get("generation") for key, each in api.objects.items()}
     deployer.deploy(objects())
-    assert {key: each["metadata"].get("generation") for key, each in api.objects.items()} == before
-    assert [version.number for version in versions(cluster, "default", "chat")] == [1]
+    after = {key: each["metadata"].get("generation") for key, each in api.objects.items()}
+    assert after == before
+    assert [version.number for version in History(cluster, "default", "chat").versions()] == [1]
 
 
 def test_a_new_cut_goes_out_beside_the_old_one_which_is_pruned_when_its_sequences_ended(
@@ -122,7 +81,7 @@ def test_rollback_brings_the_last_other_version_back(api: KubernetesApi, cluster
     deployer.rollback("chat")
     assert stage_name(first, 0) in api.named("services")
     assert stage_name(second, 0) not in api.named("services")
-    assert [version.number for version in versions(cluster, "default", "chat")] == [1, 2, 3]
+    assert [version.number for version in History(cluster, "default", "chat").versions()] == [1, 2, 3]
     deployer.rollback("chat")
     assert stage_name(second, 0) in api.named("services")
 
@@ -145,7 +104,7 @@ def test_delete_removes_everything_it_made_and_nothing_else(
     stranger = secret("somebody-elses", "token")
     api.put(stranger)
     garbage.collect_all("chat")
-    assert {key[3] for key in api.objects} == {"lamina-store", "somebody-elses"}
+    assert {key[3] for key in api.objects} == {"default", "lamina-store", "somebody-elses"}
     assert garbage.collect_all("chat") == 0
 
 
@@ -154,7 +113,7 @@ def test_what_the_spec_does_not_ask_for_any_more_is_deleted(api: KubernetesApi, 
     assert len(api.named("networkpolicies")) == 2
     deployer.deploy([each for each in objects() if each["kind"] != "NetworkPolicy"])
     assert api.named("networkpolicies") == []
-    assert {"lamina-pipeline", "lamina-store"} <= set(api.named("secrets"))
+    assert {"chat-pipeline", "lamina-store"} <= set(api.named("secrets"))
     assert len(api.named("services")) == 4
 
 
@@ -205,10 +164,8 @@ def test_somebody_elses_fields_are_not_taken_without_being_asked(
 ) -> None:
     deployer.deploy(objects())
     key = ("serving.knative.dev/v1", "services", "default", "chat")
-    path = "/spec/template/metadata/annotations/autoscaling.knative.dev/max-scale"
-    api.objects[key]["spec"]["template"]["metadata"]["annotations"]["autoscaling.knative.dev/max-scale"] = "99"
-    api.owners[key]["lamina"].discard(path)
-    api.owners[key]["kubectl-edit"] = {path}
+    path = ("spec", "template", "metadata", "annotations", "autoscaling.knative.dev/max-scale")
+    api.edit(key, "kubectl-edit", path, "99")
     with pytest.raises(FieldConflict, match=r"kubectl-edit.*max-scale.*--force-conflicts"):
         deployer.deploy(objects())
     deployer.deploy(objects(), force=True)
@@ -218,7 +175,7 @@ def test_somebody_elses_fields_are_not_taken_without_being_asked(
 
 def test_the_webhooks_refusal_names_the_field(deployer: Deployer) -> None:
     rendered = objects()
-    gateway_of(rendered)["spec"]["template"]["spec"]["timeoutSeconds"] = -1
+    gateway_of(rendered)["spec"]["template"]["spec"]["timeoutSeconds"] = 601
     with pytest.raises(Refused, match=r"timeoutSeconds"):
         deployer.deploy(rendered)
 
@@ -289,10 +246,11 @@ def test_what_may_not_be_looked_at_is_said_and_what_may_not_be_done_ends(
 def test_a_half_deleted_object_is_waited_for(api: KubernetesApi, deployer: Deployer, said: list[str]) -> None:
     deployer.deploy(objects())
     key = ("serving.knative.dev/v1", "services", "default", "chat")
-    api.objects[key]["metadata"].update(deletionTimestamp="2026-01-01T00:00:00Z", finalizers=["example.com/hold"])
+    held = {"deletionTimestamp": "2026-01-01T00:00:00Z", "finalizers": ["example.com/hold"]}
+    api.put({**api.objects[key], "metadata": {**api.objects[key]["metadata"], **held}})
     with pytest.raises(DeployFailed, match=r"example\.com/hold"):
         deployer.deploy(objects())
-    timer = threading.Timer(0.5, api.remove, key)
+    timer = threading.Timer(0.5, api.finish_deletion, [key])
     timer.start()
     deployer.deploy(objects())
     timer.join()

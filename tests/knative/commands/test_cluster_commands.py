@@ -1,5 +1,6 @@
 """deploy, rollback, logs and delete as a person types them, against the stand-in for the Kubernetes API."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.knative.kubernetes_api import KubernetesApi, image_pull_fails
+from tests.support.knative.knative_controllers import image_pull_fails
+from tests.support.knative.kubernetes_api import KubernetesApi
 from tests.support.knative.pipelines import DIGEST, document
 from tests.support.paths import ROOT
 
@@ -52,7 +54,11 @@ def test_a_pipeline_goes_out_is_changed_goes_back_and_is_taken_away(api: Kuberne
 
     shown = run(tmp_path, "status", "chat")
     assert [line.split()[:3] for line in shown.stdout.splitlines()[1:2]] == [["chat", "yes", "1"]], shown.stderr
-    assert len(shown.stdout.splitlines()) == 5
+    assert len(shown.stdout.splitlines()) == 6
+    assert shown.stdout.splitlines()[-1].startswith("version 3 serves, pipeline ")
+    assert run(tmp_path, "status", spec).stdout == shown.stdout
+    document = json.loads(run(tmp_path, "status", "chat", "--json").stdout)
+    assert [len(each["revisions"]) for each in document["services"]] == [1, 1, 1, 1]
     assert "no pipeline other" in run(tmp_path, "status", "other").stderr
 
     api.logs["chat-00003-pod"] = "one\ntwo\n"
@@ -61,7 +67,7 @@ def test_a_pipeline_goes_out_is_changed_goes_back_and_is_taken_away(api: Kuberne
 
     deleted = run(tmp_path, "delete", "chat")
     assert "objects deleted" in deleted.stdout, deleted.stderr
-    assert {key[3] for key in api.objects} == {"lamina-store"}
+    assert {key[3] for key in api.objects} == {"default", "lamina-store"}
     assert run(tmp_path, "delete", "chat").stdout == "nothing of chat is in namespace default\n"
 
 

@@ -149,7 +149,7 @@ def test_secrets_are_named_and_never_shown() -> None:
     container = services(pipeline())[0]["spec"]["template"]["spec"]["containers"][0]
     assert container["envFrom"] == [{"secretRef": {"name": "store-keys"}}]
     token = next(entry for entry in container["env"] if entry["name"] == "LAMINA_PIPELINE_TOKEN")
-    assert token["valueFrom"] == {"secretKeyRef": {"name": "lamina-pipeline", "key": "token"}}
+    assert token["valueFrom"] == {"secretKeyRef": {"name": "chat-pipeline", "key": "token"}}, "each pipeline has its own"
 
 
 def test_the_gateway_may_only_read_endpoint_slices() -> None:

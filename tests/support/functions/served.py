@@ -49,8 +49,9 @@ def tiny_pipeline(published: Published, cut: str = "0:2,2:4,4:6", **stage: Any) 
 async def serving(
     folder: Path, published: Published, manifests: Sequence[dict[str, Any]], timing: PodTiming = TIMING
 ) -> AsyncIterator[Platform]:
+    name = manifests[0]["metadata"]["labels"]["app.kubernetes.io/instance"]
     secrets = {
-        "lamina-pipeline": {"token": "secret"},
+        f"{name}-pipeline": {"token": "secret"},
         "lamina-store": {
             "AWS_ACCESS_KEY_ID": published.store.access_key_id,
             "AWS_SECRET_ACCESS_KEY": published.store.secret_access_key,

@@ -1,21 +1,30 @@
-"""A small stand-in for the Kubernetes API with Knative behind it, over real HTTP.
+"""A stand-in for the Kubernetes API with Knative behind it, over real HTTP: what a deployer can see of one.
 
-It keeps objects, serves discovery, lists, watches, server-side apply with owners of fields, dry runs, deletion with
-finalizers, pod logs; it refuses Knative Services as the webhook does; and it plays Knative's controller: a Service becomes
-Ready, or fails in the way that the test asked for.
+Here is the API server: objects with uid, generation and managed fields, lists, watches, server-side apply, create and
+replace, deletion with finalizers and preconditions, dry runs, logs, Status objects. What is admitted is in admission.py;
+what Knative's controllers make of it in knative_controllers.py.
+
+**What it does not know it answers with 501, and `close` fails the test.**
 """
 
 import copy
+import itertools
 import json
 import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from flask import Flask, Response, request
 from werkzeug.serving import WSGIRequestHandler, make_server
 
-Object = dict[str, Any]
-Behaviour = Callable[["KubernetesApi", Object], None]
+from tests.support.knative.admission import refusal, unknown_fields
+from tests.support.knative.knative_controllers import BROKER, SEQUENCE, SERVICE, TRIGGER, Behaviour, Controllers
+from tests.support.knative.server_side_apply import Object, Owners, conflicts, managed_fields, merged, taken_over
+
+Key = tuple[str, str, str, str]
+"""apiVersion, plural, namespace, name."""
 
 KINDS: dict[str, dict[str, str]] = {
     "v1": {
@@ -24,13 +33,26 @@ KINDS: dict[str, dict[str, str]] = {
         "ServiceAccount": "serviceaccounts",
         "Pod": "pods",
         "Event": "events",
+        "Namespace": "namespaces",
     },
     "apps/v1": {"Deployment": "deployments"},
+    "coordination.k8s.io/v1": {"Lease": "leases"},
+    "policy/v1": {"PodDisruptionBudget": "poddisruptionbudgets"},
     "rbac.authorization.k8s.io/v1": {"Role": "roles", "RoleBinding": "rolebindings"},
     "networking.k8s.io/v1": {"NetworkPolicy": "networkpolicies"},
-    "serving.knative.dev/v1": {"Service": "services", "Revision": "revisions"},
+    "serving.knative.dev/v1": {"Service": "services", "Configuration": "configurations", "Revision": "revisions"},
+    "autoscaling.internal.knative.dev/v1alpha1": {"PodAutoscaler": "podautoscalers"},
 }
-SERVICE = ("serving.knative.dev/v1", "services")
+EVENTING = {
+    "eventing.knative.dev/v1": {"Broker": "brokers", "Trigger": "triggers"},
+    "flows.knative.dev/v1": {"Sequence": "sequences"},
+}
+_WITHOUT_GENERATION = ("v1", "rbac.authorization.k8s.io/v1", "coordination.k8s.io/v1")
+_QUERY = {
+    *("labelSelector", "watch", "timeoutSeconds", "fieldManager", "force", "dryRun", "resourceVersion", "pretty"),
+    *("container", "tailLines", "previous", "follow", "allowWatchBookmarks"),
+}
+_REASONS = {400: "BadRequest", 403: "Forbidden", 404: "NotFound", 409: "Conflict", 422: "Invalid", 501: "NotImplemented"}
 
 
 class _Quiet(WSGIRequestHandler):
@@ -42,21 +64,31 @@ class KubernetesApi:
 
     def __init__(self) -> None:
         self.kinds = copy.deepcopy(KINDS)
-        self.objects: dict[tuple[str, str, str, str], Object] = {}
-        """(apiVersion, plural, namespace, name) → object."""
-        self.owners: dict[tuple[str, str, str, str], dict[str, set[str]]] = {}
-        """Per object: field manager → paths of the leaves that it set last."""
+        self.objects: dict[Key, Object] = {}
+        self.owners: dict[Key, Owners] = {}
         self.behaviours: dict[str, Behaviour] = {}
-        """Service name → what the controller does with it; others become Ready."""
+        """Name of an object that controllers look after → what they make of it; others become Ready."""
         self.forbidden: set[tuple[str, str]] = set()
         """(verb, plural) pairs that this identity may not use."""
+        self.enabled: set[str] = set()
+        """Fields that a feature flag of Knative lets through."""
         self.quota_message: str | None = None
+        self.domain = "example"
+        """Of the URLs of Services that are not cluster-local."""
         self.logs: dict[str, str] = {}
+        self.on_change: Callable[[Key], object] = lambda _: None
+        """Is told of every change, after it."""
         self.applied: list[str] = []
+        self.calls: set[tuple[str, str, str, str]] = set()
+        """(verb, API group, resource, namespace) of all that was asked."""
+        self.unknown: list[str] = []
+        """What was asked that a real API may know and this one does not."""
         self.lingering_gateways = 0
         """How many lists of pods still show the old gateway's pods after it was replaced."""
-        self._version = 0
-        self._changed = threading.Condition()
+        self._version = itertools.count(1)
+        self.changed = threading.Condition()
+        self.controllers = Controllers(self)
+        self.add_namespace("default")
         self._server = make_server("127.0.0.1", 0, self._app(), threaded=True, request_handler=_Quiet)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -64,30 +96,72 @@ class KubernetesApi:
         self._thread.start()
 
     def close(self) -> None:
+        """Raises AssertionError where something was asked that the stand-in does not know."""
+        self.controllers.close()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+        assert not self.unknown, f"the stand-in does not know: {self.unknown}"
+
+    # -- What tests and controllers do past all checks ------------------------------------------------------------------
 
     def put(self, manifest: Object) -> Object:
-        """Writes an object past all checks, as a controller would."""
-        api_version, kind = manifest["apiVersion"], manifest["kind"]
-        metadata = manifest["metadata"]
-        key = (api_version, self.kinds[api_version][kind], metadata.get("namespace", ""), metadata["name"])
-        with self._changed:
-            self._version += 1
-            metadata["resourceVersion"] = str(self._version)
-            self.objects[key] = manifest
-            self._changed.notify_all()
-        return manifest
+        """Writes an object, as a controller would."""
+        key = self.key_of(manifest)
+        with self.changed:
+            metadata = {"uid": str(uuid.uuid4()), "creationTimestamp": "2026-01-01T00:00:00Z", **manifest["metadata"]}
+            metadata["resourceVersion"] = str(next(self._version))
+            self.objects[key] = {**manifest, "metadata": metadata}
+            self.on_change(key)
+            self.changed.notify_all()
+            return self.objects[key]
+
+    def set_status(self, key: Key, status: Object) -> None:
+        """Nothing happens where the object is gone."""
+        with self.changed:
+            if key in self.objects:
+                self.put({**self.objects[key], "status": status})
 
     def remove(self, api_version: str, plural: str, namespace: str, name: str) -> None:
-        with self._changed:
+        with self.changed:
             self.objects.pop((api_version, plural, namespace, name), None)
-            self._version += 1
-            self._changed.notify_all()
+            self.owners.pop((api_version, plural, namespace, name), None)
+            self.changed.notify_all()
+
+    def finish_deletion(self, key: Key) -> None:
+        """What held the object lets go of it; what it owned is collected."""
+        self.remove(*key)
+        self.controllers.deleted(key)
+
+    def edit(self, key: Key, manager: str, path: tuple[str, ...], value: Any) -> None:
+        """Somebody else sets one field, and owns it from then on."""
+        with self.changed:
+            live = copy.deepcopy(self.objects[key])
+            inner = live
+            for part in path[:-1]:
+                inner = inner[part]
+            inner[path[-1]] = value
+            for owned in self.owners.setdefault(key, {}).values():
+                owned.discard(path)
+            self.owners[key].setdefault(manager, set()).add(path)
+            self.put(live)
+
+    def add_namespace(self, name: str, phase: str = "Active") -> None:
+        self.put({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}, "status": {"phase": phase}})
+
+    def key_of(self, manifest: Object) -> Key:
+        metadata = manifest["metadata"]
+        plural = self.kinds[manifest["apiVersion"]][manifest["kind"]]
+        return manifest["apiVersion"], plural, metadata.get("namespace", ""), metadata["name"]
 
     def named(self, plural: str) -> list[str]:
         return sorted(key[3] for key in self.objects if key[1] == plural)
+
+    def found(self, plural: str, labels: dict[str, str]) -> list[Object]:
+        """Objects with these labels."""
+        return [
+            each for key, each in list(self.objects.items()) if key[1] == plural and labels.items() <= labels_of(each).items()
+        ]
 
     def kubeconfig(self) -> str:
         """The text of a kubeconfig for this server."""
@@ -102,15 +176,19 @@ class KubernetesApi:
 
     def _app(self) -> Flask:
         app = Flask(__name__)
-        app.get("/version", endpoint="version")(lambda: {"major": "1", "minor": "33", "gitVersion": "v1.33.0"})
+        app.get("/version", endpoint="version")(lambda: {"major": "1", "minor": "36", "gitVersion": "v1.36.0"})
         app.get("/apis")(self._groups)
         app.get("/api/v1", endpoint="core")(lambda: self._resources("v1"))
         app.get("/apis/<group>/<version>", endpoint="group")(lambda group, version: self._resources(f"{group}/{version}"))
+        app.add_url_rule("/api/<version>/namespaces/<name>", "namespace", self._namespace, methods=["GET"])
         for i, prefix in enumerate(("/api/<version>", "/apis/<group>/<version>")):
             collection = f"{prefix}/namespaces/<namespace>/<plural>"
-            app.get(collection, endpoint=f"list{i}")(self._list)
-            app.add_url_rule(f"{collection}/<name>", f"one{i}", self._one, methods=["GET", "PATCH", "DELETE"])
+            app.add_url_rule(f"{prefix}/<plural>", f"everywhere{i}", self._collection, methods=["GET"])
+            app.add_url_rule(collection, f"list{i}", self._collection, methods=["GET", "POST"])
+            app.add_url_rule(f"{collection}/<name>", f"one{i}", self._one, methods=["GET", "PATCH", "PUT", "DELETE"])
         app.get("/api/v1/namespaces/<namespace>/pods/<name>/log")(self._log)
+        app.register_error_handler(404, lambda _: self._not_known(f"{request.method} {request.path}"))
+        app.register_error_handler(405, lambda _: self._not_known(f"{request.method} {request.path}"))
         return app
 
     def _groups(self) -> Object:
@@ -123,260 +201,228 @@ class KubernetesApi:
 
     def _resources(self, api_version: str) -> Any:
         if api_version not in self.kinds:
-            return _status(404, "the server could not find the requested resource")
-        verbs = ["get", "list", "watch", "patch", "delete"]
+            return Response("404 page not found\n", 404, mimetype="text/plain")
+        verbs = ["create", "delete", "get", "list", "patch", "update", "watch"]
         resources = [
-            {"name": plural, "singularName": "", "namespaced": True, "kind": kind, "verbs": verbs}
+            {"name": plural, "singularName": kind.lower(), "namespaced": kind != "Namespace", "kind": kind, "verbs": verbs}
             for kind, plural in self.kinds[api_version].items()
         ]
         return {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": api_version, "resources": resources}
 
-    def _list(self, version: str, namespace: str, plural: str, group: str = "") -> Any:
+    def _namespace(self, version: str, name: str) -> Any:
+        return self._one(version, "", "namespaces", name)
+
+    def _collection(self, version: str, plural: str, namespace: str = "", group: str = "") -> Any:
         api_version = f"{group}/{version}" if group else version
-        if ("list", plural) in self.forbidden:
-            return _status(403, f'{plural} is forbidden: User "tester" cannot list resource "{plural}"')
-        selector = dict(part.split("=", 1) for part in request.args.get("labelSelector", "").split(",") if part)
+        watched = bool(request.args.get("watch"))
+        verb = "create" if request.method == "POST" else "watch" if watched else "list"
+        refused = self._looked_up(verb, api_version, plural, namespace)
+        if refused is not None:
+            return refused
+        if verb == "create":
+            return self._create(api_version, plural, namespace)
+        selector = request.args.get("labelSelector", "")
+        if any(sign in selector for sign in ("!", " ", "(")):
+            return self._not_known(f"labelSelector={selector}")
+        wanted = dict(part.split("=", 1) for part in selector.split(",") if part)
 
         def matching() -> list[Object]:
             return [
                 each
                 for key, each in list(self.objects.items())
-                if key[:3] == (api_version, plural, namespace)
-                and selector.items() <= each["metadata"].get("labels", {}).items()
+                if key[:2] == (api_version, plural) and namespace in ("", key[2]) and wanted.items() <= labels_of(each).items()
             ]
 
-        if request.args.get("watch"):
+        if watched:
             seconds = float(request.args.get("timeoutSeconds", 1))
             return Response(self._watch(matching, seconds), mimetype="application/json")
         if plural == "pods" and self.lingering_gateways:
             self.lingering_gateways -= 1
             if not self.lingering_gateways:
-                self._end_old_gateways()
+                self.controllers.end_old_pods()
         bare = [{key: value for key, value in each.items() if key not in ("apiVersion", "kind")} for each in matching()]
         kind = next(kind for kind, name in self.kinds[api_version].items() if name == plural)
-        return {
-            "kind": f"{kind}List",
-            "apiVersion": api_version,
-            "metadata": {"resourceVersion": str(self._version)},
-            "items": bare,
-        }
+        metadata = {"resourceVersion": str(next(self._version))}
+        return {"kind": f"{kind}List", "apiVersion": api_version, "metadata": metadata, "items": bare}
 
     def _watch(self, matching: Callable[[], list[Object]], seconds: float) -> Iterator[str]:
-        seen: dict[str, str] = {}
-        with self._changed:
-            while True:
-                for each in matching():
-                    name, version = each["metadata"]["name"], each["metadata"]["resourceVersion"]
-                    if seen.get(name) != version:
+        seen: dict[str, Object] = {}
+        end = time.monotonic() + seconds
+        with self.changed:
+            while (left := end - time.monotonic()) > 0:
+                now = {each["metadata"]["name"]: each for each in matching()}
+                for name in seen.keys() - now.keys():
+                    yield json.dumps({"type": "DELETED", "object": seen.pop(name)}) + "\n"
+                for name, each in now.items():
+                    if name not in seen or seen[name]["metadata"]["resourceVersion"] != each["metadata"]["resourceVersion"]:
                         yield json.dumps({"type": "MODIFIED" if name in seen else "ADDED", "object": each}) + "\n"
-                        seen[name] = version
-                if not self._changed.wait(min(seconds, 0.3)):
-                    return
+                        seen[name] = each
+                if not self.changed.wait(min(left, 0.3)):
+                    return  # a real watch goes on; a client has to bear its end at any time
 
     def _one(self, version: str, namespace: str, plural: str, name: str, group: str = "") -> Any:
         key = (f"{group}/{version}" if group else version, plural, namespace, name)
-        if (request.method.lower(), plural) in self.forbidden:
-            return _status(403, f'{plural} "{name}" is forbidden: User "tester" cannot {request.method.lower()} "{plural}"')
-        if request.method == "PATCH":
-            return self._apply(key)
-        if key not in self.objects:
-            return _status(404, f'{plural} "{name}" not found')
-        if request.method == "DELETE":
-            return self._delete(key)
-        return self.objects[key]
+        verb = {"GET": "get", "PATCH": "patch", "PUT": "update", "DELETE": "delete"}[request.method]
+        refused = self._looked_up(verb, key[0], plural, namespace or (name if plural == "namespaces" else ""), name)
+        if refused is not None:
+            return refused
+        with self.changed:
+            if verb == "patch":
+                return self._apply(key)
+            if key not in self.objects:
+                return _not_found(plural, name)
+            if verb == "delete":
+                return self._delete(key)
+            return self._replace(key) if verb == "update" else self.objects[key]
 
     def _log(self, namespace: str, name: str) -> Any:
+        refused = self._looked_up("get", "v1", "pods/log", namespace, name)
+        if refused is not None:
+            return refused
+        pod = self.objects.get(("v1", "pods", namespace, name))
+        if pod is None:
+            return _not_found("pods", name)
+        container = request.args.get("container")
+        if container not in [each["name"] for each in pod["spec"]["containers"]]:
+            return _status(400, f"container {container} is not valid for pod {name}", name)
         if request.args.get("previous") == "true" or name not in self.logs:
-            return _status(400, "previous terminated container not found")
+            return _status(400, f'previous terminated container "{container}" in pod "{name}" not found', name)
         return Response(self.logs[name], mimetype="text/plain")
 
-    # -- Server-side apply --------------------------------------------------------------------------------------------
+    def _looked_up(self, verb: str, api_version: str, plural: str, namespace: str, name: str = "") -> Any:
+        """What stands against the request before anything else; notes that it was made."""
+        group = api_version.split("/")[0] if "/" in api_version else ""
+        if plural.split("/")[0] not in self.kinds.get(api_version, {}).values():
+            return Response("404 page not found\n", 404, mimetype="text/plain")
+        if extra := set(request.args) - _QUERY:
+            return self._not_known(f"{request.method} {request.path} with {sorted(extra)}")
+        self.calls.add((verb, group, plural, namespace))
+        if (verb, plural) not in self.forbidden:
+            return None
+        resource = f"{plural}.{group}" if group else plural
+        return _status(
+            403,
+            f'{resource} "{name}" is forbidden: User "tester" cannot {verb} resource "{plural}" in API group "{group}" in the '
+            f'namespace "{namespace}"',
+            name,
+        )
 
-    def _apply(self, key: tuple[str, str, str, str]) -> Any:
-        assert request.content_type == "application/apply-patch+yaml", request.content_type
+    def _not_known(self, what: str) -> Any:
+        self.unknown.append(what)
+        return _status(501, f"the stand-in does not know {what}")
+
+    # -- Writing ------------------------------------------------------------------------------------------------------
+
+    def _apply(self, key: Key) -> Any:
+        if request.content_type != "application/apply-patch+yaml":
+            return self._not_known(f"a patch of type {request.content_type}")
         manifest, manager = json.loads(request.data), request.args["fieldManager"]
-        paths = set(_leaves(manifest, ""))
-        refusal = self._refusal(key, manifest) or self._conflict(key, paths, manager, manifest)
-        if refusal is not None:
-            return refusal
-        live = copy.deepcopy(self.objects.get(key)) or {}
-        dropped = self.owners.get(key, {}).get(manager, set()) - paths
-        merged = _merge(_without(live, dropped), manifest)
-        changed = merged.get("spec") != live.get("spec")
-        merged["metadata"]["generation"] = live.get("metadata", {}).get("generation", 0) + changed
-        if request.args.get("dryRun") == "All":
-            return merged
-        for other in self.owners.setdefault(key, {}).values():
-            other.difference_update(paths)
-        self.owners[key][manager] = paths
-        self.applied.append(key[3])
-        self.put(merged)
-        if key[:2] == SERVICE and changed:
-            self.behaviours.get(key[3], become_ready)(self, merged)
-        return self.objects[key]
+        live, owners = copy.deepcopy(self.objects.get(key)) or {}, self.owners.get(key, {})
+        if not live:
+            refused = self._looked_up("create", *key[:3], key[3])
+            if refused is not None:
+                return refused
+        if manifest["metadata"].get("managedFields"):
+            return _status(400, "metadata.managedFields must be nil", key[3])
+        against = conflicts(live, manifest, manager, owners)
+        if against and request.args.get("force") != "true":
+            return _apply_conflict(key, against)
+        after = merged(live, manifest, manager, owners)
+        if key[:2] == SERVICE:
+            after["spec"].setdefault("traffic", [{"latestRevision": True, "percent": 100}])  # Knative's defaulting webhook
+        return self._refused(key, after) or self._written(key, live, after, taken_over(manifest, manager, owners))
 
-    def _refusal(self, key: tuple[str, str, str, str], manifest: Object) -> Any:
-        if self.quota_message and key[:2] == SERVICE:
-            return _status(403, f'services "{key[3]}" is forbidden: exceeded quota: {self.quota_message}')
+    def _refused(self, key: Key, manifest: Object) -> Any:
+        namespace = self.objects.get(("v1", "namespaces", "", key[2]))
+        if namespace is None:
+            return _not_found("namespaces", key[2])
+        if key not in self.objects and namespace["status"]["phase"] == "Terminating":
+            text = f"unable to create new content in namespace {key[2]} because it is being terminated"
+            return _status(403, f'{key[1]} "{key[3]}" is forbidden: {text}', key[3])
         if key[:2] != SERVICE:
             return None
-        from knative.webhook.check import validate
+        if self.quota_message:
+            return _status(403, f'services "{key[3]}" is forbidden: exceeded quota: {self.quota_message}', key[3])
+        text = refusal(manifest, self.enabled)
+        if text is not None:
+            webhook = "validation.webhook.serving.knative.dev"
+            return _status(400, f'admission webhook "{webhook}" denied the request: {text}', key[3])
+        asked = {key: manifest["metadata"][key] for key in ("labels", "annotations") if key in manifest["metadata"]}
+        fields = unknown_fields({"metadata": asked, "spec": manifest["spec"]}, self.enabled)
+        return self._not_known(f"a verdict on {', '.join(fields)} of {key[3]}") if fields else None
 
-        violations = validate(manifest)
-        if not violations:
-            return None
-        text = "; ".join(f"{violation.reason}: {violation.field}" for violation in violations)
-        webhook = "validation.webhook.serving.knative.dev"
-        return _status(400, f'admission webhook "{webhook}" denied the request: validation failed: {text}')
+    def _written(self, key: Key, live: Object, after: Object, owners: Owners) -> Any:
+        metadata = after["metadata"]
+        metadata["namespace"] = key[2]
+        changed = after.get("spec") != live.get("spec")
+        if key[0] not in _WITHOUT_GENERATION:
+            metadata["generation"] = live.get("metadata", {}).get("generation", 0) + changed
+        metadata["managedFields"] = managed_fields(owners, key[0])
+        if request.args.get("dryRun") == "All":
+            return after
+        self.owners[key] = owners
+        self.applied.append(key[3])
+        if after != live:
+            self.put(after)
+        if changed:
+            self.controllers.reconcile(key)
+        return self.objects[key]
 
-    def _conflict(self, key: tuple[str, str, str, str], paths: set[str], manager: str, manifest: Object) -> Any:
-        if request.args.get("force") == "true":
-            return None
-        for other, owned in self.owners.get(key, {}).items():
-            taken = {path for path in paths & owned if other != manager and _at(self.objects[key], path) != _at(manifest, path)}
-            if taken:
-                return _status(
-                    409, f'Apply failed with {len(taken)} conflict: conflict with "{other}": {", ".join(sorted(taken))}'
-                )
-        return None
+    def _create(self, api_version: str, plural: str, namespace: str) -> Any:
+        manifest = json.loads(request.data)
+        key = (api_version, plural, namespace, manifest["metadata"]["name"])
+        with self.changed:
+            if key in self.objects:
+                return _status(409, f'{plural} "{key[3]}" already exists', key[3], "AlreadyExists")
+            return self._refused(key, manifest) or (self._written(key, {}, manifest, {}), 201)
 
-    def _delete(self, key: tuple[str, str, str, str]) -> Any:
+    def _replace(self, key: Key) -> Any:
+        manifest = json.loads(request.data)
+        seen, live = manifest["metadata"].get("resourceVersion"), self.objects[key]
+        if seen and seen != live["metadata"]["resourceVersion"]:
+            text = "the object has been modified; please apply your changes to the latest version and try again"
+            return _status(409, f'Operation cannot be fulfilled on {key[1]} "{key[3]}": {text}', key[3])
+        return self._written(key, copy.deepcopy(live), manifest, self.owners.get(key, {}))
+
+    def _delete(self, key: Key) -> Any:
         live = self.objects[key]
+        wanted = (json.loads(request.data or b"{}").get("preconditions") or {}).get("resourceVersion")
+        if wanted and wanted != live["metadata"]["resourceVersion"]:
+            text = f"the ResourceVersion in the precondition ({wanted}) does not match"
+            return _status(409, f'Operation cannot be fulfilled on {key[1]} "{key[3]}": Precondition failed: {text}', key[3])
         if live["metadata"].get("finalizers"):
-            live["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
-            self.put(live)
-            return live
-        self.remove(*key)
-        for pod in list(self.objects):
-            if pod[1] == "pods" and self.objects[pod]["metadata"]["labels"].get("serving.knative.dev/service") == key[3]:
-                self.remove(*pod)
-        return {"kind": "Status", "apiVersion": "v1", "status": "Success"}
-
-    # -- Knative's controller -----------------------------------------------------------------------------------------
-
-    def revise(self, service: Object, status: str, reason: str = "", message: str = "") -> str:
-        """Writes the Service's status as Knative does; returns the name of the newest revision."""
-        metadata = service["metadata"]
-        revision = f"{metadata['name']}-{metadata['generation']:05d}"
-        condition = {"type": "Ready", "status": status, "reason": reason, "message": message}
-        service["status"] = {
-            "observedGeneration": metadata["generation"],
-            "latestCreatedRevisionName": revision,
-            "conditions": [{key: value for key, value in condition.items() if value}],
-            "url": f"http://{metadata['name']}.{metadata['namespace']}.example",
-        }
-        self.put(service)
-        return revision
-
-    def add_pod(self, service: Object, revision: str, container_status: Object) -> None:
-        labels = {
-            **service["spec"]["template"]["metadata"].get("labels", {}),
-            "serving.knative.dev/revision": revision,
-            "serving.knative.dev/service": service["metadata"]["name"],
-        }
-        metadata = {"name": f"{revision}-pod", "namespace": service["metadata"]["namespace"], "labels": labels}
-        status = {"containerStatuses": [{"name": "function", "restartCount": 0, **container_status}]}
-        self.put({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "status": status})
-
-    def _end_old_gateways(self) -> None:
-        """All but the newest revision's pods of every gateway."""
-        for key, pod in list(self.objects.items()):
-            labels = pod["metadata"].get("labels", {})
-            if key[1] == "pods" and labels.get("app.kubernetes.io/component") == "gateway":
-                service = self.objects[(*SERVICE, key[2], labels["serving.knative.dev/service"])]
-                if service["status"]["latestCreatedRevisionName"] != labels["serving.knative.dev/revision"]:
-                    self.remove(*key)
+            return self.put({**live, "metadata": {**live["metadata"], "deletionTimestamp": "2026-01-01T00:00:00Z"}})
+        self.finish_deletion(key)
+        return {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}
 
 
-def become_ready(api: KubernetesApi, service: Object) -> None:
-    revision = api.revise(service, "True")
-    api.add_pod(service, revision, {"state": {"running": {}}})
-    if not api.lingering_gateways:
-        api._end_old_gateways()
+def labels_of(manifest: Object) -> dict[str, str]:
+    return manifest["metadata"].get("labels") or {}
 
 
-def never_ready(api: KubernetesApi, service: Object) -> None:
-    api.revise(service, "Unknown", "RevisionMissing", "Configuration is waiting for a Revision to become ready.")
+def _not_found(plural: str, name: str) -> Any:
+    return _status(404, f'{plural} "{name}" not found', name)
 
 
-def image_pull_fails(api: KubernetesApi, service: Object) -> None:
-    revision = api.revise(service, "Unknown", "RevisionMissing", "Configuration is waiting for a Revision to become ready.")
-    waiting = {"reason": "ImagePullBackOff", "message": 'Back-off pulling image "registry.example/lamina:missing"'}
-    api.add_pod(service, revision, {"state": {"waiting": waiting}})
+def _apply_conflict(key: Key, against: dict[str, list[str]]) -> Any:
+    count = sum(map(len, against.values()))
+    text = "; ".join(f'conflict with "{other}" using {key[0]}: {", ".join(fields)}' for other, fields in against.items())
+    plural = "" if count == 1 else "s"
+    return _status(409, f"Apply failed with {count} conflict{plural}: {text}", key[3])
 
 
-def crash_loops(api: KubernetesApi, service: Object) -> None:
-    revision = api.revise(service, "Unknown", "RevisionMissing", "Configuration is waiting for a Revision to become ready.")
-    ended = {"exitCode": 1, "reason": "Error"}
-    waiting = {"reason": "CrashLoopBackOff", "message": "back-off 10s restarting failed container"}
-    status = {"state": {"waiting": waiting}, "lastState": {"terminated": ended}, "restartCount": 3}
-    api.add_pod(service, revision, status)
-    api.logs[f"{revision}-pod"] = "ERROR bucket 'lamina' does not exist\n"
-
-
-def revision_fails(api: KubernetesApi, service: Object) -> None:
-    revision = api.revise(service, "False", "RevisionFailed", "Revision failed: initial scale was never achieved")
-    involved = {"kind": "ReplicaSet", "name": f"{revision}-deployment-abc"}
-    namespace = service["metadata"]["namespace"]
-    api.put(
-        {
-            "apiVersion": "v1",
-            "kind": "Event",
-            "metadata": {"name": f"{revision}.1", "namespace": namespace},
-            "involvedObject": involved,
-            "type": "Warning",
-            "reason": "FailedCreate",
-            "message": "pods is forbidden: exceeded quota: requests.memory",
-        }
-    )
-
-
-def _status(code: int, message: str) -> Any:
-    body = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": message, "code": code}
+def _status(code: int, message: str, name: str = "", reason: str = "") -> Any:
+    body = {
+        "kind": "Status",
+        "apiVersion": "v1",
+        "metadata": {},
+        "status": "Failure",
+        "message": message,
+        "reason": reason or _REASONS[code],
+        "details": {"name": name},
+        "code": code,
+    }
     return Response(json.dumps(body), code, mimetype="application/json")
 
 
-def _leaves(value: Any, path: str) -> Iterator[str]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            if not (path == "" and key in ("apiVersion", "kind")) and f"{path}/{key}" not in (
-                "/metadata/name",
-                "/metadata/namespace",
-            ):
-                yield from _leaves(inner, f"{path}/{key}")
-    else:
-        yield path
-
-
-def _split(path: str) -> list[str]:
-    """Keys with slashes in them, such as labels, are put together again by trying: see `_at`."""
-    return path.strip("/").split("/")
-
-
-def _at(value: Any, path: str) -> Any:
-    parts = _split(path)
-    while parts:
-        for length in range(len(parts), 0, -1):
-            key = "/".join(parts[:length])
-            if isinstance(value, dict) and key in value:
-                value, parts = value[key], parts[length:]
-                break
-        else:
-            return None
-    return value
-
-
-def _without(value: Object, paths: set[str], prefix: str = "") -> Object:
-    kept = {}
-    for key, inner in value.items():
-        path = f"{prefix}/{key}"
-        if path not in paths:
-            kept[key] = _without(inner, paths, path) if isinstance(inner, dict) else inner
-    return kept
-
-
-def _merge(live: Object, applied: Object) -> Object:
-    merged = dict(live)
-    for key, value in applied.items():
-        merged[key] = _merge(live.get(key) or {}, value) if isinstance(value, dict) else value
-    return merged
+__all__ = ["BROKER", "EVENTING", "SEQUENCE", "SERVICE", "TRIGGER", "Key", "KubernetesApi", "labels_of"]

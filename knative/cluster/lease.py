@@ -1,0 +1,149 @@
+"""So that two deployments of one pipeline do not cross: a Lease of Kubernetes, held while one goes on.
+
+Who finds it held is told by whom and since when; one that was not renewed in time is taken over, and its holder, should it
+still be there, stops at its next step. Times are the machines' own: clocks a minute apart would take over too early.
+"""
+
+import contextlib
+import getpass
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from knative.cluster.client import Cluster, Ref
+from knative.cluster.errors import ClusterError, DeployInProgress, NotPermitted
+from knative.cluster.history import INSTANCE, MANAGED_BY
+from knative.spec.kubernetes_object import KubernetesObject
+
+DURATION_SECONDS: Final = 60
+_RENEWALS_IN_TIME: Final = 4
+_COORDINATION: Final = "coordination.k8s.io/v1"
+_FORMAT: Final = "%Y-%m-%dT%H:%M:%S.%fZ"
+
+
+def lease_ref(namespace: str, name: str) -> Ref:
+    """Of the pipeline `name`."""
+    return Ref(_COORDINATION, "Lease", namespace, f"{name}-deploy")
+
+
+def told(lease: KubernetesObject) -> str:
+    """Who holds it, and since when."""
+    spec = lease["spec"]
+    return f"{spec.get('holderIdentity')} since {spec.get('acquireTime')}"
+
+
+class DeployLease:
+    """Held by this process. `check` raises DeployInProgress once it was lost."""
+
+    def __init__(self, cluster: Cluster, ref: Ref, lease: KubernetesObject | None, duration_seconds: float) -> None:
+        self._cluster = cluster
+        self._ref = ref
+        self._lease = lease
+        self._duration_seconds = duration_seconds
+        self._lost = ""
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+
+    def check(self) -> None:
+        if self._lost:
+            raise DeployInProgress(self._lost)
+
+    def _renew(self) -> None:
+        while self._lease is not None and not self._ended.wait(self._duration_seconds / _RENEWALS_IN_TIME):
+            with contextlib.suppress(ClusterError):  # an API that is away for a moment; the next renewal may be in time
+                renewed = self._cluster.replace(_renewed(self._lease, datetime.now(UTC)))
+                if renewed is None:
+                    self._lost = self._who_took_it()
+                    return
+                self._lease = renewed
+
+    def _who_took_it(self) -> str:
+        live = self._cluster.get(self._ref)
+        by = "deleted" if live is None else f"taken over by {told(live)}"
+        return f"{self._ref} was {by} while this deployment went on; it ends here, see what became of it with `status`"
+
+    def __enter__(self) -> "DeployLease":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        if self._lease is not None and not self._lost:
+            with contextlib.suppress(ClusterError):  # it expires by itself
+                self._cluster.delete(self._ref, self._lease["metadata"]["resourceVersion"])
+
+
+@contextmanager
+def deploy_lease(
+    cluster: Cluster, namespace: str, name: str, say: Callable[[str], None], duration_seconds: float = DURATION_SECONDS
+) -> Iterator[DeployLease]:
+    """Raises DeployInProgress where another deployment of the pipeline goes on."""
+    ref = lease_ref(namespace, name)
+    try:
+        lease = _acquire(cluster, ref, name, say, duration_seconds)
+    except NotPermitted as error:
+        say(f"not kept from crossing with another deployment: {error}")
+        lease = None
+    with DeployLease(cluster, ref, lease, duration_seconds) as held:
+        yield held
+
+
+def _acquire(cluster: Cluster, ref: Ref, name: str, say: Callable[[str], None], duration_seconds: float) -> KubernetesObject:
+    now = datetime.now(UTC)
+    metadata: dict[str, Any] = {
+        "name": ref.name,
+        "namespace": ref.namespace,
+        "labels": {INSTANCE: name, MANAGED_BY: "lamina"},
+    }
+    spec = {
+        "holderIdentity": _identity(),
+        "leaseDurationSeconds": max(1, round(duration_seconds)),
+        "acquireTime": now.strftime(_FORMAT),
+        "renewTime": now.strftime(_FORMAT),
+    }
+    lease = {"apiVersion": _COORDINATION, "kind": "Lease", "metadata": metadata, "spec": spec}
+    created = cluster.create(lease)
+    if created is not None:
+        return created
+    live = cluster.get(ref)
+    if live is None:
+        return _acquire(cluster, ref, name, say, duration_seconds)  # released in between
+    left = (_expires(live) - now).total_seconds()
+    if left > 0:
+        raise DeployInProgress(
+            f"{told(live)} changes {name} in namespace {ref.namespace}; wait for its end. If it died: {ref} is taken over by "
+            f"a deployment in {left:.0f} s or later"
+        )
+    version = live["metadata"]["resourceVersion"]
+    taken = cluster.replace({**lease, "metadata": {**metadata, "resourceVersion": version}})
+    if taken is None:
+        raise DeployInProgress(f"another deployment took over {ref} at the same moment; wait for its end")
+    say(f"took over {ref}, which {told(live)} did not renew in time")
+    return taken
+
+
+def _expires(lease: KubernetesObject) -> datetime:
+    spec = lease["spec"]
+    renewed = spec.get("renewTime") or spec.get("acquireTime")
+    if not renewed:
+        return datetime.fromtimestamp(0, UTC)
+    return datetime.fromisoformat(renewed) + timedelta(seconds=spec.get("leaseDurationSeconds") or DURATION_SECONDS)
+
+
+def _renewed(lease: KubernetesObject, now: datetime) -> KubernetesObject:
+    metadata = {key: value for key, value in lease["metadata"].items() if key != "managedFields"}
+    return {**lease, "metadata": metadata, "spec": {**lease["spec"], "renewTime": now.strftime(_FORMAT)}}
+
+
+def _identity() -> str:
+    """Who, where, and which process."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}/{os.getpid()}"

@@ -1,0 +1,65 @@
+"""Secrets that a pipeline's Services name, and the one that the deployer makes: the token between gateway and stages."""
+
+import base64
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from knative.cluster.client import Cluster, Ref
+from knative.cluster.history import INSTANCE, MANAGED_BY
+from knative.spec.kubernetes_object import KubernetesObject
+
+_TOKEN: Final = "LAMINA_PIPELINE_TOKEN"
+_STORE_KEYS: Final = frozenset({"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"})
+
+
+@dataclass(frozen=True, slots=True)
+class WantedSecret:
+    """What Services need of one Secret."""
+
+    pipeline: str
+    keys: frozenset[str]
+    is_token: bool
+
+
+def wanted_secrets(objects: list[KubernetesObject]) -> dict[Ref, WantedSecret]:
+    """Secrets that the Services name, without which a pod would not start."""
+    wanted: dict[Ref, WantedSecret] = {}
+    for service in (each for each in objects if each["kind"] == "Service"):
+        metadata = service["metadata"]
+        for container in service["spec"]["template"]["spec"]["containers"]:
+            for name, keys, is_token in _references(container):
+                ref = Ref("v1", "Secret", metadata["namespace"], name)
+                before = wanted.get(ref, WantedSecret("", frozenset(), False))
+                pipeline = (metadata.get("labels") or {}).get(INSTANCE, "")
+                wanted[ref] = WantedSecret(pipeline, keys | before.keys, is_token or before.is_token)
+    return wanted
+
+
+def ensure_token(cluster: Cluster, objects: list[KubernetesObject], say: Callable[[str], None]) -> None:
+    """Makes the pipeline's token where there is none; one that is there stays as it is, whoever made it."""
+    for ref, wanted in wanted_secrets(objects).items():
+        if wanted.is_token and cluster.get(ref) is None and cluster.create(_token_secret(ref, wanted.pipeline)):
+            say(f"made {ref}: the token between gateway and stages")
+
+
+def _references(container: KubernetesObject) -> Iterator[tuple[str, frozenset[str], bool]]:
+    """Name of the Secret, its keys, whether it is the token."""
+    for entry in container.get("env", []):
+        reference = (entry.get("valueFrom") or {}).get("secretKeyRef")
+        if reference and not reference.get("optional"):
+            yield reference["name"], frozenset({reference["key"]}), entry["name"] == _TOKEN
+    for source in container.get("envFrom", []):
+        if "secretRef" in source and not source["secretRef"].get("optional"):
+            yield source["secretRef"]["name"], _STORE_KEYS, False
+
+
+def _token_secret(ref: Ref, pipeline: str) -> KubernetesObject:
+    token = base64.b64encode(secrets.token_urlsafe(32).encode()).decode()
+    metadata: dict[str, Any] = {
+        "name": ref.name,
+        "namespace": ref.namespace,
+        "labels": {INSTANCE: pipeline, MANAGED_BY: "lamina"},
+    }
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": "Opaque", "data": {"token": token}}

@@ -1,0 +1,45 @@
+"""What is missing is reported at once, and nothing is made before."""
+
+import pytest
+
+from knative.cluster.deployer import Deployer
+from knative.cluster.errors import PreflightFailed
+from tests.support.knative.deployments import objects
+from tests.support.knative.kubernetes_api import EVENTING, KubernetesApi
+
+
+def test_all_that_is_missing_is_said_and_nothing_is_made(api: KubernetesApi, deployer: Deployer) -> None:
+    api.kinds |= EVENTING
+    api.remove("v1", "secrets", "default", "lamina-store")
+    spec = {"eventing": {"dead_letter_sink": "dead-letters"}, "gateway": {"api_keys_secret": "chat-api-keys"}}
+    with pytest.raises(PreflightFailed) as failure:
+        deployer.deploy(objects(spec=spec))
+    for text in (
+        "lamina-store is missing",
+        "chat-api-keys is missing",
+        "Service default/dead-letters, to which Broker chat leads",
+    ):
+        assert text in str(failure.value)
+    assert api.applied == []
+    assert api.named("secrets") == api.named("configmaps") == api.named("leases") == []
+
+
+def test_a_namespace_on_its_way_out_takes_nothing(api: KubernetesApi, deployer: Deployer) -> None:
+    api.add_namespace("default", phase="Terminating")
+    with pytest.raises(PreflightFailed, match=r"namespace default is being deleted.*kubectl create namespace default"):
+        deployer.deploy(objects())
+    assert api.applied == []
+
+
+def test_a_namespace_that_is_not_there_is_named_with_the_command(api: KubernetesApi, deployer: Deployer) -> None:
+    api.remove("v1", "namespaces", "", "default")
+    with pytest.raises(PreflightFailed, match="kubectl create namespace default"):
+        deployer.deploy(objects())
+
+
+def test_without_the_right_to_see_the_namespace_the_apis_own_words_are_told(
+    api: KubernetesApi, deployer: Deployer, said: list[str]
+) -> None:
+    api.forbidden.add(("get", "namespaces"))
+    deployer.deploy(objects())
+    assert any("not checked, since we may not look" in line for line in said)

@@ -1,0 +1,129 @@
+"""Which Knative Services the stand-in takes: by what a real cluster said of recorded manifests, never by Lamina's own rules.
+
+A field that some recorded manifest was refused for is refused where it has the same value, or whatever its value where no
+accepted manifest has it at all. A field that no accepted manifest has, recorded or run, is one of which nothing is known.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, Final
+
+from tests.support.paths import DATA
+
+Path = tuple[str, ...]
+
+_CASES: Final = json.loads((DATA / "webhook-cases.json").read_text())
+_RUN_ON_A_CLUSTER: Final = """
+metadata.labels.*
+metadata.annotations.*
+spec.template.metadata.labels.*
+spec.template.metadata.annotations.autoscaling.knative.dev/target-utilization-percentage
+spec.template.metadata.annotations.autoscaling.knative.dev/panic-window-percentage
+spec.template.metadata.annotations.autoscaling.knative.dev/scale-down-delay
+spec.template.metadata.annotations.autoscaling.knative.dev/min-scale
+spec.template.metadata.annotations.autoscaling.knative.dev/target-burst-capacity
+spec.template.metadata.annotations.serving.knative.dev/progress-deadline
+spec.template.metadata.annotations.features.knative.dev/http-full-duplex
+spec.template.spec.automountServiceAccountToken
+spec.template.spec.containers.*.env.*.value
+spec.template.spec.containers.*.envFrom.*.secretRef.name
+spec.template.spec.containers.*.resources.requests.*
+spec.template.spec.containers.*.resources.limits.*
+spec.template.spec.containers.*.readinessProbe.periodSeconds
+spec.template.spec.containers.*.readinessProbe.timeoutSeconds
+spec.template.spec.containers.*.livenessProbe.periodSeconds
+spec.template.spec.containers.*.livenessProbe.timeoutSeconds
+spec.template.spec.containers.*.livenessProbe.failureThreshold
+spec.template.spec.containers.*.securityContext.capabilities.drop.*
+spec.traffic.*.revisionName
+spec.traffic.*.latestRevision
+spec.traffic.*.percent
+spec.traffic.*.tag
+"""
+"""Fields of manifests that ran on a real cluster beside the recorded ones, or are in Knative's own examples of traffic."""
+
+
+def refusal(manifest: dict[str, Any], enabled: set[str]) -> str | None:
+    """The fields that a real cluster refused, as its webhook names them. enabled: fields that a feature flag lets through."""
+    if manifest["spec"].get("template") is None:
+        return "missing field(s): spec.template.spec.containers"
+    for case in _CASES:
+        wanted = {_path(field): _at(case["manifest"], _path(field)) for field in case["fields"]}
+        wanted = {path: value for path, value in wanted.items() if value is not None}
+        if case["accepted"] or not wanted or {path[-1] for path in wanted} & enabled:
+            continue
+        if all(_refused(manifest, path, value) for path, value in wanted.items()):
+            return "validation failed: " + ", ".join(f"invalid value: {field}" for field in case["fields"])
+    return None
+
+
+def unknown_fields(manifest: dict[str, Any], enabled: set[str]) -> list[str]:
+    """Fields of which no verdict is known."""
+    known = [*(path for case in _CASES if case["accepted"] for path, _ in _fields(case["manifest"])), *_seen_running()]
+    return sorted(
+        {
+            ".".join(path)
+            for path, _ in _fields(manifest)
+            if not set(path) & enabled and not any(_fits(path, pattern) for pattern in known)
+        }
+    )
+
+
+def _refused(manifest: dict[str, Any], path: Path, value: Any) -> bool:
+    """Whether the manifest has the field with this value or, where accepted manifests never have it, at all."""
+    found = list(_values(manifest, path))
+    accepted = any(True for case in _CASES if case["accepted"] for _ in _values(case["manifest"], path))
+    known = accepted or any(_fits(path, pattern) for pattern in _seen_running())
+    return value in found if known else bool(found)
+
+
+def _seen_running() -> list[Path]:
+    return [tuple(_split(line)) for line in _RUN_ON_A_CLUSTER.split()]
+
+
+def _split(line: str) -> list[str]:
+    """The keys of annotations have dots of their own."""
+    head, found, key = line.partition("annotations.")
+    return [*head.strip(".").split("."), "annotations", key] if found else line.split(".")
+
+
+def _path(field: str) -> Path:
+    head, found, key = field.partition("annotations.")
+    parts = re.sub(r"\[[^\]]*\]", ".*", head.strip(".")).split(".")
+    return (*parts, "annotations", key) if found else tuple(parts)
+
+
+def _fits(path: Path, pattern: Path) -> bool:
+    return len(path) == len(pattern) and all(
+        own in (other, "*") or other == "*" for own, other in zip(path, pattern, strict=True)
+    )
+
+
+def _fields(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every leaf, with `*` for places in lists."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _fields(inner, (*path, key))
+    elif isinstance(value, list) and value:
+        for inner in value:
+            yield from _fields(inner, (*path, "*"))
+    else:
+        yield path, value
+
+
+def _values(value: Any, path: Path) -> Iterator[Any]:
+    if not path:
+        yield value
+    elif path[0] == "*":
+        for inner in value if isinstance(value, list) else []:
+            yield from _values(inner, path[1:])
+    elif isinstance(value, list):  # the webhook leaves the place out now and then
+        for inner in value:
+            yield from _values(inner, path)
+    elif isinstance(value, dict) and path[0] in value:
+        yield from _values(value[path[0]], path[1:])
+
+
+def _at(value: Any, path: Path) -> Any:
+    return next(_values(value, path), None)

@@ -1,0 +1,354 @@
+"""What Knative's controllers make of Services, Brokers, Triggers and Sequences, one step after the other, as seen on a cluster.
+
+A behaviour is a generator: what it does up to a `yield` is seen by clients before what comes behind it. Until the first step
+the status is the one of the generation before, which is what a deployer must not fall for.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tests.support.knative.kubernetes_api import KubernetesApi
+
+Object = dict[str, Any]
+Steps = Iterator[None]
+Behaviour = Callable[["KubernetesApi", Object], Steps]
+
+SERVICE = ("serving.knative.dev/v1", "services")
+BROKER = ("eventing.knative.dev/v1", "brokers")
+TRIGGER = ("eventing.knative.dev/v1", "triggers")
+SEQUENCE = ("flows.knative.dev/v1", "sequences")
+_STEP_SECONDS = 0.01
+_GATEWAY = "app.kubernetes.io/component"
+
+
+class Controllers:
+    """A thread that takes the next step of every object that changed."""
+
+    def __init__(self, api: "KubernetesApi") -> None:
+        self._api = api
+        self._running: dict[tuple[str, str, str, str], Steps] = {}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def reconcile(self, key: tuple[str, str, str, str]) -> None:
+        play = {SERVICE: become_ready, BROKER: broker_ready, TRIGGER: trigger_ready, SEQUENCE: sequence_ready}.get(key[:2])
+        if play is not None:
+            self._running[key] = self._api.behaviours.get(key[3], play)(self._api, self._api.objects[key])
+
+    def deleted(self, key: tuple[str, str, str, str]) -> None:
+        """What the object owns is collected."""
+        self._running.pop(key, None)
+        if key[:2] != SERVICE:
+            return
+        owned = {"serving.knative.dev/service": key[3]}
+        for plural in ("pods", "revisions", "configurations", "podautoscalers"):
+            for each in self._api.found(plural, owned):
+                self._api.remove(*self._api.key_of(each))
+
+    def end_old_pods(self) -> None:
+        """Pods of gateways whose revision gets no traffic any more."""
+        for pod in self._api.found("pods", {_GATEWAY: "gateway"}):
+            labels = pod["metadata"]["labels"]
+            service = self._api.objects.get((*SERVICE, pod["metadata"]["namespace"], labels["serving.knative.dev/service"]))
+            if service and labels["serving.knative.dev/revision"] not in _revisions_with_traffic(service):
+                self._api.remove(*self._api.key_of(pod))
+
+    def _run(self) -> None:
+        while not self._ended.wait(_STEP_SECONDS):
+            for key, steps in list(self._running.items()):
+                try:
+                    with self._api.changed:
+                        next(steps)
+                except StopIteration:
+                    if self._running.get(key) is steps:
+                        del self._running[key]
+
+
+# -- Services ---------------------------------------------------------------------------------------------------------
+
+
+def become_ready(api: "KubernetesApi", service: Object) -> Steps:
+    revision = yield from make_revision(api, service)
+    add_pod(api, service, revision, {"state": {"running": {}}, "ready": True})
+    set_conditions(
+        api, service, revision, "Unknown", "IngressNotConfigured", "Ingress has not yet been reconciled.", routes=True
+    )
+    yield
+    set_conditions(api, service, revision, "Unknown", "Uninitialized", "Waiting for load balancer to be ready", routes=True)
+    yield
+    route(api, service, revision)
+    if not api.lingering_gateways:
+        api.controllers.end_old_pods()
+
+
+def never_ready(api: "KubernetesApi", service: Object) -> Steps:
+    yield from make_revision(api, service)
+
+
+def image_pull_fails(api: "KubernetesApi", service: Object) -> Steps:
+    revision = yield from make_revision(api, service)
+    waiting = {"reason": "ImagePullBackOff", "message": 'Back-off pulling image "registry.example/lamina:missing"'}
+    add_pod(api, service, revision, {"state": {"waiting": waiting}})
+
+
+def crash_loops(api: "KubernetesApi", service: Object) -> Steps:
+    revision = yield from make_revision(api, service)
+    waiting = {"reason": "CrashLoopBackOff", "message": "back-off 10s restarting failed container"}
+    ended = {"exitCode": 1, "reason": "Error"}
+    status = {"state": {"waiting": waiting}, "lastState": {"terminated": ended}, "restartCount": 3}
+    add_pod(api, service, revision, status)
+    api.logs[f"{revision}-pod"] = "ERROR bucket 'lamina' does not exist\n"
+
+
+def revision_fails(api: "KubernetesApi", service: Object) -> Steps:
+    revision = yield from make_revision(api, service)
+    namespace = service["metadata"]["namespace"]
+    event = {
+        "apiVersion": "v1",
+        "kind": "Event",
+        "metadata": {"name": f"{revision}.1", "namespace": namespace},
+        "involvedObject": {"kind": "ReplicaSet", "name": f"{revision}-deployment-abc"},
+        "type": "Warning",
+        "reason": "FailedCreate",
+        "message": "pods is forbidden: exceeded quota: requests.memory",
+    }
+    api.put(event)
+    text = f'Revision "{revision}" failed with message: initial scale was never achieved.'
+    set_conditions(api, service, revision, "False", "RevisionFailed", text)
+
+
+def slow_to_look(api: "KubernetesApi", service: Object) -> Steps:
+    """Knative's controller sees the change after half a second only."""
+    for _ in range(50):
+        yield
+    yield from become_ready(api, service)
+
+
+def make_revision(api: "KubernetesApi", service: Object) -> Iterator[None]:
+    """The Configuration sees the template; a Revision of it, unless it is the one that is there. Returns its name."""
+    yield
+    key, metadata = _key(service), service["metadata"]
+    old = (api.objects[key].get("status") or {}).get("latestCreatedRevisionName", "")
+    configuration = _configure(api, service)
+    if configuration["metadata"]["generation"] == configuration["status"]["observedGeneration"]:
+        return old
+    set_conditions(
+        api,
+        service,
+        old,
+        "Unknown",
+        "OutOfDate",
+        "The Configuration is still working to reflect the latest desired specification.",
+    )
+    yield
+    template, generation = service["spec"]["template"], configuration["metadata"]["generation"]
+    revision = template["metadata"].get("name") or f"{metadata['name']}-{generation:05d}"
+    labels = {
+        **template["metadata"].get("labels", {}),
+        "serving.knative.dev/service": metadata["name"],
+        "serving.knative.dev/configuration": metadata["name"],
+        "serving.knative.dev/configurationGeneration": str(generation),
+    }
+    own = {"name": revision, "namespace": metadata["namespace"], "labels": labels, "generation": 1}
+    api.put({"apiVersion": SERVICE[0], "kind": "Revision", "metadata": own, "spec": template["spec"]})
+    api.put({**configuration, "status": {"observedGeneration": generation, "latestCreatedRevisionName": revision}})
+    text = f'Configuration "{metadata["name"]}" is waiting for a Revision to become ready.'
+    set_conditions(api, service, revision, "Unknown", "RevisionMissing", text)
+    yield
+    return revision
+
+
+def set_conditions(
+    api: "KubernetesApi", service: Object, revision: str, status: str, reason: str, message: str, *, routes: bool = False
+) -> None:
+    """What stands in the way of Ready; the other conditions as they were. routes: it is the Route, not the Configuration."""
+    live = api.objects.get(_key(service))
+    if live is None:
+        return
+    conditions = [
+        _condition("ConfigurationsReady", "True" if routes else status, reason, message),
+        _condition("Ready", status, reason, message),
+        _condition("RoutesReady", status if routes else "Unknown", reason, message),
+    ]
+    old = live.get("status") or {}
+    names = {"latestCreatedRevisionName": revision} if revision else {}
+    generation = service["metadata"]["generation"]
+    api.set_status(_key(service), {**old, "conditions": conditions, "observedGeneration": generation, **names})
+
+
+def route(api: "KubernetesApi", service: Object, revision: str) -> None:
+    """Ready, with traffic as the Service asks for it; not, where it names a Revision that is not there."""
+    metadata = service["metadata"]
+    traffic = [dict(each) for each in service["spec"].get("traffic") or [{"latestRevision": True, "percent": 100}]]
+    for each in traffic:
+        each.setdefault("revisionName", revision)
+        if (*SERVICE[:1], "revisions", metadata["namespace"], each["revisionName"]) not in api.objects:
+            text = f'Revision "{each["revisionName"]}" referenced in traffic not found.'
+            set_conditions(api, service, revision, "False", "RevisionMissing", text, routes=True)
+            return
+    domain = "svc.cluster.local" if _cluster_local(service) else api.domain
+    status = {
+        "address": {"url": f"http://{metadata['name']}.{metadata['namespace']}.svc.cluster.local"},
+        "conditions": [_condition(kind, "True") for kind in ("ConfigurationsReady", "Ready", "RoutesReady")],
+        "latestCreatedRevisionName": revision,
+        "latestReadyRevisionName": revision,
+        "observedGeneration": metadata["generation"],
+        "traffic": traffic,
+        "url": f"http://{metadata['name']}.{metadata['namespace']}.{domain}",
+    }
+    api.set_status(_key(service), status)
+    for pod in api.found("pods", {"serving.knative.dev/service": metadata["name"], _GATEWAY: "stage"}):
+        if pod["metadata"]["labels"]["serving.knative.dev/revision"] not in _revisions_with_traffic(api.objects[_key(service)]):
+            api.remove(*api.key_of(pod))
+
+
+def add_pod(api: "KubernetesApi", service: Object, revision: str, container_status: Object, phase: str = "Running") -> None:
+    labels = {
+        **service["spec"]["template"]["metadata"].get("labels", {}),
+        "serving.knative.dev/revision": revision,
+        "serving.knative.dev/service": service["metadata"]["name"],
+    }
+    metadata = {"name": f"{revision}-pod", "namespace": service["metadata"]["namespace"], "labels": labels}
+    container = {**service["spec"]["template"]["spec"]["containers"][0]}
+    status = {
+        "phase": phase,
+        "startTime": "2026-01-01T00:00:00Z",
+        "containerStatuses": [
+            {"name": container.get("name", "user-container"), "restartCount": 0, "ready": False, **container_status},
+            {"name": "queue-proxy", "restartCount": 0, "ready": bool(container_status.get("ready")), "state": {"running": {}}},
+        ],
+    }
+    account = service["spec"]["template"]["spec"].get("serviceAccountName", "default")
+    spec = {
+        "serviceAccountName": account,
+        "containers": [{"name": "user-container", **container}, {"name": "queue-proxy", "resources": {}}],
+    }
+    api.put({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec, "status": status})
+    scaler = {"name": revision, "namespace": service["metadata"]["namespace"], "labels": labels}
+    api.put(
+        {
+            "apiVersion": "autoscaling.internal.knative.dev/v1alpha1",
+            "kind": "PodAutoscaler",
+            "metadata": scaler,
+            "status": {"desiredScale": 1, "actualScale": int(bool(container_status.get("ready")))},
+        }
+    )
+
+
+def _configure(api: "KubernetesApi", service: Object) -> Object:
+    """The Configuration with the Service's template; its generation counts templates, not changes of traffic."""
+    metadata, template = service["metadata"], service["spec"]["template"]
+    old = api.objects.get((SERVICE[0], "configurations", metadata["namespace"], metadata["name"]))
+    if old is not None and old["spec"]["template"] == template:
+        return old
+    own = {
+        "name": metadata["name"],
+        "namespace": metadata["namespace"],
+        "labels": {"serving.knative.dev/service": metadata["name"]},
+        "generation": old["metadata"]["generation"] + 1 if old else 1,
+    }
+    status = (old or {}).get("status") or {"observedGeneration": 0}
+    return api.put(
+        {"apiVersion": SERVICE[0], "kind": "Configuration", "metadata": own, "spec": {"template": template}, "status": status}
+    )
+
+
+def _revisions_with_traffic(service: Object) -> set[str]:
+    status = service.get("status") or {}
+    return {each["revisionName"] for each in status.get("traffic") or []}
+
+
+def _cluster_local(service: Object) -> bool:
+    return service["metadata"].get("labels", {}).get("networking.knative.dev/visibility") == "cluster-local"
+
+
+# -- Eventing ---------------------------------------------------------------------------------------------------------
+
+
+def broker_ready(api: "KubernetesApi", broker: Object) -> Steps:
+    kinds = ("Addressable", "DeadLetterSinkResolved", "FilterReady", "IngressReady", "Ready", "TriggerChannelReady")
+    yield from _eventing(api, broker, BROKER, kinds)
+
+
+def broker_fails(api: "KubernetesApi", broker: Object) -> Steps:
+    """Of a class that nothing on this cluster looks after."""
+    if broker["kind"] != "Broker":
+        yield from become_ready(api, broker)  # the gateway has the same name
+        return
+    yield
+    key = (*BROKER, broker["metadata"]["namespace"], broker["metadata"]["name"])
+    reason = ("BrokerClass", "no controller looks after this class")
+    conditions = [
+        _condition("Addressable", "Unknown"),
+        *(_condition(each, "False", *reason) for each in ("IngressReady", "Ready")),
+    ]
+    api.set_status(key, {"conditions": conditions, "observedGeneration": broker["metadata"]["generation"]})
+
+
+def trigger_ready(api: "KubernetesApi", trigger: Object) -> Steps:
+    kinds = ("BrokerReady", "DeadLetterSinkResolved", "DependencyReady", "Ready", "SubscriberResolved", "SubscriptionReady")
+    yield from _eventing(api, trigger, TRIGGER, kinds)
+
+
+def sequence_ready(api: "KubernetesApi", sequence: Object) -> Steps:
+    yield from _eventing(api, sequence, SEQUENCE, ("Addressable", "ChannelsReady", "Ready", "SubscriptionsReady"))
+
+
+def _eventing(api: "KubernetesApi", manifest: Object, kind: tuple[str, str], types: tuple[str, ...]) -> Steps:
+    """Seen a moment later; Unknown first; then Ready, unless something that it names is not there."""
+    key = (*kind, manifest["metadata"]["namespace"], manifest["metadata"]["name"])
+    generation = manifest["metadata"]["generation"]
+    yield
+    yield
+    api.set_status(key, {"conditions": [_condition(each, "Unknown") for each in types], "observedGeneration": generation})
+    yield
+    coming = [_condition(each, "False", "NotReady", "the deployment is not available yet") for each in types]
+    api.set_status(key, {"conditions": coming, "observedGeneration": generation})
+    yield
+    missing = next((ref for ref in _references(manifest["spec"]) if not _there(api, manifest, ref)), None)
+    conditions = [_condition(each, "True") for each in types]
+    if missing is not None:
+        group = missing["apiVersion"].split("/")[0]
+        text = f'{missing["kind"].lower()}s.{group} "{missing["name"]}" not found'
+        reason = "Unable to get the dead letter sink's URI"
+        conditions = [
+            _condition(each, "False", reason, text) if each in ("Ready", "DeadLetterSinkResolved") else _condition(each, "True")
+            for each in types
+        ]
+    address = {"address": {"url": f"http://broker-ingress.example/{key[2]}/{key[3]}"}} if kind == BROKER else {}
+    api.set_status(key, {"conditions": conditions, "observedGeneration": generation, **address})
+
+
+def _references(value: Any) -> Iterator[Object]:
+    if isinstance(value, dict):
+        if "ref" in value:
+            yield value["ref"]
+        for inner in value.values():
+            yield from _references(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _references(inner)
+
+
+def _there(api: "KubernetesApi", manifest: Object, ref: Object) -> bool:
+    with contextlib.suppress(KeyError):
+        plural = api.kinds[ref["apiVersion"]][ref["kind"]]
+        return (ref["apiVersion"], plural, manifest["metadata"]["namespace"], ref["name"]) in api.objects
+    return False
+
+
+def _condition(kind: str, status: str, reason: str = "", message: str = "") -> Object:
+    condition = {"type": kind, "status": status, "lastTransitionTime": "2026-01-01T00:00:00Z"}
+    return condition if status == "True" or not reason else {**condition, "reason": reason, "message": message}
+
+
+def _key(service: Object) -> tuple[str, str, str, str]:
+    return (*SERVICE, service["metadata"]["namespace"], service["metadata"]["name"])
