@@ -137,7 +137,7 @@ static Status check_product(const Product *product)
         return LAMINA_BAD_SIZE;
     CHECK(check_memory(&product->x, product->rows * product->matrix.width * 4, 4));
     CHECK(check_memory(&product->y, product->rows * product->matrix.outs * 4, 4));
-    int64_t bytes = product_workspace(&product->matrix, product->threads, NULL).bytes;
+    int64_t bytes = product_workspace(&product->matrix, product->rows, product->threads, NULL).bytes;
     return check_memory(&product->workspace, bytes, LAMINA_LINE_BYTES);
 }
 
@@ -171,7 +171,7 @@ int64_t lamina_product_bytes(const Matrix *matrix, int64_t rows, int64_t threads
 {
     if (!within(matrix->width, 1, MOST) || !within(rows, 1, MOST) || !within(threads, 1, LAMINA_MOST_THREADS))
         return -LAMINA_BAD_SIZE;
-    return product_workspace(matrix, threads, NULL).bytes;
+    return product_workspace(matrix, rows, threads, NULL).bytes;
 }
 
 int64_t lamina_size_of(int64_t record)

@@ -35,37 +35,19 @@ typedef struct {
 static Pieces pieces_of(int64_t rows, const Matrix *matrix, int64_t matrices)
 {
     Pieces pieces;
-    pieces.blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    pieces.block_rows = rounded_up((rows + pieces.blocks - 1) / pieces.blocks, LAMINA_TILE_ROWS);
+    int64_t most_rows = larger(64, BLOCK_BYTES / packed_row_bytes(matrix->dtype, matrix->width) / 16 * 16);
+    pieces.blocks = (rows + most_rows - 1) / most_rows;
+    pieces.block_rows = rounded_up((rows + pieces.blocks - 1) / pieces.blocks, 16);
     pieces.unit_outs = larger(1, UNIT_BYTES / (weight_bytes(matrix, LAMINA_GROUP_OUTS) * matrices)) * LAMINA_GROUP_OUTS;
     pieces.units = (matrix->outs + pieces.unit_outs - 1) / pieces.unit_outs;
     return pieces;
 }
 
-/* A thread keeps to its blocks where there are several: it packs only those. */
+/* A thread keeps to its blocks where there are several, which are in its cache then. */
 static int64_t take_of_product(const Worker *worker, int64_t phase, const Pieces *pieces)
 {
     return pieces->blocks == 1 ? take_piece(worker, phase, pieces->units, 1)
                                : take_piece(worker, phase, pieces->blocks, pieces->units);
-}
-
-/* Rows of x [.., width], through the norm of `gain` where there is one, as the matrix wants them. */
-static Rows packed_rows(const Level *level, const Matrix *matrix, const float *x, int64_t rows, const Memory *gain, float eps,
-                        const Worker *worker)
-{
-    MatrixScratch scratch = matrix_scratch(matrix, worker->scratch);
-    int64_t row_bytes = packed_row_bytes(matrix->dtype, matrix->width);
-    for (int64_t row = 0; row < rows; row++) {
-        const float *numbers = x + row * matrix->width;
-        if (gain) {
-            level->normalize(numbers, gain->data, eps, matrix->width, scratch.normalized);
-            numbers = scratch.normalized;
-        }
-        float scale = level->pack((Dtype)matrix->dtype, numbers, matrix->width, scratch.packed + row * row_bytes);
-        for (int out = 0; out < LAMINA_TILE_OUTS; out++)
-            scratch.scales[row * LAMINA_TILE_OUTS + out] = scale;
-    }
-    return (Rows){scratch.packed, scratch.scales, rows, row_bytes};
 }
 
 typedef struct {
@@ -80,41 +62,78 @@ typedef struct {
     float *y; /* [rows, outs] */
 } Task;
 
-/* A whole phase: y = x Wᵀ + b of all rows. */
-static void run_product(const Task *task, const Worker *worker, int64_t phase)
+/* Rows from `row` on, 16 of them or fewer, through the norm where there is one, as the matrix wants them. */
+static void pack_rows(const Task *task, int64_t row, int64_t rows, float *normalized, float *scales, uint8_t *packed)
+{
+    const Matrix *matrix = task->matrix;
+    const int64_t row_bytes = packed_row_bytes(matrix->dtype, matrix->width);
+    for (int64_t i = 0; i < rows; i++) {
+        const float *numbers = task->x + (row + i) * matrix->width;
+        if (task->gain) {
+            task->level->normalize(numbers, task->gain->data, task->eps, matrix->width, normalized);
+            numbers = normalized;
+        }
+        float scale = task->level->pack((Dtype)matrix->dtype, numbers, matrix->width, packed + i * row_bytes);
+        for (int out = 0; out < LAMINA_TILE_OUTS; out++)
+            scales[i * LAMINA_TILE_OUTS + out] = scale;
+    }
+    if (task->level->arrange && task->rows > 1)
+        task->level->arrange((Dtype)matrix->dtype, rows, row_bytes, packed);
+}
+
+static Rows packed_alone(const Task *task, const Worker *worker)
+{
+    MatrixScratch scratch = matrix_scratch(task->matrix, worker->scratch);
+    pack_rows(task, 0, task->rows, scratch.normalized, scratch.scales, scratch.packed);
+    return (Rows){scratch.packed, scratch.scales, task->rows, packed_row_bytes(task->matrix->dtype, task->matrix->width),
+                  task->rows > 1};
+}
+
+/* A whole phase, whose pieces are 16 rows each. */
+static Rows packed_together(const Task *task, const Workspace *at, const Worker *worker, int64_t phase)
+{
+    const int64_t row_bytes = packed_row_bytes(task->matrix->dtype, task->matrix->width), pieces = (task->rows + 15) / 16;
+    float *normalized = matrix_scratch(task->matrix, worker->scratch).normalized;
+    int64_t done = 0, piece;
+    for (; (piece = take_piece(worker, phase, pieces, 1)) >= 0; done++)
+        pack_rows(task, piece * 16, smaller(16, task->rows - piece * 16), normalized, at->scales + piece * 16 * LAMINA_TILE_OUTS,
+                  at->packed + piece * 16 * row_bytes);
+    finish_phase(worker, phase, done, pieces);
+    return (Rows){at->packed, at->scales, task->rows, row_bytes, true};
+}
+
+/* Two phases: y = x Wᵀ + b of all rows. */
+static void run_product(const Task *task, const Workspace *at, const Worker *worker, int64_t phase)
 {
     const Matrix *matrix = task->matrix;
     const Pieces pieces = pieces_of(task->rows, matrix, task->up ? 2 : 1);
-    Rows x = {0};
-    int64_t packed = -1, done = 0, piece;
-    while ((piece = take_of_product(worker, phase, &pieces)) >= 0) {
-        int64_t block = piece / pieces.units, unit = piece % pieces.units, row = block * pieces.block_rows;
-        if (block != packed)
-            x = packed_rows(task->level, matrix, task->x + row * matrix->width, smaller(pieces.block_rows, task->rows - row),
-                            task->gain, task->eps, worker);
-        packed = block;
-        int64_t first = unit * pieces.unit_outs, last = smaller(matrix->outs, first + pieces.unit_outs);
+    const Rows all = task->rows <= FEW_ROWS ? packed_alone(task, worker) : packed_together(task, at, worker, phase);
+    int64_t done = 0, piece;
+    for (; (piece = take_of_product(worker, phase + 1, &pieces)) >= 0; done++) {
+        int64_t row = piece / pieces.units * pieces.block_rows, first = piece % pieces.units * pieces.unit_outs;
+        int64_t last = smaller(matrix->outs, first + pieces.unit_outs);
+        const Rows x = {all.data + row * all.row_bytes, all.scales + row * LAMINA_TILE_OUTS,
+                        smaller(pieces.block_rows, all.rows - row), all.row_bytes, all.arranged};
         if (task->up)
             task->level->multiply_gated(matrix, task->up, &x, first, last, task->y + row * matrix->outs);
         else
             task->level->multiply(matrix, &x, first, last, task->add, task->y + row * matrix->outs);
-        done++;
     }
-    finish_phase(worker, phase, done, pieces.blocks * pieces.units);
+    finish_phase(worker, phase + 1, done, pieces.blocks * pieces.units);
 }
 
 static void multiply(const Run *run, const Matrix *matrix, const float *x, const Memory *gain, float *y, int add,
                      const Worker *worker, int64_t phase)
 {
     Task task = {run->level, matrix, NULL, x, gain, (float)run->group->eps, run->rows, add, y};
-    run_product(&task, worker, phase);
+    run_product(&task, &run->at, worker, phase);
 }
 
 static void multiply_gated(const Run *run, const Layer *layer, const float *x, float *inner, const Worker *worker,
                            int64_t phase)
 {
     Task task = {run->level, &layer->gate, &layer->up, x, &layer->mlp_gain, (float)run->group->eps, run->rows, SET, inner};
-    run_product(&task, worker, phase);
+    run_product(&task, &run->at, worker, phase);
 }
 
 /* Tokens of one each, whose keys and values are written right where they are attended to. */
@@ -170,13 +189,13 @@ static void attend(const Run *run, const Layer *layer, const Worker *worker, int
 static void run_layer(const Run *run, const Layer *layer, const Worker *worker, int64_t phase)
 {
     const Workspace *at = &run->at;
-    multiply(run, &layer->qkv, run->hidden, &layer->input_gain, at->heads, SET, worker, phase + QKV);
+    multiply(run, &layer->qkv, run->hidden, &layer->input_gain, at->heads, SET, worker, phase + PACK_QKV);
     if (!only_steps(run))
         write_kv(run, layer, worker, phase + WRITE_KV);
     attend(run, layer, worker, phase + ATTEND);
-    multiply(run, &layer->out, at->attended, NULL, run->hidden, ADD, worker, phase + OUT);
-    multiply_gated(run, layer, run->hidden, at->inner, worker, phase + GATED);
-    multiply(run, &layer->down, at->inner, NULL, run->hidden, ADD, worker, phase + DOWN);
+    multiply(run, &layer->out, at->attended, NULL, run->hidden, ADD, worker, phase + PACK_OUT);
+    multiply_gated(run, layer, run->hidden, at->inner, worker, phase + PACK_GATED);
+    multiply(run, &layer->down, at->inner, NULL, run->hidden, ADD, worker, phase + PACK_DOWN);
 }
 
 static Worker worker_of(const Workspace *at, int64_t number, int64_t threads)
@@ -238,7 +257,7 @@ static void run_share_of_product(void *argument, int64_t number)
 {
     const ProductRun *run = argument;
     const Worker worker = worker_of(&run->at, number, run->threads);
-    run_product(&run->task, &worker, 0);
+    run_product(&run->task, &run->at, &worker, 0);
 }
 
 void run_matrix(Pool *pool, const Product *product)
@@ -246,7 +265,7 @@ void run_matrix(Pool *pool, const Product *product)
     ProductRun run = {
         .task = {.level = lamina_chosen_level(), .matrix = &product->matrix, .x = product->x.data, .rows = product->rows,
                  .y = product->y.data},
-        .at = product_workspace(&product->matrix, product->threads, product->workspace.data),
+        .at = product_workspace(&product->matrix, product->rows, product->threads, product->workspace.data),
         .threads = product->threads,
     };
     memset(run.at.counters, 0, (size_t)run.at.counters_bytes);

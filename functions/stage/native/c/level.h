@@ -2,8 +2,7 @@
 
    One table for each level, chosen once. All levels are made of the same source (`level.inc.h`) over another kind of vector
    (`vectors_*.h`), compiled with that level's instructions; sums run in an order that is the level's own and depends on
-   lengths and positions alone. A level with AMX would be one more file beside `level_avx512_bf16.c`, over the same vectors,
-   with a `multiply` and a `multiply_gated` of its own. */
+   lengths and positions alone. The level with AMX multiplies by tiles instead (`amx.inc.h`). */
 
 #ifndef LAMINA_LEVEL_H
 #define LAMINA_LEVEL_H
@@ -19,6 +18,7 @@ typedef struct {
     const float *scales;  /* [rows, LAMINA_TILE_OUTS], one number repeated: what an int8 or q4 matrix's sums are multiplied with */
     int64_t rows;
     int64_t row_bytes;
+    bool arranged;        /* a row by itself is not */
 } Rows;
 
 /* Some queries of one sequence in the heads that share a key head. */
@@ -40,7 +40,10 @@ typedef struct {
     /* Packs x [size] for a matrix of dtype: packed_row_bytes, zeros behind size. Returns what sums are to be multiplied with. */
     float (*pack)(Dtype dtype, const float *x, int64_t size, uint8_t *packed);
 
-    /* y [rows, outs] of outputs [first, last): = x Wᵀ + b, where `add` on top of what is there. */
+    /* Puts packed rows, 16 of a pass's or what is left, into the order that `multiply` reads them in; NULL: the one that they are in. */
+    void (*arrange)(Dtype dtype, int64_t rows, int64_t row_bytes, uint8_t *packed);
+
+    /* y [rows, outs] of outputs [first, last), which begin with a group: = x Wᵀ + b, where `add` on top of what is there. */
     void (*multiply)(const Matrix *matrix, const Rows *x, int64_t first, int64_t last, bool add, float *y);
 
     /* y [rows, outs] of outputs [first, last): silu(gate x) * (up x) */
@@ -57,7 +60,7 @@ typedef struct {
 
 extern const Level lamina_portable;
 #if defined(__x86_64__)
-extern const Level lamina_avx2, lamina_avx512_vnni, lamina_avx512_bf16;
+extern const Level lamina_avx2, lamina_avx512_vnni, lamina_avx512_bf16, lamina_avx512_amx;
 #endif
 
 const Level *lamina_chosen_level(void);
@@ -78,6 +81,8 @@ static inline int64_t packed_row_bytes(int64_t dtype, int64_t width)
     int64_t stride = rounded_up(width, LAMINA_STEP);
     if (dtype == LAMINA_Q4)
         return rounded_up(stride * 2 + stride / LAMINA_Q4_BLOCK * 4, LAMINA_LINE_BYTES);
+    if (dtype == LAMINA_INT8) /* AMX takes 64 numbers of 8 bits at a time */
+        return rounded_up(width, 64) * 2;
     return stride * (dtype == LAMINA_F32 ? 4 : 2);
 }
 

@@ -7,13 +7,22 @@ enum { LANES = 16 };
 #include "row.inc.h"
 #include "matrix.inc.h"
 #include "q4.inc.h"
+#ifdef WITH_TILES
+#include "amx.inc.h"
+#else
 #include "multiply.inc.h"
+#endif
 #include "attention.inc.h"
 
 const Level LEVEL = {
     .name = LEVEL_NAME,
     .normalize = normalize,
+#ifdef WITH_TILES
+    .pack = pack_for_tiles,
+    .arrange = arrange,
+#else
     .pack = pack,
+#endif
     .multiply = multiply,
     .multiply_gated = multiply_gated,
     .write_kv = write_kv,

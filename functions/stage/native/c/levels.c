@@ -6,8 +6,13 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
-static const Level *const LEVELS[] = {&lamina_portable, &lamina_avx2, &lamina_avx512_vnni, &lamina_avx512_bf16};
+static const Level *const LEVELS[] = {&lamina_portable, &lamina_avx2, &lamina_avx512_vnni, &lamina_avx512_bf16,
+                                      &lamina_avx512_amx};
 
 /* Whether the operating system keeps the registers: bits of XCR0. */
 static bool keeps(uint32_t wanted)
@@ -17,10 +22,22 @@ static bool keeps(uint32_t wanted)
     return (low & wanted) == wanted;
 }
 
+/* Linux gives a process the memory that tiles are saved in only when it asks; what is forked from it has it, too. */
+static bool may_use_tiles(void)
+{
+#if defined(__linux__)
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18 };
+    return !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA);
+#else
+    return false;
+#endif
+}
+
 static int64_t find_best(void)
 {
-    enum { FMA = 1 << 12, F16C = 1 << 29, OSXSAVE = 1 << 27, AVX2 = 1 << 5, BF16 = 1 << 5, YMM = 0x06, ZMM = 0xE6 };
+    enum { FMA = 1 << 12, F16C = 1 << 29, OSXSAVE = 1 << 27, AVX2 = 1 << 5, BF16 = 1 << 5, YMM = 0x06, ZMM = 0xE6, TILES = 0x60000 };
     const uint32_t avx512 = 1u << 16 /* F */ | 1u << 17 /* DQ */ | 1u << 30 /* BW */ | 1u << 31 /* VL */, vnni = 1u << 11;
+    const uint32_t amx = 1u << 22 /* BF16 */ | 1u << 24 /* TILE */ | 1u << 25 /* INT8 */;
     uint32_t a, b, c, d, extended_b, extended_c;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & OSXSAVE) || !(c & FMA) || !(c & F16C) || !keeps(YMM))
         return 0;
@@ -28,7 +45,10 @@ static int64_t find_best(void)
         return 0;
     if ((extended_b & avx512) != avx512 || !(extended_c & vnni) || !keeps(ZMM))
         return 1;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & BF16) ? 3 : 2;
+    uint32_t of_7_d = d;
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & BF16))
+        return 2;
+    return (of_7_d & amx) == amx && keeps(TILES) && may_use_tiles() ? 4 : 3;
 }
 #else
 static const Level *const LEVELS[] = {&lamina_portable};

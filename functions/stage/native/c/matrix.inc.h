@@ -11,6 +11,8 @@ enum {
 
 INLINE int64_t step_bytes_of(const int dtype) { return dtype == LAMINA_INT8 ? STEP_BYTES / 2 : STEP_BYTES; }
 
+INLINE int64_t steps_of(const int dtype, int64_t width) { return rounded_up(width, LAMINA_STEP) / (dtype == LAMINA_F32 ? 16 : 32); }
+
 INLINE vec load_weights(const int dtype, const uint8_t *at) { return dtype == LAMINA_INT8 ? i16_of_i8(at) : load(at); }
 
 INLINE vec multiply_add(const int dtype, vec sum, vec a, vec b)
@@ -148,7 +150,7 @@ INLINE void store_tile(vec numbers, int64_t rows, int64_t count, int64_t outs, b
 
 INLINE void multiply_by(const int dtype, const Matrix *matrix, const Rows *x, int64_t first, int64_t last, bool add, float *y)
 {
-    int64_t steps = x->row_bytes / STEP_BYTES;
+    const int64_t steps = steps_of(dtype, matrix->width);
     for (int64_t out = first; out < last; out += OUTS) {
         Outputs outputs;
         take_outputs(dtype, matrix, out, steps, &outputs);
@@ -168,7 +170,7 @@ INLINE vec gated(vec gate, vec up)
 INLINE void multiply_gated_by(const int dtype, const Matrix *gate, const Matrix *up, const Rows *x, int64_t first, int64_t last,
                               float *y)
 {
-    int64_t steps = x->row_bytes / STEP_BYTES;
+    const int64_t steps = steps_of(dtype, gate->width);
     for (int64_t out = first; out < last; out += OUTS) {
         Outputs of_gate, of_up;
         take_outputs(dtype, gate, out, steps, &of_gate);

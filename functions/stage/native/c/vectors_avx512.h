@@ -122,5 +122,33 @@ INLINE vec sum_tile(const int rows, vec sums[4][4])
     return BITS(added_lanes(first, added_lanes(quarters(sums[2]), rows > 3 ? quarters(sums[3]) : none)));
 }
 
+/* 16 vectors of 16 lanes: lane i of vector j becomes lane j of vector i. */
+INLINE void transpose(vec rows[16])
+{
+    vec pairs[16], fours[16];
+    UNROLL
+    for (int i = 0; i < 16; i += 2) {
+        pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    UNROLL
+    for (int i = 0; i < 16; i += 4)
+        UNROLL
+        for (int half = 0; half < 2; half++) {
+            fours[i + 2 * half] = _mm512_unpacklo_epi64(pairs[i + half], pairs[i + half + 2]);
+            fours[i + 2 * half + 1] = _mm512_unpackhi_epi64(pairs[i + half], pairs[i + half + 2]);
+        }
+    UNROLL
+    for (int i = 0; i < 4; i++) {
+        vec even = _mm512_shuffle_i32x4(fours[i], fours[i + 4], 0x88), odd = _mm512_shuffle_i32x4(fours[i], fours[i + 4], 0xDD);
+        vec later_even = _mm512_shuffle_i32x4(fours[i + 8], fours[i + 12], 0x88);
+        vec later_odd = _mm512_shuffle_i32x4(fours[i + 8], fours[i + 12], 0xDD);
+        rows[i] = _mm512_shuffle_i32x4(even, later_even, 0x88);
+        rows[i + 8] = _mm512_shuffle_i32x4(even, later_even, 0xDD);
+        rows[i + 4] = _mm512_shuffle_i32x4(odd, later_odd, 0x88);
+        rows[i + 12] = _mm512_shuffle_i32x4(odd, later_odd, 0xDD);
+    }
+}
+
 #undef F32
 #undef BITS

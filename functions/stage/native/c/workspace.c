@@ -10,13 +10,21 @@ static void *taken(Workspace *workspace, uint8_t *memory, int64_t bytes)
 
 static int64_t matrix_scratch_bytes(int64_t width, int64_t row_bytes)
 {
-    return BLOCK_ROWS * LAMINA_TILE_OUTS * 4 + rounded_up(width, LAMINA_STEP) * 4 + BLOCK_ROWS * row_bytes;
+    return FEW_ROWS * LAMINA_TILE_OUTS * 4 + rounded_up(width, LAMINA_STEP) * 4 + FEW_ROWS * row_bytes;
+}
+
+/* Rows that all threads pack together. */
+static void take_packed(Workspace *workspace, uint8_t *memory, int64_t rows, int64_t row_bytes)
+{
+    rows = rows <= FEW_ROWS ? 0 : rounded_up(rows, 16);
+    workspace->scales = taken(workspace, memory, rows * LAMINA_TILE_OUTS * 4);
+    workspace->packed = taken(workspace, memory, rows * row_bytes);
 }
 
 MatrixScratch matrix_scratch(const Matrix *matrix, uint8_t *scratch)
 {
     MatrixScratch parts = {.scales = (float *)scratch};
-    parts.normalized = parts.scales + BLOCK_ROWS * LAMINA_TILE_OUTS;
+    parts.normalized = parts.scales + FEW_ROWS * LAMINA_TILE_OUTS;
     parts.packed = (uint8_t *)(parts.normalized + rounded_up(matrix->width, LAMINA_STEP));
     return parts;
 }
@@ -36,6 +44,7 @@ Workspace pass_workspace(const Group *group, int64_t rows, int64_t most_tokens, 
     workspace.heads = taken(&workspace, memory, rows * all_heads * group->head_dim * 4);
     workspace.attended = taken(&workspace, memory, rows * group->heads * group->head_dim * 4);
     workspace.inner = taken(&workspace, memory, rows * group->inner_size * 4);
+    take_packed(&workspace, memory, rows, packed_row_bytes(LAMINA_F32, widest));
     workspace.places = taken(&workspace, memory, rows * (int64_t)sizeof(Place));
     workspace.bundles = taken(&workspace, memory, rows * (int64_t)sizeof(Bundle));
     workspace.counters_bytes = group->num_layers * PHASES * (threads + 1) * (int64_t)sizeof(Counter);
@@ -46,10 +55,11 @@ Workspace pass_workspace(const Group *group, int64_t rows, int64_t most_tokens, 
     return workspace;
 }
 
-Workspace product_workspace(const Matrix *matrix, int64_t threads, uint8_t *memory)
+Workspace product_workspace(const Matrix *matrix, int64_t rows, int64_t threads, uint8_t *memory)
 {
     Workspace workspace = {0};
-    workspace.counters_bytes = (threads + 1) * (int64_t)sizeof(Counter);
+    take_packed(&workspace, memory, rows, packed_row_bytes(matrix->dtype, matrix->width));
+    workspace.counters_bytes = PHASES * (threads + 1) * (int64_t)sizeof(Counter);
     workspace.counters = taken(&workspace, memory, workspace.counters_bytes);
     workspace.scratch_bytes =
         rounded_up(matrix_scratch_bytes(matrix->width, packed_row_bytes(matrix->dtype, matrix->width)), LAMINA_LINE_BYTES);

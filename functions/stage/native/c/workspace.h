@@ -6,11 +6,15 @@
 #include "level.h"
 #include "sharing.h"
 
-/* So many rows go through a matrix together: packed, they stay in the second level of the cache. */
-enum { BLOCK_ROWS = 64 };
+enum {
+    /* Rows that go through a matrix together: packed, they stay in the second level of the cache. */
+    BLOCK_BYTES = 768 << 10,
+    /* So few rows each thread packs for itself, instead of waiting for what others pack. */
+    FEW_ROWS = 16,
+};
 
 /* The phases of a layer, one after the other; what is in one is computed in any order. */
-enum { QKV, WRITE_KV, ATTEND, OUT, GATED, DOWN, PHASES };
+enum { PACK_QKV, QKV, WRITE_KV, ATTEND, PACK_OUT, OUT, PACK_GATED, GATED, PACK_DOWN, DOWN, PHASES };
 
 /* Where a row of the pass is. */
 typedef struct {
@@ -28,15 +32,17 @@ typedef struct {
 
 /* A thread's memory, for one thing at a time. */
 typedef struct {
-    float *scales;     /* [BLOCK_ROWS, LAMINA_TILE_OUTS] of packed rows */
+    float *scales;     /* [FEW_ROWS, LAMINA_TILE_OUTS] of packed rows */
     float *normalized; /* [widest] a row */
-    uint8_t *packed;   /* [BLOCK_ROWS, stride] */
+    uint8_t *packed;   /* [FEW_ROWS, packed_row_bytes] */
 } MatrixScratch;
 
 typedef struct {
     float *heads;       /* [rows, heads + 2 * kv_heads, head_dim] */
     float *attended;    /* [rows, heads * head_dim] */
     float *inner;       /* [rows, inner_size] */
+    float *scales;      /* [rows, LAMINA_TILE_OUTS] of packed rows, and */
+    uint8_t *packed;    /* [rows, packed_row_bytes] these, where they are not few: rows to a multiple of 16 */
     Place *places;      /* [rows] */
     Bundle *bundles;    /* [rows] at most */
     Counter *counters;  /* [num_layers * PHASES, threads + 1] */
@@ -48,7 +54,7 @@ typedef struct {
 
 /* With addresses from `memory` on; with NULL it tells the bytes. */
 Workspace pass_workspace(const Group *group, int64_t rows, int64_t most_tokens, int64_t threads, uint8_t *memory);
-Workspace product_workspace(const Matrix *matrix, int64_t threads, uint8_t *memory);
+Workspace product_workspace(const Matrix *matrix, int64_t rows, int64_t threads, uint8_t *memory);
 MatrixScratch matrix_scratch(const Matrix *matrix, uint8_t *scratch);
 
 #endif
