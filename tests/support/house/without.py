@@ -19,9 +19,14 @@ sys.meta_path.insert(0, Refusal())
 """
 
 
+def refusal(libraries: Collection[str]) -> str:
+    """What to run ahead of the code that is to do without these."""
+    return _REFUSAL.format(libraries=sorted(libraries))
+
+
 def run_without(
     libraries: Collection[str], code: str, *arguments: str, environ: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Runs `code` with these arguments; its output is text."""
-    command = [sys.executable, "-c", _REFUSAL.format(libraries=sorted(libraries)) + code, *arguments]
+    command = [sys.executable, "-c", refusal(libraries) + code, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300, check=False)

@@ -1,0 +1,86 @@
+"""A pipeline of native stages as processes: none of them loads torch or transformers, be they installed or not."""
+
+import json
+import os
+import sys
+import urllib.request
+from contextlib import ExitStack
+from typing import Any, Final
+
+import pytest
+
+from tests.support.functions.functions import FunctionProcess, gateway_environment, stage_environment
+from tests.support.house.without import HEAVY, refusal
+from tests.support.storage import tiny_models
+from tests.support.storage.published import CUT, Published, until_end
+
+NEW_TOKENS: Final = 12
+IDLE_BYTES: Final = 90 * 2**20
+"""Of an idle native stage beside its weights, and those of the tiny model are next to nothing."""
+FUNCTION: Final = """
+import os, sys
+from functions.__main__ import main
+status = main([], os.environ)
+print("loaded:", *sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr)
+sys.stderr.flush()
+os._exit(status)
+"""
+PROMPT: Final = "The capital of France is"
+
+
+def function(environ: dict[str, str], *, installed: bool) -> FunctionProcess:
+    """`python -m functions`, which says at its end what it has imported."""
+    return FunctionProcess(environ, ("-c", FUNCTION if installed else refusal(HEAVY) + FUNCTION))
+
+
+def ask(url: str) -> list[int]:
+    body = json.dumps({"prompt": PROMPT, "max_tokens": NEW_TOKENS}).encode()
+    headers = {
+        "ce-specversion": "1.0",
+        "ce-id": "1",
+        "ce-source": "/tests",
+        "ce-type": "dev.lamina.generate.request",
+        "content-type": "application/json",
+    }
+    with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=120) as response:
+        answer: dict[str, Any] = json.load(response)
+    tokens: list[int] = answer["token_ids"]
+    return tokens
+
+
+def loaded(process: FunctionProcess) -> set[str]:
+    assert process.stop() == 0, process.log
+    (line,) = (line for line in process.log.splitlines() if line.startswith("loaded: "))
+    return set(line.split()[1:])
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_pipeline_answers_with_the_whole_models_tokens_and_loads_no_torch(published: Published, installed: bool) -> None:
+    prompt = published.tokenizer.encode(PROMPT).ids
+    wanted = until_end(tiny_models.greedy(published.model, prompt, NEW_TOKENS))
+    with ExitStack() as stack:
+        environs = [stage_environment(published, group) for group in range(len(CUT))]
+        stages = [stack.enter_context(function(environ, installed=installed)) for environ in environs]
+        urls = [stage.wait_ready().url for stage in stages]
+        gateway = stack.enter_context(function(gateway_environment(published, urls), installed=installed))
+        assert ask(gateway.wait_ready().url) == wanted
+        for process in (*stages, gateway):
+            assert "functions" in (modules := loaded(process))
+            assert not modules.intersection(HEAVY)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_idle_native_stage_takes_little_memory_beside_its_weights(published: Published) -> None:
+    with FunctionProcess(stage_environment(published, 1)) as stage:
+        stage.wait_ready()
+        with open(f"/proc/{stage.process.pid}/statm") as file:
+            resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    assert resident <= IDLE_BYTES
+
+
+def test_a_stage_that_needs_torch_says_for_what_and_what_to_install(published: Published) -> None:
+    environ = stage_environment(published, 1, LAMINA_LAYER_GROUP="llama")
+    with function(environ, installed=False) as stage:
+        assert stage.wait_end() == 1
+    assert "a llama model in float32 on cpu takes torch, which is not installed here" in stage.log
+    assert "pip install -r requirements.txt, or the image's target `full`" in stage.log
