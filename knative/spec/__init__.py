@@ -3,5 +3,5 @@
 Also what a Kubernetes object is here, which `render` makes, `cluster` applies and `local` runs.
 
 May import: storage, storage.models, eventing.wire, functions.gateway.scheduling,
-functions.stage.native.
+functions.stage.native, knative.webhook.
 """

@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 
 from knative.spec.cut import parse_cut
 from knative.spec.errors import SpecError
+from knative.webhook.values import parse_quantity
 
 DTYPES: Final = ("float32", "bfloat16", "float16", "int8", "q4")
 MAX_NAME_WITH_EVENTING: Final = 28
@@ -21,11 +22,6 @@ MAX_NAME: Final = 36
 """`{name}-{fingerprint[:8]}-s{k}-00001-private` is the longest DNS label that is made of a name: 63 characters."""
 
 _LABEL: Final = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
-_QUANTITY: Final = re.compile(r"(\d+(?:\.\d+)?)(m|k|M|G|T|Ki|Mi|Gi|Ti)?")
-_FACTORS: Final = {
-    None: 1.0, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12,
-    "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40,
-}  # fmt: skip
 
 Seconds = Annotated[float, Meta(gt=0, le=10_000_000)]
 """What functions/configuration/parsers.py takes."""
@@ -215,8 +211,10 @@ class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         for path, scaling in (("$.stage", self.stage.autoscaling), ("$.gateway", self.gateway.autoscaling)):
             _check_autoscaling(f"{path}.autoscaling", scaling)
         for path, text in self._quantities():
-            if not _QUANTITY.fullmatch(text):
-                raise SpecError(f"{path}: {text!r} is no Kubernetes quantity, such as 500m, 2 or 512Mi")
+            try:
+                quantity(text)
+            except SpecError as error:
+                raise SpecError(f"{path}: {error}") from error
         if self.stage.device == "cuda" and self.model.dtype in ("int8", "q4"):
             raise SpecError(
                 f"$.stage.device: 'cuda' does not run $.model.dtype {self.model.dtype}; use auto or cpu, or another dtype"
@@ -280,10 +278,13 @@ def _check_autoscaling(path: str, scaling: Autoscaling) -> None:
 
 def quantity(text: str) -> float:
     """A Kubernetes quantity as a number: `500m` → 0.5, `512Mi` → 536870912. Raises SpecError."""
-    match = _QUANTITY.fullmatch(text)
-    if match is None:
-        raise SpecError(f"{text!r} is no Kubernetes quantity, such as 500m, 2 or 512Mi")
-    return float(match[1]) * _FACTORS[match[2]]
+    try:
+        amount = parse_quantity(text)
+    except ValueError as error:
+        raise SpecError(str(error)) from error
+    if amount < 0:
+        raise SpecError(f"{text!r} is less than nothing")
+    return float(amount)
 
 
 def spec_from_dict(document: Any) -> PipelineSpec:

@@ -1,7 +1,7 @@
 """Whether a cluster would accept a Knative Service: the API server's, the webhook's and the pod's rules, in their order.
 
-Nothing here talks to a cluster. The rules are those of Knative Serving with its default feature flags; tests hold them to a
-real cluster's verdict over recorded manifests. `knative.webhook.warnings` says what is accepted and surely a mistake.
+Nothing here talks to a cluster. The rules are those of Knative Serving, by default with its default feature flags; tests hold
+them to a real cluster's verdict over recorded manifests. `knative.webhook.warnings` says what is accepted and surely a mistake.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,6 +10,7 @@ from typing import Any, Final
 from knative.webhook.annotations import service_annotations, template_annotations
 from knative.webhook.autoscaling_annotations import AutoscalerConfig
 from knative.webhook.dry_run import pod
+from knative.webhook.feature_flags import FeatureFlags
 from knative.webhook.podspec import revision_spec
 from knative.webhook.schema import as_decoded, unknown_fields, wrong_types
 from knative.webhook.traffic import traffic
@@ -22,6 +23,7 @@ __all__ = ["API_VERSION", "Violation", "in_one_line", "is_knative_service", "val
 API_VERSION: Final = "serving.knative.dev/v1"
 _TEMPLATE: Final = "spec.template"
 _DEFAULTS: Final = AutoscalerConfig()
+_DEFAULT_FEATURES: Final = FeatureFlags()
 
 
 def is_knative_service(document: object) -> bool:
@@ -31,7 +33,9 @@ def is_knative_service(document: object) -> bool:
     return document.get("kind") == "Service" and str(document.get("apiVersion", "")).startswith("serving.knative.dev/")
 
 
-def validate(service: dict[str, Any], config: AutoscalerConfig = _DEFAULTS) -> list[Violation]:
+def validate(
+    service: dict[str, Any], config: AutoscalerConfig = _DEFAULTS, features: FeatureFlags = _DEFAULT_FEATURES
+) -> list[Violation]:
     """Why a cluster would refuse the Service; empty where it would accept it.
 
     As on a cluster a rule speaks only where all before it are content: unknown fields, types, Knative's webhook, the pod.
@@ -41,7 +45,7 @@ def validate(service: dict[str, Any], config: AutoscalerConfig = _DEFAULTS) -> l
         lambda: _kind(service),
         lambda: unknown_fields(service),
         lambda: wrong_types(decoded),
-        lambda: _webhook(decoded, config),
+        lambda: _webhook(decoded, config, features),
         lambda: pod(decoded["spec"]["template"]["spec"], "spec"),
     )
     for rule in rules:
@@ -57,12 +61,12 @@ def _kind(service: dict[str, Any]) -> Violations:
         yield Violation("apiVersion", f"{API_VERSION} is wanted, not {service.get('apiVersion')!r}")
 
 
-def _webhook(service: dict[str, Any], config: AutoscalerConfig) -> Violations:
+def _webhook(service: dict[str, Any], config: AutoscalerConfig, features: FeatureFlags) -> Violations:
     metadata, spec = service.get("metadata", {}), service.get("spec", {})
     template = spec.get("template", {})
     yield from _metadata(metadata)
     yield from service_annotations(metadata.get("annotations", {}), "metadata.annotations")
-    yield from revision_spec(template.get("spec", {}), f"{_TEMPLATE}.spec")
+    yield from revision_spec(template.get("spec", {}), f"{_TEMPLATE}.spec", features)
     annotations = template.get("metadata", {}).get("annotations", {})
     yield from template_annotations(annotations, config, f"{_TEMPLATE}.metadata.annotations")
     yield from _revision_name(template.get("metadata", {}), metadata)

@@ -4,6 +4,7 @@ import posixpath
 import re
 from typing import Any, Final
 
+from knative.webhook.feature_flags import ADD_CAPABILITIES, FIELD_REF, MOUNT_PROPAGATION, FeatureFlags
 from knative.webhook.probes import probes
 from knative.webhook.violation import Violation, Violations, disallowed, exactly_one_of, invalid, missing, out_of_bounds
 
@@ -20,33 +21,25 @@ _IMAGE: Final = re.compile(
 """What go-containerregistry reads as a reference: the first part is a registry where it has a dot or a colon."""
 
 
-def disallowed_fields(value: dict[str, Any], names: tuple[str, ...], pointers: tuple[str, ...], at: str) -> Violations:
-    """Fields that Knative's masks leave out.
-
-    names: counted as absent when empty, as Go drops such a value on the way. pointers: counted whenever they are given.
-    """
-    for name in (*names, *pointers):
-        if value.get(name) or (name in pointers and value.get(name) is not None):
-            yield disallowed(f"{at}.{name}")
-
-
-def container(item: dict[str, Any], volumes: dict[str, dict[str, Any]], port_name: str | None, at: str) -> Violations:
+def container(
+    item: dict[str, Any], volumes: dict[str, dict[str, Any]], port_name: str | None, at: str, features: FeatureFlags
+) -> Violations:
     """port_name: of the port that is served, "http" where it has none; None for a sidecar, which serves nothing."""
-    yield from probes(item, port_name, at)
+    yield from probes(item, port_name, at, features)
     if item.get("name") == "queue-proxy":
         yield Violation(f"{at}.name", '"queue-proxy" is a reserved container name')
-    yield from _environment(item.get("env", []), port_name is None, f"{at}.env")
+    yield from _environment(item.get("env", []), port_name is None, f"{at}.env", features)
     yield from _environment_from(item.get("envFrom", []), f"{at}.envFrom")
     yield from _image(item.get("image", ""), f"{at}.image")
     yield from _port(item.get("ports", []), f"{at}.ports")
-    yield from _security(item.get("securityContext", {}), f"{at}.securityContext")
+    yield from _security(item.get("securityContext", {}), f"{at}.securityContext", features)
     policy = item.get("terminationMessagePolicy", "")
     if policy not in _MESSAGE_POLICIES:
         yield invalid(f"{at}.terminationMessagePolicy", policy)
-    yield from _mounts(item.get("volumeMounts", []), volumes, f"{at}.volumeMounts")
+    yield from _mounts(item.get("volumeMounts", []), volumes, f"{at}.volumeMounts", features)
 
 
-def _environment(variables: list[dict[str, Any]], sidecar: bool, at: str) -> Violations:
+def _environment(variables: list[dict[str, Any]], sidecar: bool, at: str, features: FeatureFlags) -> Violations:
     reserved = _RESERVED_ENVIRONMENT - {"PORT"} if sidecar else _RESERVED_ENVIRONMENT
     for index, variable in enumerate(variables):
         field, name = f"{at}[{index}]", variable["name"]
@@ -55,7 +48,9 @@ def _environment(variables: list[dict[str, Any]], sidecar: bool, at: str) -> Vio
         elif name in reserved:
             yield Violation(f"{field}.name", f'"{name}" is a reserved environment variable')
         source = variable.get("valueFrom", {})
-        yield from disallowed_fields(source, (), ("fieldRef", "resourceFieldRef"), f"{field}.valueFrom")
+        for kind in ("fieldRef", "resourceFieldRef"):
+            if source.get(kind) is not None and not features.let_through(FIELD_REF):
+                yield disallowed(f"{field}.valueFrom.{kind}", FIELD_REF)
 
 
 def _environment_from(sources: list[dict[str, Any]], at: str) -> Violations:
@@ -85,21 +80,25 @@ def _port(ports: list[dict[str, Any]], at: str) -> Violations:
         yield Violation(at, f"Port name {name} is not allowed (name must be empty, or one of: 'h2c', 'http1')")
 
 
-def _security(security: dict[str, Any], at: str) -> Violations:
+def _security(security: dict[str, Any], at: str, features: FeatureFlags) -> Violations:
     if security.get("privileged"):
         yield disallowed(f"{at}.privileged")
-    yield from disallowed_fields(security.get("capabilities", {}), ("add",), (), f"{at}.capabilities")
+    added = security.get("capabilities", {}).get("add")
+    harmless = features.secure_pod_defaults and added == ["NET_BIND_SERVICE"]
+    if added and not harmless and not features.enabled(ADD_CAPABILITIES):
+        yield disallowed(f"{at}.capabilities.add", ADD_CAPABILITIES)
     for name in ("runAsUser", "runAsGroup"):
         if not 0 <= security.get(name, 0) <= _MAX_ID:
             yield out_of_bounds(f"{at}.{name}", security[name], 0, _MAX_ID)
 
 
-def _mounts(mounts: list[dict[str, Any]], volumes: dict[str, dict[str, Any]], at: str) -> Violations:
+def _mounts(mounts: list[dict[str, Any]], volumes: dict[str, dict[str, Any]], at: str, features: FeatureFlags) -> Violations:
     seen: set[str] = set()
     for index, mount in enumerate(mounts):
         field, path = f"{at}[{index}]", mount["mountPath"]
         # Knative makes mounts of read-only kinds read-only itself, so nothing is left to say about that.
-        yield from disallowed_fields(mount, (), ("mountPropagation",), field)
+        if mount.get("mountPropagation") is not None and not features.let_through(MOUNT_PROPAGATION):
+            yield disallowed(f"{field}.mountPropagation", MOUNT_PROPAGATION)
         if mount["name"] not in volumes:
             yield Violation(f"{field}.name", "volumeMount has no matching volume")
         clean = _clean(path)

@@ -13,6 +13,8 @@ from knative.webhook.violation import Violation, Violations
 _CONFIG_KEY: Final = re.compile(r"[-._a-zA-Z0-9]{1,253}")
 _PULL_POLICIES: Final = ("", "Always", "IfNotPresent", "Never")
 _SECCOMP_TYPES: Final = ("RuntimeDefault", "Unconfined", "Localhost")
+_OF_THE_POD: Final = {"fieldRef": "fieldPath", "resourceFieldRef": "resource"}
+"""Sources of a variable that say something of the pod itself, and the field that says what."""
 _NATIVE_RESOURCES: Final = ("cpu", "memory", "ephemeral-storage")
 
 
@@ -23,8 +25,9 @@ def pod(spec: dict[str, Any], at: str) -> Violations:
 
 
 def _pod(spec: dict[str, Any], at: str) -> Violations:
-    for index, container in enumerate(spec["containers"]):
-        yield from _container(container, f"{at}.containers[{index}]")
+    for kind in ("initContainers", "containers"):
+        for index, container in enumerate(spec.get(kind, [])):
+            yield from _container(container, f"{at}.{kind}[{index}]")
     for index, volume in enumerate(spec.get("volumes", [])):
         yield from _volume(volume, f"{at}.volumes[{index}]")
 
@@ -61,6 +64,10 @@ def _variable(variable: dict[str, Any], at: str) -> Violations:
     if len(source) != 1:
         yield Violation(f"{at}.valueFrom", f"must have exactly one source, has {sorted(source) or 'none'}")
     for kind, selector in source.items():
+        if kind in _OF_THE_POD:
+            if not selector.get(_OF_THE_POD[kind]):
+                yield Violation(f"{at}.valueFrom.{kind}.{_OF_THE_POD[kind]}", "Required value")
+            continue
         if not selector.get("name"):
             yield Violation(f"{at}.valueFrom.{kind}.name", "Required value")
         if not _CONFIG_KEY.fullmatch(selector["key"]):

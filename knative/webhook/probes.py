@@ -2,6 +2,7 @@
 
 from typing import Any, Final
 
+from knative.webhook.feature_flags import MULTI_CONTAINER_PROBING, FeatureFlags
 from knative.webhook.violation import Violation, Violations, disallowed, exactly_one_of, invalid, out_of_bounds
 
 _HANDLERS: Final = ("httpGet", "tcpSocket", "exec", "grpc")
@@ -10,13 +11,13 @@ _NUMBERS: Final = ("initialDelaySeconds", "periodSeconds", "timeoutSeconds", "su
 _INT32: Final = 2**31 - 1
 
 
-def probes(container: dict[str, Any], port_name: str | None, at: str) -> Violations:
+def probes(container: dict[str, Any], port_name: str | None, at: str, features: FeatureFlags) -> Violations:
     """port_name: of the port that is served; None for a sidecar, whose probes are behind a feature flag."""
     for kind in _KINDS:
         if kind not in container:
             continue
         probe = _with_defaults(container[kind], serving=port_name is not None) if kind == "readinessProbe" else container[kind]
-        if port_name is None:
+        if port_name is None and not features.enabled(MULTI_CONTAINER_PROBING):
             yield from _of_sidecar(probe, f"{at}.{kind}")
             continue
         yield from _handler(probe, port_name, f"{at}.{kind}")
@@ -38,17 +39,17 @@ def _with_defaults(probe: dict[str, Any], *, serving: bool) -> dict[str, Any]:
 
 def _of_sidecar(probe: dict[str, Any], at: str) -> Violations:
     if any(name in probe for name in _HANDLERS):
-        yield disallowed(at)
+        yield disallowed(at, MULTI_CONTAINER_PROBING)
     for name in _NUMBERS:
         if probe.get(name):
-            yield disallowed(f"{at}.{name}")
+            yield disallowed(f"{at}.{name}", MULTI_CONTAINER_PROBING)
 
 
-def _handler(probe: dict[str, Any], port_name: str, at: str) -> Violations:
+def _handler(probe: dict[str, Any], port_name: str | None, at: str) -> Violations:
     yield from exactly_one_of(at, _HANDLERS, [name for name in _HANDLERS if name in probe])
     for name in ("httpGet", "tcpSocket"):
         port = probe.get(name, {}).get("port")
-        if isinstance(port, str) and port not in ("", port_name):
+        if port_name is not None and isinstance(port, str) and port not in ("", port_name):
             yield invalid(f"{at}.{name}.port", port, "Probe port must match container port")
 
 

@@ -73,7 +73,7 @@ def parse_quantity(value: str | float) -> Fraction:
     """A Kubernetes quantity in its base unit: cores, bytes, pieces."""
     match = QUANTITY.fullmatch(str(value))
     if match is None:
-        raise ValueError(f"{value!r} is not a quantity such as 500m or 2Gi")
+        raise ValueError(f"{value!r} is no Kubernetes quantity, such as 500m, 2 or 512Mi")
     number = Fraction(match["number"])
     if match["exponent"] is not None:
         return number * Fraction(10) ** int(match["exponent"])

@@ -23,8 +23,10 @@ def missing(field: str) -> Violation:
     return Violation(field, "missing field(s)")
 
 
-def disallowed(field: str) -> Violation:
-    return Violation(field, "must not set the field(s)")
+def disallowed(field: str, flag: str | None = None) -> Violation:
+    """flag: that of config-features which would let it through."""
+    behind = "" if flag is None else f" (config-features has {flag} off)"
+    return Violation(field, f"must not set the field(s){behind}")
 
 
 def invalid(field: str, value: object, detail: str = "") -> Violation:

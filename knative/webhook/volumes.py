@@ -1,17 +1,16 @@
-"""Volumes of a revision, as Knative's webhook takes them with its default feature flags."""
+"""Volumes of a revision, as Knative's webhook takes them (pkg/apis/serving/k8s_validation.go, fieldmask.go)."""
 
 from typing import Any, Final
 
+from knative.webhook.feature_flags import VOLUME_FIELDS, FeatureFlags
 from knative.webhook.values import is_dns_1123_label, parse_quantity
 from knative.webhook.violation import Violation, Violations, disallowed, exactly_one_of, invalid, missing
 
-_SOURCES: Final = ("secret", "configMap", "projected", "emptyDir")
-_FLAGGED: Final = ("persistentVolumeClaim", "image", "hostPath", "csi", "ephemeral")
-"""Behind feature flags that are off by default."""
+_UNFLAGGED: Final = ("secret", "configMap", "projected")
 _PROJECTIONS: Final = ("secret", "configMap", "serviceAccountToken", "downwardAPI")
 
 
-def volumes(items: list[dict[str, Any]], mounted: set[str], at: str) -> Violations:
+def volumes(items: list[dict[str, Any]], mounted: set[str], at: str, features: FeatureFlags) -> Violations:
     """mounted: names of all volumes that a container mounts."""
     names: set[str] = set()
     for index, volume in enumerate(items):
@@ -21,19 +20,20 @@ def volumes(items: list[dict[str, Any]], mounted: set[str], at: str) -> Violatio
         names.add(name)
         if name not in mounted:
             yield Violation(f"{field}.name", f'volume with name "{name}" not mounted')
-        yield from _volume(volume, field)
+        yield from _volume(volume, field, features)
 
 
-def _volume(volume: dict[str, Any], at: str) -> Violations:
+def _volume(volume: dict[str, Any], at: str, features: FeatureFlags) -> Violations:
     name = volume["name"]
     if not name:
         yield missing(f"{at}.name")
     elif not is_dns_1123_label(name):
         yield invalid(f"{at}.name", name, "not a DNS 1123 label")
-    for kind in _FLAGGED:
-        if kind in volume:
-            yield disallowed(f"{at}.{kind}")
-    yield from exactly_one_of(at, _SOURCES, [kind for kind in (*_SOURCES, *_FLAGGED) if kind in volume])
+    for kind, flag in VOLUME_FIELDS.items():
+        if kind in volume and not features.let_through(flag):
+            yield disallowed(f"{at}.{kind}", flag)
+    sources = (*_UNFLAGGED, *(kind for kind, flag in VOLUME_FIELDS.items() if features.enabled(flag)))
+    yield from exactly_one_of(at, sources, [kind for kind in (*_UNFLAGGED, *VOLUME_FIELDS) if kind in volume])
     for kind in ("secret", "configMap"):
         yield from _items(volume.get(kind, {}).get("items", []), f"{at}.items")
     for index, source in enumerate(volume.get("projected", {}).get("sources", [])):

@@ -30,9 +30,7 @@ def gateway(published: Published) -> Iterator[FunctionProcess]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    "full_duplex", [True, pytest.param(False, marks=pytest.mark.xfail(reason="the gateway begins its answers at once"))]
-)
+@pytest.mark.parametrize("full_duplex", [True, False])
 def test_a_thousand_streamed_answers_are_whole(gateway: FunctionProcess, published: Published, full_duplex: bool) -> None:
     broken = asyncio.run(_ask_through_queue_proxy(gateway.port, published.manifest.name, full_duplex))
     assert not broken, f"{len(broken)} of {ANSWERS}, such as {broken[0]!r}"

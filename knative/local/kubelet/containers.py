@@ -12,8 +12,7 @@ from knative.local.kubelet.probes import Probe, liveness_probe, readiness_probe
 from knative.local.proxies.full_duplex import ANNOTATION as FULL_DUPLEX
 from knative.local.proxies.queue_proxy import RequestLimits
 from knative.local.proxies.timeouts import Timeouts
-from knative.spec.errors import SpecError
-from knative.spec.pipeline_spec import quantity
+from knative.webhook.values import parse_quantity
 
 NamedData = Mapping[str, Mapping[str, str]]
 """Secrets or config maps: name → key → value."""
@@ -135,8 +134,8 @@ def _threads(container: Mapping[str, Any], limits: Mapping[str, str]) -> dict[st
 
 def _quantity(text: str, name: str) -> float:
     try:
-        return quantity(str(text))
-    except SpecError as error:
+        return float(parse_quantity(text))
+    except ValueError as error:
         raise UnsupportedManifest(f"resources.limits.{name}: {error}") from error
 
 

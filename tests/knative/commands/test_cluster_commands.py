@@ -12,6 +12,7 @@ import yaml
 from tests.support.knative.knative_controllers import image_pull_fails
 from tests.support.knative.kubernetes_api import KubernetesApi
 from tests.support.knative.pipelines import DIGEST, document
+from tests.support.knative.services import service
 from tests.support.paths import ROOT
 
 SPEC = document(model={"name": "smollm2", "digest": DIGEST})
@@ -84,3 +85,13 @@ def test_no_cluster_is_one_line(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout) == (1, "")
     assert "no cluster to talk to" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_check_asks_the_cluster_for_its_feature_flags(api: KubernetesApi, tmp_path: Path) -> None:
+    (tmp_path / "service.yaml").write_text(yaml.safe_dump(service({"nodeSelector": {"disk": "fast"}})))
+    command = ("check", "--features", "cluster", str(tmp_path / "service.yaml"))
+    assert "config-features is not there" in run(tmp_path, *command).stderr
+    metadata = {"name": "config-features", "namespace": "knative-serving"}
+    data = {"kubernetes.podspec-nodeselector": "enabled"}
+    api.put({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data})
+    assert run(tmp_path, *command).stdout == f"{tmp_path / 'service.yaml'}: accepted\n"

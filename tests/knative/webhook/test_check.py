@@ -13,6 +13,7 @@ from knative.webhook.check import validate, warnings
 from tests.support.knative.services import service
 
 GROUP = "autoscaling.knative.dev/"
+OFF = "must not set the field(s) (config-features has kubernetes.podspec-{} off)"
 
 
 def run(*files: Path) -> Result:
@@ -36,7 +37,7 @@ def test_a_refusal_names_the_field(tmp_path: Path) -> None:
     file = written(tmp_path, service({"nodeSelector": {"a": "b"}}))
     result = run(file)
     assert result.exit_code == 1
-    assert result.output == f"{file}: refused: must not set the field(s): spec.template.spec.nodeSelector\n"
+    assert result.output == f"{file}: refused: {OFF.format('nodeselector')}: spec.template.spec.nodeSelector\n"
 
 
 def test_several_services_are_named_and_others_passed_over(tmp_path: Path) -> None:
@@ -49,7 +50,7 @@ def test_several_services_are_named_and_others_passed_over(tmp_path: Path) -> No
         f"{file}: note: Service core is no Knative Service and was passed over",
         f"{file} a: accepted",
         f"{file} b: accepted",
-        f"{file} c: refused: must not set the field(s): spec.template.spec.hostNetwork",
+        f"{file} c: refused: {OFF.format('hostnetwork')}: spec.template.spec.hostNetwork",
     ]
 
 

@@ -1,0 +1,88 @@
+"""config-features: which fields of a pod a cluster lets through (knative/serving, pkg/apis/config/features.go)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+ENABLED: Final = "Enabled"
+ALLOWED: Final = "Allowed"
+DISABLED: Final = "Disabled"
+ALLOW_ROOT_BOUNDED: Final = "AllowRootBounded"
+
+POD_FIELDS: Final = {
+    "affinity": "kubernetes.podspec-affinity",
+    "dnsConfig": "kubernetes.podspec-dnsconfig",
+    "dnsPolicy": "kubernetes.podspec-dnspolicy",
+    "hostAliases": "kubernetes.podspec-hostaliases",
+    "hostIPC": "kubernetes.podspec-hostipc",
+    "hostNetwork": "kubernetes.podspec-hostnetwork",
+    "hostPID": "kubernetes.podspec-hostpid",
+    "initContainers": "kubernetes.podspec-init-containers",
+    "nodeSelector": "kubernetes.podspec-nodeselector",
+    "priorityClassName": "kubernetes.podspec-priorityclassname",
+    "runtimeClassName": "kubernetes.podspec-runtimeclassname",
+    "schedulerName": "kubernetes.podspec-schedulername",
+    "securityContext": "kubernetes.podspec-securitycontext",
+    "shareProcessNamespace": "kubernetes.podspec-shareprocessnamespace",
+    "tolerations": "kubernetes.podspec-tolerations",
+    "topologySpreadConstraints": "kubernetes.podspec-topologyspreadconstraints",
+}
+"""Field of `spec.template.spec` → its flag."""
+VOLUME_FIELDS: Final = {
+    "emptyDir": "kubernetes.podspec-volumes-emptydir",
+    "persistentVolumeClaim": "kubernetes.podspec-persistent-volume-claim",
+    "image": "kubernetes.podspec-volumes-image",
+    "hostPath": "kubernetes.podspec-volumes-hostpath",
+    "csi": "kubernetes.podspec-volumes-csi",
+    "ephemeral": "kubernetes.podspec-volumes-ephemeral",
+}
+"""Kind of a volume → its flag. Secrets, ConfigMaps and projections have none."""
+FIELD_REF: Final = "kubernetes.podspec-fieldref"
+MOUNT_PROPAGATION: Final = "kubernetes.podspec-volumes-mount-propagation"
+ADD_CAPABILITIES: Final = "kubernetes.containerspec-addcapabilities"
+MULTI_CONTAINER_PROBING: Final = "multi-container-probing"
+SECURE_POD_DEFAULTS: Final = "secure-pod-defaults"
+
+_ENABLED_BY_DEFAULT: Final = frozenset({"multi-container", "kubernetes.podspec-volumes-emptydir"})
+_VALUES: Final = {value.lower(): value for value in (ENABLED, ALLOWED, DISABLED)}
+_VALUES_OF_SECURE_POD_DEFAULTS: Final = {value.lower(): value for value in (ENABLED, ALLOW_ROOT_BOUNDED, DISABLED)}
+
+
+class NoFeatures(ValueError):
+    """What was given is no config-features. The message says what it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureFlags:
+    """As a cluster has set them; Knative's defaults where it has not, or where a value is none that Knative knows."""
+
+    data: Mapping[str, str] = field(default_factory=dict)
+
+    def value(self, flag: str) -> str:
+        values = _VALUES_OF_SECURE_POD_DEFAULTS if flag == SECURE_POD_DEFAULTS else _VALUES
+        default = ENABLED if flag in _ENABLED_BY_DEFAULT else DISABLED
+        return values.get(str(self.data.get(flag, default)).lower(), default)
+
+    def let_through(self, flag: str) -> bool:
+        return self.value(flag) != DISABLED
+
+    def enabled(self, flag: str) -> bool:
+        return self.value(flag) == ENABLED
+
+    @property
+    def secure_pod_defaults(self) -> bool:
+        return self.let_through(SECURE_POD_DEFAULTS)
+
+
+def read_features(document: Any) -> FeatureFlags:
+    """From the ConfigMap config-features, as `kubectl get` writes it. Raises NoFeatures."""
+    if not isinstance(document, Mapping) or document.get("kind") != "ConfigMap":
+        kind = document.get("kind") if isinstance(document, Mapping) else type(document).__name__
+        raise NoFeatures(f"the ConfigMap config-features is wanted, not {kind!r}")
+    name = (document.get("metadata") or {}).get("name")
+    if name != "config-features":
+        raise NoFeatures(f"the ConfigMap config-features is wanted, not {name!r}")
+    data = document.get("data") or {}
+    if not isinstance(data, Mapping):
+        raise NoFeatures(f"data: flags by their names are wanted, not {type(data).__name__}")
+    return FeatureFlags({str(key): str(value) for key, value in data.items() if key != "_example"})
