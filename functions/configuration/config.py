@@ -178,8 +178,11 @@ class GatewayConfig(CommonConfig):
         "",
     )
     namespace: str = setting("LAMINA_NAMESPACE", parsers.text, "namespace of the stages", "default")
-    pod_network: IPv4Network | IPv6Network | None = setting(  # noqa: RUF009
-        "LAMINA_POD_NETWORK", parsers.network, "only pod addresses in this network are followed; needed for a watch", ""
+    pod_network: tuple[IPv4Network | IPv6Network, ...] = setting(
+        "LAMINA_POD_NETWORK",
+        parsers.networks,
+        "only pod addresses in these networks, separated by commas, are followed; unless set: private addresses",
+        "10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,100.64.0.0/10,fc00::/7",
     )
     pod_port: int = setting(
         "LAMINA_POD_PORT", parsers.integer(0, 65535), "only this port of a pod is followed; 0: the slice's own", "8012"
@@ -251,5 +254,3 @@ def _contradictions(config: Config) -> Iterator[str]:
     if config.stage_services is not None and len(config.stage_services) != len(config.cut):
         names = ",".join(config.stage_services)
         yield f"LAMINA_STAGE_SERVICES: {names} is not allowed: one name for each group of LAMINA_CUT, {cut}"
-    if config.kubernetes_api is not None and config.pod_network is None:
-        yield "LAMINA_POD_NETWORK is not set: with LAMINA_KUBERNETES_API it says which addresses may be followed"

@@ -122,8 +122,9 @@ def secrets(value: str) -> tuple[str, ...]:
     return found
 
 
-def network(value: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+def networks(value: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    """`10.244.0.0/16,fd00:10:244::/56`: a cluster may have pods of both kinds."""
     try:
-        return ipaddress.ip_network(value)
+        return tuple(ipaddress.ip_network(part.strip()) for part in value.split(","))
     except ValueError as error:
-        raise ValueError(f"a network such as 10.244.0.0/16 ({error})") from error
+        raise ValueError(f"networks such as 10.244.0.0/16, separated by commas ({error})") from error

@@ -9,7 +9,9 @@ from functions.gateway.scheduling.limits import Limits
 from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.stages.client import PipelineIdentity, StageClient
 from functions.gateway.stages.endpoint_slices import KubernetesAPI
-from functions.gateway.stages.endpoints import EndpointsWatch, PodNetwork, service_name
+from functions.gateway.stages.endpoints import EndpointsWatch, service_name
+from functions.gateway.stages.pod_network import PodNetwork
+from functions.gateway.stages.readiness import EarlyReadiness
 from functions.gateway.stages.routes import Placement
 from functions.observing.tracing import Tracer
 
@@ -19,11 +21,17 @@ class RunningScheduler:
     scheduler: Scheduler
     _sender: Sender
     _watch: EndpointsWatch | None
+    _readiness: EarlyReadiness
+
+    def refused_addresses(self, stage: int) -> int:
+        """Of instances that are not followed, because they are outside of the network of pods."""
+        return 0 if self._watch is None else self._watch.refused(stage)
 
     def close(self) -> None:
         """Ends the watch, and what is left of sequences."""
         if self._watch is not None:
             self._watch.stop()
+        self._readiness.stop()
         self.scheduler.close()
         self._sender.close()
 
@@ -47,16 +55,17 @@ def start_scheduler(config: GatewayConfig, tracer: Tracer) -> RunningScheduler:
         cold_start_timeout_seconds=config.cold_start_timeout_seconds,
     )
     scheduler = Scheduler(client, Placement(urls, watched=config.kubernetes_api is not None), limits)
-    watch = _watch(config, urls, scheduler)
+    readiness = EarlyReadiness(scheduler.endpoints_changed)
+    watch = _watch(config, urls, readiness)
     if watch is not None:
         watch.start()
-    return RunningScheduler(scheduler, sender, watch)
+    return RunningScheduler(scheduler, sender, watch, readiness)
 
 
-def _watch(config: GatewayConfig, urls: list[str], scheduler: Scheduler) -> EndpointsWatch | None:
-    if config.kubernetes_api is None or config.pod_network is None:
+def _watch(config: GatewayConfig, urls: list[str], readiness: EarlyReadiness) -> EndpointsWatch | None:
+    if config.kubernetes_api is None:
         return None
     api = KubernetesAPI(config.kubernetes_api, config.namespace)
     pods = PodNetwork(config.pod_network, config.pod_port)
     services = config.stage_services or [service_name(url) for url in urls]
-    return EndpointsWatch(api, services, pods, scheduler.endpoints_changed)
+    return EndpointsWatch(api, services, pods, readiness.endpoints_changed)

@@ -54,6 +54,7 @@ class GatewayFunction:
             request_bytes=_REQUEST_BYTES,
         )
         names = [f"{first}:{last}" for (first, last), _ in config.stages]
+        self._metrics.watch(names, self._running.refused_addresses)
         self._metrics.registry.register(SchedulerCollector(self._running.scheduler.stats, names))
 
     def start(self, stop: Callable[[int], None]) -> None:

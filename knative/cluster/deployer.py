@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from knative.cluster import preflight
+from knative.cluster import pod_network, preflight
 from knative.cluster.advice import advice
 from knative.cluster.canary import is_ours, pinned_traffic, split, stable_revision, with_traffic
 from knative.cluster.client import Cluster, Ref
@@ -116,7 +116,7 @@ class Deployer:
                 self._prepare(objects)
                 self._apply([each for each in parts.first if self._is_missing_access(each)], force)
                 stages = [each for each in parts.stages if not _is_gateway(each)]
-                self._bring_up_stages(stages, wait, force)
+                self._bring_up_stages(parts.gateway, stages, wait, force)
                 url = self._apply_gateway(parts.gateway, split(stable, percent), wait, force)
             self._say(f"version {version.number}, pipeline {fingerprint}, gets {percent} % of the requests of {url}")
             return url
@@ -174,7 +174,7 @@ class Deployer:
         with self._noted(history, objects, Outcome.SERVED) as version:
             self._prepare(objects)
             self._apply(parts.first, force)
-            self._bring_up_stages(parts.stages, wait, force)
+            self._bring_up_stages(parts.gateway, parts.stages, wait, force)
             url = self._move_gateway(parts.gateway, wait, force)
             self._apply(parts.eventing, force)
             wait.await_ready(parts.eventing)
@@ -204,10 +204,14 @@ class Deployer:
         self._garbage.await_deletions(objects)
         ensure_token(self._cluster, objects, self._say)
 
-    def _bring_up_stages(self, stages: list[KubernetesObject], wait: ReadinessWait, force: bool) -> None:
+    def _bring_up_stages(
+        self, gateway: KubernetesObject, stages: list[KubernetesObject], wait: ReadinessWait, force: bool
+    ) -> None:
+        """gateway: that will follow their pods."""
         self._clear_failed(stages)
         self._apply(stages, force)
         wait.await_ready(stages)
+        pod_network.check(self._cluster, gateway, stages, self._say)
 
     def _clear_failed(self, services: list[KubernetesObject]) -> None:
         """Services of an earlier attempt that never ran: Knative gives up on a revision for good, whatever is mended later."""

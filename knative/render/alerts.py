@@ -83,6 +83,13 @@ ALERTS: Final = (
         "Requests wait because a stage has no room for their keys and values",
     ),
     Alert(
+        "LaminaPodNetworkWrong",
+        "max by (namespace, pipeline, stage) (lamina_gateway_refused_addresses{$of}) > 0",
+        2,
+        "warning",
+        "Pods of a stage are outside of the network that the gateway follows: requests go by the Service URL, or to fewer pods",
+    ),
+    Alert(
         "LaminaNotReady",
         "max by (namespace, pipeline, service) (max_over_time(lamina_ready{$of}[3m])) == 0",
         5,

@@ -112,8 +112,8 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """That every request passes and that add to X-Forwarded-For, queue-proxy among them. Unset: that one."""
     service_account: str | None = None
     """Needs the right to watch EndpointSlices. Unset: `{name}-gateway`, rendered with its Role."""
-    pod_network: str = "10.0.0.0/8"
-    """CIDR of the cluster's pods: only addresses inside it are followed."""
+    pod_network: str | None = None
+    """CIDRs of the cluster's pods, separated by commas: only addresses inside are followed. Unset: private addresses."""
     pod_port: Annotated[int, Meta(ge=1, le=65535)] = 8012
     autoscaling: Autoscaling = Autoscaling(container_concurrency=0, target=100, max_scale=3)
 

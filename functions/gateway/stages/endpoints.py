@@ -3,11 +3,10 @@
 List, then watch from the list's resourceVersion, list again on 410, reconnect with back-off.
 """
 
-import ipaddress
 import logging
 import random
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
@@ -31,31 +30,23 @@ from functions.gateway.stages.endpoint_slices import (
     read_status,
 )
 from functions.gateway.stages.instances import Endpoint
+from functions.gateway.stages.pod_network import PodNetwork
+from functions.gateway.stages.readiness import OnChange
 
 _log = logging.getLogger(__name__)
 
 _FIRST_PAUSE_SECONDS: Final = 0.1
 _LONGEST_PAUSE_SECONDS: Final = 10.0
 
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-OnChange = Callable[[int, Sequence[Endpoint] | None], None]
-"""Stage and all its endpoints, whenever they changed; None when they cannot be known."""
-
 
 @dataclass(frozen=True, slots=True)
-class PodNetwork:
-    """Which addresses are followed."""
+class Found:
+    """What a stage's EndpointSlices name."""
 
-    network: Network
-    port: int
-    """0: any."""
-
-    def admits(self, address: str, port: int) -> bool:
-        try:
-            inside = ipaddress.ip_address(address) in self.network
-        except ValueError:
-            return False
-        return inside and self.port in (0, port)
+    endpoints: list[Endpoint]
+    """All that may be followed, one for each address and port."""
+    refused: dict[str, str]
+    """Addresses that may not, and where they were seen: slice and port."""
 
 
 def service_name(url: str) -> str:
@@ -63,21 +54,22 @@ def service_name(url: str) -> str:
     return (urlsplit(url).hostname or "").partition(".")[0]
 
 
-def endpoints_of(slices: Iterable[Slice], pods: PodNetwork) -> list[Endpoint]:
-    """All that may be followed, one for each address and port. A slice's fields default as Kubernetes says they do."""
+def endpoints_of(slices: Iterable[Slice], pods: PodNetwork) -> Found:
+    """A slice's fields default as Kubernetes says they do."""
     found: dict[str, Endpoint] = {}
+    refused: dict[str, str] = {}
     for each in slices:
         port = _port(each.ports or ())
         for address in each.endpoints or ():
             for host in address.addresses[:1]:
                 if port is None or not pods.admits(host, port):
-                    _log.warning("%s: %s port %s is not followed: not one of %s", each.metadata.name, host, port, pods)
+                    refused[host] = f"{each.metadata.name}: {host} port {port}"
                     continue
                 endpoint = _endpoint(host, port, each, address.conditions)
                 known = found.get(endpoint.url)
                 if known is None or (endpoint.ready and not known.ready):
                     found[endpoint.url] = endpoint
-    return list(found.values())
+    return Found(list(found.values()), refused)
 
 
 def _endpoint(host: str, port: int, each: Slice, conditions: Conditions) -> Endpoint:
@@ -102,6 +94,10 @@ class EndpointsWatch:
         """services: per stage, the name of its Knative Service."""
         self._followers = [_Follower(api, stage, service, pods, on_change) for stage, service in enumerate(services)]
 
+    def refused(self, stage: int) -> int:
+        """How many addresses of `stage` are outside of the network of pods, and therefore not followed."""
+        return len(self._followers[stage].refused)
+
     def start(self) -> None:
         for follower in self._followers:
             follower.thread.start()
@@ -123,6 +119,9 @@ class _Follower:
         self._pods = pods
         self._on_change = on_change
         self._slices: dict[str, Slice] = {}
+        self.refused: dict[str, str] = {}
+        self._falls_back = False
+        """All addresses are refused: requests go to the Service URL, or nobody would be asked at all."""
         self._resource_version = ""
         self._knows = False
         """It has listed once: what it knows is better than nothing while the API is away."""
@@ -202,4 +201,19 @@ class _Follower:
         self._tell()
 
     def _tell(self) -> None:
-        self._on_change(self._stage, endpoints_of(self._slices.values(), self._pods))
+        found = endpoints_of(self._slices.values(), self._pods)
+        for host in found.refused.keys() - self.refused.keys():
+            _log.warning("%s is not followed: not one of %s", found.refused[host], self._pods)
+        self.refused = found.refused
+        fell_back, self._falls_back = self._falls_back, bool(found.refused) and not found.endpoints
+        if not self._falls_back:
+            self._on_change(self._stage, found.endpoints)
+        elif not fell_back:
+            _log.error(
+                "no instance of %s is in the network of pods, %s: requests go to its Service URL, which is slower and spreads "
+                "them badly; set gateway.pod_network to the pods' network",
+                self._service,
+                self._pods,
+            )
+            self._on_change(self._stage, ())
+            self._on_change(self._stage, None)

@@ -46,7 +46,7 @@ class Pod:
 
     def __init__(self, name: str, container: Container, timing: PodTiming, log: Path, on_change: Callable[[], None]) -> None:
         self.name = name
-        self.proxy = QueueProxy(container.limits)
+        self.proxy = QueueProxy(container.limits, lambda: self.ready)
         self.log = log
         self.phase = Phase.STARTING
         self.restarts = 0

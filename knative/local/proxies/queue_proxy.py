@@ -5,11 +5,13 @@ It counts, holds containerConcurrency, bounds how long an answer may take, and s
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
+from typing import Final
 
 from knative.local.http.client import UpstreamFailed, UpstreamPool
-from knative.local.http.messages import Headers, HttpError
+from knative.local.http.messages import Headers, HttpError, find
 from knative.local.http.server import THIS_MACHINE, Exchange, HttpServer
 from knative.local.proxies.breaker import Breaker
 from knative.local.proxies.concurrency import ConcurrencyMeter, Report
@@ -17,6 +19,9 @@ from knative.local.proxies.full_duplex import broken_off
 from knative.local.proxies.timeouts import Timeouts, in_time
 
 _log = logging.getLogger(__name__)
+
+_PROBE: Final = (b"k-network-probe", b"queue")
+"""A request with this header asks queue-proxy whether the pod is ready, and is counted as none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +36,13 @@ class RequestLimits:
 class QueueProxy:
     """Stands for `podIP:8012`: a port of its own on 127.0.0.1."""
 
-    def __init__(self, limits: RequestLimits) -> None:
+    def __init__(self, limits: RequestLimits, ready: Callable[[], bool] = lambda: True) -> None:
         now = asyncio.get_running_loop().time()
         self.all = ConcurrencyMeter(now)
         self.proxied = ConcurrencyMeter(now)
         """Those that came through the activator, which reports them itself."""
         self._limits = limits
+        self._ready = ready
         self._breaker = Breaker(limits.container_concurrency)
         self._upstream: UpstreamPool | None = None
         self._server = HttpServer(self._direct)
@@ -95,6 +101,11 @@ class QueueProxy:
             await asyncio.sleep(left)
 
     async def _direct(self, exchange: Exchange) -> None:
+        name, value = _PROBE
+        if find(exchange.headers, name) == value:
+            status = HTTPStatus.OK if self._ready() else HTTPStatus.SERVICE_UNAVAILABLE
+            exchange.respond(status, value if status is HTTPStatus.OK else b"")
+            return
         await self.serve(exchange)
 
     async def _forward(self, exchange: Exchange) -> None:

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Mapping
-from ipaddress import IPv4Network
+from ipaddress import IPv4Network, IPv6Network, ip_address
 
 import pytest
 
@@ -28,12 +28,23 @@ def test_a_stage_reads_its_keys_and_takes_defaults_for_the_rest() -> None:
     assert config.store.endpoint_url == "http://127.0.0.1:9000"
 
 
+_ADDRESSES = (
+    *("10.1.2.3", "172.31.0.1", "192.168.7.7", "100.64.0.9", "fd12::1"),
+    *("127.0.0.1", "169.254.169.254", "8.8.8.8", "2001:db8::1", "fe80::1"),
+)
+"""Private ones, of which pods have theirs unless somebody says otherwise, and others."""
+
+
 def test_a_gateway_reads_its_keys() -> None:
-    config = read_config({**GATEWAY, "LAMINA_API_KEYS": "one, two", "LAMINA_POD_NETWORK": "10.0.0.0/8"})
+    config = read_config({**GATEWAY, "LAMINA_API_KEYS": "one, two", "LAMINA_POD_NETWORK": "10.0.0.0/8, fd00::/64"})
     assert isinstance(config, GatewayConfig)
     assert config.stages == (((0, 2), "http://one:81"), ((2, 4), "http://two"))
     assert config.api_keys == ("one", "two")
-    assert config.pod_network == IPv4Network("10.0.0.0/8")
+    assert config.pod_network == (IPv4Network("10.0.0.0/8"), IPv6Network("fd00::/64"))
+    unset = read_config(GATEWAY)
+    assert isinstance(unset, GatewayConfig)
+    followed = [any(ip_address(each) in network for network in unset.pod_network) for each in _ADDRESSES]
+    assert followed == [True] * 5 + [False] * 5
 
 
 def test_what_closes_the_gateway_is_not_empty_by_mistake() -> None:
@@ -82,7 +93,6 @@ def test_no_secret_is_shown() -> None:
         ({**STAGE, "LAMINA_STORE_BUCKET": "a/b"}, ("bucket", "'a/b'")),
         ({**GATEWAY, "LAMINA_STAGES": "0:2=http://one"}, ("LAMINA_STAGES", "0:2,2:4")),
         ({**GATEWAY, "LAMINA_STAGES": "0:2,2:4"}, ("LAMINA_STAGES", "has no '='")),
-        ({**GATEWAY, "LAMINA_KUBERNETES_API": "cluster"}, ("LAMINA_POD_NETWORK", "LAMINA_KUBERNETES_API")),
         ({**GATEWAY, "LAMINA_POD_NETWORK": "10.0.0.1/8"}, ("LAMINA_POD_NETWORK", "10.244.0.0/16")),
         ({**GATEWAY, "LAMINA_POD_PORT": "-1"}, ("LAMINA_POD_PORT", "'-1'")),
     ],

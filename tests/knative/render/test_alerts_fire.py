@@ -25,7 +25,10 @@ class Gateway:
     metrics: GatewayMetrics = field(default_factory=GatewayMetrics)
     stats: Stats = field(default_factory=lambda: Stats([StageStats()]))
 
+    refused: int = 0
+
     def __post_init__(self) -> None:
+        self.metrics.watch(["0:6"], lambda _: self.refused)
         self.metrics.registry.register(SchedulerCollector(lambda: self.stats, ["0:6"]))
         self.metrics.queue_limit.set(256)
         self.metrics.ready.set(1)
@@ -182,6 +185,11 @@ def full_memory(pipeline: Pipeline, minute: int) -> None:
     pipeline.gateway.stats.hungry = 2
 
 
+def foreign_network(pipeline: Pipeline, minute: int) -> None:
+    well(pipeline)
+    pipeline.gateway.refused = 1
+
+
 def never_ready(pipeline: Pipeline, minute: int) -> None:
     """Pods that Knative takes away when their ten minutes are over, and starts again."""
     pipeline.stages.clear()
@@ -213,6 +221,7 @@ FIRES: list[tuple[str, Story]] = [
     ("LaminaReplays", replays_and_nothing_else),
     ("LaminaStageFails", failing_stage),
     ("LaminaStageMemoryFull", full_memory),
+    ("LaminaPodNetworkWrong", foreign_network),
     ("LaminaNotReady", never_ready),
     ("LaminaNotReady", gateway_never_ready),
     ("LaminaPodNotReady", crash_loop),

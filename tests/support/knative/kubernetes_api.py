@@ -84,7 +84,7 @@ class KubernetesApi:
         self.unknown: list[str] = []
         """What was asked that a real API may know and this one does not."""
         self.lingering_gateways = 0
-        """How many lists of pods still show the old gateway's pods after it was replaced."""
+        """How many lists of the pipeline's pods still show the old gateway's pods after it was replaced."""
         self._version = itertools.count(1)
         self.changed = threading.Condition()
         self.controllers = Controllers(self)
@@ -236,7 +236,7 @@ class KubernetesApi:
         if watched:
             seconds = float(request.args.get("timeoutSeconds", 1))
             return Response(self._watch(matching, seconds), mimetype="application/json")
-        if plural == "pods" and self.lingering_gateways:
+        if plural == "pods" and "serving.knative.dev/service" not in wanted and self.lingering_gateways:
             self.lingering_gateways -= 1
             if not self.lingering_gateways:
                 self.controllers.end_old_pods()

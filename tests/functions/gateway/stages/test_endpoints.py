@@ -11,12 +11,13 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from functions.gateway.stages.endpoint_slices import SILENCE_SECONDS, WATCH_SECONDS, KubernetesAPI
-from functions.gateway.stages.endpoints import EndpointsWatch, PodNetwork, service_name
+from functions.gateway.stages.endpoints import EndpointsWatch, service_name
 from functions.gateway.stages.instances import Endpoint
+from functions.gateway.stages.pod_network import PodNetwork
 from tests.support.functions.gateway import wait_until
 from tests.support.knative.kubernetes_watch import WatchServer
 
-PODS = PodNetwork(ipaddress.ip_network("10.1.0.0/16"), 8012)
+PODS = PodNetwork((ipaddress.ip_network("10.1.0.0/16"),), 8012)
 KNATIVE_PORTS = [("http-autometric", 9090), ("http", 8012), ("https", 8112)]
 
 
@@ -100,7 +101,7 @@ def test_lists_then_follows(server: WatchServer) -> None:
 
 def test_slices_are_merged(server: WatchServer) -> None:
     """knative/local has a slice for each pod, each with its own port; Kubernetes splits large ones."""
-    local = PodNetwork(ipaddress.ip_network("127.0.0.0/8"), 0)
+    local = PodNetwork((ipaddress.ip_network("127.0.0.0/8"),), 0)
     server.put(slice_of("pod-1", ("127.0.0.1", READY), ports=[("http", 40001)]))
     server.put(slice_of("pod-2", ("127.0.0.1", READY), revision="stage-0-00002", ports=[(None, 40002)]))
     with watching(server, local) as told:
@@ -136,9 +137,35 @@ def test_foreign_addresses_and_ports_are_not_followed(server: WatchServer, caplo
     assert "port: 10.1.0.7 port 22 is not followed" in caplog.text
 
 
+def test_where_all_addresses_are_refused_the_service_url_is_asked(
+    server: WatchServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A wrong network of pods was a pipeline that never answered."""
+    told = Told()
+    watch = EndpointsWatch(KubernetesAPI(server.url, "lamina"), ["stage-0"], PODS, told)
+    with caplog.at_level(logging.WARNING):
+        server.put(slice_of("one", ("192.168.0.1", READY)))
+        watch.start()
+        try:
+            wait_until(lambda: told.unknown == 1, "the fallback")
+            assert watch.refused(0) == 1
+            server.put(slice_of("one", ("192.168.0.1", READY), ("192.168.0.2", READY)))
+            wait_until(lambda: watch.refused(0) == 2, "the second pod")
+            server.put(slice_of("one", ("192.168.0.1", READY), ("10.1.0.5", READY)))
+            told.wait(Endpoint("http://10.1.0.5:8012", "stage-0-00001"))
+            assert (watch.refused(0), told.unknown) == (1, 1)
+            server.delete("one")
+            told.wait()
+            assert watch.refused(0) == 0
+        finally:
+            watch.stop()
+    assert caplog.text.count("no instance of stage-0 is in the network of pods, 10.1.0.0/16 port 8012") == 1
+    assert caplog.text.count("192.168.0.1 port 8012 is not followed") == 1
+
+
 def test_ipv6(server: WatchServer) -> None:
     server.put(slice_of("one", ("fd00::5", READY)))
-    with watching(server, PodNetwork(ipaddress.ip_network("fd00::/64"), 8012)) as told:
+    with watching(server, PodNetwork((ipaddress.ip_network("fd00::/64"),), 8012)) as told:
         told.wait(Endpoint("http://[fd00::5]:8012", "stage-0-00001"))
 
 

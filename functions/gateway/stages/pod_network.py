@@ -1,0 +1,26 @@
+"""Which addresses of an EndpointSlice are followed: who can write one must not lead prompts and token elsewhere."""
+
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+@dataclass(frozen=True, slots=True)
+class PodNetwork:
+    """Pods' addresses, and their one port."""
+
+    networks: Sequence[Network]
+    port: int
+    """0: any."""
+
+    def admits(self, address: str, port: int) -> bool:
+        try:
+            seen = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        return any(seen in network for network in self.networks) and self.port in (0, port)
+
+    def __str__(self) -> str:
+        return f"{','.join(map(str, self.networks))} port {self.port or 'any'}"

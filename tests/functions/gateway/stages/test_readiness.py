@@ -1,0 +1,110 @@
+"""Instances that say themselves that they are ready, over HTTP, before Kubernetes says so."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from functions.gateway.stages.instances import Endpoint
+from functions.gateway.stages.readiness import EarlyReadiness
+from tests.support.functions.gateway import wait_until
+
+
+class QueueProxy:
+    """Answers probes by `verdict`: a status and a body."""
+
+    def __init__(self) -> None:
+        self.verdict = (503, b"")
+        self.probes: list[str | None] = []
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                proxy.probes.append(self.headers["K-Network-Probe"])
+                status, body = proxy.verdict
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+
+class Told:
+    def __init__(self) -> None:
+        self.all: list[list[Endpoint] | None] = []
+
+    def __call__(self, stage: int, endpoints: Sequence[Endpoint] | None) -> None:
+        assert stage == 1
+        self.all.append(None if endpoints is None else list(endpoints))
+
+
+@contextmanager
+def asking(told: Told) -> Iterator[EarlyReadiness]:
+    readiness = EarlyReadiness(told)
+    try:
+        yield readiness
+    finally:
+        readiness.stop()
+
+
+@pytest.fixture
+def proxy() -> Iterator[QueueProxy]:
+    started = QueueProxy()
+    yield started
+    started.server.shutdown()
+    started.server.server_close()
+
+
+def test_an_instance_is_ready_once_its_queue_proxy_says_so(proxy: QueueProxy) -> None:
+    told = Told()
+    starting = Endpoint(proxy.url, "s-00001", ready=False)
+    ready = Endpoint(proxy.url, "s-00001")
+    with asking(told) as readiness:
+        readiness.endpoints_changed(1, [starting])
+        wait_until(lambda: len(proxy.probes) >= 2, "a second question, after a no")
+        assert told.all == [[starting]]
+        proxy.verdict = (200, b"queue")
+        wait_until(lambda: told.all[-1] == [ready], "its readiness")
+        other = Endpoint("http://127.0.0.1:1", "s-00001")
+        readiness.endpoints_changed(1, [starting, other])
+        assert told.all[-1] == [ready, other], "what it has said stays said"
+        asked = len(proxy.probes)
+        readiness.endpoints_changed(1, [ready])
+        assert told.all[-1] == [ready]
+        readiness.endpoints_changed(1, [starting])
+        assert told.all[-1] == [starting], "Kubernetes has seen it fail since"
+        wait_until(lambda: told.all[-1] == [ready] and len(proxy.probes) > asked, "that it has recovered")
+    assert set(proxy.probes) == {"queue"}
+
+
+def test_only_queue_proxy_can_say_it(proxy: QueueProxy) -> None:
+    """A function that answers its own health check says nothing of its weights."""
+    told = Told()
+    proxy.verdict = (200, b"ok")
+    with asking(told) as readiness:
+        readiness.endpoints_changed(1, [Endpoint(proxy.url, ready=False)])
+        wait_until(lambda: len(proxy.probes) >= 2, "two questions")
+        assert len(told.all) == 1
+
+
+def test_what_leaves_or_cannot_be_known_is_not_asked(proxy: QueueProxy) -> None:
+    told = Told()
+    before = threading.active_count()
+    with asking(told) as readiness:
+        readiness.endpoints_changed(1, [Endpoint(proxy.url, ready=False, terminating=True), Endpoint("http://127.0.0.1:2")])
+        assert not proxy.probes
+        readiness.endpoints_changed(1, [Endpoint(proxy.url, ready=False)])
+        wait_until(lambda: proxy.probes, "the question")
+        readiness.endpoints_changed(1, None)
+        assert told.all[-1] is None
+        wait_until(lambda: threading.active_count() <= before + 1, "the end of the thread")
+        proxy.verdict = (200, b"queue")
+        assert told.all[-1] is None
