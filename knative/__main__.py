@@ -19,6 +19,7 @@ _COMMANDS: Final = {
     "delete": "knative.commands.delete",
     "check": "knative.commands.check",
     "status": "knative.commands.status",
+    "requirements": "knative.commands.requirements",
     "kpa-replay": "knative.commands.kpa_replay",
 }
 """Name → module; the command is the module's attribute of the same name, `_` for `-`."""

@@ -2,5 +2,6 @@
 
 `terminal` is what people see, `sources` where commands find clusters, stores and files.
 
-May import: storage, storage.store, storage.models, eventing, eventing.wire, functions.gateway.scheduling, knative.*.
+May import: storage, storage.store, storage.checkpoints, storage.models, eventing, eventing.wire,
+functions.gateway.scheduling, knative.*.
 """

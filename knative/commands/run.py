@@ -42,7 +42,7 @@ class RunOptions:
     spec: Path | None
     model: str | None
     stages: int
-    dtype: str
+    dtype: str | None
     port: int
     prompt: str
     max_tokens: int
@@ -60,7 +60,9 @@ class RunOptions:
 )
 @click.option("--model", help="A folder, GGUF file, hub id or published name. Default: the packaged SmolLM2-135M-Instruct.")
 @click.option("--stages", type=click.IntRange(min=1), default=3, show_default=True, help="How many groups of layers.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), help="Default: the smallest that loses nothing the model has (docs/trying.md)."
+)
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Of the gateway; 0: any free one.")
 @click.option("--prompt", default="What is the capital of France?", show_default=True, help="The first question.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)

@@ -35,6 +35,8 @@ class SourceTensor:
     shape: tuple[int, ...]
     read_rows: Callable[[int, int], memoryview]
     """Rows [first, last): writable bytes, C order, little endian."""
+    quantized: bool = False
+    """The checkpoint has it in eight bits or fewer, whatever `dtype` it is read as."""
     read_four_bits: Callable[[int, int], FourBits] | None = None
     """The same rows as the checkpoint has them; None: not in four bits."""
 

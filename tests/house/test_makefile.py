@@ -12,11 +12,12 @@ from storage.store.settings import StoreSettings
 from tests.support.functions.functions import gateway_environment, running, stage_environment
 from tests.support.knative.kubernetes_api import KubernetesApi
 from tests.support.paths import ROOT
+from tests.support.storage import tiny_models
 from tests.support.storage.published import Published
 
 TOOLS = ("awk", "bash", "cat", "env", "mktemp", "rm", "sh")
 """What recipes use; no kn, kubectl or container engine that this machine may have."""
-STAMPS = ("-o", ".venv/run.stamp", "-o", ".venv/dev.stamp")
+STAMPS = ("-o", ".venv/run.stamp", "-o", ".venv/native.stamp", "-o", ".venv/dev.stamp")
 """What is installed stays as it is."""
 
 
@@ -148,9 +149,27 @@ def test_the_image_is_built_by_the_engine_that_is_there(tmp_path: Path) -> None:
     call = (tmp_path / "calls").read_text()
     assert "--tag registry.example/lamina:7" in call
     assert "ACCELERATOR=cuda" in call
+    assert "--target full" in call
+    make(tmp_path, "image", "IMAGE=registry.example/lamina:7")
+    assert "--target lean" in (tmp_path / "calls").read_text().splitlines()[-1]
+
+
+def test_a_model_that_takes_torch_gets_it_and_the_default_one_does_not(tmp_path: Path) -> None:
+    """Nothing is installed: make says what it would do. The virtual environment is this one, without its stamps."""
+    tiny_models.whole_model("gpt2").save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "venv").mkdir()
+    for part in (ROOT / ".venv").iterdir():
+        if not part.name.endswith(".stamp"):
+            (tmp_path / "venv" / part.name).symlink_to(part)
+    lean = make(tmp_path, "-n", "run", f"VENV={tmp_path / 'venv'}")
+    assert "pip install --disable-pip-version-check -r requirements-lean.txt" in lean.stdout
+    assert "requirements-torch.txt" not in lean.stdout
+    wanted = make(tmp_path, "-n", "run", f"VENV={tmp_path / 'venv'}", f"MODEL={tmp_path / 'gpt2'}")
+    assert "takes torch: model_type 'gpt2' is not one of" in wanted.stderr
+    assert "pip install --disable-pip-version-check -r requirements-torch.txt" in wanted.stdout
 
 
 def test_help_lists_every_target(tmp_path: Path) -> None:
     shown = make(tmp_path, "help").stdout
     targets = {line.split(":")[1].strip() for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith(".PHONY")}
-    assert {target for target in targets if f"\n  {target} " not in shown} == {"needs-spec", "needs-store"}
+    assert {target for target in targets if f"\n  {target} " not in shown} == {"needs-spec", "needs-store", "needs-libraries"}

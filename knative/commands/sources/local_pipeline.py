@@ -10,6 +10,7 @@ import msgspec
 from rich.console import Console
 
 from functions.stage.engine.threads import usable_cores
+from knative.commands.sources.model_fit import best_dtype
 from knative.commands.terminal.console import publish_progress
 from knative.local.kubelet.containers import NamedData
 from knative.render.rendering import resolve
@@ -19,6 +20,7 @@ from knative.spec.model_shape import ModelShape, published_shape
 from knative.spec.model_sources import DEFAULT_MODEL, packaged_model, published_name
 from knative.spec.pipeline_spec import Autoscaling, Gateway, Model, PipelineSpec, Resources, Stage, Store, quantity
 from knative.spec.stage_plan import plan_stages
+from storage.checkpoints.model_source import locate, open_checkpoint
 from storage.errors import ModelNotPublished
 from storage.models.model_repository import ModelManifest, list_models, read_manifest
 from storage.models.publisher import publish
@@ -72,17 +74,23 @@ class Sharing:
         return max(1, min(self.stages, self.cores // 2))
 
 
-def ensure_published(store: ObjectStore, model: str | None, dtype: str, console: Console) -> ModelManifest:
+def ensure_published(store: ObjectStore, model: str | None, dtype: str | None, console: Console) -> ModelManifest:
     """model: None or its name for the default one, a published name, or what `push` takes. Publishes only what is not there.
+
+    dtype: None for the one that suits the checkpoint; of a published name, for the smallest that there is.
 
     Raises a StorageError.
     """
+    source: str | Path
     if model in (None, DEFAULT_MODEL):
         name, source = DEFAULT_MODEL, packaged_model()
     elif Path(model).exists() or "/" in model:
         name, source = published_name(model), model
     else:
-        return _already_published(store, model, dtype)
+        return _already_published(store, model, dtype or _smallest_published(store, model))
+    if dtype is None:
+        source = locate(source)
+        dtype = best_dtype(open_checkpoint(source))
     with publish_progress(console, f"publishing {name} as {dtype}") as progress:
         return publish(source, store, name, dtype, progress=progress)
 
@@ -123,6 +131,11 @@ def read_data_folder(folder: Path | None) -> NamedData:
         for each in folder.iterdir()
         if each.is_dir()
     }
+
+
+def _smallest_published(store: ObjectStore, name: str) -> str:
+    published = [dtype for model, dtype in list_models(store) if model == name]
+    return next((dtype for dtype in ("q4", "int8", "bfloat16", "float16", "float32") if dtype in published), "bfloat16")
 
 
 def _already_published(store: ObjectStore, name: str, dtype: str) -> ModelManifest:

@@ -8,11 +8,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
-from tests.support.house.containerfile import Containerfile, read_containerfile
+from tests.support.house.containerfile import Stage, Step, read_containerfile
 from tests.support.paths import ROOT
 
 _ENTER: Final = Path(__file__).with_name("enter_rootfs.sh")
@@ -21,7 +23,7 @@ _BASE: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LD_LIBRARY_PATH": "/usr
 _UNSHARE: Final = ("unshare", "--user", "--map-root-user", "--mount")
 
 
-def containerfile(**build_arguments: str) -> Containerfile:
+def stages(**build_arguments: str) -> dict[str, Stage]:
     return read_containerfile(ROOT / "Containerfile", _BASE, **build_arguments)
 
 
@@ -34,30 +36,57 @@ def refusal() -> str | None:
     return None if tried.returncode == 0 else f"no user namespaces for us here: {tried.stderr.strip()}"
 
 
-def build(folder: Path) -> None:
-    """Raises CalledProcessError where a step fails."""
-    file = containerfile()
-    for step in file.steps:
-        if step.instruction == "COPY":
-            *sources, target = step.value.split()
-            _copy(sources, folder / file.workdir.lstrip("/"), target)
-        else:
-            environ = {**step.environment, **_pip_configuration()}
-            subprocess.run(_entering("build", folder, file, ["sh", "-ec", step.value]), env=environ, check=True)
+def build(folder: Path, target: str) -> None:
+    """Each stage in a folder of its own, until `folder` is the target's. Raises CalledProcessError where a step fails."""
+    known = stages()
+    stage = known[target]
+    with ExitStack() as others:
+
+        def built(name: str) -> Path:
+            other = Path(others.enter_context(tempfile.TemporaryDirectory(prefix=f"lamina-{name}-")))
+            build(other, name)
+            return other
+
+        if stage.base in known:
+            _copy_tree(built(stage.base), folder)
+        for step in stage.steps:
+            _run(step, folder, stage, built)
 
 
-def _copy(sources: Sequence[str], workdir: Path, target: str) -> None:
+def size_bytes(folder: Path) -> int:
+    """Of what the Containerfile adds to its base image."""
+    files = (path for top in ("lamina", "venv") for path in (folder / top).rglob("*"))
+    return sum(path.stat().st_size for path in files if path.is_file() and not path.is_symlink())
+
+
+def _run(step: Step, folder: Path, stage: Stage, built: Callable[[str], Path]) -> None:
+    words = step.value.split()
+    if step.instruction == "RUN":
+        environ = {**step.environment, **_pip_configuration()}
+        subprocess.run(_entering("build", folder, stage, ["sh", "-ec", step.value]), env=environ, check=True)
+    elif words[0].startswith("--from="):
+        source, target = (place.lstrip("/") for place in words[1:])
+        _copy_tree(built(words[0].removeprefix("--from=")) / source, folder / target)
+    else:
+        *sources, target = words
+        _copy([ROOT / source for source in sources], folder / stage.workdir.lstrip("/"), target)
+
+
+def _copy(sources: Sequence[Path], workdir: Path, target: str) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
-    for source in sources:
-        origin = ROOT / source
+    for origin in sources:
         if origin.is_dir():
             shutil.copytree(origin, workdir / target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(origin, workdir / target)
 
 
-def _entering(mode: str, folder: Path, file: Containerfile, command: Sequence[str]) -> list[str]:
-    arguments = [mode, str(folder), sys.base_prefix, file.workdir, file.user, *command]
+def _copy_tree(source: Path, target: Path) -> None:
+    shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
+
+
+def _entering(mode: str, folder: Path, stage: Stage, command: Sequence[str]) -> list[str]:
+    arguments = [mode, str(folder), sys.base_prefix, stage.workdir, stage.user, *command]
     return [*_UNSHARE, "bash", str(_ENTER), *arguments]
 
 
@@ -69,9 +98,9 @@ def _pip_configuration() -> Mapping[str, str]:
 
 
 def _become(folder: Path, command: Sequence[str]) -> None:
-    file = containerfile()
-    environ = {**os.environ, **file.environment}
-    whole = _entering("run", folder, file, command or file.entrypoint)
+    stage = stages()["lean"]  # `full` is run alike, which a test holds
+    environ = {**os.environ, **stage.environment}
+    whole = _entering("run", folder, stage, command or stage.entrypoint)
     os.execvpe(whole[0], whole, environ)
 
 

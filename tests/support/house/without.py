@@ -1,8 +1,10 @@
-"""A process in which some libraries are not installed: `python -c` with their imports refused."""
+"""Processes in which some libraries are not installed: their imports are refused, in children, too."""
 
+import os
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
+from pathlib import Path
 from typing import Final
 
 from tests.support.paths import ROOT
@@ -24,9 +26,14 @@ def refusal(libraries: Collection[str]) -> str:
     return _REFUSAL.format(libraries=sorted(libraries))
 
 
-def run_without(
-    libraries: Collection[str], code: str, *arguments: str, environ: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Runs `code` with these arguments; its output is text."""
-    command = [sys.executable, "-c", refusal(libraries) + code, *arguments]
+def environment_without(libraries: Collection[str], folder: Path) -> dict[str, str]:
+    """This process's, with a `sitecustomize` in `folder` that every Python which gets it runs at its start."""
+    (folder / "sitecustomize.py").write_text(refusal(libraries))
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+def run_without(libraries: Collection[str], folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python with these arguments; its output is text."""
+    environ = environment_without(libraries, folder)
+    command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300, check=False)

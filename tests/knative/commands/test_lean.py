@@ -1,0 +1,97 @@
+"""The command line where torch and transformers are not installed, and which models ask for them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from gguf import GGMLQuantizationType as Kind
+
+from functions.stage.native.limits import DTYPES
+from knative.__main__ import _COMMANDS, main
+from knative.commands.sources.model_fit import best_dtype, torch_needed
+from storage.checkpoints.model_source import open_checkpoint
+from tests.storage.checkpoints.test_gguf_families import write_gguf
+from tests.support.house.without import HEAVY, run_without
+from tests.support.storage import tiny_models
+from tests.support.storage.storage import default_model_gguf
+
+
+@pytest.mark.parametrize("command", _COMMANDS)
+def test_no_command_imports_them(command: str, tmp_path: Path) -> None:
+    done = run_without(HEAVY, tmp_path, "-m", "knative", command, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "Usage: python -m knative" in done.stdout
+
+
+def test_the_default_model_answers(tmp_path: Path) -> None:
+    """All of it in processes without torch: publishing, platform, gateway, stages."""
+    arguments = ("--once", "--port", "0", "--prompt", "The capital of France is", "--max-tokens", "2")
+    done = run_without(HEAVY, tmp_path, "-m", "knative", "run", *arguments, "--state", str(tmp_path / "state"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "\n Paris" in done.stdout
+    gateway, *stages = sorted((tmp_path / "state" / "logs").glob("lamina-*.log"), key=lambda log: "-s" in log.name)
+    assert len(stages) >= 3, gateway
+
+
+def needed(*arguments: str) -> tuple[str, str]:
+    result = CliRunner().invoke(main, ["requirements", *arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout.strip(), result.stderr.strip()
+
+
+def test_the_default_model_takes_no_torch() -> None:
+    assert needed() == ("", "")
+    for dtype in DTYPES:
+        assert needed("--dtype", dtype) == ("", "")
+    assert needed("--dtype", "float16")[0] == "requirements-torch.txt"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "ministral"])
+def test_llama_shaped_models_take_none(family: str, tmp_path: Path) -> None:
+    tiny_models.whole_model(family).save_pretrained(tmp_path)
+    assert needed("--model", str(tmp_path)) == ("", "")
+
+
+def test_others_do_and_it_says_why(tmp_path: Path) -> None:
+    tiny_models.whole_model("gpt2").save_pretrained(tmp_path)
+    list_name, reason = needed("--model", str(tmp_path))
+    assert list_name == "requirements-torch.txt"
+    assert reason.startswith(f"{tmp_path} takes torch: model_type 'gpt2' is not one of llama")
+
+
+def test_an_odd_head_does(tmp_path: Path) -> None:
+    tiny_models.whole_model("llama", head_dim=8).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert torch_needed(config, "bfloat16") is None
+    assert "head_dim" in str(torch_needed({**config, "head_dim": 7}, "bfloat16"))
+
+
+def test_a_published_name_asks_for_nothing() -> None:
+    assert needed("--model", "published-before") == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "dtype"),
+    [
+        ((Kind.Q4_0,), "q4"),
+        ((Kind.Q4_1, Kind.Q4_0), "q4"),
+        ((Kind.Q4_1, Kind.Q8_0), "int8"),
+        ((Kind.F16, Kind.F16), "bfloat16"),
+    ],
+)
+def test_the_best_dtype_is_the_smallest_that_loses_nothing(kinds: tuple[Kind, ...], dtype: str, tmp_path: Path) -> None:
+    """The embedding as Q8_0, as llama.cpp writes it."""
+
+    def kind_of(name: str) -> Kind:
+        return kinds["down_proj" in name and len(kinds) > 1] if ".layers." in name else Kind.Q8_0
+
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "x.gguf", "llama", kind_of=kind_of))
+    expected = dtype if dtype in DTYPES else "int8"
+    assert best_dtype(checkpoint) == expected
+
+
+def test_a_checkpoint_in_floats_stays_in_bfloat16(tmp_path: Path) -> None:
+    tiny_models.whole_model("qwen2").save_pretrained(tmp_path)
+    assert best_dtype(open_checkpoint(tmp_path)) == "bfloat16"
+    assert best_dtype(open_checkpoint(default_model_gguf())) == ("q4" if "q4" in DTYPES else "int8")
