@@ -71,6 +71,7 @@ undeploy-all: needs-spec $(VENV)/run.stamp ## Delete everything that was made fo
 deploy-kn: needs-spec needs-store $(VENV)/run.stamp needs-libraries ## The same with kn and kubectl, a file per Service; choose one way (SPEC= MODEL= IMAGE= CONTEXT=)
 	@for tool in kn kubectl; do command -v $$tool >/dev/null || { echo "$$tool not found: install it, or use make deploy-all" >&2; exit 1; }; done
 	@$(BIN)/python -m knative push --spec "$$SPEC" $${MODEL:+"$$MODEL"}
+	@$(BIN)/python -m knative preflight "$$SPEC" $${CONTEXT:+--context "$$CONTEXT"}
 	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 	  $(BIN)/python -m knative render "$$SPEC" --output "$$folder" $${IMAGE:+--image "$$IMAGE"}; \
 	  $(BIN)/python -m knative check "$$folder"/stage-*.yaml "$$folder"/gateway*.yaml; \

@@ -11,15 +11,18 @@ _COMMANDS: Final = {
     "plan": "knative.commands.plan",
     "push": "knative.commands.push",
     "render": "knative.commands.render",
+    "preflight": "knative.commands.preflight",
     "deploy": "knative.commands.deploy",
     "promote": "knative.commands.promote",
     "abort": "knative.commands.abort",
     "rollback": "knative.commands.rollback",
+    "list": "knative.commands.list",
     "logs": "knative.commands.logs",
     "delete": "knative.commands.delete",
     "check": "knative.commands.check",
     "status": "knative.commands.status",
     "requirements": "knative.commands.requirements",
+    "cost": "knative.commands.cost",
     "kpa-replay": "knative.commands.kpa_replay",
 }
 """Name → module; the command is the module's attribute of the same name, `_` for `-`."""
@@ -50,7 +53,8 @@ class _Commands(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         module = importlib.import_module(_COMMANDS[cmd_name])
-        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
+        attribute = cmd_name.replace("-", "_")
+        command: click.Command = getattr(module, attribute, None) or getattr(module, f"{attribute}_")  # `list` is Python's
         return command
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -24,7 +24,6 @@ _ACCESS: Final = (
     ("v1", "ServiceAccount"),
 )
 OWN_KINDS: Final = (
-    ("messaging.knative.dev/v1", "Subscription"),
     (_FLOWS, "Sequence"),
     ("eventing.knative.dev/v1", "Trigger"),
     ("eventing.knative.dev/v1", "Broker"),

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 import msgspec
 
+from knative.cluster.deployer_role import deployer_role as rendered_role
 from knative.commands.sources.store_access import StoreOptions, open_store, store_options
 from knative.render.rendering import render as render_files
 from knative.render.rendering import resolve
@@ -19,9 +20,10 @@ image_option = click.option("--image", help="Instead of the spec's.")
 @click.command()
 @click.argument("spec", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--output", "-o", type=click.Path(file_okay=False, path_type=Path), help="Folder to write into, a file each.")
+@click.option("--deployer-role", is_flag=True, help="Instead: the Role that whoever deploys it needs in its namespace.")
 @image_option
 @store_options
-def render(spec: Path, output: Path | None, image: str | None, store: StoreOptions) -> None:
+def render(spec: Path, output: Path | None, deployer_role: bool, image: str | None, store: StoreOptions) -> None:
     """Render the pipeline that SPEC describes: a Knative Service for each stage, one for the gateway, and its Role.
 
     The store is asked for what the spec leaves open; one with `cut` and `model.digest` needs none. What Knative would
@@ -30,7 +32,11 @@ def render(spec: Path, output: Path | None, image: str | None, store: StoreOptio
     \b
     python -m knative render pipeline.yaml | kubectl apply -f -
     python -m knative render pipeline.yaml --output manifests/
+    python -m knative render pipeline.yaml --deployer-role | kubectl apply -f -
     """
+    if deployer_role:
+        click.echo(to_yaml([rendered_role(load_spec(spec).namespace)]), nl=False)
+        return
     files = rendered_files(read_spec(spec, image), store)
     if output is None:
         click.echo("".join(to_yaml(objects) for objects in files.values()), nl=False)

@@ -3,6 +3,7 @@
 import shutil
 import stat
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -71,12 +72,41 @@ def spec(folder: Path, store: StoreSettings) -> str:
     return str(folder / "pipeline.yaml")
 
 
-def test_kn_gets_a_file_for_each_service_and_kubectl_the_rest(tmp_path: Path, store: StoreSettings) -> None:
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[KubernetesApi]:
+    """A cluster with the namespace `models`, and the store's keys in it."""
+    api = KubernetesApi()
+    api.add_namespace("models")
+    keys = {"AWS_ACCESS_KEY_ID": "eA==", "AWS_SECRET_ACCESS_KEY": "eA=="}
+    metadata = {"name": "lamina-store", "namespace": "models"}
+    api.put({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": keys})
+    (tmp_path / "kubeconfig").write_text(api.kubeconfig("there"))
+    yield api
+    api.close()
+
+
+def on_cluster(folder: Path, store: StoreSettings) -> dict[str, str]:
+    return {**environment(store), "KUBECONFIG": str(folder / "kubeconfig")}
+
+
+def test_kn_waits_for_nothing_that_is_missing(tmp_path: Path, store: StoreSettings, api: KubernetesApi) -> None:
+    """Without a Secret pods never start: kn waited for the first stage to its limit."""
+    api.remove("v1", "secrets", "models", "lamina-store")
+    tool(tmp_path, "kn")
+    tool(tmp_path, "kubectl")
+    done = make(tmp_path, "deploy-kn", f"SPEC={spec(tmp_path, store)}", "CONTEXT=there", **on_cluster(tmp_path, store))
+    assert done.returncode == 2
+    assert "Secret models/lamina-store is missing" in done.stderr
+    assert not (tmp_path / "calls").exists()
+
+
+def test_kn_gets_a_file_for_each_service_and_kubectl_the_rest(tmp_path: Path, store: StoreSettings, api: KubernetesApi) -> None:
     tool(tmp_path, "kn")
     tool(tmp_path, "kubectl")
     arguments = (f"SPEC={spec(tmp_path, store)}", "CONTEXT=there", "IMAGE=registry.example/other:2")
-    done = make(tmp_path, "deploy-kn", *arguments, **environment(store))
+    done = make(tmp_path, "deploy-kn", *arguments, **on_cluster(tmp_path, store))
     assert done.returncode == 0, done.stderr
+    assert api.named("secrets") == ["chat-pipeline", "lamina-store"], "the token is made before anything waits for it"
     calls = (tmp_path / "calls").read_text().splitlines()
     kubectl = [call for call in calls if call.startswith("kubectl")]
     assert [Path(call.split()[-1]).name for call in kubectl] == ["access.yaml", "network.yaml"]
@@ -95,15 +125,12 @@ def test_kn_gets_a_file_for_each_service_and_kubectl_the_rest(tmp_path: Path, st
     assert gateway["spec"]["template"]["spec"]["containers"][0]["image"] == "registry.example/other:2"
 
 
-def test_deploy_all_pushes_applies_waits_and_asks(tmp_path: Path, store: StoreSettings, published: Published) -> None:
+def test_deploy_all_pushes_applies_waits_and_asks(
+    tmp_path: Path, store: StoreSettings, published: Published, api: KubernetesApi
+) -> None:
     """The cluster is a stand-in; what answers is a pipeline of real functions, behind what stands for the ingress."""
-    api = KubernetesApi()
     cut = ((0, 6),)
-    keys = {"AWS_ACCESS_KEY_ID": "eA==", "AWS_SECRET_ACCESS_KEY": "eA=="}
-    metadata = {"name": "lamina-store", "namespace": "models"}
-    api.put({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": keys})
-    (tmp_path / "kubeconfig").write_text(api.kubeconfig())
-    environ = {**environment(store), "KUBECONFIG": str(tmp_path / "kubeconfig")}
+    environ = on_cluster(tmp_path, store)
     with (
         running([stage_environment(published, 0, cut)]) as (stage,),
         running([gateway_environment(published, [stage.url], cut)]) as (gateway,),
@@ -119,7 +146,6 @@ def test_deploy_all_pushes_applies_waits_and_asks(tmp_path: Path, store: StoreSe
     undone = make(tmp_path, "undeploy-all", f"SPEC={tmp_path / 'pipeline.yaml'}", **environ)
     assert "objects deleted" in undone.stdout, undone.stderr
     assert api.named("services") == []
-    api.close()
 
 
 def test_what_is_missing_is_named_before_anything_is_done(tmp_path: Path, store: StoreSettings) -> None:

@@ -95,3 +95,63 @@ def test_check_asks_the_cluster_for_its_feature_flags(api: KubernetesApi, tmp_pa
     data = {"kubernetes.podspec-nodeselector": "enabled"}
     api.put({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data})
     assert run(tmp_path, *command).stdout == f"{tmp_path / 'service.yaml'}: accepted\n"
+
+
+def test_logs_of_a_container_that_kn_has_renamed(api: KubernetesApi, tmp_path: Path) -> None:
+    """`kn service apply` of the same file a second time calls it user-container."""
+    assert run(tmp_path, "deploy", str(tmp_path / "pipeline.yaml")).returncode == 0
+    for key in [key for key in api.objects if key[1] == "pods"]:
+        pod = api.objects[key]
+        renamed = [{**each, "name": "user-container"} for each in pod["spec"]["containers"][:1]]
+        api.put({**pod, "spec": {**pod["spec"], "containers": [pod["spec"]["containers"][1], *renamed]}})
+    api.logs["chat-00001-pod"] = "one\n"
+    read = run(tmp_path, "logs", str(tmp_path / "pipeline.yaml"))
+    assert read.stdout == "chat-00001-pod: one\n"
+    assert read.stderr.count("no log of its container user-container") == 3, "those that have none are named"
+
+
+def test_canary_promote_and_abort(api: KubernetesApi, tmp_path: Path) -> None:
+    spec, other = tmp_path / "pipeline.yaml", tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump(SPEC | {"cut": "0:15,15:30"}))
+    assert run(tmp_path, "deploy", str(spec)).returncode == 0
+    for command in ("abort", "promote"):
+        began = run(tmp_path, "deploy", str(other), "--canary", "10")
+        assert (began.returncode, began.stdout) == (0, "http://chat.default.example\n"), began.stderr
+        assert len(api.named("services")) == 6
+        ended = run(tmp_path, command, "chat")
+        assert (ended.returncode, ended.stdout) == (0, "http://chat.default.example\n"), ended.stderr
+        assert len(api.named("services")) == {"abort": 4, "promote": 3}[command]
+
+
+def test_pipelines_of_a_cluster_are_listed_and_counted(api: KubernetesApi, tmp_path: Path) -> None:
+    spec = tmp_path / "pipeline.yaml"
+    assert "no pipeline is in any namespace" in run(tmp_path, "list").stderr
+    api.add_namespace("models")
+    keys = api.objects["v1", "secrets", "default", "lamina-store"]
+    api.put({**keys, "metadata": {**keys["metadata"], "namespace": "models"}})
+    for namespace in ("default", "models"):
+        spec.write_text(yaml.safe_dump(SPEC | {"namespace": namespace}))
+        assert run(tmp_path, "deploy", str(spec)).returncode == 0
+    rows = [line.split() for line in run(tmp_path, "list").stdout.splitlines()[1:]]
+    assert [row[:5] for row in rows] == [[namespace, "chat", "yes", "3", "4"] for namespace in ("default", "models")]
+    api.forbidden_everywhere = True
+    alone = run(tmp_path, "list")
+    assert [line.split()[0] for line in alone.stdout.splitlines()[1:]] == ["default"]
+    assert "of namespace default alone" in alone.stderr
+    counted = run(tmp_path, "cost", str(spec))
+    assert [line.split()[0] for line in counted.stdout.splitlines()[1:]][-1] == "all"
+    assert "name a Prometheus with --prometheus" in counted.stderr
+    assert run(tmp_path, "cost", "chat", "--since", "soon").returncode == 2
+
+
+def test_what_a_deployer_may_do_and_what_a_cluster_lacks(api: KubernetesApi, tmp_path: Path) -> None:
+    spec = str(tmp_path / "pipeline.yaml")
+    command = [sys.executable, "-m", "knative", "render", spec, "--deployer-role"]
+    role = yaml.safe_load(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout)
+    assert (role["kind"], role["metadata"]["namespace"]) == ("Role", "default")
+    assert run(tmp_path, "preflight", spec).stdout == "nothing is missing\n"
+    assert "chat-pipeline" in api.named("secrets")
+    api.remove("v1", "secrets", "default", "lamina-store")
+    lacking = run(tmp_path, "preflight", spec)
+    assert lacking.returncode == 1
+    assert "Secret default/lamina-store is missing" in lacking.stderr

@@ -16,7 +16,6 @@ Path = tuple[str, ...]
 _CASES: Final = json.loads((DATA / "webhook-cases.json").read_text())
 _RUN_ON_A_CLUSTER: Final = """
 metadata.labels.*
-metadata.annotations.*
 spec.template.metadata.labels.*
 spec.template.metadata.annotations.autoscaling.knative.dev/target-utilization-percentage
 spec.template.metadata.annotations.autoscaling.knative.dev/panic-window-percentage
@@ -73,9 +72,10 @@ def unknown_fields(manifest: dict[str, Any], enabled: set[str]) -> list[str]:
 def _refused(manifest: dict[str, Any], path: Path, value: Any) -> bool:
     """Whether the manifest has the field with this value or, where accepted manifests never have it, at all."""
     found = list(_values(manifest, path))
-    accepted = any(True for case in _CASES if case["accepted"] for _ in _values(case["manifest"], path))
-    known = accepted or any(_fits(path, pattern) for pattern in _seen_running())
-    return value in found if known else bool(found)
+    accepted = [each for case in _CASES if case["accepted"] for each in _values(case["manifest"], path)]
+    if accepted or any(_fits(path, pattern) for pattern in _seen_running()):
+        return value in found and value not in accepted  # else it was refused for what stood beside it
+    return bool(found)
 
 
 def _seen_running() -> list[Path]:

@@ -70,6 +70,8 @@ class KubernetesApi:
         """Name of an object that controllers look after → what they make of it; others become Ready."""
         self.forbidden: set[tuple[str, str]] = set()
         """(verb, plural) pairs that this identity may not use."""
+        self.forbidden_everywhere = False
+        """Whether this identity may list in single namespaces only."""
         self.enabled: set[str] = set()
         """Fields that a feature flag of Knative lets through."""
         self.quota_message: str | None = None
@@ -163,13 +165,13 @@ class KubernetesApi:
             each for key, each in list(self.objects.items()) if key[1] == plural and labels.items() <= labels_of(each).items()
         ]
 
-    def kubeconfig(self) -> str:
-        """The text of a kubeconfig for this server."""
+    def kubeconfig(self, name: str = "stand-in") -> str:
+        """The text of a kubeconfig for this server. name: of its context."""
         cluster = {"name": "stand-in", "cluster": {"server": self.url}}
         user = {"name": "tester", "user": {"token": "any"}}
-        context = {"name": "stand-in", "context": {"cluster": "stand-in", "user": "tester", "namespace": "default"}}
+        context = {"name": name, "context": {"cluster": "stand-in", "user": "tester", "namespace": "default"}}
         return json.dumps(
-            {"clusters": [cluster], "users": [user], "contexts": [context], "current-context": "stand-in", "kind": "Config"}
+            {"clusters": [cluster], "users": [user], "contexts": [context], "current-context": name, "kind": "Config"}
         )
 
     # -- HTTP ---------------------------------------------------------------------------------------------------------
@@ -297,7 +299,7 @@ class KubernetesApi:
         if extra := set(request.args) - _QUERY:
             return self._not_known(f"{request.method} {request.path} with {sorted(extra)}")
         self.calls.add((verb, group, plural, namespace))
-        if (verb, plural) not in self.forbidden:
+        if (verb, plural) not in self.forbidden and (namespace or not self.forbidden_everywhere):
             return None
         resource = f"{plural}.{group}" if group else plural
         return _status(

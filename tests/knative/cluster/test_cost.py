@@ -1,0 +1,106 @@
+"""What a pipeline used, from a Prometheus that counted or from what runs."""
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from knative.cluster.client import Cluster
+from knative.cluster.cost import NotCounted, replica_seconds, usage_from_prometheus, usage_since_start
+from knative.cluster.deployer import Deployer
+from tests.support.knative.deployments import objects, stage_name
+from tests.support.knative.kubernetes_api import KubernetesApi
+from tests.support.knative.promql import asked
+
+NOON = datetime(2026, 1, 1, 0, 10, tzinfo=UTC)
+"""Ten minutes after the stand-in's pods began."""
+
+
+class Prometheus:
+    """Answers query_range with the same series whatever is asked, and remembers the question."""
+
+    def __init__(self) -> None:
+        self.series: list[dict[str, Any]] = []
+        self.seen: dict[str, list[str]] = {}
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.seen = parse_qs(urlsplit(self.path).query)
+                body = json.dumps({"status": "success", "data": {"resultType": "matrix", "result": outer.series}}).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                """Tests are silent."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+
+@pytest.fixture
+def prometheus() -> Iterator[Prometheus]:
+    found = Prometheus()
+    thread = Thread(target=found.server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield found
+    found.server.shutdown()
+    found.server.server_close()
+    thread.join()
+
+
+def test_pods_that_run_count_since_their_start(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
+    rendered = objects()
+    deployer.deploy(rendered)
+    key = ("v1", "pods", "default", "chat-00001-pod")
+    evicted = {**api.objects[key], "metadata": {**api.objects[key]["metadata"], "name": "evicted"}}
+    api.put({**evicted, "status": {**evicted["status"], "phase": "Failed"}})
+    usage = {each.revision: each for each in usage_since_start(cluster, "default", "chat", NOON)}
+    assert {each.replica_seconds for each in usage.values()} == {600.0}
+    assert usage["chat-00001"].seconds_of("memory") == 600 * 512 * 2**20
+    assert usage["chat-00001"].seconds_of("cpu") == 300
+    assert usage[f"{stage_name(rendered, 0)}-00001"].seconds_of("memory") == 600 * 2 * 2**30
+    assert usage["chat-00001"].seconds_of("nvidia.com/gpu") == 0
+
+
+def test_what_was_counted_is_added_up(api: KubernetesApi, cluster: Cluster, deployer: Deployer, prometheus: Prometheus) -> None:
+    deployer.deploy(objects())
+    labels = {"kn_service_name": "chat", "k8s_namespace_name": "default"}
+    prometheus.series = [
+        {"metric": {**labels, "kn_revision_name": "chat-00001"}, "values": [[0, "1"], [15, "3"], [30, "0"]]},
+        {"metric": {**labels, "kn_revision_name": "chat-00000"}, "values": [[0, "2"]]},
+    ]
+    usage = usage_from_prometheus(cluster, "default", "chat", prometheus.url, 3600, 7200.0)
+    assert [(each.revision, each.replica_seconds) for each in usage] == [("chat-00000", 30.0), ("chat-00001", 60.0)]
+    assert usage[0].seconds_of("memory") is None, "that revision is gone: nobody knows what it requested"
+    assert usage[1].seconds_of("memory") == 60 * 512 * 2**20
+    assert (prometheus.seen["start"], prometheus.seen["end"], prometheus.seen["step"]) == (["3615.0"], ["7200.0"], ["15"])
+    (metric,) = asked(prometheus.seen["query"][0])
+    assert (metric.metric, metric.labels) == ("kn_revision_pods_count", {"k8s_namespace_name", "kn_service_name"})
+
+
+def test_a_long_time_is_counted_in_longer_steps(
+    api: KubernetesApi, cluster: Cluster, deployer: Deployer, prometheus: Prometheus
+) -> None:
+    deployer.deploy(objects())
+    prometheus.series = [{"metric": {}, "values": [[0, "1"]]}]
+    (usage,) = usage_from_prometheus(cluster, "default", "chat", prometheus.url, 30 * 86_400.0, 1e9)
+    assert usage.replica_seconds == pytest.approx(259.2)
+
+
+def test_what_is_needed_is_said(cluster: Cluster, prometheus: Prometheus) -> None:
+    with pytest.raises(NotCounted, match=r"has no kn_revision_pods_count of chat.*metrics-protocol: prometheus"):
+        usage_from_prometheus(cluster, "default", "chat", prometheus.url, 3600, 7200.0)
+    with pytest.raises(NotCounted, match="does not answer as a Prometheus does"):
+        usage_from_prometheus(cluster, "default", "chat", "http://127.0.0.1:1", 3600, 7200.0)
+
+
+def test_a_step_counts_what_it_saw() -> None:
+    assert replica_seconds([(0, "2"), (15, "2"), (30, "0"), (45, "1")], 15) == 75

@@ -1,0 +1,93 @@
+"""The Role that is rendered for deployers: what the commands ask of an API, and no more."""
+
+import contextlib
+
+import pytest
+
+from knative.cluster.client import Cluster
+from knative.cluster.cost import usage_since_start
+from knative.cluster.deployer import Deployer
+from knative.cluster.deployer_role import deployer_role
+from knative.cluster.errors import DeployFailed
+from knative.cluster.garbage import OWN_KINDS
+from knative.cluster.inventory import pipelines
+from knative.cluster.lease import deploy_lease
+from knative.cluster.status import cluster_status
+from knative.render.services import gateway_access
+from tests.support.knative.deployments import objects, other, sink, stage_name, until
+from tests.support.knative.knative_controllers import crash_loops
+from tests.support.knative.kubernetes_api import EVENTING, KubernetesApi
+from tests.support.knative.pipelines import resolved_pipeline
+
+SECTIONS = {"eventing": {"dead_letter_sink": "dead-letters"}, "monitoring": {"labels": {}}}
+ELSEWHERE = ("get", "apps", "deployments")
+"""Knative's version, in its own namespace; without the right it is not checked, and that is said."""
+NEVER_APPLIED_HERE = ("policy", "poddisruptionbudgets")
+
+
+def granted() -> set[tuple[str, str, str]]:
+    return {
+        (verb, rule["apiGroups"][0], resource)
+        for rule in deployer_role("default")["rules"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+
+
+def live_a_whole_life(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
+    everything = {**SECTIONS, "gateway": {}}
+    deployer.deploy(objects(spec=everything))
+    list(deployer.diff(objects(spec=everything)))
+    broken = objects(digest="f" * 64, spec=everything)
+    api.behaviours[stage_name(broken, 0)] = crash_loops
+    with contextlib.suppress(DeployFailed):
+        deployer.deploy(broken)
+    deployer.rollback("chat")
+    for end in (deployer.abort, deployer.promote):
+        deployer.canary(other(**SECTIONS), 10)
+        end("chat")
+    deployer.deploy(objects(spec={"gateway": {"service_account": "ours"}, "network": {"policies": False}}))
+    with deploy_lease(cluster, "default", "chat", lambda _: None, duration_seconds=0.4):
+        first = dict(api.objects["coordination.k8s.io/v1", "leases", "default", "chat-deploy"])
+        until(lambda: api.objects["coordination.k8s.io/v1", "leases", "default", "chat-deploy"] != first)
+    cluster_status(cluster, "default", "chat")
+    pipelines(cluster, "default", lambda _: None)
+    usage_since_start(cluster, "default", "chat")
+    deployer.delete("chat")
+
+
+@pytest.mark.timeout(120)
+def test_it_is_what_a_pipelines_whole_life_asks_for(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
+    api.kinds |= EVENTING | {"monitoring.coreos.com/v1": {"PodMonitor": "podmonitors", "PrometheusRule": "prometheusrules"}}
+    api.put(sink("dead-letters"))
+    live_a_whole_life(api, cluster, deployer)
+    asked = {(verb, group, resource) for verb, group, resource, _ in api.calls} - {ELSEWHERE}
+    allowed = granted()
+    assert sorted(asked - allowed) == [], "asked for and not granted"
+    unused = {each for each in allowed - asked if each[1:] != NEVER_APPLIED_HERE and each[2] != "endpointslices"}
+    assert sorted(unused) == [], "granted and never asked for"
+
+
+def test_it_may_grant_what_the_gateway_gets() -> None:
+    """Kubernetes refuses a Role with rights that its maker has not."""
+    role = next(each for each in gateway_access(resolved_pipeline()) if each["kind"] == "Role")
+    for rule in role["rules"]:
+        for verb in rule["verbs"]:
+            assert (verb, rule["apiGroups"][0], rule["resources"][0]) in granted()
+
+
+def test_it_may_take_away_all_that_a_pipeline_consists_of() -> None:
+    deleted = {(group, resource) for verb, group, resource in granted() if verb == "delete"}
+    for api_version, kind in OWN_KINDS:
+        group = api_version.split("/")[0] if "/" in api_version else ""
+        plural = "networkpolicies" if kind == "NetworkPolicy" else f"{kind.lower()}s"
+        assert (group, plural) in deleted
+
+
+def test_nothing_outside_its_namespace_is_needed(
+    api: KubernetesApi, cluster: Cluster, deployer: Deployer, said: list[str]
+) -> None:
+    api.forbidden.add(("get", "deployments"))
+    deployer.deploy(objects())
+    namespaces = {namespace for *_, resource, namespace in api.calls if resource != "deployments"}
+    assert namespaces == {"default"}

@@ -1,0 +1,109 @@
+"""The stand-in for the Kubernetes API, held to what a real one was seen to do."""
+
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+import pytest
+
+from knative.cluster.client import Cluster
+from knative.cluster.deployer import Deployer
+from tests.support.knative.admission import refusal, unknown_fields
+from tests.support.knative.deployments import GATEWAY, objects
+from tests.support.knative.kubernetes_api import KubernetesApi
+from tests.support.paths import DATA
+
+CASES = json.loads((DATA / "webhook-cases.json").read_text())
+BEYOND = {
+    "2 containers, no port",  # what is missing was refused: there is no field to go by
+    "requests > limits",  # two fields of which each is fine
+    "volume not mounted",  # likewise
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["case"] for case in CASES])
+def test_recorded_verdicts_are_its_own(case: dict[str, Any]) -> None:
+    said = refusal(case["manifest"], set())
+    if case["accepted"]:
+        assert (said, unknown_fields(case["manifest"], set())) == (None, [])
+    elif case["case"] not in BEYOND:
+        assert said is not None or unknown_fields(case["manifest"], set())
+
+
+def test_a_field_of_which_nothing_is_known_is_no_verdict(api: KubernetesApi, cluster: Cluster) -> None:
+    rendered = objects()[-1]
+    rendered["spec"]["template"]["spec"]["dnsConfig"] = {"nameservers": ["192.0.2.1"]}
+    with pytest.raises(Exception, match="stand-in does not know a verdict on "):
+        cluster.apply(rendered)
+    assert api.unknown.pop() == "a verdict on spec.template.spec.dnsConfig.nameservers.* of chat"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/api/v1/nodes/one/proxy",
+        "/api/v1/namespaces/default/pods?fieldSelector=status.phase=Failed",
+        "/api/v1/namespaces/default/pods?labelSelector=a%20in%20(b)",
+    ],
+)
+def test_what_it_does_not_know_it_says(api: KubernetesApi, path: str) -> None:
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(api.url + path)
+    status = json.load(error.value)
+    assert (error.value.code, status["kind"], status["reason"]) == (501, "Status", "NotImplemented")
+    assert len(api.unknown) == 1
+    api.unknown.clear()
+
+
+def test_objects_carry_what_a_server_gives_them(api: KubernetesApi, deployer: Deployer) -> None:
+    deployer.deploy(objects())
+    gateway = api.objects[GATEWAY]
+    metadata = gateway["metadata"]
+    assert {"uid", "creationTimestamp", "resourceVersion", "generation", "managedFields"} <= metadata.keys()
+    (managed,) = metadata["managedFields"]
+    assert (managed["manager"], managed["operation"], managed["fieldsType"]) == ("lamina", "Apply", "FieldsV1")
+    assert "f:containers" in managed["fieldsV1"]["f:spec"]["f:template"]["f:spec"]
+    assert "f:traffic" not in managed["fieldsV1"]["f:spec"], "Knative's default belongs to nobody"
+
+
+def test_conditions_come_in_the_order_seen_on_a_cluster(api: KubernetesApi, deployer: Deployer) -> None:
+    seen: list[str] = []
+
+    def note(key: tuple[str, str, str, str]) -> None:
+        status = api.objects[key].get("status") if key == GATEWAY else None
+        if status:
+            ready = next(each for each in status["conditions"] if each["type"] == "Ready")
+            seen.append(ready.get("reason", ready["status"]))
+
+    api.on_change = note
+    deployer.deploy(objects())
+    assert list(dict.fromkeys(seen)) == ["OutOfDate", "RevisionMissing", "IngressNotConfigured", "Uninitialized", "True"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "code", "reason"),
+    [
+        ("GET", "/api/v1/namespaces/default/secrets/absent", None, 404, "NotFound"),
+        ("POST", "/api/v1/namespaces/default/secrets", {"metadata": {"name": "lamina-store"}}, 409, "AlreadyExists"),
+        (
+            "PUT",
+            "/api/v1/namespaces/default/secrets/lamina-store",
+            {"metadata": {"name": "lamina-store", "resourceVersion": "1"}},
+            409,
+            "Conflict",
+        ),
+        ("GET", "/api/v1/namespaces/default/events", None, 403, "Forbidden"),
+    ],
+)
+def test_refusals_are_status_objects(
+    api: KubernetesApi, method: str, path: str, body: dict[str, Any] | None, code: int, reason: str
+) -> None:
+    api.forbidden.add(("list", "events"))
+    data = None if body is None else json.dumps(body).encode()
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(
+            urllib.request.Request(api.url + path, data, {"Content-Type": "application/json"}, method=method)
+        )
+    status = json.load(error.value)
+    assert (status["kind"], status["status"], status["code"], status["reason"]) == ("Status", "Failure", code, reason)
