@@ -36,6 +36,10 @@ class StageFailed(Exception):
 
 _REFUSES_GATEWAY: Final = (WrongPipeline, WrongLayer, Unauthorized, UnknownEventType, UnsupportedMediaType)
 
+_REFUSED: Final = "connect: connection refused"
+"""In the text of a queue-proxy's 502: Go's words where nobody listens behind it, the function being dead or not there yet, so
+that the event reached nobody. One that broke with the event in hand says EOF, or that the connection was reset."""
+
 
 def stage_failed(stage: int, error: DeliveryError | Problem, awaited_until: float | None = None) -> StageFailed:
     """What `error` means for the sequences that were in the event.
@@ -51,6 +55,8 @@ def stage_failed(stage: int, error: DeliveryError | Problem, awaited_until: floa
     if isinstance(error, Unreachable):
         return StageFailed(stage, "refused", str(error))
     if isinstance(error, InfrastructureError):
+        if error.status == 502 and _REFUSED in error.excerpt:
+            return StageFailed(stage, "refused", str(error))
         # 503 comes from an activator or a queue-proxy that is full or has nobody behind it: the event reached no function.
         return StageFailed(stage, "infrastructure", str(error), blames=error.status != 503)
     cause = "timeout" if isinstance(error, DeliveryTimeout) else "broken"

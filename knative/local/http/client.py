@@ -23,6 +23,10 @@ _IDLE_SECONDS: Final = 30.0
 _CONNECT_SECONDS: Final = 10.0
 
 
+REFUSED: Final = "connect: connection refused"
+"""Go's words, which stand in the 502 of Knative's queue-proxy: gateways go by them."""
+
+
 class UpstreamFailed(Exception):
     """The server refused the connection or broke it before its answer was complete."""
 
@@ -74,6 +78,8 @@ class UpstreamPool:
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
                 _, upstream = await loop.create_connection(_Upstream, "127.0.0.1", self.port)
+        except ConnectionRefusedError as error:
+            raise UpstreamFailed(f"dial tcp 127.0.0.1:{self.port}: {REFUSED}") from error
         except (OSError, TimeoutError) as error:
             raise UpstreamFailed(f"127.0.0.1:{self.port}: {error or 'no connection in time'}") from error
         return upstream

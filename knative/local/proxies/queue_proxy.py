@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
 
-from knative.local.http.client import UpstreamFailed, UpstreamPool
+from knative.local.http.client import REFUSED, UpstreamFailed, UpstreamPool
 from knative.local.http.messages import Headers, HttpError, find
 from knative.local.http.server import THIS_MACHINE, Exchange, HttpServer
 from knative.local.proxies.breaker import Breaker
@@ -110,7 +110,7 @@ class QueueProxy:
 
     async def _forward(self, exchange: Exchange) -> None:
         if self._upstream is None:
-            raise HttpError(HTTPStatus.BAD_GATEWAY, "the function is not running")
+            raise HttpError(HTTPStatus.BAD_GATEWAY, f"dial tcp 127.0.0.1: {REFUSED}")
         try:
             await self._upstream.forward(exchange)
         except UpstreamFailed as error:

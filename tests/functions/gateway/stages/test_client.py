@@ -110,6 +110,21 @@ def test_what_something_in_between_says(status: int, blames: bool) -> None:
     assert (failed.cause, failed.blames) == ("infrastructure", blames)
 
 
+@pytest.mark.parametrize(
+    ("text", "cause", "blames"),
+    [
+        (b"dial tcp 127.0.0.1:8080: connect: connection refused\n", "refused", False),
+        (b"EOF\n", "infrastructure", True),
+        (b"read tcp 127.0.0.1:41234->127.0.0.1:8080: read: connection reset by peer\n", "infrastructure", True),
+    ],
+)
+def test_what_a_queue_proxy_says_of_a_function_that_is_dead_and_of_one_that_just_died(
+    text: bytes, cause: str, blames: bool
+) -> None:
+    failed = forward(lambda exchange: exchange.answer(502, text))
+    assert (failed.cause, failed.blames) == (cause, blames)
+
+
 def test_no_answer_at_all() -> None:
     broken = forward(lambda exchange: exchange.reset())
     assert (broken.cause, broken.blames) == ("broken", True)
