@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedModel
 
 from eventing.wire.events import Cut, pipeline_fingerprint
-from storage.models.model_repository import ModelManifest
+from storage.models.model_repository import Dtype, ModelManifest
 from storage.models.publisher import publish
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
@@ -78,9 +78,9 @@ def save_checkpoint(folder: Path) -> PreTrainedModel:
 
 
 @contextmanager
-def published_model(folder: Path) -> Iterator[Published]:
-    """The model as `tiny` in float32, for as long as the store runs."""
+def published_model(folder: Path, dtype: Dtype = "float32") -> Iterator[Published]:
+    """The model as `tiny`, for as long as the store runs."""
     model = save_checkpoint(folder / "checkpoint")
     with EmbeddedStore(folder / "store") as store:
-        manifest = publish(folder / "checkpoint", ObjectStore(store.settings), "tiny", "float32")
+        manifest = publish(folder / "checkpoint", ObjectStore(store.settings), "tiny", dtype)
         yield Published(store.settings, manifest, model, byte_tokenizer())
