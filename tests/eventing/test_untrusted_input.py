@@ -35,7 +35,8 @@ from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute
 from eventing.wire.generation import GenerateRequest
 from eventing.wire.score import ScoreRequest
 from eventing.wire.signature import verify
-from tests.support.functions.batches import batches, encoded
+from tests.support.functions.batches import batches, encoded, make_batch
+from tests.support.steps import lines
 
 NAMES = st.sampled_from(["id", "source", "type", "specversion", "time", "subject", *(each.value for each in Attribute), "data"])
 TIMES = ["0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59", "2026-02-30T00:00:00Z"]
@@ -132,6 +133,30 @@ def test_any_reply(pieces: list[bytes], begins_well: bool) -> None:
 def test_any_stream_of_events(chunks: list[bytes]) -> None:
     whole, cut = SSEDecoder(), SSEDecoder()
     assert whole.feed(b"".join(chunks)) == [event for chunk in chunks for event in cut.feed(chunk)]
+
+
+def test_the_work_for_a_batch_grows_with_its_rows() -> None:
+    counted = []
+    for count in (200, 400):
+        body = encoded(make_batch([1] * count))
+        counted.append(lines(lambda body=body: decode_batch(body)))  # type: ignore[misc]
+    assert counted[1] < 2.2 * counted[0]
+    assert lines(lambda: decode_batch(encoded(make_batch([1])) + bytes(2**20)), expect=Problem) < counted[1]
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_the_work_for_an_event_grows_with_its_attributes(structured: bool) -> None:
+    """The SDK's part of it, too."""
+    counted = []
+    for count in (100, 200):
+        extensions = {f"x{number}": "1" for number in range(count)}
+        headers, body = {f"ce-{name}": value for name, value in extensions.items()} | COMPLETE, b"{}"
+        if structured:
+            attributes = {name.removeprefix("ce-"): value for name, value in COMPLETE.items()}
+            headers, body = {"content-type": STRUCTURED_CONTENT_TYPE}, msgspec.json.encode(attributes | extensions)
+        counted.append(lines(lambda headers=headers, body=body: from_http(headers, body)))  # type: ignore[misc]
+    assert counted[0] > 100
+    assert counted[1] < 2.2 * counted[0]
 
 
 class CountingName(str):

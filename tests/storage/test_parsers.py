@@ -5,10 +5,8 @@ Work is counted in lines of Python that ran, not in seconds.
 
 import json
 import struct
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -21,6 +19,7 @@ from storage.checkpoints.safetensors_format import lay_out, read_spans
 from storage.errors import CheckpointInvalid, ManifestInvalid
 from storage.models.model_repository import decode_manifest, encode_manifest
 from tests.storage.models.test_model_repository import a_manifest
+from tests.support.steps import lines
 from tests.support.storage.gguf_bytes import ARRAY, FORMATS, LLAMA, STRING, TENSORS, gguf_file, string
 
 few = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -31,28 +30,6 @@ JSON = st.recursive(
     max_leaves=8,
 )
 DEEP = "[" * 50_000
-
-
-def lines(act: Callable[[], object], *, expect: type[Exception] | None = None) -> int:
-    """How many lines of Python `act` takes."""
-    count = 0
-
-    def trace(frame: FrameType, event: str, argument: object) -> Any:
-        nonlocal count
-        count += event == "line"
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        if expect is None:
-            act()
-        else:
-            with pytest.raises(expect):
-                act()
-    finally:
-        sys.settrace(before)
-    return count
 
 
 def mutated(document: Any, draw: Callable[[st.SearchStrategy[Any]], Any]) -> Any:
@@ -151,6 +128,16 @@ def test_a_million_dimensions_are_not_multiplied(tmp_path: Path) -> None:
     header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}).encode()
     with pytest.raises(CheckpointInvalid, match="has 100000 dimensions, more than 8"):
         read_spans(safetensors_file(tmp_path / "x.safetensors", header))
+
+
+def test_the_work_for_a_safetensors_header_grows_with_its_length(tmp_path: Path) -> None:
+    counted = []
+    for count in (300, 600):
+        entries = {f"x{number}": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for number in range(count)}
+        path = safetensors_file(tmp_path / "x.safetensors", json.dumps(entries).encode())
+        counted.append(lines(lambda path=path: read_spans(path)))  # type: ignore[misc]
+    assert counted[0] > 300
+    assert counted[1] < 2.2 * counted[0]
 
 
 @st.composite

@@ -3,9 +3,9 @@
 The kubernetes client costs half a second of import. `knative/local` serves the same, so this is the code everywhere.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 from urllib.parse import urlencode
 
 import msgspec
@@ -70,10 +70,29 @@ class _Status(msgspec.Struct):
     message: str = ""
 
 
-_read_list: Final = msgspec.json.Decoder(SliceList).decode
-read_event: Final = msgspec.json.Decoder(WatchEvent).decode
-read_slice: Final = msgspec.json.Decoder(Slice).decode
-read_status: Final = msgspec.json.Decoder(_Status).decode
+S = TypeVar("S", SliceList, WatchEvent, Slice, _Status)
+
+
+class Unreadable(ValueError):
+    """What the API said is not what Kubernetes says there, or no JSON."""
+
+
+def _reader(type: type[S]) -> Callable[[bytes | msgspec.Raw], S]:
+    decode = msgspec.json.Decoder(type).decode
+
+    def read(data: bytes | msgspec.Raw) -> S:
+        try:
+            return decode(data)
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+            raise Unreadable(f"no {type.__name__}: {error}: {bytes(data[:100])!r}") from error
+
+    return read
+
+
+read_list: Final = _reader(SliceList)
+read_event: Final = _reader(WatchEvent)
+read_slice: Final = _reader(Slice)
+read_status: Final = _reader(_Status)
 
 
 class Expired(Exception):
@@ -107,7 +126,7 @@ class KubernetesAPI:
         timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=_LIST_SECONDS)
         response = self._pool.request("GET", self._address(service), headers=self._headers(), timeout=timeout)
         _check(response)
-        return _read_list(response.data)
+        return read_list(response.data)
 
     def watch(self, service: str, resource_version: str) -> urllib3.BaseHTTPResponse:
         """The open stream of changes; the caller closes it."""
@@ -142,9 +161,13 @@ def _check(response: urllib3.BaseHTTPResponse) -> None:
 
 def lines_of(stream: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
     """Whole lines as they come. A connection cut within one ends quietly: what it said is said again."""
-    rest = b""
+    begun, length = [], 0
     while part := stream.read1(2**16):
-        *lines, rest = (rest + part).split(b"\n")
-        yield from filter(None, lines)
-        if len(rest) > _MAX_LINE_BYTES:
+        first, *others = part.split(b"\n")
+        begun.append(first)
+        length += len(first)
+        if length > _MAX_LINE_BYTES:
             raise Refused(200, f"a line of more than {_MAX_LINE_BYTES} bytes")
+        if others:
+            yield from filter(None, [b"".join(begun), *others[:-1]])
+            begun, length = [others[-1]], len(others[-1])

@@ -198,7 +198,7 @@ def test_an_api_that_fails_is_asked_again(server: WatchServer, caplog: pytest.Lo
         told.wait(Endpoint("http://10.1.0.5:8012", "stage-0-00001"))
     assert "watching the instances of stage-0 failed, trying again: the Kubernetes API answered 500" in caplog.text
     assert "answered 403" in caplog.text
-    assert "trying again: Input data was truncated" in caplog.text
+    assert "trying again: no SliceList: Input data was truncated" in caplog.text
 
 
 def test_without_the_right_to_watch_the_instances_are_unknown(server: WatchServer) -> None:
