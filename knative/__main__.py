@@ -16,6 +16,7 @@ _COMMANDS: Final = {
     "promote": "knative.commands.promote",
     "abort": "knative.commands.abort",
     "rollback": "knative.commands.rollback",
+    "rotate-token": "knative.commands.rotate_token",
     "list": "knative.commands.list",
     "logs": "knative.commands.logs",
     "delete": "knative.commands.delete",

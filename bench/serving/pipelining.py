@@ -77,7 +77,7 @@ def serve_stage(index: int, num_stages: int, seconds: float, address: Connection
     handlers = EventHandlers(stage_config(index, num_stages), f"stage-{index}", cast("Any", readiness))
     metrics = StageMetrics()
     management = Management(metrics.registry, sick=lambda: None, ready=lambda: (True, {}))
-    service = Service(create_app(handlers, TOKEN, metrics), management, stage_admission(TOKEN), threads=64, request_bytes=2**29)
+    service = Service(create_app(handlers, metrics, TOKEN), management, stage_admission(TOKEN), threads=64, request_bytes=2**29)
     server = Server("127.0.0.1", 0, 0)
     address.send(f"http://127.0.0.1:{server.port}")
     server.run(service, lambda: None)

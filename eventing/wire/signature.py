@@ -36,16 +36,15 @@ def is_signed(event: CloudEvent) -> bool:
     return event.get_extension(Attribute.SIGNATURE) is not None
 
 
-def verify(event: CloudEvent, token: str) -> None:
-    """Raises Unauthorized where the signature is not the token's, EventExpired where it is no longer good.
+def verify(event: CloudEvent, *tokens: str) -> None:
+    """Raises Unauthorized where the signature is of none of the tokens, EventExpired where it is no longer good.
 
     An event whose data waits in the store (`dataref`) is held to the SHA-256 that it names; `ClaimCheck.redeem` then holds
     the data to the same.
     """
-    given = str(event.get_extension(Attribute.SIGNATURE) or "")
-    if event.get_extension(Attribute.EXPIRY_TIME) is None or not hmac.compare_digest(
-        given.encode(), _signature(event, token).encode()
-    ):
+    given = str(event.get_extension(Attribute.SIGNATURE) or "").encode()
+    known = [hmac.compare_digest(given, _signature(event, token).encode()) for token in tokens]
+    if event.get_extension(Attribute.EXPIRY_TIME) is None or not any(known):
         raise Unauthorized(
             f"the signature of {event.get_type()} {event.get_id()} is not this pipeline's: it was altered on its way, "
             "or signed with another token"

@@ -70,6 +70,9 @@ class StageConfig(CommonConfig):
     """What one stage is told."""
 
     layers: LayerRange = setting("LAMINA_LAYERS", parsers.layers, "this stage's group of the cut, such as 10:20")  # noqa: RUF009
+    second_pipeline_token: str | None = setting(
+        "LAMINA_SECOND_PIPELINE_TOKEN", parsers.text, "taken as well as the other, while one is rotated", "", secret=True
+    )
     layer_group: str = setting(
         "LAMINA_LAYER_GROUP",
         parsers.one_of("auto", "native", "llama", "transformers", "sleep"),
@@ -103,6 +106,11 @@ class StageConfig(CommonConfig):
     weights_cache_bytes: int = setting(
         "LAMINA_WEIGHTS_CACHE_BYTES", parsers.integer(1), "most bytes that this folder may hold", str(20 * 2**30)
     )
+
+    @property
+    def pipeline_tokens(self) -> tuple[str, ...]:
+        """Any of which a stage takes."""
+        return (self.pipeline_token, *([self.second_pipeline_token] if self.second_pipeline_token else []))
 
     @property
     def first(self) -> bool:

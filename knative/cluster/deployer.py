@@ -12,16 +12,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from knative.cluster import pod_network, preflight
+from knative.cluster import pod_network, preflight, rotation
 from knative.cluster.advice import advice
 from knative.cluster.canary import is_ours, pinned_traffic, split, stable_revision, with_traffic
 from knative.cluster.client import Cluster, Ref
 from knative.cluster.diagnosis import hopeless_pod
-from knative.cluster.errors import ClusterError, DeployInProgress, NothingServes, Refused
+from knative.cluster.errors import ClusterError, DeployFailed, DeployInProgress, NothingServes, Refused
 from knative.cluster.garbage import GarbageCollector
 from knative.cluster.history import COMPONENT, History, Outcome, Version, fingerprint_of, gateway_of
 from knative.cluster.lease import deploy_lease
-from knative.cluster.pipeline_token import ensure_token
+from knative.cluster.pipeline_token import ensure_token, marked
 from knative.cluster.readiness import SERVING, readiness
 from knative.cluster.waiting import ReadinessWait
 from knative.spec.kubernetes_object import KubernetesObject, to_yaml
@@ -67,11 +67,7 @@ class Deployer:
         """
         preflight.check(self._cluster, objects, self._say)
         with self._alone(objects) as (history, wait):
-            running = history.canary()
-            if running is not None:
-                raise Refused(
-                    f"version {running.number} is a canary ({running.reason}); `promote` or `abort` it before another deploy"
-                )
+            self._refuse_beside_a_canary(history)
             return self._deploy(objects, history, wait, force)
 
     def rollback(self, name: str, number: int | None = None, *, force: bool = False) -> str:
@@ -95,8 +91,7 @@ class Deployer:
         Once more: another share. Monitoring, network and Eventing stay with the pipeline that serves.
         Returns the gateway's URL. Raises ClusterError.
         """
-        parts = _Parts.of(objects)
-        name, fingerprint = parts.gateway["metadata"]["name"], fingerprint_of(parts.gateway)
+        name, fingerprint = gateway_of(objects)["metadata"]["name"], fingerprint_of(gateway_of(objects))
         preflight.check(self._cluster, objects, self._say)
         with self._alone(objects) as (history, wait):
             serving, running = history.serving(), history.canary()
@@ -113,7 +108,7 @@ class Deployer:
                 )
             stable = stable_revision(self._cluster, self._namespace, name, serving)
             with self._noted(history, objects, Outcome.CANARY, f"{percent} % of the requests") as version:
-                self._prepare(objects)
+                parts = self._prepare(objects)
                 self._apply([each for each in parts.first if self._is_missing_access(each)], force)
                 stages = [each for each in parts.stages if not _is_gateway(each)]
                 self._bring_up_stages(parts.gateway, stages, wait, force)
@@ -137,10 +132,34 @@ class Deployer:
             raise NothingServes(f"no version of {name} served before the canary; `delete` takes it away")
         with self._alone(version.objects) as (history, wait):
             stable = stable_revision(self._cluster, self._namespace, name, serving)
-            self._apply_gateway(gateway_of(version.objects), split(stable, 0)[:1], wait, force)
+            canary = _Parts.of(marked(self._cluster, version.objects))
+            self._apply_gateway(canary.gateway, split(stable, 0)[:1], wait, force)
             history.note(version, Outcome.ABORTED)
             self._say(f"version {version.number} gets no more requests")
             return self._deploy(serving.objects, history, wait, force)
+
+    def rotate_token(self, name: str, *, force: bool = False) -> str:
+        """Another token between gateway and stages; no answer is lost. Returns the gateway's URL. Raises ClusterError.
+
+        Interrupted, it is done again and goes on.
+        """
+        version = self._history(name).serving()
+        if version is None:
+            raise NothingServes(f"no version of {name} serves in namespace {self._namespace}; deploy it first")
+        objects = version.objects
+        preflight.check(self._cluster, objects, self._say)
+        with self._alone(objects) as (history, wait):
+            self._refuse_beside_a_canary(history)
+            if rotation.unfinished(self._cluster, objects):
+                self._deploy(objects, history, wait, force)
+            while True:
+                if not self._garbage.await_end_of_old_gateways(name):
+                    raise DeployFailed("old gateway pods still answer, with the old token; rotate again when they have ended")
+                state = rotation.advance(self._cluster, objects)
+                self._say(f"token: state {state} of 3")
+                url = self._deploy(objects, history, wait, force)
+                if state == 3:
+                    return url
 
     def delete(self, name: str) -> int:
         """Everything that was made for the pipeline; returns how many objects that were. Raises ClusterError."""
@@ -149,13 +168,20 @@ class Deployer:
 
     def diff(self, objects: list[KubernetesObject]) -> Iterator[str]:
         """Unified diff of what is there and what applying would make of it, by the cluster's own dry run."""
-        for each in objects:
+        for each in marked(self._cluster, objects):
             live = self._cluster.get(Ref.of(each))
             after = self._cluster.apply(each, force=True, dry_run=True)
             old = _comparable(live).splitlines() if live else []
             yield from difflib.unified_diff(old, _comparable(after).splitlines(), "is", f"would be {Ref.of(each)}", lineterm="")
 
     # -- Steps ----------------------------------------------------------------------------------------------------------
+
+    def _refuse_beside_a_canary(self, history: History) -> None:
+        running = history.canary()
+        if running is not None:
+            raise Refused(
+                f"version {running.number} is a canary ({running.reason}); `promote` or `abort` it before another deploy"
+            )
 
     @contextmanager
     def _alone(self, objects: list[KubernetesObject]) -> Iterator[tuple[History, ReadinessWait]]:
@@ -169,10 +195,9 @@ class Deployer:
             )
 
     def _deploy(self, objects: list[KubernetesObject], history: History, wait: ReadinessWait, force: bool) -> str:
-        parts = _Parts.of(objects)
-        name = parts.gateway["metadata"]["name"]
+        name = gateway_of(objects)["metadata"]["name"]
         with self._noted(history, objects, Outcome.SERVED) as version:
-            self._prepare(objects)
+            parts = self._prepare(objects)
             self._apply(parts.first, force)
             self._bring_up_stages(parts.gateway, parts.stages, wait, force)
             url = self._move_gateway(parts.gateway, wait, force)
@@ -200,9 +225,11 @@ class Deployer:
             raise
         history.note(version, outcome, reason)
 
-    def _prepare(self, objects: list[KubernetesObject]) -> None:
+    def _prepare(self, objects: list[KubernetesObject]) -> _Parts:
+        """The objects as they are applied."""
         self._garbage.await_deletions(objects)
         ensure_token(self._cluster, objects, self._say)
+        return _Parts.of(marked(self._cluster, objects))
 
     def _bring_up_stages(
         self, gateway: KubernetesObject, stages: list[KubernetesObject], wait: ReadinessWait, force: bool

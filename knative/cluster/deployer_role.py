@@ -24,7 +24,7 @@ _RULES: Final[tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]] = (
     # Nobody may grant what they do not have, and the gateway's Role grants this.
     ("discovery.k8s.io", ("endpointslices",), ("get", "list", "watch")),
     ("", ("configmaps", "serviceaccounts"), _APPLIED),
-    ("", ("secrets",), ("create", "delete", "get", "list")),
+    ("", ("secrets",), ("create", "delete", "get", "list", "update")),
     ("", ("pods", "events"), ("list",)),
     ("", ("pods/log", "namespaces"), ("get",)),
     ("coordination.k8s.io", ("leases",), ("create", "delete", "get", "update")),

@@ -13,7 +13,7 @@ from knative.cluster.client import Cluster, Ref
 from knative.cluster.errors import DeployFailed, NotPermitted
 from knative.cluster.history import COMPONENT, INSTANCE, MANAGED_BY, PIPELINE, fingerprint_of, gateway_of
 from knative.cluster.pipeline_token import wanted_secrets
-from knative.cluster.readiness import SERVICE_LABEL, SERVING, traffic_of
+from knative.cluster.readiness import REVISION_LABEL, SERVICE_LABEL, SERVING, traffic_of
 from knative.spec.kubernetes_object import KubernetesObject
 
 _LOOK_SECONDS: Final = 0.5
@@ -172,16 +172,31 @@ class GarbageCollector:
             if (pod.get("status") or {}).get("phase") not in _OVER:
                 yield pod
 
+    def await_end_of_old_gateways(self, name: str) -> bool:
+        """False where pods of gateways' revisions without requests are left after the timeout."""
+
+        def old() -> list[KubernetesObject]:
+            services = self._find(SERVING, "Service", name)
+            routed = {revision for service in services for revision in traffic_of(service)}
+            pods = self._live_pods(f"{INSTANCE}={name},{COMPONENT}=gateway")
+            return [pod for pod in pods if pod["metadata"]["labels"].get(REVISION_LABEL) not in routed]
+
+        return self._await_none(old, "of old revisions")
+
     def _await_end_of_sequences(self, name: str, fingerprint: str) -> bool:
         """False where gateway pods of the pipeline are left after the timeout."""
         selector = f"{INSTANCE}={name},{COMPONENT}=gateway,{PIPELINE}={fingerprint}"
+        return self._await_none(lambda: list(self._live_pods(selector)), f"of pipeline {fingerprint}")
+
+    def _await_none(self, look: Callable[[], list[KubernetesObject]], which: str) -> bool:
+        """False where gateway pods are left after the timeout."""
         deadline = time.monotonic() + self._timeout_seconds
         said = False
-        while pods := list(self._live_pods(selector)):
+        while pods := look():
             if time.monotonic() > deadline:
                 return False
             if not said:
-                self._say(f"{len(pods)} gateway pod(s) of pipeline {fingerprint} still finish their answers")
+                self._say(f"{len(pods)} gateway pod(s) {which} still finish their answers")
                 said = True
             time.sleep(_LOOK_SECONDS)
         return True

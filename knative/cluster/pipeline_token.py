@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from knative.cluster.client import Cluster, Ref
+from knative.cluster.errors import NotPermitted
 from knative.cluster.history import INSTANCE, MANAGED_BY
+from knative.cluster.readiness import SERVING
 from knative.spec.kubernetes_object import KubernetesObject
 
+ROTATION: Final = "lamina.dev/rotation"
 _TOKEN: Final = "LAMINA_PIPELINE_TOKEN"
 _STORE_KEYS: Final = frozenset({"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"})
 
@@ -44,6 +47,34 @@ def ensure_token(cluster: Cluster, objects: list[KubernetesObject], say: Callabl
             say(f"made {ref}: the token between gateway and stages")
 
 
+def marked(cluster: Cluster, objects: list[KubernetesObject]) -> list[KubernetesObject]:
+    """The objects; templates of Services say how often their token was rotated, so that pods of another are made when it was.
+
+    Without a rotation, or the right to look, they are as they were.
+    """
+    ref = next((ref for ref, wanted in wanted_secrets(objects).items() if wanted.is_token), None)
+    try:
+        secret = cluster.get(ref) if ref is not None else None
+    except NotPermitted:
+        secret = None
+    rotation = ((secret or {"metadata": {}})["metadata"].get("annotations") or {}).get(ROTATION)
+    if rotation is None:
+        return objects
+    return [_with_rotation(each, rotation) if each["apiVersion"] == SERVING else each for each in objects]
+
+
+def _with_rotation(service: KubernetesObject, rotation: str) -> KubernetesObject:
+    template = service["spec"]["template"]
+    annotations = {**template["metadata"].get("annotations", {}), ROTATION: rotation}
+    new = {**template, "metadata": {**template["metadata"], "annotations": annotations}}
+    return {**service, "spec": {**service["spec"], "template": new}}
+
+
+def new_token() -> str:
+    """As a Secret holds it."""
+    return base64.b64encode(secrets.token_urlsafe(32).encode()).decode()
+
+
 def _references(container: KubernetesObject) -> Iterator[tuple[str, frozenset[str], bool]]:
     """Name of the Secret, its keys, whether it is the token."""
     for entry in container.get("env", []):
@@ -56,10 +87,9 @@ def _references(container: KubernetesObject) -> Iterator[tuple[str, frozenset[st
 
 
 def _token_secret(ref: Ref, pipeline: str) -> KubernetesObject:
-    token = base64.b64encode(secrets.token_urlsafe(32).encode()).decode()
     metadata: dict[str, Any] = {
         "name": ref.name,
         "namespace": ref.namespace,
         "labels": {INSTANCE: pipeline, MANAGED_BY: "lamina"},
     }
-    return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": "Opaque", "data": {"token": token}}
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": "Opaque", "data": {"token": new_token()}}

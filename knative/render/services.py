@@ -210,6 +210,8 @@ def _stage_env(pipeline: ResolvedPipeline, index: int) -> list[KubernetesObject]
     first, last = pipeline.cut[index]
     return [
         *_common_env(pipeline, "stage"),
+        # There while one is rotated: knative/cluster/rotation.py.
+        _from_secret("LAMINA_SECOND_PIPELINE_TOKEN", pipeline.spec.token_secret, "second", optional=True),
         *_values(
             LAMINA_LAYERS=f"{first}:{last}",
             LAMINA_LAYER_GROUP=stage.layer_group,
@@ -272,8 +274,9 @@ def _values(**values: object) -> list[KubernetesObject]:
     return [{"name": name, "value": _plain(value)} for name, value in values.items() if value is not None]
 
 
-def _from_secret(name: str, secret: str, key: str) -> KubernetesObject:
-    return {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}}
+def _from_secret(name: str, secret: str, key: str, *, optional: bool = False) -> KubernetesObject:
+    reference: KubernetesObject = {"name": secret, "key": key, **({"optional": True} if optional else {})}
+    return {"name": name, "valueFrom": {"secretKeyRef": reference}}
 
 
 def _plain(value: object) -> str:

@@ -28,12 +28,12 @@ _EVENT_TYPE: Final = "lamina.event_type"
 """In the WSGI environment of a refused event: the exception, and the type as metrics name it."""
 
 
-def create_app(handlers: EventHandlers, pipeline_token: str, metrics: StageMetrics) -> Flask:
-    """Answers events; probes are not its business."""
+def create_app(handlers: EventHandlers, metrics: StageMetrics, *pipeline_tokens: str) -> Flask:
+    """Answers events; probes are not its business. pipeline_tokens: any of them is good."""
     app = Flask("stage", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_EVENT_BYTES
     add_problem_handlers(app)
-    app.wsgi_app = _EventDoor(app, handlers, pipeline_token, metrics)  # type: ignore[method-assign]
+    app.wsgi_app = _EventDoor(app, handlers, metrics, pipeline_tokens)  # type: ignore[method-assign]
 
     @app.post("/")
     def refuse() -> NoReturn:
@@ -56,11 +56,11 @@ class _EventDoor:
     a stream finds them; docs/experiments.md has the numbers.
     """
 
-    def __init__(self, app: Flask, handlers: EventHandlers, pipeline_token: str, metrics: StageMetrics) -> None:
+    def __init__(self, app: Flask, handlers: EventHandlers, metrics: StageMetrics, pipeline_tokens: tuple[str, ...]) -> None:
         self._flask = app.wsgi_app
         self._handlers = handlers
-        self._pipeline_token = pipeline_token
-        self._admit = stage_admission(pipeline_token)
+        self._pipeline_tokens = pipeline_tokens
+        self._admit = stage_admission(*pipeline_tokens)
         self._metrics = metrics
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
@@ -84,7 +84,7 @@ class _EventDoor:
             raise environ[REFUSED]
         event = from_http(_event_headers(environ), _body(environ, self._admit(environ)))
         if _is_signed(environ):
-            verify(event, self._pipeline_token)
+            verify(event, *self._pipeline_tokens)
         return event
 
     def _answer(self, event: CloudEvent) -> tuple[dict[str, str], bytes]:
@@ -97,7 +97,7 @@ class _EventDoor:
         return headers, b"".join(buffers)
 
 
-def stage_admission(pipeline_token: str) -> "Callable[[WSGIEnvironment], int]":
+def stage_admission(*pipeline_tokens: str) -> "Callable[[WSGIEnvironment], int]":
     """How large a body may be, by its head alone. Raises Unauthorized, so that no stranger's body is read."""
 
     def admit(environ: "WSGIEnvironment") -> int:
@@ -106,7 +106,7 @@ def stage_admission(pipeline_token: str) -> "Callable[[WSGIEnvironment], int]":
         if _is_signed(environ):
             # What the channel passes on is no larger, so nobody is listened to for longer before the signature is seen.
             return SAFE_EVENT_BYTES
-        _check_token(environ.get("HTTP_AUTHORIZATION", ""), pipeline_token)
+        _check_token(environ.get("HTTP_AUTHORIZATION", ""), pipeline_tokens)
         return MAX_EVENT_BYTES
 
     return admit
@@ -118,8 +118,9 @@ def _is_signed(environ: "WSGIEnvironment") -> bool:
     return _SIGNATURE in environ and "HTTP_AUTHORIZATION" not in environ and not structured
 
 
-def _check_token(given: str, pipeline_token: str) -> None:
-    if not hmac.compare_digest(given.encode(), f"Bearer {pipeline_token}".encode()):
+def _check_token(given: str, pipeline_tokens: tuple[str, ...]) -> None:
+    known = [hmac.compare_digest(given.encode(), f"Bearer {token}".encode()) for token in pipeline_tokens]
+    if not any(known):
         seen = "no Authorization header" if not given else "another token"
         raise Unauthorized(f"{seen}; send Authorization: Bearer with the pipeline token")
 

@@ -50,9 +50,9 @@ class StageFunction:
         self._tracer = make_tracer(config.traces_endpoint, "lamina-stage", {"lamina.pipeline": config.pipeline})
         handlers = EventHandlers(config, self.instance, self, self._tracer)
         self.service = Service(
-            create_app(handlers, config.pipeline_token, self._metrics),
+            create_app(handlers, self._metrics, *config.pipeline_tokens),
             Management(self._metrics.registry, sick=self._sick, ready=self._ready),
-            stage_admission(config.pipeline_token),
+            stage_admission(*config.pipeline_tokens),
             threads=_THREADS,
             request_bytes=_REQUEST_BYTES,
         )

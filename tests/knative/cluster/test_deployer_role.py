@@ -43,6 +43,7 @@ def live_a_whole_life(api: KubernetesApi, cluster: Cluster, deployer: Deployer) 
     with contextlib.suppress(DeployFailed):
         deployer.deploy(broken)
     deployer.rollback("chat")
+    deployer.rotate_token("chat")
     for end in (deployer.abort, deployer.promote):
         deployer.canary(other(**SECTIONS), 10)
         end("chat")

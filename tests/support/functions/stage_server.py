@@ -175,7 +175,7 @@ class StageServer:
         readiness = SimpleNamespace(engine=lambda wait_seconds=0.0: self.engine, phases=dict)
         config = _config(self._cut, self.index)
         handlers = EventHandlers(config, f"stage-{self.index}-boot-{self._boots}", cast("Any", readiness))
-        app = create_app(handlers, TOKEN, StageMetrics())
+        app = create_app(handlers, StageMetrics(), TOKEN)
 
         def with_faults(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
             body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))

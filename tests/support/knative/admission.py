@@ -24,7 +24,9 @@ spec.template.metadata.annotations.autoscaling.knative.dev/min-scale
 spec.template.metadata.annotations.autoscaling.knative.dev/target-burst-capacity
 spec.template.metadata.annotations.serving.knative.dev/progress-deadline
 spec.template.metadata.annotations.features.knative.dev/http-full-duplex
+spec.template.metadata.annotations.lamina.dev/rotation
 spec.template.spec.automountServiceAccountToken
+spec.template.spec.containers.*.env.*.valueFrom.secretKeyRef.optional
 spec.template.spec.containers.*.env.*.value
 spec.template.spec.containers.*.envFrom.*.secretRef.name
 spec.template.spec.containers.*.resources.requests.*
@@ -40,7 +42,8 @@ spec.traffic.*.latestRevision
 spec.traffic.*.percent
 spec.traffic.*.tag
 """
-"""Fields of manifests that ran on a real cluster beside the recorded ones, or are in Knative's own examples of traffic."""
+"""Fields of manifests that ran on a real cluster beside the recorded ones. Not run, but in Knative's own documents: traffic,
+annotations outside of its domains, and `optional` of a secretKeyRef."""
 
 
 def refusal(manifest: dict[str, Any], enabled: set[str]) -> str | None:

@@ -38,12 +38,14 @@ from eventing.wire.control import (
     WarmupRequest,
 )
 from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType, Row, Status, Want
+from eventing.wire.signature import sign
 from functions.stage.native.library import library
 from tests.support.functions.functions import TOKEN, FunctionProcess, running, stage_environment
 from tests.support.storage.published import CUT, Published
 from tests.support.storage.tiny_models import greedy
 
 SOURCE = "/test"
+SECOND_TOKEN = "the-token-of-before"
 NOTHING = encode_batch(Batch((Row("refused", 0, 0, 0, status=Status.FULL),), memoryview(array("i"))))
 """A batch whose only row was refused before: every stage takes it and computes nothing."""
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
@@ -51,7 +53,8 @@ AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 
 @pytest.fixture(scope="module")
 def stages(published: Published) -> Iterator[list[FunctionProcess]]:
-    with running(stage_environment(published, group) for group in range(len(CUT))) as started:
+    second = {"LAMINA_SECOND_PIPELINE_TOKEN": SECOND_TOKEN}
+    with running(stage_environment(published, group) | second for group in range(len(CUT))) as started:
         yield started
 
 
@@ -218,6 +221,18 @@ def test_a_stage_takes_its_pipelines_token_only(first: Client, authorization: di
     with pytest.raises(Unauthorized, match=words):
         first.send(first.event(EventType.FORWARD, encode_batch(rows_of("token", [5]))), authorization)
     assert_still_serving(first)
+
+
+def test_while_a_token_is_rotated_a_stage_takes_either(first: Client) -> None:
+    body = encode_batch(rows_of("second token", [5]))
+    reply = first.send(first.event(EventType.FORWARD, body), {"Authorization": f"Bearer {SECOND_TOKEN}"})
+    assert [row.status for row in batch_data(reply).rows] == [Status.OK]
+    end = datetime.now(UTC) + timedelta(minutes=1)
+    with pytest.raises(Unauthorized, match="another token"):
+        first.send(first.event(EventType.FORWARD, body), {"Authorization": "Bearer a-third"})
+    for token, problem in ((TOKEN, MalformedEvent), (SECOND_TOKEN, MalformedEvent), ("a-third", Unauthorized)):
+        with pytest.raises(problem):  # signed events are for scoring: who is known is told what is wrong with this one
+            first.send(sign(first.event(EventType.WARMUP, b"no JSON", "application/json", expirytime=end), token), {})
 
 
 @pytest.mark.parametrize(
