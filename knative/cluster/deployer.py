@@ -236,6 +236,7 @@ class Deployer:
     ) -> None:
         """gateway: that will follow their pods."""
         self._clear_failed(stages)
+        wait.note_hopeless(stages)
         self._apply(stages, force)
         wait.await_ready(stages)
         pod_network.check(self._cluster, gateway, stages, self._say)
@@ -259,6 +260,7 @@ class Deployer:
             # Without a split requests go to the last revision that became Ready: to a canary, until this one has.
             self._apply_gateway(gateway, pinned, wait, force)
         self._clear_failed([gateway])
+        wait.note_hopeless([gateway])
         self._apply([gateway], force)
         return _url(wait.await_ready([gateway])[gateway["metadata"]["name"]])
 

@@ -3,7 +3,8 @@
 A right that is missing takes away the part that it is needed for, never the rest.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 
 from knative.cluster.client import Cluster, Ref
@@ -29,18 +30,34 @@ _NEXT_STEPS: Final = {
 """What is found in a diagnosis → what to do about it; the first that fits."""
 
 
-def hopeless_pod(cluster: Cluster, service: KubernetesObject) -> str | None:
-    """What is wrong with a pod of the newest revision that time does not mend; Knative itself waits for its deadline."""
+@dataclass(frozen=True, slots=True)
+class HopelessPod:
+    """A pod with a container that time does not mend, as often as that was tried."""
+
+    name: str
+    restarts: int
+    reason: str
+
+
+def hopeless_pod(
+    cluster: Cluster, service: KubernetesObject, known: frozenset[HopelessPod] = frozenset()
+) -> HopelessPod | None:
+    """One of the newest revision, but for those that are as they were `known` to be; Knative waits for its own deadline."""
+    return next((pod for pod in hopeless_pods(cluster, service) if pod not in known), None)
+
+
+def hopeless_pods(cluster: Cluster, service: KubernetesObject) -> Iterator[HopelessPod]:
+    """None where nobody may look."""
     try:
         pods = newest_pods(cluster, service)
     except NotPermitted:
-        return None
+        return
     for pod in pods:
         for status in _container_statuses(pod):
             waiting = (status.get("state") or {}).get("waiting") or {}
             if waiting.get("reason") in _HOPELESS:
-                return f"{waiting['reason']}: {waiting.get('message', 'no message')}"
-    return None
+                reason = f"{waiting['reason']}: {waiting.get('message', 'no message')}"
+                yield HopelessPod(pod["metadata"]["name"], status.get("restartCount", 0), reason)
 
 
 def diagnose(cluster: Cluster, manifest: KubernetesObject) -> list[str]:

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Final
 
 from knative.cluster.client import Cluster, Ref
-from knative.cluster.diagnosis import diagnose, hopeless_pod, next_step
+from knative.cluster.diagnosis import HopelessPod, diagnose, hopeless_pod, hopeless_pods, next_step
 from knative.cluster.errors import DeployFailed
 from knative.cluster.history import INSTANCE
 from knative.cluster.readiness import SERVING, Readiness, readiness
@@ -43,6 +43,14 @@ class ReadinessWait:
         self._say = say
         self._timeout_seconds = timeout_seconds
         self._check = check
+        self._known_hopeless: set[HopelessPod] = set()
+
+    def note_hopeless(self, services: list[KubernetesObject]) -> None:
+        """Before they are applied: pods that fail already, and whose cause may be mended, get another try."""
+        for ref in map(Ref.of, services):
+            live = self._cluster.get(ref)
+            if live is not None:
+                self._known_hopeless |= set(hopeless_pods(self._cluster, live))
 
     def await_ready(self, objects: list[KubernetesObject]) -> dict[str, KubernetesObject]:
         """Name → object as it is when Ready. Raises DeployFailed as soon as one cannot become Ready, or is not in time."""
@@ -82,11 +90,15 @@ class ReadinessWait:
         live = self._cluster.get(ref)
         if live is None:
             raise DeployFailed(f"{ref} was deleted by someone else while we waited for it")
-        reason = hopeless_pod(self._cluster, live) if ref.api_version == SERVING else self._settled(known, readiness(live))
+        reason = self._hopeless(live) if ref.api_version == SERVING else self._settled(known, readiness(live))
         if reason is None and time.monotonic() > known.started + self._timeout_seconds:
             reason = f"not ready after {self._timeout_seconds:g} s; --timeout waits longer"
         if reason is not None:
             raise DeployFailed(_failure(f"{_called(live)} does not become ready: {reason}", diagnose(self._cluster, live)))
+
+    def _hopeless(self, live: KubernetesObject) -> str | None:
+        pod = hopeless_pod(self._cluster, live, frozenset(self._known_hopeless))
+        return pod.reason if pod is not None else None
 
     def _settled(self, known: _Waiting, state: Readiness) -> str | None:
         since = known.failed_since

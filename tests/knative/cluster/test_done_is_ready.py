@@ -1,5 +1,7 @@
 """`deploy` says done when everything is Ready, and failed only for what it applied itself."""
 
+import threading
+
 import pytest
 
 from knative.cluster.client import Cluster
@@ -91,6 +93,21 @@ def test_the_same_deploy_works_once_the_cause_of_its_failure_is_mended(
     del api.behaviours[stage]
     deployer.deploy(rendered)
     assert f"deleted Service default/{stage}, of which no revision ever ran, to make it anew" in said
+
+
+def test_pods_that_crashed_before_get_another_try(api: KubernetesApi, deployer: Deployer) -> None:
+    """The cause was outside, such as a bucket: the same again, and the kubelet's next restart works."""
+    deployer.deploy(objects())
+    changed = objects(kv_cache="1Gi")
+    stage = stage_name(changed, 1)
+    api.behaviours[stage] = crash_loops
+    with pytest.raises(DeployFailed, match="CrashLoopBackOff"):
+        deployer.deploy(changed)
+    del api.behaviours[stage]
+    restart = threading.Timer(1, api.controllers.reconcile, [("serving.knative.dev/v1", "services", "default", stage)])
+    restart.start()
+    deployer.deploy(changed)
+    restart.join()
 
 
 def test_events_that_may_not_be_read_hide_no_reason(api: KubernetesApi, deployer: Deployer) -> None:

@@ -10,7 +10,7 @@ from knative.cluster.deployer import Deployer
 from knative.cluster.errors import DeployFailed, NothingServes
 from knative.cluster.history import History
 from tests.support.knative.deployments import GATEWAY, objects, stage_name
-from tests.support.knative.knative_controllers import crash_loops
+from tests.support.knative.knative_controllers import never_ready
 from tests.support.knative.kubernetes_api import KubernetesApi, labels_of
 
 SECRET = ("v1", "secrets", "default", "chat-pipeline")
@@ -73,12 +73,13 @@ def test_interrupted_it_goes_on_where_it_was(api: KubernetesApi, deployer: Deplo
     readers = Readers(api)
     deployer.deploy(objects())
     stage = stage_name(objects(), 1)
-    api.behaviours[stage] = crash_loops
+    api.behaviours[stage] = never_ready
     with pytest.raises(DeployFailed):
         deployer.rotate_token("chat")
     assert sorted(tokens(api)) == ["second", "token"]
     half = tokens(api)
     del api.behaviours[stage]
+    api.controllers.reconcile(("serving.knative.dev/v1", "services", "default", stage))
     deployer.rotate_token("chat")
     assert tokens(api) == {"token": half["second"]}
     assert readers.refused == []
