@@ -141,10 +141,10 @@ class _Walker:
             spent.http += in_flight - engine - codec
             body = [reply.body]
         for index, row in zip(indices, reply.batch.rows, strict=True):
-            if row.result is None or row.result.token is None:
+            if row.result is None or not row.result.tokens:
                 raise RuntimeError(f"no token: {row}")
             self._lengths[index] += len(self._tokens[index])
-            self._tokens[index] = array("i", [row.result.token])
+            self._tokens[index] = array("i", [*row.result.tokens])
         spent.gateway = time.perf_counter() - began - spent.total
         return spent
 

@@ -11,7 +11,7 @@ from typing import Annotated, Final
 
 from msgspec import Meta, Struct
 
-WIRE_VERSION: Final = 1
+WIRE_VERSION: Final = 2
 BATCH_CONTENT_TYPE: Final = "application/vnd.lamina.batch"
 
 MAX_ROWS: Final = 1024
@@ -19,6 +19,8 @@ MAX_BATCH_TOKENS: Final = 65_536
 MAX_POSITION: Final = 2**24
 """Longest sequence the wire format admits, tokens. A stage's own limit is its model's context."""
 MAX_HIDDEN_SIZE: Final = 2**17
+MAX_GUESSES: Final = 64
+"""Of one row."""
 
 SAFE_EVENT_BYTES: Final = 64 * 1024
 """What every intermediary must pass on (CloudEvents 1.0.2, section 4); more travels by claim check."""
@@ -107,7 +109,8 @@ class Sampling(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=Tr
 class Result(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """What the last stage answers for a row that wants something."""
 
-    token: Annotated[int, Meta(ge=0, lt=2**31)] | None = None
+    tokens: tuple[Annotated[int, Meta(ge=0, lt=2**31)], ...] | None = None
+    """With `Want.TOKEN`: the token behind the row's tokens; behind guesses that came true, those and one more."""
     logprobs: tuple[float, ...] | None = None
     """With `Want.LOGPROBS`: log-probability of each token of the row but its first, natural logarithm."""
 
@@ -115,7 +118,8 @@ class Result(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True
 class Row(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """`length` new tokens of one sequence, at `position` of its attempt `attempt`.
 
-    Position is the truth: KV beyond `position` is dropped before computing, KV short of it is a miss.
+    Position is the truth: KV beyond `position` is dropped before computing, KV short of it is a miss. That takes back
+    what was computed for guesses that did not come true.
     """
 
     id: Annotated[str, Meta(min_length=1, max_length=128)]
@@ -126,6 +130,9 @@ class Row(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     sampling: Sampling | None = None
     reserve_tokens: Annotated[int, Meta(ge=1, le=MAX_POSITION)] | None = None
     """With a sequence's first row: prompt plus max_tokens. Idempotent where a reserve event came before."""
+    guesses: Annotated[int, Meta(ge=0, le=MAX_GUESSES)] = 0
+    """So many of its tokens, the last ones, are guesses of what will be drawn. With `Want.TOKEN` a token is drawn behind the
+    token before them; where that is the first guess one more behind it, and so on."""
     status: Status = Status.OK
     held: Annotated[int, Meta(ge=0, le=MAX_POSITION)] | None = None
     reason: str | None = None

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 from typing import Final
 
+from eventing.wire.events import MAX_GUESSES
 from functions.configuration import parsers
 from functions.configuration.parsers import LayerRange
 from functions.configuration.settings import REQUIRED, ConfigError, Key, keys, read, setting, unknown_keys
@@ -163,6 +164,12 @@ class GatewayConfig(CommonConfig):
         parsers.integer(0, 1024),
         "stages that can compute at the same time, fewer than all where they share cores; 0: all",
         "0",
+    )
+    guesses: int = setting(
+        "LAMINA_GUESSES",
+        parsers.integer(0, MAX_GUESSES),
+        "most tokens that are guessed for a row of a step, as many as pay for themselves; 0: nothing is guessed",
+        "16",
     )
     cold_start_timeout_seconds: float = setting(
         "LAMINA_COLD_START_TIMEOUT_SECONDS", parsers.seconds, "how long a request waits for sleeping stages", "300"

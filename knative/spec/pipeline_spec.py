@@ -101,6 +101,8 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     stages_at_once: Positive | None = None
     """How many stages can compute at the same time, where they share cores. Unset: all."""
     chunk_tokens: Positive | None = None
+    guesses: Natural | None = None
+    """Most tokens that are guessed for a row of a step. 0: nothing is guessed."""
     queue_limit: Positive | None = None
     cold_start_timeout_seconds: Seconds | None = None
     request_timeout_seconds: Seconds | None = None

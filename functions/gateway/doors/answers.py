@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from eventing.problems import InvalidRequest, Problem
-from eventing.wire.generation import FinishReason, GenerateRequest, GenerateResponse, Timings, TokenEvent, Usage
+from eventing.wire.generation import (
+    CompletionTokensDetails,
+    FinishReason,
+    GenerateRequest,
+    GenerateResponse,
+    Timings,
+    TokenEvent,
+    Usage,
+)
 from functions.gateway.doors.metrics import GatewayMetrics
 from functions.gateway.scheduling.prompt import Prompt
 from functions.gateway.scheduling.token_stream import TokenStream
@@ -65,7 +73,7 @@ class Answers:
 
     def begin(self, request: GenerateRequest, asker: Asker) -> "Answer":
         """Begins an answer. Raises InvalidRequest, QueueFull, NotReady."""
-        token_ids = self._token_ids(request)
+        token_ids, predicted_ids = self._token_ids(request)
         room = self.text.context_length - len(token_ids)
         if not token_ids:
             raise InvalidRequest("the prompt has no tokens")
@@ -81,6 +89,7 @@ class Answers:
             token_ids,
             min(request.max_tokens, room),
             sampling=request.sampling(asker.seed),
+            predicted_ids=predicted_ids,
             eos_ids=self.text.eos_ids,
             client_id=asker.client_id,
             deadline_seconds=asker.deadline_seconds,
@@ -99,16 +108,19 @@ class Answers:
         text_stream = TextStream(self.text.tokenizer, request.stop_strings, before)
         return Answer(asker, len(token_ids), token_stream, text_stream, self._metrics, span)
 
-    def _token_ids(self, request: GenerateRequest) -> list[int]:
-        """Nothing is rendered or tokenized that is too long to fit, or that would be refused afterwards."""
+    def _token_ids(self, request: GenerateRequest) -> tuple[list[int], list[int]]:
+        """Of the prompt, and of the answer that is expected. Nothing is rendered or tokenized that is too long to fit, or that
+        would be refused afterwards."""
         if request.messages is not None:
             self.text.check_messages(request.messages)
         else:
             self.text.check(request.prompt or "")
+        self.text.check(request.prediction)
         with self._scheduler.entering():
+            predicted = self.text.encode_expected(request.prediction) if request.prediction else []
             if request.messages is not None:
-                return self.text.encode_messages(request.messages)
-            return self.text.encode(request.prompt or "")
+                return self.text.encode_messages(request.messages), predicted
+            return self.text.encode(request.prompt or ""), predicted
 
 
 class Answer:
@@ -194,7 +206,7 @@ class Answer:
             text="".join(self._text),
             token_ids=tuple(self._token_ids),
             finish_reason=self._finish_reason(),
-            usage=Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens),
+            usage=Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, self._guesses()),
             timings=timings,
         )
 
@@ -230,6 +242,9 @@ class Answer:
     def _completion_tokens(self) -> int:
         """Behind a stop string more may have been computed, which is no part of the answer."""
         return len(self._token_ids) if self._text_stream.stopped else self._token_stream.completion_tokens
+
+    def _guesses(self) -> CompletionTokensDetails:
+        return CompletionTokensDetails(self._token_stream.guesses_agreed, self._token_stream.guesses_missed)
 
     def _timings(self, completion_tokens: int) -> Timings:
         seen = self._token_stream.timings()

@@ -40,6 +40,16 @@ class TextFormat(Struct, frozen=True, tag_field="type", tag="text"):
     pass
 
 
+class Prediction(Struct, frozen=True, tag_field="type", tag="content", forbid_unknown_fields=True):
+    """Predicted outputs: a text that much of the answer is expected to be."""
+
+    content: str | tuple[TextPart, ...]
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
 class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What both requests have. `top_k`, `min_p` and `repetition_penalty` are extensions that other servers have too.
 
@@ -90,11 +100,13 @@ class ChatRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields=True
     logprobs: Literal[False] | None = None
     tools: tuple[()] | None = None
     response_format: TextFormat | None = None
+    prediction: Prediction | None = None
 
     def generate_request(self) -> GenerateRequest:
         messages = tuple(message.message() for message in self.messages)
         max_tokens = self.max_completion_tokens or self.max_tokens or DEFAULT_MAX_TOKENS
-        return GenerateRequest(messages=messages, max_tokens=max_tokens, **self.sampling_fields())
+        prediction = "" if self.prediction is None else self.prediction.text
+        return GenerateRequest(messages=messages, max_tokens=max_tokens, prediction=prediction, **self.sampling_fields())
 
 
 class CompletionRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -10,9 +10,12 @@ from collections.abc import Collection, Iterable, Iterator
 from collections.abc import Sequence as Items
 from typing import Final
 
+import msgspec
+
 from eventing.problems import DeadlineExceeded, InvalidRequest, PipelineUnavailable, Problem, ReplaysExhausted
 from eventing.wire.events import Row, Status
 from functions.gateway.scheduling.board import Board
+from functions.gateway.scheduling.progress import Piece
 from functions.gateway.scheduling.sequence import Sequence, named
 from functions.gateway.scheduling.step import Step
 from functions.gateway.scheduling.strikes import ON_TRIAL_AT
@@ -42,9 +45,13 @@ class Failures:
             sequence.progress.settle()
             self.settle(sequence, failure.cause)
 
-    def row_failed(self, sequence: Sequence, stage: int, row: Row) -> None:
+    def row_failed(self, sequence: Sequence, piece: Piece, stage: int, row: Row) -> None:
         """The event came back, but one row of it was not computed: it alone has failed."""
-        if row.status is Status.INVALID:
+        if row.status is Status.INVALID and piece.guesses and sequence.guesser is not None:
+            # Perhaps for what was guessed, which is not the client's fault: it is asked again without.
+            sequence.guesser.given_up = True
+            row = msgspec.structs.replace(row, status=Status.MISS, held=piece.position)
+        elif row.status is Status.INVALID:
             _log.info("%s: stage %d refuses it: %s", named([sequence]), stage, row.reason)
             sequence.stream.fail(InvalidRequest(row.reason or f"stage {stage} refuses the sequence"))
         elif row.status in (Status.MISS, Status.STALE):

@@ -5,6 +5,7 @@ from collections.abc import Sequence as Items
 
 from functions.gateway.scheduling.board import Board
 from functions.gateway.scheduling.failures import Failures
+from functions.gateway.scheduling.guessing import how_many, step_seconds
 from functions.gateway.scheduling.micro_batch import MicroBatch, level, prompt_pieces
 from functions.gateway.scheduling.progress import Piece
 from functions.gateway.scheduling.sequence import Sequence
@@ -31,8 +32,24 @@ class NextSteps:
             level(batch, board.micro_batches, len(board.micro_batches) > wanted, board.limits.micro_batch_sequences)
             going = [one for one in batch.sequences if not one.strikes.count and one.decodes and self._failures.may_send(one)]
             if going:
-                pieces = [(sequence, Piece(sequence.total_tokens - 1, 1, depth)) for sequence in going]
+                guesses = self._guesses(going)
+                pieces = [
+                    (sequence, Piece(sequence.total_tokens - 1, 1, depth, guessed))
+                    for sequence, guessed in zip(going, guesses, strict=True)
+                ]
                 yield self._begin(pieces, batch.route.instances, batch)
+
+    def _guesses(self, sequences: Items[Sequence]) -> list[tuple[int, ...]]:
+        """For each, as many as pay for what they cost in its step."""
+        most = self._board.limits.guesses
+        guesses = [() if one.guesser is None else one.guesser.guess(min(most, one.most_guesses)) for one in sequences]
+        if not any(guesses):
+            return guesses
+        chances = [0.0 if one.guesser is None else one.guesser.chance for one in sequences]
+        costs = [stage.costs for stage in self._board.stats.stages]
+        seconds = step_seconds(costs, sum(1 for batch in self._board.micro_batches if batch.sequences))
+        counts = how_many([(len(own), chance) for own, chance in zip(guesses, chances, strict=True)], seconds)
+        return [own[:count] for own, count in zip(guesses, counts, strict=True)]
 
     def _prompt_steps(self, now: float) -> Iterator[Step]:
         """At each first stage where no chunk is: one event, begun by whoever waits longest, filled up with others' chunks.

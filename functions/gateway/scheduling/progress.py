@@ -15,6 +15,8 @@ class Piece:
     position: int
     length: int
     depth: int
+    guesses: tuple[int, ...] = ()
+    """Tokens that may come behind them. They count as held once they have come true, see `Progress.came_true`."""
 
     @property
     def end(self) -> int:
@@ -63,6 +65,11 @@ class Progress:
     def computed(self, stage: int, piece: Piece) -> None:
         """`stage` answered ok for `piece`."""
         self._held[stage] = piece.end
+
+    def came_true(self, guesses: int) -> None:
+        """So many guesses of the one piece that was on its way have become tokens of the sequence, held everywhere."""
+        self._held = [held + guesses for held in self._held]
+        self._sent = [sent + guesses for sent in self._sent]
 
     def missed(self, stage: int, held: int) -> None:
         """`stage` holds only `held` tokens, or goes on at another instance that holds none: what is beyond is sent again."""

@@ -18,6 +18,8 @@ class Prompt:
     max_tokens: int
     """Of the answer."""
     sampling: Sampling = _GREEDY
+    predicted_ids: Tokens[int] = ()
+    """What the client expects the answer to have, for guesses."""
     eos_ids: frozenset[int] = frozenset()
     client_id: str = ""
     deadline_seconds: float = 600.0

@@ -1,6 +1,8 @@
 """What the replies of stages do to sequences, as long as they say that all is well; what else they say is for `failures`."""
 
 from collections.abc import Iterable
+from collections.abc import Sequence as Items
+from typing import Final
 
 from eventing.wire.events import Row, Status
 from functions.gateway.scheduling.board import Board
@@ -10,6 +12,8 @@ from functions.gateway.scheduling.sequence import Sequence
 from functions.gateway.scheduling.step import Step
 from functions.gateway.stages.client import ForwardReply, Origin
 from functions.gateway.stages.failures import StageFailed
+
+_OWED: Final = "its reply lacks a token that was wanted, or has others than were guessed"
 
 
 class Replies:
@@ -29,27 +33,41 @@ class Replies:
         rows = reply.batch.rows
         pieces = [step.pieces[row.id] for row in rows]
         self.heard(reply.origin, (sequence for sequence, _ in pieces))
-        self._board.stats.stages[stage].step(seconds, step.micro_batch is not None)
+        self._board.stats.stages[stage].step(seconds, step.tokens if step.micro_batch is not None else 0)
         last = stage == self._board.placement.num_stages - 1
         if last and any(_owes_token(row, sequence, piece) for row, (sequence, piece) in zip(rows, pieces, strict=True)):
-            raise StageFailed(stage, "malformed", "its reply lacks a token that was wanted", blames=True)
+            raise StageFailed(stage, "malformed", _OWED, blames=True)
         for row, (sequence, piece) in zip(rows, pieces, strict=True):
             if row.status is not Status.OK:
-                self._failures.row_failed(sequence, stage, row)
+                self._failures.row_failed(sequence, piece, stage, row)
                 continue
             sequence.progress.computed(stage, piece)
             if stage == step.trip.depth:
-                self._arrived(sequence, row)
+                self._arrived(sequence, piece, row)
 
-    def _arrived(self, sequence: Sequence, row: Row) -> None:
+    def _arrived(self, sequence: Sequence, piece: Piece, row: Row) -> None:
         sequence.progress.settle()
-        if row.result is not None and row.result.token is not None:
-            self._board.stats.tokens += 1
-            self._failures.came_further(sequence)
-            sequence.put(row.result.token)
+        if row.result is not None and row.result.tokens:
+            self._drawn(sequence, len(piece.guesses), row.result.tokens)
         self._failures.settle(sequence)
+
+    def _drawn(self, sequence: Sequence, guessed: int, tokens: Items[int]) -> None:
+        came_true = len(tokens) - 1
+        stats = self._board.stats
+        stats.tokens += len(tokens)
+        stats.guesses_agreed += came_true
+        stats.guesses_missed += guessed - came_true
+        self._failures.came_further(sequence)
+        sequence.progress.came_true(came_true)
+        if sequence.guesser is not None:
+            sequence.guesser.came(guessed, tokens)
+        sequence.stream.guessed(came_true, guessed - came_true)
+        sequence.put(tokens)
 
 
 def _owes_token(row: Row, sequence: Sequence, piece: Piece) -> bool:
-    wanted = row.status is Status.OK and piece.end == sequence.total_tokens
-    return wanted and (row.result is None or row.result.token is None)
+    """Also where it says that other guesses came true than were sent."""
+    if row.status is not Status.OK or piece.end != sequence.total_tokens:
+        return False
+    tokens = () if row.result is None else row.result.tokens or ()
+    return not tokens or tokens[:-1] != piece.guesses[: len(tokens) - 1]

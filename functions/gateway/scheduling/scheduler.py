@@ -26,7 +26,9 @@ from functions.gateway.scheduling.actions import Action, Release, Reserve, Wake,
 from functions.gateway.scheduling.admission import Admission
 from functions.gateway.scheduling.board import Board
 from functions.gateway.scheduling.failures import Failures
+from functions.gateway.scheduling.guessing import Guesser
 from functions.gateway.scheduling.limits import Limits
+from functions.gateway.scheduling.lookup import Lookup
 from functions.gateway.scheduling.moves import Moves
 from functions.gateway.scheduling.next_steps import NextSteps
 from functions.gateway.scheduling.progress import Progress
@@ -111,12 +113,13 @@ class Scheduler:
         reserve_tokens = len(prompt.token_ids) + prompt.max_tokens
         if reserve_tokens > MAX_POSITION:
             raise InvalidRequest(f"{reserve_tokens} tokens of prompt and answer; the most is {MAX_POSITION}")
+        guesser = Guesser(Lookup(prompt.token_ids, prompt.predicted_ids)) if self._limits.guesses else None
         with self._changed:
             self._check_room()
             number = next(self._numbers)
             id_ = f"{self._boot}-{number}"
             stream = TokenStream(prompt.max_tokens, prompt.eos_ids, lambda: self._cancel(id_), prompt.arrived)
-            self._board.submit(Sequence(id_, number, prompt, stream, Progress(self._placement.num_stages)))
+            self._board.submit(Sequence(id_, number, prompt, stream, Progress(self._placement.num_stages), guesser=guesser))
             self._act()
         return stream
 

@@ -44,6 +44,8 @@ class SchedulerCollector(Collector):
         yield CounterMetricFamily(
             "lamina_gateway_sent_prompt_tokens", "Prompt tokens sent, replays included", stats.prompt_tokens
         )
+        guesses = {"accepted": stats.guesses_agreed, "rejected": stats.guesses_missed}
+        yield _by_label("lamina_gateway_guesses", "Tokens guessed, by what became of them", "outcome", guesses, ())
         yield CounterMetricFamily("lamina_gateway_wakes", "Warm-ups of sleeping stages", stats.wakes)
         yield _by_label("lamina_gateway_sequences", "Sequences by how they ended", "outcome", stats.sequences, _OUTCOMES)
         yield _by_label("lamina_gateway_replays", "Sequences computed anew, by cause", "cause", stats.replays, _REPLAY_CAUSES)

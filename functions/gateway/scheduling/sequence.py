@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from functions.gateway.scheduling.guessing import Guesser
 from functions.gateway.scheduling.progress import Progress
 from functions.gateway.scheduling.prompt import Prompt
 from functions.gateway.scheduling.strikes import Strikes
@@ -42,6 +43,8 @@ class Sequence:
     """Its route is broken; it leaves when all its pieces are back."""
     served: int = 0
     """When its last prompt chunk was sent, counted in trips: who waits longest is next."""
+    guesser: Guesser | None = None
+    """None: nothing is guessed."""
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt.token_ids)
@@ -72,9 +75,16 @@ class Sequence:
     def decodes(self) -> bool:
         return self.at_rest and not self.must_restart and self.progress.decodes(self.total_tokens)
 
-    def put(self, token: int) -> None:
-        """The last stage drew `token`."""
-        if not self.over:
+    @property
+    def most_guesses(self) -> int:
+        """No more than can become tokens of the answer, with the one that is drawn anyway."""
+        return self.reserve_tokens - self.total_tokens - 1
+
+    def put(self, tokens: Iterable[int]) -> None:
+        """The last stage drew `tokens`."""
+        for token in tokens:
+            if self.over:
+                return
             self.tokens.append(token)
             self.stream.put(token)
 

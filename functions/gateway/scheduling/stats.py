@@ -5,6 +5,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final
 
+from functions.gateway.scheduling.row_costs import RowCosts
+
 _FALL: Final = 0.3
 _RISE: Final = 0.01
 """Shares of a quicker and of a slower step in what a step is taken to last: waits make steps slow, nothing makes them quick."""
@@ -18,11 +20,14 @@ class StageStats:
     seconds: float = 0.0
     service_seconds: float = 0.0
     """What a decode step takes without waiting, as the quick ones of late say; 0: not known."""
+    costs: RowCosts = field(default_factory=RowCosts)
 
-    def step(self, seconds: float, decode: bool) -> None:
+    def step(self, seconds: float, decode_tokens: int) -> None:
+        """decode_tokens: of a decode step; 0: prompt chunks."""
         self.steps += 1
         self.seconds += seconds
-        if decode:
+        if decode_tokens:
+            self.costs.step(decode_tokens, seconds)
             share = 1.0 if not self.service_seconds else _FALL if seconds < self.service_seconds else _RISE
             self.service_seconds += share * (seconds - self.service_seconds)
 
@@ -44,6 +49,9 @@ class Stats:
     """Sent into the first stage, replays included."""
     sequences: Counter[str] = field(default_factory=Counter)
     """Ended, by finish reason or problem name."""
+    guesses_agreed: int = 0
+    guesses_missed: int = 0
+    """Of tokens, see `guessing`."""
     replays: Counter[str] = field(default_factory=Counter)
     """Sequences whose keys and values were computed anew, by cause."""
     moves: Counter[str] = field(default_factory=Counter)

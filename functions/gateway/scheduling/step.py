@@ -21,6 +21,11 @@ class Step:
     micro_batch: MicroBatch | None
     """Whose decode step it is. None: prompt chunks."""
 
+    @property
+    def tokens(self) -> int:
+        """That every stage computes, guesses among them."""
+        return sum(piece.length + len(piece.guesses) for _, piece in self.pieces.values())
+
 
 def make_step(pieces: Items[tuple[Sequence, Piece]], instances: tuple[Instance, ...], micro_batch: MicroBatch | None) -> Step:
     """pieces: on the same route, all equally deep."""
@@ -40,6 +45,7 @@ def _first_batch(pieces: Items[tuple[Sequence, Piece]], num_stages: int) -> Batc
     token_ids = array("i")
     for sequence, piece in pieces:
         token_ids.extend(sequence.tokens[piece.position : piece.end])
+        token_ids.extend(piece.guesses)
     return Batch(tuple(_row(sequence, piece, num_stages) for sequence, piece in pieces), memoryview(token_ids))
 
 
@@ -49,8 +55,9 @@ def _row(sequence: Sequence, piece: Piece, num_stages: int) -> Row:
         id=sequence.id,
         attempt=sequence.progress.attempt,
         position=piece.position,
-        length=piece.length,
+        length=piece.length + len(piece.guesses),
         want=Want.TOKEN if wants else Want.NONE,
+        guesses=len(piece.guesses),
         sampling=sequence.prompt.sampling if wants else None,
         reserve_tokens=sequence.reserve_tokens if piece.position == 0 else None,
     )

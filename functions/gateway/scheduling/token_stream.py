@@ -55,6 +55,8 @@ class TokenStream:
         self._first_token_at: float | None = None
         self._ended_at: float | None = None
         self._replays = 0
+        self.guesses_agreed = 0
+        self.guesses_missed = 0
 
     # For the door.
 
@@ -127,6 +129,11 @@ class TokenStream:
 
     def replayed(self) -> None:
         self._replays += 1
+
+    def guessed(self, agreed: int, missed: int) -> None:
+        """What became of guesses of its tokens."""
+        self.guesses_agreed += agreed
+        self.guesses_missed += missed
 
     def put(self, token: int) -> None:
         """The last stage drew `token`, which ends the answer if it is an end-of-text token or the last one allowed."""

@@ -65,6 +65,10 @@ class ModelText:
         """With the special tokens that the tokenizer itself puts around a text. Raises InvalidRequest where it cannot fit."""
         return self.encoder.encode(prompt, add_special_tokens=True)
 
+    def encode_expected(self, answer: str) -> list[int]:
+        """What an answer would be, or a part of one: without special tokens. Raises InvalidRequest where it cannot fit."""
+        return self.encoder.encode(answer, add_special_tokens=False)
+
     def encode_messages(self, messages: Sequence[Message]) -> list[int]:
         """Through the chat template, which writes special tokens itself. Raises InvalidRequest."""
         if self.template is None:

@@ -2,7 +2,7 @@
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Final
@@ -10,11 +10,12 @@ from typing import Final
 import numpy as np
 
 from eventing.wire.events import Batch, Result, Row, Status, Want
+from functions.stage.engine.drawing import Drawing, draw
 from functions.stage.engine.row_checks import invalid_rows
-from functions.stage.engine.sampler import GREEDY, log_probabilities, sample
+from functions.stage.engine.sampler import GREEDY, log_probabilities
 from functions.stage.engine.sequences import Refusal, SequenceState, SequenceTable
 from functions.stage.engine.wire_tensors import hidden_array, token_array, wire_tensor
-from functions.stage.models.floats import DTYPES, Array, all_finite, finite_rows
+from functions.stage.models.floats import DTYPES, Array, Float32, all_finite, finite_rows
 from functions.stage.models.layer_group import LayerGroup, Segment
 
 _TOKENS_AT_ONCE: Final = 1024
@@ -41,6 +42,11 @@ class _Computed:
     @property
     def end(self) -> int:
         return self.begin + self.row.length
+
+    @property
+    def places(self) -> range:
+        """Of the pass's tokens, those behind which a token may be drawn."""
+        return range(self.end - 1 - self.row.guesses, self.end)
 
 
 @dataclass(slots=True)
@@ -185,17 +191,13 @@ class ForwardPass:
         return [Batch(tuple(part.answers), memoryview(array("i"))) for part in parts]
 
     def _draw(self, wanting: Sequence[_Computed], hidden: Array) -> None:
-        for first in range(0, len(wanting), _LOGITS_AT_ONCE):
-            some = wanting[first : first + _LOGITS_AT_ONCE]
-            logits = self._group.logits(hidden[[row.end - 1 for row in some]])
-            tokens = sample(
-                logits,
-                [row.row.sampling or GREEDY for row in some],
-                [row.row.position + row.row.length for row in some],
-                [row.sequence.token_ids for row in some],
-            )
-            for row, token in zip(some, tokens, strict=True):
-                self._settle(row, None if token is None else Result(token=token))
+        for some in _few_enough(wanting):
+            logits = self._group.logits(hidden[[place for row in some for place in row.places]])
+            ends = np.cumsum([len(row.places) for row in some])
+            drawings = [_drawing(row, own) for row, own in zip(some, np.split(logits, ends[:-1]), strict=True)]
+            draw(drawings)
+            for row, drawing in zip(some, drawings, strict=True):
+                self._settle(row, Result(tokens=tuple(drawing.tokens)) if drawing.tokens else None)
 
     def _settle(self, row: _Computed, result: Result | None) -> None:
         """None: the hidden states are finite and the logits are not, so whatever was answered would be made up."""
@@ -212,6 +214,25 @@ class ForwardPass:
             some = slice(first, first + _LOGITS_AT_ONCE)
             found += log_probabilities(self._group.logits(predicting[some]), predicted[some])
         return tuple(found)
+
+
+def _drawing(row: _Computed, logits: Float32) -> Drawing:
+    """logits: behind each of its places."""
+    return Drawing(
+        row.row.sampling or GREEDY, row.sequence.token_ids, row.row.position + row.row.length, row.row.guesses, logits
+    )
+
+
+def _few_enough(rows: Sequence[_Computed]) -> Iterator[list[_Computed]]:
+    """So many at once that their logits have room, at least one."""
+    some: list[_Computed] = []
+    for row in rows:
+        if some and sum(len(each.places) for each in some) + len(row.places) > _LOGITS_AT_ONCE:
+            yield some
+            some = []
+        some.append(row)
+    if some:
+        yield some
 
 
 def _segments_of(segments: Sequence[Segment], rows: slice) -> list[Segment]:

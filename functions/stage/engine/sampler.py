@@ -28,17 +28,17 @@ _LEAST_DIVISOR: Final = 1e-100
 
 
 def sample(
-    logits: npt.NDArray[np.float32],
+    logits: Sequence[npt.NDArray[np.float32]] | npt.NDArray[np.float32],
     samplings: Sequence[Sampling],
     positions: Sequence[int],
     histories: Sequence[Sequence[int]],
 ) -> list[int | None]:
-    """One token for each row of logits, float32 [n, vocab]; None for a row whose greatest logit is not finite.
+    """One token for each row of logits, float32 [n, vocab] or n of them [vocab]; None for a row whose greatest logit is not finite.
 
     positions: of the tokens that are drawn, counted in their sequences. histories: all tokens before them, prompt
     included; looked at only where there is a repetition penalty. Of equal greatest logits the lowest token is taken.
     """
-    greedy: list[int] = logits.argmax(axis=-1).tolist()  # of NaN the first
+    greedy = [int(row.argmax()) for row in logits]  # of NaN the first
     rows = zip(greedy, logits, samplings, positions, histories, strict=True)
     with np.errstate(all="ignore"):  # what overflows is seen, and computed in float64
         return [

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from hypothesis import strategies as st
 
 from eventing.wire.batch_codec import encode_batch
-from eventing.wire.events import ITEM_BYTES, MAX_POSITION, Batch, Result, Row, Sampling, Status, Tensor, Want
+from eventing.wire.events import ITEM_BYTES, MAX_GUESSES, MAX_POSITION, Batch, Result, Row, Sampling, Status, Tensor, Want
 
+_TOKENS = st.none() | st.lists(st.integers(0, 2**31 - 1)).map(tuple)
 _FLOATS = st.floats(0.001, 1, allow_nan=False)
 
 
@@ -50,15 +51,11 @@ def _rows(draw: st.DrawFn) -> Row:
         want=draw(st.sampled_from(Want)),
         sampling=draw(st.none() | _samplings()),
         reserve_tokens=draw(st.none() | st.integers(1, MAX_POSITION)),
+        guesses=draw(st.integers(0, MAX_GUESSES)),
         status=status,
         held=draw(st.none() | st.integers(0, MAX_POSITION)),
         reason=draw(st.none() | st.text(st.characters(codec="utf-8"), max_size=20)),
-        result=draw(
-            st.none()
-            | st.builds(
-                Result, token=st.none() | st.integers(0, 2**31 - 1), logprobs=st.none() | st.tuples(st.floats(max_value=0))
-            )
-        ),
+        result=draw(st.none() | st.builds(Result, tokens=_TOKENS, logprobs=st.none() | st.tuples(st.floats(max_value=0)))),
     )
 
 

@@ -117,6 +117,6 @@ def generate(
         (answer,) = through(stages, batch([row], new), source).rows
         assert answer.status is Status.OK, answer
         position += len(new)
-        if answer.result is not None and answer.result.token is not None:
-            token_ids.append(answer.result.token)
+        if answer.result is not None and answer.result.tokens is not None:
+            token_ids.extend(answer.result.tokens)
     return token_ids[len(prompt) :]

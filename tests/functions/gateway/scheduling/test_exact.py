@@ -44,13 +44,23 @@ def requests(number: int) -> list[tuple[list[int], Sampling]]:
     return [(prompt, Sampling(temperature=float(index % 2), seed=index)) for index, prompt in enumerate(prompts)]
 
 
-def generate(scheduler: Scheduler, wanted: list[tuple[list[int], Sampling]]) -> list[TokenStream]:
-    return [submit(scheduler, prompt, NEW_TOKENS, sampling=sampling) for prompt, sampling in wanted]
+def generate(
+    scheduler: Scheduler, wanted: list[tuple[list[int], Sampling]], expected: list[list[int]] | None = None
+) -> list[TokenStream]:
+    """expected: answers; every fifth token of them is expected to be another."""
+    streams = []
+    for index, (prompt, sampling) in enumerate(wanted):
+        predicted = [token if place % 5 else 3 for place, token in enumerate(expected[index])] if expected else []
+        streams.append(submit(scheduler, prompt, NEW_TOKENS, sampling=sampling, predicted_ids=predicted))
+    return streams
 
 
 @contextmanager
-def gateways(stages: list[StageServer], *stages_at_once: int) -> Iterator[list[Scheduler]]:
-    settings = [{"chunk_tokens": 16, "micro_batch_sequences": 4, "stages_at_once": at_once} for at_once in stages_at_once]
+def gateways(stages: list[StageServer], *stages_at_once: int, guesses: int = 0) -> Iterator[list[Scheduler]]:
+    settings = [
+        {"chunk_tokens": 16, "micro_batch_sequences": 4, "stages_at_once": at_once, "guesses": guesses}
+        for at_once in stages_at_once
+    ]
     with ExitStack() as stack:
         yield [stack.enter_context(scheduling(stages, **each)) for each in settings]
 
@@ -71,12 +81,16 @@ def undisturbed() -> list[list[int]]:
 
 
 @pytest.mark.parametrize("stages_at_once", [0, 1, 2])
-def test_batched_answers_are_those_of_the_whole_model(undisturbed: list[list[int]], stages_at_once: int) -> None:
-    with running(stage, 3) as stages, gateways(stages, stages_at_once) as (scheduler,):
-        assert [tokens_of(stream) for stream in generate(scheduler, requests(REQUESTS))] == undisturbed
+@pytest.mark.parametrize("guesses", [0, 6])
+def test_batched_answers_are_those_of_the_whole_model(undisturbed: list[list[int]], stages_at_once: int, guesses: int) -> None:
+    with running(stage, 3) as stages, gateways(stages, stages_at_once, guesses=guesses) as (scheduler,):
+        streams = generate(scheduler, requests(REQUESTS), undisturbed)
+        assert [tokens_of(stream) for stream in streams] == undisturbed
+        assert bool(scheduler.stats().guesses_agreed) == bool(guesses)
 
 
-def test_answers_survive_everything_that_stages_can_do(undisturbed: list[list[int]]) -> None:
+@pytest.mark.parametrize("guesses", [0, 6])
+def test_answers_survive_everything_that_stages_can_do(undisturbed: list[list[int]], guesses: int) -> None:
     """Two gateways; fifteen times, every 15 to 30 events, one befalls what the dice say; some clients go away.
 
     By events and not by time: on a slow machine one sequence would meet three troubles without a step between them.
@@ -98,10 +112,10 @@ def test_answers_survive_everything_that_stages_can_do(undisturbed: list[list[in
             happened.append(dice.choice(TROUBLES))
             return happened[-1]
 
-    with running(stage, 3) as stages, gateways(stages, 0, 1) as (one, other):
+    with running(stage, 3) as stages, gateways(stages, 0, 1, guesses=guesses) as (one, other):
         for each in stages:
             each.inspect = trouble
-        streams = [*generate(one, requests(REQUESTS)), *generate(other, requests(REQUESTS))]
+        streams = [stream for each in (one, other) for stream in generate(each, requests(REQUESTS), undisturbed)]
         gone = generate(one, requests(6))
         for stream in gone:
             stream.cancel()

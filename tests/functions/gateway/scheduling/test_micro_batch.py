@@ -21,7 +21,7 @@ def sequence(number: int, prompt_tokens: int = 10, *, decoding: bool = False, st
         made.progress.send(piece)
         made.progress.computed(0, piece)
         made.progress.settle()
-        made.put(1)
+        made.put([1])
     return made
 
 

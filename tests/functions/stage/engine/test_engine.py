@@ -84,7 +84,7 @@ def answer(future: "Future[Batch]") -> Row:
 
 def token(future: "Future[Batch]") -> int | None:
     result = answer(future).result
-    return None if result is None else result.token
+    return None if result is None or result.tokens is None else result.tokens[0]
 
 
 @contextmanager
@@ -141,8 +141,8 @@ def test_two_steps_of_a_sequence_never_meet_and_keep_their_order() -> None:
             second = people.send(step("a", 2, 1), step("c", 0, 1, reserve=10), tokens=[3, 9])
             third = people.send(step("c", 1, 1), tokens=[1])
             apart = people.send(step("d", 0, 1, reserve=10), tokens=[5])
-        assert [row.result and row.result.token for row in first.result().rows] == [3, 3]
-        assert [row.result and row.result.token for row in second.result().rows] == [6, 9]
+        assert [row.result and row.result.tokens for row in first.result().rows] == [(3,), (3,)]
+        assert [row.result and row.result.tokens for row in second.result().rows] == [(6,), (9,)]
         assert (token(third), token(apart)) == (10, 5)
         assert people.group.passes == [[1], [2, 1, 1], [1, 1], [1]]
 
@@ -316,11 +316,11 @@ def test_many_threads_at_once_get_their_own_answers() -> None:
     group = CountingGroup(capacity_tokens=100_000)
     with engines([group], num_stages=2) as (engine,), ThreadPoolExecutor(max_workers=16) as pool:
 
-        def converse(n: int) -> list[int | None]:
+        def converse(n: int) -> list[int]:
             replies = [engine.handle(batch([step(str(n), 0, 1, reserve=20)], [n]), source=GATEWAY)]
             replies += [engine.handle(batch([step(str(n), k, 1)], [n]), source=GATEWAY) for k in range(1, 10)]
             engine.release([ReleaseRow(str(n), 0)], source=GATEWAY)
-            return [result.token if (result := reply.rows[0].result) else None for reply in replies]
+            return [result.tokens[0] for reply in replies if (result := reply.rows[0].result) and result.tokens]
 
         for n, tokens in enumerate(pool.map(converse, range(90))):
             assert tokens == [n * k % 97 for k in range(1, 11)]

@@ -41,8 +41,9 @@ class Stage:
 def token_of(row: Row) -> int:
     assert row.status is Status.OK, row
     assert row.result is not None
-    assert row.result.token is not None
-    return row.result.token
+    assert row.result.tokens is not None
+    (token,) = row.result.tokens
+    return token
 
 
 @pytest.fixture
@@ -262,7 +263,7 @@ def test_log_probabilities_are_of_each_token_but_the_first(stage: Stage) -> None
     row = Row("a", 0, 0, 4, Want.LOGPROBS, reserve_tokens=10)
     (answer,) = stage.engine.handle(batch([row], [1, 1, 3, 5]), source=GATEWAY).rows
     assert answer.result is not None
-    assert answer.result.token is None
+    assert answer.result.tokens is None
     other = -math.log(VOCAB - 1 + math.e)
     hit = {0: other, 1: other + 1}
     # Behind 1 the group predicts 1, behind 1 1 it predicts 2, behind 1 1 3 it predicts 5.
@@ -355,3 +356,65 @@ def test_an_event_without_any_good_row_gets_its_statuses(middle: Stage) -> None:
 def test_another_models_tensor_is_refused(middle: Stage, tensor: Tensor | None, message: str) -> None:
     with pytest.raises(MalformedEvent, match=message):
         middle.engine.handle(Batch((Row("a", 0, 0, 1),), memoryview(array("i", [1])), tensor), source=GATEWAY)
+
+
+# Guesses.
+
+
+def guessed(stage: Stage, position: int, tokens: list[int], guesses: int, want: Want = Want.TOKEN) -> Row:
+    row = Row("a", 0, position, len(tokens), want, guesses=guesses)
+    (answer,) = stage.engine.handle(batch([row], tokens), source=GATEWAY).rows
+    return answer
+
+
+def drawn(answer: Row) -> tuple[int, ...] | None:
+    assert answer.status is Status.OK, answer
+    return None if answer.result is None else answer.result.tokens
+
+
+def test_guesses_that_come_true_bring_a_token_each_and_one_more(stage: Stage) -> None:
+    assert stage.begin("a", [1, 2, 3]) == 6
+    assert drawn(guessed(stage, 3, [6, 12, 24, 48], guesses=3)) == (12, 24, 48, 96)
+    assert token_of(stage.step("a", 7, [96])) == 96 * 2 % VOCAB
+
+
+def test_behind_a_guess_that_does_not_come_true_nothing_counts(stage: Stage) -> None:
+    assert stage.begin("a", [1, 2, 3]) == 6
+    assert drawn(guessed(stage, 3, [6, 12, 25, 48], guesses=3)) == (12, 24)
+    assert drawn(guessed(stage, 4, [12, 9], guesses=1)) == (24,), "the position takes back what was computed for guesses"
+    assert token_of(stage.step("a", 5, [24])) == 48
+
+
+def test_the_history_of_a_draw_ends_before_it(stage: Stage) -> None:
+    """With a repetition penalty a token that stands among later guesses counts for nothing yet."""
+    assert stage.begin("a", [1, 2, 3]) == 6
+    row = Row("a", 0, 3, 3, Want.TOKEN, Sampling(repetition_penalty=1e9), guesses=2)
+    (answer,) = stage.engine.handle(batch([row], [6, 12, 24]), source=GATEWAY).rows
+    assert drawn(answer) == (12, 24, 48)
+
+
+def test_logits_that_are_no_numbers_behind_a_guess_say_nothing_of_the_tokens_before(stage: Stage) -> None:
+    assert stage.begin("a", [1, 2, 3]) == 6
+    sound = stage.group.logits
+
+    def overflowing(hidden: Array) -> Float32:
+        logits = sound(hidden)
+        logits[hidden[:, 0] >= 48, 9] = math.nan
+        return logits
+
+    stage.group.logits = overflowing  # type: ignore[method-assign]
+    assert drawn(guessed(stage, 3, [6, 12, 24, 48], guesses=3)) == (12, 24)
+
+
+def test_the_first_token_of_a_row_is_no_guess(stage: Stage) -> None:
+    stage.begin("a", [1, 2, 3])
+    refused = guessed(stage, 3, [6, 12], guesses=2)
+    assert refused.status is Status.INVALID
+    assert refused.reason == "2 of the row's 2 tokens are guesses; the first must be known"
+
+
+def test_guesses_are_computed_where_nothing_is_wanted(stage: Stage) -> None:
+    """In an inner stage, or where a client has gone: a row is a row."""
+    stage.begin("a", [1, 2, 3])
+    assert drawn(guessed(stage, 3, [6, 12], guesses=1, want=Want.NONE)) is None
+    assert token_of(stage.step("a", 4, [12])) == 24

@@ -58,8 +58,8 @@ class Conversation:
             return
         assert row.status is Status.OK, row
         self.position += sent.length
-        if row.result is not None and row.result.token is not None:
-            self.token_ids.append(row.result.token)
+        if row.result is not None and row.result.tokens is not None:
+            self.token_ids.extend(row.result.tokens)
 
 
 @dataclass(slots=True)

@@ -90,8 +90,8 @@ def test_stages_generate_and_score_as_they_do_on_the_cpu(kind: Kind, name: str) 
             result = run(passes, batch([row], new)).rows[0].result
             given = len(tokens)
             assert result is not None
-            assert result.token is not None
-            tokens.append(result.token)
+            assert result.tokens is not None
+            tokens.extend(result.tokens)
         scored = run(passes, batch([Row("b", 0, 0, len(PROMPT), Want.LOGPROBS, reserve_tokens=20)], PROMPT)).rows[0].result
     assert tokens[len(PROMPT) :] == expected
     assert scored is not None

@@ -124,8 +124,8 @@ def test_three_stages_give_the_tokens_of_the_whole_model(clients: list[Client], 
         (row,) = step(clients, batch).rows
         assert row.status is Status.OK
         assert row.result is not None
-        assert row.result.token is not None
-        seen.append(row.result.token)
+        assert row.result.tokens is not None
+        seen.extend(row.result.tokens)
         batch = rows_of("exact", seen[-1:], len(prompt) + len(seen) - 1, None)
     assert seen == expected
 

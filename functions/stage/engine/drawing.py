@@ -1,0 +1,49 @@
+"""The tokens that the last stage draws for a row: one, and one more behind each guess that comes true."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from eventing.wire.events import Sampling
+from functions.stage.engine.sampler import sample
+from functions.stage.models.floats import Float32
+
+
+@dataclass(slots=True)
+class Drawing:
+    """Of one row. A token is drawn only where all before it are as they were guessed."""
+
+    sampling: Sampling
+    token_ids: Sequence[int]
+    """The sequence's so far, the row's and its guesses at the end."""
+    end: int
+    """Behind the row's last token, guesses included: a position in the sequence."""
+    guesses: int
+    logits: Float32
+    """[guesses + 1, vocab]."""
+    tokens: list[int] = field(default_factory=list)
+    goes_on: bool = True
+
+    @property
+    def position(self) -> int:
+        """Of the token that is drawn next."""
+        return self.end - self.guesses + len(self.tokens)
+
+    def drew(self, token: int | None) -> None:
+        """None: the logits are no numbers, which says nothing of the tokens before."""
+        guess = self.token_ids[self.position] if len(self.tokens) < self.guesses else None
+        if token is not None:
+            self.tokens.append(token)
+        self.goes_on = token is not None and token == guess
+
+
+def draw(drawings: Sequence[Drawing]) -> None:
+    """Until none of them goes on; one that has no token then has none to answer with."""
+    while going := [each for each in drawings if each.goes_on]:
+        tokens = sample(
+            [each.logits[len(each.tokens)] for each in going],
+            [each.sampling for each in going],
+            [each.position for each in going],
+            [each.token_ids[: each.position] for each in going],
+        )
+        for each, token in zip(going, tokens, strict=True):
+            each.drew(token)

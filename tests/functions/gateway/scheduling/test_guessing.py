@@ -1,0 +1,159 @@
+"""How many tokens are guessed, and what becomes of answers: nothing but that they come in fewer rounds."""
+
+import pytest
+
+from eventing.wire.events import Row, Status
+from functions.gateway.scheduling.guessing import Chances, how_many, step_seconds
+from functions.gateway.scheduling.row_costs import RowCosts
+from tests.support.functions.gateway import counted, nothing_left, scheduling, submit, tokens_of
+from tests.support.functions.stage_server import StageServer, counting_stages
+
+
+def decodes(stage: StageServer) -> list[Row]:
+    return [row for seen in stage.forwards for row in seen.rows if row.position >= 2]
+
+
+def test_a_right_prediction_makes_an_answer_of_few_rounds() -> None:
+    wanted = counted([3, 4], 60)
+    with counting_stages() as stages, scheduling(stages, guesses=8) as scheduler:
+        stream = submit(scheduler, [3, 4], 60, predicted_ids=wanted)
+        assert tokens_of(stream) == wanted
+        nothing_left(stages)
+    for stage in stages:
+        assert len(decodes(stage)) <= 15, "60 tokens, most of them nine a round"
+    assert stream.guesses_agreed >= 45
+    assert stream.guesses_missed == 0
+    assert all(row.position + row.length <= 62 for row in decodes(stages[0])), "never more than is reserved"
+
+
+@pytest.mark.parametrize("wrong_at", [0, 1, 5, 20])
+def test_a_prediction_that_goes_wrong_costs_only_its_rows(wrong_at: int) -> None:
+    wanted = counted([3, 4], 40)
+    expected = [*wanted[:wrong_at], 96, 96, *wanted[wrong_at + 1 :]]
+    with counting_stages() as stages, scheduling(stages, guesses=8) as scheduler:
+        stream = submit(scheduler, [3, 4], 40, predicted_ids=expected)
+        assert tokens_of(stream) == wanted
+        assert stream.guesses_agreed >= 8, "it comes back to what was expected"
+        nothing_left(stages)
+
+
+def test_an_end_of_text_among_guesses_ends_the_answer() -> None:
+    wanted = counted([3, 4], 60)
+    end = wanted[20]
+    until = wanted[: wanted.index(end)]
+    with counting_stages() as stages, scheduling(stages, guesses=8) as scheduler:
+        stream = submit(scheduler, [3, 4], 60, predicted_ids=wanted, eos_ids=frozenset([end]))
+        assert tokens_of(stream) == until
+        assert stream.finish_reason == "stop"
+        assert stream.completion_tokens == len(until) + 1
+        nothing_left(stages)
+
+
+def test_who_is_refused_for_what_was_guessed_goes_on_without() -> None:
+    """Of a guess's hidden states none may be finite; that is not the client's fault."""
+    wanted = counted([3, 4], 30)
+    poison = next(token for token in range(97) if token not in wanted)
+    with counting_stages() as stages, scheduling(stages, guesses=8) as scheduler:
+        stages[0].group.not_a_number = poison
+        stream = submit(scheduler, [3, 4], 30, predicted_ids=[*wanted[:9], poison, *wanted[9:]])
+        assert tokens_of(stream) == wanted
+        assert stream.finish_reason == "length"
+        nothing_left(stages)
+    refused = [row for seen in stages[0].forwards for row in seen.rows if row.guesses and row.status is not Status.OK]
+    assert not refused
+    assert [row.guesses for row in decodes(stages[0])][-5:] == [0] * 5
+
+
+def test_nothing_is_guessed_where_it_is_off() -> None:
+    wanted = counted([3, 4], 20)
+    with counting_stages(1) as (stage,), scheduling([stage], guesses=0) as scheduler:
+        assert tokens_of(submit(scheduler, [3, 4], 20, predicted_ids=wanted)) == wanted
+    assert {row.guesses for row in decodes(stage)} == {0}
+
+
+# How many.
+
+
+def dear(tokens: int) -> float:
+    return float(tokens)
+
+
+def free(tokens: int) -> float:
+    return 1.0
+
+
+def test_where_rows_are_free_all_is_sent_and_where_they_are_dear_nothing() -> None:
+    assert how_many([(8, 0.5), (3, 0.9), (0, 0.0)], free) == [8, 3, 0]
+    assert how_many([(8, 0.9), (3, 0.9)], dear) == [0, 0]
+    assert how_many([(8, 0.9)], lambda tokens: None) == [0], "not before anything was measured"
+
+
+def test_the_likely_go_first_and_as_far_as_they_pay() -> None:
+    def seconds(tokens: int) -> float:
+        return 1 + 0.1 * tokens
+
+    likely, unlikely = how_many([(16, 0.95), (16, 0.2)], seconds)
+    assert likely > 4
+    assert unlikely <= 1
+
+
+def test_steps_that_jump_do_not_hide_what_lies_behind() -> None:
+    def seconds(tokens: int) -> float:
+        return 1.0 if tokens <= 1 else 1.15  # the second row costs what sixteen cost
+
+    assert how_many([(12, 0.9)], seconds) == [12]
+
+
+def test_chances_follow_what_came_true() -> None:
+    chances = Chances()
+    for _ in range(30):
+        chances.came(4, 4)
+    assert chances.of_one > 0.95
+    for _ in range(30):
+        chances.came(4, 0)
+    assert chances.of_one < 0.4
+
+
+# What rows cost.
+
+
+def test_costs_are_those_of_quick_steps_and_lines_between() -> None:
+    costs = RowCosts()
+    assert costs.seconds(1) is None
+    for waited in [0.03, 0.0, 0.05, 0.0, 0.0, 0.0]:
+        costs.step(1, 0.010 + waited)
+        costs.step(16, 0.040 + waited)
+    for _ in range(20):
+        costs.step(1, 0.010)
+        costs.step(16, 0.040)
+    assert costs.seconds(1) == pytest.approx(0.010, rel=0.1)
+    assert costs.seconds(16) == pytest.approx(0.040, rel=0.1)
+    assert costs.seconds(8) == pytest.approx(0.024, rel=0.1)
+
+
+def test_what_was_not_measured_is_tried_and_what_was_long_ago_again() -> None:
+    costs = RowCosts()
+    costs.step(1, 0.010)
+    assert costs.seconds(9) == pytest.approx(0.010 * 1.16)
+    costs.step(9, 0.100)
+    assert costs.seconds(9) == pytest.approx(0.100)
+    for _ in range(3000):
+        costs.step(1, 0.010)
+    assert costs.seconds(9) == pytest.approx(0.010 * 1.16)
+
+
+def test_a_larger_step_is_never_taken_to_be_quicker() -> None:
+    costs = RowCosts()
+    costs.step(2, 0.020)
+    costs.step(4, 0.010)
+    assert costs.seconds(4) == costs.seconds(2) == 0.020
+
+
+def test_one_micro_batch_pays_for_the_round_and_many_for_the_narrowest_stage() -> None:
+    costs = [RowCosts(), RowCosts(), RowCosts()]
+    for cost, seconds in zip(costs, [0.01, 0.03, 0.02], strict=True):
+        cost.step(1, seconds)
+    assert step_seconds(costs, 1)(1) == pytest.approx(0.06)
+    assert step_seconds(costs, 2)(1) == pytest.approx(0.03)
+    assert step_seconds(costs, 8)(1) == pytest.approx(0.03)
+    assert step_seconds([*costs, RowCosts()], 1)(1) is None
