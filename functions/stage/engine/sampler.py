@@ -33,7 +33,7 @@ def sample(
     positions: Sequence[int],
     histories: Sequence[Sequence[int]],
 ) -> list[int | None]:
-    """One token for each row of logits, float32 [n, vocab] or n of them [vocab]; None for a row whose greatest logit is not finite.
+    """One token for each row of logits, float32 [n, vocab] or n of them [vocab]; None where the greatest is not finite.
 
     positions: of the tokens that are drawn, counted in their sequences. histories: all tokens before them, prompt
     included; looked at only where there is a repetition penalty. Of equal greatest logits the lowest token is taken.

@@ -32,6 +32,14 @@ def test_what_the_openai_door_does_not_serve_it_names(
     assert response.json["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize("content", ["Hi there", [{"type": "text", "text": "Hi"}, {"type": "text", "text": " there"}]])
+def test_a_prediction_reaches_the_pipeline(client: FlaskClient, pipeline: Pipeline, content: Any) -> None:
+    """https://platform.openai.com/docs/guides/predicted-outputs"""
+    assert chat(client, prediction={"type": "content", "content": content}).status_code == 200
+    (prompt,) = pipeline.prompts
+    assert TOKENIZER.decode(prompt.predicted_ids) == "Hi there"
+
+
 def test_openai_options_reach_the_pipeline(client: FlaskClient, pipeline: Pipeline) -> None:
     parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
     fields = {"n": 1, "user": "me", "logit_bias": {}, "top_k": 3, "max_completion_tokens": 7, "max_tokens": 9, "stop": "x"}
