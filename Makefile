@@ -115,6 +115,10 @@ bench-coldstart: $(VENV)/bench.stamp $(VENV)/native.stamp ## From zero to the fi
 bench-load: $(VENV)/bench.stamp $(VENV)/native.stamp ## Conversations that come and go: 0, 1, 16, 64, 4, 0, on a pipeline that scales by itself
 	$(BIN)/python -m bench.load
 
+.PHONY: bench-guesses
+bench-guesses: $(VENV)/bench.stamp $(VENV)/native.stamp ## Several tokens a round: answers that quote and answers that do not, near and 5 ms away
+	$(BIN)/python -m bench.guesses
+
 .PHONY: soak
 soak: $(VENV)/bench.stamp $(VENV)/native.stamp ## Clients that misbehave beside honest ones, while stages are killed and hang and the store goes away (MINUTES=)
 	$(BIN)/python -m bench.soak $${MINUTES:+--minutes "$$MINUTES"}

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,12 +98,28 @@ def running_pipeline(dtype: str, state: Path) -> Iterator[RunningPipeline]:
         name = published_name(packaged_model())
         named_secrets = {_TOKEN_SECRET: {"token": TOKEN}}
         local = local_pipeline(store, read_manifest(store, name, dtype), NUM_STAGES, load_spec(spec), named_secrets)
-        log = state / "gateway.log"
-        with started([sys.executable, "-m", "functions"], log, _direct_gateway(local, stages)) as gateway:
-            direct_url = wait_for(lambda: _listening_url(log), gateway, log)
-            wait_for(lambda: _is_ready(direct_url), gateway, log)
-            pids = (run.pid, gateway.pid)
+        with gateway_beside(local, [stage.function for stage in stages], state / "gateway.log") as (direct_url, pid):
+            pids = (run.pid, pid)
             yield RunningPipeline(dtype, running.gateway_url, direct_url, stages, local, running.store, pids)
+
+
+@contextmanager
+def gateway_beside(
+    local: LocalPipeline, urls: Sequence[str], log: Path, environ: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, int]]:
+    """A gateway more, as the platform's own but for `environ`, that asks the stages at `urls`: its own URL, and its process id.
+
+    Raises DidNotStart.
+    """
+    template = gateway_service(local.pipeline)["spec"]["template"]
+    services = {local.pipeline.stage_url(index): url for index, url in enumerate(urls)}
+    told = dict(read_container(template, LocalData(local.secrets, {}, services, {}), {}).environ)
+    del told["LAMINA_KUBERNETES_API"]  # Service URLs are the stages themselves.
+    told |= {"PORT": "0", "LAMINA_LISTEN": "127.0.0.1", "LAMINA_METRICS_PORT": "0", **(environ or {})}
+    with started([sys.executable, "-m", "functions"], log, told) as gateway:
+        url = wait_for(lambda: _listening_url(log), gateway, log)
+        wait_for(lambda: _is_ready(url), gateway, log)
+        yield url, gateway.pid
 
 
 @contextmanager
@@ -208,15 +224,6 @@ def _stages(admin_url: str) -> tuple[StageUrls, ...] | None:
 def _ready_pod(service: dict[str, Any]) -> dict[str, Any] | None:
     pods = [pod for revision in service["revisions"] for pod in revision["pods"]]
     return next((pod for pod in pods if pod["phase"] == "ready"), None)
-
-
-def _direct_gateway(local: LocalPipeline, stages: tuple[StageUrls, ...]) -> dict[str, str]:
-    """The environment of the platform's own gateway, but for the watch: Service URLs are the functions themselves."""
-    template = gateway_service(local.pipeline)["spec"]["template"]
-    urls = {local.pipeline.stage_url(index): stage.function for index, stage in enumerate(stages)}
-    environ = dict(read_container(template, LocalData(local.secrets, {}, urls, {}), {}).environ)
-    del environ["LAMINA_KUBERNETES_API"]
-    return environ | {"PORT": "0", "LAMINA_LISTEN": "127.0.0.1", "LAMINA_METRICS_PORT": "0"}
 
 
 def _listening_url(log: Path) -> str | None:

@@ -1,0 +1,56 @@
+"""Questions asked of a gateway, some at a time, and what their answers took."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import aiohttp
+
+_TIMEOUT: Final = aiohttp.ClientTimeout(total=600)
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """All questions of a set, by one gateway."""
+
+    seconds: float
+    texts: tuple[str, ...]
+    tokens: int
+    accepted: int
+    """Guesses that came true, and those that did not."""
+    rejected: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+async def ask(url: str, model: str, questions: Sequence[str], max_tokens: int, at_once: int) -> Answered:
+    """Greedy. Raises aiohttp.ClientError where one is not answered."""
+    turns = asyncio.Semaphore(at_once)
+    async with aiohttp.ClientSession(timeout=_TIMEOUT, raise_for_status=True) as session:
+
+        async def one(question: str) -> tuple[str, dict[str, Any]]:
+            asked = {
+                "model": model,
+                "messages": [{"role": "user", "content": question}],
+                "temperature": 0,
+                "max_tokens": max_tokens,
+            }
+            async with turns, session.post(f"{url}/v1/chat/completions", json=asked) as reply:
+                document = await reply.json()
+            return document["choices"][0]["message"]["content"], document["usage"]
+
+        began = time.perf_counter()
+        answers = await asyncio.gather(*map(one, questions))
+        seconds = time.perf_counter() - began
+    details = [usage["completion_tokens_details"] for _, usage in answers]
+    return Answered(
+        seconds,
+        tuple(text for text, _ in answers),
+        sum(usage["completion_tokens"] for _, usage in answers),
+        sum(each["accepted_prediction_tokens"] for each in details),
+        sum(each["rejected_prediction_tokens"] for each in details),
+    )

@@ -1,0 +1,81 @@
+"""The section of docs/benchmarks.md that `bench.guesses` writes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from bench.guesses.answers import Answered
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Setting:
+    """What was asked, and how."""
+
+    dtype: str
+    questions: str
+    """quoting or free."""
+    at_once: int
+    delay_seconds: float
+    """Each way on every hop between gateway and stages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Turns of the same questions with and without guesses, taken one after the other."""
+
+    with_guesses: Sequence[Answered]
+    without: Sequence[Answered]
+
+    @property
+    def ratio(self) -> float:
+        """Tokens a second with guesses, by those without: the median of the turns."""
+        return median(one.tokens_per_second / other.tokens_per_second for one, other in zip(*self._sides(), strict=True))
+
+    @property
+    def different(self) -> int:
+        """Answers that are not those without guesses."""
+        wanted = self.without[0].texts
+        return sum(
+            text != own for turn in (*self.with_guesses, *self.without) for text, own in zip(wanted, turn.texts, strict=True)
+        )
+
+    def _sides(self) -> tuple[Sequence[Answered], Sequence[Answered]]:
+        return self.with_guesses, self.without
+
+
+def wanted(setting: Setting) -> float:
+    """The ratio that a setting is to reach."""
+    if setting.questions == "quoting" and setting.at_once == 1:
+        return 2.0 if setting.delay_seconds else 1.8
+    return 0.97
+
+
+def markdown(found: Mapping[Setting, Pair], facts: str) -> str:
+    rows = [
+        "| dtype | questions | at once | delay each way | plain tokens/s | guessing | ratio | wanted | came true | others |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for setting, pair in found.items():
+        without = median(turn.tokens_per_second for turn in pair.without)
+        guessing = median(turn.tokens_per_second for turn in pair.with_guesses)
+        accepted, rejected = (sum(getattr(turn, name) for turn in pair.with_guesses) for name in ("accepted", "rejected"))
+        share = accepted / max(1, accepted + rejected)
+        rows.append(
+            f"| {setting.dtype} | {setting.questions} | {setting.at_once} | {setting.delay_seconds * 1000:g} ms "
+            f"| {without:.1f} | {guessing:.1f} | {pair.ratio:.2f} | {wanted(setting):g} "
+            f"| {accepted} of {accepted + rejected} ({share:.0%}) | {pair.different} |"
+        )
+    kept = [_kept(found, setting) for setting in found if setting.delay_seconds and setting.at_once > 1]
+    return "\n".join(["## Several tokens a round", "", facts, "", *rows, "", *kept])
+
+
+def _kept(found: Mapping[Setting, Pair], setting: Setting) -> str:
+    """How much throughput a network leaves, guesses on."""
+    near = found.get(Setting(setting.dtype, setting.questions, setting.at_once, 0.0))
+    if near is None:
+        return ""
+    rates = [median(turn.tokens_per_second for turn in pair.with_guesses) for pair in (found[setting], near)]
+    return (
+        f"{setting.dtype}, {setting.questions}, {setting.at_once} at once: {setting.delay_seconds * 1000:g} ms each way leave "
+        f"{rates[0] / rates[1]:.2f} of the throughput without them.\n"
+    )

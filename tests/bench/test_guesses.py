@@ -1,0 +1,66 @@
+"""What the benchmark of guesses makes of its turns, and that its network delays what passes and keeps it whole."""
+
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bench.guesses import report
+from bench.guesses.answers import Answered
+from bench.guesses.delay import delayed
+from bench.guesses.report import Pair, Setting, markdown, wanted
+
+
+def answered(seconds: float, *texts: str) -> Answered:
+    return Answered(seconds, texts, tokens=100, accepted=30, rejected=10)
+
+
+def test_a_ratio_is_that_of_turns_beside_each_other_and_other_answers_are_seen() -> None:
+    pair = Pair([answered(1.0, "a", "b"), answered(2.0, "a", "c")], [answered(2.0, "a", "b"), answered(6.0, "a", "b")])
+    assert pair.ratio == pytest.approx(2.5)
+    assert pair.different == 1
+
+
+def test_the_table_says_what_came_true_and_what_a_network_leaves() -> None:
+    pair = Pair([answered(1.0, "a")], [answered(2.0, "a")])
+    slow = Pair([answered(2.0, "a")], [answered(4.0, "a")])
+    text = markdown({Setting("int8", "quoting", 16, 0.0): pair, Setting("int8", "quoting", 16, 0.005): slow}, "facts")
+    assert "| int8 | quoting | 16 | 0 ms | 50.0 | 100.0 | 2.00 | 0.97 | 30 of 40 (75%) | 0 |" in text
+    assert "5 ms each way leave 0.50 of the throughput without them" in text
+
+
+def test_what_is_wanted_depends_on_the_questions_and_the_network() -> None:
+    assert wanted(Setting("int8", "quoting", 1, 0.0)) == 1.8
+    assert wanted(Setting("int8", "quoting", 1, 0.005)) == 2.0
+    assert wanted(Setting("int8", "free", 1, 0.0)) == wanted(Setting("int8", "quoting", 16, 0.0)) == 0.97
+
+
+def test_there_are_twenty_questions_of_each_kind() -> None:
+    sets = yaml.safe_load(Path(report.__file__).with_name("prompts.yaml").read_text(encoding="utf-8"))
+    assert {name: len(set(questions)) for name, questions in sets.items()} == {"quoting": 20, "free": 20}
+
+
+def test_a_delay_is_felt_in_both_directions_and_bytes_arrive_in_order() -> None:
+    sent = bytes(range(256)) * 4096
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def echo() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                while data := connection.recv(2**16):
+                    connection.sendall(data)
+
+        thread = threading.Thread(target=echo)
+        thread.start()
+        with delayed([f"http://127.0.0.1:{listener.getsockname()[1]}"], 0.05) as (url,):
+            with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=30) as client:
+                began = time.perf_counter()
+                threading.Thread(target=lambda: (client.sendall(sent), client.shutdown(socket.SHUT_WR))).start()
+                got = b"".join(iter(lambda: client.recv(2**16), b""))
+                seconds = time.perf_counter() - began
+            thread.join(30)
+    assert got == sent
+    assert seconds >= 0.1
