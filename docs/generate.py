@@ -16,6 +16,7 @@ from knative.commands.render import rendered_files
 from knative.commands.sources.store_access import StoreOptions
 from knative.render.alerts import rule_groups
 from knative.render.dashboard import dashboard
+from knative.render.gitops import with_kustomization
 from knative.spec.kubernetes_object import to_yaml
 from knative.spec.pipeline_spec import load_spec
 
@@ -31,7 +32,7 @@ def generated() -> Iterator[tuple[Path, str]]:
     yield ROOT / "monitoring" / "dashboard.json", json.dumps(dashboard(), indent=1) + "\n"
     yield ROOT / "monitoring" / "alerts.yaml", to_yaml([{"groups": rule_groups()}])
     for spec in sorted((ROOT / "examples").glob("*/pipeline.yaml")):
-        for name, objects in rendered_files(load_spec(spec), NO_STORE).items():
+        for name, objects in with_kustomization(rendered_files(load_spec(spec), NO_STORE)).items():
             yield spec.parent / "rendered" / name, to_yaml(objects)
 
 

@@ -150,7 +150,7 @@ def _container(spec: PipelineSpec, resources: Resources, env: list[KubernetesObj
     if resources.gpu:
         amounts["nvidia.com/gpu"] = str(resources.gpu)
     return {
-        "name": "function",
+        "name": "user-container",  # Knative's own word; kn renames any other when it applies a manifest again
         "image": spec.image,
         "ports": [{"name": "http1", "containerPort": CONTAINER_PORT}],
         "env": env,

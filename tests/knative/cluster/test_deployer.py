@@ -291,6 +291,6 @@ def test_what_is_no_kubernetes_api_is_named(tmp_path: Path, api: KubernetesApi) 
 def test_logs_are_read_and_followed(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
     deployer.deploy(objects())
     api.logs["chat-00001-pod"] = "one\ntwo\n"
-    assert cluster.log_tail("default", "chat-00001-pod", "function", 10) == ["one", "two"]
-    assert list(cluster.follow_log("default", "chat-00001-pod", "function", 10)) == ["one", "two"]
-    assert cluster.log_tail("default", "unknown", "function", 10) == []
+    assert cluster.log_tail("default", "chat-00001-pod", "user-container", 10) == ["one", "two"]
+    assert list(cluster.follow_log("default", "chat-00001-pod", "user-container", 10)) == ["one", "two"]
+    assert cluster.log_tail("default", "unknown", "user-container", 10) == []

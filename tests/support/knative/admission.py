@@ -41,6 +41,9 @@ spec.traffic.*.revisionName
 spec.traffic.*.latestRevision
 spec.traffic.*.percent
 spec.traffic.*.tag
+metadata.annotations.argocd.argoproj.io/sync-options
+metadata.annotations.argocd.argoproj.io/sync-wave
+metadata.annotations.kustomize.toolkit.fluxcd.io/prune
 """
 """Fields of manifests that ran on a real cluster beside the recorded ones. Not run, but in Knative's own documents: traffic,
 annotations outside of its domains, and `optional` of a secretKeyRef."""

@@ -1,0 +1,91 @@
+"""`deploy FOLDER`: what `render` wrote, edited by hand, on a cluster; and what is no such folder."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from knative.__main__ import main
+from tests.support.knative.kubernetes_api import EVENTING, KubernetesApi
+from tests.support.knative.pipelines import DIGEST, document
+
+SINKS = {"dead_letter_sink": "http://sink.example", "reply_sink": "http://sink.example"}
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[KubernetesApi]:
+    server = KubernetesApi()
+    keys = {"AWS_ACCESS_KEY_ID": "eA==", "AWS_SECRET_ACCESS_KEY": "eA=="}
+    metadata = {"name": "lamina-store", "namespace": "default"}
+    server.put({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": keys})
+    (tmp_path / "kubeconfig").write_text(server.kubeconfig())
+    yield server
+    server.close()
+
+
+def rendered(tmp_path: Path, *arguments: str, **changes: Any) -> Path:
+    spec, out = tmp_path / "pipeline.yaml", tmp_path / "manifests"
+    spec.write_text(yaml.safe_dump(document(model={"name": "smollm2", "digest": DIGEST}, **changes)))
+    result = CliRunner().invoke(main, ["render", str(spec), "--output", str(out), *arguments])
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def deploy(tmp_path: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(main, ["deploy", *arguments, "--kubeconfig", str(tmp_path / "kubeconfig")])
+
+
+def test_an_edited_folder_goes_out_and_the_spec_then_differs_by_the_edit_alone(api: KubernetesApi, tmp_path: Path) -> None:
+    out = rendered(tmp_path, "--gitops")
+    stage = (out / "stage-1.yaml").read_text()
+    (out / "stage-1.yaml").write_text(stage.replace('max-scale: "10"', 'max-scale: "4"'))
+    assert (out / "stage-1.yaml").read_text() != stage
+    result = deploy(tmp_path, str(out))
+    assert (result.exit_code, result.stdout) == (0, "http://chat.default.example\n"), result.output
+    assert [name for name in api.applied if name in api.named("services")][-1] == "chat"
+    (found,) = (each for each in api.found("services", {}) if each["metadata"]["name"].endswith("-s1"))
+    assert found["spec"]["template"]["metadata"]["annotations"]["autoscaling.knative.dev/max-scale"] == "4"
+    assert api.named("serviceaccounts") == ["chat-gateway"], "what prunes belongs to a controller of manifests"
+    difference = deploy(tmp_path, str(tmp_path / "pipeline.yaml"), "--dry-run", "server").stdout
+    assert [line for line in difference.splitlines() if "max-scale" in line] == [
+        '-        autoscaling.knative.dev/max-scale: "4"',
+        '+        autoscaling.knative.dev/max-scale: "10"',
+    ]
+
+
+def test_the_gateway_for_events_is_not_taken_for_the_gateway(api: KubernetesApi, tmp_path: Path) -> None:
+    api.kinds |= EVENTING
+    assert deploy(tmp_path, str(rendered(tmp_path, eventing=SINKS))).stdout == "http://chat.default.example\n"
+
+
+def test_a_folder_that_a_kustomization_changes_is_to_be_built_first(tmp_path: Path) -> None:
+    out = rendered(tmp_path)
+    with (out / "kustomization.yaml").open("a") as file:
+        file.write("nameSuffix: -mine\n")
+    result = deploy(tmp_path, str(out))
+    assert result.exit_code == 1
+    assert "kustomization.yaml: nameSuffix changes what is applied; build it first: kubectl kustomize" in result.output
+
+
+def test_two_pipelines_in_one_folder_are_refused(tmp_path: Path) -> None:
+    out = rendered(tmp_path)
+    document = (out / "stage-0.yaml").read_text()
+    (out / "stage-9.yaml").write_text(document.replace("lamina.dev/pipeline: ", "lamina.dev/pipeline: f"))
+    result = deploy(tmp_path, str(out))
+    assert "lamina.dev/pipeline differs among the objects" in result.output
+
+
+def test_any_other_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    result = deploy(tmp_path, str(tmp_path / "empty"))
+    assert (result.exit_code, result.output) == (
+        1,
+        f"Error: {tmp_path / 'empty'}: 0 gateways are in it, one is wanted; is this what `render --output` wrote?\n",
+    )
+
+
+def test_an_image_belongs_to_a_spec(tmp_path: Path) -> None:
+    assert deploy(tmp_path, str(rendered(tmp_path)), "--image", "registry.example/other:1").exit_code == 2

@@ -1,0 +1,180 @@
+"""What a controller of manifests gets: a kustomization, waves, what it must not prune, and the Job that prunes instead."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from knative.__main__ import main
+from knative.cluster.client import Cluster, Ref
+from knative.render.gitops import for_gitops, prune_objects
+from knative.render.prune_script import is_ready
+from knative.render.rendering import render
+from knative.webhook.check import is_knative_service, validate, warnings
+from tests.support.functions.functions import wait_until
+from tests.support.knative.kubernetes_api import KubernetesApi
+from tests.support.knative.pipelines import DIGEST, document, rendered_pipeline, resolved_pipeline
+
+ARGO = "argocd.argoproj.io/"
+OTHER = "e" * 64
+EVENTING = {"dead_letter_sink": "http://sink.example", "reply_sink": "http://sink.example"}
+
+
+def folder(tmp_path: Path, *arguments: str, **changes: Any) -> Path:
+    spec = tmp_path / "pipeline.yaml"
+    spec.write_text(yaml.safe_dump(document(model={"name": "smollm2", "digest": DIGEST}, **changes)))
+    out = tmp_path / "manifests"
+    result = CliRunner().invoke(main, ["render", str(spec), "--output", str(out), *arguments])
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def objects(out: Path) -> list[dict[str, Any]]:
+    (names,) = yaml.safe_load_all((out / "kustomization.yaml").read_text())
+    return [each for name in names["resources"] for each in yaml.safe_load_all((out / name).read_text())]
+
+
+def test_the_kustomization_names_every_other_file(tmp_path: Path) -> None:
+    out = folder(tmp_path, "--gitops", eventing=EVENTING)
+    named = set(yaml.safe_load((out / "kustomization.yaml").read_text())["resources"])
+    assert named | {"kustomization.yaml"} == {path.name for path in out.iterdir()}
+    assert "prune.yaml" in named
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl (Debian: kubernetes-client)")
+@pytest.mark.parametrize("gitops", [(), ("--gitops",)])
+def test_kubectl_makes_of_it_what_was_rendered(tmp_path: Path, gitops: tuple[str, ...]) -> None:
+    out = folder(tmp_path, *gitops, eventing=EVENTING)
+    built = subprocess.run(["kubectl", "kustomize", str(out)], capture_output=True, text=True, timeout=60, check=True).stdout
+    by_name = {(each["kind"], each["metadata"]["name"]): each for each in yaml.safe_load_all(built)}
+    assert by_name == {(each["kind"], each["metadata"]["name"]): each for each in objects(out)}
+
+
+def test_without_it_nothing_is_annotated(tmp_path: Path) -> None:
+    assert all(ARGO not in key for each in objects(folder(tmp_path)) for key in each["metadata"].get("annotations", {}))
+
+
+def test_stages_come_before_the_gateway_and_eventing_after_it(tmp_path: Path) -> None:
+    waves = {
+        f"{each['kind']} {each['metadata']['name']}": int(each["metadata"]["annotations"][ARGO + "sync-wave"])
+        for each in objects(folder(tmp_path, "--gitops", eventing=EVENTING))
+        if ARGO + "sync-wave" in each["metadata"].get("annotations", {})
+    }
+    found = [wave for name, wave in waves.items() if name[:-1].endswith("-s")]
+    assert len(found) == 3
+    assert max(found) < waves["Service chat"] < min(waves["Broker chat"], waves["Trigger chat-generate"])
+
+
+def test_what_carries_a_fingerprint_is_not_the_controllers_to_prune(tmp_path: Path) -> None:
+    found = objects(folder(tmp_path, "--gitops", eventing=EVENTING))
+    kept = {each["metadata"]["name"] for each in found if "Prune=false" in _option(each)}
+    fingerprint = resolved_pipeline().fingerprint[:8]
+    assert kept == {f"chat-{fingerprint}{end}" for end in ("-s0", "-s1", "-s2", "-ev", "")}
+    assert all(each["metadata"]["annotations"]["kustomize.toolkit.fluxcd.io/prune"] for each in found if _option(each))
+
+
+def _option(manifest: dict[str, Any]) -> str:
+    option: str = manifest["metadata"].get("annotations", {}).get(ARGO + "sync-options", "")
+    return option
+
+
+def test_knative_takes_the_annotated_services_and_makes_no_new_revision_of_them() -> None:
+    pipeline = resolved_pipeline()
+    plain, marked = render(pipeline), for_gitops(pipeline, render(pipeline))
+    for name, found in plain.items():
+        for before, after in zip(found, marked[name], strict=True):
+            if is_knative_service(after):
+                assert (validate(after), warnings(after)) == ([], [])
+                assert after["spec"] == before["spec"]
+
+
+@pytest.fixture
+def api() -> Iterator[KubernetesApi]:
+    server = KubernetesApi()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def cluster(api: KubernetesApi, tmp_path: Path) -> Cluster:
+    (tmp_path / "kubeconfig").write_text(api.kubeconfig())
+    return Cluster.connect(str(tmp_path / "kubeconfig"))
+
+
+def sync(cluster: Cluster, digest: str = DIGEST) -> None:
+    """As a controller of manifests does it: everything is applied, nothing pruned; done when the gateway is Ready."""
+    for each in rendered_pipeline(digest):
+        cluster.apply(each, force=True)
+    gateway = Ref("serving.knative.dev/v1", "Service", "default", "chat")
+    wait_until(lambda: is_ready(cluster.get(gateway)))
+
+
+def stages(api: KubernetesApi, digest: str) -> set[str]:
+    names = set(resolved_pipeline(digest).stage_names)
+    return {name for name in api.named("services") if name in names}
+
+
+def start_job(api: KubernetesApi, digest: str, seconds: float = 20) -> "subprocess.Popen[str]":
+    """The Job's own command, as the rendered manifest has it, against the stand-in."""
+    (job,) = (each for each in prune_objects(resolved_pipeline(digest)) if each["kind"] == "Job")
+    _, *command = job["spec"]["template"]["spec"]["containers"][0]["command"]
+    command = [sys.executable, *command[:-1], str(seconds), api.url]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_the_job_deletes_the_old_stages_and_nothing_else(api: KubernetesApi, cluster: Cluster) -> None:
+    sync(cluster)
+    sync(cluster, OTHER)
+    before = set(api.named("services"))
+    with start_job(api, OTHER) as job:
+        assert job.wait(60) == 0
+    assert before - set(api.named("services")) == set(resolved_pipeline(DIGEST).stage_names)
+
+
+def test_the_job_waits_for_answers_of_an_old_gateway(api: KubernetesApi, cluster: Cluster) -> None:
+    sync(cluster)
+    sync(cluster, OTHER)
+    labels = next(each for each in rendered_pipeline(DIGEST) if each["metadata"]["name"] == "chat")["metadata"]["labels"]
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "old", "namespace": "default", "labels": labels}}
+    api.put(pod | {"status": {"phase": "Running"}})
+    with start_job(api, OTHER) as job:
+        with pytest.raises(subprocess.TimeoutExpired):
+            job.wait(4)
+        assert len(stages(api, DIGEST)) == 3
+        api.put(pod | {"status": {"phase": "Succeeded"}})
+        assert job.wait(60) == 0
+    assert stages(api, DIGEST) == set()
+    assert len(stages(api, OTHER)) == 3
+
+
+def test_the_job_says_what_it_waited_for_in_vain(api: KubernetesApi, cluster: Cluster) -> None:
+    sync(cluster)
+    sync(cluster, OTHER)
+    labels = next(each for each in rendered_pipeline(DIGEST) if each["metadata"]["name"] == "chat")["metadata"]["labels"]
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "old", "namespace": "default", "labels": labels}}
+    api.put(pod | {"status": {"phase": "Running"}})
+    with start_job(api, OTHER, seconds=1) as job:
+        output, _ = job.communicate(timeout=60)
+        assert job.returncode == 1
+    assert "still finish answers" in output
+    assert len(stages(api, DIGEST)) == 3
+
+
+def test_a_job_of_a_pipeline_that_was_replaced_again_leaves_all_alone(api: KubernetesApi, cluster: Cluster) -> None:
+    sync(cluster)
+    sync(cluster, OTHER)
+    with start_job(api, DIGEST) as job:
+        assert job.wait(60) == 0
+    assert len(stages(api, DIGEST)) == len(stages(api, OTHER)) == 3
+
+
+def test_the_container_is_named_as_kn_names_it_when_it_applies_a_manifest_again() -> None:
+    """Any other name made a new revision of every Service at the second `make deploy-kn`."""
+    for each in filter(is_knative_service, rendered_pipeline()):
+        assert [container["name"] for container in each["spec"]["template"]["spec"]["containers"]] == ["user-container"]
