@@ -137,6 +137,12 @@ class GatewayConfig(CommonConfig):
         secret=True,
         closes=True,
     )
+    access_log: str = setting(
+        "LAMINA_ACCESS_LOG",
+        parsers.one_of("on", "off", "prompts"),
+        "a line of JSON for each request, with tokens, times and status; prompts: with what was asked and answered, too",
+        "on",
+    )
     proxies: int = setting(
         "LAMINA_PROXIES",
         parsers.integer(0, 16),

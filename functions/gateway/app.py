@@ -1,15 +1,17 @@
 """The gateway over HTTP: two doors, one core behind both."""
 
 import logging
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from flask import Flask, Request, g, request
+from flask import Flask, Request, Response, g, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from eventing.claim_check import ClaimCheck
 from eventing.problems import EventTooLarge, Problem
 from functions.configuration.config import GatewayConfig
+from functions.gateway.doors.access_log import AccessLog
 from functions.gateway.doors.answers import Answers
 from functions.gateway.doors.clients import Clients
 from functions.gateway.doors.events import EventDoor
@@ -26,6 +28,12 @@ _log: Final = logging.getLogger(__name__)
 
 MAX_REQUEST_BYTES: Final = 2**23
 """Far beyond any context."""
+_SECURITY_HEADERS: Final = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
 
 
 class _Counting(Flask):
@@ -54,8 +62,13 @@ def _outcome(error: Exception) -> str | None:
     return error.name if isinstance(error, Problem) else Problem.name
 
 
-def create_app(config: GatewayConfig, answers: Callable[[], Answers], metrics: GatewayMetrics) -> Flask:
-    """`answers` raises NotReady until there is one."""
+def create_app(
+    config: GatewayConfig,
+    answers: Callable[[], Answers],
+    metrics: GatewayMetrics,
+    write_line: Callable[[str], object] = lambda line: print(line, file=sys.stderr, flush=True),
+) -> Flask:
+    """`answers` raises NotReady until there is one. write_line: of the access log."""
     app = _Counting(metrics)
     app.config["MAX_CONTENT_LENGTH"] = MAX_REQUEST_BYTES
     add_problem_handlers(app)
@@ -64,9 +77,21 @@ def create_app(config: GatewayConfig, answers: Callable[[], Answers], metrics: G
     claims = ClaimCheck(PayloadStore(config.store), config.store.bucket)
     scores = ScoreEntry(lambda: answers().text, claims, pipeline=config.pipeline, source=source, token=config.pipeline_token)
     entry = scores if config.scores == "on" else None
+    app.after_request(_closed)
+    if config.access_log != "off":
+        app.wsgi_app = AccessLog(app.wsgi_app, write_line, with_prompts=config.access_log == "prompts")  # type: ignore[method-assign]
     EventDoor(answers, clients, claims, entry, source, config.request_timeout_seconds).register(app)
     OpenAIDoor(answers, clients, config.model, config.pipeline, config.request_timeout_seconds).register(app)
     return app
+
+
+def _closed(response: Response) -> Response:
+    """What a browser makes of a reply: nothing. Other origins are told nothing, which is what they need to read none (CORS)."""
+    for name, value in _SECURITY_HEADERS.items():
+        response.headers.setdefault(name, value)
+    if "request_id" in g:
+        response.headers["X-Request-Id"] = g.request_id
+    return response
 
 
 def gateway_admission(config: GatewayConfig) -> "Callable[[WSGIEnvironment], int]":

@@ -261,6 +261,7 @@ def _gateway_env(pipeline: ResolvedPipeline, api_keys_secret: str | None, scores
             LAMINA_NAMESPACE=pipeline.spec.namespace,
             LAMINA_POD_NETWORK=gateway.pod_network,
             LAMINA_POD_PORT=gateway.pod_port,
+            LAMINA_ACCESS_LOG=gateway.access_log,
             LAMINA_PROXIES=gateway.proxies,
             LAMINA_SCORES=scores,
         ),

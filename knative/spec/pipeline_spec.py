@@ -110,6 +110,8 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     timeout_seconds: Annotated[int, Meta(ge=1, le=600)] = 600
     api_keys_secret: str | None = None
     """Secret whose key `api-keys` holds comma-separated bearer keys. Unset: open to whoever reaches it."""
+    access_log: Annotated[str, Meta(pattern="^(on|off|prompts)$")] | None = None
+    """A line of JSON for each request; `prompts`: with what was asked and answered. Unset: on."""
     proxies: Annotated[int, Meta(ge=0, le=16)] | None = None
     """That every request passes and that add to X-Forwarded-For, queue-proxy among them. Unset: that one."""
     service_account: str | None = None

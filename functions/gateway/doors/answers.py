@@ -210,6 +210,22 @@ class Answer:
             timings=timings,
         )
 
+    @property
+    def text(self) -> str:
+        """What was given out so far."""
+        return "".join(self._text)
+
+    def account(self) -> dict[str, object]:
+        """For the access log, once it is closed: how it ended, what it took."""
+        timings = self._timings(completion_tokens := self._completion_tokens())
+        return {
+            "outcome": self._outcome(),
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "first_token_seconds": round(timings.time_to_first_token_seconds, 4) if completion_tokens else None,
+            "replays": timings.replays,
+        }
+
     def _take(self, token_id: int) -> None:
         self._measure()
         self._metrics.tokens.inc()

@@ -20,6 +20,7 @@ from eventing.problems import Problem, UnknownEventType
 from eventing.wire.cloud_event import check_not_expired, expiry_time, json_data, json_event, reply_id, reply_seed
 from eventing.wire.events import Attribute, EventType
 from eventing.wire.generation import ErrorEvent, GenerateRequest
+from functions.gateway.doors.access_log import entry
 from functions.gateway.doors.answers import Answer, Answers, Asker
 from functions.gateway.doors.clients import Clients
 from functions.gateway.doors.scoring import ScoreEntry
@@ -51,14 +52,14 @@ class EventDoor:
 
     def _receive(self) -> Response:
         began = arrived()
-        client_id = self._clients.identify(request)
+        client_id = entry().client_id = self._clients.identify(request)
         event = from_http(request.headers.items(), request.get_data(cache=False))
         if event.get_type() not in (EventType.GENERATE_REQUEST, EventType.SCORE_REQUEST):
             raise UnknownEventType(
                 f"{event.get_type()!r} is not served by a gateway, which serves {EventType.GENERATE_REQUEST} and "
                 f"{EventType.SCORE_REQUEST}"
             )
-        g.request_id = reply_id(event)
+        g.request_id = entry().request_id = reply_id(event)
         check_not_expired(event, datetime.now(UTC))
         event = self._claims.redeem(event)
         if event.get_type() == EventType.SCORE_REQUEST:
@@ -85,7 +86,8 @@ class EventDoor:
             client_gone(),
             _trace(event),
         )
-        answer = self._answers().begin(data, asker)
+        entry().wanted = data
+        entry().answer = answer = self._answers().begin(data, asker)
         g.answering = True
         if _wants_stream():
             return stream_response(answer, self._stream(event, answer), partial(self._failure, event))

@@ -13,6 +13,7 @@ from flask import Blueprint, Flask, Response, g, request
 from eventing.http.sse import HEARTBEAT, encode_sse
 from eventing.problems import MalformedEvent, Problem
 from eventing.wire.generation import GenerateRequest, Usage
+from functions.gateway.doors.access_log import entry
 from functions.gateway.doors.answers import Answer, Answers, Asker
 from functions.gateway.doors.clients import Clients
 from functions.gateway.doors.openai_types import ChatRequest, CompletionRequest
@@ -133,11 +134,11 @@ class OpenAIDoor:
 
     def _answer(self, type_: type[R], shape: Shape) -> Response:
         began = arrived()
-        client_id = self._clients.identify(request)
+        client_id = entry().client_id = self._clients.identify(request)
         asked = _read(type_)
         if asked.model != self._model:
             return self._model_not_found(asked.model)
-        g.request_id = id_ = shape.id_prefix + secrets.token_hex(12)
+        g.request_id = entry().request_id = id_ = shape.id_prefix + secrets.token_hex(12)
         envelope = Envelope(shape, id_, int(time.time()), self._model, self._pipeline)
         answer = self._begin(asked.generate_request(), id_, client_id, began)
         g.answering = True
@@ -149,7 +150,9 @@ class OpenAIDoor:
     def _begin(self, wanted: GenerateRequest, id_: str, client_id: str, began: float) -> Answer:
         trace = read_traceparent(request.headers.get("traceparent"))
         asker = Asker(id_, client_id, secrets.randbits(63), self._timeout_seconds, began, client_gone(), trace)
-        return self._answers().begin(wanted, asker)
+        entry().wanted = wanted
+        entry().answer = answer = self._answers().begin(wanted, asker)
+        return answer
 
     def _model_document(self) -> dict[str, Any]:
         return {"id": self._model, "object": "model", "created": self._started, "owned_by": "lamina"}

@@ -53,7 +53,9 @@ def test_functions_accept_every_rendered_environment() -> None:
     }
     knobs = dict.fromkeys(("micro_batch_sequences", "chunk_tokens", "queue_limit"), 16)
     waits = dict.fromkeys(("cold_start_timeout_seconds", "request_timeout_seconds", "step_timeout_seconds"), 30.5)
-    full = pipeline(stage=everything, gateway={**knobs, **waits, "api_keys_secret": "keys", "proxies": 2})
+    full = pipeline(
+        stage=everything, gateway={**knobs, **waits, "api_keys_secret": "keys", "proxies": 2, "access_log": "prompts"}
+    )
     for variant in (pipeline(), full):
         configs = [read_config(environment(service)) for service in services(variant)]
         assert [config.pipeline for config in configs] == [variant.fingerprint] * 4
@@ -62,6 +64,7 @@ def test_functions_accept_every_rendered_environment() -> None:
     assert [config.sleep_seconds for config in configs if isinstance(config, StageConfig)] == [0.03, 0.09, 0.03]
     gateway = configs[-1]
     assert isinstance(gateway, GatewayConfig)
+    assert gateway.access_log == "prompts"
     assert gateway.stages[1] == ((10, 20), f"http://chat-{full.fingerprint[:8]}-s1.models.svc.cluster.local")
     assert gateway.api_keys == ("secret",)
     assert (gateway.proxies, gateway.scores) == (2, "off")

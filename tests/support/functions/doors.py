@@ -81,12 +81,12 @@ def refuse(problem: Problem) -> Script:
     return script
 
 
-def client_of(pipeline: Pipeline, **environ: str) -> FlaskClient:
+def client_of(pipeline: Pipeline, write_line: Callable[[str], object] = lambda _: None, **environ: str) -> FlaskClient:
     config = read_config(GATEWAY | environ)
     assert isinstance(config, GatewayConfig)
     text = ModelText(TOKENIZER, ChatTemplate(CHAT_TEMPLATE, {}), frozenset([END]), CONTEXT)
     answers = Answers(text, pipeline, pipeline.metrics)
-    return create_app(config, lambda: answers, pipeline.metrics).test_client()
+    return create_app(config, lambda: answers, pipeline.metrics, write_line).test_client()
 
 
 def ask(client: FlaskClient, data: Any, **headers: str) -> TestResponse:
