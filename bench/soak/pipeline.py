@@ -14,7 +14,7 @@ from knative.local.kubelet.pods import PodTiming
 from knative.local.platform import ROOT, Platform, PlatformOptions
 from knative.local.state_folder import RunningPlatform, StateFolder
 from knative.render.services import services
-from knative.spec.pipeline_spec import Autoscaling, Gateway, Model, PipelineSpec, Resources, Stage
+from knative.spec.pipeline_spec import Autoscaling, Gateway, GatewayAutoscaling, Model, PipelineSpec, Resources, Stage
 from knative.spec.pipeline_spec import Store as StoreSpec
 from storage.store.embedded import EmbeddedStore
 from storage.store.settings import StoreSettings
@@ -38,7 +38,7 @@ def spec_of(stages: int) -> PipelineSpec:
         gateway=Gateway(
             micro_batch_sequences=16,
             api_keys_secret=KEYS_SECRET,
-            autoscaling=Autoscaling(container_concurrency=0, target=100, min_scale=1, max_scale=1),
+            autoscaling=GatewayAutoscaling(min_scale=1, max_scale=1),
         ),
         store=StoreSpec(endpoint="http://127.0.0.1"),
     )

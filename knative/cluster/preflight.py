@@ -11,6 +11,8 @@ from knative.cluster.client import Cluster, Ref
 from knative.cluster.errors import ClusterError, KindMissing, NotPermitted, PreflightFailed
 from knative.cluster.pipeline_token import wanted_secrets
 from knative.spec.kubernetes_object import KubernetesObject
+from knative.webhook.check import is_knative_service, missing_flags
+from knative.webhook.feature_flags import FeatureFlags, read_features
 
 OLDEST_KNATIVE: Final = (1, 10)
 """The oldest whose webhook takes every field that we render."""
@@ -31,6 +33,7 @@ def check(cluster: Cluster, objects: list[KubernetesObject], say: Callable[[str]
         *map(str, missing),
         *_found_out(say, lambda: _old_version(cluster)),
         *_found_out(say, lambda: _no_hpa(cluster, objects)),
+        *_found_out(say, lambda: _missing_features(cluster, objects)),
         *_found_out(say, lambda: _missing_secrets(cluster, objects)),
         *_found_out(say, lambda: [] if missing else _missing_sinks(cluster, objects)),
     ]
@@ -71,6 +74,28 @@ def _old_version(cluster: Cluster) -> Iterator[str]:
     if match and (int(match[1]), int(match[2])) < OLDEST_KNATIVE:
         oldest = ".".join(map(str, OLDEST_KNATIVE))
         yield f"Knative Serving {version} is too old; upgrade it to {oldest} or newer"
+
+
+def _missing_features(cluster: Cluster, objects: list[KubernetesObject]) -> Iterator[str]:
+    """Fields of pods that the webhook lets through only where a flag of config-features says so."""
+    wanted: dict[str, list[str]] = {}
+    features: FeatureFlags | None = None
+    for service in filter(is_knative_service, objects):
+        if missing_flags(service):  # by Knative's defaults: the cluster is asked only where it matters
+            features = features or _features(cluster)
+            for flag, field in missing_flags(service, features).items():
+                wanted.setdefault(flag, []).append(f"{service['metadata']['name']} sets {field.rpartition('.')[2]}")
+    for flag, who in wanted.items():
+        patch = f"""'{{"data":{{"{flag}":"enabled"}}}}'"""
+        yield (
+            f"{', '.join(who)}, which needs Knative's feature {flag}; enable it with: "
+            f"kubectl -n {_SYSTEM_NAMESPACE} patch configmap config-features --type merge -p {patch}"
+        )
+
+
+def _features(cluster: Cluster) -> FeatureFlags:
+    found = cluster.get(Ref("v1", "ConfigMap", _SYSTEM_NAMESPACE, "config-features"))
+    return FeatureFlags() if found is None else read_features(found)
 
 
 def _no_hpa(cluster: Cluster, objects: list[KubernetesObject]) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """`python -m knative plan`: where a model would be cut, and what each stage will need."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -10,35 +11,62 @@ from eventing.wire.events import Cut
 from functions.gateway.scheduling.limits import Limits
 from knative.commands.sources.store_access import StoreOptions, open_store, store_options
 from knative.commands.terminal.console import show_table, size
+from knative.commands.terminal.pod_table import show_pods
 from knative.spec.cut import cut_evenly, format_cut, parse_cut
+from knative.spec.memory import check_memory
 from knative.spec.model_shape import ModelShape, published_shape, shape_from_folder
-from knative.spec.pipeline_spec import DTYPES, Autoscaling
+from knative.spec.pipeline_spec import DTYPES, PipelineSpec, Stage, load_spec
 from knative.spec.stage_plan import StagePlan, plan_stages, replicas_for
 from storage.models.model_repository import read_manifest
 
 
 @click.command()
-@click.option("--model", required=True, help="A Hugging Face folder (its config.json is enough), or a published name.")
+@click.argument("spec_file", metavar="[SPEC]", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--model", help="A Hugging Face folder (its config.json is enough), or a published name.  [default: the spec's]")
 @click.option("--stages", type=click.IntRange(min=1), default=3, show_default=True, help="How many groups of layers.")
 @click.option("--cut", "cut_text", help="Your own cut instead, such as 0:10,10:20,20:30.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
 @click.option("--conversations", type=click.IntRange(min=1), help="Also: replicas that so many at once will ask for.")
 @store_options
-def plan(model: str, stages: int, cut_text: str | None, dtype: str, conversations: int | None, store: StoreOptions) -> None:
-    """Show where a model would be cut, and what each stage will need.
+def plan(
+    spec_file: Path | None,
+    model: str | None,
+    stages: int,
+    cut_text: str | None,
+    dtype: str,
+    conversations: int | None,
+    store: StoreOptions,
+) -> None:
+    """Show where a model would be cut, and what each stage will need; with SPEC, what each is given.
 
     \b
     python -m knative plan --model ./Llama-2-13b-hf --stages 4
     python -m knative plan --model smollm2-135m-instruct --stages 3 --dtype int8
     python -m knative plan --model ./Llama-2-13b-hf --stages 4 --conversations 64
+    python -m knative plan pipeline.yaml --model ./Llama-2-13b-hf
     """
-    shape = _shape(model, dtype, store)
-    cut = parse_cut(cut_text, "--cut") if cut_text else cut_evenly(shape, stages)
+    spec = None if spec_file is None else load_spec(spec_file)
+    if model is None and spec is None:
+        raise click.UsageError("--model or SPEC says of which model")
+    shape = _shape(model or spec.model.name, dtype if spec is None else spec.model.dtype, store)  # type: ignore[union-attr]
+    cut = _cut(shape, stages, cut_text, spec)
     plans = plan_stages(shape, cut)
+    given = (Stage(),) * len(cut) if spec is None else spec.stages_of(cut)
     console = Console()
     _show(console, shape, cut, plans)
+    if spec is not None:
+        show_pods(console, plans, given, spec.gateway)
     if conversations is not None:
-        _show_replicas(console, plans, conversations)
+        _show_replicas(console, plans, given, spec, conversations)
+    if spec is not None:
+        check_memory(given, [each.weight_bytes for each in plans])
+
+
+def _cut(shape: ModelShape, stages: int, cut_text: str | None, spec: PipelineSpec | None) -> Cut:
+    text = cut_text or (spec and spec.cut)
+    if text:
+        return parse_cut(text, "--cut" if cut_text else "$.cut")
+    return cut_evenly(shape, stages if spec is None else spec.stages or stages)
 
 
 def _shape(model: str, dtype: str, store: StoreOptions) -> ModelShape:
@@ -72,14 +100,25 @@ def _show(console: Console, shape: ModelShape, cut: Cut, plans: tuple[StagePlan,
     console.out(f"weights: {size(total)} in all; a hop carries {plans[0].hop_bytes_per_token} bytes per token", highlight=False)
 
 
-def _show_replicas(console: Console, plans: tuple[StagePlan, ...], conversations: int) -> None:
-    scaling = Autoscaling()
-    per_pod = (scaling.target or 2) * scaling.target_utilization_percentage / 100
-    micro_batch = Limits().micro_batch_sequences
-    replicas = replicas_for(plans, conversations, micro_batch, per_pod, scaling.max_scale)
+def _show_replicas(
+    console: Console, plans: tuple[StagePlan, ...], stages: Sequence[Stage], spec: PipelineSpec | None, conversations: int
+) -> None:
+    scalings = [stage.autoscaling for stage in stages]
+    if any(scaling.autoscaler_class == "hpa" for scaling in scalings):
+        console.out("replicas: by CPU where the class is hpa, which conversations do not tell", highlight=False)
+        return
+    per_pod = [(each.target or each.default_target) * each.target_utilization_percentage / 100 for each in scalings]
+    most = [each.max_scale for each in scalings]
+    micro_batch = (spec and spec.gateway.micro_batch_sequences) or Limits().micro_batch_sequences
+    replicas = replicas_for(plans, conversations, micro_batch, per_pod, most)
     text = ", ".join(f"stage {plan.index}: {count}" for plan, count in zip(plans, replicas, strict=True))
     console.out(
         f"replicas for {conversations} conversations in micro-batches of at most {micro_batch}, "
-        f"{per_pod:g} in flight for each pod, at most {scaling.max_scale}: {text}",
+        f"{_alike(per_pod)} in flight for each pod, at most {_alike(most)}: {text}",
         highlight=False,
     )
+
+
+def _alike(numbers: Sequence[float]) -> str:
+    """One number, where all are the same."""
+    return "/".join(f"{each:g}" for each in (numbers[:1] if len(set(numbers)) == 1 else numbers))

@@ -1,8 +1,10 @@
 """From a PipelineSpec to objects that Knative accepts: what the spec leaves open is asked of the store."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Final
 
 from eventing.wire.events import Cut
+from knative.render.disruption import disruption_budgets
 from knative.render.eventing import eventing_objects
 from knative.render.monitoring import monitoring_objects
 from knative.render.network_policy import network_policies
@@ -10,10 +12,16 @@ from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import events_gateway_service, gateway_access, gateway_service, services, stage_service
 from knative.spec.cut import cut_evenly, parse_cut
 from knative.spec.kubernetes_object import KubernetesObject
+from knative.spec.memory import check_memory
 from knative.spec.model_shape import ModelShape
 from knative.spec.pipeline_spec import PipelineSpec
+from knative.spec.stage_plan import plan_stages
 from knative.webhook.check import validate, warnings
+from knative.webhook.feature_flags import POD_FIELDS, FeatureFlags
 from storage.models.model_repository import ModelManifest
+
+_LET_THROUGH: Final = FeatureFlags(dict.fromkeys(POD_FIELDS.values(), "enabled"))
+"""What a spec says of pods is asked for on purpose; `deploy` holds it to the cluster's own flags, and `check` to any."""
 
 
 class RenderFailed(Exception):
@@ -21,10 +29,12 @@ class RenderFailed(Exception):
 
 
 def render(pipeline: ResolvedPipeline) -> dict[str, list[KubernetesObject]]:
-    """File name → objects, in the order in which they are applied: access, network, monitoring, stages, gateways, eventing."""
+    """File name → objects, in the order in which they are applied: what is around the pods, stages, gateways, eventing."""
     files = {"access.yaml": gateway_access(pipeline)} if pipeline.spec.gateway.service_account is None else {}
     if pipeline.spec.network.policies:
         files["network.yaml"] = network_policies(pipeline)
+    if budgets := disruption_budgets(pipeline):
+        files["disruption.yaml"] = budgets
     if pipeline.spec.monitoring is not None:
         files["monitoring.yaml"] = monitoring_objects(pipeline)
     for index in range(len(pipeline.cut)):
@@ -37,28 +47,36 @@ def render(pipeline: ResolvedPipeline) -> dict[str, list[KubernetesObject]]:
 
 
 def resolve(spec: PipelineSpec, manifest: Callable[[], tuple[ModelManifest, ModelShape]]) -> ResolvedPipeline:
-    """manifest: called only where the spec pins neither digest nor cut. Raises what it raises, TooManyStages, RenderFailed."""
+    """manifest: called only where the spec pins neither digest nor cut. Raises what it raises, TooManyStages, SpecError (an
+    override for no stage, too little memory), RenderFailed."""
     if spec.cut is not None and spec.model.digest is not None:
-        return checked(ResolvedPipeline(spec, parse_cut(spec.cut), spec.model.digest))
+        pinned = ResolvedPipeline(spec, parse_cut(spec.cut), spec.model.digest)
+        check_memory(pinned.stages, [None] * len(pinned.cut))
+        return checked(pinned)
     published, shape = manifest()
     if spec.model.digest not in (None, published.digest):
         raise RenderFailed(
             f"$.model.digest: {spec.model.digest} is pinned, but {spec.model.name} as {spec.model.dtype} in the store has "
             f"{published.digest}; pin that, or publish the pinned weights again"
         )
-    return checked(ResolvedPipeline(spec, _cut(spec, shape), published.digest))
+    pipeline = ResolvedPipeline(spec, _cut(spec, shape), published.digest)
+    check_memory(pipeline.stages, [plan.weight_bytes for plan in plan_stages(shape, pipeline.cut)])
+    return checked(pipeline)
 
 
 def checked(pipeline: ResolvedPipeline) -> ResolvedPipeline:
     """Raises RenderFailed for what Knative refuses, and for what it accepts in silence although it is surely a mistake."""
     found = [
-        f"{service['metadata']['name']}: {complaint}"
-        for service in services(pipeline)
-        for complaint in [*map(str, validate(service)), *(f"{each.field}: {each.reason}" for each in warnings(service))]
+        f"{service['metadata']['name']}: {complaint}" for service in services(pipeline) for complaint in _complaints(service)
     ]
     if found:
         raise RenderFailed("; ".join(found))
     return pipeline
+
+
+def _complaints(service: KubernetesObject) -> Iterator[str]:
+    yield from map(str, validate(service, features=_LET_THROUGH))
+    yield from (f"{each.field}: {each.reason}" for each in warnings(service))
 
 
 def _cut(spec: PipelineSpec, shape: ModelShape) -> Cut:

@@ -1,12 +1,13 @@
 """A pipeline of which nothing is left open: its names, its fingerprint, and the labels of everything that is rendered of it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from eventing.wire.events import Cut, pipeline_fingerprint
-from knative.spec.pipeline_spec import PipelineSpec
+from knative.spec.pipeline_spec import PipelineSpec, Stage
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ResolvedPipeline:
     """A spec with what only the model can tell: where it is cut, and the digest of its weights."""
 
@@ -17,6 +18,11 @@ class ResolvedPipeline:
     @property
     def fingerprint(self) -> str:
         return pipeline_fingerprint(self.weights_digest, self.cut, self.spec.model.dtype)
+
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """What each stage gets, overrides included. Raises SpecError."""
+        return self.spec.stages_of(self.cut)
 
     def stage_name(self, index: int) -> str:
         """Carries the fingerprint: a new cut or model is a new set of Services beside the old one."""

@@ -12,6 +12,7 @@ from knative.spec.cut import format_cut
 from knative.spec.errors import SpecError
 from knative.spec.kubernetes_object import KubernetesObject
 from knative.spec.pipeline_spec import Autoscaling, PipelineSpec, Resources, Stage, Tracing, quantity
+from knative.spec.pod import Pod
 
 CONTAINER_PORT: Final = 8080
 METRICS_PORT: Final = 9464
@@ -40,17 +41,20 @@ def services(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
 
 
 def stage_service(pipeline: ResolvedPipeline, index: int) -> KubernetesObject:
-    spec, stage = pipeline.spec, pipeline.spec.stage
-    container = _container(spec, stage.resources, _stage_env(pipeline, index))
+    spec, stage = pipeline.spec, pipeline.stages[index]
+    container = _container(spec, stage.resources, _stage_env(pipeline, index), stage.pod)
     if stage.weights_cache is not None:
         # A node short of disk first evicts the pods that use more than they asked for: without this, every one with a cache.
         amount = f"{math.ceil((quantity(stage.weights_cache_size) + _OTHER_FILES_BYTES) / 2**20)}Mi"
         for amounts in container["resources"].values():
             amounts["ephemeral-storage"] = amount
     template = _template(stage.autoscaling, container, stage.timeout_seconds, stage.progress_deadline_seconds)
-    template["spec"]["automountServiceAccountToken"] = False  # A stage asks nothing of the Kubernetes API.
+    # A stage asks nothing of the Kubernetes API. A web identity's token is a volume of its own, which its webhook adds.
+    template["spec"]["automountServiceAccountToken"] = False
+    if stage.service_account is not None:
+        template["spec"]["serviceAccountName"] = stage.service_account
     _add_volumes(template["spec"], stage)
-    return _service(pipeline, pipeline.stage_name(index), "stage", template, cluster_local=True)
+    return _service(pipeline, pipeline.stage_name(index), "stage", template, stage.pod, cluster_local=True)
 
 
 def gateway_service(pipeline: ResolvedPipeline) -> KubernetesObject:
@@ -65,14 +69,14 @@ def events_gateway_service(pipeline: ResolvedPipeline) -> KubernetesObject:
 def _gateway(pipeline: ResolvedPipeline, name: str, api_keys_secret: str | None, cluster_local: bool) -> KubernetesObject:
     spec, gateway = pipeline.spec, pipeline.spec.gateway
     scores = "on" if cluster_local else None
-    container = _container(spec, gateway.resources, _gateway_env(pipeline, api_keys_secret, scores))
+    container = _container(spec, gateway.resources, _gateway_env(pipeline, api_keys_secret, scores), gateway.pod)
     template = _template(gateway.autoscaling, container, gateway.timeout_seconds, 120)
     template["spec"]["serviceAccountName"] = _service_account(spec)
     # Else queue-proxy (Go's ReverseProxy) closes the connection of an answer that begins before the request's body was read to
     # its end: 4 to 19 % of streamed answers broke on a cluster.
     template["metadata"]["annotations"]["features.knative.dev/http-full-duplex"] = "Enabled"
     _add_volumes(template["spec"], None)
-    return _service(pipeline, name, "gateway", template, cluster_local)
+    return _service(pipeline, name, "gateway", template, gateway.pod, cluster_local)
 
 
 def gateway_access(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
@@ -96,10 +100,12 @@ def gateway_access(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
 
 
 def _service(
-    pipeline: ResolvedPipeline, name: str, component: str, template: KubernetesObject, cluster_local: bool
+    pipeline: ResolvedPipeline, name: str, component: str, template: KubernetesObject, pod: Pod, cluster_local: bool
 ) -> KubernetesObject:
     own_labels = labels(pipeline, component)
-    template["metadata"]["labels"] = dict(own_labels)
+    template["metadata"]["labels"] = {**own_labels, **pod.labels}
+    template["metadata"]["annotations"] |= pod.annotations
+    template["spec"] |= pod.rendered()
     if cluster_local:
         own_labels["networking.knative.dev/visibility"] = "cluster-local"
     return {
@@ -128,7 +134,7 @@ def _template(
 
 def _annotations(scaling: Autoscaling) -> dict[str, str]:
     hpa = scaling.autoscaler_class == "hpa"
-    target = scaling.target or (70 if hpa else 2)
+    target = scaling.target or (70 if hpa else scaling.default_target)
     values: dict[str, str | None] = {
         "class": f"{scaling.autoscaler_class}.autoscaling.knative.dev",
         "metric": "cpu" if hpa else "concurrency",
@@ -145,16 +151,17 @@ def _annotations(scaling: Autoscaling) -> dict[str, str]:
     return {_AUTOSCALING + key: value for key, value in values.items() if value is not None}
 
 
-def _container(spec: PipelineSpec, resources: Resources, env: list[KubernetesObject]) -> KubernetesObject:
+def _container(spec: PipelineSpec, resources: Resources, env: list[KubernetesObject], pod: Pod) -> KubernetesObject:
     amounts: dict[str, str] = {"cpu": resources.cpu, "memory": resources.memory}
     if resources.gpu:
         amounts["nvidia.com/gpu"] = str(resources.gpu)
+    keys = {} if spec.store.secret is None else {"envFrom": [{"secretRef": {"name": spec.store.secret}}]}
     return {
         "name": "user-container",  # Knative's own word; kn renames any other when it applies a manifest again
         "image": spec.image,
         "ports": [{"name": "http1", "containerPort": CONTAINER_PORT}],
-        "env": env,
-        "envFrom": [{"secretRef": {"name": spec.store.secret}}],
+        "env": [*env, *_values(**pod.env)],
+        **keys,
         "resources": {"requests": dict(amounts), "limits": dict(amounts)},
         # No period: with one, queue-proxy asks the function once for each question of the kubelet or the activator; without,
         # every 50 ms until it says yes (pkg/queue/readiness/probe.go). Nor may timeoutSeconds be set then.
@@ -206,7 +213,7 @@ def _tracing_env(tracing: Tracing | None) -> list[KubernetesObject]:
 
 
 def _stage_env(pipeline: ResolvedPipeline, index: int) -> list[KubernetesObject]:
-    stage = pipeline.spec.stage
+    stage = pipeline.stages[index]
     first, last = pipeline.cut[index]
     return [
         *_common_env(pipeline, "stage"),

@@ -3,16 +3,20 @@
 A default lives here and nowhere else. An error names the path in the file and the value that was seen.
 """
 
+import ipaddress
 import re
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, ClassVar, Final
 
 import msgspec
 import yaml
 from msgspec import Meta, Struct
 
+from eventing.wire.events import Cut
 from knative.spec.cut import parse_cut
 from knative.spec.errors import SpecError
+from knative.spec.pod import Pod, check_pod
+from knative.spec.stage_overrides import PATH, changed, overridden
 from knative.webhook.values import parse_quantity
 
 DTYPES: Final = ("float32", "bfloat16", "float16", "int8", "q4")
@@ -52,7 +56,8 @@ class Autoscaling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     autoscaler_class: Annotated[str, Meta(pattern="^(kpa|hpa)$")] = msgspec.field(name="class", default="kpa")
     container_concurrency: Annotated[int, Meta(ge=0, le=1000)] = 8
     target: Annotated[float, Meta(ge=0.01)] | None = None
-    """Requests in flight that one pod is meant for; with the class hpa, percent of CPU. Unset: 2, or 70 percent."""
+    """Requests in flight that one pod is meant for; with the class hpa, percent of CPU. Unset: 2 (a gateway's: 100), or 70
+    percent."""
     target_utilization_percentage: Annotated[float, Meta(ge=1, le=100)] = 70
     window_seconds: Annotated[float, Meta(ge=6, le=3600)] = 10
     panic_window_percentage: Annotated[float, Meta(ge=1, le=100)] = 60
@@ -64,8 +69,22 @@ class Autoscaling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     max_scale: Positive = 10
     """The only brake on bursts, so there always is one."""
     initial_scale: Positive | None = None
+    default_target: ClassVar[float] = 2
     target_burst_capacity: Annotated[float, Meta(ge=0)] | None = None
     """Unset: the cluster's own. -1 is refused: Knative then reads no queue-proxy and cannot see direct traffic."""
+
+
+class GatewayAutoscaling(Autoscaling, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The same of a gateway, which mostly waits."""
+
+    container_concurrency: Annotated[int, Meta(ge=0, le=1000)] = 0
+    max_scale: Positive = 3
+    default_target: ClassVar[float] = 100
+
+
+class GatewayResources(Resources, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    cpu: str = "500m"
+    memory: str = "512Mi"
 
 
 class Stage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -90,13 +109,16 @@ class Stage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     weights_cache: Annotated[str, Meta(pattern="^/")] | None = None
     """Folder of an emptyDir for verified weights: helps restarts of a container, not new pods."""
     weights_cache_size: str = "2Gi"
+    service_account: str | None = None
+    """As whom its pods run, such as one that the store knows (workload identity). Unset: the namespace's default."""
+    pod: Pod = Pod()
     autoscaling: Autoscaling = Autoscaling()
 
 
 class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The one function that clients talk to. Settings left out are the function's own defaults."""
 
-    resources: Resources = Resources(cpu="500m", memory="512Mi")
+    resources: GatewayResources = GatewayResources()
     micro_batch_sequences: Positive | None = None
     stages_at_once: Positive | None = None
     """How many stages can compute at the same time, where they share cores. Unset: all."""
@@ -119,7 +141,10 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pod_network: str | None = None
     """CIDRs of the cluster's pods, separated by commas: only addresses inside are followed. Unset: private addresses."""
     pod_port: Annotated[int, Meta(ge=1, le=65535)] = 8012
-    autoscaling: Autoscaling = Autoscaling(container_concurrency=0, target=100, max_scale=3)
+    max_unavailable: Positive | None = None
+    """Pods that an eviction, as of a node that is drained, may take at the same time (a PodDisruptionBudget). Unset: all."""
+    pod: Pod = Pod()
+    autoscaling: GatewayAutoscaling = GatewayAutoscaling()
 
 
 class Store(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -128,8 +153,9 @@ class Store(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     endpoint: Annotated[str, Meta(pattern="^https?://")]
     bucket: str = "lamina"
     region: str = "us-east-1"
-    secret: str = "lamina-store"
-    """Secret with the keys AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if need be, AWS_SESSION_TOKEN."""
+    secret: str | None = "lamina-store"
+    """Secret with the keys AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if need be, AWS_SESSION_TOKEN. null: no Secret; pods
+    are who their ServiceAccounts are (`stage.service_account`, `gateway.service_account`), by a web identity."""
 
 
 class Network(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -197,6 +223,8 @@ class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     pipeline_token_secret: str | None = None
     """Secret whose key `token` is the bearer token between gateway and stages. Unset: `{name}-pipeline`, made by `deploy`."""
     stage: Stage = Stage()
+    stage_overrides: list[dict[str, Any]] = []
+    """Pieces that differ: `stage: 1` or `layers: 10:20`, and fields of `stage` that are otherwise there."""
     gateway: Gateway = Gateway()
     store: Store
     network: Network = Network()
@@ -212,21 +240,14 @@ class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         _check_label("$.name", self.name, MAX_NAME if self.eventing is None else MAX_NAME_WITH_EVENTING)
         _check_label("$.namespace", self.namespace, 63)
         _check_choice("$.model.dtype", self.model.dtype, DTYPES)
-        for path, scaling in (("$.stage", self.stage.autoscaling), ("$.gateway", self.gateway.autoscaling)):
-            _check_autoscaling(f"{path}.autoscaling", scaling)
-        for path, text in self._quantities():
-            try:
-                quantity(text)
-            except SpecError as error:
-                raise SpecError(f"{path}: {error}") from error
-        if self.stage.device == "cuda" and self.model.dtype in ("int8", "q4"):
-            raise SpecError(
-                f"$.stage.device: 'cuda' does not run $.model.dtype {self.model.dtype}; use auto or cpu, or another dtype"
-            )
-        if self.stage.layer_group == "transformers" and self.model.dtype in ("int8", "q4"):
-            raise SpecError(
-                f"$.stage.layer_group: 'transformers' does not run $.model.dtype {self.model.dtype}; use auto, or another dtype"
-            )
+        _check_stage("$.stage", self.stage, self.model.dtype)
+        for number, override in enumerate(self.stage_overrides):
+            _check_stage(f"{PATH}[{number}]", changed(self.stage, override, number), self.model.dtype)
+        _check_autoscaling("$.gateway.autoscaling", self.gateway.autoscaling)
+        _check_quantity("$.gateway.resources.cpu", self.gateway.resources.cpu)
+        _check_quantity("$.gateway.resources.memory", self.gateway.resources.memory)
+        check_pod("$.gateway.pod", self.gateway.pod)
+        _check_networks(self.gateway.pod_network)
         if self.eventing is not None:
             _check_sinks(self.eventing)
         if (self.stages is None) == (self.cut is None):
@@ -238,16 +259,37 @@ class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def token_secret(self) -> str:
         return self.pipeline_token_secret or f"{self.name}-pipeline"
 
-    def _quantities(self) -> list[tuple[str, str]]:
-        stage, gateway = self.stage, self.gateway
-        return [
-            ("$.stage.resources.cpu", stage.resources.cpu),
-            ("$.stage.resources.memory", stage.resources.memory),
-            ("$.stage.kv_cache", stage.kv_cache),
-            ("$.stage.weights_cache_size", stage.weights_cache_size),
-            ("$.gateway.resources.cpu", gateway.resources.cpu),
-            ("$.gateway.resources.memory", gateway.resources.memory),
-        ]
+    def stages_of(self, cut: Cut) -> tuple[Stage, ...]:
+        """What each stage of the cut gets. Raises SpecError where an override is for no stage of it."""
+        return overridden(self.stage, self.stage_overrides, cut)
+
+
+def _check_stage(path: str, stage: Stage, dtype: str) -> None:
+    _check_autoscaling(f"{path}.autoscaling", stage.autoscaling)
+    _check_quantity(f"{path}.resources.cpu", stage.resources.cpu)
+    _check_quantity(f"{path}.resources.memory", stage.resources.memory)
+    _check_quantity(f"{path}.kv_cache", stage.kv_cache)
+    _check_quantity(f"{path}.weights_cache_size", stage.weights_cache_size)
+    check_pod(f"{path}.pod", stage.pod)
+    if stage.device == "cuda" and dtype in ("int8", "q4"):
+        raise SpecError(f"{path}.device: 'cuda' does not run $.model.dtype {dtype}; use auto or cpu, or another dtype")
+    if stage.layer_group == "transformers" and dtype in ("int8", "q4"):
+        raise SpecError(f"{path}.layer_group: 'transformers' does not run $.model.dtype {dtype}; use auto, or another dtype")
+
+
+def _check_quantity(path: str, text: str) -> None:
+    try:
+        quantity(text)
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from error
+
+
+def _check_networks(text: str | None) -> None:
+    try:
+        for part in (text or "").split(",") if text else ():
+            ipaddress.ip_network(part.strip())
+    except ValueError as error:
+        raise SpecError(f"$.gateway.pod_network: {text!r} is not networks such as 10.244.0.0/16 ({error})") from error
 
 
 def _check_label(path: str, value: str, longest: int) -> None:

@@ -1,6 +1,7 @@
 """What each stage of a cut will need: memory, its share of the compute, and the pods that conversations will ask for."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -42,15 +43,17 @@ def plan_stages(shape: ModelShape, cut: Cut) -> tuple[StagePlan, ...]:
 
 
 def replicas_for(
-    plans: tuple[StagePlan, ...], conversations: int, micro_batch: int, target: float, max_scale: int
+    plans: tuple[StagePlan, ...], conversations: int, micro_batch: int, targets: Sequence[float], max_scales: Sequence[int]
 ) -> list[int]:
     """Pods that N conversations ask of each stage, once the autoscaler has settled.
 
     A micro-batch is at one stage at a time. Once every stage has the pods it needs, a stage holds the share of the
-    micro-batches that it has of a round's compute, and the autoscaler wants one pod for each `target` of them.
+    micro-batches that it has of a round's compute, and the autoscaler wants one pod for each `target` of them. targets
+    and max_scales are per stage.
     """
     micro_batches = micro_batches_wanted(conversations, len(plans), micro_batch, allowed=conversations)
-    return [min(max_scale, max(1, math.ceil(micro_batches * plan.compute_share / target))) for plan in plans]
+    wanted = [micro_batches * plan.compute_share / target for plan, target in zip(plans, targets, strict=True)]
+    return [min(most, max(1, math.ceil(pods))) for pods, most in zip(wanted, max_scales, strict=True)]
 
 
 def _stage_plan(shape: ModelShape, index: int, group: tuple[int, int], total_compute: int) -> StagePlan:

@@ -18,7 +18,7 @@ from knative.webhook.values import is_dns_1035_label, is_label_value, is_qualifi
 from knative.webhook.violation import Violation, Violations, in_one_line, invalid, missing
 from knative.webhook.warnings import warnings
 
-__all__ = ["API_VERSION", "Violation", "in_one_line", "is_knative_service", "validate", "warnings"]
+__all__ = ["API_VERSION", "Violation", "in_one_line", "is_knative_service", "missing_flags", "validate", "warnings"]
 
 API_VERSION: Final = "serving.knative.dev/v1"
 _TEMPLATE: Final = "spec.template"
@@ -52,6 +52,11 @@ def validate(
         if found := list(dict.fromkeys(rule())):
             return found
     return []
+
+
+def missing_flags(service: dict[str, Any], features: FeatureFlags = _DEFAULT_FEATURES) -> dict[str, str]:
+    """Flags of config-features that are off, and the field of the Service that each of them would let through."""
+    return {each.flag: each.field for each in reversed(validate(service, features=features)) if each.flag is not None}
 
 
 def _kind(service: dict[str, Any]) -> Violations:

@@ -11,6 +11,8 @@ class Violation:
     field: str
     """As Knative names it: `spec.template.spec.containers[0].image`."""
     reason: str
+    flag: str | None = None
+    """Of config-features, which would let the field through."""
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.field}"
@@ -26,7 +28,7 @@ def missing(field: str) -> Violation:
 def disallowed(field: str, flag: str | None = None) -> Violation:
     """flag: that of config-features which would let it through."""
     behind = "" if flag is None else f" (config-features has {flag} off)"
-    return Violation(field, f"must not set the field(s){behind}")
+    return Violation(field, f"must not set the field(s){behind}", flag)
 
 
 def invalid(field: str, value: object, detail: str = "") -> Violation:

@@ -115,8 +115,8 @@ def local_pipeline(
             stage = msgspec.structs.replace(spec.stage, weights_cache=str(weights_cache.resolve()), weights_cache_size=_CACHE)
             spec = msgspec.structs.replace(spec, stage=stage)
     else:
-        spec = msgspec.structs.replace(spec, store=msgspec.structs.replace(here, secret=spec.store.secret))
-    made = {spec.store.secret: _store_secret(store.settings), spec.token_secret: {"token": secrets.token_hex(16)}}
+        spec = msgspec.structs.replace(spec, store=msgspec.structs.replace(here, secret=spec.store.secret or here.secret))
+    made = {str(spec.store.secret): _store_secret(store.settings), spec.token_secret: {"token": secrets.token_hex(16)}}
     if spec.gateway.api_keys_secret is not None:
         made[spec.gateway.api_keys_secret] = {"api-keys": secrets.token_hex(16)}
     return LocalPipeline(resolve(spec, lambda: (manifest, shape)), manifest, shape, {**made, **named_secrets})

@@ -43,3 +43,25 @@ def test_without_the_right_to_see_the_namespace_the_apis_own_words_are_told(
     api.forbidden.add(("get", "namespaces"))
     deployer.deploy(objects())
     assert any("not checked, since we may not look" in line for line in said)
+
+
+def config_features(api: KubernetesApi, **flags: str) -> None:
+    metadata = {"name": "config-features", "namespace": "knative-serving"}
+    data = {f"kubernetes.podspec-{name}": value for name, value in flags.items()}
+    api.put({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data})
+
+
+def test_a_feature_that_the_cluster_has_off_is_named_with_the_field_and_the_command(
+    api: KubernetesApi, deployer: Deployer
+) -> None:
+    pod = {"node_selector": {"pool": "models"}, "priority_class": "serving"}
+    config_features(api, nodeselector="enabled")
+    with pytest.raises(PreflightFailed) as failure:
+        deployer.deploy(objects(pod=pod))
+    text = str(failure.value)
+    assert "-s0 sets priorityClassName, chat" in text
+    assert (
+        "which needs Knative's feature kubernetes.podspec-priorityclassname; enable it with: kubectl -n knative-serving" in text
+    )
+    assert "nodeSelector" not in text
+    assert api.applied == []

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner, Result
 
 from knative.__main__ import main
@@ -88,6 +89,28 @@ def test_plan_of_llama_2_13b() -> None:
     assert "a hop carries 10240 bytes per token" in result.output
     asked = "replicas for 64 conversations in micro-batches of at most 8, 1.4 in flight for each pod, at most 10"
     assert f"{asked}: stage 0: 2, stage 1: 2, stage 2: 2, stage 3: 2" in result.output
+
+
+def test_plan_shows_what_a_spec_gives_to_pieces_that_differ(tmp_path: Path) -> None:
+    spec = yaml.safe_load((Path(LLAMA) / "pipeline.yaml").read_text())
+    large = {"gpu": 0, "memory": "24Gi"}
+    large_first = {"stage": 0, "device": "cpu", "resources": large, "autoscaling": {"max_scale": 1, "target": 4}}
+    spec["stage_overrides"] = [large_first | {"pod": {"node_selector": {"pool": "large"}}}]
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(yaml.safe_dump(spec))
+    result = invoke("plan", str(path), "--model", LLAMA, "--conversations", "64")
+    assert result.exit_code == 0, result.output
+    line = r"^stage 0 +4 +24Gi +14\.5 GiB +6Gi +31457 +cpu +0-1 +4 +pool=large$"
+    assert re.search(line, result.output, re.MULTILINE), result.output
+    assert re.search(r"^stage 1 +4 +16Gi +6Gi +31457 +1 +cuda +0-4 +2$", result.output, re.MULTILINE)
+    assert re.search(r"^gateway +500m +512Mi +cpu +1-3 +100$", result.output, re.MULTILINE)
+    assert "2.8/1.4/1.4/1.4 in flight for each pod, at most 1/4/4/4: stage 0: 1, stage 1: 2" in result.output
+    large["memory"] = "8Gi"
+    path.write_text(yaml.safe_dump(spec))
+    refused = invoke("plan", str(path), "--model", LLAMA)
+    assert refused.exit_code == 1
+    assert "Error: $.stage.resources.memory: stage 0 has 8Gi and needs 14" in refused.output
+    assert re.search(r"^stage 0 ", refused.output, re.MULTILINE), "the table comes first"
 
 
 def test_plan_says_where_layers_will_be_slow(tmp_path: Path) -> None:

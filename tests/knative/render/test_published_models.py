@@ -17,6 +17,7 @@ from knative.local.platform import ROOT
 MODULES: Final = {
     "v1": "kubernetes.core.v1",
     "rbac.authorization.k8s.io/v1": "kubernetes.rbac.v1",
+    "policy/v1": "kubernetes.policy.v1",
     "networking.k8s.io/v1": "kubernetes.networking.v1",
     "serving.knative.dev/v1": "knative_serving.serving.v1",
     "eventing.knative.dev/v1": "knative_eventing.eventing.v1",

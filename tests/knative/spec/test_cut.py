@@ -156,14 +156,14 @@ def test_a_folder_without_config_is_named(tmp_path: Path) -> None:
 
 def test_replicas_follow_the_compute_share() -> None:
     plans = plan_stages(shape_from_config(SMOLLM2, "s", "bfloat16"), ((0, 10), (10, 24), (24, 30)))
-    assert replicas_for(plans, conversations=8, micro_batch=8, target=1.4, max_scale=10) == [1, 1, 1]
-    assert replicas_for(plans, conversations=128, micro_batch=8, target=1.4, max_scale=10) == [4, 5, 5]
-    assert replicas_for(plans, conversations=1280, micro_batch=8, target=1.4, max_scale=10) == [10, 10, 10]
+    assert replicas_for(plans, conversations=8, micro_batch=8, targets=[1.4] * 3, max_scales=[10] * 3) == [1, 1, 1]
+    assert replicas_for(plans, conversations=128, micro_batch=8, targets=[1.4] * 3, max_scales=[10] * 3) == [4, 5, 5]
+    assert replicas_for(plans, conversations=1280, micro_batch=8, targets=[1.4] * 3, max_scales=[10] * 3) == [10, 10, 10]
 
 
 def test_few_conversations_are_still_a_micro_batch_for_each_stage() -> None:
     """As the gateway divides them: half of three micro-batches in one stage are more than one pod is meant for."""
     plans = plan_stages(shape_from_config(SMOLLM2, "s", "bfloat16"), ((0, 2), (2, 28), (28, 30)))
     assert plans[1].compute_share * 1 < 1.4 < plans[1].compute_share * 3
-    assert replicas_for(plans, conversations=1, micro_batch=8, target=1.4, max_scale=10) == [1, 1, 1]
-    assert replicas_for(plans, conversations=3, micro_batch=8, target=1.4, max_scale=10) == [1, 2, 1]
+    assert replicas_for(plans, conversations=1, micro_batch=8, targets=[1.4] * 3, max_scales=[10] * 3) == [1, 1, 1]
+    assert replicas_for(plans, conversations=3, micro_batch=8, targets=[1.4] * 3, max_scales=[10] * 3) == [1, 2, 1]

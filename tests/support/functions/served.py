@@ -34,7 +34,7 @@ def tiny_pipeline(published: Published, cut: str = "0:2,2:4,4:6", **stage: Any) 
         model=Model(name=published.manifest.name, dtype=published.manifest.dtype),
         cut=cut,
         image="lamina:local",
-        stage=Stage(resources=Resources(memory="1Gi"), kv_cache="16Mi", autoscaling=scaling, **stage),
+        stage=Stage(resources=Resources(memory="1536Mi"), kv_cache="16Mi", autoscaling=scaling, **stage),
         gateway=Gateway(
             autoscaling=Autoscaling(
                 container_concurrency=0, target=100, window_seconds=6, scale_down_delay_seconds=0, max_scale=1

@@ -1,0 +1,154 @@
+"""What a company's cluster wants of pods, rendered, and what Knative's webhook says of it."""
+
+from typing import Any
+
+import pytest
+
+from knative.render.rendering import checked, render
+from knative.render.services import services
+from knative.spec.errors import SpecError
+from knative.spec.kubernetes_object import KubernetesObject
+from knative.spec.pipeline_spec import spec_from_dict
+from knative.webhook.check import missing_flags, validate
+from knative.webhook.feature_flags import FeatureFlags
+from tests.support.knative.pipelines import document, resolved_pipeline
+
+TOLERATION = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+SPREAD = {
+    "maxSkew": 1,
+    "topologyKey": "topology.kubernetes.io/zone",
+    "whenUnsatisfiable": "ScheduleAnyway",
+    "labelSelector": {"matchLabels": {"app.kubernetes.io/instance": "chat"}},
+}
+TERM = {"matchExpressions": [{"key": "zone", "operator": "In", "values": ["a"]}]}
+AFFINITY = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [TERM]}}}
+EVERYTHING: dict[str, Any] = {
+    "node_selector": {"pool": "models"},
+    "tolerations": [TOLERATION],
+    "affinity": AFFINITY,
+    "topology_spread_constraints": [SPREAD],
+    "priority_class": "serving",
+    "runtime_class": "nvidia",
+    "image_pull_secrets": ["registry"],
+    "labels": {"cost-center": "42"},
+    "annotations": {"sidecar.example.com/inject": "false"},
+    "env": {"HTTPS_PROXY": "http://proxy.example:3128"},
+}
+FLAGS = {
+    "kubernetes.podspec-nodeselector": "nodeSelector",
+    "kubernetes.podspec-tolerations": "tolerations",
+    "kubernetes.podspec-affinity": "affinity",
+    "kubernetes.podspec-topologyspreadconstraints": "topologySpreadConstraints",
+    "kubernetes.podspec-priorityclassname": "priorityClassName",
+    "kubernetes.podspec-runtimeclassname": "runtimeClassName",
+}
+
+
+def template_of(service: KubernetesObject) -> dict[str, Any]:
+    found: dict[str, Any] = service["spec"]["template"]
+    return found
+
+
+def rendered(**changes: Any) -> list[KubernetesObject]:
+    return services(resolved_pipeline(**changes))
+
+
+@pytest.mark.parametrize("component", ["stage", "gateway"])
+def test_everything_a_pod_needs_in_a_company(component: str) -> None:
+    variant = resolved_pipeline(**{component: {"pod": EVERYTHING}})
+    *stages, gateway = services(variant)
+    with_it, without = ([*stages], [gateway]) if component == "stage" else ([gateway], [*stages])
+    for template in map(template_of, with_it):
+        pod = template["spec"]
+        assert pod["nodeSelector"] == {"pool": "models"}
+        assert (pod["tolerations"], pod["affinity"], pod["topologySpreadConstraints"]) == ([TOLERATION], AFFINITY, [SPREAD])
+        assert (pod["priorityClassName"], pod["runtimeClassName"]) == ("serving", "nvidia")
+        assert pod["imagePullSecrets"] == [{"name": "registry"}]
+        assert template["metadata"]["labels"].items() >= {"cost-center": "42", "app.kubernetes.io/instance": "chat"}.items()
+        assert template["metadata"]["annotations"]["sidecar.example.com/inject"] == "false"
+        assert "autoscaling.knative.dev/target" in template["metadata"]["annotations"]
+        assert {"name": "HTTPS_PROXY", "value": "http://proxy.example:3128"} in pod["containers"][0]["env"]
+    for template in map(template_of, without):
+        assert not {"nodeSelector", "tolerations", "imagePullSecrets"} & template["spec"].keys()
+        assert "cost-center" not in template["metadata"]["labels"]
+    checked(variant)
+
+
+def test_each_flag_that_a_cluster_lacks_is_known_by_its_field() -> None:
+    """By the rules that recorded verdicts hold: refused by default for exactly these, accepted with exactly these."""
+    stage, *_ = rendered(stage={"pod": EVERYTHING})
+    assert {flag: field.rpartition(".")[2] for flag, field in missing_flags(stage).items()} == FLAGS
+    assert validate(stage, features=FeatureFlags(dict.fromkeys(FLAGS, "enabled"))) == []
+    lacking = FeatureFlags(dict.fromkeys(FLAGS.keys() - {"kubernetes.podspec-affinity"}, "allowed"))
+    assert list(missing_flags(stage, lacking)) == ["kubernetes.podspec-affinity"]
+    assert missing_flags(rendered()[0]) == {}
+
+
+def test_pieces_that_differ_are_rendered_so() -> None:
+    override = {
+        "stage": 1,
+        "device": "cuda",
+        "resources": {"cpu": "4", "memory": "16Gi", "gpu": 1},
+        "kv_cache": "6Gi",
+        "autoscaling": {"max_scale": 2, "target": 4},
+        "pod": {"node_selector": {"gpu": "a"}},
+    }
+    first, second, third, _ = map(template_of, rendered(stage_overrides=[override]))
+    assert first["spec"]["containers"][0]["resources"] == third["spec"]["containers"][0]["resources"]
+    assert second["spec"]["containers"][0]["resources"]["limits"] == {"cpu": "4", "memory": "16Gi", "nvidia.com/gpu": "1"}
+    env = {each["name"]: each.get("value") for each in second["spec"]["containers"][0]["env"]}
+    assert (env["LAMINA_DEVICE"], env["LAMINA_KV_CACHE_BYTES"]) == ("cuda", str(6 * 2**30))
+    scales = [each["metadata"]["annotations"]["autoscaling.knative.dev/max-scale"] for each in (first, second, third)]
+    assert scales == ["10", "2", "10"]
+    assert second["metadata"]["annotations"]["autoscaling.knative.dev/target"] == "4"
+    assert [each["spec"].get("nodeSelector") for each in (first, second, third)] == [None, {"gpu": "a"}, None]
+
+
+def test_a_gateways_autoscaling_starts_from_its_own_defaults() -> None:
+    gateway = template_of(rendered(gateway={"autoscaling": {"min_scale": 1}})[-1])
+    annotations = gateway["metadata"]["annotations"]
+    wanted = {"min-scale": "1", "max-scale": "3", "target": "100"}
+    assert {name: annotations[f"autoscaling.knative.dev/{name}"] for name in wanted} == wanted
+    assert gateway["spec"]["containerConcurrency"] == 0
+
+
+def test_without_keys_pods_are_who_their_accounts_are() -> None:
+    """Workload identity: no Secret is named, and stages still mount no token of the Kubernetes API."""
+    keyless = {"endpoint": "https://s3.example.com", "secret": None}
+    *stages, gateway = map(template_of, rendered(store=keyless, stage={"service_account": "chat-reader"}))
+    for stage in stages:
+        assert "envFrom" not in stage["spec"]["containers"][0]
+        assert (stage["spec"]["serviceAccountName"], stage["spec"]["automountServiceAccountToken"]) == ("chat-reader", False)
+    assert "envFrom" not in gateway["spec"]["containers"][0]
+    assert gateway["spec"]["serviceAccountName"] == "chat-gateway"
+
+
+def test_a_budget_keeps_gateways_when_nodes_are_drained() -> None:
+    files = render(resolved_pipeline(gateway={"max_unavailable": 1}))
+    (budget,) = files["disruption.yaml"]
+    assert (budget["kind"], budget["spec"]["maxUnavailable"]) == ("PodDisruptionBudget", 1)
+    selected = budget["spec"]["selector"]["matchLabels"]
+    labels = [template_of(each)["metadata"]["labels"] for each in files["stage-0.yaml"] + files["gateway.yaml"]]
+    assert [selected.items() <= each.items() for each in labels] == [False, True]
+    assert "disruption.yaml" not in render(resolved_pipeline())
+
+
+@pytest.mark.parametrize(
+    ("pod", "message"),
+    [
+        ({"env": {"LAMINA_THREADS": "1"}}, r"\$\.gateway\.pod\.env: LAMINA_THREADS is set by a field of the spec"),
+        ({"env": {"A-B": "1"}}, r"'A-B' is no name of a variable"),
+        ({"labels": {"app.kubernetes.io/instance": "x"}}, r"pod\.labels: app\.kubernetes\.io/instance is Lamina's"),
+        ({"annotations": {"autoscaling.knative.dev/target": "1"}}, r"pod\.annotations: autoscaling\.knative\.dev/target is"),
+        ({"node_selectors": {}}, r"unknown field `node_selectors`"),
+    ],
+)
+def test_what_would_not_be_what_it_seems_is_refused(pod: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        spec_from_dict(document(gateway={"pod": pod}))
+
+
+def test_networks_of_pods_are_read_with_the_spec() -> None:
+    spec_from_dict(document(gateway={"pod_network": "10.244.0.0/16, fd00::/64"}))
+    with pytest.raises(SpecError, match=r"\$\.gateway\.pod_network: '10\.1\.0\.1/8' is not networks"):
+        spec_from_dict(document(gateway={"pod_network": "10.1.0.1/8"}))

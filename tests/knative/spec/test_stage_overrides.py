@@ -1,0 +1,99 @@
+"""Pieces that differ, and defaults that are each their own."""
+
+from typing import Any
+
+import pytest
+
+from knative.spec.cut import parse_cut
+from knative.spec.errors import SpecError
+from knative.spec.memory import check_memory, needed_bytes
+from knative.spec.pipeline_spec import PipelineSpec, Stage, spec_from_dict
+from tests.support.knative.pipelines import document
+
+CUT = parse_cut("0:10,10:20,20:30")
+
+
+def spec(*overrides: Any, **changes: Any) -> PipelineSpec:
+    return spec_from_dict(document(stage_overrides=list(overrides), **changes))
+
+
+def test_stages_are_alike_unless_said_otherwise() -> None:
+    assert spec().stages_of(CUT) == (Stage(),) * 3
+
+
+def test_a_stage_differs_by_its_number_and_stages_by_their_layers() -> None:
+    first, second, third = spec(
+        {"layers": "10:30", "resources": {"memory": "8Gi", "gpu": 1}, "device": "cuda", "autoscaling": {"max_scale": 4}},
+        {"stage": 2, "resources": {"memory": "12Gi"}, "autoscaling": {"target": 3}, "pod": {"node_selector": {"gpu": "large"}}},
+        stage={"resources": {"cpu": "2"}, "autoscaling": {"min_scale": 1}, "pod": {"labels": {"team": "a"}}},
+    ).stages_of(CUT)
+    assert (first.resources.cpu, first.resources.memory, first.resources.gpu, first.device) == ("2", "2Gi", 0, "auto")
+    assert (second.resources.cpu, second.resources.memory, second.resources.gpu, second.device) == ("2", "8Gi", 1, "cuda")
+    assert (third.resources.cpu, third.resources.memory, third.resources.gpu, third.device) == ("2", "12Gi", 1, "cuda")
+    scales = [
+        (each.autoscaling.min_scale, each.autoscaling.max_scale, each.autoscaling.target) for each in (first, second, third)
+    ]
+    assert scales == [(1, 10, None), (1, 4, None), (1, 4, 3)]
+    assert (second.pod.node_selector, third.pod.node_selector, third.pod.labels) == ({}, {"gpu": "large"}, {"team": "a"})
+
+
+def test_null_takes_a_default_away() -> None:
+    stages = spec({"stage": 0, "weights_cache": None}, stage={"weights_cache": "/cache"}).stages_of(CUT)
+    assert [each.weights_cache for each in stages] == [None, "/cache", "/cache"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"device": "cpu"}, r"\$\.stage_overrides\[0\]: exactly one of stage .* and layers"),
+        ({"stage": 0, "layers": "0:10", "device": "cpu"}, r"exactly one of stage .* and layers"),
+        ({"stage": 1}, r"\$\.stage_overrides\[0\]: nothing of it differs"),
+        ({"stage": 0, "memory": "2Gi"}, r"\$\.stage_overrides\[0\]: .*unknown field `memory`"),
+        ({"stage": 0, "resources": {"gpu": "one"}}, r"\$\.stage_overrides\[0\]\.resources\.gpu: Expected `int`, got `str`"),
+        ({"stage": 0, "resources": {"memory": "1 GB"}}, r"\$\.stage_overrides\[0\]\.resources\.memory: '1 GB' is no"),
+        ({"stage": 0, "autoscaling": {"min_scale": 11}}, r"\$\.stage_overrides\[0\]\.autoscaling\.min_scale: 11 is above"),
+        ({"stage": 0, "pod": {"env": {"LAMINA_DTYPE": "x"}}}, r"\$\.stage_overrides\[0\]\.pod\.env: LAMINA_DTYPE is set by"),
+    ],
+)
+def test_what_is_wrong_with_an_override_is_said_when_the_spec_is_read(override: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        spec(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"stage": 3, "device": "cpu"}, r"\.stage: 3 is none of the 3 stages, which are numbered from 0 on"),
+        ({"stage": True, "device": "cpu"}, r"\.stage: True is none of the 3 stages"),
+        ({"layers": "0:15", "device": "cpu"}, r"\.layers: 0:15 begins and ends with no stages of the cut 0:10,10:20,20:30"),
+        ({"layers": "all", "device": "cpu"}, r"\.layers: 'all' is no range of layers such as '0:10'"),
+    ],
+)
+def test_an_override_must_be_for_stages_of_the_cut(override: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        spec(override).stages_of(CUT)
+
+
+def test_a_gateways_defaults_are_its_own_whatever_else_is_said() -> None:
+    """One changed number used to bring the stages' defaults for all others: eight answers at a time, target 2."""
+    gateway = spec(gateway={"autoscaling": {"min_scale": 1}, "resources": {"memory": "1Gi"}}).gateway
+    scaling = gateway.autoscaling
+    assert (scaling.min_scale, scaling.max_scale, scaling.container_concurrency, scaling.target) == (1, 3, 0, None)
+    assert scaling.default_target == 100
+    assert (gateway.resources.cpu, gateway.resources.memory) == ("500m", "1Gi")
+
+
+def test_memory_is_held_against_weights_and_keys_and_the_sum_is_said() -> None:
+    stages = spec({"stage": 1, "kv_cache": "1Gi"}, stage={"kv_cache": "512Mi", "resources": {"memory": "2Gi"}}).stages_of(CUT)
+    weights = [400 * 2**20] * 3
+    assert needed_bytes(stages[0], weights[0]) == 400 * 2**20 * 1.2 + 2**29 + 2**30
+    check_memory(stages[:1], weights[:1])
+    sums = r"stage 1 has 2Gi and needs 2528 MiB: weights of 400 MiB × 1\.2, kv_cache 1Gi, and 1024 MiB besides"
+    with pytest.raises(SpecError, match=sums):
+        check_memory(stages, weights)
+    with pytest.raises(SpecError, match=r"stage 0 has 1Gi and needs 1536 MiB: weights \(not known here\)"):
+        check_memory(spec(stage={"resources": {"memory": "1Gi"}}).stages_of(CUT), [None] * 3)
+    on_gpus = spec(stage={"resources": {"memory": "1Gi", "gpu": 1}}).stages_of(CUT)
+    check_memory(on_gpus, weights)
+    asleep = spec(stage={"layer_group": "sleep"}).stages_of(CUT)
+    check_memory(asleep, [2**40] * 3)
