@@ -36,7 +36,9 @@ def answers(
     """Of fresh stages, so many texts at the same time."""
     with engines(native_groups("llama", dtype)) as stages, ThreadPoolExecutor(at_once) as clients:
         asked = [
-            clients.submit(generate, stages, str(seed), text, new_tokens, chunk=chunk, sampling=Sampling(temperature, seed=seed))
+            clients.submit(
+                generate, stages, str(seed), text, new_tokens, chunk=chunk, sampling=Sampling(temperature, seed=seed)
+            )
             for seed, text in enumerate(texts)
         ]
         return [answer.result() for answer in asked]

@@ -6,6 +6,7 @@ from typing import Any, Final
 import pytest
 import torch
 
+from functions.stage.models.build import Kind, build_layer_group
 from functions.stage.models.native.group import NativeGroup
 from tests.support.functions.borders import raw
 from tests.support.functions.group_chain import GroupChain, by_plan, tokens_of
@@ -112,3 +113,22 @@ def test_tokens_are_those_of_generate_and_logits_those_of_the_whole_model(name: 
     torch.testing.assert_close(in_chunks, tiny_models.all_logits(model, text), atol=TOLERANCE, rtol=0)
     chain.reserve("c")
     assert torch.equal(by_plan(chain.logits, {"c": text}, {"c": (1,) * 45})["c"], in_chunks)
+
+
+@pytest.mark.parametrize("kind", ["native", "llama", "transformers"])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mistral", {"sliding_window": 1}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 1, "max_window_layers": 2}),
+    ],
+)
+def test_a_window_of_one_token_sees_that_token(kind: Kind, family: str, changes: dict[str, Any]) -> None:
+    """As the whole model has it without a cache: the cache of its `generate` keeps all tokens where it should keep none."""
+    model = tiny_models.whole_model(family, **changes)
+    config, tensors = tiny_models.tiny_config(family, **changes), raw(tiny_models.checkpoint_tensors(model))
+    chain = GroupChain([build_layer_group(kind, config, tensors, 0, 6, "float32", "cpu", 2**22)])
+    chain.reserve("a")
+    text = tokens_of(4, 45)
+    in_chunks = by_plan(chain.logits, {"a": text}, {"a": (1, 19, 4, 1, 20)})["a"]
+    torch.testing.assert_close(in_chunks, tiny_models.all_logits(model, text), atol=TOLERANCE, rtol=0)
