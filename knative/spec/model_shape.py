@@ -11,8 +11,9 @@ from typing import Any, Final
 
 import msgspec
 
-from functions.stage.native.limits import obstacle
+from functions.stage.native.limits import obstacle, padded_head
 from knative.spec.errors import UnknownShape
+from storage.checkpoints.llama_config import LlamaConfig, UnsupportedConfig
 from storage.models.model_repository import ModelManifest, Reader, layer_object, read_file
 from storage.models.quantizable import check_quantizable
 
@@ -43,7 +44,7 @@ class ModelShape:
     layer_compute: tuple[int, ...]
     head_compute: int
     kv_values_per_layer: int
-    """Numbers that one token leaves in the KV cache of one layer: 2 x key-value heads x head size."""
+    """Numbers that one token takes in the KV cache of one layer: 2 x key-value heads x head size, which layers in C pad."""
     slow_because: str | None = None
     """Why a CPU runs the layers by slower means than C; None: it does not."""
 
@@ -126,7 +127,7 @@ def _shape(text: Mapping[str, Any], name: str, dtype: str, parameters: _Paramete
         head_bytes=parameters.head * outer,
         layer_compute=parameters.active_layers,
         head_compute=_number(text, name, "vocab_size") * hidden,
-        kv_values_per_layer=2 * _kv_heads(text, name) * _head_size(text, name),
+        kv_values_per_layer=2 * _kv_heads(text, name) * _cached_head_size(text, name, dtype),
         slow_because=_slow_because(text, name, dtype),
     )
 
@@ -198,6 +199,18 @@ def _kv_heads(text: Mapping[str, Any], name: str) -> int:
 def _head_size(text: Mapping[str, Any], name: str) -> int:
     hidden = _number(text, name, "hidden_size", "n_embd", "d_model")
     return _first(text, "head_dim") or hidden // _number(text, name, "num_attention_heads", "n_head", "n_heads")
+
+
+def _cached_head_size(text: Mapping[str, Any], name: str, dtype: str) -> int:
+    """As the memory of the group that runs the layers on a CPU has it."""
+    head_size = _head_size(text, name)
+    if _slow_because(text, name, dtype) is not None:
+        return head_size
+    try:
+        LlamaConfig.from_dict(text)
+    except UnsupportedConfig:
+        return head_size
+    return padded_head(head_size)
 
 
 def _tied(text: Mapping[str, Any]) -> bool:

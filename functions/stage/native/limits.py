@@ -18,3 +18,8 @@ def obstacle(dtype: str, device: str, sizes: Mapping[str, int]) -> str | None:
     if head_dim % 2:
         return f"head_dim {head_dim} is odd"
     return f"head_dim {head_dim} is over {MOST_HEAD}" if head_dim > MOST_HEAD else None
+
+
+def padded_head(head_dim: int) -> int:
+    """Numbers that a head takes in the KV arena."""
+    return -(-head_dim // 16) * 16

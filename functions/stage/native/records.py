@@ -96,11 +96,6 @@ RECORDS: Final[Sequence[type[ctypes.Structure]]] = (Memory, Matrix, Layer, Group
 """In the order of `lamina_size_of`."""
 
 
-def padded_head(head_dim: int) -> int:
-    """Numbers that a head takes in the KV arena."""
-    return -(-head_dim // 16) * 16
-
-
 def aligned(num_bytes: int) -> Array:
     """Memory for a workspace."""
     memory = np.empty(num_bytes + LINE_BYTES, np.uint8)

@@ -6,7 +6,8 @@ import numpy as np
 
 from functions.stage.models.floats import Array
 from functions.stage.models.kv_ranges import KVRanges
-from functions.stage.native.records import BLOCK_TOKENS, Dtype, padded_head
+from functions.stage.native.limits import padded_head
+from functions.stage.native.records import BLOCK_TOKENS, Dtype
 from storage.loading.memory import new_memory
 
 _NUMPY_DTYPES: Final = {Dtype.BF16: np.uint16, Dtype.F32: np.float32}

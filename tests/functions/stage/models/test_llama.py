@@ -13,7 +13,7 @@ from functions.stage.models.layer_group import LayerGroup, MissingTensors, Segme
 from functions.stage.models.llama.group import LlamaGroup
 from functions.stage.models.native.group import NativeGroup
 from functions.stage.native.library import library
-from functions.stage.native.records import padded_head
+from functions.stage.native.limits import padded_head
 from storage.checkpoints.llama_config import UnsupportedConfig
 from storage.errors import ArchitectureUnsupported
 from storage.loading.weight_loader import RawTensor
