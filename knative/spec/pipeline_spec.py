@@ -93,7 +93,7 @@ class Stage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     resources: Resources = Resources()
     kv_cache: str = "512Mi"
     """KV budget of one pod, a quantity of bytes."""
-    layer_group: Annotated[str, Meta(pattern="^(auto|llama|transformers|sleep)$")] = "auto"
+    layer_group: Annotated[str, Meta(pattern="^(auto|native|llama|transformers|sleep)$")] = "auto"
     sleep_seconds: Seconds | list[Seconds] | None = None
     """With the layer group `sleep`: seconds a pass takes, for all stages or one number for each."""
     device: Annotated[str, Meta(pattern="^(auto|cpu|cuda)$")] = "auto"

@@ -1,4 +1,4 @@
-"""The KV cache of a lean layer group: one arena of tokens, in which every sequence has a contiguous range.
+"""The KV cache of a group of torch's operators: one arena of tokens, in which every sequence has a contiguous range.
 
 Why ranges, and neither slots of one size nor pages. Attention of one layer beside its matrices, bf16, 9 heads on 3, µs
 (Xeon with AMX, one thread; `bench/stage/kernels.py` measures it, docs/experiments.md has more):
