@@ -11,7 +11,6 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
-    from tests.support.knative.cold_pipeline import WarmParent
     from tests.support.storage.published import Published
     from tests.support.storage.storage import FaultProxy
 
@@ -30,15 +29,6 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Published]"
 
     with published_model(tmp_path_factory.mktemp("published")) as model:
         yield model
-
-
-@pytest.fixture(scope="module")
-def parent(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[WarmParent]":
-    """One fork server, warm, for all cold starts of a module."""
-    from tests.support.knative.cold_pipeline import warm_parent
-
-    with warm_parent(tmp_path_factory.mktemp("parent")) as parent:
-        yield parent
 
 
 @pytest.fixture

@@ -23,7 +23,6 @@ from bench.coldstart.plot import draw
 from bench.coldstart.report import Results, markdown, verdicts
 from bench.coldstart.runs import ColdStart, Surroundings, cold_monolith, cold_pipeline
 from bench.report import machine, write_section
-from knative.local.kubelet.fork_starter import ForkStarter
 from knative.local.platform import ROOT
 from storage.models.model_repository import ModelManifest
 from storage.store.embedded import EmbeddedStore
@@ -42,10 +41,8 @@ class ColdStarts:
 
     monolith: list[ColdStart]
     monolith_limited: list[ColdStart]
-    plain: list[ColdStart]
-    plain_limited: list[ColdStart]
-    forked: list[ColdStart]
-    forked_cached: list[ColdStart]
+    stages: list[ColdStart]
+    cached: list[ColdStart]
     limited: dict[int, list[ColdStart]]
 
 
@@ -54,24 +51,18 @@ def say(text: str) -> None:
 
 
 async def measure_cold_starts(around: Surroundings, bytes_per_second: float, rounds: int) -> ColdStarts:
-    found = ColdStarts([], [], [], [], [], [], {stages: [] for stages in _CUTS})
-    async with ForkStarter(ROOT, around.logs / "fork-server.log") as starter:
-        await starter.warm()
-        cache = around.logs.parent / "weights"
-        await cold_pipeline(around, 3, starter=starter, weights_cache=cache)  # fills it
-        for _ in range(rounds):
-            found.forked.append(_told("3 forked stages", await cold_pipeline(around, 3, starter=starter)))
-            cached = await cold_pipeline(around, 3, starter=starter, weights_cache=cache)
-            found.forked_cached.append(_told("3 forked stages, cache", cached))
-            found.plain.append(_told("3 plain stages", await cold_pipeline(around, 3)))
-            found.monolith.append(_told("monolith", await cold_monolith(around)))
-            limited = await cold_monolith(around, bytes_per_second=bytes_per_second)
-            found.monolith_limited.append(_told("monolith, limited", limited))
-            limited = await cold_pipeline(around, 3, bytes_per_second=bytes_per_second)
-            found.plain_limited.append(_told("3 plain stages, limited", limited))
-            for stages, runs in found.limited.items():
-                run = await cold_pipeline(around, stages, bytes_per_second=bytes_per_second, starter=starter)
-                runs.append(_told(f"{stages} forked stages, limited", run))
+    found = ColdStarts([], [], [], [], {stages: [] for stages in _CUTS})
+    cache = around.logs.parent / "weights"
+    await cold_pipeline(around, 3, weights_cache=cache)  # fills it
+    for _ in range(rounds):
+        found.stages.append(_told("3 stages", await cold_pipeline(around, 3)))
+        found.cached.append(_told("3 stages, cache", await cold_pipeline(around, 3, weights_cache=cache)))
+        found.monolith.append(_told("monolith", await cold_monolith(around)))
+        limited = await cold_monolith(around, bytes_per_second=bytes_per_second)
+        found.monolith_limited.append(_told("monolith, limited", limited))
+        for stages, runs in found.limited.items():
+            run = await cold_pipeline(around, stages, bytes_per_second=bytes_per_second)
+            runs.append(_told(f"stages: {stages}, limited", run))
     return found
 
 
@@ -97,10 +88,8 @@ def measure(folder: Path, rounds: int, bytes_per_second: float) -> Results:
         bytes_per_second=bytes_per_second,
         monolith=starts.monolith,
         monolith_limited=starts.monolith_limited,
-        plain=starts.plain,
-        plain_limited=starts.plain_limited,
-        forked=starts.forked,
-        forked_cached=starts.forked_cached,
+        stages=starts.stages,
+        cached=starts.cached,
         limited=starts.limited,
         imports=imports,
     )

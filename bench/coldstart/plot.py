@@ -23,11 +23,10 @@ def draw(results: Results, picture: Path) -> None:
 def _waits(panel: Any, results: Results) -> None:
     rate = f"{results.bytes_per_second / 1e6:.0f} MB/s a pod"
     runs = {
-        "3 stages, forked, cache": results.forked_cached,
-        "3 stages, forked": results.forked,
-        "3 stages": results.plain,
+        "3 stages, cache": results.cached,
+        "3 stages": results.stages,
         "monolith": results.monolith,
-        f"3 stages, {rate}": results.plain_limited,
+        f"3 stages, {rate}": results.limited[3],
         f"monolith, {rate}": results.monolith_limited,
     }
     for row, each in enumerate(runs.values()):
@@ -58,8 +57,8 @@ def _parts(run: ColdStart) -> Mapping[str, tuple[float, float]]:
 def _load_phases(panel: Any, results: Results) -> None:
     stages = sorted(results.limited)
     panel.plot(stages, [results.wire_seconds(each) for each in stages], "k--", label="largest stage's bytes over the rate")
-    panel.plot(stages, [results.load_phase(each) for each in stages], "o-", label="load phase, forked")
-    panel.plot(stages, [first_token(results.limited[each]) for each in stages], "s:", label="first token, forked")
+    panel.plot(stages, [results.load_phase(each) for each in stages], "o-", label="load phase")
+    panel.plot(stages, [first_token(results.limited[each]) for each in stages], "s:", label="first token")
     panel.set_xticks(stages)
     panel.set_xlabel("stages")
     panel.set_ylabel("seconds")

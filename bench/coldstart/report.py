@@ -17,11 +17,6 @@ LABELS: Final = {
     "runai_streamer": "runai-model-streamer",
 }
 
-_WHY_FORKED: Final = (
-    "Forked, so that pods do not import torch five times on the same processors, which a cluster's do not either "
-    "([experiments.md](experiments.md#cold-start) has the plain ones)."
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Results:
@@ -33,13 +28,12 @@ class Results:
     """The limit of each pod."""
     monolith: Sequence[ColdStart]
     monolith_limited: Sequence[ColdStart]
-    plain: Sequence[ColdStart]
-    plain_limited: Sequence[ColdStart]
-    forked: Sequence[ColdStart]
-    forked_cached: Sequence[ColdStart]
+    stages: Sequence[ColdStart]
+    """Three."""
+    cached: Sequence[ColdStart]
     """With the folder of verified weights that `python -m knative run` has."""
     limited: Mapping[int, Sequence[ColdStart]]
-    """By the number of stages, forked: five imports of torch at once are not what five nodes would do to two cores."""
+    """By the number of stages."""
     imports: Mapping[str, Sequence[float]]
 
     def loading_seconds(self, name: str) -> float:
@@ -76,10 +70,10 @@ def verdicts(results: Results) -> Iterator[Verdict]:
         yield Verdict(f"loading, against {LABELS[name]}", results.loading_seconds(name) / ours, 2.0, at_least=True)
     yield Verdict(f"loading, against {LABELS['plain_gets']}", results.loading_seconds("plain_gets") / ours, 0.9, at_least=True)
     yield Verdict("loading out of the cache, against the store", ours / results.loading_seconds("lamina_cached"), 5.0, True)
-    share = first_token(results.plain_limited) / first_token(results.monolith_limited)
-    yield Verdict("first token of 3 plain stages against the monolith, limited", share, 0.5)
-    yield Verdict("the same without a limit", first_token(results.plain) / first_token(results.monolith), 0.7)
-    yield Verdict("first token of 3 forked stages", first_token(results.forked), 1.0, unit=" s")
+    yield Verdict("first token of 3 stages", first_token(results.stages), 1.1, unit=" s")
+    share = first_token(results.limited[3]) / first_token(results.monolith_limited)
+    yield Verdict("first token of 3 stages against the monolith, limited", share, 0.3)
+    yield Verdict("the same without a limit", first_token(results.stages) / first_token(results.monolith), 0.7)
     for stages in sorted(results.limited):
         off = abs(results.load_phase(stages) / results.wire_seconds(stages) - 1)
         yield Verdict(f"load phase of {stages} stage{'s' * (stages > 1)}, off bytes over rate by", off, 0.25, unit="")
@@ -114,11 +108,10 @@ def _first_tokens(results: Results) -> str:
     limit = f"{results.bytes_per_second / 1e6:.0f} MB/s a pod"
     named = {
         f"monolith, {limit}": results.monolith_limited,
-        f"3 stages, plain processes, {limit}": results.plain_limited,
+        f"3 stages, {limit}": results.limited[3],
         "monolith": results.monolith,
-        "3 stages, plain processes": results.plain,
-        "3 stages, forked": results.forked,
-        "3 stages, forked, weights out of the cache": results.forked_cached,
+        "3 stages": results.stages,
+        "3 stages, weights out of the cache": results.cached,
     }
     rows = [(name, f"{first_token(runs):.2f}", _spread(runs), _phases(runs)) for name, runs in named.items()]
     columns = ("what", "first token, seconds", "from – to", "ends of the phases, latest stage")
@@ -143,9 +136,9 @@ def _load_phases(results: Results) -> str:
         largest, wire, seen = results.limited[stages][0].largest_bytes, results.wire_seconds(stages), results.load_phase(stages)
         total = first_token(results.limited[stages])
         rows.append((str(stages), f"{largest / 1e6:.0f}", f"{wire:.2f}", f"{seen:.2f}", f"{seen / wire:.2f} ×", f"{total:.2f}"))
-    title = f"### The load phase, {results.bytes_per_second / 1e6:.0f} MB/s a pod, forked"
+    title = f"### The load phase, {results.bytes_per_second / 1e6:.0f} MB/s a pod"
     columns = ("stages", "largest stage, MB", "over the rate, s", "load phase, s", "of it", "first token, s")
-    return f"{title}\n\n{_WHY_FORKED}\n\n{table(columns, rows)}"
+    return f"{title}\n\n{table(columns, rows)}"
 
 
 def _imports(results: Results) -> str:

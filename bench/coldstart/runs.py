@@ -16,7 +16,6 @@ import aiohttp
 from eventing.wire.generation import TokenEvent
 from knative.commands.sources.local_pipeline import local_pipeline
 from knative.commands.terminal.asking import Question, ask
-from knative.local.kubelet.processes import PlainStarter, ProcessStarter
 from knative.local.platform import Platform, PlatformOptions
 from knative.render.services import services
 from storage.loading.weight_loader import stage_objects
@@ -60,16 +59,15 @@ async def cold_pipeline(
     stages: int,
     *,
     bytes_per_second: float | None = None,
-    starter: ProcessStarter | None = None,
     weights_cache: Path | None = None,
 ) -> ColdStart:
-    """starter: None for plain processes. bytes_per_second: of each pod, the gateway's included; None: no limit."""
+    """bytes_per_second: of each pod, the gateway's included; None: no limit."""
     local = local_pipeline(around.store, around.manifest, stages, None, {}, weights_cache)
     manifests = services(local.pipeline)
     with _endpoints(around.store, bytes_per_second, len(manifests)) as endpoints:
         for manifest, endpoint in zip(manifests, endpoints, strict=True):
             _set_environment(manifest, "LAMINA_STORE_ENDPOINT", endpoint)
-        options = PlatformOptions(logs=around.logs, secrets=local.secrets, starter=starter or PlainStarter())
+        options = PlatformOptions(logs=around.logs, secrets=local.secrets)
         async with _running(options, manifests) as platform:
             url = platform.url(local.pipeline.spec.name, local.pipeline.spec.namespace)
             began = time.perf_counter()

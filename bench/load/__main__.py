@@ -25,7 +25,6 @@ from bench.load.series import Record, read_records
 from bench.report import machine, write_section
 from knative.commands.sources.local_pipeline import LocalPipeline, ensure_published, local_pipeline
 from knative.commands.sources.store_access import STORE_FOLDER
-from knative.local.kubelet.fork_starter import ForkStarter
 from knative.local.platform import ROOT, Platform, PlatformOptions
 from knative.local.state_folder import RunningPlatform, StateFolder
 from knative.render.services import services
@@ -94,16 +93,15 @@ def spec_of(run: Run) -> PipelineSpec:
 @contextlib.asynccontextmanager
 async def serving(state: StateFolder, local: LocalPipeline, store: ObjectStore) -> AsyncIterator[Platform]:
     """The pipeline on a platform of its own, all at zero."""
-    async with ForkStarter(ROOT, state.logs / "fork-server.log") as starter:
-        platform = Platform(PlatformOptions(secrets=local.secrets, logs=state.logs, starter=starter))
-        await platform.start()
-        try:
-            await platform.apply(services(local.pipeline))
-            url = platform.url(local.pipeline.spec.name)
-            state.publish(RunningPlatform(platform.status()["pid"], platform.admin_url, url, store.settings))
-            yield platform
-        finally:
-            await platform.stop(_STOP_SECONDS)
+    platform = Platform(PlatformOptions(secrets=local.secrets, logs=state.logs))
+    await platform.start()
+    try:
+        await platform.apply(services(local.pipeline))
+        url = platform.url(local.pipeline.spec.name)
+        state.publish(RunningPlatform(platform.status()["pid"], platform.admin_url, url, store.settings))
+        yield platform
+    finally:
+        await platform.stop(_STOP_SECONDS)
 
 
 async def generate_load(run: Run, platform: Platform, output: Path) -> None:

@@ -9,9 +9,8 @@ from urllib.parse import urlsplit
 
 from bench.soak.records import GATEWAY
 from knative.commands.sources.local_pipeline import LocalPipeline
-from knative.local.kubelet.fork_starter import ForkStarter
 from knative.local.kubelet.pods import PodTiming
-from knative.local.platform import ROOT, Platform, PlatformOptions
+from knative.local.platform import Platform, PlatformOptions
 from knative.local.state_folder import RunningPlatform, StateFolder
 from knative.render.services import services
 from knative.spec.pipeline_spec import Autoscaling, Gateway, GatewayAutoscaling, Model, PipelineSpec, Resources, Stage
@@ -52,17 +51,15 @@ def services_of(local: LocalPipeline) -> dict[str, str]:
 
 @contextlib.asynccontextmanager
 async def serving(state: StateFolder, local: LocalPipeline, store: StoreSettings) -> AsyncIterator[Platform]:
-    async with ForkStarter(ROOT, state.logs / "fork-server.log") as starter:
-        options = PlatformOptions(secrets=local.secrets, logs=state.logs, starter=starter, timing=_TIMING)
-        platform = Platform(options)
-        await platform.start()
-        try:
-            await platform.apply(services(local.pipeline))
-            url = platform.url(local.pipeline.spec.name)
-            state.publish(RunningPlatform(platform.status()["pid"], platform.admin_url, url, store))
-            yield platform
-        finally:
-            await platform.stop(_STOP_SECONDS)
+    platform = Platform(PlatformOptions(secrets=local.secrets, logs=state.logs, timing=_TIMING))
+    await platform.start()
+    try:
+        await platform.apply(services(local.pipeline))
+        url = platform.url(local.pipeline.spec.name)
+        state.publish(RunningPlatform(platform.status()["pid"], platform.admin_url, url, store))
+        yield platform
+    finally:
+        await platform.stop(_STOP_SECONDS)
 
 
 class ReturningStore:

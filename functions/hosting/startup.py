@@ -13,7 +13,7 @@ began to arrive, all arrived, they lie in the layers, one step has run."""
 
 
 def process_age_seconds() -> float:
-    """How long this process has existed, by the kernel's account (to 10 ms). A forked one begins with its fork."""
+    """How long this process has existed, by the kernel's account (to 10 ms)."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # proc(5): starttime is field 22, the third behind the name is 0
     return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 import signal
-import sys
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,9 +20,7 @@ from knative.commands.sources.store_access import STORE_FOLDER, state_option
 from knative.commands.terminal.asking import Question, is_question
 from knative.commands.terminal.stage_table import show_stages
 from knative.commands.terminal.start_watch import watch_starts
-from knative.local.kubelet.fork_starter import ForkStarter
-from knative.local.kubelet.processes import PlainStarter, ProcessStarter
-from knative.local.platform import ROOT, Platform, PlatformOptions
+from knative.local.platform import Platform, PlatformOptions
 from knative.local.state_folder import RunningPlatform, StateFolder, naming_a_full_disk
 from knative.render.eventing import eventing_objects
 from knative.render.services import services
@@ -50,7 +47,6 @@ class RunOptions:
     once: bool
     secrets: Path | None
     config_maps: Path | None
-    processes: str
     state: Path
 
 
@@ -67,12 +63,6 @@ class RunOptions:
 @click.option("--prompt", default="What is the capital of France?", show_default=True, help="The first question.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @chat_option
-@click.option(
-    "--processes",
-    type=click.Choice(["forked", "plain"]),
-    default="forked" if sys.platform == "linux" else "plain",
-    help="Fork pods from a process that has the imports done (the default on Linux), or start each afresh.",
-)
 @click.option("--once", is_flag=True, help="End after the answer.")
 @click.option("--secrets", type=_FOLDER, help="Secrets that the spec names: a folder for each, a file for each key.")
 @click.option("--config-maps", type=_FOLDER, help="Config maps, likewise.")
@@ -132,7 +122,7 @@ class _Run:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop.set)
-        async with self._starter() as starter, self._platform(starter) as platform:
+        async with self._platform() as platform:
             url = platform.url(self._gateway, self._local.pipeline.spec.namespace)
             self._announce(platform, url)
             if not await self._until_stopped(self._first_answer(platform, url)) or self._options.once:
@@ -150,19 +140,13 @@ class _Run:
             return self._options.chat
         return self._local.has_chat_template and is_question(self._options.prompt)
 
-    def _starter(self) -> contextlib.AbstractAsyncContextManager[ProcessStarter]:
-        if self._options.processes == "plain":
-            return contextlib.nullcontext(PlainStarter())
-        return ForkStarter(ROOT, self._state.logs / "fork-server.log")
-
     @contextlib.asynccontextmanager
-    async def _platform(self, starter: ProcessStarter) -> AsyncIterator[Platform]:
+    async def _platform(self) -> AsyncIterator[Platform]:
         options = PlatformOptions(
             ports={self._gateway: self._options.port},
             secrets=self._local.secrets,
             config_maps=read_data_folder(self._options.config_maps),
             logs=self._state.logs,
-            starter=starter,
         )
         platform = Platform(options)
         await platform.start()

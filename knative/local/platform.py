@@ -19,7 +19,6 @@ from knative.local.errors import ManifestRefused, PortInUse
 from knative.local.eventing.local_eventing import LocalEventing
 from knative.local.kubelet.containers import LocalData, NamedData
 from knative.local.kubelet.pods import PodTiming
-from knative.local.kubelet.processes import PlainStarter, ProcessStarter
 from knative.local.metrics import render_metrics
 from knative.local.serving.emulated import ignored, refuse_unsupported
 from knative.local.serving.endpoint_slices import EndpointSlices
@@ -51,7 +50,6 @@ class PlatformOptions:
     logs: Path
     autoscaler: AutoscalerConfig = field(default_factory=_from_zero)
     timing: PodTiming = field(default_factory=PodTiming)
-    starter: ProcessStarter = field(default_factory=PlainStarter)
     folder: Path = ROOT
     activator_queue_depth: int = 10_000
     """Requests that one revision may hold; beyond it 503."""
@@ -68,7 +66,6 @@ class Platform:
         self._slices = EndpointSlices()
         self._admin = Admin(self._slices, self.status, lambda: render_metrics(self.services.values()))
         self._around = Surroundings(
-            starter=options.starter,
             timing=options.timing,
             slices=self._slices,
             folder=options.folder,

@@ -125,10 +125,8 @@ def results(ours: float) -> Results:
         bytes_per_second=50e6,
         monolith=monolith,
         monolith_limited=monolith,
-        plain_limited=cold[3],
-        plain=[run_of(3.0, 1.0, 100_000_000)],
-        forked=[run_of(0.7, 0.3, 100_000_000)],
-        forked_cached=[run_of(0.5, 0.1, 100_000_000)],
+        stages=[run_of(0.9, 0.3, 100_000_000)],
+        cached=[run_of(0.5, 0.1, 100_000_000)],
         limited=cold,
         imports={"import torch": [1.0], "native stage": [0.3], "gateway": [0.3]},
     )

@@ -1,5 +1,6 @@
 """A cold pipeline whose store misbehaves: a request survives what the start survives, and the answer is right."""
 
+import asyncio
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from eventing.wire.generation import GenerateResponse
 from functions.hosting.startup import PHASES
 from knative.commands.terminal.asking import Question, ask
 from tests.support.functions.functions import FunctionProcess, gateway_environment, stage_environment, wait_until
-from tests.support.knative.cold_pipeline import WarmParent, cold_pipeline, pods_of
+from tests.support.knative.cold_pipeline import cold_pipeline, pods_of
 from tests.support.storage.published import Published, until_end
 from tests.support.storage.storage import Fault, FaultProxy
 from tests.support.storage.tiny_models import greedy
@@ -62,14 +63,12 @@ SURVIVED: dict[str, Callable[[FaultProxy], None]] = {
 
 
 @pytest.mark.parametrize("fault", SURVIVED)
-def test_a_request_survives_a_store_that(
-    fault: str, published: Published, parent: WarmParent, proxy: FaultProxy, tmp_path: Path
-) -> None:
+def test_a_request_survives_a_store_that(fault: str, published: Published, proxy: FaultProxy, tmp_path: Path) -> None:
     SURVIVED[fault](proxy)
 
     async def run() -> None:
         endpoints = {STAGE: proxy.settings.endpoint_url}
-        async with cold_pipeline(published, tmp_path, parent.starter, endpoints) as (platform, local):
+        async with cold_pipeline(published, tmp_path, endpoints) as (platform, local):
             url = platform.url(local.pipeline.spec.name)
             *_, answer = [each async for each in ask(url, Question(PROMPT, 12, chat=False))]
             assert isinstance(answer, GenerateResponse)
@@ -77,7 +76,7 @@ def test_a_request_survives_a_store_that(
             (pod,) = pods_of(platform, local.pipeline.stage_name(STAGE))
             assert pod["restarts"] == 0
 
-    parent.run(run(), DEADLINE_SECONDS)
+    asyncio.run(asyncio.wait_for(run(), DEADLINE_SECONDS))
     assert proxy.count("GET") > 0
     assert not any(fault.times for fault in proxy.faults), "the store was better than the test says"
 

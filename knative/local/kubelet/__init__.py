@@ -1,4 +1,4 @@
-"""Pods on one machine: containers as processes, probes, restarts, drains, and the process that pods are forked from.
+"""Pods on one machine: containers as processes, probes, restarts, drains.
 
-May import: functions, functions.hosting, functions.stage.engine, knative.webhook, knative.local, knative.local.proxies.
+May import: knative.webhook, knative.local, knative.local.proxies.
 """

@@ -8,7 +8,7 @@ from typing import Final
 
 from knative.local.kubelet.containers import Container
 from knative.local.kubelet.probes import Probe, run_probe
-from knative.local.kubelet.processes import Process, ProcessStarter, free_port, kill_group, memory_bytes
+from knative.local.kubelet.processes import Process, free_port, kill_group, memory_bytes, start_process
 
 _MEMORY_CHECK_SECONDS: Final = 1.0
 
@@ -27,11 +27,11 @@ class ContainerLife:
         self._on_ready = on_ready
         self._killed_because: str | None = None
 
-    async def run(self, starter: ProcessStarter, folder: Path, name: str) -> str:
+    async def run(self, folder: Path, name: str) -> str:
         port, self.metrics_port = free_port(), free_port()
         environ = {**self._container.environ, **_own_places(port, self.metrics_port), "HOSTNAME": name}
         try:
-            process = await starter.start(self._container.command, environ, folder, self._log)
+            process = await start_process(self._container.command, environ, folder, self._log)
         except OSError as error:
             return f"cannot run {self._container.command[0]}: {error.strerror}"
         self.process = process

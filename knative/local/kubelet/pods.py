@@ -12,7 +12,7 @@ from typing import Final
 
 from knative.local.kubelet.container_life import ContainerLife
 from knative.local.kubelet.containers import Container
-from knative.local.kubelet.processes import ProcessStarter, kill_group, send_signal
+from knative.local.kubelet.processes import kill_group, send_signal
 from knative.local.proxies.queue_proxy import QueueProxy
 
 _log = logging.getLogger(__name__)
@@ -79,11 +79,11 @@ class Pod:
     def metrics_port(self) -> int | None:
         return None if self._life is None else self._life.metrics_port
 
-    async def start(self, starter: ProcessStarter, folder: Path) -> None:
+    async def start(self, folder: Path) -> None:
         """Returns at once; `phase` tells the rest."""
         await self.proxy.start()
         self._on_change()
-        self._task = asyncio.create_task(self._keep_running(starter, folder), name=f"pod {self.name}")
+        self._task = asyncio.create_task(self._keep_running(folder), name=f"pod {self.name}")
 
     async def leave(self) -> None:
         """Scale-in: still answers until it was quiet for a while, is then told, and killed when its grace is over."""
@@ -115,13 +115,13 @@ class Pod:
             kill_group(pid)
         await asyncio.wait([task])
 
-    async def _keep_running(self, starter: ProcessStarter, folder: Path) -> None:
+    async def _keep_running(self, folder: Path) -> None:
         loop, backoff = asyncio.get_running_loop(), 0.0
         while not self.leaving:
             began = loop.time()
             self._enter(Phase.STARTING)
             self._life = ContainerLife(self._container, self.log, self.proxy.connect, self._probed)
-            self.trouble = self.last_end = await self._life.run(starter, folder, self.name)
+            self.trouble = self.last_end = await self._life.run(folder, self.name)
             self._life = None
             self.proxy.connect(None)
             if self.leaving:

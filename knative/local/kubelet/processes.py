@@ -11,7 +11,7 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 _POD_PORTS: Final = range(20_000, 32_000)
 _TRIES: Final = 50
@@ -25,37 +25,22 @@ os.execv(sys.argv[2], sys.argv[3:])
 """
 
 
-class Process(Protocol):
-    """A running function. Its pid is also its process group."""
-
-    @property
-    def pid(self) -> int: ...
-
-    async def wait(self) -> int:
-        """Exit status; negative: the signal that ended it."""
+Process = asyncio.subprocess.Process
+"""Its pid is also its process group."""
 
 
-class ProcessStarter(Protocol):
-    """How a pod's process comes to be: started afresh, or forked from one that has the imports done."""
-
-    async def start(self, command: Sequence[str], environ: Mapping[str, str], folder: Path, log: Path) -> Process:
-        """Output is appended to `log`. Raises OSError where the command cannot be run."""
-
-
-class PlainStarter:
-    """Starts the command afresh."""
-
-    async def start(self, command: Sequence[str], environ: Mapping[str, str], folder: Path, log: Path) -> Process:
-        with log.open("ab") as output:
-            return await asyncio.create_subprocess_exec(
-                *dying_with_parent(command, environ),
-                env=dict(environ),
-                cwd=folder,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=output,
-                stderr=asyncio.subprocess.STDOUT,
-                start_new_session=True,
-            )
+async def start_process(command: Sequence[str], environ: Mapping[str, str], folder: Path, log: Path) -> Process:
+    """Output is appended to `log`. Raises OSError where the command cannot be run."""
+    with log.open("ab") as output:
+        return await asyncio.create_subprocess_exec(
+            *dying_with_parent(command, environ),
+            env=dict(environ),
+            cwd=folder,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def dying_with_parent(command: Sequence[str], environ: Mapping[str, str]) -> tuple[str, ...]:

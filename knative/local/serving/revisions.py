@@ -16,7 +16,6 @@ from knative.local.http.messages import HttpError
 from knative.local.http.server import Exchange
 from knative.local.kubelet.containers import LocalData, read_container
 from knative.local.kubelet.pods import Phase, Pod, PodTiming
-from knative.local.kubelet.processes import ProcessStarter
 from knative.local.proxies.activator import Activator
 from knative.local.serving.endpoint_slices import EndpointSlices, PodEndpoint, endpoint_slice
 
@@ -29,7 +28,6 @@ _SCRAPE_SECONDS: Final = 1.0
 class Surroundings:
     """What all revisions of a platform share."""
 
-    starter: ProcessStarter
     timing: PodTiming
     slices: EndpointSlices
     folder: Path
@@ -180,7 +178,7 @@ class Revision:
         self.pods.append(pod)
         if self._without_ready_pod_since is None and not self.ready_pods:
             self._without_ready_pod_since = self._now()
-        self._spawn(pod.start(self._around.starter, self._around.folder), f"start {name}")
+        self._spawn(pod.start(self._around.folder), f"start {name}")
 
     def _pods_changed(self) -> None:
         for pod in self.pods:

@@ -229,7 +229,7 @@ def test_a_gateway_imports_no_torch_and_is_there_at_once() -> None:
     ["functions.__main__", "functions.hosting.server", "functions.stage.serving.function", "functions.stage.serving.app"],
 )
 def test_importing_does_nothing(role_module: str) -> None:
-    """No thread, no signal handler, no logging, no torch: a warm parent may fork into any role."""
+    """No thread, no signal handler, no logging, no torch."""
     code = f"""
 import logging, signal, sys, threading, json
 before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]

@@ -9,9 +9,8 @@ from typing import Any
 
 from eventing.wire.generation import GenerateResponse
 from knative.commands.terminal.asking import Question, ask
-from knative.local.kubelet.fork_starter import ForkStarter
 from knative.local.kubelet.pods import PodTiming
-from knative.local.platform import ROOT, Platform
+from knative.local.platform import Platform
 from knative.local.serving.revisions import Revision
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.spec.cut import parse_cut
@@ -57,10 +56,7 @@ async def serving(
             "AWS_SECRET_ACCESS_KEY": published.store.secret_access_key,
         },
     }
-    async with (
-        ForkStarter(ROOT, folder / "fork-server.log") as starter,
-        running_platform(folder, *manifests, secrets=secrets, timing=timing, starter=starter) as platform,
-    ):
+    async with running_platform(folder, *manifests, secrets=secrets, timing=timing) as platform:
         yield platform
 
 

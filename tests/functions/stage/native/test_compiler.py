@@ -1,16 +1,13 @@
 """Where the compiled library comes from: which compiler, which file, and what happens where neither is there."""
 
 import importlib.util
-import pickle
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import pytest
 import torch
 
@@ -22,7 +19,6 @@ from storage.checkpoints.llama_config import LlamaConfig
 from tests.support.functions.borders import raw
 from tests.support.functions.group_chain import GroupChain, by_plan, tokens_of
 from tests.support.functions.native_models import BUDGET, CUT, checkpoint, config, torch_groups
-from tests.support.paths import ROOT
 from tests.support.storage import tiny_models
 
 TEXTS: Final = {"a": tokens_of(1, 30), "b": tokens_of(2, 21)}
@@ -149,32 +145,3 @@ def test_layers_in_c_are_for_cpus_and_every_dtype_but_float16() -> None:
         assert native_obstacle(model, dtype, "cpu") is None
         assert native_obstacle(model, dtype, "meta") == "they are on meta"
     assert native_obstacle(model, "float16", "cpu") == "float16 is not float32, bfloat16 or int8"
-
-
-# The library comes ahead of the fork, as where pods are forked.
-RUN_FORKED: Final = """
-import os, pickle, sys
-import numpy as np
-from functions.stage.native import preloaded
-if child := os.fork():
-    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-from functions.stage.models.layer_group import Segment
-from functions.stage.models.native.group import NativeGroup
-from storage.loading.weight_loader import RawTensor
-config, arrays = pickle.load(open(sys.argv[1], "rb"))
-tensors = {name: RawTensor("F32", array.shape, array.data.cast("B")) for name, array in arrays.items()}
-group = NativeGroup.build(config, tensors, 0, 6, "float32", 2**20)
-group.use_threads(2)
-handle = group.kv.reserve(40)
-np.save(sys.argv[2], group.logits(group.forward(np.arange(30), [Segment(handle, 0, 30)])))
-"""
-
-
-def test_a_library_loaded_ahead_of_a_fork_is_that_of_the_children(tmp_path: Path) -> None:
-    model = tiny_models.whole_model("llama")
-    arrays = {name: tensor.numpy() for name, tensor in tiny_models.checkpoint_tensors(model).items()}
-    (tmp_path / "model").write_bytes(pickle.dumps((tiny_models.tiny_config("llama"), arrays)))
-    command = [sys.executable, "-c", RUN_FORKED, tmp_path / "model", tmp_path / "logits.npy"]
-    subprocess.run(command, cwd=ROOT, timeout=200, check=True)
-    found, wanted = torch.from_numpy(np.load(tmp_path / "logits.npy")), tiny_models.all_logits(model, list(range(30)))
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
