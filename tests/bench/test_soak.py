@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from bench.soak.faults import victims_at
+from bench.soak.faults import answers, victims_at
 from bench.soak.growth import growths
 from bench.soak.hostile import KINDS
 from bench.soak.judge import late, unexplained, wrong
@@ -227,6 +227,7 @@ def test_records_of_several_processes_are_told_again(tmp_path: Path) -> None:
         for number, record in enumerate(records()):
             (one if number % 2 else other).write(record)
     found = read_records(path)
+    assert answers(str(path)) == len(of(Answer, found)) > 0
     assert failing(found) == []
     assert markdown(found) == markdown(sorted(records(), key=lambda record: record.t))
     picture = tmp_path / "soak.png"
