@@ -4,10 +4,13 @@ SmolLM2 in fp32, where a replayed or batched answer is never a different one: wh
 question got while nothing else ran.
 """
 
-import base64
+import os
+import shutil
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import pytest
@@ -16,23 +19,31 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from eventing.wire.events import EventType
-from knative.cluster.client import Cluster
+from knative.cluster.client import Ref
 from knative.cluster.deployer import Deployer
-from knative.cluster.garbage import GarbageCollector
-from knative.cluster.status import services_of
-from knative.render.rendering import render, resolve
-from knative.spec.kubernetes_object import KubernetesObject
-from knative.spec.model_shape import ModelShape, published_shape
+from knative.cluster.errors import ClusterError
+from knative.cluster.pipeline_token import ensure_token
+from knative.render.prune_script import is_ready
+from knative.spec.model_shape import published_shape
 from knative.spec.model_sources import packaged_model
-from knative.spec.pipeline_spec import Autoscaling, Eventing, Model, PipelineSpec, Resources, Stage, Store
-from storage.models.model_repository import ModelManifest, read_file
+from knative.spec.pipeline_spec import Eventing, Gateway
+from storage.models.model_repository import read_file
 from storage.models.publisher import publish
 from storage.store.object_store import ObjectStore
+from tests.support.knative.cluster_scenario import (
+    INSTANCE,
+    MAX_TOKENS,
+    MODEL,
+    NAME,
+    PROMPTS,
+    SERVICE,
+    STAGES,
+    Scenario,
+    store_secret,
+)
 from tests.support.knative.real_cluster import (
-    Conversations,
-    Gateway,
     Probe,
-    Settings,
+    drain,
     kill,
     missing,
     namespace,
@@ -40,17 +51,17 @@ from tests.support.knative.real_cluster import (
     settings,
     wait_until,
 )
+from tests.support.paths import ROOT
+
+
+def needs(program: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(shutil.which(program) is None, reason=f"needs {program} on the PATH")
+
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
 
-NAME: Final = "lamina-test"
-MODEL: Final = "lamina-test-smollm2"
-INSTANCE: Final = f"app.kubernetes.io/instance={NAME}"
-STAGES: Final = f"{INSTANCE},app.kubernetes.io/component=stage"
-SERVICE: Final = "serving.knative.dev/service"
-MAX_TOKENS: Final = 48
+OTHER: Final = "lamina-test-b"
 LONG: Final = 160
-PROMPTS: Final = ("The capital of France is", "Once upon a time", "Water is made of", "A prime number is")
 TEXT: Final = "The capital of France is Paris, and the capital of Italy is Rome."
 COLD_SECONDS: Final = 600
 NOTHING_MAY_BE_LEFT: Final = (
@@ -70,63 +81,6 @@ NOTHING_MAY_BE_LEFT: Final = (
 )
 
 
-class Scenario:
-    """What the steps share."""
-
-    def __init__(self, where: Settings, publication: ModelManifest, shape: ModelShape, tokenizer: Tokenizer) -> None:
-        self.where = where
-        self.tokenizer = tokenizer
-        self.said: list[str] = []
-        self.cluster = Cluster.connect(where.kubeconfig, where.context)
-        self.deployer = Deployer(self.cluster, where.namespace, self.said.append, timeout_seconds=900)
-        self.garbage = GarbageCollector(self.cluster, where.namespace, self.said.append, timeout_seconds=900)
-        self.expected: dict[str, str] = {}
-        self._publication = publication
-        self._shape = shape
-        self._gateway: Gateway | None = None
-
-    @property
-    def gateway(self) -> Gateway:
-        assert self._gateway is not None, "nothing was deployed: an earlier step failed"
-        return self._gateway
-
-    @property
-    def conversations(self) -> Conversations:
-        return Conversations(self.gateway, {prompt: self.expected[prompt] for prompt in PROMPTS}, MAX_TOKENS)
-
-    def spec(self, **changes: Any) -> PipelineSpec:
-        spec = PipelineSpec(
-            name=NAME,
-            namespace=self.where.namespace,
-            model=Model(name=MODEL, dtype="float32"),
-            cut="0:10,10:20,20:30",
-            image=self.where.image,
-            stage=Stage(resources=Resources(cpu="1", memory="2Gi"), kv_cache="256Mi", autoscaling=Autoscaling(max_scale=3)),
-            store=Store(endpoint=self.where.store_endpoint, bucket=self.where.store.bucket, region=self.where.store.region),
-        )
-        return msgspec.structs.replace(spec, **changes)
-
-    def objects(self, spec: PipelineSpec) -> list[KubernetesObject]:
-        pipeline = resolve(spec, lambda: (self._publication, self._shape))
-        return [each for rendered in render(pipeline).values() for each in rendered]
-
-    def deploy(self, **changes: Any) -> None:
-        url = self.deployer.deploy(self.objects(self.spec(**changes)))
-        self._gateway = Gateway(url, self.where.ingress, MODEL)
-
-    def stage_pods(self) -> dict[str, int]:
-        """Pods that stay, by Service."""
-        counts: dict[str, int] = {}
-        for pod in pods(self.cluster, self.where, STAGES):
-            service = pod["metadata"]["labels"][SERVICE]
-            counts[service] = counts.get(service, 0) + 1
-        return counts
-
-    def stage_services(self) -> set[str]:
-        names = {service["metadata"]["name"] for service in services_of(self.cluster, self.where.namespace, NAME)}
-        return {name for name in names if name[:-1].endswith("-s")}
-
-
 @pytest.fixture(scope="module")
 def scenario() -> Iterator[Scenario]:
     if missing():
@@ -137,17 +91,11 @@ def scenario() -> Iterator[Scenario]:
     with namespace(where):
         tokenizer = Tokenizer.from_str(read_file(store, publication, "tokenizer.json").decode())
         steps = Scenario(where, publication, published_shape(store, publication), tokenizer)
-        steps.cluster.apply(_store_secret(where))
+        steps.cluster.apply(store_secret(where))
         yield steps
         Probe(steps.cluster, where).remove()
-        steps.garbage.collect_all(NAME)
-
-
-def _store_secret(where: Settings) -> KubernetesObject:
-    keys = {"AWS_ACCESS_KEY_ID": where.store.access_key_id, "AWS_SECRET_ACCESS_KEY": where.store.secret_access_key}
-    data = {name: base64.b64encode(value.encode()).decode() for name, value in keys.items()}
-    metadata = {"name": "lamina-store", "namespace": where.namespace}
-    return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": "Opaque", "data": data}
+        for name in (NAME, OTHER):
+            steps.garbage.collect_all(name)
 
 
 def test_a_pipeline_is_deployed_and_answers(scenario: Scenario) -> None:
@@ -212,6 +160,113 @@ def test_a_stage_killed_in_mid_answer_costs_a_pause(scenario: Scenario) -> None:
     assert killed
     assert text == expected
     assert not set(killed) & {pod["metadata"]["name"] for pod in pods(scenario.cluster, scenario.where, STAGES)}
+
+
+def test_24_streams_for_90_seconds_are_whole(scenario: Scenario) -> None:
+    """Through the ingress, from what is there: stages scale out under them. 4 to 19 % of such streams broke once."""
+    with scenario.streams.running(24) as streams:
+        time.sleep(90)
+    print(f"{streams.answers} streams")
+
+
+def test_streams_outlive_stages_that_are_killed_drained_and_rolled(scenario: Scenario) -> None:
+    """A pod of another stage each time, so that none is hit twice while it comes back."""
+    stages = sorted(scenario.stage_services())
+    with scenario.streams.running(8) as streams:
+        for end, service in zip((kill, drain, kill), stages, strict=True):
+            pod = next(each["metadata"]["name"] for each in pods(scenario.cluster, scenario.where, f"{SERVICE}={service}"))
+            end(scenario.where, pod)
+            answered = streams.answers
+            wait_until(lambda answered=answered: streams.answers >= answered + 16, COLD_SECONDS, "answers behind it")
+        scenario.deploy(log_level="warning")
+
+
+def test_a_canary_gets_half_is_promoted_and_another_is_taken_back(scenario: Scenario) -> None:
+    before = scenario.stage_services()
+    with scenario.streams.running(6) as streams:
+        scenario.deployer.canary(scenario.objects(scenario.spec(cut="0:15,15:30")), 50)
+        assert len(scenario.stage_services()) == len(before) + 2
+        answered = streams.answers
+        wait_until(lambda: streams.answers >= answered + 24, COLD_SECONDS, "answers of both")
+        scenario.deployer.promote(NAME)
+        promoted = scenario.stage_services()
+        assert len(promoted) == 2, scenario.said
+        scenario.deployer.canary(scenario.objects(scenario.spec()), 10)
+        scenario.deployer.abort(NAME)
+        assert scenario.stage_services() == promoted, scenario.said
+        scenario.deployer.rollback(NAME)
+        assert scenario.stage_services() == before, scenario.said
+
+
+def test_a_deploy_that_fails_touches_nothing_and_is_rolled_back(scenario: Scenario) -> None:
+    before = scenario.stage_services()
+    impatient = Deployer(scenario.cluster, scenario.where.namespace, scenario.said.append, timeout_seconds=120)
+    broken = scenario.spec(cut="0:15,15:30", image=f"{scenario.where.image}-that-is-nowhere")
+    with scenario.streams.running(2):
+        with pytest.raises(ClusterError):
+            impatient.deploy(scenario.objects(broken))
+        assert scenario.stage_services() >= before
+        scenario.deployer.rollback(NAME)
+    assert scenario.stage_services() == before, scenario.said
+
+
+def test_a_pod_network_that_is_not_the_clusters_is_told_before_the_gateway_moves(scenario: Scenario) -> None:
+    elsewhere = scenario.spec(gateway=Gateway(pod_network="203.0.113.0/24"))
+    with scenario.streams.running(2):
+        with pytest.raises(ClusterError, match="pod_network"):
+            scenario.deployer.deploy(scenario.objects(elsewhere))
+        scenario.deployer.rollback(NAME)
+
+
+def test_one_of_two_pipelines_in_a_namespace_is_deleted_and_the_other_goes_on(scenario: Scenario) -> None:
+    url = scenario.deployer.deploy(scenario.objects(scenario.spec(name=OTHER, cut="0:30")))
+    assert scenario.gateway_at(url).complete(PROMPTS[0], MAX_TOKENS) == scenario.expected[PROMPTS[0]]
+    with scenario.streams.running(4):
+        assert scenario.deployer.delete(OTHER) > 0
+        time.sleep(10)
+    assert scenario.stage_services(OTHER) == set()
+    assert len(scenario.stage_services()) == 3
+
+
+@needs("kubectl")
+def test_kustomize_brings_a_pipeline_up_changes_it_and_its_job_prunes(scenario: Scenario, tmp_path: Path) -> None:
+    """As a controller that applies a folder and prunes nothing that is annotated so."""
+    spec, folder = scenario.spec(name=OTHER, cut="0:30"), tmp_path / "manifests"
+    old = scenario.write_folder(folder, spec)
+    ensure_token(scenario.cluster, scenario.objects(spec), scenario.said.append)
+    gateway = scenario.gateway_at(_apply_folder(scenario, folder))
+    assert gateway.complete(PROMPTS[0], MAX_TOKENS) == scenario.expected[PROMPTS[0]]
+    new = scenario.write_folder(folder, msgspec.structs.replace(spec, cut="0:15,15:30"))
+    _apply_folder(scenario, folder)
+    wait_until(
+        lambda: not scenario.stage_services(OTHER) & set(old.stage_names), 1000, "the Job prunes the stages of the first cut"
+    )
+    assert scenario.stage_services(OTHER) == set(new.stage_names)
+    assert gateway.complete(PROMPTS[1], MAX_TOKENS) == scenario.expected[PROMPTS[1]]
+    scenario.garbage.collect_all(OTHER)
+
+
+def _apply_folder(scenario: Scenario, folder: Path) -> str:
+    """The gateway's URL once it is Ready."""
+    context = [] if scenario.where.context is None else ["--context", scenario.where.context]
+    command = ["kubectl", "--kubeconfig", scenario.where.kubeconfig, *context, "apply", "--kustomize", str(folder)]
+    subprocess.run(command, check=True, timeout=120)
+    gateway = Ref("serving.knative.dev/v1", "Service", scenario.where.namespace, OTHER)
+    wait_until(lambda: is_ready(scenario.cluster.get(gateway)), COLD_SECONDS, "the gateway is Ready")
+    live = scenario.cluster.get(gateway)
+    assert live is not None
+    url: str = live["status"]["url"]
+    return url
+
+
+@needs("kn")
+def test_kn_lamina_is_the_command_line(scenario: Scenario) -> None:
+    """kn finds `kn-lamina` on the PATH."""
+    environ = os.environ | {"PATH": f"{ROOT}:{os.environ['PATH']}", "KUBECONFIG": scenario.where.kubeconfig}
+    context = [] if scenario.where.context is None else ["--context", scenario.where.context]
+    command = ["kn", "lamina", "status", NAME, "--namespace", scenario.where.namespace, *context]
+    shown = subprocess.run(command, env=environ, check=True, capture_output=True, text=True, timeout=120).stdout
+    assert all(service in shown for service in scenario.stage_services()), shown
 
 
 def test_a_text_is_scored_through_the_sequence(scenario: Scenario) -> None:

@@ -109,6 +109,12 @@ def kill(where: Settings, pod: str) -> None:
         core.delete_namespaced_pod(pod, where.namespace, grace_period_seconds=0)
 
 
+def drain(where: Settings, pod: str) -> None:
+    """With all the time that it has to finish what it has in hand, as a node that is emptied gives it."""
+    with core_api(where) as core:
+        core.delete_namespaced_pod(pod, where.namespace)
+
+
 def pods(cluster: Cluster, where: Settings, selector: str) -> list[KubernetesObject]:
     """Pods that are not on their way out."""
     found = cluster.find("v1", "Pod", where.namespace, selector)
@@ -163,6 +169,7 @@ class Conversations:
     gateway: Gateway
     expected: dict[str, str]
     max_tokens: int
+    streaming: bool = False
     answers: int = 0
     wrong: list[str] = field(default_factory=list)
 
@@ -181,13 +188,18 @@ class Conversations:
         assert self.answers
         assert not self.wrong
 
+    def _ask(self, prompt: str) -> str:
+        if self.streaming:
+            return "".join(self.gateway.stream(prompt, self.max_tokens))
+        return self.gateway.complete(prompt, self.max_tokens)
+
     def _converse(self, number: int, over: threading.Event) -> None:
         prompts = list(self.expected)
         while not over.is_set():
             prompt = prompts[number % len(prompts)]
             number += 1
             try:
-                text = self.gateway.complete(prompt, self.max_tokens)
+                text = self._ask(prompt)
             except (AssertionError, OSError, http.client.HTTPException) as error:
                 self.wrong.append(f"{prompt!r}: {error!r}")
                 continue
