@@ -76,7 +76,7 @@ deploy-kn: needs-spec needs-store $(VENV)/run.stamp needs-libraries ## The same 
 	  $(BIN)/python -m knative render "$$SPEC" --output "$$folder" $${IMAGE:+--image "$$IMAGE"}; \
 	  $(BIN)/python -m knative check "$$folder"/stage-*.yaml "$$folder"/gateway*.yaml; \
 	  apply() { [ ! -e "$$1" ] || kubectl $${CONTEXT:+--context "$$CONTEXT"} apply --filename "$$1"; }; \
-	  for part in access network monitoring; do apply "$$folder/$$part.yaml"; done; \
+	  for file in "$$folder"/*.yaml; do case "$$file" in */stage-*|*/gateway*|*/eventing.yaml|*/kustomization.yaml) ;; *) apply "$$file" ;; esac; done; \
 	  for file in "$$folder"/stage-*.yaml "$$folder"/gateway*.yaml; do \
 	    name=$$(awk '$$1 == "name:" { print $$2; exit }' "$$file"); namespace=$$(awk '$$1 == "namespace:" { print $$2; exit }' "$$file"); \
 	    kn $${CONTEXT:+--context "$$CONTEXT"} service apply "$$name" --namespace "$$namespace" --filename "$$file" --wait-timeout "$$TIMEOUT"; \

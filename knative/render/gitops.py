@@ -17,6 +17,8 @@ _PRUNE: Final = "prune"
 _ARGO: Final = "argocd.argoproj.io/"
 _WAVES: Final = {"stage": "1", "gateway": "2", "eventing": "3"}
 """Of Argo CD, which waits for each to be healthy: stages before the gateway that drives them."""
+_AMONG_OTHERS: Final = ("affinity", "topologySpreadConstraints")
+"""What a gateway's pod wants of its siblings; the Job's runs where gateways may, with their pull secrets."""
 _ANSWERS_SECONDS: Final = 900
 """For the Job to wait for answers on old stages; an answer may take 600."""
 _KEPT_SECONDS: Final = 86_400
@@ -92,6 +94,7 @@ def _job(pipeline: ResolvedPipeline, account: str) -> KubernetesObject:
             "seccompProfile": {"type": "RuntimeDefault"},
         },
     }
+    where = {name: value for name, value in spec.gateway.pod.rendered().items() if name not in _AMONG_OTHERS}
     hook = {_ARGO + "hook": "PostSync", _ARGO + "hook-delete-policy": "BeforeHookCreation"}
     return {
         "apiVersion": "batch/v1",
@@ -107,7 +110,7 @@ def _job(pipeline: ResolvedPipeline, account: str) -> KubernetesObject:
             "ttlSecondsAfterFinished": _KEPT_SECONDS,
             "template": {
                 "metadata": {"labels": own},
-                "spec": {"serviceAccountName": account, "restartPolicy": "Never", "containers": [container]},
+                "spec": {**where, "serviceAccountName": account, "restartPolicy": "Never", "containers": [container]},
             },
         },
     }

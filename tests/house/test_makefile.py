@@ -67,6 +67,7 @@ def spec(folder: Path, store: StoreSettings) -> str:
         "stages": 2,
         "image": "registry.example/lamina:1",
         "store": {"endpoint": store.endpoint_url},
+        "gateway": {"max_unavailable": 1},
     }
     (folder / "pipeline.yaml").write_text(yaml.safe_dump(document))
     return str(folder / "pipeline.yaml")
@@ -109,7 +110,7 @@ def test_kn_gets_a_file_for_each_service_and_kubectl_the_rest(tmp_path: Path, st
     assert api.named("secrets") == ["chat-pipeline", "lamina-store"], "the token is made before anything waits for it"
     calls = (tmp_path / "calls").read_text().splitlines()
     kubectl = [call for call in calls if call.startswith("kubectl")]
-    assert [Path(call.split()[-1]).name for call in kubectl] == ["access.yaml", "network.yaml"]
+    assert [Path(call.split()[-1]).name for call in kubectl] == ["access.yaml", "disruption.yaml", "network.yaml"]
     assert all("--context there apply --filename" in call for call in kubectl)
     assert calls[: len(kubectl)] == kubectl
     applied = [call.split() for call in calls if call.startswith("kn ")]

@@ -94,6 +94,14 @@ def test_knative_takes_the_annotated_services_and_makes_no_new_revision_of_them(
                 assert after["spec"] == before["spec"]
 
 
+def test_the_jobs_pod_may_run_where_gateways_may() -> None:
+    pod = {"node_selector": {"pool": "system"}, "image_pull_secrets": ["pull"], "affinity": {"podAntiAffinity": {}}}
+    (job,) = (each for each in prune_objects(resolved_pipeline(gateway={"pod": pod})) if each["kind"] == "Job")
+    spec = job["spec"]["template"]["spec"]
+    assert (spec["nodeSelector"], spec["imagePullSecrets"]) == ({"pool": "system"}, [{"name": "pull"}])
+    assert "affinity" not in spec
+
+
 @pytest.fixture
 def api() -> Iterator[KubernetesApi]:
     server = KubernetesApi()
