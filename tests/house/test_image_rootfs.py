@@ -72,6 +72,17 @@ def test_the_pipeline_becomes_ready_answers_and_drains(folder: Path, published: 
         assert not any("Traceback" in function.log for function in (gateway, *stages))
 
 
+def test_a_stage_that_takes_torch_says_what_it_needs(folder: Path, target: str, published: Published) -> None:
+    environ = stage_environment(published, 1) | {"LAMINA_LAYER_GROUP": "llama"}
+    with FunctionProcess(environ, (*MODULE, str(folder))) as stage:
+        if target == "full":
+            stage.wait_ready(120)
+        else:
+            assert stage.wait_end() == 1
+            assert "takes torch, which is not installed here" in stage.log
+            assert "the image's target `full`" in stage.log
+
+
 def _complete(url: str, published: Published) -> str:
     document = {"model": published.manifest.name, "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
     body = json.dumps(document).encode()

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
@@ -37,20 +37,9 @@ def refusal() -> str | None:
 
 
 def build(folder: Path, target: str) -> None:
-    """Each stage in a folder of its own, until `folder` is the target's. Raises CalledProcessError where a step fails."""
-    known = stages()
-    stage = known[target]
+    """Each stage in a folder of its own, and the target's is `folder`. Raises CalledProcessError where a step fails."""
     with ExitStack() as others:
-
-        def built(name: str) -> Path:
-            other = Path(others.enter_context(tempfile.TemporaryDirectory(prefix=f"lamina-{name}-")))
-            build(other, name)
-            return other
-
-        if stage.base in known:
-            _copy_tree(built(stage.base), folder)
-        for step in stage.steps:
-            _run(step, folder, stage, built)
+        _Build(others).build(folder, target)
 
 
 def size_bytes(folder: Path) -> int:
@@ -59,17 +48,38 @@ def size_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in files if path.is_file() and not path.is_symlink())
 
 
-def _run(step: Step, folder: Path, stage: Stage, built: Callable[[str], Path]) -> None:
-    words = step.value.split()
-    if step.instruction == "RUN":
-        environ = {**step.environment, **_pip_configuration()}
-        subprocess.run(_entering("build", folder, stage, ["sh", "-ec", step.value]), env=environ, check=True)
-    elif words[0].startswith("--from="):
-        source, target = (place.lstrip("/") for place in words[1:])
-        _copy_tree(built(words[0].removeprefix("--from=")) / source, folder / target)
-    else:
-        *sources, target = words
-        _copy([ROOT / source for source in sources], folder / stage.workdir.lstrip("/"), target)
+class _Build:
+    """Stages that others take something from are built once."""
+
+    def __init__(self, folders: ExitStack) -> None:
+        self._folders = folders
+        self._stages = stages()
+        self._built: dict[str, Path] = {}
+
+    def build(self, folder: Path, target: str) -> None:
+        stage = self._stages[target]
+        if stage.base in self._stages:
+            _copy_tree(self._other(stage.base), folder)
+        for step in stage.steps:
+            self._run(step, folder, stage)
+
+    def _other(self, name: str) -> Path:
+        if name not in self._built:
+            self._built[name] = Path(self._folders.enter_context(tempfile.TemporaryDirectory(prefix=f"lamina-{name}-")))
+            self.build(self._built[name], name)
+        return self._built[name]
+
+    def _run(self, step: Step, folder: Path, stage: Stage) -> None:
+        words = step.value.split()
+        if step.instruction == "RUN":
+            environ = {**step.environment, **_pip_configuration()}
+            subprocess.run(_entering("build", folder, stage, ["sh", "-ec", step.value]), env=environ, check=True)
+        elif words[0].startswith("--from="):
+            source, target = (place.lstrip("/") for place in words[1:])
+            _copy_tree(self._other(words[0].removeprefix("--from=")) / source, folder / target)
+        else:
+            *sources, target = words
+            _copy([ROOT / source for source in sources], folder / stage.workdir.lstrip("/"), target)
 
 
 def _copy(sources: Sequence[Path], workdir: Path, target: str) -> None:
