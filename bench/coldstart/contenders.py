@@ -179,8 +179,8 @@ def runai_streamer(job: Job) -> Load:
     settings, manifest = job.settings, job.decoded()
     os.environ.update(
         AWS_ENDPOINT_URL=settings.endpoint_url,
-        AWS_ACCESS_KEY_ID=settings.access_key_id,
-        AWS_SECRET_ACCESS_KEY=settings.secret_access_key,
+        AWS_ACCESS_KEY_ID=settings.access_key_id or "",
+        AWS_SECRET_ACCESS_KEY=settings.secret_access_key or "",
         AWS_REGION=settings.region,
         RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING="0",
         RUNAI_STREAMER_LOG_LEVEL="WARNING",

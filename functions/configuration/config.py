@@ -23,9 +23,16 @@ class StoreConfig(StoreSettings):
     endpoint_url: str = setting("LAMINA_STORE_ENDPOINT", parsers.url, "URL of the S3-compatible store")
     bucket: str = setting("LAMINA_STORE_BUCKET", parsers.text, "bucket that holds the models")
     region: str = setting("LAMINA_STORE_REGION", parsers.text, "region that requests are signed for", "us-east-1")
-    access_key_id: str = setting("AWS_ACCESS_KEY_ID", parsers.text, "access key of the store")
-    secret_access_key: str = setting("AWS_SECRET_ACCESS_KEY", parsers.text, "secret key of the store", secret=True)
+    access_key_id: str | None = setting("AWS_ACCESS_KEY_ID", parsers.text, "access key of the store", "")
+    secret_access_key: str | None = setting("AWS_SECRET_ACCESS_KEY", parsers.text, "secret key of the store", "", secret=True)
     session_token: str | None = setting("AWS_SESSION_TOKEN", parsers.text, "token of temporary keys", "", secret=True)
+    web_identity_token_file: str | None = setting(
+        "AWS_WEB_IDENTITY_TOKEN_FILE", parsers.text, "instead of keys: file with a token that is exchanged for some", ""
+    )
+    role_arn: str | None = setting("AWS_ROLE_ARN", parsers.text, "role that the token is to become", "")
+    sts_endpoint: str | None = setting(
+        "AWS_ENDPOINT_URL_STS", parsers.url, "URL of who exchanges it; unset: AWS's own of LAMINA_STORE_REGION", ""
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -254,9 +261,16 @@ def _keys_of_another_role(role: str, environ: Mapping[str, str]) -> Iterator[str
             yield f"{key.name} is a key of the {owner}, and {ROLE_KEY} is {role}"
 
 
+def _missing_keys(store: StoreConfig) -> Iterator[str]:
+    for name, value in (("AWS_ACCESS_KEY_ID", store.access_key_id), ("AWS_SECRET_ACCESS_KEY", store.secret_access_key)):
+        if value is None and store.web_identity_token_file is None:
+            yield f"{name} is not set (the store wants keys, or AWS_WEB_IDENTITY_TOKEN_FILE a token to exchange for some)"
+
+
 def _contradictions(config: Config) -> Iterator[str]:
     """Values that are right by themselves and wrong together."""
     cut = ",".join(f"{first}:{last}" for first, last in config.cut)
+    yield from _missing_keys(config.store)
     if isinstance(config, StageConfig):
         if config.layers not in config.cut:
             first, last = config.layers

@@ -11,7 +11,7 @@ from knative.render.resolved_pipeline import ResolvedPipeline, labels
 from knative.spec.cut import format_cut
 from knative.spec.errors import SpecError
 from knative.spec.kubernetes_object import KubernetesObject
-from knative.spec.pipeline_spec import Autoscaling, PipelineSpec, Resources, Stage, Tracing, quantity
+from knative.spec.pipeline_spec import Autoscaling, PipelineSpec, Resources, Stage, Tracing, WebIdentity, quantity
 from knative.spec.pod import Pod
 
 CONTAINER_PORT: Final = 8080
@@ -23,6 +23,9 @@ _CACHE_SHARE: Final = 0.95
 _OTHER_FILES_BYTES: Final = 2**30
 """Logs and scratch files, which count against the pod's ephemeral storage like its weights cache."""
 _TEMPORARY_VOLUME: Final = "tmp"
+_TOKEN_VOLUME: Final = "store-token"
+_TOKEN_FOLDER: Final = "/var/run/secrets/lamina/store"
+_TOKEN_SECONDS: Final = 3600
 _NON_ROOT: Final = {
     "runAsNonRoot": True,
     "runAsUser": 65532,
@@ -53,7 +56,7 @@ def stage_service(pipeline: ResolvedPipeline, index: int) -> KubernetesObject:
     template["spec"]["automountServiceAccountToken"] = False
     if stage.service_account is not None:
         template["spec"]["serviceAccountName"] = stage.service_account
-    _add_volumes(template["spec"], stage)
+    _add_volumes(template["spec"], stage, spec.store.web_identity)
     return _service(pipeline, pipeline.stage_name(index), "stage", template, stage.pod, cluster_local=True)
 
 
@@ -75,7 +78,7 @@ def _gateway(pipeline: ResolvedPipeline, name: str, api_keys_secret: str | None,
     # Else queue-proxy (Go's ReverseProxy) closes the connection of an answer that begins before the request's body was read to
     # its end: 4 to 19 % of streamed answers broke on a cluster.
     template["metadata"]["annotations"]["features.knative.dev/http-full-duplex"] = "Enabled"
-    _add_volumes(template["spec"], None)
+    _add_volumes(template["spec"], None, spec.store.web_identity)
     return _service(pipeline, name, "gateway", template, gateway.pod, cluster_local)
 
 
@@ -172,13 +175,17 @@ def _container(spec: PipelineSpec, resources: Resources, env: list[KubernetesObj
     }
 
 
-def _add_volumes(pod: KubernetesObject, stage: Stage | None) -> None:
-    """The root file system is read-only: a scratch folder, and the weights cache where it is wanted."""
+def _add_volumes(pod: KubernetesObject, stage: Stage | None, identity: WebIdentity | None) -> None:
+    """The root file system is read-only: a scratch folder, and the weights cache where it is wanted. And the store's token."""
     volumes: list[KubernetesObject] = [{"name": _TEMPORARY_VOLUME, "emptyDir": {}}]
-    mounts = [{"name": _TEMPORARY_VOLUME, "mountPath": "/tmp"}]
+    mounts: list[KubernetesObject] = [{"name": _TEMPORARY_VOLUME, "mountPath": "/tmp"}]
     if stage is not None and stage.weights_cache is not None:
         volumes.append({"name": _CACHE_VOLUME, "emptyDir": {"sizeLimit": stage.weights_cache_size}})
         mounts.append({"name": _CACHE_VOLUME, "mountPath": stage.weights_cache})
+    if identity is not None:
+        token = {"audience": identity.audience, "expirationSeconds": _TOKEN_SECONDS, "path": "token"}
+        volumes.append({"name": _TOKEN_VOLUME, "projected": {"sources": [{"serviceAccountToken": token}]}})
+        mounts.append({"name": _TOKEN_VOLUME, "mountPath": _TOKEN_FOLDER, "readOnly": True})
     pod["containers"][0]["volumeMounts"] = mounts
     pod["volumes"] = volumes
 
@@ -197,9 +204,20 @@ def _common_env(pipeline: ResolvedPipeline, role: str) -> list[KubernetesObject]
             LAMINA_STORE_REGION=spec.store.region,
             LAMINA_LOG_LEVEL=spec.log_level,
         ),
+        *_identity_env(spec.store.web_identity),
         *_tracing_env(spec.tracing),
         _from_secret("LAMINA_PIPELINE_TOKEN", spec.token_secret, "token"),
     ]
+
+
+def _identity_env(identity: WebIdentity | None) -> list[KubernetesObject]:
+    if identity is None:
+        return []
+    return _values(
+        AWS_WEB_IDENTITY_TOKEN_FILE=f"{_TOKEN_FOLDER}/token",
+        AWS_ROLE_ARN=identity.role_arn,
+        AWS_ENDPOINT_URL_STS=identity.sts_endpoint,
+    )
 
 
 def _tracing_env(tracing: Tracing | None) -> list[KubernetesObject]:

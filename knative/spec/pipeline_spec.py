@@ -147,6 +147,16 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     autoscaling: GatewayAutoscaling = GatewayAutoscaling()
 
 
+class WebIdentity(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A token of the pods' ServiceAccounts, which a security token service takes for keys (AssumeRoleWithWebIdentity)."""
+
+    audience: str = "sts.amazonaws.com"
+    role_arn: str | None = None
+    """Unset: the service knows by the token what it is good for, as MinIO does."""
+    sts_endpoint: Annotated[str, Meta(pattern="^https?://")] | None = None
+    """Unset: AWS's own of `region`."""
+
+
 class Store(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The S3-compatible store that pods read weights from."""
 
@@ -155,7 +165,13 @@ class Store(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     region: str = "us-east-1"
     secret: str | None = "lamina-store"
     """Secret with the keys AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if need be, AWS_SESSION_TOKEN. null: no Secret; pods
-    are who their ServiceAccounts are (`stage.service_account`, `gateway.service_account`), by a web identity."""
+    are who their ServiceAccounts are (`stage.service_account`, `gateway.service_account`)."""
+    web_identity: WebIdentity | None = None
+    """With `secret: null`. Unset, something in the cluster brings the token, as EKS's webhook does for annotated accounts."""
+
+    def __post_init__(self) -> None:
+        if self.web_identity is not None and self.secret is not None:
+            raise SpecError("$.store.web_identity: pods that have keys need none; set $.store.secret to null")
 
 
 class Network(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

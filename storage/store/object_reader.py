@@ -23,6 +23,7 @@ from storage.store.paced import connect
 from storage.store.refusals import error_code, is_transient, refusal
 from storage.store.settings import StoreSettings
 from storage.store.signing import object_path, signed_get_headers
+from storage.store.web_identity import keys_of
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class ObjectReader:
         """`stall_seconds` without a byte, or a rate that is hardly better (`paced`), end an attempt; failing attempts are
         repeated, with back-off, until `retry_seconds` are over since the last progress."""
         self.settings = settings
+        self._keyed = keys_of(settings)
         self._stall_seconds = stall_seconds
         self._retry_seconds = retry_seconds
         self._idle: LifoQueue[HTTPConnection] = LifoQueue()
@@ -160,7 +162,7 @@ class ObjectReader:
         )
 
     def _answer(self, key: str, headers: dict[str, str]) -> AbstractContextManager[HTTPResponse]:
-        return self._exchange("GET", key, signed_get_headers(self.settings, object_path(self.settings, key)) | headers)
+        return self._exchange("GET", key, signed_get_headers(self._keyed(), object_path(self.settings, key)) | headers)
 
     @contextmanager
     def _exchange(self, method: str, key: str, headers: dict[str, str], body: bytes = b"") -> Iterator[HTTPResponse]:

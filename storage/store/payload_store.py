@@ -25,5 +25,5 @@ class PayloadStore(ObjectReader):
         """Writes or overwrites an object in one request. Raises a StorageError subclass that names endpoint, bucket and key."""
         path, digest = object_path(self.settings, key), hashlib.sha256(data).hexdigest()
         for attempt in self._attempts(key):
-            with attempt, self._exchange("PUT", key, signed_headers(self.settings, "PUT", path, digest), data) as response:
+            with attempt, self._exchange("PUT", key, signed_headers(self._keyed(), "PUT", path, digest), data) as response:
                 response.read()

@@ -11,9 +11,13 @@ class StoreSettings:
     endpoint_url: str
     """`http://host:port` or `https://host`, without bucket: requests are in path style."""
     bucket: str
-    access_key_id: str
-    secret_access_key: str = field(repr=False)
+    access_key_id: str | None = None
+    secret_access_key: str | None = field(default=None, repr=False)
     session_token: str | None = field(default=None, repr=False)
+    web_identity_token_file: str | None = None
+    """Where there are no keys: a token that is exchanged for some (storage/store/web_identity.py)."""
+    role_arn: str | None = None
+    sts_endpoint: str | None = None
     region: str = "us-east-1"
 
     def __post_init__(self) -> None:

@@ -168,4 +168,4 @@ def _spec_for_this_machine(manifest: ModelManifest, shape: ModelShape, stages: i
 
 
 def _store_secret(settings: StoreSettings) -> dict[str, str]:
-    return {"AWS_ACCESS_KEY_ID": settings.access_key_id, "AWS_SECRET_ACCESS_KEY": settings.secret_access_key}
+    return {"AWS_ACCESS_KEY_ID": settings.access_key_id or "", "AWS_SECRET_ACCESS_KEY": settings.secret_access_key or ""}

@@ -35,6 +35,17 @@ _ADDRESSES = (
 """Private ones, of which pods have theirs unless somebody says otherwise, and others."""
 
 
+def test_the_store_wants_keys_or_a_token_to_exchange_for_some() -> None:
+    without = {name: value for name, value in GATEWAY.items() if not name.startswith("AWS_")}
+    with pytest.raises(ConfigError) as failure:
+        read_config(without)
+    assert [error.partition(" ")[0] for error in failure.value.errors] == ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]
+    token = {"AWS_WEB_IDENTITY_TOKEN_FILE": "/token", "AWS_ROLE_ARN": "arn:aws:iam::1:role/chat"}
+    store = read_config(without | token | {"AWS_ENDPOINT_URL_STS": "http://minio:9000"}).store
+    assert (store.web_identity_token_file, store.role_arn, store.sts_endpoint) == (*token.values(), "http://minio:9000")
+    assert store.access_key_id is None
+
+
 def test_a_gateway_reads_its_keys() -> None:
     config = read_config({**GATEWAY, "LAMINA_API_KEYS": "one, two", "LAMINA_POD_NETWORK": "10.0.0.0/8, fd00::/64"})
     assert isinstance(config, GatewayConfig)

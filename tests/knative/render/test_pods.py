@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from functions.configuration.config import read_config
 from knative.render.rendering import checked, render
 from knative.render.services import services
 from knative.spec.errors import SpecError
@@ -121,6 +122,29 @@ def test_without_keys_pods_are_who_their_accounts_are() -> None:
         assert (stage["spec"]["serviceAccountName"], stage["spec"]["automountServiceAccountToken"]) == ("chat-reader", False)
     assert "envFrom" not in gateway["spec"]["containers"][0]
     assert gateway["spec"]["serviceAccountName"] == "chat-gateway"
+
+
+def test_a_token_that_the_store_knows_is_mounted_where_nobody_else_brings_it() -> None:
+    identity = {"audience": "minio", "sts_endpoint": "http://minio.storage:9000"}
+    store = {"endpoint": "http://minio.storage:9000", "secret": None, "web_identity": identity}
+    variant = resolved_pipeline(store=store, stage={"service_account": "chat-reader"})
+    for service in services(variant):
+        pod = template_of(service)["spec"]
+        token = {"audience": "minio", "expirationSeconds": 3600, "path": "token"}
+        assert {"name": "store-token", "projected": {"sources": [{"serviceAccountToken": token}]}} in pod["volumes"]
+        mount = {"name": "store-token", "mountPath": "/var/run/secrets/lamina/store", "readOnly": True}
+        container = pod["containers"][0]
+        assert mount in container["volumeMounts"]
+        env = {each["name"]: each.get("value", "secret") for each in container["env"]} | {"PORT": "8080"}
+        read = read_config(env).store
+        assert (read.web_identity_token_file, read.sts_endpoint) == (
+            "/var/run/secrets/lamina/store/token",
+            "http://minio.storage:9000",
+        )
+        assert read.access_key_id is None
+    checked(variant)
+    with pytest.raises(SpecError, match=r"\$\.store\.web_identity: pods that have keys need none"):
+        spec_from_dict(document(store=store | {"secret": "lamina-store"}))
 
 
 def test_a_budget_keeps_gateways_when_nodes_are_drained() -> None:

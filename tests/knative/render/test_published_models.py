@@ -24,7 +24,8 @@ MODULES: Final = {
     "flows.knative.dev/v1": "knative_eventing.flows.v1",
     "monitoring.coreos.com/v1": "prometheus_operator.v1",
 }
-FILES: Final = sorted((ROOT / "examples").glob("*/rendered/*.yaml"))
+_RENDERED: Final = (ROOT / "examples").glob("*/rendered/*.yaml")
+FILES: Final = sorted(path for path in _RENDERED if path.name != "kustomization.yaml")  # a file for a tool, no object
 
 
 def readable(value: Any, key: str = "") -> Any:
