@@ -19,7 +19,7 @@ class Problem(Exception):
     name: ClassVar[str] = "internal"
     title: ClassVar[str] = "Something failed inside; the log of the instance says what"
 
-    retry_after_seconds: ClassVar[int | None] = None
+    retry_after_seconds: int | None = None
     """Said to the client as Retry-After."""
 
     @property
@@ -93,6 +93,17 @@ class QueueFull(Problem):
     status, name, title, retry_after_seconds = 429, "queue-full", "Too many requests wait already", 1
 
 
+class RateLimited(Problem):
+    """429. This client has had what it may have for now. A retry helps, when Retry-After is over."""
+
+    status, name, title = 429, "rate-limited", "This client asks for more than it may"
+    retry_after_seconds: int | None = 1
+
+    def __init__(self, detail: str, retry_after_seconds: int = 1) -> None:
+        super().__init__(detail)
+        self.retry_after_seconds = retry_after_seconds
+
+
 class ReplaysExhausted(Problem):
     """500. A sequence broke its route three times. A retry seldom helps."""
 
@@ -138,6 +149,7 @@ PROBLEMS: Final[dict[str, type[Problem]]] = {
         WrongLayer,
         InvalidRequest,
         QueueFull,
+        RateLimited,
         ReplaysExhausted,
         NotReady,
         Overloaded,

@@ -144,6 +144,21 @@ class GatewayConfig(CommonConfig):
         secret=True,
         closes=True,
     )
+    client_requests_per_minute: int = setting(
+        "LAMINA_CLIENT_REQUESTS_PER_MINUTE", parsers.integer(0, 10**9), "most of one client at this gateway; 0: no limit", "0"
+    )
+    client_tokens_per_minute: int = setting(
+        "LAMINA_CLIENT_TOKENS_PER_MINUTE",
+        parsers.integer(0, 10**12),
+        "most of one client at this gateway, of prompts and answers; an answer that has begun comes to its end; 0: no limit",
+        "0",
+    )
+    client_concurrent: int = setting(
+        "LAMINA_CLIENT_CONCURRENT",
+        parsers.integer(0, 10**6),
+        "most answers of a client at once at this gateway; 0: no limit",
+        "0",
+    )
     access_log: str = setting(
         "LAMINA_ACCESS_LOG",
         parsers.one_of("on", "off", "prompts"),

@@ -13,6 +13,7 @@ from eventing.problems import EventTooLarge, Problem
 from functions.configuration.config import GatewayConfig
 from functions.gateway.doors.access_log import AccessLog
 from functions.gateway.doors.answers import Answers
+from functions.gateway.doors.client_limits import Allowance
 from functions.gateway.doors.clients import Clients
 from functions.gateway.doors.events import EventDoor
 from functions.gateway.doors.metrics import GatewayMetrics
@@ -92,6 +93,12 @@ def _closed(response: Response) -> Response:
     if "request_id" in g:
         response.headers["X-Request-Id"] = g.request_id
     return response
+
+
+def allowance_of(config: GatewayConfig) -> Allowance:
+    """Of each client; a limit of 0 is none."""
+    limits = (config.client_requests_per_minute, config.client_tokens_per_minute, config.client_concurrent)
+    return Allowance(*(limit or None for limit in limits))
 
 
 def gateway_admission(config: GatewayConfig) -> "Callable[[WSGIEnvironment], int]":

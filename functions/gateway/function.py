@@ -8,9 +8,10 @@ from typing import Final
 
 from eventing.problems import NotReady
 from functions.configuration.config import GatewayConfig
-from functions.gateway.app import MAX_REQUEST_BYTES, create_app, gateway_admission
+from functions.gateway.app import MAX_REQUEST_BYTES, allowance_of, create_app, gateway_admission
 from functions.gateway.build import start_scheduler
 from functions.gateway.doors.answers import Answers
+from functions.gateway.doors.client_limits import ClientLimits
 from functions.gateway.doors.metrics import GatewayMetrics
 from functions.gateway.scheduling.scheduler_metrics import SchedulerCollector
 from functions.gateway.text.tokenizer import ModelText
@@ -91,7 +92,8 @@ class GatewayFunction:
             return
         self._start_up.mark("last_byte")
         self._metrics.ready.set(1)
-        self._answers = Answers(text, self._running.scheduler, self._metrics, self._tracer)
+        limits = ClientLimits(allowance_of(self._config))
+        self._answers = Answers(text, self._running.scheduler, self._metrics, self._tracer, limits)
         _log.info("ready after %.2f s", self._start_up.phases()["last_byte"])
 
     def _ready_answers(self) -> Answers:

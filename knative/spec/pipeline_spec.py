@@ -132,6 +132,10 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     timeout_seconds: Annotated[int, Meta(ge=1, le=600)] = 600
     api_keys_secret: str | None = None
     """Secret whose key `api-keys` holds comma-separated bearer keys. Unset: open to whoever reaches it."""
+    client_requests_per_minute: Positive | None = None
+    """Of each client, by key or address, at each gateway pod; so are the next two. Unset: no limit."""
+    client_tokens_per_minute: Positive | None = None
+    client_concurrent: Positive | None = None
     access_log: Annotated[str, Meta(pattern="^(on|off|prompts)$")] | None = None
     """A line of JSON for each request; `prompts`: with what was asked and answered. Unset: on."""
     proxies: Annotated[int, Meta(ge=0, le=16)] | None = None

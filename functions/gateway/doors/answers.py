@@ -16,6 +16,7 @@ from eventing.wire.generation import (
     TokenEvent,
     Usage,
 )
+from functions.gateway.doors.client_limits import Allowance, ClientLimits, Leave
 from functions.gateway.doors.metrics import GatewayMetrics
 from functions.gateway.scheduling.prompt import Prompt
 from functions.gateway.scheduling.token_stream import TokenStream
@@ -65,14 +66,30 @@ class Asker:
 class Answers:
     """Answers requests. Thread-safe."""
 
-    def __init__(self, text: ModelText, scheduler: Submitter, metrics: GatewayMetrics, tracer: Tracer = PASSING) -> None:
+    def __init__(
+        self,
+        text: ModelText,
+        scheduler: Submitter,
+        metrics: GatewayMetrics,
+        tracer: Tracer = PASSING,
+        limits: ClientLimits | None = None,
+    ) -> None:
         self.text = text
+        self._limits = limits or ClientLimits(Allowance())
         self._scheduler = scheduler
         self._metrics = metrics
         self._tracer = tracer
 
     def begin(self, request: GenerateRequest, asker: Asker) -> "Answer":
-        """Begins an answer. Raises InvalidRequest, QueueFull, NotReady."""
+        """Begins an answer. Raises InvalidRequest, QueueFull, RateLimited, NotReady."""
+        leave = self._limits.enter(asker.client_id)
+        try:
+            return self._begun(request, asker, leave)
+        except BaseException:
+            leave(0)
+            raise
+
+    def _begun(self, request: GenerateRequest, asker: Asker, leave: Leave) -> "Answer":
         token_ids, predicted_ids = self._token_ids(request)
         room = self.text.context_length - len(token_ids)
         if not token_ids:
@@ -106,7 +123,7 @@ class Answers:
         # A message is a text of its own; what continues a prompt is read behind it.
         before = () if request.messages is not None else token_ids
         text_stream = TextStream(self.text.tokenizer, request.stop_strings, before)
-        return Answer(asker, len(token_ids), token_stream, text_stream, self._metrics, span)
+        return Answer(asker, len(token_ids), token_stream, text_stream, self._metrics, span, leave)
 
     def _token_ids(self, request: GenerateRequest) -> tuple[list[int], list[int]]:
         """Of the prompt, and of the answer that is expected. Nothing is rendered or tokenized that is too long to fit, or that
@@ -134,6 +151,7 @@ class Answer:
         text_stream: TextStream,
         metrics: GatewayMetrics,
         span: Span,
+        leave: Leave,
     ) -> None:
         self.request_id = asker.request_id
         self._gone = asker.gone
@@ -142,6 +160,7 @@ class Answer:
         self._text_stream = text_stream
         self._metrics = metrics
         self._span = span
+        self._leave = leave
         self._token_ids: list[int] = []
         self._given = 0
         """Tokens given out; the others wait until their text is certain."""
@@ -191,6 +210,7 @@ class Answer:
         self._closed = True
         if not self._token_stream.ended:
             self._token_stream.cancel("stop" if self._text_stream.stopped else "cancelled")
+        self._leave(self._prompt_tokens + self._token_stream.completion_tokens)
         self._measure()
         self._metrics.answers.labels(self._outcome()).inc()
         problem = self._token_stream.problem

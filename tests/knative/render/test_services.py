@@ -8,6 +8,8 @@ import yaml
 
 from eventing.wire.events import pipeline_fingerprint
 from functions.configuration.config import GatewayConfig, StageConfig, read_config
+from functions.gateway.app import allowance_of
+from functions.gateway.doors.client_limits import Allowance
 from knative.render.rendering import render
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import METRICS_PORT, gateway_access, services
@@ -52,9 +54,16 @@ def test_functions_accept_every_rendered_environment() -> None:
         "threads": 1,
     }
     knobs = dict.fromkeys(("micro_batch_sequences", "chunk_tokens", "queue_limit"), 16)
+    per_client = {
+        "client_requests_per_minute": 60,
+        "client_tokens_per_minute": 9000,
+        "client_concurrent": 4,
+        "access_log": "prompts",
+    }
     waits = dict.fromkeys(("cold_start_timeout_seconds", "request_timeout_seconds", "step_timeout_seconds"), 30.5)
     full = pipeline(
-        stage=everything, gateway={**knobs, **waits, "api_keys_secret": "keys", "proxies": 2, "access_log": "prompts"}
+        stage=everything,
+        gateway={**knobs, **waits, **per_client, "api_keys_secret": "keys", "proxies": 2},
     )
     for variant in (pipeline(), full):
         configs = [read_config(environment(service)) for service in services(variant)]
@@ -65,6 +74,7 @@ def test_functions_accept_every_rendered_environment() -> None:
     gateway = configs[-1]
     assert isinstance(gateway, GatewayConfig)
     assert gateway.access_log == "prompts"
+    assert allowance_of(gateway) == Allowance(60, 9000, 4)
     assert gateway.stages[1] == ((10, 20), f"http://chat-{full.fingerprint[:8]}-s1.models.svc.cluster.local")
     assert gateway.api_keys == ("secret",)
     assert (gateway.proxies, gateway.scores) == (2, "off")

@@ -12,8 +12,9 @@ from werkzeug.test import TestResponse
 from eventing.http.sse import SSEDecoder
 from eventing.problems import Problem
 from functions.configuration.config import GatewayConfig, read_config
-from functions.gateway.app import create_app
+from functions.gateway.app import allowance_of, create_app
 from functions.gateway.doors.answers import Answers
+from functions.gateway.doors.client_limits import ClientLimits
 from functions.gateway.doors.metrics import GatewayMetrics
 from functions.gateway.scheduling.prompt import Prompt
 from functions.gateway.scheduling.token_stream import TokenStream
@@ -85,7 +86,7 @@ def client_of(pipeline: Pipeline, write_line: Callable[[str], object] = lambda _
     config = read_config(GATEWAY | environ)
     assert isinstance(config, GatewayConfig)
     text = ModelText(TOKENIZER, ChatTemplate(CHAT_TEMPLATE, {}), frozenset([END]), CONTEXT)
-    answers = Answers(text, pipeline, pipeline.metrics)
+    answers = Answers(text, pipeline, pipeline.metrics, limits=ClientLimits(allowance_of(config)))
     return create_app(config, lambda: answers, pipeline.metrics, write_line).test_client()
 
 
