@@ -7,8 +7,9 @@ from knative.cluster.advice import pinned_elsewhere, unreachable_url
 from knative.cluster.client import Cluster
 from knative.cluster.diagnosis import diagnose, failed_conditions
 from knative.cluster.errors import NotPermitted
-from knative.cluster.history import INSTANCE, MANAGED_BY, PIPELINE, History, Outcome, last_served
+from knative.cluster.history import COMPONENT, INSTANCE, MANAGED_BY, PIPELINE, History, Outcome, last_served
 from knative.cluster.lease import lease_ref, told
+from knative.cluster.pod_network import followed_networks, refused_pods
 from knative.cluster.readiness import REVISION_LABEL, SERVICE_LABEL, SERVING, readiness, traffic_of
 from knative.spec.kubernetes_object import KubernetesObject
 
@@ -49,7 +50,7 @@ def cluster_status(cluster: Cluster, namespace: str, name: str) -> dict[str, Any
         "services": [_service(each, pods, desired) for each in services],
         "eventing": [_eventing(each) for each in eventing],
         "notes": list(_notes(cluster, namespace, name)) if services else [],
-        "troubles": list(_troubles(cluster, services, eventing, name)),
+        "troubles": [*_troubles(cluster, services, eventing, name), *_not_followed(services, pods, name)],
     }
 
 
@@ -172,3 +173,16 @@ def _troubles(cluster: Cluster, services: list[KubernetesObject], eventing: list
     for each in eventing:
         if readiness(each).ready is False:
             yield from (f"{each['kind']} {each['metadata']['name']}: {text}" for text in failed_conditions(each))
+
+
+def _not_followed(services: list[KubernetesObject], pods: list[KubernetesObject], name: str) -> Iterator[str]:
+    """Pods of stages that the gateway's network leaves out."""
+    stages = [pod for pod in pods if pod["metadata"]["labels"].get(COMPONENT) == "stage" and phase_of(pod) != "over"]
+    for gateway in services[:1]:
+        networks = followed_networks(gateway)
+        refused = ", ".join(refused_pods(networks, stages)) if gateway["metadata"]["name"] == name else ""
+        if refused:
+            yield (
+                f"{name} does not follow pods outside of {networks}: {refused}; requests go by the stage's Service URL. "
+                "Set gateway.pod_network to the network of pods"
+            )

@@ -3,9 +3,11 @@
 import pytest
 
 from functions.configuration.config import GatewayConfig, read_config
+from knative.cluster.client import Cluster
 from knative.cluster.deployer import Deployer
 from knative.cluster.errors import DeployFailed
 from knative.cluster.pod_network import PRIVATE, refused_pods
+from knative.cluster.status import cluster_status
 from knative.spec.kubernetes_object import KubernetesObject
 from tests.support.environments import GATEWAY
 from tests.support.knative.deployments import objects, stage_name
@@ -43,6 +45,19 @@ def test_without_the_right_to_look_it_is_said(api: KubernetesApi, deployer: Depl
     api.forbidden.add(("list", "pods"))
     deployer.deploy(rendered)
     assert any(line.startswith("the network of pods is not checked") for line in said)
+
+
+def test_status_says_which_pods_are_not_followed(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
+    """Such as those of nodes that have come since, in a network of their own."""
+    rendered = objects(spec={"gateway": {"pod_network": "10.0.0.0/8"}})
+    deployer.deploy(rendered)
+    assert cluster_status(cluster, "default", "chat")["troubles"] == []
+    far = pod("far", stage_name(rendered, 1), "192.168.3.4")
+    labels = {"instance": "chat", "component": "stage", "managed-by": "lamina"}
+    far["metadata"]["labels"] |= {f"app.kubernetes.io/{name}": value for name, value in labels.items()}
+    api.put(far)
+    (trouble,) = cluster_status(cluster, "default", "chat")["troubles"]
+    assert trouble.startswith("chat does not follow pods outside of 10.0.0.0/8: far (192.168.3.4); requests go by the")
 
 
 def test_which_addresses_count() -> None:
