@@ -6,11 +6,16 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from gguf import GGMLQuantizationType as Kind
+from rich.console import Console
 
 from functions.stage.native.limits import DTYPES
 from knative.__main__ import _COMMANDS, main
+from knative.commands.sources.local_pipeline import ensure_published
 from knative.commands.sources.model_fit import best_dtype, torch_needed
 from storage.checkpoints.model_source import open_checkpoint
+from storage.models.publisher import publish
+from storage.store.embedded import EmbeddedStore
+from storage.store.object_store import ObjectStore
 from tests.storage.checkpoints.test_gguf_families import write_gguf
 from tests.support.house.without import HEAVY, run_without
 from tests.support.storage import tiny_models
@@ -89,6 +94,18 @@ def test_the_best_dtype_is_the_smallest_that_loses_nothing(kinds: tuple[Kind, ..
     checkpoint = open_checkpoint(write_gguf(tmp_path / "x.gguf", "llama", kind_of=kind_of))
     expected = dtype if dtype in DTYPES else "int8"
     assert best_dtype(checkpoint) == expected
+
+
+def test_run_takes_the_smallest_that_is_published_and_publishes_what_suits(tmp_path: Path) -> None:
+    tiny_models.whole_model("qwen2").save_pretrained(tmp_path / "tiny")
+    with EmbeddedStore(tmp_path / "store") as embedded:
+        store = ObjectStore(embedded.settings)
+        for dtype in ("float32", "int8"):
+            publish(tmp_path / "tiny", store, "known", dtype)
+        console = Console(quiet=True)
+        assert ensure_published(store, "known", None, console).dtype == "int8"
+        assert ensure_published(store, "known", "float32", console).dtype == "float32"
+        assert ensure_published(store, str(tmp_path / "tiny"), None, console).dtype == "bfloat16"
 
 
 def test_a_checkpoint_in_floats_stays_in_bfloat16(tmp_path: Path) -> None:
