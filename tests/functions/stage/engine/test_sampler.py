@@ -2,6 +2,7 @@
 
 import math
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -182,6 +183,40 @@ def test_the_draws_are_these_for_ever() -> None:
 
 CASES = [(0, 0), (0, 1), (1, 0), (1, 1), (2**63 - 1, 2**24), (42, 1000)]
 EXPECTED_DRAWS = [197, 204, 184, 194, 210, 125]
+
+
+RECORDED = (
+    (Sampling(temperature=1.0), [807, 529, 660, 653, 569, 39, 148, 95]),
+    (Sampling(temperature=0.7, top_k=40), [27, 491, 686, 183, 122, 127, 116, 718]),
+    (Sampling(temperature=1.3, top_p=0.9), [10, 918, 646, 31, 120, 313, 898, 538]),
+    (Sampling(temperature=2.0, min_p=0.05), [220, 358, 951, 724, 428, 135, 633, 928]),
+    (Sampling(temperature=0.0, repetition_penalty=1.3), [731, 32, 352, 319, 638, 961, 614, 104]),
+    (
+        Sampling(temperature=0.9, top_k=200, top_p=0.8, min_p=0.02, repetition_penalty=1.1),
+        [436, 315, 645, 76, 5, 868, 380, 776],
+    ),
+    (Sampling(temperature=50.0, top_p=0.97), [503, 681, 535, 250, 918, 717, 677, 130]),
+    (Sampling(temperature=1e-40, top_p=0.5), [186, 393, 593, 991, 455, 532, 743, 394]),
+)
+"""What the sampler drew when it was made of torch's operators, for eight seeds each."""
+
+
+@pytest.mark.parametrize("case", range(len(RECORDED)))
+def test_filtered_draws_are_those_that_were_recorded(case: int) -> None:
+    sampling, expected = RECORDED[case]
+    drawn = []
+    for number in range(8):
+        seed = 8 * case + number
+        drawn += sample(
+            recorded_logits(seed), [msgspec.structs.replace(sampling, seed=seed)], [100 * number], [range(0, 1000, 3)]
+        )
+    assert drawn == expected
+
+
+def recorded_logits(number: int) -> Logits:
+    """Exact whatever computes them: integers times a power of two."""
+    raw = np.random.Philox(key=[number, 7]).random_raw(1000) >> np.uint64(40)
+    return (raw.astype(np.float32) * np.float32(2.0**-20) - np.float32(8))[None]
 
 
 def test_draws_follow_the_softmax_of_what_is_kept() -> None:
