@@ -16,6 +16,7 @@ import torch
 
 from eventing.http.sse import SSEDecoder
 from tests.support.functions.functions import FunctionProcess, gateway_environment, running, stage_environment, wait_until
+from tests.support.knative.kubernetes_watch import WatchServer
 from tests.support.storage.published import CUT, Published, until_end
 from tests.support.storage.tiny_models import CONTEXT, greedy
 
@@ -164,6 +165,23 @@ def test_a_client_that_goes_away_is_noticed_though_nothing_was_said_to_it(publis
             wait_until(lambda: "lamina_gateway_waiting_sequences 0.0" in metrics(gateway))
         assert 'lamina_gateway_answers_total{outcome="cancelled"} 4.0' in metrics(gateway)
         assert "open to whoever reaches it: LAMINA_API_KEYS is not set" in gateway.log
+
+
+def test_a_wrong_network_of_pods_is_no_outage(published: Published, stage_urls: list[str]) -> None:
+    """Every address that the API knows is outside of it: requests go to the stages' Service URLs, and it is said."""
+    address = {"addresses": ["192.168.3.4"], "conditions": {"ready": True}}
+    port = {"name": "http", "port": 8012}
+    with WatchServer() as api:
+        api.put({"metadata": {"name": "slice", "labels": {}}, "ports": [port], "endpoints": [address]})
+        watch = {"LAMINA_KUBERNETES_API": api.url, "LAMINA_POD_NETWORK": "10.0.0.0/8"}
+        names = {"LAMINA_STAGE_SERVICES": ",".join(f"s{k}" for k in range(len(CUT)))}
+        with FunctionProcess(gateway_environment(published, stage_urls, **watch, **names)) as gateway:
+            gateway.wait_ready()
+            answer = json.loads(post(gateway, {"prompt": "hello", "max_tokens": 6}))
+            assert answer["token_ids"] == expected_ids(published, published.tokenizer.encode("hello").ids, 6)
+            for first, last in CUT:
+                assert f'lamina_gateway_refused_addresses{{stage="{first}:{last}"}} 1.0' in metrics(gateway)
+            assert "no instance of s0 is in the network of pods, 10.0.0.0/8 port 8012" in gateway.log
 
 
 def metrics(gateway: FunctionProcess) -> str:
