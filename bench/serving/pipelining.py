@@ -8,7 +8,6 @@ one micro-batch; the loss is what the pipeline's bubbles, HTTP and the gateway t
 """
 
 import multiprocessing
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +26,6 @@ from functions.gateway.scheduling.prompt import Prompt
 from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.stages.client import PipelineIdentity, StageClient
 from functions.gateway.stages.routes import Placement
-from functions.stage.engine.threads import set_openmp
 
 FINGERPRINT: Final = "0123456789abcdef0123456789abcdef"
 TOKEN: Final = "bench"
@@ -61,7 +59,6 @@ def stage_config(index: int, num_stages: int) -> StageConfig:
 
 def serve_stage(index: int, num_stages: int, seconds: float, address: Connection) -> None:
     """The process of one stage."""
-    set_openmp(os.environ, 1)  # Ahead of torch, as in `functions.__main__`.
     from functions.hosting.management import Management
     from functions.hosting.server import Server, Service
     from functions.stage.engine.engine import Engine
