@@ -138,8 +138,8 @@ class GatewayConfig(CommonConfig):
     )
     api_keys: tuple[str, ...] | None = setting(
         "LAMINA_API_KEYS",
-        parsers.secrets,
-        "bearer keys of clients, separated by commas; unset: open",
+        parsers.keys,
+        "bearer keys of clients, or sha256: and a key's SHA-256, separated by commas; unset: open",
         "",
         secret=True,
         closes=True,

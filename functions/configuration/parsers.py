@@ -122,6 +122,15 @@ def secrets(value: str) -> tuple[str, ...]:
     return found
 
 
+def keys(value: str) -> tuple[str, ...]:
+    """As `secrets`; those that begin with `sha256:` are hashes of keys."""
+    found = secrets(value)
+    for each in found:
+        if each.startswith("sha256:") and not re.fullmatch(r"sha256:[0-9a-f]{64}", each):
+            raise ValueError("keys separated by commas, each a key or sha256: and the 64 hexadecimal digits of its hash")
+    return found
+
+
 def networks(value: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
     """`10.244.0.0/16,fd00:10:244::/56`: a cluster may have pods of both kinds."""
     try:

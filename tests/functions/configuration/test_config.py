@@ -94,6 +94,7 @@ def test_no_secret_is_shown() -> None:
             {**STAGE, "LAMINA_LAYER_GROUP": "transformers", "LAMINA_DTYPE": "int8"},
             ("LAMINA_LAYER_GROUP", "'transformers'", "LAMINA_DTYPE int8", "auto"),
         ),
+        ({**GATEWAY, "LAMINA_API_KEYS": "good,sha256:12"}, ("LAMINA_API_KEYS", "64 hexadecimal digits")),
         ({**STAGE, "LAMINA_DEVICE": "cuda", "LAMINA_DTYPE": "int8"}, ("LAMINA_DEVICE", "'cuda'", "LAMINA_DTYPE int8", "auto")),
         ({**STAGE, "LAMINA_DEVICE": "cuda", "LAMINA_DTYPE": "q4"}, ("LAMINA_DEVICE", "'cuda'", "LAMINA_DTYPE q4", "auto")),
         ({**STAGE, "LAMINA_SLEEP_SECONDS": "1e10"}, ("LAMINA_SLEEP_SECONDS", "'1e10'", "at most 10000000")),

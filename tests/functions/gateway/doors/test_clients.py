@@ -1,5 +1,7 @@
 """Who may come in, and how clients are told apart."""
 
+import hashlib
+
 import pytest
 from flask.testing import FlaskClient
 
@@ -27,6 +29,16 @@ def test_clients_are_told_apart_by_their_keys_without_keeping_them(closed: Flask
     one, two, three = (prompt.client_id for prompt in pipeline.prompts)
     assert one == three != two
     assert "key" not in one
+
+
+def test_a_key_may_be_there_as_its_hash_which_is_no_key_itself(pipeline: Pipeline) -> None:
+    hashed = f"sha256:{hashlib.sha256(b'first-key').hexdigest()}"
+    client = client_of(pipeline, LAMINA_API_KEYS=f"{hashed}, second-key")
+    for key in ("first-key", "second-key"):
+        assert ask(client, {"prompt": "Hi"}, Authorization=f"Bearer {key}").status_code == 200
+    assert pipeline.prompts[0].client_id == hashed[7:19]
+    for other in (hashed, hashed[7:], "sha256:"):
+        assert ask(client, {"prompt": "Hi"}, Authorization=f"Bearer {other}").status_code == 401
 
 
 @pytest.mark.parametrize(
