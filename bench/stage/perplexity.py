@@ -1,4 +1,4 @@
-"""Perplexity of a model in each dtype, through the lean layer group cut in three: what int8 and bf16 cost in quality.
+"""Perplexity of a model in each dtype, through the lean layer group cut in three: what bits cost in quality.
 
     python -m bench.stage.perplexity
     python -m bench.stage.perplexity --model path/to/checkpoint --text a.txt --text b.txt --keep-wide down_proj
@@ -49,8 +49,7 @@ def stages(checkpoint: Checkpoint, dtype: Dtype, keep_wide: Sequence[str]) -> li
     config = json.loads(checkpoint.files["config.json"])
     tensors: dict[str, RawTensor] = {}
     for name, source in checkpoint.tensors.items():
-        wide: Sequence[str] = keep_wide if ".layers." in name else [name.split(".")[-2]]
-        tensors |= {stored: _loaded(target) for stored, target in convert_tensor(name, source, dtype, wide).items()}
+        tensors |= {stored: _loaded(target) for stored, target in convert_tensor(name, source, dtype, keep_wide).items()}
     layers = config["num_hidden_layers"]
     bounds = [layers * stage // 3 for stage in range(4)]
     return [_group(config, tensors, first, last, dtype) for first, last in pairwise(bounds)]
@@ -94,7 +93,7 @@ def rows(checkpoint: Checkpoint, texts: Sequence[Path], keep_wide: Sequence[str]
     token_ids = {text: tokenizer.encode(text.read_text()).ids for text in texts}
     table = []
     exact: dict[Path, Reading] = {}
-    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "int8")
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "int8", "q4")
     for dtype in dtypes:
         groups = stages(checkpoint, dtype, keep_wide)
         for text, ids in token_ids.items():
@@ -109,7 +108,7 @@ def rows(checkpoint: Checkpoint, texts: Sequence[Path], keep_wide: Sequence[str]
 @click.command()
 @click.option("--model", help="A folder, a GGUF file, or a hub id; without it, the default model.")
 @click.option("--text", "texts", type=click.Path(exists=True, path_type=Path), multiple=True, default=_TEXTS)
-@click.option("--keep-wide", multiple=True, help="A matrix, such as down_proj, that int8 leaves in bfloat16.")
+@click.option("--keep-wide", multiple=True, help="A matrix, such as down_proj, that int8 and q4 leave in bfloat16.")
 def main(model: str | None, texts: Sequence[Path], keep_wide: Sequence[str]) -> None:
     """Print a Markdown table of perplexity by dtype and text."""
     checkpoint = open_checkpoint(locate(model or packaged_model()))

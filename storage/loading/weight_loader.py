@@ -31,7 +31,7 @@ class RawTensor:
     """
 
     dtype: str
-    """A safetensors name: F32, BF16, F16, I8."""
+    """A safetensors name: F32, BF16, F16, I8, U8 of matrices in four bits."""
     shape: tuple[int, ...]
     data: memoryview
 

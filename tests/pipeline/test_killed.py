@@ -106,7 +106,7 @@ def test_two_hundred_generations_survive_stages_that_are_killed_every_two_second
     check(killer, answers, expected, LEAST_KILLS)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "q4"])
 def test_answers_of_native_stages_that_are_killed_are_those_of_stages_left_alone(dtype: Dtype, tmp_path: Path) -> None:
     """To the token, greedy and sampled: a replay computes the same bits in chunks that it had in steps."""
     alone, killing = tmp_path / "alone", tmp_path / "killing"

@@ -19,9 +19,15 @@ HiddenDtype = Literal["F32", "BF16", "F16"]
 
 DTYPES: Final[Mapping[str, type[np.generic]]] = {"F32": np.float32, "BF16": np.uint16, "F16": np.float16}
 """What an array of each holds."""
-HIDDEN_DTYPES: Final[Mapping[str, HiddenDtype]] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "BF16"}
-"""dtype of a publication → hidden states between its stages. Beside int8 weights, bf16 halves the wire, and perplexity does not
-tell (docs/experiments.md)."""
+HIDDEN_DTYPES: Final[Mapping[str, HiddenDtype]] = {
+    "float32": "F32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "int8": "BF16",
+    "q4": "BF16",
+}
+"""dtype of a publication → hidden states between its stages. Beside weights of 8 or 4 bits, bf16 halves the wire, and
+perplexity does not tell (docs/experiments.md)."""
 
 _BF16_MAGNITUDE: Final = 0x7FFF
 _BF16_INFINITY: Final = 0x7F80

@@ -40,6 +40,12 @@ class MatrixArrays:
     q4_shape: tuple[int, int] | None = None
     """[outs, width] of a matrix in four bits, whose weights do not tell."""
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[outs, width]."""
+        outs, width = self.q4_shape or self.weights.shape
+        return outs, width
+
 
 class Threads:
     """That compute together. Those beside the caller's end with this object."""
@@ -151,7 +157,7 @@ class Linear:
 
 def matrix_record(matrix: MatrixArrays, kept: list[Array]) -> records.Matrix:
     """Its arrays go to `kept`; weights are copied only where their width is no whole number of steps."""
-    outs, width = matrix.q4_shape or matrix.weights.shape
+    outs, width = matrix.shape
     weights = matrix.weights
     if width % STEP and matrix.dtype is not Dtype.Q4:
         weights = np.pad(weights, ((0, 0), (0, -width % STEP)))

@@ -10,7 +10,7 @@ from functions.stage.models.torch_border import DTYPES as TORCH_DTYPES
 from functions.stage.models.torch_border import input_tensor
 from storage.loading.weight_loader import RawTensor
 
-_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()} | {torch.uint8: "U8"}
 
 
 def raw(tensors: Mapping[str, torch.Tensor]) -> dict[str, RawTensor]:

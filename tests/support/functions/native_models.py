@@ -11,6 +11,7 @@ from functions.stage.models.native.group import NativeGroup
 from storage.loading.weight_loader import RawTensor
 from tests.support.functions.borders import raw
 from tests.support.functions.int8_checkpoints import dequantized, int8_checkpoint
+from tests.support.functions.q4_checkpoints import plain, q4_checkpoint
 from tests.support.storage import tiny_models
 
 NAMES: Final = tiny_models.LLAMA_SHAPED
@@ -51,6 +52,8 @@ def checkpoint(name: str, dtype: str, keep_wide: Collection[str] = ()) -> dict[s
             tensor.sub_(usual).mul_(times).add_(usual)  # far enough from it that one that is lost shows
     if dtype == "int8":
         return int8_checkpoint(tensors, keep_wide)
+    if dtype == "q4":
+        return q4_checkpoint(tensors, keep_wide)
     return tensors if dtype == "float32" else {key: tensor.bfloat16() for key, tensor in tensors.items()}
 
 
@@ -68,7 +71,11 @@ def torch_groups(name: str, dtype: str) -> list[LlamaGroup]:
 
 def exact_groups(name: str, dtype: str, keep_wide: Collection[str] = ()) -> list[LlamaGroup]:
     """What `native_groups` approximate: torch's layers in float32, cut once, on numbers rounded to `dtype` before."""
-    return [_torch_group(name, "float32", dequantized(checkpoint(name, dtype, keep_wide)), 0, tiny_models.NUM_LAYERS)]
+    return [_torch_group(name, "float32", _exact(checkpoint(name, dtype, keep_wide)), 0, tiny_models.NUM_LAYERS)]
+
+
+def _exact(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return dequantized({name: plain(each) if each.dtype == torch.uint8 else each for name, each in stored.items()})
 
 
 def _torch_group(name: str, dtype: str, tensors: dict[str, torch.Tensor], first: int, last: int) -> LlamaGroup:

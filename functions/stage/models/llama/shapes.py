@@ -5,12 +5,14 @@ memory that is none of its own.
 """
 
 import re
+from collections.abc import Collection
 from typing import Final
 
 from functions.stage.models.layer_group import MissingTensors
 from storage.checkpoints import llama_shaped
 from storage.checkpoints.llama_config import LlamaConfig
 from storage.checkpoints.llama_shaped import Shapes
+from storage.models.q4 import packed_shape
 
 LAYER_NAME: Final = re.compile(r"model\.layers\.(\d+)\.")
 
@@ -22,8 +24,8 @@ class WrongShape(MissingTensors):
         super().__init__(f"{name} is {list(seen)}, and the config makes it {list(expected)}")
 
 
-def check_shapes(model: LlamaConfig, seen: Shapes) -> None:
-    """seen: of any tensors of the model, by their names in the checkpoint.
+def check_shapes(model: LlamaConfig, seen: Shapes, in_four_bits: Collection[str] = ()) -> None:
+    """seen: of any tensors of the model, by their names in the checkpoint; in_four_bits: those that are packed so.
 
     Raises WrongShape, and MissingTensors for a tensor that the config has no place for: without it, the model would be
     another one.
@@ -35,8 +37,16 @@ def check_shapes(model: LlamaConfig, seen: Shapes) -> None:
         expected = of_layers.get(name[found.end() :]) if found and in_layer else of_others.get(name)
         if expected is None:
             raise MissingTensors(f"the config has no place for {name} {list(shape)}")
+        if name in in_four_bits:
+            expected = _packed(name, shape, expected)
         if shape != expected:
             raise WrongShape(name, shape, expected)
+
+
+def _packed(name: str, seen: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) != 2:
+        raise MissingTensors(f"{name} {list(seen)} is in four bits, which matrices alone are")
+    return packed_shape(*shape)
 
 
 def layer_shapes(model: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -46,8 +56,7 @@ def layer_shapes(model: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 def outer_shapes(model: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Of what is no layer's, by whole name."""
-    shapes = llama_shaped.outer_shapes(model)
-    return shapes | _with_scales({"lm_head.weight": shapes["lm_head.weight"]})
+    return _with_scales(llama_shaped.outer_shapes(model))
 
 
 def _with_scales(shapes: Shapes) -> dict[str, tuple[int, ...]]:

@@ -1,5 +1,5 @@
 """Llama-shaped families by layers in C, with numpy around them: no torch in the process, and none needed.
 
 May import: functions.stage.models, functions.stage.models.llama, functions.stage.native, storage.checkpoints,
-storage.loading.
+storage.loading, storage.models.
 """

@@ -13,7 +13,7 @@ import numpy as np
 from functions.stage.models.floats import HIDDEN_DTYPES, Array, Float32, narrowed, widened
 from functions.stage.models.layer_group import Segment
 from functions.stage.models.llama.parts import Parts, check_segments, positions_of
-from functions.stage.models.llama.shapes import LAYER_NAME, check_shapes
+from functions.stage.models.llama.shapes import LAYER_NAME, check_shapes, layer_shapes, outer_shapes
 from functions.stage.models.native.kv_pool import NativeKVPool
 from functions.stage.models.native.norm import RmsNorm
 from functions.stage.models.native.rotations import Rotations
@@ -24,7 +24,7 @@ from functions.stage.native.records import Dtype
 from storage.checkpoints.llama_config import LlamaConfig
 from storage.loading.weight_loader import RawTensor
 
-_KV_DTYPES: Final = {"float32": Dtype.F32, "bfloat16": Dtype.BF16, "int8": Dtype.BF16}
+_KV_DTYPES: Final = {"float32": Dtype.F32, "bfloat16": Dtype.BF16, "int8": Dtype.BF16, "q4": Dtype.BF16}
 """dtype of a publication → of keys and values."""
 
 
@@ -83,11 +83,12 @@ class NativeGroup:
 
         Raises MissingTensors for a layer of which only some tensors are there, and WrongShape.
         """
-        check_shapes(self._model, {name: tensor.shape for name, tensor in tensors.items()})
+        in_four_bits = {name for name, tensor in tensors.items() if tensor.dtype == "U8"}
+        check_shapes(self._model, {name: tensor.shape for name, tensor in tensors.items()}, in_four_bits)
         for layer in sorted({int(found[1]) for found in map(LAYER_NAME.match, tensors) if found}):
             if self.first_layer <= layer < self.last_layer:
-                self._place_layer(layer, Weights(tensors, f"model.layers.{layer}.", self._dtype))
-        others = Weights(tensors, "", self._dtype)
+                self._place_layer(layer, Weights(tensors, f"model.layers.{layer}.", self._dtype, layer_shapes(self._model)))
+        others = Weights(tensors, "", self._dtype, outer_shapes(self._model))
         if "model.embed_tokens.weight" in others and self._parts.has_embedding:
             self._embedding = others.matrix("model.embed_tokens")
         if self._parts.is_last and "model.norm.weight" in others:

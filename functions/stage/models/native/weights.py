@@ -12,11 +12,13 @@ from functions.stage.models.llama.rope import interleaved_rows
 from functions.stage.native.layers import MatrixArrays
 from functions.stage.native.records import Dtype
 from storage.checkpoints.llama_config import LlamaConfig
+from storage.checkpoints.llama_shaped import Shapes
 from storage.loading.weight_loader import RawTensor
+from storage.models import q4
 
-_DTYPES: Final = {"BF16": Dtype.BF16, "I8": Dtype.INT8, "F32": Dtype.F32}
+_DTYPES: Final = {"BF16": Dtype.BF16, "I8": Dtype.INT8, "F32": Dtype.F32, "U8": Dtype.Q4}
 _FLOATS: Final[Mapping[Dtype, HiddenDtype]] = {Dtype.BF16: "BF16", Dtype.F32: "F32"}
-_NUMPY_DTYPES: Final = {"BF16": np.uint16, "I8": np.int8, "F32": np.float32, "F16": np.float16}
+_NUMPY_DTYPES: Final = {"BF16": np.uint16, "I8": np.int8, "F32": np.float32, "F16": np.float16, "U8": np.uint8}
 _MATRICES: Final = {"float32": Dtype.F32, "bfloat16": Dtype.BF16}
 """dtype of a publication → of its matrices; of others as they were published."""
 
@@ -24,9 +26,11 @@ _MATRICES: Final = {"float32": Dtype.F32, "bfloat16": Dtype.BF16}
 class Weights:
     """Tensors under one prefix. What is taken is removed, so that sources are freed as stacked ones appear."""
 
-    def __init__(self, tensors: MutableMapping[str, RawTensor], prefix: str, dtype: str) -> None:
+    def __init__(self, tensors: MutableMapping[str, RawTensor], prefix: str, dtype: str, shapes: Shapes) -> None:
+        """shapes: of what is under the prefix, without it, which matrices in four bits do not tell themselves."""
         self._tensors = tensors
         self._prefix = prefix
+        self._shapes = shapes
         self._matrices = _MATRICES.get(dtype)
 
     def __contains__(self, name: str) -> bool:
@@ -41,7 +45,11 @@ class Weights:
         """`name`.weight with its scale and bias. Raises MissingTensors."""
         dtype, weights = self._take(f"{name}.weight")
         scales = self.vector(f"{name}.weight_scale") if dtype == "I8" else None
-        matrix = MatrixArrays(_DTYPES[dtype], weights, scales, self.vector(f"{name}.bias") if biased else None)
+        biases = self.vector(f"{name}.bias") if biased else None
+        if dtype == "U8":
+            outs, width = self._shapes[f"{name}.weight"]
+            return MatrixArrays(Dtype.Q4, weights, None, biases, (outs, width))
+        matrix = MatrixArrays(_DTYPES[dtype], weights, scales, biases)
         return matrix if dtype == "I8" or self._matrices is None else converted(matrix, self._matrices)
 
     def _take(self, name: str) -> tuple[str, Array]:
@@ -90,6 +98,8 @@ def rows_of(matrix: MatrixArrays, rows: Array) -> Float32:
     if matrix.dtype == Dtype.INT8:
         assert matrix.scales is not None
         return matrix.weights[rows].astype(np.float32) * matrix.scales[rows, None]
+    if matrix.dtype == Dtype.Q4:
+        return q4.dequantize(q4.packed_rows(matrix.weights, rows), len(rows), matrix.shape[1])
     return widened(matrix.weights[rows], _FLOATS[matrix.dtype])
 
 
@@ -97,6 +107,8 @@ def with_rows(matrix: MatrixArrays, rows: Array) -> MatrixArrays:
     """Output rows in another order."""
     scales = None if matrix.scales is None else matrix.scales[rows]
     biases = None if matrix.biases is None else matrix.biases[rows]
+    if matrix.dtype == Dtype.Q4:
+        return MatrixArrays(Dtype.Q4, q4.packed_rows(matrix.weights, rows), None, biases, (len(rows), matrix.shape[1]))
     return MatrixArrays(matrix.dtype, matrix.weights[rows], scales, biases)
 
 
@@ -106,10 +118,20 @@ def stacked(matrices: Sequence[MatrixArrays]) -> MatrixArrays:
     biases = [matrix.biases for matrix in matrices if matrix.biases is not None]
     return MatrixArrays(
         matrices[0].dtype,
-        np.concatenate([matrix.weights for matrix in matrices]),
+        _weights_stacked(matrices),
         np.concatenate(scales) if scales else None,
         np.concatenate(biases) if biases else None,
+        (sum(matrix.shape[0] for matrix in matrices), matrices[0].shape[1]) if matrices[0].dtype == Dtype.Q4 else None,
     )
+
+
+def _weights_stacked(matrices: Sequence[MatrixArrays]) -> Array:
+    together = np.concatenate([matrix.weights for matrix in matrices])
+    if matrices[0].dtype != Dtype.Q4 or all(matrix.shape[0] % q4.GROUP == 0 for matrix in matrices[:-1]):
+        return together
+    firsts = np.cumsum([0, *(len(matrix.weights) * q4.GROUP for matrix in matrices[:-1])])
+    rows = [first + np.arange(matrix.shape[0]) for first, matrix in zip(firsts, matrices, strict=True)]
+    return q4.packed_rows(together, np.concatenate(rows))
 
 
 def of_one_kind(matrices: Sequence[MatrixArrays]) -> Sequence[MatrixArrays]:
@@ -123,7 +145,7 @@ def converted(matrix: MatrixArrays, dtype: Dtype) -> MatrixArrays:
     """To float32 or bf16."""
     if matrix.dtype == dtype:
         return matrix
-    wide = rows_of(matrix, np.arange(len(matrix.weights)))
+    wide = rows_of(matrix, np.arange(matrix.shape[0]))
     return MatrixArrays(dtype, narrowed(wide, _FLOATS[dtype]), None, matrix.biases)
 
 

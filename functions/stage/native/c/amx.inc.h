@@ -7,29 +7,6 @@
 
    TDPBF16PS adds up even and odd numbers of a step of 32 apart, then both, then that to the sum: an order that is no other level's. */
 
-enum {
-    STRIP = 16,      /* outputs, or rows, of a tile */
-    TILE_BYTES = 64, /* of a line */
-    STRIPS = 2,      /* outputs are multiplied by so many tiles at a time */
-};
-
-typedef struct {
-    uint8_t palette, first_line, none[14];
-    uint16_t line_bytes[16];
-    uint8_t lines[16];
-} TileConfig;
-
-/* 0 to 3 are sums, 4 and 5 weights, 6 and 7 activations. */
-INLINE void configure_tiles(int64_t columns)
-{
-    TileConfig config = {.palette = 1};
-    for (int tile = 0; tile < 8; tile++) {
-        config.lines[tile] = STRIP;
-        config.line_bytes[tile] = (uint16_t)(tile == 4 || tile == 5 ? TILE_BYTES : 4 * columns);
-    }
-    _tile_loadconfig(&config);
-}
-
 /* In place: line k of a step of 64 bytes becomes four bytes of each row. Behind `rows` there is memory for 16. */
 static void arrange(Dtype dtype, int64_t rows, int64_t row_bytes, uint8_t *packed)
 {
@@ -144,7 +121,7 @@ INLINE void tile_products(const int dtype, const bool two_strips, const bool two
             for (int strip = 0; strip < (two_strips ? 2 : 1); strip++)
                 UNROLL
                 for (int line = 0; line < STRIP; line++)
-                    __builtin_prefetch(strips[strip].weights + strips[strip].to_next + at * STRIP + line * TILE_BYTES, 0, 2);
+                    __builtin_prefetch(strips[strip].weights + strips[strip].to_next + at * STRIP + line * TILE_BYTES, 0, FETCHED);
         _tile_loadd(4, strips[0].weights + at, (size_t)row_bytes);
         if (two_strips)
             _tile_loadd(5, strips[1].weights + at, (size_t)row_bytes);

@@ -15,7 +15,7 @@
 /* Rows of activations as a matrix of some dtype wants them. */
 typedef struct {
     const uint8_t *data;  /* [rows, stride] of bf16, of 16-bit integers, or of float32; for q4 see `q4.inc.h` */
-    const float *scales;  /* [rows, LAMINA_TILE_OUTS], one number repeated: what an int8 or q4 matrix's sums are multiplied with */
+    const float *scales;  /* [rows, LAMINA_TILE_OUTS], one number repeated: what an int8 matrix's sums are multiplied with */
     int64_t rows;
     int64_t row_bytes;
     bool arranged;        /* a row by itself is not */
@@ -80,7 +80,7 @@ static inline int64_t packed_row_bytes(int64_t dtype, int64_t width)
 {
     int64_t stride = rounded_up(width, LAMINA_STEP);
     if (dtype == LAMINA_Q4)
-        return rounded_up(stride * 2 + stride / LAMINA_Q4_BLOCK * 4, LAMINA_LINE_BYTES);
+        return rounded_up(stride * 2 + stride / LAMINA_Q4_BLOCK * 8, LAMINA_LINE_BYTES);
     if (dtype == LAMINA_INT8) /* AMX takes 64 numbers of 8 bits at a time */
         return rounded_up(width, 64) * 2;
     return stride * (dtype == LAMINA_F32 ? 4 : 2);

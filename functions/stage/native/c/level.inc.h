@@ -6,6 +6,9 @@ enum { LANES = 16 };
 
 #include "row.inc.h"
 #include "matrix.inc.h"
+#ifdef WITH_TILES
+#include "tiles.inc.h"
+#endif
 #include "q4.inc.h"
 #ifdef WITH_TILES
 #include "amx.inc.h"

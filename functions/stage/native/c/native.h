@@ -35,7 +35,7 @@ typedef struct {
 typedef enum { LAMINA_BF16, LAMINA_INT8, LAMINA_F32, LAMINA_Q4 } Dtype;
 
 /* y = x Wᵀ + b. `stride` stands for width rounded up to LAMINA_STEP. Rows are multiplied as bf16 with bf16, as 16-bit integers
-   that a row's own largest number scales with int8, as 12-bit ones with q4, and as float32 with float32. */
+   that a row's own largest number scales with int8, as 12-bit ones of blocks of 32 with q4, and as float32 with float32. */
 typedef struct {
     int64_t dtype;
     int64_t outs;

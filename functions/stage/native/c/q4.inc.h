@@ -1,19 +1,20 @@
 /* Matrices in four bits; storage/models/q4.py has their layout: a group is 16 outputs, one for each lane.
 
-   Rows are whole numbers of 12 bits (`pack_for_q4`), so that what a block of 32 weights gives is exact. Blocks are added up from the
+   Rows are whole numbers of 12 bits in blocks (`pack_for_q4`), so that what a block of 32 weights gives is exact. Blocks are added up from the
    first to the last, whatever else is multiplied. */
 
 enum { PARTS = 4 };
 
-INLINE const float *block_sums(const uint8_t *packed, int64_t blocks)
+/* Scales of a packed row's blocks; sums follow. */
+INLINE const float *block_scales(const uint8_t *packed, int64_t blocks)
 {
     return (const float *)(packed + blocks * LAMINA_Q4_BLOCK * 2);
 }
 
-/* Adds a block to the sums of a group: products are [LANES] whole numbers. */
-INLINE vec with_block(vec sum, vec products, const uint8_t *block, float sum_of_row)
+/* Adds a block to the sums of a group: products are [LANES] whole numbers, scale and sum those of a row's block. */
+INLINE vec with_block(vec sum, vec products, const uint8_t *block, float scale, float sum_of_row)
 {
-    sum = fma_f32(f32_of_i32(products), f32_of_f16(block + LAMINA_Q4_ENDS), sum);
+    sum = fma_f32(mul_f32(f32_of_i32(products), every_f32(scale)), f32_of_f16(block + LAMINA_Q4_ENDS), sum);
     return fma_f32(every_f32(sum_of_row), f32_of_f16(block + LAMINA_Q4_ENDS + 2 * LANES), sum);
 }
 
@@ -32,7 +33,7 @@ INLINE void q4_tile(const int rows, const uint8_t *block, const uint8_t *x, int6
             high[row] = low[row] = zeros();
         UNROLL
         for (int64_t line = 0; line < LAMINA_Q4_BYTES; line += 64)
-            __builtin_prefetch(block + AHEAD_BYTES + line, 0, 0);
+            __builtin_prefetch(block + AHEAD_BYTES + line, 0, FETCHED);
         UNROLL
         for (int part = 0; part < PARTS; part++) {
             vec both = load(block + 64 * part), first = and_i32(both, lower), second = and_i32(shift_right_i32(both, 4), lower);
@@ -44,9 +45,10 @@ INLINE void q4_tile(const int rows, const uint8_t *block, const uint8_t *x, int6
             }
         }
         UNROLL
-        for (int row = 0; row < rows; row++)
-            sums[row] = with_block(sums[row], whole_q4(high[row], low[row]), block,
-                                   block_sums(x + row * row_bytes, blocks)[number]);
+        for (int row = 0; row < rows; row++) {
+            const float *scales = block_scales(x + row * row_bytes, blocks);
+            sums[row] = with_block(sums[row], whole_q4(high[row], low[row]), block, scales[number], scales[blocks + number]);
+        }
     }
 }
 
@@ -60,40 +62,77 @@ NOINLINE void q4_tile_of(int64_t rows, const uint8_t *block, const uint8_t *x, i
     }
 }
 
-/* x Wᵀ + b of a group from output `out` on, for ROWS rows at most. */
-INLINE void q4_product(const Matrix *matrix, const Rows *x, int64_t row, int64_t rows, int64_t out, vec products[ROWS])
+enum { Q4_ROWS = 128 };
+
+/* [row, output] sums of a group. */
+typedef struct {
+    _Alignas(64) float of[Q4_ROWS][LAMINA_GROUP_OUTS];
+} GroupSums;
+
+INLINE const uint8_t *group_of(const Matrix *matrix, int64_t out)
+{
+    return (const uint8_t *)matrix->weights.data + weight_bytes(matrix, out);
+}
+
+static void sum_group_by_vectors(const Matrix *matrix, const Rows *x, int64_t first, int64_t rows, int64_t out, GroupSums *sums)
 {
     const int64_t blocks = rounded_up(matrix->width, LAMINA_Q4_BLOCK) / LAMINA_Q4_BLOCK;
-    const uint8_t *group = (const uint8_t *)matrix->weights.data + out / LANES * blocks * LAMINA_Q4_BYTES;
-    q4_tile_of(rows, group, x->data + row * x->row_bytes, x->row_bytes, blocks, products);
-    vec biases = matrix->biases.bytes ? row_part(matrix->biases.data, out, matrix->outs) : zeros();
-    for (int64_t i = 0; i < rows; i++)
-        products[i] = fma_f32(products[i], every_f32(x->scales[(row + i) * OUTS]), biases);
+    for (int64_t row = 0; row < rows; row += ROWS) {
+        vec of_rows[ROWS];
+        q4_tile_of(smaller(ROWS, rows - row), group_of(matrix, out), x->data + (first + row) * x->row_bytes, x->row_bytes, blocks,
+                   of_rows);
+        for (int64_t i = 0; i < smaller(ROWS, rows - row); i++)
+            store(sums->of[row + i], of_rows[i]);
+    }
+}
+
+#ifdef WITH_TILES
+#include "q4_tiles.inc.h"
+#else
+static void begin_tiles(void) {}
+static void end_tiles(void) {}
+static void sum_group(const Matrix *matrix, const Rows *x, int64_t first, int64_t rows, int64_t out, GroupSums *sums)
+{
+    sum_group_by_vectors(matrix, x, first, rows, out, sums);
+}
+#endif
+
+INLINE vec biases_of(const Matrix *matrix, int64_t out)
+{
+    return matrix->biases.bytes ? row_part(matrix->biases.data, out, matrix->outs) : zeros();
 }
 
 static void multiply_q4(const Matrix *matrix, const Rows *x, int64_t first, int64_t last, bool add, float *y)
 {
+    GroupSums sums;
+    begin_tiles();
     for (int64_t out = first; out < last; out += LANES)
-        for (int64_t row = 0; row < x->rows; row += ROWS) {
-            const int64_t rows = smaller(ROWS, x->rows - row);
-            vec products[ROWS];
-            q4_product(matrix, x, row, rows, out, products);
+        for (int64_t row = 0; row < x->rows; row += Q4_ROWS) {
+            const int64_t rows = smaller(Q4_ROWS, x->rows - row);
+            const vec biases = biases_of(matrix, out);
+            sum_group(matrix, x, row, rows, out, &sums);
             for (int64_t i = 0; i < rows; i++) {
                 float *to = y + (row + i) * matrix->outs;
-                store_row_part(to, out, matrix->outs, add ? add_f32(row_part(to, out, matrix->outs), products[i]) : products[i]);
+                vec found = add_f32(load(sums.of[i]), biases);
+                store_row_part(to, out, matrix->outs, add ? add_f32(row_part(to, out, matrix->outs), found) : found);
             }
         }
+    end_tiles();
 }
 
 static void multiply_gated_q4(const Matrix *gate, const Matrix *up, const Rows *x, int64_t first, int64_t last, float *y)
 {
+    GroupSums of_gate, of_up;
+    begin_tiles();
     for (int64_t out = first; out < last; out += LANES)
-        for (int64_t row = 0; row < x->rows; row += ROWS) {
-            const int64_t rows = smaller(ROWS, x->rows - row);
-            vec gates[ROWS], ups[ROWS];
-            q4_product(gate, x, row, rows, out, gates);
-            q4_product(up, x, row, rows, out, ups);
+        for (int64_t row = 0; row < x->rows; row += Q4_ROWS) {
+            const int64_t rows = smaller(Q4_ROWS, x->rows - row);
+            const vec gate_biases = biases_of(gate, out), up_biases = biases_of(up, out);
+            sum_group(gate, x, row, rows, out, &of_gate);
+            sum_group(up, x, row, rows, out, &of_up);
             for (int64_t i = 0; i < rows; i++)
-                store_row_part(y + (row + i) * gate->outs, out, gate->outs, gated(gates[i], ups[i]));
+                store_row_part(y + (row + i) * gate->outs, out, gate->outs,
+                               gated(add_f32(load(of_gate.of[i]), gate_biases), add_f32(load(of_up.of[i]), up_biases)));
         }
+    end_tiles();
 }

@@ -62,10 +62,7 @@ INLINE float largest_of(const float *x, int64_t size)
     vec largest_bits = every_f32(1e-30f);
     for (int64_t i = 0; i < size; i += LANES)
         largest_bits = max_i32(largest_bits, and_i32(row_part(x, i, size), every_i32(0x7FFFFFFF)));
-    int32_t lanes[LANES], most = 0;
-    store(lanes, largest_bits);
-    for (int i = 0; i < LANES; i++)
-        most = lanes[i] > most ? lanes[i] : most;
+    int32_t most = largest_i32(largest_bits);
     float largest;
     memcpy(&largest, &most, sizeof largest);
     return largest;
@@ -84,31 +81,45 @@ INLINE float pack_for_int8(const float *x, int64_t size, uint8_t *packed)
 
 enum { LARGEST_OF_12_BITS = 2047 };
 
-/* A number is 16 * high + low: 32 bytes of high parts, -128 to 127, then 32 of low ones, 0 to 15, block by block; then a float32
-   for each block, its sum. */
-INLINE float pack_for_q4(const float *x, int64_t size, uint8_t *packed)
+/* Of 32 numbers, as `largest_of`. */
+INLINE float largest_of_block(vec first, vec second)
 {
-    float largest = largest_of(x, size);
-    vec scale = every_f32(LARGEST_OF_12_BITS / largest);
-    float *sums = (float *)(packed + rounded_up(size, LAMINA_Q4_BLOCK) * 2);
-    for (int64_t i = 0; i < size; i += LAMINA_Q4_BLOCK, packed += 2 * LAMINA_Q4_BLOCK) {
-        vec first = i32_of_f32(round_f32(mul_f32(row_part(x, i, size), scale)));
-        vec second = i32_of_f32(round_f32(mul_f32(row_part(x, i + LANES, size), scale)));
+    const vec magnitude = every_i32(0x7FFFFFFF);
+    int32_t bits = largest_i32(max_i32(max_i32(and_i32(first, magnitude), and_i32(second, magnitude)), every_f32(1e-30f)));
+    float largest;
+    memcpy(&largest, &bits, sizeof largest);
+    return largest;
+}
+
+/* Block by block a number is 16 * high + low, times a scale that the block's own largest gives: 32 bytes of high parts, -128 to
+   127, then 32 of low ones, 0 to 15. Behind all of them a float32 for each block, its scale, and one more, its sum. */
+INLINE void pack_for_q4(const float *x, int64_t size, uint8_t *packed)
+{
+    const int64_t blocks = rounded_up(size, LAMINA_Q4_BLOCK) / LAMINA_Q4_BLOCK;
+    float *scales = (float *)(packed + blocks * LAMINA_Q4_BLOCK * 2), *sums = scales + blocks;
+    for (int64_t block = 0; block < blocks; block++, packed += 2 * LAMINA_Q4_BLOCK) {
+        vec first = row_part(x, block * LAMINA_Q4_BLOCK, size), second = row_part(x, block * LAMINA_Q4_BLOCK + LANES, size);
+        float largest = largest_of_block(first, second);
+        vec steps = every_f32(LARGEST_OF_12_BITS / largest);
+        first = i32_of_f32(round_f32(mul_f32(first, steps)));
+        second = i32_of_f32(round_f32(mul_f32(second, steps)));
         store_bytes(packed, shift_right_i32(first, 4));
         store_bytes(packed + LANES, shift_right_i32(second, 4));
         store_bytes(packed + 2 * LANES, and_i32(first, every_i32(15)));
         store_bytes(packed + 3 * LANES, and_i32(second, every_i32(15)));
-        sums[i / LAMINA_Q4_BLOCK] = sum_f32(f32_of_i32(add_i32(first, second)));
+        scales[block] = largest / LARGEST_OF_12_BITS;
+        sums[block] = scales[block] * sum_f32(f32_of_i32(add_i32(first, second)));
     }
-    return largest / LARGEST_OF_12_BITS;
 }
 
 static float pack(Dtype dtype, const float *x, int64_t size, uint8_t *packed)
 {
     if (dtype == LAMINA_INT8)
         return pack_for_int8(x, size, packed);
-    if (dtype == LAMINA_Q4)
-        return pack_for_q4(x, size, packed);
+    if (dtype == LAMINA_Q4) {
+        pack_for_q4(x, size, packed);
+        return 1.0f;
+    }
     for (int64_t i = 0; i < size; i += 2 * LANES) {
         vec first = row_part(x, i, size), second = row_part(x, i + LANES, size);
         if (dtype == LAMINA_BF16) {

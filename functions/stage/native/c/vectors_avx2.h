@@ -78,6 +78,13 @@ INLINE vec shift_left_i32(vec a, int by) { return (vec){_mm256_slli_epi32(a.low,
 
 INLINE vec shift_right_i32(vec a, int by) { return (vec){_mm256_srli_epi32(a.low, by), _mm256_srli_epi32(a.high, by)}; }
 
+INLINE int32_t largest_i32(vec a)
+{
+    __m256i half = _mm256_max_epi32(a.low, a.high);
+    __m128i quarter = _mm_max_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    quarter = _mm_max_epi32(quarter, _mm_shuffle_epi32(quarter, 0x4E));
+    return _mm_cvtsi128_si32(_mm_max_epi32(quarter, _mm_shuffle_epi32(quarter, 0xB1)));
+}
 INLINE vec f32_of_f16(const void *at)
 {
     const __m128i *halves = at;

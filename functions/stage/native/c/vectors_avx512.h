@@ -49,6 +49,7 @@ INLINE vec i16_of_f32(vec first, vec second)
     return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 
+INLINE int32_t largest_i32(vec a) { return _mm512_reduce_max_epi32(a); }
 INLINE vec f32_of_f16(const void *at) { return BITS(_mm512_cvtph_ps(_mm256_loadu_si256(at))); }
 /* The lowest byte of each lane. */
 INLINE void store_bytes(void *at, vec a) { _mm_storeu_si128(at, _mm512_cvtepi32_epi8(a)); }

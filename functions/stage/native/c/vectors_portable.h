@@ -86,6 +86,14 @@ INLINE vec shift_right_i32(vec a, int by)
     return (vec)((u32x16)a >> by);
 }
 
+INLINE int32_t largest_i32(vec a)
+{
+    int32_t most = a[0];
+    for (int i = 1; i < 16; i++)
+        most = a[i] > most ? a[i] : most;
+    return most;
+}
+
 /* Numbers below float16's least normal one become right by a subtraction, which is exact. */
 INLINE vec f32_of_f16(const void *at)
 {

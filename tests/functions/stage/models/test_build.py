@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from functions.stage.models import build
-from functions.stage.models.build import Choice, build_layer_group, choose, device_for
+from functions.stage.models.build import Choice, Kind, UnsupportedDtype, build_layer_group, choose, device_for
 from functions.stage.models.families import FAMILIES
 from functions.stage.models.kv_budget import KVBudget
 from functions.stage.models.layer_group import KVCacheFull, Segment
@@ -130,6 +130,7 @@ def test_what_the_lean_group_declines_goes_to_transformers() -> None:
         ("auto", "bfloat16", True, "cuda"),
         ("auto", "bfloat16", False, "cpu"),
         ("auto", "int8", True, "cpu"),
+        ("auto", "q4", True, "cpu"),
         ("cpu", "float32", True, "cpu"),
         ("cuda", "float32", False, "cuda"),
     ],
@@ -140,6 +141,12 @@ def test_auto_takes_the_device_that_runs_the_dtype(
     monkeypatch.setattr(build, "_GPU_FILES", ("/dev/null",))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     assert device_for(configured, dtype) == device
+
+
+@pytest.mark.parametrize(("kind", "head_dim", "why"), [("auto", 1026, "head_dim 1026 is over 1024"), ("llama", 8, "llama was")])
+def test_q4_runs_in_c_or_not_at_all(kind: Kind, head_dim: int, why: str) -> None:
+    with pytest.raises(UnsupportedDtype, match=f"q4 runs by layers in C alone, and here they do not: {why}"):
+        choose(kind, tiny_models.tiny_config("llama", head_dim=head_dim), "q4", "cpu")
 
 
 def test_lean_families_are_families() -> None:

@@ -205,7 +205,7 @@ def test_what_it_cannot_run_exactly_is_declined(changes: dict[str, object]) -> N
     [
         (1026, "int8", "head_dim 1026 is over 1024"),
         (2000, "bfloat16", "head_dim 2000 is over 1024"),
-        (8, "float16", "float16 is not float32, bfloat16 or int8"),
+        (8, "float16", "float16 is not float32, bfloat16, int8 or q4"),
     ],
 )
 def test_layers_that_are_not_in_c_say_why(head_dim: int, dtype: str, why: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,6 +13,7 @@ from storage.checkpoints.llama_config import LlamaConfig
 from storage.checkpoints.llama_shaped import LLAMA_FAMILIES
 from tests.support.functions.borders import raw
 from tests.support.functions.int8_checkpoints import int8_checkpoint
+from tests.support.functions.q4_checkpoints import q4_checkpoint
 from tests.support.storage import tiny_models
 
 BUDGET_BYTES = 2**20
@@ -74,6 +75,20 @@ def test_scales_of_another_length_are_refused(kind: Any) -> None:
     tensors[scale] = tensors[scale][:-1]
     with pytest.raises(WrongShape, match=scale):
         build_layer_group(kind, config, raw(tensors), 0, tiny_models.NUM_LAYERS, "int8", "cpu", BUDGET_BYTES)
+
+
+def test_four_bits_are_for_matrices_in_groups_and_blocks() -> None:
+    config, tensors = tiny_models.tiny_config("llama"), q4_checkpoint(tensors_of("llama"))
+    group = empty_group(Choice("native", "cpu"), config, 0, tiny_models.NUM_LAYERS, "q4", BUDGET_BYTES)
+    name = "model.layers.2.mlp.up_proj.weight"
+    right = tuple(tensors[name].shape)
+    for wrong_shape in ((right[0] + 1, *right[1:]), (*right[:2], 319), (right[0], right[1] * right[2])):
+        with pytest.raises(WrongShape, match="up_proj"):
+            group.place(raw({name: torch.zeros(wrong_shape, dtype=torch.uint8)}))
+    with pytest.raises(WrongShape, match="up_proj"):
+        group.place(raw({name: torch.zeros(right)}))
+    with pytest.raises(MissingTensors, match="which matrices alone are"):
+        group.place(raw({"model.norm.weight": torch.zeros(32, dtype=torch.uint8)}))
 
 
 @pytest.mark.parametrize("kind", ["native", "llama"])

@@ -26,7 +26,7 @@ from tests.support.functions.group_chain import GroupChain, by_plan, tokens_of
 from tests.support.functions.int8_checkpoints import MATRICES
 from tests.support.functions.native_models import NAMES, checkpoint, config, error, exact_groups, native_groups, torch_groups
 
-DTYPES: Final = ("bfloat16", "int8")
+DTYPES: Final = ("bfloat16", "int8", "q4")
 ALL_DTYPES: Final = (*DTYPES, "float32")
 # Each column is a pass: of 1 to 5 rows, chunks beside steps, more rows than go through a matrix at once.
 PLAN: Final = {
@@ -70,6 +70,7 @@ def test_any_cut_will_do(name: str, cut: Sequence[tuple[int, int]]) -> None:
     assert error(logits_of(native_groups(name, "int8", cut)), exact) < error_of_torch(name)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "q4"])
 @pytest.mark.parametrize(
     "keep_wide",
     [
@@ -82,9 +83,9 @@ def test_any_cut_will_do(name: str, cut: Sequence[tuple[int, int]]) -> None:
         MATRICES,
     ],
 )
-def test_any_matrix_of_an_int8_model_may_be_wide(keep_wide: Collection[str]) -> None:
-    exact = logits_of(exact_groups("llama_biased", "int8", keep_wide))
-    found = logits_of(native_groups("llama_biased", "int8", keep_wide=keep_wide))
+def test_any_matrix_of_a_quantized_model_may_be_wide(keep_wide: Collection[str], dtype: str) -> None:
+    exact = logits_of(exact_groups("llama_biased", dtype, keep_wide))
+    found = logits_of(native_groups("llama_biased", dtype, keep_wide=keep_wide))
     assert error(found, exact) < error_of_torch("llama_biased")
 
 
@@ -168,11 +169,13 @@ def test_a_sequence_that_was_cut_back_gets_the_same_bits(dtype: str) -> None:
         handle = group.kv.reserve(60)
         forwarded(group, text[:position], [Segment(handle, 0, position)])
         assert group._embedding is not None
-        embedding = group._embedding.weights
-        kept = embedding[text[0]].copy()
-        embedding[text[0]] = 0x7FC0 if embedding.dtype == np.uint16 else np.nan
+        weights, scales = group._embedding.weights, group._embedding.scales
+        # Of rows that are bytes the scale is what can be no number.
+        spoilt = weights if scales is None else scales
+        kept = spoilt[text[0]].copy()
+        spoilt[text[0]] = 0x7FC0 if spoilt.dtype == np.uint16 else np.nan
         forwarded(group, [text[0]] * 20, [Segment(handle, position, 20)])
-        embedding[text[0]] = kept
+        spoilt[text[0]] = kept
         group.kv.truncate(handle, position)
         rest = [forwarded(group, [text[at]], [Segment(handle, at, 1)]) for at in range(position, 40)]
         assert torch.equal(torch.cat(rest), wanted[position:])
