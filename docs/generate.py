@@ -18,7 +18,7 @@ from knative.render.alerts import rule_groups
 from knative.render.dashboard import dashboard
 from knative.render.gitops import with_kustomization
 from knative.spec.kubernetes_object import to_yaml
-from knative.spec.pipeline_spec import load_spec
+from knative.spec.spec_file import load_spec
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_STORE = StoreOptions(None, "lamina", "us-east-1", None, None, None, ROOT / ".lamina")

@@ -27,7 +27,7 @@ from knative.local.kubelet.containers import LocalData, read_container
 from knative.local.state_folder import find_running
 from knative.render.services import gateway_service
 from knative.spec.model_sources import packaged_model, published_name
-from knative.spec.pipeline_spec import load_spec
+from knative.spec.spec_file import load_spec
 from storage.models.model_repository import read_manifest
 from storage.store.object_store import ObjectStore
 from storage.store.settings import StoreSettings

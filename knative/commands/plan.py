@@ -15,7 +15,8 @@ from knative.commands.terminal.pod_table import show_pods
 from knative.spec.cut import cut_evenly, format_cut, parse_cut
 from knative.spec.memory import check_memory
 from knative.spec.model_shape import ModelShape, published_shape, shape_from_folder
-from knative.spec.pipeline_spec import DTYPES, PipelineSpec, Stage, load_spec
+from knative.spec.pipeline_spec import DTYPES, PipelineSpec, Stage
+from knative.spec.spec_file import load_spec
 from knative.spec.stage_plan import StagePlan, plan_stages, replicas_for
 from storage.models.model_repository import read_manifest
 

@@ -8,7 +8,8 @@ from rich.console import Console
 from knative.commands.sources.store_access import StoreOptions, open_store, store_options
 from knative.commands.terminal.console import publish_progress, size
 from knative.spec.model_sources import DEFAULT_MODEL, packaged_model, published_name
-from knative.spec.pipeline_spec import DTYPES, Model, load_spec
+from knative.spec.pipeline_spec import DTYPES, Model
+from knative.spec.spec_file import load_spec
 from storage.errors import ModelNotPublished
 from storage.models.model_repository import ModelManifest, Reader, read_manifest
 from storage.models.publisher import publish

@@ -13,7 +13,8 @@ from knative.render.rendering import resolve
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.spec.kubernetes_object import KubernetesObject, to_yaml
 from knative.spec.model_shape import ModelShape, published_shape
-from knative.spec.pipeline_spec import PipelineSpec, load_spec
+from knative.spec.pipeline_spec import PipelineSpec
+from knative.spec.spec_file import load_spec
 from storage.models.model_repository import ModelManifest, read_manifest
 
 image_option = click.option("--image", help="Instead of the spec's.")

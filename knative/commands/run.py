@@ -24,7 +24,8 @@ from knative.local.platform import Platform, PlatformOptions
 from knative.local.state_folder import RunningPlatform, StateFolder, naming_a_full_disk
 from knative.render.eventing import eventing_objects
 from knative.render.services import services
-from knative.spec.pipeline_spec import DTYPES, load_spec
+from knative.spec.pipeline_spec import DTYPES
+from knative.spec.spec_file import load_spec
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
 

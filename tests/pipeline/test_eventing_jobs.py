@@ -34,7 +34,7 @@ from knative.local.eventing.targets import Answer, HttpTarget, NoAnswer
 from knative.render.eventing import eventing_objects
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.spec.kubernetes_object import to_yaml
-from knative.spec.pipeline_spec import spec_from_dict
+from knative.spec.spec_file import spec_from_dict
 from tests.support.functions.functions import FunctionProcess, gateway_environment, stage_environment
 from tests.support.knative.event_sink import EventSink, event_sink, post
 from tests.support.knative.platform import client, until

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from knative.spec.pipeline_spec import load_spec
+from knative.spec.spec_file import load_spec
 
 
 def named_pipeline(text: str, namespace: str | None) -> tuple[str, str | None]:

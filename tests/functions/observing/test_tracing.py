@@ -14,7 +14,7 @@ from functions.observing.tracing import PASSING, TraceContext, main_cause, read_
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import services
 from knative.spec.errors import SpecError
-from knative.spec.pipeline_spec import spec_from_dict
+from knative.spec.spec_file import spec_from_dict
 from tests.support.environments import GATEWAY, STAGE
 from tests.support.functions.functions import ROOT, gateway_environment, running, stage_environment
 from tests.support.functions.otlp import Receiver, SeenSpan, otlp_receiver

@@ -9,7 +9,7 @@ from knative.render.rendering import checked, render
 from knative.render.services import services
 from knative.spec.errors import SpecError
 from knative.spec.kubernetes_object import KubernetesObject
-from knative.spec.pipeline_spec import spec_from_dict
+from knative.spec.spec_file import spec_from_dict
 from knative.webhook.check import missing_flags, validate
 from knative.webhook.feature_flags import FeatureFlags
 from tests.support.knative.pipelines import document, resolved_pipeline

@@ -16,7 +16,8 @@ from knative.render.services import METRICS_PORT, gateway_access, services
 from knative.spec.cut import parse_cut
 from knative.spec.errors import SpecError
 from knative.spec.kubernetes_object import to_yaml
-from knative.spec.pipeline_spec import load_spec, quantity, spec_from_dict
+from knative.spec.pipeline_spec import quantity
+from knative.spec.spec_file import load_spec, spec_from_dict
 
 CUT = ((0, 10), (10, 20), (20, 30))
 DIGEST = "sha256:0123"

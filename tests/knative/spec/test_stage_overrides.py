@@ -7,7 +7,8 @@ import pytest
 from knative.spec.cut import parse_cut
 from knative.spec.errors import SpecError
 from knative.spec.memory import check_memory, needed_bytes
-from knative.spec.pipeline_spec import PipelineSpec, Stage, spec_from_dict
+from knative.spec.pipeline_spec import PipelineSpec, Stage
+from knative.spec.spec_file import spec_from_dict
 from tests.support.knative.pipelines import document
 
 CUT = parse_cut("0:10,10:20,20:30")

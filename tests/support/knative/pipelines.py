@@ -6,7 +6,7 @@ from knative.render.rendering import render
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.spec.cut import parse_cut
 from knative.spec.kubernetes_object import KubernetesObject
-from knative.spec.pipeline_spec import spec_from_dict
+from knative.spec.spec_file import spec_from_dict
 
 DIGEST = "d" * 64
 
