@@ -33,7 +33,9 @@ async def measure(session: aiohttp.ClientSession, url: str, size: int, count: in
 
 async def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        async with running_platform(Path(folder), echo_service()) as platform, aiohttp.ClientSession() as session:
+        # The echo answers a chunk before it reads the next.
+        echo = echo_service(full_annotations={"features.knative.dev/http-full-duplex": "Enabled"})
+        async with running_platform(Path(folder), echo) as platform, aiohttp.ClientSession() as session:
             await fetch(session, platform.url("echo") + "/pid")
             proxy = revision(platform).pods[0].proxy
             ways = {

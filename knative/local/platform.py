@@ -27,16 +27,32 @@ from knative.local.serving.services import LocalService
 from knative.local.status import platform_status
 from knative.webhook.autoscaling_annotations import AutoscalerConfig
 from knative.webhook.check import is_knative_service, validate
+from knative.webhook.feature_flags import ENABLED, POD_FIELDS, FeatureFlags
 
 _log = logging.getLogger(__name__)
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 """Where `python -m functions` is found."""
+_OF_A_NODE: Final = (
+    "affinity",
+    "nodeSelector",
+    "priorityClassName",
+    "runtimeClassName",
+    "schedulerName",
+    "securityContext",
+    "tolerations",
+    "topologySpreadConstraints",
+)
 
 
 def _from_zero() -> AutoscalerConfig:
     """Knative's defaults, but what comes first begins at zero: on one machine nothing shall start that nobody asked for."""
     return AutoscalerConfig(allow_zero_initial_scale=True, initial_scale=0)
+
+
+def _without_a_meaning_here() -> FeatureFlags:
+    """Fields that say where and as whom a pod runs: whether a cluster lets them through is that cluster's affair."""
+    return FeatureFlags({POD_FIELDS[field]: ENABLED for field in _OF_A_NODE})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +65,7 @@ class PlatformOptions:
     config_maps: NamedData = field(default_factory=dict)
     logs: Path
     autoscaler: AutoscalerConfig = field(default_factory=_from_zero)
+    features: FeatureFlags = field(default_factory=_without_a_meaning_here)
     timing: PodTiming = field(default_factory=PodTiming)
     folder: Path = ROOT
     activator_queue_depth: int = 10_000
@@ -87,7 +104,7 @@ class Platform:
         """
         found = [manifest for manifest in manifests if is_knative_service(manifest)]
         for manifest in found:
-            if violations := validate(manifest, self._options.autoscaler):
+            if violations := validate(manifest, self._options.autoscaler, self._options.features):
                 raise ManifestRefused(f"{manifest['metadata']['name']}: {'; '.join(map(str, violations))}")
             refuse_unsupported(manifest)
             for each in ignored(manifest):

@@ -356,6 +356,28 @@ def test_what_is_not_emulated_and_changes_no_answer_is_named(tmp_path: Path, cap
     assert "serving.knative.dev/rollout-duration: traffic moves at once here, not over 380s" in caplog.text
 
 
+def test_where_a_pod_may_run_has_no_meaning_here_and_is_passed_over(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        manifest = echo_service()
+        placed = {"nodeSelector": {"disk": "fast"}, "tolerations": [{"key": "gpu", "operator": "Exists"}]}
+        manifest["spec"]["template"]["spec"] |= placed | {"imagePullSecrets": [{"name": "pull"}]}
+        async with running_platform(tmp_path, manifest) as platform, client() as session:
+            assert (await fetch(session, platform.url("echo") + "/pid"))[0] == 200
+
+    asyncio.run(scenario())
+
+
+def test_a_field_that_would_change_a_pod_is_refused_as_by_default_flags(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        manifest = echo_service()
+        manifest["spec"]["template"]["spec"]["hostNetwork"] = True
+        async with running_platform(tmp_path, manifest):
+            pass
+
+    with pytest.raises(ManifestRefused, match=r"kubernetes\.podspec-hostnetwork"):
+        asyncio.run(scenario())
+
+
 def test_the_hpa_class_keeps_a_pod_without_requests(tmp_path: Path) -> None:
     async def scenario() -> None:
         annotations = {"class": "hpa.autoscaling.knative.dev", "metric": "cpu", "min-scale": "1"}
