@@ -21,8 +21,11 @@ from transformers import AutoModelForCausalLM
 from eventing.wire.events import EventType
 from knative.cluster.client import Ref
 from knative.cluster.deployer import Deployer
-from knative.cluster.errors import ClusterError
+from knative.cluster.deployer_role import deployer_role
+from knative.cluster.errors import ClusterError, DeployInProgress
+from knative.cluster.lease import deploy_lease
 from knative.cluster.pipeline_token import ensure_token
+from knative.cluster.status import COLUMNS, cluster_status, status_rows
 from knative.render.prune_script import is_ready
 from knative.spec.model_shape import published_shape
 from knative.spec.model_sources import packaged_model
@@ -43,6 +46,7 @@ from tests.support.knative.cluster_scenario import (
 )
 from tests.support.knative.real_cluster import (
     Probe,
+    as_deployer,
     drain,
     kill,
     missing,
@@ -75,6 +79,7 @@ NOTHING_MAY_BE_LEFT: Final = (
     ("rbac.authorization.k8s.io/v1", "Role"),
     ("rbac.authorization.k8s.io/v1", "RoleBinding"),
     ("networking.k8s.io/v1", "NetworkPolicy"),
+    ("coordination.k8s.io/v1", "Lease"),
     ("eventing.knative.dev/v1", "Broker"),
     ("eventing.knative.dev/v1", "Trigger"),
     ("flows.knative.dev/v1", "Sequence"),
@@ -186,6 +191,9 @@ def test_a_canary_gets_half_is_promoted_and_another_is_taken_back(scenario: Scen
     with scenario.streams.running(6) as streams:
         scenario.deployer.canary(scenario.objects(scenario.spec(cut="0:15,15:30")), 50)
         assert len(scenario.stage_services()) == len(before) + 2
+        status = cluster_status(scenario.cluster, scenario.where.namespace, NAME)
+        shares = [row[COLUMNS.index("traffic")] for row in status_rows(status) if row[0] == NAME]
+        assert sorted(shares)[-2:] == ["50 %", "50 %"], shares
         answered = streams.answers
         wait_until(lambda: streams.answers >= answered + 24, COLD_SECONDS, "answers of both")
         scenario.deployer.promote(NAME)
@@ -226,6 +234,29 @@ def test_one_of_two_pipelines_in_a_namespace_is_deleted_and_the_other_goes_on(sc
         time.sleep(10)
     assert scenario.stage_services(OTHER) == set()
     assert len(scenario.stage_services()) == 3
+
+
+def test_a_token_is_rotated_under_load(scenario: Scenario) -> None:
+    with scenario.streams.running(6):
+        scenario.deployer.rotate_token(NAME)
+
+
+def test_two_deploys_do_not_cross(scenario: Scenario) -> None:
+    with (
+        deploy_lease(scenario.cluster, scenario.where.namespace, NAME, scenario.said.append),
+        pytest.raises(DeployInProgress, match="wait for its end"),
+    ):
+        scenario.deploy()
+    scenario.deploy()
+
+
+def test_the_rendered_role_is_enough_for_a_deployer(scenario: Scenario) -> None:
+    """As a ServiceAccount that has that Role and nothing else."""
+    with as_deployer(scenario.cluster, scenario.where, deployer_role(scenario.where.namespace)) as cluster:
+        limited = Deployer(cluster, scenario.where.namespace, scenario.said.append, timeout_seconds=900)
+        limited.deploy(scenario.objects(scenario.spec(log_level="debug")))
+        limited.rollback(NAME)
+        assert status_rows(cluster_status(cluster, scenario.where.namespace, NAME))
 
 
 @needs("kubectl")
@@ -274,15 +305,9 @@ def test_a_text_is_scored_through_the_sequence(scenario: Scenario) -> None:
         pytest.skip("Knative Eventing is not installed on this cluster")
     probe = Probe(scenario.cluster, scenario.where)
     scenario.deploy(eventing=Eventing(dead_letter_sink=probe.sink, reply_sink=probe.sink))
-    address = ""
-
-    def broker_is_there() -> bool:
-        nonlocal address
-        (broker,) = scenario.cluster.find("eventing.knative.dev/v1", "Broker", scenario.where.namespace, INSTANCE)
-        address = (broker.get("status") or {}).get("address", {}).get("url", "")
-        return bool(address)
-
-    wait_until(broker_is_there, 120, "an address of the Broker")
+    # Done means Ready: what is sent now is not lost.
+    (broker,) = scenario.cluster.find("eventing.knative.dev/v1", "Broker", scenario.where.namespace, INSTANCE)
+    address = broker["status"]["address"]["url"]
     event = {"id": "score-1", "type": str(EventType.SCORE_REQUEST), "data": {"text": TEXT}}
     answers = probe.ask(address, event)
     (answer,) = answers.values()  # delivered twice, answered with one id
@@ -303,12 +328,15 @@ def _whole_model_logprobs(token_ids: list[int]) -> list[float]:
 
 
 def test_undeployed_nothing_is_left(scenario: Scenario) -> None:
-    assert scenario.garbage.collect_all(NAME) > 0
-    wait_until(lambda: not scenario.cluster.find("v1", "Pod", scenario.where.namespace, INSTANCE), 700, "no pod")
-    left = [
-        f"{kind} {each['metadata']['name']}"
-        for api_version, kind in NOTHING_MAY_BE_LEFT
-        if scenario.cluster.serves(api_version, kind)
-        for each in scenario.cluster.find(api_version, kind, scenario.where.namespace, INSTANCE)
-    ]
-    assert left == []
+    assert scenario.deployer.delete(NAME) > 0
+
+    def left() -> list[str]:
+        return [
+            f"{kind} {each['metadata']['name']}"
+            for api_version, kind in NOTHING_MAY_BE_LEFT
+            if scenario.cluster.serves(api_version, kind)
+            for each in scenario.cluster.find(api_version, kind, scenario.where.namespace, INSTANCE)
+        ]
+
+    # What Knative made of it is collected in the background, Revisions some time after the last pod.
+    wait_until(lambda: left() == [], 900, "nothing left of the pipeline")

@@ -103,6 +103,36 @@ def namespace(where: Settings) -> Iterator[None]:
             core.delete_namespace(where.namespace)
 
 
+@contextmanager
+def as_deployer(cluster: Cluster, where: Settings, role: KubernetesObject) -> Iterator[Cluster]:
+    """The same cluster, seen by a ServiceAccount that has this Role and nothing else."""
+    name = role["metadata"]["name"]
+    metadata = {"name": name, "namespace": where.namespace}
+    reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": name}
+    subject = {"kind": "ServiceAccount", **metadata}
+    binding = {"roleRef": reference, "subjects": [subject]}
+    made = [
+        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata},
+        role,
+        {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding", "metadata": metadata, **binding},
+    ]
+    for each in made:
+        cluster.apply(each)
+    api = config.new_client_from_config(where.kubeconfig, where.context)
+    try:
+        asked = {"spec": {"expirationSeconds": 3600}}
+        answer = client.CoreV1Api(api).create_namespaced_service_account_token(name, where.namespace, asked)
+        settings = client.Configuration()
+        settings.host, settings.ssl_ca_cert = api.configuration.host, api.configuration.ssl_ca_cert
+        settings.verify_ssl = api.configuration.verify_ssl
+        settings.api_key = {"authorization": f"Bearer {answer.status.token}"}
+        yield Cluster(client.ApiClient(settings), f"ServiceAccount {name}", where.namespace)
+    finally:
+        api.close()
+        for each in reversed(made):
+            cluster.delete(Ref.of(each))
+
+
 def kill(where: Settings, pod: str) -> None:
     """At once: no SIGTERM, no drain."""
     with core_api(where) as core:
