@@ -6,6 +6,7 @@ from knative.cluster.client import Cluster
 from knative.cluster.deployer import Deployer
 from knative.cluster.errors import DeployFailed, FieldConflict, NothingServes, Refused
 from knative.cluster.history import History
+from knative.cluster.readiness import traffic_of
 from knative.cluster.status import cluster_status, status_lines, status_rows
 from knative.webhook.check import validate, warnings
 from tests.support.knative.deployments import GATEWAY, objects, other, services, sink, stage_name, traffic
@@ -17,7 +18,7 @@ ALL = [{"latestRevision": True, "percent": 100}]
 
 
 def routed(api: KubernetesApi) -> dict[str, int]:
-    return {each["revisionName"]: each["percent"] for each in api.objects[GATEWAY]["status"]["traffic"]}
+    return traffic_of(api.objects[GATEWAY])
 
 
 def outcomes(cluster: Cluster) -> list[str]:

@@ -14,9 +14,12 @@ from knative.cluster.waiting import ReadinessWait
 from tests.support.knative.deployments import GATEWAY, objects, other, sink, stage_name
 from tests.support.knative.knative_controllers import (
     BROKER,
+    Behaviour,
+    become_ready,
     broker_fails,
     crash_loops,
     revision_fails,
+    slow_to_configure,
     slow_to_look,
 )
 from tests.support.knative.kubernetes_api import EVENTING, KubernetesApi
@@ -67,17 +70,17 @@ def test_a_condition_that_is_false_on_its_way_is_waited_for(api: KubernetesApi, 
     assert said[-1] == "Broker chat is ready"
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_the_mended_revision_of_a_crash_loop_is_judged_by_itself(api: KubernetesApi, deployer: Deployer, late: bool) -> None:
+@pytest.mark.parametrize("knative", [become_ready, slow_to_look, slow_to_configure])
+def test_the_mended_revision_of_a_crash_loop_is_judged_by_itself(
+    api: KubernetesApi, deployer: Deployer, knative: Behaviour
+) -> None:
     deployer.deploy(objects())
     broken, mended = objects(kv_cache="1Gi"), objects(kv_cache="768Mi")
     stage = stage_name(broken, 1)
     api.behaviours[stage] = crash_loops
     with pytest.raises(DeployFailed, match="CrashLoopBackOff"):
         deployer.deploy(broken)
-    del api.behaviours[stage]
-    if late:
-        api.behaviours[stage] = slow_to_look
+    api.behaviours[stage] = knative
     deployer.deploy(mended)
 
 

@@ -21,6 +21,7 @@ BROKER = ("eventing.knative.dev/v1", "brokers")
 TRIGGER = ("eventing.knative.dev/v1", "triggers")
 SEQUENCE = ("flows.knative.dev/v1", "sequences")
 _STEP_SECONDS = 0.01
+_OUT_OF_DATE = "The Configuration is still working to reflect the latest desired specification."
 _GATEWAY = "app.kubernetes.io/component"
 
 
@@ -58,7 +59,8 @@ class Controllers:
         for pod in self._api.found("pods", {_GATEWAY: "gateway"}):
             labels = pod["metadata"]["labels"]
             service = self._api.objects.get((*SERVICE, pod["metadata"]["namespace"], labels["serving.knative.dev/service"]))
-            if service and labels["serving.knative.dev/revision"] not in _revisions_with_traffic(service):
+            over = pod["status"].get("phase") in ("Failed", "Succeeded")  # evicted ones stay for hours
+            if service and not over and labels["serving.knative.dev/revision"] not in _revisions_with_traffic(service):
                 self._api.remove(*self._api.key_of(pod))
 
     def _run(self) -> None:
@@ -126,28 +128,42 @@ def revision_fails(api: "KubernetesApi", service: Object) -> Steps:
 
 
 def slow_to_look(api: "KubernetesApi", service: Object) -> Steps:
-    """Knative's controller sees the change after half a second only."""
-    for _ in range(50):
+    """Knative's controller sees the change after a second only; pods of before go on crashing meanwhile."""
+    restart_pods(api, service)
+    for _ in range(100):
         yield
     yield from become_ready(api, service)
+
+
+def slow_to_configure(api: "KubernetesApi", service: Object) -> Steps:
+    """The Service's controller has seen the change, and the Configuration's has not for a second."""
+    yield
+    old = (api.objects[_key(service)].get("status") or {}).get("latestCreatedRevisionName", "")
+    _configure(api, service)
+    set_conditions(api, service, old, "Unknown", "OutOfDate", _OUT_OF_DATE)
+    restart_pods(api, service)
+    for _ in range(100):
+        yield
+    yield from become_ready(api, service)
+
+
+def restart_pods(api: "KubernetesApi", service: Object) -> None:
+    """The kubelet tries once more."""
+    for pod in api.found("pods", {"serving.knative.dev/service": service["metadata"]["name"]}):
+        statuses = [{**each, "restartCount": each["restartCount"] + 1} for each in pod["status"]["containerStatuses"]]
+        api.put({**pod, "status": {**pod["status"], "containerStatuses": statuses}})
 
 
 def make_revision(api: "KubernetesApi", service: Object) -> Iterator[None]:
     """The Configuration sees the template; a Revision of it, unless it is the one that is there. Returns its name."""
     yield
     key, metadata = _key(service), service["metadata"]
+    _route_meanwhile(api, service)
     old = (api.objects[key].get("status") or {}).get("latestCreatedRevisionName", "")
     configuration = _configure(api, service)
     if configuration["metadata"]["generation"] == configuration["status"]["observedGeneration"]:
         return old
-    set_conditions(
-        api,
-        service,
-        old,
-        "Unknown",
-        "OutOfDate",
-        "The Configuration is still working to reflect the latest desired specification.",
-    )
+    set_conditions(api, service, old, "Unknown", "OutOfDate", _OUT_OF_DATE)
     yield
     template, generation = service["spec"]["template"], configuration["metadata"]["generation"]
     revision = template["metadata"].get("name") or f"{metadata['name']}-{generation:05d}"
@@ -208,6 +224,15 @@ def route(api: "KubernetesApi", service: Object, revision: str) -> None:
     for pod in api.found("pods", {"serving.knative.dev/service": metadata["name"], _GATEWAY: "stage"}):
         if pod["metadata"]["labels"]["serving.knative.dev/revision"] not in _revisions_with_traffic(api.objects[_key(service)]):
             api.remove(*api.key_of(pod))
+
+
+def _route_meanwhile(api: "KubernetesApi", service: Object) -> None:
+    """The Route follows the Service at once: until the new revision is ready, `latestRevision` is the one that was before."""
+    status = (api.objects.get(_key(service)) or {}).get("status") or {}
+    latest = status.get("latestReadyRevisionName")
+    if latest:
+        traffic = [{"revisionName": latest, **each} for each in service["spec"].get("traffic") or []]
+        api.set_status(_key(service), {**status, "traffic": traffic})
 
 
 def add_pod(api: "KubernetesApi", service: Object, revision: str, container_status: Object, phase: str = "Running") -> None:
