@@ -52,7 +52,7 @@ def test_a_failure_is_shown_with_its_reason_and_what_serves(api: KubernetesApi, 
     assert said[1].startswith("version 2, pipeline ")
     assert "failed, " in said[1]
     assert "CrashLoopBackOff" in said[1]
-    assert any(line.startswith(f"Pod {broken}-00001-pod, container function: waiting, CrashLoopBackOff") for line in said)
+    assert any(line.startswith(f"Pod {broken}-00001-pod, container user-container: waiting, Crash") for line in said)
     assert {row["service"]: row["ready"] for row in rows(cluster)}[broken] == "not yet"
 
 
