@@ -35,6 +35,7 @@ def check(cluster: Cluster, objects: list[KubernetesObject], say: Callable[[str]
         *_found_out(say, lambda: _no_hpa(cluster, objects)),
         *_found_out(say, lambda: _missing_features(cluster, objects)),
         *_found_out(say, lambda: _missing_secrets(cluster, objects)),
+        *_found_out(say, lambda: _missing_for_pods(cluster, objects)),
         *_found_out(say, lambda: [] if missing else _missing_sinks(cluster, objects)),
     ]
     if problems:
@@ -120,6 +121,22 @@ def _missing_secrets(cluster: Cluster, objects: list[KubernetesObject]) -> Itera
             continue  # the deployer makes it
         if found is None or not wanted.keys <= set(found.get("data") or {}):
             yield f"{ref} is missing or lacks {', '.join(sorted(wanted.keys))}; make it with: {_command(ref, wanted.keys)}"
+
+
+def _missing_for_pods(cluster: Cluster, objects: list[KubernetesObject]) -> Iterator[str]:
+    """As whom pods run, and what their image is pulled with: without the first no pod is made, and nobody says why."""
+    own = set(map(Ref.of, objects))
+    wanted: dict[Ref, list[str]] = {}
+    for service in filter(is_knative_service, objects):
+        pod, metadata = service["spec"]["template"]["spec"], service["metadata"]
+        names = [("ServiceAccount", pod.get("serviceAccountName"))]
+        names += [("Secret", each["name"]) for each in pod.get("imagePullSecrets", [])]
+        for kind, name in names:
+            if name and (ref := Ref("v1", kind, metadata["namespace"], name)) not in own:
+                wanted.setdefault(ref, []).append(metadata["name"])
+    for ref, who in wanted.items():
+        if cluster.get(ref) is None:
+            yield f"{ref} is missing, which pods of {', '.join(who)} need"
 
 
 def _missing_sinks(cluster: Cluster, objects: list[KubernetesObject]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from knative.cluster.inventory import pipelines
 from knative.cluster.lease import deploy_lease
 from knative.cluster.status import cluster_status
 from knative.render.services import gateway_access
-from tests.support.knative.deployments import objects, other, sink, stage_name, until
+from tests.support.knative.deployments import account, objects, other, sink, stage_name, until
 from tests.support.knative.knative_controllers import crash_loops
 from tests.support.knative.kubernetes_api import EVENTING, KubernetesApi
 from tests.support.knative.pipelines import resolved_pipeline
@@ -47,6 +47,7 @@ def live_a_whole_life(api: KubernetesApi, cluster: Cluster, deployer: Deployer) 
     for end in (deployer.abort, deployer.promote):
         deployer.canary(other(**SECTIONS), 10)
         end("chat")
+    api.put(account("ours"))
     deployer.deploy(objects(spec={"gateway": {"service_account": "ours"}, "network": {"policies": False}}))
     with deploy_lease(cluster, "default", "chat", lambda _: None, duration_seconds=0.4):
         first = dict(api.objects["coordination.k8s.io/v1", "leases", "default", "chat-deploy"])

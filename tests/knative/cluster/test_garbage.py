@@ -6,7 +6,7 @@ import pytest
 
 from knative.cluster.client import Cluster
 from knative.cluster.deployer import Deployer
-from tests.support.knative.deployments import GATEWAY, objects, other, secret, services, sink, stage_name
+from tests.support.knative.deployments import GATEWAY, account, objects, other, secret, services, sink, stage_name
 from tests.support.knative.knative_controllers import add_pod
 from tests.support.knative.kubernetes_api import EVENTING, KubernetesApi
 from tests.support.knative.pipelines import rendered_pipeline
@@ -78,13 +78,14 @@ def test_pods_that_run_no_more_hold_up_nobody(api: KubernetesApi, deployer: Depl
 def test_the_gateways_account_stays_while_a_pod_runs_as_it(api: KubernetesApi, deployer: Deployer, said: list[str]) -> None:
     deployer.deploy(objects())
     own = objects(spec={"gateway": {"service_account": "ours"}})
+    api.put(account("ours"))
     api.lingering_gateways = 1000
     deployer.deploy(own)
-    assert api.named("serviceaccounts") == ["chat-gateway"]
+    assert api.named("serviceaccounts") == ["chat-gateway", "ours"]
     assert any("stays while a pod runs as chat-gateway" in line for line in said)
     api.lingering_gateways = 1
     deployer.deploy(own)
-    assert api.named("serviceaccounts") == api.named("roles") == api.named("rolebindings") == []
+    assert (api.named("serviceaccounts"), api.named("roles"), api.named("rolebindings")) == (["ours"], [], [])
 
 
 def test_each_pipeline_has_its_own_token_which_is_made_once(api: KubernetesApi, deployer: Deployer) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from knative.cluster.deployer import Deployer
 from knative.cluster.errors import PreflightFailed
-from tests.support.knative.deployments import objects
+from tests.support.knative.deployments import account, objects, secret
 from tests.support.knative.kubernetes_api import EVENTING, KubernetesApi
 
 
@@ -65,3 +65,18 @@ def test_a_feature_that_the_cluster_has_off_is_named_with_the_field_and_the_comm
     )
     assert "nodeSelector" not in text
     assert api.applied == []
+
+
+def test_accounts_and_pull_secrets_that_are_not_there_are_named(api: KubernetesApi, deployer: Deployer) -> None:
+    """Knative makes a Deployment of them, and no pod ever comes."""
+    rendered = objects(service_account="chat-reader", pod={"image_pull_secrets": ["registry"]})
+    with pytest.raises(PreflightFailed) as failure:
+        deployer.deploy(rendered)
+    first, second = str(failure.value).splitlines()
+    assert first.startswith("ServiceAccount default/chat-reader is missing, which pods of chat-")
+    assert first.count("-s") == 3
+    assert second.startswith("Secret default/registry is missing, which pods of chat-")
+    assert api.applied == []
+    api.put(account("chat-reader"))
+    api.put(secret("registry", ".dockerconfigjson"))
+    deployer.deploy(rendered)

@@ -39,6 +39,10 @@ def secret(name: str, *keys: str) -> KubernetesObject:
     return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": dict.fromkeys(keys, "eA==")}
 
 
+def account(name: str) -> KubernetesObject:
+    return {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name, "namespace": "default", "labels": {}}}
+
+
 def sink(name: str) -> KubernetesObject:
     """A Knative Service of somebody else's."""
     metadata = {"name": name, "namespace": "default", "labels": {}}
