@@ -21,6 +21,8 @@ MAX_POSITION: Final = 2**24
 MAX_HIDDEN_SIZE: Final = 2**17
 MAX_GUESSES: Final = 64
 """Of one row."""
+MAX_BIASES: Final = 300
+"""Tokens whose logits one row may move, as many as the OpenAI API takes."""
 
 SAFE_EVENT_BYTES: Final = 64 * 1024
 """What every intermediary must pass on (CloudEvents 1.0.2, section 4); more travels by claim check."""
@@ -92,6 +94,9 @@ class Status(StrEnum):
     """The row itself is wrong; `reason` says how."""
 
 
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+
+
 class Sampling(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """How the last stage draws a token. The draw is a function of logits, these values and the position alone."""
 
@@ -104,12 +109,29 @@ class Sampling(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=Tr
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
     """Over all tokens of the sequence so far, prompt included, as transformers does it."""
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    """As the OpenAI API has them, over the tokens behind the prompt: taken off a logit once, and as often as it came."""
+    prompt_tokens: Annotated[int, Meta(ge=0, le=MAX_POSITION)] = 0
+    """Where those begin."""
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASES)] = {}
+    """Added to the logits of these tokens."""
+    banned: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_BIASES)] = ()
+    banned_until: Annotated[int, Meta(ge=0, le=MAX_POSITION)] = 0
+    """These are not drawn at a position before that: what would end the answer before its least length."""
+
+    @property
+    def adjusts(self) -> bool:
+        """Something is done to the logits before the draw."""
+        return bool(
+            self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias or self.banned
+        )
 
 
 class Result(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """What the last stage answers for a row that wants something."""
 
-    tokens: tuple[Annotated[int, Meta(ge=0, lt=2**31)], ...] | None = None
+    tokens: tuple[TokenId, ...] | None = None
     """With `Want.TOKEN`: the token behind the row's tokens; behind guesses that came true, those and one more."""
     logprobs: tuple[float, ...] | None = None
     """With `Want.LOGPROBS`: log-probability of each token of the row but its first, natural logarithm."""

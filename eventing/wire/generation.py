@@ -5,11 +5,12 @@ that an older client reads a newer gateway. Bounds stand in the types: msgspec n
 The same holds for `score` and `control`.
 """
 
+from collections.abc import Collection
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from eventing.wire.events import MAX_POSITION, Sampling
+from eventing.wire.events import MAX_BIASES, MAX_POSITION, Sampling, TokenId
 
 DEFAULT_MAX_TOKENS = 256
 MAX_STOP_STRINGS = 16
@@ -45,6 +46,15 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
     """None: `cloud_event.reply_seed` of the request, so that a repeated delivery has the same answer."""
     prediction: str = ""
     """What much of the answer is expected to be, such as a file that is to be edited: makes answers faster, never others."""
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    """Taken off the logit of a token that the answer has already: once, and as often as it has it."""
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASES)] = {}
+    """By token id, added to its logit."""
+    min_tokens: Annotated[int, Meta(ge=0, le=MAX_POSITION)] = 0
+    """The model's own end does not come before so many."""
+    ignore_eos: bool = False
+    """The answer goes on behind the model's own end, which is a token like others."""
     stop: StopString | Annotated[tuple[StopString, ...], Meta(max_length=MAX_STOP_STRINGS)] = ()
     """The text ends before the first of these; it is not part of the answer."""
 
@@ -52,13 +62,17 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
         if (self.prompt is None) == (self.messages is None):
             given = "neither" if self.prompt is None else "both"
             raise ValueError(f"exactly one of `prompt` and `messages` must be given, not {given}")
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens is {self.min_tokens}, more than max_tokens, {self.max_tokens}")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else self.stop
 
-    def sampling(self, seed: int) -> Sampling:
-        """What the last stage needs to know; `seed` counts where the request names none."""
+    def sampling(self, seed: int, prompt_tokens: int = 0, eos_ids: Collection[int] = ()) -> Sampling:
+        """What the last stage needs to know of an answer behind so many tokens; `seed` counts where the request names none."""
+        penalized = self.presence_penalty or self.frequency_penalty
+        banned = tuple(sorted(eos_ids)) if self.min_tokens and not self.ignore_eos else ()
         return Sampling(
             temperature=self.temperature,
             top_k=self.top_k,
@@ -66,6 +80,12 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
             seed=seed if self.seed is None else self.seed,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            prompt_tokens=prompt_tokens if penalized else 0,
+            logit_bias=self.logit_bias,
+            banned=banned,
+            banned_until=prompt_tokens + self.min_tokens if banned else 0,
         )
 
 

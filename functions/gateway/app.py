@@ -19,6 +19,7 @@ from functions.gateway.doors.events import EventDoor
 from functions.gateway.doors.metrics import GatewayMetrics
 from functions.gateway.doors.openai import OpenAIDoor
 from functions.gateway.doors.scoring import ScoreEntry
+from functions.gateway.doors.tokens import TokensDoor
 from functions.hosting.web import add_problem_handlers
 from storage.store.payload_store import PayloadStore
 
@@ -82,6 +83,7 @@ def create_app(
     if config.access_log != "off":
         app.wsgi_app = AccessLog(app.wsgi_app, write_line, with_prompts=config.access_log == "prompts")  # type: ignore[method-assign]
     EventDoor(answers, clients, claims, entry, source, config.request_timeout_seconds).register(app)
+    TokensDoor(answers, clients).register(app)
     OpenAIDoor(answers, clients, config.model, config.pipeline, config.request_timeout_seconds).register(app)
     return app
 

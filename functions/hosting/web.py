@@ -26,6 +26,20 @@ def with_retry_after(response: Response, problem: Problem) -> Response:
     return response
 
 
+def not_served(error: HTTPException) -> Response:
+    """For a path or a method that nobody serves."""
+    document = {"type": "about:blank", "title": error.name, "status": error.code, "detail": error.description}
+    return with_allow(Response(msgspec.json.encode(document), error.code, content_type=PROBLEM_CONTENT_TYPE), error)
+
+
+def with_allow(response: Response, error: HTTPException) -> Response:
+    """Where another method is served, it is named."""
+    for name, value in error.get_headers():
+        if name.lower() == "allow":
+            response.headers[name] = value
+    return response
+
+
 def add_problem_handlers(app: Flask) -> None:
     """Whatever is raised becomes a problem document; what nobody expected is logged with its traceback.
 
@@ -45,14 +59,7 @@ def add_problem_handlers(app: Flask) -> None:
     def too_large(_: RequestEntityTooLarge) -> Response:
         return problem_response(EventTooLarge(f"the body has more than {app.config['MAX_CONTENT_LENGTH']} bytes"))
 
-    @app.errorhandler(HTTPException)
-    def not_served(error: HTTPException) -> Response:
-        document = {"type": "about:blank", "title": error.name, "status": error.code, "detail": error.description}
-        response = Response(msgspec.json.encode(document), error.code, content_type=PROBLEM_CONTENT_TYPE)
-        for name, value in error.get_headers():
-            if name.lower() == "allow":
-                response.headers[name] = value
-        return response
+    app.register_error_handler(HTTPException, not_served)
 
     @app.errorhandler(Exception)
     def unexpected(error: Exception) -> Response:

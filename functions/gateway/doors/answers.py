@@ -105,9 +105,9 @@ class Answers:
         prompt = Prompt(
             token_ids,
             min(request.max_tokens, room),
-            sampling=request.sampling(asker.seed),
+            sampling=request.sampling(asker.seed, len(token_ids), self.text.eos_ids),
             predicted_ids=predicted_ids,
-            eos_ids=self.text.eos_ids,
+            eos_ids=frozenset() if request.ignore_eos else self.text.eos_ids,
             client_id=asker.client_id,
             deadline_seconds=asker.deadline_seconds,
             arrived=asker.arrived,

@@ -9,6 +9,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 from flask import Blueprint, Flask, Response, g, request
+from werkzeug.exceptions import HTTPException
 
 from eventing.http.sse import HEARTBEAT, encode_sse
 from eventing.problems import MalformedEvent, Problem
@@ -16,13 +17,15 @@ from eventing.wire.generation import GenerateRequest, Usage
 from functions.gateway.doors.access_log import entry
 from functions.gateway.doors.answers import Answer, Answers, Asker
 from functions.gateway.doors.clients import Clients
+from functions.gateway.doors.openai_requests import read_request
 from functions.gateway.doors.openai_types import ChatRequest, CompletionRequest
 from functions.gateway.doors.streaming import arrived, client_gone, spoken, stream_response, whole_response
-from functions.hosting.web import json_response, with_retry_after
+from functions.hosting.web import json_response, not_served, with_allow, with_retry_after
 from functions.observing.tracing import read_traceparent
 
 _log: Final = logging.getLogger(__name__)
 _NOT_FOUND: Final = 404
+_NOT_ROUTED: Final = (404, 405)
 
 R = TypeVar("R", ChatRequest, CompletionRequest)
 
@@ -115,8 +118,11 @@ class OpenAIDoor:
         door.get("/models")(self._models)
         door.get("/models/<model>")(self._one_model)
         door.errorhandler(Problem)(_refused)
+        door.errorhandler(HTTPException)(_not_served)
         door.errorhandler(Exception)(_unexpected)
         app.register_blueprint(door)
+        for status in _NOT_ROUTED:
+            app.register_error_handler(status, _not_served)
 
     def _chat(self) -> Response:
         return self._answer(ChatRequest, ChatShape())
@@ -135,15 +141,15 @@ class OpenAIDoor:
     def _answer(self, type_: type[R], shape: Shape) -> Response:
         began = arrived()
         client_id = entry().client_id = self._clients.identify(request)
-        asked = _read(type_)
+        asked = read_request(request.get_data(cache=False), type_)
         if asked.model != self._model:
             return self._model_not_found(asked.model)
         g.request_id = entry().request_id = id_ = shape.id_prefix + secrets.token_hex(12)
         envelope = Envelope(shape, id_, int(time.time()), self._model, self._pipeline)
-        answer = self._begin(asked.generate_request(), id_, client_id, began)
+        answer = self._begin(_wanted(asked), id_, client_id, began)
         g.answering = True
         if asked.stream:
-            with_usage = asked.stream_options is not None and asked.stream_options.include_usage
+            with_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
             return stream_response(answer, _stream(envelope, answer, with_usage), _failure)
         return whole_response(answer, lambda: _whole(envelope, answer))
 
@@ -162,10 +168,11 @@ class OpenAIDoor:
         return _error(_NOT_FOUND, message, "model_not_found", "model")
 
 
-def _read(type_: type[R]) -> R:
+def _wanted(asked: ChatRequest | CompletionRequest) -> GenerateRequest:
+    """Raises MalformedEvent where options contradict each other."""
     try:
-        return msgspec.json.decode(request.get_data(cache=False), type=type_)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return asked.generate_request()
+    except ValueError as error:
         raise MalformedEvent(f"the request cannot be served: {error}") from error
 
 
@@ -202,6 +209,14 @@ def _failure(problem: Problem) -> bytes:
 
 def _refused(problem: Problem) -> Response:
     return with_retry_after(_error(problem.status, str(problem), problem.name), problem)
+
+
+def _not_served(error: HTTPException) -> Response:
+    """Also where no door has the path."""
+    if not request.path.startswith("/v1"):
+        return not_served(error)
+    message = f"{request.method} {request.path}: {error.description or error.name}"
+    return with_allow(_error(error.code or _NOT_FOUND, message, error.name.lower().replace(" ", "_")), error)
 
 
 def _unexpected(error: Exception) -> Response:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from eventing.wire.events import MAX_POSITION
+from eventing.wire.events import MAX_BIASES, MAX_POSITION
 from eventing.wire.generation import DEFAULT_MAX_TOKENS, MAX_STOP_STRINGS, GenerateRequest, Message, StopString
 
 MaxTokens = Annotated[int, Meta(ge=1, le=MAX_POSITION)]
@@ -14,17 +14,18 @@ class TextPart(Struct, frozen=True, tag_field="type", tag="text", forbid_unknown
     text: str
 
 
-class ChatMessage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One turn. The fields that must be null are those of an answer that a client sends back as it got it."""
+class ChatMessage(Struct, frozen=True, kw_only=True):
+    """One turn. What clients put into it beside, such as `type` or fields of an answer that they send back, counts for nothing.
+
+    What would have to be answered otherwise must be null.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | tuple[TextPart, ...]
     name: str | None = None
-    refusal: None = None
     audio: None = None
-    tool_calls: None = None
+    tool_calls: tuple[()] | None = None
     function_call: None = None
-    annotations: tuple[()] | None = None
 
     def message(self) -> Message:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -32,8 +33,9 @@ class ChatMessage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
-    include_usage: bool = False
-    include_obfuscation: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+    continuous_usage_stats: Literal[False] | None = None
 
 
 class TextFormat(Struct, frozen=True, tag_field="type", tag="text"):
@@ -60,18 +62,22 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     """None: 1, as in the OpenAI API; the CloudEvents door's is 0."""
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=0, lt=2**31)] = 0
-    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    top_k: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
+    """-1 and 0 keep all."""
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASES)] | None = None
+    """By token id, in decimal."""
+    min_tokens: Annotated[int, Meta(ge=0, le=MAX_POSITION)] | None = None
+    ignore_eos: bool | None = None
     stop: StopString | Annotated[tuple[StopString, ...], Meta(max_length=MAX_STOP_STRINGS)] | None = None
     max_tokens: MaxTokens | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     n: Annotated[int, Meta(ge=1, le=1)] | None = None
-    presence_penalty: Annotated[float, Meta(ge=0, le=0)] | None = None
-    frequency_penalty: Annotated[float, Meta(ge=0, le=0)] | None = None
-    logit_bias: Annotated[dict[str, float], Meta(max_length=0)] | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
@@ -79,15 +85,25 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
+    def __post_init__(self) -> None:
+        wrong = [token for token in self.logit_bias or {} if not (token.isascii() and token.isdecimal() and len(token) < 10)]
+        if wrong:
+            raise ValueError(f"logit_bias has {wrong[0][:40]!r}; its keys are token ids in decimal")
+
     def sampling_fields(self) -> dict[str, Any]:
         """For a GenerateRequest."""
         return {
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "top_p": 1.0 if self.top_p is None else self.top_p,
-            "top_k": self.top_k,
-            "min_p": self.min_p,
-            "repetition_penalty": self.repetition_penalty,
-            "seed": self.seed,
+            "top_k": max(0, self.top_k or 0),
+            "min_p": self.min_p or 0.0,
+            "repetition_penalty": 1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            "presence_penalty": self.presence_penalty or 0.0,
+            "frequency_penalty": self.frequency_penalty or 0.0,
+            "logit_bias": {int(token): bias for token, bias in (self.logit_bias or {}).items()},
+            "min_tokens": self.min_tokens or 0,
+            "ignore_eos": bool(self.ignore_eos),
+            "seed": None if self.seed is None else self.seed % 2**63,
             "stop": self.stop or (),
         }
 
@@ -98,7 +114,17 @@ class ChatRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields=True
     messages: Annotated[tuple[ChatMessage, ...], Meta(min_length=1)]
     max_completion_tokens: MaxTokens | None = None
     logprobs: Literal[False] | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=0)] | None = None
     tools: tuple[()] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: tuple[()] | None = None
+    function_call: Literal["none", "auto"] | None = None
+    modalities: tuple[Literal["text"], ...] | None = None
+    audio: None = None
+    reasoning_effort: None = None
+    verbosity: Literal["medium"] | None = None
+    web_search_options: None = None
     response_format: TextFormat | None = None
     prediction: Prediction | None = None
 

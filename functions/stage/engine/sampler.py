@@ -1,6 +1,7 @@
 """Logits → tokens, as a pure function of logits, sampling values, seed and position.
 
-The filters are those of transformers' `generate`, in its order: repetition penalty, temperature, top-k, top-p, min-p. Where
+The filters are those of transformers' `generate`, in its order: repetition penalty, temperature, top-k, top-p, min-p; before
+the temperature, too, the OpenAI API's penalties and biases, and tokens that are banned for a while. Where
 values are so small that float32 overflows there, the same is computed in float64: any `Sampling` draws a token.
 The draw takes the token with the largest score plus Gumbel noise, which is a draw from the softmax of the scores. The
 noise comes from a counter-based generator (Philox) keyed by seed and position, one number for each token of the
@@ -36,7 +37,7 @@ def sample(
     """One token for each row of logits, float32 [n, vocab] or n of them [vocab]; None where the greatest is not finite.
 
     positions: of the tokens that are drawn, counted in their sequences. histories: all tokens before them, prompt
-    included; looked at only where there is a repetition penalty. Of equal greatest logits the lowest token is taken.
+    included; looked at only where there is a penalty. Of equal greatest logits the lowest token is taken.
     """
     greedy = [int(row.argmax()) for row in logits]  # of NaN the first
     rows = zip(greedy, logits, samplings, positions, histories, strict=True)
@@ -45,7 +46,7 @@ def sample(
             None
             if not math.isfinite(row[token])
             else token
-            if sampling.temperature == 0 and sampling.repetition_penalty == 1
+            if sampling.temperature == 0 and not sampling.adjusts
             else _sample_row(row, sampling, position, history)
             for token, row, sampling, position, history in rows
         ]
@@ -66,34 +67,46 @@ def _log_probability(row: Floats, token: int) -> float:
 
 
 def _sample_row(scores: Floats, sampling: Sampling, position: int, history: Sequence[int]) -> int:
-    penalized = _penalize(scores, history, sampling.repetition_penalty)
+    adjusted = _adjust(scores, sampling, position, history, sampling.repetition_penalty)
     if sampling.temperature == 0:
-        if not math.isfinite(penalized.max()):
-            penalized = _penalize(scores.astype(np.float64), history, max(sampling.repetition_penalty, _LEAST_DIVISOR))
-        return int(penalized.argmax())
-    scaled = penalized / sampling.temperature
+        if not math.isfinite(adjusted.max()):
+            adjusted = _adjust_widely(scores, sampling, position, history)
+        return int(adjusted.argmax())
+    scaled = adjusted / sampling.temperature
     if not math.isfinite(scaled.max()):
-        scaled = _scaled_widely(scores, sampling, history)
+        adjusted = _adjust_widely(scores, sampling, position, history)
+        # The greatest becomes 0, and what is far below it -inf.
+        scaled = ((adjusted - adjusted.max()) / max(sampling.temperature, _LEAST_DIVISOR)).astype(np.float32)
     kept_scores, tokens = keep(scaled, sampling)
     noise = _gumbel(sampling.seed, position, len(scores), tokens)
     return int(tokens[np.argmax(kept_scores.astype(np.float64) + noise)])
 
 
-def _scaled_widely(scores: Floats, sampling: Sampling, history: Sequence[int]) -> Floats:
-    """Penalty and temperature where float32 overflows: the greatest becomes 0, and what is far below it -inf."""
-    penalized = _penalize(scores.astype(np.float64), history, max(sampling.repetition_penalty, _LEAST_DIVISOR))
-    scaled: Floats = ((penalized - penalized.max()) / max(sampling.temperature, _LEAST_DIVISOR)).astype(np.float32)
-    return scaled
+def _adjust_widely(scores: Floats, sampling: Sampling, position: int, history: Sequence[int]) -> Floats:
+    """Where float32 overflows."""
+    penalty = max(sampling.repetition_penalty, _LEAST_DIVISOR)
+    adjusted = _adjust(scores.astype(np.float64), sampling, position, history, penalty)
+    return adjusted if math.isfinite(adjusted.max()) else scores.astype(np.float64)  # every token is banned: none is
 
 
-def _penalize(scores: Floats, history: Sequence[int], penalty: float) -> Floats:
-    if penalty == 1:
+def _adjust(scores: Floats, sampling: Sampling, position: int, history: Sequence[int], repetition_penalty: float) -> Floats:
+    """Penalties, biases and bans, before the temperature. Tokens that the vocabulary does not have are passed over."""
+    if not sampling.adjusts:
         return scores
-    seen = np.array(sorted(set(history)), dtype=np.int64)
-    of_seen = scores[seen]
-    penalized = scores.copy()
-    penalized[seen] = np.where(of_seen < 0, of_seen * penalty, of_seen / penalty)
-    return penalized
+    adjusted = scores.copy()
+    if repetition_penalty != 1:
+        seen = np.unique(np.asarray(history, dtype=np.int64))
+        of_seen = scores[seen]
+        adjusted[seen] = np.where(of_seen < 0, of_seen * repetition_penalty, of_seen / repetition_penalty)
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        drawn, times = np.unique(np.asarray(history[sampling.prompt_tokens :], dtype=np.int64), return_counts=True)
+        adjusted[drawn] -= (sampling.presence_penalty + sampling.frequency_penalty * times).astype(adjusted.dtype)
+    for token, bias in sampling.logit_bias.items():
+        if token < len(adjusted):
+            adjusted[token] += bias
+    if position < sampling.banned_until:
+        adjusted[[token for token in sampling.banned if token < len(adjusted)]] = -np.inf
+    return adjusted
 
 
 def keep(scores: Floats, sampling: Sampling) -> tuple[Floats, Tokens]:

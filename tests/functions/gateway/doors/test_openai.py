@@ -12,13 +12,15 @@ from tests.support.functions.doors import TOKENIZER, Pipeline, chat
     ("fields", "status", "words"),
     [
         ({"model": "gpt-4"}, 404, "'gpt-4'"),
-        ({"n": 2}, 400, "$.n"),
-        ({"tools": [{"type": "function"}]}, 400, "$.tools"),
-        ({"presence_penalty": 0.5}, 400, "$.presence_penalty"),
-        ({"logprobs": True}, 400, "$.logprobs"),
-        ({"response_format": {"type": "json_object"}}, 400, "$.response_format"),
-        ({"temperature": 3}, 400, "$.temperature"),
-        ({"no_such_field": 1}, 400, "no_such_field"),
+        ({"n": 2}, 400, "`n` is 2, which is not served here: expected `int` <= 1"),
+        ({"tools": [{"type": "function"}]}, 400, '`tools` is [{"type":"function"}], which is not served here'),
+        ({"presence_penalty": 2.5}, 400, "`presence_penalty` is 2.5"),
+        ({"logit_bias": {"x": 1}}, 400, "logit_bias has 'x'; its keys are token ids in decimal"),
+        ({"min_tokens": 9, "max_tokens": 8}, 400, "min_tokens is 9, more than max_tokens, 8"),
+        ({"logprobs": True}, 400, "`logprobs` is true"),
+        ({"response_format": {"type": "json_object"}}, 400, "`response_format.type`"),
+        ({"temperature": 3}, 400, "`temperature` is 3"),
+        ({"no_such_field": 1}, 400, "`no_such_field` is no option that is served here; leave it out"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "image_url"),
     ],
 )
@@ -48,3 +50,90 @@ def test_openai_options_reach_the_pipeline(client: FlaskClient, pipeline: Pipeli
     (prompt,) = pipeline.prompts
     assert (prompt.max_tokens, prompt.sampling.top_k, prompt.sampling.temperature) == (7, 3, 1.0)
     assert "<|im_start|>system\nHi" in TOKENIZER.decode(prompt.token_ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        {"n": None, "logprobs": False, "top_logprobs": 0, "logit_bias": None, "stop": None, "max_tokens": None},
+        {"tools": None, "tool_choice": "none", "parallel_tool_calls": True, "functions": [], "function_call": "auto"},
+        {"response_format": {"type": "text"}, "modalities": ["text"], "audio": None, "verbosity": "medium"},
+        {"top_k": -1, "min_p": None, "repetition_penalty": None, "presence_penalty": 0, "ignore_eos": False, "min_tokens": 0},
+        {"stream_options": {"include_usage": None, "continuous_usage_stats": False}, "stream": False},
+    ],
+)
+def test_what_changes_nothing_is_taken(client: FlaskClient, pipeline: Pipeline, nothing: dict[str, Any]) -> None:
+    assert chat(client, seed=3, **nothing).status_code == 200
+    assert chat(client, seed=3).status_code == 200
+    assert pipeline.prompts[0].sampling == pipeline.prompts[1].sampling
+
+
+def test_what_clients_put_into_messages_counts_for_nothing(client: FlaskClient, pipeline: Pipeline) -> None:
+    """lm-eval says `type`, others send back answers as they got them."""
+    told = {
+        "role": "user",
+        "content": "Hi",
+        "type": "text",
+        "refusal": None,
+        "annotations": [],
+        "reasoning": "x",
+        "tool_calls": [],
+    }
+    assert chat(client, messages=[told]).status_code == 200
+    assert chat(client).status_code == 200
+    assert pipeline.prompts[0].token_ids == pipeline.prompts[1].token_ids
+
+
+def test_penalties_biases_and_lengths_reach_the_last_stage(client: FlaskClient, pipeline: Pipeline) -> None:
+    fields = {"presence_penalty": 0.5, "frequency_penalty": -1, "logit_bias": {"7": -100}, "min_tokens": 3, "seed": -1}
+    assert chat(client, max_tokens=9, **fields).status_code == 200
+    (prompt,) = pipeline.prompts
+    sampling, length = prompt.sampling, len(prompt.token_ids)
+    assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.prompt_tokens) == (0.5, -1, length)
+    assert sampling.logit_bias == {7: -100}
+    assert (sampling.banned, sampling.banned_until) == (tuple(prompt.eos_ids), length + 3)
+    assert sampling.seed == 2**63 - 1
+
+
+def test_an_answer_goes_on_behind_the_models_end_where_that_is_ignored(client: FlaskClient, pipeline: Pipeline) -> None:
+    assert chat(client, ignore_eos=True, max_tokens=4).status_code == 200
+    (prompt,) = pipeline.prompts
+    assert prompt.eos_ids == frozenset()
+
+
+def test_everything_under_v1_is_refused_as_the_api_does(client: FlaskClient) -> None:
+    for response, status in (
+        (client.get("/v1/chat/completions"), 405),
+        (client.post("/v1/embeddings", json={}), 404),
+        (client.get("/v1"), 404),
+        (client.post("/v1/completions", data=b"{"), 400),
+    ):
+        assert response.status_code == status
+        assert response.json is not None, response.data
+        assert set(response.json["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_text_is_read_as_an_answer_would_read_it(client: FlaskClient, pipeline: Pipeline) -> None:
+    chat(client)
+    read = client.post("/tokenize", json={"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}).json
+    assert read == {
+        "count": len(pipeline.prompts[0].token_ids),
+        "max_model_len": 64,
+        "tokens": list(pipeline.prompts[0].token_ids),
+    }
+    plain = client.post("/tokenize", json={"prompt": "Hi", "add_special_tokens": False}).json
+    assert plain is not None
+    assert client.post("/detokenize", json={"tokens": plain["tokens"]}).json == {"prompt": "Hi"}
+
+
+def test_what_cannot_be_read_is_refused_in_words(client: FlaskClient) -> None:
+    beyond = client.post("/detokenize", json={"tokens": [2**30]})
+    assert beyond.status_code == 422
+    assert b"outside of the vocabulary" in beyond.data
+    assert client.post("/tokenize", json={}).status_code == 400
+    assert client.post("/tokenize", json={"prompt": "x" * 10_000}).status_code == 422
+
+
+def test_clients_that_look_whether_somebody_is_there_find_somebody(client: FlaskClient) -> None:
+    assert client.get("/health").status_code == 200
+    assert client.get("/version").json == {"version": "0.1.0"}

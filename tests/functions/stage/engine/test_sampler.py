@@ -1,6 +1,7 @@
 """The sampler's filters are transformers' own; its draws are a pure function and follow the distribution."""
 
 import math
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -241,3 +242,56 @@ def test_log_probabilities_are_the_log_softmax() -> None:
     tokens = np.array([0, 5, 1210, 17])
     expected = [math.log(torch.tensor(logits[row]).softmax(dim=-1)[token]) for row, token in enumerate(tokens)]
     assert log_probabilities(logits, tokens) == pytest.approx(expected, abs=1e-5)
+
+
+# The OpenAI API's penalties and biases, and bans.
+
+
+def adjusted(scores: list[float], position: int = 5, history: list[int] | None = None, **sampling: Any) -> int | None:
+    (token,) = sample(np.array([scores], np.float32), [Sampling(**sampling)], [position], [history or []])
+    return token
+
+
+def test_presence_and_frequency_count_behind_the_prompt_only() -> None:
+    scores, history = [3.0, 2.5, 2.0, 0.0], [0, 0, 0, 1, 1, 2]
+    assert adjusted(scores, history=history) == 0
+    # Behind three tokens of prompt 1 came twice and 2 once.
+    assert adjusted([0.0, 2.5, 2.0, 0.0], history=history, prompt_tokens=3, presence_penalty=1.0) == 1
+    assert adjusted([0.0, 2.5, 2.0, 0.0], history=history, prompt_tokens=3, frequency_penalty=1.0) == 2
+    assert adjusted(scores, history=history, prompt_tokens=3, presence_penalty=2.0, frequency_penalty=2.0) == 0
+    assert adjusted(scores, history=history, prompt_tokens=0, presence_penalty=2.0) == 0
+
+
+def test_a_bias_moves_a_token_and_one_outside_of_the_vocabulary_none() -> None:
+    assert adjusted([3.0, 2.0, 1.0], logit_bias={2: 5.0}) == 2
+    assert adjusted([3.0, 2.0, 1.0], logit_bias={0: -100.0}) == 1
+    assert adjusted([3.0, 2.0, 1.0], logit_bias={99: 100.0}) == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 1e-40])
+def test_what_is_banned_is_not_drawn_before_its_position(temperature: float) -> None:
+    banned = {"banned": (0, 99), "banned_until": 10, "temperature": temperature}
+    assert adjusted([30.0, 2.0, -50.0], position=9, **banned) == 1
+    assert adjusted([30.0, 2.0, -50.0], position=10, **banned) == 0
+    assert adjusted([30.0], position=9, **banned) == 0, "where nothing else is there"
+
+
+@given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=2, max_size=20), st.data())
+def test_whatever_is_asked_some_token_is_drawn(scores: list[float], data: st.DataObject) -> None:
+    tokens = st.integers(0, len(scores) + 2)
+    history = data.draw(st.lists(st.integers(0, len(scores) - 1), max_size=10))
+    token = adjusted(
+        scores,
+        data.draw(st.integers(0, 12)),
+        history,
+        temperature=data.draw(st.sampled_from([0.0, 1e-30, 0.7, 100.0])),
+        repetition_penalty=data.draw(st.sampled_from([1.0, 1e-9, 1.3])),
+        presence_penalty=data.draw(st.floats(-2, 2)),
+        frequency_penalty=data.draw(st.floats(-2, 2)),
+        prompt_tokens=data.draw(st.integers(0, 12)),
+        logit_bias=data.draw(st.dictionaries(tokens, st.floats(-100, 100), max_size=4)),
+        banned=tuple(data.draw(st.lists(tokens, max_size=3))),
+        banned_until=data.draw(st.integers(0, 12)),
+    )
+    assert token is not None
+    assert 0 <= token < len(scores)
