@@ -2,62 +2,42 @@
 
 import hmac
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Final, NoReturn
+from functools import cached_property
+from typing import TYPE_CHECKING, Final
 
 from cloudevents.core.v1.event import CloudEvent
-from flask import Flask, Response, request
-from werkzeug.wsgi import get_content_length
 
 from eventing.http.binding import from_http, to_binary_http
 from eventing.problems import EventTooLarge, MalformedEvent, Unauthorized
 from eventing.wire.events import SAFE_EVENT_BYTES, Attribute
 from eventing.wire.signature import verify
 from functions.hosting.environ import REFUSED
-from functions.hosting.web import add_problem_handlers
 from functions.stage.serving.handlers import Durations, EventHandlers
 from functions.stage.serving.metrics import StageMetrics
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+    from functions.stage.serving.refusals import Refusals
 
 MAX_EVENT_BYTES: Final = 2**28
 """A chunk of 512 tokens of the widest published models takes 32 MiB in fp32."""
 _SIGNATURE: Final = f"HTTP_CE_{Attribute.SIGNATURE.upper()}"
-_ERROR: Final = "lamina.error"
-_EVENT_TYPE: Final = "lamina.event_type"
-"""In the WSGI environment of a refused event: the exception, and the type as metrics name it."""
 
 
-def create_app(handlers: EventHandlers, metrics: StageMetrics, *pipeline_tokens: str) -> Flask:
+def create_app(handlers: EventHandlers, metrics: StageMetrics, *pipeline_tokens: str) -> "WSGIApplication":
     """Answers events; probes are not its business. pipeline_tokens: any of them is good."""
-    app = Flask("stage", static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = MAX_EVENT_BYTES
-    add_problem_handlers(app)
-    app.wsgi_app = _EventDoor(app, handlers, metrics, pipeline_tokens)  # type: ignore[method-assign]
-
-    @app.post("/")
-    def refuse() -> NoReturn:
-        """An event comes here only with what went wrong with it; the error handlers make a reply of that."""
-        raise request.environ[_ERROR]
-
-    @app.after_request
-    def count(response: Response) -> Response:
-        if _EVENT_TYPE in request.environ:
-            metrics.events.labels(request.environ[_EVENT_TYPE], str(response.status_code)).inc()
-        return response
-
-    return app
+    return _EventDoor(handlers, metrics, pipeline_tokens)
 
 
 class _EventDoor:
-    """Answers `POST /` as WSGI's middleware, and leaves all other requests to Flask, and all refusals.
+    """Answers `POST /` as WSGI has it, and leaves all other requests to Flask, and all refusals.
 
     A request costs Flask as much as a small stage's layers do where these have emptied the caches, which is how every step of
     a stream finds them; docs/experiments.md has the numbers.
     """
 
-    def __init__(self, app: Flask, handlers: EventHandlers, metrics: StageMetrics, pipeline_tokens: tuple[str, ...]) -> None:
-        self._flask = app.wsgi_app
+    def __init__(self, handlers: EventHandlers, metrics: StageMetrics, pipeline_tokens: tuple[str, ...]) -> None:
         self._handlers = handlers
         self._pipeline_tokens = pipeline_tokens
         self._admit = stage_admission(*pipeline_tokens)
@@ -65,18 +45,24 @@ class _EventDoor:
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         if environ["PATH_INFO"] != "/" or environ["REQUEST_METHOD"] != "POST":
-            return self._flask(environ, start_response)
+            return self._refusals(environ, start_response)
         type_ = "unread"
         try:
             event = self._trusted_event(environ)
             type_ = event.get_type() if event.get_type() in self._handlers.table else "unknown"
             headers, body = self._answer(event)
         except Exception as error:  # noqa: BLE001 - Flask's error handlers know what to say
-            environ[_ERROR], environ[_EVENT_TYPE] = error, type_
-            return self._flask(environ, start_response)
+            return self._refusals.refuse(environ, start_response, error, type_)
         self._metrics.events.labels(type_, "200").inc()
         start_response("200 OK", [*headers.items(), ("Content-Length", str(len(body)))])
         return (body,)
+
+    @cached_property
+    def _refusals(self) -> "Refusals":
+        """Made when it is needed: Flask is a third of a native stage's imports, and a start needs none of it."""
+        from functions.stage.serving.refusals import Refusals
+
+        return Refusals(self._metrics, MAX_EVENT_BYTES)
 
     def _trusted_event(self, environ: "WSGIEnvironment") -> CloudEvent:
         """By bearer token, or by its own signature where a Sequence brings it. Raises Unauthorized, EventExpired."""
@@ -136,7 +122,7 @@ def _event_headers(environ: "WSGIEnvironment") -> Iterator[tuple[str, str]]:
 
 def _body(environ: "WSGIEnvironment", max_bytes: int) -> bytes:
     """All of it in one read, which functions/hosting/environ answers with the memory that it came into."""
-    length = get_content_length(environ) or 0
+    length = int(environ.get("CONTENT_LENGTH") or 0)
     if length > max_bytes:
         raise EventTooLarge(f"the event has {length} bytes, the most is {max_bytes}; send fewer tokens at once")
     body: bytes = environ["wsgi.input"].read(length)

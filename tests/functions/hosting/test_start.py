@@ -196,7 +196,7 @@ def imported(code: str, environ: dict[str, str]) -> list[str]:
 
 OF_A_NATIVE_STAGE = {
     *("functions", "eventing", "storage"),
-    *("numpy", "flask", "werkzeug", "jinja2", "markupsafe", "click", "itsdangerous", "blinker", "httptools"),
+    *("numpy", "httptools"),
     *("cloudevents", "dateutil", "six", "msgspec", "prometheus_client", "blake3", "xxhash", "tenacity", "typing_extensions"),
     "cython_runtime",  # of numpy.random
 }

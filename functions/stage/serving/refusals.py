@@ -1,0 +1,48 @@
+"""What a stage answers to requests that it does not serve and to events that went wrong: problem documents, by Flask."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final, NoReturn
+
+from flask import Flask, Response, request
+
+from functions.hosting.web import add_problem_handlers
+from functions.stage.serving.metrics import StageMetrics
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+_ERROR: Final = "lamina.error"
+_EVENT_TYPE: Final = "lamina.event_type"
+"""In the WSGI environment of a refused event: the exception, and the type as metrics name it."""
+
+
+class Refusals:
+    """A WSGI application that serves nothing."""
+
+    def __init__(self, metrics: StageMetrics, max_event_bytes: int) -> None:
+        self._flask = Flask("stage", static_folder=None)
+        self._flask.config["MAX_CONTENT_LENGTH"] = max_event_bytes
+        self._metrics = metrics
+        add_problem_handlers(self._flask)
+        self._flask.post("/")(_raise_what_went_wrong)
+        self._flask.after_request(self._count)
+
+    def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+        return self._flask(environ, start_response)
+
+    def refuse(
+        self, environ: "WSGIEnvironment", start_response: "StartResponse", error: Exception, type_: str
+    ) -> Iterable[bytes]:
+        """An event. type_: as metrics name it."""
+        environ[_ERROR], environ[_EVENT_TYPE] = error, type_
+        return self._flask(environ, start_response)
+
+    def _count(self, response: Response) -> Response:
+        if _EVENT_TYPE in request.environ:
+            self._metrics.events.labels(request.environ[_EVENT_TYPE], str(response.status_code)).inc()
+        return response
+
+
+def _raise_what_went_wrong() -> NoReturn:
+    """The error handlers make a reply of that."""
+    raise request.environ[_ERROR]
