@@ -66,7 +66,7 @@ class Deployer:
         Raises ClusterError: nothing that served before is touched until the new stages are Ready.
         """
         preflight.check(self._cluster, objects, self._say)
-        with self._alone(objects) as (history, wait):
+        with self._alone(_name_of(objects)) as (history, wait):
             self._refuse_beside_a_canary(history)
             return self._deploy(objects, history, wait, force)
 
@@ -75,11 +75,11 @@ class Deployer:
 
         What a deploy that failed, or a canary, has left is taken away. Raises ClusterError.
         """
-        version = self._history(name).to_go_back_to(number)
-        self._say(f"going back to version {version.number}, pipeline {version.fingerprint}")
-        objects = version.objects
-        preflight.check(self._cluster, objects, self._say)
-        with self._alone(objects) as (history, wait):
+        with self._alone(name) as (history, wait):
+            version = history.to_go_back_to(number)
+            self._say(f"going back to version {version.number}, pipeline {version.fingerprint}")
+            objects = version.objects
+            preflight.check(self._cluster, objects, self._say)
             running = history.canary()
             if running is not None and running.manifests != version.manifests:
                 history.note(running, Outcome.ABORTED)
@@ -91,9 +91,9 @@ class Deployer:
         Once more: another share. Monitoring, network and Eventing stay with the pipeline that serves.
         Returns the gateway's URL. Raises ClusterError.
         """
-        name, fingerprint = gateway_of(objects)["metadata"]["name"], fingerprint_of(gateway_of(objects))
+        name, fingerprint = _name_of(objects), fingerprint_of(gateway_of(objects))
         preflight.check(self._cluster, objects, self._say)
-        with self._alone(objects) as (history, wait):
+        with self._alone(name) as (history, wait):
             serving, running = history.serving(), history.canary()
             if serving is None:
                 raise NothingServes(f"no version of {name} serves yet, so nothing can go beside it; deploy it without --canary")
@@ -118,19 +118,17 @@ class Deployer:
 
     def promote(self, name: str, *, force: bool = False) -> str:
         """The canary gets all requests; the pipeline that served before goes as after any deploy. Returns the gateway's URL."""
-        version = self._canary_of(name)
-        objects = version.objects
-        preflight.check(self._cluster, objects, self._say)
-        with self._alone(objects) as (history, wait):
+        with self._alone(name) as (history, wait):
+            objects = self._canary_of(name, history).objects
+            preflight.check(self._cluster, objects, self._say)
             return self._deploy(objects, history, wait, force)
 
     def abort(self, name: str, *, force: bool = False) -> str:
         """The canary gets no more requests, at once; then its stages go. Returns the gateway's URL."""
-        version = self._canary_of(name)
-        serving = self._history(name).serving()
-        if serving is None:
-            raise NothingServes(f"no version of {name} served before the canary; `delete` takes it away")
-        with self._alone(version.objects) as (history, wait):
+        with self._alone(name) as (history, wait):
+            version, serving = self._canary_of(name, history), history.serving()
+            if serving is None:
+                raise NothingServes(f"no version of {name} served before the canary; `delete` takes it away")
             stable = stable_revision(self._cluster, self._namespace, name, serving)
             canary = _Parts.of(marked(self._cluster, version.objects))
             self._apply_gateway(canary.gateway, split(stable, 0)[:1], wait, force)
@@ -143,12 +141,12 @@ class Deployer:
 
         Interrupted, it is done again and goes on.
         """
-        version = self._history(name).serving()
-        if version is None:
-            raise NothingServes(f"no version of {name} serves in namespace {self._namespace}; deploy it first")
-        objects = version.objects
-        preflight.check(self._cluster, objects, self._say)
-        with self._alone(objects) as (history, wait):
+        with self._alone(name) as (history, wait):
+            version = history.serving()
+            if version is None:
+                raise NothingServes(f"no version of {name} serves in namespace {self._namespace}; deploy it first")
+            objects = version.objects
+            preflight.check(self._cluster, objects, self._say)
             self._refuse_beside_a_canary(history)
             if rotation.unfinished(self._cluster, objects):
                 self._deploy(objects, history, wait, force)
@@ -184,18 +182,17 @@ class Deployer:
             )
 
     @contextmanager
-    def _alone(self, objects: list[KubernetesObject]) -> Iterator[tuple[History, ReadinessWait]]:
-        """No other deployment of this pipeline goes on meanwhile."""
-        name = gateway_of(objects)["metadata"]["name"]
+    def _alone(self, name: str) -> Iterator[tuple[History, ReadinessWait]]:
+        """No other deployment of this pipeline goes on meanwhile, so what the history says stays true."""
         with deploy_lease(self._cluster, self._namespace, name, self._say) as lease:
             self._check = lease.check
             yield (
-                self._history(name),
+                History(self._cluster, self._namespace, name),
                 ReadinessWait(self._cluster, self._namespace, self._say, self._timeout_seconds, lease.check),
             )
 
     def _deploy(self, objects: list[KubernetesObject], history: History, wait: ReadinessWait, force: bool) -> str:
-        name = gateway_of(objects)["metadata"]["name"]
+        name = _name_of(objects)
         with self._noted(history, objects, Outcome.SERVED) as version:
             parts = self._prepare(objects)
             self._apply(parts.first, force)
@@ -282,16 +279,18 @@ class Deployer:
         access = manifest["kind"] in ("ServiceAccount", "Role", "RoleBinding")
         return access and self._cluster.get(Ref.of(manifest)) is None
 
-    def _history(self, name: str) -> History:
-        return History(self._cluster, self._namespace, name)
-
-    def _canary_of(self, name: str) -> Version:
-        version = self._history(name).canary()
+    def _canary_of(self, name: str, history: History) -> Version:
+        version = history.canary()
         if version is None:
             raise NothingServes(
                 f"no canary of {name} runs in namespace {self._namespace}; start one with: deploy SPEC --canary 10"
             )
         return version
+
+
+def _name_of(objects: list[KubernetesObject]) -> str:
+    name: str = gateway_of(objects)["metadata"]["name"]
+    return name
 
 
 def _group(manifest: KubernetesObject) -> str:

@@ -19,6 +19,7 @@ _RULES: Final[tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]] = (
     ("flows.knative.dev", ("sequences",), _WAITED_FOR),
     ("monitoring.coreos.com", ("podmonitors", "prometheusrules"), _APPLIED),
     ("networking.k8s.io", ("networkpolicies",), _APPLIED),
+    ("batch", ("jobs",), ("delete", "get", "list")),  # of `render --gitops`
     ("policy", ("poddisruptionbudgets",), _APPLIED),
     ("rbac.authorization.k8s.io", ("roles", "rolebindings"), _APPLIED),
     # Nobody may grant what they do not have, and the gateway's Role grants this.

@@ -32,6 +32,7 @@ OWN_KINDS: Final = (
     ("monitoring.coreos.com/v1", "PrometheusRule"),
     ("networking.k8s.io/v1", "NetworkPolicy"),
     ("policy/v1", "PodDisruptionBudget"),
+    ("batch/v1", "Job"),
     *_ACCESS,
     ("v1", "ConfigMap"),
     ("v1", "Secret"),

@@ -55,6 +55,8 @@ def live_a_whole_life(api: KubernetesApi, cluster: Cluster, deployer: Deployer) 
     cluster_status(cluster, "default", "chat")
     pipelines(cluster, "default", lambda _: None)
     usage_since_start(cluster, "default", "chat")
+    labels = {"app.kubernetes.io/instance": "chat", "app.kubernetes.io/managed-by": "lamina"}
+    api.put({"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "prune", "namespace": "default", "labels": labels}})
     deployer.delete("chat")
 
 

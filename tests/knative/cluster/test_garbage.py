@@ -116,6 +116,15 @@ def test_a_token_that_is_there_already_stays_as_it_is(api: KubernetesApi, deploy
     assert "chat-pipeline" in api.named("secrets"), "it was not made here"
 
 
+def test_the_job_that_prunes_for_gitops_goes_with_its_pipeline(api: KubernetesApi, deployer: Deployer) -> None:
+    deployer.deploy(objects())
+    labels = {"app.kubernetes.io/instance": "chat", "app.kubernetes.io/managed-by": "lamina"}
+    metadata = {"name": "chat-prune", "namespace": "default", "labels": labels}
+    api.put({"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata})
+    deployer.delete("chat")
+    assert api.named("jobs") == []
+
+
 def test_what_may_not_be_listed_is_left_and_the_deploy_stands(
     api: KubernetesApi, cluster: Cluster, deployer: Deployer, said: list[str]
 ) -> None:

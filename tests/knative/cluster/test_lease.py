@@ -3,6 +3,7 @@
 import contextlib
 import threading
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import pytest
 
@@ -36,7 +37,8 @@ def lost(lease: DeployLease) -> bool:
 
 def test_the_second_deploy_is_told_who_is_at_work_and_since_when(api: KubernetesApi, deployer: Deployer) -> None:
     api.put(held("somebody@their-machine/7", 5))
-    for act in (lambda: deployer.deploy(objects()), lambda: deployer.delete("chat")):
+    on_chat = [partial(act, "chat") for act in (deployer.rollback, deployer.promote, deployer.abort, deployer.rotate_token)]
+    for act in (partial(deployer.deploy, objects()), partial(deployer.delete, "chat"), *on_chat):
         with pytest.raises(DeployInProgress, match=r"somebody@their-machine/7 since 2026-01-01.*taken over .* in 5\d s"):
             act()
     assert api.applied == []

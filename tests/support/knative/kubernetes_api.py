@@ -37,6 +37,7 @@ KINDS: dict[str, dict[str, str]] = {
     },
     "apps/v1": {"Deployment": "deployments"},
     "coordination.k8s.io/v1": {"Lease": "leases"},
+    "batch/v1": {"Job": "jobs"},
     "policy/v1": {"PodDisruptionBudget": "poddisruptionbudgets"},
     "rbac.authorization.k8s.io/v1": {"Role": "roles", "RoleBinding": "rolebindings"},
     "networking.k8s.io/v1": {"NetworkPolicy": "networkpolicies"},
