@@ -5,14 +5,16 @@ import os
 import sys
 import urllib.request
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
+from storage.models.model_repository import Dtype
 from tests.support.functions.functions import FunctionProcess, gateway_environment, stage_environment
 from tests.support.house.without import HEAVY, refusal
 from tests.support.storage import tiny_models
-from tests.support.storage.published import CUT, Published, until_end
+from tests.support.storage.published import CUT, Published, published_model, until_end
 
 NEW_TOKENS: Final = 12
 IDLE_BYTES: Final = 90 * 2**20
@@ -67,6 +69,18 @@ def test_a_pipeline_answers_with_the_whole_models_tokens_and_loads_no_torch(publ
         for process in (*stages, gateway):
             assert "functions" in (modules := loaded(process))
             assert not modules.intersection(HEAVY)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "q4"])
+def test_first_middle_and_last_stage_run_a_step_in_every_native_dtype(dtype: Dtype, tmp_path: Path) -> None:
+    """Ready means that."""
+    with published_model(tmp_path, dtype) as published, ExitStack() as stack:
+        environs = [stage_environment(published, group) for group in range(len(CUT))]
+        stages = [stack.enter_context(function(environ, installed=False)) for environ in environs]
+        for stage in stages:
+            assert str(stage.wait_ready().get("/readyz")[1]["layers_run_by"]).startswith("C, ")
+        for stage in stages:
+            assert not loaded(stage).intersection(HEAVY)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
