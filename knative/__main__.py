@@ -39,7 +39,8 @@ Start here:
 On a cluster:
   python -m knative plan --model ./my-model --stages 4
   python -m knative push ./my-model --name my-model --dtype bfloat16
-  python -m knative render pipeline.yaml --output manifests/
+  python -m knative deploy pipeline.yaml
+  python -m knative status pipeline.yaml
 
 \b
 Status: 0 done; 1 failed, one line on standard error says why and what to do; 2 wrong usage; 130 interrupted."""
