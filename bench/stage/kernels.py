@@ -22,8 +22,10 @@ from functions.stage.models.build import build_layer_group
 from functions.stage.models.floats import Array, narrowed
 from functions.stage.models.layer_group import LayerGroup, Segment
 from storage.loading.weight_loader import RawTensor
+from storage.models.q4 import pack
+from storage.models.q4_quantize import quantize
 
-DTYPES: Final = ("float32", "bfloat16", "int8")
+DTYPES: Final = ("float32", "bfloat16", "int8", "q4")
 CONFIG: Final[Mapping[str, Any]] = {
     "model_type": "llama",
     "num_hidden_layers": 30,
@@ -64,6 +66,8 @@ def random_group(dtype: str) -> LayerGroup:
                 scale = np.abs(weight).max(axis=1) / np.float32(127)
                 tensors[full_name] = _raw("I8", np.rint(weight / scale[:, None]).astype(np.int8))
                 tensors[f"{full_name}_scale"] = _raw("F32", scale)
+            elif dtype == "q4" and len(shape) == 2:
+                tensors[full_name] = _raw("U8", pack(*quantize(weight)))
             else:
                 tensors[full_name] = _raw("F32", weight)
     return build_layer_group("auto", CONFIG, tensors, _FIRST, _LAST, dtype, "cpu", _BUDGET_BYTES)

@@ -7,6 +7,11 @@
 enum {
     BLOCK = LAMINA_BLOCK_TOKENS,
     QUERIES = LAMINA_QUERIES,
+#ifdef WITH_TILES
+    FROM_BLOCK = 32, /* tokens: what is attended to is read from a multiple of so many on */
+#else
+    FROM_BLOCK = BLOCK,
+#endif
     MOST_PARTS = 4, /* vectors that a few queries are multiplied with at a time; more queries, half as many */
 };
 
@@ -148,10 +153,20 @@ COLUMNS_TILES_OF(columns_tile_of_f32, LAMINA_F32)
 #undef MORE_TILES
 #undef COLUMNS_TILES_OF
 
+#ifdef WITH_TILES
+#include "columns.inc.h"
+#endif
+
 /* Of `parts` vectors side by side, however many: some at a time. */
 INLINE void multiply_columns(const int dtype, int64_t rows, int64_t parts, const Columns *columns, const uint8_t *x,
                              int64_t row_bytes, float *out, int64_t out_stride)
 {
+#ifdef WITH_TILES
+    if (dtype == LAMINA_BF16) {
+        multiply_columns_by_tiles(rows, parts, columns, x, row_bytes, out, out_stride);
+        return;
+    }
+#endif
     const int64_t most = rows > QUERIES / 2 ? MOST_PARTS / 2 : MOST_PARTS;
     for (int64_t part = 0; part < parts;) {
         int64_t together = parts - part >= most ? most : parts - part >= 2 ? 2 : 1;
@@ -199,7 +214,7 @@ INLINE void attend_together(const int dtype, const Group *group, const Layer *la
     const int64_t shared = group->heads / group->kv_heads, all_heads = group->heads + 2 * group->kv_heads;
     const bool one_head = first / rows == (first + count - 1) / rows;
     const int64_t first_row = one_head ? first % rows : 0, last_row = one_head ? (first + count - 1) % rows : rows - 1;
-    const int64_t begin = first_attended(layer, queries->first_position + first_row) / BLOCK * BLOCK;
+    const int64_t begin = first_attended(layer, queries->first_position + first_row) / FROM_BLOCK * FROM_BLOCK;
     const int64_t tokens = rounded_up(queries->first_position + last_row + 1 - begin, BLOCK);
     const int64_t row_bytes = 4 * rounded_up(size, LAMINA_STEP);
     uint8_t *packed = scratch;
