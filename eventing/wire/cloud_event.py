@@ -18,6 +18,7 @@ from cloudevents.core.v1.event import CloudEvent
 from eventing.problems import EventExpired, MalformedEvent, UnsupportedMediaType
 from eventing.wire.batch_codec import decode_batch, encode_batch
 from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch
+from eventing.wire.typed_json import decode_json
 
 JSON_CONTENT_TYPE: Final = "application/json"
 MAX_NAME_LENGTH: Final = 20
@@ -98,7 +99,7 @@ def json_data(event: CloudEvent, type: type[T]) -> T:
     if not is_json(content_type):
         raise UnsupportedMediaType(f"{event.get_type()} wants {JSON_CONTENT_TYPE}, its data is {content_type}")
     try:
-        return msgspec.json.decode(_one_piece(event), type=type)
+        return decode_json(_one_piece(event), type)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedEvent(f"the data of {event.get_type()}: {error}") from error
 

@@ -6,6 +6,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from eventing.problems import MalformedEvent
+from eventing.wire.typed_json import decode_json
 
 T = TypeVar("T")
 
@@ -17,7 +18,7 @@ _SHOWN_CHARACTERS: Final = 60
 def read_request(body: bytes, type_: type[T]) -> T:
     """Raises MalformedEvent."""
     try:
-        return msgspec.json.decode(body, type=type_)
+        return decode_json(body, type_)
     except msgspec.ValidationError as error:
         raise MalformedEvent(_sentence(str(error), msgspec.json.decode(body))) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
