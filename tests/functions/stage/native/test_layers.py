@@ -128,6 +128,18 @@ def test_a_sequence_gets_the_same_bits_in_any_chunks_and_company_on_any_threads(
             assert torch.equal(together[id], alone[id]), (threads, plan)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [17, 21, 33, 50])
+def test_windows_longer_than_a_block_begin_alike_for_steps_and_chunks(window: int, dtype: str) -> None:
+    """A chunk's first query begins to read where its window does, in whole blocks, the others in the same place."""
+    windowed = {**config("mistral_sliding"), "sliding_window": window}
+    group = NativeGroup.build(windowed, raw(dict(checkpoint("mistral_sliding", dtype))), 0, 6, dtype, 2**22)
+    text = {"a": tokens_of(1, 90)}
+    in_steps = states_of(group, text, {"a": (1,) * 90})["a"]
+    for chunks in ((90,), (27, 8, 55), (5, 43, 1, 41)):
+        assert torch.equal(states_of(group, text, {"a": chunks})["a"], in_steps)
+
+
 def any_chunks(dice: random.Random, tokens: int) -> tuple[int, ...]:
     """In so many passes, in some of which there may be nothing of the sequence."""
     cuts = [0, *sorted(dice.choices(range(tokens + 1), k=PASSES - 1)), tokens]
