@@ -75,7 +75,7 @@ def _gateways(stack: ExitStack, pipeline: RunningPipeline, delay_seconds: float)
     def gateway(name: str, environ: dict[str, str]) -> str:
         return stack.enter_context(gateway_beside(pipeline.local, stages, logs / f"{name}.log", environ))[0]
 
-    return gateway("guessing", {}), gateway("plain", {"LAMINA_GUESSES": "0"})
+    return gateway("guessing", {"LAMINA_GUESSES": "16"}), gateway("plain", {"LAMINA_GUESSES": "0"})
 
 
 async def _in_turns(

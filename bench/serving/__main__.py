@@ -46,7 +46,7 @@ _SLEEPING_SECONDS: Final = 4.0
 @click.command(help=__doc__)
 @click.option("--rounds", type=click.IntRange(min=1), default=2, show_default=True, help="Each contender's turns.")
 @click.option("--new-tokens", type=click.IntRange(min=8), default=96, show_default=True, help="Of the single stream.")
-@click.option("--dtype", "dtypes", multiple=True, default=("bfloat16", "int8", "float32"), show_default=True)
+@click.option("--dtype", "dtypes", multiple=True, default=("bfloat16", "int8", "q4", "float32"), show_default=True)
 @click.option("--workload", "chosen", multiple=True, default=(SINGLE, CONCURRENT, PREFILL), show_default=True)
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=ROOT / "docs" / "benchmarks.md")
 def main(rounds: int, new_tokens: int, dtypes: Sequence[str], chosen: Sequence[str], output: Path) -> None:
@@ -129,7 +129,8 @@ def _facts(found: Findings, rounds: int, new_tokens: int, seconds: float, load: 
         f"before it was {load:.1f}.\n",
         "Lamina is three stage processes and a gateway, started by `python -m knative run` with one replica "
         "a stage; every hop goes through a queue-proxy, all of them in the platform's one process. *No queue-proxy*: a second "
-        "gateway asks the same stages directly. Peers have both cores, too: transformers holds the whole model in bf16 in one "
+        "gateway asks the same stages directly. Nothing is guessed: `python -m bench.guesses` measures that. Peers have both "
+        "cores, too: transformers holds the whole model in bf16 in one "
         "process (`generate` takes the 16 requests as one static batch, filled up to the longest prompt and run to the longest "
         "answer; only tokens asked for count), and llama.cpp serves the packaged Q4_1 file with "
         f"{LLAMA_CPP_SLOTS} slots, prompts not cached. "
