@@ -203,3 +203,15 @@ def pipeline_fingerprint(weights_digest: str, cut: Cut, dtype: str) -> str:
     ranges = ",".join(f"{first}:{last}" for first, last in cut)
     text = f"{weights_digest} {ranges} {dtype} {WIRE_VERSION}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+Weights = tuple[str, str]
+"""Of one stage: the dtype in which it computes, and the digest of the publication that it reads."""
+
+
+def fingerprint_of(weights: Sequence[Weights], cut: Cut) -> str:
+    """`pipeline_fingerprint` of stages that may differ in their dtypes; weights: of each."""
+    if len(set(weights)) == 1:
+        ((dtype, digest),) = set(weights)
+        return pipeline_fingerprint(digest, cut, dtype)
+    return pipeline_fingerprint(",".join(digest for _, digest in weights), cut, ",".join(dtype for dtype, _ in weights))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 from typing import Final
 
-from eventing.wire.events import MAX_GUESSES
+from eventing.wire.events import MAX_GUESSES, Weights
 from functions.configuration import parsers
 from functions.configuration.parsers import LayerRange
 from functions.configuration.settings import REQUIRED, ConfigError, Key, keys, read, setting, unknown_keys
@@ -61,6 +61,12 @@ class CommonConfig:
         "LAMINA_DTYPE", parsers.one_of("float32", "bfloat16", "float16", "int8", "q4"), "dtype of the publication in the store"
     )
     cut: tuple[LayerRange, ...] = setting("LAMINA_CUT", parsers.cut, "all layer groups, such as 0:10,10:20,20:30")
+    weights: tuple[Weights, ...] | None = setting(
+        "LAMINA_WEIGHTS",
+        parsers.weights,
+        "where groups compute in dtypes of their own: DTYPE=DIGEST of each group's publication; unset: all in LAMINA_DTYPE",
+        "",
+    )
     store: StoreConfig
     traces_endpoint: str | None = setting(
         "OTEL_EXPORTER_OTLP_ENDPOINT",

@@ -71,6 +71,14 @@ def layers(value: str) -> LayerRange:
     return int(match[1]), int(match[2])
 
 
+def weights(value: str) -> tuple[tuple[str, str], ...]:
+    """`int8=<digest>,bfloat16=<digest>`, for each group of the cut."""
+    found = [part.partition("=") for part in value.split(",")]
+    if not all(dtype and equals and digest for dtype, equals, digest in found):
+        raise ValueError("DTYPE=DIGEST of each layer group, separated by commas")
+    return tuple((dtype, digest) for dtype, _, digest in found)
+
+
 def cut(value: str) -> tuple[LayerRange, ...]:
     """`0:10,10:20` → ((0, 10), (10, 20)); begins at 0 and has no gaps."""
     groups = tuple(layers(part) for part in value.split(","))

@@ -1,7 +1,8 @@
 """The publication that a function was made for: found in the store, and held against its configuration."""
 
-from eventing.wire.events import pipeline_fingerprint
+from eventing.wire.events import fingerprint_of
 from functions.configuration.config import CommonConfig
+from functions.configuration.parsers import LayerRange
 from storage.models.model_repository import ModelManifest, Reader, read_manifest
 
 
@@ -9,15 +10,28 @@ class WrongPublication(Exception):
     """The store holds another model than this function was made for. Render the pipeline again."""
 
 
-def read_publication(config: CommonConfig, reader: Reader) -> ModelManifest:
-    """The manifest. Raises WrongPublication naming what was found, or a StorageError."""
+def read_publication(config: CommonConfig, reader: Reader, group: LayerRange | None = None) -> ModelManifest:
+    """The manifest. group: of a stage, whose weights must be its own; a gateway reads the text's files only.
+
+    Raises WrongPublication naming what was found, or a StorageError.
+    """
     manifest = read_manifest(reader, config.model, config.dtype)
     what = f"model {config.model!r} in {config.dtype} in {config.store.place}"
     if config.cut[-1][1] != manifest.num_layers:
         raise WrongPublication(
             f"{what} has {manifest.num_layers} layers and LAMINA_CUT ends at {config.cut[-1][1]}; render the pipeline again"
         )
-    seen = pipeline_fingerprint(manifest.digest, config.cut, config.dtype)
+    own = (config.dtype, manifest.digest)
+    weights = config.weights or (own,) * len(config.cut)
+    if len(weights) != len(config.cut):
+        raise WrongPublication(f"LAMINA_WEIGHTS names {len(weights)} groups and LAMINA_CUT has {len(config.cut)}; render again")
+    if group is not None and weights[config.cut.index(group)] != own:
+        dtype, digest = weights[config.cut.index(group)]
+        raise WrongPublication(
+            f"{what} has the digest {manifest.digest}, and LAMINA_WEIGHTS wants {digest} in {dtype} for layers {group[0]} to "
+            f"{group[1] - 1}: it was published anew; render the pipeline again"
+        )
+    seen = fingerprint_of(weights, config.cut)
     if seen != config.pipeline:
         raise WrongPublication(
             f"{what}, cut as LAMINA_CUT says, is pipeline {seen}, and LAMINA_PIPELINE says {config.pipeline}: "

@@ -17,7 +17,7 @@ from knative.spec.memory import check_memory
 from knative.spec.model_shape import ModelShape, published_shape, shape_from_folder
 from knative.spec.pipeline_spec import DTYPES, PipelineSpec, Stage
 from knative.spec.spec_file import load_spec
-from knative.spec.stage_plan import StagePlan, plan_stages, replicas_for
+from knative.spec.stage_plan import StagePlan, plan_mixed, plan_stages, replicas_for
 from storage.models.model_repository import read_manifest
 
 
@@ -51,7 +51,7 @@ def plan(
         raise click.UsageError("--model or SPEC says of which model")
     shape = _shape(model or spec.model.name, dtype if spec is None else spec.model.dtype, store)  # type: ignore[union-attr]
     cut = _cut(shape, stages, cut_text, spec)
-    plans = plan_stages(shape, cut)
+    plans = plan_stages(shape, cut) if spec is None else _mixed(spec, model or spec.model.name, shape, cut, store)
     given = (Stage(),) * len(cut) if spec is None else spec.stages_of(cut)
     console = Console()
     _show(console, shape, cut, plans)
@@ -68,6 +68,12 @@ def _cut(shape: ModelShape, stages: int, cut_text: str | None, spec: PipelineSpe
     if text:
         return parse_cut(text, "--cut" if cut_text else "$.cut")
     return cut_evenly(shape, stages if spec is None else spec.stages or stages)
+
+
+def _mixed(spec: PipelineSpec, model: str, shape: ModelShape, cut: Cut, store: StoreOptions) -> tuple[StagePlan, ...]:
+    """Of a spec whose stages may compute in dtypes of their own."""
+    shapes = {dtype: _shape(model, dtype, store) for dtype in spec.dtypes if dtype != shape.dtype}
+    return plan_mixed({**shapes, shape.dtype: shape}, spec.dtypes_of(cut), cut)
 
 
 def _shape(model: str, dtype: str, store: StoreOptions) -> ModelShape:

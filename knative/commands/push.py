@@ -37,17 +37,25 @@ def push(source: str | None, name: str | None, dtype: str | None, spec: Path | N
     python -m knative push HuggingFaceTB/SmolLM2-1.7B-Instruct --dtype int8
     python -m knative push --spec pipeline.yaml ./Llama-2-13b-hf
     """
-    model = _model(source, name, dtype, spec)
     console = Console()
-    with open_store(store) as opened:
-        manifest = _published(opened, model) if spec is not None and source is None and not afresh else None
-        if manifest is None:
-            path = source or _default_source(model)
-            with publish_progress(console, f"publishing {model.name} as {model.dtype}") as progress:
-                manifest = publish(path, opened, model.name, model.dtype, progress=progress, afresh=afresh)
-    total = sum(stored.bytes for stored in manifest.objects.values())
-    console.out(f"{model.name} as {model.dtype}: {manifest.num_layers} layers, {size(total)}", highlight=False)
-    console.out(f"digest: {manifest.digest}", highlight=False)
+    for model in _models(source, name, dtype, spec):
+        with open_store(store) as opened:
+            manifest = _published(opened, model) if spec is not None and source is None and not afresh else None
+            if manifest is None:
+                path = source or _default_source(model)
+                with publish_progress(console, f"publishing {model.name} as {model.dtype}") as progress:
+                    manifest = publish(path, opened, model.name, model.dtype, progress=progress, afresh=afresh)
+        total = sum(stored.bytes for stored in manifest.objects.values())
+        console.out(f"{model.name} as {model.dtype}: {manifest.num_layers} layers, {size(total)}", highlight=False)
+        console.out(f"digest: {manifest.digest}", highlight=False)
+
+
+def _models(source: str | None, name: str | None, dtype: str | None, spec: Path | None) -> list[Model]:
+    """One, or where a spec's stages compute in dtypes of their own, the model in each of them."""
+    model = _model(source, name, dtype, spec)
+    if spec is None or dtype is not None:
+        return [model]
+    return [Model(name=model.name, dtype=each) for each in load_spec(spec).dtypes]
 
 
 def _model(source: str | None, name: str | None, dtype: str | None, spec: Path | None) -> Model:

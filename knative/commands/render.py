@@ -60,7 +60,7 @@ def read_spec(path: Path, image: str | None) -> PipelineSpec:
 
 def resolved(spec: PipelineSpec, store: StoreOptions) -> ResolvedPipeline:
     """Raises what `resolve` does."""
-    return resolve(spec, lambda: _published(spec, store))
+    return resolve(spec, lambda dtype: _published(spec, dtype, store))
 
 
 def rendered_files(spec: PipelineSpec, store: StoreOptions) -> dict[str, list[KubernetesObject]]:
@@ -72,7 +72,7 @@ def rendered_objects(spec: PipelineSpec, store: StoreOptions) -> list[Kubernetes
     return [manifest for objects in rendered_files(spec, store).values() for manifest in objects]
 
 
-def _published(spec: PipelineSpec, store: StoreOptions) -> tuple[ModelManifest, ModelShape]:
+def _published(spec: PipelineSpec, dtype: str, store: StoreOptions) -> tuple[ModelManifest, ModelShape]:
     with open_store(store) as opened:
-        manifest = read_manifest(opened, spec.model.name, spec.model.dtype)
+        manifest = read_manifest(opened, spec.model.name, dtype)
         return manifest, published_shape(opened, manifest)

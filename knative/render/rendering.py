@@ -15,7 +15,7 @@ from knative.spec.kubernetes_object import KubernetesObject
 from knative.spec.memory import check_memory
 from knative.spec.model_shape import ModelShape
 from knative.spec.pipeline_spec import PipelineSpec
-from knative.spec.stage_plan import plan_stages
+from knative.spec.stage_plan import plan_mixed
 from knative.webhook.check import validate, warnings
 from knative.webhook.feature_flags import POD_FIELDS, FeatureFlags
 from storage.models.model_repository import ModelManifest
@@ -46,21 +46,26 @@ def render(pipeline: ResolvedPipeline) -> dict[str, list[KubernetesObject]]:
     return files
 
 
-def resolve(spec: PipelineSpec, manifest: Callable[[], tuple[ModelManifest, ModelShape]]) -> ResolvedPipeline:
-    """manifest: called only where the spec pins neither digest nor cut. Raises what it raises, TooManyStages, SpecError (an
-    override for no stage, too little memory), RenderFailed."""
-    if spec.cut is not None and spec.model.digest is not None:
-        pinned = ResolvedPipeline(spec, parse_cut(spec.cut), spec.model.digest)
-        check_memory(pinned.stages, [None] * len(pinned.cut))
-        return checked(pinned)
-    published, shape = manifest()
-    if spec.model.digest not in (None, published.digest):
-        raise RenderFailed(
-            f"$.model.digest: {spec.model.digest} is pinned, but {spec.model.name} as {spec.model.dtype} in the store has "
-            f"{published.digest}; pin that, or publish the pinned weights again"
-        )
-    pipeline = ResolvedPipeline(spec, _cut(spec, shape), published.digest)
-    check_memory(pipeline.stages, [plan.weight_bytes for plan in plan_stages(shape, pipeline.cut)])
+def resolve(spec: PipelineSpec, published: Callable[[str], tuple[ModelManifest, ModelShape]]) -> ResolvedPipeline:
+    """published: the model in a dtype; called only where the spec pins neither digests nor cut. Raises what it raises,
+    TooManyStages, SpecError (an override for no stage, too little memory), RenderFailed."""
+    pinned = {**spec.model.digests, **({spec.model.dtype: spec.model.digest} if spec.model.digest else {})}
+    if spec.cut is not None and all(dtype in pinned for dtype in spec.dtypes):
+        pipeline = ResolvedPipeline(spec, parse_cut(spec.cut), pinned[spec.model.dtype], pinned)
+        check_memory(pipeline.stages, [None] * len(pipeline.cut))
+        return checked(pipeline)
+    found = {dtype: published(dtype) for dtype in spec.dtypes}
+    for dtype, (manifest, _) in found.items():
+        if pinned.get(dtype) not in (None, manifest.digest):
+            raise RenderFailed(
+                f"$.model.digest: {pinned[dtype]} is pinned, but {spec.model.name} as {dtype} in the store has "
+                f"{manifest.digest}; pin that, or publish the pinned weights again"
+            )
+    shapes = {dtype: shape for dtype, (_, shape) in found.items()}
+    digests = {dtype: manifest.digest for dtype, (manifest, _) in found.items()}
+    pipeline = ResolvedPipeline(spec, _cut(spec, shapes[spec.model.dtype]), digests[spec.model.dtype], digests)
+    plans = plan_mixed(shapes, spec.dtypes_of(pipeline.cut), pipeline.cut)
+    check_memory(pipeline.stages, [plan.weight_bytes for plan in plans])
     return checked(pipeline)
 
 

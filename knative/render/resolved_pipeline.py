@@ -1,9 +1,10 @@
 """A pipeline of which nothing is left open: its names, its fingerprint, and the labels of everything that is rendered of it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
-from eventing.wire.events import Cut, pipeline_fingerprint
+from eventing.wire.events import Cut, Weights, fingerprint_of
 from knative.spec.pipeline_spec import PipelineSpec, Stage
 
 
@@ -14,10 +15,19 @@ class ResolvedPipeline:
     spec: PipelineSpec
     cut: Cut
     weights_digest: str
+    """Of the model's own dtype."""
+    other_digests: Mapping[str, str] = field(default_factory=dict)
+    """By dtype, of others in which single stages compute."""
 
     @property
     def fingerprint(self) -> str:
-        return pipeline_fingerprint(self.weights_digest, self.cut, self.spec.model.dtype)
+        return fingerprint_of(self.weights, self.cut)
+
+    @property
+    def weights(self) -> tuple[Weights, ...]:
+        """Of each stage. Raises SpecError."""
+        digests = {**self.other_digests, self.spec.model.dtype: self.weights_digest}
+        return tuple((dtype, digests[dtype]) for dtype in self.spec.dtypes_of(self.cut))
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:

@@ -190,15 +190,18 @@ def _add_volumes(pod: KubernetesObject, stage: Stage | None, identity: WebIdenti
     pod["volumes"] = volumes
 
 
-def _common_env(pipeline: ResolvedPipeline, role: str) -> list[KubernetesObject]:
-    spec = pipeline.spec
+def _common_env(pipeline: ResolvedPipeline, role: str, dtype: str) -> list[KubernetesObject]:
+    """dtype: of the publication that it reads."""
+    spec, weights = pipeline.spec, pipeline.weights
+    mixed = len(set(weights)) > 1 or weights[0][0] != spec.model.dtype
     return [
         *_values(
             LAMINA_ROLE=role,
             LAMINA_PIPELINE=pipeline.fingerprint,
             LAMINA_MODEL=spec.model.name,
-            LAMINA_DTYPE=spec.model.dtype,
+            LAMINA_DTYPE=dtype,
             LAMINA_CUT=format_cut(pipeline.cut),
+            LAMINA_WEIGHTS=",".join(f"{kind}={digest}" for kind, digest in weights) if mixed else None,
             LAMINA_STORE_ENDPOINT=spec.store.endpoint,
             LAMINA_STORE_BUCKET=spec.store.bucket,
             LAMINA_STORE_REGION=spec.store.region,
@@ -234,7 +237,7 @@ def _stage_env(pipeline: ResolvedPipeline, index: int) -> list[KubernetesObject]
     stage = pipeline.stages[index]
     first, last = pipeline.cut[index]
     return [
-        *_common_env(pipeline, "stage"),
+        *_common_env(pipeline, "stage", pipeline.weights[index][0]),
         # There while one is rotated: knative/cluster/rotation.py.
         _from_secret("LAMINA_SECOND_PIPELINE_TOKEN", pipeline.spec.token_secret, "second", optional=True),
         *_values(
@@ -270,7 +273,7 @@ def _gateway_env(pipeline: ResolvedPipeline, api_keys_secret: str | None, scores
     gateway = pipeline.spec.gateway
     stages = ",".join(f"{first}:{last}={pipeline.stage_url(k)}" for k, (first, last) in enumerate(pipeline.cut))
     env = [
-        *_common_env(pipeline, "gateway"),
+        *_common_env(pipeline, "gateway", pipeline.spec.model.dtype),
         *_values(
             LAMINA_STAGES=stages,
             LAMINA_STAGE_SERVICES=",".join(pipeline.stage_names),

@@ -18,6 +18,8 @@ from knative.spec.stage_overrides import PATH, changed, overridden
 from knative.webhook.values import parse_quantity
 
 DTYPES: Final = ("float32", "bfloat16", "float16", "int8", "q4")
+MIXABLE_DTYPES: Final = frozenset(("bfloat16", "int8", "q4"))
+"""Their hidden states travel in bf16, so that one stage may compute in one of them and the next in another."""
 MAX_NAME_WITH_EVENTING: Final = 28
 """`{name}-{fingerprint[:8]}-kn-sequence-10-kn-channel` is a DNS label too, which Eventing makes of a Sequence's name."""
 MAX_NAME: Final = 36
@@ -38,6 +40,8 @@ class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     dtype: str = "bfloat16"
     digest: str | None = None
     """Weights digest as `push` prints it. Pins the publication, and lets `render` work without the store."""
+    digests: dict[str, str] = {}
+    """The same of other dtypes, in which single stages compute (`stage_overrides`, `dtype`)."""
 
 
 class Resources(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -88,6 +92,8 @@ class GatewayResources(Resources, frozen=True, kw_only=True, forbid_unknown_fiel
 class Stage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What every stage gets."""
 
+    dtype: str | None = None
+    """In which it computes, which the model has to be published in, too. Unset: the model's."""
     resources: Resources = Resources()
     kv_cache: str = "512Mi"
     """KV budget of one pod, a quantity of bytes."""
@@ -261,6 +267,8 @@ class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         _check_stage("$.stage", self.stage, self.model.dtype)
         for number, override in enumerate(self.stage_overrides):
             _check_stage(f"{PATH}[{number}]", changed(self.stage, override, number), self.model.dtype)
+        for dtype in self.model.digests:
+            _check_choice("$.model.digests", dtype, DTYPES)
         _check_autoscaling("$.gateway.autoscaling", self.gateway.autoscaling)
         _check_quantity("$.gateway.resources.cpu", self.gateway.resources.cpu)
         _check_quantity("$.gateway.resources.memory", self.gateway.resources.memory)
@@ -281,8 +289,25 @@ class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """What each stage of the cut gets. Raises SpecError where an override is for no stage of it."""
         return overridden(self.stage, self.stage_overrides, cut)
 
+    def dtypes_of(self, cut: Cut) -> tuple[str, ...]:
+        """In which each stage of the cut computes."""
+        return tuple(stage.dtype or self.model.dtype for stage in self.stages_of(cut))
 
-def _check_stage(path: str, stage: Stage, dtype: str) -> None:
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """All that some stage may compute in, the model's first: what has to be published."""
+        own = [self.stage.dtype, *(override.get("dtype") for override in self.stage_overrides)]
+        return tuple(dict.fromkeys([self.model.dtype, *(dtype for dtype in own if dtype)]))
+
+
+def _check_stage(path: str, stage: Stage, model_dtype: str) -> None:
+    dtype = stage.dtype or model_dtype
+    _check_choice(f"{path}.dtype", dtype, DTYPES)
+    if dtype != model_dtype and not {dtype, model_dtype} <= MIXABLE_DTYPES:
+        raise SpecError(
+            f"{path}.dtype: {dtype} does not go with $.model.dtype {model_dtype}, whose hidden states travel otherwise; "
+            f"{', '.join(sorted(MIXABLE_DTYPES))} go together"
+        )
     _check_autoscaling(f"{path}.autoscaling", stage.autoscaling)
     _check_quantity(f"{path}.resources.cpu", stage.resources.cpu)
     _check_quantity(f"{path}.resources.memory", stage.resources.memory)
@@ -290,9 +315,9 @@ def _check_stage(path: str, stage: Stage, dtype: str) -> None:
     _check_quantity(f"{path}.weights_cache_size", stage.weights_cache_size)
     check_pod(f"{path}.pod", stage.pod)
     if stage.device == "cuda" and dtype in ("int8", "q4"):
-        raise SpecError(f"{path}.device: 'cuda' does not run $.model.dtype {dtype}; use auto or cpu, or another dtype")
+        raise SpecError(f"{path}.device: 'cuda' does not run dtype {dtype}; use auto or cpu, or another dtype")
     if stage.layer_group == "transformers" and dtype in ("int8", "q4"):
-        raise SpecError(f"{path}.layer_group: 'transformers' does not run $.model.dtype {dtype}; use auto, or another dtype")
+        raise SpecError(f"{path}.layer_group: 'transformers' does not run dtype {dtype}; use auto, or another dtype")
 
 
 def _check_quantity(path: str, text: str) -> None:

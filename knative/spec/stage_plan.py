@@ -1,7 +1,7 @@
 """What each stage of a cut will need: memory, its share of the compute, and the pods that conversations will ask for."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -40,6 +40,11 @@ def plan_stages(shape: ModelShape, cut: Cut) -> tuple[StagePlan, ...]:
         raise ValueError(f"the cut ends at layer {cut[-1][1] if cut else 0}, but {shape.name} has {shape.num_layers} layers")
     total = sum(shape.layer_compute) + shape.head_compute
     return tuple(_stage_plan(shape, index, group, total) for index, group in enumerate(cut))
+
+
+def plan_mixed(shapes: Mapping[str, ModelShape], dtypes: Sequence[str], cut: Cut) -> tuple[StagePlan, ...]:
+    """The same of stages that compute in dtypes of their own; shapes: of the model by its dtype. Raises ValueError."""
+    return tuple(plan_stages(shapes[dtype], cut)[index] for index, dtype in enumerate(dtypes))
 
 
 def replicas_for(

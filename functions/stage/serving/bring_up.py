@@ -69,7 +69,7 @@ def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> "
 def open_model(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> ArrivingModel:
     """Checks that the publication is the one that the configuration names, and lets its bytes flow."""
     reader = ObjectReader(config.store)
-    manifest = read_publication(config, reader)
+    manifest = read_publication(config, reader, config.layers)
     start_up.mark("connect")
     model_config = msgspec.json.decode(read_file(reader, manifest, "config.json"), type=dict[str, Any])
     if config.layer_group == "sleep":

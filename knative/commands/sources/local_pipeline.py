@@ -119,7 +119,15 @@ def local_pipeline(
     made = {str(spec.store.secret): _store_secret(store.settings), spec.token_secret: {"token": secrets.token_hex(16)}}
     if spec.gateway.api_keys_secret is not None:
         made[spec.gateway.api_keys_secret] = {"api-keys": secrets.token_hex(16)}
-    return LocalPipeline(resolve(spec, lambda: (manifest, shape)), manifest, shape, {**made, **named_secrets})
+    found: dict[str, tuple[ModelManifest, ModelShape]] = {manifest.dtype: (manifest, shape)}
+
+    def published(dtype: str) -> tuple[ModelManifest, ModelShape]:
+        if dtype not in found:
+            other = _already_published(store, manifest.name, dtype)
+            found[dtype] = (other, published_shape(store, other))
+        return found[dtype]
+
+    return LocalPipeline(resolve(spec, published), manifest, shape, {**made, **named_secrets})
 
 
 def read_data_folder(folder: Path | None) -> NamedData:

@@ -24,7 +24,8 @@ def _stage_row(plan: StagePlan, stage: Stage) -> tuple[str, ...]:
     needs = "" if stage.resources.gpu else size(int(needed_bytes(stage, plan.weight_bytes)))
     tokens = int(quantity(stage.kv_cache)) // plan.kv_bytes_per_token
     gpu = str(stage.resources.gpu or "")
-    besides = [*(f"{stage.layer_group}" for _ in range(stage.layer_group != "auto")), *_besides(stage.pod)]
+    own_way = [stage.dtype or "", stage.layer_group if stage.layer_group != "auto" else ""]
+    besides = [*filter(None, own_way), *_besides(stage.pod)]
     own = (needs, stage.kv_cache, str(tokens), gpu, stage.device, *_scale(stage.autoscaling), " ".join(besides))
     return (f"stage {plan.index}", *_resources(stage.resources), *own)
 

@@ -5,13 +5,15 @@ from typing import Any
 import pytest
 
 from functions.configuration.config import read_config
-from knative.render.rendering import checked, render
+from knative.render.rendering import checked, render, resolve
+from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import services
 from knative.spec.errors import SpecError
 from knative.spec.kubernetes_object import KubernetesObject
 from knative.spec.spec_file import spec_from_dict
 from knative.webhook.check import missing_flags, validate
 from knative.webhook.feature_flags import FeatureFlags
+from storage.errors import ModelNotPublished
 from tests.support.knative.pipelines import document, resolved_pipeline
 
 TOLERATION = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
@@ -176,3 +178,39 @@ def test_networks_of_pods_are_read_with_the_spec() -> None:
     spec_from_dict(document(gateway={"pod_network": "10.244.0.0/16, fd00::/64"}))
     with pytest.raises(SpecError, match=r"\$\.gateway\.pod_network: '10\.1\.0\.1/8' is not networks"):
         spec_from_dict(document(gateway={"pod_network": "10.1.0.1/8"}))
+
+
+def environ_of(service: KubernetesObject) -> dict[str, str]:
+    container = template_of(service)["spec"]["containers"][0]
+    return {each["name"]: each["value"] for each in container["env"] if "value" in each}
+
+
+def test_stages_in_dtypes_of_their_own_are_told_of_all_weights() -> None:
+    """And are another pipeline than stages that are alike."""
+    digests = {"int8": "b" * 64}
+    alike = resolved_pipeline()
+    spec = spec_from_dict(document(stage_overrides=[{"stage": 1, "dtype": "int8"}]))
+    mixed = ResolvedPipeline(spec, alike.cut, alike.weights_digest, digests)
+    assert mixed.fingerprint != alike.fingerprint
+    environs = [environ_of(service) for service in services(mixed)]
+    assert [environ["LAMINA_DTYPE"] for environ in environs] == ["bfloat16", "int8", "bfloat16", "bfloat16"]
+    wanted = ",".join(f"{dtype}={digest}" for dtype, digest in mixed.weights)
+    assert {environ["LAMINA_WEIGHTS"] for environ in environs} == {wanted}
+    assert all("LAMINA_WEIGHTS" not in environ_of(service) for service in services(alike))
+
+
+def test_a_pinned_spec_wants_a_digest_for_each_dtype() -> None:
+    asked: list[str] = []
+
+    def published(dtype: str) -> Any:
+        asked.append(dtype)
+        raise ModelNotPublished(dtype)
+
+    overrides = [{"stage": 1, "dtype": "int8"}]
+    model = {"name": "m", "dtype": "bfloat16", "digest": "a" * 64}
+    cut = {"cut": "0:10,10:20,20:30", "stages": None, "stage_overrides": overrides}
+    pinned = spec_from_dict(document(model={**model, "digests": {"int8": "b" * 64}}, **cut))
+    assert resolve(pinned, published).weights[1] == ("int8", "b" * 64)
+    with pytest.raises(ModelNotPublished):
+        resolve(spec_from_dict(document(model=model, **cut)), published)
+    assert asked == ["bfloat16"]

@@ -98,3 +98,26 @@ def test_memory_is_held_against_weights_and_keys_and_the_sum_is_said() -> None:
     check_memory(on_gpus, weights)
     asleep = spec(stage={"layer_group": "sleep"}).stages_of(CUT)
     check_memory(asleep, [2**40] * 3)
+
+
+def test_a_stage_may_compute_in_a_dtype_of_its_own() -> None:
+    mixed = spec({"stage": 0, "dtype": "int8"}, {"layers": "20:30", "dtype": "q4"})
+    assert mixed.dtypes_of(CUT) == ("int8", "bfloat16", "q4")
+    assert mixed.dtypes == ("bfloat16", "int8", "q4"), "what push --spec publishes"
+    assert spec().dtypes == ("bfloat16",)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            {"stage": 0, "dtype": "float32"},
+            r"\$\.stage_overrides\[0\]\.dtype: float32 does not go with \$\.model\.dtype bfloat16",
+        ),
+        ({"stage": 0, "dtype": "int4"}, r"\$\.stage_overrides\[0\]\.dtype: 'int4' is none of"),
+        ({"stage": 0, "dtype": "int8", "device": "cuda"}, r"\$\.stage_overrides\[0\]\.device: 'cuda' does not run dtype int8"),
+    ],
+)
+def test_dtypes_that_do_not_go_together_are_refused(override: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        spec(override)

@@ -73,7 +73,7 @@ class Scenario:
         return msgspec.structs.replace(spec, **changes)
 
     def resolved(self, spec: PipelineSpec) -> ResolvedPipeline:
-        return resolve(spec, lambda: (self._publication, self._shape))
+        return resolve(spec, lambda _: (self._publication, self._shape))
 
     def objects(self, spec: PipelineSpec) -> list[KubernetesObject]:
         return [each for rendered in render(self.resolved(spec)).values() for each in rendered]
