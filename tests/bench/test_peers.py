@@ -61,10 +61,12 @@ def findings(did_not_run: dict[str, str], measured: tuple[str, ...]) -> Findings
 def test_the_report_of_a_run_without_a_peer() -> None:
     found = findings({LLAMA_CPP: WHY}, (BF16,))
     assert [(target.what, target.verdict) for target in targets(found)] == [
-        ("prefill of 1k, best dtype, × llama.cpp", "not measured")
+        ("single stream, q4, × llama.cpp", "not measured"),
+        ("16 concurrent, best dtype, × llama.cpp", "not measured"),
+        ("prefill of 1k, best dtype, × llama.cpp", "not measured"),
     ]
     text = markdown(found, [], "serving.png")
-    assert "| prefill of 1k, best dtype, × llama.cpp | ≥ 3.00 | – | not measured |" in text
+    assert "| prefill of 1k, best dtype, × llama.cpp | ≥ 5.00 | – | not measured |" in text
     assert text.count(f"| {LLAMA_CPP} did not run: {WHY} | – | – | – | – | – | – |") == 2
 
 
