@@ -20,9 +20,17 @@ def read_request(body: bytes, type_: type[T]) -> T:
     try:
         return decode_json(body, type_)
     except msgspec.ValidationError as error:
-        raise MalformedEvent(_sentence(str(error), msgspec.json.decode(body))) from error
+        raise MalformedEvent(_sentence(str(error), _whatever(body))) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedEvent(f"the request is no JSON: {error}") from error
+
+
+def _whatever(body: bytes) -> Any:
+    """What is there, for the sentence; None where it cannot be read to its end, which was not looked at before."""
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 def _sentence(error: str, asked: Any) -> str:

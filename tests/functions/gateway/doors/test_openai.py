@@ -137,3 +137,20 @@ def test_what_cannot_be_read_is_refused_in_words(client: FlaskClient) -> None:
 def test_clients_that_look_whether_somebody_is_there_find_somebody(client: FlaskClient) -> None:
     assert client.get("/health").status_code == 200
     assert client.get("/version").json == {"version": "0.1.0"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"no_such_field": 1, "model": ' + b"[" * 100_000,
+        b'{"n": 2, "model"',
+        b'{"n": 2, "model": "\xff\xfe"}',
+        b'{"n": 2, "user": "' + b"\\ud800" + b'"}',
+        b"[" * 100_000,
+        b"\xff",
+    ],
+)
+def test_what_is_wrong_at_two_places_is_refused_for_the_first(client: FlaskClient, body: bytes) -> None:
+    """The sentence shows what stands there, and the rest may be no JSON at all."""
+    response = client.post("/v1/chat/completions", data=body)
+    assert response.status_code == 400, response.data
