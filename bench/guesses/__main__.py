@@ -8,6 +8,7 @@ rule for what is in them. Needs the packages of requirements-bench.txt, and a ma
 """
 
 import asyncio
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -40,10 +41,11 @@ _CONCURRENT: Final = 16
 def main(dtypes: Sequence[str], delays: Sequence[float], max_tokens: int, rounds: int, output: Path) -> None:
     began, load = time.monotonic(), getloadavg()[0]
     found = dict(pair for dtype in dtypes for pair in _of_dtype(dtype, delays, max_tokens, rounds))
+    command = " ".join(["python -m bench.guesses", *sys.argv[1:]])
     facts = (
-        f"`python -m bench.guesses` on {machine()}; SmolLM2-135M-Instruct, greedy, at most {max_tokens} tokens; 20 questions "
-        "whose answers quote and 20 whose answers do not (`bench/guesses/prompts.yaml`), each gateway in its turn, the same "
-        f"stages behind both. The run took {time.monotonic() - began:.0f} s; the load average before it was {load:.1f}."
+        f"`{command}` on {machine()}; SmolLM2-135M-Instruct, greedy, at most {max_tokens} tokens; 20 questions whose answers "
+        "quote and 20 whose answers do not (`bench/guesses/prompts.yaml`), each gateway in its turn, the same stages behind "
+        f"both. The run took {time.monotonic() - began:.0f} s; the load average before it was {load:.1f}."
     )
     write_section(output, "guesses", markdown(found, facts))
     for setting, pair in found.items():
