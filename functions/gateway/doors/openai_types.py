@@ -14,6 +14,10 @@ class TextPart(Struct, frozen=True, tag_field="type", tag="text", forbid_unknown
     text: str
 
 
+def _text(content: str | tuple[TextPart, ...]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
 class ChatMessage(Struct, frozen=True, kw_only=True):
     """One turn. What clients put into it beside, such as `type` or fields of an answer that they send back, counts for nothing.
 
@@ -28,8 +32,7 @@ class ChatMessage(Struct, frozen=True, kw_only=True):
     function_call: None = None
 
     def message(self) -> Message:
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return Message("system" if self.role == "developer" else self.role, text)
+        return Message("system" if self.role == "developer" else self.role, _text(self.content))
 
 
 class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,7 +52,7 @@ class Prediction(Struct, frozen=True, tag_field="type", tag="content", forbid_un
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return _text(self.content)
 
 
 class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from functions.gateway.scheduling.lookup import Lookup
-from functions.gateway.scheduling.row_costs import RowCosts
+from functions.gateway.scheduling.row_costs import RowCosts, seconds_on
 
 _LONG_MATCH_TOKENS: Final = 4
 """From here on a match is taken for a quotation, and has chances of its own."""
@@ -74,8 +74,10 @@ def step_seconds(costs: Items[RowCosts], micro_batches: int) -> Callable[[int], 
     """What a step of n tokens costs a micro-batch where so many are under way: the narrowest stage's seconds, or its part of a
     round where there are too few to keep that stage busy."""
 
+    curves = [cost.points() for cost in costs]
+
     def seconds(tokens: int) -> float | None:
-        of_stages = [cost.seconds(tokens) for cost in costs]
+        of_stages = [seconds_on(points, tokens) for points in curves]
         known = [each for each in of_stages if each is not None]
         return max(*known, sum(known) / max(1, micro_batches)) if len(known) == len(of_stages) else None
 

@@ -1,6 +1,7 @@
 """What a step takes by the number of its tokens, measured: four tokens often cost hardly more than one, sixteen do."""
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final
@@ -46,21 +47,26 @@ class RowCosts:
 
     def seconds(self, tokens: int) -> float | None:
         """What a step of so many takes; None before the first step. Never less than a smaller one takes."""
-        points = self._points()
-        if not points:
-            return None
-        if tokens <= points[0][0]:
-            return points[0][1] / (1 + _ASSUMED_SHARE * (points[0][0] - tokens))
-        for (few, less), (many, more) in pairwise(points):
-            if tokens <= many:
-                return less + (more - less) * (tokens - few) / (many - few)
-        last, seconds = points[-1]
-        return seconds * (1 + _ASSUMED_SHARE * (tokens - last))
+        return seconds_on(self.points(), tokens)
 
-    def _points(self) -> list[tuple[float, float]]:
+    def points(self) -> list[tuple[float, float]]:
+        """Tokens and seconds that were measured, ascending: for who asks about many numbers of tokens at once."""
         points: list[tuple[float, float]] = []
         for size in sorted(self._measured):
             one = self._measured[size]
             if self._steps - one.at_step <= _KEPT_STEPS and (not points or one.tokens > points[-1][0]):
                 points.append((one.tokens, max(one.seconds, points[-1][1] if points else 0.0)))
         return points
+
+
+def seconds_on(points: Sequence[tuple[float, float]], tokens: int) -> float | None:
+    """As `RowCosts.seconds`, between measured points a straight line."""
+    if not points:
+        return None
+    if tokens <= points[0][0]:
+        return points[0][1] / (1 + _ASSUMED_SHARE * (points[0][0] - tokens))
+    for (few, less), (many, more) in pairwise(points):
+        if tokens <= many:
+            return less + (more - less) * (tokens - few) / (many - few)
+    last, seconds = points[-1]
+    return seconds * (1 + _ASSUMED_SHARE * (tokens - last))
