@@ -7,7 +7,9 @@ pool move sequences together first. How that compares with slots and pages: `lla
 from collections.abc import Sequence
 from typing import Any, Final
 
+from functions.stage.models.floats import Array
 from functions.stage.models.kv_budget import KVBudget
+from functions.stage.models.kv_layout import KVLayout
 
 _MOVED_AT_ONCE: Final = 2**20
 """Bytes of a layer that pass through a buffer while ranges are moved, as far as one token has not more."""
@@ -52,6 +54,31 @@ class KVRanges(KVBudget):
     def start(self, handle: int) -> int:
         """Where in the arena a sequence's tokens begin."""
         return self._starts[handle]
+
+    @property
+    def layout(self) -> KVLayout:
+        """How `copy_out` and `copy_in` have the arena's bytes."""
+        raise NotImplementedError
+
+    def copy_out(self, first: int, target: Array) -> None:
+        """Fills `target`, uint8 [num_layers, 2, num_kv_heads, tokens, head bytes], with the arena's tokens from `first` on."""
+        end = first + target.shape[3]
+        for layer, own in zip(self.layers, target, strict=True):
+            own[...] = self._as_bytes(layer[:, :, first:end])
+
+    def copy_in(self, first: int, source: Array) -> None:
+        """The other way round: into the arena, from `first` on."""
+        end = first + source.shape[3]
+        for layer, own in zip(self.layers, source, strict=True):
+            self._put_bytes(layer[:, :, first:end], own)
+
+    def _as_bytes(self, part: Any) -> Array:
+        """Part of a layer as uint8 of the same shape but for its last dimension."""
+        raise NotImplementedError
+
+    def _put_bytes(self, part: Any, source: Array) -> None:
+        """Writes what `_as_bytes` has read."""
+        raise NotImplementedError
 
     def new_buffer(self, tokens: int) -> Any:
         """[2, num_kv_heads, tokens, head_dim] of the arena's kind, for tokens of one layer."""

@@ -15,8 +15,11 @@ for in memory. Ranges (`kv_ranges`) waste nothing.
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 
+from functions.stage.models.floats import Array
+from functions.stage.models.kv_layout import KVLayout
 from functions.stage.models.kv_ranges import KVRanges
 
 
@@ -51,6 +54,19 @@ class KVPool(KVRanges):
         tokens = self._arena.narrow(3, self._starts[handle] + first, last - first)
         views = tokens.unsqueeze(3).flatten(0, 1).unbind(0)
         return list(zip(views[::2], views[1::2], strict=True))
+
+    @property
+    def layout(self) -> KVLayout:
+        dtype = str(self._arena.dtype).removeprefix("torch.")
+        layers, _, heads, _, head_dim = self._arena.shape
+        return KVLayout(f"torch {dtype} {self.device.type}", layers, heads, head_dim * self._arena.itemsize)
+
+    def _as_bytes(self, part: torch.Tensor) -> Array:
+        array: Array = part.view(torch.uint8).cpu().numpy()
+        return array
+
+    def _put_bytes(self, part: torch.Tensor, source: Array) -> None:
+        part.view(torch.uint8).copy_(torch.from_numpy(np.ascontiguousarray(source)))
 
     def new_buffer(self, tokens: int) -> torch.Tensor:
         return torch.empty_like(self.layers[0][:, :, :tokens])

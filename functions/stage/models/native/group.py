@@ -49,7 +49,10 @@ class NativeGroup:
         self.max_positions = model.max_positions
         self.hidden_dtype = HIDDEN_DTYPES[dtype]
         kv_dtype = _KV_DTYPES[dtype]
-        self.kv = NativeKVPool(last_layer - first_layer, model.num_kv_heads, model.head_dim, kv_dtype, kv_budget_bytes)
+        written_by = f"{dtype} {library().level}"
+        self.kv = NativeKVPool(
+            last_layer - first_layer, model.num_kv_heads, model.head_dim, kv_dtype, kv_budget_bytes, written_by
+        )
         self._rotations = Rotations(model.rope, model.head_dim)
         self.runs_by = f"C, {library().level}"
         self._layers = Layers(library(), _sizes(model, self.kv, kv_dtype))

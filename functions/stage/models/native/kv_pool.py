@@ -5,6 +5,7 @@ from typing import Final
 import numpy as np
 
 from functions.stage.models.floats import Array
+from functions.stage.models.kv_layout import KVLayout
 from functions.stage.models.kv_ranges import KVRanges
 from functions.stage.native.limits import padded_head
 from functions.stage.native.records import BLOCK_TOKENS, Dtype
@@ -17,18 +18,34 @@ class NativeKVPool(KVRanges):
     """Implements `KVCache`. Memory is one array [num_layers, 2, num_kv_heads, capacity_tokens, padded head_dim], at a page's
     boundary, whose pages are the kernel's until they are written to."""
 
-    def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int, dtype: Dtype, budget_bytes: int) -> None:
-        """dtype: BF16 or F32. Raises ValueError where the budget holds not even one block of tokens."""
+    def __init__(
+        self, num_layers: int, num_kv_heads: int, head_dim: int, dtype: Dtype, budget_bytes: int, written_by: str = ""
+    ) -> None:
+        """dtype: BF16 or F32. written_by: what bits depend on besides, for those who read them elsewhere.
+
+        Raises ValueError where the budget holds not even one block of tokens.
+        """
         numbers = np.dtype(_NUMPY_DTYPES[dtype])
         super().__init__(budget_bytes, num_layers, 2 * num_kv_heads * padded_head(head_dim) * numbers.itemsize, BLOCK_TOKENS)
         shape = (num_layers, 2, num_kv_heads, self.capacity_tokens, padded_head(head_dim))
         memory = new_memory(self.bytes_per_token * self.capacity_tokens)
+        self._layout = KVLayout(f"native {written_by}", num_layers, num_kv_heads, shape[-1] * numbers.itemsize, BLOCK_TOKENS)
         self.layers: list[Array] = list(np.frombuffer(memory, numbers).reshape(shape))
 
     def arena(self, layer: int) -> tuple[Array, Array]:
         """All keys and all values of a layer, [num_kv_heads, capacity_tokens, padded head_dim] each: views."""
         keys, values = self.layers[layer]
         return keys, values
+
+    @property
+    def layout(self) -> KVLayout:
+        return self._layout
+
+    def _as_bytes(self, part: Array) -> Array:
+        return part.view(np.uint8)
+
+    def _put_bytes(self, part: Array, source: Array) -> None:
+        part.view(np.uint8)[...] = source
 
     def new_buffer(self, tokens: int) -> Array:
         return np.empty_like(self.layers[0][:, :, :tokens])

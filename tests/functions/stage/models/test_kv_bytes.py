@@ -1,0 +1,138 @@
+"""Keys and values as bytes: the same bits behind a round trip, whatever the dtype; all else is refused before it is used."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from functions.stage.models.kv_bytes import HEADER_BYTES, AlteredKV, ForeignKV, read_kv, write_kv
+from functions.stage.models.kv_ranges import KVRanges
+from functions.stage.models.layer_group import LayerGroup, Segment
+from tests.support.functions.native_models import native_groups, torch_groups
+
+CUT = ((0, 2),)
+
+
+def _first(kind: str, dtype: str) -> LayerGroup:
+    return native_groups("llama", dtype, CUT)[0] if kind == "native" else torch_groups("llama", dtype)[0]
+
+
+GROUPS: dict[tuple[str, str], LayerGroup] = {}
+KINDS = [*(("native", dtype) for dtype in ("float32", "bfloat16", "int8", "q4")), ("torch", "float32"), ("torch", "bfloat16")]
+
+
+def group(kind: str, dtype: str) -> LayerGroup:
+    if (kind, dtype) not in GROUPS:
+        GROUPS[kind, dtype] = _first(kind, dtype)
+    return GROUPS[kind, dtype]
+
+
+def pool(of: LayerGroup) -> KVRanges:
+    assert isinstance(of.kv, KVRanges)
+    return of.kv
+
+
+def run(of: LayerGroup, handle: int, tokens: np.ndarray, position: int) -> np.ndarray:
+    return of.forward(tokens[position:], [Segment(handle, position, len(tokens) - position)])
+
+
+@pytest.mark.parametrize(("kind", "dtype"), KINDS)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_what_goes_on_behind_a_round_trip_has_the_same_bits(kind: str, dtype: str, data: st.DataObject) -> None:
+    of = group(kind, dtype)
+    length = data.draw(st.integers(2, 90))
+    held = data.draw(st.integers(1, length - 1))
+    first = data.draw(st.integers(0, held - 1)) // 16 * 16
+    tokens = np.random.default_rng(length).integers(0, of.vocab_size, length)
+    aside = of.kv.reserve(data.draw(st.integers(1, 40)))
+    source, target = of.kv.reserve(length), of.kv.reserve(length)
+    try:
+        of.forward(tokens[:held], [Segment(source, 0, held)])
+        parts = [read_kv(pool(of), source, 0, first)] if first else []
+        parts.append(read_kv(pool(of), source, first, held))
+        of.kv.release(aside)  # the target may move, what was read stays
+        aside = of.kv.reserve(1)
+        assert [write_kv(pool(of), target, part) for part in parts][-1] == held == of.kv.length(target)
+        assert np.array_equal(run(of, source, tokens, held), run(of, target, tokens, held))
+        assert read_kv(pool(of), source, 0, held) == read_kv(pool(of), target, 0, held)
+    finally:
+        for handle in (aside, source, target):
+            of.kv.release(handle)
+
+
+def _filled(of: LayerGroup, tokens: int = 48) -> int:
+    handle = of.kv.reserve(tokens)
+    of.forward(np.arange(tokens) % of.vocab_size, [Segment(handle, 0, tokens)])
+    return handle
+
+
+def test_tokens_that_are_held_already_stay_as_they_are() -> None:
+    of = group("native", "float32")
+    source, target = _filled(of), of.kv.reserve(64)
+    of.forward(np.arange(16) + 5, [Segment(target, 0, 16)])
+    own = read_kv(pool(of), target, 0, 16)
+    assert write_kv(pool(of), target, read_kv(pool(of), source, 0, 48)) == 48
+    assert read_kv(pool(of), target, 0, 16) == own
+    assert read_kv(pool(of), target, 16, 48)[HEADER_BYTES:] == read_kv(pool(of), source, 16, 48)[HEADER_BYTES:]
+    assert write_kv(pool(of), target, read_kv(pool(of), source, 0, 32)) == 48
+    for handle in (source, target):
+        of.kv.release(handle)
+
+
+SPOILT: list[tuple[str, Callable[[bytearray], bytes], type[Exception]]] = [
+    ("a bit of the payload", lambda data: data[:-1] + bytes([data[-1] ^ 1]), AlteredKV),
+    (
+        "a bit of the digest",
+        lambda data: data[: HEADER_BYTES - 1] + bytes([data[HEADER_BYTES - 1] ^ 1]) + data[HEADER_BYTES:],
+        AlteredKV,
+    ),
+    ("a byte too few", lambda data: data[:-1], AlteredKV),
+    ("a byte too many", lambda data: data + b"\0", AlteredKV),
+    ("no header", lambda data: data[:20], AlteredKV),
+    ("nothing", lambda data: b"", AlteredKV),
+    ("no KV at all", lambda data: b"PNG!" + data[4:], ForeignKV),
+    ("another version", lambda data: data[:4] + b"\2\0\0\0" + data[8:], ForeignKV),
+    ("more tokens than there are", lambda data: data[:60] + b"\xff\xff\xff\xff" + data[64:], AlteredKV),
+    ("no tokens", lambda data: data[:60] + bytes(4) + data[64:], ForeignKV),
+    ("inside a block", lambda data: data[:56] + b"\1\0\0\0" + data[60:], ForeignKV),
+]
+
+
+@pytest.mark.parametrize(("spoil", "error"), [row[1:] for row in SPOILT], ids=[row[0] for row in SPOILT])
+def test_other_bytes_are_refused_and_nothing_is_written(spoil: Callable[[bytearray], bytes], error: type[Exception]) -> None:
+    of = group("native", "bfloat16")
+    source, target = _filled(of), of.kv.reserve(48)
+    good = read_kv(pool(of), source, 0, 48)
+    with pytest.raises(error):
+        write_kv(pool(of), target, spoil(good))
+    assert of.kv.length(target) == 0
+    assert write_kv(pool(of), target, good) == 48
+    for handle in (source, target):
+        of.kv.release(handle)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("native", "int8"), ("native", "float32"), ("torch", "bfloat16")])
+def test_another_dtype_or_way_to_run_is_foreign(kind: str, dtype: str) -> None:
+    of, other = group("native", "bfloat16"), group(kind, dtype)
+    source, target = _filled(of), other.kv.reserve(48)
+    with pytest.raises(ForeignKV, match="native bfloat16"):
+        write_kv(pool(other), target, read_kv(pool(of), source, 0, 48))
+    of.kv.release(source)
+    other.kv.release(target)
+
+
+def test_there_are_no_gaps_and_nothing_beyond_what_is_reserved() -> None:
+    of = group("native", "float32")
+    source, short, empty = _filled(of), of.kv.reserve(32), of.kv.reserve(48)
+    with pytest.raises(ValueError, match="room for 32"):
+        write_kv(pool(of), short, read_kv(pool(of), source, 0, 48))
+    with pytest.raises(ValueError, match="holds 0"):
+        write_kv(pool(of), empty, read_kv(pool(of), source, 16, 48))
+    with pytest.raises(ValueError, match="holds 48"):
+        read_kv(pool(of), source, 16, 49)
+    assert of.kv.length(short) == of.kv.length(empty) == 0
+    for handle in (source, short, empty):
+        of.kv.release(handle)
