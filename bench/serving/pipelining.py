@@ -59,6 +59,7 @@ def stage_config(index: int, num_stages: int) -> StageConfig:
 
 def serve_stage(index: int, num_stages: int, seconds: float, address: Connection) -> None:
     """The process of one stage."""
+    from functions.configuration.pass_times import PassTimes
     from functions.hosting.management import Management
     from functions.hosting.server import Server, Service
     from functions.stage.engine.engine import Engine
@@ -67,7 +68,8 @@ def serve_stage(index: int, num_stages: int, seconds: float, address: Connection
     from functions.stage.serving.handlers import EventHandlers
     from functions.stage.serving.metrics import StageMetrics
 
-    group = SleepGroup({**MODEL, "num_hidden_layers": num_stages}, index, index + 1, 2**30, seconds)
+    times = PassTimes(fixed_seconds=seconds)
+    group = SleepGroup({**MODEL, "num_hidden_layers": num_stages}, index, index + 1, 2**30, times)
     engine = Engine(group, num_stages=num_stages, max_merge=1, idle_sequence_seconds=600.0)
     engine.start()
     readiness = SimpleNamespace(engine=lambda wait_seconds=0.0: engine, phases=dict)

@@ -8,6 +8,7 @@ from typing import Final
 from eventing.wire.events import MAX_GUESSES, Weights
 from functions.configuration import parsers
 from functions.configuration.parsers import LayerRange
+from functions.configuration.pass_times import PassTimes, parse_pass_times
 from functions.configuration.settings import REQUIRED, ConfigError, Key, keys, read, setting, unknown_keys
 from storage.store.settings import StoreSettings
 
@@ -95,6 +96,18 @@ class StageConfig(CommonConfig):
         "auto",
     )
     sleep_seconds: float = setting("LAMINA_SLEEP_SECONDS", parsers.seconds, "how long a pass takes with sleep", "0.03")
+    sleep_pass_times: PassTimes | None = setting(  # noqa: RUF009
+        "LAMINA_SLEEP_PASS_TIMES",
+        parse_pass_times,
+        "instead: what a pass takes on a device that is emulated, as JSON (functions/configuration/pass_times.py)",
+        "",
+    )
+    sleep_bytes_per_second: int | None = setting(
+        "LAMINA_SLEEP_BYTES_PER_SECOND",
+        parsers.integer(1),
+        "with sleep, how fast the stage's weights would come: its start waits for bytes ÷ this; unset: not at all",
+        "",
+    )
     device: str = setting(
         "LAMINA_DEVICE",
         parsers.one_of("auto", "cpu", "cuda"),
@@ -296,6 +309,12 @@ def _contradictions(config: Config) -> Iterator[str]:
         if config.layers not in config.cut:
             first, last = config.layers
             yield f"LAMINA_LAYERS: '{first}:{last}' is not allowed: one of the groups of LAMINA_CUT, {cut}"
+        for key, value in (
+            ("LAMINA_SLEEP_PASS_TIMES", config.sleep_pass_times),
+            ("LAMINA_SLEEP_BYTES_PER_SECOND", config.sleep_bytes_per_second),
+        ):
+            if value is not None and config.layer_group != "sleep":
+                yield f"{key} emulates a device, and LAMINA_LAYER_GROUP is {config.layer_group}: leave it out, or say sleep"
         if config.device == "cuda" and config.dtype in ("int8", "q4"):
             yield (
                 f"LAMINA_DEVICE: 'cuda' is not allowed with LAMINA_DTYPE {config.dtype}, which runs on CPUs: "

@@ -5,7 +5,9 @@ those of docs/environment.md. No secret value is ever rendered, only names of Se
 """
 
 import math
-from typing import Final
+from typing import Any, Final, TypeVar
+
+import msgspec
 
 from knative.render.resolved_pipeline import ResolvedPipeline, labels
 from knative.spec.cut import format_cut
@@ -14,6 +16,7 @@ from knative.spec.kubernetes_object import KubernetesObject
 from knative.spec.pipeline_spec import Autoscaling, PipelineSpec, Resources, Stage, Tracing, WebIdentity, quantity
 from knative.spec.pod import Pod
 
+T = TypeVar("T")
 CONTAINER_PORT: Final = 8080
 METRICS_PORT: Final = 9464
 """Where a function's metrics are by default; a test holds the two together."""
@@ -243,7 +246,8 @@ def _stage_env(pipeline: ResolvedPipeline, index: int) -> list[KubernetesObject]
         *_values(
             LAMINA_LAYERS=f"{first}:{last}",
             LAMINA_LAYER_GROUP=stage.layer_group,
-            LAMINA_SLEEP_SECONDS=_sleep_seconds(stage, index),
+            LAMINA_SLEEP_SECONDS=_of_stage(stage.sleep_seconds, index, "sleep_seconds"),
+            **_emulated_device(stage, index),
             LAMINA_DEVICE=stage.device,
             LAMINA_THREADS=stage.threads,
             LAMINA_BUSY_THREADS=stage.busy_threads,
@@ -261,12 +265,26 @@ def _cache_bytes(stage: Stage) -> int:
     return int(quantity(stage.weights_cache_size) * _CACHE_SHARE)
 
 
-def _sleep_seconds(stage: Stage, index: int) -> float | None:
-    if not isinstance(stage.sleep_seconds, list):
-        return stage.sleep_seconds
-    if index >= len(stage.sleep_seconds):
-        raise SpecError(f"$.stage.sleep_seconds: {len(stage.sleep_seconds)} numbers, none for stage {index}")
-    return stage.sleep_seconds[index]
+def _emulated_device(stage: Stage, index: int) -> dict[str, Any]:
+    """Nothing of stages that compute, whose pods would refuse to start with it. Raises SpecError."""
+    given = {name: getattr(stage, name) for name in ("sleep_pass_times", "sleep_bytes_per_second")}
+    named = [name for name, value in given.items() if value is not None]
+    if named and stage.layer_group != "sleep":
+        raise SpecError(f"$.stage.{named[0]}: emulates a device, and $.stage.layer_group is {stage.layer_group}, not sleep")
+    times = _of_stage(stage.sleep_pass_times, index, "sleep_pass_times")
+    return {
+        "LAMINA_SLEEP_PASS_TIMES": None if times is None else msgspec.json.encode(times).decode(),
+        "LAMINA_SLEEP_BYTES_PER_SECOND": stage.sleep_bytes_per_second,
+    }
+
+
+def _of_stage(value: T | list[T] | None, index: int, name: str) -> T | None:
+    """Raises SpecError."""
+    if not isinstance(value, list):
+        return value
+    if index >= len(value):
+        raise SpecError(f"$.stage.{name}: {len(value)} given, none for stage {index}")
+    return value[index]
 
 
 def _gateway_env(pipeline: ResolvedPipeline, api_keys_secret: str | None, scores: str | None) -> list[KubernetesObject]:

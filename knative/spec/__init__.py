@@ -2,6 +2,6 @@
 
 Also what a Kubernetes object is here, which `render` makes, `cluster` applies and `local` runs.
 
-May import: storage, storage.checkpoints, storage.models, eventing.wire, functions.gateway.scheduling,
+May import: storage, storage.checkpoints, storage.models, eventing.wire, functions.configuration, functions.gateway.scheduling,
 functions.stage.native, knative.webhook.
 """

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from eventing.wire.events import Cut
+from functions.configuration.pass_times import PassTimes
 from knative.spec.cut import parse_cut
 from knative.spec.errors import SpecError
 from knative.spec.pod import Pod, check_pod
@@ -100,6 +101,10 @@ class Stage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     layer_group: Annotated[str, Meta(pattern="^(auto|native|llama|transformers|sleep)$")] = "auto"
     sleep_seconds: Seconds | list[Seconds] | None = None
     """With the layer group `sleep`: seconds a pass takes, for all stages or one number for each."""
+    sleep_pass_times: PassTimes | list[PassTimes] | None = None
+    """Instead, of a device that is emulated: for all stages or one for each."""
+    sleep_bytes_per_second: Positive | None = None
+    """How fast weights would come to such a device: a pod's start waits for them. Unset: not at all."""
     device: Annotated[str, Meta(pattern="^(auto|cpu|cuda)$")] = "auto"
     threads: Natural = 0
     busy_threads: Positive | None = None

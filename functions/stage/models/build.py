@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from functions.configuration.pass_times import PassTimes
 from functions.stage.models.families import family_of
 from functions.stage.models.layer_group import LayerGroup
 from functions.stage.models.native.choice import native_obstacle
@@ -143,18 +144,18 @@ def build_layer_group(
     dtype: str,
     device: str,
     kv_budget_bytes: int,
-    sleep_seconds: float = 0.0,
+    sleep_times: PassTimes | None = None,
 ) -> LayerGroup:
     """Layers [first_layer, last_layer) of the model of a config.json, ready to run.
 
-    tensors: by their names in the checkpoint; the group may take them out. dtype: of the publication. sleep_seconds: of a
-    pass with `sleep`, which needs no tensors. Raises what `choose` and the group raise.
+    tensors: by their names in the checkpoint; the group may take them out. dtype: of the publication. sleep_times: of a
+    pass with `sleep`, which needs no tensors; None: none. Raises what `choose` and the group raise.
     """
     choice = choose(kind, config, dtype, device)
     if choice.kind == "sleep":
         from functions.stage.models.sleep_group import SleepGroup
 
-        return SleepGroup(config, first_layer, last_layer, kv_budget_bytes, sleep_seconds)
+        return SleepGroup(config, first_layer, last_layer, kv_budget_bytes, sleep_times or PassTimes())
     if choice.kind == "transformers":
         from functions.stage.models.transformers.group import TransformersGroup
 

@@ -1,4 +1,5 @@
-"""A layer group that waits a stated time for each pass instead of computing: what pipelining and scaling are measured with.
+"""A layer group that waits for what a pass would take on another device instead of computing: what pipelining, scaling and
+the evaluation are measured with.
 
 KV is accounted for as a real group's. The hidden states carry the token id, and the last stage answers with the token that
 came in, so that a generation goes on to its end.
@@ -10,6 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from functions.configuration.pass_times import PassTimes, pairs
 from functions.stage.models.floats import Array, Float32, HiddenDtype, narrowed, widened
 from functions.stage.models.kv_budget import KVBudget
 from functions.stage.models.layer_group import Segment
@@ -27,9 +29,9 @@ class SleepGroup:
     runs_by = "nothing: passes sleep"
 
     def __init__(
-        self, config: Mapping[str, Any], first_layer: int, last_layer: int, kv_budget_bytes: int, seconds: float
+        self, config: Mapping[str, Any], first_layer: int, last_layer: int, kv_budget_bytes: int, times: PassTimes
     ) -> None:
-        """config: a config.json that has the names of Llama's. seconds: of one pass, whatever its size."""
+        """config: a config.json that has the names of Llama's."""
         self.first_layer = first_layer
         self.last_layer = last_layer
         self.num_layers: int = config["num_hidden_layers"]
@@ -37,13 +39,15 @@ class SleepGroup:
         self.vocab_size: int = config["vocab_size"]
         self.max_positions: int = config["max_position_embeddings"]
         self.kv = KVBudget(kv_budget_bytes // self._kv_bytes_per_token(config))
-        self._seconds = seconds
+        self._times = times
 
     def use_threads(self, count: int) -> None:
         """Sleeping takes none."""
 
     def forward(self, inputs: Array, segments: Sequence[Segment]) -> Array:
-        time.sleep(self._seconds)
+        held = sum(segment.position + segment.length for segment in segments)
+        paired = sum(pairs(segment.position, segment.length) for segment in segments)
+        time.sleep(self._times.forward_seconds(len(inputs), paired, held))
         for segment in segments:
             self.kv.extend(segment.handle, segment.length)
         if self.first_layer > 0:
@@ -53,6 +57,7 @@ class SleepGroup:
         return narrowed(hidden, self.hidden_dtype)
 
     def logits(self, hidden: Array) -> Float32:
+        time.sleep(self._times.logits_seconds(len(hidden)))
         digits = widened(hidden[:, : len(_DIGITS)], self.hidden_dtype).astype(np.int64)
         logits = np.zeros((len(hidden), self.vocab_size), np.float32)
         logits[np.arange(len(hidden)), (digits * _DIGITS).sum(axis=-1)] = 1

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -11,13 +12,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from functions.configuration.config import StageConfig
+from functions.configuration.pass_times import PassTimes
 from functions.hosting.imports import without_collection
 from functions.hosting.publication import read_publication
 from functions.hosting.startup import StartUp
 from functions.stage.engine.threads import PassThreads, set_openmp, thread_count
 from functions.stage.serving.metrics import StageMetrics
 from storage.loading.weight_cache import WeightCache
-from storage.loading.weight_loader import LoadedObject, LoadProgress, iterate_layers
+from storage.loading.weight_loader import LoadedObject, LoadProgress, iterate_layers, stage_objects
 from storage.models.model_repository import read_file
 from storage.store.object_reader import ObjectReader
 
@@ -73,6 +75,9 @@ def open_model(config: StageConfig, start_up: StartUp, metrics: StageMetrics) ->
     start_up.mark("connect")
     model_config = msgspec.json.decode(read_file(reader, manifest, "config.json"), type=dict[str, Any])
     if config.layer_group == "sleep":
+        if config.sleep_bytes_per_second is not None:
+            weights = sum(manifest.objects[name].bytes for name in stage_objects(manifest, *config.layers))
+            time.sleep(weights / config.sleep_bytes_per_second)
         return ArrivingModel(model_config, iter(()))
     cache = WeightCache(Path(config.weights_cache), config.weights_cache_bytes) if config.weights_cache else None
     objects = iterate_layers(reader, manifest, *config.layers, cache=cache, on_progress=_Progress(start_up, metrics))
@@ -135,7 +140,7 @@ def _built(config: StageConfig, opening: "Future[ArrivingModel]", threads: int, 
         config.dtype,
         choice.device,
         config.kv_cache_bytes,
-        config.sleep_seconds,
+        config.sleep_pass_times or PassTimes(fixed_seconds=config.sleep_seconds),
     )
 
 

@@ -99,6 +99,12 @@ def test_no_secret_is_shown() -> None:
         ({**STAGE, "LAMINA_DEVICE": "cuda", "LAMINA_DTYPE": "q4"}, ("LAMINA_DEVICE", "'cuda'", "LAMINA_DTYPE q4", "auto")),
         ({**STAGE, "LAMINA_SLEEP_SECONDS": "1e10"}, ("LAMINA_SLEEP_SECONDS", "'1e10'", "at most 10000000")),
         ({**STAGE, "LAMINA_LISTEN": "here"}, ("LAMINA_LISTEN", "'here'")),
+        ({**STAGE, "LAMINA_SLEEP_PASS_TIMES": "{}"}, ("LAMINA_SLEEP_PASS_TIMES", "emulates a device", "say sleep")),
+        ({**STAGE, "LAMINA_SLEEP_BYTES_PER_SECOND": "9"}, ("LAMINA_SLEEP_BYTES_PER_SECOND", "emulates a device", "say sleep")),
+        (
+            {**STAGE, "LAMINA_LAYER_GROUP": "sleep", "LAMINA_SLEEP_PASS_TIMES": '{"tokens": 1}'},
+            ("LAMINA_SLEEP_PASS_TIMES", "token_seconds", "unknown field `tokens`"),
+        ),
         ({**STAGE, "LAMINA_SLEEP_SECONDS": "nan"}, ("LAMINA_SLEEP_SECONDS", "'nan'", "more than 0")),
         ({**STAGE, "LAMINA_STORE_ENDPOINT": "s3.example"}, ("LAMINA_STORE_ENDPOINT", "'s3.example'", "http://")),
         ({**STAGE, "LAMINA_STORE_ENDPOINT": "http://host:port"}, ("LAMINA_STORE_ENDPOINT", "'http://host:port'")),

@@ -8,6 +8,7 @@ import yaml
 
 from eventing.wire.events import pipeline_fingerprint
 from functions.configuration.config import GatewayConfig, StageConfig, read_config
+from functions.configuration.pass_times import PassTimes
 from functions.gateway.app import allowance_of
 from functions.gateway.doors.client_limits import Allowance
 from knative.render.rendering import render
@@ -222,8 +223,22 @@ def test_errors_name_path_and_value(change: dict[str, Any], message: str) -> Non
 
 
 def test_a_list_of_sleeps_must_reach_every_stage() -> None:
-    with pytest.raises(SpecError, match="2 numbers, none for stage 2"):
+    with pytest.raises(SpecError, match=r"sleep_seconds: 2 given, none for stage 2"):
         services(pipeline(stage={"layer_group": "sleep", "sleep_seconds": [0.1, 0.2]}))
+
+
+def test_a_device_is_emulated_only_where_stages_are_said_to_sleep() -> None:
+    emulated = {"sleep_pass_times": [{"token_seconds": 0.5}, {}, {"stream_seconds": 1}], "sleep_bytes_per_second": 10**9}
+    with pytest.raises(SpecError, match=r"sleep_pass_times: emulates a device, and \$\.stage\.layer_group is auto"):
+        services(pipeline(stage=emulated))
+    configs = [read_config(environment(each)) for each in services(pipeline(stage={**emulated, "layer_group": "sleep"}))]
+    stages = [config for config in configs if isinstance(config, StageConfig)]
+    assert [config.sleep_pass_times for config in stages] == [
+        PassTimes(token_seconds=0.5),
+        PassTimes(),
+        PassTimes(stream_seconds=1),
+    ]
+    assert {config.sleep_bytes_per_second for config in stages} == {10**9}
 
 
 def test_a_file_is_named_in_front(tmp_path: Path) -> None:

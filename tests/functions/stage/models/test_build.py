@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from functions.configuration.pass_times import PassTimes
 from functions.stage.models import build
 from functions.stage.models.build import Choice, Kind, UnsupportedDtype, build_layer_group, choose, device_for
 from functions.stage.models.families import FAMILIES
@@ -36,7 +37,7 @@ folder, kind = sys.argv[1:]
 config = json.load(open(f"{folder}/config.json"))
 arrays = pickle.load(open(f"{folder}/arrays", "rb"))
 tensors = {name: RawTensor("F32", array.shape, array.data.cast("B")) for name, array in arrays.items()}
-group = build_layer_group(kind, config, tensors, 0, 2, "float32", "cpu", 2**20, 0.001)
+group = build_layer_group(kind, config, tensors, 0, 2, "float32", "cpu", 2**20)
 engine = Engine(group, num_stages=3, max_merge=8, idle_sequence_seconds=60)
 engine.start()
 engine.warm_up()
@@ -176,13 +177,40 @@ def test_sleeping_stages_answer_the_token_they_were_given() -> None:
 
 def test_a_sleeping_pass_takes_its_time_whatever_its_size() -> None:
     config = tiny_models.tiny_config("llama")
-    group = build_layer_group("sleep", config, {}, 2, 4, "bfloat16", "cpu", 2**20, sleep_seconds=0.05)
+    group = build_layer_group("sleep", config, {}, 2, 4, "bfloat16", "cpu", 2**20, sleep_times=PassTimes(fixed_seconds=0.05))
     handles = [group.kv.reserve(20) for _ in range(3)]
     began = time.perf_counter()
     hidden = group.forward(np.zeros((30, 32), np.uint16), [Segment(handle, 0, 10) for handle in handles])
     assert 0.05 <= time.perf_counter() - began < 0.5
     assert hidden.shape == (30, 32)
     assert [group.kv.length(handle) for handle in handles] == [10] * 3
+
+
+def test_an_emulated_pass_takes_longer_for_what_its_device_would_take_longer_for() -> None:
+    """By arithmetic for a prompt, by bytes for a step over much that is held, and by the head where it is the last stage."""
+    times = PassTimes(
+        fixed_seconds=0.01,
+        token_seconds=0.001,
+        pair_seconds=0.0001,
+        stream_seconds=0.02,
+        kv_token_seconds=0.001,
+        logits_row_seconds=0.01,
+        logits_stream_seconds=0.03,
+    )
+    config = tiny_models.tiny_config("llama")
+    group = build_layer_group("sleep", config, {}, 2, 6, "bfloat16", "cpu", 2**20, sleep_times=times)
+    handle = group.kv.reserve(100)
+
+    def taken(position: int, length: int) -> float:
+        began = time.perf_counter()
+        group.forward(np.zeros((length, 32), np.uint16), [Segment(handle, position, length)])
+        return time.perf_counter() - began
+
+    assert 0.01 + 0.06 + 60 * 30.5 * 0.0001 <= taken(0, 60) < 0.5
+    assert 0.01 + 0.02 + 0.061 <= taken(60, 1) < 0.3
+    began = time.perf_counter()
+    group.logits(np.zeros((5, 32), np.uint16))
+    assert 0.05 <= time.perf_counter() - began < 0.3
 
 
 def test_a_sleeping_group_accounts_for_kv_as_a_real_one() -> None:
@@ -227,7 +255,9 @@ def test_sleeping_stages_work_at_the_same_time() -> None:
     config = tiny_models.tiny_config("llama")
     seconds = (0.01, 0.03, 0.01)
     groups = [
-        build_layer_group("sleep", config, {}, first, last, "bfloat16", "cpu", 2**20, pause)
+        build_layer_group(
+            "sleep", config, {}, first, last, "bfloat16", "cpu", 2**20, sleep_times=PassTimes(fixed_seconds=pause)
+        )
         for (first, last), pause in zip(CUT, seconds, strict=True)
     ]
     tokens = 5
