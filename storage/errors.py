@@ -36,6 +36,10 @@ class ChecksumMismatch(ObjectAltered):
     """A part or a file arrives with another checksum than its manifest's, also when read again."""
 
 
+class SealBroken(ObjectAltered):
+    """A sealed object was altered or truncated, or another key sealed it. What it held is computed again."""
+
+
 class ModelNotPublished(StorageError):
     """The store holds no manifest for this name and dtype."""
 

@@ -165,13 +165,16 @@ class ObjectReader:
         return self._exchange("GET", key, signed_get_headers(self._keyed(), object_path(self.settings, key)) | headers)
 
     @contextmanager
-    def _exchange(self, method: str, key: str, headers: dict[str, str], body: bytes = b"") -> Iterator[HTTPResponse]:
-        """A 200 or 206. The connection is kept only if the body was read to its end and the server keeps it too."""
+    def _exchange(
+        self, method: str, key: str, headers: dict[str, str], body: bytes = b"", query: str = ""
+    ) -> Iterator[HTTPResponse]:
+        """A 200, 204 or 206. The connection is kept only if the body was read to its end and the server keeps it too."""
         connection = self._connection()
         try:
-            connection.request(method, object_path(self.settings, key), body or None, headers)
+            path = object_path(self.settings, key) + (f"?{query}" if query else "")
+            connection.request(method, path, body or None, headers)
             with connection.getresponse() as response:
-                if response.status not in (200, 206):
+                if response.status not in (200, 204, 206):
                     self._refuse(key, response)
                 yield response
                 if not response.isclosed() and response.read(1):

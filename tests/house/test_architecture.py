@@ -33,6 +33,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
         "functions/stage/models/transformers/",
         "storage/models/expected_shapes.py",
     ),
+    "cryptography": ("storage/kv/sealed.py",),
     "gguf": ("storage/checkpoints/gguf_checkpoint.py",),
     "huggingface_hub": ("storage/checkpoints/model_source.py", "storage/checkpoints/model_description.py"),
     "flask": ("functions/",),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -60,3 +61,26 @@ def test_refusals_are_named(settings: StoreSettings, changes: dict[str, Any], er
 def test_what_is_not_there_is_named(settings: StoreSettings) -> None:
     with PayloadStore(settings) as store, pytest.raises(ObjectNotFound, match="claims/nothing"):
         store.get("claims/nothing")
+
+
+def test_a_listing_has_all_keys_sizes_and_times_and_deleted_ones_are_gone(settings: StoreSettings) -> None:
+    before = datetime.now(UTC) - timedelta(seconds=5)
+    with PayloadStore(settings) as store:
+        for number in range(1100):  # more than a page has
+            store.put(f"kept/a+b &ü/{number:04}", b"x" * (number % 3))
+        found = list(store.list("kept/a+b &ü/"))
+        assert [one.key for one in found] == [f"kept/a+b &ü/{number:04}" for number in range(1100)]
+        assert [one.bytes for one in found[:4]] == [0, 1, 2, 0]
+        assert all(before < one.modified < datetime.now(UTC) + timedelta(seconds=5) for one in found)
+        for one in found[1:]:
+            store.delete(one.key)
+        store.delete("kept/was-never-there")
+        assert [one.key for one in store.list("kept/")] == [found[0].key]
+        assert list(store.list("nothing/")) == []
+
+
+def test_a_listing_that_is_refused_says_so(settings: StoreSettings) -> None:
+    with PayloadStore(replace(settings, bucket="elsewhere")) as store, pytest.raises(BucketNotFound):
+        list(store.list("kept/"))
+    with PayloadStore(replace(settings, secret_access_key="wrong")) as store, pytest.raises(AccessDenied):
+        list(store.list("kept/"))

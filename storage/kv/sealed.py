@@ -1,0 +1,72 @@
+"""Conversations at rest: AES-256-GCM, with names that say nothing to who lacks the key.
+
+Two keys are derived from the one that is configured: one for names, one for contents. A nonce is 96 random bits, which NIST SP
+800-38D (section 8.3) allows for 2³² objects under one key. What an object is called is authenticated with it, so that one
+cannot be passed off for another.
+"""
+
+import os
+from typing import TYPE_CHECKING, Final
+
+from blake3 import blake3
+
+from storage.errors import SealBroken
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+KEY_BYTES: Final = 32
+_MAGIC: Final = b"LMS1"
+_NONCE_BYTES: Final = 12
+_TAG_BYTES: Final = 16
+_HEAD_BYTES: Final = len(_MAGIC) + _NONCE_BYTES
+_NAME_BYTES: Final = 20
+
+
+class Sealer:
+    """Thread-safe."""
+
+    def __init__(self, key: bytes) -> None:
+        """Raises ValueError for a key that has not KEY_BYTES."""
+        if len(key) != KEY_BYTES:
+            raise ValueError(f"a key of {len(key)} bytes; it has {KEY_BYTES}")
+        self._names = blake3(key, derive_key_context="lamina 2026-11 kv names").digest()
+        self._cipher = _cipher(blake3(key, derive_key_context="lamina 2026-11 kv contents").digest())
+
+    def name(self, *parts: bytes) -> str:
+        """Of what `parts` say together: hexadecimal, and no way back."""
+        hasher = blake3(key=self._names)
+        for part in parts:
+            hasher.update(len(part).to_bytes(4, "little") + part)
+        return hasher.digest(length=_NAME_BYTES).hex()
+
+    def seal(self, name: str, plain: bytes | bytearray | memoryview) -> bytearray:
+        """Magic, nonce, ciphertext and tag."""
+        nonce = os.urandom(_NONCE_BYTES)
+        sealed = bytearray(_HEAD_BYTES + len(plain) + _TAG_BYTES)
+        sealed[:_HEAD_BYTES] = _MAGIC + nonce
+        self._cipher.encrypt_into(nonce, plain, _MAGIC + name.encode(), memoryview(sealed)[_HEAD_BYTES:])
+        return sealed
+
+    def open(self, name: str, sealed: bytes | bytearray | memoryview) -> bytearray:
+        """What was sealed under this name. Raises SealBroken."""
+        from cryptography.exceptions import InvalidTag
+
+        view = memoryview(sealed)
+        if len(view) < _HEAD_BYTES + _TAG_BYTES or bytes(view[: len(_MAGIC)]) != _MAGIC:
+            raise SealBroken(f"{name}: {len(view)} bytes that are no sealed object; it is computed again, and can be deleted")
+        plain = bytearray(len(view) - _HEAD_BYTES - _TAG_BYTES)
+        nonce = bytes(view[len(_MAGIC) : _HEAD_BYTES])
+        try:
+            self._cipher.decrypt_into(nonce, view[_HEAD_BYTES:], _MAGIC + name.encode(), plain)
+        except InvalidTag as error:
+            raise SealBroken(
+                f"{name}: altered, or sealed with another key; it is computed again, and can be deleted"
+            ) from error
+        return plain
+
+
+def _cipher(key: bytes) -> "AESGCM":
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # 24 ms that no start of a function needs
+
+    return AESGCM(key)

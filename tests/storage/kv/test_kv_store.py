@@ -1,0 +1,83 @@
+"""Parts of conversations in a real S3 server: kept under names that say nothing, refused where they were altered, pruned."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from storage.errors import SealBroken
+from storage.kv.kv_store import Allowance, KVStore
+from storage.kv.parts import Part
+from storage.kv.sealed import Sealer
+from storage.store.embedded import EmbeddedStore
+from storage.store.payload_store import PayloadStore, StoredObject
+
+DIGEST = bytes(range(16))
+SEALER = Sealer(b"k" * 32)
+NOW = datetime(2026, 11, 26, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PayloadStore]:
+    with EmbeddedStore(tmp_path_factory.mktemp("store")) as server, PayloadStore(server.settings) as store:
+        yield store
+
+
+def kv_store(objects: PayloadStore, pipeline: str = "0123456789", layers: tuple[int, int] = (0, 10)) -> KVStore:
+    return KVStore(objects, SEALER, "kv", pipeline, layers)
+
+
+def test_what_was_put_is_got_and_only_under_its_own_name(objects: PayloadStore) -> None:
+    store = kv_store(objects)
+    key = store.key("native", DIGEST, Part(0, 8))
+    assert store.get(key) is None
+    written = store.put(key, b"keys and values" * 1000)
+    assert store.get(key) == b"keys and values" * 1000
+    assert [(one.key, one.bytes) for one in store.list()] == [(key, written)]
+    others = {
+        store.key("torch", DIGEST, Part(0, 8)),
+        store.key("native", DIGEST[::-1], Part(0, 8)),
+        store.key("native", DIGEST, Part(8, 8)),
+        store.key("native", DIGEST, Part(0, 4)),
+        kv_store(objects, layers=(10, 20)).key("native", DIGEST, Part(0, 8)),
+        kv_store(objects, "another123").key("native", DIGEST, Part(0, 8)),
+    }
+    assert len(others) == 6
+    assert all(store.get(other) is None for other in others)
+
+
+def test_nothing_of_it_can_be_read_in_the_store(objects: PayloadStore) -> None:
+    store = kv_store(objects, "secret0000")
+    key = store.key("native", DIGEST, Part(0, 1))
+    store.put(key, b"what a client said" * 100)
+    assert b"client" not in objects.get(key)
+    assert DIGEST.hex() not in key
+
+
+def test_an_altered_truncated_or_exchanged_object_is_refused(objects: PayloadStore) -> None:
+    store = kv_store(objects, "altered000")
+    key, other = store.key("native", DIGEST, Part(0, 1)), store.key("native", DIGEST, Part(1, 1))
+    store.put(key, b"a" * 1000)
+    store.put(other, b"b" * 1000)
+    good = objects.get(key)
+    for bad in (good[:-1], good[:500] + bytes([good[500] ^ 1]) + good[501:], b"", objects.get(other)):
+        objects.put(key, bad)
+        with pytest.raises(SealBroken):
+            store.get(key)
+    objects.put(key, good)
+    assert store.get(key) == b"a" * 1000
+
+
+def test_what_is_too_old_goes_and_then_the_oldest_until_the_rest_fits(objects: PayloadStore) -> None:
+    def found(name: str, size: int, hours: int) -> StoredObject:
+        return StoredObject(name, size, NOW - timedelta(hours=hours))
+
+    listed = [found("new", 10, 0), found("hour", 10, 1), found("day", 10, 24), found("week", 1, 7 * 24)]
+    assert [one.key for one in Allowance(100, timedelta(days=2)).over(listed, NOW)] == ["week"]
+    assert [one.key for one in Allowance(20, timedelta(days=2)).over(listed, NOW)] == ["day", "week"]
+    assert [one.key for one in Allowance(5, timedelta(days=30)).over(listed, NOW)] == ["new", "hour", "day", "week"]
+    store = kv_store(objects, "pruned0000")
+    for number in range(3):
+        store.put(store.key("native", DIGEST, Part(number, 1)), b"x" * 1000)
+    store.delete(Allowance(1500, timedelta(hours=1)).over(store.list(), datetime.now(UTC)))
+    assert len(store.list()) == 1
