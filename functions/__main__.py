@@ -61,9 +61,11 @@ def _explain(arguments: Sequence[str]) -> int:
 def _serve(config: Config, start_up: StartUp) -> int:
     # Imported only now: the wrong environment and --help need none of it, and each role only its own.
     with without_collection():
+        from functions.hosting.allocator import use_few_arenas
         from functions.hosting.server import Server
         from functions.observing.telemetry import set_up_logging
 
+        use_few_arenas()
         set_up_logging(config.log_level)
         function = _function(config, start_up)
     try:

@@ -25,6 +25,11 @@ from bench.soak.records import (
 )
 
 HEALTHY_SECONDS: Final = 1.0
+_NAMES: Final = {
+    "threads": "threads",
+    "descriptors": "descriptors",
+    "own_bytes": "resident memory, without what is reserved for keys and values,",
+}
 RECOVERY_SECONDS: Final = 20.0
 """After a fault of a service, or of the store that it starts from: so long its own health is not asked for."""
 
@@ -126,7 +131,7 @@ def _flat(records: Sequence[Record], quantity: str) -> Verdict:
     told = [_grown(growth) for growth in seen if not growth.flat] or [_grown(each) for each in _most_grown(seen)]
     told += [f"{service}: no process lived long enough" for service in unseen]
     return Verdict(
-        f"{quantity.replace('_bytes', ' memory')} of every process flat over the last two thirds",
+        f"{_NAMES[quantity]} of every process flat over the last two thirds",
         "; ".join(told) or "nothing seen",
         bool(seen) and not unseen and all(growth.flat for growth in seen),
     )
@@ -137,7 +142,7 @@ def _most_grown(seen: Sequence[Growth]) -> list[Growth]:
 
 
 def _grown(growth: Growth) -> str:
-    factor, unit = (2**-20, " MiB") if growth.quantity == "resident_bytes" else (1, "")
+    factor, unit = (2**-20, " MiB") if growth.quantity == "own_bytes" else (1, "")
     return f"{growth.service} {growth.grown * factor:+.1f}{unit} at {growth.level * factor:.0f}{unit} ({growth.lulls} lulls)"
 
 

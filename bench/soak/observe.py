@@ -17,6 +17,7 @@ from knative.local.platform import Platform
 _EVERY_SECONDS: Final = 1.0
 SETTLE_SECONDS: Final = 90.0
 """What everything gets to come to rest when nobody asks any more."""
+KV_RESIDENT: Final = "lamina_stage_kv_resident_bytes"
 GAUGES: Final[Mapping[str, tuple[str, ...]]] = {
     GATEWAY: ("lamina_gateway_running_sequences", "lamina_gateway_waiting_sequences"),
     "stage": (FREE, "lamina_stage_sequences"),
@@ -29,12 +30,22 @@ class Observer:
     plan: Plan
     recorder: Recorder
     _restarts: dict[str, int] = field(default_factory=dict)
+    _kv_bytes: dict[int | None, int] = field(default_factory=dict)
+    """By pid, where a stage has said it."""
 
     async def run(self) -> None:
         while True:
-            for service, pod in self._pods():
+            pods = list(self._pods())
+            await asyncio.gather(*(self._look_at_kv(pod) for service, pod in pods if service != GATEWAY))
+            for service, pod in pods:
                 self._look(service, pod)
             await asyncio.sleep(_EVERY_SECONDS)
+
+    async def _look_at_kv(self, pod: Mapping[str, Any]) -> None:
+        """A stage that is busy with something else, or hangs, is taken for what it said last: it uses no more meanwhile."""
+        samples = await asyncio.to_thread(read_metrics, pod)
+        if samples:
+            self._kv_bytes[pod["pid"]] = int(samples[KV_RESIDENT])
 
     def _pods(self) -> Iterator[tuple[str, Any]]:
         """As the platform's status has them."""
@@ -50,7 +61,7 @@ class Observer:
         pid = pod["pid"]
         # A process that has ended, and that nobody has waited for yet, has no memory.
         if pid is not None and (resident := memory_bytes(pid)) and (usage := read_usage(pid)) is not None:
-            self.recorder.write(Usage(self.recorder.now, service, pid, *usage, resident))
+            self.recorder.write(Usage(self.recorder.now, service, pid, *usage, resident, self._kv_bytes.get(pid, 0)))
 
     async def rest(self, moment: Literal["before", "after"], wanted: Mapping[str, dict[str, float]] | None = None) -> None:
         """Records the gauges once they are as `wanted` (None: once nothing is held), or when waiting has been long enough."""

@@ -20,7 +20,7 @@ def draw(records: Sequence[Record], picture: Path, title: str) -> None:
     _health(panels[1], records)
     _usage(panels[2], records, "threads", lambda usage: usage.threads)
     _usage(panels[3], records, "descriptors", lambda usage: usage.descriptors)
-    _usage(panels[4], records, "resident MiB", lambda usage: usage.resident_bytes / 2**20)
+    _usage(panels[4], records, "resident MiB\nwithout keys and values", lambda usage: usage.own_bytes / 2**20)
     for panel in panels:
         panel.set_ylim(bottom=0)
         panel.grid(visible=True, alpha=0.3)

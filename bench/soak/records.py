@@ -116,6 +116,13 @@ class Usage(Record, frozen=True):
     threads: int
     descriptors: int
     resident_bytes: int
+    kv_bytes: int = 0
+    """Of them, the memory for keys and values, which is reserved from the start and becomes resident where it is used first."""
+
+    @property
+    def own_bytes(self) -> int:
+        """Resident, without keys and values."""
+        return self.resident_bytes - self.kv_bytes
 
 
 class Ended(Record, frozen=True):

@@ -69,12 +69,12 @@ def _processes(records: Sequence[Record]) -> list[str]:
     """Threads, descriptors and memory of each process that lived long enough, in a row."""
     lines = [
         "",
-        "| process | lulls | threads | grown | descriptors | grown | resident MiB | grown |",
+        "| process | lulls | threads | grown | descriptors | grown | resident MiB without keys and values | grown |",
         "|---|---|---|---|---|---|---|---|",
     ]
     by_process: dict[tuple[str, int], list[str]] = {}
     for growth in growths(records):
-        factor = 2**-20 if growth.quantity == "resident_bytes" else 1
+        factor = 2**-20 if growth.quantity == "own_bytes" else 1
         cells = by_process.setdefault((growth.service, growth.pid), [str(growth.lulls)])
         cells += [f"{growth.level * factor:.0f}", f"{growth.grown * factor:+.1f}"]
     return lines + [f"| {service} | {' | '.join(cells)} |" for (service, _), cells in sorted(by_process.items())]

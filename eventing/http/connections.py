@@ -8,6 +8,7 @@ import socket
 import ssl
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,7 +19,9 @@ from eventing.http.exchange import HttpReply, exchange
 from eventing.wire.cloud_event import Buffer
 
 IDLE_SECONDS: Final = 15.0
-"""A connection unused for longer is not used again. Shorter than any keep-alive limit of what listens behind it."""
+"""A connection unused for longer is not used again, and closed. Shorter than any keep-alive limit of what listens behind it."""
+_LOOK_SECONDS: Final = 1.0
+"""Between looks at what has been idle for too long, where the pool is in use."""
 
 
 class NoFreeConnection(Exception):
@@ -85,7 +88,7 @@ class Connection:
 @dataclass(slots=True, eq=False)
 class _Host:
     slots: threading.BoundedSemaphore
-    idle: list[tuple[float, Connection]] = field(default_factory=list)
+    idle: deque[tuple[float, Connection]] = field(default_factory=deque)
     """When it became idle, and the connection; the last one used is last."""
     users: int = 0
     used: set[Connection] = field(default_factory=set)
@@ -100,6 +103,7 @@ class ConnectionPool:
         self._lock = threading.Lock()
         self._hosts: dict[Origin, _Host] = {}
         self._closed = False
+        self._looked_at = time.monotonic()
 
     @contextmanager
     def connection(self, origin: Origin, wait_seconds: float) -> Iterator[Connection]:
@@ -124,6 +128,7 @@ class ConnectionPool:
         finally:
             with self._lock:
                 host.users -= 1
+                self._close_old()
 
     def close(self) -> None:
         """Closes the idle connections, and breaks those in use, so that nobody waits for a reply any more."""
@@ -138,17 +143,20 @@ class ConnectionPool:
         with self._lock:
             host = self._hosts.get(origin)
             if host is None:
-                self._forget_old_hosts()
                 host = self._hosts[origin] = _Host(threading.BoundedSemaphore(self._max_connections))
             host.users += 1
             return host
 
-    def _forget_old_hosts(self) -> None:
-        """Pods come and go: a host nobody has talked to for IDLE_SECONDS is dropped."""
-        oldest = time.monotonic() - IDLE_SECONDS
+    def _close_old(self) -> None:
+        """What was needed at once, and is not any more: of those below the last used nobody takes one. And pods come and go."""
+        now = time.monotonic()
+        if now - self._looked_at < _LOOK_SECONDS:
+            return
+        self._looked_at = now
         for origin, host in list(self._hosts.items()):
-            if not host.users and all(since < oldest for since, _ in host.idle):
-                _close_all(host)
+            while host.idle and host.idle[0][0] < now - IDLE_SECONDS:
+                host.idle.popleft()[1].close()
+            if not host.users and not host.idle:
                 del self._hosts[origin]
 
     def _take(self, host: _Host, origin: Origin) -> Connection:

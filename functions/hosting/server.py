@@ -21,7 +21,7 @@ from functions.hosting.limits import BodyBudget, Limits
 from functions.hosting.poller import Door, Poller
 from functions.hosting.reply import Reply
 from functions.hosting.request_reader import BadRequest, ClientClosed, RequestReader
-from functions.hosting.workers import Workers
+from functions.threads.pool import ThreadPool
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
@@ -129,9 +129,9 @@ class _Serving:
         self._service = service
         self._limits = limits
         self._budget = BodyBudget(service.request_bytes)
-        self._clients: Workers[Connection] = Workers(service.threads, self._serve_client, "request")
-        self._probes: Workers[Connection] = Workers(1, self._serve_for_platform, "probe")
-        self._managers: Workers[Connection] = Workers(1, self._serve_for_platform, "management")
+        self._clients = ThreadPool(service.threads, "request")
+        self._probes = ThreadPool(1, "probe")
+        self._managers = ThreadPool(1, "management")
 
     def door(self, host: str, listener: socket.socket, most_waiting: int, *, management: bool) -> Door:
         port = _port(listener)
@@ -141,21 +141,24 @@ class _Serving:
             return RequestReader(_no_body if management else self._admit, self._budget, base)
 
         if management:
-            return Door(listener, most_waiting, read, lambda _: self._managers.waiting < most_waiting, self._managers.submit)
+            return Door(listener, most_waiting, read, lambda _: self._managers.waiting < most_waiting, self._manage)
         return Door(listener, most_waiting, read, self._takes, self._dispatch)
 
     def _admit(self, environ: dict[str, Any]) -> int:
         return 0 if environ["PATH_INFO"] in PROBES else self._service.admit(environ)
 
     def _takes(self, connection: Connection) -> bool:
-        workers = self._workers(connection)
-        return workers.waiting < _WAITING_REQUESTS
+        pool = self._probes if _is_probe(connection) else self._clients
+        return pool.waiting < _WAITING_REQUESTS
 
     def _dispatch(self, connection: Connection) -> None:
-        self._workers(connection).submit(connection)
+        if _is_probe(connection):
+            self._probes.submit(self._serve_for_platform, connection)
+        else:
+            self._clients.submit(self._serve_client, connection)
 
-    def _workers(self, connection: Connection) -> Workers[Connection]:
-        return self._probes if _is_probe(connection) else self._clients
+    def _manage(self, connection: Connection) -> None:
+        self._managers.submit(self._serve_for_platform, connection)
 
     def _serve_client(self, connection: Connection) -> None:
         self._serve(connection, self._answer_client)

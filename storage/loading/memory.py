@@ -1,4 +1,4 @@
-"""Memory that weights are read into."""
+"""Memory that weights are read into, and keys and values are kept in."""
 
 import ctypes
 import functools
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Final
 
 _MADV_POPULATE_WRITE: Final = 23  # madvise(2), Linux 5.14
+_LOOKED_AT_ONCE_BYTES: Final = 2**30
 
 
 def new_memory(size: int) -> memoryview:
@@ -25,6 +26,33 @@ def populate(part: memoryview) -> None:
     """
     if (madvise := _madvise()) is not None:
         madvise(ctypes.addressof(ctypes.c_char.from_buffer(part)), len(part), _MADV_POPULATE_WRITE)
+
+
+def resident_bytes(address: int, size: int) -> int:
+    """How much of the memory at `address`, a page's boundary, has been touched and is in RAM; 0 where that is not known.
+
+    Takes about a millisecond for each GiB that is there.
+    """
+    if (mincore := _mincore()) is None:
+        return 0
+    pages = 0
+    for done in range(0, size, _LOOKED_AT_ONCE_BYTES):
+        count = -(-min(_LOOKED_AT_ONCE_BYTES, size - done) // mmap.PAGESIZE)
+        seen = ctypes.create_string_buffer(count)
+        if mincore(address + done, count * mmap.PAGESIZE, seen) != 0:
+            return 0
+        pages += seen.raw.count(1)  # Linux leaves the other bits 0.
+    return min(size, pages * mmap.PAGESIZE)
+
+
+@functools.cache
+def _mincore() -> Callable[[int, int, ctypes.Array[ctypes.c_char]], int] | None:
+    """mincore(2)."""
+    if sys.platform != "linux":
+        return None
+    mincore = ctypes.CDLL(None).mincore
+    mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+    return mincore
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """A soak is judged from its records: each fault in them is found, and what a fault excuses is not held against anybody."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +11,7 @@ import msgspec
 import pytest
 
 from bench.soak.faults import answers, victims_at
-from bench.soak.growth import growths
+from bench.soak.growth import QUANTITIES, growths
 from bench.soak.hostile import KINDS
 from bench.soak.judge import late, unexplained, wrong
 from bench.soak.observe import Observer
@@ -53,12 +55,14 @@ def rest(t: float, moment: Any) -> list[Record]:
 
 
 def usages() -> list[Record]:
-    """Up and down with the hostile clients, and back to the same at every lull."""
+    """Up and down with the hostile clients, and back to the same at every lull; what is reserved for KV fills."""
     found: list[Record] = []
     for second in range(10, 910):
         busy = (second - 10) % ROUND < 40
         for pid, service in enumerate(SERVICES):
-            found.append(Usage(second, service, pid, 700 if busy else 40, 900 if busy else 30, (300 if busy else 200) * MIB))
+            kv = 0 if service == GATEWAY else second * MIB // 8
+            resident = (300 if busy else 200) * MIB + kv
+            found.append(Usage(second, service, pid, 700 if busy else 40, 900 if busy else 30, resident, kv))
     return found
 
 
@@ -149,7 +153,8 @@ SPOILT = {
     ),
     "threads": Spoilt("threads of every process", leaking("threads", 0.02)),
     "descriptors": Spoilt("descriptors of every process", leaking("descriptors", 0.05, "stage 0")),
-    "memory": Spoilt("resident memory of every process", leaking("resident_bytes", MIB / 20, "stage 1")),
+    "memory": Spoilt("resident memory, without", leaking("resident_bytes", MIB / 20, "stage 1")),
+    "memory of the gateway": Spoilt("resident memory, without", leaking("resident_bytes", MIB / 20)),
     "a process never seen": Spoilt("threads of every process", without(Usage, lambda r: r.service == "stage 1")),
     "late": Spoilt("/healthz", more(Health(500, GATEWAY, 200, 1.2))),
     "sick": Spoilt("/healthz", more(Health(500, GATEWAY, 503, 0.1))),
@@ -277,3 +282,43 @@ def test_the_start_is_taken_once_nothing_is_held() -> None:
     assert not observer._rests({**idle, "stage 1": {}}, None)
     assert not observer._rests({GATEWAY: idle[GATEWAY]}, None)
     assert not observer._rests({**idle, "stage 1": {FREE: 3.0, HELD: 0.0}}, idle)
+
+
+_LEAKS = """
+import os, sys, threading
+kept, quantity = [], sys.argv[1]
+print("ready", flush=True)
+for line in sys.stdin:
+    if quantity == "threads":
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+    elif quantity == "descriptors":
+        kept += os.pipe()
+    elif quantity == "own_bytes":
+        kept.append(b"x" * 2**20)
+    print("done", flush=True)
+"""
+
+
+@pytest.mark.parametrize("leaked", [*QUANTITIES, "nothing"])
+def test_a_process_that_leaks_is_found_and_no_other(leaked: str, tmp_path: Path) -> None:
+    """Looked at as in a soak, 28 times; the clock alone is not the real one."""
+    command = [sys.executable, "-c", _LEAKS, leaked]
+    with (
+        Recorder(tmp_path / "soak.jsonl") as recorder,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+        observer = Observer(platform=None, plan=plan(60), recorder=recorder)  # type: ignore[arg-type]
+        for _ in range(28):
+            print(file=process.stdin, flush=True)
+            process.stdout.readline()
+            observer._look(GATEWAY, {"restarts": 0, "name": "it", "pid": process.pid})
+        process.stdin.close()
+    looks = of(Usage, read_records(tmp_path / "soak.jsonl"))
+    began = Began(0, 900, (GATEWAY,), "a model", 4, 6.0)
+    at_lulls = [msgspec.structs.replace(look, t=number * 30.0 + 29) for number, look in enumerate(looks)]
+    lulls = [Lull(number * 30.0, number * 30.0 + 30) for number in range(28)]
+    found = growths([began, *at_lulls, *lulls])
+    assert [growth.quantity for growth in found if not growth.flat] == [leaked] * (leaked != "nothing")

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
 from typing import Final
@@ -45,11 +44,12 @@ from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.instances import Endpoint, Instance
 from functions.gateway.stages.routes import Placement
 from functions.gateway.stages.trip import Trip, walk
+from functions.threads.pool import ThreadPool
 
 _log = logging.getLogger(__name__)
 
 _THREADS: Final = 512
-"""At most: one for each event on its way. They are made when they are needed."""
+"""At most: one for each event on its way. They are made when they are needed, and end when they are not."""
 _LOOK_AGAIN_SECONDS: Final = 5.0
 """The clock looks at least so often, whatever is due, and whatever a deadline says."""
 _STUCK_SECONDS: Final = 30.0
@@ -88,8 +88,8 @@ class Scheduler:
         self._failed_in_a_row = 0
         self._clock_looked_at = time.monotonic()
         self._clock_looks_at = math.inf
-        self._trips = ThreadPoolExecutor(_THREADS, "trip")
-        self._calls = ThreadPoolExecutor(_THREADS, "call")
+        self._trips = ThreadPool(_THREADS, "trip")
+        self._calls = ThreadPool(_THREADS, "call")
         """For what a thread of the other pool waits for, so that they cannot wait for each other."""
         self._clock = threading.Thread(target=self._tick, name="scheduler-clock", daemon=True)
         self._clock.start()
@@ -162,8 +162,8 @@ class Scheduler:
             self._closed = True
             self._changed.notify_all()
         self._clock.join(_CLOSE_SECONDS)
-        self._trips.shutdown(wait=False)
-        self._calls.shutdown(wait=False)
+        self._trips.shutdown()
+        self._calls.shutdown()
 
     def stats(self) -> Stats:
         """How it stands now."""
@@ -262,10 +262,7 @@ class Scheduler:
         for action in () if self._closed else actions:
             if isinstance(action, Walk):
                 self._walked.add(action.trip)
-            try:
-                self._trips.submit(self._guarded, action)
-            except RuntimeError as error:  # It is queued all the same, for a thread that is there.
-                _log.error("no thread more for a %s: %s", type(action).__name__, error)
+            self._trips.submit(self._guarded, action)
         due = self._next_due()
         if (due is not None and due < self._clock_looks_at) or not self._board.sequences:
             self._changed.notify_all()

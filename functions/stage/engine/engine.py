@@ -85,6 +85,11 @@ class Engine:
         return self._group.kv.free_tokens
 
     @property
+    def kv_resident_bytes(self) -> int:
+        """Of the memory for keys and values, what has been used once."""
+        return self._group.kv.resident_bytes
+
+    @property
     def sequences(self) -> int:
         """Sequences that have KV reserved."""
         return len(self._sequences)

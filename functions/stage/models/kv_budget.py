@@ -30,6 +30,10 @@ class KVBudget:
     def free_tokens(self) -> int:
         return self._capacity_tokens - self._reserved_tokens
 
+    @property
+    def resident_bytes(self) -> int:
+        return 0
+
     def reserve(self, tokens: int) -> int:
         if self.taken(tokens) > self.free_tokens:
             raise KVCacheFull(tokens, self.free_tokens)

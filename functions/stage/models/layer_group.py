@@ -34,6 +34,10 @@ class KVCache(Protocol):
     def free_tokens(self) -> int:
         """Tokens that can still be reserved."""
 
+    @property
+    def resident_bytes(self) -> int:
+        """How much of its memory has ever been used, and is the process's since; 0 where that is not known. Any thread's."""
+
     def reserve(self, tokens: int) -> int:
         """A handle with room for `tokens`, which can never run out. Raises KVCacheFull."""
 

@@ -53,8 +53,13 @@ class StageMetrics(FunctionMetrics):
         for status in statistics.rows:
             self.rows.labels(str(status)).inc()
 
-    def watch(self, free_tokens: Callable[[], float], sequences: Callable[[], float]) -> None:
+    def watch(
+        self, free_tokens: Callable[[], float], sequences: Callable[[], float], kv_resident_bytes: Callable[[], float]
+    ) -> None:
         """Reads the engine whenever the metrics are read."""
         registry = self.registry
         Gauge("lamina_stage_free_tokens", "KV tokens that can still be reserved", registry=registry).set_function(free_tokens)
         Gauge("lamina_stage_sequences", "Sequences that hold KV", registry=registry).set_function(sequences)
+        Gauge(
+            "lamina_stage_kv_resident_bytes", "Of LAMINA_KV_CACHE_BYTES, what has been used once", registry=registry
+        ).set_function(kv_resident_bytes)

@@ -317,9 +317,32 @@ def test_nothing_is_sent_once_closed(sender: Sender) -> None:
 
 
 def test_hosts_nobody_talks_to_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eventing.http.connections.IDLE_SECONDS", 0.0)
+    monkeypatch.setattr("eventing.http.connections._LOOK_SECONDS", 0.0)
     pool = ConnectionPool(max_connections_per_host=2)
     for port in range(1, 50):
         with pool.connection(Origin(False, "127.0.0.1", port), 1) as connection:
             assert connection.sock is None
-    assert len(pool._hosts) == 1
+    assert not pool._hosts
+
+
+def test_connections_of_a_burst_are_closed_though_their_host_is_asked_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One at a time takes the connection that was used last, and never looks at those below it."""
+    monkeypatch.setattr("eventing.http.connections.IDLE_SECONDS", 0.5)
+    monkeypatch.setattr("eventing.http.connections._LOOK_SECONDS", 0.1)
+    everyone = threading.Barrier(8)
+
+    def together(exchange: Exchange) -> None:
+        if exchange.path == "/burst":
+            everyone.wait(20)
+        exchange.answer(200, b"")
+
+    with Sender(connect_timeout_seconds=1.0, max_connections_per_host=8) as sender, serving(together) as server:
+        with ThreadPoolExecutor(8) as clients:
+            list(clients.map(lambda _: sender.send(server.url + "burst", {}, [], 20), range(8)))
+        (host,) = sender._pool._hosts.values()
+        assert len(host.idle) == 8
+        until = time.monotonic() + 20
+        while len(host.idle) > 1 and time.monotonic() < until:
+            sender.send(server.url, {}, [], 5)
+        assert len(host.idle) == 1
+        assert server.connections == 8

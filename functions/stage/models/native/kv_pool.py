@@ -9,7 +9,7 @@ from functions.stage.models.kv_layout import KVLayout
 from functions.stage.models.kv_ranges import KVRanges
 from functions.stage.native.limits import padded_head
 from functions.stage.native.records import BLOCK_TOKENS, Dtype
-from storage.loading.memory import new_memory
+from storage.loading.memory import new_memory, resident_bytes
 
 _NUMPY_DTYPES: Final = {Dtype.BF16: np.uint16, Dtype.F32: np.float32}
 
@@ -30,7 +30,12 @@ class NativeKVPool(KVRanges):
         shape = (num_layers, 2, num_kv_heads, self.capacity_tokens, padded_head(head_dim))
         memory = new_memory(self.bytes_per_token * self.capacity_tokens)
         self._layout = KVLayout(f"native {written_by}", num_layers, num_kv_heads, shape[-1] * numbers.itemsize, BLOCK_TOKENS)
-        self.layers: list[Array] = list(np.frombuffer(memory, numbers).reshape(shape))
+        self._arena = np.frombuffer(memory, numbers).reshape(shape)
+        self.layers: list[Array] = list(self._arena)
+
+    @property
+    def resident_bytes(self) -> int:
+        return resident_bytes(self._arena.ctypes.data, self._arena.nbytes)
 
     def arena(self, layer: int) -> tuple[Array, Array]:
         """All keys and all values of a layer, [num_kv_heads, capacity_tokens, padded head_dim] each: views."""

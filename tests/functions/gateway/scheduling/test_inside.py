@@ -91,7 +91,7 @@ def test_a_round_of_warm_ups_that_fails_is_not_the_last(monkeypatch: pytest.Monk
 def test_where_no_further_thread_can_start_those_that_are_there_do_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     with counting_stages() as stages, scheduling(stages) as scheduler:
         answers_of(scheduler, [[1, 2], [3]], max_tokens=2)
-        fails_once(scheduler._trips, "_adjust_thread_count", monkeypatch)
+        fails_once(scheduler._trips, "_start_thread", monkeypatch)
         answers_of(scheduler, [[1, 2], [3]], max_tokens=5)
         nothing_left(stages)
 

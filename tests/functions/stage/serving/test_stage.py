@@ -177,6 +177,7 @@ def test_probes_and_metrics(stages: list[FunctionProcess], first: Client) -> Non
         "lamina_stage_codec_seconds_count",
         "lamina_stage_free_tokens",
         "lamina_stage_sequences",
+        "lamina_stage_kv_resident_bytes",
         'lamina_startup_phase_seconds{phase="last_byte"}',
         "lamina_ready 1.0",
     ):
