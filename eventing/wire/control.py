@@ -5,6 +5,7 @@ from typing import Annotated, Final
 from msgspec import Meta, Struct, field
 
 from eventing.wire.events import MAX_POSITION, MAX_ROWS, Status
+from eventing.wire.prefix_chain import BLOCK_TOKENS, DIGEST_BYTES, Chain, unpacked
 
 LEASE_SECONDS: Final = 20.0
 """A stage frees what a gateway holds there that it has not heard of for so long: a gateway that was killed releases nothing."""
@@ -14,13 +15,29 @@ RENEWAL_SECONDS: Final = 5.0
 SequenceId = Annotated[str, Meta(min_length=1, max_length=128)]
 Attempt = Annotated[int, Meta(ge=0, lt=2**31)]
 
+PackedChain = Annotated[bytes, Meta(max_length=MAX_POSITION // BLOCK_TOKENS * DIGEST_BYTES)]
+"""Digests one behind the other, base64 in JSON, see `prefix_chain`."""
 
-class ReserveRow(Struct, frozen=True, forbid_unknown_fields=True):
+
+class ReserveRow(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """A sequence that wants room in a stage's KV cache."""
 
     id: SequenceId
     attempt: Attempt
     reserve_tokens: Annotated[int, Meta(ge=1, le=MAX_POSITION)]
+    chain: PackedChain = b""
+    """Of its tokens so far but the newest: what of them is held need not be computed. Empty: nothing is looked for."""
+    token_ids: Annotated[bytes, Meta(max_length=4 * MAX_POSITION)] = b""
+    """int32, little endian, those that `chain` covers: only where drawing depends on them (a penalty)."""
+
+    def __post_init__(self) -> None:
+        unpacked(self.chain)
+        if self.token_ids and len(self.token_ids) != 4 * BLOCK_TOKENS * len(self.digests):
+            raise ValueError(f"token_ids has {len(self.token_ids)} bytes, the chain covers {len(self.digests)} blocks")
+
+    @property
+    def digests(self) -> Chain:
+        return unpacked(self.chain)
 
 
 class ReserveRequest(Struct, frozen=True, forbid_unknown_fields=True):
@@ -29,12 +46,14 @@ class ReserveRequest(Struct, frozen=True, forbid_unknown_fields=True):
     rows: Annotated[tuple[ReserveRow, ...], Meta(min_length=1, max_length=MAX_ROWS)]
 
 
-class ReservedRow(Struct, frozen=True):
+class ReservedRow(Struct, frozen=True, omit_defaults=True):
     """`ok`, `full` or `stale`."""
 
     id: SequenceId
     attempt: Attempt
     status: Status
+    held: Annotated[int, Meta(ge=0, le=MAX_POSITION)] = 0
+    """Tokens of its chain that are held, so that its first row may begin there."""
 
 
 class ReserveReply(Struct, frozen=True):
@@ -43,11 +62,16 @@ class ReserveReply(Struct, frozen=True):
     rows: tuple[ReservedRow, ...]
 
 
-class ReleaseRow(Struct, frozen=True, forbid_unknown_fields=True):
+class ReleaseRow(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """A sequence that has ended: all its attempts up to this one are released."""
 
     id: SequenceId
     attempt: Attempt
+    chain: PackedChain = b""
+    """Of all its tokens but the newest: what is held of them may be remembered. Empty: that of its reservation counts."""
+
+    def __post_init__(self) -> None:
+        unpacked(self.chain)
 
 
 class ReleaseRequest(Struct, frozen=True, forbid_unknown_fields=True):

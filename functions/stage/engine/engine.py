@@ -10,24 +10,32 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from functools import partial
+from typing import Final, TypeVar
 
 import numpy as np
+from msgspec.structs import replace
 
 from eventing.problems import EventExpired
-from eventing.wire.control import LEASE_SECONDS, ReleaseRow, ReserveRow
+from eventing.wire.control import LEASE_SECONDS, ReleaseRow, ReservedRow, ReserveRow
 from eventing.wire.events import Batch, Row, Status, Want
+from eventing.wire.prefix_chain import BLOCK_TOKENS
 from functions.stage.engine.event_queue import Call, EventQueue, WaitingEvent
 from functions.stage.engine.forward_pass import ForwardPass, Part
 from functions.stage.engine.leases import Leases
+from functions.stage.engine.remembered import Remembered
 from functions.stage.engine.row_checks import check_event
 from functions.stage.engine.sequences import SequenceTable
 from functions.stage.engine.threads import PassThreads
+from functions.stage.engine.tiers import Gone, Tier, Wanted
 from functions.stage.engine.wire_tensors import wire_tensor
 from functions.stage.models.floats import DTYPES
+from functions.stage.models.kv_ranges import KVRanges
 from functions.stage.models.layer_group import LayerGroup
 
 _log: Final = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +59,8 @@ class Engine:
 
     num_stages: of the pipeline; bounds merging (see EventQueue). max_merge: most events in one pass.
     idle_sequence_seconds: a sequence not heard of for so long is released. lease_seconds: so is all of a source of which
-    nothing at all was heard. threads: of a pass; None: as the group has it. clock: seconds since the epoch, by which
-    events expire and sequences are idle.
+    nothing at all was heard. threads: of a pass; None: as the group has it. tiers: asked, in this order, for what
+    memory does not hold. clock: seconds since the epoch, by which events expire and sequences are idle.
     """
 
     def __init__(
@@ -64,6 +72,7 @@ class Engine:
         idle_sequence_seconds: float,
         lease_seconds: float = LEASE_SECONDS,
         threads: PassThreads | None = None,
+        tiers: Sequence[Tier] = (),
         clock: Callable[[], float] = time.time,
         on_pass: Callable[[PassStatistics], None] = _ignore,
     ) -> None:
@@ -76,13 +85,14 @@ class Engine:
         self._leases = Leases(lease_seconds)
         self._look_seconds = min(self._leases.look_seconds, idle_sequence_seconds / 10)
         self._threads = threads
+        self._tiers = tuple(tiers)
         self._pass_began: float | None = None
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
 
     @property
     def free_tokens(self) -> int:
         """KV tokens that can still be reserved."""
-        return self._group.kv.free_tokens
+        return self._sequences.memory.free_tokens
 
     @property
     def kv_resident_bytes(self) -> int:
@@ -128,21 +138,50 @@ class Engine:
         self._queue.put(event)
         return event.reply.result()
 
-    def reserve(self, rows: Sequence[ReserveRow], *, source: str) -> list[Status]:
-        """ok, full, stale or invalid for each; the reserved ones stay reserved if others do not fit. Raises NotReady."""
+    def reserve(self, rows: Sequence[ReserveRow], *, source: str) -> list[ReservedRow]:
+        """ok, full, stale or invalid for each, and what is held; the reserved ones stay reserved if others do not fit.
+
+        What memory does not hold the tiers are asked for, in this thread. Raises NotReady.
+        """
         self._leases.heard(source)
-        call = Call(lambda: [self._sequences.reserve(row, source) for row in rows])
+        reserved = self._call(lambda: [self._sequences.reserve(row, source) for row in rows])
+        return [self._restored(row, own, source) for row, own in zip(rows, reserved, strict=True)]
+
+    def with_memory(self, action: Callable[[Remembered], T]) -> T:
+        """Runs `action` on the engine's thread, between two passes: what is remembered can be read there. Raises NotReady."""
+        return self._call(lambda: action(self._sequences.memory))
+
+    def _restored(self, row: ReserveRow, reserved: ReservedRow, source: str) -> ReservedRow:
+        for tier in self._tiers:
+            if reserved.status is not Status.OK or reserved.held >= BLOCK_TOKENS * len(row.digests):
+                break
+            wanted = Wanted(row.digests, reserved.held, partial(self._at, row, source))
+            try:
+                held = tier.restore(wanted)
+            except Gone:
+                break
+            reserved = replace(reserved, held=max(held, reserved.held))
+        return reserved
+
+    def _at(self, row: ReserveRow, source: str, action: Callable[[KVRanges, int], int]) -> int:
+        def act() -> int:
+            handle = self._sequences.handle(row.id, row.attempt, source)
+            if handle is None or not isinstance(self._group.kv, KVRanges):
+                raise Gone(row.id)
+            return action(self._group.kv, handle)
+
+        return self._call(act)
+
+    def _call(self, action: Callable[[], T]) -> T:
+        call = Call(action)
         self._queue.call(call)
-        statuses: list[Status] = call.reply.result()
-        return statuses
+        result: T = call.reply.result()
+        return result
 
     def release(self, rows: Sequence[ReleaseRow], *, source: str) -> int:
         """How many sequences were released; an unknown one is no error. No rows: `source` lives. Raises NotReady."""
         self._leases.heard(source)
-        call = Call(lambda: sum(self._release(row, source) for row in rows))
-        self._queue.call(call)
-        released: int = call.reply.result()
-        return released
+        return self._call(lambda: sum(self._release(row, source) for row in rows))
 
     def warm_up(self) -> None:
         """Runs one token through everything, so that the first event finds all kernels ready."""

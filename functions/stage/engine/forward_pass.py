@@ -137,8 +137,7 @@ class ForwardPass:
                 continue
             span = slice(offsets[index], offsets[index + 1])
             if self._is_last:
-                del sequence.token_ids[row.position :]
-                sequence.token_ids.extend(batch.token_ids[span])
+                _put(sequence.token_ids, row.position, batch.token_ids[span])
             part.computed.append(_Computed(index, row, sequence, span))
 
     def _forward(self, parts: Sequence[Part]) -> Array | None:
@@ -214,6 +213,13 @@ class ForwardPass:
             some = slice(first, first + _LOGITS_AT_ONCE)
             found += log_probabilities(self._group.logits(predicting[some]), predicted[some])
         return tuple(found)
+
+
+def _put(token_ids: "array[int]", position: int, new: memoryview) -> None:
+    """Where tokens before it were not computed here, and nobody said which they are, no draw depends on them: zeros do."""
+    del token_ids[position:]
+    token_ids.extend([0] * (position - len(token_ids)))
+    token_ids.extend(new)
 
 
 def _drawing(row: _Computed, logits: Float32) -> Drawing:

@@ -8,8 +8,10 @@ from array import array
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 
-from eventing.wire.control import ReleaseRow, ReserveRow
+from eventing.wire.control import ReleaseRow, ReservedRow, ReserveRow
 from eventing.wire.events import Row, Status
+from eventing.wire.prefix_chain import Chain, unpacked
+from functions.stage.engine.remembered import Remembered
 from functions.stage.models.layer_group import KVCache, KVCacheFull
 
 
@@ -21,7 +23,7 @@ class SequenceState:
     handle: int
     last_seen: float
     token_ids: "array[int]" = field(default_factory=lambda: array("i"))
-    """The tokens held, for the repetition penalty; kept by the last stage only."""
+    """The tokens held, for penalties; kept by the last stage only. Of what was not computed here it knows what it was told."""
 
 
 class Refusal(Exception):
@@ -39,6 +41,7 @@ class SequenceTable:
 
     def __init__(self, kv: KVCache, idle_seconds: float, clock: Callable[[], float]) -> None:
         self._kv = kv
+        self.memory = Remembered(kv)
         self._idle_seconds = idle_seconds
         self._clock = clock
         self._sequences: dict[str, SequenceState] = {}
@@ -49,7 +52,7 @@ class SequenceTable:
     def admit(self, row: Row, source: str) -> SequenceState:
         """The sequence, its KV cut to the row's position, with room for the row. Raises Refusal."""
         if row.reserve_tokens is not None and row.position == 0:
-            sequence = self._reserve(row.id, row.attempt, row.reserve_tokens, source)
+            sequence = self._reserve(row.id, row.attempt, row.reserve_tokens, source, ())
         else:
             sequence = self._known(row)
             self._begin_attempt(row.id, sequence, row.attempt, source)
@@ -62,20 +65,29 @@ class SequenceTable:
         self._kv.truncate(sequence.handle, row.position)
         return sequence
 
-    def reserve(self, wanted: ReserveRow, source: str) -> Status:
-        """Idempotent: the same sequence and attempt may ask again."""
+    def reserve(self, wanted: ReserveRow, source: str) -> ReservedRow:
+        """Idempotent: the same sequence and attempt may ask again, and is told what is held by then."""
+        chain = wanted.digests
         try:
-            self._reserve(wanted.id, wanted.attempt, wanted.reserve_tokens, source)
+            sequence = self._reserve(wanted.id, wanted.attempt, wanted.reserve_tokens, source, chain)
         except Refusal as refusal:
-            return refusal.status
-        return Status.OK
+            return ReservedRow(wanted.id, wanted.attempt, refusal.status)
+        if wanted.token_ids:
+            sequence.token_ids = array("i", wanted.token_ids)
+        return ReservedRow(wanted.id, wanted.attempt, Status.OK, self.memory.fill(sequence.handle, chain))
+
+    def handle(self, id_: str, attempt: int, source: str) -> int | None:
+        """Of a sequence that is in just that attempt."""
+        sequence = self._sequences.get(id_)
+        known = sequence is not None and (sequence.attempt, sequence.source) == (attempt, source)
+        return sequence.handle if known and sequence is not None else None
 
     def release(self, release: ReleaseRow, source: str) -> bool:
         """Whether there was something to release."""
         sequence = self._sequences.get(release.id)
         if sequence is None or sequence.source != source or sequence.attempt > release.attempt:
             return False
-        self._drop(release.id)
+        self._end(release.id, unpacked(release.chain))
         return True
 
     def sources(self) -> set[str]:
@@ -87,7 +99,7 @@ class SequenceTable:
         oldest = self._clock() - self._idle_seconds
         over = [id_ for id_, one in self._sequences.items() if one.last_seen < oldest or one.source in gone]
         for id_ in over:
-            self._drop(id_)
+            self._end(id_)
         return len(over)
 
     def _known(self, row: Row) -> SequenceState:
@@ -96,33 +108,34 @@ class SequenceTable:
         except KeyError:
             raise Refusal(Status.MISS, held=0) from None
 
-    def _reserve(self, id_: str, attempt: int, tokens: int, source: str) -> SequenceState:
+    def _reserve(self, id_: str, attempt: int, tokens: int, source: str, chain: Chain) -> SequenceState:
         sequence = self._sequences.get(id_)
         if sequence is not None:
-            self._begin_attempt(id_, sequence, attempt, source)
+            self._begin_attempt(id_, sequence, attempt, source, chain)
             if tokens <= self._kv.reserved(sequence.handle):
                 return sequence
             # It asks for more than before: what it had goes, and what it held with it.
-            self._drop(id_)
+            self.memory.drop(self._sequences.pop(id_).handle)
         if tokens > self._kv.capacity_tokens:
             reason = f"{tokens} tokens to reserve will never fit: this stage's KV cache has {self._kv.capacity_tokens}"
             raise Refusal(Status.INVALID, reason=reason)
         try:
-            handle = self._kv.reserve(tokens)
+            handle = self.memory.reserve(tokens, chain)
         except KVCacheFull as full:
             raise Refusal(Status.FULL, held=0, reason=str(full)) from full
         self._sequences[id_] = SequenceState(source, attempt, handle, self._clock())
         return self._sequences[id_]
 
-    def _begin_attempt(self, id_: str, sequence: SequenceState, attempt: int, source: str) -> None:
+    def _begin_attempt(self, id_: str, sequence: SequenceState, attempt: int, source: str, chain: Chain = ()) -> None:
+        """chain: what a newer attempt may keep of what an older one held."""
         if sequence.source != source:
             raise Refusal(Status.INVALID, reason=f"the id {id_!r} is in use by another source")
         if attempt < sequence.attempt:
             raise Refusal(Status.STALE)
         if attempt > sequence.attempt:
             sequence.attempt = attempt
-            self._kv.truncate(sequence.handle, 0)
+            self.memory.keep(sequence.handle, chain)
         sequence.last_seen = self._clock()
 
-    def _drop(self, id_: str) -> None:
-        self._kv.release(self._sequences.pop(id_).handle)
+    def _end(self, id_: str, chain: Chain = ()) -> None:
+        self.memory.end(self._sequences.pop(id_).handle, chain)

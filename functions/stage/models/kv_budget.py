@@ -60,6 +60,12 @@ class KVBudget:
         reservation = self._reservations[handle]
         reservation.length = min(reservation.length, length)
 
+    def resize(self, handle: int, tokens: int) -> None:
+        """It has `tokens` reserved from now on; whether there is room for more is the caller's to know."""
+        reservation = self._reservations[handle]
+        self._reserved_tokens += self.taken(tokens) - self.taken(reservation.tokens)
+        reservation.tokens = tokens
+
     def release(self, handle: int) -> None:
         self._reserved_tokens -= self.taken(self._reservations.pop(handle).tokens)
         self._released_handles.append(handle)

@@ -51,6 +51,72 @@ class KVRanges(KVBudget):
         super().release(handle)
         del self._starts[handle]
 
+    def shrink(self, handle: int, tokens: int) -> None:
+        """Gives back what is reserved beyond `tokens`, and drops what is held there."""
+        self.truncate(handle, tokens)
+        self.resize(handle, min(tokens, self.reserved(handle)))
+
+    def grow(self, handle: int, tokens: int) -> bool:
+        """Reserves `tokens` where its range is, if there is room behind it."""
+        start = self._starts[handle]
+        end = min((other for other in self._starts.values() if other > start), default=self.capacity_tokens)
+        if self.taken(tokens) > end - start:
+            return False
+        self.resize(handle, max(tokens, self.reserved(handle)))
+        return True
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """`target` holds the first `tokens` of what `source` holds, which are whole blocks, and nothing behind them."""
+        self.truncate(target, 0)
+        first, into = self._starts[source], self._starts[target]
+        for layer in self.layers:
+            layer[:, :, into : into + tokens] = layer[:, :, first : first + tokens]
+        self.extend(target, tokens)
+
+    def to_drop(self, tokens: int, oldest_first: Sequence[int]) -> list[int]:
+        """Which of these ranges to release so that `tokens` can be reserved; none where that needs none, or all are too few.
+
+        Of those that lie side by side, with holes between them, the oldest: then nothing must be moved. Where others lie
+        between all that is old enough, the oldest by themselves, and `reserve` moves.
+        """
+        wanted = self.taken(tokens)
+        room = self.free_tokens + sum(self.taken(self.reserved(handle)) for handle in oldest_first)
+        if room < wanted or self._hole(wanted) is not None:
+            return []
+        return self._side_by_side(wanted, oldest_first) or self._oldest(wanted, oldest_first)
+
+    def _oldest(self, wanted: int, oldest_first: Sequence[int]) -> list[int]:
+        dropped: list[int] = []
+        room = self.free_tokens
+        for handle in oldest_first:
+            if room >= wanted:
+                break
+            dropped.append(handle)
+            room += self.taken(self.reserved(handle))
+        return dropped
+
+    def _side_by_side(self, wanted: int, oldest_first: Sequence[int]) -> list[int]:
+        """Those of one window of `wanted` tokens, of all windows the one whose newest is the oldest; empty: there is none."""
+        ages = {handle: age for age, handle in enumerate(oldest_first)}
+        ranges = [*self._by_start(), (-1, self.capacity_tokens)]
+        best: list[int] = []
+        newest = len(ages)
+        end = 0
+        for first, (handle, _) in enumerate(ranges):
+            window: list[int] = []
+            for other, start in ranges[first:]:
+                if start - end >= wanted:
+                    age = max(ages[each] for each in window)
+                    if age < newest:
+                        best, newest = window, age
+                    break
+                if ages.get(other, newest) >= newest:
+                    break
+                window.append(other)
+            if handle >= 0:
+                end = self._starts[handle] + self.taken(self.reserved(handle))
+        return best
+
     def start(self, handle: int) -> int:
         """Where in the arena a sequence's tokens begin."""
         return self._starts[handle]

@@ -15,7 +15,6 @@ from eventing.wire.cloud_event import batch_data, batch_event, check_not_expired
 from eventing.wire.control import (
     ReleaseReply,
     ReleaseRequest,
-    ReservedRow,
     ReserveReply,
     ReserveRequest,
     WarmupReply,
@@ -110,8 +109,7 @@ class EventHandlers:
     def _reserve(self, event: CloudEvent, _: Durations) -> CloudEvent:
         rows = json_data(event, ReserveRequest).rows
         engine = self._readiness.engine()
-        statuses = engine.reserve(rows, source=event.get_source())
-        reserved = (ReservedRow(row.id, row.attempt, status) for row, status in zip(rows, statuses, strict=True))
+        reserved = engine.reserve(rows, source=event.get_source())
         return self._json_reply(event, ReserveReply(tuple(reserved)), engine)
 
     def _release(self, event: CloudEvent, _: Durations) -> CloudEvent:

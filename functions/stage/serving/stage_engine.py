@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from eventing.wire.control import ReleaseRow, ReserveRow
-from eventing.wire.events import Batch, Status
+from eventing.wire.control import ReleaseRow, ReservedRow, ReserveRow
+from eventing.wire.events import Batch
 
 
 class StageEngine(Protocol):
@@ -15,7 +15,7 @@ class StageEngine(Protocol):
 
     def handle(self, batch: Batch, *, source: str, expires_at: float | None = None) -> Batch: ...
 
-    def reserve(self, reservations: Sequence[ReserveRow], *, source: str) -> list[Status]: ...
+    def reserve(self, reservations: Sequence[ReserveRow], *, source: str) -> list[ReservedRow]: ...
 
     def release(self, releases: Sequence[ReleaseRow], *, source: str) -> int: ...
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from eventing.wire.control import ReserveRow
 from eventing.wire.events import Batch, Row, Sampling, Status, Want
 from functions.stage.engine.engine import Engine
 from functions.stage.models.build import Kind, build_layer_group
@@ -78,6 +79,11 @@ def engines(groups: Sequence[LayerGroup], **settings: Any) -> Iterator[list[Engi
     finally:
         for engine in started:
             engine.stop(drain=False)
+
+
+def reserved(engine: Engine, rows: Sequence[ReserveRow], *, source: str = "gateway") -> list[Status]:
+    """What becomes of each row's reservation."""
+    return [row.status for row in engine.reserve(rows, source=source)]
 
 
 def batch(rows: Sequence[Row], token_ids: Sequence[int]) -> Batch:

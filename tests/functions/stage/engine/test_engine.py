@@ -15,7 +15,7 @@ from eventing.wire.events import Batch, Row, Status, Want
 from functions.stage.engine.engine import Engine, PassStatistics
 from functions.stage.engine.event_queue import EventQueue, WaitingEvent
 from tests.support.functions.counting_group import CountingGroup, Poisoned
-from tests.support.functions.stage_pipeline import batch, engines
+from tests.support.functions.stage_pipeline import batch, engines, reserved
 
 GATEWAY = "gateway"
 DEADLINE_SECONDS = 30
@@ -225,7 +225,7 @@ def test_idle_sequences_expire_and_those_heard_of_do_not() -> None:
         clock.now += 50
         assert token(people.send(step("a", 1, 1))) == 2
         clock.now += 20
-        assert people.engine.reserve([ReserveRow("c", 0, 90)], source=GATEWAY) == [Status.OK]
+        assert reserved(people.engine, [ReserveRow("c", 0, 90)], source=GATEWAY) == [Status.OK]
         assert people.engine.free_tokens == 0
         assert answer(people.send(step("b", 1, 1))).status is Status.MISS
 

@@ -15,7 +15,7 @@ from functions.stage.engine.engine import Engine
 from functions.stage.engine.wire_tensors import hidden_array, wire_tensor
 from functions.stage.models.floats import Array, Float32
 from tests.support.functions.counting_group import HIDDEN, VOCAB, CountingGroup
-from tests.support.functions.stage_pipeline import batch, engines
+from tests.support.functions.stage_pipeline import batch, engines, reserved
 
 GATEWAY = "gateway"
 
@@ -135,7 +135,7 @@ def test_a_sequence_that_can_never_fit_is_invalid(stage: Stage) -> None:
     answer = stage.step("a", 0, [1], reserve=101)
     reason = "101 tokens to reserve will never fit: this stage's KV cache has 100"
     assert (answer.status, answer.reason) == (Status.INVALID, reason)
-    assert stage.engine.reserve([ReserveRow("a", 0, 101)], source=GATEWAY) == [Status.INVALID]
+    assert reserved(stage.engine, [ReserveRow("a", 0, 101)], source=GATEWAY) == [Status.INVALID]
 
 
 def test_a_row_beyond_its_reservation_is_invalid(stage: Stage) -> None:
@@ -155,14 +155,14 @@ def test_reserve_events_are_idempotent_and_make_first_rows_welcome(stage: Stage)
     wanted = [ReserveRow("a", 0, 30), ReserveRow("b", 0, 60), ReserveRow("c", 0, 20)]
     statuses = [Status.OK, Status.OK, Status.FULL]
     for _ in range(2):
-        assert stage.engine.reserve(wanted, source=GATEWAY) == statuses
+        assert reserved(stage.engine, wanted, source=GATEWAY) == statuses
         assert stage.engine.free_tokens == 10
     assert token_of(stage.step("a", 0, [4])) == 4
     assert token_of(stage.step("b", 0, [5], reserve=60)) == 5
     assert stage.engine.free_tokens == 10
-    assert stage.engine.reserve([ReserveRow("a", 3, 30)], source=GATEWAY) == [Status.OK]
-    assert stage.engine.reserve([ReserveRow("a", 2, 30)], source=GATEWAY) == [Status.STALE]
-    assert stage.engine.reserve([ReserveRow("a", 4, 30)], source="another") == [Status.INVALID]
+    assert reserved(stage.engine, [ReserveRow("a", 3, 30)], source=GATEWAY) == [Status.OK]
+    assert reserved(stage.engine, [ReserveRow("a", 2, 30)], source=GATEWAY) == [Status.STALE]
+    assert reserved(stage.engine, [ReserveRow("a", 4, 30)], source="another") == [Status.INVALID]
 
 
 def test_a_release_frees_attempts_up_to_its_own(stage: Stage) -> None:

@@ -10,7 +10,7 @@ from eventing.wire.events import Row, Status
 from functions.stage.engine.engine import Engine
 from functions.stage.engine.leases import Leases
 from tests.support.functions.counting_group import CountingGroup
-from tests.support.functions.stage_pipeline import batch, engines
+from tests.support.functions.stage_pipeline import batch, engines, reserved
 
 LEASE = 0.4
 """Seconds."""
@@ -43,11 +43,11 @@ def renewing(engine: Engine, source: str) -> Iterator[None]:
 
 def test_what_a_gateway_held_that_is_gone_is_freed_and_what_others_hold_stays() -> None:
     with engines([CountingGroup(capacity_tokens=100)], lease_seconds=LEASE) as (engine,):
-        assert engine.reserve([ReserveRow("a", 0, 60)], source="killed") == [Status.OK]
-        assert engine.reserve([ReserveRow("b", 0, 30)], source="idle") == [Status.OK]
+        assert reserved(engine, [ReserveRow("a", 0, 60)], source="killed") == [Status.OK]
+        assert reserved(engine, [ReserveRow("b", 0, 30)], source="idle") == [Status.OK]
         with renewing(engine, "idle"):
             wait_for(lambda: engine.free_tokens == 70)
-            assert engine.reserve([ReserveRow("c", 0, 70)], source="idle") == [Status.OK]
+            assert reserved(engine, [ReserveRow("c", 0, 70)], source="idle") == [Status.OK]
             engine.release([], source="third")
             wait_for(lambda: "third" not in engine._leases._heard)
             assert engine.free_tokens == 0
@@ -57,7 +57,7 @@ def test_what_a_gateway_held_that_is_gone_is_freed_and_what_others_hold_stays() 
 def test_a_pass_that_takes_longer_than_a_lease_is_nobodys_silence() -> None:
     group = CountingGroup(capacity_tokens=100)
     with engines([group], lease_seconds=LEASE) as (engine,):
-        assert engine.reserve([ReserveRow("a", 0, 60)], source="gateway") == [Status.OK]
+        assert reserved(engine, [ReserveRow("a", 0, 60)], source="gateway") == [Status.OK]
         group.gate.clear()
         event = batch([Row("b", 0, 0, 1, reserve_tokens=2)], [1])
         pass_ = threading.Thread(target=lambda: engine.handle(event, source="other"))

@@ -1,0 +1,222 @@
+"""What ended sequences held: found by content, copied or taken over, forgotten when memory is wanted, and nothing else."""
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eventing.wire.prefix_chain import BLOCK_TOKENS, Chain, chain_key, extended
+from functions.stage.engine.remembered import Left, Remembered
+from functions.stage.models.kv_budget import KVBudget
+from functions.stage.models.layer_group import KVCacheFull
+from functions.stage.models.native.kv_pool import NativeKVPool
+from functions.stage.native.records import Dtype
+
+KEY = chain_key("0" * 32, "")
+BLOCKS = 12
+"""Of the arena."""
+
+
+def pool(blocks: int = BLOCKS) -> NativeKVPool:
+    return NativeKVPool(2, 2, 16, Dtype.F32, blocks * BLOCK_TOKENS * 2 * 2 * 2 * 16 * 4)
+
+
+class Stage:
+    """Sequences of tokens over a pool, whose arena holds each token where its keys and values would be."""
+
+    def __init__(self, blocks: int = BLOCKS) -> None:
+        self.kv = pool(blocks)
+        self.memory = Remembered(self.kv, self.leaving)
+        self.left: list[Chain] = []
+
+    def leaving(self, left: Left) -> None:
+        assert self.memory.holder(left.chain)[1] == BLOCK_TOKENS * len(left.chain)
+        self.left.append(left.chain)
+
+    def begin(self, tokens: list[int], more: int = 1) -> tuple[int, int]:
+        """A sequence of `tokens` that computes what it does not find, and how much it found. Raises KVCacheFull."""
+        chain = extended((), tokens[:-1], KEY)
+        handle = self.memory.reserve(len(tokens) + more, chain)
+        held = self.memory.fill(handle, chain)
+        self.check(handle, tokens[:held])
+        self.compute(handle, tokens)
+        return handle, held
+
+    def compute(self, handle: int, tokens: list[int]) -> None:
+        first, held = self.kv.start(handle), self.kv.length(handle)
+        for layer in self.kv.layers:
+            layer[:, :, first + held : first + len(tokens)] = np.array(tokens[held:], np.float32)[:, None]
+        self.kv.extend(handle, len(tokens) - held)
+
+    def check(self, handle: int, tokens: list[int]) -> None:
+        assert self.kv.length(handle) >= len(tokens)
+        first = self.kv.start(handle)
+        for layer in self.kv.layers:
+            assert (layer[:, :, first : first + len(tokens)] == np.array(tokens, np.float32)[:, None]).all()
+
+    def end(self, handle: int, tokens: list[int]) -> None:
+        self.memory.end(handle, extended((), tokens, KEY))
+
+
+def text(seed: int, blocks: float) -> list[int]:
+    return random.Random(seed).choices(range(1000), k=int(blocks * BLOCK_TOKENS))
+
+
+@pytest.fixture
+def stage() -> Iterator[Stage]:
+    stage = Stage()
+    yield stage
+    assert stage.memory.free_tokens == stage.kv.free_tokens + stage.memory.tokens
+
+
+def test_a_follow_up_turn_takes_the_memory_over(stage: Stage) -> None:
+    first = text(1, 3.5)
+    handle, held = stage.begin(first)
+    start = stage.kv.start(handle)
+    assert held == 0
+    stage.end(handle, first)
+    assert stage.memory.free_tokens == stage.kv.capacity_tokens
+    again, held = stage.begin(first + text(2, 2))
+    assert held == 3 * BLOCK_TOKENS
+    assert (stage.kv.start(again), stage.memory.tokens) == (start, 0)
+
+
+def test_without_room_behind_it_the_memory_moves(stage: Stage) -> None:
+    first = text(1, 3)
+    handle, _ = stage.begin([*first, 1])
+    other, _ = stage.begin(text(3, 2))
+    stage.end(handle, first)
+    again, held = stage.begin(first + text(2, 2))
+    assert held == 3 * BLOCK_TOKENS
+    assert stage.kv.start(again) > stage.kv.start(other)
+    assert stage.memory.tokens == 0
+
+
+def test_a_shared_beginning_is_copied_also_from_one_that_runs(stage: Stage) -> None:
+    prompt = text(1, 2)
+    handle, _ = stage.begin([*prompt, 1])
+    other, held = stage.begin([*prompt, *text(2, 1)])
+    assert held == 2 * BLOCK_TOKENS
+    stage.check(handle, prompt)
+    stage.end(handle, [*prompt, 1])
+    assert stage.memory.tokens == 0, "the other one holds all of it"
+    stage.end(other, [*prompt, *text(2, 1)])
+    third, held = stage.begin([*prompt, *text(4, 1)])
+    assert held == 2 * BLOCK_TOKENS
+    assert stage.memory.tokens == 3 * BLOCK_TOKENS, "what was copied from is remembered still"
+    stage.memory.drop(third)
+
+
+def test_what_is_computed_only_now_is_found_when_it_is_asked_again(stage: Stage) -> None:
+    prompt = [*text(1, 4), 1]
+    chain = extended((), prompt[:-1], KEY)
+    first, second = stage.memory.reserve(70, chain), stage.memory.reserve(70, chain)
+    assert stage.memory.fill(second, chain) == 0
+    stage.compute(first, prompt[: 2 * BLOCK_TOKENS + 3])
+    assert stage.memory.fill(second, chain) == 2 * BLOCK_TOKENS
+    stage.check(second, prompt[: 2 * BLOCK_TOKENS])
+
+
+def test_an_answer_that_goes_on_otherwise_leaves_the_old_one(stage: Stage) -> None:
+    one, other = text(1, 2) + text(2, 1), text(1, 2) + text(3, 1)
+    handle, _ = stage.begin([*one, 1])
+    stage.end(handle, one)
+    handle, held = stage.begin([*other, 1])
+    assert held == 2 * BLOCK_TOKENS
+    stage.end(handle, other)
+    assert [left.chain for left in stage.memory.left()] == [extended((), other, KEY), extended((), one, KEY)]
+
+
+def test_the_least_recently_used_go_first_and_nothing_is_full_because_of_them(stage: Stage) -> None:
+    texts = [text(seed, 3) for seed in range(4)]
+    for tokens in texts:
+        handle, _ = stage.begin(tokens, more=0)
+        stage.end(handle, tokens)
+    assert stage.memory.free_tokens == stage.kv.capacity_tokens
+    assert stage.left == []
+    handle, _ = stage.begin(text(9, 5), more=0)
+    assert stage.left == [extended((), tokens, KEY) for tokens in texts[:2]]
+    whole, _ = stage.begin(text(10, 7), more=0)
+    assert stage.memory.tokens == 0
+    with pytest.raises(KVCacheFull):
+        stage.begin([1], more=0)
+    stage.memory.drop(whole)
+    stage.memory.drop(handle)
+
+
+def test_what_does_not_fit_anyway_drives_nothing_out(stage: Stage) -> None:
+    running, _ = stage.begin(text(1, 8), more=0)
+    handle, _ = stage.begin([*text(2, 2), 1])
+    stage.end(handle, text(2, 2))
+    with pytest.raises(KVCacheFull):
+        stage.begin(text(3, 5), more=0)
+    assert stage.memory.tokens == 2 * BLOCK_TOKENS
+    assert stage.left == []
+    stage.memory.drop(running)
+
+
+def test_one_that_leaves_no_room_for_a_copy_is_computed_again(stage: Stage) -> None:
+    tokens = text(1, 6)
+    front, _ = stage.begin(text(2, 1), more=0)
+    handle, _ = stage.begin([*tokens, 1], more=0)
+    behind, _ = stage.begin(text(3, 1), more=0)
+    stage.end(handle, tokens)
+    stage.memory.drop(front)
+    _, held = stage.begin(tokens + text(4, 3), more=0)
+    assert held == 0
+    assert stage.left == [extended((), tokens, KEY)]
+    stage.memory.drop(behind)
+
+
+def test_a_cache_without_ranges_remembers_nothing() -> None:
+    memory = Remembered(KVBudget(100))
+    chain = extended((), text(1, 2), KEY)
+    handle = memory.reserve(40, chain)
+    memory.end(handle, chain)
+    assert memory.fill(memory.reserve(40, chain), chain) == 0
+    assert memory.free_tokens == 60
+
+
+turns = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 60), st.booleans()), min_size=1, max_size=60)
+
+
+@settings(max_examples=60, deadline=None)
+@given(turns, st.integers(0, 2**32))
+def test_whatever_comes_each_finds_what_it_would_have_computed(turns: list[tuple[int, int, bool]], seed: int) -> None:
+    """Conversations that go on, begin alike, branch and run at the same time, in an arena that is too small for them."""
+    dice = random.Random(seed)
+    stage = Stage()
+    talks = [text(0, 1.5) for _ in range(6)]
+    running: list[tuple[int, list[int]]] = []
+    for number, more, ends in turns:
+        talks[number] = (talks[number] + dice.choices(range(1000), k=more))[: BLOCK_TOKENS * BLOCKS // 2]
+        try:
+            running.append((stage.begin(talks[number])[0], list(talks[number])))
+        except KVCacheFull:
+            assert running
+        if running and (ends or len(running) > 3):
+            stage.end(*running.pop(dice.randrange(len(running))))
+        for handle, tokens in running:
+            stage.check(handle, tokens)
+        assert stage.memory.free_tokens == stage.kv.capacity_tokens - sum(
+            stage.kv.taken(stage.kv.reserved(handle)) for handle, _ in running
+        )
+    for handle, tokens in running:
+        stage.end(handle, tokens)
+    assert stage.memory.free_tokens == stage.kv.capacity_tokens
+
+
+def test_ten_thousand_conversations_leave_it_as_large_as_a_hundred() -> None:
+    stage = Stage(blocks=200)
+    sizes = []
+    for number in range(10_000):
+        tokens = text(number, 3)
+        handle, _ = stage.begin([*tokens, 1])
+        stage.end(handle, tokens)
+        if number % 100 == 99:
+            sizes.append((stage.memory.digests, stage.memory.tokens))
+    assert max(sizes) <= (200, 200 * BLOCK_TOKENS)
+    assert min(sizes[1:]) >= (150, 150 * BLOCK_TOKENS)
