@@ -1,0 +1,130 @@
+"""The profile of a stage that runs alone on this machine: its native layers, one thread, fitted to points of two shapes.
+
+    python -m bench.evaluation.measure_profile --dtype bfloat16 --output bench/evaluation/profiles/smollm2-bfloat16.yaml
+
+Steps of many rows over keys and values of several lengths say what bytes cost, prompt chunks what arithmetic costs, and
+groups of two sizes what belongs to a pass and what to a layer. The best of several passes each; less than a minute. The
+published model is read from the state folder of `bench.load`, or published there.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import msgspec
+import numpy as np
+from rich.console import Console
+
+from bench.evaluation.fitting import fit_profile
+from bench.report import machine
+from functions.stage.models.build import build_layer_group
+from functions.stage.models.floats import DTYPES
+from functions.stage.models.layer_group import LayerGroup, Segment
+from knative.commands.sources.local_pipeline import ensure_published
+from knative.commands.sources.store_access import STORE_FOLDER
+from knative.local.platform import ROOT
+from storage.loading.weight_loader import RawTensor, iterate_layers
+from storage.models.model_repository import ModelManifest, read_file
+from storage.store.embedded import EmbeddedStore
+from storage.store.object_reader import ObjectReader
+from storage.store.object_store import ObjectStore
+
+LAYERS: Final = (4, 12)
+ROWS: Final = (1, 4, 16)
+HELD: Final = (64, 512)
+CHUNKS: Final = (64, 256)
+_KV_BYTES: Final = 2**28
+_PASSES: Final = 9
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """What one kind of pass took."""
+
+    layers: int
+    rows: int
+    length: int
+    """New tokens of each row: 1 of a step."""
+    position: int
+    """Tokens that each row held before."""
+    seconds: float
+
+
+def forward_points(group: LayerGroup, passes: int = _PASSES) -> Iterator[Point]:
+    layers = group.last_layer - group.first_layer
+    for position in HELD:
+        for rows in ROWS:
+            yield Point(layers, rows, 1, position, _best(group, rows, 1, position, passes))
+        for length in CHUNKS:
+            yield Point(layers, 1, length, position, _best(group, 1, length, position, passes))
+
+
+def head_points(group: LayerGroup, passes: int = _PASSES) -> Iterator[tuple[int, float]]:
+    """(rows, seconds); the group is the last."""
+    for rows in ROWS:
+        yield rows, min(_timed(partial(group.logits, _hidden(group, rows))) for _ in range(passes))
+
+
+def _best(group: LayerGroup, rows: int, length: int, position: int, passes: int) -> float:
+    handles = [group.kv.reserve(position + length) for _ in range(rows)]
+    for handle in handles:
+        group.forward(_hidden(group, position), [Segment(handle, 0, position)])
+    inputs = _hidden(group, rows * length)
+    seconds = float("inf")
+    for _ in range(passes):
+        seconds = min(seconds, _timed(lambda: group.forward(inputs, [Segment(each, position, length) for each in handles])))
+        for handle in handles:
+            group.kv.truncate(handle, position)
+    for handle in handles:
+        group.kv.release(handle)
+    return seconds
+
+
+def _hidden(group: LayerGroup, tokens: int) -> np.ndarray[Any, Any]:
+    return np.full((tokens, group.hidden_size), 0x3D00, DTYPES[group.hidden_dtype])
+
+
+def _timed(work: Callable[[], object]) -> float:
+    """Processor time, in which waiting for a processor does not count."""
+    began = time.thread_time()
+    work()
+    return time.thread_time() - began
+
+
+def _group(reader: ObjectReader, manifest: ModelManifest, first: int, last: int) -> LayerGroup:
+    config = msgspec.json.decode(read_file(reader, manifest, "config.json"), type=dict[str, Any])
+    tensors: dict[str, RawTensor] = {}
+    for loaded in iterate_layers(reader, manifest, first, last):
+        tensors |= loaded.tensors
+    group = build_layer_group("native", config, tensors, first, last, manifest.dtype, "cpu", _KV_BYTES)
+    group.use_threads(1)
+    return group
+
+
+@click.command(help=__doc__)
+@click.option("--dtype", type=click.Choice(["bfloat16", "int8", "q4"]), default="bfloat16", show_default=True)
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), required=True)
+def main(dtype: str, output: Path) -> None:
+    with EmbeddedStore(ROOT / ".lamina" / "load" / STORE_FOLDER) as embedded:
+        manifest = ensure_published(ObjectStore(embedded.settings), None, dtype, Console())
+        reader = ObjectReader(embedded.settings)
+        count = manifest.num_layers
+        points: Sequence[Point] = [
+            point for layers in LAYERS for point in forward_points(_group(reader, manifest, 1, 1 + layers))
+        ]
+        heads = list(head_points(_group(reader, manifest, count - 1, count)))
+    profile = fit_profile(points, heads, manifest.name, f"native layers in {dtype}, one thread, {machine()}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_bytes(msgspec.yaml.encode(profile))
+    for point in points:
+        what = f"{point.layers:3} layers {point.rows:3} x {point.length:3} behind {point.position:4}"
+        click.echo(f"{what}: {point.seconds * 1e3:8.2f} ms")
+    click.echo(f"{output}: fitted within {profile.worst_error:.0%}")
+
+
+if __name__ == "__main__":
+    main()
