@@ -1,17 +1,20 @@
 """`make bench-guesses`: the same questions with and without guesses, through the same stages, in turns.
 
-    python -m bench.guesses                       bfloat16 and int8, near and 5 ms away; some ten minutes on two cores
+    python -m bench.guesses                       bfloat16 and int8, near and 5 ms away; some twenty minutes on two cores
     python -m bench.guesses --dtype int8 --delay 0
 
-Two gateways ask the same three stage processes directly, one with LAMINA_GUESSES=0. The questions are in prompts.yaml, with the
-rule for what is in them. Needs the packages of requirements-bench.txt, and a machine with nothing else to do.
+With sixteen at once a turn is over in seconds and says little, so there are five turns of each gateway, whoever was second in
+one being first in the next, and the median of their ratios is judged. Two gateways ask the same three stage processes directly,
+one with LAMINA_GUESSES=0. The questions are in prompts.yaml, with the rule for what is in them. Needs the packages of
+requirements-bench.txt, and a machine with nothing else to do.
 """
 
 import asyncio
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from os import getloadavg
 from pathlib import Path
 from typing import Final
@@ -19,11 +22,11 @@ from typing import Final
 import click
 import yaml
 
-from bench.guesses.answers import ask
+from bench.guesses.answers import Answered, ask
 from bench.guesses.delay import delayed
-from bench.guesses.report import Pair, Setting, markdown, wanted
+from bench.guesses.report import KEPT, Pair, Setting, kept_throughput, markdown, wanted
 from bench.report import machine, write_section
-from bench.serving.pipeline import ROOT, RunningPipeline, gateway_beside, running_pipeline
+from bench.serving.pipeline import ROOT, RunningPipeline, cpu_seconds, gateway_beside, running_pipeline
 
 _STATE: Final = ROOT / ".lamina" / "bench-guesses"
 _PROMPTS: Final = Path(__file__).with_name("prompts.yaml")
@@ -36,11 +39,26 @@ _CONCURRENT: Final = 16
     "--delay", "delays", type=click.FloatRange(min=0), multiple=True, default=(0, 5), show_default=True, help="ms each way."
 )
 @click.option("--max-tokens", type=click.IntRange(min=8), default=128, show_default=True)
-@click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="Turns of each gateway.")
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="Turns of each gateway, one at a time."
+)
+@click.option("--rounds-at-once", type=click.IntRange(min=1), default=5, show_default=True, help="The same, sixteen at once.")
+@click.option("--questions", "chosen", type=click.Choice(["quoting", "free"]), multiple=True, default=("quoting", "free"))
+@click.option("--at-once", type=click.Choice(["1", "16"]), multiple=True, default=("1", "16"), show_default=True)
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=ROOT / "docs" / "benchmarks.md")
-def main(dtypes: Sequence[str], delays: Sequence[float], max_tokens: int, rounds: int, output: Path) -> None:
+def main(
+    dtypes: Sequence[str],
+    delays: Sequence[float],
+    max_tokens: int,
+    rounds: int,
+    rounds_at_once: int,
+    chosen: Sequence[str],
+    at_once: Sequence[str],
+    output: Path,
+) -> None:
     began, load = time.monotonic(), getloadavg()[0]
-    found = dict(pair for dtype in dtypes for pair in _of_dtype(dtype, delays, max_tokens, rounds))
+    turns = {int(number): rounds if number == "1" else rounds_at_once for number in at_once}
+    found = dict(pair for dtype in dtypes for pair in _of_dtype(dtype, delays, max_tokens, chosen, turns))
     command = " ".join(["python -m bench.guesses", *sys.argv[1:]])
     facts = (
         f"`{command}` on {machine()}; SmolLM2-135M-Instruct, greedy, at most {max_tokens} tokens; 20 questions whose answers "
@@ -50,44 +68,68 @@ def main(dtypes: Sequence[str], delays: Sequence[float], max_tokens: int, rounds
     write_section(output, "guesses", markdown(found, facts))
     for setting, pair in found.items():
         verdict = "met" if pair.ratio >= wanted(setting) and not pair.different else "missed"
-        click.echo(f"{verdict}: {setting}: {pair.ratio:.2f}, wanted {wanted(setting):g}; {pair.different} other answers")
+        click.echo(
+            f"{verdict}: {setting}: {pair.ratio:.2f} ({min(pair.ratios):.2f} to {max(pair.ratios):.2f}; "
+            f"by CPU {pair.cpu_ratio:.2f}), wanted {wanted(setting):g}; {pair.different} other answers"
+        )
+    for setting, share in kept_throughput(found).items():
+        click.echo(
+            f"{'met' if share >= KEPT else 'missed'}: {setting}: {share:.2f} of the throughput without delay, wanted {KEPT:g}"
+        )
 
 
-def _of_dtype(dtype: str, delays: Sequence[float], max_tokens: int, rounds: int) -> Iterator[tuple[Setting, Pair]]:
+def _of_dtype(
+    dtype: str, delays: Sequence[float], max_tokens: int, chosen: Sequence[str], turns: Mapping[int, int]
+) -> Iterator[tuple[Setting, Pair]]:
+    """turns: by how many are asked at once."""
     sets: dict[str, list[str]] = yaml.safe_load(_PROMPTS.read_text(encoding="utf-8"))
     with running_pipeline(dtype, _STATE / dtype) as pipeline:
         for delay in delays:
             with ExitStack() as stack:
-                urls = _gateways(stack, pipeline, delay / 1000)
-                for at_once in (1, _CONCURRENT):
-                    for name, questions in sets.items():
+                gateways = _gateways(stack, pipeline, delay / 1000)
+                for at_once, rounds in turns.items():
+                    for name in chosen:
                         setting = Setting(dtype, name, at_once, delay / 1000)
-                        pair = asyncio.run(_in_turns(urls, pipeline.model, questions, max_tokens, at_once, rounds))
+                        pair = _in_turns(gateways, pipeline, sets[name], max_tokens, at_once, rounds)
                         click.echo(f"{setting}: {pair.ratio:.2f}")
                         yield setting, pair
 
 
-def _gateways(stack: ExitStack, pipeline: RunningPipeline, delay_seconds: float) -> tuple[str, str]:
+Gateway = tuple[str, int]
+"""Its URL, and its process id."""
+
+
+def _gateways(stack: ExitStack, pipeline: RunningPipeline, delay_seconds: float) -> tuple[Gateway, Gateway]:
     """With guesses, without."""
     stages = [stage.function for stage in pipeline.stages]
     if delay_seconds:
         stages = stack.enter_context(delayed(stages, delay_seconds))
     logs = _STATE / pipeline.dtype
 
-    def gateway(name: str, environ: dict[str, str]) -> str:
-        return stack.enter_context(gateway_beside(pipeline.local, stages, logs / f"{name}.log", environ))[0]
+    def gateway(name: str, environ: dict[str, str]) -> Gateway:
+        return stack.enter_context(gateway_beside(pipeline.local, stages, logs / f"{name}.log", environ))
 
     return gateway("guessing", {"LAMINA_GUESSES": "16"}), gateway("plain", {"LAMINA_GUESSES": "0"})
 
 
-async def _in_turns(
-    urls: tuple[str, str], model: str, questions: Sequence[str], max_tokens: int, at_once: int, rounds: int
+def _in_turns(
+    gateways: tuple[Gateway, Gateway],
+    pipeline: RunningPipeline,
+    questions: Sequence[str],
+    max_tokens: int,
+    at_once: int,
+    rounds: int,
 ) -> Pair:
-    guessing, plain = [], []
-    for _ in range(rounds):
-        plain.append(await ask(urls[1], model, questions, max_tokens, at_once))
-        guessing.append(await ask(urls[0], model, questions, max_tokens, at_once))
-    return Pair(guessing, plain)
+    """A B, B A, A B …: what changes on the machine meanwhile meets both, and so does being first."""
+    turns: tuple[list[Answered], list[Answered]] = ([], [])
+    for number in range(rounds):
+        for which in (1, 0) if number % 2 == 0 else (0, 1):
+            url, pid = gateways[which]
+            pids = (pipeline.pids[0], pid)
+            before = cpu_seconds(pids)
+            answered = asyncio.run(ask(url, pipeline.model, questions, max_tokens, at_once))
+            turns[which].append(replace(answered, cpu_seconds=cpu_seconds(pids) - before))
+    return Pair(*turns)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,16 @@ class Answered:
     accepted: int
     """Guesses that came true, and those that did not."""
     rejected: int
+    cpu_seconds: float = 0.0
+    """Of the gateway and the stages."""
 
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds
+
+    @property
+    def tokens_per_cpu_second(self) -> float:
+        return self.tokens / self.cpu_seconds if self.cpu_seconds else 0.0
 
 
 async def ask(url: str, model: str, questions: Sequence[str], max_tokens: int, at_once: int) -> Answered:

@@ -31,13 +31,11 @@ async def _relay(url: str, seconds: float) -> asyncio.Server:
     upstream = urlsplit(url)
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
+        # Cancelled at the end: asyncio's callback of a connection's task raises again whatever it was cancelled with.
+        with contextlib.suppress(OSError, asyncio.CancelledError), contextlib.closing(writer):
             to, back = await asyncio.open_connection(upstream.hostname, upstream.port, limit=_CHUNK_BYTES)
-            try:
+            with contextlib.closing(back):
                 await asyncio.gather(_carry(reader, back, seconds), _carry(to, writer, seconds))
-            finally:
-                back.close()
-                writer.close()
 
     return await asyncio.start_server(serve, "127.0.0.1", 0, limit=_CHUNK_BYTES)
 
@@ -74,3 +72,4 @@ async def _end(servers: Sequence[asyncio.Server]) -> None:
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
+    await asyncio.sleep(0)  # Transports close their sockets when the loop comes round.

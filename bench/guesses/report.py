@@ -1,10 +1,14 @@
 """The section of docs/benchmarks.md that `bench.guesses` writes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
+from typing import Final
 
 from bench.guesses.answers import Answered
+
+KEPT: Final = 0.85
+"""Share of the throughput of many at once that a network is to leave."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -29,7 +33,18 @@ class Pair:
     @property
     def ratio(self) -> float:
         """Tokens a second with guesses, by those without: the median of the turns."""
-        return median(one.tokens_per_second / other.tokens_per_second for one, other in zip(*self._sides(), strict=True))
+        return median(self.ratios)
+
+    @property
+    def ratios(self) -> list[float]:
+        """Of each turn."""
+        return [one.tokens_per_second / other.tokens_per_second for one, other in zip(*self._sides(), strict=True)]
+
+    @property
+    def cpu_ratio(self) -> float:
+        """Tokens for a second of the processors, which other work on the machine moves less; the median of the turns."""
+        pairs = zip(*self._sides(), strict=True)
+        return median(one.tokens_per_cpu_second / (other.tokens_per_cpu_second or 1.0) for one, other in pairs)
 
     @property
     def different(self) -> int:
@@ -52,8 +67,9 @@ def wanted(setting: Setting) -> float:
 
 def markdown(found: Mapping[Setting, Pair], facts: str) -> str:
     rows = [
-        "| dtype | questions | at once | delay each way | plain tokens/s | guessing | ratio | wanted | came true | others |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| dtype | questions | at once | delay each way | turns | plain tokens/s | guessing | ratio (of the turns) | by CPU "
+        "| wanted | came true | others |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for setting, pair in found.items():
         without = median(turn.tokens_per_second for turn in pair.without)
@@ -62,20 +78,26 @@ def markdown(found: Mapping[Setting, Pair], facts: str) -> str:
         share = accepted / max(1, accepted + rejected)
         rows.append(
             f"| {setting.dtype} | {setting.questions} | {setting.at_once} | {setting.delay_seconds * 1000:g} ms "
-            f"| {without:.1f} | {guessing:.1f} | {pair.ratio:.2f} | {wanted(setting):g} "
+            f"| {len(pair.ratios)} | {without:.1f} | {guessing:.1f} "
+            f"| {pair.ratio:.2f} ({min(pair.ratios):.2f}–{max(pair.ratios):.2f}) | {pair.cpu_ratio:.2f} | {wanted(setting):g} "
             f"| {accepted} of {accepted + rejected} ({share:.0%}) | {pair.different} |"
         )
-    kept = [_kept(found, setting) for setting in found if setting.delay_seconds and setting.at_once > 1]
+    kept = [
+        f"{setting.dtype}, {setting.questions}, {setting.at_once} at once: {setting.delay_seconds * 1000:g} ms each way leave "
+        f"{share:.2f} of the throughput without them (wanted: {KEPT:g}).\n"
+        for setting, share in kept_throughput(found).items()
+    ]
     return "\n".join(["## Several tokens a round", "", facts, "", *rows, "", *kept])
 
 
-def _kept(found: Mapping[Setting, Pair], setting: Setting) -> str:
-    """How much throughput a network leaves, guesses on."""
-    near = found.get(Setting(setting.dtype, setting.questions, setting.at_once, 0.0))
-    if near is None:
-        return ""
-    rates = [median(turn.tokens_per_second for turn in pair.with_guesses) for pair in (found[setting], near)]
-    return (
-        f"{setting.dtype}, {setting.questions}, {setting.at_once} at once: {setting.delay_seconds * 1000:g} ms each way leave "
-        f"{rates[0] / rates[1]:.2f} of the throughput without them.\n"
-    )
+def kept_throughput(found: Mapping[Setting, Pair]) -> dict[Setting, float]:
+    """How much throughput a network leaves of many at once, guesses on."""
+    return {
+        setting: _rate(found[setting]) / _rate(found[near])
+        for setting in found
+        if setting.delay_seconds and setting.at_once > 1 and (near := replace(setting, delay_seconds=0.0)) in found
+    }
+
+
+def _rate(pair: Pair) -> float:
+    return median(turn.tokens_per_second for turn in pair.with_guesses)

@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,10 @@ def test_a_ratio_is_that_of_turns_beside_each_other_and_other_answers_are_seen()
 
 
 def test_the_table_says_what_came_true_and_what_a_network_leaves() -> None:
-    pair = Pair([answered(1.0, "a")], [answered(2.0, "a")])
+    pair = Pair([replace(answered(1.0, "a"), cpu_seconds=0.5)], [replace(answered(2.0, "a"), cpu_seconds=2.0)])
     slow = Pair([answered(2.0, "a")], [answered(4.0, "a")])
     text = markdown({Setting("int8", "quoting", 16, 0.0): pair, Setting("int8", "quoting", 16, 0.005): slow}, "facts")
-    assert "| int8 | quoting | 16 | 0 ms | 50.0 | 100.0 | 2.00 | 0.97 | 30 of 40 (75%) | 0 |" in text
+    assert "| int8 | quoting | 16 | 0 ms | 1 | 50.0 | 100.0 | 2.00 (2.00–2.00) | 4.00 | 0.97 | 30 of 40 (75%) | 0 |" in text
     assert "5 ms each way leave 0.50 of the throughput without them" in text
 
 
@@ -64,3 +65,15 @@ def test_a_delay_is_felt_in_both_directions_and_bytes_arrive_in_order() -> None:
             thread.join(30)
     assert got == sent
     assert seconds >= 0.1
+
+
+def test_a_network_ends_in_silence_while_something_is_on_its_way(caplog: pytest.LogCaptureFixture) -> None:
+    """asyncio logs what a connection's task was cancelled with."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with delayed([f"http://127.0.0.1:{listener.getsockname()[1]}"], 60.0) as (url,):
+            client = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=30)
+            client.sendall(b"never to arrive")
+            upstream, _ = listener.accept()
+        upstream.close()
+        client.close()
+    assert not caplog.records

@@ -1,8 +1,9 @@
 """How many tokens are guessed for each row of a step: as many as make more tokens a second out of what rows cost there.
 
 A guess that comes true saves its sequence a round; one that does not has cost a row. How likely it is comes from what became of
-the sequence's guesses so far, what a row costs from the stages' steps so far (`row_costs`). Right answers do not depend on any
-of it: the last stage draws each token as it would have without guesses, and what did not come true is taken back.
+the sequence's guesses so far, and of others' where it has few, what a row costs from the stages' steps so far (`row_costs`).
+Right answers do not depend on any of it: the last stage draws each token as it would have without guesses, and what did not
+come true is taken back.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,58 +17,87 @@ from functions.gateway.scheduling.row_costs import RowCosts, seconds_on
 _LONG_MATCH_TOKENS: Final = 4
 """From here on a match is taken for a quotation, and has chances of its own."""
 _FORGETS: Final = 0.9
-"""Share of what was counted that still counts one round later."""
+_FORGETS_OF_ALL: Final = 0.99
+"""Shares of what was counted that still count one round later: of one sequence, and of all."""
+_PRIOR: Final = 2.0
+"""What all sequences' experience counts for beside a sequence's own, in guesses."""
 _WORSE: Final = 0.8
 """Fewer tokens a second than this share of the best so far: more guesses will not be better."""
+_MARGIN: Final = 1.25
+"""How many times what it is measured to cost a guess must be worth: both are estimates, and those
+that look well often do by their errors."""
+_LEAST_GAIN: Final = 1 / 256
+"""Tokens: a guess that is worth less is not weighed."""
 
 
 @dataclass(slots=True)
 class Chances:
-    """How often guesses of one sequence come true. Until something is known, every other one."""
+    """How often guesses come true."""
 
-    agreed: float = 1.0
-    missed: float = 1.0
+    forgets: float = _FORGETS
+    agreed: float = 0.0
+    missed: float = 0.0
 
-    @property
-    def of_one(self) -> float:
-        return self.agreed / (self.agreed + self.missed)
+    def of_one(self, prior: float) -> float:
+        return (self.agreed + _PRIOR * prior) / (self.agreed + self.missed + _PRIOR)
 
-    def came(self, guessed: int, agreed: int) -> None:
-        self.agreed = 1e-3 + _FORGETS * self.agreed + agreed
-        self.missed = 1e-3 + _FORGETS * self.missed + (agreed < guessed)
+    def came(self, agreed: int, missed: bool) -> None:
+        self.agreed = self.forgets * self.agreed + agreed
+        self.missed = self.forgets * self.missed + missed
+
+
+@dataclass(slots=True)
+class Experience:
+    """Of all sequences of a gateway, which a new one begins with: by whether the match was long. At first, every other one."""
+
+    short: Chances = field(default_factory=lambda: Chances(_FORGETS_OF_ALL))
+    long: Chances = field(default_factory=lambda: Chances(_FORGETS_OF_ALL))
 
 
 @dataclass(slots=True)
 class Guesser:
-    """Of one sequence."""
+    """Of one sequence. What comes tells of guesses that were not sent, too, so that none have to be sent only to learn."""
 
     lookup: Lookup
+    experience: Experience = field(default_factory=Experience)
     _short: Chances = field(default_factory=Chances)
     _long: Chances = field(default_factory=Chances)
     _match: int = 0
+    _guesses: tuple[int, ...] = ()
     given_up: bool = False
     """A stage refused a row that had guesses: it goes on without."""
 
     def guess(self, most_tokens: int) -> tuple[int, ...]:
+        self._guesses = ()
         if self.given_up or most_tokens < 1:
             return ()
-        guesses, self._match = self.lookup.guess(most_tokens)
-        return guesses
+        self._guesses, self._match = self.lookup.guess(most_tokens)
+        return self._guesses
 
     @property
     def chance(self) -> float:
         """Of each token of the last guess, given that those before it came true."""
-        return self._chances().of_one
+        own, others = self._chances()
+        return own.of_one(others.of_one(0.5))
 
-    def came(self, guessed: int, tokens: Items[int]) -> None:
-        """`tokens` were drawn: those guesses that came true, and one more."""
-        if guessed:
-            self._chances().came(guessed, len(tokens) - 1)
+    def came(self, tokens: Items[int]) -> None:
+        """`tokens` were drawn behind those that `guess` saw."""
+        known = self._guesses[: len(tokens)]
+        if known:
+            agreed = next(
+                (place for place, (guess, token) in enumerate(zip(known, tokens, strict=False)) if guess != token), len(known)
+            )
+            for chances in self._chances():
+                chances.came(agreed, agreed < len(known))
+        self._guesses = ()
         for token in tokens:
             self.lookup.add(token)
 
-    def _chances(self) -> Chances:
-        return self._long if self._match >= _LONG_MATCH_TOKENS else self._short
+    def _chances(self) -> tuple[Chances, Chances]:
+        """Its own, and those of all."""
+        if self._match >= _LONG_MATCH_TOKENS:
+            return self._long, self.experience.long
+        return self._short, self.experience.short
 
 
 def step_seconds(costs: Items[RowCosts], micro_batches: int) -> Callable[[int], float | None]:
@@ -98,7 +128,7 @@ def how_many(candidates: Items[tuple[int, float]], seconds: Callable[[int], floa
     for gain, row in _gains(candidates):
         rows, tokens = rows + 1, tokens + gain
         chosen[row] += 1
-        rate = tokens / (seconds(rows) or least)
+        rate = tokens / (least + _MARGIN * ((seconds(rows) or least) - least))
         if rate > most:
             most, best = rate, list(chosen)
         elif rate < _WORSE * most:
@@ -108,5 +138,12 @@ def how_many(candidates: Items[tuple[int, float]], seconds: Callable[[int], floa
 
 def _gains(candidates: Items[tuple[int, float]]) -> Iterator[tuple[float, int]]:
     """What the next guess of a row is worth in tokens, and the row; the most valuable first."""
-    gains = [(chance ** (place + 1), row) for row, (count, chance) in enumerate(candidates) for place in range(count)]
+    gains: list[tuple[float, int]] = []
+    for row, (count, chance) in enumerate(candidates):
+        gain = 1.0
+        for _ in range(count):
+            gain *= chance
+            if gain < _LEAST_GAIN:
+                break
+            gains.append((gain, row))
     return iter(sorted(gains, key=lambda gain: -gain[0]))

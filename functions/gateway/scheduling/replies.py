@@ -60,7 +60,7 @@ class Replies:
         self._failures.came_further(sequence)
         sequence.progress.came_true(came_true)
         if sequence.guesser is not None:
-            sequence.guesser.came(guessed, tokens)
+            sequence.guesser.came(tokens)
         sequence.stream.guessed(came_true, guessed - came_true)
         sequence.put(tokens)
 

@@ -1,5 +1,6 @@
 """What a step takes by the number of its tokens, measured: four tokens often cost hardly more than one, sixteen do."""
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -46,17 +47,21 @@ class RowCosts:
         old.at_step = self._steps
 
     def seconds(self, tokens: int) -> float | None:
-        """What a step of so many takes; None before the first step. Never less than a smaller one takes."""
+        """What a step of so many takes; None before the first step. Never more than a larger one takes."""
         return seconds_on(self.points(), tokens)
 
     def points(self) -> list[tuple[float, float]]:
-        """Tokens and seconds that were measured, ascending: for who asks about many numbers of tokens at once."""
+        """Tokens and seconds that were measured, ascending: for who asks about many numbers of tokens at once.
+
+        A step that took longer than a larger one has waited: were the larger one taken to last as long, one slow step of a
+        rare size would make all further tokens look free.
+        """
         points: list[tuple[float, float]] = []
-        for size in sorted(self._measured):
+        for size in sorted(self._measured, reverse=True):
             one = self._measured[size]
-            if self._steps - one.at_step <= _KEPT_STEPS and (not points or one.tokens > points[-1][0]):
-                points.append((one.tokens, max(one.seconds, points[-1][1] if points else 0.0)))
-        return points
+            if self._steps - one.at_step <= _KEPT_STEPS and (not points or one.tokens < points[-1][0]):
+                points.append((one.tokens, min(one.seconds, points[-1][1] if points else math.inf)))
+        return points[::-1]
 
 
 def seconds_on(points: Sequence[tuple[float, float]], tokens: int) -> float | None:

@@ -25,7 +25,7 @@ from functions.gateway.scheduling.actions import Action, Release, Reserve, Wake,
 from functions.gateway.scheduling.admission import Admission
 from functions.gateway.scheduling.board import Board
 from functions.gateway.scheduling.failures import Failures
-from functions.gateway.scheduling.guessing import Guesser
+from functions.gateway.scheduling.guessing import Experience, Guesser
 from functions.gateway.scheduling.limits import Limits
 from functions.gateway.scheduling.lookup import Lookup
 from functions.gateway.scheduling.moves import Moves
@@ -76,6 +76,7 @@ class Scheduler:
         self._next_steps = NextSteps(self._board, self._failures)
         self._wake_ups = WakeUps(self._board)
         self._renewals = Renewals(self._board)
+        self._experience = Experience()
         self._boot = secrets.token_hex(6)
         self._numbers = count()
         self._changed = threading.Condition()
@@ -113,7 +114,8 @@ class Scheduler:
         reserve_tokens = len(prompt.token_ids) + prompt.max_tokens
         if reserve_tokens > MAX_POSITION:
             raise InvalidRequest(f"{reserve_tokens} tokens of prompt and answer; the most is {MAX_POSITION}")
-        guesser = Guesser(Lookup(prompt.token_ids, prompt.predicted_ids)) if self._limits.guesses else None
+        guesses = self._limits.guesses > 0
+        guesser = Guesser(Lookup(prompt.token_ids, prompt.predicted_ids), self._experience) if guesses else None
         with self._changed:
             self._check_room()
             number = next(self._numbers)
