@@ -239,6 +239,15 @@ class GatewayConfig(CommonConfig):
         "names of the stages' Knative Services, whose EndpointSlices are watched; unset: the first label of each URL's host",
         "",
     )
+    stage_targets: tuple[float, ...] | None = setting(
+        "LAMINA_STAGE_TARGETS",
+        parsers.targets,
+        "concurrency of a replica of each stage at which another is added, to be shown; 0: scaled otherwise; unset: not known",
+        "",
+    )
+    page: str = setting(
+        "LAMINA_PAGE", parsers.one_of("on", "off"), "whether `GET /` is a page that chats and shows the pipeline", "on"
+    )
     namespace: str = setting("LAMINA_NAMESPACE", parsers.text, "namespace of the stages", "default")
     pod_network: tuple[IPv4Network | IPv6Network, ...] = setting(
         "LAMINA_POD_NETWORK",
@@ -329,3 +338,6 @@ def _contradictions(config: Config) -> Iterator[str]:
     if config.stage_services is not None and len(config.stage_services) != len(config.cut):
         names = ",".join(config.stage_services)
         yield f"LAMINA_STAGE_SERVICES: {names} is not allowed: one name for each group of LAMINA_CUT, {cut}"
+    if config.stage_targets is not None and len(config.stage_targets) != len(config.cut):
+        numbers = ",".join(f"{each:g}" for each in config.stage_targets)
+        yield f"LAMINA_STAGE_TARGETS: {numbers} is not allowed: one number for each group of LAMINA_CUT, {cut}"

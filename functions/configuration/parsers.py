@@ -122,6 +122,17 @@ def services(value: str) -> tuple[str, ...]:
     return names
 
 
+def targets(value: str) -> tuple[float, ...]:
+    """`1.4,1.4,0` → the three numbers."""
+    try:
+        found = tuple(float(part) for part in value.split(","))
+    except ValueError:
+        found = (math.nan,)
+    if not all(0 <= each < 1e6 for each in found):
+        raise ValueError("numbers from 0 on, separated by commas")
+    return found
+
+
 def secrets(value: str) -> tuple[str, ...]:
     """Comma-separated; spaces around them are dropped."""
     found = tuple(part.strip() for part in value.split(","))

@@ -18,8 +18,12 @@ from functions.gateway.doors.clients import Clients
 from functions.gateway.doors.events import EventDoor
 from functions.gateway.doors.metrics import GatewayMetrics
 from functions.gateway.doors.openai import OpenAIDoor
+from functions.gateway.doors.page import Page
+from functions.gateway.doors.pipeline_events import PipelineEventsDoor
+from functions.gateway.doors.pipeline_watch import PipelineWatch, StageName, Watched
 from functions.gateway.doors.scoring import ScoreEntry
 from functions.gateway.doors.tokens import TokensDoor
+from functions.gateway.stages.endpoints import service_name
 from functions.hosting.web import add_problem_handlers
 from storage.store.payload_store import PayloadStore
 
@@ -69,8 +73,9 @@ def create_app(
     answers: Callable[[], Answers],
     metrics: GatewayMetrics,
     write_line: Callable[[str], object] = lambda line: print(line, file=sys.stderr, flush=True),
+    watched: Watched | None = None,
 ) -> Flask:
-    """`answers` raises NotReady until there is one. write_line: of the access log."""
+    """`answers` raises NotReady until there is one. write_line: of the access log. watched: None where nothing can be."""
     app = _Counting(metrics)
     app.config["MAX_CONTENT_LENGTH"] = MAX_REQUEST_BYTES
     add_problem_handlers(app)
@@ -84,6 +89,10 @@ def create_app(
         app.wsgi_app = AccessLog(app.wsgi_app, write_line, with_prompts=config.access_log == "prompts")  # type: ignore[method-assign]
     EventDoor(answers, clients, claims, entry, source, config.request_timeout_seconds).register(app)
     TokensDoor(answers, clients).register(app)
+    if watched is not None:
+        PipelineEventsDoor(PipelineWatch(watched), clients).register(app)
+    if config.page == "on":
+        Page().register(app)
     OpenAIDoor(answers, clients, config.model, config.pipeline, config.request_timeout_seconds).register(app)
     return app
 
@@ -95,6 +104,14 @@ def _closed(response: Response) -> Response:
     if "request_id" in g:
         response.headers["X-Request-Id"] = g.request_id
     return response
+
+
+def stage_names(config: GatewayConfig) -> tuple[StageName, ...]:
+    """As the configuration names them."""
+    services = config.stage_services or [service_name(url) for _, url in config.stages]
+    targets = config.stage_targets or [0.0] * len(config.stages)
+    named = zip(services, config.cut, targets, strict=True)
+    return tuple(StageName(service, layers, target or None) for service, layers, target in named)
 
 
 def allowance_of(config: GatewayConfig) -> Allowance:

@@ -8,11 +8,12 @@ from typing import Final
 
 from eventing.problems import NotReady
 from functions.configuration.config import GatewayConfig
-from functions.gateway.app import MAX_REQUEST_BYTES, allowance_of, create_app, gateway_admission
+from functions.gateway.app import MAX_REQUEST_BYTES, allowance_of, create_app, gateway_admission, stage_names
 from functions.gateway.build import start_scheduler
 from functions.gateway.doors.answers import Answers
 from functions.gateway.doors.client_limits import ClientLimits
 from functions.gateway.doors.metrics import GatewayMetrics
+from functions.gateway.doors.pipeline_watch import Watched
 from functions.gateway.scheduling.scheduler_metrics import SchedulerCollector
 from functions.gateway.text.tokenizer import ModelText
 from functions.hosting.management import Management
@@ -48,7 +49,7 @@ class GatewayFunction:
         if config.api_keys is None:
             _log.warning("open to whoever reaches it: LAMINA_API_KEYS is not set")
         self.service = Service(
-            create_app(config, self._ready_answers, self._metrics),
+            create_app(config, self._ready_answers, self._metrics, watched=self._watched()),
             Management(self._metrics.registry, sick=self._running.scheduler.sick, ready=self._ready),
             gateway_admission(config),
             threads=config.queue_limit + _RUNNING_THREADS,
@@ -95,6 +96,18 @@ class GatewayFunction:
         limits = ClientLimits(allowance_of(self._config))
         self._answers = Answers(text, self._running.scheduler, self._metrics, self._tracer, limits)
         _log.info("ready after %.2f s", self._start_up.phases()["last_byte"])
+
+    def _watched(self) -> Watched:
+        config = self._config
+        return Watched(
+            model=config.model,
+            pipeline=config.pipeline,
+            queue_limit=config.queue_limit,
+            stages=stage_names(config),
+            outlook=self._running.scheduler.outlook,
+            ready=lambda: self._answers is not None,
+            draining=lambda: self._draining,
+        )
 
     def _ready_answers(self) -> Answers:
         if self._answers is None:

@@ -76,6 +76,13 @@ class Autoscaling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     target_burst_capacity: Annotated[float, Meta(ge=0)] | None = None
     """Unset: the cluster's own. -1 is refused: Knative then reads no queue-proxy and cannot see direct traffic."""
 
+    @property
+    def target_concurrency(self) -> float:
+        """Of one replica on average, above which another one is added; 0 where concurrency does not count."""
+        if self.autoscaler_class == "hpa":
+            return 0.0
+        return round((self.target or self.default_target) * self.target_utilization_percentage / 100, 4)
+
 
 class GatewayAutoscaling(Autoscaling, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The same of a gateway, which mostly waits."""
@@ -149,6 +156,8 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A line of JSON for each request; `prompts`: with what was asked and answered. Unset: on."""
     proxies: Annotated[int, Meta(ge=0, le=16)] | None = None
     """That every request passes and that add to X-Forwarded-For, queue-proxy among them. Unset: that one."""
+    page: Annotated[str, Meta(pattern="^(on|off)$")] | None = None
+    """Whether `GET /` is a page that chats and shows the pipeline. Unset: on."""
     service_account: str | None = None
     """Needs the right to watch EndpointSlices. Unset: `{name}-gateway`, rendered with its Role."""
     pod_network: str | None = None

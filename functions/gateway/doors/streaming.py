@@ -15,7 +15,7 @@ from functions.gateway.doors.answers import Answer, ClientLeft
 from functions.hosting.environ import ARRIVED, CLIENT_GONE
 
 _log: Final = logging.getLogger(__name__)
-_HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+STREAM_HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """So that no proxy keeps tokens back."""
 CLIENT_CLOSED_REQUEST: Final = 499
 """nginx's; nobody reads it."""
@@ -33,7 +33,7 @@ def stream_response(answer: Answer, events: Iterator[bytes], failure: Callable[[
     except ClientLeft:
         return Response(status=CLIENT_CLOSED_REQUEST)
     rest = _guarded(answer, chain((first,), events), failure)
-    response = Response(rest, content_type=EVENT_STREAM_CONTENT_TYPE, headers=_HEADERS)
+    response = Response(rest, content_type=EVENT_STREAM_CONTENT_TYPE, headers=STREAM_HEADERS)
     response.call_on_close(answer.close)
     return response
 

@@ -24,12 +24,14 @@ from eventing.wire.events import MAX_POSITION
 from functions.gateway.scheduling.actions import Action, Release, Reserve, Wake, Walk
 from functions.gateway.scheduling.admission import Admission
 from functions.gateway.scheduling.board import Board
+from functions.gateway.scheduling.cold_starts import ColdStarts
 from functions.gateway.scheduling.failures import Failures
 from functions.gateway.scheduling.guessing import Experience, Guesser
 from functions.gateway.scheduling.limits import Limits
 from functions.gateway.scheduling.lookup import Lookup
 from functions.gateway.scheduling.moves import Moves
 from functions.gateway.scheduling.next_steps import NextSteps
+from functions.gateway.scheduling.outlook import Outlook, outlook
 from functions.gateway.scheduling.progress import Progress
 from functions.gateway.scheduling.prompt import Prompt
 from functions.gateway.scheduling.renewals import Renewals
@@ -75,6 +77,7 @@ class Scheduler:
         self._admission = Admission(self._board, self._replies, self._failures)
         self._next_steps = NextSteps(self._board, self._failures)
         self._wake_ups = WakeUps(self._board)
+        self._cold_starts = ColdStarts()
         self._renewals = Renewals(self._board)
         self._experience = Experience()
         self._boot = secrets.token_hex(6)
@@ -176,6 +179,11 @@ class Scheduler:
             stats.micro_batches, stats.trips = len(board.micro_batches), len(board.steps)
             stats.hungry = len(board.waiting.hungry.sequences)
             return stats
+
+    def outlook(self) -> Outlook:
+        """How it stands now, instance by instance and answer by answer."""
+        with self._changed:
+            return outlook(self._board, self._cold_starts)
 
     # For the watch.
 
@@ -361,15 +369,20 @@ class Scheduler:
                 self._act()
 
     def _warm_up(self, stage: int) -> None:
+        with self._changed:
+            if stage in self._placement.cold():
+                self._cold_starts.begins(stage)
         try:
             url = self._placement.service_urls[stage]
-            self._client.warm_up(stage, url, self._limits.cold_start_timeout_seconds)
+            reply = self._client.warm_up(stage, url, self._limits.cold_start_timeout_seconds)
         except StageFailed as failure:
             _log.info("not awake yet: %s", failure)
-            if failure.final:
-                with self._changed:
+            with self._changed:
+                self._cold_starts.fails(stage, failure.cause)
+                if failure.final:
                     self._failures.end_waiting(PipelineUnavailable(str(failure)))
             return
         with self._changed:
+            self._cold_starts.ends(stage, reply)
             self._placement.woken(stage)
             self._act()

@@ -92,7 +92,7 @@ class StageClient:
         ids: of the rows, in their order. deadline: in time.monotonic(). traces: of the rows' sequences.
         """
         timeout, awaited_until = _time_left(self._step_timeout_seconds, deadline)
-        with self._span(EventType.FORWARD, instance.stage, instance.url, traces) as span:
+        with instance.in_flight, self._span(EventType.FORWARD, instance.stage, instance.url, traces) as span:
             event = self._batch_event(instance.stage, body, timeout, span.context)
             reply = self._send(instance.stage, instance.url, event, timeout, awaited_until)
         try:

@@ -1,7 +1,7 @@
 """Instances of stages: what is known of each, whether it is used now, and the order in which prompt chunks enter it.
 
 The scheduler's lock is held around what changes. `stage`, `url` and `prompts` never do, which is what the thread of a trip
-reads (and `failures`, for how long it waits); a `Turnstile` has a lock of its own.
+reads (and `failures`, for how long it waits); a `Turnstile` and an `InFlight` have locks of their own.
 """
 
 import random
@@ -9,6 +9,8 @@ import threading
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Final
+
+from functions.gateway.stages.in_flight import InFlight
 
 FIRST_SUSPENSION_SECONDS: Final = 0.1
 LONGEST_SUSPENSION_SECONDS: Final = 5.0
@@ -64,6 +66,8 @@ class Instance:
     """The Service URL stands in for instances that nobody watches."""
     awake: bool = True
     """False for a Service URL that has not replied since it last failed."""
+    number: int = 0
+    """Which one of its stage's it is, in the order in which this gateway learned of them, from 1 on."""
     routes: int = 0
     free_tokens: int | None = None
     """As its last reply said."""
@@ -71,6 +75,8 @@ class Instance:
     """Who replied last, with a nonce of its boot."""
     prompts: Turnstile = field(default_factory=Turnstile)
     """One event with prompt chunks at a time, so that running decodes wait for at most one."""
+    in_flight: InFlight = field(default_factory=InFlight)
+    """Forward events of this gateway."""
     failures: int = 0
     suspended_until: float = 0.0
 

@@ -6,6 +6,7 @@ Not thread-safe: the scheduler's lock is held around everything here.
 import re
 import time
 from collections.abc import Iterable, Sequence
+from itertools import count
 from typing import Final
 
 from functions.gateway.stages.instances import Endpoint, Instance
@@ -50,6 +51,7 @@ class Placement:
         """service_urls: per stage. Without a watch they are the instances themselves, asleep until they reply."""
         self.service_urls = tuple(service_urls)
         self._stages: list[dict[str, Instance]] = [{} for _ in service_urls]
+        self._numbers = [count(1) for _ in service_urls]
         for stage in () if watched else range(len(service_urls)):
             self.unwatched(stage)
 
@@ -65,14 +67,19 @@ class Placement:
             instance = known.pop(url)
             instance.ready, instance.terminating = False, True
         for url, endpoint in seen.items():
-            instance = known.setdefault(url, Instance(stage, url))
+            instance = known.get(url) or self._add(stage, Instance(stage, url))
             instance.revision = endpoint.revision
             instance.ready, instance.terminating = endpoint.ready, endpoint.terminating
 
     def unwatched(self, stage: int) -> None:
         """Nobody may watch `stage`, or nobody can: routes go by what its Service URL says, until `update` knows better."""
         url = self.service_urls[stage]
-        self._stages[stage].setdefault(url, Instance(stage, url, is_service=True, awake=False))
+        if url not in self._stages[stage]:
+            self._add(stage, Instance(stage, url, is_service=True, awake=False))
+
+    def instances(self, stage: int) -> list[Instance]:
+        """All that are known of `stage`, whether they take work or not."""
+        return list(self._stages[stage].values())
 
     def ready_counts(self) -> list[int]:
         """Per stage: instances of the current revision that take work; 0 where there is no watch, so that it is unknown."""
@@ -144,6 +151,11 @@ class Placement:
         now = time.monotonic()
         ends = (i.suspended_until for known in self._stages for i in known.values() if i.suspended(now))
         return min(ends, default=None)
+
+    def _add(self, stage: int, instance: Instance) -> Instance:
+        instance.number = next(self._numbers[stage])
+        self._stages[stage][instance.url] = instance
+        return instance
 
     def _usable(self, stage: int) -> list[Instance]:
         now = time.monotonic()

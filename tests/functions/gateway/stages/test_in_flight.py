@@ -1,0 +1,21 @@
+"""Concurrency is weighted by time, whatever overlaps."""
+
+import pytest
+
+from functions.gateway.stages import in_flight
+from functions.gateway.stages.in_flight import InFlight
+
+
+def test_event_seconds_add_up_over_events_that_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(in_flight.time, "monotonic", lambda: now)
+    instance = InFlight()
+    now = 101.0
+    with instance:
+        now = 102.0
+        with instance:
+            now = 104.0
+            assert instance.event_seconds() == pytest.approx(1 + 2 * 2)
+        now = 105.0
+    now = 200.0
+    assert instance.event_seconds() == pytest.approx(1 + 2 * 2 + 1)
