@@ -163,6 +163,8 @@ class _Run:
                 pid=platform.status()["pid"], admin_url=platform.admin_url, gateway_url=url, store=self._store.settings
             )
         )
+        if self._local.pipeline.spec.gateway.page != "off":
+            self._say(f"{url}/ in a browser: chat, and the pipeline alive")
         stages = len(self._local.pipeline.cut)
         self._say(f"{self._local.shape.name} as {self._local.shape.dtype} in {stages} stages, all at zero; gateway {url}")
         if self._local.api_key is not None:
