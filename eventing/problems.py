@@ -87,6 +87,12 @@ class InvalidRequest(Problem):
     status, name, title = 422, "invalid-request", "The request cannot be served as it is"
 
 
+class ContextExceeded(InvalidRequest):
+    """422. Prompt and answer do not fit into the model's context. A retry does not help."""
+
+    name, title = "context-length-exceeded", "The model's context does not hold it"
+
+
 class QueueFull(Problem):
     """429. The bounded queue is full. A retry helps, later."""
 
@@ -148,6 +154,7 @@ PROBLEMS: Final[dict[str, type[Problem]]] = {
         WrongPipeline,
         WrongLayer,
         InvalidRequest,
+        ContextExceeded,
         QueueFull,
         RateLimited,
         ReplaysExhausted,

@@ -72,7 +72,7 @@ def read(groups: Sequence[LayerGroup], token_ids: Sequence[int]) -> Reading:
     for start in range(0, len(token_ids) - 1, _WINDOW_TOKENS):
         window = np.array(token_ids[start : start + _WINDOW_TOKENS])
         logits = _logits(groups, window)[:-1]
-        log_probability += math.fsum(log_probabilities(logits, window[1:]))
+        log_probability += math.fsum(logprob for logprob, _ in log_probabilities(logits, window[1:]))
         predicted += len(window) - 1
         likeliest.append(logits.argmax(axis=-1))
     return Reading(math.exp(-log_probability / predicted), np.concatenate(likeliest))

@@ -1,10 +1,10 @@
 """Batch ↔ bytes. Nothing is copied but the table: token ids and tensor go out and come in as views.
 
-The body, all numbers little endian (wire version 2):
+The body, all numbers little endian (wire version 3):
 
     offset  bytes  what
     0       3      "LMB"
-    3       1      wire version, 2
+    3       1      wire version, 3
     4       4      u32 rows, 1 to MAX_ROWS
     8       4      u32 tokens, the sum of the rows' lengths, at most MAX_BATCH_TOKENS
     12      4      u32 table_bytes, at most MAX_TABLE_BYTES

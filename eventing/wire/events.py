@@ -11,7 +11,7 @@ from typing import Annotated, Final
 
 from msgspec import Meta, Struct
 
-WIRE_VERSION: Final = 2
+WIRE_VERSION: Final = 3
 BATCH_CONTENT_TYPE: Final = "application/vnd.lamina.batch"
 
 MAX_ROWS: Final = 1024
@@ -23,6 +23,8 @@ MAX_GUESSES: Final = 64
 """Of one row."""
 MAX_BIASES: Final = 300
 """Tokens whose logits one row may move, as many as the OpenAI API takes."""
+MAX_TOP_LOGPROBS: Final = 20
+"""Of one place, as many as the OpenAI API takes."""
 
 SAFE_EVENT_BYTES: Final = 64 * 1024
 """What every intermediary must pass on (CloudEvents 1.0.2, section 4); more travels by claim check."""
@@ -134,7 +136,10 @@ class Result(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True
     tokens: tuple[TokenId, ...] | None = None
     """With `Want.TOKEN`: the token behind the row's tokens; behind guesses that came true, those and one more."""
     logprobs: tuple[float, ...] | None = None
-    """With `Want.LOGPROBS`: log-probability of each token of the row but its first, natural logarithm."""
+    """With `Want.LOGPROBS`: log-probability of each token of the row but its first; with `Want.TOKEN` and `top_logprobs`: of
+    each of `tokens`. Natural logarithm, of the model's own distribution: before penalties, biases, temperature and filters."""
+    top_logprobs: tuple[tuple[tuple[TokenId, float], ...], ...] | None = None
+    """Beside each of `logprobs`, where `top_logprobs` asked for some: the most probable tokens there, the first one first."""
 
 
 class Row(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -155,6 +160,9 @@ class Row(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     guesses: Annotated[int, Meta(ge=0, le=MAX_GUESSES)] = 0
     """So many of its tokens, the last ones, are guesses of what will be drawn. With `Want.TOKEN` a token is drawn behind the
     token before them; where that is the first guess one more behind it, and so on."""
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    """With `Want.TOKEN`: the log-probabilities of what is drawn are wanted, too. With both wants: so many of the most probable
+    tokens beside each."""
     status: Status = Status.OK
     held: Annotated[int, Meta(ge=0, le=MAX_POSITION)] | None = None
     reason: str | None = None

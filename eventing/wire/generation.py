@@ -5,17 +5,24 @@ that an older client reads a newer gateway. Bounds stand in the types: msgspec n
 The same holds for `score` and `control`.
 """
 
-from collections.abc import Collection
-from typing import Annotated, Literal
+from collections.abc import Collection, Sequence
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
-from eventing.wire.events import MAX_BIASES, MAX_POSITION, Sampling, TokenId
+from eventing.wire.events import MAX_BIASES, MAX_POSITION, MAX_TOP_LOGPROBS, Sampling, TokenId
 
-DEFAULT_MAX_TOKENS = 256
 MAX_STOP_STRINGS = 16
+MAX_STOP_TOKENS = 128
+MAX_CHOICES = 128
+"""Answers to one request: its prompts, n times each."""
 
 StopString = Annotated[str, Meta(min_length=1, max_length=256)]
+PromptText = Annotated[str, Meta(min_length=1)]
+PromptIds = Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=MAX_POSITION)]
+Prompts = PromptText | Annotated[tuple[PromptText | TokenId | PromptIds, ...], Meta(min_length=1, max_length=MAX_POSITION)]
+"""A text, several of them, the ids of a text's tokens, or several such lists; no mixture."""
 
 FinishReason = Literal["stop", "length", "cancelled"]
 """stop: an end token or a stop string; length: max_tokens or the context; cancelled: the client went away."""
@@ -31,10 +38,13 @@ class Message(Struct, frozen=True, forbid_unknown_fields=True):
 class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """Data of `dev.lamina.generate.request`. Whether the answer streams is the client's Accept header, not a field."""
 
-    prompt: Annotated[str, Meta(min_length=1)] | None = None
-    """Text as it is, without the chat template. Exactly one of `prompt` and `messages` is given."""
+    prompt: Prompts | None = None
+    """Text as it is, without the chat template, or its tokens. Exactly one of `prompt` and `messages` is given."""
     messages: Annotated[tuple[Message, ...], Meta(min_length=1)] | None = None
-    max_tokens: Annotated[int, Meta(ge=1, le=MAX_POSITION)] = DEFAULT_MAX_TOKENS
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
+    """Answers to each prompt, with seeds that follow each other."""
+    max_tokens: Annotated[int, Meta(ge=0, le=MAX_POSITION)] | None = None
+    """None: what the prompt leaves of the model's context. 0: nothing, with `echo`."""
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
     """0 is greedy."""
     top_k: Annotated[int, Meta(ge=0, lt=2**31)] = 0
@@ -57,22 +67,74 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
     """The answer goes on behind the model's own end, which is a token like others."""
     stop: StopString | Annotated[tuple[StopString, ...], Meta(max_length=MAX_STOP_STRINGS)] = ()
     """The text ends before the first of these; it is not part of the answer."""
+    stop_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_STOP_TOKENS)] = ()
+    """So does it before one of these tokens."""
+    include_stop_str_in_output: bool = False
+    """What ended the text is part of the answer after all: the stop string, or the token of `stop_token_ids`."""
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    """The log-probability of each token, and so many of the most probable ones at its place."""
+    echo: bool = False
+    """The answer begins with the prompt, and so do its log-probabilities. Not with `messages`."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Further names for the model's chat template, such as `enable_thinking`."""
+    reasoning_effort: Annotated[str, Meta(max_length=64)] | None = None
+    """The same under that name, for templates that know it."""
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.messages is None):
             given = "neither" if self.prompt is None else "both"
             raise ValueError(f"exactly one of `prompt` and `messages` must be given, not {given}")
-        if self.min_tokens > self.max_tokens:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens is {self.min_tokens}, more than max_tokens, {self.max_tokens}")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens is 0, which leaves nothing to answer but with `echo`")
+        if self.echo and self.messages is not None:
+            raise ValueError("`echo` goes with `prompt`, not with `messages`")
+        if (choices := self.n * len(self.prompts)) > MAX_CHOICES:
+            raise ValueError(f"{len(self.prompts)} prompts, {self.n} answers to each: {choices}; the most is {MAX_CHOICES}")
+
+    @property
+    def prompts(self) -> Sequence[str | Sequence[int] | None]:
+        """Each a text or token ids; one None where there are `messages`. Raises ValueError where kinds are mixed."""
+        if self.prompt is None or isinstance(self.prompt, str):
+            return (self.prompt,)
+        kinds = {type(part) for part in self.prompt}
+        if len(kinds) > 1:
+            raise ValueError("`prompt` mixes texts, token ids and lists of them; send one kind")
+        return (self.prompt,) if kinds == {int} else self.prompt  # type: ignore[return-value]
+
+    def each(self, seed: int) -> list["GenerateRequest"]:
+        """One request for each answer: of the first prompt all n, then of the next; `seed` where the request names none."""
+        seed = seed if self.seed is None else self.seed
+        prompts = [prompt for prompt in self.prompts for _ in range(self.n)]
+        if len(prompts) == 1:
+            return [replace(self, prompt=prompts[0], seed=seed)]
+        return [replace(self, prompt=prompt, n=1, seed=(seed + index) % 2**63) for index, prompt in enumerate(prompts)]
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else self.stop
 
+    @property
+    def template_values(self) -> dict[str, Any]:
+        """Further variables of the chat template."""
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return self.chat_template_kwargs | effort
+
+    @property
+    def scores(self) -> bool:
+        """The log-probabilities of the prompt's tokens are wanted."""
+        return self.echo and self.logprobs is not None
+
+    def end_ids(self, eos_ids: Collection[int]) -> frozenset[int]:
+        """Tokens that end the answer; eos_ids: the model's own."""
+        return frozenset(self.stop_token_ids) | (frozenset() if self.ignore_eos else frozenset(eos_ids))
+
     def sampling(self, seed: int, prompt_tokens: int = 0, eos_ids: Collection[int] = ()) -> Sampling:
-        """What the last stage needs to know of an answer behind so many tokens; `seed` counts where the request names none."""
+        """What the last stage needs to know of an answer behind so many tokens; `seed` counts where the request names none.
+        eos_ids: the model's own."""
         penalized = self.presence_penalty or self.frequency_penalty
-        banned = tuple(sorted(eos_ids)) if self.min_tokens and not self.ignore_eos else ()
+        banned = tuple(sorted(self.end_ids(eos_ids))) if self.min_tokens else ()
         return Sampling(
             temperature=self.temperature,
             top_k=self.top_k,
@@ -118,22 +180,49 @@ class Timings(Struct, frozen=True):
     """How often a broken route made the sequence begin again."""
 
 
-class GenerateResponse(Struct, frozen=True):
-    """Data of `dev.lamina.generate.response`; on a stream, the last event."""
+class TokenLogprob(Struct, frozen=True, omit_defaults=True):
+    """A token's log-probability, and the most probable tokens of its place with theirs, the most probable first."""
+
+    token_id: int
+    logprob: float | None
+    """None: of a text's first token."""
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Choice(Struct, frozen=True, omit_defaults=True):
+    """One answer of several, or the only one. With `echo` text and token_ids begin with the prompt's."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """Of all token_ids, where they were asked for."""
+
+
+class GenerateResponse(Struct, frozen=True, omit_defaults=True):
+    """Data of `dev.lamina.generate.response`; on a stream, the last event. What is said of one answer is said of the first."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     usage: Usage
+    """Of all answers."""
     timings: Timings
+    """From the request's arrival to the end of the last answer."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    choices: tuple[Choice, ...] = ()
+    """All answers, where there are several."""
 
 
-class TokenEvent(Struct, frozen=True):
+class TokenEvent(Struct, frozen=True, omit_defaults=True):
     """Data of `dev.lamina.generate.token`: the text that token `index` of the answer has completed, which may be empty."""
 
     index: int
     token_id: int
     text: str
+    choice: int = 0
+    """Of which answer, where there are several."""
+    logprob: TokenLogprob | None = None
 
 
 class ErrorEvent(Struct, frozen=True):

@@ -14,7 +14,7 @@ from flask import request
 from werkzeug.wsgi import ClosingIterator
 
 from eventing.wire.generation import GenerateRequest
-from functions.gateway.doors.answers import Answer
+from functions.gateway.doors.reply import Reply
 from functions.hosting.environ import ARRIVED
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Entry:
     client_id: str | None = None
     """The first digits of a key's SHA-256; without keys an address."""
     wanted: GenerateRequest | None = None
-    answer: Answer | None = None
+    answer: Reply | None = None
     status: int | None = None
 
 

@@ -40,15 +40,15 @@ class ClientLimits:
         self._running: Counter[str] = Counter()
         self._lock = threading.Lock()
 
-    def enter(self, client_id: str) -> Leave:
-        """For one answer; whoever enters calls the returned, once. Raises RateLimited."""
+    def enter(self, client_id: str, answers: int = 1) -> Leave:
+        """With one request for so many answers; whoever enters calls the returned, once for each. Raises RateLimited."""
         allowed = self._allowance
         with self._lock:
-            if allowed.concurrent is not None and self._running[client_id] >= allowed.concurrent:
+            if allowed.concurrent is not None and self._running[client_id] + answers > allowed.concurrent:
                 raise RateLimited(f"{allowed.concurrent} answers at once are what this client may have; wait for one of them")
             if self._windows is not None:
                 self._windows.take(client_id, allowed)
-            self._running[client_id] += 1
+            self._running[client_id] += answers
         return lambda tokens: self._leave(client_id, tokens)
 
     def _leave(self, client_id: str, tokens: int) -> None:

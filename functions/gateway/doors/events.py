@@ -19,10 +19,11 @@ from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE, HEARTBEAT, encode_sse
 from eventing.problems import Problem, UnknownEventType
 from eventing.wire.cloud_event import check_not_expired, expiry_time, json_data, json_event, reply_id, reply_seed
 from eventing.wire.events import Attribute, EventType
-from eventing.wire.generation import ErrorEvent, GenerateRequest
+from eventing.wire.generation import ErrorEvent, GenerateRequest, TokenEvent
 from functions.gateway.doors.access_log import entry
-from functions.gateway.doors.answers import Answer, Answers, Asker
+from functions.gateway.doors.answers import Answers, Asker
 from functions.gateway.doors.clients import Clients
+from functions.gateway.doors.reply import Reply
 from functions.gateway.doors.scoring import ScoreEntry
 from functions.gateway.doors.streaming import arrived, client_gone, spoken, stream_response, whole_response
 from functions.observing.tracing import TraceContext, read_traceparent
@@ -102,11 +103,11 @@ class EventDoor:
             return self._timeout_seconds
         return min(self._timeout_seconds, (expiry - datetime.now(UTC)).total_seconds())
 
-    def _stream(self, cause: CloudEvent, answer: Answer) -> Iterator[bytes]:
+    def _stream(self, cause: CloudEvent, answer: Reply) -> Iterator[bytes]:
         """Events in structured mode, each one server-sent event."""
         id_ = reply_id(cause)
         for token in spoken(answer.tokens()):
-            yield HEARTBEAT if token is None else self._sent(cause, EventType.TOKEN, token, f"{id_}-{token.index}")
+            yield HEARTBEAT if token is None else self._sent(cause, EventType.TOKEN, token, _token_id(id_, token))
         yield self._sent(cause, EventType.GENERATE_RESPONSE, answer.response(), id_)
 
     def _failure(self, cause: CloudEvent, problem: Problem) -> bytes:
@@ -120,6 +121,10 @@ class EventDoor:
     def _event(self, cause: CloudEvent, type_: str, value: Struct, id_: str) -> CloudEvent:
         traceparent = cause.get_extension(Attribute.TRACEPARENT)
         return json_event(type_, self._source, value, id=id_, **{Attribute.TRACEPARENT: traceparent})
+
+
+def _token_id(id_: str, token: TokenEvent) -> str:
+    return f"{id_}-{token.index}" if token.choice == 0 else f"{id_}-{token.choice}-{token.index}"
 
 
 def _trace(event: CloudEvent) -> TraceContext | None:

@@ -4,98 +4,35 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 from flask import Blueprint, Flask, Response, g, request
+from tokenizers import Tokenizer
 from werkzeug.exceptions import HTTPException
 
 from eventing.http.sse import HEARTBEAT, encode_sse
-from eventing.problems import MalformedEvent, Problem
-from eventing.wire.generation import GenerateRequest, Usage
+from eventing.problems import ContextExceeded, InvalidRequest, MalformedEvent, Problem
+from eventing.wire.generation import GenerateRequest
 from functions.gateway.doors.access_log import entry
-from functions.gateway.doors.answers import Answer, Answers, Asker
+from functions.gateway.doors.answers import Answers, Asker
 from functions.gateway.doors.clients import Clients
+from functions.gateway.doors.openai_documents import ChatShape, CompletionShape, Envelope, Shape
 from functions.gateway.doors.openai_requests import read_request
-from functions.gateway.doors.openai_types import ChatRequest, CompletionRequest
+from functions.gateway.doors.openai_types import ChatRequest, CompletionRequest, StreamOptions
+from functions.gateway.doors.reply import Reply
 from functions.gateway.doors.streaming import arrived, client_gone, spoken, stream_response, whole_response
 from functions.hosting.web import json_response, not_served, with_allow, with_retry_after
 from functions.observing.tracing import read_traceparent
 
 _log: Final = logging.getLogger(__name__)
+_INVALID: Final = 400
 _NOT_FOUND: Final = 404
 _NOT_ROUTED: Final = (404, 405)
+_PROMPT: Final = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", "/v1/responses": "input"}
+"""The parameter that has the prompt."""
 
 R = TypeVar("R", ChatRequest, CompletionRequest)
-
-
-class Shape(Protocol):
-    """How an answer is written: as a chat completion or as a completion."""
-
-    object: str
-    chunk_object: str
-    id_prefix: str
-
-    def choice(self, text: str, finish_reason: str) -> dict[str, Any]: ...
-
-    def first_chunk(self) -> dict[str, Any] | None: ...
-
-    def chunk(self, text: str, finish_reason: str | None) -> dict[str, Any]: ...
-
-
-class ChatShape:
-    object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
-    id_prefix = "chatcmpl-"
-
-    def choice(self, text: str, finish_reason: str) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": 0, "message": message, "finish_reason": finish_reason, "logprobs": None}
-
-    def first_chunk(self) -> dict[str, Any] | None:
-        return {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None, "logprobs": None}
-
-    def chunk(self, text: str, finish_reason: str | None) -> dict[str, Any]:
-        delta = {"content": text} if finish_reason is None else {}
-        return {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
-
-
-class CompletionShape:
-    object = "text_completion"
-    chunk_object = "text_completion"
-    id_prefix = "cmpl-"
-
-    def choice(self, text: str, finish_reason: str) -> dict[str, Any]:
-        return self.chunk(text, finish_reason)
-
-    def first_chunk(self) -> dict[str, Any] | None:
-        return None
-
-    def chunk(self, text: str, finish_reason: str | None) -> dict[str, Any]:
-        return {"index": 0, "text": text, "finish_reason": finish_reason, "logprobs": None}
-
-
-@dataclass(frozen=True, slots=True)
-class Envelope:
-    """What all documents of one answer have in common."""
-
-    shape: Shape
-    id: str
-    created: int
-    model: str
-    pipeline: str
-
-    def document(self, object_: str, choices: list[dict[str, Any]], **more: object) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": object_,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.pipeline,
-            "choices": choices,
-            **more,
-        }
 
 
 class OpenAIDoor:
@@ -125,10 +62,10 @@ class OpenAIDoor:
             app.register_error_handler(status, _not_served)
 
     def _chat(self) -> Response:
-        return self._answer(ChatRequest, ChatShape())
+        return self._answer(ChatRequest, lambda _: ChatShape())
 
     def _complete(self) -> Response:
-        return self._answer(CompletionRequest, CompletionShape())
+        return self._answer(CompletionRequest, lambda asked: CompletionShape(asked.logprobs or 0))
 
     def _models(self) -> Response:
         self._clients.identify(request)
@@ -138,27 +75,29 @@ class OpenAIDoor:
         self._clients.identify(request)
         return json_response(self._model_document()) if model == self._model else self._model_not_found(model)
 
-    def _answer(self, type_: type[R], shape: Shape) -> Response:
+    def _answer(self, type_: type[R], shape_of: Callable[[R], Shape]) -> Response:
         began = arrived()
         client_id = entry().client_id = self._clients.identify(request)
         asked = read_request(request.get_data(cache=False), type_)
         if asked.model != self._model:
             return self._model_not_found(asked.model)
+        shape = shape_of(asked)
         g.request_id = entry().request_id = id_ = shape.id_prefix + secrets.token_hex(12)
         envelope = Envelope(shape, id_, int(time.time()), self._model, self._pipeline)
-        answer = self._begin(_wanted(asked), id_, client_id, began)
+        answers = self._answers()
+        reply = self._begin(answers, _wanted(asked), id_, client_id, began)
         g.answering = True
+        tokenizer = answers.text.tokenizer
         if asked.stream:
-            with_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
-            return stream_response(answer, _stream(envelope, answer, with_usage), _failure)
-        return whole_response(answer, lambda: _whole(envelope, answer))
+            return stream_response(reply, _stream(envelope, reply, tokenizer, asked.stream_options), _failure)
+        return whole_response(reply, lambda: _whole(envelope, reply, tokenizer))
 
-    def _begin(self, wanted: GenerateRequest, id_: str, client_id: str, began: float) -> Answer:
+    def _begin(self, answers: Answers, wanted: GenerateRequest, id_: str, client_id: str, began: float) -> Reply:
         trace = read_traceparent(request.headers.get("traceparent"))
         asker = Asker(id_, client_id, secrets.randbits(63), self._timeout_seconds, began, client_gone(), trace)
         entry().wanted = wanted
-        entry().answer = answer = self._answers().begin(wanted, asker)
-        return answer
+        entry().answer = reply = answers.begin(wanted, asker)
+        return reply
 
     def _model_document(self) -> dict[str, Any]:
         return {"id": self._model, "object": "model", "created": self._started, "owned_by": "lamina"}
@@ -176,30 +115,38 @@ def _wanted(asked: ChatRequest | CompletionRequest) -> GenerateRequest:
         raise MalformedEvent(f"the request cannot be served: {error}") from error
 
 
-def _whole(envelope: Envelope, answer: Answer) -> Response:
-    response = answer.response()
-    choices = [envelope.shape.choice(response.text, response.finish_reason)]
+def _whole(envelope: Envelope, reply: Reply, tokenizer: Tokenizer) -> Response:
+    response = reply.response()
+    choices = [envelope.shape.writer(index, tokenizer).whole(answer.choice()) for index, answer in enumerate(reply.answers)]
     return json_response(envelope.document(envelope.shape.object, choices, usage=response.usage))
 
 
-def _stream(envelope: Envelope, answer: Answer, with_usage: bool) -> Iterator[bytes]:
-    def sent(choices: list[dict[str, Any]], usage: Usage | None = None) -> bytes:
+def _stream(envelope: Envelope, reply: Reply, tokenizer: Tokenizer, options: StreamOptions | None) -> Iterator[bytes]:
+    with_usage = options is not None and bool(options.include_usage)
+    continuous = options is not None and bool(options.continuous_usage_stats)
+    writers = [envelope.shape.writer(index, tokenizer) for index in range(len(reply.answers))]
+
+    def sent(choices: list[dict[str, Any]], *, at_the_end: bool = False) -> bytes:
+        usage = reply.usage() if continuous or at_the_end else None
         more = {"usage": usage} if with_usage else {}
         return encode_sse(msgspec.json.encode(envelope.document(envelope.shape.chunk_object, choices, **more)))
 
-    first = envelope.shape.first_chunk()
-    for token in spoken(answer.tokens()):
-        if first is not None:
-            yield sent([first])
-            first = None
+    begun = False
+    for token in spoken(reply.tokens()):
+        if not begun:
+            begun = True
+            yield from (sent([chunk]) for writer in writers for chunk in writer.first())
         if token is None:
             yield HEARTBEAT
-        elif token.text:
-            yield sent([envelope.shape.chunk(token.text, None)])
-    response = answer.response()
-    yield sent([envelope.shape.chunk("", response.finish_reason)])
+        else:
+            yield from (sent([chunk]) for chunk in writers[token.choice].chunks(token))
+    if not begun:
+        yield from (sent([chunk]) for writer in writers for chunk in writer.first())
+    reply.response()
+    for writer, answer in zip(writers, reply.answers, strict=True):
+        yield from (sent([chunk]) for chunk in writer.last(answer.choice()))
     if with_usage:
-        yield sent([], response.usage)
+        yield sent([], at_the_end=True)
     yield encode_sse("[DONE]")
 
 
@@ -208,7 +155,10 @@ def _failure(problem: Problem) -> bytes:
 
 
 def _refused(problem: Problem) -> Response:
-    return with_retry_after(_error(problem.status, str(problem), problem.name), problem)
+    """Where the API has a status of its own for what cannot be served, it is 400."""
+    status = _INVALID if isinstance(problem, InvalidRequest) else problem.status
+    parameter = _PROMPT.get(request.path) if isinstance(problem, ContextExceeded) else None
+    return with_retry_after(_error(status, str(problem), problem.name, parameter), problem)
 
 
 def _not_served(error: HTTPException) -> Response:

@@ -4,8 +4,16 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from eventing.wire.events import MAX_BIASES, MAX_POSITION
-from eventing.wire.generation import DEFAULT_MAX_TOKENS, MAX_STOP_STRINGS, GenerateRequest, Message, StopString
+from eventing.wire.events import MAX_BIASES, MAX_POSITION, MAX_TOP_LOGPROBS, TokenId
+from eventing.wire.generation import (
+    MAX_CHOICES,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKENS,
+    GenerateRequest,
+    Message,
+    Prompts,
+    StopString,
+)
 
 MaxTokens = Annotated[int, Meta(ge=1, le=MAX_POSITION)]
 
@@ -38,7 +46,8 @@ class ChatMessage(Struct, frozen=True, kw_only=True):
 class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
-    continuous_usage_stats: Literal[False] | None = None
+    continuous_usage_stats: bool | None = None
+    """With `include_usage`: the usage so far with every chunk."""
 
 
 class TextFormat(Struct, frozen=True, tag_field="type", tag="text"):
@@ -76,11 +85,14 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     min_tokens: Annotated[int, Meta(ge=0, le=MAX_POSITION)] | None = None
     ignore_eos: bool | None = None
     stop: StopString | Annotated[tuple[StopString, ...], Meta(max_length=MAX_STOP_STRINGS)] | None = None
+    stop_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_STOP_TOKENS)] | None = None
+    include_stop_str_in_output: bool | None = None
     max_tokens: MaxTokens | None = None
+    """None: what the prompt leaves of the model's context."""
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
-    n: Annotated[int, Meta(ge=1, le=1)] | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
@@ -108,6 +120,9 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "ignore_eos": bool(self.ignore_eos),
             "seed": None if self.seed is None else self.seed % 2**63,
             "stop": self.stop or (),
+            "stop_token_ids": self.stop_token_ids or (),
+            "include_stop_str_in_output": bool(self.include_stop_str_in_output),
+            "n": self.n or 1,
         }
 
 
@@ -116,8 +131,8 @@ class ChatRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     messages: Annotated[tuple[ChatMessage, ...], Meta(min_length=1)]
     max_completion_tokens: MaxTokens | None = None
-    logprobs: Literal[False] | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=0)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     tools: tuple[()] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
@@ -125,7 +140,10 @@ class ChatRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields=True
     function_call: Literal["none", "auto"] | None = None
     modalities: tuple[Literal["text"], ...] | None = None
     audio: None = None
-    reasoning_effort: None = None
+    reasoning_effort: Annotated[str, Meta(max_length=64)] | None = None
+    """Where the model's chat template knows it."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Further variables of the chat template, which must know them."""
     verbosity: Literal["medium"] | None = None
     web_search_options: None = None
     response_format: TextFormat | None = None
@@ -133,19 +151,38 @@ class ChatRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     def generate_request(self) -> GenerateRequest:
         messages = tuple(message.message() for message in self.messages)
-        max_tokens = self.max_completion_tokens or self.max_tokens or DEFAULT_MAX_TOKENS
-        prediction = "" if self.prediction is None else self.prediction.text
-        return GenerateRequest(messages=messages, max_tokens=max_tokens, prediction=prediction, **self.sampling_fields())
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(f"top_logprobs is {self.top_logprobs}, which takes `logprobs`: true")
+        return GenerateRequest(
+            messages=messages,
+            max_tokens=self.max_completion_tokens or self.max_tokens,
+            prediction="" if self.prediction is None else self.prediction.text,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            chat_template_kwargs=self.chat_template_kwargs or {},
+            reasoning_effort=self.reasoning_effort,
+            **self.sampling_fields(),
+        )
 
 
 class CompletionRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`POST /v1/completions`: one prompt, without the chat template."""
+    """`POST /v1/completions`: prompts as texts or token ids, without the chat template."""
 
-    prompt: Annotated[str, Meta(min_length=1)]
-    echo: Literal[False] | None = None
-    best_of: Annotated[int, Meta(ge=1, le=1)] | None = None
-    logprobs: None = None
+    prompt: Prompts
+    max_tokens: Annotated[int, Meta(ge=0, le=MAX_POSITION)] | None = None
+    """0: nothing, with `echo`."""
+    echo: bool | None = None
+    best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    """As many as `n`, of which the best are all."""
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     suffix: None = None
 
     def generate_request(self) -> GenerateRequest:
-        return GenerateRequest(prompt=self.prompt, max_tokens=self.max_tokens or DEFAULT_MAX_TOKENS, **self.sampling_fields())
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError(f"best_of is {self.best_of} and n is {self.n or 1}; only as many as are wanted are drawn")
+        return GenerateRequest(
+            prompt=self.prompt,
+            max_tokens=self.max_tokens,
+            logprobs=self.logprobs,
+            echo=bool(self.echo),
+            **self.sampling_fields(),
+        )

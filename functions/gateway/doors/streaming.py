@@ -11,7 +11,7 @@ from flask import Response, request
 from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE
 from eventing.problems import Problem
 from eventing.wire.generation import TokenEvent
-from functions.gateway.doors.answers import Answer, ClientLeft
+from functions.gateway.doors.reply import ClientLeft, Reply
 from functions.hosting.environ import ARRIVED, CLIENT_GONE
 
 _log: Final = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ CLIENT_CLOSED_REQUEST: Final = 499
 """nginx's; nobody reads it."""
 
 
-def stream_response(answer: Answer, events: Iterator[bytes], failure: Callable[[Problem], bytes]) -> Response:
+def stream_response(answer: Reply, events: Iterator[bytes], failure: Callable[[Problem], bytes]) -> Response:
     """Sends `events`, once there is a first. Until then nothing goes out, so that what fails has a status of its own: raises
     the Problem that ended the answer. Where they break off later, `failure` becomes the last event.
 
@@ -43,7 +43,7 @@ def spoken(tokens: Iterator[TokenEvent | None]) -> Iterator[TokenEvent | None]:
     return dropwhile(lambda token: token is None, tokens)
 
 
-def whole_response(answer: Answer, finished: Callable[[], Response]) -> Response:
+def whole_response(answer: Reply, finished: Callable[[], Response]) -> Response:
     """`finished`, once the answer is. Raises the Problem that ended it. Where the client leaves, the answer is given up."""
     try:
         for _ in answer.tokens():
@@ -65,7 +65,7 @@ def client_gone() -> Callable[[], bool]:
     return gone
 
 
-def _guarded(answer: Answer, events: Iterator[bytes], failure: Callable[[Problem], bytes]) -> Iterator[bytes]:
+def _guarded(answer: Reply, events: Iterator[bytes], failure: Callable[[Problem], bytes]) -> Iterator[bytes]:
     try:
         yield from events
     except Problem as problem:

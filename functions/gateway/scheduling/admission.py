@@ -84,6 +84,11 @@ class Admission:
             board.waiting.hungry.add(sequence)
         elif status is Status.STALE:
             self._failures.start_again(sequence)
+        elif sequence.shrink():
+            board.put_back(sequence)
+        elif sequence.has_drawn:
+            sequence.stream.finish("length")
+            board.dismiss(sequence)
         else:
             wanted = f"prompt and answer of {sequence.reserve_tokens} tokens"
             board.dismiss(sequence, InvalidRequest(f"{wanted} are more than a stage can ever hold; ask for fewer"))

@@ -47,7 +47,7 @@ class Failures:
 
     def row_failed(self, sequence: Sequence, piece: Piece, stage: int, row: Row) -> None:
         """The event came back, but one row of it was not computed: it alone has failed."""
-        if row.status is Status.INVALID and piece.guesses and sequence.guesser is not None:
+        if row.status is Status.INVALID and piece.guesses and not piece.scores and sequence.guesser is not None:
             # Perhaps for what was guessed, which is not the client's fault: it is asked again without.
             sequence.guesser.given_up = True
             row = msgspec.structs.replace(row, status=Status.MISS, held=piece.position)

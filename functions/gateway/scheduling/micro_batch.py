@@ -91,7 +91,7 @@ def prompt_pieces(sequences: Items[Sequence], chunk_tokens: int) -> list[tuple[S
     room = chunk_tokens
     for sequence in sequences:
         suspect = sequence.strikes.count > 0
-        piece = sequence.progress.next_piece(sequence.total_tokens, room)
+        piece = sequence.next_piece(room)
         if piece is None or (pieces and (piece.depth != pieces[0][1].depth or suspect)):
             continue
         pieces.append((sequence, piece))

@@ -17,6 +17,8 @@ class Piece:
     depth: int
     guesses: tuple[int, ...] = ()
     """Tokens that may come behind them. They count as held once they have come true, see `Progress.came_true`."""
+    scores: bool = False
+    """The log-probabilities of its tokens but the first are wanted; the one behind them goes with it as its guess."""
 
     @property
     def end(self) -> int:

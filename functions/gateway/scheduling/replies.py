@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from typing import Final
 
-from eventing.wire.events import Row, Status
+from eventing.wire.events import Result, Row, Status
+from eventing.wire.generation import TokenLogprob
 from functions.gateway.scheduling.board import Board
 from functions.gateway.scheduling.failures import Failures
 from functions.gateway.scheduling.progress import Piece
@@ -13,7 +14,7 @@ from functions.gateway.scheduling.step import Step
 from functions.gateway.stages.client import ForwardReply, Origin
 from functions.gateway.stages.failures import StageFailed
 
-_OWED: Final = "its reply lacks a token that was wanted, or has others than were guessed"
+_OWED: Final = "its reply lacks a token or a log-probability that was wanted, or has others than were guessed"
 
 
 class Replies:
@@ -29,13 +30,13 @@ class Replies:
         instance.replied(origin.boot, origin.free_tokens)
 
     def replied(self, step: Step, stage: int, reply: ForwardReply, seconds: float) -> None:
-        """`stage` replied after `seconds`. Raises StageFailed where the last one owes a token."""
+        """`stage` replied after `seconds`. Raises StageFailed where the last one owes something."""
         rows = reply.batch.rows
         pieces = [step.pieces[row.id] for row in rows]
         self.heard(reply.origin, (sequence for sequence, _ in pieces))
         self._board.stats.stages[stage].step(seconds, step.tokens if step.micro_batch is not None else 0)
         last = stage == self._board.placement.num_stages - 1
-        if last and any(_owes_token(row, sequence, piece) for row, (sequence, piece) in zip(rows, pieces, strict=True)):
+        if last and any(_owes(row, sequence, piece) for row, (sequence, piece) in zip(rows, pieces, strict=True)):
             raise StageFailed(stage, "malformed", _OWED, blames=True)
         for row, (sequence, piece) in zip(rows, pieces, strict=True):
             if row.status is not Status.OK:
@@ -47,11 +48,31 @@ class Replies:
 
     def _arrived(self, sequence: Sequence, piece: Piece, row: Row) -> None:
         sequence.progress.settle()
-        if row.result is not None and row.result.tokens:
-            self._drawn(sequence, len(piece.guesses), row.result.tokens)
-        self._failures.settle(sequence)
+        cause = None
+        if row.result is not None and piece.scores:
+            self._scored(sequence, piece, row.result)
+        elif row.result is not None and row.result.tokens:
+            self._drawn(sequence, len(piece.guesses), row.result.tokens, row.result)
+            if sequence.outgrown:
+                cause = "grown"
+                self._outgrown(sequence)
+        self._failures.settle(sequence, cause)
 
-    def _drawn(self, sequence: Sequence, guessed: int, tokens: Items[int]) -> None:
+    def _scored(self, sequence: Sequence, piece: Piece, result: Result) -> None:
+        tokens = sequence.tokens[piece.position + 1 : piece.end + 1]
+        scored = sequence.stream.scored(piece.position + 1, logprobs_of(tokens, result))
+        if not sequence.prompt.max_tokens and scored == len(sequence.prompt.token_ids) - 1:
+            sequence.stream.finish("length")
+
+    def _outgrown(self, sequence: Sequence) -> None:
+        """It goes back to where it waits, without what it holds, until it can have more: nobody waits for memory while he holds
+        some that others wait for."""
+        if sequence.grow():
+            sequence.must_restart = True
+        else:
+            sequence.stream.finish("length")
+
+    def _drawn(self, sequence: Sequence, guessed: int, tokens: Items[int], result: Result) -> None:
         came_true = len(tokens) - 1
         stats = self._board.stats
         stats.tokens += len(tokens)
@@ -62,12 +83,26 @@ class Replies:
         if sequence.guesser is not None:
             sequence.guesser.came(tokens)
         sequence.stream.guessed(came_true, guessed - came_true)
-        sequence.put(tokens)
+        sequence.put(tokens, None if sequence.prompt.top_logprobs is None else logprobs_of(tokens, result))
 
 
-def _owes_token(row: Row, sequence: Sequence, piece: Piece) -> bool:
+def logprobs_of(tokens: Items[int], result: Result) -> list[TokenLogprob]:
+    logprobs = result.logprobs or ()
+    tops = result.top_logprobs or ((),) * len(logprobs)
+    return [TokenLogprob(token, logprob, top) for token, logprob, top in zip(tokens, logprobs, tops, strict=True)]
+
+
+def _owes(row: Row, sequence: Sequence, piece: Piece) -> bool:
     """Also where it says that other guesses came true than were sent."""
-    if row.status is not Status.OK or piece.end != sequence.total_tokens:
+    if row.status is not Status.OK or not (piece.scores or piece.end == sequence.total_tokens):
         return False
-    tokens = () if row.result is None else row.result.tokens or ()
+    result = row.result or Result()
+    top, logprobs = sequence.prompt.top_logprobs, result.logprobs or ()
+    if top and len(result.top_logprobs or ()) != len(logprobs):
+        return True
+    if piece.scores:
+        return len(logprobs) != piece.length
+    tokens = result.tokens or ()
+    if top is not None and len(logprobs) != len(tokens):
+        return True
     return not tokens or tokens[:-1] != piece.guesses[: len(tokens) - 1]

@@ -123,7 +123,12 @@ class Scheduler:
             self._check_room()
             number = next(self._numbers)
             id_ = f"{self._boot}-{number}"
-            stream = TokenStream(prompt.max_tokens, prompt.eos_ids, lambda: self._cancel(id_), prompt.arrived)
+            stream = TokenStream(
+                prompt.max_tokens, prompt.eos_ids, lambda: self._cancel(id_), prompt.arrived, prompt.kept_end_ids
+            )
+            if not prompt.max_tokens and len(prompt.token_ids) == 1:
+                stream.finish("length")  # A first token has no probability.
+                return stream
             self._board.submit(Sequence(id_, number, prompt, stream, Progress(self._placement.num_stages), guesser=guesser))
             self._act()
         return stream

@@ -2,15 +2,21 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import repeat
+from typing import Final
 
+from eventing.wire.generation import TokenLogprob
 from functions.gateway.scheduling.guessing import Guesser
-from functions.gateway.scheduling.progress import Progress
+from functions.gateway.scheduling.progress import Piece, Progress
 from functions.gateway.scheduling.prompt import Prompt
 from functions.gateway.scheduling.strikes import Strikes
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.stages.routes import Route
 from functions.observing.tracing import TraceContext
+
+FIRST_RESERVED_TOKENS: Final = 256
+"""For an answer without a length of its own; twice as many whenever it has come so far."""
 
 
 @dataclass(eq=False, slots=True)
@@ -28,6 +34,9 @@ class Sequence:
     tokens: list[int] = field(init=False)
     """Prompt and all that was generated, an end-of-text token included. Grows only."""
     reserve_tokens: int = field(init=False)
+    """Prompt and answer, as much of it as was asked for; of an open-ended one as much as it may have come to soon."""
+    too_many_tokens: int = field(init=False)
+    """So many it cannot have: beyond its answer, or more than a stage can hold."""
     deadline: float = field(init=False)
     """In time.monotonic()."""
     waiting_since: float = field(init=False)
@@ -48,7 +57,9 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt.token_ids)
-        self.reserve_tokens = len(self.tokens) + self.prompt.max_tokens
+        most = len(self.tokens) + self.prompt.max_tokens
+        self.too_many_tokens = most + 1
+        self.reserve_tokens = min(most, len(self.tokens) + FIRST_RESERVED_TOKENS) if self.prompt.open_ended else most
         self.waiting_since = time.monotonic()
         arrived = self.waiting_since if self.prompt.arrived is None else self.prompt.arrived
         self.deadline = arrived + self.prompt.deadline_seconds
@@ -60,6 +71,11 @@ class Sequence:
     @property
     def total_tokens(self) -> int:
         return len(self.tokens)
+
+    @property
+    def has_drawn(self) -> bool:
+        """There are tokens behind its prompt."""
+        return self.total_tokens > len(self.prompt.token_ids)
 
     @property
     def over(self) -> bool:
@@ -80,13 +96,42 @@ class Sequence:
         """No more than can become tokens of the answer, with the one that is drawn anyway."""
         return self.reserve_tokens - self.total_tokens - 1
 
-    def put(self, tokens: Iterable[int]) -> None:
+    def next_piece(self, most_tokens: int) -> Piece | None:
+        """Of what it lacks anywhere. A prompt that is scored goes up to its last token first, which is only scored then; and
+        on from there when all of it is back."""
+        progress, last = self.progress, len(self.prompt.token_ids) - 1
+        if self.prompt.scored and not self.has_drawn:
+            piece = progress.next_piece(last, most_tokens)
+            if piece is not None:
+                return replace(piece, guesses=(self.tokens[piece.end],), scores=True)
+            if progress.in_flight:
+                return None
+        return progress.next_piece(self.total_tokens, most_tokens)
+
+    def put(self, tokens: Iterable[int], logprobs: Iterable[TokenLogprob] | None = None) -> None:
         """The last stage drew `tokens`."""
-        for token in tokens:
+        for token, logprob in zip(tokens, repeat(None) if logprobs is None else logprobs, strict=False):
             if self.over:
                 return
             self.tokens.append(token)
-            self.stream.put(token)
+            self.stream.put(token, logprob)
+
+    @property
+    def outgrown(self) -> bool:
+        """It has come to the end of its memory, and not to its own."""
+        return not self.over and self.total_tokens >= self.reserve_tokens
+
+    def grow(self) -> bool:
+        """Wants twice as much for its answer, or as much as it can have. False where it has that already."""
+        prompt = len(self.prompt.token_ids)
+        self.reserve_tokens = min(prompt + 2 * (self.reserve_tokens - prompt), self.too_many_tokens - 1)
+        return self.reserve_tokens > self.total_tokens
+
+    def shrink(self) -> bool:
+        """What it wants is more than a stage can ever hold: wants less. False where no less lets it come any further."""
+        self.too_many_tokens = self.reserve_tokens
+        self.reserve_tokens = (self.total_tokens + self.reserve_tokens) // 2
+        return self.prompt.open_ended and self.reserve_tokens > self.total_tokens
 
     def leave(self) -> None:
         """Back to where it holds nothing anywhere, ready to be queued."""

@@ -50,14 +50,17 @@ def _first_batch(pieces: Items[tuple[Sequence, Piece]], num_stages: int) -> Batc
 
 
 def _row(sequence: Sequence, piece: Piece, num_stages: int) -> Row:
-    wants = piece.depth == num_stages - 1 and piece.end == sequence.total_tokens
+    to_the_end = piece.depth == num_stages - 1
+    draws = to_the_end and not piece.scores and piece.end == sequence.total_tokens
+    scores = to_the_end and piece.scores
     return Row(
         id=sequence.id,
         attempt=sequence.progress.attempt,
         position=piece.position,
         length=piece.length + len(piece.guesses),
-        want=Want.TOKEN if wants else Want.NONE,
+        want=Want.TOKEN if draws else Want.LOGPROBS if scores else Want.NONE,
         guesses=len(piece.guesses),
-        sampling=sequence.prompt.sampling if wants else None,
+        top_logprobs=sequence.prompt.top_logprobs if draws or scores else None,
+        sampling=sequence.prompt.sampling if draws else None,
         reserve_tokens=sequence.reserve_tokens if piece.position == 0 else None,
     )

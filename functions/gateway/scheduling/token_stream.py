@@ -6,12 +6,12 @@ scheduler's. Whoever ends the stream first says how it ended.
 
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
 from eventing.problems import Problem
-from eventing.wire.generation import FinishReason
+from eventing.wire.generation import FinishReason, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,17 @@ class TokenStream:
         eos_ids: Collection[int] = (),
         on_cancel: Callable[[], None] = lambda: None,
         arrived: float | None = None,
+        kept_end_ids: Collection[int] = (),
     ) -> None:
-        """on_cancel: called, with no lock held, when nobody awaits the answer any more. arrived: as a Prompt has it."""
+        """on_cancel: called, with no lock held, when nobody awaits the answer any more. arrived, kept_end_ids: as a Prompt has
+        them."""
         self._max_tokens = max_tokens
         self._eos_ids = eos_ids
+        self._kept_end_ids = kept_end_ids
+        self._noticed: Callable[[], None] = lambda: None
+        self._logprobs: list[TokenLogprob] = []
+        self._prompt_logprobs: dict[int, TokenLogprob] = {}
+        """By position."""
         self._on_cancel = on_cancel
         self._changed = threading.Condition()
         self._token_ids: list[int] = []
@@ -63,7 +70,8 @@ class TokenStream:
     def next_token(self, timeout: float | None = None) -> int | None:
         """The next token id in order; None when `timeout` seconds brought none or the answer is complete.
 
-        An end-of-text token is not handed out. Raises the Problem that ended the answer, after all tokens before it.
+        A token that ends the answer is not handed out, unless it is kept. Raises the Problem that ended the answer, after all
+        tokens before it.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._taken < len(self._token_ids) or self.over, timeout)
@@ -73,6 +81,20 @@ class TokenStream:
             if self._problem is not None:
                 raise self._problem
             return None
+
+    def notify(self, noticed: Callable[[], None]) -> None:
+        """Calls `noticed` whenever there is something to take, or to be seen, from now on. It waits for nothing."""
+        with self._changed:
+            self._noticed = noticed
+
+    def logprob(self, index: int) -> TokenLogprob | None:
+        """Of token `index` of the answer; None where none was wanted."""
+        return self._logprobs[index] if index < len(self._logprobs) else None
+
+    def prompt_logprobs(self) -> list[TokenLogprob]:
+        """Of the prompt's tokens from the second one on, once the answer has begun or ended."""
+        with self._changed:
+            return [self._prompt_logprobs[position] for position in sorted(self._prompt_logprobs)]
 
     @property
     def ended(self) -> bool:
@@ -135,7 +157,13 @@ class TokenStream:
         self.guesses_agreed += agreed
         self.guesses_missed += missed
 
-    def put(self, token: int) -> None:
+    def scored(self, position: int, logprobs: Iterable[TokenLogprob]) -> int:
+        """Of the prompt's tokens from `position` on; how many there are now."""
+        with self._changed:
+            self._prompt_logprobs.update(enumerate(logprobs, position))
+            return len(self._prompt_logprobs)
+
+    def put(self, token: int, logprob: TokenLogprob | None = None) -> None:
         """The last stage drew `token`, which ends the answer if it is an end-of-text token or the last one allowed."""
         with self._changed:
             if self.over:
@@ -144,14 +172,18 @@ class TokenStream:
             now = time.monotonic()
             if self._first_token_at is None:
                 self._first_token_at = now
-            if token in self._eos_ids:
+            if token in self._eos_ids and token not in self._kept_end_ids:
                 self._end("stop")
                 return
+            if logprob is not None:
+                self._logprobs.append(logprob)
             self._token_ids.append(token)
             self._put_at.append(now)
-            if self._computed >= self._max_tokens:
+            if token in self._eos_ids:
+                self._end("stop")
+            elif self._computed >= self._max_tokens:
                 self._end("length")
-            self._changed.notify_all()
+            self._tell()
 
     def finish(self, reason: FinishReason) -> None:
         with self._changed:
@@ -168,4 +200,8 @@ class TokenStream:
         self._finish_reason = reason
         self._ended_at = time.monotonic()
         self.over = True
+        self._tell()
+
+    def _tell(self) -> None:
         self._changed.notify_all()
+        self._noticed()

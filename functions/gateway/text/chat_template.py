@@ -7,6 +7,7 @@ from typing import Any, Final, NoReturn
 
 from jinja2 import TemplateError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -14,6 +15,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from eventing.problems import InvalidRequest
 from eventing.wire.generation import Message
 
+_OWN: Final = frozenset({"messages", "add_generation_prompt"})
+"""Variables that are the gateway's to say."""
 _REFUSALS: Final = (TemplateError, TypeError, ValueError, LookupError)
 """What a template raises over messages that it was not written for."""
 
@@ -30,15 +33,19 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         self._template = environment.from_string(source)
+        self._names = find_undeclared_variables(environment.parse(source))
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Message], most_characters: int) -> str:
+    def render(self, messages: Sequence[Message], most_characters: int, values: Mapping[str, Any]) -> str:
         """The conversation, up to where the assistant's next answer begins. Raises InvalidRequest.
 
-        It is given up once it has more than `most_characters`.
+        values: variables that the template must know. It is given up once it has more than `most_characters`.
         """
+        if unknown := values.keys() - (self._names - _OWN):
+            raise InvalidRequest(f"the model's chat template knows no `{min(unknown)}`; leave it out")
         turns = [{"role": message.role, "content": message.content} for message in messages]
-        pieces = self._template.generate(messages=turns, add_generation_prompt=True, **self._special_tokens)
+        own = {"messages": turns, "add_generation_prompt": True}
+        pieces = self._template.generate({**self._special_tokens, **values, **own})
         try:
             return "".join(_bounded(pieces, most_characters))
         except _REFUSALS as error:

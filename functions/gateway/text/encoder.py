@@ -5,7 +5,7 @@ from typing import Final
 
 from tokenizers import Tokenizer
 
-from eventing.problems import InvalidRequest
+from eventing.problems import ContextExceeded
 
 _LONG_CHARACTERS: Final = 65_536
 _LONG_AT_ONCE: Final = 2
@@ -32,7 +32,7 @@ class Encoder:
     def check(self, characters: int) -> None:
         """Raises InvalidRequest where a text of so many characters cannot fit."""
         if characters > self.most_characters:
-            raise InvalidRequest(
+            raise ContextExceeded(
                 f"the text has {characters} characters; the model's context is {self._context_length} tokens, which is "
                 f"{self.most_characters} characters at most; shorten it"
             )
@@ -50,7 +50,7 @@ class Encoder:
         length = 2 * self._context_length
         while length < len(text):
             if len(self._encode(text[:length], False)) > _SURELY * self._context_length + self._longest_token:
-                raise InvalidRequest(
+                raise ContextExceeded(
                     f"the first {length} of the text's {len(text)} characters alone have more tokens than the model's context "
                     f"is {self._context_length}; shorten it"
                 )

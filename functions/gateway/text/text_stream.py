@@ -56,18 +56,21 @@ class Detokenizer:
 class StopStrings:
     """Holds text back while it may be the beginning of a stop string."""
 
-    def __init__(self, stop_strings: Sequence[str]) -> None:
+    def __init__(self, stop_strings: Sequence[str], *, included: bool = False) -> None:
+        """included: the text ends behind the stop string, not before it."""
         self._stop_strings = stop_strings
+        self._included = included
         self.held = ""
         self.found = False
 
     def push(self, text: str) -> str:
         """The text that is certain now; sets `found` when a stop string came, whose text is dropped with all behind it."""
         text = self.held + text
-        places = [place for stop in self._stop_strings if (place := text.find(stop)) >= 0]
+        places = [(place, len(stop)) for stop in self._stop_strings if (place := text.find(stop)) >= 0]
         if places:
             self.found, self.held = True, ""
-            return text[: min(places)]
+            place, length = min(places)
+            return text[: place + length] if self._included else text[:place]
         certain = len(text) - max((_overlap(text, stop) for stop in self._stop_strings), default=0)
         self.held = text[certain:]
         return text[:certain]
@@ -81,10 +84,12 @@ class StopStrings:
 class TextStream:
     """Both together."""
 
-    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str], before: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop_strings: Sequence[str], before: Sequence[int] = (), *, stop_included: bool = False
+    ) -> None:
         """before: the tokens that the answer continues, as `Detokenizer` takes them."""
         self._detokenizer = Detokenizer(tokenizer, before)
-        self._stops = StopStrings(stop_strings)
+        self._stops = StopStrings(stop_strings, included=stop_included)
         self._incomplete = False
 
     @property

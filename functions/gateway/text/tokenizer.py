@@ -3,12 +3,13 @@
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final, Self
 
 import msgspec
 from tokenizers import Tokenizer
 
-from eventing.problems import InvalidRequest
+from eventing.problems import ContextExceeded, InvalidRequest
 from eventing.wire.generation import Message
 from functions.gateway.text.chat_template import ChatTemplate
 from functions.gateway.text.encoder import Encoder
@@ -56,10 +57,20 @@ class ModelText:
     def check_messages(self, messages: Sequence[Message]) -> None:
         """The same for a conversation, every message of which takes at least one token."""
         if len(messages) > self.context_length:
-            raise InvalidRequest(
+            raise ContextExceeded(
                 f"{len(messages)} messages are more than the model's context has tokens, {self.context_length}; send fewer"
             )
         self.encoder.check(sum(len(message.content) for message in messages))
+
+    def check_ids(self, token_ids: Sequence[int]) -> None:
+        """The same for tokens, which must be of the vocabulary, too."""
+        size = self.tokenizer.get_vocab_size(with_added_tokens=True)
+        if (greatest := max(token_ids)) >= size:
+            raise InvalidRequest(f"token {greatest} is outside of the vocabulary of {size}")
+        if len(token_ids) > self.context_length:
+            raise ContextExceeded(
+                f"the prompt has {len(token_ids)} tokens, the model's context {self.context_length}; shorten it"
+            )
 
     def encode(self, prompt: str) -> list[int]:
         """With the special tokens that the tokenizer itself puts around a text. Raises InvalidRequest where it cannot fit."""
@@ -69,12 +80,12 @@ class ModelText:
         """What an answer would be, or a part of one: without special tokens. Raises InvalidRequest where it cannot fit."""
         return self.encoder.encode(answer, add_special_tokens=False)
 
-    def encode_messages(self, messages: Sequence[Message]) -> list[int]:
-        """Through the chat template, which writes special tokens itself. Raises InvalidRequest."""
+    def encode_messages(self, messages: Sequence[Message], values: Mapping[str, Any] = MappingProxyType({})) -> list[int]:
+        """Through the chat template, which writes special tokens itself. values: its other variables. Raises InvalidRequest."""
         if self.template is None:
             raise InvalidRequest("the model has no chat template; send `prompt` instead of `messages`")
         self.check_messages(messages)
-        text = self.template.render(messages, self.encoder.most_characters)
+        text = self.template.render(messages, self.encoder.most_characters, values)
         return self.encoder.encode(text, add_special_tokens=False)
 
 

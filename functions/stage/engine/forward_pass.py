@@ -12,7 +12,7 @@ import numpy as np
 from eventing.wire.events import Batch, Result, Row, Status, Want
 from functions.stage.engine.drawing import Drawing, draw
 from functions.stage.engine.row_checks import invalid_rows
-from functions.stage.engine.sampler import GREEDY, log_probabilities
+from functions.stage.engine.sampler import GREEDY, TopLogprobs, log_probabilities
 from functions.stage.engine.sequences import Refusal, SequenceState, SequenceTable
 from functions.stage.engine.wire_tensors import hidden_array, token_array, wire_tensor
 from functions.stage.models.floats import DTYPES, Array, Float32, all_finite, finite_rows
@@ -181,8 +181,7 @@ class ForwardPass:
         for part in parts:
             for row in part.computed:
                 if hidden is not None and row.row.want is Want.LOGPROBS:
-                    found = self._log_probabilities(token_array(part.batch.token_ids[row.span]), hidden[row.begin : row.end])
-                    self._settle(row, Result(logprobs=found) if all(map(math.isfinite, found)) else None)
+                    self._settle(row, self._scores(row, token_array(part.batch.token_ids[row.span]), hidden))
                 if row.refusal is not None:
                     part.refuse(row.index, row.refusal)
                 else:
@@ -196,7 +195,7 @@ class ForwardPass:
             drawings = [_drawing(row, own) for row, own in zip(some, np.split(logits, ends[:-1]), strict=True)]
             draw(drawings)
             for row, drawing in zip(some, drawings, strict=True):
-                self._settle(row, Result(tokens=tuple(drawing.tokens)) if drawing.tokens else None)
+                self._settle(row, _drawn(row, drawing) if drawing.tokens else None)
 
     def _settle(self, row: _Computed, result: Result | None) -> None:
         """None: the hidden states are finite and the logits are not, so whatever was answered would be made up."""
@@ -205,14 +204,27 @@ class ForwardPass:
             self._group.kv.truncate(row.sequence.handle, row.row.position)
             row.refusal = Refusal(Status.INVALID, reason="the logits of the row are not finite")
 
-    def _log_probabilities(self, token_ids: Array, hidden: Array) -> tuple[float, ...]:
-        """Each token's under the logits of the token before it, so none for the row's first."""
-        found: list[float] = []
-        predicting, predicted = hidden[:-1], token_ids[1:]
+    def _scores(self, row: _Computed, token_ids: Array, hidden: Array) -> Result | None:
+        """Each token's log-probability under the logits of the token before it, so none for the row's first; None where one is
+        no number. hidden: of the whole pass."""
+        found: list[tuple[float, TopLogprobs]] = []
+        predicting, predicted = hidden[row.begin : row.end - 1], token_ids[1:]
         for first in range(0, len(predicted), _LOGITS_AT_ONCE):
             some = slice(first, first + _LOGITS_AT_ONCE)
-            found += log_probabilities(self._group.logits(predicting[some]), predicted[some])
-        return tuple(found)
+            found += log_probabilities(self._group.logits(predicting[some]), predicted[some], row.row.top_logprobs or 0)
+        return _with_logprobs(row, found) if all(math.isfinite(logprob) for logprob, _ in found) else None
+
+
+def _drawn(row: _Computed, drawing: Drawing) -> Result:
+    tokens = tuple(drawing.tokens)
+    if row.row.top_logprobs is None:
+        return Result(tokens)
+    return _with_logprobs(row, log_probabilities(drawing.logits[: len(tokens)], tokens, row.row.top_logprobs), tokens)
+
+
+def _with_logprobs(row: _Computed, found: Sequence[tuple[float, TopLogprobs]], tokens: tuple[int, ...] | None = None) -> Result:
+    top = tuple(top for _, top in found) if row.row.top_logprobs else None
+    return Result(tokens, tuple(logprob for logprob, _ in found), top)
 
 
 def _put(token_ids: "array[int]", position: int, new: memoryview) -> None:

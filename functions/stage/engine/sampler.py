@@ -20,6 +20,8 @@ from eventing.wire.events import Sampling
 
 Floats = npt.NDArray[np.floating[Any]]
 Tokens = npt.NDArray[np.int64]
+TopLogprobs = tuple[tuple[int, float], ...]
+"""Token ids with their log-probabilities."""
 
 GREEDY: Final = Sampling()
 _NUCLEUS_AT_FIRST: Final = 512
@@ -52,18 +54,24 @@ def sample(
         ]
 
 
-def log_probabilities(logits: npt.NDArray[np.float32], token_ids: Tokens) -> list[float]:
-    """Natural logarithm of the probability of `token_ids` [n] under `logits`, float32 [n, vocab], unfiltered.
+def log_probabilities(
+    logits: npt.NDArray[np.float32], token_ids: Sequence[int] | Tokens, most_probable: int = 0
+) -> list[tuple[float, TopLogprobs]]:
+    """Natural logarithm of the probability of `token_ids` [n] under `logits`, float32 [n, vocab], unfiltered; and of so many of
+    the most probable tokens of each row, of equal ones the lowest, as far as they have a probability at all.
 
     Row by row, so that memory stays at one row. A row with a logit that is no number, or beyond all, has none: NaN.
     """
     with np.errstate(all="ignore"):
-        return [_log_probability(row, token) for row, token in zip(logits, token_ids, strict=True)]
+        return [_log_probability(row, int(token), most_probable) for row, token in zip(logits, token_ids, strict=True)]
 
 
-def _log_probability(row: Floats, token: int) -> float:
+def _log_probability(row: Floats, token: int, most_probable: int) -> tuple[float, TopLogprobs]:
     greatest = row.max()
-    return float(row[token] - greatest) - math.log(np.exp(row - greatest).sum())
+    log_sum = math.log(np.exp(row - greatest).sum())
+    top = _largest(row, min(most_probable, len(row))) if most_probable else ()
+    found = [(int(each), float(row[each] - greatest) - log_sum) for each in top]
+    return float(row[token] - greatest) - log_sum, tuple(pair for pair in found if math.isfinite(pair[1]))
 
 
 def _sample_row(scores: Floats, sampling: Sampling, position: int, history: Sequence[int]) -> int:

@@ -45,7 +45,7 @@ def test_random_corruption_raises_nothing_but_problems(batch: Batch, data: st.Da
 @given(st.binary(max_size=200))
 def test_random_bytes_raise_nothing_but_problems(body: bytes) -> None:
     _decode_or_problem(body)
-    _decode_or_problem(b"LMB\x02" + body)
+    _decode_or_problem(b"LMB\x03" + body)
 
 
 def _decode_or_problem(body: bytes) -> None:
@@ -79,7 +79,7 @@ def test_tensor_begins_aligned(batch: Batch) -> None:
 
 def test_layout_of_the_docstring() -> None:
     body = encoded(make_batch([1, 2], hidden_size=2, dtype="BF16"))
-    assert body[:4] == b"LMB\x02"
+    assert body[:4] == b"LMB\x03"
     assert struct.unpack_from("<2I", body, 4) == (2, 3)
     assert body[16:20] == b"BF16"
     assert struct.unpack_from("<I", body, 20) == (2,)
@@ -88,7 +88,7 @@ def test_layout_of_the_docstring() -> None:
 
 
 def _header(
-    magic: bytes = b"LMB\x02", rows: int = 1, tokens: int = 0, table: int = 0, dtype: bytes = bytes(4), hidden_size: int = 0
+    magic: bytes = b"LMB\x03", rows: int = 1, tokens: int = 0, table: int = 0, dtype: bytes = bytes(4), hidden_size: int = 0
 ) -> bytes:
     return struct.pack("<4s3I4sI", magic, rows, tokens, table, dtype, hidden_size)
 
@@ -97,9 +97,9 @@ def _header(
     ("body", "error", "seen"),
     [
         (b"", MalformedEvent, "0 bytes"),
-        (b"LMB\x02", MalformedEvent, "4 bytes"),
+        (b"LMB\x03", MalformedEvent, "4 bytes"),
         (b"{" + bytes(40), MalformedEvent, r"begins with b'{"),
-        (_header(magic=b"LMB\x03"), MalformedEvent, "wire version 3"),
+        (_header(magic=b"LMB\x02"), MalformedEvent, "wire version 2"),
         (_header(rows=0), MalformedEvent, "no rows"),
         (_header(rows=MAX_ROWS + 1), EventTooLarge, f"{MAX_ROWS + 1} rows"),
         (_header(rows=10_000), EventTooLarge, "10000 rows"),

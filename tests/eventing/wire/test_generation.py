@@ -14,7 +14,7 @@ def _generate(text: str) -> GenerateRequest:
 
 def test_defaults() -> None:
     request = _generate('{"prompt": "Hello"}')
-    assert request.max_tokens == 256
+    assert request.max_tokens is None
     assert request.temperature == 0
     assert request.stop_strings == ()
     assert request.sampling(seed=7) == Sampling(seed=7)
@@ -41,7 +41,13 @@ def test_every_option_reaches_the_sampler() -> None:
         ('{"messages": [{"role": "pirate", "content": "x"}]}', r"'pirate' - at `\$.messages\[0\].role`"),
         ('{"messages": [{"role": "user"}]}', r"missing required field `content` - at `\$.messages\[0\]`"),
         ('{"prompt": "x", "max_token": 5}', "unknown field `max_token`"),
-        ('{"prompt": "x", "max_tokens": 0}', r"`int` >= 1 - at `\$.max_tokens`"),
+        ('{"prompt": "x", "max_tokens": 0}', "max_tokens is 0, which leaves nothing to answer"),
+        ('{"prompt": "x", "max_tokens": -1}', r"`int` >= 0 - at `\$.max_tokens`"),
+        ('{"prompt": ["x", 5]}', "mixes texts, token ids and lists of them"),
+        ('{"prompt": []}', r"length >= 1 - at `\$.prompt`"),
+        ('{"prompt": [[]]}', r"length >= 1 - at `\$.prompt"),
+        ('{"prompt": ["x", "y"], "n": 65}', "2 prompts, 65 answers to each: 130; the most is 128"),
+        ('{"messages": [{"role": "user", "content": "x"}], "echo": true}', "`echo` goes with `prompt`"),
         ('{"prompt": "x", "max_tokens": 1.5}', r"\$.max_tokens"),
         ('{"prompt": "x", "temperature": -0.1}', r"`float` >= 0.0 - at `\$.temperature`"),
         ('{"prompt": "x", "temperature": 101}', r"\$.temperature"),
@@ -70,3 +76,23 @@ def test_an_error_event_is_a_problem_document() -> None:
     assert msgspec.json.decode(QueueFull("512 wait").document(), type=ErrorEvent) == ErrorEvent(
         "urn:lamina:problem:queue-full", QueueFull.title, 429, "512 wait"
     )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ('"ab"', ["ab"]),
+        ('["ab"]', ["ab"]),
+        ('["ab", "c"]', ["ab", "c"]),
+        ("[5, 6]", [(5, 6)]),
+        ("[[5, 6]]", [(5, 6)]),
+        ("[[5, 6], [7]]", [(5, 6), (7,)]),
+    ],
+)
+def test_a_request_is_one_for_each_prompt_and_answer(prompt: str, expected: list[object]) -> None:
+    request = _generate(f'{{"prompt": {prompt}, "n": 2, "seed": {2**63 - 1}}}')
+    each = request.each(seed=1)
+    assert [one.prompt for one in each] == [prompt for prompt in expected for _ in range(2)]
+    assert [one.seed for one in each] == [(2**63 - 1 + number) % 2**63 for number in range(len(each))]
+    assert all(one.n == 1 for one in each)
+    assert [one.seed for one in _generate(f'{{"prompt": {prompt}}}').each(seed=1)] == [*range(1, 1 + len(expected))]

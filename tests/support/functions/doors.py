@@ -57,7 +57,9 @@ class Pipeline:
 
     def submit(self, prompt: Prompt) -> TokenStream:
         self.prompts.append(prompt)
-        self.stream = stream = TokenStream(prompt.max_tokens, prompt.eos_ids, self.cancelled.set, prompt.arrived)
+        self.stream = stream = TokenStream(
+            prompt.max_tokens, prompt.eos_ids, self.cancelled.set, prompt.arrived, prompt.kept_end_ids
+        )
         self.script(stream)
         return stream
 

@@ -10,7 +10,7 @@ from werkzeug.test import TestResponse
 from eventing.problems import NotReady, PipelineUnavailable, Problem, QueueFull
 from functions.configuration.config import GatewayConfig, read_config
 from functions.gateway.app import MAX_REQUEST_BYTES, create_app
-from functions.gateway.doors import answers as core
+from functions.gateway.doors import reply as core
 from functions.gateway.doors.answers import Answers
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.text.chat_template import ChatTemplate
@@ -96,7 +96,7 @@ def test_an_unexpected_error_is_told_without_its_details(
 def test_silence_is_filled_and_a_client_that_leaves_ends_its_answer(
     client: FlaskClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(core.Answer.tokens, "__defaults__", (0.01,))
+    monkeypatch.setattr(core.Reply.tokens, "__defaults__", (0.01,))
     pipeline.script = pipeline.say("Hel", end=False)
     for response in (ask(client, {"prompt": "Hi"}, Accept="text/event-stream"), chat(client, stream=True)):
         pipeline.cancelled.clear()
@@ -111,7 +111,7 @@ def test_nothing_is_said_before_the_first_token(
     client: FlaskClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither a heartbeat nor the first chunk, which says who speaks: a proxy may still be sending the request."""
-    monkeypatch.setattr(core.Answer.tokens, "__defaults__", (0.01,))
+    monkeypatch.setattr(core.Reply.tokens, "__defaults__", (0.01,))
     waited: list[object] = []
 
     def script(stream: TokenStream) -> None:
@@ -163,7 +163,10 @@ def test_the_answer_fits_into_the_context(client: FlaskClient, pipeline: Pipelin
     assert refused.status_code == 422
     assert refused.json is not None
     assert "64 tokens" in refused.json["detail"]
-    assert chat(client, messages=[{"role": "user", "content": "x" * 63}]).status_code == 422
+    refused = chat(client, messages=[{"role": "user", "content": "x" * 63}])
+    assert refused.status_code == 400
+    assert refused.json is not None
+    assert (refused.json["error"]["code"], refused.json["error"]["param"]) == ("context_length_exceeded", "messages")
 
 
 @pytest.mark.parametrize("content", ["7" * 100_000, "7" * 500])
@@ -174,12 +177,12 @@ def test_what_will_be_refused_is_not_read(
     """Too long by its characters: refused first. Else the queue is looked at, and only then is anything rendered or read."""
     read: list[str] = []
     monkeypatch.setattr(ModelText, "encode", lambda _, prompt: read.append(prompt) or [1])
-    monkeypatch.setattr(ModelText, "encode_messages", lambda _, messages: read.append(messages[0].content) or [1])
+    monkeypatch.setattr(ModelText, "encode_messages", lambda _, messages, __: read.append(messages[0].content) or [1])
     client = client_of(pipeline)
     pipeline.full = full
     long = len(content) > 1000
-    expected = 422 if long else 200 if full is None else 429
-    assert ask(client, {"prompt": content}).status_code == expected
+    expected = 400 if long else 200 if full is None else 429
+    assert ask(client, {"prompt": content}).status_code == (422 if long else expected)
     reply = chat(client, messages=[{"role": "user", "content": content}])
     assert (reply.status_code, reply.headers.get("Retry-After")) == (expected, "1" if expected == 429 else None)
     assert (pipeline.entered, len(read)) == (0 if long else 2, 2 if expected == 200 else 0)

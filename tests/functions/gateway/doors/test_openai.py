@@ -12,12 +12,14 @@ from tests.support.functions.doors import TOKENIZER, Pipeline, chat
     ("fields", "status", "words"),
     [
         ({"model": "gpt-4"}, 404, "'gpt-4'"),
-        ({"n": 2}, 400, "`n` is 2, which is not served here: expected `int` <= 1"),
+        ({"n": 129}, 400, "`n` is 129, which is not served here: expected `int` <= 128"),
         ({"tools": [{"type": "function"}]}, 400, '`tools` is [{"type":"function"}], which is not served here'),
         ({"presence_penalty": 2.5}, 400, "`presence_penalty` is 2.5"),
         ({"logit_bias": {"x": 1}}, 400, "logit_bias has 'x'; its keys are token ids in decimal"),
         ({"min_tokens": 9, "max_tokens": 8}, 400, "min_tokens is 9, more than max_tokens, 8"),
-        ({"logprobs": True}, 400, "`logprobs` is true"),
+        ({"top_logprobs": 2}, 400, "top_logprobs is 2, which takes `logprobs`: true"),
+        ({"reasoning_effort": "low"}, 400, "the model's chat template knows no `reasoning_effort`; leave it out"),
+        ({"chat_template_kwargs": {"messages": []}}, 400, "the model's chat template knows no `messages`"),
         ({"response_format": {"type": "json_object"}}, 400, "`response_format.type`"),
         ({"temperature": 3}, 400, "`temperature` is 3"),
         ({"no_such_field": 1}, 400, "`no_such_field` is no option that is served here; leave it out"),
@@ -60,6 +62,7 @@ def test_openai_options_reach_the_pipeline(client: FlaskClient, pipeline: Pipeli
         {"response_format": {"type": "text"}, "modalities": ["text"], "audio": None, "verbosity": "medium"},
         {"top_k": -1, "min_p": None, "repetition_penalty": None, "presence_penalty": 0, "ignore_eos": False, "min_tokens": 0},
         {"stream_options": {"include_usage": None, "continuous_usage_stats": False}, "stream": False},
+        {"stop_token_ids": None, "include_stop_str_in_output": False, "chat_template_kwargs": {}, "reasoning_effort": None},
     ],
 )
 def test_what_changes_nothing_is_taken(client: FlaskClient, pipeline: Pipeline, nothing: dict[str, Any]) -> None:

@@ -1,0 +1,140 @@
+"""Answers as the documents of the OpenAI API: chat completions and completions, whole and in chunks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from tokenizers import Tokenizer
+
+from eventing.wire.generation import Choice, TokenEvent, TokenLogprob
+from functions.gateway.doors.openai_logprobs import chat_logprobs, completion_logprobs
+
+
+class Writer(Protocol):
+    """Writes one of a request's answers, as it comes or as a whole."""
+
+    def first(self) -> list[dict[str, Any]]:
+        """Chunks that come before its first token."""
+
+    def chunks(self, token: TokenEvent) -> list[dict[str, Any]]:
+        """What `token` adds."""
+
+    def last(self, choice: Choice) -> list[dict[str, Any]]:
+        """What is left behind the last token, and how it ended."""
+
+    def whole(self, choice: Choice) -> dict[str, Any]: ...
+
+
+class Shape(Protocol):
+    """How the answers to one request are written."""
+
+    object: str
+    chunk_object: str
+    id_prefix: str
+
+    def writer(self, index: int, tokenizer: Tokenizer) -> Writer: ...
+
+
+class ChatShape:
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+    id_prefix = "chatcmpl-"
+
+    def writer(self, index: int, tokenizer: Tokenizer) -> Writer:
+        return ChatWriter(index, tokenizer)
+
+
+class CompletionShape:
+    object = "text_completion"
+    chunk_object = "text_completion"
+    id_prefix = "cmpl-"
+
+    def __init__(self, top_logprobs: int) -> None:
+        self._top_logprobs = top_logprobs
+
+    def writer(self, index: int, tokenizer: Tokenizer) -> Writer:
+        return CompletionWriter(index, tokenizer, self._top_logprobs)
+
+
+@dataclass(slots=True)
+class ChatWriter:
+    index: int
+    tokenizer: Tokenizer
+    waiting: list[TokenLogprob] = field(default_factory=list)
+    """Of tokens whose text has not come yet."""
+
+    def first(self) -> list[dict[str, Any]]:
+        return [self._chunk({"role": "assistant", "content": ""})]
+
+    def chunks(self, token: TokenEvent) -> list[dict[str, Any]]:
+        if token.logprob is not None:
+            self.waiting.append(token.logprob)
+        return [self._chunk({"content": token.text})] if token.text else []
+
+    def last(self, choice: Choice) -> list[dict[str, Any]]:
+        left = [self._chunk({"content": ""})] if self.waiting else []
+        return [*left, self._chunk({}, choice.finish_reason)]
+
+    def whole(self, choice: Choice) -> dict[str, Any]:
+        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        logprobs = None if choice.logprobs is None else chat_logprobs(self.tokenizer, choice.logprobs)
+        return {"index": self.index, "message": message, "finish_reason": choice.finish_reason, "logprobs": logprobs}
+
+    def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+        logprobs = chat_logprobs(self.tokenizer, self.waiting) if self.waiting else None
+        self.waiting = []
+        return {"index": self.index, "delta": delta, "finish_reason": finish_reason, "logprobs": logprobs}
+
+
+@dataclass(slots=True)
+class CompletionWriter:
+    index: int
+    tokenizer: Tokenizer
+    top_logprobs: int
+    waiting: list[TokenLogprob] = field(default_factory=list)
+    offset: int = 0
+
+    def first(self) -> list[dict[str, Any]]:
+        return []
+
+    def chunks(self, token: TokenEvent) -> list[dict[str, Any]]:
+        if token.logprob is not None:
+            self.waiting.append(token.logprob)
+        return [self._chunk(token.text, None)] if token.text else []
+
+    def last(self, choice: Choice) -> list[dict[str, Any]]:
+        return [self._chunk("", choice.finish_reason)]
+
+    def whole(self, choice: Choice) -> dict[str, Any]:
+        self.waiting = list(choice.logprobs or ())
+        return self._chunk(choice.text, choice.finish_reason)
+
+    def _chunk(self, text: str, finish_reason: str | None) -> dict[str, Any]:
+        logprobs = None
+        if self.waiting:
+            logprobs = completion_logprobs(self.tokenizer, self.waiting, self.offset, self.top_logprobs)
+            self.offset = logprobs["text_offset"][-1] + len(logprobs["tokens"][-1])
+            self.waiting = []
+        return {"index": self.index, "text": text, "finish_reason": finish_reason, "logprobs": logprobs}
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """What all documents of one request have in common."""
+
+    shape: Shape
+    id: str
+    created: int
+    model: str
+    pipeline: str
+
+    def document(self, object_: str, choices: Sequence[dict[str, Any]], **more: object) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": object_,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.pipeline,
+            "choices": choices,
+            **more,
+        }

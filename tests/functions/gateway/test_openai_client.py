@@ -1,0 +1,218 @@
+"""The official client, unmodified, against a gateway process over three stage processes; log-probabilities are transformers'."""
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+import torch
+
+from tests.support.functions.functions import FunctionProcess, gateway_environment, running, stage_environment, wait_until
+from tests.support.storage.published import CUT, Published, until_end
+from tests.support.storage.tiny_models import CONTEXT, greedy
+
+TOLERANCE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def gateway(published: Published) -> Iterator[FunctionProcess]:
+    with running(stage_environment(published, group) for group in range(len(CUT))) as stages:
+        environ = gateway_environment(published, [stage.url for stage in stages])
+        with FunctionProcess(environ) as started:
+            yield started.wait_ready()
+
+
+@pytest.fixture(scope="module")
+def client(gateway: FunctionProcess) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def oracle(published: Published, token_ids: list[int]) -> torch.Tensor:
+    """Log-probabilities behind each token, [len(token_ids), vocab]."""
+    with torch.inference_mode():
+        return torch.log_softmax(published.model(torch.tensor([token_ids])).logits[0].float(), -1)
+
+
+def chat_ids(published: Published, text: str) -> list[int]:
+    ids: list[int] = published.tokenizer.encode(
+        f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False
+    ).ids
+    return ids
+
+
+def asked(**fields: Any) -> Any:
+    return {"model": "tiny", "temperature": 0, "max_tokens": 8} | fields
+
+
+def hi(**fields: Any) -> Any:
+    return asked(messages=[{"role": "user", "content": "Hi"}], **fields)
+
+
+def test_lists_of_prompts_are_answered_in_their_order(client: openai.OpenAI, published: Published) -> None:
+    texts = ["hello", "The capital of France is", "12345"]
+    ids = [published.tokenizer.encode(text).ids for text in texts]
+    expected = [published.tokenizer.decode(until_end(greedy(published.model, each, 8))) for each in ids]
+    for prompt in (texts, ids):
+        completion = client.completions.create(**asked(prompt=prompt))
+        assert [choice.index for choice in completion.choices] == [0, 1, 2]
+        assert [choice.text for choice in completion.choices] == expected
+        assert completion.usage is not None
+        assert completion.usage.prompt_tokens == sum(map(len, ids))
+    assert client.completions.create(**asked(prompt=ids[1])).choices[0].text == expected[1]
+    streamed = ["", "", ""]
+    for chunk in client.completions.create(**asked(prompt=texts, stream=True)):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.text
+    assert streamed == expected
+
+
+def test_several_answers_differ_by_their_seeds_and_are_the_same_again(client: openai.OpenAI) -> None:
+    fields = hi(n=4, temperature=1, seed=11)
+    texts = [choice.message.content for choice in client.chat.completions.create(**fields).choices]
+    assert len(set(texts)) > 1
+    alone = [
+        client.chat.completions.create(**(fields | {"n": 1, "seed": 11 + number})).choices[0].message.content
+        for number in range(4)
+    ]
+    assert texts == alone
+    streamed, ended = [""] * 4, []
+    for chunk in client.chat.completions.create(**fields, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+            ended += [choice.index] if choice.finish_reason else []
+    assert streamed == texts
+    assert sorted(ended) == [0, 1, 2, 3]
+
+
+def test_log_probabilities_of_an_answer_are_transformers(client: openai.OpenAI, published: Published) -> None:
+    completion = client.chat.completions.create(**hi(logprobs=True, top_logprobs=3))
+    choice = completion.choices[0]
+    assert choice.logprobs is not None
+    content = choice.logprobs.content or []
+    prompt = chat_ids(published, "Hi")
+    drawn = until_end(greedy(published.model, prompt, 8))
+    truth = oracle(published, prompt + drawn)[len(prompt) - 1 :]
+    assert len(content) == len(drawn)
+    for token, row, one in zip(drawn, truth, content, strict=False):
+        assert one.logprob == pytest.approx(row[token].item(), abs=TOLERANCE)
+        assert one.token == published.tokenizer.decode([token], skip_special_tokens=False)
+        assert [top.logprob for top in one.top_logprobs] == pytest.approx(row.topk(3).values.tolist(), abs=TOLERANCE)
+    assert b"".join(bytes(one.bytes or []) for one in content).decode(errors="replace") == choice.message.content
+    chunks = client.chat.completions.create(**hi(logprobs=True, top_logprobs=3, stream=True))
+    streamed = [one for chunk in chunks for part in chunk.choices if part.logprobs for one in part.logprobs.content or []]
+    assert streamed == content
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 5])
+def test_an_echoed_prompt_has_transformers_log_likelihoods(
+    client: openai.OpenAI, published: Published, max_tokens: int
+) -> None:
+    """As lm-eval asks: token ids in, `echo`, the most probable token beside each."""
+    texts = ["The capital of France is Paris, as everybody knows.", "日本", "x" * 150]
+    prompts = [published.tokenizer.encode(text).ids for text in texts]
+    completion = client.completions.create(**asked(prompt=prompts, echo=True, logprobs=1, max_tokens=max_tokens))
+    for prompt, choice in zip(prompts, completion.choices, strict=True):
+        logprobs = choice.logprobs
+        assert logprobs is not None
+        assert logprobs.token_logprobs is not None
+        assert logprobs.top_logprobs is not None
+        drawn = until_end(greedy(published.model, prompt, max_tokens)) if max_tokens else []
+        ids = prompt + drawn
+        truth = oracle(published, ids)
+        wanted = [truth[place - 1][ids[place]].item() for place in range(1, len(ids))]
+        assert logprobs.token_logprobs[0] is None
+        assert logprobs.token_logprobs[1:] == pytest.approx(wanted, abs=TOLERANCE)
+        greatest = [max(top.values()) for top in logprobs.top_logprobs[1:]]
+        assert greatest == pytest.approx(truth.max(-1).values[: len(ids) - 1].tolist(), abs=TOLERANCE)
+        assert len(logprobs.tokens or []) == len(logprobs.text_offset or []) == len(ids)
+        decoded = published.tokenizer.decode(prompt, skip_special_tokens=False)
+        assert choice.text == decoded + published.tokenizer.decode(drawn)
+    assert completion.usage is not None
+    assert completion.usage.completion_tokens <= 3 * max_tokens
+
+
+def test_an_echoed_prompt_streams_before_its_answer(client: openai.OpenAI) -> None:
+    fields = asked(prompt="The capital of France is", echo=True, logprobs=2)
+    whole = client.completions.create(**fields).choices[0]
+    chunks = [chunk.choices[0] for chunk in client.completions.create(**fields, stream=True)]
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert whole.text.startswith("The capital of France is")
+    assert whole.logprobs is not None
+    found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "text_offset": [], "top_logprobs": []}
+    for chunk in chunks:
+        for name, values in found.items():
+            values += getattr(chunk.logprobs, name, None) or []
+    assert found == {name: getattr(whole.logprobs, name) for name in found}
+
+
+def test_without_a_length_an_answer_goes_to_its_end_or_the_contexts(client: openai.OpenAI, published: Published) -> None:
+    completion = client.completions.create(
+        model="tiny", prompt="hello", temperature=0, extra_body={"ignore_eos": True}, timeout=120
+    )
+    assert completion.usage is not None
+    assert completion.choices[0].finish_reason == "length"
+    assert completion.usage.total_tokens == CONTEXT
+    ids = published.tokenizer.encode("hello").ids
+    assert completion.choices[0].text == published.tokenizer.decode(greedy(published.model, ids, CONTEXT - len(ids)))
+
+
+def test_tokens_and_strings_that_stop_are_kept_where_that_is_wanted(client: openai.OpenAI, published: Published) -> None:
+    prompt = published.tokenizer.encode("hello").ids
+    drawn = until_end(greedy(published.model, prompt, 8))
+    stop = next(token for token in drawn[1:] if token not in drawn[:1])
+    place = drawn.index(stop)
+    for kept in (False, True):
+        extra = {"stop_token_ids": [stop], "include_stop_str_in_output": kept}
+        choice = client.completions.create(**asked(prompt="hello"), extra_body=extra).choices[0]
+        assert choice.text == published.tokenizer.decode(drawn[: place + kept])
+        assert choice.finish_reason == "stop"
+    text = published.tokenizer.decode(drawn)
+    character = next(one for one in text[1:] if one != text[0])
+    for kept in (False, True):
+        extra = {"include_stop_str_in_output": kept}
+        choice = client.completions.create(**asked(prompt="hello", stop=character), extra_body=extra).choices[0]
+        assert choice.text == text[: text.index(character) + kept]
+
+
+def test_usage_comes_with_every_chunk_where_that_is_wanted(client: openai.OpenAI) -> None:
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(client.chat.completions.create(**hi(stream=True, stream_options=options)))
+    counts = [chunk.usage.completion_tokens for chunk in chunks if chunk.usage]
+    assert len(counts) == len(chunks)
+    assert counts == sorted(counts)
+    assert chunks[-1].choices == []
+    assert counts[-1] == counts[-2] > 0
+
+
+def test_refusals_are_the_clients_own_exceptions(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x" * 2 * CONTEXT}])
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+    with pytest.raises(openai.BadRequestError, match="token 1000000 is outside of the vocabulary"):
+        client.completions.create(**asked(prompt=[1000000]))
+    with pytest.raises(openai.NotFoundError, match="'other'"):
+        client.completions.create(model="other", prompt="hello")
+
+
+def test_the_asynchronous_client_streams_many_and_leaves_some(gateway: FunctionProcess, published: Published) -> None:
+    """Those that are left half-way free what they hold; the others are whole."""
+    expected = published.tokenizer.decode(until_end(greedy(published.model, published.tokenizer.encode("hello").ids, 8)))
+
+    async def stream(client: openai.AsyncOpenAI, leave: bool) -> str:
+        fields = asked(prompt="hello", stream=True) | ({"max_tokens": CONTEXT // 2, "n": 2} if leave else {})
+        text = ""
+        async for chunk in await client.completions.create(**fields, extra_body={"ignore_eos": leave}):
+            text += "".join(choice.text for choice in chunk.choices)
+            if leave:
+                break
+        return text
+
+    async def scenario() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(stream(client, leave=number % 3 == 0) for number in range(12)))
+
+    texts = asyncio.run(scenario())
+    assert [text for number, text in enumerate(texts) if number % 3] == [expected] * 8
+    wait_until(lambda: "lamina_gateway_running_sequences 0.0" in gateway.get("/metrics")[1])
