@@ -9,8 +9,8 @@ from typing import Any, Final
 
 _OF_PIPELINE: Final = "sum by (namespace, pipeline)"
 _NO_FAILURES: Final = (
-    "stop|length|cancelled|invalid-request|malformed-event|unauthorized|unknown-event-type|event-expired|event-too-large|"
-    "unsupported-media-type|wrong-pipeline|wrong-layer|rate-limited"
+    "stop|length|cancelled|invalid-request|context-length-exceeded|malformed-event|unauthorized|unknown-event-type|event-expired|"
+    "event-too-large|unsupported-media-type|wrong-pipeline|wrong-layer|rate-limited"
 )
 """Answers that ended well, and refusals of what a client asked for."""
 _RUNBOOK: Final = "docs/operating.md#"

@@ -8,7 +8,6 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 from flask import Blueprint, Flask, Response, g, request
-from tokenizers import Tokenizer
 from werkzeug.exceptions import HTTPException
 
 from eventing.http.sse import HEARTBEAT, encode_sse
@@ -22,6 +21,7 @@ from functions.gateway.doors.openai_requests import read_request
 from functions.gateway.doors.openai_types import ChatRequest, CompletionRequest, StreamOptions
 from functions.gateway.doors.reply import Reply
 from functions.gateway.doors.streaming import arrived, client_gone, spoken, stream_response, whole_response
+from functions.gateway.text.tokenizer import ModelText
 from functions.hosting.web import json_response, not_served, with_allow, with_retry_after
 from functions.observing.tracing import read_traceparent
 
@@ -87,10 +87,10 @@ class OpenAIDoor:
         answers = self._answers()
         reply = self._begin(answers, _wanted(asked), id_, client_id, began)
         g.answering = True
-        tokenizer = answers.text.tokenizer
+        text = answers.text
         if asked.stream:
-            return stream_response(reply, _stream(envelope, reply, tokenizer, asked.stream_options), _failure)
-        return whole_response(reply, lambda: _whole(envelope, reply, tokenizer))
+            return stream_response(reply, _stream(envelope, reply, text, asked.stream_options), _failure)
+        return whole_response(reply, lambda: _whole(envelope, reply, text))
 
     def _begin(self, answers: Answers, wanted: GenerateRequest, id_: str, client_id: str, began: float) -> Reply:
         trace = read_traceparent(request.headers.get("traceparent"))
@@ -115,16 +115,16 @@ def _wanted(asked: ChatRequest | CompletionRequest) -> GenerateRequest:
         raise MalformedEvent(f"the request cannot be served: {error}") from error
 
 
-def _whole(envelope: Envelope, reply: Reply, tokenizer: Tokenizer) -> Response:
+def _whole(envelope: Envelope, reply: Reply, text: ModelText) -> Response:
     response = reply.response()
-    choices = [envelope.shape.writer(index, tokenizer).whole(answer.choice()) for index, answer in enumerate(reply.answers)]
+    choices = [envelope.shape.writer(index, text).whole(answer.choice()) for index, answer in enumerate(reply.answers)]
     return json_response(envelope.document(envelope.shape.object, choices, usage=response.usage))
 
 
-def _stream(envelope: Envelope, reply: Reply, tokenizer: Tokenizer, options: StreamOptions | None) -> Iterator[bytes]:
+def _stream(envelope: Envelope, reply: Reply, text: ModelText, options: StreamOptions | None) -> Iterator[bytes]:
     with_usage = options is not None and bool(options.include_usage)
     continuous = options is not None and bool(options.continuous_usage_stats)
-    writers = [envelope.shape.writer(index, tokenizer) for index in range(len(reply.answers))]
+    writers = [envelope.shape.writer(index, text) for index in range(len(reply.answers))]
 
     def sent(choices: list[dict[str, Any]], *, at_the_end: bool = False) -> bytes:
         usage = reply.usage() if continuous or at_the_end else None

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from tokenizers import Tokenizer
-
 from eventing.wire.generation import Choice, TokenEvent, TokenLogprob
 from functions.gateway.doors.openai_logprobs import chat_logprobs, completion_logprobs
+from functions.gateway.text.tokenizer import ModelText
 
 
 class Writer(Protocol):
@@ -32,7 +31,7 @@ class Shape(Protocol):
     chunk_object: str
     id_prefix: str
 
-    def writer(self, index: int, tokenizer: Tokenizer) -> Writer: ...
+    def writer(self, index: int, text: ModelText) -> Writer: ...
 
 
 class ChatShape:
@@ -40,8 +39,8 @@ class ChatShape:
     chunk_object = "chat.completion.chunk"
     id_prefix = "chatcmpl-"
 
-    def writer(self, index: int, tokenizer: Tokenizer) -> Writer:
-        return ChatWriter(index, tokenizer)
+    def writer(self, index: int, text: ModelText) -> Writer:
+        return ChatWriter(index, text)
 
 
 class CompletionShape:
@@ -52,14 +51,14 @@ class CompletionShape:
     def __init__(self, top_logprobs: int) -> None:
         self._top_logprobs = top_logprobs
 
-    def writer(self, index: int, tokenizer: Tokenizer) -> Writer:
-        return CompletionWriter(index, tokenizer, self._top_logprobs)
+    def writer(self, index: int, text: ModelText) -> Writer:
+        return CompletionWriter(index, text, self._top_logprobs)
 
 
 @dataclass(slots=True)
 class ChatWriter:
     index: int
-    tokenizer: Tokenizer
+    text: ModelText
     waiting: list[TokenLogprob] = field(default_factory=list)
     """Of tokens whose text has not come yet."""
 
@@ -77,11 +76,11 @@ class ChatWriter:
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         message = {"role": "assistant", "content": choice.text, "refusal": None}
-        logprobs = None if choice.logprobs is None else chat_logprobs(self.tokenizer, choice.logprobs)
+        logprobs = None if choice.logprobs is None else chat_logprobs(self.text, choice.logprobs)
         return {"index": self.index, "message": message, "finish_reason": choice.finish_reason, "logprobs": logprobs}
 
     def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-        logprobs = chat_logprobs(self.tokenizer, self.waiting) if self.waiting else None
+        logprobs = chat_logprobs(self.text, self.waiting) if self.waiting else None
         self.waiting = []
         return {"index": self.index, "delta": delta, "finish_reason": finish_reason, "logprobs": logprobs}
 
@@ -89,7 +88,7 @@ class ChatWriter:
 @dataclass(slots=True)
 class CompletionWriter:
     index: int
-    tokenizer: Tokenizer
+    text: ModelText
     top_logprobs: int
     waiting: list[TokenLogprob] = field(default_factory=list)
     offset: int = 0
@@ -112,7 +111,7 @@ class CompletionWriter:
     def _chunk(self, text: str, finish_reason: str | None) -> dict[str, Any]:
         logprobs = None
         if self.waiting:
-            logprobs = completion_logprobs(self.tokenizer, self.waiting, self.offset, self.top_logprobs)
+            logprobs = completion_logprobs(self.text, self.waiting, self.offset, self.top_logprobs)
             self.offset = logprobs["text_offset"][-1] + len(logprobs["tokens"][-1])
             self.waiting = []
         return {"index": self.index, "text": text, "finish_reason": finish_reason, "logprobs": logprobs}

@@ -90,7 +90,7 @@ class Admission:
             sequence.stream.finish("length")
             board.dismiss(sequence)
         else:
-            wanted = f"prompt and answer of {sequence.reserve_tokens} tokens"
+            wanted = f"prompt and answer of {sequence.too_many_tokens} tokens"
             board.dismiss(sequence, InvalidRequest(f"{wanted} are more than a stage can ever hold; ask for fewer"))
 
     def _take_in_hungry(self, now: float) -> list[Reserve]:

@@ -48,15 +48,13 @@ class Replies:
 
     def _arrived(self, sequence: Sequence, piece: Piece, row: Row) -> None:
         sequence.progress.settle()
-        cause = None
         if row.result is not None and piece.scores:
             self._scored(sequence, piece, row.result)
         elif row.result is not None and row.result.tokens:
             self._drawn(sequence, len(piece.guesses), row.result.tokens, row.result)
             if sequence.outgrown:
-                cause = "grown"
                 self._outgrown(sequence)
-        self._failures.settle(sequence, cause)
+        self._failures.settle(sequence)
 
     def _scored(self, sequence: Sequence, piece: Piece, result: Result) -> None:
         tokens = sequence.tokens[piece.position + 1 : piece.end + 1]
@@ -65,9 +63,10 @@ class Replies:
             sequence.stream.finish("length")
 
     def _outgrown(self, sequence: Sequence) -> None:
-        """It goes back to where it waits, without what it holds, until it can have more: nobody waits for memory while he holds
+        """It goes back to where it waits, without what it holds, until it can have more: nobody waits for memory while holding
         some that others wait for."""
         if sequence.grow():
+            self._board.stats.grown += 1
             sequence.must_restart = True
         else:
             sequence.stream.finish("length")

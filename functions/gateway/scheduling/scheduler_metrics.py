@@ -49,6 +49,7 @@ class SchedulerCollector(Collector):
         yield CounterMetricFamily("lamina_gateway_wakes", "Warm-ups of sleeping stages", stats.wakes)
         yield _by_label("lamina_gateway_sequences", "Sequences by how they ended", "outcome", stats.sequences, _OUTCOMES)
         yield _by_label("lamina_gateway_replays", "Sequences computed anew, by cause", "cause", stats.replays, _REPLAY_CAUSES)
+        yield CounterMetricFamily("lamina_gateway_grown_sequences", "Answers that went on with more memory", stats.grown)
         yield _by_label(
             "lamina_gateway_moves", "Micro-batches that moved to another instance", "cause", stats.moves, _MOVE_CAUSES
         )

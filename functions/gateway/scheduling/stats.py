@@ -54,6 +54,8 @@ class Stats:
     """Of tokens, see `guessing`."""
     replays: Counter[str] = field(default_factory=Counter)
     """Sequences whose keys and values were computed anew, by cause."""
+    grown: int = 0
+    """Answers that came to the end of their memory, and went on with more."""
     moves: Counter[str] = field(default_factory=Counter)
     """Micro-batches that went over to another instance: leaving or balance."""
     wakes: int = 0

@@ -13,6 +13,7 @@ from eventing.problems import ContextExceeded, InvalidRequest
 from eventing.wire.generation import Message
 from functions.gateway.text.chat_template import ChatTemplate
 from functions.gateway.text.encoder import Encoder
+from functions.gateway.text.token_text import token_bytes, token_text
 from storage.models.model_repository import ModelManifest, Reader, read_file
 
 _log: Final = logging.getLogger(__name__)
@@ -79,6 +80,14 @@ class ModelText:
     def encode_expected(self, answer: str) -> list[int]:
         """What an answer would be, or a part of one: without special tokens. Raises InvalidRequest where it cannot fit."""
         return self.encoder.encode(answer, add_special_tokens=False)
+
+    def token_text(self, token_id: int) -> str:
+        """A special token's name; what is no whole character as the replacement character."""
+        return token_text(self.tokenizer, token_id)
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """None where they cannot be known."""
+        return token_bytes(self.tokenizer, token_id)
 
     def encode_messages(self, messages: Sequence[Message], values: Mapping[str, Any] = MappingProxyType({})) -> list[int]:
         """Through the chat template, which writes special tokens itself. values: its other variables. Raises InvalidRequest."""

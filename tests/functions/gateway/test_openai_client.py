@@ -1,4 +1,4 @@
-"""The official client, unmodified, against a gateway process over three stage processes; log-probabilities are transformers'."""
+"""The official client, unmodified, against a gateway over three stages, all of them processes; the oracle is transformers."""
 
 import asyncio
 from collections.abc import Iterator
@@ -142,8 +142,8 @@ def test_an_echoed_prompt_streams_before_its_answer(client: openai.OpenAI) -> No
     assert whole.logprobs is not None
     found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "text_offset": [], "top_logprobs": []}
     for chunk in chunks:
-        for name, values in found.items():
-            values += getattr(chunk.logprobs, name, None) or []
+        for name in found:
+            found[name] += getattr(chunk.logprobs, name, None) or []
     assert found == {name: getattr(whole.logprobs, name) for name in found}
 
 

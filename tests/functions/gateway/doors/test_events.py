@@ -80,7 +80,7 @@ def test_an_answer_lasts_no_longer_than_its_event(client: FlaskClient, pipeline:
         ({}, "prompt"),
         ({"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, "both"),
         ({"prompt": ""}, "$.prompt"),
-        ({"prompt": "a", "max_tokens": 0}, "$.max_tokens"),
+        ({"prompt": "a", "max_tokens": -1}, "$.max_tokens"),
         ({"prompt": "a", "temperature": -1}, "$.temperature"),
         ({"prompt": "a", "top_p": 0}, "$.top_p"),
         ({"prompt": "a", "stop": [""]}, "$.stop"),
