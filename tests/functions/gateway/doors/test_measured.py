@@ -85,7 +85,7 @@ def test_refusals_are_counted_by_outcome(client: FlaskClient, pipeline: Pipeline
     assert door(client).status_code == status
     assert pipeline.value("answers_total", outcome=problem.name) == 1
     pipeline.script, pipeline.full = pipeline.say("Hi"), problem
-    assert door(client).status_code == problem.status
+    assert door(client).status_code == status
     assert pipeline.value("answers_total", outcome=problem.name) == 2
 
 
