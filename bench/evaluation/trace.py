@@ -73,6 +73,10 @@ class Trace:
         answers = np.minimum(self.answer_tokens, context_tokens // 2)
         return Trace(self.name, self.arrival_seconds, np.minimum(self.prompt_tokens, context_tokens - answers), answers)
 
+    def with_answers_within(self, most_tokens: int) -> "Trace":
+        """For runs of a minute, whose longest answers would not end in it."""
+        return Trace(self.name, self.arrival_seconds, self.prompt_tokens, np.minimum(self.answer_tokens, most_tokens))
+
     def cut_by(self, context_tokens: int) -> int:
         """Requests that `within` would change."""
         return int((self.prompt_tokens + self.answer_tokens > context_tokens).sum())

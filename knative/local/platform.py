@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from knative.local.admin import Admin
+from knative.local.autoscaler.hpa_autoscaler import CpuSeconds, cpu_seconds
 from knative.local.autoscaler.revision_settings import revision_settings
 from knative.local.errors import ManifestRefused, PortInUse
 from knative.local.eventing.local_eventing import LocalEventing
@@ -45,7 +46,7 @@ _OF_A_NODE: Final = (
 )
 
 
-def _from_zero() -> AutoscalerConfig:
+def from_zero() -> AutoscalerConfig:
     """Knative's defaults, but what comes first begins at zero: on one machine nothing shall start that nobody asked for."""
     return AutoscalerConfig(allow_zero_initial_scale=True, initial_scale=0)
 
@@ -64,12 +65,14 @@ class PlatformOptions:
     secrets: NamedData = field(default_factory=dict)
     config_maps: NamedData = field(default_factory=dict)
     logs: Path
-    autoscaler: AutoscalerConfig = field(default_factory=_from_zero)
+    autoscaler: AutoscalerConfig = field(default_factory=from_zero)
     features: FeatureFlags = field(default_factory=_without_a_meaning_here)
     timing: PodTiming = field(default_factory=PodTiming)
     folder: Path = ROOT
     activator_queue_depth: int = 10_000
     """Requests that one revision may hold; beyond it 503."""
+    cpu: CpuSeconds = cpu_seconds
+    """What the HPA class scales by: where devices are emulated, how long they were busy."""
 
 
 class Platform:
@@ -88,6 +91,7 @@ class Platform:
             folder=options.folder,
             logs=options.logs,
             activator_queue_depth=options.activator_queue_depth,
+            cpu=options.cpu,
         )
 
     @property

@@ -6,7 +6,7 @@ every 2 s        decide(now, ready), then reconcile(now, replicas, ready, …); 
 
 import os
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -19,16 +19,18 @@ from knative.local.autoscaler.scaler import Activity, RevisionStatus
 from knative.webhook.autoscaling_annotations import HPA
 from knative.webhook.values import parse_quantity
 
+CpuSeconds = Callable[[int], float | None]
+"""Process id → seconds that its processors, or the device that it stands for, were busy; None: not known."""
 _CPU_WINDOW_SECONDS: Final = 15.0
 """Over which a pod's CPU is averaged, as a metrics server does."""
 
 
 def revision_autoscaler(
-    settings: RevisionSettings, template: Mapping[str, Any], *, ready: int, now: float
+    settings: RevisionSettings, template: Mapping[str, Any], *, ready: int, now: float, cpu: CpuSeconds | None = None
 ) -> "RevisionAutoscaler | HpaRevisionAutoscaler":
-    """The autoscaler of the revision's class. Raises SettingsError."""
+    """The autoscaler of the revision's class. cpu: None for what the system says of a process. Raises SettingsError."""
     if settings.autoscaler_class == HPA:
-        return HpaRevisionAutoscaler(settings, cpu_request(template), now=now)
+        return HpaRevisionAutoscaler(settings, cpu_request(template), now=now, cpu=cpu or cpu_seconds)
     return RevisionAutoscaler(settings, ready=ready, now=now)
 
 
@@ -49,7 +51,7 @@ def cpu_request(template: Mapping[str, Any]) -> float:
 class HpaRevisionAutoscaler:
     """Always active, never at zero. Not thread-safe."""
 
-    def __init__(self, settings: RevisionSettings, cpu_request_cores: float, *, now: float) -> None:
+    def __init__(self, settings: RevisionSettings, cpu_request_cores: float, *, now: float, cpu: CpuSeconds) -> None:
         """Raises SettingsError."""
         self.settings = settings
         self.status = RevisionStatus(Activity.ACTIVE, now)
@@ -60,7 +62,7 @@ class HpaRevisionAutoscaler:
         self.cpu_percent: list[float] = []
         """Of their request, of the ready pods that have run for long enough to say."""
         self._hpa = HorizontalPodAutoscaler(hpa_spec(settings))
-        self._meter = _CpuMeter(cpu_request_cores)
+        self._meter = _CpuMeter(cpu_request_cores, cpu)
         self._silent = self._unready = 0
         self._next_sync = now + SYNC_SECONDS
 
@@ -91,16 +93,17 @@ class HpaRevisionAutoscaler:
 
 
 class _CpuMeter:
-    """CPU of processes over the last seconds, read from /proc; None of a process that was seen for too short, or is gone."""
+    """CPU of processes over the last seconds; None of a process that was seen for too short, or is gone."""
 
-    def __init__(self, request_cores: float) -> None:
+    def __init__(self, request_cores: float, cpu: CpuSeconds) -> None:
         self._request_cores = request_cores
+        self._cpu = cpu
         self._samples: dict[int, deque[tuple[float, float]]] = {}
 
     def sample(self, now: float, pids: Sequence[int]) -> None:
         kept = {pid: self._samples.get(pid, deque()) for pid in pids}
         for pid, samples in kept.items():
-            seconds = cpu_seconds(pid)
+            seconds = self._cpu(pid)
             if seconds is not None:
                 samples.append((now, seconds))
             while len(samples) > 2 and samples[1][0] <= now - _CPU_WINDOW_SECONDS:

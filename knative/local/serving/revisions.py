@@ -9,7 +9,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
-from knative.local.autoscaler.hpa_autoscaler import HpaRevisionAutoscaler, revision_autoscaler
+from knative.local.autoscaler.hpa_autoscaler import CpuSeconds, HpaRevisionAutoscaler, revision_autoscaler
 from knative.local.autoscaler.kpa import TICK_SECONDS
 from knative.local.autoscaler.revision_settings import RevisionSettings
 from knative.local.http.messages import HttpError
@@ -34,6 +34,7 @@ class Surroundings:
     """Where processes run."""
     logs: Path
     activator_queue_depth: int
+    cpu: CpuSeconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ class Revision:
         limits = self._container.limits
         self.activator = Activator(limits.container_concurrency, limits.timeouts, around.activator_queue_depth, self._poke)
         self._now = asyncio.get_running_loop().time
-        self.autoscaler = revision_autoscaler(settings, template, ready=0, now=self._now())
+        self.autoscaler = revision_autoscaler(settings, template, ready=0, now=self._now(), cpu=around.cpu)
         self._without_ready_pod_since: float | None = None
         self._reported_early = 0
         self._stopping = False

@@ -1,0 +1,112 @@
+"""The pods of one stage in the simulator: as many as Knative's own autoscaler wants, which is the platform's, imported.
+
+Pods are a count of ready ones and processes of simpy that start or leave. What `knative/local/serving/revisions.py` does each
+second and every two is done here on the simulation's clock.
+"""
+
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, Final
+
+import simpy
+
+from knative.local.autoscaler.hpa import SYNC_SECONDS, HorizontalPodAutoscaler, hpa_spec
+from knative.local.autoscaler.kpa import TICK_SECONDS
+from knative.local.autoscaler.revision_autoscaler import RevisionAutoscaler
+from knative.local.autoscaler.revision_settings import RevisionSettings, revision_settings
+from knative.local.kubelet.pods import PodTiming
+from knative.local.platform import from_zero
+from knative.webhook.autoscaling_annotations import HPA
+
+SCRAPE_SECONDS: Final = 1.0
+_DRAIN_SECONDS: Final = PodTiming().drain_quiet_seconds
+_Wait = Generator[simpy.Event, None, None]
+
+
+def settings_of(template: Mapping[str, Any]) -> RevisionSettings:
+    """As the platform reads a rendered Service."""
+    return revision_settings(template, from_zero())
+
+
+class Fleet:
+    """`demand` is set by who simulates the requests: requests in flight, and the share of the ready pods' time that is busy."""
+
+    def __init__(self, env: simpy.Environment, settings: RevisionSettings, start_seconds: Callable[[], float]) -> None:
+        """start_seconds: of a pod that starts now. Pods that the settings always keep are ready from the beginning."""
+        self.ready = settings.min_scale
+        self.starting = 0
+        self.leaving = 0
+        self.cold_starts = 0
+        self.replica_seconds = 0.0
+        self.in_flight = 0.0
+        self.busy_share = 0.0
+        self._env = env
+        self._start_seconds = start_seconds
+        self._unwanted = 0
+        """Of those that start: they go as soon as they are seen to."""
+        self._counted_at = 0.0
+        self._hpa = HorizontalPodAutoscaler(hpa_spec(settings)) if settings.autoscaler_class == HPA else None
+        self.autoscaler = RevisionAutoscaler(settings, ready=self.ready, now=env.now)
+        env.process(self._reconcile_forever())
+
+    @property
+    def staying(self) -> int:
+        return self.ready + self.starting - self._unwanted
+
+    def poke(self) -> None:
+        """A request finds the stage at zero: it does not wait for the next tick."""
+        if self.staying or self._hpa is not None:
+            return
+        self.autoscaler.record(self._env.now, 1.0, 1.0)
+        self._decide()
+
+    def count(self) -> None:
+        """Replica-seconds up to now."""
+        held = self.ready + self.starting - self._unwanted + self.leaving
+        self.replica_seconds += held * (self._env.now - self._counted_at)
+        self._counted_at = self._env.now
+
+    def _reconcile_forever(self) -> _Wait:
+        while True:
+            for _ in range(round(TICK_SECONDS / SCRAPE_SECONDS)):
+                yield self._env.timeout(SCRAPE_SECONDS)
+                if self.ready or self.in_flight:
+                    self.autoscaler.record(self._env.now, self.in_flight, 0.0)
+            self._decide()
+
+    def _decide(self) -> None:
+        now = self._env.now
+        if self._hpa is not None:
+            if now % SYNC_SECONDS < TICK_SECONDS and now >= SYNC_SECONDS:
+                self._scale_to(self._hpa.decide(now, [100 * self.busy_share] * self.ready, unready=self.starting))
+            return
+        self.autoscaler.decide(now, self.ready)
+        self._scale_to(self.autoscaler.reconcile(now, replicas=self.staying, ready=self.ready).replicas)
+
+    def _scale_to(self, replicas: int) -> None:
+        """As a ReplicaSet does it: those that are not ready go first."""
+        self.count()
+        for _ in range(replicas - self.staying):
+            self.starting += 1
+            self.cold_starts += 1
+            self._env.process(self._start())
+        surplus = max(0, self.staying - replicas)
+        from_starting = min(surplus, self.starting - self._unwanted)
+        self._unwanted += from_starting
+        if surplus > from_starting:
+            self._env.process(self._leave(surplus - from_starting))
+
+    def _start(self) -> _Wait:
+        yield self._env.timeout(self._start_seconds())
+        self.count()
+        self.starting -= 1
+        if self._unwanted:
+            self._unwanted -= 1
+        else:
+            self.ready += 1
+
+    def _leave(self, pods: int) -> _Wait:
+        self.ready -= pods
+        self.leaving += pods
+        yield self._env.timeout(_DRAIN_SECONDS)
+        self.count()
+        self.leaving -= pods

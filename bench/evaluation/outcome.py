@@ -1,0 +1,71 @@
+"""What a run came to, emulated or simulated: latencies, objective, cost."""
+
+from typing import Final
+
+import msgspec
+import numpy as np
+
+from bench.evaluation.trace import Floats, Trace
+
+QUANTILES: Final = (0.5, 0.95, 0.99)
+PATIENCE_SECONDS: Final = 120.0
+"""An answer that ends later has failed: nobody waits for it any more."""
+
+
+class Objective(msgspec.Struct, frozen=True):
+    """Of one request: what a reader notices."""
+
+    first_token_seconds: float = 2.0
+    token_seconds: float = 0.2
+    """Mean, behind the first."""
+
+
+class Cost(msgspec.Struct, frozen=True, kw_only=True):
+    replica_seconds: float
+    byte_seconds: float
+    """Of weights in devices' memory."""
+    cold_starts: int
+    network_bytes: float
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    requests: int
+    failed: int
+    seconds: float
+    """From the first arrival's clock to the last answer, at least the load's length."""
+    tokens_per_second: float
+    first_token_seconds: tuple[float, float, float]
+    """p50, p95, p99."""
+    token_seconds: tuple[float, float, float]
+    attainment: float
+    """Share of all requests that were answered within the objective."""
+    cost: Cost
+
+
+def outcome_of(
+    trace: Trace, first: Floats, last: Floats, seconds: float, cost: Cost, objective: Objective | None = None
+) -> Outcome:
+    """first, last: when each request's first and last token came, seconds of the trace's clock; NaN: never."""
+    wanted = objective or Objective()
+    first_token = first - trace.arrival_seconds
+    per_token = (last - first) / np.maximum(1, trace.answer_tokens - 1)
+    answered = np.isfinite(last) & (last - trace.arrival_seconds <= PATIENCE_SECONDS)
+    met = answered & (first_token <= wanted.first_token_seconds) & (per_token <= wanted.token_seconds)
+    several = answered & (trace.answer_tokens > 1)
+    return Outcome(
+        requests=len(trace),
+        failed=int((~answered).sum()),
+        seconds=seconds,
+        tokens_per_second=float(trace.answer_tokens[answered].sum() / seconds),
+        first_token_seconds=_quantiles(first_token[answered]),
+        token_seconds=_quantiles(per_token[several]),
+        attainment=float(met.mean()),
+        cost=cost,
+    )
+
+
+def _quantiles(values: Floats) -> tuple[float, float, float]:
+    if not len(values):
+        return (float("nan"),) * 3
+    p50, p95, p99 = np.quantile(values, QUANTILES)
+    return float(p50), float(p95), float(p99)

@@ -1,0 +1,68 @@
+"""Asks a gateway as a trace says, in a process of its own: when each answer's first and last token came.
+
+python -m bench.evaluation.replay URL TRACE.npz TIMES.npz
+"""
+
+import asyncio
+import contextlib
+import random
+from pathlib import Path
+from typing import Final
+
+import click
+import numpy as np
+
+from bench.evaluation.outcome import PATIENCE_SECONDS
+from bench.evaluation.trace import Floats, Trace
+from eventing.wire.generation import TokenEvent
+from knative.commands.terminal.asking import AskFailed, Question, ask
+
+TAIL_SECONDS: Final = 30.0
+"""Behind the last arrival; what has not ended then is broken off."""
+_WORDS: Final = ("river", "stone", "lamp", "seven", "north", "glass", "quiet", "engine", "paper", "winter", "copper", "field")
+"""A token each, with the space before it, of the default model's tokenizer."""
+
+
+async def replay(url: str, trace: Trace) -> tuple[Floats, Floats, int]:
+    """First and last token's time of each request since the start, NaN: it did not come to that; and tokens of all prompts."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    first, last = np.full(len(trace), np.nan), np.full(len(trace), np.nan)
+    prompts = 0
+
+    async def one(index: int) -> None:
+        nonlocal prompts
+        await asyncio.sleep(trace.arrival_seconds[index] - (loop.time() - began))
+        words = random.Random(index).choices(_WORDS, k=int(trace.prompt_tokens[index]))
+        text, most = " " + " ".join(words), int(trace.answer_tokens[index])
+        question = Question(text, most, chat=False, timeout_seconds=PATIENCE_SECONDS)
+        with contextlib.suppress(AskFailed):
+            async for answer in ask(url, question):
+                if isinstance(answer, TokenEvent):
+                    first[index] = np.fmin(first[index], loop.time() - began)
+                    continue
+                last[index] = loop.time() - began
+                first[index] = np.fmin(first[index], last[index])
+                prompts += answer.usage.prompt_tokens
+
+    tasks = [asyncio.create_task(one(index)) for index in range(len(trace))]
+    _, late = await asyncio.wait(tasks, timeout=trace.seconds + TAIL_SECONDS)
+    for task in late:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return first, last, prompts
+
+
+@click.command(help=__doc__)
+@click.argument("url")
+@click.argument("trace_file", type=click.Path(exists=True, path_type=Path))
+@click.argument("times_file", type=click.Path(path_type=Path))
+def main(url: str, trace_file: Path, times_file: Path) -> None:
+    arrays = np.load(trace_file)
+    trace = Trace("trace", arrays["arrival_seconds"], arrays["prompt_tokens"], arrays["answer_tokens"])
+    first, last, prompts = asyncio.run(replay(url, trace))
+    np.savez(times_file, first=first, last=last, prompts=prompts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""How long a round of the pipeline takes, and how fast prompts go through: what a queue of passes comes to on average.
+
+A stage's pods compute one pass at a time. Micro-batches go round; each pod takes at most one event with prompt chunks at a
+time, and a step waits for at most one of them, so a pod that has both takes them in turns. Passes last what they last, not
+exponentially long, so that a round takes the longer of what it takes when nobody waits and of what the narrowest stage
+allows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from functions.configuration.pass_times import PassTimes, pairs
+
+
+@dataclass(frozen=True, slots=True)
+class Overheads:
+    """Of what is real in an emulated run: measured there, see `calibrate`."""
+
+    pass_seconds: float = 0.0
+    """That a pod is busy beyond its profile's time, for each pass."""
+    hop_seconds: float = 0.001
+    """From the end of a pass to the next stage's queue."""
+    bytes_per_second: float = float("inf")
+    """Of the network between pods."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What there is to do now."""
+
+    decoding: int
+    """Sequences that answer."""
+    micro_batches: int
+    """Into which they are divided."""
+    held_tokens: float
+    """Keys and values of one of them, mean."""
+    prompt_tokens: float
+    """That wait to be computed."""
+    chunk_tokens: int
+    """Most of them in one pass."""
+    hop_bytes_per_token: float
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """How it goes on now."""
+
+    round_seconds: float
+    """A token for each sequence that answers."""
+    prompt_tokens_per_second: float
+    """Through the whole pipeline."""
+    prompt_tokens_per_second_alone: float
+    """Of one prompt, whose chunks go through one pod of each stage one behind the other."""
+    fill_seconds: float
+    """From the first stage's pass to the last one's end, of a chunk."""
+    in_flight: tuple[float, ...]
+    """Requests at each stage."""
+    busy_share: tuple[float, ...]
+    """Of its pods' time."""
+
+
+def flow(times: Sequence[PassTimes], ready: Sequence[int], work: Work, overheads: Overheads) -> Flow:
+    """ready: pods of each stage, at least one."""
+    stages = range(len(times))
+    rows = work.decoding / work.micro_batches if work.micro_batches else 0.0
+    held = rows * work.held_tokens
+    hop = overheads.hop_seconds + rows * work.hop_bytes_per_token / overheads.bytes_per_second
+    step = [
+        each.forward_seconds(rows, held, held) + each.logits_seconds(rows) + overheads.pass_seconds if rows else 0.0
+        for each in times
+    ]
+    size = min(work.prompt_tokens, work.chunk_tokens)
+    chunk_hop = overheads.hop_seconds + size * work.hop_bytes_per_token / overheads.bytes_per_second
+    chunk = [
+        each.forward_seconds(size, pairs(size, size), 2 * size) + each.logits_seconds(1) + overheads.pass_seconds
+        if size
+        else 0.0
+        for each in times
+    ]
+    at_pod = [work.micro_batches / ready[k] for k in stages]
+    unhindered = sum(step) + len(times) * hop
+    round_seconds = max(unhindered, *(at_pod[k] * step[k] for k in stages)) if rows else 0.0
+    rate = 0.0
+    if size:
+        left = [1 - at_pod[k] * step[k] / round_seconds if rows else 1.0 for k in stages]
+        share = [max(left[k], chunk[k] / (chunk[k] + max(1.0, at_pod[k]) * step[k])) for k in stages]
+        rate = min(ready[k] * share[k] / chunk[k] for k in stages)
+    taken = [rate * chunk[k] / ready[k] for k in stages]
+    if rows:
+        waits = [taken[k] * chunk[k] / 2 for k in stages]
+        unhindered += sum(waits)
+        bound = [at_pod[k] * step[k] / max(0.05, 1 - taken[k]) for k in stages]
+        round_seconds = max(unhindered, *bound)
+    slack = round_seconds - unhindered
+    narrowest = max(stages, key=lambda k: step[k] / ready[k]) if rows else 0
+    in_flight = []
+    for k in stages:
+        mine = 0.0
+        if rows:
+            here = step[k] + hop / 2 + taken[k] * chunk[k] / 2 + (slack if k == narrowest else 0.0)
+            mine += work.micro_batches * here / round_seconds
+        if size:
+            mine += min(ready[k], rate * (chunk[k] + chunk_hop / 2 + min(1.0, at_pod[k]) * step[k]))
+        in_flight.append(mine)
+    alone = max((chunk[k] + (step[k] if rows else 0.0) for k in stages), default=0.0)
+    busy = [min(1.0, taken[k] + (at_pod[k] * step[k] / round_seconds if rows else 0.0)) for k in stages]
+    return Flow(
+        round_seconds=round_seconds,
+        prompt_tokens_per_second=rate * size,
+        prompt_tokens_per_second_alone=size / alone if size else 0.0,
+        fill_seconds=sum(chunk) + len(times) * chunk_hop + sum(min(1.0, at_pod[k]) * step[k] / 2 for k in stages),
+        in_flight=tuple(in_flight),
+        busy_share=tuple(busy),
+    )

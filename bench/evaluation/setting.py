@@ -1,0 +1,136 @@
+"""What is served by which devices, and the five ways to do it as specs: the same for emulated and for simulated runs."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+from bench.evaluation.devices import Device, read_device
+from bench.evaluation.profile import Profile, kv_tokens_beside, roofline
+from eventing.wire.events import Cut
+from functions.configuration.pass_times import PassTimes
+from knative.local.platform import ROOT
+from knative.spec.cut import cut_evenly, format_cut
+from knative.spec.model_shape import ModelShape, shape_from_config
+from knative.spec.pipeline_spec import Autoscaling, Gateway, GatewayAutoscaling, Model, PipelineSpec, Resources, Stage, Store
+from knative.spec.stage_plan import StagePlan, plan_stages
+
+NAME: Final = "evaluation"
+WAYS: Final = ("one static copy", "replicas, KPA", "static pipeline", "pipeline, HPA", "pipeline, KPA")
+_CUT_WAYS: Final = WAYS[2:]
+_OTHER_BYTES: Final = 2**30
+
+
+class OverBudget(ValueError):
+    """The devices are too few for one of each stage. Give more devices, or cut into fewer stages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One model, one kind of device, and a budget of them."""
+
+    model: str
+    config: dict[str, object]
+    """The model's config.json."""
+    device_name: str
+    stages: int
+    """Of the ways that cut."""
+    devices: int
+    micro_batch_sequences: int = 16
+    weights_bytes_per_second: float = 3.125e9
+    """Into a pod that starts: 25 Gbit/s."""
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        """Raises OverBudget."""
+        if self.devices < self.stages:
+            raise OverBudget(f"{self.devices} devices for {self.stages} stages: each stage needs one; add devices or cut less")
+
+    @cached_property
+    def device(self) -> Device:
+        return read_device(self.device_name)
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        return shape_from_config(self.config, self.model, self.dtype)
+
+    @cached_property
+    def profile(self) -> Profile:
+        return roofline(self.shape, self.device, self.device_name)
+
+    @property
+    def context_tokens(self) -> int:
+        return int(str(self.config["max_position_embeddings"]))
+
+    def cut(self, way: str) -> Cut:
+        """By the planner."""
+        return cut_evenly(self.shape, self.stages if way in _CUT_WAYS else 1)
+
+    def plans(self, way: str) -> tuple[StagePlan, ...]:
+        return plan_stages(self.shape, self.cut(way))
+
+    def pass_times(self, way: str) -> list[PassTimes]:
+        return [self.profile.of_stage(first, last, self.shape.num_layers) for first, last in self.cut(way)]
+
+    def kv_tokens(self, way: str) -> int:
+        """That a pod of every stage holds. Raises DoesNotFit."""
+        return min(
+            kv_tokens_beside(
+                plan.weight_bytes,
+                plan.kv_bytes_per_token,
+                self.device.memory_bytes,
+                self.context_tokens,
+                f"{way}, stage {plan.index} of {self.model} on {self.device_name}",
+            )
+            for plan in self.plans(way)
+        )
+
+    def replicas(self, way: str) -> int:
+        """Most of each stage."""
+        return 1 if way == WAYS[0] else self.devices // len(self.cut(way))
+
+    def spec(self, way: str) -> PipelineSpec:
+        """Raises DoesNotFit."""
+        kv_bytes = self.kv_tokens(way) * max(plan.kv_bytes_per_token for plan in self.plans(way))
+        return PipelineSpec(
+            name=NAME,
+            model=Model(name=self.model, dtype=self.dtype),
+            cut=format_cut(self.cut(way)),
+            image="lamina:local",
+            stage=Stage(
+                resources=Resources(cpu="1", memory=f"{math.ceil((kv_bytes + _OTHER_BYTES) / 2**20)}Mi"),
+                kv_cache=str(kv_bytes),
+                layer_group="sleep",
+                sleep_pass_times=self.pass_times(way),
+                sleep_bytes_per_second=int(self.weights_bytes_per_second),
+                autoscaling=self._autoscaling(way),
+            ),
+            gateway=Gateway(
+                micro_batch_sequences=self.micro_batch_sequences,
+                guesses=0,
+                queue_limit=4096,
+                access_log="off",
+                autoscaling=GatewayAutoscaling(min_scale=1, max_scale=1),
+            ),
+            store=Store(endpoint="http://127.0.0.1"),
+        )
+
+    def _autoscaling(self, way: str) -> Autoscaling:
+        most = self.replicas(way)
+        if way.endswith("KPA"):
+            return Autoscaling(max_scale=most)
+        if way.endswith("HPA"):
+            return Autoscaling(autoscaler_class="hpa", min_scale=1, max_scale=most)
+        return Autoscaling(min_scale=most, max_scale=most)
+
+    def network_bytes_per_token(self, way: str) -> int:
+        """Hidden states from stage to gateway and on to the next stage, for each token of prompt and answer."""
+        return sum(2 * plan.hop_bytes_per_token for plan in self.plans(way))
+
+
+MODELS: Final = {
+    "llama-2-13b": ROOT / "examples" / "llama-2-13b" / "config.json",
+    "llama-2-70b": Path(__file__).parent / "models" / "llama-2-70b.json",
+}
+"""Published shapes."""

@@ -1,0 +1,152 @@
+"""The simulator: it decides by the project's own code, comes to what can be counted by hand, and is quick."""
+
+import ast
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.evaluation import fleet, simulator
+from bench.evaluation.outcome import Outcome
+from bench.evaluation.profile import DoesNotFit
+from bench.evaluation.rounds import Overheads, Work, flow
+from bench.evaluation.setting import MODELS, WAYS, OverBudget, Setting
+from bench.evaluation.simulator import Simulation, World
+from bench.evaluation.trace import Sizes, Trace, drawn
+from functions.configuration.pass_times import PassTimes
+from functions.gateway.scheduling import capacity
+from knative.local.autoscaler import hpa, kpa, revision_autoscaler
+from knative.spec.cut import cut_evenly
+from tests.support.paths import ROOT
+
+COPY, REPLICAS, STATIC, HPA, KPA = WAYS
+
+
+def setting(model: str = "llama-2-13b", device: str = "l40s", stages: int = 4, devices: int = 8) -> Setting:
+    config = json.loads(MODELS[model].read_text())
+    return Setting(model=model, config=config, device_name=device, stages=stages, devices=devices)
+
+
+def steady(requests_per_second: float, seconds: int, seed: int = 1) -> Trace:
+    return drawn("steady", np.full(seconds, requests_per_second), 1.0, seed, Sizes(most_answer_tokens=256))
+
+
+def simulated(way: str, trace: Trace, given: Setting | None = None, world: World | None = None) -> tuple[Outcome, int]:
+    return Simulation(given or setting(), way, trace, world or World()).run()
+
+
+def test_what_decides_is_the_platforms_own_and_no_copy() -> None:
+    assert fleet.RevisionAutoscaler is revision_autoscaler.RevisionAutoscaler
+    assert fleet.HorizontalPodAutoscaler is hpa.HorizontalPodAutoscaler
+    assert simulator.micro_batches_allowed is capacity.micro_batches_allowed
+    assert simulator.micro_batches_wanted is capacity.micro_batches_wanted
+    assert setting().cut(KPA) == cut_evenly(setting().shape, 4)
+    theirs = {"RevisionAutoscaler", "HorizontalPodAutoscaler", "scale", "recommend"}
+    theirs |= {"micro_batches_allowed", "micro_batches_wanted", "cut_evenly"}
+    for path in (ROOT / "bench" / "evaluation").glob("*.py"):
+        nodes = ast.walk(ast.parse(path.read_text()))
+        own = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        assert not own & theirs, f"{path.name} has {own & theirs} of its own"
+
+
+def test_another_decision_of_knatives_is_another_number_of_pods(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = steady(3.0, 60)
+    _, before = simulated(KPA, trace)
+    real = kpa.scale
+
+    def timid(*arguments: object) -> object:
+        decision, state = real(*arguments)  # type: ignore[arg-type]
+        return kpa.replace(decision, desired_scale=min(1, decision.desired_scale)), state  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(kpa, "scale", timid)
+    _, after = simulated(KPA, trace)
+    assert before > 4 == after
+
+
+def test_another_admission_is_another_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = steady(3.0, 60)
+    before, _ = simulated(STATIC, trace)
+    monkeypatch.setattr(simulator, "micro_batches_allowed", lambda *_: 1)
+    after, _ = simulated(STATIC, trace)
+    assert after.first_token_seconds[1] > 2 * before.first_token_seconds[1]
+
+
+def test_one_conversation_takes_what_passes_and_hops_take() -> None:
+    trace = Trace("one", np.zeros(1), np.array([200]), np.array([101]))
+    world = World(overheads=Overheads(pass_seconds=0.002, hop_seconds=0.005), step_seconds=0.02)
+    outcome, pods = simulated(STATIC, trace, world=world)
+    stages = setting().pass_times(STATIC)
+    step = sum(each.forward_seconds(1, 250, 250) + each.logits_seconds(1) + 0.007 for each in stages)
+    prompt = sum(each.forward_seconds(200, 20_100, 200) + each.logits_seconds(1) + 0.007 for each in stages)
+    assert outcome.token_seconds[0] == pytest.approx(step, rel=0.03)
+    assert prompt < outcome.first_token_seconds[0] < prompt * 1.5 + 0.04
+    assert pods == 8
+
+
+def test_everybody_is_answered_and_the_cost_is_what_pods_were_there() -> None:
+    trace = steady(2.0, 120)
+    outcome, pods = simulated(STATIC, trace)
+    assert (outcome.requests, outcome.failed, pods) == (len(trace), 0, 8)
+    assert outcome.cost.replica_seconds == pytest.approx(8 * outcome.seconds)
+    assert outcome.cost.cold_starts == 0
+    tokens = trace.within(4096).prompt_tokens.sum() + trace.answer_tokens.sum()
+    assert outcome.cost.network_bytes == tokens * 3 * 2 * 2 * 5120
+    kpa_outcome, _ = simulated(KPA, trace)
+    assert kpa_outcome.failed == 0
+    assert kpa_outcome.cost.cold_starts >= 4
+    assert kpa_outcome.cost.replica_seconds < outcome.cost.replica_seconds
+    assert kpa_outcome.first_token_seconds[2] > 3, "nobody waited for pods that start from zero"
+
+
+def test_a_copy_alone_cannot_do_what_eight_devices_can() -> None:
+    trace = steady(4.0, 90)
+    alone, _ = simulated(COPY, trace)
+    many, pods = simulated(REPLICAS, trace)
+    assert pods > 3
+    assert many.tokens_per_second > 1.5 * alone.tokens_per_second
+    assert many.attainment > alone.attainment
+
+
+def test_memory_bounds_who_is_admitted() -> None:
+    """A pod with room for the longest sequence alone serves them one by one, whatever the micro-batches would hold."""
+    trace = Trace("three", np.zeros(3), np.full(3, 3000), np.full(3, 100))
+    roomy = setting()
+    tight = setting()
+    object.__setattr__(tight, "kv_tokens", lambda way: 2000)
+    (fast, _), (slow, _) = simulated(STATIC, trace, roomy), simulated(STATIC, trace, tight)
+    assert slow.first_token_seconds[2] > fast.first_token_seconds[2] + 3
+
+
+def test_a_round_is_what_nobody_waits_for_or_what_the_narrowest_stage_allows() -> None:
+    times = [PassTimes(fixed_seconds=seconds) for seconds in (0.03, 0.09, 0.03)]
+
+    def work(micro_batches: int) -> Work:
+        return Work(micro_batches, micro_batches, 0.0, 0.0, 256, 0.0)
+
+    none = Overheads(hop_seconds=0.0)
+    assert flow(times, [1, 1, 1], work(1), none).round_seconds == pytest.approx(0.15)
+    assert flow(times, [1, 1, 1], work(4), none).round_seconds == pytest.approx(0.36)
+    assert flow(times, [1, 3, 1], work(4), none).round_seconds == pytest.approx(0.15)
+    busy = flow(times, [1, 1, 1], work(4), none)
+    assert busy.in_flight == pytest.approx((4 / 12, 4 * 10 / 12, 4 / 12))
+    assert busy.busy_share[1] == pytest.approx(1.0)
+
+
+def test_a_thousand_pods_are_simulated_a_thousand_times_faster_than_they_live() -> None:
+    given = setting(devices=1024)
+    trace = steady(150.0, 900)
+    simulation = Simulation(given, KPA, trace, World(step_seconds=0.5))
+    began = time.process_time()
+    outcome, pods = simulation.run()
+    assert pods >= 1000
+    assert outcome.seconds / (time.process_time() - began) > 1000
+
+
+def test_what_does_not_fit_says_so() -> None:
+    with pytest.raises(DoesNotFit, match=r"replicas, KPA, stage 0 of llama-2-70b on l40s: 1[34].* GB of weights"):
+        simulated(REPLICAS, steady(1.0, 10), setting("llama-2-70b"))
+    with pytest.raises(OverBudget, match="3 devices for 4 stages"):
+        setting(devices=3)
+    assert Path(MODELS["llama-2-70b"]).exists()
