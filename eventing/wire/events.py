@@ -25,6 +25,9 @@ MAX_BIASES: Final = 300
 """Tokens whose logits one row may move, as many as the OpenAI API takes."""
 MAX_TOP_LOGPROBS: Final = 20
 """Of one place, as many as the OpenAI API takes."""
+MAX_GRAMMAR_BYTES: Final = 2**16
+"""Of one answer's grammar, as a row carries it."""
+MAX_END_TOKENS: Final = 64
 
 SAFE_EVENT_BYTES: Final = 64 * 1024
 """What every intermediary must pass on (CloudEvents 1.0.2, section 4); more travels by claim check."""
@@ -99,6 +102,25 @@ class Status(StrEnum):
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 
 
+class Grammar(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What an answer must look like, behind `Sampling.prompt_tokens` tokens. The mask is a function of the tokens so far.
+
+    The first rows of a sequence that want a token bring the source along, until the last stage has answered one. Later ones say
+    the digest alone; a stage that does not know it any more answers with a miss at the row's own position.
+    """
+
+    digest: Annotated[str, Meta(min_length=32, max_length=32)]
+    """`grammar_digest` of the source."""
+    end_ids: Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=MAX_END_TOKENS)]
+    """Allowed where the answer may end; nothing else is where it must."""
+    source: Annotated[str, Meta(max_length=MAX_GRAMMAR_BYTES)] = ""
+    """In the notation of llguidance."""
+
+
+def grammar_digest(source: str) -> str:
+    return hashlib.sha256(source.encode()).hexdigest()[:32]
+
+
 class Sampling(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """How the last stage draws a token. The draw is a function of logits, these values and the position alone."""
 
@@ -115,12 +137,14 @@ class Sampling(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=Tr
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     """As the OpenAI API has them, over the tokens behind the prompt: taken off a logit once, and as often as it came."""
     prompt_tokens: Annotated[int, Meta(ge=0, le=MAX_POSITION)] = 0
-    """Where those begin."""
+    """Where those begin, and what a grammar is about."""
     logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASES)] = {}
     """Added to the logits of these tokens."""
     banned: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_BIASES)] = ()
     banned_until: Annotated[int, Meta(ge=0, le=MAX_POSITION)] = 0
     """These are not drawn at a position before that: what would end the answer before its least length."""
+    grammar: Grammar | None = None
+    """Comes first: no other value allows a token that it does not, and where they leave none that it allows, they give way."""
 
     @property
     def adjusts(self) -> bool:
@@ -128,6 +152,11 @@ class Sampling(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=Tr
         return bool(
             self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias or self.banned
         )
+
+    @property
+    def looks_back(self) -> bool:
+        """The draw is a function of the tokens before it, too: not only by what was computed of them."""
+        return self.grammar is not None or self.adjusts
 
 
 class Result(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):

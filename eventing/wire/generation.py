@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
-from eventing.wire.events import MAX_BIASES, MAX_POSITION, MAX_TOP_LOGPROBS, Sampling, TokenId
+from eventing.wire.events import MAX_BIASES, MAX_POSITION, MAX_TOP_LOGPROBS, Grammar, Sampling, TokenId
+from eventing.wire.structured_outputs import StructuredOutputs
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKENS = 128
@@ -79,6 +80,8 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
     """Further names for the model's chat template, such as `enable_thinking`."""
     reasoning_effort: Annotated[str, Meta(max_length=64)] | None = None
     """The same under that name, for templates that know it."""
+    structured_outputs: StructuredOutputs | None = None
+    """What the answer must look like. Where it may end, and only there, the model's own end comes."""
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.messages is None):
@@ -90,6 +93,8 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
             raise ValueError("max_tokens is 0, which leaves nothing to answer but with `echo`")
         if self.echo and self.messages is not None:
             raise ValueError("`echo` goes with `prompt`, not with `messages`")
+        if self.structured_outputs is not None and self.ignore_eos:
+            raise ValueError("ignore_eos does not go with structured outputs, which end with the model's own end")
         if (choices := self.n * len(self.prompts)) > MAX_CHOICES:
             raise ValueError(f"{len(self.prompts)} prompts, {self.n} answers to each: {choices}; the most is {MAX_CHOICES}")
 
@@ -130,7 +135,9 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
         """Tokens that end the answer; eos_ids: the model's own."""
         return frozenset(self.stop_token_ids) | (frozenset() if self.ignore_eos else frozenset(eos_ids))
 
-    def sampling(self, seed: int, prompt_tokens: int = 0, eos_ids: Collection[int] = ()) -> Sampling:
+    def sampling(
+        self, seed: int, prompt_tokens: int = 0, eos_ids: Collection[int] = (), grammar: Grammar | None = None
+    ) -> Sampling:
         """What the last stage needs to know of an answer behind so many tokens; `seed` counts where the request names none.
         eos_ids: the model's own."""
         penalized = self.presence_penalty or self.frequency_penalty
@@ -144,10 +151,11 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
             seed=seed if self.seed is None else self.seed,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
-            prompt_tokens=prompt_tokens if penalized else 0,
+            prompt_tokens=prompt_tokens if penalized or grammar else 0,
             logit_bias=self.logit_bias,
             banned=banned,
             banned_until=prompt_tokens + self.min_tokens if banned else 0,
+            grammar=grammar,
         )
 
 

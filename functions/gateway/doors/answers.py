@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from eventing.problems import ContextExceeded, InvalidRequest, Problem
+from eventing.wire.events import Grammar
 from eventing.wire.generation import GenerateRequest
 from functions.gateway.doors.answer import Answer
 from functions.gateway.doors.client_limits import Allowance, ClientLimits, Leave
@@ -56,6 +57,8 @@ class Encoded:
     """Of the answer that is expected."""
     text: str = ""
     """For `echo`."""
+    grammar: Grammar | None = None
+    """Of the answer."""
 
 
 class Answers:
@@ -102,7 +105,7 @@ class Answers:
             token_ids,
             room if request.max_tokens is None else min(request.max_tokens, room),
             open_ended=request.max_tokens is None or request.max_tokens > room,
-            sampling=request.sampling(asker.seed, len(token_ids), self.text.eos_ids),
+            sampling=request.sampling(asker.seed, len(token_ids), self.text.eos_ids, encoded.grammar),
             predicted_ids=encoded.predicted_ids,
             eos_ids=request.end_ids(self.text.eos_ids),
             kept_end_ids=frozenset(request.stop_token_ids if request.include_stop_str_in_output else ()),
@@ -143,7 +146,7 @@ class Answers:
         return room
 
     def _encoded(self, request: GenerateRequest) -> list[Encoded]:
-        """Each prompt. Nothing is rendered or tokenized that is too long to fit, or that would be refused afterwards."""
+        """Each prompt. Nothing is rendered, tokenized or compiled that cannot fit, or that would be refused afterwards."""
         if request.messages is not None:
             self.text.check_messages(request.messages)
         for prompt in request.prompts:
@@ -153,8 +156,10 @@ class Answers:
                 self.text.check_ids(prompt)
         self.text.check(request.prediction)
         with self._scheduler.entering():
+            asked = request.structured_outputs
+            grammar = None if asked is None else self.text.grammars.of(asked)
             predicted = self.text.encode_expected(request.prediction) if request.prediction else []
-            return [self._encode(request, prompt, predicted) for prompt in request.prompts]
+            return [replace(self._encode(request, prompt, predicted), grammar=grammar) for prompt in request.prompts]
 
     def _encode(self, request: GenerateRequest, prompt: str | Sequence[int] | None, predicted: list[int]) -> Encoded:
         if request.messages is not None:

@@ -14,6 +14,7 @@ from eventing.wire.generation import (
     Prompts,
     StopString,
 )
+from functions.gateway.doors.openai_structured import StructuredOptions
 
 MaxTokens = Annotated[int, Meta(ge=1, le=MAX_POSITION)]
 
@@ -50,10 +51,6 @@ class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
     """With `include_usage`: the usage so far with every chunk."""
 
 
-class TextFormat(Struct, frozen=True, tag_field="type", tag="text"):
-    pass
-
-
 class Prediction(Struct, frozen=True, tag_field="type", tag="content", forbid_unknown_fields=True):
     """Predicted outputs: a text that much of the answer is expected to be."""
 
@@ -64,7 +61,7 @@ class Prediction(Struct, frozen=True, tag_field="type", tag="content", forbid_un
         return _text(self.content)
 
 
-class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Options(StructuredOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What both requests have. `top_k`, `min_p` and `repetition_penalty` are extensions that other servers have too.
 
     Whatever stands behind `seed` is taken only with the value that changes nothing, or says nothing about the answer.
@@ -123,6 +120,7 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "stop_token_ids": self.stop_token_ids or (),
             "include_stop_str_in_output": bool(self.include_stop_str_in_output),
             "n": self.n or 1,
+            "structured_outputs": self.asked_structure(),
         }
 
 
@@ -146,7 +144,6 @@ class ChatRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Further variables of the chat template, which must know them."""
     verbosity: Literal["medium"] | None = None
     web_search_options: None = None
-    response_format: TextFormat | None = None
     prediction: Prediction | None = None
 
     def generate_request(self) -> GenerateRequest:

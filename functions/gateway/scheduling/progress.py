@@ -39,6 +39,8 @@ class Progress:
         self._held = [0] * num_stages
         self._sent = [0] * num_stages
         self._failed = False
+        self.introduced = False
+        """The last stage has answered a row that wanted a token: it knows what does not change from row to row."""
 
     @property
     def failing(self) -> bool:
@@ -76,6 +78,7 @@ class Progress:
     def missed(self, stage: int, held: int) -> None:
         """`stage` holds only `held` tokens, or goes on at another instance that holds none: what is beyond is sent again."""
         self._held[stage] = min(self._held[stage], held)
+        self.introduced = False
         self._failed = True
         self._settle_if_quiet()
 
@@ -96,6 +99,7 @@ class Progress:
     def restart(self) -> None:
         """A new attempt, held nowhere. Only between pieces."""
         self.attempt += 1
+        self.introduced = False
         self._held = [0] * self._num_stages
         self._sent = list(self._held)
         self._failed = False

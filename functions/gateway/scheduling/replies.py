@@ -78,6 +78,7 @@ class Replies:
         stats.guesses_agreed += came_true
         stats.guesses_missed += guessed - came_true
         self._failures.came_further(sequence)
+        sequence.progress.introduced = True
         sequence.progress.came_true(came_true)
         if sequence.guesser is not None:
             sequence.guesser.came(tokens)

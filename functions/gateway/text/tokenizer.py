@@ -13,6 +13,7 @@ from eventing.problems import ContextExceeded, InvalidRequest
 from eventing.wire.generation import Message
 from functions.gateway.text.chat_template import ChatTemplate
 from functions.gateway.text.encoder import Encoder
+from functions.gateway.text.grammars import Grammars
 from functions.gateway.text.token_text import token_bytes, token_text
 from storage.models.model_repository import ModelManifest, Reader, read_file
 
@@ -31,9 +32,11 @@ class ModelText:
     context_length: int
     """Tokens."""
     encoder: Encoder = field(init=False)
+    grammars: Grammars = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "encoder", Encoder(self.tokenizer, self.context_length))
+        object.__setattr__(self, "grammars", Grammars(self.tokenizer.to_str, self.eos_ids))
 
     @classmethod
     def load(cls, reader: Reader, manifest: ModelManifest) -> Self:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from eventing.wire.events import Sampling
+from functions.grammars.compiler import Allowed
 from functions.stage.engine.sampler import sample
 from functions.stage.models.floats import Float32
 
@@ -20,6 +21,8 @@ class Drawing:
     guesses: int
     logits: Float32
     """[guesses + 1, vocab]."""
+    allowed: Sequence[Allowed] | None = None
+    """By its grammar: at the first place, and behind each guess that is allowed itself. None: everything."""
     tokens: list[int] = field(default_factory=list)
     goes_on: bool = True
 
@@ -33,7 +36,8 @@ class Drawing:
         guess = self.token_ids[self.position] if len(self.tokens) < self.guesses else None
         if token is not None:
             self.tokens.append(token)
-        self.goes_on = token is not None and token == guess
+        known = self.allowed is None or len(self.tokens) < len(self.allowed)  # not behind the end, even where it was guessed
+        self.goes_on = token is not None and token == guess and known
 
 
 def draw(drawings: Sequence[Drawing]) -> None:
@@ -44,6 +48,7 @@ def draw(drawings: Sequence[Drawing]) -> None:
             [each.sampling for each in going],
             [each.position for each in going],
             [each.token_ids[: each.position] for each in going],
+            [None if each.allowed is None else each.allowed[len(each.tokens)] for each in going],
         )
         for each, token in zip(going, tokens, strict=True):
             each.drew(token)

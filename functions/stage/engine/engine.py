@@ -20,6 +20,8 @@ from eventing.problems import EventExpired
 from eventing.wire.control import LEASE_SECONDS, ReleaseRow, ReservedRow, ReserveRow
 from eventing.wire.events import Batch, Row, Status, Want
 from eventing.wire.prefix_chain import BLOCK_TOKENS
+from functions.grammars.compiler import GrammarCompiler
+from functions.stage.engine.constraints import Constraints
 from functions.stage.engine.event_queue import Call, EventQueue, WaitingEvent
 from functions.stage.engine.forward_pass import ForwardPass, Part
 from functions.stage.engine.leases import Leases
@@ -60,7 +62,8 @@ class Engine:
     num_stages: of the pipeline; bounds merging (see EventQueue). max_merge: most events in one pass.
     idle_sequence_seconds: a sequence not heard of for so long is released. lease_seconds: so is all of a source of which
     nothing at all was heard. threads: of a pass; None: as the group has it. tiers: asked, in this order, for what
-    memory does not hold. clock: seconds since the epoch, by which events expire and sequences are idle.
+    memory does not hold. grammars: of a last stage, whose answers may have one. clock: seconds since the epoch, by which
+    events expire and sequences are idle.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Engine:
         lease_seconds: float = LEASE_SECONDS,
         threads: PassThreads | None = None,
         tiers: Sequence[Tier] = (),
+        grammars: GrammarCompiler | None = None,
         clock: Callable[[], float] = time.time,
         on_pass: Callable[[PassStatistics], None] = _ignore,
     ) -> None:
@@ -81,7 +85,7 @@ class Engine:
         self._on_pass = on_pass
         self._queue = EventQueue(num_stages, max_merge)
         self._sequences = SequenceTable(group.kv, idle_sequence_seconds, clock)
-        self._forward_pass = ForwardPass(group, self._sequences)
+        self._forward_pass = ForwardPass(group, self._sequences, Constraints(grammars))
         self._leases = Leases(lease_seconds)
         self._look_seconds = min(self._leases.look_seconds, idle_sequence_seconds / 10)
         self._threads = threads

@@ -4,12 +4,15 @@ import math
 from array import array
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 
 from eventing.wire.events import Batch, Result, Row, Status, Want
+from functions.grammars.compiler import Allowed, UnusableGrammar
+from functions.stage.engine.constraints import Constrained, Constraints, Found, grammar_of
 from functions.stage.engine.drawing import Drawing, draw
 from functions.stage.engine.row_checks import invalid_rows
 from functions.stage.engine.sampler import GREEDY, TopLogprobs, log_probabilities
@@ -35,9 +38,11 @@ class _Computed:
     """Its tokens in its event."""
     begin: int = 0
     """Where its tokens begin in the tensor of the whole pass."""
+    allowed: Sequence[Allowed] | None = None
+    """What it may draw, where that is not everything."""
     result: Result | None = None
     refusal: Refusal | None = None
-    """Where its logits are no numbers to answer with."""
+    """Where its logits are no numbers to answer with, or its grammar cannot be used."""
 
     @property
     def end(self) -> int:
@@ -93,9 +98,10 @@ def refused(row: Row, refusal: Refusal) -> Row:
 class ForwardPass:
     """Runs parts whose sequences are all different. Only the engine's thread comes here."""
 
-    def __init__(self, group: LayerGroup, sequences: SequenceTable) -> None:
+    def __init__(self, group: LayerGroup, sequences: SequenceTable, constraints: Constraints) -> None:
         self._group = group
         self._sequences = sequences
+        self._constraints = constraints
         self._is_last = group.last_layer == group.num_layers
 
     def run(self, parts: Sequence[Part]) -> list[Batch]:
@@ -103,8 +109,12 @@ class ForwardPass:
         for part in parts:
             self._admit(part)
         computed = [row for part in parts for row in part.computed]
+        constrained = [row for row in computed if self._is_last and grammar_of(row.row) is not None]
         try:
+            found = self._constraints.begin([_constrained(row) for row in constrained]) if constrained else None
             hidden = self._forward(parts)
+            if found is not None:
+                self._constrain(constrained, found)
             if hidden is not None:
                 self._refuse_not_finite(parts, hidden)
             if self._is_last:
@@ -132,6 +142,8 @@ class ForwardPass:
                 if index in part.stale:
                     raise Refusal(Status.STALE)
                 sequence = self._sequences.admit(row, part.source)
+                if self._is_last:
+                    self._constraints.admit(row, sequence)
             except Refusal as refusal:
                 part.refuse(index, refusal)
                 continue
@@ -175,9 +187,18 @@ class ForwardPass:
                     part.refuse(row.index, Refusal(Status.INVALID, reason=reason))
                     part.computed.remove(row)
 
+    def _constrain(self, rows: Sequence[_Computed], found: "Future[list[Found]]") -> None:
+        """Waits for what was being found beside the layers."""
+        for row, allowed in zip(rows, found.result(), strict=True):
+            if isinstance(allowed, UnusableGrammar):
+                self._refuse(row, f"the grammar cannot be followed here: {allowed}")
+            else:
+                row.allowed = allowed
+
     def _results(self, parts: Sequence[Part], hidden: Array | None) -> list[Batch]:
         if hidden is not None:
-            self._draw([row for part in parts for row in part.computed if row.row.want is Want.TOKEN], hidden)
+            wanting = [row for part in parts for row in part.computed if row.row.want is Want.TOKEN and row.refusal is None]
+            self._draw(wanting, hidden)
         for part in parts:
             for row in part.computed:
                 if hidden is not None and row.row.want is Want.LOGPROBS:
@@ -201,8 +222,11 @@ class ForwardPass:
         """None: the hidden states are finite and the logits are not, so whatever was answered would be made up."""
         row.result = result
         if result is None:
-            self._group.kv.truncate(row.sequence.handle, row.row.position)
-            row.refusal = Refusal(Status.INVALID, reason="the logits of the row are not finite")
+            self._refuse(row, "the logits of the row are not finite")
+
+    def _refuse(self, row: _Computed, reason: str) -> None:
+        self._group.kv.truncate(row.sequence.handle, row.row.position)
+        row.refusal = Refusal(Status.INVALID, reason=reason)
 
     def _scores(self, row: _Computed, token_ids: Array, hidden: Array) -> Result | None:
         """Each token's log-probability under the logits of the token before it, so none for the row's first; None where one is
@@ -236,9 +260,17 @@ def _put(token_ids: "array[int]", position: int, new: memoryview) -> None:
 
 def _drawing(row: _Computed, logits: Float32) -> Drawing:
     """logits: behind each of its places."""
-    return Drawing(
-        row.row.sampling or GREEDY, row.sequence.token_ids, row.row.position + row.row.length, row.row.guesses, logits
-    )
+    end = row.row.position + row.row.length
+    return Drawing(row.row.sampling or GREEDY, row.sequence.token_ids, end, row.row.guesses, logits, row.allowed)
+
+
+def _constrained(row: _Computed) -> Constrained:
+    grammar, sampling = grammar_of(row.row), row.row.sampling
+    assert grammar is not None
+    assert sampling is not None
+    known = row.row.position + row.row.length - row.row.guesses
+    token_ids = row.sequence.token_ids
+    return Constrained(grammar, row.sequence, token_ids[sampling.prompt_tokens : known], token_ids[known:])
 
 
 def _few_enough(rows: Sequence[_Computed]) -> Iterator[list[_Computed]]:

@@ -3,6 +3,7 @@
 The filters are those of transformers' `generate`, in its order: repetition penalty, temperature, top-k, top-p, min-p; before
 the temperature, too, the OpenAI API's penalties and biases, and tokens that are banned for a while. Where
 values are so small that float32 overflows there, the same is computed in float64: any `Sampling` draws a token.
+A grammar's mask comes ahead of all of them.
 The draw takes the token with the largest score plus Gumbel noise, which is a draw from the softmax of the scores. The
 noise comes from a counter-based generator (Philox) keyed by seed and position, one number for each token of the
 vocabulary: a replay draws the same token, whatever the batch, the cut or the machine. Rounding in the logits that comes
@@ -35,22 +36,24 @@ def sample(
     samplings: Sequence[Sampling],
     positions: Sequence[int],
     histories: Sequence[Sequence[int]],
+    allowed: Sequence[npt.NDArray[np.bool_] | None] | None = None,
 ) -> list[int | None]:
     """One token for each row of logits, float32 [n, vocab] or n of them [vocab]; None where the greatest is not finite.
 
     positions: of the tokens that are drawn, counted in their sequences. histories: all tokens before them, prompt
-    included; looked at only where there is a penalty. Of equal greatest logits the lowest token is taken.
+    included; looked at only where there is a penalty. allowed: the tokens that a row may draw, at least one, where it may not
+    draw all; what it has no place for is not allowed. Of equal greatest logits the lowest token is taken.
     """
     greedy = [int(row.argmax()) for row in logits]  # of NaN the first
-    rows = zip(greedy, logits, samplings, positions, histories, strict=True)
+    rows = zip(greedy, logits, samplings, positions, histories, allowed or [None] * len(greedy), strict=True)
     with np.errstate(all="ignore"):  # what overflows is seen, and computed in float64
         return [
             None
             if not math.isfinite(row[token])
             else token
-            if sampling.temperature == 0 and not sampling.adjusts
-            else _sample_row(row, sampling, position, history)
-            for token, row, sampling, position, history in rows
+            if sampling.temperature == 0 and not sampling.adjusts and (mask is None or (token < len(mask) and mask[token]))
+            else _sample_row(row if mask is None else _masked(row, mask), sampling, position, history)
+            for token, row, sampling, position, history, mask in rows
         ]
 
 
@@ -72,6 +75,13 @@ def _log_probability(row: Floats, token: int, most_probable: int) -> tuple[float
     top = _largest(row, min(most_probable, len(row))) if most_probable else ()
     found = [(int(each), float(row[each] - greatest) - log_sum) for each in top]
     return float(row[token] - greatest) - log_sum, tuple(pair for pair in found if math.isfinite(pair[1]))
+
+
+def _masked(row: Floats, mask: npt.NDArray[np.bool_]) -> Floats:
+    masked = np.full_like(row, -np.inf)
+    known = min(len(row), len(mask))
+    np.copyto(masked[:known], row[:known], where=mask[:known])
+    return masked
 
 
 def _sample_row(scores: Floats, sampling: Sampling, position: int, history: Sequence[int]) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from eventing.wire.control import ReleaseRow, ReservedRow, ReserveRow
 from eventing.wire.events import Row, Status
 from eventing.wire.prefix_chain import Chain, unpacked
+from functions.grammars.compiler import Matcher
 from functions.stage.engine.remembered import Remembered
 from functions.stage.models.layer_group import KVCache, KVCacheFull
 
@@ -23,7 +24,12 @@ class SequenceState:
     handle: int
     last_seen: float
     token_ids: "array[int]" = field(default_factory=lambda: array("i"))
-    """The tokens held, for penalties; kept by the last stage only. Of what was not computed here it knows what it was told."""
+    """The tokens held, for penalties and grammars; kept by the last stage only. Of what was not computed here it knows what it
+    was told."""
+    matcher: Matcher | None = None
+    """Of its grammar. Only the thread of `constraints` comes here."""
+    grammar: str = ""
+    """The digest of what the matcher is of."""
 
 
 class Refusal(Exception):

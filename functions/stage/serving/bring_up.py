@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -50,6 +51,7 @@ def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> "
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's, which nothing here multiplies with; read when numpy is loaded
     opening = _in_background(lambda: open_model(config, start_up, metrics), "open-model")
     with without_collection():
+        from functions.grammars.compiler import GrammarCompiler
         from functions.stage.engine.engine import Engine
 
     group = _layer_group(config, opening, threads, start_up)
@@ -59,6 +61,7 @@ def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> "
         max_merge=config.max_merge,
         idle_sequence_seconds=config.idle_sequence_seconds,
         threads=PassThreads(threads, 0 if group.shares_work else config.busy_threads),
+        grammars=GrammarCompiler(lambda: _read_tokenizer(config)) if group.last_layer == group.num_layers else None,
         on_pass=metrics.observe_pass,
     )
     start_up.mark("place")
@@ -82,6 +85,12 @@ def open_model(config: StageConfig, start_up: StartUp, metrics: StageMetrics) ->
     cache = WeightCache(Path(config.weights_cache), config.weights_cache_bytes) if config.weights_cache else None
     objects = iterate_layers(reader, manifest, *config.layers, cache=cache, on_progress=_Progress(start_up, metrics))
     return ArrivingModel(model_config, objects)
+
+
+def _read_tokenizer(config: StageConfig) -> str:
+    """When the first grammar comes: most pods never need it. Raises a StorageError or WrongPublication."""
+    with closing(ObjectReader(config.store)) as reader:
+        return read_file(reader, read_publication(config, reader, config.layers), "tokenizer.json").decode()
 
 
 def _in_background(action: Callable[[], T], name: str) -> "Future[T]":

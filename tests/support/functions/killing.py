@@ -5,7 +5,7 @@ import itertools
 import os
 import random
 import signal
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
@@ -81,14 +81,14 @@ class Killer:
         costs = (after > before for before, after in itertools.pairwise(self.replays))
         return sum(cost and running > 0 for cost, running in zip(costs, self.running, strict=True))
 
-    async def kill_until_done(self, asked: asyncio.Task[None], answers: dict[int, GenerateResponse]) -> None:
+    async def kill_until_done(self, asked: asyncio.Task[None], answers: Sized) -> None:
         await until(lambda: asked.done() or len(answers) > 0)
         while not asked.done():
             await self._kill(self._dice.choice(self.stages))
             await self._rest(asked, answers)
         await self._look()
 
-    async def _rest(self, asked: asyncio.Task[None], answers: dict[int, GenerateResponse]) -> None:
+    async def _rest(self, asked: asyncio.Task[None], answers: Sized) -> None:
         enough = len(answers) + KILL_ANSWERS
         with suppress(TimeoutError):
             await until(lambda: asked.done() or len(answers) >= enough, KILL_SECONDS)

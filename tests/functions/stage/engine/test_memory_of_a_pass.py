@@ -7,6 +7,7 @@ import torch
 
 from eventing.wire.events import Row, Status, Want
 from functions.stage.engine import forward_pass
+from functions.stage.engine.constraints import Constraints
 from functions.stage.engine.forward_pass import ForwardPass, Part
 from functions.stage.engine.sequences import SequenceTable
 from functions.stage.models.build import Kind, build_layer_group
@@ -36,7 +37,7 @@ def build(kind: Kind, name: str, dtype: str = "float32", **changes: Any) -> Laye
 
 
 def passes_of(group: LayerGroup) -> ForwardPass:
-    return ForwardPass(group, SequenceTable(group.kv, 600, lambda: 0.0))
+    return ForwardPass(group, SequenceTable(group.kv, 600, lambda: 0.0), Constraints(None))
 
 
 def scored(running: ForwardPass, token_ids: list[int], position: int = 0) -> tuple[float, ...]:

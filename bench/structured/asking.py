@@ -1,0 +1,57 @@
+"""Structured answers of a gateway, many at once, and how they ended."""
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import aiohttp
+
+from bench.structured.cases import case
+
+AT_ONCE: Final = 8
+_TIMEOUT: Final = aiohttp.ClientTimeout(total=600)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """One answer."""
+
+    number: int
+    text: str
+    finish_reason: str
+    tokens: int
+
+    @property
+    def fits(self) -> bool:
+        """As asked; one that ran into max_tokens is not held to it."""
+        return self.finish_reason == "length" or case(self.number).fits(self.text)
+
+
+async def ask_all(url: str, model: str, numbers: Iterable[int], max_tokens: int, found: dict[int, Ended]) -> None:
+    """The cases of these numbers at temperature 1; found: by number, as they end. Raises AssertionError for any but a 200."""
+    left = iter(numbers)
+
+    async def keep_asking(session: aiohttp.ClientSession) -> None:
+        for number in left:
+            found[number] = await _ask(session, model, number, max_tokens)
+
+    async with aiohttp.ClientSession(url, timeout=_TIMEOUT) as session, asyncio.TaskGroup() as clients:
+        for _ in range(AT_ONCE):
+            clients.create_task(keep_asking(session))
+
+
+async def _ask(session: aiohttp.ClientSession, model: str, number: int, max_tokens: int) -> Ended:
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": [{"role": "user", "content": f"Make one up, number {number}."}],
+        "max_tokens": max_tokens,
+        "temperature": 1,
+        "seed": number,
+        **case(number).options,
+    }
+    async with session.post("/v1/chat/completions", json=body) as reply:
+        answer = await reply.json()
+        assert reply.status == 200, f"case {number}: {reply.status} {answer}"
+    choice = answer["choices"][0]
+    return Ended(number, choice["message"]["content"], choice["finish_reason"], answer["usage"]["completion_tokens"])

@@ -1,0 +1,99 @@
+"""What answers are asked to look like, at random: JSON schemas, regular expressions, choices, grammars; and whether they do."""
+
+import json
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import jsonschema
+
+_WORDS: Final = ("name", "age", "city", "tags", "price", "note", "kind", "size", "when", "a b", 'quo"te', "größe")
+_PATTERNS: Final = (r"[a-z]{1,8}", r"\d{3}-\d{4}", r"(yes|no|maybe)( sir)?", r"[A-Z][a-z]{2,6}(, [A-Z][a-z]{2,6}){0,2}")
+_ARITHMETIC: Final = 'start: sum\nsum: product ("+" product){0,2}\nproduct: NUMBER ("*" NUMBER){0,2}\nNUMBER: /[0-9]{1,3}/\n'
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """options: of an OpenAI request. fits: whether an answer that ended by itself is as asked."""
+
+    options: dict[str, Any]
+    fits: Callable[[str], bool]
+
+
+def case(number: int) -> Case:
+    """Three of four are JSON schemas. The same number is the same case."""
+    dice = random.Random(number)
+    match number % 8:
+        case 3:
+            pattern = dice.choice(_PATTERNS)
+            return Case({"structured_outputs": {"regex": pattern}}, lambda text: re.fullmatch(pattern, text) is not None)
+        case 7:
+            if dice.random() < 0.5:
+                choices = tuple(dice.sample(_WORDS, 4))
+                return Case({"structured_outputs": {"choice": choices}}, lambda text: text in choices)
+            return Case({"structured_outputs": {"grammar": _ARITHMETIC}}, _is_arithmetic)
+    schema = _object(dice, 2)
+    wanted = {"type": "json_schema", "json_schema": {"name": f"case{number}", "schema": schema, "strict": True}}
+    return Case({"response_format": wanted}, lambda text: _is_valid(text, schema))
+
+
+def _is_arithmetic(text: str) -> bool:
+    return re.fullmatch(r"\d{1,3}([+*]\d{1,3})*", text) is not None and text.count("+") <= 2
+
+
+def _is_valid(text: str, schema: dict[str, Any]) -> bool:
+    try:
+        jsonschema.validate(json.loads(text), schema)
+    except (ValueError, jsonschema.ValidationError):
+        return False
+    return True
+
+
+def _object(dice: random.Random, depth: int) -> dict[str, Any]:
+    names = dice.sample(_WORDS, dice.randint(1, 4))
+    return {
+        "type": "object",
+        "properties": {name: _value(dice, depth - 1) for name in names},
+        "required": names[: dice.randint(0, len(names))],
+        "additionalProperties": False,
+    }
+
+
+def _value(dice: random.Random, depth: int) -> dict[str, Any]:
+    flat = (_string, _integer, _constant, _pattern, _flag)
+    deep = (_object, _array, _either)
+    kind = dice.randrange(len(flat) + len(deep) if depth else len(flat))
+    return flat[kind](dice) if kind < len(flat) else deep[kind - len(flat)](dice, depth)
+
+
+def _flag(_: random.Random) -> dict[str, Any]:
+    return {"type": ["boolean", "null"]}
+
+
+def _string(dice: random.Random) -> dict[str, Any]:
+    least = dice.randint(0, 3)
+    return {"type": "string", "minLength": least, "maxLength": least + dice.randint(1, 8)}
+
+
+def _integer(dice: random.Random) -> dict[str, Any]:
+    least = dice.randint(-1000, 1000)
+    return {"type": "integer", "minimum": least, "maximum": least + dice.randint(0, 500)}
+
+
+def _constant(dice: random.Random) -> dict[str, Any]:
+    return dice.choice([{"const": dice.choice(_WORDS)}, {"enum": [*dice.sample(_WORDS, 3), 7, None]}])
+
+
+def _pattern(dice: random.Random) -> dict[str, Any]:
+    return dice.choice([{"type": "string", "pattern": "^[a-f0-9]{4,8}$"}, {"type": "string", "format": "date"}])
+
+
+def _array(dice: random.Random, depth: int) -> dict[str, Any]:
+    least = dice.randint(0, 2)
+    return {"type": "array", "items": _value(dice, depth - 1), "minItems": least, "maxItems": least + dice.randint(0, 2)}
+
+
+def _either(dice: random.Random, depth: int) -> dict[str, Any]:
+    return {"anyOf": [_value(dice, depth - 1) for _ in range(2)]}

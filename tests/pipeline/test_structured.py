@@ -1,0 +1,42 @@
+"""Answers that must look like something, through three real stages that are killed meanwhile: they all do, and none is another.
+
+`python -m bench.structured` asks 200 of the default model.
+"""
+
+import asyncio
+from pathlib import Path
+from typing import Final
+
+from bench.structured.asking import Ended, ask_all
+from knative.render.services import services
+from tests.support.functions.killing import TIMING, Killer
+from tests.support.functions.served import serving, stage_revisions, tiny_pipeline
+from tests.support.storage.published import Published
+
+NUMBERS: Final = range(16)
+MAX_TOKENS: Final = 150
+DEADLINE_SECONDS: Final = 150.0
+
+
+def test_structured_answers_survive_killed_stages(published: Published, tmp_path: Path) -> None:
+    killed, alone = asyncio.run(_both(tmp_path, published))
+    assert killed == alone, "a replay drew something else"
+    wrong = [answer for answer in alone.values() if not answer.fits]
+    assert not wrong, wrong
+    assert sum(answer.finish_reason == "stop" for answer in alone.values()) >= len(NUMBERS) - 2, alone
+
+
+async def _both(folder: Path, published: Published) -> tuple[dict[int, Ended], dict[int, Ended]]:
+    """While stages are killed, and then left alone."""
+    pipeline = tiny_pipeline(published)
+    killed: dict[int, Ended] = {}
+    alone: dict[int, Ended] = {}
+    async with serving(folder, published, services(pipeline), TIMING) as platform, asyncio.timeout(DEADLINE_SECONDS):
+        (gateway,) = platform.services["default", "tiny"].revisions
+        killer = Killer(gateway, [revision for (revision,) in stage_revisions(platform, pipeline)])
+        asked = asyncio.create_task(ask_all(platform.url("tiny"), "tiny", NUMBERS, MAX_TOKENS, killed))
+        await killer.kill_until_done(asked, killed)
+        await asked
+        await ask_all(platform.url("tiny"), "tiny", NUMBERS, MAX_TOKENS, alone)
+    assert killer.kills_that_cost >= 1, killer.replays
+    return killed, alone
