@@ -175,8 +175,10 @@ $(VENV)/torch.stamp: requirements-torch.txt $(VENV)/run.stamp
 	$(BIN)/pip install --disable-pip-version-check -r requirements-torch.txt
 	@touch $@
 
+# axe-core comes in a package for playwright, whose own dependencies are another browser's driver, hence --no-deps.
 $(VENV)/dev.stamp: requirements-dev.txt requirements-tracing.txt $(VENV)/torch.stamp
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'axe-playwright-python>=0.1.8,<1'
 	@touch $@
 
 $(VENV)/bench.stamp: requirements-bench.txt $(VENV)/torch.stamp

@@ -1,0 +1,218 @@
+"""The page in a real browser, over a real pipeline of the packaged model: what a person sees from the key to an error.
+
+One scenario in order, since each step needs what the one before brought about. `SCREENSHOTS=docs` writes the pictures of
+docs/page.md.
+"""
+
+import json
+import os
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.functions.browser import Browser, browser, needs_browser
+from tests.support.functions.real_pipeline import RealPipeline, real_pipeline
+from tests.support.paths import ROOT
+
+pytestmark = [needs_browser, pytest.mark.timeout(400)]
+
+WIDE = (1360, 1010)
+NARROW = (412, 840)
+CONVERSATIONS = 6
+LONG_TOKENS = 160
+MOST_REPLICAS = """
+const stages = [...document.querySelectorAll(".replicas")];
+return Math.max(...stages.map(each => each.querySelectorAll(".replica").length));
+"""
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealPipeline]:
+    with real_pipeline(tmp_path_factory.mktemp("pipeline"), with_key=True) as pipeline:
+        yield pipeline
+
+
+@pytest.fixture(scope="module")
+def page(pipeline: RealPipeline) -> Iterator[Browser]:
+    with browser() as page:
+        page.prefer("light")
+        page.resize(*WIDE)
+        page.open(f"{pipeline.url}/")
+        yield page
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    return ROOT / os.environ["SCREENSHOTS"] if "SCREENSHOTS" in os.environ else tmp_path
+
+
+def ask(page: Browser, question: str) -> None:
+    page.find("#question").send_keys(question)
+    page.find("#send").click()
+
+
+def until_answered(page: Browser, answers: int) -> None:
+    page.until(lambda: page.text(".turn.assistant .note").count("tokens, first after") == answers, f"{answers} answers")
+
+
+def begin_anew(page: Browser) -> None:
+    page.find("#new").click()
+    page.until(lambda: not page.text("#turns"), "an empty conversation")
+
+
+def test_a_key_is_asked_for_and_kept_in_the_tab_alone(page: Browser, pipeline: RealPipeline) -> None:
+    page.until(lambda: page.text("#link") == "needs an API key", "that a key is needed")
+    ask(page, "What is the capital of France?")
+    page.until(lambda: "An API key is needed" in page.text("[role=alert]"), "the refusal")
+    assert not page.violations()
+    page.find(".turn .primary").click()
+    page.until(lambda: page.find("#key-field").is_displayed(), "the dialog")
+    assert not page.violations()
+    page.find("#key-field").send_keys(f"{pipeline.api_key}\n")
+    page.until(lambda: page.text("#link") == "live", "the stream")
+    kept = page.run("return [Object.values(sessionStorage), Object.values(localStorage), document.cookie, location.href]")
+    assert kept == [[pipeline.api_key], ["system"], "", f"{pipeline.url}/"]
+    assert all("401" in line for line in page.said()), "the refusals alone are in the console"
+
+
+def test_a_question_is_answered(page: Browser) -> None:
+    """The one that was refused for want of a key: it is asked again by itself."""
+    until_answered(page, 1)
+    assert "Paris" in page.text(".turn.assistant .said")
+    assert "Paris" in page.run("return document.getElementById('say').textContent"), "it is read out when it is whole"
+    assert page.run("return document.activeElement.id") in ("question", "")
+
+
+def test_a_cold_start_is_seen_while_it_happens_and_with_its_phases(page: Browser, pictures: Path) -> None:
+    page.until(lambda: page.text(".stage").count("At zero: no replica runs.") == 3, "all stages asleep")
+    page.until(lambda: "Stage 2 is at zero" in page.text("#happened"), "that it is said in words")
+    begin_anew(page)
+    assert not page.violations()
+    ask(page, "Why is the sky blue?")
+    page.until(lambda: page.text(".start.under-way").count("Starting from zero") == 3, "all stages waking at once")
+    assert "Waking" in page.text(".turn.assistant .note")
+    page.picture(pictures / "page-cold-start.png")
+    page.until(lambda: page.text(".start").count("Cold start ") == 3, "all stages awake")
+    for phase in ("Knative", "process", "imports", "weights"):
+        assert page.text(".start .phases").count(f"{phase} ") == 3, phase
+    assert "cold start took" in page.text("#happened")
+    page.until(lambda: page.find("#wire path").get_attribute("d"), "the route")
+    assert page.run("return document.querySelectorAll('.replica.on-route').length") == 3
+    page.until(lambda: len(page.text(".turn.assistant .said")) > 300, "a part of the answer")
+    page.find("#stop").click()
+    page.until(lambda: page.text(".turn.assistant .note") == "Stopped.", "the end")
+
+
+class Load:
+    """Other people's conversations, one after the other until its end."""
+
+    def __init__(self, pipeline: RealPipeline) -> None:
+        self._enough = threading.Event()
+        self.answered: list[int] = []
+        """Tokens of each."""
+        self._pipeline = pipeline
+        self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(CONVERSATIONS)]
+
+    def __enter__(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._enough.set()
+        for thread in self._threads:
+            thread.join(120)
+
+    def _ask(self, number: int) -> None:
+        asked = {
+            "model": self._pipeline.model,
+            "prompt": f"{number} is a number",
+            "max_tokens": LONG_TOKENS,
+            "ignore_eos": True,
+        }
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._pipeline.api_key}"}
+        request = urllib.request.Request(f"{self._pipeline.url}/v1/completions", json.dumps(asked).encode(), headers)
+        while not self._enough.is_set():
+            with urllib.request.urlopen(request, timeout=120) as reply:
+                self.answered.append(json.load(reply)["usage"]["completion_tokens"])
+
+
+def test_a_replica_is_added_under_load(page: Browser, pipeline: RealPipeline, pictures: Path) -> None:
+    begin_anew(page)
+    page.until(lambda: page.run(MOST_REPLICAS) <= 1, "one replica of each stage, or none")
+    with Load(pipeline) as load:
+        page.until(lambda: page.run(MOST_REPLICAS) == 2, "another replica")
+        page.until(lambda: max(pipeline.replicas()) == 2, "that it is ready")
+        page.until(lambda: page.text("#happened").count("is ready") >= 1, "that it is said")
+        ask(page, "Tell me about the sea.")
+        page.until(lambda: len(page.text(".turn.assistant .said")) > 200, "a part of an answer amid others")
+        page.until(lambda: page.run("return document.querySelectorAll('.replica.on-route').length") == 3, "its route")
+        page.picture(pictures / "page-light.png")
+        page.prefer("dark")
+        page.picture(pictures / "page-dark.png")
+        assert not page.violations()
+        page.prefer("light")
+        assert float(page.text("#rate")) > 0
+    assert len(load.answered) >= CONVERSATIONS
+    assert set(load.answered) == {LONG_TOKENS}
+
+
+def test_the_narrow_page_shows_one_thing_at_a_time(page: Browser, pictures: Path) -> None:
+    page.until(lambda: "tokens, first after" in page.text(".turn.assistant .note"), "the answer's end")
+    page.resize(*NARROW)
+    try:
+        assert not page.find("#pipeline").is_displayed()
+        page.picture(pictures / "page-narrow.png")
+        assert not page.violations()
+        page.find("[data-view=pipeline]:not(html)").click()
+        assert not page.find("#chat").is_displayed()
+        page.prefer("dark")
+        page.picture(pictures / "page-narrow-dark.png")
+        assert not page.violations()
+        assert page.run("return document.documentElement.scrollWidth <= innerWidth"), "nothing is wider than the window"
+        page.find("[data-view=chat]:not(html)").click()
+    finally:
+        page.prefer("light")
+        page.resize(*WIDE)
+
+
+def test_an_error_is_shown_with_what_the_gateway_says_and_a_way_on(page: Browser, pictures: Path) -> None:
+    begin_anew(page)
+    assert not page.said(), "nothing in the console since the key was given"
+    page.run("document.getElementById('question').value = 'Tell me about the word. '.repeat(2000)")
+    page.find("#send").click()
+    page.until(lambda: "The question was refused" in page.text("[role=alert]"), "the error")
+    assert page.run("return document.querySelector('[role=alert]').getBoundingClientRect().bottom < innerHeight")
+    assert "context" in page.text("[role=alert]")
+    page.picture(pictures / "page-error.png")
+    assert not page.violations()
+    assert all(" 4" in line for line in page.said()), "the refusal alone is in the console"
+    begin_anew(page)
+    ask(page, "Is water wet?")
+    until_answered(page, 1)
+
+
+def test_it_works_by_keyboard_and_remembers_the_theme(page: Browser) -> None:
+    before = page.run("return getComputedStyle(document.body).backgroundColor")
+    page.find("#theme").send_keys("\n")
+    page.find("#theme").send_keys("\n")
+    assert page.text("#theme") == "Theme: dark"
+    assert page.run("return getComputedStyle(document.body).backgroundColor") != before
+    page.driver.refresh()
+    page.until(lambda: page.text("#link") == "live", "the stream, with the key that the tab has")
+    assert page.text("#theme") == "Theme: dark"
+    page.find("#question").send_keys("Count to a hundred.\n")
+    page.until(lambda: page.text(".turn.assistant .said"), "a beginning")
+    page.find("#question").send_keys("\ue00c")  # Esc
+    page.until(lambda: page.text(".turn.assistant .note") == "Stopped.", "the end")
+
+
+def test_nobody_else_was_asked_for_anything(page: Browser, pipeline: RealPipeline) -> None:
+    urls = page.requested()
+    assert any(url.endswith("/v1/chat/completions") for url in urls)
+    assert not [url for url in urls if not url.startswith((f"{pipeline.url}/", "data:"))]
+    assert not [url for url in urls if str(pipeline.api_key) in url]
+    assert not page.said()
