@@ -29,6 +29,8 @@ TORCH_INDEX ?=
 export PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT INGRESS TIMEOUT ENGINE BASE ACCELERATOR TARGET TORCH_INDEX MINUTES
 
 BIN := $(VENV)/bin
+CLIENTS ?= .venv-clients
+CLIENTS_LIST ?= requirements-clients
 FOLDERS := storage eventing functions knative
 
 ##@ Use
@@ -129,7 +131,11 @@ setup: $(VENV)/dev.stamp ## The virtual environment with everything that tests a
 
 .PHONY: test
 test: $(VENV)/dev.stamp $(VENV)/native.stamp ## Every test; no GPU, cluster, Docker or root
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/clients
+
+.PHONY: test-clients
+test-clients: $(VENV)/dev.stamp $(VENV)/native.stamp $(CLIENTS)/$(CLIENTS_LIST).stamp ## Programs that people ask models with, in an environment of their own (CLIENTS_LIST=requirements-clients-light for the light ones)
+	LAMINA_TEST_CLIENTS=$(abspath $(CLIENTS)) $(BIN)/python -m pytest -n 2 --dist loadfile tests/clients
 
 .PHONY: check
 check: $(VENV)/dev.stamp ## Lint, format, types, import directions, owners of heavy libraries, generated files
@@ -149,7 +155,7 @@ generate: $(VENV)/dev.stamp ## Write generated files anew: rendered examples, pa
 
 .PHONY: clean
 clean: ## Remove the virtual environment, the local state and all caches
-	rm -rf $(VENV) .lamina .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) .lamina .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is newer than its list of requirements once all of it is installed.
@@ -179,6 +185,11 @@ $(VENV)/torch.stamp: requirements-torch.txt $(VENV)/run.stamp
 $(VENV)/dev.stamp: requirements-dev.txt requirements-tracing.txt $(VENV)/torch.stamp
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'axe-playwright-python>=0.1.8,<1'
+	@touch $@
+
+$(CLIENTS)/%.stamp: %.txt $(VENV)/python.stamp
+	[ -x $(CLIENTS)/bin/python ] || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --no-compile --disable-pip-version-check -r $<
 	@touch $@
 
 $(VENV)/bench.stamp: requirements-bench.txt $(VENV)/torch.stamp

@@ -1,0 +1,65 @@
+"""A pipeline of processes, the clients' environment, and the model's tokenizer as a folder, since nothing is downloaded."""
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.functions.functions import FunctionProcess, gateway_environment, running, stage_environment
+from tests.support.paths import ROOT
+from tests.support.storage.published import CHAT_TEMPLATE, CUT, Published
+
+CLIENTS = Path(os.environ.get("LAMINA_TEST_CLIENTS", ROOT / ".venv-clients")) / "bin"
+_SECONDS = 200.0
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def gateway(published: Published) -> Iterator[FunctionProcess]:
+    with (
+        running(stage_environment(published, group) for group in range(len(CUT))) as stages,
+        running([gateway_environment(published, [stage.url for stage in stages])]) as (started,),
+    ):
+        yield started
+
+
+@pytest.fixture
+def run_client(tmp_path: Path) -> Run:
+    """Runs a command of the clients' environment to its end, in a home of its own. Fails with what it said where it fails."""
+
+    def run(command: str, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        if not (CLIENTS / command).exists():
+            pytest.skip(f"{command} is not in {CLIENTS.parent}: make test-clients installs it")
+        home = {"HOME": str(tmp_path), "PATH": f"{CLIENTS}:{os.environ['PATH']}", "NO_PROXY": "127.0.0.1"}
+        done = subprocess.run(
+            [str(CLIENTS / command), *arguments],
+            env=home | _OFFLINE | environ,
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command} {arguments}: {done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        return done
+
+    return run
+
+
+@pytest.fixture
+def tokenizer_folder(published: Published, tmp_path: Path) -> Path:
+    """As transformers reads it."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path / "tokenizer"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=published.tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=256
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
