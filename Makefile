@@ -21,12 +21,15 @@ INGRESS ?=
 TIMEOUT ?= 900
 ENGINE ?=
 MINUTES ?=
+QUICK ?=
+TRACE ?=
+EXPERIMENT ?=
 BASE ?= python:3.11-slim
 ACCELERATOR ?= cpu
 TARGET ?= $(if $(filter cuda,$(ACCELERATOR)),full,lean)
 TORCH_INDEX ?=
 # Recipes read these through the environment, so that no quoting in a value can break a command.
-export PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT INGRESS TIMEOUT ENGINE BASE ACCELERATOR TARGET TORCH_INDEX MINUTES
+export PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT INGRESS TIMEOUT ENGINE BASE ACCELERATOR TARGET TORCH_INDEX MINUTES QUICK TRACE EXPERIMENT
 
 BIN := $(VENV)/bin
 CLIENTS ?= .venv-clients
@@ -39,7 +42,7 @@ help: ## This list
 	@awk 'BEGIN { FS = ":.*## " } \
 	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
 	  /^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@printf '\nVariables: PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT INGRESS TIMEOUT ENGINE BASE ACCELERATOR TARGET TORCH_INDEX MINUTES PYTHON VENV\n'
+	@printf '\nVariables: PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT INGRESS TIMEOUT ENGINE BASE ACCELERATOR TARGET TORCH_INDEX MINUTES QUICK TRACE EXPERIMENT PYTHON VENV\n'
 
 .PHONY: run
 run: $(VENV)/run.stamp needs-libraries $(VENV)/native.stamp ## Ask a real model through a pipeline on this machine, then serve it (PROMPT= STAGES= DTYPE= MODEL= PORT= ONCE=1)
@@ -120,6 +123,10 @@ bench-load: $(VENV)/bench.stamp $(VENV)/native.stamp ## Conversations that come 
 .PHONY: bench-guesses
 bench-guesses: $(VENV)/bench.stamp $(VENV)/native.stamp ## Several tokens a round: answers that quote and answers that do not, near and 5 ms away
 	$(BIN)/python -m bench.guesses
+
+.PHONY: evaluate
+evaluate: $(VENV)/bench.stamp $(VENV)/native.stamp ## Does cutting a model pay: five ways to serve, emulated and simulated (QUICK=1 TRACE= EXPERIMENT=)
+	$(BIN)/python -m bench.evaluation $$EXPERIMENT $${QUICK:+--quick} $${TRACE:+--trace "$$TRACE"}
 
 .PHONY: soak
 soak: $(VENV)/bench.stamp $(VENV)/native.stamp ## Clients that misbehave beside honest ones, while stages are killed and hang and the store goes away (MINUTES=)

@@ -5,7 +5,7 @@ import contextlib
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -14,7 +14,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bench.evaluation.outcome import Cost, Objective, Outcome, outcome_of
 from bench.evaluation.publication import publish_emulated
-from bench.evaluation.replay import TAIL_SECONDS
 from bench.evaluation.setting import Setting
 from bench.evaluation.trace import Floats, Trace
 from knative.commands.sources.local_pipeline import LocalPipeline, local_pipeline
@@ -36,8 +35,8 @@ class NotReady(RuntimeError):
 class EmulatedRun:
     """`run` once."""
 
-    def __init__(self, setting: Setting, way: str, trace: Trace, store: ObjectStore, folder: Path) -> None:
-        """folder: for logs and what is handed to the process that asks."""
+    def __init__(self, setting: Setting, way: str, trace: Trace, store: ObjectStore, folder: Path, tail_seconds: float) -> None:
+        """folder: for logs and what is handed to the process that asks. tail_seconds: how long pods count behind the end."""
         folder.mkdir(parents=True, exist_ok=True)
         self._setting, self._way, self._folder = setting, way, folder
         self._trace = trace.within(setting.context_tokens)
@@ -45,6 +44,9 @@ class EmulatedRun:
         cut = setting.cut(way)
         self._local: LocalPipeline = local_pipeline(store, manifest, len(cut), setting.spec(way), {})
         self._plans = setting.plans(way)
+        self.passes: list[tuple[float, float]] = []
+        """Of each stage at the end: seconds in passes and their number."""
+        self._tail_seconds = tail_seconds
         self._busy: dict[int, float] = {}
         """Of each process: seconds in passes."""
         self._seen: set[str] = set()
@@ -64,8 +66,9 @@ class EmulatedRun:
             began = loop.time()
             async with self._watched(platform):
                 first, last, prompts = await self._asked(platform.url(self._local.pipeline.spec.name))
-                seconds = self._trace.seconds + TAIL_SECONDS
+                seconds = self._trace.seconds + self._tail_seconds
                 await asyncio.sleep(max(0.0, began + seconds - loop.time()))
+                self.passes = [await asyncio.to_thread(_passes, pods) for pods in self._pods(platform)]
         finally:
             await platform.stop(_STOP_SECONDS)
         tokens = prompts + int(self._trace.answer_tokens[np.isfinite(last)].sum())
@@ -127,9 +130,7 @@ class EmulatedRun:
             await asyncio.sleep(_PAGE_SECONDS)
             for pod in (pod for pods in self._pods(platform) for pod in pods):
                 if pod.ready and pod.pid is not None and pod.metrics_port:
-                    seconds = await asyncio.to_thread(_pass_seconds, pod.metrics_port)
-                    if seconds is not None:
-                        self._busy[pod.pid] = seconds
+                    self._busy[pod.pid], _ = await asyncio.to_thread(_passes, [pod])
 
     async def _asked(self, url: str) -> tuple[Floats, Floats, int]:
         trace_file, times_file = self._folder / "trace.npz", self._folder / "times.npz"
@@ -140,7 +141,15 @@ class EmulatedRun:
             prompt_tokens=trace.prompt_tokens,
             answer_tokens=trace.answer_tokens,
         )
-        command = [sys.executable, "-m", "bench.evaluation.replay", url, str(trace_file), str(times_file)]
+        command = [
+            sys.executable,
+            "-m",
+            "bench.evaluation.replay",
+            url,
+            str(trace_file),
+            str(times_file),
+            str(self._tail_seconds),
+        ]
         process = await asyncio.create_subprocess_exec(*command, cwd=ROOT)
         try:
             if await process.wait():
@@ -153,14 +162,20 @@ class EmulatedRun:
         return times["first"], times["last"], int(times["prompts"])
 
 
-def _pass_seconds(metrics_port: int) -> float | None:
+def _passes(pods: Sequence[Pod]) -> tuple[float, float]:
+    """Seconds in passes and their number, of all these; a pod that does not answer counts nothing."""
+    found = {"_sum": 0.0, "_count": 0.0}
+    for pod in pods:
+        for family in text_string_to_metric_families(_page(pod.metrics_port) if pod.metrics_port else ""):
+            for sample in family.samples:
+                if (kind := sample.name.removeprefix("lamina_stage_compute_seconds")) in found:
+                    found[kind] += sample.value
+    return found["_sum"], found["_count"]
+
+
+def _page(metrics_port: int) -> str:
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=_PAGE_SECONDS) as reply:
-            page = reply.read().decode()
+            return str(reply.read().decode())
     except (OSError, urllib.error.URLError):
-        return None
-    for family in text_string_to_metric_families(page):
-        for sample in family.samples:
-            if sample.name == "lamina_stage_compute_seconds_sum":
-                return float(sample.value)
-    return None
+        return ""

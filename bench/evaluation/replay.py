@@ -1,6 +1,6 @@
 """Asks a gateway as a trace says, in a process of its own: when each answer's first and last token came.
 
-python -m bench.evaluation.replay URL TRACE.npz TIMES.npz
+python -m bench.evaluation.replay URL TRACE.npz TIMES.npz TAIL_SECONDS
 """
 
 import asyncio
@@ -17,14 +17,15 @@ from bench.evaluation.trace import Floats, Trace
 from eventing.wire.generation import TokenEvent
 from knative.commands.terminal.asking import AskFailed, Question, ask
 
-TAIL_SECONDS: Final = 30.0
-"""Behind the last arrival; what has not ended then is broken off."""
 _WORDS: Final = ("river", "stone", "lamp", "seven", "north", "glass", "quiet", "engine", "paper", "winter", "copper", "field")
 """A token each, with the space before it, of the default model's tokenizer."""
 
 
-async def replay(url: str, trace: Trace) -> tuple[Floats, Floats, int]:
-    """First and last token's time of each request since the start, NaN: it did not come to that; and tokens of all prompts."""
+async def replay(url: str, trace: Trace, tail_seconds: float) -> tuple[Floats, Floats, int]:
+    """First and last token's time of each request since the start, NaN: it did not come to that; and tokens of all prompts.
+
+    tail_seconds: behind the last arrival; what has not ended then is broken off.
+    """
     loop = asyncio.get_running_loop()
     began = loop.time()
     first, last = np.full(len(trace), np.nan), np.full(len(trace), np.nan)
@@ -46,7 +47,7 @@ async def replay(url: str, trace: Trace) -> tuple[Floats, Floats, int]:
                 prompts += answer.usage.prompt_tokens
 
     tasks = [asyncio.create_task(one(index)) for index in range(len(trace))]
-    _, late = await asyncio.wait(tasks, timeout=trace.seconds + TAIL_SECONDS)
+    _, late = await asyncio.wait(tasks, timeout=trace.seconds + tail_seconds)
     for task in late:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -57,10 +58,11 @@ async def replay(url: str, trace: Trace) -> tuple[Floats, Floats, int]:
 @click.argument("url")
 @click.argument("trace_file", type=click.Path(exists=True, path_type=Path))
 @click.argument("times_file", type=click.Path(path_type=Path))
-def main(url: str, trace_file: Path, times_file: Path) -> None:
+@click.argument("tail_seconds", type=float)
+def main(url: str, trace_file: Path, times_file: Path, tail_seconds: float) -> None:
     arrays = np.load(trace_file)
     trace = Trace("trace", arrays["arrival_seconds"], arrays["prompt_tokens"], arrays["answer_tokens"])
-    first, last, prompts = asyncio.run(replay(url, trace))
+    first, last, prompts = asyncio.run(replay(url, trace, tail_seconds))
     np.savez(times_file, first=first, last=last, prompts=prompts)
 
 

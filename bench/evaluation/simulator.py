@@ -24,8 +24,6 @@ from functions.gateway.scheduling.limits import Limits
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import stage_service
 
-TAIL_SECONDS: Final = 30.0
-"""Behind the last arrival, for answers that still run; what has not ended then never does."""
 START_SECONDS: Final = 1.2
 """Of a pod without its weights: process, imports, one step, readiness."""
 _NO_DIGEST: Final = "0" * 64
@@ -40,6 +38,8 @@ class World:
     start_seconds: float = START_SECONDS
     store_bytes_per_second: float = float("inf")
     """That all pods which start share."""
+    tail_seconds: float = 30.0
+    """Behind the last arrival, for answers that still run; what has not ended then never does."""
     step_seconds: float = 0.1
     """Between two looks at the requests."""
 
@@ -72,7 +72,7 @@ class Simulation:
 
     def run(self, objective: Objective | None = None) -> tuple[Outcome, int]:
         """The outcome, and the most pods that were there at once."""
-        end = self._trace.seconds + TAIL_SECONDS
+        end = self._trace.seconds + self._world.tail_seconds
         self._env.process(self._serve(end))
         self._env.run(until=end)
         for fleet in self.fleets:

@@ -1,0 +1,132 @@
+"""`make evaluate`: the experiments of docs/evaluation.md, which it writes from what they find.
+
+    python -m bench.evaluation                               all, under an hour on two cores that do nothing else
+    python -m bench.evaluation --quick                       all in small, some minutes: it shows that all runs, no more
+    python -m bench.evaluation simulated scale               some of: emulated, calibration, simulated, scale
+    python -m bench.evaluation --trace azure-2023.csv.gz     with the arrivals and sizes of a recorded trace
+
+Each run's result is a file in the state folder: what is there is not run again, so that a broken-off evaluation goes on
+where it was. `--anew` takes them away first. A quick one has a folder of its own and leaves the documentation alone.
+"""
+
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+import click
+import msgspec
+
+from bench.evaluation import experiments
+from bench.evaluation.document import write_document
+from bench.evaluation.experiments import NAMES, QUICK, Plan, Run
+from bench.evaluation.overheads import measure_overheads
+from bench.evaluation.results import Result, Results
+from bench.evaluation.rounds import Overheads
+from bench.evaluation.trace import TraceInvalid
+from knative.commands.sources.store_access import STORE_FOLDER
+from knative.local.platform import ROOT
+from storage.store.embedded import EmbeddedStore
+from storage.store.object_store import ObjectStore
+
+_FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
+_STATE: Final = ROOT / ".lamina" / "evaluation"
+_DOCUMENT: Final = ROOT / "docs" / "evaluation.md"
+
+
+class Evaluation:
+    """What the experiments share: results, and a store and overheads that are made when they are first asked for."""
+
+    def __init__(self, plan: Plan, state: Path, stack: ExitStack) -> None:
+        self.results = Results(state / "results")
+        self._plan, self._state, self._stack = plan, state, stack
+
+    def runs(self, name: str) -> Iterator[Run]:
+        plan = self._plan
+        if name == "emulated":
+            return experiments.emulated(plan, lambda: self._store, self._state / "logs")
+        if name == "calibration":
+            return experiments.calibration(plan, self.overheads)
+        return experiments.simulated(plan) if name == "simulated" else experiments.at_scale(plan)
+
+    @cached_property
+    def _store(self) -> ObjectStore:
+        embedded = self._stack.enter_context(EmbeddedStore(ROOT / ".lamina" / "load" / STORE_FOLDER))
+        return ObjectStore(embedded.settings)
+
+    @cached_property
+    def overheads(self) -> Overheads:
+        """Measured once, and kept beside the results."""
+        path = self._state / "overheads.yaml"
+        if path.exists():
+            return msgspec.yaml.decode(path.read_bytes(), type=Overheads)
+        found = measure_overheads(experiments.setting_13b(), self._store, self._state / "logs" / "overheads")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(msgspec.yaml.encode({"pass_seconds": found.pass_seconds, "hop_seconds": found.hop_seconds}))
+        return found
+
+
+def _followed(name: str, runs: Sequence[Run], results: Results, say: Callable[[str], None]) -> list[Result]:
+    """All results, in order, with a line for each."""
+    found, began, fresh = [], time.monotonic(), 0
+    for number, run in enumerate(runs, start=1):
+        there = results.read(run.key) is not None
+        result = results.of(run.key, run.action)
+        fresh += not there
+        found.append(result)
+        took = "was there" if there else f"{result.wall_seconds or 0:.1f} s"
+        left = (time.monotonic() - began) / fresh * (len(runs) - number) if fresh else 0.0
+        outcome = result.outcome
+        say(
+            f"{name} {number}/{len(runs)}: {run.key.load}, {run.key.way}, run {run.key.seed}: {outcome.tokens_per_second:.0f} "
+            f"tokens/s, {outcome.attainment:.0%} within the objective; {took}, some {left / 60:.0f} min to go"
+        )
+    return found
+
+
+@click.command(help=__doc__)
+@click.argument("names", nargs=-1, type=click.Choice(NAMES))
+@click.option("--quick", is_flag=True, help="In small.")
+@click.option(
+    "--trace", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="TIMESTAMP,ContextTokens,GeneratedTokens."
+)
+@click.option("--state", type=click.Path(file_okay=False, path_type=Path), default=_STATE)
+@click.option(
+    "--document", type=click.Path(dir_okay=False, path_type=Path), help="Where to write; unless quick: docs/evaluation.md."
+)
+@click.option("--anew", is_flag=True, help="Forget what was found before.")
+def main(names: Sequence[str], quick: bool, trace: Path | None, state: Path, document: Path | None, anew: bool) -> None:
+    logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    plan = replace(QUICK if quick else Plan(), trace=trace)
+    state = state / ("quick" if quick else "full")
+    if anew:
+        shutil.rmtree(state, ignore_errors=True)
+    document = document or (None if quick else _DOCUMENT)
+    began = time.monotonic()
+    with ExitStack() as stack:
+        evaluation = Evaluation(plan, state, stack)
+        found: dict[str, list[Result]] = {}
+        try:
+            for name in names or NAMES:
+                found[name] = _followed(name, list(evaluation.runs(name)), evaluation.results, click.echo)
+        except TraceInvalid as error:
+            raise click.ClickException(str(error)) from error
+        if "calibration" in found and "emulated" not in found:
+            found["emulated"] = [
+                result for run in evaluation.runs("emulated") if (result := evaluation.results.read(run.key)) is not None
+            ]
+        overheads = evaluation.overheads if "calibration" in found else None
+    command = " ".join(["python -m bench.evaluation", *sys.argv[1:]])
+    pages = write_document(document, found, overheads, command, time.monotonic() - began)
+    if document is None:
+        click.echo("\n\n".join(pages.values()))
+
+
+if __name__ == "__main__":
+    main()

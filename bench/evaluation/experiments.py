@@ -1,0 +1,225 @@
+"""The experiments, each a list of runs by name: what is run, with what, how often."""
+
+import asyncio
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+
+from bench.evaluation.emulated import EmulatedRun
+from bench.evaluation.loads import LOADS, make_loads
+from bench.evaluation.outcome import Cost, Outcome
+from bench.evaluation.profile import DoesNotFit
+from bench.evaluation.results import Result, RunKey
+from bench.evaluation.rounds import Overheads
+from bench.evaluation.setting import MODELS, WAYS, Setting
+from bench.evaluation.simulator import Simulation, World
+from bench.evaluation.trace import Sizes, Trace, drawn, read_trace
+from storage.store.object_store import ObjectStore
+
+NAMES: Final = ("emulated", "calibration", "simulated", "scale")
+SCALE_STAGES: Final = (1, 2, 4, 8, 16)
+_SCALE_DEVICES: Final = 1024
+_TIMES_THE_TRACE: Final = 100.0
+_TRACE_RATE: Final = 5.53
+"""Requests a second of the Azure trace."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """How much of everything."""
+
+    emulated_loads: Sequence[str] = ("bursts", "trace")
+    emulated_ways: Sequence[str] = WAYS
+    emulated_seconds: int = 40
+    tail_seconds: float = 30.0
+    """Behind a load's last arrival, for answers that still run."""
+    answer_tokens: int = 256
+    """Most, so that answers end within a run of a minute; but in `at_scale`."""
+    emulated_peak: float = 4.0
+    runs: int = 3
+    simulated_seconds: int = 600
+    simulated_runs: int = 5
+    simulated_loads: Sequence[str] = LOADS
+    scale_seconds: int = 1200
+    scale_runs: int = 3
+    scale_stages: Sequence[int] = SCALE_STAGES
+    trace: Path | None = None
+
+
+QUICK: Final = Plan(
+    emulated_loads=("bursts",),
+    emulated_seconds=10,
+    tail_seconds=8.0,
+    answer_tokens=64,
+    runs=1,
+    simulated_seconds=120,
+    simulated_runs=2,
+    scale_seconds=60,
+    scale_runs=1,
+    scale_stages=(1, 4),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One line of progress: `action` is called where its result is not on disk yet."""
+
+    key: RunKey
+    action: Callable[[], Result]
+
+
+def setting_13b(stages: int = 4, devices: int = 8, device: str = "l40s") -> Setting:
+    config = json.loads(MODELS["llama-2-13b"].read_text(encoding="utf-8"))
+    return Setting(model="llama-2-13b", config=config, device_name=device, stages=stages, devices=devices)
+
+
+def _scaled_13b(stages: int) -> Setting:
+    return setting_13b(stages, _SCALE_DEVICES, "a100-80g")
+
+
+def _scaled_70b(stages: int) -> Setting:
+    config = json.loads(MODELS["llama-2-70b"].read_text(encoding="utf-8"))
+    return Setting(model="llama-2-70b", config=config, device_name="h100-sxm", stages=stages, devices=_SCALE_DEVICES)
+
+
+def emulated(plan: Plan, store: Callable[[], ObjectStore], folder: Path) -> Iterator[Run]:
+    """The five ways on the real system, devices emulated."""
+    setting, trace = setting_13b(), _trace(plan)
+    for load in plan.emulated_loads:
+        for way in plan.emulated_ways:
+            for seed in range(plan.runs):
+                key = _key("emulated", plan, setting, load, way, seed, plan.emulated_seconds, plan.emulated_peak)
+                yield Run(key, _emulate(key, setting, _load(plan, key, trace), store, folder))
+
+
+def calibration(plan: Plan, overheads: Overheads) -> Iterator[Run]:
+    """The same runs, simulated: what an emulated run costs beside the profile is given by `overheads`, as measured."""
+    setting, trace = setting_13b(), _trace(plan)
+    for load in plan.emulated_loads:
+        for way in plan.emulated_ways:
+            for seed in range(plan.runs):
+                key = _key("calibration", plan, setting, load, way, seed, plan.emulated_seconds, plan.emulated_peak)
+                key = msgspec.structs.replace(key, overheads=(overheads.pass_seconds, overheads.hop_seconds))
+                yield Run(
+                    key,
+                    _simulate(
+                        key,
+                        setting,
+                        _load(plan, key, trace),
+                        World(overheads=overheads, step_seconds=0.05, tail_seconds=key.tail_seconds),
+                    ),
+                )
+
+
+def simulated(plan: Plan) -> Iterator[Run]:
+    """The five ways under all loads, simulated, for longer."""
+    setting, trace = setting_13b(), _trace(plan)
+    for load in plan.simulated_loads:
+        for way in WAYS:
+            for seed in range(plan.simulated_runs):
+                key = _key("simulated", plan, setting, load, way, seed, plan.simulated_seconds, plan.emulated_peak)
+                yield Run(key, _simulate(key, setting, _load(plan, key, trace), World(tail_seconds=key.tail_seconds)))
+
+
+def at_scale(plan: Plan) -> Iterator[Run]:
+    """13B and 70B under a hundred times the trace: whole-model replicas and pipelines of 2 to 16 stages."""
+    trace = _trace(plan)
+    for make in (_scaled_13b, _scaled_70b):
+        for stages in plan.scale_stages:
+            setting, way = make(stages), WAYS[1] if stages == 1 else WAYS[4]
+            for seed in range(plan.scale_runs):
+                name = f"{setting.model}, {stages} {'stage' if stages == 1 else 'stages'}"
+                key = _key("scale", plan, setting, name, way, seed, plan.scale_seconds, _TRACE_RATE * _TIMES_THE_TRACE)
+                yield Run(key, _simulate_scale(key, setting, trace))
+
+
+def fits(setting: Setting, way: str) -> bool:
+    try:
+        setting.kv_tokens(way)
+    except DoesNotFit:
+        return False
+    return True
+
+
+def _key(experiment: str, plan: Plan, setting: Setting, load: str, way: str, seed: int, seconds: int, peak: float) -> RunKey:
+    described = f"{setting.model} on {setting.devices} {setting.device_name}, {setting.stages} stages"
+    digest = None if plan.trace is None else hashlib.sha256(plan.trace.read_bytes()).hexdigest()[:16]
+    return RunKey(
+        experiment=experiment,
+        load=load,
+        way=way,
+        seed=seed,
+        seconds=seconds,
+        peak=peak,
+        setting=described,
+        tail_seconds=plan.tail_seconds,
+        answer_tokens=plan.answer_tokens,
+        trace=digest,
+    )
+
+
+def _trace(plan: Plan) -> Trace | None:
+    """Raises TraceInvalid."""
+    return None if plan.trace is None else read_trace(plan.trace)
+
+
+def _load(plan: Plan, key: RunKey, trace: Trace | None) -> Trace:
+    return make_loads(key.seconds, key.peak, key.seed, trace)[key.load].with_answers_within(key.answer_tokens)
+
+
+def _emulate(
+    key: RunKey, setting: Setting, load: Trace, store: Callable[[], ObjectStore], folder: Path
+) -> Callable[[], Result]:
+    def run() -> Result:
+        began = time.monotonic()
+        logs = folder / key.file_name.removesuffix(".yaml")
+        outcome = asyncio.run(EmulatedRun(setting, key.way, load, store(), logs, key.tail_seconds).run())
+        return Result(key, outcome, None, os.getloadavg()[0], time.monotonic() - began)
+
+    return run
+
+
+def _simulate(key: RunKey, setting: Setting, load: Trace, world: World) -> Callable[[], Result]:
+    def run() -> Result:
+        began = time.process_time()
+        outcome, pods = Simulation(setting, key.way, load, world).run()
+        return Result(key, outcome, pods, None, time.process_time() - began)
+
+    return run
+
+
+def _simulate_scale(key: RunKey, setting: Setting, trace: Trace | None) -> Callable[[], Result]:
+    def run() -> Result:
+        if not fits(setting, key.way):
+            return Result(key, _no_outcome(), 0, None, 0.0)
+        if trace is None:
+            load = drawn("drawn", np.full(key.seconds, key.peak), 1.0, key.seed, Sizes())
+        else:
+            load = trace.times(_TIMES_THE_TRACE, key.seed).part(0, key.seconds)
+        return _simulate(key, setting, load, World(step_seconds=0.5, tail_seconds=key.tail_seconds))()
+
+    return run
+
+
+def _no_outcome() -> Outcome:
+    """Of a setting that does not fit its devices."""
+    nothing = (float("inf"),) * 3
+    cost = Cost(replica_seconds=0, byte_seconds=0, cold_starts=0, network_bytes=0)
+    return Outcome(
+        requests=0,
+        failed=0,
+        seconds=0,
+        tokens_per_second=0,
+        first_token_seconds=nothing,
+        token_seconds=nothing,
+        attainment=0,
+        cost=cost,
+    )

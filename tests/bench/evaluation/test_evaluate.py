@@ -1,0 +1,98 @@
+"""`make evaluate`, in small: its shape and its going on where it was, not its times."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from bench.evaluation import __main__ as command
+from bench.evaluation import experiments
+from bench.evaluation.experiments import Plan
+from bench.evaluation.results import interval
+from bench.evaluation.setting import WAYS
+
+SMALL = Plan(
+    emulated_loads=("bursts",),
+    emulated_ways=(WAYS[3],),
+    emulated_seconds=4,
+    emulated_peak=2.0,
+    tail_seconds=6.0,
+    answer_tokens=12,
+    runs=1,
+    simulated_loads=("ramp",),
+    simulated_seconds=30,
+    simulated_runs=2,
+    scale_seconds=20,
+    scale_runs=1,
+    scale_stages=(1, 16),
+)
+
+
+def evaluated(monkeypatch: pytest.MonkeyPatch, plan: Plan, *arguments: str) -> str:
+    monkeypatch.setattr(command, "QUICK", plan)
+    outcome = CliRunner().invoke(command.main, ["--quick", *arguments])
+    assert outcome.exit_code == 0, outcome.output
+    return outcome.output
+
+
+def test_simulations_write_their_sections_and_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = tmp_path / "page.md"
+    given = ("simulated", "scale", "--state", str(tmp_path / "state"), "--document", str(document))
+    said = evaluated(monkeypatch, SMALL, *given)
+    assert "simulated 10/10: ramp, pipeline, KPA, run 1" in said
+    assert "was there" not in said
+    text = document.read_text()
+    for way in WAYS:
+        assert f"| {way} | 2 |" in text
+    assert "| llama-2-70b, 1 stage | 1024 h100-sxm | does not fit a device |" in text
+    assert "| llama-2-13b, 16 stages |" in text
+    assert {path.name for path in tmp_path.glob("*.png")} == {"evaluation-simulated.png", "evaluation-scale.png"}
+    removed = next((tmp_path / "state").rglob("ramp-pipeline-KPA-1-*.yaml"))
+    removed.write_text("broken off: [")
+    again = evaluated(monkeypatch, SMALL, *given)
+    assert again.count("was there") == 10 + 4 - 1
+
+
+def test_the_system_runs_with_emulated_devices_and_is_compared_with_its_simulation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes, gateway, autoscaler of the HPA class, wire: a few requests, all answered, no pod started from zero."""
+    state = tmp_path / "state"
+    (state / "quick").mkdir(parents=True)
+    (state / "quick" / "overheads.yaml").write_text("pass_seconds: 0.002\nhop_seconds: 0.004\n")
+    document = tmp_path / "page.md"
+    evaluated(monkeypatch, SMALL, "emulated", "calibration", "--state", str(state), "--document", str(document))
+    found = experiments_results(state)
+    assert found.outcome.requests > 2
+    assert found.outcome.failed < found.outcome.requests
+    assert 0.05 < found.outcome.token_seconds[0] < 2
+    seconds = found.outcome.seconds
+    assert found.outcome.cost.replica_seconds == pytest.approx(4 * seconds, rel=0.3)
+    assert found.outcome.cost.network_bytes > 500 * 3 * 2 * 2 * 5120
+    text = document.read_text()
+    assert "| bursts | pipeline, HPA | replica-seconds |" in text
+    assert "2.0 ms a pass and 4.0 ms a hop" in text
+
+
+def experiments_results(state: Path) -> experiments.Result:
+    results = command.Results(state / "quick" / "results")
+    runs = experiments.emulated(SMALL, pytest.fail, state)
+    found = [results.read(run.key) for run in runs]
+    assert len(found) == 1
+    assert found[0] is not None
+    return found[0]
+
+
+def test_a_trace_that_is_none_ends_it_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = tmp_path / "some.csv"
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,0,44\n")
+    monkeypatch.setattr(command, "QUICK", SMALL)
+    outcome = CliRunner().invoke(command.main, ["--quick", "simulated", "--trace", str(trace), "--state", str(tmp_path)])
+    assert outcome.exit_code == 1
+    assert "some.csv, line 2: ContextTokens is '0'" in outcome.output
+
+
+def test_intervals_are_students() -> None:
+    mean, half = interval([1.0, 2.0, 3.0])
+    assert (mean, half) == (2.0, pytest.approx(4.303 / 3**0.5))
+    assert interval([5.0])[0] == 5.0
