@@ -79,7 +79,15 @@ class Sender:
 
         Raises a Problem where Lamina refused, InfrastructureError where something between did, else another DeliveryError.
         """
-        reply = self._exchange(url, headers, buffers, time.monotonic() + timeout_seconds)
+        head = _request_head(url, headers, sum(memoryview(buffer).nbytes for buffer in buffers))
+        return self._accepted(url, head, buffers, timeout_seconds)
+
+    def get(self, url: str, headers: Mapping[str, str], timeout_seconds: float) -> Reply:
+        """Likewise, without a body."""
+        return self._accepted(url, _request_head(url, headers, None), (), timeout_seconds)
+
+    def _accepted(self, url: str, head: bytes, buffers: Sequence[Buffer], timeout_seconds: float) -> Reply:
+        reply = self._exchange(url, head, buffers, time.monotonic() + timeout_seconds)
         if 200 <= reply.status < 300:
             return reply
         raise _refusal(url, reply)
@@ -94,11 +102,10 @@ class Sender:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _exchange(self, url: str, headers: Mapping[str, str], buffers: Sequence[Buffer], deadline: float) -> Reply:
+    def _exchange(self, url: str, head: bytes, buffers: Sequence[Buffer], deadline: float) -> Reply:
         if self._closed:
             raise Unreachable(f"{url}: the sender is closed")
         origin = Origin.of(url)
-        head = _request_head(url, headers, sum(memoryview(buffer).nbytes for buffer in buffers))
         try:
             with self._pool.connection(origin, deadline - time.monotonic()) as connection:
                 self._connect(connection, url, deadline)
@@ -123,12 +130,15 @@ class Sender:
             raise Unreachable(f"{url}: no connection: {error}") from error
 
 
-def _request_head(url: str, headers: Mapping[str, str], body_bytes: int) -> bytes:
+def _request_head(url: str, headers: Mapping[str, str], body_bytes: int | None) -> bytes:
+    """body_bytes: None for a GET."""
     parts = urlsplit(url)
     target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
     sent = {name: value for name, value in headers.items() if name.lower() not in _NEVER_SENT}
-    own = {"Accept-Encoding": "identity", "User-Agent": USER_AGENT, "Content-Length": str(body_bytes)}
-    return request_head(parts.netloc.rpartition("@")[2], target, own | sent)
+    own = {"Accept-Encoding": "identity", "User-Agent": USER_AGENT}
+    if body_bytes is not None:
+        own["Content-Length"] = str(body_bytes)
+    return request_head(parts.netloc.rpartition("@")[2], target, own | sent, "GET" if body_bytes is None else "POST")
 
 
 def _refusal(url: str, reply: Reply) -> Exception:

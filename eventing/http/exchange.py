@@ -142,9 +142,9 @@ def exchange(sock: socket.socket, head: bytes, buffers: Sequence[Buffer], deadli
             return reply
 
 
-def request_head(host: str, target: str, headers: Mapping[str, str]) -> bytes:
-    """Of a POST. Raises ValueError for what would break out of its line."""
-    lines = [f"POST {target} HTTP/1.1", f"Host: {host}", *(f"{name}: {value}" for name, value in headers.items())]
+def request_head(host: str, target: str, headers: Mapping[str, str], method: str = "POST") -> bytes:
+    """Raises ValueError for what would break out of its line."""
+    lines = [f"{method} {target} HTTP/1.1", f"Host: {host}", *(f"{name}: {value}" for name, value in headers.items())]
     if not target.isprintable() or " " in target or any("\r" in line or "\n" in line for line in lines):
         raise ValueError(f"a line break, or a blank in the target, in {lines}")
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")

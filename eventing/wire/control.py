@@ -15,6 +15,7 @@ RENEWAL_SECONDS: Final = 5.0
 SequenceId = Annotated[str, Meta(min_length=1, max_length=128)]
 Attempt = Annotated[int, Meta(ge=0, lt=2**31)]
 
+MOST_PEERS: Final = 4
 PackedChain = Annotated[bytes, Meta(max_length=MAX_POSITION // BLOCK_TOKENS * DIGEST_BYTES)]
 """Digests one behind the other, base64 in JSON, see `prefix_chain`."""
 
@@ -29,6 +30,8 @@ class ReserveRow(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=
     """Of its tokens so far but the newest: what of them is held need not be computed. Empty: nothing is looked for."""
     token_ids: Annotated[bytes, Meta(max_length=4 * MAX_POSITION)] = b""
     """int32, little endian, those that `chain` covers: only where drawing depends on them (a penalty)."""
+    peers: Annotated[tuple[Annotated[str, Meta(max_length=128)], ...], Meta(max_length=MOST_PEERS)] = ()
+    """URLs of other instances of the stage that may hold it, the likeliest first."""
 
     def __post_init__(self) -> None:
         unpacked(self.chain)

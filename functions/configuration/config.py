@@ -37,6 +37,39 @@ class StoreConfig(StoreSettings):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class KVStoreConfig:
+    """Where conversations may lie that no pod holds any more."""
+
+    place: tuple[str, str] | None = setting(
+        "LAMINA_KV_STORE",
+        parsers.bucket_and_prefix,
+        "BUCKET/PREFIX where keys and values of idle conversations are kept when their pod ends; unset: nowhere",
+        "",
+    )
+    endpoint_url: str | None = setting(
+        "LAMINA_KV_STORE_ENDPOINT", parsers.url, "URL of that store; unset: LAMINA_STORE_ENDPOINT", ""
+    )
+    access_key_id: str | None = setting(
+        "LAMINA_KV_STORE_ACCESS_KEY_ID", parsers.text, "access key that may write there; unset: as for models", ""
+    )
+    secret_access_key: str | None = setting(
+        "LAMINA_KV_STORE_SECRET_ACCESS_KEY", parsers.text, "its secret key", "", secret=True
+    )
+    key: bytes | None = setting(
+        "LAMINA_KV_KEY", parsers.key_256, "what is kept there is encrypted with: 64 hexadecimal digits", "", secret=True
+    )
+    max_bytes: int = setting(
+        "LAMINA_KV_STORE_BYTES", parsers.integer(1), "most bytes of this stage there; the oldest go", str(10 * 2**30)
+    )
+    max_age_seconds: float = setting(
+        "LAMINA_KV_STORE_AGE_SECONDS", parsers.seconds, "what was written longer ago goes", str(7 * 86_400)
+    )
+    bytes_per_second: int = setting(
+        "LAMINA_KV_STORE_BYTES_PER_SECOND", parsers.integer(1), "how fast a pod writes at most", str(64 * 2**20)
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CommonConfig:
     """What stage and gateway are both told."""
 
@@ -69,6 +102,15 @@ class CommonConfig:
         "",
     )
     store: StoreConfig
+    pod_network: tuple[IPv4Network | IPv6Network, ...] = setting(
+        "LAMINA_POD_NETWORK",
+        parsers.networks,
+        "only pod addresses in these networks, separated by commas, are followed; unless set: private addresses",
+        "10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,100.64.0.0/10,fc00::/7",
+    )
+    pod_port: int = setting(
+        "LAMINA_POD_PORT", parsers.integer(0, 65535), "only this port of a pod is followed; 0: the slice's own", "8012"
+    )
     traces_endpoint: str | None = setting(
         "OTEL_EXPORTER_OTLP_ENDPOINT",
         parsers.url,
@@ -127,6 +169,7 @@ class StageConfig(CommonConfig):
     idle_sequence_seconds: float = setting(
         "LAMINA_IDLE_SEQUENCE_SECONDS", parsers.seconds, "a sequence not heard of for so long is released", "600"
     )
+    kv_store: KVStoreConfig
     weights_cache: str | None = setting(
         "LAMINA_WEIGHTS_CACHE", parsers.text, "folder of verified weights that outlives the pod; unset: none", ""
     )
@@ -249,15 +292,6 @@ class GatewayConfig(CommonConfig):
         "LAMINA_PAGE", parsers.one_of("on", "off"), "whether `GET /` is a page that chats and shows the pipeline", "on"
     )
     namespace: str = setting("LAMINA_NAMESPACE", parsers.text, "namespace of the stages", "default")
-    pod_network: tuple[IPv4Network | IPv6Network, ...] = setting(
-        "LAMINA_POD_NETWORK",
-        parsers.networks,
-        "only pod addresses in these networks, separated by commas, are followed; unless set: private addresses",
-        "10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,100.64.0.0/10,fc00::/7",
-    )
-    pod_port: int = setting(
-        "LAMINA_POD_PORT", parsers.integer(0, 65535), "only this port of a pod is followed; 0: the slice's own", "8012"
-    )
 
 
 Config = StageConfig | GatewayConfig
@@ -310,11 +344,19 @@ def _missing_keys(store: StoreConfig) -> Iterator[str]:
             yield f"{name} is not set (the store wants keys, or AWS_WEB_IDENTITY_TOKEN_FILE a token to exchange for some)"
 
 
+def _unencrypted(kv_store: KVStoreConfig) -> Iterator[str]:
+    if kv_store.place is not None and kv_store.key is None:
+        yield "LAMINA_KV_KEY is not set, and what LAMINA_KV_STORE keeps is what clients said: 64 hexadecimal digits"
+    if (kv_store.access_key_id is None) != (kv_store.secret_access_key is None):
+        yield "LAMINA_KV_STORE_ACCESS_KEY_ID and LAMINA_KV_STORE_SECRET_ACCESS_KEY belong together: set both, or none"
+
+
 def _contradictions(config: Config) -> Iterator[str]:
     """Values that are right by themselves and wrong together."""
     cut = ",".join(f"{first}:{last}" for first, last in config.cut)
     yield from _missing_keys(config.store)
     if isinstance(config, StageConfig):
+        yield from _unencrypted(config.kv_store)
         if config.layers not in config.cut:
             first, last = config.layers
             yield f"LAMINA_LAYERS: '{first}:{last}' is not allowed: one of the groups of LAMINA_CUT, {cut}"

@@ -98,6 +98,20 @@ def url(value: str) -> str:
     return value.rstrip("/")
 
 
+def bucket_and_prefix(value: str) -> tuple[str, str]:
+    """`lamina/kv` → ("lamina", "kv")."""
+    bucket, _, prefix = value.partition("/")
+    if not bucket or not re.fullmatch(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*", prefix):
+        raise ValueError("BUCKET/PREFIX, such as lamina/kv")
+    return bucket, prefix
+
+
+def key_256(value: str) -> bytes:
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", value):
+        raise ValueError("64 hexadecimal digits, as `openssl rand -hex 32` prints them")
+    return bytes.fromhex(value)
+
+
 def kubernetes_api(value: str) -> str:
     """`cluster` or a URL."""
     return value if value == "cluster" else url(value)

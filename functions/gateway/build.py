@@ -4,13 +4,13 @@ import secrets
 from dataclasses import dataclass
 
 from eventing.http.delivery import Sender
+from eventing.http.pod_network import PodNetwork
 from functions.configuration.config import GatewayConfig
 from functions.gateway.scheduling.limits import Limits
 from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.stages.client import PipelineIdentity, StageClient
 from functions.gateway.stages.endpoint_slices import KubernetesAPI
 from functions.gateway.stages.endpoints import EndpointsWatch, service_name
-from functions.gateway.stages.pod_network import PodNetwork
 from functions.gateway.stages.readiness import EarlyReadiness
 from functions.gateway.stages.routes import Placement
 from functions.observing.tracing import Tracer

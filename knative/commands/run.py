@@ -15,7 +15,13 @@ from rich.console import Console
 
 from eventing.claim_check import sweep
 from knative.commands.ask import chat_option, show_answer
-from knative.commands.sources.local_pipeline import LocalPipeline, ensure_published, local_pipeline, read_data_folder
+from knative.commands.sources.local_pipeline import (
+    LocalPipeline,
+    ensure_published,
+    kept_kv_key,
+    local_pipeline,
+    read_data_folder,
+)
 from knative.commands.sources.store_access import STORE_FOLDER, state_option
 from knative.commands.terminal.asking import Question, is_question
 from knative.commands.terminal.stage_table import show_stages
@@ -103,7 +109,8 @@ def _prepare(options: RunOptions, store: ObjectStore, console: Console) -> Local
     model, dtype = (spec.model.name, spec.model.dtype) if spec and not options.model else (options.model, options.dtype)
     manifest = ensure_published(store, model, dtype, console)
     cache = options.state / _CACHE_FOLDER
-    return local_pipeline(store, manifest, options.stages, spec, read_data_folder(options.secrets), cache)
+    kv_key = kept_kv_key(options.state)
+    return local_pipeline(store, manifest, options.stages, spec, read_data_folder(options.secrets), cache, kv_key)
 
 
 class _Run:

@@ -1,4 +1,5 @@
-"""Who may reach a pipeline's pods: Knative's own components on the ports that they need, the gateway, Prometheus; nobody else.
+"""Who may reach a pipeline's pods: Knative's own components on the ports that they need, the gateway, stages each other (keys
+and values go from pod to pod), Prometheus; nobody else.
 
 The ports are queue-proxy's, and the function's for metrics: 8012 takes requests, 9090 answers the autoscaler, 9091 and 9464 are
 for Prometheus. Where the function takes requests nobody comes in from outside the pod; nobody would count them.
@@ -19,8 +20,8 @@ _SELECTING: Final = ("app.kubernetes.io/instance", "app.kubernetes.io/component"
 
 def network_policies(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
     """One policy for the stages, one for the gateway. Only ingress is limited: the store and DNS stay reachable."""
-    to_stage = [_pods(_KNATIVE, app="activator"), _namespace(pipeline.spec.network.ingress_namespace), _gateway(pipeline)]
-    to_gateway = to_stage[:2]
+    from_outside = [_pods(_KNATIVE, app="activator"), _namespace(pipeline.spec.network.ingress_namespace)]
+    to_stage, to_gateway = [*from_outside, _own(pipeline, "gateway"), _own(pipeline, "stage")], from_outside
     if pipeline.spec.eventing is not None:
         # By default Eventing comes through the ingress; with a service mesh it comes from its own pods.
         to_stage, to_gateway = [*to_stage, _namespace(_EVENTING)], [*to_gateway, _namespace(_EVENTING)]
@@ -60,9 +61,9 @@ def _pods(namespace: str, **own_labels: str) -> dict[str, Any]:
     return {**_namespace(namespace), "podSelector": {"matchLabels": own_labels}}
 
 
-def _gateway(pipeline: ResolvedPipeline) -> dict[str, Any]:
+def _own(pipeline: ResolvedPipeline, component: str) -> dict[str, Any]:
     """Of any version of this pipeline: during a change the old gateway still drives the old stages."""
-    return {"podSelector": _selector(pipeline, "gateway")}
+    return {"podSelector": _selector(pipeline, component)}
 
 
 def _selector(pipeline: ResolvedPipeline, component: str) -> dict[str, Any]:

@@ -208,6 +208,8 @@ def _common_env(pipeline: ResolvedPipeline, role: str, dtype: str) -> list[Kuber
             LAMINA_STORE_ENDPOINT=spec.store.endpoint,
             LAMINA_STORE_BUCKET=spec.store.bucket,
             LAMINA_STORE_REGION=spec.store.region,
+            LAMINA_POD_NETWORK=spec.gateway.pod_network,
+            LAMINA_POD_PORT=spec.gateway.pod_port,
             LAMINA_LOG_LEVEL=spec.log_level,
         ),
         *_identity_env(spec.store.web_identity),
@@ -257,6 +259,27 @@ def _stage_env(pipeline: ResolvedPipeline, index: int) -> list[KubernetesObject]
             LAMINA_WEIGHTS_CACHE=stage.weights_cache,
             LAMINA_WEIGHTS_CACHE_BYTES=_cache_bytes(stage) if stage.weights_cache else None,
         ),
+        *_kv_store_env(pipeline, index),
+    ]
+
+
+def _kv_store_env(pipeline: ResolvedPipeline, index: int) -> list[KubernetesObject]:
+    """Each stage gets its share of the bytes, by its layers."""
+    spec, kept = pipeline.spec, pipeline.spec.kv_store
+    if kept is None:
+        return []
+    first, last = pipeline.cut[index]
+    return [
+        *_values(
+            LAMINA_KV_STORE=f"{kept.bucket or spec.store.bucket}/{kept.prefix}",
+            LAMINA_KV_STORE_ENDPOINT=kept.endpoint,
+            LAMINA_KV_STORE_BYTES=int(quantity(kept.max_bytes) * (last - first) / pipeline.cut[-1][1]),
+            LAMINA_KV_STORE_AGE_SECONDS=kept.max_age_seconds,
+            LAMINA_KV_STORE_BYTES_PER_SECOND=None if kept.write_rate is None else int(quantity(kept.write_rate)),
+        ),
+        _from_secret("LAMINA_KV_KEY", kept.secret, "key"),
+        _from_secret("LAMINA_KV_STORE_ACCESS_KEY_ID", kept.secret, "AWS_ACCESS_KEY_ID", optional=True),
+        _from_secret("LAMINA_KV_STORE_SECRET_ACCESS_KEY", kept.secret, "AWS_SECRET_ACCESS_KEY", optional=True),
     ]
 
 
@@ -307,8 +330,6 @@ def _gateway_env(pipeline: ResolvedPipeline, api_keys_secret: str | None, scores
             LAMINA_STEP_TIMEOUT_SECONDS=gateway.step_timeout_seconds,
             LAMINA_KUBERNETES_API="cluster",
             LAMINA_NAMESPACE=pipeline.spec.namespace,
-            LAMINA_POD_NETWORK=gateway.pod_network,
-            LAMINA_POD_PORT=gateway.pod_port,
             LAMINA_ACCESS_LOG=gateway.access_log,
             LAMINA_CLIENT_REQUESTS_PER_MINUTE=gateway.client_requests_per_minute,
             LAMINA_CLIENT_TOKENS_PER_MINUTE=gateway.client_tokens_per_minute,

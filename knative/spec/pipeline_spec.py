@@ -14,6 +14,7 @@ from eventing.wire.events import Cut
 from functions.configuration.pass_times import PassTimes
 from knative.spec.cut import parse_cut
 from knative.spec.errors import SpecError
+from knative.spec.kv_store import KVStore
 from knative.spec.pod import Pod, check_pod
 from knative.spec.stage_overrides import PATH, changed, overridden
 from knative.webhook.values import parse_quantity
@@ -265,6 +266,8 @@ class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Pieces that differ: `stage: 1` or `layers: 10:20`, and fields of `stage` that are otherwise there."""
     gateway: Gateway = Gateway()
     store: Store
+    kv_store: KVStore | None = None
+    """Unset: what no pod holds any more is computed again."""
     network: Network = Network()
     eventing: Eventing | None = None
     """Unset: the pipeline is asked over HTTP only."""
@@ -290,6 +293,9 @@ class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         _check_networks(self.gateway.pod_network)
         if self.eventing is not None:
             _check_sinks(self.eventing)
+        if self.kv_store is not None:
+            _check_quantity("$.kv_store.max_bytes", self.kv_store.max_bytes)
+            _check_quantity("$.kv_store.write_rate", self.kv_store.write_rate or "1")
         if (self.stages is None) == (self.cut is None):
             raise SpecError(f"$.stages, $.cut: exactly one of them is needed, seen {self.stages!r} and {self.cut!r}")
         if self.cut is not None:

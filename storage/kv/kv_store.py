@@ -6,12 +6,13 @@ The pipeline's fingerprint and the layers can be read, so that they can be prune
 digest, the part and the layout of its bytes. Nothing in it is ever needed: a part that is lost is computed again.
 """
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-from storage.errors import ObjectNotFound
+from storage.errors import ObjectNotFound, StorageError
 from storage.kv.parts import Part
 from storage.kv.sealed import Sealer
 from storage.store.payload_store import PayloadStore, StoredObject
@@ -45,6 +46,11 @@ class KVStore:
         sealed = self._sealer.seal(key, data)
         self._store.put(key, bytes(sealed))
         return len(sealed)
+
+    def forget(self, key: str) -> None:
+        """Deletes what cannot be used, so that it is written anew; where that fails nothing is lost."""
+        with contextlib.suppress(StorageError):
+            self._store.delete(key)
 
     def list(self) -> list[StoredObject]:
         """What this stage has there. Raises a StorageError."""

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import urllib3
 
+from eventing.http.pod_network import PodNetwork
 from functions.gateway.stages.endpoint_slices import (
     CONNECT_SECONDS,
     GONE,
@@ -30,7 +31,6 @@ from functions.gateway.stages.endpoint_slices import (
     read_status,
 )
 from functions.gateway.stages.instances import Endpoint
-from functions.gateway.stages.pod_network import PodNetwork
 from functions.gateway.stages.readiness import OnChange
 
 _log = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from functions.stage.engine.constraints import Constraints
 from functions.stage.engine.event_queue import Call, EventQueue, WaitingEvent
 from functions.stage.engine.forward_pass import ForwardPass, Part
 from functions.stage.engine.leases import Leases
-from functions.stage.engine.remembered import Remembered
+from functions.stage.engine.remembered import Left
 from functions.stage.engine.row_checks import check_event
 from functions.stage.engine.sequences import SequenceTable
 from functions.stage.engine.threads import PassThreads
@@ -77,6 +77,7 @@ class Engine:
         threads: PassThreads | None = None,
         tiers: Sequence[Tier] = (),
         grammars: GrammarCompiler | None = None,
+        on_evicted: Callable[[Left], None] | None = None,
         clock: Callable[[], float] = time.time,
         on_pass: Callable[[PassStatistics], None] = _ignore,
     ) -> None:
@@ -90,6 +91,8 @@ class Engine:
         self._look_seconds = min(self._leases.look_seconds, idle_sequence_seconds / 10)
         self._threads = threads
         self._tiers = tuple(tiers)
+        if on_evicted is not None:
+            self._sequences.memory.on_evicted = on_evicted
         self._pass_began: float | None = None
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
 
@@ -151,15 +154,22 @@ class Engine:
         reserved = self._call(lambda: [self._sequences.reserve(row, source) for row in rows])
         return [self._restored(row, own, source) for row, own in zip(rows, reserved, strict=True)]
 
-    def with_memory(self, action: Callable[[Remembered], T]) -> T:
-        """Runs `action` on the engine's thread, between two passes: what is remembered can be read there. Raises NotReady."""
-        return self._call(lambda: action(self._sequences.memory))
+    def with_sequences(self, action: Callable[[SequenceTable], T]) -> T:
+        """Runs `action` on the engine's thread, between two passes: what is held can be read there. Raises NotReady."""
+        return self._call(lambda: action(self._sequences))
 
     def _restored(self, row: ReserveRow, reserved: ReservedRow, source: str) -> ReservedRow:
         for tier in self._tiers:
             if reserved.status is not Status.OK or reserved.held >= BLOCK_TOKENS * len(row.digests):
                 break
-            wanted = Wanted(row.digests, reserved.held, partial(self._at, row, source))
+            wanted = Wanted(
+                row.digests,
+                reserved.held,
+                partial(self._at, row, source),
+                sequence=(row.id, row.attempt, source),
+                peers=row.peers,
+                draws_by_tokens=bool(row.token_ids),
+            )
             try:
                 held = tier.restore(wanted)
             except Gone:

@@ -42,6 +42,11 @@ class HeldChains:
                     return handle, blocks * BLOCK_TOKENS
         return None, 0
 
+    def holder(self, digest: bytes, blocks: int, length: Callable[[int], int]) -> int | None:
+        """A handle that holds the `blocks` that end with `digest`."""
+        holders = self._holders.get(digest, ())
+        return next((handle for handle in holders if length(handle) >= blocks * BLOCK_TOKENS), None)
+
     def beginnings(self, chain: Chain) -> Iterator[int]:
         """Handles whose chain is the beginning of `chain`, or all of it."""
         for blocks, digest in enumerate(chain, 1):

@@ -108,6 +108,15 @@ class Remembered:
         """All that is remembered, most recently used first."""
         return [Left(handle, self._chains.of(handle)) for handle in reversed(self._ended)]
 
+    @property
+    def ranges(self) -> KVRanges | None:
+        """The arena; None: what is held cannot be read."""
+        return self._ranges
+
+    def holding(self, digest: bytes, blocks: int) -> int | None:
+        """A handle that holds the `blocks` that end with `digest`; of a sequence that runs, or a remembered one."""
+        return self._chains.holder(digest, blocks, self._kv.length)
+
     def holder(self, chain: Chain) -> tuple[int | None, int]:
         """Who holds most of `chain`, a sequence that runs or a remembered one, and how many tokens of it."""
         return self._find(chain)

@@ -1,10 +1,10 @@
 """Other places than this stage's memory where keys and values may lie: a peer, the store. None is needed for a right answer."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
-from eventing.wire.prefix_chain import Chain
+from eventing.wire.prefix_chain import BLOCK_TOKENS, Chain
 from functions.stage.models.kv_ranges import KVRanges
 
 
@@ -22,11 +22,26 @@ class Wanted:
     at: Callable[[Callable[[KVRanges, int], int]], int]
     """Runs an action with the cache and the sequence's handle on the engine's thread, between two passes, and returns what that
     returns: tokens held by then. Raises Gone."""
+    sequence: tuple[str, int, str] = ("", 0, "")
+    """Its id, attempt and source, by which a peer knows it that it moves away from."""
+    peers: tuple[str, ...] = ()
+    """URLs of other instances of this stage that may hold it, the likeliest first."""
+    draws_by_tokens: bool = False
+    """What it draws depends on which tokens it has, and those behind its chain are not known here: they must be computed."""
+
+    @property
+    def lacks_blocks(self) -> bool:
+        """Of its chain."""
+        return self.held < BLOCK_TOKENS * len(self.chain)
+
+    def holding(self, held: int) -> Self:
+        return replace(self, held=held)
 
 
 class Tier(Protocol):
-    name: str
-    """As the label of metrics has it."""
+    @property
+    def name(self) -> str:
+        """As the label of metrics has it."""
 
     def restore(self, wanted: Wanted) -> int:
         """Tokens of the chain that are held afterwards, `wanted.held` where nothing was found.

@@ -8,6 +8,7 @@ layers they are of is not said here: who asks for bytes names that (`stage/kv`).
 """
 
 import struct
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -20,6 +21,7 @@ VERSION: Final = 1
 _MAGIC: Final = b"LMKV"
 _HEADER: Final = struct.Struct("<4sI32sIIIIII32s")
 HEADER_BYTES: Final = _HEADER.size
+_DIGEST_BYTES: Final = 32
 
 
 class ForeignKV(ValueError):
@@ -30,21 +32,41 @@ class AlteredKV(ValueError):
     """Bytes that are not those that were written: truncated, or their digest is another."""
 
 
+@dataclass(frozen=True, slots=True)
+class CheckedKV:
+    """Tokens [first, end), whose bytes are those that were written."""
+
+    first: int
+    end: int
+    payload: memoryview
+
+
 def read_kv(pool: KVRanges, handle: int, first: int, end: int) -> bytearray:
     """Tokens [first, end) of a sequence that holds them; `first` begins a block. A copy.
 
     Raises ValueError for a range that is not held.
     """
+    data = copied_kv(pool, handle, first, end)
+    stamp(data)
+    return data
+
+
+def copied_kv(pool: KVRanges, handle: int, first: int, end: int) -> bytearray:
+    """As `read_kv`, but for the digest, which `stamp` adds: what takes longest is for any thread."""
     layout = pool.layout
     if not 0 <= first < end <= pool.length(handle) or first % layout.block_tokens:
         raise ValueError(f"tokens {first} to {end} of a sequence that holds {pool.length(handle)}")
     rows = layout.rounded(end) - first
     data = bytearray(HEADER_BYTES + rows * layout.token_bytes)
     payload = np.frombuffer(memoryview(data)[HEADER_BYTES:], np.uint8)
-    begin = pool.start(handle) + first
-    pool.copy_out(begin, payload.reshape(_shape(layout, rows)))
-    _HEADER.pack_into(data, 0, *_head(layout), first, end - first, blake3(payload.data).digest())
+    pool.copy_out(pool.start(handle) + first, payload.reshape(_shape(layout, rows)))
+    _HEADER.pack_into(data, 0, *_head(layout), first, end - first, bytes(_DIGEST_BYTES))
     return data
+
+
+def stamp(data: bytearray) -> None:
+    """Puts the payload's digest into the header."""
+    data[HEADER_BYTES - _DIGEST_BYTES : HEADER_BYTES] = blake3(memoryview(data)[HEADER_BYTES:]).digest()
 
 
 def write_kv(pool: KVRanges, handle: int, data: bytes | bytearray | memoryview) -> int:
@@ -52,7 +74,12 @@ def write_kv(pool: KVRanges, handle: int, data: bytes | bytearray | memoryview) 
 
     Raises ForeignKV, AlteredKV, and ValueError where tokens would be missing in between or there is no room.
     """
-    first, end, payload = checked(pool.layout, data)
+    return put_kv(pool, handle, checked(pool.layout, data))
+
+
+def put_kv(pool: KVRanges, handle: int, found: CheckedKV) -> int:
+    """As `write_kv`, of what was checked with the pool's layout, in any thread."""
+    first, end = found.first, found.end
     held = pool.length(handle)
     if held >= end:
         return held
@@ -61,14 +88,14 @@ def write_kv(pool: KVRanges, handle: int, data: bytes | bytearray | memoryview) 
         room = pool.reserved(handle)
         raise ValueError(f"tokens {first} to {end} for a sequence that holds {held} and has room for {room}")
     rows = layout.rounded(end) - first
-    arrays = np.frombuffer(payload, np.uint8).reshape(_shape(layout, rows))
+    arrays = np.frombuffer(found.payload, np.uint8).reshape(_shape(layout, rows))
     pool.copy_in(pool.start(handle) + held, arrays[:, :, :, held - first :])
     pool.extend(handle, end - held)
     return end
 
 
-def checked(layout: KVLayout, data: bytes | bytearray | memoryview) -> tuple[int, int, memoryview]:
-    """First token, one behind the last, payload. Raises ForeignKV or AlteredKV."""
+def checked(layout: KVLayout, data: bytes | bytearray | memoryview) -> CheckedKV:
+    """Raises ForeignKV or AlteredKV."""
     view = memoryview(data)
     if len(view) < HEADER_BYTES:
         raise AlteredKV(f"{len(view)} bytes, fewer than a header has")
@@ -83,7 +110,7 @@ def checked(layout: KVLayout, data: bytes | bytearray | memoryview) -> tuple[int
         raise AlteredKV(f"{len(payload)} bytes for {tokens} tokens, which take {wanted}")
     if blake3(payload).digest() != digest:
         raise AlteredKV(f"the digest of {len(payload)} bytes is not the one that was written with them")
-    return first, first + tokens, payload
+    return CheckedKV(first, first + tokens, payload)
 
 
 def _head(layout: KVLayout) -> tuple[object, ...]:

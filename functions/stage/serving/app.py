@@ -10,6 +10,7 @@ from cloudevents.core.v1.event import CloudEvent
 from eventing.http.binding import from_http, to_binary_http
 from eventing.problems import EventTooLarge, MalformedEvent, Unauthorized
 from eventing.wire.events import SAFE_EVENT_BYTES, Attribute
+from eventing.wire.kv_query import HELD_HEADER, KV_PATH
 from eventing.wire.signature import verify
 from functions.hosting.environ import REFUSED
 from functions.stage.serving.handlers import Durations, EventHandlers
@@ -44,6 +45,8 @@ class _EventDoor:
         self._metrics = metrics
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+        if environ["PATH_INFO"] == KV_PATH and environ["REQUEST_METHOD"] == "GET":
+            return self._hand_over(environ, start_response)
         if environ["PATH_INFO"] != "/" or environ["REQUEST_METHOD"] != "POST":
             return self._refusals(environ, start_response)
         type_ = "unread"
@@ -56,6 +59,22 @@ class _EventDoor:
         self._metrics.events.labels(type_, "200").inc()
         start_response("200 OK", [*headers.items(), ("Content-Length", str(len(body)))])
         return (body,)
+
+    def _hand_over(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+        """Keys and values, to another instance of this stage."""
+        try:
+            _check_token(environ.get("HTTP_AUTHORIZATION", ""), self._pipeline_tokens)
+            found = self._handlers.hand_over(environ.get("QUERY_STRING", ""))
+        except Exception as error:  # noqa: BLE001 - Flask's error handlers know what to say
+            return self._refusals.refuse(environ, start_response, error, KV_PATH)
+        if found is None:
+            start_response("204 No Content", [])
+            return ()
+        data, held = found
+        self._metrics.handed_over_bytes.inc(len(data))
+        length = ("Content-Length", str(len(data)))
+        start_response("200 OK", [("Content-Type", "application/octet-stream"), length, (HELD_HEADER, str(held))])
+        return (bytes(data),)
 
     @cached_property
     def _refusals(self) -> "Refusals":

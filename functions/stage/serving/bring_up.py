@@ -25,7 +25,8 @@ from storage.models.model_repository import read_file
 from storage.store.object_reader import ObjectReader
 
 if TYPE_CHECKING:
-    from functions.stage.engine.engine import Engine
+    from functions.stage.engine.engine import Engine, PassStatistics
+    from functions.stage.kv.build import Tiers
     from functions.stage.models.build import Choice
     from functions.stage.models.layer_group import LayerGroup
     from storage.loading.weight_loader import RawTensor
@@ -45,16 +46,33 @@ class UnservableModel(Exception):
     """The layers cannot be run here: the architecture, the dtype, or tensors that are missing. The message has the cause."""
 
 
-def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> "Engine":
-    """An engine that has run one step. Raises WrongPublication, UnservableModel or a StorageError."""
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """An engine that has run one step, and the tiers behind its memory."""
+
+    engine: "Engine"
+    tiers: "Tiers"
+
+
+def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> Ready:
+    """Raises WrongPublication, UnservableModel or a StorageError."""
     threads = thread_count(config.threads)
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's, which nothing here multiplies with; read when numpy is loaded
     opening = _in_background(lambda: open_model(config, start_up, metrics), "open-model")
     with without_collection():
         from functions.grammars.compiler import GrammarCompiler
         from functions.stage.engine.engine import Engine
+        from functions.stage.kv.build import tiers_of
+        from functions.stage.kv.worth import ComputeRate
 
     group = _layer_group(config, opening, threads, start_up)
+    rate = ComputeRate()
+    tiers = tiers_of(config, group.kv, rate, metrics.observe_restore, metrics.kept_bytes.inc)
+
+    def on_pass(statistics: "PassStatistics") -> None:
+        metrics.observe_pass(statistics)
+        rate.computed(statistics.tokens, statistics.compute_seconds)
+
     engine = Engine(
         group,
         num_stages=len(config.cut),
@@ -62,13 +80,15 @@ def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> "
         idle_sequence_seconds=config.idle_sequence_seconds,
         threads=PassThreads(threads, 0 if group.shares_work else config.busy_threads),
         grammars=GrammarCompiler(lambda: _read_tokenizer(config)) if group.last_layer == group.num_layers else None,
-        on_pass=metrics.observe_pass,
+        tiers=tiers.tiers,
+        on_evicted=None if tiers.keeping is None else tiers.keeping.evicted,
+        on_pass=on_pass,
     )
     start_up.mark("place")
     engine.start()
     engine.warm_up()
     start_up.mark("warm_up")
-    return engine
+    return Ready(engine, tiers)
 
 
 def open_model(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> ArrivingModel:

@@ -22,11 +22,14 @@ from storage.errors import StorageError
 
 if TYPE_CHECKING:
     from functions.stage.engine.engine import Engine
+    from functions.stage.kv.keeping import Keeping
 
 _log: Final = logging.getLogger(__name__)
 
 _STUCK_AFTER_SECONDS: Final = 300.0
 """No pass takes so long: a chunk of a large model on one slow core takes tens of seconds."""
+_KEEPING_SECONDS: Final = 20.0
+"""For what is remembered when the function is told to end, out of what queue-proxy's drain leaves of the pod's grace."""
 _FAILED_STATUS: Final = 1
 _THREADS: Final = 64
 """Far above any containerConcurrency: events that wait for the weights must not keep others from being answered."""
@@ -45,6 +48,7 @@ class StageFunction:
         start_up.report_to(self._metrics.phase_ended)
         self._changed = threading.Condition()
         self._engine: Engine | None = None
+        self._keeping: Keeping | None = None
         self._failed = False
         self._draining = False
         self._tracer = make_tracer(config.traces_endpoint, "lamina-stage", {"lamina.pipeline": config.pipeline})
@@ -68,8 +72,10 @@ class StageFunction:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """After the last request: nothing waits in the engine any more."""
+        """After the last request: nothing waits in the engine any more. What it remembers goes into the store."""
         if self._engine is not None:
+            if self._keeping is not None:
+                self._keeping.drain(self._engine, _KEEPING_SECONDS)
             self._engine.stop(drain=False)
         self._tracer.close()
 
@@ -93,7 +99,7 @@ class StageFunction:
 
     def _bring_up(self, stop: Callable[[int], None]) -> None:
         try:
-            engine = bring_up(self._config, self._start_up, self._metrics)
+            ready = bring_up(self._config, self._start_up, self._metrics)
         except (StorageError, WrongPublication, UnservableModel) as error:
             _log.error("the stage cannot start: %s", error)
             self._fail(stop)
@@ -102,9 +108,10 @@ class StageFunction:
             _log.exception("the stage cannot start")
             self._fail(stop)
             return
+        engine = ready.engine
         self._measure_engine(engine)
         with self._changed:
-            self._engine = engine
+            self._engine, self._keeping = engine, ready.tiers.keeping
             self._changed.notify_all()
         phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.phases().items())
         _log.info("ready: %s; layers run by %s", phases, engine.runs_by)

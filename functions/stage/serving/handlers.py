@@ -21,6 +21,7 @@ from eventing.wire.control import (
     WarmupRequest,
 )
 from eventing.wire.events import Attribute, Batch, EventType
+from eventing.wire.kv_query import KVQuery
 from eventing.wire.signature import is_signed
 from functions.configuration.config import StageConfig
 from functions.observing.tracing import PASSING, Tracer, read_traceparent
@@ -105,6 +106,17 @@ class EventHandlers:
         left = WARM_UP_SECONDS if expiry is None else (expiry - datetime.now(UTC)).total_seconds()
         engine = self._readiness.engine(wait_seconds=min(left, WARM_UP_SECONDS))
         return self._json_reply(event, WarmupReply(self._identity.instance, self._readiness.phases()), engine)
+
+    def hand_over(self, query: str) -> tuple[bytearray, int] | None:
+        """Keys and values for another instance: the bytes, and how many tokens of the sequence are held, 0 for one that was
+        found by its digest. None: they are not held. Raises a Problem."""
+        asked = KVQuery.read(query)
+        self._identity.check_fingerprint(asked.pipeline)
+        self._identity.check_first_layer(asked.layer)
+        engine = self._readiness.engine()
+        from functions.stage.kv.peer_door import hand_over  # imports numpy, as the engine has by now
+
+        return hand_over(asked, engine)
 
     def _reserve(self, event: CloudEvent, _: Durations) -> CloudEvent:
         rows = json_data(event, ReserveRequest).rows

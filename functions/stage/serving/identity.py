@@ -34,7 +34,10 @@ class StageIdentity:
 
     def check_pipeline(self, event: CloudEvent) -> None:
         """Raises WrongPipeline, and MalformedEvent where the event names none."""
-        seen = required_attribute(event, Attribute.PIPELINE)
+        self.check_fingerprint(required_attribute(event, Attribute.PIPELINE))
+
+    def check_fingerprint(self, seen: str) -> None:
+        """Raises WrongPipeline."""
         if seen != self.pipeline:
             raise WrongPipeline(
                 f"the event is of pipeline {seen!r} and this stage of {self.pipeline!r}; send it to its own pipeline's stage"
@@ -42,7 +45,10 @@ class StageIdentity:
 
     def check_layer(self, event: CloudEvent) -> None:
         """Raises WrongLayer, and MalformedEvent where the event names none."""
-        layer = integer_attribute(event, Attribute.LAYER)
+        self.check_first_layer(integer_attribute(event, Attribute.LAYER))
+
+    def check_first_layer(self, layer: int) -> None:
+        """Raises WrongLayer."""
         if layer != self.first:
             raise WrongLayer(f"the event wants layer {layer} and this stage runs {self.first} to {self.last - 1}")
 

@@ -7,12 +7,14 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from eventing.problems import PROBLEMS
 from eventing.wire.events import EventType, Status
+from eventing.wire.kv_query import KV_PATH
 from functions.observing.telemetry import STEP_SECONDS, FunctionMetrics
 
 if TYPE_CHECKING:
     from functions.stage.engine.engine import PassStatistics
 
-EVENT_TYPES: Final = (EventType.FORWARD, EventType.WARMUP, EventType.RESERVE, EventType.RELEASE, "unknown", "unread")
+EVENT_TYPES: Final = (EventType.FORWARD, EventType.WARMUP, EventType.RESERVE, EventType.RELEASE, KV_PATH, "unknown", "unread")
+TIERS: Final = ("peer", "store")
 STATUSES: Final = ("200", *sorted({str(problem.status) for problem in PROBLEMS.values()}))
 
 
@@ -40,6 +42,21 @@ class StageMetrics(FunctionMetrics):
             "lamina_stage_codec_seconds", "Decoding and encoding of an event", buckets=STEP_SECONDS, registry=registry
         )
 
+        self.restored_tokens, self.restored_bytes, self.restore_seconds, self.restores_failed = (
+            Counter(f"lamina_stage_kv_{name}", meaning, ["tier"], registry=registry)
+            for name, meaning in (
+                ("restored_tokens", "Tokens of reservations whose keys and values came from a tier"),
+                ("restored_bytes", "And how many bytes they were"),
+                ("restore_seconds", "That was waited for a tier, also where it had nothing"),
+                ("restores_failed", "A tier was away, slow, or had what is not to be used"),
+            )
+        )
+        self.kept_bytes = Counter("lamina_stage_kv_kept_bytes", "Of conversations, written to the store", registry=registry)
+        self.handed_over_bytes = Counter("lamina_stage_kv_handed_over_bytes", "To other instances", registry=registry)
+        for tier in TIERS:
+            for counter in (self.restored_tokens, self.restored_bytes, self.restore_seconds, self.restores_failed):
+                counter.labels(tier)
+
         self.weights_bytes = Gauge("lamina_stage_weights_bytes", "Of this stage's objects in the store", registry=registry)
         self.loaded_bytes = Gauge(
             "lamina_stage_loaded_bytes", "How many of them have come in and are verified", registry=registry
@@ -52,6 +69,12 @@ class StageMetrics(FunctionMetrics):
         self.tokens.inc(statistics.tokens)
         for status in statistics.rows:
             self.rows.labels(str(status)).inc()
+
+    def observe_restore(self, tier: str, *, tokens: int, num_bytes: int, seconds: float, failed: bool) -> None:
+        self.restored_tokens.labels(tier).inc(tokens)
+        self.restored_bytes.labels(tier).inc(num_bytes)
+        self.restore_seconds.labels(tier).inc(seconds)
+        self.restores_failed.labels(tier).inc(failed)
 
     def watch(
         self, free_tokens: Callable[[], float], sequences: Callable[[], float], kv_resident_bytes: Callable[[], float]

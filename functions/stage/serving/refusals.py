@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from flask import Flask, Response, request
 
+from eventing.wire.kv_query import KV_PATH
 from functions.hosting.web import add_problem_handlers
 from functions.stage.serving.metrics import StageMetrics
 
@@ -25,6 +26,7 @@ class Refusals:
         self._metrics = metrics
         add_problem_handlers(self._flask)
         self._flask.post("/")(_raise_what_went_wrong)
+        self._flask.get(KV_PATH)(_raise_what_went_wrong)
         self._flask.after_request(self._count)
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:

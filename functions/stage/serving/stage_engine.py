@@ -1,10 +1,15 @@
 """What the handlers of events want of an engine, without importing one, which would import numpy."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from eventing.wire.control import ReleaseRow, ReservedRow, ReserveRow
 from eventing.wire.events import Batch
+
+if TYPE_CHECKING:
+    from functions.stage.engine.sequences import SequenceTable
+
+T = TypeVar("T")
 
 
 class StageEngine(Protocol):
@@ -18,6 +23,8 @@ class StageEngine(Protocol):
     def reserve(self, reservations: Sequence[ReserveRow], *, source: str) -> list[ReservedRow]: ...
 
     def release(self, releases: Sequence[ReleaseRow], *, source: str) -> int: ...
+
+    def with_sequences(self, action: "Callable[[SequenceTable], T]") -> T: ...
 
 
 class Readiness(Protocol):

@@ -16,12 +16,14 @@ from knative.local.kubelet.containers import NamedData
 from knative.render.rendering import resolve
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.spec.cut import cut_evenly
+from knative.spec.kv_store import KVStore
 from knative.spec.model_shape import ModelShape, published_shape
 from knative.spec.model_sources import DEFAULT_MODEL, packaged_model, published_name
 from knative.spec.pipeline_spec import Autoscaling, Gateway, Model, PipelineSpec, Resources, Stage, Store, quantity
 from knative.spec.stage_plan import plan_stages
 from storage.checkpoints.model_source import locate, open_checkpoint
 from storage.errors import ModelNotPublished
+from storage.kv.sealed import KEY_BYTES
 from storage.models.model_repository import ModelManifest, list_models, read_manifest
 from storage.models.publisher import publish
 from storage.store.object_store import ObjectStore
@@ -32,6 +34,8 @@ _RUNTIME_BYTES: Final = 2**30
 _KV_CACHE: Final = "256Mi"
 _CACHE: Final = "8Gi"
 """Of verified weights, of all models that were run here lately."""
+_KV_KEY_FILE: Final = "kv-key"
+_KV_SECRET: Final = "lamina-kv"
 _MAX_SCALE: Final = 3
 """Of a stage on one machine, whose cores more replicas do not multiply."""
 
@@ -102,8 +106,10 @@ def local_pipeline(
     spec: PipelineSpec | None,
     named_secrets: NamedData,
     weights_cache: Path | None = None,
+    kv_key: str | None = None,
 ) -> LocalPipeline:
-    """spec: None for one made for this machine, whose stages keep verified weights in the folder `weights_cache`.
+    """spec: None for one made for this machine, whose stages keep verified weights in the folder `weights_cache`, and idle
+    conversations in the store, encrypted with `kv_key`.
 
     Secrets that are not given are made up for this run. Raises TooManyStages, RenderFailed or SpecError.
     """
@@ -114,11 +120,17 @@ def local_pipeline(
         if weights_cache is not None:
             stage = msgspec.structs.replace(spec.stage, weights_cache=str(weights_cache.resolve()), weights_cache_size=_CACHE)
             spec = msgspec.structs.replace(spec, stage=stage)
+        if kv_key is not None:
+            spec = msgspec.structs.replace(spec, kv_store=KVStore(secret=_KV_SECRET))
     else:
         spec = msgspec.structs.replace(spec, store=msgspec.structs.replace(here, secret=spec.store.secret or here.secret))
+        if spec.kv_store is not None:
+            spec = msgspec.structs.replace(spec, kv_store=msgspec.structs.replace(spec.kv_store, endpoint=None, bucket=None))
     made = {str(spec.store.secret): _store_secret(store.settings), spec.token_secret: {"token": secrets.token_hex(16)}}
     if spec.gateway.api_keys_secret is not None:
         made[spec.gateway.api_keys_secret] = {"api-keys": secrets.token_hex(16)}
+    if spec.kv_store is not None:
+        made[spec.kv_store.secret] = {"key": kv_key or secrets.token_hex(KEY_BYTES)}
     found: dict[str, tuple[ModelManifest, ModelShape]] = {manifest.dtype: (manifest, shape)}
 
     def published(dtype: str) -> tuple[ModelManifest, ModelShape]:
@@ -128,6 +140,15 @@ def local_pipeline(
         return found[dtype]
 
     return LocalPipeline(resolve(spec, published), manifest, shape, {**made, **named_secrets})
+
+
+def kept_kv_key(state: Path) -> str:
+    """Of this state folder, made when it is first asked for: what an earlier run kept can be read by a later one."""
+    file = state / _KV_KEY_FILE
+    if not file.exists():
+        file.touch(mode=0o600)
+        file.write_text(secrets.token_hex(KEY_BYTES), encoding="ascii")
+    return file.read_text(encoding="ascii").strip()
 
 
 def read_data_folder(folder: Path | None) -> NamedData:

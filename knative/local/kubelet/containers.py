@@ -87,7 +87,11 @@ def _environ(container: Mapping[str, Any], local: LocalData) -> dict[str, str]:
         value = _value(entry, local)
         if value is not None:
             environ[entry["name"]] = _local(value, local.replacements)
-    return {**environ, **local.in_cluster} if environ.get("LAMINA_KUBERNETES_API") == "cluster" else environ
+    if environ.get("LAMINA_KUBERNETES_API") == "cluster":
+        return {**environ, **local.in_cluster}
+    if "LAMINA_POD_PORT" in environ:  # A stage, which follows pods and asks no API.
+        return {**environ, **{name: value for name, value in local.in_cluster.items() if name.startswith("LAMINA_POD_")}}
+    return environ
 
 
 def _whole(source: Mapping[str, Any], local: LocalData) -> dict[str, str]:

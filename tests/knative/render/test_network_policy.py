@@ -31,12 +31,15 @@ def test_policies_select_the_pods_of_the_rendered_services() -> None:
     assert stage["spec"]["podSelector"] != gateway["spec"]["podSelector"]
 
 
-def test_requests_come_from_the_activator_the_ingress_and_for_stages_the_gateway() -> None:
+def test_requests_come_from_the_activator_the_ingress_and_for_stages_the_gateway_and_stages() -> None:
     stage, gateway = network_policies(pipeline())
-    assert [namespace(peer) for peer in reachable(stage, 8012)] == ["knative-serving", "kourier-system", "own"]
+    assert [namespace(peer) for peer in reachable(stage, 8012)] == ["knative-serving", "kourier-system", "own", "own"]
     assert [namespace(peer) for peer in reachable(gateway, 8012)] == ["knative-serving", "kourier-system"]
-    own = reachable(stage, 8012)[-1]["podSelector"]["matchLabels"]
-    assert own.items() <= gateway_service(pipeline())["spec"]["template"]["metadata"]["labels"].items()
+    for peer, service in zip(
+        reachable(stage, 8012)[-2:], (gateway_service(pipeline()), stage_service(pipeline(), 0)), strict=True
+    ):
+        own = peer["podSelector"]["matchLabels"]
+        assert own.items() <= service["spec"]["template"]["metadata"]["labels"].items()
 
 
 def test_the_autoscaler_and_prometheus_read_their_ports_only() -> None:

@@ -10,6 +10,7 @@ import urllib3
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eventing.http.pod_network import PodNetwork
 from functions.gateway.stages import endpoint_slices
 from functions.gateway.stages.endpoint_slices import (
     Refused,
@@ -22,7 +23,6 @@ from functions.gateway.stages.endpoint_slices import (
     read_status,
 )
 from functions.gateway.stages.endpoints import endpoints_of
-from functions.gateway.stages.pod_network import PodNetwork
 from tests.support.steps import lines
 
 PODS = PodNetwork((ipaddress.ip_network("10.1.0.0/16"), ipaddress.ip_network("fd00::/8")), 8012)

@@ -10,10 +10,10 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from eventing.http.pod_network import PodNetwork
 from functions.gateway.stages.endpoint_slices import SILENCE_SECONDS, WATCH_SECONDS, KubernetesAPI
 from functions.gateway.stages.endpoints import EndpointsWatch, service_name
 from functions.gateway.stages.instances import Endpoint
-from functions.gateway.stages.pod_network import PodNetwork
 from tests.support.functions.gateway import wait_until
 from tests.support.knative.kubernetes_watch import WatchServer
 

@@ -1,0 +1,210 @@
+"""Conversations from one instance to another over HTTP: idle ones by content, moving ones to their very last token."""
+
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import pytest
+
+from eventing.problems import MalformedEvent
+from eventing.wire.control import ReserveRow
+from eventing.wire.kv_query import KVQuery
+from eventing.wire.prefix_chain import BLOCK_TOKENS
+from functions.stage.kv import peer_door
+from functions.stage.models.kv_bytes import stamp
+from tests.support.functions.kv_stages import LAYERS, KVStage, chain_of, kv_stage
+from tests.support.functions.native_models import native_groups
+from tests.support.functions.stage_server import FINGERPRINT, TOKEN, StageServer
+
+DTYPES = ("float32", "bfloat16", "int8", "q4")
+
+
+def text(length: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(100), k=length)
+
+
+@contextmanager
+def peer(dtype: str = "float32") -> Iterator[StageServer]:
+    """An instance that others can ask."""
+    server = StageServer(0, (LAYERS,), lambda: native_groups("llama", dtype, (LAYERS,))[0])
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+def conversation(server: StageServer, length: int = 180, *, ended: bool, id_: str = "moving") -> list[int]:
+    """All its tokens: `server` holds all but the last."""
+    there = KVStage(server.engine, None, None, None)  # type: ignore[arg-type]
+    tokens = text(length)
+    tokens += there.converse(id_, tokens, 9)[1]
+    if ended:
+        there.end(id_, tokens)
+    return tokens
+
+
+def without(dtype: str, tokens: list[int]) -> list[int]:
+    with kv_stage(dtype) as stage:
+        return stage.converse("alone", tokens, 6)[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sequence_that_moves_has_nothing_computed_again(dtype: str) -> None:
+    with peer(dtype) as server, kv_stage(dtype) as stage:
+        tokens = conversation(server, ended=False)
+        held, drawn = stage.converse("moving", tokens, 6, peers=(server.url,))
+        assert held == len(tokens) - 1
+    assert drawn == without(dtype, tokens)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_idle_conversation_is_found_by_its_content(dtype: str) -> None:
+    with peer(dtype) as server, kv_stage(dtype) as stage:
+        tokens = conversation(server, ended=True)
+        follow_up = [*tokens, *text(30, 7)]
+        held, drawn = stage.converse("another", follow_up, 6, peers=(server.url,))
+        assert held == (len(tokens) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+        assert stage.restores.tokens == {"peer": held}
+    assert drawn == without(dtype, follow_up)
+
+
+def test_what_draws_by_its_tokens_computes_those_that_nobody_named() -> None:
+    with peer() as server, kv_stage() as stage:
+        tokens = conversation(server, ended=False)
+        blocks = (len(tokens) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+        known = b"".join(token.to_bytes(4, "little") for token in tokens[:blocks])
+        assert stage.reserve("moving", tokens, peers=(server.url,), token_ids=known).held == blocks
+
+
+def test_the_first_peer_that_has_it_is_enough_and_one_that_lacks_it_does_no_harm() -> None:
+    with peer() as without_it, peer() as server, kv_stage() as stage:
+        tokens = conversation(server, ended=True)
+        assert stage.reserve("a", tokens, peers=(without_it.url, server.url)).held == (len(tokens) - 1) // 16 * 16
+        assert stage.restores.failed == []
+
+
+@pytest.mark.parametrize("when", ["before", "in the middle"])
+def test_a_peer_that_dies_costs_only_what_it_held(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with peer() as server, kv_stage() as stage:
+        tokens = conversation(server, ended=True)
+        asked: list[int] = []
+        hand_over = peer_door.hand_over
+
+        def dies(*arguments: Any) -> Any:
+            asked.append(1)
+            if len(asked) > 1:
+                server.kill()
+                time.sleep(0.1)
+            return hand_over(*arguments)
+
+        monkeypatch.setattr(peer_door, "hand_over", dies)
+        if when == "before":
+            server.kill()
+        held, drawn = stage.converse("second", tokens, 6, peers=(server.url,))
+        assert held < (len(tokens) - 1) // 16 * 16
+        assert stage.restores.failed == ["peer"]
+    assert drawn == without("float32", tokens)
+
+
+@pytest.mark.parametrize("spoiling", ["altered", "truncated", "of another place", "slow", "none"])
+def test_what_a_peer_says_wrong_is_computed(spoiling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+    hand_over = peer_door.hand_over
+
+    def spoilt(query: KVQuery, holder: Any) -> Any:
+        found = hand_over(query, holder)
+        if found is None or spoiling == "none":
+            return found
+        data, held = found
+        if spoiling == "altered":
+            data[-1] ^= 1
+        elif spoiling == "truncated":
+            data = data[:-1]
+        elif spoiling == "of another place":
+            data[56] ^= 16
+            stamp(data)
+        else:
+            released.wait(5)
+        return data, held
+
+    with peer() as server, kv_stage() as stage:
+        stage.worth._rate.computed(100, 0.1)
+        tokens = conversation(server, ended=True)
+        monkeypatch.setattr(peer_door, "hand_over", spoilt)
+        began = time.monotonic()
+        held, drawn = stage.converse("second", tokens, 6, peers=(server.url,))
+        assert time.monotonic() - began < 4
+        released.set()
+        assert (held > 0, stage.restores.failed) == ((True, []) if spoiling == "none" else (False, ["peer"]))
+    assert drawn == without("float32", tokens)
+
+
+def test_only_pods_get_the_token() -> None:
+    with kv_stage() as stage:
+        tokens = text(100)
+        for elsewhere in (
+            "http://192.0.2.1:80",
+            "https://127.0.0.1:1",
+            "http://localhost:1",
+            "nonsense",
+            "http://127.0.0.1@192.0.2.1:1",
+        ):
+            assert stage.reserve("a", tokens, peers=(elsewhere,)).held == 0
+        assert stage.restores.tokens == {}
+
+
+def test_the_door_is_for_the_pipelines_own() -> None:
+    def status(target: str, token: str = TOKEN) -> int:
+        request = urllib.request.Request(server.url + target, headers={"Authorization": f"Bearer {token}"})
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code
+
+    with peer() as server:
+        tokens = conversation(server, ended=True)
+        digest = chain_of(tokens)[0].hex()
+        assert status(KVQuery(FINGERPRINT, 0, 0, 16, digest).target) == 200
+        assert status(KVQuery(FINGERPRINT, 0, 0, 16, digest).target, "another") == 401
+        assert status(KVQuery("f" * 32, 0, 0, 16, digest).target) == 421
+        assert status(KVQuery(FINGERPRINT, 2, 0, 16, digest).target) == 421
+        assert status(KVQuery(FINGERPRINT, 0, 0, 16, "0" * 32).target) == 204
+        assert status(KVQuery(FINGERPRINT, 0, 0, 16, chain_of(tokens, "another client")[0].hex()).target) == 204
+        assert status("/kv?first=0") == 400
+        assert status("/kv") == 400
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "pipeline=a&layer=0&first=0&end=2000",
+        "pipeline=a&layer=0&first=16&end=16",
+        "pipeline=a&layer=0&first=0&end=15&digest=" + "0" * 32,
+        "pipeline=a&layer=0&first=0&end=16&digest=xyz",
+        "pipeline=a&layer=-1&first=0&end=16",
+        "pipeline=a&layer=0&first=0&end=16&more=1",
+        "&".join(f"a{number}=1" for number in range(100)),
+    ],
+)
+def test_a_query_that_makes_no_sense_is_refused(query: str) -> None:
+    with pytest.raises(MalformedEvent, match="/kv"):
+        KVQuery.read(query)
+
+
+def test_a_query_is_read_as_it_was_written() -> None:
+    query = KVQuery(FINGERPRINT, 10, 16, 32, "0a" * 16, "id &=%", 3, "/gateways/a b")
+    assert KVQuery.read(query.target.partition("?")[2]) == query
+
+
+def test_a_reservation_names_few_peers() -> None:
+    row = {"id": "a", "attempt": 0, "reserve_tokens": 1, "peers": ["http://10.0.0.1:8012"] * 5}
+    with pytest.raises(msgspec.ValidationError, match="peers"):
+        msgspec.convert(row, ReserveRow)

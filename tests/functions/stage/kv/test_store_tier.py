@@ -1,0 +1,176 @@
+"""Conversations into a real S3 server and back: the same bits go on, and whatever is wrong there is computed instead."""
+
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from eventing.wire.control import ReserveRow
+from eventing.wire.prefix_chain import BLOCK_TOKENS, packed
+from storage.kv.sealed import Sealer
+from storage.store.embedded import EmbeddedStore
+from storage.store.payload_store import PayloadStore
+from storage.store.settings import StoreSettings
+from tests.support.functions.kv_stages import KVStage, chain_of, kv_stage
+from tests.support.storage.storage import Fault, fault_proxy
+
+DTYPES = ("float32", "bfloat16", "int8", "q4")
+
+
+@pytest.fixture
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreSettings]:
+    with EmbeddedStore(tmp_path_factory.mktemp("store")) as server:
+        yield server.settings
+
+
+@pytest.fixture
+def store(settings: StoreSettings) -> Iterator[PayloadStore]:
+    with PayloadStore(settings, stall_seconds=1.0, retry_seconds=0.5) as store:
+        yield store
+
+
+def text(length: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(100), k=length)
+
+
+def first_turn(store: PayloadStore, dtype: str = "float32", length: int = 180, seed: int = 0) -> list[int]:
+    """A conversation that a stage held when it ended, which it has drained; all its tokens."""
+    with kv_stage(dtype, store) as stage:
+        tokens = text(length, seed)
+        tokens += stage.converse("first", tokens)[1]
+        stage.end("first", tokens)
+        drain(stage)
+    return tokens
+
+
+def drain(stage: KVStage) -> None:
+    assert stage.keeping is not None
+    stage.keeping.drain(stage.engine, 20.0)
+
+
+def without(dtype: str, tokens: list[int]) -> list[int]:
+    with kv_stage(dtype) as stage:
+        held, drawn = stage.converse("alone", tokens, 6)
+        assert held == 0
+    return drawn
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_conversation_goes_on_where_its_stage_went_to_zero(store: PayloadStore, dtype: str) -> None:
+    tokens = first_turn(store, dtype)
+    follow_up = [*tokens, *text(40, seed=9)]
+    with kv_stage(dtype, store) as stage:
+        held, drawn = stage.converse("second", follow_up, 6)
+        assert held == (len(tokens) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+        assert stage.restores.tokens == {"store": held}
+    assert drawn == without(dtype, follow_up)
+
+
+def test_what_another_wrote_is_not_written_again_and_what_goes_on_is_added(store: PayloadStore) -> None:
+    tokens = first_turn(store)
+    before = {found.key: found.modified for found in store.list("kv/")}
+    with kv_stage(store=store) as stage:
+        longer = [*tokens, *text(60, seed=3)]
+        stage.converse("second", longer, 1)
+        stage.end("second", longer)
+        drain(stage)
+    after = {found.key: found.modified for found in store.list("kv/")}
+    assert before.keys() < after.keys()
+    assert {key: after[key] for key in before} == before
+    with kv_stage(store=store) as stage:
+        assert stage.reserve("third", longer).held == (len(longer) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+
+
+def test_what_memory_is_taken_from_is_found_again(store: PayloadStore) -> None:
+    with kv_stage(store=store) as stage:
+        conversations = [text(240, seed) for seed in range(8)]  # more than the arena has
+        for number, tokens in enumerate(conversations):
+            stage.converse(str(number), tokens, 1)
+            stage.end(str(number), tokens)
+        assert stage.keeping is not None
+        stage.keeping._waiting.join()
+        held = [stage.reserve(f"again {number}", tokens, 1).held for number, tokens in enumerate(conversations[:1])]
+        assert held == [224]
+        assert stage.restores.tokens["store"] == 224
+
+
+def test_a_longer_time_without_and_the_rest_of_another_conversation(store: PayloadStore) -> None:
+    tokens = first_turn(store)
+    other = [*tokens[:140], *text(90, seed=5)]
+    with kv_stage(store=store) as stage:
+        held, drawn = stage.converse("other", other, 6)
+        assert 0 < held <= 128
+        assert held % BLOCK_TOKENS == 0
+    assert drawn == without("float32", other)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [Fault(path="/kv/", flip_byte=5000), Fault(path="/kv/", end_after=3000), Fault(path="/kv/", status=404)],
+    ids=["altered", "truncated", "gone"],
+)
+def test_a_part_that_is_wrong_on_its_way_is_computed(settings: StoreSettings, store: PayloadStore, fault: Fault) -> None:
+    tokens = first_turn(store)
+    with fault_proxy(settings) as proxy, PayloadStore(proxy.settings, stall_seconds=1.0, retry_seconds=0.5) as through:
+        fault.times = 1000
+        proxy.faults.append(fault)
+        with kv_stage(store=through) as stage:
+            held, drawn = stage.converse("second", tokens, 6)
+            assert held < 100
+            assert stage.restores.failed == ([] if fault.status else ["store"])
+    assert drawn == without("float32", tokens)
+
+
+def test_an_object_that_was_altered_is_computed_and_written_anew(store: PayloadStore) -> None:
+    tokens = first_turn(store)
+    for found in store.list("kv/"):
+        data = bytearray(store.get(found.key))
+        data[len(data) // 2] ^= 1
+        store.put(found.key, bytes(data))
+    with kv_stage(store=store) as stage:
+        held, drawn = stage.converse("second", tokens, 6)
+        assert (held, stage.restores.failed) == (0, ["store"])
+        stage.end("second", tokens)
+        drain(stage)
+    assert drawn == without("float32", tokens)
+    with kv_stage(store=store) as stage:
+        assert stage.reserve("third", tokens).held > 0
+
+
+def test_a_store_that_is_away_or_slow_holds_nobody_up_for_long(settings: StoreSettings, store: PayloadStore) -> None:
+    tokens = first_turn(store)
+    away = PayloadStore(replace(settings, endpoint_url="http://127.0.0.1:1"), stall_seconds=1.0, retry_seconds=0.5)
+    with fault_proxy(settings) as proxy:
+        proxy.faults.append(Fault(path="/kv/", times=1000, stall_after=100))
+        slow = PayloadStore(proxy.settings, stall_seconds=2.0, retry_seconds=60.0)
+        for broken in (away, slow):
+            with broken, kv_stage(store=broken) as stage:
+                stage.worth._rate.computed(100, 0.1)
+                began = time.monotonic()
+                held, drawn = stage.converse("second", tokens, 6)
+                assert (held, stage.restores.failed) == (0, ["store"])
+                assert time.monotonic() - began < 5
+                if broken is away:
+                    stage.end("second", tokens)
+                    drain(stage)
+                    assert time.monotonic() - began < 10
+            assert drawn == without("float32", tokens)
+
+
+def test_another_key_or_another_sharer_finds_nothing(store: PayloadStore) -> None:
+    tokens = first_turn(store)
+    with kv_stage(store=store, sealer=Sealer(b"o" * 32)) as stage:
+        assert stage.reserve("second", tokens).held == 0
+    with kv_stage(store=store) as stage:
+        (row,) = stage.engine.reserve([ReserveRow("a", 0, 400, packed(chain_of(tokens, "another")))], source="gateway")
+        assert row.held == 0
+
+
+def test_a_full_arena_says_so_and_asks_no_tier(store: PayloadStore) -> None:
+    tokens = first_turn(store)
+    with kv_stage(store=store) as stage:
+        stage.reserve("large", text(1, 1), more=stage.engine.free_tokens - 48)
+        assert stage.reserve("second", tokens).status == "full"
+        assert stage.restores.tokens == {}

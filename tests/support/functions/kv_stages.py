@@ -1,0 +1,107 @@
+"""Engines over a tiny model in C, with tiers behind their memory: conversations that begin, end and go on."""
+
+import ipaddress
+from array import array
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Final
+
+from eventing.http.pod_network import PodNetwork
+from eventing.wire.control import ReleaseRow, ReservedRow, ReserveRow
+from eventing.wire.events import Row, Status, Want
+from eventing.wire.prefix_chain import Chain, chain_key, extended, packed
+from functions.stage.engine.engine import Engine
+from functions.stage.kv.fetching import Fetcher
+from functions.stage.kv.keeping import Keeping
+from functions.stage.kv.peer_tier import PeerClient, PeerTier
+from functions.stage.kv.store_tier import StoreTier
+from functions.stage.kv.worth import ComputeRate, Worth
+from functions.stage.models.kv_ranges import KVRanges
+from storage.kv.kv_store import Allowance, KVStore
+from storage.kv.sealed import Sealer
+from storage.store.payload_store import PayloadStore
+from tests.support.functions.native_models import native_groups
+from tests.support.functions.stage_pipeline import batch, engines
+from tests.support.functions.stage_server import FINGERPRINT, TOKEN
+
+LOOPBACK: Final = PodNetwork((ipaddress.ip_network("127.0.0.0/8"),), 0)
+LAYERS: Final = (0, 6)
+ONE_WEEK: Final = timedelta(days=7)
+SEALER: Final = Sealer(b"k" * 32)
+
+
+@dataclass
+class Restores:
+    """What tiers told."""
+
+    tokens: dict[str, int] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+
+    def __call__(self, tier: str, *, tokens: int, num_bytes: int, seconds: float, failed: bool) -> None:
+        self.tokens[tier] = self.tokens.get(tier, 0) + tokens
+        assert (num_bytes > 0) >= (tokens > 0)
+        if failed:
+            self.failed.append(tier)
+
+
+@dataclass
+class KVStage:
+    engine: Engine
+    restores: Restores
+    worth: Worth
+    keeping: Keeping | None
+
+    def reserve(self, id_: str, tokens: Sequence[int], more: int = 64, **fields: Any) -> ReservedRow:
+        row = ReserveRow(id_, 0, len(tokens) + more, packed(chain_of(tokens[:-1])), **fields)
+        (answer,) = self.engine.reserve([row], source="gateway")
+        return answer
+
+    def converse(self, id_: str, tokens: Sequence[int], new_tokens: int = 4, **fields: Any) -> tuple[int, list[int]]:
+        """Reserves, computes what is not held, draws. How much was held, and what was drawn; the sequence stays."""
+        answer = self.reserve(id_, tokens, **fields)
+        assert answer.status is Status.OK
+        return answer.held, self.go_on(id_, tokens, answer.held, new_tokens)
+
+    def go_on(self, id_: str, tokens: Sequence[int], held: int, new_tokens: int) -> list[int]:
+        known, position = list(tokens), held
+        while len(known) < len(tokens) + new_tokens:
+            new = known[position : position + 64]
+            want = Want.TOKEN if position + len(new) == len(known) else Want.NONE
+            row = Row(id_, 0, position, len(new), want)
+            (reply,) = self.engine.handle(batch([row], new), source="gateway").rows
+            assert reply.status is Status.OK, reply
+            position += len(new)
+            if reply.result is not None and reply.result.tokens is not None:
+                known.extend(reply.result.tokens)
+        return known[len(tokens) :]
+
+    def end(self, id_: str, tokens: Sequence[int]) -> None:
+        """tokens: all of it."""
+        self.engine.release([ReleaseRow(id_, 0, packed(chain_of(tokens[:-1])))], source="gateway")
+
+
+def chain_of(tokens: Sequence[int], sharer: str = "") -> Chain:
+    return extended((), array("i", tokens), chain_key(FINGERPRINT, sharer))
+
+
+@contextmanager
+def kv_stage(dtype: str = "float32", store: PayloadStore | None = None, sealer: Sealer = SEALER) -> Iterator[KVStage]:
+    """All layers in one stage, with a tier of peers, and one of the store where there is one."""
+    (group,) = native_groups("llama", dtype, (LAYERS,))
+    assert isinstance(group.kv, KVRanges)
+    restores, worth = Restores(), Worth(ComputeRate())
+    with ThreadPoolExecutor(4) as threads:
+        peers = PeerClient(LOOPBACK, FINGERPRINT, LAYERS[0], TOKEN)
+        tiers: list[Any] = [PeerTier(peers, Fetcher("peer", group.kv.layout, worth, threads, restores))]
+        keeping = None
+        if store is not None:
+            kept = KVStore(store, sealer, "kv", FINGERPRINT, LAYERS)
+            tiers.append(StoreTier(kept, Fetcher("store", group.kv.layout, worth, threads, restores)))
+            keeping = Keeping(kept, group.kv, Allowance(2**30, ONE_WEEK), 2**30, lambda _: None)
+        evicted = None if keeping is None else keeping.evicted
+        with engines([group], tiers=tiers, on_evicted=evicted) as (engine,):
+            yield KVStage(engine, restores, worth, keeping)
+        peers.close()
