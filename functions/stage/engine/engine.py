@@ -1,7 +1,9 @@
-"""The engine of a stage: takes events from many threads, runs them on one, answers each.
+"""The engine of a stage: takes events from many threads, runs them one pass at a time, answers each.
 
-It knows batches and layer groups, no HTTP. Everything that touches KV happens on its one thread; the other threads wait
-for their replies.
+It knows batches and layer groups, no HTTP. Everything that touches KV happens in a turn, which one thread has at a time: who
+brings an event while nobody computes takes the turn, which spares two hand-overs between threads; else the engine's own
+thread does, and the others wait for their replies. Torch's operators keep threads for each thread that calls them, so there the
+engine's thread has every turn.
 """
 
 import logging
@@ -42,7 +44,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class PassStatistics:
-    """What one pass was like. Given to `on_pass` on the engine's thread, after the replies are out."""
+    """What one pass was like. Given to `on_pass` in the turn, after the replies are there."""
 
     queue_seconds: tuple[float, ...]
     """How long each merged event waited."""
@@ -94,6 +96,7 @@ class Engine:
         if on_evicted is not None:
             self._sequences.memory.on_evicted = on_evicted
         self._pass_began: float | None = None
+        self._turn = threading.Lock()
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
 
     @property
@@ -126,6 +129,8 @@ class Engine:
         else:
             self._queue.abandon()
         self._thread.join()
+        with self._turn:  # Somebody who brought an event may still compute.
+            pass
 
     def alive(self, stuck_after_seconds: float) -> bool:
         """False once the thread is dead or one pass has taken longer than `stuck_after_seconds`."""
@@ -142,7 +147,15 @@ class Engine:
         self._leases.heard(source)
         check_event(batch, self._group)
         event = WaitingEvent(batch, source, expires_at, arrived=time.perf_counter())
-        self._queue.put(event)
+        if self._group.shares_work and self._turn.acquire(blocking=False):
+            try:
+                self._queue.put(event, wakes=False)
+                self._do(self._queue.take())
+            finally:
+                self._turn.release()
+                self._queue.wake()
+        else:
+            self._queue.put(event)
         return event.reply.result()
 
     def reserve(self, rows: Sequence[ReserveRow], *, source: str) -> list[ReservedRow]:
@@ -214,18 +227,26 @@ class Engine:
 
     def _serve(self) -> None:
         last_look = self._clock()
-        work: Sequence[Call | WaitingEvent] | None = None
         try:
-            while (work := self._queue.take(self._look_seconds)) is not None:
-                if self._clock() - last_look >= self._look_seconds:
-                    last_look = self._clock()
-                    self._expire()
-                self._answer([event for event in work if isinstance(event, WaitingEvent)])
-                for call in work:
-                    if isinstance(call, Call):
-                        _settle(call)
+            while self._queue.wait(self._look_seconds):
+                with self._turn:
+                    if self._clock() - last_look >= self._look_seconds:
+                        last_look = self._clock()
+                        self._expire()
+                    self._do(self._queue.take())
         finally:
-            self._queue.abandon(in_hand=work or ())
+            self._queue.abandon()
+
+    def _do(self, work: Sequence[Call | WaitingEvent]) -> None:
+        """In a turn. What it raises nobody expected: the stage takes nothing more, and nobody waits for it for ever."""
+        try:
+            self._answer([event for event in work if isinstance(event, WaitingEvent)])
+            for call in work:
+                if isinstance(call, Call):
+                    _settle(call)
+        except BaseException:
+            self._queue.abandon(in_hand=work)
+            raise
 
     def _expire(self) -> None:
         """Frees what nobody will ever release: idle sequences, and all of gateways that are gone."""

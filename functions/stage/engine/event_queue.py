@@ -39,7 +39,7 @@ class Call:
 
 
 class EventQueue:
-    """Filled by many threads, emptied by the engine's.
+    """Filled by many threads, emptied by the one whose turn it is.
 
     A pass merges the events at the head, at most `max_merge` and at most the stage's share of what waits: with
     `num_stages` in the pipeline, one in so many. Merged without that limit, all micro-batches would travel as one convoy
@@ -56,8 +56,8 @@ class EventQueue:
         """(source, id) → attempt and position of the rows that wait or are computed."""
         self._closed = False
 
-    def put(self, event: WaitingEvent) -> None:
-        """Raises NotReady once closed."""
+    def put(self, event: WaitingEvent, *, wakes: bool = True) -> None:
+        """wakes: the engine's thread; not where who brings it will take it. Raises NotReady once closed."""
         with self._changed:
             self._refuse_when_closed()
             for index, row in enumerate(event.batch.rows):
@@ -67,7 +67,8 @@ class EventQueue:
                     event.stale.add(index)
                 here.append(step)
             self._waiting.append(event)
-            self._changed.notify()
+            if wakes:
+                self._changed.notify()
 
     def call(self, call: Call) -> None:
         """Raises NotReady once closed."""
@@ -76,14 +77,25 @@ class EventQueue:
             self._calls.append(call)
             self._changed.notify()
 
-    def take(self, timeout_seconds: float) -> list[Call] | list[WaitingEvent] | None:
-        """Calls, else the events of the next pass; nothing after `timeout_seconds`, None once closed and empty."""
+    def wait(self, timeout_seconds: float) -> bool:
+        """Until something is to be taken, for so long at most. False once closed and empty."""
         with self._changed:
             self._changed.wait_for(lambda: self._calls or self._waiting or self._closed, timeout_seconds)
+            return bool(self._calls or self._waiting) or not self._closed
+
+    def take(self) -> list[Call] | list[WaitingEvent]:
+        """Calls, else the events of the next pass, if there are any."""
+        with self._changed:
             if self._calls:
                 calls, self._calls = self._calls, []
                 return calls
-            return None if self._closed and not self._waiting else self._next_events()
+            return self._next_events()
+
+    def wake(self) -> None:
+        """The engine's thread, if something is left for it."""
+        with self._changed:
+            if self._calls or self._waiting:
+                self._changed.notify()
 
     def done(self, events: Iterable[WaitingEvent]) -> None:
         """These events are at the stage no more."""

@@ -62,7 +62,7 @@ class Segment:
 
 
 class LayerGroup(Protocol):
-    """Layers [first_layer, last_layer) of a model. Not thread-safe: the engine's one thread calls it."""
+    """Layers [first_layer, last_layer) of a model. Not thread-safe: the engine calls it from one thread at a time."""
 
     first_layer: int
     last_layer: int
@@ -78,7 +78,8 @@ class LayerGroup(Protocol):
 
     @property
     def shares_work(self) -> bool:
-        """Whether threads of a pass take each other's work, so that one whose core is busy holds up no other."""
+        """Whether threads of a pass take each other's work, so that one whose core is busy holds up no other. They are the
+        group's, whoever calls; torch's operators have some for each thread that calls."""
 
     @property
     def kv(self) -> KVCache: ...

@@ -26,7 +26,7 @@ class CountingGroup:
     NaN for that sequence.
     """
 
-    shares_work: Final = False
+    shares_work: bool = False
     runs_by: Final = "counting"
     hidden_dtype: HiddenDtype = "F32"
 

@@ -14,11 +14,18 @@ from eventing.wire.control import ReleaseRow, ReserveRow
 from eventing.wire.events import Batch, Row, Status, Want
 from functions.stage.engine.engine import Engine, PassStatistics
 from functions.stage.engine.event_queue import EventQueue, WaitingEvent
+from functions.stage.models.floats import Array
+from functions.stage.models.layer_group import Segment
 from tests.support.functions.counting_group import CountingGroup, Poisoned
 from tests.support.functions.stage_pipeline import batch, engines, reserved
 
 GATEWAY = "gateway"
 DEADLINE_SECONDS = 30
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["its own thread", "who brings an event"])
+def who_computes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CountingGroup, "shares_work", request.param)
 
 
 class Clock:
@@ -305,11 +312,25 @@ def test_warming_up_leaves_nothing_behind() -> None:
 
 def test_the_queue_gives_nothing_when_nothing_comes() -> None:
     queue = EventQueue(num_stages=1, max_merge=1)
-    assert queue.take(0.001) == []
+    assert queue.wait(0.001)
+    assert queue.take() == []
     queue.close()
-    assert queue.take(0.001) is None
+    assert not queue.wait(0.001)
     with pytest.raises(NotReady):
         queue.put(WaitingEvent(batch([step("a", 0, 1)], [1]), GATEWAY, None, 0.0))
+
+
+def test_who_brings_an_event_while_nobody_computes_computes_it(who_computes: None) -> None:
+    class Noting(CountingGroup):
+        def forward(self, inputs: Array, segments: Sequence[Segment]) -> Array:
+            threads.append(threading.current_thread().name)
+            return super().forward(inputs, segments)
+
+    threads: list[str] = []
+    with engines([Noting()]) as (engine,):
+        for position in range(3):
+            engine.handle(batch([step("a", position, 1, reserve=None if position else 10)], [1]), source=GATEWAY)
+    assert threads == [threading.current_thread().name if Noting.shares_work else "engine"] * 3
 
 
 def test_many_threads_at_once_get_their_own_answers() -> None:
