@@ -15,16 +15,17 @@ class Answer:
 
     def __init__(
         self,
-        prompt_tokens: int,
+        prompt_ids: Sequence[int],
         token_stream: TokenStream,
         text_stream: TextStream,
         metrics: GatewayMetrics,
         span: Span,
         leave: Leave,
-        echo: tuple[Sequence[int], str] | None = None,
+        echo: str | None = None,
     ) -> None:
-        """echo: the prompt's tokens and its text, where the answer begins with them."""
-        self.prompt_tokens = prompt_tokens
+        """echo: the prompt's text, where the answer begins with it."""
+        self.prompt_ids = prompt_ids
+        self.prompt_tokens = len(prompt_ids)
         self.token_stream = token_stream
         self.done = False
         """All of it has been given out."""
@@ -33,8 +34,6 @@ class Answer:
         self._span = span
         self._leave = leave
         self._echo = echo
-        self._echoed = 0
-        """Tokens that are the prompt's."""
         self._logprobs: list[TokenLogprob] = []
         self._token_ids: list[int] = []
         self._taken = 0
@@ -119,12 +118,10 @@ class Answer:
         """With the prompt, where it is wanted; only once its log-probabilities are there."""
         if self._echo is None:
             return
-        token_ids, self._certain = self._echo
-        self._echo = None
-        self._echoed = len(token_ids)
-        self._token_ids += token_ids
+        self._certain, self._echo = self._echo, None
+        self._token_ids += self.prompt_ids
         if logprobs := self.token_stream.prompt_logprobs():
-            self._logprobs += [TokenLogprob(token_ids[0], None), *logprobs]
+            self._logprobs += [TokenLogprob(self.prompt_ids[0], None), *logprobs]
 
     def _take(self, token_id: int) -> None:
         self._measure()

@@ -129,8 +129,8 @@ class Answers:
         text_stream = TextStream(
             self.text.tokenizer, request.stop_strings, before, stop_included=request.include_stop_str_in_output
         )
-        echo = (token_ids, encoded.text) if request.echo else None
-        return Answer(len(token_ids), token_stream, text_stream, self._metrics, span, leave, echo)
+        echo = encoded.text if request.echo else None
+        return Answer(token_ids, token_stream, text_stream, self._metrics, span, leave, echo)
 
     def _room(self, token_ids: Sequence[int], max_tokens: int | None) -> int:
         """For the answer. Raises InvalidRequest where there is none."""

@@ -16,7 +16,7 @@ from eventing.wire.generation import GenerateRequest
 from functions.gateway.doors.access_log import entry
 from functions.gateway.doors.answers import Answers, Asker
 from functions.gateway.doors.clients import Clients
-from functions.gateway.doors.openai_documents import ChatShape, CompletionShape, Envelope, Shape
+from functions.gateway.doors.openai_documents import ChatShape, CompletionShape, Envelope, Shape, Writer
 from functions.gateway.doors.openai_requests import read_request
 from functions.gateway.doors.openai_types import ChatRequest, CompletionRequest, StreamOptions
 from functions.gateway.doors.reply import Reply
@@ -115,16 +115,21 @@ def _wanted(asked: ChatRequest | CompletionRequest) -> GenerateRequest:
         raise MalformedEvent(f"the request cannot be served: {error}") from error
 
 
+def _writers(shape: Shape, reply: Reply, text: ModelText) -> list[Writer]:
+    return [shape.writer(index, answer.prompt_ids, text) for index, answer in enumerate(reply.answers)]
+
+
 def _whole(envelope: Envelope, reply: Reply, text: ModelText) -> Response:
     response = reply.response()
-    choices = [envelope.shape.writer(index, text).whole(answer.choice()) for index, answer in enumerate(reply.answers)]
+    writers = _writers(envelope.shape, reply, text)
+    choices = [writer.whole(answer.choice()) for writer, answer in zip(writers, reply.answers, strict=True)]
     return json_response(envelope.document(envelope.shape.object, choices, usage=response.usage))
 
 
 def _stream(envelope: Envelope, reply: Reply, text: ModelText, options: StreamOptions | None) -> Iterator[bytes]:
     with_usage = options is not None and bool(options.include_usage)
     continuous = options is not None and bool(options.continuous_usage_stats)
-    writers = [envelope.shape.writer(index, text) for index in range(len(reply.answers))]
+    writers = _writers(envelope.shape, reply, text)
 
     def sent(choices: list[dict[str, Any]], *, at_the_end: bool = False) -> bytes:
         usage = reply.usage() if continuous or at_the_end else None

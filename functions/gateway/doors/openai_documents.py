@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from eventing.wire.generation import Choice, TokenEvent, TokenLogprob
 from functions.gateway.doors.openai_logprobs import chat_logprobs, completion_logprobs
+from functions.gateway.text.reasoning import Part, Reasoning
 from functions.gateway.text.tokenizer import ModelText
+
+_FIELDS: Final = {"reasoning": "reasoning_content", "content": "content"}
+"""Of a message, by the part of a text."""
 
 
 class Writer(Protocol):
@@ -31,7 +35,7 @@ class Shape(Protocol):
     chunk_object: str
     id_prefix: str
 
-    def writer(self, index: int, text: ModelText) -> Writer: ...
+    def writer(self, index: int, prompt_ids: Sequence[int], text: ModelText) -> Writer: ...
 
 
 class ChatShape:
@@ -39,8 +43,8 @@ class ChatShape:
     chunk_object = "chat.completion.chunk"
     id_prefix = "chatcmpl-"
 
-    def writer(self, index: int, text: ModelText) -> Writer:
-        return ChatWriter(index, text)
+    def writer(self, index: int, prompt_ids: Sequence[int], text: ModelText) -> Writer:
+        return ChatWriter(index, text, text.reasoning(prompt_ids))
 
 
 class CompletionShape:
@@ -51,7 +55,7 @@ class CompletionShape:
     def __init__(self, top_logprobs: int) -> None:
         self._top_logprobs = top_logprobs
 
-    def writer(self, index: int, text: ModelText) -> Writer:
+    def writer(self, index: int, prompt_ids: Sequence[int], text: ModelText) -> Writer:
         return CompletionWriter(index, text, self._top_logprobs)
 
 
@@ -59,6 +63,7 @@ class CompletionShape:
 class ChatWriter:
     index: int
     text: ModelText
+    reasoning: Reasoning | None
     waiting: list[TokenLogprob] = field(default_factory=list)
     """Of tokens whose text has not come yet."""
 
@@ -68,16 +73,23 @@ class ChatWriter:
     def chunks(self, token: TokenEvent) -> list[dict[str, Any]]:
         if token.logprob is not None:
             self.waiting.append(token.logprob)
-        return [self._chunk({"content": token.text})] if token.text else []
+        return [self._chunk({_FIELDS[kind]: text}) for kind, text in self._parts(token.text)] if token.text else []
 
     def last(self, choice: Choice) -> list[dict[str, Any]]:
-        left = [self._chunk({"content": ""})] if self.waiting else []
+        left = [] if self.reasoning is None else [self._chunk({_FIELDS[kind]: text}) for kind, text in self.reasoning.finish()]
+        left += [self._chunk({"content": ""})] if self.waiting else []
         return [*left, self._chunk({}, choice.finish_reason)]
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         message = {"role": "assistant", "content": choice.text, "refusal": None}
+        if self.reasoning is not None:
+            parts = [*self._parts(choice.text), *self.reasoning.finish()]
+            message |= {_FIELDS[kind]: "".join(part.text for part in parts if part.kind == kind) for kind in _FIELDS}
         logprobs = None if choice.logprobs is None else chat_logprobs(self.text, choice.logprobs)
         return {"index": self.index, "message": message, "finish_reason": choice.finish_reason, "logprobs": logprobs}
+
+    def _parts(self, text: str) -> list[Part]:
+        return [Part("content", text)] if self.reasoning is None else self.reasoning.push(text)
 
     def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
         logprobs = chat_logprobs(self.text, self.waiting) if self.waiting else None

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any, Final, NoReturn
 
 from jinja2 import TemplateError
@@ -14,7 +15,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from eventing.problems import InvalidRequest
 from eventing.wire.generation import Message
+from functions.gateway.text import reasoning
 
+_NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 _OWN: Final = frozenset({"messages", "add_generation_prompt"})
 """Variables that are the gateway's to say."""
 _REFUSALS: Final = (TemplateError, TypeError, ValueError, LookupError)
@@ -35,8 +38,10 @@ class ChatTemplate:
         self._template = environment.from_string(source)
         self._names = find_undeclared_variables(environment.parse(source))
         self._special_tokens = dict(special_tokens)
+        self.reasons = reasoning.END in source
+        """It is that of a model which thinks before it answers."""
 
-    def render(self, messages: Sequence[Message], most_characters: int, values: Mapping[str, Any]) -> str:
+    def render(self, messages: Sequence[Message], most_characters: int, values: Mapping[str, Any] = _NOTHING) -> str:
         """The conversation, up to where the assistant's next answer begins. Raises InvalidRequest.
 
         values: variables that the template must know. It is given up once it has more than `most_characters`.

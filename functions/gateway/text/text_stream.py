@@ -71,7 +71,7 @@ class StopStrings:
             self.found, self.held = True, ""
             place, length = min(places)
             return text[: place + length] if self._included else text[:place]
-        certain = len(text) - max((_overlap(text, stop) for stop in self._stop_strings), default=0)
+        certain = len(text) - max((overlap(text, stop) for stop in self._stop_strings), default=0)
         self.held = text[certain:]
         return text[:certain]
 
@@ -115,7 +115,7 @@ class TextStream:
         return text if self.stopped else text + self._stops.finish()
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Characters at the end of `text` that could begin `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((length for length in range(longest, 0, -1) if stop.startswith(text[-length:])), 0)

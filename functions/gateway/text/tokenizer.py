@@ -14,11 +14,14 @@ from eventing.wire.generation import Message
 from functions.gateway.text.chat_template import ChatTemplate
 from functions.gateway.text.encoder import Encoder
 from functions.gateway.text.grammars import Grammars
+from functions.gateway.text.reasoning import Reasoning, within
 from functions.gateway.text.token_text import token_bytes, token_text
 from storage.models.model_repository import ModelManifest, Reader, read_file
 
 _log: Final = logging.getLogger(__name__)
 
+_TAIL_TOKENS: Final = 32
+"""In which a prompt says whether the answer begins within thoughts."""
 _SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -83,6 +86,13 @@ class ModelText:
     def encode_expected(self, answer: str) -> list[int]:
         """What an answer would be, or a part of one: without special tokens. Raises InvalidRequest where it cannot fit."""
         return self.encoder.encode(answer, add_special_tokens=False)
+
+    def reasoning(self, prompt_ids: Sequence[int]) -> Reasoning | None:
+        """For the text of an answer behind messages; None where the model does not think first."""
+        if self.template is None or not self.template.reasons:
+            return None
+        tail = self.tokenizer.decode(list(prompt_ids[-_TAIL_TOKENS:]), skip_special_tokens=False)
+        return Reasoning(inside=within(tail))
 
     def token_text(self, token_id: int) -> str:
         """A special token's name; what is no whole character as the replacement character."""

@@ -84,10 +84,16 @@ def refuse(problem: Problem) -> Script:
     return script
 
 
-def client_of(pipeline: Pipeline, write_line: Callable[[str], object] = lambda _: None, **environ: str) -> FlaskClient:
+def client_of(
+    pipeline: Pipeline,
+    write_line: Callable[[str], object] = lambda _: None,
+    *,
+    template: str = CHAT_TEMPLATE,
+    **environ: str,
+) -> FlaskClient:
     config = read_config(GATEWAY | environ)
     assert isinstance(config, GatewayConfig)
-    text = ModelText(TOKENIZER, ChatTemplate(CHAT_TEMPLATE, {}), frozenset([END]), CONTEXT)
+    text = ModelText(TOKENIZER, ChatTemplate(template, {}), frozenset([END]), CONTEXT)
     answers = Answers(text, pipeline, pipeline.metrics, limits=ClientLimits(allowance_of(config)))
     return create_app(config, lambda: answers, pipeline.metrics, write_line).test_client()
 

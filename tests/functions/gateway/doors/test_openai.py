@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 
-from tests.support.functions.doors import TOKENIZER, Pipeline, chat
+from tests.support.functions.doors import TOKENIZER, Pipeline, chat, client_of, stream
+from tests.support.storage.published import CHAT_TEMPLATE
 
 
 @pytest.mark.parametrize(
@@ -166,3 +167,31 @@ def test_what_is_wrong_at_two_places_is_refused_for_the_first(client: FlaskClien
     """The sentence shows what stands there, and the rest may be no JSON at all."""
     response = client.post("/v1/chat/completions", data=body)
     assert response.status_code == 400, response.data
+
+
+_THINKING = CHAT_TEMPLATE + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+
+
+def _thinking(pipeline: Pipeline) -> FlaskClient:
+    return client_of(pipeline, template=_THINKING)
+
+
+def test_thoughts_have_a_field_of_their_own(pipeline: Pipeline) -> None:
+    client = _thinking(pipeline)
+    pipeline.script = pipeline.say("<think>\nHm.\n</think>\n\nSaid")
+    assert chat(client).json["choices"][0]["message"] == {  # type: ignore[index]
+        "role": "assistant",
+        "content": "Said",
+        "reasoning_content": "Hm.",
+        "refusal": None,
+    }
+    deltas = [choice["delta"] for event in stream(chat(client, stream=True))[:-1] for choice in event["choices"]]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Hm."
+    assert "".join(delta.get("content", "") for delta in deltas) == "Said"
+
+
+def test_a_variable_that_the_template_knows_reaches_it(pipeline: Pipeline) -> None:
+    client = _thinking(pipeline)
+    assert chat(client, chat_template_kwargs={"enable_thinking": False}).status_code == 200
+    (prompt,) = pipeline.prompts
+    assert TOKENIZER.decode(prompt.token_ids, skip_special_tokens=False).endswith("<think></think>")

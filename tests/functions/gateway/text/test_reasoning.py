@@ -1,0 +1,37 @@
+"""Thoughts are told from what is said, however the text is cut into pieces."""
+
+import pytest
+
+from functions.gateway.text.reasoning import Reasoning, within
+
+CASES = [
+    (False, "<think>\nOne.\n\nTwo.\n</think>\n\nSaid.\n", "One.\n\nTwo.", "Said.\n"),
+    (False, "\n<think>One</think>Said", "One", "Said"),
+    (True, "One</think>\nSaid", "One", "Said"),
+    (True, "\nOne < two </thin or </think", "One < two </thin or </think", ""),
+    (True, "cut off\n", "cut off\n", ""),
+    (False, "Said <think>at once</think>.", "", "Said <think>at once</think>."),
+    (False, "<thi", "", "<thi"),
+    (False, "<think>\n\n</think>\n\nSaid", "", "Said"),
+    (False, "<think>a</think>b</think>c", "a", "b</think>c"),
+    (False, "", "", ""),
+]
+
+
+@pytest.mark.parametrize(("inside", "text", "thought", "said"), CASES)
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+def test_thoughts_and_words(inside: bool, text: str, thought: str, said: str, size: int) -> None:
+    reasoning = Reasoning(inside=inside)
+    parts = [part for begin in range(0, len(text), size) for part in reasoning.push(text[begin : begin + size])]
+    parts += reasoning.finish()
+    assert all(part.text for part in parts)
+    assert "".join(part.text for part in parts if part.kind == "reasoning") == thought
+    assert "".join(part.text for part in parts if part.kind == "content") == said
+    kinds = [part.kind for part in parts]
+    assert kinds == sorted(kinds, reverse=True), "thoughts come first"
+
+
+def test_a_prompt_says_whether_thoughts_have_begun() -> None:
+    assert within("<|im_start|>assistant\n<think>\n")
+    assert not within("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert not within("<|im_start|>assistant\n")
