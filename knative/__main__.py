@@ -17,6 +17,7 @@ _COMMANDS: Final = {
     "abort": "knative.commands.abort",
     "rollback": "knative.commands.rollback",
     "rotate-token": "knative.commands.rotate_token",
+    "kv": "knative.commands.kv",
     "keys": "knative.commands.keys",
     "list": "knative.commands.list",
     "logs": "knative.commands.logs",

@@ -2,6 +2,6 @@
 
 `terminal` is what people see, `sources` where commands find clusters, stores and files.
 
-May import: storage, storage.store, storage.checkpoints, storage.models, eventing, eventing.wire,
+May import: storage, storage.store, storage.checkpoints, storage.kv, storage.models, eventing, eventing.wire,
 functions.gateway.doors, functions.gateway.scheduling, knative.*.
 """

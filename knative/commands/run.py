@@ -6,7 +6,7 @@ import logging
 import signal
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,13 +30,17 @@ from knative.local.platform import Platform, PlatformOptions
 from knative.local.state_folder import RunningPlatform, StateFolder, naming_a_full_disk
 from knative.render.eventing import eventing_objects
 from knative.render.services import services
+from knative.spec.kv_store import KV_PREFIX
 from knative.spec.pipeline_spec import DTYPES
 from knative.spec.spec_file import load_spec
+from storage.kv.kv_store import Allowance, prune
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
+from storage.store.payload_store import PayloadStore
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _CACHE_FOLDER: Final = "weights"
+_KEPT: Final = Allowance(10 * 2**30, timedelta(days=7))
 _STOP_SECONDS: Final = 3.0
 """What pods get to finish when the run ends."""
 
@@ -94,6 +98,8 @@ def run(**options: Any) -> None:
         with EmbeddedStore(chosen.state / STORE_FOLDER) as embedded:
             store = ObjectStore(embedded.settings)
             sweep(store, datetime.now(UTC))  # payloads of events that nobody awaits any more
+            with PayloadStore(embedded.settings) as objects:
+                prune(objects, KV_PREFIX, _KEPT, datetime.now(UTC))  # conversations, also of pipelines that are no more
             with naming_a_full_disk(state.path):
                 local = _prepare(chosen, store, console)
             asyncio.run(_Run(chosen, state, local, store, console).run())

@@ -1,8 +1,10 @@
 """Where a pipeline keeps idle conversations."""
 
-from typing import Annotated
+from typing import Annotated, Final
 
 from msgspec import Meta, Struct
+
+KV_PREFIX: Final = "kv"
 
 
 class KVStore(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -13,7 +15,7 @@ class KVStore(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     may read, write, list and delete below the prefix; without them, pods' own keys must."""
     bucket: str | None = None
     """Unset: the models'."""
-    prefix: Annotated[str, Meta(pattern="^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*$")] = "kv"
+    prefix: Annotated[str, Meta(pattern="^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*$")] = KV_PREFIX
     endpoint: Annotated[str, Meta(pattern="^https?://")] | None = None
     """Unset: the models'."""
     max_bytes: str = "10Gi"

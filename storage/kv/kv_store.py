@@ -79,6 +79,20 @@ class Allowance:
         return over
 
 
+def prune(store: PayloadStore, prefix: str, allowance: Allowance, now: datetime) -> list[StoredObject]:
+    """Of all pipelines together; what went. Raises a StorageError."""
+    over = allowance.over(store.list(f"{prefix.strip('/')}/"), now)
+    for found in over:
+        store.delete(found.key)
+    return over
+
+
 def folder_of(prefix: str, pipeline: str) -> str:
     """Of all stages of a pipeline."""
     return f"{prefix.strip('/')}/{pipeline}/"
+
+
+def folders(key: str, prefix: str) -> tuple[str, str]:
+    """Of an object: fingerprint and layers."""
+    pipeline, _, rest = key.removeprefix(prefix.strip("/") + "/").partition("/")
+    return pipeline, rest.partition("/")[0]

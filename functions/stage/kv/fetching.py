@@ -1,6 +1,8 @@
 """Parts of a conversation out of another tier into the arena: several at once, put in their order, as far as they are there."""
 
 import logging
+import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -18,12 +20,18 @@ from storage.kv.parts import Part, most_blocks, parts_between
 
 _log: Final = logging.getLogger(__name__)
 
+_LEFT_ALONE_SECONDS: Final = 5.0
+"""Who did not answer: many sequences that move together wait for a dead peer once."""
 _AT_ONCE: Final = 4
 """Parts of one sequence that are asked for together."""
 
 
 class FetchFailed(Exception):
-    """The tier is away, slow, or has what is not to be used; the message says which. What it holds is computed."""
+    """What came is not to be used; the message says why. It is computed."""
+
+
+class Away(FetchFailed):
+    """Nothing came, or not in time. Others need not wait for the same."""
 
 
 Fetch = Callable[[Part, float], CheckedKV | None]
@@ -41,7 +49,7 @@ class _Fetched:
     held: int
     """Tokens of the sequence."""
     bytes: int = 0
-    failure: str | None = None
+    failure: Exception | None = None
 
 
 class Fetcher:
@@ -54,6 +62,8 @@ class Fetcher:
         self._worth = worth
         self._threads = threads
         self._observe = observe
+        self._lock = threading.Lock()
+        self._away_until: dict[str, float] = {}
 
     @property
     def kind(self) -> str:
@@ -64,12 +74,14 @@ class Fetcher:
         """Tokens of the sequence that are held then. Raises Gone."""
         missing = len(wanted.chain) * BLOCK_TOKENS - wanted.held
         patience = self._worth.patience(missing)
-        if patience is None:
+        if patience is None or self._is_away(where):
             return wanted.held
         began = time.monotonic()
         fetched = self._fetched(wanted, fetch, began + patience)
         seconds, tokens = time.monotonic() - began, fetched.held - wanted.held
         self._worth.fetched(tokens, seconds)
+        if isinstance(fetched.failure, Away):
+            self._left_alone(where)
         if fetched.failure is not None:
             _log.warning("%d of %d tokens came from %s, the rest is computed: %s", tokens, missing, where, fetched.failure)
         self._observe(self._tier, tokens=tokens, num_bytes=fetched.bytes, seconds=seconds, failed=fetched.failure is not None)
@@ -81,6 +93,16 @@ class Fetcher:
         if (found.first, found.end) != (first, end):
             raise ForeignKV(f"tokens {found.first} to {found.end} in place of {first} to {end}")
         return found
+
+    def _is_away(self, where: str) -> bool:
+        with self._lock:
+            return time.monotonic() < self._away_until.get(where, -math.inf)
+
+    def _left_alone(self, where: str) -> None:
+        now = time.monotonic()
+        with self._lock:
+            self._away_until = {known: until for known, until in self._away_until.items() if until > now}
+            self._away_until[where] = now + _LEFT_ALONE_SECONDS
 
     def _fetched(self, wanted: Wanted, fetch: Fetch, deadline: float) -> _Fetched:
         """What has come by the deadline is kept."""
@@ -100,7 +122,7 @@ class Fetcher:
                     fetched.held = _put(wanted, found)
                     fetched.bytes += len(found.payload)
         except (FetchFailed, AlteredKV, ForeignKV, ValueError) as error:
-            fetched.failure = str(error)
+            fetched.failure = error
         finally:
             for future in asked.values():
                 future.cancel()
@@ -120,4 +142,4 @@ def _result(future: "Future[CheckedKV | None]", deadline: float) -> CheckedKV | 
     try:
         return future.result(max(0.0, deadline - time.monotonic()))
     except TimeoutError as error:
-        raise FetchFailed("it did not come in time") from error
+        raise Away("it did not come in time") from error

@@ -11,7 +11,7 @@ from eventing.problems import Problem
 from eventing.wire.kv_query import HELD_HEADER, KVQuery
 from eventing.wire.prefix_chain import BLOCK_TOKENS
 from functions.stage.engine.tiers import Wanted
-from functions.stage.kv.fetching import Fetcher, FetchFailed
+from functions.stage.kv.fetching import Away, Fetcher, FetchFailed
 from functions.stage.models.kv_bytes import AlteredKV, CheckedKV, ForeignKV, put_kv
 from storage.kv.parts import Part
 
@@ -47,7 +47,7 @@ class PeerClient:
         try:
             reply = self._sender.get(peer + query.target, self._headers, max(0.001, deadline - time.monotonic()))
         except (DeliveryError, Problem) as error:
-            raise FetchFailed(f"{type(error).__name__}: {error}") from error
+            raise Away(f"{type(error).__name__}: {error}") from error
         held = reply.headers.get(HELD_HEADER, "")
         return reply.body if reply.status != _NOTHING else memoryview(b""), int(held) if held.isdecimal() else 0
 

@@ -4,7 +4,7 @@ from typing import Final
 
 from eventing.wire.prefix_chain import BLOCK_TOKENS
 from functions.stage.engine.tiers import Wanted
-from functions.stage.kv.fetching import Fetcher, FetchFailed
+from functions.stage.kv.fetching import Away, Fetcher, FetchFailed
 from functions.stage.models.kv_bytes import AlteredKV, CheckedKV, ForeignKV
 from storage.errors import SealBroken, StorageError
 from storage.kv.kv_store import KVStore
@@ -32,4 +32,4 @@ class StoreTier:
             self._kept.forget(key)
             raise FetchFailed(str(error)) from error
         except StorageError as error:
-            raise FetchFailed(str(error)) from error
+            raise Away(str(error)) from error

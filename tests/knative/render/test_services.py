@@ -13,7 +13,7 @@ from functions.gateway.app import allowance_of
 from functions.gateway.doors.client_limits import Allowance
 from knative.render.rendering import render
 from knative.render.resolved_pipeline import ResolvedPipeline
-from knative.render.services import METRICS_PORT, gateway_access, services
+from knative.render.services import METRICS_PORT, gateway_access, services, stage_service
 from knative.spec.cut import parse_cut
 from knative.spec.errors import SpecError
 from knative.spec.kubernetes_object import to_yaml
@@ -80,6 +80,21 @@ def test_functions_accept_every_rendered_environment() -> None:
     assert gateway.stages[1] == ((10, 20), f"http://chat-{full.fingerprint[:8]}-s1.models.svc.cluster.local")
     assert gateway.api_keys == ("secret",)
     assert (gateway.proxies, gateway.scores) == (2, "off")
+
+
+def test_a_stage_is_told_where_it_keeps_conversations_and_what_its_share_is() -> None:
+    kept = {"secret": "chat-kv", "bucket": "talk", "max_bytes": "30Gi", "write_rate": "8Mi", "max_age_seconds": 3600}
+    for index, (first, last) in enumerate(CUT):
+        service, others = (stage_service(pipeline(kv_store=kept), index), stage_service(pipeline(), index))
+        config = read_config(environment(service) | {"LAMINA_KV_KEY": "a" * 64})
+        assert isinstance(config, StageConfig)
+        own = config.kv_store
+        assert (own.place, own.max_bytes) == (("talk", "kv"), int(30 * 2**30 * (last - first) / CUT[-1][1]))
+        assert (own.max_age_seconds, own.bytes_per_second, own.key) == (3600, 8 * 2**20, b"\xaa" * 32)
+        assert (own.access_key_id, own.secret_access_key) == ("secret", "secret")
+        assert not [name for name in environment(others) if "KV_STORE" in name or name == "LAMINA_KV_KEY"]
+    with pytest.raises(SpecError, match=r"\$\.kv_store\.max_bytes"):
+        pipeline(kv_store={"secret": "chat-kv", "max_bytes": "many"})
 
 
 def test_names_carry_the_fingerprint() -> None:

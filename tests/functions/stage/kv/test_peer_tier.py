@@ -145,6 +145,20 @@ def test_what_a_peer_says_wrong_is_computed(spoiling: str, monkeypatch: pytest.M
     assert drawn == without("float32", tokens)
 
 
+def test_many_sequences_wait_for_a_peer_that_is_away_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with peer() as server, kv_stage() as stage:
+        stage.worth._rate.computed(100, 0.1)
+        tokens = conversation(server, ended=True)
+        released = threading.Event()
+        monkeypatch.setattr(peer_door, "hand_over", lambda *_: released.wait(5))
+        began = time.monotonic()
+        for number in range(8):
+            assert stage.reserve(str(number), tokens, 1, peers=(server.url,)).held == 0
+        assert time.monotonic() - began < 3
+        assert stage.restores.failed == ["peer"]
+        released.set()
+
+
 def test_only_pods_get_the_token() -> None:
     with kv_stage() as stage:
         tokens = text(100)
