@@ -63,6 +63,8 @@ class ReserveReply(Struct, frozen=True):
     """The rows of the request in their order."""
 
     rows: tuple[ReservedRow, ...]
+    remembers: bool = False
+    """What one sequence computes others find."""
 
 
 class ReleaseRow(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):

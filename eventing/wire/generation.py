@@ -166,6 +166,12 @@ class CompletionTokensDetails(Struct, frozen=True):
     rejected_prediction_tokens: int = 0
 
 
+class PromptTokensDetails(Struct, frozen=True):
+    """What of a prompt was held already, everywhere, and not computed."""
+
+    cached_tokens: int = 0
+
+
 class Usage(Struct, frozen=True):
     """Tokens, as the OpenAI API counts them."""
 
@@ -173,6 +179,7 @@ class Usage(Struct, frozen=True):
     completion_tokens: int
     total_tokens: int
     completion_tokens_details: CompletionTokensDetails = CompletionTokensDetails()
+    prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
 
 
 class Timings(Struct, frozen=True):

@@ -261,6 +261,13 @@ class GatewayConfig(CommonConfig):
         "most tokens that are guessed for a row of a step, as many as pay for themselves; 0: nothing is guessed",
         "16",
     )
+    prefix_sharing: str = setting(
+        "LAMINA_PREFIX_SHARING",
+        parsers.one_of("auto", "pipeline", "client", "off"),
+        "who may find the keys and values that a prompt left at the stages: all clients of the pipeline, only the client, "
+        "nobody (off); auto: client where LAMINA_API_KEYS is set, else pipeline",
+        "auto",
+    )
     cold_start_timeout_seconds: float = setting(
         "LAMINA_COLD_START_TIMEOUT_SECONDS", parsers.seconds, "how long a request waits for sleeping stages", "300"
     )
@@ -292,6 +299,13 @@ class GatewayConfig(CommonConfig):
         "LAMINA_PAGE", parsers.one_of("on", "off"), "whether `GET /` is a page that chats and shows the pipeline", "on"
     )
     namespace: str = setting("LAMINA_NAMESPACE", parsers.text, "namespace of the stages", "default")
+
+    @property
+    def sharing(self) -> str:
+        """`prefix_sharing` decided: a hit is visible in its time, so that those who have keys share with nobody else."""
+        if self.prefix_sharing != "auto":
+            return self.prefix_sharing
+        return "pipeline" if self.api_keys is None else "client"
 
 
 Config = StageConfig | GatewayConfig

@@ -7,6 +7,7 @@ from eventing.http.delivery import Sender
 from eventing.http.pod_network import PodNetwork
 from functions.configuration.config import GatewayConfig
 from functions.gateway.scheduling.limits import Limits
+from functions.gateway.scheduling.prefix_sharing import keys_of
 from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.stages.client import PipelineIdentity, StageClient
 from functions.gateway.stages.endpoint_slices import KubernetesAPI
@@ -55,7 +56,9 @@ def start_scheduler(config: GatewayConfig, tracer: Tracer) -> RunningScheduler:
         guesses=config.guesses,
         cold_start_timeout_seconds=config.cold_start_timeout_seconds,
     )
-    scheduler = Scheduler(client, Placement(urls, watched=config.kubernetes_api is not None), limits)
+    scheduler = Scheduler(
+        client, Placement(urls, watched=config.kubernetes_api is not None), limits, keys_of(config.pipeline, config.sharing)
+    )
     readiness = EarlyReadiness(scheduler.endpoints_changed)
     watch = _watch(config, urls, readiness)
     if watch is not None:

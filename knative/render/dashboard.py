@@ -77,6 +77,19 @@ ROWS: Final[dict[str, tuple[Panel, ...]]] = {
         Panel("Sequences that hold memory", "short", "By pod.",
               [(f"sum by (pod) (lamina_stage_sequences{{{_OF}}})", "{{pod}}")]),
     ),
+    "Keys and values that are remembered": (
+        Panel("Prompt tokens not computed", "percentunit", "Share of the prompts' tokens that every stage held already.",
+              [(f"sum (rate(lamina_gateway_cached_prompt_tokens_total{{{_OF}}}{_RATE}))"
+                f" / sum (rate(lamina_gateway_prompt_tokens_total{{{_OF}}}{_RATE}))", "held")]),
+        Panel("Found", "short", "Tokens per second that a stage found, by tier.",
+              [_rate("lamina_stage_kv_tokens_total", "tier")]),
+        Panel("Seconds saved", "s", "Of computing, per second, by tier.",
+              [_rate("lamina_stage_kv_saved_seconds_total", "tier")]),
+        Panel("Reservations that found something", "ops", "By tier.",
+              [_rate("lamina_stage_kv_hits_total", "tier")]),
+        Panel("Remembered", "short", "Tokens of ended sequences, by pod; they count as free.",
+              [(f"sum by (pod) (lamina_stage_kv_remembered_tokens{{{_OF}}})", "{{pod}}")]),
+    ),
     "Trouble": (
         Panel("Replays", "ops", "Sequences computed anew, by cause.",
               [_rate("lamina_gateway_replays_total", "cause")]),

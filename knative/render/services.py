@@ -324,6 +324,7 @@ def _gateway_env(pipeline: ResolvedPipeline, api_keys_secret: str | None, scores
             LAMINA_CHUNK_TOKENS=gateway.chunk_tokens,
             LAMINA_MICRO_BATCH_SEQUENCES=gateway.micro_batch_sequences,
             LAMINA_GUESSES=gateway.guesses,
+            LAMINA_PREFIX_SHARING=gateway.prefix_sharing,
             LAMINA_STAGES_AT_ONCE=gateway.stages_at_once,
             LAMINA_COLD_START_TIMEOUT_SECONDS=gateway.cold_start_timeout_seconds,
             LAMINA_REQUEST_TIMEOUT_SECONDS=gateway.request_timeout_seconds,

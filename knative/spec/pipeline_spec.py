@@ -142,6 +142,8 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     chunk_tokens: Positive | None = None
     guesses: Natural | None = None
     """Most tokens that are guessed for a row of a step. 0: nothing is guessed."""
+    prefix_sharing: Annotated[str, Meta(pattern="^(pipeline|client|off)$")] | None = None
+    """Who finds the keys and values that a prompt left. Unset: client where there are API keys, else pipeline."""
     queue_limit: Positive | None = None
     cold_start_timeout_seconds: Seconds | None = None
     request_timeout_seconds: Seconds | None = None

@@ -7,7 +7,14 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from eventing.wire.generation import CompletionTokensDetails, GenerateResponse, Timings, TokenEvent, Usage
+from eventing.wire.generation import (
+    CompletionTokensDetails,
+    GenerateResponse,
+    PromptTokensDetails,
+    Timings,
+    TokenEvent,
+    Usage,
+)
 from functions.gateway.doors.answer import Answer
 from functions.gateway.doors.metrics import GatewayMetrics
 
@@ -91,7 +98,9 @@ class Reply:
         details = CompletionTokensDetails(
             sum(one.accepted_prediction_tokens for one in guesses), sum(one.rejected_prediction_tokens for one in guesses)
         )
-        return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, details)
+        cached = sum(answer.token_stream.cached_tokens for answer in self.answers[:: self._to_each])
+        total = prompt_tokens + completion_tokens
+        return Usage(prompt_tokens, completion_tokens, total, details, PromptTokensDetails(cached))
 
     def response(self) -> GenerateResponse:
         """After the last token."""
@@ -120,6 +129,7 @@ class Reply:
         return {
             "outcome": self._outcome(),
             "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.prompt_tokens_details.cached_tokens,
             "completion_tokens": usage.completion_tokens,
             "first_token_seconds": round(timings.time_to_first_token_seconds, 4) if usage.completion_tokens else None,
             "replays": timings.replays,

@@ -1,14 +1,17 @@
 """Who waits comes into a micro-batch, as many as capacity and memory allow, and is given memory at all its stages."""
 
+from array import array
 from collections.abc import Sequence as Items
 from collections.abc import Set
 
 from eventing.problems import InvalidRequest
 from eventing.wire.control import ReleaseRow, ReserveRow
 from eventing.wire.events import Status
+from eventing.wire.prefix_chain import BLOCK_TOKENS, packed
 from functions.gateway.scheduling.actions import Reserve
 from functions.gateway.scheduling.board import Board
 from functions.gateway.scheduling.failures import Failures
+from functions.gateway.scheduling.following import asks_again, follow
 from functions.gateway.scheduling.micro_batch import MicroBatch
 from functions.gateway.scheduling.replies import Replies
 from functions.gateway.scheduling.reservation import Reservation
@@ -56,24 +59,39 @@ class Admission:
         for origin in reservation.origins:
             self._replies.heard(origin)
         here = []
-        for sequence, row, status in zip(wanted.sequences, wanted.rows, reservation.statuses, strict=True):
+        for sequence, row, status, held in zip(
+            wanted.sequences, wanted.rows, reservation.statuses, reservation.held, strict=True
+        ):
             if sequence.id in self._board.sequences:
-                here.append((sequence, status))
+                here.append((sequence, status, held))
             else:
                 self._board.release_row(wanted.instances, ReleaseRow(row.id, row.attempt))
         if reservation.failure is not None:
-            self._failures.reservation_failed([sequence for sequence, _ in here], reservation.failure)
+            self._failures.reservation_failed([sequence for sequence, _, _ in here], reservation.failure)
             return
         self._board.no_route_since = None
         if Status.FULL in reservation.statuses:
             self._board.waiting.hungry.still_full()
-        for sequence, status in here:
-            self._reserved(sequence, status)
+        for sequence, status, held in here:
+            self._reserved(sequence, status, held)
+            if sequence.reserved and reservation.remembers:
+                follow(sequence, self._board)
 
-    def _reserved(self, sequence: Sequence, status: Status) -> None:
+    def ask_again(self) -> list[Reserve]:
+        """Reservations that are there already, for those who may find more held by now."""
+        asking = []
+        for batch in self._board.micro_batches:
+            if batch.target is None and (sequences := [one for one in batch.sequences if asks_again(one, self._board)]):
+                for sequence in sequences:
+                    sequence.reserved = sequence.asks_again = False
+                asking.append(_reserve(batch, sequences, one_by_one=False))
+        return asking
+
+    def _reserved(self, sequence: Sequence, status: Status, held: Items[int]) -> None:
         board = self._board
         if status is Status.OK:
             sequence.reserved = True
+            _found(sequence, held)
             board.waiting.hungry.was_given()
             self._failures.settle(sequence)
         elif sequence.over:
@@ -147,11 +165,29 @@ class Admission:
         return min(with_room, key=lambda batch: (batch.route.lacks(reserve), len(batch.sequences)), default=None)
 
 
+def _found(sequence: Sequence, held: Items[int]) -> None:
+    before = sequence.progress.held_everywhere
+    for stage, tokens in enumerate(held):
+        sequence.progress.found(stage, min(tokens, sequence.total_tokens - 1))
+    if (followed := sequence.follows) is not None:
+        sequence.follows = None
+        found_nothing = sequence.progress.held_everywhere <= before
+        sequence.goes_alone = found_nothing and followed.sequence.progress.held_everywhere >= followed.tokens
+
+
+def _row(sequence: Sequence) -> ReserveRow:
+    every_token = sequence.prompt.scored and not sequence.has_drawn
+    chain = sequence.asked = () if every_token else sequence.known()
+    looks_back = sequence.prompt.sampling.looks_back
+    token_ids = array("i", sequence.tokens[: BLOCK_TOKENS * len(chain)]).tobytes() if looks_back else b""
+    return ReserveRow(sequence.id, sequence.progress.attempt, sequence.reserve_tokens, packed(chain), token_ids)
+
+
 def _reserve(home: MicroBatch, sequences: Items[Sequence], *, one_by_one: bool) -> Reserve:
     return Reserve(
         sequences,
         home.route.instances,
-        [ReserveRow(one.id, one.progress.attempt, one.reserve_tokens) for one in sequences],
+        [_row(one) for one in sequences],
         traces_of(sequences),
         max(one.deadline for one in sequences),
         one_by_one,

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from eventing.problems import Problem
 from eventing.wire.control import ReleaseRow
+from eventing.wire.prefix_chain import packed
 from functions.gateway.scheduling.actions import Release
 from functions.gateway.scheduling.capacity import micro_batches_allowed, micro_batches_wanted
 from functions.gateway.scheduling.limits import Limits
@@ -131,7 +132,7 @@ class Board:
                 self.waiting.hungry.was_freed()
 
     def release_at(self, instance: Instance, sequence: Sequence) -> None:
-        self._releases[instance].append(ReleaseRow(sequence.id, sequence.progress.attempt))
+        self._releases[instance].append(ReleaseRow(sequence.id, sequence.progress.attempt, packed(sequence.known())))
 
     def release_row(self, instances: Iterable[Instance], row: ReleaseRow) -> None:
         """For a sequence that is gone already."""

@@ -72,7 +72,13 @@ class NextSteps:
 
     def _has_prompt(self, sequence: Sequence) -> bool:
         """At most as many chunks of it are on their way as there are stages."""
-        if not sequence.reserved or sequence.must_restart or sequence.over or not self._failures.may_send(sequence):
+        if (
+            not sequence.reserved
+            or sequence.follows
+            or sequence.must_restart
+            or sequence.over
+            or not self._failures.may_send(sequence)
+        ):
             return False
         in_flight = sequence.progress.in_flight
         return in_flight < self._board.placement.num_stages and (sequence.strikes.count > 0 or not sequence.decodes)
@@ -85,7 +91,8 @@ class NextSteps:
         board.step_begins(step)
         for sequence, piece in pieces:
             sequence.progress.send(piece)
-            sequence.stream.started()
+            if sequence.stream.started(piece.position):
+                board.stats.cached_tokens += piece.position
             if batch is None:
                 sequence.served = board.steps_begun
             board.stats.prompt_tokens += max(0, min(piece.end, len(sequence.prompt.token_ids)) - piece.position)

@@ -2,7 +2,8 @@
 
 One rule covers first prompts, decode steps, misses, moves and replays: what is sent next begins at the position of the stage
 that holds least, and goes as deep as the deepest stage that lacks it. A fresh sequence is held nowhere; a move puts one stage
-at 0; a miss puts one stage at what it says it holds; a broken route begins a new attempt, held nowhere.
+at 0; a miss puts one stage at what it says it holds, and so does a reservation; a broken route begins a new attempt, held
+nowhere.
 """
 
 from dataclasses import dataclass
@@ -55,6 +56,15 @@ class Progress:
         end = min([position + most_tokens, total_tokens, *(sent for sent in self._sent if sent > position)])
         depth = max(stage for stage, sent in enumerate(self._sent) if sent == position)
         return Piece(position, end - position, depth)
+
+    @property
+    def held_everywhere(self) -> int:
+        """Tokens that every stage holds."""
+        return min(self._held)
+
+    def found(self, stage: int, held: int) -> None:
+        """`stage` says, at a reservation, that it holds so many. Only between pieces."""
+        self._held[stage] = self._sent[stage] = max(self._held[stage], held)
 
     def decodes(self, total_tokens: int) -> bool:
         """Nothing is lacking but the newest token, at every stage: the next piece is a decode step."""

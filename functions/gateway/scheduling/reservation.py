@@ -5,7 +5,7 @@ from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 from typing import Final
 
-from eventing.wire.control import ReservedRow, ReserveRow
+from eventing.wire.control import ReserveReply, ReserveRow
 from eventing.wire.events import Status
 from functions.gateway.stages.client import Origin, StageClient, Traces
 from functions.gateway.stages.failures import StageFailed
@@ -13,7 +13,7 @@ from functions.gateway.stages.instances import Instance
 
 _WORST_FIRST: Final = (Status.INVALID, Status.STALE, Status.MISS, Status.FULL, Status.OK)
 
-Said = tuple[Origin, tuple[ReservedRow, ...]] | StageFailed
+Said = tuple[Origin, ReserveReply] | StageFailed
 """By one stage."""
 
 
@@ -24,6 +24,10 @@ class Reservation:
     statuses: Sequence[Status]
     """Per sequence, the worst of all stages."""
     origins: Sequence[Origin]
+    held: Sequence[Sequence[int]]
+    """Per sequence and stage, tokens of its chain that are there already."""
+    remembers: bool = False
+    """All stages remember, so that what one sequence computes others find."""
     failure: StageFailed | None = None
     """A stage gave no usable reply: then no status counts."""
 
@@ -68,10 +72,16 @@ def _ask(client: StageClient, instance: Instance, rows: Sequence[ReserveRow], de
 
 def _combined(said: Sequence[Said], num_rows: int) -> Reservation:
     statuses = [Status.OK] * num_rows
+    held: list[list[int]] = [[] for _ in range(num_rows)]
     origins: list[Origin] = []
+    remembers = True
     for of_stage in said:
         if isinstance(of_stage, StageFailed):
-            return Reservation(statuses, origins, of_stage)
-        origins.append(of_stage[0])
-        statuses = [min(old, row.status, key=_WORST_FIRST.index) for old, row in zip(statuses, of_stage[1], strict=True)]
-    return Reservation(statuses, origins)
+            return Reservation(statuses, origins, held, failure=of_stage)
+        origin, reply = of_stage
+        origins.append(origin)
+        remembers = remembers and reply.remembers
+        for number, row in enumerate(reply.rows):
+            statuses[number] = min(statuses[number], row.status, key=_WORST_FIRST.index)
+            held[number].append(row.held)
+    return Reservation(statuses, origins, held, remembers)

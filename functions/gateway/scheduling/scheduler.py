@@ -21,6 +21,7 @@ from typing import Final
 from eventing.problems import InvalidRequest, NotReady, PipelineUnavailable, QueueFull
 from eventing.wire.control import ReleaseRow
 from eventing.wire.events import MAX_POSITION
+from eventing.wire.prefix_chain import extended
 from functions.gateway.scheduling.actions import Action, Release, Reserve, Wake, Walk
 from functions.gateway.scheduling.admission import Admission
 from functions.gateway.scheduling.board import Board
@@ -32,6 +33,7 @@ from functions.gateway.scheduling.lookup import Lookup
 from functions.gateway.scheduling.moves import Moves
 from functions.gateway.scheduling.next_steps import NextSteps
 from functions.gateway.scheduling.outlook import Outlook, outlook
+from functions.gateway.scheduling.prefix_sharing import KeyOf, nobody
 from functions.gateway.scheduling.progress import Progress
 from functions.gateway.scheduling.prompt import Prompt
 from functions.gateway.scheduling.renewals import Renewals
@@ -66,8 +68,9 @@ _SHUTTING_DOWN: Final = "this gateway is shutting down; ask again, another one w
 class Scheduler:
     """Takes prompts and puts tokens into their streams. Thread-safe."""
 
-    def __init__(self, client: StageClient, placement: Placement, limits: Limits) -> None:
+    def __init__(self, client: StageClient, placement: Placement, limits: Limits, key_of: KeyOf = nobody) -> None:
         self._client = client
+        self._key_of = key_of
         self._placement = placement
         self._limits = limits
         self._board = Board(placement, limits)
@@ -117,6 +120,8 @@ class Scheduler:
         reserve_tokens = len(prompt.token_ids) + prompt.max_tokens
         if reserve_tokens > MAX_POSITION:
             raise InvalidRequest(f"{reserve_tokens} tokens of prompt and answer; the most is {MAX_POSITION}")
+        key = self._key_of(prompt.client_id)
+        chain = () if key is None else extended((), prompt.token_ids[:-1], key)
         guesses = self._limits.guesses > 0
         guesser = Guesser(Lookup(prompt.token_ids, prompt.predicted_ids), self._experience) if guesses else None
         with self._changed:
@@ -129,7 +134,8 @@ class Scheduler:
             if not prompt.max_tokens and len(prompt.token_ids) == 1:
                 stream.finish("length")  # A first token has no probability.
                 return stream
-            self._board.submit(Sequence(id_, number, prompt, stream, Progress(self._placement.num_stages), guesser=guesser))
+            progress = Progress(self._placement.num_stages)
+            self._board.submit(Sequence(id_, number, prompt, stream, progress, guesser=guesser, chain_key=key, chain=chain))
             self._act()
         return stream
 
@@ -258,7 +264,7 @@ class Scheduler:
         self._board.waiting.resume(now)
         self._board.close_empty()
         self._moves.make(now)
-        actions: list[Action] = [*self._renewals.next(now), *self._admission.take_in(now)]
+        actions: list[Action] = [*self._renewals.next(now), *self._admission.ask_again(), *self._admission.take_in(now)]
         self._failures.choose_trial()
         actions += [Walk(step.trip) for step in self._next_steps.begin(now)]
         actions += self._wake_ups.next(now)

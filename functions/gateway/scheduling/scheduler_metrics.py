@@ -44,6 +44,9 @@ class SchedulerCollector(Collector):
         yield CounterMetricFamily(
             "lamina_gateway_sent_prompt_tokens", "Prompt tokens sent, replays included", stats.prompt_tokens
         )
+        yield CounterMetricFamily(
+            "lamina_gateway_cached_prompt_tokens", "Prompt tokens that every stage held already", stats.cached_tokens
+        )
         guesses = {"accepted": stats.guesses_agreed, "rejected": stats.guesses_missed}
         yield _by_label("lamina_gateway_guesses", "Tokens guessed, by what became of them", "outcome", guesses, ())
         yield CounterMetricFamily("lamina_gateway_wakes", "Warm-ups of sleeping stages", stats.wakes)

@@ -7,6 +7,7 @@ from itertools import repeat
 from typing import Final
 
 from eventing.wire.generation import TokenLogprob
+from eventing.wire.prefix_chain import BLOCK_TOKENS, Chain, extended
 from functions.gateway.scheduling.guessing import Guesser
 from functions.gateway.scheduling.progress import Piece, Progress
 from functions.gateway.scheduling.prompt import Prompt
@@ -54,6 +55,18 @@ class Sequence:
     """When its last prompt chunk was sent, counted in trips: who waits longest is next."""
     guesser: Guesser | None = None
     """None: nothing is guessed."""
+    chain_key: bytes | None = None
+    """None: it finds nothing that others left, and leaves nothing."""
+    chain: Chain = ()
+    """Of the blocks that were counted so far, see `known`."""
+    asked: Chain = ()
+    """By which stages know it: that of its last reservation."""
+    follows: "Followed | None" = None
+    """It waits for another one that computes what both begin with."""
+    goes_alone: bool = False
+    """It has followed in vain."""
+    asks_again: bool = False
+    """What its stages hold of it is to be asked once more."""
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt.token_ids)
@@ -108,6 +121,12 @@ class Sequence:
                 return None
         return progress.next_piece(self.total_tokens, most_tokens)
 
+    def known(self) -> Chain:
+        """The chain of its tokens but the newest, which is computed last of all."""
+        if self.chain_key is not None and len(self.chain) < (len(self.tokens) - 1) // BLOCK_TOKENS:
+            self.chain = extended(self.chain, self.tokens[:-1], self.chain_key)
+        return self.chain
+
     def put(self, tokens: Iterable[int], logprobs: Iterable[TokenLogprob] | None = None) -> None:
         """The last stage drew `tokens`."""
         for token, logprob in zip(tokens, repeat(None) if logprobs is None else logprobs, strict=False):
@@ -138,7 +157,18 @@ class Sequence:
         self.route = None
         self.reserved = False
         self.must_restart = False
+        self.follows = None
+        self.goes_alone = False
+        self.asks_again = False
         self.progress.restart()
+
+
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """Who computes `tokens` that others wait for."""
+
+    sequence: Sequence
+    tokens: int
 
 
 def named(sequences: Iterable[Sequence]) -> str:

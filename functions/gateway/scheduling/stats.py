@@ -47,6 +47,8 @@ class Stats:
     tokens: int = 0
     prompt_tokens: int = 0
     """Sent into the first stage, replays included."""
+    cached_tokens: int = 0
+    """Of prompts, that every stage held already when the first chunk was sent."""
     sequences: Counter[str] = field(default_factory=Counter)
     """Ended, by finish reason or problem name."""
     guesses_agreed: int = 0

@@ -62,6 +62,8 @@ class TokenStream:
         self._first_token_at: float | None = None
         self._ended_at: float | None = None
         self._replays = 0
+        self.cached_tokens = 0
+        """Of the prompt, that were held already."""
         self.guesses_agreed = 0
         self.guesses_missed = 0
 
@@ -144,10 +146,13 @@ class TokenStream:
 
     # For the scheduler.
 
-    def started(self) -> None:
-        """The first chunk of the prompt is on its way."""
-        if self._started_at is None:
-            self._started_at = time.monotonic()
+    def started(self, cached_tokens: int) -> bool:
+        """A chunk of the prompt is on its way, behind so many tokens that need none; whether it is the first."""
+        if self._started_at is not None:
+            return False
+        self._started_at = time.monotonic()
+        self.cached_tokens = cached_tokens
+        return True
 
     def replayed(self) -> None:
         self._replays += 1

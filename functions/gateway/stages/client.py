@@ -23,7 +23,6 @@ from eventing.wire.control import (
     ReleaseReply,
     ReleaseRequest,
     ReleaseRow,
-    ReservedRow,
     ReserveReply,
     ReserveRequest,
     ReserveRow,
@@ -106,7 +105,7 @@ class StageClient:
 
     def reserve(
         self, instance: Instance, rows: Sequence[ReserveRow], deadline: float, traces: Traces = ()
-    ) -> tuple[Origin, tuple[ReservedRow, ...]]:
+    ) -> tuple[Origin, ReserveReply]:
         """Room for the rows, each with its own status, in their order; it may wait for a pass. Raises StageFailed.
 
         A stage replies between two passes. One that takes a connection and says nothing costs less than a step may, so that
@@ -118,7 +117,7 @@ class StageClient:
         origin, reply = self._ask(instance, EventType.RESERVE, request, ReserveReply, timeout, traces, awaited_until)
         if [(row.id, row.attempt) for row in reply.rows] != [(row.id, row.attempt) for row in rows]:
             raise StageFailed(instance.stage, "malformed", "its reply to a reservation has other rows than the request")
-        return origin, reply.rows
+        return origin, reply
 
     def release(self, instance: Instance, rows: Sequence[ReleaseRow]) -> Origin:
         """Frees the rows' memory; without rows, says that this gateway lives. Raises StageFailed."""

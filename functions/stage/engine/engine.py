@@ -28,6 +28,7 @@ from functions.stage.engine.event_queue import Call, EventQueue, WaitingEvent
 from functions.stage.engine.forward_pass import ForwardPass, Part
 from functions.stage.engine.leases import Leases
 from functions.stage.engine.remembered import Left
+from functions.stage.engine.reuse import MEMORY, ComputeRate, OnReuse
 from functions.stage.engine.row_checks import check_event
 from functions.stage.engine.sequences import SequenceTable
 from functions.stage.engine.threads import PassThreads
@@ -54,7 +55,7 @@ class PassStatistics:
     """The status of every row answered."""
 
 
-def _ignore(_: PassStatistics) -> None:
+def _ignore(_: object) -> None:
     pass
 
 
@@ -64,8 +65,8 @@ class Engine:
     num_stages: of the pipeline; bounds merging (see EventQueue). max_merge: most events in one pass.
     idle_sequence_seconds: a sequence not heard of for so long is released. lease_seconds: so is all of a source of which
     nothing at all was heard. threads: of a pass; None: as the group has it. tiers: asked, in this order, for what
-    memory does not hold. grammars: of a last stage, whose answers may have one. clock: seconds since the epoch, by which
-    events expire and sequences are idle.
+    memory does not hold. rate: told of passes. grammars: of a last stage, whose answers may have one. clock: seconds since
+    the epoch, by which events expire and sequences are idle.
     """
 
     def __init__(
@@ -78,16 +79,21 @@ class Engine:
         lease_seconds: float = LEASE_SECONDS,
         threads: PassThreads | None = None,
         tiers: Sequence[Tier] = (),
+        rate: ComputeRate | None = None,
         grammars: GrammarCompiler | None = None,
         on_evicted: Callable[[Left], None] | None = None,
         clock: Callable[[], float] = time.time,
         on_pass: Callable[[PassStatistics], None] = _ignore,
+        on_reuse: OnReuse = _ignore,
     ) -> None:
         self._group = group
         self._clock = clock
         self._on_pass = on_pass
         self._queue = EventQueue(num_stages, max_merge)
+        self._on_reuse = on_reuse
+        self.rate = rate or ComputeRate()
         self._sequences = SequenceTable(group.kv, idle_sequence_seconds, clock)
+        self._sequences.memory.on_found = lambda tokens: on_reuse(self.rate.reuse(MEMORY, tokens))
         self._forward_pass = ForwardPass(group, self._sequences, Constraints(grammars))
         self._leases = Leases(lease_seconds)
         self._look_seconds = min(self._leases.look_seconds, idle_sequence_seconds / 10)
@@ -108,6 +114,16 @@ class Engine:
     def kv_resident_bytes(self) -> int:
         """Of the memory for keys and values, what has been used once."""
         return self._group.kv.resident_bytes
+
+    @property
+    def remembers(self) -> bool:
+        """What ended sequences held is found by others."""
+        return self._sequences.memory.remembers
+
+    @property
+    def remembered_tokens(self) -> int:
+        """KV tokens of ended sequences."""
+        return self._sequences.memory.tokens
 
     @property
     def sequences(self) -> int:
@@ -183,11 +199,14 @@ class Engine:
                 peers=row.peers,
                 draws_by_tokens=bool(row.token_ids),
             )
+            began = time.perf_counter()
             try:
                 held = tier.restore(wanted)
             except Gone:
                 break
-            reserved = replace(reserved, held=max(held, reserved.held))
+            if held > reserved.held:
+                self._on_reuse(self.rate.reuse(tier.name, held - reserved.held, time.perf_counter() - began))
+                reserved = replace(reserved, held=held)
         return reserved
 
     def _at(self, row: ReserveRow, source: str, action: Callable[[KVRanges, int], int]) -> int:
@@ -300,11 +319,13 @@ class Engine:
         replies = [outcome for outcome in outcomes if isinstance(outcome, Batch)]
         for row in (row for reply in replies for row in reply.rows if row.status is Status.INVALID):
             _log.info("%s is refused: %s", row.id, row.reason)
+        seconds, tokens = time.perf_counter() - began, sum(len(event.batch.token_ids) for event in events)
+        self.rate.computed(tokens, seconds)
         self._on_pass(
             PassStatistics(
                 queue_seconds=tuple(began - event.arrived for event in events),
-                compute_seconds=time.perf_counter() - began,
-                tokens=sum(len(event.batch.token_ids) for event in events),
+                compute_seconds=seconds,
+                tokens=tokens,
                 rows=tuple(row.status for reply in replies for row in reply.rows),
             )
         )

@@ -42,11 +42,17 @@ class Remembered:
         self._tokens = 0
         """That they take."""
         self.on_evicted = on_evicted
+        self.on_found: Callable[[int], None] = lambda tokens: None
+        """Told how many tokens need not be computed, each time that some are found."""
 
     @property
     def free_tokens(self) -> int:
         """That can be reserved, what is remembered among them."""
         return self._kv.free_tokens + self._tokens
+
+    @property
+    def remembers(self) -> bool:
+        return self._ranges is not None
 
     @property
     def tokens(self) -> int:
@@ -132,6 +138,7 @@ class Remembered:
         if self._ranges.grow(source, tokens):
             del self._ended[source]
             self._tokens -= taken
+            self.on_found(held)
             return source
         handle = self._room(tokens, source)
         if self._fill(handle, source, held):
@@ -153,6 +160,7 @@ class Remembered:
         """Whether `source` was still there."""
         if self._ranges is None or source is None or not self._chains.of(source):
             return False
+        self.on_found(held - self._kv.length(handle))
         self._ranges.copy(source, handle, held)
         self._touch(source)
         return True

@@ -7,12 +7,13 @@ from typing import Final
 
 from eventing.http.pod_network import PodNetwork
 from functions.configuration.config import StageConfig
+from functions.stage.engine.reuse import ComputeRate
 from functions.stage.engine.tiers import Tier
 from functions.stage.kv.fetching import Fetcher, Observe
 from functions.stage.kv.keeping import Keeping, Written
 from functions.stage.kv.peer_tier import PeerClient, PeerTier
 from functions.stage.kv.store_tier import StoreTier
-from functions.stage.kv.worth import ComputeRate, Worth
+from functions.stage.kv.worth import Worth
 from functions.stage.models.kv_ranges import KVRanges
 from functions.stage.models.layer_group import KVCache
 from storage.kv.kv_store import Allowance, KVStore

@@ -25,7 +25,7 @@ from storage.models.model_repository import read_file
 from storage.store.object_reader import ObjectReader
 
 if TYPE_CHECKING:
-    from functions.stage.engine.engine import Engine, PassStatistics
+    from functions.stage.engine.engine import Engine
     from functions.stage.kv.build import Tiers
     from functions.stage.models.build import Choice
     from functions.stage.models.layer_group import LayerGroup
@@ -62,16 +62,12 @@ def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> R
     with without_collection():
         from functions.grammars.compiler import GrammarCompiler
         from functions.stage.engine.engine import Engine
+        from functions.stage.engine.reuse import ComputeRate
         from functions.stage.kv.build import tiers_of
-        from functions.stage.kv.worth import ComputeRate
 
     group = _layer_group(config, opening, threads, start_up)
     rate = ComputeRate()
     tiers = tiers_of(config, group.kv, rate, metrics.observe_restore, metrics.kept_bytes.inc)
-
-    def on_pass(statistics: "PassStatistics") -> None:
-        metrics.observe_pass(statistics)
-        rate.computed(statistics.tokens, statistics.compute_seconds)
 
     engine = Engine(
         group,
@@ -81,8 +77,10 @@ def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> R
         threads=PassThreads(threads, 0 if group.shares_work else config.busy_threads),
         grammars=GrammarCompiler(lambda: _read_tokenizer(config)) if group.last_layer == group.num_layers else None,
         tiers=tiers.tiers,
+        rate=rate,
         on_evicted=None if tiers.keeping is None else tiers.keeping.evicted,
-        on_pass=on_pass,
+        on_pass=metrics.observe_pass,
+        on_reuse=metrics.observe_reuse,
     )
     start_up.mark("place")
     engine.start()

@@ -123,7 +123,12 @@ class StageFunction:
         stop(_FAILED_STATUS)
 
     def _measure_engine(self, engine: "Engine") -> None:
-        self._metrics.watch(lambda: engine.free_tokens, lambda: engine.sequences, lambda: engine.kv_resident_bytes)
+        self._metrics.watch(
+            lambda: engine.free_tokens,
+            lambda: engine.sequences,
+            lambda: engine.remembered_tokens,
+            lambda: engine.kv_resident_bytes,
+        )
         self._metrics.ready.set(1)
 
     def _sick(self) -> str | None:

@@ -122,7 +122,7 @@ class EventHandlers:
         rows = json_data(event, ReserveRequest).rows
         engine = self._readiness.engine()
         reserved = engine.reserve(rows, source=event.get_source())
-        return self._json_reply(event, ReserveReply(tuple(reserved)), engine)
+        return self._json_reply(event, ReserveReply(tuple(reserved), engine.remembers), engine)
 
     def _release(self, event: CloudEvent, _: Durations) -> CloudEvent:
         rows = json_data(event, ReleaseRequest).rows

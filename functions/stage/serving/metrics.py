@@ -12,6 +12,7 @@ from functions.observing.telemetry import STEP_SECONDS, FunctionMetrics
 
 if TYPE_CHECKING:
     from functions.stage.engine.engine import PassStatistics
+    from functions.stage.engine.reuse import Reuse
 
 EVENT_TYPES: Final = (EventType.FORWARD, EventType.WARMUP, EventType.RESERVE, EventType.RELEASE, KV_PATH, "unknown", "unread")
 TIERS: Final = ("peer", "store")
@@ -56,6 +57,16 @@ class StageMetrics(FunctionMetrics):
         for tier in TIERS:
             for counter in (self.restored_tokens, self.restored_bytes, self.restore_seconds, self.restores_failed):
                 counter.labels(tier)
+        self.kv_hits = Counter("lamina_stage_kv_hits", "Reservations that found something held", ["tier"], registry=registry)
+        self.kv_tokens = Counter(
+            "lamina_stage_kv_tokens", "Tokens that were found and not computed", ["tier"], registry=registry
+        )
+        self.kv_saved = Counter(
+            "lamina_stage_kv_saved_seconds", "What computing them would have taken", ["tier"], registry=registry
+        )
+        for tier in ("memory", *TIERS):
+            for counter in (self.kv_hits, self.kv_tokens, self.kv_saved):
+                counter.labels(tier)
 
         self.weights_bytes = Gauge("lamina_stage_weights_bytes", "Of this stage's objects in the store", registry=registry)
         self.loaded_bytes = Gauge(
@@ -76,13 +87,25 @@ class StageMetrics(FunctionMetrics):
         self.restore_seconds.labels(tier).inc(seconds)
         self.restores_failed.labels(tier).inc(failed)
 
+    def observe_reuse(self, reuse: "Reuse") -> None:
+        self.kv_hits.labels(reuse.tier).inc()
+        self.kv_tokens.labels(reuse.tier).inc(reuse.tokens)
+        self.kv_saved.labels(reuse.tier).inc(reuse.saved_seconds)
+
     def watch(
-        self, free_tokens: Callable[[], float], sequences: Callable[[], float], kv_resident_bytes: Callable[[], float]
+        self,
+        free_tokens: Callable[[], float],
+        sequences: Callable[[], float],
+        remembered_tokens: Callable[[], float],
+        kv_resident_bytes: Callable[[], float],
     ) -> None:
         """Reads the engine whenever the metrics are read."""
         registry = self.registry
         Gauge("lamina_stage_free_tokens", "KV tokens that can still be reserved", registry=registry).set_function(free_tokens)
         Gauge("lamina_stage_sequences", "Sequences that hold KV", registry=registry).set_function(sequences)
+        Gauge(
+            "lamina_stage_kv_remembered_tokens", "KV tokens of ended sequences, which count as free", registry=registry
+        ).set_function(remembered_tokens)
         Gauge(
             "lamina_stage_kv_resident_bytes", "Of LAMINA_KV_CACHE_BYTES, what has been used once", registry=registry
         ).set_function(kv_resident_bytes)

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from eventing.http.delivery import Sender
 from functions.gateway.scheduling.limits import Limits
+from functions.gateway.scheduling.prefix_sharing import keys_of
 from functions.gateway.scheduling.prompt import Prompt
 from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.scheduling.token_stream import TokenStream
@@ -21,7 +22,12 @@ WAIT_SECONDS: Final = 60.0
 
 @contextmanager
 def scheduling(
-    stages: Sequence[StageServer], *, step_timeout_seconds: float = 20.0, placement: Placement | None = None, **limits: Any
+    stages: Sequence[StageServer],
+    *,
+    step_timeout_seconds: float = 20.0,
+    placement: Placement | None = None,
+    sharing: str = "pipeline",
+    **limits: Any,
 ) -> Iterator[Scheduler]:
     """A scheduler over the stages by their URLs, or by `placement`."""
     source = f"/gateways/{id(stages)}-{time.monotonic_ns()}"
@@ -29,7 +35,7 @@ def scheduling(
     with Sender() as sender:
         client = StageClient(sender, identity, step_timeout_seconds)
         placement = placement or Placement([stage.url for stage in stages], watched=False)
-        scheduler = Scheduler(client, placement, Limits(**limits))
+        scheduler = Scheduler(client, placement, Limits(**limits), keys_of(FINGERPRINT, sharing))
         try:
             yield scheduler
         finally:

@@ -14,11 +14,12 @@ from eventing.wire.control import ReleaseRow, ReservedRow, ReserveRow
 from eventing.wire.events import Row, Status, Want
 from eventing.wire.prefix_chain import Chain, chain_key, extended, packed
 from functions.stage.engine.engine import Engine
+from functions.stage.engine.reuse import ComputeRate
 from functions.stage.kv.fetching import Fetcher
 from functions.stage.kv.keeping import Keeping
 from functions.stage.kv.peer_tier import PeerClient, PeerTier
 from functions.stage.kv.store_tier import StoreTier
-from functions.stage.kv.worth import ComputeRate, Worth
+from functions.stage.kv.worth import Worth
 from functions.stage.models.kv_ranges import KVRanges
 from storage.kv.kv_store import Allowance, KVStore
 from storage.kv.sealed import Sealer

@@ -20,7 +20,8 @@ def test_binary_in_binary_out(client: FlaskClient) -> None:
     assert answer is not None
     assert (answer["text"], answer["finish_reason"]) == ("Hello there", "stop")
     assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 9, "total_tokens": 12} | {
-        "completion_tokens_details": {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
+        "completion_tokens_details": {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
     assert TOKENIZER.decode(answer["token_ids"]) == "Hello there"
     assert answer["timings"]["total_seconds"] >= answer["timings"]["time_to_first_token_seconds"] > 0

@@ -78,7 +78,7 @@ def test_reservation_release_and_warm_up() -> None:
     reserved = tuple(ReservedRow(id_, 3, status) for id_, status in zip(IDS, (Status.OK, Status.FULL), strict=True))
     with client_of(lambda exchange: answer_json(exchange, ReserveReply(reserved))) as (client, instance, _):
         origin, rows = client.reserve(instance, [ReserveRow(id_, 3, 10) for id_ in IDS], time.monotonic() + 5)
-        assert (origin.boot, origin.free_tokens, rows) == ("i-1", 7, reserved)
+        assert (origin.boot, origin.free_tokens, rows) == ("i-1", 7, ReserveReply(reserved))
     with client_of(lambda exchange: answer_json(exchange, ReleaseReply(1))) as (client, instance, server):
         assert client.release(instance, [ReleaseRow("a", 3)]).free_tokens == 7
         event = from_http(server.requests[0].headers.items(), server.requests[0].body)

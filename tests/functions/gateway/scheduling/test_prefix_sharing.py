@@ -1,0 +1,137 @@
+"""What others left at the stages is found, and answers are those without it, token for token."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from eventing.wire.events import EventType, Sampling
+from eventing.wire.prefix_chain import BLOCK_TOKENS
+from functions.gateway.scheduling.scheduler import Scheduler
+from functions.gateway.scheduling.token_stream import TokenStream
+from functions.stage.models.layer_group import LayerGroup
+from tests.support.functions.gateway import nothing_left, scheduling, submit, tokens_of, wait_until
+from tests.support.functions.native_models import CUT, native_groups
+from tests.support.functions.stage_server import StageServer, counting_stages, running
+from tests.support.storage import tiny_models
+
+MODEL = "llama"
+DTYPES = ("float32", "bfloat16", "int8", "q4")
+NEW_TOKENS = 12
+PENALIZED = Sampling(temperature=1.0, seed=7, repetition_penalty=1.3, presence_penalty=0.5)
+
+
+def native_stage(dtype: str) -> Callable[[int], StageServer]:
+    def make(index: int) -> StageServer:
+        def build() -> LayerGroup:
+            return native_groups(MODEL, dtype, CUT[index : index + 1])[0]
+
+        return StageServer(index, CUT, build)
+
+    return make
+
+
+def text(seed: int, tokens: int) -> list[int]:
+    return random.Random(seed).choices(range(3, tiny_models.VOCAB_SIZE), k=tokens)
+
+
+def talk(scheduler: Scheduler, stages: list[StageServer], sampling: Sampling) -> tuple[list[list[int]], list[TokenStream]]:
+    """Three turns of a conversation, each when the one before has been released."""
+    tokens, answers, streams = text(1, 70), [], []
+    for turn in range(3):
+        streams.append(submit(scheduler, tokens, NEW_TOKENS, sampling=sampling))
+        answers.append(tokens_of(streams[-1]))
+        nothing_left(stages)
+        tokens = [*tokens, *answers[-1], *text(2 + turn, 20)]
+    return answers, streams
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sampling", [Sampling(), PENALIZED])
+def test_a_follow_up_computes_only_what_is_new_and_answers_as_without(dtype: str, sampling: Sampling) -> None:
+    with running(native_stage(dtype), 3) as stages:
+        with scheduling(stages, chunk_tokens=32, sharing="off") as scheduler:
+            expected, streams = talk(scheduler, stages, sampling)
+            assert [stream.cached_tokens for stream in streams] == [0, 0, 0]
+        with scheduling(stages, chunk_tokens=32, guesses=4) as scheduler:
+            answers, streams = talk(scheduler, stages, sampling)
+            assert answers == expected
+            known = [0, *((70 + turn * (NEW_TOKENS + 20) + NEW_TOKENS - 1) // BLOCK_TOKENS * BLOCK_TOKENS for turn in range(2))]
+            assert [stream.cached_tokens for stream in streams] == known
+            assert scheduler.stats().cached_tokens == sum(known)
+        nothing_left(stages)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "q4"])
+def test_prompts_that_begin_alike_and_come_together_compute_it_once(dtype: str) -> None:
+    common, own, number = 100, 9, 12
+    prompts = [text(1, common) + text(10 + index, own) for index in range(number)]
+    with running(native_stage(dtype), 3) as stages:
+        with scheduling(stages, chunk_tokens=32, sharing="off") as scheduler:
+            expected = [tokens_of(submit(scheduler, prompt, NEW_TOKENS)) for prompt in prompts]
+            nothing_left(stages)
+        with scheduling(stages, chunk_tokens=32, micro_batch_sequences=4) as scheduler:
+            streams = [submit(scheduler, prompt, NEW_TOKENS) for prompt in prompts]
+            assert [tokens_of(stream) for stream in streams] == expected
+            shared = common // BLOCK_TOKENS * BLOCK_TOKENS
+            assert sorted(stream.cached_tokens for stream in streams) == [0, *[shared] * (number - 1)]
+            assert scheduler.stats().prompt_tokens == common + own + (number - 1) * (common + own - shared)
+        nothing_left(stages)
+
+
+def test_who_waits_for_one_that_leaves_goes_on_with_what_it_left() -> None:
+    prompts = [text(1, 150) + text(10 + index, 5) for index in range(6)]
+    with running(native_stage("float32"), 3) as stages, scheduling(stages, chunk_tokens=32) as scheduler:
+        for stage in stages:
+            stage.seconds = 0.02
+        streams = [submit(scheduler, prompt, NEW_TOKENS) for prompt in prompts]
+        wait_until(lambda: len(stages[-1].passes) >= 2, "the first chunks")
+        streams[0].cancel()
+        assert all(len(tokens_of(stream)) == NEW_TOKENS for stream in streams[1:])
+        assert sum(stream.cached_tokens for stream in streams) >= 4 * 144
+        assert scheduler.stats().prompt_tokens < 2 * 160 + 5 * 40
+
+
+def test_stages_that_remember_nothing_let_nobody_wait() -> None:
+    with counting_stages() as stages, scheduling(stages, chunk_tokens=32, micro_batch_sequences=4) as scheduler:
+        streams = [submit(scheduler, [*[1] * 100, number], 2) for number in range(4)]
+        assert all(len(tokens_of(stream)) == 2 for stream in streams)
+        assert scheduler.stats().prompt_tokens == 4 * 101
+        assert sum(seen.type == EventType.RESERVE for stage in stages for seen in stage.seen) <= 3 * 4
+        nothing_left(stages)
+
+
+@pytest.mark.parametrize(("sharing", "found"), [("pipeline", True), ("client", False), ("off", False)])
+def test_another_client_finds_it_where_all_share(sharing: str, found: bool) -> None:
+    prompt = text(1, 80)
+    with running(native_stage("float32"), 3) as stages, scheduling(stages, sharing=sharing) as scheduler:
+        streams = []
+        for client_id in ("one", "other", "one"):
+            streams.append(submit(scheduler, prompt, 2, client_id=client_id))
+            tokens_of(streams[-1])
+        assert [bool(stream.cached_tokens) for stream in streams] == [False, found, sharing != "off"]
+
+
+def test_what_a_stage_has_lost_is_computed_by_that_one_and_those_before_it() -> None:
+    prompt = text(1, 80)
+    with running(native_stage("float32"), 3) as stages, scheduling(stages) as scheduler:
+        first = tokens_of(submit(scheduler, prompt, NEW_TOKENS))
+        stages[1].kill()
+        stages[1].start()
+        passed = [len(stage.passes) for stage in stages]
+        stream = submit(scheduler, prompt, NEW_TOKENS)
+        assert tokens_of(stream) == first
+        computed = [
+            sum(length for each in stage.passes[n:] for _, length in each) for stage, n in zip(stages, passed, strict=True)
+        ]
+        assert computed[0] == 80 + NEW_TOKENS - 1
+        assert computed[2] == 80 - 64 + NEW_TOKENS - 1
+
+
+def test_token_ids_travel_only_where_a_penalty_needs_them() -> None:
+    with running(native_stage("float32"), 3) as stages, scheduling(stages) as scheduler:
+        for sampling in (Sampling(temperature=0.5), PENALIZED):
+            tokens_of(submit(scheduler, text(1, 200), 2, sampling=sampling))
+        plain, penalized = (len(seen.body) for seen in stages[0].seen if seen.type == EventType.RESERVE)
+        assert plain < 500
+        assert penalized > plain + 4 * 192
