@@ -33,7 +33,6 @@ class Shape(Protocol):
 
     object: str
     chunk_object: str
-    id_prefix: str
 
     def writer(self, index: int, prompt_ids: Sequence[int], text: ModelText) -> Writer: ...
 
@@ -41,7 +40,6 @@ class Shape(Protocol):
 class ChatShape:
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
-    id_prefix = "chatcmpl-"
 
     def writer(self, index: int, prompt_ids: Sequence[int], text: ModelText) -> Writer:
         return ChatWriter(index, text, text.reasoning(prompt_ids))
@@ -50,7 +48,6 @@ class ChatShape:
 class CompletionShape:
     object = "text_completion"
     chunk_object = "text_completion"
-    id_prefix = "cmpl-"
 
     def __init__(self, top_logprobs: int) -> None:
         self._top_logprobs = top_logprobs
@@ -127,25 +124,3 @@ class CompletionWriter:
             self.offset = logprobs["text_offset"][-1] + len(logprobs["tokens"][-1])
             self.waiting = []
         return {"index": self.index, "text": text, "finish_reason": finish_reason, "logprobs": logprobs}
-
-
-@dataclass(frozen=True, slots=True)
-class Envelope:
-    """What all documents of one request have in common."""
-
-    shape: Shape
-    id: str
-    created: int
-    model: str
-    pipeline: str
-
-    def document(self, object_: str, choices: Sequence[dict[str, Any]], **more: object) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": object_,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.pipeline,
-            "choices": choices,
-            **more,
-        }

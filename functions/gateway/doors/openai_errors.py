@@ -1,0 +1,51 @@
+"""Refusals in the shape of the OpenAI API."""
+
+import logging
+from typing import Any, Final
+
+from flask import Response, request
+from werkzeug.exceptions import HTTPException
+
+from eventing.problems import ContextExceeded, InvalidRequest, Problem
+from functions.hosting.web import json_response, not_served, with_allow, with_retry_after
+
+_log: Final = logging.getLogger(__name__)
+_INVALID: Final = 400
+_NOT_FOUND: Final = 404
+_PROMPT: Final = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", "/v1/responses": "input"}
+"""The parameter that has the prompt."""
+
+
+def refused(problem: Problem) -> Response:
+    """Where the API has a status of its own for what cannot be served, it is 400."""
+    status = _INVALID if isinstance(problem, InvalidRequest) else problem.status
+    parameter = _PROMPT.get(request.path) if isinstance(problem, ContextExceeded) else None
+    return with_retry_after(_error(status, str(problem), problem.name, parameter), problem)
+
+
+def path_not_served(error: HTTPException) -> Response:
+    """Also where no door has the path."""
+    if not request.path.startswith("/v1"):
+        return not_served(error)
+    message = f"{request.method} {request.path}: {error.description or error.name}"
+    return with_allow(_error(error.code or _NOT_FOUND, message, error.name.lower().replace(" ", "_")), error)
+
+
+def unexpected(error: Exception) -> Response:
+    _log.error("unexpected error", exc_info=error)
+    return _error(500, f"{type(error).__name__}; the log of this instance has the traceback", "internal")
+
+
+def model_not_found(asked: str, served: str) -> Response:
+    message = f"The model {asked!r} is not served here; this gateway serves {served!r}"
+    return _error(_NOT_FOUND, message, "model_not_found", "model")
+
+
+def error_document(status: int, message: str, code: str, parameter: str | None = None) -> dict[str, Any]:
+    types = {401: "authentication_error", 429: "rate_limit_error"}
+    kind = types.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": parameter, "code": code.replace("-", "_")}}
+
+
+def _error(status: int, message: str, code: str, parameter: str | None = None) -> Response:
+    return json_response(error_document(status, message, code, parameter), status)
