@@ -43,10 +43,14 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     try:
         config = read_config(environ)
     except ConfigError as error:
-        for sentence in error.errors:
-            print(f"error: {sentence}", file=sys.stderr)
-        return USAGE_STATUS
+        return _told(error)
     return _serve(config, start_up)
+
+
+def _told(error: ConfigError) -> int:
+    for sentence in error.errors:
+        print(f"error: {sentence}", file=sys.stderr)
+    return USAGE_STATUS
 
 
 def _explain(arguments: Sequence[str]) -> int:
@@ -67,7 +71,10 @@ def _serve(config: Config, start_up: StartUp) -> int:
 
         use_few_arenas()
         set_up_logging(config.log_level)
-        function = _function(config, start_up)
+        try:
+            function = _function(config, start_up)
+        except ConfigError as error:
+            return _told(error)
     try:
         server = Server(config.listen, config.port, config.metrics_port)
     except OSError as error:

@@ -7,6 +7,7 @@ from typing import Final
 
 from eventing.wire.events import MAX_GUESSES, Weights
 from functions.configuration import parsers
+from functions.configuration.api_keys import ApiKey
 from functions.configuration.parsers import LayerRange
 from functions.configuration.pass_times import PassTimes, parse_pass_times
 from functions.configuration.settings import REQUIRED, ConfigError, Key, keys, read, setting, unknown_keys
@@ -198,12 +199,20 @@ class GatewayConfig(CommonConfig):
     stages: tuple[tuple[LayerRange, str], ...] = setting(
         "LAMINA_STAGES", parsers.stages, "URL of each group's Service: 0:10=http://…,10:20=http://…"
     )
-    api_keys: tuple[str, ...] | None = setting(
+    api_keys: tuple[ApiKey, ...] | None = setting(
         "LAMINA_API_KEYS",
         parsers.keys,
-        "bearer keys of clients, or sha256: and a key's SHA-256, separated by commas; unset: open",
+        "bearer keys of clients, or sha256: and a key's SHA-256, separated by commas, each with its name and limits "
+        "(functions/configuration/api_keys.py) behind it; unset, and no files: open",
         "",
         secret=True,
+        closes=True,
+    )
+    api_key_files: tuple[str, ...] | None = setting(
+        "LAMINA_API_KEY_FILES",
+        parsers.paths,
+        "files of such keys, separated by commas, which are read again when they change",
+        "",
         closes=True,
     )
     client_requests_per_minute: int = setting(
@@ -220,6 +229,23 @@ class GatewayConfig(CommonConfig):
         parsers.integer(0, 10**6),
         "most answers of a client at once at this gateway; 0: no limit",
         "0",
+    )
+    client_max_tokens: int = setting(
+        "LAMINA_CLIENT_MAX_TOKENS", parsers.integer(0, 10**9), "most tokens of one answer, which ends there; 0: no limit", "0"
+    )
+    limits_store: str | None = setting(
+        "LAMINA_LIMITS_STORE",
+        parsers.limits_store,
+        "URL of a Redis, redis://HOST:PORT/DB, in which all gateways count requests and tokens a minute together; unset: each "
+        "counts for itself",
+        "",
+        secret=True,
+    )
+    cors_origins: tuple[str, ...] | None = setting(
+        "LAMINA_CORS_ORIGINS",
+        parsers.origins,
+        "origins whose pages browsers let ask, such as https://chat.example, separated by commas, or *; unset: none",
+        "",
     )
     access_log: str = setting(
         "LAMINA_ACCESS_LOG",

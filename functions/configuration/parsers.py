@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
+from functions.configuration.api_keys import ApiKey, parse_keys
+
 MAX_SECONDS = 10_000_000
 """Some months. From about 9e9 on no lock can be waited for."""
 
@@ -147,20 +149,36 @@ def targets(value: str) -> tuple[float, ...]:
     return found
 
 
-def secrets(value: str) -> tuple[str, ...]:
-    """Comma-separated; spaces around them are dropped."""
-    found = tuple(part.strip() for part in value.split(","))
-    if not all(found):
-        raise ValueError("keys separated by commas, none of them empty")
+def keys(value: str) -> tuple[ApiKey, ...]:
+    """At least one: a gateway that should be closed is not opened, nor shut, by a list that came out empty."""
+    found = parse_keys(value)
+    if not found:
+        raise ValueError("at least one key")
     return found
 
 
-def keys(value: str) -> tuple[str, ...]:
-    """As `secrets`; those that begin with `sha256:` are hashes of keys."""
-    found = secrets(value)
+def paths(value: str) -> tuple[str, ...]:
+    """`/etc/a,/etc/b`; spaces around them are dropped."""
+    found = tuple(part.strip() for part in value.split(","))
+    if not all(found):
+        raise ValueError("paths of files, separated by commas, none of them empty")
+    return found
+
+
+def limits_store(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in ("redis", "rediss") or not parts.hostname:
+        raise ValueError("a URL that begins with redis:// or rediss://")
+    return value
+
+
+def origins(value: str) -> tuple[str, ...]:
+    """`https://a.example,http://localhost:3000`, as browsers write them (RFC 6454, section 6.2), or `*`."""
+    found = tuple(part.strip() for part in value.split(","))
     for each in found:
-        if each.startswith("sha256:") and not re.fullmatch(r"sha256:[0-9a-f]{64}", each):
-            raise ValueError("keys separated by commas, each a key or sha256: and the 64 hexadecimal digits of its hash")
+        parts = urlsplit(each)
+        if each != "*" and (not parts.hostname or f"{parts.scheme}://{parts.netloc}".lower() != each or "@" in each):
+            raise ValueError("origins such as https://chat.example, without a path, in lower case, separated by commas; or *")
     return found
 
 

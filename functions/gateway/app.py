@@ -10,12 +10,15 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from eventing.claim_check import ClaimCheck
 from eventing.problems import EventTooLarge, Problem
+from functions.configuration.api_keys import Allowance
 from functions.configuration.config import GatewayConfig
 from functions.gateway.doors.access_log import AccessLog
 from functions.gateway.doors.answers import Answers
-from functions.gateway.doors.client_limits import Allowance
+from functions.gateway.doors.client_limits import ClientLimits
 from functions.gateway.doors.clients import Clients
+from functions.gateway.doors.cors import CrossOrigin
 from functions.gateway.doors.events import EventDoor
+from functions.gateway.doors.key_ring import KeyRing
 from functions.gateway.doors.metrics import GatewayMetrics
 from functions.gateway.doors.openai import OpenAIDoor
 from functions.gateway.doors.page import Page
@@ -72,6 +75,7 @@ def create_app(
     config: GatewayConfig,
     answers: Callable[[], Answers],
     metrics: GatewayMetrics,
+    keys: KeyRing,
     write_line: Callable[[str], object] = lambda line: print(line, file=sys.stderr, flush=True),
     watched: Watched | None = None,
 ) -> Flask:
@@ -79,12 +83,14 @@ def create_app(
     app = _Counting(metrics)
     app.config["MAX_CONTENT_LENGTH"] = MAX_REQUEST_BYTES
     add_problem_handlers(app)
-    clients = Clients(config.api_keys or (), config.proxies)
+    clients = Clients(keys, config.proxies)
     source = f"/pipelines/{config.pipeline}/gateway"
     claims = ClaimCheck(PayloadStore(config.store), config.store.bucket)
     scores = ScoreEntry(lambda: answers().text, claims, pipeline=config.pipeline, source=source, token=config.pipeline_token)
     entry = scores if config.scores == "on" else None
     app.after_request(_closed)
+    if config.cors_origins is not None:
+        CrossOrigin(config.cors_origins).register(app)
     if config.access_log != "off":
         app.wsgi_app = AccessLog(app.wsgi_app, write_line, with_prompts=config.access_log == "prompts")  # type: ignore[method-assign]
     EventDoor(answers, clients, claims, entry, source, config.request_timeout_seconds).register(app)
@@ -98,7 +104,7 @@ def create_app(
 
 
 def _closed(response: Response) -> Response:
-    """What a browser makes of a reply: nothing. Other origins are told nothing, which is what they need to read none (CORS)."""
+    """What a browser makes of a reply: nothing."""
     for name, value in _SECURITY_HEADERS.items():
         response.headers.setdefault(name, value)
     if "request_id" in g:
@@ -114,21 +120,29 @@ def stage_names(config: GatewayConfig) -> tuple[StageName, ...]:
     return tuple(StageName(service, layers, target or None) for service, layers, target in named)
 
 
-def allowance_of(config: GatewayConfig) -> Allowance:
-    """Of each client; a limit of 0 is none."""
-    limits = (config.client_requests_per_minute, config.client_tokens_per_minute, config.client_concurrent)
-    return Allowance(*(limit or None for limit in limits))
+def key_ring(config: GatewayConfig) -> KeyRing:
+    """Raises ConfigError where a file is not as it should be."""
+    return KeyRing(config.api_keys, config.api_key_files or ())
 
 
-def gateway_admission(config: GatewayConfig) -> "Callable[[WSGIEnvironment], int]":
+def client_limits(config: GatewayConfig, keys: KeyRing) -> ClientLimits:
+    of_all = Allowance(
+        config.client_requests_per_minute,
+        config.client_tokens_per_minute,
+        config.client_concurrent,
+        config.client_max_tokens,
+    )
+    return ClientLimits(of_all, keys.allowance, config.limits_store, config.model)
+
+
+def gateway_admission(keys: KeyRing) -> "Callable[[WSGIEnvironment], int]":
     """How large a body may be, by its head alone. Raises Unauthorized: who has no key sends none."""
-    clients = Clients(config.api_keys) if config.api_keys else None
+    clients = Clients(keys)
 
     def admit(environ: "WSGIEnvironment") -> int:
         if environ["REQUEST_METHOD"] != "POST":
             return 0
-        if clients is not None:
-            clients.identify(Request(environ))
+        clients.identify(Request(environ))
         return MAX_REQUEST_BYTES
 
     return admit

@@ -8,10 +8,16 @@ from typing import Final
 
 from eventing.problems import NotReady
 from functions.configuration.config import GatewayConfig
-from functions.gateway.app import MAX_REQUEST_BYTES, allowance_of, create_app, gateway_admission, stage_names
+from functions.gateway.app import (
+    MAX_REQUEST_BYTES,
+    client_limits,
+    create_app,
+    gateway_admission,
+    key_ring,
+    stage_names,
+)
 from functions.gateway.build import start_scheduler
 from functions.gateway.doors.answers import Answers
-from functions.gateway.doors.client_limits import ClientLimits
 from functions.gateway.doors.metrics import GatewayMetrics
 from functions.gateway.doors.pipeline_watch import Watched
 from functions.gateway.scheduling.scheduler_metrics import SchedulerCollector
@@ -37,6 +43,8 @@ class GatewayFunction:
     """The gateway of one pipeline."""
 
     def __init__(self, config: GatewayConfig, start_up: StartUp) -> None:
+        """Raises ConfigError where a file that the environment names is not as it should be."""
+        self._keys = key_ring(config)
         self._config = config
         self._start_up = start_up
         self._metrics = GatewayMetrics()
@@ -46,12 +54,12 @@ class GatewayFunction:
         self._tracer = make_tracer(config.traces_endpoint, "lamina-gateway", {"lamina.pipeline": config.pipeline})
         self._running = start_scheduler(config, self._tracer)
         self._draining = False
-        if config.api_keys is None:
-            _log.warning("open to whoever reaches it: LAMINA_API_KEYS is not set")
+        if self._keys.is_open:
+            _log.warning("open to whoever reaches it: neither LAMINA_API_KEYS nor LAMINA_API_KEY_FILES is set")
         self.service = Service(
-            create_app(config, self._ready_answers, self._metrics, watched=self._watched()),
+            create_app(config, self._ready_answers, self._metrics, self._keys, watched=self._watched()),
             Management(self._metrics.registry, sick=self._running.scheduler.sick, ready=self._ready),
-            gateway_admission(config),
+            gateway_admission(self._keys),
             threads=config.queue_limit + _RUNNING_THREADS,
             request_bytes=_REQUEST_BYTES,
         )
@@ -93,7 +101,7 @@ class GatewayFunction:
             return
         self._start_up.mark("last_byte")
         self._metrics.ready.set(1)
-        limits = ClientLimits(allowance_of(self._config))
+        limits = client_limits(self._config, self._keys)
         self._answers = Answers(text, self._running.scheduler, self._metrics, self._tracer, limits)
         _log.info("ready after %.2f s", self._start_up.phases()["last_byte"])
 

@@ -4,6 +4,7 @@ import base64
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Final
 
 from knative.cluster.client import Cluster, Ref
@@ -31,12 +32,12 @@ def wanted_secrets(objects: list[KubernetesObject]) -> dict[Ref, WantedSecret]:
     wanted: dict[Ref, WantedSecret] = {}
     for service in (each for each in objects if each["kind"] == "Service"):
         metadata = service["metadata"]
-        for container in service["spec"]["template"]["spec"]["containers"]:
-            for name, keys, is_token in _references(container):
-                ref = Ref("v1", "Secret", metadata["namespace"], name)
-                before = wanted.get(ref, WantedSecret("", frozenset(), False))
-                pipeline = (metadata.get("labels") or {}).get(INSTANCE, "")
-                wanted[ref] = WantedSecret(pipeline, keys | before.keys, is_token or before.is_token)
+        pod = service["spec"]["template"]["spec"]
+        for name, keys, is_token in chain(_mounted(pod), *map(_references, pod["containers"])):
+            ref = Ref("v1", "Secret", metadata["namespace"], name)
+            before = wanted.get(ref, WantedSecret("", frozenset(), False))
+            pipeline = (metadata.get("labels") or {}).get(INSTANCE, "")
+            wanted[ref] = WantedSecret(pipeline, keys | before.keys, is_token or before.is_token)
     return wanted
 
 
@@ -73,6 +74,13 @@ def _with_rotation(service: KubernetesObject, rotation: str) -> KubernetesObject
 def new_token() -> str:
     """As a Secret holds it."""
     return base64.b64encode(secrets.token_urlsafe(32).encode()).decode()
+
+
+def _mounted(pod: KubernetesObject) -> Iterator[tuple[str, frozenset[str], bool]]:
+    for volume in pod.get("volumes", []):
+        secret = volume.get("secret")
+        if secret and not secret.get("optional"):
+            yield secret["secretName"], frozenset(item["key"] for item in secret.get("items", [])), False
 
 
 def _references(container: KubernetesObject) -> Iterator[tuple[str, frozenset[str], bool]]:

@@ -3,5 +3,5 @@
 `terminal` is what people see, `sources` where commands find clusters, stores and files.
 
 May import: storage, storage.store, storage.checkpoints, storage.kv, storage.models, eventing, eventing.wire,
-functions.gateway.doors, functions.gateway.scheduling, knative.*.
+functions.configuration, functions.gateway.scheduling, knative.*.
 """

@@ -17,6 +17,7 @@ from eventing.claim_check import sweep
 from knative.commands.ask import chat_option, show_answer
 from knative.commands.sources.local_pipeline import (
     LocalPipeline,
+    data_folders,
     ensure_published,
     kept_kv_key,
     local_pipeline,
@@ -29,7 +30,7 @@ from knative.commands.terminal.start_watch import watch_starts
 from knative.local.platform import Platform, PlatformOptions
 from knative.local.state_folder import RunningPlatform, StateFolder, naming_a_full_disk
 from knative.render.eventing import eventing_objects
-from knative.render.services import services
+from knative.render.services import KEYS_ENTRY, services
 from knative.spec.kv_store import KV_PREFIX
 from knative.spec.pipeline_spec import DTYPES
 from knative.spec.spec_file import load_spec
@@ -159,6 +160,7 @@ class _Run:
         options = PlatformOptions(
             ports={self._gateway: self._options.port},
             secrets=self._local.secrets,
+            secret_folders=data_folders(self._options.secrets),
             config_maps=read_data_folder(self._options.config_maps),
             logs=self._state.logs,
         )
@@ -182,6 +184,9 @@ class _Run:
         self._say(f"{self._local.shape.name} as {self._local.shape.dtype} in {stages} stages, all at zero; gateway {url}")
         if self._local.api_key is not None:
             self._say(f"the gateway wants a key: Authorization: Bearer {self._local.api_key}")
+        for name in self._local.pipeline.spec.gateway.api_keys_secrets:
+            file = platform.secret_folder(name) / KEYS_ENTRY
+            self._say(f"keys are made, listed and revoked while it runs by python -m knative keys {file}")
         if self._local.pipeline.spec.eventing is not None:
             broker = platform.eventing.broker_url(self._local.pipeline.spec.name, self._local.pipeline.spec.namespace)
             self._say(f"events go to the broker {broker}")

@@ -20,6 +20,7 @@ from knative.local.errors import ManifestRefused, PortInUse
 from knative.local.eventing.local_eventing import LocalEventing
 from knative.local.kubelet.containers import LocalData, NamedData
 from knative.local.kubelet.pods import PodTiming
+from knative.local.kubelet.secret_folders import SecretFolders
 from knative.local.metrics import render_metrics
 from knative.local.serving.emulated import ignored, refuse_unsupported
 from knative.local.serving.endpoint_slices import EndpointSlices
@@ -63,6 +64,8 @@ class PlatformOptions:
     ports: Mapping[str, int] = field(default_factory=dict)
     """Service → port of its URL; those not named get one that the system chooses."""
     secrets: NamedData = field(default_factory=dict)
+    secret_folders: Mapping[str, Path] = field(default_factory=dict)
+    """Of those secrets that lie in files, each in a folder of its own: who has one mounted sees changes there."""
     config_maps: NamedData = field(default_factory=dict)
     logs: Path
     autoscaler: AutoscalerConfig = field(default_factory=from_zero)
@@ -83,6 +86,7 @@ class Platform:
         """(namespace, name) → Service."""
         self.eventing = LocalEventing(self._find, options.logs)
         self._options = options
+        self._secrets = SecretFolders(options.secrets, options.secret_folders)
         self._slices = EndpointSlices()
         self._admin = Admin(self._slices, self.status, lambda: render_metrics(self.services.values()))
         self._around = Surroundings(
@@ -125,6 +129,11 @@ class Platform:
         await self.eventing.stop()
         await asyncio.gather(*(service.stop(grace_seconds) for service in self.services.values()))
         self._admin.close()
+        self._secrets.remove()
+
+    def secret_folder(self, name: str) -> Path:
+        """Where a Secret lies for those that mount it. Raises KeyError."""
+        return self._secrets.folders[name]
 
     def url(self, name: str, namespace: str = "default") -> str:
         return self.services[namespace, name].url
@@ -167,4 +176,5 @@ class Platform:
             "LAMINA_POD_PORT": "0",
         }
         replacements = {service.cluster_url: service.url for service in self.services.values()}
-        return LocalData(self._options.secrets, self._options.config_maps, replacements, in_cluster)
+        data = self._options.secrets, self._options.config_maps
+        return LocalData(*data, replacements, in_cluster, self._secrets.folders)

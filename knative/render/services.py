@@ -5,6 +5,7 @@ those of docs/environment.md. No secret value is ever rendered, only names of Se
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -29,6 +30,9 @@ _TEMPORARY_VOLUME: Final = "tmp"
 _TOKEN_VOLUME: Final = "store-token"
 _TOKEN_FOLDER: Final = "/var/run/secrets/lamina/store"
 _TOKEN_SECONDS: Final = 3600
+KEYS_ENTRY: Final = "api-keys"
+"""What is read of a Secret of API keys."""
+_KEYS_FOLDER: Final = "/var/run/secrets/lamina/api-keys"
 _NON_ROOT: Final = {
     "runAsNonRoot": True,
     "runAsUser": 65532,
@@ -64,24 +68,25 @@ def stage_service(pipeline: ResolvedPipeline, index: int) -> KubernetesObject:
 
 
 def gateway_service(pipeline: ResolvedPipeline) -> KubernetesObject:
-    return _gateway(pipeline, pipeline.spec.name, pipeline.spec.gateway.api_keys_secret, cluster_local=False)
+    return _gateway(pipeline, pipeline.spec.name, pipeline.spec.gateway.api_keys_secrets, cluster_local=False)
 
 
 def events_gateway_service(pipeline: ResolvedPipeline) -> KubernetesObject:
     """A gateway for Eventing, which cannot send an API key: it asks for none, and is reached from inside the cluster only."""
-    return _gateway(pipeline, pipeline.events_gateway_name, None, cluster_local=True)
+    return _gateway(pipeline, pipeline.events_gateway_name, (), cluster_local=True)
 
 
-def _gateway(pipeline: ResolvedPipeline, name: str, api_keys_secret: str | None, cluster_local: bool) -> KubernetesObject:
+def _gateway(pipeline: ResolvedPipeline, name: str, key_secrets: Sequence[str], cluster_local: bool) -> KubernetesObject:
     spec, gateway = pipeline.spec, pipeline.spec.gateway
     scores = "on" if cluster_local else None
-    container = _container(spec, gateway.resources, _gateway_env(pipeline, api_keys_secret, scores), gateway.pod)
+    container = _container(spec, gateway.resources, _gateway_env(pipeline, key_secrets, scores), gateway.pod)
     template = _template(gateway.autoscaling, container, gateway.timeout_seconds, 120)
     template["spec"]["serviceAccountName"] = _service_account(spec)
     # Else queue-proxy (Go's ReverseProxy) closes the connection of an answer that begins before the request's body was read to
     # its end: 4 to 19 % of streamed answers broke on a cluster.
     template["metadata"]["annotations"]["features.knative.dev/http-full-duplex"] = "Enabled"
     _add_volumes(template["spec"], None, spec.store.web_identity)
+    _mount_keys(template["spec"], key_secrets)
     return _service(pipeline, name, "gateway", template, gateway.pod, cluster_local)
 
 
@@ -191,6 +196,16 @@ def _add_volumes(pod: KubernetesObject, stage: Stage | None, identity: WebIdenti
         mounts.append({"name": _TOKEN_VOLUME, "mountPath": _TOKEN_FOLDER, "readOnly": True})
     pod["containers"][0]["volumeMounts"] = mounts
     pod["volumes"] = volumes
+
+
+def _mount_keys(pod: KubernetesObject, secrets: Sequence[str]) -> None:
+    """As files, which the kubelet writes anew when a Secret changes, and the gateway reads again."""
+    for number, secret in enumerate(secrets):
+        items = [{"key": KEYS_ENTRY, "path": KEYS_ENTRY}]
+        volume = f"{KEYS_ENTRY}-{number}"
+        pod["volumes"].append({"name": volume, "secret": {"secretName": secret, "items": items}})
+        mount = {"name": volume, "mountPath": f"{_KEYS_FOLDER}/{secret}", "readOnly": True}
+        pod["containers"][0]["volumeMounts"].append(mount)
 
 
 def _common_env(pipeline: ResolvedPipeline, role: str, dtype: str) -> list[KubernetesObject]:
@@ -310,7 +325,7 @@ def _of_stage(value: T | list[T] | None, index: int, name: str) -> T | None:
     return value[index]
 
 
-def _gateway_env(pipeline: ResolvedPipeline, api_keys_secret: str | None, scores: str | None) -> list[KubernetesObject]:
+def _gateway_env(pipeline: ResolvedPipeline, key_secrets: Sequence[str], scores: str | None) -> list[KubernetesObject]:
     gateway = pipeline.spec.gateway
     stages = ",".join(f"{first}:{last}={pipeline.stage_url(k)}" for k, (first, last) in enumerate(pipeline.cut))
     env = [
@@ -335,12 +350,15 @@ def _gateway_env(pipeline: ResolvedPipeline, api_keys_secret: str | None, scores
             LAMINA_CLIENT_REQUESTS_PER_MINUTE=gateway.client_requests_per_minute,
             LAMINA_CLIENT_TOKENS_PER_MINUTE=gateway.client_tokens_per_minute,
             LAMINA_CLIENT_CONCURRENT=gateway.client_concurrent,
+            LAMINA_CLIENT_MAX_TOKENS=gateway.client_max_tokens,
+            LAMINA_CORS_ORIGINS=",".join(gateway.cors_origins) if gateway.cors_origins else None,
+            LAMINA_API_KEY_FILES=",".join(f"{_KEYS_FOLDER}/{secret}/{KEYS_ENTRY}" for secret in key_secrets) or None,
             LAMINA_PROXIES=gateway.proxies,
             LAMINA_SCORES=scores,
         ),
     ]
-    if api_keys_secret is not None:
-        env.append(_from_secret("LAMINA_API_KEYS", api_keys_secret, "api-keys"))
+    if gateway.limits_secret is not None:
+        env.append(_from_secret("LAMINA_LIMITS_STORE", gateway.limits_secret, "url"))
     return env
 
 

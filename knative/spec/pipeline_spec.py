@@ -149,12 +149,18 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     request_timeout_seconds: Seconds | None = None
     step_timeout_seconds: Seconds | None = None
     timeout_seconds: Annotated[int, Meta(ge=1, le=600)] = 600
-    api_keys_secret: str | None = None
-    """Secret whose key `api-keys` holds comma-separated bearer keys. Unset: open to whoever reaches it."""
+    api_keys_secret: str | Annotated[list[str], Meta(min_length=1)] | None = None
+    """Secret, or several, whose key `api-keys` holds API keys (`python -m knative keys`). Unset: open to whoever reaches it."""
     client_requests_per_minute: Positive | None = None
     """Of each client, by key or address, at each gateway pod; so are the next two. Unset: no limit."""
     client_tokens_per_minute: Positive | None = None
     client_concurrent: Positive | None = None
+    client_max_tokens: Positive | None = None
+    """Of one answer, which ends there. Unset: the rest of the context."""
+    limits_secret: str | None = None
+    """Secret whose key `url` is a Redis, in which all gateway pods count together. Unset: each for itself."""
+    cors_origins: list[str] | None = None
+    """Origins whose pages browsers let ask, or `*`. Unset: none."""
     access_log: Annotated[str, Meta(pattern="^(on|off|prompts)$")] | None = None
     """A line of JSON for each request; `prompts`: with what was asked and answered. Unset: on."""
     proxies: Annotated[int, Meta(ge=0, le=16)] | None = None
@@ -170,6 +176,11 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Pods that an eviction, as of a node that is drained, may take at the same time (a PodDisruptionBudget). Unset: all."""
     pod: Pod = Pod()
     autoscaling: GatewayAutoscaling = GatewayAutoscaling()
+
+    @property
+    def api_keys_secrets(self) -> tuple[str, ...]:
+        secrets = self.api_keys_secret
+        return () if secrets is None else (secrets,) if isinstance(secrets, str) else tuple(secrets)
 
 
 class WebIdentity(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,5 +1,5 @@
 """Where clients come in: CloudEvents and the OpenAI API, plain and streaming, and the answers that both give.
 
-May import: eventing, eventing.wire, eventing.http, functions.hosting, functions.observing, functions.gateway.text,
-functions.gateway.scheduling.
+May import: eventing, eventing.wire, eventing.http, functions.configuration, functions.hosting, functions.observing,
+functions.gateway.text, functions.gateway.scheduling.
 """

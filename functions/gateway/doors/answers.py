@@ -8,8 +8,9 @@ from typing import Protocol
 from eventing.problems import ContextExceeded, InvalidRequest, Problem
 from eventing.wire.events import Grammar
 from eventing.wire.generation import GenerateRequest
+from functions.configuration.api_keys import Allowance
 from functions.gateway.doors.answer import Answer
-from functions.gateway.doors.client_limits import Allowance, ClientLimits, Leave
+from functions.gateway.doors.client_limits import ClientLimits, Leave
 from functions.gateway.doors.metrics import GatewayMetrics
 from functions.gateway.doors.reply import Reply
 from functions.gateway.scheduling.prompt import Prompt
@@ -98,13 +99,15 @@ class Answers:
     def _begun(self, request: GenerateRequest, encoded: Encoded, asker: Asker, leave: Leave) -> Answer:
         token_ids = encoded.token_ids
         room = self._room(token_ids, request.max_tokens)
+        allowed = self._limits.allowance(asker.client_id)
+        most = min(room, allowed.max_tokens or room)
         span = self._tracer.serve(
             "generate", asker.trace, {"lamina.request": asker.request_id, "lamina.prompt_tokens": len(token_ids)}
         )
         prompt = Prompt(
             token_ids,
-            room if request.max_tokens is None else min(request.max_tokens, room),
-            open_ended=request.max_tokens is None or request.max_tokens > room,
+            most if request.max_tokens is None else min(request.max_tokens, most),
+            open_ended=request.max_tokens is None or request.max_tokens > most,
             sampling=request.sampling(asker.seed, len(token_ids), self.text.eos_ids, encoded.grammar),
             predicted_ids=encoded.predicted_ids,
             eos_ids=request.end_ids(self.text.eos_ids),
@@ -113,6 +116,7 @@ class Answers:
             # Where nothing is drawn something has to be computed.
             scored=request.scores or request.max_tokens == 0,
             client_id=asker.client_id,
+            priority=allowed.priority or 0,
             deadline_seconds=asker.deadline_seconds,
             arrived=asker.arrived,
             trace=span.context,

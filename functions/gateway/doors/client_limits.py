@@ -1,93 +1,90 @@
-"""What one client may ask: requests and tokens a minute, answers at once. Counted in this gateway alone.
+"""What one client may ask: requests and tokens a minute, answers at once, the largest answer, and whose turn comes first.
 
 Windows slide, so that no minute has more than its share, whenever it begins. A request that is refused costs nothing else: it
 is refused before it is tokenized. Tokens are known when an answer has ended, so that who has some left may begin one more.
+Answers at once are counted in this gateway alone; requests and tokens too, unless there is a store that all gateways share.
 """
 
-import math
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
 
 from eventing.problems import RateLimited
-
-if TYPE_CHECKING:
-    from limits import RateLimitItem
-    from limits.strategies import RateLimiter
+from functions.configuration.api_keys import Allowance
+from functions.gateway.doors.windows import Windows
 
 Leave = Callable[[int], None]
 """Ends an answer, which took so many tokens, prompt and all."""
 
 
-@dataclass(frozen=True, slots=True)
-class Allowance:
-    """Of each client; None: without a limit."""
-
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
-    concurrent: int | None = None
+def _nothing_of_its_own(_: str) -> Allowance:
+    return Allowance()
 
 
 class ClientLimits:
     """Thread-safe."""
 
-    def __init__(self, allowance: Allowance) -> None:
-        self._allowance = allowance
-        self._windows = _Windows() if allowance.requests_per_minute or allowance.tokens_per_minute else None
+    def __init__(
+        self,
+        of_all: Allowance,
+        of_one: Callable[[str], Allowance] = _nothing_of_its_own,
+        store: str | None = None,
+        scope: str = "",
+    ) -> None:
+        """of_all: of every client of which `of_one` says nothing. store: URL of what gateways share; scope: its key there."""
+        self._of_all = of_all
+        self._of_one = of_one
+        self._store = store
+        self._scope = scope
+        self._windows: Windows | None = None
         self._running: Counter[str] = Counter()
         self._lock = threading.Lock()
 
+    def allowance(self, client_id: str) -> Allowance:
+        """None and 0: as much as it likes."""
+        return self._of_one(client_id).over(self._of_all)
+
     def enter(self, client_id: str, answers: int = 1) -> Leave:
         """With one request for so many answers; whoever enters calls the returned, once for each. Raises RateLimited."""
-        allowed = self._allowance
+        allowed = self.allowance(client_id)
         with self._lock:
-            if allowed.concurrent is not None and self._running[client_id] + answers > allowed.concurrent:
+            if allowed.concurrent and self._running[client_id] + answers > allowed.concurrent:
                 raise RateLimited(f"{allowed.concurrent} answers at once are what this client may have; wait for one of them")
-            if self._windows is not None:
-                self._windows.take(client_id, allowed)
             self._running[client_id] += answers
+        try:
+            self._take(client_id, allowed)
+        except BaseException:
+            self._gone(client_id, answers)
+            raise
         return lambda tokens: self._leave(client_id, tokens)
 
+    def _take(self, client_id: str, allowed: Allowance) -> None:
+        """One request, if there are tokens left, too. Raises RateLimited, and takes nothing then."""
+        if (tokens := allowed.tokens_per_minute) and not self._counted.test(tokens, self._scope, "tokens", client_id):
+            raise self._refusal(tokens, "tokens", client_id)
+        if (most := allowed.requests_per_minute) and not self._counted.hit(most, self._scope, "requests", client_id):
+            raise self._refusal(most, "requests", client_id)
+
     def _leave(self, client_id: str, tokens: int) -> None:
+        self._gone(client_id)
+        limit = self.allowance(client_id).tokens_per_minute
+        if limit and tokens:
+            self._counted.charge(limit, tokens, self._scope, "tokens", client_id)
+
+    def _gone(self, client_id: str, answers: int = 1) -> None:
         with self._lock:
-            self._running[client_id] -= 1
+            self._running[client_id] -= answers
             if not self._running[client_id]:
                 del self._running[client_id]
-            if self._windows is not None and self._allowance.tokens_per_minute and tokens:
-                self._windows.charge(client_id, self._allowance.tokens_per_minute, tokens)
 
+    def _refusal(self, limit: int, what: str, client_id: str) -> RateLimited:
+        seconds = self._counted.seconds_left(limit, self._scope, what, client_id)
+        return RateLimited(f"{limit} {what} a minute are what this client may have; ask again in {seconds} s", seconds)
 
-class _Windows:
-    """By the package `limits`."""
-
-    def __init__(self) -> None:
-        from limits.storage import MemoryStorage
-        from limits.strategies import SlidingWindowCounterRateLimiter
-
-        self._limiter: Final[RateLimiter] = SlidingWindowCounterRateLimiter(MemoryStorage())
-
-    def take(self, client_id: str, allowed: Allowance) -> None:
-        """One request, if there are tokens left, too. Raises RateLimited, and takes nothing then."""
-        if (tokens := allowed.tokens_per_minute) is not None and not self._limiter.test(_a_minute(tokens), "tokens", client_id):
-            raise self._refusal(_a_minute(tokens), "tokens", client_id)
-        if (most := allowed.requests_per_minute) is not None and not self._limiter.hit(_a_minute(most), "requests", client_id):
-            raise self._refusal(_a_minute(most), "requests", client_id)
-
-    def charge(self, client_id: str, limit: int, tokens: int) -> None:
-        """An answer may have taken more than was left: then all of it is gone."""
-        left = self._limiter.get_window_stats(_a_minute(limit), "tokens", client_id).remaining
-        self._limiter.hit(_a_minute(limit), "tokens", client_id, cost=min(tokens, left))
-
-    def _refusal(self, limit: "RateLimitItem", what: str, client_id: str) -> RateLimited:
-        reset = self._limiter.get_window_stats(limit, what, client_id).reset_time
-        seconds = max(1, math.ceil(reset - time.time()))
-        return RateLimited(f"{limit.amount} {what} a minute are what this client may have; ask again in {seconds} s", seconds)
-
-
-def _a_minute(amount: int) -> "RateLimitItem":
-    from limits import RateLimitItemPerMinute
-
-    return RateLimitItemPerMinute(amount)
+    @property
+    def _counted(self) -> Windows:
+        """Made when it is needed: a gateway without limits imports nothing for them."""
+        with self._lock:
+            if self._windows is None:
+                self._windows = Windows(self._store)
+            return self._windows

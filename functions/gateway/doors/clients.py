@@ -4,37 +4,33 @@ Each proxy adds to the end of X-Forwarded-For who spoke to it. What stands befor
 might write anew for each request, to have a queue of its own each time.
 """
 
-import hmac
-from collections.abc import Sequence
 from typing import Final
 
 from flask import Request
 
 from eventing.problems import Unauthorized
-from functions.gateway.doors.api_keys import HASHED, key_id, sha256_of
+from functions.gateway.doors.key_ring import KeyRing
 
 _LONGEST_ADDRESS: Final = 64
 
 
 class Clients:
-    """keys: bearer keys or their hashes, any of which is good; none: open to all. proxies: that every request passes."""
+    """proxies: that every request passes."""
 
-    def __init__(self, keys: Sequence[str], proxies: int = 0) -> None:
-        self._hashes = [key.removeprefix(HASHED) if key.startswith(HASHED) else sha256_of(key) for key in keys]
+    def __init__(self, keys: KeyRing, proxies: int = 0) -> None:
+        self._keys = keys
         self._proxies = proxies
 
     def identify(self, request: Request) -> str:
         """An id to share the pipeline fairly by; no secret. Raises Unauthorized."""
-        if not self._hashes:
+        if self._keys.is_open:
             return self._seen_by_the_first_proxy(request) or request.remote_addr or "unknown"
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        # All are compared, so that the time says nothing about which one came close.
-        found = sha256_of(given.strip())
-        known = [hmac.compare_digest(found, one) for one in self._hashes]
-        if scheme.lower() != "bearer" or not any(known):
+        found = self._keys.find(given.strip())
+        if scheme.lower() != "bearer" or found is None:
             seen = "another key" if given else "no Authorization header"
             raise Unauthorized(f"{seen}; send Authorization: Bearer with one of the gateway's API keys")
-        return key_id(found)
+        return found.id
 
     def _seen_by_the_first_proxy(self, request: Request) -> str:
         """Empty where there are fewer entries than proxies."""

@@ -1,8 +1,7 @@
-"""Who waits how: clients take turns, and who returns goes first."""
+"""Who waits how: clients of the highest priority first, who take turns; and before them whoever returns."""
 
 from collections import OrderedDict, deque
 from collections.abc import Container, Iterator
-from itertools import chain
 from typing import Generic, Protocol, TypeVar
 
 
@@ -10,12 +9,16 @@ class OfClient(Protocol):
     @property
     def client_id(self) -> str: ...
 
+    @property
+    def priority(self) -> int: ...
+
 
 W = TypeVar("W", bound=OfClient)
 
 
 class FairQueue(Generic[W]):
-    """First come, first served within a client; round robin between clients. Who returns goes before all who are new."""
+    """First come, first served within a client; round robin between clients of one priority, and a higher one goes first. Who
+    returns goes before all who are new."""
 
     def __init__(self) -> None:
         self._clients: OrderedDict[str, deque[W]] = OrderedDict()
@@ -39,9 +42,11 @@ class FairQueue(Generic[W]):
 
     def peek(self, but: Container[str] = ()) -> W | None:
         """The one whose turn it is, none of the clients in `but`."""
-        returned = (item for item in self._returned if item.client_id not in but)
+        returned = next((item for item in self._returned if item.client_id not in but), None)
+        if returned is not None:
+            return returned
         waiting = (items[0] for client_id, items in self._clients.items() if client_id not in but)
-        return next(chain(returned, waiting), None)
+        return max(waiting, key=lambda item: item.priority, default=None)  # The first of several, whose turn it is.
 
     def pop(self, but: Container[str] = ()) -> W:
         """Takes out what `peek` says; its client goes to the end of the round. Raises IndexError when nobody waits."""

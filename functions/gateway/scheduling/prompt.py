@@ -30,6 +30,8 @@ class Prompt:
     scored: bool = False
     """The log-probabilities of the prompt's own tokens are wanted, too."""
     client_id: str = ""
+    priority: int = 0
+    """Of the client: whose is higher is taken first."""
     deadline_seconds: float = 600.0
     """From when the request came in."""
     arrived: float | None = None

@@ -82,6 +82,10 @@ class Sequence:
         return self.prompt.client_id
 
     @property
+    def priority(self) -> int:
+        return self.prompt.priority
+
+    @property
     def total_tokens(self) -> int:
         return len(self.tokens)
 

@@ -9,12 +9,14 @@ from typing import ClassVar, Final
 import msgspec
 from rich.console import Console
 
+from functions.configuration.api_keys import HASHED
 from functions.stage.engine.threads import usable_cores
 from knative.commands.sources.model_fit import best_dtype
 from knative.commands.terminal.console import publish_progress
 from knative.local.kubelet.containers import NamedData
 from knative.render.rendering import resolve
 from knative.render.resolved_pipeline import ResolvedPipeline
+from knative.render.services import KEYS_ENTRY
 from knative.spec.cut import cut_evenly
 from knative.spec.kv_store import KVStore
 from knative.spec.model_shape import ModelShape, published_shape
@@ -54,8 +56,11 @@ class LocalPipeline:
     @property
     def api_key(self) -> str | None:
         """One that the gateway takes; None where it is open."""
-        name = self.pipeline.spec.gateway.api_keys_secret
-        return None if name is None else self.secrets[name]["api-keys"].partition(",")[0]
+        for name in self.pipeline.spec.gateway.api_keys_secrets:
+            for part in self.secrets[name][KEYS_ENTRY].replace("\n", ",").split(","):
+                if part.strip() and not part.lstrip().startswith(("#", HASHED)):
+                    return part.split()[0]
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +132,7 @@ def local_pipeline(
         if spec.kv_store is not None:
             spec = msgspec.structs.replace(spec, kv_store=msgspec.structs.replace(spec.kv_store, endpoint=None, bucket=None))
     made = {str(spec.store.secret): _store_secret(store.settings), spec.token_secret: {"token": secrets.token_hex(16)}}
-    if spec.gateway.api_keys_secret is not None:
-        made[spec.gateway.api_keys_secret] = {"api-keys": secrets.token_hex(16)}
+    made |= {name: {KEYS_ENTRY: secrets.token_hex(16)} for name in spec.gateway.api_keys_secrets}
     if spec.kv_store is not None:
         made[spec.kv_store.secret] = {"key": kv_key or secrets.token_hex(KEY_BYTES)}
     found: dict[str, tuple[ModelManifest, ModelShape]] = {manifest.dtype: (manifest, shape)}
@@ -160,6 +164,11 @@ def read_data_folder(folder: Path | None) -> NamedData:
         for each in folder.iterdir()
         if each.is_dir()
     }
+
+
+def data_folders(folder: Path | None) -> dict[str, Path]:
+    """Where each of them lies."""
+    return {} if folder is None else {each.name: each for each in folder.iterdir() if each.is_dir()}
 
 
 def _smallest_published(store: ObjectStore, name: str) -> str:

@@ -4,7 +4,8 @@ import math
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 from knative.local.errors import UnsupportedManifest
@@ -35,6 +36,8 @@ class LocalData:
     """Cluster-local URL → local URL, wherever it stands in a value: what cluster DNS does."""
     in_cluster: Mapping[str, str]
     """Environment instead of what a pod would find by its ServiceAccount; see docs/environment.md, LAMINA_KUBERNETES_API."""
+    secret_folders: Mapping[str, Path] = field(default_factory=dict)
+    """Secret → folder with a file for each key, which is what a volume of it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,7 @@ def read_container(template: Mapping[str, Any], local: LocalData, told: Mapping[
     annotations = template.get("metadata", {}).get("annotations") or {}
     return Container(
         command=(*(container.get("command") or FUNCTION), *(container.get("args") or ())),
-        environ=_environ(container, local) | _threads(container, limits) | dict(told),
+        environ=_environ(container, local, _mounts(pod, container, local)) | _threads(container, limits) | dict(told),
         readiness=readiness_probe(container),
         liveness=liveness_probe(container),
         limits=RequestLimits(
@@ -79,14 +82,27 @@ def _timeouts(pod: Mapping[str, Any]) -> Timeouts:
     return Timeouts(timeout, float(start), float(pod.get("idleTimeoutSeconds") or 0))
 
 
-def _environ(container: Mapping[str, Any], local: LocalData) -> dict[str, str]:
+def _mounts(pod: Mapping[str, Any], container: Mapping[str, Any], local: LocalData) -> dict[str, str]:
+    """Where a Secret is mounted → the folder that is there instead. A function finds its files by its environment alone."""
+    secrets = {volume["name"]: volume["secret"]["secretName"] for volume in pod.get("volumes") or () if "secret" in volume}
+    found = {}
+    for mount in container.get("volumeMounts") or ():
+        name = secrets.get(mount["name"])
+        if name is not None and name not in local.secret_folders:
+            raise UnsupportedManifest(f"volumes: the Secret {name!r} is not here{_have(local.secrets)}")
+        if name is not None:
+            found[mount["mountPath"]] = str(local.secret_folders[name])
+    return found
+
+
+def _environ(container: Mapping[str, Any], local: LocalData, mounts: Mapping[str, str]) -> dict[str, str]:
     environ = {key: os.environ[key] for key in _INHERITED if key in os.environ}
     for source in container.get("envFrom") or ():
         environ |= _whole(source, local)
     for entry in container.get("env") or ():
         value = _value(entry, local)
         if value is not None:
-            environ[entry["name"]] = _local(value, local.replacements)
+            environ[entry["name"]] = _local(value, {**local.replacements, **mounts})
     if environ.get("LAMINA_KUBERNETES_API") == "cluster":
         return {**environ, **local.in_cluster}
     if "LAMINA_POD_PORT" in environ:  # A stage, which follows pods and asks no API.

@@ -37,8 +37,11 @@ def _unsupported(spec: Manifest) -> Iterator[str]:
             yield f"spec.traffic[{index}].tag: a tag has no URL of its own on one machine"
     pod = spec["template"]["spec"]
     for index, volume in enumerate(pod.get("volumes") or ()):
-        for kind in sorted(set(volume) - {"name", "emptyDir"}):
-            yield f"spec.template.spec.volumes[{index}].{kind}: nothing is mounted on one machine: files would be missing"
+        for kind in sorted(set(volume) - {"name", "emptyDir", "secret"}):
+            yield f"spec.template.spec.volumes[{index}].{kind}: is not mounted on one machine: files would be missing"
+        for item in (volume.get("secret") or {}).get("items") or ():
+            if item["path"] != item["key"]:
+                yield f"spec.template.spec.volumes[{index}].secret.items: on one machine a file is called as its key is"
     for index, container in enumerate(pod["containers"]):
         yield from _of_container(container, f"spec.template.spec.containers[{index}]")
 

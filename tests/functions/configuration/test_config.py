@@ -7,6 +7,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_address
 
 import pytest
 
+from functions.configuration.api_keys import parse_keys
 from functions.configuration.config import GatewayConfig, StageConfig, environment, read_config
 from functions.configuration.environment_page import help_text, markdown_page
 from functions.configuration.settings import ConfigError
@@ -50,7 +51,7 @@ def test_a_gateway_reads_its_keys() -> None:
     config = read_config({**GATEWAY, "LAMINA_API_KEYS": "one, two", "LAMINA_POD_NETWORK": "10.0.0.0/8, fd00::/64"})
     assert isinstance(config, GatewayConfig)
     assert config.stages == (((0, 2), "http://one:81"), ((2, 4), "http://two"))
-    assert config.api_keys == ("one", "two")
+    assert config.api_keys == parse_keys("one,two")
     assert config.pod_network == (IPv4Network("10.0.0.0/8"), IPv6Network("fd00::/64"))
     unset = read_config(GATEWAY)
     assert isinstance(unset, GatewayConfig)

@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 from click.testing import CliRunner, Result
 
+from functions.configuration.api_keys import sha256_of
 from knative.__main__ import main
 from tests.support.functions.doors import Pipeline, ask, client_of
 
@@ -36,8 +37,22 @@ def test_made_listed_and_revoked(tmp_path: Path) -> None:
     assert keys(secret, "--revoke", "alice").exit_code == 0
     assert [status(secret, key, pipeline) for key in made.values()] == [401, 200]
     assert "alice" not in secret.read_text()
-    assert keys(secret, "--revoke", pipeline.prompts[1].client_id).exit_code == 1, "the last one"
-    assert status(secret, made["bob"], pipeline) == 200
+    last = keys(secret, "--revoke", pipeline.prompts[1].client_id)
+    assert last.exit_code == 0
+    assert "nobody may ask" in last.stderr
+
+
+def test_a_key_has_limits_of_its_own(tmp_path: Path) -> None:
+    """In a list as a gateway reads it, which a running one follows."""
+    file = tmp_path / "api-keys"
+    made = keys(file, "--make", "alice", "--limit", "requests_per_minute=2", "--limit", "priority=-3").stdout.strip()
+    assert file.read_text().split()[1:] == ["name=alice", "requests_per_minute=2", "priority=-3"]
+    assert "requests_per_minute 2, priority -3" in " ".join(keys(file).stdout.split())
+    pipeline = Pipeline()
+    client = client_of(pipeline, LAMINA_API_KEY_FILES=str(file))
+    answered = [ask(client, {"prompt": "Hi"}, Authorization=f"Bearer {made}").status_code for _ in range(3)]
+    assert answered == [200, 200, 429]
+    assert pipeline.prompts[0].priority == -3
 
 
 def test_a_secret_as_kubectl_gives_it_keeps_what_else_it_has(tmp_path: Path) -> None:
@@ -50,19 +65,27 @@ def test_a_secret_as_kubectl_gives_it_keeps_what_else_it_has(tmp_path: Path) -> 
     found = yaml.safe_load(secret.read_text())
     assert found["data"] == {"more": "eA=="}
     assert found["metadata"]["annotations"]["a"] == "b"
-    assert found["stringData"]["api-keys"].startswith("by-hand,other,sha256:")
+    lines = found["stringData"]["api-keys"].splitlines()
+    assert [line.split()[0] for line in lines[:2]] == [f"sha256:{sha256_of(key)}" for key in ("by-hand", "other")]
+    assert "name=alice" in lines[2]
 
 
 def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
     secret, other = tmp_path / "keys.yaml", tmp_path / "other.yaml"
+    broken = tmp_path / "broken"
+    broken.write_text("one-key another-key\n")
     other.write_text("kind: ConfigMap\nmetadata: {name: x}\n")
     assert keys(secret, "--make", "alice").exit_code == 0
     for arguments, words in (
         ((secret, "--make", "alice"), "alice has a key"),
         ((secret, "--revoke", "bob"), "no key has the id or the name 'bob'"),
-        ((secret, "--revoke", "alice"), "its last key"),
+        ((broken,), "word 2 of key 1 is none of NAME=VALUE"),
         ((other,), "holds no Secret"),
     ):
         result = keys(*arguments)
         assert (result.exit_code, words in result.output) == (1, True), result.output
+        assert "another-key" not in result.output
     assert keys(secret, "--make", "a", "--revoke", "b").exit_code == 2
+    assert keys(secret, "--revoke", "alice", "--limit", "concurrent=1").exit_code == 2
+    wrong = keys(secret, "--make", "a", "--limit", "requests=1")
+    assert (wrong.exit_code, "NAME one of requests_per_minute" in " ".join(wrong.output.split())) == (2, True)

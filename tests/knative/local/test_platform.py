@@ -389,6 +389,35 @@ def test_the_hpa_class_keeps_a_pod_without_requests(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_a_mounted_secret_is_a_file_that_its_pods_see_change(tmp_path: Path) -> None:
+    """Of a folder that a person gave, or of one that is written for this run and goes with it."""
+
+    async def scenario() -> None:
+        given = tmp_path / "given"
+        given.mkdir()
+        (given / "keys").write_text("one")
+        mounts = [{"name": f"v-{name}", "mountPath": f"/etc/{name}"} for name in ("given", "made", "scratch")]
+        paths = {"name": "PATHS", "value": "/etc/given/keys,/etc/made/keys"}
+        manifest = echo_service(container={"env": [paths], "volumeMounts": mounts})
+        manifest["spec"]["template"]["spec"]["volumes"] = [
+            {"name": "v-given", "secret": {"secretName": "given"}},
+            {"name": "v-made", "secret": {"secretName": "made", "items": [{"key": "keys", "path": "keys"}]}},
+            {"name": "v-scratch", "emptyDir": {}},
+        ]
+        secrets = {"given": {"keys": "one"}, "made": {"keys": "two"}}
+        more = {"secrets": secrets, "secret_folders": {"given": given}}
+        async with running_platform(tmp_path, manifest, **more) as platform, client() as session:
+            seen = (await fetch(session, platform.url("echo") + "/environment?PATHS"))[1].split(",")
+            assert [Path(path).read_text() for path in seen] == ["one", "two"]
+            assert Path(seen[0]) == given / "keys"
+            assert Path(seen[1]).parent == platform.secret_folder("made")
+            assert Path(seen[1]).parent.parent.stat().st_mode & 0o077 == 0
+        assert (given / "keys").exists()
+        assert not Path(seen[1]).exists()
+
+    asyncio.run(scenario())
+
+
 def test_secrets_and_cluster_names_are_resolved(tmp_path: Path) -> None:
     async def scenario() -> None:
         container = {

@@ -30,12 +30,12 @@ def named(objects: list[KubernetesObject], kind: str) -> dict[str, KubernetesObj
 
 def secrets(service: KubernetesObject) -> set[str]:
     (container,) = service["spec"]["template"]["spec"]["containers"]
-    return {entry["name"] for entry in container["env"] if "valueFrom" in entry}
+    return {entry["name"] for entry in container["env"] if "valueFrom" in entry or entry["name"].endswith("KEY_FILES")}
 
 
 def test_the_events_gateway_asks_for_no_key_and_is_not_seen_from_outside() -> None:
     public, events = gateway_service(pipeline(WITH)), events_gateway_service(pipeline(WITH))
-    assert secrets(public) == {"LAMINA_PIPELINE_TOKEN", "LAMINA_API_KEYS"}
+    assert secrets(public) == {"LAMINA_PIPELINE_TOKEN", "LAMINA_API_KEY_FILES"}
     assert secrets(events) == {"LAMINA_PIPELINE_TOKEN"}
     assert "networking.knative.dev/visibility" not in public["metadata"]["labels"]
     assert events["metadata"]["labels"]["networking.knative.dev/visibility"] == "cluster-local"

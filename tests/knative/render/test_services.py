@@ -7,10 +7,11 @@ import pytest
 import yaml
 
 from eventing.wire.events import pipeline_fingerprint
+from functions.configuration.api_keys import Allowance
 from functions.configuration.config import GatewayConfig, StageConfig, read_config
 from functions.configuration.pass_times import PassTimes
-from functions.gateway.app import allowance_of
-from functions.gateway.doors.client_limits import Allowance
+from functions.gateway.app import client_limits
+from functions.gateway.doors.key_ring import KeyRing
 from knative.render.rendering import render
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import METRICS_PORT, gateway_access, services, stage_service
@@ -43,6 +44,8 @@ def environment(service: dict[str, Any]) -> dict[str, str]:
     """What the container would see, every secret being `secret`."""
     container = service["spec"]["template"]["spec"]["containers"][0]
     found = {entry["name"]: entry.get("value", "secret") for entry in container["env"]}
+    if "LAMINA_LIMITS_STORE" in found:
+        found["LAMINA_LIMITS_STORE"] = "redis://secret:6379"
     return found | {"PORT": "8080", "AWS_ACCESS_KEY_ID": "secret", "AWS_SECRET_ACCESS_KEY": "secret"}
 
 
@@ -60,12 +63,15 @@ def test_functions_accept_every_rendered_environment() -> None:
         "client_requests_per_minute": 60,
         "client_tokens_per_minute": 9000,
         "client_concurrent": 4,
+        "client_max_tokens": 500,
+        "limits_secret": "redis",
+        "cors_origins": ["https://chat.example", "http://localhost:3000"],
         "access_log": "prompts",
     }
     waits = dict.fromkeys(("cold_start_timeout_seconds", "request_timeout_seconds", "step_timeout_seconds"), 30.5)
     full = pipeline(
         stage=everything,
-        gateway={**knobs, **waits, **per_client, "api_keys_secret": "keys", "proxies": 2},
+        gateway={**knobs, **waits, **per_client, "api_keys_secret": ["keys", "more-keys"], "proxies": 2},
     )
     for variant in (pipeline(), full):
         configs = [read_config(environment(service)) for service in services(variant)]
@@ -76,9 +82,16 @@ def test_functions_accept_every_rendered_environment() -> None:
     gateway = configs[-1]
     assert isinstance(gateway, GatewayConfig)
     assert gateway.access_log == "prompts"
-    assert allowance_of(gateway) == Allowance(60, 9000, 4)
+    assert client_limits(gateway, KeyRing()).allowance("anybody") == Allowance(60, 9000, 4, 500)
+    assert gateway.cors_origins == ("https://chat.example", "http://localhost:3000")
     assert gateway.stages[1] == ((10, 20), f"http://chat-{full.fingerprint[:8]}-s1.models.svc.cluster.local")
-    assert gateway.api_keys == ("secret",)
+    assert gateway.api_keys is None
+    pod = services(full)[-1]["spec"]["template"]["spec"]
+    mounted = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert gateway.api_key_files == (f"{mounted['api-keys-0']}/api-keys", f"{mounted['api-keys-1']}/api-keys")
+    volumes = {volume["name"]: volume.get("secret") for volume in pod["volumes"]}
+    items = [{"key": "api-keys", "path": "api-keys"}]
+    assert volumes["api-keys-1"] == {"secretName": "more-keys", "items": items}
     assert (gateway.proxies, gateway.scores) == (2, "off")
 
 

@@ -12,9 +12,8 @@ from werkzeug.test import TestResponse
 from eventing.http.sse import SSEDecoder
 from eventing.problems import Problem
 from functions.configuration.config import GatewayConfig, read_config
-from functions.gateway.app import allowance_of, create_app
+from functions.gateway.app import client_limits, create_app, key_ring
 from functions.gateway.doors.answers import Answers
-from functions.gateway.doors.client_limits import ClientLimits
 from functions.gateway.doors.metrics import GatewayMetrics
 from functions.gateway.scheduling.prompt import Prompt
 from functions.gateway.scheduling.token_stream import TokenStream
@@ -94,8 +93,9 @@ def client_of(
     config = read_config(GATEWAY | environ)
     assert isinstance(config, GatewayConfig)
     text = ModelText(TOKENIZER, ChatTemplate(template, {}), frozenset([END]), CONTEXT)
-    answers = Answers(text, pipeline, pipeline.metrics, limits=ClientLimits(allowance_of(config)))
-    return create_app(config, lambda: answers, pipeline.metrics, write_line).test_client()
+    keys = key_ring(config)
+    answers = Answers(text, pipeline, pipeline.metrics, limits=client_limits(config, keys))
+    return create_app(config, lambda: answers, pipeline.metrics, keys, write_line).test_client()
 
 
 def ask(client: FlaskClient, data: Any, **headers: str) -> TestResponse:

@@ -12,6 +12,7 @@ from functions.configuration.config import GatewayConfig, read_config
 from functions.gateway.app import MAX_REQUEST_BYTES, create_app
 from functions.gateway.doors import reply as core
 from functions.gateway.doors.answers import Answers
+from functions.gateway.doors.key_ring import KeyRing
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.text.chat_template import ChatTemplate
 from functions.gateway.text.tokenizer import ModelText
@@ -206,7 +207,7 @@ def test_a_continuation_has_the_space_before_its_first_word_and_a_message_has_no
     end = tokenizer.token_to_id("</s>")
     text = ModelText(tokenizer, ChatTemplate("{{ messages[0].content }}", {}), frozenset([end]), CONTEXT)
     answers = Answers(text, pipeline, pipeline.metrics)
-    client = create_app(config, lambda: answers, pipeline.metrics).test_client()
+    client = create_app(config, lambda: answers, pipeline.metrics, KeyRing()).test_client()
 
     def script(stream: TokenStream) -> None:
         for token in [*ids_of(tokenizer, "▁Paris", "."), end]:

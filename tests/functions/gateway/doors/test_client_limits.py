@@ -1,14 +1,16 @@
 """What one client may ask, at both doors; whoever is refused costs nothing, and nobody else is touched."""
 
 import time
+from collections import Counter
 from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
-from eventing.problems import RateLimited
-from functions.gateway.doors.client_limits import Allowance, ClientLimits
+from functions.configuration.api_keys import Allowance
+from functions.gateway.doors.client_limits import ClientLimits
+from functions.gateway.text.tokenizer import ModelText
 from tests.support.functions.doors import EVENT, Pipeline, client_of
 
 KEYS = {"LAMINA_API_KEYS": "alice,bob"}
@@ -77,18 +79,27 @@ def test_who_fails_before_the_answer_begins_gives_its_place_back(pipeline: Pipel
     assert chat(client).status_code == 200
 
 
-def test_ten_thousand_requests_beyond_a_limit_cost_next_to_nothing() -> None:
-    limits = ClientLimits(Allowance(requests_per_minute=10, tokens_per_minute=1000))
-    admitted = 0
-    for _ in range(10_000):
-        try:
-            limits.enter("greedy")(1)
-        except RateLimited:
-            continue
-        admitted += 1
-    assert admitted == 10
-    limits.enter("modest")(5)
-    assert not limits._running
+def test_ten_thousand_requests_beyond_a_limit_are_not_tokenized(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way from a request to its answer, tokenizations counted where all of them are."""
+    read: list[object] = []
+    real = ModelText.encode
+
+    def encode(self: ModelText, *given: Any, **named: Any) -> Any:
+        read.append(given)
+        return real(self, *given, **named)
+
+    monkeypatch.setattr(ModelText, "encode", encode)
+    client = client_of(pipeline, **KEYS, LAMINA_CLIENT_REQUESTS_PER_MINUTE="10", LAMINA_CLIENT_TOKENS_PER_MINUTE="100000")
+    headers = {"Authorization": "Bearer alice"}
+    statuses = Counter(
+        client.post("/v1/completions", json={"model": "tiny", "prompt": "Hi"}, headers=headers).status_code
+        for _ in range(10_000)
+    )
+    admitted = statuses[200]
+    assert statuses == {200: admitted, 429: 10_000 - admitted}
+    assert 10 <= admitted <= 20, "a minute may end meanwhile"
+    assert len(read) == pipeline.entered == len(pipeline.prompts) == admitted
+    assert chat(client, "bob").status_code == 200
 
 
 def test_without_limits_nothing_is_counted() -> None:

@@ -11,6 +11,7 @@ from functions.gateway.scheduling.fair_queue import FairQueue
 class Waiting:
     client_id: str
     number: int
+    priority: int = 0
 
 
 def test_the_queue_goes_round_the_clients() -> None:
@@ -31,3 +32,11 @@ def test_the_queue_goes_round_the_clients() -> None:
     assert queue.peek() is None
     with pytest.raises(IndexError, match="nobody waits"):
         queue.pop()
+
+
+def test_who_has_priority_goes_first_and_equals_take_turns() -> None:
+    queue: FairQueue[Waiting] = FairQueue()
+    for number, (client, priority) in enumerate([("low", -1), ("a", 0), ("a", 0), ("b", 0), ("high", 5), ("high", 5)]):
+        queue.push(Waiting(client, number, priority))
+    queue.push_returned(Waiting("low", 9, -1))
+    assert [queue.pop().number for _ in range(7)] == [9, 4, 5, 1, 3, 2, 0]

@@ -1,0 +1,118 @@
+"""API keys of clients as they are written down: a key or its hash, what people call it, and what it may ask.
+
+    sha256:<64 hexadecimal digits> name=alice requests_per_minute=60 concurrent=4
+
+One on each line, or separated by commas; a line that begins with # is none. Errors count keys and words and show neither,
+because anything that stands there may be a key.
+"""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, Self
+
+HASHED: Final = "sha256:"
+"""Before the hexadecimal SHA-256 of a key, where it stands for the key."""
+_HASH: Final = re.compile("[0-9a-f]{64}")
+_NAME: Final = re.compile(r"[\w.@-]{1,100}")
+_ID_DIGITS: Final = 12
+_MOST: Final = 10**12
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """What a client may ask. None: nothing is said; 0: as much as it likes."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    """Of prompts and answers."""
+    concurrent: int | None = None
+    """Answers at once."""
+    max_tokens: int | None = None
+    """Of the largest answer."""
+    priority: int | None = None
+    """Whose is higher comes first; 0 unless said."""
+
+    def over(self, other: Self) -> Self:
+        """What this says, and what `other` says where this does not."""
+        said = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return dataclasses.replace(other, **said)
+
+
+LIMITS: Final = tuple(field.name for field in dataclasses.fields(Allowance))
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """`hashed`: 64 hexadecimal digits."""
+
+    hashed: str
+    name: str = ""
+    allowance: Allowance = Allowance()
+    in_clear_text: bool = False
+    """As people write them by hand."""
+
+    @property
+    def id(self) -> str:
+        """What it is called in logs and lists; no secret."""
+        return self.hashed[:_ID_DIGITS]
+
+    def written(self) -> str:
+        """Always by its hash."""
+        said = {name: getattr(self.allowance, name) for name in LIMITS}
+        words = [f"{name}={value}" for name, value in (("name", self.name or None), *said.items()) if value is not None]
+        return " ".join([HASHED + self.hashed, *words])
+
+
+def sha256_of(key: str) -> str:
+    """64 hexadecimal digits. A key has 256 bits of its own, so nobody finds it by trying, and no slow hash is needed."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def parse_keys(text: str) -> tuple[ApiKey, ...]:
+    """None may be missing between two commas. Raises ValueError."""
+    found = [_key(number, words) for number, words in enumerate(_parts(text), 1)]
+    numbers: dict[str, int] = {}
+    for number, key in enumerate(found, 1):
+        first = numbers.setdefault(key.hashed, number)
+        if first != number:
+            raise ValueError(f"key {number} is key {first} again")
+    return tuple(found)
+
+
+def limit(name: str, value: str) -> int:
+    """Raises ValueError where `name` is no limit of a key, or `value` none of its values."""
+    least = -_MOST if name == "priority" else 0
+    if name not in LIMITS or not re.fullmatch("-?[0-9]{1,13}", value) or not least <= int(value) <= _MOST:
+        raise ValueError(f"a limit is NAME=NUMBER, NAME one of {', '.join(LIMITS)}")
+    return int(value)
+
+
+def _parts(text: str) -> Iterator[list[str]]:
+    for line in text.splitlines():
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield from (part.split() for part in line.split(","))
+
+
+def _key(number: int, words: list[str]) -> ApiKey:
+    if not words:
+        raise ValueError(f"key {number} is empty; keys are separated by commas, or one is on each line")
+    secret = words[0].removeprefix(HASHED)
+    clear = secret == words[0]
+    if not clear and not _HASH.fullmatch(secret):
+        raise ValueError(f"key {number} is not {HASHED} and the 64 hexadecimal digits of its hash")
+    said: dict[str, str] = {}
+    for place, word in enumerate(words[1:], 2):
+        name, _, value = word.partition("=")
+        try:
+            if name in said or not (_NAME.fullmatch(value) if name == "name" else limit(name, value) is not None):
+                raise ValueError
+        except ValueError as error:
+            known = ", ".join(("name", *LIMITS))
+            raise ValueError(f"word {place} of key {number} is none of NAME=VALUE, NAME one of {known}, once each") from error
+        said[name] = value
+    name = said.pop("name", "")
+    allowance = Allowance(**{each: int(value) for each, value in said.items()})
+    return ApiKey(sha256_of(secret) if clear else secret, name, allowance, clear)
