@@ -14,7 +14,7 @@ from werkzeug.test import TestResponse
 
 from eventing.http.sse import ServerSentEvent, SSEDecoder
 from functions.configuration.config import GatewayConfig, read_config
-from functions.gateway.app import create_app
+from functions.gateway.app import create_app, key_ring
 from functions.gateway.doors import pipeline_events, pipeline_watch
 from functions.gateway.doors.pipeline_state import PipelineState
 from functions.gateway.doors.pipeline_watch import StageName, Watched
@@ -55,7 +55,7 @@ class Pipe:
         assert isinstance(config, GatewayConfig)
         pipeline = Pipeline()
         pipeline.script = refuse(AssertionError)  # type: ignore[arg-type]
-        return create_app(config, lambda: None, pipeline.metrics, lambda _: None, self.watched).test_client()  # type: ignore[arg-type, return-value]
+        return create_app(config, lambda: None, pipeline.metrics, key_ring(config), lambda _: None, self.watched).test_client()  # type: ignore[arg-type, return-value]
 
 
 @pytest.fixture
