@@ -14,8 +14,10 @@ from knative.render.resolved_pipeline import ResolvedPipeline, labels
 from knative.spec.cut import format_cut
 from knative.spec.errors import SpecError
 from knative.spec.kubernetes_object import KubernetesObject
-from knative.spec.pipeline_spec import Autoscaling, PipelineSpec, Resources, Stage, Tracing, WebIdentity, quantity
+from knative.spec.pipeline_spec import Autoscaling, PipelineSpec, Resources, Stage, quantity
 from knative.spec.pod import Pod
+from knative.spec.tracing import Tracing
+from knative.spec.web_identity import WebIdentity
 
 T = TypeVar("T")
 CONTAINER_PORT: Final = 8080

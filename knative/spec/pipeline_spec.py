@@ -17,6 +17,8 @@ from knative.spec.errors import SpecError
 from knative.spec.kv_store import KVStore
 from knative.spec.pod import Pod, check_pod
 from knative.spec.stage_overrides import PATH, changed, overridden
+from knative.spec.tracing import Tracing
+from knative.spec.web_identity import WebIdentity
 from knative.webhook.values import parse_quantity
 
 DTYPES: Final = ("float32", "bfloat16", "float16", "int8", "q4")
@@ -183,16 +185,6 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return () if secrets is None else (secrets,) if isinstance(secrets, str) else tuple(secrets)
 
 
-class WebIdentity(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A token of the pods' ServiceAccounts, which a security token service takes for keys (AssumeRoleWithWebIdentity)."""
-
-    audience: str = "sts.amazonaws.com"
-    role_arn: str | None = None
-    """Unset: the service knows by the token what it is good for, as MinIO does."""
-    sts_endpoint: Annotated[str, Meta(pattern="^https?://")] | None = None
-    """Unset: AWS's own of `region`."""
-
-
 class Store(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The S3-compatible store that pods read weights from."""
 
@@ -252,15 +244,6 @@ class Monitoring(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     queue_proxy_metrics: bool = False
     """Scrapes queue-proxy too, which listens only once config-observability has `request-metrics-protocol: prometheus`."""
     alerts: bool = True
-
-
-class Tracing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Traces of gateway and stages, by OTLP over HTTP."""
-
-    endpoint: Annotated[str, Meta(pattern="^https?://")]
-    """Of a collector; `/v1/traces` is put behind it."""
-    sample_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.1
-    """Of requests that bring no decision of their own; a span for each stage and step is many."""
 
 
 class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
