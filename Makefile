@@ -21,6 +21,7 @@ INGRESS ?=
 TIMEOUT ?= 900
 ENGINE ?=
 MINUTES ?=
+CASES ?=
 QUICK ?=
 TRACE ?=
 EXPERIMENT ?=
@@ -29,7 +30,7 @@ ACCELERATOR ?= cpu
 TARGET ?= $(if $(filter cuda,$(ACCELERATOR)),full,lean)
 TORCH_INDEX ?=
 # Recipes read these through the environment, so that no quoting in a value can break a command.
-export PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT INGRESS TIMEOUT ENGINE BASE ACCELERATOR TARGET TORCH_INDEX MINUTES QUICK TRACE EXPERIMENT
+export PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT INGRESS TIMEOUT ENGINE BASE ACCELERATOR TARGET TORCH_INDEX MINUTES QUICK TRACE EXPERIMENT CASES
 
 BIN := $(VENV)/bin
 CLIENTS ?= .venv-clients
@@ -42,7 +43,7 @@ help: ## This list
 	@awk 'BEGIN { FS = ":.*## " } \
 	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
 	  /^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@printf '\nVariables: PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT INGRESS TIMEOUT ENGINE BASE ACCELERATOR TARGET TORCH_INDEX MINUTES QUICK TRACE EXPERIMENT PYTHON VENV\n'
+	@printf '\nVariables: PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT INGRESS TIMEOUT ENGINE BASE ACCELERATOR TARGET TORCH_INDEX MINUTES QUICK TRACE EXPERIMENT CASES PYTHON VENV\n'
 
 .PHONY: run
 run: $(VENV)/run.stamp needs-libraries $(VENV)/native.stamp ## Ask a real model through a pipeline on this machine, then serve it (PROMPT= STAGES= DTYPE= MODEL= PORT= ONCE=1)
@@ -143,6 +144,10 @@ test: $(VENV)/dev.stamp $(VENV)/native.stamp ## Every test; no GPU, cluster, Doc
 .PHONY: test-clients
 test-clients: $(VENV)/dev.stamp $(VENV)/native.stamp $(CLIENTS)/$(CLIENTS_LIST).stamp ## Programs that people ask models with, in an environment of their own (CLIENTS_LIST=requirements-clients-light for the light ones)
 	LAMINA_TEST_CLIENTS=$(abspath $(CLIENTS)) $(BIN)/python -m pytest -n 2 --dist loadfile tests/clients
+
+.PHONY: test-api
+test-api: $(VENV)/dev.stamp $(VENV)/native.stamp ## A real gateway asked at random by its own OpenAPI document (CASES= of each operation)
+	CASES="$${CASES:-1000}" $(BIN)/python -m pytest --timeout 3000 tests/pipeline/test_openapi.py
 
 .PHONY: check
 check: $(VENV)/dev.stamp ## Lint, format, types, import directions, owners of heavy libraries, generated files

@@ -21,6 +21,8 @@ from functions.gateway.doors.events import EventDoor
 from functions.gateway.doors.key_ring import KeyRing
 from functions.gateway.doors.metrics import GatewayMetrics
 from functions.gateway.doors.openai import OpenAIDoor
+from functions.gateway.doors.openapi import OpenAPIDoor
+from functions.gateway.doors.operations import operations
 from functions.gateway.doors.page import Page
 from functions.gateway.doors.pipeline_events import PipelineEventsDoor
 from functions.gateway.doors.pipeline_watch import PipelineWatch, StageName, Watched
@@ -99,6 +101,8 @@ def create_app(
         PipelineEventsDoor(PipelineWatch(watched), clients).register(app)
     if config.page == "on":
         Page().register(app)
+    described = list(operations(with_page=config.page == "on"))
+    OpenAPIDoor(described, config.model, with_keys=config.api_keys is not None).register(app)
     OpenAIDoor(answers, clients, config.model, config.pipeline, config.request_timeout_seconds).register(app)
     return app
 

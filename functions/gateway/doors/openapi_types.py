@@ -1,0 +1,178 @@
+"""Replies as the OpenAPI document describes them. Requests are described by the types that check them."""
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from eventing.wire.generation import GenerateRequest, GenerateResponse, Usage
+
+NotEmpty = Annotated[str, Meta(min_length=1)]
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
+
+
+class APIError(Struct, frozen=True):
+    message: str
+    """What was seen, and what to do."""
+    type: Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
+    code: str
+    param: str | None = None
+
+
+class ErrorReply(Struct, frozen=True):
+    """A refusal under /v1, in the shape of the OpenAI API."""
+
+    error: APIError
+
+
+class ProblemDocument(Struct, frozen=True):
+    """A refusal elsewhere (RFC 9457)."""
+
+    title: str
+    status: int
+    type: str = "about:blank"
+    detail: str | None = None
+
+
+class Model(Struct, frozen=True):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class Models(Struct, frozen=True):
+    object: Literal["list"]
+    data: tuple[Model, ...]
+
+
+class TopLogprob(Struct, frozen=True):
+    token: str
+    logprob: float | None
+    bytes: tuple[int, ...] | None
+
+
+class ChatTokenLogprob(TopLogprob, frozen=True):
+    top_logprobs: tuple[TopLogprob, ...]
+
+
+class ChatLogprobs(Struct, frozen=True):
+    content: tuple[ChatTokenLogprob, ...] | None
+    refusal: None = None
+
+
+class ChatAnswer(Struct, frozen=True):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None = None
+
+
+class ChatChoice(Struct, frozen=True):
+    index: int
+    message: ChatAnswer
+    finish_reason: FinishReason
+    logprobs: ChatLogprobs | None
+
+
+class Completed(Struct, frozen=True, kw_only=True):
+    """What all documents of one request have."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    """The pipeline's."""
+
+
+class ChatCompletion(Completed, frozen=True, kw_only=True):
+    object: Literal["chat.completion"]
+    choices: tuple[ChatChoice, ...]
+    usage: Usage
+
+
+class ChatDelta(Struct, frozen=True):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(Struct, frozen=True):
+    index: int
+    delta: ChatDelta
+    finish_reason: FinishReason | None
+    logprobs: ChatLogprobs | None
+
+
+class ChatCompletionChunk(Completed, frozen=True, kw_only=True):
+    """Data of one event; the last event is `[DONE]`."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: tuple[ChatChunkChoice, ...]
+    usage: Usage | None = None
+
+
+class CompletionLogprobs(Struct, frozen=True):
+    tokens: tuple[str, ...]
+    token_logprobs: tuple[float | None, ...]
+    top_logprobs: tuple[dict[str, float] | None, ...] | None
+    text_offset: tuple[int, ...]
+
+
+class CompletionChoice(Struct, frozen=True):
+    index: int
+    text: str
+    finish_reason: FinishReason | None
+    logprobs: CompletionLogprobs | None
+
+
+class Completion(Completed, frozen=True, kw_only=True):
+    """Also data of one event of a stream, whose last event is `[DONE]`."""
+
+    object: Literal["text_completion"]
+    choices: tuple[CompletionChoice, ...]
+    usage: Usage | None = None
+
+
+class Tokens(Struct, frozen=True):
+    count: int
+    max_model_len: int
+    tokens: tuple[int, ...]
+
+
+class Text(Struct, frozen=True):
+    prompt: str
+
+
+class Version(Struct, frozen=True):
+    version: str
+
+
+class Alive(Struct, frozen=True):
+    alive: bool
+
+
+class Ready(Struct, frozen=True):
+    ready: bool
+
+
+class CloudEvent(Struct, frozen=True, kw_only=True):
+    """In structured mode (CloudEvents 1.0)."""
+
+    specversion: Literal["1.0"]
+    id: NotEmpty
+    source: NotEmpty
+    type: NotEmpty
+    datacontenttype: Literal["application/json"] = "application/json"
+    time: datetime | None = None
+    expirytime: datetime | None = None
+    """From then on nobody awaits the answer."""
+    traceparent: str | None = None
+
+
+class GenerateRequestEvent(CloudEvent, frozen=True, kw_only=True):
+    type: Literal["dev.lamina.generate.request"]
+    data: GenerateRequest
+
+
+class GenerateResponseEvent(CloudEvent, frozen=True, kw_only=True):
+    type: Literal["dev.lamina.generate.response"]
+    data: GenerateResponse

@@ -1,0 +1,82 @@
+"""A real pipeline, asked at random by its own OpenAPI document (schemathesis): every answer is as the document says.
+
+`make test-api CASES=500` asks each operation so often, half of the time against its schema. The stream of the pipeline's
+state has no end, and tests of its own.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
+from schemathesis.schemas import APIOperation
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from functions.gateway.doors.openapi import openapi_document
+from functions.gateway.doors.operations import operations
+from tests.support.functions.functions import FunctionProcess, gateway_environment, running, stage_environment
+from tests.support.storage.published import CUT, Published
+
+CASES = int(os.environ.get("CASES") or 40)
+ENDLESS = "/v1/pipeline/events"
+CHECKS = [status_code_conformance, content_type_conformance, response_schema_conformance, response_headers_conformance]
+OPERATIONS = [
+    (each.method, each.path) for each in operations(with_page=True) if each.path not in (ENDLESS, "/healthz", "/readyz")
+]
+
+
+@pytest.fixture(scope="module")
+def gateway(published: Published) -> Iterator[FunctionProcess]:
+    with running(stage_environment(published, group) for group in range(len(CUT))) as stages:
+        environ = gateway_environment(published, [stage.url for stage in stages], LAMINA_REQUEST_TIMEOUT_SECONDS="20")
+        with running([environ]) as (gateway,):
+            yield gateway
+
+
+@pytest.fixture(scope="module")
+def document(gateway: FunctionProcess) -> dict[str, Any]:
+    reply = requests.get(f"{gateway.url}/openapi.json", timeout=30)
+    found: dict[str, Any] = reply.json()
+    return found
+
+
+def test_the_document_is_the_one_that_the_code_makes(document: dict[str, Any]) -> None:
+    assert document == json.loads(json.dumps(openapi_document(operations(with_page=True), "tiny", with_keys=False)))
+
+
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+def test_every_answer_is_as_the_document_says(
+    gateway: FunctionProcess, document: dict[str, Any], method: str, path: str
+) -> None:
+    operation: APIOperation = schemathesis.openapi.from_dict(document)[path][method]
+    seen: Counter[int] = Counter()
+
+    @settings(max_examples=CASES, phases=(Phase.generate, Phase.shrink), suppress_health_check=list(HealthCheck), database=None)
+    @given(st.data())
+    def holds(data: st.DataObject) -> None:
+        mode = data.draw(st.sampled_from(GenerationMode), "mode")
+        if method == "get":
+            mode = GenerationMode.POSITIVE  # Nothing of it can be wrong.
+        case = data.draw(operation.as_strategy(generation_mode=mode), "case")
+        reply = case.call(base_url=gateway.url, timeout=60)
+        seen[reply.status_code] += 1
+        assert reply.status_code < 500 or reply.status_code == 503, f"{reply.status_code}: {case.as_curl_command()}"
+        case.validate_response(reply, checks=CHECKS)
+
+    holds()
+    assert seen[200], f"{seen}: nothing was answered"
+    assert method == "get" or seen.total() >= CASES // 2
+    assert gateway.process.poll() is None
