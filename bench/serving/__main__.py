@@ -32,6 +32,7 @@ from bench.serving.plot import draw
 from bench.serving.report import LLAMA_CPP, Findings, markdown, targets
 from bench.serving.requests import Requests
 from bench.serving.round import RoundTime, measure_rounds
+from bench.serving.token_time import token_times
 from knative.spec.model_sources import packaged_model
 from storage.models.model_repository import read_file
 from storage.store.object_store import ObjectStore
@@ -82,6 +83,7 @@ def measure(rounds: int, new_tokens: int, dtypes: Sequence[str], chosen: Sequenc
             {each.dtype: sum(entry.bytes for entry in each.local.manifest.objects.values()) for each in pipelines},
             other.build if isinstance(other, LlamaCpp) else "",
             {LLAMA_CPP: other.why} if isinstance(other, DidNotStart) else {},
+            {name: each for pipeline in pipelines for name, each in token_times(pipeline, requests, log)},
         )
 
 

@@ -168,13 +168,18 @@ def cpu_seconds(pids: tuple[int, ...]) -> float:
 
 def read_metrics(url: str) -> dict[str, float]:
     """Sums of a function's metrics over their labels, by sample name."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as reply:
-        page = reply.read().decode()
     found: dict[str, float] = {}
-    for family in text_string_to_metric_families(page):
+    for family in text_string_to_metric_families(read_page(url)):
         for sample in family.samples:
             found[sample.name] = found.get(sample.name, 0.0) + sample.value
     return found
+
+
+def read_page(url: str) -> str:
+    """A function's metrics as they are told."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as reply:
+        page: str = reply.read().decode()
+    return page
 
 
 def _write_spec(dtype: str, state: Path) -> tuple[Path, Path]:

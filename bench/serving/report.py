@@ -1,13 +1,14 @@
 """The section of docs/benchmarks.md that `bench.serving` writes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median, quantiles
 from typing import Final
 
 from bench.serving.contenders import CONCURRENT, PREFILL, SINGLE, Results
 from bench.serving.interference import Interference
 from bench.serving.round import RoundTime
+from bench.serving.token_time import TokenTime, table, verdicts
 
 GENERATE: Final = "transformers generate, bf16"
 GENERATE_BATCH: Final = "transformers generate_batch, bf16"
@@ -35,6 +36,8 @@ class Findings:
     """The build that served it, empty where none did."""
     did_not_run: Mapping[str, str]
     """Contender → why."""
+    token_times: Mapping[str, TokenTime] = field(default_factory=dict)
+    """By dtype, and with queue-proxies on the way or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,11 @@ def targets(found: Findings) -> list[Target]:
             Target(f"p99 between tokens while 4k are admitted, {dtype}, × p50", 3.0, _slowed(each), True)
             for dtype, each in found.interference.items()
         ),
+        *(
+            Target(what, wanted, seen, at_most, True)
+            for name, one in found.token_times.items()
+            for what, wanted, seen, at_most in verdicts(name, one)
+        ),
         *(Target(f"sleeping {name} ms, × slowest stage", 0.8, rate / bound) for name, (rate, bound) in found.sleeping.items()),
     ]
     return [target for target in wanted if target.seen or (target in against_llama_cpp and LLAMA_CPP in found.did_not_run)]
@@ -89,6 +97,7 @@ def markdown(found: Findings, facts: Sequence[str], picture: str) -> str:
     parts = ["## Serving", *facts, f"![Tokens per second of all contenders]({picture})", *_targets_table(targets(found))]
     for workload in found.results.workloads():
         parts += _workload_table(found, workload)
+    parts += table(found.token_times) if found.token_times else []
     parts += _round_table(found.rounds) + _interference_table(found.interference) + _sleeping_table(found.sleeping)
     return "\n".join(parts)
 

@@ -210,8 +210,10 @@ class Scheduler:
     # For trips (trip.TripLog).
 
     def replied(self, trip: Trip, stage: int, reply: ForwardReply, seconds: float) -> None:
+        began = time.perf_counter()
         with self._changed:
             self._replies.replied(self._board.steps[trip], stage, reply, seconds)
+            self._board.stats.deciding_seconds += time.perf_counter() - began
 
     def failed(self, trip: Trip, ids: Items[str], failure: StageFailed) -> None:
         with self._changed:
@@ -325,9 +327,11 @@ class Scheduler:
 
     def _drive(self, trip: Trip | None) -> None:
         """Walks the trip, then the first that is to be walked next: most of the time its own micro-batch's next step."""
+        began = time.perf_counter()
         while trip is not None:
             with self._ending([sequence for sequence, _ in self._board.steps[trip].pieces.values()]):
                 walk(trip, self._client, self)
+            walked = time.perf_counter()
             with self._changed:
                 self._walked.discard(trip)
                 self._board.step_ends(trip)
@@ -337,6 +341,10 @@ class Scheduler:
                 trip = walks[0].trip if walks and not self._closed else None
                 if trip is not None:
                     self._walked.add(trip)
+                over = time.perf_counter()
+                self._board.stats.deciding_seconds += over - walked
+                self._board.stats.steps_seconds += over - began
+                began = over
 
     @contextmanager
     def _ending(self, sequences: Items[Sequence]) -> Iterator[None]:

@@ -64,7 +64,10 @@ class SchedulerCollector(Collector):
         for name, stage in zip(self._stage_names, stats.stages, strict=True):
             steps.add_metric([name], stage.steps)
             seconds.add_metric([name], stage.seconds)
-        yield from (steps, seconds)
+        parts = CounterMetricFamily("lamina_gateway_step_seconds", "Of threads that go round the stages", labels=["part"])
+        for part, spent in stats.parts().items():
+            parts.add_metric([part], spent)
+        yield from (steps, seconds, parts)
 
 
 def _by_label(name: str, help_: str, label: str, counts: Mapping[str, int], born: Iterable[str]) -> CounterMetricFamily:

@@ -22,10 +22,14 @@ class StageStats:
     """What a decode step takes without waiting, as the quick ones of late say; 0: not known."""
     costs: RowCosts = field(default_factory=RowCosts)
 
-    def step(self, seconds: float, decode_tokens: int) -> None:
+    exchange_seconds: float = 0.0
+    """Of `seconds`, those between an event's first byte and its reply's last."""
+
+    def step(self, seconds: float, decode_tokens: int, exchange_seconds: float = 0.0) -> None:
         """decode_tokens: of a decode step; 0: prompt chunks."""
         self.steps += 1
         self.seconds += seconds
+        self.exchange_seconds += exchange_seconds
         if decode_tokens:
             self.costs.step(decode_tokens, seconds)
             share = 1.0 if not self.service_seconds else _FALL if seconds < self.service_seconds else _RISE
@@ -34,9 +38,13 @@ class StageStats:
 
 @dataclass(slots=True)
 class Stats:
-    """Counters since the start, but for the first five, which say how it stands now."""
+    """Counters since the start, but for `waiting` to `trips`, which say how it stands now."""
 
     stages: list[StageStats]
+    steps_seconds: float = 0.0
+    """Of the threads that walk trips: all of it, deciding what is next included."""
+    deciding_seconds: float = 0.0
+    """Of those: with the lock, or waiting for it."""
     waiting: int = 0
     hungry: int = 0
     """Of those, told by a stage that it has no memory for them."""
@@ -61,6 +69,13 @@ class Stats:
     moves: Counter[str] = field(default_factory=Counter)
     """Micro-batches that went over to another instance: leaving or balance."""
     wakes: int = 0
+
+    def parts(self) -> dict[str, float]:
+        """What steps took, seconds, by what it was for."""
+        hops = sum(stage.seconds for stage in self.stages)
+        exchange = sum(stage.exchange_seconds for stage in self.stages)
+        rows = max(0.0, self.steps_seconds - hops - self.deciding_seconds)
+        return {"exchange": exchange, "events": hops - exchange, "deciding": self.deciding_seconds, "rows": rows}
 
     def snapshot(self) -> "Stats":
         return copy.deepcopy(self)

@@ -58,6 +58,8 @@ class ForwardReply:
     batch: Batch
     """Views into `body`."""
     body: memoryview
+    exchange_seconds: float = 0.0
+    """From the request's first byte to the reply's last; the rest of a hop is events that are made and read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,9 @@ class StageClient:
         timeout, awaited_until = _time_left(self._step_timeout_seconds, deadline)
         with instance.in_flight, self._span(EventType.FORWARD, instance.stage, instance.url, traces) as span:
             event = self._batch_event(instance.stage, body, timeout, span.context)
+            sent = time.perf_counter()
             reply = self._send(instance.stage, instance.url, event, timeout, awaited_until)
+            exchange_seconds = time.perf_counter() - sent
         try:
             origin = _origin(instance, from_http(reply.headers, reply.body))
             batch = decode_batch(reply.body)
@@ -101,7 +105,7 @@ class StageClient:
                 raise MalformedEvent(f"the reply has rows {[row.id for row in batch.rows]}, sent were {list(ids)}")
         except Problem as error:
             raise StageFailed(instance.stage, "malformed", f"its reply: {error}", blames=True) from error
-        return ForwardReply(origin, batch, reply.body)
+        return ForwardReply(origin, batch, reply.body, exchange_seconds)
 
     def reserve(
         self, instance: Instance, rows: Sequence[ReserveRow], deadline: float, traces: Traces = ()
