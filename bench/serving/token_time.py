@@ -48,15 +48,16 @@ class TokenTime:
     events: float
     """At the gateway: events made and read."""
     deciding: float
-    """At the gateway: tokens taken, what is next, waiting for the lock."""
+    """At the gateway: what is next, waiting for the lock."""
     rows: float
-    """At the gateway: batches put together."""
+    """At the gateway: the rest of a step, batches put together and replies' rows taken."""
     seen: float
     """By the client, from one token to the next."""
 
     @property
     def accounted(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self)) - self.seen
+        parts: list[float] = [getattr(self, field.name) for field in fields(self)]
+        return sum(parts) - self.seen
 
     @property
     def missing_share(self) -> float:

@@ -53,6 +53,10 @@ class Experience:
     short: Chances = field(default_factory=lambda: Chances(_FORGETS_OF_ALL))
     long: Chances = field(default_factory=lambda: Chances(_FORGETS_OF_ALL))
 
+    def guesser(self, token_ids: Items[int], predicted_ids: Items[int]) -> "Guesser":
+        """Of a new sequence: its prompt, and the text that its client expects."""
+        return Guesser(Lookup(token_ids, predicted_ids), self)
+
 
 @dataclass(slots=True)
 class Guesser:

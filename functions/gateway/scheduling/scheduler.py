@@ -27,9 +27,8 @@ from functions.gateway.scheduling.admission import Admission
 from functions.gateway.scheduling.board import Board
 from functions.gateway.scheduling.cold_starts import ColdStarts
 from functions.gateway.scheduling.failures import Failures
-from functions.gateway.scheduling.guessing import Experience, Guesser
+from functions.gateway.scheduling.guessing import Experience
 from functions.gateway.scheduling.limits import Limits
-from functions.gateway.scheduling.lookup import Lookup
 from functions.gateway.scheduling.moves import Moves
 from functions.gateway.scheduling.next_steps import NextSteps
 from functions.gateway.scheduling.outlook import Outlook, outlook
@@ -122,8 +121,7 @@ class Scheduler:
             raise InvalidRequest(f"{reserve_tokens} tokens of prompt and answer; the most is {MAX_POSITION}")
         key = self._key_of(prompt.client_id)
         chain = () if key is None else extended((), prompt.token_ids[:-1], key)
-        guesses = self._limits.guesses > 0
-        guesser = Guesser(Lookup(prompt.token_ids, prompt.predicted_ids), self._experience) if guesses else None
+        guesser = self._experience.guesser(prompt.token_ids, prompt.predicted_ids) if self._limits.guesses else None
         with self._changed:
             self._check_room()
             number = next(self._numbers)
@@ -210,10 +208,8 @@ class Scheduler:
     # For trips (trip.TripLog).
 
     def replied(self, trip: Trip, stage: int, reply: ForwardReply, seconds: float) -> None:
-        began = time.perf_counter()
         with self._changed:
             self._replies.replied(self._board.steps[trip], stage, reply, seconds)
-            self._board.stats.deciding_seconds += time.perf_counter() - began
 
     def failed(self, trip: Trip, ids: Items[str], failure: StageFailed) -> None:
         with self._changed:
@@ -341,10 +337,7 @@ class Scheduler:
                 trip = walks[0].trip if walks and not self._closed else None
                 if trip is not None:
                     self._walked.add(trip)
-                over = time.perf_counter()
-                self._board.stats.deciding_seconds += over - walked
-                self._board.stats.steps_seconds += over - began
-                began = over
+                began = self._board.stats.step_over(began, walked)
 
     @contextmanager
     def _ending(self, sequences: Items[Sequence]) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """What the scheduler counts. Plain numbers: the application turns them into metrics when they are read."""
 
 import copy
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final
@@ -69,6 +70,13 @@ class Stats:
     moves: Counter[str] = field(default_factory=Counter)
     """Micro-batches that went over to another instance: leaving or balance."""
     wakes: int = 0
+
+    def step_over(self, began: float, walked: float) -> float:
+        """The step that began and was walked then, in time.perf_counter(), is over now, which is when the next one begins."""
+        now = time.perf_counter()
+        self.deciding_seconds += now - walked
+        self.steps_seconds += now - began
+        return now
 
     def parts(self) -> dict[str, float]:
         """What steps took, seconds, by what it was for."""
