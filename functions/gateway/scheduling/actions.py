@@ -1,7 +1,8 @@
 """What the scheduler's threads do without its lock: plain data, decided and put together under it."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from eventing.wire.control import ReleaseRow, ReserveRow
 from functions.gateway.scheduling.sequence import Sequence
@@ -27,6 +28,10 @@ class Reserve:
     """In time.monotonic()."""
     one_by_one: bool
     """Stage after stage in order, so that of two gateways one always comes through."""
+    peers: Mapping[Instance, tuple[str, ...]] = field(default_factory=dict)
+    """Other instances' URLs that each of `instances` may ask for what the sequences held there."""
+    moved_from: Instance | None = None
+    """Where they were before `instances`, one instance then: told to release them when that one has had its chance to ask."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,11 @@
 """Who waits comes into a micro-batch, as many as capacity and memory allow, and is given memory at all its stages."""
 
-from array import array
 from collections.abc import Sequence as Items
 from collections.abc import Set
 
 from eventing.problems import InvalidRequest
-from eventing.wire.control import ReleaseRow, ReserveRow
+from eventing.wire.control import ReleaseRow
 from eventing.wire.events import Status
-from eventing.wire.prefix_chain import BLOCK_TOKENS, packed
 from functions.gateway.scheduling.actions import Reserve
 from functions.gateway.scheduling.board import Board
 from functions.gateway.scheduling.failures import Failures
@@ -15,7 +13,8 @@ from functions.gateway.scheduling.following import asks_again, follow
 from functions.gateway.scheduling.micro_batch import MicroBatch
 from functions.gateway.scheduling.replies import Replies
 from functions.gateway.scheduling.reservation import Reservation
-from functions.gateway.scheduling.sequence import Sequence, traces_of
+from functions.gateway.scheduling.reserve import reserve
+from functions.gateway.scheduling.sequence import Sequence
 
 
 class Admission:
@@ -52,12 +51,14 @@ class Admission:
             self._join(home, board.waiting.queue.pop(behind))
             hungry.overtaken(sequence)
             groups.setdefault(home, []).append(sequence)
-        return [_reserve(home, sequences, one_by_one=False) for home, sequences in groups.items()]
+        return [self._reserve(home, sequences, one_by_one=False) for home, sequences in groups.items()]
 
     def reserved(self, wanted: Reserve, reservation: Reservation) -> None:
         """What became of the memory for its sequences, which are in one micro-batch."""
         for origin in reservation.origins:
             self._replies.heard(origin)
+        if wanted.moved_from is not None:
+            self._board.release_rows(wanted.moved_from, [ReleaseRow(row.id, row.attempt, row.chain) for row in wanted.rows])
         here = []
         for sequence, row, status, held in zip(
             wanted.sequences, wanted.rows, reservation.statuses, reservation.held, strict=True
@@ -73,8 +74,8 @@ class Admission:
         if Status.FULL in reservation.statuses:
             self._board.waiting.hungry.still_full()
         for sequence, status, held in here:
-            self._reserved(sequence, status, held)
-            if sequence.reserved and reservation.remembers:
+            self._reserved(sequence, status, held, wanted.instances[0].stage)
+            if sequence.reserved and reservation.remembers and wanted.moved_from is None:
                 follow(sequence, self._board)
 
     def ask_again(self) -> list[Reserve]:
@@ -84,14 +85,14 @@ class Admission:
             if batch.target is None and (sequences := [one for one in batch.sequences if asks_again(one, self._board)]):
                 for sequence in sequences:
                     sequence.reserved = sequence.asks_again = False
-                asking.append(_reserve(batch, sequences, one_by_one=False))
+                asking.append(self._reserve(batch, sequences, one_by_one=False))
         return asking
 
-    def _reserved(self, sequence: Sequence, status: Status, held: Items[int]) -> None:
+    def _reserved(self, sequence: Sequence, status: Status, held: Items[int], first_stage: int) -> None:
         board = self._board
         if status is Status.OK:
             sequence.reserved = True
-            _found(sequence, held)
+            _found(sequence, held, first_stage)
             board.waiting.hungry.was_given()
             self._failures.settle(sequence)
         elif sequence.over:
@@ -129,7 +130,13 @@ class Admission:
         if overtakes:
             hungry.overtaken(sequence)
         self._join(home, sequence)
-        return [_reserve(home, [sequence], one_by_one=True)]
+        return [self._reserve(home, [sequence], one_by_one=True)]
+
+    def _reserve(self, home: MicroBatch, sequences: Items[Sequence], *, one_by_one: bool) -> Reserve:
+        """Instances that leave are asked for what they held: conversations that nobody has in hand."""
+        instances, placement = home.route.instances, self._board.placement
+        peers = {instance: leaving for instance in instances if (leaving := placement.leaving(instance))}
+        return reserve(instances, sequences, one_by_one=one_by_one, peers=peers)
 
     def _fits(self, sequence: Sequence) -> bool:
         """As far as the stages' last replies say, an instance of each has room for it."""
@@ -165,30 +172,11 @@ class Admission:
         return min(with_room, key=lambda batch: (batch.route.lacks(reserve), len(batch.sequences)), default=None)
 
 
-def _found(sequence: Sequence, held: Items[int]) -> None:
+def _found(sequence: Sequence, held: Items[int], first_stage: int) -> None:
     before = sequence.progress.held_everywhere
-    for stage, tokens in enumerate(held):
+    for stage, tokens in enumerate(held, first_stage):
         sequence.progress.found(stage, min(tokens, sequence.total_tokens - 1))
     if (followed := sequence.follows) is not None:
         sequence.follows = None
         found_nothing = sequence.progress.held_everywhere <= before
         sequence.goes_alone = found_nothing and followed.sequence.progress.held_everywhere >= followed.tokens
-
-
-def _row(sequence: Sequence) -> ReserveRow:
-    every_token = sequence.prompt.scored and not sequence.has_drawn
-    chain = sequence.asked = () if every_token else sequence.known()
-    looks_back = sequence.prompt.sampling.looks_back
-    token_ids = array("i", sequence.tokens[: BLOCK_TOKENS * len(chain)]).tobytes() if looks_back else b""
-    return ReserveRow(sequence.id, sequence.progress.attempt, sequence.reserve_tokens, packed(chain), token_ids)
-
-
-def _reserve(home: MicroBatch, sequences: Items[Sequence], *, one_by_one: bool) -> Reserve:
-    return Reserve(
-        sequences,
-        home.route.instances,
-        [_row(one) for one in sequences],
-        traces_of(sequences),
-        max(one.deadline for one in sequences),
-        one_by_one,
-    )

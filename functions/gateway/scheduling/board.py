@@ -139,6 +139,10 @@ class Board:
         for instance in instances:
             self._releases[instance].append(row)
 
+    def release_rows(self, instance: Instance, rows: Iterable[ReleaseRow]) -> None:
+        """Of sequences that have left `instance`."""
+        self._releases[instance].extend(rows)
+
     def take_releases(self) -> list[Release]:
         releases = [Release(instance, rows) for instance, rows in self._releases.items()]
         self._releases.clear()

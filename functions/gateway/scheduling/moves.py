@@ -1,7 +1,9 @@
 """Micro-batches move to other instances: away from those that leave, at once; for balance, one micro-batch at a time."""
 
+from functions.gateway.scheduling.actions import Reserve
 from functions.gateway.scheduling.board import Board
 from functions.gateway.scheduling.micro_batch import MicroBatch
+from functions.gateway.scheduling.reserve import reserve
 from functions.gateway.stages.instances import Instance
 
 
@@ -11,8 +13,9 @@ class Moves:
         self._settling: MicroBatch | None = None
         """Moved for balance and not caught up yet."""
 
-    def make(self, now: float) -> None:
-        """Says who must move where, and moves those that are at rest."""
+    def make(self, now: float) -> list[Reserve]:
+        """Says who must move where, and moves those that are at rest; what has to be asked of where they go."""
+        asking: list[Reserve] = []
         placement = self._board.placement
         self._rebalance()
         for batch in self._board.micro_batches:
@@ -23,8 +26,9 @@ class Moves:
                 self._board.stats.moves["leaving"] += 1
             batch.target = leaving or batch.target
             while batch.target is not None and batch.at_rest:
-                self._carry_over(batch, batch.target)
+                asking += self._carry_over(batch, batch.target)
                 batch.target = placement.must_leave(batch.route)
+        return asking
 
     def _rebalance(self) -> None:
         batches = self._board.micro_batches
@@ -42,9 +46,16 @@ class Moves:
             self._settling.target = least
             self._board.stats.moves["balance"] += 1
 
-    def _carry_over(self, batch: MicroBatch, target: Instance) -> None:
+    def _carry_over(self, batch: MicroBatch, target: Instance) -> list[Reserve]:
+        """What the sequences held is taken along where the new instance can read it from the old one; else it is computed."""
         left = batch.move(target)
         for sequence in batch.sequences:
             sequence.stream.replayed()
-            self._board.release_at(left, sequence)
             self._board.stats.replays["moved"] += 1
+        taken = [] if left.is_service or target.is_service else [one for one in batch.sequences if one.known()]
+        for sequence in batch.sequences:
+            if sequence in taken:
+                sequence.reserved = False
+            else:
+                self._board.release_at(left, sequence)
+        return [reserve((target,), taken, peers={target: (left.url,)}, moved_from=left)] if taken else []

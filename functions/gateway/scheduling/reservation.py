@@ -1,9 +1,11 @@
 """Memory for sequences at every stage of a route, before anything of them is computed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 from typing import Final
+
+from msgspec.structs import replace
 
 from eventing.wire.control import ReserveReply, ReserveRow
 from eventing.wire.events import Status
@@ -13,6 +15,8 @@ from functions.gateway.stages.instances import Instance
 
 _WORST_FIRST: Final = (Status.INVALID, Status.STALE, Status.MISS, Status.FULL, Status.OK)
 
+Peers = Mapping[Instance, tuple[str, ...]]
+"""By who may ask them."""
 Said = tuple[Origin, ReserveReply] | StageFailed
 """By one stage."""
 
@@ -38,16 +42,24 @@ def reserve_at_once(
     rows: Sequence[ReserveRow],
     deadline: float,
     traces: Traces,
+    peers: Peers,
     calls: Executor,
 ) -> Reservation:
     """Asks all stages together, and returns when the last has replied: what is released then comes behind all of it."""
-    futures = [calls.submit(_ask, client, instance, rows, deadline, traces) for instance in instances]
+    futures = [
+        calls.submit(_ask, client, instance, _with_peers(rows, peers, instance), deadline, traces) for instance in instances
+    ]
     wait(futures)
     return _combined([future.result() for future in futures], len(rows))
 
 
 def reserve_in_order(
-    client: StageClient, instances: Sequence[Instance], rows: Sequence[ReserveRow], deadline: float, traces: Traces
+    client: StageClient,
+    instances: Sequence[Instance],
+    rows: Sequence[ReserveRow],
+    deadline: float,
+    traces: Traces,
+    peers: Peers,
 ) -> Reservation:
     """Asks stage after stage, and stops at the first that has no room.
 
@@ -56,11 +68,16 @@ def reserve_in_order(
     """
     said: list[Said] = []
     for instance in instances:
-        said.append(_ask(client, instance, rows, deadline, traces))
+        said.append(_ask(client, instance, _with_peers(rows, peers, instance), deadline, traces))
         reservation = _combined(said, len(rows))
         if reservation.failure is not None or any(status is not Status.OK for status in reservation.statuses):
             break
     return reservation
+
+
+def _with_peers(rows: Sequence[ReserveRow], peers: Peers, instance: Instance) -> Sequence[ReserveRow]:
+    own = peers.get(instance, ())
+    return [replace(row, peers=own) for row in rows] if own else rows
 
 
 def _ask(client: StageClient, instance: Instance, rows: Sequence[ReserveRow], deadline: float, traces: Traces) -> Said:

@@ -261,8 +261,12 @@ class Scheduler:
         self._failures.expire(now)
         self._board.waiting.resume(now)
         self._board.close_empty()
-        self._moves.make(now)
-        actions: list[Action] = [*self._renewals.next(now), *self._admission.ask_again(), *self._admission.take_in(now)]
+        actions: list[Action] = [
+            *self._moves.make(now),
+            *self._renewals.next(now),
+            *self._admission.ask_again(),
+            *self._admission.take_in(now),
+        ]
         self._failures.choose_trial()
         actions += [Walk(step.trip) for step in self._next_steps.begin(now)]
         actions += self._wake_ups.next(now)
@@ -351,7 +355,7 @@ class Scheduler:
                 self._act()
 
     def _reserve(self, wanted: Reserve) -> None:
-        asked = (self._client, wanted.instances, wanted.rows, wanted.deadline, wanted.traces)
+        asked = (self._client, wanted.instances, wanted.rows, wanted.deadline, wanted.traces, wanted.peers)
         reservation = reserve_in_order(*asked) if wanted.one_by_one else reserve_at_once(*asked, self._calls)
         if reservation.failure is not None:
             _log.warning("no memory for %s: %s", named(wanted.sequences), reservation.failure)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import count
 from typing import Final
 
+from eventing.wire.control import MOST_PEERS
 from functions.gateway.stages.instances import Endpoint, Instance
 
 REBALANCE_AT: Final = 2
@@ -122,6 +123,12 @@ class Placement:
                 if target is not None and target is not instance:
                     return target
         return None
+
+    def leaving(self, instance: Instance) -> tuple[str, ...]:
+        """URLs of instances of the same stage that are on their way out and still answer."""
+        others = self._stages[instance.stage].values()
+        urls = [other.url for other in others if other.terminating and not other.is_service and other is not instance]
+        return tuple(urls[:MOST_PEERS])
 
     def strands(self, route: Route) -> bool:
         """An instance of `route` is on its way out and nobody stands by: the stage has to be woken."""

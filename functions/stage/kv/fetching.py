@@ -41,7 +41,7 @@ Fetch = Callable[[Part, float], CheckedKV | None]
 class Observe(Protocol):
     """What a tier tells of each restore: for metrics."""
 
-    def __call__(self, tier: str, *, tokens: int, num_bytes: int, seconds: float, failed: bool) -> None: ...
+    def __call__(self, tier: str, *, num_bytes: int, seconds: float, failed: bool) -> None: ...
 
 
 @dataclass(slots=True)
@@ -84,7 +84,7 @@ class Fetcher:
             self._left_alone(where)
         if fetched.failure is not None:
             _log.warning("%d of %d tokens came from %s, the rest is computed: %s", tokens, missing, where, fetched.failure)
-        self._observe(self._tier, tokens=tokens, num_bytes=fetched.bytes, seconds=seconds, failed=fetched.failure is not None)
+        self._observe(self._tier, num_bytes=fetched.bytes, seconds=seconds, failed=fetched.failure is not None)
         return fetched.held
 
     def checked(self, data: bytes | bytearray | memoryview, first: int, end: int) -> CheckedKV:

@@ -43,11 +43,10 @@ class StageMetrics(FunctionMetrics):
             "lamina_stage_codec_seconds", "Decoding and encoding of an event", buckets=STEP_SECONDS, registry=registry
         )
 
-        self.restored_tokens, self.restored_bytes, self.restore_seconds, self.restores_failed = (
+        self.restored_bytes, self.restore_seconds, self.restores_failed = (
             Counter(f"lamina_stage_kv_{name}", meaning, ["tier"], registry=registry)
             for name, meaning in (
-                ("restored_tokens", "Tokens of reservations whose keys and values came from a tier"),
-                ("restored_bytes", "And how many bytes they were"),
+                ("restored_bytes", "Keys and values that came from a tier"),
                 ("restore_seconds", "That was waited for a tier, also where it had nothing"),
                 ("restores_failed", "A tier was away, slow, or had what is not to be used"),
             )
@@ -55,7 +54,7 @@ class StageMetrics(FunctionMetrics):
         self.kept_bytes = Counter("lamina_stage_kv_kept_bytes", "Of conversations, written to the store", registry=registry)
         self.handed_over_bytes = Counter("lamina_stage_kv_handed_over_bytes", "To other instances", registry=registry)
         for tier in TIERS:
-            for counter in (self.restored_tokens, self.restored_bytes, self.restore_seconds, self.restores_failed):
+            for counter in (self.restored_bytes, self.restore_seconds, self.restores_failed):
                 counter.labels(tier)
         self.kv_hits = Counter("lamina_stage_kv_hits", "Reservations that found something held", ["tier"], registry=registry)
         self.kv_tokens = Counter(
@@ -81,8 +80,7 @@ class StageMetrics(FunctionMetrics):
         for status in statistics.rows:
             self.rows.labels(str(status)).inc()
 
-    def observe_restore(self, tier: str, *, tokens: int, num_bytes: int, seconds: float, failed: bool) -> None:
-        self.restored_tokens.labels(tier).inc(tokens)
+    def observe_restore(self, tier: str, *, num_bytes: int, seconds: float, failed: bool) -> None:
         self.restored_bytes.labels(tier).inc(num_bytes)
         self.restore_seconds.labels(tier).inc(seconds)
         self.restores_failed.labels(tier).inc(failed)

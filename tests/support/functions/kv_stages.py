@@ -14,7 +14,7 @@ from eventing.wire.control import ReleaseRow, ReservedRow, ReserveRow
 from eventing.wire.events import Row, Status, Want
 from eventing.wire.prefix_chain import Chain, chain_key, extended, packed
 from functions.stage.engine.engine import Engine
-from functions.stage.engine.reuse import ComputeRate
+from functions.stage.engine.reuse import MEMORY, ComputeRate, Reuse
 from functions.stage.kv.fetching import Fetcher
 from functions.stage.kv.keeping import Keeping
 from functions.stage.kv.peer_tier import PeerClient, PeerTier
@@ -36,16 +36,18 @@ SEALER: Final = Sealer(b"k" * 32)
 
 @dataclass
 class Restores:
-    """What tiers told."""
+    """What tiers told, and what the engine counts of them."""
 
     tokens: dict[str, int] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
 
-    def __call__(self, tier: str, *, tokens: int, num_bytes: int, seconds: float, failed: bool) -> None:
-        self.tokens[tier] = self.tokens.get(tier, 0) + tokens
-        assert (num_bytes > 0) >= (tokens > 0)
+    def __call__(self, tier: str, *, num_bytes: int, seconds: float, failed: bool) -> None:
         if failed:
             self.failed.append(tier)
+
+    def reuse(self, reuse: Reuse) -> None:
+        if reuse.tier != MEMORY:
+            self.tokens[reuse.tier] = self.tokens.get(reuse.tier, 0) + reuse.tokens
 
 
 @dataclass
@@ -103,6 +105,6 @@ def kv_stage(dtype: str = "float32", store: PayloadStore | None = None, sealer: 
             tiers.append(StoreTier(kept, Fetcher("store", group.kv.layout, worth, threads, restores)))
             keeping = Keeping(kept, group.kv, Allowance(2**30, ONE_WEEK), 2**30, lambda _: None)
         evicted = None if keeping is None else keeping.evicted
-        with engines([group], tiers=tiers, on_evicted=evicted) as (engine,):
+        with engines([group], tiers=tiers, on_evicted=evicted, on_reuse=restores.reuse) as (engine,):
             yield KVStage(engine, restores, worth, keeping)
         peers.close()
