@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from eventing.wire.events import MAX_BIASES, MAX_POSITION, MAX_TOP_LOGPROBS, Grammar, Sampling, TokenId
 from eventing.wire.structured_outputs import StructuredOutputs
+from eventing.wire.tools import ToolCall, ToolChoice, Tools, callable_tools
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKENS = 128
@@ -29,11 +30,16 @@ FinishReason = Literal["stop", "length", "cancelled"]
 """stop: an end token or a stop string; length: max_tokens or the context; cancelled: the client went away."""
 
 
-class Message(Struct, frozen=True, forbid_unknown_fields=True):
+class Message(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """One turn of a conversation, for the model's chat template."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "user", "assistant", "tool"]
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Of the assistant's turn."""
+    tool_call_id: str | None = None
+    """Which of them a tool's turn answers."""
+    name: str | None = None
 
 
 class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -80,6 +86,11 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
     """Further names for the model's chat template, such as `enable_thinking`."""
     reasoning_effort: Annotated[str, Meta(max_length=64)] | None = None
     """The same under that name, for templates that know it."""
+    tools: Tools = ()
+    """Functions that the answer may call; the calls are text of it, in the model's own format."""
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
+    """A call that is forced may be followed by others."""
     structured_outputs: StructuredOutputs | None = None
     """What the answer must look like. Where it may end, and only there, the model's own end comes."""
 
@@ -93,7 +104,13 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
             raise ValueError("max_tokens is 0, which leaves nothing to answer but with `echo`")
         if self.echo and self.messages is not None:
             raise ValueError("`echo` goes with `prompt`, not with `messages`")
-        if self.structured_outputs is not None and self.ignore_eos:
+        if self.tools and self.messages is None:
+            raise ValueError("`tools` goes with `messages`, not with `prompt`")
+        forced = bool(self.tools) and self.tool_choice not in ("none", "auto")
+        callable_tools(self.tools, self.tool_choice)
+        if forced and self.structured_outputs is not None:
+            raise ValueError("a forced tool call says already what the answer must look like; leave out one of the two")
+        if (forced or self.structured_outputs is not None) and self.ignore_eos:
             raise ValueError("ignore_eos does not go with structured outputs, which end with the model's own end")
         if (choices := self.n * len(self.prompts)) > MAX_CHOICES:
             raise ValueError(f"{len(self.prompts)} prompts, {self.n} answers to each: {choices}; the most is {MAX_CHOICES}")

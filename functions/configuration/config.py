@@ -208,6 +208,12 @@ class GatewayConfig(CommonConfig):
         "clients without keys apart; 0: the header counts for nothing",
         "1",
     )
+    tool_parser: str = setting(
+        "LAMINA_TOOL_PARSER",
+        parsers.one_of("auto", "hermes", "llama3_json", "mistral"),
+        "how the model writes calls of tools; auto: as its chat template shows",
+        "auto",
+    )
     scores: str = setting(
         "LAMINA_SCORES",
         parsers.one_of("on", "off"),

@@ -89,7 +89,7 @@ class GatewayFunction:
             reader = ObjectReader(self._config.store)
             manifest = read_publication(self._config, reader)
             self._start_up.mark("connect")
-            text = ModelText.load(reader, manifest)
+            text = ModelText.load(reader, manifest, self._config.tool_parser)
             reader.close()
         except (StorageError, WrongPublication) as error:
             _log.error("the gateway cannot start: %s", error)

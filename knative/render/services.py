@@ -342,6 +342,7 @@ def _gateway_env(pipeline: ResolvedPipeline, key_secrets: Sequence[str], scores:
             LAMINA_MICRO_BATCH_SEQUENCES=gateway.micro_batch_sequences,
             LAMINA_GUESSES=gateway.guesses,
             LAMINA_PREFIX_SHARING=gateway.prefix_sharing,
+            LAMINA_TOOL_PARSER=gateway.tool_parser,
             LAMINA_STAGES_AT_ONCE=gateway.stages_at_once,
             LAMINA_COLD_START_TIMEOUT_SECONDS=gateway.cold_start_timeout_seconds,
             LAMINA_REQUEST_TIMEOUT_SECONDS=gateway.request_timeout_seconds,

@@ -5,7 +5,7 @@ A default lives here and nowhere else. `spec_file` reads it.
 
 import ipaddress
 import re
-from typing import Annotated, Any, ClassVar, Final
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -146,6 +146,8 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Most tokens that are guessed for a row of a step. 0: nothing is guessed."""
     prefix_sharing: Annotated[str, Meta(pattern="^(pipeline|client|off)$")] | None = None
     """Who finds the keys and values that a prompt left. Unset: client where there are API keys, else pipeline."""
+    tool_parser: Literal["hermes", "llama3_json", "mistral"] | None = None
+    """How the model writes calls of tools. Unset: as its chat template shows."""
     queue_limit: Positive | None = None
     cold_start_timeout_seconds: Seconds | None = None
     request_timeout_seconds: Seconds | None = None

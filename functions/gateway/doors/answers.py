@@ -8,6 +8,7 @@ from typing import Protocol
 from eventing.problems import ContextExceeded, InvalidRequest, Problem
 from eventing.wire.events import Grammar
 from eventing.wire.generation import GenerateRequest
+from eventing.wire.tools import callable_tools, forced_tools
 from functions.configuration.api_keys import Allowance
 from functions.gateway.doors.answer import Answer
 from functions.gateway.doors.client_limits import ClientLimits, Leave
@@ -131,7 +132,11 @@ class Answers:
         # A message is a text of its own; what continues a prompt is read behind it.
         before = () if request.messages is not None else token_ids
         text_stream = TextStream(
-            self.text.tokenizer, request.stop_strings, before, stop_included=request.include_stop_str_in_output
+            self.text.tokenizer,
+            request.stop_strings,
+            before,
+            stop_included=request.include_stop_str_in_output,
+            special=bool(callable_tools(request.tools, request.tool_choice)) and self.text.tools.marked_specially,
         )
         echo = encoded.text if request.echo else None
         return Answer(token_ids, token_stream, text_stream, self._metrics, span, leave, echo)
@@ -152,7 +157,7 @@ class Answers:
     def _encoded(self, request: GenerateRequest) -> list[Encoded]:
         """Each prompt. Nothing is rendered, tokenized or compiled that cannot fit, or that would be refused afterwards."""
         if request.messages is not None:
-            self.text.check_messages(request.messages)
+            self.text.check_messages(request.messages, request.tools)
         for prompt in request.prompts:
             if isinstance(prompt, str):
                 self.text.check(prompt)
@@ -160,14 +165,21 @@ class Answers:
                 self.text.check_ids(prompt)
         self.text.check(request.prediction)
         with self._scheduler.entering():
-            asked = request.structured_outputs
-            grammar = None if asked is None else self.text.grammars.of(asked)
+            grammar = self._grammar(request)
             predicted = self.text.encode_expected(request.prediction) if request.prediction else []
             return [replace(self._encode(request, prompt, predicted), grammar=grammar) for prompt in request.prompts]
 
+    def _grammar(self, request: GenerateRequest) -> Grammar | None:
+        """Raises MalformedEvent."""
+        forced = forced_tools(request.tools, request.tool_choice)
+        if forced:
+            return self.text.grammars.of_tools(self.text.tools.grammar(forced, request.parallel_tool_calls))
+        return None if request.structured_outputs is None else self.text.grammars.of(request.structured_outputs)
+
     def _encode(self, request: GenerateRequest, prompt: str | Sequence[int] | None, predicted: list[int]) -> Encoded:
         if request.messages is not None:
-            return Encoded(self.text.encode_messages(request.messages, request.template_values), predicted)
+            tools = callable_tools(request.tools, request.tool_choice)
+            return Encoded(self.text.encode_messages(request.messages, request.template_values, tools), predicted)
         if prompt is None or isinstance(prompt, str):
             return Encoded(self.text.encode(prompt or ""), predicted, prompt or "")
         text = self.text.tokenizer.decode(list(prompt), skip_special_tokens=False) if request.echo else ""

@@ -19,6 +19,7 @@ from functions.gateway.doors.openai_errors import model_not_found, path_not_serv
 from functions.gateway.doors.openai_requests import read_request
 from functions.gateway.doors.openai_responses import ResponsesDocument
 from functions.gateway.doors.openai_responses_types import ResponsesRequest
+from functions.gateway.doors.openai_tools import ToolShape
 from functions.gateway.doors.openai_types import ChatRequest, CompletionRequest
 from functions.gateway.doors.reply import Reply
 from functions.gateway.doors.streaming import arrived, client_gone, stream_response, whole_response
@@ -58,7 +59,7 @@ class OpenAIDoor:
             app.register_error_handler(status, path_not_served)
 
     def _chat(self) -> Response:
-        return self._answer(ChatRequest, "chatcmpl-", lambda own, asked: Choices(own, ChatShape(), asked.stream_options))
+        return self._answer(ChatRequest, "chatcmpl-", _chat_document)
 
     def _complete(self) -> Response:
         def document(own: Envelope, asked: CompletionRequest) -> Document:
@@ -84,9 +85,10 @@ class OpenAIDoor:
         if asked.model != self._model:
             return model_not_found(asked.model, self._model)
         g.request_id = entry().request_id = id_ = id_prefix + secrets.token_hex(12)
+        wanted = _wanted(asked)
         document = document_of(Envelope(id_, int(time.time()), self._model, self._pipeline), asked)
         answers = self._answers()
-        reply = self._begin(answers, _wanted(asked), id_, client_id, began)
+        reply = self._begin(answers, wanted, id_, client_id, began)
         g.answering = True
         if asked.stream:
             return stream_response(reply, document.stream(reply, answers.text), document.failure)
@@ -101,6 +103,12 @@ class OpenAIDoor:
 
     def _model_document(self) -> dict[str, Any]:
         return {"id": self._model, "object": "model", "created": self._started, "owned_by": "lamina"}
+
+
+def _chat_document(own: Envelope, asked: ChatRequest) -> Document:
+    tools, constrained = asked.callable_tools, asked.constrained
+    shape = ToolShape(tools, constrained=constrained) if tools else ChatShape(constrained=constrained)
+    return Choices(own, shape, asked.stream_options)
 
 
 def _wanted(asked: ChatRequest | CompletionRequest | ResponsesRequest) -> GenerateRequest:

@@ -41,8 +41,15 @@ class ChatShape:
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
+    def __init__(self, *, constrained: bool) -> None:
+        """constrained: by a grammar, which has no thoughts."""
+        self._constrained = constrained
+
     def writer(self, index: int, prompt_ids: Sequence[int], text: ModelText) -> Writer:
-        return ChatWriter(index, text, text.reasoning(prompt_ids))
+        return ChatWriter(index, text, self._reasoning(prompt_ids, text))
+
+    def _reasoning(self, prompt_ids: Sequence[int], text: ModelText) -> Reasoning | None:
+        return None if self._constrained else text.reasoning(prompt_ids)
 
 
 class CompletionShape:

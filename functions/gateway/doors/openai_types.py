@@ -14,6 +14,7 @@ from eventing.wire.generation import (
     Prompts,
     StopString,
 )
+from eventing.wire.tools import ToolCall, ToolChoice, Tools, callable_tools, forced_tools
 from functions.gateway.doors.openai_structured import StructuredOptions
 
 MaxTokens = Annotated[int, Meta(ge=1, le=MAX_POSITION)]
@@ -33,15 +34,25 @@ class ChatMessage(Struct, frozen=True, kw_only=True):
     What would have to be answered otherwise must be null.
     """
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | tuple[TextPart, ...]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | tuple[TextPart, ...] | None = None
+    """None beside tool calls only."""
     name: str | None = None
     audio: None = None
-    tool_calls: tuple[()] | None = None
+    tool_calls: tuple[ToolCall, ...] | None = None
+    tool_call_id: str | None = None
     function_call: None = None
 
+    def __post_init__(self) -> None:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("a message has no content; null is for one with tool_calls")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls are the assistant's, not of a message whose role is {self.role}")
+
     def message(self) -> Message:
-        return Message("system" if self.role == "developer" else self.role, _text(self.content))
+        role = "system" if self.role == "developer" else self.role
+        text = "" if self.content is None else _text(self.content)
+        return Message(role, text, self.tool_calls or (), self.tool_call_id, self.name if self.role == "tool" else None)
 
 
 class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
@@ -131,8 +142,8 @@ class ChatRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields=True
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    tools: tuple[()] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     functions: tuple[()] | None = None
     function_call: Literal["none", "auto"] | None = None
@@ -146,6 +157,16 @@ class ChatRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields=True
     web_search_options: None = None
     prediction: Prediction | None = None
 
+    @property
+    def callable_tools(self) -> Tools:
+        """Those that the answer may call."""
+        return callable_tools(self.tools or (), self.tool_choice or "auto")
+
+    @property
+    def constrained(self) -> bool:
+        """The answer has a grammar."""
+        return bool(forced_tools(self.tools or (), self.tool_choice or "auto")) or self.asked_structure() is not None
+
     def generate_request(self) -> GenerateRequest:
         messages = tuple(message.message() for message in self.messages)
         if self.top_logprobs and not self.logprobs:
@@ -157,6 +178,9 @@ class ChatRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields=True
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             chat_template_kwargs=self.chat_template_kwargs or {},
             reasoning_effort=self.reasoning_effort,
+            tools=self.tools or (),
+            tool_choice=self.tool_choice or "auto",
+            parallel_tool_calls=self.parallel_tool_calls is not False,
             **self.sampling_fields(),
         )
 

@@ -14,11 +14,10 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from eventing.problems import InvalidRequest
-from eventing.wire.generation import Message
 from functions.gateway.text import reasoning
 
 _NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
-_OWN: Final = frozenset({"messages", "add_generation_prompt"})
+_OWN: Final = frozenset({"messages", "add_generation_prompt", "tools"})
 """Variables that are the gateway's to say."""
 _REFUSALS: Final = (TemplateError, TypeError, ValueError, LookupError)
 """What a template raises over messages that it was not written for."""
@@ -35,21 +34,32 @@ class ChatTemplate:
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
+        self.source = source
         self._template = environment.from_string(source)
         self._names = find_undeclared_variables(environment.parse(source))
         self._special_tokens = dict(special_tokens)
         self.reasons = reasoning.END in source
         """It is that of a model which thinks before it answers."""
 
-    def render(self, messages: Sequence[Message], most_characters: int, values: Mapping[str, Any] = _NOTHING) -> str:
+    def knows(self, name: str) -> bool:
+        """Whether it reads a variable."""
+        return name in self._names
+
+    def render(
+        self,
+        turns: Sequence[Mapping[str, Any]],
+        most_characters: int,
+        values: Mapping[str, Any] = _NOTHING,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         """The conversation, up to where the assistant's next answer begins. Raises InvalidRequest.
 
-        values: variables that the template must know. It is given up once it has more than `most_characters`.
+        turns: messages, as templates take them. values: variables that the template must know. tools: functions, likewise.
+        It is given up once it has more than `most_characters`.
         """
         if unknown := values.keys() - (self._names - _OWN):
             raise InvalidRequest(f"the model's chat template knows no `{min(unknown)}`; leave it out")
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        own = {"messages": turns, "add_generation_prompt": True}
+        own = {"messages": turns, "add_generation_prompt": True, **({"tools": tools} if tools else {})}
         pieces = self._template.generate({**self._special_tokens, **values, **own})
         try:
             return "".join(_bounded(pieces, most_characters))

@@ -33,6 +33,13 @@ class Grammars:
         except (UnusableGrammar, RecursionError, UnicodeError) as error:
             raise MalformedEvent(_sentence(asked, str(error))) from error
 
+    def of_tools(self, source: str) -> Grammar:
+        """Of calls that are forced. Raises MalformedEvent."""
+        try:
+            return self.of_source(source)
+        except (UnusableGrammar, RecursionError, UnicodeError) as error:
+            raise MalformedEvent(f"`tools` cannot be forced: {_short(str(error))}") from error
+
     def of_source(self, source: str) -> Grammar:
         """Raises UnusableGrammar."""
         size = len(source.encode())
@@ -51,9 +58,13 @@ class Grammars:
         return grammar
 
 
+def _short(error: str) -> str:
+    return " ".join(error.split())[:_SHOWN_CHARACTERS]
+
+
 def _sentence(asked: StructuredOutputs, error: str) -> str:
     kind = next(name for name in asked.__struct_fields__ if getattr(asked, name) is not None)
-    what = " ".join(error.split())[:_SHOWN_CHARACTERS]
+    what = _short(error)
     place = None
     if kind == "json" and isinstance(asked.json, dict):
         place = place_of(asked.json, re.findall(r"[\w$/:.#-]+", what))

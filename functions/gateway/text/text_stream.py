@@ -16,13 +16,15 @@ _REPLACEMENT: Final = "\ufffd"
 class Detokenizer:
     """Text that tokens complete. What it has given out never changes, and all of it together is the answer's text."""
 
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
-        """before: the tokens that the answer continues; none, where it is a text of its own, as a chat's messages are."""
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), special: bool = False) -> None:
+        """before: the tokens that the answer continues; none, where it is a text of its own, as a chat's messages are.
+        special: special tokens are text, too."""
         self._tokenizer = tokenizer
+        self._skips = not special
         self._neighbour = _readable(tokenizer, before)
         """Tokens that come before, and are text by themselves. SentencePiece-like decoders drop the space of a text's first
         word, and take what has nothing before it for that."""
-        self._stream = DecodeStream(self._neighbour, skip_special_tokens=True)
+        self._stream = DecodeStream(self._neighbour, skip_special_tokens=self._skips)
         self._waiting: list[int] = []
         """Tokens whose text has not been given out."""
 
@@ -43,13 +45,17 @@ class Detokenizer:
         return self._take_what_waits() if self._waiting else ""
 
     def _take_what_waits(self) -> str:
-        before: str = self._tokenizer.decode(self._neighbour)
-        text: str = self._tokenizer.decode(self._neighbour + self._waiting)
+        before: str = self._tokenizer.decode(self._neighbour, skip_special_tokens=self._skips)
+        text: str = self._tokenizer.decode(self._neighbour + self._waiting, skip_special_tokens=self._skips)
         # Bytes behind bytes undo these here as well; but where bytes come first, no word does.
-        text = text[len(before) :] if text.startswith(before) else self._tokenizer.decode(self._waiting)
+        text = (
+            text[len(before) :]
+            if text.startswith(before)
+            else self._tokenizer.decode(self._waiting, skip_special_tokens=self._skips)
+        )
         self._neighbour = _readable(self._tokenizer, self._waiting) or self._neighbour
         self._waiting = []
-        self._stream = DecodeStream(self._neighbour, skip_special_tokens=True)
+        self._stream = DecodeStream(self._neighbour, skip_special_tokens=self._skips)
         return text
 
 
@@ -85,10 +91,16 @@ class TextStream:
     """Both together."""
 
     def __init__(
-        self, tokenizer: Tokenizer, stop_strings: Sequence[str], before: Sequence[int] = (), *, stop_included: bool = False
+        self,
+        tokenizer: Tokenizer,
+        stop_strings: Sequence[str],
+        before: Sequence[int] = (),
+        *,
+        stop_included: bool = False,
+        special: bool = False,
     ) -> None:
-        """before: the tokens that the answer continues, as `Detokenizer` takes them."""
-        self._detokenizer = Detokenizer(tokenizer, before)
+        """before: the tokens that the answer continues, special: whether special tokens are text, as `Detokenizer` has them."""
+        self._detokenizer = Detokenizer(tokenizer, before, special)
         self._stops = StopStrings(stop_strings, included=stop_included)
         self._incomplete = False
 

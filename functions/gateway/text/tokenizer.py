@@ -11,11 +11,14 @@ from tokenizers import Tokenizer
 
 from eventing.problems import ContextExceeded, InvalidRequest
 from eventing.wire.generation import Message
+from eventing.wire.tools import Tool
 from functions.gateway.text.chat_template import ChatTemplate
 from functions.gateway.text.encoder import Encoder
 from functions.gateway.text.grammars import Grammars
+from functions.gateway.text.model_tools import ModelTools, described
 from functions.gateway.text.reasoning import Reasoning, within
 from functions.gateway.text.token_text import token_bytes, token_text
+from functions.gateway.text.tool_formats import format_of
 from storage.models.model_repository import ModelManifest, Reader, read_file
 
 _log: Final = logging.getLogger(__name__)
@@ -35,14 +38,21 @@ class ModelText:
     context_length: int
     """Tokens."""
     encoder: Encoder = field(init=False)
+    tool_parser: str = "auto"
+    """A format of tool calls by name; auto: as the template shows."""
     grammars: Grammars = field(init=False)
+    tools: ModelTools = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "encoder", Encoder(self.tokenizer, self.context_length))
         object.__setattr__(self, "grammars", Grammars(self.tokenizer.to_str, self.eos_ids))
+        template = self.template
+        format = format_of("" if template is None else template.source, self.tool_parser)
+        special = {str(token): id_ for id_, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+        object.__setattr__(self, "tools", ModelTools(format, template is not None and template.knows("tools"), special))
 
     @classmethod
-    def load(cls, reader: Reader, manifest: ModelManifest) -> Self:
+    def load(cls, reader: Reader, manifest: ModelManifest, tool_parser: str = "auto") -> Self:
         """Raises ObjectNotFound where there is no tokenizer.json, ValueError for files that cannot be read."""
         tokenizer = Tokenizer.from_str(read_file(reader, manifest, "tokenizer.json").decode())
         tokenizer.no_truncation()
@@ -55,19 +65,23 @@ class ModelText:
             _chat_template(reader, manifest, files["tokenizer_config.json"], special),
             _eos_ids(tokenizer, special, files["generation_config.json"], model_config),
             manifest.context_length,
+            tool_parser,
         )
 
     def check(self, prompt: str) -> None:
         """Raises InvalidRequest where it is so long that it cannot fit into the context. Looks at its length only."""
         self.encoder.check(len(prompt))
 
-    def check_messages(self, messages: Sequence[Message]) -> None:
-        """The same for a conversation, every message of which takes at least one token."""
+    def check_messages(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> None:
+        """The same for a conversation, every message of which takes at least one token, and for what it is told of tools."""
         if len(messages) > self.context_length:
             raise ContextExceeded(
                 f"{len(messages)} messages are more than the model's context has tokens, {self.context_length}; send fewer"
             )
-        self.encoder.check(sum(len(message.content) for message in messages))
+        calls = (call for message in messages for call in message.tool_calls)
+        told = sum(len(call.function.name) + len(call.function.arguments) for call in calls)
+        told += len(msgspec.json.encode(tools)) // 4 if tools else 0  # at most four bytes a character
+        self.encoder.check(sum(len(message.content) for message in messages) + told)
 
     def check_ids(self, token_ids: Sequence[int]) -> None:
         """The same for tokens, which must be of the vocabulary, too."""
@@ -102,12 +116,16 @@ class ModelText:
         """None where they cannot be known."""
         return token_bytes(self.tokenizer, token_id)
 
-    def encode_messages(self, messages: Sequence[Message], values: Mapping[str, Any] = MappingProxyType({})) -> list[int]:
-        """Through the chat template, which writes special tokens itself. values: its other variables. Raises InvalidRequest."""
+    def encode_messages(
+        self, messages: Sequence[Message], values: Mapping[str, Any] = MappingProxyType({}), tools: Sequence[Tool] = ()
+    ) -> list[int]:
+        """Through the chat template, which writes special tokens itself. values: its other variables. tools: that may be
+        called. Raises InvalidRequest."""
         if self.template is None:
             raise InvalidRequest("the model has no chat template; send `prompt` instead of `messages`")
-        self.check_messages(messages)
-        text = self.template.render(messages, self.encoder.most_characters, values)
+        self.check_messages(messages, tools)
+        turns, told = self.tools.turns(messages, tools), described(tools) if self.tools.told_by_template else []
+        text = self.template.render(turns, self.encoder.most_characters, values, told)
         return self.encoder.encode(text, add_special_tokens=False)
 
 

@@ -87,12 +87,13 @@ def client_of(
     pipeline: Pipeline,
     write_line: Callable[[str], object] = lambda _: None,
     *,
+    context: int = CONTEXT,
     template: str = CHAT_TEMPLATE,
     **environ: str,
 ) -> FlaskClient:
     config = read_config(GATEWAY | environ)
     assert isinstance(config, GatewayConfig)
-    text = ModelText(TOKENIZER, ChatTemplate(template, {}), frozenset([END]), CONTEXT)
+    text = ModelText(TOKENIZER, ChatTemplate(template, {}), frozenset([END]), context)
     keys = key_ring(config)
     answers = Answers(text, pipeline, pipeline.metrics, limits=client_limits(config, keys))
     return create_app(config, lambda: answers, pipeline.metrics, keys, write_line).test_client()

@@ -178,7 +178,7 @@ def test_what_will_be_refused_is_not_read(
     """Too long by its characters: refused first. Else the queue is looked at, and only then is anything rendered or read."""
     read: list[str] = []
     monkeypatch.setattr(ModelText, "encode", lambda _, prompt: read.append(prompt) or [1])
-    monkeypatch.setattr(ModelText, "encode_messages", lambda _, messages, __: read.append(messages[0].content) or [1])
+    monkeypatch.setattr(ModelText, "encode_messages", lambda _, messages, __, ___: read.append(messages[0].content) or [1])
     client = client_of(pipeline)
     pipeline.full = full
     long = len(content) > 1000

@@ -14,7 +14,11 @@ from tests.support.storage.published import CHAT_TEMPLATE
     [
         ({"model": "gpt-4"}, 404, "'gpt-4'"),
         ({"n": 129}, 400, "`n` is 129, which is not served here: expected `int` <= 128"),
-        ({"tools": [{"type": "function"}]}, 400, '`tools` is [{"type":"function"}], which is not served here'),
+        (
+            {"tools": [{"type": "function"}]},
+            400,
+            '`tools[0]` is {"type":"function"}, which is not served here: object missing required field `function`',
+        ),
         ({"presence_penalty": 2.5}, 400, "`presence_penalty` is 2.5"),
         ({"logit_bias": {"x": 1}}, 400, "logit_bias has 'x'; its keys are token ids in decimal"),
         ({"min_tokens": 9, "max_tokens": 8}, 400, "min_tokens is 9, more than max_tokens, 8"),

@@ -29,6 +29,7 @@ MESSAGES = (
     Message("assistant", "Hello."),
     Message("user", "the"),
 )
+TURNS = [{"role": message.role, "content": message.content} for message in MESSAGES]
 TEMPLATES = [
     CHAT_TEMPLATE,
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] | upper }}] {{ m.content | trim }}{{ eos_token }}\n{% endfor %}",
@@ -87,7 +88,7 @@ def test_templates_render_as_in_transformers(tmp_path: Path, template: str) -> N
     reference = transformers_tokenizer(tmp_path, template)
     turns = [{"role": message.role, "content": message.content} for message in MESSAGES]
     expected = reference.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    rendered = ChatTemplate(template, {"bos_token": "<s>", "eos_token": "<|im_end|>"}).render(MESSAGES, 1000)
+    rendered = ChatTemplate(template, {"bos_token": "<s>", "eos_token": "<|im_end|>"}).render(TURNS, 1000)
     assert rendered == expected
 
 
@@ -113,7 +114,7 @@ def test_tokens_are_those_of_transformers(tmp_path: Path) -> None:
 )
 def test_what_a_template_refuses_is_an_invalid_request(template: str, words: str) -> None:
     with pytest.raises(InvalidRequest, match=words):
-        ChatTemplate(template, {}).render(MESSAGES, 1000)
+        ChatTemplate(template, {}).render(TURNS, 1000)
 
 
 def test_a_template_is_given_up_where_its_text_becomes_too_long() -> None:
@@ -126,7 +127,7 @@ def test_a_template_is_given_up_where_its_text_becomes_too_long() -> None:
             return self
 
     with pytest.raises(InvalidRequest, match="more than 1000 characters"):
-        template.render([Message("user", Counting("x" * 100))], 1000)
+        template.render([{"role": "user", "content": Counting("x" * 100)}], 1000)
     assert len(rendered) == 11
 
 

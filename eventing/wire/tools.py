@@ -1,0 +1,67 @@
+"""Functions that a model may call, and its calls, as the OpenAI API writes them."""
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+MAX_TOOLS = 128
+ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.\-]{1,128}$")]
+
+
+class ToolFunction(Struct, frozen=True, omit_defaults=True):
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """A JSON schema of the object that its arguments are; None: whatever they are."""
+    strict: bool | None = None
+    """Changes nothing: a call that is forced has arguments as the schema says, others are the model's."""
+
+
+class Tool(Struct, frozen=True):
+    type: Literal["function"]
+    function: ToolFunction
+
+
+class FunctionName(Struct, frozen=True):
+    name: str
+
+
+class NamedTool(Struct, frozen=True):
+    """The function that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+Tools = Annotated[tuple[Tool, ...], Meta(max_length=MAX_TOOLS)]
+
+
+class FunctionCall(Struct, frozen=True):
+    name: str
+    arguments: str
+    """JSON, as the model wrote it."""
+
+
+class ToolCall(Struct, frozen=True):
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+
+
+def callable_tools(tools: Tools, choice: ToolChoice) -> Tools:
+    """Those that the model is told of. Raises ValueError where the one that must be called is none of them."""
+    if choice == "none":
+        return ()
+    if choice == "required" and not tools:
+        raise ValueError('tool_choice is "required", which takes tools')
+    if isinstance(choice, NamedTool) and choice.function.name not in {tool.function.name for tool in tools}:
+        raise ValueError(f"tool_choice names {choice.function.name!r}, which is none of the tools")
+    return tools
+
+
+def forced_tools(tools: Tools, choice: ToolChoice) -> Tools:
+    """Of which one must be called; none where the model decides."""
+    if isinstance(choice, NamedTool):
+        return tuple(tool for tool in tools if tool.function.name == choice.function.name)
+    return tools if choice == "required" else ()
