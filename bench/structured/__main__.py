@@ -7,7 +7,6 @@ nothing else to do.
 
 import asyncio
 import os
-import random
 import signal
 import sys
 import time
@@ -26,7 +25,8 @@ from bench.structured.speed import compare
 
 _STATE: Final = ROOT / ".lamina" / "bench-structured"
 _MAX_TOKENS: Final = 256
-_KILL_SECONDS: Final = 10.0
+_KILL_ANSWERS: Final = 30
+"""After so many a stage is killed, each in its turn: one that is killed often is started ever later, as on a cluster."""
 
 
 @click.command(help=__doc__)
@@ -57,21 +57,23 @@ def main(dtype: str, cases: int, rounds: int, output: Path) -> None:
 async def _killed(pipeline: RunningPipeline, cases: int) -> tuple[dict[int, Ended], int]:
     """By the gateway of the platform, which knows of stages that are away."""
     found: dict[int, Ended] = {}
-    dice, kills = random.Random(14), 0
+    kills = 0
     asked = asyncio.create_task(ask_all(pipeline.url, pipeline.model, range(cases), _MAX_TOKENS, found))
-    while not (await asyncio.wait([asked], timeout=_KILL_SECONDS))[0]:
-        stages = _stages(pipeline)
-        if stages:
-            os.kill(dice.choice(stages), signal.SIGKILL)
+    while not (await asyncio.wait([asked], timeout=0.1))[0]:
+        stages = _stages(pipeline) if len(found) >= _KILL_ANSWERS * (kills + 1) else []
+        if len(stages) == len(pipeline.stages):
+            os.kill(stages[kills % len(stages)], signal.SIGKILL)
             kills += 1
     await asked
     return found, kills
 
 
 def _stages(pipeline: RunningPipeline) -> list[int]:
-    """Process ids of stages that run, children of the platform all."""
-    platform = psutil.Process(pipeline.pids[0])
-    return [child.pid for child in platform.children(recursive=True) if _environ(child).get("LAMINA_ROLE") == "stage"]
+    """Process ids of stages that run, children of the platform all; the first stage's first."""
+    children = psutil.Process(pipeline.pids[0]).children(recursive=True)
+    told = {child.pid: _environ(child) for child in children}
+    stages = {pid: int(told[pid]["LAMINA_LAYERS"].split(":")[0]) for pid in told if told[pid].get("LAMINA_ROLE") == "stage"}
+    return sorted(stages, key=stages.__getitem__)
 
 
 def _environ(process: psutil.Process) -> dict[str, str]:
