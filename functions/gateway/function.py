@@ -102,7 +102,7 @@ class GatewayFunction:
         self._start_up.mark("last_byte")
         self._metrics.ready.set(1)
         limits = client_limits(self._config, self._keys)
-        self._answers = Answers(text, self._running.scheduler, self._metrics, self._tracer, limits)
+        self._answers = Answers(text, self._running.scheduler, self._metrics, self._tracer, limits, self._config.model)
         _log.info("ready after %.2f s", self._start_up.phases()["last_byte"])
 
     def _watched(self) -> Watched:

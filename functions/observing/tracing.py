@@ -14,7 +14,7 @@ from typing import Final, Protocol, Self
 _TRACEPARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
 """W3C Trace Context, section 3.2.2; a later version may have more behind the flags."""
 
-Attributes = Mapping[str, str | int | float]
+Attributes = Mapping[str, str | int | float | Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 from eventing.wire.generation import Choice, CompletionTokensDetails, FinishReason, Timings, TokenEvent, TokenLogprob
 from functions.gateway.doors.client_limits import Leave
+from functions.gateway.doors.gen_ai import Operation, answered
 from functions.gateway.doors.metrics import GatewayMetrics
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.text.text_stream import TextStream
-from functions.observing.tracing import Attributes, Span
+from functions.observing.tracing import Span
 
 
 class Answer:
@@ -20,6 +21,7 @@ class Answer:
         text_stream: TextStream,
         metrics: GatewayMetrics,
         span: Span,
+        operation: Operation,
         leave: Leave,
         echo: str | None = None,
     ) -> None:
@@ -32,6 +34,7 @@ class Answer:
         self._text_stream = text_stream
         self._metrics = metrics
         self._span = span
+        self._operation = operation
         self._leave = leave
         self._echo = echo
         self._logprobs: list[TokenLogprob] = []
@@ -79,8 +82,12 @@ class Answer:
         self._measure()
         self._metrics.answers.labels(self.outcome).inc()
         problem = self.token_stream.problem
-        told: Attributes = {"lamina.finish_reason": self.outcome, "lamina.completion_tokens": self.completion_tokens}
-        self._span.end(None if problem is None else problem.name, told)
+        error = None if problem is None else problem.name
+        self._span.end(error, answered(self.outcome, error, self.completion_tokens, self.token_stream.cached_tokens))
+        times = self.timings()
+        failed = error or ("cancelled" if self.outcome == "cancelled" else None)
+        seconds = (times.total_seconds, times.time_to_first_token_seconds)
+        self._metrics.gen_ai.observe(self._operation, failed, *seconds, self.completion_tokens)
 
     def choice(self) -> Choice:
         """After the last token."""

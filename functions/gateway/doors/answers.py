@@ -12,6 +12,7 @@ from eventing.wire.tools import callable_tools, forced_tools
 from functions.configuration.api_keys import Allowance
 from functions.gateway.doors.answer import Answer
 from functions.gateway.doors.client_limits import ClientLimits, Leave
+from functions.gateway.doors.gen_ai import Operation
 from functions.gateway.doors.metrics import GatewayMetrics
 from functions.gateway.doors.reply import Reply
 from functions.gateway.scheduling.prompt import Prompt
@@ -73,12 +74,14 @@ class Answers:
         metrics: GatewayMetrics,
         tracer: Tracer = PASSING,
         limits: ClientLimits | None = None,
+        model: str = "",
     ) -> None:
         self.text = text
         self._limits = limits or ClientLimits(Allowance())
         self._scheduler = scheduler
         self._metrics = metrics
         self._tracer = tracer
+        self._model = model
 
     def begin(self, request: GenerateRequest, asker: Asker) -> Reply:
         """Begins all that is to be answered. Raises InvalidRequest, QueueFull, RateLimited, NotReady."""
@@ -102,12 +105,13 @@ class Answers:
         room = self._room(token_ids, request.max_tokens)
         allowed = self._limits.allowance(asker.client_id)
         most = min(room, allowed.max_tokens or room)
-        span = self._tracer.serve(
-            "generate", asker.trace, {"lamina.request": asker.request_id, "lamina.prompt_tokens": len(token_ids)}
-        )
+        max_tokens = most if request.max_tokens is None else min(request.max_tokens, most)
+        operation = Operation.of(request, self._model)
+        asked = operation.asked(request, asker.request_id, len(token_ids), max_tokens)
+        span = self._tracer.serve(operation.span, asker.trace, asked)
         prompt = Prompt(
             token_ids,
-            most if request.max_tokens is None else min(request.max_tokens, most),
+            max_tokens,
             open_ended=request.max_tokens is None or request.max_tokens > most,
             sampling=request.sampling(asker.seed, len(token_ids), self.text.eos_ids, encoded.grammar),
             predicted_ids=encoded.predicted_ids,
@@ -126,7 +130,7 @@ class Answers:
         try:
             token_stream = self._scheduler.submit(prompt)
         except Problem as problem:
-            span.end(problem.name)
+            span.end(problem.name, {"error.type": problem.name})
             raise
         self._metrics.prompt_tokens.inc(len(token_ids))
         # A message is a text of its own; what continues a prompt is read behind it.
@@ -139,7 +143,7 @@ class Answers:
             special=bool(callable_tools(request.tools, request.tool_choice)) and self.text.tools.marked_specially,
         )
         echo = encoded.text if request.echo else None
-        return Answer(token_ids, token_stream, text_stream, self._metrics, span, leave, echo)
+        return Answer(token_ids, token_stream, text_stream, self._metrics, span, operation, leave, echo)
 
     def _room(self, token_ids: Sequence[int], max_tokens: int | None) -> int:
         """For the answer. Raises InvalidRequest where there is none."""

@@ -8,6 +8,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from eventing.problems import PROBLEMS
 from eventing.wire.generation import FinishReason
+from functions.gateway.doors.gen_ai import ServerMetrics
 from functions.observing.telemetry import ANSWER_SECONDS, STEP_SECONDS, FunctionMetrics
 
 OUTCOMES: Final = (*get_args(FinishReason), *(problem.name for problem in PROBLEMS.values()))
@@ -41,6 +42,7 @@ class GatewayMetrics(FunctionMetrics):
             buckets=STEP_SECONDS,
             registry=registry,
         )
+        self.gen_ai = ServerMetrics(registry)
         self.answer = Histogram(
             "lamina_gateway_answer_seconds", "From the request to its last token", buckets=ANSWER_SECONDS, registry=registry
         )

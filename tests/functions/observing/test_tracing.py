@@ -147,9 +147,23 @@ def named(receiver: Receiver, name: str) -> list[SeenSpan]:
 
 
 def test_a_clients_trace_goes_through_every_stage(traced: Receiver) -> None:
-    (answer,) = (span for span in named(traced, "generate") if span.trace_id == TRACE)
+    (answer,) = (span for span in named(traced, "text_completion tiny") if span.trace_id == TRACE)
     assert (answer.parent_id, answer.kind, answer.service) == (SPAN, SERVER, "lamina-gateway")
-    assert answer.attributes["lamina.completion_tokens"] == 3
+    told = {name: value for name, value in answer.attributes.items() if name.startswith(("gen_ai.", "error."))}
+    assert isinstance(told.pop("gen_ai.response.id"), str)
+    assert told == {
+        "gen_ai.operation.name": "text_completion",
+        "gen_ai.provider.name": "lamina",
+        "gen_ai.request.model": "tiny",
+        "gen_ai.response.model": "tiny",
+        "gen_ai.request.max_tokens": 3,
+        "gen_ai.request.temperature": 0.0,
+        "gen_ai.request.seed": told["gen_ai.request.seed"],
+        "gen_ai.usage.input_tokens": told["gen_ai.usage.input_tokens"],
+        "gen_ai.usage.output_tokens": 3,
+        "gen_ai.response.finish_reasons": ["length"],
+    }
+    assert told["gen_ai.usage.input_tokens"] > 0
     sent = {span.span_id: span for span in named(traced, "send forward") if span.trace_id == TRACE}
     assert len(sent) == 3 * 2, "three steps through two stages"
     assert {span.parent_id for span in sent.values()} == {answer.span_id}
@@ -162,7 +176,7 @@ def test_a_clients_trace_goes_through_every_stage(traced: Receiver) -> None:
 
 
 def test_a_micro_batch_links_to_all_its_sequences(traced: Receiver) -> None:
-    answers = {(span.trace_id, span.span_id) for span in named(traced, "generate")}
+    answers = {(span.trace_id, span.span_id) for span in named(traced, "text_completion tiny")}
     assert len(answers) == 7
     steps = named(traced, "send forward")
     assert all(len(span.links) == span.attributes["lamina.sequences"] for span in steps)

@@ -118,7 +118,7 @@ def test_every_alert_asks_for_what_is_exported(exported: Metrics) -> None:
 
 def test_the_page_on_operating_explains_every_metric_and_no_other(exported: Metrics) -> None:
     page = (ROOT / "docs" / "operating.md").read_text()
-    explained = set(re.findall(r"^\| `(lamina_\w+)` \|", page, re.MULTILINE))
+    explained = set(re.findall(r"^\| `((?:lamina|gen_ai)_\w+)` \|", page, re.MULTILINE))
     families = {re.sub("_(bucket|sum|count)$", "", name) for name in exported}
     assert explained == families
 

@@ -95,7 +95,7 @@ def client_of(
     assert isinstance(config, GatewayConfig)
     text = ModelText(TOKENIZER, ChatTemplate(template, {}), frozenset([END]), context)
     keys = key_ring(config)
-    answers = Answers(text, pipeline, pipeline.metrics, limits=client_limits(config, keys))
+    answers = Answers(text, pipeline, pipeline.metrics, limits=client_limits(config, keys), model=config.model)
     return create_app(config, lambda: answers, pipeline.metrics, keys, write_line).test_client()
 
 
