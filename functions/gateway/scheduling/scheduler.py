@@ -87,8 +87,7 @@ class Scheduler:
         self._changed = threading.Condition()
         """The one lock; notified when the clock has to look again and when sequences end."""
         self._entering = 0
-        self._closing = False
-        self._closed = False
+        self._closing = self._closed = False
         self._walked: set[Trip] = set()
         """Trips that a thread has, or will have."""
         self._failed_in_a_row = 0
@@ -239,10 +238,11 @@ class Scheduler:
             actions = self._go_on()
         except Exception:  # noqa: BLE001 - whoever decides has something else to do then
             self._failed_in_a_row += 1
-            _log.exception("the gateway failed; its %d answers end: %s", len(self._board.sequences), self._named_all())
+            sequences = self._board.sequences.values()
+            _log.exception("the gateway failed; its %d answers end: %s", len(sequences), named(sequences))
             for trip in self._board.steps.keys() - self._walked:
                 self._never_walked(trip)
-            self._failures.broke_inside(self._board.sequences.values())
+            self._failures.broke_inside(sequences)
             return list(self._board.take_releases())
         self._failed_in_a_row = 0
         return actions
@@ -251,9 +251,6 @@ class Scheduler:
         if trip.chunks:
             trip.instances[0].prompts.leave()
         self._board.step_ends(trip)
-
-    def _named_all(self) -> str:
-        return named(self._board.sequences.values())
 
     def _go_on(self) -> list[Action]:
         """Everything that can happen now, in this order; what has to be sent for it."""
@@ -277,8 +274,7 @@ class Scheduler:
         """When to look again although nothing has happened, in time.monotonic(); None: never."""
         now = time.monotonic()
         due = [*self._failures.due(), *self._board.waiting.due(), *self._wake_ups.due(), *self._renewals.due()]
-        resumption = self._placement.next_resumption()
-        due += [] if resumption is None else [resumption]
+        due += [moment for moment in [self._placement.next_resumption()] if moment is not None]
         return min((moment for moment in due if moment > now), default=None)
 
     def _start(self, actions: Items[Action]) -> None:
