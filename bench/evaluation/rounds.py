@@ -8,8 +8,12 @@ allows.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from functions.configuration.pass_times import PassTimes, pairs
+
+_SHARPNESS: Final = 8
+"""Who waits does so at the narrowest stage, and where several are nearly as narrow, at all of these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +86,9 @@ def flow(times: Sequence[PassTimes], ready: Sequence[int], work: Work, overheads
     round_seconds = max(unhindered, *(at_pod[k] * step[k] for k in stages)) if rows else 0.0
     rate = 0.0
     if size:
+        # Of the micro-batches that go round, each stage has its part waiting when a chunk comes.
         left = [1 - at_pod[k] * step[k] / round_seconds if rows else 1.0 for k in stages]
-        share = [max(left[k], chunk[k] / (chunk[k] + max(1.0, at_pod[k]) * step[k])) for k in stages]
+        share = [max(left[k], chunk[k] / (chunk[k] + max(1.0, at_pod[k] / len(times)) * step[k])) for k in stages]
         rate = min(ready[k] * share[k] / chunk[k] for k in stages)
     taken = [rate * chunk[k] / ready[k] for k in stages]
     if rows:
@@ -92,12 +97,13 @@ def flow(times: Sequence[PassTimes], ready: Sequence[int], work: Work, overheads
         bound = [at_pod[k] * step[k] / max(0.05, 1 - taken[k]) for k in stages]
         round_seconds = max(unhindered, *bound)
     slack = round_seconds - unhindered
-    narrowest = max(stages, key=lambda k: step[k] / ready[k]) if rows else 0
+    demand = [step[k] / ready[k] for k in stages]
+    narrowness = [(each / max(demand)) ** _SHARPNESS if rows else 0.0 for each in demand]
     in_flight = []
     for k in stages:
         mine = 0.0
         if rows:
-            here = step[k] + hop / 2 + taken[k] * chunk[k] / 2 + (slack if k == narrowest else 0.0)
+            here = step[k] + hop / 2 + taken[k] * chunk[k] / 2 + slack * narrowness[k] / sum(narrowness)
             mine += work.micro_batches * here / round_seconds
         if size:
             mine += min(ready[k], rate * (chunk[k] + chunk_hop / 2 + min(1.0, at_pod[k]) * step[k]))

@@ -18,6 +18,8 @@ from knative.spec.stage_plan import StagePlan, plan_stages
 
 NAME: Final = "evaluation"
 WAYS: Final = ("one static copy", "replicas, KPA", "static pipeline", "pipeline, HPA", "pipeline, KPA")
+QUEUE_LIMIT: Final = 1024
+"""Of the gateway: with a hundred times the trace, what comes in two seconds."""
 _CUT_WAYS: Final = WAYS[2:]
 _OTHER_BYTES: Final = 2**30
 
@@ -109,7 +111,7 @@ class Setting:
             gateway=Gateway(
                 micro_batch_sequences=self.micro_batch_sequences,
                 guesses=0,
-                queue_limit=4096,
+                queue_limit=QUEUE_LIMIT,
                 access_log="off",
                 autoscaling=GatewayAutoscaling(min_scale=1, max_scale=1),
             ),

