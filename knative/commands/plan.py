@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import click
 from rich.console import Console
@@ -15,10 +16,13 @@ from knative.commands.terminal.pod_table import show_pods
 from knative.spec.cut import cut_evenly, format_cut, parse_cut
 from knative.spec.memory import check_memory
 from knative.spec.model_shape import ModelShape, published_shape, shape_from_folder
+from knative.spec.network_plan import Link, network_plan
 from knative.spec.pipeline_spec import DTYPES, PipelineSpec, Stage
 from knative.spec.spec_file import load_spec
 from knative.spec.stage_plan import StagePlan, plan_mixed, plan_stages, replicas_for
 from storage.models.model_repository import read_manifest
+
+_POSITIVE: Final = click.FloatRange(min=0, min_open=True)
 
 
 @click.command()
@@ -28,6 +32,11 @@ from storage.models.model_repository import read_manifest
 @click.option("--cut", "cut_text", help="Your own cut instead, such as 0:10,10:20,20:30.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
 @click.option("--conversations", type=click.IntRange(min=1), help="Also: replicas that so many at once will ask for.")
+@click.option(
+    "--step-seconds", type=click.FloatRange(min=0, min_open=True), help="Also what a network costs: of a step of all layers."
+)
+@click.option("--delay-seconds", type=click.FloatRange(min=0), default=0.0, help="With it: between pods, each way.")
+@click.option("--bytes-per-second", type=_POSITIVE, help="With it: of a pod's link, each way.")
 @store_options
 def plan(
     spec_file: Path | None,
@@ -36,6 +45,9 @@ def plan(
     cut_text: str | None,
     dtype: str,
     conversations: int | None,
+    step_seconds: float | None,
+    delay_seconds: float,
+    bytes_per_second: float | None,
     store: StoreOptions,
 ) -> None:
     """Show where a model would be cut, and what each stage will need; with SPEC, what each is given.
@@ -44,6 +56,7 @@ def plan(
     python -m knative plan --model ./Llama-2-13b-hf --stages 4
     python -m knative plan --model smollm2-135m-instruct --stages 3 --dtype int8
     python -m knative plan --model ./Llama-2-13b-hf --stages 4 --conversations 64
+    python -m knative plan --model ./Llama-2-13b-hf --step-seconds 0.04 --delay-seconds 0.005 --bytes-per-second 1.25e8
     python -m knative plan pipeline.yaml --model ./Llama-2-13b-hf
     """
     spec = None if spec_file is None else load_spec(spec_file)
@@ -59,6 +72,8 @@ def plan(
         show_pods(console, plans, given, spec.gateway)
     if conversations is not None:
         _show_replicas(console, plans, given, spec, conversations)
+    if step_seconds is not None:
+        _show_network(console, plans, spec, conversations, step_seconds, Link(delay_seconds, bytes_per_second))
     if spec is not None:
         check_memory(given, [each.weight_bytes for each in plans])
 
@@ -124,6 +139,27 @@ def _show_replicas(
         f"{_alike(per_pod)} in flight for each pod, at most {_alike(most)}: {text}",
         highlight=False,
     )
+
+
+def _show_network(
+    console: Console,
+    plans: tuple[StagePlan, ...],
+    spec: PipelineSpec | None,
+    conversations: int | None,
+    step_seconds: float,
+    link: Link,
+) -> None:
+    """Of one conversation and, where so many are named, of these: without the network and with it."""
+    steps = [step_seconds * plan.compute_share for plan in plans]
+    micro_batch = (spec and spec.gateway.micro_batch_sequences) or Limits().micro_batch_sequences
+    for count in sorted({1, conversations or 1}):
+        near, far = (network_plan(plans, steps, count, micro_batch, each) for each in (Link(0.0, None), link))
+        share = far.tokens_per_second / near.tokens_per_second
+        console.out(
+            f"network: {count} at a time, one replica each: {far.tokens_per_second:.1f} tokens/s, {share:.2f} of what there is "
+            f"without it; micro-batches in flight {far.micro_batches}, bytes a token between pods {far.bytes_per_token}",
+            highlight=False,
+        )
 
 
 def _alike(numbers: Sequence[float]) -> str:

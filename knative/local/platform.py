@@ -22,6 +22,7 @@ from knative.local.kubelet.containers import LocalData, NamedData
 from knative.local.kubelet.pods import PodTiming
 from knative.local.kubelet.secret_folders import SecretFolders
 from knative.local.metrics import render_metrics
+from knative.local.proxies.network import Network
 from knative.local.serving.emulated import ignored, refuse_unsupported
 from knative.local.serving.endpoint_slices import EndpointSlices
 from knative.local.serving.revisions import Revision, RevisionName, Surroundings
@@ -76,6 +77,8 @@ class PlatformOptions:
     """Requests that one revision may hold; beyond it 503."""
     cpu: CpuSeconds = cpu_seconds
     """What the HPA class scales by: where devices are emulated, how long they were busy."""
+    network: Network = field(default_factory=Network)
+    """Between pods, for requests that go straight to one: of every pod's link. The activator's way stays loopback."""
 
 
 class Platform:
@@ -96,6 +99,7 @@ class Platform:
             logs=options.logs,
             activator_queue_depth=options.activator_queue_depth,
             cpu=options.cpu,
+            network=options.network,
         )
 
     @property

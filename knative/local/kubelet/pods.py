@@ -13,6 +13,7 @@ from typing import Final
 from knative.local.kubelet.container_life import ContainerLife
 from knative.local.kubelet.containers import Container
 from knative.local.kubelet.processes import kill_group, send_signal
+from knative.local.proxies.network import Network
 from knative.local.proxies.queue_proxy import QueueProxy
 
 _log = logging.getLogger(__name__)
@@ -44,9 +45,17 @@ class Phase(StrEnum):
 class Pod:
     """`on_change` is called whenever `phase` changes."""
 
-    def __init__(self, name: str, container: Container, timing: PodTiming, log: Path, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        container: Container,
+        timing: PodTiming,
+        log: Path,
+        on_change: Callable[[], None],
+        network: Network | None = None,
+    ) -> None:
         self.name = name
-        self.proxy = QueueProxy(container.limits, lambda: self.ready)
+        self.proxy = QueueProxy(container.limits, lambda: self.ready, network)
         self.log = log
         self.phase = Phase.STARTING
         self.restarts = 0

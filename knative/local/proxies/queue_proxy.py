@@ -16,6 +16,7 @@ from knative.local.http.server import THIS_MACHINE, Exchange, HttpServer
 from knative.local.proxies.breaker import Breaker
 from knative.local.proxies.concurrency import ConcurrencyMeter, Report
 from knative.local.proxies.full_duplex import broken_off
+from knative.local.proxies.network import Network, Relay
 from knative.local.proxies.timeouts import Timeouts, in_time
 
 _log = logging.getLogger(__name__)
@@ -36,7 +37,8 @@ class RequestLimits:
 class QueueProxy:
     """Stands for `podIP:8012`: a port of its own on 127.0.0.1."""
 
-    def __init__(self, limits: RequestLimits, ready: Callable[[], bool] = lambda: True) -> None:
+    def __init__(self, limits: RequestLimits, ready: Callable[[], bool] = lambda: True, network: Network | None = None) -> None:
+        """network: between whoever connects to the port and this pod; None: loopback as it is."""
         now = asyncio.get_running_loop().time()
         self.all = ConcurrencyMeter(now)
         self.proxied = ConcurrencyMeter(now)
@@ -46,10 +48,11 @@ class QueueProxy:
         self._breaker = Breaker(limits.container_concurrency)
         self._upstream: UpstreamPool | None = None
         self._server = HttpServer(self._direct)
+        self._relay = None if network is None or network.is_loopback else Relay(network)
 
     @property
     def port(self) -> int:
-        return self._server.port
+        return self._server.port if self._relay is None else self._relay.port
 
     @property
     def function_port(self) -> int | None:
@@ -57,6 +60,8 @@ class QueueProxy:
 
     async def start(self) -> None:
         await self._server.start()
+        if self._relay is not None:
+            await self._relay.start(self._server.port)
 
     def connect(self, port: int | None) -> None:
         """Where the function listens; None while there is none. What runs on the old connections breaks."""
@@ -67,6 +72,8 @@ class QueueProxy:
     def close(self) -> None:
         self.connect(None)
         self._server.close()
+        if self._relay is not None:
+            self._relay.close()
 
     async def serve(self, exchange: Exchange) -> None:
         """Raises HttpError: 503 queue full, 502 no function behind, 504 no answer in time."""

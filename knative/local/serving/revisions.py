@@ -17,6 +17,7 @@ from knative.local.http.server import Exchange
 from knative.local.kubelet.containers import LocalData, read_container
 from knative.local.kubelet.pods import Phase, Pod, PodTiming
 from knative.local.proxies.activator import Activator
+from knative.local.proxies.network import Network
 from knative.local.serving.endpoint_slices import EndpointSlices, PodEndpoint, endpoint_slice
 
 _log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class Surroundings:
     logs: Path
     activator_queue_depth: int
     cpu: CpuSeconds
+    network: Network
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +177,7 @@ class Revision:
     def _add_pod(self) -> None:
         name = f"{self.name.revision}-{secrets.token_hex(3)}"
         log = self._around.logs / f"{name}.log"
-        pod = Pod(name, self._container, self._around.timing, log, self._pods_changed)
+        pod = Pod(name, self._container, self._around.timing, log, self._pods_changed, self._around.network)
         self.pods.append(pod)
         if self._without_ready_pod_since is None and not self.ready_pods:
             self._without_ready_pod_since = self._now()

@@ -1,0 +1,95 @@
+"""A relay is as slow as it says, in both directions, for all connections of a pod together, and loses nothing."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from knative.local.proxies.network import Network, Relay
+
+DELAY = 0.1
+
+
+async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(2**16):
+        writer.write(data)
+        await writer.drain()
+    writer.close()
+
+
+@asynccontextmanager
+async def relayed(network: Network) -> AsyncIterator[Relay]:
+    server = await asyncio.start_server(echo, "127.0.0.1", 0)
+    relay = Relay(network)
+    await relay.start(server.sockets[0].getsockname()[1])
+    try:
+        yield relay
+    finally:
+        relay.close()
+        server.close()
+        await asyncio.sleep(0.05)
+
+
+async def sent(relay: Relay, data: bytes) -> tuple[bytes, float]:
+    """What came back, and after how long."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", relay.port)
+    began = time.perf_counter()
+    writer.write(data)
+    writer.write_eof()
+    answer = await reader.read(-1)
+    seconds = time.perf_counter() - began
+    writer.close()
+    return answer, seconds
+
+
+def run(network: Network, action: Callable[[Relay], Awaitable[None]]) -> None:
+    async def whole() -> None:
+        async with relayed(network) as relay:
+            await action(relay)
+
+    asyncio.run(whole())
+
+
+def test_every_byte_comes_a_delay_later_each_way() -> None:
+    async def check(relay: Relay) -> None:
+        for size in (1, 3_000_000):
+            data = bytes(range(256)) * (size // 256) + b"x"
+            answer, seconds = await sent(relay, data)
+            assert answer == data
+            assert 2 * DELAY <= seconds < 2 * DELAY + 1.0
+
+    run(Network(delay_seconds=DELAY), check)
+
+
+def test_no_more_bytes_a_second_than_the_link_carries_each_way() -> None:
+    async def check(relay: Relay) -> None:
+        data = b"x" * 2_000_000
+        answer, seconds = await sent(relay, data)
+        assert answer == data
+        assert 0.4 <= seconds < 1.2, "both directions at the same time, as chunks come"
+
+    run(Network(bytes_per_second=5e6), check)
+
+
+def test_connections_of_a_pod_share_its_link() -> None:
+    async def check(relay: Relay) -> None:
+        began = time.perf_counter()
+        await asyncio.gather(*(sent(relay, b"x" * 500_000) for _ in range(4)))
+        assert 0.4 <= time.perf_counter() - began < 1.2
+
+    run(Network(bytes_per_second=5e6), check)
+
+
+def test_a_connection_that_breaks_breaks_on_the_other_side() -> None:
+    async def check(relay: Relay) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", relay.port)
+        writer.write(b"x")
+        assert await reader.read(1) == b"x"
+        relay.close()
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            await reader.readexactly(1)
+        writer.close()
+
+    run(Network(delay_seconds=0.01), check)
