@@ -102,7 +102,7 @@ def create_app(
     if config.page == "on":
         Page().register(app)
     described = list(operations(with_page=config.page == "on"))
-    OpenAPIDoor(described, config.model, with_keys=config.api_keys is not None).register(app)
+    OpenAPIDoor(described, config.model, with_keys=not keys.is_open).register(app)
     OpenAIDoor(answers, clients, config.model, config.pipeline, config.request_timeout_seconds).register(app)
     return app
 

@@ -129,7 +129,7 @@ def _show_replicas(
     if any(scaling.autoscaler_class == "hpa" for scaling in scalings):
         console.out("replicas: by CPU where the class is hpa, which conversations do not tell", highlight=False)
         return
-    per_pod = [(each.target or each.default_target) * each.target_utilization_percentage / 100 for each in scalings]
+    per_pod = [each.target_concurrency for each in scalings]
     most = [each.max_scale for each in scalings]
     micro_batch = (spec and spec.gateway.micro_batch_sequences) or Limits().micro_batch_sequences
     replicas = replicas_for(plans, conversations, micro_batch, per_pod, most)

@@ -29,7 +29,7 @@ from functions.gateway.doors.operations import operations
 from tests.support.functions.functions import FunctionProcess, gateway_environment, running, stage_environment
 from tests.support.storage.published import CUT, Published
 
-CASES = int(os.environ.get("CASES") or 40)
+CASES = int(os.environ.get("CASES") or 25)
 ENDLESS = "/v1/pipeline/events"
 CHECKS = [status_code_conformance, content_type_conformance, response_schema_conformance, response_headers_conformance]
 OPERATIONS = [

@@ -11,6 +11,7 @@ from flask import Flask, Response
 
 from eventing.problems import PROBLEM_CONTENT_TYPE
 from eventing.wire.generation import GenerateRequest
+from functions.gateway.doors.openai_responses_types import ResponsesRequest
 from functions.gateway.doors.openai_types import ChatRequest, CompletionRequest
 from functions.gateway.doors.openapi_types import ErrorReply, ProblemDocument
 from functions.gateway.doors.operations import JSON, Content, Operation
@@ -32,7 +33,7 @@ def openapi_document(operations: Iterable[Operation], model: str, *, with_keys: 
     for operation in listed:
         described = _described(operation, known, model, with_keys=with_keys)
         paths.setdefault(operation.path, {})[operation.method] = described
-    for type_ in (ChatRequest, CompletionRequest):
+    for type_ in (ChatRequest, CompletionRequest, ResponsesRequest):
         components[type_.__name__]["properties"]["model"]["enum"] = [model]
     for one_of_two in (GenerateRequest, TokenizeRequest):  # As their __post_init__ has it.
         components[one_of_two.__name__]["oneOf"] = [{"required": ["prompt"]}, {"required": ["messages"]}]

@@ -64,6 +64,8 @@ class ChatLogprobs(Struct, frozen=True):
 class ChatAnswer(Struct, frozen=True):
     role: Literal["assistant"]
     content: str | None
+    reasoning_content: str | None = None
+    """Thoughts, of a model whose template sets them apart."""
     refusal: None = None
 
 
@@ -93,6 +95,7 @@ class ChatCompletion(Completed, frozen=True, kw_only=True):
 class ChatDelta(Struct, frozen=True):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
 
 
 class ChatChunkChoice(Struct, frozen=True):
@@ -130,6 +133,51 @@ class Completion(Completed, frozen=True, kw_only=True):
     object: Literal["text_completion"]
     choices: tuple[CompletionChoice, ...]
     usage: Usage | None = None
+
+
+class OutputPart(Struct, frozen=True):
+    type: Literal["output_text", "reasoning_text"]
+    text: str
+    annotations: tuple[()] = ()
+    logprobs: tuple[ChatTokenLogprob, ...] = ()
+
+
+class OutputItem(Struct, frozen=True, kw_only=True):
+    """A message, thoughts before it, or the call of a tool."""
+
+    id: str
+    type: Literal["message", "reasoning", "function_call"]
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+    role: Literal["assistant"] | None = None
+    content: tuple[OutputPart, ...] = ()
+
+
+class ResponseUsage(Struct, frozen=True):
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    input_tokens_details: dict[str, int]
+    output_tokens_details: dict[str, int]
+
+
+class ResponseObject(Struct, frozen=True, kw_only=True):
+    """An answer of /v1/responses; beside these it says again what was asked."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    model: str
+    status: Literal["in_progress", "completed", "incomplete"]
+    output: tuple[OutputItem, ...]
+    usage: ResponseUsage | None
+    incomplete_details: dict[str, str] | None
+
+
+class ResponseEvent(Struct, frozen=True):
+    """Data of one event, with more fields by its type."""
+
+    type: str
+    sequence_number: int
 
 
 class Tokens(Struct, frozen=True):

@@ -9,6 +9,7 @@ from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE
 from eventing.wire.events import EventType
 from eventing.wire.generation import GenerateRequest, GenerateResponse
 from functions.gateway.doors import openapi_types as replies
+from functions.gateway.doors.openai_responses_types import ResponsesRequest
 from functions.gateway.doors.openai_types import ChatRequest, CompletionRequest
 from functions.gateway.doors.pipeline_state import PipelineState
 from functions.gateway.doors.tokens import DetokenizeRequest, TokenizeRequest
@@ -101,6 +102,15 @@ def _openai() -> Iterator[Operation]:
         {JSON: CompletionRequest},
         (*_READ, 404, *_ANSWERED),
         events=replies.Completion,
+    )
+    yield Operation(
+        "post",
+        "/v1/responses",
+        "Go on with a conversation, which is sent whole; with `stream`, by server-sent events",
+        {JSON: replies.ResponseObject, EVENT_STREAM_CONTENT_TYPE: None},
+        {JSON: ResponsesRequest},
+        (*_READ, 404, *_ANSWERED),
+        events=replies.ResponseEvent,
     )
     yield Operation("get", "/v1/models", "The one model that is served", {JSON: replies.Models})
     yield Operation("get", "/v1/models/{model}", "The same by its name", {JSON: replies.Model}, refused=(404,))

@@ -76,6 +76,7 @@ def test_killed_outright_nothing_is_left_and_the_next_run_says_so_and_answers(ru
     running.seen = ""
     assert running.finish() == 0
     assert "ended without cleaning up" in running.seen
+    assert re.search(r"^http://127\.0\.0\.1:\d+/ in a browser: .*\n.* all at zero; gateway http", running.seen, re.MULTILINE)
     assert re.search(r"\(\d+ \+ 3 tokens, first after .* tokens/s, length\)", running.seen)
     assert re.search(r"^0 +0:\d.*\n1 +\d:6 ", running.seen, re.MULTILINE)
     assert not (running.state / "platform.json").exists()

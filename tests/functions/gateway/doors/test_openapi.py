@@ -9,8 +9,16 @@ import pytest
 
 from functions.configuration.config import GatewayConfig, read_config
 from functions.gateway.app import create_app
+from functions.gateway.doors.key_ring import KeyRing
 from functions.gateway.doors.openapi import openapi_document
-from functions.gateway.doors.openapi_types import ChatCompletion, ChatCompletionChunk, Completion, ErrorReply
+from functions.gateway.doors.openapi_types import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    ErrorReply,
+    ResponseEvent,
+    ResponseObject,
+)
 from functions.gateway.doors.operations import operations
 from functions.hosting.server import PROBES
 from tests.functions.gateway.doors.test_pipeline_events import Pipe
@@ -23,7 +31,7 @@ OF_MANAGEMENT = {("get", path) for path in PROBES}
 def served(page: str) -> set[tuple[str, str]]:
     config = read_config({**GATEWAY, "LAMINA_PAGE": page})
     assert isinstance(config, GatewayConfig)
-    app = create_app(config, lambda: None, Pipeline().metrics, lambda _: None, Pipe().watched)  # type: ignore[arg-type, return-value]
+    app = create_app(config, lambda: None, Pipeline().metrics, KeyRing(), lambda _: None, Pipe().watched)  # type: ignore[arg-type, return-value]
     rules = [(each.methods or set(), re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", each.rule)) for each in app.url_map.iter_rules()]
     return {(method.lower(), path) for methods, path in rules for method in methods - {"HEAD", "OPTIONS"}}
 
@@ -62,13 +70,16 @@ def test_answers_are_what_the_document_calls_them() -> None:
     msgspec.json.decode(client.post("/v1/chat/completions", json=chat()).data, type=ChatCompletion)
     asked = {"model": "tiny", "prompt": "Hi", "max_tokens": 8}
     msgspec.json.decode(client.post("/v1/completions", json=asked).data, type=Completion)
+    respond = {"model": "tiny", "input": "Hi", "max_output_tokens": 8}
+    msgspec.json.decode(client.post("/v1/responses", json=respond).data, type=ResponseObject)
     msgspec.json.decode(client.post("/v1/chat/completions", json={"no": 1}).data, type=ErrorReply)
     for path, body, type_ in (
         ("/v1/chat/completions", chat(stream=True), ChatCompletionChunk),
         ("/v1/completions", asked | {"stream": True}, Completion),
+        ("/v1/responses", respond | {"stream": True}, ResponseEvent),
     ):
         events = re.findall(r"data: (.*)\n\n", client.post(path, json=body).text)
-        assert events.pop() == "[DONE]"
+        assert path == "/v1/responses" or events.pop() == "[DONE]"
         for event in events:
             msgspec.convert(json.loads(event), type_, strict=True)
         assert len(events) >= 2
