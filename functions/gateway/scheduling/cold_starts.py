@@ -26,7 +26,7 @@ class ColdStarts:
         self._last: dict[int, ColdStart] = {}
 
     def begins(self, stage: int) -> None:
-        """It is asleep and was sent a warm-up event."""
+        """It is asleep and is sent a warm-up event."""
         self._under_way[stage] = ColdStart(time.monotonic())
 
     def ends(self, stage: int, reply: WarmupReply) -> None:

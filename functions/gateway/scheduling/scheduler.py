@@ -78,8 +78,8 @@ class Scheduler:
         self._moves = Moves(self._board)
         self._admission = Admission(self._board, self._replies, self._failures)
         self._next_steps = NextSteps(self._board, self._failures)
-        self._wake_ups = WakeUps(self._board)
         self._cold_starts = ColdStarts()
+        self._wake_ups = WakeUps(self._board, self._cold_starts)
         self._renewals = Renewals(self._board)
         self._experience = Experience()
         self._boot = secrets.token_hex(6)
@@ -189,7 +189,6 @@ class Scheduler:
             return stats
 
     def outlook(self) -> Outlook:
-        """How it stands now, instance by instance and answer by answer."""
         with self._changed:
             return outlook(self._board, self._cold_starts)
 
@@ -381,9 +380,6 @@ class Scheduler:
                 self._act()
 
     def _warm_up(self, stage: int) -> None:
-        with self._changed:
-            if stage in self._placement.cold():
-                self._cold_starts.begins(stage)
         try:
             url = self._placement.service_urls[stage]
             reply = self._client.warm_up(stage, url, self._limits.cold_start_timeout_seconds)

@@ -6,14 +6,16 @@ from typing import Final
 
 from functions.gateway.scheduling.actions import Wake
 from functions.gateway.scheduling.board import Board
+from functions.gateway.scheduling.cold_starts import ColdStarts
 
 PAUSE_SECONDS: Final = 0.5
 """Between two rounds of warm-up events; also how long the watch may lag behind a stage that has answered one."""
 
 
 class WakeUps:
-    def __init__(self, board: Board) -> None:
+    def __init__(self, board: Board, cold_starts: ColdStarts) -> None:
         self._board = board
+        self._cold_starts = cold_starts
         self._under_way = False
         self._next_at = 0.0
 
@@ -32,6 +34,8 @@ class WakeUps:
         if not cold or self._under_way:
             return []
         self._under_way = True
+        for stage in cold:
+            self._cold_starts.begins(stage)
         self._board.stats.wakes += 1
         return [Wake(range(self._board.placement.num_stages) if everything else cold)]
 
