@@ -4,7 +4,7 @@ from collections.abc import Sequence as Items
 from collections.abc import Set
 
 from eventing.problems import InvalidRequest
-from eventing.wire.control import ReleaseRow
+from eventing.wire.control import MOST_PEERS, ReleaseRow
 from eventing.wire.events import Status
 from functions.gateway.scheduling.actions import Reserve
 from functions.gateway.scheduling.board import Board
@@ -15,6 +15,7 @@ from functions.gateway.scheduling.replies import Replies
 from functions.gateway.scheduling.reservation import Reservation
 from functions.gateway.scheduling.reserve import reserve
 from functions.gateway.scheduling.sequence import Sequence
+from functions.gateway.stages.instances import Instance
 
 
 class Admission:
@@ -75,7 +76,10 @@ class Admission:
             self._board.waiting.hungry.still_full()
         for sequence, status, held in here:
             self._reserved(sequence, status, held, wanted.instances[0].stage)
-            if sequence.reserved and reservation.remembers and wanted.moved_from is None:
+            if not sequence.reserved or sequence.route is None or not reservation.remembers:
+                continue
+            self._board.where_held.put(sequence.asked, sequence.route.instances)
+            if wanted.moved_from is None:
                 follow(sequence, self._board)
 
     def ask_again(self) -> list[Reserve]:
@@ -84,7 +88,7 @@ class Admission:
         for batch in self._board.micro_batches:
             if batch.target is None and (sequences := [one for one in batch.sequences if asks_again(one, self._board)]):
                 for sequence in sequences:
-                    sequence.reserved = sequence.asks_again = False
+                    sequence.reserved = False
                 asking.append(self._reserve(batch, sequences, one_by_one=False))
         return asking
 
@@ -133,10 +137,16 @@ class Admission:
         return [self._reserve(home, [sequence], one_by_one=True)]
 
     def _reserve(self, home: MicroBatch, sequences: Items[Sequence], *, one_by_one: bool) -> Reserve:
-        """Instances that leave are asked for what they held: conversations that nobody has in hand."""
-        instances, placement = home.route.instances, self._board.placement
-        peers = {instance: leaving for instance in instances if (leaving := placement.leaving(instance))}
-        return reserve(instances, sequences, one_by_one=one_by_one, peers=peers)
+        peers = {instance: urls for instance in home.route.instances if (urls := self._peers(instance, sequences))}
+        return reserve(home.route.instances, sequences, one_by_one=one_by_one, peers=peers)
+
+    def _peers(self, instance: Instance, sequences: Items[Sequence]) -> tuple[str, ...]:
+        """Who may hold it: instances that leave, with conversations that nobody has in hand, and where much of it went last."""
+        board = self._board
+        places = [board.where_held.find(sequence.known()) for sequence in sequences]
+        others = [held.instances[instance.stage] for held in places if held.tokens >= board.limits.chunk_tokens]
+        urls = [other.url for other in others if other is not instance and other.ready and not other.is_service]
+        return tuple(dict.fromkeys([*board.placement.leaving(instance), *urls]))[:MOST_PEERS]
 
     def _fits(self, sequence: Sequence) -> bool:
         """As far as the stages' last replies say, an instance of each has room for it."""
@@ -153,8 +163,9 @@ class Admission:
         # On an older revision sequences end where they began, and none begins: or it would never fall to zero.
         current = [batch for batch in board.micro_batches if not board.placement.outdated(batch.route)]
         coming = len(board.waiting.queue) + len(board.waiting.hungry.sequences)
+        held = board.where_held.find(sequence.known())
         if len(current) < board.micro_batches_wanted(board.running + coming):
-            route = board.placement.place(sequence.reserve_tokens)
+            route = board.placement.place(sequence.reserve_tokens, held)
             if route is None:
                 board.no_route_since = board.no_route_since or now
                 return None
@@ -169,7 +180,13 @@ class Admission:
             and all(instance.usable(now) for instance in batch.route.instances)
         ]
         reserve = sequence.reserve_tokens
-        return min(with_room, key=lambda batch: (batch.route.lacks(reserve), len(batch.sequences)), default=None)
+        chunk = board.limits.chunk_tokens
+
+        def load(batch: MicroBatch) -> tuple[bool, float]:
+            """A chunk of a prompt takes the others about as long as one sequence more."""
+            return batch.route.lacks(reserve), len(batch.sequences) - held.on(batch.route.instances) / chunk
+
+        return min(with_room, key=load, default=None)
 
 
 def _found(sequence: Sequence, held: Items[int], first_stage: int) -> None:

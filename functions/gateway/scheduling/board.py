@@ -21,6 +21,7 @@ from functions.gateway.scheduling.waiting import Waiting
 from functions.gateway.stages.instances import Instance
 from functions.gateway.stages.routes import Placement
 from functions.gateway.stages.trip import Trip
+from functions.gateway.stages.where_held import WhereHeld
 
 
 class Board:
@@ -35,6 +36,7 @@ class Board:
         self.steps: dict[Trip, Step] = {}
         """On their way."""
         self.steps_begun = 0
+        self.where_held = WhereHeld()
         self.suspects: set[Sequence] = set()
         """With a strike against them."""
         self.no_route_since: float | None = None
@@ -129,6 +131,7 @@ class Board:
             for instance in sequence.route.instances:
                 self.release_at(instance, sequence)
             if frees:
+                self.where_held.put(sequence.known(), sequence.route.instances)
                 self.waiting.hungry.was_freed()
 
     def release_at(self, instance: Instance, sequence: Sequence) -> None:

@@ -26,10 +26,10 @@ def follow(sequence: Sequence, board: Board) -> None:
 
 
 def asks_again(sequence: Sequence, board: Board) -> bool:
-    """What it waited for is there, or will not come; or it has moved."""
+    """What it waited for is there, or will not come."""
     if not sequence.at_rest or sequence.must_restart or sequence.over:
         return False
-    return sequence.asks_again or (sequence.follows is not None and _is_over(sequence, sequence.follows, board))
+    return sequence.follows is not None and _is_over(sequence, sequence.follows, board)
 
 
 def _computing(sequence: Sequence, board: Board) -> list[Sequence]:

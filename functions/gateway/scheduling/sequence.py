@@ -65,8 +65,6 @@ class Sequence:
     """It waits for another one that computes what both begin with."""
     goes_alone: bool = False
     """It has followed in vain."""
-    asks_again: bool = False
-    """What its stages hold of it is to be asked once more."""
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt.token_ids)
@@ -163,7 +161,6 @@ class Sequence:
         self.must_restart = False
         self.follows = None
         self.goes_alone = False
-        self.asks_again = False
         self.progress.restart()
 
 

@@ -11,7 +11,10 @@ from typing import Final
 
 from eventing.wire.control import MOST_PEERS
 from functions.gateway.stages.instances import Endpoint, Instance
+from functions.gateway.stages.where_held import NOTHING, Held
 
+TOKENS_OF_A_ROUTE: Final = 512
+"""Held at an instance they are worth one route: it may carry one more than others."""
 REBALANCE_AT: Final = 2
 """An instance that carries so many routes more than another gives one away."""
 
@@ -101,15 +104,21 @@ class Placement:
         instance.suspend(time.monotonic())
         instance.awake = not instance.is_service
 
-    def place(self, reserve_tokens: int) -> Route | None:
-        """A new route over the instances with the fewest routes, those with memory first; None where a stage has none now."""
-        chosen = [self.least_used(stage, reserve_tokens) for stage in range(self.num_stages)]
+    def place(self, reserve_tokens: int, held: Held = NOTHING) -> Route | None:
+        """A new route over the instances with the fewest routes, those with memory first; None where a stage has none now.
+
+        held: what there is less to compute at. It weighs as much as one route more, at most: a second one would be moved away.
+        """
+        chosen = [self.least_used(stage, reserve_tokens, held) for stage in range(self.num_stages)]
         instances = [instance for instance in chosen if instance is not None]
         return Route(instances) if len(instances) == self.num_stages else None
 
-    def least_used(self, stage: int, reserve_tokens: int = 0) -> Instance | None:
-        usable = self._usable(stage)
-        return min(usable, key=lambda instance: (_lacks(instance, reserve_tokens), instance.routes), default=None)
+    def least_used(self, stage: int, reserve_tokens: int = 0, held: Held = NOTHING) -> Instance | None:
+        def load(instance: Instance) -> tuple[bool, float, bool]:
+            saved = held.at(instance)
+            return _lacks(instance, reserve_tokens), instance.routes - min(1.0, saved / TOKENS_OF_A_ROUTE), not saved
+
+        return min(self._usable(stage), key=load, default=None)
 
     def has_room(self, stage: int, reserve_tokens: int) -> bool:
         """Some instance of `stage` has not said that it has less memory."""

@@ -3,12 +3,16 @@
 import random
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
+from eventing.wire.control import ReserveRequest
 from eventing.wire.events import EventType, Sampling
 from eventing.wire.prefix_chain import BLOCK_TOKENS
 from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.scheduling.token_stream import TokenStream
+from functions.gateway.stages.instances import Endpoint
+from functions.gateway.stages.routes import Placement
 from functions.stage.models.layer_group import LayerGroup
 from tests.support.functions.gateway import nothing_left, scheduling, submit, tokens_of, wait_until
 from tests.support.functions.native_models import CUT, native_groups
@@ -126,6 +130,46 @@ def test_what_a_stage_has_lost_is_computed_by_that_one_and_those_before_it() -> 
         ]
         assert computed[0] == 80 + NEW_TOKENS - 1
         assert computed[2] == 80 - 64 + NEW_TOKENS - 1
+
+
+def test_a_follow_up_goes_to_the_instance_that_holds_it() -> None:
+    make = native_stage("float32")
+    with running(make, 3) as stages, running(lambda _: make(1), 2) as spare:
+        middle = [stages[1], *spare]
+        placed = Placement([stage.url for stage in stages], watched=True)
+        with scheduling(stages, placement=placed) as scheduler:
+            for index, own in ((0, stages[:1]), (1, middle), (2, stages[2:])):
+                scheduler.endpoints_changed(index, [Endpoint(stage.url) for stage in own])
+            talks = [text(number, 70) for number in range(3)]
+            for turn in range(3):
+                streams = [submit(scheduler, tokens, NEW_TOKENS) for tokens in talks]
+                for tokens, stream in zip(talks, streams, strict=True):
+                    tokens += [*tokens_of(stream), *text(turn, 20)]
+                nothing_left([*stages, *spare])
+                assert all(bool(stream.cached_tokens) == (turn > 0) for stream in streams)
+                talks.append(talks.pop(0))  # or the same order alone would bring each where it was
+
+
+def test_one_that_has_to_go_elsewhere_says_who_holds_it() -> None:
+    make = native_stage("float32")
+    with running(make, 3) as stages, running(lambda _: make(1), 1) as (other,):
+        placed = Placement([stage.url for stage in stages], watched=True)
+        with scheduling(stages, placement=placed, chunk_tokens=32) as scheduler:
+            for index, stage in enumerate(stages):
+                scheduler.endpoints_changed(index, [Endpoint(stage.url)])
+            prompt = text(1, 100)
+            tokens_of(submit(scheduler, prompt, 2))
+            nothing_left(stages)
+            stages[0].seconds = 0.02
+            busy = submit(scheduler, text(2, 5), 100)
+            wait_until(lambda: busy.token_ids, "its first token")
+            scheduler.endpoints_changed(1, [Endpoint(stages[1].url), Endpoint(other.url)])
+            assert len(tokens_of(submit(scheduler, prompt, 2))) == 2
+            asked = [
+                msgspec.json.decode(seen.body, type=ReserveRequest) for seen in other.seen if seen.type == EventType.RESERVE
+            ]
+            assert {row.peers for request in asked for row in request.rows} == {(stages[1].url,)}
+            tokens_of(busy)
 
 
 def test_token_ids_travel_only_where_a_penalty_needs_them() -> None:

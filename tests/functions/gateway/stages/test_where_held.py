@@ -1,0 +1,58 @@
+"""Where sequences were: found by what others begin with, forgotten in time, weighed against load."""
+
+from eventing.wire.prefix_chain import BLOCK_TOKENS, chain_key, extended
+from functions.gateway.stages.instances import Endpoint, Instance
+from functions.gateway.stages.routes import TOKENS_OF_A_ROUTE, Placement
+from functions.gateway.stages.where_held import MOST_DIGESTS, NOTHING, Held, WhereHeld
+
+KEY = chain_key("0" * 32, "")
+
+
+def instances(name: str) -> tuple[Instance, ...]:
+    made = tuple(Instance(stage, f"{name}-{stage}") for stage in range(2))
+    for instance in made:
+        instance.replied("boot", None)
+    return made
+
+
+def test_the_longest_beginning_counts_and_whoever_had_it_last() -> None:
+    where, one, other = WhereHeld(), instances("one"), instances("other")
+    first, second = list(range(100)), [*range(60), *range(500, 600)]
+    where.put(extended((), first, KEY), one)
+    where.put(extended((), second, KEY), other)
+    assert where.find(extended((), first, KEY)) == Held(96, one)
+    assert where.find(extended((), first[:70], KEY)) == Held(64, one)
+    assert where.find(extended((), first[:50], KEY)) == Held(48, other)
+    assert where.find(extended((), [7, *first], KEY)) is NOTHING
+
+
+def test_an_instance_that_booted_again_or_leaves_holds_nothing() -> None:
+    where, one = WhereHeld(), instances("one")
+    chain = extended((), list(range(40)), KEY)
+    where.put(chain, one)
+    one[0].replied("next boot", None)
+    assert where.find(chain) == Held(32, one)
+    one[1].terminating = True
+    assert where.find(chain) is NOTHING
+
+
+def test_ten_thousand_conversations_leave_it_as_large_as_a_thousand() -> None:
+    where, one = WhereHeld(), instances("one")
+    for number in range(10_000):
+        where.put(extended((), [number] * 10 * BLOCK_TOKENS, KEY), one)
+    assert len(where) == MOST_DIGESTS
+    assert where.find(extended((), [9_999] * 10 * BLOCK_TOKENS, KEY)).tokens == 10 * BLOCK_TOKENS
+    assert where.find(extended((), [0] * 10 * BLOCK_TOKENS, KEY)) is NOTHING
+
+
+def test_a_route_goes_where_it_is_held_unless_others_have_much_less_to_do() -> None:
+    placed = Placement(["http://stage-0"], watched=True)
+    placed.update(0, [Endpoint("x"), Endpoint("y")])
+    holder = placed.least_used(0)
+    assert holder is not None
+    held = Held(TOKENS_OF_A_ROUTE, (holder,))
+    routes = [placed.place(1, held) for _ in range(3)]
+    seen = [route.instances[0] is holder for route in routes if route is not None]
+    assert seen == [True, True, False]
+    assert placed.unbalanced() is None, "two more would be moved away"
+    assert Held(TOKENS_OF_A_ROUTE, (holder,)).on((holder,)) == TOKENS_OF_A_ROUTE
