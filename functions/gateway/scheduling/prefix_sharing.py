@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from eventing.wire.prefix_chain import chain_key
+from eventing.wire.prefix_chain import Chain, chain_key, extended
+from functions.gateway.scheduling.prompt import Prompt
 
 KeyOf = Callable[[str], bytes | None]
 """The key of a client's chains, by its id. None: it finds nothing, and leaves nothing."""
@@ -20,3 +21,9 @@ def keys_of(pipeline: str, sharing: str) -> KeyOf:
         return lambda client_id: chain_key(pipeline, client_id)
     whole = chain_key(pipeline, "")
     return lambda client_id: whole
+
+
+def beginning(key_of: KeyOf, prompt: Prompt) -> tuple[bytes | None, Chain]:
+    """The key of a prompt's chain, and the chain of its tokens but the last, which has to be computed."""
+    key = key_of(prompt.client_id)
+    return key, () if key is None else extended((), prompt.token_ids[:-1], key)

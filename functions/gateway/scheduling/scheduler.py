@@ -21,7 +21,6 @@ from typing import Final
 from eventing.problems import InvalidRequest, NotReady, PipelineUnavailable, QueueFull
 from eventing.wire.control import ReleaseRow
 from eventing.wire.events import MAX_POSITION
-from eventing.wire.prefix_chain import extended
 from functions.gateway.scheduling.actions import Action, Release, Reserve, Wake, Walk
 from functions.gateway.scheduling.admission import Admission
 from functions.gateway.scheduling.board import Board
@@ -32,7 +31,7 @@ from functions.gateway.scheduling.limits import Limits
 from functions.gateway.scheduling.moves import Moves
 from functions.gateway.scheduling.next_steps import NextSteps
 from functions.gateway.scheduling.outlook import Outlook, outlook
-from functions.gateway.scheduling.prefix_sharing import KeyOf, nobody
+from functions.gateway.scheduling.prefix_sharing import KeyOf, beginning, nobody
 from functions.gateway.scheduling.progress import Progress
 from functions.gateway.scheduling.prompt import Prompt
 from functions.gateway.scheduling.renewals import Renewals
@@ -118,8 +117,7 @@ class Scheduler:
         reserve_tokens = len(prompt.token_ids) + prompt.max_tokens
         if reserve_tokens > MAX_POSITION:
             raise InvalidRequest(f"{reserve_tokens} tokens of prompt and answer; the most is {MAX_POSITION}")
-        key = self._key_of(prompt.client_id)
-        chain = () if key is None else extended((), prompt.token_ids[:-1], key)
+        key, chain = beginning(self._key_of, prompt)
         guesser = self._experience.guesser(prompt.token_ids, prompt.predicted_ids) if self._limits.guesses else None
         with self._changed:
             self._check_room()
