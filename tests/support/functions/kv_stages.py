@@ -15,12 +15,14 @@ from eventing.wire.events import Row, Status, Want
 from eventing.wire.prefix_chain import Chain, chain_key, extended, packed
 from functions.stage.engine.engine import Engine
 from functions.stage.engine.reuse import MEMORY, ComputeRate, Reuse
+from functions.stage.engine.tiers import Tier
 from functions.stage.kv.fetching import Fetcher
 from functions.stage.kv.keeping import Keeping
 from functions.stage.kv.peer_tier import PeerClient, PeerTier
 from functions.stage.kv.store_tier import StoreTier
 from functions.stage.kv.worth import Worth
 from functions.stage.models.kv_ranges import KVRanges
+from functions.stage.models.layer_group import LayerGroup
 from storage.kv.kv_store import Allowance, KVStore
 from storage.kv.sealed import Sealer
 from storage.store.payload_store import PayloadStore
@@ -84,6 +86,13 @@ class KVStage:
     def end(self, id_: str, tokens: Sequence[int]) -> None:
         """tokens: all of it."""
         self.engine.release([ReleaseRow(id_, 0, packed(chain_of(tokens[:-1])))], source="gateway")
+
+
+def peer_tier(group: LayerGroup, first_layer: int) -> list[Tier]:
+    """For an instance that others may be asked by."""
+    assert isinstance(group.kv, KVRanges)
+    fetcher = Fetcher("peer", group.kv.layout, Worth(ComputeRate()), ThreadPoolExecutor(4), Restores())
+    return [PeerTier(PeerClient(LOOPBACK, FINGERPRINT, first_layer, TOKEN), fetcher)]
 
 
 def chain_of(tokens: Sequence[int], sharer: str = "") -> Chain:

@@ -8,7 +8,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -23,6 +23,7 @@ from eventing.wire.control import LEASE_SECONDS
 from eventing.wire.events import Batch, Cut, EventType, Row
 from functions.configuration.config import StageConfig, read_config
 from functions.stage.engine.engine import Engine
+from functions.stage.engine.tiers import Tier
 from functions.stage.models.layer_group import LayerGroup
 from functions.stage.serving.app import create_app
 from functions.stage.serving.handlers import EventHandlers
@@ -109,11 +110,13 @@ class StageServer:
         max_merge: int = 8,
         idle_seconds: float = 600.0,
         lease_seconds: float = LEASE_SECONDS,
+        tiers: Callable[[LayerGroup], Sequence[Tier]] = lambda _: (),
     ) -> None:
-        """build: makes the group of `cut[index]`, anew for each boot."""
+        """build: makes the group of `cut[index]`, anew for each boot. tiers: behind its memory."""
         self.index = index
         self._cut = cut
         self._build = build
+        self._tiers = tiers
         self._settings: dict[str, Any] = {
             "max_merge": max_merge,
             "idle_sequence_seconds": idle_seconds,
@@ -150,7 +153,9 @@ class StageServer:
         """A new boot, with nothing held."""
         self._boots += 1
         self.group = self._build()
-        self.engine = _NotingEngine(self, _Slow(self.group, self), num_stages=len(self._cut), **self._settings)
+        self.engine = _NotingEngine(
+            self, _Slow(self.group, self), num_stages=len(self._cut), tiers=self._tiers(self.group), **self._settings
+        )
         self.engine.start()
         server = _Server("127.0.0.1", self._port, self._app(), _Handler)
         server.sockets = set()

@@ -1,0 +1,146 @@
+"""Micro-batches that move take their keys and values along: nothing is computed again, and answers are those without."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import pytest
+
+from eventing.wire.events import Sampling
+from functions.gateway.scheduling.scheduler import Scheduler
+from functions.gateway.stages.instances import Endpoint
+from functions.gateway.stages.routes import Placement
+from functions.stage.kv import peer_door
+from functions.stage.models.layer_group import LayerGroup
+from tests.support.functions.gateway import nothing_left, scheduling, submit, tokens_of, wait_until
+from tests.support.functions.kv_stages import peer_tier
+from tests.support.functions.native_models import CUT, native_groups
+from tests.support.functions.stage_server import StageServer, running
+from tests.support.storage import tiny_models
+
+MODEL: Final = "llama"
+MIDDLE: Final = 1
+NEW_TOKENS: Final = 100
+DRAWN: Final = Sampling(temperature=1.0, seed=7)
+PENALIZED: Final = Sampling(temperature=1.0, seed=7, repetition_penalty=1.3, presence_penalty=0.5)
+
+
+def native_stage(dtype: str) -> Callable[[int], StageServer]:
+    def make(index: int) -> StageServer:
+        def build() -> LayerGroup:
+            return native_groups(MODEL, dtype, CUT[index : index + 1])[0]
+
+        return StageServer(index, CUT, build, tiers=lambda group: peer_tier(group, CUT[index][0]))
+
+    return make
+
+
+def prompts() -> list[list[int]]:
+    """Of lengths that are no whole blocks, and some that are."""
+    dice = random.Random(5)
+    return [dice.choices(range(3, tiny_models.VOCAB_SIZE), k=length) for length in (70, 81, 96, 113)]
+
+
+@dataclass
+class Moving:
+    scheduler: Scheduler
+    stages: list[StageServer]
+    new: StageServer
+
+    @property
+    def old(self) -> StageServer:
+        return self.stages[MIDDLE]
+
+    def move(self) -> None:
+        self.scheduler.endpoints_changed(
+            MIDDLE, [Endpoint(self.old.url, ready=False, terminating=True), Endpoint(self.new.url)]
+        )
+
+    def answers(self, sampling: Sampling, after: int | None = None) -> list[list[int]]:
+        """after: the middle stage moves when so many tokens of each have come."""
+        streams = [submit(self.scheduler, prompt, NEW_TOKENS, sampling=sampling) for prompt in prompts()]
+        if after is not None:
+            wait_until(lambda: all(len(stream.token_ids) >= after for stream in streams), "tokens of each")
+            self.move()
+            wait_until(lambda: self.new.passes, "the move")
+        for stream in streams:
+            tokens_of(stream)
+        return [list(stream.token_ids) for stream in streams]
+
+
+@contextmanager
+def moving(dtype: str) -> Iterator[Moving]:
+    with running(native_stage(dtype), len(CUT)) as stages, running(lambda _: native_stage(dtype)(MIDDLE), 1) as (new,):
+        placed = Placement([stage.url for stage in stages], watched=True)
+        with scheduling(stages, placement=placed, chunk_tokens=64, guesses=0) as scheduler:
+            for index, stage in enumerate(stages):
+                scheduler.endpoints_changed(index, [Endpoint(stage.url)])
+            for stage in (*stages, new):
+                stage.seconds = 0.002
+            yield Moving(scheduler, stages, new)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sampling"),
+    [("float32", Sampling()), ("float32", DRAWN), ("bfloat16", Sampling()), ("int8", DRAWN), ("q4", Sampling())],
+    ids=["fp32", "fp32-drawn", "bf16", "int8-drawn", "q4"],
+)
+def test_a_stage_that_leaves_hands_over_and_no_token_is_computed_again(dtype: str, sampling: Sampling) -> None:
+    with moving(dtype) as undisturbed:
+        expected = undisturbed.answers(sampling)
+    with moving(dtype) as pipeline:
+        assert pipeline.answers(sampling, after=20) == expected
+        segments = [segment for each in pipeline.new.passes for segment in each]
+        assert segments
+        assert {length for _, length in segments} == {1}, "only the newest token of each"
+        assert min(position for position, _ in segments) > 70
+        assert all(length == 1 for each in pipeline.stages[0].passes[-20:] for _, length in each)
+        nothing_left([*pipeline.stages, pipeline.new])
+
+
+def test_what_draws_by_its_tokens_computes_only_those_behind_its_last_block() -> None:
+    with moving("float32") as undisturbed:
+        expected = undisturbed.answers(PENALIZED)
+    with moving("float32") as pipeline:
+        assert pipeline.answers(PENALIZED, after=20) == expected
+        assert min(position for each in pipeline.new.passes for position, _ in each) > 70
+
+
+def test_an_old_instance_that_hands_over_nothing_costs_what_it_cost_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    with moving("float32") as undisturbed:
+        expected = undisturbed.answers(DRAWN)
+    monkeypatch.setattr(peer_door, "hand_over", lambda *_: None)
+    with moving("float32") as pipeline:
+        assert pipeline.answers(DRAWN, after=20) == expected
+        assert min(position for each in pipeline.new.passes for position, _ in each) == 0
+        nothing_left([*pipeline.stages, pipeline.new])
+
+
+def test_an_old_instance_that_is_gone_when_it_is_asked_costs_nobody_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    with moving("float32") as undisturbed:
+        expected = undisturbed.answers(DRAWN)
+    with moving("float32") as pipeline:
+        asked = []
+
+        def dies(*_: object) -> None:
+            asked.append(1)
+            pipeline.old.kill()
+
+        monkeypatch.setattr(peer_door, "hand_over", dies)
+        assert pipeline.answers(DRAWN, after=20) == expected
+        assert asked
+
+
+def test_an_idle_conversation_is_read_from_the_instance_that_leaves() -> None:
+    with moving("float32") as pipeline:
+        (prompt, *_) = prompts()
+        first = submit(pipeline.scheduler, prompt, 20)
+        tokens = [*prompt, *tokens_of(first)]
+        nothing_left(pipeline.stages)
+        pipeline.move()
+        second = submit(pipeline.scheduler, [*tokens, 5, 6, 7], 20)
+        tokens_of(second)
+        assert second.cached_tokens == (len(tokens) - 1) // 16 * 16
+        assert min(position for each in pipeline.new.passes for position, _ in each) == second.cached_tokens
