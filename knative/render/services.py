@@ -336,7 +336,7 @@ def _gateway_env(pipeline: ResolvedPipeline, key_secrets: Sequence[str], scores:
             LAMINA_STAGES=stages,
             LAMINA_STAGE_SERVICES=",".join(pipeline.stage_names),
             LAMINA_STAGE_TARGETS=",".join(_plain(stage.autoscaling.target_concurrency) for stage in pipeline.stages),
-            LAMINA_PAGE=gateway.page,
+            LAMINA_PAGE="off" if scores else gateway.page,  # nobody opens the events' gateway in a browser
             LAMINA_QUEUE_LIMIT=gateway.queue_limit,
             LAMINA_CHUNK_TOKENS=gateway.chunk_tokens,
             LAMINA_MICRO_BATCH_SEQUENCES=gateway.micro_batch_sequences,

@@ -161,6 +161,19 @@ def test_hpa_scales_on_cpu() -> None:
     assert "autoscaling.knative.dev/window" not in annotations
 
 
+def test_gateways_know_at_what_concurrency_a_stage_grows_and_only_the_clients_one_has_a_page() -> None:
+    overrides = [
+        {"stage": 1, "autoscaling": {"target": 4, "target_utilization_percentage": 50}},
+        {"stage": 2, "autoscaling": {"class": "hpa", "min_scale": 1}},
+    ]
+    *_, clients, events = services(pipeline(stage_overrides=overrides, eventing={"dead_letter_sink": "letters"}))
+    configs = [read_config(environment(each)) for each in (clients, events)]
+    assert [config.stage_targets for config in configs if isinstance(config, GatewayConfig)] == [(1.4, 2.0, 0.0)] * 2
+    assert [config.page for config in configs if isinstance(config, GatewayConfig)] == ["on", "off"]
+    without = services(pipeline(gateway={"page": "off"}))[-1]
+    assert environment(without)["LAMINA_PAGE"] == "off"
+
+
 def test_gpu_and_volumes() -> None:
     stage = {"resources": {"cpu": "4", "memory": "16Gi", "gpu": 1}, "weights_cache": "/var/cache/weights"}
     pod = services(pipeline(stage=stage))[0]["spec"]["template"]["spec"]
