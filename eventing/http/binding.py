@@ -22,6 +22,7 @@ from eventing.wire.cloud_event import JSON_CONTENT_TYPE, Buffer, ZonedTime, attr
 from eventing.wire.events import BATCH_CONTENT_TYPE
 
 STRUCTURED_CONTENT_TYPE: Final = JSONFormat.CONTENT_TYPE
+BATCHED_CONTENT_TYPE: Final = "application/cloudevents-batch+json"
 
 Headers = Mapping[str, str] | Iterable[tuple[str, str]]
 
@@ -65,6 +66,33 @@ def from_http(headers: Headers, body: bytes | bytearray | memoryview) -> CloudEv
     if media_type != STRUCTURED_CONTENT_TYPE:
         raise UnsupportedMediaType(f"{content_type} is not served; send one event, binary or as {STRUCTURED_CONTENT_TYPE}")
     return cast("CloudEvent", from_structured(HTTPMessage(own, cast("bytes", body)), _FORMAT, checked_event))
+
+
+def is_batched(headers: Mapping[str, str]) -> bool:
+    return headers.get("content-type", "").partition(";")[0].strip().lower() == BATCHED_CONTENT_TYPE
+
+
+def from_batched_http(body: bytes | memoryview) -> list[CloudEvent]:
+    """The events of a request in batched mode (JSON batch format, CloudEvents 1.0.2, JSON format, section 4).
+
+    Raises MalformedEvent, which says which event it is about.
+    """
+    try:
+        pieces = msgspec.json.decode(body, type=list[msgspec.Raw])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedEvent(f"the batch is no JSON array of events: {error}") from error
+    events = []
+    for number, piece in enumerate(pieces):
+        try:
+            events.append(cast("CloudEvent", _FORMAT.read(checked_event, bytes(piece))))
+        except MalformedEvent as error:
+            raise MalformedEvent(f"event {number} of the batch: {error}") from error
+    return events
+
+
+def to_batched_http(events: Iterable[CloudEvent]) -> tuple[dict[str, str], list[Buffer]]:
+    """Headers and body of events whose data is JSON."""
+    return {"content-type": BATCHED_CONTENT_TYPE}, [b"[" + b",".join(_FORMAT.write(event) for event in events) + b"]"]
 
 
 def _plain_headers(event: CloudEvent) -> dict[str, str] | None:

@@ -54,12 +54,12 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
     """None: what the prompt leaves of the model's context. 0: nothing, with `echo`."""
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
     """0 is greedy."""
-    top_k: Annotated[int, Meta(ge=0, lt=2**31)] = 0
-    """0 keeps all."""
+    top_k: Annotated[int, Meta(ge=-1, lt=2**31)] = 0
+    """0 and -1 keep all."""
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
-    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     """None: `cloud_event.reply_seed` of the request, so that a repeated delivery has the same answer."""
     prediction: str = ""
     """What much of the answer is expected to be, such as a file that is to be edited: makes answers faster, never others."""
@@ -127,7 +127,7 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
 
     def each(self, seed: int) -> list["GenerateRequest"]:
         """One request for each answer: of the first prompt all n, then of the next; `seed` where the request names none."""
-        seed = seed if self.seed is None else self.seed
+        seed = seed if self.seed is None else self.seed % 2**63
         prompts = [prompt for prompt in self.prompts for _ in range(self.n)]
         if len(prompts) == 1:
             return [replace(self, prompt=prompts[0], seed=seed)]
@@ -161,11 +161,11 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
         banned = tuple(sorted(self.end_ids(eos_ids))) if self.min_tokens else ()
         return Sampling(
             temperature=self.temperature,
-            top_k=self.top_k,
+            top_k=max(0, self.top_k),
             top_p=self.top_p,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
-            seed=seed if self.seed is None else self.seed,
+            seed=seed if self.seed is None else self.seed % 2**63,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             prompt_tokens=prompt_tokens if penalized or grammar else 0,

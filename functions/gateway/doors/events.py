@@ -4,6 +4,7 @@ A `dev.lamina.score.request` comes from a Sequence, whose first step the gateway
 event. Whoever delivers for a Sequence says `Prefer: reply`; clients do not.
 """
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -14,18 +15,34 @@ from flask import Flask, Response, g, request
 from msgspec import Struct
 
 from eventing.claim_check import ClaimCheck
-from eventing.http.binding import STRUCTURED_CONTENT_TYPE, from_http, to_binary_http, to_structured_http
+from eventing.http.binding import (
+    STRUCTURED_CONTENT_TYPE,
+    from_batched_http,
+    from_http,
+    is_batched,
+    to_batched_http,
+    to_binary_http,
+    to_structured_http,
+)
 from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE, HEARTBEAT, encode_sse
-from eventing.problems import Problem, UnknownEventType
-from eventing.wire.cloud_event import check_not_expired, expiry_time, json_data, json_event, reply_id, reply_seed
+from eventing.problems import MalformedEvent, Problem, UnknownEventType, UnsupportedMediaType
+from eventing.wire.cloud_event import check_not_expired, data_buffers, expiry_time, json_data, json_event, reply_id, reply_seed
 from eventing.wire.events import Attribute, EventType
-from eventing.wire.generation import ErrorEvent, GenerateRequest, TokenEvent
+from eventing.wire.generation import MAX_CHOICES, ErrorEvent, GenerateRequest, TokenEvent
 from functions.gateway.doors.access_log import entry
 from functions.gateway.doors.answers import Answers, Asker
 from functions.gateway.doors.clients import Clients
-from functions.gateway.doors.reply import Reply
+from functions.gateway.doors.once import Listener, Once
+from functions.gateway.doors.reply import ClientLeft, Reply
 from functions.gateway.doors.scoring import ScoreEntry
-from functions.gateway.doors.streaming import arrived, client_gone, spoken, stream_response, whole_response
+from functions.gateway.doors.streaming import (
+    CLIENT_CLOSED_REQUEST,
+    arrived,
+    client_gone,
+    spoken,
+    stream_response,
+    whole_response,
+)
 from functions.observing.tracing import TraceContext, read_traceparent
 
 
@@ -47,6 +64,7 @@ class EventDoor:
         self._scores = scores
         self._source = source
         self._timeout_seconds = request_timeout_seconds
+        self._once = Once()
 
     def register(self, app: Flask) -> None:
         app.post("/")(self._receive)
@@ -54,6 +72,8 @@ class EventDoor:
     def _receive(self) -> Response:
         began = arrived()
         client_id = entry().client_id = self._clients.identify(request)
+        if is_batched({"content-type": request.content_type or ""}):
+            return self._batch(client_id, began)
         event = from_http(request.headers.items(), request.get_data(cache=False))
         if event.get_type() not in (EventType.GENERATE_REQUEST, EventType.SCORE_REQUEST):
             raise UnknownEventType(
@@ -77,24 +97,78 @@ class EventDoor:
         return Response(b"".join(body), 200, headers)
 
     def _generate(self, event: CloudEvent, client_id: str, began: float) -> Response:
-        data = json_data(event, GenerateRequest)
-        asker = Asker(
-            reply_id(event),
-            client_id,
-            reply_seed(event),
-            self._seconds_left(event) + time.monotonic() - began,
-            began,
-            client_gone(),
-            _trace(event),
-        )
-        entry().wanted = data
-        entry().answer = answer = self._answers().begin(data, asker)
+        listener = self._listener(event, client_id, began)
         g.answering = True
         if _wants_stream():
-            return stream_response(answer, self._stream(event, answer), partial(self._failure, event))
-        return whole_response(
-            answer, lambda: _http(self._event(event, EventType.GENERATE_RESPONSE, answer.response(), reply_id(event)))
-        )
+            return stream_response(listener, self._stream(event, listener), partial(self._failure, event))
+        return whole_response(listener, lambda: _http(self._response(event, listener)))
+
+    def _listener(self, event: CloudEvent, client_id: str, began: float) -> Listener:
+        """To the answer, which is begun unless the same event is being answered, or was a while ago."""
+
+        def begin() -> Reply:
+            data = json_data(event, GenerateRequest)
+            seconds = self._seconds_left(event) + time.monotonic() - began
+            # Nobody in particular asks: the answer is given up by whoever listens last.
+            asker = Asker(reply_id(event), client_id, reply_seed(event), seconds, began, trace=_trace(event))
+            entry().wanted = data
+            entry().answer = reply = self._answers().begin(data, asker)
+            return reply
+
+        return self._once.listen(_key(event, client_id), begin, client_gone())
+
+    def _batch(self, client_id: str, began: float) -> Response:
+        """All of them are begun before the first is awaited."""
+        events = from_batched_http(request.get_data(cache=False))
+        self._check_batch(events)
+        begun = [self._begun(event, client_id, began) for event in events]
+        g.answering = True
+        try:
+            answered = [
+                self._problem(event, listener) if isinstance(listener, Problem) else self._heard(event, listener)
+                for event, listener in zip(events, begun, strict=True)
+            ]
+        except ClientLeft:
+            return Response(status=CLIENT_CLOSED_REQUEST)
+        finally:
+            for listener in begun:
+                if isinstance(listener, Listener):
+                    listener.close()
+        headers, body = to_batched_http(answered)
+        return Response(b"".join(body), 200, headers)
+
+    def _check_batch(self, events: list[CloudEvent]) -> None:
+        if _wants_stream():
+            raise UnsupportedMediaType("a batch is answered by a batch, not by a stream; send its events one by one")
+        if not 1 <= len(events) <= MAX_CHOICES:
+            raise MalformedEvent(f"the batch has {len(events)} events, it must have 1 to {MAX_CHOICES}")
+        for number, event in enumerate(events):
+            if event.get_type() != EventType.GENERATE_REQUEST:
+                raise UnknownEventType(
+                    f"event {number} of the batch is {event.get_type()!r}; served is {EventType.GENERATE_REQUEST}"
+                )
+
+    def _begun(self, event: CloudEvent, client_id: str, began: float) -> Listener | Problem:
+        try:
+            check_not_expired(event, datetime.now(UTC))
+            return self._listener(self._claims.redeem(event), client_id, began)
+        except Problem as problem:
+            return problem
+
+    def _heard(self, event: CloudEvent, listener: Listener) -> CloudEvent:
+        try:
+            for _ in listener.tokens():
+                pass
+        except Problem as problem:
+            return self._problem(event, problem)
+        return self._response(event, listener)
+
+    def _response(self, cause: CloudEvent, listener: Listener) -> CloudEvent:
+        return self._event(cause, EventType.GENERATE_RESPONSE, listener.response(), reply_id(cause))
+
+    def _problem(self, cause: CloudEvent, problem: Problem) -> CloudEvent:
+        error = ErrorEvent(problem.type, problem.title, problem.status, str(problem))
+        return self._event(cause, EventType.ERROR, error, f"{reply_id(cause)}-error")
 
     def _seconds_left(self, event: CloudEvent) -> float:
         """From now on."""
@@ -103,24 +177,36 @@ class EventDoor:
             return self._timeout_seconds
         return min(self._timeout_seconds, (expiry - datetime.now(UTC)).total_seconds())
 
-    def _stream(self, cause: CloudEvent, answer: Reply) -> Iterator[bytes]:
+    def _stream(self, cause: CloudEvent, listener: Listener) -> Iterator[bytes]:
         """Events in structured mode, each one server-sent event."""
         id_ = reply_id(cause)
-        for token in spoken(answer.tokens()):
-            yield HEARTBEAT if token is None else self._sent(cause, EventType.TOKEN, token, _token_id(id_, token))
-        yield self._sent(cause, EventType.GENERATE_RESPONSE, answer.response(), id_)
+        for token in spoken(listener.tokens()):
+            yield HEARTBEAT if token is None else _sent(self._event(cause, EventType.TOKEN, token, _token_id(id_, token)))
+        yield _sent(self._response(cause, listener))
 
     def _failure(self, cause: CloudEvent, problem: Problem) -> bytes:
-        error = ErrorEvent(problem.type, problem.title, problem.status, str(problem))
-        return self._sent(cause, EventType.ERROR, error, f"{reply_id(cause)}-error")
-
-    def _sent(self, cause: CloudEvent, type_: str, value: Struct, id_: str) -> bytes:
-        _, body = to_structured_http(self._event(cause, type_, value, id_))
-        return encode_sse(b"".join(body))
+        return _sent(self._problem(cause, problem))
 
     def _event(self, cause: CloudEvent, type_: str, value: Struct, id_: str) -> CloudEvent:
-        traceparent = cause.get_extension(Attribute.TRACEPARENT)
-        return json_event(type_, self._source, value, id=id_, **{Attribute.TRACEPARENT: traceparent})
+        attributes = {
+            Attribute.TRACEPARENT: cause.get_extension(Attribute.TRACEPARENT),
+            Attribute.CAUSATION_ID: cause.get_id(),
+            Attribute.CAUSATION_SOURCE: cause.get_source(),
+        }
+        return json_event(type_, self._source, value, id=id_, **attributes)
+
+
+def _sent(event: CloudEvent) -> bytes:
+    _, body = to_structured_http(event)
+    return encode_sse(b"".join(body))
+
+
+def _key(event: CloudEvent, client_id: str) -> bytes:
+    """Of what is the same event. Its data belong to it: who gives two questions one id gets two answers."""
+    digest = hashlib.sha256(f"{len(client_id)} {client_id} {reply_id(event)} ".encode())
+    for buffer in data_buffers(event):
+        digest.update(buffer)
+    return digest.digest()
 
 
 def _token_id(id_: str, token: TokenEvent) -> str:

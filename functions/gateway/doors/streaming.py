@@ -4,14 +4,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from itertools import chain, dropwhile
-from typing import Final
+from typing import Final, Protocol
 
 from flask import Response, request
 
 from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE
 from eventing.problems import Problem
 from eventing.wire.generation import TokenEvent
-from functions.gateway.doors.reply import ClientLeft, Reply
+from functions.gateway.doors.reply import ClientLeft
 from functions.hosting.environ import ARRIVED, CLIENT_GONE
 
 _log: Final = logging.getLogger(__name__)
@@ -21,7 +21,17 @@ CLIENT_CLOSED_REQUEST: Final = 499
 """nginx's; nobody reads it."""
 
 
-def stream_response(answer: Reply, events: Iterator[bytes], failure: Callable[[Problem], bytes]) -> Response:
+class Spoken(Protocol):
+    """A Reply, or what one delivery hears of it."""
+
+    request_id: str
+
+    def tokens(self) -> Iterator[TokenEvent | None]: ...
+
+    def close(self) -> None: ...
+
+
+def stream_response(answer: Spoken, events: Iterator[bytes], failure: Callable[[Problem], bytes]) -> Response:
     """Sends `events`, once there is a first. Until then nothing goes out, so that what fails has a status of its own: raises
     the Problem that ended the answer. Where they break off later, `failure` becomes the last event.
 
@@ -43,7 +53,7 @@ def spoken(tokens: Iterator[TokenEvent | None]) -> Iterator[TokenEvent | None]:
     return dropwhile(lambda token: token is None, tokens)
 
 
-def whole_response(answer: Reply, finished: Callable[[], Response]) -> Response:
+def whole_response(answer: Spoken, finished: Callable[[], Response]) -> Response:
     """`finished`, once the answer is. Raises the Problem that ended it. Where the client leaves, the answer is given up."""
     try:
         for _ in answer.tokens():
@@ -65,7 +75,7 @@ def client_gone() -> Callable[[], bool]:
     return gone
 
 
-def _guarded(answer: Reply, events: Iterator[bytes], failure: Callable[[Problem], bytes]) -> Iterator[bytes]:
+def _guarded(answer: Spoken, events: Iterator[bytes], failure: Callable[[Problem], bytes]) -> Iterator[bytes]:
     try:
         yield from events
     except Problem as problem:

@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 from flask.testing import FlaskClient
@@ -32,6 +33,7 @@ EVENT = {
     "ce-type": "dev.lamina.generate.request",
     "Content-Type": "application/json",
 }
+_numbers = count()
 Script = Callable[[TokenStream], None]
 
 
@@ -100,7 +102,14 @@ def client_of(
 
 
 def ask(client: FlaskClient, data: Any, **headers: str) -> TestResponse:
-    return client.post("/", json=data, headers=EVENT | {name.replace("_", "-"): value for name, value in headers.items()})
+    """Another event each time, unless `ce_id` says which."""
+    return client.post(
+        "/",
+        json=data,
+        headers=EVENT
+        | {"ce-id": f"asked-{next(_numbers)}"}
+        | {name.replace("_", "-"): value for name, value in headers.items()},
+    )
 
 
 def chat(client: FlaskClient, **fields: Any) -> TestResponse:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 
-from tests.support.functions.doors import END, EVENT, TOKENIZER, Pipeline, ask, stream
+from tests.support.functions.doors import END, EVENT, TOKENIZER, Pipeline, ask, client_of, stream
 
 
 def test_binary_in_binary_out(client: FlaskClient) -> None:
@@ -36,11 +36,37 @@ def test_structured_in_structured_out(client: FlaskClient) -> None:
     assert json.loads(response.data)["data"]["text"] == "Hello there"
 
 
-def test_the_same_request_has_the_same_reply_id_and_seed(client: FlaskClient, pipeline: Pipeline) -> None:
-    first, again, other = (ask(client, {"prompt": "Hi"}, ce_id=id_) for id_ in ("1", "1", "2"))
+def test_the_same_request_has_the_same_reply_id_and_seed(pipeline: Pipeline) -> None:
+    """At any gateway."""
+    gateways = [client_of(pipeline) for _ in range(2)]
+    first, again, other = (
+        ask(gateway, {"prompt": "Hi"}, ce_id=id_) for gateway, id_ in zip([*gateways, gateways[0]], "112", strict=True)
+    )
     assert first.headers["ce-id"] == again.headers["ce-id"] != other.headers["ce-id"]
     seeds = [prompt.sampling.seed for prompt in pipeline.prompts]
     assert seeds[0] == seeds[1] != seeds[2]
+
+
+def test_a_reply_says_which_event_caused_it(client: FlaskClient) -> None:
+    reply = ask(client, {"prompt": "Hi"}, ce_id="the cause", ce_source="/somebody")
+    assert (reply.headers["ce-causationid"], reply.headers["ce-causationsource"]) == ("the%20cause", "/somebody")
+    for event in stream(ask(client, {"prompt": "Hi"}, ce_id="another", Accept="text/event-stream")):
+        assert (event["causationid"], event["causationsource"]) == ("another", "/client")
+
+
+def test_several_answers_come_in_one_response(client: FlaskClient, pipeline: Pipeline) -> None:
+    asked = {"prompt": ["Hi", "Ho"], "n": 2, "logprobs": 1, "top_k": -1, "seed": -1, "stop_token_ids": [9]}
+    answer: Any = ask(client, asked).json
+    assert [choice["text"] for choice in answer["choices"]] == ["Hello there"] * 4
+    assert answer["text"] == "Hello there"
+    assert [prompt.sampling.seed for prompt in pipeline.prompts] == [2**63 - 1, 0, 1, 2]
+    assert answer["usage"]["prompt_tokens"] == 2 * 3
+    events = stream(ask(client, asked, Accept="text/event-stream"))
+    texts = dict.fromkeys(range(4), "")
+    for event in events[:-1]:
+        texts[event["data"].get("choice", 0)] += event["data"]["text"]
+    assert texts == dict.fromkeys(range(4), "Hello there")
+    assert len({event["id"] for event in events}) == len(events)
 
 
 def test_options_reach_the_pipeline(client: FlaskClient, pipeline: Pipeline) -> None:
