@@ -64,7 +64,7 @@ class ToolFormat:
 
     def _call(self, tool: Tool) -> str:
         function = tool.function
-        arguments = function.parameters or {"type": "object"}
+        arguments = _named_alone(function.parameters or {"type": "object"})
         if self.direct:
             return f'{json.dumps(function.name)} "[ARGS]" %json {json.dumps(with_options(arguments))}'
         schema: dict[str, Any] = {
@@ -74,6 +74,11 @@ class ToolFormat:
             "additionalProperties": False,
         }
         return f"%json {json.dumps(with_options(_with_definitions(schema, arguments)))}"
+
+
+def _named_alone(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A function takes no arguments but those that it names, unless its schema speaks of others."""
+    return {**parameters, "additionalProperties": parameters.get("additionalProperties", "properties" not in parameters)}
 
 
 def _with_definitions(schema: dict[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
