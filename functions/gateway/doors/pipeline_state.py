@@ -84,4 +84,4 @@ class PipelineState(Struct, frozen=True, kw_only=True):
     queue: Queue
     tokens_per_second: float
     answers: dict[str, RunningAnswer]
-    """By the id of the response."""
+    """By the id of the response; 32 at most, those that compute first."""

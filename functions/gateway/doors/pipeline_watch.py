@@ -12,6 +12,7 @@ from functions.gateway.scheduling.cold_starts import ColdStart
 from functions.gateway.scheduling.outlook import InstanceOutlook, Outlook, StageOutlook
 
 SAMPLE_SECONDS: Final = 0.3
+MOST_ANSWERS: Final = 32
 WINDOW_SECONDS: Final = 2.0
 """Over which rates and averages are taken."""
 
@@ -106,10 +107,11 @@ def _start(start: ColdStart) -> Start:
 
 
 def _answers_of(client_id: str, now: Outlook) -> dict[str, RunningAnswer]:
-    own = (answer for answer in now.answers if answer.client_id == client_id)
+    """Those that compute before those that wait, and no more than somebody can look at."""
+    own = sorted((answer for answer in now.answers if answer.client_id == client_id), key=lambda each: not each.route)
     return {
         each.request_id: RunningAnswer(
             route=each.route, prompt_tokens=each.prompt_tokens, tokens=each.tokens, replays=each.replays
         )
-        for each in own
+        for each in own[:MOST_ANSWERS]
     }

@@ -92,6 +92,15 @@ def test_a_snapshot_says_everything_and_nothing_of_others(pipe: Pipe) -> None:
     assert state.answers["mine"].route == (1,)
 
 
+def test_of_many_answers_those_are_seen_that_compute(pipe: Pipe) -> None:
+    waiting = tuple(dataclasses.replace(answer(f"waits-{number}"), route=()) for number in range(40))
+    pipe.now = dataclasses.replace(pipe.now, answers=(*waiting, answer("computes")))
+    with closing(pipe.client().get("/v1/pipeline/events")) as response:
+        seen = next(documents(response))["answers"]
+    assert len(seen) == pipeline_watch.MOST_ANSWERS
+    assert seen["computes"]["route"] == [1]
+
+
 def test_changes_are_told_until_the_stream_ends(pipe: Pipe) -> None:
     with closing(pipe.client().get("/v1/pipeline/events")) as response:
         told = documents(response)
