@@ -3,7 +3,7 @@
 https://platform.openai.com/docs/api-reference/responses-streaming
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any, Final
 
@@ -15,9 +15,11 @@ from eventing.wire.generation import FinishReason, TokenLogprob
 from functions.gateway.doors.openai_choices import Envelope
 from functions.gateway.doors.openai_errors import error_document
 from functions.gateway.doors.openai_logprobs import chat_logprobs
+from functions.gateway.doors.openai_responses_tools import CallItem
 from functions.gateway.doors.openai_responses_types import ResponsesRequest
 from functions.gateway.doors.reply import Reply
 from functions.gateway.doors.streaming import spoken
+from functions.gateway.text import tool_calls
 from functions.gateway.text.reasoning import Part
 from functions.gateway.text.tokenizer import ModelText
 
@@ -30,7 +32,7 @@ class Item:
     def __init__(self, kind: str, request_id: str, index: int) -> None:
         self._is_message = kind == "content"
         self._prefix = "response.output_text" if self._is_message else "response.reasoning_text"
-        id_ = ("msg_" if self._is_message else "rs_") + request_id.partition("_")[2]
+        id_ = ("msg_" if self._is_message else "rs_") + request_id.partition("_")[2] + (f"_{index}" if index else "")
         self._where = {"item_id": id_, "output_index": index, "content_index": 0}
         self._index = index
         self._id = id_
@@ -71,12 +73,13 @@ class Item:
 class Output:
     """The items of an answer, as its text comes."""
 
-    def __init__(self, reply: Reply, text: ModelText) -> None:
+    def __init__(self, reply: Reply, text: ModelText, asked: ResponsesRequest) -> None:
         self._reply = reply
         self._text = text
-        self._reasoning = text.reasoning(reply.answers[0].prompt_ids)
+        self._reasoning = None if asked.constrained else text.reasoning(reply.answers[0].prompt_ids)
+        self._calls = text.tools.parser(tools) if (tools := asked.callable_tools) else None
         self._waiting: list[TokenLogprob] = []
-        self.items: list[Item] = []
+        self.items: list[Item | CallItem] = []
 
     def token(self, text: str, logprob: TokenLogprob | None) -> Iterator[Event]:
         if logprob is not None:
@@ -85,22 +88,40 @@ class Output:
             yield from self._parts([Part("content", text)] if self._reasoning is None else self._reasoning.push(text))
 
     def end(self, status: str) -> Iterator[Event]:
-        left = [] if self._reasoning is None else self._reasoning.finish()
-        if self._waiting or not (left or self.items):
-            left = [*left, Part("content", "")]
-        yield from self._parts(left)
+        yield from self._parts([] if self._reasoning is None else self._reasoning.finish())
+        yield from self._called([] if self._calls is None else self._calls.finish())
+        if not self.items or (self._waiting and self.items[-1].kind != CallItem.kind):
+            yield from self._said("content", "")
         yield from self.items[-1].end(status)
 
     def _parts(self, parts: list[Part]) -> Iterator[Event]:
         for kind, text in parts:
-            if not self.items or self.items[-1].kind != kind:
-                if self.items:
-                    yield from self.items[-1].end("completed")
-                self.items.append(Item(kind, self._reply.request_id, len(self.items)))
-                yield from self.items[-1].begin()
-            logprobs = chat_logprobs(self._text, self._waiting)["content"] if self._waiting else []
-            self._waiting = []
-            yield self.items[-1].push(text, logprobs)
+            if kind == "content" and self._calls is not None:
+                yield from self._called(self._calls.push(text))
+            else:
+                yield from self._said(kind, text)
+
+    def _called(self, parts: Sequence[tool_calls.Part]) -> Iterator[Event]:
+        for part in parts:
+            if part.content:
+                yield from self._said("content", part.content)
+            if part.name is not None:
+                yield from self._add(CallItem(self._text.tools.format.new_id(), part.name, len(self.items)))
+            if part.arguments:
+                yield self.items[-1].push(part.arguments, [])
+
+    def _said(self, kind: str, text: str) -> Iterator[Event]:
+        if not self.items or self.items[-1].kind != kind:
+            yield from self._add(Item(kind, self._reply.request_id, len(self.items)))
+        logprobs = chat_logprobs(self._text, self._waiting)["content"] if self._waiting else []
+        self._waiting = []
+        yield self.items[-1].push(text, logprobs)
+
+    def _add(self, item: Item | CallItem) -> Iterator[Event]:
+        if self.items:
+            yield from self.items[-1].end("completed")
+        self.items.append(item)
+        yield from item.begin()
 
 
 class ResponsesDocument:
@@ -114,7 +135,7 @@ class ResponsesDocument:
     def whole(self, reply: Reply, text: ModelText) -> dict[str, Any]:
         reply.response()
         choice = reply.answers[0].choice()
-        output = Output(reply, text)
+        output = Output(reply, text, self._asked)
         for logprob in choice.logprobs or ():
             list(output.token("", logprob))
         list(output.token(choice.text, None))
@@ -122,7 +143,7 @@ class ResponsesDocument:
         return self._document(reply, output, choice.finish_reason)
 
     def stream(self, reply: Reply, text: ModelText) -> Iterator[bytes]:
-        output = Output(reply, text)
+        output = Output(reply, text, self._asked)
         begun = False
         for token in spoken(reply.tokens()):
             if not begun:
@@ -176,7 +197,7 @@ class ResponsesDocument:
             "temperature": 1.0 if asked.temperature is None else asked.temperature,
             "text": {"format": {"type": "text"} if asked.text is None else asked.text.format or {"type": "text"}},
             "tool_choice": asked.tool_choice or "auto",
-            "tools": [],
+            "tools": asked.tools or (),
             "top_logprobs": asked.top_logprobs or 0,
             "top_p": 1.0 if asked.top_p is None else asked.top_p,
             "truncation": "disabled",

@@ -3,10 +3,13 @@
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from eventing.wire.events import MAX_TOP_LOGPROBS
 from eventing.wire.generation import GenerateRequest, Message
 from eventing.wire.structured_outputs import StructuredOutputs
+from eventing.wire.tools import MAX_TOOLS, FunctionCall, ToolCall, Tools, callable_tools, forced_tools
+from functions.gateway.doors.openai_responses_tools import ResponseTool, ResponseToolChoice, choice_of, tools_of
 from functions.gateway.doors.openai_structured import JSONObjectFormat, TextFormat
 from functions.gateway.doors.openai_types import MaxTokens, Options
 
@@ -19,9 +22,15 @@ class ContentPart(Struct, frozen=True):
 class InputItem(Struct, frozen=True, kw_only=True):
     """A message, or an item of an earlier response as it came; of its other fields none counts."""
 
-    type: Literal["message", "reasoning"] = "message"
+    type: Literal["message", "reasoning", "function_call", "function_call_output"] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: str | tuple[ContentPart, ...] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    """Of a call."""
+    output: str | tuple[ContentPart, ...] | None = None
+    """What came of it."""
 
 
 class ResponseSchema(Struct, frozen=True, tag_field="type", tag="json_schema", forbid_unknown_fields=True):
@@ -65,8 +74,8 @@ class ResponsesRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     include: tuple[Literal["message.output_text.logprobs", "reasoning.encrypted_content"], ...] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: tuple[()] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Annotated[tuple[ResponseTool, ...], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
     max_tool_calls: int | None = None
     truncation: Literal["disabled"] | None = None
@@ -80,7 +89,19 @@ class ResponsesRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields
         first = [] if self.instructions is None else [Message("system", self.instructions)]
         if isinstance(self.input, str):
             return (*first, Message("user", self.input))
-        return (*first, *(_message(number, item) for number, item in enumerate(self.input) if item.type == "message"))
+        found = [_message(number, item) for number, item in enumerate(self.input) if item.type != "reasoning"]
+        return (*first, *_joined(found))
+
+    @property
+    def callable_tools(self) -> Tools:
+        """Those that the answer may call."""
+        return callable_tools(tools_of(self.tools), choice_of(self.tool_choice))
+
+    @property
+    def constrained(self) -> bool:
+        """The answer has a grammar."""
+        structure = self.asked_structure() is not None or (self.text is not None and self.text.structure() is not None)
+        return structure or bool(forced_tools(tools_of(self.tools), choice_of(self.tool_choice)))
 
     def generate_request(self) -> GenerateRequest:
         fields = self.sampling_fields()
@@ -98,12 +119,38 @@ class ResponsesRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields
             logprobs=(self.top_logprobs or 0) if logprobs else None,
             chat_template_kwargs=self.chat_template_kwargs or {},
             reasoning_effort=None if self.reasoning is None else self.reasoning.effort,
+            tools=tools_of(self.tools),
+            tool_choice=choice_of(self.tool_choice),
+            parallel_tool_calls=self.parallel_tool_calls is not False,
             **(fields if structure is None else fields | {"structured_outputs": structure}),
         )
 
 
 def _message(number: int, item: InputItem) -> Message:
+    if item.type == "function_call":
+        if item.call_id is None or item.name is None or item.arguments is None:
+            raise ValueError(f"input[{number}] is a function_call and lacks `call_id`, `name` or `arguments`")
+        return Message("assistant", "", (ToolCall(item.call_id, FunctionCall(item.name, item.arguments)),))
+    if item.type == "function_call_output":
+        if item.call_id is None or item.output is None:
+            raise ValueError(f"input[{number}] is a function_call_output and lacks `call_id` or `output`")
+        return Message("tool", _text(item.output), tool_call_id=item.call_id)
     if item.role is None or item.content is None:
         raise ValueError(f"input[{number}] lacks `role` or `content`")
-    text = item.content if isinstance(item.content, str) else "".join(part.text for part in item.content)
-    return Message("system" if item.role == "developer" else item.role, text)
+    return Message("system" if item.role == "developer" else item.role, _text(item.content))
+
+
+def _text(content: str | tuple[ContentPart, ...]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+def _joined(messages: list[Message]) -> list[Message]:
+    """Calls belong to the assistant's turn that they come behind: items have them apart, templates do not."""
+    joined: list[Message] = []
+    for message in messages:
+        before = joined[-1] if joined else None
+        if message.tool_calls and before is not None and before.role == "assistant":
+            joined[-1] = replace(before, tool_calls=(*before.tool_calls, *message.tool_calls))
+        else:
+            joined.append(message)
+    return joined

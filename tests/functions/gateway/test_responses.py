@@ -118,7 +118,7 @@ def test_a_schema_holds(client: openai.OpenAI) -> None:
     [
         ({"previous_response_id": "resp_1"}, '`previous_response_id` is "resp_1"'),
         ({"background": True}, "`background` is true"),
-        ({"tools": [{"type": "web_search"}]}, "`tools`"),
+        ({"tools": [{"type": "web_search"}]}, "`tools[0].type`"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input_image"),
         ({"input": [{"role": "user"}]}, "input[0] lacks `role` or `content`"),
         ({"n": 2}, "n is 2; a response has one answer"),
