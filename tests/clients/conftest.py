@@ -15,6 +15,13 @@ CLIENTS = Path(os.environ.get("LAMINA_TEST_CLIENTS", ROOT / ".venv-clients")) / 
 _SECONDS = 200.0
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
+
+def needs(command: str) -> pytest.MarkDecorator:
+    """Tests of a client whose command is not there are skipped, before anything is started for them."""
+    reason = f"{command} is not in {CLIENTS.parent}: make test-clients installs it"
+    return pytest.mark.skipif(not (CLIENTS / command).exists(), reason=reason)
+
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -32,8 +39,6 @@ def run_client(tmp_path: Path) -> Run:
     """Runs a command of the clients' environment to its end, in a home of its own. Fails with what it said where it fails."""
 
     def run(command: str, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-        if not (CLIENTS / command).exists():
-            pytest.skip(f"{command} is not in {CLIENTS.parent}: make test-clients installs it")
         home = {"HOME": str(tmp_path), "PATH": f"{CLIENTS}:{os.environ['PATH']}", "NO_PROXY": "127.0.0.1"}
         done = subprocess.run(
             [str(CLIENTS / command), *arguments],

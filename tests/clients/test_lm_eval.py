@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.clients.conftest import Run
+from tests.clients.conftest import Run, needs
 from tests.support.functions.functions import FunctionProcess
 from tests.support.storage.published import Published, until_end
 from tests.support.storage.tiny_models import greedy
 
+pytestmark = needs("lm_eval")
 QUESTIONS = [
     {"question": "The capital of France is", "choices": [" Paris", " London", " the"], "answer": 0},
     {"question": "2 + 2 =", "choices": [" 4", " five", " 22"], "answer": 0},

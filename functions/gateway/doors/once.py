@@ -16,7 +16,7 @@ from functions.gateway.doors.reply import HEARTBEAT_SECONDS, LOOK_SECONDS, Clien
 REMEMBERED_SECONDS: Final = 300.0
 """Of a complete answer, from its end on: longer than a Broker waits before its last retry, as Knative's backoff has it."""
 MOST_REMEMBERED_TOKENS: Final = 2**18
-"""Of all complete answers together; the oldest go first."""
+"""Of all complete answers together, those beside their log-probabilities counted; the oldest go first."""
 
 
 class _Shared:
@@ -31,6 +31,8 @@ class _Shared:
         self.pulled = False
         self.listeners = 0
         self.said: list[TokenEvent] = []
+        self.size = 1
+        """Tokens that it keeps."""
         self.response: GenerateResponse | None = None
         self.problem: Exception | None = None
         self.ended_at = 0.0
@@ -47,7 +49,9 @@ class _Shared:
             problem = error
         with self.changed:
             self.pulled = False
-            self.said += [] if token is None else [token]
+            if token is not None:
+                self.said.append(token)
+                self.size += 1 + (0 if token.logprob is None else len(token.logprob.top))
             self.response, self.problem, self.ended_at = response, problem, time.monotonic()
             self.changed.notify_all()
 
@@ -151,9 +155,9 @@ class Once:
     def _forget_old(self) -> None:
         oldest = time.monotonic() - REMEMBERED_SECONDS
         ended = [(key, shared) for key, shared in self._shared.items() if shared.response is not None]
-        tokens = sum(len(shared.said) + 1 for _, shared in ended)
+        tokens = sum(shared.size for _, shared in ended)
         for key, shared in sorted(ended, key=lambda each: each[1].ended_at):
             if shared.ended_at >= oldest and tokens <= MOST_REMEMBERED_TOKENS:
                 break
-            tokens -= len(shared.said) + 1
+            tokens -= shared.size
             del self._shared[key]
