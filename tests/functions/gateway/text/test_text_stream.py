@@ -152,3 +152,14 @@ def test_text_that_only_began_like_a_stop_string_is_given_out(tokenizer: Tokeniz
     assert shown == "a"
     assert stream.holds
     assert stream.finish() == "##"
+
+
+@pytest.mark.parametrize(
+    ("stops", "expected"), [(("two",), "one two"), (("wo", "two"), "one two"), (("th", "one"), "one"), (("x",), "one two three")]
+)
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+def test_a_stop_string_may_be_part_of_the_text(stops: tuple[str, ...], expected: str, size: int) -> None:
+    text = "one two three"
+    stream = StopStrings(stops, included=True)
+    said = [stream.push(text[begin : begin + size]) for begin in range(0, len(text), size) if not stream.found]
+    assert "".join(said) + stream.finish() == expected
