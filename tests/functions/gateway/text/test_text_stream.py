@@ -155,7 +155,8 @@ def test_text_that_only_began_like_a_stop_string_is_given_out(tokenizer: Tokeniz
 
 
 @pytest.mark.parametrize(
-    ("stops", "expected"), [(("two",), "one two"), (("wo", "two"), "one two"), (("th", "one"), "one"), (("x",), "one two three")]
+    ("stops", "expected"),
+    [(("two",), "one two"), (("wo", "two"), "one two"), (("th", "one"), "one"), (("x",), "one two three")],
 )
 @pytest.mark.parametrize("size", [1, 2, 5, 100])
 def test_a_stop_string_may_be_part_of_the_text(stops: tuple[str, ...], expected: str, size: int) -> None:
