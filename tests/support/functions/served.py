@@ -51,6 +51,7 @@ async def serving(
     name = manifests[0]["metadata"]["labels"]["app.kubernetes.io/instance"]
     secrets = {
         f"{name}-pipeline": {"token": "secret"},
+        f"{name}-kv": {"key": "ab" * 32},
         "lamina-store": {
             "AWS_ACCESS_KEY_ID": published.store.access_key_id,
             "AWS_SECRET_ACCESS_KEY": published.store.secret_access_key,

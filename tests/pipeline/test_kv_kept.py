@@ -1,0 +1,103 @@
+"""Conversations outlive their pods: everything goes to zero, and they go on with what the store kept. Real processes, real S3.
+
+Answers are those of the whole model, token for token; what was computed again is counted.
+"""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from eventing.wire.generation import GenerateResponse
+from eventing.wire.prefix_chain import BLOCK_TOKENS
+from knative.commands.terminal.asking import Question, ask
+from knative.local.platform import Platform
+from knative.render.resolved_pipeline import ResolvedPipeline
+from knative.render.services import services
+from knative.spec.kv_store import KVStore
+from storage.store.payload_store import PayloadStore
+from tests.support.functions.served import serving, stage_revisions, tiny_pipeline
+from tests.support.knative.platform import until
+from tests.support.storage.published import Published, until_end
+from tests.support.storage.tiny_models import greedy
+
+FIRST: Final = "the river " * 5
+MORE: Final = " and the sea"
+NEW_TOKENS: Final = 24
+
+
+def keeping(published: Published) -> ResolvedPipeline:
+    pipeline = tiny_pipeline(published)
+    spec = msgspec.structs.replace(pipeline.spec, kv_store=KVStore(secret="tiny-kv"))
+    return ResolvedPipeline(spec, pipeline.cut, published.manifest.digest)
+
+
+async def answer(platform: Platform, prompt: str) -> GenerateResponse:
+    async for part in ask(platform.url("tiny"), Question(prompt, NEW_TOKENS, chat=False, timeout_seconds=100)):
+        if isinstance(part, GenerateResponse):
+            return part
+    raise AssertionError("no answer came")
+
+
+def oracle(published: Published) -> Callable[[str], list[int]]:
+    known: dict[str, list[int]] = {}
+
+    def expected(prompt: str) -> list[int]:
+        if prompt not in known:
+            known[prompt] = until_end(greedy(published.model, published.tokenizer.encode(prompt).ids, NEW_TOKENS))
+        return known[prompt]
+
+    return expected
+
+
+async def all_at_zero(platform: Platform, pipeline: ResolvedPipeline) -> None:
+    revisions = [revision for of_stage in stage_revisions(platform, pipeline) for revision in of_stage]
+    gateway = platform.services["default", "tiny"].revisions
+    await until(lambda: not any(revision.pods for revision in [*revisions, *gateway]), 60)
+
+
+def test_everything_at_zero_and_a_conversation_goes_on(published: Published, tmp_path: Path) -> None:
+    expected = oracle(published)
+    first_answer = published.tokenizer.decode(expected(FIRST))
+    follow_up = FIRST + first_answer + MORE
+    shared = published.tokenizer.encode(FIRST).ids
+    wanted = (expected(FIRST), expected(follow_up))
+
+    async def scenario() -> None:
+        pipeline = keeping(published)
+        async with serving(tmp_path, published, services(pipeline)) as platform:
+            first = await answer(platform, FIRST)
+            assert list(first.token_ids) == wanted[0]
+            assert cached(first) == 0
+            await all_at_zero(platform, pipeline)
+            kept = await asyncio.to_thread(kept_objects, published)
+            assert {key.split("/")[2] for key in kept} == {"0-2", "2-4", "4-6"}
+            second = await answer(platform, follow_up)
+            assert list(second.token_ids) == wanted[1]
+            assert cached(second) >= (len(shared) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+            await all_at_zero(platform, pipeline)
+            await asyncio.to_thread(spoil, published)
+            third = await answer(platform, follow_up)
+            assert list(third.token_ids) == wanted[1], "what was altered is computed"
+            assert cached(third) == 0
+
+    asyncio.run(scenario())
+
+
+def cached(response: GenerateResponse) -> int:
+    return response.usage.prompt_tokens_details.cached_tokens
+
+
+def kept_objects(published: Published) -> list[str]:
+    with PayloadStore(published.store) as store:
+        return [found.key for found in store.list("kv/")]
+
+
+def spoil(published: Published) -> None:
+    with PayloadStore(published.store) as store:
+        for key in [found.key for found in store.list("kv/")]:
+            data = bytearray(store.get(key))
+            data[-1] ^= 1
+            store.put(key, bytes(data))
