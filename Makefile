@@ -125,6 +125,10 @@ bench-load: $(VENV)/bench.stamp $(VENV)/native.stamp ## Conversations that come 
 bench-guesses: $(VENV)/bench.stamp $(VENV)/native.stamp ## Several tokens a round: answers that quote and answers that do not, near and 5 ms away
 	$(BIN)/python -m bench.guesses
 
+.PHONY: bench-kv
+bench-kv: $(VENV)/bench.stamp $(VENV)/native.stamp ## Second turns and shared prompts, with what is held and without, beside llama.cpp's server
+	$(BIN)/python -m bench.kv
+
 .PHONY: evaluate
 evaluate: $(VENV)/bench.stamp $(VENV)/native.stamp ## Does cutting a model pay: five ways to serve, emulated and simulated (QUICK=1 TRACE= EXPERIMENT=)
 	$(BIN)/python -m bench.evaluation $$EXPERIMENT $${QUICK:+--quick} $${TRACE:+--trace "$$TRACE"}

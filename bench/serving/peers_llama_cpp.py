@@ -29,6 +29,7 @@ class LlamaCpp:
     """A llama.cpp server with the packaged GGUF as it is (Q4_1). build: package, version and instruction set."""
 
     def __init__(self, url: str, pid: int, build: str) -> None:
+        self.url = url
         self.pids = (pid,)
         self.build = build
         self._client = Client(url, "any", {"ignore_eos": True, "cache_prompt": False})
@@ -65,17 +66,19 @@ def builds_for(cpu_info: str) -> tuple[Build, ...]:
 
 
 @contextmanager
-def running_llama_cpp(model: str, threads: int, logs: Path, builds: Sequence[Build] | None = None) -> Iterator[LlamaCpp]:
+def running_llama_cpp(
+    model: str, threads: int, logs: Path, builds: Sequence[Build] | None = None, slots: int = LLAMA_CPP_SLOTS
+) -> Iterator[LlamaCpp]:
     """logs: a folder. builds: None: those for this CPU. Raises DidNotStart, with what became of each, where none comes up."""
     with ExitStack() as stack:
-        yield _first_that_starts(stack, model, threads, logs, builds or builds_for(Path("/proc/cpuinfo").read_text()))
+        yield _first_that_starts(stack, model, threads, logs, builds or builds_for(Path("/proc/cpuinfo").read_text()), slots)
 
 
-def _first_that_starts(stack: ExitStack, model: str, threads: int, logs: Path, builds: Sequence[Build]) -> LlamaCpp:
+def _first_that_starts(stack: ExitStack, model: str, threads: int, logs: Path, builds: Sequence[Build], slots: int) -> LlamaCpp:
     failures = []
     for build in builds:
         try:
-            return stack.enter_context(_running(build, model, threads, logs / f"{build.package}.log"))
+            return stack.enter_context(_running(build, model, threads, logs / f"{build.package}.log", slots))
         except DidNotStart as error:
             failures.append(error.why)
         except ImportError:
@@ -84,14 +87,14 @@ def _first_that_starts(stack: ExitStack, model: str, threads: int, logs: Path, b
 
 
 @contextmanager
-def _running(build: Build, model: str, threads: int, log: Path) -> Iterator[LlamaCpp]:
+def _running(build: Build, model: str, threads: int, log: Path, slots: int) -> Iterator[LlamaCpp]:
     """Raises DidNotStart, and ImportError without the package."""
     described = f"{build.package} {version(build.package)} ({build.instructions})"
     command, environ = build.launch()
     port = free_port()
     command += ["--model", model, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--threads", str(threads), "--threads-batch", str(threads)]
-    command += ["--ctx-size", str(_CONTEXT_TOKENS), "--parallel", str(LLAMA_CPP_SLOTS)]
+    command += ["--ctx-size", str(_CONTEXT_TOKENS), "--parallel", str(slots)]
     with started(command, log, environ) as process:
         url = f"http://127.0.0.1:{port}"
         wait_for(lambda: asyncio.run(_is_healthy(url)), process, log)

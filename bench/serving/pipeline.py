@@ -85,10 +85,10 @@ class RunningPipeline:
 
 
 @contextmanager
-def running_pipeline(dtype: str, state: Path) -> Iterator[RunningPipeline]:
+def running_pipeline(dtype: str, state: Path, kv_cache: str = "256Mi") -> Iterator[RunningPipeline]:
     """Everything up and asked once. Raises DidNotStart, with where the logs are."""
     state.mkdir(parents=True, exist_ok=True)
-    spec, secrets = _write_spec(dtype, state)
+    spec, secrets = _write_spec(dtype, state, kv_cache)
     options = ["--spec", str(spec), "--secrets", str(secrets), "--model", packaged_model(), "--dtype", dtype, "--port", "0"]
     with started([sys.executable, "-m", "knative", "run", *options, "--state", str(state)], state / "run.log") as run:
         running = wait_for(lambda: find_running(state), run, state / "run.log")
@@ -182,7 +182,7 @@ def read_page(url: str) -> str:
     return page
 
 
-def _write_spec(dtype: str, state: Path) -> tuple[Path, Path]:
+def _write_spec(dtype: str, state: Path, kv_cache: str) -> tuple[Path, Path]:
     """The spec, and a folder of secrets with the token that the direct gateway needs too."""
     cores, stays_up = usable_cores(), {"min_scale": 1, "max_scale": 1}
     sharing = Sharing(cores, NUM_STAGES)
@@ -195,12 +195,13 @@ def _write_spec(dtype: str, state: Path) -> tuple[Path, Path]:
         "stage": {
             "resources": {"cpu": str(cores), "memory": "2Gi"},
             "busy_threads": sharing.busy_threads,
-            "kv_cache": "256Mi",
+            "kv_cache": kv_cache,
             "autoscaling": stays_up,
         },
         "gateway": {
             "micro_batch_sequences": sharing.micro_batch_sequences,
             "guesses": 0,
+            "prefix_sharing": "off",
             "stages_at_once": sharing.stages_at_once,
             "autoscaling": {"container_concurrency": 0, "target": 100, **stays_up},
         },

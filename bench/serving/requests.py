@@ -47,6 +47,10 @@ class Requests:
         draw = random.Random(_SEED)
         return [self._request(draw.randrange(2000), draw.randint(16, 512), draw.randint(16, 256)) for _ in range(count)]
 
+    def text(self, start: int, length: int) -> str:
+        """Of `length` tokens, from about token `start` of the corpus on."""
+        return self._request(start, length, 1).text
+
     def _request(self, start: int, length: int, max_tokens: int) -> Request:
         """The first text from token `start` on that is read as exactly `length` tokens: cut anywhere, text may be read anew."""
         corpus = self._corpus * (1 + (start + 2 * length) // len(self._corpus))

@@ -121,3 +121,6 @@ def test_answers_survive_everything_that_stages_can_do(undisturbed: list[list[in
             stream.cancel()
         assert [tokens_of(stream) for stream in streams] == undisturbed * 2
         assert len(set(happened)) >= 3
+        again = generate(other, requests(REQUESTS), undisturbed)
+        assert [tokens_of(stream) for stream in again] == undisturbed
+        assert sum(stream.cached_tokens for stream in again) > 0, "of what the stages remember after all that"

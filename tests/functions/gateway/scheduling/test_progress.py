@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from functions.gateway.scheduling.progress import Piece, Progress
 
+BLOCK_TOKENS = 3
+
 
 class Stages:
     """What stages hold of one sequence, by the position rule; they may forget and events may get lost."""
@@ -26,10 +28,24 @@ class Stages:
         held[position:] = tokens
         return None
 
+    def reserve(self, stage: int, tokens: list[int]) -> int:
+        """Of `tokens`, whole blocks that others left at `stage`: the reply to a reservation."""
+        found = self.dice.randrange(len(tokens)) // BLOCK_TOKENS * BLOCK_TOKENS
+        if found > len(self.held[stage]):
+            self.held[stage] = tokens[:found]
+        return found
 
-@given(st.integers(1, 4), st.integers(1, 30), st.integers(1, 9), st.integers(), st.sampled_from([0.0, 0.1, 0.3]))
-def test_whatever_stages_forget_every_token_is_computed_from_all_before_it(
-    num_stages: int, prompt_tokens: int, chunk: int, seed: int, trouble: float
+
+@given(
+    st.integers(1, 4),
+    st.integers(1, 30),
+    st.integers(1, 9),
+    st.integers(),
+    st.sampled_from([0.0, 0.1, 0.3]),
+    st.sampled_from([0.0, 0.1, 0.5]),
+)
+def test_whatever_stages_forget_or_remember_every_token_is_computed_from_all_before_it(
+    num_stages: int, prompt_tokens: int, chunk: int, seed: int, trouble: float, remembers: float
 ) -> None:
     """Pieces overlap in flight as trips do; a stage sees pieces in the order in which they were sent."""
     dice = random.Random(seed)
@@ -42,6 +58,12 @@ def test_whatever_stages_forget_every_token_is_computed_from_all_before_it(
         steps += 1
         assert steps < 5000
         stages.trouble *= steps < 300
+        if not flying and steps < 300 and dice.random() < remembers:
+            if dice.random() < 0.3:
+                progress.restart()
+                stages.held = [[] for _ in range(num_stages)]
+            for stage in range(num_stages):
+                progress.found(stage, stages.reserve(stage, tokens))
         first_free = all(stage > 0 for stage, _ in flying)
         piece = progress.next_piece(len(tokens), chunk) if first_free and len(flying) < num_stages else None
         if piece is not None and progress.decodes(len(tokens)):
