@@ -1,0 +1,123 @@
+"""Two hundred streams at once, a fifth of them of clients that read slowly or not at all: nobody else waits for those.
+
+Stages sleep instead of computing, so that the pace is the pipeline's and not this machine's.
+"""
+
+import asyncio
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from eventing.http.binding import to_binary_http
+from eventing.wire.cloud_event import json_event
+from eventing.wire.events import EventType
+from eventing.wire.generation import GenerateRequest
+from knative.local.kubelet.processes import memory_bytes
+from tests.support.functions.functions import FunctionProcess, gateway_environment, running, stage_environment
+from tests.support.storage.published import CUT, Published
+
+STREAMS, SLOW = 200, 40
+TOKENS = 60
+ROUNDS = 2
+SLOWER = 1.10
+MORE_BYTES = 16 * 2**20
+_SEGMENT_BYTES = 536
+"""As on a network of old. On loopback a segment is 64 KiB, and the kernel would hold a whole answer for who reads nothing."""
+
+
+@dataclass
+class Round:
+    slow: int
+    seconds: list[float] = field(default_factory=list)
+    """Of each answer that was read as it came."""
+    broken: int = 0
+    held_bytes: int = 0
+    """That the kernel could not give to slow readers when everybody else was done."""
+    most_memory: int = 0
+
+
+@pytest.fixture(scope="module")
+def gateway(published: Published) -> Iterator[FunctionProcess]:
+    sleeping = {"LAMINA_LAYER_GROUP": "sleep", "LAMINA_SLEEP_SECONDS": "0.06", "LAMINA_KV_CACHE_BYTES": "200000000"}
+    with running(stage_environment(published, group, **sleeping) for group in range(len(CUT))) as stages:
+        urls = [stage.url for stage in stages]
+        told = {"LAMINA_MICRO_BATCH_SEQUENCES": "128", "LAMINA_GUESSES": "0", "LAMINA_ACCESS_LOG": "off"}
+        with FunctionProcess(gateway_environment(published, urls, **told)) as gateway:
+            yield gateway.wait_ready()
+
+
+def test_nobody_waits_for_a_slow_reader_and_memory_stays(gateway: FunctionProcess) -> None:
+    asyncio.run(_round(gateway, 0))  # Everything has been there once.
+    rounds = [asyncio.run(_round(gateway, slow)) for _ in range(ROUNDS) for slow in (0, SLOW)]
+    assert all(not each.broken and len(each.seconds) == STREAMS - each.slow for each in rounds)
+    assert all((each.held_bytes > 0) == (each.slow > 0) for each in rounds), "they are slow"
+    ordinary, beside_slow = ([each for each in rounds if each.slow == slow] for slow in (0, SLOW))
+    for of_all in (median, max):
+        before = min(of_all(each.seconds) for each in ordinary)
+        beside = min(of_all(each.seconds) for each in beside_slow)
+        assert beside <= SLOWER * before, (of_all, before, beside)
+    assert rounds[-1].most_memory - rounds[0].most_memory <= MORE_BYTES
+    assert rounds[-1].most_memory - rounds[-2].most_memory <= MORE_BYTES, "what slow readers have not read is little"
+
+
+async def _round(gateway: FunctionProcess, slow: int) -> Round:
+    seen = Round(slow)
+    slow_ones = [await _asked(gateway.port) for _ in range(slow)]
+    watching = asyncio.create_task(_watch(gateway.process.pid, seen))
+    await asyncio.gather(*(_read(gateway.port, seen) for _ in range(STREAMS - slow)))
+    seen.held_bytes = _unsent_bytes(gateway.port)
+    watching.cancel()
+    for sock in slow_ones:
+        sock.close()
+    return seen
+
+
+async def _asked(port: int) -> socket.socket:
+    """One who reads nothing, but what the kernel takes in for it."""
+    sock = socket.socket()
+    sock.setblocking(False)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, _SEGMENT_BYTES)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(sock, ("127.0.0.1", port))
+    await loop.sock_sendall(sock, _request())
+    return sock
+
+
+async def _read(port: int, seen: Round) -> None:
+    began = time.monotonic()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(_request())
+    answer = await reader.read()
+    writer.close()
+    if answer.count(EventType.TOKEN.encode()) == TOKENS and answer.count(EventType.GENERATE_RESPONSE.encode()) == 1:
+        seen.seconds.append(time.monotonic() - began)
+    else:
+        seen.broken += 1
+
+
+def _request() -> bytes:
+    """For an answer with an event for each token."""
+    event = json_event(EventType.GENERATE_REQUEST, "/test", GenerateRequest("Hi", max_tokens=TOKENS, ignore_eos=True))
+    headers, pieces = to_binary_http(event)
+    body = b"".join(pieces)
+    told = {"host": "a", "connection": "close", "accept": "text/event-stream", "content-length": len(body), **headers}
+    lines = ["POST / HTTP/1.1", *(f"{name}: {value}" for name, value in told.items()), "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+async def _watch(pid: int, seen: Round) -> None:
+    while True:
+        seen.most_memory = max(seen.most_memory, memory_bytes(pid))
+        await asyncio.sleep(0.25)
+
+
+def _unsent_bytes(port: int) -> int:
+    """Of connections to the port, as proc(5) has them: local address, remote address, state, send queue."""
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(int(line[4].partition(":")[0], 16) for line in lines if int(line[1].partition(":")[2], 16) == port)
