@@ -13,7 +13,7 @@ _log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-IDLE_SECONDS: Final = 10.0
+IDLE_SECONDS: Final = 5.0
 """A thread with nothing to do for so long ends."""
 
 

@@ -45,6 +45,15 @@ def test_what_clients_say_stays_between_them_and_the_model(published: Published)
                 ask(gateway, "/", {"prompt": WORD, "unheard-of": WORD}, **{"ce-id": "1", "ce-source": "/x"})[0],
             ]
             assert statuses == [200, 401, 400, 400, 400, 400]
+            tool = {"type": "function", "function": {"name": WORD, "parameters": {"type": "object", "title": WORD}}}
+            others = {
+                "/v1/responses": {"input": WORD},
+                "/tokenize": {"prompt": WORD},
+                "/v1/chat/completions": {"messages": message, "tools": [tool], "tool_choice": "none"},
+                "/v1/completions": {"prompt": [WORD, WORD], "stop": WORD, "structured_outputs": {"choice": [WORD]}},
+            }
+            for path, body in others.items():
+                assert ask(gateway, path, body)[0] in (200, 400), path
             stages[1].process.kill()
             stages[1].wait_end()
             with suppress(OSError):

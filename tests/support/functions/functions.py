@@ -21,6 +21,16 @@ from tests.support.storage.published import CUT, Published
 TOKEN: Final = "pipeline-secret"
 _LISTENING: Final = re.compile(r"listening on port (\d+)")
 _METRICS: Final = re.compile(r"metrics on port (\d+)")
+_SENT_KEY: Final = re.compile(r"[Bb]earer [\w-]{8}|lamina-[\w-]{43}\b")
+"""As clients send keys, and as `python -m knative keys` makes them."""
+_SECRET_SETTINGS: Final = (
+    "LAMINA_PIPELINE_TOKEN",
+    "LAMINA_SECOND_PIPELINE_TOKEN",
+    "LAMINA_API_KEYS",
+    "LAMINA_KV_KEY",
+    "LAMINA_LIMITS_STORE",
+    "AWS_SECRET_ACCESS_KEY",
+)
 _OF_MANAGEMENT: Final = ("/metrics", "/readyz")
 
 
@@ -79,6 +89,7 @@ class FunctionProcess:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self._secrets = _secrets_of(environ)
         self._lines: list[str] = []
         self._said = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -145,6 +156,13 @@ class FunctionProcess:
         self.wait_end()
         assert self.process.stderr is not None
         self.process.stderr.close()
+        if kind is None:
+            self._check_silence()
+
+    def _check_silence(self) -> None:
+        """In every test that runs a function: neither its own secrets nor any key that a client sent are in its log."""
+        told = [line for line in self._lines if _SENT_KEY.search(line) or any(secret in line for secret in self._secrets)]
+        assert not told, f"a secret is in the log: {told[:3]}"
 
     def _said_port(self, where: re.Pattern[str]) -> int:
         with self._said:
@@ -159,6 +177,12 @@ class FunctionProcess:
             with self._said:
                 self._lines.append(line)
                 self._said.notify_all()
+
+
+def _secrets_of(environ: Mapping[str, str]) -> set[str]:
+    """Those that are no words of everyday use."""
+    values = [value for name in _SECRET_SETTINGS for value in environ.get(name, "").split(",")]
+    return {value.strip() for value in values if len(value.strip()) >= 8}
 
 
 @contextmanager
