@@ -189,7 +189,8 @@ class Row(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     want: Want = Want.NONE
     sampling: Sampling | None = None
     reserve_tokens: Annotated[int, Meta(ge=1, le=MAX_POSITION)] | None = None
-    """With a sequence's first row: prompt plus max_tokens. Idempotent where a reserve event came before."""
+    """With a sequence's first row: prompt plus max_tokens, or as much of an answer without a length as it may come to soon.
+    Idempotent where a reserve event came before."""
     guesses: Annotated[int, Meta(ge=0, le=MAX_GUESSES)] = 0
     """So many of its tokens, the last ones, are guesses of what will be drawn. With `Want.TOKEN` a token is drawn behind the
     token before them; where that is the first guess one more behind it, and so on."""
