@@ -2,7 +2,7 @@
 
     python -m bench.evaluation                               all, under an hour on two cores that do nothing else
     python -m bench.evaluation --quick                       all in small, some minutes: it shows that all runs, no more
-    python -m bench.evaluation simulated scale               some of: emulated, calibration, simulated, scale
+    python -m bench.evaluation simulated scale               some of: emulated, calibration, simulated, scale, network
     python -m bench.evaluation --trace azure-2023.csv.gz     with the arrivals and sizes of a recorded trace
 
 Each run's result is a file in the state folder: what is there is not run again, so that a broken-off evaluation goes on
@@ -11,7 +11,6 @@ where it was. `--anew` takes them away first. A quick one has a folder of its ow
 
 import logging
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -24,8 +23,10 @@ import click
 import msgspec
 
 from bench.evaluation import experiments
+from bench.evaluation import network as network_experiment
 from bench.evaluation.document import write_document
 from bench.evaluation.experiments import NAMES, QUICK, Plan, Run
+from bench.evaluation.network import Measured
 from bench.evaluation.overheads import measure_overheads
 from bench.evaluation.results import Result, Results
 from bench.evaluation.rounds import Overheads
@@ -50,13 +51,13 @@ class Evaluation:
     def runs(self, name: str) -> Iterator[Run]:
         plan = self._plan
         if name == "emulated":
-            return experiments.emulated(plan, lambda: self._store, self._state / "logs")
+            return experiments.emulated(plan, lambda: self.store, self._state / "logs")
         if name == "calibration":
             return experiments.calibration(plan, self.overheads)
         return experiments.simulated(plan) if name == "simulated" else experiments.at_scale(plan)
 
     @cached_property
-    def _store(self) -> ObjectStore:
+    def store(self) -> ObjectStore:
         embedded = self._stack.enter_context(EmbeddedStore(ROOT / ".lamina" / "load" / STORE_FOLDER))
         return ObjectStore(embedded.settings)
 
@@ -66,7 +67,7 @@ class Evaluation:
         path = self._state / "overheads.yaml"
         if path.exists():
             return msgspec.yaml.decode(path.read_bytes(), type=Overheads)
-        found = measure_overheads(experiments.setting_13b(), self._store, self._state / "logs" / "overheads")
+        found = measure_overheads(experiments.setting_13b(), self.store, self._state / "logs" / "overheads")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(msgspec.yaml.encode({"pass_seconds": found.pass_seconds, "hop_seconds": found.hop_seconds}))
         return found
@@ -88,6 +89,26 @@ def _followed(name: str, runs: Sequence[Run], results: Results, say: Callable[[s
             f"tokens/s, {outcome.attainment:.0%} within the objective; {took}, some {left / 60:.0f} min to go"
         )
     return found
+
+
+def _networks(plan: Plan, state: Path, evaluation: Evaluation, say: Callable[[str], None]) -> tuple[str, str]:
+    """The table and the verdict; each network and gateway is a file, as other results are."""
+    found: list[Measured] = []
+    for network in network_experiment.networks():
+        for guesses in network_experiment.GUESSES:
+            name = network_experiment.file_name(network, guesses, plan.network_lengths)
+            path = state / "results" / name
+            if not path.exists():
+                logs = state / "logs" / name.removesuffix(".yaml")
+                measured = network_experiment.measure(network, guesses, plan.network_lengths, evaluation.store, logs)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(msgspec.yaml.encode(measured))
+            measured = msgspec.yaml.decode(path.read_bytes(), type=list[Measured])
+            said = ", ".join(f"{each.tokens_per_second:.1f} tokens/s {each.at_once} at a time" for each in measured)
+            rate = network.bytes_per_second or "any"
+            say(f"network: {network.delay_seconds * 1e3:g} ms, {rate} bytes/s, guesses {guesses}: {said}")
+            found += measured
+    return network_experiment.network_table(network_experiment.stage_plans(evaluation.store), found)
 
 
 @click.command(help=__doc__)
@@ -112,8 +133,12 @@ def main(names: Sequence[str], quick: bool, trace: Path | None, state: Path, doc
     with ExitStack() as stack:
         evaluation = Evaluation(plan, state, stack)
         found: dict[str, list[Result]] = {}
+        networks: tuple[str, str] | None = None
         try:
             for name in names or NAMES:
+                if name == "network":
+                    networks = _networks(plan, state, evaluation, click.echo)
+                    continue
                 found[name] = _followed(name, list(evaluation.runs(name)), evaluation.results, click.echo)
         except TraceInvalid as error:
             raise click.ClickException(str(error)) from error
@@ -122,8 +147,9 @@ def main(names: Sequence[str], quick: bool, trace: Path | None, state: Path, doc
                 result for run in evaluation.runs("emulated") if (result := evaluation.results.read(run.key)) is not None
             ]
         overheads = evaluation.overheads if "calibration" in found else None
-    command = " ".join(["python -m bench.evaluation", *sys.argv[1:]])
-    pages = write_document(document, found, overheads, command, time.monotonic() - began)
+    options = [*(["--quick"] if quick else []), *([] if trace is None else [f"--trace {trace.name}"])]
+    command = " ".join(["python -m bench.evaluation", *names, *options])
+    pages = write_document(document, found, overheads, command, time.monotonic() - began, networks)
     if document is None:
         click.echo("\n\n".join(pages.values()))
 

@@ -13,7 +13,12 @@ from bench.report import machine, write_section
 
 
 def write_document(
-    document: Path | None, found: Mapping[str, Sequence[Result]], overheads: Overheads | None, command: str, seconds: float
+    document: Path | None,
+    found: Mapping[str, Sequence[Result]],
+    overheads: Overheads | None,
+    command: str,
+    seconds: float,
+    networks: tuple[str, str] | None,
 ) -> dict[str, str]:
     """Section → Markdown, written where there is a document. Figures lie beside it."""
     facts = f"`{command}` on {machine()}; {seconds / 60:.0f} minutes, what was found before not counted."
@@ -28,6 +33,14 @@ def write_document(
         pages["calibration"] = _calibration(found.get("emulated", []), found["calibration"], overheads, facts)
     if found.get("scale"):
         pages["scale"] = _scale(found["scale"], facts, document)
+    if networks is not None:
+        table, verdict = networks
+        text = (
+            "SmolLM2-135M in bfloat16, three stages with real layers, one replica each, micro-batches of 8; questions whose "
+            "answers quote. Delay and rate are those of every pod's link (`knative/local/proxies/network.py`). What plan "
+            f"says is computed from the passes where there is no network. **{verdict}**"
+        )
+        pages["network"] = f"## What a network between the pods costs\n\n{facts} {text}\n\n{table}"
     if document is not None:
         for name, text in pages.items():
             write_section(document, name, text)

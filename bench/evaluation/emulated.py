@@ -68,7 +68,7 @@ class EmulatedRun:
                 first, last, prompts = await self._asked(platform.url(self._local.pipeline.spec.name))
                 seconds = self._trace.seconds + self._tail_seconds
                 await asyncio.sleep(max(0.0, began + seconds - loop.time()))
-                self.passes = [await asyncio.to_thread(_passes, pods) for pods in self._pods(platform)]
+                self.passes = [await asyncio.to_thread(passes_of, pods) for pods in self._pods(platform)]
         finally:
             await platform.stop(_STOP_SECONDS)
         tokens = prompts + int(self._trace.answer_tokens[np.isfinite(last)].sum())
@@ -130,7 +130,7 @@ class EmulatedRun:
             await asyncio.sleep(_PAGE_SECONDS)
             for pod in (pod for pods in self._pods(platform) for pod in pods):
                 if pod.ready and pod.pid is not None and pod.metrics_port:
-                    self._busy[pod.pid], _ = await asyncio.to_thread(_passes, [pod])
+                    self._busy[pod.pid], _ = await asyncio.to_thread(passes_of, [pod])
 
     async def _asked(self, url: str) -> tuple[Floats, Floats, int]:
         trace_file, times_file = self._folder / "trace.npz", self._folder / "times.npz"
@@ -162,7 +162,7 @@ class EmulatedRun:
         return times["first"], times["last"], int(times["prompts"])
 
 
-def _passes(pods: Sequence[Pod]) -> tuple[float, float]:
+def passes_of(pods: Sequence[Pod]) -> tuple[float, float]:
     """Seconds in passes and their number, of all these; a pod that does not answer counts nothing."""
     found = {"_sum": 0.0, "_count": 0.0}
     for pod in pods:

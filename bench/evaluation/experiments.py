@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from bench.evaluation.emulated import EmulatedRun
 from bench.evaluation.loads import LOADS, make_loads
+from bench.evaluation.network import Lengths
 from bench.evaluation.outcome import Cost, Outcome
 from bench.evaluation.profile import DoesNotFit
 from bench.evaluation.results import Result, RunKey
@@ -24,7 +25,7 @@ from bench.evaluation.simulator import Simulation, World
 from bench.evaluation.trace import Sizes, Trace, drawn, read_trace
 from storage.store.object_store import ObjectStore
 
-NAMES: Final = ("emulated", "calibration", "simulated", "scale")
+NAMES: Final = ("emulated", "calibration", "simulated", "scale", "network")
 SCALE_STAGES: Final = (1, 2, 4, 8, 16)
 _SCALE_DEVICES: Final = 1024
 _TIMES_THE_TRACE: Final = 100.0
@@ -51,6 +52,7 @@ class Plan:
     scale_seconds: int = 1200
     scale_runs: int = 3
     scale_stages: Sequence[int] = SCALE_STAGES
+    network_lengths: Lengths = field(default_factory=Lengths)
     trace: Path | None = None
 
 
@@ -65,6 +67,7 @@ QUICK: Final = Plan(
     scale_seconds=60,
     scale_runs=1,
     scale_stages=(1, 4),
+    network_lengths=Lengths(4, 8),
 )
 
 

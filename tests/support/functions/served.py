@@ -46,7 +46,7 @@ def tiny_pipeline(published: Published, cut: str = "0:2,2:4,4:6", **stage: Any) 
 
 @asynccontextmanager
 async def serving(
-    folder: Path, published: Published, manifests: Sequence[dict[str, Any]], timing: PodTiming = TIMING
+    folder: Path, published: Published, manifests: Sequence[dict[str, Any]], timing: PodTiming = TIMING, **options: Any
 ) -> AsyncIterator[Platform]:
     name = manifests[0]["metadata"]["labels"]["app.kubernetes.io/instance"]
     secrets = {
@@ -57,7 +57,7 @@ async def serving(
             "AWS_SECRET_ACCESS_KEY": published.store.secret_access_key,
         },
     }
-    async with running_platform(folder, *manifests, secrets=secrets, timing=timing) as platform:
+    async with running_platform(folder, *manifests, secrets=secrets, timing=timing, **options) as platform:
         yield platform
 
 

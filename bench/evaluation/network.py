@@ -1,0 +1,178 @@
+"""What a network between pods costs the real pipeline: real layers, a relay before every pod, one network after the other.
+
+Each with and without guesses (several tokens a round), for one question at a time and sixteen; and what `plan` says of it, from
+what passes take where there is no network.
+"""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import yaml
+from rich.console import Console
+
+from bench.evaluation.emulated import passes_of
+from bench.guesses.answers import ask
+from knative.commands.sources.local_pipeline import LocalPipeline, ensure_published, local_pipeline
+from knative.local.kubelet.pods import Pod
+from knative.local.platform import ROOT, Platform, PlatformOptions
+from knative.local.proxies.network import Network
+from knative.render.services import services
+from knative.spec.network_plan import Link, network_plan
+from knative.spec.pipeline_spec import Autoscaling, Gateway, GatewayAutoscaling, Model, PipelineSpec, Resources, Stage, Store
+from knative.spec.stage_plan import StagePlan, plan_stages
+from storage.store.object_store import ObjectStore
+
+DELAYS_SECONDS: Final = (0.0, 0.001, 0.005, 0.02, 0.05)
+RATES: Final = (1.25e9, 1.25e8, 1.25e7)
+"""10, 1 and 0.1 Gbit/s in bytes."""
+AT_ONCE: Final = (1, 16)
+GUESSES: Final = (0, 16)
+_DTYPE: Final = "bfloat16"
+_STAGES: Final = 3
+_MICRO_BATCH: Final = 8
+_PROMPTS: Final = ROOT / "bench" / "guesses" / "prompts.yaml"
+_READY_SECONDS: Final = 180.0
+_STOP_SECONDS: Final = 5.0
+
+
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """One network, one gateway, so many questions at a time."""
+
+    delay_seconds: float
+    bytes_per_second: float | None
+    guesses: int
+    at_once: int
+    tokens_per_second: float
+    step_seconds: tuple[float, ...]
+    """Of a pass of each stage, mean."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    questions: int = 16
+    max_tokens: int = 48
+
+
+def networks() -> Iterator[Network]:
+    yield from (Network(delay) for delay in DELAYS_SECONDS)
+    yield from (Network(0.0, rate) for rate in RATES)
+
+
+def file_name(network: Network, guesses: int, lengths: Lengths) -> str:
+    rate = "any" if network.bytes_per_second is None else f"{network.bytes_per_second:g}"
+    return f"network/{network.delay_seconds:g}s-{rate}-guesses-{guesses}-{lengths.questions}x{lengths.max_tokens}.yaml"
+
+
+def measure(network: Network, guesses: int, lengths: Lengths, store: ObjectStore, logs: Path) -> list[Measured]:
+    """For each of `AT_ONCE`."""
+    manifest = ensure_published(store, None, _DTYPE, Console(quiet=True))
+    local = local_pipeline(store, manifest, _STAGES, _spec(manifest.name, guesses), {})
+    logs.mkdir(parents=True, exist_ok=True)
+    return asyncio.run(_measured(local, network, guesses, lengths, logs))
+
+
+async def _measured(local: LocalPipeline, network: Network, guesses: int, lengths: Lengths, logs: Path) -> list[Measured]:
+    platform = Platform(PlatformOptions(secrets=local.secrets, logs=logs, network=network))
+    await platform.start()
+    try:
+        await platform.apply(services(local.pipeline))
+        url = platform.url(local.pipeline.spec.name)
+        async with asyncio.timeout(_READY_SECONDS):
+            while not all(revision.ready_pods for each in platform.services.values() for revision in each.revisions):
+                await asyncio.sleep(0.1)
+        questions = yaml.safe_load(_PROMPTS.read_text(encoding="utf-8"))["quoting"][: lengths.questions]
+        await ask(url, local.pipeline.spec.model.name, questions[:1], 4, 1)
+        found = []
+        for at_once in AT_ONCE:
+            before = await _passes(local, platform)
+            asked = questions[: max(2, lengths.questions // 4)] if at_once == 1 else questions
+            answered = await ask(url, local.pipeline.spec.model.name, asked, lengths.max_tokens, at_once)
+            after = await _passes(local, platform)
+            steps = tuple((b[0] - a[0]) / max(1.0, b[1] - a[1]) for a, b in zip(before, after, strict=True))
+            found.append(
+                Measured(
+                    delay_seconds=network.delay_seconds,
+                    bytes_per_second=network.bytes_per_second,
+                    guesses=guesses,
+                    at_once=at_once,
+                    tokens_per_second=answered.tokens_per_second,
+                    step_seconds=steps,
+                )
+            )
+        return found
+    finally:
+        await platform.stop(_STOP_SECONDS)
+
+
+async def _passes(local: LocalPipeline, platform: Platform) -> list[tuple[float, float]]:
+    def pods(name: str) -> list[Pod]:
+        service = platform.services[local.pipeline.spec.namespace, name]
+        return [pod for revision in service.revisions for pod in revision.ready_pods]
+
+    return [await asyncio.to_thread(passes_of, pods(name)) for name in local.pipeline.stage_names]
+
+
+def _spec(model: str, guesses: int) -> PipelineSpec:
+    return PipelineSpec(
+        name="network",
+        model=Model(name=model, dtype=_DTYPE),
+        stages=_STAGES,
+        image="lamina:local",
+        stage=Stage(resources=Resources(memory="2Gi"), kv_cache="256Mi", autoscaling=Autoscaling(min_scale=1, max_scale=1)),
+        gateway=Gateway(
+            micro_batch_sequences=_MICRO_BATCH,
+            guesses=guesses,
+            access_log="off",
+            autoscaling=GatewayAutoscaling(min_scale=1, max_scale=1),
+        ),
+        store=Store(endpoint="http://127.0.0.1"),
+    )
+
+
+def stage_plans(store: ObjectStore) -> tuple[StagePlan, ...]:
+    """Of what is measured."""
+    manifest = ensure_published(store, None, _DTYPE, Console(quiet=True))
+    local = local_pipeline(store, manifest, _STAGES, _spec(manifest.name, 0), {})
+    return plan_stages(local.shape, local.pipeline.cut)
+
+
+def network_table(plans: Sequence[StagePlan], results: Sequence[Measured]) -> tuple[str, str]:
+    """The table, and in a sentence how far off the prediction is."""
+    by_key = {(one.delay_seconds, one.bytes_per_second, one.guesses, one.at_once): one for one in results}
+    lines = [
+        "| delay each way | Gbit/s | at once | tokens/s | share of none | plan says | error | with guesses | share of plain |",
+        "|---" * 9 + "|",
+    ]
+    worst = 0.0
+    for one in (each for each in results if not each.guesses):
+        near = by_key.get((0.0, None, 0, one.at_once))
+        if near is None:
+            continue
+        far_plan, near_plan = (
+            network_plan(plans, near.step_seconds, one.at_once, _MICRO_BATCH, link)
+            for link in (Link(one.delay_seconds, one.bytes_per_second), Link(0.0, None))
+        )
+        beside = max(0.0, 1 / near.tokens_per_second - near_plan.round_seconds) if one.at_once == 1 else 0.0
+        steps = [step + beside / len(plans) for step in near.step_seconds]
+        far_plan, near_plan = (
+            network_plan(plans, steps, one.at_once, _MICRO_BATCH, link)
+            for link in (Link(one.delay_seconds, one.bytes_per_second), Link(0.0, None))
+        )
+        said = near.tokens_per_second * far_plan.tokens_per_second / near_plan.tokens_per_second
+        error = said / one.tokens_per_second - 1
+        worst = max(worst, abs(error))
+        guessing = by_key.get((one.delay_seconds, one.bytes_per_second, GUESSES[1], one.at_once))
+        rate = "any" if one.bytes_per_second is None else f"{one.bytes_per_second * 8 / 1e9:g}"
+        with_guesses = ("–", "–")
+        if guessing is not None:
+            ratio = guessing.tokens_per_second / one.tokens_per_second
+            with_guesses = (f"{guessing.tokens_per_second:.1f}", f"{ratio:.2f}")
+        lines.append(
+            f"| {one.delay_seconds * 1e3:g} ms | {rate} | {one.at_once} | {one.tokens_per_second:.1f} "
+            f"| {one.tokens_per_second / near.tokens_per_second:.2f} | {said:.1f} | {error:+.0%} | {' | '.join(with_guesses)} |"
+        )
+    return "\n".join(lines), f"The prediction is off by at most {worst:.0%} (wanted: 15 %)."
