@@ -31,8 +31,8 @@ def draw_ways(results: Sequence[Result], loads: Sequence[str], path: Path) -> No
         panel.set_xticks(range(len(loads)), loads)
         panel.set_title(title)
     panels[0].set_yscale("log")
-    panels[-1].legend(fontsize="small")
-    _save(figure, path)
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="lower center", ncols=len(WAYS))
+    _save(figure, path, below=0.08)
 
 
 def draw_scale(results: Sequence[Result], path: Path) -> None:
@@ -61,9 +61,10 @@ def _figure(panels: int) -> tuple[Any, Any]:
     return pyplot.subplots(1, panels, figsize=(5 * panels, 4))
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Any, path: Path, below: float = 0.0) -> None:
+    """below: share of the height that is kept for a legend."""
     from matplotlib import pyplot
 
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, below, 1, 1))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
