@@ -6,6 +6,7 @@ cannot be passed off for another.
 """
 
 import os
+from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 from blake3 import blake3
@@ -31,7 +32,13 @@ class Sealer:
         if len(key) != KEY_BYTES:
             raise ValueError(f"a key of {len(key)} bytes; it has {KEY_BYTES}")
         self._names = blake3(key, derive_key_context="lamina 2026-11 kv names").digest()
-        self._cipher = _cipher(blake3(key, derive_key_context="lamina 2026-11 kv contents").digest())
+        self._contents = blake3(key, derive_key_context="lamina 2026-11 kv contents").digest()
+
+    @cached_property
+    def _cipher(self) -> "AESGCM":
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # 24 ms that no start of a function needs
+
+        return AESGCM(self._contents)
 
     def name(self, *parts: bytes) -> str:
         """Of what `parts` say together: hexadecimal, and no way back."""
@@ -64,9 +71,3 @@ class Sealer:
                 f"{name}: altered, or sealed with another key; it is computed again, and can be deleted"
             ) from error
         return plain
-
-
-def _cipher(key: bytes) -> "AESGCM":
-    from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # 24 ms that no start of a function needs
-
-    return AESGCM(key)

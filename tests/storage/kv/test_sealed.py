@@ -1,6 +1,8 @@
 """Sealed objects: what was sealed is opened again, by its own key and under its own name, and by nothing else."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from storage.errors import SealBroken
 from storage.kv.sealed import KEY_BYTES, Sealer
+from tests.support.paths import ROOT
 
 SEALER = Sealer(bytes(range(KEY_BYTES)))
 
@@ -54,3 +57,8 @@ def test_names_are_of_the_key_and_tell_parts_apart() -> None:
 def test_a_short_key_is_refused() -> None:
     with pytest.raises(ValueError, match="31 bytes"):
         Sealer(b"k" * 31)
+
+
+def test_a_key_alone_imports_no_cryptography_which_a_start_would_wait_for() -> None:
+    code = "import sys; from storage.kv.sealed import Sealer; Sealer(bytes(32)); sys.exit('cryptography' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
