@@ -129,6 +129,10 @@ bench-guesses: $(VENV)/bench.stamp $(VENV)/native.stamp ## Several tokens a roun
 bench-kv: $(VENV)/bench.stamp $(VENV)/native.stamp ## Second turns and shared prompts, with what is held and without, beside llama.cpp's server
 	$(BIN)/python -m bench.kv
 
+.PHONY: bench-many
+bench-many: $(VENV)/bench.stamp $(VENV)/native.stamp ## 64, 256 and 1,000 conversations at once, and several gateways, on stages that sleep
+	$(BIN)/python -m bench.many
+
 .PHONY: evaluate
 evaluate: $(VENV)/bench.stamp $(VENV)/native.stamp ## Does cutting a model pay: five ways to serve, emulated and simulated (QUICK=1 TRACE= EXPERIMENT=)
 	$(BIN)/python -m bench.evaluation $$EXPERIMENT $${QUICK:+--quick} $${TRACE:+--trace "$$TRACE"}

@@ -11,15 +11,17 @@ import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
-from typing import Any, Final, cast
+from typing import Any, Final, Self, cast
 
 import click
 from rich.console import Console
 from rich.table import Table
 
 from eventing.http.delivery import Sender
+from eventing.wire.events import Cut
 from functions.configuration.config import StageConfig, read_config
 from functions.gateway.scheduling.limits import Limits
 from functions.gateway.scheduling.prompt import Prompt
@@ -40,15 +42,33 @@ MODEL: Final = {
 }
 
 
-def stage_config(index: int, num_stages: int) -> StageConfig:
+@dataclass(frozen=True, slots=True)
+class Sleeping:
+    """Stages that sleep instead of computing."""
+
+    seconds: tuple[float, ...]
+    """Of a pass, per stage."""
+    cut: Cut
+    fingerprint: str = FINGERPRINT
+    token: str = TOKEN
+    max_merge: int = 1
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Self:
+        """A layer for each."""
+        return cls(tuple(seconds), tuple((stage, stage + 1) for stage in range(len(seconds))))
+
+
+def stage_config(index: int, stages: Sleeping) -> StageConfig:
+    first, last = stages.cut[index]
     environ = {
         "LAMINA_ROLE": "stage",
-        "LAMINA_PIPELINE": FINGERPRINT,
-        "LAMINA_PIPELINE_TOKEN": TOKEN,
+        "LAMINA_PIPELINE": stages.fingerprint,
+        "LAMINA_PIPELINE_TOKEN": stages.token,
         "LAMINA_MODEL": "sleep",
         "LAMINA_DTYPE": "bfloat16",
-        "LAMINA_CUT": ",".join(f"{stage}:{stage + 1}" for stage in range(num_stages)),
-        "LAMINA_LAYERS": f"{index}:{index + 1}",
+        "LAMINA_CUT": ",".join(f"{first}:{last}" for first, last in stages.cut),
+        "LAMINA_LAYERS": f"{first}:{last}",
         "LAMINA_STORE_ENDPOINT": "http://127.0.0.1:9",
         "LAMINA_STORE_BUCKET": "none",
         "AWS_ACCESS_KEY_ID": "none",
@@ -57,7 +77,7 @@ def stage_config(index: int, num_stages: int) -> StageConfig:
     return cast("StageConfig", read_config(environ))
 
 
-def serve_stage(index: int, num_stages: int, seconds: float, address: Connection) -> None:
+def serve_stage(index: int, stages: Sleeping, address: Connection) -> None:
     """The process of one stage."""
     from functions.configuration.pass_times import PassTimes
     from functions.hosting.management import Management
@@ -68,28 +88,31 @@ def serve_stage(index: int, num_stages: int, seconds: float, address: Connection
     from functions.stage.serving.handlers import EventHandlers
     from functions.stage.serving.metrics import StageMetrics
 
-    times = PassTimes(fixed_seconds=seconds)
-    group = SleepGroup({**MODEL, "num_hidden_layers": num_stages}, index, index + 1, 2**30, times)
-    engine = Engine(group, num_stages=num_stages, max_merge=1, idle_sequence_seconds=600.0)
+    times = PassTimes(fixed_seconds=stages.seconds[index])
+    model = {**MODEL, "num_hidden_layers": stages.cut[-1][1]}
+    group = SleepGroup(model, *stages.cut[index], 2**32, times)
+    num_stages = len(stages.cut)
+    engine = Engine(group, num_stages=num_stages, max_merge=stages.max_merge, idle_sequence_seconds=600.0)
     engine.start()
     readiness = SimpleNamespace(engine=lambda wait_seconds=0.0: engine, phases=dict)
-    handlers = EventHandlers(stage_config(index, num_stages), f"stage-{index}", cast("Any", readiness))
+    handlers = EventHandlers(stage_config(index, stages), f"stage-{index}", cast("Any", readiness))
     metrics = StageMetrics()
     management = Management(metrics.registry, sick=lambda: None, ready=lambda: (True, {}))
-    service = Service(create_app(handlers, metrics, TOKEN), management, stage_admission(TOKEN), threads=64, request_bytes=2**29)
+    application = create_app(handlers, metrics, stages.token)
+    service = Service(application, management, stage_admission(stages.token), threads=64, request_bytes=2**29)
     server = Server("127.0.0.1", 0, 0)
     address.send(f"http://127.0.0.1:{server.port}")
     server.run(service, lambda: None)
 
 
 @contextmanager
-def stages(seconds: Sequence[float]) -> Iterator[list[str]]:
+def sleeping_stages(stages: Sleeping) -> Iterator[list[str]]:
     """Their URLs."""
     spawn = multiprocessing.get_context("spawn")
     processes, urls = [], []
-    for index, of_stage in enumerate(seconds):
+    for index in range(len(stages.cut)):
         here, there = spawn.Pipe()
-        process = spawn.Process(target=serve_stage, args=(index, len(seconds), of_stage, there), daemon=True)
+        process = spawn.Process(target=serve_stage, args=(index, stages, there), daemon=True)
         process.start()
         processes.append(process)
         urls.append(here)
@@ -103,7 +126,7 @@ def stages(seconds: Sequence[float]) -> Iterator[list[str]]:
 
 def measure(seconds: Sequence[float], micro_batches: int, duration_seconds: float) -> tuple[float, float]:
     """Micro-batch steps per second, and the gateway's CPU seconds per hop."""
-    with stages(seconds) as urls, Sender() as sender:
+    with sleeping_stages(Sleeping.of(seconds)) as urls, Sender() as sender:
         identity = PipelineIdentity(FINGERPRINT, TOKEN, "/gateways/bench", tuple(range(len(seconds))))
         scheduler = Scheduler(
             StageClient(sender, identity, 30.0),

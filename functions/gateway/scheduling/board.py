@@ -6,12 +6,13 @@ The scheduler's lock is held around it, and around all that reads and changes it
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 from eventing.problems import Problem
 from eventing.wire.control import ReleaseRow
 from eventing.wire.prefix_chain import packed
 from functions.gateway.scheduling.actions import Release
-from functions.gateway.scheduling.capacity import micro_batches_allowed, micro_batches_wanted
+from functions.gateway.scheduling.capacity import FAR, micro_batches_allowed, micro_batches_that_fill, micro_batches_wanted
 from functions.gateway.scheduling.limits import Limits
 from functions.gateway.scheduling.micro_batch import MicroBatch
 from functions.gateway.scheduling.sequence import Sequence
@@ -55,13 +56,29 @@ class Board:
                 yield from batch.sequences
 
     def micro_batches_allowed(self) -> int:
-        seconds = [stage.service_seconds for stage in self.stats.stages]
-        return micro_batches_allowed(self.placement.ready_counts(), seconds)
+        stages = self.stats.stages
+        ways = [stage.network_seconds for stage in stages] if self._is_far else ()
+        return micro_batches_allowed(self.placement.ready_counts(), [stage.service_seconds for stage in stages], ways)
 
     def micro_batches_wanted(self, sequences: int) -> int:
         stages_at_once = self.limits.stages_at_once or self.placement.num_stages
-        most = self.limits.micro_batch_sequences
-        return micro_batches_wanted(sequences, stages_at_once, most, self.micro_batches_allowed())
+        allowed = self.micro_batches_allowed()
+        filling = partial(self._that_fill, allowed, stages_at_once) if self._is_far else None
+        return micro_batches_wanted(sequences, stages_at_once, self.limits.micro_batch_sequences, allowed, filling)
+
+    def _that_fill(self, allowed: int, stages_at_once: int, sequences: int, least: int) -> int:
+        stages = self.stats.stages
+        network_seconds = sum(stage.network_seconds for stage in stages)
+        return micro_batches_that_fill(
+            sequences, least, allowed, stages_at_once, [stage.costs for stage in stages], network_seconds
+        )
+
+    @property
+    def _is_far(self) -> bool:
+        """Whether the network takes enough of a round to compute others' meanwhile."""
+        stages = self.stats.stages
+        network_seconds = sum(stage.network_seconds for stage in stages)
+        return network_seconds > FAR * (sum(stage.service_seconds for stage in stages) - network_seconds)
 
     # Sequences come and go.
 

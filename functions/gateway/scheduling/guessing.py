@@ -104,16 +104,18 @@ class Guesser:
         return self._short, self.experience.short
 
 
-def step_seconds(costs: Items[RowCosts], micro_batches: int) -> Callable[[int], float | None]:
+def step_seconds(costs: Items[RowCosts], micro_batches: int, network_seconds: float) -> Callable[[int], float | None]:
     """What a step of n tokens costs a micro-batch where so many are under way: the narrowest stage's seconds, or its part of a
-    round where there are too few to keep that stage busy."""
+    round, its network included, where there are too few to keep that stage busy."""
 
     curves = [cost.points() for cost in costs]
 
     def seconds(tokens: int) -> float | None:
         of_stages = [seconds_on(points, tokens) for points in curves]
         known = [each for each in of_stages if each is not None]
-        return max(*known, sum(known) / max(1, micro_batches)) if len(known) == len(of_stages) else None
+        if len(known) < len(of_stages):
+            return None
+        return max(*known, (sum(known) + network_seconds) / max(1, micro_batches))
 
     return seconds
 

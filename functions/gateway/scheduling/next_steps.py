@@ -46,8 +46,10 @@ class NextSteps:
         if not any(guesses):
             return guesses
         chances = [0.0 if one.guesser is None else one.guesser.chance for one in sequences]
-        costs = [stage.costs for stage in self._board.stats.stages]
-        seconds = step_seconds(costs, sum(1 for batch in self._board.micro_batches if batch.sequences))
+        stages = self._board.stats.stages
+        micro_batches = sum(1 for batch in self._board.micro_batches if batch.sequences)
+        network_seconds = sum(stage.network_seconds for stage in stages)
+        seconds = step_seconds([stage.costs for stage in stages], micro_batches, network_seconds)
         counts = how_many([(len(own), chance) for own, chance in zip(guesses, chances, strict=True)], seconds)
         return [own[:count] for own, count in zip(guesses, counts, strict=True)]
 

@@ -35,7 +35,7 @@ class Replies:
         pieces = [step.pieces[row.id] for row in rows]
         self.heard(reply.origin, (sequence for sequence, _ in pieces))
         decode_tokens = step.tokens if step.micro_batch is not None else 0
-        self._board.stats.stages[stage].step(seconds, decode_tokens, reply.exchange_seconds)
+        self._board.stats.stages[stage].step(seconds, decode_tokens, reply.exchange_seconds, reply.engine_seconds)
         last = stage == self._board.placement.num_stages - 1
         if last and any(_owes(row, sequence, piece) for row, (sequence, piece) in zip(rows, pieces, strict=True)):
             raise StageFailed(stage, "malformed", _OWED, blames=True)

@@ -22,19 +22,31 @@ class StageStats:
     service_seconds: float = 0.0
     """What a decode step takes without waiting, as the quick ones of late say; 0: not known."""
     costs: RowCosts = field(default_factory=RowCosts)
+    """At the stage, without its network."""
 
     exchange_seconds: float = 0.0
     """Of `seconds`, those between an event's first byte and its reply's last."""
 
-    def step(self, seconds: float, decode_tokens: int, exchange_seconds: float = 0.0) -> None:
-        """decode_tokens: of a decode step; 0: prompt chunks."""
+    network_seconds: float = 0.0
+    """Of an event's way to the stage and back, as the quick ones of late say."""
+
+    def step(
+        self, seconds: float, decode_tokens: int, exchange_seconds: float = 0.0, engine_seconds: float | None = None
+    ) -> None:
+        """decode_tokens: of a decode step; 0: prompt chunks. engine_seconds: of those, at the stage; None: not known."""
         self.steps += 1
         self.seconds += seconds
         self.exchange_seconds += exchange_seconds
         if decode_tokens:
-            self.costs.step(decode_tokens, seconds)
-            share = 1.0 if not self.service_seconds else _FALL if seconds < self.service_seconds else _RISE
-            self.service_seconds += share * (seconds - self.service_seconds)
+            at_stage = seconds if engine_seconds is None else engine_seconds
+            self.costs.step(decode_tokens, at_stage)
+            self.service_seconds = _followed(self.service_seconds, seconds)
+            self.network_seconds = _followed(self.network_seconds, max(0.0, seconds - at_stage))
+
+
+def _followed(taken: float, seconds: float) -> float:
+    share = 1.0 if not taken else _FALL if seconds < taken else _RISE
+    return taken + share * (seconds - taken)
 
 
 @dataclass(slots=True)

@@ -4,6 +4,7 @@ One method per event type. Everything that can go wrong with an event as a whole
 wrong with one row stands in the row.
 """
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from functions.observing.tracing import PASSING, Attributes, Span, TraceContext,
 RESERVATION_SECONDS: Final = 10.0
 """How long a stage that has not failed of late may take for a reservation."""
 
+_ENGINE: Final = re.compile(r"engine;dur=([0-9]{1,9}\.[0-9]{1,9})")
 Traces = Sequence[TraceContext]
 """Of the sequences that an event is sent for."""
 S = TypeVar("S", bound=Struct)
@@ -60,6 +62,8 @@ class ForwardReply:
     body: memoryview
     exchange_seconds: float = 0.0
     """From the request's first byte to the reply's last; the rest of a hop is events that are made and read."""
+    engine_seconds: float | None = None
+    """Of those, waiting and computing at the stage, as its Server-Timing says; None where it says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +109,7 @@ class StageClient:
                 raise MalformedEvent(f"the reply has rows {[row.id for row in batch.rows]}, sent were {list(ids)}")
         except Problem as error:
             raise StageFailed(instance.stage, "malformed", f"its reply: {error}", blames=True) from error
-        return ForwardReply(origin, batch, reply.body, exchange_seconds)
+        return ForwardReply(origin, batch, reply.body, exchange_seconds, _engine_seconds(reply))
 
     def reserve(
         self, instance: Instance, rows: Sequence[ReserveRow], deadline: float, traces: Traces = ()
@@ -206,6 +210,11 @@ def _origin(instance: Instance, reply: CloudEvent) -> Origin:
     free = str(reply.get_extension(Attribute.FREE_TOKENS))
     boot = reply.get_extension(Attribute.INSTANCE)
     return Origin(instance, str(boot or ""), int(free) if free.isdecimal() else None)
+
+
+def _engine_seconds(reply: Reply) -> float | None:
+    found = _ENGINE.search(reply.headers.get("server-timing", ""))
+    return None if found is None else float(found[1]) / 1000
 
 
 def _read(stage: int, reply: Reply, type: type[S]) -> tuple[CloudEvent, S]:

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from functions.gateway.scheduling.capacity import micro_batches_allowed, micro_batches_wanted
+from functions.gateway.scheduling.capacity import micro_batches_allowed, micro_batches_that_fill, micro_batches_wanted
+from functions.gateway.scheduling.row_costs import RowCosts
 
 
 @pytest.mark.parametrize(
@@ -57,3 +58,30 @@ def _closed_network(service: list[float], instances: list[int], in_flight: int) 
 )
 def test_sequences_are_divided_over_the_stages_before_micro_batches_are_filled(sequences: int, wanted: int) -> None:
     assert micro_batches_wanted(sequences, stages_at_once=3, most_sequences=8, allowed=6) == wanted
+
+
+@pytest.mark.parametrize(
+    ("way", "allowed"),
+    [(0.0, 6), (0.01, 9), (0.02, 12), (1.0, 24)],
+)
+def test_a_way_keeps_no_stage_busy(way: float, allowed: int) -> None:
+    assert micro_batches_allowed([1, 1, 1], [0.02 + way] * 3, [way] * 3) == allowed
+
+
+def measured(by_tokens: dict[int, float]) -> list[RowCosts]:
+    """Of three stages that are alike."""
+    costs = [RowCosts() for _ in range(3)]
+    for cost in costs:
+        for tokens, seconds in by_tokens.items():
+            cost.step(tokens, seconds)
+    return costs
+
+
+def test_a_far_network_is_filled_where_smaller_steps_do_not_cost_more_than_that_brings() -> None:
+    dear, flat = measured({4: 0.007, 8: 0.010, 16: 0.016}), measured({4: 0.011, 8: 0.011, 16: 0.012})
+    assert micro_batches_that_fill(16, 1, 6, 1, dear, 0.030) == 2, "one travels, one computes"
+    assert micro_batches_that_fill(16, 1, 6, 1, dear, 0.500) == 1, "all wait for the way, however they are divided"
+    assert micro_batches_that_fill(16, 1, 6, 1, dear, 0.001) == 1
+    assert micro_batches_that_fill(16, 1, 6, 1, flat, 0.030) == 1, "halves cost as much as the whole"
+    assert micro_batches_that_fill(16, 3, 6, 3, flat, 0.100) == 3, "all are on their way already"
+    assert micro_batches_that_fill(16, 1, 6, 1, [RowCosts()] * 3, 0.1) == 1, "nothing is known yet"

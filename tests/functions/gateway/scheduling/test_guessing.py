@@ -204,7 +204,8 @@ def test_one_micro_batch_pays_for_the_round_and_many_for_the_narrowest_stage() -
     costs = [RowCosts(), RowCosts(), RowCosts()]
     for cost, seconds in zip(costs, [0.01, 0.03, 0.02], strict=True):
         cost.step(1, seconds)
-    assert step_seconds(costs, 1)(1) == pytest.approx(0.06)
-    assert step_seconds(costs, 2)(1) == pytest.approx(0.03)
-    assert step_seconds(costs, 8)(1) == pytest.approx(0.03)
-    assert step_seconds([*costs, RowCosts()], 1)(1) is None
+    assert step_seconds(costs, 1, 0.0)(1) == pytest.approx(0.06)
+    assert step_seconds(costs, 2, 0.0)(1) == pytest.approx(0.03)
+    assert step_seconds(costs, 8, 0.0)(1) == pytest.approx(0.03)
+    assert step_seconds(costs, 1, 0.03)(1) == pytest.approx(0.09), "the way is paid for with each round"
+    assert step_seconds([*costs, RowCosts()], 1, 0.0)(1) is None
