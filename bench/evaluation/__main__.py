@@ -94,7 +94,7 @@ def _followed(name: str, runs: Sequence[Run], results: Results, say: Callable[[s
 def _networks(plan: Plan, state: Path, evaluation: Evaluation, say: Callable[[str], None]) -> tuple[str, str]:
     """The table and the verdict; each network and gateway is a file, as other results are."""
     found: list[Measured] = []
-    for network in network_experiment.networks():
+    for network in plan.networks:
         for guesses in network_experiment.GUESSES:
             name = network_experiment.file_name(network, guesses, plan.network_lengths)
             path = state / "results" / name

@@ -15,7 +15,7 @@ import numpy as np
 
 from bench.evaluation.emulated import EmulatedRun
 from bench.evaluation.loads import LOADS, make_loads
-from bench.evaluation.network import Lengths
+from bench.evaluation.network import Lengths, all_networks
 from bench.evaluation.outcome import Cost, Outcome
 from bench.evaluation.profile import DoesNotFit
 from bench.evaluation.results import Result, RunKey
@@ -23,6 +23,7 @@ from bench.evaluation.rounds import Overheads
 from bench.evaluation.setting import MODELS, WAYS, Setting
 from bench.evaluation.simulator import Simulation, World
 from bench.evaluation.trace import Sizes, Trace, drawn, read_trace
+from knative.local.proxies.network import Network
 from storage.store.object_store import ObjectStore
 
 NAMES: Final = ("emulated", "calibration", "simulated", "scale", "network")
@@ -52,6 +53,7 @@ class Plan:
     scale_seconds: int = 1200
     scale_runs: int = 3
     scale_stages: Sequence[int] = SCALE_STAGES
+    networks: Sequence[Network] = tuple(all_networks())
     network_lengths: Lengths = field(default_factory=Lengths)
     trace: Path | None = None
 
@@ -67,6 +69,7 @@ QUICK: Final = Plan(
     scale_seconds=60,
     scale_runs=1,
     scale_stages=(1, 4),
+    networks=(Network(), Network(0.005)),
     network_lengths=Lengths(4, 8),
 )
 

@@ -57,7 +57,7 @@ class Lengths:
     max_tokens: int = 48
 
 
-def networks() -> Iterator[Network]:
+def all_networks() -> Iterator[Network]:
     yield from (Network(delay) for delay in DELAYS_SECONDS)
     yield from (Network(0.0, rate) for rate in RATES)
 
