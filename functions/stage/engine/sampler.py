@@ -52,7 +52,7 @@ def sample(
             if not math.isfinite(row[token])
             else token
             if sampling.temperature == 0 and not sampling.adjusts and (mask is None or (token < len(mask) and mask[token]))
-            else _sample_row(row if mask is None else _masked(row, mask), sampling, position, history)
+            else _sample_row(row, sampling, position, history, mask)
             for token, row, sampling, position, history, mask in rows
         ]
 
@@ -84,7 +84,11 @@ def _masked(row: Floats, mask: npt.NDArray[np.bool_]) -> Floats:
     return masked
 
 
-def _sample_row(scores: Floats, sampling: Sampling, position: int, history: Sequence[int]) -> int:
+def _sample_row(
+    scores: Floats, sampling: Sampling, position: int, history: Sequence[int], mask: npt.NDArray[np.bool_] | None
+) -> int:
+    if mask is not None:
+        scores = _masked(scores, mask)
     adjusted = _adjust(scores, sampling, position, history, sampling.repetition_penalty)
     if sampling.temperature == 0:
         if not math.isfinite(adjusted.max()):
@@ -95,7 +99,8 @@ def _sample_row(scores: Floats, sampling: Sampling, position: int, history: Sequ
         adjusted = _adjust_widely(scores, sampling, position, history)
         # The greatest becomes 0, and what is far below it -inf.
         scaled = ((adjusted - adjusted.max()) / max(sampling.temperature, _LEAST_DIVISOR)).astype(np.float32)
-    kept_scores, tokens = keep(scaled, sampling)
+    # What is not allowed costs nothing more, which mostly is nearly all.
+    kept_scores, tokens = keep(scaled, sampling, None if mask is None else np.flatnonzero(mask[: len(scaled)]))
     noise = _gumbel(sampling.seed, position, len(scores), tokens)
     return int(tokens[np.argmax(kept_scores.astype(np.float64) + noise)])
 
@@ -127,12 +132,13 @@ def _adjust(scores: Floats, sampling: Sampling, position: int, history: Sequence
     return adjusted
 
 
-def keep(scores: Floats, sampling: Sampling) -> tuple[Floats, Tokens]:
-    """The scores, and their tokens, that top-k, top-p and min-p leave of float32 [vocab]."""
-    tokens = np.arange(len(scores))
-    if 0 < sampling.top_k < len(scores):
-        least = np.partition(scores, -sampling.top_k)[-sampling.top_k]
-        tokens = tokens[scores >= least]
+def keep(scores: Floats, sampling: Sampling, tokens: Tokens | None = None) -> tuple[Floats, Tokens]:
+    """The scores, and their tokens, that top-k, top-p and min-p leave of float32 [vocab]. tokens: the only ones, ascending;
+    None: all."""
+    tokens = np.arange(len(scores)) if tokens is None else tokens
+    if 0 < sampling.top_k < len(tokens):
+        among = scores[tokens]
+        tokens = tokens[among >= np.partition(among, -sampling.top_k)[-sampling.top_k]]
     if sampling.top_p < 1:
         tokens = tokens[_nucleus(_softmax(scores[tokens]), sampling.top_p)]
     if sampling.min_p:

@@ -295,3 +295,21 @@ def test_whatever_is_asked_some_token_is_drawn(scores: list[float], data: st.Dat
     )
     assert token is not None
     assert 0 <= token < len(scores)
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.2}, {"temperature": 0.0}, {"logit_bias": {5: 9.0}}]
+)
+def test_a_mask_leaves_the_draw_among_what_is_allowed(values: dict[str, Any]) -> None:
+    """The same as if the model gave the other tokens no chance; whether the mask is shorter than the vocabulary or longer."""
+    dice = np.random.default_rng(2)
+    for position in range(50):
+        row = dice.normal(size=64).astype(np.float32)
+        mask = dice.random(int(dice.choice([40, 64, 80]))) < 0.3
+        mask[7] = True
+        sampling = Sampling(**({"temperature": 1.0, "seed": position} | values))
+        impossible = np.where(np.pad(mask, (0, 64))[:64], row, -np.inf).astype(np.float32)
+        (token,) = sample([row], [sampling], [position], [[1, 7]], [mask])
+        assert token is not None
+        assert mask[token]
+        assert [token] == sample([impossible], [sampling], [position], [[1, 7]])
