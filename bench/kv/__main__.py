@@ -30,7 +30,7 @@ from storage.models.model_repository import read_file, read_manifest
 from storage.store.object_store import ObjectStore
 
 _STATE: Final = ROOT / ".lamina" / "bench-kv"
-_KV_CACHE: Final = "768Mi"
+_KV_CACHE: Final = "640Mi"
 """For the shared prompt's 32 sequences in float32."""
 _LLAMA_CPP_SLOTS: Final = 8
 """Of 4,096 tokens each."""
