@@ -132,6 +132,7 @@ bench-kv: $(VENV)/bench.stamp $(VENV)/native.stamp ## Second turns and shared pr
 .PHONY: bench-many
 bench-many: $(VENV)/bench.stamp $(VENV)/native.stamp ## 64, 256 and 1,000 conversations at once, and several gateways, on stages that sleep
 	$(BIN)/python -m bench.many
+
 .PHONY: bench-structured
 bench-structured: $(VENV)/bench.stamp $(VENV)/native.stamp ## Structured output: what a token costs with a grammar, and 200 random ones while stages are killed
 	$(BIN)/python -m bench.structured
