@@ -14,6 +14,14 @@ def decodes(stage: StageServer) -> list[Row]:
     return [row for seen in stage.forwards for row in seen.rows if row.position >= 2]
 
 
+@pytest.fixture
+def even_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are taken to last the same whatever they carry: they last microseconds here, and a busy machine would decide."""
+    measured = RowCosts.step
+    monkeypatch.setattr(RowCosts, "step", lambda costs, tokens, _seconds: measured(costs, tokens, 0.01))
+
+
+@pytest.mark.usefixtures("even_steps")
 def test_a_right_prediction_makes_an_answer_of_few_rounds() -> None:
     wanted = counted([3, 4], 60)
     with counting_stages() as stages, scheduling(stages, guesses=8) as scheduler:
@@ -27,6 +35,7 @@ def test_a_right_prediction_makes_an_answer_of_few_rounds() -> None:
     assert all(row.position + row.length <= 62 for row in decodes(stages[0])), "never more than is reserved"
 
 
+@pytest.mark.usefixtures("even_steps")
 @pytest.mark.parametrize("wrong_at", [0, 1, 5, 20])
 def test_a_prediction_that_goes_wrong_costs_only_its_rows(wrong_at: int) -> None:
     wanted = counted([3, 4], 40)
@@ -38,6 +47,7 @@ def test_a_prediction_that_goes_wrong_costs_only_its_rows(wrong_at: int) -> None
         nothing_left(stages)
 
 
+@pytest.mark.usefixtures("even_steps")
 def test_an_end_of_text_among_guesses_ends_the_answer() -> None:
     wanted = counted([3, 4], 60)
     end = wanted[20]
@@ -50,6 +60,7 @@ def test_an_end_of_text_among_guesses_ends_the_answer() -> None:
         nothing_left(stages)
 
 
+@pytest.mark.usefixtures("even_steps")
 def test_who_is_refused_for_what_was_guessed_goes_on_without() -> None:
     """Of a guess's hidden states none may be finite; that is not the client's fault."""
     wanted = counted([3, 4], 30)
