@@ -126,7 +126,7 @@ bench-guesses: $(VENV)/bench.stamp $(VENV)/native.stamp ## Several tokens a roun
 	$(BIN)/python -m bench.guesses
 
 .PHONY: bench-kv
-bench-kv: $(VENV)/bench.stamp $(VENV)/native.stamp ## Second turns and shared prompts, with what is held and without, beside llama.cpp's server
+bench-kv: $(VENV)/bench.stamp $(VENV)/native.stamp ## Second turns, shared prompts, scale-in and zero, with what is held and without, beside llama.cpp's server
 	$(BIN)/python -m bench.kv
 
 .PHONY: bench-many

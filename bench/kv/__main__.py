@@ -1,25 +1,31 @@
 """`make bench-kv`: the same questions where keys and values are remembered and where they are not.
 
-    python -m bench.kv                            bfloat16 and float32, then llama.cpp; some six minutes on two cores
+    python -m bench.kv                            bfloat16 and float32, then llama.cpp; some nine minutes on two cores
     python -m bench.kv --dtype bfloat16 --rounds 1
+    python -m bench.kv --part pods                peers, store, scale-in and zero alone
 
-Two gateways ask the same three stage processes directly, one with LAMINA_PREFIX_SHARING=off; ratios are of one run, medians of
-the rounds. Needs the packages of requirements-bench.txt, and a machine with nothing else to do.
+Two gateways ask the same three stage processes, one with LAMINA_PREFIX_SHARING=off; ratios are of one run, medians of the
+rounds. A stage that is scaled in, and everything at zero, are measured in the first dtype only. Needs the packages of
+requirements-bench.txt, and a machine with nothing else to do.
 """
 
+import asyncio
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from os import getloadavg
 from pathlib import Path
 from typing import Final
 
+import aiohttp
 import click
 from tokenizers import Tokenizer
 
 from bench.kv.cases import Texts, second_turns, shared_prompt
 from bench.kv.client import Server
-from bench.kv.report import Case, Found, markdown, met, ratio
+from bench.kv.deployed import deployed
+from bench.kv.pods import from_peer, from_store, from_zero, scaled_in
+from bench.kv.report import Case, Found, NotMeasured, markdown, verdicts
 from bench.report import machine, write_section
 from bench.serving.peers_llama_cpp import running_llama_cpp
 from bench.serving.pipeline import ROOT, DidNotStart, RunningPipeline, gateway_beside, running_pipeline
@@ -34,59 +40,98 @@ _KV_CACHE: Final = "640Mi"
 """For the shared prompt's 32 sequences in float32."""
 _LLAMA_CPP_SLOTS: Final = 8
 """Of 4,096 tokens each."""
+_PARTS: Final = ("memory", "pods")
 
 
 @click.command(help=__doc__)
 @click.option("--dtype", "dtypes", multiple=True, default=("bfloat16", "float32"), show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Second turns of each kind.")
+@click.option("--part", "parts", type=click.Choice(_PARTS), multiple=True, default=_PARTS, show_default=True)
 @click.option("--llama-cpp/--no-llama-cpp", default=True, show_default=True)
+@click.option("--running", type=click.IntRange(min=1), default=16, show_default=True, help="While a stage is scaled in.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=ROOT / "docs" / "benchmarks.md")
-def main(dtypes: Sequence[str], rounds: int, llama_cpp: bool, output: Path) -> None:
-    began, load = time.monotonic(), getloadavg()[0]
-    found: dict[tuple[str, Case], list[Found]] = {}
-    peer = "llama.cpp was not asked"
-    for index, dtype in enumerate(dtypes):
-        with running_pipeline(dtype, _STATE / dtype, _KV_CACHE) as pipeline:
-            texts = Texts(Requests(_tokenizer(pipeline)))
-            for one in _of_pipeline(pipeline, texts, rounds):
-                found.setdefault((dtype, one.case), []).append(one)
-                click.echo(f"{dtype}: {one.case}: {one.seconds:.3f} s against {one.plain_seconds:.3f} s")
-        if llama_cpp and index == len(dtypes) - 1:
-            peer = _llama_cpp(texts, rounds, found)
+def main(dtypes: Sequence[str], rounds: int, parts: Sequence[str], llama_cpp: bool, running: int, output: Path) -> None:
+    bench = _Bench(rounds, running)
+    load = getloadavg()[0]
+    for dtype in dtypes:
+        if "memory" in parts:
+            with running_pipeline(dtype, _STATE / dtype, _KV_CACHE) as pipeline:
+                bench.of_pipeline(pipeline)
+        if "pods" in parts:
+            asyncio.run(bench.of_pods(dtype, everything=dtype == dtypes[0]))
+    peer = bench.of_llama_cpp() if llama_cpp else "llama.cpp was not asked"
     facts = (
         f"`{' '.join(['python -m bench.kv', *sys.argv[1:]])}` on {machine()}; SmolLM2-135M-Instruct, greedy, three stages and "
-        f"two gateways that ask them directly, one with `LAMINA_PREFIX_SHARING=off`. {peer}. The run took "
-        f"{time.monotonic() - began:.0f} s; the load average before it was {load:.1f}."
+        "two gateways, one with `LAMINA_PREFIX_SHARING=off`: they ask the stages directly for what is in memory, and are on "
+        "the local platform, behind its ingress and activator, where pods come and go. Second turns at 2,000 tokens. "
+        f"{running} conversations run while a stage is scaled in; that and zero are measured in {dtypes[0]} only. {peer}. "
+        f"The run took {bench.seconds:.0f} s; the load average before it was {load:.1f}."
     )
-    write_section(output, "kv", markdown(found, facts))
-    for (dtype, case), tries in found.items():
-        verdict = {True: "met", False: "missed", None: "told"}[met(tries)]
-        click.echo(f"{verdict}: {dtype}: {case}: {ratio(tries):.3f}")
+    write_section(output, "kv", markdown(bench.found, bench.missing, facts))
+    for verdict in verdicts(bench.found, bench.missing):
+        click.echo(verdict)
 
 
-def _of_pipeline(pipeline: RunningPipeline, texts: Texts, rounds: int) -> Iterator[Found]:
-    stages, logs = [stage.function for stage in pipeline.stages], _STATE / pipeline.dtype
-    sharing = {name: {"LAMINA_PREFIX_SHARING": name} for name in ("pipeline", "off")}
-    with (
-        gateway_beside(pipeline.local, stages, logs / "holding.log", sharing["pipeline"]) as (holding_url, _),
-        gateway_beside(pipeline.local, stages, logs / "plain.log", sharing["off"]) as (plain_url, _),
-    ):
-        holding, plain = (Server(url, pipeline.model, {}) for url in (holding_url, plain_url))
-        yield from second_turns(Case.SECOND_TURN, holding, plain, texts, rounds)
-        yield shared_prompt(holding, plain, texts)
+class _Bench:
+    def __init__(self, rounds: int, running: int) -> None:
+        self.found: dict[tuple[str, Case], list[Found]] = {}
+        self.missing: dict[str, list[NotMeasured]] = {}
+        self._rounds = rounds
+        self._running = running
+        self._began = time.monotonic()
+        self._texts: Texts
+        """For the model's tokenizer, the same in each dtype."""
 
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
 
-def _llama_cpp(texts: Texts, rounds: int, found: dict[tuple[str, Case], list[Found]]) -> str:
-    """Who was asked."""
-    logs = _STATE / "llama.cpp"
-    logs.mkdir(parents=True, exist_ok=True)
-    try:
-        with running_llama_cpp(packaged_model(), usable_cores(), logs, slots=_LLAMA_CPP_SLOTS) as server:
-            holding, plain = (Server(server.url, "any", {"cache_prompt": cached}) for cached in (True, False))
-            found["Q4_1", Case.LLAMA_CPP] = list(second_turns(Case.LLAMA_CPP, holding, plain, texts, rounds))
-            return f"llama.cpp is {server.build}, with {_LLAMA_CPP_SLOTS} slots"
-    except DidNotStart as error:
-        return f"llama.cpp did not start: {error.why}"
+    def of_pipeline(self, pipeline: RunningPipeline) -> None:
+        """What a pod's own memory holds."""
+        texts = self._texts = Texts(Requests(_tokenizer(pipeline)))
+        stages, logs = [stage.function for stage in pipeline.stages], _STATE / pipeline.dtype
+        sharing = {name: {"LAMINA_PREFIX_SHARING": name} for name in ("pipeline", "off")}
+        with (
+            gateway_beside(pipeline.local, stages, logs / "holding.log", sharing["pipeline"]) as (holding_url, _),
+            gateway_beside(pipeline.local, stages, logs / "plain.log", sharing["off"]) as (plain_url, _),
+        ):
+            holding, plain = (Server(url, pipeline.model, {}) for url in (holding_url, plain_url))
+            for one in second_turns(Case.SECOND_TURN, holding, plain, texts, self._rounds):
+                self._add(pipeline.dtype, one)
+            self._add(pipeline.dtype, shared_prompt(holding, plain, texts))
+
+    async def of_pods(self, dtype: str, *, everything: bool) -> None:
+        """What is read from other pods and from the store. everything: conversations that run, and zero, too."""
+        async with deployed(dtype, _STATE / f"{dtype}-pods") as at:
+            texts = self._texts = Texts(Requests(at.tokenizer))
+            cases = {Case.PEER: from_peer(at, texts, self._rounds), Case.STORE: from_store(at, texts, self._rounds)}
+            if everything:
+                cases |= {Case.SCALED_IN: scaled_in(at, texts, self._running), Case.FROM_ZERO: from_zero(at, texts)}
+            for case, measured in cases.items():
+                try:
+                    async for one in measured:
+                        self._add(dtype, one)
+                except (TimeoutError, aiohttp.ClientError, RuntimeError) as error:
+                    self.missing.setdefault(dtype, []).append(NotMeasured(case, str(error) or type(error).__name__))
+                    click.echo(f"{self.seconds:.0f} s: {dtype}: {case}: not measured: {error}")
+                    return
+
+    def of_llama_cpp(self) -> str:
+        """Who was asked."""
+        logs = _STATE / "llama.cpp"
+        logs.mkdir(parents=True, exist_ok=True)
+        try:
+            with running_llama_cpp(packaged_model(), usable_cores(), logs, slots=_LLAMA_CPP_SLOTS) as server:
+                holding, plain = (Server(server.url, "any", {"cache_prompt": cached}) for cached in (True, False))
+                for one in second_turns(Case.LLAMA_CPP, holding, plain, self._texts, self._rounds):
+                    self._add("Q4_1", one)
+                return f"llama.cpp is {server.build}, with {_LLAMA_CPP_SLOTS} slots"
+        except DidNotStart as error:
+            return f"llama.cpp did not start: {error.why}"
+
+    def _add(self, dtype: str, one: Found) -> None:
+        self.found.setdefault((dtype, one.case), []).append(one)
+        click.echo(f"{self.seconds:.0f} s: {dtype}: {one.case}: {one.seconds:.3f} s against {one.plain_seconds:.3f} s")
 
 
 def _tokenizer(pipeline: RunningPipeline) -> Tokenizer:

@@ -8,10 +8,10 @@ from bench.kv.client import Messages, Server
 from bench.kv.report import Case, Found
 from bench.serving.requests import Requests
 
-_ANSWER_TOKENS: Final = 32
-_TURN_TOKENS: Final = 1_950
+ANSWER_TOKENS: Final = 32
+TURN_TOKENS: Final = 1_950
 _SHARED_TOKENS: Final = 980
-_OWN_TOKENS: Final = 40
+OWN_TOKENS: Final = 40
 """The chat template adds the rest to 2,000, 1,000 and 50."""
 _AT_ONCE: Final = 32
 
@@ -30,18 +30,18 @@ class Texts:
 def second_turns(case: Case, holding: Server, plain: Server, texts: Texts, rounds: int) -> Iterator[Found]:
     """A conversation of 2,000 tokens goes on: where its first turn was answered, and where nothing is remembered."""
     for _ in range(rounds):
-        messages = [_said("user", texts.text(_TURN_TOKENS))]
-        answer = holding.ask(messages, _ANSWER_TOKENS)
-        messages += [_said("assistant", answer.text), _said("user", texts.text(_OWN_TOKENS))]
-        held = holding.ask(messages, _ANSWER_TOKENS)
-        without = plain.ask(messages, _ANSWER_TOKENS)
+        messages = [said("user", texts.text(TURN_TOKENS))]
+        answer = holding.ask(messages, ANSWER_TOKENS)
+        messages += [said("assistant", answer.text), said("user", texts.text(OWN_TOKENS))]
+        held = holding.ask(messages, ANSWER_TOKENS)
+        without = plain.ask(messages, ANSWER_TOKENS)
         yield Found(case, held.seconds, without.seconds, int(held.text != without.text))
 
 
 def shared_prompt(holding: Server, plain: Server, texts: Texts) -> Found:
     """Many at once that begin alike."""
-    system = _said("system", texts.text(_SHARED_TOKENS))
-    questions: list[Messages] = [[system, _said("user", texts.text(_OWN_TOKENS))] for _ in range(_AT_ONCE)]
+    system = said("system", texts.text(_SHARED_TOKENS))
+    questions: list[Messages] = [[system, said("user", texts.text(OWN_TOKENS))] for _ in range(_AT_ONCE)]
     without, plain_seconds = plain.ask_at_once(questions, 2)
     answers, seconds = holding.ask_at_once(questions, 2)
     different = sum(one.text != other.text for one, other in zip(answers, without, strict=True))
@@ -49,5 +49,5 @@ def shared_prompt(holding: Server, plain: Server, texts: Texts) -> Found:
     return Found(Case.SHARED_PROMPT, seconds, plain_seconds, different, computed)
 
 
-def _said(role: str, content: str) -> dict[str, str]:
+def said(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}

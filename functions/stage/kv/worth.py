@@ -7,6 +7,8 @@ from functions.stage.engine.reuse import ComputeRate, smoothed
 
 _RELAXED: Final = 1.25
 """Each time that fetching would have been slower it seems so much faster, so that it is tried again."""
+_ENOUGH_TOKENS: Final = 256
+"""Of which a rate can be told; what fewer took is mostly asking."""
 LEAST_SECONDS: Final = 0.5
 MOST_SECONDS: Final = 10.0
 """That a tier is waited for, also while nobody knows how long computing takes."""
@@ -19,7 +21,7 @@ class Worth:
         self._rate = rate
         self._lock = threading.Lock()
         self._asking_seconds: float | None = None
-        """What it takes to hear that something is not there."""
+        """What it takes to hear that something is not there, or to get a little."""
         self._seconds_per_token: float | None = None
 
     def patience(self, tokens: int) -> float | None:
@@ -38,7 +40,7 @@ class Worth:
     def fetched(self, tokens: int, seconds: float) -> None:
         """tokens: 0 where there was nothing."""
         with self._lock:
-            if tokens:
+            if tokens >= _ENOUGH_TOKENS:
                 self._seconds_per_token = smoothed(self._seconds_per_token, seconds / tokens)
             else:
                 self._asking_seconds = smoothed(self._asking_seconds, seconds)

@@ -1,0 +1,187 @@
+"""A pipeline whose pods come and go as `bench.kv` says: the local platform, real processes, clients through two gateways.
+
+Both gateways use the same stages; `plain` has LAMINA_PREFIX_SHARING=off, so that it looks for nothing and leaves nothing.
+"""
+
+import asyncio
+import copy
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from tokenizers import Tokenizer
+
+from bench.kv.client import Server
+from bench.serving.pipeline import NUM_STAGES
+from functions.stage.engine.threads import usable_cores
+from knative.commands.sources.local_pipeline import Sharing, ensure_published, local_pipeline
+from knative.commands.terminal.pod_metrics import read_metrics
+from knative.local.kubelet.pods import Pod, PodTiming
+from knative.local.platform import Platform, PlatformOptions
+from knative.local.serving.revisions import Revision
+from knative.render.resolved_pipeline import ResolvedPipeline
+from knative.render.services import services
+from knative.spec.kv_store import KV_PREFIX, KVStore
+from knative.spec.pipeline_spec import (
+    Autoscaling,
+    Gateway,
+    GatewayAutoscaling,
+    Model,
+    PipelineSpec,
+    Resources,
+    Stage,
+)
+from knative.spec.pipeline_spec import Store as StoreSpec
+from knative.webhook.autoscaling_annotations import AutoscalerConfig
+from storage.kv.kv_store import Allowance, prune
+from storage.models.model_repository import read_file
+from storage.store.embedded import EmbeddedStore
+from storage.store.object_store import ObjectStore
+from storage.store.payload_store import PayloadStore
+
+HOLDING: Final = "bench"
+PLAIN: Final = "bench-plain"
+TIMING: Final = PodTiming(drain_quiet_seconds=5.0)
+"""Not Knative's 30 s: runs of the benchmark wait for drains."""
+_FROM_ZERO: Final = AutoscalerConfig(allow_zero_initial_scale=True, initial_scale=0, scale_to_zero_grace_period_seconds=0.5)
+_KV_CACHE: Final = "640Mi"
+_WAIT_SECONDS: Final = 120.0
+_STOP_SECONDS: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Deployed:
+    platform: Platform
+    pipeline: ResolvedPipeline
+    tokenizer: Tokenizer
+    drains: list[asyncio.Task[None]] = field(default_factory=list)
+
+    @property
+    def holding(self) -> Server:
+        return self._server(HOLDING)
+
+    @property
+    def plain(self) -> Server:
+        return self._server(PLAIN)
+
+    @property
+    def stages(self) -> list[Revision]:
+        return [self._revision(self.pipeline.stage_name(index)) for index in range(NUM_STAGES)]
+
+    async def another_pod(self, stage: Revision) -> Pod:
+        """Beside the one that there is, and ready."""
+        _scale(stage, 2)
+        await until(lambda: len(stage.ready_pods) == 2, f"a second pod of {stage.name.service}")
+        return stage.ready_pods[-1]
+
+    def scale_in(self, stage: Revision) -> None:
+        """The oldest pod leaves, and drains, as one does that is evicted; the others stay."""
+        oldest = stage.ready_pods[0]
+        _scale(stage, len(stage.ready_pods) - 1)
+        self.drains.append(asyncio.create_task(oldest.leave()))
+
+    async def to_zero(self, *, gateways: bool) -> None:
+        """Every stage, and what it remembers went where it goes; returns when no process is left."""
+        gone = self.stages + ([self._revision(name) for name in (HOLDING, PLAIN)] if gateways else [])
+        for revision in gone:
+            _scale(revision, 0)
+        await until(lambda: not any(revision.pods for revision in gone), "nothing left of the stages")
+
+    async def stay_up(self) -> None:
+        """What is awake does not go to zero any more."""
+        revisions = [*self.stages, *(self._revision(name) for name in (HOLDING, PLAIN))]
+        for revision in revisions:
+            _scale(revision, 1)
+        await until(lambda: all(revision.ready_pods for revision in revisions), "a pod of each")
+
+    def _server(self, name: str) -> Server:
+        return Server(self.platform.url(name, self.pipeline.spec.namespace), self.pipeline.spec.model.name, {})
+
+    def _revision(self, name: str) -> Revision:
+        return self.platform.services[self.pipeline.spec.namespace, name].revisions[-1]
+
+
+def _scale(revision: Revision, pods: int) -> None:
+    """0: down to zero when nobody asks, up to one."""
+    settings = revision.autoscaler.settings
+    revision.autoscaler.settings = replace(settings, min_scale=pods, max_scale=max(1, pods))
+
+
+async def tokens_computed(pod: Pod) -> int:
+    """That went through the layers of a stage's pod."""
+    samples = await asyncio.to_thread(read_metrics, {"metrics_port": pod.metrics_port})
+    return int(samples["lamina_stage_tokens_total"])
+
+
+async def until(what: Callable[[], bool], name: str) -> None:
+    """Raises TimeoutError, which says what did not come."""
+    deadline = time.monotonic() + _WAIT_SECONDS
+    while not what():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{name} did not come within {_WAIT_SECONDS:g} s; the logs of the pods say more")
+        await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def deployed(dtype: str, state: Path) -> AsyncIterator[Deployed]:
+    """Everything up, nothing kept of an earlier run."""
+    logs = state / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    with EmbeddedStore(state / "store") as embedded:
+        with PayloadStore(embedded.settings) as objects:
+            prune(objects, KV_PREFIX, Allowance(0, timedelta(0)), datetime.now(UTC))
+        store = ObjectStore(embedded.settings)
+        manifest = ensure_published(store, None, dtype, Console(quiet=True))
+        local = local_pipeline(store, manifest, NUM_STAGES, _spec(manifest.name, dtype), {})
+        tokenizer = Tokenizer.from_str(read_file(store, manifest, "tokenizer.json").decode())
+        platform = Platform(PlatformOptions(secrets=local.secrets, logs=logs, timing=TIMING, autoscaler=_FROM_ZERO))
+        await platform.start()
+        try:
+            await platform.apply(_with_a_plain_gateway(services(local.pipeline)))
+            running = Deployed(platform, local.pipeline, tokenizer)
+            await running.stay_up()
+            yield running
+        finally:
+            await platform.stop(_STOP_SECONDS)
+
+
+def _with_a_plain_gateway(manifests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    (gateway,) = (each for each in manifests if each["metadata"]["name"] == HOLDING)
+    plain = copy.deepcopy(gateway)
+    plain["metadata"]["name"] = PLAIN
+    for variable in plain["spec"]["template"]["spec"]["containers"][0]["env"]:
+        if variable["name"] == "LAMINA_PREFIX_SHARING":
+            variable["value"] = "off"
+    return [*manifests, plain]
+
+
+def _spec(model: str, dtype: str) -> PipelineSpec:
+    cores = usable_cores()
+    sharing = Sharing(cores, NUM_STAGES)
+    quick: dict[str, Any] = {"window_seconds": 6, "scale_down_delay_seconds": 0, "min_scale": 1, "max_scale": 1}
+    return PipelineSpec(
+        name=HOLDING,
+        model=Model(name=model, dtype=dtype),
+        stages=NUM_STAGES,
+        image="lamina:local",
+        stage=Stage(
+            resources=Resources(cpu=str(cores), memory="3Gi"),
+            busy_threads=sharing.busy_threads,
+            kv_cache=_KV_CACHE,
+            autoscaling=Autoscaling(**quick),
+        ),
+        gateway=Gateway(
+            micro_batch_sequences=sharing.micro_batch_sequences,
+            guesses=0,
+            prefix_sharing="pipeline",
+            stages_at_once=sharing.stages_at_once,
+            autoscaling=GatewayAutoscaling(target=100, **quick),
+        ),
+        store=StoreSpec(endpoint="http://embedded.invalid"),
+        kv_store=KVStore(secret="bench-kv"),
+    )

@@ -1,0 +1,169 @@
+"""What is asked while pods come and go: from a peer, from the store, under running conversations, with everything at zero."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Final
+
+import aiohttp
+
+from bench.kv.cases import ANSWER_TOKENS, OWN_TOKENS, TURN_TOKENS, Texts, said
+from bench.kv.client import Answered, Messages, Server, connections, said_in
+from bench.kv.deployed import Deployed, tokens_computed
+from bench.kv.report import Case, Found
+
+CONVERSATIONS_GOING_ON: Final = 10
+_LONGEST_ANSWER: Final = 1_024
+"""Of the conversations that run while a stage is scaled in; they end before."""
+_AFTER: Final = 8
+"""Pieces of text that each has to say after it."""
+
+
+async def from_peer(at: Deployed, texts: Texts, rounds: int) -> AsyncIterator[Found]:
+    """The pods that hold the conversations drain, others have taken over."""
+    turns = await _first_turns(at.holding, texts, rounds)
+    for stage in at.stages:
+        await at.another_pod(stage)
+    for stage in at.stages:
+        at.scale_in(stage)
+    await _something_else(at.holding, texts)
+    async for found in _second_turns(Case.PEER, at, turns):
+        yield found
+    await asyncio.gather(*at.drains)
+
+
+async def from_store(at: Deployed, texts: Texts, rounds: int) -> AsyncIterator[Found]:
+    """All stages were at zero, and are awake again when the conversations go on."""
+    turns = await _first_turns(at.holding, texts, rounds)
+    await at.to_zero(gateways=False)
+    await _something_else(at.holding, texts)
+    await at.stay_up()
+    async for found in _second_turns(Case.STORE, at, turns):
+        yield found
+
+
+async def from_zero(at: Deployed, texts: Texts) -> AsyncIterator[Found]:
+    """Everything was at zero, gateways too: the last of ten first tokens, against ten that pods which are awake compute."""
+    turns = await _first_turns(at.holding, texts, CONVERSATIONS_GOING_ON)
+    await at.to_zero(gateways=True)
+    held, _ = await at.holding.answers(turns, ANSWER_TOKENS)
+    await _something_else(at.plain, texts)
+    await at.stay_up()
+    plain, _ = await at.plain.answers(turns, ANSWER_TOKENS)
+    await at.to_zero(gateways=True)
+    (cold,), _ = await at.holding.answers([[said("user", texts.text(OWN_TOKENS))]], 1)
+    await at.stay_up()
+    seconds, plain_seconds = (max(one.seconds for one in answers) for answers in (held, plain))
+    yield Found(
+        Case.FROM_ZERO, seconds, plain_seconds, _different(held, plain), start_seconds=cold.seconds, held=_least_held(held)
+    )
+
+
+async def scaled_in(at: Deployed, texts: Texts, conversations: int) -> AsyncIterator[Found]:
+    """The middle stage loses the pod that they are on: the longest pause of any, and what the other pod computed."""
+    questions: list[Messages] = [[said("user", texts.text(TURN_TOKENS))] for _ in range(conversations)]
+    without = await _scaled_in(at, at.plain, questions)
+    with_it = await _scaled_in(at, at.holding, questions)
+    both = zip(with_it.streams, without.streams, strict=True)
+    different = sum(_cut(one.text, other.text) != _cut(other.text, one.text) for one, other in both)
+    yield Found(Case.SCALED_IN, with_it.pause, without.pause, different, with_it.computed_again)
+
+
+@dataclass(slots=True)
+class Stream:
+    """An answer that is being given."""
+
+    text: str = ""
+    arrived: list[float] = field(default_factory=list)
+    """Seconds of each piece of text."""
+
+    async def read(self, server: Server, session: aiohttp.ClientSession, question: Messages, over: asyncio.Event) -> None:
+        async with aclosing(server.pieces(session, question, _LONGEST_ANSWER)) as documents:
+            async for document in documents:
+                if text := said_in(document):
+                    self.text += text
+                    self.arrived.append(time.perf_counter())
+                if over.is_set():
+                    return
+
+    def since(self, moment: float) -> list[float]:
+        return [each for each in self.arrived if each > moment]
+
+    def pause(self, moment: float) -> float:
+        """The longest after `moment`."""
+        return max(later - earlier for earlier, later in pairwise([moment, *self.since(moment)]))
+
+
+@dataclass(frozen=True, slots=True)
+class _ScaledIn:
+    streams: Sequence[Stream]
+    pause: float
+    computed_again: int
+
+
+async def _scaled_in(at: Deployed, server: Server, questions: Sequence[Messages]) -> _ScaledIn:
+    middle, over = at.stages[1], asyncio.Event()
+    streams = [Stream() for _ in questions]
+    async with connections() as session, asyncio.TaskGroup() as group:
+        readers = [
+            group.create_task(stream.read(server, session, question, over))
+            for stream, question in zip(streams, questions, strict=True)
+        ]
+        await _each(streams, readers, 0.0, 1)
+        pod = await at.another_pod(middle)
+        before, moment = await tokens_computed(pod), time.perf_counter()
+        at.scale_in(middle)
+        await _each(streams, readers, moment, _AFTER)
+        computed = await tokens_computed(pod) - before
+        told = sum(len(stream.since(moment)) for stream in streams)
+        over.set()
+    await asyncio.gather(*at.drains)
+    return _ScaledIn(streams, max(stream.pause(moment) for stream in streams), max(0, computed - told))
+
+
+async def _each(streams: Sequence[Stream], readers: Sequence["asyncio.Task[None]"], moment: float, pieces: int) -> None:
+    """Waits until each has said so many pieces since. Raises RuntimeError where one ended before."""
+    while any(len(stream.since(moment)) < pieces for stream in streams):
+        if any(reader.done() for reader in readers):
+            raise RuntimeError("an answer ended before the stage was scaled in: this machine is too slow for so many")
+        await asyncio.sleep(0.02)
+
+
+async def _first_turns(server: Server, texts: Texts, count: int) -> list[Messages]:
+    """As they go on: what was asked, what was answered, what is asked then."""
+    firsts = [said("user", texts.text(TURN_TOKENS)) for _ in range(count)]
+    answers, _ = await server.answers([[first] for first in firsts], ANSWER_TOKENS)
+    return [
+        [first, said("assistant", answer.text), said("user", texts.text(OWN_TOKENS))]
+        for first, answer in zip(firsts, answers, strict=True)
+    ]
+
+
+async def _second_turns(case: Case, at: Deployed, turns: Sequence[Messages]) -> AsyncIterator[Found]:
+    """First those that are held, one after the other: what drains does not wait."""
+    held = [(await at.holding.answers([turn], ANSWER_TOKENS))[0][0] for turn in turns]
+    for one, turn in zip(held, turns, strict=True):
+        (other,), _ = await at.plain.answers([turn], ANSWER_TOKENS)
+        yield Found(case, one.seconds, other.seconds, _different([one], [other]), held=_least_held([one]))
+
+
+async def _something_else(server: Server, texts: Texts) -> None:
+    """So that no start is measured."""
+    await server.answers([[said("user", texts.text(OWN_TOKENS))]], 4)
+
+
+def _different(some: Sequence[Answered], others: Sequence[Answered]) -> int:
+    return sum(one.text != other.text for one, other in zip(some, others, strict=True))
+
+
+def _least_held(answers: Sequence[Answered]) -> float:
+    """Share of a prompt."""
+    return min(one.cached_tokens / one.prompt_tokens for one in answers)
+
+
+def _cut(text: str, other: str) -> str:
+    """As long as the other one, at most."""
+    return text[: len(other)]
