@@ -7,6 +7,7 @@ drawing from its logits. At none of these 15,000 steps are the two best scores c
 """
 
 import asyncio
+from collections import ChainMap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -21,7 +22,7 @@ from functions.stage.engine.sampler import sample
 from knative.render.services import services
 from storage.models.model_repository import Dtype
 from tests.support.functions.killing import ENDINGS, TIMING, Killer, ask_all, prompt, sampling
-from tests.support.functions.served import serving, stage_revisions, tiny_pipeline
+from tests.support.functions.served import keeping, kept_objects, serving, stage_revisions, tiny_pipeline
 from tests.support.storage.published import Published, published_model, until_end
 
 NUMBERS: Final = [number for number in range(202) if number not in (39, 90)]
@@ -32,6 +33,10 @@ DEADLINE_SECONDS: Final = 240.0
 
 FEWER: Final = range(60)
 """Of the generations in other dtypes, two thirds as long."""
+TWICE: Final = [number for number in range(100) if number % len(ENDINGS) in (2, 3)]
+"""Of the generations that are asked again while stages are killed: prompts of a whole block and more."""
+TOO_SMALL: Final = {"float32": "384Ki", "bfloat16": "192Ki"}
+"""KV caches that hold those that run, but not all of TWICE: the others go into the store."""
 
 
 class Draws(LogitsProcessor):  # type: ignore[misc]
@@ -91,6 +96,31 @@ async def left_alone(folder: Path, published: Published, numbers: Sequence[int],
     return {number: list(answer.token_ids) for number, answer in answers.items()}
 
 
+async def killed_twice(
+    folder: Path, published: Published, numbers: Sequence[int], new_tokens: int
+) -> tuple[Killer, list[dict[int, GenerateResponse]]]:
+    """All tiers are on. Two rounds while stages are killed, then one generation, and once more: nobody is killed any more."""
+    pipeline = keeping(tiny_pipeline(published), published, TOO_SMALL[published.manifest.dtype])
+    rounds: list[dict[int, GenerateResponse]] = [{} for _ in range(4)]
+    async with (
+        serving(folder, published, services(pipeline), TIMING) as platform,
+        asyncio.timeout(DEADLINE_SECONDS),
+    ):
+        (gateway,) = platform.services["default", "tiny"].revisions
+        killer = Killer(gateway, [revision for (revision,) in stage_revisions(platform, pipeline)])
+
+        async def ask_twice() -> None:
+            for answers in rounds[:2]:
+                await ask_all(platform.url("tiny"), numbers, new_tokens, answers)
+
+        asked = asyncio.create_task(ask_twice())
+        await killer.kill_until_done(asked, ChainMap(*rounds))
+        await asked
+        for answers in rounds[2:]:
+            await ask_all(platform.url("tiny"), numbers[-1:], new_tokens, answers)
+    return killer, rounds
+
+
 def check(killer: Killer, answers: dict[int, GenerateResponse], expected: dict[int, list[int]], least_kills: int) -> None:
     assert answers.keys() == expected.keys()
     wrong = [prompt(number) for number, wanted in expected.items() if list(answers[number].token_ids) != wanted]
@@ -116,3 +146,24 @@ def test_answers_of_native_stages_that_are_killed_are_those_of_stages_left_alone
         expected = asyncio.run(left_alone(alone, published, FEWER, 2 * NEW_TOKENS // 3))
         killer, answers = asyncio.run(killed(killing, published, FEWER, 2 * NEW_TOKENS // 3))
     check(killer, answers, expected, 1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_answers_of_stages_that_are_killed_are_the_same_with_every_tier_on(dtype: Dtype, tmp_path: Path) -> None:
+    """All is asked twice, so that it is found in memory where that lives, and in the store; expected is what one that is left
+    alone computes."""
+    alone, killing = tmp_path / "alone", tmp_path / "killing"
+    alone.mkdir()
+    killing.mkdir()
+    tokens = NEW_TOKENS // 2
+    with published_model(tmp_path, dtype) as published:
+        expected = asyncio.run(left_alone(alone, published, TWICE, tokens))
+        killer, rounds = asyncio.run(killed_twice(killing, published, TWICE, tokens))
+        kept = kept_objects(published)
+    for answers in rounds:
+        wrong = [number for number, answer in answers.items() if list(answer.token_ids) != expected[number]]
+        assert not wrong, f"{len(wrong)} answers are not as undisturbed: {wrong}"
+    assert [len(answers) for answers in rounds] == [len(TWICE), len(TWICE), 1, 1]
+    assert killer.kills_that_cost >= 1, f"too few kills hit a running sequence: {killer.replays}"
+    assert kept, "nothing went into the store"
+    assert rounds[-1][TWICE[-1]].usage.prompt_tokens_details.cached_tokens > 0, "nothing was found"

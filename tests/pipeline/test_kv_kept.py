@@ -8,17 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-import msgspec
-
 from eventing.wire.generation import GenerateResponse
 from eventing.wire.prefix_chain import BLOCK_TOKENS
 from knative.commands.terminal.asking import Question, ask
 from knative.local.platform import Platform
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import services
-from knative.spec.kv_store import KVStore
 from storage.store.payload_store import PayloadStore
-from tests.support.functions.served import serving, stage_revisions, tiny_pipeline
+from tests.support.functions.served import keeping, kept_objects, serving, stage_revisions, tiny_pipeline
 from tests.support.knative.platform import until
 from tests.support.storage.published import Published, until_end
 from tests.support.storage.tiny_models import greedy
@@ -26,12 +23,6 @@ from tests.support.storage.tiny_models import greedy
 FIRST: Final = "the river " * 5
 MORE: Final = " and the sea"
 NEW_TOKENS: Final = 24
-
-
-def keeping(published: Published) -> ResolvedPipeline:
-    pipeline = tiny_pipeline(published)
-    spec = msgspec.structs.replace(pipeline.spec, kv_store=KVStore(secret="tiny-kv"))
-    return ResolvedPipeline(spec, pipeline.cut, published.manifest.digest)
 
 
 async def answer(platform: Platform, prompt: str) -> GenerateResponse:
@@ -66,7 +57,7 @@ def test_everything_at_zero_and_a_conversation_goes_on(published: Published, tmp
     wanted = (expected(FIRST), expected(follow_up))
 
     async def scenario() -> None:
-        pipeline = keeping(published)
+        pipeline = keeping(tiny_pipeline(published), published)
         async with serving(tmp_path, published, services(pipeline)) as platform:
             first = await answer(platform, FIRST)
             assert list(first.token_ids) == wanted[0]
@@ -88,11 +79,6 @@ def test_everything_at_zero_and_a_conversation_goes_on(published: Published, tmp
 
 def cached(response: GenerateResponse) -> int:
     return response.usage.prompt_tokens_details.cached_tokens
-
-
-def kept_objects(published: Published) -> list[str]:
-    with PayloadStore(published.store) as store:
-        return [found.key for found in store.list("kv/")]
 
 
 def spoil(published: Published) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from eventing.wire.generation import GenerateResponse
 from knative.commands.terminal.asking import Question, ask
 from knative.local.kubelet.pods import PodTiming
@@ -14,7 +16,9 @@ from knative.local.platform import Platform
 from knative.local.serving.revisions import Revision
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.spec.cut import parse_cut
+from knative.spec.kv_store import KV_PREFIX, KVStore
 from knative.spec.pipeline_spec import Autoscaling, Gateway, Model, PipelineSpec, Resources, Stage, Store
+from storage.store.payload_store import PayloadStore
 from tests.support.knative.platform import running_platform
 from tests.support.storage.published import Published, until_end
 from tests.support.storage.tiny_models import greedy
@@ -42,6 +46,19 @@ def tiny_pipeline(published: Published, cut: str = "0:2,2:4,4:6", **stage: Any) 
         store=Store(endpoint=published.store.endpoint_url, bucket=published.store.bucket),
     )
     return ResolvedPipeline(spec, parse_cut(cut), published.manifest.digest)
+
+
+def keeping(pipeline: ResolvedPipeline, published: Published, kv_cache: str = "16Mi") -> ResolvedPipeline:
+    """The same, and idle conversations go into the store; with a small KV cache, as soon as memory is wanted."""
+    stage = msgspec.structs.replace(pipeline.spec.stage, kv_cache=kv_cache)
+    spec = msgspec.structs.replace(pipeline.spec, kv_store=KVStore(secret=f"{pipeline.spec.name}-kv"), stage=stage)
+    return ResolvedPipeline(spec, pipeline.cut, published.manifest.digest)
+
+
+def kept_objects(published: Published) -> list[str]:
+    """Keys of what stages keep of conversations."""
+    with PayloadStore(published.store) as store:
+        return [found.key for found in store.list(f"{KV_PREFIX}/")]
 
 
 @asynccontextmanager
