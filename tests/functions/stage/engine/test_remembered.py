@@ -120,6 +120,18 @@ def test_what_is_computed_only_now_is_found_when_it_is_asked_again(stage: Stage)
     stage.check(second, prompt[: 2 * BLOCK_TOKENS])
 
 
+def test_guesses_that_were_rolled_back_elsewhere_are_not_taken_for_what_came_instead(stage: Stage) -> None:
+    """A sequence that moves away with guesses behind it, and comes back before it was released here."""
+    prompt = text(1, 2)
+    handle = stage.memory.reserve(5 * BLOCK_TOKENS, extended((), prompt, KEY))
+    stage.compute(handle, prompt + text(2, 1))
+    answer = prompt + text(3, 2)
+    chain = extended((), answer, KEY)
+    assert stage.memory.fill(handle, chain) == len(prompt)
+    other = stage.memory.reserve(len(answer) + 1, chain)
+    assert stage.memory.fill(other, chain) == len(prompt)
+
+
 def test_an_answer_that_goes_on_otherwise_leaves_the_old_one(stage: Stage) -> None:
     one, other = text(1, 2) + text(2, 1), text(1, 2) + text(3, 1)
     handle, _ = stage.begin([*one, 1])
