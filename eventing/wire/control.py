@@ -34,7 +34,8 @@ class ReserveRow(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=
     """URLs of other instances of the stage that may hold it, the likeliest first."""
 
     def __post_init__(self) -> None:
-        unpacked(self.chain)
+        if BLOCK_TOKENS * len(self.digests) > self.reserve_tokens:
+            raise ValueError(f"a chain of {len(self.digests)} blocks and room for {self.reserve_tokens} tokens only")
         if self.token_ids and len(self.token_ids) != 4 * BLOCK_TOKENS * len(self.digests):
             raise ValueError(f"token_ids has {len(self.token_ids)} bytes, the chain covers {len(self.digests)} blocks")
 

@@ -222,3 +222,8 @@ def test_a_reservation_names_few_peers() -> None:
     row = {"id": "a", "attempt": 0, "reserve_tokens": 1, "peers": ["http://10.0.0.1:8012"] * 5}
     with pytest.raises(msgspec.ValidationError, match="peers"):
         msgspec.convert(row, ReserveRow)
+
+
+def test_a_chain_is_no_longer_than_the_room_for_it() -> None:
+    with pytest.raises(ValueError, match="a chain of 3 blocks and room for 47 tokens only"):
+        ReserveRow("a", 0, 47, bytes(48))
