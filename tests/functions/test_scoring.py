@@ -188,7 +188,7 @@ class WideEngine:
         hidden = Tensor("F32", (tokens, 4096), memoryview(bytes(range(256)) * (tokens * 64)))
         return msgspec.structs.replace(batch, hidden=hidden)
 
-    def reserve(self, reservations: object, *, source: str) -> list[Status]:
+    def reserve(self, reservations: object, *, source: str, expires_at: float | None = None) -> list[Status]:
         raise NotImplementedError
 
     def release(self, releases: Sequence[ReleaseRow], *, source: str) -> int:

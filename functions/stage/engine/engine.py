@@ -7,6 +7,7 @@ engine's thread has every turn.
 """
 
 import logging
+import math
 import threading
 import time
 from array import array
@@ -41,6 +42,9 @@ from functions.stage.models.layer_group import LayerGroup
 _log: Final = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_RESTORING_SHARE: Final = 0.7
+"""Of the time that a reservation is waited for: all its rows ask the tiers in it, one after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,20 +178,22 @@ class Engine:
             self._queue.put(event)
         return event.reply.result()
 
-    def reserve(self, rows: Sequence[ReserveRow], *, source: str) -> list[ReservedRow]:
+    def reserve(self, rows: Sequence[ReserveRow], *, source: str, expires_at: float | None = None) -> list[ReservedRow]:
         """ok, full, stale or invalid for each, and what is held; the reserved ones stay reserved if others do not fit.
 
-        What memory does not hold the tiers are asked for, in this thread. Raises NotReady.
+        What memory does not hold the tiers are asked for, in this thread, for a share of the time until `expires_at`, seconds
+        since the epoch: the reply has to be there by then. Raises NotReady.
         """
         self._leases.heard(source)
+        until = math.inf if expires_at is None else time.monotonic() + _RESTORING_SHARE * (expires_at - self._clock())
         reserved = self._call(lambda: [self._sequences.reserve(row, source) for row in rows])
-        return [self._restored(row, own, source) for row, own in zip(rows, reserved, strict=True)]
+        return [self._restored(row, own, source, until) for row, own in zip(rows, reserved, strict=True)]
 
     def with_sequences(self, action: Callable[[SequenceTable], T]) -> T:
         """Runs `action` on the engine's thread, between two passes: what is held can be read there. Raises NotReady."""
         return self._call(lambda: action(self._sequences))
 
-    def _restored(self, row: ReserveRow, reserved: ReservedRow, source: str) -> ReservedRow:
+    def _restored(self, row: ReserveRow, reserved: ReservedRow, source: str, until: float) -> ReservedRow:
         for tier in self._tiers:
             if reserved.status is not Status.OK or reserved.held >= BLOCK_TOKENS * len(row.digests):
                 break
@@ -198,6 +204,7 @@ class Engine:
                 sequence=(row.id, row.attempt, source),
                 peers=row.peers,
                 draws_by_tokens=bool(row.token_ids),
+                until=until,
             )
             began = time.perf_counter()
             try:

@@ -1,5 +1,6 @@
 """Other places than this stage's memory where keys and values may lie: a peer, the store. None is needed for a right answer."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
@@ -28,6 +29,9 @@ class Wanted:
     """URLs of other instances of this stage that may hold it, the likeliest first."""
     draws_by_tokens: bool = False
     """What it draws depends on which tokens it has, and those behind its chain are not known here: they must be computed."""
+
+    until: float = math.inf
+    """In time.monotonic(): who made the reservation waits no longer for all of its rows."""
 
     @property
     def lacks_blocks(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 from eventing.wire.prefix_chain import BLOCK_TOKENS
 from functions.stage.engine.tiers import Wanted
-from functions.stage.kv.worth import Worth
+from functions.stage.kv.worth import LEAST_SECONDS, Worth
 from functions.stage.models.kv_bytes import AlteredKV, CheckedKV, ForeignKV, checked, put_kv
 from functions.stage.models.kv_layout import KVLayout
 from storage.kv.parts import Part, most_blocks, parts_between
@@ -77,7 +77,9 @@ class Fetcher:
         if patience is None or self._is_away(where):
             return wanted.held
         began = time.monotonic()
-        fetched = self._fetched(wanted, fetch, began + patience)
+        if wanted.until - began < LEAST_SECONDS:
+            return wanted.held
+        fetched = self._fetched(wanted, fetch, min(began + patience, wanted.until))
         seconds, tokens = time.monotonic() - began, fetched.held - wanted.held
         self._worth.fetched(tokens, seconds)
         if isinstance(fetched.failure, Away):

@@ -94,7 +94,7 @@ class _Asking:
         if end <= held:
             return held
         try:
-            found = self._range(held, end, b"", time.monotonic() + _REST_SECONDS)
+            found = self._range(held, end, b"", min(time.monotonic() + _REST_SECONDS, self._wanted.until))
         except FetchFailed as error:
             _log.info("%d tokens are computed again: %s", end - held, error)
             return held

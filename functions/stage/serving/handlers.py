@@ -121,7 +121,9 @@ class EventHandlers:
     def _reserve(self, event: CloudEvent, _: Durations) -> CloudEvent:
         rows = json_data(event, ReserveRequest).rows
         engine = self._readiness.engine()
-        reserved = engine.reserve(rows, source=event.get_source())
+        expiry = expiry_time(event)
+        expires_at = None if expiry is None else expiry.timestamp()
+        reserved = engine.reserve(rows, source=event.get_source(), expires_at=expires_at)
         return self._json_reply(event, ReserveReply(tuple(reserved), engine.remembers), engine)
 
     def _release(self, event: CloudEvent, _: Durations) -> CloudEvent:

@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 
 from eventing.wire.control import ReserveRow
+from eventing.wire.events import Status
 from eventing.wire.prefix_chain import BLOCK_TOKENS, packed
+from functions.stage.kv.store_tier import StoreTier
 from storage.kv.sealed import Sealer
 from storage.store.embedded import EmbeddedStore
 from storage.store.payload_store import PayloadStore
@@ -157,6 +159,18 @@ def test_a_store_that_is_away_or_slow_holds_nobody_up_for_long(settings: StoreSe
                     drain(stage)
                     assert time.monotonic() - began < 10
             assert drawn == without("float32", tokens)
+
+
+def test_many_that_wait_for_a_slow_store_are_reserved_while_somebody_waits_for_them(
+    store: PayloadStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StoreTier, "_part", lambda *_: time.sleep(0.3))
+    with kv_stage(store=store) as stage:
+        rows = [ReserveRow(str(seed), 0, 200, packed(chain_of(text(180, seed)))) for seed in range(6)]
+        began = time.time()
+        answers = stage.engine.reserve(rows, source="gateway", expires_at=began + 3)
+        assert time.time() - began < 3
+        assert [answer.status for answer in answers] == [Status.OK] * 6
 
 
 def test_another_key_or_another_sharer_finds_nothing(store: PayloadStore) -> None:
