@@ -245,7 +245,7 @@ class GatewayConfig(CommonConfig):
         "LAMINA_PREFIX_SHARING",
         parsers.one_of("auto", "pipeline", "client", "off"),
         "who may find the keys and values that a prompt left at the stages: all clients of the pipeline, only the client, "
-        "nobody (off); auto: client where LAMINA_API_KEYS is set, else pipeline",
+        "nobody (off); auto: client where there are API keys, else pipeline",
         "auto",
     )
     cold_start_timeout_seconds: float = setting(
@@ -285,7 +285,7 @@ class GatewayConfig(CommonConfig):
         """`prefix_sharing` decided: a hit is visible in its time, so that those who have keys share with nobody else."""
         if self.prefix_sharing != "auto":
             return self.prefix_sharing
-        return "pipeline" if self.api_keys is None else "client"
+        return "pipeline" if self.api_keys is None and self.api_key_files is None else "client"
 
 
 Config = StageConfig | GatewayConfig

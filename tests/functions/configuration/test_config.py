@@ -47,6 +47,21 @@ def test_the_store_wants_keys_or_a_token_to_exchange_for_some() -> None:
     assert store.access_key_id is None
 
 
+@pytest.mark.parametrize(
+    ("environ", "sharing"),
+    [
+        ({}, "pipeline"),
+        ({"LAMINA_API_KEYS": "one"}, "client"),
+        ({"LAMINA_API_KEY_FILES": "/keys/one"}, "client"),
+        ({"LAMINA_API_KEY_FILES": "/keys/one", "LAMINA_PREFIX_SHARING": "pipeline"}, "pipeline"),
+    ],
+)
+def test_clients_that_have_keys_find_only_what_they_left_themselves(environ: Mapping[str, str], sharing: str) -> None:
+    config = read_config(GATEWAY | environ)
+    assert isinstance(config, GatewayConfig)
+    assert config.sharing == sharing
+
+
 def test_a_gateway_reads_its_keys() -> None:
     config = read_config({**GATEWAY, "LAMINA_API_KEYS": "one, two", "LAMINA_POD_NETWORK": "10.0.0.0/8, fd00::/64"})
     assert isinstance(config, GatewayConfig)
