@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from eventing.wire.structured_outputs import StructuredOutputs
-from functions.grammars.compiler import UnusableGrammar, from_ebnf, from_regex
+from functions.grammars.compiler import from_ebnf, from_regex
+from functions.grammars.unusable import UnusableGrammar
 
 JSON_OPTIONS: Final = {
     "whitespace_flexible": False,

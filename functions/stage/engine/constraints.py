@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from eventing.wire.events import Grammar, Row, Status, Want, grammar_digest
-from functions.grammars.compiler import Allowed, GrammarCompiler, Matcher, UnusableGrammar
+from functions.grammars.compiler import GrammarCompiler
+from functions.grammars.matcher import Allowed, Matcher
+from functions.grammars.unusable import UnusableGrammar
 from functions.stage.engine.sequences import Refusal, SequenceState
 
 MOST_GRAMMARS: Final = 64

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from eventing.wire.events import Sampling
-from functions.grammars.compiler import Allowed
+from functions.grammars.matcher import Allowed
 from functions.stage.engine.sampler import sample
 from functions.stage.models.floats import Float32
 

@@ -11,7 +11,8 @@ from typing import Final
 import numpy as np
 
 from eventing.wire.events import Batch, Result, Row, Status, Want
-from functions.grammars.compiler import Allowed, UnusableGrammar
+from functions.grammars.matcher import Allowed
+from functions.grammars.unusable import UnusableGrammar
 from functions.stage.engine.constraints import Constrained, Constraints, Found, grammar_of
 from functions.stage.engine.drawing import Drawing, draw
 from functions.stage.engine.row_checks import invalid_rows

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from eventing.wire.control import ReleaseRow, ReservedRow, ReserveRow
 from eventing.wire.events import Row, Status
 from eventing.wire.prefix_chain import Chain, unpacked
-from functions.grammars.compiler import Matcher
+from functions.grammars.matcher import Matcher
 from functions.stage.engine.remembered import Remembered
 from functions.stage.models.layer_group import KVCache, KVCacheFull
 

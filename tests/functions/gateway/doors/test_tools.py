@@ -8,7 +8,8 @@ import pytest
 from flask.testing import FlaskClient
 
 from eventing.wire.events import grammar_digest
-from functions.grammars.compiler import GrammarCompiler, UnusableGrammar
+from functions.grammars.compiler import GrammarCompiler
+from functions.grammars.unusable import UnusableGrammar
 from tests.support.functions.doors import EVENT, TOKENIZER, Pipeline, chat, client_of, stream
 from tests.support.storage.published import END_IDS
 
