@@ -24,8 +24,10 @@ class Answer:
         operation: Operation,
         leave: Leave,
         echo: str | None = None,
+        *,
+        scored: bool = False,
     ) -> None:
-        """echo: the prompt's text, where the answer begins with it."""
+        """echo: the prompt's text, where the answer begins with it. scored: with the log-probabilities of its tokens."""
         self.prompt_ids = prompt_ids
         self.prompt_tokens = len(prompt_ids)
         self.token_stream = token_stream
@@ -37,6 +39,7 @@ class Answer:
         self._operation = operation
         self._leave = leave
         self._echo = echo
+        self._scored = scored
         self._logprobs: list[TokenLogprob] = []
         self._token_ids: list[int] = []
         self._taken = 0
@@ -127,8 +130,8 @@ class Answer:
             return
         self._certain, self._echo = self._echo, None
         self._token_ids += self.prompt_ids
-        if logprobs := self.token_stream.prompt_logprobs():
-            self._logprobs += [TokenLogprob(self.prompt_ids[0], None), *logprobs]
+        if self._scored:
+            self._logprobs += [TokenLogprob(self.prompt_ids[0], None), *self.token_stream.prompt_logprobs()]
 
     def _take(self, token_id: int) -> None:
         self._measure()

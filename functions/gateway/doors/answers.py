@@ -85,18 +85,20 @@ class Answers:
 
     def begin(self, request: GenerateRequest, asker: Asker) -> Reply:
         """Begins all that is to be answered. Raises InvalidRequest, QueueFull, RateLimited, NotReady."""
-        requests = request.each(asker.seed)
-        leave = self._limits.enter(asker.client_id, len(requests))
+        wanted = request.n * len(request.prompts)
+        leave = self._limits.enter(asker.client_id, wanted)
         answers: list[Answer] = []
         try:
             prompts = self._encoded(request)
-            for number, one in enumerate(requests):
+            for number, one in enumerate(request.each(asker.seed)):
                 answers.append(self._begun(one, prompts[number // request.n], asker, leave))
-        except BaseException:
+        except BaseException as error:
             for answer in answers:
                 answer.close()
-            for _ in requests[len(answers) :]:
+            for _ in range(wanted - len(answers)):
                 leave(0)
+            if isinstance(error, RecursionError):
+                raise InvalidRequest("the request's tools, schema or arguments are nested too deeply") from None
             raise
         return Reply(asker.request_id, answers, request.n, asker.gone, self._metrics)
 
@@ -143,7 +145,7 @@ class Answers:
             special=bool(callable_tools(request.tools, request.tool_choice)) and self.text.tools.marked_specially,
         )
         echo = encoded.text if request.echo else None
-        return Answer(token_ids, token_stream, text_stream, self._metrics, span, operation, leave, echo)
+        return Answer(token_ids, token_stream, text_stream, self._metrics, span, operation, leave, echo, scored=request.scores)
 
     def _room(self, token_ids: Sequence[int], max_tokens: int | None) -> int:
         """For the answer. Raises InvalidRequest where there is none."""

@@ -121,9 +121,11 @@ class EventDoor:
         """All of them are begun before the first is awaited."""
         events = from_batched_http(request.get_data(cache=False))
         self._check_batch(events)
-        begun = [self._begun(event, client_id, began) for event in events]
-        g.answering = True
+        begun: list[Listener | Problem] = []
         try:
+            for event in events:
+                begun.append(self._begun(event, client_id, began))
+            g.answering = True
             answered = [
                 self._problem(event, listener) if isinstance(listener, Problem) else self._heard(event, listener)
                 for event, listener in zip(events, begun, strict=True)

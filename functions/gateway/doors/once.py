@@ -27,6 +27,8 @@ class _Shared:
         self.begun = threading.Lock()
         """Held while it begins."""
         self.reply: Reply | None = None
+        """Until it is complete: it holds its prompts, which are not counted."""
+        self.request_id = ""
         self.coming: Iterator[TokenEvent | None] = iter(())
         self.pulled = False
         self.listeners = 0
@@ -53,6 +55,8 @@ class _Shared:
                 self.said.append(token)
                 self.size += 1 + (0 if token.logprob is None else len(token.logprob.top))
             self.response, self.problem, self.ended_at = response, problem, time.monotonic()
+            if response is not None:
+                self.reply, self.coming = None, iter(())
             self.changed.notify_all()
 
 
@@ -60,8 +64,7 @@ class Listener:
     """One delivery's view of a shared reply. Iterate `tokens` to its end, then ask for `response`; or `close` it."""
 
     def __init__(self, shared: _Shared, gone: Callable[[], bool], leave: Callable[[], None]) -> None:
-        assert shared.reply is not None
-        self.request_id = shared.reply.request_id
+        self.request_id = shared.request_id
         self._shared = shared
         self._gone = gone
         self._leave = leave
@@ -133,9 +136,9 @@ class Once:
             shared.listeners += 1
         try:
             with shared.begun:
-                if shared.reply is None:
+                if not shared.request_id:
                     shared.reply = begin()
-                    shared.coming = shared.reply.tokens(LOOK_SECONDS)
+                    shared.coming, shared.request_id = shared.reply.tokens(LOOK_SECONDS), shared.reply.request_id
         except BaseException:
             self._leave(key, shared)
             raise

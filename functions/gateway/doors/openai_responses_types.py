@@ -147,10 +147,11 @@ def _text(content: str | tuple[ContentPart, ...]) -> str:
 def _joined(messages: list[Message]) -> list[Message]:
     """Calls belong to the assistant's turn that they come behind: items have them apart, templates do not."""
     joined: list[Message] = []
+    calls: list[list[ToolCall]] = []
     for message in messages:
-        before = joined[-1] if joined else None
-        if message.tool_calls and before is not None and before.role == "assistant":
-            joined[-1] = replace(before, tool_calls=(*before.tool_calls, *message.tool_calls))
+        if message.tool_calls and joined and joined[-1].role == "assistant":
+            calls[-1] += message.tool_calls
         else:
             joined.append(message)
-    return joined
+            calls.append([*message.tool_calls])
+    return [replace(message, tool_calls=tuple(own)) for message, own in zip(joined, calls, strict=True)]

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
+
 from eventing.wire.generation import Message
 from eventing.wire.tools import Tool, ToolCall
 from functions.gateway.text.tool_calls import ToolCallParser
@@ -87,7 +89,7 @@ def _call(call: ToolCall) -> dict[str, Any]:
 
 def _arguments(call: ToolCall) -> Any:
     try:
-        arguments = json.loads(call.function.arguments)
+        arguments = msgspec.json.decode(call.function.arguments)  # no half of a surrogate pair, which is no text
     except (ValueError, RecursionError):
         return call.function.arguments
     return arguments if isinstance(arguments, dict) else call.function.arguments

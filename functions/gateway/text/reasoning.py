@@ -14,8 +14,8 @@ class Part(NamedTuple):
 
 
 def within(prompt: str) -> bool:
-    """The prompt ends within thoughts, which its template has begun."""
-    return prompt.rfind(BEGIN) > prompt.rfind(END)
+    """The prompt ends within thoughts, which its template has begun; a question may speak of the mark, too."""
+    return prompt.rstrip().endswith(BEGIN)
 
 
 class Reasoning:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import msgspec
+
 from functions.gateway.text.tool_formats import ToolFormat
 
 _PYTHON_TAG: Final = "<|python_tag|>"
@@ -134,7 +136,10 @@ class ToolCallParser:
             return whole
         wanted = not left or self.format.direct or (left[0] == "{" and end is None)
         if head is not None or not wanted or at_end or len(left) > _LONGEST_HEAD:
-            content, self._text, self._marker, self._state = self._marker + self._text, "", "", "text"
+            # Text as far as it was looked at; another call may follow.
+            seen = at + end if end is not None else len(self._text) if left.startswith("{") else 0
+            content, self._text = self._marker + self._text[:seen], self._text[seen:]
+            self._marker, self._state = "", "text"
             return Part(content) if content.strip() else None
         return None
 
@@ -155,14 +160,14 @@ class ToolCallParser:
         said = self._text[:end]
         self._text = "" if end is None else self._text[end:]
         if end is not None:
-            self._state = "behind" if self.format.direct else "rest"
+            self._state, self._nesting = "behind" if self.format.direct else "rest", _Nesting(depth=1)
         return Part(call=self.calls - 1, arguments=said) if said else None
 
     def _rest(self, _: bool) -> None:
         """Up to the brace that closes the call."""
-        place = self._text.find("}")
-        self._text = self._text[place + 1 :] if place >= 0 else ""
-        if place >= 0:
+        end = self._nesting.end(self._text)
+        self._text = "" if end is None else self._text[end:]
+        if end is not None:
             self._state = "behind"
 
     def _behind(self, at_end: bool) -> None:
@@ -182,7 +187,7 @@ class ToolCallParser:
 
 def _object(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        found = msgspec.json.decode(text)  # no half of a surrogate pair, which is no text
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -8,6 +8,7 @@ from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
 from eventing.problems import NotReady, PipelineUnavailable, Problem, QueueFull
+from eventing.wire.generation import GenerateRequest, TokenLogprob
 from functions.configuration.config import GatewayConfig, read_config
 from functions.gateway.app import MAX_REQUEST_BYTES, create_app
 from functions.gateway.doors import reply as core
@@ -220,3 +221,42 @@ def test_a_continuation_has_the_space_before_its_first_word_and_a_message_has_no
     assert answered.json is not None
     assert continued.json["choices"][0]["text"] == " Paris."
     assert answered.json["choices"][0]["message"]["content"] == "Paris."
+
+
+def test_what_is_refused_is_not_written_out_for_each_of_its_answers(
+    client: FlaskClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """128 answers to a million tokens took 4 s, before anybody had looked how many they are."""
+    monkeypatch.setattr(GenerateRequest, "each", None)
+    assert ask(client, {"prompt": [65] * (CONTEXT + 1), "n": 128}).status_code == 422
+    limited = client_of(pipeline, LAMINA_CLIENT_CONCURRENT="1")
+    assert ask(limited, {"prompt": [65], "n": 2}).status_code == 429
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("max_tokens", [0, 8])
+def test_a_prompt_of_one_token_is_echoed_with_its_logprobs(
+    client: FlaskClient, pipeline: Pipeline, streams: bool, max_tokens: int
+) -> None:
+    def script(stream: TokenStream) -> None:
+        if max_tokens:
+            stream.put(66, TokenLogprob(66, -1.0))
+        stream.finish("length")
+
+    pipeline.script = script
+    asked = {"model": "tiny", "prompt": [65], "echo": True, "logprobs": 0, "max_tokens": max_tokens, "stream": streams}
+    response = client.post("/v1/completions", json=asked)
+    chunks = stream(response)[:-1] if streams else [response.json]
+    logprobs = [chunk["choices"][0]["logprobs"] for chunk in chunks if chunk["choices"][0]["logprobs"]]
+    assert [one for each in logprobs for one in each["token_logprobs"]] == [None, -1.0][: 1 + bool(max_tokens)]
+
+
+def test_an_echo_alone_has_no_logprobs_that_nobody_asked_for(client: FlaskClient, pipeline: Pipeline) -> None:
+    def script(stream: TokenStream) -> None:
+        stream.scored(1, [TokenLogprob(66, -1.0)])
+        stream.finish("length")
+
+    pipeline.script = script
+    response = client.post("/v1/completions", json={"model": "tiny", "prompt": [65, 66], "echo": True, "max_tokens": 0})
+    assert response.json is not None
+    assert response.json["choices"][0]["logprobs"] is None

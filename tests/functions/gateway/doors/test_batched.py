@@ -68,3 +68,13 @@ def test_a_client_that_leaves_ends_all_of_its_batch(client: FlaskClient, pipelin
     gone = {"lamina.client_gone": lambda: True}
     assert client.post("/", data=body, content_type=BATCHED, environ_overrides=gone).status_code == 499
     assert pipeline.value("answers_total", outcome="cancelled") == 2
+
+
+def test_what_was_begun_of_a_batch_is_given_up_when_the_rest_breaks(client: FlaskClient, pipeline: Pipeline) -> None:
+    def script(_: object) -> None:
+        if len(pipeline.prompts) == 2:
+            raise RuntimeError
+
+    pipeline.script = script
+    assert send(client, [event("1"), event("2")]).status_code == 500
+    assert pipeline.value("answers_total", outcome="cancelled") == 1

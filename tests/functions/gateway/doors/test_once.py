@@ -1,6 +1,8 @@
 """The same event, delivered again and again, is computed once and answered each time."""
 
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -9,6 +11,7 @@ from flask.testing import FlaskClient
 
 from eventing.problems import PipelineUnavailable
 from functions.gateway.doors import once
+from functions.gateway.doors.reply import Reply
 from functions.gateway.scheduling.token_stream import TokenStream
 from tests.support.functions.doors import EVENT, Pipeline, ask, client_of, refuse, stream
 from tests.support.functions.gateway import wait_until
@@ -106,3 +109,15 @@ def test_when_all_have_left_the_answer_is_given_up(client: FlaskClient, pipeline
         assert client.post("/", json={"prompt": "Hi"}, headers=EVENT, environ_overrides=gone).status_code == 499
     assert pipeline.cancelled.is_set()
     assert len(pipeline.prompts) == 2
+
+
+def test_what_is_remembered_holds_no_prompt(client: FlaskClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only answers are counted; prompts may be as long as the context."""
+    replies: list[weakref.ref[Reply]] = []
+    tokens = Reply.tokens
+    monkeypatch.setattr(Reply, "tokens", lambda reply, *rest: replies.append(weakref.ref(reply)) or tokens(reply, *rest))
+    ask(client, {"prompt": "Hi"}, ce_id="7")
+    gc.collect()
+    assert replies[0]() is None
+    ask(client, {"prompt": "Hi"}, ce_id="7")
+    assert len(replies) == len(pipeline.prompts) == 1

@@ -204,3 +204,19 @@ def test_events_take_tools_and_are_answered_with_what_the_model_wrote(client: Fl
     assert response.json is not None
     assert response.json["text"] == CALL
     assert pipeline.prompts[-1].sampling.grammar is not None
+
+
+@pytest.mark.parametrize("template", [TOLD, None])
+def test_arguments_that_are_no_text_stay_as_they_were_sent(pipeline: Pipeline, template: str | None) -> None:
+    client = client_of(pipeline, context=4096, **({} if template is None else {"template": template}))
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": "\\ud800"}'}}
+    assert chat(client, messages=[{"role": "assistant", "tool_calls": [call]}]).status_code == 200
+
+
+def test_tools_that_are_nested_too_deeply_are_refused(client: FlaskClient) -> None:
+    """Whether they are read or not depends on what else is on the stack then."""
+    for depth in range(900, 1000, 2):
+        parameters = '{"a":' * depth + "1" + "}" * depth
+        tool = f'{{"type": "function", "function": {{"name": "f", "parameters": {parameters}}}}}'
+        body = f'{{"model": "tiny", "messages": [{{"role": "user", "content": "Hi"}}], "tools": [{tool}]}}'
+        assert client.post("/v1/chat/completions", data=body, content_type="application/json").status_code == 400, depth

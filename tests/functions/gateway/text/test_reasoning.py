@@ -35,3 +35,4 @@ def test_a_prompt_says_whether_thoughts_have_begun() -> None:
     assert within("<|im_start|>assistant\n<think>\n")
     assert not within("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert not within("<|im_start|>assistant\n")
+    assert not within("What does <think> mean?<|im_end|>\n<|im_start|>assistant\n")

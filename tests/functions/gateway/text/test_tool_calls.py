@@ -17,6 +17,7 @@ def hermes(*calls: tuple[str, object]) -> str:
     return "\n".join(f'<tool_call>\n{{"name": "{n}", "arguments": {json.dumps(a)}}}\n</tool_call>' for n, a in calls)
 
 
+HALF = '<tool_call>{"arguments": {"a": "\\ud800"}, "name": "add"}'  # of a pair of surrogates: no text
 CASES: list[tuple[ToolFormat, str, str, list[tuple[str, object]]]] = [
     (HERMES, "Just text.", "Just text.", []),
     (HERMES, "a < b <tool", "a < b <tool", []),
@@ -28,6 +29,11 @@ CASES: list[tuple[ToolFormat, str, str, list[tuple[str, object]]]] = [
     (HERMES, "<tool_call>no call</tool_call>", "<tool_call>no call</tool_call>", []),
     (HERMES, '<tool_call>{"nam', '<tool_call>{"nam', []),
     (HERMES, '<tool_call>{"a": 1}</tool_call>', '<tool_call>{"a": 1}</tool_call>', []),
+    (HERMES, "<tool_call>no call</tool_call>\n" + hermes(*ONE), "<tool_call>no call</tool_call>", ONE),
+    (HERMES, '<tool_call>{"a": 1}</tool_call>\n' + hermes(*ONE), '<tool_call>{"a": 1}</tool_call>', ONE),
+    (HERMES, '<tool_call>{"name": "add", "arguments": {}, "x": {"y": "}"}}</tool_call> bye', "bye", [("add", {})]),
+    (HERMES, HALF, HALF, []),
+    (MISTRAL_DIRECT, "[TOOL_CALLS] no[TOOL_CALLS]add{}", "[TOOL_CALLS] no", [("add", {})]),
     (LLAMA3, '{"name": "add", "parameters": {"a": 1}}', "", [("add", {"a": 1})]),
     (LLAMA3, ' <|python_tag|>{"name": "add", "parameters": {"a": 1}}', "", [("add", {"a": 1})]),
     (LLAMA3, '{"type": "function", "name": "add", "parameters": {"a": 1}}', "", [("add", {"a": 1})]),
