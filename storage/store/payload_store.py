@@ -47,9 +47,9 @@ class PayloadStore(ObjectReader):
 
     def delete(self, key: str) -> None:
         """Harmless where there is none. Raises a StorageError subclass that names endpoint, bucket and key."""
-        headers = signed_headers(self._keyed(), "DELETE", object_path(self.settings, key))
+        path = object_path(self.settings, key)
         for attempt in self._attempts(key):
-            with attempt, self._exchange("DELETE", key, headers) as response:
+            with attempt, self._exchange("DELETE", key, signed_headers(self._keyed(), "DELETE", path)) as response:
                 response.read()
 
     def list(self, prefix: str) -> Iterator[StoredObject]:
@@ -69,9 +69,10 @@ class PayloadStore(ObjectReader):
         query, path = canonical_query(asked), object_path(self.settings, "")
         answer = b""
         for attempt in self._attempts(asked["prefix"]):
-            headers = signed_headers(self._keyed(), "GET", path, query=query)
-            with attempt, self._exchange("GET", "", headers, query=query) as response:
-                answer = response.read()
+            with attempt:
+                headers = signed_headers(self._keyed(), "GET", path, query=query)
+                with self._exchange("GET", "", headers, query=query) as response:
+                    answer = response.read()
         try:
             return ElementTree.fromstring(answer)
         except ElementTree.ParseError as error:

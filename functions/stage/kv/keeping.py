@@ -119,6 +119,9 @@ class Keeping:
             except StorageError as error:
                 self._paused_until = time.monotonic() + _PAUSE_SECONDS
                 _log.warning("conversations are not kept for %.0f s, and computed when they go on: %s", _PAUSE_SECONDS, error)
+            except Exception:  # noqa: BLE001 - there is no other thread to write
+                self._paused_until = time.monotonic() + _PAUSE_SECONDS
+                _log.exception("conversations are not kept for %.0f s", _PAUSE_SECONDS)
             finally:
                 self._waiting.task_done()
 

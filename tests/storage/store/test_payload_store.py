@@ -84,3 +84,21 @@ def test_a_listing_that_is_refused_says_so(settings: StoreSettings) -> None:
         list(store.list("kept/"))
     with PayloadStore(replace(settings, secret_access_key="wrong")) as store, pytest.raises(AccessDenied):
         list(store.list("kept/"))
+
+
+def test_keys_that_cannot_be_had_now_are_asked_for_again_whatever_they_are_for(
+    settings: StoreSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> StoreSettings:
+        raise OSError("the token service is away")
+
+    with PayloadStore(settings, retry_seconds=0.0) as store:
+        monkeypatch.setattr(store, "_keyed", none)
+        for action in (
+            lambda: store.put(KEY, b""),
+            lambda: store.get(KEY),
+            lambda: store.delete(KEY),
+            lambda: [*store.list("")],
+        ):
+            with pytest.raises(StoreUnreachable, match="the token service is away"):
+                action()

@@ -173,6 +173,24 @@ def test_many_that_wait_for_a_slow_store_are_reserved_while_somebody_waits_for_t
         assert [answer.status for answer in answers] == [Status.OK] * 6
 
 
+def test_what_nobody_expected_ends_no_writing(store: PayloadStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    with kv_stage(store=store) as stage:
+        assert stage.keeping is not None
+        keeping = stage.keeping
+        monkeypatch.setattr(keeping, "_list", lambda: 1 // 0)
+        tokens = text(100)
+        stage.converse("first", tokens, 1)
+        stage.end("first", tokens)
+        drain(stage)
+        assert keeping._paused
+        assert keeping._thread is not None
+        assert keeping._thread.is_alive()
+        monkeypatch.undo()
+        keeping._paused_until = 0.0
+        drain(stage)
+    assert list(store.list("kv/"))
+
+
 def test_another_key_or_another_sharer_finds_nothing(store: PayloadStore) -> None:
     tokens = first_turn(store)
     with kv_stage(store=store, sealer=Sealer(b"o" * 32)) as stage:
