@@ -40,4 +40,4 @@ def test_what_is_no_chain_is_refused() -> None:
     with pytest.raises(ValueError, match="17 bytes"):
         ReleaseRow("a", 0, chain=bytes(17))
     with pytest.raises(ValueError, match="token_ids has 8 bytes, the chain covers 1 block"):
-        ReserveRow("a", 0, 1, chain=bytes(16), token_ids=bytes(8))
+        ReserveRow("a", 0, 17, chain=bytes(16), token_ids=bytes(8))
