@@ -9,7 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 
-from eventing.problems import RateLimited
+from eventing.problems import InvalidRequest, RateLimited
 from functions.configuration.api_keys import Allowance
 from functions.gateway.doors.windows import Windows
 
@@ -45,8 +45,15 @@ class ClientLimits:
         return self._of_one(client_id).over(self._of_all)
 
     def enter(self, client_id: str, answers: int = 1) -> Leave:
-        """With one request for so many answers; whoever enters calls the returned, once for each. Raises RateLimited."""
+        """With one request for so many answers; whoever enters calls the returned, once for each.
+
+        Raises RateLimited, and InvalidRequest where they are more than it may ever have at once.
+        """
         allowed = self.allowance(client_id)
+        if allowed.concurrent and answers > allowed.concurrent:
+            raise InvalidRequest(
+                f"{answers} answers of one request are more than the {allowed.concurrent} that this client may have at once"
+            )
         with self._lock:
             if allowed.concurrent and self._running[client_id] + answers > allowed.concurrent:
                 raise RateLimited(f"{allowed.concurrent} answers at once are what this client may have; wait for one of them")

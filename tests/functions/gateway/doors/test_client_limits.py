@@ -58,6 +58,14 @@ def test_tokens_a_minute_of_prompts_and_answers(pipeline: Pipeline, monkeypatch:
     assert chat(client).status_code == 200
 
 
+def test_who_may_never_have_so_many_answers_at_once_is_not_told_to_wait(pipeline: Pipeline) -> None:
+    client = client_of(pipeline, **KEYS, LAMINA_CLIENT_CONCURRENT="2")
+    refused = chat(client, n=3)
+    assert (refused.status_code, pipeline.entered) == (400, 0)
+    assert "3 answers of one request are more than the 2" in refused.get_json()["error"]["message"]
+    assert chat(client, n=2).status_code == 200
+
+
 def test_answers_at_once(pipeline: Pipeline) -> None:
     client = client_of(pipeline, **KEYS, LAMINA_CLIENT_CONCURRENT="2")
     pipeline.script = pipeline.say("Hello", end=False)
