@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.functions.functions import FunctionProcess, gateway_environment, running, stage_environment
+from tests.support.functions.functions import FunctionProcess, running_gateway
 from tests.support.paths import ROOT
-from tests.support.storage.published import CHAT_TEMPLATE, CUT, Published
+from tests.support.storage.published import CHAT_TEMPLATE, Published
 
 CLIENTS = Path(os.environ.get("LAMINA_TEST_CLIENTS", ROOT / ".venv-clients")) / "bin"
 _SECONDS = 200.0
@@ -27,11 +27,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="module")
 def gateway(published: Published) -> Iterator[FunctionProcess]:
-    with (
-        running(stage_environment(published, group) for group in range(len(CUT))) as stages,
-        running([gateway_environment(published, [stage.url for stage in stages])]) as (started,),
-    ):
-        yield started
+    with running_gateway(published) as gateway:
+        yield gateway
 
 
 @pytest.fixture

@@ -26,8 +26,8 @@ from schemathesis.specs.openapi.checks import (
 
 from functions.gateway.doors.openapi import openapi_document
 from functions.gateway.doors.operations import operations
-from tests.support.functions.functions import FunctionProcess, gateway_environment, running, stage_environment
-from tests.support.storage.published import CUT, Published
+from tests.support.functions.functions import FunctionProcess, running_gateway
+from tests.support.storage.published import Published
 
 CASES = int(os.environ.get("CASES") or 25)
 MANY = 200
@@ -41,10 +41,8 @@ OPERATIONS = [
 
 @pytest.fixture(scope="module")
 def gateway(published: Published) -> Iterator[FunctionProcess]:
-    with running(stage_environment(published, group) for group in range(len(CUT))) as stages:
-        environ = gateway_environment(published, [stage.url for stage in stages], LAMINA_REQUEST_TIMEOUT_SECONDS="20")
-        with running([environ]) as (gateway,):
-            yield gateway
+    with running_gateway(published, LAMINA_REQUEST_TIMEOUT_SECONDS="20") as gateway:
+        yield gateway
 
 
 @pytest.fixture(scope="module")

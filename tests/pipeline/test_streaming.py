@@ -13,8 +13,8 @@ import pytest
 
 from knative.local.proxies.queue_proxy import QueueProxy, RequestLimits
 from knative.local.proxies.timeouts import Timeouts
-from tests.support.functions.functions import FunctionProcess, gateway_environment, running, stage_environment
-from tests.support.storage.published import CUT, Published
+from tests.support.functions.functions import FunctionProcess, running_gateway
+from tests.support.storage.published import Published
 
 ANSWERS = 1000
 AT_ONCE = 8
@@ -23,10 +23,8 @@ TOKENS = 2
 
 @pytest.fixture(scope="module")
 def gateway(published: Published) -> Iterator[FunctionProcess]:
-    with running(stage_environment(published, group) for group in range(len(CUT))) as stages:
-        environ = gateway_environment(published, [stage.url for stage in stages])
-        with running([environ]) as (gateway,):
-            yield gateway
+    with running_gateway(published) as gateway:
+        yield gateway
 
 
 @pytest.mark.timeout(300)

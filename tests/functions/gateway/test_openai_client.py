@@ -8,8 +8,8 @@ import openai
 import pytest
 import torch
 
-from tests.support.functions.functions import FunctionProcess, gateway_environment, running, stage_environment, wait_until
-from tests.support.storage.published import CUT, Published, until_end
+from tests.support.functions.functions import FunctionProcess, running_gateway, wait_until
+from tests.support.storage.published import Published, until_end
 from tests.support.storage.tiny_models import CONTEXT, greedy
 
 TOLERANCE = 1e-3
@@ -17,10 +17,8 @@ TOLERANCE = 1e-3
 
 @pytest.fixture(scope="module")
 def gateway(published: Published) -> Iterator[FunctionProcess]:
-    with running(stage_environment(published, group) for group in range(len(CUT))) as stages:
-        environ = gateway_environment(published, [stage.url for stage in stages])
-        with FunctionProcess(environ) as started:
-            yield started.wait_ready()
+    with running_gateway(published) as gateway:
+        yield gateway
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from pydantic import TypeAdapter
 
 from eventing.http.sse import SSEDecoder
 from tests.support.functions.doors import Pipeline, client_of
-from tests.support.functions.functions import FunctionProcess, gateway_environment, running, stage_environment
-from tests.support.storage.published import CHAT_TEMPLATE, CUT, Published, until_end
+from tests.support.functions.functions import FunctionProcess, running_gateway
+from tests.support.storage.published import CHAT_TEMPLATE, Published, until_end
 from tests.support.storage.tiny_models import greedy
 
 EVENTS: TypeAdapter[ResponseStreamEvent] = TypeAdapter(ResponseStreamEvent)
@@ -21,11 +21,8 @@ EVENTS: TypeAdapter[ResponseStreamEvent] = TypeAdapter(ResponseStreamEvent)
 
 @pytest.fixture(scope="module")
 def gateway(published: Published) -> Iterator[FunctionProcess]:
-    with (
-        running(stage_environment(published, group) for group in range(len(CUT))) as stages,
-        running([gateway_environment(published, [stage.url for stage in stages])]) as (started,),
-    ):
-        yield started
+    with running_gateway(published) as gateway:
+        yield gateway
 
 
 @pytest.fixture(scope="module")

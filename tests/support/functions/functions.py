@@ -195,6 +195,16 @@ def running(environments: Iterable[Mapping[str, str]]) -> Iterator[list[Function
             function.process.terminate()
 
 
+@contextmanager
+def running_gateway(published: Published, **more: str) -> Iterator[FunctionProcess]:
+    """A ready gateway before the ready stages of a published model. more: of the gateway's environment."""
+    with (
+        running(stage_environment(published, group) for group in range(len(CUT))) as stages,
+        running([gateway_environment(published, [stage.url for stage in stages], **more)]) as (gateway,),
+    ):
+        yield gateway
+
+
 def _parsed(body: bytes) -> Any:
     try:
         return json.loads(body)
