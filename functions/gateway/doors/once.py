@@ -124,7 +124,11 @@ class Once:
     """Replies by what was asked. Thread-safe."""
 
     def __init__(self) -> None:
-        self._shared: OrderedDict[bytes, _Shared] = OrderedDict()
+        self._shared: dict[bytes, _Shared] = {}
+        self._complete: OrderedDict[bytes, _Shared] = OrderedDict()
+        """Those of them that are kept, the oldest first."""
+        self._tokens = 0
+        """That these keep."""
         self._lock = threading.Lock()
 
     def listen(self, key: bytes, begin: Callable[[], Reply], gone: Callable[[], bool]) -> Listener:
@@ -149,18 +153,21 @@ class Once:
             shared.listeners -= 1
             last = shared.listeners == 0
             complete = shared.response is not None
+            current = self._shared.get(key) is shared
+            if complete and current and key not in self._complete:
+                self._complete[key] = shared
+                self._tokens += shared.size
             # What broke is asked again, and what nobody has heard to its end is not kept.
-            if not complete and (last or shared.problem is not None) and self._shared.get(key) is shared:
+            if not complete and current and (last or shared.problem is not None):
                 del self._shared[key]
         if last and not complete and shared.reply is not None:
             shared.reply.close()
 
     def _forget_old(self) -> None:
         oldest = time.monotonic() - REMEMBERED_SECONDS
-        ended = [(key, shared) for key, shared in self._shared.items() if shared.response is not None]
-        tokens = sum(shared.size for _, shared in ended)
-        for key, shared in sorted(ended, key=lambda each: each[1].ended_at):
-            if shared.ended_at >= oldest and tokens <= MOST_REMEMBERED_TOKENS:
+        while self._complete:
+            key, shared = next(iter(self._complete.items()))
+            if shared.ended_at >= oldest and self._tokens <= MOST_REMEMBERED_TOKENS:
                 break
-            tokens -= shared.size
-            del self._shared[key]
+            self._tokens -= shared.size
+            del self._complete[key], self._shared[key]
