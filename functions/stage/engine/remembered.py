@@ -116,6 +116,9 @@ class Remembered:
         """All that is remembered, most recently used first."""
         return [Left(handle, self._chains.of(handle)) for handle in reversed(self._ended)]
 
+    def still_has(self, left: Left) -> bool:
+        return left.handle in self._ended and self._chains.of(left.handle) == left.chain
+
     @property
     def ranges(self) -> KVRanges | None:
         """The arena; None: what is held cannot be read."""

@@ -93,7 +93,7 @@ class Keeping:
         return [(key, part) for key, part in keyed if key not in self._there]
 
     def _still(self, sequences: SequenceTable, left: Left, part: Part) -> bytearray | None:
-        return self._copied(left, part) if left in sequences.memory.left() else None
+        return self._copied(left, part) if sequences.memory.still_has(left) else None
 
     def _copied(self, left: Left, part: Part) -> bytearray:
         return copied_kv(self._pool, left.handle, part.first * BLOCK_TOKENS, part.end * BLOCK_TOKENS)
