@@ -111,7 +111,6 @@ MISTRAL_DIRECT: Final = ToolFormat(
     "mistral", "[TOOL_CALLS]", re.compile(_DIRECT), re.compile(r"\s*"), re.compile(r"\s*"), "", "arguments", True, True
 )
 _NAMED: Final[Mapping[str, ToolFormat]] = {"hermes": HERMES, "llama3_json": LLAMA3, "mistral": MISTRAL}
-FORMAT_NAMES: Final = tuple(_NAMED)
 
 
 def format_of(template: str, named: str = "auto") -> ToolFormat:

@@ -1,6 +1,5 @@
 """The tiers of a stage, as its configuration has them."""
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Final
@@ -16,13 +15,14 @@ from functions.stage.kv.store_tier import StoreTier
 from functions.stage.kv.worth import Worth
 from functions.stage.models.kv_ranges import KVRanges
 from functions.stage.models.layer_group import KVCache
+from functions.threads.pool import ThreadPool
 from storage.kv.kv_store import Allowance, KVStore
 from storage.kv.sealed import Sealer
 from storage.store.payload_store import PayloadStore
 from storage.store.settings import StoreSettings
 
 _THREADS: Final = 16
-"""That wait for parts, of all sequences and tiers together. They are made when they are needed."""
+"""That wait for parts, of all sequences and tiers together."""
 _RETRY_SECONDS: Final = 2.0
 """Of the store: what it does not give soon is computed sooner."""
 
@@ -40,7 +40,7 @@ def tiers_of(config: StageConfig, kv: KVCache, rate: ComputeRate, observe: Obser
     """None for a cache whose bytes cannot be read."""
     if not isinstance(kv, KVRanges):
         return Tiers()
-    threads = ThreadPoolExecutor(_THREADS, "kv-part")
+    threads = ThreadPool(_THREADS, "kv-part")
 
     def fetcher(tier: str) -> Fetcher:
         return Fetcher(tier, kv.layout, Worth(rate), threads, observe)
