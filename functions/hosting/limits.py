@@ -1,6 +1,7 @@
 """What a client may make the server hold: time, connections, bytes. Waiting costs a connection, never a thread."""
 
 import threading
+from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
@@ -37,14 +38,19 @@ class BodyBudget:
         self.most_bytes = most_bytes
         self._lock = threading.Lock()
         self._held = 0
+        self._given_back: deque[int] = deque()
+        """And not yet taken off `_held`."""
 
     @property
     def held_bytes(self) -> int:
-        return self._held
+        with self._lock:
+            self._settle()
+            return self._held
 
     def take(self, count: int) -> None:
         """Raises Overloaded where that is more than is left."""
         with self._lock:
+            self._settle()
             if self._held + count > self.most_bytes:
                 raise Overloaded(
                     f"requests in hand have {self._held} bytes, the most is {self.most_bytes}; send it again a little later"
@@ -52,8 +58,13 @@ class BodyBudget:
             self._held += count
 
     def give_back(self, count: int) -> None:
-        with self._lock:
-            self._held -= count
+        """Takes no lock: destructors call it, and the garbage collector runs those anywhere, in the middle of `take`, too."""
+        self._given_back.append(count)
+
+    def _settle(self) -> None:
+        """With the lock held."""
+        while self._given_back:
+            self._held -= self._given_back.popleft()
 
 
 SMALL_BODY_BYTES: Final = 2**14

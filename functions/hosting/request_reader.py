@@ -237,7 +237,7 @@ class RequestReader:
     def _refuse(self, problem: Problem) -> None:
         """Answered without its body, which nobody reads; so nothing can follow on the connection."""
         assert self.environ is not None
-        self.environ[REFUSED] = problem
+        self.environ[REFUSED] = problem.with_traceback(None)  # Its frames hold the body, which counts until it is free.
         self._body = Body()
         self.unread = self._length != 0
         self._received, self.keeps = 0, self.keeps and not self.unread

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import threading
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from eventing.problems import EventTooLarge, Overloaded, Unauthorized
 from functions.hosting.environ import REFUSED
-from functions.hosting.limits import MAX_HEAD_BYTES, MAX_HEADERS, SMALL_BODY_BYTES, BodyBudget
+from functions.hosting.limits import MAX_HEAD_BYTES, MAX_HEADERS, SMALL_BODY_BYTES, Body, BodyBudget
 from functions.hosting.request_reader import BadRequest, RequestReader
 
 START = b"POST /a%20b?c=d HTTP/1.1\r\nHost: here\r\n"
@@ -130,6 +131,47 @@ def test_bodies_count_until_their_memory_is_free(framing: str) -> None:
     gc.collect()
     assert budget.held_bytes == 0
     assert body(fed(START + b"Content-Length: 5\r\n\r\nhello", budget=BodyBudget(0))) == b"hello"
+
+
+@pytest.mark.parametrize("framing", ["length", "chunks"])
+def test_a_refused_body_is_free_at_once(framing: str) -> None:
+    """Not when the garbage collector next looks: until then others would be refused for it."""
+    budget = BodyBudget(500_000)
+    head = b"Content-Length: 900000\r\n\r\n" if framing == "length" else b"Transfer-Encoding: chunked\r\n\r\ndbba0\r\n"
+    gc.disable()
+    try:
+        read = fed(START + head + bytes(400_000), 10**6, budget)
+        assert budget.held_bytes > 0
+        read.feed(bytes(200_000))
+        assert read.environ is not None
+        assert isinstance(read.environ[REFUSED], Overloaded)
+        assert budget.held_bytes == 0
+    finally:
+        gc.enable()
+
+
+def test_a_body_may_be_freed_in_the_middle_of_counting_another() -> None:
+    """The garbage collector runs its destructor wherever something is made, in the thread that holds what `take` locks."""
+
+    class Collects(int):
+        def __radd__(self, other: int) -> int:
+            gc.collect()
+            return int(self) + other
+
+    class Ring:
+        def __init__(self, body: Body) -> None:
+            self.body, self.self = body, self
+
+    budget, taken = BodyBudget(10**6), []
+    body = Body(900_000)
+    body.charge(budget, 900_000)
+    ring = Ring(body)
+    del ring, body
+    thread = threading.Thread(target=lambda: taken.append(budget.take(Collects(10))), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert taken == [None], "it waits for itself"
+    assert budget.held_bytes == 10
 
 
 def test_announcing_a_body_costs_nothing() -> None:
