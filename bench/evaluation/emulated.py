@@ -5,6 +5,7 @@ import contextlib
 import sys
 import urllib.error
 import urllib.request
+from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -14,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bench.evaluation.outcome import Cost, Objective, Outcome, outcome_of
 from bench.evaluation.publication import publish_emulated
+from bench.evaluation.replay import BEGUN
 from bench.evaluation.setting import Setting
 from bench.evaluation.trace import Floats, Trace
 from knative.commands.sources.local_pipeline import LocalPipeline, local_pipeline
@@ -62,13 +64,12 @@ class EmulatedRun:
             await platform.apply(services(self._local.pipeline))
             await self._all_awake(platform)
             self._seen = {pod.name for pods in self._pods(platform) for pod in pods}
-            loop = asyncio.get_running_loop()
-            began = loop.time()
-            async with self._watched(platform):
-                first, last, prompts = await self._asked(platform.url(self._local.pipeline.spec.name))
-                seconds = self._trace.seconds + self._tail_seconds
-                await asyncio.sleep(max(0.0, began + seconds - loop.time()))
+            seconds = self._trace.seconds + self._tail_seconds
+            async with self._asking(platform.url(self._local.pipeline.spec.name)) as asking:
+                async with self._reading_busy(platform):
+                    await self._count(platform, seconds)
                 self.passes = [await asyncio.to_thread(passes_of, pods) for pods in self._pods(platform)]
+                first, last, prompts = await self._answered(asking)
         finally:
             await platform.stop(_STOP_SECONDS)
         tokens = prompts + int(self._trace.answer_tokens[np.isfinite(last)].sum())
@@ -100,27 +101,28 @@ class EmulatedRun:
         except TimeoutError as error:
             raise NotReady(f"{self._way}: not awake in {_READY_SECONDS:g} s; {self._folder} says why") from error
 
-    @contextlib.asynccontextmanager
-    async def _watched(self, platform: Platform) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(self._count(platform)), asyncio.create_task(self._read_busy(platform))]
-        try:
-            yield
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _count(self, platform: Platform) -> None:
+    async def _count(self, platform: Platform, seconds: float) -> None:
+        """What pods cost, for so long from now."""
         loop = asyncio.get_running_loop()
         before = loop.time()
-        while True:
-            await asyncio.sleep(_LOOK_SECONDS)
+        end = before + seconds
+        while before < end:
+            await asyncio.sleep(min(_LOOK_SECONDS, end - before))
             now = loop.time()
             for index, pods in enumerate(self._pods(platform)):
                 self._replica_seconds[index] += len(pods) * (now - before)
                 self._cold_starts += len({pod.name for pod in pods} - self._seen)
                 self._seen |= {pod.name for pod in pods}
             before = now
+
+    @contextlib.asynccontextmanager
+    async def _reading_busy(self, platform: Platform) -> AsyncIterator[None]:
+        task = asyncio.create_task(self._read_busy(platform))
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     async def _read_busy(self, platform: Platform) -> None:
         """Where the class is HPA: its metric is how busy a device is, which the system cannot tell of one that is emulated."""
@@ -132,8 +134,10 @@ class EmulatedRun:
                 if pod.ready and pod.pid is not None and pod.metrics_port:
                     self._busy[pod.pid], _ = await asyncio.to_thread(passes_of, [pod])
 
-    async def _asked(self, url: str) -> tuple[Floats, Floats, int]:
-        trace_file, times_file = self._folder / "trace.npz", self._folder / "times.npz"
+    @contextlib.asynccontextmanager
+    async def _asking(self, url: str) -> AsyncIterator[Process]:
+        """The process that asks, from the moment when the trace begins."""
+        trace_file = self._folder / "trace.npz"
         trace = self._trace
         np.savez(
             trace_file,
@@ -141,25 +145,27 @@ class EmulatedRun:
             prompt_tokens=trace.prompt_tokens,
             answer_tokens=trace.answer_tokens,
         )
-        command = [
-            sys.executable,
-            "-m",
-            "bench.evaluation.replay",
-            url,
-            str(trace_file),
-            str(times_file),
-            str(self._tail_seconds),
-        ]
-        process = await asyncio.create_subprocess_exec(*command, cwd=ROOT)
+        command = ["-m", "bench.evaluation.replay", url, trace_file, self._times_file, str(self._tail_seconds)]
+        process = await asyncio.create_subprocess_exec(sys.executable, *command, cwd=ROOT, stdout=PIPE)
         try:
-            if await process.wait():
-                raise RuntimeError(f"the process that asks ended with status {process.returncode}")
+            assert process.stdout is not None
+            if (await process.stdout.readline()).decode().strip() != BEGUN:
+                raise RuntimeError(f"the process that asks ended with status {await process.wait()}")
+            yield process
         finally:
             if process.returncode is None:
                 process.terminate()
                 await process.wait()
-        times = np.load(times_file)
+
+    async def _answered(self, asking: Process) -> tuple[Floats, Floats, int]:
+        if await asking.wait():
+            raise RuntimeError(f"the process that asks ended with status {asking.returncode}")
+        times = np.load(self._times_file)
         return times["first"], times["last"], int(times["prompts"])
+
+    @property
+    def _times_file(self) -> Path:
+        return self._folder / "times.npz"
 
 
 def passes_of(pods: Sequence[Pod]) -> tuple[float, float]:

@@ -1,5 +1,7 @@
 """Asks a gateway as a trace says, in a process of its own: when each answer's first and last token came.
 
+It prints BEGUN when the trace begins, so that whoever counts meanwhile does not count how long it took to start.
+
 python -m bench.evaluation.replay URL TRACE.npz TIMES.npz TAIL_SECONDS
 """
 
@@ -17,6 +19,7 @@ from bench.evaluation.trace import Floats, Trace
 from eventing.wire.generation import TokenEvent
 from knative.commands.terminal.asking import AskFailed, Question, ask
 
+BEGUN: Final = "begun"
 _WORDS: Final = ("river", "stone", "lamp", "seven", "north", "glass", "quiet", "engine", "paper", "winter", "copper", "field")
 """A token each, with the space before it, of the default model's tokenizer."""
 
@@ -27,6 +30,7 @@ async def replay(url: str, trace: Trace, tail_seconds: float) -> tuple[Floats, F
     tail_seconds: behind the last arrival; what has not ended then is broken off.
     """
     loop = asyncio.get_running_loop()
+    print(BEGUN, flush=True)
     began = loop.time()
     first, last = np.full(len(trace), np.nan), np.full(len(trace), np.nan)
     prompts = 0

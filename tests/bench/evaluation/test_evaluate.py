@@ -67,7 +67,7 @@ def test_the_system_runs_with_emulated_devices_and_is_compared_with_its_simulati
     assert found.outcome.failed < found.outcome.requests
     assert 0.05 < found.outcome.token_seconds[0] < 2
     seconds = found.outcome.seconds
-    assert found.outcome.cost.replica_seconds == pytest.approx(4 * seconds, rel=0.3)
+    assert found.outcome.cost.replica_seconds == pytest.approx(4 * seconds, rel=0.05)
     assert found.outcome.cost.network_bytes > 500 * 3 * 2 * 2 * 5120
     text = document.read_text()
     assert "| bursts | pipeline, HPA | replica-seconds |" in text
