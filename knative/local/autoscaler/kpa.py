@@ -6,7 +6,7 @@ formulae, and tests hold both to decisions recorded from Knative's own code.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 from knative.local.autoscaler.metric_window import WINDOWS, LinearWindow, MetricWindow
@@ -80,16 +80,17 @@ def scale(
     pods = max(1, ready)
     wanted_panic = math.ceil(panic / spec.target_value)
     over_threshold = wanted_panic / pods >= spec.panic_threshold
-    state = _panic(spec, state, over_threshold, now)
+    panic_since = _panic_since(spec, state, over_threshold, now)
+    max_panic_pods, delayed = 0, state.delayed
 
     desired = _bounded(spec, math.ceil(stable / spec.target_value), pods)
-    if state.panicking:
-        desired = max(desired, _bounded(spec, wanted_panic, pods), state.max_panic_pods)
-        state = replace(state, max_panic_pods=desired)
+    if panic_since is not None:
+        desired = max_panic_pods = max(desired, _bounded(spec, wanted_panic, pods), state.max_panic_pods)
     if spec.reachable and spec.scale_down_delay_seconds > 0:
-        state = replace(state, delayed=_delay(spec, state.delayed, desired, now))
-        desired = state.delayed[0][1]
-    return Decision(desired, _excess_burst_capacity(spec, ready, panic), stable, panic, state.panicking), state
+        delayed = _delay(spec, delayed, desired, now)
+        desired = delayed[0][1]
+    decision = Decision(desired, _excess_burst_capacity(spec, ready, panic), stable, panic, panic_since is not None)
+    return decision, AutoscalerState(panic_since, max_panic_pods, delayed)
 
 
 def _bounded(spec: DeciderSpec, wanted: int, pods: int) -> int:
@@ -102,13 +103,13 @@ def _bounded(spec: DeciderSpec, wanted: int, pods: int) -> int:
     return desired
 
 
-def _panic(spec: DeciderSpec, state: AutoscalerState, over_threshold: bool, now: float) -> AutoscalerState:
+def _panic_since(spec: DeciderSpec, state: AutoscalerState, over_threshold: bool, now: float) -> float | None:
     """Enters panic, extends it, or leaves it a stable window after the threshold was last exceeded."""
     if over_threshold:
-        return replace(state, panic_since=now)
+        return now
     if state.panic_since is not None and now > state.panic_since + spec.stable_window_seconds:
-        return replace(state, panic_since=None, max_panic_pods=0)
-    return state
+        return None
+    return state.panic_since
 
 
 def _delay(spec: DeciderSpec, delayed: tuple[tuple[int, int], ...], desired: int, now: float) -> tuple[tuple[int, int], ...]:

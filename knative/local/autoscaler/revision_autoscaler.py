@@ -72,7 +72,8 @@ class RevisionAutoscaler:
         self, now: float, *, replicas: int, ready: int, reachable: bool = True, backed_by_activator: bool = True
     ) -> Reconciliation:
         """replicas: pods there are to be now. backed_by_activator: what the last `proxy` asked for is in effect."""
-        self._autoscaler.spec = replace(self._autoscaler.spec, reachable=reachable)
+        if reachable != self._autoscaler.spec.reachable:
+            self._autoscaler.spec = replace(self._autoscaler.spec, reachable=reachable)
         target = scale_target(
             self.settings,
             self.status,
@@ -84,7 +85,7 @@ class RevisionAutoscaler:
         proxy = in_proxy_mode(target.want, self.excess_burst_capacity)
         status = next_status(self.settings, self.status, target.want, ready, now, reachable=reachable)
         since = (self.status.proxied_since if self.status.proxied_since is not None else now) if proxy else None
-        self.status = replace(status, proxied_since=since)
+        self.status = status if since == status.proxied_since else replace(status, proxied_since=since)
         return Reconciliation(
             replicas=target.want if target.apply else replicas,
             proxy=proxy,

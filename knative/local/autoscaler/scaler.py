@@ -90,8 +90,11 @@ def next_status(
         activity = Activity.INACTIVE
     elif want > 0 or activity is not Activity.INACTIVE:
         activity = Activity.ACTIVE if ready >= threshold else Activity.ACTIVATING
+    initialized = status.initialized or ready >= threshold
+    if (activity, initialized) == (status.activity, status.initialized):
+        return status
     since = status.since if activity is status.activity else now
-    return replace(status, activity=activity, since=since, initialized=status.initialized or ready >= threshold)
+    return replace(status, activity=activity, since=since, initialized=initialized)
 
 
 def in_proxy_mode(want: int, excess_burst_capacity: int) -> bool:
