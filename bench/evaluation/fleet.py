@@ -4,7 +4,7 @@ Pods are a count of ready ones and processes of simpy that start or leave. What 
 second and every two is done here on the simulation's clock.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Final
 
 import simpy
@@ -20,6 +20,16 @@ from knative.webhook.autoscaling_annotations import HPA
 SCRAPE_SECONDS: Final = 1.0
 _DRAIN_SECONDS: Final = PodTiming().drain_quiet_seconds
 _Wait = Generator[simpy.Event, None, None]
+
+
+def reconcile_forever(env: simpy.Environment, fleets: "Sequence[Fleet]") -> _Wait:
+    while True:
+        for _ in range(round(TICK_SECONDS / SCRAPE_SECONDS)):
+            yield env.timeout(SCRAPE_SECONDS)
+            for fleet in fleets:
+                fleet.record()
+        for fleet in fleets:
+            fleet.decide()
 
 
 def settings_of(template: Mapping[str, Any]) -> RevisionSettings:
@@ -46,7 +56,6 @@ class Fleet:
         self._counted_at = 0.0
         self._hpa = HorizontalPodAutoscaler(hpa_spec(settings)) if settings.autoscaler_class == HPA else None
         self.autoscaler = RevisionAutoscaler(settings, ready=self.ready, now=env.now)
-        env.process(self._reconcile_forever())
 
     @property
     def staying(self) -> int:
@@ -57,7 +66,7 @@ class Fleet:
         if self.staying or self._hpa is not None:
             return
         self.autoscaler.record(self._env.now, 1.0, 1.0)
-        self._decide()
+        self.decide()
 
     def count(self) -> None:
         """Replica-seconds up to now."""
@@ -65,15 +74,11 @@ class Fleet:
         self.replica_seconds += held * (self._env.now - self._counted_at)
         self._counted_at = self._env.now
 
-    def _reconcile_forever(self) -> _Wait:
-        while True:
-            for _ in range(round(TICK_SECONDS / SCRAPE_SECONDS)):
-                yield self._env.timeout(SCRAPE_SECONDS)
-                if self.ready or self.in_flight:
-                    self.autoscaler.record(self._env.now, self.in_flight, 0.0)
-            self._decide()
+    def record(self) -> None:
+        if self.ready or self.in_flight:
+            self.autoscaler.record(self._env.now, self.in_flight, 0.0)
 
-    def _decide(self) -> None:
+    def decide(self) -> None:
         now = self._env.now
         if self._hpa is not None:
             if now % SYNC_SECONDS < TICK_SECONDS and now >= SYNC_SECONDS:

@@ -6,7 +6,7 @@ exponentially long, so that a round takes the longer of what it takes when nobod
 allows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -58,14 +58,23 @@ class Flow:
     fill_seconds: float
     """From the first stage's pass to the last one's end, of a chunk."""
     in_flight: tuple[float, ...]
-    """Requests at each stage."""
+    """Requests at each of the stages that were given."""
     busy_share: tuple[float, ...]
     """Of its pods' time."""
 
 
-def flow(times: Sequence[PassTimes], ready: Sequence[int], work: Work, overheads: Overheads) -> Flow:
-    """ready: pods of each stage, at least one."""
-    stages = range(len(times))
+def flow(
+    times: Sequence[PassTimes], ready: Sequence[int], work: Work, overheads: Overheads, alike: Sequence[int] | None = None
+) -> Flow:
+    """ready: pods of each stage, at least one. alike: stages that each of these stands for, since they fare the same; None:
+    itself only."""
+    many = alike or [1] * len(times)
+    num_stages = sum(many)
+    kinds = range(len(times))
+
+    def total(of_kinds: Iterable[float]) -> float:
+        return sum(each * count for each, count in zip(of_kinds, many, strict=True))
+
     rows = work.decoding / work.micro_batches if work.micro_batches else 0.0
     held = rows * work.held_tokens
     hop = overheads.hop_seconds + rows * work.hop_bytes_per_token / overheads.bytes_per_second
@@ -81,40 +90,39 @@ def flow(times: Sequence[PassTimes], ready: Sequence[int], work: Work, overheads
         else 0.0
         for each in times
     ]
-    at_pod = [work.micro_batches / ready[k] for k in stages]
-    unhindered = sum(step) + len(times) * hop
-    round_seconds = max(unhindered, *(at_pod[k] * step[k] for k in stages)) if rows else 0.0
+    at_pod = [work.micro_batches / count for count in ready]
+    unhindered = total(step) + num_stages * hop
+    round_seconds = max(unhindered, *(at_pod[k] * step[k] for k in kinds)) if rows else 0.0
     rate = 0.0
     if size:
         # Of the micro-batches that go round, each stage has its part waiting when a chunk comes.
-        left = [1 - at_pod[k] * step[k] / round_seconds if rows else 1.0 for k in stages]
-        share = [max(left[k], chunk[k] / (chunk[k] + max(1.0, at_pod[k] / len(times)) * step[k])) for k in stages]
-        rate = min(ready[k] * share[k] / chunk[k] for k in stages)
-    taken = [rate * chunk[k] / ready[k] for k in stages]
+        left = [1 - at_pod[k] * step[k] / round_seconds if rows else 1.0 for k in kinds]
+        share = [max(left[k], chunk[k] / (chunk[k] + max(1.0, at_pod[k] / num_stages) * step[k])) for k in kinds]
+        rate = min(ready[k] * share[k] / chunk[k] for k in kinds)
+    taken = [rate * chunk[k] / ready[k] for k in kinds]
     if rows:
-        waits = [taken[k] * chunk[k] / 2 for k in stages]
-        unhindered += sum(waits)
-        bound = [at_pod[k] * step[k] / max(0.05, 1 - taken[k]) for k in stages]
+        unhindered += total(taken[k] * chunk[k] / 2 for k in kinds)
+        bound = [at_pod[k] * step[k] / max(0.05, 1 - taken[k]) for k in kinds]
         round_seconds = max(unhindered, *bound)
     slack = round_seconds - unhindered
-    demand = [step[k] / ready[k] for k in stages]
+    demand = [step[k] / ready[k] for k in kinds]
     narrowness = [(each / max(demand)) ** _SHARPNESS if rows else 0.0 for each in demand]
     in_flight = []
-    for k in stages:
+    for k in kinds:
         mine = 0.0
         if rows:
-            here = step[k] + hop / 2 + taken[k] * chunk[k] / 2 + slack * narrowness[k] / sum(narrowness)
+            here = step[k] + hop / 2 + taken[k] * chunk[k] / 2 + slack * narrowness[k] / total(narrowness)
             mine += work.micro_batches * here / round_seconds
         if size:
             mine += min(ready[k], rate * (chunk[k] + chunk_hop / 2 + min(1.0, at_pod[k]) * step[k]))
         in_flight.append(mine)
-    alone = max((chunk[k] + (step[k] if rows else 0.0) for k in stages), default=0.0)
-    busy = [min(1.0, taken[k] + (at_pod[k] * step[k] / round_seconds if rows else 0.0)) for k in stages]
+    alone = max((chunk[k] + (step[k] if rows else 0.0) for k in kinds), default=0.0)
+    busy = [min(1.0, taken[k] + (at_pod[k] * step[k] / round_seconds if rows else 0.0)) for k in kinds]
     return Flow(
         round_seconds=round_seconds,
         prompt_tokens_per_second=rate * size,
         prompt_tokens_per_second_alone=size / alone if size else 0.0,
-        fill_seconds=sum(chunk) + len(times) * chunk_hop + sum(min(1.0, at_pod[k]) * step[k] / 2 for k in stages),
+        fill_seconds=total(chunk) + num_stages * chunk_hop + total(min(1.0, at_pod[k]) * step[k] / 2 for k in kinds),
         in_flight=tuple(in_flight),
         busy_share=tuple(busy),
     )

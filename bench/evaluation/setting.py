@@ -65,9 +65,13 @@ class Setting:
     def context_tokens(self) -> int:
         return int(str(self.config["max_position_embeddings"]))
 
+    @cached_property
+    def pieces(self) -> Cut:
+        """By the planner, which takes longer for many stages than a simulation."""
+        return cut_evenly(self.shape, self.stages)
+
     def cut(self, way: str) -> Cut:
-        """By the planner."""
-        return cut_evenly(self.shape, self.stages if way in _CUT_WAYS else 1)
+        return self.pieces if way in _CUT_WAYS else ((0, self.shape.num_layers),)
 
     def plans(self, way: str) -> tuple[StagePlan, ...]:
         return plan_stages(self.shape, self.cut(way))

@@ -8,6 +8,7 @@ from eventing.wire.control import MOST_PEERS, ReleaseRow
 from eventing.wire.events import Status
 from functions.gateway.scheduling.actions import Reserve
 from functions.gateway.scheduling.board import Board
+from functions.gateway.scheduling.capacity import sequences_beyond
 from functions.gateway.scheduling.failures import Failures
 from functions.gateway.scheduling.following import asks_again, follow
 from functions.gateway.scheduling.micro_batch import MicroBatch
@@ -27,7 +28,7 @@ class Admission:
     def room(self) -> int:
         """Sequences that could be taken into micro-batches now, beyond those that are."""
         board = self._board
-        return board.micro_batches_allowed() * board.limits.micro_batch_sequences - board.running
+        return sequences_beyond(board.running, board.micro_batches_allowed(), board.limits.micro_batch_sequences)
 
     def take_in(self, now: float) -> list[Reserve]:
         """Those whose turn it is join micro-batches; what has to be asked for them."""

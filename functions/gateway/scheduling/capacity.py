@@ -1,4 +1,4 @@
-"""How many micro-batches may be in flight, and into how many the sequences are divided."""
+"""How many micro-batches may be in flight, into how many the sequences are divided, and who else may come."""
 
 import math
 from collections.abc import Callable
@@ -51,6 +51,16 @@ def micro_batches_wanted(
     then full ones, as many as allowed. filling: how many fill a network, from how many sequences and at least so many."""
     few = min(sequences, allowed, max(stages_at_once, math.ceil(sequences / most_sequences)))
     return few if filling is None or few < 1 else min(sequences, allowed, filling(sequences, few))
+
+
+def sequences_beyond(running: int, allowed: int, most_sequences: int) -> int:
+    """That could be taken into `allowed` micro-batches; below zero where fewer are allowed than there are."""
+    return allowed * most_sequences - running
+
+
+def most_waiting(queue_limit: int, beyond: int) -> int:
+    """Whoever finds so many is refused. beyond: of `sequences_beyond`, who wait for nothing but the next step."""
+    return queue_limit + max(0, beyond)
 
 
 def micro_batches_that_fill(

@@ -24,6 +24,7 @@ from eventing.wire.events import MAX_POSITION
 from functions.gateway.scheduling.actions import Action, Release, Reserve, Wake, Walk
 from functions.gateway.scheduling.admission import Admission
 from functions.gateway.scheduling.board import Board
+from functions.gateway.scheduling.capacity import most_waiting
 from functions.gateway.scheduling.cold_starts import ColdStarts
 from functions.gateway.scheduling.failures import Failures
 from functions.gateway.scheduling.guessing import Experience
@@ -223,7 +224,7 @@ class Scheduler:
         if self._closing:
             raise NotReady(_SHUTTING_DOWN)
         waiting = len(self._board.waiting) + self._entering
-        if waiting >= self._limits.queue_limit + max(0, self._admission.room()):
+        if waiting >= most_waiting(self._limits.queue_limit, self._admission.room()):
             raise QueueFull(f"{waiting} requests wait already; ask again later")
 
     def _act(self) -> None:

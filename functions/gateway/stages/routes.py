@@ -19,6 +19,11 @@ REBALANCE_AT: Final = 2
 """An instance that carries so many routes more than another gives one away."""
 
 
+def uneven(most_routes: int, least_routes: int) -> bool:
+    """At two instances of a stage: the one with the most gives one away to the one with the least."""
+    return most_routes - least_routes >= REBALANCE_AT
+
+
 class Route:
     """One instance per stage, counted at each of them until it is closed."""
 
@@ -158,7 +163,7 @@ class Placement:
             if len(usable) > 1:
                 least = min(usable, key=lambda instance: instance.routes)
                 most = max(usable, key=lambda instance: instance.routes)
-                if most.routes - least.routes >= REBALANCE_AT:
+                if uneven(most.routes, least.routes):
                     return most, least
         return None
 

@@ -3,7 +3,9 @@
 import ast
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,9 @@ from bench.evaluation.setting import MODELS, WAYS, OverBudget, Setting
 from bench.evaluation.simulator import Simulation, World
 from bench.evaluation.trace import Sizes, Trace, drawn
 from functions.configuration.pass_times import PassTimes
-from functions.gateway.scheduling import capacity
+from functions.gateway.scheduling import admission, board, capacity, scheduler
+from functions.gateway.stages import routes
+from functions.gateway.stages.instances import Endpoint
 from knative.local.autoscaler import hpa, kpa, revision_autoscaler
 from knative.spec.cut import cut_evenly
 from tests.support.paths import ROOT
@@ -40,11 +44,17 @@ def simulated(way: str, trace: Trace, given: Setting | None = None, world: World
 def test_what_decides_is_the_platforms_own_and_no_copy() -> None:
     assert fleet.RevisionAutoscaler is revision_autoscaler.RevisionAutoscaler
     assert fleet.HorizontalPodAutoscaler is hpa.HorizontalPodAutoscaler
-    assert simulator.micro_batches_allowed is capacity.micro_batches_allowed
-    assert simulator.micro_batches_wanted is capacity.micro_batches_wanted
     assert setting().cut(KPA) == cut_evenly(setting().shape, 4)
-    theirs = {"RevisionAutoscaler", "HorizontalPodAutoscaler", "scale", "recommend"}
-    theirs |= {"micro_batches_allowed", "micro_batches_wanted", "cut_evenly"}
+    theirs = {"RevisionAutoscaler", "HorizontalPodAutoscaler", "scale", "recommend", "cut_evenly"}
+    for name, users, module in (
+        ("micro_batches_allowed", (simulator, board), capacity),
+        ("micro_batches_wanted", (simulator, board), capacity),
+        ("sequences_beyond", (simulator, admission), capacity),
+        ("most_waiting", (simulator, scheduler), capacity),
+        ("uneven", (simulator,), routes),
+    ):
+        assert {getattr(user, name) for user in users} == {getattr(module, name)}
+        theirs.add(name)
     for path in (ROOT / "bench" / "evaluation").glob("*.py"):
         nodes = ast.walk(ast.parse(path.read_text()))
         own = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
@@ -56,9 +66,9 @@ def test_another_decision_of_knatives_is_another_number_of_pods(monkeypatch: pyt
     _, before = simulated(KPA, trace)
     real = kpa.scale
 
-    def timid(*arguments: object) -> object:
-        decision, state = real(*arguments)  # type: ignore[arg-type]
-        return kpa.replace(decision, desired_scale=min(1, decision.desired_scale)), state  # type: ignore[attr-defined]
+    def timid(*arguments: Any) -> object:
+        decision, state = real(*arguments)
+        return replace(decision, desired_scale=min(1, decision.desired_scale)), state
 
     monkeypatch.setattr(kpa, "scale", timid)
     _, after = simulated(KPA, trace)
@@ -71,6 +81,40 @@ def test_another_admission_is_another_latency(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(simulator, "micro_batches_allowed", lambda *_: 1)
     after, _ = simulated(STATIC, trace)
     assert after.first_token_seconds[1] > 2 * before.first_token_seconds[1]
+
+
+def test_another_bound_of_who_is_admitted_or_may_wait_is_another_latency_or_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = steady(3.0, 60)
+    before, _ = simulated(STATIC, trace)
+    monkeypatch.setattr(simulator, "sequences_beyond", lambda running, *_: 1 - running)
+    alone, _ = simulated(STATIC, trace)
+    assert alone.first_token_seconds[1] > 2 * before.first_token_seconds[1]
+    monkeypatch.undo()
+    monkeypatch.setattr(simulator, "most_waiting", lambda *_: 1)
+    refusing, _ = simulated(STATIC, trace)
+    assert refusing.failed > before.failed == 0
+
+
+def test_nothing_is_computed_anew_where_no_micro_batch_may_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = steady(3.0, 60)
+    moving, _ = simulated(KPA, trace)
+    monkeypatch.setattr(simulator, "uneven", lambda *_: False)
+    staying, _ = simulated(KPA, trace)
+    tokens = trace.within(4096).prompt_tokens.sum() + trace.answer_tokens.sum()
+    assert staying.cost.network_bytes == tokens * 3 * 2 * 2 * 5120 < moving.cost.network_bytes
+
+
+@pytest.mark.parametrize(("micro_batches", "before", "now"), [(1, 1, 8), (8, 4, 8), (7, 4, 5), (13, 1, 3), (20, 3, 4)])
+def test_as_many_micro_batches_move_as_the_gateway_moves(micro_batches: int, before: int, now: int) -> None:
+    placed = routes.Placement(["http://stage-0"], watched=True)
+    placed.update(0, [Endpoint(f"pod-{pod}") for pod in range(before)])
+    there = [route for _ in range(micro_batches) if (route := placed.place(1)) is not None]
+    placed.update(0, [Endpoint(f"pod-{pod}") for pod in range(now)])
+    moves = 0
+    while (found := placed.unbalanced()) is not None:
+        next(route for route in there if found[0] in route.instances).replace(found[1])
+        moves += 1
+    assert simulator.moves_to(micro_batches, before, now) == moves
 
 
 def test_one_conversation_takes_what_passes_and_hops_take() -> None:
@@ -132,6 +176,17 @@ def test_a_round_is_what_nobody_waits_for_or_what_the_narrowest_stage_allows() -
     busy = flow(times, [1, 1, 1], work(4), none)
     assert busy.in_flight == pytest.approx((4 / 12, 4 * 10 / 12, 4 / 12), rel=0.01)
     assert busy.busy_share[1] == pytest.approx(1.0)
+
+
+def test_stages_that_fare_alike_are_computed_once() -> None:
+    inner, last = PassTimes(fixed_seconds=0.03), PassTimes(fixed_seconds=0.05, token_seconds=0.001)
+    work = Work(9, 9, 100.0, 500.0, 256, 1e4)
+    once = flow([inner, last], [2, 3], work, Overheads(), [3, 1])
+    each = flow([inner, inner, inner, last], [2, 2, 2, 3], work, Overheads())
+    assert once.round_seconds == pytest.approx(each.round_seconds)
+    assert once.fill_seconds == pytest.approx(each.fill_seconds)
+    assert once.prompt_tokens_per_second == pytest.approx(each.prompt_tokens_per_second)
+    assert once.in_flight == pytest.approx((each.in_flight[0], each.in_flight[3]))
 
 
 def test_a_thousand_pods_are_simulated_a_thousand_times_faster_than_they_live() -> None:
