@@ -2,7 +2,7 @@
 
     python -m bench.evaluation                               all, under an hour on two cores that do nothing else
     python -m bench.evaluation --quick                       all in small, some minutes: it shows that all runs, no more
-    python -m bench.evaluation simulated scale               some of: emulated, calibration, simulated, scale, network
+    python -m bench.evaluation simulated scale               some of: emulated, calibration, simulated, measured, scale, network
     python -m bench.evaluation --trace azure-2023.csv.gz     with the arrivals and sizes of a recorded trace
 
 Each run's result is a file in the state folder: what is there is not run again, so that a broken-off evaluation goes on
@@ -54,7 +54,7 @@ class Evaluation:
             return experiments.emulated(plan, lambda: self.store, self._state / "logs")
         if name == "calibration":
             return experiments.calibration(plan, self.overheads)
-        return experiments.simulated(plan) if name == "simulated" else experiments.at_scale(plan)
+        return {"simulated": experiments.simulated, "measured": experiments.measured, "scale": experiments.at_scale}[name](plan)
 
     @cached_property
     def store(self) -> ObjectStore:

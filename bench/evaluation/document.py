@@ -6,9 +6,11 @@ from pathlib import Path
 from bench.evaluation.loads import LOADS
 from bench.evaluation.outcome import Objective
 from bench.evaluation.plots import draw_scale, draw_ways
+from bench.evaluation.profile import read_profile
 from bench.evaluation.report import calibration_table, claims, scale_table, ways_table
 from bench.evaluation.results import Result
 from bench.evaluation.rounds import Overheads
+from bench.evaluation.setting import SMOLLM2_PROFILE
 from bench.report import machine, write_section
 
 
@@ -23,12 +25,18 @@ def write_document(
     """Section → Markdown, written where there is a document. Figures lie beside it."""
     facts = f"`{command}` on {machine()}; {seconds / 60:.0f} minutes, what was found before not counted."
     pages: dict[str, str] = {}
-    for name, title in (
-        ("emulated", "Five ways, devices emulated and the system real"),
-        ("simulated", "Five ways, simulated for longer"),
+    profile = read_profile(SMOLLM2_PROFILE)
+    for name, title, note in (
+        ("emulated", "Five ways, devices emulated and the system real", ""),
+        ("simulated", "Five ways, simulated for longer", ""),
+        (
+            "measured",
+            "Five ways, simulated by measured passes",
+            f" Passes as measured of {profile.source}; the fit is off by {profile.worst_error or 0:.0%} where it is worst.",
+        ),
     ):
         if found.get(name):
-            pages[name] = _ways(found[name], f"## {title}", facts, document, name)
+            pages[name] = _ways(found[name], f"## {title}", facts + note, document, name)
     if found.get("calibration") and overheads is not None:
         pages["calibration"] = _calibration(found.get("emulated", []), found["calibration"], overheads, facts)
     if found.get("scale"):

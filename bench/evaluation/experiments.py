@@ -17,16 +17,16 @@ from bench.evaluation.emulated import EmulatedRun
 from bench.evaluation.loads import LOADS, make_loads
 from bench.evaluation.network import Lengths, all_networks
 from bench.evaluation.outcome import Cost, Outcome
-from bench.evaluation.profile import DoesNotFit
+from bench.evaluation.profile import DoesNotFit, read_profile
 from bench.evaluation.results import Result, RunKey
 from bench.evaluation.rounds import Overheads
-from bench.evaluation.setting import MODELS, WAYS, Setting
+from bench.evaluation.setting import MODELS, SMOLLM2_PROFILE, WAYS, Setting
 from bench.evaluation.simulator import Simulation, World
 from bench.evaluation.trace import Sizes, Trace, drawn, read_trace
 from knative.local.proxies.network import Network
 from storage.store.object_store import ObjectStore
 
-NAMES: Final = ("emulated", "calibration", "simulated", "scale", "network")
+NAMES: Final = ("emulated", "calibration", "simulated", "measured", "scale", "network")
 SCALE_STAGES: Final = (1, 2, 4, 8, 16)
 _SCALE_DEVICES: Final = 1024
 _TIMES_THE_TRACE: Final = 100.0
@@ -50,6 +50,8 @@ class Plan:
     simulated_seconds: int = 600
     simulated_runs: int = 5
     simulated_loads: Sequence[str] = LOADS
+    measured_loads: Sequence[str] = ("bursts",)
+    measured_runs: int = 5
     scale_seconds: int = 1200
     scale_runs: int = 3
     scale_stages: Sequence[int] = SCALE_STAGES
@@ -66,6 +68,7 @@ QUICK: Final = Plan(
     runs=1,
     simulated_seconds=120,
     simulated_runs=2,
+    measured_runs=1,
     scale_seconds=60,
     scale_runs=1,
     scale_stages=(1, 4),
@@ -83,8 +86,16 @@ class Run:
 
 
 def setting_13b(stages: int = 4, devices: int = 8, device: str = "l40s") -> Setting:
-    config = json.loads(MODELS["llama-2-13b"].read_text(encoding="utf-8"))
-    return Setting(model="llama-2-13b", config=config, device_name=device, stages=stages, devices=devices)
+    return Setting(model="llama-2-13b", config=_config("llama-2-13b"), device_name=device, stages=stages, devices=devices)
+
+
+def setting_smollm2() -> Setting:
+    """On as many cores as 13B has GPUs, each with the memory of a small pod, by a profile that was measured on one."""
+    name = "smollm2-135m-instruct"
+    measured = read_profile(SMOLLM2_PROFILE)
+    return Setting(
+        model=name, config=_config(name), device_name="cores", stages=4, devices=8, measured=measured, memory_bytes=2e9
+    )
 
 
 def _scaled_13b(stages: int) -> Setting:
@@ -92,8 +103,13 @@ def _scaled_13b(stages: int) -> Setting:
 
 
 def _scaled_70b(stages: int) -> Setting:
-    config = json.loads(MODELS["llama-2-70b"].read_text(encoding="utf-8"))
+    config = _config("llama-2-70b")
     return Setting(model="llama-2-70b", config=config, device_name="h100-sxm", stages=stages, devices=_SCALE_DEVICES)
+
+
+def _config(model: str) -> dict[str, object]:
+    found: dict[str, object] = json.loads(MODELS[model].read_text(encoding="utf-8"))
+    return found
 
 
 def emulated(plan: Plan, store: Callable[[], ObjectStore], folder: Path) -> Iterator[Run]:
@@ -127,11 +143,20 @@ def calibration(plan: Plan, overheads: Overheads) -> Iterator[Run]:
 
 def simulated(plan: Plan) -> Iterator[Run]:
     """The five ways under all loads, simulated, for longer."""
-    setting, trace = setting_13b(), _trace(plan)
-    for load in plan.simulated_loads:
+    return _five_ways("simulated", plan, setting_13b(), plan.simulated_loads, plan.simulated_runs)
+
+
+def measured(plan: Plan) -> Iterator[Run]:
+    """The same for a model whose passes were measured rather than computed from figures."""
+    return _five_ways("measured", plan, setting_smollm2(), plan.measured_loads, plan.measured_runs)
+
+
+def _five_ways(experiment: str, plan: Plan, setting: Setting, loads: Sequence[str], runs: int) -> Iterator[Run]:
+    trace = _trace(plan)
+    for load in loads:
         for way in WAYS:
-            for seed in range(plan.simulated_runs):
-                key = _key("simulated", plan, setting, load, way, seed, plan.simulated_seconds, plan.emulated_peak)
+            for seed in range(runs):
+                key = _key(experiment, plan, setting, load, way, seed, plan.simulated_seconds, plan.emulated_peak)
                 yield Run(key, _simulate(key, setting, _load(plan, key, trace), World(tail_seconds=key.tail_seconds)))
 
 
@@ -169,6 +194,7 @@ def _key(experiment: str, plan: Plan, setting: Setting, load: str, way: str, see
         tail_seconds=plan.tail_seconds,
         answer_tokens=plan.answer_tokens,
         trace=digest,
+        profile=None if setting.measured is None else hashlib.sha256(msgspec.json.encode(setting.measured)).hexdigest()[:16],
     )
 
 

@@ -32,6 +32,8 @@ class RunKey(msgspec.Struct, frozen=True, kw_only=True):
     answer_tokens: int
     trace: str | None = None
     """Digest of the file that the user named."""
+    profile: str | None = None
+    """Digest of a measured one."""
     overheads: tuple[float, float] | None = None
 
     @property

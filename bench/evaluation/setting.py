@@ -22,6 +22,7 @@ QUEUE_LIMIT: Final = 1024
 """Of the gateway: with a hundred times the trace, what comes in two seconds."""
 _CUT_WAYS: Final = WAYS[2:]
 _OTHER_BYTES: Final = 2**30
+_HERE: Final = Path(__file__).parent
 
 
 class OverBudget(ValueError):
@@ -43,6 +44,10 @@ class Setting:
     weights_bytes_per_second: float = 3.125e9
     """Into a pod that starts: 25 Gbit/s."""
     dtype: str = "bfloat16"
+    measured: Profile | None = None
+    """In place of what the device's published figures come to."""
+    memory_bytes: float | None = None
+    """Of a device; None: as published."""
 
     def __post_init__(self) -> None:
         """Raises OverBudget."""
@@ -59,7 +64,7 @@ class Setting:
 
     @cached_property
     def profile(self) -> Profile:
-        return roofline(self.shape, self.device, self.device_name)
+        return self.measured or roofline(self.shape, self.device, self.device_name)
 
     @property
     def context_tokens(self) -> int:
@@ -85,7 +90,7 @@ class Setting:
             kv_tokens_beside(
                 plan.weight_bytes,
                 plan.kv_bytes_per_token,
-                self.device.memory_bytes,
+                self.memory_bytes or self.device.memory_bytes,
                 self.context_tokens,
                 f"{way}, stage {plan.index} of {self.model} on {self.device_name}",
             )
@@ -137,6 +142,8 @@ class Setting:
 
 MODELS: Final = {
     "llama-2-13b": ROOT / "examples" / "llama-2-13b" / "config.json",
-    "llama-2-70b": Path(__file__).parent / "models" / "llama-2-70b.json",
+    "llama-2-70b": _HERE / "models" / "llama-2-70b.json",
+    "smollm2-135m-instruct": _HERE / "models" / "smollm2-135m-instruct.json",
 }
 """Published shapes."""
+SMOLLM2_PROFILE: Final = _HERE / "profiles" / "smollm2-bfloat16.yaml"

@@ -159,17 +159,20 @@ class Simulation:
                 fleet.poke()
 
     def _moved(self, ready: list[int]) -> None:
-        """Micro-batches go over to new pods, and what those lack is computed anew."""
-        changed = {(before, now) for before, now in zip(self._last_ready, ready, strict=True) if now > before > 0}
+        """Micro-batches go over to new pods or away from those that leave, and what is not there is computed anew."""
+        changed = {(before, now) for before, now in zip(self._last_ready, ready, strict=True) if before not in (0, now)}
         self._last_ready = ready
         if changed and self._micro_batches:
-            moves = max(moves_to(self._micro_batches, before, now) for before, now in changed)
+            moves = max(moves_of(self._micro_batches, before, now) for before, now in changed)
             self._sequences.replay(moves / self._micro_batches * self._sequences.held_tokens)
 
 
-def moves_to(routes: int, before: int, now: int) -> int:
-    """Of so many routes, spread over `before` pods of a stage, those that go over when there are `now`, more: one by one, from
-    the pod with the most to that with the least, until the gateway leaves it at that."""
+def moves_of(routes: int, before: int, now: int) -> int:
+    """Of so many routes, spread over `before` pods of a stage, those that change pods when there are `now`. Pods that leave are
+    left by all; to new ones they go one by one, from the pod with the most to that with the least, until the gateway leaves it
+    at that."""
+    if now < before:
+        return round(routes * (before - now) / before)
     each, more = divmod(routes, before)
     pods = +Counter({each: before - more}) + Counter({each + 1: more}) + Counter({0: now - before})
     moves = 0

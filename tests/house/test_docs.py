@@ -168,7 +168,7 @@ def test_settings_that_are_named_exist() -> None:
     """In backticks, as `section.field`."""
     from knative.spec.pipeline_spec import PipelineSpec
 
-    pages = ("contributing.md", "deploying.md", "night.md", "operating.md", "scaling.md", "security.md")
+    pages = ("contributing.md", "deploying.md", "night.md", "operating.md", "scaling.md", "security.md", "sizing.md")
     text = "".join((DOCS / name).read_text() for name in pages)
     fields = (ROOT / "knative" / "spec" / "pipeline_spec.py").read_text()
     for named, name in re.findall(r"`(stage|gateway|store|network|model|monitoring)\.(?:\w+\.)?(\w+)", text):

@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
 from bench.evaluation import __main__ as command
 from bench.evaluation import experiments
 from bench.evaluation.experiments import Plan
+from bench.evaluation.profile import read_profile
 from bench.evaluation.results import interval
-from bench.evaluation.setting import WAYS
+from bench.evaluation.setting import SMOLLM2_PROFILE, WAYS
 
 SMALL = Plan(
     emulated_loads=("bursts",),
@@ -22,6 +24,7 @@ SMALL = Plan(
     simulated_loads=("ramp",),
     simulated_seconds=30,
     simulated_runs=2,
+    measured_runs=1,
     scale_seconds=20,
     scale_runs=1,
     scale_stages=(1, 16),
@@ -37,20 +40,25 @@ def evaluated(monkeypatch: pytest.MonkeyPatch, plan: Plan, *arguments: str) -> s
 
 def test_simulations_write_their_sections_and_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document = tmp_path / "page.md"
-    given = ("simulated", "scale", "--state", str(tmp_path / "state"), "--document", str(document))
+    given = ("simulated", "measured", "scale", "--state", str(tmp_path / "state"), "--document", str(document))
     said = evaluated(monkeypatch, SMALL, *given)
     assert "simulated 10/10: ramp, pipeline, KPA, run 1" in said
     assert "was there" not in said
     text = document.read_text()
     for way in WAYS:
         assert f"| {way} | 2 |" in text
+        assert f"| {way} | 1 |" in text
+    assert "smollm2-135m-instruct on 8 cores, 4 stages" in text
+    assert "Passes as measured of native layers in bfloat16, one thread" in text
     assert "| llama-2-70b, 1 stage | 1024 h100-sxm | does not fit a device |" in text
     assert "| llama-2-13b, 16 stages |" in text
-    assert {path.name for path in tmp_path.glob("*.png")} == {"evaluation-simulated.png", "evaluation-scale.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        f"evaluation-{name}.png" for name in ("simulated", "measured", "scale")
+    }
     removed = next((tmp_path / "state").rglob("ramp-pipeline-KPA-1-*.yaml"))
     removed.write_text("broken off: [")
     again = evaluated(monkeypatch, SMALL, *given)
-    assert again.count("was there") == 10 + 4 - 1
+    assert again.count("was there") == 10 + 5 + 4 - 1
 
 
 def test_the_system_runs_with_emulated_devices_and_is_compared_with_its_simulation(
@@ -72,6 +80,20 @@ def test_the_system_runs_with_emulated_devices_and_is_compared_with_its_simulati
     text = document.read_text()
     assert "| bursts | pipeline, HPA | replica-seconds |" in text
     assert "2.0 ms a pass and 4.0 ms a hop" in text
+
+
+def test_passes_of_a_measured_profile_are_those_that_are_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where they become others, the results of before are none of theirs."""
+    setting = experiments.setting_smollm2()
+    profile = read_profile(SMOLLM2_PROFILE)
+    assert setting.pass_times(WAYS[1]) == [profile.of_stage(0, 30, 30)]
+    assert setting.pass_times(WAYS[4]) == [profile.of_stage(*piece, 30) for piece in setting.cut(WAYS[4])]
+    before = next(experiments.measured(SMALL))
+    slower = msgspec.structs.replace(profile, layer_stream_seconds=10 * profile.layer_stream_seconds)
+    monkeypatch.setattr(experiments, "read_profile", lambda _: slower)
+    after = next(experiments.measured(SMALL))
+    assert after.key.file_name != before.key.file_name
+    assert after.action().outcome.token_seconds[0] > 1.5 * before.action().outcome.token_seconds[0]
 
 
 def experiments_results(state: Path) -> experiments.Result:

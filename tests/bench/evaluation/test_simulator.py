@@ -104,17 +104,23 @@ def test_nothing_is_computed_anew_where_no_micro_batch_may_move(monkeypatch: pyt
     assert staying.cost.network_bytes == tokens * 3 * 2 * 2 * 5120 < moving.cost.network_bytes
 
 
-@pytest.mark.parametrize(("micro_batches", "before", "now"), [(1, 1, 8), (8, 4, 8), (7, 4, 5), (13, 1, 3), (20, 3, 4)])
+@pytest.mark.parametrize(
+    ("micro_batches", "before", "now"), [(1, 1, 8), (8, 4, 8), (7, 4, 5), (13, 1, 3), (20, 3, 4), (8, 4, 2), (3, 3, 1)]
+)
 def test_as_many_micro_batches_move_as_the_gateway_moves(micro_batches: int, before: int, now: int) -> None:
     placed = routes.Placement(["http://stage-0"], watched=True)
     placed.update(0, [Endpoint(f"pod-{pod}") for pod in range(before)])
     there = [route for _ in range(micro_batches) if (route := placed.place(1)) is not None]
-    placed.update(0, [Endpoint(f"pod-{pod}") for pod in range(now)])
+    placed.update(0, [Endpoint(f"pod-{pod}", terminating=pod >= now) for pod in range(max(before, now))])
     moves = 0
+    for route in there:
+        if (target := placed.must_leave(route)) is not None:
+            route.replace(target)
+            moves += 1
     while (found := placed.unbalanced()) is not None:
         next(route for route in there if found[0] in route.instances).replace(found[1])
         moves += 1
-    assert simulator.moves_to(micro_batches, before, now) == moves
+    assert simulator.moves_of(micro_batches, before, now) == moves
 
 
 def test_one_conversation_takes_what_passes_and_hops_take() -> None:
