@@ -145,7 +145,7 @@ class EmulatedRun:
             prompt_tokens=trace.prompt_tokens,
             answer_tokens=trace.answer_tokens,
         )
-        command = ["-m", "bench.evaluation.replay", url, trace_file, self._times_file, str(self._tail_seconds)]
+        command = ["-m", "bench.evaluation.replay", url, str(trace_file), str(self._times_file), str(self._tail_seconds)]
         process = await asyncio.create_subprocess_exec(sys.executable, *command, cwd=ROOT, stdout=PIPE)
         try:
             assert process.stdout is not None
