@@ -3,13 +3,14 @@
     python -m bench.stage.perplexity
     python -m bench.stage.perplexity --model path/to/checkpoint --text a.txt --text b.txt --keep-wide down_proj
 
-Weights are converted as the publisher converts them. The table compares each dtype with float32: perplexity, and how often
-the likeliest token is the same. It is printed as Markdown.
+Weights are converted as the publisher converts them. The first table compares each dtype with float32: perplexity, and how
+often the likeliest token is the same. The second one compares bfloat16 with itself where hidden states travel in 8 bits between
+2, 4 and 10 stages. Both are printed as Markdown.
 """
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from functions.stage.engine.sampler import log_probabilities
+from functions.stage.engine.wire_tensors import hidden_array, wire_tensor
 from functions.stage.models.build import build_layer_group
 from functions.stage.models.floats import Array, Float32
 from functions.stage.models.layer_group import LayerGroup, Segment
@@ -33,6 +35,8 @@ from storage.models.object_writer import TargetTensor
 
 _TEXTS: Final = (Path(__file__).parents[1] / "data" / "lighthouse.txt", Path(__file__).parents[2] / "LICENSE")
 _WINDOW_TOKENS: Final = 1024
+_STAGES: Final = 3
+_STAGES_IN_8_BITS: Final = (2, 4, 10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +48,14 @@ class Reading:
     """The likeliest next token at every place, int64."""
 
 
-def stages(checkpoint: Checkpoint, dtype: Dtype, keep_wide: Sequence[str]) -> list[LayerGroup]:
-    """The whole model as three groups, hidden states between them in the dtype of the wire."""
+def stages(checkpoint: Checkpoint, dtype: Dtype, keep_wide: Sequence[str], count: int = _STAGES) -> list[LayerGroup]:
+    """The whole model in groups."""
     config = json.loads(checkpoint.files["config.json"])
     tensors: dict[str, RawTensor] = {}
     for name, source in checkpoint.tensors.items():
         tensors |= {stored: _loaded(target) for stored, target in convert_tensor(name, source, dtype, keep_wide).items()}
     layers = config["num_hidden_layers"]
-    bounds = [layers * stage // 3 for stage in range(4)]
+    bounds = [layers * stage // count for stage in range(count + 1)]
     return [_group(config, tensors, first, last, dtype) for first, last in pairwise(bounds)]
 
 
@@ -64,34 +68,37 @@ def _loaded(target: TargetTensor) -> RawTensor:
     return RawTensor(target.dtype, target.shape, memoryview(bytearray(b"".join(target.blocks()))))
 
 
-def read(groups: Sequence[LayerGroup], token_ids: Sequence[int]) -> Reading:
-    """Every window of the text by itself; the first token of a window is given, not predicted."""
+def read(groups: Sequence[LayerGroup], token_ids: Sequence[int], wire_dtype: str | None = None) -> Reading:
+    """Every window of the text by itself; the first token of a window is given, not predicted.
+
+    wire_dtype: of hidden states between groups; None: as the groups have them.
+    """
     log_probability = 0.0
     predicted = 0
     likeliest = []
     for start in range(0, len(token_ids) - 1, _WINDOW_TOKENS):
         window = np.array(token_ids[start : start + _WINDOW_TOKENS])
-        logits = _logits(groups, window)[:-1]
+        logits = _logits(groups, window, wire_dtype or groups[0].hidden_dtype)[:-1]
         log_probability += math.fsum(logprob for logprob, _ in log_probabilities(logits, window[1:]))
         predicted += len(window) - 1
         likeliest.append(logits.argmax(axis=-1))
     return Reading(math.exp(-log_probability / predicted), np.concatenate(likeliest))
 
 
-def _logits(groups: Sequence[LayerGroup], window: Array) -> Float32:
+def _logits(groups: Sequence[LayerGroup], window: Array, wire_dtype: str) -> Float32:
     hidden = window
     for group in groups:
+        if group.first_layer:
+            hidden = hidden_array(wire_tensor(hidden, group.hidden_dtype, wire_dtype), group.hidden_dtype)
         handle = group.kv.reserve(len(window))
         hidden = group.forward(hidden, [Segment(handle, 0, len(window))])
         group.kv.release(handle)
     return groups[-1].logits(hidden)
 
 
-def rows(checkpoint: Checkpoint, texts: Sequence[Path], keep_wide: Sequence[str]) -> list[str]:
+def rows(checkpoint: Checkpoint, token_ids: Mapping[Path, Sequence[int]], keep_wide: Sequence[str]) -> list[str]:
     """One Markdown row per dtype and text."""
-    tokenizer = Tokenizer.from_buffer(checkpoint.files["tokenizer.json"])
-    token_ids = {text: tokenizer.encode(text.read_text()).ids for text in texts}
-    table = []
+    table = ["| dtype | text (tokens) | perplexity | against float32 | same likeliest token |", "|---|---|---|---|---|"]
     exact: dict[Path, Reading] = {}
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "int8", "q4")
     for dtype in dtypes:
@@ -105,16 +112,30 @@ def rows(checkpoint: Checkpoint, texts: Sequence[Path], keep_wide: Sequence[str]
     return table
 
 
+def rows_in_8_bits(checkpoint: Checkpoint, token_ids: Mapping[Path, Sequence[int]], keep_wide: Sequence[str]) -> list[str]:
+    """One Markdown row per number of stages and text."""
+    table = ["| stages | text (tokens) | bf16 | 8 bits | against bf16 | same likeliest token |", "|---|---|---|---|---|---|"]
+    for count in _STAGES_IN_8_BITS:
+        groups = stages(checkpoint, "bfloat16", keep_wide, count)
+        for text, ids in token_ids.items():
+            wide, narrow = read(groups, ids), read(groups, ids, "I8")
+            worse = narrow.perplexity / wide.perplexity - 1
+            same = (narrow.likeliest == wide.likeliest).mean()
+            both = f"{wide.perplexity:.3f} | {narrow.perplexity:.3f}"
+            table.append(f"| {count} | {text.name} ({len(ids)}) | {both} | {worse:+.2%} | {same:.3f} |")
+    return table
+
+
 @click.command()
 @click.option("--model", help="A folder, a GGUF file, or a hub id; without it, the default model.")
 @click.option("--text", "texts", type=click.Path(exists=True, path_type=Path), multiple=True, default=_TEXTS)
 @click.option("--keep-wide", multiple=True, help="A matrix, such as down_proj, that int8 and q4 leave in bfloat16.")
 def main(model: str | None, texts: Sequence[Path], keep_wide: Sequence[str]) -> None:
-    """Print a Markdown table of perplexity by dtype and text."""
+    """Print Markdown tables of perplexity by dtype and text, and by stages where hidden states travel in 8 bits."""
     checkpoint = open_checkpoint(locate(model or packaged_model()))
-    click.echo("| dtype | text (tokens) | perplexity | against float32 | same likeliest token |\n|---|---|---|---|---|")
-    for row in rows(checkpoint, texts, keep_wide):
-        click.echo(row)
+    tokenizer = Tokenizer.from_buffer(checkpoint.files["tokenizer.json"])
+    token_ids = {text: tokenizer.encode(text.read_text()).ids for text in texts}
+    click.echo("\n".join([*rows(checkpoint, token_ids, keep_wide), "", *rows_in_8_bits(checkpoint, token_ids, keep_wide)]))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ The body, all numbers little endian (wire version 3):
     4       4      u32 rows, 1 to MAX_ROWS
     8       4      u32 tokens, the sum of the rows' lengths, at most MAX_BATCH_TOKENS
     12      4      u32 table_bytes, at most MAX_TABLE_BYTES
-    16      4      dtype of the tensor in ASCII, filled up with zero bytes: F32, BF16, F16; four zero bytes: no tensor
+    16      4      dtype of the tensor in ASCII, filled up with zero bytes: F32, BF16, F16, I8; four zero bytes: no tensor
     20      4      u32 hidden_size, 1 to MAX_HIDDEN_SIZE; 0: no tensor
     24      4 × tokens            token ids, int32
     …       table_bytes           the table: MessagePack array of `events.Row` as maps, fields with default values left out
     …       0 to 63               zero bytes up to a multiple of 64, only with a tensor
-    …       tokens × hidden_size × bytes of the dtype     the tensor, C order
+    …       tokens × bytes of a row     the tensor, C order: hidden_size numbers a row; in I8 behind a float32, their scale
 
 Every size follows from the first 24 bytes, so a body whose length differs is refused before anything in it is read.
 """
@@ -36,6 +36,7 @@ from eventing.wire.events import (
     Row,
     Status,
     Tensor,
+    row_bytes,
 )
 
 MAX_TABLE_BYTES: Final = 4 * 2**20
@@ -79,7 +80,7 @@ def decode_batch(body: bytes | bytearray | memoryview) -> Batch:
     begin, end = table_end, table_end
     if tensor_dtype:
         begin += _padding(tokens, table_bytes)
-        end = begin + tokens * hidden_size * ITEM_BYTES[tensor_dtype]
+        end = begin + tokens * row_bytes(tensor_dtype, hidden_size)
     if len(view) != end:
         raise MalformedEvent(f"the body has {len(view)} bytes, its header describes {end}")
     if any(view[table_end:begin]):
@@ -102,8 +103,8 @@ def select_rows(batch: Batch, keep: Sequence[int]) -> Batch:
     spans = list(_merged((offsets[index], offsets[index + 1]) for index in keep))
     hidden = batch.hidden
     if hidden is not None:
-        row_bytes = hidden.shape[1] * ITEM_BYTES[hidden.dtype]
-        data = _gather(hidden.data, [(first * row_bytes, last * row_bytes) for first, last in spans])
+        size = row_bytes(hidden.dtype, hidden.shape[1])
+        data = _gather(hidden.data, [(first * size, last * size) for first, last in spans])
         hidden = Tensor(hidden.dtype, (sum(last - first for first, last in spans), hidden.shape[1]), data)
     token_ids = _gather(batch.token_ids, spans)
     return Batch(tuple(batch.rows[index] for index in keep), token_ids, hidden)
@@ -116,7 +117,7 @@ def _tensor_header(hidden: Tensor | None, tokens: int) -> tuple[bytes, int]:
     if len(hidden.shape) != 2 or hidden.shape[0] != tokens:
         raise MalformedEvent(f"the tensor has shape {list(hidden.shape)}, wanted is [{tokens}, hidden_size]")
     _check_hidden_size(hidden.shape[1])
-    expected = tokens * hidden.shape[1] * ITEM_BYTES[hidden.dtype]
+    expected = tokens * row_bytes(hidden.dtype, hidden.shape[1])
     if hidden.data.nbytes != expected:
         shape = f"{hidden.dtype} {list(hidden.shape)}"
         raise MalformedEvent(f"the tensor has {hidden.data.nbytes} bytes, {shape} takes {expected}")
@@ -137,7 +138,7 @@ def _read_header(view: memoryview) -> tuple[int, int, int, str, int]:
         if hidden_size:
             raise MalformedEvent(f"hidden_size is {hidden_size} although there is no tensor")
         return rows, tokens, table_bytes, "", 0
-    name = dtype.decode("ascii", "backslashreplace").removesuffix("\0")
+    name = dtype.decode("ascii", "backslashreplace").rstrip("\0")
     _check_dtype(name)
     _check_hidden_size(hidden_size)
     return rows, tokens, table_bytes, name, hidden_size

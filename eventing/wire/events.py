@@ -32,8 +32,10 @@ MAX_END_TOKENS: Final = 64
 SAFE_EVENT_BYTES: Final = 64 * 1024
 """What every intermediary must pass on (CloudEvents 1.0.2, section 4); more travels by claim check."""
 
-ITEM_BYTES: Final = {"F32": 4, "BF16": 2, "F16": 2}
+ITEM_BYTES: Final = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1}
 """The dtypes of hidden states, by their safetensors names, and the bytes of one number."""
+SCALE_BYTES: Final = 4
+"""Ahead of each row of I8: a float32, by which its numbers are to be multiplied."""
 
 
 class EventType(StrEnum):
@@ -57,7 +59,7 @@ class Attribute(StrEnum):
     """Extension attributes. CloudEvents 1.0 section 3.1: lower-case letters and digits, at most 20 of them."""
 
     PIPELINE = "pipeline"
-    """Fingerprint of weights, cut, dtype and wire version; a stage refuses another's."""
+    """Fingerprint of weights, cut, dtypes and wire version; a stage refuses another's."""
     LAYER = "layer"
     """The next layer to run. A stage accepts only its own first layer and answers with the one behind its last."""
     INSTANCE = "instance"
@@ -232,18 +234,25 @@ class Batch(Struct, frozen=True):
         return offsets
 
 
+def row_bytes(dtype: str, hidden_size: int) -> int:
+    """Of one token's hidden states; dtype: a key of ITEM_BYTES."""
+    return hidden_size * ITEM_BYTES[dtype] + (SCALE_BYTES if dtype == "I8" else 0)
+
+
 Cut = Sequence[tuple[int, int]]
 """Layer groups [first, last) in order, without gaps: ((0, 10), (10, 20), (20, 30))."""
 
 
-def pipeline_fingerprint(weights_digest: str, cut: Cut, dtype: str) -> str:
-    """32 hex digits that differ whenever weights, cut, dtype or wire version do.
+def pipeline_fingerprint(weights_digest: str, cut: Cut, dtype: str, wire_dtype: str | None = None) -> str:
+    """32 hex digits that differ whenever weights, cut, dtype, wire version or what hidden states travel in do.
+
+    wire_dtype: where they travel in another dtype than stages compute in.
 
     128 bits, since two models with the same fingerprint could stand for each other; names of Services carry the first
     eight digits of it, which only have to keep one pipeline's stages apart from the next one's.
     """
     ranges = ",".join(f"{first}:{last}" for first, last in cut)
-    text = f"{weights_digest} {ranges} {dtype} {WIRE_VERSION}"
+    text = f"{weights_digest} {ranges} {dtype} {WIRE_VERSION}" + (f" {wire_dtype}" if wire_dtype else "")
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -251,9 +260,10 @@ Weights = tuple[str, str]
 """Of one stage: the dtype in which it computes, and the digest of the publication that it reads."""
 
 
-def fingerprint_of(weights: Sequence[Weights], cut: Cut) -> str:
+def fingerprint_of(weights: Sequence[Weights], cut: Cut, wire_dtype: str | None = None) -> str:
     """`pipeline_fingerprint` of stages that may differ in their dtypes; weights: of each."""
     if len(set(weights)) == 1:
         ((dtype, digest),) = set(weights)
-        return pipeline_fingerprint(digest, cut, dtype)
-    return pipeline_fingerprint(",".join(digest for _, digest in weights), cut, ",".join(dtype for dtype, _ in weights))
+        return pipeline_fingerprint(digest, cut, dtype, wire_dtype)
+    digests, dtypes = (",".join(each[place] for each in weights) for place in (1, 0))
+    return pipeline_fingerprint(digests, cut, dtypes, wire_dtype)

@@ -50,6 +50,12 @@ class CommonConfig:
         "where groups compute in dtypes of their own: DTYPE=DIGEST of each group's publication; unset: all in LAMINA_DTYPE",
         "",
     )
+    wire_dtype: str | None = setting(
+        "LAMINA_WIRE_DTYPE",
+        parsers.one_of("int8"),
+        "int8: hidden states travel in 8 bits, with a scale for each token; answers may differ. Unset: as they are computed",
+        "",
+    )
     store: StoreConfig
     pod_network: tuple[IPv4Network | IPv6Network, ...] = setting(
         "LAMINA_POD_NETWORK",

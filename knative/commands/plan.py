@@ -31,6 +31,7 @@ _POSITIVE: Final = click.FloatRange(min=0, min_open=True)
 @click.option("--stages", type=click.IntRange(min=1), default=3, show_default=True, help="How many groups of layers.")
 @click.option("--cut", "cut_text", help="Your own cut instead, such as 0:10,10:20,20:30.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
+@click.option("--wire-dtype", type=click.Choice(["int8"]), help="Hidden states in 8 bits.  [default: as they are computed]")
 @click.option("--conversations", type=click.IntRange(min=1), help="Also: replicas that so many at once will ask for.")
 @click.option(
     "--step-seconds", type=click.FloatRange(min=0, min_open=True), help="Also what a network costs: of a step of all layers."
@@ -44,6 +45,7 @@ def plan(
     stages: int,
     cut_text: str | None,
     dtype: str,
+    wire_dtype: str | None,
     conversations: int | None,
     step_seconds: float | None,
     delay_seconds: float,
@@ -64,7 +66,7 @@ def plan(
         raise click.UsageError("--model or SPEC says of which model")
     shape = _shape(model or spec.model.name, dtype if spec is None else spec.model.dtype, store)  # type: ignore[union-attr]
     cut = _cut(shape, stages, cut_text, spec)
-    plans = plan_stages(shape, cut) if spec is None else _mixed(spec, model or spec.model.name, shape, cut, store)
+    plans = plan_stages(shape, cut, wire_dtype) if spec is None else _mixed(spec, model or spec.model.name, shape, cut, store)
     given = (Stage(),) * len(cut) if spec is None else spec.stages_of(cut)
     console = Console()
     _show(console, shape, cut, plans)
@@ -88,7 +90,7 @@ def _cut(shape: ModelShape, stages: int, cut_text: str | None, spec: PipelineSpe
 def _mixed(spec: PipelineSpec, model: str, shape: ModelShape, cut: Cut, store: StoreOptions) -> tuple[StagePlan, ...]:
     """Of a spec whose stages may compute in dtypes of their own."""
     shapes = {dtype: _shape(model, dtype, store) for dtype in spec.dtypes if dtype != shape.dtype}
-    return plan_mixed({**shapes, shape.dtype: shape}, spec.dtypes_of(cut), cut)
+    return plan_mixed({**shapes, shape.dtype: shape}, spec.dtypes_of(cut), cut, spec.wire_dtype)
 
 
 def _shape(model: str, dtype: str, store: StoreOptions) -> ModelShape:

@@ -21,7 +21,7 @@ class ResolvedPipeline:
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint_of(self.weights, self.cut)
+        return fingerprint_of(self.weights, self.cut, self.spec.wire_dtype)
 
     @property
     def weights(self) -> tuple[Weights, ...]:

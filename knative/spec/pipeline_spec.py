@@ -256,6 +256,8 @@ class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     model: Model
     stages: Positive | None = None
     cut: str | None = None
+    wire_dtype: Literal["int8"] | None = None
+    """In which hidden states travel between stages: in 8 bits, by which answers may differ. Unset: as they are computed."""
     image: str
     pipeline_token_secret: str | None = None
     """Secret whose key `token` is the bearer token between gateway and stages. Unset: `{name}-pipeline`, made by `deploy`."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from eventing.wire.events import Cut
+from eventing.wire.events import Cut, row_bytes
 from functions.gateway.scheduling.capacity import micro_batches_wanted
 from knative.spec.model_shape import ModelShape
 
@@ -34,17 +34,24 @@ class StagePlan:
         return self.kv_bytes_per_token * SEQUENCE_TOKENS
 
 
-def plan_stages(shape: ModelShape, cut: Cut) -> tuple[StagePlan, ...]:
-    """Raises ValueError where the cut does not cover exactly the model's layers."""
+def plan_stages(shape: ModelShape, cut: Cut, wire_dtype: str | None = None) -> tuple[StagePlan, ...]:
+    """wire_dtype: int8 where hidden states travel in 8 bits.
+
+    Raises ValueError where the cut does not cover exactly the model's layers.
+    """
     if not cut or cut[-1][1] != shape.num_layers:
         raise ValueError(f"the cut ends at layer {cut[-1][1] if cut else 0}, but {shape.name} has {shape.num_layers} layers")
     total = sum(shape.layer_compute) + shape.head_compute
-    return tuple(_stage_plan(shape, index, group, total) for index, group in enumerate(cut))
+    hidden = shape.hidden_size
+    hop_bytes = row_bytes("I8", hidden) if wire_dtype == "int8" else hidden * shape.value_bytes
+    return tuple(_stage_plan(shape, index, group, total, hop_bytes) for index, group in enumerate(cut))
 
 
-def plan_mixed(shapes: Mapping[str, ModelShape], dtypes: Sequence[str], cut: Cut) -> tuple[StagePlan, ...]:
+def plan_mixed(
+    shapes: Mapping[str, ModelShape], dtypes: Sequence[str], cut: Cut, wire_dtype: str | None = None
+) -> tuple[StagePlan, ...]:
     """The same of stages that compute in dtypes of their own; shapes: of the model by its dtype. Raises ValueError."""
-    return tuple(plan_stages(shapes[dtype], cut)[index] for index, dtype in enumerate(dtypes))
+    return tuple(plan_stages(shapes[dtype], cut, wire_dtype)[index] for index, dtype in enumerate(dtypes))
 
 
 def replicas_for(
@@ -61,7 +68,7 @@ def replicas_for(
     return [min(most, max(1, math.ceil(pods))) for pods, most in zip(wanted, max_scales, strict=True)]
 
 
-def _stage_plan(shape: ModelShape, index: int, group: tuple[int, int], total_compute: int) -> StagePlan:
+def _stage_plan(shape: ModelShape, index: int, group: tuple[int, int], total_compute: int, hop_bytes: int) -> StagePlan:
     first, last = group
     is_last = last == shape.num_layers
     compute = sum(shape.layer_compute[first:last]) + (shape.head_compute if is_last else 0)
@@ -76,5 +83,5 @@ def _stage_plan(shape: ModelShape, index: int, group: tuple[int, int], total_com
         compute=compute,
         compute_share=compute / total_compute,
         kv_bytes_per_token=(last - first) * shape.kv_values_per_layer * shape.value_bytes,
-        hop_bytes_per_token=0 if is_last else shape.hidden_size * shape.value_bytes,
+        hop_bytes_per_token=0 if is_last else hop_bytes,
     )

@@ -10,7 +10,7 @@ import asyncio
 from collections import ChainMap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import pytest
 import torch
@@ -24,6 +24,8 @@ from storage.models.model_repository import Dtype
 from tests.support.functions.killing import ENDINGS, TIMING, Killer, ask_all, prompt, sampling
 from tests.support.functions.served import keeping, kept_objects, serving, stage_revisions, tiny_pipeline
 from tests.support.storage.published import Published, published_model, until_end
+
+WireDtype = Literal["int8"] | None
 
 NUMBERS: Final = [number for number in range(202) if number not in (39, 90)]
 """Of the generations. In the two that are left out two scores are closer than that once."""
@@ -71,9 +73,9 @@ def undisturbed(published: Published) -> dict[int, list[int]]:
 
 
 async def killed(
-    folder: Path, published: Published, numbers: Sequence[int], new_tokens: int
+    folder: Path, published: Published, numbers: Sequence[int], new_tokens: int, wire_dtype: WireDtype = None
 ) -> tuple[Killer, dict[int, GenerateResponse]]:
-    pipeline = tiny_pipeline(published)
+    pipeline = tiny_pipeline(published, wire_dtype=wire_dtype)
     answers: dict[int, GenerateResponse] = {}
     async with (
         serving(folder, published, services(pipeline), TIMING) as platform,
@@ -87,10 +89,13 @@ async def killed(
     return killer, answers
 
 
-async def left_alone(folder: Path, published: Published, numbers: Sequence[int], new_tokens: int) -> dict[int, list[int]]:
+async def left_alone(
+    folder: Path, published: Published, numbers: Sequence[int], new_tokens: int, wire_dtype: WireDtype = None
+) -> dict[int, list[int]]:
     """What the same pipeline answers when nothing is killed."""
     answers: dict[int, GenerateResponse] = {}
-    async with serving(folder, published, services(tiny_pipeline(published)), TIMING) as platform:
+    pipeline = tiny_pipeline(published, wire_dtype=wire_dtype)
+    async with serving(folder, published, services(pipeline), TIMING) as platform:
         await ask_all(platform.url("tiny"), numbers, new_tokens, answers)
     assert sum(answer.timings.replays for answer in answers.values()) == 0
     return {number: list(answer.token_ids) for number, answer in answers.items()}
@@ -136,15 +141,17 @@ def test_two_hundred_generations_survive_stages_that_are_killed_every_two_second
     check(killer, answers, expected, LEAST_KILLS)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "q4"])
-def test_answers_of_native_stages_that_are_killed_are_those_of_stages_left_alone(dtype: Dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "wire_dtype"), [("bfloat16", None), ("int8", None), ("q4", None), ("bfloat16", "int8")])
+def test_answers_of_native_stages_that_are_killed_are_those_of_stages_left_alone(
+    dtype: Dtype, wire_dtype: WireDtype, tmp_path: Path
+) -> None:
     """To the token, greedy and sampled: a replay computes the same bits in chunks that it had in steps."""
     alone, killing = tmp_path / "alone", tmp_path / "killing"
     alone.mkdir()
     killing.mkdir()
     with published_model(tmp_path, dtype) as published:
-        expected = asyncio.run(left_alone(alone, published, FEWER, 2 * NEW_TOKENS // 3))
-        killer, answers = asyncio.run(killed(killing, published, FEWER, 2 * NEW_TOKENS // 3))
+        expected = asyncio.run(left_alone(alone, published, FEWER, 2 * NEW_TOKENS // 3, wire_dtype))
+        killer, answers = asyncio.run(killed(killing, published, FEWER, 2 * NEW_TOKENS // 3, wire_dtype))
     check(killer, answers, expected, 1)
 
 

@@ -6,19 +6,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
-import msgspec
 import pytest
 
 from eventing.wire.events import fingerprint_of
-from functions.stage.models.build import build_layer_group
-from functions.stage.models.layer_group import LayerGroup
-from storage.loading.weight_loader import iterate_layers
-from storage.models.model_repository import ModelManifest, read_file
+from storage.models.model_repository import ModelManifest
 from storage.models.publisher import publish
 from storage.store.object_reader import ObjectReader
 from storage.store.object_store import ObjectStore
 from tests.support.functions.functions import FunctionProcess, gateway_environment, stage_environment
-from tests.support.functions.stage_pipeline import engines, generate
+from tests.support.functions.stage_pipeline import engines, generate, published_group
 from tests.support.storage.published import CUT, Published, published_model, until_end
 
 PROMPT: Final = "The capital of France is"
@@ -29,19 +25,11 @@ DTYPES: Final = ("bfloat16", "int8", "q4")
 def chained(published: Published, manifests: list[ModelManifest]) -> list[int]:
     """By layer groups of this process, each out of its own publication."""
     reader = ObjectReader(published.store)
-    groups = [group_of(reader, manifest, *layers) for manifest, layers in zip(manifests, CUT, strict=True)]
+    groups = [published_group(reader, manifest, *layers) for manifest, layers in zip(manifests, CUT, strict=True)]
     reader.close()
     with engines(groups) as stages:
         prompt = published.tokenizer.encode(PROMPT).ids
         return until_end(generate(stages, "id", prompt, NEW_TOKENS))
-
-
-def group_of(reader: ObjectReader, manifest: ModelManifest, first: int, last: int) -> LayerGroup:
-    config = msgspec.json.decode(read_file(reader, manifest, "config.json"))
-    tensors = {
-        name: tensor for loaded in iterate_layers(reader, manifest, first, last) for name, tensor in loaded.tensors.items()
-    }
-    return build_layer_group("native", config, tensors, first, last, manifest.dtype, "cpu", 2**20)
 
 
 def asked(url: str) -> list[int]:

@@ -69,8 +69,9 @@ class Engine:
     num_stages: of the pipeline; bounds merging (see EventQueue). max_merge: most events in one pass.
     idle_sequence_seconds: a sequence not heard of for so long is released. lease_seconds: so is all of a source of which
     nothing at all was heard. threads: of a pass; None: as the group has it. tiers: asked, in this order, for what
-    memory does not hold. rate: told of passes. grammars: of a last stage, whose answers may have one. clock: seconds since
-    the epoch, by which events expire and sequences are idle.
+    memory does not hold. rate: told of passes. grammars: of a last stage, whose answers may have one. wire_dtype: I8 where
+    hidden states travel in 8 bits; None: as the group has them. clock: seconds since the epoch, by which events expire and
+    sequences are idle.
     """
 
     def __init__(
@@ -85,12 +86,14 @@ class Engine:
         tiers: Sequence[Tier] = (),
         rate: ComputeRate | None = None,
         grammars: GrammarCompiler | None = None,
+        wire_dtype: str | None = None,
         on_evicted: Callable[[Left], None] | None = None,
         clock: Callable[[], float] = time.time,
         on_pass: Callable[[PassStatistics], None] = _ignore,
         on_reuse: OnReuse = _ignore,
     ) -> None:
         self._group = group
+        self._wire_dtype = wire_dtype or group.hidden_dtype
         self._clock = clock
         self._on_pass = on_pass
         self._queue = EventQueue(num_stages, max_merge)
@@ -98,7 +101,7 @@ class Engine:
         self.rate = rate or ComputeRate()
         self._sequences = SequenceTable(group.kv, idle_sequence_seconds, clock)
         self._sequences.memory.on_found = lambda tokens: on_reuse(self.rate.reuse(MEMORY, tokens))
-        self._forward_pass = ForwardPass(group, self._sequences, Constraints(grammars))
+        self._forward_pass = ForwardPass(group, self._sequences, Constraints(grammars), self._wire_dtype)
         self._leases = Leases(lease_seconds)
         self._look_seconds = min(self._leases.look_seconds, idle_sequence_seconds / 10)
         self._threads = threads
@@ -165,7 +168,7 @@ class Engine:
         Raises MalformedEvent, EventTooLarge, EventExpired, NotReady, and whatever the layer group raised on this event.
         """
         self._leases.heard(source)
-        check_event(batch, self._group)
+        check_event(batch, self._group, self._wire_dtype)
         event = WaitingEvent(batch, source, expires_at, arrived=time.perf_counter())
         if self._group.shares_work and self._turn.acquire(blocking=False):
             try:
@@ -242,7 +245,7 @@ class Engine:
         tensor = None
         if self._group.first_layer > 0:
             dtype = self._group.hidden_dtype
-            tensor = wire_tensor(np.zeros((1, self._group.hidden_size), DTYPES[dtype]), dtype)
+            tensor = wire_tensor(np.zeros((1, self._group.hidden_size), DTYPES[dtype]), dtype, self._wire_dtype)
         row = Row(row_id, attempt=0, position=0, length=1, want=Want.TOKEN, reserve_tokens=1)
         self.handle(Batch((row,), memoryview(array("i", [0])), tensor), source=source)
         self.release([ReleaseRow(row_id, attempt=0)], source=source)

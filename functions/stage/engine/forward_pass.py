@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from eventing.wire.events import Batch, Result, Row, Status, Want
+from eventing.wire.events import Batch, Result, Row, Status, Tensor, Want
 from functions.grammars.matcher import Allowed
 from functions.grammars.unusable import UnusableGrammar
 from functions.stage.engine.constraints import Constrained, Constraints, Found, grammar_of
@@ -62,13 +62,12 @@ class Part:
     batch: Batch
     source: str
     stale: AbstractSet[int]
-    hidden: Array | None = field(init=False)
+    hidden: Array | None = field(init=False, default=None)
     """[tokens, hidden_size], None into the first stage."""
     answers: list[Row] = field(init=False)
     computed: list[_Computed] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.hidden = None if self.batch.hidden is None else hidden_array(self.batch.hidden)
         self.answers = list(self.batch.rows)
         self.computed = []
 
@@ -99,8 +98,12 @@ def refused(row: Row, refusal: Refusal) -> Row:
 class ForwardPass:
     """Runs parts whose sequences are all different. Only the engine's thread comes here."""
 
-    def __init__(self, group: LayerGroup, sequences: SequenceTable, constraints: Constraints) -> None:
+    def __init__(
+        self, group: LayerGroup, sequences: SequenceTable, constraints: Constraints, wire_dtype: str | None = None
+    ) -> None:
+        """wire_dtype: see `Engine`."""
         self._group = group
+        self._wire_dtype = wire_dtype or group.hidden_dtype
         self._sequences = sequences
         self._constraints = constraints
         self._is_last = group.last_layer == group.num_layers
@@ -124,10 +127,12 @@ class ForwardPass:
             for row in computed:
                 self._group.kv.truncate(row.sequence.handle, row.row.position)
             raise
-        return [_relay(part, hidden, self._group.hidden_dtype) for part in parts]
+        return [self._relay(part, hidden) for part in parts]
 
     def _admit(self, part: Part) -> None:
         batch = part.batch
+        if batch.hidden is not None:
+            part.hidden = hidden_array(batch.hidden, self._group.hidden_dtype)
         invalid = invalid_rows(batch, part.hidden, self._group)
         offsets = batch.offsets()
         ids: set[str] = set()
@@ -209,6 +214,22 @@ class ForwardPass:
                 else:
                     part.answers[row.index] = _answer(row)
         return [Batch(tuple(part.answers), memoryview(array("i"))) for part in parts]
+
+    def _relay(self, part: Part, hidden: Array | None) -> Batch:
+        """What the next stage takes. Where every row is ok, rows and token ids are those that came in."""
+        rows = part.computed
+        if hidden is None or not rows:
+            return Batch(tuple(part.answers), memoryview(array("i")))
+        if len(rows) == len(part.batch.rows):
+            return Batch(part.batch.rows, part.batch.token_ids, self._tensor(hidden[rows[0].begin : rows[-1].end]))
+        token_ids = array("i")
+        for row in rows:
+            token_ids.extend(part.batch.token_ids[row.span])
+        kept = np.concatenate([hidden[row.begin : row.end] for row in rows])
+        return Batch(tuple(part.answers), memoryview(token_ids), self._tensor(kept))
+
+    def _tensor(self, hidden: Array) -> Tensor:
+        return wire_tensor(hidden, self._group.hidden_dtype, self._wire_dtype)
 
     def _draw(self, wanting: Sequence[_Computed], hidden: Array) -> None:
         for some in _few_enough(wanting):
@@ -301,17 +322,3 @@ def _segments_of(segments: Sequence[Segment], rows: slice) -> list[Segment]:
 def _answer(row: _Computed) -> Row:
     """Of the last stage: the result in place of the tokens, and nothing that only a stage needs."""
     return Row(row.row.id, row.row.attempt, row.row.position, length=0, want=row.row.want, result=row.result)
-
-
-def _relay(part: Part, hidden: Array | None, dtype: str) -> Batch:
-    """What the next stage takes. Where every row is ok, rows and token ids are those that came in."""
-    rows = part.computed
-    if hidden is None or not rows:
-        return Batch(tuple(part.answers), memoryview(array("i")))
-    if len(rows) == len(part.batch.rows):
-        return Batch(part.batch.rows, part.batch.token_ids, wire_tensor(hidden[rows[0].begin : rows[-1].end], dtype))
-    token_ids = array("i")
-    for row in rows:
-        token_ids.extend(part.batch.token_ids[row.span])
-    kept = np.concatenate([hidden[row.begin : row.end] for row in rows])
-    return Batch(tuple(part.answers), memoryview(token_ids), wire_tensor(kept, dtype))

@@ -6,7 +6,7 @@ from functions.stage.models.floats import Array, all_finite, finite_rows
 from functions.stage.models.layer_group import LayerGroup
 
 
-def check_event(batch: Batch, group: LayerGroup) -> None:
+def check_event(batch: Batch, group: LayerGroup, wire_dtype: str) -> None:
     """Raises MalformedEvent or EventTooLarge where no row can be told from another, or the tensor is not this stage's."""
     tokens = len(batch.token_ids)
     if not 1 <= len(batch.rows) <= MAX_ROWS:
@@ -16,10 +16,10 @@ def check_event(batch: Batch, group: LayerGroup) -> None:
     lengths = [row.length for row in batch.rows]
     if min(lengths) < 0 or sum(lengths) != tokens:
         raise MalformedEvent(f"the rows' lengths add up to {sum(lengths)}, there are {tokens} token ids")
-    _check_hidden(batch, group, tokens)
+    _check_hidden(batch, group, wire_dtype, tokens)
 
 
-def _check_hidden(batch: Batch, group: LayerGroup, tokens: int) -> None:
+def _check_hidden(batch: Batch, group: LayerGroup, wire_dtype: str, tokens: int) -> None:
     hidden = batch.hidden
     if group.first_layer == 0:
         if hidden is not None:
@@ -29,7 +29,7 @@ def _check_hidden(batch: Batch, group: LayerGroup, tokens: int) -> None:
         if tokens:
             raise MalformedEvent(f"the batch has no tensor, but layer {group.first_layer} takes hidden states")
         return
-    wanted = (group.hidden_dtype, (tokens, group.hidden_size))
+    wanted = (wire_dtype, (tokens, group.hidden_size))
     if (hidden.dtype, hidden.shape) != wanted:
         seen = f"{hidden.dtype} {list(hidden.shape)}"
         raise MalformedEvent(f"the tensor is {seen}, this stage takes {wanted[0]} {list(wanted[1])}")

@@ -18,7 +18,8 @@ from functions.stage.models.layer_group import Segment
 
 _BF16_BYTES: Final = 2
 _DIGITS: Final = np.array([1, 2**7, 2**14, 2**21])
-"""A token id as digits of seven bits, which every dtype of hidden states holds exactly."""
+"""A token id as digits of seven bits, which every dtype of hidden states holds exactly; of 8 bits, beside the largest digit."""
+_LARGEST: Final = 2**7 - 1
 
 
 class SleepGroup:
@@ -54,6 +55,7 @@ class SleepGroup:
             return inputs.copy()
         hidden = np.zeros((len(inputs), self.hidden_size), np.float32)
         hidden[:, : len(_DIGITS)] = inputs[:, None] // _DIGITS % 2**7
+        hidden[:, len(_DIGITS) :] = _LARGEST
         return narrowed(hidden, self.hidden_dtype)
 
     def logits(self, hidden: Array) -> Float32:

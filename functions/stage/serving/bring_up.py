@@ -78,6 +78,7 @@ def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> R
         grammars=GrammarCompiler(lambda: _read_tokenizer(config)) if group.last_layer == group.num_layers else None,
         tiers=tiers.tiers,
         rate=rate,
+        wire_dtype="I8" if config.wire_dtype == "int8" else None,
         on_evicted=None if tiers.keeping is None else tiers.keeping.evicted,
         on_pass=metrics.observe_pass,
         on_reuse=metrics.observe_reuse,

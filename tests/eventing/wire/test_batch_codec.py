@@ -87,6 +87,18 @@ def test_layout_of_the_docstring() -> None:
     assert body[-12:] == bytes(range(12))
 
 
+def test_layout_of_eight_bits() -> None:
+    """A scale of four bytes ahead of each token's numbers, so that a token's part is one piece."""
+    batch = make_batch([1, 2], hidden_size=6, dtype="I8")
+    body = encoded(batch)
+    assert body[16:20] == b"I8\0\0"
+    assert struct.unpack_from("<I", body, 20) == (6,)
+    assert body[-3 * (4 + 6) :] == bytes(range(30))
+    last = select_rows(batch, [1]).hidden
+    assert last is not None
+    assert (last.shape, last.data.tobytes()) == ((2, 6), bytes(range(10, 30)))
+
+
 def _header(
     magic: bytes = b"LMB\x03", rows: int = 1, tokens: int = 0, table: int = 0, dtype: bytes = bytes(4), hidden_size: int = 0
 ) -> bytes:
@@ -111,6 +123,8 @@ def _header(
         (_header(dtype=b"F32\0", hidden_size=0), MalformedEvent, "hidden_size is 0"),
         (_header(dtype=b"F32\0", hidden_size=MAX_HIDDEN_SIZE + 1), MalformedEvent, f"hidden_size is {MAX_HIDDEN_SIZE + 1}"),
         (_header(hidden_size=4), MalformedEvent, "hidden_size is 4 although"),
+        (_header(tokens=1, dtype=b"I8\0\0", hidden_size=4) + bytes(44), MalformedEvent, "68 bytes, its header describes 72"),
+        (_header(tokens=1, dtype=b"I8 \0", hidden_size=4), MalformedEvent, "'I8 '"),
         (_header(tokens=MAX_BATCH_TOKENS, dtype=b"F32\0", hidden_size=MAX_HIDDEN_SIZE), MalformedEvent, "describes 34360"),
         (_header(table=5), MalformedEvent, "24 bytes, its header describes 29"),
         (_header(table=1) + b"\x80", MalformedEvent, "Expected `array`, got `object`"),
@@ -175,6 +189,7 @@ def _rows(*lengths: int) -> tuple[Row, ...]:
             r"\[2, 1\]",
         ),
         (Batch(_rows(1), memoryview(array("i", [1])), Tensor("F32", (1, 2), memoryview(bytes(7)))), MalformedEvent, "7 bytes"),
+        (Batch(_rows(1), memoryview(array("i", [1])), Tensor("I8", (1, 2), memoryview(bytes(2)))), MalformedEvent, "takes 6"),
         (Batch(_rows(1), memoryview(array("i", [1])), Tensor("I64", (1, 1), memoryview(bytes(8)))), MalformedEvent, "'I64'"),
         (Batch(_rows(1), memoryview(array("i", [1])), Tensor("F32", (1,), memoryview(bytes(4)))), MalformedEvent, r"\[1\]"),
     ],

@@ -116,6 +116,16 @@ def test_names_carry_the_fingerprint() -> None:
     assert names == [*(f"chat-{expected[:8]}-s{k}" for k in range(3)), "chat"]
 
 
+def test_hidden_states_in_8_bits_are_another_pipeline_and_everybody_is_told() -> None:
+    variant = pipeline(wire_dtype="int8")
+    assert variant.fingerprint == pipeline_fingerprint(DIGEST, CUT, "int8", "int8") != pipeline().fingerprint
+    configs = [read_config(environment(service)) for service in services(variant)]
+    assert [(config.wire_dtype, config.pipeline) for config in configs] == [("int8", variant.fingerprint)] * 4
+    assert [read_config(environment(service)).wire_dtype for service in services(pipeline())] == [None] * 4
+    with pytest.raises(SpecError, match=r"\$\.wire_dtype"):
+        pipeline(wire_dtype="q4")
+
+
 def test_stages_are_cluster_local_and_the_gateway_is_not() -> None:
     visible = [service["metadata"]["labels"].get("networking.knative.dev/visibility") for service in services(pipeline())]
     assert visible == ["cluster-local"] * 3 + [None]

@@ -80,6 +80,8 @@ def test_llama_2_13b_in_four_stages() -> None:
     assert [plan.kv_bytes_per_token for plan in plans] == [10 * 2 * 40 * 128 * 2] * 4
     assert plans[0].kv_bytes_per_sequence == 800 * 2**20
     assert [plan.hop_bytes_per_token for plan in plans] == [10240, 10240, 10240, 0]
+    in_8_bits = plan_stages(shape, cut_evenly(shape, 4), "int8")
+    assert [plan.hop_bytes_per_token for plan in in_8_bits] == [5124, 5124, 5124, 0], "a number a byte, and a scale of four"
 
 
 def test_a_small_models_head_weighs_as_much_as_eight_layers() -> None:

@@ -6,7 +6,19 @@ from collections.abc import Sequence
 from hypothesis import strategies as st
 
 from eventing.wire.batch_codec import encode_batch
-from eventing.wire.events import ITEM_BYTES, MAX_GUESSES, MAX_POSITION, Batch, Result, Row, Sampling, Status, Tensor, Want
+from eventing.wire.events import (
+    ITEM_BYTES,
+    MAX_GUESSES,
+    MAX_POSITION,
+    Batch,
+    Result,
+    Row,
+    Sampling,
+    Status,
+    Tensor,
+    Want,
+    row_bytes,
+)
 
 _TOKENS = st.none() | st.lists(st.integers(0, 2**31 - 1)).map(tuple)
 _FLOATS = st.floats(0.001, 1, allow_nan=False)
@@ -18,7 +30,7 @@ def make_batch(lengths: Sequence[int], hidden_size: int = 0, dtype: str = "F32")
     tokens = sum(lengths)
     hidden = None
     if hidden_size:
-        data = bytes(index % 251 for index in range(tokens * hidden_size * ITEM_BYTES[dtype]))
+        data = bytes(index % 251 for index in range(tokens * row_bytes(dtype, hidden_size)))
         hidden = Tensor(dtype, (tokens, hidden_size), memoryview(data))
     return Batch(rows, memoryview(array("i", range(tokens))), hidden)
 
@@ -68,7 +80,7 @@ def batches(draw: st.DrawFn) -> Batch:
     hidden = None
     if draw(st.booleans()):
         dtype, hidden_size = draw(st.sampled_from(sorted(ITEM_BYTES))), draw(st.integers(1, 7))
-        bytes_length = tokens * hidden_size * ITEM_BYTES[dtype]
+        bytes_length = tokens * row_bytes(dtype, hidden_size)
         data = draw(st.binary(min_size=bytes_length, max_size=bytes_length))
         hidden = Tensor(dtype, (tokens, hidden_size), memoryview(data))
     return Batch(rows, memoryview(array("i", ids)), hidden)

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -29,13 +29,16 @@ _BEGUN_AT = 5
 """Tokens."""
 
 
-def tiny_pipeline(published: Published, cut: str = "0:2,2:4,4:6", **stage: Any) -> ResolvedPipeline:
+def tiny_pipeline(
+    published: Published, cut: str = "0:2,2:4,4:6", wire_dtype: Literal["int8"] | None = None, **stage: Any
+) -> ResolvedPipeline:
     """stage: more of the spec's stage."""
     scaling = Autoscaling(target=8, window_seconds=6, scale_down_delay_seconds=0, max_scale=3)
     spec = PipelineSpec(
         name="tiny",
         model=Model(name=published.manifest.name, dtype=published.manifest.dtype),
         cut=cut,
+        wire_dtype=wire_dtype,
         image="lamina:local",
         stage=Stage(resources=Resources(memory="1536Mi"), kv_cache="16Mi", autoscaling=scaling, **stage),
         gateway=Gateway(

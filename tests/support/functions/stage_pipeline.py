@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
@@ -14,7 +15,9 @@ from eventing.wire.events import Batch, Row, Sampling, Status, Want
 from functions.stage.engine.engine import Engine
 from functions.stage.models.build import Kind, build_layer_group
 from functions.stage.models.layer_group import LayerGroup, Segment
-from storage.loading.weight_loader import RawTensor
+from storage.loading.weight_loader import RawTensor, iterate_layers
+from storage.models.model_repository import ModelManifest, read_file
+from storage.store.object_reader import ObjectReader
 from tests.support.functions.borders import raw
 from tests.support.storage import tiny_models
 
@@ -48,6 +51,15 @@ def build_groups(
         build_layer_group(kind, config, stage_tensors(name, first, last), first, last, dtype, "cpu", kv_budget_bytes)
         for first, last in cut
     ]
+
+
+def published_group(reader: ObjectReader, manifest: ModelManifest, first: int, last: int) -> LayerGroup:
+    """Layers [first, last) in C, out of their publication."""
+    config = msgspec.json.decode(read_file(reader, manifest, "config.json"))
+    tensors = {
+        name: tensor for loaded in iterate_layers(reader, manifest, first, last) for name, tensor in loaded.tensors.items()
+    }
+    return build_layer_group("native", config, tensors, first, last, manifest.dtype, "cpu", 2**20)
 
 
 class GroupPipeline:

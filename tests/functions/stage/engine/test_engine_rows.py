@@ -279,7 +279,9 @@ def test_log_probabilities_are_of_each_token_but_the_first(stage: Stage) -> None
         (batch([Row("a", 0, 0, 4), Row("b", 0, 0, -1)], [1, 2, 3]), MalformedEvent, "there are 3 token ids"),
         (batch([Row("a", 0, 0, 70_000)], [1] * 70_000), EventTooLarge, "70000 tokens"),
         (
-            Batch((Row("a", 0, 0, 1),), memoryview(array("i", [1])), wire_tensor(np.zeros((1, HIDDEN), np.float32), "F32")),
+            Batch(
+                (Row("a", 0, 0, 1),), memoryview(array("i", [1])), wire_tensor(np.zeros((1, HIDDEN), np.float32), "F32", "F32")
+            ),
             MalformedEvent,
             "takes token ids alone",
         ),
@@ -294,7 +296,7 @@ def test_an_event_that_makes_no_sense_is_refused_as_a_whole(
 
 
 def middle_batch(rows: list[Row], tokens: list[int], states: Array) -> Batch:
-    return Batch(tuple(rows), memoryview(array("i", tokens)), wire_tensor(states, "F32"))
+    return Batch(tuple(rows), memoryview(array("i", tokens)), wire_tensor(states, "F32", "F32"))
 
 
 @pytest.fixture
@@ -311,7 +313,7 @@ def test_where_all_rows_are_ok_rows_and_tokens_are_passed_through(middle: Stage)
     assert reply.rows is into.rows
     assert reply.token_ids is into.token_ids
     assert reply.hidden is not None
-    assert hidden_array(reply.hidden)[:, 0].tolist() == [0.0, 4.0, 8.0]
+    assert hidden_array(reply.hidden, "F32")[:, 0].tolist() == [0.0, 4.0, 8.0]
     assert decode_batch(b"".join(encode_batch(reply))).rows == into.rows
 
 
@@ -333,7 +335,7 @@ def test_rows_that_fail_leave_the_tensor(middle: Stage) -> None:
     assert [row.length for row in reply.rows] == [2, 0, 2, 0]
     assert reply.token_ids.tolist() == [1, 2, 5, 6]
     assert reply.hidden is not None
-    assert hidden_array(reply.hidden)[:, 0].tolist() == [0.0, 4.0, 16.0, 20.0]
+    assert hidden_array(reply.hidden, "F32")[:, 0].tolist() == [0.0, 4.0, 16.0, 20.0]
     assert decode_batch(b"".join(encode_batch(reply))).rows == reply.rows
 
 
@@ -348,9 +350,9 @@ def test_an_event_without_any_good_row_gets_its_statuses(middle: Stage) -> None:
     ("tensor", "message"),
     [
         (None, "no tensor, but layer 2 takes hidden states"),
-        (wire_tensor(np.zeros((1, HIDDEN + 1), np.float32), "F32"), r"is F32 \[1, 5\], this stage takes F32 \[1, 4\]"),
-        (wire_tensor(np.zeros((1, HIDDEN), np.uint16), "BF16"), r"is BF16 \[1, 4\], this stage takes F32"),
-        (wire_tensor(np.zeros((2, HIDDEN), np.float32), "F32"), r"is F32 \[2, 4\]"),
+        (wire_tensor(np.zeros((1, HIDDEN + 1), np.float32), "F32", "F32"), r"is F32 \[1, 5\], this stage takes F32 \[1, 4\]"),
+        (wire_tensor(np.zeros((1, HIDDEN), np.uint16), "BF16", "BF16"), r"is BF16 \[1, 4\], this stage takes F32"),
+        (wire_tensor(np.zeros((2, HIDDEN), np.float32), "F32", "F32"), r"is F32 \[2, 4\]"),
     ],
 )
 def test_another_models_tensor_is_refused(middle: Stage, tensor: Tensor | None, message: str) -> None:

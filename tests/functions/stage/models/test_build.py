@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from functions.configuration.pass_times import PassTimes
+from functions.stage.engine.wire_tensors import hidden_array, wire_tensor
 from functions.stage.models import build
 from functions.stage.models.build import Choice, Kind, UnsupportedDtype, build_layer_group, choose, device_for
 from functions.stage.models.families import FAMILIES
@@ -223,12 +224,14 @@ def test_a_sleeping_group_accounts_for_kv_as_a_real_one() -> None:
         assert sleeping.hidden_dtype == real.hidden_dtype
 
 
-def test_a_large_vocabulary_survives_the_sleeping_stages() -> None:
+@pytest.mark.parametrize("wire_dtype", ["BF16", "I8"])
+def test_a_large_vocabulary_survives_the_sleeping_stages(wire_dtype: str) -> None:
     config = tiny_models.tiny_config("llama", vocab_size=300_000)
     first = build_layer_group("sleep", config, {}, 0, 3, "bfloat16", "cpu", 2**20)
     last = build_layer_group("sleep", config, {}, 3, 6, "bfloat16", "cpu", 2**20)
     token_ids = np.array([0, 1, 127, 128, 49_151, 151_936, 299_999])
     hidden = first.forward(token_ids, [Segment(first.kv.reserve(7), 0, 7)])
+    hidden = hidden_array(wire_tensor(hidden, first.hidden_dtype, wire_dtype), last.hidden_dtype)
     hidden = last.forward(hidden, [Segment(last.kv.reserve(7), 0, 7)])
     assert last.logits(hidden).argmax(axis=-1).tolist() == token_ids.tolist()
 

@@ -1,0 +1,100 @@
+"""Hidden states in 8 bits between real stages: answers are those of the same layers chained here with each row rounded between
+them, one at a time and many at once."""
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import numpy as np
+import pytest
+
+from eventing.wire.events import pipeline_fingerprint
+from functions.stage.models.floats import Array, HiddenDtype, narrowed, widened
+from functions.stage.models.layer_group import LayerGroup, Segment
+from storage.models.model_repository import Dtype
+from storage.store.object_reader import ObjectReader
+from tests.support.functions.functions import FunctionProcess, gateway_environment, running, stage_environment
+from tests.support.functions.stage_pipeline import published_group
+from tests.support.storage.published import CUT, Published, published_model, until_end
+
+PROMPTS: Final = ("The capital of France is", "12345", "x" * 40, "a river", "no", "winter", "the the", "north")
+NEW_TOKENS: Final = 24
+
+
+def told(published: Published) -> dict[str, str]:
+    fingerprint = pipeline_fingerprint(published.manifest.digest, CUT, published.manifest.dtype, "int8")
+    return {"LAMINA_WIRE_DTYPE": "int8", "LAMINA_PIPELINE": fingerprint}
+
+
+def through_8_bits(hidden: Array, dtype: HiddenDtype) -> Array:
+    """As docs/events.md says it, one row after the other."""
+    given_back = []
+    for row in widened(hidden, dtype):
+        scale = np.float32(max(abs(row))) / np.float32(127)
+        given_back.append([np.float32(round(float(number / scale))) * scale for number in row])
+    return narrowed(np.array(given_back, np.float32), dtype)
+
+
+class Chained:
+    """The layer groups in this process."""
+
+    def __init__(self, published: Published) -> None:
+        reader = ObjectReader(published.store)
+        self.groups: list[LayerGroup] = [published_group(reader, published.manifest, *layers) for layers in CUT]
+        reader.close()
+
+    def generate(self, prompt: list[int], cuts_in_8_bits: bool) -> list[int]:
+        token_ids, new, position = list(prompt), list(prompt), 0
+        handles = [group.kv.reserve(len(prompt) + NEW_TOKENS) for group in self.groups]
+        while len(token_ids) < len(prompt) + NEW_TOKENS:
+            hidden: Array = np.array(new, np.int64)
+            for group, handle in zip(self.groups, handles, strict=True):
+                if group is not self.groups[0] and cuts_in_8_bits:
+                    hidden = through_8_bits(hidden, group.hidden_dtype)
+                hidden = group.forward(hidden, [Segment(handle, position, len(new))])
+            position = len(token_ids)
+            new = [int(self.groups[-1].logits(hidden[-1:]).argmax())]
+            token_ids += new
+        for group, handle in zip(self.groups, handles, strict=True):
+            group.kv.release(handle)
+        return until_end(token_ids[len(prompt) :])
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "int8"])
+def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
+    dtype: Dtype = request.param
+    with published_model(tmp_path_factory.mktemp("models"), dtype) as made:
+        yield made
+
+
+def asked(url: str, prompt: str) -> list[int]:
+    headers = {"ce-specversion": "1.0", "ce-id": prompt, "ce-source": "/t", "ce-type": "dev.lamina.generate.request"}
+    body = json.dumps({"prompt": prompt, "max_tokens": NEW_TOKENS}).encode()
+    request = urllib.request.Request(url, body, headers | {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as response:
+        tokens: list[int] = json.load(response)["token_ids"]
+    return tokens
+
+
+def test_answers_are_those_of_layers_between_which_each_row_is_rounded(published: Published) -> None:
+    chained = Chained(published)
+    prompts = [published.tokenizer.encode(prompt).ids for prompt in PROMPTS]
+    expected = [chained.generate(prompt, cuts_in_8_bits=True) for prompt in prompts]
+    exact = [chained.generate(prompt, cuts_in_8_bits=False) for prompt in prompts]
+    assert expected != exact, "eight bits make no difference, so that nothing is told by this"
+    more = told(published)
+    with (
+        running(stage_environment(published, group, **more) for group in range(len(CUT))) as stages,
+        running([gateway_environment(published, [stage.url for stage in stages], **more)]) as (gateway,),
+    ):
+        assert [asked(gateway.url, prompt) for prompt in PROMPTS[:2]] == expected[:2]
+        with ThreadPoolExecutor(len(PROMPTS)) as clients:
+            assert list(clients.map(lambda prompt: asked(gateway.url, prompt), PROMPTS)) == expected
+
+
+def test_a_stage_that_was_told_of_8_bits_is_of_another_pipeline(published: Published) -> None:
+    with FunctionProcess(stage_environment(published, 1, LAMINA_WIRE_DTYPE="int8")) as stage:
+        assert stage.wait_end() == 1
+    assert f"is pipeline {told(published)['LAMINA_PIPELINE']}, and LAMINA_PIPELINE says" in stage.log
