@@ -1,6 +1,6 @@
 """`make evaluate`: the experiments of docs/evaluation.md, which it writes from what they find.
 
-    python -m bench.evaluation                               all, under an hour on two cores that do nothing else
+    python -m bench.evaluation                               all, about an hour on two cores that do nothing else
     python -m bench.evaluation --quick                       all in small, some minutes: it shows that all runs, no more
     python -m bench.evaluation simulated scale               some of: emulated, calibration, simulated, measured, scale, network
     python -m bench.evaluation --trace azure-2023.csv.gz     with the arrivals and sizes of a recorded trace
@@ -92,21 +92,22 @@ def _followed(name: str, runs: Sequence[Run], results: Results, say: Callable[[s
 
 
 def _networks(plan: Plan, state: Path, evaluation: Evaluation, say: Callable[[str], None]) -> tuple[str, str]:
-    """The table and the verdict; each network and gateway is a file, as other results are."""
+    """The table and the verdict; each network and remedy is a file, as other results are."""
     found: list[Measured] = []
-    for network in plan.networks:
-        for guesses in network_experiment.GUESSES:
-            name = network_experiment.file_name(network, guesses, plan.network_lengths)
+    for network, remedies in plan.networks.items():
+        for what in ("no remedy", *remedies):
+            remedy = network_experiment.REMEDIES.get(what, network_experiment.NOTHING)
+            name = network_experiment.file_name(network, remedy, plan.network_lengths)
             path = state / "results" / name
             if not path.exists():
                 logs = state / "logs" / name.removesuffix(".yaml")
-                measured = network_experiment.measure(network, guesses, plan.network_lengths, evaluation.store, logs)
+                measured = network_experiment.measure(network, remedy, plan.network_lengths, evaluation.store, logs)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(msgspec.yaml.encode(measured))
             measured = msgspec.yaml.decode(path.read_bytes(), type=list[Measured])
             said = ", ".join(f"{each.tokens_per_second:.1f} tokens/s {each.at_once} at a time" for each in measured)
             rate = network.bytes_per_second or "any"
-            say(f"network: {network.delay_seconds * 1e3:g} ms, {rate} bytes/s, guesses {guesses}: {said}")
+            say(f"network: {network.delay_seconds * 1e3:g} ms, {rate} bytes/s, {what}: {said}")
             found += measured
     return network_experiment.network_table(network_experiment.stage_plans(evaluation.store), found)
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -15,7 +15,7 @@ import numpy as np
 
 from bench.evaluation.emulated import EmulatedRun
 from bench.evaluation.loads import LOADS, make_loads
-from bench.evaluation.network import Lengths, all_networks
+from bench.evaluation.network import REMEDIES, Lengths, all_networks
 from bench.evaluation.outcome import Cost, Outcome
 from bench.evaluation.profile import DoesNotFit, read_profile
 from bench.evaluation.results import Result, RunKey
@@ -55,7 +55,8 @@ class Plan:
     scale_seconds: int = 1200
     scale_runs: int = 3
     scale_stages: Sequence[int] = SCALE_STAGES
-    networks: Sequence[Network] = tuple(all_networks())
+    networks: Mapping[Network, Sequence[str]] = field(default_factory=lambda: dict.fromkeys(all_networks(), tuple(REMEDIES)))
+    """With the remedies that are measured in each."""
     network_lengths: Lengths = field(default_factory=Lengths)
     trace: Path | None = None
 
@@ -72,7 +73,7 @@ QUICK: Final = Plan(
     scale_seconds=60,
     scale_runs=1,
     scale_stages=(1, 4),
-    networks=(Network(), Network(0.005)),
+    networks={Network(): (), Network(0.005): tuple(REMEDIES)},
     network_lengths=Lengths(4, 8),
 )
 

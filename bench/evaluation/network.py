@@ -1,14 +1,14 @@
 """What a network between pods costs the real pipeline: real layers, a relay before every pod, one network after the other.
 
-Each with and without guesses (several tokens a round), for one question at a time and sixteen; and what `plan` says of it, from
-what passes take where there is no network.
+For one question at a time and sixteen, and what `plan` says of it, from what passes take where there is no network. Beside it
+the remedies, each alone: guesses (several tokens a round), hidden states in 8 bits, and the same model in fewer stages.
 """
 
 import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 import yaml
@@ -30,25 +30,46 @@ DELAYS_SECONDS: Final = (0.0, 0.001, 0.005, 0.02, 0.05)
 RATES: Final = (1.25e9, 1.25e8, 1.25e7)
 """10, 1 and 0.1 Gbit/s in bytes."""
 AT_ONCE: Final = (1, 16)
-GUESSES: Final = (0, 16)
 _DTYPE: Final = "bfloat16"
-_STAGES: Final = 3
 _MICRO_BATCH: Final = 8
 _PROMPTS: Final = ROOT / "bench" / "guesses" / "prompts.yaml"
 _READY_SECONDS: Final = 180.0
 _STOP_SECONDS: Final = 5.0
 
 
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """What a pipeline does about its network."""
+
+    guesses: int = 0
+    wire_dtype: Literal["int8"] | None = None
+    stages: int = 3
+
+
+NOTHING: Final = Remedy()
+REMEDIES: Final = {
+    "guesses": Remedy(guesses=16),
+    "8 bits": Remedy(wire_dtype="int8"),
+    "two stages": Remedy(stages=2),
+}
+
+
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """One network, one gateway, so many questions at a time."""
+    """One network, one pipeline, so many questions at a time."""
 
     delay_seconds: float
     bytes_per_second: float | None
     guesses: int
+    wire_dtype: Literal["int8"] | None = None
+    stages: int = NOTHING.stages
     at_once: int
     tokens_per_second: float
     step_seconds: tuple[float, ...]
     """Of a pass of each stage, mean."""
+
+    @property
+    def remedy(self) -> Remedy:
+        return Remedy(self.guesses, self.wire_dtype, self.stages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,20 +83,25 @@ def all_networks() -> Iterator[Network]:
     yield from (Network(0.0, rate) for rate in RATES)
 
 
-def file_name(network: Network, guesses: int, lengths: Lengths) -> str:
+def file_name(network: Network, remedy: Remedy, lengths: Lengths) -> str:
     rate = "any" if network.bytes_per_second is None else f"{network.bytes_per_second:g}"
-    return f"network/{network.delay_seconds:g}s-{rate}-guesses-{guesses}-{lengths.questions}x{lengths.max_tokens}.yaml"
+    pipeline = f"guesses-{remedy.guesses}"
+    if remedy.wire_dtype is not None:
+        pipeline += f"-{remedy.wire_dtype}"
+    if remedy.stages != NOTHING.stages:
+        pipeline += f"-{remedy.stages}"
+    return f"network/{network.delay_seconds:g}s-{rate}-{pipeline}-{lengths.questions}x{lengths.max_tokens}.yaml"
 
 
-def measure(network: Network, guesses: int, lengths: Lengths, store: ObjectStore, logs: Path) -> list[Measured]:
+def measure(network: Network, remedy: Remedy, lengths: Lengths, store: ObjectStore, logs: Path) -> list[Measured]:
     """For each of `AT_ONCE`."""
     manifest = ensure_published(store, None, _DTYPE, Console(quiet=True))
-    local = local_pipeline(store, manifest, _STAGES, _spec(manifest.name, guesses), {})
+    local = local_pipeline(store, manifest, remedy.stages, _spec(manifest.name, remedy), {})
     logs.mkdir(parents=True, exist_ok=True)
-    return asyncio.run(_measured(local, network, guesses, lengths, logs))
+    return asyncio.run(_measured(local, network, remedy, lengths, logs))
 
 
-async def _measured(local: LocalPipeline, network: Network, guesses: int, lengths: Lengths, logs: Path) -> list[Measured]:
+async def _measured(local: LocalPipeline, network: Network, remedy: Remedy, lengths: Lengths, logs: Path) -> list[Measured]:
     platform = Platform(PlatformOptions(secrets=local.secrets, logs=logs, network=network))
     await platform.start()
     try:
@@ -97,7 +123,9 @@ async def _measured(local: LocalPipeline, network: Network, guesses: int, length
                 Measured(
                     delay_seconds=network.delay_seconds,
                     bytes_per_second=network.bytes_per_second,
-                    guesses=guesses,
+                    guesses=remedy.guesses,
+                    wire_dtype=remedy.wire_dtype,
+                    stages=remedy.stages,
                     at_once=at_once,
                     tokens_per_second=answered.tokens_per_second,
                     step_seconds=steps,
@@ -116,16 +144,17 @@ async def _passes(local: LocalPipeline, platform: Platform) -> list[tuple[float,
     return [await asyncio.to_thread(passes_of, pods(name)) for name in local.pipeline.stage_names]
 
 
-def _spec(model: str, guesses: int) -> PipelineSpec:
+def _spec(model: str, remedy: Remedy) -> PipelineSpec:
     return PipelineSpec(
         name="network",
         model=Model(name=model, dtype=_DTYPE),
-        stages=_STAGES,
+        stages=remedy.stages,
+        wire_dtype=remedy.wire_dtype,
         image="lamina:local",
         stage=Stage(resources=Resources(memory="2Gi"), kv_cache="256Mi", autoscaling=Autoscaling(min_scale=1, max_scale=1)),
         gateway=Gateway(
             micro_batch_sequences=_MICRO_BATCH,
-            guesses=guesses,
+            guesses=remedy.guesses,
             access_log="off",
             autoscaling=GatewayAutoscaling(min_scale=1, max_scale=1),
         ),
@@ -134,22 +163,22 @@ def _spec(model: str, guesses: int) -> PipelineSpec:
 
 
 def stage_plans(store: ObjectStore) -> tuple[StagePlan, ...]:
-    """Of what is measured."""
+    """Of what is measured without a remedy."""
     manifest = ensure_published(store, None, _DTYPE, Console(quiet=True))
-    local = local_pipeline(store, manifest, _STAGES, _spec(manifest.name, 0), {})
+    local = local_pipeline(store, manifest, NOTHING.stages, _spec(manifest.name, NOTHING), {})
     return plan_stages(local.shape, local.pipeline.cut)
 
 
 def network_table(plans: Sequence[StagePlan], results: Sequence[Measured]) -> tuple[str, str]:
     """The table, and in a sentence how far off the prediction is."""
-    by_key = {(one.delay_seconds, one.bytes_per_second, one.guesses, one.at_once): one for one in results}
+    by_key = {(one.delay_seconds, one.bytes_per_second, one.remedy, one.at_once): one for one in results}
     lines = [
-        "| delay each way | Gbit/s | at once | tokens/s | share of none | plan says | error | with guesses | share of plain |",
-        "|---" * 9 + "|",
+        "| delay each way | Gbit/s | at once | tokens/s | share of none | plan says | error | " + " | ".join(REMEDIES) + " |",
+        "|---" * (7 + len(REMEDIES)) + "|",
     ]
     worst = 0.0
-    for one in (each for each in results if not each.guesses):
-        near = by_key.get((0.0, None, 0, one.at_once))
+    for one in (each for each in results if each.remedy == NOTHING):
+        near = by_key.get((0.0, None, NOTHING, one.at_once))
         if near is None:
             continue
         far_plan, near_plan = (
@@ -165,14 +194,15 @@ def network_table(plans: Sequence[StagePlan], results: Sequence[Measured]) -> tu
         said = near.tokens_per_second * far_plan.tokens_per_second / near_plan.tokens_per_second
         error = said / one.tokens_per_second - 1
         worst = max(worst, abs(error))
-        guessing = by_key.get((one.delay_seconds, one.bytes_per_second, GUESSES[1], one.at_once))
+        remedied = [by_key.get((one.delay_seconds, one.bytes_per_second, each, one.at_once)) for each in REMEDIES.values()]
         rate = "any" if one.bytes_per_second is None else f"{one.bytes_per_second * 8 / 1e9:g}"
-        with_guesses = ("–", "–")
-        if guessing is not None:
-            ratio = guessing.tokens_per_second / one.tokens_per_second
-            with_guesses = (f"{guessing.tokens_per_second:.1f}", f"{ratio:.2f}")
+        cells = ["–" if each is None else _beside(each, one) for each in remedied]
         lines.append(
             f"| {one.delay_seconds * 1e3:g} ms | {rate} | {one.at_once} | {one.tokens_per_second:.1f} "
-            f"| {one.tokens_per_second / near.tokens_per_second:.2f} | {said:.1f} | {error:+.0%} | {' | '.join(with_guesses)} |"
+            f"| {one.tokens_per_second / near.tokens_per_second:.2f} | {said:.1f} | {error:+.0%} | {' | '.join(cells)} |"
         )
     return "\n".join(lines), f"The prediction is off by at most {worst:.0%} (wanted: 15 %)."
+
+
+def _beside(remedied: Measured, plain: Measured) -> str:
+    return f"{remedied.tokens_per_second:.1f} ({remedied.tokens_per_second / plain.tokens_per_second:.2f} ×)"

@@ -1,6 +1,9 @@
 """The table of the network: shares, what plan says, and what guesses bring, from results alone."""
 
-from bench.evaluation.network import Measured, network_table
+import msgspec
+
+from bench.evaluation.network import NOTHING, REMEDIES, Lengths, Measured, Remedy, file_name, network_table
+from knative.local.proxies.network import Network
 from knative.spec.cut import cut_evenly
 from knative.spec.model_shape import shape_from_folder
 from knative.spec.network_plan import Link, network_plan
@@ -12,12 +15,14 @@ PLANS = plan_stages(SHAPE, cut_evenly(SHAPE, 3))
 STEPS = (0.01, 0.012, 0.01)
 
 
-def measured(delay: float, at_once: int, guesses: int, factor: float = 1.0) -> Measured:
+def measured(delay: float, at_once: int, remedy: Remedy, factor: float = 1.0) -> Measured:
     plan = network_plan(PLANS, STEPS, at_once, 8, Link(delay, None))
     return Measured(
         delay_seconds=delay,
         bytes_per_second=None,
-        guesses=guesses,
+        guesses=remedy.guesses,
+        wire_dtype=remedy.wire_dtype,
+        stages=remedy.stages,
         at_once=at_once,
         tokens_per_second=factor * plan.tokens_per_second,
         step_seconds=STEPS,
@@ -25,9 +30,20 @@ def measured(delay: float, at_once: int, guesses: int, factor: float = 1.0) -> M
 
 
 def test_what_went_as_planned_has_no_error_and_what_did_not_is_the_worst() -> None:
-    results = [measured(delay, at_once, 0) for delay in (0.0, 0.005) for at_once in (1, 16)]
-    table, verdict = network_table(PLANS, [*results, measured(0.005, 1, 16, 2.0)])
-    assert "| 5 ms | any | 1 | 16.1 | 0.52 | 16.1 | +0% | 32.3 | 2.00 |" in table
+    results = [measured(delay, at_once, NOTHING) for delay in (0.0, 0.005) for at_once in (1, 16)]
+    remedied = [measured(0.005, 1, REMEDIES["guesses"], 2.0), measured(0.005, 1, REMEDIES["two stages"], 1.25)]
+    table, verdict = network_table(PLANS, [*results, *remedied])
+    assert table.splitlines()[0].endswith("| error | guesses | 8 bits | two stages |")
+    assert "| 5 ms | any | 1 | 16.1 | 0.52 | 16.1 | +0% | 32.3 (2.00 ×) | – | 20.2 (1.25 ×) |" in table
     assert "off by at most 0%" in verdict
-    _, verdict = network_table(PLANS, [*results[:2], measured(0.005, 1, 0, 0.8)])
+    _, verdict = network_table(PLANS, [*results[:2], measured(0.005, 1, NOTHING, 0.8)])
     assert "off by at most 25%" in verdict
+
+
+def test_each_remedy_has_a_file_of_its_own_and_one_of_before_there_were_others_is_read() -> None:
+    names = {file_name(Network(0.005), remedy, Lengths()) for remedy in (NOTHING, *REMEDIES.values())}
+    assert len(names) == 4
+    assert "network/0.005s-any-guesses-16-16x48.yaml" in names
+    one = measured(0.005, 1, REMEDIES["guesses"])
+    before = {key: value for key, value in msgspec.to_builtins(one).items() if key not in ("wire_dtype", "stages")}
+    assert msgspec.convert(before, Measured) == one
