@@ -130,9 +130,10 @@ class Simulation:
             one.stand_still(self._env.now)
             return
         self._moved(ready)
-        wanted = micro_batches_wanted(one.running + one.waiting, len(of_all), self._most_sequences, allowed)
         one.admit(beyond, min(ready) * self._kv_tokens)
         decoding = one.decoding
+        # Admission opens one for whoever comes; what the running do not need joins another before its next step (next_steps).
+        wanted = micro_batches_wanted(one.running, len(of_all), self._most_sequences, allowed)
         # Who still has its prompt computed is in one, too; a micro-batch steps for as many of its sequences as answer.
         micro_batches = self._micro_batches = min(decoding, wanted)
         work = Work(
