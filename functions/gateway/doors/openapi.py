@@ -102,7 +102,7 @@ def _parameters(operation: Operation, model: str) -> Iterator[dict[str, Any]]:
 def _responses(operation: Operation, schemas: dict[Any, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     answer: dict[str, Any] = {"description": "OK"}
     if operation.replies is not None:
-        answer["content"] = _content(operation.replies, schemas, operation.events)
+        answer["content"] = _content(operation.replies, schemas, _event(operation, schemas))
     yield "200", answer
     if operation.verdict is not None:
         yield "503", {"description": "It is not", "content": _content({JSON: operation.verdict}, schemas)}
@@ -111,10 +111,20 @@ def _responses(operation: Operation, schemas: dict[Any, Any]) -> Iterator[tuple[
         yield str(status), {"description": HTTPStatus(status).phrase, "content": _content(shape, schemas)}
 
 
-def _content(content: Content, schemas: dict[Any, Any], events: type | None = None) -> dict[str, Any]:
-    described: dict[str, Any] = {}
-    for media_type, type_ in content.items():
-        described[media_type] = {"schema": {"type": "string"} if type_ is None else schemas[type_]}
-        if type_ is None and events is not None:
-            described[media_type]["x-events"] = schemas[events]
-    return described
+def _content(content: Content, schemas: dict[Any, Any], event: dict[str, Any] | None = None) -> dict[str, Any]:
+    """event: describes each of a stream of them."""
+    text = {"type": "string"} if event is None else event
+    return {media_type: {"schema": text if type_ is None else schemas[type_]} for media_type, type_ in content.items()}
+
+
+def _event(operation: Operation, schemas: dict[Any, Any]) -> dict[str, Any] | None:
+    """A server-sent event: OpenAPI 3.1 has no word for a stream, and tools take the schema for that of one event."""
+    if operation.events is None:
+        return None
+    data = [schemas[operation.events], {"type": "object"} if operation.patched else schemas[ErrorReply]]
+    json = {"type": "string", "contentMediaType": JSON, "contentSchema": {"anyOf": data}}
+    return {
+        "type": "object",
+        "properties": {"event": {"type": "string"}, "data": {"anyOf": [{"const": "[DONE]"}, json]}},
+        "required": ["data"],
+    }

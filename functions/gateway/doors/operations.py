@@ -44,7 +44,9 @@ class Operation:
     keyed: bool = True
     """Wants an API key, where there are any."""
     events: type | None = None
-    """Data of each server-sent event, where the reply is a stream of them."""
+    """Data of each server-sent event, where the reply is a stream of them, which an error may end."""
+    patched: bool = False
+    """Events behind the first are patches of it."""
     headers: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     """With what their values must be beside text (JSON Schema)."""
     verdict: type | None = None
@@ -121,4 +123,5 @@ def _openai() -> Iterator[Operation]:
         {EVENT_STREAM_CONTENT_TYPE: None},
         refused=(429,),
         events=PipelineState,
+        patched=True,
     )
