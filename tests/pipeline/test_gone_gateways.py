@@ -1,21 +1,14 @@
 """Gateways that are killed or paused, real processes all: what they held is free soon, and no answer is wrong."""
 
-import json
 import signal
 import time
-import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from http.client import HTTPResponse
 
-from eventing.http.binding import to_binary_http
-from eventing.wire.cloud_event import json_event
 from eventing.wire.control import LEASE_SECONDS
-from eventing.wire.events import EventType
 from eventing.wire.generation import GenerateRequest
 from tests.support.functions.functions import FunctionProcess, gateway_environment, running, stage_environment, wait_until
 from tests.support.functions.metrics import metric
+from tests.support.functions.streams import answer_of, began
 from tests.support.storage.published import CUT, Published, until_end
 from tests.support.storage.tiny_models import greedy
 
@@ -33,7 +26,7 @@ def test_a_killed_gateway_frees_what_it_held_and_a_paused_one_answers_right(publ
         capacity = free(stages)
         environ = gateway_environment(published, [stage.url for stage in stages])
         with running([environ] * 3) as (killed, paused, honest), ThreadPoolExecutor(1) as honest_client:
-            with began(killed), began(paused) as answer:
+            with began(killed, request(LONG_TOKENS)), began(paused, request(LONG_TOKENS)) as answer:
                 killed.process.send_signal(signal.SIGKILL)
                 paused.process.send_signal(signal.SIGSTOP)
                 ends = time.monotonic() + FREED_SECONDS
@@ -44,35 +37,19 @@ def test_a_killed_gateway_frees_what_it_held_and_a_paused_one_answers_right(publ
                 assert held(stages) == 0
                 assert free(stages) == capacity
                 paused.process.send_signal(signal.SIGCONT)
-                assert token_ids(answer) == expected
+                assert list(answer_of(answer).token_ids) == expected
             wait_until(lambda: free(stages) == capacity)
             assert metric(honest, "lamina_gateway_replays_total") == 0
 
 
-@contextmanager
-def began(gateway: FunctionProcess, max_tokens: int = LONG_TOKENS) -> Iterator[HTTPResponse]:
-    """A stream of tokens of which the first has come."""
-    request = GenerateRequest(PROMPT, max_tokens=max_tokens)
-    headers, pieces = to_binary_http(json_event(EventType.GENERATE_REQUEST, "tests", request))
-    headers["accept"] = "text/event-stream"
-    with urllib.request.urlopen(urllib.request.Request(gateway.url, b"".join(pieces), headers), timeout=60) as stream:
-        while b"data" not in stream.readline():
-            pass
-        yield stream
-
-
-def token_ids(stream: HTTPResponse) -> list[int]:
-    """Of the whole answer, which the stream's last event has."""
-    events = [json.loads(line.removeprefix(b"data:")) for line in stream if line.startswith(b"data:")]
-    assert events[-1]["type"] == EventType.GENERATE_RESPONSE, events[-1]
-    ids: list[int] = events[-1]["data"]["token_ids"]
-    return ids
+def request(max_tokens: int) -> GenerateRequest:
+    return GenerateRequest(PROMPT, max_tokens=max_tokens)
 
 
 def keep_asking(gateway: FunctionProcess, until: float, expected: list[int]) -> None:
     while time.monotonic() < until:
-        with began(gateway, len(expected)) as stream:
-            assert token_ids(stream) == expected
+        with began(gateway, request(len(expected))) as stream:
+            assert list(answer_of(stream).token_ids) == expected
 
 
 def held(stages: list[FunctionProcess]) -> float:

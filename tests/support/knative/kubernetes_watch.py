@@ -10,7 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 
 
 class WatchServer:
-    """One collection, whatever path and selector are asked for. Each change has a new version."""
+    """One collection, whatever path is asked for. Each change has a new version."""
 
     def __init__(self, port: int = 0) -> None:
         self.objects: dict[str, dict[str, Any]] = {}
@@ -90,15 +90,17 @@ class WatchServer:
         if self.failures:
             _send(request, self.failures.pop(0), b"{")
         elif "watch" not in query:
+            items = [obj for obj in self.objects.values() if _selected(obj, query)]
             metadata = {"resourceVersion": str(self.version)}
-            _send(request, 200, json.dumps({"metadata": metadata, "items": list(self.objects.values())}).encode())
+            _send(request, 200, json.dumps({"metadata": metadata, "items": items}).encode())
         elif self.always_gone or self._gone == "status":
             self._gone = ""
             _send(request, 410, b"{}")
         else:
-            self._stream(request, int(query["resourceVersion"][0]))
+            self._stream(request, query)
 
-    def _stream(self, request: BaseHTTPRequestHandler, since: int) -> None:
+    def _stream(self, request: BaseHTTPRequestHandler, query: dict[str, list[str]]) -> None:
+        since = int(query["resourceVersion"][0])
         watch: SimpleQueue[bytes | None] = SimpleQueue()
         if self._gone == "event":
             self._gone = ""
@@ -113,7 +115,8 @@ class WatchServer:
         request.end_headers()
         try:
             while line := watch.get():
-                request.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
+                if _selected(json.loads(line)["object"], query):
+                    request.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
             request.wfile.write(b"ff\r\n{" if line == b"" else b"0\r\n\r\n")
             request.close_connection = line == b""
         except OSError:
@@ -128,6 +131,13 @@ class WatchServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def _selected(obj: dict[str, Any], query: dict[str, list[str]]) -> bool:
+    """By those labels that it has: one without any is in every collection."""
+    labels = obj.get("metadata", {}).get("labels", {})
+    wanted = dict(term.split("=") for term in query["labelSelector"][0].split(","))
+    return all(labels.get(name, value) == value for name, value in wanted.items())
 
 
 def _send(request: BaseHTTPRequestHandler, status: int, body: bytes) -> None:

@@ -1,0 +1,48 @@
+"""Answers that stream from a gateway's process, caught when they have begun."""
+
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPException, HTTPResponse
+
+import msgspec
+
+from eventing.http.binding import to_binary_http
+from eventing.wire.cloud_event import json_event
+from eventing.wire.events import EventType
+from eventing.wire.generation import GenerateRequest, GenerateResponse
+from tests.support.functions.functions import FunctionProcess
+
+
+class _Last(msgspec.Struct):
+    """The last event of a stream."""
+
+    type: str
+    data: msgspec.Raw
+
+
+class BrokenStream(Exception):
+    """It ended before the answer did."""
+
+
+@contextmanager
+def began(gateway: FunctionProcess, request: GenerateRequest) -> Iterator[HTTPResponse]:
+    """A stream of tokens of which the first has come."""
+    headers, pieces = to_binary_http(json_event(EventType.GENERATE_REQUEST, "tests", request))
+    headers["accept"] = "text/event-stream"
+    with urllib.request.urlopen(urllib.request.Request(gateway.url, b"".join(pieces), headers), timeout=60) as stream:
+        while not (line := stream.readline()).startswith(b"data:"):
+            assert line, "the stream ended before its first token"
+        yield stream
+
+
+def answer_of(stream: HTTPResponse) -> GenerateResponse:
+    """The whole answer, which the stream's last event has. Raises BrokenStream."""
+    try:
+        events = [line.removeprefix(b"data:") for line in stream if line.startswith(b"data:")]
+    except (HTTPException, OSError) as error:
+        raise BrokenStream from error
+    last = msgspec.json.decode(events[-1], type=_Last) if events else None
+    if last is None or last.type != EventType.GENERATE_RESPONSE:
+        raise BrokenStream(events[-1:])
+    return msgspec.json.decode(last.data, type=GenerateResponse)
