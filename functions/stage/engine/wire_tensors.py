@@ -9,6 +9,8 @@ from functions.stage.models.floats import DTYPES, Array, Float32, HiddenDtype, n
 
 _LEAST_SCALE: Final = np.finfo(np.float32).tiny
 """A row that would take a smaller one is zeros."""
+_MOST_SCALE: Final = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0))
+"""So that 127 of it are still a number."""
 
 
 def token_array(token_ids: memoryview) -> Array:
@@ -37,7 +39,7 @@ def wire_tensor(hidden: Array, dtype: HiddenDtype, wire_dtype: str) -> Tensor:
 def _in_8_bits(hidden: Float32) -> Array:
     """Each row by itself, so that its bits do not depend on its company: the largest number of a row becomes 127 or -127."""
     rows = np.empty(len(hidden), _row_of(hidden.shape[1]))
-    scale = np.abs(hidden).max(axis=1) / np.float32(127)
+    scale = np.minimum(np.abs(hidden).max(axis=1) / np.float32(127), _MOST_SCALE)
     scale[scale < _LEAST_SCALE] = 1
     rows["scale"] = scale
     rows["numbers"] = np.rint(hidden / scale[:, None])
