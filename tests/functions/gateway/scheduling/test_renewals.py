@@ -64,3 +64,27 @@ def test_a_release_that_was_lost_is_made_again_while_others_run() -> None:
         assert long.finish_reason is None
         assert tokens_of(long) == counted([1] * 5, 50)
         nothing_left(stages)
+
+
+def test_a_release_that_was_lost_where_nothing_is_any_more_is_made_as_soon_as_something_is_again() -> None:
+    """Or it would be held for as long as this gateway is heard of there, and other gateways would have that much less room."""
+    with counting_stages() as stages, scheduling(stages) as scheduler:
+        lost = False
+
+        def lose_one(seen: Seen) -> Fault | None:
+            nonlocal lost
+            first = seen.type == EventType.RELEASE and not lost
+            lost = lost or first
+            return Fault.UNAVAILABLE if first else None
+
+        stages[2].inspect = lose_one
+        assert tokens_of(submit(scheduler, [2] * 5, 2)) == counted([2] * 5, 2)
+        wait_until(lambda: lost and not scheduler.stats().micro_batches, "an end that stage 2 has not heard of")
+        time.sleep(LEASE / 4)
+        stages[0].seconds = 0.02
+        long = submit(scheduler, [1] * 5, 50)
+        wait_until(lambda: long.token_ids, "its first token")
+        wait_until(lambda: stages[2].engine.sequences == 1, "the release")
+        assert long.finish_reason is None
+        assert tokens_of(long) == counted([1] * 5, 50)
+        nothing_left(stages)
