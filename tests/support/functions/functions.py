@@ -116,7 +116,10 @@ class FunctionProcess:
     def wait_ready(self, timeout_seconds: float = 180.0) -> Self:
         deadline = time.monotonic() + timeout_seconds
         while True:
-            status, document = self.get("/readyz")
+            try:
+                status, document = self.get("/readyz")
+            except OSError as error:  # It has ended, or is about to; its log says why.
+                status, document = 0, error
             if status == 200:
                 return self
             assert self.process.poll() is None, f"ended while starting:\n{self.log}"
