@@ -50,6 +50,11 @@ class Board:
     def running(self) -> int:
         return sum(len(batch.sequences) for batch in self.micro_batches)
 
+    @property
+    def idle(self) -> bool:
+        """There is no sequence, nothing is on its way, and nothing is to be released."""
+        return not (self.sequences or self.steps or self._releases)
+
     def sequences_at(self, instance: Instance) -> Iterator[Sequence]:
         for batch in self.micro_batches:
             if instance in batch.route.instances:

@@ -90,7 +90,7 @@ class Scheduler:
         self._closing = self._closed = False
         self._walked: set[Trip] = set()
         """Trips that a thread has, or will have."""
-        self._failed_in_a_row = 0
+        self._failed_in_a_row = self._releases_under_way = 0
         self._clock_looked_at = time.monotonic()
         self._clock_looks_at = math.inf
         self._trips = ThreadPool(_THREADS, "trip")
@@ -170,7 +170,7 @@ class Scheduler:
             for sequence in list(self._board.sequences.values()):
                 self._board.end(sequence, NotReady(_SHUTTING_DOWN))
             self._act()
-            self._changed.wait_for(lambda: not self._board.sequences, _CLOSE_SECONDS)
+            self._changed.wait_for(lambda: self._board.idle and not self._releases_under_way, _CLOSE_SECONDS)
             self._closed = True
             self._changed.notify_all()
         self._clock.join(_CLOSE_SECONDS)
@@ -279,6 +279,7 @@ class Scheduler:
         for action in () if self._closed else actions:
             if isinstance(action, Walk):
                 self._walked.add(action.trip)
+            self._releases_under_way += isinstance(action, Release) and bool(action.rows)
             self._trips.submit(self._guarded, action)
         due = self._next_due()
         if (due is not None and due < self._clock_looks_at) or not self._board.sequences:
@@ -360,14 +361,18 @@ class Scheduler:
     def _release(self, instance: Instance, rows: Items[ReleaseRow]) -> None:
         try:
             origin = self._client.release(instance, rows)
+            with self._changed:
+                self._replies.heard(origin)
         except StageFailed as failure:
             if rows:
                 _log.info("not released: %s: %s", ", ".join(row.id for row in rows), failure)
             with self._changed:
                 self._renewals.lost(instance, rows)
-            return
-        with self._changed:
-            self._replies.heard(origin)
+        finally:
+            with self._changed:
+                self._releases_under_way -= bool(rows)
+                if self._closing:
+                    self._changed.notify_all()
 
     def _wake(self, stages: Items[int]) -> None:
         try:

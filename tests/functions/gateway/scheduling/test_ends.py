@@ -1,10 +1,13 @@
 """How sequences end, other than by their length or a failure of a stage."""
 
+import time
+
 import pytest
 
 from eventing.problems import DeadlineExceeded, NotReady
+from eventing.wire.events import EventType
 from tests.support.functions.gateway import answers_of, counted, nothing_left, scheduling, submit, tokens_of
-from tests.support.functions.stage_server import counting_stages
+from tests.support.functions.stage_server import Seen, counting_stages
 
 
 def test_end_of_text_ends_the_answer_and_is_not_part_of_it() -> None:
@@ -51,3 +54,21 @@ def test_closing_ends_what_is_there_and_takes_nothing_new() -> None:
         with pytest.raises(NotReady, match="shutting down"):
             submit(scheduler, [1], 1)
         nothing_left(stages)
+
+
+@pytest.mark.parametrize("tokens", [1, 1000], ids=["which ended just before", "which it ends"])
+def test_who_closes_has_told_the_stages_what_is_over(tokens: int) -> None:
+    """Behind it the connections are closed: what was not told would be held until the lease ends, and remembered in part."""
+
+    def slowly(seen: Seen) -> None:
+        if seen.type == EventType.RELEASE:
+            time.sleep(0.5)
+
+    with counting_stages() as stages, scheduling(stages) as scheduler:
+        for stage in stages:
+            stage.inspect = slowly
+            stage.seconds = 0.02
+        submit(scheduler, [1], tokens).next_token(10)
+        assert all(stage.engine.sequences for stage in stages)
+        scheduler.close()
+        assert not any(stage.engine.sequences for stage in stages)
