@@ -8,10 +8,16 @@ allows.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 from functions.configuration.pass_times import PassTimes, pairs
+from functions.stage.engine.event_queue import most_merged
 
+_MAX_MERGE: Final = 4
+"""LAMINA_MAX_MERGE, where it is not said."""
+_SETTLED: Final = 24
+"""Passes after which their sizes repeat themselves, by far."""
 _SHARPNESS: Final = 8
 """Who waits does so at the narrowest stage, and where several are nearly as narrow, at all of these."""
 
@@ -56,7 +62,7 @@ class Flow:
     prompt_tokens_per_second_alone: float
     """Of one prompt, whose chunks go through one pod of each stage one behind the other."""
     fill_seconds: float
-    """From the first stage's pass to the last one's end, of a chunk."""
+    """From the reservation, which waits for the pass that runs, to the last stage's end of a chunk."""
     in_flight: tuple[float, ...]
     """Requests at each of the stages that were given."""
     busy_share: tuple[float, ...]
@@ -92,17 +98,19 @@ def flow(
     ]
     at_pod = [work.micro_batches / count for count in ready]
     unhindered = total(step) + num_stages * hop
-    round_seconds = max(unhindered, *(at_pod[k] * step[k] for k in kinds)) if rows else 0.0
+    saved = [_merged(each, at_pod[k] if rows else 0.0, num_stages, rows, held, size, overheads) for k, each in enumerate(times)]
+    busy_step, busy_chunk = ([each * share for each, share in zip(of, saved, strict=True)] for of in (step, chunk))
+    round_seconds = max(unhindered, *(at_pod[k] * busy_step[k] for k in kinds)) if rows else 0.0
     rate = 0.0
     if size:
         # Of the micro-batches that go round, each stage has its part waiting when a chunk comes.
-        left = [1 - at_pod[k] * step[k] / round_seconds if rows else 1.0 for k in kinds]
-        share = [max(left[k], chunk[k] / (chunk[k] + max(1.0, at_pod[k] / num_stages) * step[k])) for k in kinds]
-        rate = min(ready[k] * share[k] / chunk[k] for k in kinds)
-    taken = [rate * chunk[k] / ready[k] for k in kinds]
+        left = [1 - at_pod[k] * busy_step[k] / round_seconds if rows else 1.0 for k in kinds]
+        share = [max(left[k], busy_chunk[k] / (busy_chunk[k] + max(1.0, at_pod[k] / num_stages) * busy_step[k])) for k in kinds]
+        rate = min(ready[k] * share[k] / busy_chunk[k] for k in kinds)
+    taken = [rate * busy_chunk[k] / ready[k] for k in kinds]
     if rows:
         unhindered += total(taken[k] * chunk[k] / 2 for k in kinds)
-        bound = [at_pod[k] * step[k] / max(0.05, 1 - taken[k]) for k in kinds]
+        bound = [at_pod[k] * busy_step[k] / max(0.05, 1 - taken[k]) for k in kinds]
         round_seconds = max(unhindered, *bound)
     slack = round_seconds - unhindered
     demand = [step[k] / ready[k] for k in kinds]
@@ -116,13 +124,58 @@ def flow(
         if size:
             mine += min(ready[k], rate * (chunk[k] + chunk_hop / 2 + min(1.0, at_pod[k]) * step[k]))
         in_flight.append(mine)
-    alone = max((chunk[k] + (step[k] if rows else 0.0) for k in kinds), default=0.0)
-    busy = [min(1.0, taken[k] + (at_pod[k] * step[k] / round_seconds if rows else 0.0)) for k in kinds]
+    # The next chunk comes when the gateway has heard of the last one.
+    alone = chunk_hop + max((chunk[k] + (step[k] if rows else 0.0) for k in kinds), default=0.0)
+    reservation = overheads.hop_seconds + (max(step) / 2 if rows else 0.0)
+    busy = [min(1.0, taken[k] + (at_pod[k] * busy_step[k] / round_seconds if rows else 0.0)) for k in kinds]
     return Flow(
         round_seconds=round_seconds,
         prompt_tokens_per_second=rate * size,
         prompt_tokens_per_second_alone=size / alone if size else 0.0,
-        fill_seconds=total(chunk) + num_stages * chunk_hop + total(min(1.0, at_pod[k]) * step[k] / 2 for k in kinds),
+        fill_seconds=reservation
+        + total(chunk)
+        + num_stages * chunk_hop
+        + total(min(1.0, at_pod[k]) * step[k] / 2 for k in kinds),
         in_flight=tuple(in_flight),
         busy_share=tuple(busy),
     )
+
+
+def _merged(
+    times: PassTimes, steps: float, num_stages: int, rows: float, held: float, size: float, overheads: Overheads
+) -> float:
+    """Of a busy pod's time, what is left where events that wait are merged into one pass."""
+    events = steps + (1 if size else 0)
+    passes = events / _at_once(events, num_stages)
+    if passes == events:
+        return 1.0
+
+    def seconds(of_steps: float, of_chunks: float) -> float:
+        tokens = of_steps * rows + of_chunks * size
+        reads = of_steps * held + of_chunks * 2 * size
+        attended = of_steps * held + of_chunks * pairs(size, size)
+        return (
+            times.forward_seconds(tokens, attended, reads)
+            + times.logits_seconds(of_steps * rows + of_chunks)
+            + overheads.pass_seconds
+        )
+
+    each_alone = (steps * seconds(1, 0) if rows else 0.0) + (seconds(0, 1) if size else 0.0)
+    return passes * seconds(steps / passes, (1 if size else 0) / passes) / each_alone
+
+
+def _at_once(events: float, num_stages: int) -> float:
+    """Events in one pass of a pod that has so many to go round: while some are computed the others wait. At least one."""
+    few = max(1, int(events))
+    if events <= few:
+        return _mean_merged(few, num_stages)
+    return (1 - events + few) * _mean_merged(few, num_stages) + (events - few) * _mean_merged(few + 1, num_stages)
+
+
+@cache
+def _mean_merged(events: int, num_stages: int) -> float:
+    computed, merged = 1, []
+    for _ in range(_SETTLED):
+        computed = most_merged(events - computed, num_stages, _MAX_MERGE) or 1
+        merged.append(computed)
+    return sum(merged) / len(merged)

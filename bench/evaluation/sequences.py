@@ -1,6 +1,6 @@
 """All requests of a simulation as places on curves: what was admitted, what of the prompts computed, what each sequence got."""
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -8,6 +8,9 @@ from bench.evaluation.outcome import PATIENCE_SECONDS
 from bench.evaluation.rounds import Flow
 from bench.evaluation.trace import Floats, Integers, Trace
 from functions.gateway.scheduling.limits import Limits
+
+_ALMOST: Final = 1e-3
+"""Tokens."""
 
 
 class Sequences:
@@ -90,11 +93,13 @@ class Sequences:
     def stand_still(self, now: float) -> None:
         self._mark(now, self._flows[-1])
 
-    def go_on(self, now: float, seconds: float, pace: Flow) -> None:
+    def go_on(self, now: float, seconds: float, pace: Flow, micro_batches: int) -> None:
+        """Micro-batches move one at a time; whoever is in that one gets no token until all of it is computed again."""
         if pace.round_seconds:
-            self._answer(seconds / pace.round_seconds)
+            moving = min(self._replay / max(1.0, self.held_tokens), 1 / micro_batches)
+            self._answer((1 - moving) * seconds / pace.round_seconds)
         computed = pace.prompt_tokens_per_second * seconds
-        # Micro-batches move one at a time (`functions/gateway/scheduling/moves.py`), each through one pod of every stage.
+        # One that moves (`functions/gateway/scheduling/moves.py`) goes through one pod of every stage.
         again = min(self._replay, computed, pace.prompt_tokens_per_second_alone * seconds)
         self._replay -= again
         self.replayed_tokens += again
@@ -143,11 +148,13 @@ class Sequences:
         chosen = self._admissions[: self._prompted]
         answers = self._trace.answer_tokens[chosen]
         rising, growing = _rising(computed), _rising(tokens)
-        computed_at = np.interp(self._prompts[: self._prompted + 1], computed[rising], at[rising])
-        begun = np.maximum(computed_at[:-1], self._admitted_at[: self._prompted])
+        ends = self._prompts[: self._prompted + 1]
+        begun = np.maximum(np.interp(ends[:-1], computed[rising], at[rising]), self._admitted_at[: self._prompted])
+        # Where nothing follows at once the end is a level part of the curve, whose other side comes with the next prompt.
+        done = np.interp(ends[1:] - _ALMOST, computed[rising], at[rising])
         # A mark tells of the step that ends with it.
         step = np.minimum(np.searchsorted(at, begun, "right"), len(at) - 1)
-        first = np.maximum(begun + self._trace.prompt_tokens[chosen] / alone[step] + fill[step], computed_at[1:])
+        first = np.maximum(begun + self._trace.prompt_tokens[chosen] / alone[step] + fill[step], done)
         wanted = np.interp(first, at, tokens) + answers - 1
         # Who began within a step counted from its end, and ended as much too early: their last tokens came at the last pace.
         when, seconds = self._last_round

@@ -145,7 +145,7 @@ class Simulation:
             hop_bytes_per_token=self._hop_bytes,
         )
         now = flow(self._times, ready, work, self._world.overheads, self._many)
-        one.go_on(self._env.now, step, now)
+        one.go_on(self._env.now, step, now, max(1, micro_batches))
         for fleet, in_flight, busy in zip(self._fleets, now.in_flight, now.busy_share, strict=True):
             fleet.in_flight, fleet.busy_share = in_flight, busy
 

@@ -38,6 +38,11 @@ class Call:
     reply: "Future[Any]" = field(default_factory=Future)
 
 
+def most_merged(waiting: int, num_stages: int, max_merge: int) -> int:
+    """Events in one pass, of so many that wait."""
+    return min(max_merge, -(-waiting // num_stages))
+
+
 class EventQueue:
     """Filled by many threads, emptied by the one whose turn it is.
 
@@ -138,7 +143,7 @@ class EventQueue:
             raise NotReady("the stage takes no more work: it is shutting down")
 
     def _next_events(self) -> list[WaitingEvent]:
-        limit = min(self._max_merge, -(-len(self._waiting) // self._num_stages))
+        limit = most_merged(len(self._waiting), self._num_stages, self._max_merge)
         chosen: list[WaitingEvent] = []
         left: list[WaitingEvent] = []
         ids: set[str] = set()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.evaluation import fleet, simulator
+from bench.evaluation import fleet, rounds, simulator
 from bench.evaluation.outcome import Outcome
 from bench.evaluation.profile import DoesNotFit
 from bench.evaluation.rounds import Overheads, Work, flow
@@ -21,6 +21,7 @@ from functions.configuration.pass_times import PassTimes
 from functions.gateway.scheduling import admission, board, capacity, scheduler
 from functions.gateway.stages import routes
 from functions.gateway.stages.instances import Endpoint
+from functions.stage.engine import event_queue
 from knative.local.autoscaler import hpa, kpa, revision_autoscaler
 from knative.spec.cut import cut_evenly
 from tests.support.paths import ROOT
@@ -52,6 +53,7 @@ def test_what_decides_is_the_platforms_own_and_no_copy() -> None:
         ("sequences_beyond", (simulator, admission), capacity),
         ("most_waiting", (simulator, scheduler), capacity),
         ("uneven", (simulator,), routes),
+        ("most_merged", (rounds,), event_queue),
     ):
         assert {getattr(user, name) for user in users} == {getattr(module, name)}
         theirs.add(name)
@@ -159,6 +161,21 @@ def test_a_copy_alone_cannot_do_what_eight_devices_can() -> None:
     assert many.attainment > alone.attainment
 
 
+def test_whoever_waits_for_the_same_pod_is_computed_together() -> None:
+    """One stage: of two micro-batches and a chunk one is computed alone, the others in one pass, which takes as long."""
+    times, hops = PassTimes(fixed_seconds=1.0), Overheads(hop_seconds=0.0)
+    work = Work(decoding=2, micro_batches=2, held_tokens=0, prompt_tokens=256, chunk_tokens=256, hop_bytes_per_token=0)
+    one = flow([times], [1], work, hops)
+    assert one.round_seconds == pytest.approx(2.0)
+    assert one.prompt_tokens_per_second == pytest.approx(256 / 2.0)
+
+
+def test_the_first_token_before_a_lull_does_not_wait_for_its_end() -> None:
+    trace = Trace("two", np.array([1.0, 21.0]), np.array([200, 200]), np.array([2, 2]))
+    outcome, _ = simulated(STATIC, trace)
+    assert outcome.first_token_seconds[2] < 1
+
+
 def test_memory_bounds_who_is_admitted() -> None:
     """A pod with room for the longest sequence alone serves them one by one, whatever the micro-batches would hold."""
     trace = Trace("three", np.zeros(3), np.full(3, 3000), np.full(3, 100))
@@ -197,7 +214,7 @@ def test_stages_that_fare_alike_are_computed_once() -> None:
 
 def test_a_thousand_pods_are_simulated_a_thousand_times_faster_than_they_live() -> None:
     given = setting(devices=1024)
-    trace = steady(400.0, 900)
+    trace = steady(450.0, 900)
     simulation = Simulation(given, KPA, trace, World(step_seconds=0.5))
     began = time.process_time()
     outcome, pods = simulation.run()
