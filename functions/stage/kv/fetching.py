@@ -79,11 +79,14 @@ class Fetcher:
         began = time.monotonic()
         if wanted.until - began < LEAST_SECONDS:
             return wanted.held
-        fetched = self._fetched(wanted, fetch, min(began + patience, wanted.until))
+        deadline = min(began + patience, wanted.until)
+        fetched = self._fetched(wanted, fetch, deadline)
         seconds, tokens = time.monotonic() - began, fetched.held - wanted.held
-        self._worth.fetched(tokens, seconds)
-        if isinstance(fetched.failure, Away):
-            self._left_alone(where)
+        in_haste = deadline < began + patience and time.monotonic() >= deadline
+        if not in_haste:  # A client's own short deadline says nothing of the tier.
+            self._worth.fetched(tokens, seconds)
+            if isinstance(fetched.failure, Away):
+                self._left_alone(where)
         if fetched.failure is not None:
             _log.warning("%d of %d tokens came from %s, the rest is computed: %s", tokens, missing, where, fetched.failure)
         self._observe(self._tier, num_bytes=fetched.bytes, seconds=seconds, failed=fetched.failure is not None)

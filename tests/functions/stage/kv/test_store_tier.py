@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -171,6 +172,24 @@ def test_many_that_wait_for_a_slow_store_are_reserved_while_somebody_waits_for_t
         answers = stage.engine.reserve(rows, source="gateway", expires_at=began + 3)
         assert time.time() - began < 3
         assert [answer.status for answer in answers] == [Status.OK] * 6
+
+
+def test_a_clients_short_deadline_leaves_the_store_to_others(store: PayloadStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = first_turn(store)
+    part = StoreTier._part
+
+    def slow(*asked: Any) -> Any:
+        time.sleep(1.5)
+        return part(*asked)
+
+    monkeypatch.setattr(StoreTier, "_part", slow)
+    with kv_stage(store=store) as stage:
+        row = ReserveRow("in haste", 0, 200, packed(chain_of(tokens)))
+        (answer,) = stage.engine.reserve([row], source="gateway", expires_at=time.time() + 1)
+        assert (answer.status, answer.held) == (Status.OK, 0)
+        held, drawn = stage.converse("patient", tokens, 6)
+        assert held > 0
+        assert drawn == without("float32", tokens)
 
 
 def test_what_nobody_expected_ends_no_writing(store: PayloadStore, monkeypatch: pytest.MonkeyPatch) -> None:
