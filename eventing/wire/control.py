@@ -11,6 +11,8 @@ LEASE_SECONDS: Final = 20.0
 """A stage frees what a gateway holds there that it has not heard of for so long: a gateway that was killed releases nothing."""
 RENEWAL_SECONDS: Final = 5.0
 """How often a gateway lets every stage hear of it where it holds something."""
+ROOM_SECONDS: Final = 2.0
+"""How long a stage holds the reply to a release that awaits room, at most: those who wait for memory are in flight there."""
 
 SequenceId = Annotated[str, Meta(min_length=1, max_length=128)]
 Attempt = Annotated[int, Meta(ge=0, lt=2**31)]

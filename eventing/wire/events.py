@@ -66,6 +66,8 @@ class Attribute(StrEnum):
     """Who answered, with a nonce of its boot."""
     FREE_TOKENS = "freetokens"
     """On every reply of a stage: KV tokens that can still be reserved there."""
+    AWAITED_TOKENS = "awaitedtokens"
+    """On a release: the reply may wait until so many KV tokens can be reserved, see `eventing.wire.control.ROOM_SECONDS`."""
     EXPIRY_TIME = "expirytime"
     """RFC 3339; work that nobody awaits any more is dropped."""
     SIGNATURE = "signature"

@@ -34,10 +34,12 @@ class Reserve:
     """Where they were before `instances`, one instance then: told to release them when that one has had its chance to ask."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Release:
     instance: Instance
     rows: Items[ReleaseRow]
+    awaited_tokens: int = 0
+    """Its reply is held there until so many can be reserved; see `rooms`."""
 
 
 @dataclass(frozen=True, slots=True)

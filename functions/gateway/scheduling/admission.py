@@ -154,6 +154,11 @@ class Admission:
         placement = self._board.placement
         return all(placement.has_room(stage, sequence.reserve_tokens) for stage in range(placement.num_stages))
 
+    def _room_elsewhere(self, current: Items[MicroBatch], sequence: Sequence) -> bool:
+        """Only at instances that no micro-batch goes to: what fills the memory of a pod may be few for a micro-batch."""
+        lacking = all(batch.route.lacks(sequence.reserve_tokens) for batch in current)
+        return lacking and self._fits(sequence) and len(current) < self._board.micro_batches_allowed()
+
     def _join(self, home: MicroBatch, sequence: Sequence) -> None:
         home.join(sequence)
         sequence.served = self._board.steps_begun
@@ -165,7 +170,7 @@ class Admission:
         current = [batch for batch in board.micro_batches if not board.placement.outdated(batch.route)]
         coming = len(board.waiting.queue) + len(board.waiting.hungry.sequences)
         held = board.where_held.find(sequence.known())
-        if len(current) < board.micro_batches_wanted(board.running + coming):
+        if len(current) < board.micro_batches_wanted(board.running + coming) or self._room_elsewhere(current, sequence):
             route = board.placement.place(sequence.reserve_tokens, held)
             if route is None:
                 board.no_route_since = board.no_route_since or now

@@ -19,7 +19,6 @@ from itertools import count
 from typing import Final
 
 from eventing.problems import InvalidRequest, NotReady, PipelineUnavailable, QueueFull
-from eventing.wire.control import ReleaseRow
 from eventing.wire.events import MAX_POSITION
 from functions.gateway.scheduling.actions import Action, Release, Reserve, Wake, Walk
 from functions.gateway.scheduling.admission import Admission
@@ -38,13 +37,14 @@ from functions.gateway.scheduling.prompt import Prompt
 from functions.gateway.scheduling.renewals import Renewals
 from functions.gateway.scheduling.replies import Replies
 from functions.gateway.scheduling.reservation import reserve_at_once, reserve_in_order
+from functions.gateway.scheduling.rooms import Rooms
 from functions.gateway.scheduling.sequence import Sequence, named
 from functions.gateway.scheduling.stats import Stats
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.scheduling.wake_ups import WakeUps
 from functions.gateway.stages.client import ForwardReply, StageClient
 from functions.gateway.stages.failures import StageFailed
-from functions.gateway.stages.instances import Endpoint, Instance
+from functions.gateway.stages.instances import Endpoint
 from functions.gateway.stages.routes import Placement
 from functions.gateway.stages.trip import Trip, walk
 from functions.threads.pool import ThreadPool
@@ -80,7 +80,7 @@ class Scheduler:
         self._next_steps = NextSteps(self._board, self._failures)
         self._cold_starts = ColdStarts()
         self._wake_ups = WakeUps(self._board, self._cold_starts)
-        self._renewals = Renewals(self._board)
+        self._renewals, self._rooms = Renewals(self._board), Rooms(self._board)
         self._experience = Experience()
         self._boot = secrets.token_hex(6)
         self._numbers = count()
@@ -264,7 +264,7 @@ class Scheduler:
         ]
         self._failures.choose_trial()
         actions += [Walk(step.trip) for step in self._next_steps.begin(now)]
-        actions += self._wake_ups.next(now)
+        actions += [*self._wake_ups.next(now), *self._rooms.next(now)]
         actions += self._board.take_releases()
         return actions
 
@@ -315,8 +315,8 @@ class Scheduler:
             case Reserve(sequences):
                 with self._ending(sequences):
                     self._reserve(action)
-            case Release(instance, rows):
-                self._release(instance, rows)
+            case Release():
+                self._release(action)
             case Wake(stages):
                 self._wake(stages)
 
@@ -358,21 +358,21 @@ class Scheduler:
             self._admission.reserved(wanted, reservation)
             self._act()
 
-    def _release(self, instance: Instance, rows: Items[ReleaseRow]) -> None:
+    def _release(self, release: Release) -> None:
         try:
-            origin = self._client.release(instance, rows)
+            origin = self._client.release(release.instance, release.rows, release.awaited_tokens)
             with self._changed:
                 self._replies.heard(origin)
         except StageFailed as failure:
-            if rows:
-                _log.info("not released: %s: %s", ", ".join(row.id for row in rows), failure)
+            if release.rows:
+                _log.info("not released: %s: %s", ", ".join(row.id for row in release.rows), failure)
             with self._changed:
-                self._renewals.lost(instance, rows)
+                self._renewals.lost(release.instance, release.rows)
         finally:
             with self._changed:
-                self._releases_under_way -= bool(rows)
-                if self._closing:
-                    self._changed.notify_all()
+                self._releases_under_way -= bool(release.rows)
+                if self._rooms.over(release, time.monotonic()) or self._closing:
+                    self._act()
 
     def _wake(self, stages: Items[int]) -> None:
         try:

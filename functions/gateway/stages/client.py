@@ -41,6 +41,8 @@ RESERVATION_SECONDS: Final = 10.0
 _ENGINE: Final = re.compile(r"engine;dur=([0-9]{1,9}\.[0-9]{1,9})")
 Traces = Sequence[TraceContext]
 """Of the sequences that an event is sent for."""
+Extensions = dict[str, AttributeValue]
+"""Attributes beside those that every event carries."""
 S = TypeVar("S", bound=Struct)
 
 
@@ -127,11 +129,15 @@ class StageClient:
             raise StageFailed(instance.stage, "malformed", "its reply to a reservation has other rows than the request")
         return origin, reply
 
-    def release(self, instance: Instance, rows: Sequence[ReleaseRow]) -> Origin:
-        """Frees the rows' memory; without rows, says that this gateway lives. Raises StageFailed."""
+    def release(self, instance: Instance, rows: Sequence[ReleaseRow], awaited_tokens: int = 0) -> Origin:
+        """Frees the rows' memory; without rows, says that this gateway lives. Raises StageFailed.
+
+        awaited_tokens: unless it is 0, the reply comes when so many can be reserved, or after ROOM_SECONDS.
+        """
         timeout = self._step_timeout_seconds if rows else min(RENEWAL_SECONDS, self._step_timeout_seconds)
         request = ReleaseRequest(tuple(rows))
-        return self._ask(instance, EventType.RELEASE, request, ReleaseReply, timeout)[0]
+        more: Extensions | None = {Attribute.AWAITED_TOKENS: awaited_tokens} if awaited_tokens else None
+        return self._ask(instance, EventType.RELEASE, request, ReleaseReply, timeout, more=more)[0]
 
     def warm_up(self, stage: int, url: str, timeout_seconds: float) -> WarmupReply:
         """Wakes a stage and returns once its weights are in. Raises StageFailed."""
@@ -146,9 +152,10 @@ class StageClient:
         timeout_seconds: float,
         traces: Traces = (),
         awaited_until: float | None = None,
+        more: Extensions | None = None,
     ) -> tuple[Origin, S]:
         told = (type, request, reply, timeout_seconds, traces, awaited_until)
-        event, value = self._exchange(instance.stage, instance.url, *told)
+        event, value = self._exchange(instance.stage, instance.url, *told, more)
         return _origin(instance, event), value
 
     def _exchange(
@@ -161,10 +168,11 @@ class StageClient:
         timeout_seconds: float,
         traces: Traces = (),
         awaited_until: float | None = None,
+        more: Extensions | None = None,
     ) -> tuple[CloudEvent, S]:
         """One event with JSON data and its reply. Raises StageFailed."""
         with self._span(type, stage, url, traces) as span:
-            event = self._json_event(stage, type, request, timeout_seconds, span.context)
+            event = self._json_event(stage, type, request, timeout_seconds, span.context, more)
             return _read(stage, self._send(stage, url, event, timeout_seconds, awaited_until), reply)
 
     def _span(self, type: EventType, stage: int, url: str, traces: Traces) -> Span:
@@ -176,9 +184,9 @@ class StageClient:
         return make_event(EventType.FORWARD, self._identity.source, body, BATCH_CONTENT_TYPE, id=None, **attributes)
 
     def _json_event(
-        self, stage: int, type: EventType, value: Struct, timeout_seconds: float, trace: TraceContext
+        self, stage: int, type: EventType, value: Struct, timeout_seconds: float, trace: TraceContext, more: Extensions | None
     ) -> CloudEvent:
-        attributes = self._attributes(stage, timeout_seconds, trace)
+        attributes = self._attributes(stage, timeout_seconds, trace) | (more or {})
         return json_event(type, self._identity.source, value, id=None, **attributes)
 
     def _attributes(self, stage: int, timeout_seconds: float, trace: TraceContext) -> dict[str, AttributeValue]:

@@ -123,11 +123,11 @@ class Placement:
             saved = held.at(instance)
             return _lacks(instance, reserve_tokens), instance.routes - min(1.0, saved / TOKENS_OF_A_ROUTE), not saved
 
-        return min(self._usable(stage), key=load, default=None)
+        return min(self.usable(stage), key=load, default=None)
 
     def has_room(self, stage: int, reserve_tokens: int) -> bool:
         """Some instance of `stage` has not said that it has less memory."""
-        return any(not _lacks(instance, reserve_tokens) for instance in self._usable(stage))
+        return any(not _lacks(instance, reserve_tokens) for instance in self.usable(stage))
 
     def must_leave(self, route: Route) -> Instance | None:
         """Where `route` shall go instead of an instance that is terminating or no longer ready; None: it can stay, or must."""
@@ -159,7 +159,7 @@ class Placement:
     def unbalanced(self) -> tuple[Instance, Instance] | None:
         """(from, to): an instance with so many routes more than another that one should move; None where all is well."""
         for stage in range(self.num_stages):
-            usable = self._usable(stage)
+            usable = self.usable(stage)
             if len(usable) > 1:
                 least = min(usable, key=lambda instance: instance.routes)
                 most = max(usable, key=lambda instance: instance.routes)
@@ -178,7 +178,8 @@ class Placement:
         self._stages[stage][instance.url] = instance
         return instance
 
-    def _usable(self, stage: int) -> list[Instance]:
+    def usable(self, stage: int) -> list[Instance]:
+        """Those that may be given work now."""
         now = time.monotonic()
         return [instance for instance in self._current(stage) if instance.usable(now)]
 

@@ -20,7 +20,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from eventing.problems import EventExpired
-from eventing.wire.control import LEASE_SECONDS, ReleaseRow, ReservedRow, ReserveRow
+from eventing.wire.control import LEASE_SECONDS, ROOM_SECONDS, ReleaseRow, ReservedRow, ReserveRow
 from eventing.wire.events import Batch, Row, Status, Want
 from eventing.wire.prefix_chain import BLOCK_TOKENS
 from functions.grammars.compiler import GrammarCompiler
@@ -30,6 +30,7 @@ from functions.stage.engine.forward_pass import ForwardPass, Part
 from functions.stage.engine.leases import Leases
 from functions.stage.engine.remembered import Left
 from functions.stage.engine.reuse import MEMORY, ComputeRate, OnReuse
+from functions.stage.engine.room import Room
 from functions.stage.engine.row_checks import check_event
 from functions.stage.engine.sequences import SequenceTable
 from functions.stage.engine.threads import PassThreads
@@ -101,6 +102,7 @@ class Engine:
         self.rate = rate or ComputeRate()
         self._sequences = SequenceTable(group.kv, idle_sequence_seconds, clock)
         self._sequences.memory.on_found = lambda tokens: on_reuse(self.rate.reuse(MEMORY, tokens))
+        self._room = Room(lambda: self.free_tokens)
         self._forward_pass = ForwardPass(group, self._sequences, Constraints(grammars), self._wire_dtype)
         self._leases = Leases(lease_seconds)
         self._look_seconds = min(self._leases.look_seconds, idle_sequence_seconds / 10)
@@ -145,8 +147,13 @@ class Engine:
     def start(self) -> None:
         self._thread.start()
 
+    def drain(self) -> None:
+        """Nobody waits here for room any more: there are other instances."""
+        self._room.close()
+
     def stop(self, *, drain: bool = True) -> None:
         """Takes no more work and ends the thread; without `drain`, what waits is answered NotReady."""
+        self.drain()
         if drain:
             self._queue.close()
         else:
@@ -239,6 +246,12 @@ class Engine:
         self._leases.heard(source)
         return self._call(lambda: sum(self._release(row, source) for row in rows))
 
+    def await_room(self, tokens: int, *, source: str, expires_at: float | None = None) -> None:
+        """Returns when `tokens` can be reserved, or soon enough for a reply before `expires_at`. Nothing is reserved by it."""
+        self._leases.heard(source)
+        left = math.inf if expires_at is None else (expires_at - self._clock()) / 2
+        self._room.wait(tokens, min(ROOM_SECONDS, left))
+
     def warm_up(self) -> None:
         """Runs one token through everything, so that the first event finds all kernels ready."""
         source, row_id = "warm-up", "warm-up"
@@ -273,6 +286,7 @@ class Engine:
             for call in work:
                 if isinstance(call, Call):
                     _settle(call)
+            self._room.look()
         except BaseException:
             self._queue.abandon(in_hand=work)
             raise

@@ -66,10 +66,12 @@ class StageFunction:
         threading.Thread(target=self._bring_up, args=(stop,), name="start-up", daemon=True).start()
 
     def drain(self) -> None:
-        """Takes no warm-up event any more that the weights would have to come for."""
+        """Takes no warm-up event any more that the weights would have to come for, and lets go of who waits for memory."""
         with self._changed:
             self._draining = True
             self._changed.notify_all()
+            if self._engine is not None:
+                self._engine.drain()
 
     def close(self) -> None:
         """After the last request: nothing waits in the engine any more. What it remembers goes into the store."""

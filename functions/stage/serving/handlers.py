@@ -11,7 +11,16 @@ from msgspec import Struct
 
 from eventing.claim_check import ClaimCheck
 from eventing.problems import UnknownEventType
-from eventing.wire.cloud_event import batch_data, batch_event, check_not_expired, expiry_time, json_data, json_event, reply_id
+from eventing.wire.cloud_event import (
+    batch_data,
+    batch_event,
+    check_not_expired,
+    expiry_time,
+    integer_attribute,
+    json_data,
+    json_event,
+    reply_id,
+)
 from eventing.wire.control import (
     ReleaseReply,
     ReleaseRequest,
@@ -82,11 +91,11 @@ class EventHandlers:
             return self._scorer.answer(event)
         self._identity.check_layer(event)
         engine = self._readiness.engine()
-        expiry = expiry_time(event)
+        expires_at = _expires_at(event)
         began = time.perf_counter()
         batch = batch_data(event)
         decoded = time.perf_counter()
-        reply = engine.handle(batch, source=event.get_source(), expires_at=None if expiry is None else expiry.timestamp())
+        reply = engine.handle(batch, source=event.get_source(), expires_at=expires_at)
         computed = time.perf_counter()
         answer = self._batch_reply(event, reply, engine.free_tokens)
         durations.engine = computed - decoded
@@ -121,16 +130,25 @@ class EventHandlers:
     def _reserve(self, event: CloudEvent, _: Durations) -> CloudEvent:
         rows = json_data(event, ReserveRequest).rows
         engine = self._readiness.engine()
-        expiry = expiry_time(event)
-        expires_at = None if expiry is None else expiry.timestamp()
-        reserved = engine.reserve(rows, source=event.get_source(), expires_at=expires_at)
+        reserved = engine.reserve(rows, source=event.get_source(), expires_at=_expires_at(event))
         return self._json_reply(event, ReserveReply(tuple(reserved), engine.remembers), engine)
 
     def _release(self, event: CloudEvent, _: Durations) -> CloudEvent:
         rows = json_data(event, ReleaseRequest).rows
         engine = self._readiness.engine()
-        return self._json_reply(event, ReleaseReply(engine.release(rows, source=event.get_source())), engine)
+        source, awaits_room = event.get_source(), event.get_extension(Attribute.AWAITED_TOKENS) is not None
+        released = engine.release(rows, source=source) if rows or not awaits_room else 0
+        if awaits_room:
+            tokens = integer_attribute(event, Attribute.AWAITED_TOKENS)
+            engine.await_room(tokens, source=source, expires_at=_expires_at(event))
+        return self._json_reply(event, ReleaseReply(released), engine)
 
     def _json_reply(self, cause: CloudEvent, value: Struct, engine: StageEngine) -> CloudEvent:
         attributes = self._identity.reply_attributes(engine.free_tokens)
         return json_event(cause.get_type(), self._identity.source, value, id=reply_id(cause), **attributes)
+
+
+def _expires_at(event: CloudEvent) -> float | None:
+    """Seconds since the epoch."""
+    expiry = expiry_time(event)
+    return None if expiry is None else expiry.timestamp()

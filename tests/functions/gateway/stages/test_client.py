@@ -12,9 +12,9 @@ from eventing.http.binding import from_http, to_binary_http
 from eventing.http.delivery import Sender
 from eventing.problems import PROBLEM_CONTENT_TYPE, EventExpired, EventTooLarge, NotReady, Problem, Unauthorized, WrongPipeline
 from eventing.wire.batch_codec import encode_batch
-from eventing.wire.cloud_event import batch_event, expiry_time, json_data, json_event, make_event
+from eventing.wire.cloud_event import batch_event, expiry_time, integer_attribute, json_data, json_event, make_event
 from eventing.wire.control import ReleaseReply, ReleaseRequest, ReleaseRow, ReservedRow, ReserveReply, ReserveRow, WarmupReply
-from eventing.wire.events import Batch, EventType, Row, Status
+from eventing.wire.events import Attribute, Batch, EventType, Row, Status
 from functions.gateway.stages.client import PipelineIdentity, StageClient
 from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.instances import Instance
@@ -83,6 +83,10 @@ def test_reservation_release_and_warm_up() -> None:
         assert client.release(instance, [ReleaseRow("a", 3)]).free_tokens == 7
         event = from_http(server.requests[0].headers.items(), server.requests[0].body)
         assert json_data(event, ReleaseRequest).rows == (ReleaseRow("a", 3),)
+        assert event.get_extension(Attribute.AWAITED_TOKENS) is None
+        client.release(instance, [], 40)
+        event = from_http(server.requests[1].headers.items(), server.requests[1].body)
+        assert integer_attribute(event, Attribute.AWAITED_TOKENS) == 40
     with client_of(lambda exchange: answer_json(exchange, WarmupReply("i-1", {"import": 1.5}))) as (client, instance, _):
         assert client.warm_up(1, instance.url, 5.0).start_up == {"import": 1.5}
 

@@ -2,8 +2,10 @@
 
 import json
 import socket
+import time
 from array import array
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from http.client import HTTPConnection
@@ -28,6 +30,7 @@ from eventing.problems import (
 from eventing.wire.batch_codec import decode_batch, encode_batch
 from eventing.wire.cloud_event import Data, batch_data, json_data, json_event, make_event
 from eventing.wire.control import (
+    ROOM_SECONDS,
     ReleaseReply,
     ReleaseRequest,
     ReleaseRow,
@@ -40,7 +43,8 @@ from eventing.wire.control import (
 from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType, Row, Status, Want
 from eventing.wire.signature import sign
 from functions.stage.native.library import library
-from tests.support.functions.functions import TOKEN, FunctionProcess, running, stage_environment
+from tests.support.functions.functions import TOKEN, FunctionProcess, running, stage_environment, wait_until
+from tests.support.functions.metrics import metric
 from tests.support.storage.published import CUT, Published
 from tests.support.storage.tiny_models import greedy
 
@@ -88,6 +92,10 @@ class Client:
 
     def forward(self, body: Data, **changes: Any) -> Any:
         return self.send(self.event(EventType.FORWARD, body, **changes))
+
+    def await_room(self, tokens: int, *rows: ReleaseRow) -> Any:
+        attributes = self.attributes | {Attribute.AWAITED_TOKENS: tokens}
+        return self.send(json_event(EventType.RELEASE, SOURCE, ReleaseRequest(rows), **attributes))
 
 
 @pytest.fixture
@@ -154,6 +162,29 @@ def test_reserve_and_release(first: Client) -> None:
     released = ReleaseRequest((ReleaseRow("small", 0), ReleaseRow("unknown", 3)))
     event = json_event(EventType.RELEASE, SOURCE, released, **first.attributes)
     assert json_data(first.send(event), ReleaseReply).released == 1
+
+
+def test_a_release_that_awaits_room_frees_what_it_says_and_is_answered_when_there_is_some(first: Client) -> None:
+    event = json_event(EventType.RESERVE, SOURCE, ReserveRequest((ReserveRow("one", 0, 16),)), **first.attributes)
+    free = int(first.send(event).get_extension(Attribute.FREE_TOKENS))
+    began = time.monotonic()
+    reply = first.await_room(free + 16, ReleaseRow("one", 0))
+    assert time.monotonic() - began < ROOM_SECONDS
+    assert json_data(reply, ReleaseReply).released == 1
+    assert int(reply.get_extension(Attribute.FREE_TOKENS)) == free + 16
+    assert json_data(first.await_room(free + 17), ReleaseReply).released == 0
+    assert time.monotonic() - began >= ROOM_SECONDS
+
+
+def test_a_stage_that_is_told_to_stop_answers_who_awaits_room(published: Published, sender: Sender) -> None:
+    with running([stage_environment(published, 0)]) as (stage,), ThreadPoolExecutor(1) as threads:
+        client = Client(sender, stage, published, 0)
+        began = time.monotonic()
+        reply = threads.submit(client.await_room, 10_000_000)
+        wait_until(lambda: metric(stage, "lamina_stage_events_in_flight") == 1, 10)
+        stage.process.terminate()
+        assert json_data(reply.result(10), ReleaseReply).released == 0
+        assert time.monotonic() - began < ROOM_SECONDS
 
 
 def test_warm_up_reports_the_start(first: Client) -> None:
