@@ -45,16 +45,17 @@ async def _grows(published: Published, folder: Path) -> None:
         set_environment(manifest, {"LAMINA_KV_CACHE_BYTES": str(KV_BYTES)})
     platform = Platform(PlatformOptions(logs=folder, secrets=local.secrets))
     await platform.start()
+    answers: list[asyncio.Task[None]] = []
     try:
         await platform.apply(manifests)
         url = platform.url(spec.name)
-        answers = [asyncio.create_task(_converse(url, number)) for number in range(FIT * MAX_SCALE)]
+        answers += [asyncio.create_task(_converse(url, number)) for number in range(FIT * MAX_SCALE)]
         await until(lambda: all(len(pods_of(platform, name)) == MAX_SCALE for name in names), DEADLINE_SECONDS)
         assert not any(answer.done() for answer in answers), "it is those who wait, and not those who end"
+    finally:
         for answer in answers:
             answer.cancel()
         await asyncio.gather(*answers, return_exceptions=True)
-    finally:
         await platform.stop(1.0)
 
 
