@@ -121,6 +121,13 @@ class StageConfig(CommonConfig):
     )
     kv_cache_bytes: int = setting("LAMINA_KV_CACHE_BYTES", parsers.integer(1), "memory for keys and values", str(2**30))
     max_merge: int = setting("LAMINA_MAX_MERGE", parsers.integer(1, 1024), "most events merged into one pass", "4")
+    most_awaiting_room: int = setting(
+        "LAMINA_MOST_AWAITING_ROOM",
+        parsers.integer(0, 1024),
+        "requests at a time that may wait here until there is memory, so that the autoscaler counts them; each takes a place "
+        "of containerConcurrency",
+        "2",
+    )
     idle_sequence_seconds: float = setting(
         "LAMINA_IDLE_SEQUENCE_SECONDS", parsers.seconds, "a sequence not heard of for so long is released", "600"
     )

@@ -273,12 +273,18 @@ def _stage_env(pipeline: ResolvedPipeline, index: int) -> list[KubernetesObject]
             LAMINA_BUSY_THREADS=stage.busy_threads,
             LAMINA_KV_CACHE_BYTES=int(quantity(stage.kv_cache)),
             LAMINA_MAX_MERGE=stage.max_merge,
+            LAMINA_MOST_AWAITING_ROOM=_most_awaiting_room(stage.autoscaling.container_concurrency),
             LAMINA_IDLE_SEQUENCE_SECONDS=stage.idle_sequence_seconds,
             LAMINA_WEIGHTS_CACHE=stage.weights_cache,
             LAMINA_WEIGHTS_CACHE_BYTES=_cache_bytes(stage) if stage.weights_cache else None,
         ),
         *_kv_store_env(pipeline, index),
     ]
+
+
+def _most_awaiting_room(container_concurrency: int) -> int | None:
+    """Two places are left for those who compute. None: as many as usual, 0 is without a limit."""
+    return max(0, container_concurrency - 2) if 0 < container_concurrency < 4 else None
 
 
 def _kv_store_env(pipeline: ResolvedPipeline, index: int) -> list[KubernetesObject]:

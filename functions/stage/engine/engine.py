@@ -30,7 +30,7 @@ from functions.stage.engine.forward_pass import ForwardPass, Part
 from functions.stage.engine.leases import Leases
 from functions.stage.engine.remembered import Left
 from functions.stage.engine.reuse import MEMORY, ComputeRate, OnReuse
-from functions.stage.engine.room import Room
+from functions.stage.engine.room import MOST_WAITING, Room
 from functions.stage.engine.row_checks import check_event
 from functions.stage.engine.sequences import SequenceTable
 from functions.stage.engine.threads import PassThreads
@@ -69,10 +69,10 @@ class Engine:
 
     num_stages: of the pipeline; bounds merging (see EventQueue). max_merge: most events in one pass.
     idle_sequence_seconds: a sequence not heard of for so long is released. lease_seconds: so is all of a source of which
-    nothing at all was heard. threads: of a pass; None: as the group has it. tiers: asked, in this order, for what
-    memory does not hold. rate: told of passes. grammars: of a last stage, whose answers may have one. wire_dtype: I8 where
-    hidden states travel in 8 bits; None: as the group has them. clock: seconds since the epoch, by which events expire and
-    sequences are idle.
+    nothing at all was heard. most_awaiting_room: see `Room`. threads: of a pass; None: as the group has it. tiers: asked, in
+    this order, for what memory does not hold. rate: told of passes. grammars: of a last stage, whose answers may have one.
+    wire_dtype: I8 where hidden states travel in 8 bits; None: as the group has them. clock: seconds since the epoch, by which
+    events expire and sequences are idle.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class Engine:
         max_merge: int,
         idle_sequence_seconds: float,
         lease_seconds: float = LEASE_SECONDS,
+        most_awaiting_room: int = MOST_WAITING,
         threads: PassThreads | None = None,
         tiers: Sequence[Tier] = (),
         rate: ComputeRate | None = None,
@@ -102,7 +103,7 @@ class Engine:
         self.rate = rate or ComputeRate()
         self._sequences = SequenceTable(group.kv, idle_sequence_seconds, clock)
         self._sequences.memory.on_found = lambda tokens: on_reuse(self.rate.reuse(MEMORY, tokens))
-        self._room = Room(lambda: self.free_tokens)
+        self._room = Room(lambda: self.free_tokens, most_awaiting_room)
         self._forward_pass = ForwardPass(group, self._sequences, Constraints(grammars), self._wire_dtype)
         self._leases = Leases(lease_seconds)
         self._look_seconds = min(self._leases.look_seconds, idle_sequence_seconds / 10)

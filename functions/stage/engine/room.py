@@ -5,14 +5,15 @@ from collections.abc import Callable
 from typing import Final
 
 MOST_WAITING: Final = 2
-"""Of all gateways together: above the autoscaler's target, and far enough below containerConcurrency."""
+"""Above the autoscaler's target, and far enough below the usual containerConcurrency."""
 
 
 class Room:
-    """free_tokens: KV tokens that can be reserved; any thread may ask."""
+    """free_tokens: KV tokens that can be reserved; any thread may ask. most: who may wait, of all gateways together."""
 
-    def __init__(self, free_tokens: Callable[[], int]) -> None:
+    def __init__(self, free_tokens: Callable[[], int], most: int = MOST_WAITING) -> None:
         self._free_tokens = free_tokens
+        self._most = most
         self._changed = threading.Condition()
         self._closed = False
         self.waiting = 0
@@ -20,7 +21,7 @@ class Room:
     def wait(self, tokens: int, seconds: float) -> None:
         """Until so many can be reserved, for so long at most; not at all where enough wait already, or once closed."""
         with self._changed:
-            if self.waiting >= MOST_WAITING:
+            if self.waiting >= self._most:
                 return
             self.waiting += 1
             try:

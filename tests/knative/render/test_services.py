@@ -49,6 +49,15 @@ def environment(service: dict[str, Any]) -> dict[str, str]:
     return found | {"PORT": "8080", "AWS_ACCESS_KEY_ID": "secret", "AWS_SECRET_ACCESS_KEY": "secret"}
 
 
+@pytest.mark.parametrize(("places", "awaiting"), [(0, 2), (8, 2), (4, 2), (3, 1), (2, 0), (1, 0)])
+def test_who_waits_for_memory_leaves_places_to_those_who_compute(places: int, awaiting: int) -> None:
+    """A queue-proxy lets no more in than containerConcurrency: one of 2 would be full of those who wait."""
+    autoscaling = {"container_concurrency": places, "target": 1}
+    config = read_config(environment(stage_service(pipeline(stage={"autoscaling": autoscaling}), 1)))
+    assert isinstance(config, StageConfig)
+    assert config.most_awaiting_room == awaiting
+
+
 def test_functions_accept_every_rendered_environment() -> None:
     everything = {
         "sleep_seconds": [0.03, 0.09, 0.03],

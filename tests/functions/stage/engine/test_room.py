@@ -101,6 +101,13 @@ def test_a_few_wait_and_no_more(full: Engine) -> None:
         pass
 
 
+def test_none_waits_where_none_may() -> None:
+    with engines([CountingGroup(capacity_tokens=1)], most_awaiting_room=0) as (engine,):
+        assert reserved(engine, [ReserveRow("a", 0, 1)]) == [Status.OK]
+        with waiting(engine, 1, lambda seconds: seconds < LONG_BEFORE):
+            pass
+
+
 def test_what_waits_holds_up_nothing_else(full: Engine) -> None:
     with waiting(full, 60, lambda seconds: seconds < LONG_BEFORE):
         full.release([ReleaseRow("b", 0)], source="gateway")
