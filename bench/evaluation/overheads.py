@@ -1,6 +1,8 @@
-"""What an emulated run costs beside its profile on this machine: measured with one conversation, from the outside.
+"""What an emulated run costs beside its profile on this machine: measured under a steady load, from the outside.
 
-The time of a token is that of all passes and hops. Passes are told by the stages' own metrics; what is left are hops.
+The time of a token is that of all passes and hops. Passes are told by the stages' own metrics; what is left are hops. They are
+measured while prompts come and others answer, because a hop of one conversation alone takes a fraction of what it takes
+while hidden states of prompts, megabytes each, go through the same two cores.
 """
 
 import asyncio
@@ -10,27 +12,52 @@ from typing import Final
 import numpy as np
 
 from bench.evaluation.emulated import EmulatedRun
-from bench.evaluation.rounds import Overheads
+from bench.evaluation.rounds import Overheads, Work, flow
 from bench.evaluation.setting import WAYS, Setting
 from bench.evaluation.trace import Trace
+from functions.configuration.pass_times import PassTimes, pairs
+from functions.gateway.scheduling.limits import Limits
 from storage.store.object_store import ObjectStore
 
-_PROMPT_TOKENS: Final = 64
-_ANSWER_TOKENS: Final = 200
-_PAUSE_SECONDS: Final = 1.0
-_ANSWER_SECONDS: Final = 40.0
+_REQUESTS: Final = 40
+_A_SECOND: Final = 1.0
+_PROMPT_TOKENS: Final = 1024
+_ANSWER_TOKENS: Final = 160
+_TAIL_SECONDS: Final = 20.0
 
 
 def measure_overheads(setting: Setting, store: ObjectStore, folder: Path) -> Overheads:
-    """One conversation through a static pipeline, a second apart from its start."""
+    """Of a static pipeline, which has as many micro-batches as stages."""
     way = WAYS[2]
-    trace = Trace("one", np.array([_PAUSE_SECONDS]), np.array([_PROMPT_TOKENS]), np.array([_ANSWER_TOKENS]))
-    run = EmulatedRun(setting, way, trace, store, folder, _ANSWER_SECONDS)
-    outcome = asyncio.run(run.run())
+    arrivals = 1.0 + np.arange(_REQUESTS) / _A_SECOND
+    trace = Trace("steady", arrivals, np.full(_REQUESTS, _PROMPT_TOKENS), np.full(_REQUESTS, _ANSWER_TOKENS))
+    run = EmulatedRun(setting, way, trace, store, folder, _TAIL_SECONDS)
+    token_seconds = asyncio.run(run.run()).token_seconds[0]
     times = setting.pass_times(way)
-    held = _PROMPT_TOKENS + _ANSWER_TOKENS / 2
-    profiled = [each.forward_seconds(1, held, held) + each.logits_seconds(1) for each in times]
+    answering = _A_SECOND * _ANSWER_TOKENS * token_seconds
+    work = Work(
+        decoding=round(answering),
+        micro_batches=len(times),
+        held_tokens=_PROMPT_TOKENS + _ANSWER_TOKENS / 2,
+        prompt_tokens=0,
+        chunk_tokens=1,
+        hop_bytes_per_token=0,
+    )
     measured = [seconds / passes for seconds, passes in run.passes if passes]
-    beside = max(0.0, float(np.mean([mean - each for mean, each in zip(measured, profiled, strict=True)])))
-    hops = outcome.token_seconds[0] - sum(profiled) - len(times) * beside
-    return Overheads(pass_seconds=beside, hop_seconds=max(0.0, hops / len(times)))
+    beside = max(0.0, float(np.mean(measured)) - _mean_pass(times, work))
+    ready = [setting.replicas(way)] * len(times)
+    unhindered = flow(times, ready, work, Overheads(pass_seconds=beside, hop_seconds=0.0)).round_seconds
+    return Overheads(pass_seconds=beside, hop_seconds=max(0.0, (token_seconds - unhindered) / len(times)))
+
+
+def _mean_pass(times: list[PassTimes], work: Work) -> float:
+    """By the profile, of the steps and chunks of one answer."""
+    rows = work.decoding / work.micro_batches
+    chunk, chunks, steps = Limits().chunk_tokens, _PROMPT_TOKENS / Limits().chunk_tokens, _ANSWER_TOKENS / rows
+    held = rows * work.held_tokens
+    seconds = [
+        steps * (each.forward_seconds(rows, held, held) + each.logits_seconds(rows))
+        + chunks * (each.forward_seconds(chunk, pairs(_PROMPT_TOKENS / 2, chunk), _PROMPT_TOKENS / 2) + each.logits_seconds(1))
+        for each in times
+    ]
+    return float(np.mean(seconds)) / (steps + chunks)
