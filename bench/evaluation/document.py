@@ -88,8 +88,8 @@ def _calibration(emulated: Sequence[Result], simulated: Sequence[Result], overhe
         [
             "## How far the simulation is to be believed",
             "",
-            f"{facts} The emulated runs once more, simulated. What they cost beside the profile was measured with one "
-            f"conversation: {overheads.pass_seconds * 1e3:.1f} ms a pass and {overheads.hop_seconds * 1e3:.1f} ms a hop. "
+            f"{facts} The emulated runs once more, simulated. What they cost beside the profile was measured under a "
+            f"steady load: {overheads.pass_seconds * 1e3:.1f} ms a pass and {overheads.hop_seconds * 1e3:.1f} ms a hop. "
             f"**{met} of {count} comparisons are within their bounds.**",
             "",
             table,

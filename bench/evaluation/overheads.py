@@ -1,8 +1,8 @@
 """What an emulated run costs beside its profile on this machine: measured under a steady load, from the outside.
 
 The time of a token is that of all passes and hops. Passes are told by the stages' own metrics; what is left are hops. They are
-measured while prompts come and others answer, because a hop of one conversation alone takes a fraction of what it takes
-while hidden states of prompts, megabytes each, go through the same two cores.
+measured while prompts come and others answer: alone, a conversation's hop takes 1.4 ms here, and 2.0 while hidden states of
+prompts, megabytes each, go through the same two cores.
 """
 
 import asyncio
