@@ -17,6 +17,7 @@ class Answered:
 
     seconds: float
     texts: tuple[str, ...]
+    prompt_tokens: int
     tokens: int
     accepted: int
     """Guesses that came true, and those that did not."""
@@ -56,6 +57,7 @@ async def ask(url: str, model: str, questions: Sequence[str], max_tokens: int, a
     return Answered(
         seconds,
         tuple(text for text, _ in answers),
+        sum(usage["prompt_tokens"] for _, usage in answers),
         sum(usage["completion_tokens"] for _, usage in answers),
         sum(each["accepted_prediction_tokens"] for each in details),
         sum(each["rejected_prediction_tokens"] for each in details),

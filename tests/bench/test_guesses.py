@@ -16,7 +16,7 @@ from bench.guesses.report import Pair, Setting, markdown, wanted
 
 
 def answered(seconds: float, *texts: str) -> Answered:
-    return Answered(seconds, texts, tokens=100, accepted=30, rejected=10)
+    return Answered(seconds, texts, prompt_tokens=50, tokens=100, accepted=30, rejected=10)
 
 
 def test_a_ratio_is_that_of_turns_beside_each_other_and_other_answers_are_seen() -> None:

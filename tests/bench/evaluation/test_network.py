@@ -1,8 +1,10 @@
 """The table of the network: shares, what plan says, and what guesses bring, from results alone."""
 
 import msgspec
+import pytest
+from msgspec.structs import replace
 
-from bench.evaluation.network import NOTHING, REMEDIES, Lengths, Measured, Remedy, file_name, network_table
+from bench.evaluation.network import NOTHING, REMEDIES, Lengths, Measured, Remedy, file_name, network_table, predicted
 from knative.local.proxies.network import Network
 from knative.spec.cut import cut_evenly
 from knative.spec.model_shape import shape_from_folder
@@ -38,6 +40,23 @@ def test_what_went_as_planned_has_no_error_and_what_did_not_is_the_worst() -> No
     assert "off by at most 0%" in verdict
     _, verdict = network_table(PLANS, [*results[:2], measured(0.005, 1, NOTHING, 0.8)])
     assert "off by at most 25%" in verdict
+
+
+def test_what_a_round_takes_beside_passes_it_takes_behind_a_network_too() -> None:
+    near = network_plan(PLANS, STEPS, 16, 8, Link(0.0, None))
+    far = network_plan(PLANS, STEPS, 16, 8, Link(0.05, None))
+    beside = 0.03
+    slow = replace(measured(0.0, 16, NOTHING), tokens_per_second=16 / (near.round_seconds + beside))
+    assert predicted(PLANS, slow, Link(0.05, None)) == pytest.approx(16 / (far.round_seconds + beside))
+
+
+def test_a_prompt_goes_over_a_thin_link_as_well() -> None:
+    thin = Link(0.0, 1e6)
+    without = measured(0.0, 1, NOTHING)
+    asked = replace(without, prompt_tokens=100, answer_tokens=50)
+    carried = network_plan(PLANS, STEPS, 1, 8, thin).bytes_per_token * 100 / 1e6
+    seconds = 50 / predicted(PLANS, asked, thin) - 50 / predicted(PLANS, replace(asked, prompt_tokens=0), thin)
+    assert seconds == pytest.approx(carried)
 
 
 def test_each_remedy_has_a_file_of_its_own_and_one_of_before_there_were_others_is_read() -> None:
