@@ -204,14 +204,16 @@ def network_table(plans: Sequence[StagePlan], results: Sequence[Measured]) -> tu
 
 def predicted(plans: Sequence[StagePlan], near: Measured, link: Link) -> float:
     """Tokens a second behind `link`, by what was measured where there is none: `plan`'s round, longer by what it took there
-    beside passes. `plan` knows rounds only; a prompt of one conversation goes over all links once."""
+    beside passes. `plan` knows rounds only. Prompts: one conversation waits for its own on all links, one behind the other; of
+    many the links carry several at a time, and each direction of a link one."""
     alone = network_plan(plans, near.step_seconds, near.at_once, _MICRO_BATCH, Link(0.0, None))
     beside = max(0.0, near.at_once / near.tokens_per_second - alone.round_seconds)
     steps = [step + beside / len(plans) for step in near.step_seconds]
     said = network_plan(plans, steps, near.at_once, _MICRO_BATCH, link)
-    if near.at_once > 1 or link.bytes_per_second is None:
+    if link.bytes_per_second is None:
         return said.tokens_per_second
-    prompt = near.prompt_tokens * said.bytes_per_token / link.bytes_per_second
+    waited_for = said.bytes_per_token if near.at_once == 1 else max(plan.hop_bytes_per_token for plan in plans)
+    prompt = near.prompt_tokens * waited_for / link.bytes_per_second
     return near.answer_tokens / (near.answer_tokens / said.tokens_per_second + prompt)
 
 
