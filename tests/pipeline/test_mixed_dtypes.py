@@ -1,7 +1,5 @@
 """Stages that compute in dtypes of their own: one pipeline, its answers those of the same layers chained in this process."""
 
-import json
-import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
@@ -15,6 +13,7 @@ from storage.store.object_reader import ObjectReader
 from storage.store.object_store import ObjectStore
 from tests.support.functions.functions import FunctionProcess, gateway_environment, stage_environment
 from tests.support.functions.stage_pipeline import engines, generate, published_group
+from tests.support.functions.streams import tokens_of
 from tests.support.storage.published import CUT, Published, published_model, until_end
 
 PROMPT: Final = "The capital of France is"
@@ -32,15 +31,6 @@ def chained(published: Published, manifests: list[ModelManifest]) -> list[int]:
         return until_end(generate(stages, "id", prompt, NEW_TOKENS))
 
 
-def asked(url: str) -> list[int]:
-    headers = {"ce-specversion": "1.0", "ce-id": "1", "ce-source": "/t", "ce-type": "dev.lamina.generate.request"}
-    body = json.dumps({"prompt": PROMPT, "max_tokens": NEW_TOKENS}).encode()
-    request = urllib.request.Request(url, body, headers | {"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as response:
-        tokens: list[int] = json.load(response)["token_ids"]
-    return tokens
-
-
 def test_each_stage_reads_and_computes_in_its_own_dtype(tmp_path: Path) -> None:
     with published_model(tmp_path, "bfloat16") as published, ExitStack() as stack:
         store = ObjectStore(published.store)
@@ -56,7 +46,7 @@ def test_each_stage_reads_and_computes_in_its_own_dtype(tmp_path: Path) -> None:
         ]
         urls = [stage.wait_ready().url for stage in stages]
         gateway = stack.enter_context(FunctionProcess(gateway_environment(published, urls, **told)))
-        assert asked(gateway.wait_ready().url) == chained(published, manifests)
+        assert tokens_of(gateway.wait_ready().url, PROMPT, NEW_TOKENS) == chained(published, manifests)
 
 
 def test_a_stage_refuses_weights_that_are_not_its_own(tmp_path: Path) -> None:

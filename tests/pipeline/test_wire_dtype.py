@@ -1,8 +1,6 @@
 """Hidden states in 8 bits between real stages: answers are those of the same layers chained here with each row rounded between
 them, one at a time and many at once."""
 
-import json
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
@@ -17,6 +15,7 @@ from storage.models.model_repository import Dtype
 from storage.store.object_reader import ObjectReader
 from tests.support.functions.functions import FunctionProcess, gateway_environment, running, stage_environment
 from tests.support.functions.stage_pipeline import published_group
+from tests.support.functions.streams import tokens_of
 from tests.support.storage.published import CUT, Published, published_model, until_end
 
 PROMPTS: Final = ("The capital of France is", "12345", "x" * 40, "a river", "no", "winter", "the the", "north")
@@ -69,15 +68,6 @@ def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         yield made
 
 
-def asked(url: str, prompt: str) -> list[int]:
-    headers = {"ce-specversion": "1.0", "ce-id": prompt, "ce-source": "/t", "ce-type": "dev.lamina.generate.request"}
-    body = json.dumps({"prompt": prompt, "max_tokens": NEW_TOKENS}).encode()
-    request = urllib.request.Request(url, body, headers | {"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as response:
-        tokens: list[int] = json.load(response)["token_ids"]
-    return tokens
-
-
 def test_answers_are_those_of_layers_between_which_each_row_is_rounded(published: Published) -> None:
     chained = Chained(published)
     prompts = [published.tokenizer.encode(prompt).ids for prompt in PROMPTS]
@@ -89,9 +79,9 @@ def test_answers_are_those_of_layers_between_which_each_row_is_rounded(published
         running(stage_environment(published, group, **more) for group in range(len(CUT))) as stages,
         running([gateway_environment(published, [stage.url for stage in stages], **more)]) as (gateway,),
     ):
-        assert [asked(gateway.url, prompt) for prompt in PROMPTS[:2]] == expected[:2]
+        assert [tokens_of(gateway.url, prompt, NEW_TOKENS) for prompt in PROMPTS[:2]] == expected[:2]
         with ThreadPoolExecutor(len(PROMPTS)) as clients:
-            assert list(clients.map(lambda prompt: asked(gateway.url, prompt), PROMPTS)) == expected
+            assert list(clients.map(lambda prompt: tokens_of(gateway.url, prompt, NEW_TOKENS), PROMPTS)) == expected
 
 
 def test_a_stage_that_was_told_of_8_bits_is_of_another_pipeline(published: Published) -> None:

@@ -1,17 +1,16 @@
 """A pipeline of native stages as processes: none of them loads torch or transformers, be they installed or not."""
 
-import json
 import os
 import sys
-import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pytest
 
 from storage.models.model_repository import Dtype
 from tests.support.functions.functions import FunctionProcess, gateway_environment, stage_environment
+from tests.support.functions.streams import tokens_of
 from tests.support.house.without import HEAVY, refusal
 from tests.support.storage import tiny_models
 from tests.support.storage.published import CUT, Published, published_model, until_end
@@ -35,21 +34,6 @@ def function(environ: dict[str, str], *, installed: bool) -> FunctionProcess:
     return FunctionProcess(environ, ("-c", FUNCTION if installed else refusal(HEAVY) + FUNCTION))
 
 
-def ask(url: str) -> list[int]:
-    body = json.dumps({"prompt": PROMPT, "max_tokens": NEW_TOKENS}).encode()
-    headers = {
-        "ce-specversion": "1.0",
-        "ce-id": "1",
-        "ce-source": "/tests",
-        "ce-type": "dev.lamina.generate.request",
-        "content-type": "application/json",
-    }
-    with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=120) as response:
-        answer: dict[str, Any] = json.load(response)
-    tokens: list[int] = answer["token_ids"]
-    return tokens
-
-
 def loaded(process: FunctionProcess) -> set[str]:
     assert process.stop() == 0, process.log
     (line,) = (line for line in process.log.splitlines() if line.startswith("loaded: "))
@@ -65,7 +49,7 @@ def test_a_pipeline_answers_with_the_whole_models_tokens_and_loads_no_torch(publ
         stages = [stack.enter_context(function(environ, installed=installed)) for environ in environs]
         urls = [stage.wait_ready().url for stage in stages]
         gateway = stack.enter_context(function(gateway_environment(published, urls), installed=installed))
-        assert ask(gateway.wait_ready().url) == wanted
+        assert tokens_of(gateway.wait_ready().url, PROMPT, NEW_TOKENS) == wanted
         for process in (*stages, gateway):
             assert "functions" in (modules := loaded(process))
             assert not modules.intersection(HEAVY)

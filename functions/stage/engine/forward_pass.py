@@ -98,12 +98,10 @@ def refused(row: Row, refusal: Refusal) -> Row:
 class ForwardPass:
     """Runs parts whose sequences are all different. Only the engine's thread comes here."""
 
-    def __init__(
-        self, group: LayerGroup, sequences: SequenceTable, constraints: Constraints, wire_dtype: str | None = None
-    ) -> None:
-        """wire_dtype: see `Engine`."""
+    def __init__(self, group: LayerGroup, sequences: SequenceTable, constraints: Constraints, wire_dtype: str) -> None:
+        """wire_dtype: in which hidden states come and go."""
         self._group = group
-        self._wire_dtype = wire_dtype or group.hidden_dtype
+        self._wire_dtype = wire_dtype
         self._sequences = sequences
         self._constraints = constraints
         self._is_last = group.last_layer == group.num_layers

@@ -1,4 +1,4 @@
-"""Answers that stream from a gateway's process, caught when they have begun."""
+"""Events that a gateway's process is asked by: answered whole, or by a stream that is caught when it has begun."""
 
 import urllib.request
 from collections.abc import Iterator
@@ -25,12 +25,23 @@ class BrokenStream(Exception):
     """It ended before the answer did."""
 
 
+def tokens_of(url: str, prompt: str, max_tokens: int) -> list[int]:
+    """Of the whole answer, greedy."""
+    with urllib.request.urlopen(_asked(url, GenerateRequest(prompt=prompt, max_tokens=max_tokens)), timeout=120) as reply:
+        return list(msgspec.json.decode(reply.read(), type=GenerateResponse).token_ids)
+
+
+def _asked(url: str, request: GenerateRequest) -> urllib.request.Request:
+    headers, pieces = to_binary_http(json_event(EventType.GENERATE_REQUEST, "tests", request))
+    return urllib.request.Request(url, b"".join(pieces), headers)
+
+
 @contextmanager
 def began(gateway: FunctionProcess, request: GenerateRequest) -> Iterator[HTTPResponse]:
     """A stream of tokens of which the first has come."""
-    headers, pieces = to_binary_http(json_event(EventType.GENERATE_REQUEST, "tests", request))
-    headers["accept"] = "text/event-stream"
-    with urllib.request.urlopen(urllib.request.Request(gateway.url, b"".join(pieces), headers), timeout=60) as stream:
+    asked = _asked(gateway.url, request)
+    asked.add_header("accept", "text/event-stream")
+    with urllib.request.urlopen(asked, timeout=60) as stream:
         while not (line := stream.readline()).startswith(b"data:"):
             assert line, "the stream ended before its first token"
         yield stream

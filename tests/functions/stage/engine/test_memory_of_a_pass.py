@@ -37,7 +37,7 @@ def build(kind: Kind, name: str, dtype: str = "float32", **changes: Any) -> Laye
 
 
 def passes_of(group: LayerGroup) -> ForwardPass:
-    return ForwardPass(group, SequenceTable(group.kv, 600, lambda: 0.0), Constraints(None))
+    return ForwardPass(group, SequenceTable(group.kv, 600, lambda: 0.0), Constraints(None), group.hidden_dtype)
 
 
 def scored(running: ForwardPass, token_ids: list[int], position: int = 0) -> tuple[float, ...]:

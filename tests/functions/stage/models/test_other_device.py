@@ -82,7 +82,10 @@ def test_stages_generate_and_score_as_they_do_on_the_cpu(kind: Kind, name: str) 
     """Passes, not engines, whose threads would not see the device."""
     expected = tiny_models.greedy(whole_model(name), PROMPT, 6)
     with on_the_device(kind, name) as groups:
-        passes = [ForwardPass(group, SequenceTable(group.kv, 600, lambda: 0.0), Constraints(None)) for group in groups]
+        passes = [
+            ForwardPass(group, SequenceTable(group.kv, 600, lambda: 0.0), Constraints(None), group.hidden_dtype)
+            for group in groups
+        ]
         tokens = list(PROMPT)
         given = 0
         while len(tokens) < len(PROMPT) + 6:
