@@ -199,8 +199,3 @@ def test_owners_exist() -> None:
 def test_importing_a_package_loads_no_torch(package: str) -> None:
     code = f"import sys, {package}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-
-
-def test_files_stay_short() -> None:
-    long = {name(path): n for path in source_files() if (n := len(path.read_text().splitlines())) > 400}
-    assert not long, f"past 400 lines a file is two files: {long}"
