@@ -10,13 +10,18 @@ _TITLE: Final = "# Benchmarks\n\nWritten by the programs in `bench/`; each secti
 
 
 def write_section(document: Path, name: str, text: str) -> None:
-    """Puts `text` between the comments that mark section `name`; a new section goes to the end. Creates the document."""
+    """Replaces section `name` of the document, which is created if it does not exist."""
+    page = document.read_text(encoding="utf-8") if document.exists() else _TITLE
+    document.write_text(with_section(page, name, text), encoding="utf-8")
+
+
+def with_section(page: str, name: str, text: str) -> str:
+    """The page with `text` between the comments that mark section `name`. A new section goes to the end."""
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     section = f"{begin}\n{text.strip()}\n{end}"
-    before = document.read_text(encoding="utf-8") if document.exists() else _TITLE
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-    after, replaced = pattern.subn(lambda _: section, before, count=1)
-    document.write_text(after if replaced else f"{before.rstrip()}\n\n{section}\n", encoding="utf-8")
+    after, replaced = pattern.subn(lambda _: section, page, count=1)
+    return after if replaced else f"{page.rstrip()}\n\n{section}\n"
 
 
 def machine() -> str:

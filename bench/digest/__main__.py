@@ -2,7 +2,7 @@
 
 The packaged model in fp32 out of the embedded store, whole, over the loader's own connections, in one process; every way of
 checking in turn, round after round, so that what else the machine does is fair. The costs are medians of the rounds' ratios.
-Prints a table for docs/experiments.md; status 1 where BLAKE3 takes more than a tenth of the loading time.
+Prints a table for docs/log.md; status 1 where BLAKE3 takes more than a tenth of the loading time.
 """
 
 import os

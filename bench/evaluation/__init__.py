@@ -1,1 +1,1 @@
-"""The evaluation (`make evaluate`, docs/evaluation.md): five ways to serve a model on one budget of devices."""
+"""The evaluation (`make evaluate`, docs/benchmarks.md): five ways to serve a model on one budget of devices."""

@@ -1,4 +1,4 @@
-"""`make evaluate`: the experiments of docs/evaluation.md, which it writes from what they find.
+"""`make evaluate`: the experiments of docs/benchmarks.md, which it writes from what they find.
 
     python -m bench.evaluation                               all, about an hour on two cores that do nothing else
     python -m bench.evaluation --quick                       all in small, some minutes: it shows that all runs, no more
@@ -38,7 +38,7 @@ from storage.store.object_store import ObjectStore
 
 _FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 _STATE: Final = ROOT / ".lamina" / "evaluation"
-_DOCUMENT: Final = ROOT / "docs" / "evaluation.md"
+_DOCUMENT: Final = ROOT / "docs" / "benchmarks.md"
 
 
 class Evaluation:
@@ -120,7 +120,7 @@ def _networks(plan: Plan, state: Path, evaluation: Evaluation, say: Callable[[st
 )
 @click.option("--state", type=click.Path(file_okay=False, path_type=Path), default=_STATE)
 @click.option(
-    "--document", type=click.Path(dir_okay=False, path_type=Path), help="Where to write; unless quick: docs/evaluation.md."
+    "--document", type=click.Path(dir_okay=False, path_type=Path), help="Where to write; unless quick: docs/benchmarks.md."
 )
 @click.option("--anew", is_flag=True, help="Forget what was found before.")
 def main(names: Sequence[str], quick: bool, trace: Path | None, state: Path, document: Path | None, anew: bool) -> None:

@@ -1,4 +1,4 @@
-"""The sections of docs/evaluation.md and their figures."""
+"""The sections of docs/benchmarks.md and their figures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

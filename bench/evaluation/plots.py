@@ -1,4 +1,4 @@
-"""The figures of docs/evaluation.md."""
+"""The figures of docs/benchmarks.md."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

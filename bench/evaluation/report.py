@@ -1,4 +1,4 @@
-"""docs/evaluation.md: a section for each experiment, from results alone."""
+"""docs/benchmarks.md: a section for each experiment, from results alone."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence

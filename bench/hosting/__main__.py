@@ -1,6 +1,6 @@
 """The functions' own HTTP server beside others: `python -m bench.hosting`. Under four minutes.
 
-Every server in a process of its own and in turn, some rounds, medians of them. Prints a table for docs/experiments.md; what a
+Every server in a process of its own and in turn, some rounds, medians of them. Prints a table for docs/log.md; what a
 client can do to these servers is not asked here, but there.
 """
 

@@ -2,7 +2,7 @@
 
 httptools reads what frames the reply; a body whose length is known goes from the socket straight into memory of its own. In
 place of http.client, which spends most of a small exchange on reading headers as if they were mail, and sends head and body
-apart: docs/experiments.md has the numbers.
+apart: docs/log.md has the numbers.
 """
 
 import contextlib

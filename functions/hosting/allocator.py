@@ -12,7 +12,7 @@ def use_few_arenas() -> None:
 
     glibc makes up to eight arenas for each core and spreads threads over them, and memory that was freed in one of them serves
     nobody else. A gateway's hundreds of threads, each of which reads a large body now and then, made 16 such hoards that
-    grew for as long as it ran: of 228 MiB, 46 were in use (docs/experiments.md). Most work holds the interpreter's lock anyway.
+    grew for as long as it ran: of 228 MiB, 46 were in use (docs/log.md). Most work holds the interpreter's lock anyway.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

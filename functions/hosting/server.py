@@ -2,7 +2,7 @@
 
 A signal sent to the process means it, its death is seen by whoever started it, and nothing restarts it behind the platform's
 back. A request is given to a thread once it is whole, so that clients which send slowly, or not at all, hold a connection and
-no thread; docs/experiments.md says what other servers did. Probes have a thread of their own on the clients' port, and the
+no thread; docs/log.md says what other servers did. Probes have a thread of their own on the clients' port, and the
 management port has one.
 """
 

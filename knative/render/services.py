@@ -1,7 +1,7 @@
 """A resolved pipeline → Kubernetes objects: a Knative Service per stage, one for the gateway, its Role.
 
 They are what runs everywhere: on a cluster as they are, on one machine read by `knative/local`. Keys of the environment are
-those of docs/environment.md. No secret value is ever rendered, only names of Secrets.
+those of docs/reference.md. No secret value is ever rendered, only names of Secrets.
 """
 
 import math

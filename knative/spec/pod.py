@@ -51,7 +51,7 @@ def check_pod(path: str, pod: Pod) -> None:
         if not _ENV_NAME.fullmatch(name):
             raise SpecError(f"{path}.env: {name!r} is no name of a variable")
         if name.startswith(_OWN_PREFIX):
-            raise SpecError(f"{path}.env: {name} is set by a field of the spec, and by nothing else (docs/environment.md)")
+            raise SpecError(f"{path}.env: {name} is set by a field of the spec, and by nothing else (docs/reference.md)")
     for kind, names, owned in (("labels", pod.labels, _OWN_LABELS), ("annotations", pod.annotations, _OWN_ANNOTATIONS)):
         for name in names:
             if name.startswith(owned):

@@ -144,7 +144,7 @@ def manifest_key(name: str, dtype: str) -> str:
 
 
 def new_digest() -> blake3:
-    """Of a part. BLAKE3: the cryptographic hash that is fast enough for every byte that is loaded (docs/experiments.md)."""
+    """Of a part. BLAKE3: the cryptographic hash that is fast enough for every byte that is loaded (docs/log.md)."""
     return blake3()
 
 

@@ -14,7 +14,7 @@ from storage.models.q4 import BLOCK
 
 _LARGEST: Final = 15
 _TRIED: Final = (15.0, 13.8, 14.4, 15.6, 16.2, 16.8)
-"""Steps between a block's smallest and largest weight. docs/experiments.md has what more of them gain."""
+"""Steps between a block's smallest and largest weight. docs/log.md has what more of them gain."""
 
 Halves = NDArray[np.float16]
 Quants = NDArray[np.uint8]

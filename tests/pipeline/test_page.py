@@ -1,7 +1,7 @@
 """The page in a real browser, over a real pipeline of the packaged model: what a person sees from the key to an error.
 
 One scenario in order, since each step needs what the one before brought about. `SCREENSHOTS=docs` writes the pictures of
-docs/page.md.
+docs/openai.md.
 """
 
 import json

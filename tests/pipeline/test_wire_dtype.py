@@ -28,7 +28,7 @@ def told(published: Published) -> dict[str, str]:
 
 
 def through_8_bits(hidden: Array, dtype: HiddenDtype) -> Array:
-    """As docs/events.md says it, one row after the other."""
+    """As docs/reference.md says it, one row after the other."""
     given_back = []
     for row in widened(hidden, dtype):
         scale = np.float32(max(abs(row))) / np.float32(127)

@@ -1,6 +1,6 @@
 """What `GET /v1/pipeline/events` tells: the pipeline as one JSON document, in which everything that comes and goes has a name.
 
-What is null may as well be left out. docs/page.md says how it is read; numbers are this gateway's, of its last seconds.
+What is null may as well be left out. docs/openai.md says how it is read; numbers are this gateway's, of its last seconds.
 """
 
 from msgspec import Struct

@@ -8,7 +8,7 @@ from typing import Final
 
 WAITING: Final = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000"}
 """Read by OpenMP when torch is loaded. A thread waits awake for so many turns: enough for what lies between two parallel
-operators of a pass, and over soon after the pass; docs/experiments.md compares counts."""
+operators of a pass, and over soon after the pass; docs/log.md compares counts."""
 
 _SMOOTHING: Final = 0.5
 _BUSY: Final = 0.58

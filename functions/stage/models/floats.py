@@ -27,7 +27,7 @@ HIDDEN_DTYPES: Final[Mapping[str, HiddenDtype]] = {
     "q4": "BF16",
 }
 """dtype of a publication → hidden states between its stages. Beside weights of 8 or 4 bits, bf16 halves the wire, and
-perplexity does not tell (docs/experiments.md)."""
+perplexity does not tell (docs/log.md)."""
 
 _BF16_MAGNITUDE: Final = 0x7FFF
 _BF16_INFINITY: Final = 0x7F80

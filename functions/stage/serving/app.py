@@ -35,7 +35,7 @@ class _EventDoor:
     """Answers `POST /` as WSGI has it, and leaves all other requests to Flask, and all refusals.
 
     A request costs Flask as much as a small stage's layers do where these have emptied the caches, which is how every step of
-    a stream finds them; docs/experiments.md has the numbers.
+    a stream finds them; docs/log.md has the numbers.
     """
 
     def __init__(self, handlers: EventHandlers, metrics: StageMetrics, pipeline_tokens: tuple[str, ...]) -> None:

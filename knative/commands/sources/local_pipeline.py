@@ -65,7 +65,7 @@ class LocalPipeline:
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """How `stages` share the `cores` of one machine. docs/experiments.md has what was measured."""
+    """How `stages` share the `cores` of one machine. docs/log.md has what was measured."""
 
     cores: int
     stages: int

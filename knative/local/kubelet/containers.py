@@ -35,7 +35,7 @@ class LocalData:
     replacements: Mapping[str, str]
     """Cluster-local URL → local URL, wherever it stands in a value: what cluster DNS does."""
     in_cluster: Mapping[str, str]
-    """Environment instead of what a pod would find by its ServiceAccount; see docs/environment.md, LAMINA_KUBERNETES_API."""
+    """Environment instead of what a pod would find by its ServiceAccount; see docs/reference.md, LAMINA_KUBERNETES_API."""
     secret_folders: Mapping[str, Path] = field(default_factory=dict)
     """Secret → folder with a file for each key, which is what a volume of it is."""
 

@@ -1,4 +1,4 @@
-"""docs/events.md lists every type, attribute, row field, status, limit and problem of the code, and nothing else."""
+"""docs/reference.md lists every type, attribute, row field, status, limit and problem of the code, and nothing else."""
 
 import inspect
 import re
@@ -11,7 +11,7 @@ from eventing.wire import batch_codec, events
 from eventing.wire.events import Attribute, EventType, Row, Status
 from tests.support.paths import ROOT
 
-PAGE = (ROOT / "docs" / "events.md").read_text()
+PAGE = (ROOT / "docs" / "reference.md").read_text()
 
 
 def _table(first_header: str) -> list[list[str]]:

@@ -6,7 +6,7 @@ hundreds of times slower. It serves where native layers cannot (see `native.choi
 
 One int8 per activation costs 3 to 5 % of perplexity, because a few channels of a row are far larger than the rest. So
 what truncation to int8 leaves over goes through the same kernel as a second row: 14 bits in all, and 0.6 % at most. While
-decoding, a matrix takes as long for two rows as for one, because reading it is what takes long. docs/experiments.md
+decoding, a matrix takes as long for two rows as for one, because reading it is what takes long. docs/log.md
 has the numbers, and compares torch's other int8 operators.
 """
 

@@ -29,7 +29,7 @@ PRECISIONS: Final = {
     "bfloat16": Precision(torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.bfloat16),
     "float16": Precision(torch.float16, torch.float16, torch.float16, torch.float16),
     # The int8 kernel gives float32, which the small operators between the matrices are fastest in. Attention and the
-    # wire are about memory: bfloat16 halves both, and perplexity does not tell (docs/experiments.md).
+    # wire are about memory: bfloat16 halves both, and perplexity does not tell (docs/log.md).
     "int8": Precision(torch.float32, None, torch.bfloat16, torch.bfloat16),
 }
 

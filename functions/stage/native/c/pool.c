@@ -3,7 +3,7 @@
    A pass has seats. Helpers that sleep are woken and take one each; whoever called computes meanwhile, and takes away the seats
    that are still free when the work is done. So nobody waits for a thread that has not come. A forked process, in which the
    helpers are not, begins with new ones. Between passes helpers stay awake for some microseconds only: three stages may share two
-   cores, and a guest's scheduler takes a halted core for one that is away (docs/experiments.md, "Native layers"). */
+   cores, and a guest's scheduler takes a halted core for one that is away (docs/log.md, "Native layers"). */
 
 #include "pool.h"
 
