@@ -121,9 +121,9 @@ bench-coldstart: $(VENV)/bench.stamp $(VENV)/native.stamp ## From zero to the fi
 bench-load: $(VENV)/bench.stamp $(VENV)/native.stamp ## Conversations that come and go: 0, 1, 16, 64, 4, 0, on a pipeline that scales by itself
 	$(BIN)/python -m bench.load
 
-.PHONY: bench-guesses
-bench-guesses: $(VENV)/bench.stamp $(VENV)/native.stamp ## Several tokens a round: answers that quote and answers that do not, near and 5 ms away
-	$(BIN)/python -m bench.guesses
+.PHONY: bench-speculation
+bench-speculation: $(VENV)/bench.stamp $(VENV)/native.stamp ## Several tokens a round: answers that quote and answers that do not, near and 5 ms away
+	$(BIN)/python -m bench.speculation
 
 .PHONY: bench-kv
 bench-kv: $(VENV)/bench.stamp $(VENV)/native.stamp ## Second turns, shared prompts, scale-in and zero, with what is held and without, beside llama.cpp's server

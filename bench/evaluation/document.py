@@ -47,7 +47,7 @@ def write_document(
             "SmolLM2-135M in bfloat16, three stages with real layers, one replica each, micro-batches of 8; questions whose "
             "answers quote. Delay and rate are those of every pod's link (`knative/local/proxies/network.py`). What plan "
             f"says is computed from the passes where there is no network. **{verdict}** Behind it what each remedy alone makes "
-            "of the same network, as tokens/s and against the tokens/s without one: guesses (at most 16 tokens a row), hidden "
+            "of the same network, as tokens/s and against the tokens/s without one: draft tokens (at most 16 a row), hidden "
             "states in 8 bits ([what that does to answers](#8-bits-on-the-wire)), and the same model in two stages."
         )
         pages["network"] = f"## What a network between the pods costs\n\n{facts} {text}\n\n{table}"

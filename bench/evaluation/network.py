@@ -1,7 +1,7 @@
 """What a network between pods costs the real pipeline: real layers, a relay before every pod, one network after the other.
 
 For one question at a time and sixteen, and what `plan` says of it, from what passes take where there is no network. Beside it
-the remedies, each alone: guesses (several tokens a round), hidden states in 8 bits, and the same model in fewer stages.
+the remedies, each alone: draft tokens (several tokens a round), hidden states in 8 bits, and the same model in fewer stages.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 
 from bench.evaluation.emulated import passes_of
-from bench.guesses.answers import ask
+from bench.speculation.answers import ask
 from knative.commands.sources.local_pipeline import LocalPipeline, ensure_published, local_pipeline
 from knative.local.kubelet.pods import Pod
 from knative.local.platform import ROOT, Platform, PlatformOptions
@@ -34,7 +34,7 @@ _NEARLY_NONE: Final = 1e-6
 """Seconds: where there is no network there are its relays, too, so that they are not taken for it."""
 _DTYPE: Final = "bfloat16"
 _MICRO_BATCH: Final = 8
-_PROMPTS: Final = ROOT / "bench" / "guesses" / "prompts.yaml"
+_PROMPTS: Final = ROOT / "bench" / "speculation" / "prompts.yaml"
 _READY_SECONDS: Final = 180.0
 _STOP_SECONDS: Final = 5.0
 
@@ -43,14 +43,14 @@ _STOP_SECONDS: Final = 5.0
 class Remedy:
     """What a pipeline does about its network."""
 
-    guesses: int = 0
+    draft_tokens: int = 0
     wire_dtype: Literal["int8"] | None = None
     stages: int = 3
 
 
 NOTHING: Final = Remedy()
 REMEDIES: Final = {
-    "guesses": Remedy(guesses=16),
+    "drafts": Remedy(draft_tokens=16),
     "8 bits": Remedy(wire_dtype="int8"),
     "two stages": Remedy(stages=2),
 }
@@ -61,7 +61,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 
     delay_seconds: float
     bytes_per_second: float | None
-    guesses: int
+    draft_tokens: int
     wire_dtype: Literal["int8"] | None = None
     stages: int = NOTHING.stages
     at_once: int
@@ -74,7 +74,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def remedy(self) -> Remedy:
-        return Remedy(self.guesses, self.wire_dtype, self.stages)
+        return Remedy(self.draft_tokens, self.wire_dtype, self.stages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def all_networks() -> Iterator[Network]:
 
 def file_name(network: Network, remedy: Remedy, lengths: Lengths) -> str:
     rate = "any" if network.bytes_per_second is None else f"{network.bytes_per_second:g}"
-    pipeline = f"guesses-{remedy.guesses}"
+    pipeline = f"drafts-{remedy.draft_tokens}"
     if remedy.wire_dtype is not None:
         pipeline += f"-{remedy.wire_dtype}"
     if remedy.stages != NOTHING.stages:
@@ -129,7 +129,7 @@ async def _measured(local: LocalPipeline, network: Network, remedy: Remedy, leng
                 Measured(
                     delay_seconds=network.delay_seconds,
                     bytes_per_second=network.bytes_per_second,
-                    guesses=remedy.guesses,
+                    draft_tokens=remedy.draft_tokens,
                     wire_dtype=remedy.wire_dtype,
                     stages=remedy.stages,
                     at_once=at_once,
@@ -162,7 +162,7 @@ def _spec(model: str, remedy: Remedy) -> PipelineSpec:
         stage=Stage(resources=Resources(memory="2Gi"), kv_cache="256Mi", autoscaling=Autoscaling(min_scale=1, max_scale=1)),
         gateway=Gateway(
             micro_batch_sequences=_MICRO_BATCH,
-            guesses=remedy.guesses,
+            draft_tokens=remedy.draft_tokens,
             access_log="off",
             autoscaling=GatewayAutoscaling(min_scale=1, max_scale=1),
         ),

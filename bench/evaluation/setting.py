@@ -119,7 +119,7 @@ class Setting:
             ),
             gateway=Gateway(
                 micro_batch_sequences=self.micro_batch_sequences,
-                guesses=0,
+                draft_tokens=0,
                 queue_limit=QUEUE_LIMIT,
                 access_log="off",
                 autoscaling=GatewayAutoscaling(min_scale=1, max_scale=1),

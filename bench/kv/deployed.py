@@ -177,7 +177,7 @@ def _spec(model: str, dtype: str) -> PipelineSpec:
         ),
         gateway=Gateway(
             micro_batch_sequences=sharing.micro_batch_sequences,
-            guesses=0,
+            draft_tokens=0,
             prefix_sharing="pipeline",
             stages_at_once=sharing.stages_at_once,
             autoscaling=GatewayAutoscaling(target=100, **quick),

@@ -59,7 +59,7 @@ def main(conversations: Sequence[int], gateways: Sequence[int], max_tokens: int,
     facts = (
         f"`python -m bench.many` on {machine()}; three stages that sleep {_PASS_SECONDS * 1000:g} ms a pass, micro-batches of "
         f"at most {_MICRO_BATCH_SEQUENCES}, all conversations asked at once and streamed, {max_tokens} tokens each, nothing "
-        f"guessed. Clients run on the same cores. The load average before it was {load_before:.1f}."
+        f"drafted. Clients run on the same cores. The load average before it was {load_before:.1f}."
     )
     write_section(output, "many", markdown(found, facts))
     for verdict in verdicts(found):
@@ -79,7 +79,7 @@ def _pipeline() -> Iterator[tuple[LocalPipeline, list[str], list[int]]]:
             stage=Stage(
                 resources=Resources(cpu="1", memory="2Gi"), layer_group="sleep", sleep_seconds=[_PASS_SECONDS] * NUM_STAGES
             ),
-            gateway=Gateway(micro_batch_sequences=_MICRO_BATCH_SEQUENCES, queue_limit=1000, guesses=0, access_log="off"),
+            gateway=Gateway(micro_batch_sequences=_MICRO_BATCH_SEQUENCES, queue_limit=1000, draft_tokens=0, access_log="off"),
             store=StoreSpec(endpoint="http://127.0.0.1"),
             pipeline_token_secret=_SECRET,
         )

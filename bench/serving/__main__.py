@@ -131,8 +131,8 @@ def _facts(found: Findings, rounds: int, new_tokens: int, seconds: float, load: 
         f"before it was {load:.1f}.\n",
         "Lamina is three stage processes and a gateway, started by `python -m knative run` with one replica "
         "a stage; every hop goes through a queue-proxy, all of them in the platform's one process. *No queue-proxy*: a second "
-        "gateway asks the same stages directly. Nothing is guessed, nothing of earlier "
-        "prompts is used: `python -m bench.guesses` and `python -m bench.kv` measure that. Peers have both "
+        "gateway asks the same stages directly. Nothing is drafted, nothing of earlier "
+        "prompts is used: `python -m bench.speculation` and `python -m bench.kv` measure that. Peers have both "
         "cores, too: transformers holds the whole model in bf16 in one "
         "process (`generate` takes the 16 requests as one static batch, filled up to the longest prompt and run to the longest "
         "answer; only tokens asked for count), and llama.cpp serves the packaged Q4_1 file with "

@@ -200,7 +200,7 @@ def _write_spec(dtype: str, state: Path, kv_cache: str) -> tuple[Path, Path]:
         },
         "gateway": {
             "micro_batch_sequences": sharing.micro_batch_sequences,
-            "guesses": 0,
+            "draft_tokens": 0,
             "prefix_sharing": "off",
             "stages_at_once": sharing.stages_at_once,
             "autoscaling": {"container_concurrency": 0, "target": 100, **stays_up},

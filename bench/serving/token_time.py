@@ -74,7 +74,7 @@ def measure_token_time(
     """tokens: of a long answer beyond a short one. The medians of the turns."""
     metrics_port = _free_port()
     urls = [stage.proxy if proxies else stage.function for stage in pipeline.stages]
-    environ = {"LAMINA_METRICS_PORT": str(metrics_port), "LAMINA_GUESSES": "0"}
+    environ = {"LAMINA_METRICS_PORT": str(metrics_port), "LAMINA_DRAFT_TOKENS": "0"}
     with gateway_beside(pipeline.local, urls, log, environ) as (url, _):
         client = Client(url, pipeline.model, {})
         gateway = f"http://127.0.0.1:{metrics_port}"

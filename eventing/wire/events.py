@@ -19,7 +19,7 @@ MAX_BATCH_TOKENS: Final = 65_536
 MAX_POSITION: Final = 2**24
 """Longest sequence the wire format admits, tokens. A stage's own limit is its model's context."""
 MAX_HIDDEN_SIZE: Final = 2**17
-MAX_GUESSES: Final = 64
+MAX_DRAFT_TOKENS: Final = 64
 """Of one row."""
 MAX_BIASES: Final = 300
 """Tokens whose logits one row may move, as many as the OpenAI API takes."""
@@ -171,7 +171,7 @@ class Result(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True
     """What the last stage answers for a row that wants something."""
 
     tokens: tuple[TokenId, ...] | None = None
-    """With `Want.TOKEN`: the token behind the row's tokens; behind guesses that came true, those and one more."""
+    """With `Want.TOKEN`: the token behind the row's tokens; behind draft tokens that came true, those and one more."""
     logprobs: tuple[float, ...] | None = None
     """With `Want.LOGPROBS`: log-probability of each token of the row but its first; with `Want.TOKEN` and `top_logprobs`: of
     each of `tokens`. Natural logarithm, of the model's own distribution: before penalties, biases, temperature and filters."""
@@ -183,7 +183,7 @@ class Row(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """`length` new tokens of one sequence, at `position` of its attempt `attempt`.
 
     Position is the truth: KV beyond `position` is dropped before computing, KV short of it is a miss. That takes back
-    what was computed for guesses that did not come true.
+    what was computed for draft tokens that did not come true.
     """
 
     id: Annotated[str, Meta(min_length=1, max_length=128)]
@@ -195,9 +195,9 @@ class Row(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     reserve_tokens: Annotated[int, Meta(ge=1, le=MAX_POSITION)] | None = None
     """With a sequence's first row: prompt plus max_tokens, or as much of an answer without a length as it may come to soon.
     Idempotent where a reserve event came before."""
-    guesses: Annotated[int, Meta(ge=0, le=MAX_GUESSES)] = 0
-    """So many of its tokens, the last ones, are guesses of what will be drawn. With `Want.TOKEN` a token is drawn behind the
-    token before them; where that is the first guess one more behind it, and so on."""
+    draft_tokens: Annotated[int, Meta(ge=0, le=MAX_DRAFT_TOKENS)] = 0
+    """How many of its last tokens are draft tokens. With `Want.TOKEN` a token is drawn after the last token before them; if it
+    equals the first draft token, one more is drawn after that, and so on."""
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     """With `Want.TOKEN`: the log-probabilities of what is drawn are wanted, too. With both wants: so many of the most probable
     tokens beside each."""

@@ -177,7 +177,7 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
 
 
 class CompletionTokensDetails(Struct, frozen=True):
-    """What became of guesses: tokens that were computed several a round, and those that were computed for nothing."""
+    """What became of draft tokens: tokens that were computed several a round, and those that were computed for nothing."""
 
     accepted_prediction_tokens: int = 0
     rejected_prediction_tokens: int = 0

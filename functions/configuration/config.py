@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 from typing import Final
 
-from eventing.wire.events import MAX_GUESSES, Weights
+from eventing.wire.events import MAX_DRAFT_TOKENS, Weights
 from functions.configuration import parsers
 from functions.configuration.api_keys import ApiKey
 from functions.configuration.parsers import LayerRange
@@ -248,10 +248,10 @@ class GatewayConfig(CommonConfig):
         "stages that can compute at the same time, fewer than all where they share cores; 0: all",
         "0",
     )
-    guesses: int = setting(
-        "LAMINA_GUESSES",
-        parsers.integer(0, MAX_GUESSES),
-        "most tokens that are guessed for a row of a step, as many as pay for themselves; 0: nothing is guessed",
+    draft_tokens: int = setting(
+        "LAMINA_DRAFT_TOKENS",
+        parsers.integer(0, MAX_DRAFT_TOKENS),
+        "most tokens that are drafted for a row of a step, as many as pay for themselves; 0: nothing is drafted",
         "16",
     )
     prefix_sharing: str = setting(

@@ -53,7 +53,7 @@ def start_scheduler(config: GatewayConfig, tracer: Tracer) -> RunningScheduler:
         chunk_tokens=config.chunk_tokens,
         micro_batch_sequences=config.micro_batch_sequences,
         stages_at_once=config.stages_at_once,
-        guesses=config.guesses,
+        draft_tokens=config.draft_tokens,
         cold_start_timeout_seconds=config.cold_start_timeout_seconds,
     )
     scheduler = Scheduler(

@@ -30,17 +30,17 @@ class Matcher:
         """Of one that has gone through nothing."""
         return Matcher(self._matcher.deep_copy(), self._vocab_size)
 
-    def allowed(self, tokens: Sequence[int], guesses: Sequence[int] = ()) -> list[Allowed]:
-        """What may come behind `tokens`, and behind each of the guesses as long as all before it are allowed, too.
+    def allowed(self, tokens: Sequence[int], draft_tokens: Sequence[int] = ()) -> list[Allowed]:
+        """What may come behind `tokens`, and behind each of the draft tokens as long as all before it are allowed, too.
 
         tokens: of the answer so far, whatever was asked before. Raises UnusableGrammar.
         """
         self._go_to(list(tokens))
         masks = [self._next()]
-        for guess in guesses:
-            if not (guess < self._vocab_size and masks[-1][guess]) or self._matcher.is_stopped():
+        for draft in draft_tokens:
+            if not (draft < self._vocab_size and masks[-1][draft]) or self._matcher.is_stopped():
                 break
-            self._take([guess])
+            self._take([draft])
             masks.append(self._next())
         return masks
 

@@ -347,7 +347,7 @@ def _gateway_env(pipeline: ResolvedPipeline, key_secrets: Sequence[str], scores:
             LAMINA_QUEUE_LIMIT=gateway.queue_limit,
             LAMINA_CHUNK_TOKENS=gateway.chunk_tokens,
             LAMINA_MICRO_BATCH_SEQUENCES=gateway.micro_batch_sequences,
-            LAMINA_GUESSES=gateway.guesses,
+            LAMINA_DRAFT_TOKENS=gateway.draft_tokens,
             LAMINA_PREFIX_SHARING=gateway.prefix_sharing,
             LAMINA_TOOL_PARSER=gateway.tool_parser,
             LAMINA_STAGES_AT_ONCE=gateway.stages_at_once,

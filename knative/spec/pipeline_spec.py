@@ -142,8 +142,8 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     stages_at_once: Positive | None = None
     """How many stages can compute at the same time, where they share cores. Unset: all."""
     chunk_tokens: Positive | None = None
-    guesses: Natural | None = None
-    """Most tokens that are guessed for a row of a step. 0: nothing is guessed."""
+    draft_tokens: Natural | None = None
+    """Most tokens that are drafted for a row of a step. 0: nothing is drafted."""
     prefix_sharing: Annotated[str, Meta(pattern="^(pipeline|client|off)$")] | None = None
     """Who finds the keys and values that a prompt left. Unset: client where there are API keys, else pipeline."""
     tool_parser: Literal["hermes", "llama3_json", "mistral"] | None = None

@@ -37,7 +37,7 @@ async def seconds_per_token(url: str) -> float:
 def test_plan_predicts_what_a_delay_between_pods_costs(published: Published, tmp_path: Path) -> None:
     """Passes and delays so long that what a busy machine adds to each is little beside them."""
     pipeline = tiny_pipeline(published, layer_group="sleep", sleep_seconds=[STEP_SECONDS] * 3)
-    gateway = msgspec.structs.replace(pipeline.spec.gateway, guesses=0)
+    gateway = msgspec.structs.replace(pipeline.spec.gateway, draft_tokens=0)
     pipeline = replace(pipeline, spec=msgspec.structs.replace(pipeline.spec, gateway=gateway))
     plans = plan_stages(published_shape(ObjectStore(published.store), published.manifest), pipeline.cut)
 

@@ -35,7 +35,7 @@ async def _grows(published: Published, folder: Path) -> None:
         stages=STAGES,
         image="lamina:local",
         stage=Stage(layer_group="sleep", sleep_seconds=PASS_SECONDS, autoscaling=Autoscaling(max_scale=MAX_SCALE)),
-        gateway=Gateway(micro_batch_sequences=2 * FIT, guesses=0),
+        gateway=Gateway(micro_batch_sequences=2 * FIT, draft_tokens=0),
         store=Store(endpoint="http://127.0.0.1"),
     )
     local = local_pipeline(ObjectStore(published.store), published.manifest, STAGES, spec, {})

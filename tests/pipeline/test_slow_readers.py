@@ -46,7 +46,7 @@ def gateway(published: Published) -> Iterator[FunctionProcess]:
     sleeping = {"LAMINA_LAYER_GROUP": "sleep", "LAMINA_SLEEP_SECONDS": "0.06", "LAMINA_KV_CACHE_BYTES": "200000000"}
     with running(stage_environment(published, group, **sleeping) for group in range(len(CUT))) as stages:
         urls = [stage.url for stage in stages]
-        told = {"LAMINA_MICRO_BATCH_SEQUENCES": "128", "LAMINA_GUESSES": "0", "LAMINA_ACCESS_LOG": "off"}
+        told = {"LAMINA_MICRO_BATCH_SEQUENCES": "128", "LAMINA_DRAFT_TOKENS": "0", "LAMINA_ACCESS_LOG": "off"}
         with FunctionProcess(gateway_environment(published, urls, **told)) as gateway:
             yield gateway.wait_ready()
 

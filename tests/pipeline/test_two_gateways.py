@@ -146,7 +146,11 @@ def two_gateways(published: Published) -> Iterator[Pipeline]:
         put(api, 0, "first", first)
         put(api, 2, "last", last)
         put(api, MIDDLE, NAMES[0], middle[0])
-        watched = PODS | {"LAMINA_KUBERNETES_API": api.url, "LAMINA_STAGE_SERVICES": ",".join(SERVICES), "LAMINA_GUESSES": "0"}
+        watched = PODS | {
+            "LAMINA_KUBERNETES_API": api.url,
+            "LAMINA_STAGE_SERVICES": ",".join(SERVICES),
+            "LAMINA_DRAFT_TOKENS": "0",
+        }
         urls = [first.url, middle[0].url, last.url]
         with running([gateway_environment(published, urls, **watched)] * 2) as gateways:
             yield Pipeline(api, [first, last], middle, gateways)

@@ -113,8 +113,8 @@ class Answer:
         return self._taken if self._text_stream.stopped else self.token_stream.completion_tokens
 
     @property
-    def guesses(self) -> CompletionTokensDetails:
-        return CompletionTokensDetails(self.token_stream.guesses_agreed, self.token_stream.guesses_missed)
+    def draft_tokens(self) -> CompletionTokensDetails:
+        return CompletionTokensDetails(self.token_stream.draft_tokens_accepted, self.token_stream.draft_tokens_rejected)
 
     def timings(self) -> Timings:
         seen = self.token_stream.timings()

@@ -94,9 +94,10 @@ class Reply:
         """So far. A prompt counts once, however many answers there are to it."""
         prompt_tokens = sum(answer.prompt_tokens for answer in self.answers[:: self._to_each])
         completion_tokens = sum(answer.completion_tokens for answer in self.answers)
-        guesses = [answer.guesses for answer in self.answers]
+        draft_tokens = [answer.draft_tokens for answer in self.answers]
         details = CompletionTokensDetails(
-            sum(one.accepted_prediction_tokens for one in guesses), sum(one.rejected_prediction_tokens for one in guesses)
+            sum(one.accepted_prediction_tokens for one in draft_tokens),
+            sum(one.rejected_prediction_tokens for one in draft_tokens),
         )
         cached = sum(answer.token_stream.cached_tokens for answer in self.answers[:: self._to_each])
         total = prompt_tokens + completion_tokens

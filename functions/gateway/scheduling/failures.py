@@ -47,9 +47,9 @@ class Failures:
 
     def row_failed(self, sequence: Sequence, piece: Piece, stage: int, row: Row) -> None:
         """The event came back, but one row of it was not computed: it alone has failed."""
-        if row.status is Status.INVALID and piece.guesses and not piece.scores and sequence.guesser is not None:
-            # Perhaps for what was guessed, which is not the client's fault: it is asked again without.
-            sequence.guesser.given_up = True
+        if row.status is Status.INVALID and piece.draft_tokens and not piece.scores and sequence.drafter is not None:
+            # Perhaps for what was drafted, which is not the client's fault: it is asked again without.
+            sequence.drafter.given_up = True
             row = msgspec.structs.replace(row, status=Status.MISS, held=piece.position)
         elif row.status is Status.INVALID:
             _log.info("%s: stage %d refuses it: %s", named([sequence]), stage, row.reason)

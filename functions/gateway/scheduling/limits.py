@@ -9,6 +9,6 @@ class Limits:
     chunk_tokens: int = 256
     micro_batch_sequences: int = 8
     stages_at_once: int = 0
-    guesses: int = 0
-    """0: nothing is guessed."""
+    draft_tokens: int = 0
+    """0: nothing is drafted."""
     cold_start_timeout_seconds: float = 300.0

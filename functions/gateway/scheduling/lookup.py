@@ -1,4 +1,4 @@
-"""Guesses of what comes next: what stood behind the last tokens where they stood before (prompt lookup)."""
+"""Draft tokens of what comes next: what stood behind the last tokens where they stood before (prompt lookup)."""
 
 from array import array
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class Lookup:
             self._expected = -1
         self._text += drawn
 
-    def guess(self, most_tokens: int) -> tuple[tuple[int, ...], int]:
+    def draft(self, most_tokens: int) -> tuple[tuple[int, ...], int]:
         """At most so many tokens, and how many tokens before them agreed; () and 0 where nothing is like the last tokens."""
         if 0 <= self._expected < len(self._predicted):
             agreed = self._expected // _TOKEN_BYTES

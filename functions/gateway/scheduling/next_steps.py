@@ -5,10 +5,10 @@ from collections.abc import Sequence as Items
 
 from functions.gateway.scheduling.board import Board
 from functions.gateway.scheduling.failures import Failures
-from functions.gateway.scheduling.guessing import how_many, step_seconds
 from functions.gateway.scheduling.micro_batch import MicroBatch, level, prompt_pieces
 from functions.gateway.scheduling.progress import Piece
 from functions.gateway.scheduling.sequence import Sequence
+from functions.gateway.scheduling.speculation import how_many, step_seconds
 from functions.gateway.scheduling.step import Step, make_step
 from functions.gateway.stages.instances import Instance
 
@@ -32,26 +32,26 @@ class NextSteps:
             level(batch, board.micro_batches, len(board.micro_batches) > wanted, board.limits.micro_batch_sequences)
             going = [one for one in batch.sequences if not one.strikes.count and one.decodes and self._failures.may_send(one)]
             if going:
-                guesses = self._guesses(going)
+                draft_tokens = self._draft_tokens(going)
                 pieces = [
-                    (sequence, Piece(sequence.total_tokens - 1, 1, depth, guessed))
-                    for sequence, guessed in zip(going, guesses, strict=True)
+                    (sequence, Piece(sequence.total_tokens - 1, 1, depth, drafted))
+                    for sequence, drafted in zip(going, draft_tokens, strict=True)
                 ]
                 yield self._begin(pieces, batch.route.instances, batch)
 
-    def _guesses(self, sequences: Items[Sequence]) -> list[tuple[int, ...]]:
+    def _draft_tokens(self, sequences: Items[Sequence]) -> list[tuple[int, ...]]:
         """For each, as many as pay for what they cost in its step."""
-        most = self._board.limits.guesses
-        guesses = [() if one.guesser is None else one.guesser.guess(min(most, one.most_guesses)) for one in sequences]
-        if not any(guesses):
-            return guesses
-        chances = [0.0 if one.guesser is None else one.guesser.chance for one in sequences]
+        most = self._board.limits.draft_tokens
+        draft_tokens = [() if one.drafter is None else one.drafter.draft(min(most, one.most_draft_tokens)) for one in sequences]
+        if not any(draft_tokens):
+            return draft_tokens
+        chances = [0.0 if one.drafter is None else one.drafter.chance for one in sequences]
         stages = self._board.stats.stages
         micro_batches = sum(1 for batch in self._board.micro_batches if batch.sequences)
         network_seconds = sum(stage.network_seconds for stage in stages)
         seconds = step_seconds([stage.costs for stage in stages], micro_batches, network_seconds)
-        counts = how_many([(len(own), chance) for own, chance in zip(guesses, chances, strict=True)], seconds)
-        return [own[:count] for own, count in zip(guesses, counts, strict=True)]
+        counts = how_many([(len(own), chance) for own, chance in zip(draft_tokens, chances, strict=True)], seconds)
+        return [own[:count] for own, count in zip(draft_tokens, counts, strict=True)]
 
     def _prompt_steps(self, now: float) -> Iterator[Step]:
         """At each first stage where no chunk is: one event, begun by whoever waits longest, filled up with others' chunks.

@@ -16,10 +16,10 @@ class Piece:
     position: int
     length: int
     depth: int
-    guesses: tuple[int, ...] = ()
+    draft_tokens: tuple[int, ...] = ()
     """Tokens that may come behind them. They count as held once they have come true, see `Progress.came_true`."""
     scores: bool = False
-    """The log-probabilities of its tokens but the first are wanted; the one behind them goes with it as its guess."""
+    """The log-probabilities of its tokens but the first are wanted; the one behind them goes with it as its draft token."""
 
     @property
     def end(self) -> int:
@@ -80,10 +80,10 @@ class Progress:
         """`stage` answered ok for `piece`."""
         self._held[stage] = piece.end
 
-    def came_true(self, guesses: int) -> None:
-        """So many guesses of the one piece that was on its way have become tokens of the sequence, held everywhere."""
-        self._held = [held + guesses for held in self._held]
-        self._sent = [sent + guesses for sent in self._sent]
+    def came_true(self, draft_tokens: int) -> None:
+        """So many draft tokens of the one piece that was on its way have become tokens of the sequence, held everywhere."""
+        self._held = [held + draft_tokens for held in self._held]
+        self._sent = [sent + draft_tokens for sent in self._sent]
 
     def missed(self, stage: int, held: int) -> None:
         """`stage` holds only `held` tokens, or goes on at another instance that holds none: what is beyond is sent again."""

@@ -21,7 +21,7 @@ class Prompt:
     """Nobody asked for so many tokens: memory for the answer is reserved as it grows."""
     sampling: Sampling = _GREEDY
     predicted_ids: Tokens[int] = ()
-    """What the client expects the answer to have, for guesses."""
+    """What the client expects the answer to have, for draft tokens."""
     eos_ids: frozenset[int] = frozenset()
     kept_end_ids: frozenset[int] = frozenset()
     """Those of them that are part of the answer which they end."""

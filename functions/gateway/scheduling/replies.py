@@ -14,7 +14,7 @@ from functions.gateway.scheduling.step import Step
 from functions.gateway.stages.client import ForwardReply, Origin
 from functions.gateway.stages.failures import StageFailed
 
-_OWED: Final = "its reply lacks a token or a log-probability that was wanted, or has others than were guessed"
+_OWED: Final = "its reply lacks a token or a log-probability that was wanted, or has others than were drafted"
 
 
 class Replies:
@@ -52,7 +52,7 @@ class Replies:
         if row.result is not None and piece.scores:
             self._scored(sequence, piece, row.result)
         elif row.result is not None and row.result.tokens:
-            self._drawn(sequence, len(piece.guesses), row.result.tokens, row.result)
+            self._drawn(sequence, len(piece.draft_tokens), row.result.tokens, row.result)
             if sequence.outgrown:
                 self._outgrown(sequence)
         self._failures.settle(sequence)
@@ -72,18 +72,18 @@ class Replies:
         else:
             sequence.stream.finish("length")
 
-    def _drawn(self, sequence: Sequence, guessed: int, tokens: Items[int], result: Result) -> None:
+    def _drawn(self, sequence: Sequence, drafted: int, tokens: Items[int], result: Result) -> None:
         came_true = len(tokens) - 1
         stats = self._board.stats
         stats.tokens += len(tokens)
-        stats.guesses_agreed += came_true
-        stats.guesses_missed += guessed - came_true
+        stats.draft_tokens_accepted += came_true
+        stats.draft_tokens_rejected += drafted - came_true
         self._failures.came_further(sequence)
         sequence.progress.introduced = True
         sequence.progress.came_true(came_true)
-        if sequence.guesser is not None:
-            sequence.guesser.came(tokens)
-        sequence.stream.guessed(came_true, guessed - came_true)
+        if sequence.drafter is not None:
+            sequence.drafter.came(tokens)
+        sequence.stream.drafted(came_true, drafted - came_true)
         sequence.put(tokens, None if sequence.prompt.top_logprobs is None else logprobs_of(tokens, result))
 
 
@@ -94,7 +94,7 @@ def logprobs_of(tokens: Items[int], result: Result) -> list[TokenLogprob]:
 
 
 def _owes(row: Row, sequence: Sequence, piece: Piece) -> bool:
-    """Also where it says that other guesses came true than were sent."""
+    """Also where it says that other draft tokens came true than were sent."""
     if row.status is not Status.OK or not (piece.scores or piece.end == sequence.total_tokens):
         return False
     result = row.result or Result()
@@ -106,4 +106,4 @@ def _owes(row: Row, sequence: Sequence, piece: Piece) -> bool:
     tokens = result.tokens or ()
     if top is not None and len(logprobs) != len(tokens):
         return True
-    return not tokens or tokens[:-1] != piece.guesses[: len(tokens) - 1]
+    return not tokens or tokens[:-1] != piece.draft_tokens[: len(tokens) - 1]

@@ -26,7 +26,6 @@ from functions.gateway.scheduling.board import Board
 from functions.gateway.scheduling.capacity import most_waiting
 from functions.gateway.scheduling.cold_starts import ColdStarts
 from functions.gateway.scheduling.failures import Failures
-from functions.gateway.scheduling.guessing import Experience
 from functions.gateway.scheduling.limits import Limits
 from functions.gateway.scheduling.moves import Moves
 from functions.gateway.scheduling.next_steps import NextSteps
@@ -39,6 +38,7 @@ from functions.gateway.scheduling.replies import Replies
 from functions.gateway.scheduling.reservation import reserve_at_once, reserve_in_order
 from functions.gateway.scheduling.rooms import Rooms
 from functions.gateway.scheduling.sequence import Sequence, named
+from functions.gateway.scheduling.speculation import Experience
 from functions.gateway.scheduling.stats import Stats
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.scheduling.wake_ups import WakeUps
@@ -119,7 +119,7 @@ class Scheduler:
         if reserve_tokens > MAX_POSITION:
             raise InvalidRequest(f"{reserve_tokens} tokens of prompt and answer; the most is {MAX_POSITION}")
         key, chain = beginning(self._key_of, prompt)
-        guesser = self._experience.guesser(prompt.token_ids, prompt.predicted_ids) if self._limits.guesses else None
+        drafter = self._experience.drafter(prompt.token_ids, prompt.predicted_ids) if self._limits.draft_tokens else None
         with self._changed:
             self._check_room()
             number = next(self._numbers)
@@ -131,7 +131,7 @@ class Scheduler:
                 stream.finish("length")  # A first token has no probability.
                 return stream
             progress = Progress(self._placement.num_stages)
-            self._board.submit(Sequence(id_, number, prompt, stream, progress, guesser=guesser, chain_key=key, chain=chain))
+            self._board.submit(Sequence(id_, number, prompt, stream, progress, drafter=drafter, chain_key=key, chain=chain))
             self._act()
         return stream
 

@@ -47,8 +47,8 @@ class SchedulerCollector(Collector):
         yield CounterMetricFamily(
             "lamina_gateway_cached_prompt_tokens", "Prompt tokens that every stage held already", stats.cached_tokens
         )
-        guesses = {"accepted": stats.guesses_agreed, "rejected": stats.guesses_missed}
-        yield _by_label("lamina_gateway_guesses", "Tokens guessed, by what became of them", "outcome", guesses, ())
+        draft_tokens = {"accepted": stats.draft_tokens_accepted, "rejected": stats.draft_tokens_rejected}
+        yield _by_label("lamina_gateway_draft_tokens", "Draft tokens, by what became of them", "outcome", draft_tokens, ())
         yield CounterMetricFamily("lamina_gateway_wakes", "Warm-ups of sleeping stages", stats.wakes)
         yield _by_label("lamina_gateway_sequences", "Sequences by how they ended", "outcome", stats.sequences, _OUTCOMES)
         yield _by_label("lamina_gateway_replays", "Sequences computed anew, by cause", "cause", stats.replays, _REPLAY_CAUSES)

@@ -8,9 +8,9 @@ from typing import Final
 
 from eventing.wire.generation import TokenLogprob
 from eventing.wire.prefix_chain import BLOCK_TOKENS, Chain, extended
-from functions.gateway.scheduling.guessing import Guesser
 from functions.gateway.scheduling.progress import Piece, Progress
 from functions.gateway.scheduling.prompt import Prompt
+from functions.gateway.scheduling.speculation import Drafter
 from functions.gateway.scheduling.strikes import Strikes
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.stages.routes import Route
@@ -53,8 +53,8 @@ class Sequence:
     """Its route is broken; it leaves when all its pieces are back."""
     served: int = 0
     """When its last prompt chunk was sent, counted in trips: who waits longest is next."""
-    guesser: Guesser | None = None
-    """None: nothing is guessed."""
+    drafter: Drafter | None = None
+    """None: nothing is drafted."""
     chain_key: bytes | None = None
     """None: it finds nothing that others left, and leaves nothing."""
     chain: Chain = ()
@@ -107,7 +107,7 @@ class Sequence:
         return self.at_rest and not self.must_restart and self.progress.decodes(self.total_tokens)
 
     @property
-    def most_guesses(self) -> int:
+    def most_draft_tokens(self) -> int:
         """No more than can become tokens of the answer, with the one that is drawn anyway."""
         return self.reserve_tokens - self.total_tokens - 1
 
@@ -118,7 +118,7 @@ class Sequence:
         if self.prompt.scored and not self.has_drawn:
             piece = progress.next_piece(last, most_tokens)
             if piece is not None:
-                return replace(piece, guesses=(self.tokens[piece.end],), scores=True)
+                return replace(piece, draft_tokens=(self.tokens[piece.end],), scores=True)
             if progress.in_flight:
                 return None
         return progress.next_piece(self.total_tokens, most_tokens)

@@ -72,9 +72,9 @@ class Stats:
     """Of prompts, that every stage held already when the first chunk was sent."""
     sequences: Counter[str] = field(default_factory=Counter)
     """Ended, by finish reason or problem name."""
-    guesses_agreed: int = 0
-    guesses_missed: int = 0
-    """Of tokens, see `guessing`."""
+    draft_tokens_accepted: int = 0
+    draft_tokens_rejected: int = 0
+    """Of tokens, see `speculation`."""
     replays: Counter[str] = field(default_factory=Counter)
     """Sequences whose keys and values were computed anew, by cause."""
     grown: int = 0

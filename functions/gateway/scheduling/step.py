@@ -29,8 +29,8 @@ class Step:
 
     @property
     def tokens(self) -> int:
-        """That every stage computes, guesses among them."""
-        return sum(piece.length + len(piece.guesses) for _, piece in self.pieces.values())
+        """That every stage computes, draft tokens among them."""
+        return sum(piece.length + len(piece.draft_tokens) for _, piece in self.pieces.values())
 
 
 def make_step(pieces: Items[tuple[Sequence, Piece]], instances: tuple[Instance, ...], micro_batch: MicroBatch | None) -> Step:
@@ -51,7 +51,7 @@ def _first_batch(pieces: Items[tuple[Sequence, Piece]], num_stages: int) -> Batc
     token_ids = array("i")
     for sequence, piece in pieces:
         token_ids.extend(sequence.tokens[piece.position : piece.end])
-        token_ids.extend(piece.guesses)
+        token_ids.extend(piece.draft_tokens)
     said: dict[str, int] = {}
     return Batch(tuple(_row(sequence, piece, num_stages, said) for sequence, piece in pieces), memoryview(token_ids))
 
@@ -65,9 +65,9 @@ def _row(sequence: Sequence, piece: Piece, num_stages: int, said: dict[str, int]
         id=sequence.id,
         attempt=sequence.progress.attempt,
         position=piece.position,
-        length=piece.length + len(piece.guesses),
+        length=piece.length + len(piece.draft_tokens),
         want=Want.TOKEN if draws else Want.LOGPROBS if scores else Want.NONE,
-        guesses=len(piece.guesses),
+        draft_tokens=len(piece.draft_tokens),
         top_logprobs=sequence.prompt.top_logprobs if draws or scores else None,
         sampling=_sampling(sequence, said) if draws else None,
         reserve_tokens=sequence.reserve_tokens if piece.position == 0 else None,

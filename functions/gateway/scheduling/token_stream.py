@@ -64,8 +64,8 @@ class TokenStream:
         self._replays = 0
         self.cached_tokens = 0
         """Of the prompt, that were held already."""
-        self.guesses_agreed = 0
-        self.guesses_missed = 0
+        self.draft_tokens_accepted = 0
+        self.draft_tokens_rejected = 0
 
     # For the door.
 
@@ -157,10 +157,10 @@ class TokenStream:
     def replayed(self) -> None:
         self._replays += 1
 
-    def guessed(self, agreed: int, missed: int) -> None:
-        """What became of guesses of its tokens."""
-        self.guesses_agreed += agreed
-        self.guesses_missed += missed
+    def drafted(self, agreed: int, missed: int) -> None:
+        """What became of draft tokens of its tokens."""
+        self.draft_tokens_accepted += agreed
+        self.draft_tokens_rejected += missed
 
     def scored(self, position: int, logprobs: Iterable[TokenLogprob]) -> int:
         """Of the prompt's tokens from `position` on; how many there are now."""

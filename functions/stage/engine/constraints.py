@@ -24,11 +24,11 @@ class Constrained:
     sequence: SequenceState
     tokens: Sequence[int]
     """Of the answer so far."""
-    guesses: Sequence[int]
+    draft_tokens: Sequence[int]
 
 
 Found = Sequence[Allowed] | UnusableGrammar
-"""What is allowed behind a row's tokens, and behind each guess that is allowed itself."""
+"""What is allowed behind a row's tokens, and behind each draft token that is allowed itself."""
 
 
 class Constraints:
@@ -81,7 +81,7 @@ class Constraints:
         try:
             if sequence.matcher is None or sequence.grammar != digest:
                 sequence.matcher, sequence.grammar = self._fresh(sources[digest], row.grammar), digest
-            return sequence.matcher.allowed(row.tokens, row.guesses)
+            return sequence.matcher.allowed(row.tokens, row.draft_tokens)
         except UnusableGrammar as error:
             sequence.matcher, sequence.grammar = None, ""  # it may be stuck where it failed
             return error

@@ -52,7 +52,7 @@ class _Computed:
     @property
     def places(self) -> range:
         """Of the pass's tokens, those behind which a token may be drawn."""
-        return range(self.end - 1 - self.row.guesses, self.end)
+        return range(self.end - 1 - self.row.draft_tokens, self.end)
 
 
 @dataclass(slots=True)
@@ -281,14 +281,14 @@ def _put(token_ids: "array[int]", position: int, new: memoryview) -> None:
 def _drawing(row: _Computed, logits: Float32) -> Drawing:
     """logits: behind each of its places."""
     end = row.row.position + row.row.length
-    return Drawing(row.row.sampling or GREEDY, row.sequence.token_ids, end, row.row.guesses, logits, row.allowed)
+    return Drawing(row.row.sampling or GREEDY, row.sequence.token_ids, end, row.row.draft_tokens, logits, row.allowed)
 
 
 def _constrained(row: _Computed) -> Constrained:
     grammar, sampling = grammar_of(row.row), row.row.sampling
     assert grammar is not None
     assert sampling is not None
-    known = row.row.position + row.row.length - row.row.guesses
+    known = row.row.position + row.row.length - row.row.draft_tokens
     token_ids = row.sequence.token_ids
     return Constrained(grammar, row.sequence, token_ids[sampling.prompt_tokens : known], token_ids[known:])
 

@@ -77,7 +77,7 @@ class Remembered:
 
     def fill(self, handle: int, chain: Chain) -> int:
         """Looks again, for a handle in use: how many tokens of `chain` it holds now. What it computed beyond the chain that it
-        was reserved with is dropped: they may be guesses in whose place others came."""
+        was reserved with is dropped: they may be draft tokens in whose place others came."""
         self.keep(handle, chain)
         source, held = self._find(chain, but=handle)
         if held > self._kv.length(handle):

@@ -58,8 +58,8 @@ def invalid_rows(batch: Batch, hidden: Array | None, group: LayerGroup) -> dict[
 def _wrong_place(row: Row, group: LayerGroup) -> str | None:
     if row.length == 0:
         return "the row has no tokens"
-    if row.guesses >= row.length:
-        return f"{row.guesses} of the row's {row.length} tokens are guesses; the first must be known"
+    if row.draft_tokens >= row.length:
+        return f"{row.draft_tokens} of the row's {row.length} tokens are draft tokens; the first must be known"
     if row.position < 0:
         return f"position {row.position} is negative"
     end = row.position + row.length

@@ -1,4 +1,4 @@
-"""The table of the network: shares, what plan says, and what guesses bring, from results alone."""
+"""The table of the network: shares, what plan says, and what draft tokens bring, from results alone."""
 
 import msgspec
 import pytest
@@ -22,7 +22,7 @@ def measured(delay: float, at_once: int, remedy: Remedy, factor: float = 1.0) ->
     return Measured(
         delay_seconds=delay,
         bytes_per_second=None,
-        guesses=remedy.guesses,
+        draft_tokens=remedy.draft_tokens,
         wire_dtype=remedy.wire_dtype,
         stages=remedy.stages,
         at_once=at_once,
@@ -33,9 +33,9 @@ def measured(delay: float, at_once: int, remedy: Remedy, factor: float = 1.0) ->
 
 def test_what_went_as_planned_has_no_error_and_what_did_not_is_the_worst() -> None:
     results = [measured(delay, at_once, NOTHING) for delay in (0.0, 0.005) for at_once in (1, 16)]
-    remedied = [measured(0.005, 1, REMEDIES["guesses"], 2.0), measured(0.005, 1, REMEDIES["two stages"], 1.25)]
+    remedied = [measured(0.005, 1, REMEDIES["drafts"], 2.0), measured(0.005, 1, REMEDIES["two stages"], 1.25)]
     table, verdict = network_table(PLANS, [*results, *remedied])
-    assert table.splitlines()[0].endswith("| error | guesses | 8 bits | two stages |")
+    assert table.splitlines()[0].endswith("| error | drafts | 8 bits | two stages |")
     assert "| 5 ms | any | 1 | 16.1 | 0.52 | 16.1 | +0% | 32.3 (2.00 ×) | – | 20.2 (1.25 ×) |" in table
     assert "off by at most 0%" in verdict
     _, verdict = network_table(PLANS, [*results[:2], measured(0.005, 1, NOTHING, 0.8)])
@@ -62,7 +62,7 @@ def test_a_prompt_goes_over_a_thin_link_as_well() -> None:
 def test_each_remedy_has_a_file_of_its_own_and_one_of_before_there_were_others_is_read() -> None:
     names = {file_name(Network(0.005), remedy, Lengths()) for remedy in (NOTHING, *REMEDIES.values())}
     assert len(names) == 4
-    assert "network/0.005s-any-guesses-16-16x48.yaml" in names
-    one = measured(0.005, 1, REMEDIES["guesses"])
+    assert "network/0.005s-any-drafts-16-16x48.yaml" in names
+    one = measured(0.005, 1, REMEDIES["drafts"])
     before = {key: value for key, value in msgspec.to_builtins(one).items() if key not in ("wire_dtype", "stages")}
     assert msgspec.convert(before, Measured) == one

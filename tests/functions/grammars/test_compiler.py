@@ -56,14 +56,14 @@ def test_only_the_end_is_allowed_behind_the_end(compiler: GrammarCompiler) -> No
     assert allowed(matcher, "ye") == {"s"}
 
 
-def test_guesses_are_weighed_as_if_they_had_come(compiler: GrammarCompiler) -> None:
+def test_draft_tokens_are_weighed_as_if_they_had_come(compiler: GrammarCompiler) -> None:
     """As far as they are allowed; and they leave no trace."""
     matcher = compiler.compile(of_schema(SCHEMA), END_IDS)
-    so_far, guessed = ids('{"a": '), [*ids('12, "b": "'), *ids("\n"), *ids("x")]
-    masks = matcher.allowed(so_far, guessed)
+    so_far, drafted = ids('{"a": '), [*ids('12, "b": "'), *ids("\n"), *ids("x")]
+    masks = matcher.allowed(so_far, drafted)
     assert len(masks) == len(ids('12, "b": "')) + 1, "a line break is not allowed in a string, so nothing behind it counts"
     for place, mask in enumerate(masks):
-        (alone,) = compiler.compile(of_schema(SCHEMA), END_IDS).allowed([*so_far, *guessed[:place]])
+        (alone,) = compiler.compile(of_schema(SCHEMA), END_IDS).allowed([*so_far, *drafted[:place]])
         assert (mask == alone).all()
     (again,) = matcher.allowed(so_far)
     assert (again == masks[0]).all()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from eventing.wire.batch_codec import encode_batch
 from eventing.wire.events import (
     ITEM_BYTES,
-    MAX_GUESSES,
+    MAX_DRAFT_TOKENS,
     MAX_POSITION,
     Batch,
     Result,
@@ -63,7 +63,7 @@ def _rows(draw: st.DrawFn) -> Row:
         want=draw(st.sampled_from(Want)),
         sampling=draw(st.none() | _samplings()),
         reserve_tokens=draw(st.none() | st.integers(1, MAX_POSITION)),
-        guesses=draw(st.integers(0, MAX_GUESSES)),
+        draft_tokens=draw(st.integers(0, MAX_DRAFT_TOKENS)),
         status=status,
         held=draw(st.none() | st.integers(0, MAX_POSITION)),
         reason=draw(st.none() | st.text(st.characters(codec="utf-8"), max_size=20)),

@@ -56,9 +56,9 @@ def generate(
 
 
 @contextmanager
-def gateways(stages: list[StageServer], *stages_at_once: int, guesses: int = 0) -> Iterator[list[Scheduler]]:
+def gateways(stages: list[StageServer], *stages_at_once: int, draft_tokens: int = 0) -> Iterator[list[Scheduler]]:
     settings = [
-        {"chunk_tokens": 16, "micro_batch_sequences": 4, "stages_at_once": at_once, "guesses": guesses}
+        {"chunk_tokens": 16, "micro_batch_sequences": 4, "stages_at_once": at_once, "draft_tokens": draft_tokens}
         for at_once in stages_at_once
     ]
     with ExitStack() as stack:
@@ -81,16 +81,18 @@ def undisturbed() -> list[list[int]]:
 
 
 @pytest.mark.parametrize("stages_at_once", [0, 1, 2])
-@pytest.mark.parametrize("guesses", [0, 6])
-def test_batched_answers_are_those_of_the_whole_model(undisturbed: list[list[int]], stages_at_once: int, guesses: int) -> None:
-    with running(stage, 3) as stages, gateways(stages, stages_at_once, guesses=guesses) as (scheduler,):
+@pytest.mark.parametrize("draft_tokens", [0, 6])
+def test_batched_answers_are_those_of_the_whole_model(
+    undisturbed: list[list[int]], stages_at_once: int, draft_tokens: int
+) -> None:
+    with running(stage, 3) as stages, gateways(stages, stages_at_once, draft_tokens=draft_tokens) as (scheduler,):
         streams = generate(scheduler, requests(REQUESTS), undisturbed)
         assert [tokens_of(stream) for stream in streams] == undisturbed
-        assert bool(scheduler.stats().guesses_agreed) == bool(guesses)
+        assert bool(scheduler.stats().draft_tokens_accepted) == bool(draft_tokens)
 
 
-@pytest.mark.parametrize("guesses", [0, 6])
-def test_answers_survive_everything_that_stages_can_do(undisturbed: list[list[int]], guesses: int) -> None:
+@pytest.mark.parametrize("draft_tokens", [0, 6])
+def test_answers_survive_everything_that_stages_can_do(undisturbed: list[list[int]], draft_tokens: int) -> None:
     """Two gateways; fifteen times, every 15 to 30 events, one befalls what the dice say; some clients go away.
 
     By events and not by time: on a slow machine one sequence would meet three troubles without a step between them.
@@ -112,7 +114,7 @@ def test_answers_survive_everything_that_stages_can_do(undisturbed: list[list[in
             happened.append(dice.choice(TROUBLES))
             return happened[-1]
 
-    with running(stage, 3) as stages, gateways(stages, 0, 1, guesses=guesses) as (one, other):
+    with running(stage, 3) as stages, gateways(stages, 0, 1, draft_tokens=draft_tokens) as (one, other):
         for each in stages:
             each.inspect = trouble
         streams = [stream for each in (one, other) for stream in generate(each, requests(REQUESTS), undisturbed)]

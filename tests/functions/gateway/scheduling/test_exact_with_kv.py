@@ -64,7 +64,7 @@ def talk(number: int, ask: Ask) -> list[list[int]]:
 
 @contextmanager
 def two_gateways(stages: list[StageServer], middle: list[StageServer]) -> Iterator[list[Scheduler]]:
-    """One of them guesses. Until the end the middle stage moves from one instance to the other, and to both."""
+    """One of them drafts tokens. Until the end the middle stage moves from one instance to the other, and to both."""
     over = threading.Event()
     places = [Placement([each.url for each in stages], watched=True) for _ in range(2)]
     limits = {"chunk_tokens": 32, "micro_batch_sequences": 3}
@@ -81,8 +81,8 @@ def two_gateways(stages: list[StageServer], middle: list[StageServer]) -> Iterat
             over.wait(dice.uniform(0.02, 0.2))
 
     with (
-        scheduling(stages, placement=places[0], guesses=0, **limits) as one,
-        scheduling(stages, placement=places[1], guesses=6, **limits) as other,
+        scheduling(stages, placement=places[0], draft_tokens=0, **limits) as one,
+        scheduling(stages, placement=places[1], draft_tokens=6, **limits) as other,
     ):
         for each in (one, other):
             for index in (0, 2):
@@ -120,7 +120,7 @@ def test_whatever_two_gateways_find_is_what_they_would_have_computed(dtype: str,
         return tokens_of(stream), stream.cached_tokens
 
     with running(lambda index: stage(dtype, index), 3) as stages, running(lambda _: stage(dtype, MIDDLE), 1) as (spare,):
-        with scheduling(stages, sharing="off", guesses=0) as alone:
+        with scheduling(stages, sharing="off", draft_tokens=0) as alone:
             expected = [talk(number, lambda number, said: answer(alone, number, said)[0]) for number in range(TALKS)]
         for each in (*stages, spare):
             each.inspect = trouble

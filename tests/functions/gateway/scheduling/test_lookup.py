@@ -1,4 +1,4 @@
-"""What is guessed: what stood behind the last tokens where they stood before."""
+"""What is drafted: what stood behind the last tokens where they stood before."""
 
 import random
 
@@ -24,32 +24,32 @@ def test_the_longest_suffix_wins_and_its_latest_place(seed: int) -> None:
     tokens = [dice.choice([0, 1, 256, 2**16, 2**24]) for _ in range(60)]
     lookup = Lookup(tokens[:20])
     for drawn in range(20, 60):
-        assert lookup.guess(5) == naively(tokens[:drawn], 5)
+        assert lookup.draft(5) == naively(tokens[:drawn], 5)
         lookup.add(tokens[drawn])
 
 
-def test_nothing_is_guessed_behind_what_is_new() -> None:
-    assert Lookup([1]).guess(4) == ((), 0)
-    assert Lookup([1, 2, 3]).guess(4) == ((), 0)
-    assert Lookup([5, 1, 2, 5]).guess(4) == ((), 0), "one token stands in too many places"
+def test_nothing_is_drafted_behind_what_is_new() -> None:
+    assert Lookup([1]).draft(4) == ((), 0)
+    assert Lookup([1, 2, 3]).draft(4) == ((), 0)
+    assert Lookup([5, 1, 2, 5]).draft(4) == ((), 0), "one token stands in too many places"
 
 
 def test_what_repeats_itself_is_taken_to_go_on() -> None:
-    assert Lookup([9, 1, 2, 3, 1, 2, 3]).guess(7)[0] == (1, 2, 3, 1, 2, 3, 1)
+    assert Lookup([9, 1, 2, 3, 1, 2, 3]).draft(7)[0] == (1, 2, 3, 1, 2, 3, 1)
 
 
 def test_an_answer_is_expected_to_begin_with_its_prediction_and_to_come_back_to_it() -> None:
     lookup = Lookup([1, 2, 3], predicted=[10, 11, 12, 13, 14, 15])
-    assert lookup.guess(3)[0] == (10, 11, 12)
+    assert lookup.draft(3)[0] == (10, 11, 12)
     lookup.add(10)
-    assert lookup.guess(3)[0] == (11, 12, 13)
+    assert lookup.draft(3)[0] == (11, 12, 13)
     lookup.add(99)
-    assert lookup.guess(3) == ((), 0)
+    assert lookup.draft(3) == ((), 0)
     lookup.add(12)
     lookup.add(13)
-    assert lookup.guess(2)[0] == (14, 15)
+    assert lookup.draft(2)[0] == (14, 15)
 
 
 def test_only_the_latest_tokens_are_looked_at() -> None:
     far = Lookup([7, 8, 9, *range(100, 100 + LOOKED_AT_TOKENS), 7, 8])
-    assert far.guess(1) == ((), 0)
+    assert far.draft(1) == ((), 0)

@@ -74,7 +74,7 @@ class Moving:
 def moving(dtype: str) -> Iterator[Moving]:
     with running(native_stage(dtype), len(CUT)) as stages, running(lambda _: native_stage(dtype)(MIDDLE), 1) as (new,):
         placed = Placement([stage.url for stage in stages], watched=True)
-        with scheduling(stages, placement=placed, chunk_tokens=64, guesses=0) as scheduler:
+        with scheduling(stages, placement=placed, chunk_tokens=64, draft_tokens=0) as scheduler:
             for index, stage in enumerate(stages):
                 scheduler.endpoints_changed(index, [Endpoint(stage.url)])
             for stage in (*stages, new):

@@ -57,7 +57,7 @@ def test_a_follow_up_computes_only_what_is_new_and_answers_as_without(dtype: str
         with scheduling(stages, chunk_tokens=32, sharing="off") as scheduler:
             expected, streams = talk(scheduler, stages, sampling)
             assert [stream.cached_tokens for stream in streams] == [0, 0, 0]
-        with scheduling(stages, chunk_tokens=32, guesses=4) as scheduler:
+        with scheduling(stages, chunk_tokens=32, draft_tokens=4) as scheduler:
             answers, streams = talk(scheduler, stages, sampling)
             assert answers == expected
             known = [0, *((70 + turn * (NEW_TOKENS + 20) + NEW_TOKENS - 1) // BLOCK_TOKENS * BLOCK_TOKENS for turn in range(2))]

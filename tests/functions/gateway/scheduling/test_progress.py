@@ -68,8 +68,8 @@ def test_whatever_stages_forget_or_remember_every_token_is_computed_from_all_bef
         piece = progress.next_piece(len(tokens), chunk) if first_free and len(flying) < num_stages else None
         if piece is not None and progress.decodes(len(tokens)):
             right = dice.randrange(4)
-            guesses = [*range(len(tokens), len(tokens) + right), *[-1] * dice.randrange(3)]
-            piece = Piece(piece.position, 1, piece.depth, tuple(guesses))
+            draft_tokens = [*range(len(tokens), len(tokens) + right), *[-1] * dice.randrange(3)]
+            piece = Piece(piece.position, 1, piece.depth, tuple(draft_tokens))
         if piece is not None and (not flying or dice.random() < 0.7):
             progress.send(piece)
             flying.append((0, piece))
@@ -77,7 +77,7 @@ def test_whatever_stages_forget_or_remember_every_token_is_computed_from_all_bef
         index = dice.choice([i for i, (stage, _) in enumerate(flying) if i == 0 or flying[i - 1][0] > stage + 1 or i == 0])
         stage, piece = flying[index]  # type: ignore[assignment]
         assert piece is not None
-        missing = stages.compute(stage, piece.position, [*tokens[piece.position : piece.end], *piece.guesses])
+        missing = stages.compute(stage, piece.position, [*tokens[piece.position : piece.end], *piece.draft_tokens])
         if missing is not None:
             progress.missed(stage, missing)
             progress.settle()
@@ -90,8 +90,8 @@ def test_whatever_stages_forget_or_remember_every_token_is_computed_from_all_bef
         flying.pop(index)
         progress.settle()
         if stage == num_stages - 1 and piece.end == len(tokens):
-            right = len([token for token in piece.guesses if token >= 0])
-            tokens += piece.guesses[:right]
+            right = len([token for token in piece.draft_tokens if token >= 0])
+            tokens += piece.draft_tokens[:right]
             assert stages.held[stage][: len(tokens)] == tokens
             progress.came_true(right)
             tokens.append(len(tokens))

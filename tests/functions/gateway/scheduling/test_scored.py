@@ -1,4 +1,4 @@
-"""Log-probabilities of a prompt's own tokens and of what is drawn, whatever the chunks, guesses and failures."""
+"""Log-probabilities of a prompt's own tokens and of what is drawn, whatever the chunks, draft tokens and failures."""
 
 import math
 
@@ -71,12 +71,12 @@ def test_scores_are_the_same_when_a_stage_breaks_in_between(stage: int, fault: F
         nothing_left(stages)
 
 
-def test_guesses_change_no_log_probability() -> None:
-    """The same token again and again, which is guessed, then one that is not."""
+def test_draft_tokens_change_no_log_probability() -> None:
+    """The same token again and again, which is drafted, then one that is not."""
     zeros = [0] * 8
-    with counting_stages() as stages, scheduling(stages, guesses=4) as scheduler:
+    with counting_stages() as stages, scheduling(stages, draft_tokens=4) as scheduler:
         stream = submit(scheduler, zeros, 24, top_logprobs=1)
         assert tokens_of(stream) == counted(zeros, 24)
-        assert stream.guesses_agreed > 0
+        assert stream.draft_tokens_accepted > 0
         drawn = [stream.logprob(index) for index in range(24)]
         assert same([one for one in drawn if one], expected(zeros + [0] * 24, 8))

@@ -1,4 +1,4 @@
-"""Rows with a grammar draw only what it allows, whatever the chunks, guesses and neighbours; a stage that lost it says so."""
+"""Rows with a grammar draw only what it allows, whatever chunks, draft tokens and neighbours; a stage that lost it says so."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -58,13 +58,13 @@ def engine(weights: dict[str, object]) -> Iterator[Engine]:
 
 
 def ask(
-    engine: Engine, id_: str, position: int, tokens: Sequence[int], sampled: Sampling | None, guesses: Sequence[int] = ()
+    engine: Engine, id_: str, position: int, tokens: Sequence[int], sampled: Sampling | None, draft_tokens: Sequence[int] = ()
 ) -> Row:
-    length = len(tokens) + len(guesses)
+    length = len(tokens) + len(draft_tokens)
     want = Want.TOKEN if sampled else Want.NONE
     reserve = len(PROMPT) + MOST + 20 if position == 0 else None
-    row = Row(id_, 0, position, length, want, sampled, reserve, len(guesses))
-    (answer,) = engine.handle(batch([row], [*tokens, *guesses]), source="gateway").rows
+    row = Row(id_, 0, position, length, want, sampled, reserve, len(draft_tokens))
+    (answer,) = engine.handle(batch([row], [*tokens, *draft_tokens]), source="gateway").rows
     return answer
 
 
@@ -110,7 +110,7 @@ def test_replays_draw_the_same_wherever_they_begin(engine: Engine) -> None:
         assert drawn(ask(engine, "whole", back - 1, [(PROMPT + whole)[back - 1]], brief(sampled))) == (whole[begin],)
 
 
-def test_guesses_change_nothing(engine: Engine) -> None:
+def test_draft_tokens_change_nothing(engine: Engine) -> None:
     """Right ones are kept, one that the grammar forbids ends them, and the masks behind them are theirs."""
     sampled = sampling(of_schema(SCHEMA), 5)
     whole = generate(engine, "alone", sampled)

@@ -360,11 +360,11 @@ def test_another_models_tensor_is_refused(middle: Stage, tensor: Tensor | None, 
         middle.engine.handle(Batch((Row("a", 0, 0, 1),), memoryview(array("i", [1])), tensor), source=GATEWAY)
 
 
-# Guesses.
+# Draft tokens.
 
 
-def guessed(stage: Stage, position: int, tokens: list[int], guesses: int, want: Want = Want.TOKEN) -> Row:
-    row = Row("a", 0, position, len(tokens), want, guesses=guesses)
+def drafted(stage: Stage, position: int, tokens: list[int], draft_tokens: int, want: Want = Want.TOKEN) -> Row:
+    row = Row("a", 0, position, len(tokens), want, draft_tokens=draft_tokens)
     (answer,) = stage.engine.handle(batch([row], tokens), source=GATEWAY).rows
     return answer
 
@@ -374,28 +374,30 @@ def drawn(answer: Row) -> tuple[int, ...] | None:
     return None if answer.result is None else answer.result.tokens
 
 
-def test_guesses_that_come_true_bring_a_token_each_and_one_more(stage: Stage) -> None:
+def test_draft_tokens_that_come_true_bring_a_token_each_and_one_more(stage: Stage) -> None:
     assert stage.begin("a", [1, 2, 3]) == 6
-    assert drawn(guessed(stage, 3, [6, 12, 24, 48], guesses=3)) == (12, 24, 48, 96)
+    assert drawn(drafted(stage, 3, [6, 12, 24, 48], draft_tokens=3)) == (12, 24, 48, 96)
     assert token_of(stage.step("a", 7, [96])) == 96 * 2 % VOCAB
 
 
-def test_behind_a_guess_that_does_not_come_true_nothing_counts(stage: Stage) -> None:
+def test_behind_a_draft_token_that_does_not_come_true_nothing_counts(stage: Stage) -> None:
     assert stage.begin("a", [1, 2, 3]) == 6
-    assert drawn(guessed(stage, 3, [6, 12, 25, 48], guesses=3)) == (12, 24)
-    assert drawn(guessed(stage, 4, [12, 9], guesses=1)) == (24,), "the position takes back what was computed for guesses"
+    assert drawn(drafted(stage, 3, [6, 12, 25, 48], draft_tokens=3)) == (12, 24)
+    assert drawn(drafted(stage, 4, [12, 9], draft_tokens=1)) == (24,), (
+        "the position takes back what was computed for draft tokens"
+    )
     assert token_of(stage.step("a", 5, [24])) == 48
 
 
 def test_the_history_of_a_draw_ends_before_it(stage: Stage) -> None:
-    """With a repetition penalty a token that stands among later guesses counts for nothing yet."""
+    """With a repetition penalty a token that stands among later draft tokens counts for nothing yet."""
     assert stage.begin("a", [1, 2, 3]) == 6
-    row = Row("a", 0, 3, 3, Want.TOKEN, Sampling(repetition_penalty=1e9), guesses=2)
+    row = Row("a", 0, 3, 3, Want.TOKEN, Sampling(repetition_penalty=1e9), draft_tokens=2)
     (answer,) = stage.engine.handle(batch([row], [6, 12, 24]), source=GATEWAY).rows
     assert drawn(answer) == (12, 24, 48)
 
 
-def test_logits_that_are_no_numbers_behind_a_guess_say_nothing_of_the_tokens_before(stage: Stage) -> None:
+def test_logits_that_are_no_numbers_behind_a_draft_token_say_nothing_of_the_tokens_before(stage: Stage) -> None:
     assert stage.begin("a", [1, 2, 3]) == 6
     sound = stage.group.logits
 
@@ -405,18 +407,18 @@ def test_logits_that_are_no_numbers_behind_a_guess_say_nothing_of_the_tokens_bef
         return logits
 
     stage.group.logits = overflowing  # type: ignore[method-assign]
-    assert drawn(guessed(stage, 3, [6, 12, 24, 48], guesses=3)) == (12, 24)
+    assert drawn(drafted(stage, 3, [6, 12, 24, 48], draft_tokens=3)) == (12, 24)
 
 
-def test_the_first_token_of_a_row_is_no_guess(stage: Stage) -> None:
+def test_the_first_token_of_a_row_is_no_draft_token(stage: Stage) -> None:
     stage.begin("a", [1, 2, 3])
-    refused = guessed(stage, 3, [6, 12], guesses=2)
+    refused = drafted(stage, 3, [6, 12], draft_tokens=2)
     assert refused.status is Status.INVALID
-    assert refused.reason == "2 of the row's 2 tokens are guesses; the first must be known"
+    assert refused.reason == "2 of the row's 2 tokens are draft tokens; the first must be known"
 
 
-def test_guesses_are_computed_where_nothing_is_wanted(stage: Stage) -> None:
+def test_draft_tokens_are_computed_where_nothing_is_wanted(stage: Stage) -> None:
     """In an inner stage, or where a client has gone: a row is a row."""
     stage.begin("a", [1, 2, 3])
-    assert drawn(guessed(stage, 3, [6, 12], guesses=1, want=Want.NONE)) is None
+    assert drawn(drafted(stage, 3, [6, 12], draft_tokens=1, want=Want.NONE)) is None
     assert token_of(stage.step("a", 4, [12])) == 24

@@ -120,8 +120,8 @@ def test_what_is_computed_only_now_is_found_when_it_is_asked_again(stage: Stage)
     stage.check(second, prompt[: 2 * BLOCK_TOKENS])
 
 
-def test_guesses_that_were_rolled_back_elsewhere_are_not_taken_for_what_came_instead(stage: Stage) -> None:
-    """A sequence that moves away with guesses behind it, and comes back before it was released here."""
+def test_draft_tokens_that_were_rolled_back_elsewhere_are_not_taken_for_what_came_instead(stage: Stage) -> None:
+    """A sequence that moves away with draft tokens behind it, and comes back before it was released here."""
     prompt = text(1, 2)
     handle = stage.memory.reserve(5 * BLOCK_TOKENS, extended((), prompt, KEY))
     stage.compute(handle, prompt + text(2, 1))

@@ -1,11 +1,11 @@
-"""How many tokens are guessed, and what becomes of answers: nothing but that they come in fewer rounds."""
+"""How many tokens are drafted, and what becomes of answers: nothing but that they come in fewer rounds."""
 
 import pytest
 
 from eventing.wire.events import Row, Status
-from functions.gateway.scheduling.guessing import Experience, Guesser, how_many, step_seconds
 from functions.gateway.scheduling.lookup import Lookup
 from functions.gateway.scheduling.row_costs import RowCosts
+from functions.gateway.scheduling.speculation import Drafter, Experience, how_many, step_seconds
 from tests.support.functions.gateway import counted, nothing_left, scheduling, submit, tokens_of
 from tests.support.functions.stage_server import StageServer, counting_stages
 
@@ -24,14 +24,14 @@ def even_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("even_steps")
 def test_a_right_prediction_makes_an_answer_of_few_rounds() -> None:
     wanted = counted([3, 4], 60)
-    with counting_stages() as stages, scheduling(stages, guesses=8) as scheduler:
+    with counting_stages() as stages, scheduling(stages, draft_tokens=8) as scheduler:
         stream = submit(scheduler, [3, 4], 60, predicted_ids=wanted)
         assert tokens_of(stream) == wanted
         nothing_left(stages)
     for stage in stages:
         assert len(decodes(stage)) <= 15, "60 tokens, most of them nine a round"
-    assert stream.guesses_agreed >= 45
-    assert stream.guesses_missed == 0
+    assert stream.draft_tokens_accepted >= 45
+    assert stream.draft_tokens_rejected == 0
     assert all(row.position + row.length <= 62 for row in decodes(stages[0])), "never more than is reserved"
 
 
@@ -40,19 +40,19 @@ def test_a_right_prediction_makes_an_answer_of_few_rounds() -> None:
 def test_a_prediction_that_goes_wrong_costs_only_its_rows(wrong_at: int) -> None:
     wanted = counted([3, 4], 40)
     expected = [*wanted[:wrong_at], 96, 96, *wanted[wrong_at + 1 :]]
-    with counting_stages() as stages, scheduling(stages, guesses=8) as scheduler:
+    with counting_stages() as stages, scheduling(stages, draft_tokens=8) as scheduler:
         stream = submit(scheduler, [3, 4], 40, predicted_ids=expected)
         assert tokens_of(stream) == wanted
-        assert stream.guesses_agreed >= 8, "it comes back to what was expected"
+        assert stream.draft_tokens_accepted >= 8, "it comes back to what was expected"
         nothing_left(stages)
 
 
 @pytest.mark.usefixtures("even_steps")
-def test_an_end_of_text_among_guesses_ends_the_answer() -> None:
+def test_an_end_of_text_among_draft_tokens_ends_the_answer() -> None:
     wanted = counted([3, 4], 60)
     end = wanted[20]
     until = wanted[: wanted.index(end)]
-    with counting_stages() as stages, scheduling(stages, guesses=8) as scheduler:
+    with counting_stages() as stages, scheduling(stages, draft_tokens=8) as scheduler:
         stream = submit(scheduler, [3, 4], 60, predicted_ids=wanted, eos_ids=frozenset([end]))
         assert tokens_of(stream) == until
         assert stream.finish_reason == "stop"
@@ -61,26 +61,26 @@ def test_an_end_of_text_among_guesses_ends_the_answer() -> None:
 
 
 @pytest.mark.usefixtures("even_steps")
-def test_who_is_refused_for_what_was_guessed_goes_on_without() -> None:
-    """Of a guess's hidden states none may be finite; that is not the client's fault."""
+def test_who_is_refused_for_what_was_drafted_goes_on_without() -> None:
+    """Of a draft token's hidden states none may be finite; that is not the client's fault."""
     wanted = counted([3, 4], 30)
     poison = next(token for token in range(97) if token not in wanted)
-    with counting_stages() as stages, scheduling(stages, guesses=8) as scheduler:
+    with counting_stages() as stages, scheduling(stages, draft_tokens=8) as scheduler:
         stages[0].group.not_a_number = poison
         stream = submit(scheduler, [3, 4], 30, predicted_ids=[*wanted[:9], poison, *wanted[9:]])
         assert tokens_of(stream) == wanted
         assert stream.finish_reason == "length"
         nothing_left(stages)
-    refused = [row for seen in stages[0].forwards for row in seen.rows if row.guesses and row.status is not Status.OK]
+    refused = [row for seen in stages[0].forwards for row in seen.rows if row.draft_tokens and row.status is not Status.OK]
     assert not refused
-    assert [row.guesses for row in decodes(stages[0])][-5:] == [0] * 5
+    assert [row.draft_tokens for row in decodes(stages[0])][-5:] == [0] * 5
 
 
-def test_nothing_is_guessed_where_it_is_off() -> None:
+def test_nothing_is_drafted_where_it_is_off() -> None:
     wanted = counted([3, 4], 20)
-    with counting_stages(1) as (stage,), scheduling([stage], guesses=0) as scheduler:
+    with counting_stages(1) as (stage,), scheduling([stage], draft_tokens=0) as scheduler:
         assert tokens_of(submit(scheduler, [3, 4], 20, predicted_ids=wanted)) == wanted
-    assert {row.guesses for row in decodes(stage)} == {0}
+    assert {row.draft_tokens for row in decodes(stage)} == {0}
 
 
 # How many.
@@ -116,38 +116,38 @@ def test_steps_that_jump_do_not_hide_what_lies_behind() -> None:
     assert how_many([(12, 0.9)], seconds) == [12]
 
 
-def guesser_of(tokens: list[int], experience: Experience | None = None) -> Guesser:
-    return Guesser(Lookup(tokens), experience or Experience())
+def drafter_of(tokens: list[int], experience: Experience | None = None) -> Drafter:
+    return Drafter(Lookup(tokens), experience or Experience())
 
 
 def test_chances_follow_what_came_true() -> None:
-    repeats = guesser_of([1, 2, 3, 4] * 3)
+    repeats = drafter_of([1, 2, 3, 4] * 3)
     for _ in range(8):
-        guesses = repeats.guess(3)
-        repeats.came([*guesses, repeats.guess(4)[-1]])
-    repeats.guess(1)
+        draft_tokens = repeats.draft(3)
+        repeats.came([*draft_tokens, repeats.draft(4)[-1]])
+    repeats.draft(1)
     assert repeats.chance > 0.9
     for number in range(30):
-        repeats.guess(3)
+        repeats.draft(3)
         repeats.came([100 + number, 1, 2, 3, 4])
-    repeats.guess(1)
+    repeats.draft(1)
     assert repeats.chance < 0.2
 
 
-def test_guesses_that_were_not_sent_are_learnt_from() -> None:
+def test_draft_tokens_that_were_not_sent_are_learnt_from() -> None:
     """Where rows are dear none is sent before it is known that it comes true, so it is not to be sent to be known."""
-    right, wrong = guesser_of([5, 6, 7, 8, 9] * 4), guesser_of([5, 6, 7, 8, 9] * 4)
+    right, wrong = drafter_of([5, 6, 7, 8, 9] * 4), drafter_of([5, 6, 7, 8, 9] * 4)
     for step in range(6):
-        assert right.guess(1) == ([5, 6, 7, 8, 9][step % 5],)
+        assert right.draft(1) == ([5, 6, 7, 8, 9][step % 5],)
         right.came([5, 6, 7, 8, 9][step % 5 : step % 5 + 1])
-    assert right.guess(1)
+    assert right.draft(1)
     assert right.chance > 0.75
-    wrong.guess(1)
+    wrong.draft(1)
     before = wrong.chance
     wrong.came([50])
     wrong.came([5])
     wrong.came([6])
-    assert wrong.guess(1), "5 and 6 stood there before"
+    assert wrong.draft(1), "5 and 6 stood there before"
     assert before == 0.5
     assert wrong.experience.long.missed == 1.0
 
@@ -155,14 +155,14 @@ def test_guesses_that_were_not_sent_are_learnt_from() -> None:
 def test_a_new_sequence_begins_with_what_others_found() -> None:
     experience = Experience()
     for _ in range(40):
-        other = guesser_of([1, 2, 3, 1, 2], experience)
-        assert other.guess(4)
+        other = drafter_of([1, 2, 3, 1, 2], experience)
+        assert other.draft(4)
         other.came([70])
-    new = guesser_of([4, 5, 6, 4, 5], experience)
-    assert new.guess(1) == (6,)
+    new = drafter_of([4, 5, 6, 4, 5], experience)
+    assert new.draft(1) == (6,)
     assert new.chance < 0.1, "short matches came to nothing"
-    quoting = guesser_of([4, 5, 6, 7, 8, 4, 5, 6, 7], experience)
-    assert quoting.guess(1) == (8,)
+    quoting = drafter_of([4, 5, 6, 7, 8, 4, 5, 6, 7], experience)
+    assert quoting.draft(1) == (8,)
     assert quoting.chance == 0.5, "of long ones nothing is known yet"
 
 
@@ -205,8 +205,8 @@ def test_a_small_step_that_waited_does_not_make_further_tokens_free() -> None:
     assert how_many([(1, 0.5)] * 16, costs.seconds) == [0] * 16
 
 
-def test_a_guess_has_to_be_worth_more_than_it_costs() -> None:
-    """Of ten rows, a guess that makes 0.9 tokens for 9 % more time, as measured, would gain nothing on the whole."""
+def test_a_draft_token_has_to_be_worth_more_than_it_costs() -> None:
+    """Of ten rows, a draft token that makes 0.9 tokens for 9 % more time, as measured, would gain nothing on the whole."""
     assert how_many([(1, 0.9)] * 10, lambda tokens: 1 + 0.08 * (tokens - 10)) == [0] * 10
     assert how_many([(1, 0.9)] * 10, lambda tokens: 1 + 0.06 * (tokens - 10)) == [1] * 10
 

@@ -1,11 +1,11 @@
-"""`make bench-guesses`: the same questions with and without guesses, through the same stages, in turns.
+"""`make bench-speculation`: the same questions with and without draft tokens, through the same stages, in turns.
 
-    python -m bench.guesses                       bfloat16 and int8, near and 5 ms away; some twenty minutes on two cores
-    python -m bench.guesses --dtype int8 --delay 0
+    python -m bench.speculation                       bfloat16 and int8, near and 5 ms away; some twenty minutes on two cores
+    python -m bench.speculation --dtype int8 --delay 0
 
 With sixteen at once a turn is over in seconds and says little, so there are five turns of each gateway, whoever was second in
 one being first in the next, and the median of their ratios is judged. Two gateways ask the same three stage processes directly,
-one with LAMINA_GUESSES=0. The questions are in prompts.yaml, with the rule for what is in them. Needs the packages of
+one with LAMINA_DRAFT_TOKENS=0. The questions are in prompts.yaml, with the rule for what is in them. Needs the packages of
 requirements-bench.txt, and a machine with nothing else to do.
 """
 
@@ -22,13 +22,13 @@ from typing import Final
 import click
 import yaml
 
-from bench.guesses.answers import Answered, ask
-from bench.guesses.delay import delayed
-from bench.guesses.report import KEPT, Pair, Setting, kept_throughput, markdown, wanted
 from bench.report import machine, write_section
 from bench.serving.pipeline import ROOT, RunningPipeline, cpu_seconds, gateway_beside, running_pipeline
+from bench.speculation.answers import Answered, ask
+from bench.speculation.delay import delayed
+from bench.speculation.report import KEPT, Pair, Setting, kept_throughput, markdown, wanted
 
-_STATE: Final = ROOT / ".lamina" / "bench-guesses"
+_STATE: Final = ROOT / ".lamina" / "bench-speculation"
 _PROMPTS: Final = Path(__file__).with_name("prompts.yaml")
 _CONCURRENT: Final = 16
 
@@ -59,13 +59,13 @@ def main(
     began, load = time.monotonic(), getloadavg()[0]
     turns = {int(number): rounds if number == "1" else rounds_at_once for number in at_once}
     found = dict(pair for dtype in dtypes for pair in _of_dtype(dtype, delays, max_tokens, chosen, turns))
-    command = " ".join(["python -m bench.guesses", *sys.argv[1:]])
+    command = " ".join(["python -m bench.speculation", *sys.argv[1:]])
     facts = (
         f"`{command}` on {machine()}; SmolLM2-135M-Instruct, greedy, at most {max_tokens} tokens; 20 questions whose answers "
-        "quote and 20 whose answers do not (`bench/guesses/prompts.yaml`), each gateway in its turn, the same stages behind "
-        f"both. The run took {time.monotonic() - began:.0f} s; the load average before it was {load:.1f}."
+        "quote and 20 whose answers do not (`bench/speculation/prompts.yaml`), each gateway in its turn, the same stages "
+        f"behind both. The run took {time.monotonic() - began:.0f} s; the load average before it was {load:.1f}."
     )
-    write_section(output, "guesses", markdown(found, facts))
+    write_section(output, "speculation", markdown(found, facts))
     for setting, pair in found.items():
         verdict = "met" if pair.ratio >= wanted(setting) and not pair.different else "missed"
         click.echo(
@@ -100,7 +100,7 @@ Gateway = tuple[str, int]
 
 
 def _gateways(stack: ExitStack, pipeline: RunningPipeline, delay_seconds: float) -> tuple[Gateway, Gateway]:
-    """With guesses, without."""
+    """With draft tokens, without."""
     stages = [stage.function for stage in pipeline.stages]
     if delay_seconds:
         stages = stack.enter_context(delayed(stages, delay_seconds))
@@ -109,7 +109,7 @@ def _gateways(stack: ExitStack, pipeline: RunningPipeline, delay_seconds: float)
     def gateway(name: str, environ: dict[str, str]) -> Gateway:
         return stack.enter_context(gateway_beside(pipeline.local, stages, logs / f"{name}.log", environ))
 
-    return gateway("guessing", {"LAMINA_GUESSES": "16"}), gateway("plain", {"LAMINA_GUESSES": "0"})
+    return gateway("speculation", {"LAMINA_DRAFT_TOKENS": "16"}), gateway("plain", {"LAMINA_DRAFT_TOKENS": "0"})
 
 
 def _in_turns(

@@ -1,9 +1,9 @@
-"""How many tokens are guessed for each row of a step: as many as make more tokens a second out of what rows cost there.
+"""How many tokens are drafted for each row of a step: as many as make more tokens a second out of what rows cost there.
 
-A guess that comes true saves its sequence a round; one that does not has cost a row. How likely it is comes from what became of
-the sequence's guesses so far, and of others' where it has few, what a row costs from the stages' steps so far (`row_costs`).
-Right answers do not depend on any of it: the last stage draws each token as it would have without guesses, and what did not
-come true is taken back.
+An accepted draft token saves its sequence a round; a rejected one has cost a row. The chance of acceptance comes from the
+sequence's draft tokens so far, and from those of others if it has few; the cost of a row from the steps so far (`row_costs`).
+Answers do not depend on any of it: the last stage draws each token as it would without draft tokens, and rejected ones are
+taken back.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,19 +20,19 @@ _FORGETS: Final = 0.9
 _FORGETS_OF_ALL: Final = 0.99
 """Shares of what was counted that still count one round later: of one sequence, and of all."""
 _PRIOR: Final = 2.0
-"""What all sequences' experience counts for beside a sequence's own, in guesses."""
+"""What all sequences' experience counts for beside a sequence's own, in draft tokens."""
 _WORSE: Final = 0.8
-"""Fewer tokens a second than this share of the best so far: more guesses will not be better."""
+"""Fewer tokens a second than this share of the best so far: more draft tokens will not be better."""
 _MARGIN: Final = 1.25
-"""How many times what it is measured to cost a guess must be worth: both are estimates, and those
+"""How many times what it is measured to cost a draft token must be worth: both are estimates, and those
 that look well often do by their errors."""
 _LEAST_GAIN: Final = 1 / 256
-"""Tokens: a guess that is worth less is not weighed."""
+"""Tokens: a draft token that is worth less is not weighed."""
 
 
 @dataclass(slots=True)
 class Chances:
-    """How often guesses come true."""
+    """How often draft tokens come true."""
 
     forgets: float = _FORGETS
     agreed: float = 0.0
@@ -53,47 +53,47 @@ class Experience:
     short: Chances = field(default_factory=lambda: Chances(_FORGETS_OF_ALL))
     long: Chances = field(default_factory=lambda: Chances(_FORGETS_OF_ALL))
 
-    def guesser(self, token_ids: Items[int], predicted_ids: Items[int]) -> "Guesser":
+    def drafter(self, token_ids: Items[int], predicted_ids: Items[int]) -> "Drafter":
         """Of a new sequence: its prompt, and the text that its client expects."""
-        return Guesser(Lookup(token_ids, predicted_ids), self)
+        return Drafter(Lookup(token_ids, predicted_ids), self)
 
 
 @dataclass(slots=True)
-class Guesser:
-    """Of one sequence. What comes tells of guesses that were not sent, too, so that none have to be sent only to learn."""
+class Drafter:
+    """Of one sequence. What comes tells of draft tokens that were not sent, too, so that none have to be sent only to learn."""
 
     lookup: Lookup
     experience: Experience = field(default_factory=Experience)
     _short: Chances = field(default_factory=Chances)
     _long: Chances = field(default_factory=Chances)
     _match: int = 0
-    _guesses: tuple[int, ...] = ()
+    _draft_tokens: tuple[int, ...] = ()
     given_up: bool = False
-    """A stage refused a row that had guesses: it goes on without."""
+    """A stage refused a row that had draft tokens: it goes on without."""
 
-    def guess(self, most_tokens: int) -> tuple[int, ...]:
-        self._guesses = ()
+    def draft(self, most_tokens: int) -> tuple[int, ...]:
+        self._draft_tokens = ()
         if self.given_up or most_tokens < 1:
             return ()
-        self._guesses, self._match = self.lookup.guess(most_tokens)
-        return self._guesses
+        self._draft_tokens, self._match = self.lookup.draft(most_tokens)
+        return self._draft_tokens
 
     @property
     def chance(self) -> float:
-        """Of each token of the last guess, given that those before it came true."""
+        """Chance of each token of the last draft, given that those before it came true."""
         own, others = self._chances()
         return own.of_one(others.of_one(0.5))
 
     def came(self, tokens: Items[int]) -> None:
-        """`tokens` were drawn behind those that `guess` saw."""
-        known = self._guesses[: len(tokens)]
+        """`tokens` were drawn behind those that `draft` saw."""
+        known = self._draft_tokens[: len(tokens)]
         if known:
             agreed = next(
-                (place for place, (guess, token) in enumerate(zip(known, tokens, strict=False)) if guess != token), len(known)
+                (place for place, (draft, token) in enumerate(zip(known, tokens, strict=False)) if draft != token), len(known)
             )
             for chances in self._chances():
                 chances.came(agreed, agreed < len(known))
-        self._guesses = ()
+        self._draft_tokens = ()
         for token in tokens:
             self.lookup.add(token)
 
@@ -121,7 +121,7 @@ def step_seconds(costs: Items[RowCosts], micro_batches: int, network_seconds: fl
 
 
 def how_many(candidates: Items[tuple[int, float]], seconds: Callable[[int], float | None]) -> list[int]:
-    """Per row, how many of its guesses are sent.
+    """Per row, how many of its draft tokens are sent.
 
     candidates: per row, how many there are, and the chance of each. seconds: of a step with n tokens; None: not known.
     """
@@ -143,7 +143,7 @@ def how_many(candidates: Items[tuple[int, float]], seconds: Callable[[int], floa
 
 
 def _gains(candidates: Items[tuple[int, float]]) -> Iterator[tuple[float, int]]:
-    """What the next guess of a row is worth in tokens, and the row; the most valuable first."""
+    """What the next draft token of a row is worth in tokens, and the row; the most valuable first."""
     gains: list[tuple[float, int]] = []
     for row, (count, chance) in enumerate(candidates):
         gain = 1.0

@@ -20,7 +20,7 @@ class Answered:
     prompt_tokens: int
     tokens: int
     accepted: int
-    """Guesses that came true, and those that did not."""
+    """Draft tokens that came true, and those that did not."""
     rejected: int
     cpu_seconds: float = 0.0
     """Of the gateway and the stages."""

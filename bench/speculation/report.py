@@ -1,11 +1,11 @@
-"""The section of docs/benchmarks.md that `bench.guesses` writes."""
+"""The section of docs/benchmarks.md that `bench.speculation` writes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Final
 
-from bench.guesses.answers import Answered
+from bench.speculation.answers import Answered
 
 KEPT: Final = 0.85
 """Share of the throughput of many at once that a network is to leave."""
@@ -25,14 +25,14 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Turns of the same questions with and without guesses, taken one after the other."""
+    """Turns of the same questions with and without draft tokens, taken one after the other."""
 
-    with_guesses: Sequence[Answered]
+    with_draft_tokens: Sequence[Answered]
     without: Sequence[Answered]
 
     @property
     def ratio(self) -> float:
-        """Tokens a second with guesses, by those without: the median of the turns."""
+        """Tokens a second with draft tokens, by those without: the median of the turns."""
         return median(self.ratios)
 
     @property
@@ -48,14 +48,16 @@ class Pair:
 
     @property
     def different(self) -> int:
-        """Answers that are not those without guesses."""
+        """Answers that are not those without draft tokens."""
         wanted = self.without[0].texts
         return sum(
-            text != own for turn in (*self.with_guesses, *self.without) for text, own in zip(wanted, turn.texts, strict=True)
+            text != own
+            for turn in (*self.with_draft_tokens, *self.without)
+            for text, own in zip(wanted, turn.texts, strict=True)
         )
 
     def _sides(self) -> tuple[Sequence[Answered], Sequence[Answered]]:
-        return self.with_guesses, self.without
+        return self.with_draft_tokens, self.without
 
 
 def wanted(setting: Setting) -> float:
@@ -67,18 +69,18 @@ def wanted(setting: Setting) -> float:
 
 def markdown(found: Mapping[Setting, Pair], facts: str) -> str:
     rows = [
-        "| dtype | questions | at once | delay each way | turns | plain tokens/s | guessing | ratio (of the turns) | by CPU "
+        "| dtype | questions | at once | delay each way | turns | plain tokens/s | speculating | ratio (of the turns) | by CPU "
         "| wanted | came true | others |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for setting, pair in found.items():
         without = median(turn.tokens_per_second for turn in pair.without)
-        guessing = median(turn.tokens_per_second for turn in pair.with_guesses)
-        accepted, rejected = (sum(getattr(turn, name) for turn in pair.with_guesses) for name in ("accepted", "rejected"))
+        speculating = median(turn.tokens_per_second for turn in pair.with_draft_tokens)
+        accepted, rejected = (sum(getattr(turn, name) for turn in pair.with_draft_tokens) for name in ("accepted", "rejected"))
         share = accepted / max(1, accepted + rejected)
         rows.append(
             f"| {setting.dtype} | {setting.questions} | {setting.at_once} | {setting.delay_seconds * 1000:g} ms "
-            f"| {len(pair.ratios)} | {without:.1f} | {guessing:.1f} "
+            f"| {len(pair.ratios)} | {without:.1f} | {speculating:.1f} "
             f"| {pair.ratio:.2f} ({min(pair.ratios):.2f}–{max(pair.ratios):.2f}) | {pair.cpu_ratio:.2f} | {wanted(setting):g} "
             f"| {accepted} of {accepted + rejected} ({share:.0%}) | {pair.different} |"
         )
@@ -91,7 +93,7 @@ def markdown(found: Mapping[Setting, Pair], facts: str) -> str:
 
 
 def kept_throughput(found: Mapping[Setting, Pair]) -> dict[Setting, float]:
-    """How much throughput a network leaves of many at once, guesses on."""
+    """How much throughput a network leaves of many at once, draft tokens on."""
     return {
         setting: _rate(found[setting]) / _rate(found[near])
         for setting in found
@@ -100,4 +102,4 @@ def kept_throughput(found: Mapping[Setting, Pair]) -> dict[Setting, float]:
 
 
 def _rate(pair: Pair) -> float:
-    return median(turn.tokens_per_second for turn in pair.with_guesses)
+    return median(turn.tokens_per_second for turn in pair.with_draft_tokens)

@@ -1,4 +1,4 @@
-"""What the benchmark of guesses makes of its turns, and that its network delays what passes and keeps it whole."""
+"""What the benchmark of speculation makes of its turns, and that its network delays what passes and keeps it whole."""
 
 import socket
 import threading
@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bench.guesses import report
-from bench.guesses.answers import Answered
-from bench.guesses.delay import delayed
-from bench.guesses.report import Pair, Setting, markdown, wanted
+from bench.speculation import report
+from bench.speculation.answers import Answered
+from bench.speculation.delay import delayed
+from bench.speculation.report import Pair, Setting, markdown, wanted
 
 
 def answered(seconds: float, *texts: str) -> Answered:
