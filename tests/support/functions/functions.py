@@ -64,8 +64,8 @@ def common_environment(published: Published, cut: Cut = CUT) -> dict[str, str]:
         "LAMINA_CUT": ",".join(f"{first}:{last}" for first, last in cut),
         "LAMINA_STORE_ENDPOINT": published.store.endpoint_url,
         "LAMINA_STORE_BUCKET": published.store.bucket,
-        "AWS_ACCESS_KEY_ID": published.store.access_key_id,
-        "AWS_SECRET_ACCESS_KEY": published.store.secret_access_key,
+        "AWS_ACCESS_KEY_ID": published.store.access_key_id or "",
+        "AWS_SECRET_ACCESS_KEY": published.store.secret_access_key or "",
     }
 
 
@@ -203,7 +203,7 @@ def running_gateway(published: Published, **more: str) -> Iterator[FunctionProce
     """A ready gateway before the ready stages of a published model. more: of the gateway's environment."""
     with (
         running(stage_environment(published, group) for group in range(len(CUT))) as stages,
-        running([gateway_environment(published, [stage.url for stage in stages], **more)]) as (gateway,),
+        running([gateway_environment(published, [stage.url for stage in stages], CUT, **more)]) as (gateway,),
     ):
         yield gateway
 
