@@ -1,8 +1,10 @@
-"""The gateway: requests become sequences, sequences go round the stages in micro-batches, tokens become answers. No torch.
+"""The gateway: requests become sequences, sequences pass the stages in micro-batches, tokens become answers. No torch.
 
-`doors` is what clients see, `text` turns text into tokens and back, `scheduling` decides what is sent when, `stages` sends
-it and knows which instances there are. Here: the pieces put together.
+Clients speak to `openai`, `cloudevents` and `page`, which `openapi` describes; `answers` is what these share. `text` turns text
+into tokens and back, `scheduling` decides which steps begin and when, `stages` sends them and knows the instances. The files
+here put the parts together.
 
 May import: storage, storage.store, eventing, eventing.http, functions.configuration, functions.hosting, functions.observing,
-functions.gateway.doors, functions.gateway.text, functions.gateway.scheduling, functions.gateway.stages.
+functions.gateway.answers, functions.gateway.openai, functions.gateway.cloudevents, functions.gateway.page,
+functions.gateway.openapi, functions.gateway.text, functions.gateway.scheduling, functions.gateway.stages.
 """

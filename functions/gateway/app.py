@@ -12,22 +12,22 @@ from eventing.claim_check import ClaimCheck
 from eventing.problems import EventTooLarge, Problem
 from functions.configuration.api_keys import Allowance
 from functions.configuration.config import GatewayConfig
-from functions.gateway.doors.access_log import AccessLog
-from functions.gateway.doors.answers import Answers
-from functions.gateway.doors.client_limits import ClientLimits
-from functions.gateway.doors.clients import Clients
-from functions.gateway.doors.cors import CrossOrigin
-from functions.gateway.doors.events import EventDoor
-from functions.gateway.doors.key_ring import KeyRing
-from functions.gateway.doors.metrics import GatewayMetrics
-from functions.gateway.doors.openai import OpenAIDoor
-from functions.gateway.doors.openapi import OpenAPIDoor
-from functions.gateway.doors.operations import operations
-from functions.gateway.doors.page import Page
-from functions.gateway.doors.pipeline_events import PipelineEventsDoor
-from functions.gateway.doors.pipeline_watch import PipelineWatch, StageName, Watched
-from functions.gateway.doors.scoring import ScoreEntry
-from functions.gateway.doors.tokens import TokensDoor
+from functions.gateway.answers.access_log import AccessLog
+from functions.gateway.answers.authentication import KeyRing
+from functions.gateway.answers.client_limits import ClientLimits
+from functions.gateway.answers.clients import Clients
+from functions.gateway.answers.cors import CrossOrigin
+from functions.gateway.answers.metrics import GatewayMetrics
+from functions.gateway.answers.service import AnswerService
+from functions.gateway.cloudevents.api import CloudEventsAPI
+from functions.gateway.cloudevents.scoring import ScoreEntry
+from functions.gateway.openai.api import OpenAIAPI
+from functions.gateway.openai.tokens import TokensAPI
+from functions.gateway.openapi.document import OpenAPIDocument
+from functions.gateway.openapi.operations import operations
+from functions.gateway.page.page import Page
+from functions.gateway.page.pipeline_events import PipelineEventsAPI
+from functions.gateway.page.pipeline_watch import PipelineWatch, StageName, Watched
 from functions.gateway.stages.endpoints import service_name
 from functions.hosting.web import add_problem_handlers
 from storage.store.payload_store import PayloadStore
@@ -75,7 +75,7 @@ def _outcome(error: Exception) -> str | None:
 
 def create_app(
     config: GatewayConfig,
-    answers: Callable[[], Answers],
+    answers: Callable[[], AnswerService],
     metrics: GatewayMetrics,
     keys: KeyRing,
     write_line: Callable[[str], object] = lambda line: print(line, file=sys.stderr, flush=True),
@@ -95,15 +95,15 @@ def create_app(
         CrossOrigin(config.cors_origins).register(app)
     if config.access_log != "off":
         app.wsgi_app = AccessLog(app.wsgi_app, write_line, with_prompts=config.access_log == "prompts")  # type: ignore[method-assign]
-    EventDoor(answers, clients, claims, entry, source, config.request_timeout_seconds).register(app)
-    TokensDoor(answers, clients).register(app)
+    CloudEventsAPI(answers, clients, claims, entry, source, config.request_timeout_seconds).register(app)
+    TokensAPI(answers, clients).register(app)
     if watched is not None:
-        PipelineEventsDoor(PipelineWatch(watched), clients).register(app)
+        PipelineEventsAPI(PipelineWatch(watched), clients).register(app)
     if config.page == "on":
         Page().register(app)
     described = list(operations(with_page=config.page == "on"))
-    OpenAPIDoor(described, config.model, with_keys=not keys.is_open).register(app)
-    OpenAIDoor(answers, clients, config.model, config.pipeline, config.request_timeout_seconds).register(app)
+    OpenAPIDocument(described, config.model, with_keys=not keys.is_open).register(app)
+    OpenAIAPI(answers, clients, config.model, config.pipeline, config.request_timeout_seconds).register(app)
     return app
 
 

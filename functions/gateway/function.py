@@ -8,6 +8,8 @@ from typing import Final
 
 from eventing.problems import NotReady
 from functions.configuration.config import GatewayConfig
+from functions.gateway.answers.metrics import GatewayMetrics
+from functions.gateway.answers.service import AnswerService
 from functions.gateway.app import (
     MAX_REQUEST_BYTES,
     client_limits,
@@ -17,9 +19,7 @@ from functions.gateway.app import (
     stage_names,
 )
 from functions.gateway.build import start_scheduler
-from functions.gateway.doors.answers import Answers
-from functions.gateway.doors.metrics import GatewayMetrics
-from functions.gateway.doors.pipeline_watch import Watched
+from functions.gateway.page.pipeline_watch import Watched
 from functions.gateway.scheduling.scheduler_metrics import SchedulerCollector
 from functions.gateway.text.tokenizer import ModelText
 from functions.hosting.management import Management
@@ -50,7 +50,7 @@ class GatewayFunction:
         self._metrics = GatewayMetrics()
         self._metrics.queue_limit.set(config.queue_limit)
         start_up.report_to(self._metrics.phase_ended)
-        self._answers: Answers | None = None
+        self._answers: AnswerService | None = None
         self._tracer = make_tracer(config.traces_endpoint, "lamina-gateway", {"lamina.pipeline": config.pipeline})
         self._running = start_scheduler(config, self._tracer)
         self._draining = False
@@ -102,7 +102,7 @@ class GatewayFunction:
         self._start_up.mark("last_byte")
         self._metrics.ready.set(1)
         limits = client_limits(self._config, self._keys)
-        self._answers = Answers(text, self._running.scheduler, self._metrics, self._tracer, limits, self._config.model)
+        self._answers = AnswerService(text, self._running.scheduler, self._metrics, self._tracer, limits, self._config.model)
         _log.info("ready after %.2f s", self._start_up.phases()["last_byte"])
 
     def _watched(self) -> Watched:
@@ -117,7 +117,7 @@ class GatewayFunction:
             draining=lambda: self._draining,
         )
 
-    def _ready_answers(self) -> Answers:
+    def _ready_answers(self) -> AnswerService:
         if self._answers is None:
             raise NotReady(f"{socket.gethostname()} is still loading the tokenizer of {self._config.model}")
         return self._answers

@@ -24,8 +24,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from functions.gateway.doors.openapi import openapi_document
-from functions.gateway.doors.operations import operations
+from functions.gateway.openapi.document import openapi_document
+from functions.gateway.openapi.operations import operations
 from tests.support.functions.functions import FunctionProcess, running_gateway
 from tests.support.storage.published import Published
 

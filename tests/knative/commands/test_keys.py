@@ -8,7 +8,7 @@ from click.testing import CliRunner, Result
 
 from functions.configuration.api_keys import sha256_of
 from knative.__main__ import main
-from tests.support.functions.doors import Pipeline, ask, client_of
+from tests.support.functions.scripted_gateway import Pipeline, ask, client_of
 
 
 def keys(*arguments: object) -> Result:

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import generate_latest
 
 from eventing.problems import PROBLEMS
-from functions.gateway.doors.metrics import GatewayMetrics
+from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.scheduling.scheduler_metrics import SchedulerCollector
 from functions.gateway.scheduling.stats import StageStats, Stats
 from functions.stage.serving.metrics import StageMetrics

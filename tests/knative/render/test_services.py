@@ -10,8 +10,8 @@ from eventing.wire.events import pipeline_fingerprint
 from functions.configuration.api_keys import Allowance
 from functions.configuration.config import GatewayConfig, StageConfig, read_config
 from functions.configuration.pass_times import PassTimes
+from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.app import client_limits
-from functions.gateway.doors.key_ring import KeyRing
 from knative.render.rendering import render
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import METRICS_PORT, gateway_access, services, stage_service

@@ -1,0 +1,4 @@
+"""The OpenAPI document: every path of the gateway with its types and statuses.
+
+May import: eventing, eventing.wire, eventing.http, functions.gateway.openai, functions.gateway.page.
+"""

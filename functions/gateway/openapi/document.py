@@ -1,0 +1,130 @@
+"""`GET /openapi.json`: the gateway's paths by OpenAPI 3.1, made of the types that check requests."""
+
+import re
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from http import HTTPStatus
+from typing import Any, Final
+
+import msgspec
+from flask import Flask, Response
+
+from eventing.problems import PROBLEM_CONTENT_TYPE
+from eventing.wire.generation import GenerateRequest
+from functions.gateway.openai.requests import ChatRequest, CompletionRequest
+from functions.gateway.openai.responses_requests import ResponsesRequest
+from functions.gateway.openai.tokens import VERSION, TokenizeRequest
+from functions.gateway.openapi.operations import JSON, Content, Operation
+from functions.gateway.openapi.replies import ErrorReply, ProblemDocument
+
+_SCHEMAS: Final = "#/components/schemas/{name}"
+_DESCRIPTION: Final = (
+    "Lamina's gateway. Requests are checked by these very types. What is no HTTP/1.1 is refused ahead of all paths, as "
+    "text/plain: 400, 408, 431 or 501. Paths and methods that are not here: 404 and 405."
+)
+
+
+def openapi_document(operations: Iterable[Operation], model: str, *, with_keys: bool) -> dict[str, Any]:
+    """model: the one that is served. with_keys: the gateway wants one."""
+    listed = list(operations)
+    schemas, components = msgspec.json.schema_components(_types(listed), ref_template=_SCHEMAS)
+    known = dict(zip(_types(listed), schemas, strict=True))
+    paths: dict[str, dict[str, Any]] = {}
+    for operation in listed:
+        described = _described(operation, known, model, with_keys=with_keys)
+        paths.setdefault(operation.path, {})[operation.method] = described
+    for type_ in (ChatRequest, CompletionRequest, ResponsesRequest):
+        components[type_.__name__]["properties"]["model"]["enum"] = [model]
+    for one_of_two in (GenerateRequest, TokenizeRequest):  # As their __post_init__ has it.
+        components[one_of_two.__name__]["oneOf"] = [{"required": ["prompt"]}, {"required": ["messages"]}]
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Lamina", "version": VERSION, "description": _DESCRIPTION},
+        "paths": paths,
+        "components": {
+            "schemas": components,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "An API key of the gateway"}},
+        },
+    }
+
+
+class OpenAPIDocument:
+    def __init__(self, operations: Iterable[Operation], model: str, *, with_keys: bool) -> None:
+        self._operations = operations
+        self._model = model
+        self._with_keys = with_keys
+
+    def register(self, app: Flask) -> None:
+        app.get("/openapi.json")(self._answer)
+
+    @cached_property
+    def _document(self) -> bytes:
+        """Made when somebody asks: it takes longer than a gateway's start has time for."""
+        return msgspec.json.encode(openapi_document(self._operations, self._model, with_keys=self._with_keys))
+
+    def _answer(self) -> Response:
+        return Response(self._document, content_type=JSON)
+
+
+def _types(operations: Iterable[Operation]) -> list[Any]:
+    """Each once."""
+    found: dict[Any, None] = {ErrorReply: None, ProblemDocument: None}
+    for each in operations:
+        for content in (each.request, each.replies or {}):
+            found |= dict.fromkeys(type_ for type_ in content.values() if type_ is not None)
+        found |= dict.fromkeys(type_ for type_ in (each.events, each.verdict) if type_ is not None)
+    return list(found)
+
+
+def _described(operation: Operation, schemas: dict[Any, Any], model: str, *, with_keys: bool) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "operationId": re.sub(r"\W+", "_", f"{operation.method}{operation.path}").strip("_"),
+        "summary": operation.summary,
+        "responses": dict(_responses(operation, schemas)),
+    }
+    if parameters := list(_parameters(operation, model)):
+        described["parameters"] = parameters
+    if operation.request:
+        described["requestBody"] = {"required": True, "content": _content(operation.request, schemas)}
+    if operation.keyed and with_keys:
+        described["security"] = [{"key": []}]
+    return described
+
+
+def _parameters(operation: Operation, model: str) -> Iterator[dict[str, Any]]:
+    for name in re.findall(r"{(\w+)}", operation.path):
+        yield {"name": name, "in": "path", "required": True, "schema": {"type": "string", "enum": [model]}}
+    for name, schema in operation.headers.items():
+        described = {"type": "string", **schema}
+        yield {"name": name, "in": "header", "schema": described, "description": "In binary mode (CloudEvents 1.0)"}
+
+
+def _responses(operation: Operation, schemas: dict[Any, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    answer: dict[str, Any] = {"description": "OK"}
+    if operation.replies is not None:
+        answer["content"] = _content(operation.replies, schemas, _event(operation, schemas))
+    yield "200", answer
+    if operation.verdict is not None:
+        yield "503", {"description": "It is not", "content": _content({JSON: operation.verdict}, schemas)}
+    shape: Content = {JSON: ErrorReply} if operation.path.startswith("/v1") else {PROBLEM_CONTENT_TYPE: ProblemDocument}
+    for status in operation.statuses:
+        yield str(status), {"description": HTTPStatus(status).phrase, "content": _content(shape, schemas)}
+
+
+def _content(content: Content, schemas: dict[Any, Any], event: dict[str, Any] | None = None) -> dict[str, Any]:
+    """event: describes each of a stream of them."""
+    text = {"type": "string"} if event is None else event
+    return {media_type: {"schema": text if type_ is None else schemas[type_]} for media_type, type_ in content.items()}
+
+
+def _event(operation: Operation, schemas: dict[Any, Any]) -> dict[str, Any] | None:
+    """A server-sent event: OpenAPI 3.1 has no word for a stream, and tools take the schema for that of one event."""
+    if operation.events is None:
+        return None
+    data = [schemas[operation.events], {"type": "object"} if operation.patched else schemas[ErrorReply]]
+    json = {"type": "string", "contentMediaType": JSON, "contentSchema": {"anyOf": data}}
+    return {
+        "type": "object",
+        "properties": {"event": {"type": "string"}, "data": {"anyOf": [{"const": "[DONE]"}, json]}},
+        "required": ["data"],
+    }

@@ -1,0 +1,73 @@
+"""What a browser is told of other origins: nothing, unless they are named."""
+
+import pytest
+from flask.testing import FlaskClient
+
+from functions.configuration.config import read_config
+from functions.configuration.settings import ConfigError
+from tests.support.environments import GATEWAY
+from tests.support.functions.scripted_gateway import Pipeline, chat, client_of
+
+PAGE = "https://chat.example"
+ASKS = {
+    "Origin": PAGE,
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type",
+}
+
+
+def told(client: FlaskClient, path: str = "/v1/chat/completions", **headers: str) -> dict[str, str]:
+    """Of CORS, by a preflight."""
+    reply = client.options(path, headers=ASKS | headers)
+    return {name: value for name, value in reply.headers if name.startswith("Access-Control")}
+
+
+def test_unless_origins_are_named_nobody_is_told_anything(client: FlaskClient) -> None:
+    assert told(client) == {}
+    reply = client.get("/v1/models", headers={"Origin": PAGE})
+    assert reply.status_code == 200
+    assert not [name for name, _ in reply.headers if name.startswith("Access-Control")]
+
+
+@pytest.mark.parametrize("path", ["/", "/v1/chat/completions", "/v1/models", "/tokenize"])
+def test_a_page_that_is_named_may_ask(path: str, pipeline: Pipeline) -> None:
+    client = client_of(pipeline, LAMINA_CORS_ORIGINS=f"http://localhost:3000, {PAGE}", LAMINA_API_KEYS="key")
+    assert told(client, path) == {
+        "Access-Control-Allow-Origin": PAGE,
+        "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
+        "Access-Control-Allow-Headers": "authorization,content-type",
+        "Access-Control-Expose-Headers": "X-Request-Id, Retry-After",
+        "Access-Control-Max-Age": "600",
+    }
+    assert "Access-Control-Allow-Credentials" not in told(client, path)
+
+
+def test_others_are_told_nothing_and_caches_know_it_depends(pipeline: Pipeline) -> None:
+    client = client_of(pipeline, LAMINA_CORS_ORIGINS=PAGE)
+    for origin in ("https://evil.example", f"{PAGE}.evil.example", "null", f"{PAGE}:8443", "http://chat.example"):
+        assert told(client, Origin=origin) == {}
+    assert "Origin" in client.get("/v1/models").headers["Vary"]
+
+
+def test_a_page_reads_answers_and_refusals(pipeline: Pipeline) -> None:
+    client = client_of(pipeline, LAMINA_CORS_ORIGINS=PAGE, LAMINA_API_KEYS="key")
+    asked = {"json": {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}}
+    for key, status in (("key", 200), ("wrong", 401)):
+        headers = {"Origin": PAGE, "Authorization": f"Bearer {key}"}
+        reply = client.post("/v1/chat/completions", headers=headers, **asked)
+        assert (reply.status_code, reply.headers["Access-Control-Allow-Origin"]) == (status, PAGE)
+    assert client.get("/nowhere", headers={"Origin": PAGE}).headers["Access-Control-Allow-Origin"] == PAGE
+
+
+def test_all_pages(pipeline: Pipeline) -> None:
+    client = client_of(pipeline, LAMINA_CORS_ORIGINS="*")
+    assert told(client, Origin="https://any.example")["Access-Control-Allow-Origin"] == "*"
+    assert chat(client).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "wrong", ["chat.example", "https://chat.example/", "https://Chat.example", "https://a@b", "https://a,"]
+)
+def test_what_no_browser_writes_is_refused(wrong: str) -> None:
+    with pytest.raises(ConfigError, match=r"LAMINA_CORS_ORIGINS: .* origins such as"):
+        read_config(GATEWAY | {"LAMINA_CORS_ORIGINS": wrong})

@@ -1,0 +1,262 @@
+"""Answers, whichever door they leave by: how they end, break off, and are refused."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+from flask.testing import FlaskClient
+from werkzeug.test import TestResponse
+
+from eventing.problems import NotReady, PipelineUnavailable, Problem, QueueFull
+from eventing.wire.generation import GenerateRequest, TokenLogprob
+from functions.configuration.config import GatewayConfig, read_config
+from functions.gateway.answers import generation as core
+from functions.gateway.answers.authentication import KeyRing
+from functions.gateway.answers.service import AnswerService
+from functions.gateway.app import MAX_REQUEST_BYTES, create_app
+from functions.gateway.scheduling.token_stream import TokenStream
+from functions.gateway.text.chat_template import ChatTemplate
+from functions.gateway.text.tokenizer import ModelText
+from tests.support.environments import GATEWAY
+from tests.support.functions.scripted_gateway import CONTEXT, EVENT, Pipeline, ask, chat, client_of, refuse, stream
+from tests.support.functions.sentencepiece import CONTINUED, ids_of, llama_2
+
+
+def test_a_stop_string_ends_the_answer_and_frees_the_pipeline(client: FlaskClient, pipeline: Pipeline) -> None:
+    pipeline.script = pipeline.say("One. Two. Three.", end=False)
+    *tokens, last = stream(ask(client, {"prompt": "Hi", "stop": [" Three", " Two"]}, Accept="text/event-stream"))
+    assert "".join(event["data"]["text"] for event in tokens) == "One." == last["data"]["text"]
+    assert last["data"]["finish_reason"] == "stop"
+    assert last["data"]["usage"]["completion_tokens"] == len(last["data"]["token_ids"]) == len("One. Two")
+    assert pipeline.cancelled.is_set()
+
+
+def test_an_answer_that_breaks_ends_with_an_error_event(client: FlaskClient, pipeline: Pipeline) -> None:
+    pipeline.script = pipeline.say("Hel", end=False, then=PipelineUnavailable("stage 1 is gone"))
+    *tokens, error = stream(ask(client, {"prompt": "Hi"}, Accept="text/event-stream"))
+    assert "".join(event["data"]["text"] for event in tokens) == "Hel"
+    assert error["type"] == "dev.lamina.generate.error"
+    assert error["data"]["type"] == "urn:lamina:problem:pipeline-unavailable"
+    assert (error["data"]["status"], error["data"]["detail"]) == (503, "stage 1 is gone")
+    *_, error = stream(chat(client, stream=True))
+    assert error["error"] == {
+        "message": "stage 1 is gone",
+        "type": "server_error",
+        "param": None,
+        "code": "pipeline_unavailable",
+    }
+
+
+@pytest.mark.parametrize("problem", [QueueFull("256 wait"), NotReady("draining")])
+@pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
+def test_a_refusal_has_its_status_also_where_a_stream_was_wanted(
+    client: FlaskClient, pipeline: Pipeline, problem: Problem, accept: str
+) -> None:
+    pipeline.script = refuse(problem)
+    response = ask(client, {"prompt": "Hi"}, Accept=accept)
+    assert (response.status_code, response.content_type) == (problem.status, "application/problem+json")
+    response = chat(client, stream=accept != "application/json")
+    assert response.status_code == problem.status
+    assert response.json is not None
+    assert response.json["error"]["code"] == problem.name.replace("-", "_")
+
+
+def test_a_broken_answer_that_is_no_stream_has_its_status(client: FlaskClient, pipeline: Pipeline) -> None:
+    pipeline.script = pipeline.say("Hel", end=False, then=PipelineUnavailable("stage 1 is gone"))
+    assert ask(client, {"prompt": "Hi"}).status_code == 503
+    assert chat(client).status_code == 503
+
+
+@pytest.mark.parametrize(
+    "door", [lambda c: ask(c, {"prompt": "Hi"}, Accept="text/event-stream"), lambda c: chat(c, stream=True)]
+)
+@pytest.mark.parametrize("tokens", [0, 2])
+def test_an_unexpected_error_is_told_without_its_details(
+    client: FlaskClient,
+    pipeline: Pipeline,
+    tokens: int,
+    door: Callable[[FlaskClient], TestResponse],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As the status and the reply where nothing was said yet, as the last event of a stream that has begun."""
+
+    def script(stream: TokenStream) -> None:
+        pipeline.say("Hello", end=False)(stream)
+        given = [stream.next_token(0) for _ in range(tokens)]
+        again = iter(given)
+        stream.next_token = lambda _: next(again)  # type: ignore[method-assign, assignment]  # then StopIteration
+
+    pipeline.script = script
+    response = door(client)
+    assert response.status_code == (200 if tokens else 500)
+    last = stream(response)[-1] if tokens else response.json
+    assert "traceback" in json.dumps(last)
+    assert "generator" not in json.dumps(last)
+    assert "StopIteration" in caplog.text
+
+
+def test_silence_is_filled_and_a_client_that_leaves_ends_its_answer(
+    client: FlaskClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core.Generation.tokens, "__defaults__", (0.01,))
+    pipeline.script = pipeline.say("Hel", end=False)
+    for response in (ask(client, {"prompt": "Hi"}, Accept="text/event-stream"), chat(client, stream=True)):
+        pipeline.cancelled.clear()
+        chunks = iter(response.response)
+        seen = [next(chunks) for _ in range(8)]
+        assert seen[-1] == b":\n\n"
+        response.close()
+        assert pipeline.cancelled.wait(5)
+
+
+def test_nothing_is_said_before_the_first_token(
+    client: FlaskClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a heartbeat nor the first chunk, which says who speaks: a proxy may still be sending the request."""
+    monkeypatch.setattr(core.Generation.tokens, "__defaults__", (0.01,))
+    waited: list[object] = []
+
+    def script(stream: TokenStream) -> None:
+        real = stream.next_token
+
+        def next_token(seconds: float) -> int | None:
+            waited.append(token := real(seconds))
+            if len(waited) == 5:
+                pipeline.say("Hello")(stream)
+            return token
+
+        stream.next_token = next_token  # type: ignore[method-assign]
+
+    pipeline.script = script
+    for door in (lambda: ask(client, {"prompt": "Hi"}, Accept="text/event-stream"), lambda: chat(client, stream=True)):
+        waited.clear()
+        response = door()
+        assert waited[:5] == [None] * 5
+        assert next(iter(response.response)).startswith(b"data: ")
+        response.close()
+
+
+@pytest.mark.parametrize("problem", [PipelineUnavailable("stage 1 is gone"), NotReady("draining")])
+def test_what_breaks_before_the_first_token_has_its_status_though_a_stream_was_wanted(
+    client: FlaskClient, pipeline: Pipeline, problem: Problem
+) -> None:
+    pipeline.script = pipeline.say("", end=False, then=problem)
+    response = ask(client, {"prompt": "Hi"}, Accept="text/event-stream")
+    assert (response.status_code, response.content_type) == (problem.status, "application/problem+json")
+    response = chat(client, stream=True)
+    assert response.status_code == problem.status
+    assert response.json is not None
+    assert response.json["error"]["code"] == problem.name.replace("-", "_")
+    assert pipeline.value("answers_total", outcome=problem.name) == 2
+
+
+def test_a_client_that_leaves_before_the_first_byte_ends_its_answer(client: FlaskClient, pipeline: Pipeline) -> None:
+    pipeline.script = lambda _: None
+    gone = {"lamina.client_gone": lambda: True}
+    response = client.post("/", json={"prompt": "Hi"}, headers=EVENT | {"Accept": "text/event-stream"}, environ_overrides=gone)
+    assert (response.status_code, response.data) == (499, b"")
+    assert pipeline.cancelled.is_set()
+
+
+def test_the_answer_fits_into_the_context(client: FlaskClient, pipeline: Pipeline) -> None:
+    ask(client, {"prompt": "x" * 50, "max_tokens": 1000})
+    assert pipeline.prompts[0].max_tokens == CONTEXT - 51
+    refused = ask(client, {"prompt": "x" * 63})
+    assert refused.status_code == 422
+    assert refused.json is not None
+    assert "64 tokens" in refused.json["detail"]
+    refused = chat(client, messages=[{"role": "user", "content": "x" * 63}])
+    assert refused.status_code == 400
+    assert refused.json is not None
+    assert (refused.json["error"]["code"], refused.json["error"]["param"]) == ("context_length_exceeded", "messages")
+
+
+@pytest.mark.parametrize("content", ["7" * 100_000, "7" * 500])
+@pytest.mark.parametrize("full", [None, QueueFull("256 wait")])
+def test_what_will_be_refused_is_not_read(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, content: str, full: QueueFull | None
+) -> None:
+    """Too long by its characters: refused first. Else the queue is looked at, and only then is anything rendered or read."""
+    read: list[str] = []
+    monkeypatch.setattr(ModelText, "encode", lambda _, prompt: read.append(prompt) or [1])
+    monkeypatch.setattr(ModelText, "encode_messages", lambda _, messages, __, ___: read.append(messages[0].content) or [1])
+    client = client_of(pipeline)
+    pipeline.full = full
+    long = len(content) > 1000
+    expected = 400 if long else 200 if full is None else 429
+    assert ask(client, {"prompt": content}).status_code == (422 if long else expected)
+    reply = chat(client, messages=[{"role": "user", "content": content}])
+    assert (reply.status_code, reply.headers.get("Retry-After")) == (expected, "1" if expected == 429 else None)
+    assert (pipeline.entered, len(read)) == (0 if long else 2, 2 if expected == 200 else 0)
+
+
+def test_bodies_that_cannot_be_read(client: FlaskClient) -> None:
+    for content_type, body in (("application/json", b'{"prompt": "\xff"}'), ("application/cloudevents+json", b"\xff{")):
+        response = client.post("/", data=body, headers=EVENT | {"Content-Type": content_type})
+        assert response.status_code == 400
+    assert client.post("/", json={"prompt": "Hi"}).status_code == 400
+    assert ask(client, {"prompt": "Hi"}, ce_type="dev.lamina.forward").status_code == 400
+    assert client.post("/v1/chat/completions", data=b"\xff").status_code == 400
+    assert client.post("/", data=bytes(MAX_REQUEST_BYTES + 1), headers=EVENT).status_code == 413
+    assert client.post("/v1/chat/completions", data=bytes(MAX_REQUEST_BYTES + 1)).status_code == 413
+
+
+def test_a_continuation_has_the_space_before_its_first_word_and_a_message_has_not(pipeline: Pipeline) -> None:
+    tokenizer = llama_2()
+    config = read_config(GATEWAY)
+    assert isinstance(config, GatewayConfig)
+    end = tokenizer.token_to_id("</s>")
+    text = ModelText(tokenizer, ChatTemplate("{{ messages[0].content }}", {}), frozenset([end]), CONTEXT)
+    answers = AnswerService(text, pipeline, pipeline.metrics)
+    client = create_app(config, lambda: answers, pipeline.metrics, KeyRing()).test_client()
+
+    def script(stream: TokenStream) -> None:
+        for token in [*ids_of(tokenizer, "▁Paris", "."), end]:
+            stream.put(token)
+
+    pipeline.script = script
+    continued = client.post("/v1/completions", json={"model": "tiny", "prompt": CONTINUED})
+    answered = chat(client, messages=[{"role": "user", "content": CONTINUED}])
+    assert continued.json is not None
+    assert answered.json is not None
+    assert continued.json["choices"][0]["text"] == " Paris."
+    assert answered.json["choices"][0]["message"]["content"] == "Paris."
+
+
+def test_what_is_refused_is_not_written_out_for_each_of_its_answers(
+    client: FlaskClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """128 answers to a million tokens took 4 s, before anybody had looked how many they are."""
+    monkeypatch.setattr(GenerateRequest, "each", None)
+    assert ask(client, {"prompt": [65] * (CONTEXT + 1), "n": 128}).status_code == 422
+    limited = client_of(pipeline, LAMINA_CLIENT_CONCURRENT="1")
+    assert ask(limited, {"prompt": [65], "n": 2}).status_code == 422
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("max_tokens", [0, 8])
+def test_a_prompt_of_one_token_is_echoed_with_its_logprobs(
+    client: FlaskClient, pipeline: Pipeline, streams: bool, max_tokens: int
+) -> None:
+    def script(stream: TokenStream) -> None:
+        if max_tokens:
+            stream.put(66, TokenLogprob(66, -1.0))
+        stream.finish("length")
+
+    pipeline.script = script
+    asked = {"model": "tiny", "prompt": [65], "echo": True, "logprobs": 0, "max_tokens": max_tokens, "stream": streams}
+    response = client.post("/v1/completions", json=asked)
+    chunks = stream(response)[:-1] if streams else [response.json]
+    logprobs = [chunk["choices"][0]["logprobs"] for chunk in chunks if chunk["choices"][0]["logprobs"]]
+    assert [one for each in logprobs for one in each["token_logprobs"]] == [None, -1.0][: 1 + bool(max_tokens)]
+
+
+def test_an_echo_alone_has_no_logprobs_that_nobody_asked_for(client: FlaskClient, pipeline: Pipeline) -> None:
+    def script(stream: TokenStream) -> None:
+        stream.scored(1, [TokenLogprob(66, -1.0)])
+        stream.finish("length")
+
+    pipeline.script = script
+    response = client.post("/v1/completions", json={"model": "tiny", "prompt": [65, 66], "echo": True, "max_tokens": 0})
+    assert response.json is not None
+    assert response.json["choices"][0]["logprobs"] is None

@@ -1,0 +1,201 @@
+"""The door for clients of the OpenAI API."""
+
+from typing import Any
+
+import pytest
+from flask.testing import FlaskClient
+
+from tests.support.functions.scripted_gateway import TOKENIZER, Pipeline, chat, client_of, stream
+from tests.support.storage.published import CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "words"),
+    [
+        ({"model": "gpt-4"}, 404, "'gpt-4'"),
+        ({"n": 129}, 400, "`n` is 129, which is not served here: expected `int` <= 128"),
+        (
+            {"tools": [{"type": "function"}]},
+            400,
+            '`tools[0]` is {"type":"function"}, which is not served here: object missing required field `function`',
+        ),
+        ({"presence_penalty": 2.5}, 400, "`presence_penalty` is 2.5"),
+        ({"logit_bias": {"x": 1}}, 400, "logit_bias has 'x'; its keys are token ids in decimal"),
+        ({"min_tokens": 9, "max_tokens": 8}, 400, "min_tokens is 9, more than max_tokens, 8"),
+        ({"top_logprobs": 2}, 400, "top_logprobs is 2, which takes `logprobs`: true"),
+        ({"reasoning_effort": "low"}, 400, "the model's chat template knows no `reasoning_effort`; leave it out"),
+        ({"chat_template_kwargs": {"messages": []}}, 400, "the model's chat template knows no `messages`"),
+        ({"response_format": {"type": "yaml"}}, 400, "`response_format.type`"),
+        ({"structured_outputs": {"regex": "(a"}}, 400, "structured output, `regex`: at 1(8): invalid regex"),
+        ({"structured_outputs": {"grammar": "start: x"}}, 400, "`grammar`: at 1(8): unknown name"),
+        ({"structured_outputs": {"json": {"properties": {"a": {"not": {}}}}}}, 400, "`json` at #/properties/a/not: Unimpl"),
+        ({"structured_outputs": {"json": "{"}}, 400, "`json`: the schema is no JSON"),
+        ({"structured_outputs": {"json": {"const": "x" * 70_000}}}, 400, "the most is 65536"),
+        ({"structured_outputs": {"json": {}, "regex": "a"}}, 400, "exactly one of json"),
+        ({"structured_outputs": {}}, 400, "exactly one of json"),
+        ({"structured_outputs": {"regex": "a"}, "guided_choice": ["a"]}, 400, "said more than once"),
+        ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, 400, "ignore_eos does not go with"),
+        ({"temperature": 3}, 400, "`temperature` is 3"),
+        ({"no_such_field": 1}, 400, "`no_such_field` is no option that is served here; leave it out"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "image_url"),
+    ],
+)
+def test_what_the_openai_door_does_not_serve_it_names(
+    client: FlaskClient, fields: dict[str, Any], status: int, words: str
+) -> None:
+    response = chat(client, **fields)
+    assert response.status_code == status
+    assert response.json is not None
+    assert words in response.json["error"]["message"]
+    assert response.json["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("content", ["Hi there", [{"type": "text", "text": "Hi"}, {"type": "text", "text": " there"}]])
+def test_a_prediction_reaches_the_pipeline(client: FlaskClient, pipeline: Pipeline, content: Any) -> None:
+    """https://platform.openai.com/docs/guides/predicted-outputs"""
+    assert chat(client, prediction={"type": "content", "content": content}).status_code == 200
+    (prompt,) = pipeline.prompts
+    assert TOKENIZER.decode(prompt.predicted_ids) == "Hi there"
+
+
+def test_openai_options_reach_the_pipeline(client: FlaskClient, pipeline: Pipeline) -> None:
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+    fields = {"n": 1, "user": "me", "logit_bias": {}, "top_k": 3, "max_completion_tokens": 7, "max_tokens": 9, "stop": "x"}
+    response = chat(client, messages=[{"role": "developer", "content": parts}], **fields)
+    assert response.status_code == 200
+    (prompt,) = pipeline.prompts
+    assert (prompt.max_tokens, prompt.sampling.top_k, prompt.sampling.temperature) == (7, 3, 1.0)
+    assert "<|im_start|>system\nHi" in TOKENIZER.decode(prompt.token_ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        {"n": None, "logprobs": False, "top_logprobs": 0, "logit_bias": None, "stop": None, "max_tokens": None},
+        {"tools": None, "tool_choice": "none", "parallel_tool_calls": True, "functions": [], "function_call": "auto"},
+        {"response_format": {"type": "text"}, "modalities": ["text"], "audio": None, "verbosity": "medium"},
+        {"top_k": -1, "min_p": None, "repetition_penalty": None, "presence_penalty": 0, "ignore_eos": False, "min_tokens": 0},
+        {"stream_options": {"include_usage": None, "continuous_usage_stats": False}, "stream": False},
+        {"stop_token_ids": None, "include_stop_str_in_output": False, "chat_template_kwargs": {}, "reasoning_effort": None},
+    ],
+)
+def test_what_changes_nothing_is_taken(client: FlaskClient, pipeline: Pipeline, nothing: dict[str, Any]) -> None:
+    assert chat(client, seed=3, **nothing).status_code == 200
+    assert chat(client, seed=3).status_code == 200
+    assert pipeline.prompts[0].sampling == pipeline.prompts[1].sampling
+
+
+def test_what_clients_put_into_messages_counts_for_nothing(client: FlaskClient, pipeline: Pipeline) -> None:
+    """lm-eval says `type`, others send back answers as they got them."""
+    told = {
+        "role": "user",
+        "content": "Hi",
+        "type": "text",
+        "refusal": None,
+        "annotations": [],
+        "reasoning": "x",
+        "tool_calls": [],
+    }
+    assert chat(client, messages=[told]).status_code == 200
+    assert chat(client).status_code == 200
+    assert pipeline.prompts[0].token_ids == pipeline.prompts[1].token_ids
+
+
+def test_penalties_biases_and_lengths_reach_the_last_stage(client: FlaskClient, pipeline: Pipeline) -> None:
+    fields = {"presence_penalty": 0.5, "frequency_penalty": -1, "logit_bias": {"7": -100}, "min_tokens": 3, "seed": -1}
+    assert chat(client, max_tokens=9, **fields).status_code == 200
+    (prompt,) = pipeline.prompts
+    sampling, length = prompt.sampling, len(prompt.token_ids)
+    assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.prompt_tokens) == (0.5, -1, length)
+    assert sampling.logit_bias == {7: -100}
+    assert (sampling.banned, sampling.banned_until) == (tuple(prompt.eos_ids), length + 3)
+    assert sampling.seed == 2**63 - 1
+
+
+def test_an_answer_goes_on_behind_the_models_end_where_that_is_ignored(client: FlaskClient, pipeline: Pipeline) -> None:
+    assert chat(client, ignore_eos=True, max_tokens=4).status_code == 200
+    (prompt,) = pipeline.prompts
+    assert prompt.eos_ids == frozenset()
+
+
+def test_everything_under_v1_is_refused_as_the_api_does(client: FlaskClient) -> None:
+    for response, status in (
+        (client.get("/v1/chat/completions"), 405),
+        (client.post("/v1/embeddings", json={}), 404),
+        (client.get("/v1"), 404),
+        (client.post("/v1/completions", data=b"{"), 400),
+    ):
+        assert response.status_code == status
+        assert response.json is not None, response.data
+        assert set(response.json["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_text_is_read_as_an_answer_would_read_it(client: FlaskClient, pipeline: Pipeline) -> None:
+    chat(client)
+    read = client.post("/tokenize", json={"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}).json
+    assert read == {
+        "count": len(pipeline.prompts[0].token_ids),
+        "max_model_len": 64,
+        "tokens": list(pipeline.prompts[0].token_ids),
+    }
+    plain = client.post("/tokenize", json={"prompt": "Hi", "add_special_tokens": False}).json
+    assert plain is not None
+    assert client.post("/detokenize", json={"tokens": plain["tokens"]}).json == {"prompt": "Hi"}
+
+
+def test_what_cannot_be_read_is_refused_in_words(client: FlaskClient) -> None:
+    beyond = client.post("/detokenize", json={"tokens": [2**30]})
+    assert beyond.status_code == 422
+    assert b"outside of the vocabulary" in beyond.data
+    assert client.post("/tokenize", json={}).status_code == 400
+    assert client.post("/tokenize", json={"prompt": "x" * 10_000}).status_code == 422
+
+
+def test_clients_that_look_whether_somebody_is_there_find_somebody(client: FlaskClient) -> None:
+    assert client.get("/health").status_code == 200
+    assert client.get("/version").json == {"version": "0.1.0"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"no_such_field": 1, "model": ' + b"[" * 100_000,
+        b'{"n": 2, "model"',
+        b'{"n": 2, "model": "\xff\xfe"}',
+        b'{"n": 2, "user": "' + b"\\ud800" + b'"}',
+        b"[" * 100_000,
+        b"\xff",
+    ],
+)
+def test_what_is_wrong_at_two_places_is_refused_for_the_first(client: FlaskClient, body: bytes) -> None:
+    """The sentence shows what stands there, and the rest may be no JSON at all."""
+    response = client.post("/v1/chat/completions", data=body)
+    assert response.status_code == 400, response.data
+
+
+_THINKING = CHAT_TEMPLATE + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+
+
+def _thinking(pipeline: Pipeline) -> FlaskClient:
+    return client_of(pipeline, template=_THINKING)
+
+
+def test_thoughts_have_a_field_of_their_own(pipeline: Pipeline) -> None:
+    client = _thinking(pipeline)
+    pipeline.script = pipeline.say("<think>\nHm.\n</think>\n\nSaid")
+    assert chat(client).json["choices"][0]["message"] == {  # type: ignore[index]
+        "role": "assistant",
+        "content": "Said",
+        "reasoning_content": "Hm.",
+        "refusal": None,
+    }
+    deltas = [choice["delta"] for event in stream(chat(client, stream=True))[:-1] for choice in event["choices"]]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Hm."
+    assert "".join(delta.get("content", "") for delta in deltas) == "Said"
+
+
+def test_a_variable_that_the_template_knows_reaches_it(pipeline: Pipeline) -> None:
+    client = _thinking(pipeline)
+    assert chat(client, chat_template_kwargs={"enable_thinking": False}).status_code == 200
+    (prompt,) = pipeline.prompts
+    assert TOKENIZER.decode(prompt.token_ids, skip_special_tokens=False).endswith("<think></think>")

@@ -1,0 +1,146 @@
+"""Whoever watches the pipeline: what the stream says, who may read it, how many at once, and when it ends."""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from typing import Any
+
+import msgspec
+import pytest
+from flask.testing import FlaskClient
+from werkzeug.test import TestResponse
+
+from eventing.http.sse import ServerSentEvent, SSEDecoder
+from functions.configuration.config import GatewayConfig, read_config
+from functions.gateway.app import create_app, key_ring
+from functions.gateway.page import pipeline_events, pipeline_watch
+from functions.gateway.page.pipeline_state import PipelineState
+from functions.gateway.page.pipeline_watch import StageName, Watched
+from functions.gateway.scheduling.cold_starts import ColdStart
+from functions.gateway.scheduling.outlook import AnswerOutlook, InstanceOutlook, Outlook, StageOutlook
+from tests.functions.gateway.page.test_merge_patch import applied
+from tests.support.environments import GATEWAY
+from tests.support.functions.scripted_gateway import Pipeline, refuse
+
+ADDRESS = "127.0.0.1"
+
+
+def replica(number: int, state: Any = "ready", event_seconds: float = 0.0) -> InstanceOutlook:
+    return InstanceOutlook(number, "s-00001", state, 1, 900, event_seconds)
+
+
+def answer(request_id: str, client_id: str = ADDRESS) -> AnswerOutlook:
+    return AnswerOutlook(request_id, client_id, (1,), 5, 7, 0)
+
+
+class Pipe:
+    """One stage, which is what `now` says."""
+
+    def __init__(self) -> None:
+        stage = StageOutlook((replica(1),), 0, 0.0, False, None)
+        self.now = Outlook(time.monotonic(), (stage,), 0, 1, 1, 0, (answer("mine"), answer("other", "somebody else")))
+        self.draining = False
+        self.watched = Watched(
+            "tiny", "f" * 32, 8, (StageName("tiny-s0", (0, 2), 1.4),), lambda: self.now, lambda: True, lambda: self.draining
+        )
+
+    def stage(self, **changes: Any) -> None:
+        (stage,) = self.now.stages
+        self.now = dataclasses.replace(self.now, moment=self.now.moment + 1, stages=(dataclasses.replace(stage, **changes),))
+
+    def client(self, **environ: str) -> FlaskClient:
+        config = read_config(GATEWAY | environ)
+        assert isinstance(config, GatewayConfig)
+        pipeline = Pipeline()
+        pipeline.script = refuse(AssertionError)  # type: ignore[arg-type]
+        return create_app(config, lambda: None, pipeline.metrics, key_ring(config), lambda _: None, self.watched).test_client()  # type: ignore[arg-type, return-value]
+
+
+@pytest.fixture
+def pipe(monkeypatch: pytest.MonkeyPatch) -> Pipe:
+    monkeypatch.setattr(pipeline_events, "SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(pipeline_watch, "SAMPLE_SECONDS", 0.0)
+    return Pipe()
+
+
+def events(response: TestResponse) -> Iterator[ServerSentEvent]:
+    assert response.status_code == 200, response.text
+    assert response.content_type == "text/event-stream"
+    decoder = SSEDecoder()
+    for chunk in response.response:
+        yield from decoder.feed(chunk)  # type: ignore[arg-type]
+
+
+def documents(response: TestResponse) -> Iterator[dict[str, Any]]:
+    """The state after each event, put together as a reader does it."""
+    document: dict[str, Any] = {}
+    for number, event in enumerate(events(response)):
+        assert event.event == ("change" if number else "snapshot")
+        document = applied(msgspec.json.decode(event.data), document)
+        yield document
+
+
+def test_a_snapshot_says_everything_and_nothing_of_others(pipe: Pipe) -> None:
+    with closing(pipe.client().get("/v1/pipeline/events")) as response:
+        first = next(documents(response))
+    state = msgspec.convert(first, PipelineState)
+    assert (state.model, state.queue.limit, state.ready) == ("tiny", 8, True)
+    assert (state.stages["0"].service, state.stages["0"].layers, state.stages["0"].target) == ("tiny-s0", (0, 2), 1.4)
+    assert list(state.answers) == ["mine"]
+    assert state.answers["mine"].route == (1,)
+
+
+def test_of_many_answers_those_are_seen_that_compute(pipe: Pipe) -> None:
+    waiting = tuple(dataclasses.replace(answer(f"waits-{number}"), route=()) for number in range(40))
+    pipe.now = dataclasses.replace(pipe.now, answers=(*waiting, answer("computes")))
+    with closing(pipe.client().get("/v1/pipeline/events")) as response:
+        seen = next(documents(response))["answers"]
+    assert len(seen) == pipeline_watch.MOST_ANSWERS
+    assert seen["computes"]["route"] == [1]
+
+
+def test_changes_are_told_until_the_stream_ends(pipe: Pipe) -> None:
+    with closing(pipe.client().get("/v1/pipeline/events")) as response:
+        told = documents(response)
+        assert list(next(told)["stages"]["0"]["replicas"]) == ["1"]
+        pipe.stage(instances=(replica(1, event_seconds=1.5), replica(2, "starting")), steps=3, step_seconds=0.6)
+        changed = next(told)["stages"]["0"]
+        assert changed["replicas"]["1"]["concurrency"] == 1.5
+        assert changed["replicas"]["2"]["state"] == "starting"
+        assert changed["step_seconds"] == pytest.approx(0.2)
+        pipe.stage(instances=(replica(2),), start=ColdStart(0.0, 2.5, {"process": 0.1}))
+        changed = next(told)["stages"]["0"]
+        assert {number: each["state"] for number, each in changed["replicas"].items()} == {"2": "ready"}
+        assert changed["start"] == {"seconds": 2.5, "over": True, "phases": {"process": 0.1}}
+        pipe.draining = True
+        assert not list(told)
+
+
+def test_who_has_no_key_sees_nothing(pipe: Pipe) -> None:
+    client = pipe.client(LAMINA_API_KEYS="a-key")
+    assert client.get("/v1/pipeline/events").status_code == 401
+    with closing(client.get("/v1/pipeline/events", headers={"Authorization": "Bearer a-key"})) as response:
+        assert response.status_code == 200
+
+
+def test_so_many_may_watch_and_the_place_of_one_who_left_is_free(pipe: Pipe) -> None:
+    client = pipe.client()
+    with ExitStack() as watching:
+        for _ in range(pipeline_events.MOST_WATCHERS):
+            watching.enter_context(closing(client.get("/v1/pipeline/events")))
+        refused = client.get("/v1/pipeline/events")
+        assert refused.status_code == 429
+        assert refused.headers["Retry-After"] == "5"
+    for _ in range(3):
+        with closing(client.get("/v1/pipeline/events")) as response:
+            assert response.status_code == 200
+
+
+def test_a_stream_in_which_nothing_happens_has_heartbeats_and_an_end(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline_events, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(pipeline_events, "LONGEST_SECONDS", 0.2)
+    with closing(pipe.client().get("/v1/pipeline/events")) as response:
+        _, *rest = itertools.chain(response.response)
+    assert set(rest) == {b":\n\n"}

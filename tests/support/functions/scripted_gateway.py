@@ -1,0 +1,122 @@
+"""Both doors of the gateway over a scripted pipeline: what is said in every case that a real one brings about seldom."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+from flask.testing import FlaskClient
+from werkzeug.test import TestResponse
+
+from eventing.http.sse import SSEDecoder
+from eventing.problems import Problem
+from functions.configuration.config import GatewayConfig, read_config
+from functions.gateway.answers.metrics import GatewayMetrics
+from functions.gateway.answers.service import AnswerService
+from functions.gateway.app import client_limits, create_app, key_ring
+from functions.gateway.scheduling.prompt import Prompt
+from functions.gateway.scheduling.token_stream import TokenStream
+from functions.gateway.text.chat_template import ChatTemplate
+from functions.gateway.text.tokenizer import ModelText
+from tests.support.environments import GATEWAY
+from tests.support.storage.published import CHAT_TEMPLATE, byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+END = 4
+CONTEXT = 64
+EVENT = {
+    "ce-specversion": "1.0",
+    "ce-id": "1",
+    "ce-source": "/client",
+    "ce-type": "dev.lamina.generate.request",
+    "Content-Type": "application/json",
+}
+_numbers = count()
+Script = Callable[[TokenStream], None]
+
+
+class Pipeline:
+    """Answers each prompt with `text` and an end token, or does what `script` says."""
+
+    def __init__(self) -> None:
+        self.prompts: list[Prompt] = []
+        self.cancelled = threading.Event()
+        self.metrics = GatewayMetrics()
+        self.entered = 0
+        self.full: Problem | None = None
+        """What is said to whoever enters."""
+        self.script: Script = self.say("Hello there")
+
+    @contextmanager
+    def entering(self) -> Iterator[None]:
+        self.entered += 1
+        if self.full is not None:
+            raise self.full
+        yield
+
+    def submit(self, prompt: Prompt) -> TokenStream:
+        self.prompts.append(prompt)
+        self.stream = stream = TokenStream(
+            prompt.max_tokens, prompt.eos_ids, self.cancelled.set, prompt.arrived, prompt.kept_end_ids
+        )
+        self.script(stream)
+        return stream
+
+    def value(self, name: str, **labels: str) -> float:
+        """Of a metric of the gateway, without its prefix."""
+        return self.metrics.registry.get_sample_value(f"lamina_gateway_{name}", labels) or 0.0
+
+    def say(self, text: str, end: bool = True, then: Problem | None = None) -> Script:
+        def script(stream: TokenStream) -> None:
+            for token in TOKENIZER.encode(text, add_special_tokens=False).ids + [END] * end:
+                stream.put(token)
+            if then is not None:
+                stream.fail(then)
+
+        return script
+
+
+def refuse(problem: Problem) -> Script:
+    def script(_: TokenStream) -> None:
+        raise problem
+
+    return script
+
+
+def client_of(
+    pipeline: Pipeline,
+    write_line: Callable[[str], object] = lambda _: None,
+    *,
+    context: int = CONTEXT,
+    template: str = CHAT_TEMPLATE,
+    **environ: str,
+) -> FlaskClient:
+    config = read_config(GATEWAY | environ)
+    assert isinstance(config, GatewayConfig)
+    text = ModelText(TOKENIZER, ChatTemplate(template, {}), frozenset([END]), context)
+    keys = key_ring(config)
+    answers = AnswerService(text, pipeline, pipeline.metrics, limits=client_limits(config, keys), model=config.model)
+    return create_app(config, lambda: answers, pipeline.metrics, keys, write_line).test_client()
+
+
+def ask(client: FlaskClient, data: Any, **headers: str) -> TestResponse:
+    """Another event each time, unless `ce_id` says which."""
+    return client.post(
+        "/",
+        json=data,
+        headers=EVENT
+        | {"ce-id": f"asked-{next(_numbers)}"}
+        | {name.replace("_", "-"): value for name, value in headers.items()},
+    )
+
+
+def chat(client: FlaskClient, **fields: Any) -> TestResponse:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]} | fields
+    return client.post("/v1/chat/completions", json=body)
+
+
+def stream(response: TestResponse) -> list[Any]:
+    events = [event.data for event in SSEDecoder().feed(response.data)]
+    return [event if event == "[DONE]" else json.loads(event) for event in events]
