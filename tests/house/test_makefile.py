@@ -189,11 +189,11 @@ def test_a_model_that_takes_torch_gets_it_and_the_default_one_does_not(tmp_path:
         if not part.name.endswith(".stamp"):
             (tmp_path / "venv" / part.name).symlink_to(part)
     lean = make(tmp_path, "-n", "run", f"VENV={tmp_path / 'venv'}")
-    assert "pip install --no-compile --disable-pip-version-check -r requirements-lean.txt" in lean.stdout
-    assert "requirements-torch.txt" not in lean.stdout
+    assert "--no-compile -r requirements-lean.lock.txt" in lean.stdout
+    assert "requirements-torch.lock.txt" not in lean.stdout
     wanted = make(tmp_path, "-n", "run", f"VENV={tmp_path / 'venv'}", f"MODEL={tmp_path / 'gpt2'}")
     assert "takes torch: model_type 'gpt2' is not one of" in wanted.stderr
-    assert "pip install --disable-pip-version-check -r requirements-torch.txt" in wanted.stdout
+    assert "pip install --disable-pip-version-check -r requirements-torch.lock.txt" in wanted.stdout
 
 
 def test_help_lists_every_target(tmp_path: Path) -> None:
