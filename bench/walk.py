@@ -143,7 +143,7 @@ def measure(folder: Path, tokens: int = 64) -> tuple[Walk, Walk]:
     with published_model(folder) as published:
         environ = stage_environment(published, 0, cut, LAMINA_LAYER_GROUP="native") | {_REPORT: str(reports[1])}
         with FunctionProcess(environ, command) as stage:
-            environ = gateway_environment(published, [stage.wait_ready().url], cut, LAMINA_GUESSES="0")
+            environ = gateway_environment(published, [stage.wait_ready().url], cut, LAMINA_DRAFT_TOKENS="0")
             with FunctionProcess(environ | {_REPORT: str(reports[0])}, command) as gateway:
                 pids = [gateway.process.pid, stage.process.pid]
                 before, between, after = _counted(gateway.wait_ready().url, pids, reports, tokens)
