@@ -24,9 +24,9 @@ from bench.load.report import Setting, judge, markdown
 from bench.load.series import Record, read_records
 from bench.report import machine, write_section
 from knative.commands.sources.local_pipeline import LocalPipeline, ensure_published, local_pipeline
+from knative.commands.sources.state_folder import RunningPlatform, StateFolder
 from knative.commands.sources.store_access import STORE_FOLDER
 from knative.local.platform import ROOT, Platform, PlatformOptions
-from knative.local.state_folder import RunningPlatform, StateFolder
 from knative.render.services import services
 from knative.spec.pipeline_spec import Autoscaling, Gateway, Model, PipelineSpec, Resources, Stage
 from knative.spec.pipeline_spec import Store as StoreSpec

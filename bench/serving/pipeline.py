@@ -23,8 +23,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from eventing.wire.events import Cut
 from functions.stage.engine.threads import usable_cores
 from knative.commands.sources.local_pipeline import LocalPipeline, Sharing, local_pipeline
+from knative.commands.sources.state_folder import find_running
 from knative.local.kubelet.containers import LocalData, read_container
-from knative.local.state_folder import find_running
 from knative.render.services import gateway_service
 from knative.spec.model_sources import packaged_model, published_name
 from knative.spec.spec_file import load_spec

@@ -47,9 +47,9 @@ from bench.soak.records import (
 )
 from bench.soak.report import markdown, verdicts
 from knative.commands.sources.local_pipeline import LocalPipeline, ensure_published, local_pipeline
+from knative.commands.sources.state_folder import StateFolder
 from knative.commands.sources.store_access import STORE_FOLDER
 from knative.local.platform import ROOT, Platform
-from knative.local.state_folder import StateFolder
 from storage.store.object_store import ObjectStore
 
 _DOCUMENT: Final = ROOT / "docs" / "benchmarks.md"

@@ -9,9 +9,9 @@ from urllib.parse import urlsplit
 
 from bench.soak.records import GATEWAY
 from knative.commands.sources.local_pipeline import LocalPipeline
+from knative.commands.sources.state_folder import RunningPlatform, StateFolder
 from knative.local.kubelet.pods import PodTiming
 from knative.local.platform import Platform, PlatformOptions
-from knative.local.state_folder import RunningPlatform, StateFolder
 from knative.render.services import services
 from knative.spec.pipeline_spec import Autoscaling, Gateway, GatewayAutoscaling, Model, PipelineSpec, Resources, Stage
 from knative.spec.pipeline_spec import Store as StoreSpec

@@ -23,12 +23,12 @@ from knative.commands.sources.local_pipeline import (
     local_pipeline,
     read_data_folder,
 )
+from knative.commands.sources.state_folder import RunningPlatform, StateFolder, naming_a_full_disk
 from knative.commands.sources.store_access import STORE_FOLDER, state_option
 from knative.commands.terminal.asking import Question, is_question
 from knative.commands.terminal.stage_table import show_stages
 from knative.commands.terminal.start_watch import watch_starts
 from knative.local.platform import Platform, PlatformOptions
-from knative.local.state_folder import RunningPlatform, StateFolder, naming_a_full_disk
 from knative.render.eventing import eventing_objects
 from knative.render.services import KEYS_ENTRY, services
 from knative.spec.kv_store import KV_PREFIX

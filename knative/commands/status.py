@@ -13,11 +13,10 @@ from rich.live import Live
 
 from knative.commands.sources.cluster_access import cluster_options
 from knative.commands.sources.pipeline_name import named_pipeline
+from knative.commands.sources.state_folder import StateError, find_running
 from knative.commands.sources.store_access import state_option
 from knative.commands.terminal.console import rich_table, show_table, size
 from knative.commands.terminal.pod_metrics import RevisionRates
-from knative.local.errors import StateError
-from knative.local.state_folder import find_running
 
 if TYPE_CHECKING:
     from knative.cluster.client import Cluster

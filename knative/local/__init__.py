@@ -4,5 +4,5 @@
 many pods, `eventing` Brokers, Triggers and Sequences, `http` what all of them speak. Here: the platform that puts them
 together, what it tells of itself, and what can go wrong.
 
-May import: storage, storage.store, knative.webhook, knative.local.*.
+May import: knative.webhook, knative.local.*.
 """

@@ -19,7 +19,3 @@ class UnknownRevision(LocalError):
 
 class PortInUse(LocalError):
     """Another process listens there. The message says which port and what to do."""
-
-
-class StateError(LocalError):
-    """The state folder cannot be used now. The message says what to do."""

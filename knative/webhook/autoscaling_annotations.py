@@ -1,6 +1,6 @@
 """The annotations that Knative's autoscaler reads, and its defaults (config-autoscaler).
 
-Each has its key, and some an older spelling that still counts where the newer is absent.
+Some keys have an older spelling, which counts if the newer one is absent.
 """
 
 from collections.abc import Mapping
@@ -14,16 +14,16 @@ HPA: Final = f"hpa.{GROUP}"
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """One setting under its keys, the preferred one first."""
+    """One setting and its keys."""
 
-    keys: tuple[str, ...]
+    keys: tuple[str, ...]  # the preferred one first
 
     @property
     def key(self) -> str:
         return self.keys[0]
 
     def get(self, annotations: Mapping[str, str]) -> tuple[str, str | None]:
-        """(the key it stands under, its value); (the preferred key, None) where it is absent."""
+        """Returns (key in use, value), or (preferred key, None) if it is absent."""
         for key in self.keys:
             if key in annotations:
                 return key, annotations[key]
@@ -70,8 +70,7 @@ AUTOSCALING: Final = (
     ACTIVATION_SCALE,
     SCALE_DOWN_DELAY,
     SCALE_TO_ZERO_POD_RETENTION_PERIOD,
-)
-"""Every annotation of the group that means anything to Knative."""
+)  # every annotation of the group that Knative reads
 HPA_IGNORES: Final = (
     TARGET_UTILIZATION_PERCENTAGE,
     TARGET_BURST_CAPACITY,
@@ -81,8 +80,7 @@ HPA_IGNORES: Final = (
     ACTIVATION_SCALE,
     SCALE_DOWN_DELAY,
     SCALE_TO_ZERO_POD_RETENTION_PERIOD,
-)
-"""Those that a revision of the HPA class does not read."""
+)  # not read by a revision of the HPA class
 
 TARGET_MIN: Final = 0.01
 WINDOW_MIN_SECONDS: Final = 6
@@ -91,7 +89,7 @@ WINDOW_MAX_SECONDS: Final = 3600
 
 @dataclass(frozen=True, slots=True)
 class AutoscalerConfig:
-    """What config-autoscaler sets for all revisions, with Knative's defaults."""
+    """config-autoscaler: the settings for all revisions, with Knative's defaults."""
 
     enable_scale_to_zero: bool = True
     allow_zero_initial_scale: bool = False
@@ -99,8 +97,7 @@ class AutoscalerConfig:
     container_concurrency_target_fraction: float = 0.7
     container_concurrency_target_default: float = 100.0
     requests_per_second_target_default: float = 200.0
-    target_utilization: float = 0.7
-    """Of metrics other than concurrency."""
+    target_utilization: float = 0.7  # for metrics other than concurrency
     target_burst_capacity: float = 211.0
     max_scale_up_rate: float = 1000.0
     max_scale_down_rate: float = 2.0
@@ -112,7 +109,6 @@ class AutoscalerConfig:
     scale_down_delay_seconds: float = 0.0
     initial_scale: int = 1
     min_scale: int = 0
-    max_scale: int = 0
-    max_scale_limit: int = 0
-    progress_deadline_seconds: float = 600.0
-    """Of config-deployment: how long a revision may take to become ready."""
+    max_scale: int = 0  # 0: unbounded
+    max_scale_limit: int = 0  # highest max-scale that an annotation may ask for; 0: no limit
+    progress_deadline_seconds: float = 600.0  # from config-deployment: how long a revision may take to become ready

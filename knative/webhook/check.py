@@ -1,10 +1,10 @@
 """Whether a cluster would accept a Knative Service: the API server's, the webhook's and the pod's rules, in their order.
 
 Nothing here talks to a cluster. The rules are those of Knative Serving, by default with its default feature flags; tests hold
-them to a real cluster's verdict over recorded manifests. `knative.webhook.warnings` says what is accepted and surely a mistake.
+them to a real cluster's verdict over recorded manifests. `knative.webhook.warnings` finds mistakes that a cluster accepts.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from knative.webhook.annotations import service_annotations, template_annotations
@@ -13,9 +13,8 @@ from knative.webhook.dry_run import pod
 from knative.webhook.feature_flags import FeatureFlags
 from knative.webhook.podspec import revision_spec
 from knative.webhook.schema import as_decoded, unknown_fields, wrong_types
-from knative.webhook.traffic import traffic
 from knative.webhook.values import is_dns_1035_label, is_label_value, is_qualified_name
-from knative.webhook.violation import Violation, Violations, in_one_line, invalid, missing
+from knative.webhook.violation import Violation, Violations, disallowed, in_one_line, invalid, missing, out_of_bounds
 from knative.webhook.warnings import warnings
 
 __all__ = ["API_VERSION", "Violation", "in_one_line", "is_knative_service", "missing_flags", "validate", "warnings"]
@@ -27,7 +26,7 @@ _DEFAULT_FEATURES: Final = FeatureFlags()
 
 
 def is_knative_service(document: object) -> bool:
-    """A Service of Knative's, of whatever version; Kubernetes has a kind of the same name."""
+    """A Service of Knative, in any version; Kubernetes has a kind of the same name."""
     if not isinstance(document, Mapping):
         return False
     return document.get("kind") == "Service" and str(document.get("apiVersion", "")).startswith("serving.knative.dev/")
@@ -36,9 +35,9 @@ def is_knative_service(document: object) -> bool:
 def validate(
     service: dict[str, Any], config: AutoscalerConfig = _DEFAULTS, features: FeatureFlags = _DEFAULT_FEATURES
 ) -> list[Violation]:
-    """Why a cluster would refuse the Service; empty where it would accept it.
+    """Why a cluster would refuse the Service; empty if it would accept it.
 
-    As on a cluster a rule speaks only where all before it are content: unknown fields, types, Knative's webhook, the pod.
+    As on a cluster a rule speaks only if all rules before it are kept: unknown fields, types, Knative's webhook, the pod.
     """
     decoded = as_decoded(service)
     rules: tuple[Callable[[], Violations], ...] = (
@@ -55,7 +54,7 @@ def validate(
 
 
 def missing_flags(service: dict[str, Any], features: FeatureFlags = _DEFAULT_FEATURES) -> dict[str, str]:
-    """Flags of config-features that are off, and the field of the Service that each of them would let through."""
+    """Flags of config-features that are off, each with a field of the Service that it would let through."""
     return {each.flag: each.field for each in reversed(validate(service, features=features)) if each.flag is not None}
 
 
@@ -75,12 +74,12 @@ def _webhook(service: dict[str, Any], config: AutoscalerConfig, features: Featur
     annotations = template.get("metadata", {}).get("annotations", {})
     yield from template_annotations(annotations, config, f"{_TEMPLATE}.metadata.annotations")
     yield from _revision_name(template.get("metadata", {}), metadata)
-    yield from traffic(spec.get("traffic", []), "spec.traffic")
+    yield from _traffic(spec.get("traffic", []), "spec.traffic")
 
 
 def _metadata(metadata: dict[str, Any]) -> Violations:
     name, prefix = metadata.get("name", ""), metadata.get("generateName", "")
-    if prefix and not is_dns_1035_label(_as_prefix(prefix)):
+    if prefix and not _is_name_prefix(prefix):
         yield Violation("metadata.generateName", f'not a DNS 1035 label prefix: "{prefix}"')
     if name and not is_dns_1035_label(name):
         yield Violation("metadata.name", f'not a DNS 1035 label: "{name}"')
@@ -95,9 +94,9 @@ def _metadata(metadata: dict[str, Any]) -> Violations:
 
 
 def _revision_name(template: dict[str, Any], service: dict[str, Any]) -> Violations:
-    """A revision that is given a name carries its Service's as a prefix."""
+    """The name that a template gives its revision begins with the Service's name."""
     at, name, prefix = f"{_TEMPLATE}.metadata", template.get("name", ""), template.get("generateName", "")
-    if prefix and not is_dns_1035_label(_as_prefix(prefix)):
+    if prefix and not _is_name_prefix(prefix):
         yield invalid(f"{at}.generateName", prefix, "not a DNS 1035 label prefix")
     if not name:
         return
@@ -109,6 +108,35 @@ def _revision_name(template: dict[str, Any], service: dict[str, Any]) -> Violati
         yield invalid(f"{at}.name", f'"{name}" must have prefix "{service["name"]}-"')
 
 
-def _as_prefix(prefix: str) -> str:
-    """A name that the prefix could begin: a trailing dash is no fault in it."""
-    return prefix[:-1] + "a" if prefix.endswith("-") else prefix
+def _is_name_prefix(prefix: str) -> bool:
+    """A generated name goes on after the prefix, so that a trailing dash is allowed."""
+    return is_dns_1035_label(prefix[:-1] + "a" if prefix.endswith("-") else prefix)
+
+
+def _traffic(targets: Sequence[dict[str, Any]], at: str) -> Violations:
+    """The traffic split (pkg/apis/serving/v1/route_validation.go); without targets the latest revision gets everything."""
+    tags: dict[str, int] = {}
+    for index, target in enumerate(targets):
+        field, tag, percent = f"{at}[{index}]", target.get("tag", ""), target.get("percent", 0)
+        revision = target.get("revisionName", "")
+        latest = target.get("latestRevision", not revision)
+        if latest == bool(revision):
+            word = str(latest).lower()
+            yield Violation(f"{field}.latestRevision", f'may not set revisionName "{revision}" when latestRevision is {word}')
+        if target.get("configurationName"):
+            yield disallowed(f"{field}.configurationName")
+        elif revision and not is_qualified_name(revision):
+            yield Violation(f"{field}.revisionName", f'invalid key name "{revision}"')
+        if not 0 <= percent <= 100:
+            yield out_of_bounds(f"{field}.percent", percent, 0, 100)
+        if target.get("url"):
+            yield disallowed(f"{field}.url")
+        if tag and not is_dns_1035_label(tag):
+            yield invalid(f"{field}.tag", tag, "not a DNS 1035 label")
+        if tag and tag in tags:
+            for other in (tags[tag], index):
+                yield Violation(f"{at}[{other}].tag", f'Multiple definitions for "{tag}"')
+        tags.setdefault(tag, index)
+    total = sum(target.get("percent", 0) for target in targets)
+    if targets and total != 100:
+        yield Violation(at, f"Traffic targets sum to {total}, want 100")

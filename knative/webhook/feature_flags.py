@@ -26,8 +26,7 @@ POD_FIELDS: Final = {
     "shareProcessNamespace": "kubernetes.podspec-shareprocessnamespace",
     "tolerations": "kubernetes.podspec-tolerations",
     "topologySpreadConstraints": "kubernetes.podspec-topologyspreadconstraints",
-}
-"""Field of `spec.template.spec` → its flag."""
+}  # field of `spec.template.spec` → its flag
 VOLUME_FIELDS: Final = {
     "emptyDir": "kubernetes.podspec-volumes-emptydir",
     "persistentVolumeClaim": "kubernetes.podspec-persistent-volume-claim",
@@ -35,8 +34,7 @@ VOLUME_FIELDS: Final = {
     "hostPath": "kubernetes.podspec-volumes-hostpath",
     "csi": "kubernetes.podspec-volumes-csi",
     "ephemeral": "kubernetes.podspec-volumes-ephemeral",
-}
-"""Kind of a volume → its flag. Secrets, ConfigMaps and projections have none."""
+}  # kind of a volume → its flag; Secrets, ConfigMaps and projections have none
 FIELD_REF: Final = "kubernetes.podspec-fieldref"
 MOUNT_PROPAGATION: Final = "kubernetes.podspec-volumes-mount-propagation"
 ADD_CAPABILITIES: Final = "kubernetes.containerspec-addcapabilities"
@@ -45,21 +43,21 @@ SECURE_POD_DEFAULTS: Final = "secure-pod-defaults"
 
 _ENABLED_BY_DEFAULT: Final = frozenset({"multi-container", "kubernetes.podspec-volumes-emptydir"})
 _VALUES: Final = {value.lower(): value for value in (ENABLED, ALLOWED, DISABLED)}
-_VALUES_OF_SECURE_POD_DEFAULTS: Final = {value.lower(): value for value in (ENABLED, ALLOW_ROOT_BOUNDED, DISABLED)}
+_SECURE_POD_DEFAULTS_VALUES: Final = {value.lower(): value for value in (ENABLED, ALLOW_ROOT_BOUNDED, DISABLED)}
 
 
 class NoFeatures(ValueError):
-    """What was given is no config-features. The message says what it is."""
+    """The document is not the ConfigMap config-features. The message says what it is instead."""
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureFlags:
-    """As a cluster has set them; Knative's defaults where it has not, or where a value is none that Knative knows."""
+    """The flags of a cluster. Absent flags and unknown values count as Knative's defaults."""
 
     data: Mapping[str, str] = field(default_factory=dict)
 
     def value(self, flag: str) -> str:
-        values = _VALUES_OF_SECURE_POD_DEFAULTS if flag == SECURE_POD_DEFAULTS else _VALUES
+        values = _SECURE_POD_DEFAULTS_VALUES if flag == SECURE_POD_DEFAULTS else _VALUES
         default = ENABLED if flag in _ENABLED_BY_DEFAULT else DISABLED
         return values.get(str(self.data.get(flag, default)).lower(), default)
 
@@ -75,7 +73,7 @@ class FeatureFlags:
 
 
 def read_features(document: Any) -> FeatureFlags:
-    """From the ConfigMap config-features, as `kubectl get` writes it. Raises NoFeatures."""
+    """Reads the ConfigMap config-features, as `kubectl get` writes it. Raises NoFeatures."""
     if not isinstance(document, Mapping) or document.get("kind") != "ConfigMap":
         kind = document.get("kind") if isinstance(document, Mapping) else type(document).__name__
         raise NoFeatures(f"the ConfigMap config-features is wanted, not {kind!r}")

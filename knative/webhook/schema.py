@@ -1,7 +1,8 @@
-"""The shape of a Knative Service: which fields there are, and of which type (config/core/300-resources/service.yaml).
+"""The schema of a Knative Service: its fields and their types (config/core/300-resources/service.yaml).
 
-The API server refuses a field that is not in the schema, Knative's webhook a value of another type; it reads nulls as Go does.
-A schema here is a type's name, a dict of fields ("!" behind a name: required), a list of one item schema, or `Mapping`.
+The API server refuses fields that are not in the schema. Knative's webhook refuses values of another type and reads nulls as
+Go does. A schema here is a type's name, a dict of fields (a name that ends in "!" is required), a list with the schema of its
+items, or `Mapping`.
 """
 
 from collections.abc import Mapping as Fields
@@ -14,7 +15,7 @@ from knative.webhook.violation import Violation, Violations
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """An object with keys of the user's choosing."""
+    """An object with free keys, such as labels."""
 
     values: "Schema"
 
@@ -180,7 +181,7 @@ SERVICE: Final[Schema] = {
 
 
 def unknown_fields(value: object, schema: Schema = SERVICE, at: str = "") -> Violations:
-    """Every field that the schema lacks, as strict field validation finds them."""
+    """Yields every field that the schema lacks, as strict field validation finds them."""
     if isinstance(schema, Fields) and isinstance(value, dict):
         fields = {name.rstrip("!"): field for name, field in schema.items()}
         for name, item in value.items():
@@ -194,7 +195,7 @@ def unknown_fields(value: object, schema: Schema = SERVICE, at: str = "") -> Vio
 
 
 def as_decoded(value: Any, schema: Schema = SERVICE) -> Any:
-    """A copy with nulls as Go reads them: absent in an object with fields, empty in a list or in a map of strings.
+    """Returns a copy in which nulls are as Go reads them: absent in an object, zero values in a list or in a map.
 
     Knative's webhook passes every object through its Go types before anything is validated.
     """
@@ -215,12 +216,16 @@ def _zero(schema: Schema) -> Any:
 
 
 def wrong_types(value: object, schema: Schema = SERVICE, at: str = "") -> Violations:
-    """Every value of another type than the schema's, and every required field that is absent."""
+    """Yields every value of another type than the schema's, and every required field that is absent."""
     if isinstance(schema, str):
         if not _is_of(value, schema):
             yield Violation(at, f"Invalid value: {_type_name(value)}: must be of type {schema}")
     elif isinstance(schema, list):
-        yield from _wrong_items(value, schema, at)
+        if not isinstance(value, list):
+            yield Violation(at, f"Invalid value: {_type_name(value)}: must be of type array")
+            return
+        for index, item in enumerate(value):
+            yield from wrong_types(item, schema[0], f"{at}[{index}]")
     elif not isinstance(value, dict):
         yield Violation(at or "object", f"Invalid value: {_type_name(value)}: must be of type object")
     elif isinstance(schema, Mapping):
@@ -228,24 +233,12 @@ def wrong_types(value: object, schema: Schema = SERVICE, at: str = "") -> Violat
             yield from wrong_types(name, "string", f"{at}.{name}")
             yield from wrong_types(item, schema.values, f"{at}.{name}")
     else:
-        yield from _wrong_fields(value, schema, at)
-
-
-def _wrong_items(value: object, schema: list[Any], at: str) -> Violations:
-    if not isinstance(value, list):
-        yield Violation(at, f"Invalid value: {_type_name(value)}: must be of type array")
-        return
-    for index, item in enumerate(value):
-        yield from wrong_types(item, schema[0], f"{at}[{index}]")
-
-
-def _wrong_fields(value: dict[str, object], schema: Fields[str, Any], at: str) -> Violations:
-    for name, field in schema.items():
-        key = name.rstrip("!")
-        if key in value:
-            yield from wrong_types(value[key], field, _join(at, key))
-        elif name.endswith("!"):
-            yield Violation(_join(at, key), "Required value")
+        for name, field in schema.items():
+            key = name.rstrip("!")
+            if key in value:
+                yield from wrong_types(value[key], field, _join(at, key))
+            elif name.endswith("!"):
+                yield Violation(_join(at, key), "Required value")
 
 
 def _join(at: str, name: str) -> str:
@@ -266,7 +259,7 @@ def _is_of(value: object, name: str) -> bool:
 
 
 def _type_name(value: object) -> str:
-    """A value as the API server speaks of it."""
+    """The value's type and text, as the API server names them."""
     if value is None:
         return '"null"'
     if isinstance(value, bool):

@@ -1,6 +1,6 @@
-"""How Go and Kubernetes read the numbers, durations, quantities and names of a manifest, where Python reads them otherwise.
+"""Parses numbers, durations, quantities and names as Go and Kubernetes do, which Python's own parsers do not.
 
-Every `parse_` raises ValueError; the message says what was seen.
+Every `parse_` function raises ValueError; the message says what was seen.
 """
 
 import math
@@ -27,8 +27,7 @@ _UNIT_NANOSECONDS: Final = {
 QUANTITY: Final = re.compile(
     r"(?P<number>[+-]?([0-9]+\.?[0-9]*|\.[0-9]+))"
     r"(?P<suffix>[KMGTPE]i|[numkMGTPE]|[eE](?P<exponent>[+-]?[0-9]+))?"
-)
-"""Kubernetes' resource.Quantity: 500m, 1.5Gi, 2e3."""
+)  # Kubernetes' resource.Quantity: 500m, 1.5Gi, 2e3
 _SUFFIX_FACTOR: Final[dict[str, Fraction]] = {
     **{unit: Fraction(10) ** power for unit, power in zip("num", (-9, -6, -3), strict=True)},
     **{unit: Fraction(1000) ** power for power, unit in enumerate("kMGTPE", start=1)},
@@ -42,21 +41,21 @@ _NAME_PART: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?")
 
 
 def parse_int(text: str) -> int:
-    """As strconv.ParseInt in base 10, of any size."""
+    """Reads an integer as strconv.ParseInt does in base 10, of any size."""
     if not _INTEGER.fullmatch(text):
         raise ValueError(f"{text!r} is not an integer")
     return int(text)
 
 
 def parse_float(text: str) -> float:
-    """As strconv.ParseFloat; NaN and infinities are numbers to it."""
+    """Reads a number as strconv.ParseFloat does; NaN and infinities are numbers."""
     if not _FLOAT.fullmatch(text):
         raise ValueError(f"{text!r} is not a number")
     return float(text)
 
 
 def parse_duration(text: str) -> int:
-    """Nanoseconds, as time.ParseDuration: 1m30s, 1.5h, 0."""
+    """Reads a duration such as 1m30s, 1.5h or 0 as time.ParseDuration does; returns nanoseconds."""
     sign, digits = (-1, text[1:]) if text.startswith("-") else (1, text.removeprefix("+"))
     if digits == "0":
         return 0
@@ -70,7 +69,7 @@ def parse_duration(text: str) -> int:
 
 
 def parse_quantity(value: str | float) -> Fraction:
-    """A Kubernetes quantity in its base unit: cores, bytes, pieces."""
+    """Reads a Kubernetes quantity; returns its base unit: cores, bytes, pieces."""
     match = QUANTITY.fullmatch(str(value))
     if match is None:
         raise ValueError(f"{value!r} is no Kubernetes quantity, such as 500m, 2 or 512Mi")
@@ -81,22 +80,22 @@ def parse_quantity(value: str | float) -> Fraction:
 
 
 def is_dns_1035_label(name: str) -> bool:
-    """A Service's, revision's or tag's name."""
+    """True for names of Services, revisions and tags."""
     return len(name) <= 63 and bool(_DNS_1035_LABEL.fullmatch(name))
 
 
 def is_dns_1123_label(name: str) -> bool:
-    """A container's or volume's name."""
+    """True for names of containers and volumes."""
     return len(name) <= 63 and bool(_DNS_1123_LABEL.fullmatch(name))
 
 
 def is_dns_1123_subdomain(name: str) -> bool:
-    """A ServiceAccount's, Secret's or ConfigMap's name."""
+    """True for names of ServiceAccounts, Secrets and ConfigMaps."""
     return len(name) <= 253 and bool(_DNS_1123_SUBDOMAIN.fullmatch(name))
 
 
 def is_qualified_name(name: str) -> bool:
-    """A key of labels, annotations or resources: `name` or `prefix.example/name`."""
+    """True for keys of labels, annotations and resources: `name` or `prefix.example/name`."""
     prefix, slash, rest = name.rpartition("/")
     if slash and not is_dns_1123_subdomain(prefix):
         return False

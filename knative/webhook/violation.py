@@ -1,24 +1,47 @@
-"""What the webhook says of one field, in Knative's words."""
+"""A violation of one field, in Knative's words, and the way to the fields of a manifest."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
 class Violation:
     """One field and what is wrong with it."""
 
-    field: str
-    """As Knative names it: `spec.template.spec.containers[0].image`."""
+    field: str  # as Knative names it: spec.template.spec.containers[0].image
     reason: str
-    flag: str | None = None
-    """Of config-features, which would let the field through."""
+    flag: str | None = None  # the flag of config-features that would let the field through
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.field}"
 
 
 Violations = Iterator[Violation]
+Rule = tuple[str, Callable[[Any], bool], str]  # path for `select`; accepts a value; reason otherwise, with {} for the value
+
+
+def select(value: Any, path: str, at: str) -> Iterator[tuple[str, Any]]:
+    """Yields (field, value) of everything that `path` leads to, from `value`, which stands at the field `at`.
+
+    A path such as `containers[].env[].name` or `secret|configMap.items`: `[]` is each item of a list, `|` separates names.
+    """
+    step, _, rest = path.partition(".")
+    names, is_list = step.removesuffix("[]"), step.endswith("[]")
+    for name in names.split("|"):
+        if name not in value:
+            continue
+        found = [(f"{at}.{name}[{index}]", item) for index, item in enumerate(value[name])] if is_list else []
+        for field, item in found if is_list else [(f"{at}.{name}", value[name])]:
+            if rest:
+                yield from select(item, rest, field)
+            else:
+                yield field, item
+
+
+def broken_rules(rules: Iterable[Rule], value: Any, at: str) -> Violations:
+    for path, accepts, reason in rules:
+        yield from (Violation(field, reason.format(seen)) for field, seen in select(value, path, at) if not accepts(seen))
 
 
 def missing(field: str) -> Violation:
@@ -26,9 +49,9 @@ def missing(field: str) -> Violation:
 
 
 def disallowed(field: str, flag: str | None = None) -> Violation:
-    """flag: that of config-features which would let it through."""
-    behind = "" if flag is None else f" (config-features has {flag} off)"
-    return Violation(field, f"must not set the field(s){behind}", flag)
+    """flag: the flag of config-features that would let the field through."""
+    off = "" if flag is None else f" (config-features has {flag} off)"
+    return Violation(field, f"must not set the field(s){off}", flag)
 
 
 def invalid(field: str, value: object, detail: str = "") -> Violation:
@@ -39,18 +62,16 @@ def out_of_bounds(field: str, value: object, lowest: object, highest: object) ->
     return Violation(field, f"expected {lowest} <= {value} <= {highest}")
 
 
-def exactly_one_of(at: str, names: Sequence[str], given: Sequence[str]) -> Violations:
-    """For a group of fields of which one must be set, and not more."""
-    if not given:
-        for name in names:
-            yield Violation(f"{at}.{name}", "expected exactly one, got neither")
-    elif len(given) > 1:
-        for name in given:
-            yield Violation(f"{at}.{name}", "expected exactly one, got both")
+def exactly_one_of(value: Any, names: Sequence[str], at: str) -> Violations:
+    """Exactly one of the fields `names` of `value` must be set."""
+    given = [name for name in names if name in value]
+    if len(given) != 1:
+        for name in given or names:
+            yield Violation(f"{at}.{name}", f"expected exactly one, got {'both' if given else 'neither'}")
 
 
 def in_one_line(violations: Iterable[Violation]) -> str:
-    """`reason: field, field; reason: field`, as Knative gathers them."""
+    """`reason: field, field; reason: field`, as Knative groups them."""
     fields: dict[str, list[str]] = {}
     for violation in violations:
         fields.setdefault(violation.reason, []).append(violation.field)

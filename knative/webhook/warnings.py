@@ -1,11 +1,11 @@
-"""What Knative's webhook lets through in silence and is surely a mistake."""
+"""Mistakes that Knative's webhook accepts without a word."""
 
 import difflib
 from typing import Any, Final
 
 from knative.webhook import autoscaling_annotations as annotated
 from knative.webhook.annotations import ALGORITHMS, NETWORKING, QUEUE_PERCENTAGE, QUEUE_RESOURCES, ROLLOUT_DURATION
-from knative.webhook.autoscaling_annotations import GROUP, HPA, KPA, Annotation
+from knative.webhook.autoscaling_annotations import GROUP, HPA, KPA
 from knative.webhook.schema import as_decoded
 from knative.webhook.values import parse_float, parse_int
 from knative.webhook.violation import Violation, Violations
@@ -13,8 +13,7 @@ from knative.webhook.violation import Violation, Violations
 _SERVICE: Final = "metadata.annotations"
 _TEMPLATE: Final = "spec.template.metadata.annotations"
 _DEFAULT_TIMEOUT_SECONDS: Final = 300
-_VISIBILITY: Final = "networking.knative.dev/visibility"
-_OF_TEMPLATE: Final = (*annotated.AUTOSCALING, annotated.PROGRESS_DEADLINE, QUEUE_PERCENTAGE, *QUEUE_RESOURCES)
+_TEMPLATE_ANNOTATIONS: Final = (*annotated.AUTOSCALING, annotated.PROGRESS_DEADLINE, QUEUE_PERCENTAGE, *QUEUE_RESOURCES)
 _ANYWHERE: Final = frozenset(
     (
         *NETWORKING,
@@ -28,17 +27,16 @@ _ANYWHERE: Final = frozenset(
         "features.knative.dev/http-full-duplex",
     )
 )
-_PLACE: Final = {
-    **{key: _TEMPLATE for annotation in _OF_TEMPLATE for key in annotation.keys},
+_PLACE: Final = {  # key → where Knative reads it
+    **{key: _TEMPLATE for annotation in _TEMPLATE_ANNOTATIONS for key in annotation.keys},
     **dict.fromkeys(ROLLOUT_DURATION.keys, _SERVICE),
-    _VISIBILITY: "metadata.labels",
+    "networking.knative.dev/visibility": "metadata.labels",
 }
-"""Where Knative reads a key."""
-_PREFERRED: Final = [annotation.key for annotation in (*_OF_TEMPLATE, ROLLOUT_DURATION)]
+_PREFERRED: Final = [annotation.key for annotation in (*_TEMPLATE_ANNOTATIONS, ROLLOUT_DURATION)]
 
 
 def warnings(service: dict[str, Any]) -> list[Violation]:
-    """Of a Service that `validate` accepts; for any other the result has no meaning."""
+    """The service must be one that `validate` accepts."""
     decoded = as_decoded(service)
     metadata, template = decoded.get("metadata", {}), decoded["spec"]["template"]
     annotations, spec = template.get("metadata", {}).get("annotations", {}), template["spec"]
@@ -47,17 +45,14 @@ def warnings(service: dict[str, Any]) -> list[Violation]:
         *_unread(annotations, _TEMPLATE),
         *_labels(metadata.get("labels", {}), "metadata.labels"),
         *_labels(template.get("metadata", {}).get("labels", {}), "spec.template.metadata.labels"),
-        *_twice(annotations),
-        *_target(annotations, spec),
-        *_scales(annotations),
-        *_ignored(annotations),
+        *_autoscaling(annotations, spec),
         *_timeouts(spec, "spec.template.spec"),
         *_environment(spec["containers"], "spec.template.spec.containers"),
     ]
 
 
 def _unread(annotations: dict[str, str], at: str) -> Violations:
-    """Keys that look like Knative's and that it does not read there."""
+    """Keys that look like Knative's but are not read at `at`."""
     for key in annotations:
         group = key.rpartition("/")[0]
         if "knative" not in group or key in _ANYWHERE or _PLACE.get(key) == at:
@@ -65,16 +60,11 @@ def _unread(annotations: dict[str, str], at: str) -> Violations:
         if key in _PLACE:
             yield Violation(f"{at}.{key}", f"Knative ignores it here; it belongs under {_PLACE[key]}")
             continue
-        near = _nearest(key)
-        hint = f"; did you mean {near}?" if near else ""
+        # Names are compared without their group, which would make any two keys alike.
+        by_name = {_plain(known): known for known in _PREFERRED}
+        near = difflib.get_close_matches(_plain(key), by_name, n=1)
+        hint = f"; did you mean {by_name[near[0]]}?" if near else ""
         yield Violation(f"{at}.{key}", f"Knative knows no such annotation and ignores it{hint}")
-
-
-def _nearest(key: str) -> str | None:
-    """The known key whose name is most like this one's; the group would make any two keys alike."""
-    by_name = {_plain(known): known for known in _PREFERRED}
-    near = difflib.get_close_matches(_plain(key), by_name, n=1)
-    return by_name[near[0]] if near else None
 
 
 def _plain(key: str) -> str:
@@ -87,43 +77,33 @@ def _labels(labels: dict[str, str], at: str) -> Violations:
             yield Violation(f"{at}.{key}", f"Knative ignores it as a label; it belongs under {_TEMPLATE}")
 
 
-def _twice(annotations: dict[str, str]) -> Violations:
-    for annotation in _OF_TEMPLATE:
+def _autoscaling(annotations: dict[str, str], spec: dict[str, Any]) -> Violations:
+    for annotation in _TEMPLATE_ANNOTATIONS:
         for key in [key for key in annotation.keys if key in annotations][1:]:
             yield Violation(f"{_TEMPLATE}.{key}", f"Knative ignores it because {annotation.key} is set too")
-
-
-def _target(annotations: dict[str, str], spec: dict[str, Any]) -> Violations:
-    target, concurrency = _number(annotated.TARGET, annotations), spec.get("containerConcurrency", 0)
-    metric = annotated.METRIC.value(annotations) or "concurrency"
-    if _class(annotations) == KPA and metric == "concurrency" and target is not None and 0 < concurrency < target:
+    scaler, metric = annotated.CLASS.value(annotations) or KPA, annotated.METRIC.value(annotations) or "concurrency"
+    target, concurrency = annotated.TARGET.value(annotations), spec.get("containerConcurrency", 0)
+    if scaler == KPA and metric == "concurrency" and target is not None and 0 < concurrency < parse_float(target):
         yield Violation(
             f"{_TEMPLATE}.{annotated.TARGET.key}",
-            f"target {target:g} is above containerConcurrency {concurrency}, which Knative scales by instead",
+            f"target {parse_float(target):g} is above containerConcurrency {concurrency}, which Knative scales by instead",
         )
-    if _number(annotated.TARGET_BURST_CAPACITY, annotations) == -1:
+    key, burst = annotated.TARGET_BURST_CAPACITY.get(annotations)
+    if burst is not None and parse_float(burst) == -1:
         yield Violation(
-            f"{_TEMPLATE}.{annotated.TARGET_BURST_CAPACITY.get(annotations)[0]}",
+            f"{_TEMPLATE}.{key}",
             "with -1 Knative reads no queue-proxy: requests sent straight to pods do not count and do not keep them",
         )
     key, algorithm = annotated.METRIC_AGGREGATION_ALGORITHM.get(annotations)
     if algorithm and algorithm not in ALGORITHMS:
         yield Violation(f"{_TEMPLATE}.{key}", f"Knative knows no algorithm {algorithm} and averages linearly")
-
-
-def _scales(annotations: dict[str, str]) -> Violations:
-    initial, most = (_integer(scale, annotations) for scale in (annotated.INITIAL_SCALE, annotated.MAX_SCALE))
-    if initial is not None and most and initial > most:
+    (key, initial), most = annotated.INITIAL_SCALE.get(annotations), parse_int(annotated.MAX_SCALE.value(annotations) or "0")
+    if initial is not None and 0 < most < parse_int(initial):
         yield Violation(
-            f"{_TEMPLATE}.{annotated.INITIAL_SCALE.get(annotations)[0]}",
+            f"{_TEMPLATE}.{key}",
             f"initial-scale {initial} is above max-scale {most}, which Knative exceeds until so many pods were ready",
         )
-
-
-def _ignored(annotations: dict[str, str]) -> Violations:
-    if _class(annotations) != HPA:
-        return
-    for annotation in annotated.HPA_IGNORES:
+    for annotation in annotated.HPA_IGNORES if scaler == HPA else ():
         key, value = annotation.get(annotations)
         if value is not None:
             yield Violation(f"{_TEMPLATE}.{key}", "the HPA class does not read it")
@@ -149,17 +129,3 @@ def _environment(containers: list[dict[str, Any]], at: str) -> Violations:
             if variable["name"] in seen:
                 yield Violation(f"{at}[{index}].env[{position}].name", f"{variable['name']} is set twice; the last one counts")
             seen.add(variable["name"])
-
-
-def _class(annotations: dict[str, str]) -> str:
-    return annotated.CLASS.value(annotations) or KPA
-
-
-def _number(annotation: Annotation, annotations: dict[str, str]) -> float | None:
-    value = annotation.value(annotations)
-    return None if value is None else parse_float(value)
-
-
-def _integer(annotation: Annotation, annotations: dict[str, str]) -> int | None:
-    value = annotation.value(annotations)
-    return None if value is None else parse_int(value)

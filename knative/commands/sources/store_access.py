@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import click
 
-from knative.local.state_folder import DEFAULT_FOLDER, find_running
+from knative.commands.sources.state_folder import DEFAULT_FOLDER, find_running
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
 from storage.store.settings import StoreSettings

@@ -1,4 +1,4 @@
-"""No process outlives the platform, whatever ends it; one run at a time holds the state folder."""
+"""No process outlives the platform, whatever ends it."""
 
 import os
 import signal
@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from knative.local.errors import StateError
 from knative.local.kubelet.processes import dying_with_parent, memory_bytes
 from knative.local.platform import ROOT
-from knative.local.state_folder import RunningPlatform, StateFolder, find_running
 
 
 def alive(pid: int) -> bool:
@@ -58,38 +56,3 @@ def test_a_command_that_does_not_exist_is_named() -> None:
 def test_memory_is_that_of_the_process_alone() -> None:
     assert 2**20 < memory_bytes(os.getpid()) < 2**34
     assert memory_bytes(2**22 + 1) == 0
-
-
-def test_a_second_run_is_told_where_the_first_is(tmp_path: Path) -> None:
-    with StateFolder(tmp_path / "state") as state:
-        state.publish(RunningPlatform(pid=os.getpid(), admin_url="http://a", gateway_url="http://127.0.0.1:8080"))
-        with pytest.raises(StateError, match=rf"process {os.getpid()}, serving http://127\.0\.0\.1:8080.*--state"):
-            StateFolder(tmp_path / "state").__enter__()
-        assert find_running(tmp_path / "state") is not None
-    assert find_running(tmp_path / "state") is None
-    with StateFolder(tmp_path / "state") as again:
-        assert not again.recovered
-
-
-def test_what_a_killed_run_left_is_found_and_cleaned(tmp_path: Path) -> None:
-    with StateFolder(tmp_path) as state:
-        state.publish(RunningPlatform(pid=1, admin_url="http://a", gateway_url="http://g"))
-        (state.logs / "pod.log").write_text("last words")
-        left = (tmp_path / "platform.json").read_bytes()
-    (tmp_path / "platform.json").write_bytes(left)
-    assert find_running(tmp_path) is None
-    with StateFolder(tmp_path) as state:
-        assert state.recovered
-        assert list(state.logs.iterdir()) == []
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(StateError, match=r"file/state: cannot be used: Not a directory; .*--state"):
-        StateFolder(tmp_path / "file" / "state").__enter__()
-
-
-def test_the_stores_keys_are_for_their_owner_only(tmp_path: Path) -> None:
-    with StateFolder(tmp_path) as state:
-        state.publish(RunningPlatform(pid=1, admin_url="http://a", gateway_url="http://g"))
-        assert (tmp_path / "platform.json").stat().st_mode & 0o077 == 0
