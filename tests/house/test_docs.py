@@ -1,4 +1,4 @@
-"""Pages say what is so: links lead somewhere, files and commands that are named exist, messages are those of the code."""
+"""Pages are true: links lead somewhere, named files and commands exist, quoted messages are the code's own."""
 
 import re
 import subprocess
@@ -14,9 +14,11 @@ from knative.__main__ import main as command_line
 from tests.support.house.pages import (
     PAGES,
     anchors,
+    by_hand,
     code,
+    commands,
+    packages,
     paths_of,
-    rooms,
     section,
     source_files,
     spans,
@@ -27,7 +29,24 @@ from tests.support.paths import ROOT
 
 DOCS = ROOT / "docs"
 FOLDERS = ("bench", "docs", "eventing", "examples", "functions", "knative", "monitoring", "storage", "tests")
-PACKAGES = ("bench", "eventing", "functions", "knative", "storage", "tests")
+MODULES = ("bench", "eventing", "functions", "knative", "storage", "tests")
+MOST_PAGES = 14  # 13 once local-knative.md is knative/local/README.md
+
+# Commands of the pages, by how they begin, and the test that runs them. `make` has tests of its own below.
+RUN_BY = {
+    "python -m knative run": "tests/knative/commands/test_lean.py",
+    "python -m knative push": "tests/knative/commands/test_command_line.py",
+    "python -m knative ask": "tests/knative/commands/test_ask.py",
+    "python -m knative keys": "tests/knative/commands/test_keys.py",
+    "python -m knative plan": "tests/house/test_docs.py",
+    "python -m knative render": "tests/knative/commands/test_deploy_folder.py",
+    "python -m knative deploy": "tests/knative/commands/test_deploy_folder.py",
+    "python -m knative": "tests/knative/commands/test_cluster_commands.py",  # against a stand-in for the API
+    "curl": "tests/pipeline/test_page_commands.py",
+    ".venv/bin/python -m pytest": "tests/house/test_docs.py",
+}
+NEEDS_A_CLUSTER = ("kubectl", "kn ", "podman push", "curl $BROKER", "curl -s http://127.0.0.1:9464")
+SHELL = ("export",)
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
@@ -44,8 +63,14 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_the_readme_links_every_page() -> None:
+    pages = [page.name for page in DOCS.glob("*.md")]
     readme = (ROOT / "README.md").read_text()
-    assert not [page.name for page in DOCS.glob("*.md") if f"](docs/{page.name})" not in readme]
+    assert len(pages) <= MOST_PAGES
+    assert not [name for name in pages if f"](docs/{name})" not in readme]
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
 def test_pages_that_code_names_exist() -> None:
@@ -62,9 +87,9 @@ def test_pages_that_code_names_exist() -> None:
 
 @each_page
 def test_files_that_are_named_exist(page: Path) -> None:
-    """By their whole path, by a pattern of one, or by its end: as much as no other file has, or the page names the room."""
+    """A page names a file by its path, a pattern, or an end of its path that is unique (in a package that the page names)."""
     named = spans(page.read_text())
-    here = tuple(room for room in rooms() if {room, room.rstrip("/")} & set(named))
+    here = tuple(package for package in packages() if {package, package.rstrip("/")} & set(named))
     for span in named:
         if re.fullmatch(rf"({'|'.join(FOLDERS)})/[\w./*{{}}, -]*|(?!__)[\w/*]+\.py", span):
             ends = [path for path in source_files() if fnmatch(path, f"*/{span}")]
@@ -87,18 +112,17 @@ def test_modules_that_are_named_exist(page: Path) -> None:
     text = "\n".join(code(page.read_text()))
     named = {
         *re.findall(r"python -m ([\w.]+)", text),
-        *re.findall(rf"^((?:{'|'.join(PACKAGES)})(?:\.\w+)+)$", text, re.MULTILINE),
+        *re.findall(rf"^((?:{'|'.join(MODULES)})(?:\.\w+)+)$", text, re.MULTILINE),
     }
-    for name in (each for each in named if each.split(".")[0] in PACKAGES and not each.endswith(".yaml")):
+    for name in (each for each in named if each.split(".")[0] in MODULES and not each.endswith(".yaml")):
         module, _, attribute = name.rpartition(".")
         assert is_module(name) or (is_module(module) and attribute in source_of(module)), f"{page.name} names {name}"
 
 
 @each_page
 def test_commands_and_their_options_exist(page: Path) -> None:
-    """Of `python -m knative`, up to a pipe, a comment or the next command. What `--help` itself says is left out."""
-    by_hand = page.read_text().partition("<!-- begin commands -->")[0]
-    for line in code(by_hand):
+    """Checks `python -m knative …` up to a pipe, a comment or the next command."""
+    for line in code(by_hand(page)):
         for words in re.findall(r"python -m knative ([a-z][^|;&#)]*)", line):
             name, *rest = words.split()
             command = command_line.get_command(click.Context(command_line), name)
@@ -119,34 +143,51 @@ def test_targets_and_variables_of_make_exist(page: Path) -> None:
             assert re.search(rf"^{variable} \?=", makefile, re.MULTILINE), f"{page.name}: {line}"
 
 
-def test_the_map_leads_to_rooms_and_files() -> None:
-    assert "](docs/structures.md)" in (ROOT / "README.md").read_text()
+@each_page
+def test_every_command_is_run_by_a_test_or_needs_a_cluster(page: Path) -> None:
+    """A page with commands that need a cluster says so in its first paragraph."""
+    for line in commands(page):
+        if line.startswith(NEEDS_A_CLUSTER):
+            assert "cluster" in page.read_text().split("\n\n")[1], f"{page.name} does not say that it needs a cluster: {line}"
+        elif not line.startswith(("make ", *SHELL)):
+            assert any(line.startswith(begin) for begin in RUN_BY), f"{page.name}: no test runs {line}"
+
+
+@pytest.mark.parametrize(("begin", "path"), RUN_BY.items())
+def test_tests_that_run_the_pages_commands_exist(begin: str, path: str) -> None:
+    program = begin.split()[-1]
+    assert re.search(rf"\b{program}\b", (ROOT / path).read_text()), f"{path} does not run {begin}"
+
+
+def test_the_map_leads_to_files_and_names() -> None:
     (table,) = tables(section((DOCS / "structures.md").read_text(), "Where is …?"))
     rows = [row for row in table if row[1]]
-    assert len(rows) >= 15
-    for question, in_rooms, in_files, look_for in rows:
-        known = rooms()
-        named, files = spans(in_rooms), spans(in_files)
-        assert named, question
-        assert set(named) <= known, f"{question} {set(named) - known} are no rooms"
+    assert 30 <= len(rows) <= 45
+    for question, in_files, look_for in rows:
+        files = spans(in_files)
         assert files, question
-        assert all(file.startswith(tuple(named)) for file in files), f"{question} {files} are not in {named}"
         text = "".join((ROOT / file).read_text() for file in files)
         assert not [name for name in spans(look_for) if not re.search(rf"\b{name}\b", text)], f"{question} {look_for}"
 
 
-def test_the_readme_names_the_rooms_of_each_folder() -> None:
+def test_the_vocabulary_has_at_most_forty_words() -> None:
+    (table,) = tables(section((DOCS / "structures.md").read_text(), "Vocabulary"))
+    assert len(table) <= 40
+    assert all(meaning for _, meaning in table)
+
+
+def test_the_readme_names_the_packages_of_each_folder() -> None:
     (table,) = tables(section((ROOT / "README.md").read_text(), "Folders"))
-    named = {f"{spans(folder)[0]}{room}" for folder, _, in_folder in table for room in spans(in_folder)}
-    assert named == {room for room in rooms() if room.count("/") == 2}
+    named = {f"{spans(folder)[0]}{package}" for folder, _, in_folder in table for package in spans(in_folder)}
+    assert named == {package for package in packages() if package.count("/") == 2}
 
 
-def test_every_room_is_in_the_map() -> None:
-    (table,) = tables(section((DOCS / "structures.md").read_text(), "Rooms"))
-    assert sorted(room for row in table for room in spans(row[0])) == sorted(rooms())
+def test_every_package_is_in_the_map() -> None:
+    (table,) = tables(section((DOCS / "structures.md").read_text(), "Packages"))
+    assert sorted(package for row in table for package in spans(row[0])) == sorted(packages())
 
 
-def test_the_plan_that_is_shown_is_the_one_that_is_printed() -> None:
+def test_the_shown_plan_is_what_plan_prints() -> None:
     page = (DOCS / "scaling.md").read_text()
     command, shown = re.findall(r"(?:^    .+\n)+", page, re.MULTILINE)[:2]
     arguments = command.split()[1:]
@@ -154,16 +195,16 @@ def test_the_plan_that_is_shown_is_the_one_that_is_printed() -> None:
     assert [line.strip() for line in shown.splitlines()] == [line.strip() for line in printed.splitlines()]
 
 
-def test_messages_that_are_explained_are_the_codes_own() -> None:
-    """The first column of every table for the one who is called at night, `…` standing for what is filled in."""
+def test_explained_messages_are_the_codes_own() -> None:
+    """Checks the first column of every table of "Called at night"; `…` stands for what is filled in."""
     rows = [row for table in tables(section((DOCS / "operating.md").read_text(), "Called at night")) for row in table]
     messages = [message for row in rows for message in spans(row[0])]
     assert len(messages) > 50
     assert not [message for message in messages if not any(message in text for text in strings_of_the_code())]
 
 
-def test_settings_that_are_named_exist() -> None:
-    """In backticks, as `section.field`."""
+def test_named_settings_exist() -> None:
+    """Checks what stands in backticks as `section.field`."""
     from knative.spec.pipeline_spec import PipelineSpec
 
     pages = ("deploying.md", "operating.md", "scaling.md", "security.md")
@@ -174,7 +215,7 @@ def test_settings_that_are_named_exist() -> None:
         assert re.search(rf"^    {name}: ", fields, re.MULTILINE), f"{named}.{name}"
 
 
-def test_the_picture_can_be_read_aloud_and_in_the_dark() -> None:
+def test_the_picture_has_a_description_and_dark_colours() -> None:
     picture = ElementTree.parse(DOCS / "request.svg").getroot()
     said = {each.get("id"): (each.text or "").strip() for each in picture if each.tag.endswith(("}title", "}desc"))}
     assert sorted(picture.get("aria-labelledby", "").split()) == sorted(map(str, said))

@@ -1,4 +1,4 @@
-"""What the pages of the documentation name, in backticks, blocks and tables; and what the code says, to hold them to."""
+"""Reads the pages of the documentation (code, tables, headings), and the code that they are compared with."""
 
 import ast
 import re
@@ -13,30 +13,47 @@ SOURCES = ("storage", "eventing", "functions", "knative")
 
 _SPAN = re.compile(r"`([^`\n]+)`")
 _BRACES = re.compile(r"\{([^{}]*)\}")
+_PROGRAM = re.compile(r"(?:make|python|\.venv/bin/python|pip|curl|kubectl|kn|podman|export) ")
 
 
 def anchors(page: Path) -> set[str]:
-    """As GitHub makes them of headings."""
+    """The anchors that GitHub makes of headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def by_hand(page: Path) -> str:
+    """The page without the sections that programs write."""
+    return re.sub(r"<!-- begin (\S+) -->.*?<!-- end \1 -->", "", page.read_text(), flags=re.DOTALL)
+
+
 def spans(text: str) -> list[str]:
-    """Code in backticks, without what stands in blocks."""
+    """Code in backticks, outside of blocks."""
     outside = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
     lines = [line for line in outside.splitlines() if not line.startswith("    ")]
     return _SPAN.findall("\n".join(lines))
 
 
-def code(text: str) -> list[str]:
-    """Everything that is set as code: spans, and the lines of blocks, a line that ends with a backslash with the next."""
+def block_lines(text: str) -> list[str]:
+    """Lines of code blocks. A line that ends with a backslash is joined with the next."""
     fenced = re.findall(r"^```.*?$(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     blocks = [*fenced, *re.findall(r"(?:^    .*\n)+", text, re.MULTILINE)]
-    return [*spans(text), *(line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines())]
+    return [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+def code(text: str) -> list[str]:
+    """Everything that is set as code: spans and lines of blocks."""
+    return [*spans(text), *block_lines(text)]
+
+
+def commands(page: Path) -> list[str]:
+    """Shell commands in the blocks of a page, without variables that are set before them."""
+    lines = (re.sub(r"^(?:[A-Z_]+=\S+ )+", "", line) for line in block_lines(by_hand(page)))
+    return [line for line in lines if _PROGRAM.match(line)]
 
 
 def paths_of(pattern: str) -> list[Path]:
-    """`a/{b,c}/d_*.py` → what there is of it; empty as soon as a part of it finds nothing."""
+    """`a/{b,c}/d_*.py` → its files; empty as soon as a part of it matches nothing."""
     found: list[Path] = []
     for each in _expanded(pattern):
         matches = list(ROOT.glob(each.rstrip("/")))
@@ -62,11 +79,11 @@ def tables(text: str) -> list[list[list[str]]]:
 
 
 def section(text: str, heading: str) -> str:
-    """From `## heading` to the next heading of that rank."""
+    """The text from `## heading` to the next heading of that level."""
     return text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
 
 
-def rooms() -> set[str]:
+def packages() -> set[str]:
     """Every folder of the product with an `__init__.py`, with a slash at its end."""
     return {
         f"{path.parent.relative_to(ROOT).as_posix()}/" for folder in SOURCES for path in (ROOT / folder).rglob("__init__.py")
@@ -75,14 +92,14 @@ def rooms() -> set[str]:
 
 @cache
 def source_files() -> tuple[str, ...]:
-    """Paths of all Python files, from the project's folder."""
+    """Paths of all Python files, relative to the project's folder."""
     folders = (*SOURCES, "bench", "docs", "tests")
     return tuple(path.relative_to(ROOT).as_posix() for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
 @cache
 def strings_of_the_code() -> tuple[str, ...]:
-    """Every string of the product but docstrings, pieces put together, `…` in place of what is filled in."""
+    """Every string of the product except docstrings; literal parts are joined, and `…` stands for what is filled in."""
     return tuple(text for path in source_files() if path.startswith(SOURCES) for text in _strings(ROOT / path))
 
 
