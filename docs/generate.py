@@ -15,9 +15,9 @@ from functions.configuration.environment_page import markdown_page
 from knative.__main__ import main as command_line
 from knative.commands.render import rendered_files
 from knative.commands.sources.store_access import StoreOptions
-from knative.render.alerts import rule_groups
 from knative.render.dashboard import dashboard
 from knative.render.gitops import with_kustomization
+from knative.render.monitoring import rule_groups
 from knative.spec.kubernetes_object import to_yaml
 from knative.spec.spec_file import load_spec
 

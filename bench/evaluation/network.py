@@ -21,9 +21,17 @@ from knative.local.kubelet.pods import Pod
 from knative.local.platform import ROOT, Platform, PlatformOptions
 from knative.local.proxies.network import Network
 from knative.render.services import services
-from knative.spec.network_plan import Link, network_plan
-from knative.spec.pipeline_spec import Autoscaling, Gateway, GatewayAutoscaling, Model, PipelineSpec, Resources, Stage, Store
-from knative.spec.stage_plan import StagePlan, plan_stages
+from knative.spec.pipeline_spec import (
+    Autoscaling,
+    GatewayAutoscaling,
+    GatewaySpec,
+    ModelSpec,
+    PipelineSpec,
+    Resources,
+    StageSpec,
+    StoreSpec,
+)
+from knative.spec.sizing import Link, StagePlan, network_plan, plan_stages
 from storage.store.object_store import ObjectStore
 
 DELAYS_SECONDS: Final = (0.0, 0.001, 0.005, 0.02, 0.05)
@@ -155,18 +163,18 @@ async def _passes(local: LocalPipeline, platform: Platform) -> list[tuple[float,
 def _spec(model: str, remedy: Remedy) -> PipelineSpec:
     return PipelineSpec(
         name="network",
-        model=Model(name=model, dtype=_DTYPE),
+        model=ModelSpec(name=model, dtype=_DTYPE),
         stages=remedy.stages,
         wire_dtype=remedy.wire_dtype,
         image="lamina:local",
-        stage=Stage(resources=Resources(memory="2Gi"), kv_cache="256Mi", autoscaling=Autoscaling(min_scale=1, max_scale=1)),
-        gateway=Gateway(
+        stage=StageSpec(resources=Resources(memory="2Gi"), kv_cache="256Mi", autoscaling=Autoscaling(min_scale=1, max_scale=1)),
+        gateway=GatewaySpec(
             micro_batch_sequences=_MICRO_BATCH,
             draft_tokens=remedy.draft_tokens,
             access_log="off",
             autoscaling=GatewayAutoscaling(min_scale=1, max_scale=1),
         ),
-        store=Store(endpoint="http://127.0.0.1"),
+        store=StoreSpec(endpoint="http://127.0.0.1"),
     )
 
 

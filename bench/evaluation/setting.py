@@ -13,8 +13,17 @@ from functions.configuration.pass_times import PassTimes
 from knative.local.platform import ROOT
 from knative.spec.cut import cut_evenly, format_cut
 from knative.spec.model_shape import ModelShape, shape_from_config
-from knative.spec.pipeline_spec import Autoscaling, Gateway, GatewayAutoscaling, Model, PipelineSpec, Resources, Stage, Store
-from knative.spec.stage_plan import StagePlan, plan_stages
+from knative.spec.pipeline_spec import (
+    Autoscaling,
+    GatewayAutoscaling,
+    GatewaySpec,
+    ModelSpec,
+    PipelineSpec,
+    Resources,
+    StageSpec,
+    StoreSpec,
+)
+from knative.spec.sizing import StagePlan, plan_stages
 
 NAME: Final = "evaluation"
 WAYS: Final = ("one static copy", "replicas, KPA", "static pipeline", "pipeline, HPA", "pipeline, KPA")
@@ -106,10 +115,10 @@ class Setting:
         kv_bytes = self.kv_tokens(way) * max(plan.kv_bytes_per_token for plan in self.plans(way))
         return PipelineSpec(
             name=NAME,
-            model=Model(name=self.model, dtype=self.dtype),
+            model=ModelSpec(name=self.model, dtype=self.dtype),
             cut=format_cut(self.cut(way)),
             image="lamina:local",
-            stage=Stage(
+            stage=StageSpec(
                 resources=Resources(cpu="1", memory=f"{math.ceil((kv_bytes + _OTHER_BYTES) / 2**20)}Mi"),
                 kv_cache=str(kv_bytes),
                 layer_group="sleep",
@@ -117,14 +126,14 @@ class Setting:
                 sleep_bytes_per_second=int(self.weights_bytes_per_second),
                 autoscaling=self._autoscaling(way),
             ),
-            gateway=Gateway(
+            gateway=GatewaySpec(
                 micro_batch_sequences=self.micro_batch_sequences,
                 draft_tokens=0,
                 queue_limit=QUEUE_LIMIT,
                 access_log="off",
                 autoscaling=GatewayAutoscaling(min_scale=1, max_scale=1),
             ),
-            store=Store(endpoint="http://127.0.0.1"),
+            store=StoreSpec(endpoint="http://127.0.0.1"),
         )
 
     def _autoscaling(self, way: str) -> Autoscaling:

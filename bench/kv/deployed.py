@@ -26,17 +26,18 @@ from knative.local.platform import Platform, PlatformOptions
 from knative.local.serving.revisions import Revision
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import services
-from knative.spec.kv_store import KV_PREFIX, KVStore
 from knative.spec.pipeline_spec import (
+    KV_PREFIX,
     Autoscaling,
-    Gateway,
     GatewayAutoscaling,
-    Model,
+    GatewaySpec,
+    KVStoreSpec,
+    ModelSpec,
     PipelineSpec,
     Resources,
-    Stage,
+    StageSpec,
+    StoreSpec,
 )
-from knative.spec.pipeline_spec import Store as StoreSpec
 from knative.webhook.autoscaling_annotations import AutoscalerConfig
 from storage.kv.kv_store import Allowance, prune
 from storage.models.model_repository import read_file
@@ -166,16 +167,16 @@ def _spec(model: str, dtype: str) -> PipelineSpec:
     quick: dict[str, Any] = {"window_seconds": 6, "scale_down_delay_seconds": 0, "min_scale": 1, "max_scale": 1}
     return PipelineSpec(
         name=HOLDING,
-        model=Model(name=model, dtype=dtype),
+        model=ModelSpec(name=model, dtype=dtype),
         stages=NUM_STAGES,
         image="lamina:local",
-        stage=Stage(
+        stage=StageSpec(
             resources=Resources(cpu=str(cores), memory="3Gi"),
             busy_threads=sharing.busy_threads,
             kv_cache=_KV_CACHE,
             autoscaling=Autoscaling(**quick),
         ),
-        gateway=Gateway(
+        gateway=GatewaySpec(
             micro_batch_sequences=sharing.micro_batch_sequences,
             draft_tokens=0,
             prefix_sharing="pipeline",
@@ -183,5 +184,5 @@ def _spec(model: str, dtype: str) -> PipelineSpec:
             autoscaling=GatewayAutoscaling(target=100, **quick),
         ),
         store=StoreSpec(endpoint="http://embedded.invalid"),
-        kv_store=KVStore(secret="bench-kv"),
+        kv_store=KVStoreSpec(secret="bench-kv"),
     )

@@ -28,8 +28,7 @@ from knative.commands.sources.state_folder import RunningPlatform, StateFolder
 from knative.commands.sources.store_access import STORE_FOLDER
 from knative.local.platform import ROOT, Platform, PlatformOptions
 from knative.render.services import services
-from knative.spec.pipeline_spec import Autoscaling, Gateway, Model, PipelineSpec, Resources, Stage
-from knative.spec.pipeline_spec import Store as StoreSpec
+from knative.spec.pipeline_spec import Autoscaling, GatewaySpec, ModelSpec, PipelineSpec, Resources, StageSpec, StoreSpec
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
 
@@ -76,16 +75,16 @@ def spec_of(run: Run) -> PipelineSpec:
     """What is run. Everything that is not said here is a default."""
     return PipelineSpec(
         name="load",
-        model=Model(name="smollm2-135m-instruct", dtype="bfloat16"),
+        model=ModelSpec(name="smollm2-135m-instruct", dtype="bfloat16"),
         stages=3,
         image="lamina:local",
-        stage=Stage(
+        stage=StageSpec(
             resources=Resources(cpu="1", memory="2Gi"),
             layer_group="sleep" if run.sleep_seconds else "auto",
             sleep_seconds=list(run.sleep_seconds) if run.sleep_seconds else None,
             autoscaling=Autoscaling(max_scale=run.max_scale),
         ),
-        gateway=Gateway(micro_batch_sequences=run.micro_batch_sequences),
+        gateway=GatewaySpec(micro_batch_sequences=run.micro_batch_sequences),
         store=StoreSpec(endpoint="http://127.0.0.1"),
     )
 

@@ -27,8 +27,7 @@ from bench.serving.pipeline import NUM_STAGES, ROOT, TOKEN, gateway_beside
 from bench.serving.pipelining import Sleeping, sleeping_stages
 from functions.stage.engine.threads import usable_cores
 from knative.commands.sources.local_pipeline import LocalPipeline, ensure_published, local_pipeline
-from knative.spec.pipeline_spec import Gateway, Model, PipelineSpec, Resources, Stage
-from knative.spec.pipeline_spec import Store as StoreSpec
+from knative.spec.pipeline_spec import GatewaySpec, ModelSpec, PipelineSpec, Resources, StageSpec, StoreSpec
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
 
@@ -73,13 +72,15 @@ def _pipeline() -> Iterator[tuple[LocalPipeline, list[str], list[int]]]:
         store = ObjectStore(embedded.settings)
         spec = PipelineSpec(
             name="many",
-            model=Model(name="smollm2-135m-instruct", dtype="bfloat16"),
+            model=ModelSpec(name="smollm2-135m-instruct", dtype="bfloat16"),
             stages=NUM_STAGES,
             image="lamina:local",
-            stage=Stage(
+            stage=StageSpec(
                 resources=Resources(cpu="1", memory="2Gi"), layer_group="sleep", sleep_seconds=[_PASS_SECONDS] * NUM_STAGES
             ),
-            gateway=Gateway(micro_batch_sequences=_MICRO_BATCH_SEQUENCES, queue_limit=1000, draft_tokens=0, access_log="off"),
+            gateway=GatewaySpec(
+                micro_batch_sequences=_MICRO_BATCH_SEQUENCES, queue_limit=1000, draft_tokens=0, access_log="off"
+            ),
             store=StoreSpec(endpoint="http://127.0.0.1"),
             pipeline_token_secret=_SECRET,
         )

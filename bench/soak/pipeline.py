@@ -13,8 +13,16 @@ from knative.commands.sources.state_folder import RunningPlatform, StateFolder
 from knative.local.kubelet.pods import PodTiming
 from knative.local.platform import Platform, PlatformOptions
 from knative.render.services import services
-from knative.spec.pipeline_spec import Autoscaling, Gateway, GatewayAutoscaling, Model, PipelineSpec, Resources, Stage
-from knative.spec.pipeline_spec import Store as StoreSpec
+from knative.spec.pipeline_spec import (
+    Autoscaling,
+    GatewayAutoscaling,
+    GatewaySpec,
+    ModelSpec,
+    PipelineSpec,
+    Resources,
+    StageSpec,
+    StoreSpec,
+)
 from storage.store.embedded import EmbeddedStore
 from storage.store.settings import StoreSettings
 
@@ -30,11 +38,11 @@ def spec_of(stages: int) -> PipelineSpec:
     """Everything that is not said here is a default. fp32: answers must be equal token for token."""
     return PipelineSpec(
         name="soak",
-        model=Model(name=MODEL, dtype="float32"),
+        model=ModelSpec(name=MODEL, dtype="float32"),
         stages=stages,
         image="lamina:local",
-        stage=Stage(resources=Resources(cpu="2", memory="2Gi"), busy_threads=1, kv_cache="128Mi", autoscaling=_ALWAYS_ONE),
-        gateway=Gateway(
+        stage=StageSpec(resources=Resources(cpu="2", memory="2Gi"), busy_threads=1, kv_cache="128Mi", autoscaling=_ALWAYS_ONE),
+        gateway=GatewaySpec(
             micro_batch_sequences=16,
             api_keys_secret=KEYS_SECRET,
             autoscaling=GatewayAutoscaling(min_scale=1, max_scale=1),

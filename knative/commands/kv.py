@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from knative.commands.sources.store_access import StoreOptions, open_store, store_options
-from knative.spec.kv_store import KV_PREFIX
+from knative.spec.pipeline_spec import KV_PREFIX
 from storage.kv.kv_store import Allowance, folders
 from storage.store.payload_store import PayloadStore, StoredObject
 

@@ -14,12 +14,10 @@ from knative.commands.sources.store_access import StoreOptions, open_store, stor
 from knative.commands.terminal.console import show_table, size
 from knative.commands.terminal.pod_table import show_pods
 from knative.spec.cut import cut_evenly, format_cut, parse_cut
-from knative.spec.memory import check_memory
 from knative.spec.model_shape import ModelShape, published_shape, shape_from_folder
-from knative.spec.network_plan import Link, network_plan
-from knative.spec.pipeline_spec import DTYPES, PipelineSpec, Stage
+from knative.spec.pipeline_spec import DTYPES, PipelineSpec, StageSpec
+from knative.spec.sizing import Link, StagePlan, check_memory, network_plan, plan_mixed, plan_stages, replicas_for
 from knative.spec.spec_file import load_spec
-from knative.spec.stage_plan import StagePlan, plan_mixed, plan_stages, replicas_for
 from storage.models.model_repository import read_manifest
 
 _POSITIVE: Final = click.FloatRange(min=0, min_open=True)
@@ -67,7 +65,7 @@ def plan(
     shape = _shape(model or spec.model.name, dtype if spec is None else spec.model.dtype, store)  # type: ignore[union-attr]
     cut = _cut(shape, stages, cut_text, spec)
     plans = plan_stages(shape, cut, wire_dtype) if spec is None else _mixed(spec, model or spec.model.name, shape, cut, store)
-    given = (Stage(),) * len(cut) if spec is None else spec.stages_of(cut)
+    given = (StageSpec(),) * len(cut) if spec is None else spec.stages_of(cut)
     console = Console()
     _show(console, shape, cut, plans)
     if spec is not None:
@@ -125,7 +123,7 @@ def _show(console: Console, shape: ModelShape, cut: Cut, plans: tuple[StagePlan,
 
 
 def _show_replicas(
-    console: Console, plans: tuple[StagePlan, ...], stages: Sequence[Stage], spec: PipelineSpec | None, conversations: int
+    console: Console, plans: tuple[StagePlan, ...], stages: Sequence[StageSpec], spec: PipelineSpec | None, conversations: int
 ) -> None:
     scalings = [stage.autoscaling for stage in stages]
     if any(scaling.autoscaler_class == "hpa" for scaling in scalings):

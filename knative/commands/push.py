@@ -8,7 +8,7 @@ from rich.console import Console
 from knative.commands.sources.store_access import StoreOptions, open_store, store_options
 from knative.commands.terminal.console import publish_progress, size
 from knative.spec.model_sources import DEFAULT_MODEL, packaged_model, published_name
-from knative.spec.pipeline_spec import DTYPES, Model
+from knative.spec.pipeline_spec import DTYPES, ModelSpec
 from knative.spec.spec_file import load_spec
 from storage.errors import ModelNotPublished
 from storage.models.model_repository import ModelManifest, Reader, read_manifest
@@ -50,28 +50,28 @@ def push(source: str | None, name: str | None, dtype: str | None, spec: Path | N
         console.out(f"digest: {manifest.digest}", highlight=False)
 
 
-def _models(source: str | None, name: str | None, dtype: str | None, spec: Path | None) -> list[Model]:
+def _models(source: str | None, name: str | None, dtype: str | None, spec: Path | None) -> list[ModelSpec]:
     """One, or where a spec's stages compute in dtypes of their own, the model in each of them."""
     model = _model(source, name, dtype, spec)
     if spec is None or dtype is not None:
         return [model]
-    return [Model(name=model.name, dtype=each) for each in load_spec(spec).dtypes]
+    return [ModelSpec(name=model.name, dtype=each) for each in load_spec(spec).dtypes]
 
 
-def _model(source: str | None, name: str | None, dtype: str | None, spec: Path | None) -> Model:
+def _model(source: str | None, name: str | None, dtype: str | None, spec: Path | None) -> ModelSpec:
     """What it shall be called: as the options say, then the spec, then the source."""
-    wanted = load_spec(spec).model if spec is not None else Model(name=published_name(source) if source else DEFAULT_MODEL)
-    return Model(name=name or wanted.name, dtype=dtype or wanted.dtype)
+    wanted = load_spec(spec).model if spec is not None else ModelSpec(name=published_name(source) if source else DEFAULT_MODEL)
+    return ModelSpec(name=name or wanted.name, dtype=dtype or wanted.dtype)
 
 
-def _published(reader: Reader, model: Model) -> ModelManifest | None:
+def _published(reader: Reader, model: ModelSpec) -> ModelManifest | None:
     try:
         return read_manifest(reader, model.name, model.dtype)
     except ModelNotPublished:
         return None
 
 
-def _default_source(model: Model) -> str:
+def _default_source(model: ModelSpec) -> str:
     if model.name != DEFAULT_MODEL:
         raise ModelNotPublished(
             f"{model.name} is not published as {model.dtype}; name its SOURCE: a folder, a GGUF file or a hub id"

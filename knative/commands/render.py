@@ -5,8 +5,8 @@ from pathlib import Path
 import click
 import msgspec
 
-from knative.cluster.deployer_role import deployer_role as rendered_role
 from knative.commands.sources.store_access import StoreOptions, open_store, store_options
+from knative.render.access import deployer_role as rendered_role
 from knative.render.gitops import for_gitops, with_kustomization
 from knative.render.rendering import render as render_files
 from knative.render.rendering import resolve

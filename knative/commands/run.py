@@ -31,8 +31,7 @@ from knative.commands.terminal.start_watch import watch_starts
 from knative.local.platform import Platform, PlatformOptions
 from knative.render.eventing import eventing_objects
 from knative.render.services import KEYS_ENTRY, services
-from knative.spec.kv_store import KV_PREFIX
-from knative.spec.pipeline_spec import DTYPES
+from knative.spec.pipeline_spec import DTYPES, KV_PREFIX
 from knative.spec.spec_file import load_spec
 from storage.kv.kv_store import Allowance, prune
 from storage.store.embedded import EmbeddedStore

@@ -1,4 +1,4 @@
-"""From a PipelineSpec to Kubernetes objects: Services, access, network policy, Eventing, monitoring, alerts, dashboard.
+"""From a PipelineSpec to Kubernetes objects: Services, access, Eventing, monitoring with alerts, dashboard, GitOps.
 
 May import: storage.models, eventing.wire, knative.spec, knative.webhook.
 """

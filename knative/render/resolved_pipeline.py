@@ -1,23 +1,24 @@
-"""A pipeline of which nothing is left open: its names, its fingerprint, and the labels of everything that is rendered of it."""
+"""ResolvedPipeline: a spec with its cut and weights digests; names, fingerprint and labels of its objects."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from eventing.wire.events import Cut, Weights, fingerprint_of
-from knative.spec.pipeline_spec import PipelineSpec, Stage
+from knative.spec.pipeline_spec import PipelineSpec, StageSpec
 
 
 @dataclass(frozen=True)
 class ResolvedPipeline:
-    """A spec with what only the model can tell: where it is cut, and the digest of its weights."""
+    """Names of stages, of the events' gateway and of the Sequence carry the fingerprint.
+
+    So a new cut or model is a new set of objects beside the old one, and every object refers to its own pipeline.
+    """
 
     spec: PipelineSpec
     cut: Cut
-    weights_digest: str
-    """Of the model's own dtype."""
-    other_digests: Mapping[str, str] = field(default_factory=dict)
-    """By dtype, of others in which single stages compute."""
+    weights_digest: str  # in the model's own dtype
+    other_digests: Mapping[str, str] = field(default_factory=dict)  # by dtype, for stages that compute in another
 
     @property
     def fingerprint(self) -> str:
@@ -25,32 +26,29 @@ class ResolvedPipeline:
 
     @property
     def weights(self) -> tuple[Weights, ...]:
-        """Of each stage. Raises SpecError."""
+        """Dtype and digest of each stage. Raises SpecError."""
         digests = {**self.other_digests, self.spec.model.dtype: self.weights_digest}
         return tuple((dtype, digests[dtype]) for dtype in self.spec.dtypes_of(self.cut))
 
     @cached_property
-    def stages(self) -> tuple[Stage, ...]:
-        """What each stage gets, overrides included. Raises SpecError."""
+    def stages(self) -> tuple[StageSpec, ...]:
+        """Settings of each stage, overrides included. Raises SpecError."""
         return self.spec.stages_of(self.cut)
 
+    @property
+    def sequence_name(self) -> str:
+        return f"{self.spec.name}-{self.fingerprint[:8]}"
+
+    @property
+    def events_gateway_name(self) -> str:
+        return f"{self.sequence_name}-ev"
+
     def stage_name(self, index: int) -> str:
-        """Carries the fingerprint: a new cut or model is a new set of Services beside the old one."""
-        return f"{self.spec.name}-{self.fingerprint[:8]}-s{index}"
+        return f"{self.sequence_name}-s{index}"
 
     @property
     def stage_names(self) -> list[str]:
         return [self.stage_name(index) for index in range(len(self.cut))]
-
-    @property
-    def events_gateway_name(self) -> str:
-        """Likewise, so that a Sequence's first step is of the same pipeline as the stages behind it."""
-        return f"{self.spec.name}-{self.fingerprint[:8]}-ev"
-
-    @property
-    def sequence_name(self) -> str:
-        """Likewise: a new pipeline has a new Sequence, to which the Trigger moves."""
-        return f"{self.spec.name}-{self.fingerprint[:8]}"
 
     def stage_url(self, index: int) -> str:
         return f"http://{self.stage_name(index)}.{self.spec.namespace}.svc.cluster.local"

@@ -1,8 +1,8 @@
-"""Where to cut a model: N groups of consecutive layers, none heavier than it must be.
+"""Cuts a model into groups of consecutive layers so that the heaviest group is as light as possible.
 
-A group's weight is the larger of its share of all bytes (what it loads and holds) and its share of all compute (what it
-does for a token). Embedding and head belong to the first and last group, and are heavy in small models. The cut is exact:
-no other cut has a lighter heaviest group, and among those that tie the most even one is taken.
+A group's weight is the larger of two shares: of all bytes (to load and hold) and of all compute (per token). The embedding
+belongs to the first group and the head to the last; both are heavy in small models. The cut is optimal: no other cut has a
+lighter heaviest group, and among equal ones the most even cut is chosen.
 """
 
 import math
@@ -19,12 +19,12 @@ _TOLERANCE: Final = 1e-12
 
 
 def cut_evenly(shape: ModelShape, stages: int) -> Cut:
-    """Layer groups [first, last). Raises TooManyStages, or ValueError for fewer than one."""
+    """Layer groups [first, last). Raises TooManyStages, or ValueError for fewer than one stage."""
     layers = shape.num_layers
     if stages < 1:
-        raise ValueError(f"{stages} stages wanted; a pipeline has at least one")
+        raise ValueError(f"{stages} stages requested; a pipeline has at least one")
     if stages > layers:
-        raise TooManyStages(f"{stages} stages wanted, but {shape.name} has {layers} layers; ask for at most {layers} stages")
+        raise TooManyStages(f"{stages} stages requested, but {shape.name} has {layers} layers; ask for at most {layers} stages")
     weight = _group_weight(shape)
     heaviest = _partition(layers, stages, weight, max)[0]
 
@@ -37,20 +37,20 @@ def cut_evenly(shape: ModelShape, stages: int) -> Cut:
 
 
 def parse_cut(text: str, path: str = "cut") -> Cut:
-    """`0:10,10:20` → ((0, 10), (10, 20)). Raises SpecError where groups are empty, overlap or leave a gap."""
-    match = re.fullmatch(r"\d+:\d+(,\d+:\d+)*", text)
-    if match is None:
-        raise SpecError(f"{path}: {text!r} is no cut such as 0:10,10:20,20:30")
-    groups = [tuple(map(int, part.split(":"))) for part in text.split(",")]
-    cut = tuple((first, last) for first, last in groups)
+    """`0:10,10:20` → ((0, 10), (10, 20)). Raises SpecError if a group is empty or groups overlap or leave a gap."""
+    if re.fullmatch(r"\d+:\d+(,\d+:\d+)*", text) is None:
+        raise SpecError(f"{path}: {text!r} is not a cut such as 0:10,10:20,20:30")
     expected = 0
-    for first, last in cut:
+    cut: list[tuple[int, int]] = []
+    for part in text.split(","):
+        first, last = map(int, part.split(":"))
         if first != expected or last <= first:
             raise SpecError(
                 f"{path}: {text!r}: group {first}:{last} must begin with layer {expected} and hold at least one layer"
             )
+        cut.append((first, last))
         expected = last
-    return cut
+    return tuple(cut)
 
 
 def format_cut(cut: Cut) -> str:
@@ -64,11 +64,12 @@ def _group_weight(shape: ModelShape) -> Callable[[int, int], float]:
     total_work = work[-1] + shape.head_compute
 
     def weight(first: int, last: int) -> float:
-        is_last = last == shape.num_layers
-        group_size = size[last] - size[first]
-        group_size += shape.embedding_bytes if first == 0 else 0
-        group_size += shape.head_bytes if is_last else 0
-        group_work = work[last] - work[first] + (shape.head_compute if is_last else 0)
+        group_size, group_work = size[last] - size[first], work[last] - work[first]
+        if first == 0:
+            group_size += shape.embedding_bytes
+        if last == shape.num_layers:
+            group_size += shape.head_bytes
+            group_work += shape.head_compute
         return max(group_size / total_size, group_work / total_work)
 
     return weight
@@ -77,22 +78,14 @@ def _group_weight(shape: ModelShape) -> Callable[[int, int], float]:
 def _partition(
     layers: int, stages: int, weight: Callable[[int, int], float], join: Callable[[float, float], float]
 ) -> tuple[float, tuple[int, ...]]:
-    """The cheapest way to split `layers` into `stages`, by dynamic programming: its cost, and the bounds 0 … layers."""
-    best: list[tuple[float, tuple[int, ...]]] = [
-        (weight(0, last), (0, last)) if last else (math.inf, ()) for last in range(layers + 1)
-    ]
+    """Splits `layers` into `stages` groups at the lowest cost, by dynamic programming. Returns the cost and the bounds."""
+    impossible: tuple[float, tuple[int, ...]] = (math.inf, ())
+    best = [(weight(0, last), (0, last)) if last else impossible for last in range(layers + 1)]
     for stage in range(2, stages + 1):
-        best = [_cheapest(best, last, stage, weight, join) for last in range(layers + 1)]
+        best = [
+            min((join(best[first][0], weight(first, last)), (*best[first][1], last)) for first in range(stage - 1, last))
+            if last >= stage
+            else impossible
+            for last in range(layers + 1)
+        ]
     return best[layers]
-
-
-def _cheapest(
-    best: list[tuple[float, tuple[int, ...]]],
-    last: int,
-    stage: int,
-    weight: Callable[[int, int], float],
-    join: Callable[[float, float], float],
-) -> tuple[float, tuple[int, ...]]:
-    if last < stage:
-        return math.inf, ()
-    return min((join(best[first][0], weight(first, last)), (*best[first][1], last)) for first in range(stage - 1, last))

@@ -1,4 +1,4 @@
-"""What can be wrong with what a person asked for; one class per condition."""
+"""Errors in a spec or a model, one class per condition."""
 
 
 class SpecError(ValueError):
@@ -6,8 +6,14 @@ class SpecError(ValueError):
 
 
 class TooManyStages(ValueError):
-    """More stages than layers: some would have nothing to do."""
+    """The model has fewer layers than the pipeline has stages."""
 
 
 class UnknownShape(ValueError):
-    """The model's shape cannot be told. The message names what is missing and where it was looked for."""
+    """The model's sizes cannot be derived. The message names what is missing and where it was looked for."""
+
+
+def split_path(message: str) -> tuple[str, str]:
+    """A message of msgspec.ValidationError → what was expected, and the path in the document (`$` for the document itself)."""
+    text, _, rest = message.partition(" - at `")
+    return text, rest.rstrip("`") or "$"

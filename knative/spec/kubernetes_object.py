@@ -1,25 +1,24 @@
-"""A Kubernetes object: what is rendered, checked, applied and run, and how it is written into a file."""
+"""Kubernetes objects as dicts, and their YAML."""
 
 import re
 from typing import Any, Final
 
 import yaml
 
-KubernetesObject = dict[str, Any]
-"""As in its YAML: apiVersion, kind, metadata, and what its kind has."""
+KubernetesObject = dict[str, Any]  # apiVersion, kind, metadata and the fields of its kind
 
 _NUMBER_LIKE: Final = re.compile(r"[-+.]?\d")
 
 
 def to_yaml(objects: list[KubernetesObject]) -> str:
-    """Deterministic: keys in the order of rendering, a document each."""
+    """One document per object. Deterministic: keys keep their order."""
     return yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, width=120, explicit_start=True)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes shared values out instead of anchors, indents lists, and quotes what another reader may take for a number.
+    """Repeats shared values instead of using anchors, indents lists, and quotes strings that look like numbers.
 
-    A fingerprint such as 1178e1174203 is a string to PyYAML and a float to Kubernetes.
+    PyYAML reads a fingerprint such as 1178e1174203 as a string, Kubernetes reads it as a float.
     """
 
     def ignore_aliases(self, data: Any) -> bool:

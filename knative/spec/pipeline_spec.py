@@ -1,6 +1,6 @@
-"""PipelineSpec: what a person says of a pipeline, in YAML; everything else is derived from it and the model's manifest.
+"""PipelineSpec: a pipeline as a person describes it in YAML. Everything else is derived from it and the model's manifest.
 
-A default lives here and nowhere else. `spec_file` reads it.
+Defaults are here and nowhere else. `spec_file` reads the YAML. A field that is None is explained by its comment: "Unset: …".
 """
 
 import ipaddress
@@ -14,85 +14,44 @@ from eventing.wire.events import Cut
 from functions.configuration.pass_times import PassTimes
 from knative.spec.cut import parse_cut
 from knative.spec.errors import SpecError
-from knative.spec.kv_store import KVStore
-from knative.spec.pod import Pod, check_pod
 from knative.spec.stage_overrides import PATH, changed, overridden
-from knative.spec.tracing import Tracing
-from knative.spec.web_identity import WebIdentity
 from knative.webhook.values import parse_quantity
 
 DTYPES: Final = ("float32", "bfloat16", "float16", "int8", "q4")
-MIXABLE_DTYPES: Final = frozenset(("bfloat16", "int8", "q4"))
-"""Their hidden states travel in bf16, so that one stage may compute in one of them and the next in another."""
-MAX_NAME_WITH_EVENTING: Final = 28
-"""`{name}-{fingerprint[:8]}-kn-sequence-10-kn-channel` is a DNS label too, which Eventing makes of a Sequence's name."""
-MAX_NAME: Final = 36
-"""`{name}-{fingerprint[:8]}-s{k}-00001-private` is the longest DNS label that is made of a name: 63 characters."""
+MIXABLE_DTYPES: Final = frozenset(("bfloat16", "int8", "q4"))  # hidden states travel in bf16, so stages may differ
+MAX_NAME: Final = 36  # the longest DNS label made of a name, `{name}-{fingerprint[:8]}-s{k}-00001-private`, has 63 characters
+MAX_NAME_WITH_EVENTING: Final = 28  # Eventing makes `{name}-{fingerprint[:8]}-kn-sequence-10-kn-channel` of a Sequence
+KV_PREFIX: Final = "kv"
 
 _LABEL: Final = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+_ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_RESERVED_LABELS: Final = ("app.kubernetes.io/", "lamina.dev/", "serving.knative.dev/")
+_RESERVED_ANNOTATIONS: Final = ("autoscaling.knative.dev/",)
 
-Seconds = Annotated[float, Meta(gt=0, le=10_000_000)]
-"""What functions/configuration/parsers.py takes."""
+Seconds = Annotated[float, Meta(gt=0, le=10_000_000)]  # the bounds of functions/configuration/parsers.py
 Positive = Annotated[int, Meta(ge=1)]
 Natural = Annotated[int, Meta(ge=0)]
+TimeoutSeconds = Annotated[int, Meta(ge=1, le=600)]
+Concurrency = Annotated[int, Meta(ge=0, le=1000)]
+Url = Annotated[str, Meta(pattern="^https?://")]
 
 
-class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A publication in the model repository: `python -m knative push` makes one."""
+class ModelSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A publication in the model repository, as `python -m knative push` makes it."""
 
     name: str
     dtype: str = "bfloat16"
+    # Weights digest that `push` prints; pins the publication and lets `render` work without the store.
     digest: str | None = None
-    """Weights digest as `push` prints it. Pins the publication, and lets `render` work without the store."""
-    digests: dict[str, str] = {}
-    """The same of other dtypes, in which single stages compute (`stage_overrides`, `dtype`)."""
+    digests: dict[str, str] = {}  # the same for other dtypes, in which single stages compute (stage_overrides)
 
 
 class Resources(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Kubernetes quantities, requested and limited alike: a stage that is throttled or evicted breaks routes."""
+    """Kubernetes quantities; request and limit are equal, because a throttled or evicted stage breaks routes."""
 
     cpu: str = "1"
     memory: str = "2Gi"
     gpu: Natural = 0
-
-
-class Autoscaling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Knative's own words and units; the defaults are the ones that worked together on a cluster."""
-
-    autoscaler_class: Annotated[str, Meta(pattern="^(kpa|hpa)$")] = msgspec.field(name="class", default="kpa")
-    container_concurrency: Annotated[int, Meta(ge=0, le=1000)] = 8
-    target: Annotated[float, Meta(ge=0.01)] | None = None
-    """Requests in flight that one pod is meant for; with the class hpa, percent of CPU. Unset: 2 (a gateway's: 100), or 70
-    percent."""
-    target_utilization_percentage: Annotated[float, Meta(ge=1, le=100)] = 70
-    window_seconds: Annotated[float, Meta(ge=6, le=3600)] = 10
-    panic_window_percentage: Annotated[float, Meta(ge=1, le=100)] = 60
-    """Of the window: 6 s, as Knative has by default with its window of 60 s. Its 10 % of 10 s is one second, in which a few
-    prompts at once are a surge; and what one second asks for stays for the scale-down delay."""
-    scale_down_delay_seconds: Annotated[float, Meta(ge=0, le=3600)] = 30
-    """Longer than a micro-batch is ever away from a stage, or idle holders of KV are taken."""
-    min_scale: Natural = 0
-    max_scale: Positive = 10
-    """The only brake on bursts, so there always is one."""
-    initial_scale: Positive | None = None
-    default_target: ClassVar[float] = 2
-    target_burst_capacity: Annotated[float, Meta(ge=0)] | None = None
-    """Unset: the cluster's own. -1 is refused: Knative then reads no queue-proxy and cannot see direct traffic."""
-
-    @property
-    def target_concurrency(self) -> float:
-        """Of one replica on average, above which another one is added; 0 where concurrency does not count."""
-        if self.autoscaler_class == "hpa":
-            return 0.0
-        return round((self.target or self.default_target) * self.target_utilization_percentage / 100, 4)
-
-
-class GatewayAutoscaling(Autoscaling, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The same of a gateway, which mostly waits."""
-
-    container_concurrency: Annotated[int, Meta(ge=0, le=1000)] = 0
-    max_scale: Positive = 3
-    default_target: ClassVar[float] = 100
 
 
 class GatewayResources(Resources, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -100,85 +59,139 @@ class GatewayResources(Resources, frozen=True, kw_only=True, forbid_unknown_fiel
     memory: str = "512Mi"
 
 
-class Stage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What every stage gets."""
+class Autoscaling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Knative's own settings and units. The defaults have worked together on a cluster."""
 
-    dtype: str | None = None
-    """In which it computes, which the model has to be published in, too. Unset: the model's."""
+    default_target: ClassVar[float] = 2
+    autoscaler_class: Annotated[str, Meta(pattern="^(kpa|hpa)$")] = msgspec.field(name="class", default="kpa")
+    container_concurrency: Concurrency = 8
+    # Requests in flight per pod; with class hpa, percent of CPU. Unset: 2 (gateway: 100), with hpa 70 percent.
+    target: Annotated[float, Meta(ge=0.01)] | None = None
+    target_utilization_percentage: Annotated[float, Meta(ge=1, le=100)] = 70
+    window_seconds: Annotated[float, Meta(ge=6, le=3600)] = 10
+    # Of the window: 6 s, the same as Knative's defaults of 10 % of 60 s. With 10 % of 10 s, a few prompts within one second
+    # count as a surge, and the pods that they ask for stay for the scale-down delay.
+    panic_window_percentage: Annotated[float, Meta(ge=1, le=100)] = 60
+    # Longer than a micro-batch ever stays away from a stage; otherwise idle pods that hold KV are removed.
+    scale_down_delay_seconds: Annotated[float, Meta(ge=0, le=3600)] = 30
+    min_scale: Natural = 0
+    max_scale: Positive = 10  # always set: the only limit on bursts
+    initial_scale: Positive | None = None
+    # Unset: the cluster's. -1 is not allowed: Knative would not read queue-proxies and would miss direct traffic.
+    target_burst_capacity: Annotated[float, Meta(ge=0)] | None = None
+
+    @property
+    def target_concurrency(self) -> float:
+        """Average requests in flight per replica above which Knative adds another; 0 with class hpa."""
+        if self.autoscaler_class == "hpa":
+            return 0.0
+        return round((self.target or self.default_target) * self.target_utilization_percentage / 100, 4)
+
+
+class GatewayAutoscaling(Autoscaling, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Defaults for a gateway, which mostly waits for stages."""
+
+    default_target: ClassVar[float] = 100
+    container_concurrency: Concurrency = 0
+    max_scale: Positive = 3
+
+
+class PodSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Kubernetes' pod fields, passed on as they are.
+
+    Knative accepts the first six only if their flags in config-features are on (knative/webhook/feature_flags.py); `deploy`
+    checks the flags and names a missing one.
+    """
+
+    node_selector: dict[str, str] = {}
+    tolerations: list[dict[str, Any]] = []
+    affinity: dict[str, Any] | None = None
+    # Select by app.kubernetes.io/instance and app.kubernetes.io/component, which all pods of a pipeline have.
+    topology_spread_constraints: list[dict[str, Any]] = []
+    priority_class: str | None = None
+    runtime_class: str | None = None
+    image_pull_secrets: list[str] = []
+    labels: dict[str, str] = {}  # of the pods, in addition to Lamina's
+    annotations: dict[str, str] = {}
+    env: dict[str, str] = {}  # of the function's container, such as HTTPS_PROXY; not for settings that have a spec field
+
+    def rendered(self) -> dict[str, Any]:
+        """The fields of a pod's spec that are set."""
+        fields: dict[str, Any] = {
+            "nodeSelector": self.node_selector,
+            "tolerations": self.tolerations,
+            "affinity": self.affinity,
+            "topologySpreadConstraints": self.topology_spread_constraints,
+            "priorityClassName": self.priority_class,
+            "runtimeClassName": self.runtime_class,
+            "imagePullSecrets": [{"name": name} for name in self.image_pull_secrets],
+        }
+        return {name: value for name, value in fields.items() if value}
+
+
+class StageSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of every stage; `stage_overrides` changes them for some."""
+
+    dtype: str | None = None  # of the weights; the model must be published in it. Unset: the model's
     resources: Resources = Resources()
-    kv_cache: str = "512Mi"
-    """KV budget of one pod, a quantity of bytes."""
+    kv_cache: str = "512Mi"  # KV budget of one pod, a quantity of bytes
     layer_group: Annotated[str, Meta(pattern="^(auto|native|llama|transformers|sleep)$")] = "auto"
+    # Layer group `sleep`: seconds per forward pass, one value or one per stage.
     sleep_seconds: Seconds | list[Seconds] | None = None
-    """With the layer group `sleep`: seconds a pass takes, for all stages or one number for each."""
-    sleep_pass_times: PassTimes | list[PassTimes] | None = None
-    """Instead, of a device that is emulated: for all stages or one for each."""
+    sleep_pass_times: PassTimes | list[PassTimes] | None = None  # instead: an emulated device, one value or one per stage
+    # Emulated speed of loading weights, which delays a pod's start. Unset: no delay.
     sleep_bytes_per_second: Positive | None = None
-    """How fast weights would come to such a device: a pod's start waits for them. Unset: not at all."""
     device: Annotated[str, Meta(pattern="^(auto|cpu|cuda)$")] = "auto"
     threads: Natural = 0
-    busy_threads: Positive | None = None
-    """For stages in fp32 that share the cores of one machine: threads of a pass while it is busy. Unset: as `threads`."""
+    busy_threads: Positive | None = None  # fp32 stages that share one machine: threads under load. Unset: as `threads`
     max_merge: Positive | None = None
     idle_sequence_seconds: Seconds | None = None
-    timeout_seconds: Annotated[int, Meta(ge=1, le=600)] = 600
-    """Also the grace that a leaving pod gets."""
-    progress_deadline_seconds: Positive = 600
-    """How long weights may take to arrive before the revision counts as failed."""
+    timeout_seconds: TimeoutSeconds = 600  # also the grace period of a terminating pod
+    progress_deadline_seconds: Positive = 600  # how long weights may take to load before the revision counts as failed
+    # Folder of an emptyDir for verified weights: helps restarts of a container, not new pods.
     weights_cache: Annotated[str, Meta(pattern="^/")] | None = None
-    """Folder of an emptyDir for verified weights: helps restarts of a container, not new pods."""
     weights_cache_size: str = "2Gi"
-    service_account: str | None = None
-    """As whom its pods run, such as one that the store knows (workload identity). Unset: the namespace's default."""
-    pod: Pod = Pod()
+    service_account: str | None = None  # for example one with workload identity. Unset: the namespace's default
+    pod: PodSpec = PodSpec()
     autoscaling: Autoscaling = Autoscaling()
 
 
-class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The one function that clients talk to. Settings left out are the function's own defaults."""
+class GatewaySpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of the gateway. For unset fields without a comment the function's own default applies."""
 
     resources: GatewayResources = GatewayResources()
     micro_batch_sequences: Positive | None = None
-    stages_at_once: Positive | None = None
-    """How many stages can compute at the same time, where they share cores. Unset: all."""
+    stages_at_once: Positive | None = None  # stages that can compute at the same time, if they share cores. Unset: all
     chunk_tokens: Positive | None = None
-    draft_tokens: Natural | None = None
-    """Most tokens that are drafted for a row of a step. 0: nothing is drafted."""
+    draft_tokens: Natural | None = None  # most draft tokens of a row in one step; 0: no speculation
+    # Who may reuse the KV of a prompt's prefix. Unset: client if there are API keys, else pipeline.
     prefix_sharing: Annotated[str, Meta(pattern="^(pipeline|client|off)$")] | None = None
-    """Who finds the keys and values that a prompt left. Unset: client where there are API keys, else pipeline."""
-    tool_parser: Literal["hermes", "llama3_json", "mistral"] | None = None
-    """How the model writes calls of tools. Unset: as its chat template shows."""
+    tool_parser: Literal["hermes", "llama3_json", "mistral"] | None = None  # syntax of tool calls. Unset: by the chat template
     queue_limit: Positive | None = None
     cold_start_timeout_seconds: Seconds | None = None
     request_timeout_seconds: Seconds | None = None
     step_timeout_seconds: Seconds | None = None
-    timeout_seconds: Annotated[int, Meta(ge=1, le=600)] = 600
+    timeout_seconds: TimeoutSeconds = 600
+    # Secret, or several, whose key `api-keys` holds API keys (`python -m knative keys`). Unset: no key is needed.
     api_keys_secret: str | Annotated[list[str], Meta(min_length=1)] | None = None
-    """Secret, or several, whose key `api-keys` holds API keys (`python -m knative keys`). Unset: open to whoever reaches it."""
+    # Per client (key or address) and gateway pod, as the next two. Unset: no limit.
     client_requests_per_minute: Positive | None = None
-    """Of each client, by key or address, at each gateway pod; so are the next two. Unset: no limit."""
     client_tokens_per_minute: Positive | None = None
     client_concurrent: Positive | None = None
-    client_max_tokens: Positive | None = None
-    """Of one answer, which ends there. Unset: the rest of the context."""
+    client_max_tokens: Positive | None = None  # of one answer, which ends there. Unset: the rest of the context
+    # Secret whose key `url` is a Redis in which all pods count together. Unset: each pod alone.
     limits_secret: str | None = None
-    """Secret whose key `url` is a Redis, in which all gateway pods count together. Unset: each for itself."""
-    cors_origins: list[str] | None = None
-    """Origins whose pages browsers let ask, or `*`. Unset: none."""
+    cors_origins: list[str] | None = None  # origins whose pages may ask from a browser, or `*`. Unset: none
+    # One line of JSON per request; prompts: with prompt and answer. Unset: on.
     access_log: Annotated[str, Meta(pattern="^(on|off|prompts)$")] | None = None
-    """A line of JSON for each request; `prompts`: with what was asked and answered. Unset: on."""
-    proxies: Annotated[int, Meta(ge=0, le=16)] | None = None
-    """That every request passes and that add to X-Forwarded-For, queue-proxy among them. Unset: that one."""
-    page: Annotated[str, Meta(pattern="^(on|off)$")] | None = None
-    """Whether `GET /` is a page that chats and shows the pipeline. Unset: on."""
+    proxies: Annotated[int, Meta(ge=0, le=16)] | None = None  # that add to X-Forwarded-For, queue-proxy included. Unset: 1
+    page: Annotated[str, Meta(pattern="^(on|off)$")] | None = None  # `GET /`: chat and pipeline status. Unset: on
+    # Must be allowed to watch EndpointSlices. Unset: `{name}-gateway`, rendered with its Role.
     service_account: str | None = None
-    """Needs the right to watch EndpointSlices. Unset: `{name}-gateway`, rendered with its Role."""
-    pod_network: str | None = None
-    """CIDRs of the cluster's pods, separated by commas: only addresses inside are followed. Unset: private addresses."""
+    pod_network: str | None = None  # CIDRs of pods, comma-separated; other addresses are not followed. Unset: private addresses
     pod_port: Annotated[int, Meta(ge=1, le=65535)] = 8012
-    max_unavailable: Positive | None = None
-    """Pods that an eviction, as of a node that is drained, may take at the same time (a PodDisruptionBudget). Unset: all."""
-    pod: Pod = Pod()
+    max_unavailable: Positive | None = None  # pods that may be evicted at once (PodDisruptionBudget). Unset: all
+    pod: PodSpec = PodSpec()
     autoscaling: GatewayAutoscaling = GatewayAutoscaling()
 
     @property
@@ -187,94 +200,111 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return () if secrets is None else (secrets,) if isinstance(secrets, str) else tuple(secrets)
 
 
-class Store(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class WebIdentity(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Store access by the pods' ServiceAccount tokens (AssumeRoleWithWebIdentity)."""
+
+    audience: str = "sts.amazonaws.com"
+    role_arn: str | None = None  # unset: the service derives the rights from the token, as MinIO does
+    sts_endpoint: Url | None = None  # unset: AWS's own of `region`
+
+
+class StoreSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The S3-compatible store that pods read weights from."""
 
-    endpoint: Annotated[str, Meta(pattern="^https?://")]
+    endpoint: Url
     bucket: str = "lamina"
     region: str = "us-east-1"
+    # Secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if needed, AWS_SESSION_TOKEN. null: pods authenticate by their
+    # ServiceAccounts (stage.service_account, gateway.service_account).
     secret: str | None = "lamina-store"
-    """Secret with the keys AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if need be, AWS_SESSION_TOKEN. null: no Secret; pods
-    are who their ServiceAccounts are (`stage.service_account`, `gateway.service_account`)."""
+    # With `secret: null`. Unset: something in the cluster provides the token, as EKS's webhook does for annotated accounts.
     web_identity: WebIdentity | None = None
-    """With `secret: null`. Unset, something in the cluster brings the token, as EKS's webhook does for annotated accounts."""
 
     def __post_init__(self) -> None:
         if self.web_identity is not None and self.secret is not None:
-            raise SpecError("$.store.web_identity: pods that have keys need none; set $.store.secret to null")
+            raise SpecError("$.store.web_identity: cannot be combined with keys; set $.store.secret to null")
 
 
-class Network(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Namespaces from which pods may be reached, besides Knative's own."""
+class KVStoreSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the KV of idle conversations is kept, encrypted, when its pod ends, so that it is not computed again."""
 
-    policies: bool = True
-    """Whether NetworkPolicies are rendered. A cluster whose network does not know them ignores them."""
+    # Secret whose key `key` (64 hexadecimal digits) encrypts. Its AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY may read, write,
+    # list and delete below the prefix; without them the pods' own keys are used.
+    secret: str
+    bucket: str | None = None  # unset: the models' bucket
+    prefix: Annotated[str, Meta(pattern="^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*$")] = KV_PREFIX
+    endpoint: Url | None = None  # unset: the models' endpoint
+    max_bytes: str = "10Gi"  # of the whole pipeline, a quantity; the oldest is deleted first
+    max_age_seconds: Seconds | None = None  # older objects are deleted. Unset: seven days
+    write_rate: str | None = None  # most bytes per second that a pod writes, a quantity. Unset: 64Mi
+
+
+class NetworkSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Namespaces whose pods may reach the pipeline, in addition to Knative's own."""
+
+    policies: bool = True  # render NetworkPolicies; networks that do not implement them ignore them
     ingress_namespace: str = "kourier-system"
     monitoring_namespace: str = "monitoring"
 
 
 class Channel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What events wait in between the steps of the Sequence."""
+    """Holds events between the steps of the Sequence."""
 
     api_version: str = "messaging.knative.dev/v1"
-    kind: str = "InMemoryChannel"
-    """Keeps nothing over a restart of its pod. Name a durable one for what must not be lost."""
+    kind: str = "InMemoryChannel"  # loses its events when its pod restarts; name a durable one if they must not be lost
 
 
-class Eventing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A Broker with Triggers, and a Sequence that scores texts. Whoever reaches the Broker may ask: events carry no API key."""
+class EventingSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A Broker with Triggers, and a Sequence that scores texts. It asks for no API key: events carry none."""
 
-    dead_letter_sink: str
-    """Where an event goes that cannot be delivered: a URL, or the name of a Knative Service of the same namespace."""
-    reply_sink: str | None = None
-    """Where responses go, likewise. Unset: whoever wants them makes a Trigger."""
+    dead_letter_sink: str  # receives events that cannot be delivered: a URL, or a Knative Service in the namespace
+    reply_sink: str | None = None  # receives responses, likewise. Unset: subscribe with a Trigger of your own
     broker_class: str = "MTChannelBasedBroker"
     channel: Channel = Channel()
     retry: Annotated[int, Meta(ge=0, le=100)] = 5
     backoff_policy: Annotated[str, Meta(pattern="^(exponential|linear)$")] = "exponential"
     backoff_seconds: Annotated[float, Meta(gt=0, le=3600)] = 1
-    timeout_seconds: Annotated[int, Meta(ge=1, le=600)] = 600
-    """Of one delivery: as long as the longest answer, cold start included."""
+    timeout_seconds: TimeoutSeconds = 600  # of one delivery: as long as the longest answer, cold start included
 
 
-class Monitoring(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class MonitoringSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """PodMonitor and PrometheusRule; needs the Prometheus operator."""
 
-    labels: dict[str, str] = {}
-    """On both objects: what the Prometheus selects by, such as `release: prometheus`."""
+    labels: dict[str, str] = {}  # of both objects, by which Prometheus selects them, such as `release: prometheus`
     interval_seconds: Annotated[int, Meta(ge=1, le=300)] = 15
-    queue_proxy_metrics: bool = False
-    """Scrapes queue-proxy too, which listens only once config-observability has `request-metrics-protocol: prometheus`."""
+    queue_proxy_metrics: bool = False  # needs `request-metrics-protocol: prometheus` in config-observability
     alerts: bool = True
 
 
+class Tracing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Traces of gateway and stages, by OTLP over HTTP."""
+
+    endpoint: Url  # of a collector, without /v1/traces
+    # Of requests without a sampling decision; each step is a span per stage.
+    sample_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.1
+
+
 class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One pipeline. Either `stages` (cut evenly) or `cut` (`0:10,10:20,20:30`)."""
+    """One pipeline. It has either `stages` (cut evenly) or `cut` (`0:10,10:20,20:30`)."""
 
     name: str
     namespace: str = "default"
-    model: Model
+    model: ModelSpec
     stages: Positive | None = None
     cut: str | None = None
-    wire_dtype: Literal["int8"] | None = None
-    """In which hidden states travel between stages: in 8 bits, by which answers may differ. Unset: as they are computed."""
+    wire_dtype: Literal["int8"] | None = None  # of hidden states between stages; int8 may change answers. Unset: as computed
     image: str
+    # Secret whose key `token` authenticates gateway and stages to each other. Unset: `{name}-pipeline`, which `deploy` creates.
     pipeline_token_secret: str | None = None
-    """Secret whose key `token` is the bearer token between gateway and stages. Unset: `{name}-pipeline`, made by `deploy`."""
-    stage: Stage = Stage()
-    stage_overrides: list[dict[str, Any]] = []
-    """Pieces that differ: `stage: 1` or `layers: 10:20`, and fields of `stage` that are otherwise there."""
-    gateway: Gateway = Gateway()
-    store: Store
-    kv_store: KVStore | None = None
-    """Unset: what no pod holds any more is computed again."""
-    network: Network = Network()
-    eventing: Eventing | None = None
-    """Unset: the pipeline is asked over HTTP only."""
-    monitoring: Monitoring | None = None
-    """Unset: whoever scrapes the pods brings their own objects."""
-    tracing: Tracing | None = None
-    """Unset: traceparent is passed on, nothing is recorded."""
+    stage: StageSpec = StageSpec()
+    stage_overrides: list[dict[str, Any]] = []  # each with `stage: 1` or `layers: 10:20`, and fields of `stage` to change
+    gateway: GatewaySpec = GatewaySpec()
+    store: StoreSpec
+    kv_store: KVStoreSpec | None = None  # unset: KV that no pod holds any more is computed again
+    network: NetworkSpec = NetworkSpec()
+    eventing: EventingSpec | None = None  # unset: HTTP only
+    monitoring: MonitoringSpec | None = None  # unset: no objects of the Prometheus operator
+    tracing: Tracing | None = None  # unset: traceparent is passed on, nothing is recorded
     log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$")] = "info"
 
     def __post_init__(self) -> None:
@@ -289,7 +319,7 @@ class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         _check_autoscaling("$.gateway.autoscaling", self.gateway.autoscaling)
         _check_quantity("$.gateway.resources.cpu", self.gateway.resources.cpu)
         _check_quantity("$.gateway.resources.memory", self.gateway.resources.memory)
-        check_pod("$.gateway.pod", self.gateway.pod)
+        _check_pod("$.gateway.pod", self.gateway.pod)
         _check_networks(self.gateway.pod_network)
         if self.eventing is not None:
             _check_sinks(self.eventing)
@@ -305,39 +335,65 @@ class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def token_secret(self) -> str:
         return self.pipeline_token_secret or f"{self.name}-pipeline"
 
-    def stages_of(self, cut: Cut) -> tuple[Stage, ...]:
-        """What each stage of the cut gets. Raises SpecError where an override is for no stage of it."""
+    def stages_of(self, cut: Cut) -> tuple[StageSpec, ...]:
+        """Settings of each stage of the cut. Raises SpecError if an override selects no stage."""
         return overridden(self.stage, self.stage_overrides, cut)
 
     def dtypes_of(self, cut: Cut) -> tuple[str, ...]:
-        """In which each stage of the cut computes."""
+        """Weight dtype of each stage of the cut."""
         return tuple(stage.dtype or self.model.dtype for stage in self.stages_of(cut))
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """All that some stage may compute in, the model's first: what has to be published."""
+        """All dtypes that the model must be published in, the model's own first."""
         own = [self.stage.dtype, *(override.get("dtype") for override in self.stage_overrides)]
         return tuple(dict.fromkeys([self.model.dtype, *(dtype for dtype in own if dtype)]))
 
 
-def _check_stage(path: str, stage: Stage, model_dtype: str) -> None:
+def quantity(text: str) -> float:
+    """A Kubernetes quantity as a number: `500m` → 0.5, `512Mi` → 536870912. Raises SpecError."""
+    try:
+        amount = parse_quantity(text)
+    except ValueError as error:
+        raise SpecError(str(error)) from error
+    if amount < 0:
+        raise SpecError(f"{text!r} is negative")
+    return float(amount)
+
+
+def _check_stage(path: str, stage: StageSpec, model_dtype: str) -> None:
     dtype = stage.dtype or model_dtype
     _check_choice(f"{path}.dtype", dtype, DTYPES)
     if dtype != model_dtype and not {dtype, model_dtype} <= MIXABLE_DTYPES:
         raise SpecError(
-            f"{path}.dtype: {dtype} does not go with $.model.dtype {model_dtype}, whose hidden states travel otherwise; "
-            f"{', '.join(sorted(MIXABLE_DTYPES))} go together"
+            f"{path}.dtype: {dtype} cannot be combined with $.model.dtype {model_dtype}, because their hidden states travel in "
+            f"different dtypes; only {', '.join(sorted(MIXABLE_DTYPES))} can be combined"
         )
     _check_autoscaling(f"{path}.autoscaling", stage.autoscaling)
     _check_quantity(f"{path}.resources.cpu", stage.resources.cpu)
     _check_quantity(f"{path}.resources.memory", stage.resources.memory)
     _check_quantity(f"{path}.kv_cache", stage.kv_cache)
     _check_quantity(f"{path}.weights_cache_size", stage.weights_cache_size)
-    check_pod(f"{path}.pod", stage.pod)
+    _check_pod(f"{path}.pod", stage.pod)
     if stage.device == "cuda" and dtype in ("int8", "q4"):
         raise SpecError(f"{path}.device: 'cuda' does not run dtype {dtype}; use auto or cpu, or another dtype")
     if stage.layer_group == "transformers" and dtype in ("int8", "q4"):
         raise SpecError(f"{path}.layer_group: 'transformers' does not run dtype {dtype}; use auto, or another dtype")
+
+
+def _check_pod(path: str, pod: PodSpec) -> None:
+    for name in pod.env:
+        if not _ENV_NAME.fullmatch(name):
+            raise SpecError(f"{path}.env: {name!r} is not a valid name of a variable")
+        if name.startswith("LAMINA_"):
+            raise SpecError(f"{path}.env: {name} is set by a field of the spec; set that field instead (docs/reference.md)")
+    for kind, names, reserved in (
+        ("labels", pod.labels, _RESERVED_LABELS),
+        ("annotations", pod.annotations, _RESERVED_ANNOTATIONS),
+    ):
+        for name in names:
+            if name.startswith(reserved):
+                raise SpecError(f"{path}.{kind}: {name} is reserved for Lamina or Knative; set its field of the spec instead")
 
 
 def _check_quantity(path: str, text: str) -> None:
@@ -349,30 +405,28 @@ def _check_quantity(path: str, text: str) -> None:
 
 def _check_networks(text: str | None) -> None:
     try:
-        for part in (text or "").split(",") if text else ():
+        for part in text.split(",") if text else ():
             ipaddress.ip_network(part.strip())
     except ValueError as error:
-        raise SpecError(f"$.gateway.pod_network: {text!r} is not networks such as 10.244.0.0/16 ({error})") from error
+        raise SpecError(f"$.gateway.pod_network: {text!r} is not a list of networks such as 10.244.0.0/16 ({error})") from error
 
 
 def _check_label(path: str, value: str, longest: int) -> None:
     if not _LABEL.fullmatch(value) or len(value) > longest:
-        raise SpecError(
-            f"{path}: {value!r} is no DNS label (lower-case letters, digits, '-', a letter first, at most {longest} characters)"
-        )
+        raise SpecError(f"{path}: {value!r} is not a DNS label of at most {longest} characters (a-z, 0-9, '-'; a letter first)")
 
 
 def _check_choice(path: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise SpecError(f"{path}: {value!r} is none of {', '.join(choices)}")
+        raise SpecError(f"{path}: {value!r} is not one of {', '.join(choices)}")
 
 
-def _check_sinks(eventing: Eventing) -> None:
-    for path, sink in (("dead_letter_sink", eventing.dead_letter_sink), ("reply_sink", eventing.reply_sink)):
+def _check_sinks(eventing: EventingSpec) -> None:
+    for field, sink in (("dead_letter_sink", eventing.dead_letter_sink), ("reply_sink", eventing.reply_sink)):
         if sink is not None and not re.match("https?://[^/]", sink):
             if "/" in sink or ":" in sink:
-                raise SpecError(f"$.eventing.{path}: {sink!r} is neither a URL that begins with http nor the name of a Service")
-            _check_label(f"$.eventing.{path}", sink, 63)
+                raise SpecError(f"$.eventing.{field}: {sink!r} is neither an http(s) URL nor the name of a Service")
+            _check_label(f"$.eventing.{field}", sink, 63)
 
 
 def _check_autoscaling(path: str, scaling: Autoscaling) -> None:
@@ -383,14 +437,3 @@ def _check_autoscaling(path: str, scaling: Autoscaling) -> None:
         raise SpecError(f"{path}.target: {scaling.target} is above container_concurrency {limit} and would never be reached")
     if scaling.autoscaler_class == "hpa" and scaling.min_scale == 0:
         raise SpecError(f"{path}.min_scale: 0, but the class hpa cannot scale to zero; use 1 or the class kpa")
-
-
-def quantity(text: str) -> float:
-    """A Kubernetes quantity as a number: `500m` → 0.5, `512Mi` → 536870912. Raises SpecError."""
-    try:
-        amount = parse_quantity(text)
-    except ValueError as error:
-        raise SpecError(str(error)) from error
-    if amount < 0:
-        raise SpecError(f"{text!r} is less than nothing")
-    return float(amount)

@@ -1,4 +1,4 @@
-"""A PipelineSpec out of a file or a document; an error names the path in it and the value that was seen."""
+"""Reads a PipelineSpec from YAML. Errors name the path in the document and the value found there."""
 
 import re
 from pathlib import Path
@@ -7,12 +7,12 @@ from typing import Any
 import msgspec
 import yaml
 
-from knative.spec.errors import SpecError
+from knative.spec.errors import SpecError, split_path
 from knative.spec.pipeline_spec import PipelineSpec
 
 
 def spec_from_dict(document: Any) -> PipelineSpec:
-    """Raises SpecError, its message led by the path of what is wrong."""
+    """Raises SpecError; its message begins with the path of the faulty field."""
     try:
         return msgspec.convert(document, PipelineSpec)
     except SpecError:
@@ -24,30 +24,23 @@ def spec_from_dict(document: Any) -> PipelineSpec:
 
 
 def load_spec(path: Path) -> PipelineSpec:
-    """Reads one YAML document. Raises SpecError, with the file's name in front."""
+    """Reads one YAML document. Raises SpecError; its message begins with the file's name."""
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return spec_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SpecError(f"{path}: cannot be read as YAML: {error}") from error
-    try:
-        return spec_from_dict(document)
     except SpecError as error:
         raise SpecError(f"{path}: {error}") from error
 
 
 def _with_value(message: str, document: Any) -> str:
-    """msgspec says what it expected and where; the value that was seen is looked up and added."""
-    text, _, rest = message.partition(" - at `")
-    path = rest.rstrip("`") or "$"
+    """msgspec's message, led by its path and followed by the value at that path."""
+    text, path = split_path(message)
     value = document
     for key, index in re.findall(r"\.([^.\[\]]+)|\[(\d+)\]", path):
         try:
             value = value[key] if key else value[int(index)]
         except (KeyError, IndexError, TypeError):
             return f"{path}: {text}"
-    return f"{path}: {text}, seen {_shortened(value)}"
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    seen = repr(value)
+    return f"{path}: {text}, seen {seen if len(seen) <= 80 else seen[:77] + '...'}"

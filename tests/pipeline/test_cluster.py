@@ -21,15 +21,15 @@ from transformers import AutoModelForCausalLM
 from eventing.wire.events import EventType
 from knative.cluster.client import Ref
 from knative.cluster.deployer import Deployer
-from knative.cluster.deployer_role import deployer_role
 from knative.cluster.errors import ClusterError, DeployInProgress
 from knative.cluster.lease import deploy_lease
 from knative.cluster.pipeline_token import ensure_token
 from knative.cluster.status import COLUMNS, cluster_status, status_rows
+from knative.render.access import deployer_role
 from knative.render.prune_script import is_ready
 from knative.spec.model_shape import published_shape
 from knative.spec.model_sources import packaged_model
-from knative.spec.pipeline_spec import Eventing, Gateway
+from knative.spec.pipeline_spec import EventingSpec, GatewaySpec
 from storage.models.model_repository import read_file
 from storage.models.publisher import publish
 from storage.store.object_store import ObjectStore
@@ -219,7 +219,7 @@ def test_a_deploy_that_fails_touches_nothing_and_is_rolled_back(scenario: Scenar
 
 
 def test_a_pod_network_that_is_not_the_clusters_is_told_before_the_gateway_moves(scenario: Scenario) -> None:
-    elsewhere = scenario.spec(gateway=Gateway(pod_network="203.0.113.0/24"))
+    elsewhere = scenario.spec(gateway=GatewaySpec(pod_network="203.0.113.0/24"))
     with scenario.streams.running(2):
         with pytest.raises(ClusterError, match="pod_network"):
             scenario.deployer.deploy(scenario.objects(elsewhere))
@@ -304,7 +304,7 @@ def test_a_text_is_scored_through_the_sequence(scenario: Scenario) -> None:
     if not scenario.cluster.serves("eventing.knative.dev/v1", "Broker"):
         pytest.skip("Knative Eventing is not installed on this cluster")
     probe = Probe(scenario.cluster, scenario.where)
-    scenario.deploy(eventing=Eventing(dead_letter_sink=probe.sink, reply_sink=probe.sink))
+    scenario.deploy(eventing=EventingSpec(dead_letter_sink=probe.sink, reply_sink=probe.sink))
     # Done means Ready: what is sent now is not lost.
     (broker,) = scenario.cluster.find("eventing.knative.dev/v1", "Broker", scenario.where.namespace, INSTANCE)
     address = broker["status"]["address"]["url"]

@@ -27,7 +27,7 @@ FILL = """
 import json, os, sys
 from functions.stage.models.native.group import NativeGroup
 from knative.spec.model_shape import shape_from_config
-from knative.spec.stage_plan import plan_stages
+from knative.spec.sizing import plan_stages
 from tests.support.storage.tiny_models import tiny_config
 
 def resident():

@@ -15,8 +15,7 @@ from knative.commands.terminal.asking import Question, ask
 from knative.local.proxies.network import Network
 from knative.render.services import services
 from knative.spec.model_shape import published_shape
-from knative.spec.network_plan import Link, network_plan
-from knative.spec.stage_plan import plan_stages
+from knative.spec.sizing import Link, network_plan, plan_stages
 from storage.store.object_store import ObjectStore
 from tests.support.functions.served import serving, tiny_pipeline
 from tests.support.storage.published import Published

@@ -7,7 +7,7 @@ from knative.commands.sources.local_pipeline import local_pipeline
 from knative.commands.terminal.asking import Question, ask
 from knative.local.platform import Platform, PlatformOptions
 from knative.render.services import services
-from knative.spec.pipeline_spec import Autoscaling, Gateway, Model, PipelineSpec, Stage, Store
+from knative.spec.pipeline_spec import Autoscaling, GatewaySpec, ModelSpec, PipelineSpec, StageSpec, StoreSpec
 from storage.store.object_store import ObjectStore
 from tests.support.knative.cold_pipeline import pods_of, set_environment
 from tests.support.knative.platform import until
@@ -31,12 +31,12 @@ async def _converse(url: str, number: int) -> None:
 async def _grows(published: Published, folder: Path) -> None:
     spec = PipelineSpec(
         name="full",
-        model=Model(name="tiny", dtype="float32"),
+        model=ModelSpec(name="tiny", dtype="float32"),
         stages=STAGES,
         image="lamina:local",
-        stage=Stage(layer_group="sleep", sleep_seconds=PASS_SECONDS, autoscaling=Autoscaling(max_scale=MAX_SCALE)),
-        gateway=Gateway(micro_batch_sequences=2 * FIT, draft_tokens=0),
-        store=Store(endpoint="http://127.0.0.1"),
+        stage=StageSpec(layer_group="sleep", sleep_seconds=PASS_SECONDS, autoscaling=Autoscaling(max_scale=MAX_SCALE)),
+        gateway=GatewaySpec(micro_batch_sequences=2 * FIT, draft_tokens=0),
+        store=StoreSpec(endpoint="http://127.0.0.1"),
     )
     local = local_pipeline(ObjectStore(published.store), published.manifest, STAGES, spec, {})
     names = [local.pipeline.stage_name(index) for index in range(STAGES)]

@@ -18,11 +18,20 @@ from knative.render.rendering import resolve
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import KEYS_ENTRY
 from knative.spec.cut import cut_evenly
-from knative.spec.kv_store import KVStore
 from knative.spec.model_shape import ModelShape, published_shape
 from knative.spec.model_sources import DEFAULT_MODEL, packaged_model, published_name
-from knative.spec.pipeline_spec import Autoscaling, Gateway, Model, PipelineSpec, Resources, Stage, Store, quantity
-from knative.spec.stage_plan import plan_stages
+from knative.spec.pipeline_spec import (
+    Autoscaling,
+    GatewaySpec,
+    KVStoreSpec,
+    ModelSpec,
+    PipelineSpec,
+    Resources,
+    StageSpec,
+    StoreSpec,
+    quantity,
+)
+from knative.spec.sizing import plan_stages
 from storage.checkpoints.model_source import locate, open_checkpoint
 from storage.errors import ModelNotPublished
 from storage.kv.sealed import KEY_BYTES
@@ -119,14 +128,14 @@ def local_pipeline(
     Secrets that are not given are made up for this run. Raises TooManyStages, RenderFailed or SpecError.
     """
     shape = published_shape(store, manifest)
-    here = Store(endpoint=store.settings.endpoint_url, bucket=store.settings.bucket, region=store.settings.region)
+    here = StoreSpec(endpoint=store.settings.endpoint_url, bucket=store.settings.bucket, region=store.settings.region)
     if spec is None:
         spec = _spec_for_this_machine(manifest, shape, stages, here)
         if weights_cache is not None:
             stage = msgspec.structs.replace(spec.stage, weights_cache=str(weights_cache.resolve()), weights_cache_size=_CACHE)
             spec = msgspec.structs.replace(spec, stage=stage)
         if kv_key is not None:
-            spec = msgspec.structs.replace(spec, kv_store=KVStore(secret=_KV_SECRET))
+            spec = msgspec.structs.replace(spec, kv_store=KVStoreSpec(secret=_KV_SECRET))
     else:
         spec = msgspec.structs.replace(spec, store=msgspec.structs.replace(here, secret=spec.store.secret or here.secret))
         if spec.kv_store is not None:
@@ -184,23 +193,23 @@ def _already_published(store: ObjectStore, name: str, dtype: str) -> ModelManife
         raise ModelNotPublished(f"{name!r} is no folder here, and not published as {dtype}; published is {known}") from error
 
 
-def _spec_for_this_machine(manifest: ModelManifest, shape: ModelShape, stages: int, store: Store) -> PipelineSpec:
+def _spec_for_this_machine(manifest: ModelManifest, shape: ModelShape, stages: int, store: StoreSpec) -> PipelineSpec:
     plans = plan_stages(shape, cut_evenly(shape, stages))
     memory = max(plan.weight_bytes for plan in plans) * 2 + quantity(_KV_CACHE) + _RUNTIME_BYTES
     cores = usable_cores()
     sharing = Sharing(cores, stages)
     return PipelineSpec(
         name="lamina",
-        model=Model(name=manifest.name, dtype=manifest.dtype),
+        model=ModelSpec(name=manifest.name, dtype=manifest.dtype),
         stages=stages,
         image="lamina:local",
-        stage=Stage(
+        stage=StageSpec(
             resources=Resources(cpu=str(cores), memory=f"{math.ceil(memory / 2**20)}Mi"),
             busy_threads=sharing.busy_threads,
             kv_cache=_KV_CACHE,
             autoscaling=Autoscaling(max_scale=_MAX_SCALE),
         ),
-        gateway=Gateway(micro_batch_sequences=sharing.micro_batch_sequences, stages_at_once=sharing.stages_at_once),
+        gateway=GatewaySpec(micro_batch_sequences=sharing.micro_batch_sequences, stages_at_once=sharing.stages_at_once),
         store=store,
     )
 

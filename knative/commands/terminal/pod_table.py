@@ -5,22 +5,20 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 
 from knative.commands.terminal.console import show_table, size
-from knative.spec.memory import needed_bytes
-from knative.spec.pipeline_spec import Autoscaling, Gateway, Resources, Stage, quantity
-from knative.spec.pod import Pod
-from knative.spec.stage_plan import StagePlan
+from knative.spec.pipeline_spec import Autoscaling, GatewaySpec, PodSpec, Resources, StageSpec, quantity
+from knative.spec.sizing import StagePlan, needed_bytes
 
 _COLUMNS = ("pods of", "cpu", "memory", "needs", "kv_cache", "tokens", "gpu", "device", "scale", "target", "besides")
 
 
-def show_pods(console: Console, plans: Sequence[StagePlan], stages: Sequence[Stage], gateway: Gateway) -> None:
+def show_pods(console: Console, plans: Sequence[StagePlan], stages: Sequence[StageSpec], gateway: GatewaySpec) -> None:
     rows = [_stage_row(plan, stage) for plan, stage in zip(plans, stages, strict=True)]
     of_gateway = ("", "", "", "", "cpu", *_scale(gateway.autoscaling), " ".join(_besides(gateway.pod)))
     rows.append(("gateway", *_resources(gateway.resources), *of_gateway))
     show_table(console, "what the spec gives", _COLUMNS, rows)
 
 
-def _stage_row(plan: StagePlan, stage: Stage) -> tuple[str, ...]:
+def _stage_row(plan: StagePlan, stage: StageSpec) -> tuple[str, ...]:
     needs = "" if stage.resources.gpu else size(int(needed_bytes(stage, plan.weight_bytes)))
     tokens = int(quantity(stage.kv_cache)) // plan.kv_bytes_per_token
     gpu = str(stage.resources.gpu or "")
@@ -40,7 +38,7 @@ def _scale(scaling: Autoscaling) -> tuple[str, str]:
     return f"{scaling.min_scale}-{scaling.max_scale}", f"{target:g} % CPU" if hpa else f"{target:g}"
 
 
-def _besides(pod: Pod) -> Iterator[str]:
+def _besides(pod: PodSpec) -> Iterator[str]:
     """Where they may run, and as what."""
     yield from (f"{name}={value}" for name, value in pod.node_selector.items())
     yield from (str(value) for value in (pod.runtime_class, pod.priority_class) if value)

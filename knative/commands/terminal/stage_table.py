@@ -10,7 +10,7 @@ from knative.commands.terminal.console import show_table, size
 from knative.commands.terminal.pod_metrics import read_metrics
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.spec.model_shape import ModelShape
-from knative.spec.stage_plan import StagePlan, plan_stages
+from knative.spec.sizing import StagePlan, plan_stages
 
 _COLUMNS: Final = ("stage", "layers", "weights", "process", "import", "weights in", "first step", "ready after", "tokens/s")
 

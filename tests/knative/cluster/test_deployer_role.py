@@ -7,13 +7,12 @@ import pytest
 from knative.cluster.client import Cluster
 from knative.cluster.cost import usage_since_start
 from knative.cluster.deployer import Deployer
-from knative.cluster.deployer_role import deployer_role
 from knative.cluster.errors import DeployFailed
 from knative.cluster.garbage import OWN_KINDS
 from knative.cluster.inventory import pipelines
 from knative.cluster.lease import deploy_lease
 from knative.cluster.status import cluster_status
-from knative.render.services import gateway_access
+from knative.render.access import deployer_role, gateway_access
 from tests.support.knative.deployments import account, objects, other, sink, stage_name, until
 from tests.support.knative.knative_controllers import crash_loops
 from tests.support.knative.kubernetes_api import EVENTING, KubernetesApi

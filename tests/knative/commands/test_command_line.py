@@ -135,7 +135,10 @@ def test_plan_refuses_int8_where_no_stage_would_run_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("plan", "--model", LLAMA, "--stages", "41"), "41 stages wanted, but llama-2-13b has 40 layers; ask for at most 40"),
+        (
+            ("plan", "--model", LLAMA, "--stages", "41"),
+            "41 stages requested, but llama-2-13b has 40 layers; ask for at most",
+        ),
         (("plan", "--model", LLAMA, "--cut", "0:10,20:40"), "group 20:40 must begin with layer 10"),
         (("ask", "http://127.0.0.1:9", "hi"), "nobody listens there"),
     ],

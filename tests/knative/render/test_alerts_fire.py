@@ -12,8 +12,8 @@ from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.scheduling.scheduler_metrics import SchedulerCollector
 from functions.gateway.scheduling.stats import StageStats, Stats
 from functions.stage.serving.metrics import StageMetrics
-from knative.render import alerts
-from knative.render.alerts import ALERTS, rule_groups
+from knative.render import monitoring
+from knative.render.monitoring import ALERTS, rule_groups
 from tests.support.knative.promql_evaluation import Recorded
 
 SCRAPE_SECONDS = 30
@@ -244,7 +244,7 @@ def test_every_alert_is_fired_by_a_test() -> None:
 
 def test_clients_mistakes_are_no_failures_and_all_others_are() -> None:
     mistakes = {problem.name for problem in PROBLEMS.values() if problem.status < 500 and problem.name != "queue-full"}
-    assert set(alerts._NO_FAILURES.split("|")) == {"stop", "length", "cancelled"} | mistakes
+    assert set(monitoring._NO_FAILURES.split("|")) == {"stop", "length", "cancelled"} | mistakes
 
 
 def counters() -> Iterator[tuple[str, float]]:

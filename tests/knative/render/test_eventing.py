@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from eventing.wire.events import EventType
+from knative.render.access import network_policies
 from knative.render.eventing import eventing_objects
-from knative.render.network_policy import network_policies
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import events_gateway_service, gateway_service, services
 from knative.spec.errors import SpecError
@@ -118,9 +118,9 @@ def test_without_the_section_there_is_nothing() -> None:
     ("eventing", "message"),
     [
         ({}, r"\$\.eventing: .*dead_letter_sink"),
-        ({"dead_letter_sink": "dead letters"}, r"dead_letter_sink: 'dead letters' is no DNS label"),
-        ({"dead_letter_sink": "ftp://x"}, r"dead_letter_sink: 'ftp://x' is neither a URL"),
-        ({"dead_letter_sink": "x", "reply_sink": "http://"}, r"reply_sink: 'http://' is neither a URL"),
+        ({"dead_letter_sink": "dead letters"}, r"dead_letter_sink: 'dead letters' is not a DNS label"),
+        ({"dead_letter_sink": "ftp://x"}, r"dead_letter_sink: 'ftp://x' is neither an http\(s\) URL"),
+        ({"dead_letter_sink": "x", "reply_sink": "http://"}, r"reply_sink: 'http://' is neither an http"),
         ({"dead_letter_sink": "x", "retry": -1}, r"\$\.eventing\.retry: .*seen -1"),
         ({"dead_letter_sink": "x", "backoff_policy": "random"}, r"backoff_policy: .*seen 'random'"),
         ({"dead_letter_sink": "x", "timeout_seconds": 601}, r"timeout_seconds: .*seen 601"),

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from knative.render.alerts import ALERTS, rule_groups
 from knative.render.dashboard import dashboard
-from knative.render.monitoring import monitoring_objects
+from knative.render.monitoring import ALERTS, monitoring_objects, rule_groups
 from knative.render.rendering import render
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import METRICS_PORT

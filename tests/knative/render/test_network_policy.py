@@ -1,6 +1,6 @@
 """The NetworkPolicies let Knative work, and nobody else in."""
 
-from knative.render.network_policy import network_policies
+from knative.render.access import network_policies
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import CONTAINER_PORT, METRICS_PORT, gateway_service, stage_service
 from tests.support.knative.pipelines import resolved_pipeline

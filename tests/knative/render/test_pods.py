@@ -145,7 +145,7 @@ def test_a_token_that_the_store_knows_is_mounted_where_nobody_else_brings_it() -
         )
         assert read.access_key_id is None
     checked(variant)
-    with pytest.raises(SpecError, match=r"\$\.store\.web_identity: pods that have keys need none"):
+    with pytest.raises(SpecError, match=r"\$\.store\.web_identity: cannot be combined with keys"):
         spec_from_dict(document(store=store | {"secret": "lamina-store"}))
 
 
@@ -163,8 +163,8 @@ def test_a_budget_keeps_gateways_when_nodes_are_drained() -> None:
     ("pod", "message"),
     [
         ({"env": {"LAMINA_THREADS": "1"}}, r"\$\.gateway\.pod\.env: LAMINA_THREADS is set by a field of the spec"),
-        ({"env": {"A-B": "1"}}, r"'A-B' is no name of a variable"),
-        ({"labels": {"app.kubernetes.io/instance": "x"}}, r"pod\.labels: app\.kubernetes\.io/instance is Lamina's"),
+        ({"env": {"A-B": "1"}}, r"'A-B' is not a valid name of a variable"),
+        ({"labels": {"app.kubernetes.io/instance": "x"}}, r"pod\.labels: app\.kubernetes\.io/instance is reserved for Lamina"),
         ({"annotations": {"autoscaling.knative.dev/target": "1"}}, r"pod\.annotations: autoscaling\.knative\.dev/target is"),
         ({"node_selectors": {}}, r"unknown field `node_selectors`"),
     ],
@@ -176,7 +176,7 @@ def test_what_would_not_be_what_it_seems_is_refused(pod: dict[str, Any], message
 
 def test_networks_of_pods_are_read_with_the_spec() -> None:
     spec_from_dict(document(gateway={"pod_network": "10.244.0.0/16, fd00::/64"}))
-    with pytest.raises(SpecError, match=r"\$\.gateway\.pod_network: '10\.1\.0\.1/8' is not networks"):
+    with pytest.raises(SpecError, match=r"\$\.gateway\.pod_network: '10\.1\.0\.1/8' is not a list of networks"):
         spec_from_dict(document(gateway={"pod_network": "10.1.0.1/8"}))
 
 

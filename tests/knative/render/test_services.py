@@ -12,9 +12,10 @@ from functions.configuration.config import GatewayConfig, StageConfig, read_conf
 from functions.configuration.pass_times import PassTimes
 from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.app import client_limits
+from knative.render.access import gateway_access
 from knative.render.rendering import render
 from knative.render.resolved_pipeline import ResolvedPipeline
-from knative.render.services import METRICS_PORT, gateway_access, services, stage_service
+from knative.render.services import METRICS_PORT, services, stage_service
 from knative.spec.cut import parse_cut
 from knative.spec.errors import SpecError
 from knative.spec.kubernetes_object import to_yaml
@@ -250,12 +251,12 @@ def test_a_label_that_looks_like_a_float_is_quoted() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "Chat"}, r"\$\.name: 'Chat' is no DNS label"),
+        ({"name": "Chat"}, r"\$\.name: 'Chat' is not a DNS label"),
         ({"name": "c" * 37}, r"\$\.name: .* at most 36 characters"),
         ({"stages": 3}, r"\$\.stages, \$\.cut: exactly one of them"),
         ({"cut": "0:10,11:20"}, r"\$\.cut: '0:10,11:20': group 11:20 must begin with layer 10"),
         ({"cut": "0:0"}, r"group 0:0 must begin with layer 0 and hold at least one layer"),
-        ({"cut": "ten"}, r"\$\.cut: 'ten' is no cut such as"),
+        ({"cut": "ten"}, r"\$\.cut: 'ten' is not a cut such as"),
         (
             {"model": {"name": "m", "dtype": "int8"}, "stage": {"device": "cuda"}},
             r"\$\.stage\.device: 'cuda' does not run dtype int8",
@@ -265,7 +266,7 @@ def test_a_label_that_looks_like_a_float_is_quoted() -> None:
             r"\$\.stage\.layer_group: 'transformers' does not run dtype int8",
         ),
         ({"model": {"name": "m", "dtype": "q4"}, "stage": {"device": "cuda"}}, r"'cuda' does not run dtype q4"),
-        ({"model": {"name": "m", "dtype": "fp8"}}, r"\$\.model\.dtype: 'fp8' is none of float32"),
+        ({"model": {"name": "m", "dtype": "fp8"}}, r"\$\.model\.dtype: 'fp8' is not one of float32"),
         ({"stage": {"kv_cache": "1 GB"}}, r"\$\.stage\.kv_cache: '1 GB' is no Kubernetes quantity"),
         ({"stage": {"autoscaling": {"target": 9}}}, r"\$\.stage\.autoscaling\.target: 9.* is above container_concurrency 8"),
         ({"stage": {"autoscaling": {"target": "2"}}}, r"\$\.stage\.autoscaling\.target: Expected .*seen '2'"),

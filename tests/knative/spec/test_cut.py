@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from knative.spec.cut import cut_evenly
 from knative.spec.errors import TooManyStages, UnknownShape
 from knative.spec.model_shape import ModelShape, published_shape, shape_from_config, shape_from_folder
-from knative.spec.stage_plan import plan_stages, replicas_for
+from knative.spec.sizing import plan_stages, replicas_for
 from storage.models.publisher import publish
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
@@ -142,7 +142,7 @@ def test_safetensors_headers_give_exact_sizes(tmp_path: Path) -> None:
 
 
 def test_more_stages_than_layers() -> None:
-    with pytest.raises(TooManyStages, match="31 stages wanted, but s has 30 layers; ask for at most 30 stages"):
+    with pytest.raises(TooManyStages, match="31 stages requested, but s has 30 layers; ask for at most 30 stages"):
         cut_evenly(shape_from_config(SMOLLM2, "s", "int8"), 31)
 
 

@@ -6,8 +6,7 @@ from click.testing import CliRunner
 from knative.__main__ import main
 from knative.spec.cut import cut_evenly
 from knative.spec.model_shape import shape_from_folder
-from knative.spec.network_plan import Link, network_plan
-from knative.spec.stage_plan import plan_stages
+from knative.spec.sizing import Link, network_plan, plan_stages
 from tests.support.paths import ROOT
 
 SHAPE = shape_from_folder(ROOT / "examples" / "llama-2-13b", "bfloat16")

@@ -6,8 +6,8 @@ import pytest
 
 from knative.spec.cut import parse_cut
 from knative.spec.errors import SpecError
-from knative.spec.memory import check_memory, needed_bytes
-from knative.spec.pipeline_spec import PipelineSpec, Stage
+from knative.spec.pipeline_spec import PipelineSpec, StageSpec
+from knative.spec.sizing import check_memory, needed_bytes
 from knative.spec.spec_file import spec_from_dict
 from tests.support.knative.pipelines import document
 
@@ -19,7 +19,7 @@ def spec(*overrides: Any, **changes: Any) -> PipelineSpec:
 
 
 def test_stages_are_alike_unless_said_otherwise() -> None:
-    assert spec().stages_of(CUT) == (Stage(),) * 3
+    assert spec().stages_of(CUT) == (StageSpec(),) * 3
 
 
 def test_a_stage_differs_by_its_number_and_stages_by_their_layers() -> None:
@@ -46,9 +46,9 @@ def test_null_takes_a_default_away() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ({"device": "cpu"}, r"\$\.stage_overrides\[0\]: exactly one of stage .* and layers"),
-        ({"stage": 0, "layers": "0:10", "device": "cpu"}, r"exactly one of stage .* and layers"),
-        ({"stage": 1}, r"\$\.stage_overrides\[0\]: nothing of it differs"),
+        ({"device": "cpu"}, r"\$\.stage_overrides\[0\]: needs exactly one of stage .* and layers"),
+        ({"stage": 0, "layers": "0:10", "device": "cpu"}, r"needs exactly one of stage .* and layers"),
+        ({"stage": 1}, r"\$\.stage_overrides\[0\]: changes nothing"),
         ({"stage": 0, "memory": "2Gi"}, r"\$\.stage_overrides\[0\]: .*unknown field `memory`"),
         ({"stage": 0, "resources": {"gpu": "one"}}, r"\$\.stage_overrides\[0\]\.resources\.gpu: Expected `int`, got `str`"),
         ({"stage": 0, "resources": {"memory": "1 GB"}}, r"\$\.stage_overrides\[0\]\.resources\.memory: '1 GB' is no"),
@@ -64,10 +64,10 @@ def test_what_is_wrong_with_an_override_is_said_when_the_spec_is_read(override: 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ({"stage": 3, "device": "cpu"}, r"\.stage: 3 is none of the 3 stages, which are numbered from 0 on"),
-        ({"stage": True, "device": "cpu"}, r"\.stage: True is none of the 3 stages"),
-        ({"layers": "0:15", "device": "cpu"}, r"\.layers: 0:15 begins and ends with no stages of the cut 0:10,10:20,20:30"),
-        ({"layers": "all", "device": "cpu"}, r"\.layers: 'all' is no range of layers such as '0:10'"),
+        ({"stage": 3, "device": "cpu"}, r"\.stage: 3 is not one of the 3 stages, which are numbered from 0"),
+        ({"stage": True, "device": "cpu"}, r"\.stage: True is not one of the 3 stages"),
+        ({"layers": "0:15", "device": "cpu"}, r"\.layers: 0:15 does not begin and end with stages of the cut 0:10,10:20,20:30"),
+        ({"layers": "all", "device": "cpu"}, r"\.layers: 'all' is not a range of layers such as '0:10'"),
     ],
 )
 def test_an_override_must_be_for_stages_of_the_cut(override: dict[str, Any], message: str) -> None:
@@ -89,10 +89,10 @@ def test_memory_is_held_against_weights_and_keys_and_the_sum_is_said() -> None:
     weights = [400 * 2**20] * 3
     assert needed_bytes(stages[0], weights[0]) == 400 * 2**20 * 1.2 + 2**29 + 2**30
     check_memory(stages[:1], weights[:1])
-    sums = r"stage 1 has 2Gi and needs 2528 MiB: weights of 400 MiB × 1\.2, kv_cache 1Gi, and 1024 MiB besides"
+    sums = r"stage 1 has 2Gi and needs 2528 MiB: weights 400 MiB × 1\.2, kv_cache 1Gi and 1024 MiB for the rest"
     with pytest.raises(SpecError, match=sums):
         check_memory(stages, weights)
-    with pytest.raises(SpecError, match=r"stage 0 has 1Gi and needs 1536 MiB: weights \(not known here\)"):
+    with pytest.raises(SpecError, match=r"stage 0 has 1Gi and needs 1536 MiB: weights \(size unknown here\)"):
         check_memory(spec(stage={"resources": {"memory": "1Gi"}}).stages_of(CUT), [None] * 3)
     on_gpus = spec(stage={"resources": {"memory": "1Gi", "gpu": 1}}).stages_of(CUT)
     check_memory(on_gpus, weights)
@@ -112,9 +112,9 @@ def test_a_stage_may_compute_in_a_dtype_of_its_own() -> None:
     [
         (
             {"stage": 0, "dtype": "float32"},
-            r"\$\.stage_overrides\[0\]\.dtype: float32 does not go with \$\.model\.dtype bfloat16",
+            r"\$\.stage_overrides\[0\]\.dtype: float32 cannot be combined with \$\.model\.dtype bfloat16",
         ),
-        ({"stage": 0, "dtype": "int4"}, r"\$\.stage_overrides\[0\]\.dtype: 'int4' is none of"),
+        ({"stage": 0, "dtype": "int4"}, r"\$\.stage_overrides\[0\]\.dtype: 'int4' is not one of"),
         ({"stage": 0, "dtype": "int8", "device": "cuda"}, r"\$\.stage_overrides\[0\]\.device: 'cuda' does not run dtype int8"),
     ],
 )

@@ -16,8 +16,17 @@ from knative.local.platform import Platform
 from knative.local.serving.revisions import Revision
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.spec.cut import parse_cut
-from knative.spec.kv_store import KV_PREFIX, KVStore
-from knative.spec.pipeline_spec import Autoscaling, Gateway, Model, PipelineSpec, Resources, Stage, Store
+from knative.spec.pipeline_spec import (
+    KV_PREFIX,
+    Autoscaling,
+    GatewaySpec,
+    KVStoreSpec,
+    ModelSpec,
+    PipelineSpec,
+    Resources,
+    StageSpec,
+    StoreSpec,
+)
 from storage.store.payload_store import PayloadStore
 from tests.support.knative.platform import running_platform
 from tests.support.storage.published import Published, until_end
@@ -36,17 +45,17 @@ def tiny_pipeline(
     scaling = Autoscaling(target=8, window_seconds=6, scale_down_delay_seconds=0, max_scale=3)
     spec = PipelineSpec(
         name="tiny",
-        model=Model(name=published.manifest.name, dtype=published.manifest.dtype),
+        model=ModelSpec(name=published.manifest.name, dtype=published.manifest.dtype),
         cut=cut,
         wire_dtype=wire_dtype,
         image="lamina:local",
-        stage=Stage(resources=Resources(memory="1536Mi"), kv_cache="16Mi", autoscaling=scaling, **stage),
-        gateway=Gateway(
+        stage=StageSpec(resources=Resources(memory="1536Mi"), kv_cache="16Mi", autoscaling=scaling, **stage),
+        gateway=GatewaySpec(
             autoscaling=Autoscaling(
                 container_concurrency=0, target=100, window_seconds=6, scale_down_delay_seconds=0, max_scale=1
             )
         ),
-        store=Store(endpoint=published.store.endpoint_url, bucket=published.store.bucket),
+        store=StoreSpec(endpoint=published.store.endpoint_url, bucket=published.store.bucket),
     )
     return ResolvedPipeline(spec, parse_cut(cut), published.manifest.digest)
 
@@ -54,7 +63,7 @@ def tiny_pipeline(
 def keeping(pipeline: ResolvedPipeline, published: Published, kv_cache: str = "16Mi") -> ResolvedPipeline:
     """The same, and idle conversations go into the store; with a small KV cache, as soon as memory is wanted."""
     stage = msgspec.structs.replace(pipeline.spec.stage, kv_cache=kv_cache)
-    spec = msgspec.structs.replace(pipeline.spec, kv_store=KVStore(secret=f"{pipeline.spec.name}-kv"), stage=stage)
+    spec = msgspec.structs.replace(pipeline.spec, kv_store=KVStoreSpec(secret=f"{pipeline.spec.name}-kv"), stage=stage)
     return ResolvedPipeline(spec, pipeline.cut, published.manifest.digest)
 
 

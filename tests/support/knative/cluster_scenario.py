@@ -16,7 +16,7 @@ from knative.render.rendering import render, resolve
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.spec.kubernetes_object import KubernetesObject, to_yaml
 from knative.spec.model_shape import ModelShape
-from knative.spec.pipeline_spec import Autoscaling, Model, PipelineSpec, Resources, Stage, Store
+from knative.spec.pipeline_spec import Autoscaling, ModelSpec, PipelineSpec, Resources, StageSpec, StoreSpec
 from storage.models.model_repository import ModelManifest
 from tests.support.knative.real_cluster import Conversations, Gateway, Settings, pods
 
@@ -64,11 +64,11 @@ class Scenario:
         spec = PipelineSpec(
             name=NAME,
             namespace=self.where.namespace,
-            model=Model(name=MODEL, dtype="float32"),
+            model=ModelSpec(name=MODEL, dtype="float32"),
             cut="0:10,10:20,20:30",
             image=self.where.image,
-            stage=Stage(resources=Resources(cpu="1", memory="2Gi"), kv_cache="256Mi", autoscaling=Autoscaling(max_scale=3)),
-            store=Store(endpoint=self.where.store_endpoint, bucket=self.where.store.bucket, region=self.where.store.region),
+            stage=StageSpec(resources=Resources(cpu="1", memory="2Gi"), kv_cache="256Mi", autoscaling=Autoscaling(max_scale=3)),
+            store=StoreSpec(endpoint=self.where.store_endpoint, bucket=self.where.store.bucket, region=self.where.store.region),
         )
         return msgspec.structs.replace(spec, **changes)
 

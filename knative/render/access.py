@@ -1,0 +1,149 @@
+"""Objects that decide who may reach, evict and change a pipeline: Roles, NetworkPolicies, a PodDisruptionBudget."""
+
+from typing import Any, Final
+
+from knative.render.resolved_pipeline import ResolvedPipeline, labels
+from knative.render.services import METRICS_PORT, gateway_service_account
+from knative.spec.kubernetes_object import KubernetesObject
+
+RBAC: Final = "rbac.authorization.k8s.io"
+DEPLOYER_ROLE: Final = "lamina-deployer"
+_QUEUE_PROXY, _QUEUE_PROXY_STATS, _QUEUE_PROXY_METRICS = 8012, 9090, 9091  # ports for requests, autoscaler, Prometheus
+_SELECTING: Final = ("app.kubernetes.io/instance", "app.kubernetes.io/component")
+
+_APPLIED: Final = ("create", "delete", "get", "list", "patch")
+_WATCHED: Final = (*_APPLIED, "watch")
+# API group, resources, verbs. tests/knative/cluster/test_deployer_role.py compares them with the requests that commands make.
+_DEPLOYER_RULES: Final[tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]] = (
+    ("serving.knative.dev", ("services",), _WATCHED),
+    ("serving.knative.dev", ("configurations",), ("get",)),
+    ("serving.knative.dev", ("revisions",), ("get", "list")),
+    ("autoscaling.internal.knative.dev", ("podautoscalers",), ("list",)),
+    ("eventing.knative.dev", ("brokers", "triggers"), _WATCHED),
+    ("flows.knative.dev", ("sequences",), _WATCHED),
+    ("monitoring.coreos.com", ("podmonitors", "prometheusrules"), _APPLIED),
+    ("networking.k8s.io", ("networkpolicies",), _APPLIED),
+    ("batch", ("jobs",), ("delete", "get", "list")),  # of `render --gitops`
+    ("policy", ("poddisruptionbudgets",), _APPLIED),
+    (RBAC, ("roles", "rolebindings"), _APPLIED),
+    # Kubernetes lets nobody grant a right that they lack, and the gateway's Role grants this one.
+    ("discovery.k8s.io", ("endpointslices",), ("get", "list", "watch")),
+    ("", ("configmaps", "serviceaccounts"), _APPLIED),
+    ("", ("secrets",), ("create", "delete", "get", "list", "update")),
+    ("", ("pods", "events"), ("list",)),
+    ("", ("pods/log", "namespaces"), ("get",)),
+    ("coordination.k8s.io", ("leases",), ("create", "delete", "get", "update")),
+)
+
+
+def deployer_role(namespace: str) -> KubernetesObject:
+    """The Role that deploying a pipeline needs, whatever its spec. Rights on kinds that a cluster lacks do no harm."""
+    rules = [
+        {"apiGroups": [group], "resources": list(resources), "verbs": sorted(verbs)}
+        for group, resources, verbs in _DEPLOYER_RULES
+    ]
+    metadata = {"name": DEPLOYER_ROLE, "namespace": namespace, "labels": {"app.kubernetes.io/part-of": "lamina"}}
+    return {"apiVersion": f"{RBAC}/v1", "kind": "Role", "metadata": metadata, "rules": rules}
+
+
+def gateway_access(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
+    """Lets the gateway read EndpointSlices of its namespace, and nothing else."""
+    rules = [{"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["get", "list", "watch"]}]
+    return service_account_with_role(pipeline, gateway_service_account(pipeline.spec), "gateway", rules)
+
+
+def service_account_with_role(
+    pipeline: ResolvedPipeline, name: str, component: str, rules: list[KubernetesObject]
+) -> list[KubernetesObject]:
+    """ServiceAccount, Role and RoleBinding of one name."""
+    namespace = pipeline.spec.namespace
+    metadata = {"name": name, "namespace": namespace, "labels": labels(pipeline, component)}
+    return [
+        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata},
+        {"apiVersion": f"{RBAC}/v1", "kind": "Role", "metadata": metadata, "rules": rules},
+        {
+            "apiVersion": f"{RBAC}/v1",
+            "kind": "RoleBinding",
+            "metadata": metadata,
+            "roleRef": {"apiGroup": RBAC, "kind": "Role", "name": name},
+            "subjects": [{"kind": "ServiceAccount", "name": name, "namespace": namespace}],
+        },
+    ]
+
+
+def disruption_budgets(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
+    """A PodDisruptionBudget for the gateway if the spec has `max_unavailable`: how many pods a drained node may evict at once.
+
+    Stages have none: sequences leave a terminating pod by themselves, so a budget would only delay the drain.
+    """
+    most = pipeline.spec.gateway.max_unavailable
+    if most is None:
+        return []
+    return [
+        {
+            "apiVersion": "policy/v1",
+            "kind": "PodDisruptionBudget",
+            "metadata": {
+                "name": f"{pipeline.spec.name}-gateway",
+                "namespace": pipeline.spec.namespace,
+                "labels": labels(pipeline, "gateway"),
+            },
+            "spec": {"maxUnavailable": most, "selector": _selector(pipeline, "gateway")},
+        }
+    ]
+
+
+def network_policies(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
+    """One policy for the stages, one for the gateway; both limit ingress only, so that the store and DNS stay reachable.
+
+    Requests come through queue-proxy alone: on the function's own port they would not be counted. Stages call each other to
+    hand over keys and values. Probes come from the node, which no policy blocks.
+    """
+    callers = [_pods("knative-serving", app="activator"), _namespace(pipeline.spec.network.ingress_namespace)]
+    # Selectors without a fingerprint: during a change the old gateway still drives the old stages.
+    own = [{"podSelector": _selector(pipeline, component)} for component in ("gateway", "stage")]
+    # By default Eventing comes through the ingress; with a service mesh it comes from its own pods.
+    eventing = [] if pipeline.spec.eventing is None else [_namespace("knative-eventing")]
+    return [
+        _network_policy(pipeline, "stage", [*callers, *own, *eventing]),
+        _network_policy(pipeline, "gateway", [*callers, *eventing]),
+    ]
+
+
+def _network_policy(pipeline: ResolvedPipeline, component: str, callers: list[KubernetesObject]) -> KubernetesObject:
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {
+            "name": f"{pipeline.spec.name}-{component}",
+            "namespace": pipeline.spec.namespace,
+            "labels": labels(pipeline, component),
+        },
+        "spec": {
+            "podSelector": _selector(pipeline, component),
+            "policyTypes": ["Ingress"],
+            "ingress": [
+                _allow(callers, _QUEUE_PROXY),
+                _allow([_pods("knative-serving", app="autoscaler")], _QUEUE_PROXY_STATS),
+                _allow([_namespace(pipeline.spec.network.monitoring_namespace)], _QUEUE_PROXY_METRICS, METRICS_PORT),
+            ],
+        },
+    }
+
+
+def _allow(callers: list[KubernetesObject], *ports: int) -> KubernetesObject:
+    return {"from": callers, "ports": [{"protocol": "TCP", "port": port} for port in ports]}
+
+
+def _namespace(name: str) -> dict[str, Any]:
+    return {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}}}
+
+
+def _pods(namespace: str, **own_labels: str) -> dict[str, Any]:
+    return {**_namespace(namespace), "podSelector": {"matchLabels": own_labels}}
+
+
+def _selector(pipeline: ResolvedPipeline, component: str) -> dict[str, Any]:
+    """All pods of the component, of any version of the pipeline."""
+    own = labels(pipeline, component)
+    return {"matchLabels": {key: own[key] for key in _SELECTING}}

@@ -1,0 +1,154 @@
+"""Sizing: memory, compute and pods that each stage of a cut needs, and what the network between pods costs.
+
+Memory of a stage is explained in docs/scaling.md.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from eventing.wire.events import Cut, row_bytes
+from functions.gateway.scheduling.capacity import micro_batches_allowed, micro_batches_wanted
+from knative.spec.errors import SpecError
+from knative.spec.model_shape import ModelShape
+from knative.spec.pipeline_spec import StageSpec, quantity
+
+SEQUENCE_TOKENS: Final = 4096  # length of the sequence that `plan` sizes the KV cache for
+WEIGHTS_FACTOR: Final = 1.2  # layers are converted for the processor one by one, and the one in progress is held twice
+OTHER_BYTES: Final = 2**30  # Python, torch if it is used, one forward pass
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """What one stage needs."""
+
+    index: int
+    first_layer: int
+    last_layer: int
+    weight_bytes: int
+    compute: int  # multiply-adds per token
+    compute_share: float
+    kv_bytes_per_token: int
+    hop_bytes_per_token: int  # hidden states that leave the stage; 0 for the last one, which sends a token
+
+    @property
+    def kv_bytes_per_sequence(self) -> int:
+        return self.kv_bytes_per_token * SEQUENCE_TOKENS
+
+
+def plan_stages(shape: ModelShape, cut: Cut, wire_dtype: str | None = None) -> tuple[StagePlan, ...]:
+    """wire_dtype: "int8" if hidden states travel in 8 bits. Raises ValueError if the cut does not cover the model's layers."""
+    if not cut or cut[-1][1] != shape.num_layers:
+        raise ValueError(f"the cut ends at layer {cut[-1][1] if cut else 0}, but {shape.name} has {shape.num_layers} layers")
+    total_compute = sum(shape.layer_compute) + shape.head_compute
+    hop_bytes = row_bytes("I8", shape.hidden_size) if wire_dtype == "int8" else shape.hidden_size * shape.value_bytes
+    plans = []
+    for index, (first, last) in enumerate(cut):
+        weight_bytes, compute = sum(shape.layer_bytes[first:last]), sum(shape.layer_compute[first:last])
+        is_last = last == shape.num_layers
+        if first == 0:
+            weight_bytes += shape.embedding_bytes
+        if is_last:
+            weight_bytes += shape.head_bytes
+            compute += shape.head_compute
+        plans.append(
+            StagePlan(
+                index=index,
+                first_layer=first,
+                last_layer=last,
+                weight_bytes=weight_bytes,
+                compute=compute,
+                compute_share=compute / total_compute,
+                kv_bytes_per_token=(last - first) * shape.kv_values_per_layer * shape.value_bytes,
+                hop_bytes_per_token=0 if is_last else hop_bytes,
+            )
+        )
+    return tuple(plans)
+
+
+def plan_mixed(
+    shapes: Mapping[str, ModelShape], dtypes: Sequence[str], cut: Cut, wire_dtype: str | None = None
+) -> tuple[StagePlan, ...]:
+    """As `plan_stages`, for stages of different dtypes. shapes: by dtype; dtypes: one per stage. Raises ValueError."""
+    return tuple(plan_stages(shapes[dtype], cut, wire_dtype)[index] for index, dtype in enumerate(dtypes))
+
+
+def replicas_for(
+    plans: tuple[StagePlan, ...], conversations: int, micro_batch: int, targets: Sequence[float], max_scales: Sequence[int]
+) -> list[int]:
+    """Pods of each stage for N conversations, once the autoscaler has settled. targets, max_scales: per stage.
+
+    A micro-batch is at one stage at a time. Once every stage has the pods it needs, a stage's share of the micro-batches
+    equals its share of the compute, and the autoscaler wants one pod for each `target` of them.
+    """
+    micro_batches = micro_batches_wanted(conversations, len(plans), micro_batch, allowed=conversations)
+    wanted = [micro_batches * plan.compute_share / target for plan, target in zip(plans, targets, strict=True)]
+    return [min(most, max(1, math.ceil(pods))) for pods, most in zip(wanted, max_scales, strict=True)]
+
+
+def needed_bytes(stage: StageSpec, weight_bytes: int | None) -> float:
+    """Memory that a pod of the stage needs. weight_bytes: None if unknown; they are then left out."""
+    loaded = 0 if stage.layer_group == "sleep" else weight_bytes or 0
+    return loaded * WEIGHTS_FACTOR + quantity(stage.kv_cache) + OTHER_BYTES
+
+
+def check_memory(stages: Sequence[StageSpec], weight_bytes: Sequence[int | None]) -> None:
+    """Raises SpecError, with the sum, for the first stage whose pods have too little memory.
+
+    Stages with a GPU are not checked: their weights and KV cache are in GPU memory, whose size a spec does not say.
+    """
+    for index, (stage, weights) in enumerate(zip(stages, weight_bytes, strict=True)):
+        given, needed = quantity(stage.resources.memory), needed_bytes(stage, weights)
+        if given < needed and not stage.resources.gpu:
+            known = "weights (size unknown here)" if weights is None else f"weights {_mib(weights)} × {WEIGHTS_FACTOR:g}"
+            raise SpecError(
+                f"$.stage.resources.memory: stage {index} has {stage.resources.memory} and needs {_mib(needed)}: {known}, "
+                f"kv_cache {stage.kv_cache} and {_mib(OTHER_BYTES)} for the rest; raise it, lower kv_cache, or use more stages"
+            )
+
+
+def _mib(count: float) -> str:
+    return f"{count / 2**20:.0f} MiB"
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """The network between the gateway's pod and a stage's pod, each way."""
+
+    delay_seconds: float
+    bytes_per_second: float | None  # None: unlimited
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkPlan:
+    """Decode throughput over a network. Prompts cost bytes only."""
+
+    micro_batches: int  # in flight
+    round_seconds: float
+    tokens_per_second: float
+    bytes_per_token: int  # hidden states on all links, per token of a prompt or an answer
+
+
+def network_plan(
+    plans: Sequence[StagePlan], step_seconds: Sequence[float], sequences: int, micro_batch: int, link: Link
+) -> NetworkPlan:
+    """For one replica of each stage. step_seconds: per stage, of one micro-batch of any size alone on it.
+
+    The gateway sends each stage its predecessor's hidden states and receives its own. A round takes as long as all forward
+    passes and links, or as long as the slowest stage needs for all micro-batches. The gateway uses the same formulas.
+    """
+
+    def service_seconds(rows: float) -> list[float]:
+        sent = [0, *(plan.hop_bytes_per_token for plan in plans[:-1])]
+        carried = [(one + plan.hop_bytes_per_token) * rows for one, plan in zip(sent, plans, strict=True)]
+        return [
+            step + 2 * link.delay_seconds + (size / link.bytes_per_second if link.bytes_per_second else 0.0)
+            for step, size in zip(step_seconds, carried, strict=True)
+        ]
+
+    allowed = micro_batches_allowed([1] * len(plans), service_seconds(1))
+    count = micro_batches_wanted(sequences, len(plans), micro_batch, allowed)
+    seconds = max(sum(service_seconds(sequences / count)), count * max(step_seconds))
+    bytes_per_token = sum(2 * plan.hop_bytes_per_token for plan in plans)
+    return NetworkPlan(count, seconds, sequences / seconds, bytes_per_token)
