@@ -160,7 +160,7 @@ def test_tests_that_run_the_pages_commands_exist(begin: str, path: str) -> None:
 
 
 def test_the_map_leads_to_files_and_names() -> None:
-    (table,) = tables(section((DOCS / "structures.md").read_text(), "Where is …?"))
+    (table,) = tables(section((DOCS / "structures.md").read_text(), "Map"))
     rows = [row for row in table if row[1]]
     assert 30 <= len(rows) <= 45
     for question, in_files, look_for in rows:
