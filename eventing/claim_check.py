@@ -25,7 +25,7 @@ from eventing.wire.cloud_event import (
 )
 from eventing.wire.events import SAFE_EVENT_BYTES, Attribute
 from storage.errors import ObjectNotFound, StorageError
-from storage.store.object_info import ObjectInfo
+from storage.store.object_reader import ObjectInfo
 from storage.store.payload_store import MAX_PAYLOAD_BYTES
 
 CLAIMS_PREFIX: Final = "claims/"

@@ -1,15 +1,15 @@
-"""What can go wrong with a store, a publication or a checkpoint: one class per condition.
+"""Errors of stores, publications and checkpoints: one class per condition.
 
 Every message names what was seen (endpoint, bucket, key, file) and what to do about it.
 """
 
 
 class StorageError(Exception):
-    """Base of everything that this package raises on purpose."""
+    """Base of all errors that this package raises on purpose."""
 
 
 class StoreUnreachable(StorageError):
-    """Nobody answers at the endpoint, or it stalls or fails for longer than the retries last. Trying later may help."""
+    """The endpoint does not answer, or it stalls or fails for longer than the retries last. Trying later may help."""
 
 
 class AccessDenied(StorageError):
@@ -25,19 +25,19 @@ class ObjectNotFound(StorageError):
 
 
 class UnexpectedAnswer(StorageError):
-    """The endpoint answers something that an S3 store would not. A retry does not help."""
+    """The endpoint gives an answer that an S3 store would not give. A retry does not help."""
 
 
 class ObjectAltered(StorageError):
-    """An object is not the one that its manifest describes: other length, other content. Publish again."""
+    """An object differs from its manifest in length or content. Publish again."""
 
 
 class ChecksumMismatch(ObjectAltered):
-    """A part or a file arrives with another checksum than its manifest's, also when read again."""
+    """A part or a file has another checksum than its manifest says, also when read again."""
 
 
 class SealBroken(ObjectAltered):
-    """A sealed object was altered or truncated, or another key sealed it. What it held is computed again."""
+    """A sealed object was altered or truncated, or was sealed with another key. Its contents are computed again."""
 
 
 class ModelNotPublished(StorageError):
@@ -45,27 +45,27 @@ class ModelNotPublished(StorageError):
 
 
 class ManifestInvalid(StorageError):
-    """A manifest that cannot be read, or that contradicts itself. Publish again."""
+    """A manifest cannot be read, or contradicts itself. Publish again."""
 
 
 class ManifestTooNew(ManifestInvalid):
-    """A manifest of a later version than this one reads. Update Lamina, or publish again with this one."""
+    """A manifest has a later version than this Lamina reads. Update Lamina, or publish again with this one."""
 
 
 class ManifestTooOld(ManifestInvalid):
-    """A manifest of a version whose checksums prove nothing. Publish the model again, and render its pipelines again."""
+    """A manifest has a version whose checksums prove nothing. Publish the model again, and render its pipelines again."""
 
 
 class CheckpointInvalid(StorageError):
-    """A checkpoint that is incomplete, truncated or in a format that is not published. Nothing became visible."""
+    """A checkpoint is incomplete, truncated or in a format that cannot be published. Nothing was published."""
 
 
 class ArchitectureUnsupported(CheckpointInvalid):
-    """A checkpoint of a model that is not a decoder known here."""
+    """A checkpoint holds a model that Lamina does not know as a decoder."""
 
 
 class LibraryMissing(StorageError):
-    """What is asked for takes a library that a lean installation leaves out. Install requirements.txt."""
+    """A request needs a library that a lean installation leaves out. Install requirements.txt."""
 
     def __init__(self, what: str, missing: ImportError) -> None:
         super().__init__(

@@ -21,7 +21,7 @@ import msgspec
 
 from storage.models.model_repository import ModelManifest, decode_manifest
 from storage.store.settings import StoreSettings
-from storage.store.signing import object_path, signed_get_headers
+from storage.store.signing import object_path, signed_headers
 
 _CONNECTIONS: Final = 4
 _BUFFER_BYTES: Final = 2**20
@@ -114,7 +114,7 @@ def _gets(job: Job, place: Callable[[int, int], memoryview]) -> Load:
 
     def read(connection: HTTPConnection, key: str, start: int, end: int, at: int) -> None:
         path = object_path(settings, key)
-        headers = signed_get_headers(settings, path) | {"range": f"bytes={start}-{end - 1}"}
+        headers = signed_headers(settings, "GET", path) | {"range": f"bytes={start}-{end - 1}"}
         connection.request("GET", path, headers=headers)
         with connection.getresponse() as response:
             while start < end:

@@ -39,7 +39,7 @@ from knative.spec.pipeline_spec import (
     StoreSpec,
 )
 from knative.webhook.autoscaling_annotations import AutoscalerConfig
-from storage.kv.kv_store import Allowance, prune
+from storage.kv.kv_store import Retention, prune
 from storage.models.model_repository import read_file
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
@@ -135,7 +135,7 @@ async def deployed(dtype: str, state: Path) -> AsyncIterator[Deployed]:
     logs.mkdir(parents=True, exist_ok=True)
     with EmbeddedStore(state / "store") as embedded:
         with PayloadStore(embedded.settings) as objects:
-            prune(objects, KV_PREFIX, Allowance(0, timedelta(0)), datetime.now(UTC))
+            prune(objects, KV_PREFIX, Retention(0, timedelta(0)), datetime.now(UTC))
         store = ObjectStore(embedded.settings)
         manifest = ensure_published(store, None, dtype, Console(quiet=True))
         local = local_pipeline(store, manifest, NUM_STAGES, _spec(manifest.name, dtype), {})

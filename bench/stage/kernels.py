@@ -22,8 +22,7 @@ from functions.stage.models.build import build_layer_group
 from functions.stage.models.floats import Array, narrowed
 from functions.stage.models.layer_group import LayerGroup, Segment
 from storage.loading.weight_loader import RawTensor
-from storage.models.q4 import pack
-from storage.models.q4_quantize import quantize
+from storage.models.q4 import pack, quantize
 
 DTYPES: Final = ("float32", "bfloat16", "int8", "q4")
 CONFIG: Final[Mapping[str, Any]] = {

@@ -11,8 +11,9 @@ from rich.table import Table
 
 from knative.commands.sources.store_access import StoreOptions, open_store, store_options
 from knative.spec.pipeline_spec import KV_PREFIX
-from storage.kv.kv_store import Allowance, folders
-from storage.store.payload_store import PayloadStore, StoredObject
+from storage.kv.kv_store import Retention, pipeline_and_layers
+from storage.store.object_reader import ObjectInfo
+from storage.store.payload_store import PayloadStore
 
 _MIB: Final = 2**20
 
@@ -51,22 +52,22 @@ def kv(
     console.print(_table(found, prefix, now) if found else "nothing is kept", highlight=False)
 
 
-def _of_pipeline(found: StoredObject, prefix: str, pipeline: str | None) -> bool:
-    return folders(found.key, prefix)[0].startswith(pipeline or "")
+def _of_pipeline(found: ObjectInfo, prefix: str, pipeline: str | None) -> bool:
+    return pipeline_and_layers(found.key, prefix)[0].startswith(pipeline or "")
 
 
-def _over(found: list[StoredObject], max_age_hours: float | None, max_mib: int | None, now: datetime) -> list[StoredObject]:
+def _over(found: list[ObjectInfo], max_age_hours: float | None, max_mib: int | None, now: datetime) -> list[ObjectInfo]:
     if max_age_hours is None and max_mib is None:
         return found
     age = timedelta.max if max_age_hours is None else timedelta(hours=max_age_hours)
     most = sum(one.bytes for one in found) if max_mib is None else max_mib * _MIB
-    return Allowance(most, age).over(found, now)
+    return Retention(most, age).expired(found, now)
 
 
-def _table(found: Iterable[StoredObject], prefix: str, now: datetime) -> Table:
-    by_stage: defaultdict[tuple[str, str], list[StoredObject]] = defaultdict(list)
+def _table(found: Iterable[ObjectInfo], prefix: str, now: datetime) -> Table:
+    by_stage: defaultdict[tuple[str, str], list[ObjectInfo]] = defaultdict(list)
     for one in found:
-        by_stage[folders(one.key, prefix)].append(one)
+        by_stage[pipeline_and_layers(one.key, prefix)].append(one)
     table = Table("pipeline", "layers", "objects", "MiB", "oldest", "newest", box=None)
     for (pipeline, layers), objects in sorted(by_stage.items()):
         ages = [(now - one.modified).total_seconds() / 3600 for one in objects]

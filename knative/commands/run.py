@@ -33,14 +33,14 @@ from knative.render.eventing import eventing_objects
 from knative.render.services import KEYS_ENTRY, services
 from knative.spec.pipeline_spec import DTYPES, KV_PREFIX
 from knative.spec.spec_file import load_spec
-from storage.kv.kv_store import Allowance, prune
+from storage.kv.kv_store import Retention, prune
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
 from storage.store.payload_store import PayloadStore
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _CACHE_FOLDER: Final = "weights"
-_KEPT: Final = Allowance(10 * 2**30, timedelta(days=7))
+_KEPT: Final = Retention(10 * 2**30, timedelta(days=7))
 _STOP_SECONDS: Final = 3.0
 """What pods get to finish when the run ends."""
 

@@ -14,8 +14,8 @@ import msgspec
 from functions.stage.native.limits import obstacle, padded_head
 from knative.spec.errors import UnknownShape
 from storage.checkpoints.llama_config import LlamaConfig, UnsupportedConfig
+from storage.models.checks import check_quantizable
 from storage.models.model_repository import ModelManifest, Reader, layer_object, read_file
-from storage.models.quantizable import check_quantizable
 
 # Bytes of a number in a layer's matrix; q4 stores four bits and a scale and a minimum per block (storage/models/q4.py).
 _LAYER_BYTES: Final = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "q4": 0.625}

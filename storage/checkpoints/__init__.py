@@ -1,4 +1,7 @@
-"""What people publish from: Hugging Face folders, hub ids and GGUF files, all seen as one kind of checkpoint.
+"""Published formats (Hugging Face folders, hub ids, GGUF files), all read as one kind of checkpoint.
+
+`model_source` finds a checkpoint and opens it by its format. The reader of a format returns a `Checkpoint`: config.json, small
+files, and tensors by their Hugging Face names. `model_description` and `llama_shaped` say from config.json what the model is.
 
 May import: storage.
 """

@@ -1,4 +1,4 @@
-"""A checkpoint as the publisher sees it, whatever its format on disk: configuration, small files, and tensors read in rows."""
+"""A checkpoint as the publisher sees it, whatever its format: configuration, small files, and tensors that are read in rows."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,35 +10,27 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-BLOCK_BYTES: Final = 8 * 2**20
-"""Tensors are read, converted and sent in blocks of about this size, so that no tensor need fit into memory."""
+BLOCK_BYTES: Final = 8 * 2**20  # about what is read, converted and sent at a time, so that no tensor need fit into memory
 
 
 @dataclass(frozen=True, slots=True)
 class FourBits:
-    """Rows that a checkpoint has in four bits: weight = scale * q + minimum, one of each for a block of 32 weights of a row."""
+    """Rows in four bits: weight = scale * q + minimum, with one scale and minimum for each block of 32 weights of a row."""
 
-    quants: "NDArray[np.uint8]"
-    """[rows, width], 0 … 15."""
-    scales: "NDArray[np.float16]"
-    """[rows, blocks]."""
-    minima: "NDArray[np.float16]"
-    """[rows, blocks]."""
+    quants: "NDArray[np.uint8]"  # [rows, width], 0 … 15
+    scales: "NDArray[np.float16]"  # [rows, blocks]
+    minima: "NDArray[np.float16]"  # [rows, blocks]
 
 
 @dataclass(frozen=True, slots=True)
 class SourceTensor:
     """A tensor of a checkpoint. Its rows are the slices of the first dimension; a scalar has one row."""
 
-    dtype: str
-    """A safetensors name."""
+    dtype: str  # a safetensors name
     shape: tuple[int, ...]
-    read_rows: Callable[[int, int], memoryview]
-    """Rows [first, last): writable bytes, C order, little endian."""
-    quantized: bool = False
-    """The checkpoint has it in eight bits or fewer, whatever `dtype` it is read as."""
-    read_four_bits: Callable[[int, int], FourBits] | None = None
-    """The same rows as the checkpoint has them; None: not in four bits."""
+    read_rows: Callable[[int, int], memoryview]  # rows [first, last): writable bytes, C order, little endian
+    quantized: bool = False  # the checkpoint has eight bits or fewer, whatever dtype it is read as
+    read_four_bits: Callable[[int, int], FourBits] | None = None  # the same rows, not dequantized; None: not in four bits
 
     @property
     def rows(self) -> int:
@@ -46,11 +38,11 @@ class SourceTensor:
 
     def blocks(self) -> Iterator[memoryview]:
         """All rows in order, in blocks of whole rows of about BLOCK_BYTES."""
-        for first, last in self.pieces():
+        for first, last in self.row_ranges():
             yield self.read_rows(first, last)
 
-    def pieces(self, multiple: int = 1) -> Iterator[tuple[int, int]]:
-        """All rows [first, last) in order, in pieces of about BLOCK_BYTES; all but the last have a multiple of so many rows."""
+    def row_ranges(self, multiple: int = 1) -> Iterator[tuple[int, int]]:
+        """All rows as ranges [first, last) of about BLOCK_BYTES; all but the last range have a multiple of `multiple` rows."""
         row_bytes = tensor_bytes(self.dtype, self.shape[1:])
         step = max(1, BLOCK_BYTES // max(1, row_bytes) // multiple) * multiple
         for first in range(0, self.rows, step):
@@ -59,10 +51,8 @@ class SourceTensor:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a publication is made from."""
+    """The input of a publication."""
 
-    config: Mapping[str, Any]
-    """config.json as Hugging Face has it."""
-    files: Mapping[str, bytes]
-    """Small files to publish beside the tensors, config.json included."""
-    tensors: Mapping[str, SourceTensor]
+    config: Mapping[str, Any]  # config.json as Hugging Face has it
+    files: Mapping[str, bytes]  # small files to publish beside the tensors, config.json included
+    tensors: Mapping[str, SourceTensor]  # by their Hugging Face names

@@ -1,8 +1,8 @@
-"""GGUF files of the Llama-shaped architectures, seen as the Hugging Face checkpoint they were made from.
+"""Reads GGUF files of Llama-shaped architectures as the Hugging Face checkpoints that they were made from.
 
-Tensors are dequantized to float32 as they are read, a few rows at a time; those in four bits can be read as they are, too
-(`gguf_four_bits`). The metadata become config.json (`gguf_config`)
-and the tokenizer's files (`gguf_tokenizer`). This is the only importer of gguf.
+Tensors are dequantized to float32 as they are read, a few rows at a time. Those in Q4_0 and Q4_1 can also be read in four bits
+without loss. `gguf_config` makes config.json of the metadata, `gguf_tokenizer` the tokenizer's files. This is the only importer
+of gguf.
 """
 
 import math
@@ -18,10 +18,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.checkpoints.checkpoint import Checkpoint, SourceTensor
+from storage.checkpoints.checkpoint import Checkpoint, FourBits, SourceTensor
 from storage.checkpoints.gguf_config import model_config
 from storage.checkpoints.gguf_format import GgufTensor, read_header
-from storage.checkpoints.gguf_four_bits import four_bits
 from storage.checkpoints.gguf_tokenizer import tokenizer_files
 from storage.checkpoints.safetensors_format import read_exactly
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid
@@ -42,19 +41,15 @@ _MODULES: Final[Mapping[str, str]] = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_FLOATS: Final = frozenset(
-    {
-        gguf.GGMLQuantizationType.F64,
-        gguf.GGMLQuantizationType.F32,
-        gguf.GGMLQuantizationType.F16,
-        gguf.GGMLQuantizationType.BF16,
-    }
-)
+_Type = gguf.GGMLQuantizationType
+_FLOATS: Final = frozenset({_Type.F64, _Type.F32, _Type.F16, _Type.BF16})
+_FOUR_BITS: Final = frozenset({_Type.Q4_0, _Type.Q4_1})
+_Q_BYTES: Final = 16
 _TENSOR_NAME: Final = re.compile(r"(?:blk\.(?P<layer>\d{1,6})\.)?(?P<module>\w+)\.(?P<kind>weight|bias)")
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Raises CheckpointInvalid for a file that is no whole GGUF, ArchitectureUnsupported for what is not Llama-shaped."""
+    """Raises CheckpointInvalid for anything but a whole GGUF file, ArchitectureUnsupported if it is not Llama-shaped."""
     header = read_header(path)
     config = model_config(path, header)
     size = path.stat().st_size
@@ -82,20 +77,19 @@ def _source(path: Path, tensor: GgufTensor, config: Mapping[str, Any], file_byte
             f"{tensor.start + rows * row_bytes} of {file_bytes}); fetch it again"
         )
     read = partial(_read_rows, path, tensor.start, row_bytes, _row_order(path, tensor, rows, config))
-    in_four_bits = four_bits(tensor.kind)
     return SourceTensor(
         "F32",
         tensor.shape,
-        lambda first, last: _as_floats(dequantize(read(first, last))),
+        lambda first, last: _float_bytes(dequantize(read(first, last))),
         tensor.kind not in _FLOATS,
-        None if in_four_bits is None else lambda first, last: in_four_bits(read(first, last)),
+        (lambda first, last: _four_bits(tensor.kind, read(first, last))) if tensor.kind in _FOUR_BITS else None,
     )
 
 
 def _quantization(path: Path, tensor: GgufTensor, columns: int) -> tuple[Callable[[NDArray[np.uint8]], Any], int]:
-    """What makes floats of bytes, and how many bytes a row has. One block is tried, before anything is written."""
+    """The function that dequantizes rows of bytes, and the bytes of a row. One block is tried before anything is written."""
     try:
-        kind = gguf.GGMLQuantizationType(tensor.kind)
+        kind = _Type(tensor.kind)
         block_items, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         dequantize: Callable[[NDArray[np.uint8]], Any] = partial(gguf.quants.dequantize, qtype=kind)
         dequantize(np.zeros((1, block_bytes), np.uint8))
@@ -108,9 +102,27 @@ def _quantization(path: Path, tensor: GgufTensor, columns: int) -> tuple[Callabl
     return dequantize, columns // block_items * block_bytes
 
 
+def _four_bits(kind: int, rows: NDArray[np.uint8]) -> FourBits:
+    """Splits rows [rows, row_bytes] of Q4_0 or Q4_1 into their numbers.
+
+    A block is 32 weights of a row (ggml-common.h): float16 `d`, in Q4_1 also float16 `m`, and 16 bytes. Their lower halves are
+    q of the first 16 weights, their upper halves q of the others. Q4_1 is d * q + m, Q4_0 is d * (q - 8).
+    """
+    ends_bytes = 4 if kind == _Type.Q4_1 else 2
+    blocks = rows.reshape(len(rows), -1, ends_bytes + _Q_BYTES)
+    q = blocks[..., ends_bytes:]
+    ends = np.ascontiguousarray(blocks[..., :ends_bytes]).view("<f2")
+    scales = ends[..., 0]
+    with np.errstate(over="ignore"):  # the publisher refuses infinite values
+        minima = ends[..., 1] if kind == _Type.Q4_1 else scales * np.float16(-8)
+    return FourBits(np.concatenate([q & 15, q >> 4], axis=-1).reshape(len(rows), -1), scales, minima)
+
+
 def _row_order(path: Path, tensor: GgufTensor, rows: int, config: Mapping[str, Any]) -> Callable[[int, int], NDArray[np.intp]]:
-    """Where in the file the rows [first, last) lie. llama.cpp interleaves the two halves of every rotary head in files of
-    `llama`, Hugging Face does not."""
+    """A function from rows [first, last) to their places in the file.
+
+    In files of `llama` llama.cpp interleaves the two halves of every rotary head; Hugging Face does not.
+    """
     heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(tensor.name.split(".")[-2])
     if config["model_type"] != "llama" or heads is None:
         return np.arange
@@ -148,5 +160,5 @@ def _read_rows(
     return data[places - lowest]
 
 
-def _as_floats(rows: Any) -> memoryview:
+def _float_bytes(rows: Any) -> memoryview:
     return np.ascontiguousarray(rows, dtype=np.float32).reshape(-1).view(np.uint8).data

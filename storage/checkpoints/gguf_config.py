@@ -1,4 +1,4 @@
-"""The config.json that a GGUF file's metadata stand for. What changes a model's numbers is honoured or refused."""
+"""Makes config.json of a GGUF file's metadata. Keys that change a model's numbers are honoured or refused."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +25,7 @@ _NUMBERS: Final[Mapping[str, str]] = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
 }
+# Keys that change nothing if they have one of these values.
 _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "rope.scaling.type": ("none",),
     "rope.scaling.factor": (0, 1),
@@ -40,15 +41,14 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "tensor_data_layout": ("reference",),
     "pooling_type": (0,),
 }
-"""Keys that change nothing with these values."""
 _LARGEST_SIZE: Final = 2**31
 
 
 def model_config(path: Path, header: GgufHeader) -> dict[str, Any]:
-    """Raises ArchitectureUnsupported for a model that is not plainly Llama-shaped, CheckpointInvalid for one that lacks keys.
+    """Raises ArchitectureUnsupported for a model that is not plainly Llama-shaped, CheckpointInvalid if keys are missing.
 
-    Every key of the architecture has to be known: llama.cpp adds some for what a model does otherwise, and the same file
-    without them is another model.
+    Every key of the architecture must be known: llama.cpp adds keys for deviations, and ignoring one would publish another
+    model.
     """
     architecture = str(header.fields.get("general.architecture"))
     if architecture not in _ARCHITECTURES:

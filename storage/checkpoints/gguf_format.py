@@ -1,8 +1,7 @@
-"""The GGUF container (its specification's versions 2 and 3): metadata and where the tensors lie, without touching their bytes.
+"""Reads the header of a GGUF file (specification versions 2 and 3): metadata and the places of tensors, not their bytes.
 
-gguf's own reader believes every count that a file states (an array of 2⁶⁰ items keeps it busy until memory is gone), maps
-the file, and takes ten times as long. Here no count is followed beyond the bytes that are there, so that the work is bounded
-by the header's length, and tensors are read by offset.
+gguf's own reader trusts every count in a file (an array of 2⁶⁰ items keeps it busy until memory is gone), maps the file, and
+takes ten times as long. Here no count is followed beyond the file's bytes, so the header's length bounds the work.
 """
 
 import struct
@@ -17,46 +16,42 @@ from storage.errors import CheckpointInvalid
 _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
 _DEFAULT_ALIGNMENT: Final = 32
-_MAX_HEADER_BYTES: Final = 2**26
-"""A vocabulary of a quarter of a million tokens, with merges, takes a quarter of it."""
+_MAX_HEADER_BYTES: Final = 2**26  # four times what a vocabulary of a quarter of a million tokens with merges takes
+# Value types of one item each, as `struct` names them, all little endian.
 _SCALARS: Final[Mapping[int, str]] = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-"""Value types of one item each, as `struct` names them, all little endian."""
 _STRING: Final = 8
 _ARRAY: Final = 9
 
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """A tensor of a file. `shape` is in C order, the reverse of GGUF's own."""
+    """A tensor of a file."""
 
     name: str
-    kind: int
-    """A GGMLQuantizationType."""
-    shape: tuple[int, ...]
-    start: int
-    """From the beginning of the file."""
+    kind: int  # a GGMLQuantizationType
+    shape: tuple[int, ...]  # in C order, the reverse of GGUF's own
+    start: int  # from the beginning of the file
 
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """What a file says of itself."""
+    """The metadata and tensors of a file."""
 
-    fields: dict[str, Any]
-    """Numbers, strings, and lists of either."""
+    fields: dict[str, Any]  # numbers, strings, and lists of either
     tensors: list[GgufTensor]
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Raises CheckpointInvalid for what is no GGUF file, or only a part of one, or contradicts itself."""
+    """Raises CheckpointInvalid for anything but a whole GGUF file, and for one that contradicts itself."""
     try:
         with path.open("rb") as file:
-            return _Reader(file, min(path.stat().st_size, _MAX_HEADER_BYTES)).header()
+            return _HeaderReader(file, min(path.stat().st_size, _MAX_HEADER_BYTES)).header()
     except (ValueError, struct.error, UnicodeDecodeError) as error:
         raise CheckpointInvalid(f"{path} is no GGUF file, or only its beginning ({error}); fetch it again") from error
 
 
-class _Reader:
-    """Goes through the header once. Raises ValueError, struct.error or UnicodeDecodeError."""
+class _HeaderReader:
+    """Reads the header once, front to back. Raises ValueError, struct.error or UnicodeDecodeError."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         """size: bytes of the file that may belong to the header."""
@@ -77,30 +72,36 @@ class _Reader:
             fields[name] = self._value(self._scalar("I"))
         infos: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(tensor_count):
-            name, *info = self._tensor_info()
+            name = self._string()
+            info = self._shape(name), self._scalar("I"), self._scalar("Q")
             if name in infos:
                 raise ValueError(f"tensor {name!r} is there twice")
-            infos[name] = tuple(info)  # type: ignore[assignment]  # it has three
-        start = self._aligned(fields.get("general.alignment", _DEFAULT_ALIGNMENT))
+            infos[name] = info
+        alignment = fields.get("general.alignment", _DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
+            raise ValueError(f"an alignment of {alignment!r}")
+        start = -(-self._file.tell() // alignment) * alignment
         return GgufHeader(fields, [GgufTensor(name, kind, shape, start + at) for name, (shape, kind, at) in infos.items()])
 
-    def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
-        name, dimensions = self._string(), self._scalar("I")
+    def _shape(self, name: str) -> tuple[int, ...]:
+        dimensions = self._scalar("I")
         if not 0 < dimensions <= MAX_DIMENSIONS:
             raise ValueError(f"tensor {name!r} has {dimensions} dimensions")
         shape = struct.unpack(f"<{dimensions}Q", self._bytes(8 * dimensions))
         if not all(shape):
             raise ValueError(f"tensor {name!r} is empty")
-        return name, tuple(reversed(shape)), self._scalar("I"), self._scalar("Q")
+        return tuple(reversed(shape))
 
     def _value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self._string()
         if kind != _ARRAY:
-            return self._string() if kind == _STRING else self._scalar(_format_of(kind))
+            return self._scalar(_struct_code(kind))
         kind, count = self._scalar("I"), self._scalar("Q")
         if kind == _STRING:
-            # Each has eight bytes of length at least: no list grows beyond the file.
+            # Each string takes at least the eight bytes of its length, so no list grows beyond the file.
             return [self._string() for _ in range(count)]
-        code = _format_of(kind)
+        code = _struct_code(kind)
         return list(struct.unpack(f"<{count}{code}", self._bytes(count * struct.calcsize(f"<{code}"))))
 
     def _string(self) -> str:
@@ -115,13 +116,8 @@ class _Reader:
         self._left -= count
         return self._file.read(count)
 
-    def _aligned(self, alignment: Any) -> int:
-        if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-            raise ValueError(f"an alignment of {alignment!r}")
-        return -(-self._file.tell() // alignment) * alignment
 
-
-def _format_of(kind: int) -> str:
+def _struct_code(kind: int) -> str:
     if kind not in _SCALARS:
-        raise ValueError(f"a value of type {kind}")  # an array of arrays, too, which nothing writes
+        raise ValueError(f"a value of type {kind}")  # also an array of arrays, which no known writer makes
     return _SCALARS[kind]

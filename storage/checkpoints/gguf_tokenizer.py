@@ -1,6 +1,6 @@
-"""The tokenizer that a GGUF file describes, written as Hugging Face's files, from the file's own vocabulary and rules.
+"""Writes the tokenizer of a GGUF file as Hugging Face's files, from the file's own vocabulary and rules.
 
-transformers derives one too, but leaves out the rules of `tokenizer.ggml.pre` (SmolLM's digits come out wrong).
+transformers derives one too, but ignores the rules of `tokenizer.ggml.pre` (SmolLM's digits come out wrong).
 """
 
 from collections.abc import Callable, Mapping
@@ -14,10 +14,8 @@ from storage.errors import CheckpointInvalid
 
 BOS: Final = "tokenizer.ggml.bos_token_id"
 EOS: Final = "tokenizer.ggml.eos_token_id"
-_CONTROL: Final = 3
-_USER_DEFINED: Final = 4
-"""Values of tokenizer.ggml.token_type; see the GGUF specification."""
-
+_CONTROL: Final = 3  # a value of tokenizer.ggml.token_type; see the GGUF specification
+_USER_DEFINED: Final = 4  # likewise
 _TOKEN_IDS: Final = ("bos", "eos", "eot", "unknown", "padding")
 _QWEN2_WORDS: Final = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -40,19 +38,26 @@ def _qwen2(tokenizer: Tokenizer) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, in_bytes])
 
 
+# By `tokenizer.ggml.pre`.
 _RULES: Final[Mapping[str, Callable[[Tokenizer], None]]] = {"gpt-2": _gpt2, "smollm": _smollm, "qwen2": _qwen2}
-"""By `tokenizer.ggml.pre`."""
 
 
 def tokenizer_files(path: Path, fields: Mapping[str, Any]) -> dict[str, bytes]:
-    """tokenizer.json and what goes with it. `fields` are the GGUF's metadata. Raises CheckpointInvalid."""
+    """tokenizer.json and its companions. fields: the GGUF's metadata. Raises CheckpointInvalid."""
     _check_types(path, fields)
-    special = _special_tokens(fields)
+    ids = {key: fields.get(f"tokenizer.ggml.{key}_token_id") for key in _TOKEN_IDS}
+    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+    special = {name: fields["tokenizer.ggml.tokens"][ids[key]] for key, name in names.items() if ids[key] is not None}
+    generation = {
+        "bos_token_id": ids["bos"],
+        "eos_token_id": sorted({number for number in (ids["eos"], ids["eot"]) if number is not None}),
+        "pad_token_id": ids["padding"],
+    }
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | special
     files = {
         "tokenizer.json": _tokenizer(path, fields, special).to_str(pretty=False).encode(),
         "tokenizer_config.json": msgspec.json.format(msgspec.json.encode(config), indent=2),
-        "generation_config.json": msgspec.json.format(msgspec.json.encode(_generation_config(fields)), indent=2),
+        "generation_config.json": msgspec.json.format(msgspec.json.encode(generation), indent=2),
     }
     if template := fields.get("tokenizer.chat_template"):
         files["chat_template.jinja"] = template.encode()
@@ -71,7 +76,7 @@ def _tokenizer(path: Path, fields: Mapping[str, Any], special: Mapping[str, str]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=_merges(path, fields["tokenizer.ggml.merges"], vocabulary)))
     _RULES[rules](tokenizer)
     tokenizer.decoder = decoders.ByteLevel()
-    for token, token_type in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True):  # alike, as _check_types saw
+    for token, token_type in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True):
         if token_type in (_CONTROL, _USER_DEFINED):
             tokenizer.add_tokens([AddedToken(token, special=token_type == _CONTROL, normalized=False)])
     if fields.get("tokenizer.ggml.add_bos_token"):
@@ -83,7 +88,7 @@ def _tokenizer(path: Path, fields: Mapping[str, Any], special: Mapping[str, str]
 
 
 def _check_types(path: Path, fields: Mapping[str, Any]) -> None:
-    """What the rest of this file relies on."""
+    """Checks the types that the rest of this file relies on."""
     for key, kind in (("tokens", str), ("merges", str), ("token_type", int)):
         values = fields.get(f"tokenizer.ggml.{key}")
         if not isinstance(values, list) or not all(type(value) is kind for value in values):
@@ -109,19 +114,3 @@ def _merges(path: Path, merges: list[str], vocabulary: Mapping[str, int]) -> lis
             raise CheckpointInvalid(f"{path} merges {merge!r}, which are no tokens; make the GGUF file again")
         pairs.append((left, right))
     return pairs
-
-
-def _special_tokens(fields: Mapping[str, Any]) -> dict[str, str]:
-    """bos_token and its like, as texts."""
-    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
-    numbers = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for key, name in names.items()}
-    return {name: fields["tokenizer.ggml.tokens"][number] for name, number in numbers.items() if number is not None}
-
-
-def _generation_config(fields: Mapping[str, Any]) -> dict[str, Any]:
-    ends = [fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
-    return {
-        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": sorted({number for number in ends if number is not None}),
-        "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
-    }

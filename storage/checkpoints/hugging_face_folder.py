@@ -1,6 +1,6 @@
-"""Hugging Face checkpoints: a folder with config.json, safetensors (one file or shards with an index) and a tokenizer.
+"""Reads Hugging Face checkpoints: a folder with config.json, safetensors (one file or shards with an index) and a tokenizer.
 
-Nothing in the folder is run: no remote code, and a pickled checkpoint is refused.
+No code in the folder is run: there is no remote code, and a pickled checkpoint is refused.
 """
 
 from collections.abc import Iterator
@@ -55,7 +55,7 @@ def _read_rows(path: Path, span: TensorSpan, first: int, last: int) -> memoryvie
 def _shards(folder: Path) -> dict[Path, list[str] | None]:
     """Files and the tensors to take from each; None: all."""
     if (folder / _INDEX).is_file():
-        return _indexed_shards(folder)
+        return dict(_indexed_shards(folder))
     if (folder / _SINGLE).is_file():
         return {folder / _SINGLE: None}
     found = sorted(folder.glob("*.safetensors"))
@@ -71,18 +71,16 @@ def _shards(folder: Path) -> dict[Path, list[str] | None]:
     raise CheckpointInvalid(f"{folder} has no safetensors file; is it the folder of a checkpoint?")
 
 
-def _indexed_shards(folder: Path) -> dict[Path, list[str] | None]:
+def _indexed_shards(folder: Path) -> dict[Path, list[str]]:
     weight_map = _read_json(folder / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointInvalid(f"{folder / _INDEX} has no weight_map; fetch it again")
-    shards: dict[Path, list[str] | None] = {}
+    shards: dict[Path, list[str]] = {}
     for name, file in weight_map.items():
         path = folder / str(file)
         if path.parent != folder or not path.is_file():
             raise CheckpointInvalid(f"{folder} lacks the shard {file!r}, which {_INDEX} names for {name!r}; fetch it")
-        names = shards.setdefault(path, [])
-        assert names is not None
-        names.append(name)
+        shards.setdefault(path, []).append(name)
     return shards
 
 
@@ -96,7 +94,7 @@ def _files(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _embedded_chat_template(folder: Path) -> str | None:
-    """Before chat_template.jinja there was a key in tokenizer_config.json: a text, or a list of named ones."""
+    """Older checkpoints have the template in tokenizer_config.json, as a text or a list of named ones."""
     path = folder / "tokenizer_config.json"
     template = _read_json(path).get("chat_template") if path.is_file() else None
     if isinstance(template, list):

@@ -1,16 +1,30 @@
-"""What a Llama-shaped model looks like, read from its config.json in either spelling (transformers 4 and 5).
+"""A Llama-shaped model as stages run it, read from its config.json in either spelling (transformers 4 and 5).
 
-Families and sizes are `llama_shaped`'s. What deviates in other ways (another activation, a partial rotation, a quantized
-checkpoint) is declined: stages then run it by transformers, and not in a dtype that only the lean layers have.
+`llama_shaped` has families and sizes. Other deviations (another activation, a partial rotation, a quantized checkpoint) are
+refused: transformers then runs the model, in a float dtype.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from storage.checkpoints.llama_shaped import LLAMA_FAMILIES, LlamaSizes
-from storage.checkpoints.rope_parameters import rope_parameters, rope_supported
 from storage.errors import ArchitectureUnsupported
+
+_ROPE_COMMON: Final = frozenset(
+    {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+)
+_ROPE_OPTIONAL: Final[dict[str, frozenset[str]]] = {
+    "default": frozenset({"factor"}),  # transformers reads no factor either
+    "yarn": frozenset({"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}),
+}
+_ROPE_NEEDED: Final[dict[str, tuple[str, ...]]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
 
 
 class UnsupportedConfig(Exception):
@@ -22,15 +36,13 @@ class LlamaConfig(LlamaSizes):
     """A whole model. `windows` and `rotary` have one entry per layer."""
 
     rms_norm_eps: float
-    windows: tuple[int | None, ...]
-    """How many tokens, its own included, a token attends to; None: all."""
-    rotary: tuple[bool, ...]
-    """Whether the layer rotates queries and keys (SmolLM3 leaves it out in some)."""
+    windows: tuple[int | None, ...]  # how many tokens, its own included, a token attends to; None: all
+    rotary: tuple[bool, ...]  # whether the layer rotates queries and keys (SmolLM3 leaves it out in some)
     rope: Mapping[str, Any]
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "LlamaConfig":
-        """Raises UnsupportedConfig, which says what is in the way."""
+        """Raises UnsupportedConfig, which names the obstacles."""
         try:
             sizes = LlamaSizes.from_config(config)
         except ArchitectureUnsupported as error:
@@ -42,13 +54,13 @@ class LlamaConfig(LlamaSizes):
             rms_norm_eps=values.get("rms_norm_eps", 1e-6),
             windows=_windows(values),
             rotary=_rotary(values),
-            rope=rope_parameters(values, 10_000.0),
+            rope=_rope_parameters(values),
         )
         return _checked(model, values)
 
 
 def _windows(values: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """Mistral slides in all layers; the others where `layer_types` (in old Qwen configs `max_window_layers`) says so."""
+    """Mistral slides in all layers, the others by `layer_types` (in old Qwen configs by `max_window_layers`)."""
     model_type: str = values["model_type"]
     num_layers: int = values["num_hidden_layers"]
     window: int | None = values.get("sliding_window")
@@ -59,17 +71,13 @@ def _windows(values: Mapping[str, Any]) -> tuple[int | None, ...]:
     layer_types = values.get("layer_types")
     if model_type == "mistral" or (model_type == "ministral" and layer_types is None):
         return (window,) * num_layers
-    if layer_types is None:
-        layer_types = _default_layer_types(values)
-    return tuple(window if layer_type == "sliding_attention" else None for layer_type in layer_types[:num_layers])
-
-
-def _default_layer_types(values: Mapping[str, Any]) -> list[str]:
-    if values["model_type"] == "smollm3":
+    if layer_types is not None:
+        slides = [layer_type == "sliding_attention" for layer_type in layer_types[:num_layers]]
+    elif model_type == "smollm3":
         slides = [not rotary for rotary in _rotary(values)]
     else:
-        slides = [layer >= values.get("max_window_layers", 28) for layer in range(values["num_hidden_layers"])]
-    return ["sliding_attention" if layer else "full_attention" for layer in slides]
+        slides = [layer >= values.get("max_window_layers", 28) for layer in range(num_layers)]
+    return tuple(window if slide else None for slide in slides)
 
 
 def _rotary(values: Mapping[str, Any]) -> tuple[bool, ...]:
@@ -83,21 +91,49 @@ def _rotary(values: Mapping[str, Any]) -> tuple[bool, ...]:
     return tuple((layer + 1) % interval != 0 for layer in range(num_layers))
 
 
+def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` of transformers 5, or `rope_theta` with `rope_scaling` of older configs, as one flat dict."""
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    given = given if isinstance(given, Mapping) else {"rope_type": repr(given)}
+    parameters = {key: value for key, value in given.items() if value is not None}
+    parameters.setdefault("rope_type", parameters.get("type", "default"))
+    parameters.setdefault("rope_theta", config.get("rope_theta") or 10_000.0)
+    original = config.get("original_max_position_embeddings")
+    if original is not None:
+        parameters["original_max_position_embeddings"] = original
+    parameters.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+    parameters.setdefault("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0)
+    return parameters
+
+
+def _rope_supported(parameters: Mapping[str, Any]) -> bool:
+    """Whether `Rope` (functions/stage/models/llama/rope.py) reads all parameters: an unknown one may change the numbers."""
+    rope_type = parameters["rope_type"]
+    needed = _ROPE_NEEDED.get(rope_type) if isinstance(rope_type, str) else None
+    if needed is None:
+        return False
+    known = _ROPE_COMMON.union(needed, _ROPE_OPTIONAL.get(rope_type, ()))
+    numbers = [parameters.get(name) for name in {*needed, *parameters} - {"rope_type", "type", "truncate"}]
+    return (
+        known.issuperset(parameters)
+        and all(isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in numbers)
+        and parameters["partial_rotary_factor"] == 1.0
+    )
+
+
 def _checked(model: LlamaConfig, values: Mapping[str, Any]) -> LlamaConfig:
+    architectures: Any = values.get("architectures")
     obstacles = {
         f"activation {values.get('hidden_act')!r}": values.get("hidden_act", "silu") != "silu",
         "a quantized checkpoint": values.get("quantization_config") is not None,
-        f"rotation {dict(model.rope)!r}": not rope_supported(model.rope),
+        f"rotation {dict(model.rope)!r}": not _rope_supported(model.rope),
         f"head_dim {model.head_dim}": model.head_dim % 2 != 0,
         f"{model.num_heads} heads on {model.num_kv_heads}": model.num_heads % model.num_kv_heads != 0,
         "layer lists shorter than the model": min(len(model.windows), len(model.rotary)) < model.num_layers,
-        "an architecture without a language model head": not _is_causal(values.get("architectures")),
+        "an architecture without a language model head": bool(architectures)
+        and not any(str(name).endswith("ForCausalLM") for name in architectures),
     }
     found = [obstacle for obstacle, present in obstacles.items() if present]
     if found:
         raise UnsupportedConfig("the lean layers do not run " + "; ".join(found))
     return model
-
-
-def _is_causal(architectures: Any) -> bool:
-    return not architectures or any(str(name).endswith("ForCausalLM") for name in architectures)

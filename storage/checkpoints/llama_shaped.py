@@ -1,7 +1,7 @@
-"""The Llama-shaped families: which sizes and tensors a model of them has, read from its config.json without a library.
+"""The Llama-shaped families: the sizes and tensors of their models, read from config.json without a library.
 
-A family is a row: where its biases are, and what holds where a config says nothing, which is what its class in transformers
-has (tests/storage/checkpoints/test_llama_shaped.py compares them). Stages run these families in C and in every dtype.
+A family is a row of a table: its biases, and the defaults of its class in transformers for keys that a config leaves out
+(tests/storage/checkpoints/test_llama_shaped.py compares them). Stages run these families in C and in every dtype.
 """
 
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class LlamaFamily:
-    """Biases are a constant of the family or named by a key of the config; `defaults` stand in for missing keys."""
+    """A bias is a constant of the family, or the name of a key of the config."""
 
     qkv_bias: bool | str = False
     out_bias: bool | str = False
     mlp_bias: bool | str = False
     qk_norm: bool = False
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # for keys that a config lacks
 
 
 LLAMA_FAMILIES: Final[Mapping[str, LlamaFamily]] = {
@@ -63,7 +63,7 @@ LLAMA_FAMILIES: Final[Mapping[str, LlamaFamily]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaSizes:
-    """A whole model's."""
+    """The sizes of a whole model."""
 
     num_layers: int
     hidden_size: int
@@ -81,7 +81,7 @@ class LlamaSizes:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Raises ArchitectureUnsupported for another family, and for a config that lacks a size or has none there."""
+        """Raises ArchitectureUnsupported for another family, and for a config with a missing or invalid size."""
         model_type = str(config.get("model_type"))
         if model_type not in LLAMA_FAMILIES:
             raise ArchitectureUnsupported(f"model_type {model_type!r} is not one of {', '.join(LLAMA_FAMILIES)}")
@@ -106,7 +106,7 @@ class LlamaSizes:
 
 
 def layer_shapes(model: LlamaSizes) -> dict[str, tuple[int, ...]]:
-    """Of one layer, by name without `model.layers.N.`, as a checkpoint has them."""
+    """Shapes of one layer's tensors, by their names in a checkpoint without `model.layers.N.`."""
     hidden, queries, keys = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
     if model.qk_norm:
@@ -127,13 +127,13 @@ def layer_shapes(model: LlamaSizes) -> dict[str, tuple[int, ...]]:
 
 
 def outer_shapes(model: LlamaSizes) -> dict[str, tuple[int, ...]]:
-    """Of what is no layer's, by whole name; a tied model may lack the last."""
+    """Shapes of the tensors outside the layers, by whole name; a tied model may lack the last one."""
     matrix = (model.vocab_size, model.hidden_size)
     return {"model.embed_tokens.weight": matrix, "model.norm.weight": (model.hidden_size,), "lm_head.weight": matrix}
 
 
 class _Values:
-    """A config's values, of the types that they must have."""
+    """A config's values, with checked types."""
 
     def __init__(self, model_type: str, values: Mapping[str, Any]) -> None:
         self._model_type = model_type

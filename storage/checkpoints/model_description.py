@@ -1,7 +1,7 @@
-"""What a manifest says about a model's shape, from its config.json.
+"""Describes a model's shape for its manifest, from its config.json.
 
-Llama-shaped families have a table (`llama_shaped`). Of all others transformers' own configuration classes know the names and
-defaults (n_layer, tie_word_embeddings, head_dim …). Nothing of a checkpoint is run.
+Llama-shaped families have a table (`llama_shaped`). For all others transformers' configuration classes know the names and
+defaults (n_layer, tie_word_embeddings, head_dim …). No code of a checkpoint is run.
 """
 
 from collections.abc import Mapping
@@ -11,8 +11,7 @@ from typing import Any, Final
 from storage.checkpoints.llama_shaped import LLAMA_FAMILIES, LlamaSizes
 from storage.errors import ArchitectureUnsupported, LibraryMissing
 
-_UNLIMITED_CONTEXT_TOKENS: Final = 2048
-"""Where a family without learned or rotary positions (BLOOM) names no limit: its training length."""
+_UNLIMITED_CONTEXT_TOKENS: Final = 2048  # training length of BLOOM, whose positions have no limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +21,7 @@ class ModelDescription:
     architecture: str
     model_type: str
     num_layers: int
-    ignored_layers: int
-    """Layers behind the last that checkpoints may carry for multi-token prediction and that the decoder does not run."""
+    ignored_layers: int  # extra layers in the checkpoint, for multi-token prediction, that the decoder does not run
     hidden_size: int
     vocab_size: int
     num_kv_heads: int
@@ -33,18 +31,16 @@ class ModelDescription:
 
 
 def describe_model(config: Mapping[str, Any]) -> ModelDescription:
-    """`config` is a parsed config.json. Raises ArchitectureUnsupported; for a family without a table LibraryMissing, too."""
+    """config: a parsed config.json. Raises ArchitectureUnsupported, or LibraryMissing for a family without a table."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise ArchitectureUnsupported(f"config.json has model_type {model_type!r}, which is no name")
-    return _llama_shaped(config) if model_type in LLAMA_FAMILIES else _of_transformers(config, model_type)
-
-
-def _llama_shaped(config: Mapping[str, Any]) -> ModelDescription:
+    if model_type not in LLAMA_FAMILIES:
+        return describe_by_transformers(config, model_type)
     sizes = LlamaSizes.from_config(config)
     return ModelDescription(
         architecture=_architecture(config),
-        model_type=config["model_type"],
+        model_type=model_type,
         num_layers=sizes.num_layers,
         ignored_layers=config.get("num_nextn_predict_layers") or 0,
         hidden_size=sizes.hidden_size,
@@ -56,7 +52,7 @@ def _llama_shaped(config: Mapping[str, Any]) -> ModelDescription:
     )
 
 
-def _of_transformers(config: Mapping[str, Any], model_type: str) -> ModelDescription:
+def describe_by_transformers(config: Mapping[str, Any], model_type: str) -> ModelDescription:
     try:
         from huggingface_hub.errors import StrictDataclassError
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # 0.6 s, which only a real publication pays
@@ -77,6 +73,8 @@ def _of_transformers(config: Mapping[str, Any], model_type: str) -> ModelDescrip
         raise ArchitectureUnsupported(
             f"{model_type!r} is no decoder-only language model: its configuration lacks {missing or 'nothing but a decoder'}"
         )
+    # Falcon's num_kv_heads counts only in its newer layout; the older one has a flag.
+    is_multi_query = getattr(known, "multi_query", False) and not getattr(known, "new_decoder_architecture", False)
     return ModelDescription(
         architecture=_architecture(config),
         model_type=model_type,
@@ -84,7 +82,7 @@ def _of_transformers(config: Mapping[str, Any], model_type: str) -> ModelDescrip
         ignored_layers=getattr(known, "num_nextn_predict_layers", None) or 0,
         hidden_size=known.hidden_size,
         vocab_size=known.vocab_size,
-        num_kv_heads=_num_kv_heads(known),
+        num_kv_heads=1 if is_multi_query else getattr(known, "num_key_value_heads", None) or known.num_attention_heads,
         head_dim=getattr(known, "head_dim", None) or known.hidden_size // known.num_attention_heads,
         context_length=getattr(known, "max_position_embeddings", None)
         or getattr(known, "seq_length", None)
@@ -96,11 +94,3 @@ def _of_transformers(config: Mapping[str, Any], model_type: str) -> ModelDescrip
 def _architecture(config: Mapping[str, Any]) -> str:
     architectures: list[str] = config.get("architectures") or [""]
     return architectures[0]
-
-
-def _num_kv_heads(config: Any) -> int:
-    # Falcon's num_kv_heads counts only in its newer layout; the older one has a flag.
-    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
-        return 1
-    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return heads

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a folder, a GGUF file, or the Hugging Face hub; and what tells one from its successor."""
+"""Finds a checkpoint (a folder, a GGUF file, or a hub id), opens it by its format, and tells whether it changed."""
 
 import hashlib
 import re
@@ -30,7 +30,18 @@ def locate(source: str | Path) -> Path:
     found = _HUB_ID.fullmatch(str(source))
     if not found:
         raise CheckpointInvalid(f"{str(source)!r} is neither a folder, nor a file, nor a hub id such as owner/name")
-    return _fetched(found["id"], found["revision"])
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    hub_id, patterns = found["id"], list(_HUB_FILES)
+    try:
+        folder = snapshot_download(hub_id, revision=found["revision"], allow_patterns=patterns, ignore_patterns=["*/*"])
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointInvalid(
+            f"{hub_id!r} is no file or folder here, and the hub does not give it: {error}. Check the id, the network, and "
+            "whether its licence must be accepted first"
+        ) from error
+    return Path(folder)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -49,14 +60,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def checkpoint_fingerprint(path: Path) -> str:
-    """BLAKE3 (hex) of names and contents, every byte of them: size and time of change are alike where a copy kept them."""
-    return blake3(msgspec.json.encode([(file.name, _digest(file)) for file in _checkpoint_files(path)])).hexdigest()
+    """BLAKE3 (hex) of all names and contents. Every byte is read, because a copy may keep size and time of change."""
+    digests = []
+    for file in _checkpoint_files(path):
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, blake3)  # type: ignore[arg-type]  # it is a hash, and not OpenSSL's
+            digests.append((file.name, digest.hexdigest()))
+    return blake3(msgspec.json.encode(digests)).hexdigest()
 
 
 def checkpoint_state(path: Path) -> tuple[tuple[str, int, int, int, int], ...]:
-    """What the file system says of the files: another as soon as one is written to, replaced or removed.
+    """The file system's state of the files. It changes when a file is written, replaced or removed.
 
-    That holds whatever mtime says, which anybody can set; ctime nobody can. Equal contents may well differ in it.
+    Programs can set mtime, but not ctime. Equal contents may have different states.
     """
     return tuple(
         (file.name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
@@ -64,26 +80,7 @@ def checkpoint_state(path: Path) -> tuple[tuple[str, int, int, int, int], ...]:
     )
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, blake3).hexdigest()  # type: ignore[arg-type]  # it is a hash, and not OpenSSL's
-
-
 def _checkpoint_files(path: Path) -> Iterable[Path]:
     if not path.is_dir():
         return [path]
     return sorted(file for file in path.iterdir() if file.suffix in _CHECKPOINT_SUFFIXES and file.is_file())
-
-
-def _fetched(hub_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        folder = snapshot_download(hub_id, revision=revision, allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*"])
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointInvalid(
-            f"{hub_id!r} is no file or folder here, and the hub does not give it: {error}. Check the id, the network, and "
-            "whether its licence must be accepted first"
-        ) from error
-    return Path(folder)

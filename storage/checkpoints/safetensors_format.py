@@ -1,8 +1,8 @@
-"""The container of the tensors: the safetensors format's header, read and laid out without touching tensor bytes.
+"""The safetensors container: reads and lays out its header without touching tensor bytes.
 
-A file is eight bytes of header length (little endian), the header (JSON, padded with spaces), and the tensors without
-gaps. Lamina's own files align every tensor to 64 bytes; where a tensor's length is no multiple of that, a filler tensor
-follows, since the format forbids holes.
+A file is eight bytes of header length (little endian), the header (JSON, padded with spaces), and the tensors without gaps.
+Lamina's own files align every tensor to 64 bytes. The format forbids holes, so a filler tensor follows a tensor with another
+length.
 """
 
 import math
@@ -21,17 +21,14 @@ ITEM_BYTES: Final[Mapping[str, int]] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
-MAX_DIMENSIONS: Final = 8
-"""Of a tensor. Only so many sizes are multiplied: a million of them would keep a core busy for hours."""
-_MAX_HEADER_BYTES: Final = 100_000_000
-"""The safetensors library's own limit."""
+MAX_DIMENSIONS: Final = 8  # per tensor; to multiply a million of them would keep a core busy for hours
+_MAX_HEADER_BYTES: Final = 100_000_000  # the safetensors library's own limit
 
 
 class TensorSpan(msgspec.Struct, frozen=True):
     """A tensor in a file. `start` and `end` count from the beginning of the file."""
 
-    dtype: str
-    """A safetensors name: F32, BF16, F16, I8 …"""
+    dtype: str  # a safetensors name: F32, BF16, F16, I8 …
     shape: tuple[int, ...]
     start: int
     end: int
@@ -44,7 +41,7 @@ class _HeaderEntry(msgspec.Struct):
 
 
 def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
-    """Raises KeyError for a dtype that is none of safetensors'."""
+    """Raises KeyError for a dtype that safetensors does not have."""
     return ITEM_BYTES[dtype] * math.prod(shape)
 
 
@@ -59,18 +56,14 @@ def lay_out(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, 
         if filler := -end % ALIGNMENT:
             position = end + filler
             entries[f"{FILLER_PREFIX}{number}"] = {"dtype": "U8", "shape": (filler,), "data_offsets": (end, position)}
-    header = _encoded(entries)
+    body = msgspec.json.encode(entries)
+    body += b" " * (-(len(body) + 8) % ALIGNMENT)
+    header = len(body).to_bytes(8, "little") + body
     spans = {
         name: TensorSpan(entry["dtype"], entry["shape"], *(len(header) + offset for offset in entry["data_offsets"]))
         for name, entry in entries.items()
     }
     return header, spans
-
-
-def _encoded(entries: Mapping[str, Any]) -> bytes:
-    body = msgspec.json.encode(entries)
-    body += b" " * (-(len(body) + 8) % ALIGNMENT)
-    return len(body).to_bytes(8, "little") + body
 
 
 def read_spans(path: Path) -> dict[str, TensorSpan]:
@@ -110,7 +103,7 @@ def _check(path: Path, name: str, entry: _HeaderEntry, data_bytes: int) -> None:
 
 
 def read_exactly(descriptor: int, offset: int, view: memoryview) -> None:
-    """Fills `view` from an open file. Raises CheckpointInvalid where the file ends before."""
+    """Fills `view` from an open file. Raises CheckpointInvalid if the file is too short."""
     filled = 0
     while filled < len(view):
         count = os.preadv(descriptor, [view[filled:]], offset + filled)

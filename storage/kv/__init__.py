@@ -1,4 +1,4 @@
-"""Keys and values of conversations as objects: named by content, sealed, removed by age and bytes.
+"""Keys and values of sequences as objects: named by content, sealed, removed by age and bytes.
 
 May import: storage, storage.store.
 """

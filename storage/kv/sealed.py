@@ -1,8 +1,8 @@
-"""Conversations at rest: AES-256-GCM, with names that say nothing to who lacks the key.
+"""Encryption of stored keys and values: AES-256-GCM, with names that reveal nothing without the key.
 
-Two keys are derived from the one that is configured: one for names, one for contents. A nonce is 96 random bits, which NIST SP
-800-38D (section 8.3) allows for 2³² objects under one key. What an object is called is authenticated with it, so that one
-cannot be passed off for another.
+The configured key yields two keys, one for names and one for contents. A nonce is 96 random bits, which NIST SP 800-38D
+(section 8.3) allows for 2³² objects under one key. The object's name is authenticated with its contents, so that one object
+cannot replace another.
 """
 
 import os
@@ -25,7 +25,7 @@ _NAME_BYTES: Final = 20
 
 
 class Sealer:
-    """Thread-safe."""
+    """Names, encrypts and decrypts objects. Thread-safe."""
 
     def __init__(self, key: bytes) -> None:
         """Raises ValueError for a key that has not KEY_BYTES."""
@@ -41,7 +41,7 @@ class Sealer:
         return AESGCM(self._contents)
 
     def name(self, *parts: bytes) -> str:
-        """Of what `parts` say together: hexadecimal, and no way back."""
+        """A keyed hash of `parts`, in hexadecimal."""
         hasher = blake3(key=self._names)
         for part in parts:
             hasher.update(len(part).to_bytes(4, "little") + part)
@@ -56,7 +56,7 @@ class Sealer:
         return sealed
 
     def open(self, name: str, sealed: bytes | bytearray | memoryview) -> bytearray:
-        """What was sealed under this name. Raises SealBroken."""
+        """The plaintext that was sealed under this name. Raises SealBroken."""
         from cryptography.exceptions import InvalidTag
 
         view = memoryview(sealed)

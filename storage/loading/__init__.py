@@ -1,4 +1,4 @@
-"""A stage's layers out of the store into memory, verified, or out of a cache on the node.
+"""Loads a stage's layers from the store, or from a cache on the node, into memory, and verifies them.
 
 May import: storage, storage.models.
 """

@@ -1,65 +1,54 @@
-"""Memory that weights are read into, and keys and values are kept in."""
+"""Page-aligned memory for weights and for keys and values."""
 
 import ctypes
 import functools
 import mmap
 import sys
-from collections.abc import Callable
 from typing import Final
 
 _MADV_POPULATE_WRITE: Final = 23  # madvise(2), Linux 5.14
-_LOOKED_AT_ONCE_BYTES: Final = 2**30
+_MINCORE_STEP_BYTES: Final = 2**30
 
 
 def new_memory(size: int) -> memoryview:
-    """Writable, at a page's boundary, zero pages until touched."""
+    """Writable, page-aligned; its pages are zero until touched."""
     # Without MADV_HUGEPAGE: measured, finding whole huge pages took a loaded machine two to three times as long to fill.
     # mmap(2) maps no empty piece.
     return memoryview(mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))[:size]
 
 
 def populate(part: memoryview) -> None:
-    """Has the kernel find the pages of a part of such memory, which must begin at a page's boundary, in one go.
+    """Has the kernel allocate the pages of a page-aligned part in one go; does nothing if the kernel cannot.
 
-    A read into pages that are there is a tenth faster than one that finds them one by one. Where the kernel cannot, nothing
-    happens.
+    A read into allocated pages is a tenth faster than one that faults them in one by one.
     """
-    if (madvise := _madvise()) is not None:
-        madvise(ctypes.addressof(ctypes.c_char.from_buffer(part)), len(part), _MADV_POPULATE_WRITE)
+    # libc's madvise releases the interpreter's lock; `mmap.madvise` holds it, and all threads wait.
+    if (libc := _libc()) is not None:
+        libc.madvise(ctypes.addressof(ctypes.c_char.from_buffer(part)), len(part), _MADV_POPULATE_WRITE)
 
 
 def resident_bytes(address: int, size: int) -> int:
-    """How much of the memory at `address`, a page's boundary, has been touched and is in RAM; 0 where that is not known.
+    """Bytes of the memory at the page-aligned `address` that are in RAM; 0 if that is unknown.
 
-    Takes about a millisecond for each GiB that is there.
+    Takes about a millisecond for each resident GiB.
     """
-    if (mincore := _mincore()) is None:
+    if (libc := _libc()) is None:
         return 0
     pages = 0
-    for done in range(0, size, _LOOKED_AT_ONCE_BYTES):
-        count = -(-min(_LOOKED_AT_ONCE_BYTES, size - done) // mmap.PAGESIZE)
+    for done in range(0, size, _MINCORE_STEP_BYTES):
+        count = -(-min(_MINCORE_STEP_BYTES, size - done) // mmap.PAGESIZE)
         seen = ctypes.create_string_buffer(count)
-        if mincore(address + done, count * mmap.PAGESIZE, seen) != 0:
+        if libc.mincore(address + done, count * mmap.PAGESIZE, seen) != 0:
             return 0
         pages += seen.raw.count(1)  # Linux leaves the other bits 0.
     return min(size, pages * mmap.PAGESIZE)
 
 
 @functools.cache
-def _mincore() -> Callable[[int, int, ctypes.Array[ctypes.c_char]], int] | None:
-    """mincore(2)."""
+def _libc() -> ctypes.CDLL | None:
     if sys.platform != "linux":
         return None
-    mincore = ctypes.CDLL(None).mincore
-    mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
-    return mincore
-
-
-@functools.cache
-def _madvise() -> Callable[[int, int, int], int] | None:
-    """Of libc, which runs without the interpreter's lock; `mmap.madvise` keeps it, and everybody waits."""
-    if sys.platform != "linux":
-        return None
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return madvise
+    libc = ctypes.CDLL(None)
+    libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return libc

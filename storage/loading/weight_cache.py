@@ -1,11 +1,11 @@
 """A folder of verified objects that outlives the process: the next start maps them instead of reading the store.
 
-Files are named by their contents' digest and checksum, appear by a rename, are never changed, and are checked again each time
-before they are used: by xxh3, against damage alone, since whoever may write here runs as the reader does. Several processes of
-one node may share the folder. A cache that fails costs time, never a start.
+Files are named by the digest and checksum of their contents, appear by a rename, and never change. Each use checks them again
+by xxh3, against damage only: a process that may write here has the reader's rights anyway. Several processes of one node may
+share the folder. A cache that fails costs time, never a start.
 
-They are mapped, which takes a tenth of the processor time of reading them into memory. The price: whoever cuts a file short
-under a mapping, which its mode forbids, ends the process by SIGBUS; the one that starts after it finds the file too short.
+Files are mapped, which takes a tenth of the processor time of reading them. The price: a file that is truncated while it is
+mapped, which its mode forbids, ends the process by SIGBUS; the next process finds the file too short.
 """
 
 import fcntl
@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 
-import xxhash
+from xxhash import xxh3_128_hexdigest
 
 from storage.models.model_repository import StoredObject
 
@@ -29,24 +29,26 @@ _UNFINISHED_SUFFIX: Final = ".unfinished"
 
 
 class WeightCache:
-    """At most `max_bytes` in `folder`, unfinished files included; the object that was used longest ago goes first."""
+    """At most `max_bytes` in `folder`, unfinished files included. The least recently used object is evicted first."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder = folder
         self._max_bytes = max_bytes
+        # Files that this process has mapped are not evicted: that would free no disk, and a stage larger than the cache
+        # would read all its objects anew.
         self._mapped: set[Path] = set()
-        """By this process: to remove them would free no disk, and make a stage larger than the cache read all of it anew."""
 
     def get(self, stored: StoredObject) -> memoryview | None:
-        """The object's bytes, mapped privately (writes stay in this process), at a page's boundary; None where it is not held.
+        """The object's bytes, mapped privately (writes stay in this process) and page-aligned; None: not in the cache.
 
         A file that fails its check is removed.
         """
         try:
-            if (path := self._held_as(stored)) is None:
+            path = next(self._folder.glob(f"{stored.digest}.*{_SUFFIX}"), None)
+            if path is None:
                 return None
             data = _mapped(path, stored.bytes)
-            if data is not None and _checksum(data) == path.name.split(".")[1]:
+            if data is not None and xxh3_128_hexdigest(data) == path.name.split(".")[1]:
                 os.utime(path)
                 self._mapped.add(path)
                 return data
@@ -59,14 +61,14 @@ class WeightCache:
         return None
 
     def put(self, stored: StoredObject, data: memoryview) -> None:
-        """Keeps a verified object's bytes, making room for them first; where there is none, the object is not kept."""
+        """Keeps a verified object's bytes if they fit after evictions."""
         if stored.bytes > self._max_bytes:
             return
-        path = self._folder / f"{stored.digest}.{_checksum(data)}{_SUFFIX}"
+        path = self._folder / f"{stored.digest}.{xxh3_128_hexdigest(data)}{_SUFFIX}"
         unfinished = path.with_name(f"{secrets.token_hex(8)}{_UNFINISHED_SUFFIX}")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            if path.exists() or (file := self._reserved(unfinished, stored.bytes)) is None:
+            if path.exists() or (file := self._reserve(unfinished, stored.bytes)) is None:
                 return
             with file:
                 file.write(data)
@@ -77,21 +79,19 @@ class WeightCache:
             with suppress(OSError):
                 unfinished.unlink()
 
-    def _held_as(self, stored: StoredObject) -> Path | None:
-        return next(self._folder.glob(f"{stored.digest}.*{_SUFFIX}"), None)
-
-    def _reserved(self, unfinished: Path, size: int) -> BinaryIO | None:
-        """A file of this size, which counts from now on, locked for as long as its writer lives; None: there is no room."""
+    def _reserve(self, unfinished: Path, size: int) -> BinaryIO | None:
+        """A file of this size that counts from now on, locked for as long as its writer lives; None: it does not fit."""
         with self._locked():
-            if not self._made_room(size):
+            if not self._evict_for(size):
                 return None
-            file = open(unfinished, "xb", opener=_read_only)  # noqa: SIM115  the caller's to close
+            # Readers open it later, its writer has it open already: so its mode is read-only.
+            file = open(unfinished, "xb", opener=lambda path, flags: os.open(path, flags, 0o444))  # noqa: SIM115
             fcntl.flock(file, fcntl.LOCK_EX)
             file.truncate(size)
             return file
 
-    def _made_room(self, wanted_bytes: int) -> bool:
-        # In this order: a file that is finished meanwhile counts twice rather than not at all.
+    def _evict_for(self, wanted_bytes: int) -> bool:
+        # Unfinished files first: a file that is finished meanwhile counts twice rather than not at all.
         total = wanted_bytes
         total += sum(status.st_size for path, status in self._files(_UNFINISHED_SUFFIX) if not _removed_if_abandoned(path))
         held = sorted((status.st_mtime_ns, status.st_size, path) for path, status in self._files(_SUFFIX))
@@ -99,10 +99,9 @@ class WeightCache:
         for _, size, path in held:
             if total <= self._max_bytes:
                 break
-            if path in self._mapped:
-                continue
-            path.unlink(missing_ok=True)
-            total -= size
+            if path not in self._mapped:
+                path.unlink(missing_ok=True)
+                total -= size
         return total <= self._max_bytes
 
     def _files(self, suffix: str) -> Iterator[tuple[Path, os.stat_result]]:
@@ -112,14 +111,14 @@ class WeightCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One process, and one thread of it, at a time makes room."""
+        """One thread of one process at a time evicts and reserves."""
         with (self._folder / ".lock").open("ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
 
 def _removed_if_abandoned(path: Path) -> bool:
-    """Whoever writes a file has it locked, until it is done or gone."""
+    """A live writer holds a lock on its file."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,18 +130,9 @@ def _removed_if_abandoned(path: Path) -> bool:
     return True
 
 
-def _read_only(path: str, flags: int) -> int:
-    """For whoever opens it later; its writer has it open already."""
-    return os.open(path, flags, 0o444)
-
-
 def _mapped(path: Path, size: int) -> memoryview | None:
     """None: the file has another size."""
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size != size:
             return None
         return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY))
-
-
-def _checksum(data: memoryview) -> str:
-    return xxhash.xxh3_128_hexdigest(data)

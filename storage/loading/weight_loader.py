@@ -1,6 +1,6 @@
-"""Loads a stage's layers out of the store: exactly its objects, in parallel ranged reads, into the memory that tensors use.
+"""Loads a stage's layers from the store: exactly its objects, in parallel ranged reads, into the memory that tensors use.
 
-Nothing heavy here, so that bytes flow while libraries are still being imported. Every part is verified as soon as it is in.
+It imports nothing heavy, so that bytes flow while libraries are still being imported. Every part is verified when it is in.
 """
 
 import logging
@@ -18,8 +18,7 @@ from storage.models.model_repository import ModelManifest, StoredObject, layer_o
 
 _log = logging.getLogger(__name__)
 
-CONNECTIONS: Final = 4
-"""Measured on loopback: more are no faster, fewer are slower."""
+CONNECTIONS: Final = 4  # measured on loopback: more are no faster, fewer are slower
 _READS_OF_A_BAD_PART: Final = 3
 
 
@@ -27,11 +26,10 @@ _READS_OF_A_BAD_PART: Final = 3
 class RawTensor:
     """A tensor's bytes where they were read to: writable, aligned to 64 bytes; `frombuffer` makes an array or tensor of them.
 
-    The memory lives for as long as any of its object's views does.
+    The memory lives for as long as any view of its object does.
     """
 
-    dtype: str
-    """A safetensors name: F32, BF16, F16, I8, U8 of matrices in four bits."""
+    dtype: str  # a safetensors name: F32, BF16, F16, I8; U8 for matrices in four bits
     shape: tuple[int, ...]
     data: memoryview
 
@@ -40,27 +38,25 @@ class RawTensor:
 class LoadedObject:
     """One object, complete and verified."""
 
-    name: str
-    """embedding, layer-00007, or head."""
+    name: str  # embedding, layer-00007, or head
     tensors: dict[str, RawTensor]
 
 
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
-    """Told after every part, from the threads that read."""
+    """Reported after every part, from the threads that read."""
 
     object: str
     done_bytes: int
     total_bytes: int
-    seconds: float
-    """Since the start of the load."""
+    seconds: float  # since the start of the load
 
 
 ProgressCallback = Callable[[LoadProgress], None]
 
 
 class RangeReader(Protocol):
-    """An ObjectReader."""
+    """Implemented by ObjectReader."""
 
     def read_range_into(
         self,
@@ -74,10 +70,10 @@ class RangeReader(Protocol):
 
 
 class Cache(Protocol):
-    """A WeightCache."""
+    """Implemented by WeightCache."""
 
     def get(self, stored: StoredObject) -> memoryview | None:
-        """The verified bytes of an object, writable; None where it has none."""
+        """The verified bytes of an object, writable; None: not in the cache."""
 
     def put(self, stored: StoredObject, data: memoryview) -> None: ...
 
@@ -85,7 +81,7 @@ class Cache(Protocol):
 def stage_objects(manifest: ModelManifest, first: int, last: int) -> list[str]:
     """Names of the objects that layers [first, last) need, in the order of a forward pass.
 
-    The first group has the embedding, the last one the head, and the embedding too where the two are tied.
+    The first stage has the embedding. The last stage has the head, and the embedding too if they are tied.
     Raises ValueError for a range that is not in the model.
     """
     if not 0 <= first < last <= manifest.num_layers:
@@ -109,7 +105,7 @@ def load_layers(
 ) -> dict[str, RawTensor]:
     """All tensors that layers [first, last) need, by their names in the checkpoint.
 
-    Raises ValueError for the range, ChecksumMismatch naming object and part, or what the reader raises.
+    Raises ValueError for the range, ChecksumMismatch naming object and part, or the reader's errors.
     """
     tensors: dict[str, RawTensor] = {}
     for loaded in iterate_layers(reader, manifest, first, last, cache=cache, on_progress=on_progress):
@@ -126,33 +122,28 @@ def iterate_layers(
     cache: Cache | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> Iterator[LoadedObject]:
-    """The same object by object, in the order of a forward pass, while the later ones are still being read.
+    """Like load_layers, object by object in the order of a forward pass, while later objects are still being read.
 
-    Reading starts with this call, not with the first `next`. Drop an object before taking the next one, and memory stays
-    at the weights plus one layer, also where the caller copies.
+    Reading starts with this call, not with the first `next`. Drop each object before taking the next one: then a caller that
+    copies needs memory for the weights and one layer more.
     """
-    load = _Load(reader, manifest, stage_objects(manifest, first, last), cache, on_progress)
-    return load.objects()
+    return _Load(reader, manifest, stage_objects(manifest, first, last), cache, on_progress).objects()
 
 
 class _ObjectLoad:
-    """One object on its way in. Its parts may be read by several threads."""
+    """One object that is being read. Several threads may read its parts."""
 
     def __init__(self, name: str, stored: StoredObject) -> None:
         self.name = name
         self.stored = stored
         self.complete: Future[memoryview] = Future()
-        self.buffer: memoryview | None = None
+        self.buffer = memoryview(b"")
         self.from_cache = False
         self.parts_left = len(stored.parts)
 
-    def whole(self) -> memoryview:
-        assert self.buffer is not None
-        return self.buffer
-
     def part(self, number: int) -> memoryview:
         start = number * self.stored.part_bytes
-        return self.whole()[start : start + self.stored.part_bytes]
+        return self.buffer[start : start + self.stored.part_bytes]
 
     def tensors(self, data: memoryview) -> dict[str, RawTensor]:
         spans = self.stored.tensors.items()
@@ -162,8 +153,7 @@ class _ObjectLoad:
 class _Load:
     """The threads that read one stage's parts, in the order of a forward pass.
 
-    An object is opened first: it comes out of the cache there and then, several objects at the same time, or has its parts
-    queued.
+    An object is opened first: it is taken from the cache at once, several objects at a time, or its parts are queued.
     """
 
     def __init__(
@@ -206,11 +196,12 @@ class _Load:
                     self._open(load)
                 else:
                     self._load_part(load, number)
-            except Exception as error:  # noqa: BLE001  the thread ends soon; whoever waits for the objects gets it
-                self._fail(error)
+            except Exception as error:  # noqa: BLE001  the thread ends soon; the consumer of the objects gets the error
+                for incomplete in self._stop():
+                    incomplete.complete.set_exception(error)
 
     def _next(self) -> tuple[_ObjectLoad, int | None] | None:
-        """A part, or None for its number: an object to open. Waits while what another thread opens may have parts."""
+        """A part to read, or an object to open (number None). Waits while an object that is being opened may yield parts."""
         with self._changed:
             while True:
                 if self._parts:
@@ -223,7 +214,7 @@ class _Load:
                 self._changed.wait()
 
     def _open(self, load: _ObjectLoad) -> None:
-        """Takes the object from the cache, or makes room for it and queues its parts."""
+        """Takes the object from the cache, or allocates its memory and queues its parts."""
         parts = 0
         try:
             cached = self._cache.get(load.stored) if self._cache else None
@@ -237,42 +228,41 @@ class _Load:
                     self._parts.extend((load, number) for number in range(parts))
                 self._changed.notify_all()
         if not parts:
-            self._tell(load, load.stored.bytes)
+            self._report(load, load.stored.bytes)
             self._complete(load)
 
     def _load_part(self, load: _ObjectLoad, number: int) -> None:
         part = load.part(number)
         populate(part)
         self._read_verified(load.stored, number, part)
-        self._tell(load, len(part))
+        self._report(load, len(part))
         with self._changed:
             load.parts_left -= 1
             finished = load.parts_left == 0
         if finished:
             if self._cache:
-                self._cache.put(load.stored, load.whole())
+                self._cache.put(load.stored, load.buffer)
             self._complete(load)
 
     def _read_verified(self, stored: StoredObject, number: int, part: memoryview) -> None:
         start = number * stored.part_bytes
+        published = stored.parts[number]
         seen = ""
         for _ in range(_READS_OF_A_BAD_PART):
-            # Piece by piece, while the processor's cache has it: that takes two thirds of the time of hashing the whole part.
+            # Hashed piece by piece, in the processor's cache: that takes two thirds of the time of hashing the whole part.
             digest = new_digest()
             self._reader.read_range_into(stored.key, start, part, total_bytes=stored.bytes, on_bytes=digest.update)
             seen = digest.hexdigest()
-            if seen == stored.parts[number]:
+            if seen == published:
                 return
-            _log.warning(
-                "%s, part %d: BLAKE3 %s instead of %s; reading it again", stored.key, number, seen, stored.parts[number]
-            )
+            _log.warning("%s, part %d: BLAKE3 %s instead of %s; reading it again", stored.key, number, seen, published)
         raise ChecksumMismatch(
-            f"{stored.key}, part {number} (bytes {start} to {start + len(part) - 1}): BLAKE3 {stored.parts[number]} was "
+            f"{stored.key}, part {number} (bytes {start} to {start + len(part) - 1}): BLAKE3 {published} was "
             f"published, {seen} read, {_READS_OF_A_BAD_PART} "
             "times over; the object was altered, publish the model again (push --afresh)"
         )
 
-    def _tell(self, load: _ObjectLoad, count: int) -> None:
+    def _report(self, load: _ObjectLoad, count: int) -> None:
         with self._changed:
             self._done_bytes += count
             done = self._done_bytes
@@ -290,20 +280,16 @@ class _Load:
             time.monotonic() - self._started,
         )
         with self._changed:
-            waits = self._incomplete.pop(load.name, None) is not None
-        if waits:
-            load.complete.set_result(load.whole())
-
-    def _fail(self, error: Exception) -> None:
-        for load in self._stop():
-            load.complete.set_exception(error)
+            awaited = self._incomplete.pop(load.name, None) is not None
+        if awaited:
+            load.complete.set_result(load.buffer)
 
     def _stop(self) -> list[_ObjectLoad]:
-        """Nothing more is begun. Returns what is not complete, and will never be."""
+        """Begins nothing more. Returns the objects that are, and will stay, incomplete."""
         with self._changed:
             self._parts.clear()
             self._unopened.clear()
-            left = list(self._incomplete.values())
+            incomplete = list(self._incomplete.values())
             self._incomplete.clear()
             self._changed.notify_all()
-            return left
+            return incomplete

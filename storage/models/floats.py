@@ -1,6 +1,6 @@
-"""Floats of a checkpoint as numpy has them, and rounded to the types that are published; the bytes are those that torch writes.
+"""Reads floats of a checkpoint into numpy and rounds them to published types; the bytes equal those that torch writes.
 
-numpy has no bfloat16: it is the upper half of a float32, rounded to the nearest, to the even one of two.
+numpy has no bfloat16: it is the upper half of a float32, rounded to the nearest, ties to even.
 """
 
 from collections.abc import Mapping
@@ -9,11 +9,8 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
-"""What is read, by the names of safetensors."""
-
-FloatName = Literal["F32", "F16", "BF16"]
-"""What is written."""
+FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})  # readable types, by the names of safetensors
+FloatName = Literal["F32", "F16", "BF16"]  # published types
 Floats = NDArray[np.float32]
 
 _NUMPY: Final[Mapping[str, np.dtype[Any]]] = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
@@ -21,7 +18,7 @@ _QUIET_NAN: Final = 0x7FC0
 
 
 def read_floats(block: memoryview, dtype: str) -> Floats:
-    """A flat array of what `block` holds; numbers beyond float32 become infinite."""
+    """The numbers in `block` as a flat array; numbers beyond float32 become infinite."""
     if dtype == "BF16":
         return (np.frombuffer(block, "<u2").astype(np.uint32) << 16).view(np.float32)
     with np.errstate(over="ignore"):
@@ -39,7 +36,7 @@ def rounded(values: Floats, dtype: FloatName) -> NDArray[Any]:
 
 
 def bfloat16_bits(values: Floats) -> NDArray[np.uint16]:
-    """As torch rounds."""
+    """Rounds as torch does."""
     bits = values.view(np.uint32)
     half = bits >> 16
     half &= 1

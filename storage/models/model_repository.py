@@ -21,12 +21,11 @@ from storage.errors import (
     ModelNotPublished,
     ObjectNotFound,
 )
-from storage.store.object_info import ObjectInfo
+from storage.store.object_reader import ObjectInfo
 
-MANIFEST_VERSION: Final = 2
-"""Version 1 committed to its parts by xxh3, which anybody can forge; reading it would keep that door open."""
+MANIFEST_VERSION: Final = 2  # version 1 is refused: its checksums were xxh3, which can be forged
+# Unit of ranged reads and of their checksums. Measured: 16 to 32 MiB over four connections read fastest.
 PART_BYTES: Final = 16 * 2**20
-"""Unit of ranged reads and of their checksums. Measured: 16 to 32 MiB over four connections read fastest."""
 
 Dtype = Literal["float32", "bfloat16", "float16", "int8", "q4"]
 DTYPES: Final[tuple[Dtype, ...]] = ("float32", "bfloat16", "float16", "int8", "q4")
@@ -34,8 +33,7 @@ DTYPES: Final[tuple[Dtype, ...]] = ("float32", "bfloat16", "float16", "int8", "q
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 _Size = Annotated[int, msgspec.Meta(gt=0, le=2**48)]
 
-_PUBLISHED_DTYPES: Final = frozenset({"F32", "BF16", "F16", "I8", "U8"})
-"""Names of safetensors that a loader makes tensors of."""
+_PUBLISHED_DTYPES: Final = frozenset({"F32", "BF16", "F16", "I8", "U8"})  # safetensors names that a loader knows
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _ROOT: Final = "models/"
 
@@ -46,14 +44,12 @@ class StoredObject(msgspec.Struct, frozen=True):
     key: str
     bytes: _Size
     part_bytes: _Size
-    parts: tuple[Digest, ...]
-    """BLAKE3 (hex) of each `part_bytes` of the object, the last one shorter."""
-    tensors: dict[str, TensorSpan]
-    """Without the fillers."""
+    parts: tuple[Digest, ...]  # BLAKE3 (hex) of each `part_bytes` of the object, the last one shorter
+    tensors: dict[str, TensorSpan]  # without the fillers
 
     @property
     def digest(self) -> str:
-        """Of the contents, wherever they lie."""
+        """Digest of the contents, independent of the key."""
         return hashlib.sha256(msgspec.json.encode((self.bytes, self.part_bytes, self.parts))).hexdigest()
 
 
@@ -71,26 +67,22 @@ class ModelManifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     manifest_version: int
     name: str
     dtype: Dtype
-    publication: str
-    """Folder of the objects; from the checkpoint's fingerprint, so that an interrupted publisher finds it again."""
-    architecture: str
-    """The class in transformers, such as LlamaForCausalLM."""
+    publication: str  # folder of the objects; made from the checkpoint's fingerprint, so that a publisher can resume
+    architecture: str  # the class in transformers, such as LlamaForCausalLM
     model_type: str
     num_layers: _Size
     hidden_size: _Size
     vocab_size: _Size
     num_kv_heads: _Size
     head_dim: _Size
-    context_length: _Size
-    """Tokens."""
-    tied: bool
-    """The head's matrix is the embedding's, and the object `head` lacks it."""
+    context_length: _Size  # tokens
+    tied: bool  # the head's matrix is the embedding's, and the object `head` lacks it
     objects: dict[str, StoredObject]
     files: dict[str, StoredFile]
 
     @cached_property
     def digest(self) -> str:
-        """The weights digest of the pipeline fingerprint: of all contents and what is said of them, not of where they lie."""
+        """The weights digest in the pipeline fingerprint: covers contents and description, not names and places."""
         contents = {name: getattr(self, name) for name in self.__struct_fields__ if name not in _PLACES} | {
             "objects": {name: (stored.digest, stored.tensors) for name, stored in self.objects.items()},
             "files": {name: stored.sha256 for name, stored in self.files.items()},
@@ -98,18 +90,17 @@ class ModelManifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return hashlib.sha256(msgspec.json.encode(contents, order="sorted")).hexdigest()
 
 
-_PLACES: Final = frozenset({"manifest_version", "name", "publication"})
-"""Fields of a manifest that are not about the model."""
+_PLACES: Final = frozenset({"manifest_version", "name", "publication"})  # fields that do not describe the model
 
 
 class Reader(Protocol):
-    """An ObjectReader or an ObjectStore."""
+    """Implemented by ObjectReader and ObjectStore."""
 
     def get(self, key: str) -> bytes: ...
 
 
 class Lister(Protocol):
-    """An ObjectStore."""
+    """Implemented by ObjectStore."""
 
     def list(self, prefix: str) -> Iterable[ObjectInfo]: ...
 
@@ -129,7 +120,7 @@ def object_names(num_layers: int) -> list[str]:
 
 
 def model_prefix(name: str, dtype: str) -> str:
-    """Folder of a model in one dtype. Raises ValueError for what cannot be a name or is no dtype."""
+    """Folder of a model in one dtype. Raises ValueError for an invalid name or dtype."""
     if not _NAME.fullmatch(name):
         raise ValueError(
             f"model name {name!r}: letters, digits, '.', '_' and '-', at most 128, beginning with a letter or digit"
@@ -144,12 +135,12 @@ def manifest_key(name: str, dtype: str) -> str:
 
 
 def new_digest() -> blake3:
-    """Of a part. BLAKE3: the cryptographic hash that is fast enough for every byte that is loaded (docs/log.md)."""
+    """The hash of a part: BLAKE3, a cryptographic hash that is fast enough for every loaded byte (docs/log.md)."""
     return blake3()
 
 
 def read_manifest(reader: Reader, name: str, dtype: str) -> ModelManifest:
-    """Raises ModelNotPublished, ManifestTooNew, ManifestTooOld, ManifestInvalid, or what the reader raises."""
+    """Raises ModelNotPublished, ManifestTooNew, ManifestTooOld, ManifestInvalid, or the reader's errors."""
     key = manifest_key(name, dtype)
     try:
         data = reader.get(key)
@@ -209,7 +200,7 @@ def list_models(store: Lister) -> list[tuple[str, Dtype]]:
 
 
 def _check(manifest: ModelManifest, key: str) -> None:
-    # The count first: the names of as many layers as somebody says there are would fill the memory.
+    # The count first: with a forged number of layers their names would fill the memory.
     count = manifest.num_layers + 2
     if len(manifest.objects) != count or set(manifest.objects) != set(object_names(manifest.num_layers)):
         raise ManifestInvalid(f"{key} says {manifest.num_layers} layers but lists other objects; publish the model again")

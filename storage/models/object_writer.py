@@ -1,4 +1,4 @@
-"""One object of a publication: laid out, streamed into the store, and hashed on its way."""
+"""Writes one object of a publication: lays it out, streams it into the store, and hashes it on the way."""
 
 import io
 from collections import deque
@@ -13,7 +13,7 @@ from storage.store.object_store import ObjectStore
 
 
 class TargetTensor(Protocol):
-    """A tensor to be written. `blocks` are iterated in the order of the tensors, each time that the object is read."""
+    """A tensor to write. Each reading of the object iterates over `blocks` once, in the order of the tensors."""
 
     @property
     def dtype(self) -> str: ...
@@ -24,13 +24,12 @@ class TargetTensor(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ObjectPlan:
-    """A safetensors file that can be written: its header and where every tensor will lie."""
+    """A safetensors file to write: its header and the place of every tensor."""
 
     name: str
     tensors: Mapping[str, TargetTensor]
     header: bytes
-    spans: Mapping[str, TensorSpan]
-    """In the file's order, fillers included."""
+    spans: Mapping[str, TensorSpan]  # in the file's order, fillers included
 
     @property
     def bytes(self) -> int:
@@ -47,21 +46,21 @@ def plan_object(name: str, tensors: Mapping[str, TargetTensor]) -> ObjectPlan:
 
 
 def write_object(store: ObjectStore, key: str, plan: ObjectPlan, on_bytes: Callable[[int], None]) -> StoredObject:
-    """Streams the object, a few MiB in memory at a time; `on_bytes` is told how many went through."""
+    """Streams the object, a few MiB in memory at a time; calls `on_bytes` with the length of every block."""
     stream = _PlanStream(plan, on_bytes)
     store.put_stream(key, cast("BinaryIO", io.BufferedReader(stream, buffer_size=2**20)))
     return StoredObject(key, plan.bytes, PART_BYTES, stream.part_digests(), plan.named_spans)
 
 
 def planned_digests(plan: ObjectPlan, on_bytes: Callable[[int], None]) -> tuple[str, ...]:
-    """Of the object's parts as `write_object` would write them: reads, converts and hashes everything, and sends nothing."""
+    """Digests of the parts as `write_object` would write them: reads, converts and hashes everything, and sends nothing."""
     stream = _PlanStream(plan, on_bytes)
     deque(stream.blocks(), maxlen=0)
     return stream.part_digests()
 
 
 class _PlanStream(io.RawIOBase):
-    """The bytes of a plan, read once from front to back."""
+    """The bytes of a plan as a stream, hashed as they are read, once from front to back."""
 
     def __init__(self, plan: ObjectPlan, on_bytes: Callable[[int], None]) -> None:
         self._plan = plan
@@ -88,17 +87,17 @@ class _PlanStream(io.RawIOBase):
         return count
 
     def blocks(self) -> Iterator[memoryview]:
-        """What `read` gives, block by block."""
-        for block in _blocks(self._plan):
-            self._digest(block)
+        """The stream's bytes, block by block."""
+        for block in self._unhashed_blocks():
+            self._hash_parts(block)
             self._on_bytes(len(block))
             yield block
 
     def part_digests(self) -> tuple[str, ...]:
-        """Of the whole stream, once it is at its end."""
+        """Valid after the end of the stream."""
         return tuple(self._parts) if not self._hashed else (*self._parts, self._hash.hexdigest())
 
-    def _digest(self, block: memoryview) -> None:
+    def _hash_parts(self, block: memoryview) -> None:
         while len(block):
             piece = block[: PART_BYTES - self._hashed]
             self._hash.update(piece)
@@ -109,16 +108,15 @@ class _PlanStream(io.RawIOBase):
                 self._hash.reset()
                 self._hashed = 0
 
-
-def _blocks(plan: ObjectPlan) -> Iterator[memoryview]:
-    yield memoryview(plan.header)
-    for name, span in plan.spans.items():
-        if name not in plan.tensors:
-            yield memoryview(bytes(span.end - span.start))
-            continue
-        written = 0
-        for block in plan.tensors[name].blocks():
-            written += len(block)
-            yield block
-        if written != span.end - span.start:
-            raise CheckpointInvalid(f"tensor {name!r} gave {written} bytes instead of {span.end - span.start}")
+    def _unhashed_blocks(self) -> Iterator[memoryview]:
+        yield memoryview(self._plan.header)
+        for name, span in self._plan.spans.items():
+            if name not in self._plan.tensors:
+                yield memoryview(bytes(span.end - span.start))
+                continue
+            written = 0
+            for block in self._plan.tensors[name].blocks():
+                written += len(block)
+                yield block
+            if written != span.end - span.start:
+                raise CheckpointInvalid(f"tensor {name!r} gave {written} bytes instead of {span.end - span.start}")

@@ -1,4 +1,4 @@
-"""Which object of a publication a checkpoint's tensor belongs to: embedding, a layer, or head."""
+"""Assigns every tensor of a checkpoint to an object of its publication: embedding, a layer, or head."""
 
 import re
 from collections.abc import Mapping
@@ -10,8 +10,8 @@ from storage.errors import ArchitectureUnsupported, CheckpointInvalid
 from storage.models.model_repository import layer_object, object_names
 
 _LAYER: Final = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
+# Constants in old checkpoints that models compute for themselves.
 _BUFFER: Final = re.compile(r"(?:\.rotary_emb\.inv_freq|\.masked_bias|\.(?:attn|attention)\.bias)$")
-"""Constants that old checkpoints carry and models compute for themselves."""
 _EMBEDDING_MODULES: Final = frozenset(
     {"embed_tokens", "wte", "wpe", "embed_in", "embed_positions", "word_embeddings", "word_embeddings_layernorm", "project_in"}
 )
@@ -19,12 +19,11 @@ _HEAD_MODULES: Final = frozenset({"norm", "ln_f", "final_layer_norm", "final_lay
 _EMBEDDING_MATRICES: Final = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 _HEAD_MATRICES: Final = ("lm_head.weight", "embed_out.weight")
 
-
 Placement = dict[str, dict[str, SourceTensor]]
 
 
 def place_tensors(tensors: Mapping[str, SourceTensor], model: ModelDescription) -> Placement:
-    """Object name → the tensors it holds, all objects in order. Raises CheckpointInvalid where one would be incomplete."""
+    """Object name → its tensors, all objects in order. Raises CheckpointInvalid if an object would be incomplete."""
     if model.num_layers > len(tensors):
         raise CheckpointInvalid(
             f"config.json says {model.num_layers} layers, and the checkpoint has {len(tensors)} tensors in all"
@@ -53,13 +52,14 @@ def embedding_matrix(placed: Placement) -> str | None:
 
 
 def head_matrix(placed: Placement) -> str | None:
-    """Name of the matrix that makes logits, None where it is the embedding's."""
+    """Name of the matrix that makes logits; None: the embedding's is used."""
     return next((name for name in placed["head"] if name.endswith(_HEAD_MATRICES)), None)
 
 
 def _object_of(name: str, tensor: SourceTensor, model: ModelDescription) -> str | None:
     """None: the tensor is not published."""
-    if _is_buffer(name, tensor):
+    # A causal mask [1, 1, n, n] has the name that a projection's bias [n] has elsewhere.
+    if _BUFFER.search(name) and not (name.endswith(".bias") and len(tensor.shape) < 2):
         return None
     if found := _LAYER.search(name):
         layer = int(found.group(1))
@@ -76,8 +76,3 @@ def _object_of(name: str, tensor: SourceTensor, model: ModelDescription) -> str 
     raise ArchitectureUnsupported(
         f"the checkpoint of a {model.model_type!r} has {name!r}, which is neither embedding, layer nor head"
     )
-
-
-def _is_buffer(name: str, tensor: SourceTensor) -> bool:
-    # A causal mask [1, 1, n, n] has the name that a projection's bias [n] has elsewhere.
-    return bool(_BUFFER.search(name)) and not (name.endswith(".bias") and len(tensor.shape) < 2)

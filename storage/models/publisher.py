@@ -1,15 +1,16 @@
 """Publishes a checkpoint: every decoder layer, the embedding and the head as one object each, then the manifest.
 
-Bounded memory: tensors pass through in blocks of a few MiB. Resumable: behind every finished object a fragment of the
-manifest is written; the next run reads the checkpoint of it again and, where that gives the same bytes, sends nothing.
-Idempotent: a checkpoint that is published already costs one manifest read and one reading of the files, whose contents alone
-say so. Nothing is visible before the manifest.
+Memory is bounded: tensors pass through in blocks of a few MiB. Publishing is resumable: after every object a fragment of the
+manifest is written; the next run reads the object's tensors again and sends nothing if they give the same bytes. It is
+idempotent: publishing the same contents again costs one manifest read and one reading of the files. Readers see nothing before
+the manifest.
 """
 
 import hashlib
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from dataclasses import replace as with_changes
 from pathlib import Path
 from typing import Final, cast
@@ -20,7 +21,7 @@ from storage.checkpoints.checkpoint import Checkpoint, SourceTensor
 from storage.checkpoints.model_description import ModelDescription, describe_model
 from storage.checkpoints.model_source import checkpoint_fingerprint, checkpoint_state, locate, open_checkpoint
 from storage.errors import CheckpointInvalid, ManifestInvalid, ModelNotPublished
-from storage.models.expected_shapes import check_shapes
+from storage.models.checks import check_quantizable, check_shapes, is_layer_matrix
 from storage.models.model_repository import (
     MANIFEST_VERSION,
     PART_BYTES,
@@ -35,7 +36,6 @@ from storage.models.model_repository import (
 )
 from storage.models.object_writer import ObjectPlan, TargetTensor, plan_object, planned_digests, write_object
 from storage.models.placement import Placement, embedding_matrix, head_matrix, place_tensors
-from storage.models.quantizable import check_quantizable, is_layer_matrix
 from storage.store.object_store import ObjectStore
 
 _log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ _FRAGMENT_SUFFIX: Final = ".fragment.json"
 
 @dataclass(frozen=True, slots=True)
 class PublishProgress:
-    """Told after every block. Bytes are those of all objects, read or sent: what an earlier run finished is only read."""
+    """Reported after every block. Bytes count all objects, sent ones and those that an earlier run has finished."""
 
     object: str
     done_bytes: int
@@ -69,51 +69,51 @@ def publish(
 
     source: a Hugging Face folder, a GGUF file, or a hub id. dtype: float32, bfloat16, float16, int8 or q4.
     keep_wide: matrices, such as down_proj, that int8 and q4 leave in bfloat16.
-    afresh: writes every object, also where the store seems to have it, which is what mends a damaged one.
-    Raises ValueError for a name or dtype that cannot be, CheckpointInvalid or another StorageError; what was published
-    before under this name stays as it was.
+    afresh: writes every object, even if the store seems to have it; this repairs a damaged publication.
+    Raises ValueError for an invalid name or dtype, CheckpointInvalid or another StorageError. After an error, the former
+    publication under this name stays as it was.
     """
     prefix = model_prefix(name, dtype)
     path = locate(source)
     state, contents = checkpoint_state(path), checkpoint_fingerprint(path)
-    publication = _publication(contents, dtype, keep_wide)
-    current = None if afresh else _current(store, name, dtype)
-    if current is not None and current.publication == publication:
-        _log.info("%s is published as %s in %s already", source, name, dtype)
-        return current
+    # 128 bits: two checkpoints never share a folder.
+    text = f"{contents} {dtype} {sorted(keep_wide)} {MANIFEST_VERSION} {PART_BYTES}"
+    publication = hashlib.sha256(text.encode()).hexdigest()[:32]
+    if not afresh:
+        with suppress(ModelNotPublished, ManifestInvalid):
+            current = read_manifest(store, name, dtype)
+            if current.publication == publication:
+                _log.info("%s is published as %s in %s already", source, name, dtype)
+                return current
     checkpoint = open_checkpoint(path)
     check_quantizable(checkpoint.config, dtype)
     model, placed = _settle_tie(describe_model(checkpoint.config), checkpoint)
     check_shapes(checkpoint.config, {name: tensor.shape for members in placed.values() for name, tensor in members.items()})
     if dtype == "q4":
-        _tell_of_losses(source, placed)
+        _warn_of_losses(source, placed)
     plans = _plans(placed, cast("Dtype", dtype), keep_wide)
     upload = _Upload(store, f"{prefix}{publication}/", plans, progress, afresh)
     objects = upload.objects()
     files = upload.files(_files(checkpoint, model))
     if checkpoint_state(path) != state and checkpoint_fingerprint(path) != contents:
         raise CheckpointInvalid(f"{path} changed while it was published; publish it again when nothing writes to it")
-    manifest = _manifest(name, cast("Dtype", dtype), publication, model, objects, files)
+    described = {field: value for field, value in asdict(model).items() if field != "ignored_layers"}
+    manifest = ModelManifest(
+        manifest_version=MANIFEST_VERSION,
+        name=name,
+        dtype=cast("Dtype", dtype),
+        publication=publication,
+        objects=objects,
+        files=files,
+        **described,
+    )
     store.put(manifest_key(name, dtype), encode_manifest(manifest))
     upload.delete_fragments()
     return manifest
 
 
-def _publication(contents: str, dtype: str, keep_wide: Collection[str]) -> str:
-    """contents: the checkpoint's fingerprint. 128 bits: a folder is never shared by two checkpoints."""
-    text = f"{contents} {dtype} {sorted(keep_wide)} {MANIFEST_VERSION} {PART_BYTES}"
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _current(store: ObjectStore, name: str, dtype: str) -> ModelManifest | None:
-    try:
-        return read_manifest(store, name, dtype)
-    except (ModelNotPublished, ManifestInvalid):
-        return None
-
-
 def _settle_tie(model: ModelDescription, checkpoint: Checkpoint) -> tuple[ModelDescription, Placement]:
-    """A tied checkpoint may carry the head's matrix all the same: dropped if equal, believed if not, as transformers does."""
+    """Decides on the head of a tied checkpoint that has one: dropped if equal to the embedding, else used (as transformers)."""
     placed = place_tensors(checkpoint.tensors, model)
     head = head_matrix(placed)
     if not model.tied or head is None:
@@ -143,8 +143,8 @@ def _plans(placed: Placement, dtype: Dtype, keep_wide: Collection[str]) -> list[
     return plans
 
 
-def _tell_of_losses(source: str | Path, placed: Placement) -> None:
-    """Of a checkpoint that has some of its matrices in four bits."""
+def _warn_of_losses(source: str | Path, placed: Placement) -> None:
+    """Warns if only some matrices of the checkpoint are in four bits already."""
     matrices = [
         tensor for members in placed.values() for name, tensor in members.items() if is_layer_matrix(name, tensor.shape)
     ]
@@ -167,7 +167,7 @@ def _files(checkpoint: Checkpoint, model: ModelDescription) -> dict[str, bytes]:
 
 
 class _Upload:
-    """Writes one publication's folder, leaving out what an interrupted run has written already."""
+    """Writes one publication's folder, except for the objects that an interrupted run has finished."""
 
     def __init__(
         self, store: ObjectStore, prefix: str, plans: list[ObjectPlan], progress: ProgressCallback | None, afresh: bool
@@ -195,13 +195,13 @@ class _Upload:
             self._store.delete(self._fragment_key(plan))
 
     def _verified(self, plan: ObjectPlan) -> StoredObject | None:
-        """What an earlier run wrote, if it is what the checkpoint gives now; None: it has to be written."""
+        """The object of an earlier run, if the checkpoint still gives the same bytes; None: it must be written."""
         if (stored := self._finished(plan)) is None:
             return None
-        told = self._done_bytes
-        if planned_digests(plan, lambda count: self._tell(plan, count)) == stored.parts:
+        done_before = self._done_bytes
+        if planned_digests(plan, lambda count: self._report(plan, count)) == stored.parts:
             return stored
-        self._done_bytes = told
+        self._done_bytes = done_before
         return None
 
     def _finished(self, plan: ObjectPlan) -> StoredObject | None:
@@ -217,11 +217,11 @@ class _Upload:
         return stored
 
     def _written(self, plan: ObjectPlan) -> StoredObject:
-        stored = write_object(self._store, self._key(plan), plan, lambda count: self._tell(plan, count))
+        stored = write_object(self._store, self._key(plan), plan, lambda count: self._report(plan, count))
         self._store.put(self._fragment_key(plan), msgspec.json.encode(stored))
         return stored
 
-    def _tell(self, plan: ObjectPlan, count: int) -> None:
+    def _report(self, plan: ObjectPlan, count: int) -> None:
         self._done_bytes += count
         if self._progress:
             self._progress(PublishProgress(plan.name, self._done_bytes, self._total_bytes))
@@ -231,30 +231,3 @@ class _Upload:
 
     def _fragment_key(self, plan: ObjectPlan) -> str:
         return f"{self._prefix}{plan.name}{_FRAGMENT_SUFFIX}"
-
-
-def _manifest(
-    name: str,
-    dtype: Dtype,
-    publication: str,
-    model: ModelDescription,
-    objects: dict[str, StoredObject],
-    files: dict[str, StoredFile],
-) -> ModelManifest:
-    return ModelManifest(
-        manifest_version=MANIFEST_VERSION,
-        name=name,
-        dtype=dtype,
-        publication=publication,
-        architecture=model.architecture,
-        model_type=model.model_type,
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        vocab_size=model.vocab_size,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        context_length=model.context_length,
-        tied=model.tied,
-        objects=objects,
-        files=files,
-    )

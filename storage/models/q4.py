@@ -1,50 +1,50 @@
-"""Matrices in four bits, as publications of dtype `q4` hold them and as the kernel of stages reads them.
+"""Matrices in four bits: the layout that publications of dtype `q4` hold and stages' kernels read, and the rounding to it.
 
-A matrix [outs, width] is cut along its width into blocks of 32 weights; weight = scale * q + minimum, where q is 0 … 15, and
-scale and minimum are float16, one of each for a block of a row. Those are the numbers of GGUF's Q4_1; Q4_0 is minimum = -8 *
-scale.
+A matrix [outs, width] is cut along its width into blocks of 32 weights. weight = scale * q + minimum, with q 0 … 15; scale and
+minimum are float16, one of each for a block of a row. GGUF's Q4_1 has the same numbers; Q4_0 is minimum = -8 * scale.
 
-Stored as `X.weight`, U8 [groups, blocks, 320]: a group is 16 rows of outputs, one for each 32-bit lane of a vector. The 320
-bytes of 32 weights in 16 rows:
+A matrix is stored as `X.weight`, U8 [groups, blocks, 320]: a group is 16 rows of outputs, one for each 32-bit lane of a vector.
+The 320 bytes of 32 weights in 16 rows:
 
     [4, 16, 4]   q: byte [part, row, i] has weight 8 * part + i of its row in its lower half, 8 * part + 4 + i in the upper
     [16]         scales, float16
     [16]         minima, float16
 
-Rows behind the last one and weights behind the width's end are zeros in all of their bits. A kernel reads a group from its
-begin to its end, 5 bits a weight; groups of several matrices one behind the other are the matrices stacked, where their rows
-are whole groups.
+Padding rows and padding weights are zero bits. A kernel reads a group from begin to end, 5 bits a weight. The groups of
+several matrices, concatenated, are the stacked matrix, if all rows form whole groups.
 
-In a q4 publication the seven matrices of a layer are stored so; embedding and head are I8 [outs, width] with
-`X.weight_scale` F32 [outs] as in int8, and what is no matrix (gains of norms, biases) is F32.
+A q4 publication stores the seven matrices of a layer so. Embedding and head are I8 [outs, width] with `X.weight_scale` F32
+[outs] as in int8; all other tensors (gains of norms, biases) are F32.
 """
 
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 
-BLOCK: Final = 32
-"""Weights of a row that share scale and minimum."""
-GROUP: Final = 16
-"""Rows that lie together."""
-BLOCK_BYTES: Final = 320
-"""Of a group."""
+from storage.models.floats import Floats
+
+BLOCK: Final = 32  # weights of a row that share scale and minimum
+GROUP: Final = 16  # rows that are stored together
+BLOCK_BYTES: Final = 320  # of a group
 _Q_BYTES: Final = GROUP * BLOCK // 2
+_MAX_Q: Final = 15
+# Steps tried between a block's smallest and largest weight. docs/log.md has what more of them gain.
+_TRIED_STEPS: Final = (15.0, 13.8, 14.4, 15.6, 16.2, 16.8)
 
-Array = npt.NDArray[Any]
+Array = NDArray[Any]
 
 
 def packed_shape(outs: int, width: int) -> tuple[int, int, int]:
-    """Of the U8 tensor of a matrix [outs, width]."""
+    """The shape of the U8 tensor of a matrix [outs, width]."""
     return -(-outs // GROUP), -(-width // BLOCK), BLOCK_BYTES
 
 
 def pack(quants: Array, scales: Array, minima: Array) -> Array:
-    """U8 `packed_shape` of quants [outs, width], integers 0 … 15, and scales and minima [outs, blocks], as float16.
+    """U8 `packed_shape` from quants [outs, width], integers 0 … 15, and scales and minima [outs, blocks], stored as float16.
 
-    Rows may come in pieces: packed pieces one behind the other are the matrix, where all but the last have whole groups. Raises
-    ValueError for shapes that do not belong together, and for numbers that q4 has no bits for.
+    Pieces of a matrix may be packed separately and concatenated, if all but the last have whole groups. Raises ValueError for
+    shapes that do not match, and for numbers that q4 cannot hold.
     """
     outs, width = quants.shape
     groups, blocks, _ = packed_shape(outs, width)
@@ -70,7 +70,7 @@ def pack(quants: Array, scales: Array, minima: Array) -> Array:
 
 
 def unpack(packed: Array, outs: int, width: int) -> tuple[Array, Array, Array]:
-    """What `pack` was given: quants uint8 [outs, width], scales and minima float16 [outs, blocks]."""
+    """The inverse of `pack`: quants uint8 [outs, width], scales and minima float16 [outs, blocks]."""
     groups, blocks, _ = packed.shape
     q = packed[..., :_Q_BYTES].reshape(groups, blocks, 4, GROUP, 4).transpose(0, 3, 1, 2, 4)
     quants = np.stack([q & 15, q >> 4], axis=-2).reshape(groups * GROUP, blocks * BLOCK)[:outs, :width]
@@ -88,7 +88,7 @@ def dequantize(packed: Array, outs: int, width: int) -> Array:
 
 
 def packed_rows(packed: Array, rows: Array) -> Array:
-    """The matrix of some rows of another, in their order: [groups of rows, blocks, 320]."""
+    """A packed matrix of selected rows of another, in the order of `rows`: [groups, blocks, 320]."""
     blocks = packed.shape[1]
     chosen = np.zeros(-(-len(rows) // GROUP) * GROUP, np.int64)
     chosen[: len(rows)] = rows
@@ -103,3 +103,61 @@ def packed_rows(packed: Array, rows: Array) -> Array:
         taken[..., start : start + count] = np.ascontiguousarray(found).view(np.uint8).reshape(-1, blocks, count)
         start += count
     return taken
+
+
+def quantize(rows: Floats) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:
+    """Rounds rows [outs, width] to q 0 … 15 [outs, width], scales and minima [outs, blocks], the arguments of `pack`.
+
+    Every block gets the scale and minimum with the least square error. If its smallest and largest weight become 0 and 15, the
+    others often fit badly, so some scales near that one are tried: each rounds the weights, and least squares over those give
+    scale and minimum. A scale or minimum beyond float16 is infinite.
+    """
+    outs, width = rows.shape
+    # A last block that is not whole repeats its row's last weight.
+    padding = -width % BLOCK
+    blocks = (np.pad(rows, ((0, 0), (0, padding)), mode="edge") if padding else rows).reshape(-1, BLOCK)
+    with np.errstate(over="ignore", invalid="ignore"):
+        ends = _best_ends(blocks)
+        scales, minima = (end.astype(np.float16) for end in ends)
+        quants = _rounded(blocks, minima.astype(np.float32), _inverse(scales.astype(np.float32))).astype(np.uint8)
+    return quants.reshape(outs, -1)[:, :width], scales.reshape(outs, -1), minima.reshape(outs, -1)
+
+
+def _best_ends(blocks: Floats) -> tuple[Floats, Floats]:
+    """Scales and minima [blocks]."""
+    mean = blocks.mean(axis=1)
+    centred = blocks - mean[:, None]  # else the sums below lose the digits in which close weights differ
+    lowest, highest = centred.min(axis=1), centred.max(axis=1)
+    best_error = np.full(len(blocks), np.inf, np.float32)
+    scales, minima = np.zeros_like(mean), np.zeros_like(mean)
+    for steps in _TRIED_STEPS:
+        quants = _rounded(centred, lowest, np.float32(steps) * _inverse(highest - lowest))
+        scale, minimum = _least_squares(centred, quants)
+        quants *= scale[:, None]
+        quants += minimum[:, None]
+        quants -= centred
+        error = np.einsum("ij,ij->i", quants, quants)
+        better = error < best_error
+        best_error[better], scales[better], minima[better] = error[better], scale[better], minimum[better]
+    return scales, minima + mean
+
+
+def _rounded(blocks: Floats, minima: Floats, inverse_scales: Floats) -> Floats:
+    """q of every weight, still as floats."""
+    quants = blocks - minima[:, None]
+    quants *= inverse_scales[:, None]
+    np.rint(quants, out=quants)
+    return np.clip(quants, 0, _MAX_Q, out=quants)
+
+
+def _least_squares(centred: Floats, quants: Floats) -> tuple[Floats, Floats]:
+    """Scale and minimum with the least sum of (scale * q + minimum - weight)², for weights whose mean is 0."""
+    mean_q = quants.mean(axis=1)
+    spread = np.einsum("ij,ij->i", quants, quants) - BLOCK * mean_q * mean_q
+    scale = np.einsum("ij,ij->i", quants, centred) * _inverse(spread)
+    return scale, -scale * mean_q
+
+
+def _inverse(numbers: Floats) -> Floats:
+    """1 / number; 0 for a 0, which means that all weights of a block are equal."""
+    return np.divide(1, numbers, out=np.zeros_like(numbers), where=numbers != 0)

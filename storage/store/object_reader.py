@@ -1,7 +1,7 @@
-"""What a pod reads the store with: signed GETs whose bytes go straight into the caller's memory.
+"""Reads objects in a pod: signed GETs whose bytes go straight into the caller's memory.
 
-No boto3, which a pod would pay 0.3 s for. And http.client rather than urllib3, because only its `readinto` is free of
-a copy in between. Retries, the detection of stalls and the meaning of errors are here; checksums are the caller's.
+boto3 would cost a pod 0.3 s of import. http.client serves rather than urllib3, because only its `readinto` avoids a copy.
+Retries, detection of stalls and the mapping of errors are here; callers verify checksums.
 """
 
 import logging
@@ -10,7 +10,9 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
 from http.client import HTTPConnection, HTTPException, HTTPResponse, IncompleteRead
 from queue import Empty, LifoQueue
 from types import TracebackType
@@ -22,7 +24,7 @@ from storage.errors import ObjectAltered, StoreUnreachable, UnexpectedAnswer
 from storage.store.paced import connect
 from storage.store.refusals import error_code, is_transient, refusal
 from storage.store.settings import StoreSettings
-from storage.store.signing import object_path, signed_get_headers
+from storage.store.signing import object_path, signed_headers
 from storage.store.web_identity import keys_of
 
 _log = logging.getLogger(__name__)
@@ -30,13 +32,21 @@ _log = logging.getLogger(__name__)
 _READ_BYTES: Final = 2**20
 _ERROR_BODY_BYTES: Final = 4096
 _SMALL_OBJECT_BYTES: Final = 2**26
-_PROGRESS_BYTES: Final = 2**16
-"""What has to come in for the retries to begin anew: fewer would let a store drip bytes for ever."""
+_PROGRESS_BYTES: Final = 2**16  # that must arrive to reset the retries: with fewer a store could drip bytes for ever
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One object as a listing has it."""
+
+    key: str
+    bytes: int
+    modified: datetime  # aware
+
+
 class _TransientAnswer(Exception):
-    """A 5xx, 408 or 429: asked again until the retries end."""
+    """A 5xx, 408 or 429: retried until the retries end."""
 
     def __init__(self, status: int, code: str) -> None:
         super().__init__(f"HTTP {status} {code}".rstrip())
@@ -46,8 +56,8 @@ class ObjectReader:
     """Reads objects of one bucket. Thread-safe; connections are kept and reused until it is closed. A context manager."""
 
     def __init__(self, settings: StoreSettings, *, stall_seconds: float = 10.0, retry_seconds: float = 60.0) -> None:
-        """`stall_seconds` without a byte, or a rate that is hardly better (`paced`), end an attempt; failing attempts are
-        repeated, with back-off, until `retry_seconds` are over since the last progress."""
+        """A transfer that stalls for `stall_seconds`, or is hardly faster (`paced`), ends an attempt. Failed attempts are
+        repeated, with back-off, until `retry_seconds` have passed since the last progress."""
         self.settings = settings
         self._keyed = keys_of(settings)
         self._stall_seconds = stall_seconds
@@ -57,8 +67,9 @@ class ObjectReader:
 
     def get(self, key: str, *, max_bytes: int = _SMALL_OBJECT_BYTES) -> bytes:
         """A whole object of at most `max_bytes`. Raises a StorageError subclass that names endpoint, bucket and key."""
+        path = object_path(self.settings, key)
         for attempt in self._attempts(key):
-            with attempt, self._answer(key, {}) as response:
+            with attempt, self._exchange("GET", key, signed_headers(self._keyed(), "GET", path)) as response:
                 length = response.length
                 if length is None or length > max_bytes:
                     raise UnexpectedAnswer(f"{key!r} in {self.settings.place} has {length} bytes, at most {max_bytes} are read")
@@ -74,24 +85,24 @@ class ObjectReader:
         total_bytes: int | None = None,
         on_bytes: Callable[[memoryview], object] | None = None,
     ) -> None:
-        """Fills `view` (bytes, writable) with the object's bytes from `start` on. on_bytes: gets every piece of it, in order,
-        as soon as it is in.
+        """Fills `view` (bytes, writable) with the object's bytes from `start` on.
 
-        An attempt that breaks off is continued where it stopped. Raises ObjectAltered where the object is not
-        `total_bytes` long, and otherwise a StorageError subclass that names endpoint, bucket and key.
+        on_bytes: called with every piece, in order, as soon as it is in. A broken attempt continues where it stopped.
+        Raises ObjectAltered if the object is not `total_bytes` long, and otherwise a StorageError subclass that names
+        endpoint, bucket and key.
         """
         filled = 0
-        progress = _Progress()
-        for attempt in self._attempts(key, progress):
+        clock = _RetryClock()
+        for attempt in self._attempts(key, clock):
             with attempt:
                 for count in self._read_into(key, start + filled, view[filled:], total_bytes):
                     if on_bytes is not None:
                         on_bytes(view[filled : filled + count])
                     filled += count
-                    progress.add(count)
+                    clock.received(count)
 
     def close(self) -> None:
-        """Closes idle connections, those in use when their answers are in, and ends running retries."""
+        """Closes idle connections now and busy ones after their answers, and ends running retries."""
         self._closed.set()
         self._close_idle()
 
@@ -110,7 +121,9 @@ class ObjectReader:
 
     def _read_into(self, key: str, start: int, view: memoryview, total_bytes: int | None) -> Iterator[int]:
         """Yields byte counts as they come in."""
-        with self._answer(key, {"range": f"bytes={start}-{start + len(view) - 1}"}) as response:
+        headers = signed_headers(self._keyed(), "GET", object_path(self.settings, key))
+        headers["range"] = f"bytes={start}-{start + len(view) - 1}"
+        with self._exchange("GET", key, headers) as response:
             self._check_range(key, response, start, len(view), total_bytes)
             filled = 0
             while filled < len(view):
@@ -122,8 +135,7 @@ class ObjectReader:
 
     def _check_range(self, key: str, response: HTTPResponse, start: int, length: int, total_bytes: int | None) -> None:
         # rclone answers a ranged GET with 200; its Content-Range is right. So the header is trusted, not the status.
-        header = response.headers.get("Content-Range", "")
-        found = _CONTENT_RANGE.fullmatch(header)
+        found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
         first, last, total = map(int, found.groups()) if found else (0, (response.length or 0) - 1, response.length or 0)
         if total_bytes is not None and total != total_bytes:
             raise ObjectAltered(
@@ -135,11 +147,11 @@ class ObjectReader:
                 f"{self.settings.place} was asked for {start} to {start + length - 1} of {key!r} and sent {first} to {last}"
             )
 
-    def _attempts(self, key: str, progress: "_Progress | None" = None) -> tenacity.Retrying:
-        since = progress or _Progress()
+    def _attempts(self, key: str, clock: "_RetryClock | None" = None) -> tenacity.Retrying:
+        since = clock or _RetryClock()
 
         def is_over(_: tenacity.RetryCallState) -> bool:
-            return self._closed.is_set() or time.monotonic() - since.at >= self._retry_seconds
+            return self._closed.is_set() or time.monotonic() - since.progress_at >= self._retry_seconds
 
         def give_up(state: tenacity.RetryCallState) -> None:
             cause = state.outcome.exception() if state.outcome else None
@@ -153,16 +165,13 @@ class ObjectReader:
             _log.warning("%r from %s: %s; trying again", key, self.settings.place, _described(cause))
 
         return tenacity.Retrying(
-            retry=tenacity.retry_if_exception(_is_worth_retrying),
+            retry=tenacity.retry_if_exception_type((OSError, HTTPException, _TransientAnswer)),
             wait=tenacity.wait_random_exponential(multiplier=0.1, max=2),
             stop=is_over,
             sleep=tenacity.sleep_using_event(self._closed),
             before_sleep=log,
             retry_error_callback=give_up,
         )
-
-    def _answer(self, key: str, headers: dict[str, str]) -> AbstractContextManager[HTTPResponse]:
-        return self._exchange("GET", key, signed_get_headers(self._keyed(), object_path(self.settings, key)) | headers)
 
     @contextmanager
     def _exchange(
@@ -175,7 +184,10 @@ class ObjectReader:
             connection.request(method, path, body or None, headers)
             with connection.getresponse() as response:
                 if response.status not in (200, 204, 206):
-                    self._refuse(key, response)
+                    code = error_code(response.read(_ERROR_BODY_BYTES))
+                    if is_transient(response.status):
+                        raise _TransientAnswer(response.status, code)
+                    raise refusal(self.settings, key, response.status, code)
                 yield response
                 if not response.isclosed() and response.read(1):
                     raise UnexpectedAnswer(f"{self.settings.place} sends more of {key!r} than was asked for")
@@ -188,12 +200,6 @@ class ObjectReader:
         self._idle.put(connection)
         if self._closed.is_set():
             self._close_idle()
-
-    def _refuse(self, key: str, response: HTTPResponse) -> None:
-        code = error_code(response.read(_ERROR_BODY_BYTES))
-        if is_transient(response.status):
-            raise _TransientAnswer(response.status, code)
-        raise refusal(self.settings, key, response.status, code)
 
     def _connection(self) -> HTTPConnection:
         try:
@@ -208,21 +214,17 @@ class ObjectReader:
             ) from error
 
 
-class _Progress:
-    """When bytes came in last. A long read that breaks off at its end has as many retries as one that never began."""
+class _RetryClock:
+    """The time of the last progress. A long read that breaks at its end gets as many retries as one that never began."""
 
     def __init__(self) -> None:
-        self.at = time.monotonic()
+        self.progress_at = time.monotonic()
         self._bytes = 0
 
-    def add(self, count: int) -> None:
+    def received(self, count: int) -> None:
         self._bytes += count
         if self._bytes >= _PROGRESS_BYTES:
-            self.at, self._bytes = time.monotonic(), 0
-
-
-def _is_worth_retrying(error: BaseException) -> bool:
-    return isinstance(error, OSError | HTTPException | _TransientAnswer)
+            self.progress_at, self._bytes = time.monotonic(), 0
 
 
 def _described(error: BaseException | None) -> str:

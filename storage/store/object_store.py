@@ -1,21 +1,35 @@
-"""Objects in an S3-compatible store, through boto3, for whoever publishes, lists or deletes. Pods read with `object_reader`.
+"""Objects in an S3-compatible store through boto3, for publishing, listing and deleting. Pods read with `object_reader`.
 
-This is the only importer of boto3. Path-style addresses and signature version 4, which every S3-compatible store takes.
+This is the only importer of boto3. It uses path-style addresses and signature version 4, which all such stores accept.
 """
 
+import io
+import ssl
+import urllib.request
 from collections.abc import Callable, Iterator
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NoReturn, TypeVar, cast
+from urllib.parse import urlsplit
 
 import boto3
 from boto3.exceptions import S3UploadFailedError
 from boto3.s3.transfer import TransferConfig
+from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionClosedError,
+    EndpointConnectionError,
+    HTTPClientError,
+    ReadTimeoutError,
+    SSLError,
+)
+from botocore.httpsession import get_cert_path
 
 from storage.errors import BucketNotFound, ObjectNotFound, StoreUnreachable
-from storage.store.object_info import ObjectInfo
-from storage.store.paced import CONNECT_SECONDS
-from storage.store.paced_boto import PacedSender
+from storage.store.object_reader import ObjectInfo
+from storage.store.paced import CONNECT_SECONDS, TooSlow, connect
 from storage.store.refusals import refusal
 from storage.store.settings import StoreSettings
 
@@ -24,6 +38,7 @@ if TYPE_CHECKING:
 
 _PART_BYTES: Final = 16 * 2**20
 _READ_BYTES: Final = 2**20
+_BODY_READ_BYTES: Final = 2**16
 _CONNECTIONS: Final = 3
 _STALL_SECONDS: Final = 60.0
 _ATTEMPTS: Final = 4
@@ -35,7 +50,7 @@ class ObjectStore:
     """One bucket. Thread-safe. Every method raises a StorageError subclass that names endpoint, bucket and key."""
 
     def __init__(self, settings: StoreSettings, *, stall_seconds: float = _STALL_SECONDS) -> None:
-        """`stall_seconds` without a byte, either way, or a rate that is hardly better (`paced`), end an attempt of four."""
+        """A transfer that stalls for `stall_seconds`, or is hardly faster (`paced`), ends an attempt; there are four."""
         self.settings = settings
         session = boto3.session.Session(
             aws_access_key_id=settings.access_key_id,
@@ -43,8 +58,19 @@ class ObjectStore:
             aws_session_token=settings.session_token,
             region_name=settings.region,
         )
-        self._client = session.client("s3", endpoint_url=settings.endpoint_url, config=_client_config(stall_seconds))
-        self._client.meta.events.register("before-send.s3", cast("Any", PacedSender(settings.endpoint_url, stall_seconds)))
+        # When the checksums were on by default, stores without trailing checksums refused uploads and answered reads that
+        # boto3 then rejected.
+        config = Config(
+            signature_version="s3v4",
+            s3={"addressing_style": "path"},
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            connect_timeout=CONNECT_SECONDS,
+            read_timeout=stall_seconds,
+            retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
+        )
+        self._client = session.client("s3", endpoint_url=settings.endpoint_url, config=config)
+        self._client.meta.events.register("before-send.s3", cast("Any", _PacedSender(settings.endpoint_url, stall_seconds)))
         self._transfer = TransferConfig(
             multipart_threshold=_PART_BYTES,
             multipart_chunksize=_PART_BYTES,
@@ -55,30 +81,21 @@ class ObjectStore:
 
     def get(self, key: str) -> bytes:
         """The whole object; for small ones."""
-        return self._call(key, lambda: self._read(key))
+        bucket = self.settings.bucket
+        return self._call(key, lambda: bytes(self._client.get_object(Bucket=bucket, Key=key)["Body"].read()))
 
     def put(self, key: str, data: bytes) -> None:
-        """Writes or replaces an object, at once or not at all."""
+        """Writes or replaces an object atomically."""
         bucket = self.settings.bucket
         self._call(key, lambda: self._client.put_object(Bucket=bucket, Key=key, Body=data))
 
     def put_stream(self, key: str, stream: BinaryIO) -> None:
-        """Writes an object of any length from something readable, in parts, holding a few parts of 16 MiB in memory.
+        """Writes an object of any length from a stream, in parts, holding a few parts of 16 MiB in memory.
 
-        The object becomes visible when the last part is in. An exception of the stream's own goes through unchanged.
+        The object becomes visible when the last part is in. Exceptions of the stream pass through unchanged.
         """
         bucket = self.settings.bucket
         self._call(key, lambda: self._client.upload_fileobj(stream, bucket, key, Config=self._transfer))
-
-    def head(self, key: str) -> ObjectInfo:
-        """Length of an object. Raises ObjectNotFound."""
-        bucket = self.settings.bucket
-        try:
-            answer = self._call(key, lambda: self._client.head_object(Bucket=bucket, Key=key))
-        except ObjectNotFound:
-            self._head_bucket()  # the answer to a HEAD has no body that could tell a missing bucket from a missing object
-            raise
-        return ObjectInfo(key, answer["ContentLength"])
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Every object whose key begins with `prefix`, in the store's order."""
@@ -86,10 +103,10 @@ class ObjectStore:
         iterator = iter(pages)
         while page := self._call(prefix, lambda: next(iterator, None)):
             for item in page.get("Contents", []):
-                yield ObjectInfo(item["Key"], item["Size"])
+                yield ObjectInfo(item["Key"], item["Size"], item["LastModified"])
 
     def delete(self, key: str) -> None:
-        """Deletes an object; one that is not there is no error."""
+        """Deletes an object; a missing one is no error."""
         bucket = self.settings.bucket
         try:
             self._call(key, lambda: self._client.delete_object(Bucket=bucket, Key=key))
@@ -97,17 +114,12 @@ class ObjectStore:
             return
 
     def ensure_bucket(self) -> None:
-        """Creates the bucket unless it is there."""
+        """Creates the bucket if it does not exist."""
+        bucket = self.settings.bucket
         try:
-            self._head_bucket()
+            self._call("", lambda: self._client.head_bucket(Bucket=bucket))
         except BucketNotFound:
             self._call("", self._create_bucket)
-
-    def _read(self, key: str) -> bytes:
-        return self._client.get_object(Bucket=self.settings.bucket, Key=key)["Body"].read()
-
-    def _head_bucket(self) -> None:
-        self._call("", lambda: self._client.head_bucket(Bucket=self.settings.bucket))
 
     def _create_bucket(self) -> None:
         # Amazon refuses its oldest region as a constraint, and a request without one everywhere else.
@@ -137,15 +149,57 @@ class ObjectStore:
         raise refusal(self.settings, key, status, code) from error
 
 
-def _client_config(stall_seconds: float) -> Config:
-    # When the checksums were on by default, stores without trailing checksums refused uploads and answered reads that
-    # boto3 then rejected.
-    return Config(
-        signature_version="s3v4",
-        s3={"addressing_style": "path"},
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-        connect_timeout=CONNECT_SECONDS,
-        read_timeout=stall_seconds,
-        retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
-    )
+class _PacedSender:
+    """Sends boto3's requests over paced connections: its own have a timeout for each byte and none for the whole.
+
+    botocore sends a request itself only if the handlers of `before-send` return None. Behind a proxy this handler does.
+    """
+
+    def __init__(self, endpoint_url: str, stall_seconds: float) -> None:
+        parts = urlsplit(endpoint_url)
+        proxies = urllib.request.getproxies()
+        self._proxied = parts.scheme in proxies and not urllib.request.proxy_bypass(parts.hostname or "")
+        self._endpoint_url = endpoint_url
+        self._stall_seconds = stall_seconds
+        self._tls: ssl.SSLContext | None = None
+        if parts.scheme == "https" and not self._proxied:
+            self._tls = ssl.create_default_context(cafile=get_cert_path(True))
+            self._tls.load_default_certs()  # SSL_CERT_FILE, too
+
+    def __call__(self, request: AWSPreparedRequest, **_: object) -> AWSResponse | None:
+        if self._proxied:
+            return None
+        try:
+            return self._send(request)
+        except ssl.SSLError as error:
+            raise SSLError(endpoint_url=request.url, error=error) from error
+        except TooSlow as error:
+            raise HTTPClientError(error=error) from error
+        except TimeoutError as error:
+            raise ReadTimeoutError(endpoint_url=request.url, error=error) from error
+        except (ConnectionRefusedError, ConnectionAbortedError) as error:
+            raise EndpointConnectionError(endpoint_url=request.url, error=error) from error
+        except (HTTPException, OSError) as error:
+            raise ConnectionClosedError(error=error, request=request, endpoint_url=request.url) from error
+
+    def _send(self, request: AWSPreparedRequest) -> AWSResponse:
+        connection = connect(self._endpoint_url, self._stall_seconds, self._tls)
+        try:
+            url = urlsplit(request.url)
+            # Without Expect the body is sent at once. A store that refuses it answers and closes the connection.
+            headers = {name: value for name, value in request.headers.items() if name.lower() != "expect"}
+            target = f"{url.path}?{url.query}" if url.query else url.path
+            connection.request(request.method, target, cast("Any", request.body), headers)
+            with connection.getresponse() as response:
+                body = _BufferedBody(response.read())
+                return AWSResponse(request.url, response.status, cast("Any", response.headers), body)
+        finally:
+            connection.close()
+
+
+class _BufferedBody(io.BytesIO):
+    """The body of an answer, with the method that botocore reads it by."""
+
+    def stream(self, amount: int = _BODY_READ_BYTES, **_: Any) -> Iterator[bytes]:
+        while piece := self.read(amount):
+            yield piece

@@ -1,6 +1,6 @@
-"""HTTP connections to a store that cannot take for ever: it may be slow, it may not stall, and it may not drip.
+"""HTTP connections to a store with a bound on their time: a store may be slow, but may not stall or drip bytes.
 
-A socket's timeout alone is no bound: one byte before each of them, and a part of 16 MiB takes years.
+A socket's timeout alone is no bound: with one byte before each timeout, a part of 16 MiB takes years.
 """
 
 import io
@@ -13,48 +13,47 @@ from typing import Any, Final, cast
 from urllib.parse import urlsplit
 
 CONNECT_SECONDS: Final = 5.0
-LEAST_BYTES_PER_SECOND: Final = 16 * 2**10
-"""Of one connection. A hundred pods with four each still get it out of a link of 50 Mbit/s."""
+LEAST_BYTES_PER_SECOND: Final = 16 * 2**10  # per connection: 100 pods with four each still get it from 50 Mbit/s
 _BLOCK_BYTES: Final = 2**16
 
 
 class TooSlow(TimeoutError):
-    """Bytes come, or are taken, but so few that it would never end. Another attempt may help."""
+    """A transfer goes on, but below LEAST_BYTES_PER_SECOND. Another attempt may help."""
 
 
 class Pace:
-    """Of one request: seconds of waiting that are still allowed. Waiting takes them away, bytes bring them back."""
+    """The waiting time that one request has left. Waiting consumes it, transferred bytes restore it."""
 
     def __init__(self, stall_seconds: float) -> None:
-        self._most = self._left = 2 * stall_seconds
+        self._max_seconds = self._seconds_left = 2 * stall_seconds
 
     def waited(self, seconds: float, count: int) -> None:
-        """For `count` bytes. Raises TooSlow."""
-        self._left = min(self._most, self._left - seconds + count / LEAST_BYTES_PER_SECOND)
-        if self._left < 0:
+        """Accounts for `seconds` in which `count` bytes were transferred. Raises TooSlow."""
+        self._seconds_left = min(self._max_seconds, self._seconds_left - seconds + count / LEAST_BYTES_PER_SECOND)
+        if self._seconds_left < 0:
             raise TooSlow(f"timed out: less than {LEAST_BYTES_PER_SECOND} bytes per second")
 
 
 def connect(endpoint_url: str, stall_seconds: float, tls: ssl.SSLContext | None = None) -> HTTPConnection:
-    """A connection on which no byte for `stall_seconds` is an error, and so is a lower rate. Raises OSError."""
+    """A connection that fails after `stall_seconds` without a byte, or at a lower rate than allowed. Raises OSError."""
     parts = urlsplit(endpoint_url)
     pace = partial(Pace, stall_seconds)
     connection: HTTPConnection
     if parts.scheme == "https":
-        connection = _SecureConnection(parts.hostname or "", parts.port, timeout=CONNECT_SECONDS, context=tls)
+        connection = _PacedHTTPS(parts.hostname or "", parts.port, timeout=CONNECT_SECONDS, context=tls)
     else:
-        connection = _Connection(parts.hostname or "", parts.port, timeout=CONNECT_SECONDS)
-    cast("_Paced", connection).pace = pace
+        connection = _PacedHTTP(parts.hostname or "", parts.port, timeout=CONNECT_SECONDS)
+    cast("_PacedSend", connection).pace = pace
     # http.client calls it with the socket: typeshed knows a class only.
-    connection.response_class = cast("type[HTTPResponse]", partial(_Response, pace))
+    connection.response_class = cast("type[HTTPResponse]", partial(_PacedResponse, pace))
     connection.blocksize = _BLOCK_BYTES
     connection.connect()
     connection.sock.settimeout(stall_seconds)
     return connection
 
 
-class _Paced:
-    """Of what is sent. `sendall` has one timeout for all that it is given, so it is given little."""
+class _PacedSend:
+    """Sends in small blocks: `sendall` has one timeout for all the bytes that it is given."""
 
     pace: Callable[[], Pace]
 
@@ -71,15 +70,15 @@ class _Paced:
             self._sending.waited(time.monotonic() - began, len(block))
 
 
-class _Connection(_Paced, HTTPConnection):
+class _PacedHTTP(_PacedSend, HTTPConnection):
     pass
 
 
-class _SecureConnection(_Paced, HTTPSConnection):
+class _PacedHTTPS(_PacedSend, HTTPSConnection):
     pass
 
 
-class _Response(HTTPResponse):
+class _PacedResponse(HTTPResponse):
     def __init__(self, pace: Callable[[], Pace], *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.fp = io.BufferedReader(_PacedReads(self.fp.detach(), pace()))

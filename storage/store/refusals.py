@@ -1,4 +1,4 @@
-"""What a store's error answer means: HTTP status and S3 error code to the exception that says so."""
+"""Maps a store's error answer (HTTP status and S3 error code) to the exception to raise."""
 
 import re
 from typing import Final
@@ -18,18 +18,18 @@ _CODE: Final = re.compile(rb"<Code>([A-Za-z0-9]+)</Code>")
 
 
 def error_code(body: bytes) -> str:
-    """The S3 error code in an answer's XML body, "" where there is none."""
+    """The S3 error code in the XML body of an answer; "" if it has none."""
     found = _CODE.search(body)
     return found.group(1).decode() if found else ""
 
 
 def is_transient(status: int) -> bool:
-    """Whether asking again may help: the server's own failures, time-outs and throttling."""
+    """Whether a retry may help: server failures, time-outs and throttling."""
     return status >= 500 or status in (408, 429)
 
 
 def refusal(settings: StoreSettings, key: str, status: int, code: str) -> StorageError:
-    """The exception for an answer that is an error; `key` is "" where the request was about the bucket itself."""
+    """The exception for an error answer; `key` is "" for a request about the bucket itself."""
     seen = f"HTTP {status}" + (f" {code}" if code and code != str(status) else "")
     if code == "NoSuchBucket" or (status == 404 and not key):
         return BucketNotFound(f"there is no {settings.place}; create it, or correct its name")

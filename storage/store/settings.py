@@ -1,4 +1,4 @@
-"""Where an S3-compatible store is and who may use it: a plain value. Who builds it reads the environment, not this file."""
+"""The address and credentials of an S3-compatible store: a plain value that its callers build from the environment."""
 
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
@@ -8,14 +8,12 @@ from urllib.parse import urlsplit
 class StoreSettings:
     """One bucket at one endpoint. `repr` hides the secrets."""
 
-    endpoint_url: str
-    """`http://host:port` or `https://host`, without bucket: requests are in path style."""
+    endpoint_url: str  # http://host:port or https://host, without bucket: requests are in path style
     bucket: str
     access_key_id: str | None = None
     secret_access_key: str | None = field(default=None, repr=False)
     session_token: str | None = field(default=None, repr=False)
-    web_identity_token_file: str | None = None
-    """Where there are no keys: a token that is exchanged for some (storage/store/web_identity.py)."""
+    web_identity_token_file: str | None = None  # instead of keys: a token to exchange for keys (web_identity.py)
     role_arn: str | None = None
     sts_endpoint: str | None = None
     region: str = "us-east-1"
@@ -33,5 +31,5 @@ class StoreSettings:
 
     @property
     def place(self) -> str:
-        """For messages: endpoint and bucket."""
+        """Endpoint and bucket, for messages."""
         return f"bucket {self.bucket!r} at {self.endpoint_url}"

@@ -1,7 +1,7 @@
-"""Keys of a pod that has none of its own: its ServiceAccount's token is exchanged for some that last an hour.
+"""Credentials for a pod without keys: its ServiceAccount token is exchanged for keys that last an hour.
 
-`AssumeRoleWithWebIdentity` of the AWS STS API, which MinIO and others have as well. Without boto3, like everything that a pod
-reads the store with. Other ways to be somebody without keys (EKS Pod Identity, the metadata services of machines) are not here.
+This is `AssumeRoleWithWebIdentity` of the AWS STS API, which MinIO and others offer as well. It needs no boto3, like all
+reading in a pod. EKS Pod Identity and the metadata services of machines are not supported.
 """
 
 import logging
@@ -31,24 +31,25 @@ _NEEDED: Final = ("AccessKeyId", "SecretAccessKey", "SessionToken", "Expiration"
 
 
 def keys_of(settings: StoreSettings) -> Callable[[], StoreSettings]:
-    """Settings to sign a request with, asked for anew each time: themselves, or with keys that are good now.
+    """A function that returns settings with keys that are valid now. Call it for every request.
 
-    The call raises AccessDenied where there are none to be had, and OSError where asking again may help.
+    It raises AccessDenied if the exchange is refused, and OSError if a retry may help.
     """
-    return _Exchanged(settings).now if settings.web_identity_token_file else lambda: settings
+    return _ExchangedKeys(settings).current if settings.web_identity_token_file else lambda: settings
 
 
-class _Exchanged:
-    """Thread-safe."""
+class _ExchangedKeys:
+    """Keys from the token service, renewed before they expire. Thread-safe."""
 
     def __init__(self, settings: StoreSettings) -> None:
         self._settings = settings
+        self._endpoint = settings.sts_endpoint or f"https://sts.{settings.region}.amazonaws.com"
+        self._place = f"the token service at {self._endpoint}"
         self._lock = threading.Lock()
         self._keyed: StoreSettings | None = None
-        self._renew_at = self._good_until = 0.0
-        """By time.time(), as the service says it."""
+        self._renew_at = self._good_until = 0.0  # by time.time(), as the service states it
 
-    def now(self) -> StoreSettings:
+    def current(self) -> StoreSettings:
         with self._lock:
             if self._keyed is None or time.time() >= self._renew_at:
                 try:
@@ -61,29 +62,36 @@ class _Exchanged:
             return self._keyed
 
     def _exchange(self) -> None:
-        answer = self._ask(_read_token(self._settings.web_identity_token_file or ""))
-        values = {name: _value(answer, name) for name in _NEEDED}
-        if missing := [name for name in _NEEDED if not values[name]]:
+        path = self._settings.web_identity_token_file or ""
+        try:
+            token = Path(path).read_text(encoding="ascii").strip()  # read each time: Kubernetes rotates it
+        except (OSError, UnicodeDecodeError) as error:
+            raise AccessDenied(
+                f"AWS_WEB_IDENTITY_TOKEN_FILE: {path} cannot be read ({error}); is its volume mounted?"
+            ) from error
+        answer = self._ask(token)
+        found = {name: re.search(rb"<%b>\s*([^<\s]+)\s*</%b>" % (name.encode(), name.encode()), answer) for name in _NEEDED}
+        values = {name: match.group(1).decode() for name, match in found.items() if match}
+        if missing := [name for name in _NEEDED if name not in values]:
             raise AccessDenied(f"{self._place} answers without {', '.join(missing)}; is it a security token service?")
         key, secret, session, until = (values[name] for name in _NEEDED)
         self._keyed = replace(self._settings, access_key_id=key, secret_access_key=secret, session_token=session)
         self._good_until = datetime.fromisoformat(until).timestamp()
-        left = self._good_until - time.time()
-        self._renew_at = self._good_until - min(_RENEW_BEFORE_SECONDS, left / 2)
+        self._renew_at = self._good_until - min(_RENEW_BEFORE_SECONDS, (self._good_until - time.time()) / 2)
 
     def _ask(self, token: str) -> bytes:
-        asked = {
+        form = {
             "Action": "AssumeRoleWithWebIdentity",
             "Version": "2011-06-15",
             "RoleSessionName": _SESSION_NAME,
             "WebIdentityToken": token,
         }
         if self._settings.role_arn:
-            asked["RoleArn"] = self._settings.role_arn
+            form["RoleArn"] = self._settings.role_arn
         connection = connect(self._endpoint, _STALL_SECONDS)
         try:
             headers = {"content-type": "application/x-www-form-urlencoded"}
-            connection.request("POST", urlsplit(self._endpoint).path or "/", urlencode(asked).encode(), headers)
+            connection.request("POST", urlsplit(self._endpoint).path or "/", urlencode(form).encode(), headers)
             response = connection.getresponse()
             answer, status = response.read(_MAX_ANSWER_BYTES), response.status
         finally:
@@ -97,24 +105,3 @@ class _Exchanged:
                 f"the ServiceAccount and the audience of {self._settings.web_identity_token_file}"
             )
         return answer
-
-    @property
-    def _endpoint(self) -> str:
-        return self._settings.sts_endpoint or f"https://sts.{self._settings.region}.amazonaws.com"
-
-    @property
-    def _place(self) -> str:
-        return f"the token service at {self._endpoint}"
-
-
-def _read_token(path: str) -> str:
-    """Anew each time: Kubernetes rotates it."""
-    try:
-        return Path(path).read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise AccessDenied(f"AWS_WEB_IDENTITY_TOKEN_FILE: {path} cannot be read ({error}); is its volume mounted?") from error
-
-
-def _value(answer: bytes, name: str) -> str:
-    found = re.search(rb"<%b>\s*([^<\s]+)\s*</%b>" % (name.encode(), name.encode()), answer)
-    return found.group(1).decode() if found else ""

@@ -19,19 +19,19 @@ LAYERS = ("storage", "eventing", "functions", "knative")
 OWNERS: dict[str, tuple[str, ...]] = {
     "boto3": ("storage/store/object_store.py",),
     "kubernetes": ("knative/cluster/client.py",),
-    "botocore": ("storage/store/object_store.py", "storage/store/paced_boto.py"),
+    "botocore": ("storage/store/object_store.py",),
     "transformers": (
         "functions/stage/models/transformers/",
         "storage/checkpoints/hugging_face_folder.py",
         "storage/checkpoints/model_description.py",
-        "storage/models/expected_shapes.py",
+        "storage/models/checks.py",
     ),
     "torch": (
         "functions/stage/models/build.py",
         "functions/stage/models/llama/",
         "functions/stage/models/torch_border.py",
         "functions/stage/models/transformers/",
-        "storage/models/expected_shapes.py",
+        "storage/models/checks.py",
     ),
     "cryptography": ("storage/kv/sealed.py",),
     "gguf": ("storage/checkpoints/gguf_checkpoint.py",),

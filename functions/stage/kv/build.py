@@ -16,7 +16,7 @@ from functions.stage.kv.worth import Worth
 from functions.stage.models.kv_ranges import KVRanges
 from functions.stage.models.layer_group import KVCache
 from functions.threads.pool import ThreadPool
-from storage.kv.kv_store import Allowance, KVStore
+from storage.kv.kv_store import KVObjects, Retention
 from storage.kv.sealed import Sealer
 from storage.store.payload_store import PayloadStore
 from storage.store.settings import StoreSettings
@@ -52,18 +52,18 @@ def tiers_of(config: StageConfig, kv: KVCache, rate: ComputeRate, observe: Obser
     kept = _kept(config)
     if kept is None:
         return Tiers((peer_tier,))
-    allowance = Allowance(config.kv_store.max_bytes, timedelta(seconds=config.kv_store.max_age_seconds))
-    keeping = Keeping(kept, kv, allowance, config.kv_store.bytes_per_second, written)
+    retention = Retention(config.kv_store.max_bytes, timedelta(seconds=config.kv_store.max_age_seconds))
+    keeping = Keeping(kept, kv, retention, config.kv_store.bytes_per_second, written)
     return Tiers((peer_tier, StoreTier(kept, fetcher(StoreTier.name))), keeping)
 
 
-def _kept(config: StageConfig) -> KVStore | None:
+def _kept(config: StageConfig) -> KVObjects | None:
     own = config.kv_store
     if own.place is None or own.key is None:
         return None
     bucket, prefix = own.place
     store = PayloadStore(_settings(config, bucket), stall_seconds=_RETRY_SECONDS, retry_seconds=_RETRY_SECONDS)
-    return KVStore(store, Sealer(own.key), prefix, config.pipeline, config.layers)
+    return KVObjects(store, Sealer(own.key), prefix, config.pipeline, config.layers)
 
 
 def _settings(config: StageConfig, bucket: str) -> StoreSettings:

@@ -16,7 +16,7 @@ from functions.stage.engine.tiers import Wanted
 from functions.stage.kv.worth import LEAST_SECONDS, Worth
 from functions.stage.models.kv_bytes import AlteredKV, CheckedKV, ForeignKV, checked, put_kv
 from functions.stage.models.kv_layout import KVLayout
-from storage.kv.parts import Part, most_blocks, parts_between
+from storage.kv.parts import KVPart, most_blocks, parts_between
 
 _log: Final = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Away(FetchFailed):
     """Nothing came, or not in time. Others need not wait for the same."""
 
 
-Fetch = Callable[[Part, float], CheckedKV | None]
+Fetch = Callable[[KVPart, float], CheckedKV | None]
 """A part by a deadline in time.monotonic(), verified; None: not there. Raises FetchFailed."""
 
 
@@ -112,7 +112,7 @@ class Fetcher:
     def _fetched(self, wanted: Wanted, fetch: Fetch, deadline: float) -> _Fetched:
         """What has come by the deadline is kept."""
         parts = deque(parts_between(wanted.held // BLOCK_TOKENS, len(wanted.chain), self._most))
-        asked: dict[Part, Future[CheckedKV | None]] = {}
+        asked: dict[KVPart, Future[CheckedKV | None]] = {}
         fetched = _Fetched(wanted.held)
         try:
             while parts:

@@ -20,8 +20,8 @@ from functions.stage.kv.fetching import part_blocks
 from functions.stage.models.kv_bytes import copied_kv, stamp
 from functions.stage.models.kv_ranges import KVRanges
 from storage.errors import StorageError
-from storage.kv.kv_store import Allowance, KVStore
-from storage.kv.parts import Part, parts_between
+from storage.kv.kv_store import KVObjects, Retention
+from storage.kv.parts import KVPart, parts_between
 
 _log: Final = logging.getLogger(__name__)
 
@@ -47,11 +47,11 @@ class Memory(Protocol):
 class Keeping:
     """Begin with `evicted` or `drain`, from any threads."""
 
-    def __init__(self, kept: KVStore, pool: KVRanges, allowance: Allowance, bytes_per_second: int, written: Written) -> None:
+    def __init__(self, kept: KVObjects, pool: KVRanges, retention: Retention, bytes_per_second: int, written: Written) -> None:
         self._kept = kept
         self._pool = pool
         self._most = part_blocks(pool.layout)
-        self._allowance = allowance
+        self._retention = retention
         self._bytes_per_second = bytes_per_second
         self._written = written
         self._waiting: Queue[tuple[str, bytearray]] = Queue(_WAITING_PARTS)
@@ -87,15 +87,15 @@ class Keeping:
     def _paused(self) -> bool:
         return time.monotonic() < self._paused_until
 
-    def _to_write(self, left: Left) -> list[tuple[str, Part]]:
+    def _to_write(self, left: Left) -> list[tuple[str, KVPart]]:
         parts = parts_between(0, len(left.chain), self._most)
         keyed = [(self._kept.key(self._pool.layout.kind, left.chain[part.end - 1], part), part) for part in parts]
         return [(key, part) for key, part in keyed if key not in self._there]
 
-    def _still(self, sequences: SequenceTable, left: Left, part: Part) -> bytearray | None:
+    def _still(self, sequences: SequenceTable, left: Left, part: KVPart) -> bytearray | None:
         return self._copied(left, part) if sequences.memory.still_has(left) else None
 
-    def _copied(self, left: Left, part: Part) -> bytearray:
+    def _copied(self, left: Left, part: KVPart) -> bytearray:
         return copied_kv(self._pool, left.handle, part.first * BLOCK_TOKENS, part.end * BLOCK_TOKENS)
 
     def _offer(self, key: str, data: bytearray, wait_seconds: float) -> bool:
@@ -140,8 +140,8 @@ class Keeping:
     def _list(self) -> None:
         """Takes away what is too old or too much. What has half of its age behind it is written again when it is idle again."""
         objects, now = self._kept.list(), datetime.now(UTC)
-        over = self._allowance.over(objects, now)
+        over = self._retention.expired(objects, now)
         self._kept.delete(over)
-        young = {found.key for found in objects if now - found.modified < self._allowance.max_age / 2}
+        young = {found.key for found in objects if now - found.modified < self._retention.max_age / 2}
         self._there = young.difference(found.key for found in over)
         self._listed_at = time.monotonic()

@@ -13,7 +13,7 @@ from eventing.wire.prefix_chain import BLOCK_TOKENS
 from functions.stage.engine.tiers import Wanted
 from functions.stage.kv.fetching import Away, Fetcher, FetchFailed
 from functions.stage.models.kv_bytes import AlteredKV, CheckedKV, ForeignKV, put_kv
-from storage.kv.parts import Part
+from storage.kv.parts import KVPart
 
 _log: Final = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class _Asking:
         self._wanted = wanted
         self._held_there = 0
 
-    def part(self, part: Part, deadline: float) -> CheckedKV | None:
+    def part(self, part: KVPart, deadline: float) -> CheckedKV | None:
         digest = self._wanted.chain[part.end - 1]
         return self._range(part.first * BLOCK_TOKENS, part.end * BLOCK_TOKENS, digest, deadline)
 

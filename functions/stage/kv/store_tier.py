@@ -7,8 +7,8 @@ from functions.stage.engine.tiers import Wanted
 from functions.stage.kv.fetching import Away, Fetcher, FetchFailed
 from functions.stage.models.kv_bytes import AlteredKV, CheckedKV, ForeignKV
 from storage.errors import SealBroken, StorageError
-from storage.kv.kv_store import KVStore
-from storage.kv.parts import Part
+from storage.kv.kv_store import KVObjects
+from storage.kv.parts import KVPart
 
 
 class StoreTier:
@@ -16,14 +16,14 @@ class StoreTier:
 
     name: Final = "store"
 
-    def __init__(self, kept: KVStore, fetcher: Fetcher) -> None:
+    def __init__(self, kept: KVObjects, fetcher: Fetcher) -> None:
         self._kept = kept
         self._fetcher = fetcher
 
     def restore(self, wanted: Wanted) -> int:
         return self._fetcher.restore(wanted, lambda part, _: self._part(wanted, part), "the store")
 
-    def _part(self, wanted: Wanted, part: Part) -> CheckedKV | None:
+    def _part(self, wanted: Wanted, part: KVPart) -> CheckedKV | None:
         key = self._kept.key(self._fetcher.kind, wanted.chain[part.end - 1], part)
         try:
             data = self._kept.get(key)

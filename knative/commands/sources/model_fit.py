@@ -6,8 +6,8 @@ from typing import Any
 from functions.stage.native.limits import obstacle
 from storage.checkpoints.checkpoint import Checkpoint
 from storage.checkpoints.llama_config import LlamaConfig, UnsupportedConfig
+from storage.models.checks import is_layer_matrix
 from storage.models.model_repository import Dtype
-from storage.models.quantizable import is_layer_matrix
 
 
 def best_dtype(checkpoint: Checkpoint) -> Dtype:

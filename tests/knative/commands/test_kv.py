@@ -7,8 +7,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from knative.__main__ import main
-from storage.kv.kv_store import KVStore
-from storage.kv.parts import Part
+from storage.kv.kv_store import KVObjects
+from storage.kv.parts import KVPart
 from storage.kv.sealed import Sealer
 from storage.store.embedded import EmbeddedStore
 from storage.store.payload_store import PayloadStore
@@ -28,9 +28,9 @@ def kv(*arguments: str) -> Result:
 
 
 def keep(objects: PayloadStore, pipeline: str, layers: tuple[int, int], parts: int) -> None:
-    store = KVStore(objects, Sealer(b"k" * 32), "kv", pipeline, layers)
+    store = KVObjects(objects, Sealer(b"k" * 32), "kv", pipeline, layers)
     for number in range(parts):
-        store.put(store.key("native", bytes(16), Part(number, 1)), bytes(2**20))
+        store.put(store.key("native", bytes(16), KVPart(number, 1)), bytes(2**20))
 
 
 def test_shown_by_pipeline_and_stage_and_pruned(objects: PayloadStore) -> None:

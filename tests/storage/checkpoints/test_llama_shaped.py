@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from storage.checkpoints.llama_shaped import LLAMA_FAMILIES, LlamaSizes, layer_shapes, outer_shapes
-from storage.checkpoints.model_description import _of_transformers, describe_model
+from storage.checkpoints.model_description import describe_by_transformers, describe_model
 from storage.errors import ArchitectureUnsupported
 from tests.support.storage import tiny_models
 
@@ -32,7 +32,7 @@ CONFIGS: Final = (
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: str(config["model_type"]))
 def test_a_manifest_says_what_transformers_would(config: dict[str, Any]) -> None:
-    assert describe_model(config) == _of_transformers(config, config["model_type"])
+    assert describe_model(config) == describe_by_transformers(config, config["model_type"])
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: str(config["model_type"]))

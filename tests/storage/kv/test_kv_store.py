@@ -6,11 +6,12 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from storage.errors import SealBroken
-from storage.kv.kv_store import Allowance, KVStore
-from storage.kv.parts import Part
+from storage.kv.kv_store import KVObjects, Retention
+from storage.kv.parts import KVPart
 from storage.kv.sealed import Sealer
 from storage.store.embedded import EmbeddedStore
-from storage.store.payload_store import PayloadStore, StoredObject
+from storage.store.object_reader import ObjectInfo
+from storage.store.payload_store import PayloadStore
 
 DIGEST = bytes(range(16))
 SEALER = Sealer(b"k" * 32)
@@ -23,24 +24,24 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PayloadStore]:
         yield store
 
 
-def kv_store(objects: PayloadStore, pipeline: str = "0123456789", layers: tuple[int, int] = (0, 10)) -> KVStore:
-    return KVStore(objects, SEALER, "kv", pipeline, layers)
+def kv_store(objects: PayloadStore, pipeline: str = "0123456789", layers: tuple[int, int] = (0, 10)) -> KVObjects:
+    return KVObjects(objects, SEALER, "kv", pipeline, layers)
 
 
 def test_what_was_put_is_got_and_only_under_its_own_name(objects: PayloadStore) -> None:
     store = kv_store(objects)
-    key = store.key("native", DIGEST, Part(0, 8))
+    key = store.key("native", DIGEST, KVPart(0, 8))
     assert store.get(key) is None
     written = store.put(key, b"keys and values" * 1000)
     assert store.get(key) == b"keys and values" * 1000
     assert [(one.key, one.bytes) for one in store.list()] == [(key, written)]
     others = {
-        store.key("torch", DIGEST, Part(0, 8)),
-        store.key("native", DIGEST[::-1], Part(0, 8)),
-        store.key("native", DIGEST, Part(8, 8)),
-        store.key("native", DIGEST, Part(0, 4)),
-        kv_store(objects, layers=(10, 20)).key("native", DIGEST, Part(0, 8)),
-        kv_store(objects, "another123").key("native", DIGEST, Part(0, 8)),
+        store.key("torch", DIGEST, KVPart(0, 8)),
+        store.key("native", DIGEST[::-1], KVPart(0, 8)),
+        store.key("native", DIGEST, KVPart(8, 8)),
+        store.key("native", DIGEST, KVPart(0, 4)),
+        kv_store(objects, layers=(10, 20)).key("native", DIGEST, KVPart(0, 8)),
+        kv_store(objects, "another123").key("native", DIGEST, KVPart(0, 8)),
     }
     assert len(others) == 6
     assert all(store.get(other) is None for other in others)
@@ -48,7 +49,7 @@ def test_what_was_put_is_got_and_only_under_its_own_name(objects: PayloadStore) 
 
 def test_nothing_of_it_can_be_read_in_the_store(objects: PayloadStore) -> None:
     store = kv_store(objects, "secret0000")
-    key = store.key("native", DIGEST, Part(0, 1))
+    key = store.key("native", DIGEST, KVPart(0, 1))
     store.put(key, b"what a client said" * 100)
     assert b"client" not in objects.get(key)
     assert DIGEST.hex() not in key
@@ -56,7 +57,7 @@ def test_nothing_of_it_can_be_read_in_the_store(objects: PayloadStore) -> None:
 
 def test_an_altered_truncated_or_exchanged_object_is_refused(objects: PayloadStore) -> None:
     store = kv_store(objects, "altered000")
-    key, other = store.key("native", DIGEST, Part(0, 1)), store.key("native", DIGEST, Part(1, 1))
+    key, other = store.key("native", DIGEST, KVPart(0, 1)), store.key("native", DIGEST, KVPart(1, 1))
     store.put(key, b"a" * 1000)
     store.put(other, b"b" * 1000)
     good = objects.get(key)
@@ -69,15 +70,15 @@ def test_an_altered_truncated_or_exchanged_object_is_refused(objects: PayloadSto
 
 
 def test_what_is_too_old_goes_and_then_the_oldest_until_the_rest_fits(objects: PayloadStore) -> None:
-    def found(name: str, size: int, hours: int) -> StoredObject:
-        return StoredObject(name, size, NOW - timedelta(hours=hours))
+    def found(name: str, size: int, hours: int) -> ObjectInfo:
+        return ObjectInfo(name, size, NOW - timedelta(hours=hours))
 
     listed = [found("new", 10, 0), found("hour", 10, 1), found("day", 10, 24), found("week", 1, 7 * 24)]
-    assert [one.key for one in Allowance(100, timedelta(days=2)).over(listed, NOW)] == ["week"]
-    assert [one.key for one in Allowance(20, timedelta(days=2)).over(listed, NOW)] == ["day", "week"]
-    assert [one.key for one in Allowance(5, timedelta(days=30)).over(listed, NOW)] == ["new", "hour", "day", "week"]
+    assert [one.key for one in Retention(100, timedelta(days=2)).expired(listed, NOW)] == ["week"]
+    assert [one.key for one in Retention(20, timedelta(days=2)).expired(listed, NOW)] == ["day", "week"]
+    assert [one.key for one in Retention(5, timedelta(days=30)).expired(listed, NOW)] == ["new", "hour", "day", "week"]
     store = kv_store(objects, "pruned0000")
     for number in range(3):
-        store.put(store.key("native", DIGEST, Part(number, 1)), b"x" * 1000)
-    store.delete(Allowance(1500, timedelta(hours=1)).over(store.list(), datetime.now(UTC)))
+        store.put(store.key("native", DIGEST, KVPart(number, 1)), b"x" * 1000)
+    store.delete(Retention(1500, timedelta(hours=1)).expired(store.list(), datetime.now(UTC)))
     assert len(store.list()) == 1

@@ -6,7 +6,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.kv.parts import PART_BYTES, Part, most_blocks, parts_between
+from storage.kv.parts import PART_BYTES, KVPart, most_blocks, parts_between
 
 MOSTS = st.sampled_from([1, 2, 4, 8, 64])
 
@@ -46,5 +46,5 @@ def test_parts_have_a_few_megabytes() -> None:
 
 
 def test_a_single_block_has_no_halves() -> None:
-    assert Part(8, 4).halves() == (Part(8, 2), Part(10, 2))
-    assert Part(8, 1).halves() == ()
+    assert KVPart(8, 4).halves() == (KVPart(8, 2), KVPart(10, 2))
+    assert KVPart(8, 1).halves() == ()

@@ -1,5 +1,6 @@
 """The manifest: what it refuses, what its digest depends on, and how published models are found."""
 
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -27,7 +28,7 @@ from storage.models.model_repository import (
     read_file,
     read_manifest,
 )
-from storage.store.object_info import ObjectInfo
+from storage.store.object_reader import ObjectInfo
 
 
 def an_object(folder: str, name: str) -> StoredObject:
@@ -69,7 +70,7 @@ class Objects(dict[str, bytes]):
         return self[key]
 
     def list(self, prefix: str) -> list[ObjectInfo]:
-        return [ObjectInfo(key, len(value)) for key, value in self.items() if key.startswith(prefix)]
+        return [ObjectInfo(key, len(value), datetime.now(UTC)) for key, value in self.items() if key.startswith(prefix)]
 
 
 def test_a_manifest_comes_back_as_it_was_written() -> None:

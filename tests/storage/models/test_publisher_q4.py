@@ -16,10 +16,10 @@ from storage.checkpoints.checkpoint import Checkpoint
 from storage.checkpoints.model_source import open_checkpoint
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid
 from storage.loading.weight_loader import RawTensor, load_layers
+from storage.models.checks import is_layer_matrix
 from storage.models.model_repository import ModelManifest
 from storage.models.publisher import publish
 from storage.models.q4 import dequantize
-from storage.models.quantizable import is_layer_matrix
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_reader import ObjectReader
 from storage.store.object_store import ObjectStore

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from storage.models.floats import Floats
-from storage.models.q4 import dequantize, pack
-from storage.models.q4_quantize import quantize
+from storage.models.q4 import dequantize, pack, quantize
 
 
 def rounded(weights: Floats) -> Floats:

@@ -23,7 +23,7 @@ from functions.stage.kv.store_tier import StoreTier
 from functions.stage.kv.worth import Worth
 from functions.stage.models.kv_ranges import KVRanges
 from functions.stage.models.layer_group import LayerGroup
-from storage.kv.kv_store import Allowance, KVStore
+from storage.kv.kv_store import KVObjects, Retention
 from storage.kv.sealed import Sealer
 from storage.store.payload_store import PayloadStore
 from tests.support.functions.native_models import native_groups
@@ -110,9 +110,9 @@ def kv_stage(dtype: str = "float32", store: PayloadStore | None = None, sealer: 
         tiers: list[Any] = [PeerTier(peers, Fetcher("peer", group.kv.layout, worth, threads, restores))]
         keeping = None
         if store is not None:
-            kept = KVStore(store, sealer, "kv", FINGERPRINT, LAYERS)
+            kept = KVObjects(store, sealer, "kv", FINGERPRINT, LAYERS)
             tiers.append(StoreTier(kept, Fetcher("store", group.kv.layout, worth, threads, restores)))
-            keeping = Keeping(kept, group.kv, Allowance(2**30, ONE_WEEK), 2**30, lambda _: None)
+            keeping = Keeping(kept, group.kv, Retention(2**30, ONE_WEEK), 2**30, lambda _: None)
         evicted = None if keeping is None else keeping.evicted
         with engines([group], tiers=tiers, on_evicted=evicted, on_reuse=restores.reuse) as (engine,):
             yield KVStage(engine, restores, worth, keeping)

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 import torch
 
 from storage.models import q4
-from storage.models.q4_quantize import quantize
+from storage.models.q4 import quantize
 from tests.support.functions.int8_checkpoints import MATRICES, quantized
 
 

@@ -4,7 +4,7 @@ Checkpoints keep the two halves of a rotated pair head_dim / 2 apart; `interleav
 matrices at build, so that they lie side by side. Queries and keys are permuted alike, so their products are the same.
 
 Frequencies follow transformers' `modeling_rope_utils`, in float32 but for the power, which is rounded from float64: so are
-nearly all of torch's, to the bit. `storage.checkpoints.rope_parameters` reads what a config says of them.
+nearly all of torch's, to the bit. `storage.checkpoints.llama_config` reads what a config says of them.
 """
 
 import math

@@ -17,7 +17,7 @@ from functions.stage.native.limits import padded_head
 from storage.checkpoints.llama_config import UnsupportedConfig
 from storage.errors import ArchitectureUnsupported
 from storage.loading.weight_loader import RawTensor
-from storage.models.quantizable import check_quantizable
+from storage.models.checks import check_quantizable
 from tests.support.functions.borders import forwarded, raw
 from tests.support.functions.group_chain import GroupChain, by_plan, tokens_of
 from tests.support.storage import tiny_models

@@ -1,0 +1,93 @@
+"""Checks a model before anything of it is written: tensor shapes against config.json, and whether a stage can run the dtype.
+
+Llama-shaped families have a table of shapes. For others transformers builds the model's class without memory (on torch's meta
+device), which names every tensor with its shape. Stages check again what they load. Importing this file loads no library.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from storage.checkpoints.llama_config import LlamaConfig, UnsupportedConfig
+from storage.checkpoints.llama_shaped import LLAMA_FAMILIES, LlamaSizes, Shapes, layer_shapes, outer_shapes
+from storage.errors import ArchitectureUnsupported, CheckpointInvalid, LibraryMissing
+
+_TIED_HEAD: Final = "lm_head.weight"
+_LAYER_MATRICES: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_MAX_HEAD_DIM: Final = 1024  # LAMINA_MOST_HEAD of functions/stage/native/c/native.h
+
+
+def check_quantizable(config: Mapping[str, Any], dtype: str) -> None:
+    """config: a config.json. Raises ArchitectureUnsupported for a model that no stage would run in this dtype.
+
+    transformers runs floats only, and only Llama-shaped families have layers of Lamina's own. Other families may have matrices
+    of the same names, so the config decides, not the names.
+    """
+    if dtype not in ("int8", "q4"):
+        return
+    try:
+        head_dim = LlamaConfig.from_dict(config).head_dim
+    except (UnsupportedConfig, AttributeError, TypeError, ValueError, ArithmeticError) as error:
+        raise ArchitectureUnsupported(f"no stage would run it in {dtype}: {error}; publish it as bfloat16") from error
+    if dtype == "q4" and head_dim > _MAX_HEAD_DIM:
+        raise ArchitectureUnsupported(
+            f"no stage would run it in q4: layers in C have heads of at most {_MAX_HEAD_DIM} numbers, this model's {head_dim}; "
+            "publish it as bfloat16"
+        )
+
+
+def is_layer_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether this tensor is a linear layer's matrix."""
+    return len(shape) == 2 and name.endswith(tuple(f".{matrix}.weight" for matrix in _LAYER_MATRICES))
+
+
+def is_outer_matrix(name: str) -> bool:
+    """Whether this tensor is the matrix of a Llama-shaped model's embedding or head."""
+    return name in ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def check_shapes(config: Mapping[str, Any], seen: Shapes) -> None:
+    """Raises CheckpointInvalid naming a tensor, its shape and the shape by `config`, a config.json. Raises LibraryMissing.
+
+    A Llama-shaped model must have exactly the tensors of its table. In other families, tensors with unknown names are left to
+    the stage that loads them, which runs transformers as well.
+    """
+    llama_shaped = config["model_type"] in LLAMA_FAMILIES
+    expected, prefix = (_shapes_by_table(config), "model") if llama_shaped else _shapes_by_transformers(config)
+    for name, shape in seen.items():
+        known = next((each for each in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) if each in expected), None)
+        if known is not None and expected[known] != shape:
+            raise CheckpointInvalid(
+                f"tensor {name!r} is {list(shape)} and config.json makes it {list(expected[known])}; which is right?"
+            )
+    if not llama_shaped:
+        return
+    if unknown := seen.keys() - expected.keys():
+        raise CheckpointInvalid(f"the checkpoint has {min(unknown)!r}, for which its config.json has no place; which is right?")
+    if missing := expected.keys() - seen.keys() - {_TIED_HEAD}:
+        raise CheckpointInvalid(f"the checkpoint lacks {min(missing)!r}, which its config.json asks for. Is a shard missing?")
+
+
+def _shapes_by_table(config: Mapping[str, Any]) -> Shapes:
+    sizes = LlamaSizes.from_config(config)
+    layer = layer_shapes(sizes)
+    layers = {f"model.layers.{number}.{name}": shape for number in range(sizes.num_layers) for name, shape in layer.items()}
+    return layers | outer_shapes(sizes)
+
+
+def _shapes_by_transformers(config: Mapping[str, Any]) -> tuple[Shapes, str]:
+    """Shapes by the names that `save_pretrained` writes, and the prefix that some checkpoints leave out."""
+    try:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError as error:
+        raise LibraryMissing(f"publishing a {config['model_type']!r} takes torch and transformers", error) from error
+
+    known = AutoConfig.for_model(**config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(known)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        raise ArchitectureUnsupported(f"transformers makes no language model of this config.json: {error}") from error
+    tensors = revert_weight_conversion(model, model.state_dict())
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}, model.base_model_prefix
