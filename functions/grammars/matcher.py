@@ -1,4 +1,4 @@
-"""The tokens that a grammar allows next, as numpy has them. A gateway loads it when its first grammar comes."""
+"""Follows an answer through a grammar and says which tokens may come next, as numpy masks."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -6,60 +6,59 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from functions.grammars.unusable import UnusableGrammar
+from functions.grammars.sources import UnusableGrammar
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 Allowed = npt.NDArray[np.bool_]
-"""[vocab] of the tokenizer; what a model has beyond it is padding."""
+"""[vocab] of the tokenizer. A model's vocabulary may be larger; the rest is padding."""
 
 
 class Matcher:
-    """How far an answer is in its grammar."""
+    """The state of one answer in its grammar."""
 
     def __init__(self, matcher: "LLMatcher", vocab_size: int) -> None:
         self._matcher = matcher
         self._mask = np.zeros((1, (vocab_size + 31) // 32), np.int32)
         self._vocab_size = vocab_size
-        self._taken: list[int] = []
-        """Tokens that it has gone through."""
+        self._consumed: list[int] = []
         self._check()
 
     def copy(self) -> "Matcher":
-        """Of one that has gone through nothing."""
+        """A copy of a matcher in its initial state."""
         return Matcher(self._matcher.deep_copy(), self._vocab_size)
 
     def allowed(self, tokens: Sequence[int], draft_tokens: Sequence[int] = ()) -> list[Allowed]:
-        """What may come behind `tokens`, and behind each of the draft tokens as long as all before it are allowed, too.
+        """Masks of what may follow `tokens`, and of what may follow each draft token, up to the first that is not allowed.
 
-        tokens: of the answer so far, whatever was asked before. Raises UnusableGrammar.
+        tokens: the answer so far; it need not continue that of the previous call. Raises UnusableGrammar.
         """
         self._go_to(list(tokens))
         masks = [self._next()]
         for draft in draft_tokens:
             if not (draft < self._vocab_size and masks[-1][draft]) or self._matcher.is_stopped():
                 break
-            self._take([draft])
+            self._consume([draft])
             masks.append(self._next())
         return masks
 
     def _go_to(self, tokens: list[int]) -> None:
-        pairs = enumerate(zip(self._taken, tokens, strict=False))
-        known = next((place for place, (one, other) in pairs if one != other), min(len(self._taken), len(tokens)))
-        if known < len(self._taken):
-            self._matcher.rollback(len(self._taken) - known)
-            del self._taken[known:]
+        pairs = enumerate(zip(self._consumed, tokens, strict=False))
+        common = next((place for place, (one, other) in pairs if one != other), min(len(self._consumed), len(tokens)))
+        if common < len(self._consumed):
+            self._matcher.rollback(len(self._consumed) - common)
+            del self._consumed[common:]
             self._check()
-        self._take(tokens[known:])
+        self._consume(tokens[common:])
 
-    def _take(self, tokens: list[int]) -> None:
-        taken = self._matcher.try_consume_tokens(tokens)
-        self._taken += tokens[:taken]
+    def _consume(self, tokens: list[int]) -> None:
+        consumed = self._matcher.try_consume_tokens(tokens)
+        self._consumed += tokens[:consumed]
         self._check()
-        if taken < len(tokens):
+        if consumed < len(tokens):
             raise UnusableGrammar(
-                f"token {tokens[taken]}, which is number {len(self._taken)} of the answer, is not allowed there"
+                f"token {tokens[consumed]}, which is number {len(self._consumed)} of the answer, is not allowed there"
             )
 
     def _next(self) -> Allowed:
@@ -67,7 +66,7 @@ class Matcher:
         self._check()
         mask = np.unpackbits(self._mask[0].view(np.uint8), count=self._vocab_size, bitorder="little").view(np.bool_)
         if not mask.any():
-            raise UnusableGrammar(f"no token is allowed behind {len(self._taken)} tokens of the answer")
+            raise UnusableGrammar(f"no token is allowed behind {len(self._consumed)} tokens of the answer")
         return mask
 
     def _check(self) -> None:

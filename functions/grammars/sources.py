@@ -1,12 +1,13 @@
-"""What clients ask for → a grammar's source, in llguidance's notation: JSON of `grammars`, or Lark."""
+"""Turns what clients ask for into a grammar's source, in llguidance's notation: JSON of `grammars`, or Lark.
+
+llguidance is imported when a source needs it.
+"""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from eventing.wire.structured_outputs import StructuredOutputs
-from functions.grammars.compiler import from_ebnf, from_regex
-from functions.grammars.unusable import UnusableGrammar
 
 JSON_OPTIONS: Final = {
     "whitespace_flexible": False,
@@ -15,13 +16,17 @@ JSON_OPTIONS: Final = {
     "coerce_one_of": False,
     "lenient": False,
 }
-"""One way to write a value: where any amount of white space may come, a small model writes nothing else until max_tokens.
-Keywords that could not be kept are refused rather than passed over."""
+"""Allows one way to write a value: given free white space, a small model writes nothing else until max_tokens. Keywords that
+could not be enforced are refused rather than ignored."""
 _ANY_OBJECT: Final = {"type": "object"}
 
 
+class UnusableGrammar(Exception):
+    """The grammar does not compile, is too large, or allows no token. The message never contains generated text."""
+
+
 def source_of(asked: StructuredOutputs) -> str:
-    """Raises UnusableGrammar where it is no grammar at all; most of what can be wrong is seen when it is compiled."""
+    """Raises UnusableGrammar if the request is no grammar at all. Most errors are found when the source is compiled."""
     if asked.regex is not None:
         return from_regex(asked.regex)
     if asked.choice is not None:
@@ -32,7 +37,7 @@ def source_of(asked: StructuredOutputs) -> str:
 
 
 def schema_of(asked: StructuredOutputs) -> dict[str, Any]:
-    """The JSON schema, also where it came as text. Raises UnusableGrammar."""
+    """The JSON schema, parsed if it came as text. Raises UnusableGrammar."""
     if not isinstance(asked.json, str):
         return asked.json or {}
     try:
@@ -49,7 +54,7 @@ def of_schema(schema: Mapping[str, Any]) -> str:
 
 
 def with_options(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema, to be written in the one way."""
+    """The schema with JSON_OPTIONS."""
     return {**schema, "x-guidance": JSON_OPTIONS}
 
 
@@ -58,7 +63,7 @@ def of_choices(choices: Sequence[str]) -> str:
 
 
 def place_of(schema: Any, words: Sequence[str], path: str = "#") -> str | None:
-    """Where one of `words` is a key or a value of the schema, as a JSON pointer; None: nowhere."""
+    """JSON pointer to the first key or value of the schema that is one of `words`."""
     return next(_places(schema, frozenset(words), path), None)
 
 
@@ -69,3 +74,20 @@ def _places(node: Any, words: frozenset[str], path: str) -> Iterator[str]:
         if key in words or (isinstance(value, str) and value in words):
             yield here
         yield from _places(value, words, here)
+
+
+def from_regex(regex: str) -> str:
+    """The grammar's source. Errors in the expression are found when the source is compiled."""
+    from llguidance import LLMatcher
+
+    return LLMatcher.grammar_from_regex(regex)
+
+
+def from_ebnf(grammar: str) -> str:
+    """The source of a grammar in llguidance's Lark or in llama.cpp's GBNF. Raises UnusableGrammar."""
+    from llguidance import grammar_from
+
+    try:
+        return grammar_from("grammar", grammar)
+    except ValueError as error:
+        raise UnusableGrammar(str(error)) from error

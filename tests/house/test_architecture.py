@@ -46,7 +46,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
         "storage/checkpoints/gguf_tokenizer.py",
     ),
     "jinja2": ("functions/gateway/text/chat_template.py",),
-    "llguidance": ("functions/grammars/compiler.py", "functions/grammars/matcher.py"),
+    "llguidance": ("functions/grammars/",),
     "opentelemetry": ("functions/observing/tracing_export.py",),
     "aiohttp": ("knative/",),
     "rich": ("knative/",),

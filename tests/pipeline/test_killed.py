@@ -48,8 +48,13 @@ class Draws(LogitsProcessor):  # type: ignore[misc]
         self._samplings = samplings
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        rows, position = input_ids.shape
-        drawn = torch.tensor(sample(scores.numpy(), self._samplings, [position] * rows, input_ids.tolist()))
+        position = input_ids.shape[1]
+        drawn = torch.tensor(
+            [
+                sample(row, sampling, position, history)
+                for row, sampling, history in zip(scores.numpy(), self._samplings, input_ids.tolist(), strict=True)
+            ]
+        )
         return torch.full_like(scores, -torch.inf).scatter(1, drawn[:, None], 0.0)
 
 

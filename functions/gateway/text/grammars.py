@@ -10,8 +10,7 @@ from eventing.problems import MalformedEvent
 from eventing.wire.events import MAX_GRAMMAR_BYTES, Grammar, grammar_digest
 from eventing.wire.structured_outputs import StructuredOutputs
 from functions.grammars.compiler import GrammarCompiler
-from functions.grammars.sources import place_of, source_of
-from functions.grammars.unusable import UnusableGrammar
+from functions.grammars.sources import UnusableGrammar, place_of, source_of
 
 _MOST_KNOWN: Final = 1024
 """Digests of those that compile."""

@@ -1,4 +1,4 @@
-"""One thread that computes: events queue, a pass takes several, each row is admitted, run and answered by itself.
+"""Computes events on one thread at a time: a queue, passes that merge events, checks and admission of rows, sampling.
 
 May import: eventing, eventing.wire, functions.grammars, functions.stage.models.
 """

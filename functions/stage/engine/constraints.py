@@ -1,4 +1,7 @@
-"""Rows whose answers have a grammar: which of them are known here, and what each may draw, found while the layers run."""
+"""Rows whose answers follow a grammar: which grammars the stage knows, and which tokens each row may draw.
+
+Masks are computed on a thread of their own while the layers run.
+"""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -6,50 +9,43 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
-from eventing.wire.events import Grammar, Row, Status, Want, grammar_digest
+from eventing.wire.events import Grammar, Row, Status, grammar_digest
 from functions.grammars.compiler import GrammarCompiler
 from functions.grammars.matcher import Allowed, Matcher
-from functions.grammars.unusable import UnusableGrammar
+from functions.grammars.sources import UnusableGrammar
 from functions.stage.engine.sequences import Refusal, SequenceState
 
-MOST_GRAMMARS: Final = 64
-"""Kept, those asked for last; a sequence that is being answered keeps its own besides."""
+MOST_GRAMMARS: Final = 64  # kept, most recently used; a sequence that is being answered keeps its own as well
 
 
 @dataclass(frozen=True, slots=True)
-class Constrained:
-    """A row that may draw only what its grammar allows. Its tokens are copies: the next row may come before these are read."""
+class ConstrainedRow:
+    """A row that may draw only what its grammar allows. Token ids are copies, because the next row may overwrite the array."""
 
     grammar: Grammar
     sequence: SequenceState
-    tokens: Sequence[int]
-    """Of the answer so far."""
+    tokens: Sequence[int]  # the answer so far
     draft_tokens: Sequence[int]
 
 
-Found = Sequence[Allowed] | UnusableGrammar
-"""What is allowed behind a row's tokens, and behind each draft token that is allowed itself."""
+Masks = Sequence[Allowed] | UnusableGrammar  # what may follow the row's tokens, and each draft token that is allowed itself
 
 
 class Constraints:
-    """Of a last stage. The engine's thread comes here; what takes time is done on a thread of its own, in order."""
+    """The grammars of a last stage. Called by the thread that has the engine's turn, unless a method says otherwise."""
 
     def __init__(self, compiler: GrammarCompiler | None) -> None:
-        """compiler: None where no tokenizer can be read."""
+        """compiler: None if the stage cannot read a tokenizer."""
         self._compiler = compiler
-        self._sources: OrderedDict[str, str] = OrderedDict()
-        self._compiled: dict[str, Matcher] = {}
-        """At their beginning. Only the thread comes here."""
+        self._sources: OrderedDict[str, str] = OrderedDict()  # by digest, most recently used last
+        self._compiled: dict[str, Matcher] = {}  # in their initial state; used by the grammar thread only
         self._thread: ThreadPoolExecutor | None = None
 
-    def admit(self, row: Row, sequence: SequenceState) -> None:
-        """Notes the row's grammar. Raises Refusal where there is one that is not known here, or not what its digest says, or
-        the tokens so far are not known."""
-        grammar = grammar_of(row)
-        if grammar is None:
-            return
+    def admit(self, row: Row, grammar: Grammar, sequence: SequenceState) -> None:
+        """Remembers the row's grammar. Raises Refusal if the grammar is unknown or does not match its digest, or if the
+        sequence's tokens are unknown."""
         if len(sequence.token_ids) < row.position:
-            raise Refusal(Status.MISS, held=0)  # computed elsewhere, and nobody told its tokens
+            raise Refusal(Status.MISS, held=0)  # computed by another instance, and nothing told this one the tokens
         if self._compiler is None:
             raise Refusal(Status.INVALID, reason="this stage has no tokenizer for a grammar")
         if grammar.source:
@@ -61,37 +57,31 @@ class Constraints:
         if grammar.digest in self._sources:
             self._sources.move_to_end(grammar.digest)
 
-    def begin(self, rows: Sequence[Constrained]) -> "Future[list[Found]]":
-        """What each may draw, in their order. The future raises what reading the tokenizer raised."""
+    def begin(self, rows: Sequence[ConstrainedRow]) -> "Future[list[Masks]]":
+        """Starts computing masks for the rows, in their order. The future raises what reading the tokenizer raised."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "grammars")
-        found = self._thread.submit(self._find, rows, dict(self._sources))
-        while len(self._sources) > MOST_GRAMMARS:  # not before: all that this pass takes are among them
+        masks = self._thread.submit(self._masks, rows, dict(self._sources))
+        while len(self._sources) > MOST_GRAMMARS:  # only now: this pass may need all of them
             self._sources.popitem(last=False)
-        return found
+        return masks
 
-    def _find(self, rows: Sequence[Constrained], sources: dict[str, str]) -> list[Found]:
-        found = [self._allowed(row, sources) for row in rows]
+    def _masks(self, rows: Sequence[ConstrainedRow], sources: dict[str, str]) -> list[Masks]:
+        """Runs on the grammar thread."""
+        masks = [self._masks_of(row, sources) for row in rows]
         for digest in self._compiled.keys() - sources.keys():
             del self._compiled[digest]
-        return found
+        return masks
 
-    def _allowed(self, row: Constrained, sources: dict[str, str]) -> Found:
+    def _masks_of(self, row: ConstrainedRow, sources: dict[str, str]) -> Masks:
         sequence, digest = row.sequence, row.grammar.digest
         try:
             if sequence.matcher is None or sequence.grammar != digest:
-                sequence.matcher, sequence.grammar = self._fresh(sources[digest], row.grammar), digest
+                if digest not in self._compiled:
+                    assert self._compiler is not None
+                    self._compiled[digest] = self._compiler.compile(sources[digest], row.grammar.end_ids)
+                sequence.matcher, sequence.grammar = self._compiled[digest].copy(), digest
             return sequence.matcher.allowed(row.tokens, row.draft_tokens)
         except UnusableGrammar as error:
-            sequence.matcher, sequence.grammar = None, ""  # it may be stuck where it failed
+            sequence.matcher, sequence.grammar = None, ""  # the matcher may be stuck where it failed
             return error
-
-    def _fresh(self, source: str, grammar: Grammar) -> Matcher:
-        assert self._compiler is not None
-        if grammar.digest not in self._compiled:
-            self._compiled[grammar.digest] = self._compiler.compile(source, grammar.end_ids)
-        return self._compiled[grammar.digest].copy()
-
-
-def grammar_of(row: Row) -> Grammar | None:
-    return row.sampling.grammar if row.want is Want.TOKEN and row.sampling is not None else None

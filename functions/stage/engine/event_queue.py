@@ -1,160 +1,181 @@
-"""The events that are at a stage, waiting or being computed, and which of them the next pass takes."""
+"""The events at a stage, waiting or being computed, and the choice of those that the next forward pass takes."""
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any, Final
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Generic, TypeVar
 
 from eventing.problems import NotReady
 from eventing.wire.events import Batch
 
-_MERGED_TOKENS: Final = 512
-"""A pass with more tokens gains nothing from more, and each of its sequences waits for all of them."""
+_MERGED_TOKENS: Final = 512  # a pass with more tokens gains nothing, and each of its sequences waits for all of them
+
+T = TypeVar("T")
 
 
-@dataclass(eq=False, slots=True)
-class WaitingEvent:
-    batch: Batch
-    source: str
-    expires_at: float | None
-    arrived: float
-    """By `time.perf_counter`."""
-    stale: set[int] = field(default_factory=set)
-    """Indexes of rows that must not be computed: older than a step that was here already, or released meanwhile."""
-    reply: "Future[Batch]" = field(default_factory=Future)
-    ids: frozenset[str] = field(init=False)
+class Work(Generic[T]):
+    """Something that a thread handed to the engine, and the outcome that it waits for.
 
-    def __post_init__(self) -> None:
-        self.ids = frozenset(row.id for row in self.batch.rows)
+    A lock does what a concurrent.futures.Future does, at a quarter of the Python calls.
+    """
+
+    def __init__(self) -> None:
+        self.answered = False
+        self._value: T
+        self._error: BaseException | None = None
+        self._pending = threading.Lock()
+        self._pending.acquire()
+
+    def answer(self, value: T) -> None:
+        self._value, self.answered = value, True
+        self._pending.release()
+
+    def fail(self, error: BaseException) -> None:
+        self._error, self.answered = error, True
+        self._pending.release()
+
+    def result(self) -> T:
+        """Blocks until there is an answer. Raises the error if the work failed."""
+        with self._pending:
+            if self._error is not None:
+                raise self._error
+            return self._value
 
 
-@dataclass(eq=False, slots=True)
-class Call:
-    """Something for the engine's thread to do between two passes."""
+class ForwardEvent(Work[Batch]):
+    def __init__(self, batch: Batch, source: str, expires_at: float | None = None, arrived: float = 0.0) -> None:
+        """expires_at: seconds since the epoch. arrived: time.perf_counter()."""
+        super().__init__()
+        self.batch = batch
+        self.source = source
+        self.expires_at = expires_at
+        self.arrived = arrived
+        self.ids: set[str] = set()  # of the rows; the queue fills it
+        self.stale: set[int] = set()  # indexes of rows not to be computed: superseded by a newer step, or released
 
-    action: Callable[[], Any]
-    reply: "Future[Any]" = field(default_factory=Future)
+
+class Call(Work[Any]):
+    """A function for the engine's thread to call between two passes."""
+
+    def __init__(self, action: Callable[[], Any]) -> None:
+        super().__init__()
+        self.action = action
 
 
 def most_merged(waiting: int, num_stages: int, max_merge: int) -> int:
-    """Events in one pass, of so many that wait."""
+    """Largest number of events in one pass while `waiting` events wait."""
     return min(max_merge, -(-waiting // num_stages))
 
 
 class EventQueue:
-    """Filled by many threads, emptied by the one whose turn it is.
+    """Filled by many threads, emptied by the one that has the turn.
 
-    A pass merges the events at the head, at most `max_merge` and at most the stage's share of what waits: with
-    `num_stages` in the pipeline, one in so many. Merged without that limit, all micro-batches would travel as one convoy
-    with one stage working and the others idle. Events that share a sequence never meet in a pass, and keep their order.
+    A pass merges the events at the head of the queue, at most `max_merge` and at most one in `num_stages` of those that wait.
+    Without the second limit all micro-batches would travel as one convoy: one stage would work and the others would idle.
+    Events that share a sequence are never merged, and keep their order.
     """
 
     def __init__(self, num_stages: int, max_merge: int) -> None:
         self._num_stages = num_stages
         self._max_merge = max_merge
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._calls: list[Call] = []
-        self._waiting: list[WaitingEvent] = []
-        self._here: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
-        """(source, id) → attempt and position of the rows that wait or are computed."""
+        self._waiting: list[ForwardEvent] = []
+        # (source, id) → attempt and position of its rows that wait or are being computed
+        self._steps: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
         self._closed = False
 
-    def put(self, event: WaitingEvent, *, wakes: bool = True) -> None:
-        """wakes: the engine's thread; not where who brings it will take it. Raises NotReady once closed."""
-        with self._changed:
-            self._refuse_when_closed()
+    def put(self, event: ForwardEvent, *, wakes: bool = True) -> None:
+        """wakes: wake the engine's thread; False if the caller itself will take the event. Raises NotReady once closed."""
+        with self._lock:
+            if self._closed:
+                raise NotReady("the stage takes no more work: it is shutting down")
             for index, row in enumerate(event.batch.rows):
+                event.ids.add(row.id)
                 step = (row.attempt, row.position)
-                here = self._here[event.source, row.id]
-                if here and step < max(here):
+                steps = self._steps[event.source, row.id]
+                if steps and step < max(steps):
                     event.stale.add(index)
-                here.append(step)
+                steps.append(step)
             self._waiting.append(event)
             if wakes:
                 self._changed.notify()
 
     def call(self, call: Call) -> None:
         """Raises NotReady once closed."""
-        with self._changed:
-            self._refuse_when_closed()
+        with self._lock:
+            if self._closed:
+                raise NotReady("the stage takes no more work: it is shutting down")
             self._calls.append(call)
             self._changed.notify()
 
     def wait(self, timeout_seconds: float) -> bool:
-        """Until something is to be taken, for so long at most. False once closed and empty."""
-        with self._changed:
+        """Waits until there is work, or the time is over. False once closed and empty."""
+        with self._lock:
             self._changed.wait_for(lambda: self._calls or self._waiting or self._closed, timeout_seconds)
             return bool(self._calls or self._waiting) or not self._closed
 
-    def take(self) -> list[Call] | list[WaitingEvent]:
-        """Calls, else the events of the next pass, if there are any."""
-        with self._changed:
+    def take(self) -> tuple[list[Call], list[ForwardEvent]]:
+        """All calls or, if there are none, the events of the next pass."""
+        with self._lock:
             if self._calls:
                 calls, self._calls = self._calls, []
-                return calls
-            return self._next_events()
+                return calls, []
+            limit = most_merged(len(self._waiting), self._num_stages, self._max_merge)
+            chosen: list[ForwardEvent] = []
+            left: list[ForwardEvent] = []
+            seen_ids: set[str] = set()
+            tokens = 0
+            for event in self._waiting:
+                fits = not chosen or tokens + len(event.batch.token_ids) <= _MERGED_TOKENS
+                if len(chosen) < limit and fits and seen_ids.isdisjoint(event.ids):
+                    chosen.append(event)
+                    tokens += len(event.batch.token_ids)
+                else:
+                    left.append(event)
+                seen_ids |= event.ids
+            self._waiting = left
+            return [], chosen
 
     def wake(self) -> None:
-        """The engine's thread, if something is left for it."""
-        with self._changed:
-            if self._calls or self._waiting:
+        """Wakes the engine's thread if there is work for it."""
+        if self._calls or self._waiting:
+            with self._lock:
                 self._changed.notify()
 
-    def done(self, events: Iterable[WaitingEvent]) -> None:
-        """These events are at the stage no more."""
-        with self._changed:
+    def done(self, events: Iterable[ForwardEvent]) -> None:
+        """The events have left the stage."""
+        with self._lock:
             for event in events:
                 for row in event.batch.rows:
-                    here = self._here[event.source, row.id]
-                    here.remove((row.attempt, row.position))
-                    if not here:
-                        del self._here[event.source, row.id]
+                    steps = self._steps[event.source, row.id]
+                    steps.remove((row.attempt, row.position))
+                    if not steps:
+                        del self._steps[event.source, row.id]
 
     def mark_released(self, id_: str, attempt: int, source: str) -> None:
-        """What still waits of a released sequence must not bring it back."""
-        with self._changed:
+        """Marks waiting rows of a released sequence as stale, so that they do not bring it back."""
+        with self._lock:
             for event in self._waiting:
                 if event.source == source and id_ in event.ids:
-                    event.stale.update(
-                        index for index, row in enumerate(event.batch.rows) if row.id == id_ and row.attempt <= attempt
-                    )
+                    for index, row in enumerate(event.batch.rows):
+                        if row.id == id_ and row.attempt <= attempt:
+                            event.stale.add(index)
 
     def close(self) -> None:
-        """Takes nothing more; what waits stays to be taken."""
-        with self._changed:
+        """Refuses new work; what waits can still be taken."""
+        with self._lock:
             self._closed = True
             self._changed.notify()
 
-    def abandon(self, in_hand: Sequence[Call | WaitingEvent] = ()) -> None:
-        """Closes, and answers NotReady to all that waits, and to what is in hand and has no answer yet."""
-        with self._changed:
+    def abandon(self, in_hand: Iterable[Work[Any]] = ()) -> None:
+        """Closes the queue and fails all unanswered work with NotReady: what waits, and what was taken (`in_hand`)."""
+        with self._lock:
             self._closed = True
-            abandoned: list[Call | WaitingEvent] = [*in_hand, *self._calls, *self._waiting]
+            abandoned: list[Work[Any]] = [*in_hand, *self._calls, *self._waiting]
             self._calls, self._waiting = [], []
             self._changed.notify()
         for work in abandoned:
-            if not work.reply.done():
-                work.reply.set_exception(NotReady("the stage stopped before this was done"))
-
-    def _refuse_when_closed(self) -> None:
-        if self._closed:
-            raise NotReady("the stage takes no more work: it is shutting down")
-
-    def _next_events(self) -> list[WaitingEvent]:
-        limit = most_merged(len(self._waiting), self._num_stages, self._max_merge)
-        chosen: list[WaitingEvent] = []
-        left: list[WaitingEvent] = []
-        ids: set[str] = set()
-        tokens = 0
-        for event in self._waiting:
-            fits = not chosen or tokens + len(event.batch.token_ids) <= _MERGED_TOKENS
-            if len(chosen) < limit and fits and ids.isdisjoint(event.ids):
-                chosen.append(event)
-                tokens += len(event.batch.token_ids)
-            else:
-                left.append(event)
-            ids |= event.ids
-        self._waiting = left
-        return chosen
+            if not work.answered:
+                work.fail(NotReady("the stage stopped before this was done"))

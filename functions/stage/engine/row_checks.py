@@ -1,81 +1,71 @@
-"""What makes an event unreadable as a whole, and what makes one of its rows invalid."""
+"""Checks an event before it is computed: what makes the event as a whole malformed, and what makes a single row invalid."""
 
 from eventing.problems import EventTooLarge, MalformedEvent
-from eventing.wire.events import MAX_BATCH_TOKENS, MAX_ROWS, Batch, Row, Status
+from eventing.wire.events import MAX_BATCH_TOKENS, MAX_ROWS, Batch, Status
 from functions.stage.models.floats import Array, all_finite, finite_rows
 from functions.stage.models.layer_group import LayerGroup
 
 
 def check_event(batch: Batch, group: LayerGroup, wire_dtype: str) -> None:
-    """Raises MalformedEvent or EventTooLarge where no row can be told from another, or the tensor is not this stage's."""
+    """Raises MalformedEvent or EventTooLarge if rows cannot be told apart, or the tensor is not the one this stage takes."""
     tokens = len(batch.token_ids)
     if not 1 <= len(batch.rows) <= MAX_ROWS:
         raise MalformedEvent(f"the batch has {len(batch.rows)} rows, it must have 1 to {MAX_ROWS}")
     if tokens > MAX_BATCH_TOKENS:
         raise EventTooLarge(f"the batch has {tokens} tokens, the most is {MAX_BATCH_TOKENS}")
-    lengths = [row.length for row in batch.rows]
-    if min(lengths) < 0 or sum(lengths) != tokens:
-        raise MalformedEvent(f"the rows' lengths add up to {sum(lengths)}, there are {tokens} token ids")
-    _check_hidden(batch, group, wire_dtype, tokens)
-
-
-def _check_hidden(batch: Batch, group: LayerGroup, wire_dtype: str, tokens: int) -> None:
+    total, least = 0, 0
+    for row in batch.rows:
+        total += row.length
+        least = min(least, row.length)
+    if least < 0 or total != tokens:
+        raise MalformedEvent(f"the rows' lengths add up to {total}, there are {tokens} token ids")
     hidden = batch.hidden
     if group.first_layer == 0:
         if hidden is not None:
             raise MalformedEvent("the batch has a tensor, but the first stage takes token ids alone")
-        return
-    if hidden is None:
+    elif hidden is None:
         if tokens:
             raise MalformedEvent(f"the batch has no tensor, but layer {group.first_layer} takes hidden states")
-        return
-    wanted = (wire_dtype, (tokens, group.hidden_size))
-    if (hidden.dtype, hidden.shape) != wanted:
-        seen = f"{hidden.dtype} {list(hidden.shape)}"
-        raise MalformedEvent(f"the tensor is {seen}, this stage takes {wanted[0]} {list(wanted[1])}")
+    elif (hidden.dtype, hidden.shape) != (wire_dtype, (tokens, group.hidden_size)):
+        seen, wanted = f"{hidden.dtype} {list(hidden.shape)}", f"{wire_dtype} {[tokens, group.hidden_size]}"
+        raise MalformedEvent(f"the tensor is {seen}, this stage takes {wanted}")
 
 
 def invalid_rows(batch: Batch, hidden: Array | None, group: LayerGroup) -> dict[int, str]:
-    """Rows that cannot be computed whatever the stage holds, by their index, and why. A row that is not ok is none.
+    """Index → reason of each row that can never be computed. Rows whose status is not ok are skipped.
 
-    hidden: [tokens, hidden_size], None into the first stage.
+    hidden: [tokens, hidden_size]; None for the first stage.
     """
-    suspicious = not (_are_tokens(batch.token_ids, group) and (hidden is None or all_finite(hidden, group.hidden_dtype)))
     invalid: dict[int, str] = {}
-    offsets = batch.offsets()
     for index, row in enumerate(batch.rows):
-        if row.status is not Status.OK:
-            continue
-        reason = _wrong_place(row, group)
-        if reason is None and suspicious:
-            span = slice(offsets[index], offsets[index + 1])
-            reason = _wrong_content(batch.token_ids[span], None if hidden is None else hidden[span], group)
-        if reason is not None:
-            invalid[index] = reason
+        if row.status is Status.OK:
+            if row.length == 0:
+                invalid[index] = "the row has no tokens"
+            elif row.draft_tokens >= row.length:
+                invalid[index] = (
+                    f"{row.draft_tokens} of the row's {row.length} tokens are draft tokens; the first must be known"
+                )
+            elif row.position < 0:
+                invalid[index] = f"position {row.position} is negative"
+            elif row.position + row.length > group.max_positions:
+                end, context = row.position + row.length, group.max_positions
+                invalid[index] = f"the row ends at position {end}, the model's context is {context} tokens"
+    ids = batch.token_ids
+    all_tokens_known = not ids or (min(ids) >= 0 and max(ids) < group.vocab_size)
+    if not all_tokens_known or (hidden is not None and not all_finite(hidden, group.hidden_dtype)):
+        _find_bad_content(batch, hidden, group, invalid)
     return invalid
 
 
-def _wrong_place(row: Row, group: LayerGroup) -> str | None:
-    if row.length == 0:
-        return "the row has no tokens"
-    if row.draft_tokens >= row.length:
-        return f"{row.draft_tokens} of the row's {row.length} tokens are draft tokens; the first must be known"
-    if row.position < 0:
-        return f"position {row.position} is negative"
-    end = row.position + row.length
-    if end > group.max_positions:
-        return f"the row ends at position {end}, the model's context is {group.max_positions} tokens"
-    return None
-
-
-def _wrong_content(token_ids: memoryview, hidden: Array | None, group: LayerGroup) -> str | None:
-    if not _are_tokens(token_ids, group):
-        wrong = next(token for token in token_ids if not 0 <= token < group.vocab_size)
-        return f"token id {wrong} is outside the vocabulary of {group.vocab_size}"
-    if hidden is not None and not finite_rows(hidden, group.hidden_dtype).all():
-        return f"hidden states that came in, ahead of layer {group.first_layer}, are not finite"
-    return None
-
-
-def _are_tokens(token_ids: memoryview, group: LayerGroup) -> bool:
-    return not token_ids or (min(token_ids) >= 0 and max(token_ids) < group.vocab_size)
+def _find_bad_content(batch: Batch, hidden: Array | None, group: LayerGroup, invalid: dict[int, str]) -> None:
+    """Adds the rows that have an unknown token or a hidden state that is not finite, unless they are invalid already."""
+    begin = 0
+    for index, row in enumerate(batch.rows):
+        end = begin + row.length
+        if row.status is Status.OK and index not in invalid:
+            wrong = [token for token in batch.token_ids[begin:end] if not 0 <= token < group.vocab_size]
+            if wrong:
+                invalid[index] = f"token id {wrong[0]} is outside the vocabulary of {group.vocab_size}"
+            elif hidden is not None and not finite_rows(hidden[begin:end], group.hidden_dtype).all():
+                invalid[index] = f"hidden states that came in, ahead of layer {group.first_layer}, are not finite"
+        begin = end

@@ -1,8 +1,12 @@
-"""Another instance of the same stage as a tier: where the gateway says that a conversation was held, it is read from there."""
+"""Other instances of the same stage as a tier: keys and values go from pod to pod.
+
+The gateway names the instances that may hold a conversation. This file has both sides: asking, and handing over.
+"""
 
 import logging
 import time
-from typing import Final
+from collections.abc import Callable
+from typing import Final, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from eventing.http.delivery import DeliveryError, Sender
@@ -10,23 +14,52 @@ from eventing.http.pod_network import PodNetwork
 from eventing.problems import Problem
 from eventing.wire.kv_query import HELD_HEADER, KVQuery
 from eventing.wire.prefix_chain import BLOCK_TOKENS
-from functions.stage.engine.tiers import Wanted
-from functions.stage.kv.fetching import Away, Fetcher, FetchFailed
-from functions.stage.models.kv_bytes import AlteredKV, CheckedKV, ForeignKV, put_kv
+from functions.stage.engine.kv_tiers import RestoreRequest
+from functions.stage.engine.sequences import SequenceTable
+from functions.stage.kv.fetching import Fetcher, FetchFailed, TierAway, place
+from functions.stage.models.kv_bytes import AlteredKV, CheckedKV, ForeignKV, copied_kv, stamp
 from storage.kv.parts import KVPart
 
 _log: Final = logging.getLogger(__name__)
 
-_NOTHING: Final = 204
-_REST_SECONDS: Final = 1.0
-"""For the few tokens behind the last whole block."""
+T = TypeVar("T")
+
+_NO_CONTENT: Final = 204
+_REST_SECONDS: Final = 1.0  # time limit for the few tokens after the last whole block
+
+
+class SequenceReader(Protocol):
+    """The part of an Engine that handing over needs, so that `functions.stage.serving` can pass its own Protocol of one."""
+
+    def with_sequences(self, action: Callable[[SequenceTable], T]) -> T: ...
+
+
+def hand_over(query: KVQuery, engine: SequenceReader) -> tuple[bytearray, int] | None:
+    """The bytes, and how many tokens of the sequence are held (0 if it was found by its digest). None: not held here."""
+    found = engine.with_sequences(lambda sequences: _copied(query, sequences))
+    if found is not None:
+        stamp(found[0])
+    return found
+
+
+def _copied(query: KVQuery, sequences: SequenceTable) -> tuple[bytearray, int] | None:
+    pool = sequences.cache.ranges
+    if pool is None or query.first % pool.layout.block_tokens:
+        return None
+    handle = None if query.id is None else sequences.handle(query.id, query.attempt, query.source)
+    if handle is not None and pool.length(handle) >= query.end:
+        return copied_kv(pool, handle, query.first, query.end), pool.length(handle)
+    if not query.digest:
+        return None
+    handle = sequences.cache.holder(bytes.fromhex(query.digest), query.end // BLOCK_TOKENS)
+    return None if handle is None else (copied_kv(pool, handle, query.first, query.end), 0)
 
 
 class PeerClient:
     """Asks instances of one stage. Thread-safe."""
 
     def __init__(self, pods: PodNetwork, pipeline: str, layer: int, token: str) -> None:
-        """pods: no other address gets the token. layer: the stage's first."""
+        """pods: addresses that may get the token. layer: the stage's first."""
         self._pods = pods
         self._pipeline = pipeline
         self._layer = layer
@@ -40,16 +73,18 @@ class PeerClient:
         _log.warning("%s is not asked for keys and values: it is not in the pod network, %s", peer, self._pods)
         return False
 
-    def ask(self, peer: str, wanted: Wanted, first: int, end: int, digest: bytes, deadline: float) -> tuple[memoryview, int]:
-        """Bytes, none where they are not held there, and how many tokens of the very sequence are. Raises FetchFailed."""
-        id_, attempt, source = wanted.sequence
+    def ask(
+        self, peer: str, request: RestoreRequest, first: int, end: int, digest: bytes, deadline: float
+    ) -> tuple[memoryview, int]:
+        """The bytes, empty if the peer lacks them, and how many tokens of the very sequence it holds. Raises FetchFailed."""
+        id_, attempt, source = request.sequence
         query = KVQuery(self._pipeline, self._layer, first, end, digest.hex(), id_, attempt, source)
         try:
             reply = self._sender.get(peer + query.target, self._headers, max(0.001, deadline - time.monotonic()))
         except (DeliveryError, Problem) as error:
-            raise Away(f"{type(error).__name__}: {error}") from error
+            raise TierAway(f"{type(error).__name__}: {error}") from error
         held = reply.headers.get(HELD_HEADER, "")
-        return reply.body if reply.status != _NOTHING else memoryview(b""), int(held) if held.isdecimal() else 0
+        return reply.body if reply.status != _NO_CONTENT else memoryview(b""), int(held) if held.isdecimal() else 0
 
     def close(self) -> None:
         self._sender.close()
@@ -64,45 +99,45 @@ class PeerTier:
         self._peers = peers
         self._fetcher = fetcher
 
-    def restore(self, wanted: Wanted) -> int:
-        for peer in filter(self._peers.admits, wanted.peers):
-            if wanted.lacks_blocks:
-                asking = _Asking(self._peers, self._fetcher, peer, wanted)
-                wanted = wanted.holding(self._fetcher.restore(wanted, asking.part, peer))
-                if not wanted.lacks_blocks and not wanted.draws_by_tokens:
-                    return asking.rest(wanted.held)
-        return wanted.held
+    def restore(self, request: RestoreRequest) -> int:
+        for peer in filter(self._peers.admits, request.peers):
+            if request.lacks_blocks:
+                restore = _PeerRestore(self._peers, self._fetcher, peer, request)
+                request = request.holding(self._fetcher.restore(request, restore.part, peer))
+                if not request.lacks_blocks and not request.draws_by_tokens:
+                    return restore.rest(request.held)
+        return request.held
 
 
-class _Asking:
-    """One peer, for one sequence."""
+class _PeerRestore:
+    """Restores one sequence from one peer."""
 
-    def __init__(self, peers: PeerClient, fetcher: Fetcher, peer: str, wanted: Wanted) -> None:
+    def __init__(self, peers: PeerClient, fetcher: Fetcher, peer: str, request: RestoreRequest) -> None:
         self._peers = peers
         self._fetcher = fetcher
         self._peer = peer
-        self._wanted = wanted
-        self._held_there = 0
+        self._request = request
+        self._held_by_peer = 0
 
     def part(self, part: KVPart, deadline: float) -> CheckedKV | None:
-        digest = self._wanted.chain[part.end - 1]
+        digest = self._request.chain[part.end - 1]
         return self._range(part.first * BLOCK_TOKENS, part.end * BLOCK_TOKENS, digest, deadline)
 
     def rest(self, held: int) -> int:
-        """What a sequence that moves holds behind the whole blocks of its chain."""
-        end = min(self._held_there, held + BLOCK_TOKENS - 1)
+        """Fetches the tokens that a sequence which moves holds after the last whole block of its chain."""
+        end = min(self._held_by_peer, held + BLOCK_TOKENS - 1)
         if end <= held:
             return held
         try:
-            found = self._range(held, end, b"", min(time.monotonic() + _REST_SECONDS, self._wanted.until))
+            found = self._range(held, end, b"", min(time.monotonic() + _REST_SECONDS, self._request.deadline))
         except FetchFailed as error:
             _log.info("%d tokens are computed again: %s", end - held, error)
             return held
-        return held if found is None else self._wanted.at(lambda pool, handle: put_kv(pool, handle, found))
+        return held if found is None else place(self._request, found)
 
     def _range(self, first: int, end: int, digest: bytes, deadline: float) -> CheckedKV | None:
-        data, held = self._peers.ask(self._peer, self._wanted, first, end, digest, deadline)
-        self._held_there = max(held, self._held_there)
+        data, held = self._peers.ask(self._peer, self._request, first, end, digest, deadline)
+        self._held_by_peer = max(held, self._held_by_peer)
         try:
             return self._fetcher.checked(data, first, end) if data else None
         except (AlteredKV, ForeignKV) as error:

@@ -1,14 +1,40 @@
-"""The store as a tier: what a reservation does not find in memory or at a peer is read from there."""
+"""The store as a tier: idle conversations are written to it, and reservations read from it what is nowhere nearer.
 
+Written is what the prefix cache evicts, and all that it still holds when the pod ends. Bytes are copied on the engine's
+thread; another thread does the rest at a limited rate. What exceeds the queue is dropped: it is computed again.
+"""
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from queue import Full, Queue
 from typing import Final
 
 from eventing.wire.prefix_chain import BLOCK_TOKENS
-from functions.stage.engine.tiers import Wanted
-from functions.stage.kv.fetching import Away, Fetcher, FetchFailed
-from functions.stage.models.kv_bytes import AlteredKV, CheckedKV, ForeignKV
+from functions.stage.engine.engine import Engine
+from functions.stage.engine.kv_tiers import RestoreRequest
+from functions.stage.engine.prefix_cache import CachedPrefix
+from functions.stage.engine.sequences import SequenceTable
+from functions.stage.kv.fetching import Fetcher, FetchFailed, TierAway, part_blocks
+from functions.stage.models.kv_bytes import AlteredKV, CheckedKV, ForeignKV, copied_kv, stamp
+from functions.stage.models.kv_cache import KVRanges
 from storage.errors import SealBroken, StorageError
-from storage.kv.kv_store import KVObjects
-from storage.kv.parts import KVPart
+from storage.kv.kv_store import KVObjects, Retention
+from storage.kv.parts import KVPart, parts_between
+
+_log: Final = logging.getLogger(__name__)
+
+_WAITING_PARTS: Final = 16  # copies of a few MB each
+_LISTING_SECONDS: Final = 600.0  # a listing is renewed after this: other stages delete, too
+_PAUSE_SECONDS: Final = 30.0  # after a failure, until the store is tried again
+_POLL_SECONDS: Final = 0.02
+
+Written = Callable[[int], None]
+"""Called with the bytes of each part that has been written."""
 
 
 class StoreTier:
@@ -16,20 +42,120 @@ class StoreTier:
 
     name: Final = "store"
 
-    def __init__(self, kept: KVObjects, fetcher: Fetcher) -> None:
-        self._kept = kept
+    def __init__(self, store: KVObjects, fetcher: Fetcher) -> None:
+        self._store = store
         self._fetcher = fetcher
 
-    def restore(self, wanted: Wanted) -> int:
-        return self._fetcher.restore(wanted, lambda part, _: self._part(wanted, part), "the store")
+    def restore(self, request: RestoreRequest) -> int:
+        return self._fetcher.restore(request, lambda part, _: self._part(request, part), "the store")
 
-    def _part(self, wanted: Wanted, part: KVPart) -> CheckedKV | None:
-        key = self._kept.key(self._fetcher.kind, wanted.chain[part.end - 1], part)
+    def _part(self, request: RestoreRequest, part: KVPart) -> CheckedKV | None:
+        key = self._store.key(self._fetcher.layout.kind, request.chain[part.end - 1], part)
         try:
-            data = self._kept.get(key)
+            data = self._store.get(key)
             return None if data is None else self._fetcher.checked(data, part.first * BLOCK_TOKENS, part.end * BLOCK_TOKENS)
         except (SealBroken, AlteredKV, ForeignKV) as error:
-            self._kept.forget(key)
+            self._store.forget(key)
             raise FetchFailed(str(error)) from error
         except StorageError as error:
-            raise Away(str(error)) from error
+            raise TierAway(str(error)) from error
+
+
+class KVWriter:
+    """Writes cached prefixes to the store. Any thread may begin with `evicted` or `drain`."""
+
+    def __init__(self, store: KVObjects, pool: KVRanges, retention: Retention, bytes_per_second: int, written: Written) -> None:
+        self._store = store
+        self._pool = pool
+        self._most_blocks = part_blocks(pool.layout)
+        self._retention = retention
+        self._bytes_per_second = bytes_per_second
+        self._written = written
+        self._waiting: Queue[tuple[str, bytearray]] = Queue(_WAITING_PARTS)
+        self._stored_keys: set[str] = set()  # that need not be written
+        self._listed_at = -math.inf
+        self._paused_until = -math.inf
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def evicted(self, prefix: CachedPrefix) -> None:
+        """Copies a prefix that is about to be evicted, on the engine's thread. Never waits."""
+        for key, part in self._missing_parts(prefix):
+            if self._waiting.full() or self._paused:
+                return
+            self._offer(key, self._copied(prefix, part), wait_seconds=0.0)
+
+    def drain(self, engine: Engine, seconds: float) -> None:
+        """Writes everything cached, most recently used first. Returns when that is done or fails, or the time is over."""
+        end = time.monotonic() + seconds
+        for prefix in engine.with_sequences(lambda sequences: sequences.cache.cached()):
+            for key, part in self._missing_parts(prefix):
+                data = engine.with_sequences(partial(self._copied_if_cached, prefix, part))
+                while data is not None and not self._offer(key, data, _POLL_SECONDS):
+                    if time.monotonic() >= end or self._paused:
+                        return
+        while self._waiting.unfinished_tasks and time.monotonic() < end and not self._paused:
+            time.sleep(_POLL_SECONDS)
+
+    @property
+    def _paused(self) -> bool:
+        return time.monotonic() < self._paused_until
+
+    def _missing_parts(self, prefix: CachedPrefix) -> list[tuple[str, KVPart]]:
+        parts = parts_between(0, len(prefix.chain), self._most_blocks)
+        keyed = [(self._store.key(self._pool.layout.kind, prefix.chain[part.end - 1], part), part) for part in parts]
+        return [(key, part) for key, part in keyed if key not in self._stored_keys]
+
+    def _copied_if_cached(self, prefix: CachedPrefix, part: KVPart, sequences: SequenceTable) -> bytearray | None:
+        return self._copied(prefix, part) if sequences.cache.still_holds(prefix) else None
+
+    def _copied(self, prefix: CachedPrefix, part: KVPart) -> bytearray:
+        return copied_kv(self._pool, prefix.handle, part.first * BLOCK_TOKENS, part.end * BLOCK_TOKENS)
+
+    def _offer(self, key: str, data: bytearray, wait_seconds: float) -> bool:
+        """Queues a part to be written. False if the queue stayed full."""
+        try:
+            self._waiting.put((key, data), wait_seconds > 0, wait_seconds or None)
+        except Full:
+            return False
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._write_all, name="keep-kv", daemon=True)
+                self._thread.start()
+        return True
+
+    def _write_all(self) -> None:
+        while True:
+            key, data = self._waiting.get()
+            try:
+                if not self._paused:
+                    self._write(key, data)
+            except StorageError as error:
+                self._paused_until = time.monotonic() + _PAUSE_SECONDS
+                _log.warning("conversations are not kept for %.0f s, and computed when they go on: %s", _PAUSE_SECONDS, error)
+            except Exception:  # noqa: BLE001 - this is the only thread that writes: it must go on
+                self._paused_until = time.monotonic() + _PAUSE_SECONDS
+                _log.exception("conversations are not kept for %.0f s", _PAUSE_SECONDS)
+            finally:
+                self._waiting.task_done()
+
+    def _write(self, key: str, data: bytearray) -> None:
+        if time.monotonic() - self._listed_at > _LISTING_SECONDS:
+            self._list()
+        if key in self._stored_keys:
+            return
+        began = time.monotonic()
+        stamp(data)
+        num_bytes = self._store.put(key, data)
+        self._stored_keys.add(key)
+        self._written(num_bytes)
+        time.sleep(max(0.0, num_bytes / self._bytes_per_second - (time.monotonic() - began)))
+
+    def _list(self) -> None:
+        """Deletes what exceeds the retention. Objects past half of their allowed age are written again when next idle."""
+        objects, now = self._store.list(), datetime.now(UTC)
+        over = self._retention.expired(objects, now)
+        self._store.delete(over)
+        young = {found.key for found in objects if now - found.modified < self._retention.max_age / 2}
+        self._stored_keys = young.difference(found.key for found in over)
+        self._listed_at = time.monotonic()

@@ -14,8 +14,7 @@ from typing import Final
 import numpy as np
 from blake3 import blake3
 
-from functions.stage.models.kv_layout import KVLayout
-from functions.stage.models.kv_ranges import KVRanges
+from functions.stage.models.kv_cache import KVLayout, KVRanges
 
 VERSION: Final = 1
 _MAGIC: Final = b"LMKV"

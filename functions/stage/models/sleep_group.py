@@ -13,7 +13,7 @@ import numpy as np
 
 from functions.configuration.pass_times import PassTimes, pairs
 from functions.stage.models.floats import Array, Float32, HiddenDtype, narrowed, widened
-from functions.stage.models.kv_budget import KVBudget
+from functions.stage.models.kv_cache import KVBudget
 from functions.stage.models.layer_group import Segment
 
 _BF16_BYTES: Final = 2

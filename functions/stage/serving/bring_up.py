@@ -62,7 +62,7 @@ def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> R
     with without_collection():
         from functions.grammars.compiler import GrammarCompiler
         from functions.stage.engine.engine import Engine
-        from functions.stage.engine.reuse import ComputeRate
+        from functions.stage.engine.kv_tiers import ComputeRate
         from functions.stage.kv.build import tiers_of
 
     group = _layer_group(config, opening, threads, start_up)
@@ -74,13 +74,13 @@ def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> R
         num_stages=len(config.cut),
         max_merge=config.max_merge,
         idle_sequence_seconds=config.idle_sequence_seconds,
-        most_awaiting_room=config.most_awaiting_room,
+        max_memory_waiters=config.most_awaiting_room,
         threads=PassThreads(threads, 0 if group.shares_work else config.busy_threads),
         grammars=GrammarCompiler(lambda: _read_tokenizer(config)) if group.last_layer == group.num_layers else None,
         tiers=tiers.tiers,
         rate=rate,
         wire_dtype="I8" if config.wire_dtype == "int8" else None,
-        on_evicted=None if tiers.keeping is None else tiers.keeping.evicted,
+        on_evicted=None if tiers.writer is None else tiers.writer.evicted,
         on_pass=metrics.observe_pass,
         on_reuse=metrics.observe_reuse,
     )

@@ -22,7 +22,7 @@ from storage.errors import StorageError
 
 if TYPE_CHECKING:
     from functions.stage.engine.engine import Engine
-    from functions.stage.kv.keeping import Keeping
+    from functions.stage.kv.store_tier import KVWriter
 
 _log: Final = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class StageFunction:
         start_up.report_to(self._metrics.phase_ended)
         self._changed = threading.Condition()
         self._engine: Engine | None = None
-        self._keeping: Keeping | None = None
+        self._kv_writer: KVWriter | None = None
         self._failed = False
         self._draining = False
         self._tracer = make_tracer(config.traces_endpoint, "lamina-stage", {"lamina.pipeline": config.pipeline})
@@ -76,8 +76,8 @@ class StageFunction:
     def close(self) -> None:
         """After the last request: nothing waits in the engine any more. What it remembers goes into the store."""
         if self._engine is not None:
-            if self._keeping is not None:
-                self._keeping.drain(self._engine, _KEEPING_SECONDS)
+            if self._kv_writer is not None:
+                self._kv_writer.drain(self._engine, _KEEPING_SECONDS)
             self._engine.stop(drain=False)
         self._tracer.close()
 
@@ -113,7 +113,7 @@ class StageFunction:
         engine = ready.engine
         self._measure_engine(engine)
         with self._changed:
-            self._engine, self._keeping = engine, ready.tiers.keeping
+            self._engine, self._kv_writer = engine, ready.tiers.writer
             self._changed.notify_all()
         phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.phases().items())
         _log.info("ready: %s; layers run by %s", phases, engine.runs_by)
@@ -128,7 +128,7 @@ class StageFunction:
         self._metrics.watch(
             lambda: engine.free_tokens,
             lambda: engine.sequences,
-            lambda: engine.remembered_tokens,
+            lambda: engine.cached_tokens,
             lambda: engine.kv_resident_bytes,
         )
         self._metrics.ready.set(1)

@@ -123,7 +123,7 @@ class EventHandlers:
         self._identity.check_fingerprint(asked.pipeline)
         self._identity.check_first_layer(asked.layer)
         engine = self._readiness.engine()
-        from functions.stage.kv.peer_door import hand_over  # imports numpy, as the engine has by now
+        from functions.stage.kv.peer_tier import hand_over  # imports numpy, as the engine has by now
 
         return hand_over(asked, engine)
 
@@ -131,7 +131,7 @@ class EventHandlers:
         rows = json_data(event, ReserveRequest).rows
         engine = self._readiness.engine()
         reserved = engine.reserve(rows, source=event.get_source(), expires_at=_expires_at(event))
-        return self._json_reply(event, ReserveReply(tuple(reserved), engine.remembers), engine)
+        return self._json_reply(event, ReserveReply(tuple(reserved), engine.has_prefix_cache), engine)
 
     def _release(self, event: CloudEvent, _: Durations) -> CloudEvent:
         rows = json_data(event, ReleaseRequest).rows
@@ -140,7 +140,7 @@ class EventHandlers:
         released = engine.release(rows, source=source) if rows or not awaits_room else 0
         if awaits_room:
             tokens = integer_attribute(event, Attribute.AWAITED_TOKENS)
-            engine.await_room(tokens, source=source, expires_at=_expires_at(event))
+            engine.await_memory(tokens, source=source, expires_at=_expires_at(event))
         return self._json_reply(event, ReleaseReply(released), engine)
 
     def _json_reply(self, cause: CloudEvent, value: Struct, engine: StageEngine) -> CloudEvent:

@@ -12,7 +12,7 @@ from functions.observing.telemetry import STEP_SECONDS, FunctionMetrics
 
 if TYPE_CHECKING:
     from functions.stage.engine.engine import PassStatistics
-    from functions.stage.engine.reuse import Reuse
+    from functions.stage.engine.kv_tiers import Reuse
 
 EVENT_TYPES: Final = (EventType.FORWARD, EventType.WARMUP, EventType.RESERVE, EventType.RELEASE, KV_PATH, "unknown", "unread")
 TIERS: Final = ("peer", "store")

@@ -10,8 +10,7 @@ import pytest
 from eventing.wire.structured_outputs import StructuredOutputs
 from functions.grammars.compiler import GrammarCompiler
 from functions.grammars.matcher import Matcher
-from functions.grammars.sources import of_choices, of_schema, place_of, source_of
-from functions.grammars.unusable import UnusableGrammar
+from functions.grammars.sources import UnusableGrammar, of_choices, of_schema, place_of, source_of
 from tests.support.storage.published import END_IDS, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 
 from functions.stage.models.floats import Array, Float32, HiddenDtype
-from functions.stage.models.kv_budget import KVBudget
+from functions.stage.models.kv_cache import KVBudget
 from functions.stage.models.layer_group import Segment
 
 VOCAB = 97

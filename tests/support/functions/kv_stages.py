@@ -14,14 +14,11 @@ from eventing.wire.control import ReleaseRow, ReservedRow, ReserveRow
 from eventing.wire.events import Row, Status, Want
 from eventing.wire.prefix_chain import Chain, chain_key, extended, packed
 from functions.stage.engine.engine import Engine
-from functions.stage.engine.reuse import MEMORY, ComputeRate, Reuse
-from functions.stage.engine.tiers import Tier
-from functions.stage.kv.fetching import Fetcher
-from functions.stage.kv.keeping import Keeping
+from functions.stage.engine.kv_tiers import MEMORY, ComputeRate, Reuse, Tier
+from functions.stage.kv.fetching import Fetcher, FetchEstimate
 from functions.stage.kv.peer_tier import PeerClient, PeerTier
-from functions.stage.kv.store_tier import StoreTier
-from functions.stage.kv.worth import Worth
-from functions.stage.models.kv_ranges import KVRanges
+from functions.stage.kv.store_tier import KVWriter, StoreTier
+from functions.stage.models.kv_cache import KVRanges
 from functions.stage.models.layer_group import LayerGroup
 from storage.kv.kv_store import KVObjects, Retention
 from storage.kv.sealed import Sealer
@@ -56,8 +53,8 @@ class Restores:
 class KVStage:
     engine: Engine
     restores: Restores
-    worth: Worth
-    keeping: Keeping | None
+    estimate: FetchEstimate
+    writer: KVWriter | None
 
     def reserve(self, id_: str, tokens: Sequence[int], more: int = 64, **fields: Any) -> ReservedRow:
         row = ReserveRow(id_, 0, len(tokens) + more, packed(chain_of(tokens[:-1])), **fields)
@@ -88,10 +85,10 @@ class KVStage:
         self.engine.release([ReleaseRow(id_, 0, packed(chain_of(tokens[:-1])))], source="gateway")
 
 
-def peer_tier(group: LayerGroup, first_layer: int) -> list[Tier]:
+def peer_tiers(group: LayerGroup, first_layer: int) -> list[Tier]:
     """For an instance that others may be asked by."""
     assert isinstance(group.kv, KVRanges)
-    fetcher = Fetcher("peer", group.kv.layout, Worth(ComputeRate()), ThreadPoolExecutor(4), Restores())
+    fetcher = Fetcher("peer", group.kv.layout, FetchEstimate(ComputeRate()), ThreadPoolExecutor(4), Restores())
     return [PeerTier(PeerClient(LOOPBACK, FINGERPRINT, first_layer, TOKEN), fetcher)]
 
 
@@ -104,16 +101,16 @@ def kv_stage(dtype: str = "float32", store: PayloadStore | None = None, sealer: 
     """All layers in one stage, with a tier of peers, and one of the store where there is one."""
     (group,) = native_groups("llama", dtype, (LAYERS,))
     assert isinstance(group.kv, KVRanges)
-    restores, worth = Restores(), Worth(ComputeRate())
+    restores, estimate = Restores(), FetchEstimate(ComputeRate())
     with ThreadPoolExecutor(4) as threads:
         peers = PeerClient(LOOPBACK, FINGERPRINT, LAYERS[0], TOKEN)
-        tiers: list[Any] = [PeerTier(peers, Fetcher("peer", group.kv.layout, worth, threads, restores))]
-        keeping = None
+        tiers: list[Any] = [PeerTier(peers, Fetcher("peer", group.kv.layout, estimate, threads, restores))]
+        writer = None
         if store is not None:
             kept = KVObjects(store, sealer, "kv", FINGERPRINT, LAYERS)
-            tiers.append(StoreTier(kept, Fetcher("store", group.kv.layout, worth, threads, restores)))
-            keeping = Keeping(kept, group.kv, Retention(2**30, ONE_WEEK), 2**30, lambda _: None)
-        evicted = None if keeping is None else keeping.evicted
+            tiers.append(StoreTier(kept, Fetcher("store", group.kv.layout, estimate, threads, restores)))
+            writer = KVWriter(kept, group.kv, Retention(2**30, ONE_WEEK), 2**30, lambda _: None)
+        evicted = None if writer is None else writer.evicted
         with engines([group], tiers=tiers, on_evicted=evicted, on_reuse=restores.reuse) as (engine,):
-            yield KVStage(engine, restores, worth, keeping)
+            yield KVStage(engine, restores, estimate, writer)
         peers.close()

@@ -23,7 +23,7 @@ from eventing.wire.control import LEASE_SECONDS
 from eventing.wire.events import Batch, Cut, EventType, Row
 from functions.configuration.config import StageConfig, read_config
 from functions.stage.engine.engine import Engine
-from functions.stage.engine.tiers import Tier
+from functions.stage.engine.kv_tiers import Tier
 from functions.stage.models.layer_group import LayerGroup
 from functions.stage.serving.app import create_app
 from functions.stage.serving.handlers import EventHandlers

@@ -19,8 +19,7 @@ import numpy as np
 import torch
 
 from functions.stage.models.floats import Array
-from functions.stage.models.kv_layout import KVLayout
-from functions.stage.models.kv_ranges import KVRanges
+from functions.stage.models.kv_cache import KVLayout, KVRanges
 
 
 class KVPool(KVRanges):

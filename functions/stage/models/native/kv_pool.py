@@ -5,8 +5,7 @@ from typing import Final
 import numpy as np
 
 from functions.stage.models.floats import Array
-from functions.stage.models.kv_layout import KVLayout
-from functions.stage.models.kv_ranges import KVRanges
+from functions.stage.models.kv_cache import KVLayout, KVRanges
 from functions.stage.native.limits import padded_head
 from functions.stage.native.records import BLOCK_TOKENS, Dtype
 from storage.loading.memory import new_memory, resident_bytes

@@ -7,7 +7,7 @@ nothing. Layers with a sliding window keep everything too: the mask applies the 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from functions.stage.models.kv_budget import KVBudget
+from functions.stage.models.kv_cache import KVBudget
 
 
 class ReservedLayer(DynamicLayer):  # type: ignore[misc]

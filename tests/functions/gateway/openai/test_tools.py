@@ -9,7 +9,7 @@ from flask.testing import FlaskClient
 
 from eventing.wire.events import grammar_digest
 from functions.grammars.compiler import GrammarCompiler
-from functions.grammars.unusable import UnusableGrammar
+from functions.grammars.sources import UnusableGrammar
 from tests.support.functions.scripted_gateway import EVENT, TOKENIZER, Pipeline, chat, client_of, stream
 from tests.support.storage.published import END_IDS
 

@@ -18,7 +18,7 @@ from functions.gateway.stages.routes import Placement
 from functions.stage.models.layer_group import LayerGroup
 from tests.support.functions import native_models
 from tests.support.functions.gateway import nothing_left, scheduling, submit, tokens_of
-from tests.support.functions.kv_stages import peer_tier
+from tests.support.functions.kv_stages import peer_tiers
 from tests.support.functions.native_models import CUT, native_groups
 from tests.support.functions.stage_server import Fault, Seen, StageServer, running
 from tests.support.storage import tiny_models
@@ -47,7 +47,7 @@ def stage(dtype: str, index: int) -> StageServer:
     def build() -> LayerGroup:
         return native_groups("llama", dtype, CUT[index : index + 1])[0]
 
-    return StageServer(index, CUT, build, tiers=lambda group: peer_tier(group, CUT[index][0]), lease_seconds=LEASE)
+    return StageServer(index, CUT, build, tiers=lambda group: peer_tiers(group, CUT[index][0]), lease_seconds=LEASE)
 
 
 def talk(number: int, ask: Ask) -> list[list[int]]:

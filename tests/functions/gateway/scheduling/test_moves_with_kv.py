@@ -12,10 +12,10 @@ from eventing.wire.events import Sampling
 from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.stages.instances import Endpoint
 from functions.gateway.stages.routes import Placement
-from functions.stage.kv import peer_door
+from functions.stage.kv import peer_tier
 from functions.stage.models.layer_group import LayerGroup
 from tests.support.functions.gateway import nothing_left, scheduling, submit, tokens_of, wait_until
-from tests.support.functions.kv_stages import peer_tier
+from tests.support.functions.kv_stages import peer_tiers
 from tests.support.functions.native_models import CUT, native_groups
 from tests.support.functions.stage_server import StageServer, running
 from tests.support.storage import tiny_models
@@ -32,7 +32,7 @@ def native_stage(dtype: str) -> Callable[[int], StageServer]:
         def build() -> LayerGroup:
             return native_groups(MODEL, dtype, CUT[index : index + 1])[0]
 
-        return StageServer(index, CUT, build, tiers=lambda group: peer_tier(group, CUT[index][0]))
+        return StageServer(index, CUT, build, tiers=lambda group: peer_tiers(group, CUT[index][0]))
 
     return make
 
@@ -111,7 +111,7 @@ def test_what_draws_by_its_tokens_computes_only_those_behind_its_last_block() ->
 def test_an_old_instance_that_hands_over_nothing_costs_what_it_cost_before(monkeypatch: pytest.MonkeyPatch) -> None:
     with moving("float32") as undisturbed:
         expected = undisturbed.answers(DRAWN)
-    monkeypatch.setattr(peer_door, "hand_over", lambda *_: None)
+    monkeypatch.setattr(peer_tier, "hand_over", lambda *_: None)
     with moving("float32") as pipeline:
         assert pipeline.answers(DRAWN, after=20) == expected
         assert min(position for each in pipeline.new.passes for position, _ in each) == 0
@@ -128,7 +128,7 @@ def test_an_old_instance_that_is_gone_when_it_is_asked_costs_nobody_an_answer(mo
             asked.append(1)
             pipeline.old.kill()
 
-        monkeypatch.setattr(peer_door, "hand_over", dies)
+        monkeypatch.setattr(peer_tier, "hand_over", dies)
         assert pipeline.answers(DRAWN, after=20) == expected
         assert asked
 

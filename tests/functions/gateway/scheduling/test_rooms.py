@@ -10,7 +10,7 @@ from eventing.wire.control import ROOM_SECONDS
 from eventing.wire.events import EventType
 from functions.gateway.stages.instances import Endpoint
 from functions.gateway.stages.routes import Placement
-from functions.stage.engine.room import MOST_WAITING
+from functions.stage.engine.sequences import MAX_MEMORY_WAITERS
 from tests.support.functions.gateway import counted, nothing_left, scheduling, submit, tokens_of, wait_until
 from tests.support.functions.stage_server import Fault, Seen, StageServer, counting_stage, counting_stages, running
 
@@ -24,10 +24,10 @@ def narrow_in_the_middle() -> Iterator[list[StageServer]]:
 
 
 def waiting(stages: list[StageServer]) -> list[int]:
-    return [stage.engine._room.waiting for stage in stages]
+    return [stage.engine._memory_waiters.waiting for stage in stages]
 
 
-@pytest.mark.parametrize(("hungry", "held"), [(1, 1), (2, 2), (5, MOST_WAITING)])
+@pytest.mark.parametrize(("hungry", "held"), [(1, 1), (2, 2), (5, MAX_MEMORY_WAITERS)])
 def test_who_waits_for_memory_is_in_flight_where_it_is_lacking_and_nowhere_else(hungry: int, held: int) -> None:
     with narrow_in_the_middle() as stages, scheduling(stages) as scheduler:
         streams = [submit(scheduler, [number] * 20, 40) for number in range(1 + hungry)]
@@ -60,7 +60,7 @@ def test_several_gateways_share_the_few_places() -> None:
         while any(stream.finish_reason is None for stream in streams):
             most = max(most, *waiting(stages))
             time.sleep(0.002)
-        assert most == MOST_WAITING
+        assert most == MAX_MEMORY_WAITERS
         for stream, number in zip(streams, (number for number in range(4) for _ in range(2)), strict=True):
             assert tokens_of(stream) == counted([number] * 20, 40)
         nothing_left(stages)
@@ -70,12 +70,12 @@ def test_a_stage_that_answers_at_once_is_not_asked_again_and_again(monkeypatch: 
     """One that does not know the attribute."""
     with narrow_in_the_middle() as stages, scheduling(stages) as scheduler:
         asked: list[float] = []
-        monkeypatch.setattr(stages[1].engine, "await_room", lambda *_, **__: asked.append(time.monotonic()))
+        monkeypatch.setattr(stages[1].engine, "await_memory", lambda *_, **__: asked.append(time.monotonic()))
         streams = [submit(scheduler, [number] * 20, 60) for number in range(3)]
         for number, stream in enumerate(streams):
             assert tokens_of(stream) == counted([number] * 20, 60)
         seconds = asked[-1] - asked[0]
-        assert len(asked) <= MOST_WAITING * (1 + seconds / ROOM_SECONDS) + 2 * len(streams)
+        assert len(asked) <= MAX_MEMORY_WAITERS * (1 + seconds / ROOM_SECONDS) + 2 * len(streams)
 
 
 def test_where_it_fails_only_the_waiting_is_over() -> None:

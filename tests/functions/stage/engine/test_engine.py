@@ -13,7 +13,7 @@ from eventing.problems import EventExpired, NotReady
 from eventing.wire.control import ReleaseRow, ReserveRow
 from eventing.wire.events import Batch, Row, Status, Want
 from functions.stage.engine.engine import Engine, PassStatistics
-from functions.stage.engine.event_queue import EventQueue, WaitingEvent
+from functions.stage.engine.event_queue import EventQueue, ForwardEvent
 from functions.stage.models.floats import Array
 from functions.stage.models.layer_group import Segment
 from tests.support.functions.counting_group import CountingGroup, Poisoned
@@ -66,7 +66,7 @@ class Crowd:
             assert holder.result(DEADLINE_SECONDS).rows[0].status is Status.OK
 
     def _at_stage(self) -> int:
-        return sum(len(steps) for steps in self.engine._queue._here.copy().values())
+        return sum(len(steps) for steps in self.engine._queue._steps.copy().values())
 
     def close(self) -> None:
         self.group.gate.set()
@@ -246,7 +246,7 @@ def test_a_thousand_abandoned_sequences_leave_nothing_behind() -> None:
             assert {row.status for row in engine.handle(batch(rows, [1] * 100), source=GATEWAY).rows} == {Status.OK}
         wait_for(lambda: engine.free_tokens == 10_000)
         assert engine.sequences == 0
-        assert not engine._queue._here
+        assert not engine._queue._steps
 
 
 def test_draining_answers_what_waits_and_takes_nothing_more() -> None:
@@ -314,11 +314,11 @@ def test_warming_up_leaves_nothing_behind() -> None:
 def test_the_queue_gives_nothing_when_nothing_comes() -> None:
     queue = EventQueue(num_stages=1, max_merge=1)
     assert queue.wait(0.001)
-    assert queue.take() == []
+    assert queue.take() == ([], [])
     queue.close()
     assert not queue.wait(0.001)
     with pytest.raises(NotReady):
-        queue.put(WaitingEvent(batch([step("a", 0, 1)], [1]), GATEWAY, None, 0.0))
+        queue.put(ForwardEvent(batch([step("a", 0, 1)], [1]), GATEWAY))
 
 
 def test_who_brings_an_event_while_nobody_computes_computes_it(who_computes: None) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from eventing.wire.control import LEASE_SECONDS, RENEWAL_SECONDS, ReserveRow
 from eventing.wire.events import Row, Status
 from functions.stage.engine.engine import Engine
-from functions.stage.engine.leases import Leases
+from functions.stage.engine.sequences import GatewayLeases
 from tests.support.functions.counting_group import CountingGroup
 from tests.support.functions.stage_pipeline import batch, engines, reserved
 
@@ -49,7 +49,7 @@ def test_what_a_gateway_held_that_is_gone_is_freed_and_what_others_hold_stays() 
             wait_for(lambda: engine.free_tokens == 70)
             assert reserved(engine, [ReserveRow("c", 0, 70)], source="idle") == [Status.OK]
             engine.release([], source="third")
-            wait_for(lambda: "third" not in engine._leases._heard)
+            wait_for(lambda: "third" not in engine._leases._renewed)
             assert engine.free_tokens == 0
         wait_for(lambda: engine.free_tokens == 100)
 
@@ -73,18 +73,18 @@ def test_a_pass_that_takes_longer_than_a_lease_is_nobodys_silence() -> None:
 
 
 def test_who_is_heard_of_just_as_it_was_taken_for_gone_is_seen_to_be_gone_later() -> None:
-    leases = Leases()
-    leases.heard("a")
-    for _ in range(Leases.LOOKS):
-        assert not leases.look(["a"])
-    assert leases.look(["a"]) == {"a"}
-    for _ in range(Leases.LOOKS):
-        assert not leases.look(["a"]), "what it reserves from now on"
-    assert leases.look(["a"]) == {"a"}
-    leases.heard("b")
-    for _ in range(Leases.LOOKS + 1):
-        leases.look([])
-    assert not leases._heard, "gateways come and go"
+    leases = GatewayLeases()
+    leases.renew("a")
+    for _ in range(GatewayLeases.CHECKS):
+        assert not leases.expired(["a"])
+    assert leases.expired(["a"]) == {"a"}
+    for _ in range(GatewayLeases.CHECKS):
+        assert not leases.expired(["a"]), "what it reserves from now on"
+    assert leases.expired(["a"]) == {"a"}
+    leases.renew("b")
+    for _ in range(GatewayLeases.CHECKS + 1):
+        leases.expired([])
+    assert not leases._renewed, "gateways come and go"
 
 
 def test_gateways_renew_often_enough_for_some_renewals_to_be_lost() -> None:

@@ -8,7 +8,8 @@ import torch
 from eventing.wire.events import Row, Status, Want
 from functions.stage.engine import forward_pass
 from functions.stage.engine.constraints import Constraints
-from functions.stage.engine.forward_pass import ForwardPass, Part
+from functions.stage.engine.event_queue import ForwardEvent
+from functions.stage.engine.forward_pass import ForwardPass
 from functions.stage.engine.sequences import SequenceTable
 from functions.stage.models.build import Kind, build_layer_group
 from functions.stage.models.layer_group import LayerGroup
@@ -42,7 +43,7 @@ def passes_of(group: LayerGroup) -> ForwardPass:
 
 def scored(running: ForwardPass, token_ids: list[int], position: int = 0) -> tuple[float, ...]:
     row = Row("a", 0, position, len(token_ids), Want.LOGPROBS, reserve_tokens=2 * len(token_ids) if position == 0 else None)
-    (reply,) = running.run([Part(batch([row], token_ids), "gateway", frozenset())])
+    (reply,) = running.run([ForwardEvent(batch([row], token_ids), "gateway")])
     (answer,) = reply.rows
     assert answer.status is Status.OK, answer
     assert answer.result is not None
@@ -81,7 +82,7 @@ def test_rows_of_several_texts_are_divided_where_they_fall() -> None:
     texts = [tokens_of(seed, length) for seed, length in ((4, 150), (5, 60), (6, 1), (7, 240))]
     alone = [scored(passes_of(build("llama", "llama")), text) for text in texts]
     rows = [Row(str(n), 0, 0, len(text), Want.LOGPROBS, reserve_tokens=250) for n, text in enumerate(texts)]
-    (reply,) = running.run([Part(batch(rows, [token for text in texts for token in text]), "gateway", frozenset())])
+    (reply,) = running.run([ForwardEvent(batch(rows, [token for text in texts for token in text]), "gateway")])
     for row, expected in zip(reply.rows, alone, strict=True):
         assert row.result is not None
         assert row.result.logprobs == pytest.approx(expected, abs=2e-3)

@@ -145,7 +145,9 @@ def expected(name: str, conversation: Conversation) -> list[int]:
     token_ids = list(conversation.prompt)
     for _ in range(NEW_TOKENS):
         logits = tiny_models.all_logits(whole_model(name), token_ids)[-1:]
-        token_ids += sample(logits.numpy(), [conversation.sampling], [len(token_ids)], [token_ids])
+        token = sample(logits.numpy()[0], conversation.sampling, len(token_ids), token_ids)
+        assert token is not None
+        token_ids.append(token)
     return token_ids[len(conversation.prompt) :]
 
 

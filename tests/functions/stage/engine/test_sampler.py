@@ -1,6 +1,7 @@
 """The sampler's filters are transformers' own; its draws are a pure function and follow the distribution."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -21,7 +22,8 @@ from transformers.generation.logits_process import (
 )
 
 from eventing.wire.events import Sampling
-from functions.stage.engine.sampler import keep, log_probabilities, sample
+from functions.stage.engine import sampler
+from functions.stage.engine.sampler import keep, log_probabilities
 from tests.support.functions.stage_pipeline import whole_model
 from tests.support.storage import tiny_models
 
@@ -33,6 +35,14 @@ Logits = npt.NDArray[np.float32]
 
 def random_logits(seed: int, rows: int = 1) -> Logits:
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)).mul_(3).numpy()
+
+
+def sample(
+    logits: Any, samplings: Sequence[Sampling], positions: Sequence[int], histories: Sequence[Sequence[int]], *allowed: Any
+) -> list[int | None]:
+    """A token for each row of logits."""
+    masks = allowed[0] if allowed else [None] * len(samplings)
+    return [sampler.sample(*row) for row in zip(logits, samplings, positions, histories, masks, strict=True)]
 
 
 def processors(sampling: Sampling) -> LogitsProcessorList:

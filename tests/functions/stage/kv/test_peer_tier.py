@@ -16,7 +16,7 @@ from eventing.problems import MalformedEvent
 from eventing.wire.control import ReserveRow
 from eventing.wire.kv_query import KVQuery
 from eventing.wire.prefix_chain import BLOCK_TOKENS
-from functions.stage.kv import peer_door
+from functions.stage.kv import peer_tier
 from functions.stage.models.kv_bytes import stamp
 from tests.support.functions.kv_stages import LAYERS, KVStage, chain_of, kv_stage
 from tests.support.functions.native_models import native_groups
@@ -94,7 +94,7 @@ def test_a_peer_that_dies_costs_only_what_it_held(when: str, monkeypatch: pytest
     with peer() as server, kv_stage() as stage:
         tokens = conversation(server, ended=True)
         asked: list[int] = []
-        hand_over = peer_door.hand_over
+        hand_over = peer_tier.hand_over
 
         def dies(*arguments: Any) -> Any:
             asked.append(1)
@@ -103,7 +103,7 @@ def test_a_peer_that_dies_costs_only_what_it_held(when: str, monkeypatch: pytest
                 time.sleep(0.1)
             return hand_over(*arguments)
 
-        monkeypatch.setattr(peer_door, "hand_over", dies)
+        monkeypatch.setattr(peer_tier, "hand_over", dies)
         if when == "before":
             server.kill()
         held, drawn = stage.converse("second", tokens, 6, peers=(server.url,))
@@ -115,7 +115,7 @@ def test_a_peer_that_dies_costs_only_what_it_held(when: str, monkeypatch: pytest
 @pytest.mark.parametrize("spoiling", ["altered", "truncated", "of another place", "slow", "none"])
 def test_what_a_peer_says_wrong_is_computed(spoiling: str, monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
-    hand_over = peer_door.hand_over
+    hand_over = peer_tier.hand_over
 
     def spoilt(query: KVQuery, holder: Any) -> Any:
         found = hand_over(query, holder)
@@ -134,9 +134,9 @@ def test_what_a_peer_says_wrong_is_computed(spoiling: str, monkeypatch: pytest.M
         return data, held
 
     with peer() as server, kv_stage() as stage:
-        stage.worth._rate.computed(100, 0.1)
+        stage.estimate._rate.computed(100, 0.1)
         tokens = conversation(server, ended=True)
-        monkeypatch.setattr(peer_door, "hand_over", spoilt)
+        monkeypatch.setattr(peer_tier, "hand_over", spoilt)
         began = time.monotonic()
         held, drawn = stage.converse("second", tokens, 6, peers=(server.url,))
         assert time.monotonic() - began < 4
@@ -147,10 +147,10 @@ def test_what_a_peer_says_wrong_is_computed(spoiling: str, monkeypatch: pytest.M
 
 def test_many_sequences_wait_for_a_peer_that_is_away_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with peer() as server, kv_stage() as stage:
-        stage.worth._rate.computed(100, 0.1)
+        stage.estimate._rate.computed(100, 0.1)
         tokens = conversation(server, ended=True)
         released = threading.Event()
-        monkeypatch.setattr(peer_door, "hand_over", lambda *_: released.wait(5))
+        monkeypatch.setattr(peer_tier, "hand_over", lambda *_: released.wait(5))
         began = time.monotonic()
         for number in range(8):
             assert stage.reserve(str(number), tokens, 1, peers=(server.url,)).held == 0

@@ -49,8 +49,8 @@ def first_turn(store: PayloadStore, dtype: str = "float32", length: int = 180, s
 
 
 def drain(stage: KVStage) -> None:
-    assert stage.keeping is not None
-    stage.keeping.drain(stage.engine, 20.0)
+    assert stage.writer is not None
+    stage.writer.drain(stage.engine, 20.0)
 
 
 def without(dtype: str, tokens: list[int]) -> list[int]:
@@ -92,8 +92,8 @@ def test_what_memory_is_taken_from_is_found_again(store: PayloadStore) -> None:
         for number, tokens in enumerate(conversations):
             stage.converse(str(number), tokens, 1)
             stage.end(str(number), tokens)
-        assert stage.keeping is not None
-        stage.keeping._waiting.join()
+        assert stage.writer is not None
+        stage.writer._waiting.join()
         held = [stage.reserve(f"again {number}", tokens, 1).held for number, tokens in enumerate(conversations[:1])]
         assert held == [224]
         assert stage.restores.tokens["store"] == 224
@@ -150,7 +150,7 @@ def test_a_store_that_is_away_or_slow_holds_nobody_up_for_long(settings: StoreSe
         slow = PayloadStore(proxy.settings, stall_seconds=2.0, retry_seconds=60.0)
         for broken in (away, slow):
             with broken, kv_stage(store=broken) as stage:
-                stage.worth._rate.computed(100, 0.1)
+                stage.estimate._rate.computed(100, 0.1)
                 began = time.monotonic()
                 held, drawn = stage.converse("second", tokens, 6)
                 assert (held, stage.restores.failed) == (0, ["store"])
@@ -194,18 +194,18 @@ def test_a_clients_short_deadline_leaves_the_store_to_others(store: PayloadStore
 
 def test_what_nobody_expected_ends_no_writing(store: PayloadStore, monkeypatch: pytest.MonkeyPatch) -> None:
     with kv_stage(store=store) as stage:
-        assert stage.keeping is not None
-        keeping = stage.keeping
-        monkeypatch.setattr(keeping, "_list", lambda: 1 // 0)
+        assert stage.writer is not None
+        writer = stage.writer
+        monkeypatch.setattr(writer, "_list", lambda: 1 // 0)
         tokens = text(100)
         stage.converse("first", tokens, 1)
         stage.end("first", tokens)
         drain(stage)
-        assert keeping._paused
-        assert keeping._thread is not None
-        assert keeping._thread.is_alive()
+        assert writer._paused
+        assert writer._thread is not None
+        assert writer._thread.is_alive()
         monkeypatch.undo()
-        keeping._paused_until = 0.0
+        writer._paused_until = 0.0
         drain(stage)
     assert list(store.list("kv/"))
 

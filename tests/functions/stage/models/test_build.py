@@ -17,7 +17,7 @@ from functions.stage.engine.wire_tensors import hidden_array, wire_tensor
 from functions.stage.models import build
 from functions.stage.models.build import Choice, Kind, UnsupportedDtype, build_layer_group, choose, device_for
 from functions.stage.models.families import FAMILIES
-from functions.stage.models.kv_budget import KVBudget
+from functions.stage.models.kv_cache import KVBudget
 from functions.stage.models.layer_group import KVCacheFull, Segment
 from storage.checkpoints.llama_config import UnsupportedConfig
 from storage.checkpoints.llama_shaped import LLAMA_FAMILIES

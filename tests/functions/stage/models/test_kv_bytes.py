@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from functions.stage.models.kv_bytes import HEADER_BYTES, AlteredKV, ForeignKV, read_kv, write_kv
-from functions.stage.models.kv_ranges import KVRanges
+from functions.stage.models.kv_cache import KVRanges
 from functions.stage.models.layer_group import LayerGroup, Segment
 from tests.support.functions.native_models import native_groups, torch_groups
 

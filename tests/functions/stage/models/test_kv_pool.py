@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from functions.stage.models import kv_ranges
+from functions.stage.models import kv_cache
 from functions.stage.models.layer_group import KVCacheFull
 from functions.stage.models.llama.kv_pool import KVPool
 
@@ -83,7 +83,7 @@ class _CopiesFail(TorchDispatchMode):
 
 @pytest.mark.parametrize("copies", range(24))
 def test_moving_that_fails_half_way_leaves_no_sequence_wrong(copies: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_ranges, "_MOVED_AT_ONCE", 5 * 2 * 2 * 4 * 4)
+    monkeypatch.setattr(kv_cache, "_MOVED_AT_ONCE", 5 * 2 * 2 * 4 * 4)
     kv = pool(100)
     handles = [kv.reserve(20) for _ in range(5)]
     for number, handle in enumerate(handles):

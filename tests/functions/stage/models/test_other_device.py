@@ -12,7 +12,8 @@ import torch
 
 from eventing.wire.events import Batch, Row, Sampling, Status, Want
 from functions.stage.engine.constraints import Constraints
-from functions.stage.engine.forward_pass import ForwardPass, Part
+from functions.stage.engine.event_queue import ForwardEvent
+from functions.stage.engine.forward_pass import ForwardPass
 from functions.stage.engine.sequences import SequenceTable
 from functions.stage.models.build import Kind, build_layer_group
 from functions.stage.models.floats import DTYPES
@@ -72,7 +73,7 @@ def test_hidden_states_and_logits_come_back_as_arrays(kind: Kind, name: str, dty
 
 def run(passes: Sequence[ForwardPass], into: Batch) -> Batch:
     for forward_pass in passes:
-        (into,) = forward_pass.run([Part(into, "gateway", frozenset())])
+        (into,) = forward_pass.run([ForwardEvent(into, "gateway")])
         assert {row.status for row in into.rows} == {Status.OK}, into.rows
     return into
 

@@ -10,7 +10,7 @@ import pytest
 from eventing.wire.control import ROOM_SECONDS, ReleaseRow, ReserveRow
 from eventing.wire.events import Status
 from functions.stage.engine.engine import Engine
-from functions.stage.engine.room import MOST_WAITING
+from functions.stage.engine.sequences import MAX_MEMORY_WAITERS
 from tests.support.functions.counting_group import CountingGroup
 from tests.support.functions.stage_pipeline import engines, reserved
 
@@ -34,14 +34,14 @@ def waiting(engine: Engine, tokens: int, ends: Callable[[float], bool]) -> Itera
 
     def wait() -> None:
         began = time.monotonic()
-        engine.await_room(tokens, source="gateway")
+        engine.await_memory(tokens, source="gateway")
         took.append(time.monotonic() - began)
 
-    before = engine._room.waiting
+    before = engine._memory_waiters.waiting
     thread = threading.Thread(target=wait)
     thread.start()
     deadline = time.monotonic() + 30
-    while engine._room.waiting == before and thread.is_alive():
+    while engine._memory_waiters.waiting == before and thread.is_alive():
         assert time.monotonic() < deadline
         time.sleep(0.001)
     yield thread
@@ -78,7 +78,7 @@ def test_it_ends_when_its_time_is_over(full: Engine) -> None:
 
 def test_it_is_answered_well_before_it_expires(full: Engine) -> None:
     began = time.monotonic()
-    full.await_room(1, source="gateway", expires_at=time.time() + 0.6)
+    full.await_memory(1, source="gateway", expires_at=time.time() + 0.6)
     assert 0.2 < time.monotonic() - began < 0.6
 
 
@@ -92,7 +92,7 @@ def test_a_stage_that_is_told_to_stop_lets_go_and_holds_nobody_any_more(full: En
 
 def test_a_few_wait_and_no_more(full: Engine) -> None:
     """Each takes a place of containerConcurrency."""
-    assert MOST_WAITING == 2
+    assert MAX_MEMORY_WAITERS == 2
     with (
         waiting(full, 1, lambda seconds: seconds >= ROOM_SECONDS),
         waiting(full, 1, lambda seconds: seconds >= ROOM_SECONDS),
@@ -102,7 +102,7 @@ def test_a_few_wait_and_no_more(full: Engine) -> None:
 
 
 def test_none_waits_where_none_may() -> None:
-    with engines([CountingGroup(capacity_tokens=1)], most_awaiting_room=0) as (engine,):
+    with engines([CountingGroup(capacity_tokens=1)], max_memory_waiters=0) as (engine,):
         assert reserved(engine, [ReserveRow("a", 0, 1)]) == [Status.OK]
         with waiting(engine, 1, lambda seconds: seconds < LONG_BEFORE):
             pass

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eventing.wire.prefix_chain import BLOCK_TOKENS, Chain, chain_key, extended
-from functions.stage.engine.remembered import Left, Remembered
-from functions.stage.models.kv_budget import KVBudget
+from functions.stage.engine.prefix_cache import CachedPrefix, PrefixCache
+from functions.stage.models.kv_cache import KVBudget
 from functions.stage.models.layer_group import KVCacheFull
 from functions.stage.models.native.kv_pool import NativeKVPool
 from functions.stage.native.records import Dtype
@@ -29,18 +29,18 @@ class Stage:
 
     def __init__(self, blocks: int = BLOCKS) -> None:
         self.kv = pool(blocks)
-        self.memory = Remembered(self.kv, self.leaving)
-        self.left: list[Chain] = []
+        self.cache = PrefixCache(self.kv, self.leaving)
+        self.evicted: list[Chain] = []
 
-    def leaving(self, left: Left) -> None:
-        assert self.memory.holder(left.chain)[1] == BLOCK_TOKENS * len(left.chain)
-        self.left.append(left.chain)
+    def leaving(self, prefix: CachedPrefix) -> None:
+        assert self.cache.longest(prefix.chain)[1] == BLOCK_TOKENS * len(prefix.chain)
+        self.evicted.append(prefix.chain)
 
     def begin(self, tokens: list[int], more: int = 1) -> tuple[int, int]:
         """A sequence of `tokens` that computes what it does not find, and how much it found. Raises KVCacheFull."""
         chain = extended((), tokens[:-1], KEY)
-        handle = self.memory.reserve(len(tokens) + more, chain)
-        held = self.memory.fill(handle, chain)
+        handle = self.cache.reserve(len(tokens) + more, chain)
+        held = self.cache.fill(handle, chain)
         self.check(handle, tokens[:held])
         self.compute(handle, tokens)
         return handle, held
@@ -58,7 +58,7 @@ class Stage:
             assert (layer[:, :, first : first + len(tokens)] == np.array(tokens, np.float32)[:, None]).all()
 
     def end(self, handle: int, tokens: list[int]) -> None:
-        self.memory.end(handle, extended((), tokens, KEY))
+        self.cache.end(handle, extended((), tokens, KEY))
 
 
 def text(seed: int, blocks: float) -> list[int]:
@@ -69,7 +69,7 @@ def text(seed: int, blocks: float) -> list[int]:
 def stage() -> Iterator[Stage]:
     stage = Stage()
     yield stage
-    assert stage.memory.free_tokens == stage.kv.free_tokens + stage.memory.tokens
+    assert stage.cache.free_tokens == stage.kv.free_tokens + stage.cache.cached_tokens
 
 
 def test_a_follow_up_turn_takes_the_memory_over(stage: Stage) -> None:
@@ -78,10 +78,10 @@ def test_a_follow_up_turn_takes_the_memory_over(stage: Stage) -> None:
     start = stage.kv.start(handle)
     assert held == 0
     stage.end(handle, first)
-    assert stage.memory.free_tokens == stage.kv.capacity_tokens
+    assert stage.cache.free_tokens == stage.kv.capacity_tokens
     again, held = stage.begin(first + text(2, 2))
     assert held == 3 * BLOCK_TOKENS
-    assert (stage.kv.start(again), stage.memory.tokens) == (start, 0)
+    assert (stage.kv.start(again), stage.cache.cached_tokens) == (start, 0)
 
 
 def test_without_room_behind_it_the_memory_moves(stage: Stage) -> None:
@@ -92,7 +92,7 @@ def test_without_room_behind_it_the_memory_moves(stage: Stage) -> None:
     again, held = stage.begin(first + text(2, 2))
     assert held == 3 * BLOCK_TOKENS
     assert stage.kv.start(again) > stage.kv.start(other)
-    assert stage.memory.tokens == 0
+    assert stage.cache.cached_tokens == 0
 
 
 def test_a_shared_beginning_is_copied_also_from_one_that_runs(stage: Stage) -> None:
@@ -102,34 +102,34 @@ def test_a_shared_beginning_is_copied_also_from_one_that_runs(stage: Stage) -> N
     assert held == 2 * BLOCK_TOKENS
     stage.check(handle, prompt)
     stage.end(handle, [*prompt, 1])
-    assert stage.memory.tokens == 0, "the other one holds all of it"
+    assert stage.cache.cached_tokens == 0, "the other one holds all of it"
     stage.end(other, [*prompt, *text(2, 1)])
     third, held = stage.begin([*prompt, *text(4, 1)])
     assert held == 2 * BLOCK_TOKENS
-    assert stage.memory.tokens == 3 * BLOCK_TOKENS, "what was copied from is remembered still"
-    stage.memory.drop(third)
+    assert stage.cache.cached_tokens == 3 * BLOCK_TOKENS, "what was copied from is remembered still"
+    stage.cache.drop(third)
 
 
 def test_what_is_computed_only_now_is_found_when_it_is_asked_again(stage: Stage) -> None:
     prompt = [*text(1, 4), 1]
     chain = extended((), prompt[:-1], KEY)
-    first, second = stage.memory.reserve(70, chain), stage.memory.reserve(70, chain)
-    assert stage.memory.fill(second, chain) == 0
+    first, second = stage.cache.reserve(70, chain), stage.cache.reserve(70, chain)
+    assert stage.cache.fill(second, chain) == 0
     stage.compute(first, prompt[: 2 * BLOCK_TOKENS + 3])
-    assert stage.memory.fill(second, chain) == 2 * BLOCK_TOKENS
+    assert stage.cache.fill(second, chain) == 2 * BLOCK_TOKENS
     stage.check(second, prompt[: 2 * BLOCK_TOKENS])
 
 
 def test_draft_tokens_that_were_rolled_back_elsewhere_are_not_taken_for_what_came_instead(stage: Stage) -> None:
     """A sequence that moves away with draft tokens behind it, and comes back before it was released here."""
     prompt = text(1, 2)
-    handle = stage.memory.reserve(5 * BLOCK_TOKENS, extended((), prompt, KEY))
+    handle = stage.cache.reserve(5 * BLOCK_TOKENS, extended((), prompt, KEY))
     stage.compute(handle, prompt + text(2, 1))
     answer = prompt + text(3, 2)
     chain = extended((), answer, KEY)
-    assert stage.memory.fill(handle, chain) == len(prompt)
-    other = stage.memory.reserve(len(answer) + 1, chain)
-    assert stage.memory.fill(other, chain) == len(prompt)
+    assert stage.cache.fill(handle, chain) == len(prompt)
+    other = stage.cache.reserve(len(answer) + 1, chain)
+    assert stage.cache.fill(other, chain) == len(prompt)
 
 
 def test_an_answer_that_goes_on_otherwise_leaves_the_old_one(stage: Stage) -> None:
@@ -139,7 +139,7 @@ def test_an_answer_that_goes_on_otherwise_leaves_the_old_one(stage: Stage) -> No
     handle, held = stage.begin([*other, 1])
     assert held == 2 * BLOCK_TOKENS
     stage.end(handle, other)
-    assert [left.chain for left in stage.memory.left()] == [extended((), other, KEY), extended((), one, KEY)]
+    assert [prefix.chain for prefix in stage.cache.cached()] == [extended((), other, KEY), extended((), one, KEY)]
 
 
 def test_the_least_recently_used_go_first_and_nothing_is_full_because_of_them(stage: Stage) -> None:
@@ -147,16 +147,16 @@ def test_the_least_recently_used_go_first_and_nothing_is_full_because_of_them(st
     for tokens in texts:
         handle, _ = stage.begin(tokens, more=0)
         stage.end(handle, tokens)
-    assert stage.memory.free_tokens == stage.kv.capacity_tokens
-    assert stage.left == []
+    assert stage.cache.free_tokens == stage.kv.capacity_tokens
+    assert stage.evicted == []
     handle, _ = stage.begin(text(9, 5), more=0)
-    assert stage.left == [extended((), tokens, KEY) for tokens in texts[:2]]
+    assert stage.evicted == [extended((), tokens, KEY) for tokens in texts[:2]]
     whole, _ = stage.begin(text(10, 7), more=0)
-    assert stage.memory.tokens == 0
+    assert stage.cache.cached_tokens == 0
     with pytest.raises(KVCacheFull):
         stage.begin([1], more=0)
-    stage.memory.drop(whole)
-    stage.memory.drop(handle)
+    stage.cache.drop(whole)
+    stage.cache.drop(handle)
 
 
 def test_what_does_not_fit_anyway_drives_nothing_out(stage: Stage) -> None:
@@ -165,9 +165,9 @@ def test_what_does_not_fit_anyway_drives_nothing_out(stage: Stage) -> None:
     stage.end(handle, text(2, 2))
     with pytest.raises(KVCacheFull):
         stage.begin(text(3, 5), more=0)
-    assert stage.memory.tokens == 2 * BLOCK_TOKENS
-    assert stage.left == []
-    stage.memory.drop(running)
+    assert stage.cache.cached_tokens == 2 * BLOCK_TOKENS
+    assert stage.evicted == []
+    stage.cache.drop(running)
 
 
 def test_one_that_leaves_no_room_for_a_copy_is_computed_again(stage: Stage) -> None:
@@ -176,20 +176,20 @@ def test_one_that_leaves_no_room_for_a_copy_is_computed_again(stage: Stage) -> N
     handle, _ = stage.begin([*tokens, 1], more=0)
     behind, _ = stage.begin(text(3, 1), more=0)
     stage.end(handle, tokens)
-    stage.memory.drop(front)
+    stage.cache.drop(front)
     _, held = stage.begin(tokens + text(4, 3), more=0)
     assert held == 0
-    assert stage.left == [extended((), tokens, KEY)]
-    stage.memory.drop(behind)
+    assert stage.evicted == [extended((), tokens, KEY)]
+    stage.cache.drop(behind)
 
 
 def test_a_cache_without_ranges_remembers_nothing() -> None:
-    memory = Remembered(KVBudget(100))
+    cache = PrefixCache(KVBudget(100))
     chain = extended((), text(1, 2), KEY)
-    handle = memory.reserve(40, chain)
-    memory.end(handle, chain)
-    assert memory.fill(memory.reserve(40, chain), chain) == 0
-    assert memory.free_tokens == 60
+    handle = cache.reserve(40, chain)
+    cache.end(handle, chain)
+    assert cache.fill(cache.reserve(40, chain), chain) == 0
+    assert cache.free_tokens == 60
 
 
 turns = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 60), st.booleans()), min_size=1, max_size=60)
@@ -213,12 +213,12 @@ def test_whatever_comes_each_finds_what_it_would_have_computed(turns: list[tuple
             stage.end(*running.pop(dice.randrange(len(running))))
         for handle, tokens in running:
             stage.check(handle, tokens)
-        assert stage.memory.free_tokens == stage.kv.capacity_tokens - sum(
+        assert stage.cache.free_tokens == stage.kv.capacity_tokens - sum(
             stage.kv.taken(stage.kv.reserved(handle)) for handle, _ in running
         )
     for handle, tokens in running:
         stage.end(handle, tokens)
-    assert stage.memory.free_tokens == stage.kv.capacity_tokens
+    assert stage.cache.free_tokens == stage.kv.capacity_tokens
 
 
 def test_ten_thousand_conversations_leave_it_as_large_as_a_hundred() -> None:
@@ -229,6 +229,6 @@ def test_ten_thousand_conversations_leave_it_as_large_as_a_hundred() -> None:
         handle, _ = stage.begin([*tokens, 1])
         stage.end(handle, tokens)
         if number % 100 == 99:
-            sizes.append((stage.memory.digests, stage.memory.tokens))
+            sizes.append((stage.cache.digests, stage.cache.cached_tokens))
     assert max(sizes) <= (200, 200 * BLOCK_TOKENS)
     assert min(sizes[1:]) >= (150, 150 * BLOCK_TOKENS)

@@ -1,0 +1,220 @@
+"""The prefix cache: KV of ended sequences stays in memory until the memory is needed, and is found again by its chain.
+
+A range of the KV arena belongs to a running sequence or is cached. Both kinds are found by chain: a follow-up turn takes a
+cached range over in place, and a sequence that begins like another one copies the common prefix. Cached tokens count as
+free. They are evicted, least recently used first, when a reservation needs their memory, so they never cause `full`.
+Only the thread that has the engine's turn may call this.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from eventing.wire.prefix_chain import BLOCK_TOKENS, Chain, common_blocks
+from functions.stage.models.kv_cache import KVRanges
+from functions.stage.models.layer_group import KVCache
+
+
+@dataclass(frozen=True, slots=True)
+class CachedPrefix:
+    """A cached range of the arena that can still be read."""
+
+    handle: int
+    chain: Chain  # of all tokens held
+
+
+class PrefixIndex:
+    """Finds handles by the digests of their chains. A digest identifies its block and all blocks before it.
+
+    A chain says what a handle may come to hold. How many tokens it holds now is known to the KV cache, so that lookups take a
+    `length` function: handle → tokens held.
+    """
+
+    def __init__(self) -> None:
+        self._chains: dict[int, Chain] = {}
+        self._holders: dict[bytes, set[int]] = {}
+
+    def __len__(self) -> int:
+        """Number of digests."""
+        return len(self._holders)
+
+    def chain(self, handle: int) -> Chain:
+        return self._chains.get(handle, ())
+
+    def put(self, handle: int, chain: Chain) -> None:
+        """Replaces the handle's chain."""
+        self.remove(handle)
+        if chain:
+            self._chains[handle] = chain
+        for digest in chain:
+            self._holders.setdefault(digest, set()).add(handle)
+
+    def remove(self, handle: int) -> None:
+        for digest in self._chains.pop(handle, ()):
+            holders = self._holders[digest]
+            holders.discard(handle)
+            if not holders:
+                del self._holders[digest]
+
+    def longest(self, chain: Chain, length: Callable[[int], int], but: int | None = None) -> tuple[int | None, int]:
+        """The handle that holds most of `chain`, and how many tokens of it. but: a handle that is not considered."""
+        for blocks in range(len(chain), 0, -1):
+            for handle in self._holders.get(chain[blocks - 1], ()):
+                if handle != but and length(handle) >= blocks * BLOCK_TOKENS:
+                    return handle, blocks * BLOCK_TOKENS
+        return None, 0
+
+    def holder(self, digest: bytes, blocks: int, length: Callable[[int], int]) -> int | None:
+        """A handle that holds the `blocks` blocks that end with `digest`."""
+        holders = self._holders.get(digest, ())
+        return next((handle for handle in holders if length(handle) >= blocks * BLOCK_TOKENS), None)
+
+    def prefixes(self, chain: Chain) -> Iterator[int]:
+        """Handles whose whole chain is a prefix of `chain`, or equal to it."""
+        for blocks, digest in enumerate(chain, 1):
+            yield from [handle for handle in self._holders.get(digest, ()) if len(self._chains[handle]) == blocks]
+
+
+class PrefixCache:
+    """Hands out the memory of a `KVCache`. A cache without ranges (transformers' modules) never finds anything.
+
+    on_evicted: called with a prefix just before it is evicted. on_found: called with the number of tokens that were found.
+    """
+
+    def __init__(self, kv: KVCache, on_evicted: Callable[[CachedPrefix], None] = lambda prefix: None) -> None:
+        self._kv = kv
+        self.ranges = kv if isinstance(kv, KVRanges) else None  # the arena; None: what is held cannot be read
+        self._index = PrefixIndex()
+        self._cached: dict[int, None] = {}  # handles of ended sequences, least recently used first
+        self.cached_tokens = 0
+        self.on_evicted = on_evicted
+        self.on_found: Callable[[int], None] = lambda tokens: None
+
+    @property
+    def free_tokens(self) -> int:
+        """KV tokens that can be reserved, cached ones included."""
+        return self._kv.free_tokens + self.cached_tokens
+
+    @property
+    def digests(self) -> int:
+        """Size of the index."""
+        return len(self._index)
+
+    def reserve(self, tokens: int, chain: Chain) -> int:
+        """A handle with memory for `tokens`, which holds as much of `chain` as was found. Raises KVCacheFull."""
+        source, held = self.longest(chain)
+        if source is not None and source in self._cached and held == BLOCK_TOKENS * len(self._index.chain(source)):
+            handle = self._take_over(source, tokens, held)
+        else:
+            handle = self._allocate(tokens, source)
+            self._copy(source, handle, held)
+        self._index.put(handle, chain if self.ranges is not None else ())
+        return handle
+
+    def fill(self, handle: int, chain: Chain) -> int:
+        """Searches again for a handle in use. Returns how many tokens of `chain` it holds then.
+
+        What the handle computed beyond the chain that it was reserved with is dropped: it may be rejected draft tokens.
+        """
+        self.keep(handle, chain)
+        source, held = self.longest(chain, but=handle)
+        if held > self._kv.length(handle):
+            self._copy(source, handle, held)
+        if self.ranges is not None:
+            self._index.put(handle, chain)
+        return min(self._kv.length(handle), BLOCK_TOKENS * len(chain))
+
+    def keep(self, handle: int, chain: Chain) -> None:
+        """Cuts what `handle` holds to its common prefix with `chain`."""
+        self._kv.truncate(handle, BLOCK_TOKENS * common_blocks(self._index.chain(handle), chain))
+
+    def end(self, handle: int, chain: Chain = ()) -> None:
+        """The sequence has ended: caches what it holds. chain: of its tokens; empty: the one that it was reserved with."""
+        chain = chain or self._index.chain(handle)
+        chain = chain[: self._kv.length(handle) // BLOCK_TOKENS]
+        holder, held = self.longest(chain, but=handle)
+        if self.ranges is None or not chain or held == BLOCK_TOKENS * len(chain):
+            if holder is not None:
+                self._touch(holder)
+            self.drop(handle)
+            return
+        for other in self._index.prefixes(chain):
+            if other in self._cached:
+                self._forget(other)
+        self.ranges.shrink(handle, BLOCK_TOKENS * len(chain))
+        self._index.put(handle, chain)
+        self._cached[handle] = None
+        self.cached_tokens += self._size(handle)
+
+    def drop(self, handle: int) -> None:
+        """Releases the handle and caches nothing."""
+        self._index.remove(handle)
+        self._kv.release(handle)
+
+    def cached(self) -> list[CachedPrefix]:
+        """Everything cached, most recently used first."""
+        return [CachedPrefix(handle, self._index.chain(handle)) for handle in reversed(self._cached)]
+
+    def still_holds(self, prefix: CachedPrefix) -> bool:
+        return prefix.handle in self._cached and self._index.chain(prefix.handle) == prefix.chain
+
+    def holder(self, digest: bytes, blocks: int) -> int | None:
+        """A handle that holds the `blocks` blocks that end with `digest`, of a running sequence or a cached one."""
+        return self._index.holder(digest, blocks, self._kv.length)
+
+    def longest(self, chain: Chain, but: int | None = None) -> tuple[int | None, int]:
+        """The handle that holds most of `chain`, running or cached, and how many tokens of it. but: is not considered."""
+        return self._index.longest(chain, self._kv.length, but)
+
+    def _take_over(self, source: int, tokens: int, held: int) -> int:
+        """Grows the cached range in place if there is free memory after it. Otherwise moves it, or gives it up."""
+        assert self.ranges is not None
+        self._touch(source)
+        size = self._size(source)
+        if self.ranges.grow(source, tokens):
+            del self._cached[source]
+            self.cached_tokens -= size
+            self.on_found(held)
+            return source
+        handle = self._allocate(tokens, source)
+        if self._copy(source, handle, held):
+            self._forget(source)
+        return handle
+
+    def _allocate(self, tokens: int, source: int | None) -> int:
+        """A new range for `tokens`. Evicts what is cached if that is necessary, `source` last. Raises KVCacheFull."""
+        if self.ranges is not None:
+            others = [handle for handle in self._cached if handle != source]
+            for handle in self.ranges.to_drop(tokens, others):
+                self._evict(handle)
+            if self._kv.free_tokens < self.ranges.taken(tokens) <= self.free_tokens:
+                for handle in [*others, *([source] if source in self._cached else [])]:
+                    self._evict(handle)
+        return self._kv.reserve(tokens)
+
+    def _copy(self, source: int | None, target: int, held: int) -> bool:
+        """Copies the first `held` tokens. False if there is no source, or it was evicted."""
+        if self.ranges is None or source is None or not self._index.chain(source):
+            return False
+        self.on_found(held - self._kv.length(target))
+        self.ranges.copy(source, target, held)
+        self._touch(source)
+        return True
+
+    def _touch(self, handle: int) -> None:
+        if handle in self._cached:
+            self._cached[handle] = self._cached.pop(handle)
+
+    def _evict(self, handle: int) -> None:
+        if handle in self._cached:
+            self.on_evicted(CachedPrefix(handle, self._index.chain(handle)))
+            self._forget(handle)
+
+    def _forget(self, handle: int) -> None:
+        self.cached_tokens -= self._size(handle)
+        del self._cached[handle]
+        self.drop(handle)
+
+    def _size(self, handle: int) -> int:
+        """Tokens of memory that the handle's range takes."""
+        assert self.ranges is not None
+        return self.ranges.taken(self._kv.reserved(handle))
