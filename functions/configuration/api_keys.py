@@ -22,7 +22,7 @@ _MOST: Final = 10**12
 
 
 @dataclass(frozen=True, slots=True)
-class Allowance:
+class Quota:
     """What a client may ask. None: nothing is said; 0: as much as it likes."""
 
     requests_per_minute: int | None = None
@@ -41,7 +41,7 @@ class Allowance:
         return dataclasses.replace(other, **said)
 
 
-LIMITS: Final = tuple(field.name for field in dataclasses.fields(Allowance))
+LIMITS: Final = tuple(field.name for field in dataclasses.fields(Quota))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class ApiKey:
 
     hashed: str
     name: str = ""
-    allowance: Allowance = Allowance()
+    quota: Quota = Quota()
     in_clear_text: bool = False
     """As people write them by hand."""
 
@@ -61,7 +61,7 @@ class ApiKey:
 
     def written(self) -> str:
         """Always by its hash."""
-        said = {name: getattr(self.allowance, name) for name in LIMITS}
+        said = {name: getattr(self.quota, name) for name in LIMITS}
         words = [f"{name}={value}" for name, value in (("name", self.name or None), *said.items()) if value is not None]
         return " ".join([HASHED + self.hashed, *words])
 
@@ -114,5 +114,5 @@ def _key(number: int, words: list[str]) -> ApiKey:
             raise ValueError(f"word {place} of key {number} is none of NAME=VALUE, NAME one of {known}, once each") from error
         said[name] = value
     name = said.pop("name", "")
-    allowance = Allowance(**{each: int(value) for each, value in said.items()})
-    return ApiKey(sha256_of(secret) if clear else secret, name, allowance, clear)
+    quota = Quota(**{each: int(value) for each, value in said.items()})
+    return ApiKey(sha256_of(secret) if clear else secret, name, quota, clear)

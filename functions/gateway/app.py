@@ -1,8 +1,8 @@
-"""The gateway over HTTP: two doors, one core behind both."""
+"""The gateway's Flask application: all APIs over one AnswerService."""
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from flask import Flask, Request, Response, g, request
@@ -10,13 +10,11 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from eventing.claim_check import ClaimCheck
 from eventing.problems import EventTooLarge, Problem
-from functions.configuration.api_keys import Allowance
+from functions.configuration.api_keys import Quota
 from functions.configuration.config import GatewayConfig
 from functions.gateway.answers.access_log import AccessLog
-from functions.gateway.answers.authentication import KeyRing
+from functions.gateway.answers.authentication import Clients, KeyRing
 from functions.gateway.answers.client_limits import ClientLimits
-from functions.gateway.answers.clients import Clients
-from functions.gateway.answers.cors import CrossOrigin
 from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.answers.service import AnswerService
 from functions.gateway.cloudevents.api import CloudEventsAPI
@@ -27,7 +25,7 @@ from functions.gateway.openapi.document import OpenAPIDocument
 from functions.gateway.openapi.operations import operations
 from functions.gateway.page.page import Page
 from functions.gateway.page.pipeline_events import PipelineEventsAPI
-from functions.gateway.page.pipeline_watch import PipelineWatch, StageName, Watched
+from functions.gateway.page.pipeline_watch import PipelineWatch, StageDescription, Watched
 from functions.gateway.stages.endpoints import service_name
 from functions.hosting.web import add_problem_handlers
 from storage.store.payload_store import PayloadStore
@@ -37,8 +35,7 @@ if TYPE_CHECKING:
 
 _log: Final = logging.getLogger(__name__)
 
-MAX_REQUEST_BYTES: Final = 2**23
-"""Far beyond any context."""
+MAX_REQUEST_BYTES: Final = 2**23  # far more than any context
 _SECURITY_HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
@@ -47,8 +44,8 @@ _SECURITY_HEADERS: Final = {
 }
 
 
-class _Counting(Flask):
-    """Counts what is asked and refused by its outcome, as an answer counts itself once it has begun."""
+class _Gateway(Flask):
+    """Counts refused requests by outcome. An answer that has begun counts itself."""
 
     def __init__(self, metrics: GatewayMetrics) -> None:
         super().__init__("gateway", static_folder=None)
@@ -58,57 +55,51 @@ class _Counting(Flask):
         if not isinstance(e, Problem | HTTPException):
             _log.error("%s failed", g.get("request_id", "a request"))
         if request.method == "POST" and not g.get("answering", False):
-            outcome = _outcome(e)
-            if outcome is not None:
-                self._metrics.answers.labels(outcome).inc()
+            if isinstance(e, RequestEntityTooLarge):
+                self._metrics.answers.labels(EventTooLarge.name).inc()
+            elif not isinstance(e, HTTPException):  # those are paths and methods that no API has
+                self._metrics.answers.labels(e.name if isinstance(e, Problem) else Problem.name).inc()
         return super().handle_user_exception(e)
-
-
-def _outcome(error: Exception) -> str | None:
-    """None: nothing was asked that this gateway could answer."""
-    if isinstance(error, RequestEntityTooLarge):
-        return EventTooLarge.name
-    if isinstance(error, HTTPException):
-        return None
-    return error.name if isinstance(error, Problem) else Problem.name
 
 
 def create_app(
     config: GatewayConfig,
-    answers: Callable[[], AnswerService],
+    service: Callable[[], AnswerService],
     metrics: GatewayMetrics,
     keys: KeyRing,
     write_line: Callable[[str], object] = lambda line: print(line, file=sys.stderr, flush=True),
     watched: Watched | None = None,
 ) -> Flask:
-    """`answers` raises NotReady until there is one. write_line: of the access log. watched: None where nothing can be."""
-    app = _Counting(metrics)
+    """service: raises NotReady before the tokenizer is loaded. write_line: for the access log. watched: for the page."""
+    app = _Gateway(metrics)
     app.config["MAX_CONTENT_LENGTH"] = MAX_REQUEST_BYTES
     add_problem_handlers(app)
+    app.after_request(_add_headers)
+    if config.cors_origins is not None:
+        app.after_request(CrossOrigin(config.cors_origins).add_headers)
+    if config.access_log != "off":
+        app.wsgi_app = AccessLog(app.wsgi_app, write_line, with_prompts=config.access_log == "prompts")  # type: ignore[method-assign]
     clients = Clients(keys, config.proxies)
     source = f"/pipelines/{config.pipeline}/gateway"
     claims = ClaimCheck(PayloadStore(config.store), config.store.bucket)
-    scores = ScoreEntry(lambda: answers().text, claims, pipeline=config.pipeline, source=source, token=config.pipeline_token)
-    entry = scores if config.scores == "on" else None
-    app.after_request(_closed)
-    if config.cors_origins is not None:
-        CrossOrigin(config.cors_origins).register(app)
-    if config.access_log != "off":
-        app.wsgi_app = AccessLog(app.wsgi_app, write_line, with_prompts=config.access_log == "prompts")  # type: ignore[method-assign]
-    CloudEventsAPI(answers, clients, claims, entry, source, config.request_timeout_seconds).register(app)
-    TokensAPI(answers, clients).register(app)
+    scores = None
+    if config.scores == "on":
+        scores = ScoreEntry(
+            lambda: service().text, claims, pipeline=config.pipeline, source=source, token=config.pipeline_token
+        )
+    CloudEventsAPI(service, clients, claims, scores, source, config.request_timeout_seconds).register(app)
+    TokensAPI(service, clients).register(app)
     if watched is not None:
         PipelineEventsAPI(PipelineWatch(watched), clients).register(app)
     if config.page == "on":
         Page().register(app)
     described = list(operations(with_page=config.page == "on"))
     OpenAPIDocument(described, config.model, with_keys=not keys.is_open).register(app)
-    OpenAIAPI(answers, clients, config.model, config.pipeline, config.request_timeout_seconds).register(app)
+    OpenAIAPI(service, clients, config.model, config.pipeline, config.request_timeout_seconds).register(app)
     return app
 
 
-def _closed(response: Response) -> Response:
-    """What a browser makes of a reply: nothing."""
+def _add_headers(response: Response) -> Response:
     for name, value in _SECURITY_HEADERS.items():
         response.headers.setdefault(name, value)
     if "request_id" in g:
@@ -116,31 +107,50 @@ def _closed(response: Response) -> Response:
     return response
 
 
-def stage_names(config: GatewayConfig) -> tuple[StageName, ...]:
-    """As the configuration names them."""
+class CrossOrigin:
+    """Cross-Origin Resource Sharing (Fetch Standard, section 3.2): lets browsers run requests of other sites' pages.
+
+    Credentials are never allowed: a page sets the header with its key itself, and cookies are ignored.
+    """
+
+    def __init__(self, origins: Sequence[str]) -> None:
+        """origins: as browsers send them in `Origin`; `*` for all."""
+        self._origins = frozenset(origins)
+
+    def add_headers(self, response: Response) -> Response:
+        origin = request.headers.get("Origin", "")
+        response.vary.add("Origin")
+        if not origin or not self._origins & {origin, "*"}:
+            return response
+        response.headers["Access-Control-Allow-Origin"] = "*" if "*" in self._origins else origin
+        response.headers["Access-Control-Expose-Headers"] = "X-Request-Id, Retry-After"
+        if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
+            response.headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
+            if requested := request.headers.get("Access-Control-Request-Headers"):
+                response.headers["Access-Control-Allow-Headers"] = requested
+            response.headers["Access-Control-Max-Age"] = "600"
+        return response
+
+
+def stage_descriptions(config: GatewayConfig) -> tuple[StageDescription, ...]:
     services = config.stage_services or [service_name(url) for _, url in config.stages]
     targets = config.stage_targets or [0.0] * len(config.stages)
-    named = zip(services, config.cut, targets, strict=True)
-    return tuple(StageName(service, layers, target or None) for service, layers, target in named)
-
-
-def key_ring(config: GatewayConfig) -> KeyRing:
-    """Raises ConfigError where a file is not as it should be."""
-    return KeyRing(config.api_keys, config.api_key_files or ())
+    described = zip(services, config.cut, targets, strict=True)
+    return tuple(StageDescription(service, layers, target or None) for service, layers, target in described)
 
 
 def client_limits(config: GatewayConfig, keys: KeyRing) -> ClientLimits:
-    of_all = Allowance(
+    default = Quota(
         config.client_requests_per_minute,
         config.client_tokens_per_minute,
         config.client_concurrent,
         config.client_max_tokens,
     )
-    return ClientLimits(of_all, keys.allowance, config.limits_store, config.model)
+    return ClientLimits(default, keys.quota, config.limits_store, config.model)
 
 
 def gateway_admission(keys: KeyRing) -> "Callable[[WSGIEnvironment], int]":
-    """How large a body may be, by its head alone. Raises Unauthorized: who has no key sends none."""
+    """A function from a request's head to the most bytes that its body may have. It raises Unauthorized without a valid key."""
     clients = Clients(keys)
 
     def admit(environ: "WSGIEnvironment") -> int:

@@ -1,4 +1,4 @@
-"""From the configuration to a running scheduler: sender, client of the stages, placement, watch."""
+"""Builds a running scheduler from the configuration: sender, client of the stages, placement, watch."""
 
 import secrets
 from dataclasses import dataclass
@@ -25,11 +25,11 @@ class RunningScheduler:
     _readiness: EarlyReadiness
 
     def refused_addresses(self, stage: int) -> int:
-        """Of instances that are not followed, because they are outside of the network of pods."""
+        """Addresses of the stage's instances that are not used, because they are outside of the pod network."""
         return 0 if self._watch is None else self._watch.refused(stage)
 
     def close(self) -> None:
-        """Ends the watch, and what is left of sequences."""
+        """Ends the watch and all sequences."""
         if self._watch is not None:
             self._watch.stop()
         self._readiness.stop()
@@ -38,7 +38,7 @@ class RunningScheduler:
 
 
 def start_scheduler(config: GatewayConfig, tracer: Tracer) -> RunningScheduler:
-    """A scheduler over the configured stages. Sends nothing before the first sequence comes."""
+    """Starts a scheduler over the configured stages. It sends nothing before the first sequence."""
     identity = PipelineIdentity(
         fingerprint=config.pipeline,
         token=config.pipeline_token,
@@ -60,16 +60,11 @@ def start_scheduler(config: GatewayConfig, tracer: Tracer) -> RunningScheduler:
         client, Placement(urls, watched=config.kubernetes_api is not None), limits, keys_of(config.pipeline, config.sharing)
     )
     readiness = EarlyReadiness(scheduler.endpoints_changed)
-    watch = _watch(config, urls, readiness)
-    if watch is not None:
+    watch = None
+    if config.kubernetes_api is not None:
+        api = KubernetesAPI(config.kubernetes_api, config.namespace)
+        pods = PodNetwork(config.pod_network, config.pod_port)
+        services = config.stage_services or [service_name(url) for url in urls]
+        watch = EndpointsWatch(api, services, pods, readiness.endpoints_changed)
         watch.start()
     return RunningScheduler(scheduler, sender, watch, readiness)
-
-
-def _watch(config: GatewayConfig, urls: list[str], readiness: EarlyReadiness) -> EndpointsWatch | None:
-    if config.kubernetes_api is None:
-        return None
-    api = KubernetesAPI(config.kubernetes_api, config.namespace)
-    pods = PodNetwork(config.pod_network, config.pod_port)
-    services = config.stage_services or [service_name(url) for url in urls]
-    return EndpointsWatch(api, services, pods, readiness.endpoints_changed)

@@ -1,4 +1,4 @@
-"""The gateway as a function: loads the tokenizer beside the server, and says how it is."""
+"""The gateway as a function: it serves while a thread loads the tokenizer, and reports its health."""
 
 import logging
 import socket
@@ -8,16 +8,10 @@ from typing import Final
 
 from eventing.problems import NotReady
 from functions.configuration.config import GatewayConfig
+from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.answers.service import AnswerService
-from functions.gateway.app import (
-    MAX_REQUEST_BYTES,
-    client_limits,
-    create_app,
-    gateway_admission,
-    key_ring,
-    stage_names,
-)
+from functions.gateway.app import MAX_REQUEST_BYTES, client_limits, create_app, gateway_admission, stage_descriptions
 from functions.gateway.build import start_scheduler
 from functions.gateway.page.pipeline_watch import Watched
 from functions.gateway.scheduling.scheduler_metrics import SchedulerCollector
@@ -33,31 +27,29 @@ from storage.store.object_reader import ObjectReader
 _log: Final = logging.getLogger(__name__)
 
 _FAILED_STATUS: Final = 1
-_RUNNING_THREADS: Final = 512
-"""Answers in hand at once, one thread each: far more than stages on any pipeline compute at the same time."""
-_REQUEST_BYTES: Final = 8 * MAX_REQUEST_BYTES
-"""Of all requests that are being read, together."""
+_RUNNING_THREADS: Final = 512  # for running answers, one each: far more than the stages of any pipeline compute at once
+_REQUEST_BYTES: Final = 8 * MAX_REQUEST_BYTES  # of all requests that are being read
 
 
 class GatewayFunction:
     """The gateway of one pipeline."""
 
     def __init__(self, config: GatewayConfig, start_up: StartUp) -> None:
-        """Raises ConfigError where a file that the environment names is not as it should be."""
-        self._keys = key_ring(config)
+        """Raises ConfigError for a file of API keys that cannot be read or understood."""
+        self._keys = KeyRing(config.api_keys, config.api_key_files or ())
         self._config = config
         self._start_up = start_up
         self._metrics = GatewayMetrics()
         self._metrics.queue_limit.set(config.queue_limit)
         start_up.report_to(self._metrics.phase_ended)
-        self._answers: AnswerService | None = None
+        self._answer_service: AnswerService | None = None
         self._tracer = make_tracer(config.traces_endpoint, "lamina-gateway", {"lamina.pipeline": config.pipeline})
         self._running = start_scheduler(config, self._tracer)
         self._draining = False
         if self._keys.is_open:
-            _log.warning("open to whoever reaches it: neither LAMINA_API_KEYS nor LAMINA_API_KEY_FILES is set")
+            _log.warning("open to everybody: neither LAMINA_API_KEYS nor LAMINA_API_KEY_FILES is set")
         self.service = Service(
-            create_app(config, self._ready_answers, self._metrics, self._keys, watched=self._watched()),
+            create_app(config, self._ready_answer_service, self._metrics, self._keys, watched=self._watched()),
             Management(self._metrics.registry, sick=self._running.scheduler.sick, ready=self._ready),
             gateway_admission(self._keys),
             threads=config.queue_limit + _RUNNING_THREADS,
@@ -68,19 +60,19 @@ class GatewayFunction:
         self._metrics.registry.register(SchedulerCollector(self._running.scheduler.stats, names))
 
     def start(self, stop: Callable[[int], None]) -> None:
-        """Loads tokenizer and template in a thread; where that fails, logs the cause and stops with status 1.
+        """Loads tokenizer and template in a thread. If that fails, logs the cause and stops with status 1.
 
-        Meanwhile the stages wake: at zero a gateway is started by a request, which is about to need them all.
+        Meanwhile it wakes the stages: a gateway at zero is started by a request, which will need them all.
         """
         self._running.scheduler.wake()
         threading.Thread(target=self._load, args=(stop,), name="start-up", daemon=True).start()
 
     def drain(self) -> None:
-        """Is not ready any more; requests that still come are answered."""
+        """Reports not ready from now on; further requests are still answered."""
         self._draining = True
 
     def close(self) -> None:
-        """After the last request."""
+        """Only after the last request."""
         self._running.close()
         self._tracer.close()
 
@@ -102,7 +94,9 @@ class GatewayFunction:
         self._start_up.mark("last_byte")
         self._metrics.ready.set(1)
         limits = client_limits(self._config, self._keys)
-        self._answers = AnswerService(text, self._running.scheduler, self._metrics, self._tracer, limits, self._config.model)
+        self._answer_service = AnswerService(
+            text, self._running.scheduler, self._metrics, self._tracer, limits, self._config.model
+        )
         _log.info("ready after %.2f s", self._start_up.phases()["last_byte"])
 
     def _watched(self) -> Watched:
@@ -111,16 +105,16 @@ class GatewayFunction:
             model=config.model,
             pipeline=config.pipeline,
             queue_limit=config.queue_limit,
-            stages=stage_names(config),
+            stages=stage_descriptions(config),
             outlook=self._running.scheduler.outlook,
-            ready=lambda: self._answers is not None,
+            ready=lambda: self._answer_service is not None,
             draining=lambda: self._draining,
         )
 
-    def _ready_answers(self) -> AnswerService:
-        if self._answers is None:
+    def _ready_answer_service(self) -> AnswerService:
+        if self._answer_service is None:
             raise NotReady(f"{socket.gethostname()} is still loading the tokenizer of {self._config.model}")
-        return self._answers
+        return self._answer_service
 
     def _ready(self) -> tuple[bool, Mapping[str, object]]:
-        return self._answers is not None and not self._draining, {"start_up": self._start_up.phases()}
+        return self._answer_service is not None and not self._draining, {"start_up": self._start_up.phases()}

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from functions.configuration.api_keys import LIMITS, Allowance, ApiKey, limit, sha256_of
+from functions.configuration.api_keys import LIMITS, ApiKey, Quota, limit, sha256_of
 from knative.commands.sources.key_file import KeyFile
 from knative.commands.terminal.console import show_table
 from knative.spec.errors import SpecError
@@ -38,18 +38,18 @@ def keys(file: Path, name: str | None, limits: tuple[str, ...], revoke: str | No
         raise click.UsageError("--limit belongs to --make; limits of a key that is there are changed in the file")
     found = KeyFile.read(file)
     if name is not None:
-        _make(found, name, _allowance(limits))
+        _make(found, name, _quota(limits))
     elif revoke is not None:
         _revoke(found, revoke)
     else:
         _show(found)
 
 
-def _make(file: KeyFile, name: str, allowance: Allowance) -> None:
+def _make(file: KeyFile, name: str, quota: Quota) -> None:
     if any(key.name == name for key in file.keys):
         raise SpecError(f"{file.path}: {name} has a key; revoke that, or take another name")
     secret = f"lamina-{secrets.token_urlsafe(32)}"
-    made = ApiKey(sha256_of(secret), name, allowance)
+    made = ApiKey(sha256_of(secret), name, quota)
     file.write((*file.keys, made))
     click.echo(f"{name} is {made.id} in logs; the key itself is kept nowhere:", err=True)
     click.echo(secret)
@@ -72,11 +72,11 @@ def _show(file: KeyFile) -> None:
 
 
 def _limits(key: ApiKey) -> str:
-    said = dataclasses.asdict(key.allowance)
+    said = dataclasses.asdict(key.quota)
     return ", ".join(f"{name} {value}" for name, value in said.items() if value is not None) or "-"
 
 
-def _allowance(said: Sequence[str]) -> Allowance:
+def _quota(said: Sequence[str]) -> Quota:
     """Raises click.BadParameter."""
     found: dict[str, int] = {}
     for each in said:
@@ -85,4 +85,4 @@ def _allowance(said: Sequence[str]) -> Allowance:
             found[name] = limit(name, value)
         except ValueError as error:
             raise click.BadParameter(f"{each!r}: {error}", param_hint="--limit") from error
-    return Allowance(**found)
+    return Quota(**found)

@@ -1,6 +1,6 @@
-"""One line of JSON for each request, once it has been answered: who asked, how long it took, what it cost.
+"""The access log: one line of JSON for each request when it has ended, with its client, duration and tokens.
 
-Never a key, and never a prompt or an answer unless they are asked for (`LAMINA_ACCESS_LOG=prompts`).
+It never has keys, and has prompts and answers only with `LAMINA_ACCESS_LOG=prompts`.
 """
 
 import time
@@ -24,27 +24,25 @@ _ENTRY: Final = "lamina.access"
 
 
 @dataclass(slots=True)
-class Entry:
-    """What the doors find out about a request."""
+class LogEntry:
+    """What the handlers tell the log about a request."""
 
-    arrived: float = 0.0
-    """In time.monotonic()."""
+    arrived: float = 0.0  # in time.monotonic()
     request_id: str | None = None
-    client_id: str | None = None
-    """The first digits of a key's SHA-256; without keys an address."""
-    wanted: GenerateRequest | None = None
-    answer: Generation | None = None
+    client_id: str | None = None  # first digits of a key's SHA-256; an address if there are no keys
+    request: GenerateRequest | None = None
+    generation: Generation | None = None
     status: int | None = None
 
 
-def entry() -> Entry:
-    """Of this request."""
-    found: Entry = request.environ.setdefault(_ENTRY, Entry())
-    return found
+def log_entry() -> LogEntry:
+    """The entry of the current request."""
+    entry: LogEntry = request.environ.setdefault(_ENTRY, LogEntry())
+    return entry
 
 
 class AccessLog:
-    """Around a WSGI application. write: gets the line, without its end."""
+    """A WSGI middleware. write: receives a line, without its newline."""
 
     def __init__(self, application: "WSGIApplication", write: Callable[[str], object], *, with_prompts: bool = False) -> None:
         self._application = application
@@ -52,28 +50,28 @@ class AccessLog:
         self._with_prompts = with_prompts
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-        seen = environ[_ENTRY] = Entry(environ.get(ARRIVED) or time.monotonic())
+        entry = environ[_ENTRY] = LogEntry(environ.get(ARRIVED) or time.monotonic())
 
-        def started(status: str, *rest: Any) -> Callable[[bytes], object]:
-            seen.status = int(status.partition(" ")[0])
+        def start(status: str, *rest: Any) -> Callable[[bytes], object]:
+            entry.status = int(status.partition(" ")[0])
             return start_response(status, *rest)
 
-        return ClosingIterator(self._application(environ, started), lambda: self._told(environ, seen))
+        return ClosingIterator(self._application(environ, start), lambda: self._log(environ, entry))
 
-    def _told(self, environ: "WSGIEnvironment", seen: Entry) -> None:
-        seconds = time.monotonic() - seen.arrived
+    def _log(self, environ: "WSGIEnvironment", entry: LogEntry) -> None:
+        seconds = time.monotonic() - entry.arrived
         line: dict[str, Any] = {
             "time": (datetime.now(UTC) - timedelta(seconds=seconds)).isoformat(timespec="milliseconds"),
-            "request_id": seen.request_id,
-            "client_id": seen.client_id,
+            "request_id": entry.request_id,
+            "client_id": entry.client_id,
             "method": environ["REQUEST_METHOD"],
             "path": environ["PATH_INFO"],
-            "status": seen.status,
+            "status": entry.status,
             "seconds": round(seconds, 4),
         }
-        if seen.answer is not None:
-            line |= seen.answer.account()
-        if self._with_prompts and seen.wanted is not None:
-            line |= {"prompt": seen.wanted.prompt, "messages": seen.wanted.messages}
-            line["text"] = None if seen.answer is None else seen.answer.text
+        if entry.generation is not None:
+            line |= entry.generation.account()
+        if self._with_prompts and entry.request is not None:
+            line |= {"prompt": entry.request.prompt, "messages": entry.request.messages}
+            line["text"] = None if entry.generation is None else entry.generation.text
         self._write(msgspec.json.encode(line).decode())

@@ -1,18 +1,17 @@
-"""One answer as it comes: tokens and the text that they complete, how it ended, what it took. Knows no HTTP."""
+"""One answer as it is generated: its tokens, the text that they complete, its end and its timings. Knows no HTTP."""
 
 from collections.abc import Sequence
 
-from eventing.wire.generation import Choice, CompletionTokensDetails, FinishReason, Timings, TokenEvent, TokenLogprob
-from functions.gateway.answers.client_limits import Leave
-from functions.gateway.answers.gen_ai import Operation, answered
-from functions.gateway.answers.metrics import GatewayMetrics
+from eventing.wire.generation import Choice, FinishReason, Timings, TokenEvent, TokenLogprob
+from functions.gateway.answers.client_limits import Release
+from functions.gateway.answers.metrics import GatewayMetrics, GenAIOperation, end_attributes
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.text.text_stream import TextStream
 from functions.observing.tracing import Span
 
 
 class Answer:
-    """`take` until it is `done`; or `close` it where nobody listens any more."""
+    """Call `take` until it is `done`; or `close` it to cancel."""
 
     def __init__(
         self,
@@ -21,53 +20,48 @@ class Answer:
         text_stream: TextStream,
         metrics: GatewayMetrics,
         span: Span,
-        operation: Operation,
-        leave: Leave,
+        operation: GenAIOperation,
+        release: Release,
         echo: str | None = None,
         *,
         scored: bool = False,
     ) -> None:
-        """echo: the prompt's text, where the answer begins with it. scored: with the log-probabilities of its tokens."""
+        """echo: the prompt's text if the answer begins with it. scored: with the log-probabilities of the prompt's tokens."""
         self.prompt_ids = prompt_ids
         self.prompt_tokens = len(prompt_ids)
         self.token_stream = token_stream
-        self.done = False
-        """All of it has been given out."""
+        self.done = False  # everything has been given out
         self._text_stream = text_stream
         self._metrics = metrics
         self._span = span
         self._operation = operation
-        self._leave = leave
+        self._release = release
         self._echo = echo
         self._scored = scored
+        self._token_ids: list[int] = []  # those of the prompt included, with echo
         self._logprobs: list[TokenLogprob] = []
-        self._token_ids: list[int] = []
-        self._taken = 0
-        """Tokens of the answer itself."""
-        self._given = 0
-        """Tokens given out; the others wait until their text is certain."""
+        self._taken = 0  # tokens of the answer itself
+        self._given = 0  # tokens given out; the others wait until their text is certain
         self._text: list[str] = []
-        self._certain = ""
-        """Text that is certain and not given out, because the token that completed it waits."""
-        self._measured = 0
-        """Tokens whose time has been observed."""
+        self._certain = ""  # text that is certain but not given out: its token waits
+        self._measured = 0  # tokens whose latency has been recorded
         self._closed = False
 
     def take(self, seconds: float) -> list[TokenEvent]:
-        """What can be given out, once a token has come or `seconds` are over.
+        """Waits up to `seconds` for a token and returns what can be given out, which may be nothing.
 
-        A token is given out once its text is certain, so all texts together are the answer's. Raises the Problem that ended the
-        answer before its time.
+        A token is given out when its text is certain, so that the texts of all tokens are the answer's text. Raises the Problem
+        that ended the answer early.
         """
         token_id = self.token_stream.next_token(seconds)
         if token_id is not None:
-            self._begin()
-            self._take(token_id)
+            self._put_echo()
+            self._put(token_id)
             if not self._text_stream.stopped:
                 return self._give(len(self._token_ids) - self._text_stream.holds)
         elif not self.token_stream.ended:
             return []
-        self._begin()
+        self._put_echo()
         self._certain += self._text_stream.finish()
         given = self._give(len(self._token_ids))
         self.done = True
@@ -75,31 +69,30 @@ class Answer:
         return given
 
     def close(self) -> None:
-        """Frees what the answer holds, if it has not ended by itself, and counts how it ended."""
+        """Cancels an unfinished answer, frees what it holds, and records how it ended. Later calls do nothing."""
         if self._closed:
             return
         self._closed = True
         if not self.token_stream.ended:
             self.token_stream.cancel("stop" if self._text_stream.stopped else "cancelled")
-        self._leave(self.prompt_tokens + self.token_stream.completion_tokens)
+        self._release(self.prompt_tokens + self.token_stream.completion_tokens)
         self._measure()
         self._metrics.answers.labels(self.outcome).inc()
         problem = self.token_stream.problem
         error = None if problem is None else problem.name
-        self._span.end(error, answered(self.outcome, error, self.completion_tokens, self.token_stream.cached_tokens))
-        times = self.timings()
-        failed = error or ("cancelled" if self.outcome == "cancelled" else None)
-        seconds = (times.total_seconds, times.time_to_first_token_seconds)
-        self._metrics.gen_ai.observe(self._operation, failed, *seconds, self.completion_tokens)
+        self._span.end(error, end_attributes(self.outcome, error, self.completion_tokens, self.token_stream.cached_tokens))
+        timings = self.timings()
+        failure = error or ("cancelled" if self.outcome == "cancelled" else None)
+        seconds = (timings.total_seconds, timings.time_to_first_token_seconds)
+        self._metrics.gen_ai.observe(self._operation, failure, *seconds, self.completion_tokens)
 
     def choice(self) -> Choice:
-        """After the last token."""
-        logprobs = tuple(self._logprobs) or None
-        return Choice(self.text, tuple(self._token_ids), self._finish_reason(), logprobs)
+        """Only after the last token."""
+        return Choice(self.text, tuple(self._token_ids), self._finish_reason(), tuple(self._logprobs) or None)
 
     @property
     def text(self) -> str:
-        """What was given out so far."""
+        """The text that was given out so far."""
         return "".join(self._text)
 
     @property
@@ -109,12 +102,8 @@ class Answer:
 
     @property
     def completion_tokens(self) -> int:
-        """Behind a stop string more may have been computed, which is no part of the answer."""
+        """Without those that were computed after a stop string."""
         return self._taken if self._text_stream.stopped else self.token_stream.completion_tokens
-
-    @property
-    def draft_tokens(self) -> CompletionTokensDetails:
-        return CompletionTokensDetails(self.token_stream.draft_tokens_accepted, self.token_stream.draft_tokens_rejected)
 
     def timings(self) -> Timings:
         seen = self.token_stream.timings()
@@ -124,8 +113,8 @@ class Answer:
         rate = (self.completion_tokens - 1) / decoding if self.completion_tokens > 1 and decoding > 0 else 0.0
         return Timings(seen.queue_seconds or 0.0, first, total, rate, seen.replays)
 
-    def _begin(self) -> None:
-        """With the prompt, where it is wanted; only once its log-probabilities are there."""
+    def _put_echo(self) -> None:
+        """Puts the prompt before the answer, once; only when its log-probabilities are there."""
         if self._echo is None:
             return
         self._certain, self._echo = self._echo, None
@@ -133,7 +122,7 @@ class Answer:
         if self._scored:
             self._logprobs += [TokenLogprob(self.prompt_ids[0], None), *self.token_stream.prompt_logprobs()]
 
-    def _take(self, token_id: int) -> None:
+    def _put(self, token_id: int) -> None:
         self._measure()
         self._metrics.tokens.inc()
         self._token_ids.append(token_id)
@@ -144,13 +133,13 @@ class Answer:
         self._certain += self._text_stream.push(token_id)
 
     def _measure(self) -> None:
-        """When the pipeline drew its tokens, whatever became of the answer, and however slowly it is read."""
+        """Records when the pipeline drew each token, even if nobody reads it or a client reads slowly."""
         for seconds in self.token_stream.waits(self._measured):
             (self._metrics.inter_token if self._measured else self._metrics.first_token).observe(seconds)
             self._measured += 1
 
     def _give(self, end: int) -> list[TokenEvent]:
-        """Tokens up to `end`; the last of them carries all the text that is certain."""
+        """Gives out the tokens up to `end`. The last of them has all text that is certain."""
         given = []
         for index in range(self._given, end):
             text = self._certain if index == end - 1 else ""

@@ -1,7 +1,8 @@
-"""The API keys that are good now: those of the environment, and those of files, which are read again when they change.
+"""Identifies clients: by API key if the gateway has keys, else by the address that the platform's first proxy saw.
 
-A key that is taken out of its file is refused from the next look on, less than a second later; an answer that has begun comes
-to its end. Kubernetes writes a mounted Secret anew some time after it was changed (docs/operating.md).
+Keys come from the environment and from files. A changed file is read again within a second: a key that was removed is refused
+from then on, and answers that have begun are finished. Kubernetes updates a mounted Secret some time after it was changed
+(docs/operating.md).
 """
 
 import hmac
@@ -13,63 +14,67 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from functions.configuration.api_keys import Allowance, ApiKey, parse_keys, sha256_of
+from flask import Request
+
+from eventing.problems import Unauthorized
+from functions.configuration.api_keys import ApiKey, Quota, parse_keys, sha256_of
 from functions.configuration.settings import ConfigError
 
 _log: Final = logging.getLogger(__name__)
 
-_LOOK_SECONDS: Final = 0.5
+_CHECK_SECONDS: Final = 0.5  # between looks at the files
+_MAX_ADDRESS_CHARACTERS: Final = 64
 
 
 class KeyRing:
-    """Thread-safe."""
+    """The API keys that are valid now. Thread-safe."""
 
     def __init__(self, keys: Sequence[ApiKey] | None = None, files: Sequence[str] = ()) -> None:
-        """keys: None and no files: open to all. Raises ConfigError for a file that cannot be read or understood."""
+        """Without keys and files the gateway is open to all. Raises ConfigError for a file that cannot be read or parsed."""
         self._fixed = tuple(keys or ())
-        self._files = [_File(Path(path)) for path in files]
+        self._files = [_KeyFile(Path(path)) for path in files]
         self.is_open = keys is None and not self._files
         self._lock = threading.Lock()
         errors = [error for file in self._files if (error := file.read()) is not None]
         if errors:
             raise ConfigError(errors)
-        self._gather()
+        self._collect()
 
     def find(self, secret: str) -> ApiKey | None:
-        self._look()
+        self._read_changed_files()
         hashed = sha256_of(secret)
         found = self._by_hash.get(hashed)
-        # Looking up hashes says how much of a hash was right, which is of no use to whoever has to find a key for it.
+        # The time of a dictionary's look-up may tell how much of a hash matched. That helps nobody to find the key itself.
         return found if found is not None and hmac.compare_digest(found.hashed, hashed) else None
 
-    def allowance(self, client_id: str) -> Allowance:
-        """What its key says; nothing where there is no such key."""
+    def quota(self, client_id: str) -> Quota:
+        """The quota that is written beside the client's key; an empty one if there is none."""
         found = self._by_id.get(client_id)
-        return Allowance() if found is None else found.allowance
+        return Quota() if found is None else found.quota
 
-    def _look(self) -> None:
-        if not self._files or time.monotonic() < self._look_at or not self._lock.acquire(blocking=False):
+    def _read_changed_files(self) -> None:
+        if not self._files or time.monotonic() < self._check_at or not self._lock.acquire(blocking=False):
             return
         try:
             changed = [file for file in self._files if file.has_changed()]
             for file in changed:
                 if (error := file.read()) is not None:
                     _log.error("%s; its keys stay as they were", error)
-            self._gather()
+            self._collect()
             if changed:
-                _log.info("%d API keys are good now", len(self._by_hash))
+                _log.info("%d API keys are valid now", len(self._by_hash))
         finally:
             self._lock.release()
 
-    def _gather(self) -> None:
-        """Where a key is written twice, the first one counts."""
+    def _collect(self) -> None:
+        """The first entry counts if a key is listed twice."""
         keys = [*self._fixed, *(key for file in self._files for key in file.keys)]
         self._by_hash = {key.hashed: key for key in reversed(keys)}
         self._by_id = {key.id: key for key in reversed(keys)}
-        self._look_at = time.monotonic() + _LOOK_SECONDS
+        self._check_at = time.monotonic() + _CHECK_SECONDS
 
 
-class _File:
+class _KeyFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._seen: tuple[int, ...] = ()
@@ -79,13 +84,13 @@ class _File:
         return self._stat() != self._seen
 
     def read(self) -> str | None:
-        """What is wrong with it. One that is empty, or has gone, has no keys; one that is broken has those it had."""
-        there, self._seen = bool(self._seen), self._stat()
+        """Returns an error, or None. An empty or removed file has no keys; one with an error keeps the keys that it had."""
+        existed, self._seen = bool(self._seen), self._stat()
         try:
             self.keys = parse_keys(self._path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             self.keys = ()
-            return None if there else f"{self._path}: there is no such file of API keys"
+            return None if existed else f"{self._path}: there is no such file of API keys"
         except (OSError, UnicodeDecodeError) as error:
             return f"{self._path}: cannot be read ({type(error).__name__})"
         except ValueError as error:
@@ -93,9 +98,34 @@ class _File:
         return None
 
     def _stat(self) -> tuple[int, ...]:
-        """Kubernetes puts another file in its place, people write into it."""
+        """Changes when Kubernetes replaces the file and when somebody writes to it."""
         try:
             found = os.stat(self._path)
         except OSError:
             return (0,)
         return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+class Clients:
+    """proxies: how many proxies every request passes.
+
+    Each proxy appends the address of its peer to X-Forwarded-For. A client writes the entries before those itself, and could
+    write others for each request, to get a queue of its own each time.
+    """
+
+    def __init__(self, keys: KeyRing, proxies: int = 0) -> None:
+        self._keys = keys
+        self._proxies = proxies
+
+    def identify(self, request: Request) -> str:
+        """The client's id, by which the pipeline is shared fairly; it is no secret. Raises Unauthorized."""
+        if self._keys.is_open:
+            entries = request.headers.get("X-Forwarded-For", "").split(",")
+            forwarded = entries[-self._proxies].strip() if 0 < self._proxies <= len(entries) else ""
+            return forwarded[:_MAX_ADDRESS_CHARACTERS] or request.remote_addr or "unknown"
+        scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
+        key = self._keys.find(secret.strip())
+        if scheme.lower() != "bearer" or key is None:
+            seen = "another key" if secret else "no Authorization header"
+            raise Unauthorized(f"{seen}; send Authorization: Bearer with one of the gateway's API keys")
+        return key.id

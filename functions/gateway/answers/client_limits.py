@@ -1,24 +1,32 @@
-"""What one client may ask: requests and tokens a minute, answers at once, the largest answer, and whose turn comes first.
+"""Limits of each client: requests and tokens a minute, concurrent answers, the longest answer, and priority.
 
-Windows slide, so that no minute has more than its share, whenever it begins. A request that is refused costs nothing else: it
-is refused before it is tokenized. Tokens are known when an answer has ended, so that who has some left may begin one more.
-Answers at once are counted in this gateway alone; requests and tokens too, unless there is a store that all gateways share.
+A minute is a sliding window, counted by the package `limits`. A refused request costs nothing else: it is refused before it
+is tokenized. An answer's tokens are counted when it ends, so a client that has any left may begin one more. Concurrent answers
+are counted by each gateway alone; requests and tokens too, unless there is a store that all gateways share.
 """
 
+import logging
+import math
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from eventing.problems import InvalidRequest, RateLimited
-from functions.configuration.api_keys import Allowance
-from functions.gateway.answers.windows import Windows
+from functions.configuration.api_keys import Quota
 
-Leave = Callable[[int], None]
-"""Ends an answer, which took so many tokens, prompt and all."""
+if TYPE_CHECKING:
+    from limits import RateLimitItem
+    from limits.strategies import RateLimiter
 
+_log: Final = logging.getLogger(__name__)
+T = TypeVar("T")
 
-def _nothing_of_its_own(_: str) -> Allowance:
-    return Allowance()
+Release = Callable[[int], None]  # ends one answer; takes its tokens, the prompt's included
+
+_STORE_TIMEOUT_SECONDS: Final = 0.5
+_STORE_RETRY_SECONDS: Final = 5.0  # after a failure the store is not asked for so long
 
 
 class ClientLimits:
@@ -26,72 +34,132 @@ class ClientLimits:
 
     def __init__(
         self,
-        of_all: Allowance,
-        of_one: Callable[[str], Allowance] = _nothing_of_its_own,
+        default: Quota,
+        quota_of: Callable[[str], Quota] = lambda _: Quota(),
         store: str | None = None,
         scope: str = "",
     ) -> None:
-        """of_all: of every client of which `of_one` says nothing. store: URL of what gateways share; scope: its key there."""
-        self._of_all = of_all
-        self._of_one = of_one
+        """default: for what `quota_of` a client does not say. store: URL shared by gateways; scope: prefix of keys there."""
+        self._default = default
+        self._quota_of = quota_of
         self._store = store
         self._scope = scope
-        self._windows: Windows | None = None
+        self._windows: SlidingWindows | None = None
         self._running: Counter[str] = Counter()
         self._lock = threading.Lock()
 
-    def allowance(self, client_id: str) -> Allowance:
-        """None and 0: as much as it likes."""
-        return self._of_one(client_id).over(self._of_all)
+    def quota(self, client_id: str) -> Quota:
+        """None and 0 in it: no limit."""
+        return self._quota_of(client_id).over(self._default)
 
-    def enter(self, client_id: str, answers: int = 1) -> Leave:
-        """With one request for so many answers; whoever enters calls the returned, once for each.
+    def admit(self, client_id: str, answers: int = 1) -> Release:
+        """Admits one request for so many answers; the caller calls the result once for each of them.
 
-        Raises RateLimited, and InvalidRequest where they are more than it may ever have at once.
+        Raises RateLimited, or InvalidRequest if the request has more answers than the client may ever have at once.
         """
-        allowed = self.allowance(client_id)
-        if allowed.concurrent and answers > allowed.concurrent:
+        quota = self.quota(client_id)
+        if quota.concurrent and answers > quota.concurrent:
             raise InvalidRequest(
-                f"{answers} answers of one request are more than the {allowed.concurrent} that this client may have at once"
+                f"{answers} answers of one request are more than the {quota.concurrent} that this client may have at once"
             )
         with self._lock:
-            if allowed.concurrent and self._running[client_id] + answers > allowed.concurrent:
-                raise RateLimited(f"{allowed.concurrent} answers at once are what this client may have; wait for one of them")
+            if quota.concurrent and self._running[client_id] + answers > quota.concurrent:
+                raise RateLimited(f"{quota.concurrent} answers at once are what this client may have; wait for one of them")
             self._running[client_id] += answers
         try:
-            self._take(client_id, allowed)
+            self._count_request(client_id, quota)
         except BaseException:
-            self._gone(client_id, answers)
+            self._end(client_id, answers)
             raise
-        return lambda tokens: self._leave(client_id, tokens)
+        return lambda tokens: self._release(client_id, tokens)
 
-    def _take(self, client_id: str, allowed: Allowance) -> None:
-        """One request, if there are tokens left, too. Raises RateLimited, and takes nothing then."""
-        if (tokens := allowed.tokens_per_minute) and not self._counted.test(tokens, self._scope, "tokens", client_id):
-            raise self._refusal(tokens, "tokens", client_id)
-        if (most := allowed.requests_per_minute) and not self._counted.hit(most, self._scope, "requests", client_id):
-            raise self._refusal(most, "requests", client_id)
+    def _count_request(self, client_id: str, quota: Quota) -> None:
+        """Counts one request, or counts nothing and raises RateLimited."""
+        for limit, unit in ((quota.tokens_per_minute, "tokens"), (quota.requests_per_minute, "requests")):
+            if not limit:
+                continue
+            windows = self._counted()
+            allows = windows.hit if unit == "requests" else windows.test
+            if not allows(limit, self._scope, unit, client_id):
+                seconds = windows.seconds_left(limit, self._scope, unit, client_id)
+                raise RateLimited(f"{limit} {unit} a minute are what this client may have; ask again in {seconds} s", seconds)
 
-    def _leave(self, client_id: str, tokens: int) -> None:
-        self._gone(client_id)
-        limit = self.allowance(client_id).tokens_per_minute
+    def _release(self, client_id: str, tokens: int) -> None:
+        self._end(client_id, 1)
+        limit = self.quota(client_id).tokens_per_minute
         if limit and tokens:
-            self._counted.charge(limit, tokens, self._scope, "tokens", client_id)
+            self._counted().charge(limit, tokens, self._scope, "tokens", client_id)
 
-    def _gone(self, client_id: str, answers: int = 1) -> None:
+    def _end(self, client_id: str, answers: int) -> None:
         with self._lock:
             self._running[client_id] -= answers
             if not self._running[client_id]:
                 del self._running[client_id]
 
-    def _refusal(self, limit: int, what: str, client_id: str) -> RateLimited:
-        seconds = self._counted.seconds_left(limit, self._scope, what, client_id)
-        return RateLimited(f"{limit} {what} a minute are what this client may have; ask again in {seconds} s", seconds)
-
-    @property
-    def _counted(self) -> Windows:
-        """Made when it is needed: a gateway without limits imports nothing for them."""
+    def _counted(self) -> "SlidingWindows":
+        """Made on first use: a gateway without limits does not import the package."""
         with self._lock:
             if self._windows is None:
-                self._windows = Windows(self._store)
+                self._windows = SlidingWindows(self._store)
             return self._windows
+
+
+class SlidingWindows:
+    """Counts per minute. `names` say what is counted and for which client. Thread-safe.
+
+    While the store does not answer, this process counts by itself: a client then gets its whole limit at each gateway.
+    """
+
+    def __init__(self, store: str | None = None) -> None:
+        """store: None, or a URL such as redis://host:6379/0."""
+        from limits.storage import MemoryStorage, storage_from_string
+        from limits.strategies import SlidingWindowCounterRateLimiter
+
+        self._local: RateLimiter = SlidingWindowCounterRateLimiter(MemoryStorage())
+        self._shared: RateLimiter | None = None
+        if store is not None:
+            timeouts = {"socket_timeout": _STORE_TIMEOUT_SECONDS, "socket_connect_timeout": _STORE_TIMEOUT_SECONDS}
+            self._shared = SlidingWindowCounterRateLimiter(storage_from_string(store, wrap_exceptions=True, **timeouts))
+        self._lock = threading.Lock()
+        self._retry_at = 0.0
+
+    def test(self, limit: int, *names: str) -> bool:
+        """Tells whether anything is left."""
+        return self._ask(lambda limiter: limiter.test(_a_minute(limit), *names))
+
+    def hit(self, limit: int, *names: str) -> bool:
+        """Takes one, if one is left."""
+        return self._ask(lambda limiter: limiter.hit(_a_minute(limit), *names))
+
+    def charge(self, limit: int, cost: int, *names: str) -> None:
+        """Takes `cost`, or all that is left if that is less."""
+
+        def take(limiter: "RateLimiter") -> bool:
+            left = limiter.get_window_stats(_a_minute(limit), *names).remaining
+            return limiter.hit(_a_minute(limit), *names, cost=min(cost, left))
+
+        self._ask(take)
+
+    def seconds_left(self, limit: int, *names: str) -> int:
+        """Seconds until something is left again, at least 1."""
+        reset = self._ask(lambda limiter: limiter.get_window_stats(_a_minute(limit), *names).reset_time)
+        return max(1, math.ceil(reset - time.time()))
+
+    def _ask(self, ask: "Callable[[RateLimiter], T]") -> T:
+        from limits.errors import StorageError
+
+        if self._shared is not None and time.monotonic() >= self._retry_at:
+            try:
+                return ask(self._shared)
+            except StorageError as error:
+                self._retry_at = time.monotonic() + _STORE_RETRY_SECONDS
+                kind = type(error.storage_error).__name__
+                _log.warning("limits are counted by this gateway alone, their store does not answer (%s)", kind)
+        with self._lock:  # `charge` reads and takes in two steps
+            return ask(self._local)
+
+
+def _a_minute(amount: int) -> "RateLimitItem":
+    from limits import RateLimitItemPerMinute
+
+    return RateLimitItemPerMinute(amount)

@@ -1,17 +1,32 @@
-"""What a gateway measures of its answers; the scheduler's own metrics are in `scheduling`."""
+"""Metrics and span attributes of the gateway's answers. The scheduler's own metrics are in `scheduling`.
+
+The gen_ai names are OpenTelemetry's semantic conventions for generative AI, version 1.38 (in development):
+https://opentelemetry.io/docs/specs/semconv/gen-ai/. Each answer is one operation, so a request with `n` answers has n. No
+attribute holds text of prompts or answers.
+"""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Final, get_args
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from eventing.problems import PROBLEMS
-from eventing.wire.generation import FinishReason
-from functions.gateway.answers.gen_ai import ServerMetrics
+from eventing.wire.generation import FinishReason, GenerateRequest
 from functions.observing.telemetry import ANSWER_SECONDS, STEP_SECONDS, FunctionMetrics
+from functions.observing.tracing import Attributes
 
 OUTCOMES: Final = (*get_args(FinishReason), *(problem.name for problem in PROBLEMS.values()))
+PROVIDER: Final = "lamina"
+_LABELS: Final = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
+# Bucket boundaries from the conventions.
+_REQUEST_SECONDS: Final = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+_FIRST_TOKEN_SECONDS: Final = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1),
+    *(0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+)
+_OUTPUT_TOKEN_SECONDS: Final = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 
 
 class GatewayMetrics(FunctionMetrics):
@@ -19,12 +34,12 @@ class GatewayMetrics(FunctionMetrics):
         super().__init__()
         registry = self.registry
         self.answers = Counter("lamina_gateway_answers", "Answers by how they ended", ["outcome"], registry=registry)
-        for outcome in OUTCOMES:  # from 0 on, or a rate would not see the first of a kind
+        for outcome in OUTCOMES:  # from 0 on, or a rate would miss the first of its kind
             self.answers.labels(outcome)
         self.queue_limit = Gauge("lamina_gateway_queue_limit", "Requests that may wait", registry=registry)
         self._refused = Gauge(
             "lamina_gateway_refused_addresses",
-            "Addresses of instances that are not followed, being outside of the network of pods",
+            "Addresses of instances outside of the pod network, which are not used",
             ["stage"],
             registry=registry,
         )
@@ -42,12 +57,95 @@ class GatewayMetrics(FunctionMetrics):
             buckets=STEP_SECONDS,
             registry=registry,
         )
-        self.gen_ai = ServerMetrics(registry)
+        self.gen_ai = GenAIMetrics(registry)
         self.answer = Histogram(
             "lamina_gateway_answer_seconds", "From the request to its last token", buckets=ANSWER_SECONDS, registry=registry
         )
 
     def watch(self, stages: Sequence[str], refused: Callable[[int], int]) -> None:
-        """stages: their layers, as the label `stage`. refused: of the stage with that number, whenever somebody asks."""
+        """stages: values of the label `stage`. refused: returns the refused addresses of a stage, by its number."""
         for number, stage in enumerate(stages):
             self._refused.labels(stage).set_function(partial(refused, number))
+
+
+@dataclass(frozen=True, slots=True)
+class GenAIOperation:
+    name: str  # chat or text_completion
+    model: str
+
+    @classmethod
+    def of(cls, request: GenerateRequest, model: str) -> "GenAIOperation":
+        return cls("text_completion" if request.messages is None else "chat", model)
+
+    @property
+    def span_name(self) -> str:
+        return f"{self.name} {self.model}"
+
+    def begin_attributes(self, request: GenerateRequest, response_id: str, prompt_tokens: int, max_tokens: int) -> Attributes:
+        """Attributes at the begin of a span, without options that have no effect."""
+        options: dict[str, str | int | float | Sequence[str] | None] = {
+            "top_p": request.top_p if request.top_p < 1 else None,
+            "top_k": request.top_k or None,
+            "seed": request.seed,
+            "presence_penalty": request.presence_penalty or None,
+            "frequency_penalty": request.frequency_penalty or None,
+        }
+        return {
+            "gen_ai.operation.name": self.name,
+            "gen_ai.provider.name": PROVIDER,
+            "gen_ai.request.model": self.model,
+            "gen_ai.response.model": self.model,
+            "gen_ai.response.id": response_id,
+            "gen_ai.request.max_tokens": max_tokens,
+            "gen_ai.request.temperature": request.temperature,
+            "gen_ai.usage.input_tokens": prompt_tokens,
+            **{f"gen_ai.request.{name}": value for name, value in options.items() if value is not None},
+        }
+
+
+def end_attributes(outcome: str, error: str | None, completion_tokens: int, cached_tokens: int) -> Attributes:
+    """Attributes at the end of a span."""
+    attributes: dict[str, str | int | float | Sequence[str]] = {
+        "gen_ai.response.finish_reasons": (outcome,),
+        "gen_ai.usage.output_tokens": completion_tokens,
+    }
+    if cached_tokens:
+        attributes["gen_ai.usage.cache_read.input_tokens"] = cached_tokens
+    return attributes if error is None else {**attributes, "error.type": error}
+
+
+class GenAIMetrics:
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._duration = Histogram(
+            "gen_ai_server_request_duration_seconds",
+            "From the request to the answer's end (gen_ai.server.request.duration)",
+            [*_LABELS, "error_type"],
+            buckets=_REQUEST_SECONDS,
+            registry=registry,
+        )
+        self._first_token = Histogram(
+            "gen_ai_server_time_to_first_token_seconds",
+            "From the request to the first token of an answer that succeeded (gen_ai.server.time_to_first_token)",
+            _LABELS,
+            buckets=_FIRST_TOKEN_SECONDS,
+            registry=registry,
+        )
+        self._output_token = Histogram(
+            "gen_ai_server_time_per_output_token_seconds",
+            "Of each token after the first, of an answer that succeeded (gen_ai.server.time_per_output_token)",
+            _LABELS,
+            buckets=_OUTPUT_TOKEN_SECONDS,
+            registry=registry,
+        )
+
+    def observe(
+        self, operation: GenAIOperation, error: str | None, total_seconds: float, first_seconds: float, completion_tokens: int
+    ) -> None:
+        """Records an answer that has ended. error: None if it succeeded."""
+        labels = (operation.name, PROVIDER, operation.model)
+        self._duration.labels(*labels, error or "").observe(total_seconds)
+        if error is not None or not completion_tokens:
+            return
+        self._first_token.labels(*labels).observe(first_seconds)
+        if completion_tokens > 1:
+            self._output_token.labels(*labels).observe((total_seconds - first_seconds) / (completion_tokens - 1))

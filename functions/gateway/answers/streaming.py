@@ -1,4 +1,4 @@
-"""Answers as server-sent events over WSGI, whichever door they leave by."""
+"""Replies over WSGI: server-sent events, or one document after the last token."""
 
 import logging
 import time
@@ -15,14 +15,12 @@ from functions.gateway.answers.generation import ClientLeft
 from functions.hosting.environ import ARRIVED, CLIENT_GONE
 
 _log: Final = logging.getLogger(__name__)
-STREAM_HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-"""So that no proxy keeps tokens back."""
-CLIENT_CLOSED_REQUEST: Final = 499
-"""nginx's; nobody reads it."""
+STREAM_HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # keeps proxies from buffering tokens
+CLIENT_CLOSED_REQUEST: Final = 499  # nginx's status; no client reads it
 
 
-class Spoken(Protocol):
-    """A Generation, or what one delivery hears of it."""
+class TokenSource(Protocol):
+    """A Generation, or a Listener to one."""
 
     request_id: str
 
@@ -31,51 +29,53 @@ class Spoken(Protocol):
     def close(self) -> None: ...
 
 
-def stream_response(answer: Spoken, events: Iterator[bytes], failure: Callable[[Problem], bytes]) -> Response:
-    """Sends `events`, once there is a first. Until then nothing goes out, so that what fails has a status of its own: raises
-    the Problem that ended the answer. Where they break off later, `failure` becomes the last event.
+def stream_response(source: TokenSource, events: Iterator[bytes], failure: Callable[[Problem], bytes]) -> Response:
+    """Sends `events`, beginning when there is a first one. Raises the Problem that ended the answer before that.
 
-    Nothing, also because a proxy may take a reply that begins before it has sent the request's last byte for an error: Go's
-    ReverseProxy closes the connection. The answer is given up as soon as the client is gone.
+    A Problem after the first event becomes the last event, by `failure`. Nothing is sent before the first event, so that a
+    failed answer still gets its own status. Also, a proxy may treat a reply as an error if it begins before the proxy has sent
+    the request's last byte: Go's ReverseProxy then closes the connection.
     """
     try:
         first = next(events)
     except ClientLeft:
         return Response(status=CLIENT_CLOSED_REQUEST)
-    rest = _guarded(answer, chain((first,), events), failure)
-    response = Response(rest, content_type=EVENT_STREAM_CONTENT_TYPE, headers=STREAM_HEADERS)
-    response.call_on_close(answer.close)
+    guarded = _guarded(source, chain((first,), events), failure)
+    response = Response(guarded, content_type=EVENT_STREAM_CONTENT_TYPE, headers=STREAM_HEADERS)
+    response.call_on_close(source.close)
     return response
 
 
-def spoken(tokens: Iterator[TokenEvent | None]) -> Iterator[TokenEvent | None]:
-    """`tokens` without what comes before the first of them: None, which says only that time has passed."""
-    return dropwhile(lambda token: token is None, tokens)
-
-
-def whole_response(answer: Spoken, finished: Callable[[], Response]) -> Response:
-    """`finished`, once the answer is. Raises the Problem that ended it. Where the client leaves, the answer is given up."""
+def whole_response(source: TokenSource, finished: Callable[[], Response]) -> Response:
+    """Returns `finished()` after the last token. Raises the Problem that ended the answer."""
     try:
-        for _ in answer.tokens():
+        for _ in source.tokens():
             pass
     except ClientLeft:
         return Response(status=CLIENT_CLOSED_REQUEST)
     return finished()
 
 
-def arrived() -> float:
-    """When this request came in, in time.monotonic(): as the server saw it, else now."""
-    moment: float = request.environ.get(ARRIVED) or time.monotonic()
-    return moment
+def after_first_token(tokens: Iterator[TokenEvent | None]) -> Iterator[TokenEvent | None]:
+    """Waits for the first token, then returns an iterator that begins with it. Raises what ended the answer before it."""
+    rest = dropwhile(lambda token: token is None, tokens)
+    first = next(rest, None)
+    return iter(()) if first is None else chain((first,), rest)
+
+
+def arrival_time() -> float:
+    """When the server received the current request, in time.monotonic()."""
+    arrived: float = request.environ.get(ARRIVED) or time.monotonic()
+    return arrived
 
 
 def client_gone() -> Callable[[], bool]:
-    """Whether the client of this request has left, as the server that took it knows; one that does not know says no."""
+    """A function that tells whether the client of the current request has left; always False if the server cannot know."""
     gone: Callable[[], bool] = request.environ.get(CLIENT_GONE, lambda: False)
     return gone
 
 
-def _guarded(answer: Spoken, events: Iterator[bytes], failure: Callable[[Problem], bytes]) -> Iterator[bytes]:
+def _guarded(source: TokenSource, events: Iterator[bytes], failure: Callable[[Problem], bytes]) -> Iterator[bytes]:
     try:
         yield from events
     except Problem as problem:
@@ -83,5 +83,5 @@ def _guarded(answer: Spoken, events: Iterator[bytes], failure: Callable[[Problem
     except ClientLeft:
         return
     except Exception:  # noqa: BLE001 - logged, and the client is told
-        _log.exception("the answer to %s broke off", answer.request_id)
+        _log.exception("the answer to %s broke off", source.request_id)
         yield failure(Problem("the gateway failed; its log has the traceback"))

@@ -1,14 +1,13 @@
-"""The door for CloudEvents: `dev.lamina.generate.request` in, the response as an event or as a stream of events out.
+"""The CloudEvents API: takes `dev.lamina.generate.request` and replies with one event, or with a stream of events.
 
-A `dev.lamina.score.request` comes from a Sequence, whose first step the gateway for events is: the reply is the first stage's
-event. Whoever delivers for a Sequence says `Prefer: reply`; clients do not.
+It also takes `dev.lamina.score.request` from a Sequence, as the first step of which a gateway for events runs; its reply is the
+event for the first stage. A Sequence's delivery has the header `Prefer: reply`; requests of clients do not.
 """
 
 import hashlib
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from functools import partial
 
 from cloudevents.core.v1.event import CloudEvent
 from flask import Flask, Response, g, request
@@ -26,24 +25,33 @@ from eventing.http.binding import (
 )
 from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE, HEARTBEAT, encode_sse
 from eventing.problems import MalformedEvent, Problem, UnknownEventType, UnsupportedMediaType
-from eventing.wire.cloud_event import check_not_expired, data_buffers, expiry_time, json_data, json_event, reply_id, reply_seed
+from eventing.wire.cloud_event import (
+    Buffer,
+    check_not_expired,
+    data_buffers,
+    expiry_time,
+    json_data,
+    json_event,
+    reply_id,
+    reply_seed,
+)
 from eventing.wire.events import Attribute, EventType
 from eventing.wire.generation import MAX_CHOICES, ErrorEvent, GenerateRequest, TokenEvent
-from functions.gateway.answers.access_log import entry
-from functions.gateway.answers.clients import Clients
+from functions.gateway.answers.access_log import log_entry
+from functions.gateway.answers.authentication import Clients
 from functions.gateway.answers.generation import ClientLeft, Generation
 from functions.gateway.answers.service import AnswerService, RequestContext
 from functions.gateway.answers.streaming import (
     CLIENT_CLOSED_REQUEST,
-    arrived,
+    after_first_token,
+    arrival_time,
     client_gone,
-    spoken,
     stream_response,
     whole_response,
 )
 from functions.gateway.cloudevents.deduplication import Deduplicator, Listener
 from functions.gateway.cloudevents.scoring import ScoreEntry
-from functions.observing.tracing import TraceContext, read_traceparent
+from functions.observing.tracing import read_traceparent
 
 
 class CloudEventsAPI:
@@ -51,113 +59,112 @@ class CloudEventsAPI:
 
     def __init__(
         self,
-        answers: Callable[[], AnswerService],
+        service: Callable[[], AnswerService],
         clients: Clients,
         claims: ClaimCheck,
         scores: ScoreEntry | None,
         source: str,
         request_timeout_seconds: float,
     ) -> None:
-        self._answers = answers
+        self._service = service
         self._clients = clients
         self._claims = claims
         self._scores = scores
         self._source = source
         self._timeout_seconds = request_timeout_seconds
-        self._once = Deduplicator()
+        self._deduplicator = Deduplicator()
 
     def register(self, app: Flask) -> None:
         app.post("/")(self._receive)
 
     def _receive(self) -> Response:
-        began = arrived()
-        client_id = entry().client_id = self._clients.identify(request)
-        if is_batched({"content-type": request.content_type or ""}):
-            return self._batch(client_id, began)
+        arrived = arrival_time()
+        client_id = log_entry().client_id = self._clients.identify(request)
+        content_type = request.content_type or ""
+        if is_batched({"content-type": content_type}):
+            return self._receive_batch(client_id, arrived)
         event = from_http(request.headers.items(), request.get_data(cache=False))
         if event.get_type() not in (EventType.GENERATE_REQUEST, EventType.SCORE_REQUEST):
             raise UnknownEventType(
                 f"{event.get_type()!r} is not served by a gateway, which serves {EventType.GENERATE_REQUEST} and "
                 f"{EventType.SCORE_REQUEST}"
             )
-        g.request_id = entry().request_id = reply_id(event)
+        g.request_id = log_entry().request_id = reply_id(event)
         check_not_expired(event, datetime.now(UTC))
         event = self._claims.redeem(event)
         if event.get_type() == EventType.SCORE_REQUEST:
             return self._score(event)
-        return self._generate(event, client_id, began)
+        listener = self._listen(event, client_id, arrived)
+        g.answering = True
+        if _wants_stream():
+            return stream_response(
+                listener, self._stream(event, listener), lambda problem: _structured_sse(self._problem(event, problem))
+            )
+        to_http = to_structured_http if content_type.startswith(STRUCTURED_CONTENT_TYPE) else to_binary_http
+        return whole_response(listener, lambda: _response(to_http(self._response(event, listener))))
 
     def _score(self, event: CloudEvent) -> Response:
-        """What goes back is signed with the pipeline's token: for the next step of a Sequence, and for nobody else."""
+        """The reply is signed with the pipeline's token, so it may go to the next step of a Sequence only."""
         if self._scores is None:
             raise UnknownEventType(f"{event.get_type()} goes to the Broker, whose gateway is not this one")
         if "reply" not in request.headers.get("Prefer", "").lower().split():
             raise UnknownEventType(f"{event.get_type()} goes to the Broker: this gateway takes it from a Sequence only")
-        headers, body = to_binary_http(self._scores.begin(event))
-        return Response(b"".join(body), 200, headers)
+        return _response(to_binary_http(self._scores.begin(event)))
 
-    def _generate(self, event: CloudEvent, client_id: str, began: float) -> Response:
-        listener = self._listener(event, client_id, began)
-        g.answering = True
-        if _wants_stream():
-            return stream_response(listener, self._stream(event, listener), partial(self._failure, event))
-        return whole_response(listener, lambda: _http(self._response(event, listener)))
-
-    def _listener(self, event: CloudEvent, client_id: str, began: float) -> Listener:
-        """To the answer, which is begun unless the same event is being answered, or was a while ago."""
+    def _listen(self, event: CloudEvent, client_id: str, arrived: float) -> Listener:
+        """Begins the answer, or joins it if the same event is being answered or was answered recently."""
 
         def begin() -> Generation:
             data = json_data(event, GenerateRequest)
-            seconds = self._seconds_left(event) + time.monotonic() - began
-            # Nobody in particular asks: the answer is given up by whoever listens last.
-            asker = RequestContext(reply_id(event), client_id, reply_seed(event), seconds, began, trace=_trace(event))
-            entry().wanted = data
-            entry().answer = reply = self._answers().begin(data, asker)
-            return reply
+            seconds, expiry = self._timeout_seconds, expiry_time(event)
+            if expiry is not None:
+                seconds = min(seconds, (expiry - datetime.now(UTC)).total_seconds())
+            traceparent = event.get_extension(Attribute.TRACEPARENT)
+            context = RequestContext(  # without `gone`: the last listener to leave cancels the answer
+                request_id=reply_id(event),
+                client_id=client_id,
+                seed=reply_seed(event),
+                deadline_seconds=seconds + time.monotonic() - arrived,
+                arrived=arrived,
+                trace=read_traceparent(str(traceparent) if traceparent else request.headers.get("traceparent")),
+            )
+            entry = log_entry()
+            entry.request = data
+            entry.generation = self._service().begin(data, context)
+            return entry.generation
 
-        return self._once.listen(_key(event, client_id), begin, client_gone())
+        # The key has the data, so that different requests with one id get different answers.
+        key = hashlib.sha256(f"{len(client_id)} {client_id} {reply_id(event)} ".encode())
+        for buffer in data_buffers(event):
+            key.update(buffer)
+        return self._deduplicator.listen(key.digest(), begin, client_gone())
 
-    def _batch(self, client_id: str, began: float) -> Response:
-        """All of them are begun before the first is awaited."""
+    def _receive_batch(self, client_id: str, arrived: float) -> Response:
+        """Begins all events' answers before it waits for the first."""
         events = from_batched_http(request.get_data(cache=False))
-        self._check_batch(events)
+        _check_batch(events)
         begun: list[Listener | Problem] = []
         try:
             for event in events:
-                begun.append(self._begun(event, client_id, began))
+                try:
+                    check_not_expired(event, datetime.now(UTC))
+                    begun.append(self._listen(self._claims.redeem(event), client_id, arrived))
+                except Problem as problem:
+                    begun.append(problem)
             g.answering = True
-            answered = [
-                self._problem(event, listener) if isinstance(listener, Problem) else self._heard(event, listener)
-                for event, listener in zip(events, begun, strict=True)
-            ]
+            replies = [self._wait(event, listener) for event, listener in zip(events, begun, strict=True)]
         except ClientLeft:
             return Response(status=CLIENT_CLOSED_REQUEST)
         finally:
             for listener in begun:
                 if isinstance(listener, Listener):
                     listener.close()
-        headers, body = to_batched_http(answered)
-        return Response(b"".join(body), 200, headers)
+        return _response(to_batched_http(replies))
 
-    def _check_batch(self, events: list[CloudEvent]) -> None:
-        if _wants_stream():
-            raise UnsupportedMediaType("a batch is answered by a batch, not by a stream; send its events one by one")
-        if not 1 <= len(events) <= MAX_CHOICES:
-            raise MalformedEvent(f"the batch has {len(events)} events, it must have 1 to {MAX_CHOICES}")
-        for number, event in enumerate(events):
-            if event.get_type() != EventType.GENERATE_REQUEST:
-                raise UnknownEventType(
-                    f"event {number} of the batch is {event.get_type()!r}; served is {EventType.GENERATE_REQUEST}"
-                )
-
-    def _begun(self, event: CloudEvent, client_id: str, began: float) -> Listener | Problem:
-        try:
-            check_not_expired(event, datetime.now(UTC))
-            return self._listener(self._claims.redeem(event), client_id, began)
-        except Problem as problem:
-            return problem
-
-    def _heard(self, event: CloudEvent, listener: Listener) -> CloudEvent:
+    def _wait(self, event: CloudEvent, listener: Listener | Problem) -> CloudEvent:
+        """The reply of one event of a batch."""
+        if isinstance(listener, Problem):
+            return self._problem(event, listener)
         try:
             for _ in listener.tokens():
                 pass
@@ -165,29 +172,21 @@ class CloudEventsAPI:
             return self._problem(event, problem)
         return self._response(event, listener)
 
+    def _stream(self, cause: CloudEvent, listener: Listener) -> Iterator[bytes]:
+        id_ = reply_id(cause)
+        for token in after_first_token(listener.tokens()):
+            if token is None:
+                yield HEARTBEAT
+            else:
+                yield _structured_sse(self._event(cause, EventType.TOKEN, token, _token_id(id_, token)))
+        yield _structured_sse(self._response(cause, listener))
+
     def _response(self, cause: CloudEvent, listener: Listener) -> CloudEvent:
         return self._event(cause, EventType.GENERATE_RESPONSE, listener.response(), reply_id(cause))
 
     def _problem(self, cause: CloudEvent, problem: Problem) -> CloudEvent:
         error = ErrorEvent(problem.type, problem.title, problem.status, str(problem))
         return self._event(cause, EventType.ERROR, error, f"{reply_id(cause)}-error")
-
-    def _seconds_left(self, event: CloudEvent) -> float:
-        """From now on."""
-        expiry = expiry_time(event)
-        if expiry is None:
-            return self._timeout_seconds
-        return min(self._timeout_seconds, (expiry - datetime.now(UTC)).total_seconds())
-
-    def _stream(self, cause: CloudEvent, listener: Listener) -> Iterator[bytes]:
-        """Events in structured mode, each one server-sent event."""
-        id_ = reply_id(cause)
-        for token in spoken(listener.tokens()):
-            yield HEARTBEAT if token is None else _sent(self._event(cause, EventType.TOKEN, token, _token_id(id_, token)))
-        yield _sent(self._response(cause, listener))
-
-    def _failure(self, cause: CloudEvent, problem: Problem) -> bytes:
-        return _sent(self._problem(cause, problem))
 
     def _event(self, cause: CloudEvent, type_: str, value: Struct, id_: str) -> CloudEvent:
         attributes = {
@@ -198,35 +197,32 @@ class CloudEventsAPI:
         return json_event(type_, self._source, value, id=id_, **attributes)
 
 
-def _sent(event: CloudEvent) -> bytes:
-    _, body = to_structured_http(event)
-    return encode_sse(b"".join(body))
-
-
-def _key(event: CloudEvent, client_id: str) -> bytes:
-    """Of what is the same event. Its data belong to it: who gives two questions one id gets two answers."""
-    digest = hashlib.sha256(f"{len(client_id)} {client_id} {reply_id(event)} ".encode())
-    for buffer in data_buffers(event):
-        digest.update(buffer)
-    return digest.digest()
-
-
-def _token_id(id_: str, token: TokenEvent) -> str:
-    return f"{id_}-{token.index}" if token.choice == 0 else f"{id_}-{token.choice}-{token.index}"
-
-
-def _trace(event: CloudEvent) -> TraceContext | None:
-    """By the event's own attribute, else by the request that brought it."""
-    text = event.get_extension(Attribute.TRACEPARENT)
-    return read_traceparent(str(text) if text else request.headers.get("traceparent"))
+def _check_batch(events: list[CloudEvent]) -> None:
+    if _wants_stream():
+        raise UnsupportedMediaType("a batch is answered by a batch, not by a stream; send its events one by one")
+    if not 1 <= len(events) <= MAX_CHOICES:
+        raise MalformedEvent(f"the batch has {len(events)} events, it must have 1 to {MAX_CHOICES}")
+    for number, event in enumerate(events):
+        if event.get_type() != EventType.GENERATE_REQUEST:
+            raise UnknownEventType(
+                f"event {number} of the batch is {event.get_type()!r}; served is {EventType.GENERATE_REQUEST}"
+            )
 
 
 def _wants_stream() -> bool:
     return any(kind == EVENT_STREAM_CONTENT_TYPE and quality > 0 for kind, quality in request.accept_mimetypes)
 
 
-def _http(event: CloudEvent) -> Response:
-    """In the mode of the request."""
-    structured = (request.content_type or "").startswith(STRUCTURED_CONTENT_TYPE)
-    headers, body = to_structured_http(event) if structured else to_binary_http(event)
+def _token_id(id_: str, token: TokenEvent) -> str:
+    return f"{id_}-{token.index}" if token.choice == 0 else f"{id_}-{token.choice}-{token.index}"
+
+
+def _structured_sse(event: CloudEvent) -> bytes:
+    """One server-sent event with the CloudEvent in structured mode."""
+    _, body = to_structured_http(event)
+    return encode_sse(b"".join(body))
+
+
+def _response(message: tuple[dict[str, str], list[Buffer]]) -> Response:
+    headers, body = message
     return Response(b"".join(body), 200, headers)

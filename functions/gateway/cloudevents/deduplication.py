@@ -1,7 +1,7 @@
-"""The same question answered once: deliveries of one event, which may come again and at the same time, share one reply.
+"""Deduplication: deliveries of the same event, repeated or concurrent, share one generation.
 
-In this gateway alone, and for a while: another gateway knows nothing of it and computes the same answer anew, since seeds
-follow from the event (`cloud_event.reply_seed`).
+This holds within one gateway and for some time. Another gateway computes the answer again; it is the same one, because the
+seed follows from the event (`cloud_event.reply_seed`).
 """
 
 import threading
@@ -13,57 +13,52 @@ from typing import Final
 from eventing.wire.generation import GenerateResponse, TokenEvent
 from functions.gateway.answers.generation import HEARTBEAT_SECONDS, LOOK_SECONDS, ClientLeft, Generation
 
-REMEMBERED_SECONDS: Final = 300.0
-"""Of a complete answer, from its end on: longer than a Broker waits before its last retry, as Knative's backoff has it."""
-MOST_REMEMBERED_TOKENS: Final = 2**18
-"""Of all complete answers together, those beside their log-probabilities counted; the oldest go first."""
+KEPT_SECONDS: Final = 300.0  # after the end; longer than a Broker waits before its last retry, with Knative's back-off
+MAX_KEPT_TOKENS: Final = 2**18  # of all complete answers, with the tokens in their log-probabilities; the oldest are dropped
 
 
-class _Shared:
-    """A reply, and what it has said so far. It comes on as its listeners pull at it, one at a time."""
+class _SharedGeneration:
+    """A generation and its tokens so far. Its listeners pull new tokens, one listener at a time."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        self.begun = threading.Lock()
-        """Held while it begins."""
-        self.reply: Generation | None = None
-        """Until it is complete: it holds its prompts, which are not counted."""
+        self.beginning = threading.Lock()  # held while the generation begins
+        self.generation: Generation | None = None  # dropped at the end: it holds the prompts, which are not counted
         self.request_id = ""
-        self.coming: Iterator[TokenEvent | None] = iter(())
-        self.pulled = False
+        self.upcoming: Iterator[TokenEvent | None] = iter(())
+        self.pulling = False
         self.listeners = 0
-        self.said: list[TokenEvent] = []
-        self.size = 1
-        """Tokens that it keeps."""
+        self.tokens: list[TokenEvent] = []
+        self.size = 1  # tokens kept, with those in log-probabilities
         self.response: GenerateResponse | None = None
         self.problem: Exception | None = None
         self.ended_at = 0.0
 
     def pull(self) -> None:
-        """Its next token, or that some time has passed; only for who has set `pulled`."""
-        assert self.reply is not None
+        """Waits for the next token, or for some time. The caller has set `pulling`."""
+        assert self.generation is not None
         token, response, problem = None, None, None
         try:
-            token = next(self.coming, None)
-            if token is None and all(answer.done for answer in self.reply.answers):
-                response = self.reply.response()
-        except Exception as error:  # noqa: BLE001 - everybody who listens raises it
+            token = next(self.upcoming, None)
+            if token is None and all(answer.done for answer in self.generation.answers):
+                response = self.generation.response()
+        except Exception as error:  # noqa: BLE001 - every listener raises it
             problem = error
         with self.changed:
-            self.pulled = False
+            self.pulling = False
             if token is not None:
-                self.said.append(token)
+                self.tokens.append(token)
                 self.size += 1 + (0 if token.logprob is None else len(token.logprob.top))
             self.response, self.problem, self.ended_at = response, problem, time.monotonic()
             if response is not None:
-                self.reply, self.coming = None, iter(())
+                self.generation, self.upcoming = None, iter(())
             self.changed.notify_all()
 
 
 class Listener:
-    """One delivery's view of a shared reply. Iterate `tokens` to its end, then ask for `response`; or `close` it."""
+    """One delivery's view of a shared generation. Iterate `tokens` to its end, then call `response`; or `close` it."""
 
-    def __init__(self, shared: _Shared, gone: Callable[[], bool], leave: Callable[[], None]) -> None:
+    def __init__(self, shared: _SharedGeneration, gone: Callable[[], bool], leave: Callable[[], None]) -> None:
         self.request_id = shared.request_id
         self._shared = shared
         self._gone = gone
@@ -71,84 +66,82 @@ class Listener:
         self._closed = False
 
     def tokens(self, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> Iterator[TokenEvent | None]:
-        """As a Generation has them, from the first one on."""
+        """The same as Generation.tokens, from the first token on."""
         given = 0
         now = time.monotonic()
-        speaks_at, looks_at = now + heartbeat_seconds, now + LOOK_SECONDS
+        heartbeat_at, look_at = now + heartbeat_seconds, now + LOOK_SECONDS
         try:
-            while (news := self._news(given, heartbeat_seconds)) is not None:
-                given += len(news)
-                yield from news
+            while (new := self._new_tokens(given, heartbeat_seconds)) is not None:
+                given += len(new)
+                yield from new
                 now = time.monotonic()
-                if now >= looks_at:
-                    looks_at = now + LOOK_SECONDS
+                if now >= look_at:
+                    look_at = now + LOOK_SECONDS
                     if self._gone():
                         raise ClientLeft
-                if not news and now >= speaks_at:
+                if not new and now >= heartbeat_at:
                     yield None
-                if news or now >= speaks_at:
-                    speaks_at = time.monotonic() + heartbeat_seconds
+                if new or now >= heartbeat_at:
+                    heartbeat_at = time.monotonic() + heartbeat_seconds
         finally:
             self.close()
 
-    def _news(self, given: int, seconds: float) -> list[TokenEvent] | None:
-        """What was said behind the first `given` tokens, nothing after some time; None at the end. Raises what ended it."""
+    def _new_tokens(self, given: int, seconds: float) -> list[TokenEvent] | None:
+        """Tokens after the first `given`; none after some time; None at the end. Raises what ended the generation."""
         shared = self._shared
         with shared.changed:
-            if given < len(shared.said):
-                return shared.said[given:]
+            if given < len(shared.tokens):
+                return shared.tokens[given:]
             if shared.problem is not None:
                 raise shared.problem
             if shared.response is not None:
                 return None
-            if shared.pulled:
+            if shared.pulling:
                 shared.changed.wait(min(seconds, LOOK_SECONDS))
                 return []
-            shared.pulled = True
+            shared.pulling = True
         shared.pull()
         return []
 
     def response(self) -> GenerateResponse:
-        """After the last token."""
+        """Only after the last token."""
         assert self._shared.response is not None
         return self._shared.response
 
     def close(self) -> None:
-        """When the last of all has left before the end, the answer is cancelled."""
+        """Cancels the generation if it is unfinished and has no other listener."""
         if not self._closed:
             self._closed = True
             self._leave()
 
 
 class Deduplicator:
-    """Replies by what was asked. Thread-safe."""
+    """Running and recently completed generations, by a key of their event. Thread-safe."""
 
     def __init__(self) -> None:
-        self._shared: dict[bytes, _Shared] = {}
-        self._complete: OrderedDict[bytes, _Shared] = OrderedDict()
-        """Those of them that are kept, the oldest first."""
-        self._tokens = 0
-        """That these keep."""
+        self._shared: dict[bytes, _SharedGeneration] = {}
+        self._complete: OrderedDict[bytes, _SharedGeneration] = OrderedDict()  # a part of them, oldest first
+        self._kept_tokens = 0  # in the complete ones
         self._lock = threading.Lock()
 
     def listen(self, key: bytes, begin: Callable[[], Generation], gone: Callable[[], bool]) -> Listener:
-        """To what `key` stands for; `begin` begins it where nobody has. Raises what `begin` raises. gone: whether this client
-        has left."""
+        """Joins the generation of `key`, or begins it. Raises what `begin` raises. gone: tells whether this client has left."""
         with self._lock:
-            self._forget_old()
-            shared = self._shared.setdefault(key, _Shared())
+            self._drop_old()
+            shared = self._shared.setdefault(key, _SharedGeneration())
             shared.listeners += 1
         try:
-            with shared.begun:
+            with shared.beginning:
                 if not shared.request_id:
-                    shared.reply = begin()
-                    shared.coming, shared.request_id = shared.reply.tokens(LOOK_SECONDS), shared.reply.request_id
+                    shared.generation = begin()
+                    shared.upcoming = shared.generation.tokens(LOOK_SECONDS)
+                    shared.request_id = shared.generation.request_id
         except BaseException:
             self._leave(key, shared)
             raise
         return Listener(shared, gone, lambda: self._leave(key, shared))
 
-    def _leave(self, key: bytes, shared: _Shared) -> None:
+    def _leave(self, key: bytes, shared: _SharedGeneration) -> None:
         with self._lock:
             shared.listeners -= 1
             last = shared.listeners == 0
@@ -156,18 +149,18 @@ class Deduplicator:
             current = self._shared.get(key) is shared
             if complete and current and key not in self._complete:
                 self._complete[key] = shared
-                self._tokens += shared.size
-            # What broke is asked again, and what nobody has heard to its end is not kept.
+                self._kept_tokens += shared.size
+            # A failed generation is begun again by the next delivery, and a cancelled one is of no use.
             if not complete and current and (last or shared.problem is not None):
                 del self._shared[key]
-        if last and not complete and shared.reply is not None:
-            shared.reply.close()
+        if last and not complete and shared.generation is not None:
+            shared.generation.close()
 
-    def _forget_old(self) -> None:
-        oldest = time.monotonic() - REMEMBERED_SECONDS
+    def _drop_old(self) -> None:
+        oldest = time.monotonic() - KEPT_SECONDS
         while self._complete:
             key, shared = next(iter(self._complete.items()))
-            if shared.ended_at >= oldest and self._tokens <= MOST_REMEMBERED_TOKENS:
+            if shared.ended_at >= oldest and self._kept_tokens <= MAX_KEPT_TOKENS:
                 break
-            self._tokens -= shared.size
+            self._kept_tokens -= shared.size
             del self._complete[key], self._shared[key]

@@ -1,4 +1,4 @@
-"""The first step of a score: a text becomes the event that the first stage takes. Computes nothing, waits for nothing."""
+"""The first step of scoring a text: makes the event that the first stage takes. Computes nothing and waits for nothing."""
 
 from array import array
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from eventing.wire.signature import sign
 from functions.gateway.text.tokenizer import ModelText
 
 SCORE_LIFETIME: Final = timedelta(hours=1)
-"""Of a score whose request does not expire sooner: how long its signed events are good. Every step's retries and a cold start
-fit into it several times."""
+"""How long the signed events of a score are valid, unless its request expires sooner. It is several times what all retries of
+every step and a cold start take."""
 
 
 class ScoreEntry:
-    """text: raises NotReady until the tokenizer is there. source: of the event. token: of the pipeline, signs it."""
+    """text: raises NotReady before the tokenizer is loaded. source: of the event. token: of the pipeline, signs the event."""
 
     def __init__(self, text: Callable[[], ModelText], claims: ClaimCheck, *, pipeline: str, source: str, token: str) -> None:
         self._text = text
@@ -31,21 +31,22 @@ class ScoreEntry:
         self._token = token
 
     def begin(self, request: CloudEvent) -> CloudEvent:
-        """The event for layer 0, with the id of the reply to `request`, signed. Raises a Problem."""
+        """The signed event for layer 0, with the id of the reply to `request`. Raises a Problem."""
         token_ids = self._token_ids(json_data(request, ScoreRequest))
         id_, now = reply_id(request), datetime.now(UTC)
+        latest = now + SCORE_LIFETIME
         batch = Batch((score_row(id_, len(token_ids)),), memoryview(array("i", token_ids)))
         attributes: dict[str, AttributeValue] = {
             Attribute.PIPELINE: self._pipeline,
             Attribute.LAYER: 0,
-            Attribute.EXPIRY_TIME: _end(request, now),
+            Attribute.EXPIRY_TIME: min(expiry_time(request) or latest, latest),
             Attribute.TRACEPARENT: request.get_extension(Attribute.TRACEPARENT),
         }
         event = batch_event(EventType.FORWARD, self._source, batch, id=id_, **attributes)
         return self._claims.check_in(sign(event, self._token), now)
 
     def _token_ids(self, request: ScoreRequest) -> list[int]:
-        """Raises InvalidRequest where they have nothing to score, or do not fit into the context."""
+        """Raises InvalidRequest if there is nothing to score, or if the tokens exceed the context."""
         text = self._text()
         token_ids = text.encode(request.text) if request.text is not None else list(request.token_ids or ())
         if len(token_ids) < 2:
@@ -55,8 +56,3 @@ class ScoreEntry:
                 f"the text has {len(token_ids)} tokens and the model's context is {text.context_length}; score it in parts"
             )
         return token_ids
-
-
-def _end(request: CloudEvent, now: datetime) -> datetime:
-    latest = now + SCORE_LIFETIME
-    return min(expiry_time(request) or latest, latest)

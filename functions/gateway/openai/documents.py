@@ -1,24 +1,26 @@
-"""Chat completions and completions: a document with choices, or a stream of chunks that have some."""
+"""Answers of chat completions and completions: one document with choices, or a stream of chunks."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import msgspec
 
 from eventing.http.sse import HEARTBEAT, encode_sse
 from eventing.problems import Problem
+from eventing.wire.generation import Choice, TokenEvent, TokenLogprob
 from functions.gateway.answers.generation import Generation
-from functions.gateway.answers.streaming import spoken
+from functions.gateway.answers.streaming import after_first_token
 from functions.gateway.openai.errors import error_document
-from functions.gateway.openai.requests import StreamOptions
-from functions.gateway.openai.writers import Shape, Writer
+from functions.gateway.openai.requests import ChatRequest, CompletionRequest
+from functions.gateway.text.reasoning import Reasoning
 from functions.gateway.text.tokenizer import ModelText
+from functions.gateway.text.tool_calls import ToolCallDelta, ToolCallParser
 
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """What all documents of one request have in common."""
+    """Fields that all documents of one request share."""
 
     id: str
     created: int
@@ -27,64 +29,85 @@ class Envelope:
 
 
 class Document(Protocol):
-    """How one request is answered."""
+    """Writes what one request is answered with."""
 
-    def whole(self, reply: Generation, text: ModelText) -> dict[str, Any]:
-        """Once it is complete."""
+    def whole(self, generation: Generation, text: ModelText) -> dict[str, Any]:
+        """The document; only after the last token."""
 
-    def stream(self, reply: Generation, text: ModelText) -> Iterator[bytes]:
-        """Server-sent events, and heartbeats between them."""
+    def stream(self, generation: Generation, text: ModelText) -> Iterator[bytes]:
+        """Server-sent events with heartbeats between them."""
 
     def failure(self, problem: Problem) -> bytes:
         """The last event of a stream that breaks off."""
 
 
-class Choices:
-    """Implements Document."""
+class Writer(Protocol):
+    """Writes one answer of a request. Either `whole` is used, or the three others."""
 
-    def __init__(self, envelope: Envelope, shape: Shape, options: StreamOptions | None) -> None:
+    def first(self) -> list[dict[str, Any]]:
+        """Chunks before the first token."""
+
+    def chunks(self, token: TokenEvent) -> list[dict[str, Any]]:
+        """Chunks with the text of `token`."""
+
+    def last(self, choice: Choice) -> list[dict[str, Any]]:
+        """Chunks after the last token, with the finish reason."""
+
+    def whole(self, choice: Choice) -> dict[str, Any]: ...
+
+
+class ChoicesDocument:
+    """A Document with `choices`, one for each answer."""
+
+    def __init__(
+        self,
+        envelope: Envelope,
+        request: ChatRequest | CompletionRequest,
+        new_writer: Callable[[int, Sequence[int], ModelText], Writer],
+    ) -> None:
+        """new_writer: makes the writer for the answer with this index and these prompt tokens."""
         self._envelope = envelope
-        self._shape = shape
+        self._object = "chat.completion" if isinstance(request, ChatRequest) else "text_completion"
+        self._chunk_object = "chat.completion.chunk" if isinstance(request, ChatRequest) else "text_completion"
+        self._new_writer = new_writer
+        options = request.stream_options
         self._with_usage = options is not None and bool(options.include_usage)
-        self._continuous = options is not None and bool(options.continuous_usage_stats)
+        self._with_continuous_usage = self._with_usage and options is not None and bool(options.continuous_usage_stats)
 
-    def whole(self, reply: Generation, text: ModelText) -> dict[str, Any]:
-        response = reply.response()
-        writers = self._writers(reply, text)
-        choices = [writer.whole(answer.choice()) for writer, answer in zip(writers, reply.answers, strict=True)]
-        return self._document(self._shape.object, choices, usage=response.usage)
+    def whole(self, generation: Generation, text: ModelText) -> dict[str, Any]:
+        response = generation.response()
+        writers = self._writers(generation, text)
+        choices = [writer.whole(answer.choice()) for writer, answer in zip(writers, generation.answers, strict=True)]
+        return self._document(self._object, choices, usage=response.usage)
 
-    def stream(self, reply: Generation, text: ModelText) -> Iterator[bytes]:
-        writers = self._writers(reply, text)
+    def stream(self, generation: Generation, text: ModelText) -> Iterator[bytes]:
+        writers = self._writers(generation, text)
 
-        def sent(choices: list[dict[str, Any]], *, at_the_end: bool = False) -> bytes:
-            usage = reply.usage() if self._continuous or at_the_end else None
-            more = {"usage": usage} if self._with_usage else {}
-            return encode_sse(msgspec.json.encode(self._document(self._shape.chunk_object, choices, **more)))
+        def events(chunks: list[dict[str, Any]]) -> Iterator[bytes]:
+            for chunk in chunks:
+                usage = {"usage": generation.usage() if self._with_continuous_usage else None} if self._with_usage else {}
+                yield encode_sse(msgspec.json.encode(self._document(self._chunk_object, [chunk], **usage)))
 
-        begun = False
-        for token in spoken(reply.tokens()):
-            if not begun:
-                begun = True
-                yield from (sent([chunk]) for writer in writers for chunk in writer.first())
+        tokens = after_first_token(generation.tokens())
+        for writer in writers:
+            yield from events(writer.first())
+        for token in tokens:
             if token is None:
                 yield HEARTBEAT
             else:
-                yield from (sent([chunk]) for chunk in writers[token.choice].chunks(token))
-        if not begun:
-            yield from (sent([chunk]) for writer in writers for chunk in writer.first())
-        reply.response()
-        for writer, answer in zip(writers, reply.answers, strict=True):
-            yield from (sent([chunk]) for chunk in writer.last(answer.choice()))
+                yield from events(writers[token.choice].chunks(token))
+        response = generation.response()
+        for writer, answer in zip(writers, generation.answers, strict=True):
+            yield from events(writer.last(answer.choice()))
         if self._with_usage:
-            yield sent([], at_the_end=True)
+            yield encode_sse(msgspec.json.encode(self._document(self._chunk_object, [], usage=response.usage)))
         yield encode_sse("[DONE]")
 
     def failure(self, problem: Problem) -> bytes:
         return encode_sse(msgspec.json.encode(error_document(problem.status, str(problem), problem.name)))
 
-    def _writers(self, reply: Generation, text: ModelText) -> list[Writer]:
-        return [self._shape.writer(index, answer.prompt_ids, text) for index, answer in enumerate(reply.answers)]
+    def _writers(self, generation: Generation, text: ModelText) -> list[Writer]:
+        return [self._new_writer(index, answer.prompt_ids, text) for index, answer in enumerate(generation.answers)]
 
     def _document(self, object_: str, choices: Sequence[dict[str, Any]], **more: object) -> dict[str, Any]:
         return {
@@ -96,3 +119,174 @@ class Choices:
             "choices": choices,
             **more,
         }
+
+
+def chat_document(envelope: Envelope, request: ChatRequest) -> ChoicesDocument:
+    tools, constrained = request.callable_tools, request.constrained
+
+    def new_writer(index: int, prompt_ids: Sequence[int], text: ModelText) -> Writer:
+        reasoning = None if constrained else text.reasoning(prompt_ids)  # a grammar allows no thoughts
+        return ChatWriter(index, text, reasoning, text.tools.parser(tools) if tools else None)
+
+    return ChoicesDocument(envelope, request, new_writer)
+
+
+def completion_document(envelope: Envelope, request: CompletionRequest) -> ChoicesDocument:
+    return ChoicesDocument(
+        envelope, request, lambda index, _, text: CompletionWriter(index, text, top_logprobs=request.logprobs or 0)
+    )
+
+
+@dataclass(slots=True)
+class ChatWriter:
+    """Splits an answer into thoughts, content and tool calls."""
+
+    index: int
+    text: ModelText
+    reasoning: Reasoning | None  # None: the answer has no thoughts
+    parser: ToolCallParser | None  # None: the answer may call no tool
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of tokens whose text is not yet certain
+
+    def first(self) -> list[dict[str, Any]]:
+        return [self._chunk({"role": "assistant", "content": ""})]
+
+    def chunks(self, token: TokenEvent) -> list[dict[str, Any]]:
+        if token.logprob is not None:
+            self.logprobs.append(token.logprob)
+        return [self._chunk(delta) for delta in self._deltas(token.text)]
+
+    def last(self, choice: Choice) -> list[dict[str, Any]]:
+        chunks = [self._chunk(delta) for delta in self._last_deltas()]
+        if self.logprobs:
+            chunks.append(self._chunk({"content": ""}))
+        return [*chunks, self._chunk({}, self._finish_reason(choice))]
+
+    def whole(self, choice: Choice) -> dict[str, Any]:
+        content = thoughts = ""
+        calls: list[dict[str, Any]] = []
+        for delta in (*self._deltas(choice.text), *self._last_deltas()):
+            content += delta.get("content", "")
+            thoughts += delta.get("reasoning_content", "")
+            for call in delta.get("tool_calls", ()):
+                if "id" in call:
+                    calls.append({name: value for name, value in call.items() if name != "index"})
+                else:
+                    calls[-1]["function"]["arguments"] += call["function"]["arguments"]
+        only_calls = bool(calls) and not content.strip()
+        message: dict[str, Any] = {"role": "assistant", "content": None if only_calls else content, "refusal": None}
+        if self.reasoning is not None:
+            message["reasoning_content"] = thoughts
+        if calls:
+            message["tool_calls"] = calls
+        logprobs = None if choice.logprobs is None else chat_logprobs(self.text, choice.logprobs)
+        return {
+            "index": self.index,
+            "message": message,
+            "finish_reason": self._finish_reason(choice),
+            "logprobs": logprobs,
+        }
+
+    def _deltas(self, text: str) -> Iterator[dict[str, Any]]:
+        if not text:
+            return
+        if self.reasoning is None:
+            yield from self._content(text)
+        else:
+            for kind, part in self.reasoning.push(text):
+                yield from self._content(part) if kind == "content" else [{"reasoning_content": part}]
+
+    def _last_deltas(self) -> Iterator[dict[str, Any]]:
+        if self.reasoning is not None:
+            for kind, part in self.reasoning.finish():
+                yield from self._content(part) if kind == "content" else [{"reasoning_content": part}]
+        if self.parser is not None:
+            yield from map(self._call_delta, self.parser.finish())
+
+    def _content(self, text: str) -> Iterator[dict[str, Any]]:
+        if self.parser is None:
+            yield {"content": text}
+        else:
+            yield from map(self._call_delta, self.parser.push(text))
+
+    def _call_delta(self, part: ToolCallDelta) -> dict[str, Any]:
+        if part.call is None:
+            return {"content": part.content}
+        if part.name is None:
+            return {"tool_calls": [{"index": part.call, "function": {"arguments": part.arguments}}]}
+        function = {"name": part.name, "arguments": part.arguments}
+        call = {"index": part.call, "id": self.text.tools.format.new_id(), "type": "function", "function": function}
+        return {"tool_calls": [call]}
+
+    def _finish_reason(self, choice: Choice) -> str:
+        called = self.parser is not None and self.parser.calls > 0
+        return "tool_calls" if called and choice.finish_reason == "stop" else choice.finish_reason
+
+    def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+        logprobs = chat_logprobs(self.text, self.logprobs) if self.logprobs else None
+        self.logprobs = []
+        return {"index": self.index, "delta": delta, "finish_reason": finish_reason, "logprobs": logprobs}
+
+
+@dataclass(slots=True)
+class CompletionWriter:
+    index: int
+    text: ModelText
+    top_logprobs: int
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of tokens whose text is not yet certain
+    offset: int = 0  # characters written so far, if log-probabilities are wanted
+
+    def first(self) -> list[dict[str, Any]]:
+        return []
+
+    def chunks(self, token: TokenEvent) -> list[dict[str, Any]]:
+        if token.logprob is not None:
+            self.logprobs.append(token.logprob)
+        return [self._chunk(token.text, None)] if token.text else []
+
+    def last(self, choice: Choice) -> list[dict[str, Any]]:
+        return [self._chunk("", choice.finish_reason)]
+
+    def whole(self, choice: Choice) -> dict[str, Any]:
+        self.logprobs = list(choice.logprobs or ())
+        return self._chunk(choice.text, choice.finish_reason)
+
+    def _chunk(self, text: str, finish_reason: str | None) -> dict[str, Any]:
+        document = {"index": self.index, "text": text, "finish_reason": finish_reason, "logprobs": None}
+        if self.logprobs:
+            document["logprobs"] = self._logprobs()
+            self.logprobs = []
+        return document
+
+    def _logprobs(self) -> dict[str, Any]:
+        tokens = [self.text.token_text(each.token_id) for each in self.logprobs]
+        offsets = []
+        for token in tokens:
+            offsets.append(self.offset)
+            self.offset += len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [each.logprob for each in self.logprobs],
+            "top_logprobs": [self._top(each) for each in self.logprobs] if self.top_logprobs else None,
+            "text_offset": offsets,
+        }
+
+    def _top(self, position: TokenLogprob) -> dict[str, float] | None:
+        """Log-probabilities by text, the drawn token's included; the most probable of tokens with the same text."""
+        if position.logprob is None:
+            return None
+        by_text: dict[str, float] = {}
+        for token_id, logprob in (*position.top, (position.token_id, position.logprob)):
+            by_text.setdefault(self.text.token_text(token_id), logprob)
+        return by_text
+
+
+def chat_logprobs(text: ModelText, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+    def one(token_id: int, logprob: float | None) -> dict[str, Any]:
+        raw = text.token_bytes(token_id)
+        return {"token": text.token_text(token_id), "logprob": logprob, "bytes": None if raw is None else list(raw)}
+
+    content = [
+        one(each.token_id, each.logprob) | {"top_logprobs": [one(token_id, logprob) for token_id, logprob in each.top]}
+        for each in logprobs
+    ]
+    return {"content": content, "refusal": None}

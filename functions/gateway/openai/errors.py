@@ -1,4 +1,4 @@
-"""Refusals in the shape of the OpenAI API."""
+"""Errors in the shape of the OpenAI API."""
 
 import logging
 from typing import Any, Final
@@ -10,25 +10,22 @@ from eventing.problems import ContextExceeded, InvalidRequest, Problem
 from functions.hosting.web import json_response, not_served, with_allow, with_retry_after
 
 _log: Final = logging.getLogger(__name__)
-_INVALID: Final = 400
-_NOT_FOUND: Final = 404
-_PROMPT: Final = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", "/v1/responses": "input"}
-"""The parameter that has the prompt."""
+_PROMPT_PARAMETERS: Final = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", "/v1/responses": "input"}
 
 
 def refused(problem: Problem) -> Response:
-    """Where the API has a status of its own for what cannot be served, it is 400."""
-    status = _INVALID if isinstance(problem, InvalidRequest) else problem.status
-    parameter = _PROMPT.get(request.path) if isinstance(problem, ContextExceeded) else None
+    """The problem's status, but 400 for InvalidRequest, as the OpenAI API has it."""
+    status = 400 if isinstance(problem, InvalidRequest) else problem.status
+    parameter = _PROMPT_PARAMETERS.get(request.path) if isinstance(problem, ContextExceeded) else None
     return with_retry_after(_error(status, str(problem), problem.name, parameter), problem)
 
 
 def path_not_served(error: HTTPException) -> Response:
-    """Also where no door has the path."""
+    """Answers requests that no route matches, also outside of /v1."""
     if not request.path.startswith("/v1"):
         return not_served(error)
     message = f"{request.method} {request.path}: {error.description or error.name}"
-    return with_allow(_error(error.code or _NOT_FOUND, message, error.name.lower().replace(" ", "_")), error)
+    return with_allow(_error(error.code or 404, message, error.name.lower().replace(" ", "_")), error)
 
 
 def unexpected(error: Exception) -> Response:
@@ -36,9 +33,9 @@ def unexpected(error: Exception) -> Response:
     return _error(500, f"{type(error).__name__}; the log of this instance has the traceback", "internal")
 
 
-def model_not_found(asked: str, served: str) -> Response:
-    message = f"The model {asked!r} is not served here; this gateway serves {served!r}"
-    return _error(_NOT_FOUND, message, "model_not_found", "model")
+def model_not_found(requested: str, served: str) -> Response:
+    message = f"The model {requested!r} is not served here; this gateway serves {served!r}"
+    return _error(404, message, "model_not_found", "model")
 
 
 def error_document(status: int, message: str, code: str, parameter: str | None = None) -> dict[str, Any]:

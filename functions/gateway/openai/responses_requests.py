@@ -1,17 +1,35 @@
-"""Requests of `/v1/responses`. Nothing is kept between them: a conversation is sent whole."""
+"""Requests of `/v1/responses`. The gateway keeps no conversation: a client sends it whole each time."""
 
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
-from eventing.wire.events import MAX_TOP_LOGPROBS
 from eventing.wire.generation import GenerateRequest, Message
 from eventing.wire.structured_outputs import StructuredOutputs
-from eventing.wire.tools import MAX_TOOLS, FunctionCall, ToolCall, Tools, callable_tools, forced_tools
-from functions.gateway.openai.requests import MaxTokens, Options
-from functions.gateway.openai.responses_tools import ResponseTool, ResponseToolChoice, choice_of, tools_of
-from functions.gateway.openai.structured import JSONObjectFormat, TextFormat
+from eventing.wire.tools import (
+    MAX_TOOLS,
+    FunctionCall,
+    FunctionName,
+    NamedTool,
+    Tool,
+    ToolCall,
+    ToolChoice,
+    ToolFunction,
+    ToolName,
+    Tools,
+    callable_tools,
+    forced_tools,
+)
+from functions.gateway.openai.requests import (
+    JSONObjectFormat,
+    MaxTokens,
+    Options,
+    ReasoningEffort,
+    TextFormat,
+    TopLogprobs,
+    join_text,
+)
 
 
 class ContentPart(Struct, frozen=True):
@@ -20,58 +38,78 @@ class ContentPart(Struct, frozen=True):
 
 
 class InputItem(Struct, frozen=True, kw_only=True):
-    """A message, or an item of an earlier response as it came; of its other fields none counts."""
+    """A message, or an item of an earlier response as it was received. Other fields are ignored."""
 
     type: Literal["message", "reasoning", "function_call", "function_call_output"] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: str | tuple[ContentPart, ...] | None = None
     call_id: str | None = None
     name: str | None = None
-    arguments: str | None = None
-    """Of a call."""
-    output: str | tuple[ContentPart, ...] | None = None
-    """What came of it."""
+    arguments: str | None = None  # of a function_call
+    output: str | tuple[ContentPart, ...] | None = None  # of a function_call_output
+
+    def message(self, number: int) -> Message:
+        """number: of this item in `input`, for errors. Raises ValueError."""
+        if self.type == "function_call":
+            if self.call_id is None or self.name is None or self.arguments is None:
+                raise ValueError(f"input[{number}] is a function_call and lacks `call_id`, `name` or `arguments`")
+            return Message("assistant", "", (ToolCall(self.call_id, FunctionCall(self.name, self.arguments)),))
+        if self.type == "function_call_output":
+            if self.call_id is None or self.output is None:
+                raise ValueError(f"input[{number}] is a function_call_output and lacks `call_id` or `output`")
+            return Message("tool", join_text(self.output), tool_call_id=self.call_id)
+        if self.role is None or self.content is None:
+            raise ValueError(f"input[{number}] lacks `role` or `content`")
+        return Message("system" if self.role == "developer" else self.role, join_text(self.content))
+
+
+class ResponseTool(Struct, frozen=True):
+    """A function. Tools that the server would have to run are not served."""
+
+    type: Literal["function"]
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ResponseNamedTool(Struct, frozen=True):
+    type: Literal["function"]
+    name: str
+
+
+ResponseToolChoice = Literal["none", "auto", "required"] | ResponseNamedTool
 
 
 class ResponseSchema(Struct, frozen=True, tag_field="type", tag="json_schema", forbid_unknown_fields=True):
-    """`strict` changes nothing: an answer is always as the schema says."""
-
     name: str
     schema: dict[str, Any]
     description: str | None = None
-    strict: bool | None = None
+    strict: bool | None = None  # has no effect: an answer always follows the schema
 
 
 class ResponseText(Struct, frozen=True, forbid_unknown_fields=True):
     format: TextFormat | JSONObjectFormat | ResponseSchema | None = None
     verbosity: Literal["medium"] | None = None
 
-    def structure(self) -> StructuredOutputs | None:
-        match self.format:
-            case JSONObjectFormat():
-                return StructuredOutputs(json_object=True)
-            case ResponseSchema(_, schema):
-                return StructuredOutputs(json=schema)
-        return None
-
 
 class ReasoningOptions(Struct, frozen=True, forbid_unknown_fields=True):
-    """Thoughts are answered as they are, whatever is said of a summary."""
+    """Thoughts are returned in full; options about a summary have no effect."""
 
-    effort: Annotated[str, Meta(max_length=64)] | None = None
+    effort: ReasoningEffort | None = None
     summary: str | None = None
     generate_summary: str | None = None
 
 
 class ResponsesRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`POST /v1/responses`. What stands in Options is taken here, too."""
+    """`POST /v1/responses`, with the same Options as chat completions."""
 
     input: Annotated[str, Meta(min_length=1)] | Annotated[tuple[InputItem, ...], Meta(min_length=1)]
     instructions: str | None = None
     max_output_tokens: MaxTokens | None = None
     text: ResponseText | None = None
     reasoning: ReasoningOptions | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs: TopLogprobs | None = None
     include: tuple[Literal["message.output_text.logprobs", "reasoning.encrypted_content"], ...] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     tools: Annotated[tuple[ResponseTool, ...], Meta(max_length=MAX_TOOLS)] | None = None
@@ -85,73 +123,74 @@ class ResponsesRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields
     prompt: None = None
 
     def messages(self) -> tuple[Message, ...]:
-        """Raises ValueError where an item is no message."""
-        first = [] if self.instructions is None else [Message("system", self.instructions)]
+        """The conversation for the chat template. Raises ValueError if an item is incomplete."""
+        messages = [] if self.instructions is None else [Message("system", self.instructions)]
         if isinstance(self.input, str):
-            return (*first, Message("user", self.input))
-        found = [_message(number, item) for number, item in enumerate(self.input) if item.type != "reasoning"]
-        return (*first, *_joined(found))
+            return (*messages, Message("user", self.input))
+        calls: list[list[ToolCall]] = [
+            [] for _ in messages
+        ]  # of each message; lists, so that many calls are joined in linear time
+        for number, item in enumerate(self.input):
+            if item.type == "reasoning":
+                continue
+            message = item.message(number)
+            # Items list calls after the assistant's message; templates want them in it.
+            if message.tool_calls and messages and messages[-1].role == "assistant":
+                calls[-1] += message.tool_calls
+            else:
+                messages.append(message)
+                calls.append([*message.tool_calls])
+        return tuple(replace(message, tool_calls=tuple(own)) for message, own in zip(messages, calls, strict=True))
+
+    def structure(self) -> StructuredOutputs | None:
+        structure = Options.structure(self)
+        match None if self.text is None else self.text.format:
+            case JSONObjectFormat():
+                own = StructuredOutputs(json_object=True)
+            case ResponseSchema(_, schema):
+                own = StructuredOutputs(json=schema)
+            case _:
+                return structure
+        if structure is not None:
+            raise ValueError("what the answer must look like is said more than once; keep one of its options")
+        return own
+
+    @property
+    def wire_tools(self) -> tuple[Tools, ToolChoice]:
+        """`tools` and `tool_choice` as a GenerateRequest has them."""
+        tools = tuple(
+            Tool("function", ToolFunction(tool.name, tool.description, tool.parameters, tool.strict))
+            for tool in self.tools or ()
+        )
+        if isinstance(self.tool_choice, ResponseNamedTool):
+            return tools, NamedTool("function", FunctionName(self.tool_choice.name))
+        return tools, self.tool_choice or "auto"
 
     @property
     def callable_tools(self) -> Tools:
-        """Those that the answer may call."""
-        return callable_tools(tools_of(self.tools), choice_of(self.tool_choice))
+        return callable_tools(*self.wire_tools)
 
     @property
     def constrained(self) -> bool:
-        """The answer has a grammar."""
-        structure = self.asked_structure() is not None or (self.text is not None and self.text.structure() is not None)
-        return structure or bool(forced_tools(tools_of(self.tools), choice_of(self.tool_choice)))
+        """A grammar constrains the answer."""
+        return self.structure() is not None or bool(forced_tools(*self.wire_tools))
 
     def generate_request(self) -> GenerateRequest:
-        fields = self.sampling_fields()
-        if fields["n"] != 1:
-            raise ValueError(f"n is {fields['n']}; a response has one answer")
-        structure = None if self.text is None else self.text.structure()
-        if structure is not None and fields["structured_outputs"] is not None:
-            raise ValueError("what the answer must look like is said more than once; keep one of its options")
+        """Raises ValueError if options contradict each other."""
+        if self.n not in (None, 1):
+            raise ValueError(f"n is {self.n}; a response has one answer")
         logprobs = "message.output_text.logprobs" in (self.include or ())
         if self.top_logprobs and not logprobs:
             raise ValueError('top_logprobs takes `include`: ["message.output_text.logprobs"]')
+        tools, tool_choice = self.wire_tools
         return GenerateRequest(
             messages=self.messages(),
             max_tokens=self.max_output_tokens or self.max_tokens,
             logprobs=(self.top_logprobs or 0) if logprobs else None,
             chat_template_kwargs=self.chat_template_kwargs or {},
             reasoning_effort=None if self.reasoning is None else self.reasoning.effort,
-            tools=tools_of(self.tools),
-            tool_choice=choice_of(self.tool_choice),
+            tools=tools,
+            tool_choice=tool_choice,
             parallel_tool_calls=self.parallel_tool_calls is not False,
-            **(fields if structure is None else fields | {"structured_outputs": structure}),
+            **self.sampling_fields(),
         )
-
-
-def _message(number: int, item: InputItem) -> Message:
-    if item.type == "function_call":
-        if item.call_id is None or item.name is None or item.arguments is None:
-            raise ValueError(f"input[{number}] is a function_call and lacks `call_id`, `name` or `arguments`")
-        return Message("assistant", "", (ToolCall(item.call_id, FunctionCall(item.name, item.arguments)),))
-    if item.type == "function_call_output":
-        if item.call_id is None or item.output is None:
-            raise ValueError(f"input[{number}] is a function_call_output and lacks `call_id` or `output`")
-        return Message("tool", _text(item.output), tool_call_id=item.call_id)
-    if item.role is None or item.content is None:
-        raise ValueError(f"input[{number}] lacks `role` or `content`")
-    return Message("system" if item.role == "developer" else item.role, _text(item.content))
-
-
-def _text(content: str | tuple[ContentPart, ...]) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
-
-
-def _joined(messages: list[Message]) -> list[Message]:
-    """Calls belong to the assistant's turn that they come behind: items have them apart, templates do not."""
-    joined: list[Message] = []
-    calls: list[list[ToolCall]] = []
-    for message in messages:
-        if message.tool_calls and joined and joined[-1].role == "assistant":
-            calls[-1] += message.tool_calls
-        else:
-            joined.append(message)
-            calls.append([*message.tool_calls])
-    return [replace(message, tool_calls=tuple(own)) for message, own in zip(joined, calls, strict=True)]

@@ -1,4 +1,4 @@
-"""The door that says how a text is read: /tokenize and /detokenize, as vLLM has them, and /health and /version."""
+"""/tokenize and /detokenize, as vLLM has them, and /health and /version."""
 
 from collections.abc import Callable
 from typing import Annotated, Final
@@ -7,19 +7,19 @@ from flask import Flask, Response, request
 from msgspec import Meta, Struct
 
 from eventing.problems import InvalidRequest
-from functions.gateway.answers.access_log import entry
-from functions.gateway.answers.clients import Clients
+from functions.gateway.answers.access_log import log_entry
+from functions.gateway.answers.authentication import Clients
 from functions.gateway.answers.service import AnswerService
 from functions.gateway.openai.requests import ChatMessage
 from functions.gateway.openai.validation import read_request
 from functions.hosting.web import json_response
 
 VERSION: Final = "0.1.0"
-_MOST_TOKENS: Final = 2**20
+_MAX_TOKENS: Final = 2**20
 
 
 class TokenizeRequest(Struct, frozen=True, kw_only=True):
-    """Exactly one of `prompt` and `messages`. `add_special_tokens` is that of prompts: a chat's template writes its own."""
+    """Has exactly one of `prompt` and `messages`. `add_special_tokens` is for prompts; a chat template writes its own."""
 
     model: str | None = None
     prompt: str | None = None
@@ -32,45 +32,37 @@ class TokenizeRequest(Struct, frozen=True, kw_only=True):
 
 
 class DetokenizeRequest(Struct, frozen=True, kw_only=True):
-    tokens: Annotated[tuple[Annotated[int, Meta(ge=0, lt=2**31)], ...], Meta(max_length=_MOST_TOKENS)]
+    tokens: Annotated[tuple[Annotated[int, Meta(ge=0, lt=2**31)], ...], Meta(max_length=_MAX_TOKENS)]
     model: str | None = None
 
 
 class TokensAPI:
-    def __init__(self, answers: Callable[[], AnswerService], clients: Clients) -> None:
-        self._answers = answers
+    def __init__(self, service: Callable[[], AnswerService], clients: Clients) -> None:
+        self._service = service
         self._clients = clients
 
     def register(self, app: Flask) -> None:
         app.post("/tokenize")(self._tokenize)
         app.post("/detokenize")(self._detokenize)
-        app.get("/health")(_health)
-        app.get("/version")(_version)
+        app.get("/health", endpoint="health")(lambda: Response(status=200))
+        app.get("/version", endpoint="version")(lambda: json_response({"version": VERSION}))
 
     def _tokenize(self) -> Response:
-        entry().client_id = self._clients.identify(request)
-        asked = read_request(request.get_data(cache=False), TokenizeRequest)
-        text = self._answers().text
-        if asked.messages is not None:
-            token_ids = text.encode_messages([message.message() for message in asked.messages])
+        log_entry().client_id = self._clients.identify(request)
+        body = read_request(request.get_data(cache=False), TokenizeRequest)
+        text = self._service().text
+        if body.messages is not None:
+            token_ids = text.encode_messages([message.message() for message in body.messages])
         else:
-            prompt = asked.prompt or ""
-            token_ids = text.encode(prompt) if asked.add_special_tokens else text.encode_expected(prompt)
+            prompt = body.prompt or ""
+            token_ids = text.encode(prompt) if body.add_special_tokens else text.encode_expected(prompt)
         return json_response({"count": len(token_ids), "max_model_len": text.context_length, "tokens": token_ids})
 
     def _detokenize(self) -> Response:
-        entry().client_id = self._clients.identify(request)
-        asked = read_request(request.get_data(cache=False), DetokenizeRequest)
-        tokenizer = self._answers().text.tokenizer
-        size = tokenizer.get_vocab_size(with_added_tokens=True)
-        if unknown := [token for token in asked.tokens if token >= size]:
-            raise InvalidRequest(f"token {unknown[0]} is outside of the vocabulary of {size}")
-        return json_response({"prompt": tokenizer.decode(asked.tokens, skip_special_tokens=False)})
-
-
-def _health() -> Response:
-    return Response(status=200)
-
-
-def _version() -> Response:
-    return json_response({"version": VERSION})
+        log_entry().client_id = self._clients.identify(request)
+        body = read_request(request.get_data(cache=False), DetokenizeRequest)
+        tokenizer = self._service().text.tokenizer
+        vocabulary = tokenizer.get_vocab_size(with_added_tokens=True)
+        if unknown := [token for token in body.tokens if token >= vocabulary]:
+            raise InvalidRequest(f"token {unknown[0]} is outside of the vocabulary of {vocabulary}")
+        return json_response({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})

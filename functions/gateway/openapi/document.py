@@ -1,4 +1,4 @@
-"""`GET /openapi.json`: the gateway's paths by OpenAPI 3.1, made of the types that check requests."""
+"""`GET /openapi.json`: the gateway's paths by OpenAPI 3.1, generated from the types that check requests."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -19,23 +19,23 @@ from functions.gateway.openapi.replies import ErrorReply, ProblemDocument
 
 _SCHEMAS: Final = "#/components/schemas/{name}"
 _DESCRIPTION: Final = (
-    "Lamina's gateway. Requests are checked by these very types. What is no HTTP/1.1 is refused ahead of all paths, as "
-    "text/plain: 400, 408, 431 or 501. Paths and methods that are not here: 404 and 405."
+    "Lamina's gateway. Requests are checked by these very types. What is no HTTP/1.1 is refused before it has a path, "
+    "as text/plain: 400, 408, 431 or 501. Paths and methods that are not listed: 404 and 405."
 )
 
 
 def openapi_document(operations: Iterable[Operation], model: str, *, with_keys: bool) -> dict[str, Any]:
-    """model: the one that is served. with_keys: the gateway wants one."""
+    """model: the one that is served. with_keys: the gateway requires one."""
     listed = list(operations)
-    schemas, components = msgspec.json.schema_components(_types(listed), ref_template=_SCHEMAS)
-    known = dict(zip(_types(listed), schemas, strict=True))
+    types = _types(listed)
+    schemas, components = msgspec.json.schema_components(types, ref_template=_SCHEMAS)
+    known = dict(zip(types, schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
     for operation in listed:
-        described = _described(operation, known, model, with_keys=with_keys)
-        paths.setdefault(operation.path, {})[operation.method] = described
+        paths.setdefault(operation.path, {})[operation.method] = _operation(operation, known, model, with_keys=with_keys)
     for type_ in (ChatRequest, CompletionRequest, ResponsesRequest):
         components[type_.__name__]["properties"]["model"]["enum"] = [model]
-    for one_of_two in (GenerateRequest, TokenizeRequest):  # As their __post_init__ has it.
+    for one_of_two in (GenerateRequest, TokenizeRequest):  # checked by their __post_init__
         components[one_of_two.__name__]["oneOf"] = [{"required": ["prompt"]}, {"required": ["messages"]}]
     return {
         "openapi": "3.1.0",
@@ -49,34 +49,32 @@ def openapi_document(operations: Iterable[Operation], model: str, *, with_keys: 
 
 
 class OpenAPIDocument:
+    """Serves the document. Generates it on the first request, because that would delay the gateway's start."""
+
     def __init__(self, operations: Iterable[Operation], model: str, *, with_keys: bool) -> None:
         self._operations = operations
         self._model = model
         self._with_keys = with_keys
 
     def register(self, app: Flask) -> None:
-        app.get("/openapi.json")(self._answer)
+        app.get("/openapi.json", endpoint="openapi")(lambda: Response(self._document, content_type=JSON))
 
     @cached_property
     def _document(self) -> bytes:
-        """Made when somebody asks: it takes longer than a gateway's start has time for."""
         return msgspec.json.encode(openapi_document(self._operations, self._model, with_keys=self._with_keys))
-
-    def _answer(self) -> Response:
-        return Response(self._document, content_type=JSON)
 
 
 def _types(operations: Iterable[Operation]) -> list[Any]:
-    """Each once."""
+    """All types of the operations, each once."""
     found: dict[Any, None] = {ErrorReply: None, ProblemDocument: None}
     for each in operations:
-        for content in (each.request, each.replies or {}):
-            found |= dict.fromkeys(type_ for type_ in content.values() if type_ is not None)
-        found |= dict.fromkeys(type_ for type_ in (each.events, each.verdict) if type_ is not None)
+        for type_ in (*each.request.values(), *(each.replies or {}).values(), each.events, each.negative):
+            if type_ is not None:
+                found[type_] = None
     return list(found)
 
 
-def _described(operation: Operation, schemas: dict[Any, Any], model: str, *, with_keys: bool) -> dict[str, Any]:
+def _operation(operation: Operation, schemas: dict[Any, Any], model: str, *, with_keys: bool) -> dict[str, Any]:
     described: dict[str, Any] = {
         "operationId": re.sub(r"\W+", "_", f"{operation.method}{operation.path}").strip("_"),
         "summary": operation.summary,
@@ -100,25 +98,25 @@ def _parameters(operation: Operation, model: str) -> Iterator[dict[str, Any]]:
 
 
 def _responses(operation: Operation, schemas: dict[Any, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    answer: dict[str, Any] = {"description": "OK"}
+    success: dict[str, Any] = {"description": "OK"}
     if operation.replies is not None:
-        answer["content"] = _content(operation.replies, schemas, _event(operation, schemas))
-    yield "200", answer
-    if operation.verdict is not None:
-        yield "503", {"description": "It is not", "content": _content({JSON: operation.verdict}, schemas)}
+        success["content"] = _content(operation.replies, schemas, _event(operation, schemas))
+    yield "200", success
+    if operation.negative is not None:
+        yield "503", {"description": "It is not", "content": _content({JSON: operation.negative}, schemas)}
     shape: Content = {JSON: ErrorReply} if operation.path.startswith("/v1") else {PROBLEM_CONTENT_TYPE: ProblemDocument}
-    for status in operation.statuses:
+    for status in sorted({*operation.errors, *([401] if operation.keyed else [])}):
         yield str(status), {"description": HTTPStatus(status).phrase, "content": _content(shape, schemas)}
 
 
 def _content(content: Content, schemas: dict[Any, Any], event: dict[str, Any] | None = None) -> dict[str, Any]:
-    """event: describes each of a stream of them."""
+    """event: schema of each event, if the content may be a stream of them."""
     text = {"type": "string"} if event is None else event
     return {media_type: {"schema": text if type_ is None else schemas[type_]} for media_type, type_ in content.items()}
 
 
 def _event(operation: Operation, schemas: dict[Any, Any]) -> dict[str, Any] | None:
-    """A server-sent event: OpenAPI 3.1 has no word for a stream, and tools take the schema for that of one event."""
+    """A server-sent event. OpenAPI 3.1 cannot describe a stream, and tools take its schema for that of one event."""
     if operation.events is None:
         return None
     data = [schemas[operation.events], {"type": "object"} if operation.patched else schemas[ErrorReply]]

@@ -1,4 +1,4 @@
-"""Every path of the gateway with what it takes and gives, for the OpenAPI document; a test holds it to what is served."""
+"""Every path of the gateway with its types and statuses, for the OpenAPI document. A test compares it with the routes."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from functions.gateway.page.pipeline_state import PipelineState
 JSON: Final = "application/json"
 HTML: Final = "text/html"
 Content = Mapping[str, type | None]
-"""Media type → what it has; None: a text."""
+"""Media type → type of the body; None: a text."""
 
 _CE_HEADERS: Final[Mapping[str, Mapping[str, object]]] = {
     "ce-specversion": {"enum": ["1.0"]},
@@ -26,10 +26,8 @@ _CE_HEADERS: Final[Mapping[str, Mapping[str, object]]] = {
     "ce-type": {"enum": [EventType.GENERATE_REQUEST]},
     "ce-expirytime": {"format": "date-time"},
 }
-_READ: Final = (400, 413, 429)
-"""What a body may be refused with."""
-_ANSWERED: Final = (500, 503, 504)
-"""What an answer may end with before it begins."""
+_BODY_ERRORS: Final = (400, 413, 429)
+_ANSWER_ERRORS: Final = (500, 503, 504)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,91 +35,69 @@ class Operation:
     method: str
     path: str
     summary: str
-    replies: Content | None
-    """Of status 200; None: without a body."""
+    replies: Content | None  # with status 200; None: no body
     request: Content = field(default_factory=dict)
-    refused: tuple[int, ...] = ()
-    keyed: bool = True
-    """Wants an API key, where there are any."""
-    events: type | None = None
-    """Data of each server-sent event, where the reply is a stream of them, which an error may end."""
-    patched: bool = False
-    """Events behind the first are patches of it."""
-    headers: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
-    """With what their values must be beside text (JSON Schema)."""
-    verdict: type | None = None
-    """Of status 503, where that is an answer like others."""
-
-    @property
-    def statuses(self) -> tuple[int, ...]:
-        """Of refusals."""
-        return tuple(sorted({*self.refused, *((401,) if self.keyed else ())}))
+    errors: tuple[int, ...] = ()  # statuses
+    keyed: bool = True  # requires an API key if the gateway has keys
+    events: type | None = None  # data of each server-sent event, if the reply is a stream; an error may end it
+    patched: bool = False  # events after the first are patches of it
+    headers: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # name → JSON schema, beside `type: string`
+    negative: type | None = None  # body of status 503, if that is a regular reply
 
 
 def operations(*, with_page: bool) -> Iterator[Operation]:
     if with_page:
-        yield Operation("get", "/", "The page: chat, and the pipeline alive", {HTML: None}, keyed=False)
+        yield Operation("get", "/", "The page: chat, and the live pipeline", {HTML: None}, keyed=False)
     yield Operation(
         "post",
         "/",
-        f"A CloudEvent `{EventType.GENERATE_REQUEST}`, answered by one of type `{EventType.GENERATE_RESPONSE}`, or by a stream "
-        "of events where `Accept` names one",
+        f"A CloudEvent `{EventType.GENERATE_REQUEST}`, answered by a `{EventType.GENERATE_RESPONSE}`, or by a stream of events "
+        "if `Accept` names one",
         {JSON: GenerateResponse, STRUCTURED_CONTENT_TYPE: replies.GenerateResponseEvent, EVENT_STREAM_CONTENT_TYPE: None},
         {STRUCTURED_CONTENT_TYPE: replies.GenerateRequestEvent, JSON: GenerateRequest},
-        (*_READ, 410, 415, 422, *_ANSWERED),
+        (*_BODY_ERRORS, 410, 415, 422, *_ANSWER_ERRORS),
         events=replies.CloudEvent,
         headers=_CE_HEADERS,
     )
-    yield from _openai()
-    yield Operation(
-        "post", "/tokenize", "The tokens of a text", {JSON: replies.Tokens}, {JSON: TokenizeRequest}, (*_READ, 422, 503)
-    )
-    yield Operation(
-        "post", "/detokenize", "The text of tokens", {JSON: replies.Text}, {JSON: DetokenizeRequest}, (*_READ, 422, 503)
-    )
-    yield Operation("get", "/health", "That it answers", None, keyed=False)
-    yield Operation("get", "/version", "Which Lamina this is", {JSON: replies.Version}, keyed=False)
-    yield Operation("get", "/openapi.json", "This document", {JSON: dict[str, Any]}, keyed=False)
-    yield Operation("get", "/healthz", "Whether it is alive", {JSON: replies.Alive}, keyed=False, verdict=replies.Alive)
-    yield Operation("get", "/readyz", "Whether it takes work", {JSON: replies.Ready}, keyed=False, verdict=replies.Ready)
-
-
-def _openai() -> Iterator[Operation]:
-    yield Operation(
-        "post",
-        "/v1/chat/completions",
-        "Go on with a conversation; with `stream`, by server-sent events",
-        {JSON: replies.ChatCompletion, EVENT_STREAM_CONTENT_TYPE: None},
-        {JSON: ChatRequest},
-        (*_READ, 404, *_ANSWERED),
-        events=replies.ChatCompletionChunk,
-    )
-    yield Operation(
-        "post",
-        "/v1/completions",
-        "Go on with a text; with `stream`, by server-sent events",
-        {JSON: replies.Completion, EVENT_STREAM_CONTENT_TYPE: None},
-        {JSON: CompletionRequest},
-        (*_READ, 404, *_ANSWERED),
-        events=replies.Completion,
-    )
-    yield Operation(
-        "post",
-        "/v1/responses",
-        "Go on with a conversation, which is sent whole; with `stream`, by server-sent events",
-        {JSON: replies.ResponseObject, EVENT_STREAM_CONTENT_TYPE: None},
-        {JSON: ResponsesRequest},
-        (*_READ, 404, *_ANSWERED),
-        events=replies.ResponseEvent,
-    )
-    yield Operation("get", "/v1/models", "The one model that is served", {JSON: replies.Models})
-    yield Operation("get", "/v1/models/{model}", "The same by its name", {JSON: replies.Model}, refused=(404,))
+    for path, summary, request, reply, event in (
+        ("chat/completions", "Continue a conversation", ChatRequest, replies.ChatCompletion, replies.ChatCompletionChunk),
+        ("completions", "Continue a text", CompletionRequest, replies.Completion, replies.Completion),
+        (
+            "responses",
+            "Continue a conversation, which is sent whole",
+            ResponsesRequest,
+            replies.ResponseObject,
+            replies.ResponseEvent,
+        ),
+    ):
+        yield Operation(
+            "post",
+            f"/v1/{path}",
+            f"{summary}; with `stream`, by server-sent events",
+            {JSON: reply, EVENT_STREAM_CONTENT_TYPE: None},
+            {JSON: request},
+            (*_BODY_ERRORS, 404, *_ANSWER_ERRORS),
+            events=event,
+        )
+    yield Operation("get", "/v1/models", "The one model that is served", {JSON: replies.ModelList})
+    yield Operation("get", "/v1/models/{model}", "The same by its name", {JSON: replies.ModelCard}, errors=(404,))
     yield Operation(
         "get",
         "/v1/pipeline/events",
         "The pipeline as server-sent events: `snapshot`, then `change` with merge patches of it (RFC 7396)",
         {EVENT_STREAM_CONTENT_TYPE: None},
-        refused=(429,),
+        errors=(429,),
         events=PipelineState,
         patched=True,
     )
+    token_errors = (*_BODY_ERRORS, 422, 503)
+    yield Operation("post", "/tokenize", "The tokens of a text", {JSON: replies.Tokens}, {JSON: TokenizeRequest}, token_errors)
+    yield Operation("post", "/detokenize", "The text of tokens", {JSON: replies.Text}, {JSON: DetokenizeRequest}, token_errors)
+    yield Operation("get", "/health", "Replies if the process is alive", None, keyed=False)
+    yield Operation("get", "/version", "Lamina's version", {JSON: replies.VersionReply}, keyed=False)
+    yield Operation("get", "/openapi.json", "This document", {JSON: dict[str, Any]}, keyed=False)
+    for path, summary, verdict in (
+        ("/healthz", "Whether it is alive", replies.AliveReply),
+        ("/readyz", "Whether it takes work", replies.ReadyReply),
+    ):
+        yield Operation("get", path, summary, {JSON: verdict}, keyed=False, negative=verdict)

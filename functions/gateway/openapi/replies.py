@@ -12,21 +12,20 @@ FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 
 
 class APIError(Struct, frozen=True):
-    message: str
-    """What was seen, and what to do."""
+    message: str  # what was seen, and what to do
     type: Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
     code: str
     param: str | None = None
 
 
 class ErrorReply(Struct, frozen=True):
-    """A refusal under /v1, in the shape of the OpenAI API."""
+    """An error under /v1, in the shape of the OpenAI API."""
 
     error: APIError
 
 
 class ProblemDocument(Struct, frozen=True):
-    """A refusal elsewhere (RFC 9457)."""
+    """An error of another path (RFC 9457)."""
 
     title: str
     status: int
@@ -34,16 +33,16 @@ class ProblemDocument(Struct, frozen=True):
     detail: str | None = None
 
 
-class Model(Struct, frozen=True):
+class ModelCard(Struct, frozen=True):
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
 
 
-class Models(Struct, frozen=True):
+class ModelList(Struct, frozen=True):
     object: Literal["list"]
-    data: tuple[Model, ...]
+    data: tuple[ModelCard, ...]
 
 
 class TopLogprob(Struct, frozen=True):
@@ -64,8 +63,7 @@ class ChatLogprobs(Struct, frozen=True):
 class ChatAnswer(Struct, frozen=True):
     role: Literal["assistant"]
     content: str | None
-    reasoning_content: str | None = None
-    """Thoughts, of a model whose template sets them apart."""
+    reasoning_content: str | None = None  # if the model's chat template marks thoughts
     refusal: None = None
 
 
@@ -77,13 +75,12 @@ class ChatChoice(Struct, frozen=True):
 
 
 class Completed(Struct, frozen=True, kw_only=True):
-    """What all documents of one request have."""
+    """Fields that all documents of one request share."""
 
     id: str
     created: int
     model: str
-    system_fingerprint: str
-    """The pipeline's."""
+    system_fingerprint: str  # the pipeline's
 
 
 class ChatCompletion(Completed, frozen=True, kw_only=True):
@@ -106,7 +103,7 @@ class ChatChunkChoice(Struct, frozen=True):
 
 
 class ChatCompletionChunk(Completed, frozen=True, kw_only=True):
-    """Data of one event; the last event is `[DONE]`."""
+    """Data of one event. The last event is `[DONE]`."""
 
     object: Literal["chat.completion.chunk"]
     choices: tuple[ChatChunkChoice, ...]
@@ -128,7 +125,7 @@ class CompletionChoice(Struct, frozen=True):
 
 
 class Completion(Completed, frozen=True, kw_only=True):
-    """Also data of one event of a stream, whose last event is `[DONE]`."""
+    """A reply, and the data of one event of a stream. The last event is `[DONE]`."""
 
     object: Literal["text_completion"]
     choices: tuple[CompletionChoice, ...]
@@ -143,7 +140,7 @@ class OutputPart(Struct, frozen=True):
 
 
 class OutputItem(Struct, frozen=True, kw_only=True):
-    """A message, thoughts before it, or the call of a tool."""
+    """A message, the thoughts before it, or a tool call."""
 
     id: str
     type: Literal["message", "reasoning", "function_call"]
@@ -161,7 +158,7 @@ class ResponseUsage(Struct, frozen=True):
 
 
 class ResponseObject(Struct, frozen=True, kw_only=True):
-    """An answer of /v1/responses; beside these it says again what was asked."""
+    """A reply of /v1/responses. It repeats the options of its request beside these fields."""
 
     id: str
     object: Literal["response"]
@@ -174,7 +171,7 @@ class ResponseObject(Struct, frozen=True, kw_only=True):
 
 
 class ResponseEvent(Struct, frozen=True):
-    """Data of one event, with more fields by its type."""
+    """Data of one event. It has more fields, which depend on its type."""
 
     type: str
     sequence_number: int
@@ -190,15 +187,15 @@ class Text(Struct, frozen=True):
     prompt: str
 
 
-class Version(Struct, frozen=True):
+class VersionReply(Struct, frozen=True):
     version: str
 
 
-class Alive(Struct, frozen=True):
+class AliveReply(Struct, frozen=True):
     alive: bool
 
 
-class Ready(Struct, frozen=True):
+class ReadyReply(Struct, frozen=True):
     ready: bool
 
 
@@ -211,8 +208,7 @@ class CloudEvent(Struct, frozen=True, kw_only=True):
     type: NotEmpty
     datacontenttype: Literal["application/json"] = "application/json"
     time: datetime | None = None
-    expirytime: datetime | None = None
-    """From then on nobody awaits the answer."""
+    expirytime: datetime | None = None  # no answer is wanted after it
     traceparent: str | None = None
 
 

@@ -1,4 +1,4 @@
-"""The page at `/`: one file that a browser runs, which asks this gateway and nobody else."""
+"""The page at `/`: one HTML file that speaks to this gateway only."""
 
 import base64
 import hashlib
@@ -12,26 +12,14 @@ _FILE: Final = "page.html"
 
 
 class Page:
-    """The file, and what a browser may do with it: run its own script and style, by their hashes, and speak to this gateway."""
+    """Serves the file with a Content-Security-Policy that allows its own script and style, by their hashes, and no others."""
 
     def __init__(self) -> None:
         self._html = files(__package__).joinpath(_FILE).read_text("utf-8")
-        self._headers = {"Content-Security-Policy": _policy(self._html)}
-
-    def register(self, app: Flask) -> None:
-        app.get("/")(self._page)
-
-    def _page(self) -> Response:
-        return Response(self._html, content_type="text/html; charset=utf-8", headers=self._headers)
-
-
-def _policy(html: str) -> str:
-    """CSP level 3: nothing but what stands here."""
-    return "; ".join(
-        (
+        policy = (
             "default-src 'none'",
-            f"script-src '{_hash_of('script', html)}'",
-            f"style-src '{_hash_of('style', html)}'",
+            f"script-src '{_hash_of('script', self._html)}'",
+            f"style-src '{_hash_of('style', self._html)}'",
             "connect-src 'self'",
             "img-src data:",
             "base-uri 'none'",
@@ -40,10 +28,15 @@ def _policy(html: str) -> str:
             "require-trusted-types-for 'script'",
             "trusted-types 'none'",
         )
-    )
+        self._headers = {"Content-Security-Policy": "; ".join(policy)}
+
+    def register(self, app: Flask) -> None:
+        app.get("/", endpoint="page")(
+            lambda: Response(self._html, content_type="text/html; charset=utf-8", headers=self._headers)
+        )
 
 
 def _hash_of(element: str, html: str) -> str:
-    """Of the one element's text, as browsers take it: every byte between its tags."""
+    """Hash of the text of the file's only such element, every byte between its tags (CSP level 3)."""
     (text,) = re.findall(rf"<{element}>(.*?)</{element}>", html, re.DOTALL)
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,12 +1,12 @@
-"""The door for whoever watches: `GET /v1/pipeline/events`, the pipeline's state as server-sent events.
+"""`GET /v1/pipeline/events`: the pipeline's state as server-sent events.
 
-`snapshot` first, then a `change` whenever something has changed, a few times a second at most. A stream ends after some
-minutes, so that no proxy has to break it, and when the gateway drains; readers come again.
+The first event is a `snapshot`. A `change` follows whenever the state has changed, at most a few times a second. A stream ends
+after some minutes, before a proxy breaks it, and when the gateway drains; clients then connect again.
 """
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import msgspec
@@ -14,59 +14,64 @@ from flask import Flask, Response, request
 
 from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE, HEARTBEAT, encode_sse
 from eventing.problems import RateLimited
-from functions.gateway.answers.access_log import entry
-from functions.gateway.answers.clients import Clients
+from functions.gateway.answers.access_log import log_entry
+from functions.gateway.answers.authentication import Clients
 from functions.gateway.answers.streaming import STREAM_HEADERS, client_gone
-from functions.gateway.page.merge_patch import merge_patch
 from functions.gateway.page.pipeline_watch import SAMPLE_SECONDS, PipelineWatch
 
-MOST_WATCHERS: Final = 32
-"""At once: each has a thread."""
+MAX_STREAMS: Final = 32  # each has a thread
 HEARTBEAT_SECONDS: Final = 5.0
-LONGEST_SECONDS: Final = 300.0
-"""Of one stream: less than a Service's timeoutSeconds."""
-COME_AGAIN_SECONDS: Final = 5
+MAX_STREAM_SECONDS: Final = 300.0  # less than a Service's timeoutSeconds
+RETRY_AFTER_SECONDS: Final = 5
 
 
 class PipelineEventsAPI:
     def __init__(self, watch: PipelineWatch, clients: Clients) -> None:
         self._watch = watch
         self._clients = clients
-        self._places = threading.Semaphore(MOST_WATCHERS)
+        self._streams = threading.Semaphore(MAX_STREAMS)
 
     def register(self, app: Flask) -> None:
         app.get("/v1/pipeline/events")(self._events)
 
     def _events(self) -> Response:
-        client_id = entry().client_id = self._clients.identify(request)
-        if not self._places.acquire(blocking=False):
-            raise RateLimited(f"{MOST_WATCHERS} watch the pipeline already; try again later", COME_AGAIN_SECONDS)
+        client_id = log_entry().client_id = self._clients.identify(request)
+        if not self._streams.acquire(blocking=False):
+            raise RateLimited(f"{MAX_STREAMS} watch the pipeline already; try again later", RETRY_AFTER_SECONDS)
         stream = self._stream(client_id, client_gone())
         response = Response(stream, content_type=EVENT_STREAM_CONTENT_TYPE, headers=STREAM_HEADERS)
-        response.call_on_close(self._places.release)
+        response.call_on_close(self._streams.release)
         return response
 
     def _stream(self, client_id: str, gone: Callable[[], bool]) -> Iterator[bytes]:
-        ends_at = time.monotonic() + LONGEST_SECONDS
-        told = self._document(client_id)
-        yield _event("snapshot", told)
-        spoke_at = time.monotonic()
+        ends_at = time.monotonic() + MAX_STREAM_SECONDS
+        sent = msgspec.to_builtins(self._watch.state(client_id))
+        yield encode_sse(msgspec.json.encode(sent), event="snapshot")
+        sent_at = time.monotonic()
         while time.monotonic() < ends_at and not gone() and not self._watch.watched.draining():
             time.sleep(SAMPLE_SECONDS)
-            now = self._document(client_id)
-            if patch := merge_patch(told, now):
-                told = now
-                yield _event("change", patch)
-            elif time.monotonic() - spoke_at > HEARTBEAT_SECONDS:
+            now = msgspec.to_builtins(self._watch.state(client_id))
+            if patch := merge_patch(sent, now):
+                sent = now
+                yield encode_sse(msgspec.json.encode(patch), event="change")
+            elif time.monotonic() - sent_at > HEARTBEAT_SECONDS:
                 yield HEARTBEAT
             else:
                 continue
-            spoke_at = time.monotonic()
-
-    def _document(self, client_id: str) -> dict[str, Any]:
-        document: dict[str, Any] = msgspec.to_builtins(self._watch.state(client_id))
-        return document
+            sent_at = time.monotonic()
 
 
-def _event(name: str, document: dict[str, Any]) -> bytes:
-    return encode_sse(msgspec.json.encode(document), event=name)
+def merge_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON merge patch (RFC 7396) from `old` to `new`; empty if they are equal.
+
+    A removed member and one that became null look the same in it: both are null.
+    """
+    patch: dict[str, Any] = {name: None for name in old if name not in new}
+    for name, value in new.items():
+        before = old.get(name)
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            if inner := merge_patch(before, value):
+                patch[name] = inner
+        elif before != value:
+            patch[name] = value
+    return patch

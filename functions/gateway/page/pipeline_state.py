@@ -1,6 +1,7 @@
-"""What `GET /v1/pipeline/events` tells: the pipeline as one JSON document, in which everything that comes and goes has a name.
+"""The document that `GET /v1/pipeline/events` sends: the pipeline's state, in which everything that comes and goes has a key.
 
-What is null may as well be left out. docs/openai.md says how it is read; numbers are this gateway's, of its last seconds.
+A null field may also be missing. Numbers are those of this gateway and of its last seconds. docs/openai.md says how the stream
+is read.
 """
 
 from msgspec import Struct
@@ -8,52 +9,38 @@ from msgspec import Struct
 from functions.gateway.scheduling.outlook import InstanceState
 
 
-class Replica(Struct, frozen=True, kw_only=True):
+class ReplicaState(Struct, frozen=True, kw_only=True):
     """One instance of a stage: a pod."""
 
     state: InstanceState
     revision: str
-    concurrency: float
-    """Forward events in flight there, on average."""
-    routes: int
-    """Micro-batches whose route it is on."""
-    free_tokens: int | None = None
-    """Room for keys and values, as it said last."""
+    concurrency: float  # forward events in flight there, on average
+    routes: int  # micro-batches whose route it is on
+    free_tokens: int | None = None  # free memory for keys and values, by its last reply
 
 
-class Start(Struct, frozen=True, kw_only=True):
-    """A start from zero."""
+class ColdStartState(Struct, frozen=True, kw_only=True):
+    """A start from zero replicas."""
 
-    seconds: float
-    """From the warm-up event to its reply, or until now."""
+    seconds: float  # from the warm-up event to its reply, or until now
     over: bool
-    failed: str | None = None
-    """In a word, such as timeout."""
-    phases: dict[str, float]
-    """The pod's own account: phase → seconds from the start of its process to its end."""
+    failed: str | None = None  # the cause in a word, such as timeout
+    phases: dict[str, float]  # reported by the pod: phase → seconds from its process's start to the phase's end
 
 
-class Stage(Struct, frozen=True, kw_only=True):
+class StageState(Struct, frozen=True, kw_only=True):
     """A layer group: one Knative Service."""
 
     service: str
-    layers: tuple[int, int]
-    """First, and the one behind the last."""
-    target: float | None = None
-    """Concurrency of one replica at which another one is added; None where it is not scaled by that, or not known."""
-    asleep: bool
-    """None of its replicas takes work now."""
-    step_seconds: float | None = None
-    """From an event to its reply, on average; None where there was none."""
-    replicas: dict[str, Replica]
-    """By number, in the order in which the gateway learned of them."""
-    start: Start | None = None
-    """The last that this gateway saw, or the one under way."""
+    layers: tuple[int, int]  # first, and last + 1
+    target: float | None = None  # concurrency at which a replica is added; None: not scaled by concurrency, or unknown
+    asleep: bool  # no replica takes work now
+    step_seconds: float | None = None  # average from an event to its reply; None: there was none
+    replicas: dict[str, ReplicaState]  # by number, in the order in which the gateway learned of them
+    start: ColdStartState | None = None  # the latest that this gateway saw
 
 
-class Queue(Struct, frozen=True, kw_only=True):
-    """Answers in hand."""
-
+class QueueState(Struct, frozen=True, kw_only=True):
     waiting: int
     limit: int
     running: int
@@ -61,27 +48,21 @@ class Queue(Struct, frozen=True, kw_only=True):
 
 
 class RunningAnswer(Struct, frozen=True, kw_only=True):
-    """One of the answers of whoever watches."""
+    """An answer of the client that reads the stream."""
 
-    route: tuple[int, ...]
-    """Number of the replica at each stage; empty while it waits."""
+    route: tuple[int, ...]  # number of the replica at each stage; empty while the answer waits
     prompt_tokens: int
-    tokens: int
-    """Drawn so far."""
+    tokens: int  # drawn so far
     replays: int
 
 
 class PipelineState(Struct, frozen=True, kw_only=True):
-    """Data of the event `snapshot`. That of a `change` is a JSON merge patch (RFC 7396) of it."""
+    """Data of the event `snapshot`. The data of a `change` is a JSON merge patch (RFC 7396) of it."""
 
     model: str
-    pipeline: str
-    """Its fingerprint."""
-    ready: bool
-    """This gateway has its tokenizer."""
-    stages: dict[str, Stage]
-    """By number, from 0 on."""
-    queue: Queue
+    pipeline: str  # its fingerprint
+    ready: bool  # this gateway has loaded its tokenizer
+    stages: dict[str, StageState]  # by number, from 0 on
+    queue: QueueState
     tokens_per_second: float
-    answers: dict[str, RunningAnswer]
-    """By the id of the response; 32 at most, those that compute first."""
+    answers: dict[str, RunningAnswer]  # by the id of the response; at most 32, running ones first

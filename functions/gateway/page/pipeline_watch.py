@@ -1,4 +1,4 @@
-"""The pipeline's state for whoever watches: sampled a few times a second, once for all, and only while somebody does."""
+"""Samples the pipeline's state for all readers of the stream together, a few times a second, and only while there are any."""
 
 import threading
 import time
@@ -7,33 +7,39 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from functions.gateway.page.pipeline_state import PipelineState, Queue, Replica, RunningAnswer, Stage, Start
+from functions.gateway.page.pipeline_state import (
+    ColdStartState,
+    PipelineState,
+    QueueState,
+    ReplicaState,
+    RunningAnswer,
+    StageState,
+)
 from functions.gateway.scheduling.cold_starts import ColdStart
 from functions.gateway.scheduling.outlook import InstanceOutlook, Outlook, StageOutlook
 
 SAMPLE_SECONDS: Final = 0.3
-MOST_ANSWERS: Final = 32
-WINDOW_SECONDS: Final = 2.0
-"""Over which rates and averages are taken."""
+MAX_ANSWERS: Final = 32
+WINDOW_SECONDS: Final = 2.0  # rates and averages are taken over it
 
 
 @dataclass(frozen=True, slots=True)
-class StageName:
-    """What never changes of a stage."""
+class StageDescription:
+    """What never changes about a stage."""
 
     service: str
     layers: tuple[int, int]
-    target: float | None
+    target: float | None  # concurrency at which the autoscaler adds a replica
 
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """What is watched, and by which names."""
+    """Where PipelineWatch gets its values from."""
 
     model: str
     pipeline: str
     queue_limit: int
-    stages: tuple[StageName, ...]
+    stages: tuple[StageDescription, ...]
     outlook: Callable[[], Outlook]
     ready: Callable[[], bool]
     draining: Callable[[], bool]
@@ -45,11 +51,10 @@ class PipelineWatch:
     def __init__(self, watched: Watched) -> None:
         self.watched = watched
         self._lock = threading.Lock()
-        self._samples: deque[Outlook] = deque()
-        """The last one is how it stands now, the first the one that rates are taken from."""
+        self._samples: deque[Outlook] = deque()  # the last is the current one; rates are differences to the first
 
     def state(self, client_id: str) -> PipelineState:
-        """As this client may see it: nobody sees the answers of others."""
+        """The state with the answers of this client only."""
         with self._lock:
             self._sample()
             before, now = self._samples[0], self._samples[-1]
@@ -60,7 +65,7 @@ class PipelineWatch:
             pipeline=self.watched.pipeline,
             ready=self.watched.ready(),
             stages={str(number): _stage(*each, seconds) for number, each in enumerate(stages)},
-            queue=Queue(
+            queue=QueueState(
                 waiting=now.waiting, limit=self.watched.queue_limit, running=now.running, micro_batches=now.micro_batches
             ),
             tokens_per_second=round(_rate(now.tokens - before.tokens, seconds), 1),
@@ -80,38 +85,39 @@ def _rate(difference: float, seconds: float) -> float:
     return difference / seconds if seconds > 0 else 0.0
 
 
-def _stage(name: StageName, before: StageOutlook, now: StageOutlook, seconds: float) -> Stage:
+def _stage(description: StageDescription, before: StageOutlook, now: StageOutlook, seconds: float) -> StageState:
     steps = now.steps - before.steps
-    return Stage(
-        service=name.service,
-        layers=name.layers,
-        target=name.target,
+    return StageState(
+        service=description.service,
+        layers=description.layers,
+        target=description.target,
         asleep=now.cold,
         step_seconds=round((now.step_seconds - before.step_seconds) / steps, 4) if steps else None,
         replicas={str(each.number): _replica(before.instances, each, seconds) for each in now.instances},
-        start=None if now.start is None else _start(now.start),
+        start=None if now.start is None else _cold_start(now.start),
     )
 
 
-def _replica(before: Iterable[InstanceOutlook], now: InstanceOutlook, seconds: float) -> Replica:
+def _replica(before: Iterable[InstanceOutlook], now: InstanceOutlook, seconds: float) -> ReplicaState:
     earlier = next((each.event_seconds for each in before if each.number == now.number), 0.0)
     concurrency = round(_rate(now.event_seconds - earlier, seconds), 2)
-    return Replica(
+    return ReplicaState(
         state=now.state, revision=now.revision, concurrency=concurrency, routes=now.routes, free_tokens=now.free_tokens
     )
 
 
-def _start(start: ColdStart) -> Start:
+def _cold_start(start: ColdStart) -> ColdStartState:
     seconds = (time.monotonic() if start.ended is None else start.ended) - start.began
-    return Start(seconds=round(seconds, 2), over=start.ended is not None, failed=start.cause or None, phases=dict(start.phases))
+    over = start.ended is not None
+    return ColdStartState(seconds=round(seconds, 2), over=over, failed=start.cause or None, phases=dict(start.phases))
 
 
 def _answers_of(client_id: str, now: Outlook) -> dict[str, RunningAnswer]:
-    """Those that compute before those that wait, and no more than somebody can look at."""
+    """Running answers before waiting ones, up to MAX_ANSWERS."""
     own = sorted((answer for answer in now.answers if answer.client_id == client_id), key=lambda each: not each.route)
     return {
         each.request_id: RunningAnswer(
             route=each.route, prompt_tokens=each.prompt_tokens, tokens=each.tokens, replays=each.replays
         )
-        for each in own[:MOST_ANSWERS]
+        for each in own[:MAX_ANSWERS]
     }

@@ -8,7 +8,7 @@ BEGIN: Final = "<think>"
 END: Final = "</think>"
 
 
-class Part(NamedTuple):
+class TextDelta(NamedTuple):
     kind: Literal["reasoning", "content"]
     text: str
 
@@ -28,21 +28,21 @@ class Reasoning:
         self._begun = False
         """Some thought has been given out."""
 
-    def push(self, text: str) -> list[Part]:
+    def push(self, text: str) -> list[TextDelta]:
         """What is certain now."""
         self._held += text
-        parts: list[Part] = []
+        parts: list[TextDelta] = []
         while (part := self._next()) is not None:
             parts += [part] if part.text else []
         return parts
 
-    def finish(self) -> list[Part]:
+    def finish(self) -> list[TextDelta]:
         """The rest, which was no mark after all."""
         held, self._held = self._held, ""
         kind: Literal["reasoning", "content"] = "reasoning" if self._state == "inside" else "content"
-        return [Part(kind, held)] if held and self._state != "behind" else []
+        return [TextDelta(kind, held)] if held and self._state != "behind" else []
 
-    def _next(self) -> Part | None:
+    def _next(self) -> TextDelta | None:
         """None where more has to come first."""
         if self._state == "before":
             return self._at_the_beginning()
@@ -55,28 +55,28 @@ class Reasoning:
         if not self._held:
             return None
         said, self._held = self._held, ""
-        return Part("content", said)
+        return TextDelta("content", said)
 
-    def _at_the_beginning(self) -> Part | None:
+    def _at_the_beginning(self) -> TextDelta | None:
         seen = self._held.lstrip()
         if seen.startswith(BEGIN):
             self._held, self._state = seen[len(BEGIN) :], "inside"
-            return Part("reasoning", "")
+            return TextDelta("reasoning", "")
         if BEGIN.startswith(seen):
             return None
         self._state = "content"
-        return Part("content", "")
+        return TextDelta("content", "")
 
-    def _thought(self) -> Part | None:
+    def _thought(self) -> TextDelta | None:
         if not self._begun:
             self._held = self._held.lstrip("\n")
         thought, mark, rest = self._held.partition(END)
         if mark:
             self._held, self._state = rest, "behind"
-            return Part("reasoning", thought.rstrip("\n"))
+            return TextDelta("reasoning", thought.rstrip("\n"))
         # Empty lines are held, too: they may be the last ones.
         certain = self._held[: len(self._held) - overlap(self._held, END)].rstrip("\n")
         if not certain:
             return None
         self._held, self._begun = self._held[len(certain) :], True
-        return Part("reasoning", certain)
+        return TextDelta("reasoning", certain)

@@ -17,7 +17,7 @@ _LONGEST_HEAD: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ToolCallDelta:
     """What has become certain: text of the answer, or the begin of a call with its name, or more of its arguments."""
 
     content: str = ""
@@ -71,18 +71,18 @@ class ToolCallParser:
     _marker: str = ""
     """What has to be given back where it is no call after all."""
 
-    def push(self, text: str) -> list[Part]:
+    def push(self, text: str) -> list[ToolCallDelta]:
         self._text += text
         return list(self._parts(at_end=False))
 
-    def finish(self) -> list[Part]:
+    def finish(self) -> list[ToolCallDelta]:
         """What was held back."""
         parts = list(self._parts(at_end=True))
         left, self._text = self._marker + self._text, ""
         self._marker = ""
-        return [*parts, Part(left)] if left.strip() and self._state in ("start", "text", "call") else parts
+        return [*parts, ToolCallDelta(left)] if left.strip() and self._state in ("start", "text", "call") else parts
 
-    def _parts(self, at_end: bool) -> Iterator[Part]:
+    def _parts(self, at_end: bool) -> Iterator[ToolCallDelta]:
         steps = {
             "start": self._start,
             "text": self._plain,
@@ -109,7 +109,7 @@ class ToolCallParser:
         elif begun and (at_end or not _PYTHON_TAG.startswith(begun)):
             self._state = "call" if begun[0] == "{" else "text"
 
-    def _plain(self, at_end: bool) -> Part | None:
+    def _plain(self, at_end: bool) -> ToolCallDelta | None:
         marker = self.format.marker
         place = self._text.find(marker) if marker else -1
         if place >= 0:
@@ -118,9 +118,9 @@ class ToolCallParser:
         else:
             held = 0 if at_end else _held(self._text, marker)
             content, self._text = self._text[: len(self._text) - held], self._text[len(self._text) - held :]
-        return Part(content) if content else None
+        return ToolCallDelta(content) if content else None
 
-    def _head(self, at_end: bool) -> Part | None:
+    def _head(self, at_end: bool) -> ToolCallDelta | None:
         opening = self.format.opening.match(self._text) or re.match(r"\s*", self._text)
         assert opening is not None
         at = opening.end()
@@ -129,7 +129,7 @@ class ToolCallParser:
             self._text, self._marker = self._text[head.end() :], ""
             self._state, self._nesting = "arguments", _Nesting()
             self.calls += 1
-            return Part(call=self.calls - 1, name=head["name"])
+            return ToolCallDelta(call=self.calls - 1, name=head["name"])
         left = self._text[at:]
         end = _Nesting().end(left) if head is None and left.startswith("{") else None
         if end is not None and (whole := self._whole(left, end)) is not None:
@@ -140,10 +140,10 @@ class ToolCallParser:
             seen = at + end if end is not None else len(self._text) if left.startswith("{") else 0
             content, self._text = self._marker + self._text[:seen], self._text[seen:]
             self._marker, self._state = "", "text"
-            return Part(content) if content.strip() else None
+            return ToolCallDelta(content) if content.strip() else None
         return None
 
-    def _whole(self, left: str, end: int) -> Part | None:
+    def _whole(self, left: str, end: int) -> ToolCallDelta | None:
         """A call whose keys come in another order, or that has no arguments, now that all of it is there."""
         call = _object(left[:end])
         name = call.get("name")
@@ -153,15 +153,15 @@ class ToolCallParser:
         self._text, self._marker, self._state = left[end:], "", "behind"
         self.calls += 1
         said = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        return Part(call=self.calls - 1, name=name, arguments=said)
+        return ToolCallDelta(call=self.calls - 1, name=name, arguments=said)
 
-    def _arguments(self, _: bool) -> Part | None:
+    def _arguments(self, _: bool) -> ToolCallDelta | None:
         end = self._nesting.end(self._text)
         said = self._text[:end]
         self._text = "" if end is None else self._text[end:]
         if end is not None:
             self._state, self._nesting = "behind" if self.format.direct else "rest", _Nesting(depth=1)
-        return Part(call=self.calls - 1, arguments=said) if said else None
+        return ToolCallDelta(call=self.calls - 1, arguments=said) if said else None
 
     def _rest(self, _: bool) -> None:
         """Up to the brace that closes the call."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from functions.configuration.api_keys import Allowance, ApiKey, parse_keys, sha256_of
+from functions.configuration.api_keys import ApiKey, Quota, parse_keys, sha256_of
 
 HASH = sha256_of("one")
 
@@ -12,16 +12,16 @@ def test_commas_lines_and_comments() -> None:
         f"# of the team\n\n  sha256:{HASH} name=alice  concurrent=4 \nsecond, third name=bob priority=-1,sha256:{'0' * 64}\n"
     )
     alice, second, bob, zeros = parse_keys(written)
-    assert alice == ApiKey(HASH, "alice", Allowance(concurrent=4))
+    assert alice == ApiKey(HASH, "alice", Quota(concurrent=4))
     assert second == ApiKey(sha256_of("second"), in_clear_text=True)
-    assert (bob.name, bob.allowance) == ("bob", Allowance(priority=-1))
+    assert (bob.name, bob.quota) == ("bob", Quota(priority=-1))
     assert zeros.id == "0" * 12
     assert parse_keys(" \n# nothing\n") == ()
 
 
 def test_what_is_written_is_read_again() -> None:
-    allowance = Allowance(60, 100_000, 4, 0, 10)
-    key = ApiKey(HASH, "alice@example.com", allowance)
+    quota = Quota(60, 100_000, 4, 0, 10)
+    key = ApiKey(HASH, "alice@example.com", quota)
     limits = "requests_per_minute=60 tokens_per_minute=100000 concurrent=4 max_tokens=0 priority=10"
     text = f"sha256:{HASH} name=alice@example.com {limits}"
     assert key.written() == text
@@ -53,5 +53,5 @@ def test_a_mistake_is_counted_and_not_shown(written: str, said: str) -> None:
 
 
 def test_what_a_key_says_goes_before_what_is_said_of_all() -> None:
-    of_all = Allowance(60, 1000, 4)
-    assert Allowance(concurrent=0, priority=2).over(of_all) == Allowance(60, 1000, 0, None, 2)
+    of_all = Quota(60, 1000, 4)
+    assert Quota(concurrent=0, priority=2).over(of_all) == Quota(60, 1000, 0, None, 2)

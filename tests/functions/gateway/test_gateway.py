@@ -164,7 +164,7 @@ def test_a_client_that_goes_away_is_noticed_though_nothing_was_said_to_it(publis
             connection.close()
             wait_until(lambda: "lamina_gateway_waiting_sequences 0.0" in metrics(gateway))
         assert 'lamina_gateway_answers_total{outcome="cancelled"} 4.0' in metrics(gateway)
-        assert "open to whoever reaches it: neither LAMINA_API_KEYS nor" in gateway.log
+        assert "open to everybody: neither LAMINA_API_KEYS nor" in gateway.log
 
 
 def test_a_wrong_network_of_pods_is_no_outage(published: Published, stage_urls: list[str]) -> None:

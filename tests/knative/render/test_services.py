@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from eventing.wire.events import pipeline_fingerprint
-from functions.configuration.api_keys import Allowance
+from functions.configuration.api_keys import Quota
 from functions.configuration.config import GatewayConfig, StageConfig, read_config
 from functions.configuration.pass_times import PassTimes
 from functions.gateway.answers.authentication import KeyRing
@@ -92,7 +92,7 @@ def test_functions_accept_every_rendered_environment() -> None:
     gateway = configs[-1]
     assert isinstance(gateway, GatewayConfig)
     assert gateway.access_log == "prompts"
-    assert client_limits(gateway, KeyRing()).allowance("anybody") == Allowance(60, 9000, 4, 500)
+    assert client_limits(gateway, KeyRing()).quota("anybody") == Quota(60, 9000, 4, 500)
     assert gateway.cors_origins == ("https://chat.example", "http://localhost:3000")
     assert gateway.stages[1] == ((10, 20), f"http://chat-{full.fingerprint[:8]}-s1.models.svc.cluster.local")
     assert gateway.api_keys is None

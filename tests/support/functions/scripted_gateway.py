@@ -13,9 +13,10 @@ from werkzeug.test import TestResponse
 from eventing.http.sse import SSEDecoder
 from eventing.problems import Problem
 from functions.configuration.config import GatewayConfig, read_config
+from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.answers.service import AnswerService
-from functions.gateway.app import client_limits, create_app, key_ring
+from functions.gateway.app import client_limits, create_app
 from functions.gateway.scheduling.prompt import Prompt
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.text.chat_template import ChatTemplate
@@ -96,7 +97,7 @@ def client_of(
     config = read_config(GATEWAY | environ)
     assert isinstance(config, GatewayConfig)
     text = ModelText(TOKENIZER, ChatTemplate(template, {}), frozenset([END]), context)
-    keys = key_ring(config)
+    keys = KeyRing(config.api_keys, config.api_key_files or ())
     answers = AnswerService(text, pipeline, pipeline.metrics, limits=client_limits(config, keys), model=config.model)
     return create_app(config, lambda: answers, pipeline.metrics, keys, write_line).test_client()
 

@@ -28,8 +28,8 @@ def test_keys_of_the_environment_and_of_several_files(tmp_path: Path) -> None:
     found = {key: ring.find(key) for key in ("env", "alice", "bob", "carol", "")}
     assert [key for key, each in found.items() if each] == ["env", "alice", "bob"]
     assert found["alice"] is not None
-    assert ring.allowance(found["alice"].id).concurrent == 1, "the first file counts"
-    assert ring.allowance("nobody").concurrent is None
+    assert ring.quota(found["alice"].id).concurrent == 1, "the first file counts"
+    assert ring.quota("nobody").concurrent is None
     assert not ring.is_open
 
 
@@ -42,7 +42,7 @@ def test_a_key_that_is_taken_out_is_refused_within_seconds(tmp_path: Path) -> No
     soon(lambda: ring.find("alice") is None)
     carol = ring.find("carol")
     assert carol is not None
-    assert ring.allowance(carol.id).max_tokens == 5
+    assert ring.quota(carol.id).max_tokens == 5
     assert ring.find("bob")
 
 

@@ -8,7 +8,7 @@ import pytest
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
-from functions.configuration.api_keys import Allowance
+from functions.configuration.api_keys import Quota
 from functions.gateway.answers.client_limits import ClientLimits
 from functions.gateway.text.tokenizer import ModelText
 from tests.support.functions.scripted_gateway import EVENT, Pipeline, client_of
@@ -111,7 +111,7 @@ def test_ten_thousand_requests_beyond_a_limit_are_not_tokenized(pipeline: Pipeli
 
 
 def test_without_limits_nothing_is_counted() -> None:
-    limits = ClientLimits(Allowance())
+    limits = ClientLimits(Quota())
     for _ in range(100):
-        limits.enter("client")(1000)
+        limits.admit("client")(1000)
     assert limits._windows is None

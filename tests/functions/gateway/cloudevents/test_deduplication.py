@@ -56,7 +56,7 @@ def test_what_failed_is_computed_anew(client: FlaskClient, pipeline: Pipeline) -
 
 def test_after_a_while_it_is_computed_anew(client: FlaskClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     ask(client, {"prompt": "Hi"}, ce_id="7")
-    monkeypatch.setattr(once, "REMEMBERED_SECONDS", -1.0)
+    monkeypatch.setattr(once, "KEPT_SECONDS", -1.0)
     ask(client, {"prompt": "Hi"}, ce_id="7")
     assert len(pipeline.prompts) == 2
 
@@ -64,7 +64,7 @@ def test_after_a_while_it_is_computed_anew(client: FlaskClient, pipeline: Pipeli
 def test_the_oldest_answers_go_where_there_are_too_many(
     client: FlaskClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(once, "MOST_REMEMBERED_TOKENS", 30)  # "Hello there" has 9
+    monkeypatch.setattr(once, "MAX_KEPT_TOKENS", 30)  # "Hello there" has 9
     for id_ in "123412341":
         ask(client, {"prompt": "Hi"}, ce_id=id_)
     assert len(pipeline.prompts) == 9

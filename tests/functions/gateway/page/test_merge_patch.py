@@ -5,7 +5,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from functions.gateway.page.merge_patch import merge_patch
+from functions.gateway.page.pipeline_events import merge_patch
 
 VALUES = st.recursive(
     st.integers() | st.text(max_size=2) | st.lists(st.integers(), max_size=2),

@@ -14,10 +14,11 @@ from werkzeug.test import TestResponse
 
 from eventing.http.sse import ServerSentEvent, SSEDecoder
 from functions.configuration.config import GatewayConfig, read_config
-from functions.gateway.app import create_app, key_ring
+from functions.gateway.answers.authentication import KeyRing
+from functions.gateway.app import create_app
 from functions.gateway.page import pipeline_events, pipeline_watch
 from functions.gateway.page.pipeline_state import PipelineState
-from functions.gateway.page.pipeline_watch import StageName, Watched
+from functions.gateway.page.pipeline_watch import StageDescription, Watched
 from functions.gateway.scheduling.cold_starts import ColdStart
 from functions.gateway.scheduling.outlook import AnswerOutlook, InstanceOutlook, Outlook, StageOutlook
 from tests.functions.gateway.page.test_merge_patch import applied
@@ -43,7 +44,13 @@ class Pipe:
         self.now = Outlook(time.monotonic(), (stage,), 0, 1, 1, 0, (answer("mine"), answer("other", "somebody else")))
         self.draining = False
         self.watched = Watched(
-            "tiny", "f" * 32, 8, (StageName("tiny-s0", (0, 2), 1.4),), lambda: self.now, lambda: True, lambda: self.draining
+            "tiny",
+            "f" * 32,
+            8,
+            (StageDescription("tiny-s0", (0, 2), 1.4),),
+            lambda: self.now,
+            lambda: True,
+            lambda: self.draining,
         )
 
     def stage(self, **changes: Any) -> None:
@@ -55,7 +62,9 @@ class Pipe:
         assert isinstance(config, GatewayConfig)
         pipeline = Pipeline()
         pipeline.script = refuse(AssertionError)  # type: ignore[arg-type]
-        return create_app(config, lambda: None, pipeline.metrics, key_ring(config), lambda _: None, self.watched).test_client()  # type: ignore[arg-type, return-value]
+        return create_app(
+            config, lambda: None, pipeline.metrics, KeyRing(config.api_keys), lambda _: None, self.watched
+        ).test_client()  # type: ignore[arg-type, return-value]
 
 
 @pytest.fixture
@@ -97,7 +106,7 @@ def test_of_many_answers_those_are_seen_that_compute(pipe: Pipe) -> None:
     pipe.now = dataclasses.replace(pipe.now, answers=(*waiting, answer("computes")))
     with closing(pipe.client().get("/v1/pipeline/events")) as response:
         seen = next(documents(response))["answers"]
-    assert len(seen) == pipeline_watch.MOST_ANSWERS
+    assert len(seen) == pipeline_watch.MAX_ANSWERS
     assert seen["computes"]["route"] == [1]
 
 
@@ -128,7 +137,7 @@ def test_who_has_no_key_sees_nothing(pipe: Pipe) -> None:
 def test_so_many_may_watch_and_the_place_of_one_who_left_is_free(pipe: Pipe) -> None:
     client = pipe.client()
     with ExitStack() as watching:
-        for _ in range(pipeline_events.MOST_WATCHERS):
+        for _ in range(pipeline_events.MAX_STREAMS):
             watching.enter_context(closing(client.get("/v1/pipeline/events")))
         refused = client.get("/v1/pipeline/events")
         assert refused.status_code == 429
@@ -140,7 +149,7 @@ def test_so_many_may_watch_and_the_place_of_one_who_left_is_free(pipe: Pipe) -> 
 
 def test_a_stream_in_which_nothing_happens_has_heartbeats_and_an_end(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline_events, "HEARTBEAT_SECONDS", 0.01)
-    monkeypatch.setattr(pipeline_events, "LONGEST_SECONDS", 0.2)
+    monkeypatch.setattr(pipeline_events, "MAX_STREAM_SECONDS", 0.2)
     with closing(pipe.client().get("/v1/pipeline/events")) as response:
         _, *rest = itertools.chain(response.response)
     assert set(rest) == {b":\n\n"}

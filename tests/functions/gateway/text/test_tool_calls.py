@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from functions.gateway.text.tool_calls import Part, ToolCallParser
+from functions.gateway.text.tool_calls import ToolCallDelta, ToolCallParser
 from functions.gateway.text.tool_formats import HERMES, LLAMA3, MISTRAL, MISTRAL_DIRECT, ToolFormat, format_of
 
 NAMES = frozenset({"add", "look_up"})
@@ -82,15 +82,15 @@ def test_calls_are_found_in_whatever_pieces(
 def test_arguments_come_as_they_are_written() -> None:
     parser = ToolCallParser(HERMES, NAMES)
     assert parser.push('<tool_call>\n{"name": "add", "arg') == []
-    assert parser.push('uments": {"a"') == [Part(call=0, name="add"), Part(call=0, arguments='{"a"')]
-    assert parser.push(": 1}}") == [Part(call=0, arguments=": 1}")]
+    assert parser.push('uments": {"a"') == [ToolCallDelta(call=0, name="add"), ToolCallDelta(call=0, arguments='{"a"')]
+    assert parser.push(": 1}}") == [ToolCallDelta(call=0, arguments=": 1}")]
     assert parser.push("\n</tool_call>") == []
 
 
 def test_text_is_held_back_no_longer_than_it_could_be_a_call() -> None:
     parser = ToolCallParser(HERMES, NAMES)
-    assert parser.push("One <tool") == [Part("One")]
-    assert parser.push("box> two") == [Part(" <toolbox> two")]
+    assert parser.push("One <tool") == [ToolCallDelta("One")]
+    assert parser.push("box> two") == [ToolCallDelta(" <toolbox> two")]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from opentelemetry.semconv.attributes import error_attributes
 
 from eventing.problems import DeadlineExceeded
 from eventing.wire.generation import GenerateRequest, Message
-from functions.gateway.answers.gen_ai import Operation, answered
+from functions.gateway.answers.metrics import GenAIOperation, end_attributes
 from tests.support.functions.scripted_gateway import Pipeline, ask, chat, client_of
 
 OPERATIONS = {each.value for each in gen_ai_attributes.GenAiOperationNameValues}
@@ -28,11 +28,11 @@ def test_attributes_are_the_conventions_own_and_hold_no_text() -> None:
         frequency_penalty=-1,
         stop="s3cret",
     )
-    operation = Operation.of(request, "tiny")
-    told = {**operation.asked(request, "chatcmpl-1", 12, 100), **answered("stop", "timeout", 3, 8)}
-    assert operation.span == "chat tiny"
+    operation = GenAIOperation.of(request, "tiny")
+    told = {**operation.begin_attributes(request, "chatcmpl-1", 12, 100), **end_attributes("stop", "timeout", 3, 8)}
+    assert operation.span_name == "chat tiny"
     assert told.keys() - NAMES == {error_attributes.ERROR_TYPE}
-    assert {operation.name, Operation.of(GenerateRequest("Hi"), "tiny").name} <= OPERATIONS
+    assert {operation.name, GenAIOperation.of(GenerateRequest("Hi"), "tiny").name} <= OPERATIONS
     assert told["gen_ai.request.max_tokens"] == 100
     assert (told["gen_ai.usage.input_tokens"], told["gen_ai.usage.output_tokens"]) == (12, 3)
     assert told["gen_ai.usage.cache_read.input_tokens"] == 8
@@ -41,7 +41,7 @@ def test_attributes_are_the_conventions_own_and_hold_no_text() -> None:
 
 
 def test_what_nobody_asked_for_is_not_told() -> None:
-    told = Operation("text_completion", "tiny").asked(GenerateRequest("Hi"), "cmpl-1", 1, 16)
+    told = GenAIOperation("text_completion", "tiny").begin_attributes(GenerateRequest("Hi"), "cmpl-1", 1, 16)
     assert not told.keys() & {f"gen_ai.request.{name}" for name in ("top_p", "top_k", "seed", "presence_penalty")}
 
 
