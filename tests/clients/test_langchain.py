@@ -23,7 +23,7 @@ def default_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Function
     """A gateway. In q4, as the package has the model."""
     with EmbeddedStore(tmp_path_factory.mktemp("langchain")) as store:
         manifest = publish(default_model_gguf(), ObjectStore(store.settings), "smollm2", "q4")
-        published = Published(store.settings, manifest, None, None)  # type: ignore[arg-type]  # there is no oracle
+        published = Published(store.settings, manifest, None, None)  # type: ignore[arg-type]  # no oracle is needed
         stages = [stage_environment(published, group, CUT, LAMINA_KV_CACHE_BYTES=str(2**28)) for group in range(len(CUT))]
         with (
             running(stages) as started,

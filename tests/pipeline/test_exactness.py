@@ -9,6 +9,8 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,12 +71,16 @@ class RealModel:
 def real_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealModel]:
     folder = tmp_path_factory.mktemp("exactness")
     gguf = default_model_gguf()
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     with EmbeddedStore(folder / "store") as embedded:
         store = ObjectStore(embedded.settings)
         manifest = publish(gguf, store, "smollm2", "float32")
         tokenizer = Tokenizer.from_str(read_file(store, manifest, "tokenizer.json").decode())
-        yield RealModel(Published(embedded.settings, manifest, model, tokenizer), published_shape(store, manifest))
+        published = Published(embedded.settings, manifest, partial(_load, gguf), tokenizer)
+        yield RealModel(published, published_shape(store, manifest))
+
+
+def _load(gguf: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

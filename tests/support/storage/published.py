@@ -1,14 +1,16 @@
-"""A seeded tiny chat model, published into a real S3 server: what function processes are started on."""
+"""A seeded tiny chat model, published into a real S3 server, for the functions that a test starts. Needs no torch."""
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedModel
 
 from eventing.wire.events import Cut, pipeline_fingerprint
 from storage.models.model_repository import Dtype, ModelManifest
@@ -16,14 +18,36 @@ from storage.models.publisher import publish
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
 from storage.store.settings import StoreSettings
-from tests.support.storage import tiny_models
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SPECIAL: Final = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
-"""Their ids are 0 to 4; the 256 byte tokens come behind them."""
+"""Ids 0 to 4; the 256 byte tokens follow."""
 END_IDS: Final = (2, 4)
-"""After either of them the model has said all."""
+"""Either of them ends an answer."""
 VOCAB_SIZE: Final = len(SPECIAL) + 256 + 3
 CUT: Final = ((0, 2), (2, 4), (4, 6))
+_CONFIG: Final[dict[str, Any]] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "float32",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_theta": 10_000.0, "rope_type": "default"},
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 CHAT_TEMPLATE: Final = """\
 {%- for message in messages %}
     {%- if message.role not in ('system', 'user', 'assistant') %}{{ raise_exception('no role ' + message.role) }}{% endif %}
@@ -39,9 +63,13 @@ CHAT_TEMPLATE: Final = """\
 class Published:
     store: StoreSettings
     manifest: ModelManifest
-    model: PreTrainedModel
-    """The oracle."""
+    load_model: "Callable[[], PreTrainedModel]"
     tokenizer: Tokenizer
+
+    @cached_property
+    def model(self) -> "PreTrainedModel":
+        """The oracle: the whole model in transformers."""
+        return self.load_model().eval()
 
     def fingerprint(self, cut: Cut = CUT) -> str:
         return pipeline_fingerprint(self.manifest.digest, cut, self.manifest.dtype)
@@ -65,22 +93,70 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def save_checkpoint(folder: Path) -> PreTrainedModel:
-    """A Hugging Face folder; returns the model in it."""
-    model = tiny_models.whole_model("llama", vocab_size=VOCAB_SIZE)
-    model.generation_config.eos_token_id = list(END_IDS)
-    model.save_pretrained(folder)
+def save_checkpoint(folder: Path) -> None:
+    """Writes a Hugging Face folder. Every weight is random, so that a skipped norm or a wrong position changes the tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(_CONFIG))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": 1, "eos_token_id": list(END_IDS), "pad_token_id": 0})
+    )
+    _write_safetensors(folder / "model.safetensors", _tensors())
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": {"content": "<|im_end|>"}}')
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    model.generation_config.eos_token_id = None
-    return model
+
+
+def _tensors() -> dict[str, Any]:
+    hidden, intermediate, kv = _CONFIG["hidden_size"], _CONFIG["intermediate_size"], 16
+    random = np.random.default_rng(0)
+
+    def matrix(*shape: int) -> Any:
+        return (random.standard_normal(shape) * 2 / shape[-1] ** 0.5).astype(np.float32)
+
+    def gain() -> Any:
+        return (1 + random.standard_normal(hidden) * 0.1).astype(np.float32)
+
+    tensors = {"model.embed_tokens.weight": matrix(VOCAB_SIZE, hidden)}
+    for number in range(_CONFIG["num_hidden_layers"]):
+        layer = {
+            "self_attn.q_proj": matrix(hidden, hidden),
+            "self_attn.k_proj": matrix(kv, hidden),
+            "self_attn.v_proj": matrix(kv, hidden),
+            "self_attn.o_proj": matrix(hidden, hidden),
+            "mlp.gate_proj": matrix(intermediate, hidden),
+            "mlp.up_proj": matrix(intermediate, hidden),
+            "mlp.down_proj": matrix(hidden, intermediate),
+            "input_layernorm": gain(),
+            "post_attention_layernorm": gain(),
+        }
+        tensors |= {f"model.layers.{number}.{name}.weight": tensor for name, tensor in layer.items()}
+    return tensors | {"model.norm.weight": gain(), "lm_head.weight": matrix(VOCAB_SIZE, hidden)}
+
+
+def _write_safetensors(path: Path, tensors: dict[str, Any]) -> None:
+    """float32 only: header size, JSON header, then the tensors' bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + b"".join(tensor.tobytes() for tensor in tensors.values()))
 
 
 @contextmanager
 def published_model(folder: Path, dtype: Dtype = "float32") -> Iterator[Published]:
-    """The model as `tiny`, for as long as the store runs."""
-    model = save_checkpoint(folder / "checkpoint")
+    """The model as `tiny`, while the store runs."""
+
+    def load_model() -> "PreTrainedModel":
+        from transformers import AutoModelForCausalLM
+
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder / "checkpoint")
+        model.generation_config.eos_token_id = None  # `generate` does not stop at an end token
+        return model
+
+    save_checkpoint(folder / "checkpoint")
     with EmbeddedStore(folder / "store") as store:
         manifest = publish(folder / "checkpoint", ObjectStore(store.settings), "tiny", dtype)
-        yield Published(store.settings, manifest, model, byte_tokenizer())
+        yield Published(store.settings, manifest, load_model, byte_tokenizer())
