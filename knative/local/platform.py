@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from knative.local.admin import Admin
-from knative.local.autoscaler.hpa_autoscaler import CpuSeconds, cpu_seconds
+from knative.local.autoscaler.hpa import CpuSeconds, cpu_seconds
 from knative.local.autoscaler.revision_settings import revision_settings
 from knative.local.errors import ManifestRefused, PortInUse
 from knative.local.eventing.local_eventing import LocalEventing

@@ -1,4 +1,4 @@
-"""How many pods: Knative's autoscaler, the HPA class, their windows and settings, held to recorded decisions.
+"""How many pods a revision gets: Knative's autoscaler and the HPA class, held to decisions recorded from Knative.
 
 May import: knative.webhook.
 """

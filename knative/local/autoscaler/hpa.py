@@ -3,32 +3,39 @@
     utilization = ⌊mean of the pods' CPU in percent of their request⌋
     desired     = ⌈pods × utilization / target⌉, unless the ratio is within 10 % of 1
 
-Then come pods that report nothing, the stabilization windows, the rate of scaling up, and the bounds. It never reaches zero.
+Pods without a report, the stabilization windows, the rate of scaling up and the bounds come on top. It never reaches zero.
 """
 
 import math
+import os
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
 
+from knative.local.autoscaler.kpa import Decision
 from knative.local.autoscaler.revision_settings import RevisionSettings, SettingsError
+from knative.local.autoscaler.scaler import Activity, Reconciliation, RevisionStatus
 from knative.webhook.autoscaling_annotations import METRIC
+from knative.webhook.values import parse_quantity
 
-SYNC_SECONDS: Final = 15
-"""How often the Horizontal Pod Autoscaler decides."""
+# Process id → seconds that its processors, or the device that it stands for, were busy; None: unknown.
+CpuSeconds = Callable[[int], float | None]
+
+SYNC_SECONDS: Final = 15  # how often the Horizontal Pod Autoscaler decides
 _TOLERANCE: Final = 0.1
 _DEFAULT_TARGET_PERCENT: Final = 80
 _DEFAULT_DOWN_STABILIZATION_SECONDS: Final = 300.0
 _UP_PERIOD_SECONDS: Final = 15
 _UP_PODS: Final = 4
 _UP_FACTOR: Final = 2
+_CPU_WINDOW_SECONDS: Final = 15.0  # a pod's CPU is averaged over so long, as a metrics server does
 
 
 @dataclass(frozen=True, slots=True)
 class HpaSpec:
-    target_percent: int
-    """CPU, of the request."""
+    target_percent: int  # CPU, in percent of the request
     min_replicas: int
     max_replicas: int
     up_stabilization_seconds: float = 0.0
@@ -52,8 +59,8 @@ def hpa_spec(settings: RevisionSettings) -> HpaSpec:
 def recommend(spec: HpaSpec, cpu_percent: Sequence[float], *, silent: int = 0, unready: int = 0) -> int:
     """Pods wanted before stabilization and bounds.
 
-    cpu_percent: of each ready pod that reports. silent: ready pods without a report, taken at the target when scaling in and
-    at nothing when scaling out. unready: pods not ready yet, taken at nothing when scaling out.
+    cpu_percent: of each ready pod that reports. silent: ready pods without a report; they count as at the target when scaling
+    in and as idle when scaling out. unready: pods that are not ready yet; they count as idle when scaling out.
     """
     current = len(cpu_percent) + silent + unready
     if not cpu_percent:
@@ -63,10 +70,10 @@ def recommend(spec: HpaSpec, cpu_percent: Sequence[float], *, silent: int = 0, u
         return current if _near_one(ratio) else math.ceil(ratio * len(cpu_percent))
     assumed = [0.0] * (silent + unready) if ratio > 1 else [float(spec.target_percent)] * silent
     filled = [*cpu_percent, *assumed]
-    again = _ratio(spec, filled)
-    if _near_one(again) or (ratio > 1) != (again > 1):
+    ratio_of_all = _ratio(spec, filled)
+    if _near_one(ratio_of_all) or (ratio > 1) != (ratio_of_all > 1):
         return current
-    wanted = math.ceil(again * len(filled))
+    wanted = math.ceil(ratio_of_all * len(filled))
     return max(wanted, current) if ratio > 1 else min(wanted, current)
 
 
@@ -79,41 +86,122 @@ def _near_one(ratio: float) -> bool:
 
 
 class HorizontalPodAutoscaler:
-    """Recommendations made steady. Not thread-safe. `now` is seconds of one clock that only grows."""
+    """Stabilizes and bounds recommendations. Not thread-safe. `now` is in seconds of one clock that only grows."""
 
     def __init__(self, spec: HpaSpec) -> None:
         self.spec = spec
-        self._recommendations: deque[tuple[float, int]] = deque()
-        self._added: deque[tuple[float, int]] = deque()
-        """(when, by how many pods) it scaled up lately."""
+        self._recommendations: deque[tuple[float, int]] = deque()  # (when, pods)
+        self._added: deque[tuple[float, int]] = deque()  # (when, pods added) of the last scale-ups
 
     def decide(self, now: float, cpu_percent: Sequence[float], *, silent: int = 0, unready: int = 0) -> int:
         """Replicas wanted; arguments as for `recommend`."""
-        current = len(cpu_percent) + silent + unready
-        wanted = self._stabilized(now, current, recommend(self.spec, cpu_percent, silent=silent, unready=unready))
-        wanted = min(wanted, self._rate_limit(now, current))
-        wanted = min(max(wanted, self.spec.min_replicas), self.spec.max_replicas)
+        spec, current = self.spec, len(cpu_percent) + silent + unready
+        wanted = self._stabilized(now, current, recommend(spec, cpu_percent, silent=silent, unready=unready))
+        while self._added and self._added[0][0] <= now - _UP_PERIOD_SECONDS:
+            self._added.popleft()
+        at_period_start = current - sum(pods for _, pods in self._added)
+        wanted = min(wanted, max(at_period_start + _UP_PODS, math.ceil(at_period_start * _UP_FACTOR), current))
+        wanted = min(max(wanted, spec.min_replicas), spec.max_replicas)
         if wanted > current:
             self._added.append((now, wanted - current))
         return wanted
 
     def _stabilized(self, now: float, current: int, recommendation: int) -> int:
-        """Scales in to the highest, out to the lowest recommendation of the respective window."""
+        """Scales in to the highest and out to the lowest recommendation of the respective window."""
         self._recommendations.append((now, recommendation))
         longest = max(self.spec.up_stabilization_seconds, self.spec.down_stabilization_seconds)
         while self._recommendations[0][0] <= now - longest and len(self._recommendations) > 1:
             self._recommendations.popleft()
-        lowest = min(self._within(now, self.spec.up_stabilization_seconds))
-        highest = max(self._within(now, self.spec.down_stabilization_seconds))
+        lowest = min(self._within(now - self.spec.up_stabilization_seconds))
+        highest = max(self._within(now - self.spec.down_stabilization_seconds))
         return min(max(current, lowest), highest)
 
-    def _within(self, now: float, seconds: float) -> Iterable[int]:
-        newest = len(self._recommendations) - 1
-        return (pods for index, (at, pods) in enumerate(self._recommendations) if at > now - seconds or index == newest)
+    def _within(self, since: float) -> list[int]:
+        return [pods for at, pods in self._recommendations if at > since] or [self._recommendations[-1][1]]
 
-    def _rate_limit(self, now: float, current: int) -> int:
-        """Within 15 seconds pods may double, or become four more."""
-        while self._added and self._added[0][0] <= now - _UP_PERIOD_SECONDS:
-            self._added.popleft()
-        start = current - sum(pods for _, pods in self._added)
-        return max(start + _UP_PODS, math.ceil(start * _UP_FACTOR), current)
+
+class HpaRevisionAutoscaler:
+    """One revision of the HPA class, with the interface of `RevisionAutoscaler`. Always active, never at zero.
+
+    The platform calls `observe` every second, `decide` and `reconcile` every two; a decision changes every 15 s only.
+    """
+
+    def __init__(self, settings: RevisionSettings, cpu_request_cores: float, *, now: float, cpu: CpuSeconds) -> None:
+        """Raises SettingsError."""
+        self.settings = settings
+        self.status = RevisionStatus(Activity.ACTIVE, now)
+        self.desired_scale = max(1, settings.min_scale, settings.initial_scale)
+        self.excess_burst_capacity = 0
+        self.last_decision: Decision | None = None
+        self.panicking = False
+        self.cpu_percent: list[float] = []  # of their request, for ready pods that have run long enough to measure
+        self._hpa = HorizontalPodAutoscaler(hpa_spec(settings))
+        self._request_cores = cpu_request_cores
+        self._cpu = cpu
+        self._samples: dict[int, deque[tuple[float, float]]] = {}  # process id → (when, CPU seconds)
+        self._silent = self._unready = 0
+        self._next_sync = now + SYNC_SECONDS
+
+    def record(self, now: float, concurrency: float, requests_per_second: float) -> None:
+        """Does nothing: this class does not scale by requests."""
+
+    def observe(self, now: float, pods: Sequence[tuple[int | None, bool]]) -> None:
+        """pods: (process id, or None if no process runs; ready) of every pod that stays."""
+        self._samples = {pid: self._sampled(now, pid) for pid, _ in pods if pid is not None}
+        found = [self._percent(pid) for pid, ready in pods if ready]
+        self.cpu_percent = [percent for percent in found if percent is not None]
+        self._silent = len(found) - len(self.cpu_percent)
+        self._unready = len(pods) - len(found)
+
+    def decide(self, now: float, ready: int) -> None:
+        if now >= self._next_sync:
+            self._next_sync = now + SYNC_SECONDS
+            self.desired_scale = self._hpa.decide(now, self.cpu_percent, silent=self._silent, unready=self._unready)
+
+    def reconcile(
+        self, now: float, *, replicas: int, ready: int, reachable: bool = True, backed_by_activator: bool = True
+    ) -> Reconciliation:
+        """The activator is in the path only while no pod is ready."""
+        threshold = max(1, self.settings.min_scale, 0 if self.status.initialized else self.settings.initial_scale)
+        self.status = replace(self.status, initialized=self.status.initialized or ready >= threshold)
+        return Reconciliation(self.desired_scale, ready == 0, self.status.activity, None)
+
+    def _sampled(self, now: float, pid: int) -> deque[tuple[float, float]]:
+        samples = self._samples.get(pid) or deque()
+        if (seconds := self._cpu(pid)) is not None:
+            samples.append((now, seconds))
+        while len(samples) > 2 and samples[1][0] <= now - _CPU_WINDOW_SECONDS:
+            samples.popleft()
+        return samples
+
+    def _percent(self, pid: int | None) -> float | None:
+        """Mean CPU over the window, in percent of the request; None if it was sampled too seldom."""
+        samples = self._samples.get(pid) if pid is not None else None
+        if samples is None or len(samples) < 2:
+            return None
+        (first, before), (last, after) = samples[0], samples[-1]
+        return 100 * (after - before) / (last - first) / self._request_cores if last > first else None
+
+
+def cpu_request(template: Mapping[str, Any]) -> float:
+    """Cores that a pod of `spec.template` asks for; a limit without a request counts as a request. Raises SettingsError."""
+    cores = 0.0
+    for index, container in enumerate(template["spec"]["containers"]):
+        resources = container.get("resources") or {}
+        cpu = (resources.get("requests") or {}).get("cpu", (resources.get("limits") or {}).get("cpu"))
+        if cpu is None:
+            raise SettingsError(
+                f"spec.template.spec.containers[{index}].resources.requests.cpu: the HPA class scales by it; set it"
+            )
+        cores += float(parse_quantity(cpu))
+    return cores
+
+
+def cpu_seconds(pid: int) -> float | None:
+    """CPU time of the process and of its children that have ended; None if there is no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()  # The name in parentheses may hold anything. proc(5): utime is field 14 of all.
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")

@@ -1,8 +1,8 @@
 """How many pods a revision wants: Knative's autoscaler (pkg/autoscaler/scaling) as a pure function.
 
 `scale` maps settings, state, ready pods and two averages to a decision and the next state. `Autoscaler` keeps the windows
-and the state around it. Neither knows min-scale, max-scale or zero's grace; `scaler` does. docs/scaling.md has the
-formulae, and tests hold both to decisions recorded from Knative's own code.
+and the state. Neither knows min-scale, max-scale or the way to zero; `scaler` does. docs/scaling.md has the formulae, and
+tests hold both to decisions recorded from Knative's own code.
 """
 
 import math
@@ -11,42 +11,34 @@ from typing import Final
 
 from knative.local.autoscaler.metric_window import WINDOWS, LinearWindow, MetricWindow
 
-TICK_SECONDS: Final = 2
-"""How often Knative decides."""
+TICK_SECONDS: Final = 2  # how often Knative decides
 
 
 @dataclass(frozen=True, slots=True)
 class DeciderSpec:
     """What Knative derives for one revision from annotations and config-autoscaler."""
 
-    target_value: float
-    """Of the metric, per pod: what the autoscaler aims for."""
-    total_value: float
-    """Of the metric, per pod: what a pod can bear. target_value is utilization times this."""
-    target_burst_capacity: float = 211.0
-    """0: the activator only at zero; -1: always, and queue-proxies are not read."""
+    target_value: float  # of the metric per pod: what the autoscaler aims for
+    total_value: float  # of the metric per pod: what a pod can bear; target_value is utilization times this
+    target_burst_capacity: float = 211.0  # 0: the activator only at zero; -1: always, and queue-proxies are not read
     max_scale_up_rate: float = 1000.0
     max_scale_down_rate: float = 2.0
-    panic_threshold: float = 2.0
-    """Panic begins once the panic average needs so many times the ready pods."""
+    panic_threshold: float = 2.0  # panic begins when the panic average needs this many times the ready pods
     stable_window_seconds: float = 60.0
     panic_window_seconds: float = 6.0
     scale_down_delay_seconds: float = 0.0
-    activation_scale: int = 0
-    """Above 1: the least number of pods whenever there is any load."""
-    reachable: bool = True
-    """False once no route leads to the revision: it may then fall in one step."""
+    activation_scale: int = 0  # above 1: the least number of pods under any load
+    reachable: bool = True  # False once no route leads to the revision: it may then fall in one step
 
 
 @dataclass(frozen=True, slots=True)
 class AutoscalerState:
     """What a decision depends on besides its inputs."""
 
-    panic_since: float | None = None
-    """When the panic threshold was last exceeded; None outside panic."""
+    panic_since: float | None = None  # when the panic threshold was last exceeded; None outside panic
     max_panic_pods: int = 0
+    # (tick, pods) of decisions that can still be the greatest of the scale-down delay: ticks rise, pods fall.
     delayed: tuple[tuple[int, int], ...] = ()
-    """(tick, pods) of the decisions that can still be the greatest of the scale-down delay: ticks rise, pods fall."""
 
     @property
     def panicking(self) -> bool:
@@ -55,33 +47,34 @@ class AutoscalerState:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Before min-scale, max-scale and everything that guards zero."""
+    """A decision before min-scale, max-scale and the rules for zero."""
 
     desired_scale: int
-    excess_burst_capacity: int
-    """Requests of the metric that fit beyond the present load and the target burst; negative: the activator buffers."""
+    excess_burst_capacity: int  # requests that fit beyond load and target burst; negative: the activator buffers
     stable: float
     panic: float
     panicking: bool
 
 
 def initial_state(ready: int, now: float) -> AutoscalerState:
-    """An autoscaler that starts beside more than one pod knows no history, so it panics rather than scale them in."""
+    """An autoscaler that starts with several ready pods has no history, so it panics instead of scaling them in."""
     return AutoscalerState(panic_since=now if ready > 1 else None, max_panic_pods=ready)
 
 
 def scale(
     spec: DeciderSpec, state: AutoscalerState, ready: int, stable: float, panic: float, now: float
 ) -> tuple[Decision, AutoscalerState]:
-    """One decision.
+    """One decision and the state after it.
 
     ready: pods that are ready. stable, panic: averages of the metric over the whole revision. now: seconds.
     """
     pods = max(1, ready)
     wanted_panic = math.ceil(panic / spec.target_value)
-    over_threshold = wanted_panic / pods >= spec.panic_threshold
-    panic_since = _panic_since(spec, state, over_threshold, now)
-    max_panic_pods, delayed = 0, state.delayed
+    panic_since, max_panic_pods, delayed = state.panic_since, 0, state.delayed
+    if wanted_panic / pods >= spec.panic_threshold:
+        panic_since = now
+    elif panic_since is not None and now > panic_since + spec.stable_window_seconds:
+        panic_since = None
 
     desired = _bounded(spec, math.ceil(stable / spec.target_value), pods)
     if panic_since is not None:
@@ -89,12 +82,16 @@ def scale(
     if spec.reachable and spec.scale_down_delay_seconds > 0:
         delayed = _delay(spec, delayed, desired, now)
         desired = delayed[0][1]
-    decision = Decision(desired, _excess_burst_capacity(spec, ready, panic), stable, panic, panic_since is not None)
+    if spec.target_burst_capacity > 0:
+        excess = math.floor(ready * spec.total_value - spec.target_burst_capacity - panic)
+    else:
+        excess = 0 if spec.target_burst_capacity == 0 else -1
+    decision = Decision(desired, excess, stable, panic, panic_since is not None)
     return decision, AutoscalerState(panic_since, max_panic_pods, delayed)
 
 
 def _bounded(spec: DeciderSpec, wanted: int, pods: int) -> int:
-    """`wanted` within the scale rates, then lifted to the activation scale where there is any load."""
+    """Keeps `wanted` within the scale rates, then lifts it to the activation scale if there is any load."""
     up = math.ceil(spec.max_scale_up_rate * pods)
     down = math.floor(pods / spec.max_scale_down_rate) if spec.reachable else 0
     desired = min(max(wanted, down), up)
@@ -103,31 +100,14 @@ def _bounded(spec: DeciderSpec, wanted: int, pods: int) -> int:
     return desired
 
 
-def _panic_since(spec: DeciderSpec, state: AutoscalerState, over_threshold: bool, now: float) -> float | None:
-    """Enters panic, extends it, or leaves it a stable window after the threshold was last exceeded."""
-    if over_threshold:
-        return now
-    if state.panic_since is not None and now > state.panic_since + spec.stable_window_seconds:
-        return None
-    return state.panic_since
-
-
 def _delay(spec: DeciderSpec, delayed: tuple[tuple[int, int], ...], desired: int, now: float) -> tuple[tuple[int, int], ...]:
-    """The delay window with `desired` in it; its greatest is the first. Decisions of one tick count as their greatest."""
+    """Adds `desired` to the delay window, whose first entry is the greatest. Only the greatest decision of a tick counts."""
     tick = math.floor(now) // TICK_SECONDS
     ticks = math.ceil(spec.scale_down_delay_seconds / TICK_SECONDS)
     kept = [(at, pods) for at, pods in delayed if pods > desired and tick - at < ticks]
     if kept and kept[-1][0] == tick:
         return tuple(kept)
     return (*kept, (tick, desired))
-
-
-def _excess_burst_capacity(spec: DeciderSpec, ready: int, panic: float) -> int:
-    if spec.target_burst_capacity == 0:
-        return 0
-    if spec.target_burst_capacity < 0:
-        return -1
-    return math.floor(ready * spec.total_value - spec.target_burst_capacity - panic)
 
 
 class Autoscaler:
@@ -138,8 +118,8 @@ class Autoscaler:
     ) -> None:
         """ready: pods that are ready already, 0 for a new revision.
 
-        pods_report: False where only the activator reports (target burst capacity -1): silence is then no load,
-        where otherwise it means that nothing is known.
+        pods_report: False if only the activator reports (target burst capacity -1): silence then means no load, not
+        that the load is unknown.
         """
         self.spec = spec
         self._pods_report = pods_report
@@ -149,12 +129,12 @@ class Autoscaler:
         self._panic: MetricWindow = window(spec.panic_window_seconds)
 
     def record(self, now: float, value: float) -> None:
-        """What the whole revision had in the second `now`, activator included: concurrency, or requests a second."""
+        """value: of the whole revision in the second `now`, activator included: concurrency, or requests per second."""
         self._stable.record(now, value)
         self._panic.record(now, value)
 
     def decide(self, now: float, ready: int) -> Decision | None:
-        """None where the metric is unknown, because nothing was recorded for longer than a stable window."""
+        """None if the metric is unknown, because nothing was recorded for longer than a stable window."""
         if self._pods_report and self._stable.is_empty(now):
             return None
         stable, panic = self._stable.average(now), self._panic.average(now)

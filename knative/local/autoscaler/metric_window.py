@@ -1,36 +1,20 @@
 """Averages over a window of one-second buckets, as Knative's autoscaler keeps them (pkg/autoscaler/aggregation).
 
-A window holds the sum of what was recorded in each second. `LinearWindow` averages it evenly, `ExponentialWindow` weighs
-the newest second most. Times are seconds, of any clock that only grows; values are whatever is averaged, such as requests.
+A bucket holds the sum of the values recorded in its second. `LinearWindow` averages all seconds evenly, `ExponentialWindow`
+weighs the newest most. Times are in seconds of any clock that only grows.
 """
 
 import math
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final
 
-_DIGITS: Final = 10**6
-"""Knative rounds linear averages to six decimals, so that adding and taking away floats leaves no dust."""
-_WEIGHT_SUM: Final = 0.9999
-"""The exponential weights of a window add up to at least this."""
-_LEAST_SMOOTHING: Final = 0.2
-"""Below this decay a long window would hardly differ from the linear average."""
+_DIGITS: Final = 10**6  # Knative rounds linear averages to six decimals, which hides the error of adding and subtracting
+_WEIGHT_SUM: Final = 0.9999  # the exponential weights of a window add up to at least this
+_LEAST_SMOOTHING: Final = 0.2  # with a smaller decay a long window would hardly differ from the linear average
 
 
-class MetricWindow(Protocol):
-    """What the autoscaler asks of either average."""
-
-    def record(self, now: float, value: float) -> None:
-        """Adds `value` to the bucket of the second `now`; one that is a window older than the newest is dropped."""
-
-    def average(self, now: float) -> float:
-        """The average of the window that ends now; 0 where nothing was recorded in it."""
-
-    def is_empty(self, now: float) -> bool:
-        """True where nothing was recorded for longer than the window."""
-
-
-class _Buckets:
-    """A ring of one-second sums with what both averages need: the first and last second written, and the total."""
+class MetricWindow:
+    """A ring of one-second sums, with the first and last second written and the total. Subclasses average it."""
 
     def __init__(self, window_seconds: float) -> None:
         self.size = math.ceil(window_seconds)
@@ -39,20 +23,26 @@ class _Buckets:
         self._first: int | None = None
         self._last: int | None = None
 
+    def average(self, now: float) -> float:
+        """The average of the window that ends now; 0 if nothing was recorded in it."""
+        raise NotImplementedError
+
     def record(self, now: float, value: float) -> None:
+        """Adds `value` to the bucket of the second `now`; a value that is a window older than the newest is dropped."""
         second = math.floor(now)
         if self._last is None:
             self._first = self._last = second
-        elif second != self._last and not self._make_room(second, self._last):
+        elif second != self._last and not self._advance(second, self._last):
             return
         self._ring[second % self.size] += value
         self._total += value
 
     def is_empty(self, now: float) -> bool:
+        """True if nothing was recorded for longer than the window."""
         return self._last is None or math.floor(now) - self._last > self.size
 
-    def _make_room(self, second: int, last: int) -> bool:
-        """Moves the window on to `second`; False where it lies a window in the past."""
+    def _advance(self, second: int, last: int) -> bool:
+        """Moves the window on to `second`; False if that lies a window in the past."""
         if second + self.size <= last:
             return False
         if self._first is None or second < self._first:
@@ -69,11 +59,11 @@ class _Buckets:
         return True
 
 
-class LinearWindow(_Buckets):
+class LinearWindow(MetricWindow):
     """Every second of the window counts alike.
 
-    Until the window has filled, and where the newest seconds are missing, the average is over the seconds that there are.
-    Seconds missing in between count as zero.
+    The average is over the seconds from the first to the last that was recorded within the window. Seconds missing in
+    between count as zero.
     """
 
     def average(self, now: float) -> float:
@@ -89,8 +79,8 @@ class LinearWindow(_Buckets):
         return _rounded(total / seconds)
 
 
-class ExponentialWindow(_Buckets):
-    """Each second counts for a fixed share less than the one behind it; seconds that are missing count as zero."""
+class ExponentialWindow(MetricWindow):
+    """Each second counts for a fixed share less than the next newer one; missing seconds count as zero."""
 
     def __init__(self, window_seconds: float) -> None:
         super().__init__(window_seconds)
@@ -110,16 +100,16 @@ class ExponentialWindow(_Buckets):
         return total
 
 
+# By the value of `autoscaling.knative.dev/metric-aggregation-algorithm`; any other value means linear to Knative.
 WINDOWS: Final[dict[str, Callable[[float], MetricWindow]]] = {
     "linear": LinearWindow,
     "weighted-exponential": ExponentialWindow,
     "weightedExponential": ExponentialWindow,
 }
-"""By the value of `autoscaling.knative.dev/metric-aggregation-algorithm`; any other value means linear to Knative."""
 
 
 def _rounded(value: float) -> float:
-    """To six decimals, halves away from zero as Go rounds (Python rounds them to even)."""
+    """Rounds to six decimals, halves away from zero as Go does (Python rounds them to even)."""
     scaled = value * _DIGITS
     whole = math.trunc(scaled)
     if abs(scaled - whole) >= 0.5:

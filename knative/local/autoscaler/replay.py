@@ -1,8 +1,8 @@
-"""Replays traces recorded from Knative's own autoscaler through this one, and says where the two differ.
+"""Replays traces recorded from Knative's own autoscaler through this one, and reports differences.
 
-A trace is a line of JSON: `spec`, `metric_aggregation_algorithm`, `initial_ready` and `steps`. A step has the second `t`,
-the revision's concurrency `record` where data came, and, where a decision was due, the `ready` pods and what Knative
-answered: `stable`, `panic`, `desired`, `excess_burst_capacity`, `panicking`; `valid` is false where it had no data.
+A trace is a line of JSON: `spec`, `metric_aggregation_algorithm`, `initial_ready` and `steps`. A step has the second `t`, the
+revision's concurrency `record` if data came, and, if a decision was due, the `ready` pods and Knative's answer: `stable`,
+`panic`, `desired`, `excess_burst_capacity`, `panicking`; `valid` is false if Knative had no data.
 """
 
 import gzip
@@ -18,9 +18,9 @@ from knative.local.autoscaler.kpa import Autoscaler, DeciderSpec, Decision
 
 _GZIP_MAGIC: Final = b"\x1f\x8b"
 _TOLERANCE: Final = 1e-9
+# Knative stamps the panic that an autoscaler starts in with the wall clock, whatever clock its decisions are given. In a
+# recorded trace that time never comes: such a panic ends only after the threshold was exceeded again.
 _RECORDER_CLOCK: Final = math.inf
-"""Knative stamps the panic that an autoscaler starts in with the wall clock, whatever clock its decisions are given. To a
-recorded trace that is a time that never comes: such a panic ends only after the threshold was exceeded anew."""
 
 
 class TraceError(Exception):
@@ -28,7 +28,7 @@ class TraceError(Exception):
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """One decision that is not Knative's."""
+    """One decision that differs from Knative's."""
 
     trace: str
     t: float
@@ -40,31 +40,14 @@ class Difference(msgspec.Struct, frozen=True):
 
 
 class Replay(msgspec.Struct, frozen=True):
-    """How many decisions were compared, and those that differ."""
-
-    decisions: int
+    decisions: int  # how many were compared
     differences: tuple[Difference, ...]
-
-
-class _Spec(msgspec.Struct, frozen=True):
-    target_value: float
-    total_value: float
-    target_burst_capacity: float
-    max_scale_up_rate: float
-    max_scale_down_rate: float
-    panic_threshold: float
-    stable_window_seconds: float
-    panic_window_seconds: float
-    scale_down_delay_seconds: float = 0.0
-    activation_scale: int = 0
-    reachable: bool = True
 
 
 class _Step(msgspec.Struct, frozen=True):
     t: float
     record: float | None = None
-    ready: int | None = None
-    """Present where a decision was due."""
+    ready: int | None = None  # present if a decision was due
     valid: bool = True
     stable: float = 0.0
     panic: float = 0.0
@@ -75,14 +58,14 @@ class _Step(msgspec.Struct, frozen=True):
 
 class _Trace(msgspec.Struct, frozen=True):
     name: str
-    spec: _Spec
+    spec: DeciderSpec
     steps: list[_Step]
     metric_aggregation_algorithm: str = "linear"
     initial_ready: int = 0
 
 
 def replay(path: Path | str) -> Replay:
-    """Every decision of a file of traces, plain or gzip. Raises TraceError, OSError."""
+    """Compares every decision of a file of traces, plain or gzip. Raises TraceError or OSError."""
     decisions = 0
     differences: list[Difference] = []
     for trace in _traces(Path(path)):
@@ -110,24 +93,18 @@ def _traces(path: Path) -> Iterator[_Trace]:
 
 
 def _compare(trace: _Trace) -> Iterator[Difference | None]:
-    """One item for each decision: None where it is Knative's."""
-    spec = DeciderSpec(**msgspec.structs.asdict(trace.spec))
-    autoscaler = Autoscaler(spec, trace.metric_aggregation_algorithm, ready=trace.initial_ready, now=_RECORDER_CLOCK)
+    """Yields one item for each decision: None if it equals Knative's."""
+    autoscaler = Autoscaler(trace.spec, trace.metric_aggregation_algorithm, ready=trace.initial_ready, now=_RECORDER_CLOCK)
     for step in trace.steps:
         if step.record is not None:
             autoscaler.record(step.t, step.record)
         if step.ready is None:
             continue
-        got = autoscaler.decide(step.t, step.ready)
-        expected = _expected(step)
+        got, expected = autoscaler.decide(step.t, step.ready), None
+        if step.valid:
+            expected = Decision(step.desired, step.excess_burst_capacity, step.stable, step.panic, step.panicking)
         same = _same(expected, got) and step.panicking == autoscaler.state.panicking
         yield None if same else Difference(trace.name, step.t, _words(expected), _words(got))
-
-
-def _expected(step: _Step) -> Decision | None:
-    if not step.valid:
-        return None
-    return Decision(step.desired, step.excess_burst_capacity, step.stable, step.panic, step.panicking)
 
 
 def _same(expected: Decision | None, got: Decision | None) -> bool:

@@ -1,8 +1,8 @@
 """From the autoscaler's desired scale to replicas: Knative's reconciler of the KPA class (pkg/reconciler/autoscaling/kpa).
 
-Around the decision stand min-scale, max-scale and initial-scale, and the way to zero: a revision is first marked inactive
-(no replica goes yet, the activator takes the traffic over), and falls to zero once the activator has been in the path for
-the grace period and the last pod was kept for its retention period.
+It adds min-scale, max-scale and initial-scale to the decision, and the way to zero: a revision is first marked inactive (its
+pods stay, the activator takes the traffic over), and falls to zero when the activator has been in the path for the grace
+period and the last pod was kept for its retention period.
 """
 
 from dataclasses import dataclass, replace
@@ -11,10 +11,8 @@ from typing import Final
 
 from knative.local.autoscaler.revision_settings import RevisionSettings
 
-UNKNOWN: Final = -1
-"""Desired scale where the autoscaler has no data."""
-_ACTIVATION_BUFFER_SECONDS: Final = 30
-"""Beyond the progress deadline, so that why the pods failed is known before they go."""
+UNKNOWN: Final = -1  # desired scale while the autoscaler has no data
+_ACTIVATION_BUFFER_SECONDS: Final = 30  # added to the progress deadline, so that the pods' failure is known before they go
 _PROBE_PERIOD_SECONDS: Final = 1
 _PROXY_CHECK_SECONDS: Final = 3
 
@@ -29,27 +27,31 @@ class Activity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RevisionStatus:
-    """What outlives one reconciliation."""
+    """The state between two reconciliations."""
 
     activity: Activity
-    since: float
-    """When the activity last changed."""
-    initialized: bool = False
-    """The initial scale was ready once; from then on it counts no more."""
-    proxied_since: float | None = None
-    """Since when every request goes through the activator; None while requests go straight to pods."""
+    since: float  # when the activity last changed
+    initialized: bool = False  # the initial scale was ready once; from then on it counts no more
+    proxied_since: float | None = None  # start of the time in which the activator gets every request; None: pods get them
 
 
 @dataclass(frozen=True, slots=True)
 class ScaleTarget:
-    """What the reconciler wants."""
+    """Replicas that the reconciler wants."""
 
-    want: int
-    """Pods wanted; 0 without `apply` marks the revision inactive and leaves its pods; -1: unknown."""
-    apply: bool
-    """Whether replicas shall be set to `want` now."""
-    check_after_seconds: float | None = None
-    """When to reconcile again though nothing has changed."""
+    want: int  # pods; 0 without `apply` marks the revision inactive and leaves its pods; -1: unknown
+    apply: bool  # whether replicas shall be set to `want` now
+    check_after_seconds: float | None = None  # when to reconcile again though nothing has changed
+
+
+@dataclass(frozen=True, slots=True)
+class Reconciliation:
+    """Instructions for the platform."""
+
+    replicas: int
+    proxy: bool  # whether the activator shall be in the path
+    activity: Activity
+    check_after_seconds: float | None  # when to reconcile again at the latest; None: with the next decision
 
 
 def scale_target(
@@ -68,72 +70,30 @@ def scale_target(
     """
     if desired < 0 and status.activity is not Activity.ACTIVATING:
         return ScaleTarget(desired, apply=False)
-    want = _bounded(settings, status, desired, reachable)
+    least = settings.min_scale if reachable else 0
+    if reachable and not status.initialized and settings.initial_scale > 1:
+        least = max(least, settings.initial_scale)
+    want = least if desired < least else min(desired, settings.max_scale or desired)
     if want != 0:
         return ScaleTarget(want, apply=True)
     if not settings.enable_scale_to_zero:
         return ScaleTarget(1, apply=True)
     if status.activity is Activity.ACTIVATING:
-        return _give_up_activation(settings, status, now)
+        timeout = settings.progress_deadline_seconds + _ACTIVATION_BUFFER_SECONDS
+        if now - status.since > timeout:
+            return ScaleTarget(0, apply=True)
+        return ScaleTarget(UNKNOWN, apply=False, check_after_seconds=timeout)
     if status.activity is Activity.ACTIVE:
-        return _deactivate(settings, status, now)
-    return _to_zero(settings, status, now, reachable, backed_by_activator)
+        # A revision stays active for at least a stable window, then with one pod at most.
+        left = settings.decider.stable_window_seconds - (now - status.since)
+        if left > 0:
+            return ScaleTarget(1, apply=True, check_after_seconds=left)
+        check_after = None if status.proxied_since is None else _PROXY_CHECK_SECONDS
+        return ScaleTarget(0, apply=False, check_after_seconds=check_after)
+    return _inactive_target(settings, status, now, reachable, backed_by_activator)
 
 
-def next_status(
-    settings: RevisionSettings, status: RevisionStatus, want: int, ready: int, now: float, *, reachable: bool = True
-) -> RevisionStatus:
-    """The status after `want` was decided with `ready` pods ready."""
-    threshold = _active_threshold(settings, status, reachable)
-    activity = status.activity
-    if want == 0 or threshold == 0:
-        activity = Activity.INACTIVE
-    elif want > 0 or activity is not Activity.INACTIVE:
-        activity = Activity.ACTIVE if ready >= threshold else Activity.ACTIVATING
-    initialized = status.initialized or ready >= threshold
-    if (activity, initialized) == (status.activity, status.initialized):
-        return status
-    since = status.since if activity is status.activity else now
-    return replace(status, activity=activity, since=since, initialized=initialized)
-
-
-def in_proxy_mode(want: int, excess_burst_capacity: int) -> bool:
-    """Whether the activator shall stand in the path: at zero, and while the ready pods could not bear the target burst."""
-    return not (want > 0 and excess_burst_capacity >= 0)
-
-
-def _bounded(settings: RevisionSettings, status: RevisionStatus, desired: int, reachable: bool) -> int:
-    least = settings.min_scale if reachable else 0
-    if reachable and not status.initialized and settings.initial_scale > 1:
-        least = max(least, settings.initial_scale)
-    if desired < least:
-        return least
-    return min(desired, settings.max_scale) if settings.max_scale else desired
-
-
-def _active_threshold(settings: RevisionSettings, status: RevisionStatus, reachable: bool) -> int:
-    """Pods that must be ready for the revision to count as active."""
-    least = settings.min_scale if reachable else 0
-    return max(least, 1 if status.initialized else settings.initial_scale)
-
-
-def _give_up_activation(settings: RevisionSettings, status: RevisionStatus, now: float) -> ScaleTarget:
-    timeout = settings.progress_deadline_seconds + _ACTIVATION_BUFFER_SECONDS
-    if now - status.since > timeout:
-        return ScaleTarget(0, apply=True)
-    return ScaleTarget(UNKNOWN, apply=False, check_after_seconds=timeout)
-
-
-def _deactivate(settings: RevisionSettings, status: RevisionStatus, now: float) -> ScaleTarget:
-    """A revision stays active for at least a stable window, at one pod at most."""
-    left = settings.decider.stable_window_seconds - (now - status.since)
-    if left > 0:
-        return ScaleTarget(1, apply=True, check_after_seconds=left)
-    again = None if status.proxied_since is None else _PROXY_CHECK_SECONDS
-    return ScaleTarget(0, apply=False, check_after_seconds=again)
-
-
-def _to_zero(
+def _inactive_target(
     settings: RevisionSettings, status: RevisionStatus, now: float, reachable: bool, backed_by_activator: bool
 ) -> ScaleTarget:
     if settings.pods_report and not backed_by_activator:
@@ -149,3 +109,26 @@ def _to_zero(
     if proxied >= grace:
         return ScaleTarget(0, apply=True)
     return ScaleTarget(0, apply=False, check_after_seconds=grace - proxied)
+
+
+def next_status(
+    settings: RevisionSettings, status: RevisionStatus, want: int, ready: int, now: float, *, reachable: bool = True
+) -> RevisionStatus:
+    """The status after `want` was decided with `ready` pods ready."""
+    # The revision counts as active when this many pods are ready.
+    threshold = max(settings.min_scale if reachable else 0, 1 if status.initialized else settings.initial_scale)
+    activity = status.activity
+    if want == 0 or threshold == 0:
+        activity = Activity.INACTIVE
+    elif want > 0 or activity is not Activity.INACTIVE:
+        activity = Activity.ACTIVE if ready >= threshold else Activity.ACTIVATING
+    initialized = status.initialized or ready >= threshold
+    if (activity, initialized) == (status.activity, status.initialized):
+        return status
+    since = status.since if activity is status.activity else now
+    return replace(status, activity=activity, since=since, initialized=initialized)
+
+
+def in_proxy_mode(want: int, excess_burst_capacity: int) -> bool:
+    """Whether the activator shall be in the path: at zero, and while the ready pods could not bear the target burst."""
+    return not (want > 0 and excess_burst_capacity >= 0)

@@ -9,8 +9,9 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
-from knative.local.autoscaler.hpa_autoscaler import CpuSeconds, HpaRevisionAutoscaler, revision_autoscaler
+from knative.local.autoscaler.hpa import CpuSeconds, HpaRevisionAutoscaler
 from knative.local.autoscaler.kpa import TICK_SECONDS
+from knative.local.autoscaler.revision_autoscaler import revision_autoscaler
 from knative.local.autoscaler.revision_settings import RevisionSettings
 from knative.local.http.messages import HttpError
 from knative.local.http.server import Exchange

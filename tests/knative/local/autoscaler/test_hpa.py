@@ -7,9 +7,16 @@ import time
 
 import pytest
 
-from knative.local.autoscaler.hpa import HorizontalPodAutoscaler, HpaSpec, hpa_spec, recommend
-from knative.local.autoscaler.hpa_autoscaler import HpaRevisionAutoscaler, cpu_request, cpu_seconds, revision_autoscaler
-from knative.local.autoscaler.revision_autoscaler import RevisionAutoscaler
+from knative.local.autoscaler.hpa import (
+    HorizontalPodAutoscaler,
+    HpaRevisionAutoscaler,
+    HpaSpec,
+    cpu_request,
+    cpu_seconds,
+    hpa_spec,
+    recommend,
+)
+from knative.local.autoscaler.revision_autoscaler import RevisionAutoscaler, revision_autoscaler
 from knative.local.autoscaler.revision_settings import SettingsError, revision_settings
 
 SPEC = HpaSpec(target_percent=50, min_replicas=1, max_replicas=10)
