@@ -19,7 +19,7 @@ from bench.evaluation.replay import BEGUN
 from bench.evaluation.setting import Setting
 from bench.evaluation.trace import Floats, Trace
 from knative.commands.sources.local_pipeline import LocalPipeline, local_pipeline
-from knative.local.kubelet.pods import Pod
+from knative.local.kubelet.pods import LocalPod
 from knative.local.platform import ROOT, Platform, PlatformOptions
 from knative.render.services import services
 from storage.store.object_store import ObjectStore
@@ -81,7 +81,7 @@ class EmulatedRun:
         )
         return outcome_of(self._trace, first, last, seconds, cost, objective)
 
-    def _pods(self, platform: Platform) -> Iterator[list[Pod]]:
+    def _pods(self, platform: Platform) -> Iterator[list[LocalPod]]:
         """Of each stage, those that cost something."""
         for name in self._local.pipeline.stage_names:
             service = platform.services[self._local.pipeline.spec.namespace, name]
@@ -168,7 +168,7 @@ class EmulatedRun:
         return self._folder / "times.npz"
 
 
-def passes_of(pods: Sequence[Pod]) -> tuple[float, float]:
+def passes_of(pods: Sequence[LocalPod]) -> tuple[float, float]:
     """Seconds in passes and their number, of all these; a pod that does not answer counts nothing."""
     found = {"_sum": 0.0, "_count": 0.0}
     for pod in pods:

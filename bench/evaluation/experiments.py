@@ -23,7 +23,7 @@ from bench.evaluation.rounds import Overheads
 from bench.evaluation.setting import MODELS, SMOLLM2_PROFILE, WAYS, Setting
 from bench.evaluation.simulator import Simulation, World
 from bench.evaluation.trace import Sizes, Trace, drawn, read_trace
-from knative.local.proxies.network import Network
+from knative.local.proxies.network import EmulatedNetwork
 from storage.store.object_store import ObjectStore
 
 NAMES: Final = ("emulated", "calibration", "simulated", "measured", "scale", "network")
@@ -55,7 +55,9 @@ class Plan:
     scale_seconds: int = 1200
     scale_runs: int = 3
     scale_stages: Sequence[int] = SCALE_STAGES
-    networks: Mapping[Network, Sequence[str]] = field(default_factory=lambda: dict.fromkeys(all_networks(), tuple(REMEDIES)))
+    networks: Mapping[EmulatedNetwork, Sequence[str]] = field(
+        default_factory=lambda: dict.fromkeys(all_networks(), tuple(REMEDIES))
+    )
     """With the remedies that are measured in each."""
     network_lengths: Lengths = field(default_factory=Lengths)
     trace: Path | None = None
@@ -73,7 +75,7 @@ QUICK: Final = Plan(
     scale_seconds=60,
     scale_runs=1,
     scale_stages=(1, 4),
-    networks={Network(): (), Network(0.005): tuple(REMEDIES)},
+    networks={EmulatedNetwork(): (), EmulatedNetwork(0.005): tuple(REMEDIES)},
     network_lengths=Lengths(4, 8),
 )
 

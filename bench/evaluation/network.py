@@ -17,9 +17,9 @@ from rich.console import Console
 from bench.evaluation.emulated import passes_of
 from bench.speculation.answers import ask
 from knative.commands.sources.local_pipeline import LocalPipeline, ensure_published, local_pipeline
-from knative.local.kubelet.pods import Pod
+from knative.local.kubelet.pods import LocalPod
 from knative.local.platform import ROOT, Platform, PlatformOptions
-from knative.local.proxies.network import Network
+from knative.local.proxies.network import EmulatedNetwork
 from knative.render.services import services
 from knative.spec.pipeline_spec import (
     Autoscaling,
@@ -91,12 +91,12 @@ class Lengths:
     max_tokens: int = 48
 
 
-def all_networks() -> Iterator[Network]:
-    yield from (Network(delay) for delay in DELAYS_SECONDS)
-    yield from (Network(0.0, rate) for rate in RATES)
+def all_networks() -> Iterator[EmulatedNetwork]:
+    yield from (EmulatedNetwork(delay) for delay in DELAYS_SECONDS)
+    yield from (EmulatedNetwork(0.0, rate) for rate in RATES)
 
 
-def file_name(network: Network, remedy: Remedy, lengths: Lengths) -> str:
+def file_name(network: EmulatedNetwork, remedy: Remedy, lengths: Lengths) -> str:
     rate = "any" if network.bytes_per_second is None else f"{network.bytes_per_second:g}"
     pipeline = f"drafts-{remedy.draft_tokens}"
     if remedy.wire_dtype is not None:
@@ -106,7 +106,7 @@ def file_name(network: Network, remedy: Remedy, lengths: Lengths) -> str:
     return f"network/{network.delay_seconds:g}s-{rate}-{pipeline}-{lengths.questions}x{lengths.max_tokens}.yaml"
 
 
-def measure(network: Network, remedy: Remedy, lengths: Lengths, store: ObjectStore, logs: Path) -> list[Measured]:
+def measure(network: EmulatedNetwork, remedy: Remedy, lengths: Lengths, store: ObjectStore, logs: Path) -> list[Measured]:
     """For each of `AT_ONCE`."""
     manifest = ensure_published(store, None, _DTYPE, Console(quiet=True))
     local = local_pipeline(store, manifest, remedy.stages, _spec(manifest.name, remedy), {})
@@ -114,8 +114,10 @@ def measure(network: Network, remedy: Remedy, lengths: Lengths, store: ObjectSto
     return asyncio.run(_measured(local, network, remedy, lengths, logs))
 
 
-async def _measured(local: LocalPipeline, network: Network, remedy: Remedy, lengths: Lengths, logs: Path) -> list[Measured]:
-    relayed = Network(_NEARLY_NONE) if network.is_loopback else network
+async def _measured(
+    local: LocalPipeline, network: EmulatedNetwork, remedy: Remedy, lengths: Lengths, logs: Path
+) -> list[Measured]:
+    relayed = EmulatedNetwork(_NEARLY_NONE) if network.is_loopback else network
     platform = Platform(PlatformOptions(secrets=local.secrets, logs=logs, network=relayed))
     await platform.start()
     try:
@@ -153,7 +155,7 @@ async def _measured(local: LocalPipeline, network: Network, remedy: Remedy, leng
 
 
 async def _passes(local: LocalPipeline, platform: Platform) -> list[tuple[float, float]]:
-    def pods(name: str) -> list[Pod]:
+    def pods(name: str) -> list[LocalPod]:
         service = platform.services[local.pipeline.spec.namespace, name]
         return [pod for revision in service.revisions for pod in revision.ready_pods]
 

@@ -21,7 +21,7 @@ from bench.serving.pipeline import NUM_STAGES
 from functions.stage.engine.threads import usable_cores
 from knative.commands.sources.local_pipeline import Sharing, ensure_published, local_pipeline
 from knative.commands.terminal.pod_metrics import read_metrics
-from knative.local.kubelet.pods import Pod, PodTiming
+from knative.local.kubelet.pods import LocalPod, PodTiming
 from knative.local.platform import Platform, PlatformOptions
 from knative.local.serving.revisions import Revision
 from knative.render.resolved_pipeline import ResolvedPipeline
@@ -74,7 +74,7 @@ class Deployed:
     def stages(self) -> list[Revision]:
         return [self._revision(self.pipeline.stage_name(index)) for index in range(NUM_STAGES)]
 
-    async def another_pod(self, stage: Revision) -> Pod:
+    async def another_pod(self, stage: Revision) -> LocalPod:
         """Beside the one that there is, and ready."""
         _scale(stage, 2)
         await until(lambda: len(stage.ready_pods) == 2, f"a second pod of {stage.name.service}")
@@ -113,7 +113,7 @@ def _scale(revision: Revision, pods: int) -> None:
     revision.autoscaler.settings = replace(settings, min_scale=pods, max_scale=max(1, pods))
 
 
-async def tokens_computed(pod: Pod) -> int:
+async def tokens_computed(pod: LocalPod) -> int:
     """That went through the layers of a stage's pod."""
     samples = await asyncio.to_thread(read_metrics, {"metrics_port": pod.metrics_port})
     return int(samples["lamina_stage_tokens_total"])

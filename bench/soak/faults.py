@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bench.soak.pipeline import ReturningStore
 from bench.soak.records import GATEWAY, STORE, Fault, Plan, Recorder
-from knative.local.kubelet.pods import Pod
+from knative.local.kubelet.pods import LocalPod
 from knative.local.platform import Platform
 
 _LOOK_SECONDS = 0.1
@@ -42,7 +42,7 @@ class Faults:
     def _stages(self) -> list[str]:
         return [service for service in self.plan.services if service != GATEWAY]
 
-    def _pod(self, service: str) -> Pod | None:
+    def _pod(self, service: str) -> LocalPod | None:
         """The one that answers, where there is one."""
         found = self.platform.services["default", self.plan.services[service]].revisions[-1].ready_pods
         return found[0] if found else None
@@ -80,13 +80,13 @@ class Faults:
                 await self._stop(pod, service, every / 4)
             await asyncio.sleep(every / 4)
 
-    async def _wait_for(self, service: str, seconds: float) -> Pod | None:
+    async def _wait_for(self, service: str, seconds: float) -> LocalPod | None:
         until = self.recorder.now + seconds
         while (pod := self._pod(service)) is None and self.recorder.now < until:
             await asyncio.sleep(_LOOK_SECONDS)
         return pod
 
-    async def _stop(self, pod: Pod, service: str, seconds: float) -> None:
+    async def _stop(self, pod: LocalPod, service: str, seconds: float) -> None:
         pid, began = pod.pid, self.recorder.now
         if pid is None:
             return

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 from urllib.parse import urlsplit
 
-from knative.local.proxies.network import Network, Relay
+from knative.local.proxies.network import EmulatedNetwork, Relay
 
 _STOP_SECONDS: Final = 10.0
 
@@ -29,7 +29,7 @@ def delayed(urls: Sequence[str], seconds: float) -> Iterator[list[str]]:
 
 
 async def _relay(url: str, seconds: float) -> Relay:
-    relay = Relay(Network(delay_seconds=seconds))
+    relay = Relay(EmulatedNetwork(delay_seconds=seconds))
     await relay.start(urlsplit(url).port or 80)
     return relay
 

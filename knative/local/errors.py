@@ -1,16 +1,16 @@
-"""What the platform on this machine cannot do, apart from the rooms that find out; one class per condition."""
+"""Why the platform on this machine cannot do what it was asked; one class per condition."""
 
 
 class LocalError(Exception):
-    """Base. The message says what was seen and, where a person can, what to do."""
+    """Base class. The message says what was seen and, if a person can help, what to do."""
 
 
 class ManifestRefused(LocalError):
-    """Knative would not take the manifest either. The message names Service and fields."""
+    """Knative would refuse the manifest as well. The message names Service and fields."""
 
 
 class UnsupportedManifest(LocalError):
-    """Knative accepts it, the local platform has no way to run it. The message names the field."""
+    """Knative accepts the manifest, but the local platform cannot run it. The message names the field."""
 
 
 class UnknownRevision(LocalError):
@@ -18,4 +18,4 @@ class UnknownRevision(LocalError):
 
 
 class PortInUse(LocalError):
-    """Another process listens there. The message says which port and what to do."""
+    """Another process listens on the port. The message says which port and what to do."""

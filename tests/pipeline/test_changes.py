@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from knative.commands.terminal.pod_metrics import read_metrics
-from knative.local.kubelet.pods import Phase, Pod
+from knative.local.kubelet.pods import LocalPod, Phase
 from knative.render.services import services
 from tests.support.functions.served import Conversations, serving, stage_revisions, tiny_pipeline
 from tests.support.knative.platform import until
@@ -46,7 +46,7 @@ def test_scale_in_amid_fifty_generations(published: Published, tmp_path: Path) -
     asyncio.run(scenario())
 
 
-async def last_held(pod: Pod) -> float:
+async def last_held(pod: LocalPod) -> float:
     """How many sequences a leaving pod said last that it holds."""
     held = -1.0
     while pod.phase is not Phase.GONE:

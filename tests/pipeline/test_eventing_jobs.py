@@ -30,7 +30,7 @@ from eventing.wire.generation import GenerateRequest, GenerateResponse
 from eventing.wire.score import ScoreRequest, ScoreResponse
 from knative.local.eventing.delivery import Subscription
 from knative.local.eventing.local_eventing import LocalEventing
-from knative.local.eventing.targets import Answer, HttpTarget, NoAnswer
+from knative.local.eventing.targets import HttpTarget, NoReply, TargetReply
 from knative.render.eventing import eventing_objects
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.spec.kubernetes_object import to_yaml
@@ -111,15 +111,15 @@ class Faults:
             self.repeated += 1
             await asyncio.gather(run(subscription, event), run(subscription, event))
 
-        async def failing_deliver(target: HttpTarget, event: CloudEvent, timeout_seconds: float | None) -> Answer:
+        async def failing_deliver(target: HttpTarget, event: CloudEvent, timeout_seconds: float | None) -> TargetReply:
             number = next(self.attempts)
             if number % 20:
                 return await deliver(target, event, timeout_seconds)
             self.failed += 1
             if number % 40:
                 await deliver(target, event, timeout_seconds)
-                raise NoAnswer("the answer got lost")
-            return Answer(HTTPStatus.SERVICE_UNAVAILABLE)
+                raise NoReply("the answer got lost")
+            return TargetReply(HTTPStatus.SERVICE_UNAVAILABLE)
 
         monkeypatch.setattr(Subscription, "run", repeated_run)
         monkeypatch.setattr(HttpTarget, "deliver", failing_deliver)

@@ -12,7 +12,7 @@ import pytest
 
 from eventing.wire.generation import TokenEvent
 from knative.commands.terminal.asking import Question, ask
-from knative.local.proxies.network import Network
+from knative.local.proxies.network import EmulatedNetwork
 from knative.render.services import services
 from knative.spec.model_shape import published_shape
 from knative.spec.sizing import Link, network_plan, plan_stages
@@ -41,7 +41,7 @@ def test_plan_predicts_what_a_delay_between_pods_costs(published: Published, tmp
     plans = plan_stages(published_shape(ObjectStore(published.store), published.manifest), pipeline.cut)
 
     async def measured() -> float:
-        network = Network(delay_seconds=DELAY_SECONDS, bytes_per_second=1.25e7)
+        network = EmulatedNetwork(delay_seconds=DELAY_SECONDS, bytes_per_second=1.25e7)
         async with serving(tmp_path, published, services(pipeline), network=network) as platform, asyncio.timeout(120):
             return await seconds_per_token(platform.url("tiny"))
 

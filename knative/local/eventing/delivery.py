@@ -1,7 +1,7 @@
-"""Delivering an event as Knative's dispatcher does: with retries and pauses, its reply onward, and else as a dead letter.
+"""Delivers an event as Knative's dispatcher does: with retries and pauses, then its reply, or else a dead letter.
 
-Retried are no answer, 404, 408, 409, 429 and 5xx; every other answer that is not 2xx is final. A dead letter is the original
-event with `knativeerrordest`, `knativeerrorcode` and, in base64 and cut off, `knativeerrordata`, the body of the last answer.
+A delivery is retried after 404, 408, 409, 429, 5xx or no reply; every other status except 2xx is final. A dead letter is the
+original event with `knativeerrordest`, `knativeerrorcode` and `knativeerrordata`, the last reply's body in base64 and cut off.
 """
 
 import asyncio
@@ -16,10 +16,9 @@ from cloudevents.core.v1.event import CloudEvent
 
 from eventing.wire.cloud_event import checked_event
 from knative.local.eventing.objects import Delivery
-from knative.local.eventing.targets import Answer, NoAnswer, Target
+from knative.local.eventing.targets import NoReply, Target, TargetReply
 
-TTL: Final = "knativebrokerttl"
-"""How often an event's replies may still come back to a Broker. Subscribers do not see it."""
+TTL: Final = "knativebrokerttl"  # how often an event's replies may still return to a Broker; hidden from subscribers
 _RETRIED: Final = frozenset({404, 408, 409, 429})
 _MAX_ERROR_DATA: Final = 1024
 
@@ -27,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 class Undeliverable(Exception):
-    """All attempts failed, or one for good."""
+    """The last attempt failed, or one had a final status."""
 
     def __init__(self, destination: str, status: int, body: bytes) -> None:
         super().__init__(f"{destination} answered {status}: {body[:200].decode(errors='replace')}")
@@ -40,17 +39,16 @@ class Undeliverable(Exception):
 
 @dataclass(slots=True)
 class Counts:
-    """Of one Trigger or step. Events, but for `retries`."""
+    """Events of one Trigger or step."""
 
     delivered: int = 0
-    retries: int = 0
+    retries: int = 0  # attempts, not events
     dead_letters: int = 0
-    lost: int = 0
-    """Undeliverable without a dead letter sink, or to it."""
+    lost: int = 0  # undeliverable, and there is no dead letter sink or it failed too
 
 
 class Subscription:
-    """Who gets events, where replies go, and how hard it is tried."""
+    """The subscriber of a Trigger or step, the target of its replies, and the rules of delivery."""
 
     def __init__(
         self, subscriber: Target, reply: Target | None, delivery: Delivery, dead_letter_sink: Target | None, counts: Counts
@@ -62,7 +60,7 @@ class Subscription:
         self._dead_letter_sink = dead_letter_sink
 
     async def run(self, event: CloudEvent) -> None:
-        """Ends when the event and its reply, or its dead letter, are delivered or lost."""
+        """Delivers the event and its reply, or its dead letter; returns when they are delivered or lost."""
         ttl = event.get_extension(TTL)
         try:
             reply = await self._deliver(with_attributes(event, {TTL: None}), self.subscriber)
@@ -73,22 +71,19 @@ class Subscription:
             await self._bury(event, error)
 
     async def _deliver(self, event: CloudEvent, target: Target) -> CloudEvent | None:
-        """The reply. Raises Undeliverable."""
+        """Returns the event of the reply. Raises Undeliverable."""
         for retry in range(self._delivery.retry + 1):
-            answer = await self._attempt(event, target)
-            if 200 <= answer.status < 300:
-                return answer.event
-            if retry == self._delivery.retry or not (answer.status >= 500 or answer.status in _RETRIED):
+            try:
+                reply = await target.deliver(event, self._delivery.timeout_seconds)
+            except NoReply as error:
+                reply = TargetReply(HTTPStatus.INTERNAL_SERVER_ERROR, f"dispatch error: {error}".encode())
+            if 200 <= reply.status < 300:
+                return reply.event
+            if retry == self._delivery.retry or not (reply.status >= 500 or reply.status in _RETRIED):
                 break
             self.counts.retries += 1
             await asyncio.sleep(self._delivery.pause_seconds(retry))
-        raise Undeliverable(target.name, answer.status, answer.body)
-
-    async def _attempt(self, event: CloudEvent, target: Target) -> Answer:
-        try:
-            return await target.deliver(event, self._delivery.timeout_seconds)
-        except NoAnswer as error:
-            return Answer(HTTPStatus.INTERNAL_SERVER_ERROR, f"dispatch error: {error}".encode())
+        raise Undeliverable(target.name, reply.status, reply.body)
 
     async def _bury(self, event: CloudEvent, cause: Undeliverable) -> None:
         if self._dead_letter_sink is not None:
@@ -103,7 +98,7 @@ class Subscription:
 
 
 class Spool:
-    """All deliveries in progress. In memory: what has not been delivered when the platform stops is gone."""
+    """All deliveries in progress. They are in memory only: a stop of the platform drops them."""
 
     def __init__(self, limit: int) -> None:
         self.closed = False
@@ -115,7 +110,7 @@ class Spool:
 
     @property
     def full(self) -> bool:
-        """No event is taken from outside. Replies and steps are: each takes the place of what caused it."""
+        """Whether events from outside are refused. Replies and steps never are: each follows an event that was in progress."""
         return len(self._tasks) >= self._limit
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
@@ -129,7 +124,7 @@ class Spool:
             _log.error("a delivery failed", exc_info=error)
 
     async def close(self) -> int:
-        """Ends all of it; how many were not delivered."""
+        """Ends all deliveries; returns how many were in progress."""
         self.closed = True
         tasks = list(self._tasks)
         for task in tasks:
@@ -139,6 +134,6 @@ class Spool:
 
 
 def with_attributes(event: CloudEvent, changes: Mapping[str, str | None]) -> CloudEvent:
-    """The event with attributes set or, where None, taken away; its data is the same memory."""
+    """A copy of the event with attributes set, or removed if None. It shares the data's memory."""
     attributes = {**event.get_attributes(), **changes}
     return checked_event({name: value for name, value in attributes.items() if value is not None}, event.get_data())

@@ -1,33 +1,38 @@
 """Knative Eventing on one machine: the Brokers, Triggers and Sequences of a cluster, from the same YAML.
 
-Everything is in memory, as with Eventing's InMemoryChannel and whatever channel a manifest names: what is on its way when the
-platform stops is gone. A Service that is not on this machine is taken for a sink, and what goes there is written into a file.
+Everything is in memory, as with Eventing's InMemoryChannel, whatever channel a manifest names: deliveries in progress when the
+platform stops are lost. Events to a Service that is not on this machine are written into a file.
 """
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
 
-from knative.local.eventing.broker import BrokerInbox, StepInbox
+from eventing.http.binding import from_http
+from eventing.problems import Problem
 from knative.local.eventing.delivery import Spool, Subscription
-from knative.local.eventing.ingress import EventIngress
 from knative.local.eventing.objects import EventingObject, read_eventing_object
-from knative.local.eventing.targets import Target
-from knative.local.eventing.wiring import Connections, Wiring, broker_path
-from knative.local.http.server import HttpServer
+from knative.local.eventing.wiring import BrokerInbox, EventingContext, StepInbox, Wiring, broker_path
+from knative.local.http.messages import HttpError
+from knative.local.http.server import Exchange, HttpServer
 
 _log = logging.getLogger(__name__)
 
-MAX_DELIVERIES: Final = 1000
-"""In progress at once; events from outside are refused with 429 beyond it."""
+MAX_DELIVERIES: Final = 1000  # in progress at once; beyond it events from outside are refused with 429
+MAX_EVENT_BYTES: Final = 2**20  # as a Kafka topic's default; larger payloads go by reference, see `eventing.claim_check`
 
 
 class LocalEventing:
-    """find_service: URL of a Service on this machine by namespace and name. sinks: folder for events that go to others."""
+    """Takes events by `POST /namespace/broker` and `POST /sequences/namespace/name`: 202 once a delivery is in progress.
+
+    find_service: (namespace, name) → URL of a Service on this machine. sinks: folder for events to other Services.
+    """
 
     def __init__(
         self, find_service: Callable[[str, str], str | None], sinks: Path, max_deliveries: int = MAX_DELIVERIES
@@ -35,64 +40,111 @@ class LocalEventing:
         self._find_service = find_service
         self._sinks = sinks
         self._spool = Spool(max_deliveries)
-        self._server = HttpServer(EventIngress(self._find, self._spool).serve)
-        self._around: Connections | None = None
+        self._server = HttpServer(self._serve)
+        self._context: EventingContext | None = None
         self._wiring: Wiring | None = None
         self._objects: dict[tuple[type, str, str], EventingObject] = {}
 
     async def apply(self, manifests: Iterable[Mapping[str, Any]]) -> None:
-        """Creates or changes what is an object of Eventing; the ingress listens from the first one on.
+        """Creates or changes objects of Eventing; the first one opens the port.
 
         Raises UnsupportedManifest, which names object and field.
         """
         found = [each for each in map(read_eventing_object, manifests) if each is not None]
         if not found:
             return
-        around = self._around or await self._open()
+        if self._context is None:
+            await self._server.start()
+            # HttpTarget limits the connections to each URL.
+            session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), auto_decompress=False)
+            url = f"http://127.0.0.1:{self._server.port}"
+            self._context = EventingContext(url, session, self._spool, self._find_service, self._sinks)
         objects = self._objects | {(type(each), each.namespace, each.name): each for each in found}
-        self._wiring = Wiring(objects.values(), around)
+        self._wiring = Wiring(objects.values(), self._context)
         self._objects = objects
 
     async def stop(self) -> None:
-        """Takes nothing more, and drops what has not been delivered."""
+        """Takes no more events and drops the deliveries in progress."""
         dropped = await self._spool.close()
         if dropped:
-            _log.warning("%d deliveries were still in progress and are gone", dropped)
+            _log.warning("%d deliveries were still in progress and are lost", dropped)
         self._server.close()
-        if self._around is not None:
-            await self._around.session.close()
+        if self._context is not None:
+            await self._context.session.close()
 
     def broker_url(self, name: str, namespace: str = "default") -> str:
         return f"http://127.0.0.1:{self._server.port}{broker_path(namespace, name)}"
 
     def status(self) -> dict[str, Any]:
-        """Nothing where no object was applied."""
+        """Empty if no object was applied."""
         if self._wiring is None:
             return {}
-        inboxes = self._wiring.inboxes.values()
-        return {
-            "in_progress": len(self._spool),
-            "brokers": [_broker_status(each) for each in inboxes if isinstance(each, BrokerInbox)],
-            "steps": [{"url": each.name, **_status(each.step)} for each in inboxes if isinstance(each, StepInbox)],
-        }
+        brokers, steps = [], []
+        for inbox in self._wiring.inboxes.values():
+            if isinstance(inbox, StepInbox):
+                steps.append({"url": inbox.name, **_subscription_status(inbox.step)})
+            else:
+                triggers = [{"name": each.name, **_subscription_status(each.subscription)} for each in inbox.subscribers]
+                brokers.append({"url": inbox.name, "accepted": inbox.accepted, "triggers": triggers})
+        return {"in_progress": len(self._spool), "brokers": brokers, "steps": steps}
 
-    async def _open(self) -> Connections:
-        await self._server.start()
-        # As many connections as there are deliveries: HttpTarget limits them for each URL.
-        session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), auto_decompress=False)
-        self._around = Connections(
-            f"http://127.0.0.1:{self._server.port}", session, self._spool, self._find_service, self._sinks
-        )
-        return self._around
+    async def _serve(self, exchange: Exchange) -> None:
+        path = exchange.target.decode("latin-1").partition("?")[0].rstrip("/")
+        inbox: BrokerInbox | StepInbox | None = None if self._wiring is None else self._wiring.inboxes.get(path)
+        if inbox is None:
+            raise HttpError(HTTPStatus.NOT_FOUND, "there is no such Broker or Sequence; python -m knative status lists them")
+        if exchange.method != b"POST":
+            raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, "events come by POST")
+        self._check_capacity()
+        body = await _CollectedBody(exchange).read()
+        headers = [(name.decode("latin-1"), value.decode("utf-8", "replace")) for name, value in exchange.headers]
+        try:
+            event = from_http(headers, body)
+        except Problem as problem:
+            raise HttpError(HTTPStatus.BAD_REQUEST, str(problem)) from problem
+        self._check_capacity()
+        reply = await inbox.deliver(event, None)
+        exchange.respond(HTTPStatus(reply.status), reply.body)
 
-    def _find(self, path: str) -> Target | None:
-        return None if self._wiring is None else self._wiring.inboxes.get(path)
+    def _check_capacity(self) -> None:
+        if self._spool.closed:
+            raise HttpError(HTTPStatus.SERVICE_UNAVAILABLE, "the broker is stopping")
+        if self._spool.full:
+            raise HttpError(HTTPStatus.TOO_MANY_REQUESTS, f"{len(self._spool)} deliveries are in progress already; try later")
 
 
-def _broker_status(broker: BrokerInbox) -> dict[str, Any]:
-    triggers = [{"name": each.name, **_status(each.subscription)} for each in broker.subscribers]
-    return {"url": broker.name, "accepted": broker.accepted, "triggers": triggers}
+class _CollectedBody:
+    """A BodySink that keeps the whole body."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._data = bytearray()
+        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def read(self) -> bytes:
+        """Raises HttpError 413 if the body is too long."""
+        self._exchange.attach(self)
+        await self._done
+        return bytes(self._data)
+
+    def write_body(self, data: bytes) -> None:
+        if self._done.done():  # too long already
+            return
+        self._data += data
+        if len(self._data) > MAX_EVENT_BYTES:
+            text = f"an event has at most {MAX_EVENT_BYTES} bytes here; send a reference to more (dataref)"
+            self._done.set_exception(HttpError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text))
+
+    def end_body(self) -> None:
+        if not self._done.done():
+            self._done.set_result(None)
+
+    def pause_reading(self) -> None:
+        """Does nothing: the answer is short."""
+
+    def resume_reading(self) -> None:
+        """Does nothing: the answer is short."""
 
 
-def _status(subscription: Subscription) -> dict[str, Any]:
+def _subscription_status(subscription: Subscription) -> dict[str, Any]:
     return {"subscriber": subscription.subscriber.name, **asdict(subscription.counts)}

@@ -1,13 +1,17 @@
-"""Broker, Trigger and Sequence as YAML → what is run of them here. Anything that would be run differently is refused."""
+"""Parses Brokers, Triggers and Sequences from YAML. Refuses everything that would be run differently here."""
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from cloudevents.core.v1.event import CloudEvent
+
+from eventing.wire.cloud_event import attribute_text
 from knative.local.errors import UnsupportedManifest
-from knative.local.eventing.filter import Filter, read_filter
+
+Filter = Callable[[CloudEvent], bool]
 
 BROKER: Final = ("eventing.knative.dev/v1", "Broker")
 TRIGGER: Final = ("eventing.knative.dev/v1", "Trigger")
@@ -15,14 +19,18 @@ SEQUENCE: Final = ("flows.knative.dev/v1", "Sequence")
 SERVICE: Final = ("serving.knative.dev/v1", "Service")
 _DURATION: Final = re.compile(r"P(?:(\d+)D)?(?:T(?:(\d+)H)?(?:(\d+)M)?(?:(\d+(?:\.\d+)?)S)?)?")
 _UNIT_SECONDS: Final = (86_400, 3_600, 60, 1)
+_TEXT_DIALECTS: Final[Mapping[str, Callable[[str, str], bool]]] = {
+    "exact": str.__eq__,
+    "prefix": str.startswith,
+    "suffix": str.endswith,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Destination:
     """An object by kind and name, an absolute URL, or both: the object's URL with a path."""
 
-    kind: tuple[str, str] | None = None
-    """(apiVersion, kind)"""
+    kind: tuple[str, str] | None = None  # (apiVersion, kind)
     namespace: str = ""
     name: str = ""
     uri: str | None = None
@@ -33,18 +41,16 @@ class Destination:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """A DeliverySpec. Without one an event is delivered once, and lost where that fails."""
+    """A DeliverySpec. Without one an event is delivered once, and lost if that fails."""
 
     retry: int = 0
-    policy: str | None = None
-    """exponential, linear, or None: no pause."""
+    policy: str | None = None  # exponential, linear, or None: no pause
     backoff_seconds: float = 0.0
-    timeout_seconds: float | None = None
-    """Of one attempt."""
+    timeout_seconds: float | None = None  # of one attempt
     dead_letter_sink: Destination | None = None
 
     def pause_seconds(self, retry: int) -> float:
-        """Before a retry, counted from 0, as Knative's dispatcher counts them: the first linear one comes at once."""
+        """The pause before a retry, counted from 0 as in Knative's dispatcher: the first linear retry comes at once."""
         if self.policy == "exponential":
             return self.backoff_seconds * math.exp2(retry)
         return self.backoff_seconds * retry if self.policy == "linear" else 0.0
@@ -68,24 +74,26 @@ class Trigger:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class SequenceStep:
     subscriber: Destination
     delivery: Delivery = field(default_factory=Delivery)
 
 
 @dataclass(frozen=True, slots=True)
-class Sequence:
+class EventSequence:
+    """Knative's Sequence."""
+
     namespace: str
     name: str
-    steps: tuple[Step, ...]
+    steps: tuple[SequenceStep, ...]
     reply: Destination | None
 
 
-EventingObject = Broker | Trigger | Sequence
+EventingObject = Broker | Trigger | EventSequence
 
 
 def read_eventing_object(manifest: Mapping[str, Any]) -> EventingObject | None:
-    """None for what is no object of Eventing. Raises UnsupportedManifest, which names object and field."""
+    """None for an object of another API group. Raises UnsupportedManifest, which names object and field."""
     kind = (str(manifest.get("apiVersion")), str(manifest.get("kind")))
     group = kind[0].split("/")[0]
     if group not in ("eventing.knative.dev", "flows.knative.dev", "messaging.knative.dev", "sources.knative.dev"):
@@ -115,15 +123,15 @@ def _trigger(namespace: str, name: str, spec: Mapping[str, Any]) -> Trigger:
     )
 
 
-def _sequence(namespace: str, name: str, spec: Mapping[str, Any]) -> Sequence:
+def _sequence(namespace: str, name: str, spec: Mapping[str, Any]) -> EventSequence:
     steps = tuple(
-        Step(_destination(step, namespace, f"steps[{index}]"), _delivery(step.get("delivery"), namespace) or Delivery())
+        SequenceStep(_destination(step, namespace, f"steps[{index}]"), _delivery(step.get("delivery"), namespace) or Delivery())
         for index, step in enumerate(_required(spec, "steps"))
     )
     if not steps:
         raise UnsupportedManifest("spec.steps: there must be at least one")
     reply = spec.get("reply")
-    return Sequence(namespace, name, steps, None if reply is None else _destination(reply, namespace, "reply"))
+    return EventSequence(namespace, name, steps, None if reply is None else _destination(reply, namespace, "reply"))
 
 
 def _destination(value: Mapping[str, Any], namespace: str, path: str) -> Destination:
@@ -156,7 +164,7 @@ def _delivery(value: Mapping[str, Any] | None, namespace: str) -> Delivery | Non
 
 
 def _seconds(text: str, key: str) -> float:
-    """An ISO 8601 duration of days and less, such as PT1M30S."""
+    """Parses an ISO 8601 duration without years and months, such as PT1M30S."""
     match = _DURATION.fullmatch(text)
     if match is None or text[-1] in "PT":
         raise UnsupportedManifest(f"spec.delivery.{key}: {text!r} is no ISO 8601 duration such as PT1.5S")
@@ -167,3 +175,46 @@ def _required(spec: Mapping[str, Any], key: str) -> Any:
     if spec.get(key) is None:
         raise UnsupportedManifest(f"spec.{key} is missing")
     return spec[key]
+
+
+def read_filter(spec: Mapping[str, Any]) -> Filter:
+    """spec: of a Trigger. `filters`, all of which must match, takes precedence over `filter`. Raises UnsupportedManifest."""
+    if filters := spec.get("filters"):
+        return _all([_dialect_filter(each) for each in filters])
+    attributes: Mapping[str, str] = (spec.get("filter") or {}).get("attributes") or {}
+
+    def matches(event: CloudEvent) -> bool:
+        """Each attribute must be present and, unless the wanted value is empty, equal."""
+        seen = {name: attribute_text(event.get_attributes().get(name)) for name in attributes}
+        return all(value and attributes[name] in ("", value) for name, value in seen.items())
+
+    return matches
+
+
+def _dialect_filter(filter_: Mapping[str, Any]) -> Filter:
+    if len(filter_) != 1:
+        raise UnsupportedManifest(f"spec.filters: each has one dialect, this one has {sorted(filter_)}")
+    ((dialect, value),) = filter_.items()
+    if dialect in _TEXT_DIALECTS:
+        return _all([_text_filter(dialect, name, str(text)) for name, text in value.items()])
+    if dialect == "not":
+        inner = _dialect_filter(value)
+        return lambda event: not inner(event)
+    if dialect in ("all", "any"):
+        filters = [_dialect_filter(each) for each in value]
+        return _all(filters) if dialect == "all" else lambda event: any(matches(event) for matches in filters)
+    raise UnsupportedManifest(f"spec.filters: {dialect!r} is not run on one machine; exact, prefix, suffix, all, any, not are")
+
+
+def _text_filter(dialect: str, name: str, text: str) -> Filter:
+    compare = _TEXT_DIALECTS[dialect]
+
+    def matches(event: CloudEvent) -> bool:
+        value = attribute_text(event.get_attributes().get(name))
+        return value is not None and compare(value, text)
+
+    return matches
+
+
+def _all(filters: list[Filter]) -> Filter:
+    return lambda event: all(matches(event) for matches in filters)

@@ -1,4 +1,4 @@
-"""Where an event can be delivered to from here: over HTTP, or into a file where the sink is on a cluster only."""
+"""Targets of a delivery: a URL, or a file in place of a sink that is only on a cluster."""
 
 import asyncio
 import base64
@@ -16,30 +16,28 @@ from eventing.http.binding import from_http, to_binary_http
 from eventing.problems import Problem
 from eventing.wire.cloud_event import attribute_text, data_buffers, is_json
 
-_AT_ONCE: Final = 64
-"""Deliveries to one URL. Knative has no such limit; on one machine it keeps a backlog out of the functions' own queues."""
+# Deliveries to one URL at the same time. Knative has no such limit; here it keeps a backlog out of the functions' own queues.
+_CONCURRENT_DELIVERIES: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """To one delivery."""
+class TargetReply:
+    """The reply to one delivery."""
 
     status: int
     body: bytes = b""
     event: CloudEvent | None = None
-    """The reply, if there is one."""
 
 
-class NoAnswer(Exception):
-    """Refused, broken or too late: nobody knows whether the event arrived."""
+class NoReply(Exception):
+    """Refused, broken or too late: it is unknown whether the event arrived."""
 
 
 class Target(Protocol):
-    name: str
-    """Its URL, as dead letters say it in `knativeerrordest`."""
+    name: str  # its URL, which dead letters name in `knativeerrordest`
 
-    async def deliver(self, event: CloudEvent, timeout_seconds: float | None) -> Answer:
-        """Raises NoAnswer."""
+    async def deliver(self, event: CloudEvent, timeout_seconds: float | None) -> TargetReply:
+        """Raises NoReply."""
 
 
 class HttpTarget:
@@ -50,9 +48,9 @@ class HttpTarget:
         self.name = url
         self._session = session
         self._needs_event_replies = needs_event_replies
-        self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._slots = asyncio.Semaphore(_CONCURRENT_DELIVERIES)
 
-    async def deliver(self, event: CloudEvent, timeout_seconds: float | None) -> Answer:
+    async def deliver(self, event: CloudEvent, timeout_seconds: float | None) -> TargetReply:
         headers, buffers = to_binary_http(event)
         async with self._slots:
             try:
@@ -64,45 +62,42 @@ class HttpTarget:
                     allow_redirects=False,
                     timeout=aiohttp.ClientTimeout(total=timeout_seconds),
                 ) as reply:
-                    return self._answer(reply.status, reply.headers, await reply.read())
+                    return self._read(reply.status, reply.headers, await reply.read())
             except TimeoutError as error:
-                raise NoAnswer(f"{self.name}: no whole answer within {timeout_seconds} s") from error
+                raise NoReply(f"{self.name}: no whole answer within {timeout_seconds} s") from error
             except aiohttp.ClientError as error:
-                raise NoAnswer(f"{self.name}: {error or type(error).__name__}") from error
+                raise NoReply(f"{self.name}: {error or type(error).__name__}") from error
 
-    def _answer(self, status: int, headers: Mapping[str, str], body: bytes) -> Answer:
+    def _read(self, status: int, headers: Mapping[str, str], body: bytes) -> TargetReply:
         if not 200 <= status < 300:
-            return Answer(status, body)
+            return TargetReply(status, body)
         is_event = "ce-specversion" in headers or headers.get("Content-Type", "").startswith("application/cloudevents")
         if not is_event:
             if body and self._needs_event_replies:
-                return Answer(HTTPStatus.BAD_GATEWAY, b"the reply is neither empty nor a CloudEvent")
-            return Answer(status)
+                return TargetReply(HTTPStatus.BAD_GATEWAY, b"the reply is neither empty nor a CloudEvent")
+            return TargetReply(status)
         try:
-            return Answer(status, event=from_http(dict(headers), body))
+            return TargetReply(status, event=from_http(dict(headers), body))
         except Problem as problem:
-            return Answer(HTTPStatus.BAD_GATEWAY, f"the reply is no CloudEvent: {problem}".encode())
+            return TargetReply(HTTPStatus.BAD_GATEWAY, f"the reply is no CloudEvent: {problem}".encode())
 
 
 class FileTarget:
-    """An event a line, as JSON in structured mode."""
+    """Appends each event to a file as a line of JSON in structured mode."""
 
     def __init__(self, path: Path) -> None:
         self.name = path.as_uri()
         self._path = path
 
-    async def deliver(self, event: CloudEvent, timeout_seconds: float | None) -> Answer:
+    async def deliver(self, event: CloudEvent, timeout_seconds: float | None) -> TargetReply:
+        members: dict[str, object] = {name: attribute_text(value) for name, value in event.get_attributes().items()}
+        data = b"".join(data_buffers(event))
+        try:
+            parsed = {"data": json.loads(data)} if is_json(event.get_datacontenttype() or "") else None
+        except ValueError:
+            parsed = None  # a dead letter may be about data that is no JSON
+        if parsed is None:
+            parsed = {"data_base64": base64.b64encode(data).decode()} if data else {}
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(_line(event) + "\n")
-        return Answer(HTTPStatus.ACCEPTED)
-
-
-def _line(event: CloudEvent) -> str:
-    members: dict[str, object] = {name: attribute_text(value) for name, value in event.get_attributes().items()}
-    data = b"".join(data_buffers(event))
-    try:
-        if is_json(event.get_datacontenttype() or ""):
-            return json.dumps(members | {"data": json.loads(data)})
-    except ValueError:
-        pass  # what a dead letter is about may be that it is no JSON
-    return json.dumps(members | ({"data_base64": base64.b64encode(data).decode()} if data else {}))
+            file.write(json.dumps(members | parsed) + "\n")
+        return TargetReply(HTTPStatus.ACCEPTED)

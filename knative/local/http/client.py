@@ -1,4 +1,4 @@
-"""Passes an exchange on to a server and its answer back, over connections that are kept for the next one."""
+"""Forwards an exchange to a server and its answer back, over connections that are kept for the next exchange."""
 
 import asyncio
 from collections.abc import Callable
@@ -6,33 +6,19 @@ from typing import Final
 
 import httptools
 
-from knative.local.http.messages import (
-    CHUNKED,
-    LAST_CHUNK,
-    Headers,
-    chunk,
-    forwarded,
-    has_body,
-    request_head,
-    with_forwarded_for,
-)
+from knative.local.http.messages import CHUNKED, LAST_CHUNK, Headers, chunk, find, forwarded, has_body, head, with_forwarded_for
 from knative.local.http.server import Exchange
 
-_IDLE_SECONDS: Final = 30.0
-"""Shorter than servers keep an idle connection, so that it is not lost under a request."""
+REFUSED: Final = "connect: connection refused"  # Go's words, which are in the 502 of Knative's queue-proxy; gateways read them
+_IDLE_SECONDS: Final = 30.0  # shorter than servers keep an idle connection, so that it does not close under a request
 _CONNECT_SECONDS: Final = 10.0
 
-
-REFUSED: Final = "connect: connection refused"
-"""Go's words, which stand in the 502 of Knative's queue-proxy: gateways go by them."""
+# Called with an answer's headers before they are passed on; may return why the answer will be broken off after its head.
+AnswerBegins = Callable[[Exchange, Headers], str | None]
 
 
 class UpstreamFailed(Exception):
     """The server refused the connection or broke it before its answer was complete."""
-
-
-AnswerBegins = Callable[[Exchange, Headers], str | None]
-"""Told of an answer's headers before they are passed on; may say why the answer will break behind them."""
 
 
 class UpstreamPool:
@@ -45,11 +31,11 @@ class UpstreamPool:
         self._open: set[_Upstream] = set()
 
     async def forward(self, exchange: Exchange) -> None:
-        """Raises UpstreamFailed; the exchange tells whether its answer had begun."""
+        """Raises UpstreamFailed; `exchange.started` tells whether its answer had begun."""
         upstream = self._take() or await self._connect()
         self._open.add(upstream)
         try:
-            await upstream.forward(exchange, self._on_answer)
+            await upstream.forward(exchange)
         finally:
             self._open.discard(upstream)
             if upstream.reusable:
@@ -77,7 +63,7 @@ class UpstreamPool:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
-                _, upstream = await loop.create_connection(_Upstream, "127.0.0.1", self.port)
+                _, upstream = await loop.create_connection(lambda: _Upstream(self._on_answer), "127.0.0.1", self.port)
         except ConnectionRefusedError as error:
             raise UpstreamFailed(f"dial tcp 127.0.0.1:{self.port}: {REFUSED}") from error
         except (OSError, TimeoutError) as error:
@@ -88,68 +74,60 @@ class UpstreamPool:
 class _Upstream(asyncio.Protocol):
     """The callbacks of asyncio and of the parser for one connection to a server; one exchange at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_answer: AnswerBegins) -> None:
         self.idle_since = 0.0
+        self._on_answer = on_answer
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
         self._exchange: Exchange | None = None
-        self._on_answer: AnswerBegins | None = None
-        self._breaks: str | None = None
         self._done: asyncio.Future[None] | None = None
+        self._broken_because: str | None = None  # the answer is broken off after its head
         self._headers: Headers = []
         self._reason = b""
-        self._out: list[bytes] = []
-        self._chunked = False
-        self._sent = True
-        self._skip = False
+        self._out: list[bytes] = []  # parts of the answer that one call of the parser produced
+        self._chunked = False  # framing of the request's body
+        self._sent = True  # the request is sent to its end
+        self._skip = False  # the parser is in an answer that is not passed on
         self._keep_alive = True
-        self._collected: list[bytes] | None = None
+        self._collected: list[bytes] | None = None  # the request's first bytes, until they are written at once
 
     @property
     def reusable(self) -> bool:
-        open_ = self._transport is not None and not self._transport.is_closing()
-        return open_ and self._exchange is None and self._sent and self._keep_alive
+        is_open = self._transport is not None and not self._transport.is_closing()
+        return is_open and self._exchange is None and self._sent and self._keep_alive
 
-    async def forward(self, exchange: Exchange, on_answer: AnswerBegins) -> None:
-        self._exchange = exchange
-        self._on_answer, self._breaks = on_answer, None
+    async def forward(self, exchange: Exchange) -> None:
+        self._exchange, self._broken_because = exchange, None
         self._done = asyncio.get_running_loop().create_future()
         self._sent = False
-        self._chunked = exchange.request_is_chunked
-        headers = with_forwarded_for(forwarded(exchange.headers), exchange.seen_from)
+        self._chunked = (find(exchange.headers, b"transfer-encoding") or b"").lower().endswith(b"chunked")
+        headers = with_forwarded_for(forwarded(exchange.headers), exchange.peers)
         if self._chunked:
             headers.append(CHUNKED)
-        # Head and what is there of the body leave in one piece.
-        self._collected = [request_head(exchange.method, exchange.target, headers)]
+        # The head leaves together with the part of the body that has arrived.
+        self._collected = [head(b"%b %b HTTP/1.1" % (exchange.method, exchange.target), headers)]
         exchange.attach(self)
         collected, self._collected = self._collected, None
         self._write(b"".join(collected))
         try:
             await self._done
         finally:
-            if self._exchange is not None:  # cancelled: whatever else comes belongs to nobody
+            if self._exchange is not None:  # cancelled: the rest of the answer has no reader
                 self._exchange, self._keep_alive = None, False
 
     def abort(self) -> None:
         if self._transport is not None:
             self._transport.abort()
 
-    # BodySink
+    # Called by the exchange: this is its BodySink.
 
     def write_body(self, data: bytes) -> None:
-        data = chunk(data) if self._chunked else data
-        if self._collected is not None:
-            self._collected.append(data)
-        else:
-            self._write(data)
+        self._write(chunk(data) if self._chunked else data)
 
     def end_body(self) -> None:
         if self._chunked:
             self._chunked = False
-            if self._collected is not None:
-                self._collected.append(LAST_CHUNK)
-            else:
-                self._write(LAST_CHUNK)
+            self._write(LAST_CHUNK)
         self._sent = True
 
     def pause_reading(self) -> None:
@@ -160,7 +138,7 @@ class _Upstream(asyncio.Protocol):
         if self._transport is not None and not self._transport.is_reading() and not self._transport.is_closing():
             self._transport.resume_reading()
 
-    # asyncio's callbacks
+    # Callbacks of asyncio.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -168,13 +146,13 @@ class _Upstream(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        exchange = self._exchange
-        if exchange is not None and exchange.started and self._ends_with_connection:
-            self._complete()
+        framed = {name.lower() for name, _ in self._headers} & {b"content-length", b"transfer-encoding"}
+        if self._exchange is not None and self._exchange.started and not framed:
+            self._complete()  # such an answer ends with its connection
         self._fail(f"the connection broke: {exc or 'closed'}")
 
     def data_received(self, data: bytes) -> None:
-        if self._exchange is None:  # an answer to no question
+        if self._exchange is None:  # no request is under way
             self._keep_alive = False
             self.abort()
             return
@@ -185,23 +163,22 @@ class _Upstream(asyncio.Protocol):
             self._fail(f"no HTTP answer: {error}")
             self.abort()
         self._flush()
-        if self._breaks is not None:
+        if self._broken_because is not None:
             self._keep_alive = False
-            self._fail(self._breaks)
+            self._fail(self._broken_because)
 
     def pause_writing(self) -> None:
         if self._exchange is not None:
-            self._exchange.pause()
+            self._exchange.connection.pause_reading()
 
     def resume_writing(self) -> None:
         if self._exchange is not None:
-            self._exchange.resume()
+            self._exchange.connection.resume_reading()
 
-    # the parser's callbacks
+    # Callbacks of the parser.
 
     def on_message_begin(self) -> None:
-        self._headers = []
-        self._reason = b""
+        self._headers, self._reason = [], b""
 
     def on_status(self, status: bytes) -> None:
         self._reason += status
@@ -214,12 +191,11 @@ class _Upstream(asyncio.Protocol):
         self._skip = status < 200  # interim: the real answer follows
         if self._skip or self._exchange is None:
             return
-        if self._on_answer is not None:
-            self._breaks = self._on_answer(self._exchange, self._headers)
-        self._skip = self._breaks is not None  # all behind the head
+        self._broken_because = self._on_answer(self._exchange, self._headers)
+        self._skip = self._broken_because is not None
         self._out.append(self._exchange.start(status, self._reason, forwarded(self._headers)))
         if self._exchange.method == b"HEAD" and has_body(b"GET", status):
-            # The parser cannot know that no body follows; the connection is of no more use to it.
+            # The parser cannot know that no body follows, so the connection cannot be used again.
             self._keep_alive = False
             self._complete()
 
@@ -232,27 +208,21 @@ class _Upstream(asyncio.Protocol):
             self._keep_alive = self._parser.should_keep_alive()
             self._complete()
 
-    @property
-    def _ends_with_connection(self) -> bool:
-        names = {name.lower() for name, _ in self._headers}
-        return not names & {b"content-length", b"transfer-encoding"}
-
     def _complete(self) -> None:
         if self._exchange is not None:
             self._flush()
             exchange, self._exchange = self._exchange, None
             exchange.end()
-            # Who read the end of the answer slowly had reading stopped, and knows of no exchange to start it again for.
+            # If the client read the end of the answer slowly, reading is paused, and no exchange is left to resume it.
             self.resume_reading()
         if self._done is not None and not self._done.done():
             self._done.set_result(None)
 
     def _flush(self) -> None:
-        if self._out:
-            data = b"".join(self._out)
-            self._out.clear()
-            if self._exchange is not None:
-                self._exchange.write(data)
+        data = b"".join(self._out)
+        self._out.clear()
+        if data and self._exchange is not None:
+            self._exchange.write(data)
 
     def _fail(self, text: str) -> None:
         self._exchange = None
@@ -260,5 +230,7 @@ class _Upstream(asyncio.Protocol):
             self._done.set_exception(UpstreamFailed(text))
 
     def _write(self, data: bytes) -> None:
-        if self._transport is not None:
+        if self._collected is not None:
+            self._collected.append(data)
+        elif self._transport is not None:
             self._transport.write(data)

@@ -1,4 +1,4 @@
-"""HTTP/1.1 heads as bytes, and what a proxy must not pass on (RFC 9110 section 7.6.1)."""
+"""HTTP/1.1 heads as bytes, and the headers that a proxy must not forward (RFC 9110 section 7.6.1)."""
 
 from http import HTTPStatus
 from typing import Final
@@ -16,7 +16,7 @@ _HOP_BY_HOP: Final = frozenset(
         b"trailer",
         b"transfer-encoding",
         b"upgrade",
-        # Answered by the proxy itself, which reads the body at once.
+        # The proxy itself answers it, because it reads the body at once.
         b"expect",
         # Knative's own marks: a client that sends them must not escape the counting.
         b"k-proxy-request",
@@ -29,7 +29,7 @@ LAST_CHUNK: Final = b"0\r\n\r\n"
 
 
 class HttpError(Exception):
-    """An answer that the platform gives itself. `status` as in HTTP, the text says why."""
+    """An error that the platform itself answers. The message is the body."""
 
     def __init__(self, status: HTTPStatus, text: str) -> None:
         super().__init__(text)
@@ -37,30 +37,30 @@ class HttpError(Exception):
 
 
 def forwarded(headers: Headers) -> Headers:
-    """Without what is meant for one connection only. Names are compared in lower case."""
+    """The headers without those of a single connection. Names are compared in lower case."""
     named = {name.strip().lower() for key, value in headers if key.lower() == b"connection" for name in value.split(b",")}
     drop = _HOP_BY_HOP | named if named else _HOP_BY_HOP
     return [(key, value) for key, value in headers if key.lower() not in drop]
 
 
-def with_forwarded_for(headers: Headers, seen_from: list[bytes]) -> Headers:
-    """X-Forwarded-For as each proxy on the way adds to its end, whatever the client wrote into it itself."""
+def with_forwarded_for(headers: Headers, peers: list[bytes]) -> Headers:
+    """Appends the address that each proxy saw to X-Forwarded-For; the client's own entries stay in front."""
     said = [value for key, value in headers if key.lower() == _FORWARDED_FOR]
     rest = [header for header in headers if header[0].lower() != _FORWARDED_FOR] if said else headers
-    return [*rest, (b"X-Forwarded-For", b", ".join([*said, *seen_from]))]
+    return [*rest, (b"X-Forwarded-For", b", ".join([*said, *peers]))]
 
 
 def find(headers: Headers, wanted: bytes) -> bytes | None:
-    """The first value of a header; `wanted` in lower case."""
+    """The first value of a header; `wanted` is in lower case."""
     return next((value for key, value in headers if key.lower() == wanted), None)
 
 
-def request_head(method: bytes, target: bytes, headers: Headers) -> bytes:
-    return _head(b"%b %b HTTP/1.1" % (method, target), headers)
+def head(first_line: bytes, headers: Headers) -> bytes:
+    return b"\r\n".join([first_line, *(b"%b: %b" % header for header in headers), b"", b""])
 
 
 def response_head(status: int, reason: bytes, headers: Headers) -> bytes:
-    return _head(b"HTTP/1.1 %d %b" % (status, reason), headers)
+    return head(b"HTTP/1.1 %d %b" % (status, reason), headers)
 
 
 def chunk(data: bytes) -> bytes:
@@ -68,10 +68,5 @@ def chunk(data: bytes) -> bytes:
 
 
 def has_body(method: bytes, status: int) -> bool:
-    """Whether a response may carry one (RFC 9110 section 6.4.1)."""
+    """Whether a response may have a body (RFC 9110 section 6.4.1)."""
     return method != b"HEAD" and status >= 200 and status not in (204, 304)
-
-
-def _head(first_line: bytes, headers: Headers) -> bytes:
-    lines = [first_line, *(b"%b: %b" % header for header in headers), b"", b""]
-    return b"\r\n".join(lines)

@@ -1,6 +1,6 @@
-"""A small HTTP/1.1 server whose handlers see heads as bytes and bodies as they arrive: what a streaming proxy needs.
+"""A small HTTP/1.1 server for a streaming proxy: handlers see heads as bytes, and bodies as they arrive.
 
-One task per request. Bodies are pushed, never collected: a slow reader on one side pauses the sender on the other.
+One task per request. Bodies are pushed on and never collected: a slow reader on one side pauses the sender on the other.
 """
 
 import asyncio
@@ -12,28 +12,17 @@ from typing import Final, Protocol
 
 import httptools
 
-from knative.local.http.messages import (
-    CHUNKED,
-    LAST_CHUNK,
-    Headers,
-    HttpError,
-    chunk,
-    find,
-    has_body,
-    response_head,
-)
+from knative.local.http.messages import CHUNKED, LAST_CHUNK, Headers, HttpError, chunk, find, has_body, response_head
 
 _log = logging.getLogger(__name__)
 
-THIS_MACHINE: Final = b"127.0.0.1"
-"""The address of every proxy here, as the next one sees it."""
-_BUFFER_BYTES: Final = 256 * 1024
-"""Body of a request that is held before anybody wants it; beyond this the client is paused."""
+THIS_MACHINE: Final = b"127.0.0.1"  # the address of every proxy here, as the next one sees it
+_BUFFER_BYTES: Final = 256 * 1024  # held of a request's body before a sink is attached; beyond this the client is paused
 _MAX_HEAD_BYTES: Final = 64 * 1024
 
 
 class BodySink(Protocol):
-    """Takes a request's body as it arrives, and is told when its answer's reader is slow."""
+    """Takes a request's body as it arrives. It is paused while the client reads its answer too slowly."""
 
     def write_body(self, data: bytes) -> None: ...
 
@@ -47,59 +36,42 @@ class BodySink(Protocol):
 class Exchange:
     """One request and its answer."""
 
-    def __init__(self, connection: "_Connection", method: bytes, target: bytes, headers: Headers, keep_alive: bool) -> None:
+    def __init__(
+        self, connection: "_ClientConnection", method: bytes, target: bytes, headers: Headers, keep_alive: bool
+    ) -> None:
+        self.connection = connection
         self.method = method
         self.target = target
         self.headers = headers
-        self.seen_from: list[bytes] = []
-        """Who spoke to each proxy that the request has passed here: the client, and this machine's own proxies behind it."""
-        self.started = False
-        """Whether the head of the answer has been sent."""
-        self.written_at: float | None = None
-        """When something of the answer was last sent, by the event loop's clock."""
-        self.has_body = False
-        """Whether anything of the request's body has come."""
+        self.peers: list[bytes] = []  # addresses that the proxies passed so far saw: the client's, then this machine's
+        self.started = False  # the head of the answer has been sent
+        self.ended = False  # the answer is complete
+        self.written_at: float | None = None  # when a part of the answer was last sent, by the event loop's clock
+        self.has_body = False  # a part of the request's body has come
         self.body_complete = False
         self.body_ended_at: float | None = None
-        self._connection = connection
         self._keep_alive = keep_alive
-        self._ended = False
         self._chunked = False
         self._sink: BodySink | None = None
         self._held: list[bytes] = []
         self._held_bytes = 0
 
-    @property
-    def ended(self) -> bool:
-        return self._ended
-
-    @property
-    def request_is_chunked(self) -> bool:
-        return (find(self.headers, b"transfer-encoding") or b"").lower().endswith(b"chunked")
-
     def attach(self, sink: BodySink) -> None:
-        """From here on the body goes to `sink`, what was held first."""
+        """Sends the request's body to `sink` from here on, the part that is held first."""
         self._sink = sink
         for data in self._held:
             sink.write_body(data)
         self._held.clear()
-        self.resume()
+        self.connection.resume_reading()
         if self.body_complete:
             sink.end_body()
 
-    def pause(self) -> None:
-        """Stops reading from the client."""
-        self._connection.pause_reading()
-
-    def resume(self) -> None:
-        self._connection.resume_reading()
-
     def start(self, status: int, reason: bytes, headers: Headers) -> bytes:
-        """The head of the answer as bytes to write; how the body is framed follows from it."""
+        """Returns the head of the answer, to be written; it decides how the body is framed."""
         self.started = True
         extra: Headers = []
         if has_body(self.method, status) and find(headers, b"content-length") is None:
-            self._chunked = self._connection.speaks_1_1
+            self._chunked = self.connection.speaks_1_1
             if self._chunked:
                 extra.append(CHUNKED)
             else:
@@ -112,25 +84,25 @@ class Exchange:
         return chunk(data) if self._chunked else data
 
     def write(self, data: bytes) -> None:
-        """Bytes that `start` and `framed` made."""
+        """Writes bytes that `start` and `framed` returned."""
         self.written_at = asyncio.get_running_loop().time()
-        self._connection.write(data)
+        self.connection.write(data)
 
     def end(self) -> None:
-        """The answer is complete."""
+        """Completes the answer."""
         if self._chunked:
-            self._connection.write(LAST_CHUNK)
-        self._ended = True
-        self._connection.answered(self, self._keep_alive)
+            self.connection.write(LAST_CHUNK)
+        self.ended = True
+        self.connection.answered(self, self._keep_alive)
 
     def cut_short(self, text: bytes) -> None:
-        """Ends an answer that has begun: by these last words where its length was left open, else by breaking it off."""
-        if self._chunked and not self._ended:
+        """Ends an answer of open length with `text`; one with a Content-Length is left to be broken off."""
+        if self._chunked and not self.ended:
             self.write(self.framed(text))
             self.end()
 
     def respond(self, status: HTTPStatus, body: bytes, content_type: bytes = b"text/plain; charset=utf-8") -> None:
-        """A whole answer at once."""
+        """Sends a whole answer."""
         headers = [(b"Content-Type", content_type), (b"Content-Length", b"%d" % len(body))]
         self.write(self.start(status.value, status.phrase.encode(), headers) + (body if self.method != b"HEAD" else b""))
         self.end()
@@ -139,11 +111,11 @@ class Exchange:
         self.has_body = True
         if self._sink is not None:
             self._sink.write_body(data)
-        elif not self._ended:
+        elif not self.ended:
             self._held.append(data)
             self._held_bytes += len(data)
             if self._held_bytes > _BUFFER_BYTES:
-                self.pause()
+                self.connection.pause_reading()
 
     def body_ended(self) -> None:
         self.body_complete = True
@@ -151,7 +123,7 @@ class Exchange:
         if self._sink is not None:
             self._sink.end_body()
 
-    def reader_is_slow(self, slow: bool) -> None:
+    def client_reads_slowly(self, slow: bool) -> None:
         if self._sink is not None:
             if slow:
                 self._sink.pause_reading()
@@ -167,28 +139,29 @@ class HttpServer:
 
     def __init__(self, handler: Handler) -> None:
         self.handler = handler
-        self.connections: set[_Connection] = set()
-        self._server: asyncio.Server | None = None
+        self.connections: set[_ClientConnection] = set()
         self.port = 0
+        self._server: asyncio.Server | None = None
 
     async def start(self, port: int = 0) -> None:
-        """Port 0: one that the system chooses. Raises OSError where the port is taken."""
+        """Port 0: the system chooses one. Raises OSError if the port is taken."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: _Connection(self), "127.0.0.1", port, backlog=1024)
+        self._server = await loop.create_server(lambda: _ClientConnection(self), "127.0.0.1", port, backlog=1024)
         self.port = self._server.sockets[0].getsockname()[1]
 
     def close(self) -> None:
-        """Stops listening and breaks what is open."""
+        """Stops listening and breaks open connections."""
         if self._server is not None:
             self._server.close()
         for connection in list(self.connections):
             connection.abort()
 
 
-class _Connection(asyncio.Protocol):
+class _ClientConnection(asyncio.Protocol):
     """The callbacks of asyncio and of the parser for one client connection."""
 
     def __init__(self, server: HttpServer) -> None:
+        self.speaks_1_1 = True
         self._server = server
         self._parser = httptools.HttpRequestParser(self)
         self._transport: asyncio.Transport | None = None
@@ -200,9 +173,8 @@ class _Connection(asyncio.Protocol):
         self._headers: Headers = []
         self._head_bytes = 0
         self._peer = b""
-        self.speaks_1_1 = True
 
-    # asyncio's callbacks
+    # Callbacks of asyncio.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -214,7 +186,7 @@ class _Connection(asyncio.Protocol):
         self._transport = None
         self._server.connections.discard(self)
         if self._task is not None and self._exchange is not None and not self._exchange.ended:
-            self._task.cancel()  # nobody awaits the answer any more
+            self._task.cancel()  # the client is gone
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
@@ -228,16 +200,16 @@ class _Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         if self._exchange is not None:
-            self._exchange.reader_is_slow(True)
+            self._exchange.client_reads_slowly(True)
 
     def resume_writing(self) -> None:
         if self._exchange is not None:
-            self._exchange.reader_is_slow(False)
+            self._exchange.client_reads_slowly(False)
 
-    # the parser's callbacks
+    # Callbacks of the parser.
 
     def on_message_begin(self) -> None:
-        if self._exchange is not None:  # pipelining: nobody does it, and it would break the order of answers
+        if self._exchange is not None:  # pipelining: clients do not use it, and it would break the order of answers
             self._refused = True
         self._target, self._headers, self._head_bytes = b"", [], 0
 
@@ -250,12 +222,12 @@ class _Connection(asyncio.Protocol):
         self._count(len(name) + len(value))
 
     def on_headers_complete(self) -> None:
-        if self._refused or self._parser.should_upgrade():  # an upgrade is refused by data_received
+        if self._refused or self._parser.should_upgrade():  # data_received refuses an upgrade
             return
         self.speaks_1_1 = self._parser.get_http_version() == "1.1"
         keep_alive = self._parser.should_keep_alive()
         self._exchange = Exchange(self, self._parser.get_method(), self._target, self._headers, keep_alive)
-        self._exchange.seen_from.append(self._peer)
+        self._exchange.peers.append(self._peer)
         if (find(self._headers, b"expect") or b"").lower() == b"100-continue":
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._task = asyncio.get_running_loop().create_task(self._handle(self._exchange))
@@ -272,7 +244,7 @@ class _Connection(asyncio.Protocol):
             self._exchange = None
         exchange.body_ended()
 
-    # what an exchange asks for
+    # Called by the exchange.
 
     def write(self, data: bytes) -> None:
         if self._transport is not None:
@@ -300,23 +272,22 @@ class _Connection(asyncio.Protocol):
             self._transport.abort()
 
     async def _handle(self, exchange: Exchange) -> None:
+        """Runs the handler and answers its errors. An answer that has begun can only be broken off."""
+        problem: HttpError | None = None
         try:
             await self._server.handler(exchange)
         except HttpError as error:
-            self._fail(exchange, error.status, str(error))
+            problem = error
         except Exception:  # noqa: BLE001  # one request must not take the platform with it
             _log.exception("%s %s failed", exchange.method.decode(), exchange.target.decode(errors="replace"))
-            self._fail(exchange, HTTPStatus.INTERNAL_SERVER_ERROR, "the platform failed; its log says how")
+            problem = HttpError(HTTPStatus.INTERNAL_SERVER_ERROR, "the platform failed; its log says how")
         finally:
-            if self._task is asyncio.current_task():  # the next request's may have taken its place already
+            if problem is not None and not exchange.started:
+                exchange.respond(problem.status, str(problem).encode() + b"\n")
+            if self._task is asyncio.current_task():  # the next request's task may have replaced it already
                 self._task = None
             if not exchange.ended:
                 self.abort()
-
-    def _fail(self, exchange: Exchange, status: HTTPStatus, text: str) -> None:
-        """An answer that has begun can only be broken off."""
-        if not exchange.started:
-            exchange.respond(status, text.encode() + b"\n")
 
     def _count(self, size: int) -> None:
         self._head_bytes += size
@@ -324,7 +295,7 @@ class _Connection(asyncio.Protocol):
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"more than {_MAX_HEAD_BYTES} bytes of head")
 
     def _refuse(self, status: HTTPStatus, text: str) -> None:
-        """Answers what cannot be read, unless an answer is under way already, and closes."""
+        """Answers what cannot be read, unless another answer is under way, and closes."""
         self._refused = True
         if self._exchange is None:
             body = text.encode() + b"\n"

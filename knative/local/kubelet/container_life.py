@@ -14,13 +14,12 @@ _MEMORY_CHECK_SECONDS: Final = 1.0
 
 
 class ContainerLife:
-    """`run` returns why it ended. The callbacks come from the event loop, in between."""
+    """`run` returns why the process ended. The callbacks come from the event loop meanwhile."""
 
     def __init__(self, container: Container, log: Path, on_port: Callable[[int], None], on_ready: Callable[[bool, str], None]):
-        """on_port: the process runs and will listen there. on_ready: the readiness probe's verdict, and what it saw."""
+        """on_port: the process runs and will listen there. on_ready: the readiness probe's verdict and its text."""
         self.process: Process | None = None
         self.metrics_port: int | None = None
-        """Where a function's metrics are."""
         self._container = container
         self._log = log
         self._on_port = on_port
@@ -29,46 +28,46 @@ class ContainerLife:
 
     async def run(self, folder: Path, name: str) -> str:
         port, self.metrics_port = free_port(), free_port()
-        environ = {**self._container.environ, **_own_places(port, self.metrics_port), "HOSTNAME": name}
+        # A pod on one machine has no address of its own: it listens on loopback, at ports of its own.
+        places = {"PORT": str(port), "LAMINA_LISTEN": "127.0.0.1", "LAMINA_METRICS_PORT": str(self.metrics_port)}
+        environ = {**self._container.environ, **places, "HOSTNAME": name}
         try:
             process = await start_process(self._container.command, environ, folder, self._log)
         except OSError as error:
             return f"cannot run {self._container.command[0]}: {error.strerror}"
         self.process = process
         self._on_port(port)
-        watches = self._watch(process, port)
+        watches = [asyncio.create_task(self._watch_readiness(self._container.readiness, port, self.metrics_port))]
+        if self._container.liveness is not None:
+            watches.append(asyncio.create_task(self._watch_liveness(self._container.liveness, process, port)))
+        if self._container.memory_limit_bytes is not None:
+            watches.append(asyncio.create_task(self._watch_memory(self._container.memory_limit_bytes, process)))
         try:
             status = await process.wait()
         finally:
             for watch in watches:
                 watch.cancel()
-            kill_group(process.pid)  # also what it may have left behind in its session
-        return self._killed_because or self._describe(status)
+            kill_group(process.pid)  # other processes of its session as well
+        how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        tail = last_line(self._log)
+        return self._killed_because or (f"{how}: {tail}" if tail else how)
 
-    def _watch(self, process: Process, port: int) -> list[asyncio.Task[None]]:
-        watches = [self._watch_readiness(self._container.readiness, port, self.metrics_port)]
-        if self._container.liveness is not None:
-            watches.append(self._watch_liveness(self._container.liveness, process, port))
-        if self._container.memory_limit_bytes is not None:
-            watches.append(self._watch_memory(self._container.memory_limit_bytes, process))
-        return [asyncio.create_task(watch) for watch in watches]
-
-    async def _watch_readiness(self, probe: Probe, port: int, metrics_port: int | None) -> None:
+    async def _watch_readiness(self, probe: Probe, port: int, metrics_port: int) -> None:
         await asyncio.sleep(probe.initial_delay_seconds)
         passed, failed, was_ready, details = 0, 0, False, ""
         while True:
-            run = probe if was_ready else probe.until_ready
-            result = await run_probe(run, port)
+            current = probe if was_ready else probe.until_ready
+            result = await run_probe(current, port)
             passed, failed = (passed + 1, 0) if result.passed else (0, failed + 1)
-            if passed == probe.success_threshold and metrics_port is not None and not details:
-                told = await run_probe(probe, metrics_port)  # A function tells clients no more than the verdict.
-                details = told.text if told.passed else ""
+            if passed == probe.success_threshold and not details:
+                at_metrics_port = await run_probe(probe, metrics_port)  # there a function of Lamina tells its phases as well
+                details = at_metrics_port.text if at_metrics_port.passed else ""
             was_ready = was_ready or passed >= probe.success_threshold
             if result.passed and passed >= probe.success_threshold:
                 self._on_ready(True, details or result.text)
             elif not was_ready or failed >= probe.failure_threshold:
                 self._on_ready(False, result.text)
-            await asyncio.sleep((probe if was_ready else run).period_seconds)
+            await asyncio.sleep((probe if was_ready else current).period_seconds)
 
     async def _watch_liveness(self, probe: Probe, process: Process, port: int) -> None:
         await asyncio.sleep(probe.initial_delay_seconds)
@@ -90,19 +89,9 @@ class ContainerLife:
         self._killed_because = reason
         kill_group(process.pid)
 
-    def _describe(self, status: int) -> str:
-        how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        tail = last_line(self._log)
-        return f"{how}: {tail}" if tail else how
-
-
-def _own_places(port: int, metrics_port: int) -> dict[str, str]:
-    """A pod on one machine has no address of its own: it listens where only this machine comes, at ports of its own."""
-    return {"PORT": str(port), "LAMINA_LISTEN": "127.0.0.1", "LAMINA_METRICS_PORT": str(metrics_port)}
-
 
 def last_line(log: Path, most_bytes: int = 4096) -> str:
-    """The last line of a log that says something."""
+    """The last line of a log that is not blank."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - most_bytes))

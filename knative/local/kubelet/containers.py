@@ -1,8 +1,10 @@
-"""A Service's template → how its container is run here: command, environment, limits, probes."""
+"""From a Service's template to a container that can be run here: command, environment, limits, probes."""
 
 import math
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,39 +12,34 @@ from typing import Any, Final
 
 from knative.local.errors import UnsupportedManifest
 from knative.local.kubelet.probes import Probe, liveness_probe, readiness_probe
-from knative.local.proxies.full_duplex import ANNOTATION as FULL_DUPLEX
-from knative.local.proxies.queue_proxy import RequestLimits
+from knative.local.proxies.queue_proxy import FULL_DUPLEX_ANNOTATION, RequestLimits
 from knative.local.proxies.timeouts import Timeouts
 from knative.webhook.values import parse_quantity
 
-NamedData = Mapping[str, Mapping[str, str]]
-"""Secrets or config maps: name → key → value."""
+NamedData = Mapping[str, Mapping[str, str]]  # Secrets or ConfigMaps: name → key → value
 
-FUNCTION: Final = (sys.executable, "-m", "functions")
-"""What a container without a command of its own runs."""
+LAMINA_FUNCTION: Final = (sys.executable, "-m", "functions")  # the entrypoint of Lamina's own image
+# Environment that a container image would bring along; nothing else of the platform's own reaches a pod.
 _INHERITED: Final = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "PYTHONPATH")
-"""What a container image would bring along; nothing else of the platform's environment reaches a pod."""
 _DEFAULT_TIMEOUT_SECONDS: Final = 300
 _DEFAULT_RESPONSE_START_SECONDS: Final = 300
 
 
 @dataclass(frozen=True, slots=True)
 class LocalData:
-    """What stands for the cluster around a pod."""
+    """Stands for the objects that a pod finds in a cluster."""
 
     secrets: NamedData
     config_maps: NamedData
-    replacements: Mapping[str, str]
-    """Cluster-local URL → local URL, wherever it stands in a value: what cluster DNS does."""
-    in_cluster: Mapping[str, str]
-    """Environment instead of what a pod would find by its ServiceAccount; see docs/reference.md, LAMINA_KUBERNETES_API."""
-    secret_folders: Mapping[str, Path] = field(default_factory=dict)
-    """Secret → folder with a file for each key, which is what a volume of it is."""
+    replacements: Mapping[str, str]  # cluster-local URL → local URL, replaced in every value, in place of cluster DNS
+    in_cluster: Mapping[str, str]  # environment in place of a ServiceAccount; docs/environment.md, LAMINA_KUBERNETES_API
+    secret_folders: Mapping[str, Path] = field(default_factory=dict)  # Secret → folder with a file for each key
+    entrypoint: tuple[str, ...] = LAMINA_FUNCTION  # command of containers that name none; (): they are refused
 
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """One container, ready to be run but for its port."""
+    """One container, ready to be run except for its port."""
 
     command: tuple[str, ...]
     environ: Mapping[str, str]
@@ -52,30 +49,55 @@ class Container:
     memory_limit_bytes: int | None
 
 
-def read_container(template: Mapping[str, Any], local: LocalData, told: Mapping[str, str]) -> Container:
-    """told: what Knative itself puts into the environment. Raises UnsupportedManifest, which names the field."""
+class SecretFolders:
+    """Secrets as files, for pods that mount them: given folders as they are, other Secrets in temporary folders."""
+
+    def __init__(self, secrets: NamedData, given: Mapping[str, Path]) -> None:
+        self._temporary = Path(tempfile.mkdtemp(prefix="lamina-secrets-"))  # only its owner can read it
+        self.folders: dict[str, Path] = {name: folder.resolve() for name, folder in given.items()}
+        for name in set(secrets) - set(given):
+            self.folders[name] = self._temporary / name
+            self.folders[name].mkdir()
+            for key, value in secrets[name].items():
+                (self.folders[name] / key).write_text(value, encoding="utf-8")
+
+    def remove(self) -> None:
+        """Removes the temporary folders."""
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def read_container(template: Mapping[str, Any], local: LocalData, knative_environ: Mapping[str, str]) -> Container:
+    """knative_environ: variables that Knative itself sets. Raises UnsupportedManifest, which names the field."""
     pod = template["spec"]
     if len(pod["containers"]) != 1:
         raise UnsupportedManifest("spec.template.spec.containers: only one container is run on one machine")
     container = pod["containers"][0]
+    entrypoint = container.get("command") or local.entrypoint
+    if not entrypoint:
+        raise UnsupportedManifest(
+            "spec.template.spec.containers[0].command: images are not run on one machine; set the command to run instead"
+        )
     limits = container.get("resources", {}).get("limits", {})
     annotations = template.get("metadata", {}).get("annotations") or {}
+    environ = _environ(container, local, _mounts(pod, container, local))
+    if "cpu" in limits:
+        environ |= _thread_environ(container, _quantity(limits["cpu"], "cpu"))
     return Container(
-        command=(*(container.get("command") or FUNCTION), *(container.get("args") or ())),
-        environ=_environ(container, local, _mounts(pod, container, local)) | _threads(container, limits) | dict(told),
+        command=(*entrypoint, *(container.get("args") or ())),
+        environ=environ | dict(knative_environ),
         readiness=readiness_probe(container),
         liveness=liveness_probe(container),
         limits=RequestLimits(
             container_concurrency=int(pod.get("containerConcurrency") or 0),
             timeouts=_timeouts(pod),
-            full_duplex=annotations.get(FULL_DUPLEX, "").lower() == "enabled",
+            full_duplex=annotations.get(FULL_DUPLEX_ANNOTATION, "").lower() == "enabled",
         ),
         memory_limit_bytes=int(_quantity(limits["memory"], "memory")) if "memory" in limits else None,
     )
 
 
 def _timeouts(pod: Mapping[str, Any]) -> Timeouts:
-    """With the defaults of config-defaults, which count where they are shorter than `timeoutSeconds`."""
+    """The defaults are those of config-defaults, which apply if they are shorter than `timeoutSeconds`."""
     timeout, start = float(pod.get("timeoutSeconds") or _DEFAULT_TIMEOUT_SECONDS), pod.get("responseStartTimeoutSeconds")
     if start is None:
         start = _DEFAULT_RESPONSE_START_SECONDS if timeout > _DEFAULT_RESPONSE_START_SECONDS else 0
@@ -83,13 +105,13 @@ def _timeouts(pod: Mapping[str, Any]) -> Timeouts:
 
 
 def _mounts(pod: Mapping[str, Any], container: Mapping[str, Any], local: LocalData) -> dict[str, str]:
-    """Where a Secret is mounted → the folder that is there instead. A function finds its files by its environment alone."""
+    """Path at which a Secret is mounted → its folder here, which replaces the path in the environment's values."""
     secrets = {volume["name"]: volume["secret"]["secretName"] for volume in pod.get("volumes") or () if "secret" in volume}
     found = {}
     for mount in container.get("volumeMounts") or ():
         name = secrets.get(mount["name"])
         if name is not None and name not in local.secret_folders:
-            raise UnsupportedManifest(f"volumes: the Secret {name!r} is not here{_have(local.secrets)}")
+            raise UnsupportedManifest(f"volumes: the Secret {name!r} is not here{_known_names(local.secrets)}")
         if name is not None:
             found[mount["mountPath"]] = str(local.secret_folders[name])
     return found
@@ -98,26 +120,28 @@ def _mounts(pod: Mapping[str, Any], container: Mapping[str, Any], local: LocalDa
 def _environ(container: Mapping[str, Any], local: LocalData, mounts: Mapping[str, str]) -> dict[str, str]:
     environ = {key: os.environ[key] for key in _INHERITED if key in os.environ}
     for source in container.get("envFrom") or ():
-        environ |= _whole(source, local)
+        environ |= _whole_source(source, local)
     for entry in container.get("env") or ():
         value = _value(entry, local)
         if value is not None:
-            environ[entry["name"]] = _local(value, {**local.replacements, **mounts})
+            for text, replacement in {**local.replacements, **mounts}.items():
+                value = value.replace(text, replacement)
+            environ[entry["name"]] = value
     if environ.get("LAMINA_KUBERNETES_API") == "cluster":
         return {**environ, **local.in_cluster}
-    if "LAMINA_POD_PORT" in environ:  # A stage, which follows pods and asks no API.
+    if "LAMINA_POD_PORT" in environ:  # a stage, which follows pods but asks no API
         return {**environ, **{name: value for name, value in local.in_cluster.items() if name.startswith("LAMINA_POD_")}}
     return environ
 
 
-def _whole(source: Mapping[str, Any], local: LocalData) -> dict[str, str]:
+def _whole_source(source: Mapping[str, Any], local: LocalData) -> dict[str, str]:
     """An `envFrom` entry: every key of a Secret or ConfigMap."""
     prefix = source.get("prefix") or ""
     for kind, known in (("secretRef", local.secrets), ("configMapRef", local.config_maps)):
         if reference := source.get(kind):
             found = known.get(reference["name"])
             if found is None and not reference.get("optional"):
-                raise UnsupportedManifest(f"envFrom.{kind}: {reference['name']!r} is not here{_have(known)}")
+                raise UnsupportedManifest(f"envFrom.{kind}: {reference['name']!r} is not here{_known_names(known)}")
             return {prefix + key: value for key, value in (found or {}).items()}
     raise UnsupportedManifest(f"envFrom: {sorted(source)} is neither secretRef nor configMapRef")
 
@@ -131,25 +155,19 @@ def _value(entry: Mapping[str, Any], local: LocalData) -> str | None:
             name, key = reference["name"], reference["key"]
             found = known.get(name, {}).get(key)
             if found is None and not reference.get("optional"):
-                raise UnsupportedManifest(f"env {entry['name']}: {kind} {name!r} with key {key!r} is not here{_have(known)}")
+                raise UnsupportedManifest(
+                    f"env {entry['name']}: {kind} {name!r} with key {key!r} is not here{_known_names(known)}"
+                )
             return found
     raise UnsupportedManifest(f"env {entry['name']}: {sorted(source)} is neither secretKeyRef nor configMapKeyRef")
 
 
-def _local(value: str, replacements: Mapping[str, str]) -> str:
-    for cluster_url, local_url in replacements.items():
-        value = value.replace(cluster_url, local_url)
-    return value
-
-
-def _threads(container: Mapping[str, Any], limits: Mapping[str, str]) -> dict[str, str]:
-    """No cgroup holds a process to its CPU limit here, so libraries are told; a function's own setting stays."""
-    if "cpu" not in limits:
-        return {}
-    threads = str(max(1, math.ceil(_quantity(limits["cpu"], "cpu"))))
-    said = {entry["name"]: entry.get("value") for entry in container.get("env") or ()}
-    told = {"OMP_NUM_THREADS": threads} if "OMP_NUM_THREADS" not in said else {}
-    return told | ({"LAMINA_THREADS": threads} if said.get("LAMINA_THREADS") == "0" else {})
+def _thread_environ(container: Mapping[str, Any], cores: float) -> dict[str, str]:
+    """Tells libraries how many threads to use, because no cgroup enforces the CPU limit; own settings of the function stay."""
+    threads = str(max(1, math.ceil(cores)))
+    own = {entry["name"]: entry.get("value") for entry in container.get("env") or ()}
+    openmp = {"OMP_NUM_THREADS": threads} if "OMP_NUM_THREADS" not in own else {}
+    return openmp | ({"LAMINA_THREADS": threads} if own.get("LAMINA_THREADS") == "0" else {})
 
 
 def _quantity(text: str, name: str) -> float:
@@ -159,5 +177,5 @@ def _quantity(text: str, name: str) -> float:
         raise UnsupportedManifest(f"resources.limits.{name}: {error}") from error
 
 
-def _have(known: NamedData) -> str:
+def _known_names(known: NamedData) -> str:
     return f"; there are {', '.join(sorted(known))}" if known else "; there are none"

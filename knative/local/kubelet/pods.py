@@ -1,4 +1,4 @@
-"""A pod: a container behind its queue-proxy, restarted when it ends, drained when it shall go."""
+"""A pod: a container and its queue-proxy, restarted when it ends, drained at scale-in."""
 
 import asyncio
 import contextlib
@@ -13,23 +13,21 @@ from typing import Final
 from knative.local.kubelet.container_life import ContainerLife
 from knative.local.kubelet.containers import Container
 from knative.local.kubelet.processes import kill_group, send_signal
-from knative.local.proxies.network import Network
+from knative.local.proxies.network import EmulatedNetwork
 from knative.local.proxies.queue_proxy import QueueProxy
 
 _log = logging.getLogger(__name__)
 
-_BACKOFF_RESET_SECONDS: Final = 600.0
-"""A container that ran so long starts with the shortest back-off again."""
+_BACKOFF_RESET_SECONDS: Final = 600.0  # a container that ran this long starts with the shortest back-off again
 
 
 @dataclass(frozen=True, slots=True)
 class PodTiming:
-    """What kubelet and queue-proxy have as constants."""
+    """Constants of kubelet and queue-proxy."""
 
-    drain_quiet_seconds: float = 30.0
-    """A leaving pod is told once no new request came for so long."""
+    drain_quiet_seconds: float = 30.0  # a leaving pod is told to end when no new request came for so long
+    # Pause before the second restart in a row, doubled each time up to the maximum. The first restart is immediate.
     restart_backoff_seconds: float = 10.0
-    """Before the second restart in a row; doubled each time, up to the maximum. The first is immediate."""
     restart_backoff_max_seconds: float = 300.0
 
 
@@ -42,8 +40,8 @@ class Phase(StrEnum):
     GONE = "gone"
 
 
-class Pod:
-    """`on_change` is called whenever `phase` changes."""
+class LocalPod:
+    """Calls `on_change` whenever `phase` changes."""
 
     def __init__(
         self,
@@ -52,19 +50,16 @@ class Pod:
         timing: PodTiming,
         log: Path,
         on_change: Callable[[], None],
-        network: Network | None = None,
+        network: EmulatedNetwork | None = None,
     ) -> None:
         self.name = name
         self.proxy = QueueProxy(container.limits, lambda: self.ready, network)
         self.log = log
         self.phase = Phase.STARTING
         self.restarts = 0
-        self.trouble = ""
-        """What keeps it from being ready: why the container ended, what its readiness probe sees; both while it comes back."""
-        self.last_end = ""
-        """Why the container last ended; stays when it has come back."""
-        self.readiness = ""
-        """Body of the last readiness probe that passed: functions tell the phases of their start there."""
+        self.trouble = ""  # why it is not ready: the container's end, the readiness probe's failure, or both
+        self.last_end = ""  # why the container last ended; kept after its restart
+        self.readiness = ""  # body of the last readiness probe that passed; Lamina's functions tell the phases of their start
         self._container = container
         self._timing = timing
         self._on_change = on_change
@@ -89,13 +84,13 @@ class Pod:
         return None if self._life is None else self._life.metrics_port
 
     async def start(self, folder: Path) -> None:
-        """Returns at once; `phase` tells the rest."""
+        """Returns at once; `phase` tells how the start goes on."""
         await self.proxy.start()
         self._on_change()
         self._task = asyncio.create_task(self._keep_running(folder), name=f"pod {self.name}")
 
     async def leave(self) -> None:
-        """Scale-in: still answers until it was quiet for a while, is then told, and killed when its grace is over."""
+        """Scale-in: serves until no request came for a while, then gets SIGTERM, and SIGKILL after its grace."""
         if self.leaving:
             return
         self._enter(Phase.LEAVING)
@@ -108,21 +103,18 @@ class Pod:
         await self.stop(deadline - loop.time())
 
     async def stop(self, grace_seconds: float) -> None:
-        """SIGTERM, and SIGKILL to all of its session after the grace; one that never was ready has nothing to finish."""
+        """Sends SIGTERM, and SIGKILL to its whole session after the grace. A pod that never was ready gets no grace."""
         self._enter(Phase.LEAVING)
         if self._task is not None:
-            await self._end(self._task, grace_seconds if self.readiness else 0.0)
+            if (pid := self.pid) is None:
+                self._task.cancel()  # between two lives of the container
+            else:
+                send_signal(pid, signal.SIGTERM)
+                await asyncio.wait([self._task], timeout=max(0.0, grace_seconds if self.readiness else 0.0))
+                kill_group(pid)
+            await asyncio.wait([self._task])
         self.proxy.close()
         self._enter(Phase.GONE)
-
-    async def _end(self, task: asyncio.Task[None], grace_seconds: float) -> None:
-        if (pid := self.pid) is None:
-            task.cancel()  # between two lives
-        else:
-            send_signal(pid, signal.SIGTERM)
-            await asyncio.wait([task], timeout=max(0.0, grace_seconds))
-            kill_group(pid)
-        await asyncio.wait([task])
 
     async def _keep_running(self, folder: Path) -> None:
         loop, backoff = asyncio.get_running_loop(), 0.0
@@ -147,12 +139,12 @@ class Pod:
             self.trouble, self.readiness = "", text or "ready"
             self._enter(Phase.READY)
         else:
-            came_back = f"{self.last_end}; " if self.last_end and self.phase is Phase.STARTING else ""
-            self.trouble = f"{came_back}readiness probe: {text}"
+            previous_end = f"{self.last_end}; " if self.last_end and self.phase is Phase.STARTING else ""
+            self.trouble = f"{previous_end}readiness probe: {text}"
             self._enter(Phase.NOT_READY if self.phase is Phase.READY else self.phase)
 
     def _enter(self, phase: Phase) -> None:
-        """A leaving pod can only go."""
+        """A leaving pod can only become GONE."""
         if phase is self.phase or self.phase is Phase.GONE or (self.phase is Phase.LEAVING and phase is not Phase.GONE):
             return
         self.phase = phase

@@ -1,8 +1,8 @@
 """The probes of a container, run against 127.0.0.1 as the kubelet and queue-proxy run them against a pod.
 
-A readiness probe whose `periodSeconds` is 0 or unset is run every 50 ms until it passes, as queue-proxy does it
-(knative/serving, pkg/queue/readiness/probe.go); with a period, the kubelet's, once in each of them. A container without one has
-its port tried, likewise.
+A readiness probe whose `periodSeconds` is 0 or unset is run every 50 ms until it passes, as by queue-proxy (knative/serving,
+pkg/queue/readiness/probe.go). With a period it is run once per period, as by the kubelet. A container without a probe is
+probed by a connection to its port every 50 ms.
 """
 
 import asyncio
@@ -15,24 +15,30 @@ from knative.local.errors import UnsupportedManifest
 
 _AGGRESSIVE_SECONDS: Final = 0.05
 _AGGRESSIVE_TIMEOUT_SECONDS: Final = 0.1
+_NUMBERS: Final = {
+    "periodSeconds": "period_seconds",
+    "timeoutSeconds": "timeout_seconds",
+    "failureThreshold": "failure_threshold",
+    "successThreshold": "success_threshold",
+    "initialDelaySeconds": "initial_delay_seconds",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """HTTP GET of `path`, or with None a mere connection. The defaults are Kubernetes'."""
+    """The defaults are Kubernetes'."""
 
-    path: str | None
+    path: str | None  # of an HTTP GET; None: only a connection
     period_seconds: float = 10
     timeout_seconds: float = 1
     failure_threshold: int = 3
     success_threshold: int = 1
     initial_delay_seconds: float = 0
-    aggressive: bool = False
-    """Run in quick succession until it passes, and with that timeout; `period_seconds` counts from then on."""
+    aggressive: bool = False  # every 50 ms until it passes, then every `period_seconds`
 
     @property
     def until_ready(self) -> "Probe":
-        """As it is run on a container that has not been ready yet."""
+        """The probe of a container that has not been ready yet."""
         if not self.aggressive:
             return self
         return replace(self, period_seconds=_AGGRESSIVE_SECONDS, timeout_seconds=_AGGRESSIVE_TIMEOUT_SECONDS)
@@ -41,8 +47,7 @@ class Probe:
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
     passed: bool
-    text: str
-    """What was seen: the body, or what went wrong."""
+    text: str  # the body, or what went wrong
 
 
 def readiness_probe(container: Mapping[str, Any]) -> Probe:
@@ -57,28 +62,23 @@ def liveness_probe(container: Mapping[str, Any]) -> Probe | None:
 
 
 def _read(container: Mapping[str, Any], name: str) -> Probe | None:
+    """A process has one port here and speaks HTTP on it. `host` is ignored, as in Knative."""
     probe = container.get(name)
     if not probe:
         return None
     if unknown := set(probe) - {"httpGet", "tcpSocket", *_NUMBERS}:
         raise UnsupportedManifest(f"{name}.{min(unknown)}: only httpGet and tcpSocket are run on one machine")
-    _refuse_what_is_asked_otherwise(container, name, probe)
-    path = (probe["httpGet"].get("path") or "/") if "httpGet" in probe else None
-    numbers = {field: probe[key] for key, field in _NUMBERS.items() if probe.get(key)}
-    return Probe(path=path, **numbers)
-
-
-def _refuse_what_is_asked_otherwise(container: Mapping[str, Any], name: str, probe: Mapping[str, Any]) -> None:
-    """A process has one port here, and speaks HTTP on it. `host` is left out as Knative leaves it out."""
+    own_port = [port.get(key) for port in container.get("ports") or () for key in ("containerPort", "name")]
     for kind in ("httpGet", "tcpSocket"):
         action = probe.get(kind) or {}
-        own = [port.get(key) for port in container.get("ports") or () for key in ("containerPort", "name")]
-        if (port := action.get("port")) and port not in own:
+        if (port := action.get("port")) and port not in own_port:
             raise UnsupportedManifest(f"{name}.{kind}.port: {port} is not the container's own port, the only one here")
         if action.get("httpHeaders"):
             raise UnsupportedManifest(f"{name}.{kind}.httpHeaders: probes send no headers on one machine")
         if action.get("scheme", "HTTP") != "HTTP":
             raise UnsupportedManifest(f"{name}.{kind}.scheme: only HTTP on one machine")
+    path = (probe["httpGet"].get("path") or "/") if "httpGet" in probe else None
+    return Probe(path=path, **{field: probe[key] for key, field in _NUMBERS.items() if probe.get(key)})
 
 
 async def run_probe(probe: Probe, port: int) -> ProbeResult:
@@ -91,21 +91,12 @@ async def run_probe(probe: Probe, port: int) -> ProbeResult:
         return ProbeResult(False, error.strerror or str(error))
 
 
-_NUMBERS = {
-    "periodSeconds": "period_seconds",
-    "timeoutSeconds": "timeout_seconds",
-    "failureThreshold": "failure_threshold",
-    "successThreshold": "success_threshold",
-    "initialDelaySeconds": "initial_delay_seconds",
-}
-
-
 async def _run(path: str | None, port: int) -> ProbeResult:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         if path is None:
             return ProbeResult(True, "")
-        # HTTP/1.0: the server closes, so the answer ends where the stream does.
+        # HTTP/1.0: the server closes the connection after the answer.
         writer.write(b"GET %b HTTP/1.0\r\nHost: 127.0.0.1\r\nUser-Agent: kube-probe/lamina\r\n\r\n" % path.encode())
         answer = await reader.read()
     finally:

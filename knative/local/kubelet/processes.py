@@ -1,4 +1,4 @@
-"""Processes of pods: each in a session of its own, none outliving the platform, not even when that is killed."""
+"""Processes of pods: each in a session of its own; none outlives the platform, not even if that is killed."""
 
 import asyncio
 import contextlib
@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+# Below the range that Linux takes ports of outgoing connections from (ip_local_port_range). One of those would now and then
+# be taken between the choice of a port and the function's own bind.
 _POD_PORTS: Final = range(20_000, 32_000)
 _TRIES: Final = 50
 _LAUNCHER: Final = """
@@ -25,12 +27,11 @@ os.execv(sys.argv[2], sys.argv[3:])
 """
 
 
-Process = asyncio.subprocess.Process
-"""Its pid is also its process group."""
+Process = asyncio.subprocess.Process  # its pid is also its process group
 
 
 async def start_process(command: Sequence[str], environ: Mapping[str, str], folder: Path, log: Path) -> Process:
-    """Output is appended to `log`. Raises OSError where the command cannot be run."""
+    """Output is appended to `log`. Raises OSError if the command cannot be run."""
     with log.open("ab") as output:
         return await asyncio.create_subprocess_exec(
             *dying_with_parent(command, environ),
@@ -44,9 +45,9 @@ async def start_process(command: Sequence[str], environ: Mapping[str, str], fold
 
 
 def dying_with_parent(command: Sequence[str], environ: Mapping[str, str]) -> tuple[str, ...]:
-    """The command behind a launcher, after which the kernel kills it when its parent dies (on Linux).
+    """Prepends a launcher to the command, so that the kernel kills it when its parent dies (on Linux).
 
-    The launcher runs between fork and exec, where Python code in a process with threads may not. Raises FileNotFoundError.
+    The launcher runs between fork and exec, where Python code in a process with threads must not. Raises FileNotFoundError.
     """
     executable = shutil.which(command[0], path=environ.get("PATH"))
     if executable is None:
@@ -60,20 +61,16 @@ def send_signal(pid: int, number: signal.Signals) -> None:
 
 
 def kill_group(pid: int) -> None:
-    """SIGKILL to the process and whatever it started in its session."""
+    """Sends SIGKILL to the process and to all others of its session."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on now.
-
-    From below the range that Linux takes outgoing connections' ports from (ip_local_port_range): one of those would now and
-    then get the port between this look and the function's own bind.
-    """
+    """A port of this machine that is free now."""
     for port in (*random.sample(_POD_PORTS, _TRIES), 0):
         with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the function does: TIME_WAIT is free
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the function does: a port in TIME_WAIT is free
             probe.bind(("0.0.0.0", port))
             found: int = probe.getsockname()[1]
             return found
@@ -81,7 +78,7 @@ def free_port() -> int:
 
 
 def memory_bytes(pid: int) -> int:
-    """Memory that belongs to the process alone or is shared memory, without files it maps; 0 where that is unknown."""
+    """Private and shared memory of the process, without mapped files; 0 if it is unknown."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:

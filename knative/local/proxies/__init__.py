@@ -1,4 +1,4 @@
-"""What a request passes on its way to a function: the activator of a revision, a pod's queue-proxy, what they hold and count.
+"""The proxies that a request passes on its way to a pod: the activator and the pod's queue-proxy.
 
 May import: knative.local.http.
 """

@@ -1,7 +1,7 @@
-"""The activator of one revision: holds requests while no pod can take them, and spreads them over those that can.
+"""The activator of one revision: holds requests while no pod can take them, and balances them over the pods that can.
 
-Like Knative's it knows only what it sent itself: with a containerConcurrency of 1 to 3 the first pod with room is taken,
-above that they take turns, and without a limit the less busy of two drawn at random gets the request.
+Like Knative's it knows only the requests that it sent itself. With a containerConcurrency of 1 to 3 it takes the first pod
+with a free slot, above that the pods take turns, and without a limit the less busy of two random pods gets the request.
 """
 
 import asyncio
@@ -21,48 +21,45 @@ _FIRST_AVAILABLE_UP_TO = 3
 
 
 @dataclass(slots=True, eq=False)
-class _Tracker:
-    """A ready pod, and how many of its requests came from here."""
-
-    proxy: QueueProxy
-    in_flight: int = 0
+class _PodTracker:
+    proxy: QueueProxy  # of a ready pod
+    in_flight: int = 0  # requests from this activator
 
 
 class Activator:
-    """`serve` is the only way into a revision for those who do not know its pods."""
+    """`serve` is the only way into a revision for clients that do not know its pods."""
 
     def __init__(self, container_concurrency: int, timeouts: Timeouts, queue_depth: int, wake: Callable[[], None]) -> None:
-        """wake: called when a request finds no pod at all. timeouts: being held counts."""
+        """wake: called when a request finds no pod at all. timeouts: the time in which a request is held counts."""
         self.meter = ConcurrencyMeter(asyncio.get_running_loop().time())
-        self.in_path = True
-        """False: the ingress sends requests to the pods in turn, and they are the pods' to report."""
+        self.in_path = True  # False: the ingress sends requests to the pods in turn, and the pods report them
         self._limit = container_concurrency
         self._timeouts = timeouts
         self._queue_depth = queue_depth
         self._wake = wake
-        self._trackers: list[_Tracker] = []
+        self._trackers: list[_PodTracker] = []
         self._turn = 0
-        self._waiting: deque[asyncio.Future[_Tracker]] = deque()
+        self._waiting: deque[asyncio.Future[_PodTracker]] = deque()
 
     @property
     def waiting(self) -> int:
         return len(self._waiting)
 
     def set_pods(self, proxies: list[QueueProxy]) -> None:
-        """The ready pods, oldest first. Requests that wait are handed out to new ones at once."""
+        """proxies: of the ready pods, oldest first. Held requests go to new pods at once."""
         known = {tracker.proxy: tracker for tracker in self._trackers}
-        self._trackers = [known.get(proxy) or _Tracker(proxy) for proxy in proxies]
+        self._trackers = [known.get(proxy) or _PodTracker(proxy) for proxy in proxies]
         self._hand_out()
 
     def fail_waiting(self, reason: str) -> None:
-        """503 for all that are held: the revision will not come up."""
+        """Answers all held requests with 503: the revision will not come up."""
         while self._waiting:
-            place = self._waiting.popleft()
-            if not place.done():
-                place.set_exception(HttpError(HTTPStatus.SERVICE_UNAVAILABLE, reason))
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                waiter.set_exception(HttpError(HTTPStatus.SERVICE_UNAVAILABLE, reason))
 
     async def serve(self, exchange: Exchange) -> None:
-        """Raises HttpError: 504 where no pod took the request in time, 503 where too many wait, or what queue-proxy raises."""
+        """Raises HttpError: 504 no pod took the request in time, 503 too many requests wait, or queue-proxy's error."""
         if not self.in_path and self._trackers:
             await self._next_in_turn().proxy.serve(exchange)
             return
@@ -70,7 +67,11 @@ class Activator:
         self.meter.enter(clock())
         try:
             async with in_time(exchange, self._timeouts, "activator request timeout"):
-                tracker = await self._acquire()
+                tracker = self._pick()
+                if tracker is None:
+                    tracker = await self._wait()
+                else:
+                    tracker.in_flight += 1
                 try:
                     await tracker.proxy.serve_proxied(exchange)
                 finally:
@@ -78,50 +79,39 @@ class Activator:
         finally:
             self.meter.leave(clock())
 
-    async def _acquire(self) -> _Tracker:
-        tracker = self._pick()
-        if tracker is None:
-            return await self._wait()
-        tracker.in_flight += 1
-        return tracker
-
-    def _release(self, tracker: _Tracker) -> None:
+    def _release(self, tracker: _PodTracker) -> None:
         tracker.in_flight -= 1
         self._hand_out()
 
-    async def _wait(self) -> _Tracker:
+    async def _wait(self) -> _PodTracker:
+        """The pod that `_hand_out` gives to this request, counted in flight there."""
         if len(self._waiting) >= self._queue_depth:
             raise HttpError(HTTPStatus.SERVICE_UNAVAILABLE, f"{self._queue_depth} requests wait for a pod already")
-        place: asyncio.Future[_Tracker] = asyncio.get_running_loop().create_future()
-        self._waiting.append(place)
+        waiter: asyncio.Future[_PodTracker] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
         if not self._trackers:
             self._wake()
         try:
-            return await place
+            return await waiter
         except asyncio.CancelledError:
-            self._give_up(place)
+            if waiter in self._waiting:
+                self._waiting.remove(waiter)
+            elif waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                self._release(waiter.result())  # a pod was handed out in the same moment
             raise
 
-    def _give_up(self, place: asyncio.Future[_Tracker]) -> None:
-        if place in self._waiting:
-            self._waiting.remove(place)
-        elif place.done() and not place.cancelled() and place.exception() is None:
-            self._release(place.result())  # handed out in the same moment
-
     def _hand_out(self) -> None:
-        while self._waiting:
-            tracker = self._pick()
-            if tracker is None:
-                return
-            place = self._waiting.popleft()
-            if not place.done():
+        while self._waiting and (tracker := self._pick()) is not None:
+            waiter = self._waiting.popleft()
+            if not waiter.done():
                 tracker.in_flight += 1
-                place.set_result(tracker)
+                waiter.set_result(tracker)
 
-    def _pick(self) -> _Tracker | None:
-        """A pod with room, by Knative's policy for this containerConcurrency."""
+    def _pick(self) -> _PodTracker | None:
+        """A pod with a free slot, by Knative's policy for this containerConcurrency."""
         if not self._limit:
-            return self._less_busy_of_two()
+            pair = random.sample(self._trackers, min(2, len(self._trackers)))
+            return min(pair, key=lambda tracker: tracker.in_flight, default=None)
         if self._limit <= _FIRST_AVAILABLE_UP_TO:
             return next((tracker for tracker in self._trackers if tracker.in_flight < self._limit), None)
         for _ in self._trackers:
@@ -130,11 +120,6 @@ class Activator:
                 return tracker
         return None
 
-    def _next_in_turn(self) -> _Tracker:
+    def _next_in_turn(self) -> _PodTracker:
         self._turn = (self._turn + 1) % len(self._trackers)
         return self._trackers[self._turn]
-
-    def _less_busy_of_two(self) -> _Tracker | None:
-        if len(self._trackers) < 2:
-            return self._trackers[0] if self._trackers else None
-        return min(random.sample(self._trackers, 2), key=lambda tracker: tracker.in_flight)

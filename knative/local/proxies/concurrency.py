@@ -1,14 +1,13 @@
-"""What queue-proxy and activator count: how many requests there were on average, and how many arrived."""
+"""The requests that queue-proxy and activator report: how many were in flight on average, and how many arrived."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """Of the time since the last report."""
+class ConcurrencyReport:
+    """Covers the time since the last report."""
 
-    average: float
-    """Requests in flight, weighted by how long they were."""
+    average: float  # requests in flight, weighted by time
     arrivals: int
 
 
@@ -32,12 +31,12 @@ class ConcurrencyMeter:
         self._advance(now)
         self.in_flight -= 1
 
-    def report(self, now: float) -> Report:
-        """Covers the time since the last report, requests that still run included, and begins the next."""
+    def report(self, now: float) -> ConcurrencyReport:
+        """Reports the time since the last report, requests that still run included."""
         self._advance(now)
         seconds = now - self._since
         average = self._weighted / seconds if seconds > 0 else float(self.in_flight)
-        report = Report(average, self._arrivals)
+        report = ConcurrencyReport(average, self._arrivals)
         self._since, self._weighted, self._arrivals = now, 0.0, 0
         return report
 

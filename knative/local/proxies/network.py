@@ -1,7 +1,7 @@
-"""A network between pods that is slower than loopback: a TCP relay in front of a port, without root.
+"""Emulates a network between pods that is slower than loopback: a TCP relay in front of a port, without root.
 
-Every byte arrives a delay later, in both directions, and no faster than the link carries. A link belongs to one pod and is
-shared by all its connections, each direction for itself. As many bytes may be on their way as there are.
+Every byte arrives a delay later, in both directions, and no faster than the link carries. A link belongs to one pod. All its
+connections share it, each direction for itself. The number of bytes on the way is not limited.
 """
 
 import asyncio
@@ -11,18 +11,15 @@ from dataclasses import dataclass
 from typing import Final
 
 _CHUNK_BYTES: Final = 2**16
-_TICK_SECONDS: Final = 0.001
-"""A loop's clock: what it is to wake for comes up to so much later, which is long on a link of a tenth of it."""
+_TICK_SECONDS: Final = 0.001  # an event loop wakes up to this much late, which is long on a link of a tenth of it
 
 
 @dataclass(frozen=True, slots=True)
-class Network:
-    """Of one pod's link."""
+class EmulatedNetwork:
+    """The link of one pod."""
 
-    delay_seconds: float = 0.0
-    """Each way."""
-    bytes_per_second: float | None = None
-    """Each way; None: no bound."""
+    delay_seconds: float = 0.0  # each way
+    bytes_per_second: float | None = None  # each way; None: no limit
 
     @property
     def is_loopback(self) -> bool:
@@ -30,17 +27,18 @@ class Network:
 
 
 class Relay:
-    """Listens on 127.0.0.1 and carries what comes to `port` and back."""
+    """Listens on 127.0.0.1 and carries bytes to another port and back."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: EmulatedNetwork) -> None:
         self.port = 0
         self._network = network
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._free_at = {"to": 0.0, "back": 0.0}
-        """When the link has carried all that was given to it so far, by direction."""
+        self._free_at = {"to": 0.0, "back": 0.0}  # direction → when the link has carried everything given to it so far
 
     async def start(self, port: int) -> None:
+        """port: the destination."""
+
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await self._serve(port, reader, writer)
 
@@ -48,7 +46,7 @@ class Relay:
         self.port = self._server.sockets[0].getsockname()[1]
 
     def close(self) -> None:
-        """Stops listening and breaks what is open."""
+        """Stops listening and breaks open connections."""
         if self._server is not None:
             self._server.close()
         for task in list(self._tasks):
@@ -70,7 +68,7 @@ class Relay:
             self._tasks.discard(task)
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: str) -> None:
-        """What comes is written when its time has come, in order, and the end as well."""
+        """Writes bytes and the end of the stream in order, each when it is due."""
         loop = asyncio.get_running_loop()
         arriving: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
 
@@ -96,7 +94,7 @@ class Relay:
             delivery.cancel()
 
     def _due(self, now: float, size: int, direction: str) -> float:
-        """When so many bytes that come now have arrived."""
+        """When `size` bytes that are sent now arrive."""
         rate = self._network.bytes_per_second
         carried = max(now, self._free_at[direction]) + (size / rate if rate else 0.0)
         self._free_at[direction] = carried if rate else 0.0
@@ -104,7 +102,7 @@ class Relay:
 
 
 async def _wait_until(due: float, loop: asyncio.AbstractEventLoop) -> None:
-    """More exactly than the loop can."""
+    """Sleeps more exactly than the event loop can."""
     if due - loop.time() > _TICK_SECONDS:
         await asyncio.sleep(due - loop.time() - _TICK_SECONDS)
     if (left := due - loop.time()) > 0:

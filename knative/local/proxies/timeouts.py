@@ -1,10 +1,10 @@
-"""How long a request may take, as queue-proxy and activator hold it (knative/serving, pkg/http/handler/timeout.go).
+"""The time limits of a request, as queue-proxy and activator apply them (knative/serving, pkg/http/handler/timeout.go).
 
-The clock runs from the request's arrival, so that waiting for a place or for a pod counts as well.
+The clock runs from the request's arrival, so that waiting for a slot or for a pod counts as well.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -15,15 +15,14 @@ from knative.local.http.server import Exchange
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Of a revision's template, under Knative's names. 0: none."""
+    """The limits of a revision's template, under Knative's names. 0: none."""
 
     timeout_seconds: float
     response_start_timeout_seconds: float = 0.0
-    idle_timeout_seconds: float = 0.0
-    """Since the answer's last bytes, or the request's arrival where none have come."""
+    idle_timeout_seconds: float = 0.0  # since the answer's last bytes, or since the request's arrival before the first
 
     def next_due(self, exchange: Exchange, began: float) -> float:
-        """When the next of them is over, as things stand."""
+        """When the first of the limits is reached if nothing more is sent."""
         due = began + self.timeout_seconds
         if self.response_start_timeout_seconds and not exchange.started:
             due = min(due, began + self.response_start_timeout_seconds)
@@ -34,33 +33,27 @@ class Timeouts:
 
 @asynccontextmanager
 async def in_time(exchange: Exchange, timeouts: Timeouts, text: str) -> AsyncIterator[None]:
-    """Raises HttpError 504 with `text`. An answer that has begun ends with `text` for its last words, as Knative does it."""
-    began = asyncio.get_running_loop().time()
+    """Raises HttpError 504 with `text`. An answer that has begun ends with `text` as its last words, as in Knative."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
     try:
         async with asyncio.timeout(None) as timer:
-            watch = _Watch(timer, lambda: timeouts.next_due(exchange, began))
+            watch: asyncio.TimerHandle
+
+            def check() -> None:
+                nonlocal watch
+                due = timeouts.next_due(exchange, began)
+                if due <= loop.time():
+                    timer.reschedule(due)
+                else:  # bytes that were sent meanwhile may have moved the limit
+                    watch = loop.call_at(due, check)
+
+            watch = loop.call_at(timeouts.next_due(exchange, began), check)
             try:
                 yield
             finally:
-                watch.handle.cancel()
+                watch.cancel()
     except TimeoutError as error:
         if not exchange.started:
             raise HttpError(HTTPStatus.GATEWAY_TIMEOUT, text) from error
         exchange.cut_short(text.encode())
-
-
-class _Watch:
-    """Ends `timer` when what is due next is over; what that is may have changed by the time it was expected."""
-
-    def __init__(self, timer: asyncio.Timeout, next_due: Callable[[], float]) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._timer = timer
-        self._next_due = next_due
-        self.handle = self._loop.call_at(next_due(), self._look)
-
-    def _look(self) -> None:
-        due = self._next_due()
-        if due <= self._loop.time():
-            self._timer.reschedule(due)
-        else:
-            self.handle = self._loop.call_at(due, self._look)

@@ -1,6 +1,6 @@
 """EndpointSlices of the revisions' private Services: list and watch as the Kubernetes API serves them.
 
-One slice per pod. Knative's labels and port name, so that the gateway is the same code here and on a cluster.
+One slice per pod, with Knative's labels and port name, so that a watcher needs no other code here than on a cluster.
 """
 
 import asyncio
@@ -16,24 +16,20 @@ from knative.local.http.messages import HttpError
 
 Slice = dict[str, Any]
 
-_HISTORY: Final = 1000
+_HISTORY: Final = 1000  # changes that a watch can catch up on
 _BOOKMARK_SECONDS: Final = 30.0
 _API_VERSION: Final = "discovery.k8s.io/v1"
 
 
 @dataclass(frozen=True, slots=True)
 class PodEndpoint:
-    """What a slice says of a pod."""
-
     service: str
     revision: str
     namespace: str
     pod: str
-    port: int
-    """Of its queue-proxy, on 127.0.0.1."""
+    port: int  # of its queue-proxy, on 127.0.0.1
     ready: bool
-    serving: bool
-    """Ready but for its leaving."""
+    serving: bool  # it answers requests, also while it is terminating
     terminating: bool
 
 
@@ -66,7 +62,7 @@ class _Event:
 
 
 class EndpointSlices:
-    """The slices that exist, and the last changes to them. One event loop."""
+    """The current slices and the last changes to them. For one event loop."""
 
     def __init__(self) -> None:
         self._slices: dict[tuple[str, str], Slice] = {}
@@ -75,11 +71,13 @@ class EndpointSlices:
         self._changed = asyncio.Event()
 
     def put(self, found: Slice) -> None:
-        """Adds or changes; what is the same already is no event."""
+        """Adds or changes a slice. Putting an equal one is no change."""
         key = _key(found)
         known = self._slices.get(key)
-        if known is not None and _without_version(known) == found:
-            return
+        if known is not None:
+            unversioned = {name: value for name, value in known["metadata"].items() if name != "resourceVersion"}
+            if {**known, "metadata": unversioned} == found:
+                return
         self._record("ADDED" if known is None else "MODIFIED", found)
         self._slices[key] = self._history[-1].object
 
@@ -96,14 +94,16 @@ class EndpointSlices:
         return {"kind": "EndpointSliceList", "apiVersion": _API_VERSION, "metadata": metadata, "items": items}
 
     def watch(self, namespace: str, selector: str, since: str, bookmarks: bool) -> AsyncGenerator[bytes, None]:
-        """Lines of JSON for ever. `since`: a resourceVersion, or nothing (or 0) for what exists now, as ADDED, first.
+        """Yields lines of JSON for ever. `since`: a resourceVersion; empty or 0 begins with the current slices as ADDED.
 
-        Raises HttpError 400 for what cannot be read.
+        Raises HttpError 400 for a selector or version that cannot be read.
         """
         if since in ("", "0"):
             present = [_line("ADDED", found) for found in self.list(namespace, selector)["items"]]
             return self._changes(namespace, _selector(selector), self._version, bookmarks, present)
-        return self._changes(namespace, _selector(selector), _version(since), bookmarks, [])
+        if not since.isdigit():
+            raise HttpError(HTTPStatus.BAD_REQUEST, f"resourceVersion: {since!r} is none")
+        return self._changes(namespace, _selector(selector), int(since), bookmarks, [])
 
     async def _changes(
         self, namespace: str, matches: Callable[[dict[str, str]], bool], seen: int, bookmarks: bool, first: Sequence[bytes]
@@ -112,24 +112,22 @@ class EndpointSlices:
             yield line
         while True:
             if self._history and seen < self._history[0].version - 1:
-                yield _line("ERROR", _expired(seen, self._history[0].version))
+                message = f"too old resource version: {seen} ({self._history[0].version})"
+                status = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": message}
+                yield _line("ERROR", {**status, "reason": "Expired", "code": 410})
                 return
             for event in [event for event in self._history if event.version > seen]:
                 seen = event.version
                 if event.object["metadata"]["namespace"] == namespace and matches(_labels(event.object)):
                     yield _line(event.kind, event.object)
-            if not await self._news(seen) and bookmarks:
-                yield _line("BOOKMARK", _bookmark(seen))
-
-    async def _news(self, seen: int) -> bool:
-        """False: nothing for as long as it takes to send a bookmark."""
-        try:
-            async with asyncio.timeout(_BOOKMARK_SECONDS):
-                while seen == self._version:
-                    await self._changed.wait()
-        except TimeoutError:
-            return False
-        return True
+            try:
+                async with asyncio.timeout(_BOOKMARK_SECONDS):
+                    while seen == self._version:
+                        await self._changed.wait()
+            except TimeoutError:
+                if bookmarks:
+                    metadata = {"resourceVersion": str(seen)}
+                    yield _line("BOOKMARK", {"kind": "EndpointSlice", "apiVersion": _API_VERSION, "metadata": metadata})
 
     def _record(self, kind: str, found: Slice) -> None:
         self._version += 1
@@ -140,7 +138,7 @@ class EndpointSlices:
 
 
 def _selector(text: str) -> Callable[[dict[str, str]], bool]:
-    """Kubernetes' label selectors: `a=b`, `a!=b`, `a in (b,c)`, `a notin (b,c)`, `a`, `!a`, joined by commas."""
+    """Parses Kubernetes' label selectors: `a=b`, `a!=b`, `a in (b,c)`, `a notin (b,c)`, `a`, `!a`, joined by commas."""
     requirements = [_requirement(part.strip()) for part in re.split(r",(?![^(]*\))", text) if part.strip()]
     return lambda labels: all(requirement(labels) for requirement in requirements)
 
@@ -160,21 +158,6 @@ def _requirement(text: str) -> Callable[[dict[str, str]], bool]:
     raise HttpError(HTTPStatus.BAD_REQUEST, f"unable to parse requirement of labelSelector: {text!r}")
 
 
-def _version(text: str) -> int:
-    if not text.isdigit():
-        raise HttpError(HTTPStatus.BAD_REQUEST, f"resourceVersion: {text!r} is none")
-    return int(text)
-
-
-def _expired(seen: int, oldest: int) -> dict[str, Any]:
-    message = f"too old resource version: {seen} ({oldest})"
-    return {"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": message, "reason": "Expired", "code": 410}
-
-
-def _bookmark(version: int) -> Slice:
-    return {"kind": "EndpointSlice", "apiVersion": _API_VERSION, "metadata": {"resourceVersion": str(version)}}
-
-
 def _line(kind: str, found: dict[str, Any]) -> bytes:
     return json.dumps({"type": kind, "object": found}, separators=(",", ":")).encode() + b"\n"
 
@@ -186,8 +169,3 @@ def _key(found: Slice) -> tuple[str, str]:
 def _labels(found: Slice) -> dict[str, str]:
     labels: dict[str, str] = found["metadata"]["labels"]
     return labels
-
-
-def _without_version(found: Slice) -> Slice:
-    metadata = {key: value for key, value in found["metadata"].items() if key != "resourceVersion"}
-    return {**found, "metadata": metadata}

@@ -1,9 +1,9 @@
-"""A revision: one template of a Service, its pods, and as many of them as its autoscaler wants."""
+"""A revision: one template of a Service, and as many pods as its autoscaler wants."""
 
 import asyncio
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -16,9 +16,9 @@ from knative.local.autoscaler.revision_settings import RevisionSettings
 from knative.local.http.messages import HttpError
 from knative.local.http.server import Exchange
 from knative.local.kubelet.containers import LocalData, read_container
-from knative.local.kubelet.pods import Phase, Pod, PodTiming
+from knative.local.kubelet.pods import LocalPod, Phase, PodTiming
 from knative.local.proxies.activator import Activator
-from knative.local.proxies.network import Network
+from knative.local.proxies.network import EmulatedNetwork
 from knative.local.serving.endpoint_slices import EndpointSlices, PodEndpoint, endpoint_slice
 
 _log = logging.getLogger(__name__)
@@ -27,17 +27,16 @@ _SCRAPE_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class PlatformContext:
     """What all revisions of a platform share."""
 
     timing: PodTiming
     slices: EndpointSlices
-    folder: Path
-    """Where processes run."""
+    folder: Path  # working folder of the processes
     logs: Path
     activator_queue_depth: int
     cpu: CpuSeconds
-    network: Network
+    network: EmulatedNetwork
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +45,9 @@ class RevisionName:
     service: str
     revision: str
 
-    @property
-    def told_to_containers(self) -> dict[str, str]:
-        """The variables that Knative sets (its runtime contract); PORT is each container's own."""
-        return {"K_SERVICE": self.service, "K_CONFIGURATION": self.service, "K_REVISION": self.revision}
-
 
 class Revision:
-    """`start` begins its reconciliation, `stop` ends it with all of its pods."""
+    """`start` begins its reconciliation, `stop` ends it and all of its pods."""
 
     def __init__(
         self,
@@ -61,42 +55,41 @@ class Revision:
         template: Mapping[str, Any],
         settings: RevisionSettings,
         local: LocalData,
-        around: Surroundings,
+        context: PlatformContext,
     ) -> None:
         """Raises UnsupportedManifest or SettingsError."""
         self.name = name
         self.template = template
-        self.pods: list[Pod] = []
-        """Oldest first, leaving ones included."""
-        self.reachable = True
-        """Whether a route leads here."""
-        self.failure: str | None = None
-        """Why no pod became ready within the progress deadline; requests are refused with it instead of held."""
-        self.concurrency = 0.0
-        """Of the last second, whole revision."""
-        self._container = read_container(template, local, name.told_to_containers)
-        self._around = around
+        self.pods: list[LocalPod] = []  # oldest first, leaving ones included
+        self.reachable = True  # a route leads here
+        self.failure: str | None = None  # why no pod became ready within the progress deadline; requests then get 503
+        self.concurrency = 0.0  # of the whole revision in the last second
+        # Knative's runtime contract; PORT is set for each container.
+        runtime_environ = {"K_SERVICE": name.service, "K_CONFIGURATION": name.service, "K_REVISION": name.revision}
+        self._container = read_container(template, local, runtime_environ)
+        self._context = context
         self._settings = settings
         limits = self._container.limits
-        self.activator = Activator(limits.container_concurrency, limits.timeouts, around.activator_queue_depth, self._poke)
+        depth = context.activator_queue_depth
+        self.activator = Activator(limits.container_concurrency, limits.timeouts, depth, self._wake)
         self._now = asyncio.get_running_loop().time
-        self.autoscaler = revision_autoscaler(settings, template, ready=0, now=self._now(), cpu=around.cpu)
+        self.autoscaler = revision_autoscaler(settings, template, ready=0, now=self._now(), cpu=context.cpu)
         self._without_ready_pod_since: float | None = None
         self._reported_early = 0
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
-    def ready_pods(self) -> list[Pod]:
+    def ready_pods(self) -> list[LocalPod]:
         return [pod for pod in self.pods if pod.ready]
 
     @property
-    def staying_pods(self) -> list[Pod]:
+    def staying_pods(self) -> list[LocalPod]:
         return [pod for pod in self.pods if not pod.leaving]
 
     @property
     def initialized(self) -> bool:
-        """Whether its initial scale was ready once: traffic may move here."""
+        """Whether its initial scale was ready once, so that traffic may move here."""
         return self.autoscaler.status.initialized or not max(self._settings.initial_scale, self._settings.min_scale)
 
     def start(self) -> None:
@@ -104,7 +97,7 @@ class Revision:
         self._spawn(self._reconcile_forever(), "reconcile")
 
     async def stop(self, grace_seconds: float) -> None:
-        """Every pod is told at once, and killed after the grace."""
+        """Ends every pod at once, and kills it after the grace."""
         self._stopping = True
         for task in self._tasks:
             task.cancel()
@@ -120,7 +113,7 @@ class Revision:
         await self.activator.serve(exchange)
 
     async def _reconcile_forever(self) -> None:
-        """Scrapes every second, decides every two, as Knative's autoscaler does."""
+        """Scrapes every second and decides every two, as Knative's autoscaler does."""
         due = self._now()
         while True:
             for _ in range(round(TICK_SECONDS / _SCRAPE_SECONDS)):
@@ -136,16 +129,15 @@ class Revision:
         held = self.activator.meter.report(now)
         # The request that woke the revision was reported when it came (activator, concurrency_reporter.go).
         early, self._reported_early = self._reported_early, 0
-        held_average, held_arrivals = max(0.0, held.average - early), held.arrivals - early
-        self.concurrency = held_average + sum(report.average for report in reports)
-        arrivals = held_arrivals + sum(report.arrivals for report in reports)
+        self.concurrency = max(0.0, held.average - early) + sum(report.average for report in reports)
+        arrivals = held.arrivals - early + sum(report.arrivals for report in reports)
         if isinstance(self.autoscaler, HpaRevisionAutoscaler):
             self.autoscaler.observe(now, [(pod.pid, pod.ready) for pod in self.staying_pods])
         elif ready or held.average or held.arrivals:
             self.autoscaler.record(now, self.concurrency, arrivals / _SCRAPE_SECONDS)
 
-    def _poke(self) -> None:
-        """The first request at zero does not wait for the next tick."""
+    def _wake(self) -> None:
+        """Starts a pod for the first request at zero, without waiting for the next tick."""
         if self.staying_pods:
             return
         self._reported_early = 1
@@ -169,7 +161,7 @@ class Revision:
         staying = self.staying_pods
         for _ in range(replicas - len(staying)):
             self._add_pod()
-        # As a ReplicaSet does it: those that are not ready go first, then the youngest; load plays no part.
+        # As a ReplicaSet does it: pods that are not ready go first, then the youngest; load plays no part.
         youngest_first = list(reversed(staying))
         expendable = sorted(youngest_first, key=lambda pod: pod.ready)
         for pod in expendable[: max(0, len(staying) - replicas)]:
@@ -177,16 +169,17 @@ class Revision:
 
     def _add_pod(self) -> None:
         name = f"{self.name.revision}-{secrets.token_hex(3)}"
-        log = self._around.logs / f"{name}.log"
-        pod = Pod(name, self._container, self._around.timing, log, self._pods_changed, self._around.network)
+        log = self._context.logs / f"{name}.log"
+        pod = LocalPod(name, self._container, self._context.timing, log, self._pods_changed, self._context.network)
         self.pods.append(pod)
         if self._without_ready_pod_since is None and not self.ready_pods:
             self._without_ready_pod_since = self._now()
-        self._spawn(pod.start(self._around.folder), f"start {name}")
+        self._spawn(pod.start(self._context.folder), f"start {name}")
 
     def _pods_changed(self) -> None:
         for pod in self.pods:
-            self._publish(pod)
+            if pod.proxy.port:
+                self._publish(pod)
         self.pods = [pod for pod in self.pods if pod.phase is not Phase.GONE]
         ready = self.ready_pods
         if ready or not self.staying_pods:
@@ -195,9 +188,7 @@ class Revision:
             self._without_ready_pod_since = self._now()
         self.activator.set_pods([pod.proxy for pod in ready])
 
-    def _publish(self, pod: Pod) -> None:
-        if not pod.proxy.port:
-            return
+    def _publish(self, pod: LocalPod) -> None:
         endpoint = PodEndpoint(
             service=self.name.service,
             revision=self.name.revision,
@@ -209,9 +200,9 @@ class Revision:
             terminating=pod.leaving,
         )
         if pod.phase is Phase.GONE:
-            self._around.slices.remove(endpoint_slice(endpoint))
+            self._context.slices.remove(endpoint_slice(endpoint))
         else:
-            self._around.slices.put(endpoint_slice(endpoint))
+            self._context.slices.put(endpoint_slice(endpoint))
 
     def _check_progress(self) -> None:
         since, deadline = self._without_ready_pod_since, self._settings.progress_deadline_seconds
@@ -222,12 +213,12 @@ class Revision:
         _log.error("%s", self.failure)
         self.activator.fail_waiting(self.failure)
 
-    def _spawn(self, work: Any, name: str) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(work, name=f"{self.name.revision}: {name}")
         self._tasks.add(task)
-        task.add_done_callback(self._done)
+        task.add_done_callback(self._ended)
 
-    def _done(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("%s failed", task.get_name(), exc_info=error)

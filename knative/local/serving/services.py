@@ -1,4 +1,4 @@
-"""A Knative Service on one machine: its URL on a port, its revisions, and which of them gets how much of the traffic."""
+"""A Knative Service on one machine: its URL on a port, its revisions, and the split of traffic among them."""
 
 import asyncio
 import logging
@@ -21,20 +21,19 @@ MakeRevision = Callable[[RevisionName, Mapping[str, Any]], Revision]
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
+class TrafficTarget:
     percent: int
     revision: Revision
 
 
 class LocalService:
-    """`apply` takes the manifest and each change of it; the URL is there from `listen` on."""
+    """`listen` opens the URL; `apply` takes the manifest and each change of it."""
 
     def __init__(self, name: str, namespace: str, make_revision: MakeRevision) -> None:
         self.name = name
         self.namespace = namespace
-        self.revisions: list[Revision] = []
-        """Oldest first."""
-        self.routes: list[Route] = []
+        self.revisions: list[Revision] = []  # oldest first
+        self.traffic: list[TrafficTarget] = []
         self._make_revision = make_revision
         self._server = HttpServer(self._serve)
         self._rollout: asyncio.Task[None] | None = None
@@ -48,28 +47,39 @@ class LocalService:
         return f"http://{self.name}.{self.namespace}.svc.cluster.local"
 
     async def listen(self, port: int) -> None:
-        """Raises OSError where the port is taken."""
+        """Raises OSError if the port is taken."""
         await self._server.start(port)
 
     def apply(self, manifest: Mapping[str, Any]) -> None:
-        """A changed template is a new revision, to which traffic moves once it is ready.
+        """A changed template becomes a new revision, to which traffic moves when it is ready.
 
         Raises UnknownRevision or ManifestRefused before anything is started.
         """
-        spec = manifest["spec"]
-        template, targets = spec["template"], spec.get("traffic") or [{"latestRevision": True, "percent": 100}]
+        template = manifest["spec"]["template"]
+        targets = manifest["spec"].get("traffic") or [{"latestRevision": True, "percent": 100}]
+        names = [revision.name.revision for revision in self.revisions]
         changed = not self.revisions or self.revisions[-1].template != template
-        name = self._next_name(template) if changed else self.revisions[-1].name.revision
-        self._refuse_unknown(targets, name)
+        if changed:
+            name = template.get("metadata", {}).get("name") or f"{self.name}-{len(self.revisions) + 1:05d}"
+            if name in names:
+                raise ManifestRefused(
+                    f"{self.name}: spec.template.metadata.name: {name!r} is another template's; change it, too"
+                )
+            names.append(name)
+        for target in targets:
+            if (wanted := target.get("revisionName")) and wanted not in names:
+                raise UnknownRevision(f"spec.traffic: revision {wanted!r} does not exist; there are {', '.join(names)}")
         if changed:
             revision = self._make_revision(RevisionName(self.namespace, self.name, name), template)
             self.revisions.append(revision)
             revision.start()
-        traffic = self._traffic(targets)
+        by_name = dict(zip(names, self.revisions, strict=True))
+        chosen = [(each["percent"], each.get("revisionName") or names[-1]) for each in targets if each.get("percent")]
+        traffic = [TrafficTarget(percent, by_name[name]) for percent, name in chosen]
         if self._rollout is not None:
             self._rollout.cancel()
-        if not self.routes:
-            self._set_routes(traffic)  # there is nothing to stay with meanwhile
+        if not self.traffic:
+            self._set_traffic(traffic)  # there is no earlier revision that could serve meanwhile
         else:
             self._rollout = asyncio.create_task(self._move(traffic), name=f"rollout of {self.name}")
 
@@ -80,52 +90,28 @@ class LocalService:
         self._server.close()
 
     async def _serve(self, exchange: Exchange) -> None:
-        exchange.seen_from.append(THIS_MACHINE)  # The ingress is a proxy of its own.
-        if not self.routes:
+        exchange.peers.append(THIS_MACHINE)  # the ingress is a proxy of its own
+        if not self.traffic:
             raise HttpError(HTTPStatus.SERVICE_UNAVAILABLE, f"{self.name} has no revision yet")
-        if len(self.routes) == 1:
-            route = self.routes[0]
+        if len(self.traffic) == 1:
+            target = self.traffic[0]
         else:
-            route = random.choices(self.routes, [route.percent for route in self.routes])[0]
-        await route.revision.serve(exchange)
+            target = random.choices(self.traffic, [target.percent for target in self.traffic])[0]
+        await target.revision.serve(exchange)
 
-    def _next_name(self, template: Mapping[str, Any]) -> str:
-        """The template's own, or the Service's with the number of the generation."""
-        own: str | None = template.get("metadata", {}).get("name")
-        if own is None:
-            return f"{self.name}-{len(self.revisions) + 1:05d}"
-        if own in self._names:
-            raise ManifestRefused(f"{self.name}: spec.template.metadata.name: {own!r} is another template's; change it, too")
-        return own
-
-    @property
-    def _names(self) -> list[str]:
-        return [revision.name.revision for revision in self.revisions]
-
-    def _refuse_unknown(self, targets: list[Mapping[str, Any]], latest: str) -> None:
-        have = list(dict.fromkeys([*self._names, latest]))
-        for target in targets:
-            if (wanted := target.get("revisionName")) and wanted not in have:
-                raise UnknownRevision(f"spec.traffic: revision {wanted!r} does not exist; there are {', '.join(have)}")
-
-    def _traffic(self, targets: list[Mapping[str, Any]]) -> list[Route]:
-        by_name = dict(zip(self._names, self.revisions, strict=True))
-        latest = self.revisions[-1].name.revision
-        return [Route(each["percent"], by_name[each.get("revisionName") or latest]) for each in targets if each.get("percent")]
-
-    async def _move(self, traffic: list[Route]) -> None:
-        """Waits for every revision that is to get traffic; a failed one keeps the routes as they are."""
-        for route in traffic:
-            revision = route.revision
+    async def _move(self, traffic: list[TrafficTarget]) -> None:
+        """Waits for every revision that is to get traffic; if one fails, the traffic stays as it is."""
+        for target in traffic:
+            revision = target.revision
             while not revision.initialized:
                 if revision.failure is not None:
                     _log.error("%s gets no traffic: %s", revision.name.revision, revision.failure)
                     return
                 await asyncio.sleep(_READY_CHECK_SECONDS)
-        self._set_routes(traffic)
+        self._set_traffic(traffic)
 
-    def _set_routes(self, traffic: list[Route]) -> None:
-        self.routes = traffic
-        routed = {route.revision for route in traffic}
+    def _set_traffic(self, traffic: list[TrafficTarget]) -> None:
+        self.traffic = traffic
+        routed = {target.revision for target in traffic}
         for revision in self.revisions:
             revision.reachable = revision in routed

@@ -5,7 +5,7 @@ import pytest
 from msgspec.structs import replace
 
 from bench.evaluation.network import NOTHING, REMEDIES, Lengths, Measured, Remedy, file_name, network_table, predicted
-from knative.local.proxies.network import Network
+from knative.local.proxies.network import EmulatedNetwork
 from knative.spec.cut import cut_evenly
 from knative.spec.model_shape import shape_from_folder
 from knative.spec.sizing import Link, network_plan, plan_stages
@@ -59,7 +59,7 @@ def test_a_prompt_goes_over_a_thin_link_as_well() -> None:
 
 
 def test_each_remedy_has_a_file_of_its_own_and_one_of_before_there_were_others_is_read() -> None:
-    names = {file_name(Network(0.005), remedy, Lengths()) for remedy in (NOTHING, *REMEDIES.values())}
+    names = {file_name(EmulatedNetwork(0.005), remedy, Lengths()) for remedy in (NOTHING, *REMEDIES.values())}
     assert len(names) == 4
     assert "network/0.005s-any-drafts-16-16x48.yaml" in names
     one = measured(0.005, 1, REMEDIES["drafts"])

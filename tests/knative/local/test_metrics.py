@@ -5,7 +5,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from knative.local.metrics import render_metrics
+from knative.local.admin import render_metrics
 from tests.support.knative.platform import client, echo_service, fetch, running_platform
 
 OF_ANY = {

@@ -269,7 +269,7 @@ def test_a_new_revision_takes_over_once_it_is_ready(tmp_path: Path) -> None:
             assert await fetch(session, url) == (200, "old")
             await platform.apply([echo_service(environment={"WORD": "new"}, annotations={"initial-scale": "1"})])
             assert await fetch(session, url) == (200, "old")
-            await until(lambda: platform.services["default", "echo"].routes[0].revision is revision(platform, index=1))
+            await until(lambda: platform.services["default", "echo"].traffic[0].revision is revision(platform, index=1))
             assert await fetch(session, url) == (200, "new")
             assert not revision(platform, index=0).reachable
 
@@ -296,7 +296,7 @@ def test_traffic_is_split_by_percent(tmp_path: Path) -> None:
         async with running_platform(tmp_path, echo_service(environment={"WORD": "old"})) as platform, client() as session:
             split = [{"revisionName": "echo-00001", "percent": 50}, {"latestRevision": True, "percent": 50}]
             await platform.apply([echo_service(environment={"WORD": "new"}, traffic=split)])
-            await until(lambda: len(platform.services["default", "echo"].routes) == 2)
+            await until(lambda: len(platform.services["default", "echo"].traffic) == 2)
             url = platform.url("echo") + "/environment?WORD"
             words = {text for _, text in await asyncio.gather(*(fetch(session, url) for _ in range(60)))}
             assert words == {"old", "new"}
@@ -311,7 +311,7 @@ def test_a_revision_may_have_a_name_of_its_own(tmp_path: Path) -> None:
             await platform.apply([_named("echo-second", traffic=stay, WORD="new")])
             assert await fetch(session, platform.url("echo") + "/environment?WORD") == (200, "old")
             await platform.apply([_named("echo-second", WORD="new")])
-            await until(lambda: platform.services["default", "echo"].routes[0].revision is revision(platform))
+            await until(lambda: platform.services["default", "echo"].traffic[0].revision is revision(platform))
             assert await fetch(session, platform.url("echo") + "/environment?K_REVISION") == (200, "echo-second")
             with pytest.raises(ManifestRefused, match="'echo-first' is another template's"):
                 await platform.apply([_named("echo-first", WORD="third")])

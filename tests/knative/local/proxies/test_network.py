@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from knative.local.proxies.network import Network, Relay
+from knative.local.proxies.network import EmulatedNetwork, Relay
 
 DELAY = 0.1
 
@@ -20,7 +20,7 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 
 @asynccontextmanager
-async def relayed(network: Network) -> AsyncIterator[Relay]:
+async def relayed(network: EmulatedNetwork) -> AsyncIterator[Relay]:
     server = await asyncio.start_server(echo, "127.0.0.1", 0)
     relay = Relay(network)
     await relay.start(server.sockets[0].getsockname()[1])
@@ -44,7 +44,7 @@ async def sent(relay: Relay, data: bytes) -> tuple[bytes, float]:
     return answer, seconds
 
 
-def run(network: Network, action: Callable[[Relay], Awaitable[None]]) -> None:
+def run(network: EmulatedNetwork, action: Callable[[Relay], Awaitable[None]]) -> None:
     async def whole() -> None:
         async with relayed(network) as relay:
             await action(relay)
@@ -60,7 +60,7 @@ def test_every_byte_comes_a_delay_later_each_way() -> None:
             assert answer == data
             assert 2 * DELAY <= seconds < 2 * DELAY + 1.0
 
-    run(Network(delay_seconds=DELAY), check)
+    run(EmulatedNetwork(delay_seconds=DELAY), check)
 
 
 def test_no_more_bytes_a_second_than_the_link_carries_each_way() -> None:
@@ -70,7 +70,7 @@ def test_no_more_bytes_a_second_than_the_link_carries_each_way() -> None:
         assert answer == data
         assert 0.4 <= seconds < 1.2, "both directions at the same time, as chunks come"
 
-    run(Network(bytes_per_second=5e6), check)
+    run(EmulatedNetwork(bytes_per_second=5e6), check)
 
 
 def test_connections_of_a_pod_share_its_link() -> None:
@@ -79,7 +79,7 @@ def test_connections_of_a_pod_share_its_link() -> None:
         await asyncio.gather(*(sent(relay, b"x" * 500_000) for _ in range(4)))
         assert 0.4 <= time.perf_counter() - began < 1.2
 
-    run(Network(bytes_per_second=5e6), check)
+    run(EmulatedNetwork(bytes_per_second=5e6), check)
 
 
 def test_a_connection_that_breaks_breaks_on_the_other_side() -> None:
@@ -92,4 +92,4 @@ def test_a_connection_that_breaks_breaks_on_the_other_side() -> None:
             await reader.readexactly(1)
         writer.close()
 
-    run(Network(delay_seconds=0.01), check)
+    run(EmulatedNetwork(delay_seconds=0.01), check)

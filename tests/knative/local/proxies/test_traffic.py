@@ -3,17 +3,17 @@
 import asyncio
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
 from knative.local.http.messages import HttpError
 from knative.local.http.server import Exchange
 from knative.local.proxies.activator import Activator
-from knative.local.proxies.breaker import Breaker
 from knative.local.proxies.concurrency import ConcurrencyMeter
-from knative.local.proxies.queue_proxy import QueueProxy
+from knative.local.proxies.queue_proxy import Breaker, QueueProxy
 from knative.local.proxies.timeouts import Timeouts
 from tests.support.knative.platform import until
 
@@ -158,21 +158,21 @@ def test_the_breaker_keeps_order_and_refuses_beyond_ten_times() -> None:
         breaker, order, gates = Breaker(1), [], [asyncio.Event() for _ in range(11)]
 
         async def visit(index: int) -> None:
-            async with breaker:
+            async with breaker.slot():
                 order.append(index)
                 await gates[index].wait()
 
         tasks = [asyncio.create_task(visit(index)) for index in range(11)]
         await until(lambda: order == [0])
         with pytest.raises(HttpError, match="pending request queue full"):
-            async with breaker:
+            async with breaker.slot():
                 pass
         tasks[3].cancel()
         for gate in gates:
             gate.set()
         await asyncio.gather(*tasks, return_exceptions=True)
         assert order == [0, 1, 2, *range(4, 11)]
-        async with breaker:
+        async with breaker.slot():
             pass
 
     asyncio.run(scenario())
@@ -180,9 +180,10 @@ def test_the_breaker_keeps_order_and_refuses_beyond_ten_times() -> None:
 
 def test_a_breaker_without_limit_lets_everybody_in() -> None:
     async def scenario() -> None:
-        breaker: Any = Breaker(0)
-        for _ in range(50):
-            await breaker.__aenter__()
+        breaker = Breaker(0)
+        async with AsyncExitStack() as slots:
+            for _ in range(50):
+                await slots.enter_async_context(breaker.slot())
 
     asyncio.run(scenario())
 

@@ -1,6 +1,7 @@
-"""What Knative would do with a Service and this machine does not: refused where answers would differ, else named.
+"""Fields of a Service that have no effect on one machine: refused if answers would differ, else named in the log.
 
-docs/local-knative.md lists the differences; what is missing here is emulated or has no meaning on one machine.
+knative/local/README.md lists the differences to a cluster. Fields without a mention here are emulated or have no meaning on
+one machine.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,13 +21,13 @@ def refuse_unsupported(manifest: Manifest) -> None:
 
 
 def ignored(manifest: Manifest) -> Iterator[str]:
-    """Fields that change nothing here, each with what a cluster does."""
+    """Yields fields that change nothing here, each with its effect on a cluster."""
     annotations = manifest["metadata"].get("annotations") or {}
     for key in ROLLOUT_DURATION.keys:
         if key in annotations:
             yield f"metadata.annotations.{key}: traffic moves at once here, not over {annotations[key]}"
-    of_template = manifest["spec"]["template"].get("metadata", {}).get("annotations") or {}
-    for at, given in (("metadata", annotations), ("spec.template.metadata", of_template)):
+    template_annotations = manifest["spec"]["template"].get("metadata", {}).get("annotations") or {}
+    for at, given in (("metadata", annotations), ("spec.template.metadata", template_annotations)):
         for key in sorted(set(given) & set(NETWORKING)):
             yield f"{at}.annotations.{key}: there is one ingress here, and it speaks HTTP"
 
@@ -37,20 +38,18 @@ def _unsupported(spec: Manifest) -> Iterator[str]:
             yield f"spec.traffic[{index}].tag: a tag has no URL of its own on one machine"
     pod = spec["template"]["spec"]
     for index, volume in enumerate(pod.get("volumes") or ()):
+        at = f"spec.template.spec.volumes[{index}]"
         for kind in sorted(set(volume) - {"name", "emptyDir", "secret"}):
-            yield f"spec.template.spec.volumes[{index}].{kind}: is not mounted on one machine: files would be missing"
+            yield f"{at}.{kind}: is not mounted on one machine: files would be missing"
         for item in (volume.get("secret") or {}).get("items") or ():
             if item["path"] != item["key"]:
-                yield f"spec.template.spec.volumes[{index}].secret.items: on one machine a file is called as its key is"
+                yield f"{at}.secret.items: on one machine a file has the name of its key"
     for index, container in enumerate(pod["containers"]):
-        yield from _of_container(container, f"spec.template.spec.containers[{index}]")
-
-
-def _of_container(container: Manifest, at: str) -> Iterator[str]:
-    if container.get("startupProbe"):
-        yield f"{at}.startupProbe: only readiness and liveness are probed on one machine"
-    if container.get("workingDir"):
-        yield f"{at}.workingDir: every container runs in the project's folder"
-    for index, port in enumerate(container.get("ports") or ()):
-        if port.get("name") == "h2c":
-            yield f"{at}.ports[{index}].name: h2c is not spoken on one machine, only HTTP/1.1"
+        at = f"spec.template.spec.containers[{index}]"
+        if container.get("startupProbe"):
+            yield f"{at}.startupProbe: only readiness and liveness are probed on one machine"
+        if container.get("workingDir"):
+            yield f"{at}.workingDir: every container runs in the platform's folder"
+        for position, port in enumerate(container.get("ports") or ()):
+            if port.get("name") == "h2c":
+                yield f"{at}.ports[{position}].name: h2c is not spoken on one machine, only HTTP/1.1"
