@@ -17,17 +17,16 @@ from eventing.claim_check import sweep
 from knative.commands.ask import chat_option, show_answer
 from knative.commands.sources.local_pipeline import (
     LocalPipeline,
-    data_folders,
     ensure_published,
     kept_kv_key,
     local_pipeline,
-    read_data_folder,
 )
 from knative.commands.sources.state_folder import RunningPlatform, StateFolder, naming_a_full_disk
 from knative.commands.sources.store_access import STORE_FOLDER, state_option
 from knative.commands.terminal.asking import Question, is_question
 from knative.commands.terminal.stage_table import show_stages
 from knative.commands.terminal.start_watch import watch_starts
+from knative.local.kubelet.containers import data_folders, read_data_folder
 from knative.local.platform import Platform, PlatformOptions
 from knative.render.eventing import eventing_objects
 from knative.render.services import KEYS_ENTRY, services

@@ -182,6 +182,20 @@ def test_gateway_and_stage_know_nothing_of_each_other() -> None:
             assert not wrong, f"{name(path)} imports {wrong}"
 
 
+def test_local_knative_stands_alone() -> None:
+    """knative/local with knative/webhook is used without the rest: it reaches eventing, and no other package of Lamina."""
+    reached: set[str] = set()
+    waiting = {"knative", *(module_name(path) for path in source_files() if name(path).startswith("knative/local/"))}
+    while waiting:
+        module = waiting.pop()
+        reached.add(module)
+        path = ROOT / module.replace(".", "/")
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        waiting |= modules_imported(path) - reached
+    others = {each for each in reached if not re.match(r"knative$|knative\.(local|webhook)\b|eventing\b", each)}
+    assert not others, f"knative/local reaches {sorted(others)}"
+
+
 @pytest.mark.parametrize("path", source_files(), ids=name)
 def test_heavy_libraries_have_owners(path: Path) -> None:
     for module in imports(path):

@@ -30,7 +30,7 @@ from tests.support.paths import ROOT
 DOCS = ROOT / "docs"
 FOLDERS = ("bench", "docs", "eventing", "examples", "functions", "knative", "monitoring", "storage", "tests")
 MODULES = ("bench", "eventing", "functions", "knative", "storage", "tests")
-MOST_PAGES = 14  # 13 once local-knative.md is knative/local/README.md
+MOST_PAGES = 13
 
 # Commands of the pages, by how they begin, and the test that runs them. `make` has tests of its own below.
 RUN_BY = {
@@ -41,6 +41,7 @@ RUN_BY = {
     "python -m knative plan": "tests/house/test_docs.py",
     "python -m knative render": "tests/knative/commands/test_deploy_folder.py",
     "python -m knative deploy": "tests/knative/commands/test_deploy_folder.py",
+    "python -m knative.local": "tests/knative/local/test_alone.py",
     "python -m knative": "tests/knative/commands/test_cluster_commands.py",  # against a stand-in for the API
     "curl": "tests/pipeline/test_page_commands.py",
     ".venv/bin/python -m pytest": "tests/house/test_docs.py",

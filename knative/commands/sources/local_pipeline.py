@@ -164,22 +164,6 @@ def kept_kv_key(state: Path) -> str:
     return file.read_text(encoding="ascii").strip()
 
 
-def read_data_folder(folder: Path | None) -> NamedData:
-    """Secrets or config maps as Kubernetes mounts them: a folder for each, a file for each key."""
-    if folder is None:
-        return {}
-    return {
-        each.name: {file.name: file.read_text(encoding="utf-8").strip() for file in each.iterdir() if file.is_file()}
-        for each in folder.iterdir()
-        if each.is_dir()
-    }
-
-
-def data_folders(folder: Path | None) -> dict[str, Path]:
-    """Where each of them lies."""
-    return {} if folder is None else {each.name: each for each in folder.iterdir() if each.is_dir()}
-
-
 def _smallest_published(store: ObjectStore, name: str) -> str:
     published = [dtype for model, dtype in list_models(store) if model == name]
     return next((dtype for dtype in ("q4", "int8", "bfloat16", "float16", "float32") if dtype in published), "bfloat16")

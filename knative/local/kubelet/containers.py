@@ -66,6 +66,22 @@ class SecretFolders:
         shutil.rmtree(self._temporary, ignore_errors=True)
 
 
+def read_data_folder(folder: Path | None) -> NamedData:
+    """Reads Secrets or ConfigMaps as Kubernetes mounts them: a folder for each, a file for each key."""
+    if folder is None:
+        return {}
+    return {
+        each.name: {file.name: file.read_text(encoding="utf-8").strip() for file in each.iterdir() if file.is_file()}
+        for each in folder.iterdir()
+        if each.is_dir()
+    }
+
+
+def data_folders(folder: Path | None) -> dict[str, Path]:
+    """Name → folder of each Secret that `read_data_folder` reads."""
+    return {} if folder is None else {each.name: each for each in folder.iterdir() if each.is_dir()}
+
+
 def read_container(template: Mapping[str, Any], local: LocalData, knative_environ: Mapping[str, str]) -> Container:
     """knative_environ: variables that Knative itself sets. Raises UnsupportedManifest, which names the field."""
     pod = template["spec"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.support.paths import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "knative" / "local" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = ("storage", "eventing", "functions", "knative")
 
 _SPAN = re.compile(r"`([^`\n]+)`")

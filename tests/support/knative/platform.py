@@ -43,8 +43,8 @@ def echo_service(name: str = "echo", *, concurrency: int = 8, timeout: int = 30,
 
 
 @asynccontextmanager
-async def running_platform(folder: Path, *manifests: dict[str, Any], **options: Any) -> AsyncIterator[Platform]:
-    settings: dict[str, Any] = {"logs": folder, "timing": QUICK, "autoscaler": FROM_ZERO} | options
+async def running_platform(logs: Path, /, *manifests: dict[str, Any], **options: Any) -> AsyncIterator[Platform]:
+    settings: dict[str, Any] = {"logs": logs, "timing": QUICK, "autoscaler": FROM_ZERO} | options
     platform = Platform(PlatformOptions(**settings))
     await platform.start()
     try:
