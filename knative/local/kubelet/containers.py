@@ -32,7 +32,7 @@ class LocalData:
     secrets: NamedData
     config_maps: NamedData
     replacements: Mapping[str, str]  # cluster-local URL → local URL, replaced in every value, in place of cluster DNS
-    in_cluster: Mapping[str, str]  # environment in place of a ServiceAccount; docs/environment.md, LAMINA_KUBERNETES_API
+    in_cluster: Mapping[str, str]  # environment in place of a ServiceAccount; docs/reference.md, LAMINA_KUBERNETES_API
     secret_folders: Mapping[str, Path] = field(default_factory=dict)  # Secret → folder with a file for each key
     entrypoint: tuple[str, ...] = LAMINA_FUNCTION  # command of containers that name none; (): they are refused
 
