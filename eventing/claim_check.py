@@ -77,7 +77,7 @@ class ClaimCheck:
             return event
         data = b"".join(data_buffers(event))
         digest = hashlib.sha256(data).hexdigest()
-        name = f"{_hour_after(expiry_time(event) or now + self._lifetime)}/{digest}"
+        name = f"{_hour_after(expiry_time(event.get_attributes()) or now + self._lifetime)}/{digest}"
         with _store_errors():
             self._store.put(self._prefix + name, data)
         reference = (self._root + name, str(len(data)), digest)
@@ -96,8 +96,8 @@ class ClaimCheck:
 
     def _fetch(self, event: CloudEvent, reference: str) -> bytes:
         key = self._key(reference)
-        expected_bytes = integer_attribute(event, Attribute.DATAREF_BYTES)
-        expected_digest = required_attribute(event, Attribute.DATAREF_SHA256)
+        expected_bytes = integer_attribute(event.get_attributes(), Attribute.DATAREF_BYTES)
+        expected_digest = required_attribute(event.get_attributes(), Attribute.DATAREF_SHA256)
         if expected_bytes > MAX_PAYLOAD_BYTES:
             raise EventTooLarge(f"the payload {reference} has {expected_bytes} bytes, the most is {MAX_PAYLOAD_BYTES}")
         try:

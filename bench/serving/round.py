@@ -10,14 +10,14 @@ import re
 import threading
 import time
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Final
 
 from bench.serving.pipeline import TOKEN, RunningPipeline, read_metrics
 from bench.serving.requests import Request
-from eventing.http.delivery import Reply, Sender
+from eventing.http.delivery import HttpReply, Sender, Target
 from eventing.wire.batch_codec import encode_batch
 from eventing.wire.cloud_event import Buffer
 from eventing.wire.control import ReleaseRow
@@ -60,9 +60,9 @@ class _Timed(Sender):
         super().__init__()
         self.of_thread = threading.local()
 
-    def send(self, url: str, headers: Mapping[str, str], buffers: Sequence[Buffer], timeout_seconds: float) -> Reply:
+    def deliver(self, target: Target, head: bytes, buffers: Sequence[Buffer], deadline: float) -> HttpReply:
         began = time.perf_counter()
-        reply = super().send(url, headers, buffers, timeout_seconds)
+        reply = super().deliver(target, head, buffers, deadline)
         said = {name: float(value) / 1000 for name, value in _TIMING.findall(reply.headers.get("server-timing", ""))}
         self.of_thread.sent = (time.perf_counter() - began, said.get("engine", 0.0), said.get("codec", 0.0))
         return reply

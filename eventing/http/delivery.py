@@ -1,31 +1,46 @@
-"""Sending events over HTTP, in one attempt each: whoever sends knows better what to do about a failure.
+"""Sends requests over HTTP/1.1, each in one attempt, on connections that are kept alive.
 
-The gateway answers one with another route and a replay. A redirect is never followed, and a proxy from the environment never
-used.
+There are no retries: the gateway answers a failure with another route and a replay. Redirects are never followed, and proxies
+from the environment never used. The client is the project's own: http.client reads headers as if they were mail and sends head
+and body apart, and urllib3 holds the sending of a body to the connect timeout (docs/experiments.md has the numbers).
 """
 
+import contextlib
+import select
+import socket
 import ssl
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import urlsplit
 
-from eventing.http.connections import Connection, ConnectionPool, NoFreeConnection, Origin
-from eventing.http.exchange import BadReply, ReplyTooLarge, remaining, request_head
+import httptools
+
 from eventing.problems import PROBLEM_CONTENT_TYPE, problem_from_document
 from eventing.wire.cloud_event import Buffer
 
 USER_AGENT: Final = "lamina"
+MAX_REPLY_BYTES: Final = 2**30
+IDLE_SECONDS: Final = 15.0  # idle connections are closed after this, before a server's keep-alive limit closes them
+
+_LOOK_SECONDS: Final = 1.0  # between two searches for connections that have been idle for too long
 _EXCERPT_LENGTH: Final = 200
+_MAX_HEAD_BYTES: Final = 2**16
+_JOIN_BELOW_BYTES: Final = 16 * 1024  # smaller buffers are sent together: a copy costs less than a system call and a packet
+_READ_BYTES: Final = 2**20
+_BEGINNING: Final = b"HTTP/1."
+_END_OF_HEAD: Final = b"\r\n\r\n"
+# Knative's own headers would hide a request from the autoscaler; the others are set in this module.
 _NEVER_SENT: Final = frozenset(
     {"k-proxy-request", "k-kubelet-probe", "host", "content-length", "transfer-encoding", "user-agent"}
 )
-"""Knative's own headers make a request invisible to the autoscaler; the others are this module's to set."""
 
 
 class DeliveryError(Exception):
-    """Base: no answer of Lamina's came. The message names the URL."""
+    """Base. There was no reply of Lamina's. The message names the URL."""
 
 
 class Unreachable(DeliveryError):
@@ -33,15 +48,15 @@ class Unreachable(DeliveryError):
 
 
 class ConnectionBroken(DeliveryError):
-    """The connection broke before the whole reply was there: the event may have been worked on or not."""
+    """The connection broke before the whole reply came: the event may have been handled or not."""
 
 
 class DeliveryTimeout(DeliveryError):
-    """The time was over before the whole reply was there: the event may have been worked on or not."""
+    """The whole reply did not come in time: the event may have been handled or not."""
 
 
 class InfrastructureError(DeliveryError):
-    """A reply that is neither 2xx nor a problem document of Lamina's: a proxy, activator or server spoke."""
+    """A reply that is neither 2xx nor a problem document of Lamina's: a proxy, an activator or a server sent it."""
 
     def __init__(self, status: int, url: str, excerpt: str) -> None:
         super().__init__(f"{url} answered {status}: {excerpt}")
@@ -50,17 +65,312 @@ class InfrastructureError(DeliveryError):
         self.excerpt = excerpt
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """A 2xx reply. `headers` in lower case; `body` is writable memory of its own, so tensors can lie in it."""
+class NoFreeConnection(Exception):
+    """As many connections to the host as may be open are in use."""
 
-    status: int
-    headers: Mapping[str, str]
-    body: memoryview
+
+class BadReply(Exception):
+    """The bytes that came are not a complete HTTP reply."""
+
+
+class ReplyTooLarge(BadReply):
+    """An HTTP reply with this status and more than MAX_REPLY_BYTES of body."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(f"{detail}, the most is {MAX_REPLY_BYTES}")
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Scheme, host and port that a connection leads to (RFC 9110, section 4.3.1)."""
+
+    secure: bool
+    host: str
+    port: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A URL, split once into what a request needs of it."""
+
+    url: str
+    origin: Origin
+    host: str  # of the Host header
+    path: str  # with the query
+
+    @classmethod
+    def of(cls, url: str) -> "Target":
+        """Raises ValueError if `url` is not an http or https URL."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{url!r} is not an http or https URL")
+        origin = Origin(parts.scheme == "https", parts.hostname, parts.port)
+        path = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
+        return cls(url, origin, parts.netloc.rpartition("@")[2], path)
+
+
+class HttpReply:
+    """One reply. Header names are in lower case. The body is writable memory of its own, in which tensors can lie."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self.body = memoryview(b"")
+        self.keeps = False  # the connection can be used again
+        self._complete = False
+        self._chunks = bytearray()
+        self._fields: dict[bytes, bytes] = {}
+        # httptools calls this once per header; a method in Python would be a dozen of a hop's calls.
+        self.on_header = self._fields.__setitem__
+        self._parser = httptools.HttpResponseParser(self)
+
+    def read(self, sock: socket.socket, deadline: float, begun: bytes) -> bytes:
+        """Reads the head and, of a final reply, the body. Raises BadReply, OSError, and TimeoutError at `deadline`.
+
+        begun: bytes that were received before. Returns what was received after an interim reply (1xx).
+        """
+        data = begun
+        while (end := data.find(_END_OF_HEAD)) < 0:
+            sock.settimeout(remaining(deadline))
+            more = sock.recv(_MAX_HEAD_BYTES)
+            data += more
+            if not data:
+                raise BadReply("closed without a reply")
+            if not more or len(data) > _MAX_HEAD_BYTES or not data.startswith(_BEGINNING[: len(data)]):
+                raise BadReply(f"no HTTP reply, but {data[:100]!r}")
+        end += len(_END_OF_HEAD)
+        self._feed(data[:end])
+        self.headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in self._fields.items()}
+        data = data[end:]
+        if self.status < 200:
+            return data
+        length = self.headers.get("content-length")
+        if self._complete:  # a status without a body, or an empty body
+            return b""
+        if length is not None and "transfer-encoding" not in self.headers:
+            self._read_known(sock, deadline, data, int(length))
+        else:
+            self._read_framed(sock, deadline, data)
+        return b""
+
+    def on_headers_complete(self) -> None:
+        """Called by the parser."""
+        self.status = self._parser.get_status_code()
+        self.keeps = self._parser.should_keep_alive()
+
+    def on_body(self, data: bytes) -> None:
+        """Called by the parser."""
+        self._chunks += data
+
+    def on_message_complete(self) -> None:
+        """Called by the parser."""
+        self._complete = True
+
+    def _read_known(self, sock: socket.socket, deadline: float, begun: bytes, length: int) -> None:
+        """Receives a body of known length straight into its memory."""
+        if length > MAX_REPLY_BYTES:
+            raise ReplyTooLarge(self.status, f"a body of {length} bytes")
+        self.body = view = memoryview(bytearray(length))
+        received = min(len(begun), length)
+        view[:received] = begun[:received]
+        while received < length:
+            sock.settimeout(remaining(deadline))
+            count = sock.recv_into(view[received : received + _READ_BYTES])
+            if not count:
+                raise BadReply(f"closed after {received} bytes, {length - received} more expected")
+            received += count
+        self.keeps = self.keeps and len(begun) <= length
+
+    def _read_framed(self, sock: socket.socket, deadline: float, begun: bytes) -> None:
+        """Receives chunks, or everything until the connection ends."""
+        self._feed(begun)
+        while not self._complete:
+            sock.settimeout(remaining(deadline))
+            data = sock.recv(_READ_BYTES)
+            if not data and "transfer-encoding" in self.headers:
+                raise BadReply(f"closed after {len(self._chunks)} bytes, before the last chunk")
+            if not data:
+                break
+            self._feed(data)
+            if len(self._chunks) > MAX_REPLY_BYTES:
+                raise ReplyTooLarge(self.status, f"a body of {len(self._chunks)} bytes so far")
+        self.body = memoryview(self._chunks)
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            raise BadReply(f"{error}: {data[:100]!r}") from error
+
+
+def exchange(sock: socket.socket, head: bytes, buffers: Sequence[Buffer], deadline: float) -> HttpReply:
+    """Sends one request and reads its reply. Raises BadReply, OSError, and TimeoutError at `deadline` (time.monotonic())."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the server may have refused before all was sent
+        for buffer in _joined((head, *buffers)):
+            sock.settimeout(remaining(deadline))
+            sock.sendall(buffer)
+    rest = b""
+    while True:
+        reply = HttpReply()
+        rest = reply.read(sock, deadline, rest)
+        if reply.status >= 200:
+            return reply
+
+
+def request_head(target: Target, headers: Mapping[str, str], method: str = "POST") -> bytes:
+    """Raises ValueError if a line break or a blank would end the request line or a header early."""
+    lines = [f"{method} {target.path} HTTP/1.1", f"Host: {target.host}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    if not target.path.isprintable() or " " in target.path or any("\r" in line or "\n" in line for line in lines):
+        raise ValueError(f"a line break, or a blank in the target, in {lines}")
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+def remaining(deadline: float) -> float:
+    """Seconds until `deadline` (time.monotonic()). Raises TimeoutError after it."""
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError
+    return seconds
+
+
+def _joined(buffers: Iterable[Buffer]) -> Iterator[Buffer]:
+    """Joins neighbouring buffers that are small."""
+    small: list[Buffer] = []
+    for buffer in buffers:
+        if len(buffer) < _JOIN_BELOW_BYTES:
+            small.append(buffer)
+            continue
+        if small:
+            yield b"".join(small)
+            small.clear()
+        yield buffer
+    if small:
+        yield b"".join(small)
+
+
+class KeptConnection:
+    """A connection to an origin; `sock` is None before `connect` and after `close`."""
+
+    def __init__(self, origin: Origin, tls: ssl.SSLContext | None) -> None:
+        self.origin = origin
+        self.sock: socket.socket | None = None
+        self._tls = tls
+
+    def connect(self, timeout_seconds: float) -> None:
+        """Raises OSError, ssl.SSLError included."""
+        address = (self.origin.host, self.origin.port or (443 if self.origin.secure else 80))
+        sock = socket.create_connection(address, timeout_seconds)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.sock = sock if self._tls is None else self._tls.wrap_socket(sock, server_hostname=self.origin.host)
+        except BaseException:
+            sock.close()
+            raise
+
+    def close(self) -> None:
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
+
+    def is_dropped(self) -> bool:
+        """Whether an idle connection is readable: the server has closed it, or has sent what was not asked for."""
+        poll = select.poll()
+        assert self.sock is not None
+        poll.register(self.sock, select.POLLIN)
+        return bool(poll.poll(0))
+
+
+@dataclass(slots=True, eq=False)
+class _Host:
+    """Connections to one origin."""
+
+    idle: deque[tuple[float, KeptConnection]] = field(default_factory=deque)  # and since when; the last one used is last
+    used: set[KeptConnection] = field(default_factory=set)
+    waiting: int = 0  # threads that wait for a connection
+
+
+class ConnectionPool:
+    """At most `max_connections_per_host` connections to each origin are open; idle ones are kept for IDLE_SECONDS."""
+
+    def __init__(self, max_connections_per_host: int, tls: ssl.SSLContext | None = None) -> None:
+        self._max_connections = max_connections_per_host
+        self._tls = tls
+        self._lock = threading.Lock()
+        self._freed = threading.Condition(self._lock)
+        self._hosts: dict[Origin, _Host] = {}
+        self._closed = False
+        self._looked_at = time.monotonic()
+
+    def take(self, origin: Origin, wait_seconds: float) -> KeptConnection:
+        """An idle connection, else a new one, not connected yet; to be given back. Raises NoFreeConnection."""
+        with self._lock:
+            host = self._hosts.get(origin)
+            if host is None:
+                host = self._hosts[origin] = _Host()
+            if len(host.used) >= self._max_connections:
+                self._wait(host, origin, wait_seconds)
+            while host.idle:
+                since, connection = host.idle.pop()
+                if time.monotonic() - since < IDLE_SECONDS and not connection.is_dropped():
+                    break
+                connection.close()
+            else:
+                if origin.secure:
+                    self._tls = self._tls or ssl.create_default_context()
+                connection = KeptConnection(origin, self._tls if origin.secure else None)
+            host.used.add(connection)
+            return connection
+
+    def give_back(self, connection: KeptConnection, *, keep: bool) -> None:
+        """keep: the connection can be used again."""
+        with self._lock:
+            host = self._hosts[connection.origin]
+            host.used.discard(connection)
+            now = time.monotonic()
+            if keep and connection.sock is not None and not self._closed:
+                host.idle.append((now, connection))
+            else:
+                connection.close()
+            if host.waiting:
+                self._freed.notify_all()
+            if now - self._looked_at >= _LOOK_SECONDS:
+                self._looked_at = now
+                self._close_old(now)
+
+    def close(self) -> None:
+        """Closes idle connections and breaks those in use, so that threads stop waiting for replies."""
+        with self._lock:
+            self._closed = True
+            for host in self._hosts.values():
+                for _, connection in host.idle:
+                    connection.close()
+                host.idle.clear()
+                for sock in [connection.sock for connection in host.used]:
+                    if sock is not None:
+                        with contextlib.suppress(OSError):
+                            sock.shutdown(socket.SHUT_RDWR)
+
+    def _wait(self, host: _Host, origin: Origin, seconds: float) -> None:
+        host.waiting += 1
+        try:
+            if not self._freed.wait_for(lambda: len(host.used) < self._max_connections, max(0.0, seconds)):
+                raise NoFreeConnection(f"all {self._max_connections} connections to {origin.host} stayed in use")
+        finally:
+            host.waiting -= 1
+
+    def _close_old(self, now: float) -> None:
+        """Closes what a burst needed, since `take` uses the newest connection first; forgets hosts of pods that are gone."""
+        for origin, host in list(self._hosts.items()):
+            while host.idle and host.idle[0][0] < now - IDLE_SECONDS:
+                host.idle.popleft()[1].close()
+            if not (host.used or host.waiting or host.idle):
+                del self._hosts[origin]
 
 
 class Sender:
-    """Thread-safe. Connections are kept and used again; close() ends them."""
+    """Sends requests, one attempt each. Thread-safe. A context manager; `close` ends its connections."""
 
     def __init__(
         self,
@@ -69,28 +379,54 @@ class Sender:
         max_connections_per_host: int = 64,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        """`tls` None: the system's trust store, host names checked."""
+        """tls: None for the system's trust store, with host names checked."""
         self._connect_timeout_seconds = connect_timeout_seconds
         self._pool = ConnectionPool(max_connections_per_host, tls)
         self._closed = False
 
-    def send(self, url: str, headers: Mapping[str, str], buffers: Sequence[Buffer], timeout_seconds: float) -> Reply:
-        """POSTs `buffers` one after the other as one body, within `timeout_seconds` from now until the reply's last byte.
+    def send(self, url: str, headers: Mapping[str, str], buffers: Sequence[Buffer], timeout_seconds: float) -> HttpReply:
+        """POSTs `buffers` as one body; the whole reply must come within `timeout_seconds`. Raises as `deliver` does."""
+        length = {"Content-Length": str(sum(memoryview(buffer).nbytes for buffer in buffers))}
+        target = Target.of(url)
+        head = request_head(target, fixed_headers(headers) | length)
+        return self.deliver(target, head, buffers, time.monotonic() + timeout_seconds)
 
-        Raises a Problem where Lamina refused, InfrastructureError where something between did, else another DeliveryError.
+    def get(self, url: str, headers: Mapping[str, str], timeout_seconds: float) -> HttpReply:
+        """The same with GET and without a body."""
+        target = Target.of(url)
+        head = request_head(target, fixed_headers(headers), "GET")
+        return self.deliver(target, head, (), time.monotonic() + timeout_seconds)
+
+    def deliver(self, target: Target, head: bytes, buffers: Sequence[Buffer], deadline: float) -> HttpReply:
+        """Sends a request whose head is made already, and returns its 2xx reply. deadline: in time.monotonic().
+
+        Raises a Problem that Lamina answered with, InfrastructureError for any other refusal, or another DeliveryError.
         """
-        head = _request_head(url, headers, sum(memoryview(buffer).nbytes for buffer in buffers))
-        return self._accepted(url, head, buffers, timeout_seconds)
-
-    def get(self, url: str, headers: Mapping[str, str], timeout_seconds: float) -> Reply:
-        """Likewise, without a body."""
-        return self._accepted(url, _request_head(url, headers, None), (), timeout_seconds)
-
-    def _accepted(self, url: str, head: bytes, buffers: Sequence[Buffer], timeout_seconds: float) -> Reply:
-        reply = self._exchange(url, head, buffers, time.monotonic() + timeout_seconds)
-        if 200 <= reply.status < 300:
-            return reply
-        raise _refusal(url, reply)
+        url = target.url
+        if self._closed:
+            raise Unreachable(f"{url}: the sender is closed")
+        try:
+            connection = self._pool.take(target.origin, deadline - time.monotonic())
+            keep = False
+            try:
+                if connection.sock is None:
+                    self._connect(connection, url, deadline)
+                assert connection.sock is not None
+                reply = exchange(connection.sock, head, buffers, deadline)
+                keep = reply.keeps
+            finally:
+                self._pool.give_back(connection, keep=keep)
+        except NoFreeConnection as error:
+            raise Unreachable(f"{url}: {error}") from error
+        except TimeoutError as error:
+            raise DeliveryTimeout(f"{url}: no complete reply in time") from error
+        except ReplyTooLarge as error:
+            raise InfrastructureError(error.status, url, str(error)) from error
+        except (OSError, BadReply) as error:
+            raise ConnectionBroken(f"{url}: the connection broke: {str(error) or type(error).__name__}") from error
+        if not 200 <= reply.status < 300:
+            raise _refusal(url, reply)
+        return reply
 
     def close(self) -> None:
         self._closed = True
@@ -102,27 +438,7 @@ class Sender:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _exchange(self, url: str, head: bytes, buffers: Sequence[Buffer], deadline: float) -> Reply:
-        if self._closed:
-            raise Unreachable(f"{url}: the sender is closed")
-        origin = Origin.of(url)
-        try:
-            with self._pool.connection(origin, deadline - time.monotonic()) as connection:
-                self._connect(connection, url, deadline)
-                reply = connection.exchange(head, buffers, deadline)
-                return Reply(reply.status, reply.headers, memoryview(reply.body))
-        except NoFreeConnection as error:
-            raise Unreachable(f"{url}: {error}") from error
-        except TimeoutError as error:
-            raise DeliveryTimeout(f"{url}: no complete reply in time") from error
-        except ReplyTooLarge as error:
-            raise InfrastructureError(error.status, url, str(error)) from error
-        except (OSError, BadReply) as error:
-            raise ConnectionBroken(f"{url}: the connection broke: {str(error) or type(error).__name__}") from error
-
-    def _connect(self, connection: Connection, url: str, deadline: float) -> None:
-        if connection.sock is not None:
-            return
+    def _connect(self, connection: KeptConnection, url: str, deadline: float) -> None:
         timeout = min(self._connect_timeout_seconds, remaining(deadline))
         try:
             connection.connect(timeout)
@@ -130,18 +446,13 @@ class Sender:
             raise Unreachable(f"{url}: no connection: {error}") from error
 
 
-def _request_head(url: str, headers: Mapping[str, str], body_bytes: int | None) -> bytes:
-    """body_bytes: None for a GET."""
-    parts = urlsplit(url)
-    target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
-    sent = {name: value for name, value in headers.items() if name.lower() not in _NEVER_SENT}
+def fixed_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """The headers of every request, with those of `headers` that a client may set."""
     own = {"Accept-Encoding": "identity", "User-Agent": USER_AGENT}
-    if body_bytes is not None:
-        own["Content-Length"] = str(body_bytes)
-    return request_head(parts.netloc.rpartition("@")[2], target, own | sent, "GET" if body_bytes is None else "POST")
+    return own | {name: value for name, value in headers.items() if name.lower() not in _NEVER_SENT}
 
 
-def _refusal(url: str, reply: Reply) -> Exception:
+def _refusal(url: str, reply: HttpReply) -> Exception:
     if reply.headers.get("content-type", "").startswith(PROBLEM_CONTENT_TYPE):
         problem = problem_from_document(bytes(reply.body))
         if problem is not None:

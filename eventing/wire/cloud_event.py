@@ -4,10 +4,11 @@ The data of an event is bytes in memory too (one buffer, or several that belong 
 an event can be passed on byte for byte; attributes are strings, but for `time`. Nothing here knows HTTP.
 """
 
+import contextlib
 import hashlib
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final, TypeVar, cast
 
@@ -30,9 +31,9 @@ AttributeValue = str | int | bool | datetime | None
 ZonedTime = Annotated[datetime, msgspec.Meta(tz=True)]
 T = TypeVar("T")
 
-_NAME: Final = re.compile(rf"[a-z0-9]{{1,{MAX_NAME_LENGTH}}}")
-_FORBIDDEN: Final = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffd]")
-"""What no attribute may contain (CloudEvents 1.0.2, section 3.1), and U+FFFD, which stands for bytes that were not UTF-8."""
+NAME: Final = re.compile(rf"[a-z0-9]{{1,{MAX_NAME_LENGTH}}}")
+# What no attribute may contain (CloudEvents 1.0.2, section 3.1), and U+FFFD, which stands for bytes that were not UTF-8.
+FORBIDDEN: Final = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffd]")
 
 
 def make_event(
@@ -70,18 +71,33 @@ def batch_event(type: str, source: str, batch: Batch, *, id: str | None = None, 
 def checked_event(attributes: dict[str, Any], data: Any) -> CloudEvent:
     """An event that owns `attributes`; `data` is Data. Raises MalformedEvent, which names the attribute."""
     for name, value in attributes.items():
-        if not _NAME.fullmatch(name):
-            raise MalformedEvent(f"attribute {name[:40]!r}: names are 1 to {MAX_NAME_LENGTH} characters of a-z and 0-9")
-        if isinstance(value, str) and (len(value) > MAX_VALUE_LENGTH or _FORBIDDEN.search(value)):
-            raise MalformedEvent(_bad_value(name, value))
+        if not NAME.fullmatch(name) or (isinstance(value, str) and (len(value) > MAX_VALUE_LENGTH or FORBIDDEN.search(value))):
+            raise bad_attribute(name, value)
     has_time = "time" in attributes
     try:
         event = CloudEvent(attributes, data)
     except BaseCloudEventException as error:
         raise MalformedEvent(str(error)) from error
-    if not has_time:  # The SDK has written the present into it, which the sender did not say.
+    if not has_time:  # the SDK has written the present into it, which the sender did not say
         del attributes["time"]
     return event
+
+
+def event_of(attributes: Mapping[str, Any], data: Data) -> CloudEvent:
+    """An event whose attributes were read as text. Raises MalformedEvent, which names the attribute."""
+    given = dict(attributes)
+    if isinstance(given.get("time"), str):
+        given["time"] = zoned_time("time", given["time"])
+    return checked_event(given, data)
+
+
+def bad_attribute(name: str, value: str) -> MalformedEvent:
+    """What is wrong with an attribute whose name or value is not allowed."""
+    if not NAME.fullmatch(name):
+        return MalformedEvent(f"attribute {name[:40]!r}: names are 1 to {MAX_NAME_LENGTH} characters of a-z and 0-9")
+    if len(value) > MAX_VALUE_LENGTH:
+        return MalformedEvent(f"attribute {name} has {len(value)} characters, the most is {MAX_VALUE_LENGTH}")
+    return MalformedEvent(f"attribute {name} contains a control character or is not UTF-8: {value[:40]!r}")
 
 
 def attribute_text(value: AttributeValue) -> str | None:
@@ -94,22 +110,32 @@ def attribute_text(value: AttributeValue) -> str | None:
 
 
 def json_data(event: CloudEvent, type: type[T]) -> T:
-    """The event's JSON data. Raises UnsupportedMediaType where it is not JSON, MalformedEvent with the path of the error."""
-    content_type = event.get_datacontenttype() or JSON_CONTENT_TYPE
+    """The event's JSON data. Raises as `read_json` does."""
+    return read_json(event.get_attributes(), one_piece(event), type)
+
+
+def read_json(attributes: Mapping[str, Any], data: Buffer, type: type[T]) -> T:
+    """Data of an event with these attributes. Raises UnsupportedMediaType, or MalformedEvent with the path of the error."""
+    content_type = attributes.get("datacontenttype") or JSON_CONTENT_TYPE
     if not is_json(content_type):
-        raise UnsupportedMediaType(f"{event.get_type()} wants {JSON_CONTENT_TYPE}, its data is {content_type}")
+        raise UnsupportedMediaType(f"{attributes['type']} wants {JSON_CONTENT_TYPE}, its data is {content_type}")
     try:
-        return decode_json(_one_piece(event), type)
+        return decode_json(data, type)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise MalformedEvent(f"the data of {event.get_type()}: {error}") from error
+        raise MalformedEvent(f"the data of {attributes['type']}: {error}") from error
 
 
 def batch_data(event: CloudEvent) -> Batch:
-    """The Batch, a view of the event's data. Raises UnsupportedMediaType, MalformedEvent and EventTooLarge."""
-    content_type = event.get_datacontenttype()
+    """The event's Batch, a view of its data. Raises as `read_batch` does."""
+    return read_batch(event.get_attributes(), one_piece(event))
+
+
+def read_batch(attributes: Mapping[str, Any], data: Buffer) -> Batch:
+    """Data of an event with these attributes, as a view. Raises UnsupportedMediaType, MalformedEvent and EventTooLarge."""
+    content_type = attributes.get("datacontenttype")
     if content_type != BATCH_CONTENT_TYPE:
-        raise UnsupportedMediaType(f"{event.get_type()} wants {BATCH_CONTENT_TYPE}, its data is {content_type}")
-    return decode_batch(_one_piece(event))
+        raise UnsupportedMediaType(f"{attributes['type']} wants {BATCH_CONTENT_TYPE}, its data is {content_type}")
+    return decode_batch(data)
 
 
 def data_buffers(event: CloudEvent) -> list[Buffer]:
@@ -120,48 +146,65 @@ def data_buffers(event: CloudEvent) -> list[Buffer]:
     return [data] if isinstance(data, bytes | bytearray | memoryview) else list(data)
 
 
-def required_attribute(event: CloudEvent, name: str) -> str:
-    """Raises MalformedEvent where the attribute is not there."""
-    value = event.get_extension(name)
+def required_attribute(attributes: Mapping[str, Any], name: str) -> str:
+    """Raises MalformedEvent if the attribute is missing."""
+    value = attributes.get(name)
     if value is None:
-        raise MalformedEvent(f"{event.get_type()}: the attribute {name} is missing")
+        raise MalformedEvent(f"{attributes['type']}: the attribute {name} is missing")
     return str(value)
 
 
-def integer_attribute(event: CloudEvent, name: str) -> int:
+def integer_attribute(attributes: Mapping[str, Any], name: str) -> int:
     """A required attribute of digits. Raises MalformedEvent."""
-    value = required_attribute(event, name)
+    value = required_attribute(attributes, name)
     if not (value.isascii() and value.isdigit() and len(value) <= 10):
-        raise MalformedEvent(f"{event.get_type()}: the attribute {name} is {value!r}, not a number")
+        raise MalformedEvent(f"{attributes['type']}: the attribute {name} is {value!r}, not a number")
     return int(value)
 
 
-def expiry_time(event: CloudEvent) -> datetime | None:
-    """When nobody awaits the answer any more; None: never. Raises MalformedEvent."""
-    value = event.get_extension(Attribute.EXPIRY_TIME)
+def zoned_time(name: str, text: str) -> datetime:
+    """The value of a time attribute: RFC 3339, and the other forms of ISO 8601 that the SDK reads. Raises MalformedEvent."""
+    with contextlib.suppress(ValueError):
+        if (moment := datetime.fromisoformat(text)).tzinfo is not None:
+            return moment
+    try:
+        return msgspec.convert(text, ZonedTime)
+    except msgspec.ValidationError as error:
+        raise MalformedEvent(f"the attribute {name} is {text!r}, not a time with its timezone: {error}") from error
+
+
+def expiry_time(attributes: Mapping[str, Any]) -> datetime | None:
+    """When the answer is no longer awaited; None: never. Raises MalformedEvent."""
+    value = attributes.get(Attribute.EXPIRY_TIME)
     if value is None:
         return None
     try:
-        return msgspec.convert(value, ZonedTime).astimezone(UTC)
-    except (msgspec.ValidationError, OverflowError) as error:  # OverflowError: before the year 1 or behind 9999 in UTC.
+        return zoned_time(Attribute.EXPIRY_TIME, value).astimezone(UTC)
+    except OverflowError as error:  # before the year 1 or after 9999 in UTC
         raise MalformedEvent(f"the attribute {Attribute.EXPIRY_TIME} is {value!r}: {error}") from error
 
 
-def check_not_expired(event: CloudEvent, now: datetime) -> None:
-    """Raises EventExpired; `now` knows its time zone."""
-    expiry = expiry_time(event)
+def check_not_expired(attributes: Mapping[str, Any], now: datetime) -> datetime | None:
+    """Returns `expiry_time`. Raises EventExpired if it is not after `now`, which knows its time zone."""
+    expiry = expiry_time(attributes)
     if expiry is not None and expiry <= now:
-        raise EventExpired(f"{event.get_type()} {event.get_id()} expired at {attribute_text(expiry)}")
+        raise EventExpired(f"{attributes['type']} {attributes['id']} expired at {attribute_text(expiry)}")
+    return expiry
 
 
 def reply_id(cause: CloudEvent) -> str:
     """The id of the one reply to `cause`: the same for every delivery of it, so that a sink can drop repetitions."""
-    return _cause_digest(cause).hexdigest()[:32]
+    return reply_id_of(cause.get_source(), cause.get_id())
+
+
+def reply_id_of(source: str, id: str) -> str:
+    """The id of the reply to the event with this source and id."""
+    return hashlib.sha256(_cause(source, id)).hexdigest()[:32]
 
 
 def reply_seed(cause: CloudEvent) -> int:
     """A seed for a request that names none: the same for every delivery, so that every delivery has the same answer."""
-    return int.from_bytes(_cause_digest(cause).digest()[:8]) >> 1
+    return int.from_bytes(hashlib.sha256(_cause(cause.get_source(), cause.get_id())).digest()[:8]) >> 1
 
 
 def is_json(content_type: str) -> bool:
@@ -169,18 +212,12 @@ def is_json(content_type: str) -> bool:
     return media_type.endswith(("/json", "+json"))
 
 
-def _cause_digest(cause: CloudEvent) -> "hashlib._Hash":
-    """Of source and id, which together are unique (CloudEvents 1.0.2, section 3.1.1); the length keeps them apart."""
-    source, id_ = cause.get_source(), cause.get_id()
-    return hashlib.sha256(f"{len(source)} {source} {id_}".encode())
+def _cause(source: str, id: str) -> bytes:
+    """Source and id, which together are unique (CloudEvents 1.0.2, section 3.1.1); the length keeps them apart."""
+    return f"{len(source)} {source} {id}".encode()
 
 
-def _one_piece(event: CloudEvent) -> Buffer:
+def one_piece(event: CloudEvent) -> Buffer:
+    """The event's data as one buffer; empty if there is no data."""
     buffers = data_buffers(event)
     return buffers[0] if len(buffers) == 1 else b"".join(buffers)
-
-
-def _bad_value(name: str, value: str) -> str:
-    if len(value) > MAX_VALUE_LENGTH:
-        return f"attribute {name} has {len(value)} characters, the most is {MAX_VALUE_LENGTH}"
-    return f"attribute {name} contains a control character or is not UTF-8: {value[:40]!r}"

@@ -49,7 +49,7 @@ def verify(event: CloudEvent, *tokens: str) -> None:
             f"the signature of {event.get_type()} {event.get_id()} is not this pipeline's: it was altered on its way, "
             "or signed with another token"
         )
-    check_not_expired(event, datetime.now(UTC))
+    check_not_expired(event.get_attributes(), datetime.now(UTC))
 
 
 def _signature(event: CloudEvent, token: str) -> str:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 REFUSED: Final = "lamina.refused"
 """The Problem that ended the request before its body was in; whoever answers it raises that."""
+ADMITTED_BYTES: Final = "lamina.admitted_bytes"
+"""How large a body the application's admission allowed for this head."""
 MANAGEMENT: Final = "lamina.management"
 """Whether the request came by the port that clients do not reach."""
 CLIENT_GONE: Final = "lamina.client_gone"

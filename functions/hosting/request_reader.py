@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import httptools
 
 from eventing.problems import EventTooLarge, Problem
-from functions.hosting.environ import REFUSED, BodyStream, wsgi_environ
+from functions.hosting.environ import ADMITTED_BYTES, REFUSED, BodyStream, wsgi_environ
 from functions.hosting.limits import MAX_HEAD_BYTES, MAX_HEADERS, Body, BodyBudget
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class RequestReader:
             raise BadRequest(501, f"the transfer coding {encoding[:40]!r} is not served, chunked is")
         self._length = None if encoding else int(environ.get("CONTENT_LENGTH") or 0)
         try:
-            self._most = self._admit(environ)
+            self._most = environ[ADMITTED_BYTES] = self._admit(environ)
             self._check_size(self._length or 0)
         except Problem as problem:
             self._refuse(problem)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from eventing.http import binding, sse
 from eventing.http.binding import STRUCTURED_CONTENT_TYPE, from_http
-from eventing.http.exchange import BadReply, exchange
+from eventing.http.delivery import BadReply, exchange
 from eventing.http.sse import MAX_EVENT_BYTES, SSEDecoder
 from eventing.problems import MalformedEvent, Problem, problem_from_document
 from eventing.wire.batch_codec import decode_batch
@@ -64,9 +64,9 @@ def read_everything(headers: dict[str, str], body: bytes) -> None:
     readers: list[Callable[[], object]] = [
         *(partial(json_data, event, type_) for type_ in data_types),
         lambda: batch_data(event),
-        lambda: integer_attribute(event, Attribute.LAYER),
-        lambda: expiry_time(event),
-        lambda: check_not_expired(event, datetime.now(UTC)),
+        lambda: integer_attribute(event.get_attributes(), Attribute.LAYER),
+        lambda: expiry_time(event.get_attributes()),
+        lambda: check_not_expired(event.get_attributes(), datetime.now(UTC)),
         lambda: verify(event, "token"),
         lambda: reply_id(event),
         lambda: reply_seed(event),
@@ -102,7 +102,7 @@ def test_any_damaged_batch(batch: Any, headers: dict[str, str], position: int, d
 @pytest.mark.parametrize("moment", TIMES)
 def test_moments_that_are_not_in_the_calendar(moment: str) -> None:
     with pytest.raises(MalformedEvent, match="expirytime"):
-        expiry_time(from_http(COMPLETE | {"ce-expirytime": moment}, b""))
+        expiry_time(from_http(COMPLETE | {"ce-expirytime": moment}, b"").get_attributes())
 
 
 @pytest.mark.parametrize("name", ["data", "specversion", "id", "time", "layer", "data_base64", "datacontenttype"])

@@ -132,7 +132,7 @@ def test_all_events_of_a_score_have_the_id_of_the_reply_and_end_as_the_request_d
     cause = request(ScoreRequest(text=TEXT), expirytime=end, traceparent=trace)
     events = steps.events(cause)[1:]
     assert {event.get_id() for event in events} == {reply_id(cause)}
-    assert {expiry_time(event) for event in events} == {end}
+    assert {expiry_time(event.get_attributes()) for event in events} == {end}
     assert {event.get_extension("traceparent") for event in events} == {trace}
     assert [event.get_type() for event in events] == [EventType.FORWARD] * len(CUT) + [EventType.SCORE_RESPONSE]
     assert len({event.get_source() for event in events}) == len(events)
@@ -140,7 +140,7 @@ def test_all_events_of_a_score_have_the_id_of_the_reply_and_end_as_the_request_d
 
 def test_a_signed_event_is_good_for_an_hour_and_goes_to_sequences_only(steps: Steps, sender: Sender) -> None:
     cause = request(ScoreRequest(text=TEXT), expirytime=datetime.now(UTC) + timedelta(days=3))
-    end = expiry_time(steps.events(cause)[1])
+    end = expiry_time(steps.events(cause)[1].get_attributes())
     assert end is not None
     assert end <= datetime.now(UTC) + timedelta(hours=1)
     headers, body = to_binary_http(cause)

@@ -90,7 +90,7 @@ class CloudEventsAPI:
                 f"{EventType.SCORE_REQUEST}"
             )
         g.request_id = log_entry().request_id = reply_id(event)
-        check_not_expired(event, datetime.now(UTC))
+        check_not_expired(event.get_attributes(), datetime.now(UTC))
         event = self._claims.redeem(event)
         if event.get_type() == EventType.SCORE_REQUEST:
             return self._score(event)
@@ -116,7 +116,7 @@ class CloudEventsAPI:
 
         def begin() -> Generation:
             data = json_data(event, GenerateRequest)
-            seconds, expiry = self._timeout_seconds, expiry_time(event)
+            seconds, expiry = self._timeout_seconds, expiry_time(event.get_attributes())
             if expiry is not None:
                 seconds = min(seconds, (expiry - datetime.now(UTC)).total_seconds())
             traceparent = event.get_extension(Attribute.TRACEPARENT)
@@ -147,7 +147,7 @@ class CloudEventsAPI:
         try:
             for event in events:
                 try:
-                    check_not_expired(event, datetime.now(UTC))
+                    check_not_expired(event.get_attributes(), datetime.now(UTC))
                     begun.append(self._listen(self._claims.redeem(event), client_id, arrived))
                 except Problem as problem:
                     begun.append(problem)

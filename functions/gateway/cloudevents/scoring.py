@@ -39,7 +39,7 @@ class ScoreEntry:
         attributes: dict[str, AttributeValue] = {
             Attribute.PIPELINE: self._pipeline,
             Attribute.LAYER: 0,
-            Attribute.EXPIRY_TIME: min(expiry_time(request) or latest, latest),
+            Attribute.EXPIRY_TIME: min(expiry_time(request.get_attributes()) or latest, latest),
             Attribute.TRACEPARENT: request.get_extension(Attribute.TRACEPARENT),
         }
         event = batch_event(EventType.FORWARD, self._source, batch, id=id_, **attributes)

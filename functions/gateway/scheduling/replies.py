@@ -11,7 +11,7 @@ from functions.gateway.scheduling.failures import Failures
 from functions.gateway.scheduling.progress import Piece
 from functions.gateway.scheduling.sequence import Sequence
 from functions.gateway.scheduling.step import Step
-from functions.gateway.stages.client import ForwardReply, Origin
+from functions.gateway.stages.client import ForwardReply, ReplyOrigin
 from functions.gateway.stages.failures import StageFailed
 
 _OWED: Final = "its reply lacks a token or a log-probability that was wanted, or has others than were drafted"
@@ -22,7 +22,7 @@ class Replies:
         self._board = board
         self._failures = failures
 
-    def heard(self, origin: Origin, in_trip: Iterable[Sequence] = ()) -> None:
+    def heard(self, origin: ReplyOrigin, in_trip: Iterable[Sequence] = ()) -> None:
         """Notes who replied. After a new boot all held there is lost; the rows of those `in_trip` say so themselves."""
         instance = origin.instance
         if instance.boot not in ("", origin.boot):

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from eventing.wire.control import ReserveReply, ReserveRow
 from eventing.wire.events import Status
-from functions.gateway.stages.client import Origin, StageClient, Traces
+from functions.gateway.stages.client import ReplyOrigin, StageClient, Traces
 from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.instances import Instance
 
@@ -17,7 +17,7 @@ _WORST_FIRST: Final = (Status.INVALID, Status.STALE, Status.MISS, Status.FULL, S
 
 Peers = Mapping[Instance, tuple[str, ...]]
 """By who may ask them."""
-Said = tuple[Origin, ReserveReply] | StageFailed
+Said = tuple[ReplyOrigin, ReserveReply] | StageFailed
 """By one stage."""
 
 
@@ -27,7 +27,7 @@ class Reservation:
 
     statuses: Sequence[Status]
     """Per sequence, the worst of all stages."""
-    origins: Sequence[Origin]
+    origins: Sequence[ReplyOrigin]
     held: Sequence[Sequence[int]]
     """Per sequence and stage, tokens of its chain that are there already."""
     remembers: bool = False
@@ -90,7 +90,7 @@ def _ask(client: StageClient, instance: Instance, rows: Sequence[ReserveRow], de
 def _combined(said: Sequence[Said], num_rows: int) -> Reservation:
     statuses = [Status.OK] * num_rows
     held: list[list[int]] = [[] for _ in range(num_rows)]
-    origins: list[Origin] = []
+    origins: list[ReplyOrigin] = []
     remembers = True
     for of_stage in said:
         if isinstance(of_stage, StageFailed):

@@ -1,7 +1,6 @@
-"""What the gateway says to the instances of stages.
+"""Events that the gateway sends to instances of stages.
 
-One method per event type. Everything that can go wrong with an event as a whole ends in `StageFailed` (`failures`); what goes
-wrong with one row stands in the row.
+What goes wrong with an event as a whole is raised as `StageFailed` (`failures`); what goes wrong with a row is in the row.
 """
 
 import re
@@ -11,14 +10,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final, TypeVar
 
-from cloudevents.core.v1.event import CloudEvent
+import msgspec
 from msgspec import Struct
 
-from eventing.http.binding import from_http, to_binary_http
-from eventing.http.delivery import DeliveryError, Reply, Sender
+from eventing.http.binding import to_binary_http
+from eventing.http.delivery import DeliveryError, HttpReply, Sender, Target
+from eventing.http.framing import EventTemplate, read_attributes
 from eventing.problems import MalformedEvent, Problem
 from eventing.wire.batch_codec import decode_batch
-from eventing.wire.cloud_event import AttributeValue, Buffer, Data, json_data, json_event, make_event
+from eventing.wire.cloud_event import JSON_CONTENT_TYPE, Buffer, make_event, read_json
 from eventing.wire.control import (
     RENEWAL_SECONDS,
     ReleaseReply,
@@ -35,37 +35,31 @@ from functions.gateway.stages.failures import StageFailed, stage_failed
 from functions.gateway.stages.instances import Instance
 from functions.observing.tracing import PASSING, Attributes, Span, TraceContext, Tracer
 
-RESERVATION_SECONDS: Final = 10.0
-"""How long a stage that has not failed of late may take for a reservation."""
+RESERVATION_SECONDS: Final = 10.0  # reply timeout of a reservation, for an instance that has not failed lately
 
 _ENGINE: Final = re.compile(r"engine;dur=([0-9]{1,9}\.[0-9]{1,9})")
-Traces = Sequence[TraceContext]
-"""Of the sequences that an event is sent for."""
-Extensions = dict[str, AttributeValue]
-"""Attributes beside those that every event carries."""
+Traces = Sequence[TraceContext]  # of the sequences that an event is sent for
 S = TypeVar("S", bound=Struct)
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
-    """Who replied, and what it said of itself."""
+class ReplyOrigin:
+    """The instance that replied, and what it said of itself."""
 
     instance: Instance
-    boot: str
-    """The `instance` attribute: a name with a nonce of its boot."""
+    boot: str  # the `instance` attribute: a name with a nonce of its boot
     free_tokens: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardReply:
-    origin: Origin
+    """A stage's reply to one step. `batch` holds views into `body`."""
+
+    origin: ReplyOrigin
     batch: Batch
-    """Views into `body`."""
     body: memoryview
-    exchange_seconds: float = 0.0
-    """From the request's first byte to the reply's last; the rest of a hop is events that are made and read."""
-    engine_seconds: float | None = None
-    """Of those, waiting and computing at the stage, as its Server-Timing says; None where it says nothing."""
+    exchange_seconds: float = 0.0  # from the request's first byte to the reply's last
+    engine_seconds: float | None = None  # part of exchange_seconds: queueing and compute at the stage; None: not reported
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +68,12 @@ class PipelineIdentity:
 
     fingerprint: str
     token: str
-    source: str
-    """The gateway with a nonce of its boot; a stage lets nobody else touch this source's sequences."""
-    first_layers: tuple[int, ...]
-    """Per stage."""
+    source: str  # the gateway with a nonce of its boot; a stage keeps each source's sequences apart
+    first_layers: tuple[int, ...]  # per stage
 
 
 class StageClient:
-    """Sends events to the stages. Thread-safe."""
+    """Sends events to the stages, one method per event type. Thread-safe."""
 
     def __init__(
         self, sender: Sender, identity: PipelineIdentity, step_timeout_seconds: float, tracer: Tracer = PASSING
@@ -98,136 +90,124 @@ class StageClient:
 
         ids: of the rows, in their order. deadline: in time.monotonic(). traces: of the rows' sequences.
         """
-        timeout, awaited_until = _time_left(self._step_timeout_seconds, deadline)
+        timeout, client_deadline = _time_left(self._step_timeout_seconds, deadline)
+        template = self._template(instance, EventType.FORWARD, BATCH_CONTENT_TYPE)
         with instance.in_flight, self._span(EventType.FORWARD, instance.stage, instance.url, traces) as span:
-            event = self._batch_event(instance.stage, body, timeout, span.context)
             sent = time.perf_counter()
-            reply = self._send(instance.stage, instance.url, event, timeout, awaited_until)
+            reply = self._send(instance.stage, template, body, timeout, span.context, (), client_deadline)
             exchange_seconds = time.perf_counter() - sent
         try:
-            origin = _origin(instance, from_http(reply.headers, reply.body))
+            origin = _origin(instance, read_attributes(reply.headers.items()))
             batch = decode_batch(reply.body)
-            if [row.id for row in batch.rows] != list(ids):
-                raise MalformedEvent(f"the reply has rows {[row.id for row in batch.rows]}, sent were {list(ids)}")
+            if (seen := [row.id for row in batch.rows]) != list(ids):
+                raise MalformedEvent(f"the reply has rows {seen}, sent were {list(ids)}")
         except Problem as error:
             raise StageFailed(instance.stage, "malformed", f"its reply: {error}", blames=True) from error
-        return ForwardReply(origin, batch, reply.body, exchange_seconds, _engine_seconds(reply))
+        engine = _ENGINE.search(reply.headers.get("server-timing", ""))
+        return ForwardReply(origin, batch, reply.body, exchange_seconds, None if engine is None else float(engine[1]) / 1000)
 
     def reserve(
         self, instance: Instance, rows: Sequence[ReserveRow], deadline: float, traces: Traces = ()
-    ) -> tuple[Origin, ReserveReply]:
-        """Room for the rows, each with its own status, in their order; it may wait for a pass. Raises StageFailed.
+    ) -> tuple[ReplyOrigin, ReserveReply]:
+        """Reserves memory; each row of the reply has its own status. May take as long as a forward pass. Raises StageFailed.
 
-        A stage replies between two passes. One that takes a connection and says nothing costs less than a step may, so that
-        another instance is asked soon; each time in a row it has longer, for there are stages with long passes.
+        A stage replies between two passes. An instance that accepts the connection and says nothing is given less time than a
+        step, so that another instance is asked soon, and more with every failure, because some stages have long passes.
         """
-        own = min(self._step_timeout_seconds, RESERVATION_SECONDS * 2 ** min(instance.failures, 8))
-        timeout, awaited_until = _time_left(own, deadline)
+        seconds = min(self._step_timeout_seconds, RESERVATION_SECONDS * 2 ** min(instance.failures, 8))
+        timeout, client_deadline = _time_left(seconds, deadline)
+        template = self._template(instance, EventType.RESERVE, JSON_CONTENT_TYPE)
         request = ReserveRequest(tuple(rows))
-        origin, reply = self._ask(instance, EventType.RESERVE, request, ReserveReply, timeout, traces, awaited_until)
+        attributes, reply = self._call(
+            instance.stage, template, request, ReserveReply, timeout, traces, client_deadline=client_deadline
+        )
         if [(row.id, row.attempt) for row in reply.rows] != [(row.id, row.attempt) for row in rows]:
             raise StageFailed(instance.stage, "malformed", "its reply to a reservation has other rows than the request")
-        return origin, reply
+        return _origin(instance, attributes), reply
 
-    def release(self, instance: Instance, rows: Sequence[ReleaseRow], awaited_tokens: int = 0) -> Origin:
-        """Frees the rows' memory; without rows, says that this gateway lives. Raises StageFailed.
+    def release(self, instance: Instance, rows: Sequence[ReleaseRow], awaited_tokens: int = 0) -> ReplyOrigin:
+        """Frees the rows' memory. Without rows it renews this gateway's lease. Raises StageFailed.
 
-        awaited_tokens: unless it is 0, the reply comes when so many can be reserved, or after ROOM_SECONDS.
+        awaited_tokens: unless 0, the stage holds its reply until it could reserve so many, or for ROOM_SECONDS.
         """
         timeout = self._step_timeout_seconds if rows else min(RENEWAL_SECONDS, self._step_timeout_seconds)
+        template = self._template(instance, EventType.RELEASE, JSON_CONTENT_TYPE)
+        extensions = [(Attribute.AWAITED_TOKENS.value, str(awaited_tokens))] if awaited_tokens else []
         request = ReleaseRequest(tuple(rows))
-        more: Extensions | None = {Attribute.AWAITED_TOKENS: awaited_tokens} if awaited_tokens else None
-        return self._ask(instance, EventType.RELEASE, request, ReleaseReply, timeout, more=more)[0]
+        attributes, _ = self._call(instance.stage, template, request, ReleaseReply, timeout, extensions=extensions)
+        return _origin(instance, attributes)
 
     def warm_up(self, stage: int, url: str, timeout_seconds: float) -> WarmupReply:
-        """Wakes a stage and returns once its weights are in. Raises StageFailed."""
-        return self._exchange(stage, url, EventType.WARMUP, WarmupRequest(), WarmupReply, timeout_seconds)[1]
+        """Wakes a stage and returns once its weights are loaded. Raises StageFailed."""
+        template = self._new_template(stage, url, EventType.WARMUP, JSON_CONTENT_TYPE)
+        return self._call(stage, template, WarmupRequest(), WarmupReply, timeout_seconds)[1]
 
-    def _ask(
-        self,
-        instance: Instance,
-        type: EventType,
-        request: Struct,
-        reply: type[S],
-        timeout_seconds: float,
-        traces: Traces = (),
-        awaited_until: float | None = None,
-        more: Extensions | None = None,
-    ) -> tuple[Origin, S]:
-        told = (type, request, reply, timeout_seconds, traces, awaited_until)
-        event, value = self._exchange(instance.stage, instance.url, *told, more)
-        return _origin(instance, event), value
-
-    def _exchange(
+    def _call(
         self,
         stage: int,
-        url: str,
-        type: EventType,
+        template: EventTemplate,
         request: Struct,
-        reply: type[S],
+        reply_type: type[S],
         timeout_seconds: float,
         traces: Traces = (),
-        awaited_until: float | None = None,
-        more: Extensions | None = None,
-    ) -> tuple[CloudEvent, S]:
-        """One event with JSON data and its reply. Raises StageFailed."""
-        with self._span(type, stage, url, traces) as span:
-            event = self._json_event(stage, type, request, timeout_seconds, span.context, more)
-            return _read(stage, self._send(stage, url, event, timeout_seconds, awaited_until), reply)
-
-    def _span(self, type: EventType, stage: int, url: str, traces: Traces) -> Span:
-        told: Attributes = {"lamina.stage": stage, "lamina.sequences": len(traces), "url.full": url}
-        return self._tracer.send(f"send {type.removeprefix('dev.lamina.')}", traces, told)
-
-    def _batch_event(self, stage: int, body: Data, timeout_seconds: float, trace: TraceContext) -> CloudEvent:
-        attributes = self._attributes(stage, timeout_seconds, trace)
-        return make_event(EventType.FORWARD, self._identity.source, body, BATCH_CONTENT_TYPE, id=None, **attributes)
-
-    def _json_event(
-        self, stage: int, type: EventType, value: Struct, timeout_seconds: float, trace: TraceContext, more: Extensions | None
-    ) -> CloudEvent:
-        attributes = self._attributes(stage, timeout_seconds, trace) | (more or {})
-        return json_event(type, self._identity.source, value, id=None, **attributes)
-
-    def _attributes(self, stage: int, timeout_seconds: float, trace: TraceContext) -> dict[str, AttributeValue]:
-        return {
-            Attribute.PIPELINE: self._identity.fingerprint,
-            Attribute.LAYER: self._identity.first_layers[stage],
-            Attribute.EXPIRY_TIME: datetime.now(UTC) + timedelta(seconds=timeout_seconds),
-            Attribute.TRACEPARENT: trace.traceparent,
-        }
+        *,
+        extensions: Sequence[tuple[str, str]] = (),
+        client_deadline: float | None = None,
+    ) -> tuple[dict[str, str], S]:
+        """Sends one JSON event; returns its reply's attributes and data. Raises StageFailed."""
+        body = [msgspec.json.encode(request)]
+        with self._span(template.event_type, stage, template.target.url, traces) as span:
+            reply = self._send(stage, template, body, timeout_seconds, span.context, extensions, client_deadline)
+            try:
+                attributes = read_attributes(reply.headers.items())
+                return attributes, read_json(attributes, reply.body, reply_type)
+            except Problem as error:
+                raise StageFailed(stage, "malformed", f"its reply: {error}") from error
 
     def _send(
-        self, stage: int, url: str, event: CloudEvent, timeout_seconds: float, awaited_until: float | None = None
-    ) -> Reply:
-        headers, buffers = to_binary_http(event)
-        headers["authorization"] = f"Bearer {self._identity.token}"
+        self,
+        stage: int,
+        template: EventTemplate,
+        body: Sequence[Buffer],
+        timeout_seconds: float,
+        trace: TraceContext,
+        extensions: Sequence[tuple[str, str]],
+        client_deadline: float | None,
+    ) -> HttpReply:
+        expiry = (datetime.now(UTC) + timedelta(seconds=timeout_seconds)).isoformat()[:-6] + "Z"
+        varying = (("expirytime", expiry), ("traceparent", trace.traceparent), *extensions)
+        head = template.head(sum(map(len, body)), varying)
         try:
-            return self._sender.send(url, headers, buffers, max(0.001, timeout_seconds))
+            return self._sender.deliver(template.target, head, body, time.monotonic() + max(0.001, timeout_seconds))
         except (DeliveryError, Problem) as error:
-            raise stage_failed(stage, error, awaited_until) from error
+            raise stage_failed(stage, error, client_deadline) from error
+
+    def _template(self, instance: Instance, event_type: EventType, content_type: str) -> EventTemplate:
+        """Made at the first event of its type; an instance keeps its templates."""
+        template = instance.templates.get(event_type)
+        if template is None:
+            template = self._new_template(instance.stage, instance.url, event_type, content_type)
+            instance.templates[event_type] = template
+        return template
+
+    def _new_template(self, stage: int, url: str, event_type: EventType, content_type: str) -> EventTemplate:
+        identity = self._identity
+        layer = identity.first_layers[stage]
+        event = make_event(event_type, identity.source, b"", content_type, pipeline=identity.fingerprint, layer=layer)
+        headers, _ = to_binary_http(event)
+        return EventTemplate(event_type, Target.of(url), headers | {"authorization": f"Bearer {identity.token}"})
+
+    def _span(self, event_type: str, stage: int, url: str, traces: Traces) -> Span:
+        attributes: Attributes = {"lamina.stage": stage, "lamina.sequences": len(traces), "url.full": url}
+        return self._tracer.send(f"send {event_type.removeprefix('dev.lamina.')}", traces, attributes)
 
 
 def _time_left(own_seconds: float, deadline: float) -> tuple[float, float | None]:
-    """How long is waited for a reply; and until when, if it is the client that waits no longer."""
+    """Reply timeout in seconds; and the client's deadline, if that is what ends the wait."""
     left = deadline - time.monotonic()
     return (left, deadline) if left < own_seconds else (own_seconds, None)
 
 
-def _origin(instance: Instance, reply: CloudEvent) -> Origin:
-    free = str(reply.get_extension(Attribute.FREE_TOKENS))
-    boot = reply.get_extension(Attribute.INSTANCE)
-    return Origin(instance, str(boot or ""), int(free) if free.isdecimal() else None)
-
-
-def _engine_seconds(reply: Reply) -> float | None:
-    found = _ENGINE.search(reply.headers.get("server-timing", ""))
-    return None if found is None else float(found[1]) / 1000
-
-
-def _read(stage: int, reply: Reply, type: type[S]) -> tuple[CloudEvent, S]:
-    try:
-        event = from_http(reply.headers, reply.body)
-        return event, json_data(event, type)
-    except Problem as error:
-        raise StageFailed(stage, "malformed", f"its reply: {error}") from error
+def _origin(instance: Instance, attributes: dict[str, str]) -> ReplyOrigin:
+    free = attributes.get(Attribute.FREE_TOKENS, "")
+    return ReplyOrigin(instance, attributes.get(Attribute.INSTANCE, ""), int(free) if free.isdecimal() else None)

@@ -6,11 +6,12 @@ reads (and `failures`, for how long it waits); a `Turnstile` and an `InFlight` h
 
 import random
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Final
 
-from functions.gateway.stages.in_flight import InFlight
+from eventing.http.framing import EventTemplate
 
 FIRST_SUSPENSION_SECONDS: Final = 0.1
 LONGEST_SUSPENSION_SECONDS: Final = 5.0
@@ -53,6 +54,39 @@ class Turnstile:
                 self._queue[0].set()
 
 
+class InFlight:
+    """Counts events at an instance over time: this gateway's part of what Knative's autoscaler calls concurrency.
+
+    A context manager around each event; thread-safe. Weighted by time, as queue-proxy counts requests (knative/serving
+    pkg/http/stats).
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._events = 0
+        self._seconds = 0.0
+        self._since = time.monotonic()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            now = time.monotonic()
+            self._seconds += self._events * (now - self._since)
+            self._since = now
+            self._events += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            now = time.monotonic()
+            self._seconds += self._events * (now - self._since)
+            self._since = now
+            self._events -= 1
+
+    def event_seconds(self) -> float:
+        """Sum over all events so far. The difference of two readings, divided by the time between them, is the concurrency."""
+        with self._lock:
+            return self._seconds + self._events * (time.monotonic() - self._since)
+
+
 @dataclass(eq=False, slots=True)
 class Instance:
     """One instance of a stage, or a Service URL where there is no watch."""
@@ -75,8 +109,8 @@ class Instance:
     """Who replied last, with a nonce of its boot."""
     prompts: Turnstile = field(default_factory=Turnstile)
     """One event with prompt chunks at a time, so that running decodes wait for at most one."""
-    in_flight: InFlight = field(default_factory=InFlight)
-    """Forward events of this gateway."""
+    in_flight: InFlight = field(default_factory=InFlight)  # forward events of this gateway
+    templates: dict[str, EventTemplate] = field(default_factory=dict)  # by event type; see StageClient
     failures: int = 0
     suspended_until: float = 0.0
 

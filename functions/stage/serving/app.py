@@ -1,19 +1,20 @@
-"""A stage over HTTP: who may speak, how large an event may be, and what the reply's headers say."""
+"""A stage over HTTP: authentication, limits of size, and the headers of replies."""
 
 import hmac
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from cloudevents.core.v1.event import CloudEvent
-
-from eventing.http.binding import from_http, to_binary_http
+from eventing.http.binding import from_http
+from eventing.http.framing import read_attributes
 from eventing.problems import EventTooLarge, MalformedEvent, Unauthorized
+from eventing.wire.cloud_event import Buffer, one_piece
 from eventing.wire.events import SAFE_EVENT_BYTES, Attribute
 from eventing.wire.kv_query import HELD_HEADER, KV_PATH
 from eventing.wire.signature import verify
-from functions.hosting.environ import REFUSED
-from functions.stage.serving.handlers import Durations, EventHandlers
+from functions.hosting.environ import ADMITTED_BYTES, REFUSED
+from functions.stage.serving.handlers import EventHandlers
 from functions.stage.serving.metrics import StageMetrics
 
 if TYPE_CHECKING:
@@ -21,21 +22,20 @@ if TYPE_CHECKING:
 
     from functions.stage.serving.refusals import Refusals
 
-MAX_EVENT_BYTES: Final = 2**28
-"""A chunk of 512 tokens of the widest published models takes 32 MiB in fp32."""
+MAX_EVENT_BYTES: Final = 2**28  # a chunk of 512 tokens of the widest published models takes 32 MiB in fp32
 _SIGNATURE: Final = f"HTTP_CE_{Attribute.SIGNATURE.upper()}"
 
 
 def create_app(handlers: EventHandlers, metrics: StageMetrics, *pipeline_tokens: str) -> "WSGIApplication":
-    """Answers events; probes are not its business. pipeline_tokens: any of them is good."""
-    return _EventDoor(handlers, metrics, pipeline_tokens)
+    """Answers events but not probes. pipeline_tokens: each of them is accepted."""
+    return _StageApp(handlers, metrics, pipeline_tokens)
 
 
-class _EventDoor:
-    """Answers `POST /` as WSGI has it, and leaves all other requests to Flask, and all refusals.
+class _StageApp:
+    """Answers `POST /` as plain WSGI; Flask answers all other requests and all refusals.
 
-    A request costs Flask as much as a small stage's layers do where these have emptied the caches, which is how every step of
-    a stream finds them; docs/log.md has the numbers.
+    Flask would cost a request as much as a small stage's layers do when these have emptied the caches, as they have in every
+    step of a stream; docs/experiments.md has the numbers.
     """
 
     def __init__(self, handlers: EventHandlers, metrics: StageMetrics, pipeline_tokens: tuple[str, ...]) -> None:
@@ -43,21 +43,37 @@ class _EventDoor:
         self._pipeline_tokens = pipeline_tokens
         self._admit = stage_admission(*pipeline_tokens)
         self._metrics = metrics
+        self._answered = {type_: metrics.events.labels(type_, "200") for type_ in handlers.table}
+        self._lock = threading.Lock()
+        self._in_flight = 0
+        metrics.in_flight.set_function(lambda: self._in_flight)
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-        if environ["PATH_INFO"] == KV_PATH and environ["REQUEST_METHOD"] == "GET":
+        path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
+        if path == KV_PATH and method == "GET":
             return self._hand_over(environ, start_response)
-        if environ["PATH_INFO"] != "/" or environ["REQUEST_METHOD"] != "POST":
+        if path != "/" or method != "POST":
             return self._refusals(environ, start_response)
         type_ = "unread"
+        with self._lock:
+            self._in_flight += 1
         try:
-            event = self._trusted_event(environ)
-            type_ = event.get_type() if event.get_type() in self._handlers.table else "unknown"
-            headers, body = self._answer(event)
-        except Exception as error:  # noqa: BLE001 - Flask's error handlers know what to say
+            attributes, data = self._read_event(environ)
+            type_ = attributes["type"] if attributes["type"] in self._handlers.table else "unknown"
+            reply = self._handlers.answer(attributes, data)
+        except Exception as error:  # noqa: BLE001 - Flask's error handlers make a reply of it
             return self._refusals.refuse(environ, start_response, error, type_)
-        self._metrics.events.labels(type_, "200").inc()
-        start_response("200 OK", [*headers.items(), ("Content-Length", str(len(body)))])
+        finally:
+            with self._lock:
+                self._in_flight -= 1
+        body = b"".join(reply.body)
+        headers = [*reply.headers, ("Content-Length", str(len(body)))]
+        if reply.engine_seconds:
+            self._metrics.codec.observe(reply.codec_seconds)
+            timing = f"engine;dur={reply.engine_seconds * 1000:.3f}, codec;dur={reply.codec_seconds * 1000:.3f}"
+            headers.append(("Server-Timing", timing))
+        self._answered[type_].inc()
+        start_response("200 OK", headers)
         return (body,)
 
     def _hand_over(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
@@ -65,7 +81,7 @@ class _EventDoor:
         try:
             _check_token(environ.get("HTTP_AUTHORIZATION", ""), self._pipeline_tokens)
             found = self._handlers.hand_over(environ.get("QUERY_STRING", ""))
-        except Exception as error:  # noqa: BLE001 - Flask's error handlers know what to say
+        except Exception as error:  # noqa: BLE001 - Flask's error handlers make a reply of it
             return self._refusals.refuse(environ, start_response, error, KV_PATH)
         if found is None:
             start_response("204 No Content", [])
@@ -78,38 +94,40 @@ class _EventDoor:
 
     @cached_property
     def _refusals(self) -> "Refusals":
-        """Made when it is needed: Flask is a third of a native stage's imports, and a start needs none of it."""
+        """Made at the first refusal: Flask is a third of a native stage's imports, and a start needs none of it."""
         from functions.stage.serving.refusals import Refusals
 
         return Refusals(self._metrics, MAX_EVENT_BYTES)
 
-    def _trusted_event(self, environ: "WSGIEnvironment") -> CloudEvent:
-        """By bearer token, or by its own signature where a Sequence brings it. Raises Unauthorized, EventExpired."""
+    def _read_event(self, environ: "WSGIEnvironment") -> tuple[Mapping[str, Any], Buffer]:
+        """Attributes and data of an event whose sender is known by its bearer token or by the event's signature.
+
+        Raises a Problem: Unauthorized, EventExpired (a signature that is no longer valid), and what is wrong with the event.
+        """
         if REFUSED in environ:
             raise environ[REFUSED]
-        event = from_http(_event_headers(environ), _body(environ, self._admit(environ)))
+        most = environ[ADMITTED_BYTES] if ADMITTED_BYTES in environ else self._admit(environ)
+        body = _body(environ, most)
+        headers = [(name[5:].replace("_", "-"), value) for name, value in environ.items() if name.startswith("HTTP_CE_")]
+        content_type = environ.get("CONTENT_TYPE", "")
+        if content_type:
+            headers.append(("content-type", content_type))
+        if _SIGNATURE not in environ and not content_type.lower().startswith("application/cloudevents"):
+            return read_attributes(headers), body
+        event = from_http(headers, body)
         if _is_signed(environ):
             verify(event, *self._pipeline_tokens)
-        return event
-
-    def _answer(self, event: CloudEvent) -> tuple[dict[str, str], bytes]:
-        durations = Durations()
-        with self._metrics.in_flight.track_inprogress():
-            headers, buffers = to_binary_http(self._handlers.answer(event, durations))
-        if durations.engine:
-            self._metrics.codec.observe(durations.codec)
-            headers["Server-Timing"] = f"engine;dur={durations.engine * 1000:.3f}, codec;dur={durations.codec * 1000:.3f}"
-        return headers, b"".join(buffers)
+        return event.get_attributes(), one_piece(event)
 
 
 def stage_admission(*pipeline_tokens: str) -> "Callable[[WSGIEnvironment], int]":
-    """How large a body may be, by its head alone. Raises Unauthorized, so that no stranger's body is read."""
+    """How many bytes of body a request may have, by its head alone. Raises Unauthorized, so that no stranger's body is read."""
 
     def admit(environ: "WSGIEnvironment") -> int:
         if environ["PATH_INFO"] != "/" or environ["REQUEST_METHOD"] != "POST":
             return 0
-        if _is_signed(environ):
-            # What the channel passes on is no larger, so nobody is listened to for longer before the signature is seen.
+        if _SIGNATURE in environ and _is_signed(environ):
+            # A channel passes on no more than this. The signature is seen only after the body was read.
             return SAFE_EVENT_BYTES
         _check_token(environ.get("HTTP_AUTHORIZATION", ""), pipeline_tokens)
         return MAX_EVENT_BYTES
@@ -118,29 +136,22 @@ def stage_admission(*pipeline_tokens: str) -> "Callable[[WSGIEnvironment], int]"
 
 
 def _is_signed(environ: "WSGIEnvironment") -> bool:
-    """In binary mode, as gateway and stages send it: JSON of who knows whom is not parsed to find a signature in it."""
+    """Only in binary mode, as gateway and stages send it: a stranger's JSON is not parsed to look for a signature in it."""
     structured = environ.get("CONTENT_TYPE", "").lower().startswith("application/cloudevents")
     return _SIGNATURE in environ and "HTTP_AUTHORIZATION" not in environ and not structured
 
 
 def _check_token(given: str, pipeline_tokens: tuple[str, ...]) -> None:
-    known = [hmac.compare_digest(given.encode(), f"Bearer {token}".encode()) for token in pipeline_tokens]
-    if not any(known):
+    known = False
+    for token in pipeline_tokens:  # all of them, so that the time does not tell which one is right
+        known |= hmac.compare_digest(given.encode(), f"Bearer {token}".encode())
+    if not known:
         seen = "no Authorization header" if not given else "another token"
         raise Unauthorized(f"{seen}; send Authorization: Bearer with the pipeline token")
 
 
-def _event_headers(environ: "WSGIEnvironment") -> Iterator[tuple[str, str]]:
-    """Those that an event's attributes are in."""
-    for key, value in environ.items():
-        if key.startswith("HTTP_CE_"):
-            yield key[5:].replace("_", "-"), value
-        elif key == "CONTENT_TYPE" and value:
-            yield "content-type", value
-
-
 def _body(environ: "WSGIEnvironment", max_bytes: int) -> bytes:
-    """All of it in one read, which functions/hosting/environ answers with the memory that it came into."""
+    """All of it in one read, which functions/hosting answers with the memory that it was received into."""
     length = int(environ.get("CONTENT_LENGTH") or 0)
     if length > max_bytes:
         raise EventTooLarge(f"the event has {length} bytes, the most is {max_bytes}; send fewer tokens at once")

@@ -1,25 +1,30 @@
-"""What a stage answers to each type of event. Knows events and an engine, no HTTP."""
+"""What a stage answers to each type of event. Knows events and an engine, no HTTP server."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 
-from cloudevents.core.v1.event import CloudEvent
+import msgspec
 from msgspec import Struct
 
 from eventing.claim_check import ClaimCheck
+from eventing.http.binding import to_binary_http
+from eventing.http.framing import ReplyTemplate
 from eventing.problems import UnknownEventType
+from eventing.wire.batch_codec import encode_batch
 from eventing.wire.cloud_event import (
-    batch_data,
-    batch_event,
+    JSON_CONTENT_TYPE,
+    Buffer,
     check_not_expired,
-    expiry_time,
+    event_of,
     integer_attribute,
-    json_data,
-    json_event,
-    reply_id,
+    make_event,
+    read_batch,
+    read_json,
+    reply_id_of,
+    required_attribute,
 )
 from eventing.wire.control import (
     ReleaseReply,
@@ -29,42 +34,48 @@ from eventing.wire.control import (
     WarmupReply,
     WarmupRequest,
 )
-from eventing.wire.events import Attribute, Batch, EventType
+from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, EventType
 from eventing.wire.kv_query import KVQuery
-from eventing.wire.signature import is_signed
 from functions.configuration.config import StageConfig
 from functions.observing.tracing import PASSING, Tracer, read_traceparent
-from functions.stage.serving.identity import StageIdentity
+from functions.stage.serving.identity import EngineSource, StageEngine, StageIdentity
 from functions.stage.serving.scoring import Scorer
-from functions.stage.serving.stage_engine import Readiness, StageEngine
 from storage.store.payload_store import PayloadStore
 
-WARM_UP_SECONDS: Final = 600.0
-"""Longest time that a warm-up event waits for the weights, whatever its expirytime."""
+WARM_UP_SECONDS: Final = 600.0  # a warm-up event waits at most this long for the weights, whatever its expirytime
+
+Attributes = Mapping[str, Any]
 
 
 @dataclass(slots=True)
-class Durations:
-    """Of one event, seconds."""
+class EventReply:
+    """Headers and body of a reply, and the seconds that a forward event took."""
 
-    engine: float = 0.0
-    """Waiting and computing."""
-    codec: float = 0.0
+    headers: Sequence[tuple[str, str]]
+    body: Sequence[Buffer]
+    engine_seconds: float = 0.0  # queueing and compute
+    codec_seconds: float = 0.0
 
 
-Handler = Callable[[CloudEvent, Durations], CloudEvent]
+Handler = Callable[[Attributes, Buffer, datetime | None], EventReply]
 
 
 class EventHandlers:
     """Dispatches by event type."""
 
-    def __init__(self, config: StageConfig, instance: str, readiness: Readiness, tracer: Tracer = PASSING) -> None:
+    def __init__(self, config: StageConfig, instance: str, engines: EngineSource, tracer: Tracer = PASSING) -> None:
         self._tracer = tracer
-        self._identity = StageIdentity.of(config, instance)
-        self._readiness = readiness
+        self._identity = identity = StageIdentity.of(config, instance)
+        self._engines = engines
         claims = ClaimCheck(PayloadStore(config.store), config.store.bucket)
-        self._scorer = Scorer(self._identity, readiness, claims, config.pipeline_token)
+        self._scorer = Scorer(identity, engines, claims, config.pipeline_token)
         self._layers = f"{config.layers[0]}:{config.layers[1]}"
+        onward_type, next_layer = (EventType.RESULT, None) if identity.is_last_stage else (EventType.FORWARD, identity.last)
+        self._batch_reply = self._template(onward_type, BATCH_CONTENT_TYPE, next_layer)
+        self._json_replies = {
+            type_: self._template(type_, JSON_CONTENT_TYPE)
+            for type_ in (EventType.WARMUP, EventType.RESERVE, EventType.RELEASE)
+        }
         self.table: dict[str, Handler] = {
             EventType.FORWARD: self._forward,
             EventType.WARMUP: self._warm_up,
@@ -72,83 +83,80 @@ class EventHandlers:
             EventType.RELEASE: self._release,
         }
 
-    def answer(self, event: CloudEvent, durations: Durations) -> CloudEvent:
-        """The reply. Raises a Problem."""
-        handler = self.table.get(event.get_type())
+    def answer(self, attributes: Attributes, data: Buffer) -> EventReply:
+        """Raises a Problem."""
+        type_ = attributes["type"]
+        handler = self.table.get(type_)
         if handler is None:
-            served = ", ".join(self.table)
-            raise UnknownEventType(f"{event.get_type()!r} is not served by a stage, which serves {served}")
-        self._identity.check_pipeline(event)
-        check_not_expired(event, datetime.now(UTC))
-        asked = read_traceparent(str(event.get_extension(Attribute.TRACEPARENT)))
-        with self._tracer.serve(event.get_type().removeprefix("dev.lamina."), asked, {"lamina.layers": self._layers}) as span:
-            reply = handler(event, durations)
-            span.end(None, {"lamina.engine_seconds": durations.engine, "lamina.codec_seconds": durations.codec})
+            raise UnknownEventType(f"{type_!r} is not served by a stage, which serves {', '.join(self.table)}")
+        self._identity.check_pipeline(required_attribute(attributes, Attribute.PIPELINE))
+        expiry = check_not_expired(attributes, datetime.now(UTC))
+        asked = read_traceparent(attributes.get(Attribute.TRACEPARENT))
+        with self._tracer.serve(type_.removeprefix("dev.lamina."), asked, {"lamina.layers": self._layers}) as span:
+            reply = handler(attributes, data, expiry)
+            span.end(None, {"lamina.engine_seconds": reply.engine_seconds, "lamina.codec_seconds": reply.codec_seconds})
         return reply
 
-    def _forward(self, event: CloudEvent, durations: Durations) -> CloudEvent:
-        if is_signed(event):  # It came through a Sequence, which passes each reply on and never comes back.
-            return self._scorer.answer(event)
-        self._identity.check_layer(event)
-        engine = self._readiness.engine()
-        expires_at = _expires_at(event)
-        began = time.perf_counter()
-        batch = batch_data(event)
-        decoded = time.perf_counter()
-        reply = engine.handle(batch, source=event.get_source(), expires_at=expires_at)
-        computed = time.perf_counter()
-        answer = self._batch_reply(event, reply, engine.free_tokens)
-        durations.engine = computed - decoded
-        durations.codec = decoded - began + time.perf_counter() - computed
-        return answer
-
-    def _batch_reply(self, cause: CloudEvent, batch: Batch, free_tokens: int) -> CloudEvent:
-        attributes = self._identity.reply_attributes(free_tokens)
-        if not self._identity.is_last_stage:
-            attributes[Attribute.LAYER] = self._identity.last
-        type_ = EventType.RESULT if self._identity.is_last_stage else EventType.FORWARD
-        return batch_event(type_, self._identity.source, batch, id=reply_id(cause), **attributes)
-
-    def _warm_up(self, event: CloudEvent, _: Durations) -> CloudEvent:
-        json_data(event, WarmupRequest)
-        expiry = expiry_time(event)
-        left = WARM_UP_SECONDS if expiry is None else (expiry - datetime.now(UTC)).total_seconds()
-        engine = self._readiness.engine(wait_seconds=min(left, WARM_UP_SECONDS))
-        return self._json_reply(event, WarmupReply(self._identity.instance, self._readiness.phases()), engine)
-
     def hand_over(self, query: str) -> tuple[bytearray, int] | None:
-        """Keys and values for another instance: the bytes, and how many tokens of the sequence are held, 0 for one that was
-        found by its digest. None: they are not held. Raises a Problem."""
+        """Keys and values for another instance, and how many tokens of the sequence are held (0 if a digest was asked for).
+
+        None: they are not held. Raises a Problem.
+        """
         asked = KVQuery.read(query)
-        self._identity.check_fingerprint(asked.pipeline)
-        self._identity.check_first_layer(asked.layer)
-        engine = self._readiness.engine()
+        self._identity.check_pipeline(asked.pipeline)
+        self._identity.check_layer(asked.layer)
+        engine = self._engines.engine()
         from functions.stage.kv.peer_tier import hand_over  # imports numpy, as the engine has by now
 
         return hand_over(asked, engine)
 
-    def _reserve(self, event: CloudEvent, _: Durations) -> CloudEvent:
-        rows = json_data(event, ReserveRequest).rows
-        engine = self._readiness.engine()
-        reserved = engine.reserve(rows, source=event.get_source(), expires_at=_expires_at(event))
-        return self._json_reply(event, ReserveReply(tuple(reserved), engine.has_prefix_cache), engine)
+    def _forward(self, attributes: Attributes, data: Buffer, expiry: datetime | None) -> EventReply:
+        if Attribute.SIGNATURE in attributes:  # from a Sequence, which passes each reply on
+            headers, body = to_binary_http(self._scorer.answer(event_of(attributes, data)))
+            return EventReply(list(headers.items()), body)
+        self._identity.check_layer(integer_attribute(attributes, Attribute.LAYER))
+        engine = self._engines.engine()
+        began = time.perf_counter()
+        batch = read_batch(attributes, data)
+        decoded = time.perf_counter()
+        result = engine.handle(batch, source=attributes["source"], expires_at=None if expiry is None else expiry.timestamp())
+        computed = time.perf_counter()
+        reply = EventReply(self._headers(self._batch_reply, attributes, engine), encode_batch(result))
+        reply.engine_seconds = computed - decoded
+        reply.codec_seconds = decoded - began + time.perf_counter() - computed
+        return reply
 
-    def _release(self, event: CloudEvent, _: Durations) -> CloudEvent:
-        rows = json_data(event, ReleaseRequest).rows
-        engine = self._readiness.engine()
-        source, awaits_room = event.get_source(), event.get_extension(Attribute.AWAITED_TOKENS) is not None
-        released = engine.release(rows, source=source) if rows or not awaits_room else 0
-        if awaits_room:
-            tokens = integer_attribute(event, Attribute.AWAITED_TOKENS)
-            engine.await_memory(tokens, source=source, expires_at=_expires_at(event))
-        return self._json_reply(event, ReleaseReply(released), engine)
+    def _warm_up(self, attributes: Attributes, data: Buffer, expiry: datetime | None) -> EventReply:
+        read_json(attributes, data, WarmupRequest)
+        left = WARM_UP_SECONDS if expiry is None else (expiry - datetime.now(UTC)).total_seconds()
+        engine = self._engines.engine(wait_seconds=min(left, WARM_UP_SECONDS))
+        return self._json_reply(attributes, WarmupReply(self._identity.instance, self._engines.phases()), engine)
 
-    def _json_reply(self, cause: CloudEvent, value: Struct, engine: StageEngine) -> CloudEvent:
-        attributes = self._identity.reply_attributes(engine.free_tokens)
-        return json_event(cause.get_type(), self._identity.source, value, id=reply_id(cause), **attributes)
+    def _reserve(self, attributes: Attributes, data: Buffer, expiry: datetime | None) -> EventReply:
+        rows = read_json(attributes, data, ReserveRequest).rows
+        engine = self._engines.engine()
+        expires_at = None if expiry is None else expiry.timestamp()
+        reserved = engine.reserve(rows, source=attributes["source"], expires_at=expires_at)
+        return self._json_reply(attributes, ReserveReply(tuple(reserved), engine.has_prefix_cache), engine)
 
+    def _release(self, attributes: Attributes, data: Buffer, expiry: datetime | None) -> EventReply:
+        rows = read_json(attributes, data, ReleaseRequest).rows
+        engine = self._engines.engine()
+        source, awaits_memory = attributes["source"], Attribute.AWAITED_TOKENS in attributes
+        released = engine.release(rows, source=source) if rows or not awaits_memory else 0
+        if awaits_memory:
+            tokens = integer_attribute(attributes, Attribute.AWAITED_TOKENS)
+            engine.await_memory(tokens, source=source, expires_at=None if expiry is None else expiry.timestamp())
+        return self._json_reply(attributes, ReleaseReply(released), engine)
 
-def _expires_at(event: CloudEvent) -> float | None:
-    """Seconds since the epoch."""
-    expiry = expiry_time(event)
-    return None if expiry is None else expiry.timestamp()
+    def _json_reply(self, cause: Attributes, value: Struct, engine: StageEngine) -> EventReply:
+        return EventReply(self._headers(self._json_replies[cause["type"]], cause, engine), [msgspec.json.encode(value)])
+
+    def _headers(self, template: ReplyTemplate, cause: Attributes, engine: StageEngine) -> list[tuple[str, str]]:
+        free = (Attribute.FREE_TOKENS.value, str(engine.free_tokens))
+        return template.headers(reply_id_of(cause["source"], cause["id"]), [free])
+
+    def _template(self, type_: EventType, content_type: str, next_layer: int | None = None) -> ReplyTemplate:
+        own = self._identity
+        event = make_event(type_, own.source, b"", content_type, pipeline=own.pipeline, instance=own.instance, layer=next_layer)
+        return ReplyTemplate(to_binary_http(event)[0])

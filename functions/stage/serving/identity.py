@@ -1,15 +1,53 @@
-"""Which stage this is: what it checks of every event, and what it says of itself in every reply."""
+"""Which stage this is, what it checks of every event, and what serving needs of the stage's engine.
 
+The engine is a Protocol because importing the class would import numpy, before a pod is told to start.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Self
-
-from cloudevents.core.v1.event import CloudEvent
+from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 from eventing.problems import WrongLayer, WrongPipeline
-from eventing.wire.cloud_event import integer_attribute, required_attribute
-from eventing.wire.events import Attribute
+from eventing.wire.control import ReleaseRow, ReservedRow, ReserveRow
+from eventing.wire.events import Batch
 from functions.configuration.config import StageConfig
+
+if TYPE_CHECKING:
+    from functions.stage.engine.sequences import SequenceTable
+
+T = TypeVar("T")
+
+
+class StageEngine(Protocol):
+    """functions.stage.engine.engine.Engine."""
+
+    @property
+    def free_tokens(self) -> int: ...
+
+    @property
+    def has_prefix_cache(self) -> bool: ...
+
+    def handle(self, batch: Batch, *, source: str, expires_at: float | None = None) -> Batch: ...
+
+    def reserve(
+        self, reservations: Sequence[ReserveRow], *, source: str, expires_at: float | None = None
+    ) -> list[ReservedRow]: ...
+
+    def release(self, releases: Sequence[ReleaseRow], *, source: str) -> int: ...
+
+    def await_memory(self, tokens: int, *, source: str, expires_at: float | None = None) -> None: ...
+
+    def with_sequences(self, action: "Callable[[SequenceTable], T]") -> T: ...
+
+
+class EngineSource(Protocol):
+    """Gives out the engine once it has started."""
+
+    def engine(self, wait_seconds: float = 0.0) -> StageEngine:
+        """Raises NotReady if it has not started after `wait_seconds`."""
+
+    def phases(self) -> dict[str, float]:
+        """Seconds of each phase of the start that has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,32 +67,17 @@ class StageIdentity:
 
     @property
     def source(self) -> str:
-        """Of all replies; the same for all instances, so that a repeated delivery has the same reply wherever it goes."""
+        """Of all replies. Instances share it, so that a repeated delivery has the same reply from any of them."""
         return f"/pipelines/{self.pipeline}/stages/{self.first}-{self.last}"
 
-    def check_pipeline(self, event: CloudEvent) -> None:
-        """Raises WrongPipeline, and MalformedEvent where the event names none."""
-        self.check_fingerprint(required_attribute(event, Attribute.PIPELINE))
-
-    def check_fingerprint(self, seen: str) -> None:
+    def check_pipeline(self, seen: str) -> None:
         """Raises WrongPipeline."""
         if seen != self.pipeline:
             raise WrongPipeline(
                 f"the event is of pipeline {seen!r} and this stage of {self.pipeline!r}; send it to its own pipeline's stage"
             )
 
-    def check_layer(self, event: CloudEvent) -> None:
-        """Raises WrongLayer, and MalformedEvent where the event names none."""
-        self.check_first_layer(integer_attribute(event, Attribute.LAYER))
-
-    def check_first_layer(self, layer: int) -> None:
+    def check_layer(self, layer: int) -> None:
         """Raises WrongLayer."""
         if layer != self.first:
             raise WrongLayer(f"the event wants layer {layer} and this stage runs {self.first} to {self.last - 1}")
-
-    def reply_attributes(self, free_tokens: int) -> dict[str, str | int | bool | datetime | None]:
-        return {
-            Attribute.PIPELINE: self.pipeline,
-            Attribute.INSTANCE: self.instance,
-            Attribute.FREE_TOKENS: free_tokens,
-        }

@@ -14,37 +14,36 @@ from cloudevents.core.v1.event import CloudEvent
 
 from eventing.claim_check import ClaimCheck
 from eventing.problems import InvalidRequest, MalformedEvent, NotReady
-from eventing.wire.cloud_event import batch_data, batch_event, expiry_time, json_event, required_attribute
+from eventing.wire.cloud_event import batch_data, batch_event, expiry_time, integer_attribute, json_event, required_attribute
 from eventing.wire.control import ReleaseRow
 from eventing.wire.events import Attribute, Batch, EventType, Row, Status
 from eventing.wire.score import ScoreResponse, score_row
 from eventing.wire.signature import sign
-from functions.stage.serving.identity import StageIdentity
-from functions.stage.serving.stage_engine import Readiness, StageEngine
+from functions.stage.serving.identity import EngineSource, StageEngine, StageIdentity
 
 
 class Scorer:
     """token: of the pipeline; signs what the next stage gets."""
 
-    def __init__(self, identity: StageIdentity, readiness: Readiness, claims: ClaimCheck, token: str) -> None:
+    def __init__(self, identity: StageIdentity, engines: EngineSource, claims: ClaimCheck, token: str) -> None:
         self._identity = identity
-        self._readiness = readiness
+        self._engines = engines
         self._claims = claims
         self._token = token
         self._source = f"{identity.source}/scores"
 
     def answer(self, event: CloudEvent) -> CloudEvent:
         """The next stage's event, or the response. Raises a Problem."""
-        self._identity.check_layer(event)
-        required_attribute(event, Attribute.EXPIRY_TIME)  # what follows is signed, too
-        engine = self._readiness.engine()
+        self._identity.check_layer(integer_attribute(event.get_attributes(), Attribute.LAYER))
+        required_attribute(event.get_attributes(), Attribute.EXPIRY_TIME)  # what follows is signed, too
+        engine = self._engines.engine()
         batch = _one_text(self._claims.redeem(event))
         reply = self._run(engine, batch, event)
         return self._claims.check_in(self._reply(event, batch, reply, engine.free_tokens), datetime.now(UTC))
 
     def _run(self, engine: StageEngine, batch: Batch, event: CloudEvent) -> Batch:
         """The engine's reply, whose only row is ok. Raises NotReady where trying again helps, else InvalidRequest."""
-        expiry = expiry_time(event)
+        expiry = expiry_time(event.get_attributes())
         own = score_row(secrets.token_hex(12), len(batch.token_ids))
         try:
             reply = engine.handle(
@@ -59,8 +58,11 @@ class Scorer:
 
     def _reply(self, cause: CloudEvent, asked: Batch, reply: Batch, free_tokens: int) -> CloudEvent:
         source, id_ = self._identity.source, cause.get_id()
-        attributes = self._identity.reply_attributes(free_tokens) | {
-            name: cause.get_extension(name) for name in (Attribute.EXPIRY_TIME, Attribute.TRACEPARENT)
+        attributes: dict[str, str | int | None] = {
+            Attribute.PIPELINE: self._identity.pipeline,
+            Attribute.INSTANCE: self._identity.instance,
+            Attribute.FREE_TOKENS: free_tokens,
+            **{name: cause.get_extension(name) for name in (Attribute.EXPIRY_TIME, Attribute.TRACEPARENT)},
         }
         if self._identity.is_last_stage:
             return json_event(EventType.SCORE_RESPONSE, source, _response(asked, reply), id=id_, **attributes)

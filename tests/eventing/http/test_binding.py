@@ -58,8 +58,8 @@ def test_binary_round_trip() -> None:
     back = from_http(headers, b"".join(buffers))
     assert back.get_attributes() == event.get_attributes()
     assert json_data(back, Message) == Message("user", "grüß")
-    assert integer_attribute(back, Attribute.LAYER) == 10
-    assert required_attribute(back, Attribute.PIPELINE) == "abc"
+    assert integer_attribute(back.get_attributes(), Attribute.LAYER) == 10
+    assert required_attribute(back.get_attributes(), Attribute.PIPELINE) == "abc"
     assert back.get_extension("absent") is None
 
 
@@ -85,7 +85,7 @@ def test_the_sdk_reads_what_is_written_and_the_other_way_round() -> None:
         assert ours.get_id() == theirs.get_id()
         assert ours.get_time() == theirs.get_time()
         assert json_data(ours, Message) == Message("user", "x")
-        assert expiry_time(ours) == datetime(2026, 1, 2, tzinfo=UTC)
+        assert expiry_time(ours.get_attributes()) == datetime(2026, 1, 2, tzinfo=UTC)
 
 
 @pytest.mark.parametrize(
@@ -252,24 +252,24 @@ def test_quoted_header_values_are_unquoted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "seen"),
+    ("data", "named"),
     [
-        (b"", "data of t: Input data was truncated"),
-        (b"\xff", "data of t"),
-        (b'{"prompt": "\xff"}', "data of t: 'utf-8' codec"),
-        (b"{", "data of t: Input data was truncated"),
-        (b'{"prompt": "x", "max_tokens": "many"}', r"Expected `int \| null`, got `str` - at `\$.max_tokens`"),
-        (b'{"prompt": "x", "stop": ["a", 5]}', r"\$.stop\[1\]"),
-        (b"[" * 100_000, "data of t"),
+        (b"", ""),
+        (b"\xff", ""),
+        (b'{"prompt": "\xff"}', ""),
+        (b"{", ""),
+        (b'{"prompt": "x", "max_tokens": "many"}', "max_tokens"),
+        (b'{"prompt": "x", "stop": ["a", 5]}', "stop"),
+        (b"[" * 100_000, ""),
     ],
 )
-def test_bad_json_data_names_the_path(data: bytes, seen: str) -> None:
-    with pytest.raises(MalformedEvent, match=seen):
+def test_bad_json_data_names_the_event_type_and_the_field(data: bytes, named: str) -> None:
+    with pytest.raises(MalformedEvent, match=f"the data of t: .*{named}"):
         json_data(from_http(BINARY, data), GenerateRequest)
 
 
 def test_structured_values_beyond_the_types_are_named() -> None:
-    for data, seen in (({"prompt": "x", "seed": 10**30}, r"\$.seed"), ({"prompt": "\ud800"}, "data of t")):
+    for data, seen in (({"prompt": "x", "seed": 10**30}, "data of t: .*seed"), ({"prompt": "\ud800"}, "data of t")):
         with pytest.raises(MalformedEvent, match=seen):
             json_data(from_http(STRUCTURED, _members(data=data)), GenerateRequest)
 
@@ -277,21 +277,21 @@ def test_structured_values_beyond_the_types_are_named() -> None:
 @pytest.mark.parametrize("value", ["", "-1", "1.0", "ten", "١", "1" * 11])
 def test_what_is_no_number_is_named(value: str) -> None:
     with pytest.raises(MalformedEvent, match=r"layer is|subject"):
-        integer_attribute(make_event("t", "/me", layer=value), Attribute.LAYER)
+        integer_attribute(make_event("t", "/me", layer=value).get_attributes(), Attribute.LAYER)
     with pytest.raises(MalformedEvent, match="pipeline is missing"):
-        required_attribute(make_event("t", "/me"), Attribute.PIPELINE)
+        required_attribute(make_event("t", "/me").get_attributes(), Attribute.PIPELINE)
 
 
 def test_expiry() -> None:
     now = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
-    check_not_expired(make_event("t", "/me"), now)
-    check_not_expired(make_event("t", "/me", expirytime=now + timedelta(seconds=1)), now)
-    check_not_expired(make_event("t", "/me", expirytime="2026-11-24T14:00:01+02:00"), now)
+    check_not_expired(make_event("t", "/me").get_attributes(), now)
+    check_not_expired(make_event("t", "/me", expirytime=now + timedelta(seconds=1)).get_attributes(), now)
+    check_not_expired(make_event("t", "/me", expirytime="2026-11-24T14:00:01+02:00").get_attributes(), now)
     with pytest.raises(EventExpired, match="expired at 2026-11-24T12:00:00Z"):
-        check_not_expired(make_event("t", "/me", expirytime=now), now)
+        check_not_expired(make_event("t", "/me", expirytime=now).get_attributes(), now)
     for wrong in ("soon", "2026-11-24", "2026-11-24T12:00:00"):
         with pytest.raises(MalformedEvent, match="expirytime"):
-            check_not_expired(make_event("t", "/me", expirytime=wrong), now)
+            check_not_expired(make_event("t", "/me", expirytime=wrong).get_attributes(), now)
 
 
 def test_a_reply_id_depends_on_source_and_id_alone() -> None:

@@ -9,12 +9,14 @@ from functools import partial
 
 import pytest
 
-from eventing.http.connections import ConnectionPool, Origin
 from eventing.http.delivery import (
     ConnectionBroken,
+    ConnectionPool,
     DeliveryTimeout,
     InfrastructureError,
+    Origin,
     Sender,
+    Target,
     Unreachable,
 )
 from eventing.problems import PROBLEM_CONTENT_TYPE, MalformedEvent, NotReady, WrongPipeline
@@ -88,10 +90,11 @@ def test_a_connection_closed_while_idle_is_not_used_again(sender: Sender) -> Non
 
 def _wait_until_dropped(sender: Sender, url: str) -> None:
     """The FIN may still be on its way when the reply is there already."""
-    with sender._pool.connection(Origin.of(url), 1) as connection:
-        if connection.sock is not None:
-            connection.sock.settimeout(5)
-            assert connection.sock.recv(1, socket.MSG_PEEK) == b""
+    connection = sender._pool.take(Target.of(url).origin, 1)
+    if connection.sock is not None:
+        connection.sock.settimeout(5)
+        assert connection.sock.recv(1, socket.MSG_PEEK) == b""
+    sender._pool.give_back(connection, keep=True)
 
 
 def test_connection_close_is_obeyed(sender: Sender) -> None:
@@ -317,18 +320,19 @@ def test_nothing_is_sent_once_closed(sender: Sender) -> None:
 
 
 def test_hosts_nobody_talks_to_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eventing.http.connections._LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("eventing.http.delivery._LOOK_SECONDS", 0.0)
     pool = ConnectionPool(max_connections_per_host=2)
     for port in range(1, 50):
-        with pool.connection(Origin(False, "127.0.0.1", port), 1) as connection:
-            assert connection.sock is None
+        connection = pool.take(Origin(False, "127.0.0.1", port), 1)
+        assert connection.sock is None
+        pool.give_back(connection, keep=True)
     assert not pool._hosts
 
 
 def test_connections_of_a_burst_are_closed_though_their_host_is_asked_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """One at a time takes the connection that was used last, and never looks at those below it."""
-    monkeypatch.setattr("eventing.http.connections.IDLE_SECONDS", 0.5)
-    monkeypatch.setattr("eventing.http.connections._LOOK_SECONDS", 0.1)
+    monkeypatch.setattr("eventing.http.delivery.IDLE_SECONDS", 0.5)
+    monkeypatch.setattr("eventing.http.delivery._LOOK_SECONDS", 0.1)
     everyone = threading.Barrier(8)
 
     def together(exchange: Exchange) -> None:

@@ -4,12 +4,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
-from eventing.http.exchange import BadReply, HttpReply, exchange, request_head
+from eventing.http.delivery import BadReply, HttpReply, Target, exchange, request_head
 
-HEAD = request_head("127.0.0.1", "/", {"Content-Length": "1"})
+ROOT = Target.of("http://127.0.0.1/")
+HEAD = request_head(ROOT, {"Content-Length": "1"})
 
 
 def answered(*pieces: bytes, closes: bool = False) -> HttpReply:
@@ -77,5 +79,6 @@ def test_what_is_no_whole_reply_is_refused(reply: bytes, said: str) -> None:
 
 @pytest.mark.parametrize("given", [("/", {"ce-id": "1\r\nevil: 1"}), ("/", {"a\nb": "c"}), ("/a b", {}), ("/\r\n", {})])
 def test_nothing_breaks_out_of_its_line(given: tuple[str, dict[str, str]]) -> None:
+    path, headers = given
     with pytest.raises(ValueError, match="line break"):
-        request_head("127.0.0.1", *given)
+        request_head(replace(ROOT, path=path), headers)

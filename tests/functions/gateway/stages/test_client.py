@@ -65,7 +65,7 @@ def test_a_step_and_what_it_carries() -> None:
     assert event.get_extension("pipeline") == "0123456789abcdef0123456789abcdef"
     assert event.get_extension("layer") == "10"
     assert exchange.headers["Authorization"] == "Bearer secret"
-    expiry = expiry_time(event)
+    expiry = expiry_time(event.get_attributes())
     assert expiry is not None
     assert timedelta(0) < expiry - datetime.now(UTC) <= timedelta(seconds=2), "the earlier of step timeout and deadline"
     assert exchange.body == b"".join(encode_batch(BATCH))
@@ -86,7 +86,7 @@ def test_reservation_release_and_warm_up() -> None:
         assert event.get_extension(Attribute.AWAITED_TOKENS) is None
         client.release(instance, [], 40)
         event = from_http(server.requests[1].headers.items(), server.requests[1].body)
-        assert integer_attribute(event, Attribute.AWAITED_TOKENS) == 40
+        assert integer_attribute(event.get_attributes(), Attribute.AWAITED_TOKENS) == 40
     with client_of(lambda exchange: answer_json(exchange, WarmupReply("i-1", {"import": 1.5}))) as (client, instance, _):
         assert client.warm_up(1, instance.url, 5.0).start_up == {"import": 1.5}
 
@@ -162,7 +162,7 @@ def test_a_reservation_has_a_time_of_its_own(failures: int, seconds: float) -> N
     with client_of(lambda exchange: answer_json(exchange, reserved), step_timeout_seconds=120.0) as (client, instance, server):
         instance.failures = failures
         client.reserve(instance, [ReserveRow("a", 0, 10)], time.monotonic() + 600)
-        expiry = expiry_time(from_http(server.requests[0].headers.items(), server.requests[0].body))
+        expiry = expiry_time(from_http(server.requests[0].headers.items(), server.requests[0].body).get_attributes())
     assert expiry is not None
     assert timedelta(seconds=seconds - 10) < expiry - datetime.now(UTC) <= timedelta(seconds=seconds)
 

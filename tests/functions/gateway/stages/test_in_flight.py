@@ -2,13 +2,13 @@
 
 import pytest
 
-from functions.gateway.stages import in_flight
-from functions.gateway.stages.in_flight import InFlight
+from functions.gateway.stages import instances
+from functions.gateway.stages.instances import InFlight
 
 
 def test_event_seconds_add_up_over_events_that_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(in_flight.time, "monotonic", lambda: now)
+    monkeypatch.setattr(instances.time, "monotonic", lambda: now)
     instance = InFlight()
     now = 101.0
     with instance:

@@ -9,7 +9,7 @@ import pytest
 
 from eventing.wire.batch_codec import decode_batch, encode_batch
 from eventing.wire.events import Batch, Row, Status
-from functions.gateway.stages.client import ForwardReply, Origin
+from functions.gateway.stages.client import ForwardReply, ReplyOrigin
 from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.instances import Instance
 from functions.gateway.stages.trip import Trip, walk
@@ -38,7 +38,7 @@ class Stages:
         )
         kept = array("i", [token for row, token in zip(rows, batch.token_ids, strict=True) if row.length])
         reply = Batch(rows, memoryview(kept))
-        return ForwardReply(Origin(instance, "boot", None), reply, memoryview(b"".join(encode_batch(reply))))
+        return ForwardReply(ReplyOrigin(instance, "boot", None), reply, memoryview(b"".join(encode_batch(reply))))
 
 
 class Log:

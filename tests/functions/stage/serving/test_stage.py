@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from eventing.http.binding import from_http, to_binary_http, to_structured_http
-from eventing.http.delivery import Reply, Sender
+from eventing.http.delivery import HttpReply, Sender
 from eventing.problems import (
     EventExpired,
     EventTooLarge,
@@ -79,7 +79,7 @@ class Client:
             Attribute.LAYER: CUT[group][0],
         }
 
-    def post(self, headers: dict[str, str], body: Any) -> Reply:
+    def post(self, headers: dict[str, str], body: Any) -> HttpReply:
         return self._sender.send(self.url, headers, body, 30)
 
     def send(self, event: Any, headers: dict[str, str] = AUTHORIZED) -> Any:
