@@ -26,7 +26,10 @@ from typing import Any, Final
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 _PACKAGES: Final = ("eventing", "functions", "knative", "storage")
-_API: Final = ("functions/gateway/doors/", "functions/gateway/api/", "functions/gateway/text/", "functions/hosting/")
+_API: Final = (
+    *(f"functions/gateway/{package}/" for package in ("answers", "cloudevents", "openai", "openapi", "page", "text")),
+    "functions/hosting/",
+)
 _LAYERS: Final = ("functions/stage/models/", "functions/stage/native/", "storage/")
 _REPORT: Final = "BENCH_WALK_REPORT"  # environment key: the file that a traced process writes its counts to
 _HAND_OVER: Final = "(hand-over)"
