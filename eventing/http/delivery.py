@@ -2,7 +2,7 @@
 
 There are no retries: the gateway answers a failure with another route and a replay. Redirects are never followed, and proxies
 from the environment never used. The client is the project's own: http.client reads headers as if they were mail and sends head
-and body apart, and urllib3 holds the sending of a body to the connect timeout (docs/experiments.md has the numbers).
+and body apart, and urllib3 holds the sending of a body to the connect timeout (docs/log.md has the numbers).
 """
 
 import contextlib

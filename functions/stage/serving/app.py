@@ -35,7 +35,7 @@ class _StageApp:
     """Answers `POST /` as plain WSGI; Flask answers all other requests and all refusals.
 
     Flask would cost a request as much as a small stage's layers do when these have emptied the caches, as they have in every
-    step of a stream; docs/experiments.md has the numbers.
+    step of a stream; docs/log.md has the numbers.
     """
 
     def __init__(self, handlers: EventHandlers, metrics: StageMetrics, pipeline_tokens: tuple[str, ...]) -> None:
