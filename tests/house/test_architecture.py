@@ -39,7 +39,6 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "flask": ("functions/",),
     "httptools": ("functions/hosting/request_reader.py", "eventing/http/delivery.py", "knative/local/http/"),
     "tokenizers": (
-        "functions/gateway/text/token_text.py",
         "functions/gateway/text/encoder.py",
         "functions/gateway/text/tokenizer.py",
         "functions/gateway/text/text_stream.py",

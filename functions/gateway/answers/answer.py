@@ -133,7 +133,7 @@ class Answer:
         self._certain += self._text_stream.push(token_id)
 
     def _measure(self) -> None:
-        """Records when the pipeline drew each token, even if nobody reads it or a client reads slowly."""
+        """Records when the pipeline drew each token, even if the client reads slowly or has left."""
         for seconds in self.token_stream.waits(self._measured):
             (self._metrics.inter_token if self._measured else self._metrics.first_token).observe(seconds)
             self._measured += 1

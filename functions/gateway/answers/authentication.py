@@ -44,7 +44,7 @@ class KeyRing:
         self._read_changed_files()
         hashed = sha256_of(secret)
         found = self._by_hash.get(hashed)
-        # The time of a dictionary's look-up may tell how much of a hash matched. That helps nobody to find the key itself.
+        # The time of the look-up may reveal how much of a hash matched, which is of no use without a key for that hash.
         return found if found is not None and hmac.compare_digest(found.hashed, hashed) else None
 
     def quota(self, client_id: str) -> Quota:
@@ -98,7 +98,7 @@ class _KeyFile:
         return None
 
     def _stat(self) -> tuple[int, ...]:
-        """Changes when Kubernetes replaces the file and when somebody writes to it."""
+        """Changes when the file is replaced, as Kubernetes does, and when it is written to."""
         try:
             found = os.stat(self._path)
         except OSError:

@@ -33,7 +33,7 @@ class Submitter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """What a request has beside its options."""
+    """A request's client, times and ids."""
 
     request_id: str
     client_id: str  # clients share the pipeline fairly

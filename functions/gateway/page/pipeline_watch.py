@@ -34,7 +34,7 @@ class StageDescription:
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """Where PipelineWatch gets its values from."""
+    """The sources of a PipelineState."""
 
     model: str
     pipeline: str

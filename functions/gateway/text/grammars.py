@@ -1,4 +1,4 @@
-"""Grammars of answers, refused here where they do not compile: before anything is queued, in a sentence that says where."""
+"""Grammars of answers. One that does not compile is refused before anything is queued."""
 
 import re
 import threading
@@ -12,33 +12,32 @@ from eventing.wire.structured_outputs import StructuredOutputs
 from functions.grammars.compiler import GrammarCompiler
 from functions.grammars.sources import UnusableGrammar, place_of, source_of
 
-_MOST_KNOWN: Final = 1024
-"""Digests of those that compile."""
+_MAX_KNOWN: Final = 1024
 _SHOWN_CHARACTERS: Final = 400
 
 
 class Grammars:
-    """Thread-safe. One is compiled at a time: cores are for the others, too. Nothing is imported before the first."""
+    """Compiles one grammar at a time, to leave cores to others. Imports llguidance for the first one. Thread-safe."""
 
     def __init__(self, tokenizer_json: Callable[[], str], end_ids: frozenset[int]) -> None:
         self._compiler = GrammarCompiler(tokenizer_json)
         self._end_ids = tuple(sorted(end_ids))
         self._compiling = threading.Lock()
-        self._known: OrderedDict[str, None] = OrderedDict()
+        self._known: OrderedDict[str, None] = OrderedDict()  # digests of grammars that compile, least recently used first
 
-    def of(self, asked: StructuredOutputs) -> Grammar:
+    def of(self, structure: StructuredOutputs) -> Grammar:
         """Raises MalformedEvent."""
         try:
-            return self.of_source(source_of(asked))
+            return self.of_source(source_of(structure))
         except (UnusableGrammar, RecursionError, UnicodeError) as error:
-            raise MalformedEvent(_sentence(asked, str(error))) from error
+            raise MalformedEvent(_sentence(structure, _shorten(error))) from error
 
     def of_tools(self, source: str) -> Grammar:
-        """Of calls that are forced. Raises MalformedEvent."""
+        """For forced tool calls. Raises MalformedEvent."""
         try:
             return self.of_source(source)
         except (UnusableGrammar, RecursionError, UnicodeError) as error:
-            raise MalformedEvent(f"`tools` cannot be forced: {_short(str(error))}") from error
+            raise MalformedEvent(f"`tools` cannot be forced: {_shorten(error)}") from error
 
     def of_source(self, source: str) -> Grammar:
         """Raises UnusableGrammar."""
@@ -53,20 +52,20 @@ class Grammars:
                 self._compiler.compile(source, self._end_ids)
             self._known[grammar.digest] = None
             self._known.move_to_end(grammar.digest)
-            if len(self._known) > _MOST_KNOWN:
+            if len(self._known) > _MAX_KNOWN:
                 self._known.popitem(last=False)
         return grammar
 
 
-def _short(error: str) -> str:
-    return " ".join(error.split())[:_SHOWN_CHARACTERS]
+def _shorten(error: Exception) -> str:
+    return " ".join(str(error).split())[:_SHOWN_CHARACTERS]
 
 
-def _sentence(asked: StructuredOutputs, error: str) -> str:
-    kind = next(name for name in asked.__struct_fields__ if getattr(asked, name) is not None)
-    what = _short(error)
+def _sentence(structure: StructuredOutputs, error: str) -> str:
+    """Names the option, and the place in a schema if one of its keys occurs in the error."""
+    kind = next(name for name in structure.__struct_fields__ if getattr(structure, name) is not None)
     place = None
-    if kind == "json" and isinstance(asked.json, dict):
-        place = place_of(asked.json, re.findall(r"[\w$/:.#-]+", what))
+    if kind == "json" and isinstance(structure.json, dict):
+        place = place_of(structure.json, re.findall(r"[\w$/:.#-]+", error))
     where = "" if place is None else f" at {place}"
-    return f"structured output, `{kind}`{where}: {what}"
+    return f"structured output, `{kind}`{where}: {error}"

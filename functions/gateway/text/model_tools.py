@@ -1,4 +1,4 @@
-"""How a model is told of tools, and how it calls them: by its chat template, or as Hermes was trained where that knows none."""
+"""How tools are presented to a model: by its chat template, or in Hermes' prompt format if the template has no tools."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,8 @@ from eventing.wire.tools import Tool, ToolCall
 from functions.gateway.text.tool_calls import ToolCallParser
 from functions.gateway.text.tool_formats import ToolFormat
 
-_TOLD: Final = """\
+# Hermes 2 Pro's prompt format
+_SYSTEM_PROMPT: Final = """\
 You are a function calling AI model. You are provided with function signatures within <tools></tools> XML tags. You may call \
 one or more functions to assist with the user query. Don't make assumptions about what values to plug into functions.
 <tools>
@@ -22,16 +23,13 @@ For each function call return a JSON object with the function name and arguments
 <tool_call>
 {{"name": <function-name>, "arguments": <args-dict>}}
 </tool_call>"""
-"""After Hermes 2 Pro's prompt format."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelTools:
     format: ToolFormat
-    told_by_template: bool
-    """The chat template knows `tools`."""
-    special: Mapping[str, int]
-    """Special tokens: no text becomes them, and no text is made of them unless that is asked for."""
+    in_template: bool  # the chat template presents tools
+    special: Mapping[str, int]  # special tokens by text; encoding never yields them, and decoding only on request
 
     @property
     def marked_specially(self) -> bool:
@@ -42,38 +40,41 @@ class ModelTools:
         return ToolCallParser(self.format, frozenset(tool.function.name for tool in tools))
 
     def grammar(self, tools: Sequence[Tool], parallel: bool) -> str:
-        """The source of a grammar of answers that call one of `tools` at least once."""
+        """Source of a grammar for answers that call at least one of `tools`."""
         return self.format.grammar(tools, parallel, self.special)
 
     def turns(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[dict[str, Any]]:
-        """For the template. tools: that it is not told otherwise."""
-        if self.told_by_template:
+        """Messages for the template. Adds a system prompt with `tools` if the template does not present them."""
+        if self.in_template:
             return [_turn(message) for message in messages]
         turns = [_plain_turn(message) for message in messages]
         if tools:
-            told = _TOLD.format(tools="\n".join(json.dumps(each, ensure_ascii=False) for each in described(tools)))
+            prompt = _SYSTEM_PROMPT.format(tools="\n".join(json.dumps(each, ensure_ascii=False) for each in described(tools)))
             if turns[0]["role"] == "system":
-                turns[0]["content"] = f"{turns[0]['content']}\n\n{told}"
+                turns[0]["content"] = f"{turns[0]['content']}\n\n{prompt}"
             else:
-                turns.insert(0, {"role": "system", "content": told})
+                turns.insert(0, {"role": "system", "content": prompt})
         return turns
 
 
 def described(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """As templates take them."""
+    """Tools as templates take them."""
     found = []
     for tool in tools:
         function = tool.function
         parameters = function.parameters or {"type": "object", "properties": {}}
-        about = {"name": function.name, "description": function.description or "", "parameters": parameters}
-        found.append({"type": "function", "function": about})
+        fields = {"name": function.name, "description": function.description or "", "parameters": parameters}
+        found.append({"type": "function", "function": fields})
     return found
 
 
 def _turn(message: Message) -> dict[str, Any]:
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
-        turn["tool_calls"] = [_call(call) for call in message.tool_calls]
+        turn["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": _arguments(call)}}
+            for call in message.tool_calls
+        ]
     if message.tool_call_id is not None:
         turn["tool_call_id"] = message.tool_call_id
     if message.name is not None:
@@ -81,26 +82,23 @@ def _turn(message: Message) -> dict[str, Any]:
     return turn
 
 
-def _call(call: ToolCall) -> dict[str, Any]:
-    """Arguments as an object, which templates write as they need it."""
-    function = {"name": call.function.name, "arguments": _arguments(call)}
-    return {"id": call.id, "type": "function", "function": function}
+def _plain_turn(message: Message) -> dict[str, Any]:
+    """Calls and their results as text, for a template that has neither."""
+    if message.role == "tool":
+        return {"role": "user", "content": f"<tool_response>\n{message.content}\n</tool_response>"}
+    if not message.tool_calls:
+        return {"role": message.role, "content": message.content}
+    parts = [message.content] if message.content else []
+    for call in message.tool_calls:
+        written = json.dumps({"name": call.function.name, "arguments": _arguments(call)}, ensure_ascii=False)
+        parts.append(f"<tool_call>\n{written}\n</tool_call>")
+    return {"role": message.role, "content": "\n".join(parts)}
 
 
 def _arguments(call: ToolCall) -> Any:
+    """The arguments as an object, which templates write in their own way; as text if they are no object."""
     try:
-        arguments = msgspec.json.decode(call.function.arguments)  # no half of a surrogate pair, which is no text
+        arguments = msgspec.json.decode(call.function.arguments)  # refuses lone surrogates, which no text can hold
     except (ValueError, RecursionError):
         return call.function.arguments
     return arguments if isinstance(arguments, dict) else call.function.arguments
-
-
-def _plain_turn(message: Message) -> dict[str, Any]:
-    """Calls and what came of them as text, for a template that knows neither."""
-    if message.role == "tool":
-        return {"role": "user", "content": f"<tool_response>\n{message.content}\n</tool_response>"}
-    said = [message.content] if message.content else []
-    for call in message.tool_calls:
-        made = json.dumps({"name": call.function.name, "arguments": _arguments(call)}, ensure_ascii=False)
-        said.append(f"<tool_call>\n{made}\n</tool_call>")
-    return {"role": message.role, "content": "\n".join(said) if message.tool_calls else message.content}

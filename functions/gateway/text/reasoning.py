@@ -1,4 +1,4 @@
-"""An answer's text, split into what the model thinks first, between <think> and </think>, and what it says."""
+"""Splits an answer's text into thoughts, between <think> and </think> at its begin, and content."""
 
 from typing import Final, Literal, NamedTuple
 
@@ -13,23 +13,22 @@ class TextDelta(NamedTuple):
     text: str
 
 
-def within(prompt: str) -> bool:
-    """The prompt ends within thoughts, which its template has begun; a question may speak of the mark, too."""
+def begins_inside(prompt: str) -> bool:
+    """The prompt ends with an open <think>, so the answer begins with thoughts."""
     return prompt.rstrip().endswith(BEGIN)
 
 
 class Reasoning:
-    """Splits as text comes. Thoughts come first or not at all; empty lines around them belong to nobody."""
+    """Splits the text as it comes. Drops empty lines around thoughts."""
 
     def __init__(self, *, inside: bool) -> None:
-        """inside: the answer begins within thoughts."""
-        self._state: Literal["before", "inside", "behind", "content"] = "inside" if inside else "before"
+        """inside: the answer begins with thoughts."""
+        self._state: Literal["before", "inside", "after", "content"] = "inside" if inside else "before"
         self._held = ""
-        self._begun = False
-        """Some thought has been given out."""
+        self._begun = False  # some thought has been returned
 
     def push(self, text: str) -> list[TextDelta]:
-        """What is certain now."""
+        """Returns what is certain now."""
         self._held += text
         parts: list[TextDelta] = []
         while (part := self._next()) is not None:
@@ -37,27 +36,27 @@ class Reasoning:
         return parts
 
     def finish(self) -> list[TextDelta]:
-        """The rest, which was no mark after all."""
+        """Returns the rest, which is no mark after all."""
         held, self._held = self._held, ""
         kind: Literal["reasoning", "content"] = "reasoning" if self._state == "inside" else "content"
-        return [TextDelta(kind, held)] if held and self._state != "behind" else []
+        return [TextDelta(kind, held)] if held and self._state != "after" else []
 
     def _next(self) -> TextDelta | None:
-        """None where more has to come first."""
+        """None if more text is needed."""
         if self._state == "before":
-            return self._at_the_beginning()
+            return self._first()
         if self._state == "inside":
             return self._thought()
-        if self._state == "behind":
+        if self._state == "after":
             self._held = self._held.lstrip("\n")
             if self._held:
                 self._state = "content"
         if not self._held:
             return None
-        said, self._held = self._held, ""
-        return TextDelta("content", said)
+        content, self._held = self._held, ""
+        return TextDelta("content", content)
 
-    def _at_the_beginning(self) -> TextDelta | None:
+    def _first(self) -> TextDelta | None:
         seen = self._held.lstrip()
         if seen.startswith(BEGIN):
             self._held, self._state = seen[len(BEGIN) :], "inside"
@@ -72,9 +71,9 @@ class Reasoning:
             self._held = self._held.lstrip("\n")
         thought, mark, rest = self._held.partition(END)
         if mark:
-            self._held, self._state = rest, "behind"
+            self._held, self._state = rest, "after"
             return TextDelta("reasoning", thought.rstrip("\n"))
-        # Empty lines are held, too: they may be the last ones.
+        # Empty lines are held too: they may be the last ones.
         certain = self._held[: len(self._held) - overlap(self._held, END)].rstrip("\n")
         if not certain:
             return None

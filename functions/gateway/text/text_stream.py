@@ -6,71 +6,68 @@ from typing import Final
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-_LONGEST_CHARACTER_TOKENS: Final = 8
-"""A character has at most 4 bytes, hence tokens; what is still no character behind so many never becomes one."""
-_LOOKED_AT_TOKENS: Final = 64
-"""How far from a prompt's end a token is looked for that reads by itself. Special ones, and bytes, do not."""
+_MAX_CHARACTER_TOKENS: Final = 8  # a character has at most 4 bytes, so at most 4 tokens; after 8 it never becomes whole
+_SEARCHED_TOKENS: Final = 64  # at a prompt's end, for one that is text by itself; special tokens and bytes are not
 _REPLACEMENT: Final = "\ufffd"
 
 
 class Detokenizer:
-    """Text that tokens complete. What it has given out never changes, and all of it together is the answer's text."""
+    """Returned text never changes, and all of it together is the answer's text."""
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), special: bool = False) -> None:
-        """before: the tokens that the answer continues; none, where it is a text of its own, as a chat's messages are.
-        special: special tokens are text, too."""
+        """before: tokens that the answer continues; empty if it is a text of its own, such as a chat message.
+        special: special tokens become text, too."""
         self._tokenizer = tokenizer
-        self._skips = not special
-        self._neighbour = _readable(tokenizer, before)
-        """Tokens that come before, and are text by themselves. SentencePiece-like decoders drop the space of a text's first
-        word, and take what has nothing before it for that."""
-        self._stream = DecodeStream(self._neighbour, skip_special_tokens=self._skips)
-        self._waiting: list[int] = []
-        """Tokens whose text has not been given out."""
+        self._skip_special = not special
+        # A token before the answer that is text by itself. Without it, SentencePiece-like decoders take the answer's first word
+        # for that of a text and drop the space before it.
+        self._context = _readable(tokenizer, before)
+        self._stream = DecodeStream(self._context, skip_special_tokens=self._skip_special)
+        self._pending: list[int] = []  # tokens whose text has not been returned
 
     def push(self, token_id: int) -> str:
-        """Empty while the token's last character lacks bytes."""
-        self._waiting.append(token_id)
+        """Returns an empty text while the token's last character lacks bytes."""
+        self._pending.append(token_id)
         try:
             text: str | None = self._stream.step(self._tokenizer, token_id)
-        except Exception:  # noqa: BLE001 - the library has no class for it: bytes behind whole characters undid these
-            return self._take_what_waits()
+        except Exception:  # noqa: BLE001 - the library has no class for it: bytes after whole characters undid these
+            return self._flush()
         if text is None:
-            return self._take_what_waits() if len(self._waiting) > _LONGEST_CHARACTER_TOKENS else ""
-        self._neighbour, self._waiting = self._waiting, []
+            return self._flush() if len(self._pending) > _MAX_CHARACTER_TOKENS else ""
+        self._context, self._pending = self._pending, []
         return text
 
     def finish(self) -> str:
-        """What is left, however incomplete."""
-        return self._take_what_waits() if self._waiting else ""
+        """Returns the rest, even if its last character is incomplete."""
+        return self._flush() if self._pending else ""
 
-    def _take_what_waits(self) -> str:
-        before: str = self._tokenizer.decode(self._neighbour, skip_special_tokens=self._skips)
-        text: str = self._tokenizer.decode(self._neighbour + self._waiting, skip_special_tokens=self._skips)
-        # Bytes behind bytes undo these here as well; but where bytes come first, no word does.
-        text = (
-            text[len(before) :]
-            if text.startswith(before)
-            else self._tokenizer.decode(self._waiting, skip_special_tokens=self._skips)
-        )
-        self._neighbour = _readable(self._tokenizer, self._waiting) or self._neighbour
-        self._waiting = []
-        self._stream = DecodeStream(self._neighbour, skip_special_tokens=self._skips)
+    def _flush(self) -> str:
+        before = self._decode(self._context)
+        text = self._decode(self._context + self._pending)
+        # Bytes after bytes may undo these here as well. No word begins with bytes, so it loses no space without its context.
+        text = text[len(before) :] if text.startswith(before) else self._decode(self._pending)
+        self._context = _readable(self._tokenizer, self._pending) or self._context
+        self._pending = []
+        self._stream = DecodeStream(self._context, skip_special_tokens=self._skip_special)
+        return text
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special)
         return text
 
 
 class StopStrings:
-    """Holds text back while it may be the beginning of a stop string."""
+    """Holds text back while it may be the begin of a stop string."""
 
     def __init__(self, stop_strings: Sequence[str], *, included: bool = False) -> None:
-        """included: the text ends behind the stop string, not before it."""
+        """included: the text ends after the stop string, not before it."""
         self._stop_strings = stop_strings
         self._included = included
         self.held = ""
         self.found = False
 
     def push(self, text: str) -> str:
-        """The text that is certain now; sets `found` when a stop string came, whose text is dropped with all behind it."""
+        """Returns the text that is certain now. Sets `found` at the first stop string, and drops everything after it."""
         text = self.held + text
         places = [(place, len(stop)) for stop in self._stop_strings if (place := text.find(stop)) >= 0]
         if places:
@@ -82,13 +79,13 @@ class StopStrings:
         return text[:certain]
 
     def finish(self) -> str:
-        """What was held back and is no stop string after all."""
+        """Returns the held text, which is no stop string after all."""
         held, self.held = self.held, ""
         return held
 
 
 class TextStream:
-    """Both together."""
+    """A Detokenizer followed by StopStrings."""
 
     def __init__(
         self,
@@ -99,14 +96,13 @@ class TextStream:
         stop_included: bool = False,
         special: bool = False,
     ) -> None:
-        """before: the tokens that the answer continues, special: whether special tokens are text, as `Detokenizer` has them."""
         self._detokenizer = Detokenizer(tokenizer, before, special)
         self._stops = StopStrings(stop_strings, included=stop_included)
         self._incomplete = False
 
     @property
     def stopped(self) -> bool:
-        """A stop string came: no token behind it counts."""
+        """A stop string was found; tokens after it do not count."""
         return self._stops.found
 
     @property
@@ -120,7 +116,7 @@ class TextStream:
         return self._stops.push(text)
 
     def finish(self) -> str:
-        """The rest, after the last token."""
+        """Returns the rest, after the last token."""
         if self.stopped:
             return ""
         text = self._stops.push(self._detokenizer.finish())
@@ -128,14 +124,14 @@ class TextStream:
 
 
 def overlap(text: str, stop: str) -> int:
-    """Characters at the end of `text` that could begin `stop`."""
+    """Length of the longest end of `text` that `stop` could begin with, short of the whole `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((length for length in range(longest, 0, -1) if stop.startswith(text[-length:])), 0)
 
 
 def _readable(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[int]:
-    """The last token that is text by itself, as a list; an empty one where none is near."""
-    for token_id in reversed(token_ids[-_LOOKED_AT_TOKENS:]):
+    """The last token that is text by itself, as a list; empty if none of the last tokens is."""
+    for token_id in reversed(token_ids[-_SEARCHED_TOKENS:]):
         text = tokenizer.decode([token_id])
         if text and not text.endswith(_REPLACEMENT):
             return [token_id]

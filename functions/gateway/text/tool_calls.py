@@ -1,4 +1,4 @@
-"""An answer's text → what it says, and the calls in it, as they come."""
+"""Splits an answer's text into content and tool calls, as it comes."""
 
 import json
 import re
@@ -8,17 +8,16 @@ from typing import Any, Final
 
 import msgspec
 
+from functions.gateway.text.text_stream import overlap
 from functions.gateway.text.tool_formats import ToolFormat
 
-_PYTHON_TAG: Final = "<|python_tag|>"
-"""Llama 3 may write it ahead of a call."""
-_LONGEST_HEAD: Final = 1024
-"""Characters in which a call must have said its name."""
+_PYTHON_TAG: Final = "<|python_tag|>"  # Llama 3 may write it before a call
+_MAX_HEAD_CHARACTERS: Final = 1024  # a call's name must come within so many
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCallDelta:
-    """What has become certain: text of the answer, or the begin of a call with its name, or more of its arguments."""
+    """Text of the answer, or the begin of a call with its name, or more of its arguments."""
 
     content: str = ""
     call: int | None = None
@@ -28,14 +27,14 @@ class ToolCallDelta:
 
 @dataclass(slots=True)
 class _Nesting:
-    """Of a JSON object."""
+    """Finds the end of a JSON object."""
 
     depth: int = 0
     in_string: bool = False
     escaped: bool = False
 
     def end(self, text: str) -> int | None:
-        """Behind the object's last character in `text`, which continues what was looked at before; None: it goes on."""
+        """Position after the object's last character; None if it goes on. `text` continues that of earlier calls."""
         for place, character in enumerate(text):
             if self.in_string:
                 if self.escaped:
@@ -57,50 +56,45 @@ class _Nesting:
 
 @dataclass(slots=True)
 class ToolCallParser:
-    """names: of the tools; what calls none of them where no marker says that it is a call is text."""
-
     format: ToolFormat
-    names: frozenset[str]
-    calls: int = 0
-    """Begun so far."""
-    _text: str = ""
-    """Not certain yet."""
-    _state: str = "start"
-    """start, text, call (at the begin of one), arguments, rest (of a call's object), behind (a call)."""
+    names: frozenset[str]  # of the tools; in a format without a marker, only these make a call
+    calls: int = 0  # begun so far
+    _text: str = ""  # not certain yet
+    _state: str = "start"  # start, text, call (at its begin), arguments, rest (of its object), after (it)
     _nesting: _Nesting = field(default_factory=_Nesting)
-    _marker: str = ""
-    """What has to be given back where it is no call after all."""
+    _marker: str = ""  # becomes text again if no call follows
 
     def push(self, text: str) -> list[ToolCallDelta]:
+        """Returns what is certain now."""
         self._text += text
-        return list(self._parts(at_end=False))
+        return list(self._deltas(at_end=False))
 
     def finish(self) -> list[ToolCallDelta]:
-        """What was held back."""
-        parts = list(self._parts(at_end=True))
-        left, self._text = self._marker + self._text, ""
+        """Returns what was held back."""
+        deltas = list(self._deltas(at_end=True))
+        held, self._text = self._marker + self._text, ""
         self._marker = ""
-        return [*parts, ToolCallDelta(left)] if left.strip() and self._state in ("start", "text", "call") else parts
+        return [*deltas, ToolCallDelta(held)] if held.strip() and self._state in ("start", "text", "call") else deltas
 
-    def _parts(self, at_end: bool) -> Iterator[ToolCallDelta]:
+    def _deltas(self, at_end: bool) -> Iterator[ToolCallDelta]:
         steps = {
-            "start": self._start,
-            "text": self._plain,
-            "call": self._head,
-            "arguments": self._arguments,
-            "rest": self._rest,
-            "behind": self._behind,
+            "start": self._at_start,
+            "text": self._in_text,
+            "call": self._at_call,
+            "arguments": self._in_arguments,
+            "rest": self._in_rest,
+            "after": self._after_call,
         }
         while True:
             before = self._state, len(self._text)
-            part = steps[self._state](at_end)
-            if part is not None:
-                yield part
+            delta = steps[self._state](at_end)
+            if delta is not None:
+                yield delta
             if (self._state, len(self._text)) == before:
                 return
 
-    def _start(self, at_end: bool) -> None:
-        """Whether the answer itself is a call, where no marker begins them."""
+    def _at_start(self, at_end: bool) -> None:
+        """Decides whether the answer begins with a call, in a format without a marker."""
         begun = self._text.lstrip()
         if self.format.marker:
             self._state = "text"
@@ -109,95 +103,82 @@ class ToolCallParser:
         elif begun and (at_end or not _PYTHON_TAG.startswith(begun)):
             self._state = "call" if begun[0] == "{" else "text"
 
-    def _plain(self, at_end: bool) -> ToolCallDelta | None:
+    def _in_text(self, at_end: bool) -> ToolCallDelta | None:
         marker = self.format.marker
         place = self._text.find(marker) if marker else -1
         if place >= 0:
             content, self._text = self._text[:place].rstrip(), self._text[place + len(marker) :]
             self._marker, self._state = marker, "call"
         else:
-            held = 0 if at_end else _held(self._text, marker)
-            content, self._text = self._text[: len(self._text) - held], self._text[len(self._text) - held :]
+            certain = len(self._text)
+            if marker and not at_end:  # white space before a marker is dropped, so it is held as well
+                certain = len(self._text[: certain - overlap(self._text, marker)].rstrip())
+            content, self._text = self._text[:certain], self._text[certain:]
         return ToolCallDelta(content) if content else None
 
-    def _head(self, at_end: bool) -> ToolCallDelta | None:
-        opening = self.format.opening.match(self._text) or re.match(r"\s*", self._text)
+    def _at_call(self, at_end: bool) -> ToolCallDelta | None:
+        opening = re.match(self.format.opening, self._text) or re.match(r"\s*", self._text)
         assert opening is not None
         at = opening.end()
-        head = self.format.head.match(self._text, at)
+        head = re.compile(self.format.head).match(self._text, at)
         if head is not None and (self.format.marker or head["name"] in self.names):
             self._text, self._marker = self._text[head.end() :], ""
             self._state, self._nesting = "arguments", _Nesting()
             self.calls += 1
             return ToolCallDelta(call=self.calls - 1, name=head["name"])
-        left = self._text[at:]
-        end = _Nesting().end(left) if head is None and left.startswith("{") else None
-        if end is not None and (whole := self._whole(left, end)) is not None:
+        rest = self._text[at:]
+        end = _Nesting().end(rest) if head is None and rest.startswith("{") else None
+        if end is not None and (whole := self._whole_call(rest, end)) is not None:
             return whole
-        wanted = not left or self.format.direct or (left[0] == "{" and end is None)
-        if head is not None or not wanted or at_end or len(left) > _LONGEST_HEAD:
-            # Text as far as it was looked at; another call may follow.
-            seen = at + end if end is not None else len(self._text) if left.startswith("{") else 0
-            content, self._text = self._marker + self._text[:seen], self._text[seen:]
-            self._marker, self._state = "", "text"
-            return ToolCallDelta(content) if content.strip() else None
-        return None
+        may_be_call = not rest or self.format.direct or (rest[0] == "{" and end is None)
+        if head is None and may_be_call and not at_end and len(rest) <= _MAX_HEAD_CHARACTERS:
+            return None
+        # It is text as far as it was read. Another call may follow.
+        read = at + end if end is not None else len(self._text) if rest.startswith("{") else 0
+        content, self._text = self._marker + self._text[:read], self._text[read:]
+        self._marker, self._state = "", "text"
+        return ToolCallDelta(content) if content.strip() else None
 
-    def _whole(self, left: str, end: int) -> ToolCallDelta | None:
-        """A call whose keys come in another order, or that has no arguments, now that all of it is there."""
-        call = _object(left[:end])
-        name = call.get("name")
+    def _whole_call(self, text: str, end: int) -> ToolCallDelta | None:
+        """A complete call whose keys come in another order, or that has no arguments."""
+        try:
+            call: Any = msgspec.json.decode(text[:end])  # refuses lone surrogates, which no text can hold
+        except (ValueError, RecursionError):
+            return None
+        name = call.get("name") if isinstance(call, dict) else None
         if not isinstance(name, str) or not (self.format.marker or name in self.names):
             return None
         arguments = call.get("arguments", call.get("parameters", {}))
-        self._text, self._marker, self._state = left[end:], "", "behind"
+        self._text, self._marker, self._state = text[end:], "", "after"
         self.calls += 1
-        said = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        return ToolCallDelta(call=self.calls - 1, name=name, arguments=said)
+        written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        return ToolCallDelta(call=self.calls - 1, name=name, arguments=written)
 
-    def _arguments(self, _: bool) -> ToolCallDelta | None:
+    def _in_arguments(self, _: bool) -> ToolCallDelta | None:
         end = self._nesting.end(self._text)
-        said = self._text[:end]
+        arguments = self._text[:end]
         self._text = "" if end is None else self._text[end:]
         if end is not None:
-            self._state, self._nesting = "behind" if self.format.direct else "rest", _Nesting(depth=1)
-        return ToolCallDelta(call=self.calls - 1, arguments=said) if said else None
+            self._state, self._nesting = "after" if self.format.direct else "rest", _Nesting(depth=1)
+        return ToolCallDelta(call=self.calls - 1, arguments=arguments) if arguments else None
 
-    def _rest(self, _: bool) -> None:
-        """Up to the brace that closes the call."""
+    def _in_rest(self, _: bool) -> None:
+        """Drops everything up to the brace that closes the call."""
         end = self._nesting.end(self._text)
         self._text = "" if end is None else self._text[end:]
         if end is not None:
-            self._state = "behind"
+            self._state = "after"
 
-    def _behind(self, at_end: bool) -> None:
-        left, closing = self._text.lstrip(), self.format.closing
-        if closing and left.startswith(closing):
-            self._text, self._state = left[len(closing) :].lstrip(), "text"
+    def _after_call(self, at_end: bool) -> None:
+        rest, closing = self._text.lstrip(), self.format.closing
+        if closing and rest.startswith(closing):
+            self._text, self._state = rest[len(closing) :].lstrip(), "text"
             return
-        if not left or (closing and closing.startswith(left)) or at_end:
+        if not rest or (closing and closing.startswith(rest)) or at_end:
             self._text = "" if at_end else self._text
             return
-        between = self.format.between.match(self._text)
-        left = self._text if between is None else self._text[between.end() :]
-        if left:
-            self._text = left
-            self._state = "call" if left[0] == "{" and self.format.name != "hermes" else "text"
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        found = msgspec.json.decode(text)  # no half of a surrogate pair, which is no text
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _held(text: str, marker: str) -> int:
-    """Characters at the end of `text` that could come before a marker or begin one."""
-    if not marker:
-        return 0
-    longest = min(len(text), len(marker) - 1)
-    begun = next((length for length in range(longest, 0, -1) if marker.startswith(text[-length:])), 0)
-    before = text[: len(text) - begun]
-    return begun + len(before) - len(before.rstrip())
+        between = re.match(self.format.between, self._text)
+        rest = self._text if between is None else self._text[between.end() :]
+        if rest:
+            self._text = rest
+            self._state = "call" if rest[0] == "{" and self.format.name != "hermes" else "text"

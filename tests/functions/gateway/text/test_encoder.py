@@ -35,7 +35,7 @@ class Noting:
 def test_a_text_that_cannot_fit_is_refused_by_its_length() -> None:
     tokenizer = Noting()
     encoder = Encoder(tokenizer, CONTEXT)  # type: ignore[arg-type]
-    assert encoder.most_characters == CONTEXT * LONGEST
+    assert encoder.max_characters == CONTEXT * LONGEST
     with pytest.raises(InvalidRequest, match=f"1000000 characters; the model's context is {CONTEXT} tokens"):
         encoder.encode("7" * 1_000_000, add_special_tokens=True)
     assert tokenizer.characters == []

@@ -2,7 +2,7 @@
 
 import pytest
 
-from functions.gateway.text.reasoning import Reasoning, within
+from functions.gateway.text.reasoning import Reasoning, begins_inside
 
 CASES = [
     (False, "<think>\nOne.\n\nTwo.\n</think>\n\nSaid.\n", "One.\n\nTwo.", "Said.\n"),
@@ -32,7 +32,7 @@ def test_thoughts_and_words(inside: bool, text: str, thought: str, said: str, si
 
 
 def test_a_prompt_says_whether_thoughts_have_begun() -> None:
-    assert within("<|im_start|>assistant\n<think>\n")
-    assert not within("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    assert not within("<|im_start|>assistant\n")
-    assert not within("What does <think> mean?<|im_end|>\n<|im_start|>assistant\n")
+    assert begins_inside("<|im_start|>assistant\n<think>\n")
+    assert not begins_inside("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert not begins_inside("<|im_start|>assistant\n")
+    assert not begins_inside("What does <think> mean?<|im_end|>\n<|im_start|>assistant\n")
