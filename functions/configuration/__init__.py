@@ -1,4 +1,4 @@
-"""What a function is told by its environment: every key, its parser and its default, read once at the start.
+"""The configuration of functions: every key of the environment with its parser and default, read once at the start.
 
 May import: eventing.wire, storage.store.
 """

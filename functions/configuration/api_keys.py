@@ -1,9 +1,9 @@
-"""API keys of clients as they are written down: a key or its hash, what people call it, and what it may ask.
+"""Lists of API keys: a key or its hash, a name for people, and a quota.
 
     sha256:<64 hexadecimal digits> name=alice requests_per_minute=60 concurrent=4
 
-One on each line, or separated by commas; a line that begins with # is none. Errors count keys and words and show neither,
-because anything that stands there may be a key.
+One key per line, or separated by commas; a line that begins with # is a comment. Errors give the numbers of keys and words and
+never show them, because any word may be a key.
 """
 
 import dataclasses
@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Self
 
-HASHED: Final = "sha256:"
-"""Before the hexadecimal SHA-256 of a key, where it stands for the key."""
+HASHED: Final = "sha256:"  # before a key's hexadecimal SHA-256, if it is written in place of the key
 _HASH: Final = re.compile("[0-9a-f]{64}")
 _NAME: Final = re.compile(r"[\w.@-]{1,100}")
 _ID_DIGITS: Final = 12
@@ -23,20 +22,16 @@ _MOST: Final = 10**12
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """What a client may ask. None: nothing is said; 0: as much as it likes."""
+    """Limits of a client. None: not set; 0: no limit."""
 
     requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
-    """Of prompts and answers."""
-    concurrent: int | None = None
-    """Answers at once."""
-    max_tokens: int | None = None
-    """Of the largest answer."""
-    priority: int | None = None
-    """Whose is higher comes first; 0 unless said."""
+    tokens_per_minute: int | None = None  # in prompts and answers
+    concurrent: int | None = None  # answers at once
+    max_tokens: int | None = None  # of one answer
+    priority: int | None = None  # higher is served first; unset: 0
 
     def over(self, other: Self) -> Self:
-        """What this says, and what `other` says where this does not."""
+        """This quota, with unset limits taken from `other`."""
         said = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         return dataclasses.replace(other, **said)
 
@@ -46,33 +41,30 @@ LIMITS: Final = tuple(field.name for field in dataclasses.fields(Quota))
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """`hashed`: 64 hexadecimal digits."""
-
-    hashed: str
+    hashed: str  # 64 hexadecimal digits
     name: str = ""
     quota: Quota = Quota()
-    in_clear_text: bool = False
-    """As people write them by hand."""
+    in_clear_text: bool = False  # it was written as the key, not as its hash
 
     @property
     def id(self) -> str:
-        """What it is called in logs and lists; no secret."""
+        """Names the key in logs and lists. It is no secret."""
         return self.hashed[:_ID_DIGITS]
 
     def written(self) -> str:
-        """Always by its hash."""
+        """As a line of a list, with the hash."""
         said = {name: getattr(self.quota, name) for name in LIMITS}
         words = [f"{name}={value}" for name, value in (("name", self.name or None), *said.items()) if value is not None]
         return " ".join([HASHED + self.hashed, *words])
 
 
 def sha256_of(key: str) -> str:
-    """64 hexadecimal digits. A key has 256 bits of its own, so nobody finds it by trying, and no slow hash is needed."""
+    """64 hexadecimal digits. A key has 256 random bits and cannot be guessed, so a fast hash is enough."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def parse_keys(text: str) -> tuple[ApiKey, ...]:
-    """None may be missing between two commas. Raises ValueError."""
+    """Raises ValueError, also for an empty entry between two commas."""
     found = [_key(number, words) for number, words in enumerate(_parts(text), 1)]
     numbers: dict[str, int] = {}
     for number, key in enumerate(found, 1):
@@ -83,7 +75,7 @@ def parse_keys(text: str) -> tuple[ApiKey, ...]:
 
 
 def limit(name: str, value: str) -> int:
-    """Raises ValueError where `name` is no limit of a key, or `value` none of its values."""
+    """Parses one limit of a quota. Raises ValueError for an unknown name or a value out of range."""
     least = -_MOST if name == "priority" else 0
     if name not in LIMITS or not re.fullmatch("-?[0-9]{1,13}", value) or not least <= int(value) <= _MOST:
         raise ValueError(f"a limit is NAME=NUMBER, NAME one of {', '.join(LIMITS)}")

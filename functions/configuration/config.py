@@ -1,4 +1,4 @@
-"""What a function is told by its environment: the only reader of it, and the only place of defaults."""
+"""The configuration of a function: every key of its environment, with parser, meaning and default. Read once, at the start."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,33 +11,83 @@ from functions.configuration.api_keys import ApiKey
 from functions.configuration.parsers import LayerRange
 from functions.configuration.pass_times import PassTimes, parse_pass_times
 from functions.configuration.settings import REQUIRED, ConfigError, Key, keys, read, setting, unknown_keys
-from functions.configuration.store_config import KVStoreConfig, StoreConfig
+from storage.store.settings import StoreSettings
 
 ROLE_KEY: Final = "LAMINA_ROLE"
 _PREFIX: Final = "LAMINA_"
-_ROLE = Key(ROLE_KEY, parsers.one_of("stage", "gateway"), "what this function is: stage or gateway", REQUIRED, False)
+_ROLE = Key(ROLE_KEY, parsers.one_of("stage", "gateway"), "role of this function: stage or gateway", REQUIRED, False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreConfig(StoreSettings):
+    """The S3-compatible store of models."""
+
+    endpoint_url: str = setting("LAMINA_STORE_ENDPOINT", parsers.url, "URL of the S3-compatible store")
+    bucket: str = setting("LAMINA_STORE_BUCKET", parsers.text, "bucket that holds the models")
+    region: str = setting("LAMINA_STORE_REGION", parsers.text, "region that requests are signed for", "us-east-1")
+    access_key_id: str | None = setting("AWS_ACCESS_KEY_ID", parsers.text, "access key of the store", "")
+    secret_access_key: str | None = setting("AWS_SECRET_ACCESS_KEY", parsers.text, "secret key of the store", "", secret=True)
+    session_token: str | None = setting("AWS_SESSION_TOKEN", parsers.text, "token of temporary keys", "", secret=True)
+    web_identity_token_file: str | None = setting(
+        "AWS_WEB_IDENTITY_TOKEN_FILE", parsers.text, "instead of keys: file with a token that is exchanged for some", ""
+    )
+    role_arn: str | None = setting("AWS_ROLE_ARN", parsers.text, "role that the token is exchanged for", "")
+    sts_endpoint: str | None = setting(
+        "AWS_ENDPOINT_URL_STS", parsers.url, "URL that exchanges the token; unset: AWS's own in LAMINA_STORE_REGION", ""
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVStoreConfig:
+    """The store of keys and values of idle conversations whose pod has ended."""
+
+    place: tuple[str, str] | None = setting(
+        "LAMINA_KV_STORE",
+        parsers.bucket_and_prefix,
+        "BUCKET/PREFIX for keys and values of idle conversations when their pod ends; unset: they are dropped",
+        "",
+    )
+    endpoint_url: str | None = setting(
+        "LAMINA_KV_STORE_ENDPOINT", parsers.url, "URL of that store; unset: LAMINA_STORE_ENDPOINT", ""
+    )
+    access_key_id: str | None = setting(
+        "LAMINA_KV_STORE_ACCESS_KEY_ID", parsers.text, "access key that may write there; unset: as for models", ""
+    )
+    secret_access_key: str | None = setting(
+        "LAMINA_KV_STORE_SECRET_ACCESS_KEY", parsers.text, "its secret key", "", secret=True
+    )
+    key: bytes | None = setting(
+        "LAMINA_KV_KEY", parsers.key_256, "key that encrypts what is kept there: 64 hexadecimal digits", "", secret=True
+    )
+    max_bytes: int = setting(
+        "LAMINA_KV_STORE_BYTES", parsers.integer(1), "most bytes of this stage there; the oldest are deleted", str(10 * 2**30)
+    )
+    max_age_seconds: float = setting(
+        "LAMINA_KV_STORE_AGE_SECONDS", parsers.seconds, "older entries are deleted", str(7 * 86_400)
+    )
+    bytes_per_second: int = setting(
+        "LAMINA_KV_STORE_BYTES_PER_SECOND", parsers.integer(1), "most bytes that a pod writes in a second", str(64 * 2**20)
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CommonConfig:
-    """What stage and gateway are both told."""
+    """Keys that stage and gateway share."""
 
-    port: int = setting(
-        "PORT", parsers.integer(0, 65535), "where to listen for requests; Knative sets it; 0: a free port", "8080"
-    )
+    port: int = setting("PORT", parsers.integer(0, 65535), "port for requests, set by Knative; 0: a free port", "8080")
     listen: str = setting(
         "LAMINA_LISTEN",
         parsers.address,
-        "address to listen at: 0.0.0.0 as Knative wants it, :: for IPv6 too, 127.0.0.1 on one machine",
+        "address to listen on: 0.0.0.0 as Knative requires it, :: for IPv6 too, 127.0.0.1 on one machine",
         "0.0.0.0",
     )
     metrics_port: int = setting(
         "LAMINA_METRICS_PORT",
         parsers.integer(0, 65535),
-        "where /metrics and the details of /readyz are, which clients of PORT do not get; 0: a free port",
+        "port of /metrics and of the details of /readyz, which clients of PORT do not get; 0: a free port",
         "9464",
     )
-    pipeline: str = setting("LAMINA_PIPELINE", parsers.fingerprint, "fingerprint of the pipeline, which every event carries")
+    pipeline: str = setting("LAMINA_PIPELINE", parsers.fingerprint, "fingerprint of the pipeline, which every event has")
     pipeline_token: str = setting("LAMINA_PIPELINE_TOKEN", parsers.text, "bearer token between gateway and stages", secret=True)
     model: str = setting("LAMINA_MODEL", parsers.text, "name of the model in the store")
     dtype: str = setting(
@@ -47,101 +97,100 @@ class CommonConfig:
     weights: tuple[Weights, ...] | None = setting(
         "LAMINA_WEIGHTS",
         parsers.weights,
-        "where groups compute in dtypes of their own: DTYPE=DIGEST of each group's publication; unset: all in LAMINA_DTYPE",
+        "if groups compute in different dtypes: DTYPE=DIGEST of each group's publication; unset: all in LAMINA_DTYPE",
         "",
     )
     wire_dtype: str | None = setting(
         "LAMINA_WIRE_DTYPE",
         parsers.one_of("int8"),
-        "int8: hidden states travel in 8 bits, with a scale for each token; answers may differ. Unset: as they are computed",
+        "int8: hidden states are sent in 8 bits, with a scale for each token; answers may differ. Unset: as they are computed",
         "",
     )
     store: StoreConfig
     pod_network: tuple[IPv4Network | IPv6Network, ...] = setting(
         "LAMINA_POD_NETWORK",
         parsers.networks,
-        "only pod addresses in these networks, separated by commas, are followed; unless set: private addresses",
+        "networks of pods, separated by commas; other addresses are not used; default: private addresses",
         "10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,100.64.0.0/10,fc00::/7",
     )
     pod_port: int = setting(
-        "LAMINA_POD_PORT", parsers.integer(0, 65535), "only this port of a pod is followed; 0: the slice's own", "8012"
+        "LAMINA_POD_PORT", parsers.integer(0, 65535), "port of pods; others are not used; 0: the EndpointSlice's own", "8012"
     )
     traces_endpoint: str | None = setting(
         "OTEL_EXPORTER_OTLP_ENDPOINT",
         parsers.url,
-        "where traces go, by OTLP over HTTP; unset: nowhere. OpenTelemetry reads its other OTEL_* keys by itself",
+        "URL for traces, by OTLP over HTTP; unset: no traces. OpenTelemetry reads its other OTEL_* keys itself",
         "",
     )
     log_level: str = setting(
-        "LAMINA_LOG_LEVEL", parsers.one_of("debug", "info", "warning", "error"), "least severe messages that are logged", "info"
+        "LAMINA_LOG_LEVEL", parsers.one_of("debug", "info", "warning", "error"), "least severe level that is logged", "info"
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageConfig(CommonConfig):
-    """What one stage is told."""
+    """Keys of a stage."""
 
     layers: LayerRange = setting("LAMINA_LAYERS", parsers.layers, "this stage's group of the cut, such as 10:20")  # noqa: RUF009
     second_pipeline_token: str | None = setting(
-        "LAMINA_SECOND_PIPELINE_TOKEN", parsers.text, "taken as well as the other, while one is rotated", "", secret=True
+        "LAMINA_SECOND_PIPELINE_TOKEN", parsers.text, "accepted beside the other, while the token is rotated", "", secret=True
     )
     layer_group: str = setting(
         "LAMINA_LAYER_GROUP",
         parsers.one_of("auto", "native", "llama", "transformers", "sleep"),
-        "what runs the layers: native (C, on CPUs), llama (torch) or transformers; auto takes the first that can, sleep waits "
-        "instead of computing (for benchmarks)",
+        "runtime of the layers: native (C, on CPUs), llama (torch) or transformers; auto: the first of these that can; sleep: "
+        "waits instead of computing (for benchmarks)",
         "auto",
     )
-    sleep_seconds: float = setting("LAMINA_SLEEP_SECONDS", parsers.seconds, "how long a pass takes with sleep", "0.03")
+    sleep_seconds: float = setting("LAMINA_SLEEP_SECONDS", parsers.seconds, "with sleep, duration of a forward pass", "0.03")
     sleep_pass_times: PassTimes | None = setting(  # noqa: RUF009
         "LAMINA_SLEEP_PASS_TIMES",
         parse_pass_times,
-        "instead: what a pass takes on a device that is emulated, as JSON (functions/configuration/pass_times.py)",
+        "instead: durations of an emulated device, as JSON (functions/configuration/pass_times.py)",
         "",
     )
     sleep_bytes_per_second: int | None = setting(
         "LAMINA_SLEEP_BYTES_PER_SECOND",
         parsers.integer(1),
-        "with sleep, how fast the stage's weights would come: its start waits for bytes ÷ this; unset: not at all",
+        "with sleep, speed of loading weights: the start waits for their bytes ÷ this; unset: it does not wait",
         "",
     )
     device: str = setting(
         "LAMINA_DEVICE",
         parsers.one_of("auto", "cpu", "cuda"),
-        "where the layers run; auto: a GPU, if one is there and runs the dtype",
+        "device of the layers; auto: a GPU if there is one that runs the dtype",
         "auto",
     )
-    threads: int = setting("LAMINA_THREADS", parsers.integer(0, 1024), "threads of a pass; 0: as many as the CPU limit", "0")
+    threads: int = setting("LAMINA_THREADS", parsers.integer(0, 1024), "threads of a forward pass; 0: the CPU limit", "0")
     busy_threads: int = setting(
         "LAMINA_BUSY_THREADS",
         parsers.integer(0, 1024),
-        "threads of a pass by torch's operators (fp32) while the stage is busy for more than half of the time, for stages that "
-        "share cores; 0: the same",
+        "threads of a forward pass of torch's operators (fp32) while the stage is busy more than half of the time, for stages "
+        "that share cores; 0: LAMINA_THREADS",
         "0",
     )
     kv_cache_bytes: int = setting("LAMINA_KV_CACHE_BYTES", parsers.integer(1), "memory for keys and values", str(2**30))
-    max_merge: int = setting("LAMINA_MAX_MERGE", parsers.integer(1, 1024), "most events merged into one pass", "4")
-    most_awaiting_room: int = setting(
-        "LAMINA_MOST_AWAITING_ROOM",
+    max_merge: int = setting("LAMINA_MAX_MERGE", parsers.integer(1, 1024), "most events merged into one forward pass", "4")
+    max_memory_waiters: int = setting(
+        "LAMINA_MAX_MEMORY_WAITERS",
         parsers.integer(0, 1024),
-        "requests at a time that may wait here until there is memory, so that the autoscaler counts them; each takes a place "
-        "of containerConcurrency",
+        "most requests that wait here for memory, so that the autoscaler counts them; each takes one of containerConcurrency",
         "2",
     )
     idle_sequence_seconds: float = setting(
-        "LAMINA_IDLE_SEQUENCE_SECONDS", parsers.seconds, "a sequence not heard of for so long is released", "600"
+        "LAMINA_IDLE_SEQUENCE_SECONDS", parsers.seconds, "a sequence without events for so long is released", "600"
     )
     kv_store: KVStoreConfig
     weights_cache: str | None = setting(
         "LAMINA_WEIGHTS_CACHE", parsers.text, "folder of verified weights that outlives the pod; unset: none", ""
     )
     weights_cache_bytes: int = setting(
-        "LAMINA_WEIGHTS_CACHE_BYTES", parsers.integer(1), "most bytes that this folder may hold", str(20 * 2**30)
+        "LAMINA_WEIGHTS_CACHE_BYTES", parsers.integer(1), "most bytes in this folder", str(20 * 2**30)
     )
 
     @property
     def pipeline_tokens(self) -> tuple[str, ...]:
-        """Any of which a stage takes."""
+        """The stage accepts any of them."""
         return (self.pipeline_token, *([self.second_pipeline_token] if self.second_pipeline_token else []))
 
     @property
@@ -155,7 +204,7 @@ class StageConfig(CommonConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GatewayConfig(CommonConfig):
-    """What a gateway is told."""
+    """Keys of a gateway."""
 
     stages: tuple[tuple[LayerRange, str], ...] = setting(
         "LAMINA_STAGES", parsers.stages, "URL of each group's Service: 0:10=http://…,10:20=http://…"
@@ -163,8 +212,8 @@ class GatewayConfig(CommonConfig):
     api_keys: tuple[ApiKey, ...] | None = setting(
         "LAMINA_API_KEYS",
         parsers.keys,
-        "bearer keys of clients, or sha256: and a key's SHA-256, separated by commas, each with its name and limits "
-        "(functions/configuration/api_keys.py) behind it; unset, and no files: open",
+        "bearer keys of clients, or sha256: and a key's SHA-256, separated by commas, each followed by its name and limits "
+        "(functions/configuration/api_keys.py); unset, and no files: open to all",
         "",
         secret=True,
         closes=True,
@@ -172,69 +221,73 @@ class GatewayConfig(CommonConfig):
     api_key_files: tuple[str, ...] | None = setting(
         "LAMINA_API_KEY_FILES",
         parsers.paths,
-        "files of such keys, separated by commas, which are read again when they change",
+        "files of such keys, separated by commas; read again when they change",
         "",
         closes=True,
     )
     client_requests_per_minute: int = setting(
-        "LAMINA_CLIENT_REQUESTS_PER_MINUTE", parsers.integer(0, 10**9), "most of one client at this gateway; 0: no limit", "0"
+        "LAMINA_CLIENT_REQUESTS_PER_MINUTE",
+        parsers.integer(0, 10**9),
+        "most requests of one client at this gateway; 0: no limit",
+        "0",
     )
     client_tokens_per_minute: int = setting(
         "LAMINA_CLIENT_TOKENS_PER_MINUTE",
         parsers.integer(0, 10**12),
-        "most of one client at this gateway, of prompts and answers; an answer that has begun comes to its end; 0: no limit",
+        "most tokens of one client at this gateway, in prompts and answers; an answer that has begun is finished; 0: no limit",
         "0",
     )
     client_concurrent: int = setting(
         "LAMINA_CLIENT_CONCURRENT",
         parsers.integer(0, 10**6),
-        "most answers of a client at once at this gateway; 0: no limit",
+        "most concurrent answers of one client at this gateway; 0: no limit",
         "0",
     )
     client_max_tokens: int = setting(
-        "LAMINA_CLIENT_MAX_TOKENS", parsers.integer(0, 10**9), "most tokens of one answer, which ends there; 0: no limit", "0"
+        "LAMINA_CLIENT_MAX_TOKENS", parsers.integer(0, 10**9), "most tokens of one answer; 0: no limit", "0"
     )
     limits_store: str | None = setting(
         "LAMINA_LIMITS_STORE",
         parsers.limits_store,
-        "URL of a Redis, redis://HOST:PORT/DB, in which all gateways count requests and tokens a minute together; unset: each "
-        "counts for itself",
+        "URL of a Redis, redis://HOST:PORT/DB, in which all gateways count requests and tokens per minute; unset: each counts "
+        "alone",
         "",
         secret=True,
     )
     cors_origins: tuple[str, ...] | None = setting(
         "LAMINA_CORS_ORIGINS",
         parsers.origins,
-        "origins whose pages browsers let ask, such as https://chat.example, separated by commas, or *; unset: none",
+        "origins of pages that may send requests from browsers, such as https://chat.example, separated by commas, or *; "
+        "unset: none",
         "",
     )
     access_log: str = setting(
         "LAMINA_ACCESS_LOG",
         parsers.one_of("on", "off", "prompts"),
-        "a line of JSON for each request, with tokens, times and status; prompts: with what was asked and answered, too",
+        "a line of JSON for each request, with tokens, times and status; prompts: with prompt and answer, too",
         "on",
     )
     proxies: int = setting(
         "LAMINA_PROXIES",
         parsers.integer(0, 16),
-        "proxies that every request passes, each of which adds to X-Forwarded-For who spoke to it; the first one's entry tells "
-        "clients without keys apart; 0: the header counts for nothing",
+        "number of proxies that every request passes, each of which appends to X-Forwarded-For; the first one's entry "
+        "identifies a client without a key; 0: the header is ignored",
         "1",
     )
     tool_parser: str = setting(
         "LAMINA_TOOL_PARSER",
         parsers.one_of("auto", "hermes", "llama3_json", "mistral"),
-        "how the model writes calls of tools; auto: as its chat template shows",
+        "format of the model's tool calls; auto: as its chat template shows",
         "auto",
     )
     scores: str = setting(
         "LAMINA_SCORES",
         parsers.one_of("on", "off"),
-        "whether it is the first step of a Sequence that scores texts, which hands out signed events; not where clients come",
+        "on: the first step of a Sequence that scores texts. It replies with signed events, so clients must not reach it",
         "off",
     )
     queue_limit: int = setting(
-        "LAMINA_QUEUE_LIMIT", parsers.integer(0, 100_000), "requests that may wait; beyond it 429", "256"
+        "LAMINA_QUEUE_LIMIT", parsers.integer(0, 100_000), "requests that may wait; more are refused with 429", "256"
     )
     chunk_tokens: int = setting(
         "LAMINA_CHUNK_TOKENS", parsers.integer(1, 65_536), "most prompt tokens of one sequence in one event", "256"
@@ -245,35 +298,35 @@ class GatewayConfig(CommonConfig):
     stages_at_once: int = setting(
         "LAMINA_STAGES_AT_ONCE",
         parsers.integer(0, 1024),
-        "stages that can compute at the same time, fewer than all where they share cores; 0: all",
+        "stages that can compute at the same time, fewer than all if they share cores; 0: all",
         "0",
     )
     draft_tokens: int = setting(
         "LAMINA_DRAFT_TOKENS",
         parsers.integer(0, MAX_DRAFT_TOKENS),
-        "most tokens that are drafted for a row of a step, as many as pay for themselves; 0: nothing is drafted",
+        "most draft tokens for a row of a step; fewer if they do not pay; 0: no speculation",
         "16",
     )
     prefix_sharing: str = setting(
         "LAMINA_PREFIX_SHARING",
         parsers.one_of("auto", "pipeline", "client", "off"),
-        "who may find the keys and values that a prompt left at the stages: all clients of the pipeline, only the client, "
-        "nobody (off); auto: client where there are API keys, else pipeline",
+        "which clients may reuse a prompt's keys and values: all of the pipeline, only its own client, none (off); auto: "
+        "client if there are API keys, else pipeline",
         "auto",
     )
     cold_start_timeout_seconds: float = setting(
-        "LAMINA_COLD_START_TIMEOUT_SECONDS", parsers.seconds, "how long a request waits for sleeping stages", "300"
+        "LAMINA_COLD_START_TIMEOUT_SECONDS", parsers.seconds, "longest wait of a request for sleeping stages", "300"
     )
     request_timeout_seconds: float = setting(
-        "LAMINA_REQUEST_TIMEOUT_SECONDS", parsers.seconds, "how long one answer may take", "600"
+        "LAMINA_REQUEST_TIMEOUT_SECONDS", parsers.seconds, "longest duration of one answer", "600"
     )
     step_timeout_seconds: float = setting(
-        "LAMINA_STEP_TIMEOUT_SECONDS", parsers.seconds, "how long one event may be at a stage", "120"
+        "LAMINA_STEP_TIMEOUT_SECONDS", parsers.seconds, "longest stay of one event at a stage", "120"
     )
     kubernetes_api: str | None = setting(
         "LAMINA_KUBERNETES_API",
         parsers.kubernetes_api,
-        "URL of the API that serves EndpointSlices; cluster: from the pod's ServiceAccount; unset: no watch",
+        "URL of the API that serves EndpointSlices; cluster: by the pod's ServiceAccount; unset: no watch",
         "",
     )
     stage_services: tuple[str, ...] | None = setting(
@@ -285,17 +338,17 @@ class GatewayConfig(CommonConfig):
     stage_targets: tuple[float, ...] | None = setting(
         "LAMINA_STAGE_TARGETS",
         parsers.targets,
-        "concurrency of a replica of each stage at which another is added, to be shown; 0: scaled otherwise; unset: not known",
+        "per stage, concurrency of a replica at which another is added, for the page; 0: scaled otherwise; unset: unknown",
         "",
     )
     page: str = setting(
-        "LAMINA_PAGE", parsers.one_of("on", "off"), "whether `GET /` is a page that chats and shows the pipeline", "on"
+        "LAMINA_PAGE", parsers.one_of("on", "off"), "on: `GET /` is a page that chats and shows the pipeline", "on"
     )
     namespace: str = setting("LAMINA_NAMESPACE", parsers.text, "namespace of the stages", "default")
 
     @property
     def sharing(self) -> str:
-        """`prefix_sharing` decided: a hit is visible in its time, so that those who have keys share with nobody else."""
+        """`prefix_sharing` without auto. A hit shows in the response time, so clients with keys do not share by default."""
         if self.prefix_sharing != "auto":
             return self.prefix_sharing
         return "pipeline" if self.api_keys is None and self.api_key_files is None else "client"
@@ -327,7 +380,7 @@ def read_config(environ: Mapping[str, str]) -> Config:
 
 
 def environment() -> Iterator[tuple[str, str, str, str]]:
-    """Key, role, default and meaning of everything that a function reads. No default: empty."""
+    """Key, role, default and meaning of every key. The default is empty if there is none."""
     for key, role in _all_keys():
         yield key.name, role, "required" if key.default == REQUIRED else key.default, key.meaning
 
@@ -345,48 +398,53 @@ def _keys_of_another_role(role: str, environ: Mapping[str, str]) -> Iterator[str
             yield f"{key.name} is a key of the {owner}, and {ROLE_KEY} is {role}"
 
 
-def _missing_keys(store: StoreConfig) -> Iterator[str]:
-    for name, value in (("AWS_ACCESS_KEY_ID", store.access_key_id), ("AWS_SECRET_ACCESS_KEY", store.secret_access_key)):
-        if value is None and store.web_identity_token_file is None:
-            yield f"{name} is not set (the store wants keys, or AWS_WEB_IDENTITY_TOKEN_FILE a token to exchange for some)"
+def _contradictions(config: Config) -> Iterator[str]:
+    """One sentence for each set of values that are valid alone and not together."""
+    if config.store.web_identity_token_file is None:
+        store_keys = {"AWS_ACCESS_KEY_ID": config.store.access_key_id, "AWS_SECRET_ACCESS_KEY": config.store.secret_access_key}
+        for name, value in store_keys.items():
+            if value is None:
+                yield f"{name} is not set (the store needs keys, or AWS_WEB_IDENTITY_TOKEN_FILE to exchange a token for some)"
+    yield from _stage_contradictions(config) if isinstance(config, StageConfig) else _gateway_contradictions(config)
 
 
-def _unencrypted(kv_store: KVStoreConfig) -> Iterator[str]:
+def _stage_contradictions(config: StageConfig) -> Iterator[str]:
+    kv_store = config.kv_store
     if kv_store.place is not None and kv_store.key is None:
-        yield "LAMINA_KV_KEY is not set, and what LAMINA_KV_STORE keeps is what clients said: 64 hexadecimal digits"
+        yield "LAMINA_KV_KEY is not set, and LAMINA_KV_STORE keeps conversations of clients: give it 64 hexadecimal digits"
     if (kv_store.access_key_id is None) != (kv_store.secret_access_key is None):
         yield "LAMINA_KV_STORE_ACCESS_KEY_ID and LAMINA_KV_STORE_SECRET_ACCESS_KEY belong together: set both, or none"
+    if config.layers not in config.cut:
+        first, last = config.layers
+        yield f"LAMINA_LAYERS: '{first}:{last}' is not allowed: one of the groups of LAMINA_CUT, {_ranges(config.cut)}"
+    emulation = {
+        "LAMINA_SLEEP_PASS_TIMES": config.sleep_pass_times,
+        "LAMINA_SLEEP_BYTES_PER_SECOND": config.sleep_bytes_per_second,
+    }
+    for key, value in emulation.items():
+        if value is not None and config.layer_group != "sleep":
+            yield f"{key} emulates a device, and LAMINA_LAYER_GROUP is {config.layer_group}: leave it out, or say sleep"
+    if config.device == "cuda" and config.dtype in ("int8", "q4"):
+        yield (
+            f"LAMINA_DEVICE: 'cuda' is not allowed with LAMINA_DTYPE {config.dtype}, which runs on CPUs: "
+            "cpu, auto, or another dtype"
+        )
+    if config.layer_group == "transformers" and config.dtype in ("int8", "q4"):
+        yield f"LAMINA_LAYER_GROUP: 'transformers' is not allowed with LAMINA_DTYPE {config.dtype}: auto, or another dtype"
 
 
-def _contradictions(config: Config) -> Iterator[str]:
-    """Values that are right by themselves and wrong together."""
-    cut = ",".join(f"{first}:{last}" for first, last in config.cut)
-    yield from _missing_keys(config.store)
-    if isinstance(config, StageConfig):
-        yield from _unencrypted(config.kv_store)
-        if config.layers not in config.cut:
-            first, last = config.layers
-            yield f"LAMINA_LAYERS: '{first}:{last}' is not allowed: one of the groups of LAMINA_CUT, {cut}"
-        for key, value in (
-            ("LAMINA_SLEEP_PASS_TIMES", config.sleep_pass_times),
-            ("LAMINA_SLEEP_BYTES_PER_SECOND", config.sleep_bytes_per_second),
-        ):
-            if value is not None and config.layer_group != "sleep":
-                yield f"{key} emulates a device, and LAMINA_LAYER_GROUP is {config.layer_group}: leave it out, or say sleep"
-        if config.device == "cuda" and config.dtype in ("int8", "q4"):
-            yield (
-                f"LAMINA_DEVICE: 'cuda' is not allowed with LAMINA_DTYPE {config.dtype}, which runs on CPUs: "
-                "cpu, auto, or another dtype"
-            )
-        if config.layer_group == "transformers" and config.dtype in ("int8", "q4"):
-            yield f"LAMINA_LAYER_GROUP: 'transformers' is not allowed with LAMINA_DTYPE {config.dtype}: auto, or another dtype"
-        return
-    if tuple(group for group, _ in config.stages) != config.cut:
-        named = ",".join(f"{first}:{last}" for (first, last), _ in config.stages)
-        yield f"LAMINA_STAGES: {named} is not allowed: the groups of LAMINA_CUT in their order, {cut}"
+def _gateway_contradictions(config: GatewayConfig) -> Iterator[str]:
+    cut = _ranges(config.cut)
+    named = tuple(group for group, _ in config.stages)
+    if named != config.cut:
+        yield f"LAMINA_STAGES: {_ranges(named)} is not allowed: the groups of LAMINA_CUT in their order, {cut}"
     if config.stage_services is not None and len(config.stage_services) != len(config.cut):
         names = ",".join(config.stage_services)
         yield f"LAMINA_STAGE_SERVICES: {names} is not allowed: one name for each group of LAMINA_CUT, {cut}"
     if config.stage_targets is not None and len(config.stage_targets) != len(config.cut):
         numbers = ",".join(f"{each:g}" for each in config.stage_targets)
         yield f"LAMINA_STAGE_TARGETS: {numbers} is not allowed: one number for each group of LAMINA_CUT, {cut}"
+
+
+def _ranges(groups: tuple[LayerRange, ...]) -> str:
+    return ",".join(f"{first}:{last}" for first, last in groups)

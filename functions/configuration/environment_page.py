@@ -1,6 +1,5 @@
-"""The environment of a function as text, from `config`: for `--help`, and for docs/reference.md."""
+"""The environment of a function as text: for `--help`, and for docs/reference.md."""
 
-from collections.abc import Iterator
 from typing import Final
 
 from functions.configuration.config import environment
@@ -8,8 +7,8 @@ from functions.configuration.config import environment
 _HELP: Final = """\
 python -m functions
 
-Runs one function: a stage of a pipeline, or its gateway. Everything it needs to know comes from the environment;
-`python -m knative render` writes it into the manifests, `python -m knative run` sets it on this machine.
+Runs one function: a stage of a pipeline, or its gateway. It is configured by its environment only, which
+`python -m knative render` writes into the manifests and `python -m knative run` sets on this machine.
 
   --help          this page
   --environment   the same as Markdown (docs/reference.md)
@@ -27,23 +26,19 @@ role; an empty value is the same as none. Written by `make generate`; `python -m
 
 
 def help_text() -> str:
-    return _HELP + "".join(_paragraphs())
+    text, heading = _HELP, None
+    for key, role, default, meaning in environment():
+        if role != heading:
+            text += f"{'Both roles' if role == 'both' else role.capitalize()}\n"
+            heading = role
+        note = f" ({default})" if default == "required" else f" [{default}]" if default else ""
+        text += f"  {key}{note}\n      {meaning}\n"
+    return text
 
 
 def markdown_page() -> str:
-    rows = (f"| `{key}` | {role} | {_shown(default)} | {meaning} |\n" for key, role, default, meaning in environment())
-    return _PAGE + "".join(rows)
-
-
-def _paragraphs() -> Iterator[str]:
-    heading = None
+    page = _PAGE
     for key, role, default, meaning in environment():
-        if role != heading:
-            yield f"{'Both roles' if role == 'both' else role.capitalize()}\n"
-            heading = role
-        note = f" ({default})" if default == "required" else f" [{default}]" if default else ""
-        yield f"  {key}{note}\n      {meaning}\n"
-
-
-def _shown(default: str) -> str:
-    return f"`{default}`" if default and default != "required" else default
+        shown = f"`{default}`" if default and default != "required" else default
+        page += f"| `{key}` | {role} | {shown} | {meaning} |\n"
+    return page

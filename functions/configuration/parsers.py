@@ -1,4 +1,4 @@
-"""From a setting's text to its value. Each parser raises ValueError that says what is allowed."""
+"""Parsers of settings: text → value. Each raises a ValueError that says what is allowed."""
 
 import ipaddress
 import math
@@ -8,8 +8,7 @@ from urllib.parse import urlsplit
 
 from functions.configuration.api_keys import ApiKey, parse_keys
 
-MAX_SECONDS = 10_000_000
-"""Some months. From about 9e9 on no lock can be waited for."""
+MAX_SECONDS = 10_000_000  # some months; from about 9e9 on a lock cannot be waited for
 
 LayerRange = tuple[int, int]
 
@@ -42,7 +41,6 @@ def integer(lowest: int, highest: int | None = None) -> Callable[[str], int]:
 
 
 def seconds(value: str) -> float:
-    """More than zero, and no more than the system can wait for."""
     try:
         number = float(value)
     except ValueError:
@@ -96,7 +94,7 @@ def url(value: str) -> str:
     parts = urlsplit(value)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise ValueError("a URL that begins with http:// or https://")
-    _ = parts.port  # raises ValueError where it is no number
+    _ = parts.port  # raises ValueError if it is no number
     return value.rstrip("/")
 
 
@@ -150,7 +148,7 @@ def targets(value: str) -> tuple[float, ...]:
 
 
 def keys(value: str) -> tuple[ApiKey, ...]:
-    """At least one: a gateway that should be closed is not opened, nor shut, by a list that came out empty."""
+    """Refuses an empty list: it is a mistake that would shut out all clients."""
     found = parse_keys(value)
     if not found:
         raise ValueError("at least one key")
@@ -158,7 +156,7 @@ def keys(value: str) -> tuple[ApiKey, ...]:
 
 
 def paths(value: str) -> tuple[str, ...]:
-    """`/etc/a,/etc/b`; spaces around them are dropped."""
+    """`/etc/a, /etc/b` → both paths."""
     found = tuple(part.strip() for part in value.split(","))
     if not all(found):
         raise ValueError("paths of files, separated by commas, none of them empty")
@@ -173,7 +171,7 @@ def limits_store(value: str) -> str:
 
 
 def origins(value: str) -> tuple[str, ...]:
-    """`https://a.example,http://localhost:3000`, as browsers write them (RFC 6454, section 6.2), or `*`."""
+    """`https://a.example,http://localhost:3000`, as browsers send them (RFC 6454, section 6.2), or `*`."""
     found = tuple(part.strip() for part in value.split(","))
     for each in found:
         parts = urlsplit(each)
@@ -183,7 +181,7 @@ def origins(value: str) -> tuple[str, ...]:
 
 
 def networks(value: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
-    """`10.244.0.0/16,fd00:10:244::/56`: a cluster may have pods of both kinds."""
+    """`10.244.0.0/16,fd00:10:244::/56` → both networks; a cluster may have IPv4 and IPv6 pods."""
     try:
         return tuple(ipaddress.ip_network(part.strip()) for part in value.split(","))
     except ValueError as error:

@@ -1,13 +1,13 @@
-"""What a pass of a stage takes on a device that is not here: the one formula that the sleeping layer group waits by and
-`bench/evaluation` simulates by.
+"""The duration of a stage's forward pass on an emulated device. The sleeping layer group waits by this formula, and
+`bench/evaluation` simulates with it.
 
     forward = fixed + max(token · tokens + pair · pairs, stream + stream_token · tokens + kv_token · kv tokens)
-    logits  = max(logits_row · rows, logits_stream)                               the last stage's, where a row wants a token
+    logits  = max(logits_row · rows, logits_stream)                               in the last stage, for rows that draw a token
 
-The two terms of the maximum are a roofline: arithmetic on one side, bytes out of the device's memory on the other.
+The two terms of the maximum are a roofline: arithmetic, and bytes read from the device's memory.
 """
 
-from typing import Annotated, Final
+from typing import Annotated
 
 import msgspec
 
@@ -15,25 +15,17 @@ _Seconds = Annotated[float, msgspec.Meta(ge=0, le=3600)]
 
 
 class PassTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Seconds, each of one pass or of one more of what its name says."""
-
-    fixed_seconds: _Seconds = 0.0
-    """Whatever the pass holds: launches, a step of the host."""
-    token_seconds: _Seconds = 0.0
-    """Arithmetic of one new token in all matrices of the stage."""
-    pair_seconds: _Seconds = 0.0
-    """Arithmetic of one new token's attention to one token before it."""
-    stream_seconds: _Seconds = 0.0
-    """All matrices of the stage once through the device's memory."""
-    stream_token_seconds: _Seconds = 0.0
-    """What one new token adds to it; nothing on a GPU, the vectors' own work on a CPU."""
-    kv_token_seconds: _Seconds = 0.0
-    """Keys and values of one token once through the device's memory."""
+    fixed_seconds: _Seconds = 0.0  # of every pass: kernel launches, a step of the host
+    token_seconds: _Seconds = 0.0  # arithmetic of one new token in all matrices of the stage
+    pair_seconds: _Seconds = 0.0  # arithmetic of one new token's attention to one token
+    stream_seconds: _Seconds = 0.0  # reading all matrices of the stage from the device's memory once
+    stream_token_seconds: _Seconds = 0.0  # what one new token adds to that: nothing on a GPU, work on vectors on a CPU
+    kv_token_seconds: _Seconds = 0.0  # reading keys and values of one token once
     logits_row_seconds: _Seconds = 0.0
     logits_stream_seconds: _Seconds = 0.0
 
     def forward_seconds(self, tokens: float, pairs: float, kv_tokens: float) -> float:
-        """tokens: new ones of all rows. kv_tokens: held behind the pass, of all rows. pairs: sum of `pairs` of the rows."""
+        """Arguments are sums over all rows: new tokens, `pairs`, and tokens in the KV cache after the pass."""
         arithmetic = self.token_seconds * tokens + self.pair_seconds * pairs
         streamed = self.stream_seconds + self.stream_token_seconds * tokens + self.kv_token_seconds * kv_tokens
         return self.fixed_seconds + max(arithmetic, streamed)
@@ -43,16 +35,14 @@ class PassTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def pairs(position: float, length: float) -> float:
-    """Of a row: each of its new tokens with itself and every token before it."""
+    """Pairs that a row's attention computes: each new token with itself and every token before it."""
     return length * (position + (length + 1) / 2)
 
 
 def parse_pass_times(text: str) -> PassTimes:
-    """Raises ValueError that says what is allowed."""
+    """Raises a ValueError that says what is allowed."""
     try:
         return msgspec.json.decode(text, type=PassTimes)
     except msgspec.MsgspecError as error:
-        raise ValueError(f"an object of JSON with any of {', '.join(_FIELDS)}, numbers from 0 to 3600 ({error})") from error
-
-
-_FIELDS: Final = PassTimes.__struct_fields__
+        fields = ", ".join(PassTimes.__struct_fields__)
+        raise ValueError(f"an object of JSON with any of {fields}, numbers from 0 to 3600 ({error})") from error

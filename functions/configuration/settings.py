@@ -1,7 +1,7 @@
 """Frozen dataclasses read from a mapping of strings: one declaration per key, all errors at once.
 
-Knows nothing of Lamina's keys; `config` declares them. A field declared with `setting()` is read from its key, a field
-whose type is another such dataclass is read from the same mapping.
+`config` declares Lamina's keys with it. A field declared with `setting()` is read from its key; a field whose type is another
+such dataclass is read from the same mapping.
 """
 
 import dataclasses
@@ -9,15 +9,14 @@ import difflib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Final, TypeVar, get_type_hints
 
-REQUIRED: Final = "\0"
-"""As a default: there is none, the key must be given."""
+REQUIRED: Final = "\0"  # as a default: there is none, the key must be set
 
 _KEY: Final = "key"
 T = TypeVar("T")
 
 
 class ConfigError(Exception):
-    """The environment is not usable. `errors` has one sentence for each thing that is wrong with it."""
+    """The environment cannot be used. `errors` has one sentence for each mistake in it."""
 
     def __init__(self, errors: Collection[str]) -> None:
         super().__init__("\n".join(errors))
@@ -29,17 +28,14 @@ class Key:
     """One key of the environment."""
 
     name: str
-    parse: Callable[[str], Any]
-    """From the value; raises ValueError saying what is allowed."""
+    parse: Callable[[str], Any]  # raises ValueError that says what is allowed
     meaning: str
-    default: str
-    """As it would stand in the environment; empty: None, REQUIRED: no default."""
+    default: str  # as it would be set in the environment; empty: None
     secret: bool
-    closes: bool = False
-    """Without it something is open that it closes: an empty value is a mistake, and not the same as none."""
+    closes: bool = False  # closes something that is open without it, so an empty value is an error
 
     def read(self, environ: Mapping[str, str]) -> Any:
-        """The parsed value. Raises ValueError naming key, value and what is allowed."""
+        """The parsed value. Raises ValueError that names key, value and what is allowed."""
         if self.closes and environ.get(self.name) == "":
             raise ValueError(f"{self.name} is set and empty: give it a value, or unset it ({self.meaning})")
         text = environ.get(self.name, "") or self.default
@@ -79,7 +75,7 @@ def keys(settings: type) -> Iterator[Key]:
 
 
 def read(settings: type[T], environ: Mapping[str, str]) -> T:
-    """An instance from the environment. Raises ConfigError with everything that is wrong."""
+    """Reads an instance from the environment. Raises ConfigError with all mistakes."""
     errors: list[str] = []
     values = _values(settings, environ, errors)
     if errors:
@@ -91,7 +87,7 @@ def read(settings: type[T], environ: Mapping[str, str]) -> T:
 
 
 def unknown_keys(environ: Mapping[str, str], prefix: str, known: Collection[str]) -> Iterator[str]:
-    """One sentence for each key with the prefix that nobody declared, naming the nearest that somebody did."""
+    """One sentence for each undeclared key with the prefix. It names the nearest declared key."""
     for name in sorted(environ):
         if name.startswith(prefix) and name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)

@@ -225,7 +225,7 @@ def _stage_env(pipeline: ResolvedPipeline, index: int) -> list[KubernetesObject]
             LAMINA_KV_CACHE_BYTES=int(quantity(stage.kv_cache)),
             LAMINA_MAX_MERGE=stage.max_merge,
             # Requests that wait for memory leave two places for those that compute; 0 concurrency is unlimited.
-            LAMINA_MOST_AWAITING_ROOM=max(0, concurrency - 2) if 0 < concurrency < 4 else None,
+            LAMINA_MAX_MEMORY_WAITERS=max(0, concurrency - 2) if 0 < concurrency < 4 else None,
             LAMINA_IDLE_SEQUENCE_SECONDS=stage.idle_sequence_seconds,
             LAMINA_WEIGHTS_CACHE=stage.weights_cache,
             # Less than the volume's limit: the kubelet also counts blocks and folders, and evicts the pod beyond the limit.

@@ -39,7 +39,7 @@ class ClientLimits:
         store: str | None = None,
         scope: str = "",
     ) -> None:
-        """default: completes what `quota_of` returns for a client. store: URL shared by gateways; scope: prefix of keys there."""
+        """default: completes what `quota_of` returns for a client. store: URL shared by gateways. scope: key prefix there."""
         self._default = default
         self._quota_of = quota_of
         self._store = store

@@ -1,7 +1,7 @@
 """The CloudEvents API: takes `dev.lamina.generate.request` and replies with one event, or with a stream of events.
 
-As the first step of a Sequence, a gateway for events also takes `dev.lamina.score.request` and replies with the event for the first
-stage. A Sequence's delivery has the header `Prefer: reply`; requests of clients do not.
+As the first step of a Sequence, a gateway for events also takes `dev.lamina.score.request` and replies with the event for the
+first stage. A Sequence's delivery has the header `Prefer: reply`; requests of clients do not.
 """
 
 import hashlib

@@ -11,8 +11,8 @@ _LONG_CHARACTERS: Final = 65_536
 _CONCURRENT_LONG_TEXTS: Final = 2  # longer texts take turns, to leave memory and cores to others
 _MAX_COMPOSED_CHARACTERS: Final = 4  # that Unicode normalization (UAX 15) may turn into one
 _MARGIN: Final = 1.5
-"""A text cannot fit if a prefix of it has more than so many contexts of tokens. The margin is for the prefix's last word, which may
-be cut and then has a few more tokens than in the whole text."""
+"""A text cannot fit if a prefix of it has more than so many contexts of tokens. The margin is for the prefix's last word, which
+may be cut and then has a few more tokens than in the whole text."""
 
 
 class Encoder:

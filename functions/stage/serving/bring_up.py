@@ -74,7 +74,7 @@ def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> R
         num_stages=len(config.cut),
         max_merge=config.max_merge,
         idle_sequence_seconds=config.idle_sequence_seconds,
-        max_memory_waiters=config.most_awaiting_room,
+        max_memory_waiters=config.max_memory_waiters,
         threads=PassThreads(threads, 0 if group.shares_work else config.busy_threads),
         grammars=GrammarCompiler(lambda: _read_tokenizer(config)) if group.last_layer == group.num_layers else None,
         tiers=tiers.tiers,

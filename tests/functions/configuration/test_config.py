@@ -119,7 +119,7 @@ def test_no_secret_is_shown() -> None:
         ({**STAGE, "LAMINA_SLEEP_BYTES_PER_SECOND": "9"}, ("LAMINA_SLEEP_BYTES_PER_SECOND", "emulates a device", "say sleep")),
         (
             {**STAGE, "LAMINA_LAYER_GROUP": "sleep", "LAMINA_SLEEP_PASS_TIMES": '{"tokens": 1}'},
-            ("LAMINA_SLEEP_PASS_TIMES", "token_seconds", "unknown field `tokens`"),
+            ("LAMINA_SLEEP_PASS_TIMES", "token_seconds"),
         ),
         ({**STAGE, "LAMINA_SLEEP_SECONDS": "nan"}, ("LAMINA_SLEEP_SECONDS", "'nan'", "more than 0")),
         ({**STAGE, "LAMINA_STORE_ENDPOINT": "s3.example"}, ("LAMINA_STORE_ENDPOINT", "'s3.example'", "http://")),

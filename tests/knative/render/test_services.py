@@ -56,7 +56,7 @@ def test_who_waits_for_memory_leaves_places_to_those_who_compute(places: int, aw
     autoscaling = {"container_concurrency": places, "target": 1}
     config = read_config(environment(stage_service(pipeline(stage={"autoscaling": autoscaling}), 1)))
     assert isinstance(config, StageConfig)
-    assert config.most_awaiting_room == awaiting
+    assert config.max_memory_waiters == awaiting
 
 
 def test_functions_accept_every_rendered_environment() -> None:
