@@ -1,5 +1,9 @@
 """Errors in a spec or a model, one class per condition."""
 
+from typing import Any
+
+from eventing.wire.faults import find_fault
+
 
 class SpecError(ValueError):
     """The spec cannot be used. The message names the path and the value, and says what is allowed."""
@@ -13,7 +17,12 @@ class UnknownShape(ValueError):
     """The model's sizes cannot be derived. The message names what is missing and where it was looked for."""
 
 
-def split_path(message: str) -> tuple[str, str]:
-    """A message of msgspec.ValidationError → what was expected, and the path in the document (`$` for the document itself)."""
-    text, _, rest = message.partition(" - at `")
-    return text, rest.rstrip("`") or "$"
+def describe_fault(document: Any, type_: type, path: str) -> str:
+    """Where and why `document`, which stands at `path` of the spec, does not fit its type."""
+    fault = find_fault(document, type_)
+    if fault is None:
+        return f"{path}: no valid {type_.__name__}"
+    separator = "." if fault.path and not fault.path.startswith("[") else ""
+    seen = repr(fault.value)
+    expected = fault.expected or "unknown field"
+    return f"{path}{separator}{fault.path}: {expected}, seen {seen if len(seen) <= 80 else seen[:77] + '...'}"

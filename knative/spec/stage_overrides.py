@@ -8,7 +8,7 @@ from msgspec import Struct
 
 from eventing.wire.events import Cut
 from knative.spec.cut import format_cut
-from knative.spec.errors import SpecError, split_path
+from knative.spec.errors import SpecError, describe_fault
 
 S = TypeVar("S", bound=Struct)
 PATH: Final = "$.stage_overrides"
@@ -32,11 +32,11 @@ def changed(base: S, override: Mapping[str, Any], number: int) -> S:
         raise SpecError(f"{path}: needs exactly one of stage (a number, from 0) and layers (such as 0:10)")
     if not change:
         raise SpecError(f"{path}: changes nothing; name a field of $.stage")
+    merged = _merged(msgspec.to_builtins(base), change)
     try:
-        return msgspec.convert(_merged(msgspec.to_builtins(base), change), type(base))
+        return msgspec.convert(merged, type(base))
     except msgspec.ValidationError as error:
-        text, inner_path = split_path(str(error))
-        raise SpecError(f"{path}{inner_path.removeprefix('$')}: {text}, seen {change!r}") from error
+        raise SpecError(describe_fault(merged, type(base), path)) from error
 
 
 def _selected(override: Mapping[str, Any], cut: Cut, path: str) -> list[int]:

@@ -1,32 +1,16 @@
 """JSON → a typed request. An error names the option, what was seen there, and what is allowed."""
 
-import operator
-import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import msgspec
-from msgspec import inspect
 
 from eventing.problems import MalformedEvent
+from eventing.wire.faults import find_fault
 from eventing.wire.typed_json import decode_json
 
 T = TypeVar("T")
 
 _SHOWN_CHARACTERS: Final = 60
-_KINDS: Final[dict[type[inspect.Type], tuple[type | tuple[type, ...], str]]] = {
-    inspect.NoneType: (type(None), "null"),
-    inspect.BoolType: (bool, "true or false"),
-    inspect.IntType: (int, "a whole number"),
-    inspect.FloatType: ((int, float), "a number"),
-    inspect.StrType: (str, "a text"),
-    inspect.VarTupleType: (list, "an array"),
-    inspect.TupleType: (list, "an empty array"),
-    inspect.DictType: (dict, "an object"),
-    inspect.StructType: (dict, "an object"),
-}
-"""What JSON has for a type, and its name in an error. All that requests use."""
 
 
 def read_request(body: bytes, type_: type[T]) -> T:
@@ -37,130 +21,19 @@ def read_request(body: bytes, type_: type[T]) -> T:
         raise MalformedEvent(_explain(body, type_)) from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Fault:
-    path: str  # such as messages[0].role; empty: the request itself
-    value: Any
-    reason: str  # empty: there is no such option
-
-
 def _explain(body: bytes, type_: type) -> str:
-    """Looks for the fault again: the decoder reports it only in words, which differ between its versions."""
     try:
         request = msgspec.json.decode(body)
-        fault = next(_faults(request, inspect.type_info(type_), ""), None)
+        fault = find_fault(request, type_)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         return f"the request is no JSON: {error}"
     if fault is None:
         return f"the request is no {type_.__name__}; see /openapi.json"
-    if not fault.reason:
+    if not fault.expected:
         return f"`{fault.path}` is no option that is served here; leave it out"
     if not fault.path:
-        return f"the request cannot be served: {fault.reason}"
+        return f"the request cannot be served: {fault.expected}"
     shown = msgspec.json.encode(fault.value).decode()
     if len(shown) > _SHOWN_CHARACTERS:
         shown = f"{shown[:_SHOWN_CHARACTERS]}…"
-    return f"`{fault.path}` is {shown}, which is not served here: {fault.reason}"
-
-
-def _faults(value: Any, expected: inspect.Type, path: str) -> Iterator[_Fault]:
-    """Compares a value with its type, in the order in which the decoder reads it."""
-    if isinstance(expected, inspect.UnionType):
-        yield from _union_faults(value, expected, path)
-    elif not _is_kind(value, expected) or not _is_within_bounds(value, expected):
-        yield _Fault(path, value, f"expected {_describe(expected)}")
-    elif isinstance(expected, inspect.StructType):
-        yield from _struct_faults(value, expected, path)
-    elif isinstance(expected, inspect.VarTupleType):
-        for index, each in enumerate(value):
-            yield from _faults(each, expected.item_type, f"{path}[{index}]")
-    elif isinstance(expected, inspect.DictType):
-        for name, each in value.items():
-            yield from _faults(each, expected.value_type, f"{path}.{name}")
-
-
-def _struct_faults(value: dict[str, Any], expected: inspect.StructType, path: str) -> Iterator[_Fault]:
-    fields = {field.encode_name: field for field in expected.fields}
-    for name, each in value.items():
-        inner = f"{path}.{name}" if path else name
-        if name in fields:
-            yield from _faults(each, fields[name].type, inner)
-        elif name == expected.tag_field:
-            if each != expected.tag:
-                yield _Fault(inner, each, f"expected {_quoted([expected.tag])}")
-        elif expected.forbid_unknown_fields:
-            yield _Fault(inner, each, "")
-    for name, field in fields.items():
-        if field.required and name not in value:
-            yield _Fault(path, value, f"it lacks `{name}`")
-    try:
-        msgspec.convert(value, expected.cls)
-    except msgspec.ValidationError as error:
-        if isinstance(error.__cause__, ValueError):  # of the struct's own __post_init__
-            yield _Fault(path, value, str(error.__cause__))
-
-
-def _union_faults(value: Any, expected: inspect.UnionType, path: str) -> Iterator[_Fault]:
-    """Faults of the one alternative that the value is meant to be, if that can be told."""
-    meant = [each for each in expected.types if _is_kind(value, each)]
-    tagged = {each.tag: each for each in meant if isinstance(each, inspect.StructType) and each.tag_field}
-    if len(tagged) > 1:
-        name = str(next(iter(tagged.values())).tag_field)
-        if name not in value:
-            yield _Fault(path, value, f"it lacks `{name}`")
-        elif value[name] not in tagged:
-            yield _Fault(f"{path}.{name}", value[name], f"expected {_quoted(tagged)}")
-        else:
-            yield from _struct_faults(value, tagged[value[name]], path)
-        return
-    faults = [next(_faults(value, each, path), None) for each in meant]
-    if len(faults) == 1 and faults[0] is not None:
-        yield faults[0]
-    elif None not in faults:
-        yield _Fault(path, value, f"expected {_describe(expected)}")
-
-
-def _is_kind(value: Any, expected: inspect.Type) -> bool:
-    if isinstance(expected, inspect.LiteralType):
-        return any(type(value) is type(each) and value == each for each in expected.values)
-    if type(expected) not in _KINDS:
-        return True
-    return isinstance(value, _KINDS[type(expected)][0]) and (not isinstance(value, bool) or type(expected) is inspect.BoolType)
-
-
-def _is_within_bounds(value: Any, expected: inspect.Type) -> bool:
-    if isinstance(expected, inspect.TupleType):
-        return len(value) == len(expected.item_types)
-    if isinstance(expected, inspect.StrType) and expected.pattern:
-        return re.search(expected.pattern, value) is not None
-    size = len(value) if isinstance(value, str | list | dict) else value
-    return all(allows(size, bound) for _, allows, bound in _bounds(expected))
-
-
-def _bounds(expected: inspect.Type) -> Iterator[tuple[str, Callable[[Any, Any], bool], float]]:
-    for name, words, allows in (
-        ("ge", "at least", operator.ge),
-        ("gt", "above", operator.gt),
-        ("le", "at most", operator.le),
-        ("lt", "below", operator.lt),
-        ("min_length", "length at least", operator.ge),
-        ("max_length", "length at most", operator.le),
-    ):
-        if (bound := getattr(expected, name, None)) is not None:
-            yield words, allows, bound
-
-
-def _describe(expected: inspect.Type) -> str:
-    if isinstance(expected, inspect.UnionType):
-        return " or ".join(_describe(each) for each in expected.types if not isinstance(each, inspect.NoneType))
-    if isinstance(expected, inspect.LiteralType):
-        return _quoted(expected.values)
-    described = _KINDS[type(expected)][1]
-    if isinstance(expected, inspect.StrType) and expected.pattern:
-        return f"{described} that matches {expected.pattern}"
-    bounds = " and ".join(f"{words} {bound}" for words, _, bound in _bounds(expected))
-    return f"{described}, {bounds}" if bounds else described
-
-
-def _quoted(values: Iterable[Any]) -> str:
-    return " or ".join(msgspec.json.encode(each).decode() for each in values)
+    return f"`{fault.path}` is {shown}, which is not served here: {fault.expected}"

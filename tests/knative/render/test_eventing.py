@@ -124,7 +124,7 @@ def test_without_the_section_there_is_nothing() -> None:
         ({"dead_letter_sink": "x", "retry": -1}, r"\$\.eventing\.retry: .*seen -1"),
         ({"dead_letter_sink": "x", "backoff_policy": "random"}, r"backoff_policy: .*seen 'random'"),
         ({"dead_letter_sink": "x", "timeout_seconds": 601}, r"timeout_seconds: .*seen 601"),
-        ({"dead_letter_sink": "x", "broker": "b"}, r"\$\.eventing: .*broker"),
+        ({"dead_letter_sink": "x", "broker": "b"}, r"\$\.eventing\.broker: unknown field"),
     ],
 )
 def test_what_is_refused(eventing: dict[str, Any], message: str) -> None:

@@ -166,7 +166,7 @@ def test_a_budget_keeps_gateways_when_nodes_are_drained() -> None:
         ({"env": {"A-B": "1"}}, r"'A-B' is not a valid name of a variable"),
         ({"labels": {"app.kubernetes.io/instance": "x"}}, r"pod\.labels: app\.kubernetes\.io/instance is reserved for Lamina"),
         ({"annotations": {"autoscaling.knative.dev/target": "1"}}, r"pod\.annotations: autoscaling\.knative\.dev/target is"),
-        ({"node_selectors": {}}, r"unknown field `node_selectors`"),
+        ({"node_selectors": {}}, r"pod\.node_selectors: unknown field"),
     ],
 )
 def test_what_would_not_be_what_it_seems_is_refused(pod: dict[str, Any], message: str) -> None:

@@ -1,0 +1,141 @@
+"""What is wrong with a document that does not fit its type.
+
+msgspec reports a fault only in words, which differ between its versions, so the document is compared with the type again.
+"""
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+from msgspec import inspect
+
+_KINDS: Final[dict[type[inspect.Type], tuple[type | tuple[type, ...], str]]] = {
+    inspect.NoneType: (type(None), "null"),
+    inspect.BoolType: (bool, "true or false"),
+    inspect.IntType: (int, "a whole number"),
+    inspect.FloatType: ((int, float), "a number"),
+    inspect.StrType: (str, "a text"),
+    inspect.VarTupleType: (list, "an array"),
+    inspect.TupleType: (list, "an empty array"),
+    inspect.DictType: (dict, "an object"),
+    inspect.StructType: (dict, "an object"),
+}
+"""What JSON has for a type, and its name in an error. All that requests use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    path: str  # such as messages[0].role; empty: the document itself
+    value: Any  # what was found at the path
+    expected: str  # what is allowed there; empty: the type has no such field
+
+
+def find_fault(document: Any, type_: type) -> Fault | None:
+    """The first fault of a document (what JSON or YAML decodes to), in the order of its fields. None: it fits."""
+    return next(_faults(document, inspect.type_info(type_), ""), None)
+
+
+def _faults(value: Any, expected: inspect.Type, path: str) -> Iterator[Fault]:
+    """Compares a value with its type, in the order in which the decoder reads it."""
+    if isinstance(expected, inspect.UnionType):
+        yield from _union_faults(value, expected, path)
+    elif not _is_kind(value, expected) or not _is_within_bounds(value, expected):
+        yield Fault(path, value, f"expected {_describe(expected)}")
+    elif isinstance(expected, inspect.StructType):
+        yield from _struct_faults(value, expected, path)
+    elif isinstance(expected, inspect.VarTupleType):
+        for index, each in enumerate(value):
+            yield from _faults(each, expected.item_type, f"{path}[{index}]")
+    elif isinstance(expected, inspect.DictType):
+        for name, each in value.items():
+            yield from _faults(each, expected.value_type, f"{path}.{name}")
+
+
+def _struct_faults(value: dict[str, Any], expected: inspect.StructType, path: str) -> Iterator[Fault]:
+    fields = {field.encode_name: field for field in expected.fields}
+    for name, each in value.items():
+        inner = f"{path}.{name}" if path else name
+        if name in fields:
+            yield from _faults(each, fields[name].type, inner)
+        elif name == expected.tag_field:
+            if each != expected.tag:
+                yield Fault(inner, each, f"expected {_quoted([expected.tag])}")
+        elif expected.forbid_unknown_fields:
+            yield Fault(inner, each, "")
+    for name, field in fields.items():
+        if field.required and name not in value:
+            yield Fault(path, value, f"it lacks `{name}`")
+    try:
+        msgspec.convert(value, expected.cls)
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, ValueError):  # of the struct's own __post_init__
+            yield Fault(path, value, str(error.__cause__))
+
+
+def _union_faults(value: Any, expected: inspect.UnionType, path: str) -> Iterator[Fault]:
+    """Faults of the one alternative that the value is meant to be, if that can be told."""
+    meant = [each for each in expected.types if _is_kind(value, each)]
+    tagged = {each.tag: each for each in meant if isinstance(each, inspect.StructType) and each.tag_field}
+    if len(tagged) > 1:
+        name = str(next(iter(tagged.values())).tag_field)
+        if name not in value:
+            yield Fault(path, value, f"it lacks `{name}`")
+        elif value[name] not in tagged:
+            yield Fault(f"{path}.{name}", value[name], f"expected {_quoted(tagged)}")
+        else:
+            yield from _struct_faults(value, tagged[value[name]], path)
+        return
+    faults = [next(_faults(value, each, path), None) for each in meant]
+    if len(faults) == 1 and faults[0] is not None:
+        yield faults[0]
+    elif None not in faults:
+        yield Fault(path, value, f"expected {_describe(expected)}")
+
+
+def _is_kind(value: Any, expected: inspect.Type) -> bool:
+    if isinstance(expected, inspect.LiteralType):
+        return any(type(value) is type(each) and value == each for each in expected.values)
+    if type(expected) not in _KINDS:
+        return True
+    return isinstance(value, _KINDS[type(expected)][0]) and (not isinstance(value, bool) or type(expected) is inspect.BoolType)
+
+
+def _is_within_bounds(value: Any, expected: inspect.Type) -> bool:
+    if isinstance(expected, inspect.TupleType):
+        return len(value) == len(expected.item_types)
+    if isinstance(expected, inspect.StrType) and expected.pattern:
+        return re.search(expected.pattern, value) is not None
+    size = len(value) if isinstance(value, str | list | dict) else value
+    return all(allows(size, bound) for _, allows, bound in _bounds(expected))
+
+
+def _bounds(expected: inspect.Type) -> Iterator[tuple[str, Callable[[Any, Any], bool], float]]:
+    for name, words, allows in (
+        ("ge", "at least", operator.ge),
+        ("gt", "above", operator.gt),
+        ("le", "at most", operator.le),
+        ("lt", "below", operator.lt),
+        ("min_length", "length at least", operator.ge),
+        ("max_length", "length at most", operator.le),
+    ):
+        if (bound := getattr(expected, name, None)) is not None:
+            yield words, allows, bound
+
+
+def _describe(expected: inspect.Type) -> str:
+    if isinstance(expected, inspect.UnionType):
+        return " or ".join(_describe(each) for each in expected.types if not isinstance(each, inspect.NoneType))
+    if isinstance(expected, inspect.LiteralType):
+        return _quoted(expected.values)
+    described = _KINDS[type(expected)][1]
+    if isinstance(expected, inspect.StrType) and expected.pattern:
+        return f"{described} that matches {expected.pattern}"
+    bounds = " and ".join(f"{words} {bound}" for words, _, bound in _bounds(expected))
+    return f"{described}, {bounds}" if bounds else described
+
+
+def _quoted(values: Iterable[Any]) -> str:
+    return " or ".join(msgspec.json.encode(each).decode() for each in values)
