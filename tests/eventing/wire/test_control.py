@@ -5,21 +5,29 @@ import pytest
 
 from eventing.wire.control import ReleaseRequest, ReserveRequest, WarmupReply, WarmupRequest
 from eventing.wire.events import MAX_ROWS
+from tests.support.faults import fault_of
 
 
 @pytest.mark.parametrize(
     ("type_", "text", "seen"),
     [
-        (ReserveRequest, '{"rows": []}', r"\$.rows"),
-        (ReserveRequest, '{"rows": [{"id": "a", "attempt": 0, "reserve_tokens": 0}]}', r"\$.rows\[0\].reserve_tokens"),
-        (ReleaseRequest, '{"rows": [{"id": "", "attempt": 0}]}', r"\$.rows\[0\].id"),
-        (ReleaseRequest, '{"rows": [' + ",".join(['{"id": "a", "attempt": 0}'] * (MAX_ROWS + 1)) + "]}", r"length <= 1024"),
-        (WarmupRequest, '{"hot": true}', "unknown field `hot`"),
+        (ReserveRequest, '{"rows": []}', "rows: expected an array, length at least 1"),
+        (
+            ReserveRequest,
+            '{"rows": [{"id": "a", "attempt": 0, "reserve_tokens": 0}]}',
+            "rows[0].reserve_tokens: expected ",
+        ),
+        (ReleaseRequest, '{"rows": [{"id": "", "attempt": 0}]}', "rows[0].id: expected a text, length at least 1"),
+        (
+            ReleaseRequest,
+            '{"rows": [' + ",".join(['{"id": "a", "attempt": 0}'] * (MAX_ROWS + 1)) + "]}",
+            "length at most 1024",
+        ),
+        (WarmupRequest, '{"hot": true}', "hot: "),
     ],
 )
 def test_bad_messages_are_named(type_: type[msgspec.Struct], text: str, seen: str) -> None:
-    with pytest.raises(msgspec.ValidationError, match=seen):
-        msgspec.json.decode(text, type=type_)
+    assert seen in fault_of(text, type_)
 
 
 def test_a_newer_stages_reply_can_be_read() -> None:

@@ -6,6 +6,7 @@ import pytest
 from eventing.problems import QueueFull
 from eventing.wire.events import Sampling
 from eventing.wire.generation import ErrorEvent, GenerateRequest, GenerateResponse, Timings, Usage
+from tests.support.faults import fault_of
 
 
 def _generate(text: str) -> GenerateRequest:
@@ -36,34 +37,33 @@ def test_every_option_reaches_the_sampler() -> None:
     [
         ("{}", "exactly one of `prompt` and `messages` must be given, not neither"),
         ('{"prompt": "x", "messages": [{"role": "user", "content": "x"}]}', "not both"),
-        ('{"prompt": ""}', r"length >= 1 - at `\$.prompt`"),
-        ('{"messages": []}', r"length >= 1 - at `\$.messages`"),
-        ('{"messages": [{"role": "pirate", "content": "x"}]}', r"'pirate' - at `\$.messages\[0\].role`"),
-        ('{"messages": [{"role": "user"}]}', r"missing required field `content` - at `\$.messages\[0\]`"),
-        ('{"prompt": "x", "max_token": 5}', "unknown field `max_token`"),
+        ('{"prompt": ""}', "prompt: "),
+        ('{"messages": []}', "messages: expected an array, length at least 1"),
+        ('{"messages": [{"role": "pirate", "content": "x"}]}', "messages[0].role: expected "),
+        ('{"messages": [{"role": "user"}]}', "messages[0]: it lacks `content`"),
+        ('{"prompt": "x", "max_token": 5}', "max_token: "),
         ('{"prompt": "x", "max_tokens": 0}', "max_tokens is 0, which leaves nothing to answer"),
-        ('{"prompt": "x", "max_tokens": -1}', r"`int` >= 0 - at `\$.max_tokens`"),
+        ('{"prompt": "x", "max_tokens": -1}', "max_tokens: expected a whole number, at least 0"),
         ('{"prompt": ["x", 5]}', "mixes texts, token ids and lists of them"),
-        ('{"prompt": []}', r"length >= 1 - at `\$.prompt`"),
-        ('{"prompt": [[]]}', r"length >= 1 - at `\$.prompt"),
+        ('{"prompt": []}', "prompt: "),
+        ('{"prompt": [[]]}', "prompt"),
         ('{"prompt": ["x", "y"], "n": 65}', "2 prompts, 65 answers to each: 130; the most is 128"),
         ('{"messages": [{"role": "user", "content": "x"}], "echo": true}', "`echo` goes with `prompt`"),
-        ('{"prompt": "x", "max_tokens": 1.5}', r"\$.max_tokens"),
-        ('{"prompt": "x", "temperature": -0.1}', r"`float` >= 0.0 - at `\$.temperature`"),
-        ('{"prompt": "x", "temperature": 101}', r"\$.temperature"),
-        ('{"prompt": "x", "top_p": 0}', r"\$.top_p"),
-        ('{"prompt": "x", "top_k": -2}', r"\$.top_k"),
-        ('{"prompt": "x", "min_p": 1.5}', r"\$.min_p"),
-        ('{"prompt": "x", "repetition_penalty": 0}', r"\$.repetition_penalty"),
-        ('{"prompt": "x", "seed": -9223372036854775809}', r"\$.seed"),
-        ('{"prompt": "x", "seed": 9223372036854775808}', r"\$.seed"),
-        ('{"prompt": "x", "stop": ""}', r"\$.stop"),
-        ('{"prompt": "x", "stop": ["' + '","'.join("abcdefghijklmnopq") + '"]}', r"length <= 16 - at `\$.stop`"),
+        ('{"prompt": "x", "max_tokens": 1.5}', "max_tokens: expected "),
+        ('{"prompt": "x", "temperature": -0.1}', "temperature: expected a number, at least 0 and at most 100"),
+        ('{"prompt": "x", "temperature": 101}', "temperature: expected "),
+        ('{"prompt": "x", "top_p": 0}', "top_p: expected "),
+        ('{"prompt": "x", "top_k": -2}', "top_k: expected "),
+        ('{"prompt": "x", "min_p": 1.5}', "min_p: expected "),
+        ('{"prompt": "x", "repetition_penalty": 0}', "repetition_penalty: expected "),
+        ('{"prompt": "x", "seed": -9223372036854775809}', "seed: expected "),
+        ('{"prompt": "x", "seed": 9223372036854775808}', "seed: expected "),
+        ('{"prompt": "x", "stop": ""}', "stop: expected "),
+        ('{"prompt": "x", "stop": ["' + '","'.join("abcdefghijklmnopq") + '"]}', "stop: "),
     ],
 )
 def test_bad_values_are_named(text: str, seen: str) -> None:
-    with pytest.raises(msgspec.ValidationError, match=seen):
-        _generate(text)
+    assert seen in fault_of(text, GenerateRequest)
 
 
 def test_a_newer_gateways_reply_can_be_read() -> None:

@@ -1,9 +1,9 @@
 """The JSON data of scoring: what a request refuses, and names."""
 
-import msgspec
 import pytest
 
 from eventing.wire.score import ScoreRequest
+from tests.support.faults import fault_of
 
 
 @pytest.mark.parametrize(
@@ -11,11 +11,10 @@ from eventing.wire.score import ScoreRequest
     [
         ("{}", "not neither"),
         ('{"text": "x", "token_ids": [1, 2]}', "not both"),
-        ('{"token_ids": [1]}', r"length >= 2 - at `\$.token_ids`"),
-        ('{"token_ids": [1, -2]}', r"\$.token_ids\[1\]"),
-        ('{"text": "x", "temperature": 1}', "unknown field `temperature`"),
+        ('{"token_ids": [1]}', "token_ids: expected an array, length at least 2"),
+        ('{"token_ids": [1, -2]}', "token_ids[1]: expected a whole number, at least 0"),
+        ('{"text": "x", "temperature": 1}', "temperature: "),
     ],
 )
 def test_bad_requests_are_named(text: str, seen: str) -> None:
-    with pytest.raises(msgspec.ValidationError, match=seen):
-        msgspec.json.decode(text, type=ScoreRequest)
+    assert seen in fault_of(text, ScoreRequest)

@@ -274,7 +274,10 @@ def test_a_label_that_looks_like_a_float_is_quoted() -> None:
         ({"stage": {"autoscaling": {"class": "hpa"}}}, r"min_scale: 0, but the class hpa cannot scale to zero"),
         ({"stage": {"autoscaling": {"target_burst_capacity": -1}}}, r"target_burst_capacity: expected .*at least 0.*seen -1"),
         ({"stage": {"autoscaling": {"targt": 2}}}, r"\$\.stage\.autoscaling\.targt: unknown field, seen 2"),
-        ({"stage": {"timeout_seconds": 601}}, r"\$\.stage\.timeout_seconds: expected a whole number, at least 1 and at most 600, seen 601"),
+        (
+            {"stage": {"timeout_seconds": 601}},
+            r"\$\.stage\.timeout_seconds: .*at most 600, seen 601",
+        ),
         ({"store": {"endpoint": "store:9000"}}, r"\$\.store\.endpoint: .*seen 'store:9000'"),
     ],
 )
