@@ -16,7 +16,7 @@ from bench.evaluation.rounds import Overheads, Work, flow
 from bench.evaluation.setting import WAYS, Setting
 from bench.evaluation.trace import Trace
 from functions.configuration.pass_times import PassTimes, pairs
-from functions.gateway.scheduling.limits import Limits
+from functions.gateway.scheduling.batching import SchedulerLimits
 from storage.store.object_store import ObjectStore
 
 _REQUESTS: Final = 40
@@ -53,7 +53,8 @@ def measure_overheads(setting: Setting, store: ObjectStore, folder: Path) -> Ove
 def _mean_pass(times: list[PassTimes], work: Work) -> float:
     """By the profile, of the steps and chunks of one answer."""
     rows = work.decoding / work.micro_batches
-    chunk, chunks, steps = Limits().chunk_tokens, _PROMPT_TOKENS / Limits().chunk_tokens, _ANSWER_TOKENS / rows
+    chunk = SchedulerLimits().chunk_tokens
+    chunks, steps = _PROMPT_TOKENS / chunk, _ANSWER_TOKENS / rows
     held = rows * work.held_tokens
     seconds = [
         steps * (each.forward_seconds(rows, held, held) + each.logits_seconds(rows))

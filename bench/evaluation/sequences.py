@@ -7,7 +7,7 @@ import numpy as np
 from bench.evaluation.outcome import PATIENCE_SECONDS
 from bench.evaluation.rounds import Flow
 from bench.evaluation.trace import Floats, Integers, Trace
-from functions.gateway.scheduling.limits import Limits
+from functions.gateway.scheduling.batching import SchedulerLimits
 
 _ALMOST: Final = 1e-3
 """Tokens."""
@@ -60,14 +60,14 @@ class Sequences:
 
     @property
     def prompt_backlog(self) -> float:
-        return float(self._prompts[self._admitted]) - self._computed + min(self._replay, Limits().chunk_tokens)
+        return float(self._prompts[self._admitted]) - self._computed + min(self._replay, SchedulerLimits().chunk_tokens)
 
-    def arrive(self, now: float, most_waiting: int) -> None:
+    def arrive(self, now: float, max_waiting: int) -> None:
         arrivals = self._trace.arrival_seconds
         come = int(np.searchsorted(arrivals, now, "right"))
         gone = int(np.searchsorted(arrivals[self._queue], now - PATIENCE_SECONDS))
         new = np.arange(self._arrived, come)
-        self._queue = np.concatenate([self._queue[gone:], new])[:most_waiting]
+        self._queue = np.concatenate([self._queue[gone:], new])[:max_waiting]
         self._arrived = come
 
     def admit(self, most: int, capacity_tokens: float) -> None:
@@ -99,7 +99,7 @@ class Sequences:
             moving = min(self._replay / max(1.0, self.held_tokens), 1 / micro_batches)
             self._answer((1 - moving) * seconds / pace.round_seconds)
         computed = pace.prompt_tokens_per_second * seconds
-        # One that moves (`functions/gateway/scheduling/moves.py`) goes through one pod of every stage.
+        # One that moves (`functions/gateway/scheduling/migration.py`) goes through one pod of every stage.
         again = min(self._replay, computed, pace.prompt_tokens_per_second_alone * seconds)
         self._replay -= again
         self.replayed_tokens += again

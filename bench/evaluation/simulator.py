@@ -1,7 +1,7 @@
 """A pipeline of any number of pods under a trace, faster than it would be: a discrete-event simulation (simpy).
 
 What decides is the project's own code, imported: the autoscaler (`fleet`), how many micro-batches may be in flight, into how
-many sequences are divided, who is admitted and who refused (`functions/gateway/scheduling/capacity.py`), when one moves to
+many sequences are divided, who is admitted and who refused (`functions/gateway/scheduling/batching.py`), when one moves to
 another pod (`functions/gateway/stages/routes.py`), the planner's cut, and the manifests' settings. What computes is a profile.
 Requests are not walked one by one: between two ticks all that answer go on at the same pace, so a request is three places on
 curves, how much was admitted, how much of the prompts was computed, how many tokens each sequence got.
@@ -20,13 +20,13 @@ from bench.evaluation.rounds import Overheads, Work, flow
 from bench.evaluation.sequences import Sequences
 from bench.evaluation.setting import Setting
 from bench.evaluation.trace import Trace
-from functions.gateway.scheduling.capacity import (
+from functions.gateway.scheduling.batching import (
+    SchedulerLimits,
+    admissible_sequences,
+    max_waiting,
     micro_batches_allowed,
     micro_batches_wanted,
-    most_waiting,
-    sequences_beyond,
 )
-from functions.gateway.scheduling.limits import Limits
 from functions.gateway.stages.routes import uneven
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import stage_service
@@ -70,7 +70,7 @@ class Simulation:
         settings = settings_of(stage_service(pipeline, 0)["spec"]["template"])
         self._fleets = [Fleet(self._env, settings, self._starts(weight_bytes)) for _, weight_bytes in self._kinds]
         self._sequences = Sequences(self._trace)
-        self._queue_limit = pipeline.spec.gateway.queue_limit or Limits().queue_limit
+        self._queue_limit = pipeline.spec.gateway.queue_limit or SchedulerLimits().queue_limit
         self._most_sequences = setting.micro_batch_sequences
         self._kv_tokens = setting.kv_tokens(way)
         self._hop_bytes = max(plan.hop_bytes_per_token for plan in setting.plans(way)) * 2.0
@@ -123,8 +123,8 @@ class Simulation:
         self._peak = max(self._peak, sum(of_all))
         one = self._sequences
         allowed = micro_batches_allowed(of_all, self._seconds_alone)
-        beyond = sequences_beyond(one.running, allowed, self._most_sequences)
-        one.arrive(self._env.now, most_waiting(self._queue_limit, beyond))
+        beyond = admissible_sequences(one.running, allowed, self._most_sequences)
+        one.arrive(self._env.now, max_waiting(self._queue_limit, beyond))
         if not all(ready):
             self._wake(one.waiting + one.running)
             one.stand_still(self._env.now)
@@ -141,7 +141,7 @@ class Simulation:
             micro_batches=micro_batches,
             held_tokens=one.held_tokens / decoding if decoding else 0.0,
             prompt_tokens=one.prompt_backlog,
-            chunk_tokens=Limits().chunk_tokens,
+            chunk_tokens=SchedulerLimits().chunk_tokens,
             hop_bytes_per_token=self._hop_bytes,
         )
         now = flow(self._times, ready, work, self._world.overheads, self._many)

@@ -23,9 +23,9 @@ from rich.table import Table
 from eventing.http.delivery import Sender
 from eventing.wire.events import Cut
 from functions.configuration.config import StageConfig, read_config
-from functions.gateway.scheduling.limits import Limits
-from functions.gateway.scheduling.prompt import Prompt
+from functions.gateway.scheduling.batching import SchedulerLimits
 from functions.gateway.scheduling.scheduler import Scheduler
+from functions.gateway.scheduling.sequence import Prompt
 from functions.gateway.stages.client import PipelineIdentity, StageClient
 from functions.gateway.stages.routes import Placement
 
@@ -131,7 +131,7 @@ def measure(seconds: Sequence[float], micro_batches: int, duration_seconds: floa
         scheduler = Scheduler(
             StageClient(sender, identity, 30.0),
             Placement(urls, watched=False),
-            Limits(micro_batch_sequences=ROWS, queue_limit=1000),
+            SchedulerLimits(micro_batch_sequences=ROWS, queue_limit=1000),
         )
         streams = [scheduler.submit(Prompt([1, 2, 3, number], 8000)) for number in range(ROWS * micro_batches)]
         for stream in streams[:ROWS]:

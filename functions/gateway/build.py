@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from eventing.http.delivery import Sender
 from eventing.http.pod_network import PodNetwork
 from functions.configuration.config import GatewayConfig
-from functions.gateway.scheduling.limits import Limits
+from functions.gateway.scheduling.batching import SchedulerLimits
 from functions.gateway.scheduling.prefix_sharing import keys_of
 from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.stages.client import PipelineIdentity, StageClient
@@ -48,7 +48,7 @@ def start_scheduler(config: GatewayConfig, tracer: Tracer) -> RunningScheduler:
     sender = Sender()
     client = StageClient(sender, identity, config.step_timeout_seconds, tracer)
     urls = [url for _, url in config.stages]
-    limits = Limits(
+    limits = SchedulerLimits(
         queue_limit=config.queue_limit,
         chunk_tokens=config.chunk_tokens,
         micro_batch_sequences=config.micro_batch_sequences,

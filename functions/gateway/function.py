@@ -14,7 +14,7 @@ from functions.gateway.answers.service import AnswerService
 from functions.gateway.app import MAX_REQUEST_BYTES, client_limits, create_app, gateway_admission, stage_descriptions
 from functions.gateway.build import start_scheduler
 from functions.gateway.page.pipeline_watch import Watched
-from functions.gateway.scheduling.scheduler_metrics import SchedulerCollector
+from functions.gateway.scheduling.metrics import SchedulerCollector
 from functions.gateway.text.tokenizer import ModelText
 from functions.hosting.management import Management
 from functions.hosting.publication import WrongPublication, read_publication
@@ -106,7 +106,7 @@ class GatewayFunction:
             pipeline=config.pipeline,
             queue_limit=config.queue_limit,
             stages=stage_descriptions(config),
-            outlook=self._running.scheduler.outlook,
+            status=self._running.scheduler.status,
             ready=lambda: self._answer_service is not None,
             draining=lambda: self._draining,
         )

@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 
 from eventing.wire.events import Cut
-from functions.gateway.scheduling.limits import Limits
+from functions.gateway.scheduling.batching import SchedulerLimits
 from knative.commands.sources.store_access import StoreOptions, open_store, store_options
 from knative.commands.terminal.console import show_table, size
 from knative.commands.terminal.pod_table import show_pods
@@ -131,7 +131,7 @@ def _show_replicas(
         return
     per_pod = [each.target_concurrency for each in scalings]
     most = [each.max_scale for each in scalings]
-    micro_batch = (spec and spec.gateway.micro_batch_sequences) or Limits().micro_batch_sequences
+    micro_batch = (spec and spec.gateway.micro_batch_sequences) or SchedulerLimits().micro_batch_sequences
     replicas = replicas_for(plans, conversations, micro_batch, per_pod, most)
     text = ", ".join(f"stage {plan.index}: {count}" for plan, count in zip(plans, replicas, strict=True))
     console.out(
@@ -151,7 +151,7 @@ def _show_network(
 ) -> None:
     """Of one conversation and, where so many are named, of these: without the network and with it."""
     steps = [step_seconds * plan.compute_share for plan in plans]
-    micro_batch = (spec and spec.gateway.micro_batch_sequences) or Limits().micro_batch_sequences
+    micro_batch = (spec and spec.gateway.micro_batch_sequences) or SchedulerLimits().micro_batch_sequences
     for count in sorted({1, conversations or 1}):
         near, far = (network_plan(plans, steps, count, micro_batch, each) for each in (Link(0.0, None), link))
         share = far.tokens_per_second / near.tokens_per_second

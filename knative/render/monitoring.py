@@ -95,7 +95,7 @@ ALERTS: Final = (
     ),
     Alert(
         "LaminaStageMemoryFull",
-        f"{_PER_PIPELINE} (lamina_gateway_hungry_sequences{{$of}}) > 0",
+        f"{_PER_PIPELINE} (lamina_gateway_memory_backlog_sequences{{$of}}) > 0",
         10,
         "warning",
         "Requests wait because a stage has no memory for their keys and values",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from eventing.wire.events import Cut, row_bytes
-from functions.gateway.scheduling.capacity import micro_batches_allowed, micro_batches_wanted
+from functions.gateway.scheduling.batching import micro_batches_allowed, micro_batches_wanted
 from knative.spec.errors import SpecError
 from knative.spec.model_shape import ModelShape
 from knative.spec.pipeline_spec import StageSpec, quantity

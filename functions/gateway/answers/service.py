@@ -14,7 +14,7 @@ from functions.gateway.answers.answer import Answer
 from functions.gateway.answers.client_limits import ClientLimits, Release
 from functions.gateway.answers.generation import Generation
 from functions.gateway.answers.metrics import GatewayMetrics, GenAIOperation
-from functions.gateway.scheduling.prompt import Prompt
+from functions.gateway.scheduling.sequence import Prompt
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.text.text_stream import TextStream
 from functions.gateway.text.tokenizer import ModelText

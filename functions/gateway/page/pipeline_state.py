@@ -6,7 +6,7 @@ is read.
 
 from msgspec import Struct
 
-from functions.gateway.scheduling.outlook import InstanceState
+from functions.gateway.scheduling.pipeline_status import InstanceState
 
 
 class ReplicaState(Struct, frozen=True, kw_only=True):

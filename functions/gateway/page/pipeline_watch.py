@@ -15,8 +15,8 @@ from functions.gateway.page.pipeline_state import (
     RunningAnswer,
     StageState,
 )
-from functions.gateway.scheduling.cold_starts import ColdStart
-from functions.gateway.scheduling.outlook import InstanceOutlook, Outlook, StageOutlook
+from functions.gateway.scheduling.pipeline_status import InstanceStatus, PipelineStatus, StageStatus
+from functions.gateway.scheduling.wake_up import ColdStart
 
 SAMPLE_SECONDS: Final = 0.3
 MAX_ANSWERS: Final = 32
@@ -40,7 +40,7 @@ class Watched:
     pipeline: str
     queue_limit: int
     stages: tuple[StageDescription, ...]
-    outlook: Callable[[], Outlook]
+    status: Callable[[], PipelineStatus]
     ready: Callable[[], bool]
     draining: Callable[[], bool]
 
@@ -51,7 +51,7 @@ class PipelineWatch:
     def __init__(self, watched: Watched) -> None:
         self.watched = watched
         self._lock = threading.Lock()
-        self._samples: deque[Outlook] = deque()  # the last is the current one; rates are differences to the first
+        self._samples: deque[PipelineStatus] = deque()  # the last is the current one; rates are differences to the first
 
     def state(self, client_id: str) -> PipelineState:
         """The state with the answers of this client only."""
@@ -78,14 +78,14 @@ class PipelineWatch:
             return
         while self._samples and now - self._samples[0].moment > WINDOW_SECONDS:
             self._samples.popleft()
-        self._samples.append(self.watched.outlook())
+        self._samples.append(self.watched.status())
 
 
 def _rate(difference: float, seconds: float) -> float:
     return difference / seconds if seconds > 0 else 0.0
 
 
-def _stage(description: StageDescription, before: StageOutlook, now: StageOutlook, seconds: float) -> StageState:
+def _stage(description: StageDescription, before: StageStatus, now: StageStatus, seconds: float) -> StageState:
     steps = now.steps - before.steps
     return StageState(
         service=description.service,
@@ -98,7 +98,7 @@ def _stage(description: StageDescription, before: StageOutlook, now: StageOutloo
     )
 
 
-def _replica(before: Iterable[InstanceOutlook], now: InstanceOutlook, seconds: float) -> ReplicaState:
+def _replica(before: Iterable[InstanceStatus], now: InstanceStatus, seconds: float) -> ReplicaState:
     earlier = next((each.event_seconds for each in before if each.number == now.number), 0.0)
     concurrency = round(_rate(now.event_seconds - earlier, seconds), 2)
     return ReplicaState(
@@ -112,7 +112,7 @@ def _cold_start(start: ColdStart) -> ColdStartState:
     return ColdStartState(seconds=round(seconds, 2), over=over, failed=start.cause or None, phases=dict(start.phases))
 
 
-def _answers_of(client_id: str, now: Outlook) -> dict[str, RunningAnswer]:
+def _answers_of(client_id: str, now: PipelineStatus) -> dict[str, RunningAnswer]:
     """Running answers before waiting ones, up to MAX_ANSWERS."""
     own = sorted((answer for answer in now.answers if answer.client_id == client_id), key=lambda each: not each.route)
     return {

@@ -1,45 +1,47 @@
-"""What the scheduler's threads do without its lock: plain data, decided and put together under it."""
+"""What decisions ask the scheduler's threads to send. Plain data, made under the lock and carried out without it."""
 
+from array import array
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
+from concurrent.futures import Executor, wait
 from dataclasses import dataclass, field
+from typing import Final
 
-from eventing.wire.control import ReleaseRow, ReserveRow
+from msgspec.structs import replace
+
+from eventing.wire.control import ReleaseRow, ReserveReply, ReserveRow
+from eventing.wire.events import Status
+from eventing.wire.prefix_chain import BLOCK_TOKENS, packed
 from functions.gateway.scheduling.sequence import Sequence
-from functions.gateway.stages.client import Traces
+from functions.gateway.stages.client import ReplyOrigin, StageClient, Traces
+from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.instances import Instance
 from functions.gateway.stages.trip import Trip
 
-
-@dataclass(frozen=True, slots=True)
-class Walk:
-    trip: Trip
+_WORST_FIRST: Final = (Status.INVALID, Status.STALE, Status.MISS, Status.FULL, Status.OK)
 
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
+    """Memory for sequences of one micro-batch, before any of their tokens is computed."""
+
     sequences: Items[Sequence]
-    """Whose memory it is: for the scheduler, when the reply is there."""
-    instances: tuple[Instance, ...]
-    rows: Items[ReserveRow]
-    """Of `sequences`, in their order."""
+    instances: tuple[Instance, ...]  # of consecutive stages
+    rows: Items[ReserveRow]  # of `sequences`, in their order
     traces: Traces
-    deadline: float
-    """In time.monotonic()."""
-    one_by_one: bool
-    """Stage after stage in order, so that of two gateways one always comes through."""
-    peers: Mapping[Instance, tuple[str, ...]] = field(default_factory=dict)
-    """Other instances' URLs that each of `instances` may ask for what the sequences held there."""
-    moved_from: Instance | None = None
-    """Where they were before `instances`, one instance then: told to release them when that one has had its chance to ask."""
+    deadline: float  # in time.monotonic()
+    in_order: bool = False  # see `reserve_in_order`
+    peers: Mapping[Instance, tuple[str, ...]] = field(default_factory=dict)  # URLs where an instance may fetch cached KV
+    moved_from: Instance | None = None  # the one instance that a migration leaves; it releases the rows when this has replied
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Release:
+    """Frees the rows' memory. Without rows it renews the gateway's lease."""
+
     instance: Instance
     rows: Items[ReleaseRow]
-    awaited_tokens: int = 0
-    """Its reply is held there until so many can be reserved; see `rooms`."""
+    awaited_tokens: int = 0  # the stage holds its reply until it could reserve so many, see waiting.BacklogSignals
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,4 +51,85 @@ class Wake:
     stages: Items[int]
 
 
-Action = Walk | Reserve | Release | Wake
+Action = Trip | Reserve | Release | Wake
+
+
+def reserve(
+    instances: tuple[Instance, ...],
+    sequences: Items[Sequence],
+    *,
+    in_order: bool = False,
+    peers: Mapping[Instance, tuple[str, ...]] | None = None,
+    moved_from: Instance | None = None,
+) -> Reserve:
+    """A reservation of `sequences` at `instances`, one for each consecutive stage."""
+    rows = []
+    for sequence in sequences:
+        scores = sequence.prompt.scored and not sequence.has_drawn  # needs every token computed, so it names no chain
+        chain = sequence.reserved_chain = () if scores else sequence.prefix_chain()
+        # Penalties look at all earlier tokens, also at those whose computation the prefix cache saves.
+        looks_back = sequence.prompt.sampling.looks_back
+        token_ids = array("i", sequence.tokens[: BLOCK_TOKENS * len(chain)]).tobytes() if looks_back else b""
+        rows.append(ReserveRow(sequence.id, sequence.progress.attempt, sequence.reserve_tokens, packed(chain), token_ids))
+    traces = [sequence.prompt.trace for sequence in sequences if sequence.prompt.trace is not None]
+    deadline = max(sequence.deadline for sequence in sequences)
+    return Reserve(sequences, instances, rows, traces, deadline, in_order, peers or {}, moved_from)
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """What all stages replied to a `Reserve`."""
+
+    statuses: Items[Status]  # per sequence, the worst of all stages
+    origins: Items[ReplyOrigin]
+    held: Items[Items[int]]  # per sequence and stage, tokens of its chain that the stage holds
+    caches_prefixes: bool = False  # every stage has a prefix cache, so sequences find what others computed
+    failure: StageFailed | None = None  # a stage gave no usable reply: the statuses mean nothing
+
+
+def reserve_at_once(client: StageClient, wanted: Reserve, calls: Executor) -> Reservation:
+    """Asks all stages at the same time. Returns after the last reply, so that no release can overtake the reservation."""
+    futures = [calls.submit(_ask, client, instance, wanted) for instance in wanted.instances]
+    wait(futures)
+    return _combined([future.result() for future in futures], len(wanted.rows))
+
+
+def reserve_in_order(client: StageClient, wanted: Reserve) -> Reservation:
+    """Asks stage after stage and stops at the first that is full.
+
+    Two gateways that ask all stages at once may each get a part and give it back, again and again. In order, the gateway that
+    gets the first stage competes at the others only with those that got it before.
+    """
+    replies: list[tuple[ReplyOrigin, ReserveReply] | StageFailed] = []
+    for instance in wanted.instances:
+        replies.append(_ask(client, instance, wanted))
+        reservation = _combined(replies, len(wanted.rows))
+        if reservation.failure is not None or any(status is not Status.OK for status in reservation.statuses):
+            break
+    return reservation
+
+
+def _ask(client: StageClient, instance: Instance, wanted: Reserve) -> tuple[ReplyOrigin, ReserveReply] | StageFailed:
+    peers = wanted.peers.get(instance, ())
+    rows = [replace(row, peers=peers) for row in wanted.rows] if peers else wanted.rows
+    try:
+        return client.reserve(instance, rows, wanted.deadline, wanted.traces)
+    except StageFailed as failure:
+        return failure
+
+
+def _combined(replies: Items[tuple[ReplyOrigin, ReserveReply] | StageFailed], num_rows: int) -> Reservation:
+    statuses = [Status.OK] * num_rows
+    held: list[list[int]] = [[] for _ in range(num_rows)]
+    origins: list[ReplyOrigin] = []
+    caches_prefixes = True
+    for each in replies:
+        if isinstance(each, StageFailed):
+            return Reservation(statuses, origins, held, failure=each)
+        origin, reply = each
+        origins.append(origin)
+        caches_prefixes = caches_prefixes and reply.remembers
+        for number, row in enumerate(reply.rows):
+            statuses[number] = min(statuses[number], row.status, key=_WORST_FIRST.index)
+            held[number].append(row.held)
+    return Reservation(statuses, origins, held, caches_prefixes)

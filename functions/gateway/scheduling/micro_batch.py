@@ -1,28 +1,35 @@
-"""Micro-batches: sequences that go round the stages together, on one route.
+"""Micro-batches, and the steps that carry them through the stages.
 
-Sequences join and leave at step boundaries. Micro-batches on the same route exchange sequences for nothing, so they are kept
-equally large; between routes a sequence would have to be computed anew.
+Sequences join and leave a micro-batch between its steps. Micro-batches on the same route exchange sequences at no cost, so they
+are kept equally large. A sequence that changed to another route would have to be computed again.
 """
 
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from typing import Final
 
-from functions.gateway.scheduling.progress import Piece
+import msgspec
+
+from eventing.wire.events import Batch, Row, Sampling, Want
+from functions.gateway.scheduling.progress import Chunk
 from functions.gateway.scheduling.sequence import Sequence
 from functions.gateway.stages.instances import Instance
 from functions.gateway.stages.routes import Route
+from functions.gateway.stages.trip import Trip
+
+_MAX_GRAMMAR_BYTES: Final = 2**20  # of grammar sources in one event; a grammar left out is a miss, and is sent with the next
 
 
 @dataclass(eq=False, slots=True)
 class MicroBatch:
-    route: Route
-    """Its own: no other micro-batch has the same object."""
+    """Sequences that decode together."""
+
+    route: Route  # used by no other micro-batch
     sequences: list[Sequence] = field(default_factory=list)
-    decoding: bool = False
-    """Its decode step is on its way."""
-    target: Instance | None = None
-    """Where it will move as soon as it is at rest."""
+    decoding: bool = False  # its decode step is under way
+    target: Instance | None = None  # it migrates there once it is at rest
 
     @property
     def at_rest(self) -> bool:
@@ -30,38 +37,21 @@ class MicroBatch:
 
     @property
     def caught_up(self) -> bool:
-        """Nobody in it is being computed anew: it may be moved again."""
-        return all(sequence.decodes for sequence in self.sequences) or not self.sequences
-
-    @property
-    def tokens(self) -> int:
-        """What a move has to compute anew, at most."""
-        return sum(sequence.total_tokens for sequence in self.sequences)
+        """No sequence is being computed again, so it may migrate again."""
+        return all(sequence.decodes for sequence in self.sequences)
 
     def join(self, sequence: Sequence) -> None:
         self.sequences.append(sequence)
         sequence.route = self.route
 
-    def part_with(self, sequence: Sequence) -> None:
-        """`sequence` holds nothing anywhere any more."""
+    def drop(self, sequence: Sequence) -> None:
+        """Takes out a sequence whose memory has been released at all stages."""
         self.sequences.remove(sequence)
         sequence.leave()
 
-    def take(self, sequence: Sequence, other: "MicroBatch") -> None:
-        """`sequence` changes over from `other`, which is on the same route."""
-        other.sequences.remove(sequence)
-        self.join(sequence)
 
-    def move(self, instance: Instance) -> Instance:
-        """Goes on with `instance`, which holds nothing yet; returns the one that it left. Only at rest."""
-        for sequence in self.sequences:
-            sequence.progress.missed(instance.stage, 0)
-        self.target = None
-        return self.route.replace(instance)
-
-
-def level(own: MicroBatch, others: Iterable[MicroBatch], too_many: bool, most_sequences: int) -> None:
-    """At a step boundary of `own`: gives sequences to smaller ones on its route, all of them where there are too many."""
+def level(own: MicroBatch, others: Iterable[MicroBatch], too_many: bool, max_sequences: int) -> None:
+    """Between two steps of `own`: moves sequences to smaller micro-batches on the same route, and all if there are too many."""
     siblings = [
         other
         for other in others
@@ -70,32 +60,102 @@ def level(own: MicroBatch, others: Iterable[MicroBatch], too_many: bool, most_se
     if not siblings:
         return
     smallest = min(siblings, key=lambda sibling: len(sibling.sequences))
-    if too_many and own.at_rest and len(own.sequences) + len(smallest.sequences) <= most_sequences:
-        for sequence in list(own.sequences):
-            smallest.take(sequence, own)
+    if too_many and own.at_rest and len(own.sequences) + len(smallest.sequences) <= max_sequences:
+        for sequence in own.sequences:
+            smallest.join(sequence)
+        own.sequences.clear()
         return
     while len(own.sequences) > len(smallest.sequences) + 1:
         movable = next((sequence for sequence in own.sequences if sequence.decodes), None)
         if movable is None:
             return
-        smallest.take(movable, own)
+        own.sequences.remove(movable)
+        smallest.join(movable)
         smallest = min(siblings, key=lambda sibling: len(sibling.sequences))
 
 
-def prompt_pieces(sequences: Items[Sequence], chunk_tokens: int) -> list[tuple[Sequence, Piece]]:
-    """Chunks for one event, in the order of `sequences`, on one route: at most `chunk_tokens` together, all equally deep.
+def prompt_chunks(sequences: Items[Sequence], chunk_tokens: int) -> list[tuple[Sequence, Chunk]]:
+    """Chunks for one event, in the order of `sequences`, which share a route: equally deep, at most `chunk_tokens` in all.
 
-    A suspect travels alone. Empty where none of them has something to send.
+    A suspect travels alone. Empty if no sequence has anything to send.
     """
-    pieces: list[tuple[Sequence, Piece]] = []
-    room = chunk_tokens
+    chunks: list[tuple[Sequence, Chunk]] = []
+    remaining = chunk_tokens
     for sequence in sequences:
-        suspect = sequence.strikes.count > 0
-        piece = sequence.next_piece(room)
-        if piece is None or (pieces and (piece.depth != pieces[0][1].depth or suspect)):
+        suspect = sequence.retry_budget.failures_here > 0
+        chunk = sequence.next_chunk(remaining)
+        if chunk is None or (chunks and (chunk.depth != chunks[0][1].depth or suspect)):
             continue
-        pieces.append((sequence, piece))
-        room -= piece.length
-        if room <= 0 or suspect:
+        chunks.append((sequence, chunk))
+        remaining -= chunk.length
+        if remaining <= 0 or suspect:
             break
-    return pieces
+    return chunks
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step under way."""
+
+    trip: Trip
+    chunks: Mapping[str, tuple[Sequence, Chunk]]  # by row id
+    micro_batch: MicroBatch | None  # the one that decodes; None: the step carries prompt chunks
+    decode_tokens: int  # that each stage computes in a decode step, draft tokens included; 0: prompt chunks
+
+
+def make_step(chunks: Items[tuple[Sequence, Chunk]], instances: tuple[Instance, ...], micro_batch: MicroBatch | None) -> Step:
+    """chunks: equally deep, of sequences on the route `instances`. micro_batch: None for prompt chunks."""
+    traces = {sequence.id: sequence.prompt.trace for sequence, _ in chunks if sequence.prompt.trace is not None}
+    batch = first_batch(chunks, len(instances))
+    trip = Trip(
+        instances=instances,
+        batch=batch,
+        traces=traces,
+        depth=chunks[0][1].depth,
+        chunks=micro_batch is None,
+        deadline=max([sequence.deadline for sequence, _ in chunks]),
+    )
+    decode_tokens = 0 if micro_batch is None else len(batch.token_ids)
+    return Step(trip, {sequence.id: (sequence, chunk) for sequence, chunk in chunks}, micro_batch, decode_tokens)
+
+
+def first_batch(chunks: Items[tuple[Sequence, Chunk]], num_stages: int) -> Batch:
+    """The event for the first stage: token ids and no tensor."""
+    token_ids = array("i")
+    rows: list[Row] = []
+    grammars_sent: dict[str, int] = {}  # digest → bytes of its source
+    for sequence, chunk in chunks:
+        end = chunk.position + chunk.length
+        token_ids.extend(sequence.tokens[chunk.position : end])
+        token_ids.extend(chunk.draft_tokens)
+        draws = scores = False
+        if chunk.depth == num_stages - 1:
+            scores = chunk.scores
+            draws = not scores and end == len(sequence.tokens)
+        rows.append(
+            Row(
+                id=sequence.id,
+                attempt=sequence.progress.attempt,
+                position=chunk.position,
+                length=chunk.length + len(chunk.draft_tokens),
+                want=Want.TOKEN if draws else Want.LOGPROBS if scores else Want.NONE,
+                draft_tokens=len(chunk.draft_tokens),
+                top_logprobs=sequence.prompt.top_logprobs if draws or scores else None,
+                sampling=_sampling(sequence, grammars_sent) if draws else None,
+                reserve_tokens=sequence.reserve_tokens if chunk.position == 0 else None,
+            )
+        )
+    return Batch(tuple(rows), memoryview(token_ids))
+
+
+def _sampling(sequence: Sequence, grammars_sent: dict[str, int]) -> Sampling:
+    """With the grammar's source only if the last stage may not know it and no earlier row of the event carries it."""
+    sampling, grammar = sequence.prompt.sampling, sequence.prompt.sampling.grammar
+    if grammar is None:
+        return sampling
+    if not sequence.progress.grammar_known and grammar.digest not in grammars_sent:
+        size = len(grammar.source.encode())
+        if sum(grammars_sent.values()) + size <= _MAX_GRAMMAR_BYTES:
+            grammars_sent[grammar.digest] = size
+            return sampling
+    return msgspec.structs.replace(sampling, grammar=msgspec.structs.replace(grammar, source=""))

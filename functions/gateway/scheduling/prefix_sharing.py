@@ -1,29 +1,81 @@
-"""Who may find what whose prompts left at the stages: a hit is visible in its time, so it tells what somebody has asked."""
+"""Which sequences share computed prefixes.
+
+A prefix cache hit is visible in its time, so it tells a client what another one has asked: the configuration says who shares.
+
+Sequences that begin alike and arrive together compute their common prefix once. The first is the leader. The others, its
+followers, have their memory and their place in a micro-batch, and wait. When every stage holds the prefix, the followers ask
+for their reservation again, and the reply says how much they need not compute.
+"""
 
 from collections.abc import Callable
+from typing import Final
 
-from eventing.wire.prefix_chain import Chain, chain_key, extended
-from functions.gateway.scheduling.prompt import Prompt
+from eventing.wire.prefix_chain import BLOCK_TOKENS, Chain, chain_key, common_blocks, extended
+from functions.gateway.scheduling.sequence import Prompt, Sequence
+from functions.gateway.scheduling.state import SchedulerState
 
-KeyOf = Callable[[str], bytes | None]
-"""The key of a client's chains, by its id. None: it finds nothing, and leaves nothing."""
+MIN_SHARED_TOKENS: Final = 64  # a shorter prefix is computed sooner than waited for
+
+KeyOf = Callable[[str], bytes | None]  # client id → key of the client's prefix chains; None: no prefix caching
 
 
-def nobody(client_id: str) -> None:
-    """Nothing is shared with anybody, or reused."""
+def no_sharing(client_id: str) -> None:
+    """A KeyOf: no prefix is cached or found."""
 
 
 def keys_of(pipeline: str, sharing: str) -> KeyOf:
-    """pipeline: its fingerprint. sharing: `pipeline`, all clients share; `client`, each with itself; `off`: `nobody`."""
+    """pipeline: its fingerprint. sharing: `pipeline` (all clients share), `client` (each with itself), or `off`."""
     if sharing == "off":
-        return nobody
+        return no_sharing
     if sharing == "client":
         return lambda client_id: chain_key(pipeline, client_id)
-    whole = chain_key(pipeline, "")
-    return lambda client_id: whole
+    shared = chain_key(pipeline, "")
+    return lambda client_id: shared
 
 
-def beginning(key_of: KeyOf, prompt: Prompt) -> tuple[bytes | None, Chain]:
-    """The key of a prompt's chain, and the chain of its tokens but the last, which has to be computed."""
+def prompt_chain(key_of: KeyOf, prompt: Prompt) -> tuple[bytes | None, Chain]:
+    """The key of the prompt's chain, and the chain of all its tokens but the last, which has to be computed."""
     key = key_of(prompt.client_id)
     return key, () if key is None else extended((), prompt.token_ids[:-1], key)
+
+
+def follow(sequence: Sequence, state: SchedulerState) -> None:
+    """Lets a sequence with memory, of which nothing is sent yet, wait for the leader that saves it most."""
+    if sequence.follow_failed or sequence.retry_budget.failures_here or not sequence.at_rest or sequence.stream.over:
+        return
+    assert sequence.route is not None
+    leader, leader_tokens = None, sequence.progress.held_everywhere + MIN_SHARED_TOKENS - 1
+    for batch in state.micro_batches:
+        for other in batch.sequences if batch.route.instances == sequence.route.instances else ():
+            shared = BLOCK_TOKENS * common_blocks(sequence.reserved_chain, other.reserved_chain)
+            if shared > leader_tokens and other is not sequence and _computes(other):
+                leader, leader_tokens = other, shared
+    if leader is not None:
+        sequence.leader, sequence.leader_tokens = leader, leader_tokens
+
+
+def leader_is_done(sequence: Sequence, state: SchedulerState) -> bool:
+    """The prefix that a follower waits for is computed, or will not be: the follower shall ask for its reservation again."""
+    leader = sequence.leader
+    if leader is None or not sequence.at_rest or sequence.must_restart or sequence.stream.over:
+        return False
+    if leader.id not in state.sequences or not _computes(leader) or leader.route is None or sequence.route is None:
+        return True
+    if leader.route.instances != sequence.route.instances:
+        return True
+    return leader.progress.held_everywhere >= sequence.leader_tokens
+
+
+def stop_following(sequence: Sequence, held_before: int) -> None:
+    """The reservation was granted again. held_before: tokens that every stage held of the sequence before it."""
+    assert sequence.leader is not None
+    found_nothing = sequence.progress.held_everywhere <= held_before
+    sequence.follow_failed = found_nothing and sequence.leader.progress.held_everywhere >= sequence.leader_tokens
+    sequence.leader = None
+
+
+def _computes(sequence: Sequence) -> bool:
+    """It can be a leader."""
+    if not sequence.reserved or sequence.leader is not None or sequence.stream.over or sequence.must_restart:
+        return False
+    return not sequence.retry_budget.failures_here

@@ -1,115 +1,98 @@
-"""How far each stage of its route is with one sequence, and what has to be sent next.
+"""What each stage holds of one sequence, and what must be sent next.
 
-One rule covers first prompts, decode steps, misses, moves and replays: what is sent next begins at the position of the stage
-that holds least, and goes as deep as the deepest stage that lacks it. A fresh sequence is held nowhere; a move puts one stage
-at 0; a miss puts one stage at what it says it holds, and so does a reservation; a broken route begins a new attempt, held
-nowhere.
+One rule covers prompts, decode steps, misses, migrations and replays: the next chunk begins at the position of the stage that
+holds least, and goes as far as the last stage that lacks it. No stage holds anything of a new sequence. A migration puts one
+stage back to 0. A miss or a reservation puts a stage to the number of tokens that it says it holds. After a broken route a new
+attempt begins, of which no stage holds anything.
 """
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """`length` tokens of a sequence from `position`, for stages 0 to `depth`."""
+class Chunk:
+    """Tokens of one sequence that one step computes at stages 0 to `depth`: a part of a prompt, or the newest token."""
 
     position: int
     length: int
     depth: int
-    draft_tokens: tuple[int, ...] = ()
-    """Tokens that may come behind them. They count as held once they have come true, see `Progress.came_true`."""
-    scores: bool = False
-    """The log-probabilities of its tokens but the first are wanted; the one behind them goes with it as its draft token."""
+    draft_tokens: tuple[int, ...] = ()  # sent after the chunk's own tokens; held once accepted, see Progress.accepted
+    scores: bool = False  # the log-probabilities of tokens 2 … length + 1 are wanted; the last of them is sent as a draft token
 
     @property
     def end(self) -> int:
         return self.position + self.length
 
-    def overlaps(self, other: "Piece") -> bool:
-        return self.position < other.end and other.position < self.end
-
 
 class Progress:
-    """Tokens held per stage of one attempt. Not thread-safe: the scheduler's lock is held around it."""
+    """Tokens that each stage holds of the current attempt. Not thread-safe: the scheduler's lock guards it."""
 
     def __init__(self, num_stages: int) -> None:
         self.attempt = 0
-        self.in_flight = 0
-        """Pieces on their way."""
-        self._num_stages = num_stages
+        self.in_flight = 0  # chunks sent whose replies have not all come
+        self.failing = False  # a chunk in flight was lost: nothing is sent until the others are back
+        self.grammar_known = False  # the last stage has drawn a token in this attempt, so it knows the sequence's grammar
         self._held = [0] * num_stages
         self._sent = [0] * num_stages
-        self._failed = False
-        self.introduced = False
-        """The last stage has answered a row that wanted a token: it knows what does not change from row to row."""
-
-    @property
-    def failing(self) -> bool:
-        """Something on its way got lost, and the rest is not settled yet."""
-        return self._failed
-
-    def next_piece(self, total_tokens: int, most_tokens: int) -> Piece | None:
-        """What to send next of a sequence of `total_tokens`; None where everything is sent or a failure must settle first."""
-        position = min(self._sent)
-        if self._failed or position >= total_tokens:
-            return None
-        end = min([position + most_tokens, total_tokens, *(sent for sent in self._sent if sent > position)])
-        depth = max(stage for stage, sent in enumerate(self._sent) if sent == position)
-        return Piece(position, end - position, depth)
 
     @property
     def held_everywhere(self) -> int:
         """Tokens that every stage holds."""
         return min(self._held)
 
-    def found(self, stage: int, held: int) -> None:
-        """`stage` says, at a reservation, that it holds so many. Only between pieces."""
-        self._held[stage] = self._sent[stage] = max(self._held[stage], held)
+    def next_chunk(self, total_tokens: int, max_tokens: int) -> Chunk | None:
+        """The next chunk of a sequence of `total_tokens`. None: all is sent, or a failure must settle first."""
+        position = min(self._sent)
+        if self.failing or position >= total_tokens:
+            return None
+        end = min([position + max_tokens, total_tokens, *(sent for sent in self._sent if sent > position)])
+        depth = max(stage for stage, sent in enumerate(self._sent) if sent == position)
+        return Chunk(position, end - position, depth)
 
     def decodes(self, total_tokens: int) -> bool:
-        """Nothing is lacking but the newest token, at every stage: the next piece is a decode step."""
-        return not self._failed and all(sent == total_tokens - 1 for sent in self._sent)
+        """Every stage lacks exactly the newest token: the next chunk is a decode step."""
+        return not self.failing and self._sent.count(total_tokens - 1) == len(self._sent)
 
-    def send(self, piece: Piece) -> None:
-        """`piece` is on its way."""
+    def found(self, stage: int, held: int) -> None:
+        """A reservation's reply says that `stage` holds `held` tokens. Only while nothing is in flight."""
+        self._held[stage] = self._sent[stage] = max(self._held[stage], held)
+
+    def send(self, chunk: Chunk) -> None:
         self.in_flight += 1
-        for stage in range(piece.depth + 1):
-            self._sent[stage] = piece.end
+        self._sent[: chunk.depth + 1] = [chunk.position + chunk.length] * (chunk.depth + 1)
 
-    def computed(self, stage: int, piece: Piece) -> None:
-        """`stage` answered ok for `piece`."""
-        self._held[stage] = piece.end
+    def computed(self, stage: int, chunk: Chunk) -> None:
+        """`stage` computed the chunk."""
+        self._held[stage] = chunk.position + chunk.length
 
-    def came_true(self, draft_tokens: int) -> None:
-        """So many draft tokens of the one piece that was on its way have become tokens of the sequence, held everywhere."""
-        self._held = [held + draft_tokens for held in self._held]
-        self._sent = [sent + draft_tokens for sent in self._sent]
+    def accepted(self, draft_tokens: int) -> None:
+        """So many draft tokens of the only chunk in flight have become tokens of the sequence, which every stage holds."""
+        if draft_tokens:
+            self._held = [held + draft_tokens for held in self._held]
+            self._sent = [sent + draft_tokens for sent in self._sent]
 
     def missed(self, stage: int, held: int) -> None:
-        """`stage` holds only `held` tokens, or goes on at another instance that holds none: what is beyond is sent again."""
+        """`stage` holds only `held` tokens, or another instance takes its place and holds none: the rest is sent again."""
         self._held[stage] = min(self._held[stage], held)
-        self.introduced = False
-        self._failed = True
-        self._settle_if_quiet()
+        self.grammar_known = False
+        self.failing = True
+        self._settle()
 
-    def failed(self) -> None:
-        """A piece on its way got lost: nothing more is sent before all others are settled."""
-        self._failed = True
-
-    def settle(self) -> None:
-        """One piece is no longer on its way, whatever became of it."""
+    def returned(self) -> None:
+        """A chunk is no longer in flight, whatever became of it."""
         self.in_flight -= 1
-        self._settle_if_quiet()
-
-    def _settle_if_quiet(self) -> None:
-        if self.in_flight == 0:
-            self._sent = list(self._held)
-            self._failed = False
+        if self.failing:
+            self._settle()
 
     def restart(self) -> None:
-        """A new attempt, held nowhere. Only between pieces."""
+        """Begins a new attempt. Only while nothing is in flight."""
         self.attempt += 1
-        self.introduced = False
-        self._held = [0] * self._num_stages
+        self.grammar_known = False
+        self._held = [0] * len(self._held)
         self._sent = list(self._held)
-        self._failed = False
+        self.failing = False
+
+    def _settle(self) -> None:
+        if self.in_flight == 0:
+            self._sent = list(self._held)
+            self.failing = False

@@ -1,10 +1,10 @@
-"""Continuous batching over a pipeline of stages: the threads and the one lock around the board.
+"""The scheduler: continuous batching over a pipeline of stages. Its public interface, its lock and its threads.
 
-What happens is simple to say: whoever changes the board, a trip that came back, a door that submits, the watch, the clock, then
-lets everything happen that can happen now, under the one lock, and hands what must be sent to threads that do nothing but wait
-for replies. A thread per event on its way rather than an event loop: `eventing.http.delivery` is synchronous (it needs less CPU
-per request than an asyncio client), each hop's work is waiting in a system call, and no code has to be written twice. The lock
-is never held over input or output.
+Whatever changes the state (a reply, a new request, the watch, the clock) does so under one lock. Then `decide` changes it by
+everything that can happen next, and threads send what it returns and wait for the replies, without the lock.
+
+There is a thread for each event in flight rather than an event loop: `eventing.http.delivery` is synchronous, which needs less
+CPU for a request than an asyncio client, and a hop's time is spent waiting in a system call.
 """
 
 import logging
@@ -20,28 +20,25 @@ from typing import Final
 
 from eventing.problems import InvalidRequest, NotReady, PipelineUnavailable, QueueFull
 from eventing.wire.events import MAX_POSITION
-from functions.gateway.scheduling.actions import Action, Release, Reserve, Wake, Walk
-from functions.gateway.scheduling.admission import Admission
-from functions.gateway.scheduling.board import Board
-from functions.gateway.scheduling.capacity import most_waiting
-from functions.gateway.scheduling.cold_starts import ColdStarts
-from functions.gateway.scheduling.failures import Failures
-from functions.gateway.scheduling.limits import Limits
-from functions.gateway.scheduling.moves import Moves
-from functions.gateway.scheduling.next_steps import NextSteps
-from functions.gateway.scheduling.outlook import Outlook, outlook
-from functions.gateway.scheduling.prefix_sharing import KeyOf, beginning, nobody
+from functions.gateway.scheduling.actions import Action, Release, Reserve, Wake, reserve_at_once, reserve_in_order
+from functions.gateway.scheduling.apply import (
+    gateway_failed,
+    give_up_waiting,
+    note_origin,
+    reservation_over,
+    stage_replied,
+    trip_failed,
+)
+from functions.gateway.scheduling.batching import SchedulerLimits, max_waiting
+from functions.gateway.scheduling.decide import decide, next_due
+from functions.gateway.scheduling.metrics import Stats
+from functions.gateway.scheduling.pipeline_status import PipelineStatus, pipeline_status
+from functions.gateway.scheduling.prefix_sharing import KeyOf, no_sharing, prompt_chain
 from functions.gateway.scheduling.progress import Progress
-from functions.gateway.scheduling.prompt import Prompt
-from functions.gateway.scheduling.renewals import Renewals
-from functions.gateway.scheduling.replies import Replies
-from functions.gateway.scheduling.reservation import reserve_at_once, reserve_in_order
-from functions.gateway.scheduling.rooms import Rooms
-from functions.gateway.scheduling.sequence import Sequence, named
-from functions.gateway.scheduling.speculation import Experience
-from functions.gateway.scheduling.stats import Stats
+from functions.gateway.scheduling.sequence import Prompt, Sequence, names_of
+from functions.gateway.scheduling.speculation import Drafter, PromptLookup, SharedRates
+from functions.gateway.scheduling.state import SchedulerState
 from functions.gateway.scheduling.token_stream import TokenStream
-from functions.gateway.scheduling.wake_ups import WakeUps
 from functions.gateway.stages.client import ForwardReply, StageClient
 from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.instances import Endpoint
@@ -51,61 +48,45 @@ from functions.threads.pool import ThreadPool
 
 _log = logging.getLogger(__name__)
 
-_THREADS: Final = 512
-"""At most: one for each event on its way. They are made when they are needed, and end when they are not."""
-_LOOK_AGAIN_SECONDS: Final = 5.0
-"""The clock looks at least so often, whatever is due, and whatever a deadline says."""
-_STUCK_SECONDS: Final = 30.0
-"""A clock that has not looked for so long will not look again."""
-_MOST_FAILURES: Final = 3
-"""Decisions that failed one after the other, until the gateway is taken for broken."""
-_CLOSE_SECONDS: Final = 5.0
-"""What `close` waits for events on their way."""
+_MAX_THREADS: Final = 512  # one for each event in flight; they start when needed and end when idle
+_MAX_CLOCK_SECONDS: Final = 5.0  # the clock decides at least so often
+_STUCK_SECONDS: Final = 30.0  # a clock that has not decided for so long is taken for stuck
+_MAX_FAILED_DECISIONS: Final = 3  # in a row; then the gateway is taken for broken
+_CLOSE_SECONDS: Final = 5.0  # how long `close` waits for releases
 _SHUTTING_DOWN: Final = "this gateway is shutting down; ask again, another one will answer"
 
 
 class Scheduler:
     """Takes prompts and puts tokens into their streams. Thread-safe."""
 
-    def __init__(self, client: StageClient, placement: Placement, limits: Limits, key_of: KeyOf = nobody) -> None:
+    def __init__(self, client: StageClient, placement: Placement, limits: SchedulerLimits, key_of: KeyOf = no_sharing) -> None:
         self._client = client
-        self._key_of = key_of
-        self._placement = placement
         self._limits = limits
-        self._board = Board(placement, limits)
-        self._failures = Failures(self._board)
-        self._replies = Replies(self._board, self._failures)
-        self._moves = Moves(self._board)
-        self._admission = Admission(self._board, self._replies, self._failures)
-        self._next_steps = NextSteps(self._board, self._failures)
-        self._cold_starts = ColdStarts()
-        self._wake_ups = WakeUps(self._board, self._cold_starts)
-        self._renewals, self._rooms = Renewals(self._board), Rooms(self._board)
-        self._experience = Experience()
+        self._key_of = key_of
+        self._state = SchedulerState(placement, limits)
+        self._changed = threading.Condition()  # the lock; notified when the clock must look again, and when sequences end
+        self._shared_rates = SharedRates()
         self._boot = secrets.token_hex(6)
         self._numbers = count()
-        self._changed = threading.Condition()
-        """The one lock; notified when the clock has to look again and when sequences end."""
-        self._entering = 0
+        self._entering = 0  # requests within `entering`
         self._closing = self._closed = False
-        self._walked: set[Trip] = set()
-        """Trips that a thread has, or will have."""
-        self._failed_in_a_row = self._releases_under_way = 0
+        self._walked: set[Trip] = set()  # trips that a thread walks or will walk
+        self._releases_in_flight = 0
+        self._failed_decisions = 0  # in a row
+        self._trips = ThreadPool(_MAX_THREADS, "trip")
+        self._calls = ThreadPool(_MAX_THREADS, "call")  # calls that a thread of `_trips` waits for
         self._clock_looked_at = time.monotonic()
         self._clock_looks_at = math.inf
-        self._trips = ThreadPool(_THREADS, "trip")
-        self._calls = ThreadPool(_THREADS, "call")
-        """For what a thread of the other pool waits for, so that they cannot wait for each other."""
         self._clock = threading.Thread(target=self._tick, name="scheduler-clock", daemon=True)
         self._clock.start()
 
-    # For doors.
+    # For the APIs.
 
     @contextmanager
     def entering(self) -> Iterator[None]:
-        """For what a door does with a request before `submit`; it counts as waiting. Raises QueueFull or NotReady (closing)."""
+        """Counts a request as waiting while an API reads it, before `submit`. Raises QueueFull, or NotReady when closing."""
         with self._changed:
-            self._check_room()
+            self._check_queue()
             self._entering += 1
         try:
             yield
@@ -114,41 +95,53 @@ class Scheduler:
                 self._entering -= 1
 
     def submit(self, prompt: Prompt) -> TokenStream:
-        """Queues a sequence, whose tokens come by themselves. Raises QueueFull, NotReady (closing) or InvalidRequest."""
-        reserve_tokens = len(prompt.token_ids) + prompt.max_tokens
-        if reserve_tokens > MAX_POSITION:
-            raise InvalidRequest(f"{reserve_tokens} tokens of prompt and answer; the most is {MAX_POSITION}")
-        key, chain = beginning(self._key_of, prompt)
-        drafter = self._experience.drafter(prompt.token_ids, prompt.predicted_ids) if self._limits.draft_tokens else None
+        """Queues a sequence; its tokens come into the stream. Raises QueueFull, InvalidRequest, or NotReady when closing."""
+        total_tokens = len(prompt.token_ids) + prompt.max_tokens
+        if total_tokens > MAX_POSITION:
+            raise InvalidRequest(f"{total_tokens} tokens of prompt and answer; the most is {MAX_POSITION}")
+        chain_key, chain = prompt_chain(self._key_of, prompt)
+        drafter = None
+        if self._limits.draft_tokens:
+            drafter = Drafter(PromptLookup(prompt.token_ids, prompt.predicted_ids), self._shared_rates)
         with self._changed:
-            self._check_room()
+            self._check_queue()
             number = next(self._numbers)
             id_ = f"{self._boot}-{number}"
             stream = TokenStream(
                 prompt.max_tokens, prompt.eos_ids, lambda: self._cancel(id_), prompt.arrived, prompt.kept_end_ids
             )
             if not prompt.max_tokens and len(prompt.token_ids) == 1:
-                stream.finish("length")  # A first token has no probability.
+                stream.finish("length")  # scores only, and a first token has none
                 return stream
-            progress = Progress(self._placement.num_stages)
-            self._board.submit(Sequence(id_, number, prompt, stream, progress, drafter=drafter, chain_key=key, chain=chain))
+            sequence = Sequence(
+                id_,
+                number,
+                prompt,
+                stream,
+                Progress(self._state.placement.num_stages),
+                drafter=drafter,
+                chain_key=chain_key,
+                chain=chain,
+            )
+            self._state.sequences[id_] = sequence
+            self._state.waiting.queue.push(sequence)
             self._act()
         return stream
 
     def _cancel(self, id_: str) -> None:
         with self._changed:
-            sequence = self._board.sequences.get(id_)
+            sequence = self._state.sequences.get(id_)
             if sequence is not None:
-                self._board.end(sequence)
+                self._state.end(sequence)
                 self._act()
 
     def wake(self) -> None:
-        """Warm-up events to all stages at once, where any is cold, before a sequence asks for them."""
+        """If a stage is cold, sends warm-up events to all stages at once, before a request needs them."""
         with self._changed:
-            self._start(self._wake_ups.begin(everything=True))
+            self._start(self._state.begin_wake_up(all_stages=True))
 
     def sick(self) -> str | None:
-        """What is wrong with the scheduler itself, if anything. Takes no lock: whoever holds it may be what is stuck."""
+        """What is wrong with the scheduler, if anything. Takes no lock: its holder may be what is stuck."""
         if self._closed:
             return None
         if not self._clock.is_alive():
@@ -156,21 +149,21 @@ class Scheduler:
         silent = time.monotonic() - self._clock_looked_at
         if silent > _STUCK_SECONDS:
             return f"the scheduler has been stuck for {silent:.0f} s"
-        if self._failed_in_a_row >= _MOST_FAILURES:
+        if self._failed_decisions >= _MAX_FAILED_DECISIONS:
             return "the scheduler fails whenever it decides what is next; its log has the traceback"
         return None
 
     def close(self) -> None:
-        """Ends what is left with NotReady and frees its memory at the stages, for which it waits some seconds at most.
+        """Ends all sequences with NotReady and frees their memory at the stages, for which it waits a few seconds.
 
         Threads that wait for a stage even longer end when the sender is closed.
         """
         with self._changed:
             self._closing = True
-            for sequence in list(self._board.sequences.values()):
-                self._board.end(sequence, NotReady(_SHUTTING_DOWN))
+            for sequence in list(self._state.sequences.values()):
+                self._state.end(sequence, NotReady(_SHUTTING_DOWN))
             self._act()
-            self._changed.wait_for(lambda: self._board.idle and not self._releases_under_way, _CLOSE_SECONDS)
+            self._changed.wait_for(lambda: self._state.idle and not self._releases_in_flight, _CLOSE_SECONDS)
             self._closed = True
             self._changed.notify_all()
         self._clock.join(_CLOSE_SECONDS)
@@ -178,41 +171,40 @@ class Scheduler:
         self._calls.shutdown()
 
     def stats(self) -> Stats:
-        """How it stands now."""
         with self._changed:
-            board = self._board
-            stats = board.stats.snapshot()
-            stats.waiting, stats.running = len(board.waiting), board.running
-            stats.micro_batches, stats.trips = len(board.micro_batches), len(board.steps)
-            stats.hungry = len(board.waiting.hungry.sequences)
+            state = self._state
+            stats = state.stats.snapshot()
+            stats.waiting, stats.running = len(state.waiting), state.running
+            stats.micro_batches, stats.trips = len(state.micro_batches), len(state.steps)
+            stats.memory_backlog = len(state.waiting.backlog.sequences)
             return stats
 
-    def outlook(self) -> Outlook:
+    def status(self) -> PipelineStatus:
         with self._changed:
-            return outlook(self._board, self._cold_starts)
+            return pipeline_status(self._state)
 
     # For the watch.
 
     def endpoints_changed(self, stage: int, endpoints: Items[Endpoint] | None) -> None:
-        """All instances of `stage`; None: they cannot be known."""
+        """endpoints: all instances of `stage`; None: they cannot be known."""
         with self._changed:
             if endpoints is None:
-                self._placement.unwatched(stage)
+                self._state.placement.unwatched(stage)
             else:
-                self._placement.update(stage, endpoints)
+                self._state.placement.update(stage, endpoints)
             self._act()
 
     # For trips (trip.TripLog).
 
     def replied(self, trip: Trip, stage: int, reply: ForwardReply, seconds: float) -> None:
         with self._changed:
-            self._replies.replied(self._board.steps[trip], stage, reply, seconds)
+            stage_replied(self._state, self._state.steps[trip], stage, reply, seconds)
 
     def failed(self, trip: Trip, ids: Items[str], failure: StageFailed) -> None:
         with self._changed:
-            step = self._board.steps[trip]
-            self._failures.trip_failed(step, ids, failure)
-        _log.warning("a trip of %s broke: %s", named(step.pieces[id_][0] for id_ in ids), failure)
+            step = self._state.steps[trip]
+            trip_failed(self._state, step, ids, failure)
+        _log.warning("a trip of %s broke: %s", names_of(step.chunks[id_][0] for id_ in ids), failure)
 
     def first_stage_free(self) -> None:
         with self._changed:
@@ -220,181 +212,153 @@ class Scheduler:
 
     # With the lock held.
 
-    def _check_room(self) -> None:
+    def _check_queue(self) -> None:
         if self._closing:
             raise NotReady(_SHUTTING_DOWN)
-        waiting = len(self._board.waiting) + self._entering
-        if waiting >= most_waiting(self._limits.queue_limit, self._admission.room()):
+        waiting = len(self._state.waiting) + self._entering
+        if waiting >= max_waiting(self._limits.queue_limit, self._state.admissible_sequences()):
             raise QueueFull(f"{waiting} requests wait already; ask again later")
 
     def _act(self) -> None:
         self._start(self._decide())
 
     def _decide(self) -> list[Action]:
-        """What has to be sent now. Where that fails nobody knows how the sequences stand: they end, and it begins anew."""
+        """What must be sent now. If deciding fails, the state of the sequences is unknown: all end, and new ones can come."""
         try:
-            actions = self._go_on()
-        except Exception:  # noqa: BLE001 - whoever decides has something else to do then
-            self._failed_in_a_row += 1
-            sequences = self._board.sequences.values()
-            _log.exception("the gateway failed; its %d answers end: %s", len(sequences), named(sequences))
-            for trip in self._board.steps.keys() - self._walked:
-                self._never_walked(trip)
-            self._failures.broke_inside(sequences)
-            return list(self._board.take_releases())
-        self._failed_in_a_row = 0
+            actions = decide(self._state, time.monotonic())
+        except Exception:  # noqa: BLE001 - whichever thread decides has other work to finish
+            self._failed_decisions += 1
+            sequences = self._state.sequences.values()
+            _log.exception("the gateway failed; its %d answers end: %s", len(sequences), names_of(sequences))
+            for trip in self._state.steps.keys() - self._walked:  # begun by this decision, so no thread will end them
+                if trip.chunks:
+                    trip.instances[0].prompts.leave()
+                self._state.step_over(trip)
+            gateway_failed(self._state, sequences)
+            return [*self._state.take_releases()]
+        self._failed_decisions = 0
         return actions
-
-    def _never_walked(self, trip: Trip) -> None:
-        if trip.chunks:
-            trip.instances[0].prompts.leave()
-        self._board.step_ends(trip)
-
-    def _go_on(self) -> list[Action]:
-        """Everything that can happen now, in this order; what has to be sent for it."""
-        now = time.monotonic()
-        self._failures.expire(now)
-        self._board.waiting.resume(now)
-        self._board.close_empty()
-        actions: list[Action] = [
-            *self._moves.make(now),
-            *self._renewals.next(now),
-            *self._admission.ask_again(),
-            *self._admission.take_in(now),
-        ]
-        self._failures.choose_trial()
-        actions += [Walk(step.trip) for step in self._next_steps.begin(now)]
-        actions += [*self._wake_ups.next(now), *self._rooms.next(now)]
-        actions += self._board.take_releases()
-        return actions
-
-    def _next_due(self) -> float | None:
-        """When to look again although nothing has happened, in time.monotonic(); None: never."""
-        now = time.monotonic()
-        due = [*self._failures.due(), *self._board.waiting.due(), *self._wake_ups.due(), *self._renewals.due()]
-        due += [moment for moment in [self._placement.next_resumption()] if moment is not None]
-        return min((moment for moment in due if moment > now), default=None)
 
     def _start(self, actions: Items[Action]) -> None:
+        """Hands the actions to threads, and lets the clock look again if something is due before it would."""
         for action in () if self._closed else actions:
-            if isinstance(action, Walk):
-                self._walked.add(action.trip)
-            self._releases_under_way += isinstance(action, Release) and bool(action.rows)
-            self._trips.submit(self._guarded, action)
-        due = self._next_due()
-        if (due is not None and due < self._clock_looks_at) or not self._board.sequences:
+            if isinstance(action, Trip):
+                self._walked.add(action)
+            elif isinstance(action, Release) and action.rows:
+                self._releases_in_flight += 1
+            self._trips.submit(self._carry_out, action)
+        if not self._state.sequences or next_due(self._state, time.monotonic()) < self._clock_looks_at:
             self._changed.notify_all()
 
     # In threads.
 
     def _tick(self) -> None:
-        """The clock: looks again when something is due that no reply brings."""
+        """The clock: decides when something is due that no reply brings about."""
         with self._changed:
             while not self._closed:
                 self._clock_looked_at = time.monotonic()
                 try:
                     self._act()
-                    due = self._next_due()
-                except Exception:  # noqa: BLE001 - a clock that stopped would be noticed by deadlines that never come
+                    self._clock_looks_at = next_due(self._state, time.monotonic())
+                except Exception:  # noqa: BLE001 - without a clock no deadline would ever pass
                     _log.exception("the clock failed inside the gateway")
-                    due = None
-                self._clock_looks_at = math.inf if due is None else due
-                left = _LOOK_AGAIN_SECONDS if due is None else due - time.monotonic()
-                self._changed.wait(min(_LOOK_AGAIN_SECONDS, max(0.0, left)))
+                    self._clock_looks_at = math.inf
+                seconds = self._clock_looks_at - time.monotonic()
+                self._changed.wait(min(_MAX_CLOCK_SECONDS, max(0.0, seconds)))
 
-    def _guarded(self, action: Action) -> None:
+    def _carry_out(self, action: Action) -> None:
         try:
-            self._do(action)
+            if isinstance(action, Trip):
+                self._walk(action)
+            elif isinstance(action, Reserve):
+                self._reserve(action)
+            elif isinstance(action, Release):
+                self._release(action)
+            else:
+                self._wake(action)
         except Exception:  # noqa: BLE001 - the end of a thread
             _log.exception("%s failed inside the gateway", type(action).__name__)
 
-    def _do(self, action: Action) -> None:
-        match action:
-            case Walk(trip):
-                self._drive(trip)
-            case Reserve(sequences):
-                with self._ending(sequences):
-                    self._reserve(action)
-            case Release():
-                self._release(action)
-            case Wake(stages):
-                self._wake(stages)
-
-    def _drive(self, trip: Trip | None) -> None:
-        """Walks the trip, then the first that is to be walked next: most of the time its own micro-batch's next step."""
+    def _walk(self, trip: Trip | None) -> None:
+        """Walks the trip, and then the first trip of each decision that follows: mostly its micro-batch's next step."""
         began = time.perf_counter()
         while trip is not None:
-            with self._ending([sequence for sequence, _ in self._board.steps[trip].pieces.values()]):
+            try:
                 walk(trip, self._client, self)
+            except Exception:  # noqa: BLE001 - no other thread ends this step
+                self._end_after_failure([sequence for sequence, _ in self._state.steps[trip].chunks.values()])
             walked = time.perf_counter()
             with self._changed:
                 self._walked.discard(trip)
-                self._board.step_ends(trip)
+                self._state.step_over(trip)
                 actions = self._decide()
-                walks = [action for action in actions if isinstance(action, Walk)]
-                self._start([action for action in actions if action not in walks[:1]])
-                trip = walks[0].trip if walks and not self._closed else None
+                trip = None
+                if not self._closed:
+                    trip = next((action for action in actions if isinstance(action, Trip)), None)
                 if trip is not None:
                     self._walked.add(trip)
-                began = self._board.stats.step_over(began, walked)
+                self._start([action for action in actions if action is not trip])
+                began = self._state.stats.step_over(began, walked)
 
-    @contextmanager
-    def _ending(self, sequences: Items[Sequence]) -> Iterator[None]:
-        """What nobody expected ends them: they wait for what this thread does, and nobody else will do it."""
-        try:
-            yield
-        except Exception:  # noqa: BLE001 - where a thread, or a step of one, ends
-            _log.exception("the gateway failed; the answers that it had in hand end: %s", named(sequences))
-            with self._changed:
-                self._failures.broke_inside(sequences)
-                self._act()
+    def _end_after_failure(self, sequences: Items[Sequence]) -> None:
+        """Called in an except block: ends the sequences that wait for what this thread was doing."""
+        _log.exception("the gateway failed; the answers that it had in hand end: %s", names_of(sequences))
+        with self._changed:
+            gateway_failed(self._state, sequences)
+            self._act()
 
     def _reserve(self, wanted: Reserve) -> None:
-        asked = (self._client, wanted.instances, wanted.rows, wanted.deadline, wanted.traces, wanted.peers)
-        reservation = reserve_in_order(*asked) if wanted.one_by_one else reserve_at_once(*asked, self._calls)
-        if reservation.failure is not None:
-            _log.warning("no memory for %s: %s", named(wanted.sequences), reservation.failure)
-        with self._changed:
-            self._admission.reserved(wanted, reservation)
-            self._act()
+        try:
+            if wanted.in_order:
+                reservation = reserve_in_order(self._client, wanted)
+            else:
+                reservation = reserve_at_once(self._client, wanted, self._calls)
+            if reservation.failure is not None:
+                _log.warning("no memory for %s: %s", names_of(wanted.sequences), reservation.failure)
+            with self._changed:
+                reservation_over(self._state, wanted, reservation)
+                self._act()
+        except Exception:  # noqa: BLE001 - no other thread ends this reservation
+            self._end_after_failure(wanted.sequences)
 
     def _release(self, release: Release) -> None:
         try:
             origin = self._client.release(release.instance, release.rows, release.awaited_tokens)
             with self._changed:
-                self._replies.heard(origin)
+                note_origin(self._state, origin)
         except StageFailed as failure:
             if release.rows:
                 _log.info("not released: %s: %s", ", ".join(row.id for row in release.rows), failure)
             with self._changed:
-                self._renewals.lost(release.instance, release.rows)
+                self._state.leases.release_failed(release.instance, release.rows)
         finally:
             with self._changed:
-                self._releases_under_way -= bool(release.rows)
-                if self._rooms.over(release, time.monotonic()) or self._closing:
+                state = self._state
+                self._releases_in_flight -= bool(release.rows)
+                if state.backlog_signals.replied(release, state.waiting.backlog, time.monotonic()) or self._closing:
                     self._act()
 
-    def _wake(self, stages: Items[int]) -> None:
+    def _wake(self, wake: Wake) -> None:
         try:
-            for future in [self._calls.submit(self._warm_up, stage) for stage in stages]:
+            for future in [self._calls.submit(self._warm_up, stage) for stage in wake.stages]:
                 future.result()
         finally:
             with self._changed:
-                self._wake_ups.over()
+                self._state.wake_ups.round_over()
                 self._act()
 
     def _warm_up(self, stage: int) -> None:
         try:
-            url = self._placement.service_urls[stage]
+            url = self._state.placement.service_urls[stage]
             reply = self._client.warm_up(stage, url, self._limits.cold_start_timeout_seconds)
         except StageFailed as failure:
             _log.info("not awake yet: %s", failure)
             with self._changed:
-                self._cold_starts.fails(stage, failure.cause)
+                self._state.wake_ups.stage_failed(stage, failure.cause)
                 if failure.final:
-                    self._failures.end_waiting(PipelineUnavailable(str(failure)))
+                    give_up_waiting(self._state, PipelineUnavailable(str(failure)))
             return
         with self._changed:
-            self._cold_starts.ends(stage, reply)
-            self._placement.woken(stage)
+            self._state.wake_ups.stage_woke(stage, reply)
+            self._state.placement.woken(stage)
             self._act()

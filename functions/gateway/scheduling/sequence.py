@@ -1,181 +1,188 @@
-"""A sequence at work: a prompt and what is generated behind it. The scheduler's alone, its lock is held around it."""
+"""A sequence: a prompt, the answer that grows from it, and the attempts that it has left. The scheduler's lock guards it."""
 
+import random
 import time
 from collections.abc import Iterable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
-from itertools import repeat
 from typing import Final
 
-from eventing.wire.generation import TokenLogprob
+from eventing.wire.events import Sampling
 from eventing.wire.prefix_chain import BLOCK_TOKENS, Chain, extended
-from functions.gateway.scheduling.progress import Piece, Progress
-from functions.gateway.scheduling.prompt import Prompt
+from functions.gateway.scheduling.progress import Chunk, Progress
 from functions.gateway.scheduling.speculation import Drafter
-from functions.gateway.scheduling.strikes import Strikes
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.stages.routes import Route
 from functions.observing.tracing import TraceContext
 
-FIRST_RESERVED_TOKENS: Final = 256
-"""For an answer without a length of its own; twice as many whenever it has come so far."""
+FIRST_RESERVED_TOKENS: Final = 256  # for an open-ended answer; doubled whenever the answer has filled it
+MAX_FAILURES_AT_ONE_PLACE: Final = 3  # after so many the sequence ends with an error: it seems to be what breaks stages
+MAX_FAILURES: Final = 9  # anywhere; higher, because stages that are killed every few seconds fail in different places
+TRIAL_AFTER_FAILURES: Final = 2  # from then on the sequence runs only while nothing else is in flight
+_FIRST_BACK_OFF_SECONDS: Final = 0.1
+_LONGEST_BACK_OFF_SECONDS: Final = 5.0
+_GREEDY: Final = Sampling()
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What an API hands in. Raises ValueError for an empty prompt, or if neither an answer nor scores are wanted."""
+
+    token_ids: Items[int]
+    max_tokens: int  # of the answer; 0: the prompt is only scored
+    open_ended: bool = False  # the client set no max_tokens: memory for the answer is reserved as it grows
+    sampling: Sampling = _GREEDY
+    predicted_ids: Items[int] = ()  # tokens that the client expects the answer to have, for drafts
+    eos_ids: frozenset[int] = frozenset()
+    kept_end_ids: frozenset[int] = frozenset()  # those of eos_ids that become part of the answer which they end
+    top_logprobs: int | None = None  # alternatives at each position beside the drawn token's log-probability; None: neither
+    scored: bool = False  # the log-probabilities of the prompt's own tokens are wanted, too
+    client_id: str = ""
+    priority: int = 0  # clients of a higher priority are admitted first
+    deadline_seconds: float = 600.0  # counted from `arrived`
+    arrived: float | None = None  # when the request came in, in time.monotonic(); None: when it is submitted
+    trace: TraceContext | None = None  # of the answer's span
+    request_id: str = "?"  # what the client knows the request by; for logs
+
+    def __post_init__(self) -> None:
+        if not self.token_ids or self.max_tokens < (0 if self.scored else 1):
+            raise ValueError(f"{len(self.token_ids)} prompt tokens and max_tokens {self.max_tokens}: both must be at least 1")
+
+
+@dataclass(slots=True)
+class RetryBudget:
+    """How often stages failed while they computed this sequence. A new token resets the counts."""
+
+    failures_here: int = 0  # in a row at the same place, as far as the gateway can tell
+    failures: int = 0  # at any place
+    last_failure: tuple[int, Chunk] | None = None  # the stage, and the chunk that it was computing
+    lost_at: set[int] = field(default_factory=set)  # stages that lost the sequence; only the second loss counts as a failure
+    retry_at: float = 0.0  # earliest start of the next attempt, in time.monotonic()
+
+    @property
+    def exhausted(self) -> bool:
+        return self.failures_here >= MAX_FAILURES_AT_ONE_PLACE or self.failures >= MAX_FAILURES
+
+    def reset(self) -> None:
+        """The sequence has a new token, so earlier failures were not its fault."""
+        self.failures_here = self.failures = 0
+        self.lost_at.clear()
+
+    def failed_at(self, stage: int, chunk: Chunk) -> None:
+        """`stage` failed with `chunk` in hand. Tokens that break a stage break it each time; accidents happen anywhere."""
+        if self.last_failure is not None:
+            last_stage, last = self.last_failure
+            if last_stage != stage or chunk.position >= last.end or last.position >= chunk.end:
+                self.failures_here = 0
+        self.last_failure = (stage, chunk)
+        self.failed()
+
+    def failed(self) -> None:
+        """Backs off before the next attempt, longer each time."""
+        self.failures_here += 1
+        self.failures += 1
+        pause = min(_LONGEST_BACK_OFF_SECONDS, _FIRST_BACK_OFF_SECONDS * 4 ** (self.failures_here - 1))
+        self.retry_at = time.monotonic() + pause * random.uniform(0.75, 1.25)
 
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """Waits for its turn (no route), is given memory (not yet reserved), then computes."""
+    """First waits (no route), then has a micro-batch and asks for memory (not yet reserved), then computes."""
 
-    id: str
-    """What stages know it by: unique over all gateways and their restarts."""
-    number: int
-    """Who came first."""
+    id: str  # what the stages know it by: unique among all gateways and their restarts
+    number: int  # order of arrival
     prompt: Prompt
-    stream: TokenStream
-    """To the door, with a lock of its own."""
+    stream: TokenStream  # to the API; has a lock of its own
     progress: Progress
-    tokens: list[int] = field(init=False)
-    """Prompt and all that was generated, an end-of-text token included. Grows only."""
-    reserve_tokens: int = field(init=False)
-    """Prompt and answer, as much of it as was asked for; of an open-ended one as much as it may have come to soon."""
-    too_many_tokens: int = field(init=False)
-    """So many it cannot have: beyond its answer, or more than a stage can hold."""
-    deadline: float = field(init=False)
-    """In time.monotonic()."""
-    waiting_since: float = field(init=False)
-    strikes: Strikes = field(default_factory=Strikes)
-    route: Route | None = None
-    """That of the micro-batch that it is in."""
-    reserved: bool = False
-    one_by_one: bool = False
-    """Its reservation did not fit once: from then on it asks one stage after the other, in order."""
-    overtaken_tokens: int = 0
-    """Given to others while a stage was too full for it."""
-    must_restart: bool = False
-    """Its route is broken; it leaves when all its pieces are back."""
-    served: int = 0
-    """When its last prompt chunk was sent, counted in trips: who waits longest is next."""
-    drafter: Drafter | None = None
-    """None: nothing is drafted."""
-    chain_key: bytes | None = None
-    """None: it finds nothing that others left, and leaves nothing."""
-    chain: Chain = ()
-    """Of the blocks that were counted so far, see `known`."""
-    asked: Chain = ()
-    """By which stages know it: that of its last reservation."""
-    follows: "Followed | None" = None
-    """It waits for another one that computes what both begin with."""
-    goes_alone: bool = False
-    """It has followed in vain."""
+    retry_budget: RetryBudget = field(default_factory=RetryBudget)
+    drafter: Drafter | None = None  # None: speculation is off
+    chain_key: bytes | None = None  # of its prefix chain; None: it neither finds nor leaves anything in prefix caches
+    chain: Chain = ()  # hashes of the blocks so far, see prefix_chain
+
+    tokens: list[int] = field(init=False)  # prompt and answer, an end-of-text token included; only grows
+    reserve_tokens: int = field(init=False)  # memory that it needs: prompt and answer, or as far as an open-ended one has come
+    impossible_tokens: int = field(init=False)  # smallest reservation known to be impossible
+    deadline: float = field(init=False)  # in time.monotonic()
+    waiting_since: float = field(init=False)  # in time.monotonic()
+
+    route: Route | None = None  # its micro-batch's
+    reserved: bool = False  # every stage has granted its memory
+    reserves_in_order: bool = False  # a stage was full once: from then on stages are asked one after the other
+    reserved_chain: Chain = ()  # the chain that its last reservation named
+    overtaken_tokens: int = 0  # memory given to others while it was in the memory backlog
+    must_restart: bool = False  # its route broke: it leaves the micro-batch once none of its chunks is in flight
+    last_chunk_step: int = 0  # number of the step that sent its last prompt chunk; the lowest is next
+    leader: "Sequence | None" = None  # computes a prefix that this sequence shares and waits for
+    leader_tokens: int = 0  # length of that prefix
+    follow_failed: bool = False  # its leader was done and the prefix was not found: it computes everything itself
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt.token_ids)
         most = len(self.tokens) + self.prompt.max_tokens
-        self.too_many_tokens = most + 1
+        self.impossible_tokens = most + 1
         self.reserve_tokens = min(most, len(self.tokens) + FIRST_RESERVED_TOKENS) if self.prompt.open_ended else most
         self.waiting_since = time.monotonic()
         arrived = self.waiting_since if self.prompt.arrived is None else self.prompt.arrived
         self.deadline = arrived + self.prompt.deadline_seconds
 
     @property
-    def client_id(self) -> str:
-        return self.prompt.client_id
-
-    @property
-    def priority(self) -> int:
-        return self.prompt.priority
-
-    @property
-    def total_tokens(self) -> int:
-        return len(self.tokens)
-
-    @property
     def has_drawn(self) -> bool:
-        """There are tokens behind its prompt."""
-        return self.total_tokens > len(self.prompt.token_ids)
-
-    @property
-    def over(self) -> bool:
-        """No further token is wanted, or will come."""
-        return self.stream.over
+        return len(self.tokens) > len(self.prompt.token_ids)
 
     @property
     def at_rest(self) -> bool:
-        """Nothing of it is on its way, neither tokens nor a reservation that has begun."""
+        """Neither a chunk nor a reservation is in flight."""
         return self.progress.in_flight == 0 and self.reserved
 
     @property
     def decodes(self) -> bool:
-        return self.at_rest and not self.must_restart and self.progress.decodes(self.total_tokens)
+        """The next chunk is a decode step."""
+        progress = self.progress
+        return progress.in_flight == 0 and self.reserved and not self.must_restart and progress.decodes(len(self.tokens))
 
-    @property
-    def most_draft_tokens(self) -> int:
-        """No more than can become tokens of the answer, with the one that is drawn anyway."""
-        return self.reserve_tokens - self.total_tokens - 1
+    def next_chunk(self, max_tokens: int) -> Chunk | None:
+        """The next part of what some stage lacks.
 
-    def next_piece(self, most_tokens: int) -> Piece | None:
-        """Of what it lacks anywhere. A prompt that is scored goes up to its last token first, which is only scored then; and
-        on from there when all of it is back."""
+        A scored prompt is sent up to its last token, whose log-probability is all that is wanted of it; the rest follows when
+        all scores are there.
+        """
         progress, last = self.progress, len(self.prompt.token_ids) - 1
         if self.prompt.scored and not self.has_drawn:
-            piece = progress.next_piece(last, most_tokens)
-            if piece is not None:
-                return replace(piece, draft_tokens=(self.tokens[piece.end],), scores=True)
+            chunk = progress.next_chunk(last, max_tokens)
+            if chunk is not None:
+                return replace(chunk, draft_tokens=(self.tokens[chunk.end],), scores=True)
             if progress.in_flight:
                 return None
-        return progress.next_piece(self.total_tokens, most_tokens)
+        return progress.next_chunk(len(self.tokens), max_tokens)
 
-    def known(self) -> Chain:
-        """The chain of its tokens but the newest, which is computed last of all."""
+    def prefix_chain(self) -> Chain:
+        """The chain of all tokens but the newest, which the next step has to compute in any case."""
         if self.chain_key is not None and len(self.chain) < (len(self.tokens) - 1) // BLOCK_TOKENS:
             self.chain = extended(self.chain, self.tokens[:-1], self.chain_key)
         return self.chain
 
-    def put(self, tokens: Iterable[int], logprobs: Iterable[TokenLogprob] | None = None) -> None:
-        """The last stage drew `tokens`."""
-        for token, logprob in zip(tokens, repeat(None) if logprobs is None else logprobs, strict=False):
-            if self.over:
-                return
-            self.tokens.append(token)
-            self.stream.put(token, logprob)
-
-    @property
-    def outgrown(self) -> bool:
-        """It has come to the end of its memory, and not to its own."""
-        return not self.over and self.total_tokens >= self.reserve_tokens
-
     def grow(self) -> bool:
-        """Wants twice as much for its answer, or as much as it can have. False where it has that already."""
+        """Doubles the memory for its answer. False: it cannot have more than it has."""
         prompt = len(self.prompt.token_ids)
-        self.reserve_tokens = min(prompt + 2 * (self.reserve_tokens - prompt), self.too_many_tokens - 1)
-        return self.reserve_tokens > self.total_tokens
+        self.reserve_tokens = min(prompt + 2 * (self.reserve_tokens - prompt), self.impossible_tokens - 1)
+        return self.reserve_tokens > len(self.tokens)
 
     def shrink(self) -> bool:
-        """What it wants is more than a stage can ever hold: wants less. False where no less lets it come any further."""
-        self.too_many_tokens = self.reserve_tokens
-        self.reserve_tokens = (self.total_tokens + self.reserve_tokens) // 2
-        return self.prompt.open_ended and self.reserve_tokens > self.total_tokens
+        """A stage can never hold `reserve_tokens`: asks for less. False: with less it could not draw another token."""
+        self.impossible_tokens = self.reserve_tokens
+        self.reserve_tokens = (len(self.tokens) + self.reserve_tokens) // 2
+        return self.prompt.open_ended and self.reserve_tokens > len(self.tokens)
 
     def leave(self) -> None:
-        """Back to where it holds nothing anywhere, ready to be queued."""
+        """Gives up its route and what stages hold of it, so that it can be queued again."""
         self.route = None
         self.reserved = False
         self.must_restart = False
-        self.follows = None
-        self.goes_alone = False
+        self.leader = None
+        self.follow_failed = False
         self.progress.restart()
 
 
-@dataclass(frozen=True, slots=True)
-class Followed:
-    """Who computes `tokens` that others wait for."""
-
-    sequence: Sequence
-    tokens: int
-
-
-def named(sequences: Iterable[Sequence]) -> str:
-    """For a line of a log: the client's request and, in brackets, what the stages know it by."""
+def names_of(sequences: Iterable[Sequence]) -> str:
+    """For a log line: each request's id, and in brackets the id that stages know."""
     return ", ".join(f"{sequence.prompt.request_id} ({sequence.id})" for sequence in sequences)
-
-
-def traces_of(sequences: Iterable[Sequence]) -> list[TraceContext]:
-    return [sequence.prompt.trace for sequence in sequences if sequence.prompt.trace is not None]

@@ -1,155 +1,201 @@
-"""How many tokens are drafted for each row of a step: as many as make more tokens a second out of what rows cost there.
+"""Speculative decoding: which tokens are drafted for a sequence, and how many of them a step carries.
 
-An accepted draft token saves its sequence a round; a rejected one has cost a row. The chance of acceptance comes from the
-sequence's draft tokens so far, and from those of others if it has few; the cost of a row from the steps so far (`row_costs`).
-Answers do not depend on any of it: the last stage draws each token as it would without draft tokens, and rejected ones are
-taken back.
+A draft is what followed the last tokens where they stood before in prompt or answer (prompt lookup), or in the text that the
+client expects. An accepted draft token saves its sequence a round; a rejected one has cost a row. A step carries as many as
+raise the tokens per second: the chance of acceptance comes from the sequence's own drafts, and from all others while it has
+few; the cost of a row comes from measured steps (`batching.RowCosts`). Answers do not depend on any of it: the last stage draws
+each token as it would without drafts.
 """
 
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Final
 
-from functions.gateway.scheduling.lookup import Lookup
-from functions.gateway.scheduling.row_costs import RowCosts, seconds_on
+from functions.gateway.scheduling.batching import RowCosts, seconds_on
 
-_LONG_MATCH_TOKENS: Final = 4
-"""From here on a match is taken for a quotation, and has chances of its own."""
-_FORGETS: Final = 0.9
-_FORGETS_OF_ALL: Final = 0.99
-"""Shares of what was counted that still count one round later: of one sequence, and of all."""
-_PRIOR: Final = 2.0
-"""What all sequences' experience counts for beside a sequence's own, in draft tokens."""
-_WORSE: Final = 0.8
-"""Fewer tokens a second than this share of the best so far: more draft tokens will not be better."""
-_MARGIN: Final = 1.25
-"""How many times what it is measured to cost a draft token must be worth: both are estimates, and those
-that look well often do by their errors."""
-_LEAST_GAIN: Final = 1 / 256
-"""Tokens: a draft token that is worth less is not weighed."""
+MATCH_TOKENS: Final = (2, 3, 4, 6, 8, 12, 16, 32)  # suffix lengths looked up; a single token stands in too many places
+MAX_LOOKED_UP_TOKENS: Final = 16_384  # the latest ones, some 10 µs; a whole long context would slow down every step
+_TOKEN_BYTES: Final = 4
+_LONG_MATCH_TOKENS: Final = 4  # from this length on a match counts as a quotation, with an acceptance rate of its own
+_DECAY: Final = 0.9  # share of a sequence's counts that is kept each round
+_SHARED_DECAY: Final = 0.99  # the same for the counts of all sequences
+_PRIOR_WEIGHT: Final = 2.0  # draft tokens that the shared rate counts for beside the sequence's own
+_STOP_SHARE: Final = 0.8  # stops the search when the rate falls below this share of the best
+_MARGIN: Final = 1.25  # a draft token must be worth its cost this many times: the best-looking estimates are often errors
+_MIN_GAIN: Final = 1 / 256  # expected tokens below which a draft token is not considered
+
+
+class PromptLookup:
+    """Finds what followed the longest suffix of a sequence at its latest earlier place. Not thread-safe.
+
+    Holds prompt, answer and the text that the client expects, four bytes a token.
+    """
+
+    def __init__(self, token_ids: Items[int], predicted: Items[int] = ()) -> None:
+        """token_ids: the prompt. predicted: tokens that the client expects the answer to have."""
+        self._predicted = _bytes(predicted[:MAX_LOOKED_UP_TOKENS])
+        self._text = self._predicted + _bytes(token_ids)  # one text, so that one search finds both
+        self._matched = 0  # bytes of `predicted` that the answer has repeated so far; -1: it has left the prediction
+
+    def add(self, token: int) -> None:
+        """`token` was drawn."""
+        drawn = _bytes([token])
+        if self._matched >= 0 and self._predicted.startswith(drawn, self._matched):
+            self._matched += _TOKEN_BYTES
+        else:
+            self._matched = -1
+        self._text += drawn
+
+    def draft(self, max_tokens: int) -> tuple[tuple[int, ...], int]:
+        """At most `max_tokens` draft tokens, and the length of the match that they follow. ((), 0): no match."""
+        if 0 <= self._matched < len(self._predicted):
+            draft = self._predicted[self._matched :][: max_tokens * _TOKEN_BYTES]
+            return _tokens(draft), max(MATCH_TOKENS[0], self._matched // _TOKEN_BYTES)
+        end, match = self._longest_match()
+        if not match:
+            return (), 0
+        size = max_tokens * _TOKEN_BYTES
+        found = self._text[end : end + size]
+        # A repeating text has its last repetition at its end: the draft repeats it further.
+        return _tokens((found * -(-size // len(found)))[:size]), match
+
+    def _longest_match(self) -> tuple[int, int]:
+        """The byte at which the longest suffix's latest earlier place ends, and its tokens. (0, 0): none."""
+        best = (0, 0)
+        first = max(0, len(self._text) - MAX_LOOKED_UP_TOKENS * _TOKEN_BYTES)
+        for tokens in MATCH_TOKENS:
+            size = tokens * _TOKEN_BYTES
+            if len(self._text) <= size:
+                break
+            suffix, end = self._text[-size:], len(self._text) - 1
+            while (place := self._text.rfind(suffix, first, end)) >= 0 and place % _TOKEN_BYTES:
+                end = place + size - 1  # these bytes begin within a token
+            if place < 0:
+                break
+            best = (place + size, tokens)
+        return best
+
+
+def _bytes(token_ids: Items[int]) -> bytearray:
+    return bytearray(array("i", token_ids).tobytes())
+
+
+def _tokens(data: bytearray) -> tuple[int, ...]:
+    return tuple(memoryview(data).cast("i"))
 
 
 @dataclass(slots=True)
-class Chances:
-    """How often draft tokens come true."""
+class AcceptanceRate:
+    """Decaying counts of accepted draft tokens and of drafts that were rejected at some token."""
 
-    forgets: float = _FORGETS
-    agreed: float = 0.0
-    missed: float = 0.0
+    decay: float = _DECAY
+    accepted: float = 0.0
+    rejected: float = 0.0
 
-    def of_one(self, prior: float) -> float:
-        return (self.agreed + _PRIOR * prior) / (self.agreed + self.missed + _PRIOR)
+    def estimate(self, prior: float) -> float:
+        """The chance that a draft token is accepted if those before it were."""
+        return (self.accepted + _PRIOR_WEIGHT * prior) / (self.accepted + self.rejected + _PRIOR_WEIGHT)
 
-    def came(self, agreed: int, missed: bool) -> None:
-        self.agreed = self.forgets * self.agreed + agreed
-        self.missed = self.forgets * self.missed + missed
+    def count(self, accepted: int, rejected: bool) -> None:
+        self.accepted = self.decay * self.accepted + accepted
+        self.rejected = self.decay * self.rejected + rejected
 
 
 @dataclass(slots=True)
-class Experience:
-    """Of all sequences of a gateway, which a new one begins with: by whether the match was long. At first, every other one."""
+class SharedRates:
+    """Acceptance of all sequences of a gateway, by length of the match. New sequences start with it; it starts at one half."""
 
-    short: Chances = field(default_factory=lambda: Chances(_FORGETS_OF_ALL))
-    long: Chances = field(default_factory=lambda: Chances(_FORGETS_OF_ALL))
-
-    def drafter(self, token_ids: Items[int], predicted_ids: Items[int]) -> "Drafter":
-        """Of a new sequence: its prompt, and the text that its client expects."""
-        return Drafter(Lookup(token_ids, predicted_ids), self)
+    short: AcceptanceRate = field(default_factory=lambda: AcceptanceRate(_SHARED_DECAY))
+    long: AcceptanceRate = field(default_factory=lambda: AcceptanceRate(_SHARED_DECAY))
 
 
 @dataclass(slots=True)
 class Drafter:
-    """Of one sequence. What comes tells of draft tokens that were not sent, too, so that none have to be sent only to learn."""
+    """Drafts for one sequence. It learns from drafts that were not sent as well, so none is sent only to learn."""
 
-    lookup: Lookup
-    experience: Experience = field(default_factory=Experience)
-    _short: Chances = field(default_factory=Chances)
-    _long: Chances = field(default_factory=Chances)
+    lookup: PromptLookup
+    shared: SharedRates = field(default_factory=SharedRates)
+    disabled: bool = False  # a stage refused a row that had draft tokens: the sequence goes on without
+    _short: AcceptanceRate = field(default_factory=AcceptanceRate)
+    _long: AcceptanceRate = field(default_factory=AcceptanceRate)
     _match: int = 0
-    _draft_tokens: tuple[int, ...] = ()
-    given_up: bool = False
-    """A stage refused a row that had draft tokens: it goes on without."""
+    _draft: tuple[int, ...] = ()
 
-    def draft(self, most_tokens: int) -> tuple[int, ...]:
-        self._draft_tokens = ()
-        if self.given_up or most_tokens < 1:
-            return ()
-        self._draft_tokens, self._match = self.lookup.draft(most_tokens)
-        return self._draft_tokens
+    def draft(self, max_tokens: int) -> tuple[int, ...]:
+        self._draft = ()
+        if not self.disabled and max_tokens > 0:
+            self._draft, self._match = self.lookup.draft(max_tokens)
+        return self._draft
 
     @property
     def chance(self) -> float:
-        """Chance of each token of the last draft, given that those before it came true."""
-        own, others = self._chances()
-        return own.of_one(others.of_one(0.5))
+        """The chance of each token of the last draft to be accepted if those before it were."""
+        own, shared = self._rates()
+        return own.estimate(shared.estimate(0.5))
 
-    def came(self, tokens: Items[int]) -> None:
-        """`tokens` were drawn behind those that `draft` saw."""
-        known = self._draft_tokens[: len(tokens)]
-        if known:
-            agreed = next(
-                (place for place, (draft, token) in enumerate(zip(known, tokens, strict=False)) if draft != token), len(known)
-            )
-            for chances in self._chances():
-                chances.came(agreed, agreed < len(known))
-        self._draft_tokens = ()
+    def drawn(self, tokens: Items[int]) -> None:
+        """`tokens` were drawn after those that the last draft followed."""
+        draft = self._draft[: len(tokens)]
+        if draft:
+            accepted = 0
+            while accepted < len(draft) and draft[accepted] == tokens[accepted]:
+                accepted += 1
+            for rate in self._rates():
+                rate.count(accepted, accepted < len(draft))
+        self._draft = ()
         for token in tokens:
             self.lookup.add(token)
 
-    def _chances(self) -> tuple[Chances, Chances]:
-        """Its own, and those of all."""
+    def _rates(self) -> tuple[AcceptanceRate, AcceptanceRate]:
+        """The sequence's own and the shared one."""
         if self._match >= _LONG_MATCH_TOKENS:
-            return self._long, self.experience.long
-        return self._short, self.experience.short
+            return self._long, self.shared.long
+        return self._short, self.shared.short
 
 
 def step_seconds(costs: Items[RowCosts], micro_batches: int, network_seconds: float) -> Callable[[int], float | None]:
-    """What a step of n tokens costs a micro-batch where so many are under way: the narrowest stage's seconds, or its part of a
-    round, its network included, where there are too few to keep that stage busy."""
+    """A function from a step's tokens to the seconds that it costs its micro-batch; None: not measured.
 
+    With many micro-batches that is the narrowest stage's time; with few, the micro-batch's part of a whole round.
+    """
     curves = [cost.points() for cost in costs]
 
     def seconds(tokens: int) -> float | None:
-        of_stages = [seconds_on(points, tokens) for points in curves]
-        known = [each for each in of_stages if each is not None]
-        if len(known) < len(of_stages):
+        stage_seconds = [each for points in curves if (each := seconds_on(points, tokens)) is not None]
+        if len(stage_seconds) < len(curves):
             return None
-        return max(*known, (sum(known) + network_seconds) / max(1, micro_batches))
+        return max(*stage_seconds, (sum(stage_seconds) + network_seconds) / max(1, micro_batches))
 
     return seconds
 
 
-def how_many(candidates: Items[tuple[int, float]], seconds: Callable[[int], float | None]) -> list[int]:
-    """Per row, how many of its draft tokens are sent.
+def draft_lengths(drafts: Items[tuple[int, float]], seconds: Callable[[int], float | None]) -> list[int]:
+    """For each row of a step, how many of its draft tokens to send.
 
-    candidates: per row, how many there are, and the chance of each. seconds: of a step with n tokens; None: not known.
+    drafts: per row, the length of its draft and the chance of each token. seconds: as `step_seconds` returns.
     """
-    chosen, best = [0] * len(candidates), [0] * len(candidates)
-    tokens, rows = float(len(candidates)), len(candidates)
+    lengths, best = [0] * len(drafts), [0] * len(drafts)
+    rows, tokens = len(drafts), float(len(drafts))
     least = seconds(rows)
     if least is None:
         return best
-    rate = most = tokens / least
-    for gain, row in _gains(candidates):
-        rows, tokens = rows + 1, tokens + gain
-        chosen[row] += 1
-        rate = tokens / (least + _MARGIN * ((seconds(rows) or least) - least))
-        if rate > most:
-            most, best = rate, list(chosen)
-        elif rate < _WORSE * most:
-            break
-    return best
-
-
-def _gains(candidates: Items[tuple[int, float]]) -> Iterator[tuple[float, int]]:
-    """What the next draft token of a row is worth in tokens, and the row; the most valuable first."""
-    gains: list[tuple[float, int]] = []
-    for row, (count, chance) in enumerate(candidates):
+    gains: list[tuple[float, int]] = []  # expected tokens of a row's next draft token, and the row
+    for row, (length, chance) in enumerate(drafts):
         gain = 1.0
-        for _ in range(count):
+        for _ in range(length):
             gain *= chance
-            if gain < _LEAST_GAIN:
+            if gain < _MIN_GAIN:
                 break
             gains.append((gain, row))
-    return iter(sorted(gains, key=lambda gain: -gain[0]))
+    best_rate = tokens / least
+    for gain, row in sorted(gains, key=lambda each: -each[0]):
+        rows, tokens = rows + 1, tokens + gain
+        lengths[row] += 1
+        rate = tokens / (least + _MARGIN * ((seconds(rows) or least) - least))
+        if rate > best_rate:
+            best_rate, best = rate, list(lengths)
+        elif rate < _STOP_SHARE * best_rate:
+            break
+    return best

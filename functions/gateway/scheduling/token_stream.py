@@ -1,7 +1,6 @@
-"""From the scheduler to a door: the tokens of one answer as they come, how it ended, what it took.
+"""The tokens of one answer on their way from the scheduler to an API, how the answer ended, and how long it took.
 
-The scheduler puts, the door takes; neither waits for the other. The lock is the stream's own, so that a door needs none of the
-scheduler's. Whoever ends the stream first says how it ended.
+Neither side waits for the other's lock: the stream has one of its own. The first to end the stream says how it ended.
 """
 
 import threading
@@ -15,15 +14,13 @@ from eventing.wire.generation import FinishReason, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
-class Timings:
-    """What an answer took so far, seconds since its request came in. None: not yet."""
+class StreamTimings:
+    """Seconds from the request's arrival. None: has not happened yet."""
 
-    queue_seconds: float | None
-    """Until its first chunk was sent, memory and routes included."""
+    queue_seconds: float | None  # until the first chunk was sent, so routes and memory are included
     time_to_first_token_seconds: float | None
     total_seconds: float | None
-    replays: int
-    """How often its keys and values were computed anew, whatever the cause."""
+    replays: int  # how often keys and values were computed again, for any cause
 
 
 class TokenStream:
@@ -37,117 +34,94 @@ class TokenStream:
         arrived: float | None = None,
         kept_end_ids: Collection[int] = (),
     ) -> None:
-        """on_cancel: called, with no lock held, when nobody awaits the answer any more. arrived, kept_end_ids: as a Prompt has
-        them."""
+        """on_cancel: called without a lock when the client gives up the answer. arrived, kept_end_ids: as in Prompt."""
+        self.over = False  # no more tokens will come
+        self.finish_reason: FinishReason | None = None  # None before the end, and after a failure
+        self.problem: Problem | None = None  # what failed
+        self.token_ids: list[int] = []  # so far, without an end-of-text token that is not kept
+        self.completion_tokens = 0  # computed for the answer; an end-of-text token counts
+        self.cached_tokens = 0  # prompt tokens that every stage held when the first chunk was sent
+        self.draft_tokens_accepted = 0
+        self.draft_tokens_rejected = 0
         self._max_tokens = max_tokens
         self._eos_ids = eos_ids
         self._kept_end_ids = kept_end_ids
-        self._noticed: Callable[[], None] = lambda: None
-        self._logprobs: list[TokenLogprob] = []
-        self._prompt_logprobs: dict[int, TokenLogprob] = {}
-        """By position."""
         self._on_cancel = on_cancel
+        self._on_change: Callable[[], None] = lambda: None
         self._changed = threading.Condition()
-        self._token_ids: list[int] = []
-        self._put_at: list[float] = []
-        """When each of them came, in time.monotonic()."""
-        self._taken = 0
-        self._computed = 0
-        self.over = False
-        """No further token will come."""
-        self._finish_reason: FinishReason | None = None
-        self._problem: Problem | None = None
-        self._began = time.monotonic() if arrived is None else arrived
+        self._taken = 0  # tokens that the API has taken
+        self._logprobs: list[TokenLogprob] = []
+        self._prompt_logprobs: dict[int, TokenLogprob] = {}  # by position
+        self._put_at: list[float] = []  # when each token came, in time.monotonic()
+        self._arrived = time.monotonic() if arrived is None else arrived
         self._started_at: float | None = None
         self._first_token_at: float | None = None
         self._ended_at: float | None = None
         self._replays = 0
-        self.cached_tokens = 0
-        """Of the prompt, that were held already."""
-        self.draft_tokens_accepted = 0
-        self.draft_tokens_rejected = 0
 
-    # For the door.
+    # For the API.
 
     def next_token(self, timeout: float | None = None) -> int | None:
-        """The next token id in order; None when `timeout` seconds brought none or the answer is complete.
+        """The next token id. None: none came within `timeout` seconds, or the answer is complete.
 
-        A token that ends the answer is not handed out, unless it is kept. Raises the Problem that ended the answer, after all
-        tokens before it.
+        Raises the Problem that ended the answer, after all tokens before it.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._taken < len(self._token_ids) or self.over, timeout)
-            if self._taken < len(self._token_ids):
+            if self._taken == len(self.token_ids) and not self.over:
+                self._changed.wait_for(lambda: self._taken < len(self.token_ids) or self.over, timeout)
+            if self._taken < len(self.token_ids):
                 self._taken += 1
-                return self._token_ids[self._taken - 1]
-            if self._problem is not None:
-                raise self._problem
+                return self.token_ids[self._taken - 1]
+            if self.problem is not None:
+                raise self.problem
             return None
 
-    def notify(self, noticed: Callable[[], None]) -> None:
-        """Calls `noticed` whenever there is something to take, or to be seen, from now on. It waits for nothing."""
+    def notify(self, on_change: Callable[[], None]) -> None:
+        """From now on calls `on_change` with each token and at the end. It must not block."""
         with self._changed:
-            self._noticed = noticed
+            self._on_change = on_change
 
     def logprob(self, index: int) -> TokenLogprob | None:
-        """Of token `index` of the answer; None where none was wanted."""
+        """The log-probability of token `index` of the answer. None: not wanted."""
         return self._logprobs[index] if index < len(self._logprobs) else None
 
     def prompt_logprobs(self) -> list[TokenLogprob]:
-        """Of the prompt's tokens from the second one on, once the answer has begun or ended."""
+        """Those of the prompt's tokens from the second on; complete when the answer has begun or ended."""
         with self._changed:
             return [self._prompt_logprobs[position] for position in sorted(self._prompt_logprobs)]
 
     @property
     def ended(self) -> bool:
-        """The answer is complete, or failed, and every token of it has been taken."""
+        """The answer is over and all its tokens have been taken."""
         with self._changed:
-            return self.over and self._taken >= len(self._token_ids)
-
-    @property
-    def token_ids(self) -> list[int]:
-        """What came so far, without the end-of-text token."""
-        return list(self._token_ids)
-
-    @property
-    def completion_tokens(self) -> int:
-        """Tokens that the pipeline computed for the answer, an end-of-text token counted."""
-        return self._computed
+            return self.over and self._taken >= len(self.token_ids)
 
     def waits(self, begin: int) -> list[float]:
-        """Seconds from the request to its first token, then from each token to the next, as the pipeline drew them; those
-        from number `begin` on. Also of tokens that nobody has taken; of an end-of-text token where it is the first."""
+        """Seconds before each token from number `begin` on: from the request to the first, then from token to token.
+
+        Tokens count when they are drawn, not when they are taken; an end-of-text token counts only if it is the first.
+        """
         with self._changed:
-            came = self._put_at or ([] if self._first_token_at is None else [self._first_token_at])
-            before = self._began if begin == 0 else came[begin - 1]
-            return [later - earlier for earlier, later in pairwise([before, *came[begin:]])]
+            put_at = self._put_at or ([] if self._first_token_at is None else [self._first_token_at])
+            before = self._arrived if begin == 0 else put_at[begin - 1]
+            return [later - earlier for earlier, later in pairwise([before, *put_at[begin:]])]
 
     def cancel(self, reason: FinishReason = "cancelled") -> None:
-        """Nothing more is wanted of the answer: its memory is freed at once. Without effect on one that has ended."""
+        """Ends the answer and frees its memory at once. Does nothing if it has ended."""
         self.finish(reason)
         self._on_cancel()
 
-    def timings(self) -> Timings:
-        def since(moment: float | None) -> float | None:
-            return None if moment is None else moment - self._began
-
-        return Timings(since(self._started_at), since(self._first_token_at), since(self._ended_at), self._replays)
-
-    # For both.
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        """None while tokens may still come, and after a failure. Tokens not yet taken remain to be taken."""
-        return self._finish_reason
-
-    @property
-    def problem(self) -> Problem | None:
-        return self._problem
+    def timings(self) -> StreamTimings:
+        started, first, ended = (
+            None if moment is None else moment - self._arrived
+            for moment in (self._started_at, self._first_token_at, self._ended_at)
+        )
+        return StreamTimings(started, first, ended, self._replays)
 
     # For the scheduler.
 
     def started(self, cached_tokens: int) -> bool:
-        """A chunk of the prompt is on its way, behind so many tokens that need none; whether it is the first."""
+        """A chunk is sent, after `cached_tokens` that need not be computed. Returns whether it is the first."""
         if self._started_at is not None:
             return False
         self._started_at = time.monotonic()
@@ -157,38 +131,34 @@ class TokenStream:
     def replayed(self) -> None:
         self._replays += 1
 
-    def drafted(self, agreed: int, missed: int) -> None:
-        """What became of draft tokens of its tokens."""
-        self.draft_tokens_accepted += agreed
-        self.draft_tokens_rejected += missed
-
     def scored(self, position: int, logprobs: Iterable[TokenLogprob]) -> int:
-        """Of the prompt's tokens from `position` on; how many there are now."""
+        """Log-probabilities of the prompt's tokens from `position` on. Returns how many are there now."""
         with self._changed:
             self._prompt_logprobs.update(enumerate(logprobs, position))
             return len(self._prompt_logprobs)
 
     def put(self, token: int, logprob: TokenLogprob | None = None) -> None:
-        """The last stage drew `token`, which ends the answer if it is an end-of-text token or the last one allowed."""
+        """The last stage drew `token`. It ends the answer if it is an end-of-text token or the last one allowed."""
         with self._changed:
             if self.over:
                 return
-            self._computed += 1
+            self.completion_tokens += 1
             now = time.monotonic()
             if self._first_token_at is None:
                 self._first_token_at = now
-            if token in self._eos_ids and token not in self._kept_end_ids:
+            is_end = token in self._eos_ids
+            if not is_end or token in self._kept_end_ids:
+                if logprob is not None:
+                    self._logprobs.append(logprob)
+                self.token_ids.append(token)
+                self._put_at.append(now)
+            if is_end:
                 self._end("stop")
-                return
-            if logprob is not None:
-                self._logprobs.append(logprob)
-            self._token_ids.append(token)
-            self._put_at.append(now)
-            if token in self._eos_ids:
-                self._end("stop")
-            elif self._computed >= self._max_tokens:
+            elif self.completion_tokens >= self._max_tokens:
                 self._end("length")
-            self._tell()
+            else:
+                self._changed.notify_all()
+                self._on_change()
 
     def finish(self, reason: FinishReason) -> None:
         with self._changed:
@@ -198,15 +168,13 @@ class TokenStream:
     def fail(self, problem: Problem) -> None:
         with self._changed:
             if not self.over:
-                self._problem = problem
+                self.problem = problem
                 self._end(None)
 
     def _end(self, reason: FinishReason | None) -> None:
-        self._finish_reason = reason
+        """With the lock held."""
+        self.finish_reason = reason
         self._ended_at = time.monotonic()
         self.over = True
-        self._tell()
-
-    def _tell(self) -> None:
         self._changed.notify_all()
-        self._noticed()
+        self._on_change()

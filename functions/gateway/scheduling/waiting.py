@@ -1,104 +1,201 @@
-"""Sequences that hold nothing anywhere: in the queue, until the time of their replay, or until a stage has room for them."""
+"""Sequences that hold no memory anywhere: in the queue, in the back-off before a replay, or refused by a full stage."""
 
 import bisect
 import random
 import time
-from collections.abc import Iterator
+from collections import Counter, OrderedDict, deque
+from collections.abc import Container, Iterator
 from typing import Final
 
-from functions.gateway.scheduling.fair_queue import FairQueue
+from eventing.wire.control import ROOM_SECONDS
+from functions.gateway.scheduling.actions import Release
+from functions.gateway.scheduling.batching import IN_FLIGHT_PER_INSTANCE
 from functions.gateway.scheduling.sequence import Sequence
+from functions.gateway.stages.instances import Instance
+from functions.gateway.stages.routes import Placement
 
-_FIRST_PAUSE_SECONDS: Final = 0.02
-_LONGEST_PAUSE_SECONDS: Final = 1.0
-_OVERTAKEN_TIMES: Final = 4
-"""What others may be given while one waits, as multiples of what it waits for."""
+_FIRST_BACK_OFF_SECONDS: Final = 0.02
+_LONGEST_BACK_OFF_SECONDS: Final = 1.0
+_OVERTAKE_FACTOR: Final = 4
 
 
-class Hungry:
-    """Sequences that were told that a stage is full: one after the other, the first one first.
+class FairQueue:
+    """First come, first served within a client; clients of one priority take turns, higher priorities go first.
 
-    Their own clients wait with them. Others may overtake them, but only so far that the memory which those get meanwhile comes
-    to a few times what the overtaken wants: then all wait until it has been given.
+    Sequences that were admitted before and come back go before all new ones.
+    """
+
+    def __init__(self) -> None:
+        self._clients: OrderedDict[str, deque[Sequence]] = OrderedDict()
+        self._returned: deque[Sequence] = deque()
+
+    def __len__(self) -> int:
+        return len(self._returned) + sum(map(len, self._clients.values()))
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """All sequences, in no particular order."""
+        yield from self._returned
+        for waiting in self._clients.values():
+            yield from waiting
+
+    def push(self, sequence: Sequence) -> None:
+        self._clients.setdefault(sequence.prompt.client_id, deque()).append(sequence)
+
+    def push_returned(self, sequence: Sequence) -> None:
+        """For a sequence that was admitted before: its client's turn has been counted."""
+        self._returned.append(sequence)
+
+    def peek(self, excluded: Container[str] = ()) -> Sequence | None:
+        """The next sequence whose client is not in `excluded`."""
+        returned = next((sequence for sequence in self._returned if sequence.prompt.client_id not in excluded), None)
+        if returned is not None:
+            return returned
+        first = [waiting[0] for client_id, waiting in self._clients.items() if client_id not in excluded]
+        return max(first, key=lambda sequence: sequence.prompt.priority, default=None)  # among equals the client next in turn
+
+    def pop(self, excluded: Container[str] = ()) -> Sequence:
+        """Takes out what `peek` returns, and moves its client to the end of the round. Raises IndexError if there is none."""
+        sequence = self.peek(excluded)
+        if sequence is None:
+            raise IndexError("no sequence is waiting")
+        if sequence in self._returned:
+            self._returned.remove(sequence)
+            return sequence
+        client_id = sequence.prompt.client_id
+        self._clients[client_id].popleft()
+        if self._clients[client_id]:
+            self._clients.move_to_end(client_id)
+        else:
+            del self._clients[client_id]
+        return sequence
+
+    def remove(self, sequence: Sequence) -> bool:
+        """Returns whether `sequence` was in the queue."""
+        if sequence in self._returned:
+            self._returned.remove(sequence)
+            return True
+        client_id = sequence.prompt.client_id
+        waiting = self._clients.get(client_id, deque())
+        if sequence not in waiting:
+            return False
+        waiting.remove(sequence)
+        if not waiting:
+            del self._clients[client_id]
+        return True
+
+
+class MemoryBacklog:
+    """Sequences that a stage refused for lack of memory, oldest first.
+
+    Other clients may overtake a sequence until they have been given `_OVERTAKE_FACTOR` times the memory that it needs. Then all
+    wait for it, so that long prompts do not starve. A client never overtakes itself.
     """
 
     def __init__(self) -> None:
         self.sequences: list[Sequence] = []
-        """In the order in which they came to the gateway."""
-        self.retry_at = 0.0
-        self._pause_seconds = _FIRST_PAUSE_SECONDS
+        self.retry_at = 0.0  # in time.monotonic()
+        self._back_off_seconds = _FIRST_BACK_OFF_SECONDS
 
     def add(self, sequence: Sequence) -> None:
         bisect.insort(self.sequences, sequence, key=lambda other: other.number)
 
-    @property
-    def clients(self) -> set[str]:
-        return {sequence.client_id for sequence in self.sequences}
-
     def may_be_overtaken(self, by: Sequence) -> bool:
-        """By a sequence of another client, which came later or not."""
+        """`by` may itself be in the backlog."""
         return all(
-            one.client_id != by.client_id and one.overtaken_tokens + by.reserve_tokens <= _OVERTAKEN_TIMES * one.reserve_tokens
-            for one in self.sequences
-            if one is not by
+            sequence.prompt.client_id != by.prompt.client_id
+            and sequence.overtaken_tokens + by.reserve_tokens <= _OVERTAKE_FACTOR * sequence.reserve_tokens
+            for sequence in self.sequences
+            if sequence is not by
         )
 
     def overtaken(self, by: Sequence) -> None:
-        for one in self.sequences:
-            one.overtaken_tokens += by.reserve_tokens
+        for sequence in self.sequences:
+            sequence.overtaken_tokens += by.reserve_tokens
 
-    def still_full(self) -> None:
-        """The next try comes later each time, and not at the moment when another gateway comes too."""
-        self.retry_at = time.monotonic() + self._pause_seconds * random.uniform(0.5, 1.5)
-        self._pause_seconds = min(_LONGEST_PAUSE_SECONDS, 2 * self._pause_seconds)
+    def refused(self) -> None:
+        """Backs off before the next try; jitter keeps two gateways from colliding for ever."""
+        self.retry_at = time.monotonic() + self._back_off_seconds * random.uniform(0.5, 1.5)
+        self._back_off_seconds = min(_LONGEST_BACK_OFF_SECONDS, 2 * self._back_off_seconds)
 
-    def was_given(self) -> None:
-        """A sequence got its memory: whoever is told no next waits no longer than the first."""
-        self._pause_seconds = _FIRST_PAUSE_SECONDS
+    def granted(self) -> None:
+        """Resets the back-off."""
+        self._back_off_seconds = _FIRST_BACK_OFF_SECONDS
 
-    def was_freed(self) -> None:
-        """A sequence gave its memory back: there may be room now."""
+    def freed(self) -> None:
+        """Resets the back-off and tries again at once: a stage may have memory now."""
         self.retry_at = 0.0
-        self._pause_seconds = _FIRST_PAUSE_SECONDS
+        self._back_off_seconds = _FIRST_BACK_OFF_SECONDS
 
 
-class Waiting:
+class BacklogSignals:
+    """Requests that are held open at full stages, so that their autoscalers see the memory backlog.
+
+    A pod full of long answers may have a single event in flight, or none, and would get no sibling while sequences wait in the
+    gateway. So releases without rows go to each instance of such a stage, which holds its replies until it has memory.
+    """
+
     def __init__(self) -> None:
-        self.queue: FairQueue[Sequence] = FairQueue()
-        self.paced: list[Sequence] = []
-        """Replays that wait for their time."""
-        self.hungry = Hungry()
+        self._open: dict[Release, float] = {}  # when each was sent, in time.monotonic()
+        self._not_before: dict[Instance, float] = {}  # next request to an instance that holds no reply, in time.monotonic()
+
+    def send(self, backlog: MemoryBacklog, placement: Placement, now: float) -> list[Release]:
+        """One for each sequence in the backlog, a few for each instance at most, at stages without memory for the oldest."""
+        self._not_before = {instance: moment for instance, moment in self._not_before.items() if moment > now}
+        tokens = backlog.sequences[0].reserve_tokens
+        sent: list[Release] = []
+        for stage in range(placement.num_stages):
+            instances = [] if placement.has_room(stage, tokens) else placement.usable(stage)
+            wanted = [*instances] * IN_FLIGHT_PER_INSTANCE
+            lacking = Counter(wanted[: len(backlog.sequences)]) - Counter(release.instance for release in self._open)
+            sent += [Release(instance, (), tokens) for instance in lacking.elements() if instance not in self._not_before]
+        self._open |= dict.fromkeys(sent, now)
+        return sent
+
+    def replied(self, release: Release, backlog: MemoryBacklog, now: float) -> bool:
+        """`release` was answered or has failed. Returns whether it was one of these, so that the backlog may go on."""
+        sent_at = self._open.pop(release, None)
+        if sent_at is None:
+            return False
+        free_tokens = release.instance.free_tokens
+        if free_tokens is not None and free_tokens >= release.awaited_tokens:
+            backlog.freed()
+        else:
+            self._not_before[release.instance] = sent_at + ROOM_SECONDS
+        return True
+
+
+class WaitingSequences:
+    """All that wait, each in one of three places."""
+
+    def __init__(self) -> None:
+        self.queue = FairQueue()
+        self.backing_off: list[Sequence] = []  # replays whose time has not come
+        self.backlog = MemoryBacklog()
 
     def __len__(self) -> int:
-        return len(self.queue) + len(self.paced) + len(self.hungry.sequences)
+        return len(self.queue) + len(self.backing_off) + len(self.backlog.sequences)
 
     def __iter__(self) -> Iterator[Sequence]:
         """All of them, in no particular order."""
         yield from self.queue
-        yield from self.paced
-        yield from self.hungry.sequences
+        yield from self.backing_off
+        yield from self.backlog.sequences
 
     def put_back(self, sequence: Sequence) -> None:
-        """Ahead of all that are new, at once or when its replay may start."""
-        if sequence.strikes.replay_at > time.monotonic():
-            self.paced.append(sequence)
+        """Queues a sequence that was admitted before, once its back-off is over."""
+        if sequence.retry_budget.retry_at > time.monotonic():
+            self.backing_off.append(sequence)
         else:
             self.queue.push_returned(sequence)
 
     def resume(self, now: float) -> None:
-        """Replays whose time has come return to the queue."""
-        for sequence in [sequence for sequence in self.paced if sequence.strikes.replay_at <= now]:
-            self.paced.remove(sequence)
+        """Queues the replays whose back-off is over."""
+        for sequence in [each for each in self.backing_off if each.retry_budget.retry_at <= now]:
+            self.backing_off.remove(sequence)
             self.queue.push_returned(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         if not self.queue.remove(sequence):
-            for waiting in (self.paced, self.hungry.sequences):
+            for waiting in (self.backing_off, self.backlog.sequences):
                 if sequence in waiting:
                     waiting.remove(sequence)
-
-    def due(self) -> Iterator[float]:
-        """When somebody may go on although nothing has happened, in time.monotonic()."""
-        yield from (sequence.strikes.replay_at for sequence in self.paced)
-        if self.hungry.sequences:
-            yield self.hungry.retry_at

@@ -1,8 +1,9 @@
 """Routes: one instance for each stage, chosen by the gateway. Session affinity on stock Knative.
 
-Not thread-safe: the scheduler's lock is held around everything here.
+Not thread-safe: the scheduler's lock guards everything here.
 """
 
+import math
 import re
 import time
 from collections.abc import Iterable, Sequence
@@ -13,19 +14,17 @@ from eventing.wire.control import MOST_PEERS
 from functions.gateway.stages.instances import Endpoint, Instance
 from functions.gateway.stages.where_held import NOTHING, Held
 
-TOKENS_OF_A_ROUTE: Final = 512
-"""Held at an instance they are worth one route: it may carry one more than others."""
-REBALANCE_AT: Final = 2
-"""An instance that carries so many routes more than another gives one away."""
+TOKENS_OF_A_ROUTE: Final = 512  # held by an instance, they are worth one route: it may carry one more than others
+REBALANCE_AT: Final = 2  # an instance that carries so many routes more than another gives one away
 
 
 def uneven(most_routes: int, least_routes: int) -> bool:
-    """At two instances of a stage: the one with the most gives one away to the one with the least."""
+    """Of two instances of a stage, the one with the most routes gives one to the one with the least."""
     return most_routes - least_routes >= REBALANCE_AT
 
 
 class Route:
-    """One instance per stage, counted at each of them until it is closed."""
+    """One instance per stage, counted at each of them until the route is closed."""
 
     def __init__(self, instances: Iterable[Instance]) -> None:
         self.instances = tuple(instances)
@@ -33,7 +32,7 @@ class Route:
             instance.routes += 1
 
     def replace(self, instance: Instance) -> Instance:
-        """Goes through `instance` from now on; returns the one that it left."""
+        """Goes through `instance` from now on. Returns the instance of the same stage that it left."""
         left = self.instances[instance.stage]
         left.routes -= 1
         instance.routes += 1
@@ -41,11 +40,11 @@ class Route:
         return left
 
     def suspended(self, now: float) -> bool:
-        """Some instance is."""
-        return any(instance.suspended(now) for instance in self.instances)
+        """Some instance has just failed."""
+        return max([instance.suspended_until for instance in self.instances]) > now
 
     def lacks(self, reserve_tokens: int) -> bool:
-        """Some instance has said that it has not so much memory."""
+        """By its last reply, some instance has less memory."""
         return any(_lacks(instance, reserve_tokens) for instance in self.instances)
 
     def close(self) -> None:
@@ -59,17 +58,15 @@ class Placement:
     def __init__(self, service_urls: Sequence[str], *, watched: bool) -> None:
         """service_urls: per stage. Without a watch they are the instances themselves, asleep until they reply."""
         self.service_urls = tuple(service_urls)
-        self._stages: list[dict[str, Instance]] = [{} for _ in service_urls]
+        self.num_stages = len(service_urls)
+        self._stages: list[dict[str, Instance]] = [{} for _ in service_urls]  # by URL
+        self._current: list[list[Instance]] = [[] for _ in service_urls]  # ready, of the newest revision that has any
         self._numbers = [count(1) for _ in service_urls]
         for stage in () if watched else range(len(service_urls)):
             self.unwatched(stage)
 
-    @property
-    def num_stages(self) -> int:
-        return len(self._stages)
-
     def update(self, stage: int, endpoints: Iterable[Endpoint]) -> None:
-        """All that the watch knows of `stage`. Instances that it no longer knows are gone: routes leave them."""
+        """Takes over what the watch knows of `stage`. Instances that it no longer knows are gone: routes leave them."""
         known = self._stages[stage]
         seen = {endpoint.url: endpoint for endpoint in endpoints}
         for url in known.keys() - seen.keys():
@@ -79,24 +76,31 @@ class Placement:
             instance = known.get(url) or self._add(stage, Instance(stage, url))
             instance.revision = endpoint.revision
             instance.ready, instance.terminating = endpoint.ready, endpoint.terminating
+        self._choose_current(stage)
 
     def unwatched(self, stage: int) -> None:
-        """Nobody may watch `stage`, or nobody can: routes go by what its Service URL says, until `update` knows better."""
+        """The instances of `stage` cannot be known: routes use its Service URL until `update` knows better."""
         url = self.service_urls[stage]
         if url not in self._stages[stage]:
             self._add(stage, Instance(stage, url, is_service=True, awake=False))
+            self._choose_current(stage)
 
     def instances(self, stage: int) -> list[Instance]:
-        """All that are known of `stage`, whether they take work or not."""
+        """All known instances of `stage`, whether they take work or not."""
         return list(self._stages[stage].values())
 
+    def usable(self, stage: int) -> list[Instance]:
+        """Instances that may be given work now."""
+        now = time.monotonic()
+        return [instance for instance in self._current[stage] if instance.usable(now)]
+
     def ready_counts(self) -> list[int]:
-        """Per stage: instances of the current revision that take work; 0 where there is no watch, so that it is unknown."""
-        return [sum(not i.is_service for i in self._current(stage)) for stage in range(self.num_stages)]
+        """Per stage, the instances of the current revision that take work; 0: unknown, because there is no watch."""
+        return [len([each for each in current if not each.is_service]) for current in self._current]
 
     def cold(self) -> list[int]:
         """Stages that must be woken: none of their instances is ready and awake."""
-        return [stage for stage in range(self.num_stages) if not any(i.awake for i in self._current(stage))]
+        return [stage for stage, current in enumerate(self._current) if not any(each.awake for each in current)]
 
     def woken(self, stage: int) -> None:
         """The Service URL of `stage` replied."""
@@ -105,14 +109,15 @@ class Placement:
                 instance.awake, instance.failures, instance.suspended_until = True, 0, 0.0
 
     def avoid(self, instance: Instance) -> None:
-        """A request to `instance` failed. A Service URL has to be woken again, an instance is suspended for a while."""
+        """A request to `instance` failed. A Service URL has to be woken again; an instance is suspended for a while."""
         instance.suspend(time.monotonic())
         instance.awake = not instance.is_service
 
     def place(self, reserve_tokens: int, held: Held = NOTHING) -> Route | None:
-        """A new route over the instances with the fewest routes, those with memory first; None where a stage has none now.
+        """A new route over the least used instances, those with memory first. None: a stage has no usable instance now.
 
-        held: what there is less to compute at. It weighs as much as one route more, at most: a second one would be moved away.
+        held: tokens that some instances need not compute. They weigh at most as much as one route, for with two more than
+        another instance the route would be moved away again.
         """
         chosen = [self.least_used(stage, reserve_tokens, held) for stage in range(self.num_stages)]
         instances = [instance for instance in chosen if instance is not None]
@@ -126,11 +131,11 @@ class Placement:
         return min(self.usable(stage), key=load, default=None)
 
     def has_room(self, stage: int, reserve_tokens: int) -> bool:
-        """Some instance of `stage` has not said that it has less memory."""
+        """By its last reply, some usable instance of `stage` has so much memory."""
         return any(not _lacks(instance, reserve_tokens) for instance in self.usable(stage))
 
     def must_leave(self, route: Route) -> Instance | None:
-        """Where `route` shall go instead of an instance that is terminating or no longer ready; None: it can stay, or must."""
+        """The instance that `route` shall take instead of one that terminates or is not ready. None: none, or it must stay."""
         for instance in route.instances:
             if instance.terminating or not instance.ready:
                 target = self.least_used(instance.stage)
@@ -139,27 +144,27 @@ class Placement:
         return None
 
     def leaving(self, instance: Instance) -> tuple[str, ...]:
-        """URLs of instances of the same stage that are on their way out and still answer."""
+        """URLs of other instances of the same stage that terminate and still answer."""
         others = self._stages[instance.stage].values()
         urls = [other.url for other in others if other.terminating and not other.is_service and other is not instance]
         return tuple(urls[:MOST_PEERS])
 
     def strands(self, route: Route) -> bool:
-        """An instance of `route` is on its way out and nobody stands by: the stage has to be woken."""
-        return any(instance.terminating and not self._current(instance.stage) for instance in route.instances)
+        """An instance of `route` terminates and its stage has no other: the stage has to be woken."""
+        return bool([each for each in route.instances if each.terminating and not self._current[each.stage]])
 
     def outdated(self, route: Route) -> bool:
-        """A newer revision takes work in place of one of its instances."""
-        return any(
-            bool(current := self._current(instance.stage)) and instance not in current
-            for instance in route.instances
-            if instance.ready
-        )
+        """Instances of a newer revision take work in place of one of the route's."""
+        for instance in route.instances:
+            current = self._current[instance.stage]
+            if instance.ready and current and instance not in current:
+                return True
+        return False
 
     def unbalanced(self) -> tuple[Instance, Instance] | None:
-        """(from, to): an instance with so many routes more than another that one should move; None where all is well."""
-        for stage in range(self.num_stages):
-            usable = self.usable(stage)
+        """(from, to): an instance with so many more routes than another that one shall migrate. None: balanced."""
+        for stage, current in enumerate(self._current):
+            usable = self.usable(stage) if len(current) > 1 else ()
             if len(usable) > 1:
                 least = min(usable, key=lambda instance: instance.routes)
                 most = max(usable, key=lambda instance: instance.routes)
@@ -167,27 +172,20 @@ class Placement:
                     return most, least
         return None
 
-    def next_resumption(self) -> float | None:
-        """When the next suspension ends, in time.monotonic(); None where none is pending."""
-        now = time.monotonic()
-        ends = (i.suspended_until for known in self._stages for i in known.values() if i.suspended(now))
-        return min(ends, default=None)
+    def next_resumption(self, now: float) -> float:
+        """When the next suspension ends, in time.monotonic(); infinity if none is pending."""
+        ends = [each.suspended_until for known in self._stages for each in known.values() if each.suspended_until > now]
+        return min(ends, default=math.inf)
 
     def _add(self, stage: int, instance: Instance) -> Instance:
         instance.number = next(self._numbers[stage])
         self._stages[stage][instance.url] = instance
         return instance
 
-    def usable(self, stage: int) -> list[Instance]:
-        """Those that may be given work now."""
-        now = time.monotonic()
-        return [instance for instance in self._current(stage) if instance.usable(now)]
-
-    def _current(self, stage: int) -> list[Instance]:
-        """The ready instances of the newest revision that has any."""
+    def _choose_current(self, stage: int) -> None:
         ready = [instance for instance in self._stages[stage].values() if instance.ready and not instance.terminating]
-        newest = max((_revision_order(instance.revision) for instance in ready), default=None)
-        return [instance for instance in ready if _revision_order(instance.revision) == newest]
+        newest = max([_revision_order(instance.revision) for instance in ready], default=None)
+        self._current[stage] = [instance for instance in ready if _revision_order(instance.revision) == newest]
 
 
 def _lacks(instance: Instance, reserve_tokens: int) -> bool:

@@ -18,7 +18,7 @@ from bench.evaluation.setting import MODELS, WAYS, OverBudget, Setting
 from bench.evaluation.simulator import Simulation, World
 from bench.evaluation.trace import Sizes, Trace, drawn
 from functions.configuration.pass_times import PassTimes
-from functions.gateway.scheduling import admission, board, capacity, scheduler
+from functions.gateway.scheduling import batching, scheduler, state
 from functions.gateway.stages import routes
 from functions.gateway.stages.instances import Endpoint
 from functions.stage.engine import event_queue
@@ -48,10 +48,10 @@ def test_what_decides_is_the_platforms_own_and_no_copy() -> None:
     assert setting().cut(KPA) == cut_evenly(setting().shape, 4)
     theirs = {"RevisionAutoscaler", "HorizontalPodAutoscaler", "scale", "recommend", "cut_evenly"}
     for name, users, module in (
-        ("micro_batches_allowed", (simulator, board), capacity),
-        ("micro_batches_wanted", (simulator, board), capacity),
-        ("sequences_beyond", (simulator, admission), capacity),
-        ("most_waiting", (simulator, scheduler), capacity),
+        ("micro_batches_allowed", (simulator, state), batching),
+        ("micro_batches_wanted", (simulator, state), batching),
+        ("admissible_sequences", (simulator, state), batching),
+        ("max_waiting", (simulator, scheduler), batching),
         ("uneven", (simulator,), routes),
         ("most_merged", (rounds,), event_queue),
     ):
@@ -88,11 +88,11 @@ def test_another_admission_is_another_latency(monkeypatch: pytest.MonkeyPatch) -
 def test_another_bound_of_who_is_admitted_or_may_wait_is_another_latency_or_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     trace = steady(3.0, 60)
     before, _ = simulated(STATIC, trace)
-    monkeypatch.setattr(simulator, "sequences_beyond", lambda running, *_: 1 - running)
+    monkeypatch.setattr(simulator, "admissible_sequences", lambda running, *_: 1 - running)
     alone, _ = simulated(STATIC, trace)
     assert alone.first_token_seconds[1] > 2 * before.first_token_seconds[1]
     monkeypatch.undo()
-    monkeypatch.setattr(simulator, "most_waiting", lambda *_: 1)
+    monkeypatch.setattr(simulator, "max_waiting", lambda *_: 1)
     refusing, _ = simulated(STATIC, trace)
     assert refusing.failed > before.failed == 0
 

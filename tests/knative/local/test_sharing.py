@@ -2,7 +2,7 @@
 
 import pytest
 
-from functions.gateway.scheduling.capacity import micro_batches_wanted
+from functions.gateway.scheduling.batching import micro_batches_wanted
 from knative.commands.sources.local_pipeline import Sharing
 
 

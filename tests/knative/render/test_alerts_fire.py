@@ -9,8 +9,7 @@ from prometheus_client import generate_latest
 
 from eventing.problems import PROBLEMS
 from functions.gateway.answers.metrics import GatewayMetrics
-from functions.gateway.scheduling.scheduler_metrics import SchedulerCollector
-from functions.gateway.scheduling.stats import StageStats, Stats
+from functions.gateway.scheduling.metrics import SchedulerCollector, StageStats, Stats
 from functions.stage.serving.metrics import StageMetrics
 from knative.render import monitoring
 from knative.render.monitoring import ALERTS, rule_groups
@@ -105,7 +104,7 @@ def ordinary(pipeline: Pipeline, minute: int) -> None:
     well(pipeline)
     stats = pipeline.gateway.stats
     stats.waiting = 200 if 5 <= minute < 10 else 2
-    stats.hungry = 3 if 5 <= minute < 12 else 0
+    stats.memory_backlog = 3 if 5 <= minute < 12 else 0
     pipeline.gateway.answer("invalid-request", 3)
     pipeline.gateway.answer("cancelled")
     if minute in (15, 25):
@@ -182,7 +181,7 @@ def failing_stage(pipeline: Pipeline, minute: int) -> None:
 def full_memory(pipeline: Pipeline, minute: int) -> None:
     """Every request wants more than is free, and much is."""
     well(pipeline)
-    pipeline.gateway.stats.hungry = 2
+    pipeline.gateway.stats.memory_backlog = 2
 
 
 def foreign_network(pipeline: Pipeline, minute: int) -> None:
@@ -264,7 +263,7 @@ def counters() -> Iterator[tuple[str, float]]:
         'lamina_gateway_sequences_total{outcome="replays-exhausted"}',
         'lamina_gateway_replays_total{cause="timeout"}',
         'lamina_gateway_replays_total{cause="rebooted"}',
-        'lamina_gateway_moves_total{cause="leaving"}',
+        'lamina_gateway_migrations_total{cause="leaving"}',
         'lamina_gateway_stage_steps_total{stage="0:6"}',
         'lamina_stage_events_total{status="500",type="dev.lamina.forward"}',
         'lamina_stage_events_total{status="503",type="dev.lamina.warmup"}',

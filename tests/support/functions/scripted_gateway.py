@@ -17,7 +17,7 @@ from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.answers.service import AnswerService
 from functions.gateway.app import client_limits, create_app
-from functions.gateway.scheduling.prompt import Prompt
+from functions.gateway.scheduling.sequence import Prompt
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.text.chat_template import ChatTemplate
 from functions.gateway.text.tokenizer import ModelText

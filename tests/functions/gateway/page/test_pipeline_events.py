@@ -19,8 +19,8 @@ from functions.gateway.app import create_app
 from functions.gateway.page import pipeline_events, pipeline_watch
 from functions.gateway.page.pipeline_state import PipelineState
 from functions.gateway.page.pipeline_watch import StageDescription, Watched
-from functions.gateway.scheduling.cold_starts import ColdStart
-from functions.gateway.scheduling.outlook import AnswerOutlook, InstanceOutlook, Outlook, StageOutlook
+from functions.gateway.scheduling.pipeline_status import AnswerStatus, InstanceStatus, PipelineStatus, StageStatus
+from functions.gateway.scheduling.wake_up import ColdStart
 from tests.functions.gateway.page.test_merge_patch import applied
 from tests.support.environments import GATEWAY
 from tests.support.functions.scripted_gateway import Pipeline, refuse
@@ -28,20 +28,20 @@ from tests.support.functions.scripted_gateway import Pipeline, refuse
 ADDRESS = "127.0.0.1"
 
 
-def replica(number: int, state: Any = "ready", event_seconds: float = 0.0) -> InstanceOutlook:
-    return InstanceOutlook(number, "s-00001", state, 1, 900, event_seconds)
+def replica(number: int, state: Any = "ready", event_seconds: float = 0.0) -> InstanceStatus:
+    return InstanceStatus(number, "s-00001", state, 1, 900, event_seconds)
 
 
-def answer(request_id: str, client_id: str = ADDRESS) -> AnswerOutlook:
-    return AnswerOutlook(request_id, client_id, (1,), 5, 7, 0)
+def answer(request_id: str, client_id: str = ADDRESS) -> AnswerStatus:
+    return AnswerStatus(request_id, client_id, (1,), 5, 7, 0)
 
 
 class Pipe:
     """One stage, which is what `now` says."""
 
     def __init__(self) -> None:
-        stage = StageOutlook((replica(1),), 0, 0.0, False, None)
-        self.now = Outlook(time.monotonic(), (stage,), 0, 1, 1, 0, (answer("mine"), answer("other", "somebody else")))
+        stage = StageStatus((replica(1),), 0, 0.0, False, None)
+        self.now = PipelineStatus(time.monotonic(), (stage,), 0, 1, 1, 0, (answer("mine"), answer("other", "somebody else")))
         self.draining = False
         self.watched = Watched(
             "tiny",

@@ -4,8 +4,7 @@ import math
 
 import pytest
 
-from functions.gateway.scheduling.capacity import micro_batches_allowed, micro_batches_that_fill, micro_batches_wanted
-from functions.gateway.scheduling.row_costs import RowCosts
+from functions.gateway.scheduling.batching import RowCosts, micro_batches_allowed, micro_batches_that_fill, micro_batches_wanted
 
 
 @pytest.mark.parametrize(
@@ -57,7 +56,7 @@ def _closed_network(service: list[float], instances: list[int], in_flight: int) 
     ("sequences", "wanted"), [(0, 0), (1, 1), (2, 2), (3, 3), (16, 3), (24, 3), (25, 4), (48, 6), (49, 6), (500, 6)]
 )
 def test_sequences_are_divided_over_the_stages_before_micro_batches_are_filled(sequences: int, wanted: int) -> None:
-    assert micro_batches_wanted(sequences, stages_at_once=3, most_sequences=8, allowed=6) == wanted
+    assert micro_batches_wanted(sequences, stages_at_once=3, max_sequences=8, allowed=6) == wanted
 
 
 @pytest.mark.parametrize(

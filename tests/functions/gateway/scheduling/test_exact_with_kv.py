@@ -11,7 +11,7 @@ from typing import Final
 import pytest
 
 from eventing.wire.events import EventType, Sampling
-from functions.gateway.scheduling import renewals
+from functions.gateway.scheduling import leases
 from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.stages.instances import Endpoint
 from functions.gateway.stages.routes import Placement
@@ -99,7 +99,7 @@ def two_gateways(stages: list[StageServer], middle: list[StageServer]) -> Iterat
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_whatever_two_gateways_find_is_what_they_would_have_computed(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_models, "BUDGET", BUDGET)
-    monkeypatch.setattr(renewals, "RENEWAL_SECONDS", LEASE / 8)
+    monkeypatch.setattr(leases, "RENEWAL_SECONDS", LEASE / 8)
     dice, lock = random.Random(4), threading.Lock()
     happened: list[Fault] = []
     quiet = 20

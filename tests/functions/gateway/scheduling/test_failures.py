@@ -55,7 +55,7 @@ def test_a_stage_that_comes_back_later() -> None:
         back = threading.Timer(0.7, stages[1].start)
         back.start()
         run(scheduler)
-        assert scheduler.stats().wakes >= 2
+        assert scheduler.stats().wake_ups >= 2
         back.join()
 
 

@@ -9,8 +9,10 @@ import pytest
 
 from eventing.problems import Problem
 from eventing.wire.events import EventType
-from functions.gateway.scheduling.scheduler import Scheduler
+from functions.gateway.scheduling import apply, decide
+from functions.gateway.scheduling import scheduler as scheduler_module
 from functions.gateway.stages import client
+from functions.gateway.stages.client import StageClient
 from functions.gateway.stages.instances import Endpoint
 from tests.support.functions.gateway import answers_of, nothing_left, scheduling, submit, tokens_of, wait_until
 from tests.support.functions.stage_server import Seen, StageServer, counting_stages
@@ -35,36 +37,28 @@ def fails_once(
     monkeypatch.setattr(owner, name, call)
 
 
-def owner_of(scheduler: Scheduler, path: str) -> tuple[object, str]:
-    *parts, name = path.split(".")
-    owner: object = scheduler
-    for part in parts:
-        owner = getattr(owner, part)
-    return owner, name
-
-
 @pytest.mark.parametrize(
-    "path",
+    ("owner", "name"),
     [
-        "_client.reserve",
-        "_client.forward",
-        "_admission.reserved",
-        "_replies.replied",
-        "_replies._arrived",
-        "_next_steps.begin",
-        "_next_steps._begin",
-        "_admission.take_in",
-        "_moves.make",
+        (StageClient, "reserve"),
+        (StageClient, "forward"),
+        (scheduler_module, "reservation_over"),
+        (scheduler_module, "stage_replied"),
+        (apply, "_chunk_over"),
+        (decide, "begin_decode_steps"),
+        (decide, "_begin"),
+        (decide, "admit"),
+        (decide, "migrate"),
     ],
 )
 def test_it_ends_what_it_was_about_and_everybody_else_goes_on(
-    path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    owner: object, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with counting_stages() as stages, scheduling(stages, stages_at_once=1) as scheduler:
         answers_of(scheduler, [[1, 2]], max_tokens=2)
         nothing_left(stages)
         # It still decides now and then, about nobody: what fails then ends nothing.
-        fails_once(*owner_of(scheduler, path), monkeypatch, while_=lambda: bool(scheduler._board.sequences))
+        fails_once(owner, name, monkeypatch, while_=lambda: bool(scheduler._state.sequences))
         stream = submit(scheduler, [1, 2, 3], 8, request_id="the-request")
         with pytest.raises(Problem, match="the gateway failed"):
             tokens_of(stream)
@@ -79,7 +73,7 @@ def test_it_ends_what_it_was_about_and_everybody_else_goes_on(
 def test_chunks_that_were_on_their_way_hold_no_memory_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     with counting_stages() as stages, scheduling(stages, chunk_tokens=8) as scheduler:
         stages[1].seconds = 0.02
-        fails_once(scheduler._replies, "replied", monkeypatch, after=4)
+        fails_once(scheduler_module, "stage_replied", monkeypatch, after=4)
         with pytest.raises(Problem, match="the gateway failed"):
             tokens_of(submit(scheduler, [1] * 100, 8))
         answers_of(scheduler, [[1] * 30, [3]], max_tokens=5)
@@ -119,7 +113,7 @@ def test_a_scheduler_says_what_is_wrong_with_itself(monkeypatch: pytest.MonkeyPa
             assert "stuck for 1000 s" in str(scheduler.sick())
         wait_until(lambda: scheduler.sick() is None, "the clock's next look")
         with monkeypatch.context() as patched:
-            patched.setattr(scheduler._moves, "make", lambda _: 1 / 0)
+            patched.setattr(decide, "migrate", lambda *_: 1 / 0)
             for _ in range(3):
                 with pytest.raises(Problem, match="the gateway failed"):
                     tokens_of(submit(scheduler, [1], 1))
@@ -184,7 +178,7 @@ def test_a_deadline_of_the_client_says_nothing_of_the_stage() -> None:
             tokens_of(submit(scheduler, [1, 2], 5, deadline_seconds=0.2))
         wait_until(lambda: not scheduler.stats().trips, "the end of the event")
         resumed.set()
-        instances = [instance for of_stage in scheduler._placement._stages for instance in of_stage.values()]
+        instances = [instance for of_stage in scheduler._state.placement._stages for instance in of_stage.values()]
         assert [instance.failures for instance in instances] == [0, 0, 0]
         assert all(instance.awake for instance in instances)
         answers_of(scheduler, [[1, 2]], max_tokens=2)

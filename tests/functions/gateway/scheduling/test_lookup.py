@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from functions.gateway.scheduling.lookup import LOOKED_AT_TOKENS, MATCH_TOKENS, Lookup
+from functions.gateway.scheduling.speculation import MATCH_TOKENS, MAX_LOOKED_UP_TOKENS, PromptLookup
 
 
 def naively(tokens: list[int], most: int) -> tuple[tuple[int, ...], int]:
@@ -22,24 +22,24 @@ def test_the_longest_suffix_wins_and_its_latest_place(seed: int) -> None:
     dice = random.Random(seed)
     # 1 and 2**24 have the same bytes in other places: a match must begin where a token does.
     tokens = [dice.choice([0, 1, 256, 2**16, 2**24]) for _ in range(60)]
-    lookup = Lookup(tokens[:20])
+    lookup = PromptLookup(tokens[:20])
     for drawn in range(20, 60):
         assert lookup.draft(5) == naively(tokens[:drawn], 5)
         lookup.add(tokens[drawn])
 
 
 def test_nothing_is_drafted_behind_what_is_new() -> None:
-    assert Lookup([1]).draft(4) == ((), 0)
-    assert Lookup([1, 2, 3]).draft(4) == ((), 0)
-    assert Lookup([5, 1, 2, 5]).draft(4) == ((), 0), "one token stands in too many places"
+    assert PromptLookup([1]).draft(4) == ((), 0)
+    assert PromptLookup([1, 2, 3]).draft(4) == ((), 0)
+    assert PromptLookup([5, 1, 2, 5]).draft(4) == ((), 0), "one token stands in too many places"
 
 
 def test_what_repeats_itself_is_taken_to_go_on() -> None:
-    assert Lookup([9, 1, 2, 3, 1, 2, 3]).draft(7)[0] == (1, 2, 3, 1, 2, 3, 1)
+    assert PromptLookup([9, 1, 2, 3, 1, 2, 3]).draft(7)[0] == (1, 2, 3, 1, 2, 3, 1)
 
 
 def test_an_answer_is_expected_to_begin_with_its_prediction_and_to_come_back_to_it() -> None:
-    lookup = Lookup([1, 2, 3], predicted=[10, 11, 12, 13, 14, 15])
+    lookup = PromptLookup([1, 2, 3], predicted=[10, 11, 12, 13, 14, 15])
     assert lookup.draft(3)[0] == (10, 11, 12)
     lookup.add(10)
     assert lookup.draft(3)[0] == (11, 12, 13)
@@ -51,5 +51,5 @@ def test_an_answer_is_expected_to_begin_with_its_prediction_and_to_come_back_to_
 
 
 def test_only_the_latest_tokens_are_looked_at() -> None:
-    far = Lookup([7, 8, 9, *range(100, 100 + LOOKED_AT_TOKENS), 7, 8])
+    far = PromptLookup([7, 8, 9, *range(100, 100 + MAX_LOOKED_UP_TOKENS), 7, 8])
     assert far.draft(1) == ((), 0)

@@ -51,7 +51,7 @@ def test_a_client_that_wants_most_of_the_memory_does_not_hold_up_others() -> Non
         holder = submit(scheduler, [1] * 5, 55, client_id="holder")
         wait_until(lambda: holder.token_ids, "its first token")
         greedy = [submit(scheduler, [2] * 70, 10, client_id="greedy") for _ in range(4)]
-        wait_until(lambda: scheduler.stats().hungry, "a sequence that waits for memory")
+        wait_until(lambda: scheduler.stats().memory_backlog, "a sequence that waits for memory")
         for number in range(5):
             assert tokens_of(submit(scheduler, [number], 2, client_id="modest")) == counted([number], 2)
         assert holder.finish_reason is None, "all of that beside what still runs"
@@ -68,7 +68,7 @@ def test_who_waits_for_memory_is_overtaken_so_far_and_no_further() -> None:
         holder = submit(scheduler, [1] * 5, 20, client_id="holder")
         wait_until(lambda: holder.token_ids, "its first token")
         large = submit(scheduler, [2] * 80, 10, client_id="large")
-        wait_until(lambda: scheduler.stats().hungry, "a sequence that waits for memory")
+        wait_until(lambda: scheduler.stats().memory_backlog, "a sequence that waits for memory")
         crowd = [submit(scheduler, [3] * 20, 10, client_id=f"client-{number}") for number in range(40)]
         assert tokens_of(large) == counted([2] * 80, 10)
         served = sum(bool(stream.token_ids) for stream in crowd)

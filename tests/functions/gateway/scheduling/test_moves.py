@@ -31,7 +31,7 @@ def test_a_terminating_instance_is_left_at_once_and_only_up_to_it_is_anything_co
         assert {stream.timings().replays for stream in streams} == {1}
         stats = pipeline.scheduler.stats()
         assert stats.replays == {"moved": 6}
-        assert stats.moves["leaving"] == 3
+        assert stats.migrations["leaving"] == 3
 
 
 def test_without_another_instance_a_terminating_one_serves_on_and_the_stage_is_woken() -> None:
@@ -63,7 +63,7 @@ def test_a_new_instance_is_given_its_share_one_micro_batch_at_a_time() -> None:
         assert [streams[0].next_token(10) for _ in range(79)] == counted(prompt(0), 80)[1:]
         for index, stream in enumerate(streams[1:], 1):
             assert tokens_of(stream) == counted(prompt(index), 80)
-        assert 1 <= pipeline.scheduler.stats().moves["balance"] <= 4
+        assert 1 <= pipeline.scheduler.stats().migrations["balance"] <= 4
 
 
 def test_without_the_right_to_watch_the_service_urls_serve_until_it_comes() -> None:

@@ -5,7 +5,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from functions.gateway.scheduling.progress import Piece, Progress
+from functions.gateway.scheduling.progress import Chunk, Progress
 
 BLOCK_TOKENS = 3
 
@@ -45,9 +45,9 @@ class Stages:
     st.sampled_from([0.0, 0.1, 0.5]),
 )
 def test_whatever_stages_forget_or_remember_every_token_is_computed_from_all_before_it(
-    num_stages: int, prompt_tokens: int, chunk: int, seed: int, trouble: float, remembers: float
+    num_stages: int, prompt_tokens: int, chunk_tokens: int, seed: int, trouble: float, remembers: float
 ) -> None:
-    """Pieces overlap in flight as trips do; a stage sees pieces in the order in which they were sent."""
+    """Pieces overlap in flight as trips do; a stage sees chunks in the order in which they were sent."""
     dice = random.Random(seed)
     stages = Stages(num_stages, dice, trouble)
     progress = Progress(num_stages)
@@ -65,33 +65,33 @@ def test_whatever_stages_forget_or_remember_every_token_is_computed_from_all_bef
             for stage in range(num_stages):
                 progress.found(stage, stages.reserve(stage, tokens))
         first_free = all(stage > 0 for stage, _ in flying)
-        piece = progress.next_piece(len(tokens), chunk) if first_free and len(flying) < num_stages else None
-        if piece is not None and progress.decodes(len(tokens)):
+        chunk = progress.next_chunk(len(tokens), chunk_tokens) if first_free and len(flying) < num_stages else None
+        if chunk is not None and progress.decodes(len(tokens)):
             right = dice.randrange(4)
             draft_tokens = [*range(len(tokens), len(tokens) + right), *[-1] * dice.randrange(3)]
-            piece = Piece(piece.position, 1, piece.depth, tuple(draft_tokens))
-        if piece is not None and (not flying or dice.random() < 0.7):
-            progress.send(piece)
-            flying.append((0, piece))
+            chunk = Chunk(chunk.position, 1, chunk.depth, tuple(draft_tokens))
+        if chunk is not None and (not flying or dice.random() < 0.7):
+            progress.send(chunk)
+            flying.append((0, chunk))
             continue
         index = dice.choice([i for i, (stage, _) in enumerate(flying) if i == 0 or flying[i - 1][0] > stage + 1 or i == 0])
-        stage, piece = flying[index]  # type: ignore[assignment]
-        assert piece is not None
-        missing = stages.compute(stage, piece.position, [*tokens[piece.position : piece.end], *piece.draft_tokens])
+        stage, chunk = flying[index]  # type: ignore[assignment]
+        assert chunk is not None
+        missing = stages.compute(stage, chunk.position, [*tokens[chunk.position : chunk.end], *chunk.draft_tokens])
         if missing is not None:
             progress.missed(stage, missing)
-            progress.settle()
+            progress.returned()
             flying.pop(index)
             continue
-        progress.computed(stage, piece)
-        if stage < piece.depth:
-            flying[index] = (stage + 1, piece)
+        progress.computed(stage, chunk)
+        if stage < chunk.depth:
+            flying[index] = (stage + 1, chunk)
             continue
         flying.pop(index)
-        progress.settle()
-        if stage == num_stages - 1 and piece.end == len(tokens):
-            right = len([token for token in piece.draft_tokens if token >= 0])
-            tokens += piece.draft_tokens[:right]
+        progress.returned()
+        if stage == num_stages - 1 and chunk.end == len(tokens):
+            right = len([token for token in chunk.draft_tokens if token >= 0])
+            tokens += chunk.draft_tokens[:right]
             assert stages.held[stage][: len(tokens)] == tokens
-            progress.came_true(right)
+            progress.accepted(right)
             tokens.append(len(tokens))

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from eventing.wire.events import EventType
-from functions.gateway.scheduling import renewals
+from functions.gateway.scheduling import leases
 from tests.support.functions.gateway import counted, nothing_left, scheduling, submit, tokens_of, wait_until
 from tests.support.functions.stage_server import Fault, Seen, counting_stages
 
@@ -15,7 +15,7 @@ LEASE = 1.0
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(renewals, "RENEWAL_SECONDS", LEASE / 8)
+    monkeypatch.setattr(leases, "RENEWAL_SECONDS", LEASE / 8)
 
 
 def test_a_step_that_takes_longer_than_a_lease_costs_nothing_at_the_other_stages() -> None:

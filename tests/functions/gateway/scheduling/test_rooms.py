@@ -98,7 +98,7 @@ def test_another_instance_is_used_for_its_memory_although_one_micro_batch_would_
         old.seconds = new.seconds = 0.01
         with scheduling([old], placement=placement, micro_batch_sequences=8) as scheduler:
             streams = [submit(scheduler, [number] * 5, 45) for number in range(4)]
-            wait_until(lambda: scheduler.stats().hungry == 2)
+            wait_until(lambda: scheduler.stats().memory_backlog == 2)
             scheduler.endpoints_changed(0, [Endpoint(old.url), Endpoint(new.url)])
             wait_until(lambda: all(stream.token_ids for stream in streams), "a token of each")
             assert not any(stream.finish_reason for stream in streams[:1]), "all of them run beside each other"

@@ -1,11 +1,12 @@
 """How many tokens are drafted, and what becomes of answers: nothing but that they come in fewer rounds."""
 
+from functools import partial
+
 import pytest
 
 from eventing.wire.events import Row, Status
-from functions.gateway.scheduling.lookup import Lookup
-from functions.gateway.scheduling.row_costs import RowCosts
-from functions.gateway.scheduling.speculation import Drafter, Experience, how_many, step_seconds
+from functions.gateway.scheduling.batching import RowCosts, seconds_on
+from functions.gateway.scheduling.speculation import Drafter, PromptLookup, SharedRates, draft_lengths, step_seconds
 from tests.support.functions.gateway import counted, nothing_left, scheduling, submit, tokens_of
 from tests.support.functions.stage_server import StageServer, counting_stages
 
@@ -95,16 +96,16 @@ def free(tokens: int) -> float:
 
 
 def test_where_rows_are_free_all_is_sent_and_where_they_are_dear_nothing() -> None:
-    assert how_many([(8, 0.5), (3, 0.9), (0, 0.0)], free) == [8, 3, 0]
-    assert how_many([(8, 0.9), (3, 0.9)], dear) == [0, 0]
-    assert how_many([(8, 0.9)], lambda tokens: None) == [0], "not before anything was measured"
+    assert draft_lengths([(8, 0.5), (3, 0.9), (0, 0.0)], free) == [8, 3, 0]
+    assert draft_lengths([(8, 0.9), (3, 0.9)], dear) == [0, 0]
+    assert draft_lengths([(8, 0.9)], lambda tokens: None) == [0], "not before anything was measured"
 
 
 def test_the_likely_go_first_and_as_far_as_they_pay() -> None:
     def seconds(tokens: int) -> float:
         return 1 + 0.1 * tokens
 
-    likely, unlikely = how_many([(16, 0.95), (16, 0.2)], seconds)
+    likely, unlikely = draft_lengths([(16, 0.95), (16, 0.2)], seconds)
     assert likely > 4
     assert unlikely <= 1
 
@@ -113,23 +114,23 @@ def test_steps_that_jump_do_not_hide_what_lies_behind() -> None:
     def seconds(tokens: int) -> float:
         return 1.0 if tokens <= 1 else 1.15  # the second row costs what sixteen cost
 
-    assert how_many([(12, 0.9)], seconds) == [12]
+    assert draft_lengths([(12, 0.9)], seconds) == [12]
 
 
-def drafter_of(tokens: list[int], experience: Experience | None = None) -> Drafter:
-    return Drafter(Lookup(tokens), experience or Experience())
+def drafter_of(tokens: list[int], shared: SharedRates | None = None) -> Drafter:
+    return Drafter(PromptLookup(tokens), shared or SharedRates())
 
 
-def test_chances_follow_what_came_true() -> None:
+def test_chances_follow_what_accepted() -> None:
     repeats = drafter_of([1, 2, 3, 4] * 3)
     for _ in range(8):
         draft_tokens = repeats.draft(3)
-        repeats.came([*draft_tokens, repeats.draft(4)[-1]])
+        repeats.drawn([*draft_tokens, repeats.draft(4)[-1]])
     repeats.draft(1)
     assert repeats.chance > 0.9
     for number in range(30):
         repeats.draft(3)
-        repeats.came([100 + number, 1, 2, 3, 4])
+        repeats.drawn([100 + number, 1, 2, 3, 4])
     repeats.draft(1)
     assert repeats.chance < 0.2
 
@@ -139,29 +140,29 @@ def test_draft_tokens_that_were_not_sent_are_learnt_from() -> None:
     right, wrong = drafter_of([5, 6, 7, 8, 9] * 4), drafter_of([5, 6, 7, 8, 9] * 4)
     for step in range(6):
         assert right.draft(1) == ([5, 6, 7, 8, 9][step % 5],)
-        right.came([5, 6, 7, 8, 9][step % 5 : step % 5 + 1])
+        right.drawn([5, 6, 7, 8, 9][step % 5 : step % 5 + 1])
     assert right.draft(1)
     assert right.chance > 0.75
     wrong.draft(1)
     before = wrong.chance
-    wrong.came([50])
-    wrong.came([5])
-    wrong.came([6])
+    wrong.drawn([50])
+    wrong.drawn([5])
+    wrong.drawn([6])
     assert wrong.draft(1), "5 and 6 stood there before"
     assert before == 0.5
-    assert wrong.experience.long.missed == 1.0
+    assert wrong.shared.long.rejected == 1.0
 
 
 def test_a_new_sequence_begins_with_what_others_found() -> None:
-    experience = Experience()
+    shared = SharedRates()
     for _ in range(40):
-        other = drafter_of([1, 2, 3, 1, 2], experience)
+        other = drafter_of([1, 2, 3, 1, 2], shared)
         assert other.draft(4)
-        other.came([70])
-    new = drafter_of([4, 5, 6, 4, 5], experience)
+        other.drawn([70])
+    new = drafter_of([4, 5, 6, 4, 5], shared)
     assert new.draft(1) == (6,)
     assert new.chance < 0.1, "short matches came to nothing"
-    quoting = drafter_of([4, 5, 6, 7, 8, 4, 5, 6, 7], experience)
+    quoting = drafter_of([4, 5, 6, 7, 8, 4, 5, 6, 7], shared)
     assert quoting.draft(1) == (8,)
     assert quoting.chance == 0.5, "of long ones nothing is known yet"
 
@@ -169,29 +170,33 @@ def test_a_new_sequence_begins_with_what_others_found() -> None:
 # What rows cost.
 
 
+def cost_of(costs: RowCosts, tokens: int) -> float | None:
+    return seconds_on(costs.points(), tokens)
+
+
 def test_costs_are_those_of_quick_steps_and_lines_between() -> None:
     costs = RowCosts()
-    assert costs.seconds(1) is None
+    assert cost_of(costs, 1) is None
     for waited in [0.03, 0.0, 0.05, 0.0, 0.0, 0.0]:
         costs.step(1, 0.010 + waited)
         costs.step(16, 0.040 + waited)
     for _ in range(20):
         costs.step(1, 0.010)
         costs.step(16, 0.040)
-    assert costs.seconds(1) == pytest.approx(0.010, rel=0.1)
-    assert costs.seconds(16) == pytest.approx(0.040, rel=0.1)
-    assert costs.seconds(8) == pytest.approx(0.024, rel=0.1)
+    assert cost_of(costs, 1) == pytest.approx(0.010, rel=0.1)
+    assert cost_of(costs, 16) == pytest.approx(0.040, rel=0.1)
+    assert cost_of(costs, 8) == pytest.approx(0.024, rel=0.1)
 
 
 def test_what_was_not_measured_is_tried_and_what_was_long_ago_again() -> None:
     costs = RowCosts()
     costs.step(1, 0.010)
-    assert costs.seconds(9) == pytest.approx(0.010 * 1.16)
+    assert cost_of(costs, 9) == pytest.approx(0.010 * 1.16)
     costs.step(9, 0.100)
-    assert costs.seconds(9) == pytest.approx(0.100)
+    assert cost_of(costs, 9) == pytest.approx(0.100)
     for _ in range(3000):
         costs.step(1, 0.010)
-    assert costs.seconds(9) == pytest.approx(0.010 * 1.16)
+    assert cost_of(costs, 9) == pytest.approx(0.010 * 1.16)
 
 
 def test_a_small_step_that_waited_does_not_make_further_tokens_free() -> None:
@@ -200,15 +205,15 @@ def test_a_small_step_that_waited_does_not_make_further_tokens_free() -> None:
     costs.step(1, 0.020)  # It waited.
     for tokens, seconds in ((4, 0.010), (16, 0.016), (24, 0.026)):
         costs.step(tokens, seconds)
-    assert costs.seconds(1) == costs.seconds(4) == 0.010
-    assert costs.seconds(16) == 0.016
-    assert how_many([(1, 0.5)] * 16, costs.seconds) == [0] * 16
+    assert cost_of(costs, 1) == cost_of(costs, 4) == 0.010
+    assert cost_of(costs, 16) == 0.016
+    assert draft_lengths([(1, 0.5)] * 16, partial(cost_of, costs)) == [0] * 16
 
 
 def test_a_draft_token_has_to_be_worth_more_than_it_costs() -> None:
     """Of ten rows, a draft token that makes 0.9 tokens for 9 % more time, as measured, would gain nothing on the whole."""
-    assert how_many([(1, 0.9)] * 10, lambda tokens: 1 + 0.08 * (tokens - 10)) == [0] * 10
-    assert how_many([(1, 0.9)] * 10, lambda tokens: 1 + 0.06 * (tokens - 10)) == [1] * 10
+    assert draft_lengths([(1, 0.9)] * 10, lambda tokens: 1 + 0.08 * (tokens - 10)) == [0] * 10
+    assert draft_lengths([(1, 0.9)] * 10, lambda tokens: 1 + 0.06 * (tokens - 10)) == [1] * 10
 
 
 def test_one_micro_batch_pays_for_the_round_and_many_for_the_narrowest_stage() -> None:

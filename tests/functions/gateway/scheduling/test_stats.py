@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from functions.gateway.scheduling.stats import StageStats
+from functions.gateway.scheduling.metrics import StageStats
 from tests.support.functions.gateway import counted, scheduling, submit, tokens_of
 from tests.support.functions.stage_server import counting_stages
 
@@ -29,7 +29,7 @@ def test_what_steps_took_is_told_by_what_it_was_for_and_adds_up() -> None:
         assert tokens_of(submit(scheduler, [3, 4], 12)) == counted([3, 4], 12)
         took = time.perf_counter() - began
         stats = scheduler.stats()
-    parts = stats.parts()
+    parts = stats.seconds_by_part()
     assert sum(parts.values()) == pytest.approx(stats.steps_seconds)
     assert 3 * 11 * 0.01 < parts["exchange"] < stats.steps_seconds <= took
     assert min(parts.values()) > 0

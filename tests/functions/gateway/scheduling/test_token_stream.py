@@ -3,7 +3,7 @@
 import pytest
 
 from eventing.problems import DeadlineExceeded
-from functions.gateway.scheduling.prompt import Prompt
+from functions.gateway.scheduling.sequence import Prompt
 from functions.gateway.scheduling.token_stream import TokenStream
 
 

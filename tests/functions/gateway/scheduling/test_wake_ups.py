@@ -67,7 +67,7 @@ def test_all_stages_are_woken_at_once_and_once() -> None:
         awake.set()
         assert tokens_of(stream) == counted([1, 2, 3], 4)
         assert warm_ups(stages) == [1, 1, 1]
-        assert scheduler.stats().wakes == 1
+        assert scheduler.stats().wake_ups == 1
 
 
 def test_a_pipeline_that_is_awake_is_left_alone() -> None:

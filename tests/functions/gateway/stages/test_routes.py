@@ -102,7 +102,7 @@ def test_a_broken_instance_is_left_alone_for_longer_each_time() -> None:
         moment = broken.suspended_until
     assert pauses == sorted(pauses)
     assert url(placed.least_used(1)) != broken.url
-    assert placed.next_resumption() == broken.suspended_until
+    assert placed.next_resumption(time.monotonic()) == broken.suspended_until
     broken.replied("boot", None)
     broken.suspend(moment)
     assert broken.suspended_until - moment < pauses[1]

@@ -1,0 +1,317 @@
+"""What the scheduler's state becomes after a reply, a reservation or a failure (docs/scheduling.md, "When something breaks").
+
+A failed event costs an attempt, never an answer: its sequences begin again on another route, or up to the stage that lost them.
+"""
+
+import logging
+import time
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+from itertools import repeat
+from typing import Final
+
+from eventing.problems import InvalidRequest, PipelineUnavailable, Problem, ReplaysExhausted
+from eventing.wire.control import ReleaseRow
+from eventing.wire.events import Result, Row, Status
+from eventing.wire.generation import TokenLogprob
+from functions.gateway.scheduling.actions import Reservation, Reserve
+from functions.gateway.scheduling.micro_batch import Step
+from functions.gateway.scheduling.prefix_sharing import follow, stop_following
+from functions.gateway.scheduling.progress import Chunk
+from functions.gateway.scheduling.sequence import Sequence, names_of
+from functions.gateway.scheduling.state import SchedulerState
+from functions.gateway.stages.client import ForwardReply, ReplyOrigin
+from functions.gateway.stages.failures import StageFailed
+from functions.gateway.stages.instances import Instance
+
+_log: Final = logging.getLogger(__name__)
+
+_INCOMPLETE: Final = "its reply lacks a token or a log-probability that was wanted, or has others than were drafted"
+
+
+# A stage replied.
+
+
+def stage_replied(state: SchedulerState, step: Step, stage: int, reply: ForwardReply, seconds: float) -> None:
+    """Applies the reply of one stage. Raises StageFailed if the last stage's lacks something that was wanted.
+
+    seconds: from the request to the reply.
+    """
+    rows = reply.batch.rows
+    chunks = [step.chunks[row.id] for row in rows]
+    note_origin(state, reply.origin, chunks)
+    state.stats.stages[stage].step(seconds, step.decode_tokens, reply.exchange_seconds, reply.engine_seconds)
+    if stage == state.placement.num_stages - 1:
+        for row, (sequence, chunk) in zip(rows, chunks, strict=True):
+            if row.status is Status.OK and _is_incomplete(row.result, sequence, chunk):
+                raise StageFailed(stage, "malformed", _INCOMPLETE, blames=True)
+    for row, (sequence, chunk) in zip(rows, chunks, strict=True):
+        if row.status is not Status.OK:
+            _row_failed(state, sequence, chunk, stage, row)
+            continue
+        sequence.progress.computed(stage, chunk)
+        if stage == step.trip.depth:
+            _chunk_over(state, sequence, chunk, row.result)
+
+
+def note_origin(state: SchedulerState, origin: ReplyOrigin, in_trip: Items[tuple[Sequence, Chunk]] = ()) -> None:
+    """Notes which boot of an instance replied. After a new boot all that it held is lost.
+
+    in_trip: rows that the reply is about, which say themselves what they lost.
+    """
+    instance = origin.instance
+    if instance.boot not in ("", origin.boot):
+        told = {sequence for sequence, _ in in_trip}
+        for batch in state.micro_batches:
+            for sequence in batch.sequences if instance in batch.route.instances else ():
+                if sequence.reserved and sequence not in told:
+                    sequence.progress.missed(instance.stage, 0)
+                    _replayed(state, sequence, "rebooted")
+    instance.replied(origin.boot, origin.free_tokens)
+
+
+def _chunk_over(state: SchedulerState, sequence: Sequence, chunk: Chunk, result: Result | None) -> None:
+    """All stages that the chunk was for have computed it."""
+    sequence.progress.returned()
+    if result is not None and chunk.scores:
+        tokens = sequence.tokens[chunk.position + 1 : chunk.end + 1]
+        scored = sequence.stream.scored(chunk.position + 1, logprobs_of(tokens, result))
+        if not sequence.prompt.max_tokens and scored == len(sequence.prompt.token_ids) - 1:
+            sequence.stream.finish("length")
+    elif result is not None and result.tokens:
+        _drawn(state, sequence, len(chunk.draft_tokens), result.tokens, result)
+        if not sequence.stream.over and len(sequence.tokens) >= sequence.reserve_tokens:
+            _memory_filled(state, sequence)
+    settle(state, sequence)
+
+
+def _drawn(state: SchedulerState, sequence: Sequence, drafted: int, tokens: Items[int], result: Result) -> None:
+    """The last stage drew `tokens`: accepted draft tokens and one more."""
+    stats, stream = state.stats, sequence.stream
+    accepted = len(tokens) - 1
+    stats.tokens += len(tokens)
+    if drafted or accepted:
+        stats.draft_tokens_accepted += accepted
+        stats.draft_tokens_rejected += drafted - accepted
+        stream.draft_tokens_accepted += accepted
+        stream.draft_tokens_rejected += drafted - accepted
+        sequence.progress.accepted(accepted)
+    if sequence.retry_budget.failures or sequence.retry_budget.lost_at:
+        sequence.retry_budget.reset()
+        state.suspects.discard(sequence)
+    sequence.progress.grammar_known = True
+    if sequence.drafter is not None:
+        sequence.drafter.drawn(tokens)
+    logprobs = repeat(None) if sequence.prompt.top_logprobs is None else logprobs_of(tokens, result)
+    for token, logprob in zip(tokens, logprobs, strict=False):
+        if stream.over:
+            return
+        sequence.tokens.append(token)
+        stream.put(token, logprob)
+
+
+def _memory_filled(state: SchedulerState, sequence: Sequence) -> None:
+    """Queues the sequence again to get more memory. It gives back what it holds, so that no two wait for each other's."""
+    if sequence.grow():
+        state.stats.grown += 1
+        sequence.must_restart = True
+    else:
+        sequence.stream.finish("length")
+
+
+def logprobs_of(tokens: Items[int], result: Result) -> list[TokenLogprob]:
+    logprobs = result.logprobs or ()
+    tops = result.top_logprobs or ((),) * len(logprobs)
+    return [TokenLogprob(token, logprob, top) for token, logprob, top in zip(tokens, logprobs, tops, strict=True)]
+
+
+def _is_incomplete(result: Result | None, sequence: Sequence, chunk: Chunk) -> bool:
+    """The last stage's result lacks something, or accepts other draft tokens than were sent."""
+    if not (chunk.scores or chunk.end == len(sequence.tokens)):
+        return False
+    if result is None:
+        return True
+    top, logprobs = sequence.prompt.top_logprobs, result.logprobs or ()
+    if top and len(result.top_logprobs or ()) != len(logprobs):
+        return True
+    if chunk.scores:
+        return len(logprobs) != chunk.length
+    tokens = result.tokens or ()
+    if top is not None and len(logprobs) != len(tokens):
+        return True
+    return not tokens or tokens[:-1] != chunk.draft_tokens[: len(tokens) - 1]
+
+
+# A step, or one row of it, failed.
+
+
+def trip_failed(state: SchedulerState, step: Step, ids: Items[str], failure: StageFailed) -> None:
+    """The event got no usable reply. `ids` are its rows, whose sequences begin again on another route."""
+    _stage_failed(state, step.trip.instances[failure.stage], failure)
+    for id_ in ids:
+        sequence, chunk = step.chunks[id_]
+        if (failure.blames or failure.final) and not (sequence.must_restart or sequence.stream.over):
+            sequence.retry_budget.failed_at(failure.stage, chunk)
+            _suspect(state, sequence, str(failure), PipelineUnavailable if failure.final else ReplaysExhausted)
+        sequence.progress.failing = True
+        sequence.must_restart = True
+        sequence.progress.returned()
+        settle(state, sequence, failure.cause)
+
+
+def _row_failed(state: SchedulerState, sequence: Sequence, chunk: Chunk, stage: int, row: Row) -> None:
+    """The stage replied, but did not compute this row."""
+    status, held = row.status, row.held or 0
+    if status is Status.INVALID and chunk.draft_tokens and not chunk.scores and sequence.drafter is not None:
+        # The draft tokens may be the reason, and the client did not ask for them: tries again without.
+        sequence.drafter.disabled = True
+        status, held = Status.MISS, chunk.position
+    elif status is Status.INVALID:
+        _log.info("%s: stage %d refuses it: %s", names_of([sequence]), stage, row.reason)
+        sequence.stream.fail(InvalidRequest(row.reason or f"stage {stage} refuses the sequence"))
+    elif status in (Status.MISS, Status.STALE):
+        _lost(state, sequence, stage, status)
+    if status is Status.MISS:
+        sequence.progress.missed(stage, held)
+    else:
+        sequence.progress.failing = True
+        sequence.must_restart = True
+    sequence.progress.returned()
+    settle(state, sequence, str(status))
+
+
+def _lost(state: SchedulerState, sequence: Sequence, stage: int, status: Status) -> None:
+    """`stage` has lost what it held of the sequence, for which the first time is forgiven.
+
+    Later chunks in flight report the same loss again, which is ignored.
+    """
+    if sequence.progress.failing or sequence.stream.over:
+        return
+    if stage in sequence.retry_budget.lost_at:
+        sequence.retry_budget.failed()
+        _suspect(state, sequence, f"stage {stage} answered {status} again")
+    sequence.retry_budget.lost_at.add(stage)
+    if status is Status.MISS:
+        _replayed(state, sequence, str(status))
+
+
+def _suspect(state: SchedulerState, sequence: Sequence, why: str, problem: type[Problem] = ReplaysExhausted) -> None:
+    """The sequence may be what broke the stage. Ends it if its retry budget is exhausted."""
+    state.suspects.add(sequence)
+    if sequence.retry_budget.exhausted:
+        attempts = sequence.retry_budget.failures
+        _log.warning("%s: given up: %s", names_of([sequence]), why)
+        sequence.stream.fail(problem(f"gave up after {attempts} attempts that came no further; the last: {why}"))
+
+
+def _stage_failed(state: SchedulerState, instance: Instance, failure: StageFailed) -> None:
+    """Avoids the instance for a while. If only the client's deadline has passed, ends the sequences that are too late."""
+    if failure.expired:
+        state.expire(time.monotonic())
+    else:
+        state.placement.avoid(instance)
+
+
+def give_up_waiting(state: SchedulerState, problem: Problem) -> None:
+    """A stage refuses this gateway, so no waiting sequence can be served."""
+    for sequence in list(state.waiting):
+        state.end(sequence, problem)
+
+
+def gateway_failed(state: SchedulerState, sequences: Iterable[Sequence]) -> None:
+    """An error in the gateway left these sequences in an unknown state: ends them, so that others go on."""
+    for sequence in list(sequences):
+        state.abandon(sequence, Problem("the gateway failed; its log has the traceback"))
+
+
+# Stages replied to a reservation.
+
+
+def reservation_over(state: SchedulerState, wanted: Reserve, reservation: Reservation) -> None:
+    """Applies what became of a reservation. Its sequences are in one micro-batch."""
+    for origin in reservation.origins:
+        note_origin(state, origin)
+    if wanted.moved_from is not None:
+        for row in wanted.rows:
+            state.release_row((wanted.moved_from,), ReleaseRow(row.id, row.attempt, row.chain))
+    present = []
+    for sequence, row, status, held in zip(wanted.sequences, wanted.rows, reservation.statuses, reservation.held, strict=True):
+        if sequence.id in state.sequences:
+            present.append((sequence, status, held))
+        else:
+            state.release_row(wanted.instances, ReleaseRow(row.id, row.attempt))
+    if reservation.failure is not None:
+        # Nothing was computed yet, so it counts against no sequence.
+        if present and present[0][0].route is not None:
+            _stage_failed(state, present[0][0].route.instances[reservation.failure.stage], reservation.failure)
+        for sequence, _, _ in present:
+            start_again(state, sequence)
+        return
+    state.no_route_since = None
+    if Status.FULL in reservation.statuses:
+        state.waiting.backlog.refused()
+    for sequence, status, held in present:
+        if status is not Status.OK:
+            _reservation_refused(state, sequence, status)
+            continue
+        _granted(state, sequence, held, wanted.instances[0].stage)
+        if sequence.reserved and sequence.route is not None and reservation.caches_prefixes:
+            state.where_held.put(sequence.reserved_chain, sequence.route.instances)
+            if wanted.moved_from is None:
+                follow(sequence, state)
+
+
+def _granted(state: SchedulerState, sequence: Sequence, held: Items[int], first_stage: int) -> None:
+    sequence.reserved = True
+    before = sequence.progress.held_everywhere
+    for stage, tokens in enumerate(held, first_stage):
+        sequence.progress.found(stage, min(tokens, len(sequence.tokens) - 1))
+    if sequence.leader is not None:
+        stop_following(sequence, before)
+    state.waiting.backlog.granted()
+    settle(state, sequence)
+
+
+def _reservation_refused(state: SchedulerState, sequence: Sequence, status: Status) -> None:
+    if sequence.stream.over:
+        state.dismiss(sequence)
+    elif status is Status.FULL:
+        state.take_out(sequence, had_memory=False)
+        sequence.reserves_in_order = True
+        state.waiting.backlog.add(sequence)
+    elif status is Status.STALE:
+        start_again(state, sequence)
+    elif sequence.shrink():
+        state.put_back(sequence)
+    elif sequence.has_drawn:
+        sequence.stream.finish("length")
+        state.dismiss(sequence)
+    else:
+        wanted = f"prompt and answer of {sequence.impossible_tokens} tokens"
+        state.dismiss(sequence, InvalidRequest(f"{wanted} are more than a stage can ever hold; ask for fewer"))
+
+
+# Beginning again.
+
+
+def settle(state: SchedulerState, sequence: Sequence, cause: str | None = None) -> None:
+    """If none of its chunks is in flight: dismisses a sequence that has ended, starts again one whose route broke."""
+    if not sequence.at_rest:
+        return
+    if sequence.stream.over:
+        state.dismiss(sequence)
+    elif sequence.must_restart:
+        start_again(state, sequence, cause)
+
+
+def start_again(state: SchedulerState, sequence: Sequence, cause: str | None = None) -> None:
+    """Queues the sequence for another route. cause: None if nothing of it was computed yet."""
+    if cause is not None and not sequence.stream.over:
+        sequence.waiting_since = time.monotonic()
+        _replayed(state, sequence, cause)
+    state.put_back(sequence)
+
+
+def _replayed(state: SchedulerState, sequence: Sequence, cause: str) -> None:
+    sequence.stream.replayed()
+    state.stats.replays[cause] += 1

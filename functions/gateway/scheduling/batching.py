@@ -1,0 +1,160 @@
+"""How many micro-batches there may be, how many sequences may wait, and what a step costs by its number of tokens.
+
+Pure functions of counts and measured seconds: the scheduler, `knative plan` and the simulator in bench/evaluation share them.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Final
+
+IN_FLIGHT_PER_INSTANCE: Final = 2  # micro-batches at each instance of the narrowest stage: above Knative's target, so it grows
+FAR_SHARE: Final = 0.5  # the network must take this share of the stages' seconds before micro-batches are divided for it
+_MAX_FACTOR_FOR_NETWORK: Final = 4  # bounds micro-batches added for a network, whose seconds are estimates
+_MIN_RATE_GAIN: Final = (
+    1.08  # tokens/s must rise by this factor to divide further: costs are estimates, and dividing costs, too
+)
+
+_SIZE_LIMITS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # sizes up to each limit are taken as alike
+_QUICKER_WEIGHT: Final = 0.3  # weight of a new measurement that is quicker than the estimate
+_SLOWER_WEIGHT: Final = 0.02  # weight of a slower one: waiting makes steps slow, nothing makes them quick
+_ASSUMED_TOKEN_COST: Final = 0.02  # share of a step that one more token is assumed to cost beyond all measured sizes
+_MAX_AGE_STEPS: Final = 2_000  # older measurements are dropped, so that their size is tried again
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """What the configuration allows the scheduler; functions/configuration/config.py explains each setting."""
+
+    queue_limit: int = 256
+    chunk_tokens: int = 256
+    micro_batch_sequences: int = 8
+    stages_at_once: int = 0  # 0: all
+    draft_tokens: int = 0  # 0: no speculation
+    cold_start_timeout_seconds: float = 300.0
+
+
+def micro_batches_allowed(
+    ready_instances: Items[int], service_seconds: Items[float], network_seconds: Items[float] = ()
+) -> int:
+    """How many micro-batches may be in flight: at least one for each stage.
+
+    ready_instances: per stage, how many take work; 0: unknown. service_seconds: per stage, a step that does not wait, its
+    network included; if one is 0, all stages are taken as equal. network_seconds: the part of them that keeps no instance busy.
+
+    The narrowest stage has the most busy seconds per instance. By Little's law, its rate times the seconds of a whole round
+    keeps it busy; twice that keeps two micro-batches at each of its instances, apart from those at the other stages. Two per
+    instance counted over the whole pipeline would leave it with little more than one, below the autoscaler's target, so that
+    it would never grow (docs/scheduling.md has the numbers).
+    """
+    instances = [max(1, count) for count in ready_instances]
+    seconds = busy = service_seconds if all(service_seconds) else [1.0] * len(instances)
+    if network_seconds and all(service_seconds):
+        computing = [each - network for each, network in zip(seconds, network_seconds, strict=True)]
+        busy = computing if min(computing) > 0 else seconds
+    rate = min([count / each for count, each in zip(instances, busy, strict=True)])
+    wanted = max(len(instances), math.ceil(IN_FLIGHT_PER_INSTANCE * rate * sum(seconds) - 1e-9))
+    without_network = max(len(instances), math.ceil(IN_FLIGHT_PER_INSTANCE * rate * sum(busy) - 1e-9))
+    return min(wanted, _MAX_FACTOR_FOR_NETWORK * without_network)
+
+
+def micro_batches_wanted(
+    sequences: int, stages_at_once: int, max_sequences: int, allowed: int, filling: Callable[[int, int], int] | None = None
+) -> int:
+    """How many micro-batches `sequences` are divided into.
+
+    First one for each stage that can compute at the same time, then as many full ones as are needed and allowed.
+    filling: given the sequences and a minimum, how many keep a slow network busy; None: the network is quick.
+    """
+    wanted = min(sequences, allowed, max(stages_at_once, math.ceil(sequences / max_sequences)))
+    return wanted if filling is None or wanted < 1 else min(sequences, allowed, filling(sequences, wanted))
+
+
+def admissible_sequences(running: int, allowed: int, max_sequences: int) -> int:
+    """How many more sequences fit into the allowed micro-batches; negative if there are more than allowed."""
+    return allowed * max_sequences - running
+
+
+def max_waiting(queue_limit: int, admissible: int) -> int:
+    """With so many waiting, a request is refused. Those that the next decision admits do not count against the limit."""
+    return queue_limit + max(0, admissible)
+
+
+@dataclass(slots=True)
+class _Measured:
+    tokens: float
+    seconds: float
+    at_step: int
+
+
+@dataclass(slots=True)
+class RowCosts:
+    """Seconds of one stage's decode steps by their number of tokens: four often cost hardly more than one, sixteen do."""
+
+    _measured: dict[int, _Measured] = field(default_factory=dict)  # by index in _SIZE_LIMITS
+    _steps: int = 0
+
+    def step(self, tokens: int, seconds: float) -> None:
+        """Takes in a measured decode step."""
+        self._steps += 1
+        size = bisect_left(_SIZE_LIMITS, tokens)
+        old = self._measured.get(size)
+        if old is None or self._steps - old.at_step > _MAX_AGE_STEPS:
+            self._measured[size] = _Measured(tokens, seconds, self._steps)
+            return
+        weight = _QUICKER_WEIGHT if seconds < old.seconds else _SLOWER_WEIGHT
+        old.seconds += weight * (seconds - old.seconds)
+        old.tokens += weight * (tokens - old.tokens)
+        old.at_step = self._steps
+
+    def points(self) -> list[tuple[float, float]]:
+        """(tokens, seconds) of measured sizes, both ascending.
+
+        A step that took longer than a larger one has waited, so it counts as the larger one's seconds. If instead the larger
+        one were raised, one slow step of a rare size would make all further tokens look free.
+        """
+        points: list[tuple[float, float]] = []
+        for size in sorted(self._measured, reverse=True):
+            measured = self._measured[size]
+            if self._steps - measured.at_step <= _MAX_AGE_STEPS and (not points or measured.tokens < points[-1][0]):
+                points.append((measured.tokens, min(measured.seconds, points[-1][1] if points else math.inf)))
+        return points[::-1]
+
+
+def seconds_on(points: Items[tuple[float, float]], tokens: int) -> float | None:
+    """Seconds of a step with `tokens` tokens, interpolated on `RowCosts.points`. None: nothing is measured."""
+    if not points:
+        return None
+    if tokens <= points[0][0]:
+        return points[0][1] / (1 + _ASSUMED_TOKEN_COST * (points[0][0] - tokens))
+    for (fewer, less), (more, longer) in pairwise(points):
+        if tokens <= more:
+            return less + (longer - less) * (tokens - fewer) / (more - fewer)
+    last, seconds = points[-1]
+    return seconds * (1 + _ASSUMED_TOKEN_COST * (tokens - last))
+
+
+def micro_batches_that_fill(
+    sequences: int, minimum: int, maximum: int, stages_at_once: int, costs: Items[RowCosts], network_seconds: float
+) -> int:
+    """How many micro-batches make the most tokens a second on a slow network: some compute while others travel.
+
+    Smaller steps cost more for each row, so that more micro-batches may also make fewer tokens: the measured costs decide.
+    """
+    curves = [cost.points() for cost in costs]
+    if not all(curves):
+        return minimum
+
+    def rate(count: int) -> float:
+        stage_seconds = [seconds_on(points, math.ceil(sequences / count)) or 0.0 for points in curves]
+        computing = max(*stage_seconds, sum(stage_seconds) / stages_at_once)
+        return sequences / max(count * computing, sum(stage_seconds) + network_seconds)
+
+    best = minimum
+    for count in range(minimum + 1, min(maximum, sequences) + 1):
+        if rate(count) > _MIN_RATE_GAIN * rate(best):
+            best = count
+    return best

@@ -1,0 +1,187 @@
+"""What happens next. `decide` changes the scheduler's state by everything that can happen now; it does no input or output."""
+
+import math
+
+from functions.gateway.scheduling.actions import Action
+from functions.gateway.scheduling.admission import admit, reserve_for_followers
+from functions.gateway.scheduling.micro_batch import Step, level, make_step, prompt_chunks
+from functions.gateway.scheduling.migration import migrate
+from functions.gateway.scheduling.progress import Chunk
+from functions.gateway.scheduling.sequence import TRIAL_AFTER_FAILURES, Sequence
+from functions.gateway.scheduling.speculation import draft_lengths, step_seconds
+from functions.gateway.scheduling.state import SchedulerState
+from functions.gateway.scheduling.wake_up import PAUSE_SECONDS
+from functions.gateway.stages.instances import Instance
+from functions.gateway.stages.trip import Trip
+
+
+def decide(state: SchedulerState, now: float) -> list[Action]:
+    """Returns what must be sent, in order. now: in time.monotonic()."""
+    waiting = state.waiting
+    state.expire(now)
+    if waiting.backing_off:
+        waiting.resume(now)
+    close_empty_micro_batches(state)
+    actions: list[Action] = [*migrate(state, now)]
+    if not state.micro_batches or now >= state.leases.renew_at:
+        used = [instance for batch in state.micro_batches for instance in batch.route.instances]
+        actions += state.leases.renew(used, state.sequences, now)
+    actions += reserve_for_followers(state)
+    if waiting.queue or waiting.backlog.sequences:
+        actions += admit(state, now)
+    if state.suspects or state.trial is not None:
+        choose_trial(state)
+    actions += begin_decode_steps(state)
+    actions += begin_prompt_steps(state, now)
+    stranded = [batch for batch in state.micro_batches if state.placement.strands(batch.route)]
+    if now >= state.wake_ups.next_at and (stranded or waiting):
+        first_round = state.no_route_since is None or now - state.no_route_since < PAUSE_SECONDS
+        actions += state.begin_wake_up(all_stages=first_round)
+    if waiting.backlog.sequences:
+        actions += state.backlog_signals.send(waiting.backlog, state.placement, now)
+    actions += state.take_releases()
+    return actions
+
+
+def next_due(state: SchedulerState, now: float) -> float:
+    """When something must be decided although nothing came back, in time.monotonic(); infinity: never."""
+    due = [sequence.deadline for sequence in state.sequences.values()]
+    if state.waiting:
+        timeout = state.limits.cold_start_timeout_seconds
+        due += [since + timeout for since, _ in state.without_route()]
+        due += [sequence.retry_budget.retry_at for sequence in state.waiting.backing_off]
+        if state.waiting.backlog.sequences:
+            due.append(state.waiting.backlog.retry_at)
+        if not state.wake_ups.under_way:
+            due.append(state.wake_ups.next_at)
+    if state.micro_batches:
+        due.append(state.leases.renew_at)
+    due.append(state.placement.next_resumption(now))
+    return min([moment for moment in due if moment > now], default=math.inf)
+
+
+def close_empty_micro_batches(state: SchedulerState) -> None:
+    for batch in [batch for batch in state.micro_batches if not batch.sequences and not batch.decoding]:
+        batch.route.close()
+        state.micro_batches.remove(batch)
+
+
+# Suspects run alone.
+
+
+def choose_trial(state: SchedulerState) -> None:
+    """A suspect near the end of its retry budget runs alone: if it breaks a stage, no other sequence of the gateway suffers."""
+    if state.trial is not None and (state.trial not in state.suspects or state.trial.route is None):
+        state.trial = None
+    if state.trial is None:
+        for sequence in state.suspects:
+            ready = sequence.retry_budget.failures_here >= TRIAL_AFTER_FAILURES and sequence.at_rest
+            if ready and not sequence.stream.over:
+                state.trial = sequence
+                return
+
+
+def may_send(state: SchedulerState, sequence: Sequence) -> bool:
+    if state.trial is None:
+        return sequence.retry_budget.failures_here < TRIAL_AFTER_FAILURES
+    return sequence is state.trial and len(state.steps) == sequence.progress.in_flight
+
+
+# Steps.
+
+
+def begin_decode_steps(state: SchedulerState) -> list[Trip]:
+    """A step for each micro-batch that is not decoding and has sequences that can."""
+    trips = []
+    depth = state.placement.num_stages - 1
+    too_many = len(state.micro_batches) > 1 and len(state.micro_batches) > state.micro_batches_wanted(state.running)
+    for batch in list(state.micro_batches):
+        if batch.decoding or batch.target is not None:
+            continue
+        if len(state.micro_batches) > 1:
+            level(batch, state.micro_batches, too_many, state.limits.micro_batch_sequences)
+        ready = [
+            sequence
+            for sequence in batch.sequences
+            if not sequence.retry_budget.failures_here
+            and sequence.decodes
+            and (state.trial is None or may_send(state, sequence))
+        ]
+        if ready:
+            drafts = choose_drafts(state, ready) if state.limits.draft_tokens else [()] * len(ready)
+            chunks = [
+                (sequence, Chunk(len(sequence.tokens) - 1, 1, depth, draft))
+                for sequence, draft in zip(ready, drafts, strict=True)
+            ]
+            trips.append(_begin(state, make_step(chunks, batch.route.instances, batch)))
+    return trips
+
+
+def choose_drafts(state: SchedulerState, sequences: list[Sequence]) -> list[tuple[int, ...]]:
+    """For each sequence of a decode step, as many draft tokens as are worth their cost."""
+    limit = state.limits.draft_tokens
+    drafts: list[tuple[int, ...]] = []
+    for sequence in sequences:
+        # With the token that is drawn in any case, no more than the answer may still have.
+        possible = min(limit, sequence.reserve_tokens - len(sequence.tokens) - 1)
+        drafts.append(() if sequence.drafter is None else sequence.drafter.draft(possible))
+    if not any(drafts):
+        return drafts
+    chances = [0.0 if sequence.drafter is None else sequence.drafter.chance for sequence in sequences]
+    stages = state.stats.stages
+    micro_batches = sum([1 for batch in state.micro_batches if batch.sequences])
+    network_seconds = sum([stage.network_seconds for stage in stages])
+    seconds = step_seconds([stage.costs for stage in stages], micro_batches, network_seconds)
+    lengths = draft_lengths([(len(draft), chance) for draft, chance in zip(drafts, chances, strict=True)], seconds)
+    return [draft[:length] for draft, length in zip(drafts, lengths, strict=True)]
+
+
+def begin_prompt_steps(state: SchedulerState, now: float) -> list[Trip]:
+    """A step at each first stage that has no prompt chunk: the sequence that waits longest and others that fit in.
+
+    None to an instance that has just broken: suspects, which travel one by one, would each lose another attempt there.
+    """
+    prompts_of: dict[tuple[Instance, ...], list[Sequence]] = {}
+    for batch in state.micro_batches:
+        if batch.target is None and batch.route.instances[0].prompts.idle and not batch.route.suspended(now):
+            prompts = [sequence for sequence in batch.sequences if _has_prompt_chunk(state, sequence)]
+            if prompts:
+                prompts_of.setdefault(batch.route.instances, []).extend(prompts)
+    for prompts in prompts_of.values():
+        prompts.sort(key=lambda sequence: sequence.last_chunk_step)
+    trips = []
+    for route, prompts in sorted(prompts_of.items(), key=lambda item: item[1][0].last_chunk_step):
+        if route[0].prompts.idle:  # may have changed: routes can share their first stage
+            chunks = prompt_chunks(prompts, state.limits.chunk_tokens)
+            if chunks:
+                trips.append(_begin(state, make_step(chunks, route, None)))
+    return trips
+
+
+def _has_prompt_chunk(state: SchedulerState, sequence: Sequence) -> bool:
+    """It may send a chunk: at most as many are in flight as there are stages."""
+    if not sequence.reserved or sequence.leader is not None or sequence.must_restart or sequence.stream.over:
+        return False
+    if sequence.progress.in_flight >= state.placement.num_stages or not may_send(state, sequence):
+        return False
+    return sequence.retry_budget.failures_here > 0 or not sequence.decodes
+
+
+def _begin(state: SchedulerState, step: Step) -> Trip:
+    is_prompt = step.micro_batch is None
+    if step.micro_batch is not None:
+        step.micro_batch.decoding = True
+    else:
+        step.trip.instances[0].prompts.queue()
+    state.steps[step.trip] = step
+    state.steps_begun += 1
+    for sequence, chunk in step.chunks.values():
+        sequence.progress.send(chunk)
+        if sequence.stream.started(chunk.position):
+            state.stats.cached_tokens += chunk.position
+        if is_prompt:
+            sequence.last_chunk_step = state.steps_begun
+        prompt_tokens = min(chunk.position + chunk.length, len(sequence.prompt.token_ids)) - chunk.position
+        if prompt_tokens > 0:
+            state.stats.prompt_tokens += prompt_tokens
+    return step.trip

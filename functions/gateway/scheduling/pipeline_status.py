@@ -1,0 +1,103 @@
+"""The pipeline at one moment as this gateway sees it: plain data for the page and for `GET /v1/pipeline/events`.
+
+A gateway knows the instances by its watch, its own events in flight and its own queue. Each of several gateways sees only its
+own part of the work.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from functions.gateway.scheduling.state import SchedulerState
+from functions.gateway.scheduling.wake_up import ColdStart
+from functions.gateway.stages.instances import Instance
+
+# asleep: a Service URL, without a watch of its instances, that has to be woken. suspended: it has just failed.
+InstanceState = Literal["asleep", "starting", "ready", "suspended", "leaving"]
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceStatus:
+    number: int
+    revision: str
+    state: InstanceState
+    routes: int
+    free_tokens: int | None
+    event_seconds: float  # sum over its events, see InFlight
+
+
+@dataclass(frozen=True, slots=True)
+class StageStatus:
+    instances: tuple[InstanceStatus, ...]
+    steps: int
+    step_seconds: float  # sum over all steps
+    cold: bool
+    start: ColdStart | None
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerStatus:
+    request_id: str
+    client_id: str
+    route: tuple[int, ...]  # number of the instance at each stage; empty while it waits
+    prompt_tokens: int
+    tokens: int
+    replays: int
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineStatus:
+    moment: float  # in time.monotonic()
+    stages: tuple[StageStatus, ...]
+    waiting: int
+    running: int
+    micro_batches: int
+    tokens: int  # drawn since the start
+    answers: tuple[AnswerStatus, ...]
+
+
+def pipeline_status(state: SchedulerState) -> PipelineStatus:
+    """The caller holds the scheduler's lock."""
+    now, cold, stages = time.monotonic(), set(state.placement.cold()), []
+    for stage, stats in enumerate(state.stats.stages):
+        instances = tuple(_instance_status(instance, now) for instance in state.placement.instances(stage))
+        start = state.wake_ups.last_start(stage)
+        stages.append(StageStatus(instances, stats.steps, stats.seconds, stage in cold, start))
+    return PipelineStatus(
+        moment=now,
+        stages=tuple(stages),
+        waiting=len(state.waiting),
+        running=state.running,
+        micro_batches=len(state.micro_batches),
+        tokens=state.stats.tokens,
+        answers=tuple(
+            AnswerStatus(
+                request_id=sequence.prompt.request_id,
+                client_id=sequence.prompt.client_id,
+                route=tuple(instance.number for instance in sequence.route.instances) if sequence.route else (),
+                prompt_tokens=len(sequence.prompt.token_ids),
+                tokens=len(sequence.tokens) - len(sequence.prompt.token_ids),
+                replays=sequence.stream.timings().replays,
+            )
+            for sequence in state.sequences.values()
+        ),
+    )
+
+
+def _instance_status(instance: Instance, now: float) -> InstanceStatus:
+    if instance.terminating:
+        state: InstanceState = "leaving"
+    elif not instance.ready:
+        state = "starting"
+    elif not instance.awake:
+        state = "asleep"
+    else:
+        state = "suspended" if instance.suspended(now) else "ready"
+    return InstanceStatus(
+        number=instance.number,
+        revision=instance.revision,
+        state=state,
+        routes=instance.routes,
+        free_tokens=instance.free_tokens,
+        event_seconds=instance.in_flight.event_seconds(),
+    )

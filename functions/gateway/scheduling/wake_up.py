@@ -1,0 +1,63 @@
+"""Wake-ups of sleeping stages, and the cold starts that follow as this gateway saw them."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from eventing.wire.control import WarmupReply
+from functions.gateway.scheduling.actions import Wake
+from functions.gateway.stages.routes import Placement
+
+PAUSE_SECONDS: Final = 0.5  # between two rounds of warm-up events; the watch may see a new pod as much later than its reply
+
+
+@dataclass(frozen=True, slots=True)
+class ColdStart:
+    """A stage's start from zero."""
+
+    began: float  # when the warm-up event was sent, in time.monotonic()
+    ended: float | None = None  # when it was answered or failed
+    phases: Mapping[str, float] = field(default_factory=dict)  # seconds from the pod's start to each phase's end (startup.py)
+    cause: str = ""  # why it failed, in one word
+
+
+class WakeUps:
+    """Rounds of warm-up events: to all stages the first time, then to those that are still cold."""
+
+    def __init__(self) -> None:
+        self.under_way = False
+        self.next_at = 0.0  # when the next round may begin, in time.monotonic()
+        self._starting: dict[int, ColdStart] = {}
+        self._last: dict[int, ColdStart] = {}
+
+    def begin(self, placement: Placement, *, all_stages: bool) -> list[Wake]:
+        """Begins a round if a stage is cold and no round is under way."""
+        cold = placement.cold()
+        if not cold or self.under_way:
+            return []
+        self.under_way = True
+        for stage in cold:
+            self._starting[stage] = ColdStart(time.monotonic())
+        return [Wake(range(placement.num_stages) if all_stages else cold)]
+
+    def round_over(self) -> None:
+        """All warm-up events of the round were answered or have failed."""
+        self.under_way = False
+        self.next_at = time.monotonic() + PAUSE_SECONDS
+
+    def stage_woke(self, stage: int, reply: WarmupReply) -> None:
+        """Notes a cold start, unless the pod had begun to start before it was asked: then it did not start from zero."""
+        start = self._starting.pop(stage, None)
+        now = time.monotonic()
+        if start is not None and max(reply.start_up.values(), default=0.0) <= now - start.began:
+            self._last[stage] = ColdStart(start.began, now, reply.start_up)
+
+    def stage_failed(self, stage: int, cause: str) -> None:
+        start = self._starting.pop(stage, None)
+        if start is not None:
+            self._last[stage] = ColdStart(start.began, time.monotonic(), cause=cause)
+
+    def last_start(self, stage: int) -> ColdStart | None:
+        """The cold start that is under way, else the last one. None: there was none."""
+        return self._starting.get(stage) or self._last.get(stage)
