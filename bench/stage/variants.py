@@ -12,10 +12,8 @@ from typing import Final
 import torch
 from torch.nn import functional
 
-from functions.stage.models.llama.int8_linear import Int8Linear
-from functions.stage.models.llama.linear import OneDnnLinear, PlainLinear
-from functions.stage.models.llama.norm import RmsNorm
-from functions.stage.models.llama.rotation import rotate
+from functions.stage.models.llama.layer import RmsNorm, rotate
+from functions.stage.models.llama.linear import Int8Linear, OneDnnLinear, PlainLinear
 
 Ways = dict[str, Callable[[], object]]
 

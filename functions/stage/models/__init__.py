@@ -1,5 +1,5 @@
-"""What a stage runs: the interface of a layer group, the families, and the choice between the ways to run one.
+"""The interface of a layer group, the model families, and the choice of an implementation.
 
 May import: functions.configuration, functions.stage.models.llama, functions.stage.models.native,
-functions.stage.models.transformers, storage, storage.checkpoints, storage.loading, storage.models.
+functions.stage.models.transformers, functions.stage.native, storage, storage.checkpoints, storage.loading, storage.models.
 """

@@ -1,5 +1,6 @@
-"""Which layer group runs a model. Nothing is imported but what the chosen one needs: a native stage never loads torch."""
+"""Chooses and builds the layer group that runs a model. A native stage never imports torch."""
 
+import logging
 import os
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -9,10 +10,13 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from functions.configuration.pass_times import PassTimes
 from functions.stage.models.families import family_of
 from functions.stage.models.layer_group import LayerGroup
-from functions.stage.models.native.choice import native_obstacle
+from functions.stage.native import limits
+from functions.stage.native.library import UNAVAILABLE, library
 from storage.checkpoints.llama_config import LlamaConfig, UnsupportedConfig
 from storage.errors import LibraryMissing
 from storage.loading.weight_loader import RawTensor
+
+_log: Final = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from functions.stage.models.llama.group import LlamaGroup
@@ -20,11 +24,9 @@ if TYPE_CHECKING:
 
 Kind = Literal["auto", "native", "llama", "transformers", "sleep"]
 
-FLOAT_DTYPES: Final = ("float32", "bfloat16", "float16")
-"""Of publications that GPUs and transformers run."""
+FLOAT_DTYPES: Final = ("float32", "bfloat16", "float16")  # of publications that run on GPUs and in transformers
+# Of CUDA, ROCm, and CUDA under WSL. Without any of them there is no GPU, and torch need not be imported to find out.
 _GPU_FILES: Final = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-"""CUDA's, ROCm's, and CUDA's under WSL: where there is none of them, torch need not be asked for GPUs."""
-
 
 _MODULES: Final = {
     "native": "functions.stage.models.native.group",
@@ -35,33 +37,28 @@ _MODULES: Final = {
 
 
 class UnsupportedDtype(Exception):
-    """The group cannot run what the publication holds. Publish the model in a float dtype."""
+    """The group cannot run the publication's dtype. Publish the model in a float dtype."""
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class GroupChoice:
     """What runs the layers of a model, and where."""
 
     kind: Literal["native", "llama", "transformers", "sleep"]
     device: str
-    why: str | None = None
-    """The layers do not run in C."""
-
-
-def _nothing() -> None:
-    pass
+    why: str | None = None  # the layers do not run in C
 
 
 def choose(
-    kind: Kind, config: Mapping[str, Any], dtype: str, device: str, before_torch: Callable[[], None] = _nothing
-) -> Choice:
-    """device: auto, cpu, cuda, or another of torch's. before_torch: called where torch is about to be imported.
+    kind: Kind, config: Mapping[str, Any], dtype: str, device: str, before_torch: Callable[[], None] = lambda: None
+) -> GroupChoice:
+    """device: auto, cpu, cuda, or another of torch's. before_torch: called just before torch is imported.
 
-    `auto` takes layers in C where they run, else torch's operators where they run the model exactly, else transformers. Raises
-    UnsupportedArchitecture, UnsupportedConfig, UnsupportedDtype where another kind was asked for, and LibraryMissing.
+    `auto` prefers layers in C, then torch's operators if they run the model exactly, then transformers. Raises
+    UnsupportedArchitecture, UnsupportedConfig, UnsupportedDtype if the requested kind cannot run it, and LibraryMissing.
     """
     if kind == "sleep":
-        return Choice(kind, "cpu")
+        return GroupChoice(kind, "cpu")
     family_of(config)
     device = device_for(device, dtype, before_torch)
     try:
@@ -73,26 +70,38 @@ def choose(
     if kind == "native" and obstacle is not None:
         raise UnsupportedConfig(f"the layers do not run in C: {obstacle}")
     if kind == "native" or (kind == "auto" and obstacle is None):
-        return Choice("native", device)
+        return GroupChoice("native", device)
     return _of_torch("llama" if kind == "auto" else kind, config, dtype, device, obstacle, before_torch)
 
 
-def device_for(configured: str, dtype: str, before_torch: Callable[[], None] = _nothing) -> str:
-    """Where layers of a publication run: `auto` takes a GPU where there is one and the dtype runs on it. int8 runs on CPUs."""
+def native_obstacle(model: LlamaConfig, dtype: str, device: str) -> str | None:
+    """Why the layers cannot run in C: another dtype or device, odd sizes, or neither a library nor a compiler. None: they can.
+
+    Logs a warning if layers in C were to be expected, on a CPU in one of their dtypes.
+    """
+    obstacle = limits.obstacle(dtype, device, {"head_dim": model.head_dim})
+    if obstacle is None:
+        try:
+            library()
+        except UNAVAILABLE as error:
+            obstacle = str(error)
+    if obstacle is not None and dtype in limits.DTYPES and device == "cpu":
+        _log.warning("layers run by torch's operators, which is slower: %s", obstacle)
+    return obstacle
+
+
+def device_for(configured: str, dtype: str, before_torch: Callable[[], None] = lambda: None) -> str:
+    """The device that layers run on. `auto` takes a GPU if there is one that runs the dtype; int8 and q4 run on CPUs."""
     if configured != "auto":
         return configured
-    return (
-        "cuda" if dtype in FLOAT_DTYPES and any(map(os.path.exists, _GPU_FILES)) and _torch_finds_a_gpu(before_torch) else "cpu"
-    )
-
-
-def _torch_finds_a_gpu(before_torch: Callable[[], None]) -> bool:
+    if dtype not in FLOAT_DTYPES or not any(map(os.path.exists, _GPU_FILES)):
+        return "cpu"
     before_torch()
     try:
         import torch
     except ImportError:
-        return False
-    return torch.cuda.is_available()
+        return "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _of_torch(
@@ -102,30 +111,30 @@ def _of_torch(
     device: str,
     why: str | None,
     before_torch: Callable[[], None],
-) -> Choice:
+) -> GroupChoice:
     before_torch()
     if kind == "transformers" and dtype not in FLOAT_DTYPES:
         raise UnsupportedDtype(f"{config.get('model_type')} in {dtype}: transformers runs {', '.join(FLOAT_DTYPES)} only")
     if dtype == "q4":
         raise UnsupportedDtype(f"q4 runs by layers in C alone, and here they do not: {why or f'{kind} was asked for'}")
     what = f"a {config.get('model_type')} model in {dtype} on {device}" + (f" ({why})" if why else "")
-    for library in ("torch", "transformers") if kind == "transformers" else ("torch",):
+    for name in ("torch", "transformers") if kind == "transformers" else ("torch",):
         try:
-            import_module(library)
+            import_module(name)
         except ImportError as missing:
-            raise LibraryMissing(f"{what} takes {library}", missing) from missing
-    return Choice(kind, device, why)
+            raise LibraryMissing(f"{what} takes {name}", missing) from missing
+    return GroupChoice(kind, device, why)
 
 
-def import_group(choice: Choice) -> None:
-    """Ahead of its use, so that imports and work on weights are told apart."""
+def import_group(choice: GroupChoice) -> None:
+    """Imports the group's module before its use, so that the time of imports is measured by itself."""
     import_module(_MODULES[choice.kind])
 
 
 def empty_group(
-    choice: Choice, config: Mapping[str, Any], first_layer: int, last_layer: int, dtype: str, kv_budget_bytes: int
+    choice: GroupChoice, config: Mapping[str, Any], first_layer: int, last_layer: int, dtype: str, kv_budget_bytes: int
 ) -> "NativeGroup | LlamaGroup":
-    """A group of the native or llama kind, for weights that are placed as they come. Raises what the group raises."""
+    """A native or llama group without weights, which are placed as they arrive. Raises what the group raises."""
     if choice.kind == "native":
         from functions.stage.models.native.group import NativeGroup
 
@@ -148,8 +157,8 @@ def build_layer_group(
 ) -> LayerGroup:
     """Layers [first_layer, last_layer) of the model of a config.json, ready to run.
 
-    tensors: by their names in the checkpoint; the group may take them out. dtype: of the publication. sleep_times: of a
-    pass with `sleep`, which needs no tensors; None: none. Raises what `choose` and the group raise.
+    tensors: by checkpoint name; the group may remove them. dtype: of the publication. sleep_times: of passes of `sleep`, which
+    needs no tensors. Raises what `choose` and the group raise.
     """
     choice = choose(kind, config, dtype, device)
     if choice.kind == "sleep":

@@ -1,10 +1,10 @@
-"""Keys and values of a range of a sequence's tokens ↔ bytes: what goes from pod to pod, and into the store.
+"""Keys and values of a range of tokens ↔ bytes, which go from pod to pod and into the store.
 
     header   96 bytes, little-endian: magic "LMKV", version, layout, first token, tokens, BLAKE3 of the payload
     payload  [num_layers, 2, kv_heads, tokens, head_bytes], as the arena has them
 
-Nothing of a payload is touched before the header and the digest agree with the arena that it is for. Which model and which
-layers they are of is not said here: who asks for bytes names that (`stage/kv`).
+A payload is used only after header and digest have been checked against the arena. The bytes do not name model and layers:
+the request for them does (`stage/kv`).
 """
 
 import struct
@@ -24,16 +24,16 @@ _DIGEST_BYTES: Final = 32
 
 
 class ForeignKV(ValueError):
-    """Bytes of another layout, version or place in the sequence: another model, dtype, CPU or release wrote them."""
+    """The bytes have another layout, version or position: another model, dtype, CPU or release wrote them."""
 
 
 class AlteredKV(ValueError):
-    """Bytes that are not those that were written: truncated, or their digest is another."""
+    """The bytes are not those that were written: they are truncated, or their digest differs."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckedKV:
-    """Tokens [first, end), whose bytes are those that were written."""
+    """Verified bytes of tokens [first, end)."""
 
     first: int
     end: int
@@ -41,17 +41,14 @@ class CheckedKV:
 
 
 def read_kv(pool: KVRanges, handle: int, first: int, end: int) -> bytearray:
-    """Tokens [first, end) of a sequence that holds them; `first` begins a block. A copy.
-
-    Raises ValueError for a range that is not held.
-    """
+    """A copy of tokens [first, end); `first` begins a block. Raises ValueError if the sequence does not hold them."""
     data = copied_kv(pool, handle, first, end)
     stamp(data)
     return data
 
 
 def copied_kv(pool: KVRanges, handle: int, first: int, end: int) -> bytearray:
-    """As `read_kv`, but for the digest, which `stamp` adds: what takes longest is for any thread."""
+    """As `read_kv`, without the digest. `stamp` adds that, which takes longest, in any thread."""
     layout = pool.layout
     if not 0 <= first < end <= pool.length(handle) or first % layout.block_tokens:
         raise ValueError(f"tokens {first} to {end} of a sequence that holds {pool.length(handle)}")
@@ -64,28 +61,28 @@ def copied_kv(pool: KVRanges, handle: int, first: int, end: int) -> bytearray:
 
 
 def stamp(data: bytearray) -> None:
-    """Puts the payload's digest into the header."""
+    """Writes the payload's digest into the header."""
     data[HEADER_BYTES - _DIGEST_BYTES : HEADER_BYTES] = blake3(memoryview(data)[HEADER_BYTES:]).digest()
 
 
 def write_kv(pool: KVRanges, handle: int, data: bytes | bytearray | memoryview) -> int:
-    """Puts what of `data` lies behind the tokens that the sequence holds already; how many it holds then.
+    """Writes the tokens of `data` that the sequence lacks. Returns how many it holds then.
 
-    Raises ForeignKV, AlteredKV, and ValueError where tokens would be missing in between or there is no room.
+    Raises ForeignKV, AlteredKV, and ValueError if tokens between would be missing, or too little is reserved.
     """
     return put_kv(pool, handle, checked(pool.layout, data))
 
 
 def put_kv(pool: KVRanges, handle: int, found: CheckedKV) -> int:
-    """As `write_kv`, of what was checked with the pool's layout, in any thread."""
+    """As `write_kv`, for bytes that were checked with the pool's layout."""
     first, end = found.first, found.end
     held = pool.length(handle)
     if held >= end:
         return held
     layout = pool.layout
     if held < first or held % layout.block_tokens or end > pool.reserved(handle):
-        room = pool.reserved(handle)
-        raise ValueError(f"tokens {first} to {end} for a sequence that holds {held} and has room for {room}")
+        reserved = pool.reserved(handle)
+        raise ValueError(f"tokens {first} to {end} for a sequence that holds {held} and has room for {reserved}")
     rows = layout.rounded(end) - first
     arrays = np.frombuffer(found.payload, np.uint8).reshape(_shape(layout, rows))
     pool.copy_in(pool.start(handle) + held, arrays[:, :, :, held - first :])
@@ -94,7 +91,7 @@ def put_kv(pool: KVRanges, handle: int, found: CheckedKV) -> int:
 
 
 def checked(layout: KVLayout, data: bytes | bytearray | memoryview) -> CheckedKV:
-    """Raises ForeignKV or AlteredKV."""
+    """Verifies bytes against a layout. Raises ForeignKV or AlteredKV."""
     view = memoryview(data)
     if len(view) < HEADER_BYTES:
         raise AlteredKV(f"{len(view)} bytes, fewer than a header has")

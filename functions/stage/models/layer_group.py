@@ -1,7 +1,7 @@
-"""What a stage runs: a group of consecutive decoder layers with their KV cache.
+"""The interface of a layer group: consecutive decoder layers with their KV cache.
 
 Three implementations: `native` (C, no torch), `llama` (torch's operators) and `transformers` (any other family). The engine
-knows this file only, and numpy: what is behind a group's border is its own business.
+knows this interface and numpy arrays, and nothing of an implementation.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from functions.stage.models.floats import Array, Float32, HiddenDtype
 
 
 class KVCacheFull(Exception):
-    """A reservation does not fit into the KV budget. Retrying helps once other sequences end."""
+    """A reservation does not fit into the KV budget. Retry after other sequences have ended."""
 
     def __init__(self, wanted_tokens: int, free_tokens: int) -> None:
         super().__init__(f"{wanted_tokens} tokens wanted, {free_tokens} free")
@@ -21,7 +21,7 @@ class KVCacheFull(Exception):
 
 
 class MissingTensors(Exception):
-    """The published tensors are not those that the layers need. Publish the model again from a complete checkpoint."""
+    """The publication lacks tensors that the layers need. Publish the model again from a complete checkpoint."""
 
 
 class KVCache(Protocol):
@@ -36,10 +36,10 @@ class KVCache(Protocol):
 
     @property
     def resident_bytes(self) -> int:
-        """How much of its memory has ever been used, and is the process's since; 0 where that is not known. Any thread's."""
+        """Memory that has ever been used, and so belongs to the process; 0: unknown. Any thread may ask."""
 
     def reserve(self, tokens: int) -> int:
-        """A handle with room for `tokens`, which can never run out. Raises KVCacheFull."""
+        """A handle with memory for `tokens`. Raises KVCacheFull."""
 
     def reserved(self, handle: int) -> int: ...
 
@@ -47,14 +47,14 @@ class KVCache(Protocol):
         """Tokens held."""
 
     def truncate(self, handle: int, length: int) -> None:
-        """Drops what lies beyond `length`."""
+        """Drops tokens beyond `length`."""
 
     def release(self, handle: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """`length` new tokens of the sequence behind `handle`, whose KV holds exactly `position` tokens."""
+    """`length` new tokens of the sequence with `handle`, whose KV holds exactly `position` tokens."""
 
     handle: int
     position: int
@@ -66,38 +66,34 @@ class LayerGroup(Protocol):
 
     first_layer: int
     last_layer: int
-    num_layers: int
-    """Of the whole model: the group is first when first_layer is 0, last when last_layer is num_layers."""
+    num_layers: int  # of the whole model: the first group has first_layer 0, the last one last_layer num_layers
     hidden_size: int
     vocab_size: int
-    max_positions: int
-    """The model's context, tokens."""
+    max_positions: int  # the model's context, tokens
     hidden_dtype: HiddenDtype
-    runs_by: str
-    """What computes the layers and, where that is not the fastest, why: for people."""
+    runs_by: str  # for people: what computes the layers and, if that is not the fastest, why
 
     @property
     def shares_work(self) -> bool:
-        """Whether threads of a pass take each other's work, so that one whose core is busy holds up no other. They are the
-        group's, whoever calls; torch's operators have some for each thread that calls."""
+        """True if the group has one pool of threads for all callers, which take work from each other. Torch's operators have a
+        pool for each thread that calls them."""
 
     @property
     def kv(self) -> KVCache: ...
 
     def use_threads(self, count: int) -> None:
-        """How many compute from here on; one until it is said, but for torch's operators, which have a number of their own."""
+        """Sets the number of threads of later passes. The default is one, or torch's own."""
 
     def forward(self, inputs: Array, segments: Sequence[Segment]) -> Array:
-        """Runs all segments, each of another sequence, in one pass and extends their KV by their lengths.
+        """Runs all segments, each of another sequence, in one pass, and extends their KV by their lengths.
 
-        Arrays go in and come out wherever the layers are. What goes in is only read: it may be the very bytes of an event. What
-        comes out is the caller's to keep, no buffer of the group's. Where this raises, the KV of the segments may be anything
-        up to their length: the caller truncates.
+        The group only reads `inputs`, which may be the bytes of an event. The caller owns the result. If this raises, the KV of
+        a segment may have grown by any part of its length: the caller truncates.
 
         inputs: int64 token ids [sum(length)] for the first group, else hidden states [sum(length), hidden_size].
-        Returns hidden states [sum(length), hidden_size]; the last group has applied the final norm. Hidden states are of
-        `hidden_dtype`, as `floats.DTYPES` has it: bf16 is its bits in uint16.
+        Returns hidden states [sum(length), hidden_size], with the final norm applied by the last group. Hidden states have
+        `hidden_dtype`, stored as `floats.DTYPES` says: bf16 is its bits in uint16.
         """
 
     def logits(self, hidden: Array) -> Float32:
-        """Last group only: [n, hidden_size] → float32 [n, vocab_size], with the family's scaling and soft cap."""
+        """For the last group only: [n, hidden_size] → float32 [n, vocab_size], with the family's scaling and soft cap."""

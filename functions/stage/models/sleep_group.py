@@ -1,8 +1,7 @@
-"""A layer group that waits for what a pass would take on another device instead of computing: what pipelining, scaling and
-the evaluation are measured with.
+"""A layer group that sleeps as long as a pass would take on another device. Pipelining, scaling and the evaluation use it.
 
-KV is accounted for as a real group's. The hidden states carry the token id, and the last stage answers with the token that
-came in, so that a generation goes on to its end.
+KV is accounted for as in a real group. Hidden states carry the token id, and the last stage returns the token that came in,
+so that a generation goes on to its end.
 """
 
 import time
@@ -17,8 +16,8 @@ from functions.stage.models.kv_cache import KVBudget
 from functions.stage.models.layer_group import Segment
 
 _BF16_BYTES: Final = 2
+# A token id travels as digits of 7 bits, which every dtype of hidden states holds exactly; I8 does beside the largest digit.
 _DIGITS: Final = np.array([1, 2**7, 2**14, 2**21])
-"""A token id as digits of seven bits, which every dtype of hidden states holds exactly; of 8 bits, beside the largest digit."""
 _LARGEST: Final = 2**7 - 1
 
 
@@ -32,7 +31,7 @@ class SleepGroup:
     def __init__(
         self, config: Mapping[str, Any], first_layer: int, last_layer: int, kv_budget_bytes: int, times: PassTimes
     ) -> None:
-        """config: a config.json that has the names of Llama's."""
+        """config: a config.json with Llama's names."""
         self.first_layer = first_layer
         self.last_layer = last_layer
         self.num_layers: int = config["num_hidden_layers"]
@@ -43,7 +42,7 @@ class SleepGroup:
         self._times = times
 
     def use_threads(self, count: int) -> None:
-        """Sleeping takes none."""
+        """Does nothing: sleeping takes no threads."""
 
     def forward(self, inputs: Array, segments: Sequence[Segment]) -> Array:
         held = sum(segment.position + segment.length for segment in segments)

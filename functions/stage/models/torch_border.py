@@ -1,6 +1,6 @@
-"""numpy's arrays at the border of a layer group ↔ torch's tensors behind it, for the groups that are made of torch.
+"""numpy arrays at the border of a layer group ↔ torch tensors inside it. Memory is shared whenever both sides can use it.
 
-Memory is shared wherever both sides can have it. The dtypes of a border have their names on the wire (`floats`).
+Dtypes have the wire's names (`floats`).
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.floa
 
 
 def input_tensor(inputs: Array, dtype: str) -> torch.Tensor:
-    """Token ids as they are, hidden states as `dtype`. A copy only where the memory is read-only, which torch does not take."""
+    """Token ids as they are, hidden states as `dtype`. Copies read-only memory, which torch does not accept."""
     if inputs.dtype == np.int64:
         return torch.from_numpy(inputs)
     tensor = torch.from_numpy(inputs if inputs.flags.writeable else inputs.copy())
@@ -24,14 +24,14 @@ def input_tensor(inputs: Array, dtype: str) -> torch.Tensor:
 
 
 def output_array(tensor: torch.Tensor) -> Array:
-    """A tensor on the CPU; bf16 as its bits."""
+    """The array of a CPU tensor; bf16 as its bits."""
     contiguous = tensor.detach().contiguous()
     array: Array = (contiguous.view(torch.uint16) if contiguous.dtype == torch.bfloat16 else contiguous).numpy()
     return array
 
 
 def weight_tensor(raw: RawTensor) -> torch.Tensor:
-    """Over the very memory that the bytes were read into."""
+    """A tensor in the memory that the bytes were read into."""
     return torch.frombuffer(raw.data, dtype=DTYPES[raw.dtype]).view(raw.shape)
 
 
@@ -40,6 +40,6 @@ def weight_tensors(raw: Mapping[str, RawTensor]) -> dict[str, torch.Tensor]:
 
 
 def use_threads(count: int) -> None:
-    """Of torch's operators, in the whole process."""
+    """Sets the threads of torch's operators in the whole process."""
     if count != torch.get_num_threads():
         torch.set_num_threads(count)

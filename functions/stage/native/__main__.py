@@ -1,4 +1,4 @@
-"""Compiles the layers ahead of the first start: `python -m functions.stage.native`."""
+"""Compiles the layers before the first start: `python -m functions.stage.native`."""
 
 import argparse
 import logging

@@ -1,7 +1,7 @@
-"""The library of `c/`, compiled: by the compiler that the package `ziglang` is, or by the one that CC names.
+"""Compiles the library in `c/`, by the compiler in the package `ziglang` or the one that CC names.
 
-What is compiled is kept beside the source, by a digest of source, flags and compiler. Where that folder cannot be written, as
-in a container, what the image brought is used, else a folder of the user's.
+A compiled library is cached in the source's folder under a digest of source, flags and compiler. If that folder cannot be
+written, as in a container, the library that the image brought is used, or else a folder of the user.
 """
 
 import hashlib
@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -23,19 +22,17 @@ from typing import Final
 _log: Final = logging.getLogger(__name__)
 
 SOURCE: Final = Path(__file__).parent / "c"
-_BESIDE: Final = Path(__file__).parent / "__pycache__"
+_CACHE: Final = Path(__file__).parent / "__pycache__"
 
 FLAGS: Final = (
     "-std=gnu11",
     "-O3",
     "-Wall",
     "-Wextra",
-    # Products and sums are joined where the source says so and nowhere else: the same bits from every compiler. No other
-    # flag may change what numbers come out, either.
+    # Products and sums are fused only if the source says so: the same bits from every compiler. No flag may change results.
     "-ffp-contract=off",
-    "-fno-math-errno",  # a square root is an instruction, and no call
-    # Packed numbers are read as other types than they were written as.
-    "-fno-strict-aliasing",
+    "-fno-math-errno",  # a square root is an instruction, not a call
+    "-fno-strict-aliasing",  # packed numbers are read as other types than they were written as
     "-fvisibility=hidden",
     "-fPIC",
     "-pthread",
@@ -44,14 +41,14 @@ _OLDEST_GLIBC: Final = "2.28"
 
 
 class NoCompiler(Exception):
-    """Neither the package ziglang nor CC is there, and nothing compiled. Install ziglang, or set CC."""
+    """There is no compiled library, no package ziglang and no CC. Install ziglang, or set CC."""
 
     def __init__(self) -> None:
         super().__init__("no compiled library and no compiler: pip install ziglang, or name a C compiler with CC")
 
 
 class CompilationFailed(Exception):
-    """The compiler refused, or could not be run. The message has what it said."""
+    """The compiler failed, or could not be run. The message has its output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +58,14 @@ class Compiler:
 
     @classmethod
     def found(cls) -> "Compiler | None":
-        """CC of the environment, else the package ziglang."""
+        """The compiler that CC names, else the package ziglang."""
         if named := os.environ.get("CC"):
             command = tuple(shlex.split(named))
             return cls(command, _output((*command, "--version")))
         if importlib.util.find_spec("ziglang") is None:
             return None
         target = (f"{platform.machine()}-linux-gnu.{_OLDEST_GLIBC}",) if sys.platform == "linux" else ()
-        # Zig's own additions: no checks of undefined behaviour, and no debug information, which is most of a file's size.
+        # Turns off zig's defaults: checks of undefined behaviour, and debug information, which is most of a file's size.
         added = ("-g0", "-fno-sanitize=undefined", *(("-target", *target) if target else ()))
         return cls((sys.executable, "-m", "ziglang", "cc", *added), importlib.metadata.version("ziglang"))
 
@@ -78,20 +75,17 @@ class Compiler:
 
 
 def library_file() -> Path:
-    """The compiled library; compiled first where it is not there yet. Raises NoCompiler, CompilationFailed."""
+    """The compiled library, compiled first if necessary. Raises NoCompiler, CompilationFailed."""
     compiler = Compiler.found()
-    for folder in _folders():
-        if kept := _kept(folder, compiler):
-            return kept
+    name = _library_name(compiler)
+    for folder in (_CACHE, _user_cache()):
+        for file in sorted(folder.glob(name)):
+            return file
     if compiler is None:
         raise NoCompiler
-    return _compiled(compiler)
-
-
-def _compiled(compiler: Compiler) -> Path:
     begun = time.perf_counter()
-    file = _writable_folder() / _name(compiler)
-    # Others may be compiling the same: whoever is last wins, and nobody finds half a file.
+    file = _writable_folder() / name
+    # Other processes may be compiling the same: the last one wins, and none finds half a file.
     handle, made = tempfile.mkstemp(dir=file.parent, suffix=".so")
     os.close(handle)
     try:
@@ -104,44 +98,31 @@ def _compiled(compiler: Compiler) -> Path:
     return file
 
 
-def _kept(folder: Path, compiler: Compiler | None) -> Path | None:
-    """What that compiler has made of this source; without one, what any has."""
-    found = folder.glob(_name(compiler)) if folder.is_dir() else iter(())
-    return next(iter(sorted(found)), None)
-
-
-def _name(compiler: Compiler | None) -> str:
-    by = "*" if compiler is None else _digest(*compiler.command[1:], compiler.version)
-    return f"layers-{_source_digest()}-{by}.so"
-
-
-def _source_digest() -> str:
+def _library_name(compiler: Compiler | None) -> str:
+    """File name of the library that the compiler makes of this source. Without one, a pattern for any compiler's."""
     files = sorted(SOURCE.glob("*.[ch]"))
-    return _digest(*FLAGS, *(part for file in files for part in (file.name, file.read_text())))
+    source = _digest(*FLAGS, *(part for file in files for part in (file.name, file.read_text())))
+    by = "*" if compiler is None else _digest(*compiler.command[1:], compiler.version)
+    return f"layers-{source}-{by}.so"
 
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
-def _folders() -> Iterator[Path]:
-    yield _BESIDE
-    yield _of_user()
-
-
-def _of_user() -> Path:
+def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lamina"
 
 
 def _writable_folder() -> Path:
-    for folder in _folders():
+    for folder in (_CACHE, _user_cache()):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         except OSError:
             continue
         return folder
-    raise CompilationFailed(f"neither {_BESIDE} nor {_of_user()} can be written")
+    raise CompilationFailed(f"neither {_CACHE} nor {_user_cache()} can be written")
 
 
 def _output(command: tuple[str, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Layers of a group in C, over arrays: one call per pass, whatever mixture of decode steps and chunks of prompts it is."""
+"""A group's layers in C, over numpy arrays: one call per pass, whatever decode steps and prompt chunks it mixes."""
 
 import ctypes
 import weakref
@@ -7,15 +7,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from functions.stage.native import records
 from functions.stage.native.library import Library
-from functions.stage.native.records import MOST_THREADS, STEP, Array, Dtype, Memory
+from functions.stage.native.records import (
+    MOST_THREADS,
+    STEP,
+    Array,
+    Dtype,
+    GroupRecord,
+    LayerRecord,
+    MatrixRecord,
+    MemoryRecord,
+    PassRecord,
+    ProductRecord,
+    memory_of,
+    new_workspace,
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
-    """Of a group."""
-
+class GroupSizes:
     num_layers: int
     hidden_size: int
     inner_size: int
@@ -29,16 +39,13 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class MatrixArrays:
-    """Weights [outs, width], bf16 as its bits in int16, q4 uint8 as storage/models/q4.py packs them; scales float32 [outs] with
-    int8; biases float32 [outs] or None.
-    """
+    """A matrix [outs, width] in the arrays that C reads."""
 
     dtype: Dtype
-    weights: Array
-    scales: Array | None = None
-    biases: Array | None = None
-    q4_shape: tuple[int, int] | None = None
-    """[outs, width] of a matrix in four bits, whose weights do not tell."""
+    weights: Array  # [outs, width]: bf16 as its bits in int16; q4 in uint8, packed by storage/models/q4.py
+    scales: Array | None = None  # float32 [outs], with int8
+    biases: Array | None = None  # float32 [outs]
+    q4_shape: tuple[int, int] | None = None  # [outs, width] of a q4 matrix, which its packed weights do not tell
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -47,26 +54,24 @@ class MatrixArrays:
         return outs, width
 
 
-class Threads:
-    """That compute together. Those beside the caller's end with this object."""
+class NativeThreads:
+    """A pool of threads that compute together. They end with this object."""
 
     def __init__(self, library: Library) -> None:
         self.pool = library.new_pool()
         weakref.finalize(self, library.free_pool, self.pool)
 
 
-class Layers:
-    """Arrays that are given stay in use: the caller must not change them."""
+class NativeLayers:
+    """The layers of a group. Arrays that it is given stay in use: the caller must not change them."""
 
-    def __init__(self, library: Library, sizes: Sizes) -> None:
+    def __init__(self, library: Library, sizes: GroupSizes) -> None:
         self._library = library
-        self._threads = Threads(library)
-        self._sizes = sizes
-        self._layers = (records.Layer * sizes.num_layers)()
-        self._kept: list[Array] = []
-        """What the records have the addresses of."""
-        self._group = records.Group(
-            layers=Memory(ctypes.addressof(self._layers), ctypes.sizeof(self._layers)),
+        self._threads = NativeThreads(library)
+        self._layers = (LayerRecord * sizes.num_layers)()
+        self._kept: list[Array] = []  # arrays whose addresses the records have
+        self._group = GroupRecord(
+            layers=MemoryRecord(ctypes.addressof(self._layers), ctypes.sizeof(self._layers)),
             num_layers=sizes.num_layers,
             hidden_size=sizes.hidden_size,
             inner_size=sizes.inner_size,
@@ -77,7 +82,8 @@ class Layers:
             kv_dtype=sizes.kv_dtype,
             eps=sizes.eps,
         )
-        self._workspace = np.empty(0, np.uint8)
+        self._workspace_array = np.empty(0, np.uint8)
+        self._workspace = memory_of(self._workspace_array)
 
     def place(
         self,
@@ -88,85 +94,85 @@ class Layers:
         window: int | None,
         rotary: bool,
     ) -> None:
-        """The layer in `slot`. Names as in `c/native.h`; arena: keys and values, which are written to."""
+        """Sets the layer in `slot`. Names are those of `c/native.h`. arena: keys and values, which passes write to."""
         layer = self._layers[slot]
         for name, arrays in matrices.items():
             setattr(layer, name, matrix_record(arrays, self._kept))
-        for name, gain in gains.items():
-            setattr(layer, name, self._memory(gain))
-        layer.keys, layer.values = map(self._memory, arena)
+        for name, array in {**gains, "keys": arena[0], "values": arena[1]}.items():
+            setattr(layer, name, memory_of(array))
+            if array is not None:
+                self._kept.append(array)
         layer.window, layer.rotary = window or 0, rotary
 
     def run(self, hidden: Array, rotations: Array, segments: Sequence[tuple[int, int, int]], threads: int) -> None:
-        """hidden float32 [n, hidden_size], overwritten with the result; rotations complex64 [n, head_dim / 2]; segments: first
-        slot, position and length of each. Raises Refused.
+        """Overwrites hidden, float32 [n, hidden_size], with the layers' output. Raises NativeError.
+
+        rotations: complex64 [n, head_dim / 2]. segments: first slot, position and length of each.
         """
         threads = min(threads, MOST_THREADS)
-        table = np.array(segments, np.int64)
-        most_tokens = int((table[:, 1] + table[:, 2]).max())
+        most_tokens = 0
+        for _, position, length in segments:
+            most_tokens = max(most_tokens, position + length)
         needed = self._library.pass_bytes(self._group, len(hidden), most_tokens, threads)
-        if len(self._workspace) < needed:
-            self._workspace = records.aligned(needed)
-        state = records.Pass(
+        if self._workspace.bytes < needed:
+            self._workspace_array = new_workspace(needed)
+            self._workspace = memory_of(self._workspace_array)
+        table = np.array(segments, np.int64)
+        forward_pass = PassRecord(
             rows=len(hidden),
             threads=threads,
-            hidden=Memory.of(hidden),
-            rotations=Memory.of(rotations),
-            segments=Memory.of(table),
-            workspace=Memory.of(self._workspace),
+            hidden=memory_of(hidden),
+            rotations=memory_of(rotations),
+            segments=memory_of(table),
+            workspace=self._workspace,
         )
-        self._library.run_layers(self._threads.pool, self._group, state)
+        self._library.run_layers(self._threads.pool, self._group, forward_pass)
 
-    def linear(self, matrix: MatrixArrays) -> "Linear":
-        """A matrix by itself, multiplied by the same threads."""
-        return Linear(self._library, self._threads, matrix)
-
-    def _memory(self, array: Array | None) -> Memory:
-        if array is not None:
-            self._kept.append(array)
-        return Memory.of(array)
+    def linear(self, matrix: MatrixArrays) -> "NativeLinear":
+        """A matrix outside the layers, multiplied by the same threads."""
+        return NativeLinear(self._library, self._threads, matrix)
 
 
-class Linear:
-    """float32 [n, in] → float32 [n, out]."""
+class NativeLinear:
+    """float32 [n, width] → float32 [n, outs]."""
 
-    def __init__(self, library: Library, threads: Threads, matrix: MatrixArrays) -> None:
+    def __init__(self, library: Library, threads: NativeThreads, matrix: MatrixArrays) -> None:
         self._library = library
         self._threads = threads
         self._kept: list[Array] = []
         self._matrix = matrix_record(matrix, self._kept)
 
     def __call__(self, x: Array, threads: int) -> Array:
-        """Raises Refused."""
+        """Raises NativeError."""
         threads = min(threads, MOST_THREADS)
         y = np.empty((len(x), self._matrix.outs), np.float32)
         if len(x) == 0:
             return y
-        workspace = records.aligned(self._library.product_bytes(self._matrix, len(x), threads))
-        product = records.Product(
+        workspace = new_workspace(self._library.product_bytes(self._matrix, len(x), threads))
+        product = ProductRecord(
             matrix=self._matrix,
             rows=len(x),
             threads=threads,
-            x=Memory.of(x),
-            y=Memory.of(y),
-            workspace=Memory.of(workspace),
+            x=memory_of(x),
+            y=memory_of(y),
+            workspace=memory_of(workspace),
         )
         self._library.multiply(self._threads.pool, product)
         return y
 
 
-def matrix_record(matrix: MatrixArrays, kept: list[Array]) -> records.Matrix:
-    """Its arrays go to `kept`; weights are copied only where their width is no whole number of steps."""
+def matrix_record(matrix: MatrixArrays, kept: list[Array]) -> MatrixRecord:
+    """Adds the matrix's arrays to `kept`. Copies weights only if their width is not a multiple of STEP."""
     outs, width = matrix.shape
     weights = matrix.weights
     if width % STEP and matrix.dtype is not Dtype.Q4:
         weights = np.pad(weights, ((0, 0), (0, -width % STEP)))
     kept += [array for array in (weights, matrix.scales, matrix.biases) if array is not None]
-    return records.Matrix(
+    return MatrixRecord(
         dtype=matrix.dtype,
         outs=outs,
         width=width,
-        weights=Memory.of(weights),
-        scales=Memory.of(matrix.scales),
-        biases=Memory.of(matrix.biases),
+        weights=memory_of(weights),
+        scales=memory_of(matrix.scales),
+        biases=memory_of(matrix.biases),
     )

@@ -6,13 +6,13 @@ from functools import cache
 from typing import Any, Final
 
 from functions.stage.native.compiler import CompilationFailed, NoCompiler, library_file
-from functions.stage.native.records import RECORDS, Group, Matrix, Pass, Product
+from functions.stage.native.records import RECORDS, GroupRecord, MatrixRecord, PassRecord, ProductRecord
 
 _log: Final = logging.getLogger(__name__)
 
 
-class Refused(ValueError):
-    """The library would not touch what it was given: a size, a dtype, a shape or an address is wrong."""
+class NativeError(ValueError):
+    """The library refused its arguments: a size, a dtype, a shape or an address is wrong. Nothing was touched."""
 
 
 _FUNCTIONS: Final[dict[str, tuple[Any, list[Any]]]] = {
@@ -23,19 +23,19 @@ _FUNCTIONS: Final[dict[str, tuple[Any, list[Any]]]] = {
     "lamina_level": (ctypes.c_int64, []),
     "lamina_new_pool": (ctypes.c_void_p, []),
     "lamina_free_pool": (None, [ctypes.c_void_p]),
-    "lamina_run_layers": (ctypes.c_int, [ctypes.c_void_p, ctypes.POINTER(Group), ctypes.POINTER(Pass)]),
-    "lamina_multiply": (ctypes.c_int, [ctypes.c_void_p, ctypes.POINTER(Product)]),
-    "lamina_pass_bytes": (ctypes.c_int64, [ctypes.POINTER(Group), *[ctypes.c_int64] * 3]),
-    "lamina_product_bytes": (ctypes.c_int64, [ctypes.POINTER(Matrix), *[ctypes.c_int64] * 2]),
+    "lamina_run_layers": (ctypes.c_int, [ctypes.c_void_p, ctypes.POINTER(GroupRecord), ctypes.POINTER(PassRecord)]),
+    "lamina_multiply": (ctypes.c_int, [ctypes.c_void_p, ctypes.POINTER(ProductRecord)]),
+    "lamina_pass_bytes": (ctypes.c_int64, [ctypes.POINTER(GroupRecord), *[ctypes.c_int64] * 3]),
+    "lamina_product_bytes": (ctypes.c_int64, [ctypes.POINTER(MatrixRecord), *[ctypes.c_int64] * 2]),
     "lamina_size_of": (ctypes.c_int64, [ctypes.c_int64]),
 }
 
 
 class Library:
-    """Calls let other threads of Python run."""
+    """Calls release Python's lock, so that other threads run meanwhile."""
 
     def __init__(self, path: str) -> None:
-        """Raises OSError where it cannot be loaded, and ImportError where it is another library than this code is for."""
+        """Raises OSError if it cannot be loaded, and ImportError if its records differ from records.py."""
         loaded = ctypes.CDLL(path)
         self.functions: dict[str, Any] = {}
         for name, (result, arguments) in _FUNCTIONS.items():
@@ -48,19 +48,21 @@ class Library:
 
     @property
     def levels(self) -> list[str]:
-        """Names of all that this CPU has, the best last."""
+        """Names of the levels that this CPU supports, best last."""
         name = self.functions["lamina_level_name"]
         return [name(level).decode() for level in range(self.functions["lamina_best_level"]() + 1)]
 
     @property
     def level(self) -> str:
-        """What passes run on."""
+        """The level that passes run on."""
         number: int = self.functions["lamina_level"]()
         return self.levels[number]
 
     def use_level(self, name: str) -> None:
-        """In place of the best, in the whole process. Raises ValueError for one that this CPU lacks."""
-        self._checked(self.functions["lamina_use_level"](self.levels.index(name)))
+        """Replaces the best level, in the whole process. Raises ValueError if this CPU lacks it."""
+        status = self.functions["lamina_use_level"](self.levels.index(name))
+        if status:
+            raise self._error(status)
 
     def new_pool(self) -> int:
         pool: int | None = self.functions["lamina_new_pool"]()
@@ -71,38 +73,43 @@ class Library:
     def free_pool(self, pool: int) -> None:
         self.functions["lamina_free_pool"](pool)
 
-    def run_layers(self, pool: int, group: Group, state: Pass) -> None:
-        """Raises Refused."""
-        self._checked(self.functions["lamina_run_layers"](pool, ctypes.byref(group), ctypes.byref(state)))
-
-    def multiply(self, pool: int, product: Product) -> None:
-        """Raises Refused."""
-        self._checked(self.functions["lamina_multiply"](pool, ctypes.byref(product)))
-
-    def pass_bytes(self, group: Group, rows: int, most_tokens: int, threads: int) -> int:
-        """Raises Refused for sizes that no pass may have."""
-        return self._checked_bytes(self.functions["lamina_pass_bytes"](ctypes.byref(group), rows, most_tokens, threads))
-
-    def product_bytes(self, matrix: Matrix, rows: int, threads: int) -> int:
-        """Raises Refused for sizes that no product may have."""
-        return self._checked_bytes(self.functions["lamina_product_bytes"](ctypes.byref(matrix), rows, threads))
-
-    def _checked(self, status: int) -> None:
+    def run_layers(self, pool: int, group: GroupRecord, forward_pass: PassRecord) -> None:
+        """Raises NativeError."""
+        status = self.functions["lamina_run_layers"](pool, ctypes.byref(group), ctypes.byref(forward_pass))
         if status:
-            raise Refused(self.functions["lamina_message"](status).decode())
+            raise self._error(status)
 
-    def _checked_bytes(self, found: int) -> int:
-        self._checked(max(0, -found))
-        return found
+    def multiply(self, pool: int, product: ProductRecord) -> None:
+        """Raises NativeError."""
+        status = self.functions["lamina_multiply"](pool, ctypes.byref(product))
+        if status:
+            raise self._error(status)
+
+    def pass_bytes(self, group: GroupRecord, rows: int, most_tokens: int, threads: int) -> int:
+        """Bytes of workspace that a pass needs. Raises NativeError for sizes that no pass may have."""
+        needed: int = self.functions["lamina_pass_bytes"](ctypes.byref(group), rows, most_tokens, threads)
+        if needed < 0:
+            raise self._error(-needed)
+        return needed
+
+    def product_bytes(self, matrix: MatrixRecord, rows: int, threads: int) -> int:
+        """Bytes of workspace that a product needs. Raises NativeError for sizes that no product may have."""
+        needed: int = self.functions["lamina_product_bytes"](ctypes.byref(matrix), rows, threads)
+        if needed < 0:
+            raise self._error(-needed)
+        return needed
+
+    def _error(self, status: int) -> NativeError:
+        return NativeError(self.functions["lamina_message"](status).decode())
 
 
 UNAVAILABLE: Final = (NoCompiler, CompilationFailed, OSError, ImportError)
-"""What `library` raises where there is none: layers run by torch's operators then."""
+"""Errors of `library` on a machine that cannot run layers in C: torch's operators run them instead."""
 
 
 @cache
 def library() -> Library:
-    """The one of this process. Raises one of UNAVAILABLE."""
+    """This process's library, compiled if necessary. Raises one of UNAVAILABLE."""
     loaded = Library(str(library_file()))
     _log.info("layers run in C, for %s", loaded.level)
     return loaded

@@ -1,15 +1,14 @@
-"""What native layers do not run, in words that a log and a plan can give. Imports no heavy library."""
+"""Which layers can run in C, and why others cannot, in words for a log or a plan. Imports no heavy library."""
 
 from collections.abc import Mapping
 from typing import Final
 
 DTYPES: Final = ("float32", "bfloat16", "int8", "q4")
-MOST_HEAD: Final = 1024
-"""Numbers of a head: LAMINA_MOST_HEAD of `c/native.h`."""
+MOST_HEAD: Final = 1024  # largest head_dim: LAMINA_MOST_HEAD of `c/native.h`
 
 
 def obstacle(dtype: str, device: str, sizes: Mapping[str, int]) -> str | None:
-    """Why layers of these sizes, by their names in a config.json, cannot run in C; None: they can."""
+    """Why layers cannot run in C; None: they can. sizes: by their names in a config.json."""
     if device != "cpu":
         return f"they are on {device}"
     if dtype not in DTYPES:

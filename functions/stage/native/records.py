@@ -1,4 +1,4 @@
-"""The records of `c/native.h`, in its order and with its names; what each field holds is said there."""
+"""The structs of `c/native.h` as ctypes records, in its order and with its field names. The header says what a field holds."""
 
 import ctypes
 from collections.abc import Sequence
@@ -23,81 +23,94 @@ class Dtype(IntEnum):
     Q4 = 3
 
 
-class Memory(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("bytes", ctypes.c_int64))
-
-    @classmethod
-    def of(cls, array: Array | None) -> "Memory":
-        """The caller keeps the array. Raises ValueError for one that is not contiguous."""
-        if array is None:
-            return cls(None, 0)
-        if not array.flags.c_contiguous:
-            raise ValueError(f"an array of shape {array.shape} with strides {array.strides} is not contiguous")
-        return cls(array.ctypes.data, array.nbytes)
-
-
 def _numbers(*names: str) -> list[tuple[str, Any]]:
     return [(name, ctypes.c_int64) for name in names]
 
 
-class Matrix(ctypes.Structure):
-    _fields_ = (*_numbers("dtype", "outs", "width"), ("weights", Memory), ("scales", Memory), ("biases", Memory))
+class MemoryRecord(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("bytes", ctypes.c_int64))
 
 
-class Layer(ctypes.Structure):
+class MatrixRecord(ctypes.Structure):
     _fields_ = (
-        ("input_gain", Memory),
-        ("qkv", Matrix),
-        ("qk_gain", Memory),
-        ("out", Matrix),
-        ("mlp_gain", Memory),
-        ("gate", Matrix),
-        ("up", Matrix),
-        ("down", Matrix),
-        ("keys", Memory),
-        ("values", Memory),
+        *_numbers("dtype", "outs", "width"),
+        ("weights", MemoryRecord),
+        ("scales", MemoryRecord),
+        ("biases", MemoryRecord),
+    )
+
+
+class LayerRecord(ctypes.Structure):
+    _fields_ = (
+        ("input_gain", MemoryRecord),
+        ("qkv", MatrixRecord),
+        ("qk_gain", MemoryRecord),
+        ("out", MatrixRecord),
+        ("mlp_gain", MemoryRecord),
+        ("gate", MatrixRecord),
+        ("up", MatrixRecord),
+        ("down", MatrixRecord),
+        ("keys", MemoryRecord),
+        ("values", MemoryRecord),
         *_numbers("window", "rotary"),
     )
 
 
-class Group(ctypes.Structure):
+class GroupRecord(ctypes.Structure):
     _fields_ = (
-        ("layers", Memory),
+        ("layers", MemoryRecord),
         *_numbers("num_layers", "hidden_size", "inner_size", "heads", "kv_heads", "head_dim", "capacity_tokens", "kv_dtype"),
         ("eps", ctypes.c_double),
     )
 
 
-class Segment(ctypes.Structure):
+class SegmentRecord(ctypes.Structure):
     _fields_ = tuple(_numbers("first_slot", "position", "length"))
 
 
-class Pass(ctypes.Structure):
+class PassRecord(ctypes.Structure):
     _fields_ = (
         *_numbers("rows", "threads"),
-        ("hidden", Memory),
-        ("rotations", Memory),
-        ("segments", Memory),
-        ("workspace", Memory),
+        ("hidden", MemoryRecord),
+        ("rotations", MemoryRecord),
+        ("segments", MemoryRecord),
+        ("workspace", MemoryRecord),
     )
 
 
-class Product(ctypes.Structure):
+class ProductRecord(ctypes.Structure):
     _fields_ = (
-        ("matrix", Matrix),
+        ("matrix", MatrixRecord),
         *_numbers("rows", "threads"),
-        ("x", Memory),
-        ("y", Memory),
-        ("workspace", Memory),
+        ("x", MemoryRecord),
+        ("y", MemoryRecord),
+        ("workspace", MemoryRecord),
     )
 
 
-RECORDS: Final[Sequence[type[ctypes.Structure]]] = (Memory, Matrix, Layer, Group, Segment, Pass, Product)
+RECORDS: Final[Sequence[type[ctypes.Structure]]] = (
+    MemoryRecord,
+    MatrixRecord,
+    LayerRecord,
+    GroupRecord,
+    SegmentRecord,
+    PassRecord,
+    ProductRecord,
+)
 """In the order of `lamina_size_of`."""
 
 
-def aligned(num_bytes: int) -> Array:
-    """Memory for a workspace."""
+def memory_of(array: Array | None) -> MemoryRecord:
+    """The address and size of an array, which the caller keeps alive. Raises ValueError if it is not contiguous."""
+    if array is None:
+        return MemoryRecord(None, 0)
+    if not array.flags.c_contiguous:
+        raise ValueError(f"an array of shape {array.shape} with strides {array.strides} is not contiguous")
+    return MemoryRecord(array.__array_interface__["data"][0], array.nbytes)
+
+
+def new_workspace(num_bytes: int) -> Array:
+    """Memory that begins on a cache line."""
     memory = np.empty(num_bytes + LINE_BYTES, np.uint8)
     first = -memory.ctypes.data % LINE_BYTES
     return memory[first : first + num_bytes]

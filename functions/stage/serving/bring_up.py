@@ -27,7 +27,7 @@ from storage.store.object_reader import ObjectReader
 if TYPE_CHECKING:
     from functions.stage.engine.engine import Engine
     from functions.stage.kv.build import Tiers
-    from functions.stage.models.build import Choice
+    from functions.stage.models.build import GroupChoice
     from functions.stage.models.layer_group import LayerGroup
     from storage.loading.weight_loader import RawTensor
 
@@ -173,7 +173,7 @@ def _built(config: StageConfig, opening: "Future[ArrivingModel]", threads: int, 
     )
 
 
-def _placed_as_it_comes(config: StageConfig, choice: "Choice", model: ArrivingModel, start_up: StartUp) -> "LayerGroup":
+def _placed_as_it_comes(config: StageConfig, choice: "GroupChoice", model: ArrivingModel, start_up: StartUp) -> "LayerGroup":
     """Packs one layer while the next ones are still on their way, so that memory stays at the weights and a few parts."""
     from functions.stage.models.build import empty_group
 

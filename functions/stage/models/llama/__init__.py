@@ -1,4 +1,4 @@
-"""What a Llama-shaped model looks like, and how torch's operators run it.
+"""The structure of Llama-shaped models, and their layers by torch's operators.
 
 May import: functions.stage.models, storage, storage.checkpoints, storage.loading, storage.models.
 """

@@ -1,8 +1,8 @@
-"""Attention of the segments of one pass over the KV pool: one call of torch's kernel for each sequence, or a few.
+"""Attention of a pass's segments over the KV pool: one call of torch's kernel, or a few, for each sequence.
 
-The linear layers see all rows of a pass as one matrix; here each sequence reads its own range of the pool in place.
-What is the same in every layer (masks, which tokens are read) is found once per pass. A chunk whose mask would be large is
-attended to block by block, so that memory does not grow with the product of chunk and context.
+The linear layers see all rows of a pass as one matrix. Here each sequence reads its own range of the pool in place. Masks and
+ranges are the same in every layer and computed once per pass. A chunk whose mask would be large is attended to block by block,
+so that memory does not grow with the product of chunk and context.
 """
 
 import math
@@ -15,13 +15,12 @@ from torch.nn import functional
 from functions.stage.models.layer_group import Segment
 from functions.stage.models.llama.kv_pool import KVPool
 
-_MASK_NUMBERS: Final = 2**20
-"""Of one mask, as far as one row has not more."""
+_MASK_NUMBERS: Final = 2**20  # of one mask, unless a single row has more
 _MASKS_KEPT: Final = 16
 
 
 class PassAttention:
-    """The segments of one pass, in layers that look back `window` tokens (None: over everything)."""
+    """The segments of one pass, in layers that look back `window` tokens (None: over all)."""
 
     def __init__(self, segments: Sequence[Segment], pool: KVPool, window: int | None, dtype: torch.dtype) -> None:
         self._segments = segments
@@ -31,8 +30,7 @@ class PassAttention:
         self._lengths = [segment.length for segment in segments]
         self._firsts = [self._first_seen(segment.position) for segment in segments]
         self._masks: dict[tuple[int, int], torch.Tensor] = {}
-        # [layer][segment]: keys and values
-        self._reads = list(
+        self._reads = list(  # [layer][segment]: keys and values
             zip(
                 *(
                     pool.read(segment.handle, first, segment.position + segment.length)
@@ -55,7 +53,7 @@ class PassAttention:
     def _segment(
         self, segment: Segment, first: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> Iterator[torch.Tensor]:
-        """first: token that keys and values begin with."""
+        """first: position that keys and values begin with."""
         if segment.length == 1:
             yield _decode(queries, keys, values)
         elif segment.position == 0 and (self._window is None or segment.length <= self._window):
@@ -68,7 +66,7 @@ class PassAttention:
                 yield _chunk(queries[begin:end], keys[:, :, seen], values[:, :, seen], mask)
 
     def _blocks(self, segment: Segment) -> Iterator[tuple[int, int]]:
-        """Rows of the segment, so many at once that their mask is small."""
+        """Splits the segment into blocks of rows whose masks are small."""
         begin = 0
         while begin < segment.length:
             position = segment.position + begin
@@ -80,7 +78,7 @@ class PassAttention:
         return 0 if self._window is None else max(0, position - self._window + 1)
 
     def _mask(self, rows: int, back: int) -> torch.Tensor:
-        """Additive [rows, back + rows], for rows of which the first sees `back` tokens before itself."""
+        """Additive mask [rows, back + rows]. The first row sees `back` tokens before itself."""
         if (rows, back) not in self._masks:
             if len(self._masks) == _MASKS_KEPT:
                 self._masks.clear()
@@ -93,15 +91,15 @@ class PassAttention:
 
 
 def _decode(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """One token: the heads that share a key head stand in for a chunk of tokens, so each key is read once.
+    """One token: the heads that share a key head take the place of a chunk's tokens, so that each key is read once.
 
-    Key heads as the batch: the kernel's result then lies in memory as the next matrix reads it.
+    Key heads are the batch: the kernel's result is then in the order that the next matrix reads.
     """
     return functional.scaled_dot_product_attention(queries.transpose(0, 1), keys, values).view(1, -1)
 
 
 def _chunk(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """mask None: the chunk is all that there is, and each token sees what is before it."""
+    """mask: None for a chunk without earlier tokens, in which each token sees itself and those before it."""
     heads = queries.flatten(1, 2).transpose(0, 1).unsqueeze(0)
     keys, values = keys.transpose(0, 1), values.transpose(0, 1)
     attended = functional.scaled_dot_product_attention(heads, keys, values, mask, is_causal=mask is None, enable_gqa=True)

@@ -1,7 +1,7 @@
-"""The Llama-shaped families by torch's operators: on GPUs, and on CPUs where layers do not run in C (`models/native`).
+"""The Llama-shaped families by torch's operators: on GPUs, and on CPUs if layers cannot run in C (`models/native`).
 
-All rows of a pass, prompt chunks and decode steps mixed, go through each matrix together; only attention is computed
-sequence by sequence. Weights can be placed layer by layer while later ones are still on their way. No transformers here.
+All rows of a pass, prompt chunks and decode steps mixed, go through each matrix together. Only attention is computed sequence
+by sequence. Weights are placed layer by layer while later ones are still being read. Does not use transformers.
 """
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -14,20 +14,16 @@ from functions.stage.models.floats import HIDDEN_DTYPES, Array, Float32
 from functions.stage.models.layer_group import Segment
 from functions.stage.models.llama.attention import PassAttention
 from functions.stage.models.llama.kv_pool import KVPool
-from functions.stage.models.llama.layer import LayerWeights, LlamaLayer, Pass, Places
-from functions.stage.models.llama.linear import Matrix, linear
-from functions.stage.models.llama.norm import RmsNorm
-from functions.stage.models.llama.parts import Parts, check_segments, positions_of
-from functions.stage.models.llama.rotation import Rope
-from functions.stage.models.llama.shapes import LAYER_NAME, check_shapes
-from functions.stage.models.llama.weights import PRECISIONS, Precision, Weights
+from functions.stage.models.llama.layer import LayerWeights, LlamaLayer, PassState, RmsNorm, Rope
+from functions.stage.models.llama.linear import PRECISIONS, Matrix, TorchWeights, linear
+from functions.stage.models.llama.structure import LAYER_NAME, GroupStructure, check_shapes, checked_positions
 from functions.stage.models.torch_border import input_tensor, output_array, use_threads
 from storage.checkpoints.llama_config import LlamaConfig
 from storage.loading.weight_loader import RawTensor
 
 
 class LlamaGroup:
-    """Implements `LayerGroup`. Create it, `place` what it needs in any order, `finish`; or `build` it in one go."""
+    """Implements `LayerGroup`. Create it, `place` its weights in any order, `finish` it; or `build` it in one go."""
 
     shares_work: Final = False
 
@@ -41,14 +37,18 @@ class LlamaGroup:
         kv_budget_bytes: int,
         why: str | None = None,
     ) -> None:
-        """config: a config.json. why: these operators run the layers, where C would be faster.
+        """config: a config.json. why: torch's operators run the layers although C would be faster.
 
-        Raises UnsupportedConfig, and ValueError for a cut or budget that cannot be.
+        Raises UnsupportedConfig, and ValueError for an impossible cut, budget, dtype or device.
         """
         model = self._model = LlamaConfig.from_dict(config)
-        self._parts = Parts(model, first_layer, last_layer)
+        self._structure = GroupStructure(model, first_layer, last_layer)
         self._device = torch.device(device)
-        self._precision = _precision(dtype, self._device)
+        if dtype not in PRECISIONS:
+            raise ValueError(f"dtype {dtype!r} is none of {', '.join(PRECISIONS)}")
+        if dtype == "int8" and self._device.type != "cpu":
+            raise ValueError(f"int8 runs on CPUs, not on {device}: publish the model in bfloat16 for it")
+        self._precision = PRECISIONS[dtype]
         self.first_layer = first_layer
         self.last_layer = last_layer
         self.num_layers = model.num_layers
@@ -77,7 +77,7 @@ class LlamaGroup:
         device: torch.device | str,
         kv_budget_bytes: int,
     ) -> Self:
-        """A finished group. `tensors` by checkpoint name; what the group uses is removed from it, so that it is freed.
+        """A finished group. Removes what it uses from `tensors`, which are keyed by checkpoint name, so that it is freed.
 
         Raises UnsupportedConfig, MissingTensors, ValueError.
         """
@@ -87,35 +87,35 @@ class LlamaGroup:
         return group
 
     def place(self, tensors: MutableMapping[str, RawTensor]) -> None:
-        """Takes this group's weights out of `tensors`, any part of the model; a layer comes whole or not at all.
+        """Takes this group's weights out of `tensors`, which may be any part of the model. A layer comes whole or not at all.
 
-        Raises MissingTensors for a layer of which only some tensors are there, and WrongShape.
+        Raises MissingTensors if only some of a layer's tensors are there, and WrongShape.
         """
         check_shapes(self._model, {name: tensor.shape for name, tensor in tensors.items()})
         for layer in sorted({int(found[1]) for found in map(LAYER_NAME.match, tensors) if found}):
             if self.first_layer <= layer < self.last_layer:
-                named = Weights(tensors, f"model.layers.{layer}.", self._precision, self._device)
-                weights = LayerWeights.take(self._model, named)
+                own = TorchWeights(tensors, f"model.layers.{layer}.", self._precision, self._device)
+                weights = LayerWeights.take(self._model, own)
                 self._layers[layer] = LlamaLayer(self._model, layer, layer - self.first_layer, weights, self._precision)
-        others = Weights(tensors, "", self._precision, self._device)
-        if "model.embed_tokens.weight" in others and self._parts.has_embedding:
+        others = TorchWeights(tensors, "", self._precision, self._device)
+        if self._structure.has_embedding and "model.embed_tokens.weight" in others:
             self._embedding = others.matrix("model.embed_tokens").weight
-        if self._parts.is_last and "model.norm.weight" in others:
+        if self._structure.is_last and "model.norm.weight" in others:
             self._norm = RmsNorm(others.vector("model.norm.weight"), self._model.rms_norm_eps)
-        if self._parts.is_last and "lm_head.weight" in others:
+        if self._structure.is_last and "lm_head.weight" in others:
             self._head = linear([others.matrix("lm_head")], self._precision.activations)
 
     def finish(self) -> None:
-        """Everything has been placed. Raises MissingTensors, naming what has not."""
-        if self._parts.is_last and self._head is None and self._model.tie_word_embeddings and self._embedding is not None:
+        """Ends placing. Raises MissingTensors, naming what has not been placed."""
+        if self._structure.is_last and self._head is None and self._model.tie_word_embeddings and self._embedding is not None:
             self._head = linear([Matrix(self._embedding)], self._precision.activations)
-        self._parts.check_placed(
+        self._structure.check_placed(
             self._layers,
             embedding=self._embedding is not None,
             norm=self._norm is not None,
             head=self._head is not None,
         )
-        if not self._parts.is_first:
+        if not self._structure.is_first:
             self._embedding = None
 
     def use_threads(self, count: int) -> None:
@@ -123,9 +123,20 @@ class LlamaGroup:
 
     @torch.inference_mode()
     def forward(self, inputs: Array, segments: Sequence[Segment]) -> Array:
-        """As `LayerGroup` says. Raises ValueError, and leaves the cache as it was, for segments that do not fit it."""
-        check_segments(self.kv, len(inputs), segments)
-        hidden = self._through_layers(self._embedded(input_tensor(inputs, self.hidden_dtype).to(self._device)), segments)
+        """As `LayerGroup` says. Raises ValueError for segments that do not fit the cache, and then leaves it as it was."""
+        positions = checked_positions(self.kv, len(inputs), segments)
+        hidden = input_tensor(inputs, self.hidden_dtype).to(self._device)
+        if self._embedding is not None:
+            hidden = functional.embedding(hidden, self._embedding)
+        hidden = hidden.to(self._precision.activations)
+        windows = set(self._model.windows[self.first_layer : self.last_layer])
+        state = PassState(
+            self.kv.slots([(segment.handle, segment.position, segment.position + segment.length) for segment in segments]),
+            self._rope.rotations(torch.tensor(positions, device=self._device)),
+            {window: PassAttention(segments, self.kv, window, self._precision.kv) for window in windows},
+        )
+        for layer in range(self.first_layer, self.last_layer):
+            hidden = self._layers[layer](hidden, state, self.kv)
         for segment in segments:
             self.kv.extend(segment.handle, segment.length)
         if self._norm is not None:
@@ -134,33 +145,8 @@ class LlamaGroup:
 
     @torch.inference_mode()
     def logits(self, hidden: Array) -> Float32:
-        """As `LayerGroup` says. Raises ValueError where the group is not the last."""
+        """As `LayerGroup` says. Raises ValueError if the group is not the last."""
         if self._head is None:
             raise ValueError(f"layers {self.first_layer}:{self.last_layer} have no head: only the last group has")
         states = input_tensor(hidden, self.hidden_dtype).to(device=self._device, dtype=self._precision.activations)
         return output_array(self._head(states).to("cpu", torch.float32))
-
-    def _embedded(self, inputs: torch.Tensor) -> torch.Tensor:
-        hidden = inputs if self._embedding is None else functional.embedding(inputs, self._embedding)
-        return hidden.to(self._precision.activations)
-
-    def _through_layers(self, hidden: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
-        windows = set(self._model.windows[self.first_layer : self.last_layer])
-        attention = {window: PassAttention(segments, self.kv, window, self._precision.kv) for window in windows}
-        state = Pass(self._places(segments), attention)
-        for layer in range(self.first_layer, self.last_layer):
-            hidden = self._layers[layer](hidden, state, self.kv)
-        return hidden
-
-    def _places(self, segments: Sequence[Segment]) -> Places:
-        spans = [(segment.handle, segment.position, segment.position + segment.length) for segment in segments]
-        rotations = self._rope.rotations(torch.tensor(positions_of(segments), device=self._device))
-        return Places(self.kv.slots(spans), rotations)
-
-
-def _precision(dtype: str, device: torch.device) -> Precision:
-    if dtype not in PRECISIONS:
-        raise ValueError(f"dtype {dtype!r} is none of {', '.join(PRECISIONS)}")
-    if dtype == "int8" and device.type != "cpu":
-        raise ValueError(f"int8 runs on CPUs, not on {device}: publish the model in bfloat16 for it")
-    return PRECISIONS[dtype]

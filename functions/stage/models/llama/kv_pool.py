@@ -1,6 +1,6 @@
-"""The KV cache of a group of torch's operators: one arena of tokens, in which every sequence has a contiguous range.
+"""The KV cache of torch's operators: one arena of tokens, in which every sequence has a contiguous range.
 
-Why ranges, and neither slots of one size nor pages. Attention of one layer beside its matrices, bf16, 9 heads on 3, µs
+Why ranges, and neither slots of one size nor pages: Attention of one layer beside its matrices, bf16, 9 heads on 3, µs
 (Xeon with AMX, one thread; `bench/stage/kernels.py` measures it, docs/log.md has more):
 
     sequences, lengths   slots of one size, masked   pages gathered   a range each
@@ -28,7 +28,7 @@ class KVPool(KVRanges):
     def __init__(
         self, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, budget_bytes: int
     ) -> None:
-        """Raises ValueError where the budget holds not even one token."""
+        """Raises ValueError if the budget is less than one token."""
         super().__init__(budget_bytes, num_layers, 2 * num_kv_heads * head_dim * dtype.itemsize)
         self._arena = torch.empty((num_layers, 2, num_kv_heads, self.capacity_tokens, head_dim), dtype=dtype, device=device)
         self.layers = self._arena.unbind(0)
@@ -38,18 +38,18 @@ class KVPool(KVRanges):
         return self._arena.device
 
     def slots(self, spans: Iterable[tuple[int, int, int]]) -> torch.Tensor:
-        """Places in the arena, int64, of spans (handle, first token, one behind the last token), one after the other."""
+        """Indexes in the arena, int64, of the tokens of all spans (handle, first token, end)."""
         places = [
             place for handle, first, last in spans for place in range(self._starts[handle] + first, self._starts[handle] + last)
         ]
         return torch.tensor(places, dtype=torch.int64, device=self._arena.device)
 
     def write(self, layer: int, slots: torch.Tensor, keys_and_values: torch.Tensor) -> None:
-        """Puts [n, 2, num_kv_heads, head_dim] of one layer at `slots` [n]."""
+        """Writes [n, 2, num_kv_heads, head_dim] of one layer to `slots` [n]."""
         self.layers[layer].index_copy_(2, slots, keys_and_values.permute(1, 2, 0, 3))
 
     def read(self, handle: int, first: int, last: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Per layer, keys and values [num_kv_heads, 1, last - first, head_dim] of tokens [first, last): views."""
+        """Views of keys and values [num_kv_heads, 1, last - first, head_dim] of tokens [first, last), for each layer."""
         tokens = self._arena.narrow(3, self._starts[handle] + first, last - first)
         views = tokens.unsqueeze(3).flatten(0, 1).unbind(0)
         return list(zip(views[::2], views[1::2], strict=True))

@@ -1,22 +1,94 @@
-"""Matrices of a layer: y = x Wᵀ + b, with what surrounds it done in the same pass over the result where that pays.
+"""Matrices in torch: read from a publication, stacked, and multiplied by the fastest kernel for their dtype and device.
 
-On CPUs fp32 and bf16 weights are laid out once for oneDNN, whose kernels take the residual sum, SiLU and the product
-of gate and up along. Decoding 8 sequences, the four matrices of 10 SmolLM2 layers take 3.8 ms in bf16 so and 5.6 ms
-with `F.linear` (fp32 11.7 and 19.2 ms), 128 tokens 7.2 and 12.5 ms (Xeon with AMX, one thread).
+On CPUs fp32 and bf16 weights are laid out once for oneDNN, whose kernels fuse the residual sum, SiLU, and the product of gate
+and up. Decoding 8 sequences, the four matrices of 10 SmolLM2 layers take 3.8 ms in bf16 this way and 5.6 ms with `F.linear`
+(fp32 11.7 and 19.2 ms), 128 tokens 7.2 and 12.5 ms (Xeon with AMX, one thread).
 """
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch.nn import functional
 
-from functions.stage.models.llama.int8_linear import Int8Linear
+from functions.stage.models.layer_group import MissingTensors
+from functions.stage.models.torch_border import weight_tensor
+from storage.loading.weight_loader import RawTensor
+
+_LARGEST: Final = 127.0
+_SMALLEST: Final = 1e-30  # divides a row of zeros
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """The dtypes in which a group computes and stores."""
+
+    activations: torch.dtype
+    matrices: torch.dtype | None  # None: as published, int8 or wider
+    kv: torch.dtype
+    hidden: torch.dtype  # between stages
+
+
+PRECISIONS: Final = {
+    "float32": Precision(torch.float32, torch.float32, torch.float32, torch.float32),
+    "bfloat16": Precision(torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    "float16": Precision(torch.float16, torch.float16, torch.float16, torch.float16),
+    # The int8 kernel returns float32, in which the small operators between matrices are fastest. Attention and the wire are
+    # bound by memory: bfloat16 halves both, and perplexity does not change (docs/log.md).
+    "int8": Precision(torch.float32, None, torch.bfloat16, torch.bfloat16),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    weight: torch.Tensor  # [out, in]
+    scale: torch.Tensor | None = None  # [out], with an int8 weight
+    bias: torch.Tensor | None = None  # [out], in the weight's dtype (int8: float32)
+
+    def with_rows(self, rows: torch.Tensor) -> "Matrix":
+        """The matrix with its rows (outputs) in another order."""
+        scale = None if self.scale is None else self.scale[rows]
+        bias = None if self.bias is None else self.bias[rows]
+        return Matrix(self.weight[rows], scale, bias)
+
+
+class TorchWeights:
+    """Tensors under one prefix. Taking a tensor removes it, so that sources are freed as stacked matrices appear."""
+
+    def __init__(
+        self, tensors: MutableMapping[str, RawTensor], prefix: str, precision: Precision, device: torch.device
+    ) -> None:
+        self._tensors = tensors
+        self._prefix = prefix
+        self._precision = precision
+        self._device = device
+
+    def __contains__(self, name: str) -> bool:
+        return self._prefix + name in self._tensors
+
+    def vector(self, name: str) -> torch.Tensor:
+        """A norm's gain, in the dtype of activations. Raises MissingTensors."""
+        return self._take(name).to(self._precision.activations)
+
+    def matrix(self, name: str, biased: bool = False) -> Matrix:
+        """`name`.weight with its scale and bias. Raises MissingTensors."""
+        weight = self._take(f"{name}.weight")
+        if weight.dtype == torch.int8:
+            scale = self._take(f"{name}.weight_scale").float()
+            return Matrix(weight, scale, self._take(f"{name}.bias").float() if biased else None)
+        weight = weight.to(self._precision.matrices or weight.dtype)
+        return Matrix(weight, None, self._take(f"{name}.bias").to(weight.dtype) if biased else None)
+
+    def _take(self, name: str) -> torch.Tensor:
+        try:
+            return weight_tensor(self._tensors.pop(self._prefix + name)).to(self._device)
+        except KeyError as missing:
+            raise MissingTensors(f"{missing} is missing") from None
 
 
 class Linear(Protocol):
-    """x is [n, in_features]; results are [n, out_features]."""
+    """x is [n, in]; results are [n, out]."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
@@ -31,7 +103,7 @@ class Linear(Protocol):
 
 
 class _Unfused:
-    """What surrounds the product, as operators of their own."""
+    """Applies the operators around the product one by one."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
@@ -47,7 +119,7 @@ class _Unfused:
 
 
 class PlainLinear(_Unfused):
-    """Any device and dtype."""
+    """For any device and dtype."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._weight = weight
@@ -58,7 +130,7 @@ class PlainLinear(_Unfused):
 
 
 class OneDnnLinear:
-    """CPU, fp32 or bf16: by oneDNN, with the weight in its own layout."""
+    """For fp32 or bf16 on CPUs: oneDNN's kernels, with the weight in their own layout."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight.default(weight)
@@ -83,8 +155,56 @@ class OneDnnLinear:
         return y
 
 
+class Int8Linear(_Unfused):
+    """int8 weights per output channel; activations per row, each value as two int8 numbers. For float32 on CPUs.
+
+    A row is divided by its own largest value, and products are summed exactly in int32: a row's result never depends on the
+    rows beside it. The kernel is oneDNN's, on weights laid out once. It is fast with AMX; without AMX it is a reference kernel,
+    hundreds of times slower. It serves when layers cannot run in C.
+
+    One int8 number per activation costs 3 to 5 % of perplexity, because a few channels of a row are far larger than the rest.
+    So what truncation to int8 leaves goes through the same kernel as a second row: 14 bits in all, and at most 0.6 %. While
+    decoding, two rows take as long as one, because reading the matrix takes the time. docs/log.md has the numbers, and compares
+    torch's other int8 operators.
+    """
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """weight int8 [out, in], scale float32 [out], bias float32 [out]."""
+        self._weight = torch.ops.onednn.qlinear_prepack.default(weight, None)
+        self._scale = scale / _LARGEST
+        self._zero_points = torch.zeros(len(scale), dtype=torch.int32)
+        self._bias = bias
+        self._largest = torch.tensor(_LARGEST)
+        self._matmul = torch.ops.onednn.qlinear_pointwise.default
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y, row_scale = self._products(x)
+        return y.mul_(row_scale) if self._bias is None else torch.addcmul(self._bias, y, row_scale)
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        y, row_scale = self._products(x)
+        if self._bias is not None:
+            residual = residual + self._bias
+        return torch.addcmul(residual, y, row_scale)
+
+    def _products(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Float32 [n, out], and the scales [n, 1] that its rows are still to be multiplied by."""
+        row_scale = x.abs().amax(1, keepdim=True).clamp_min_(_SMALLEST)
+        steps = x * (self._largest / row_scale)
+        rows = torch.empty((2 * len(x), x.shape[1]), dtype=torch.int8)
+        whole, rest = rows.chunk(2)
+        whole.copy_(steps)
+        rest.copy_(steps.frac_().mul_(_LARGEST))
+        y: torch.Tensor = self._matmul(
+            *(rows, 1.0, 0, self._weight, self._scale, self._zero_points),
+            *(None, 1.0, 0, torch.float32, "none", [], ""),
+        )
+        of_whole, of_rest = y.chunk(2)
+        return of_whole.add_(of_rest, alpha=1 / _LARGEST), row_scale
+
+
 class CastLinear(_Unfused):
-    """Computes in its matrix's dtype for activations of another: a matrix kept wide among int8 ones."""
+    """Computes in its matrix's dtype for activations of another one: a matrix kept wide among int8 ones."""
 
     def __init__(self, inner: Linear, dtype: torch.dtype) -> None:
         self._inner = inner
@@ -94,8 +214,8 @@ class CastLinear(_Unfused):
         return self._inner(x.to(self._dtype)).to(x.dtype)
 
 
-class SideBySide(_Unfused):
-    """Matrices of several kinds that were to be stacked."""
+class ConcatLinear(_Unfused):
+    """Multiplies matrices of different dtypes one by one, and concatenates the results."""
 
     def __init__(self, parts: Sequence[Linear]) -> None:
         self._parts = parts
@@ -104,23 +224,8 @@ class SideBySide(_Unfused):
         return torch.cat([part(x) for part in self._parts], 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """weight [out, in]; scale [out] with an int8 weight; bias [out] or None, in the weight's dtype (int8: float32)."""
-
-    weight: torch.Tensor
-    scale: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
-
-    def with_rows(self, rows: torch.Tensor) -> "Matrix":
-        """Output rows in another order."""
-        scale = None if self.scale is None else self.scale[rows]
-        bias = None if self.bias is None else self.bias[rows]
-        return Matrix(self.weight[rows], scale, bias)
-
-
 def stacked(matrices: Sequence[Matrix]) -> list[Matrix]:
-    """The matrices as one; where they are of several kinds, as they are. Biases: all or none of them."""
+    """One matrix of several; as they are if their dtypes differ. All have biases or none."""
     if len({matrix.weight.dtype for matrix in matrices}) > 1:
         return list(matrices)
     return [
@@ -133,10 +238,10 @@ def stacked(matrices: Sequence[Matrix]) -> list[Matrix]:
 
 
 def linear(matrices: Sequence[Matrix], dtype: torch.dtype) -> Linear:
-    """The matrices stacked, for activations of `dtype`."""
+    """The product with the stacked matrices, for activations of `dtype`."""
     matrix, *others = stacked(matrices)
     if others:
-        return SideBySide([linear([part], dtype) for part in (matrix, *others)])
+        return ConcatLinear([linear([part], dtype) for part in (matrix, *others)])
     weight, bias = matrix.weight, matrix.bias
     own: Linear
     if matrix.scale is not None:

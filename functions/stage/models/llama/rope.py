@@ -1,10 +1,10 @@
 """Rotary position embeddings: the frequencies of a config.json, and the order of a head's rows. No torch.
 
-Checkpoints keep the two halves of a rotated pair head_dim / 2 apart; `interleaved_rows` reorders the rows of the query and key
-matrices at build, so that they lie side by side. Queries and keys are permuted alike, so their products are the same.
+Checkpoints keep the two halves of a rotated pair head_dim / 2 apart. `interleaved_rows` reorders the rows of query and key
+matrices so that they are adjacent. Queries and keys are permuted alike, so their products do not change.
 
-Frequencies follow transformers' `modeling_rope_utils`, in float32 but for the power, which is rounded from float64: so are
-nearly all of torch's, to the bit. `storage.checkpoints.llama_config` reads what a config says of them.
+Frequencies follow transformers' `modeling_rope_utils` in float32, except for the power, which is rounded from float64: that
+equals nearly all of torch's to the bit. `storage.checkpoints.llama_config` reads what a config says of them.
 """
 
 import math
@@ -27,7 +27,7 @@ def _linear(parameters: Mapping[str, Any], head_dim: int) -> tuple[Float32, floa
 
 
 def _llama3(parameters: Mapping[str, Any], head_dim: int) -> tuple[Float32, float]:
-    """Long waves are stretched by `factor`, short ones kept, those between interpolated."""
+    """Stretches long waves by `factor`, keeps short ones, and interpolates between."""
     frequencies, _ = _default(parameters, head_dim)
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
     turns = parameters["original_max_position_embeddings"] / (2 * math.pi / frequencies)
@@ -36,7 +36,7 @@ def _llama3(parameters: Mapping[str, Any], head_dim: int) -> tuple[Float32, floa
 
 
 def _yarn(parameters: Mapping[str, Any], head_dim: int) -> tuple[Float32, float]:
-    """YaRN (arXiv 2309.00071): fast dimensions are kept, slow ones interpolated, and scores are tempered."""
+    """YaRN (arXiv 2309.00071): keeps fast dimensions, interpolates slow ones, and tempers scores."""
     extrapolated, _ = _default(parameters, head_dim)
     low, high = _yarn_range(parameters, head_dim)
     ramp = (np.arange(head_dim // 2, dtype=np.float32) - low) / ((high - low) or 0.001)
@@ -46,7 +46,7 @@ def _yarn(parameters: Mapping[str, Any], head_dim: int) -> tuple[Float32, float]
 
 
 def _yarn_range(parameters: Mapping[str, Any], head_dim: int) -> tuple[float, float]:
-    """Between which dimensions to interpolate."""
+    """The first and last dimension to interpolate."""
 
     def dimension(rotations: float) -> float:
         wavelengths = parameters["original_max_position_embeddings"] / (rotations * 2 * math.pi)
@@ -81,13 +81,10 @@ _FREQUENCIES: Final[dict[str, Callable[[Mapping[str, Any], int], tuple[Float32, 
 
 
 def rope_frequencies(parameters: Mapping[str, Any], head_dim: int) -> tuple[Float32, float]:
-    """Radians per position of each pair [head_dim / 2], and what cosines and sines are multiplied with.
-
-    parameters: as `rope_parameters` returns them, of a kind that is supported.
-    """
+    """Radians per position of each pair [head_dim / 2], and the factor of cosines and sines. parameters: LlamaConfig.rope."""
     return _FREQUENCIES[parameters["rope_type"]](parameters, head_dim)
 
 
 def interleaved_rows(num_heads: int, head_dim: int) -> Array:
-    """Row numbers [num_heads * head_dim] that bring the two halves of each rotated pair side by side."""
+    """Row numbers [num_heads * head_dim] that make the two halves of each rotated pair adjacent."""
     return np.arange(num_heads * head_dim).reshape(num_heads, 2, head_dim // 2).transpose(0, 2, 1).ravel()

@@ -1,4 +1,4 @@
-"""Llama-shaped families by layers in C, with numpy around them: no torch in the process, and none needed.
+"""Llama-shaped families by layers in C, with numpy around them. Needs no torch.
 
 May import: functions.stage.models, functions.stage.models.llama, functions.stage.native, storage.checkpoints,
 storage.loading, storage.models.

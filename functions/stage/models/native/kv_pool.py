@@ -1,4 +1,4 @@
-"""The KV arena of native layers, which lay out each block of tokens as they read it (`native/c/native.h`)."""
+"""The KV arena of native layers, which store each block of tokens in the order that they read it (`native/c/native.h`)."""
 
 from typing import Final
 
@@ -14,15 +14,17 @@ _NUMPY_DTYPES: Final = {Dtype.BF16: np.uint16, Dtype.F32: np.float32}
 
 
 class NativeKVPool(KVRanges):
-    """Implements `KVCache`. Memory is one array [num_layers, 2, num_kv_heads, capacity_tokens, padded head_dim], at a page's
-    boundary, whose pages are the kernel's until they are written to."""
+    """Implements `KVCache`. Memory is one array [num_layers, 2, num_kv_heads, capacity_tokens, padded head_dim].
+
+    It begins on a page, and takes physical memory only as pages are written to.
+    """
 
     def __init__(
         self, num_layers: int, num_kv_heads: int, head_dim: int, dtype: Dtype, budget_bytes: int, written_by: str = ""
     ) -> None:
-        """dtype: BF16 or F32. written_by: what bits depend on besides, for those who read them elsewhere.
+        """dtype: BF16 or F32. written_by: names all that bits depend on besides, for instances that exchange them.
 
-        Raises ValueError where the budget holds not even one block of tokens.
+        Raises ValueError if the budget is less than one block of tokens.
         """
         numbers = np.dtype(_NUMPY_DTYPES[dtype])
         super().__init__(budget_bytes, num_layers, 2 * num_kv_heads * padded_head(head_dim) * numbers.itemsize, BLOCK_TOKENS)
@@ -37,7 +39,7 @@ class NativeKVPool(KVRanges):
         return resident_bytes(self._arena.ctypes.data, self._arena.nbytes)
 
     def arena(self, layer: int) -> tuple[Array, Array]:
-        """All keys and all values of a layer, [num_kv_heads, capacity_tokens, padded head_dim] each: views."""
+        """Views of a layer's keys and of its values, [num_kv_heads, capacity_tokens, padded head_dim] each."""
         keys, values = self.layers[layer]
         return keys, values
 

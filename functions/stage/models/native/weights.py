@@ -1,7 +1,6 @@
-"""A publication's tensors as the arrays that C reads: in place wherever their order is C's already."""
+"""A publication's tensors as the arrays that C reads, in place if their order is C's already."""
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -19,15 +18,14 @@ from storage.models import q4
 _DTYPES: Final = {"BF16": Dtype.BF16, "I8": Dtype.INT8, "F32": Dtype.F32, "U8": Dtype.Q4}
 _FLOATS: Final[Mapping[Dtype, HiddenDtype]] = {Dtype.BF16: "BF16", Dtype.F32: "F32"}
 _NUMPY_DTYPES: Final = {"BF16": np.uint16, "I8": np.int8, "F32": np.float32, "F16": np.float16, "U8": np.uint8}
-_MATRICES: Final = {"float32": Dtype.F32, "bfloat16": Dtype.BF16}
-"""dtype of a publication → of its matrices; of others as they were published."""
+_MATRICES: Final = {"float32": Dtype.F32, "bfloat16": Dtype.BF16}  # dtype of a publication → its matrices; others: as published
 
 
-class Weights:
-    """Tensors under one prefix. What is taken is removed, so that sources are freed as stacked ones appear."""
+class NativeWeights:
+    """Tensors under one prefix. Taking a tensor removes it, so that sources are freed as stacked matrices appear."""
 
     def __init__(self, tensors: MutableMapping[str, RawTensor], prefix: str, dtype: str, shapes: Shapes) -> None:
-        """shapes: of what is under the prefix, without it, which matrices in four bits do not tell themselves."""
+        """shapes: by name without the prefix; q4 matrices do not tell theirs."""
         self._tensors = tensors
         self._prefix = prefix
         self._shapes = shapes
@@ -60,16 +58,11 @@ class Weights:
         return raw.dtype, np.frombuffer(raw.data, _NUMPY_DTYPES[raw.dtype]).reshape(raw.shape)
 
 
-@dataclass(frozen=True, slots=True)
-class LayerArrays:
-    """Of one layer, by the names of `native/c/native.h`."""
+def take_layer(model: LlamaConfig, weights: NativeWeights) -> tuple[Mapping[str, MatrixArrays], Mapping[str, Float32 | None]]:
+    """A layer's matrices and gains, by the names of `native/c/native.h`. Raises MissingTensors.
 
-    matrices: Mapping[str, MatrixArrays]
-    gains: Mapping[str, Float32 | None]
-
-
-def take_layer(model: LlamaConfig, weights: Weights) -> LayerArrays:
-    """Queries and keys have the two halves of each rotated pair side by side. Raises MissingTensors."""
+    Rows of queries and keys are reordered so that the two halves of each rotated pair are adjacent.
+    """
     queries, keys, values = (weights.matrix(f"self_attn.{name}_proj", model.qkv_bias) for name in "qkv")
     qkv = [
         with_rows(queries, interleaved_rows(model.num_heads, model.head_dim)),
@@ -77,24 +70,23 @@ def take_layer(model: LlamaConfig, weights: Weights) -> LayerArrays:
         values,
     ]
     gate, up = of_one_kind([weights.matrix(f"mlp.{name}_proj", model.mlp_bias) for name in ("gate", "up")])
-    return LayerArrays(
-        matrices={
-            "qkv": stacked(of_one_kind(qkv)),
-            "out": weights.matrix("self_attn.o_proj", model.out_bias),
-            "gate": gate,
-            "up": up,
-            "down": weights.matrix("mlp.down_proj", model.mlp_bias),
-        },
-        gains={
-            "input_gain": weights.vector("input_layernorm.weight"),
-            "qk_gain": _qk_gains(model, weights) if model.qk_norm else None,
-            "mlp_gain": weights.vector("post_attention_layernorm.weight"),
-        },
-    )
+    matrices = {
+        "qkv": stacked(of_one_kind(qkv)),
+        "out": weights.matrix("self_attn.o_proj", model.out_bias),
+        "gate": gate,
+        "up": up,
+        "down": weights.matrix("mlp.down_proj", model.mlp_bias),
+    }
+    gains = {
+        "input_gain": weights.vector("input_layernorm.weight"),
+        "qk_gain": _qk_gains(model, weights) if model.qk_norm else None,
+        "mlp_gain": weights.vector("post_attention_layernorm.weight"),
+    }
+    return matrices, gains
 
 
 def rows_of(matrix: MatrixArrays, rows: Array) -> Float32:
-    """Some rows in float32, in memory of their own."""
+    """Rows of the matrix in float32: a copy."""
     if matrix.dtype == Dtype.INT8:
         assert matrix.scales is not None
         return matrix.weights[rows].astype(np.float32) * matrix.scales[rows, None]
@@ -104,7 +96,7 @@ def rows_of(matrix: MatrixArrays, rows: Array) -> Float32:
 
 
 def with_rows(matrix: MatrixArrays, rows: Array) -> MatrixArrays:
-    """Output rows in another order."""
+    """The matrix with its rows (outputs) in another order."""
     scales = None if matrix.scales is None else matrix.scales[rows]
     biases = None if matrix.biases is None else matrix.biases[rows]
     if matrix.dtype == Dtype.Q4:
@@ -113,7 +105,7 @@ def with_rows(matrix: MatrixArrays, rows: Array) -> MatrixArrays:
 
 
 def stacked(matrices: Sequence[MatrixArrays]) -> MatrixArrays:
-    """Matrices of one kind as one. Biases: all or none of them."""
+    """One matrix of several of one dtype. All have biases or none."""
     scales = [matrix.scales for matrix in matrices if matrix.scales is not None]
     biases = [matrix.biases for matrix in matrices if matrix.biases is not None]
     return MatrixArrays(
@@ -135,22 +127,22 @@ def _weights_stacked(matrices: Sequence[MatrixArrays]) -> Array:
 
 
 def of_one_kind(matrices: Sequence[MatrixArrays]) -> Sequence[MatrixArrays]:
-    """As they are, or all in bf16 where some are wide already."""
+    """The matrices as they are if their dtypes are equal, else all in bf16."""
     if len({matrix.dtype for matrix in matrices}) == 1:
         return matrices
     return [converted(matrix, Dtype.BF16) for matrix in matrices]
 
 
 def converted(matrix: MatrixArrays, dtype: Dtype) -> MatrixArrays:
-    """To float32 or bf16."""
+    """The matrix in float32 or bf16."""
     if matrix.dtype == dtype:
         return matrix
     wide = rows_of(matrix, np.arange(matrix.shape[0]))
     return MatrixArrays(dtype, narrowed(wide, _FLOATS[dtype]), None, matrix.biases)
 
 
-def _qk_gains(model: LlamaConfig, weights: Weights) -> Float32:
-    """Of all query heads and all key heads [heads + kv heads, head_dim], ordered as rotated pairs are."""
+def _qk_gains(model: LlamaConfig, weights: NativeWeights) -> Float32:
+    """Gains of all query heads and all key heads [heads + kv heads, head_dim], in the order of rotated pairs."""
     order = interleaved_rows(1, model.head_dim)
     of_queries = weights.vector("self_attn.q_norm.weight")[order]
     of_keys = weights.vector("self_attn.k_norm.weight")[order]

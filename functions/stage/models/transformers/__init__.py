@@ -1,4 +1,4 @@
-"""Any other family, by transformers' own modules.
+"""Any other family, run by transformers' own modules.
 
 May import: functions.stage.models, storage.loading.
 """

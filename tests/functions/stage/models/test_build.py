@@ -15,7 +15,7 @@ import torch
 from functions.configuration.pass_times import PassTimes
 from functions.stage.engine.wire_tensors import hidden_array, wire_tensor
 from functions.stage.models import build
-from functions.stage.models.build import Choice, Kind, UnsupportedDtype, build_layer_group, choose, device_for
+from functions.stage.models.build import GroupChoice, Kind, UnsupportedDtype, build_layer_group, choose, device_for
 from functions.stage.models.families import FAMILIES
 from functions.stage.models.kv_cache import KVBudget
 from functions.stage.models.layer_group import KVCacheFull, Segment
@@ -85,7 +85,7 @@ def test_torchs_operators_need_torch_alone(tmp_path: Path) -> None:
 def test_what_is_made_of_torch_says_what_is_missing_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     gpt2, llama = tiny_models.tiny_config("gpt2"), tiny_models.tiny_config("llama")
-    assert choose("auto", llama, "float32", "auto") == Choice("native", "cpu")
+    assert choose("auto", llama, "float32", "auto") == GroupChoice("native", "cpu")
     for config, dtype, device, what in (
         (gpt2, "float32", "auto", "a gpt2 model in float32 on cpu"),
         (llama, "float16", "auto", "a llama model in float16 on cpu"),

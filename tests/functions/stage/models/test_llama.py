@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from functions.stage.models.build import Choice, Kind, build_layer_group, choose, empty_group
+from functions.stage.models.build import GroupChoice, Kind, build_layer_group, choose, empty_group
 from functions.stage.models.layer_group import LayerGroup, MissingTensors, Segment
 from functions.stage.models.llama.group import LlamaGroup
 from functions.stage.models.native.group import NativeGroup
@@ -131,7 +131,7 @@ def test_bfloat16_is_as_close_as_transformers_in_bfloat16(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_can_be_placed_one_by_one_in_any_order(kind: Kind) -> None:
     config = tiny_models.tiny_config("llama_tied")
-    group = empty_group(Choice(kind, "cpu"), config, 0, 6, "float32", 2**20)
+    group = empty_group(GroupChoice(kind, "cpu"), config, 0, 6, "float32", 2**20)
     named = raw(checkpoint("llama_tied"))
     for layer in (5, 0, 3, 1, 4, 2):
         part = {name: tensor for name, tensor in named.items() if name.startswith(f"model.layers.{layer}.")}
@@ -150,7 +150,7 @@ def test_layers_can_be_placed_one_by_one_in_any_order(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_that_is_not_whole_is_refused_by_name(kind: Kind) -> None:
     part = {name: tensor for name, tensor in raw(checkpoint("llama")).items() if "layers.1" in name and "up_proj" not in name}
-    group = empty_group(Choice(kind, "cpu"), tiny_models.tiny_config("llama"), 0, 2, "float32", 2**20)
+    group = empty_group(GroupChoice(kind, "cpu"), tiny_models.tiny_config("llama"), 0, 2, "float32", 2**20)
     with pytest.raises(MissingTensors, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
         group.place(part)
 

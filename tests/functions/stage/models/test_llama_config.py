@@ -7,8 +7,8 @@ import torch
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from functions.stage.models.llama.layer import Rope, rotate
 from functions.stage.models.llama.rope import interleaved_rows
-from functions.stage.models.llama.rotation import Rope, rotate
 from storage.checkpoints.llama_config import LlamaConfig
 from storage.checkpoints.llama_shaped import LLAMA_FAMILIES
 from tests.support.storage import tiny_models

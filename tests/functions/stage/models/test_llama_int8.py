@@ -7,8 +7,7 @@ import torch
 
 from functions.stage.models.layer_group import Segment
 from functions.stage.models.llama.group import LlamaGroup
-from functions.stage.models.llama.int8_linear import Int8Linear
-from functions.stage.models.llama.linear import Matrix, linear
+from functions.stage.models.llama.linear import Int8Linear, Matrix, linear
 from tests.support.functions.borders import forwarded, logits_of, raw
 from tests.support.functions.int8_checkpoints import MATRICES, int8_checkpoint, quantized
 from tests.support.storage import tiny_models

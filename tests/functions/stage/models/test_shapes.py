@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from functions.stage.models.build import Choice, build_layer_group, choose, empty_group
+from functions.stage.models.build import GroupChoice, build_layer_group, choose, empty_group
 from functions.stage.models.families import FAMILIES
 from functions.stage.models.layer_group import MissingTensors
-from functions.stage.models.llama.shapes import WrongShape, layer_shapes, outer_shapes
+from functions.stage.models.llama.structure import WrongShape, layer_shapes, outer_shapes
 from storage.checkpoints.llama_config import LlamaConfig
 from storage.checkpoints.llama_shaped import LLAMA_FAMILIES
 from tests.support.functions.borders import raw
@@ -58,7 +58,7 @@ def wrong(shape: tuple[int, ...], seen: int) -> tuple[int, ...]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_tensor_of_another_shape_is_refused_by_name(kind: Any, dtype: str, seen: int) -> None:
     config, tensors = tiny_models.tiny_config("llama_biased"), tensors_of("llama_biased")
-    group = empty_group(Choice(kind, "cpu"), config, 0, tiny_models.NUM_LAYERS, dtype, BUDGET_BYTES)
+    group = empty_group(GroupChoice(kind, "cpu"), config, 0, tiny_models.NUM_LAYERS, dtype, BUDGET_BYTES)
     for name, tensor in tensors.items():
         shape = wrong(tuple(tensor.shape), seen)
         if shape == tuple(tensor.shape):
@@ -79,7 +79,7 @@ def test_scales_of_another_length_are_refused(kind: Any) -> None:
 
 def test_four_bits_are_for_matrices_in_groups_and_blocks() -> None:
     config, tensors = tiny_models.tiny_config("llama"), q4_checkpoint(tensors_of("llama"))
-    group = empty_group(Choice("native", "cpu"), config, 0, tiny_models.NUM_LAYERS, "q4", BUDGET_BYTES)
+    group = empty_group(GroupChoice("native", "cpu"), config, 0, tiny_models.NUM_LAYERS, "q4", BUDGET_BYTES)
     name = "model.layers.2.mlp.up_proj.weight"
     right = tuple(tensors[name].shape)
     for wrong_shape in ((right[0] + 1, *right[1:]), (*right[:2], 319), (right[0], right[1] * right[2])):
@@ -95,7 +95,7 @@ def test_four_bits_are_for_matrices_in_groups_and_blocks() -> None:
 @pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.bias", "model.layers.6.input_layernorm.weight"])
 def test_a_tensor_without_a_place_is_refused(kind: Any, name: str) -> None:
     config = tiny_models.tiny_config("llama")
-    group = empty_group(Choice(kind, "cpu"), config, 0, tiny_models.NUM_LAYERS, "float32", BUDGET_BYTES)
+    group = empty_group(GroupChoice(kind, "cpu"), config, 0, tiny_models.NUM_LAYERS, "float32", BUDGET_BYTES)
     with pytest.raises(MissingTensors, match=rf"the config has no place for {name} \[32\]"):
         group.place(raw({name: torch.zeros(32)}))
 

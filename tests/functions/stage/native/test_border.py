@@ -10,11 +10,11 @@ import pytest
 
 from functions.stage.native import limits, records
 from functions.stage.native.compiler import SOURCE
-from functions.stage.native.layers import Layers, Linear, MatrixArrays, Sizes, Threads
-from functions.stage.native.library import Refused, library
-from functions.stage.native.records import Array, Dtype, Memory
+from functions.stage.native.layers import GroupSizes, MatrixArrays, NativeLayers, NativeLinear, NativeThreads
+from functions.stage.native.library import NativeError, library
+from functions.stage.native.records import Array, Dtype, MemoryRecord, memory_of
 
-SIZES: Final = Sizes(
+SIZES: Final = GroupSizes(
     num_layers=2,
     hidden_size=48,
     inner_size=40,
@@ -31,8 +31,8 @@ def zeros(*shape: int) -> Array:
     return np.zeros(shape, np.float32)
 
 
-def group() -> Layers:
-    layers = Layers(library(), SIZES)
+def group() -> NativeLayers:
+    layers = NativeLayers(library(), SIZES)
     shapes = {"qkv": (80, 48), "out": (48, 40), "gate": (40, 48), "up": (40, 48), "down": (48, 40)}
     for slot in range(2):
         layers.place(
@@ -46,7 +46,7 @@ def group() -> Layers:
     return layers
 
 
-def run(layers: Layers, segments: list[tuple[int, int, int]], threads: int = 2, rows: int | None = None) -> Array:
+def run(layers: NativeLayers, segments: list[tuple[int, int, int]], threads: int = 2, rows: int | None = None) -> Array:
     rows = sum(length for _, _, length in segments) if rows is None else rows
     hidden = np.ones((rows, 48), np.float32)
     layers.run(hidden, np.zeros((rows, 5), np.complex64), segments, threads)
@@ -72,19 +72,19 @@ def test_what_fits_runs() -> None:
     ],
 )
 def test_segments_lie_in_the_arena(segments: list[tuple[int, int, int]]) -> None:
-    with pytest.raises(Refused, match=r"segment|range"):
+    with pytest.raises(NativeError, match=r"segment|range"):
         run(group(), segments)
 
 
 @pytest.mark.parametrize("rows", [2, 4])
 def test_segments_are_all_of_the_rows(rows: int) -> None:
-    with pytest.raises(Refused, match="segments are not all of the rows"):
+    with pytest.raises(NativeError, match="segments are not all of the rows"):
         run(group(), [(0, 0, 1), (16, 0, 2)], rows=rows)
 
 
 @pytest.mark.parametrize("threads", [0, -1])
 def test_threads_are_some(threads: int) -> None:
-    with pytest.raises(Refused, match="out of range"):
+    with pytest.raises(NativeError, match="out of range"):
         run(group(), [(0, 0, 1)], threads)
 
 
@@ -100,22 +100,24 @@ def test_memory_of_a_pass_is_as_large_as_its_shape(name: str) -> None:
         "hidden": zeros(3, 48),
         "rotations": zeros(3, 10),
         "segments": np.array([[0, 0, 3]], np.int64),
-        "workspace": records.aligned(library().pass_bytes(group_record, 3, 3, 1)),
+        "workspace": records.new_workspace(library().pass_bytes(group_record, 3, 3, 1)),
     }
-    memory = {key: Memory.of(array) for key, array in arrays.items()}
-    library().run_layers(layers._threads.pool, group_record, records.Pass(rows=3, threads=1, **memory))
+    memory = {key: memory_of(array) for key, array in arrays.items()}
+    library().run_layers(layers._threads.pool, group_record, records.PassRecord(rows=3, threads=1, **memory))
     for wrong in (
-        Memory(arrays[name].ctypes.data, arrays[name].nbytes - 1),
-        Memory(None, arrays[name].nbytes),
-        Memory(None, 0),
+        MemoryRecord(arrays[name].ctypes.data, arrays[name].nbytes - 1),
+        MemoryRecord(None, arrays[name].nbytes),
+        MemoryRecord(None, 0),
     ):
-        with pytest.raises(Refused, match=r"memory is missing|segments are not all"):
+        with pytest.raises(NativeError, match=r"memory is missing|segments are not all"):
             library().run_layers(
-                layers._threads.pool, group_record, records.Pass(rows=3, threads=1, **(memory | {name: wrong}))
+                layers._threads.pool, group_record, records.PassRecord(rows=3, threads=1, **(memory | {name: wrong}))
             )
-    shifted = Memory(arrays[name].ctypes.data + 1, arrays[name].nbytes)
-    with pytest.raises(Refused, match="no multiple"):
-        library().run_layers(layers._threads.pool, group_record, records.Pass(rows=3, threads=1, **(memory | {name: shifted})))
+    shifted = MemoryRecord(arrays[name].ctypes.data + 1, arrays[name].nbytes)
+    with pytest.raises(NativeError, match="no multiple"):
+        library().run_layers(
+            layers._threads.pool, group_record, records.PassRecord(rows=3, threads=1, **(memory | {name: shifted}))
+        )
 
 
 WRONG: Final[dict[str, tuple[Callable[[Any], None], str]]] = {
@@ -150,11 +152,11 @@ WRONG_LAYER: Final[dict[str, tuple[Callable[[Any], None], str]]] = {
     "four bits whose scales lie between two bytes": (lambda layer: four_bits(layer.qkv, 5 * 2 * 320, shift=1), "multiple"),
     "int8 without scales": (lambda layer: setattr(layer.qkv, "dtype", Dtype.INT8), "memory"),
     "gate and up of two dtypes": (lambda layer: setattr(layer.gate, "dtype", Dtype.BF16), "dtype"),
-    "weights that are missing": (lambda layer: setattr(layer.up, "weights", Memory()), "memory"),
+    "weights that are missing": (lambda layer: setattr(layer.up, "weights", MemoryRecord()), "memory"),
     "weights that are short": (lambda layer: setattr(layer.up.weights, "bytes", 40 * 64 * 4 - 4), "memory"),
     "weights between two numbers": (lambda layer: setattr(layer.up.weights, "data", layer.up.weights.data + 2), "multiple"),
     "biases that are short": (lambda layer: setattr(layer.out.biases, "bytes", 4), "memory"),
-    "a gain that is missing": (lambda layer: setattr(layer, "input_gain", Memory()), "memory"),
+    "a gain that is missing": (lambda layer: setattr(layer, "input_gain", MemoryRecord()), "memory"),
     "gains of too few heads": (lambda layer: setattr(layer.qk_gain, "bytes", 5 * 10 * 4), "memory"),
     "keys that are short": (lambda layer: setattr(layer.keys, "bytes", 2 * 64 * 16 * 4 - 1), "memory"),
     "a negative window": (lambda layer: setattr(layer, "window", -1), "range"),
@@ -167,7 +169,7 @@ def test_a_group_fits_together(case: str) -> None:
     change, why = WRONG[case]
     layers = group()
     change(layers._group)
-    with pytest.raises(Refused, match=why):
+    with pytest.raises(NativeError, match=why):
         run(layers, [(0, 0, 2)])
 
 
@@ -176,30 +178,30 @@ def test_every_layer_fits_its_group(case: str) -> None:
     change, why = WRONG_LAYER[case]
     layers = group()
     change(layers._layers[1])
-    with pytest.raises(Refused, match=why):
+    with pytest.raises(NativeError, match=why):
         run(layers, [(0, 0, 2)])
 
 
 def test_a_layer_that_was_not_placed_is_refused() -> None:
-    with pytest.raises(Refused):
-        run(Layers(library(), SIZES), [(0, 0, 1)])
+    with pytest.raises(NativeError):
+        run(NativeLayers(library(), SIZES), [(0, 0, 1)])
 
 
 def test_a_product_fits_its_matrix() -> None:
-    linear = Linear(library(), Threads(library()), MatrixArrays(Dtype.F32, zeros(3, 32)))
-    with pytest.raises(Refused, match="memory"):
+    linear = NativeLinear(library(), NativeThreads(library()), MatrixArrays(Dtype.F32, zeros(3, 32)))
+    with pytest.raises(NativeError, match="memory"):
         linear(zeros(2, 31), 1)
-    with pytest.raises(Refused, match="range"):
+    with pytest.raises(NativeError, match="range"):
         linear(zeros(2, 32), 0)
     wrong = copy.copy(linear)
-    wrong._matrix = records.Matrix(dtype=Dtype.F32, outs=0, width=32)
-    with pytest.raises(Refused):
+    wrong._matrix = records.MatrixRecord(dtype=Dtype.F32, outs=0, width=32)
+    with pytest.raises(NativeError):
         wrong(zeros(2, 32), 1)
 
 
 def test_arrays_must_be_contiguous() -> None:
     with pytest.raises(ValueError, match="not contiguous"):
-        Memory.of(zeros(4, 6)[:, ::2])
+        memory_of(zeros(4, 6)[:, ::2])
 
 
 def test_every_status_has_words() -> None:

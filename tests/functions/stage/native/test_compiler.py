@@ -11,8 +11,7 @@ from typing import Any, Final
 import pytest
 import torch
 
-from functions.stage.models.build import build_layer_group
-from functions.stage.models.native.choice import native_obstacle
+from functions.stage.models.build import build_layer_group, native_obstacle
 from functions.stage.native import compiler, library
 from functions.stage.native.compiler import CompilationFailed, Compiler, NoCompiler
 from storage.checkpoints.llama_config import LlamaConfig
@@ -28,7 +27,7 @@ PLAN: Final = {"a": (1, 20, 9), "b": (3, 1, 17)}
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Nothing compiled yet, in a folder of its own; and a user's folder beside it."""
-    monkeypatch.setattr(compiler, "_BESIDE", tmp_path / "beside")
+    monkeypatch.setattr(compiler, "_CACHE", tmp_path / "beside")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "of-user"))
     yield tmp_path
     library.library.cache_clear()

@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 import pytest
 
-from functions.stage.native.layers import Linear, MatrixArrays, Threads
+from functions.stage.native.layers import MatrixArrays, NativeLinear, NativeThreads
 from functions.stage.native.library import library
 from functions.stage.native.records import Array, Dtype
 from storage.models import q4
@@ -41,7 +41,7 @@ def floats(bits: Array) -> Array:
 
 
 def product(matrix: MatrixArrays, x: Array, threads: int = 2) -> Array:
-    return Linear(library(), Threads(library()), matrix)(x, threads)
+    return NativeLinear(library(), NativeThreads(library()), matrix)(x, threads)
 
 
 @pytest.mark.parametrize("rows", ROWS)

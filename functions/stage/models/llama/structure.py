@@ -1,0 +1,119 @@
+"""The structure of a Llama-shaped model: what parts a group has, what shape each tensor has, what a pass must look like.
+
+Layers in C and torch's operators take sizes from the config. A tensor of another shape would have them read or write memory
+that is not its own, so every tensor is checked. No torch.
+"""
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from functions.stage.models.layer_group import KVCache, MissingTensors, Segment
+from storage.checkpoints import llama_shaped
+from storage.checkpoints.llama_config import LlamaConfig
+from storage.checkpoints.llama_shaped import Shapes
+from storage.models.q4 import packed_shape
+
+LAYER_NAME: Final = re.compile(r"model\.layers\.(\d+)\.")
+
+
+class WrongShape(MissingTensors):
+    """A published tensor has another shape than the config says. Publish the model again from a sound checkpoint."""
+
+    def __init__(self, name: str, seen: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        super().__init__(f"{name} is {list(seen)}, and the config makes it {list(expected)}")
+
+
+@dataclass(frozen=True, slots=True)
+class GroupStructure:
+    """Layers [first, last), the embedding before the model's first layer, norm and head after its last."""
+
+    model: LlamaConfig
+    first: int
+    last: int
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a group that the model does not have."""
+        if not 0 <= self.first < self.last <= self.model.num_layers:
+            raise ValueError(f"layers {self.first}:{self.last} are no group of a model of {self.model.num_layers}")
+
+    @property
+    def is_first(self) -> bool:
+        return self.first == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.last == self.model.num_layers
+
+    @property
+    def has_embedding(self) -> bool:
+        """The group needs the embedding's matrix, for the embedding or for a head that is tied to it."""
+        return self.is_first or (self.is_last and self.model.tie_word_embeddings)
+
+    def check_placed(self, layers: Collection[int], *, embedding: bool, norm: bool, head: bool) -> None:
+        """Raises MissingTensors, naming what has not been placed."""
+        missing = [f"model.layers.{layer}" for layer in range(self.first, self.last) if layer not in layers]
+        if self.is_first and not embedding:
+            missing.append("model.embed_tokens.weight")
+        if self.is_last and not norm:
+            missing.append("model.norm.weight")
+        if self.is_last and not head:
+            missing.append("model.embed_tokens.weight" if self.model.tie_word_embeddings else "lm_head.weight")
+        if missing:
+            raise MissingTensors(f"not placed: {', '.join(missing)}")
+
+
+def checked_positions(kv: KVCache, rows: int, segments: Sequence[Segment]) -> list[int]:
+    """The position of every token of a pass.
+
+    Raises ValueError for segments that do not cover `rows`, or do not continue what their sequences hold.
+    """
+    positions: list[int] = []
+    handles: set[int] = set()
+    for segment in segments:
+        held, reserved = kv.length(segment.handle), kv.reserved(segment.handle)
+        if segment.length < 1 or held != segment.position or held + segment.length > reserved:
+            raise ValueError(f"{segment} does not follow the {held} tokens held, of {reserved} reserved")
+        handles.add(segment.handle)
+        positions.extend(range(held, held + segment.length))
+    if not segments or len(handles) < len(segments):
+        raise ValueError(f"{len(segments)} segments of {len(handles)} sequences: one for each, and at least one")
+    if rows != len(positions):
+        raise ValueError(f"{rows} rows of input for segments of {len(positions)} tokens in all")
+    return positions
+
+
+def check_shapes(model: LlamaConfig, seen: Shapes, in_four_bits: Collection[str] = ()) -> None:
+    """Checks the shapes of any tensors of the model, by checkpoint name. in_four_bits: tensors that are packed as q4.
+
+    Raises WrongShape, and MissingTensors for a tensor that the config has no place for: without it the model would be another.
+    """
+    of_layers, of_others = layer_shapes(model), outer_shapes(model)
+    for name, shape in seen.items():
+        found = LAYER_NAME.match(name)
+        in_layer = found is not None and int(found[1]) < model.num_layers
+        expected = of_layers.get(name[found.end() :]) if found and in_layer else of_others.get(name)
+        if expected is None:
+            raise MissingTensors(f"the config has no place for {name} {list(shape)}")
+        if name in in_four_bits:
+            if len(expected) != 2:
+                raise MissingTensors(f"{name} {list(shape)} is in four bits, which matrices alone are")
+            expected = packed_shape(*expected)
+        if shape != expected:
+            raise WrongShape(name, shape, expected)
+
+
+def layer_shapes(model: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of one layer's matrices, scales of int8 matrices, biases and norms, by name without `model.layers.N.`."""
+    return _with_scales(llama_shaped.layer_shapes(model))
+
+
+def outer_shapes(model: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors outside layers, by whole name."""
+    return _with_scales(llama_shaped.outer_shapes(model))
+
+
+def _with_scales(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    scales = {f"{name}_scale": shape[:1] for name, shape in shapes.items() if len(shape) == 2}
+    return {**shapes, **scales}
