@@ -1,4 +1,4 @@
-"""What a pipeline is compared with: one Flask function that serves the whole model with transformers.
+"""The peer of a pipeline's cold start: one Flask function that serves the whole model with transformers.
 
 It starts as such functions do, one thing after the other: imports, download of the checkpoint with boto3, from_pretrained,
 listen. `POST /` with a question as text answers with the first token. Environment: PORT, LAMINA_STORE_ENDPOINT,
@@ -20,7 +20,7 @@ _WEIGHTS: Final = "model.safetensors"
 
 
 def publish_monolith(store: ObjectStore, manifest: ModelManifest) -> None:
-    """The published model once more, as the one checkpoint that `from_pretrained` reads. Done already: nothing."""
+    """Stores the published model as one checkpoint for `from_pretrained`, if it is not stored yet."""
     if any(item.key == _PREFIX + _WEIGHTS for item in store.list(_PREFIX)):
         return
     import torch

@@ -1,155 +1,145 @@
-"""What a run of bench.coldstart has measured, whether it is what must show, and how it is told."""
+"""The results of a run of bench.coldstart: targets, tables and picture."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
-from typing import Final
+from typing import Any, Final
 
-from bench.coldstart.contenders import Loaded
+from matplotlib.figure import Figure
+
 from bench.coldstart.runs import ColdStart
+from bench.report import Verdict, judged, table, verdict_table
 
-LABELS: Final = {
-    "lamina": "Lamina: verified, into tensors",
-    "lamina_cached": "Lamina: out of the local cache, verified",
-    "plain_gets": "plain ranged GETs into a buffer that is thrown away",
-    "plain_gets_small_buffer": "plain ranged GETs, over and over into 1 MiB: no memory at all",
-    "boto3_download": "boto3 `download_file`, then load",
-    "runai_streamer": "runai-model-streamer",
-}
+_COLOURS: Final = {"import": "#4477aa", "weights": "#66ccee", "place": "#228833", "gateway, first pass": "#bbbbbb"}
 
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """Everything in seconds, each list one entry per round."""
+    """Each list has one entry per round."""
 
-    loading: Mapping[str, Sequence[Loaded]]
-    loading_bytes: int
-    bytes_per_second: float
-    """The limit of each pod."""
-    monolith: Sequence[ColdStart]
-    monolith_limited: Sequence[ColdStart]
-    stages: Sequence[ColdStart]
-    """Three."""
-    cached: Sequence[ColdStart]
-    """With the folder of verified weights that `python -m knative run` has."""
-    limited: Mapping[int, Sequence[ColdStart]]
-    """By the number of stages."""
-    imports: Mapping[str, Sequence[float]]
+    bytes_per_second: float  # the limit of each pod in `monolith_limited` and `limited`
+    monolith: list[ColdStart]
+    monolith_limited: list[ColdStart]
+    stages: list[ColdStart]  # three
+    cached: list[ColdStart]  # three, with the folder of verified weights that `python -m knative run` has
+    limited: Mapping[int, list[ColdStart]]  # by the number of stages
 
-    def loading_seconds(self, name: str) -> float:
-        return median(each.seconds for each in self.loading[name])
+    @property
+    def rate(self) -> str:
+        return f"{self.bytes_per_second / 1e6:.0f} MB/s a pod"
 
     def load_phase(self, stages: int) -> float:
+        """Seconds."""
         return median(each.load_seconds for each in self.limited[stages])
 
     def wire_seconds(self, stages: int) -> float:
-        """What the largest stage's bytes take at the limit."""
+        """The time that the largest stage's bytes take at the limit."""
         return self.limited[stages][0].largest_bytes / self.bytes_per_second
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    what: str
-    seen: float
-    bound: float
-    at_least: bool = False
-    unit: str = " ×"
-
-    @property
-    def holds(self) -> bool:
-        return self.seen >= self.bound if self.at_least else self.seen <= self.bound
-
-
 def first_token(runs: Sequence[ColdStart]) -> float:
+    """Seconds, the median."""
     return median(each.first_token_seconds for each in runs)
 
 
-def verdicts(results: Results) -> Iterator[Verdict]:
-    ours = results.loading_seconds("lamina")
-    for name in ("boto3_download", "runai_streamer"):
-        yield Verdict(f"loading, against {LABELS[name]}", results.loading_seconds(name) / ours, 2.0, at_least=True)
-    yield Verdict(f"loading, against {LABELS['plain_gets']}", results.loading_seconds("plain_gets") / ours, 0.9, at_least=True)
-    yield Verdict("loading out of the cache, against the store", ours / results.loading_seconds("lamina_cached"), 5.0, True)
-    yield Verdict("first token of 3 stages", first_token(results.stages), 1.1, unit=" s")
-    share = first_token(results.limited[3]) / first_token(results.monolith_limited)
-    yield Verdict("first token of 3 stages against the monolith, limited", share, 0.3)
-    yield Verdict("the same without a limit", first_token(results.stages) / first_token(results.monolith), 0.7)
-    for stages in sorted(results.limited):
-        off = abs(results.load_phase(stages) / results.wire_seconds(stages) - 1)
-        yield Verdict(f"load phase of {stages} stage{'s' * (stages > 1)}, off bytes over rate by", off, 0.25, unit="")
-    imports = {name: median(seconds) for name, seconds in results.imports.items()}
-    yield Verdict("import of a native stage, against torch alone", imports["native stage"] / imports["import torch"], 0.35)
-    yield Verdict("import of the gateway", imports["gateway"], 0.5, unit=" s")
+def verdicts(results: Results) -> list[Verdict]:
+    three, monolith = first_token(results.stages), first_token(results.monolith)
+    limited = first_token(results.limited[3]) / first_token(results.monolith_limited)
+    return [
+        judged("first token of 3 stages", three, 1.1, at_most=True, number="{:.2f} s"),
+        judged("first token of 3 stages against the monolith, limited", limited, 0.3, at_most=True, number="{:.2f} ×"),
+        judged("the same without a limit", three / monolith, 0.7, at_most=True, number="{:.2f} ×"),
+        *(
+            judged(
+                f"load phase of {stages} stage{'s' * (stages > 1)}, deviation from bytes over rate",
+                abs(results.load_phase(stages) / results.wire_seconds(stages) - 1),
+                0.25,
+                at_most=True,
+            )
+            for stages in sorted(results.limited)
+        ),
+    ]
 
 
 def markdown(results: Results) -> str:
-    sections = (_loading(results), _first_tokens(results), _load_phases(results), _imports(results), _verdicts(results))
-    return "\n\n".join(sections)
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _loading(results: Results) -> str:
-    ours = results.loading_seconds("lamina")
-    rows = []
-    for name, runs in results.loading.items():
-        seconds, cpu = results.loading_seconds(name), median(each.cpu_seconds for each in runs)
-        speed = f"{results.loading_bytes / seconds / 1e9:.2f}"
-        rows.append((LABELS[name], f"{seconds:.2f}", speed, f"{cpu:.2f}", f"{seconds / ours:.2f} ×"))
-    title = f"### Store → tensors, one stage of {results.loading_bytes / 2**20:.0f} MiB over loopback"
-    columns = ("way", "seconds", "GB/s", "CPU seconds of the reader", "its time to Lamina's")
-    return f"{title}\n\n{table(columns, rows)}"
-
-
-def _first_tokens(results: Results) -> str:
-    limit = f"{results.bytes_per_second / 1e6:.0f} MB/s a pod"
     named = {
-        f"monolith, {limit}": results.monolith_limited,
-        f"3 stages, {limit}": results.limited[3],
+        f"monolith, {results.rate}": results.monolith_limited,
+        f"3 stages, {results.rate}": results.limited[3],
         "monolith": results.monolith,
         "3 stages": results.stages,
         "3 stages, weights out of the cache": results.cached,
     }
-    rows = [(name, f"{first_token(runs):.2f}", _spread(runs), _phases(runs)) for name, runs in named.items()]
-    columns = ("what", "first token, seconds", "from – to", "ends of the phases, latest stage")
-    return f"### From a client's request to its first token, nothing running\n\n{table(columns, rows)}"
+    tokens = []
+    for name, runs in named.items():
+        seconds = [each.first_token_seconds for each in runs]
+        phases = ", ".join(
+            f"{phase} {end:.2f}" for phase, end in sorted(_ends(_middle(runs)).items(), key=lambda each: each[1])
+        )
+        tokens.append((name, f"{first_token(runs):.2f}", f"{min(seconds):.2f} – {max(seconds):.2f}", phases))
+    loads = []
+    for stages, runs in sorted(results.limited.items()):
+        wire, seen = results.wire_seconds(stages), results.load_phase(stages)
+        largest = f"{runs[0].largest_bytes / 1e6:.0f}"
+        loads.append((stages, largest, f"{wire:.2f}", f"{seen:.2f}", f"{seen / wire:.2f} ×", f"{first_token(runs):.2f}"))
+    return "\n\n".join(
+        [
+            "### From a client's request to its first token, nothing running",
+            table(("setting", "first token, seconds", "from – to", "ends of the phases, latest stage"), tokens),
+            f"### The load phase, {results.rate}",
+            table(("stages", "largest stage, MB", "over the rate, s", "load phase, s", "ratio", "first token, s"), loads),
+            "### Targets",
+            verdict_table(verdicts(results)),
+        ]
+    )
 
 
-def _spread(runs: Sequence[ColdStart]) -> str:
-    seconds = [each.first_token_seconds for each in runs]
-    return f"{min(seconds):.2f} – {max(seconds):.2f}"
+def _middle(runs: Sequence[ColdStart]) -> ColdStart:
+    return sorted(runs, key=lambda run: run.first_token_seconds)[len(runs) // 2]
 
 
-def _phases(runs: Sequence[ColdStart]) -> str:
-    """Of the run in the middle."""
-    run = sorted(runs, key=lambda each: each.first_token_seconds)[len(runs) // 2]
-    ends = {phase: max(phases[phase] for phases in run.phases) for phase in run.phases[0]}
-    return ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in sorted(ends.items(), key=lambda item: item[1]))
+def _ends(run: ColdStart) -> dict[str, float]:
+    """Phase → its end in the latest stage."""
+    return {phase: max(phases[phase] for phases in run.phases) for phase in run.phases[0]}
 
 
-def _load_phases(results: Results) -> str:
-    rows = []
-    for stages in sorted(results.limited):
-        largest, wire, seen = results.limited[stages][0].largest_bytes, results.wire_seconds(stages), results.load_phase(stages)
-        total = first_token(results.limited[stages])
-        rows.append((str(stages), f"{largest / 1e6:.0f}", f"{wire:.2f}", f"{seen:.2f}", f"{seen / wire:.2f} ×", f"{total:.2f}"))
-    title = f"### The load phase, {results.bytes_per_second / 1e6:.0f} MB/s a pod"
-    columns = ("stages", "largest stage, MB", "over the rate, s", "load phase, s", "of it", "first token, s")
-    return f"{title}\n\n{table(columns, rows)}"
+def draw(results: Results, picture: Path) -> None:
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    _draw_waits(left, results)
+    stages = sorted(results.limited)
+    right.plot(stages, [results.wire_seconds(each) for each in stages], "k--", label="largest stage's bytes over the rate")
+    right.plot(stages, [results.load_phase(each) for each in stages], "o-", label="load phase")
+    right.plot(stages, [first_token(results.limited[each]) for each in stages], "s:", label="first token")
+    right.set_xticks(stages)
+    right.set_xlabel("stages")
+    right.set_ylabel("seconds")
+    right.set_ylim(bottom=0)
+    right.grid(visible=True, alpha=0.3)
+    right.legend()
+    figure.savefig(picture, dpi=120)
 
 
-def _imports(results: Results) -> str:
-    torch = median(results.imports["import torch"])
-    rows = [(name, f"{median(each):.2f}", f"{median(each) / torch:.2f} ×") for name, each in results.imports.items()]
-    return f"### Imports, whole processes\n\n{table(('process', 'seconds', 'of torch alone'), rows)}"
-
-
-def _verdicts(results: Results) -> str:
-    rows = []
-    for verdict in verdicts(results):
-        bound = f"{'≥' if verdict.at_least else '≤'} {verdict.bound:g}{verdict.unit}"
-        rows.append((verdict.what, f"{verdict.seen:.2f}{verdict.unit}", bound, "yes" if verdict.holds else "**no**"))
-    return f"### What must show\n\n{table(('what', 'seen', 'bound', 'holds'), rows)}"
+def _draw_waits(panel: Any, results: Results) -> None:
+    runs = {
+        "3 stages, cache": results.cached,
+        "3 stages": results.stages,
+        "monolith": results.monolith,
+        f"3 stages, {results.rate}": results.limited[3],
+        f"monolith, {results.rate}": results.monolith_limited,
+    }
+    for row, each in enumerate(runs.values()):
+        run = _middle(each)
+        ends = _ends(run)
+        # Weights that flow during the import cost nothing extra.
+        weights = max(ends["import"], ends.get("last_byte", ends.get("download", 0.0)))
+        placed = max(weights, ends.get("warm_up", ends.get("load", 0.0)))
+        begin = 0.0
+        for part, end in zip(_COLOURS, (ends["import"], weights, placed, run.first_token_seconds), strict=True):
+            panel.barh(row, end - begin, left=begin, color=_COLOURS[part], label=part if row == 0 else None)
+            begin = end
+        panel.text(run.first_token_seconds, row, f" {run.first_token_seconds:.2f} s", va="center")
+    panel.set_yticks(range(len(runs)), list(runs))
+    panel.set_xlabel("seconds from the client's request to its first token")
+    panel.set_xlim(right=1.12 * max(first_token(each) for each in runs.values()))
+    panel.legend(loc="lower right", title="of the latest stage")

@@ -1,4 +1,4 @@
-"""Cold starts on the local platform: a request to a pipeline, or a monolith, of which nothing runs, until its first token."""
+"""Cold starts on the local platform: the first token of a pipeline, or a monolith, that has no running pod."""
 
 import contextlib
 import json
@@ -13,7 +13,6 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from eventing.wire.generation import TokenEvent
 from knative.commands.sources.local_pipeline import local_pipeline
 from knative.commands.terminal.asking import Question, ask
 from knative.local.platform import Platform, PlatformOptions
@@ -28,25 +27,22 @@ _STOP_SECONDS: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What all runs share."""
+class Store:
+    """What all runs share: the store, the published model, and a folder for logs."""
 
-    store: ObjectStore
+    objects: ObjectStore
     manifest: ModelManifest
     logs: Path
 
 
 @dataclass(frozen=True, slots=True)
 class ColdStart:
-    """One request to something of which nothing ran."""
+    """One request to a Service without a pod."""
 
-    first_token_seconds: float
-    """From the client's request."""
+    first_token_seconds: float  # from the client's request
     token: str
-    phases: tuple[Mapping[str, float], ...]
-    """Of each stage, or of the monolith: phase → seconds from the start of its process."""
-    largest_bytes: int
-    """What the stage with most weights had to load; of a monolith: all."""
+    phases: tuple[Mapping[str, float], ...]  # of each stage, or of the monolith: phase → its end after the process's start
+    largest_bytes: int  # weights of the largest stage; of a monolith: all weights
 
     @property
     def load_seconds(self) -> float:
@@ -55,33 +51,33 @@ class ColdStart:
 
 
 async def cold_pipeline(
-    around: Surroundings,
+    at: Store,
     stages: int,
     *,
     bytes_per_second: float | None = None,
     weights_cache: Path | None = None,
 ) -> ColdStart:
     """bytes_per_second: of each pod, the gateway's included; None: no limit."""
-    local = local_pipeline(around.store, around.manifest, stages, None, {}, weights_cache)
+    local = local_pipeline(at.objects, at.manifest, stages, None, {}, weights_cache)
     manifests = services(local.pipeline)
-    with _endpoints(around.store, bytes_per_second, len(manifests)) as endpoints:
+    with _endpoints(at.objects, bytes_per_second, len(manifests)) as endpoints:
         for manifest, endpoint in zip(manifests, endpoints, strict=True):
             _set_environment(manifest, "LAMINA_STORE_ENDPOINT", endpoint)
-        options = PlatformOptions(logs=around.logs, secrets=local.secrets)
+        options = PlatformOptions(logs=at.logs, secrets=local.secrets)
         async with _running(options, manifests) as platform:
             url = platform.url(local.pipeline.spec.name, local.pipeline.spec.namespace)
             began = time.perf_counter()
             token = await _first_token(url)
             seconds = time.perf_counter() - began
             phases = tuple(_phases(platform, local.pipeline.stage_name(index)) for index in range(stages))
-    largest = max(_bytes_of(around.manifest, first, last) for first, last in local.pipeline.cut)
+    largest = max(_bytes_of(at.manifest, first, last) for first, last in local.pipeline.cut)
     return ColdStart(seconds, token, phases, largest)
 
 
-async def cold_monolith(around: Surroundings, *, bytes_per_second: float | None = None) -> ColdStart:
-    with _endpoints(around.store, bytes_per_second, 1) as (endpoint,):
-        options = PlatformOptions(logs=around.logs)
-        async with _running(options, [_monolith(around.store, endpoint)]) as platform:
+async def cold_monolith(at: Store, *, bytes_per_second: float | None = None) -> ColdStart:
+    with _endpoints(at.objects, bytes_per_second, 1) as (endpoint,):
+        options = PlatformOptions(logs=at.logs)
+        async with _running(options, [_monolith(at.objects, endpoint)]) as platform:
             began = time.perf_counter()
             async with (
                 aiohttp.ClientSession() as session,
@@ -89,7 +85,7 @@ async def cold_monolith(around: Surroundings, *, bytes_per_second: float | None 
             ):
                 answer = await reply.json()
             seconds = time.perf_counter() - began
-    return ColdStart(seconds, answer["token"], (answer["phases"],), _bytes_of(around.manifest, 0, around.manifest.num_layers))
+    return ColdStart(seconds, answer["token"], (answer["phases"],), _bytes_of(at.manifest, 0, at.manifest.num_layers))
 
 
 def _bytes_of(manifest: ModelManifest, first: int, last: int) -> int:
@@ -98,8 +94,6 @@ def _bytes_of(manifest: ModelManifest, first: int, last: int) -> int:
 
 async def _first_token(url: str) -> str:
     async for answer in ask(url, Question(PROMPT, max_tokens=1)):
-        if isinstance(answer, TokenEvent):
-            return answer.text
         return answer.text
     raise RuntimeError(f"{url} ended its answer without a token")
 
@@ -153,14 +147,14 @@ def _monolith(store: ObjectStore, endpoint: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _endpoints(store: ObjectStore, bytes_per_second: float | None, count: int) -> Iterator[list[str]]:
-    """URLs of the store, one for each pod: with a limit behind a proxy of its own."""
+    """URLs of the store, one for each pod; with a limit each has a proxy of its own."""
     if bytes_per_second is None:
         yield [store.settings.endpoint_url] * count
         return
     upstream = urlsplit(store.settings.endpoint_url).netloc
     command = [sys.executable, "-m", "bench.coldstart.throttle", "--upstream", upstream]
     command += ["--bytes-per-second", str(bytes_per_second), "--count", str(count)]
-    # A session of its own: Linux shares processors out by sessions, and what stands for a network is not to share one.
+    # A session of its own: Linux shares processors out by sessions, and the stand-in for a network must not share one.
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as proxies:
         assert proxies.stdin is not None
         assert proxies.stdout is not None

@@ -1,8 +1,8 @@
-"""TCP proxies that let through so many bytes a second, as the network interface of a pod does: one proxy for each pod.
+"""TCP proxies with a limited rate, like the network interface of a pod: one proxy for each pod.
 
     python -m bench.coldstart.throttle --upstream 127.0.0.1:9000 --bytes-per-second 50e6 --count 3
 
-Prints a JSON list of its ports, and runs until its stdin is closed. What clients send is not limited.
+Prints a JSON list of its ports, and runs until its stdin is closed. Bytes from clients are not limited.
 """
 
 import asyncio
@@ -15,12 +15,11 @@ from typing import Final
 import click
 
 _CHUNK_BYTES: Final = 2**18
-_BURST_SECONDS: Final = 0.02
-"""What a silent connection may save up: that of a network card's queue, not of a quota."""
+_BURST_SECONDS: Final = 0.02  # credit of a silent connection: a network card's queue, not a quota
 
 
 class TokenBucket:
-    """Time is the loop's. Whoever takes more than there is waits; the next one waits behind him."""
+    """Delays senders so that together they keep to the rate, in the order of their calls. Time is the event loop's."""
 
     def __init__(self, bytes_per_second: float) -> None:
         self._rate = bytes_per_second

@@ -15,10 +15,8 @@ class UnknownDevice(ValueError):
 
 
 class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    flops_per_second: _Rate
-    """Of bf16, dense, as published."""
-    bandwidth_bytes_per_second: _Rate
-    """Of its memory, as published."""
+    flops_per_second: _Rate  # of bf16, dense, as published
+    bandwidth_bytes_per_second: _Rate  # of its memory, as published
     memory_bytes: _Rate
     flops_share: _Share = 0.5
     bandwidth_share: _Share = 0.75

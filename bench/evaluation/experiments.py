@@ -30,8 +30,7 @@ NAMES: Final = ("emulated", "calibration", "simulated", "measured", "scale", "ne
 SCALE_STAGES: Final = (1, 2, 4, 8, 16)
 _SCALE_DEVICES: Final = 1024
 _TIMES_THE_TRACE: Final = 100.0
-_TRACE_RATE: Final = 5.53
-"""Requests a second of the Azure trace."""
+_TRACE_RATE: Final = 5.53  # requests a second of the Azure trace
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,10 +40,8 @@ class Plan:
     emulated_loads: Sequence[str] = ("bursts", "trace")
     emulated_ways: Sequence[str] = WAYS
     emulated_seconds: int = 40
-    tail_seconds: float = 30.0
-    """Behind a load's last arrival, for answers that still run."""
-    answer_tokens: int = 256
-    """Most, so that answers end within a run of a minute; but in `at_scale`."""
+    tail_seconds: float = 30.0  # behind a load's last arrival, for answers that still run
+    answer_tokens: int = 256  # most, so that answers end within a run of a minute; but in `at_scale`
     emulated_peak: float = 4.0
     runs: int = 3
     simulated_seconds: int = 600

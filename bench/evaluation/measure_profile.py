@@ -47,10 +47,8 @@ class Point:
 
     layers: int
     rows: int
-    length: int
-    """New tokens of each row: 1 of a step."""
-    position: int
-    """Tokens that each row held before."""
+    length: int  # new tokens of each row: 1 of a step
+    position: int  # tokens that each row held before
     seconds: float
 
 

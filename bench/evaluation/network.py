@@ -35,11 +35,9 @@ from knative.spec.sizing import Link, StagePlan, network_plan, plan_stages
 from storage.store.object_store import ObjectStore
 
 DELAYS_SECONDS: Final = (0.0, 0.001, 0.005, 0.02, 0.05)
-RATES: Final = (1.25e9, 1.25e8, 1.25e7)
-"""10, 1 and 0.1 Gbit/s in bytes."""
+RATES: Final = (1.25e9, 1.25e8, 1.25e7)  # 10, 1 and 0.1 Gbit/s in bytes
 AT_ONCE: Final = (1, 16)
-_NEARLY_NONE: Final = 1e-6
-"""Seconds: where there is no network there are its relays, too, so that they are not taken for it."""
+_NEARLY_NONE: Final = 1e-6  # seconds: where there is no network there are its relays, too, so that they are not taken for it
 _DTYPE: Final = "bfloat16"
 _MICRO_BATCH: Final = 8
 _PROMPTS: Final = ROOT / "bench" / "speculation" / "prompts.yaml"
@@ -73,12 +71,10 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     wire_dtype: Literal["int8"] | None = None
     stages: int = NOTHING.stages
     at_once: int
-    prompt_tokens: float = 0.0
-    """Of a question, mean, and of its answer."""
+    prompt_tokens: float = 0.0  # of a question, mean, and of its answer
     answer_tokens: float = 0.0
     tokens_per_second: float
-    step_seconds: tuple[float, ...]
-    """Of a pass of each stage, mean."""
+    step_seconds: tuple[float, ...]  # of a pass of each stage, mean
 
     @property
     def remedy(self) -> Remedy:

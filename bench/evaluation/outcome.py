@@ -8,22 +8,19 @@ import numpy as np
 from bench.evaluation.trace import Floats, Trace
 
 QUANTILES: Final = (0.5, 0.95, 0.99)
-PATIENCE_SECONDS: Final = 120.0
-"""An answer that ends later has failed: nobody waits for it any more."""
+PATIENCE_SECONDS: Final = 120.0  # an answer that ends later has failed: nobody waits for it any more
 
 
 class Objective(msgspec.Struct, frozen=True):
     """Of one request: what a reader notices."""
 
     first_token_seconds: float = 2.0
-    token_seconds: float = 0.2
-    """Mean, behind the first."""
+    token_seconds: float = 0.2  # mean, behind the first
 
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True):
     replica_seconds: float
-    byte_seconds: float
-    """Of weights in devices' memory."""
+    byte_seconds: float  # of weights in devices' memory
     cold_starts: int
     network_bytes: float
 
@@ -31,14 +28,11 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     requests: int
     failed: int
-    seconds: float
-    """From the first arrival's clock to the last answer, at least the load's length."""
+    seconds: float  # from the first arrival's clock to the last answer, at least the load's length
     tokens_per_second: float
-    first_token_seconds: tuple[float, float, float]
-    """p50, p95, p99."""
+    first_token_seconds: tuple[float, float, float]  # p50, p95, p99
     token_seconds: tuple[float, float, float]
-    attainment: float
-    """Share of all requests that were answered within the objective."""
+    attainment: float  # share of all requests that were answered within the objective
     cost: Cost
 
 

@@ -15,8 +15,7 @@ from functions.configuration.pass_times import PassTimes
 from knative.spec.model_shape import ModelShape
 
 _FLOPS_PER_MULTIPLY_ADD: Final = 2
-_ATTENTION_MULTIPLY_ADDS: Final = 2
-"""Per number of a query: one with the key, one with the value."""
+_ATTENTION_MULTIPLY_ADDS: Final = 2  # per number of a query: one with the key, one with the value
 _Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
 
@@ -32,8 +31,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Of one model in one dtype on one device. Names as in `PassTimes`; `layer_…`: of one layer."""
 
     model: str
-    source: str
-    """How it was made, for people."""
+    source: str  # how it was made, for people
     pass_seconds: _Seconds
     layer_seconds: _Seconds
     layer_token_seconds: _Seconds

@@ -24,16 +24,12 @@ class RunKey(msgspec.Struct, frozen=True, kw_only=True):
     way: str
     seed: int
     seconds: int
-    peak: float
-    """Requests a second."""
-    setting: str
-    """Model, device, stages, devices: for people and for the file's name."""
+    peak: float  # requests a second
+    setting: str  # model, device, stages, devices: for people and for the file's name
     tail_seconds: float
     answer_tokens: int
-    trace: str | None = None
-    """Digest of the file that the user named."""
-    profile: str | None = None
-    """Digest of a measured one."""
+    trace: str | None = None  # digest of the file that the user named
+    profile: str | None = None  # digest of a measured one
     overheads: tuple[float, float] | None = None
 
     @property
@@ -47,8 +43,7 @@ class Result(msgspec.Struct, frozen=True):
     key: RunKey
     outcome: Outcome
     peak_pods: int | None = None
-    load_average: float | None = None
-    """Of the machine when the run ended."""
+    load_average: float | None = None  # of the machine when the run ended
     wall_seconds: float | None = None
 
 

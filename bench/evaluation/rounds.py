@@ -14,40 +14,29 @@ from typing import Final
 from functions.configuration.pass_times import PassTimes, pairs
 from functions.stage.engine.event_queue import most_merged
 
-_MAX_MERGE: Final = 4
-"""LAMINA_MAX_MERGE, where it is not said."""
-_SETTLED: Final = 24
-"""Passes after which their sizes repeat themselves, by far."""
-_SHARPNESS: Final = 8
-"""Who waits does so at the narrowest stage, and where several are nearly as narrow, at all of these."""
+_MAX_MERGE: Final = 4  # LAMINA_MAX_MERGE, where it is not said
+_SETTLED: Final = 24  # passes after which their sizes repeat themselves, by far
+_SHARPNESS: Final = 8  # who waits does so at the narrowest stage, and where several are nearly as narrow, at all of these
 
 
 @dataclass(frozen=True, slots=True)
 class Overheads:
     """Of what is real in an emulated run: measured there, see `calibrate`."""
 
-    pass_seconds: float = 0.0
-    """That a pod is busy beyond its profile's time, for each pass."""
-    hop_seconds: float = 0.001
-    """From the end of a pass to the next stage's queue."""
-    bytes_per_second: float = float("inf")
-    """Of the network between pods."""
+    pass_seconds: float = 0.0  # that a pod is busy beyond its profile's time, for each pass
+    hop_seconds: float = 0.001  # from the end of a pass to the next stage's queue
+    bytes_per_second: float = float("inf")  # of the network between pods
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
     """What there is to do now."""
 
-    decoding: int
-    """Sequences that answer."""
-    micro_batches: int
-    """Into which they are divided."""
-    held_tokens: float
-    """Keys and values of one of them, mean."""
-    prompt_tokens: float
-    """That wait to be computed."""
-    chunk_tokens: int
-    """Most of them in one pass."""
+    decoding: int  # sequences that answer
+    micro_batches: int  # into which they are divided
+    held_tokens: float  # keys and values of one of them, mean
+    prompt_tokens: float  # that wait to be computed
+    chunk_tokens: int  # most of them in one pass
     hop_bytes_per_token: float
 
 
@@ -55,18 +44,12 @@ class Work:
 class Flow:
     """How it goes on now."""
 
-    round_seconds: float
-    """A token for each sequence that answers."""
-    prompt_tokens_per_second: float
-    """Through the whole pipeline."""
-    prompt_tokens_per_second_alone: float
-    """Of one prompt, whose chunks go through one pod of each stage one behind the other."""
-    fill_seconds: float
-    """From the reservation, which waits for the pass that runs, to the last stage's end of a chunk."""
-    in_flight: tuple[float, ...]
-    """Requests at each of the stages that were given."""
-    busy_share: tuple[float, ...]
-    """Of its pods' time."""
+    round_seconds: float  # a token for each sequence that answers
+    prompt_tokens_per_second: float  # through the whole pipeline
+    prompt_tokens_per_second_alone: float  # of one prompt, whose chunks go through one pod of each stage one behind the other
+    fill_seconds: float  # from the reservation, which waits for the pass that runs, to the last stage's end of a chunk
+    in_flight: tuple[float, ...]  # requests at each of the stages that were given
+    busy_share: tuple[float, ...]  # of its pods' time
 
 
 def flow(

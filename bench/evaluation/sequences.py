@@ -9,8 +9,7 @@ from bench.evaluation.rounds import Flow
 from bench.evaluation.trace import Floats, Integers, Trace
 from functions.gateway.scheduling.batching import SchedulerLimits
 
-_ALMOST: Final = 1e-3
-"""Tokens."""
+_ALMOST: Final = 1e-3  # tokens
 
 
 class Sequences:

@@ -27,8 +27,7 @@ from knative.spec.sizing import StagePlan, plan_stages
 
 NAME: Final = "evaluation"
 WAYS: Final = ("one static copy", "replicas, KPA", "static pipeline", "pipeline, HPA", "pipeline, KPA")
-QUEUE_LIMIT: Final = 1024
-"""Of the gateway: with a hundred times the trace, what comes in two seconds."""
+QUEUE_LIMIT: Final = 1024  # of the gateway: with a hundred times the trace, what comes in two seconds
 _CUT_WAYS: Final = WAYS[2:]
 _OTHER_BYTES: Final = 2**30
 _HERE: Final = Path(__file__).parent
@@ -43,20 +42,15 @@ class Setting:
     """One model, one kind of device, and a budget of them."""
 
     model: str
-    config: dict[str, object]
-    """The model's config.json."""
+    config: dict[str, object]  # the model's config.json
     device_name: str
-    stages: int
-    """Of the ways that cut."""
+    stages: int  # of the ways that cut
     devices: int
     micro_batch_sequences: int = 16
-    weights_bytes_per_second: float = 3.125e9
-    """Into a pod that starts: 25 Gbit/s."""
+    weights_bytes_per_second: float = 3.125e9  # into a pod that starts: 25 Gbit/s
     dtype: str = "bfloat16"
-    measured: Profile | None = None
-    """In place of what the device's published figures come to."""
-    memory_bytes: float | None = None
-    """Of a device; None: as published."""
+    measured: Profile | None = None  # in place of what the device's published figures come to
+    memory_bytes: float | None = None  # of a device; None: as published
 
     def __post_init__(self) -> None:
         """Raises OverBudget."""

@@ -31,8 +31,7 @@ from functions.gateway.stages.routes import uneven
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import stage_service
 
-START_SECONDS: Final = 1.2
-"""Of a pod without its weights: process, imports, one step, readiness."""
+START_SECONDS: Final = 1.2  # of a pod without its weights: process, imports, one step, readiness
 _NO_DIGEST: Final = "0" * 64
 T = TypeVar("T")
 _Wait = Generator[simpy.Event, None, None]
@@ -44,12 +43,9 @@ class World:
 
     overheads: Overheads = field(default_factory=Overheads)
     start_seconds: float = START_SECONDS
-    store_bytes_per_second: float = float("inf")
-    """That all pods which start share."""
-    tail_seconds: float = 30.0
-    """Behind the last arrival, for answers that still run; what has not ended then never does."""
-    step_seconds: float = 0.1
-    """Between two looks at the requests."""
+    store_bytes_per_second: float = float("inf")  # that all pods which start share
+    tail_seconds: float = 30.0  # behind the last arrival, for answers that still run; what has not ended then never does
+    step_seconds: float = 0.1  # between two looks at the requests
 
 
 class Simulation:

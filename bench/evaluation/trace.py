@@ -15,11 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 COLUMNS: Final = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-MOST_TOKENS: Final = 1_000_000
-"""Of a prompt or an answer: more is taken for a broken file, not for a request."""
+MOST_TOKENS: Final = 1_000_000  # of a prompt or an answer: more is taken for a broken file, not for a request
 MOST_GAP_SECONDS: Final = 600.0
-_TICKS: Final = 26
-"""Characters of a timestamp down to microseconds; the published files have one digit more."""
+_TICKS: Final = 26  # characters of a timestamp down to microseconds; the published files have one digit more
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -34,8 +32,7 @@ class Trace:
     """Requests in order of arrival; arrays of one length."""
 
     name: str
-    arrival_seconds: Floats
-    """Since the start."""
+    arrival_seconds: Floats  # since the start
     prompt_tokens: Integers
     answer_tokens: Integers
 

@@ -26,9 +26,9 @@ from bench.kv.client import Server
 from bench.kv.deployed import deployed
 from bench.kv.pods import from_peer, from_store, from_zero, scaled_in
 from bench.kv.report import Case, Found, NotMeasured, markdown, verdicts
-from bench.report import machine, write_section
+from bench.pipeline import DidNotStart, RunningPipeline, gateway_beside, running_pipeline
+from bench.report import ROOT, machine, write_section
 from bench.serving.peers_llama_cpp import running_llama_cpp
-from bench.serving.pipeline import ROOT, DidNotStart, RunningPipeline, gateway_beside, running_pipeline
 from bench.serving.requests import Requests
 from functions.stage.engine.threads import usable_cores
 from knative.spec.model_sources import packaged_model
@@ -36,10 +36,8 @@ from storage.models.model_repository import read_file, read_manifest
 from storage.store.object_store import ObjectStore
 
 _STATE: Final = ROOT / ".lamina" / "bench-kv"
-_KV_CACHE: Final = "640Mi"
-"""For the shared prompt's 32 sequences in float32."""
-_LLAMA_CPP_SLOTS: Final = 8
-"""Of 4,096 tokens each."""
+_KV_CACHE: Final = "640Mi"  # for the shared prompt's 32 sequences in float32
+_LLAMA_CPP_SLOTS: Final = 8  # of 4,096 tokens each
 _PARTS: Final = ("memory", "pods")
 
 

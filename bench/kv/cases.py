@@ -11,8 +11,7 @@ from bench.serving.requests import Requests
 ANSWER_TOKENS: Final = 32
 TURN_TOKENS: Final = 1_950
 _SHARED_TOKENS: Final = 980
-OWN_TOKENS: Final = 40
-"""The chat template adds the rest to 2,000, 1,000 and 50."""
+OWN_TOKENS: Final = 40  # the chat template adds the rest to 2,000, 1,000 and 50
 _AT_ONCE: Final = 32
 
 

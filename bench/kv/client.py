@@ -15,8 +15,7 @@ _TIMEOUT: Final = aiohttp.ClientTimeout(total=300)
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    seconds: float
-    """To the first text."""
+    seconds: float  # to the first text
     text: str
     prompt_tokens: int
     cached_tokens: int
@@ -26,8 +25,7 @@ class Answered:
 class Server:
     url: str
     model: str
-    more: Mapping[str, Any]
-    """Of each request."""
+    more: Mapping[str, Any]  # of each request
 
     def ask(self, messages: Messages, max_tokens: int) -> Answered:
         """Greedy. Raises aiohttp.ClientError."""

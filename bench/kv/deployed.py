@@ -17,7 +17,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from bench.kv.client import Server
-from bench.serving.pipeline import NUM_STAGES
+from bench.pipeline import NUM_STAGES
 from functions.stage.engine.threads import usable_cores
 from knative.commands.sources.local_pipeline import Sharing, ensure_published, local_pipeline
 from knative.commands.terminal.pod_metrics import read_metrics
@@ -47,8 +47,7 @@ from storage.store.payload_store import PayloadStore
 
 HOLDING: Final = "bench"
 PLAIN: Final = "bench-plain"
-TIMING: Final = PodTiming(drain_quiet_seconds=5.0)
-"""Not Knative's 30 s: runs of the benchmark wait for drains."""
+TIMING: Final = PodTiming(drain_quiet_seconds=5.0)  # not Knative's 30 s: runs of the benchmark wait for drains
 _FROM_ZERO: Final = AutoscalerConfig(allow_zero_initial_scale=True, initial_scale=0, scale_to_zero_grace_period_seconds=0.5)
 _KV_CACHE: Final = "640Mi"
 _WAIT_SECONDS: Final = 120.0

@@ -16,10 +16,8 @@ from bench.kv.deployed import Deployed, tokens_computed
 from bench.kv.report import Case, Found
 
 CONVERSATIONS_GOING_ON: Final = 10
-_LONGEST_ANSWER: Final = 1_024
-"""Of the conversations that run while a stage is scaled in; they end before."""
-_AFTER: Final = 8
-"""Pieces of text that each has to say after it."""
+_LONGEST_ANSWER: Final = 1_024  # of the conversations that run while a stage is scaled in; they end before
+_AFTER: Final = 8  # pieces of text that each has to say after it
 
 
 async def from_peer(at: Deployed, texts: Texts, rounds: int) -> AsyncIterator[Found]:
@@ -77,8 +75,7 @@ class Stream:
     """An answer that is being given."""
 
     text: str = ""
-    arrived: list[float] = field(default_factory=list)
-    """Seconds of each piece of text."""
+    arrived: list[float] = field(default_factory=list)  # seconds of each piece of text
 
     async def read(self, server: Server, session: aiohttp.ClientSession, question: Messages, over: asyncio.Event) -> None:
         async with aclosing(server.pieces(session, question, _LONGEST_ANSWER)) as documents:

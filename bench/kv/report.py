@@ -32,8 +32,7 @@ MOST_COMPUTED: Final = {
 }
 """Prompt tokens; where a stage is scaled in, what the pod that stays computed beyond the pieces of text that came: steps under
 way, and tokens whose text came with the next one's. One conversation that is computed again has 2,000."""
-LEAST_HELD: Final = 0.9
-"""Of a prompt, where it was to be read from elsewhere."""
+LEAST_HELD: Final = 0.9  # of a prompt, where it was to be read from elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +42,10 @@ class Found:
     case: Case
     seconds: float
     plain_seconds: float
-    different: int
-    """Answers that are not those without."""
-    computed_tokens: int | None = None
-    """Where that is judged."""
-    start_seconds: float = 0.0
-    """Of a cold start, of which `seconds` has one more than `plain_seconds`."""
-    held: float | None = None
-    """Share of the prompt that was not computed, the least of all, where that is judged."""
+    different: int  # answers that are not those without
+    computed_tokens: int | None = None  # where that is judged
+    start_seconds: float = 0.0  # of a cold start, of which `seconds` has one more than `plain_seconds`
+    held: float | None = None  # share of the prompt that was not computed, the least of all, where that is judged
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +56,8 @@ class NotMeasured:
     why: str
 
 
-Tries = Mapping[tuple[str, Case], Sequence[Found]]
-"""By dtype and case."""
-Missing = Mapping[str, Sequence[NotMeasured]]
-"""By dtype."""
+Tries = Mapping[tuple[str, Case], Sequence[Found]]  # by dtype and case
+Missing = Mapping[str, Sequence[NotMeasured]]  # by dtype
 
 
 def met(tries: Sequence[Found]) -> bool | None:

@@ -1,12 +1,11 @@
-"""Conversations against a gateway, as many at a time as a plan says, recorded second by second.
+"""Holds conversations with a gateway, as many at a time as a plan says, and records them second by second.
 
     python -m bench.load.conversations http://127.0.0.1:8080 --plan 1:30,16:60,64:90,4:60,0:120 \\
         --metrics http://127.0.0.1:9000/metrics --output load.jsonl
-    python -m bench.load.plot load.jsonl load.png
 
-A plan is `CONVERSATIONS:SECONDS,…`. A conversation asks one question after another, as HTTP CloudEvents with streamed answers;
-one that the plan ends finishes its answer first. `--metrics` is any Prometheus page with Knative's `kn_revision_*` gauges, such
-as the local platform's or a cluster's autoscaler's. The output is JSON lines, one record each (`bench.load.series`).
+A plan is `CONVERSATIONS:SECONDS,…`. A conversation asks one question after another, as HTTP CloudEvents with streamed answers.
+When the plan ends it, it finishes its answer first. `--metrics` is any Prometheus page with Knative's `kn_revision_*` gauges,
+such as the local platform's or a cluster's autoscaler's. The output is JSON lines, one record each (`bench.load.series`).
 """
 
 import asyncio
@@ -24,12 +23,13 @@ import click
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
-from bench.load.series import Answer, Failure, Phase, Record, Replicas, Second, summary
+from bench.load.series import Answer, Failure, Phase, Record, Replicas, Second
 from eventing.wire.generation import TokenEvent
 from knative.commands.terminal.asking import AskFailed, Question, ask
 
 _WORDS: Final = ("river", "stone", "lamp", "seven", "north", "glass", "quiet", "engine", "paper", "winter", "copper", "field")
 _PAUSE_AFTER_FAILURE_SECONDS: Final = 1.0
+# A metric's name → its field of `Replicas`.
 _GAUGES: Final = {
     "kn_revision_pods_count": "ready",
     "kn_revision_pods_desired": "desired",
@@ -39,20 +39,16 @@ _GAUGES: Final = {
     "kn_revision_concurrency_stable": "concurrency",
     "kn_revision_panic_mode": "panicking",
 }
-"""A metric's name → its field of `Replicas`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What to do to whom."""
+    """A plan and its target."""
 
     url: str
-    plan: tuple[tuple[int, float], ...]
-    """(conversations, seconds) in order."""
-    prompt_words: tuple[int, int]
-    """Least and most words of a prompt."""
-    max_tokens: tuple[int, int]
-    """Least and most tokens of an answer: were they all alike, conversations would go in step."""
+    plan: tuple[tuple[int, float], ...]  # (conversations, seconds) in order
+    prompt_words: tuple[int, int]  # least and most words of a prompt
+    max_tokens: tuple[int, int]  # least and most tokens of an answer: with equal lengths conversations would go in step
     api_key: str | None
     timeout_seconds: float
     metrics_url: str | None
@@ -65,8 +61,7 @@ class Recorder:
 
     file: TextIO
     started: float = field(default_factory=time.monotonic)
-    tokens: int = 0
-    """Since the last `Second`."""
+    tokens: int = 0  # since the last `Second`
     in_flight: int = 0
     records: list[Record] = field(default_factory=list)
 
@@ -81,7 +76,7 @@ class Recorder:
 
 
 async def run(load: Load, recorder: Recorder) -> None:
-    """The whole plan; returns when the last answer has ended."""
+    """Follows the whole plan; returns when the last answer has ended."""
     observers = [asyncio.create_task(_seconds(recorder))]
     if load.metrics_url is not None:
         observers.append(asyncio.create_task(_scrape(load.metrics_url, recorder)))
@@ -112,7 +107,7 @@ async def _follow(load: Load, recorder: Recorder) -> None:
 
 
 async def _converse(load: Load, number: int, over: asyncio.Event, recorder: Recorder) -> None:
-    """Question after question until the plan ends this conversation."""
+    """Asks question after question until the plan ends this conversation."""
     words = random.Random(f"{load.seed} {number}")
     while not over.is_set():
         prompt = " ".join(words.choices(_WORDS, k=words.randint(*load.prompt_words)))
@@ -216,12 +211,13 @@ def parse_plan(text: str) -> tuple[tuple[int, float], ...]:
 @click.option("--timeout", "timeout_seconds", type=click.FloatRange(min=1), default=600.0, show_default=True)
 @click.option("--seed", default=1, show_default=True, help="Of the prompts.")
 def main(output: Path, **load: object) -> None:
-    """Load the gateway at URL as the plan says; status 1 where any answer failed."""
+    """Load the gateway at URL as the plan says; status 1 if an answer failed."""
     with output.open("w") as file:
         recorder = Recorder(file)
         asyncio.run(run(msgspec.convert(load, Load), recorder))
-    click.echo(summary(recorder.records))
-    sys.exit(1 if any(isinstance(record, Failure) for record in recorder.records) else 0)
+    answers, failed = (sum(isinstance(record, kind) for record in recorder.records) for kind in (Answer, Failure))
+    click.echo(f"{answers} answers, {failed} failures")
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a load run records, and what it comes to."""
+"""The records of a load run, and figures computed from them."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -15,7 +15,7 @@ class Record(msgspec.Struct, frozen=True, tag_field="kind", tag=str.lower):
 
 
 class Phase(Record, frozen=True):
-    """From here on the plan wants so many conversations."""
+    """From here on the plan wants this many conversations."""
 
     conversations: int
     seconds: float
@@ -24,13 +24,12 @@ class Phase(Record, frozen=True):
 class Second(Record, frozen=True):
     """The second that ended at `t`."""
 
-    in_flight: int
-    """Questions whose answer had not ended."""
+    in_flight: int  # questions without a complete answer
     tokens: int
 
 
 class Answer(Record, frozen=True):
-    """An answer that ended well at `t`."""
+    """An answer that was complete at `t`."""
 
     conversation: int
     started: float
@@ -42,7 +41,7 @@ class Answer(Record, frozen=True):
 
 
 class Failure(Record, frozen=True):
-    """A question that was not answered to its end; conversation -1: the metrics page could not be read."""
+    """A question without a complete answer; conversation -1: the metrics page could not be read."""
 
     conversation: int
     started: float
@@ -64,7 +63,7 @@ class Replicas(Record, frozen=True):
 
     @property
     def held(self) -> float:
-        """Pods that cost something, whatever they do."""
+        """Pods that use resources, in any state."""
         return self.ready + self.starting + self.not_ready + self.leaving
 
 
@@ -77,7 +76,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The least value that `share` of them do not exceed; NaN of none."""
+    """The smallest value that `share` of them do not exceed; NaN without values."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
 
@@ -91,7 +90,7 @@ def phases(records: Iterable[Record]) -> Iterator[tuple[Phase, float]]:
 
 
 def replica_seconds(records: Iterable[Record]) -> dict[str, tuple[float, float]]:
-    """Service → (replica-seconds that were held, replica-seconds of its peak held throughout)."""
+    """Service → (its replica-seconds, the replica-seconds of its peak held throughout)."""
     held: dict[str, dict[float, float]] = {}
     for record in records:
         if isinstance(record, Replicas):
@@ -106,38 +105,9 @@ def replica_seconds(records: Iterable[Record]) -> dict[str, tuple[float, float]]
 
 
 def idle_seconds(records: Iterable[Record]) -> float:
-    """How long no service held anything."""
+    """How long no service held a pod."""
     held: dict[float, float] = {}
     for record in records:
         if isinstance(record, Replicas):
             held[record.t] = held.get(record.t, 0.0) + record.held
     return sum(end - start for start, end in pairwise(sorted(held)) if not held[start])
-
-
-def summary(records: Sequence[Record]) -> str:
-    """A Markdown table by phase, one of cost, and how many failed."""
-    lines = [
-        "| conversations | seconds | answers | tokens/s | time to first token p50 | p95 | failed |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for phase, end in phases(records):
-        lines.append(_phase_row(phase, end, [record for record in records if phase.t <= record.t < end]))
-    cost = replica_seconds(records)
-    if cost:
-        lines += ["", "| service | replica-seconds | static for the peak | share |", "|---|---|---|---|"]
-        cost["all"] = sum(held for held, _ in cost.values()), sum(peak for _, peak in cost.values())
-        for service, (held, peak) in cost.items():
-            lines.append(f"| {service} | {held:.0f} | {peak:.0f} | {held / peak if peak else 0:.0%} |")
-    return "\n".join(lines)
-
-
-def _phase_row(phase: Phase, end: float, records: Sequence[Record]) -> str:
-    answers = [record for record in records if isinstance(record, Answer)]
-    first = [answer.time_to_first_token_seconds for answer in answers]
-    tokens = sum(record.tokens for record in records if isinstance(record, Second))
-    failed = sum(isinstance(record, Failure) for record in records)
-    seconds = end - phase.t
-    return (
-        f"| {phase.conversations} | {seconds:.0f} | {len(answers)} | {tokens / seconds if seconds else 0:.1f} "
-        f"| {percentile(first, 0.5):.2f} s | {percentile(first, 0.95):.2f} s | {failed} |"
-    )

@@ -3,8 +3,8 @@
     python -m bench.many                                   some three minutes on two cores
     python -m bench.many --conversations 64 --gateways 1
 
-Stages are three processes that wait the stated time a pass, behind real HTTP, so that the gateway is what is measured. Clients
-share its cores: on a machine of few cores more gateways have nothing to run on, and the verdict says so.
+Stages are three processes that sleep in each pass, behind real HTTP, so that the gateway is measured. Clients share its cores:
+on a machine with few cores more gateways have no core to run on, and the verdict says so.
 """
 
 import asyncio
@@ -22,19 +22,18 @@ from rich.console import Console
 
 from bench.many.conversations import Conversation, converse
 from bench.many.report import Found, Load, markdown, verdicts
-from bench.report import machine, write_section
-from bench.serving.pipeline import NUM_STAGES, ROOT, TOKEN, gateway_beside
-from bench.serving.pipelining import Sleeping, sleeping_stages
+from bench.many.sleeping_stages import Sleeping, sleeping_stages
+from bench.pipeline import NUM_STAGES, TOKEN, gateway_beside
+from bench.report import STATE, machine, output_option, write_section
 from functions.stage.engine.threads import usable_cores
 from knative.commands.sources.local_pipeline import LocalPipeline, ensure_published, local_pipeline
 from knative.spec.pipeline_spec import GatewaySpec, ModelSpec, PipelineSpec, Resources, StageSpec, StoreSpec
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
 
-_STATE: Final = ROOT / ".lamina" / "bench-many"
+_STATE: Final = STATE / "bench-many"
 _PASS_SECONDS: Final = 0.04
-_MICRO_BATCH_SEQUENCES: Final = 170
-"""Six micro-batches, as many as three equal stages are given, hold 1,000 conversations."""
+_MICRO_BATCH_SEQUENCES: Final = 170  # three equal stages get six micro-batches, which hold 1,000 conversations
 _MOST_MERGED: Final = 8
 _SECRET: Final = "many-token"
 
@@ -43,7 +42,7 @@ _SECRET: Final = "many-token"
 @click.option("--conversations", type=click.IntRange(min=1), multiple=True, default=(64, 256, 1000), show_default=True)
 @click.option("--gateways", type=click.IntRange(min=1), multiple=True, default=(1, 2, 4), show_default=True)
 @click.option("--max-tokens", type=click.IntRange(min=8), default=48, show_default=True)
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=ROOT / "docs" / "benchmarks.md")
+@output_option
 def main(conversations: Sequence[int], gateways: Sequence[int], max_tokens: int, output: Path) -> None:
     load_before = getloadavg()[0]
     loads = [Load(count, 1) for count in conversations]
@@ -62,7 +61,7 @@ def main(conversations: Sequence[int], gateways: Sequence[int], max_tokens: int,
     )
     write_section(output, "many", markdown(found, facts))
     for verdict in verdicts(found):
-        click.echo(f"{verdict.word}: {verdict.what}: {verdict.seen}")
+        click.echo(verdict)
 
 
 @contextmanager
@@ -123,7 +122,7 @@ def _measure(local: LocalPipeline, urls: Sequence[str], stage_pids: Sequence[int
 async def _watched(
     gateways: Sequence[psutil.Process], urls: Sequence[str], model: str, load: Load, max_tokens: int
 ) -> tuple[list[Conversation], int]:
-    """All answers, and the most memory that the gateways had meanwhile."""
+    """All answers, and the peak memory of the gateways meanwhile."""
     answering = asyncio.ensure_future(converse(urls, model, load.conversations, max_tokens))
     peak = 0
     while not answering.done():

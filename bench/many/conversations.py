@@ -1,4 +1,4 @@
-"""Conversations that are all open at once, read as cheaply as may be: the reader shares the cores with what it measures."""
+"""Conversations that are open at the same time, read cheaply: the reader shares the cores with the measured gateway."""
 
 import asyncio
 import json
@@ -10,8 +10,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 _END_OF_EVENT: Final = b"\n\n"
-_TOKEN: Final = b'"finish_reason":null'
-"""In every event with a token's text, and in no other: the word that the stages repeat ends no answer."""
+_TOKEN: Final = b'"finish_reason":null'  # in every event with a token's text, and in no other
 _DONE: Final = b"data: [DONE]"
 _ANSWER_SECONDS: Final = 240.0
 
@@ -21,11 +20,9 @@ class Conversation:
     """One streamed answer. Moments by `time.perf_counter`."""
 
     began: float
-    moments: list[float] = field(default_factory=list)
-    """When bytes with tokens came."""
+    moments: list[float] = field(default_factory=list)  # when bytes with tokens came
     tokens: int = 0
     error: str = ""
-    """What went wrong, if anything did."""
 
     @property
     def gaps(self) -> list[float]:
@@ -33,7 +30,7 @@ class Conversation:
 
 
 async def converse(urls: Sequence[str], model: str, count: int, max_tokens: int) -> list[Conversation]:
-    """`count` conversations at once, by turns with each of the gateways."""
+    """Holds `count` conversations at once, distributed over the gateways in turn."""
     asked = {"model": model, "stream": True, "temperature": 0, "max_tokens": max_tokens}
     return await asyncio.gather(
         *(_one(urls[number % len(urls)], {**asked, "prompt": f"Say it {number} times"}, max_tokens) for number in range(count))
@@ -52,7 +49,7 @@ async def _one(url: str, asked: dict[str, object], wanted_tokens: int) -> Conver
 
 
 async def _read(url: str, asked: dict[str, object], found: Conversation) -> None:
-    """Server-sent events are counted, not parsed."""
+    """Counts server-sent events without parsing them."""
     parts = urlsplit(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     try:

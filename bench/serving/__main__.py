@@ -18,30 +18,21 @@ from pathlib import Path
 from typing import Final
 
 import click
-from tokenizers import Tokenizer
 
-from bench.report import machine, write_section
-from bench.serving import pipelining
-from bench.serving.client import Client
+from bench.pipeline import DidNotStart, RunningPipeline, running_pipeline
+from bench.report import STATE, machine, output_option, write_section
 from bench.serving.contenders import CONCURRENT, PREFILL, SINGLE, lamina, llama_cpp, measure_all, transformers, workloads
-from bench.serving.interference import Interference, measure_interference
 from bench.serving.peers import running_transformers
 from bench.serving.peers_llama_cpp import LLAMA_CPP_SLOTS, LlamaCpp, running_llama_cpp
-from bench.serving.pipeline import ROOT, DidNotStart, RunningPipeline, running_pipeline
 from bench.serving.plot import draw
-from bench.serving.report import LLAMA_CPP, Findings, markdown, targets
+from bench.serving.report import LLAMA_CPP, Findings, markdown, verdicts
 from bench.serving.requests import Requests
 from bench.serving.round import RoundTime, measure_rounds
 from bench.serving.token_time import token_times
 from knative.spec.model_sources import packaged_model
-from storage.models.model_repository import read_file
-from storage.store.object_store import ObjectStore
 
-_STATE: Final = ROOT / ".lamina" / "bench"
+_STATE: Final = STATE / "bench"
 _ROUNDS_OF_A_STEP: Final = 60
-_SLEEPING: Final = ((0.02, 0.02, 0.02), (0.02, 0.06, 0.02))
-_SLEEPING_MICRO_BATCHES: Final = 8
-_SLEEPING_SECONDS: Final = 4.0
 
 
 @click.command(help=__doc__)
@@ -49,7 +40,7 @@ _SLEEPING_SECONDS: Final = 4.0
 @click.option("--new-tokens", type=click.IntRange(min=8), default=96, show_default=True, help="Of the single stream.")
 @click.option("--dtype", "dtypes", multiple=True, default=("bfloat16", "int8", "q4", "float32"), show_default=True)
 @click.option("--workload", "chosen", multiple=True, default=(SINGLE, CONCURRENT, PREFILL), show_default=True)
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=ROOT / "docs" / "benchmarks.md")
+@output_option
 def main(rounds: int, new_tokens: int, dtypes: Sequence[str], chosen: Sequence[str], output: Path) -> None:
     began, load = time.monotonic(), getloadavg()[0]
     found = measure(rounds, new_tokens, dtypes, chosen)
@@ -57,51 +48,41 @@ def main(rounds: int, new_tokens: int, dtypes: Sequence[str], chosen: Sequence[s
     draw(found, picture)
     facts = _facts(found, rounds, new_tokens, time.monotonic() - began, load)
     write_section(output, "serving", markdown(found, facts, picture.name))
-    for target in targets(found):
-        click.echo(f"{target.verdict}: {target.what}: {target.seen:.3f}, wanted {target.wanted}")
+    for verdict in verdicts(found):
+        click.echo(verdict)
     click.echo(f"{output} has the rest")
 
 
 def measure(rounds: int, new_tokens: int, dtypes: Sequence[str], chosen: Sequence[str]) -> Findings:
-    """Everything is started first and stays up, idle while it is not its turn."""
+    """All contenders start first and stay up, idle while it is not their turn."""
     model, log = packaged_model(), _STATE / "logs"
     log.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         pipelines = [stack.enter_context(running_pipeline(dtype, _STATE / dtype)) for dtype in dtypes]
         whole = stack.enter_context(running_transformers(model, log / "transformers.log"))
-        other = _llama_cpp(stack, model, log)
-        requests = _requests(pipelines[0])
-        contenders = [contender for pipeline in pipelines for contender in lamina(pipeline)]
-        contenders += transformers(whole) + ([llama_cpp(other)] if isinstance(other, LlamaCpp) else [])
+        contenders = [contender for pipeline in pipelines for contender in lamina(pipeline)] + transformers(whole)
+        peer: LlamaCpp | None = None
+        did_not_run = {}
+        try:
+            peer = stack.enter_context(running_llama_cpp(model, len(sched_getaffinity(0)), log))
+            contenders.append(llama_cpp(peer))
+        except DidNotStart as error:
+            click.echo(f"llama.cpp did not run: {error}")
+            did_not_run[LLAMA_CPP] = error.why
+        requests = Requests(pipelines[0].tokenizer())
         work = {name: asked for name, asked in workloads(requests, new_tokens).items() if name in chosen}
         return Findings(
             asyncio.run(measure_all(contenders, work, rounds, click.echo)),
-            dict(_steps(pipelines, requests)),
-            {each.dtype: _interference(each, requests) for each in pipelines},
-            dict(_sleeping()),
+            dict(_rounds(pipelines, requests)),
             whole.bytes_per_second(),
             {each.dtype: sum(entry.bytes for entry in each.local.manifest.objects.values()) for each in pipelines},
-            other.build if isinstance(other, LlamaCpp) else "",
-            {LLAMA_CPP: other.why} if isinstance(other, DidNotStart) else {},
+            peer.build if peer else "",
+            did_not_run,
             {name: each for pipeline in pipelines for name, each in token_times(pipeline, requests, log)},
         )
 
 
-def _llama_cpp(stack: ExitStack, model: str, logs: Path) -> LlamaCpp | DidNotStart:
-    """A peer that does not come up on this machine has its row say so, and leaves the rest of the run as it is."""
-    try:
-        return stack.enter_context(running_llama_cpp(model, len(sched_getaffinity(0)), logs))
-    except DidNotStart as error:
-        click.echo(f"llama.cpp did not run: {error}")
-        return error
-
-
-def _requests(pipeline: RunningPipeline) -> Requests:
-    text = read_file(ObjectStore(pipeline.store), pipeline.local.manifest, "tokenizer.json").decode()
-    return Requests(Tokenizer.from_str(text))
-
-
-def _steps(pipelines: Sequence[RunningPipeline], requests: Requests) -> Iterator[tuple[str, RoundTime]]:
+def _rounds(pipelines: Sequence[RunningPipeline], requests: Requests) -> Iterator[tuple[str, RoundTime]]:
     for pipeline in pipelines:
         asked = requests.decoding(16, 2 * _ROUNDS_OF_A_STEP)
         for name, batches in (("1", [asked[:1]]), ("2 × 8", [asked[:8], asked[8:]])):
@@ -109,17 +90,6 @@ def _steps(pipelines: Sequence[RunningPipeline], requests: Requests) -> Iterator
                 found = measure_rounds(pipeline, batches, _ROUNDS_OF_A_STEP, through_proxies=through_proxies)
                 click.echo(f"{pipeline.dtype}, {name}{suffix}: {found.total * 1000:.1f} ms a round")
                 yield f"{pipeline.dtype}, {name}{suffix}", found
-
-
-def _interference(pipeline: RunningPipeline, requests: Requests) -> Interference:
-    click.echo(f"{pipeline.dtype}: a prompt of 4k beside eight running answers")
-    return asyncio.run(measure_interference(Client(pipeline.url, pipeline.model, {}), requests))
-
-
-def _sleeping() -> Iterator[tuple[str, tuple[float, float]]]:
-    for setting in _SLEEPING:
-        rate, _ = pipelining.measure(setting, _SLEEPING_MICRO_BATCHES, _SLEEPING_SECONDS)
-        yield "/".join(f"{seconds * 1000:g}" for seconds in setting), (rate, 1 / max(setting))
 
 
 def _facts(found: Findings, rounds: int, new_tokens: int, seconds: float, load: float) -> list[str]:

@@ -1,4 +1,4 @@
-"""Who takes part in `bench.serving`, and what is measured of them: three workloads, contenders in turn, several rounds."""
+"""The contenders of `bench.serving`, the three workloads, and the turns in which they are measured."""
 
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Final
 
+from bench.pipeline import RunningPipeline, cpu_seconds
 from bench.serving.client import Client, Measurement
 from bench.serving.peers import Transformers
 from bench.serving.peers_llama_cpp import LlamaCpp
-from bench.serving.pipeline import RunningPipeline, cpu_seconds
 from bench.serving.requests import Request, Requests
 
 SINGLE: Final = "single stream"
@@ -17,20 +17,17 @@ CONCURRENT: Final = "16 concurrent"
 PREFILL: Final = "prefill of 1k"
 Workload = str
 
-Answering = Callable[[Sequence[Request]], Awaitable[Measurement]]
-
 
 @dataclass(frozen=True, slots=True)
 class Contender:
     name: str
-    pids: tuple[int, ...]
-    """Processes whose CPU time counts, with all below them."""
-    answer: Answering
+    pids: tuple[int, ...]  # processes whose CPU time counts, with all below them
+    answer: Callable[[Sequence[Request]], Awaitable[Measurement]]
     workloads: tuple[Workload, ...] = (SINGLE, CONCURRENT, PREFILL)
 
 
 def lamina(pipeline: RunningPipeline) -> list[Contender]:
-    """As users run it, and but for float32, of which one is enough, through the gateway that leaves queue-proxies out."""
+    """As users run it, and through the gateway without queue-proxies (not in float32)."""
     found = [
         Contender(name, pipeline.pids, Client(url, pipeline.model, {}).measure)
         for name, url in (
@@ -42,7 +39,7 @@ def lamina(pipeline: RunningPipeline) -> list[Contender]:
 
 
 def transformers(peer: Transformers) -> list[Contender]:
-    """One at a time or as a static batch with generate, and continuous batching."""
+    """`generate`, with one request or a static batch, and continuous batching."""
     return [
         Contender("transformers generate, bf16", peer.pids, lambda requests: peer.measure("generate", requests)),
         Contender(
@@ -77,12 +74,12 @@ class Results:
         return self._found[workload][name]
 
     def rate(self, workload: Workload, name: str) -> float:
-        """Tokens per second, generated or for `PREFILL` of the prompt: the median of all rounds; 0 where not measured."""
+        """Tokens per second, generated (in `PREFILL`: of the prompt): the median of all rounds; 0: not measured."""
         rates = [each.tokens / each.seconds for each in self._found.get(workload, {}).get(name, ())]
         return median(rates) if rates else 0.0
 
     def ratio(self, workload: Workload, name: str, other: str) -> float:
-        """How many times the rate of `other`: the median of the ratios within each round, whose noise both have met."""
+        """The rate divided by that of `other`: the median of the ratios within each round, whose noise both have met."""
         found = self._found.get(workload, {})
         pairs = zip(found.get(name, ()), found.get(other, ()), strict=False)
         ratios = [(own.tokens / own.seconds) / (their.tokens / their.seconds) for own, their in pairs]
@@ -97,7 +94,7 @@ def workloads(requests: Requests, new_tokens: int) -> dict[Workload, list[Reques
 async def measure_all(
     contenders: Sequence[Contender], work: Mapping[Workload, list[Request]], rounds: int, say: Callable[[str], None]
 ) -> Results:
-    """A B C A B C …: whatever changes on the machine meanwhile meets all of them."""
+    """In the order A B C A B C …, so that changes on the machine meet all of them."""
     for contender in contenders:
         await contender.answer([replace(request, max_tokens=8) for request in next(iter(work.values()))[:1]])
     results = Results()
@@ -105,15 +102,11 @@ async def measure_all(
         for workload, asked in work.items():
             for contender in contenders:
                 if workload in contender.workloads:
-                    found = await _measured(contender, asked)
+                    cpu = cpu_seconds(contender.pids)
+                    found = await contender.answer(asked)
+                    found = replace(found, cpu_seconds=cpu_seconds(contender.pids) - cpu)
                     if workload == PREFILL:
                         found = replace(found, tokens=sum(len(request.token_ids) for request in asked))
                     results.add(workload, contender.name, found)
                     say(f"{number + 1}/{rounds} {workload}: {contender.name}: {found.tokens / found.seconds:.1f} tokens/s")
     return results
-
-
-async def _measured(contender: Contender, requests: Sequence[Request]) -> Measurement:
-    before = cpu_seconds(contender.pids)
-    found = await contender.answer(requests)
-    return replace(found, cpu_seconds=cpu_seconds(contender.pids) - before)

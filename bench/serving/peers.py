@@ -1,4 +1,4 @@
-"""transformers as a peer of `bench.serving`, in a process of its own."""
+"""transformers as a peer of `bench.serving`: the client of its process."""
 
 import asyncio
 import json
@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bench.report import ROOT
 from bench.serving.client import Measurement
-from bench.serving.pipeline import ROOT
 from bench.serving.requests import Request
 from functions.stage.engine.threads import WAITING
 
@@ -25,11 +25,11 @@ class Transformers:
         self._read()
 
     def bytes_per_second(self) -> float:
-        """What all cores together read from memory."""
+        """Memory bandwidth of all cores together."""
         return float(self._ask("bandwidth", ())["bytes_per_second"])
 
     async def measure(self, how: str, requests: Sequence[Request]) -> Measurement:
-        """how: generate or generate_batch. Raises RuntimeError where the process has ended."""
+        """how: generate or generate_batch. Raises RuntimeError if the process has ended."""
         answer = await asyncio.to_thread(self._ask, how, requests)
         return Measurement(**answer)
 
@@ -51,7 +51,7 @@ class Transformers:
 
 @contextmanager
 def running_transformers(model: str, log: Path) -> Iterator[Transformers]:
-    """Loaded once this is entered. Its threads wait as a stage's do: they spin briefly, so that other load costs it no more."""
+    """Loads the model before it yields. Its threads spin briefly like a stage's, so that other load costs it no more."""
     with log.open("w") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "bench.serving.peers_transformers", model],

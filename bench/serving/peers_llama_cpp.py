@@ -1,7 +1,7 @@
 """llama.cpp's server as a peer of `bench.serving`: the fastest of its builds on PyPI that starts on this CPU.
 
-No package brings one that suits every CPU. The build with AMX died of an illegal instruction on a Zen 4, and on a Zen 5 decodes
-at 0.6 of the speed of the build for AVX2; that one leaves AMX unused, which would flatter Lamina on a CPU that has it.
+No package suits every CPU. The build with AMX died of an illegal instruction on a Zen 4, and decodes on a Zen 5 at 0.6 of the
+speed of the build for AVX2. The build for AVX2 leaves AMX unused, which would flatter Lamina on a CPU with AMX.
 """
 
 import asyncio
@@ -16,8 +16,8 @@ from typing import Final
 
 import aiohttp
 
+from bench.pipeline import DidNotStart, started, wait_for
 from bench.serving.client import Client, Measurement
-from bench.serving.pipeline import DidNotStart, started, wait_for
 from bench.serving.requests import Request
 from knative.local.kubelet.processes import free_port
 
@@ -42,8 +42,7 @@ class LlamaCpp:
 class Build:
     package: str
     instructions: str
-    launch: Callable[[], tuple[list[str], dict[str, str]]]
-    """The command, which takes llama-server's options, and its environment."""
+    launch: Callable[[], tuple[list[str], dict[str, str]]]  # command, which takes llama-server's options, and environment
 
 
 def _skulk() -> tuple[list[str], dict[str, str]]:
@@ -61,7 +60,7 @@ _AVX2: Final = Build("xllamacpp", "AVX2", _xllamacpp)
 
 
 def builds_for(cpu_info: str) -> tuple[Build, ...]:
-    """The fastest first. cpu_info: what /proc/cpuinfo says."""
+    """The fastest first. cpu_info: the text of /proc/cpuinfo."""
     return (_AMX, _AVX2) if "amx_tile" in cpu_info.split() else (_AVX2, _AMX)
 
 
@@ -69,26 +68,25 @@ def builds_for(cpu_info: str) -> tuple[Build, ...]:
 def running_llama_cpp(
     model: str, threads: int, logs: Path, builds: Sequence[Build] | None = None, slots: int = LLAMA_CPP_SLOTS
 ) -> Iterator[LlamaCpp]:
-    """logs: a folder. builds: None: those for this CPU. Raises DidNotStart, with what became of each, where none comes up."""
-    with ExitStack() as stack:
-        yield _first_that_starts(stack, model, threads, logs, builds or builds_for(Path("/proc/cpuinfo").read_text()), slots)
-
-
-def _first_that_starts(stack: ExitStack, model: str, threads: int, logs: Path, builds: Sequence[Build], slots: int) -> LlamaCpp:
+    """Starts the first build that works. builds: None: those for this CPU. Raises DidNotStart with the reason of each."""
     failures = []
-    for build in builds:
-        try:
-            return stack.enter_context(_running(build, model, threads, logs / f"{build.package}.log", slots))
-        except DidNotStart as error:
-            failures.append(error.why)
-        except ImportError:
-            failures.append(f"{build.package} is not installed")
+    with ExitStack() as stack:
+        for build in builds or builds_for(Path("/proc/cpuinfo").read_text()):
+            try:
+                server = stack.enter_context(_running(build, model, threads, logs / f"{build.package}.log", slots))
+            except DidNotStart as error:
+                failures.append(error.why)
+            except ImportError:
+                failures.append(f"{build.package} is not installed")
+            else:
+                yield server
+                return
     raise DidNotStart("; ".join(failures), logs)
 
 
 @contextmanager
 def _running(build: Build, model: str, threads: int, log: Path, slots: int) -> Iterator[LlamaCpp]:
-    """Raises DidNotStart, and ImportError without the package."""
+    """Raises DidNotStart, or ImportError without the package."""
     described = f"{build.package} {version(build.package)} ({build.instructions})"
     command, environ = build.launch()
     port = free_port()

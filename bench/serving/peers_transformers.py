@@ -2,8 +2,8 @@
 
     python -m bench.serving.peers_transformers MODEL.gguf
 
-Commands and answers are JSON lines on stdin and stdout. A process of its own, so that its threads and memory are as they are
-without Lamina, and its CPU time can be told from everybody else's.
+Commands and answers are JSON lines on stdin and stdout. It has a process of its own, so that threads and memory are as without
+Lamina, and its CPU time can be measured.
 """
 
 import contextlib
@@ -25,15 +25,13 @@ from storage.models.conversion import convert_tensor
 
 _BANDWIDTH_BYTES: Final = 2**30
 _PAD: Final = 0
-_NEVER: Final = -1
-"""No token has this id: nothing ends before its length."""
+_NEVER: Final = -1  # no token has this id: nothing ends before its length
 
-Asked = list[dict[str, Any]]
-"""`token_ids` and `max_tokens` of each request."""
+Asked = list[dict[str, Any]]  # `token_ids` and `max_tokens` of each request
 
 
 class _Moments(BaseStreamer):  # type: ignore[misc]  # transformers has no types
-    """When tokens came; the first call brings the prompt."""
+    """Records when tokens came; the first call brings the prompt."""
 
     def __init__(self) -> None:
         self.moments: list[float] = []
@@ -46,7 +44,7 @@ class _Moments(BaseStreamer):  # type: ignore[misc]  # transformers has no types
 
 
 def load(file: Path) -> PreTrainedModel:
-    """The weights as they are published, in bf16: `from_pretrained(gguf_file=…)` leaves them packed and computes in float32."""
+    """The published weights in bf16: `from_pretrained(gguf_file=…)` leaves them packed and computes in float32."""
     checkpoint = open_checkpoint(file)
     tensors: dict[str, torch.Tensor] = {}
     for name, source in checkpoint.tensors.items():
@@ -62,14 +60,14 @@ def load(file: Path) -> PreTrainedModel:
 
 
 def generate(model: PreTrainedModel, requests: Asked) -> dict[str, Any]:
-    """All requests as one static batch: prompts filled up on the left, as many steps as the longest answer has tokens."""
+    """Runs all requests as one static batch: prompts padded on the left, as many steps as the longest answer has tokens."""
     width, steps = max(len(each["token_ids"]) for each in requests), max(each["max_tokens"] for each in requests)
     ids = torch.tensor([[_PAD] * (width - len(each["token_ids"])) + each["token_ids"] for each in requests])
     mask = torch.tensor([[0] * (width - len(each["token_ids"])) + [1] * len(each["token_ids"]) for each in requests])
     config = GenerationConfig(max_new_tokens=steps, do_sample=False, pad_token_id=_PAD, eos_token_id=None, bos_token_id=None)
     streamer = _Moments()
     began = time.perf_counter()
-    # A streamer is for one sequence only; a batch is asked for its last moment alone.
+    # A streamer takes one sequence only; of a batch only the end is timed.
     model.generate(ids, attention_mask=mask, generation_config=config, streamer=streamer if len(requests) == 1 else None)
     ended = time.perf_counter()
     moments = [moment - began for moment in streamer.moments[1:]]
@@ -137,7 +135,7 @@ def main(path: str) -> None:
 
 @contextlib.contextmanager
 def _only_answers_on_stdout() -> Iterator[Callable[[dict[str, Any]], None]]:
-    """What libraries print goes to stderr."""
+    """Redirects the output of libraries to stderr."""
     with os.fdopen(os.dup(1), "w", buffering=1) as stdout:
         os.dup2(2, 1)
         yield lambda document: print(json.dumps(document), file=stdout, flush=True)

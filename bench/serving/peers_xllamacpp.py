@@ -1,4 +1,4 @@
-"""llama.cpp's own HTTP server out of the package xllamacpp, with those options of llama-server that the benchmark uses."""
+"""Runs llama.cpp's HTTP server from the package xllamacpp, with the options of llama-server that the benchmark uses."""
 
 import signal
 

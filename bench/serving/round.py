@@ -1,8 +1,7 @@
-"""Where a decode step's time goes: micro-batches of a stated size sent round the running stages, each hop taken apart.
+"""Where a decode step's time goes: sends micro-batches round the running stages and splits the time of each hop.
 
 The hops are the gateway's own (`functions.gateway.stages.client` over `eventing.http.delivery`), with a thread for each
-micro-batch as there. A hop's time at the stage is what its reply's Server-Timing says; how much of that is waiting, the stages'
-metrics say.
+micro-batch. The reply's Server-Timing states a hop's time at the stage; the stages' metrics say how much of it was waiting.
 """
 
 import gc
@@ -15,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Final
 
-from bench.serving.pipeline import TOKEN, RunningPipeline, read_metrics
+from bench.pipeline import TOKEN, RunningPipeline, read_metrics
 from bench.serving.requests import Request
 from eventing.http.delivery import HttpReply, Sender, Target
 from eventing.wire.batch_codec import encode_batch
@@ -34,14 +33,10 @@ class RoundTime:
     """Seconds of one round of one micro-batch through all stages."""
 
     compute: float = 0.0
-    queue: float = 0.0
-    """Waiting in a stage for the pass before."""
-    codec: float = 0.0
-    """Events made and read, at the stages and at the gateway's end."""
-    http: float = 0.0
-    """The rest of each hop: both HTTP stacks, proxies, the loopback."""
-    gateway: float = 0.0
-    """Rows put together, tokens taken out."""
+    queue: float = 0.0  # waiting in a stage for the pass before
+    codec: float = 0.0  # events made and read, at the stages and at the gateway's end
+    http: float = 0.0  # the rest of each hop: both HTTP stacks, proxies, the loopback
+    gateway: float = 0.0  # rows put together, tokens taken out
 
     @property
     def total(self) -> float:
@@ -54,7 +49,7 @@ class RoundTime:
 
 
 class _Timed(Sender):
-    """A sender that keeps, for each thread, how long its requests took and what the replies say about it."""
+    """A sender that keeps the times of each thread's last request: total, engine and codec."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,15 +58,15 @@ class _Timed(Sender):
     def deliver(self, target: Target, head: bytes, buffers: Sequence[Buffer], deadline: float) -> HttpReply:
         began = time.perf_counter()
         reply = super().deliver(target, head, buffers, deadline)
-        said = {name: float(value) / 1000 for name, value in _TIMING.findall(reply.headers.get("server-timing", ""))}
-        self.of_thread.sent = (time.perf_counter() - began, said.get("engine", 0.0), said.get("codec", 0.0))
+        timing = {name: float(value) / 1000 for name, value in _TIMING.findall(reply.headers.get("server-timing", ""))}
+        self.of_thread.sent = (time.perf_counter() - began, timing.get("engine", 0.0), timing.get("codec", 0.0))
         return reply
 
 
 def measure_rounds(
     pipeline: RunningPipeline, batches: Sequence[Sequence[Request]], rounds: int, *, through_proxies: bool
 ) -> RoundTime:
-    """The mean over all rounds of all micro-batches, which are on their way at the same time."""
+    """The mean over all rounds of all micro-batches, which are under way at the same time."""
     urls = [stage.proxy if through_proxies else stage.function for stage in pipeline.stages]
     identity = PipelineIdentity(
         pipeline.local.pipeline.fingerprint, TOKEN, "/gateways/bench", tuple(first for first, _ in pipeline.cut)
@@ -84,7 +79,7 @@ def measure_rounds(
         for walker in walkers:
             walker.prompt()
         list(threads.map(_Walker.decode, walkers, [3] * len(walkers)))
-        # As a gateway does with what it starts with: going through all that this benchmark holds is no part of a hop.
+        # As a gateway does after its start: collecting this benchmark's own objects is no part of a hop.
         gc.collect()
         gc.freeze()
         before = _waited(pipeline)
@@ -99,7 +94,7 @@ def measure_rounds(
 
 
 class _Walker:
-    """One micro-batch."""
+    """Sends one micro-batch round the stages."""
 
     def __init__(
         self, name: str, requests: Sequence[Request], client: StageClient, instances: Sequence[Instance], sender: _Timed
@@ -113,7 +108,7 @@ class _Walker:
         self._tokens = [array("i", request.token_ids) for request in requests]
 
     def prompt(self) -> None:
-        """Prompts one by one, so that no event is larger than a chunk."""
+        """Sends prompts one by one, so that no event is larger than a chunk."""
         for index in range(len(self._ids)):
             self._round([index])
 
@@ -125,9 +120,11 @@ class _Walker:
             self._client.release(instance, [ReleaseRow(id_, 0) for id_ in self._ids])
 
     def _round(self, indices: Sequence[int]) -> RoundTime:
-        """Into every sequence of these goes what is new of it, and out comes one token."""
+        """Sends the new tokens of these sequences; each gets one token back."""
         began = time.perf_counter()
-        body: Sequence[Buffer] = encode_batch(self._batch(indices))
+        rows = tuple(self._row(index) for index in indices)
+        token_ids = memoryview(array("i", [token for index in indices for token in self._tokens[index]]))
+        body: Sequence[Buffer] = encode_batch(Batch(rows, token_ids))
         spent = RoundTime()
         for instance in self._instances:
             sent = time.perf_counter()
@@ -148,10 +145,6 @@ class _Walker:
         spent.gateway = time.perf_counter() - began - spent.total
         return spent
 
-    def _batch(self, indices: Sequence[int]) -> Batch:
-        rows = tuple(self._row(index) for index in indices)
-        return Batch(rows, memoryview(array("i", [token for index in indices for token in self._tokens[index]])))
-
     def _row(self, index: int) -> Row:
         request, position = self._requests[index], self._lengths[index]
         reserve = len(request.token_ids) + request.max_tokens if position == 0 else None
@@ -159,5 +152,5 @@ class _Walker:
 
 
 def _waited(pipeline: RunningPipeline) -> float:
-    """Seconds that events have waited at all stages, since they started."""
+    """Seconds that events have waited at all stages since their start."""
     return sum(read_metrics(stage.metrics)["lamina_stage_queue_seconds_sum"] for stage in pipeline.stages)

@@ -27,8 +27,7 @@ class Growth:
     quantity: str
     lulls: int
     level: float
-    grown: float
-    """Along the fitted line, from the first of these lulls to the last."""
+    grown: float  # along the fitted line, from the first of these lulls to the last
 
     @property
     def allowed(self) -> float:

@@ -18,10 +18,8 @@ from eventing.wire.cloud_event import json_event
 from eventing.wire.events import EventType
 from eventing.wire.generation import GenerateResponse, TokenEvent
 
-PATIENCE_SECONDS: Final = 240.0
-"""For one answer, refusals included; whoever waits longer counts as lost."""
-_PAUSE_SECONDS: Final = 1.0
-"""After a refusal that names no time."""
+PATIENCE_SECONDS: Final = 240.0  # for one answer, refusals included; whoever waits longer counts as lost
+_PAUSE_SECONDS: Final = 1.0  # after a refusal that names no time
 _LONGEST_PAUSE_SECONDS: Final = 30.0
 _COME_AGAIN: Final = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 

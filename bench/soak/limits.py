@@ -10,17 +10,14 @@ import msgspec
 from bench.soak.target import ANSWER_SECONDS, Kind, Outcomes, Target
 
 _PROMPT_CHARACTERS: Final = (500_000, 4_000_000)
-_TOO_MANY_WORDS: Final = 12_000
-"""Somewhat more tokens than the model's context of 8,192."""
+_TOO_MANY_WORDS: Final = 12_000  # somewhat more tokens than the model's context of 8,192
 _NESTED: Final = 100_000
 _KEYS: Final = 20_000
 _MESSAGES: Final = 50_000
 _TOO_LARGE_BYTES: Final = 2**28 + 2**20
 _BLOCK: Final = b"x" * 2**16
-_MOST_BLOCKS: Final = 512
-"""32 MiB: enough to see whether anybody stops it."""
-_BURST: Final = 300
-"""More than the gateway's queue holds."""
+_MOST_BLOCKS: Final = 512  # 32 MiB: enough to see whether anybody stops it
+_BURST: Final = 300  # more than the gateway's queue holds
 
 
 async def huge_prompt(target: Target, dice: random.Random, outcomes: Outcomes) -> None:

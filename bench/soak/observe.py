@@ -15,8 +15,7 @@ from knative.local.kubelet.processes import memory_bytes
 from knative.local.platform import Platform
 
 _EVERY_SECONDS: Final = 1.0
-SETTLE_SECONDS: Final = 90.0
-"""What everything gets to come to rest when nobody asks any more."""
+SETTLE_SECONDS: Final = 90.0  # what everything gets to come to rest when nobody asks any more
 KV_RESIDENT: Final = "lamina_stage_kv_resident_bytes"
 GAUGES: Final[Mapping[str, tuple[str, ...]]] = {
     GATEWAY: ("lamina_gateway_running_sequences", "lamina_gateway_waiting_sequences"),
@@ -30,8 +29,7 @@ class Observer:
     plan: Plan
     recorder: Recorder
     _restarts: dict[str, int] = field(default_factory=dict)
-    _kv_bytes: dict[int | None, int] = field(default_factory=dict)
-    """By pid, where a stage has said it."""
+    _kv_bytes: dict[int | None, int] = field(default_factory=dict)  # by pid, where a stage has said it
 
     async def run(self) -> None:
         while True:
@@ -72,8 +70,7 @@ class Observer:
             self.recorder.write(Rest(self.recorder.now, moment, service, gauges))
         self.seen = seen
 
-    seen: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Gauges as they were recorded last, by service."""
+    seen: dict[str, dict[str, float]] = field(default_factory=dict)  # gauges as they were recorded last, by service
 
     def _rests(self, seen: dict[str, dict[str, float]], wanted: Mapping[str, dict[str, float]] | None) -> bool:
         if wanted is not None:

@@ -20,8 +20,7 @@ _TOKENS: Final = (16, 24, 32)
 class Question:
     name: str
     text: str
-    chat: bool
-    """Through the chat template; else the text is continued as it is."""
+    chat: bool  # through the chat template; else the text is continued as it is
     max_tokens: int
     temperature: float
     seed: int

@@ -12,10 +12,8 @@ import msgspec
 
 GATEWAY: Final = "gateway"
 STORE: Final = "store"
-FREE: Final = "lamina_stage_free_tokens"
-"""The gauge that is as large as it can be, not 0, when nothing is held."""
-ROUND_LULLS: Final = 3
-"""A round is as long as so many lulls."""
+FREE: Final = "lamina_stage_free_tokens"  # the gauge that is as large as it can be, not 0, when nothing is held
+ROUND_LULLS: Final = 3  # a round is as long as so many lulls
 
 
 class Record(msgspec.Struct, frozen=True, tag_field="kind", tag=str.lower):
@@ -28,14 +26,11 @@ class Began(Record, frozen=True):
     """The disturbance began, and is to last so long."""
 
     seconds: float
-    services: tuple[str, ...]
-    """The gateway, then the stages in order."""
+    services: tuple[str, ...]  # the gateway, then the stages in order
     model: str
-    honest: int
-    """Clients at a time."""
+    honest: int  # clients at a time
     kill_seconds: float
-    hostile: tuple[str, ...] = ()
-    """Kinds of clients that are to come."""
+    hostile: tuple[str, ...] = ()  # kinds of clients that are to come
 
 
 class Reference(Record, frozen=True):
@@ -55,8 +50,7 @@ class Answer(Record, frozen=True):
     started: float
     text: str
     completion_tokens: int
-    token_ids: tuple[int, ...] | None = None
-    """None: the OpenAI API tells no ids."""
+    token_ids: tuple[int, ...] | None = None  # none: the OpenAI API tells no ids
     replays: int = 0
 
 
@@ -65,8 +59,7 @@ class Refused(Record, frozen=True):
 
     door: str
     status: int
-    retry_after: str | None
-    """The header, as it came."""
+    retry_after: str | None  # the header, as it came
 
 
 class Lost(Record, frozen=True):
@@ -184,15 +177,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What the processes of a run are told, as JSON on their command line."""
 
     records: str
-    started: float
-    """Of the recorder's clock."""
-    seconds: float
-    """How long to disturb."""
-    url: str
-    """Of the gateway, as clients know it."""
+    started: float  # of the recorder's clock
+    seconds: float  # how long to disturb
+    url: str  # of the gateway, as clients know it
     admin_url: str
-    services: Mapping[str, str]
-    """Name in the records → the Service's name on the platform."""
+    services: Mapping[str, str]  # name in the records → the Service's name on the platform
     model: str
     honest_key: str
     hostile_key: str

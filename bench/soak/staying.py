@@ -11,13 +11,11 @@ from bench.soak.records import GATEWAY
 from bench.soak.target import Connection, Kind, Outcomes, Target
 
 _GATEWAY_CONNECTIONS: Final = 400
-_STAGE_CONNECTIONS: Final = 50
-"""Of a kind: two kinds together are more than a function has threads."""
+_STAGE_CONNECTIONS: Final = 50  # of a kind: two kinds together are more than a function has threads
 _URL_CONNECTIONS: Final = 50
 _DRIPPING: Final = 20
 _STALLED: Final = 6
-_FOR_EVER_SECONDS: Final = 3600.0
-"""Until the lull ends it."""
+_FOR_EVER_SECONDS: Final = 3600.0  # until the lull ends it
 
 
 async def half_head(target: Target, dice: random.Random, outcomes: Outcomes) -> None:

@@ -16,10 +16,8 @@ import msgspec
 
 from bench.soak.records import GATEWAY, Plan
 
-ANSWER_SECONDS: Final = 20.0
-"""How long a hostile client waits for an answer that it wants to see."""
-_RESET: Final = struct.pack("ii", 1, 0)
-"""SO_LINGER: closing sends RST, as a client does that was killed."""
+ANSWER_SECONDS: Final = 20.0  # how long a hostile client waits for an answer that it wants to see
+_RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends RST, as a client does that was killed
 
 Outcomes = Counter[str]
 
@@ -145,7 +143,5 @@ class Kind:
 
     name: str
     attack: Attack
-    pause_seconds: float
-    """Between two attempts."""
-    refused: bool = False
-    """What it sends is wrong in itself: neither 2xx nor a failure of the server's (500) may come of it."""
+    pause_seconds: float  # between two attempts
+    refused: bool = False  # what it sends is wrong in itself: neither 2xx nor a failure of the server's (500) may come of it

@@ -22,8 +22,8 @@ from typing import Final
 import click
 import yaml
 
-from bench.report import machine, write_section
-from bench.serving.pipeline import ROOT, RunningPipeline, cpu_seconds, gateway_beside, running_pipeline
+from bench.pipeline import RunningPipeline, cpu_seconds, gateway_beside, running_pipeline
+from bench.report import ROOT, machine, write_section
 from bench.speculation.answers import Answered, ask
 from bench.speculation.delay import delayed
 from bench.speculation.report import KEPT, Pair, Setting, kept_throughput, markdown, wanted
@@ -95,8 +95,7 @@ def _of_dtype(
                         yield setting, pair
 
 
-Gateway = tuple[str, int]
-"""Its URL, and its process id."""
+Gateway = tuple[str, int]  # its URL, and its process id
 
 
 def _gateways(stack: ExitStack, pipeline: RunningPipeline, delay_seconds: float) -> tuple[Gateway, Gateway]:

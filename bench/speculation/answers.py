@@ -19,11 +19,9 @@ class Answered:
     texts: tuple[str, ...]
     prompt_tokens: int
     tokens: int
-    accepted: int
-    """Draft tokens that came true, and those that did not."""
+    accepted: int  # draft tokens that came true, and those that did not
     rejected: int
-    cpu_seconds: float = 0.0
-    """Of the gateway and the stages."""
+    cpu_seconds: float = 0.0  # of the gateway and the stages
 
     @property
     def tokens_per_second(self) -> float:

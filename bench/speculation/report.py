@@ -7,8 +7,7 @@ from typing import Final
 
 from bench.speculation.answers import Answered
 
-KEPT: Final = 0.85
-"""Share of the throughput of many at once that a network is to leave."""
+KEPT: Final = 0.85  # share of the throughput of many at once that a network is to leave
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -16,11 +15,9 @@ class Setting:
     """What was asked, and how."""
 
     dtype: str
-    questions: str
-    """quoting or free."""
+    questions: str  # quoting or free
     at_once: int
-    delay_seconds: float
-    """Each way on every hop between gateway and stages."""
+    delay_seconds: float  # each way on every hop between gateway and stages
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,8 +44,7 @@ class Reading:
     """How a model reads a text."""
 
     perplexity: float
-    likeliest: Array
-    """The likeliest next token at every place, int64."""
+    likeliest: Array  # the likeliest next token at every place, int64
 
 
 def stages(checkpoint: Checkpoint, dtype: Dtype, keep_wide: Sequence[str], count: int = _STAGES) -> list[LayerGroup]:

@@ -17,8 +17,8 @@ from typing import Final
 import click
 import psutil
 
-from bench.report import machine, write_section
-from bench.serving.pipeline import ROOT, RunningPipeline, running_pipeline
+from bench.pipeline import RunningPipeline, running_pipeline
+from bench.report import ROOT, machine, write_section
 from bench.structured.asking import Ended, ask_all
 from bench.structured.report import markdown
 from bench.structured.speed import compare

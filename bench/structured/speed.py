@@ -29,8 +29,7 @@ _LONG: Final = {
 @dataclass(frozen=True, slots=True)
 class Ratio:
     at_once: int
-    plain_seconds: float
-    """A token, median over turns; of one answer where several come at once."""
+    plain_seconds: float  # a token, median over turns; of one answer where several come at once
     grammar_seconds: float
 
     @property

@@ -1,4 +1,4 @@
-"""A peer that does not come up costs the benchmark its row and no more: the next build is tried, and the report says why."""
+"""llama.cpp as a peer: the next build is tried if one does not start, and the report says why a peer is missing."""
 
 import os
 import sys
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from bench.pipeline import DidNotStart
 from bench.serving.client import Measurement
 from bench.serving.contenders import PREFILL, SINGLE, Results
 from bench.serving.peers_llama_cpp import Build, builds_for, running_llama_cpp
-from bench.serving.pipeline import DidNotStart
-from bench.serving.report import BF16, LLAMA_CPP, Findings, markdown, targets
+from bench.serving.report import BF16, LLAMA_CPP, Findings, markdown, verdicts
 
 DIES = "import os, signal; os.kill(os.getpid(), signal.SIGILL)"
 SERVES = """
@@ -31,7 +31,7 @@ def build(package: str, program: str) -> Build:
     return Build(package, "any", lambda: ([sys.executable, "-c", program], dict(os.environ)))
 
 
-def test_the_next_build_is_tried_where_one_does_not_start(tmp_path: Path) -> None:
+def test_the_next_build_is_tried_if_one_does_not_start(tmp_path: Path) -> None:
     builds = [build("not-installed-at-all", SERVES), build("pytest", DIES), build("aiohttp", SERVES)]
     with running_llama_cpp("model.gguf", 1, tmp_path, builds) as peer:
         assert peer.build.startswith("aiohttp ")
@@ -43,7 +43,7 @@ def test_a_cpu_without_amx_gets_the_build_for_avx2_first() -> None:
     assert [build.instructions for build in builds_for("flags : avx2 avx512f fma")] == ["AVX2", "AMX"]
 
 
-def test_what_became_of_every_build_is_said(tmp_path: Path) -> None:
+def test_the_reason_of_every_failed_build_is_reported(tmp_path: Path) -> None:
     builds = [build("not-installed-at-all", SERVES), build("pytest", DIES)]
     with pytest.raises(DidNotStart) as raised, running_llama_cpp("model.gguf", 1, tmp_path, builds):
         pass
@@ -55,22 +55,22 @@ def findings(did_not_run: dict[str, str], measured: tuple[str, ...]) -> Findings
     for workload in (SINGLE, PREFILL):
         for name in measured:
             results.add(workload, name, Measurement(1.0, 100, [0.1], [0.01]))
-    return Findings(results, {}, {}, {}, 1e9, {}, "", did_not_run)
+    return Findings(results, {}, 1e9, {}, "", did_not_run)
 
 
 def test_the_report_of_a_run_without_a_peer() -> None:
     found = findings({LLAMA_CPP: WHY}, (BF16,))
-    assert [(target.what, target.verdict) for target in targets(found)] == [
-        ("single stream, q4, × llama.cpp", "not measured"),
-        ("16 concurrent, best dtype, × llama.cpp", "not measured"),
-        ("prefill of 1k, best dtype, × llama.cpp", "not measured"),
+    assert [(verdict.what, verdict.word) for verdict in verdicts(found)] == [
+        ("single stream, q4, × llama.cpp", "not measurable"),
+        ("16 concurrent, best dtype, × llama.cpp", "not measurable"),
+        ("prefill of 1k, best dtype, × llama.cpp", "not measurable"),
     ]
     text = markdown(found, [], "serving.png")
-    assert "| prefill of 1k, best dtype, × llama.cpp | ≥ 5.00 | – | not measured |" in text
+    assert "| prefill of 1k, best dtype, × llama.cpp | ≥ 5.00 | – | not measurable |" in text
     assert text.count(f"| {LLAMA_CPP} did not run: {WHY} | – | – | – | – | – | – |") == 2
 
 
-def test_the_report_of_a_run_with_it() -> None:
+def test_the_report_of_a_run_with_a_peer() -> None:
     found = findings({}, (BF16, LLAMA_CPP))
-    assert [(target.seen, target.verdict) for target in targets(found)] == [(1.0, "missed")]
+    assert [(verdict.seen, verdict.word) for verdict in verdicts(found)] == [("1.00", "missed")]
     assert "did not run" not in markdown(found, [], "serving.png")

@@ -1,4 +1,4 @@
-"""What a load run must show is judged from its records; a section of the documentation is replaced, others are left alone."""
+"""Judging a load run by its records, and replacing one section of the documentation."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ SLOW = {0: 0, 1: 1, 8: 2}
 
 
 def records(change: Callable[[Record], Record] = lambda record: record) -> list[Record]:
-    """As a run that went well leaves them; `change` spoils it."""
+    """The records of a run that met all targets; `change` spoils them."""
     found: list[Record] = []
     start = 0
     for conversations, seconds in PLAN:
@@ -33,13 +33,13 @@ def records(change: Callable[[Record], Record] = lambda record: record) -> list[
 
 def held(changed: list[Record], what: str) -> bool:
     (verdict,) = [verdict for verdict in judge(SETTING, changed) if what in verdict.what]
-    return verdict.holds
+    return bool(verdict.met)
 
 
-def test_a_run_that_went_well() -> None:
-    assert [verdict.what for verdict in judge(SETTING, records()) if not verdict.holds] == []
+def test_a_run_that_meets_all_targets() -> None:
+    assert [verdict.what for verdict in judge(SETTING, records()) if not verdict.met] == []
     of_eight = phase_figures(SETTING, records())[2]
-    assert (of_eight.replicas, of_eight.tokens_per_second, of_eight.could_do) == ((1, 2), 16, 20)
+    assert (of_eight.replicas, of_eight.tokens_per_second, of_eight.possible_rate) == ((1, 2), 16, 20)
     text = markdown(SETTING, records())
     assert "| 8 | 60 | 1/2 | 16 | 20 | 0.50 s | 0.50 s | 1 | 0 |" in text
     assert "| all | 260 | " in text
@@ -59,21 +59,21 @@ def spoil(kind: type[Record], where: Callable[[Record], bool], change: Callable[
         ("replica-seconds", spoil(Replicas, lambda r: r.t > 5 and r.t < 300, lambda r: Replicas(r.t, "s1", "s1-1", ready=2))),
     ],
 )
-def test_what_did_not_show_is_said(what: str, changed: list[Record]) -> None:
+def test_a_missed_target_is_reported(what: str, changed: list[Record]) -> None:
     assert not held(changed, what)
-    assert "**no**" in markdown(SETTING, changed)
+    assert "missed" in markdown(SETTING, changed)
 
 
 def test_an_unread_metrics_page_is_no_failed_request() -> None:
     assert held([*records(), Failure(300, -1, 299, "timeout")], "no request failed")
 
 
-def test_of_real_layers_only_failures_count() -> None:
+def test_with_real_layers_only_failures_count() -> None:
     verdicts = judge(Setting(("s0", "s1"), None, 4), records())
     assert [verdict.what for verdict in verdicts] == ["no request failed"]
 
 
-def test_idle_is_when_nothing_is_held() -> None:
+def test_idle_seconds_are_those_without_a_pod() -> None:
     assert idle_seconds(records()) == pytest.approx(5 + 199)
 
 

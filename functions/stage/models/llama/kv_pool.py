@@ -1,7 +1,7 @@
 """The KV cache of torch's operators: one arena of tokens, in which every sequence has a contiguous range.
 
 Why ranges, and neither slots of one size nor pages: Attention of one layer beside its matrices, bf16, 9 heads on 3, µs
-(Xeon with AMX, one thread; `bench/stage/kernels.py` measures it, docs/log.md has more):
+(Xeon with AMX, one thread; docs/log.md has more):
 
     sequences, lengths   slots of one size, masked   pages gathered   a range each
     8, all 128                      150                    216             239

@@ -1,15 +1,13 @@
-"""A stage's kernels: ten SmolLM2-shaped layers by dtype, and the ways to compute their parts side by side.
+"""Compares a stage's dtypes: the time of a pass of ten SmolLM2-shaped layers, decoding and prefilling.
 
-    OMP_NUM_THREADS=1 python -m bench.stage.kernels            # a few minutes
-    OMP_NUM_THREADS=1 python -m bench.stage.kernels --only group
+    OMP_NUM_THREADS=1 python -m bench.stage            # a few minutes
 
-One thread, random weights, milliseconds of processor time (which waiting for a processor does not count in) of the best of
-several passes; candidates take turns, so that a machine busy with other work slows all of them. Tables are Markdown.
+One thread, random weights, milliseconds of processor time (without waiting for a processor), the best of several passes. Dtypes
+take turns, so that other work on the machine slows all of them.
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any, Final
 
 import click
@@ -17,7 +15,6 @@ import numpy as np
 import torch
 
 from bench.report import machine
-from bench.stage import variants as stage_variants
 from functions.stage.models.build import build_layer_group
 from functions.stage.models.floats import Array, narrowed
 from functions.stage.models.layer_group import LayerGroup, Segment
@@ -25,13 +22,15 @@ from storage.loading.weight_loader import RawTensor
 from storage.models.q4 import pack, quantize
 
 DTYPES: Final = ("float32", "bfloat16", "int8", "q4")
+_KV_HEADS: Final = 3
+_HEAD_DIM: Final = 64
 CONFIG: Final[Mapping[str, Any]] = {
     "model_type": "llama",
     "num_hidden_layers": 30,
-    "hidden_size": stage_variants.HIDDEN,
+    "hidden_size": 576,
     "intermediate_size": 1536,
-    "num_attention_heads": stage_variants.HEADS,
-    "num_key_value_heads": stage_variants.KV_HEADS,
+    "num_attention_heads": 9,
+    "num_key_value_heads": _KV_HEADS,
     "vocab_size": 49_152,
     "max_position_embeddings": 8192,
     "rms_norm_eps": 1e-5,
@@ -39,7 +38,7 @@ CONFIG: Final[Mapping[str, Any]] = {
     "tie_word_embeddings": True,
 }
 _FIRST, _LAST = 10, 20
-_BUDGET_BYTES: Final = 18_000 * (_LAST - _FIRST) * 2 * 4 * stage_variants.KV_HEADS * stage_variants.HEAD_DIM
+_BUDGET_BYTES: Final = 18_000 * (_LAST - _FIRST) * 2 * 4 * _KV_HEADS * _HEAD_DIM
 
 
 def best_milliseconds(ways: Mapping[str, Callable[[], object]], rounds: int = 7, passes: int = 5) -> dict[str, float]:
@@ -82,7 +81,7 @@ def _states(group: LayerGroup, rows: int) -> Array:
 
 
 def _layer_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, inner, kv = CONFIG["hidden_size"], CONFIG["intermediate_size"], stage_variants.KV_HEADS * stage_variants.HEAD_DIM
+    hidden, inner, kv = CONFIG["hidden_size"], CONFIG["intermediate_size"], _KV_HEADS * _HEAD_DIM
     yield from (("input_layernorm", (hidden,)), ("post_attention_layernorm", (hidden,)))
     yield from ((f"self_attn.{name}_proj", (size, hidden)) for name, size in (("q", hidden), ("k", kv), ("v", kv)))
     yield from (("self_attn.o_proj", (hidden, hidden)), ("mlp.down_proj", (hidden, inner)))
@@ -135,51 +134,13 @@ def _row(name: str, best: Mapping[str, float]) -> str:
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
-def variant_table(title: str, cases: Mapping[str, Callable[[], stage_variants.Ways]]) -> Iterator[str]:
-    """Milliseconds of each way, and how many times as long as the first, which is the one in use."""
-    for index, (case, make) in enumerate(cases.items()):
-        best = best_milliseconds(make())
-        if index == 0:
-            yield f"| {title} | " + " | ".join(best) + " |"
-            yield "|---" * (len(best) + 1) + "|"
-        first, *_ = best.values()
-        yield f"| {case} | " + " | ".join(f"{taken:.2f} ({taken / first:.2f})" for taken in best.values()) + " |"
-    yield ""
-
-
-def variant_tables() -> Iterator[str]:
-    narrow, wide = torch.bfloat16, torch.float32
-    for dtype in (wide, narrow):
-        cases = {f"{rows} rows": partial(stage_variants.float_matrices, rows, dtype) for rows in (1, 8, 128)}
-        yield from variant_table(f"matrices, {_name(dtype)}", cases)
-    cases = {f"{rows} rows": partial(stage_variants.int8_matrices, rows) for rows in (1, 8, 16, 128)}
-    yield from variant_table("matrices, int8", cases)
-    ragged = [64 + 61 * index % 448 for index in range(16)]
-    lengths: dict[str, list[int]] = {"1 of 128": [128], "8 of 128": [128] * 8, "8 of 512": [512] * 8}
-    lengths |= {"8 of 64 to 512": ragged[:8], "16 of 128": [128] * 16, "16 of 64 to 512": ragged}
-    cases = {case: partial(stage_variants.attention, held, narrow) for case, held in lengths.items()}
-    yield from variant_table("attention among bf16 matrices", cases)
-    for title, make in (("norm", stage_variants.norms), ("rotation", stage_variants.rotations)):
-        sizes = [(rows, dtype) for dtype in (wide, narrow) for rows in (1, 16, 128)]
-        yield from variant_table(title, {f"{rows} rows, {_name(dtype)}": partial(make, rows, dtype) for rows, dtype in sizes})
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 @click.command()
-@click.option("--only", type=click.Choice(["group", "variants"]), help="One of the two parts.")
-def main(only: str | None) -> None:
-    """Print Markdown tables: dtypes of a ten-layer group, and ways to compute its parts."""
+def main() -> None:
+    """Print a Markdown table: passes of a ten-layer group by dtype."""
     torch.set_num_threads(1)
     click.echo(f"{machine()}; torch {torch.__version__}, one thread; milliseconds\n")
     with torch.inference_mode():
-        for part, lines in (("group", group_table), ("variants", variant_tables)):
-            if only in (None, part):
-                for line in lines():
-                    click.echo(line)
-                click.echo("")
+        click.echo("\n".join(group_table()))
 
 
 if __name__ == "__main__":

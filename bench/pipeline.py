@@ -1,4 +1,4 @@
-"""Lamina as `bench.serving` runs it: `python -m knative run`, as a user does, and a second gateway beside its queue-proxies.
+"""Runs Lamina for a benchmark: `python -m knative run`, as a user does, and further gateways that ask its stages directly.
 
 Stages have one replica each and stay up, so that no run is measured while a pod starts.
 """
@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import psutil
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+from tokenizers import Tokenizer
 
+from bench.report import ROOT
 from eventing.wire.events import Cut
 from functions.stage.engine.threads import usable_cores
 from knative.commands.sources.local_pipeline import LocalPipeline, Sharing, local_pipeline
@@ -28,11 +30,10 @@ from knative.local.kubelet.containers import LocalData, read_container
 from knative.render.services import gateway_service
 from knative.spec.model_sources import packaged_model, published_name
 from knative.spec.spec_file import load_spec
-from storage.models.model_repository import read_manifest
+from storage.models.model_repository import read_file, read_manifest
 from storage.store.object_store import ObjectStore
 from storage.store.settings import StoreSettings
 
-ROOT: Final = Path(__file__).resolve().parents[2]
 TOKEN: Final = "bench-pipeline-token"
 NUM_STAGES: Final = 3
 _TOKEN_SECRET: Final = "bench-token"
@@ -45,7 +46,7 @@ T = TypeVar("T")
 
 
 class DidNotStart(RuntimeError):
-    """why: as a report may have it, without this machine's paths."""
+    """why: for a report, without this machine's paths."""
 
     def __init__(self, why: str, log: Path) -> None:
         super().__init__(f"{why}; {log} says more")
@@ -54,10 +55,9 @@ class DidNotStart(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class StageUrls:
-    """Of one stage."""
+    """The URLs of one stage."""
 
-    proxy: str
-    """Its queue-proxy's, which is `podIP:8012` on a cluster."""
+    proxy: str  # of its queue-proxy, which is `podIP:8012` on a cluster
     function: str
     metrics: str
 
@@ -72,8 +72,7 @@ class RunningPipeline:
     stages: tuple[StageUrls, ...]
     local: LocalPipeline
     store: StoreSettings
-    pids: tuple[int, ...]
-    """Of the platform (whose children the pods are) and of the direct gateway."""
+    pids: tuple[int, ...]  # of the platform (whose children the pods are) and of the direct gateway
 
     @property
     def cut(self) -> Cut:
@@ -83,10 +82,13 @@ class RunningPipeline:
     def model(self) -> str:
         return self.local.pipeline.spec.model.name
 
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_str(read_file(ObjectStore(self.store), self.local.manifest, "tokenizer.json").decode())
+
 
 @contextmanager
 def running_pipeline(dtype: str, state: Path, kv_cache: str = "256Mi") -> Iterator[RunningPipeline]:
-    """Everything up and asked once. Raises DidNotStart, with where the logs are."""
+    """Starts everything and waits until it is ready. Raises DidNotStart, which names the logs."""
     state.mkdir(parents=True, exist_ok=True)
     spec, secrets = _write_spec(dtype, state, kv_cache)
     options = ["--spec", str(spec), "--secrets", str(secrets), "--model", packaged_model(), "--dtype", dtype, "--port", "0"]
@@ -107,9 +109,9 @@ def running_pipeline(dtype: str, state: Path, kv_cache: str = "256Mi") -> Iterat
 def gateway_beside(
     local: LocalPipeline, urls: Sequence[str], log: Path, environ: Mapping[str, str] | None = None
 ) -> Iterator[tuple[str, int]]:
-    """A gateway more, as the platform's own but for `environ`, that asks the stages at `urls`: its own URL, and its process id.
+    """Another gateway with the platform's settings, changed by `environ`, that asks the stages at `urls`.
 
-    Raises DidNotStart.
+    Yields its URL and its process id. Raises DidNotStart.
     """
     template = gateway_service(local.pipeline)["spec"]["template"]
     services = {local.pipeline.stage_url(index): url for index, url in enumerate(urls)}
@@ -124,7 +126,7 @@ def gateway_beside(
 
 @contextmanager
 def started(command: list[str], log: Path, environ: Mapping[str, str] | None = None) -> Iterator["subprocess.Popen[bytes]"]:
-    """A process of this benchmark's own; ended with SIGTERM, and with SIGKILL where that takes too long."""
+    """Runs a process, and ends it with SIGTERM, or with SIGKILL if that takes too long."""
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     try:
@@ -139,23 +141,20 @@ def started(command: list[str], log: Path, environ: Mapping[str, str] | None = N
 
 
 def wait_for(look: Callable[[], T | None], process: "subprocess.Popen[bytes]", log: Path) -> T:
-    """What `look` finds. Raises DidNotStart where `process` has ended, or takes too long."""
+    """Polls `look` until it returns a value. Raises DidNotStart if `process` ends or takes too long."""
     deadline = time.monotonic() + _START_SECONDS
     while (found := look()) is None:
         if (code := process.poll()) is not None:
-            raise DidNotStart(f"{log.stem} {_ended(code)}", log)
+            how = f"by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"with exit code {code}"
+            raise DidNotStart(f"{log.stem} ended {how}", log)
         if time.monotonic() > deadline:
             raise DidNotStart(f"{log.stem} did not come up within {_START_SECONDS:g} s", log)
         time.sleep(0.1)
     return found
 
 
-def _ended(code: int) -> str:
-    return f"ended by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"ended with exit code {code}"
-
-
 def cpu_seconds(pids: tuple[int, ...]) -> float:
-    """Of these processes and all below them that still run, and of their children that have ended."""
+    """Processor time of these processes, their running descendants, and their ended children."""
     seconds = 0.0
     for pid in pids:
         with suppress(psutil.NoSuchProcess):
@@ -176,14 +175,14 @@ def read_metrics(url: str) -> dict[str, float]:
 
 
 def read_page(url: str) -> str:
-    """A function's metrics as they are told."""
+    """A function's page of metrics."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=30) as reply:
         page: str = reply.read().decode()
     return page
 
 
 def _write_spec(dtype: str, state: Path, kv_cache: str) -> tuple[Path, Path]:
-    """The spec, and a folder of secrets with the token that the direct gateway needs too."""
+    """Writes the spec and a folder of secrets, with the token that the direct gateway needs too."""
     cores, stays_up = usable_cores(), {"min_scale": 1, "max_scale": 1}
     sharing = Sharing(cores, NUM_STAGES)
     spec = {
@@ -215,22 +214,19 @@ def _write_spec(dtype: str, state: Path, kv_cache: str) -> tuple[Path, Path]:
 
 
 def _stages(admin_url: str) -> tuple[StageUrls, ...] | None:
-    """In their order, once each has a ready pod."""
+    """The stages in order; None: not each has a ready pod yet."""
     try:
         with urllib.request.urlopen(f"{admin_url}/status", timeout=30) as reply:
             services = {service["name"]: service for service in json.load(reply)["services"]}
     except OSError:
         return None
-    found = [_ready_pod(service) for name, service in sorted(services.items()) if re.search(r"-s\d+$", name)]
+    stages = [service for name, service in sorted(services.items()) if re.search(r"-s\d+$", name)]
+    pods = ([pod for revision in stage["revisions"] for pod in revision["pods"]] for stage in stages)
+    found = [next((pod for pod in each if pod["phase"] == "ready"), None) for each in pods]
     ready = [pod for pod in found if pod is not None]
     if len(ready) < NUM_STAGES:
         return None
     return tuple(StageUrls(*(f"http://127.0.0.1:{pod[port]}" for port in _PORTS)) for pod in ready)
-
-
-def _ready_pod(service: dict[str, Any]) -> dict[str, Any] | None:
-    pods = [pod for revision in service["revisions"] for pod in revision["pods"]]
-    return next((pod for pod in pods if pod["phase"] == "ready"), None)
 
 
 def _listening_url(log: Path) -> str | None:
