@@ -155,3 +155,12 @@ def test_what_a_deployer_may_do_and_what_a_cluster_lacks(api: KubernetesApi, tmp
     lacking = run(tmp_path, "preflight", spec)
     assert lacking.returncode == 1
     assert "Secret default/lamina-store is missing" in lacking.stderr
+
+
+def test_a_token_is_rotated(api: KubernetesApi, tmp_path: Path) -> None:
+    secret = "v1", "secrets", "default", "chat-pipeline"
+    assert run(tmp_path, "deploy", str(tmp_path / "pipeline.yaml")).returncode == 0
+    before = api.objects[secret]["data"]["token"]
+    rotated = run(tmp_path, "rotate-token", "chat")
+    assert (rotated.returncode, rotated.stdout) == (0, "http://chat.default.example\n"), rotated.stderr
+    assert api.objects[secret]["data"]["token"] != before

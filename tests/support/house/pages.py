@@ -47,8 +47,8 @@ def code(text: str) -> list[str]:
 
 
 def commands(page: Path) -> list[str]:
-    """Shell commands in the blocks of a page, without variables that are set before them."""
-    lines = (re.sub(r"^(?:[A-Z_]+=\S+ )+", "", line) for line in block_lines(by_hand(page)))
+    """Shell commands in the blocks of a page, without the prompt and variables before them."""
+    lines = (re.sub(r"^(?:\$ )?(?:[A-Z_]+=\S+ )*", "", line) for line in block_lines(by_hand(page)))
     return [line for line in lines if _PROGRAM.match(line)]
 
 
