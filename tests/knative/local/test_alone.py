@@ -81,17 +81,13 @@ def test_a_manifest_that_cannot_run_ends_the_command_with_one_error(folder: Path
     assert "Traceback" not in done.stderr
 
 
-def test_a_plain_service_scales_from_zero_and_to_zero(folder: Path) -> None:
+async def test_a_plain_service_scales_from_zero_and_to_zero(folder: Path) -> None:
     manifest = yaml.safe_load((folder / "hello.yaml").read_text())
     manifest["spec"]["template"]["metadata"] = {"annotations": {"autoscaling.knative.dev/window": "6s"}}
-
-    async def scenario() -> None:
-        async with running_platform(folder, manifest, folder=folder, entrypoint=()) as platform, client() as session:
-            assert revision(platform, "hello").pods == []
-            assert await fetch(session, platform.url("hello")) == (200, "Hello from hello-00001!\n")
-            assert len(revision(platform, "hello").ready_pods) == 1
-            await until(lambda: not revision(platform, "hello").pods)
-            assert revision(platform, "hello").autoscaler.status.activity is Activity.INACTIVE
-            assert await fetch(session, platform.url("hello")) == (200, "Hello from hello-00001!\n")
-
-    asyncio.run(scenario())
+    async with running_platform(folder, manifest, folder=folder, entrypoint=()) as platform, client() as session:
+        assert revision(platform, "hello").pods == []
+        assert await fetch(session, platform.url("hello")) == (200, "Hello from hello-00001!\n")
+        assert len(revision(platform, "hello").ready_pods) == 1
+        await until(lambda: not revision(platform, "hello").pods)
+        assert revision(platform, "hello").autoscaler.status.activity is Activity.INACTIVE
+        assert await fetch(session, platform.url("hello")) == (200, "Hello from hello-00001!\n")

@@ -1,6 +1,5 @@
 """The autoscaler's metrics: Knative's own names, and those of the load that a revision scales on."""
 
-import asyncio
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -15,20 +14,17 @@ OF_ANY = {
 """As Prometheus writes `kn.revision.pods.desired` and its kin."""
 
 
-def test_names_and_values(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        by_rps = echo_service("rps", annotations={"metric": "rps", "target": "10"})
-        async with running_platform(tmp_path, echo_service(), by_rps) as platform, client() as session:
-            await fetch(session, platform.url("echo") + "/pid")
-            seen: dict[str, dict[str, float]] = {"echo": {}, "rps": {}}
-            for family in text_string_to_metric_families(render_metrics(platform.services.values()).decode()):
-                for sample in family.samples:
-                    assert sample.labels["kn_revision_name"] == sample.labels["kn_service_name"] + "-00001"
-                    seen[sample.labels["kn_service_name"]][sample.name.removeprefix("kn_revision_")] = sample.value
-            loads = ("stable", "panic", "target")
-            assert seen["echo"].keys() == OF_ANY | {f"concurrency_{name}" for name in loads}
-            assert seen["rps"].keys() == OF_ANY | {f"rps_{name}" for name in loads}
-            assert (seen["echo"]["pods_count"], seen["rps"]["pods_count"]) == (1, 0)
-            assert (seen["echo"]["concurrency_target"], seen["rps"]["rps_target"]) == (5.6, 7)
-
-    asyncio.run(scenario())
+async def test_names_and_values(tmp_path: Path) -> None:
+    by_rps = echo_service("rps", annotations={"metric": "rps", "target": "10"})
+    async with running_platform(tmp_path, echo_service(), by_rps) as platform, client() as session:
+        await fetch(session, platform.url("echo") + "/pid")
+        seen: dict[str, dict[str, float]] = {"echo": {}, "rps": {}}
+        for family in text_string_to_metric_families(render_metrics(platform.services.values()).decode()):
+            for sample in family.samples:
+                assert sample.labels["kn_revision_name"] == sample.labels["kn_service_name"] + "-00001"
+                seen[sample.labels["kn_service_name"]][sample.name.removeprefix("kn_revision_")] = sample.value
+        loads = ("stable", "panic", "target")
+        assert seen["echo"].keys() == OF_ANY | {f"concurrency_{name}" for name in loads}
+        assert seen["rps"].keys() == OF_ANY | {f"rps_{name}" for name in loads}
+        assert (seen["echo"]["pods_count"], seen["rps"]["pods_count"]) == (1, 0)
+        assert (seen["echo"]["concurrency_target"], seen["rps"]["rps_target"]) == (5.6, 7)

@@ -4,7 +4,7 @@ import asyncio
 import base64
 import io
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -76,25 +76,15 @@ async def local(folder: Path, *manifests: dict[str, Any], limit: int = 100, **se
             await eventing.stop()
 
 
-Scenario = Callable[[EventSink, EventSink], Awaitable[None]]
+@asynccontextmanager
+async def sinks() -> AsyncIterator[tuple[EventSink, EventSink]]:
+    """A subscriber, and the sink of dead letters or answers."""
+    async with event_sink() as subscriber, event_sink() as other:
+        yield subscriber, other
 
 
-@pytest.fixture
-def run() -> Callable[[Scenario], None]:
-    """With two sinks: a subscriber, and the dead letters' or answers'."""
-
-    async def with_sinks(scenario: Scenario) -> None:
-        async with event_sink() as subscriber, event_sink() as other:
-            await scenario(subscriber, other)
-
-    return lambda scenario: asyncio.run(with_sinks(scenario))
-
-
-Run = Callable[[Scenario], None]
-
-
-def test_an_event_goes_to_every_trigger_that_it_matches_as_it_was(tmp_path: Path, run: Run) -> None:
-    async def scenario(first: EventSink, second: EventSink) -> None:
+async def test_an_event_goes_to_every_trigger_that_it_matches_as_it_was(tmp_path: Path) -> None:
+    async with sinks() as (first, second):
         manifests = [a("Broker", "b"), trigger("all", first.url), trigger("asks", second.url, filter=of_type("ask"))]
         async with local(tmp_path, *manifests) as eventing:
             binary = make_event("tell", "/me", b"\0\1", "application/vnd.lamina.batch", id="2", subject="ü")
@@ -106,8 +96,6 @@ def test_an_event_goes_to_every_trigger_that_it_matches_as_it_was(tmp_path: Path
         assert dict(told.get_attributes()) == dict(binary.get_attributes())
         assert b"".join(data_buffers(told)) == b"\0\1"
         assert {headers["prefer"] for headers in first.headers} == {"reply"}
-
-    run(scenario)
 
 
 @pytest.mark.parametrize(
@@ -131,8 +119,8 @@ def test_filters(filters: dict[str, Any], expected: list[str]) -> None:
     assert [each.get_id() for each in events if found.filter(each)] == expected
 
 
-def test_a_reply_comes_back_into_the_broker(tmp_path: Path, run: Run) -> None:
-    async def scenario(subscriber: EventSink, answers: EventSink) -> None:
+async def test_a_reply_comes_back_into_the_broker(tmp_path: Path) -> None:
+    async with sinks() as (subscriber, answers):
         subscriber.answer = lambda asked: Reply(event=event(f"reply-{asked.get_id()}", "answer"))
         asks, gets = trigger("a", subscriber.url, filter=of_type("ask")), trigger("b", answers.url, filter=of_type("answer"))
         async with local(tmp_path, a("Broker", "b"), asks, gets) as eventing:
@@ -143,11 +131,9 @@ def test_a_reply_comes_back_into_the_broker(tmp_path: Path, run: Run) -> None:
         for each in [*answers.events, *subscriber.events]:
             assert each.get_extension("knativebrokerttl") is None
 
-    run(scenario)
 
-
-def test_replies_that_match_their_own_trigger_do_not_go_round_for_ever(tmp_path: Path, run: Run) -> None:
-    async def scenario(subscriber: EventSink, dead_letters: EventSink) -> None:
+async def test_replies_that_match_their_own_trigger_do_not_go_round_for_ever(tmp_path: Path) -> None:
+    async with sinks() as (subscriber, dead_letters):
         subscriber.answer = lambda asked: Reply(event=asked)
         async with local(
             tmp_path, a("Broker", "b"), trigger("a", subscriber.url, delivery=delivery(dead_letters.url))
@@ -158,12 +144,10 @@ def test_replies_that_match_their_own_trigger_do_not_go_round_for_ever(tmp_path:
         (letter,) = dead_letters.events
         assert "came back too often" in base64.b64decode(str(letter.get_extension("knativeerrordata"))).decode()
 
-    run(scenario)
-
 
 @pytest.mark.parametrize("status", [404, 408, 409, 429, 500, 502, 503])
-def test_what_may_pass_is_tried_again(tmp_path: Path, run: Run, status: int) -> None:
-    async def scenario(subscriber: EventSink, dead_letters: EventSink) -> None:
+async def test_what_may_pass_is_tried_again(tmp_path: Path, status: int) -> None:
+    async with sinks() as (subscriber, dead_letters):
         subscriber.answer = lambda _: Reply(status if len(subscriber.events) < 3 else 202)
         async with local(
             tmp_path, a("Broker", "b"), trigger("a", subscriber.url, delivery=delivery(dead_letters.url))
@@ -176,12 +160,10 @@ def test_what_may_pass_is_tried_again(tmp_path: Path, run: Run, status: int) -> 
         assert subscriber.ids() == ["1"] * 3
         assert dead_letters.events == []
 
-    run(scenario)
-
 
 @pytest.mark.parametrize(("status", "attempts"), [(400, 1), (401, 1), (410, 1), (421, 1), (422, 1), (302, 1), (503, 3)])
-def test_a_dead_letter_is_the_event_with_the_reason(tmp_path: Path, run: Run, status: int, attempts: int) -> None:
-    async def scenario(subscriber: EventSink, dead_letters: EventSink) -> None:
+async def test_a_dead_letter_is_the_event_with_the_reason(tmp_path: Path, status: int, attempts: int) -> None:
+    async with sinks() as (subscriber, dead_letters):
         subscriber.answer = lambda _: Reply(status, body=b"because " * 200)
         async with local(
             tmp_path, a("Broker", "b"), trigger("a", subscriber.url, delivery=delivery(dead_letters.url))
@@ -198,8 +180,6 @@ def test_a_dead_letter_is_the_event_with_the_reason(tmp_path: Path, run: Run, st
         assert len(data) == 1024
         assert base64.b64decode(data).startswith(b"because because")
 
-    run(scenario)
-
 
 @pytest.mark.parametrize(
     ("reply", "words"),
@@ -209,8 +189,8 @@ def test_a_dead_letter_is_the_event_with_the_reason(tmp_path: Path, run: Run, st
         (Reply(after_seconds=10), "no whole answer within 0.1 s"),
     ],
 )
-def test_no_answer_and_no_event_are_failures(tmp_path: Path, run: Run, reply: Reply, words: str) -> None:
-    async def scenario(subscriber: EventSink, dead_letters: EventSink) -> None:
+async def test_no_answer_and_no_event_are_failures(tmp_path: Path, reply: Reply, words: str) -> None:
+    async with sinks() as (subscriber, dead_letters):
         subscriber.answer = lambda _: reply
         spec = delivery(dead_letters.url, retry=1, timeout="PT0.1S")
         async with local(tmp_path, a("Broker", "b"), trigger("a", subscriber.url, delivery=spec)) as eventing:
@@ -219,26 +199,21 @@ def test_no_answer_and_no_event_are_failures(tmp_path: Path, run: Run, reply: Re
         assert len(subscriber.events) == 2
         assert words in base64.b64decode(str(dead_letters.events[0].get_extension("knativeerrordata"))).decode()
 
-    run(scenario)
+
+async def test_a_subscriber_that_comes_back_gets_what_was_sent_meanwhile(tmp_path: Path) -> None:
+    async with event_sink() as gone:
+        pass
+    spec = delivery(retry=3, backoffPolicy="exponential")
+    async with local(tmp_path, a("Broker", "b"), trigger("a", gone.url, delivery=spec)) as eventing:
+        await eventing.send(event())
+        await eventing.rest()
+        assert eventing.trigger("a") | {"subscriber": ""} == {
+            "name": "default/a", "subscriber": "", "delivered": 0, "retries": 3, "dead_letters": 0, "lost": 1,
+        }  # fmt: skip
 
 
-def test_a_subscriber_that_comes_back_gets_what_was_sent_meanwhile(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with event_sink() as gone:
-            pass
-        spec = delivery(retry=3, backoffPolicy="exponential")
-        async with local(tmp_path, a("Broker", "b"), trigger("a", gone.url, delivery=spec)) as eventing:
-            await eventing.send(event())
-            await eventing.rest()
-            assert eventing.trigger("a") | {"subscriber": ""} == {
-                "name": "default/a", "subscriber": "", "delivered": 0, "retries": 3, "dead_letters": 0, "lost": 1,
-            }  # fmt: skip
-
-    asyncio.run(scenario())
-
-
-def test_a_trigger_without_a_dead_letter_sink_uses_its_brokers(tmp_path: Path, run: Run) -> None:
-    async def scenario(subscriber: EventSink, dead_letters: EventSink) -> None:
+async def test_a_trigger_without_a_dead_letter_sink_uses_its_brokers(tmp_path: Path) -> None:
+    async with sinks() as (subscriber, dead_letters):
         subscriber.answer = lambda _: Reply(503)
         broker = a("Broker", "b", {"delivery": delivery(dead_letters.url)})
         own = trigger("own", subscriber.url, delivery=delivery(retry=0), filter=of_type("ask"))
@@ -248,8 +223,6 @@ def test_a_trigger_without_a_dead_letter_sink_uses_its_brokers(tmp_path: Path, r
             await eventing.rest()
         assert sorted(subscriber.ids()) == ["1", "2", "2", "2"]
         assert sorted(dead_letters.ids()) == ["1", "2"]
-
-    run(scenario)
 
 
 @pytest.mark.parametrize(("policy", "pauses"), [("linear", [0, 2, 4, 6]), ("exponential", [2, 4, 8, 16]), (None, [0, 0, 0, 0])])
@@ -273,8 +246,8 @@ TO_SEQUENCE = {"ref": {"apiVersion": "flows.knative.dev/v1", "kind": "Sequence",
 TO_BROKER = {"ref": {"apiVersion": "eventing.knative.dev/v1", "kind": "Broker", "name": "b"}}
 
 
-def test_each_steps_reply_is_the_next_ones_event_and_the_last_goes_on(tmp_path: Path, run: Run) -> None:
-    async def scenario(step: EventSink, answers: EventSink) -> None:
+async def test_each_steps_reply_is_the_next_ones_event_and_the_last_goes_on(tmp_path: Path) -> None:
+    async with sinks() as (step, answers):
         step.answer = lambda seen: Reply(event=event(seen.get_id() + "+", "step" if len(seen.get_id()) < 3 else "answer"))
         manifests = [
             trigger("in", TO_SEQUENCE, filter=of_type("ask")),
@@ -289,11 +262,9 @@ def test_each_steps_reply_is_the_next_ones_event_and_the_last_goes_on(tmp_path: 
         assert step.ids() == ["1", "1+", "1++"]
         assert answers.ids() == ["1+++"]
 
-    run(scenario)
 
-
-def test_a_step_without_a_reply_ends_the_sequence_and_one_that_fails_is_a_dead_letter(tmp_path: Path, run: Run) -> None:
-    async def scenario(step: EventSink, dead_letters: EventSink) -> None:
+async def test_a_step_without_a_reply_ends_the_sequence_and_one_that_fails_is_a_dead_letter(tmp_path: Path) -> None:
+    async with sinks() as (step, dead_letters):
         replies = {"ends": Reply(202), "says": Reply(200, body=b"no event"), "fails": Reply(422)}
         step.answer = lambda seen: replies[seen.get_id()]
         manifests = a("Broker", "b"), trigger("in", TO_SEQUENCE), sequence(step.url, step.url, dead_letters=dead_letters.url)
@@ -303,11 +274,9 @@ def test_a_step_without_a_reply_ends_the_sequence_and_one_that_fails_is_a_dead_l
         assert sorted(step.ids()) == ["ends", "fails", "says"]
         assert dead_letters.ids() == ["fails"]
 
-    run(scenario)
 
-
-def test_a_full_broker_refuses_and_takes_replies_all_the_same(tmp_path: Path, run: Run) -> None:
-    async def scenario(subscriber: EventSink, answers: EventSink) -> None:
+async def test_a_full_broker_refuses_and_takes_replies_all_the_same(tmp_path: Path) -> None:
+    async with sinks() as (subscriber, answers):
         subscriber.answer = lambda asked: Reply(event=event(f"reply-{asked.get_id()}", "answer"), after_seconds=0.3)
         asks, gets = trigger("a", subscriber.url, filter=of_type("ask")), trigger("b", answers.url, filter=of_type("answer"))
         async with local(tmp_path, a("Broker", "b"), asks, gets, limit=3) as eventing:
@@ -319,17 +288,13 @@ def test_a_full_broker_refuses_and_takes_replies_all_the_same(tmp_path: Path, ru
             await eventing.rest()
         assert sorted(answers.ids()) == ["reply-0", "reply-1", "reply-2", "reply-6"]
 
-    run(scenario)
 
-
-def test_stopping_does_not_wait_for_deliveries(tmp_path: Path, run: Run, caplog: pytest.LogCaptureFixture) -> None:
-    async def scenario(subscriber: EventSink, _: EventSink) -> None:
+async def test_stopping_does_not_wait_for_deliveries(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with sinks() as (subscriber, _):
         subscriber.answer = lambda _: Reply(after_seconds=30)
         async with asyncio.timeout(5), local(tmp_path, a("Broker", "b"), trigger("a", subscriber.url)) as eventing:
             await eventing.send(event())
             await until(lambda: subscriber.events != [])
-
-    run(scenario)
     assert "1 deliveries were still in progress" in caplog.text
 
 
@@ -345,35 +310,29 @@ def test_stopping_does_not_wait_for_deliveries(tmp_path: Path, run: Run, caplog:
         ("POST", "/default/b", {}, b"x" * (2**20 + 1), (413, "dataref")),
     ],
 )
-def test_what_the_ingress_refuses(
+async def test_what_the_ingress_refuses(
     tmp_path: Path, method: str, path: str, headers: dict[str, str], body: bytes, expected: tuple[int, str]
 ) -> None:
-    async def scenario() -> None:
-        async with local(tmp_path, a("Broker", "b")) as eventing, client() as session:
-            url = eventing.eventing.broker_url("b").removesuffix("/default/b") + path
-            async with session.request(method, url, data=io.BytesIO(body), headers=headers) as reply:
-                assert reply.status == expected[0]
-                assert expected[1] in await reply.text()
-
-    asyncio.run(scenario())
+    async with local(tmp_path, a("Broker", "b")) as eventing, client() as session:
+        url = eventing.eventing.broker_url("b").removesuffix("/default/b") + path
+        async with session.request(method, url, data=io.BytesIO(body), headers=headers) as reply:
+            assert reply.status == expected[0]
+            assert expected[1] in await reply.text()
 
 
-def test_events_for_services_elsewhere_are_written_into_files(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        sink = {"ref": {"apiVersion": "serving.knative.dev/v1", "kind": "Service", "name": "answers"}}
-        async with local(tmp_path, a("Broker", "b"), trigger("a", sink)) as eventing:
-            await eventing.send(event("1", data=b'{"a": 1}'), make_event("ask", "/me", b"\0", "application/x", id="2"))
-            await eventing.rest()
-
-    asyncio.run(scenario())
+async def test_events_for_services_elsewhere_are_written_into_files(tmp_path: Path) -> None:
+    sink = {"ref": {"apiVersion": "serving.knative.dev/v1", "kind": "Service", "name": "answers"}}
+    async with local(tmp_path, a("Broker", "b"), trigger("a", sink)) as eventing:
+        await eventing.send(event("1", data=b'{"a": 1}'), make_event("ask", "/me", b"\0", "application/x", id="2"))
+        await eventing.rest()
     lines = [json.loads(line) for line in (tmp_path / "events-answers.jsonl").read_text().splitlines()]
     found = {line["id"]: line for line in lines}
     assert found["1"]["data"] == {"a": 1}
     assert found["2"]["data_base64"] == "AA=="
 
 
-def test_services_here_are_reached_with_the_path_of_the_destination(tmp_path: Path, run: Run) -> None:
-    async def scenario(subscriber: EventSink, _: EventSink) -> None:
+async def test_services_here_are_reached_with_the_path_of_the_destination(tmp_path: Path) -> None:
+    async with sinks() as (subscriber, _):
         ref = {"apiVersion": "serving.knative.dev/v1", "kind": "Service", "name": "here"}
         async with local(tmp_path, a("Broker", "b"), trigger("a", {"ref": ref, "uri": "/x"}), here=subscriber.url) as eventing:
             await eventing.send(event())
@@ -381,11 +340,9 @@ def test_services_here_are_reached_with_the_path_of_the_destination(tmp_path: Pa
             assert eventing.trigger("a")["subscriber"] == f"{subscriber.url}/x"
         assert subscriber.ids() == ["1"]
 
-    run(scenario)
 
-
-def test_a_changed_trigger_counts_on(tmp_path: Path, run: Run) -> None:
-    async def scenario(first: EventSink, second: EventSink) -> None:
+async def test_a_changed_trigger_counts_on(tmp_path: Path) -> None:
+    async with sinks() as (first, second):
         async with local(tmp_path, a("Broker", "b"), trigger("a", first.url)) as eventing:
             await eventing.send(event("1"))
             await eventing.rest()
@@ -394,8 +351,6 @@ def test_a_changed_trigger_counts_on(tmp_path: Path, run: Run) -> None:
             await eventing.rest()
             assert eventing.trigger("a")["delivered"] == 2
         assert (first.ids(), second.ids()) == (["1"], ["2"])
-
-    run(scenario)
 
 
 NO_BROKER = a("Trigger", "t", {"broker": "other", "subscriber": {"uri": "http://sink.example"}})
@@ -418,31 +373,22 @@ NO_BROKER = a("Trigger", "t", {"broker": "other", "subscriber": {"uri": "http://
         ({**a("Sequence", "p"), "kind": "Parallel"}, r"Parallel p \(flows\.knative\.dev/v1\) is not run"),
     ],
 )
-def test_what_cannot_be_run_is_named(tmp_path: Path, manifest: dict[str, Any], words: str) -> None:
-    async def scenario() -> None:
-        with pytest.raises(UnsupportedManifest, match=words):
-            async with local(tmp_path, a("Broker", "b"), manifest):
-                pass
-
-    asyncio.run(scenario())
+async def test_what_cannot_be_run_is_named(tmp_path: Path, manifest: dict[str, Any], words: str) -> None:
+    with pytest.raises(UnsupportedManifest, match=words):
+        async with local(tmp_path, a("Broker", "b"), manifest):
+            pass
 
 
-def test_the_platform_wakes_a_service_for_an_event(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        step = {"ref": {"apiVersion": "serving.knative.dev/v1", "kind": "Service", "name": "echo"}, "delivery": delivery()}
-        manifests = [a("Sequence", "s", {"steps": [step]}), a("Broker", "b"), trigger("in", TO_SEQUENCE), echo_service()]
-        async with running_platform(tmp_path, *manifests) as platform, client() as session:
-            assert revision(platform).pods == []
-            assert await post(session, platform.eventing.broker_url("b"), event()) == (202, "")
-            await until(lambda: platform.status()["eventing"]["steps"][0]["delivered"] == 1)
-            assert len(revision(platform).pods) == 1
-
-    asyncio.run(scenario())
+async def test_the_platform_wakes_a_service_for_an_event(tmp_path: Path) -> None:
+    step = {"ref": {"apiVersion": "serving.knative.dev/v1", "kind": "Service", "name": "echo"}, "delivery": delivery()}
+    manifests = [a("Sequence", "s", {"steps": [step]}), a("Broker", "b"), trigger("in", TO_SEQUENCE), echo_service()]
+    async with running_platform(tmp_path, *manifests) as platform, client() as session:
+        assert revision(platform).pods == []
+        assert await post(session, platform.eventing.broker_url("b"), event()) == (202, "")
+        await until(lambda: platform.status()["eventing"]["steps"][0]["delivered"] == 1)
+        assert len(revision(platform).pods) == 1
 
 
-def test_other_kinds_start_nothing(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with local(tmp_path, {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "x"}}) as eventing:
-            assert eventing.eventing.status() == {}
-
-    asyncio.run(scenario())
+async def test_other_kinds_start_nothing(tmp_path: Path) -> None:
+    async with local(tmp_path, {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "x"}}) as eventing:
+        assert eventing.eventing.status() == {}

@@ -74,36 +74,30 @@ async def read_all(reader: asyncio.StreamReader) -> bytes:
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"
 
 
-def test_a_connection_is_kept_on_both_sides() -> None:
-    async def scenario() -> None:
-        connections: list[None] = []
+async def test_a_connection_is_kept_on_both_sides() -> None:
+    connections: list[None] = []
 
-        async def counted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            connections.append(None)
-            await answering(OK, times=3)(reader, writer)
+    async def counted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(None)
+        await answering(OK, times=3)(reader, writer)
 
-        async with proxy_to(counted) as (reader, writer):
-            for _ in range(3):
-                writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
-                assert await reader.readexactly(len(OK)) == OK
-        assert len(connections) == 1
-
-    asyncio.run(scenario())
+    async with proxy_to(counted) as (reader, writer):
+        for _ in range(3):
+            writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert await reader.readexactly(len(OK)) == OK
+    assert len(connections) == 1
 
 
-def test_hop_by_hop_headers_and_knatives_marks_do_not_pass() -> None:
-    async def scenario() -> None:
-        seen: list[bytes] = []
-        async with proxy_to(answering(OK, seen)) as (reader, writer):
-            writer.write(
-                b"POST /path?q=1 HTTP/1.1\r\nHost: a\r\nConnection: x-mine, keep-alive\r\nX-Mine: 1\r\nTE: trailers\r\n"
-                b"K-Proxy-Request: activator\r\nce-id: 7\r\nContent-Length: 4\r\n\r\nbody"
-            )
-            await reader.readexactly(len(OK))
-        own = b"X-Forwarded-For: 127.0.0.1"
-        assert seen == [b"POST /path?q=1 HTTP/1.1\r\nHost: a\r\nce-id: 7\r\nContent-Length: 4\r\n%b\r\n\r\nbody" % own]
-
-    asyncio.run(scenario())
+async def test_hop_by_hop_headers_and_knatives_marks_do_not_pass() -> None:
+    seen: list[bytes] = []
+    async with proxy_to(answering(OK, seen)) as (reader, writer):
+        writer.write(
+            b"POST /path?q=1 HTTP/1.1\r\nHost: a\r\nConnection: x-mine, keep-alive\r\nX-Mine: 1\r\nTE: trailers\r\n"
+            b"K-Proxy-Request: activator\r\nce-id: 7\r\nContent-Length: 4\r\n\r\nbody"
+        )
+        await reader.readexactly(len(OK))
+    own = b"X-Forwarded-For: 127.0.0.1"
+    assert seen == [b"POST /path?q=1 HTTP/1.1\r\nHost: a\r\nce-id: 7\r\nContent-Length: 4\r\n%b\r\n\r\nbody" % own]
 
 
 @pytest.mark.parametrize(
@@ -124,62 +118,47 @@ def test_hop_by_hop_headers_and_knatives_marks_do_not_pass() -> None:
         (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"),
     ],
 )
-def test_answers_are_framed_anew(answer: bytes, expected: bytes) -> None:
-    async def scenario() -> None:
-        async with proxy_to(answering(answer)) as (reader, writer):
-            writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
-            assert await reader.readexactly(len(expected)) == expected
-
-    asyncio.run(scenario())
+async def test_answers_are_framed_anew(answer: bytes, expected: bytes) -> None:
+    async with proxy_to(answering(answer)) as (reader, writer):
+        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert await reader.readexactly(len(expected)) == expected
 
 
-def test_a_head_request_has_no_body_though_it_has_a_length() -> None:
-    async def scenario() -> None:
-        head = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n"
-        async with proxy_to(answering(head)) as (reader, writer):
-            writer.write(b"HEAD / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
-            assert await read_all(reader) == head[:-2] + b"Connection: close\r\n\r\n"
-
-    asyncio.run(scenario())
+async def test_a_head_request_has_no_body_though_it_has_a_length() -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n"
+    async with proxy_to(answering(head)) as (reader, writer):
+        writer.write(b"HEAD / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        assert await read_all(reader) == head[:-2] + b"Connection: close\r\n\r\n"
 
 
-def test_an_old_client_gets_an_unframed_body_and_the_end_of_its_connection() -> None:
-    async def scenario() -> None:
-        answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n"
-        async with proxy_to(answering(answer)) as (reader, writer):
-            writer.write(b"GET / HTTP/1.0\r\n\r\n")
-            assert await read_all(reader) == b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhi"
-
-    asyncio.run(scenario())
+async def test_an_old_client_gets_an_unframed_body_and_the_end_of_its_connection() -> None:
+    answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n"
+    async with proxy_to(answering(answer)) as (reader, writer):
+        writer.write(b"GET / HTTP/1.0\r\n\r\n")
+        assert await read_all(reader) == b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhi"
 
 
-def test_expect_100_is_answered_here() -> None:
-    async def scenario() -> None:
-        seen: list[bytes] = []
-        async with proxy_to(answering(OK, seen)) as (reader, writer):
-            writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n")
-            assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
-            writer.write(b"body")
-            assert await reader.readexactly(len(OK)) == OK
-        assert b"Expect" not in seen[0]
-
-    asyncio.run(scenario())
+async def test_expect_100_is_answered_here() -> None:
+    seen: list[bytes] = []
+    async with proxy_to(answering(OK, seen)) as (reader, writer):
+        writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n")
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(b"body")
+        assert await reader.readexactly(len(OK)) == OK
+    assert b"Expect" not in seen[0]
 
 
-def test_an_answer_before_the_body_is_there_does_not_spoil_the_connection() -> None:
+async def test_an_answer_before_the_body_is_there_does_not_spoil_the_connection() -> None:
     async def early(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(OK)
         await writer.drain()
 
-    async def scenario() -> None:
-        async with proxy_to(early) as (reader, writer):
-            writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 400000\r\n\r\n")
-            assert await reader.readexactly(len(OK)) == OK
-            writer.write(b"x" * 400000 + b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
-            assert await reader.readexactly(len(OK)) == OK
-
-    asyncio.run(scenario())
+    async with proxy_to(early) as (reader, writer):
+        writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 400000\r\n\r\n")
+        assert await reader.readexactly(len(OK)) == OK
+        writer.write(b"x" * 400000 + b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert await reader.readexactly(len(OK)) == OK
 
 
 @pytest.mark.parametrize(
@@ -190,35 +169,29 @@ def test_an_answer_before_the_body_is_there_does_not_spoil_the_connection() -> N
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort", b"HTTP/1.1 200 OK"),  # begun: can only break off
     ],
 )
-def test_a_server_that_fails(answer: bytes, seen: bytes) -> None:
-    async def scenario() -> None:
-        async with proxy_to(answering(answer)) as (reader, writer):
-            writer.write(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
-            try:
-                text = await read_all(reader)
-            except ConnectionResetError:
-                text = seen
-            assert text.startswith(seen)
-
-    asyncio.run(scenario())
+async def test_a_server_that_fails(answer: bytes, seen: bytes) -> None:
+    async with proxy_to(answering(answer)) as (reader, writer):
+        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        try:
+            text = await read_all(reader)
+        except ConnectionResetError:
+            text = seen
+        assert text.startswith(seen)
 
 
-def test_nobody_listening_is_502() -> None:
-    async def scenario() -> None:
-        async def nothing(exchange: Exchange) -> None:
-            with pytest.raises(UpstreamFailed, match=r"127\.0\.0\.1:1"):
-                await UpstreamPool(1).forward(exchange)
-            raise HttpError(HTTPStatus.BAD_GATEWAY, "gone")
+async def test_nobody_listening_is_502() -> None:
+    async def nothing(exchange: Exchange) -> None:
+        with pytest.raises(UpstreamFailed, match=r"127\.0\.0\.1:1"):
+            await UpstreamPool(1).forward(exchange)
+        raise HttpError(HTTPStatus.BAD_GATEWAY, "gone")
 
-        server = HttpServer(nothing)
-        await server.start()
-        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
-        assert (await reader.readuntil(b"\n")).startswith(b"HTTP/1.1 502")
-        writer.close()
-        server.close()
-
-    asyncio.run(scenario())
+    server = HttpServer(nothing)
+    await server.start()
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert (await reader.readuntil(b"\n")).startswith(b"HTTP/1.1 502")
+    writer.close()
+    server.close()
 
 
 @pytest.mark.parametrize(
@@ -231,61 +204,51 @@ def test_nobody_listening_is_502() -> None:
         (b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n", b"HTTP/1.1 501"),
     ],
 )
-def test_what_is_not_served_gets_a_status_and_the_end_of_its_connection(request_bytes: bytes, status: bytes) -> None:
-    async def scenario() -> None:
-        async with proxy_to(answering(OK)) as (reader, writer):
-            writer.write(request_bytes)
-            assert (await read_all(reader)).startswith(status)
-
-    asyncio.run(scenario())
+async def test_what_is_not_served_gets_a_status_and_the_end_of_its_connection(request_bytes: bytes, status: bytes) -> None:
+    async with proxy_to(answering(OK)) as (reader, writer):
+        writer.write(request_bytes)
+        assert (await read_all(reader)).startswith(status)
 
 
-def test_a_client_that_goes_away_ends_the_request_at_the_server() -> None:
-    async def scenario() -> None:
-        gone = asyncio.Event()
+async def test_a_client_that_goes_away_ends_the_request_at_the_server() -> None:
+    gone = asyncio.Event()
 
-        async def waits(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await reader.readuntil(b"\r\n\r\n")
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nab")
-            assert await reader.read() == b""
-            gone.set()
+    async def waits(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nab")
+        assert await reader.read() == b""
+        gone.set()
 
-        async with proxy_to(waits) as (reader, writer):
-            writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
-            await reader.readuntil(b"ab")
-            writer.close()
-            await gone.wait()
-
-    asyncio.run(scenario())
+    async with proxy_to(waits) as (reader, writer):
+        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        await reader.readuntil(b"ab")
+        writer.close()
+        await gone.wait()
 
 
-def test_a_slow_client_slows_the_server_down() -> None:
+async def test_a_slow_client_slows_the_server_down() -> None:
     """The proxy holds a bounded amount of an answer that nobody reads."""
+    sent = 0
+    blocked = asyncio.Event()
 
-    async def scenario() -> None:
-        sent = 0
-        blocked = asyncio.Event()
+    async def floods(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 268435456\r\n\r\n")
+        while sent < 268435456:
+            writer.write(b"x" * 2**20)
+            try:
+                async with asyncio.timeout(0.5):
+                    await writer.drain()
+            except TimeoutError:
+                blocked.set()
+                return
+            sent += 2**20
 
-        async def floods(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            nonlocal sent
-            await reader.readuntil(b"\r\n\r\n")
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 268435456\r\n\r\n")
-            while sent < 268435456:
-                writer.write(b"x" * 2**20)
-                try:
-                    async with asyncio.timeout(0.5):
-                        await writer.drain()
-                except TimeoutError:
-                    blocked.set()
-                    return
-                sent += 2**20
-
-        async with proxy_to(floods) as (_, writer):
-            writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
-            await blocked.wait()
-        assert sent < 64 * 2**20
-
-    asyncio.run(scenario())
+    async with proxy_to(floods) as (_, writer):
+        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        await blocked.wait()
+    assert sent < 64 * 2**20
 
 
 class SlowReader(Exchange):
@@ -310,17 +273,14 @@ class SlowReader(Exchange):
         pass
 
 
-def test_a_connection_whose_last_answer_was_read_slowly_takes_the_next_request() -> None:
-    async def scenario() -> None:
-        server = await asyncio.start_server(closing(answering(OK, times=2)), "127.0.0.1", 0)
-        pool = UpstreamPool(server.sockets[0].getsockname()[1])
-        async with asyncio.timeout(10):
-            await pool.forward(SlowReader())
-            await pool.forward(SlowReader())
-        pool.close()
-        server.close()
-
-    asyncio.run(scenario())
+async def test_a_connection_whose_last_answer_was_read_slowly_takes_the_next_request() -> None:
+    server = await asyncio.start_server(closing(answering(OK, times=2)), "127.0.0.1", 0)
+    pool = UpstreamPool(server.sockets[0].getsockname()[1])
+    async with asyncio.timeout(10):
+        await pool.forward(SlowReader())
+        await pool.forward(SlowReader())
+    pool.close()
+    server.close()
 
 
 def test_headers_named_by_connection_are_dropped() -> None:

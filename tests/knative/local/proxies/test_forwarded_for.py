@@ -25,24 +25,17 @@ async def tell(head: bytes, reader: asyncio.StreamReader, writer: asyncio.Stream
         (["203.0.113.9", "198.51.100.2"], "203.0.113.9, 198.51.100.2, 127.0.0.1"),
     ],
 )
-def test_queue_proxy_adds_who_spoke_to_it(written: list[str], seen: str) -> None:
-    async def scenario() -> None:
-        headers = [("X-Forwarded-For", value) for value in written]
-        async with behind_queue_proxy(tell) as (session, url), session.get(url, headers=headers) as reply:
-            assert await reply.text() == seen
-
-    asyncio.run(scenario())
+async def test_queue_proxy_adds_who_spoke_to_it(written: list[str], seen: str) -> None:
+    headers = [("X-Forwarded-For", value) for value in written]
+    async with behind_queue_proxy(tell) as (session, url), session.get(url, headers=headers) as reply:
+        assert await reply.text() == seen
 
 
-def test_ingress_and_activator_are_proxies_as_well(tmp_path: Path) -> None:
+async def test_ingress_and_activator_are_proxies_as_well(tmp_path: Path) -> None:
     """Three add to it while the activator is in the path, two when it is not, as on a cluster."""
-
-    async def scenario() -> None:
-        async with running_platform(tmp_path, echo_service()) as platform, client() as session:
-            url = platform.url("echo") + "/header?X-Forwarded-For"
-            assert revision(platform).activator.in_path
-            assert await fetch(session, url) == (200, "127.0.0.1, 127.0.0.1, 127.0.0.1")
-            revision(platform).activator.in_path = False
-            assert await fetch(session, url) == (200, "127.0.0.1, 127.0.0.1")
-
-    asyncio.run(scenario())
+    async with running_platform(tmp_path, echo_service()) as platform, client() as session:
+        url = platform.url("echo") + "/header?X-Forwarded-For"
+        assert revision(platform).activator.in_path
+        assert await fetch(session, url) == (200, "127.0.0.1, 127.0.0.1, 127.0.0.1")
+        revision(platform).activator.in_path = False
+        assert await fetch(session, url) == (200, "127.0.0.1, 127.0.0.1")

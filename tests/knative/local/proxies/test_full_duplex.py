@@ -59,40 +59,28 @@ async def ask(session: aiohttp.ClientSession, url: str) -> bytes:
 
 
 @pytest.mark.parametrize("function", [early, at_once])
-def test_without_the_annotation_it_is_broken_off(function: Function, caplog: pytest.LogCaptureFixture) -> None:
-    async def scenario() -> None:
-        async with behind_queue_proxy(function) as (session, url):
-            with pytest.raises(aiohttp.ClientPayloadError):
-                await ask(session, url)
-
-    asyncio.run(scenario())
+async def test_without_the_annotation_it_is_broken_off(function: Function, caplog: pytest.LogCaptureFixture) -> None:
+    async with behind_queue_proxy(function) as (session, url):
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await ask(session, url)
     assert "features.knative.dev/http-full-duplex" in caplog.text
 
 
 @pytest.mark.parametrize(("function", "answer"), [(early, b"early"), (at_once, b"at once")])
-def test_with_the_annotation_it_is_whole(function: Function, answer: bytes) -> None:
-    async def scenario() -> None:
-        async with behind_queue_proxy(function, full_duplex=True) as (session, url):
-            assert await ask(session, url) == answer
-
-    asyncio.run(scenario())
+async def test_with_the_annotation_it_is_whole(function: Function, answer: bytes) -> None:
+    async with behind_queue_proxy(function, full_duplex=True) as (session, url):
+        assert await ask(session, url) == answer
 
 
 @pytest.mark.parametrize(("function", "answer"), [(later, b"later"), (refusal, b"no key"), (whole, b"y" * 5000)])
-def test_what_begins_late_is_short_or_says_its_length_is_whole_either_way(function: Function, answer: bytes) -> None:
-    async def scenario() -> None:
-        async with behind_queue_proxy(function) as (session, url):
-            assert await ask(session, url) == answer
-
-    asyncio.run(scenario())
+async def test_what_begins_late_is_short_or_says_its_length_is_whole_either_way(function: Function, answer: bytes) -> None:
+    async with behind_queue_proxy(function) as (session, url):
+        assert await ask(session, url) == answer
 
 
-def test_a_request_without_a_body_has_nothing_to_be_closed() -> None:
+async def test_a_request_without_a_body_has_nothing_to_be_closed() -> None:
     async def answer(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(OPEN_ENDED + chunk(b"events") + b"0\r\n\r\n")
 
-    async def scenario() -> None:
-        async with behind_queue_proxy(answer) as (session, url), session.get(url) as reply:
-            assert await reply.read() == b"events"
-
-    asyncio.run(scenario())
+    async with behind_queue_proxy(answer) as (session, url), session.get(url) as reply:
+        assert await reply.read() == b"events"

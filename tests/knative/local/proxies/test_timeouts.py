@@ -28,67 +28,51 @@ async def fetch(session: aiohttp.ClientSession, url: str) -> tuple[int, str]:
         return reply.status, await reply.text()
 
 
-def test_waiting_for_a_place_counts() -> None:
+async def test_waiting_for_a_place_counts() -> None:
     """Four requests at a function for one at a time that never answers: nobody waits for the others' time as well."""
-
-    async def scenario() -> None:
-        async with behind_queue_proxy(never, Timeouts(0.5), concurrency=1) as (session, url):
-            loop = asyncio.get_running_loop()
-            began = loop.time()
-            answers = await asyncio.gather(*(fetch(session, url) for _ in range(4)))
-            assert answers == [(504, "request timeout\n")] * 4
-            assert loop.time() - began < 1.5
-
-    asyncio.run(scenario())
+    async with behind_queue_proxy(never, Timeouts(0.5), concurrency=1) as (session, url):
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        answers = await asyncio.gather(*(fetch(session, url) for _ in range(4)))
+        assert answers == [(504, "request timeout\n")] * 4
+        assert loop.time() - began < 1.5
 
 
-def test_an_answer_past_its_time_ends_with_knatives_words() -> None:
-    async def scenario() -> None:
-        async with behind_queue_proxy(drops, Timeouts(0.5)) as (session, url):
-            status, text = await fetch(session, url)
-            assert status == 200
-            assert text.startswith("drop drop ")
-            assert text.endswith("request timeout")
-
-    asyncio.run(scenario())
+async def test_an_answer_past_its_time_ends_with_knatives_words() -> None:
+    async with behind_queue_proxy(drops, Timeouts(0.5)) as (session, url):
+        status, text = await fetch(session, url)
+        assert status == 200
+        assert text.startswith("drop drop ")
+        assert text.endswith("request timeout")
 
 
-def test_an_answer_of_a_said_length_past_its_time_breaks() -> None:
+async def test_an_answer_of_a_said_length_past_its_time_breaks() -> None:
     async def half(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf")
         await reader.read()
 
-    async def scenario() -> None:
-        async with behind_queue_proxy(half, Timeouts(0.5)) as (session, url):
-            with pytest.raises(aiohttp.ClientPayloadError):
-                await fetch(session, url)
-
-    asyncio.run(scenario())
+    async with behind_queue_proxy(half, Timeouts(0.5)) as (session, url):
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await fetch(session, url)
 
 
-def test_the_response_start_timeout_ends_with_the_answers_first_byte() -> None:
-    async def scenario() -> None:
-        async with behind_queue_proxy(never, Timeouts(10, response_start_timeout_seconds=0.3)) as (session, url):
-            assert await fetch(session, url) == (504, "request timeout\n")
-        async with behind_queue_proxy(drops, Timeouts(1.5, response_start_timeout_seconds=0.3)) as (session, url):
-            assert (await fetch(session, url))[1].count("drop") > 10
-
-    asyncio.run(scenario())
+async def test_the_response_start_timeout_ends_with_the_answers_first_byte() -> None:
+    async with behind_queue_proxy(never, Timeouts(10, response_start_timeout_seconds=0.3)) as (session, url):
+        assert await fetch(session, url) == (504, "request timeout\n")
+    async with behind_queue_proxy(drops, Timeouts(1.5, response_start_timeout_seconds=0.3)) as (session, url):
+        assert (await fetch(session, url))[1].count("drop") > 10
 
 
-def test_the_idle_timeout_counts_from_the_last_bytes() -> None:
-    async def scenario() -> None:
-        timeouts = Timeouts(10, idle_timeout_seconds=1.0)
-        async with behind_queue_proxy(never, timeouts) as (session, url):
-            assert await fetch(session, url) == (504, "request timeout\n")
-        async with behind_queue_proxy(drops, timeouts) as (session, url):
-            _, text = await fetch(session, url)
-            assert text == "drop " * 40 + "request timeout"
-
-    asyncio.run(scenario())
+async def test_the_idle_timeout_counts_from_the_last_bytes() -> None:
+    timeouts = Timeouts(10, idle_timeout_seconds=1.0)
+    async with behind_queue_proxy(never, timeouts) as (session, url):
+        assert await fetch(session, url) == (504, "request timeout\n")
+    async with behind_queue_proxy(drops, timeouts) as (session, url):
+        _, text = await fetch(session, url)
+        assert text == "drop " * 40 + "request timeout"
 
 
-def test_a_place_that_a_timeout_gave_back_is_taken() -> None:
+async def test_a_place_that_a_timeout_gave_back_is_taken() -> None:
     answers = iter([never, None])
 
     async def first_never(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -96,9 +80,6 @@ def test_a_place_that_a_timeout_gave_back_is_taken() -> None:
             await reader.read()
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
 
-    async def scenario() -> None:
-        async with behind_queue_proxy(first_never, Timeouts(0.5), concurrency=1) as (session, url):
-            assert (await fetch(session, url))[0] == 504
-            assert await fetch(session, url) == (200, "ok")
-
-    asyncio.run(scenario())
+    async with behind_queue_proxy(first_never, Timeouts(0.5), concurrency=1) as (session, url):
+        assert (await fetch(session, url))[0] == 504
+        assert await fetch(session, url) == (200, "ok")

@@ -55,137 +55,110 @@ async def let_go(held: list[HeldProxy], tasks: list[asyncio.Task[None]]) -> None
     await asyncio.gather(*tasks)
 
 
-def test_up_to_three_the_first_pod_with_room_is_taken() -> None:
-    async def scenario() -> None:
-        held, pods = proxies(3)
-        door = activator(2)
-        door.set_pods(pods)
-        tasks = send(door, 5)
-        await until(lambda: sum(proxy.served for proxy in held) == 5)
-        assert [proxy.served for proxy in held] == [2, 2, 1]
-        await let_go(held, tasks)
-
-    asyncio.run(scenario())
+async def test_up_to_three_the_first_pod_with_room_is_taken() -> None:
+    held, pods = proxies(3)
+    door = activator(2)
+    door.set_pods(pods)
+    tasks = send(door, 5)
+    await until(lambda: sum(proxy.served for proxy in held) == 5)
+    assert [proxy.served for proxy in held] == [2, 2, 1]
+    await let_go(held, tasks)
 
 
-def test_above_three_pods_take_turns() -> None:
-    async def scenario() -> None:
-        held, pods = proxies(3)
-        door = activator(10)
-        door.set_pods(pods)
-        tasks = send(door, 9)
-        await until(lambda: sum(proxy.served for proxy in held) == 9)
-        assert [proxy.served for proxy in held] == [3, 3, 3]
-        await let_go(held, tasks)
-
-    asyncio.run(scenario())
+async def test_above_three_pods_take_turns() -> None:
+    held, pods = proxies(3)
+    door = activator(10)
+    door.set_pods(pods)
+    tasks = send(door, 9)
+    await until(lambda: sum(proxy.served for proxy in held) == 9)
+    assert [proxy.served for proxy in held] == [3, 3, 3]
+    await let_go(held, tasks)
 
 
-def test_without_a_limit_the_less_busy_of_two_is_taken() -> None:
-    async def scenario() -> None:
-        held, pods = proxies(2)
-        door = activator(0)
-        door.set_pods(pods)
-        tasks = send(door, 40)
-        await until(lambda: sum(proxy.served for proxy in held) == 40)
-        assert [proxy.served for proxy in held] == [20, 20]
-        await let_go(held, tasks)
-
-    asyncio.run(scenario())
+async def test_without_a_limit_the_less_busy_of_two_is_taken() -> None:
+    held, pods = proxies(2)
+    door = activator(0)
+    door.set_pods(pods)
+    tasks = send(door, 40)
+    await until(lambda: sum(proxy.served for proxy in held) == 40)
+    assert [proxy.served for proxy in held] == [20, 20]
+    await let_go(held, tasks)
 
 
-def test_full_pods_keep_requests_waiting_and_a_new_pod_gets_them() -> None:
-    async def scenario() -> None:
-        held, pods = proxies(2)
-        door = activator(1)
-        door.set_pods(pods[:1])
-        tasks = send(door, 3)
-        await until(lambda: door.waiting == 2)
-        door.set_pods(pods)
-        await until(lambda: held[1].served == 1)
-        assert door.waiting == 1
-        await let_go(held, tasks)
-        assert door.meter.in_flight == 0
-
-    asyncio.run(scenario())
+async def test_full_pods_keep_requests_waiting_and_a_new_pod_gets_them() -> None:
+    held, pods = proxies(2)
+    door = activator(1)
+    door.set_pods(pods[:1])
+    tasks = send(door, 3)
+    await until(lambda: door.waiting == 2)
+    door.set_pods(pods)
+    await until(lambda: held[1].served == 1)
+    assert door.waiting == 1
+    await let_go(held, tasks)
+    assert door.meter.in_flight == 0
 
 
-def test_out_of_the_path_nothing_is_held_or_counted_here() -> None:
-    async def scenario() -> None:
-        held, pods = proxies(2)
-        door = activator(1)
-        door.in_path = False
-        door.set_pods(pods)
-        tasks = send(door, 6)
-        await until(lambda: sum(proxy.served for proxy in held) == 6)
-        assert (door.meter.in_flight, door.waiting) == (0, 0)
-        await let_go(held, tasks)
-
-    asyncio.run(scenario())
+async def test_out_of_the_path_nothing_is_held_or_counted_here() -> None:
+    held, pods = proxies(2)
+    door = activator(1)
+    door.in_path = False
+    door.set_pods(pods)
+    tasks = send(door, 6)
+    await until(lambda: sum(proxy.served for proxy in held) == 6)
+    assert (door.meter.in_flight, door.waiting) == (0, 0)
+    await let_go(held, tasks)
 
 
-def test_a_cancelled_wait_gives_its_place_back() -> None:
-    async def scenario() -> None:
-        held, pods = proxies(1)
-        door = activator(1)
-        door.set_pods(pods)
-        running, *waiting = send(door, 3)
-        await until(lambda: door.waiting == 2)
-        waiting[0].cancel()
-        await asyncio.wait([waiting[0]])
-        await let_go(held, [running, waiting[1]])
-        await let_go(held, send(door, 2))
-
-    asyncio.run(scenario())
+async def test_a_cancelled_wait_gives_its_place_back() -> None:
+    held, pods = proxies(1)
+    door = activator(1)
+    door.set_pods(pods)
+    running, *waiting = send(door, 3)
+    await until(lambda: door.waiting == 2)
+    waiting[0].cancel()
+    await asyncio.wait([waiting[0]])
+    await let_go(held, [running, waiting[1]])
+    await let_go(held, send(door, 2))
 
 
-def test_at_zero_every_request_wakes_and_failing_them_says_why() -> None:
-    async def scenario() -> None:
-        woken: list[None] = []
-        door = activator(1, wake=lambda: woken.append(None))
-        tasks = send(door, 2)
-        await until(lambda: door.waiting == 2)
-        assert len(woken) == 2
-        door.fail_waiting("no luck")
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert [str(result) for result in results] == ["no luck", "no luck"]
-
-    asyncio.run(scenario())
+async def test_at_zero_every_request_wakes_and_failing_them_says_why() -> None:
+    woken: list[None] = []
+    door = activator(1, wake=lambda: woken.append(None))
+    tasks = send(door, 2)
+    await until(lambda: door.waiting == 2)
+    assert len(woken) == 2
+    door.fail_waiting("no luck")
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [str(result) for result in results] == ["no luck", "no luck"]
 
 
-def test_the_breaker_keeps_order_and_refuses_beyond_ten_times() -> None:
-    async def scenario() -> None:
-        breaker, order, gates = Breaker(1), [], [asyncio.Event() for _ in range(11)]
+async def test_the_breaker_keeps_order_and_refuses_beyond_ten_times() -> None:
+    breaker, order, gates = Breaker(1), [], [asyncio.Event() for _ in range(11)]
 
-        async def visit(index: int) -> None:
-            async with breaker.slot():
-                order.append(index)
-                await gates[index].wait()
+    async def visit(index: int) -> None:
+        async with breaker.slot():
+            order.append(index)
+            await gates[index].wait()
 
-        tasks = [asyncio.create_task(visit(index)) for index in range(11)]
-        await until(lambda: order == [0])
-        with pytest.raises(HttpError, match="pending request queue full"):
-            async with breaker.slot():
-                pass
-        tasks[3].cancel()
-        for gate in gates:
-            gate.set()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        assert order == [0, 1, 2, *range(4, 11)]
+    tasks = [asyncio.create_task(visit(index)) for index in range(11)]
+    await until(lambda: order == [0])
+    with pytest.raises(HttpError, match="pending request queue full"):
         async with breaker.slot():
             pass
+    tasks[3].cancel()
+    for gate in gates:
+        gate.set()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert order == [0, 1, 2, *range(4, 11)]
+    async with breaker.slot():
+        pass
 
-    asyncio.run(scenario())
 
-
-def test_a_breaker_without_limit_lets_everybody_in() -> None:
-    async def scenario() -> None:
-        breaker = Breaker(0)
-        async with AsyncExitStack() as slots:
-            for _ in range(50):
-                await slots.enter_async_context(breaker.slot())
-
-    asyncio.run(scenario())
+async def test_a_breaker_without_limit_lets_everybody_in() -> None:
+    breaker = Breaker(0)
+    async with AsyncExitStack() as slots:
+        for _ in range(50):
+            await slots.enter_async_context(breaker.slot())
 
 
 def test_concurrency_is_weighted_by_time() -> None:

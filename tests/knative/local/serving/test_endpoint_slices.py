@@ -44,45 +44,36 @@ def test_a_slice_has_knatives_labels_and_names_its_port() -> None:
     assert found["endpoints"][0]["addresses"] == ["127.0.0.1"]
 
 
-def test_a_watch_without_version_begins_with_what_exists() -> None:
-    async def scenario() -> None:
-        slices = EndpointSlices()
-        slices.put(endpoint_slice(endpoint("p1")))
-        watching = asyncio.create_task(collect(slices, 4))
-        await asyncio.sleep(0)
-        slices.put(endpoint_slice(endpoint("p2")))
-        slices.put(endpoint_slice(endpoint("p2")))  # the same again is no event
-        slices.put(endpoint_slice(endpoint("p2", ready=False)))
-        slices.remove(endpoint_slice(endpoint("p1")))
-        events = await watching
-        seen = [(event["type"], event["object"]["metadata"]["name"]) for event in events]
-        assert seen == [("ADDED", "p1-private"), ("ADDED", "p2-private"), ("MODIFIED", "p2-private"), ("DELETED", "p1-private")]
-
-    asyncio.run(scenario())
+async def test_a_watch_without_version_begins_with_what_exists() -> None:
+    slices = EndpointSlices()
+    slices.put(endpoint_slice(endpoint("p1")))
+    watching = asyncio.create_task(collect(slices, 4))
+    await asyncio.sleep(0)
+    slices.put(endpoint_slice(endpoint("p2")))
+    slices.put(endpoint_slice(endpoint("p2")))  # the same again is no event
+    slices.put(endpoint_slice(endpoint("p2", ready=False)))
+    slices.remove(endpoint_slice(endpoint("p1")))
+    events = await watching
+    seen = [(event["type"], event["object"]["metadata"]["name"]) for event in events]
+    assert seen == [("ADDED", "p1-private"), ("ADDED", "p2-private"), ("MODIFIED", "p2-private"), ("DELETED", "p1-private")]
 
 
-def test_a_watch_goes_on_from_a_lists_version() -> None:
-    async def scenario() -> None:
-        slices = EndpointSlices()
-        slices.put(endpoint_slice(endpoint("p1")))
-        version = slices.list("default", "")["metadata"]["resourceVersion"]
-        slices.put(endpoint_slice(endpoint("p2")))
-        (event,) = await collect(slices, 1, since=version)
-        assert event["object"]["metadata"]["name"] == "p2-private"
-        assert int(event["object"]["metadata"]["resourceVersion"]) > int(version)
-
-    asyncio.run(scenario())
+async def test_a_watch_goes_on_from_a_lists_version() -> None:
+    slices = EndpointSlices()
+    slices.put(endpoint_slice(endpoint("p1")))
+    version = slices.list("default", "")["metadata"]["resourceVersion"]
+    slices.put(endpoint_slice(endpoint("p2")))
+    (event,) = await collect(slices, 1, since=version)
+    assert event["object"]["metadata"]["name"] == "p2-private"
+    assert int(event["object"]["metadata"]["resourceVersion"]) > int(version)
 
 
-def test_a_version_older_than_the_history_is_gone() -> None:
-    async def scenario() -> None:
-        slices = EndpointSlices()
-        for index in range(1100):
-            slices.put(endpoint_slice(endpoint(port=index)))
-        (event,) = await collect(slices, 1, since="1")
-        assert (event["type"], event["object"]["code"], event["object"]["reason"]) == ("ERROR", 410, "Expired")
-
-    asyncio.run(scenario())
+async def test_a_version_older_than_the_history_is_gone() -> None:
+    slices = EndpointSlices()
+    for index in range(1100):
+        slices.put(endpoint_slice(endpoint(port=index)))
+    (event,) = await collect(slices, 1, since="1")
+    assert (event["type"], event["object"]["code"], event["object"]["reason"]) == ("ERROR", 410, "Expired")
 
 
 @pytest.mark.parametrize(
@@ -98,62 +89,50 @@ def test_a_version_older_than_the_history_is_gone() -> None:
         ("!serving.knative.dev/service", 0),
     ],
 )
-def test_label_selectors(selector: str, expected: int) -> None:
-    async def scenario() -> None:
-        slices = EndpointSlices()
-        slices.put(endpoint_slice(endpoint("p1")))
-        slices.put(endpoint_slice(endpoint("p2", service="other")))
-        assert len(slices.list("default", selector)["items"]) == expected
-        assert slices.list("elsewhere", selector)["items"] == []
-
-    asyncio.run(scenario())
+async def test_label_selectors(selector: str, expected: int) -> None:
+    slices = EndpointSlices()
+    slices.put(endpoint_slice(endpoint("p1")))
+    slices.put(endpoint_slice(endpoint("p2", service="other")))
+    assert len(slices.list("default", selector)["items"]) == expected
+    assert slices.list("elsewhere", selector)["items"] == []
 
 
-def test_over_http_a_pod_comes_becomes_ready_leaves_and_is_gone(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with running_platform(tmp_path, echo_service()) as platform, client() as session:
-            url = f"{platform.admin_url}{PATH}?labelSelector=serving.knative.dev/service%3Decho"
-            seen: list[tuple[str, dict[str, bool]]] = []
-            watching = asyncio.create_task(watch(session, url, seen))
-            await fetch(session, platform.url("echo") + "/pid")
-            status, text = await fetch(session, url)
-            (found,) = json.loads(text)["items"]
-            pod = revision(platform).pods[0]
-            assert found["ports"][0]["port"] == pod.proxy.port
-            await pod.leave()
-            await until(lambda: seen[-1][0] == "DELETED")
-            watching.cancel()
-            states = [(kind, conditions["ready"], conditions["terminating"]) for kind, conditions in seen]
-            assert states == [
-                ("ADDED", False, False),
-                ("MODIFIED", True, False),
-                ("MODIFIED", False, True),
-                ("DELETED", False, True),
-            ]
-            assert status == 200
-
-    asyncio.run(scenario())
+async def test_over_http_a_pod_comes_becomes_ready_leaves_and_is_gone(tmp_path: Path) -> None:
+    async with running_platform(tmp_path, echo_service()) as platform, client() as session:
+        url = f"{platform.admin_url}{PATH}?labelSelector=serving.knative.dev/service%3Decho"
+        seen: list[tuple[str, dict[str, bool]]] = []
+        watching = asyncio.create_task(watch(session, url, seen))
+        await fetch(session, platform.url("echo") + "/pid")
+        status, text = await fetch(session, url)
+        (found,) = json.loads(text)["items"]
+        pod = revision(platform).pods[0]
+        assert found["ports"][0]["port"] == pod.proxy.port
+        await pod.leave()
+        await until(lambda: seen[-1][0] == "DELETED")
+        watching.cancel()
+        states = [(kind, conditions["ready"], conditions["terminating"]) for kind, conditions in seen]
+        assert states == [
+            ("ADDED", False, False),
+            ("MODIFIED", True, False),
+            ("MODIFIED", False, True),
+            ("DELETED", False, True),
+        ]
+        assert status == 200
 
 
-def test_a_watch_ends_when_the_client_said(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with running_platform(tmp_path) as platform, client() as session:
-            assert await fetch(session, f"{platform.admin_url}{PATH}?watch=1&timeoutSeconds=1") == (200, "")
-
-    asyncio.run(scenario())
+async def test_a_watch_ends_when_the_client_said(tmp_path: Path) -> None:
+    async with running_platform(tmp_path) as platform, client() as session:
+        assert await fetch(session, f"{platform.admin_url}{PATH}?watch=1&timeoutSeconds=1") == (200, "")
 
 
-def test_what_is_not_served_is_said(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with running_platform(tmp_path) as platform, client() as session:
-            assert (await fetch(session, platform.admin_url + "/api/v1/pods"))[0] == 404
-            assert (await fetch(session, f"{platform.admin_url}{PATH}?labelSelector=a%20b"))[0] == 400
-            assert (await fetch(session, f"{platform.admin_url}{PATH}?watch=1&resourceVersion=x"))[0] == 400
-            async with session.delete(platform.admin_url + PATH) as reply:
-                assert reply.status == 405
-            assert "kn_revision_pods_desired" in (await fetch(session, platform.admin_url + "/metrics"))[1]
-
-    asyncio.run(scenario())
+async def test_what_is_not_served_is_said(tmp_path: Path) -> None:
+    async with running_platform(tmp_path) as platform, client() as session:
+        assert (await fetch(session, platform.admin_url + "/api/v1/pods"))[0] == 404
+        assert (await fetch(session, f"{platform.admin_url}{PATH}?labelSelector=a%20b"))[0] == 400
+        assert (await fetch(session, f"{platform.admin_url}{PATH}?watch=1&resourceVersion=x"))[0] == 400
+        async with session.delete(platform.admin_url + PATH) as reply:
+            assert reply.status == 405
+        assert "kn_revision_pods_desired" in (await fetch(session, platform.admin_url + "/metrics"))[1]
 
 
 async def watch(session: aiohttp.ClientSession, url: str, seen: list[tuple[str, dict[str, bool]]]) -> None:
