@@ -54,17 +54,7 @@ class Admin:
         self._slices = slices
         self._status = status
         self._metrics = metrics
-        self._server = HttpServer(self._serve)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.port}"
-
-    async def start(self) -> None:
-        await self._server.start()
-
-    def close(self) -> None:
-        self._server.close()
+        self.server = HttpServer(self._serve)
 
     async def _serve(self, exchange: Exchange) -> None:
         parts = urlsplit(exchange.target.decode("latin-1"))

@@ -32,6 +32,7 @@ from knative.webhook.feature_flags import ENABLED, POD_FIELDS, FeatureFlags
 _log = logging.getLogger(__name__)
 
 ROOT: Final = Path(__file__).resolve().parents[2]  # Lamina's folder, where `python -m functions` is found
+# Fields that say where and as which user a pod runs. They have no effect here, and each cluster decides itself.
 _PLACEMENT_FIELDS: Final = (
     "affinity",
     "nodeSelector",
@@ -42,16 +43,12 @@ _PLACEMENT_FIELDS: Final = (
     "tolerations",
     "topologySpreadConstraints",
 )
+_PLACEMENT_ALLOWED: Final = FeatureFlags({POD_FIELDS[name]: ENABLED for name in _PLACEMENT_FIELDS})
 
 
 def from_zero() -> AutoscalerConfig:
     """Knative's defaults, except that new Services begin at zero: on one machine nothing starts without a request."""
     return AutoscalerConfig(allow_zero_initial_scale=True, initial_scale=0)
-
-
-def placement_allowed() -> FeatureFlags:
-    """Allows fields that say where and as which user a pod runs. They have no effect here, and each cluster decides itself."""
-    return FeatureFlags({POD_FIELDS[field]: ENABLED for field in _PLACEMENT_FIELDS})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +61,7 @@ class PlatformOptions:
     config_maps: NamedData = field(default_factory=dict)
     logs: Path
     autoscaler: AutoscalerConfig = field(default_factory=from_zero)
-    features: FeatureFlags = field(default_factory=placement_allowed)
+    features: FeatureFlags = _PLACEMENT_ALLOWED
     timing: PodTiming = field(default_factory=PodTiming)
     folder: Path = ROOT  # working folder of the processes
     entrypoint: tuple[str, ...] = LAMINA_FUNCTION  # command of containers that name none; (): they are refused
@@ -95,10 +92,10 @@ class Platform:
 
     @property
     def admin_url(self) -> str:
-        return self._admin.url
+        return self._admin.server.url
 
     async def start(self) -> None:
-        await self._admin.start()
+        await self._admin.server.start()
 
     async def apply(self, manifests: Sequence[dict[str, Any]]) -> None:
         """Creates or changes Services, Brokers, Triggers and Sequences; other kinds are ignored.
@@ -125,7 +122,7 @@ class Platform:
         """Ends every pod: SIGTERM to all, SIGKILL to those that still run after the grace."""
         await self.eventing.stop()
         await asyncio.gather(*(service.stop(grace_seconds) for service in self.services.values()))
-        self._admin.close()
+        self._admin.server.close()
         self._secrets.remove()
 
     def secret_folder(self, name: str) -> Path:
@@ -147,7 +144,7 @@ class Platform:
         service = LocalService(name, namespace, self._make_revision)
         port = self._options.ports.get(name, 0)
         try:
-            await service.listen(port)
+            await service.server.start(port)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise

@@ -68,7 +68,7 @@ class Subscription:
                 await self._deliver(reply if ttl is None else with_attributes(reply, {TTL: str(ttl)}), self._reply)
             self.counts.delivered += 1
         except Undeliverable as error:
-            await self._bury(event, error)
+            await self._send_dead_letter(event, error)
 
     async def _deliver(self, event: CloudEvent, target: Target) -> CloudEvent | None:
         """Returns the event of the reply. Raises Undeliverable."""
@@ -85,7 +85,7 @@ class Subscription:
             await asyncio.sleep(self._delivery.pause_seconds(retry))
         raise Undeliverable(target.name, reply.status, reply.body)
 
-    async def _bury(self, event: CloudEvent, cause: Undeliverable) -> None:
+    async def _send_dead_letter(self, event: CloudEvent, cause: Undeliverable) -> None:
         if self._dead_letter_sink is not None:
             try:
                 await self._deliver(with_attributes(event, cause.attributes), self._dead_letter_sink)

@@ -57,8 +57,7 @@ class LocalEventing:
             await self._server.start()
             # HttpTarget limits the connections to each URL.
             session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), auto_decompress=False)
-            url = f"http://127.0.0.1:{self._server.port}"
-            self._context = EventingContext(url, session, self._spool, self._find_service, self._sinks)
+            self._context = EventingContext(self._server.url, session, self._spool, self._find_service, self._sinks)
         objects = self._objects | {(type(each), each.namespace, each.name): each for each in found}
         self._wiring = Wiring(objects.values(), self._context)
         self._objects = objects
@@ -73,7 +72,7 @@ class LocalEventing:
             await self._context.session.close()
 
     def broker_url(self, name: str, namespace: str = "default") -> str:
-        return f"http://127.0.0.1:{self._server.port}{broker_path(namespace, name)}"
+        return self._server.url + broker_path(namespace, name)
 
     def status(self) -> dict[str, Any]:
         """Empty if no object was applied."""
@@ -139,10 +138,7 @@ class _CollectedBody:
         if not self._done.done():
             self._done.set_result(None)
 
-    def pause_reading(self) -> None:
-        """Does nothing: the answer is short."""
-
-    def resume_reading(self) -> None:
+    def pause(self, paused: bool) -> None:
         """Does nothing: the answer is short."""
 
 

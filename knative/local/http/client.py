@@ -130,12 +130,12 @@ class _Upstream(asyncio.Protocol):
             self._write(LAST_CHUNK)
         self._sent = True
 
-    def pause_reading(self) -> None:
-        if self._transport is not None and self._transport.is_reading():
+    def pause(self, paused: bool) -> None:
+        if self._transport is None or self._transport.is_reading() is not paused:
+            return
+        if paused:
             self._transport.pause_reading()
-
-    def resume_reading(self) -> None:
-        if self._transport is not None and not self._transport.is_reading() and not self._transport.is_closing():
+        elif not self._transport.is_closing():
             self._transport.resume_reading()
 
     # Callbacks of asyncio.
@@ -169,11 +169,11 @@ class _Upstream(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         if self._exchange is not None:
-            self._exchange.connection.pause_reading()
+            self._exchange.connection.pause(True)
 
     def resume_writing(self) -> None:
         if self._exchange is not None:
-            self._exchange.connection.resume_reading()
+            self._exchange.connection.pause(False)
 
     # Callbacks of the parser.
 
@@ -214,7 +214,7 @@ class _Upstream(asyncio.Protocol):
             exchange, self._exchange = self._exchange, None
             exchange.end()
             # If the client read the end of the answer slowly, reading is paused, and no exchange is left to resume it.
-            self.resume_reading()
+            self.pause(False)
         if self._done is not None and not self._done.done():
             self._done.set_result(None)
 

@@ -28,9 +28,7 @@ class BodySink(Protocol):
 
     def end_body(self) -> None: ...
 
-    def pause_reading(self) -> None: ...
-
-    def resume_reading(self) -> None: ...
+    def pause(self, paused: bool) -> None: ...
 
 
 class Exchange:
@@ -62,7 +60,7 @@ class Exchange:
         for data in self._held:
             sink.write_body(data)
         self._held.clear()
-        self.connection.resume_reading()
+        self.connection.pause(False)
         if self.body_complete:
             sink.end_body()
 
@@ -115,7 +113,7 @@ class Exchange:
             self._held.append(data)
             self._held_bytes += len(data)
             if self._held_bytes > _BUFFER_BYTES:
-                self.connection.pause_reading()
+                self.connection.pause(True)
 
     def body_ended(self) -> None:
         self.body_complete = True
@@ -123,12 +121,9 @@ class Exchange:
         if self._sink is not None:
             self._sink.end_body()
 
-    def client_reads_slowly(self, slow: bool) -> None:
+    def pause_answer(self, paused: bool) -> None:
         if self._sink is not None:
-            if slow:
-                self._sink.pause_reading()
-            else:
-                self._sink.resume_reading()
+            self._sink.pause(paused)
 
 
 Handler = Callable[[Exchange], Awaitable[None]]
@@ -142,6 +137,10 @@ class HttpServer:
         self.connections: set[_ClientConnection] = set()
         self.port = 0
         self._server: asyncio.Server | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
     async def start(self, port: int = 0) -> None:
         """Port 0: the system chooses one. Raises OSError if the port is taken."""
@@ -200,11 +199,11 @@ class _ClientConnection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         if self._exchange is not None:
-            self._exchange.client_reads_slowly(True)
+            self._exchange.pause_answer(True)
 
     def resume_writing(self) -> None:
         if self._exchange is not None:
-            self._exchange.client_reads_slowly(False)
+            self._exchange.pause_answer(False)
 
     # Callbacks of the parser.
 
@@ -250,18 +249,18 @@ class _ClientConnection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.write(data)
 
-    def pause_reading(self) -> None:
-        if self._transport is not None and not self._paused:
-            self._paused = True
+    def pause(self, paused: bool) -> None:
+        """Stops or resumes reading from the client."""
+        if self._transport is None or paused is self._paused:
+            return
+        self._paused = paused
+        if paused:
             self._transport.pause_reading()
-
-    def resume_reading(self) -> None:
-        if self._transport is not None and self._paused:
-            self._paused = False
+        else:
             self._transport.resume_reading()
 
     def answered(self, exchange: Exchange, keep_alive: bool) -> None:
-        self.resume_reading()
+        self.pause(False)
         if exchange.body_complete:
             self._exchange = None
         if (not keep_alive or self._refused) and self._transport is not None:

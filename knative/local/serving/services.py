@@ -27,7 +27,7 @@ class TrafficTarget:
 
 
 class LocalService:
-    """`listen` opens the URL; `apply` takes the manifest and each change of it."""
+    """`server` listens at the URL; `apply` takes the manifest and each change of it."""
 
     def __init__(self, name: str, namespace: str, make_revision: MakeRevision) -> None:
         self.name = name
@@ -35,20 +35,16 @@ class LocalService:
         self.revisions: list[Revision] = []  # oldest first
         self.traffic: list[TrafficTarget] = []
         self._make_revision = make_revision
-        self._server = HttpServer(self._serve)
+        self.server = HttpServer(self._serve)
         self._rollout: asyncio.Task[None] | None = None
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.port}"
+        return self.server.url
 
     @property
     def cluster_url(self) -> str:
         return f"http://{self.name}.{self.namespace}.svc.cluster.local"
-
-    async def listen(self, port: int) -> None:
-        """Raises OSError if the port is taken."""
-        await self._server.start(port)
 
     def apply(self, manifest: Mapping[str, Any]) -> None:
         """A changed template becomes a new revision, to which traffic moves when it is ready.
@@ -87,7 +83,7 @@ class LocalService:
         if self._rollout is not None:
             self._rollout.cancel()
         await asyncio.gather(*(revision.stop(grace_seconds) for revision in self.revisions))
-        self._server.close()
+        self.server.close()
 
     async def _serve(self, exchange: Exchange) -> None:
         exchange.peers.append(THIS_MACHINE)  # the ingress is a proxy of its own

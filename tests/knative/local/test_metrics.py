@@ -7,11 +7,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from knative.local.admin import render_metrics
 from tests.support.knative.platform import client, echo_service, fetch, running_platform
 
-OF_ANY = {
+COMMON = {
     *("pods_desired", "pods_requested", "pods_count", "pods_not_ready_count", "pods_pending_count", "pods_terminating_count"),
     *("panic_mode", "capacity_excess"),
-}
-"""As Prometheus writes `kn.revision.pods.desired` and its kin."""
+}  # as Prometheus writes `kn.revision.pods.desired` and the like
 
 
 async def test_names_and_values(tmp_path: Path) -> None:
@@ -24,7 +23,7 @@ async def test_names_and_values(tmp_path: Path) -> None:
                 assert sample.labels["kn_revision_name"] == sample.labels["kn_service_name"] + "-00001"
                 seen[sample.labels["kn_service_name"]][sample.name.removeprefix("kn_revision_")] = sample.value
         loads = ("stable", "panic", "target")
-        assert seen["echo"].keys() == OF_ANY | {f"concurrency_{name}" for name in loads}
-        assert seen["rps"].keys() == OF_ANY | {f"rps_{name}" for name in loads}
+        assert seen["echo"].keys() == COMMON | {f"concurrency_{name}" for name in loads}
+        assert seen["rps"].keys() == COMMON | {f"rps_{name}" for name in loads}
         assert (seen["echo"]["pods_count"], seen["rps"]["pods_count"]) == (1, 0)
         assert (seen["echo"]["concurrency_target"], seen["rps"]["rps_target"]) == (5.6, 7)

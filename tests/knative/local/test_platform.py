@@ -151,7 +151,7 @@ async def test_a_crash_breaks_the_request_and_the_container_comes_back(tmp_path:
         assert (await fetch(session, platform.url("echo") + "/pid"))[0] == 200
 
 
-async def test_one_that_crashes_at_once_backs_off_and_its_last_words_are_shown(tmp_path: Path) -> None:
+async def test_a_container_that_crashes_at_once_backs_off_and_its_last_log_line_is_shown(tmp_path: Path) -> None:
     manifest = echo_service(environment={"CRASH": "1"}, full_annotations={"serving.knative.dev/progress-deadline": "3s"})
     async with running_platform(tmp_path, manifest) as platform, client() as session:
         status, text = await fetch(session, platform.url("echo"))
@@ -163,7 +163,7 @@ async def test_one_that_crashes_at_once_backs_off_and_its_last_words_are_shown(t
         assert pod["restarts"] >= 2
 
 
-async def test_while_one_comes_back_both_its_end_and_what_the_probe_sees_are_shown(tmp_path: Path) -> None:
+async def test_a_restarting_container_shows_its_last_end_and_its_probe(tmp_path: Path) -> None:
     manifest = echo_service(environment={"NEVER_READY": "1"})
     async with running_platform(tmp_path, manifest) as platform, client() as session:
         waiting = asyncio.create_task(fetch(session, platform.url("echo")))
@@ -176,7 +176,7 @@ async def test_while_one_comes_back_both_its_end_and_what_the_probe_sees_are_sho
         waiting.cancel()
 
 
-async def test_one_that_never_becomes_ready_fails_by_its_deadline_and_says_what_the_probe_saw(tmp_path: Path) -> None:
+async def test_a_pod_that_never_becomes_ready_fails_at_its_deadline_with_the_probes_text(tmp_path: Path) -> None:
     deadline = {"serving.knative.dev/progress-deadline": "2s"}
     manifest = echo_service(environment={"NEVER_READY": "1"}, full_annotations=deadline)
     async with running_platform(tmp_path, manifest) as platform, client() as session:
@@ -186,7 +186,7 @@ async def test_one_that_never_becomes_ready_fails_by_its_deadline_and_says_what_
         assert platform.status()["services"][0]["revisions"][0]["failure"].startswith("ProgressDeadlineExceeded")
 
 
-async def test_a_leaving_pod_finishes_what_it_has_and_still_answers_until_it_is_quiet(tmp_path: Path) -> None:
+async def test_a_leaving_pod_finishes_its_requests_and_answers_until_it_is_quiet(tmp_path: Path) -> None:
     release = tmp_path / "release"
     async with running_platform(tmp_path, echo_service()) as platform, client() as session:
         await fetch(session, platform.url("echo") + "/pid")
@@ -272,13 +272,13 @@ async def test_traffic_to_a_revision_that_does_not_exist_starts_nothing(tmp_path
         assert [each.name.revision for each in platform.services["default", "echo"].revisions] == ["echo-00001"]
 
 
-async def test_a_container_is_told_where_it_belongs_as_knative_tells_it(tmp_path: Path) -> None:
+async def test_a_container_gets_knatives_environment(tmp_path: Path) -> None:
     async with running_platform(tmp_path, echo_service()) as platform, client() as session:
         for key, value in {"K_SERVICE": "echo", "K_CONFIGURATION": "echo", "K_REVISION": "echo-00001"}.items():
             assert await fetch(session, f"{platform.url('echo')}/environment?{key}") == (200, value)
 
 
-async def test_what_is_not_emulated_and_changes_no_answer_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_ignored_fields_are_named_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     manifest = echo_service()
     manifest["metadata"]["annotations"] = {"serving.knative.dev/rollout-duration": "380s"}
     async with running_platform(tmp_path, manifest):
@@ -286,7 +286,7 @@ async def test_what_is_not_emulated_and_changes_no_answer_is_named(tmp_path: Pat
     assert "serving.knative.dev/rollout-duration: traffic moves at once here, not over 380s" in caplog.text
 
 
-async def test_where_a_pod_may_run_has_no_meaning_here_and_is_passed_over(tmp_path: Path) -> None:
+async def test_placement_of_pods_is_ignored(tmp_path: Path) -> None:
     manifest = echo_service()
     placed = {"nodeSelector": {"disk": "fast"}, "tolerations": [{"key": "gpu", "operator": "Exists"}]}
     manifest["spec"]["template"]["spec"] |= placed | {"imagePullSecrets": [{"name": "pull"}]}
@@ -294,7 +294,7 @@ async def test_where_a_pod_may_run_has_no_meaning_here_and_is_passed_over(tmp_pa
         assert (await fetch(session, platform.url("echo") + "/pid"))[0] == 200
 
 
-async def test_a_field_that_would_change_a_pod_is_refused_as_by_default_flags(tmp_path: Path) -> None:
+async def test_a_field_behind_a_feature_flag_is_refused_by_default(tmp_path: Path) -> None:
     manifest = echo_service()
     manifest["spec"]["template"]["spec"]["hostNetwork"] = True
     with pytest.raises(ManifestRefused, match=r"kubernetes\.podspec-hostnetwork"):
@@ -310,8 +310,8 @@ async def test_the_hpa_class_keeps_a_pod_without_requests(tmp_path: Path) -> Non
         assert (await fetch(session, platform.url("echo") + "/pid"))[0] == 200
 
 
-async def test_a_mounted_secret_is_a_file_that_its_pods_see_change(tmp_path: Path) -> None:
-    """Of a folder that a person gave, or of one that is written for this run and goes with it."""
+async def test_a_mounted_secret_is_a_file(tmp_path: Path) -> None:
+    """In a given folder, or in one that is written for this run and removed after it; pods see its changes."""
     given = tmp_path / "given"
     given.mkdir()
     (given / "keys").write_text("one")
@@ -383,7 +383,7 @@ async def test_secrets_and_cluster_names_are_resolved(tmp_path: Path) -> None:
         ),
     ],
 )
-async def test_what_cannot_run_is_refused(
+async def test_manifests_that_cannot_run_are_refused(
     tmp_path: Path, manifest: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):

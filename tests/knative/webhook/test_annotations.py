@@ -106,7 +106,7 @@ def test_refused(annotations: dict[str, str], field: str, reason: str) -> None:
     assert len(found) == (2 if "less than min-scale" in reason else 1)
 
 
-def test_everything_wrong_is_said_at_once() -> None:
+def test_all_violations_are_reported_at_once() -> None:
     assert set(
         refused(
             {"panic-threshold-percentage": "fifty", "panic-window-percentage": "-11", "min-scale": "-4", "max-scale": "never"}
@@ -114,7 +114,7 @@ def test_everything_wrong_is_said_at_once() -> None:
     ) == {"panic-threshold-percentage", "panic-window-percentage", "min-scale", "max-scale"}
 
 
-def test_a_cluster_may_limit_and_allow() -> None:
+def test_the_clusters_configuration_counts() -> None:
     limited = AutoscalerConfig(max_scale_limit=10)
     assert "expected 1 <= 11 <= 10" in refused({"max-scale": "11"}, limited)["max-scale"]
     assert "unlimited" in refused({"max-scale": "0"}, limited)["max-scale"]

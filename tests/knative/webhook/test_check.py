@@ -1,4 +1,4 @@
-"""The command `check`, and what it warns of."""
+"""The command `check`, and its warnings."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_a_refusal_names_the_field(tmp_path: Path) -> None:
     assert result.output == f"{file}: refused: {OFF.format('nodeselector')}: spec.template.spec.nodeSelector\n"
 
 
-def test_several_services_are_named_and_others_passed_over(tmp_path: Path) -> None:
+def test_several_services_are_named_and_other_kinds_ignored(tmp_path: Path) -> None:
     other = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "core"}}
     listed = {"apiVersion": "v1", "kind": "List", "items": [service(name="b"), service({"hostNetwork": True}, name="c")]}
     file = written(tmp_path, service(name="a"), other, None, listed)
@@ -145,6 +145,6 @@ def test_warnings(manifest: dict[str, Any], part: str | None) -> None:
         service(annotations={"other.example/x": "1", "queue.sidecar.serving.knative.dev/cpu-resource-request": "50m"}),
     ],
 )
-def test_nothing_to_warn_of(manifest: dict[str, Any]) -> None:
+def test_good_services_get_no_warnings(manifest: dict[str, Any]) -> None:
     assert not validate(manifest)
     assert not warnings(manifest)

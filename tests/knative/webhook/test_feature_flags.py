@@ -69,7 +69,7 @@ def test_every_field_behind_a_flag_is_tried_here() -> None:
 
 @pytest.mark.parametrize("name", POD)
 @pytest.mark.parametrize("value", ["Enabled", "allowed"])
-def test_a_field_of_the_pod_passes_with_its_flag_and_is_refused_with_its_name_without(name: str, value: str) -> None:
+def test_a_field_of_the_pod_passes_only_with_its_flag(name: str, value: str) -> None:
     manifest, flag = service({name: POD[name]}), POD_FIELDS[name]
     reasons = refused(manifest)
     assert flag in reasons[f"{AT}.{name}"]
@@ -101,7 +101,7 @@ def test_a_field_of_a_container_passes_with_its_flag(flag: str) -> None:
     assert refused(manifest, **on(flag)) == {}
 
 
-def test_added_capabilities_want_enabled_not_allowed() -> None:
+def test_added_capabilities_need_enabled_not_allowed() -> None:
     manifest = service(container=CONTAINER["kubernetes.containerspec-addcapabilities"][1])
     assert refused(manifest, **on("kubernetes.containerspec-addcapabilities", "Allowed"))
 
@@ -114,7 +114,7 @@ def test_secure_pod_defaults_lets_a_pod_choose_its_seccomp_profile_alone(value: 
     assert refused(more, **on("secure-pod-defaults", value)).keys() == {f"{AT}.securityContext.runAsUser"}
 
 
-def test_of_a_pods_security_context_some_fields_never_pass() -> None:
+def test_some_fields_of_a_pods_security_context_never_pass() -> None:
     manifest = service({"securityContext": {"sysctls": []}})
     flag = POD_FIELDS["securityContext"]
     assert refused(manifest, **on(flag)) == {f"{AT}.securityContext.sysctls": "must not set the field(s)"}
@@ -135,7 +135,7 @@ def test_sidecars_are_probed_with_their_flag() -> None:
     assert refused(manifest, **on("multi-container-probing")) == {}
 
 
-def test_values_that_knative_does_not_know_are_its_defaults() -> None:
+def test_unknown_flag_values_count_as_defaults() -> None:
     flags = FeatureFlags({"kubernetes.podspec-affinity": "yes", "kubernetes.podspec-volumes-emptydir": "off"})
     assert flags.value("kubernetes.podspec-affinity") == "Disabled"
     assert flags.value("kubernetes.podspec-volumes-emptydir") == "Enabled"
@@ -154,7 +154,7 @@ def config_features(**data: str) -> dict[str, Any]:
         ({"kind": "ConfigMap", "metadata": {"name": "config-features"}, "data": ["a"]}, "not list"),
     ],
 )
-def test_what_is_no_config_features_is_refused(document: Any, message: str) -> None:
+def test_another_document_than_config_features_is_refused(document: Any, message: str) -> None:
     with pytest.raises(NoFeatures, match=message):
         read_features(document)
 

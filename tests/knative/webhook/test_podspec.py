@@ -118,7 +118,7 @@ def test_refused_containers(container: dict[str, Any], field: str | None) -> Non
     assert field is None or short == {field}
 
 
-def test_of_a_group_exactly_one() -> None:
+def test_exactly_one_field_of_a_group() -> None:
     none = fields(container={"livenessProbe": {"periodSeconds": 5}})
     assert none == {f"{AT}.containers[0].livenessProbe.{name}" for name in ("httpGet", "tcpSocket", "exec", "grpc")}
     both = fields(container={"envFrom": [{"secretRef": {"name": "s"}, "configMapRef": {"name": "m"}}, {"secretRef": {}}]})

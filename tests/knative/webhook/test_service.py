@@ -1,4 +1,4 @@
-"""Metadata, traffic and shape of a Service; and that nothing, however odd, makes the webhook stumble."""
+"""Metadata, traffic and shape of a Service; no value makes the webhook fail."""
 
 import copy
 from typing import Any
@@ -91,7 +91,7 @@ def test_shape(manifest: dict[str, Any], expected: set[str] | None) -> None:
     assert expected is None or found == expected
 
 
-def test_kubernetes_has_a_service_too() -> None:
+def test_only_knative_services_are_recognized() -> None:
     assert is_knative_service(service())
     assert is_knative_service({"apiVersion": "serving.knative.dev/v1beta1", "kind": "Service"})
     assert not is_knative_service({"apiVersion": "v1", "kind": "Service"})
@@ -133,7 +133,7 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(min_value=0), JSON)
-def test_any_value_in_any_place_is_judged(index: int, value: Any) -> None:
+def test_any_value_in_any_place_gets_a_verdict(index: int, value: Any) -> None:
     manifest = copy.deepcopy(RICH)
     where = places(manifest)
     container, key = where[index % len(where)]

@@ -1,5 +1,6 @@
 """Numbers, durations, quantities and names as Go and Kubernetes read them."""
 
+from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
@@ -36,12 +37,6 @@ def test_durations(text: str, nanoseconds: int) -> None:
     assert parse_duration(text) == nanoseconds
 
 
-@pytest.mark.parametrize("text", ["", "3", "-", "s", ".", "1d", "1 s", "s1", "1_0s", "3000000h", "--1s"])
-def test_no_durations(text: str) -> None:
-    with pytest.raises(ValueError):
-        parse_duration(text)
-
-
 @pytest.mark.parametrize(
     ("value", "number"),
     [
@@ -61,27 +56,24 @@ def test_quantities(value: str | int, number: Fraction | int) -> None:
     assert parse_quantity(value) == number
 
 
-@pytest.mark.parametrize("value", ["", "1gb", "1 Gi", "Gi", "1K", "0x10", "1ee3", "1_000"])
-def test_no_quantities(value: str) -> None:
-    with pytest.raises(ValueError):
-        parse_quantity(value)
-
-
-@pytest.mark.parametrize("text", ["", " 1", "1_0", "1.0", "0x1", "١"])
-def test_no_integers(text: str) -> None:
-    with pytest.raises(ValueError):
-        parse_int(text)
-
-
 @pytest.mark.parametrize(("text", "number"), [("1", 1), ("1.", 1), (".5", 0.5), ("1e-2", 0.01), ("+Inf", float("inf"))])
 def test_numbers(text: str, number: float) -> None:
     assert parse_float(text) == number
 
 
-@pytest.mark.parametrize("text", ["", " 1", "1_0", "one", "1e"])
-def test_no_numbers(text: str) -> None:
-    with pytest.raises(ValueError):
-        parse_float(text)
+@pytest.mark.parametrize(
+    ("parse", "texts"),
+    [
+        (parse_duration, ("", "3", "-", "s", ".", "1d", "1 s", "s1", "1_0s", "3000000h", "--1s")),
+        (parse_quantity, ("", "1gb", "1 Gi", "Gi", "1K", "0x10", "1ee3", "1_000")),
+        (parse_int, ("", " 1", "1_0", "1.0", "0x1", "١")),
+        (parse_float, ("", " 1", "1_0", "one", "1e")),
+    ],
+)
+def test_other_texts_are_errors(parse: Callable[[str], object], texts: tuple[str, ...]) -> None:
+    for text in texts:
+        with pytest.raises(ValueError):
+            parse(text)
 
 
 def test_names() -> None:

@@ -1,7 +1,7 @@
-"""Which Knative Services the stand-in takes: by what a real cluster said of recorded manifests, never by Lamina's own rules.
+"""The stand-in cluster's verdict on Knative Services: from a real cluster's verdicts on manifests, not from Lamina's own rules.
 
-A field that some recorded manifest was refused for is refused where it has the same value, or whatever its value where no
-accepted manifest has it at all. A field that no accepted manifest has, recorded or run, is one of which nothing is known.
+A field for which a recorded manifest was refused is refused with the same value, or with any value if no accepted manifest has
+the field. A field that no accepted manifest has, neither recorded nor run on a cluster, is unknown.
 """
 
 import json
@@ -14,6 +14,8 @@ from tests.support.paths import DATA
 Path = tuple[str, ...]
 
 _CASES: Final = json.loads((DATA / "webhook-cases.json").read_text())
+# Fields of manifests that ran on a real cluster besides the recorded ones. Three are only in Knative's own documents: traffic,
+# annotations outside of its domains, and `optional` of a secretKeyRef.
 _RUN_ON_A_CLUSTER: Final = """
 metadata.labels.*
 spec.template.metadata.labels.*
@@ -45,8 +47,6 @@ metadata.annotations.argocd.argoproj.io/sync-options
 metadata.annotations.argocd.argoproj.io/sync-wave
 metadata.annotations.kustomize.toolkit.fluxcd.io/prune
 """
-"""Fields of manifests that ran on a real cluster beside the recorded ones. Not run, but in Knative's own documents: traffic,
-annotations outside of its domains, and `optional` of a secretKeyRef."""
 
 
 def refusal(manifest: dict[str, Any], enabled: set[str]) -> str | None:
@@ -64,7 +64,7 @@ def refusal(manifest: dict[str, Any], enabled: set[str]) -> str | None:
 
 
 def unknown_fields(manifest: dict[str, Any], enabled: set[str]) -> list[str]:
-    """Fields of which no verdict is known."""
+    """Fields without a known verdict."""
     known = [*(path for case in _CASES if case["accepted"] for path, _ in _fields(case["manifest"])), *_seen_running()]
     return sorted(
         {
@@ -76,11 +76,11 @@ def unknown_fields(manifest: dict[str, Any], enabled: set[str]) -> list[str]:
 
 
 def _refused(manifest: dict[str, Any], path: Path, value: Any) -> bool:
-    """Whether the manifest has the field with this value or, where accepted manifests never have it, at all."""
+    """Whether the manifest has the field with this value, or with any value if accepted manifests never have the field."""
     found = list(_values(manifest, path))
     accepted = [each for case in _CASES if case["accepted"] for each in _values(case["manifest"], path)]
     if accepted or any(_fits(path, pattern) for pattern in _seen_running()):
-        return value in found and value not in accepted  # else it was refused for what stood beside it
+        return value in found and value not in accepted  # else another field was the reason
     return bool(found)
 
 
@@ -107,7 +107,7 @@ def _fits(path: Path, pattern: Path) -> bool:
 
 
 def _fields(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every leaf, with `*` for places in lists."""
+    """Every leaf, with `*` for an index of a list."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _fields(inner, (*path, key))
@@ -124,7 +124,7 @@ def _values(value: Any, path: Path) -> Iterator[Any]:
     elif path[0] == "*":
         for inner in value if isinstance(value, list) else []:
             yield from _values(inner, path[1:])
-    elif isinstance(value, list):  # the webhook leaves the place out now and then
+    elif isinstance(value, list):  # the webhook sometimes leaves the index out
         for inner in value:
             yield from _values(inner, path)
     elif isinstance(value, dict) and path[0] in value:

@@ -1,4 +1,4 @@
-"""Functions of a few lines behind a real queue-proxy, for tests of what the proxy makes of their answers."""
+"""Functions of a few lines with a real queue-proxy in front, for tests of how the proxy treats their answers."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -9,8 +9,8 @@ import aiohttp
 from knative.local.proxies.queue_proxy import QueueProxy, RequestLimits
 from knative.local.proxies.timeouts import Timeouts
 
+# Gets a request's head, and the streams for its body and the answer; the connection is closed when it returns.
 Function = Callable[[bytes, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-"""Gets a request's head, and what comes and goes behind it; the connection is closed after it."""
 _TEN_SECONDS = Timeouts(10)
 OPEN_ENDED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 

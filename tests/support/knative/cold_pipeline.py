@@ -19,7 +19,7 @@ async def cold_pipeline(
     endpoints: Mapping[int, str],
     weights_cache: Path | None = None,
 ) -> AsyncIterator[tuple[Platform, LocalPipeline]]:
-    """Three stages. endpoints: stage → URL of its store, where it is not the published one."""
+    """Three stages. endpoints: stage → URL of its store, if it is not the published one."""
     local = local_pipeline(ObjectStore(published.store), published.manifest, len(CUT), None, {}, weights_cache)
     manifests = services(local.pipeline)
     for index, endpoint in endpoints.items():
@@ -40,6 +40,6 @@ def set_environment(manifest: dict[str, Any], environ: Mapping[str, str]) -> Non
 
 
 def pods_of(platform: Platform, name: str) -> list[dict[str, Any]]:
-    """As `status` tells them."""
+    """The pods of a Service, as `status` shows them."""
     (service,) = (each for each in platform.status()["services"] if each["name"] == name)
     return [pod for revision in service["revisions"] for pod in revision["pods"]]

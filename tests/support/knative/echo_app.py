@@ -2,8 +2,8 @@
 
     python -m tests.support.knative.echo_app
 
-PORT as in any function. CRASH=1: ends at once with status 1. NEVER_READY=1: its readiness probe fails for ever.
-FAILING_PROBES=3: it fails so often.
+PORT as in any function. CRASH=1: ends at once with status 1. NEVER_READY=1: its readiness probe always fails.
+FAILING_PROBES=3: its first 3 readiness probes fail.
 """
 
 import os

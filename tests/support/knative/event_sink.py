@@ -1,4 +1,4 @@
-"""A subscriber over real HTTP in the running event loop: keeps the events that it got, and answers as a test says."""
+"""A subscriber over real HTTP in the running event loop: keeps its events and answers as a test says."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -25,16 +25,14 @@ class Reply:
 class EventSink:
     url: str
     answer: Callable[[CloudEvent], Reply] = lambda _: Reply()
-    events: list[CloudEvent] = field(default_factory=list)
-    """In the order in which they came, repetitions too."""
-    headers: list[dict[str, str]] = field(default_factory=list)
-    """Of each request, names in lower case."""
+    events: list[CloudEvent] = field(default_factory=list)  # in order of arrival, repetitions too
+    headers: list[dict[str, str]] = field(default_factory=list)  # of each request, names in lower case
 
     def ids(self) -> list[str]:
         return [event.get_id() for event in self.events]
 
     def once(self) -> dict[tuple[str, str], CloudEvent]:
-        """By source and id: what a sink counts that drops what it knows."""
+        """(source, id) → event: the events of a sink that drops repetitions."""
         known: dict[tuple[str, str], CloudEvent] = {}
         for event in self.events:
             known.setdefault((event.get_source(), event.get_id()), event)

@@ -1,4 +1,4 @@
-"""Pipelines for tests of what is rendered and deployed; their model is in no store."""
+"""Pipelines for tests of rendering and deploying; their model is in no store."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ DIGEST = "d" * 64
 
 
 def document(**changes: Any) -> dict[str, Any]:
-    """The least spec, with changes to its fields; None: the field is left out."""
+    """A minimal spec with changes to its fields; None removes a field."""
     fields = {
         "name": "chat",
         "model": {"name": "smollm2"},

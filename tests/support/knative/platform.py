@@ -1,4 +1,4 @@
-"""A local platform whose pods are the echo app: manifests, a running platform, and waiting with a deadline."""
+"""A local platform whose pods are the echo app: manifests, a running platform, polling with a deadline."""
 
 import asyncio
 import sys

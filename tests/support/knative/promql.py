@@ -1,4 +1,4 @@
-"""What a PromQL expression asks for: the metrics it names, and the labels it goes by."""
+"""The metrics and labels that a PromQL expression uses."""
 
 from dataclasses import dataclass
 
@@ -14,14 +14,14 @@ class Asked:
 
 
 def asked(expression: str) -> list[Asked]:
-    """Raises ValueError where Prometheus would not parse it."""
+    """Raises ValueError if Prometheus would not parse it."""
     found: list[Asked] = []
     _collect(promql.parse(expression), frozenset(), found)
     return found
 
 
 def _collect(node: object, labels: frozenset[str], found: list[Asked]) -> None:
-    """labels: what the aggregations above group by."""
+    """labels: those that the enclosing aggregations group by."""
     if isinstance(node, promql.VectorSelector):
         found.append(Asked(node.name or "", labels | {matcher.name for matcher in node.matchers.matchers}))
     elif isinstance(node, promql.AggregateExpr):

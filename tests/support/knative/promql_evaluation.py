@@ -1,8 +1,8 @@
-"""What Prometheus would answer to an expression, over series that were scraped: the part of PromQL that Lamina's rules use.
+"""Evaluates the part of PromQL that Lamina's rules use, over scraped series.
 
 Everything else raises NotImplementedError, so that a rule cannot pass by being misread. Semantics are those of Prometheus'
-promql/functions.go: `rate` extrapolates to the ends of its range, what the last scrape did not bring is stale, though ranges
-still hold it, and what has no match has no value.
+promql/functions.go: `rate` extrapolates to the ends of its range, a series that the last scrape did not have is stale but still
+in ranges, and a series without a match has no value.
 """
 
 import math
@@ -32,22 +32,21 @@ _AGGREGATIONS: Final[dict[str, Callable[[list[float]], float]]] = {"sum": sum, "
 
 
 class Recorded:
-    """Series as Prometheus keeps them: label sets, `__name__` among them, and their samples in order."""
+    """Series: label sets, which include `__name__`, and their samples in order."""
 
     def __init__(self, scrape_seconds: float) -> None:
         self._scrape_seconds = scrape_seconds
-        self._series: dict[str, dict[Labels, Samples]] = {}
-        """By name."""
+        self._series: dict[str, dict[Labels, Samples]] = {}  # by name
 
     def scrape(self, page: str, at: float, **labels: str) -> None:
-        """A page of /metrics, with the labels that the target has. A target that is gone is scraped no more."""
+        """Adds a page of /metrics, with the target's labels."""
         for family in text_string_to_metric_families(page):
             for sample in family.samples:
                 key = frozenset({"__name__": sample.name, **sample.labels, **labels}.items())
                 self._series.setdefault(sample.name, {}).setdefault(key, []).append((at, sample.value))
 
     def at(self, expression: str, now: float) -> Vector:
-        """Of an instant, without the values that are no numbers."""
+        """Evaluates at an instant."""
         found = _Evaluation(self._series, now, self._scrape_seconds).of(promql.parse(expression))
         assert isinstance(found, dict)
         return found
@@ -104,18 +103,18 @@ class _Evaluation:
         return {labels: value for labels, value in values.items() if value is not None}
 
     def _rate(self, samples: Samples, seconds: float) -> float | None:
-        """extrapolatedRate: increases, over resets, stretched to the range where the samples reach near its ends."""
+        """Prometheus' extrapolatedRate: the increase, resets included, extrapolated to the range's ends if samples are near."""
         if len(samples) < 2:
             return None
         increase = sum(after if after < before else after - before for (_, before), (_, after) in pairwise(samples))
         covered = samples[-1][0] - samples[0][0]
         between = covered / (len(samples) - 1)
-        before, behind = samples[0][0] - (self._now - seconds), self._now - samples[-1][0]
+        before, after_last = samples[0][0] - (self._now - seconds), self._now - samples[-1][0]
         if increase > 0 and samples[0][1] >= 0:
             before = min(before, covered * samples[0][1] / increase)  # a counter is never below 0
         limit = between * 1.1
-        stretched = covered + (before if before < limit else between / 2) + (behind if behind < limit else between / 2)
-        return increase * stretched / covered / seconds
+        extended = covered + (before if before < limit else between / 2) + (after_last if after_last < limit else between / 2)
+        return increase * extended / covered / seconds
 
     def _aggregated(self, node: Any) -> Vector:
         if node.modifier is not None and node.modifier.type != promql.AggModifierType.By:
@@ -144,7 +143,7 @@ class _Evaluation:
 
 
 def _key_of(node: Any) -> Callable[[Labels], Labels]:
-    """By what the two sides are matched: all labels but the name, or those that `on` names."""
+    """The labels that the two sides are matched by: all except the name, or those that `on` names."""
     modifier = node.modifier
     if modifier is None or (modifier.matching is None and not modifier.return_bool):
         return _unnamed
@@ -155,7 +154,7 @@ def _key_of(node: Any) -> Callable[[Labels], Labels]:
 
 
 def _paired(operator: str, left: Vector | float, right: Vector | float) -> Vector:
-    """One to one, by all labels but the name."""
+    """Matches one to one by all labels except the name."""
     if isinstance(left, float):
         assert isinstance(right, dict)
         left = dict.fromkeys(right, left)
@@ -176,7 +175,7 @@ def _paired(operator: str, left: Vector | float, right: Vector | float) -> Vecto
 
 
 def _quantiles(quantile: float, buckets: Vector) -> Vector:
-    """Linear within a bucket, as Prometheus has it."""
+    """Interpolates linearly within a bucket, as Prometheus does."""
     groups: dict[Labels, list[tuple[float, float]]] = {}
     for labels, value in buckets.items():
         bound = float(dict(labels)["le"])

@@ -11,7 +11,7 @@ def service(
     name: str = "v",
     **metadata: Any,
 ) -> dict[str, Any]:
-    """The least Service that Knative accepts, with additions to its revision's spec and its one container."""
+    """A minimal Service that Knative accepts, with additions to its revision's spec and its one container."""
     return {
         "apiVersion": "serving.knative.dev/v1",
         "kind": "Service",

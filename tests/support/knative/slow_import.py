@@ -1,4 +1,4 @@
-"""Never done being imported; says who imports it."""
+"""Prints its process id and never finishes being imported."""
 
 import os
 import time

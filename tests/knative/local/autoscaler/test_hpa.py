@@ -90,7 +90,7 @@ TEMPLATE = {
 }
 
 
-def test_a_busy_process_gains_company() -> None:
+def test_a_busy_process_adds_pods() -> None:
     autoscaler = revision_autoscaler(revision_settings(TEMPLATE), TEMPLATE, ready=0, now=0.0)
     assert isinstance(autoscaler, HpaRevisionAutoscaler)
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])

@@ -14,7 +14,7 @@ from tests.support.paths import DATA
 TRACES = DATA / "kpa-traces.jsonl.gz"
 
 
-def test_every_recorded_decision_is_knatives() -> None:
+def test_every_recorded_decision_is_reproduced() -> None:
     result = replay(TRACES)
     assert result.decisions == 40 * 151
     assert not result.differences, "\n".join(map(str, result.differences[:10]))
@@ -48,7 +48,7 @@ def test_a_difference_is_found_and_named(tmp_path: Path, field: str, value: floa
 @pytest.mark.parametrize(
     "content", [b"{", b'{"name": "x"}\n', b"\x1f\x8bbroken", b"\xff\xfe", gzip.compress(b"{}" * 100, mtime=0)[:-12]]
 )
-def test_a_file_that_is_no_trace_says_so(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_no_trace_is_an_error(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "broken"
     file.write_bytes(content)
     with pytest.raises(TraceError, match="broken"):

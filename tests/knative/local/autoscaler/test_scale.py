@@ -121,7 +121,7 @@ def test_a_new_target_counts_at_once() -> None:
     assert revision.ask(10, 100, 101).desired_scale == 100
 
 
-def test_starting_beside_several_pods_is_panic() -> None:
+def test_an_autoscaler_that_starts_with_several_pods_panics() -> None:
     assert initial_state(5, 7.0) == AutoscalerState(panic_since=7.0, max_panic_pods=5)
     assert not initial_state(1, 7.0).panicking
     assert Revision(spec(10, 100), initial_state(5, 0)).ask(5, 0, 0, now=2).desired_scale == 5
@@ -138,7 +138,7 @@ def test_scale_down_delay_holds_the_greatest_of_the_window() -> None:
     assert revision.ask(1, 0, 0, now=302).desired_scale == 0
 
 
-def test_scale_down_delay_lets_go_step_by_step() -> None:
+def test_scale_down_delay_falls_step_by_step() -> None:
     revision = Revision(delayed())
     minutes = [(9, 40, 4), (10, 30, 4), (11, 0, 4), (14, 0, 3), (15, 0, 0)]
     for minute, load, desired in minutes:
@@ -180,7 +180,7 @@ def test_decisions_of_one_tick_count_as_their_greatest() -> None:
     assert got == [7, 7, 7, 7]
 
 
-def test_no_data_is_no_decision() -> None:
+def test_without_data_there_is_no_decision() -> None:
     autoscaler = Autoscaler(spec(10, 100), ready=1, now=0)
     assert autoscaler.decide(0, 1) is None
     autoscaler.record(1, 30)
@@ -190,7 +190,7 @@ def test_no_data_is_no_decision() -> None:
     assert autoscaler.decide(1 + WINDOW + 1, 1) is None
 
 
-def test_where_only_the_activator_reports_silence_is_no_load() -> None:
+def test_silence_is_no_load_if_only_the_activator_reports() -> None:
     decision = Autoscaler(spec(10, -1), ready=1, now=0, pods_report=False).decide(0, 1)
     assert decision is not None
     assert (decision.desired_scale, decision.excess_burst_capacity) == (0, -1)

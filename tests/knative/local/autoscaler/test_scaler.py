@@ -157,7 +157,7 @@ def test_the_initial_scale_must_be_ready_once() -> None:
 @pytest.mark.parametrize(
     ("want", "excess", "proxy"), [(0, 10, True), (1, 0, False), (1, -1, True), (-1, 10, True), (3, 5, False)]
 )
-def test_where_the_activator_stands(want: int, excess: int, proxy: bool) -> None:
+def test_the_activator_is_in_the_path_at_zero_and_below_the_target_burst(want: int, excess: int, proxy: bool) -> None:
     assert in_proxy_mode(want, excess) is proxy
 
 
@@ -212,7 +212,7 @@ def test_to_zero_the_activator_must_have_been_in_the_path_for_the_grace_period()
     assert 40 <= life.history[20:].index(0) <= 46, "window and grace period"
 
 
-def test_rps_is_what_counts_with_metric_rps() -> None:
+def test_the_metric_rps_scales_by_requests_per_second() -> None:
     life = Life(8, metric="rps", target="10", window="10s")
     life.run(12, load=50)
     assert life.replicas == 8, "50 / (10 · 0.7), rounded up"

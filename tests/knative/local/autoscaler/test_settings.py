@@ -18,7 +18,7 @@ def settings(container_concurrency: int = 0, config: AutoscalerConfig | None = N
     return revision_settings(template, config or AutoscalerConfig())
 
 
-def test_defaults_are_knatives() -> None:
+def test_defaults_equal_knatives() -> None:
     got = revision_settings({})
     assert got.decider == DeciderSpec(
         target_value=70,
@@ -82,13 +82,13 @@ def test_every_annotation_counts() -> None:
     assert not got.pods_report
 
 
-def test_older_spellings_count_where_the_newer_is_absent() -> None:
+def test_older_spellings_count_if_the_newer_is_absent() -> None:
     annotations = {"autoscaling.knative.dev/minScale": "3", "autoscaling.knative.dev/max-scale": "7"}
     got = revision_settings({"metadata": {"annotations": annotations | {"autoscaling.knative.dev/maxScale": "9"}}})
     assert (got.min_scale, got.max_scale) == (3, 7)
 
 
-def test_initial_scale_zero_needs_the_clusters_leave() -> None:
+def test_initial_scale_zero_must_be_allowed_by_the_cluster() -> None:
     assert settings(initial_scale="0").initial_scale == 1
     assert settings(initial_scale="0", config=AutoscalerConfig(allow_zero_initial_scale=True)).initial_scale == 0
 
@@ -99,6 +99,6 @@ def test_the_hpa_class_scales_on_cpu_unless_told_otherwise() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("min_scale", "two"), ("window", "10"), ("target", "NaN"), ("max_scale", "1_0")])
-def test_what_cannot_be_read_is_named(name: str, value: str) -> None:
+def test_an_unreadable_annotation_is_named(name: str, value: str) -> None:
     with pytest.raises(SettingsError, match=name.replace("_", "-")):
         settings(**dict[str, Any]({name: value}))

@@ -10,7 +10,7 @@ def filled(*values: float, window: LinearWindow | ExponentialWindow) -> None:
         window.record(second, value)
 
 
-def test_linear_average_is_over_the_seconds_that_there_are() -> None:
+def test_linear_average_is_over_the_recorded_seconds() -> None:
     window = LinearWindow(5)
     window.record(0, 1)
     assert window.average(0) == 1
@@ -26,7 +26,7 @@ def test_linear_average_leaves_out_the_newest_seconds_without_data() -> None:
     assert window.average(10) == 0
 
 
-def test_linear_average_counts_holes_as_zero() -> None:
+def test_linear_average_counts_missing_seconds_as_zero() -> None:
     window = LinearWindow(5)
     filled(1, 2, 3, 4, 5, window=window)
     window.record(6, 91)

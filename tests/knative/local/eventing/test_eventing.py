@@ -1,4 +1,4 @@
-"""Brokers, Triggers and Sequences on one machine, over real HTTP: filters, replies, retries and all else as Knative does it."""
+"""Brokers, Triggers and Sequences on one machine, over real HTTP: filters, replies, retries and dead letters."""
 
 import asyncio
 import base64
@@ -46,7 +46,7 @@ def event(id_: str = "1", type_: str = "ask", data: bytes = b"{}", **more: str) 
 
 
 class Local:
-    """An Eventing that is to be run, and what is around it."""
+    """A running LocalEventing and a client of it."""
 
     def __init__(self, eventing: LocalEventing, session: aiohttp.ClientSession) -> None:
         self.eventing = eventing
@@ -56,7 +56,7 @@ class Local:
         return [await post(self._session, self.eventing.broker_url(broker), each) for each in events]
 
     async def rest(self) -> None:
-        """Until nothing is in progress."""
+        """Waits until no delivery is in progress."""
         await until(lambda: self.eventing.status()["in_progress"] == 0)
 
     def trigger(self, name: str) -> dict[str, Any]:
@@ -83,7 +83,7 @@ async def sinks() -> AsyncIterator[tuple[EventSink, EventSink]]:
         yield subscriber, other
 
 
-async def test_an_event_goes_to_every_trigger_that_it_matches_as_it_was(tmp_path: Path) -> None:
+async def test_an_event_goes_unchanged_to_every_matching_trigger(tmp_path: Path) -> None:
     async with sinks() as (first, second):
         manifests = [a("Broker", "b"), trigger("all", first.url), trigger("asks", second.url, filter=of_type("ask"))]
         async with local(tmp_path, *manifests) as eventing:
@@ -119,7 +119,7 @@ def test_filters(filters: dict[str, Any], expected: list[str]) -> None:
     assert [each.get_id() for each in events if found.filter(each)] == expected
 
 
-async def test_a_reply_comes_back_into_the_broker(tmp_path: Path) -> None:
+async def test_a_reply_returns_to_the_broker(tmp_path: Path) -> None:
     async with sinks() as (subscriber, answers):
         subscriber.answer = lambda asked: Reply(event=event(f"reply-{asked.get_id()}", "answer"))
         asks, gets = trigger("a", subscriber.url, filter=of_type("ask")), trigger("b", answers.url, filter=of_type("answer"))
@@ -132,7 +132,7 @@ async def test_a_reply_comes_back_into_the_broker(tmp_path: Path) -> None:
             assert each.get_extension("knativebrokerttl") is None
 
 
-async def test_replies_that_match_their_own_trigger_do_not_go_round_for_ever(tmp_path: Path) -> None:
+async def test_replies_that_match_their_own_trigger_end_as_a_dead_letter(tmp_path: Path) -> None:
     async with sinks() as (subscriber, dead_letters):
         subscriber.answer = lambda asked: Reply(event=asked)
         async with local(
@@ -146,7 +146,7 @@ async def test_replies_that_match_their_own_trigger_do_not_go_round_for_ever(tmp
 
 
 @pytest.mark.parametrize("status", [404, 408, 409, 429, 500, 502, 503])
-async def test_what_may_pass_is_tried_again(tmp_path: Path, status: int) -> None:
+async def test_a_temporary_failure_is_retried(tmp_path: Path, status: int) -> None:
     async with sinks() as (subscriber, dead_letters):
         subscriber.answer = lambda _: Reply(status if len(subscriber.events) < 3 else 202)
         async with local(
@@ -189,7 +189,7 @@ async def test_a_dead_letter_is_the_event_with_the_reason(tmp_path: Path, status
         (Reply(after_seconds=10), "no whole answer within 0.1 s"),
     ],
 )
-async def test_no_answer_and_no_event_are_failures(tmp_path: Path, reply: Reply, words: str) -> None:
+async def test_a_missing_or_malformed_reply_is_a_failure(tmp_path: Path, reply: Reply, words: str) -> None:
     async with sinks() as (subscriber, dead_letters):
         subscriber.answer = lambda _: reply
         spec = delivery(dead_letters.url, retry=1, timeout="PT0.1S")
@@ -200,7 +200,7 @@ async def test_no_answer_and_no_event_are_failures(tmp_path: Path, reply: Reply,
         assert words in base64.b64decode(str(dead_letters.events[0].get_extension("knativeerrordata"))).decode()
 
 
-async def test_a_subscriber_that_comes_back_gets_what_was_sent_meanwhile(tmp_path: Path) -> None:
+async def test_an_event_without_a_reachable_subscriber_is_retried_and_lost(tmp_path: Path) -> None:
     async with event_sink() as gone:
         pass
     spec = delivery(retry=3, backoffPolicy="exponential")
@@ -226,7 +226,7 @@ async def test_a_trigger_without_a_dead_letter_sink_uses_its_brokers(tmp_path: P
 
 
 @pytest.mark.parametrize(("policy", "pauses"), [("linear", [0, 2, 4, 6]), ("exponential", [2, 4, 8, 16]), (None, [0, 0, 0, 0])])
-def test_pauses_are_knatives(policy: str | None, pauses: list[float]) -> None:
+def test_pauses_follow_the_backoff_policy(policy: str | None, pauses: list[float]) -> None:
     assert [Delivery(retry=4, policy=policy, backoff_seconds=2).pause_seconds(retry) for retry in range(4)] == pauses
 
 
@@ -246,7 +246,7 @@ TO_SEQUENCE = {"ref": {"apiVersion": "flows.knative.dev/v1", "kind": "Sequence",
 TO_BROKER = {"ref": {"apiVersion": "eventing.knative.dev/v1", "kind": "Broker", "name": "b"}}
 
 
-async def test_each_steps_reply_is_the_next_ones_event_and_the_last_goes_on(tmp_path: Path) -> None:
+async def test_the_reply_of_each_step_goes_to_the_next_and_the_last_to_the_sequences_reply(tmp_path: Path) -> None:
     async with sinks() as (step, answers):
         step.answer = lambda seen: Reply(event=event(seen.get_id() + "+", "step" if len(seen.get_id()) < 3 else "answer"))
         manifests = [
@@ -263,7 +263,7 @@ async def test_each_steps_reply_is_the_next_ones_event_and_the_last_goes_on(tmp_
         assert answers.ids() == ["1+++"]
 
 
-async def test_a_step_without_a_reply_ends_the_sequence_and_one_that_fails_is_a_dead_letter(tmp_path: Path) -> None:
+async def test_a_sequence_ends_at_a_step_without_a_reply_or_with_a_failure(tmp_path: Path) -> None:
     async with sinks() as (step, dead_letters):
         replies = {"ends": Reply(202), "says": Reply(200, body=b"no event"), "fails": Reply(422)}
         step.answer = lambda seen: replies[seen.get_id()]
@@ -275,7 +275,7 @@ async def test_a_step_without_a_reply_ends_the_sequence_and_one_that_fails_is_a_
         assert dead_letters.ids() == ["fails"]
 
 
-async def test_a_full_broker_refuses_and_takes_replies_all_the_same(tmp_path: Path) -> None:
+async def test_a_full_broker_refuses_events_but_takes_replies(tmp_path: Path) -> None:
     async with sinks() as (subscriber, answers):
         subscriber.answer = lambda asked: Reply(event=event(f"reply-{asked.get_id()}", "answer"), after_seconds=0.3)
         asks, gets = trigger("a", subscriber.url, filter=of_type("ask")), trigger("b", answers.url, filter=of_type("answer"))
@@ -310,7 +310,7 @@ async def test_stopping_does_not_wait_for_deliveries(tmp_path: Path, caplog: pyt
         ("POST", "/default/b", {}, b"x" * (2**20 + 1), (413, "dataref")),
     ],
 )
-async def test_what_the_ingress_refuses(
+async def test_the_ingress_refuses(
     tmp_path: Path, method: str, path: str, headers: dict[str, str], body: bytes, expected: tuple[int, str]
 ) -> None:
     async with local(tmp_path, a("Broker", "b")) as eventing, client() as session:
@@ -331,7 +331,7 @@ async def test_events_for_services_elsewhere_are_written_into_files(tmp_path: Pa
     assert found["2"]["data_base64"] == "AA=="
 
 
-async def test_services_here_are_reached_with_the_path_of_the_destination(tmp_path: Path) -> None:
+async def test_the_uri_of_a_destination_is_appended_to_a_services_url(tmp_path: Path) -> None:
     async with sinks() as (subscriber, _):
         ref = {"apiVersion": "serving.knative.dev/v1", "kind": "Service", "name": "here"}
         async with local(tmp_path, a("Broker", "b"), trigger("a", {"ref": ref, "uri": "/x"}), here=subscriber.url) as eventing:
@@ -341,7 +341,7 @@ async def test_services_here_are_reached_with_the_path_of_the_destination(tmp_pa
         assert subscriber.ids() == ["1"]
 
 
-async def test_a_changed_trigger_counts_on(tmp_path: Path) -> None:
+async def test_a_changed_trigger_keeps_its_counts(tmp_path: Path) -> None:
     async with sinks() as (first, second):
         async with local(tmp_path, a("Broker", "b"), trigger("a", first.url)) as eventing:
             await eventing.send(event("1"))
@@ -373,7 +373,7 @@ NO_BROKER = a("Trigger", "t", {"broker": "other", "subscriber": {"uri": "http://
         ({**a("Sequence", "p"), "kind": "Parallel"}, r"Parallel p \(flows\.knative\.dev/v1\) is not run"),
     ],
 )
-async def test_what_cannot_be_run_is_named(tmp_path: Path, manifest: dict[str, Any], words: str) -> None:
+async def test_unsupported_objects_are_refused_by_name(tmp_path: Path, manifest: dict[str, Any], words: str) -> None:
     with pytest.raises(UnsupportedManifest, match=words):
         async with local(tmp_path, a("Broker", "b"), manifest):
             pass
@@ -389,6 +389,6 @@ async def test_the_platform_wakes_a_service_for_an_event(tmp_path: Path) -> None
         assert len(revision(platform).pods) == 1
 
 
-async def test_other_kinds_start_nothing(tmp_path: Path) -> None:
+async def test_other_kinds_are_ignored(tmp_path: Path) -> None:
     async with local(tmp_path, {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "x"}}) as eventing:
         assert eventing.eventing.status() == {}

@@ -1,4 +1,4 @@
-"""The proxy's HTTP, byte by byte: framing, keep-alive, what must not pass, and what ends badly."""
+"""The proxy's HTTP, byte by byte: framing, keep-alive, headers that must not pass, and failures."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -27,7 +27,7 @@ def closing(talk: Talk) -> Talk:
 
 @asynccontextmanager
 async def proxy_to(upstream: Talk) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """A client's connection to a proxy before a server that says what `upstream` writes."""
+    """A client's connection to a proxy, whose server is `upstream`."""
 
     server = await asyncio.start_server(closing(upstream), "127.0.0.1", 0)
     pool = UpstreamPool(server.sockets[0].getsockname()[1])
@@ -52,7 +52,7 @@ async def proxy_to(upstream: Talk) -> AsyncIterator[tuple[asyncio.StreamReader, 
 
 
 def answering(answer: bytes, seen: list[bytes] | None = None, *, times: int = 1) -> Talk:
-    """Reads a head (and a body of its Content-Length), answers, as often as said, then closes."""
+    """Reads a request and answers it, `times` times, then closes."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         for _ in range(times):
@@ -118,7 +118,7 @@ async def test_hop_by_hop_headers_and_knatives_marks_do_not_pass() -> None:
         (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"),
     ],
 )
-async def test_answers_are_framed_anew(answer: bytes, expected: bytes) -> None:
+async def test_answers_are_reframed(answer: bytes, expected: bytes) -> None:
     async with proxy_to(answering(answer)) as (reader, writer):
         writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
         assert await reader.readexactly(len(expected)) == expected
@@ -131,14 +131,14 @@ async def test_a_head_request_has_no_body_though_it_has_a_length() -> None:
         assert await read_all(reader) == head[:-2] + b"Connection: close\r\n\r\n"
 
 
-async def test_an_old_client_gets_an_unframed_body_and_the_end_of_its_connection() -> None:
+async def test_an_http_1_0_client_gets_an_unframed_body() -> None:
     answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n"
     async with proxy_to(answering(answer)) as (reader, writer):
         writer.write(b"GET / HTTP/1.0\r\n\r\n")
         assert await read_all(reader) == b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhi"
 
 
-async def test_expect_100_is_answered_here() -> None:
+async def test_the_proxy_answers_expect_100_continue() -> None:
     seen: list[bytes] = []
     async with proxy_to(answering(OK, seen)) as (reader, writer):
         writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n")
@@ -148,7 +148,7 @@ async def test_expect_100_is_answered_here() -> None:
     assert b"Expect" not in seen[0]
 
 
-async def test_an_answer_before_the_body_is_there_does_not_spoil_the_connection() -> None:
+async def test_an_answer_before_the_end_of_the_request_keeps_the_connection() -> None:
     async def early(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(OK)
@@ -179,7 +179,7 @@ async def test_a_server_that_fails(answer: bytes, seen: bytes) -> None:
         assert text.startswith(seen)
 
 
-async def test_nobody_listening_is_502() -> None:
+async def test_a_port_without_a_listener_is_502() -> None:
     async def nothing(exchange: Exchange) -> None:
         with pytest.raises(UpstreamFailed, match=r"127\.0\.0\.1:1"):
             await UpstreamPool(1).forward(exchange)
@@ -204,7 +204,7 @@ async def test_nobody_listening_is_502() -> None:
         (b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n", b"HTTP/1.1 501"),
     ],
 )
-async def test_what_is_not_served_gets_a_status_and_the_end_of_its_connection(request_bytes: bytes, status: bytes) -> None:
+async def test_an_unsupported_request_gets_a_status_and_ends_the_connection(request_bytes: bytes, status: bytes) -> None:
     async with proxy_to(answering(OK)) as (reader, writer):
         writer.write(request_bytes)
         assert (await read_all(reader)).startswith(status)
@@ -227,7 +227,7 @@ async def test_a_client_that_goes_away_ends_the_request_at_the_server() -> None:
 
 
 async def test_a_slow_client_slows_the_server_down() -> None:
-    """The proxy holds a bounded amount of an answer that nobody reads."""
+    """The proxy holds a bounded amount of an answer while the client does not read."""
     sent = 0
     blocked = asyncio.Event()
 
@@ -252,7 +252,7 @@ async def test_a_slow_client_slows_the_server_down() -> None:
 
 
 class SlowReader(Exchange):
-    """An exchange whose client has not read the end of its answer when the server is done with it."""
+    """An exchange whose client reads so slowly that the server ends first."""
 
     def __init__(self) -> None:
         super().__init__(cast("Any", None), b"GET", b"/", [], keep_alive=True)
@@ -267,7 +267,7 @@ class SlowReader(Exchange):
 
     def write(self, data: bytes) -> None:
         assert self.upstream is not None
-        self.upstream.pause_reading()
+        self.upstream.pause(True)
 
     def end(self) -> None:
         pass

@@ -1,4 +1,4 @@
-"""Readiness as queue-proxy and kubelet poll it: how often follows from the probe's period."""
+"""How often a readiness probe runs, and which probes are refused."""
 
 import asyncio
 import time
@@ -26,11 +26,11 @@ def ready_after(folder: Path, failing_probes: int, **probe: Any) -> float:
     return asyncio.run(scenario())
 
 
-def test_without_a_period_it_is_probed_every_50_ms(tmp_path: Path) -> None:
+def test_a_probe_without_a_period_runs_every_50_ms(tmp_path: Path) -> None:
     assert 30 * 0.05 <= ready_after(tmp_path, 30) < 15
 
 
-def test_with_a_period_it_is_probed_once_in_each(tmp_path: Path) -> None:
+def test_a_probe_with_a_period_runs_once_a_period(tmp_path: Path) -> None:
     """At least three: the first one comes before the process listens."""
     assert ready_after(tmp_path, 2, periodSeconds=1) >= 2
 
@@ -39,13 +39,13 @@ def test_the_success_threshold_counts_probes_that_passed_in_a_row(tmp_path: Path
     assert ready_after(tmp_path, 0, periodSeconds=1, successThreshold=3) >= 2
 
 
-def test_a_container_without_a_probe_has_its_port_tried_every_50_ms() -> None:
+def test_a_container_without_a_probe_is_probed_by_connection_every_50_ms() -> None:
     probe = readiness_probe({"image": "app"})
     assert (probe.path, probe.until_ready.period_seconds, probe.until_ready.timeout_seconds) == (None, 0.05, 0.1)
     assert liveness_probe({"image": "app"}) is None
 
 
-def test_of_a_period_nothing_is_hurried() -> None:
+def test_a_probe_with_a_period_is_not_aggressive() -> None:
     probe = readiness_probe({"readinessProbe": {"httpGet": {"path": "/r"}, "periodSeconds": 3, "timeoutSeconds": 2}})
     assert probe.until_ready == probe == Probe("/r", period_seconds=3, timeout_seconds=2)
 
@@ -59,12 +59,12 @@ def test_of_a_period_nothing_is_hurried() -> None:
         ({"httpGet": {"scheme": "HTTPS"}}, "readinessProbe.httpGet.scheme: "),
     ],
 )
-def test_what_is_not_run_here_is_refused(probe: dict[str, Any], message: str) -> None:
+def test_unsupported_probes_are_refused(probe: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedManifest, match=message):
         readiness_probe({"ports": [{"containerPort": 8080}], "readinessProbe": probe})
 
 
-def test_the_containers_own_port_is_none_to_refuse() -> None:
+def test_a_probe_may_name_the_containers_own_port() -> None:
     ports = [{"name": "http1", "containerPort": 8080}]
     for port in (8080, "http1"):
         assert readiness_probe({"ports": ports, "readinessProbe": {"tcpSocket": {"port": port}}}).path is None

@@ -53,6 +53,6 @@ def test_a_command_that_does_not_exist_is_named() -> None:
         dying_with_parent(["no-such-program"], {"PATH": os.environ["PATH"]})
 
 
-def test_memory_is_that_of_the_process_alone() -> None:
+def test_memory_is_of_one_process() -> None:
     assert 2**20 < memory_bytes(os.getpid()) < 2**34
     assert memory_bytes(2**22 + 1) == 0

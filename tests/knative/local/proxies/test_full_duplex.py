@@ -12,7 +12,7 @@ BODY = b"x" * 2000
 
 
 async def early(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Answers what it has not read."""
+    """Answers before it reads the request."""
     writer.write(OPEN_ENDED + chunk(b"early"))
     await writer.drain()
     await reader.readexactly(len(BODY))
@@ -20,7 +20,7 @@ async def early(head: bytes, reader: asyncio.StreamReader, writer: asyncio.Strea
 
 
 async def at_once(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Reads all, and has its answer begin in the same moment."""
+    """Reads the whole request and begins its answer in the same moment."""
     await reader.readexactly(len(BODY))
     writer.write(OPEN_ENDED + chunk(b"at once"))
     await asyncio.sleep(0.02)
@@ -28,21 +28,21 @@ async def at_once(head: bytes, reader: asyncio.StreamReader, writer: asyncio.Str
 
 
 async def later(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Says nothing before it has something to say."""
+    """Begins its answer 20 ms after the request."""
     await reader.readexactly(len(BODY))
     await asyncio.sleep(0.02)
     writer.write(OPEN_ENDED + chunk(b"later") + b"0\r\n\r\n")
 
 
 async def refusal(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """By the head alone, in few words."""
+    """Answers briefly after the head alone."""
     writer.write(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 6\r\n\r\nno key")
     await writer.drain()
     await reader.readexactly(len(BODY))
 
 
 async def whole(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """An answer that says its length, as a stage's."""
+    """Answers with a Content-Length, as a stage does."""
     await reader.readexactly(len(BODY))
     writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n" + b"y" * 5000)
 
@@ -59,7 +59,9 @@ async def ask(session: aiohttp.ClientSession, url: str) -> bytes:
 
 
 @pytest.mark.parametrize("function", [early, at_once])
-async def test_without_the_annotation_it_is_broken_off(function: Function, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_early_answer_is_broken_off_without_the_annotation(
+    function: Function, caplog: pytest.LogCaptureFixture
+) -> None:
     async with behind_queue_proxy(function) as (session, url):
         with pytest.raises(aiohttp.ClientPayloadError):
             await ask(session, url)
@@ -67,18 +69,18 @@ async def test_without_the_annotation_it_is_broken_off(function: Function, caplo
 
 
 @pytest.mark.parametrize(("function", "answer"), [(early, b"early"), (at_once, b"at once")])
-async def test_with_the_annotation_it_is_whole(function: Function, answer: bytes) -> None:
+async def test_an_early_answer_is_whole_with_the_annotation(function: Function, answer: bytes) -> None:
     async with behind_queue_proxy(function, full_duplex=True) as (session, url):
         assert await ask(session, url) == answer
 
 
 @pytest.mark.parametrize(("function", "answer"), [(later, b"later"), (refusal, b"no key"), (whole, b"y" * 5000)])
-async def test_what_begins_late_is_short_or_says_its_length_is_whole_either_way(function: Function, answer: bytes) -> None:
+async def test_an_answer_that_is_late_short_or_has_a_length_is_whole_without_it(function: Function, answer: bytes) -> None:
     async with behind_queue_proxy(function) as (session, url):
         assert await ask(session, url) == answer
 
 
-async def test_a_request_without_a_body_has_nothing_to_be_closed() -> None:
+async def test_the_answer_to_a_request_without_a_body_is_whole() -> None:
     async def answer(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(OPEN_ENDED + chunk(b"events") + b"0\r\n\r\n")
 

@@ -1,4 +1,4 @@
-"""A relay is as slow as it says, in both directions, for all connections of a pod together, and loses nothing."""
+"""A relay delays and limits bytes in both directions, for all connections of a pod together, and loses none."""
 
 import asyncio
 import time
@@ -33,7 +33,7 @@ async def relayed(network: EmulatedNetwork) -> AsyncIterator[Relay]:
 
 
 async def sent(relay: Relay, data: bytes) -> tuple[bytes, float]:
-    """What came back, and after how long."""
+    """(the bytes that came back, seconds)"""
     reader, writer = await asyncio.open_connection("127.0.0.1", relay.port)
     began = time.perf_counter()
     writer.write(data)
@@ -52,7 +52,7 @@ def run(network: EmulatedNetwork, action: Callable[[Relay], Awaitable[None]]) ->
     asyncio.run(whole())
 
 
-def test_every_byte_comes_a_delay_later_each_way() -> None:
+def test_every_byte_is_delayed_each_way() -> None:
     async def check(relay: Relay) -> None:
         for size in (1, 3_000_000):
             data = bytes(range(256)) * (size // 256) + b"x"
@@ -63,7 +63,7 @@ def test_every_byte_comes_a_delay_later_each_way() -> None:
     run(EmulatedNetwork(delay_seconds=DELAY), check)
 
 
-def test_no_more_bytes_a_second_than_the_link_carries_each_way() -> None:
+def test_the_link_limits_bytes_per_second_each_way() -> None:
     async def check(relay: Relay) -> None:
         data = b"x" * 2_000_000
         answer, seconds = await sent(relay, data)
@@ -82,7 +82,7 @@ def test_connections_of_a_pod_share_its_link() -> None:
     run(EmulatedNetwork(bytes_per_second=5e6), check)
 
 
-def test_a_connection_that_breaks_breaks_on_the_other_side() -> None:
+def test_a_broken_connection_breaks_on_the_other_side() -> None:
     async def check(relay: Relay) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", relay.port)
         writer.write(b"x")

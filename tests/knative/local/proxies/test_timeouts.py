@@ -1,4 +1,4 @@
-"""How long a request may take: from its arrival, so that waiting counts; by each of Knative's three limits."""
+"""Knative's three time limits of a request, which count from its arrival."""
 
 import asyncio
 
@@ -28,8 +28,8 @@ async def fetch(session: aiohttp.ClientSession, url: str) -> tuple[int, str]:
         return reply.status, await reply.text()
 
 
-async def test_waiting_for_a_place_counts() -> None:
-    """Four requests at a function for one at a time that never answers: nobody waits for the others' time as well."""
+async def test_waiting_for_a_slot_counts() -> None:
+    """Four requests to a function that takes one at a time and never answers: all time out together."""
     async with behind_queue_proxy(never, Timeouts(0.5), concurrency=1) as (session, url):
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -46,7 +46,7 @@ async def test_an_answer_past_its_time_ends_with_knatives_words() -> None:
         assert text.endswith("request timeout")
 
 
-async def test_an_answer_of_a_said_length_past_its_time_breaks() -> None:
+async def test_an_answer_with_a_length_past_its_time_breaks() -> None:
     async def half(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf")
         await reader.read()
@@ -72,7 +72,7 @@ async def test_the_idle_timeout_counts_from_the_last_bytes() -> None:
         assert text == "drop " * 40 + "request timeout"
 
 
-async def test_a_place_that_a_timeout_gave_back_is_taken() -> None:
+async def test_a_slot_is_free_after_a_timeout() -> None:
     answers = iter([never, None])
 
     async def first_never(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

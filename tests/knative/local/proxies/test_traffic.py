@@ -1,4 +1,4 @@
-"""What the activator and queue-proxy decide, without processes: balancing, places, counting."""
+"""Decisions of activator and queue-proxy, without processes: balancing, slots, counting."""
 
 import asyncio
 from collections import Counter
@@ -17,12 +17,11 @@ from knative.local.proxies.queue_proxy import Breaker, QueueProxy
 from knative.local.proxies.timeouts import Timeouts
 from tests.support.knative.platform import until
 
-ASKED = SimpleNamespace(started=False, written_at=None)
-"""As much of a request as the activator looks at."""
+ASKED = SimpleNamespace(started=False, written_at=None)  # the part of an Exchange that the activator reads
 
 
 class HeldProxy:
-    """Stands for a pod's queue-proxy: keeps every request until it is let go."""
+    """Stands for a pod's queue-proxy: holds every request until the gate opens."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -55,11 +54,11 @@ async def let_go(held: list[HeldProxy], tasks: list[asyncio.Task[None]]) -> None
     await asyncio.gather(*tasks)
 
 
-async def test_up_to_three_the_first_pod_with_room_is_taken() -> None:
+async def test_up_to_three_the_first_pod_with_a_free_slot_is_taken() -> None:
     held, pods = proxies(3)
-    door = activator(2)
-    door.set_pods(pods)
-    tasks = send(door, 5)
+    subject = activator(2)
+    subject.set_pods(pods)
+    tasks = send(subject, 5)
     await until(lambda: sum(proxy.served for proxy in held) == 5)
     assert [proxy.served for proxy in held] == [2, 2, 1]
     await let_go(held, tasks)
@@ -67,9 +66,9 @@ async def test_up_to_three_the_first_pod_with_room_is_taken() -> None:
 
 async def test_above_three_pods_take_turns() -> None:
     held, pods = proxies(3)
-    door = activator(10)
-    door.set_pods(pods)
-    tasks = send(door, 9)
+    subject = activator(10)
+    subject.set_pods(pods)
+    tasks = send(subject, 9)
     await until(lambda: sum(proxy.served for proxy in held) == 9)
     assert [proxy.served for proxy in held] == [3, 3, 3]
     await let_go(held, tasks)
@@ -77,9 +76,9 @@ async def test_above_three_pods_take_turns() -> None:
 
 async def test_without_a_limit_the_less_busy_of_two_is_taken() -> None:
     held, pods = proxies(2)
-    door = activator(0)
-    door.set_pods(pods)
-    tasks = send(door, 40)
+    subject = activator(0)
+    subject.set_pods(pods)
+    tasks = send(subject, 40)
     await until(lambda: sum(proxy.served for proxy in held) == 40)
     assert [proxy.served for proxy in held] == [20, 20]
     await let_go(held, tasks)
@@ -87,47 +86,47 @@ async def test_without_a_limit_the_less_busy_of_two_is_taken() -> None:
 
 async def test_full_pods_keep_requests_waiting_and_a_new_pod_gets_them() -> None:
     held, pods = proxies(2)
-    door = activator(1)
-    door.set_pods(pods[:1])
-    tasks = send(door, 3)
-    await until(lambda: door.waiting == 2)
-    door.set_pods(pods)
+    subject = activator(1)
+    subject.set_pods(pods[:1])
+    tasks = send(subject, 3)
+    await until(lambda: subject.waiting == 2)
+    subject.set_pods(pods)
     await until(lambda: held[1].served == 1)
-    assert door.waiting == 1
+    assert subject.waiting == 1
     await let_go(held, tasks)
-    assert door.meter.in_flight == 0
+    assert subject.meter.in_flight == 0
 
 
-async def test_out_of_the_path_nothing_is_held_or_counted_here() -> None:
+async def test_an_activator_out_of_the_path_holds_and_counts_nothing() -> None:
     held, pods = proxies(2)
-    door = activator(1)
-    door.in_path = False
-    door.set_pods(pods)
-    tasks = send(door, 6)
+    subject = activator(1)
+    subject.in_path = False
+    subject.set_pods(pods)
+    tasks = send(subject, 6)
     await until(lambda: sum(proxy.served for proxy in held) == 6)
-    assert (door.meter.in_flight, door.waiting) == (0, 0)
+    assert (subject.meter.in_flight, subject.waiting) == (0, 0)
     await let_go(held, tasks)
 
 
-async def test_a_cancelled_wait_gives_its_place_back() -> None:
+async def test_a_cancelled_wait_returns_its_slot() -> None:
     held, pods = proxies(1)
-    door = activator(1)
-    door.set_pods(pods)
-    running, *waiting = send(door, 3)
-    await until(lambda: door.waiting == 2)
+    subject = activator(1)
+    subject.set_pods(pods)
+    running, *waiting = send(subject, 3)
+    await until(lambda: subject.waiting == 2)
     waiting[0].cancel()
     await asyncio.wait([waiting[0]])
     await let_go(held, [running, waiting[1]])
-    await let_go(held, send(door, 2))
+    await let_go(held, send(subject, 2))
 
 
-async def test_at_zero_every_request_wakes_and_failing_them_says_why() -> None:
+async def test_every_request_at_zero_wakes_the_revision_and_learns_why_it_failed() -> None:
     woken: list[None] = []
-    door = activator(1, wake=lambda: woken.append(None))
-    tasks = send(door, 2)
-    await until(lambda: door.waiting == 2)
+    subject = activator(1, wake=lambda: woken.append(None))
+    tasks = send(subject, 2)
+    await until(lambda: subject.waiting == 2)
     assert len(woken) == 2
-    door.fail_waiting("no luck")
+    subject.fail_waiting("no luck")
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert [str(result) for result in results] == ["no luck", "no luck"]
 
@@ -154,7 +153,7 @@ async def test_the_breaker_keeps_order_and_refuses_beyond_ten_times() -> None:
         pass
 
 
-async def test_a_breaker_without_limit_lets_everybody_in() -> None:
+async def test_a_breaker_without_limit_admits_everything() -> None:
     breaker = Breaker(0)
     async with AsyncExitStack() as slots:
         for _ in range(50):

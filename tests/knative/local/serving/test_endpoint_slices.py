@@ -1,4 +1,4 @@
-"""The EndpointSlice API as the gateway and kubectl would use it: list, watch, selectors, versions."""
+"""The EndpointSlice API: list, watch, selectors, versions."""
 
 import asyncio
 import json
@@ -68,7 +68,7 @@ async def test_a_watch_goes_on_from_a_lists_version() -> None:
     assert int(event["object"]["metadata"]["resourceVersion"]) > int(version)
 
 
-async def test_a_version_older_than_the_history_is_gone() -> None:
+async def test_a_version_older_than_the_history_is_expired() -> None:
     slices = EndpointSlices()
     for index in range(1100):
         slices.put(endpoint_slice(endpoint(port=index)))
@@ -97,7 +97,7 @@ async def test_label_selectors(selector: str, expected: int) -> None:
     assert slices.list("elsewhere", selector)["items"] == []
 
 
-async def test_over_http_a_pod_comes_becomes_ready_leaves_and_is_gone(tmp_path: Path) -> None:
+async def test_a_watch_shows_the_life_of_a_pod(tmp_path: Path) -> None:
     async with running_platform(tmp_path, echo_service()) as platform, client() as session:
         url = f"{platform.admin_url}{PATH}?labelSelector=serving.knative.dev/service%3Decho"
         seen: list[tuple[str, dict[str, bool]]] = []
@@ -120,12 +120,12 @@ async def test_over_http_a_pod_comes_becomes_ready_leaves_and_is_gone(tmp_path: 
         assert status == 200
 
 
-async def test_a_watch_ends_when_the_client_said(tmp_path: Path) -> None:
+async def test_a_watch_ends_after_timeout_seconds(tmp_path: Path) -> None:
     async with running_platform(tmp_path) as platform, client() as session:
         assert await fetch(session, f"{platform.admin_url}{PATH}?watch=1&timeoutSeconds=1") == (200, "")
 
 
-async def test_what_is_not_served_is_said(tmp_path: Path) -> None:
+async def test_unsupported_requests_get_a_status(tmp_path: Path) -> None:
     async with running_platform(tmp_path) as platform, client() as session:
         assert (await fetch(session, platform.admin_url + "/api/v1/pods"))[0] == 404
         assert (await fetch(session, f"{platform.admin_url}{PATH}?labelSelector=a%20b"))[0] == 400

@@ -1,4 +1,4 @@
-"""Stages that share the cores of one machine: how the local platform sets threads and micro-batches for them."""
+"""Stages that share the cores of one machine: how many threads and micro-batches `run` gives them."""
 
 import pytest
 

@@ -1,0 +1,87 @@
+"""queue-proxy's own answers: 502 without a function, readiness, X-Forwarded-For."""
+
+import asyncio
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from knative.local.http.client import REFUSED
+from knative.local.proxies.queue_proxy import QueueProxy, RequestLimits
+from knative.local.proxies.timeouts import Timeouts
+from tests.support.http_server import unused_port
+from tests.support.knative.behind_queue_proxy import behind_queue_proxy
+from tests.support.knative.platform import client, echo_service, fetch, revision, running_platform
+
+
+async def test_a_function_that_does_not_run_is_502_with_gos_words() -> None:
+    """Gateways tell it by these words from a function that broke."""
+    proxy = QueueProxy(RequestLimits(0, Timeouts(10), False))
+    await proxy.start()
+    async with client() as session:
+        for port in (None, unused_port()):  # after the platform has seen the end of the process, and before
+            proxy.connect(port)
+            status, text = await fetch(session, f"http://127.0.0.1:{proxy.port}")
+            assert status == 502
+            assert "dial tcp 127.0.0.1" in text
+            assert REFUSED in text
+    proxy.close()
+
+
+async def test_a_function_that_breaks_during_a_request_is_502_without_them() -> None:
+    async def breaks(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.transport.abort()
+
+    async with behind_queue_proxy(breaks) as (session, url):
+        status, text = await fetch(session, url)
+        assert status == 502
+        assert REFUSED not in text
+
+
+async def test_queue_proxy_answers_readiness_itself_and_does_not_count_it() -> None:
+    ready = False
+    proxy = QueueProxy(RequestLimits(1, Timeouts(10)), lambda: ready)
+    await proxy.start()
+    url, began, probe = f"http://127.0.0.1:{proxy.port}/healthz", proxy.all.last_arrival, {"K-Network-Probe": "queue"}
+    async with aiohttp.ClientSession() as session:
+        async with session.get(url, headers=probe) as answer:
+            assert (answer.status, await answer.read()) == (503, b"")
+        ready = True
+        async with session.get(url, headers=probe) as answer:
+            assert (answer.status, await answer.read()) == (200, b"queue")
+        assert proxy.all.last_arrival == began
+        assert (await fetch(session, url))[0] == 502, "without the header it goes to the function, which does not run"
+        assert proxy.all.last_arrival > began
+    proxy.close()
+
+
+async def show_header(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answers with every X-Forwarded-For line of the request."""
+    lines = [line.partition(b": ")[2] for line in head.split(b"\r\n") if line.lower().startswith(b"x-forwarded-for:")]
+    body = b" | ".join(lines)
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+
+
+@pytest.mark.parametrize(
+    ("written", "seen"),
+    [
+        ([], "127.0.0.1"),
+        (["203.0.113.9"], "203.0.113.9, 127.0.0.1"),
+        (["203.0.113.9, 198.51.100.2"], "203.0.113.9, 198.51.100.2, 127.0.0.1"),
+        (["203.0.113.9", "198.51.100.2"], "203.0.113.9, 198.51.100.2, 127.0.0.1"),
+    ],
+)
+async def test_queue_proxy_adds_the_clients_address(written: list[str], seen: str) -> None:
+    headers = [("X-Forwarded-For", value) for value in written]
+    async with behind_queue_proxy(show_header) as (session, url), session.get(url, headers=headers) as reply:
+        assert await reply.text() == seen
+
+
+async def test_ingress_and_activator_add_their_addresses_as_well(tmp_path: Path) -> None:
+    """Three proxies add one while the activator is in the path, two when it is not, as on a cluster."""
+    async with running_platform(tmp_path, echo_service()) as platform, client() as session:
+        url = platform.url("echo") + "/header?X-Forwarded-For"
+        assert revision(platform).activator.in_path
+        assert await fetch(session, url) == (200, "127.0.0.1, 127.0.0.1, 127.0.0.1")
+        revision(platform).activator.in_path = False
+        assert await fetch(session, url) == (200, "127.0.0.1, 127.0.0.1")
