@@ -24,11 +24,11 @@ from tokenizers import Tokenizer
 from bench.report import ROOT
 from eventing.wire.events import Cut
 from functions.stage.engine.threads import usable_cores
-from knative.commands.sources.local_pipeline import LocalPipeline, Sharing, local_pipeline
-from knative.commands.sources.state_folder import find_running
+from knative.commands.local_pipeline import LocalPipeline, Sharing, local_pipeline
+from knative.commands.model_choice import packaged_model, published_name
+from knative.commands.state_folder import find_running
 from knative.local.kubelet.containers import LocalData, read_container
 from knative.render.services import gateway_service
-from knative.spec.model_sources import packaged_model, published_name
 from knative.spec.spec_file import load_spec
 from storage.models.model_repository import read_file, read_manifest
 from storage.store.object_store import ObjectStore

@@ -13,11 +13,12 @@ import click
 from bench.report import with_section
 from functions.configuration.environment_page import markdown_page
 from knative.__main__ import main as command_line
-from knative.commands.render import rendered_files
-from knative.commands.sources.store_access import StoreOptions
+from knative.commands.options import StoreOptions
+from knative.commands.render import resolved
 from knative.render.dashboard import dashboard
 from knative.render.gitops import with_kustomization
 from knative.render.monitoring import rule_groups
+from knative.render.rendering import render
 from knative.spec.kubernetes_object import to_yaml
 from knative.spec.spec_file import load_spec
 
@@ -32,7 +33,7 @@ def generated() -> Iterator[tuple[Path, str]]:
     yield ROOT / "monitoring" / "dashboard.json", json.dumps(dashboard(), indent=1) + "\n"
     yield ROOT / "monitoring" / "alerts.yaml", to_yaml([{"groups": rule_groups()}])
     for spec in sorted((ROOT / "examples").glob("*/pipeline.yaml")):
-        for name, objects in with_kustomization(rendered_files(load_spec(spec), NO_STORE)).items():
+        for name, objects in with_kustomization(render(resolved(load_spec(spec), NO_STORE))).items():
             yield spec.parent / "rendered" / name, to_yaml(objects)
 
 

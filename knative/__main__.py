@@ -6,35 +6,35 @@ from typing import Any, Final
 import click
 
 _COMMANDS: Final = {
-    "run": "knative.commands.run",
-    "ask": "knative.commands.ask",
-    "plan": "knative.commands.plan",
-    "push": "knative.commands.push",
-    "render": "knative.commands.render",
-    "preflight": "knative.commands.preflight",
-    "deploy": "knative.commands.deploy",
-    "promote": "knative.commands.promote",
-    "abort": "knative.commands.abort",
-    "rollback": "knative.commands.rollback",
-    "rotate-token": "knative.commands.rotate_token",
-    "kv": "knative.commands.kv",
-    "keys": "knative.commands.keys",
-    "list": "knative.commands.list",
-    "logs": "knative.commands.logs",
-    "delete": "knative.commands.delete",
-    "check": "knative.commands.check",
-    "status": "knative.commands.status",
-    "requirements": "knative.commands.requirements",
-    "cost": "knative.commands.cost",
-    "kpa-replay": "knative.commands.kpa_replay",
+    "run": "run",
+    "ask": "ask",
+    "plan": "plan",
+    "push": "push",
+    "render": "render",
+    "preflight": "deploy",
+    "deploy": "deploy",
+    "promote": "deploy",
+    "abort": "deploy",
+    "rollback": "deploy",
+    "rotate-token": "deploy",
+    "kv": "kv",
+    "keys": "keys",
+    "list": "reports",
+    "logs": "reports",
+    "delete": "deploy",
+    "check": "check",
+    "status": "status",
+    "requirements": "push",
+    "cost": "reports",
+    "kpa-replay": "check",
 }
-"""Name → module; the command is the module's attribute of the same name, `_` for `-`."""
+"""Name → module of knative.commands. The command is the module's attribute of that name, with `_` for `-`."""
 
 _INTERRUPTED: Final = 130
 
 _EPILOG: Final = """\b
 Start here:
-  python -m knative run                          a real model answers, through three functions, then serves
+  python -m knative run                          a real model answers through three functions, then serves
   python -m knative ask http://127.0.0.1:8080 "What is the capital of France?"
   python -m knative status --watch               what runs, and why
 On a cluster:
@@ -44,11 +44,11 @@ On a cluster:
   python -m knative status pipeline.yaml
 
 \b
-Status: 0 done; 1 failed, one line on standard error says why and what to do; 2 wrong usage; 130 interrupted."""
+Exit status: 0 done; 1 failed, the reason and what to do are on standard error; 2 wrong usage; 130 interrupted."""
 
 
 class _Commands(click.Group):
-    """Knows the commands by name, and turns what they raise on purpose into one line."""
+    """Imports commands by name, and reports their expected failures in one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -56,7 +56,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        module = importlib.import_module(_COMMANDS[cmd_name])
+        module = importlib.import_module(f"knative.commands.{_COMMANDS[cmd_name]}")
         attribute = cmd_name.replace("-", "_")
         command: click.Command = getattr(module, attribute, None) or getattr(module, f"{attribute}_")  # `list` is Python's
         return command
@@ -67,7 +67,7 @@ class _Commands(click.Group):
         except KeyboardInterrupt as error:
             raise click.exceptions.Exit(_INTERRUPTED) from error
         except Exception as error:
-            from knative.commands.terminal.failures import one_line
+            from knative.commands.failures import one_line
 
             text = one_line(error)
             if text is None:

@@ -18,7 +18,7 @@ from bench.coldstart.monolith import publish_monolith
 from bench.coldstart.report import Results, draw, markdown, verdicts
 from bench.coldstart.runs import ColdStart, Store, cold_monolith, cold_pipeline
 from bench.report import ROOT, STATE, machine, write_section
-from knative.spec.model_sources import DEFAULT_MODEL, packaged_model
+from knative.commands.model_choice import DEFAULT_MODEL, packaged_model
 from storage.models.publisher import publish
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore

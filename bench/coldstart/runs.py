@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from knative.commands.sources.local_pipeline import local_pipeline
-from knative.commands.terminal.asking import Question, ask
+from knative.commands.ask import Question, stream_answer
+from knative.commands.local_pipeline import local_pipeline
 from knative.local.platform import Platform, PlatformOptions
 from knative.render.services import services
 from storage.loading.weight_loader import stage_objects
@@ -93,7 +93,7 @@ def _bytes_of(manifest: ModelManifest, first: int, last: int) -> int:
 
 
 async def _first_token(url: str) -> str:
-    async for answer in ask(url, Question(PROMPT, max_tokens=1)):
+    async for answer in stream_answer(url, Question(PROMPT, max_tokens=1)):
         return answer.text
     raise RuntimeError(f"{url} ended its answer without a token")
 

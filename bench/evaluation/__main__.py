@@ -31,7 +31,7 @@ from bench.evaluation.overheads import measure_overheads
 from bench.evaluation.results import Result, Results
 from bench.evaluation.rounds import Overheads
 from bench.evaluation.trace import TraceInvalid
-from knative.commands.sources.store_access import STORE_FOLDER
+from knative.commands.options import STORE_FOLDER
 from knative.local.platform import ROOT
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore

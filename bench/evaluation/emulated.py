@@ -18,7 +18,7 @@ from bench.evaluation.publication import publish_emulated
 from bench.evaluation.replay import BEGUN
 from bench.evaluation.setting import Setting
 from bench.evaluation.trace import Floats, Trace
-from knative.commands.sources.local_pipeline import LocalPipeline, local_pipeline
+from knative.commands.local_pipeline import LocalPipeline, local_pipeline
 from knative.local.kubelet.pods import LocalPod
 from knative.local.platform import ROOT, Platform, PlatformOptions
 from knative.render.services import services

@@ -24,8 +24,8 @@ from bench.report import machine
 from functions.stage.models.build import build_layer_group
 from functions.stage.models.floats import DTYPES
 from functions.stage.models.layer_group import LayerGroup, Segment
-from knative.commands.sources.local_pipeline import ensure_published
-from knative.commands.sources.store_access import STORE_FOLDER
+from knative.commands.local_pipeline import ensure_published
+from knative.commands.options import STORE_FOLDER
 from knative.local.platform import ROOT
 from storage.loading.weight_loader import RawTensor, iterate_layers
 from storage.models.model_repository import ModelManifest, read_file

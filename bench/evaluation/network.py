@@ -16,7 +16,7 @@ from rich.console import Console
 
 from bench.evaluation.emulated import passes_of
 from bench.speculation.answers import ask
-from knative.commands.sources.local_pipeline import LocalPipeline, ensure_published, local_pipeline
+from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
 from knative.local.kubelet.pods import LocalPod
 from knative.local.platform import ROOT, Platform, PlatformOptions
 from knative.local.proxies.network import EmulatedNetwork

@@ -10,7 +10,7 @@ import msgspec
 from rich.console import Console
 
 from bench.evaluation.setting import Setting
-from knative.commands.sources.local_pipeline import ensure_published
+from knative.commands.local_pipeline import ensure_published
 from storage.checkpoints.safetensors_format import ALIGNMENT, TensorSpan
 from storage.models.model_repository import (
     PART_BYTES,

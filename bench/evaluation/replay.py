@@ -17,7 +17,7 @@ import numpy as np
 from bench.evaluation.outcome import PATIENCE_SECONDS
 from bench.evaluation.trace import Floats, Trace
 from eventing.wire.generation import TokenEvent
-from knative.commands.terminal.asking import AskFailed, Question, ask
+from knative.commands.ask import AskFailed, Question, stream_answer
 
 BEGUN: Final = "begun"
 _WORDS: Final = ("river", "stone", "lamp", "seven", "north", "glass", "quiet", "engine", "paper", "winter", "copper", "field")
@@ -42,7 +42,7 @@ async def replay(url: str, trace: Trace, tail_seconds: float) -> tuple[Floats, F
         text, most = " " + " ".join(words), int(trace.answer_tokens[index])
         question = Question(text, most, chat=False, timeout_seconds=PATIENCE_SECONDS)
         with contextlib.suppress(AskFailed):
-            async for answer in ask(url, question):
+            async for answer in stream_answer(url, question):
                 if isinstance(answer, TokenEvent):
                     first[index] = np.fmin(first[index], loop.time() - began)
                     continue

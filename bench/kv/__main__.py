@@ -31,7 +31,7 @@ from bench.report import ROOT, machine, write_section
 from bench.serving.peers_llama_cpp import running_llama_cpp
 from bench.serving.requests import Requests
 from functions.stage.engine.threads import usable_cores
-from knative.spec.model_sources import packaged_model
+from knative.commands.model_choice import packaged_model
 from storage.models.model_repository import read_file, read_manifest
 from storage.store.object_store import ObjectStore
 

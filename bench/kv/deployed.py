@@ -19,8 +19,8 @@ from tokenizers import Tokenizer
 from bench.kv.client import Server
 from bench.pipeline import NUM_STAGES
 from functions.stage.engine.threads import usable_cores
-from knative.commands.sources.local_pipeline import Sharing, ensure_published, local_pipeline
-from knative.commands.terminal.pod_metrics import read_metrics
+from knative.commands.local_pipeline import Sharing, ensure_published, local_pipeline
+from knative.commands.local_pods import read_metrics
 from knative.local.kubelet.pods import LocalPod, PodTiming
 from knative.local.platform import Platform, PlatformOptions
 from knative.local.serving.revisions import Revision

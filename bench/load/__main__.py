@@ -22,9 +22,9 @@ from bench.load.plot import draw
 from bench.load.report import Setting, judge, markdown
 from bench.load.series import Record, read_records
 from bench.report import ROOT, STATE, machine, write_section
-from knative.commands.sources.local_pipeline import LocalPipeline, ensure_published, local_pipeline
-from knative.commands.sources.state_folder import RunningPlatform, StateFolder
-from knative.commands.sources.store_access import STORE_FOLDER
+from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
+from knative.commands.options import STORE_FOLDER
+from knative.commands.state_folder import RunningPlatform, StateFolder
 from knative.local.platform import Platform, PlatformOptions
 from knative.render.services import services
 from knative.spec.pipeline_spec import Autoscaling, GatewaySpec, ModelSpec, PipelineSpec, Resources, StageSpec, StoreSpec

@@ -25,7 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bench.load.series import Answer, Failure, Phase, Record, Replicas, Second
 from eventing.wire.generation import TokenEvent
-from knative.commands.terminal.asking import AskFailed, Question, ask
+from knative.commands.ask import AskFailed, Question, stream_answer
 
 _WORDS: Final = ("river", "stone", "lamp", "seven", "north", "glass", "quiet", "engine", "paper", "winter", "copper", "field")
 _PAUSE_AFTER_FAILURE_SECONDS: Final = 1.0
@@ -128,7 +128,7 @@ async def _converse(load: Load, number: int, over: asyncio.Event, recorder: Reco
 async def _answer(url: str, question: Question, number: int, started: float, recorder: Recorder) -> None:
     """Raises AskFailed."""
     first: float | None = None
-    async for answer in ask(url, question):
+    async for answer in stream_answer(url, question):
         if isinstance(answer, TokenEvent):
             recorder.tokens += 1
             first = recorder.now if first is None else first

@@ -26,7 +26,7 @@ from bench.many.sleeping_stages import Sleeping, sleeping_stages
 from bench.pipeline import NUM_STAGES, TOKEN, gateway_beside
 from bench.report import STATE, machine, output_option, write_section
 from functions.stage.engine.threads import usable_cores
-from knative.commands.sources.local_pipeline import LocalPipeline, ensure_published, local_pipeline
+from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
 from knative.spec.pipeline_spec import GatewaySpec, ModelSpec, PipelineSpec, Resources, StageSpec, StoreSpec
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore

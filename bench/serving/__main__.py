@@ -29,7 +29,7 @@ from bench.serving.report import LLAMA_CPP, Findings, markdown, verdicts
 from bench.serving.requests import Requests
 from bench.serving.round import RoundTime, measure_rounds
 from bench.serving.token_time import token_times
-from knative.spec.model_sources import packaged_model
+from knative.commands.model_choice import packaged_model
 
 _STATE: Final = STATE / "bench"
 _ROUNDS_OF_A_STEP: Final = 60

@@ -46,9 +46,9 @@ from bench.soak.records import (
     read_records,
 )
 from bench.soak.report import markdown, verdicts
-from knative.commands.sources.local_pipeline import LocalPipeline, ensure_published, local_pipeline
-from knative.commands.sources.state_folder import StateFolder
-from knative.commands.sources.store_access import STORE_FOLDER
+from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
+from knative.commands.options import STORE_FOLDER
+from knative.commands.state_folder import StateFolder
 from knative.local.platform import ROOT, Platform
 from storage.store.object_store import ObjectStore
 

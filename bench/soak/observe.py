@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from bench.soak.records import FREE, GATEWAY, Ended, Plan, Recorder, Rest, Usage
-from knative.commands.terminal.pod_metrics import read_metrics
+from knative.commands.local_pods import read_metrics
 from knative.local.kubelet.processes import memory_bytes
 from knative.local.platform import Platform
 

@@ -8,8 +8,8 @@ from typing import Final, Self
 from urllib.parse import urlsplit
 
 from bench.soak.records import GATEWAY
-from knative.commands.sources.local_pipeline import LocalPipeline
-from knative.commands.sources.state_folder import RunningPlatform, StateFolder
+from knative.commands.local_pipeline import LocalPipeline
+from knative.commands.state_folder import RunningPlatform, StateFolder
 from knative.local.kubelet.pods import PodTiming
 from knative.local.platform import Platform, PlatformOptions
 from knative.render.services import services

@@ -25,7 +25,7 @@ from functions.stage.engine.wire_tensors import hidden_array, wire_tensor
 from functions.stage.models.build import build_layer_group
 from functions.stage.models.floats import Array, Float32
 from functions.stage.models.layer_group import LayerGroup, Segment
-from knative.spec.model_sources import packaged_model
+from knative.commands.model_choice import packaged_model
 from storage.checkpoints.checkpoint import Checkpoint
 from storage.checkpoints.model_source import locate, open_checkpoint
 from storage.loading.weight_loader import RawTensor

@@ -1,4 +1,4 @@
-"""A pipeline onto a cluster and off it again: client, preflight, lease, deployer, canary, history, garbage, diagnosis, status.
+"""A pipeline on a cluster: deploy, canary, rollback, status, cost, delete.
 
 May import: knative.spec, knative.webhook.
 """

@@ -1,6 +1,6 @@
 """A Kubernetes API, narrowed to what a deployment needs. The only importer of the kubernetes client.
 
-Everything that can go wrong with it leaves here as a ClusterError whose message says the cause and the next step.
+Every failure of the client leaves this file as a ClusterError.
 """
 
 import os
@@ -20,8 +20,7 @@ from kubernetes.dynamic import DynamicClient
 from kubernetes.dynamic.exceptions import ConflictError, NotFoundError, ResourceNotFoundError
 from urllib3.exceptions import HTTPError
 
-from knative.cluster.api_errors import cluster_error
-from knative.cluster.errors import ClusterUnreachable, KindMissing, Refused
+from knative.cluster.errors import ClusterUnreachable, KindMissing, Rejected, cluster_error
 from knative.spec.kubernetes_object import KubernetesObject
 
 FIELD_MANAGER: Final = "lamina"
@@ -57,27 +56,22 @@ class Cluster:
     """One API server, seen by one identity."""
 
     def __init__(self, api: client.ApiClient, description: str, default_namespace: str = "default") -> None:
-        """Asks the server what it serves. Raises ClusterUnreachable or NotPermitted."""
+        """Asks the server which kinds it serves. Raises ClusterUnreachable or NotPermitted."""
         self.description = description
         self.default_namespace = default_namespace
         self._api = api
-        # The client's own place for its cache outlives the process, and knows nothing of CRDs installed since.
+        # The client's default cache outlives the process, and lacks CRDs that were installed since.
         folder = tempfile.mkdtemp(prefix="lamina-discovery-")
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         try:
-            with self._errors("asking what the API serves"):
+            with self._errors("asking which kinds the API serves"):
                 self._dynamic = DynamicClient(api, cache_file=f"{folder}/cache.json")
-        except (
-            Refused,
-            AttributeError,
-            TypeError,
-            ValueError,
-        ) as error:  # the client takes any JSON, and any text, for an answer
+        except (Rejected, AttributeError, TypeError, ValueError) as error:  # the client accepts any JSON or text as a reply
             raise ClusterUnreachable(f"{description} answers, but not as a Kubernetes API does: {error}") from error
 
     @classmethod
     def connect(cls, kubeconfig: str | None = None, context: str | None = None) -> "Cluster":
-        """By kubeconfig (given, $KUBECONFIG or ~/.kube/config) or, without one, as the pod that this runs in."""
+        """By kubeconfig (given, $KUBECONFIG or ~/.kube/config) or, without one, as the pod that this process runs in."""
         try:
             contexts, active = config.list_kube_config_contexts(kubeconfig)
             api = config.new_client_from_config(kubeconfig, context, persist_config=False)
@@ -85,7 +79,7 @@ class Cluster:
             return cls._in_cluster(error, named=bool(kubeconfig or context))
         except (yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError) as error:
             where = kubeconfig or os.environ.get("KUBECONFIG", "~/.kube/config")
-            raise ClusterUnreachable(f"{where} is no kubeconfig: {' '.join(str(error).split())}") from error
+            raise ClusterUnreachable(f"{where} is not a kubeconfig: {' '.join(str(error).split())}") from error
         chosen = next(entry for entry in contexts if entry["name"] == (context or active["name"]))
         namespace = chosen["context"].get("namespace", "default")
         return cls(api, f"context {chosen['name']} at {api.configuration.host}", namespace)
@@ -111,16 +105,15 @@ class Cluster:
         return True
 
     def require(self, api_version: str, kind: str) -> None:
-        """Raises KindMissing, saying what brings the kind."""
+        """Raises KindMissing, which says what brings the kind."""
         self._resource(api_version, kind)
 
     def serves_group(self, group: str) -> bool:
-        """Whether an API group is there at all, such as metrics.k8s.io."""
+        """Whether an API group exists, such as metrics.k8s.io."""
         with self._errors("listing API groups"):
             return group in self._dynamic.resources.api_groups
 
     def get(self, ref: Ref) -> KubernetesObject | None:
-        """The object as it is, or None."""
         resource = self._resource(ref.api_version, ref.kind)
         with self._errors(f"reading {ref}"):
             try:
@@ -133,11 +126,11 @@ class Cluster:
         resource = self._resource(api_version, kind)
         with self._errors(f"listing {kind} in {namespace or 'all namespaces'}"):
             found = resource.get(namespace=namespace, label_selector=selector, _request_timeout=_TIMEOUT_SECONDS)
-        # Items of a list carry neither kind nor apiVersion of their own.
+        # Items of a list have neither kind nor apiVersion.
         return [{**item, "apiVersion": api_version, "kind": kind} for item in _plain(found)["items"] or []]
 
     def apply(self, manifest: KubernetesObject, *, force: bool = False, dry_run: bool = False) -> KubernetesObject:
-        """Server-side apply as the field manager `lamina`. Returns the object as it then is, or would be."""
+        """Server-side apply as field manager `lamina`. Returns the object as it then is, or with dry_run would be."""
         ref = Ref.of(manifest)
         resource = self._resource(ref.api_version, ref.kind)
         with self._errors(f"applying {ref}"):
@@ -154,27 +147,24 @@ class Cluster:
             )
 
     def create(self, manifest: KubernetesObject) -> KubernetesObject | None:
-        """The object as it then is; None where there is one of that name, which stays as it was."""
-        ref = Ref.of(manifest)
-        resource = self._resource(ref.api_version, ref.kind)
-        with self._errors(f"creating {ref}"):
-            try:
-                return _plain(resource.create(body=manifest, namespace=ref.namespace, _request_timeout=_TIMEOUT_SECONDS))
-            except ConflictError:
-                return None
+        """The created object; None if one of that name exists, which stays as it was."""
+        return self._write("creating", "create", manifest, ConflictError)
 
     def replace(self, manifest: KubernetesObject) -> KubernetesObject | None:
-        """The object as it then is; None where it is no longer of the manifest's resourceVersion, or gone."""
+        """The new object; None if the object has another resourceVersion than the manifest, or is gone."""
+        return self._write("replacing", "replace", manifest, ConflictError, NotFoundError)
+
+    def _write(self, doing: str, verb: str, manifest: KubernetesObject, *expected: type[Exception]) -> KubernetesObject | None:
         ref = Ref.of(manifest)
-        resource = self._resource(ref.api_version, ref.kind)
-        with self._errors(f"replacing {ref}"):
+        write = getattr(self._resource(ref.api_version, ref.kind), verb)
+        with self._errors(f"{doing} {ref}"):
             try:
-                return _plain(resource.replace(body=manifest, namespace=ref.namespace, _request_timeout=_TIMEOUT_SECONDS))
-            except (ConflictError, NotFoundError):
+                return _plain(write(body=manifest, namespace=ref.namespace, _request_timeout=_TIMEOUT_SECONDS))
+            except expected:
                 return None
 
     def delete(self, ref: Ref, resource_version: str | None = None) -> bool:
-        """Whether there was such an object, of that version where one is given. What depends on it goes in the background."""
+        """False if there is no such object, or none of that version. Dependents are deleted in the background."""
         resource = self._resource(ref.api_version, ref.kind)
         body: dict[str, Any] = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background"}
         if resource_version is not None:
@@ -189,7 +179,7 @@ class Cluster:
     def watch(
         self, api_version: str, kind: str, namespace: str, selector: str, timeout_seconds: int
     ) -> Iterator[KubernetesObject]:
-        """Each object as it is now and whenever it changes, for so long; not those that go."""
+        """Each object now and after every change, for that long. Deletions are not reported."""
         resource = self._resource(api_version, kind)
         with self._errors(f"watching {kind} in {namespace}"):
             for event in self._dynamic.watch(resource, namespace=namespace, label_selector=selector, timeout=timeout_seconds):
@@ -197,7 +187,7 @@ class Cluster:
                     yield event["raw_object"]
 
     def log_tail(self, namespace: str, pod: str, container: str, lines: int, previous: bool = False) -> list[str]:
-        """The last lines that a container wrote; none where there is no log (yet, or any more)."""
+        """The last lines of a container's log; empty if there is no log (yet, or any more)."""
         core = client.CoreV1Api(self._api)
         with self._errors(f"reading the log of {pod}"):
             try:
@@ -227,7 +217,7 @@ class Cluster:
 
     @contextmanager
     def _errors(self, doing: str) -> Iterator[None]:
-        """What the client raises becomes a ClusterError that says what was being done."""
+        """Turns the client's errors into ClusterErrors that name the request."""
         try:
             yield
         except ApiException as error:

@@ -1,12 +1,13 @@
-"""What a pipeline used: replica-seconds of each revision, and with what its pods request also byte-, core- and GPU-seconds.
+"""Resources that a pipeline used: replica-seconds of each revision, and byte-, core- and GPU-seconds by its pods' requests.
 
-Over a time that is past only somebody who counted knows: a Prometheus that scrapes Knative's autoscaler, whose gauge
-`kn_revision_pods_count` is the number of pods of a revision. Without one there is what runs now, since each pod's start.
+The past is known only to a Prometheus that scrapes Knative's autoscaler, whose gauge `kn_revision_pods_count` is the number of
+pods of a revision. Without one, running pods are counted, each since its start.
 """
 
 import json
 import urllib.parse
 import urllib.request
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,55 +15,50 @@ from typing import Any, Final
 
 from knative.cluster.client import Cluster
 from knative.cluster.errors import ClusterError
-from knative.cluster.history import INSTANCE, MANAGED_BY
-from knative.cluster.readiness import REVISION_LABEL, SERVICE_LABEL, SERVING
-from knative.cluster.status import phase_of, services_of
+from knative.cluster.objects import INSTANCE, REVISION_LABEL, SERVICE_LABEL, SERVING, label, own_selector, phase_of, services_of
 from knative.spec.kubernetes_object import KubernetesObject
 from knative.spec.pipeline_spec import quantity
 
 _GAUGE: Final = "kn_revision_pods_count"
 _STEP_SECONDS: Final = 15
-_MOST_POINTS: Final = 10_000
-"""Of a series, in one answer: Prometheus gives 11,000."""
-_GPU: Final = "nvidia.com/gpu"
+_MOST_POINTS: Final = 10_000  # of a series in one reply; Prometheus allows 11,000
+_COUNTED: Final = ("cpu", "memory", "nvidia.com/gpu")
 
 
 class NotCounted(ClusterError):
-    """The Prometheus does not answer, or does not scrape what counts pods. The message says what is needed."""
+    """The Prometheus does not answer, or does not scrape the gauge. The message says what is needed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
-    """Of one revision. bytes, cores and gpus: what each of its pods requests; None where the revision is gone."""
-
+class RevisionUsage:
     service: str
     revision: str
     replica_seconds: float
-    requests: dict[str, float] | None
+    requests: dict[str, float] | None  # of each pod: memory (bytes), cpu (cores), nvidia.com/gpu; None if the revision is gone
 
     def seconds_of(self, resource: str) -> float | None:
-        """replica_seconds times what a pod requests of `memory` (bytes), `cpu` (cores) or `nvidia.com/gpu`."""
+        """replica_seconds times the amount that each pod requests."""
         return None if self.requests is None else self.replica_seconds * self.requests.get(resource, 0.0)
 
 
-def usage_since_start(cluster: Cluster, namespace: str, name: str, now: datetime | None = None) -> list[Usage]:
-    """Of the pods that run now, each since its start; what ended before is not in it."""
+def usage_since_start(cluster: Cluster, namespace: str, name: str, now: datetime | None = None) -> list[RevisionUsage]:
+    """Of the pods that run now, each since its start; pods that ended before are not counted."""
     moment = now or datetime.now(UTC)
-    seconds: dict[tuple[str, str], float] = {}
+    seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
     requests: dict[tuple[str, str], dict[str, float]] = {}
-    for pod in cluster.find("v1", "Pod", namespace, f"{INSTANCE}={name},{MANAGED_BY}=lamina"):
+    for pod in cluster.find("v1", "Pod", namespace, own_selector(name)):
         started = (pod.get("status") or {}).get("startTime")
         if started is None or phase_of(pod) == "over":
             continue
-        key = (pod["metadata"]["labels"].get(SERVICE_LABEL, ""), pod["metadata"]["labels"].get(REVISION_LABEL, ""))
-        seconds[key] = seconds.get(key, 0.0) + (moment - datetime.fromisoformat(started)).total_seconds()
+        key = (label(pod, SERVICE_LABEL), label(pod, REVISION_LABEL))
+        seconds[key] += (moment - datetime.fromisoformat(started)).total_seconds()
         requests[key] = _requests(pod["spec"]["containers"])
-    return [Usage(*key, seconds[key], requests[key]) for key in sorted(seconds)]
+    return [RevisionUsage(*key, seconds[key], requests[key]) for key in sorted(seconds)]
 
 
 def usage_from_prometheus(
     cluster: Cluster, namespace: str, name: str, url: str, window_seconds: float, now: float
-) -> list[Usage]:
+) -> list[RevisionUsage]:
     """Over the last window_seconds before the Unix time `now`. Raises NotCounted."""
     pattern = f"{name}(-[0-9a-f]{{8}}-(s[0-9]+|ev))?"
     query = f'{_GAUGE}{{k8s_namespace_name="{namespace}",kn_service_name=~"{pattern}"}}'
@@ -71,29 +67,32 @@ def usage_from_prometheus(
     if not series:
         raise NotCounted(
             f"the Prometheus at {url} has no {_GAUGE} of {name} in namespace {namespace} for that time; Knative's autoscaler "
-            "gives it once config-observability says `metrics-protocol: prometheus` and it is scraped; without --prometheus "
-            "the pods that run now are counted"
+            "exports it if config-observability has `metrics-protocol: prometheus`, and it must be scraped; without "
+            "--prometheus the pods that run now are counted"
         )
-    requests = _requests_of_revisions(cluster, namespace, name)
-    found: dict[tuple[str, str], float] = {}
+    services = {service["metadata"]["name"] for service in services_of(cluster, namespace, name)}
+    requests = {
+        each["metadata"]["name"]: _requests(each["spec"]["containers"])
+        for each in cluster.find(SERVING, "Revision", namespace, f"{INSTANCE}={name}")
+        if label(each, SERVICE_LABEL) in services
+    }
+    found: defaultdict[tuple[str, str], float] = defaultdict(float)
     for each in series:
         key = (each["metric"].get("kn_service_name", ""), each["metric"].get("kn_revision_name", ""))
-        found[key] = found.get(key, 0.0) + replica_seconds(each["values"], step)
-    return [Usage(*key, found[key], requests.get(key[1])) for key in sorted(found)]
+        found[key] += replica_seconds(each["values"], step)
+    return [RevisionUsage(*key, found[key], requests.get(key[1])) for key in sorted(found)]
 
 
 def replica_seconds(values: Iterable[tuple[float, str]], step_seconds: float) -> float:
-    """values: Unix time and number of pods, a step apart; a step without a value counts for nothing."""
+    """values: Unix time and number of pods, a step apart; a step without a value counts as 0."""
     return sum(float(count) for _, count in values) * step_seconds
 
 
 def _query_range(url: str, query: str, start: float, end: float, step: float) -> list[dict[str, Any]]:
-    asked = urllib.parse.urlencode({"query": query, "start": start + step, "end": end, "step": step})
-    place = f"{url.rstrip('/')}/api/v1/query_range?{asked}"
+    arguments = urllib.parse.urlencode({"query": query, "start": start + step, "end": end, "step": step})
     try:
-        with urllib.request.urlopen(place, timeout=30) as reply:
-            answer = json.load(reply)
-        result: list[dict[str, Any]] = answer["data"]["result"]
+        with urllib.request.urlopen(f"{url.rstrip('/')}/api/v1/query_range?{arguments}", timeout=30) as reply:
+            result: list[dict[str, Any]] = json.load(reply)["data"]["result"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise NotCounted(
             f"{url} does not answer as a Prometheus does: {error}; check the address, port-forward and path"
@@ -101,20 +100,11 @@ def _query_range(url: str, query: str, start: float, end: float, step: float) ->
     return result
 
 
-def _requests_of_revisions(cluster: Cluster, namespace: str, name: str) -> dict[str, dict[str, float]]:
-    names = {service["metadata"]["name"] for service in services_of(cluster, namespace, name)}
-    return {
-        each["metadata"]["name"]: _requests(each["spec"]["containers"])
-        for each in cluster.find(SERVING, "Revision", namespace, f"{INSTANCE}={name}")
-        if each["metadata"]["labels"].get(SERVICE_LABEL) in names
-    }
-
-
 def _requests(containers: list[KubernetesObject]) -> dict[str, float]:
-    """Summed over the containers, queue-proxy among them where it says any."""
-    total: dict[str, float] = {}
+    """Sum over all containers, queue-proxy included."""
+    total: defaultdict[str, float] = defaultdict(float)
     for container in containers:
         for resource, amount in ((container.get("resources") or {}).get("requests") or {}).items():
-            if resource in ("cpu", "memory", _GPU):
-                total[resource] = total.get(resource, 0.0) + quantity(str(amount))
-    return total
+            if resource in _COUNTED:
+                total[resource] += quantity(str(amount))
+    return dict(total)

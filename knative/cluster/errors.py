@@ -1,4 +1,9 @@
-"""What can go wrong with a cluster, apart from the client that finds out; one class per condition."""
+"""Errors of a cluster, one class per condition, and their making from an API server's reply."""
+
+import json
+from typing import Final
+
+_EXCERPT_LENGTH: Final = 200  # of a reply that is not a Kubernetes Status, such as a proxy's page
 
 
 class ClusterError(Exception):
@@ -6,19 +11,19 @@ class ClusterError(Exception):
 
 
 class ClusterUnreachable(ClusterError):
-    """No kubeconfig, no such context, or nobody answers. A retry helps once that is mended."""
+    """No kubeconfig, no such context, or no reply. A retry helps once that is fixed."""
 
 
 class NotPermitted(ClusterError):
-    """401 or 403 from the API itself. Someone must grant the right."""
+    """401 or 403 from the API itself. Somebody must grant the right."""
 
 
 class KindMissing(ClusterError):
     """The API does not serve this kind: its CRD is not installed."""
 
 
-class Refused(ClusterError):
-    """The API or an admission webhook does not accept the object. A retry of the same object does not help."""
+class Rejected(ClusterError):
+    """The API or an admission webhook rejects the request, or the pipeline's state does. A retry does not help."""
 
 
 class FieldConflict(ClusterError):
@@ -26,16 +31,38 @@ class FieldConflict(ClusterError):
 
 
 class PreflightFailed(ClusterError):
-    """Something that the deployment needs is not there. The message says what, and how to get it."""
+    """The cluster lacks something that the deployment needs. The message says what, and how to get it."""
 
 
 class DeployFailed(ClusterError):
-    """An object did not become Ready. The message has the reason and what was found out about it."""
+    """An object did not become Ready. The message has the reason and a diagnosis."""
 
 
 class DeployInProgress(ClusterError):
-    """Somebody else deploys this pipeline, or has taken over. A retry helps once that has ended."""
+    """Another deployment of this pipeline runs, or has taken over. A retry helps once that has ended."""
 
 
 class NothingServes(ClusterError):
     """There is no version to go back to, or no canary to promote. A retry does not help."""
+
+
+def cluster_error(doing: str, status: int, body: bytes | str | None, reason: str) -> ClusterError:
+    """For a reply with an error status. doing: the request in words, such as "reading Service default/chat"."""
+    text = body.decode(errors="replace") if isinstance(body, bytes) else body or ""
+    try:
+        message = str(json.loads(text)["message"])
+    except (ValueError, KeyError, TypeError):
+        message = " ".join(text.split())[:_EXCERPT_LENGTH] or reason
+    if status == 401:
+        return NotPermitted(f"{doing}: unknown identity: {message}; log in again, or choose another context")
+    if status == 403 and "because it is being terminated" in message:
+        return Rejected(f"{doing}: {message}; wait until the namespace is gone, then create it again")
+    if status == 403 and "admission webhook" not in message and "exceeded quota" not in message:
+        return NotPermitted(f"{doing}: {message}; ask for a Role with this right in the namespace")
+    if status == 409 and "conflict" in message.lower():
+        return FieldConflict(f"{doing}: {message}; undo those changes, or take the fields over with --force-conflicts")
+    if status == 404:
+        return Rejected(f"{doing}: {message}; does the namespace exist?")
+    if "exceeded quota" in message:
+        return Rejected(f"{doing}: {message}; lower the resources in the spec, or have the quota raised")
+    return Rejected(f"{doing}: the cluster answered {status}: {message}")

@@ -1,124 +1,112 @@
-"""What was deployed, or tried: each version's objects and outcome in a ConfigMap, so that going back needs no file."""
+"""Versions that were deployed or tried: objects and outcome of each in a ConfigMap, so that a rollback needs no file."""
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any, Final
+from typing import Final
 
 import yaml
 
 from knative.cluster.client import Cluster, Ref
 from knative.cluster.errors import NothingServes
+from knative.cluster.objects import INSTANCE, MANAGED_BY, PIPELINE, fingerprint_of, gateway_of
 from knative.spec.kubernetes_object import KubernetesObject, to_yaml
 
 KEPT_VERSIONS: Final = 10
-INSTANCE: Final = "app.kubernetes.io/instance"
-MANAGED_BY: Final = "app.kubernetes.io/managed-by"
-COMPONENT: Final = "app.kubernetes.io/component"
-PIPELINE: Final = "lamina.dev/pipeline"
-HISTORY: Final = "lamina.dev/history"
-_KEY: Final = "manifests.yaml"
+_HISTORY: Final = "lamina.dev/history"
 _NUMBER: Final = "lamina.dev/version"
 _OUTCOME: Final = "lamina.dev/outcome"
 _REASON: Final = "lamina.dev/reason"
+_MANIFESTS: Final = "manifests.yaml"
 _REASON_LENGTH: Final = 500
 
 
 class Outcome(StrEnum):
     """What became of a version."""
 
-    STARTED = "started"
-    """Under way; or whoever deployed it has died."""
+    STARTED = "started"  # in progress, or its deployer has died
     SERVED = "served"
-    CANARY = "canary"
-    """Gets a part of the requests, beside the last that served."""
+    CANARY = "canary"  # gets a part of the requests, beside the last version that served
     FAILED = "failed"
-    ABORTED = "aborted"
-    """A canary that was taken back."""
+    ABORTED = "aborted"  # a canary that was removed
 
 
 @dataclass(frozen=True, slots=True)
-class Version:
-    """One state of a pipeline. `number` counts up; a rollback repeats an old state under a new number."""
+class DeployedVersion:
+    """One state of a pipeline. A rollback repeats an old state under a new number."""
 
     number: int
-    manifests: str
-    """All rendered objects, as YAML."""
+    manifests: str  # all rendered objects, as YAML
     fingerprint: str
     outcome: Outcome
-    reason: str = ""
-    """Of a failure: its first line; of a canary: its share."""
+    reason: str = ""  # first line of a failure; share of a canary
 
     @property
     def objects(self) -> list[KubernetesObject]:
         return _objects(self.manifests)
 
-
-def gateway_of(objects: list[KubernetesObject]) -> KubernetesObject:
-    return next(each for each in objects if each["metadata"]["labels"].get(COMPONENT) == "gateway"
-                and each["kind"] == "Service")  # fmt: skip
-
-
-def fingerprint_of(manifest: KubernetesObject) -> str:
-    fingerprint: str = manifest["metadata"]["labels"][PIPELINE]
-    return fingerprint
+    def __str__(self) -> str:
+        return f"{self.number} ({self.outcome})"
 
 
 class History:
-    """Of one pipeline."""
+    """The versions of one pipeline."""
 
     def __init__(self, cluster: Cluster, namespace: str, name: str) -> None:
         self._cluster = cluster
         self._namespace = namespace
         self._name = name
 
-    def versions(self) -> list[Version]:
+    def versions(self) -> list[DeployedVersion]:
         """Oldest first."""
-        found = self._cluster.find("v1", "ConfigMap", self._namespace, f"{INSTANCE}={self._name},{HISTORY}=true")
+        found = self._cluster.find("v1", "ConfigMap", self._namespace, f"{INSTANCE}={self._name},{_HISTORY}=true")
         return sorted(map(_read, found), key=lambda version: version.number)
 
-    def begin(self, objects: list[KubernetesObject]) -> Version:
-        """Writes an attempt down; the newest version, if that has these objects already. Forgets what nobody goes back to."""
+    def begin(self, objects: list[KubernetesObject]) -> DeployedVersion:
+        """Records an attempt, and deletes versions that are too old. Reuses the newest version if it has these objects."""
         known, manifests = self.versions(), to_yaml(objects)
         if known and known[-1].manifests == manifests:
             newest = known[-1]
             return newest if newest.outcome is Outcome.SERVED else self.note(newest, Outcome.STARTED)
-        fingerprint = fingerprint_of(gateway_of(objects))
-        version = Version(known[-1].number + 1 if known else 1, manifests, fingerprint, Outcome.STARTED)
+        number = known[-1].number + 1 if known else 1
+        version = DeployedVersion(number, manifests, fingerprint_of(gateway_of(objects)), Outcome.STARTED)
         self._write(version)
-        for each in _forgotten([*known, version]):
-            self._cluster.delete(Ref("v1", "ConfigMap", self._namespace, self._map_name(each.number)))
+        for each in _outdated([*known, version]):
+            self._cluster.delete(Ref("v1", "ConfigMap", self._namespace, f"{self._name}-v{each.number}"))
         return version
 
-    def note(self, version: Version, outcome: Outcome, reason: str = "") -> Version:
-        """What became of it. A version that served has served, whatever became of a later attempt at the same."""
+    def note(self, version: DeployedVersion, outcome: Outcome, reason: str = "") -> DeployedVersion:
+        """Records the outcome. A version that served keeps that outcome, whatever becomes of later attempts at the same."""
         noted = replace(version, outcome=outcome, reason=reason)
         if version.outcome is not Outcome.SERVED:
             self._write(noted)
         return noted
 
-    def serving(self) -> Version | None:
-        """The last that served: what serves now, unless somebody changed it by other means."""
+    def serving(self) -> DeployedVersion | None:
+        """The last version that served. It serves now unless somebody changed the pipeline by other means."""
         return last_served(self.versions())
 
-    def canary(self) -> Version | None:
-        """The newest version, while it is one."""
+    def canary(self) -> DeployedVersion | None:
+        """The newest version, if it is a canary."""
         known = self.versions()
         return known[-1] if known and known[-1].outcome is Outcome.CANARY else None
 
-    def to_go_back_to(self, number: int | None) -> Version:
-        """The version of this number; by default what last served, or what served before that. Raises NothingServes."""
+    def to_go_back_to(self, number: int | None) -> DeployedVersion:
+        """The version of this number; without one the last that served, or if that is the newest, the one before.
+
+        Raises NothingServes.
+        """
         known = self.versions()
         if not known:
             raise NothingServes(f"no version of {self._name} in namespace {self._namespace} is known; deploy it first")
+        listed = ", ".join(map(str, known))
         if number is not None:
             found = next((version for version in known if version.number == number), None)
             if found is None:
-                raise NothingServes(f"version {number} is not known; known are {', '.join(map(_told, known))}")
+                raise NothingServes(f"version {number} is not known; known are {listed}")
             return found
         serving = last_served(known)
         if serving is None:
-            raise NothingServes(f"no version of {self._name} has served; known are {', '.join(map(_told, known))}; "
-                                "`delete` takes away what they left")  # fmt: skip
+            raise NothingServes(f"no version of {self._name} has served; known are {listed}; `delete` removes what they left")
         if known[-1].outcome is not Outcome.SERVED:
             return serving
         before = last_served([version for version in known if version.manifests != serving.manifests])
@@ -126,44 +114,41 @@ class History:
             raise NothingServes(f"version {serving.number} is the only one that served; there is nothing to go back to")
         return before
 
-    def _map_name(self, number: int) -> str:
-        return f"{self._name}-v{number}"
-
-    def _write(self, version: Version) -> None:
+    def _write(self, version: DeployedVersion) -> None:
         annotations = {_NUMBER: str(version.number), PIPELINE: version.fingerprint, _OUTCOME: str(version.outcome)}
         if version.reason:
             annotations[_REASON] = version.reason.splitlines()[0][:_REASON_LENGTH]
-        metadata: dict[str, Any] = {
-            "name": self._map_name(version.number),
-            "namespace": self._namespace,
-            "labels": {INSTANCE: self._name, MANAGED_BY: "lamina", HISTORY: "true"},
-            "annotations": annotations,
+        config_map: KubernetesObject = {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": {
+                "name": f"{self._name}-v{version.number}",
+                "namespace": self._namespace,
+                "labels": {INSTANCE: self._name, MANAGED_BY: "lamina", _HISTORY: "true"},
+                "annotations": annotations,
+            },
+            "data": {_MANIFESTS: version.manifests},
         }
-        data = {_KEY: version.manifests}
-        self._cluster.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data})
+        self._cluster.apply(config_map)
 
 
-def last_served(known: list[Version]) -> Version | None:
+def last_served(known: list[DeployedVersion]) -> DeployedVersion | None:
     return next((version for version in reversed(known) if version.outcome is Outcome.SERVED), None)
 
 
-def _told(version: Version) -> str:
-    return f"{version.number} ({version.outcome})"
-
-
-def _forgotten(known: list[Version]) -> list[Version]:
-    """All but the last ten, and the last ten that served: many failures in a row take away nothing to go back to."""
+def _outdated(known: list[DeployedVersion]) -> list[DeployedVersion]:
+    """All but the last ten versions and the last ten that served, so that a series of failures leaves those."""
     served = [version for version in known if version.outcome is Outcome.SERVED]
     kept = {version.number for version in (*known[-KEPT_VERSIONS:], *served[-KEPT_VERSIONS:])}
     return [version for version in known if version.number not in kept]
 
 
-def _read(config_map: KubernetesObject) -> Version:
+def _read(config_map: KubernetesObject) -> DeployedVersion:
     annotations = config_map["metadata"]["annotations"]
-    manifests: str = config_map["data"][_KEY]
-    outcome = Outcome(annotations.get(_OUTCOME, Outcome.SERVED))  # before there were outcomes, none but these were kept
+    manifests: str = config_map["data"][_MANIFESTS]
+    outcome = Outcome(annotations.get(_OUTCOME, Outcome.SERVED))  # versions of older releases had all served
     fingerprint = annotations.get(PIPELINE) or fingerprint_of(gateway_of(_objects(manifests)))
-    return Version(int(annotations[_NUMBER]), manifests, fingerprint, outcome, annotations.get(_REASON, ""))
+    return DeployedVersion(int(annotations[_NUMBER]), manifests, fingerprint, outcome, annotations.get(_REASON, ""))
 
 
 def _objects(manifests: str) -> list[KubernetesObject]:

@@ -1,7 +1,8 @@
-"""So that two deployments of one pipeline do not cross: a Lease of Kubernetes, held while one goes on.
+"""A Kubernetes Lease that keeps two deployments of one pipeline from running at the same time.
 
-Who finds it held is told by whom and since when; one that was not renewed in time is taken over, and its holder, should it
-still be there, stops at its next step. Times are the machines' own: clocks a minute apart would take over too early.
+A second deployment is told who holds the Lease and since when. A Lease that was not renewed in time is taken over; its former
+holder, if it still runs, stops at its next step. Times come from the machines' own clocks: if they differ by more than the
+lease's duration, it is taken over too early.
 """
 
 import contextlib
@@ -16,28 +17,26 @@ from typing import Any, Final
 
 from knative.cluster.client import Cluster, Ref
 from knative.cluster.errors import ClusterError, DeployInProgress, NotPermitted
-from knative.cluster.history import INSTANCE, MANAGED_BY
+from knative.cluster.objects import INSTANCE, MANAGED_BY
 from knative.spec.kubernetes_object import KubernetesObject
 
 DURATION_SECONDS: Final = 60
-_RENEWALS_IN_TIME: Final = 4
+_RENEWALS_PER_DURATION: Final = 4
 _COORDINATION: Final = "coordination.k8s.io/v1"
 _FORMAT: Final = "%Y-%m-%dT%H:%M:%S.%fZ"
 
 
 def lease_ref(namespace: str, name: str) -> Ref:
-    """Of the pipeline `name`."""
     return Ref(_COORDINATION, "Lease", namespace, f"{name}-deploy")
 
 
-def told(lease: KubernetesObject) -> str:
+def holder(lease: KubernetesObject) -> str:
     """Who holds it, and since when."""
-    spec = lease["spec"]
-    return f"{spec.get('holderIdentity')} since {spec.get('acquireTime')}"
+    return f"{lease['spec'].get('holderIdentity')} since {lease['spec'].get('acquireTime')}"
 
 
 class DeployLease:
-    """Held by this process. `check` raises DeployInProgress once it was lost."""
+    """Held by this process, and renewed by a thread of its own. lease: None if Leases are not permitted."""
 
     def __init__(self, cluster: Cluster, ref: Ref, lease: KubernetesObject | None, duration_seconds: float) -> None:
         self._cluster = cluster
@@ -49,22 +48,24 @@ class DeployLease:
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def check(self) -> None:
+        """Raises DeployInProgress if the lease was lost."""
         if self._lost:
             raise DeployInProgress(self._lost)
 
     def _renew(self) -> None:
-        while self._lease is not None and not self._ended.wait(self._duration_seconds / _RENEWALS_IN_TIME):
-            with contextlib.suppress(ClusterError):  # an API that is away for a moment; the next renewal may be in time
-                renewed = self._cluster.replace(_renewed(self._lease, datetime.now(UTC)))
+        while self._lease is not None and not self._ended.wait(self._duration_seconds / _RENEWALS_PER_DURATION):
+            metadata = {key: value for key, value in self._lease["metadata"].items() if key != "managedFields"}
+            spec = {**self._lease["spec"], "renewTime": datetime.now(UTC).strftime(_FORMAT)}
+            with contextlib.suppress(ClusterError):  # the API is away for a moment; the next renewal may be in time
+                renewed = self._cluster.replace({**self._lease, "metadata": metadata, "spec": spec})
                 if renewed is None:
-                    self._lost = self._who_took_it()
+                    live = self._cluster.get(self._ref)
+                    by = "deleted" if live is None else f"taken over by {holder(live)}"
+                    self._lost = (
+                        f"{self._ref} was {by} during this deployment, which stops here; `status` shows what became of it"
+                    )
                     return
                 self._lease = renewed
-
-    def _who_took_it(self) -> str:
-        live = self._cluster.get(self._ref)
-        by = "deleted" if live is None else f"taken over by {told(live)}"
-        return f"{self._ref} was {by} while this deployment went on; it ends here, see what became of it with `status`"
 
     def __enter__(self) -> "DeployLease":
         self._thread.start()
@@ -82,12 +83,12 @@ class DeployLease:
 def deploy_lease(
     cluster: Cluster, namespace: str, name: str, say: Callable[[str], None], duration_seconds: float = DURATION_SECONDS
 ) -> Iterator[DeployLease]:
-    """Raises DeployInProgress where another deployment of the pipeline goes on."""
+    """Raises DeployInProgress if another deployment of the pipeline is under way."""
     ref = lease_ref(namespace, name)
     try:
         lease = _acquire(cluster, ref, name, say, duration_seconds)
     except NotPermitted as error:
-        say(f"not kept from crossing with another deployment: {error}")
+        say(f"other deployments are not locked out: {error}")
         lease = None
     with DeployLease(cluster, ref, lease, duration_seconds) as held:
         yield held
@@ -112,18 +113,18 @@ def _acquire(cluster: Cluster, ref: Ref, name: str, say: Callable[[str], None], 
         return created
     live = cluster.get(ref)
     if live is None:
-        return _acquire(cluster, ref, name, say, duration_seconds)  # released in between
-    left = (_expires(live) - now).total_seconds()
-    if left > 0:
+        return _acquire(cluster, ref, name, say, duration_seconds)  # it was released in between
+    left_seconds = (_expires(live) - now).total_seconds()
+    if left_seconds > 0:
         raise DeployInProgress(
-            f"{told(live)} changes {name} in namespace {ref.namespace}; wait for its end. If it died: {ref} is taken over by "
-            f"a deployment in {left:.0f} s or later"
+            f"{holder(live)} changes {name} in namespace {ref.namespace}; wait for its end. If it died: a deployment "
+            f"can take over {ref} in {left_seconds:.0f} s"
         )
     version = live["metadata"]["resourceVersion"]
     taken = cluster.replace({**lease, "metadata": {**metadata, "resourceVersion": version}})
     if taken is None:
         raise DeployInProgress(f"another deployment took over {ref} at the same moment; wait for its end")
-    say(f"took over {ref}, which {told(live)} did not renew in time")
+    say(f"took over {ref}, which {holder(live)} did not renew in time")
     return taken
 
 
@@ -135,13 +136,8 @@ def _expires(lease: KubernetesObject) -> datetime:
     return datetime.fromisoformat(renewed) + timedelta(seconds=spec.get("leaseDurationSeconds") or DURATION_SECONDS)
 
 
-def _renewed(lease: KubernetesObject, now: datetime) -> KubernetesObject:
-    metadata = {key: value for key, value in lease["metadata"].items() if key != "managedFields"}
-    return {**lease, "metadata": metadata, "spec": {**lease["spec"], "renewTime": now.strftime(_FORMAT)}}
-
-
 def _identity() -> str:
-    """Who, where, and which process."""
+    """user@host/process."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container's user without a name

@@ -1,19 +1,29 @@
-"""Secrets that a pipeline's Services name, and the one that the deployer makes: the token between gateway and stages."""
+"""The token between gateway and stages: its Secret, which the deployer makes, and its rotation without losing an answer.
+
+A rotation has three states of the Secret, with a deployment after each:
+
+1. Stages accept the new token as well (`second`); gateways still send the old one.
+2. Gateways send the new token; stages accept the old one as well, for gateways that have not ended yet.
+3. The old token is gone.
+
+Pods read Secrets when they start. So the state is counted in an annotation of the Secret and of the pods' templates, which
+makes a new revision for each state. An interrupted rotation continues where it stopped.
+"""
 
 import base64
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Final
+from typing import Final
 
 from knative.cluster.client import Cluster, Ref
-from knative.cluster.errors import NotPermitted
-from knative.cluster.history import INSTANCE, MANAGED_BY
-from knative.cluster.readiness import SERVING
+from knative.cluster.errors import NotPermitted, PreflightFailed, Rejected
+from knative.cluster.objects import INSTANCE, MANAGED_BY, SERVING, label
 from knative.spec.kubernetes_object import KubernetesObject
 
-ROTATION: Final = "lamina.dev/rotation"
+LAST_STATE: Final = 3
+_ROTATION: Final = "lamina.dev/rotation"
 _TOKEN: Final = "LAMINA_PIPELINE_TOKEN"
 _STORE_KEYS: Final = frozenset({"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"})
 
@@ -28,52 +38,15 @@ class WantedSecret:
 
 
 def wanted_secrets(objects: list[KubernetesObject]) -> dict[Ref, WantedSecret]:
-    """Secrets that the Services name, without which a pod would not start."""
+    """Secrets that the Services name, and without which a pod would not start."""
     wanted: dict[Ref, WantedSecret] = {}
     for service in (each for each in objects if each["kind"] == "Service"):
-        metadata = service["metadata"]
         pod = service["spec"]["template"]["spec"]
-        for name, keys, is_token in chain(_mounted(pod), *map(_references, pod["containers"])):
-            ref = Ref("v1", "Secret", metadata["namespace"], name)
+        for name, keys, is_token in chain(_mounted(pod), *map(_referenced, pod["containers"])):
+            ref = Ref("v1", "Secret", service["metadata"]["namespace"], name)
             before = wanted.get(ref, WantedSecret("", frozenset(), False))
-            pipeline = (metadata.get("labels") or {}).get(INSTANCE, "")
-            wanted[ref] = WantedSecret(pipeline, keys | before.keys, is_token or before.is_token)
+            wanted[ref] = WantedSecret(label(service, INSTANCE), keys | before.keys, is_token or before.is_token)
     return wanted
-
-
-def ensure_token(cluster: Cluster, objects: list[KubernetesObject], say: Callable[[str], None]) -> None:
-    """Makes the pipeline's token where there is none; one that is there stays as it is, whoever made it."""
-    for ref, wanted in wanted_secrets(objects).items():
-        if wanted.is_token and cluster.get(ref) is None and cluster.create(_token_secret(ref, wanted.pipeline)):
-            say(f"made {ref}: the token between gateway and stages")
-
-
-def marked(cluster: Cluster, objects: list[KubernetesObject]) -> list[KubernetesObject]:
-    """The objects; templates of Services say how often their token was rotated, so that pods of another are made when it was.
-
-    Without a rotation, or the right to look, they are as they were.
-    """
-    ref = next((ref for ref, wanted in wanted_secrets(objects).items() if wanted.is_token), None)
-    try:
-        secret = cluster.get(ref) if ref is not None else None
-    except NotPermitted:
-        secret = None
-    rotation = ((secret or {"metadata": {}})["metadata"].get("annotations") or {}).get(ROTATION)
-    if rotation is None:
-        return objects
-    return [_with_rotation(each, rotation) if each["apiVersion"] == SERVING else each for each in objects]
-
-
-def _with_rotation(service: KubernetesObject, rotation: str) -> KubernetesObject:
-    template = service["spec"]["template"]
-    annotations = {**template["metadata"].get("annotations", {}), ROTATION: rotation}
-    new = {**template, "metadata": {**template["metadata"], "annotations": annotations}}
-    return {**service, "spec": {**service["spec"], "template": new}}
-
-
-def new_token() -> str:
-    """As a Secret holds it."""
-    return base64.b64encode(secrets.token_urlsafe(32).encode()).decode()
 
 
 def _mounted(pod: KubernetesObject) -> Iterator[tuple[str, frozenset[str], bool]]:
@@ -83,7 +56,7 @@ def _mounted(pod: KubernetesObject) -> Iterator[tuple[str, frozenset[str], bool]
             yield secret["secretName"], frozenset(item["key"] for item in secret.get("items", [])), False
 
 
-def _references(container: KubernetesObject) -> Iterator[tuple[str, frozenset[str], bool]]:
+def _referenced(container: KubernetesObject) -> Iterator[tuple[str, frozenset[str], bool]]:
     """Name of the Secret, its keys, whether it is the token."""
     for entry in container.get("env", []):
         reference = (entry.get("valueFrom") or {}).get("secretKeyRef")
@@ -94,10 +67,91 @@ def _references(container: KubernetesObject) -> Iterator[tuple[str, frozenset[st
             yield source["secretRef"]["name"], _STORE_KEYS, False
 
 
-def _token_secret(ref: Ref, pipeline: str) -> KubernetesObject:
-    metadata: dict[str, Any] = {
-        "name": ref.name,
-        "namespace": ref.namespace,
-        "labels": {INSTANCE: pipeline, MANAGED_BY: "lamina"},
-    }
-    return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": "Opaque", "data": {"token": new_token()}}
+def ensure_token(cluster: Cluster, objects: list[KubernetesObject], say: Callable[[str], None]) -> None:
+    """Creates the pipeline's token unless it exists."""
+    for ref, wanted in wanted_secrets(objects).items():
+        if wanted.is_token and cluster.get(ref) is None:
+            secret: KubernetesObject = {
+                "apiVersion": "v1",
+                "kind": "Secret",
+                "metadata": {
+                    "name": ref.name,
+                    "namespace": ref.namespace,
+                    "labels": {INSTANCE: wanted.pipeline, MANAGED_BY: "lamina"},
+                },
+                "type": "Opaque",
+                "data": {"token": _new_token()},
+            }
+            if cluster.create(secret):
+                say(f"made {ref}: the token between gateway and stages")
+
+
+def with_rotation(cluster: Cluster, objects: list[KubernetesObject]) -> list[KubernetesObject]:
+    """The objects, with the state of the rotation in the templates of Services.
+
+    Unchanged if the token was never rotated, or if we may not read it.
+    """
+    ref = _token_ref(objects)
+    try:
+        secret = cluster.get(ref) if ref is not None else None
+    except NotPermitted:
+        return objects
+    rotation = (secret["metadata"].get("annotations") or {}).get(_ROTATION) if secret else None
+    if rotation is None:
+        return objects
+    marked = []
+    for each in objects:
+        if each["apiVersion"] == SERVING:
+            template = each["spec"]["template"]
+            annotations = {**template["metadata"].get("annotations", {}), _ROTATION: rotation}
+            template = {**template, "metadata": {**template["metadata"], "annotations": annotations}}
+            marked.append({**each, "spec": {**each["spec"], "template": template}})
+        else:
+            marked.append(each)
+    return marked
+
+
+def rotation_is_unfinished(cluster: Cluster, objects: list[KubernetesObject]) -> bool:
+    return 0 < _rotation_of(_token_of(cluster, objects))[1] < LAST_STATE
+
+
+def advance_rotation(cluster: Cluster, objects: list[KubernetesObject]) -> int:
+    """Writes the next state of the Secret; returns its number, 1 to 3. Raises PreflightFailed, Rejected."""
+    secret = _token_of(cluster, objects)
+    rotation, state = _rotation_of(secret)
+    rotation, state = (rotation, state + 1) if 0 < state < LAST_STATE else (rotation + 1, 1)
+    data = dict(secret["data"])
+    if state == 1:
+        data["second"] = _new_token()
+    elif state == 2:
+        data["token"], data["second"] = data["second"], data["token"]
+    else:
+        del data["second"]
+    metadata = {key: value for key, value in secret["metadata"].items() if key != "managedFields"}
+    metadata["annotations"] = {**(metadata.get("annotations") or {}), _ROTATION: f"{rotation}.{state}"}
+    if cluster.replace({**secret, "metadata": metadata, "data": data}) is None:
+        raise Rejected(f"Secret {metadata['name']} was changed by somebody else meanwhile; look at it, and rotate again")
+    return state
+
+
+def _token_ref(objects: list[KubernetesObject]) -> Ref | None:
+    return next((ref for ref, wanted in wanted_secrets(objects).items() if wanted.is_token), None)
+
+
+def _token_of(cluster: Cluster, objects: list[KubernetesObject]) -> KubernetesObject:
+    ref = _token_ref(objects)
+    secret = None if ref is None else cluster.get(ref)
+    if secret is None:
+        raise PreflightFailed(f"{ref} does not exist; deploy again, which creates it")
+    return secret
+
+
+def _rotation_of(secret: KubernetesObject) -> tuple[int, int]:
+    """Number of the rotation and its state; 0 before the first."""
+    rotation, _, state = (secret["metadata"].get("annotations") or {}).get(_ROTATION, "0.0").partition(".")
+    return int(rotation), int(state)
+
+
+def _new_token() -> str:
+    """In base64, as a Secret holds it."""
+    return base64.b64encode(secrets.token_urlsafe(32).encode()).decode()

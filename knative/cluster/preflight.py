@@ -1,21 +1,24 @@
-"""What must be true of a cluster before anything is applied to it: namespace, kinds, versions, extensions, Secrets, sinks.
+"""Checks of a cluster: before objects are applied, and before the gateway switches to pods that it might not follow.
 
-Only looks. All that is missing is reported at once.
+Only reads. Reports everything that is missing at once.
 """
 
+import ipaddress
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 from knative.cluster.client import Cluster, Ref
-from knative.cluster.errors import ClusterError, KindMissing, NotPermitted, PreflightFailed
+from knative.cluster.errors import DeployFailed, KindMissing, NotPermitted, PreflightFailed
+from knative.cluster.objects import SERVICE_LABEL
 from knative.cluster.pipeline_token import wanted_secrets
 from knative.spec.kubernetes_object import KubernetesObject
 from knative.webhook.check import is_knative_service, missing_flags
 from knative.webhook.feature_flags import FeatureFlags, read_features
 
-OLDEST_KNATIVE: Final = (1, 10)
-"""The oldest whose webhook takes every field that we render."""
+OLDEST_KNATIVE: Final = (1, 10)  # the oldest whose webhook accepts every field that we render
+PRIVATE_NETWORKS: Final = "10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,100.64.0.0/10,fc00::/7"
+"""What a gateway follows without a setting: the default in functions/configuration/config.py."""
 
 _SYSTEM_NAMESPACE: Final = "knative-serving"
 _CLASS: Final = "autoscaling.knative.dev/class"
@@ -23,20 +26,27 @@ _EVENTING: Final = ("eventing.knative.dev", "flows.knative.dev")
 
 
 def check(cluster: Cluster, objects: list[KubernetesObject], say: Callable[[str], None]) -> None:
-    """Raises KindMissing or PreflightFailed, with a line for each thing that is missing; says what could not be looked at."""
+    """Raises KindMissing or PreflightFailed, with a line for each thing that is missing. Reports what could not be checked."""
+
+    def found_by(look: Callable[[], Iterable[str]]) -> list[str]:
+        try:
+            return list(look())
+        except NotPermitted as error:
+            say(f"not checked, because reading it is not permitted: {error}")
+            return []
+
     namespace = objects[0]["metadata"]["namespace"]
-    gone = _found_out(say, lambda: _namespace(cluster, namespace))
-    if gone:
-        raise PreflightFailed(gone[0])
+    if problems := found_by(lambda: _namespace_problems(cluster, namespace)):
+        raise PreflightFailed(problems[0])
     missing = list(_missing_kinds(cluster, objects))
     problems = [
-        *map(str, missing),
-        *_found_out(say, lambda: _old_version(cluster)),
-        *_found_out(say, lambda: _no_hpa(cluster, objects)),
-        *_found_out(say, lambda: _missing_features(cluster, objects)),
-        *_found_out(say, lambda: _missing_secrets(cluster, objects)),
-        *_found_out(say, lambda: _missing_for_pods(cluster, objects)),
-        *_found_out(say, lambda: [] if missing else _missing_sinks(cluster, objects)),
+        *missing,
+        *found_by(lambda: _old_version(cluster)),
+        *found_by(lambda: _missing_hpa(cluster, objects)),
+        *found_by(lambda: _missing_features(cluster, objects)),
+        *found_by(lambda: _missing_secrets(cluster, objects)),
+        *found_by(lambda: _missing_for_pods(cluster, objects)),
+        *found_by(lambda: [] if missing else _missing_sinks(cluster, objects)),
     ]
     if problems:
         if len(problems) == len(missing):
@@ -44,28 +54,20 @@ def check(cluster: Cluster, objects: list[KubernetesObject], say: Callable[[str]
         raise PreflightFailed("\n".join(problems))
 
 
-def _found_out(say: Callable[[str], None], look: Callable[[], Any]) -> list[str]:
-    try:
-        return list(look())
-    except NotPermitted as error:
-        say(f"not checked, since we may not look: {error}")
-        return []
-
-
-def _namespace(cluster: Cluster, name: str) -> Iterator[str]:
+def _namespace_problems(cluster: Cluster, name: str) -> Iterator[str]:
     namespace = cluster.get(Ref("v1", "Namespace", "", name))
     if namespace is None:
-        yield f"namespace {name} does not exist; make it with: kubectl create namespace {name}"
+        yield f"namespace {name} does not exist; create it with: kubectl create namespace {name}"
     elif namespace["metadata"].get("deletionTimestamp") or (namespace.get("status") or {}).get("phase") == "Terminating":
-        yield f"namespace {name} is being deleted and takes nothing new; wait, then: kubectl create namespace {name}"
+        yield f"namespace {name} is being deleted and accepts nothing new; wait, then: kubectl create namespace {name}"
 
 
-def _missing_kinds(cluster: Cluster, objects: list[KubernetesObject]) -> Iterator[ClusterError]:
+def _missing_kinds(cluster: Cluster, objects: list[KubernetesObject]) -> Iterator[str]:
     for api_version, kind in dict.fromkeys((each["apiVersion"], each["kind"]) for each in objects):
         try:
             cluster.require(api_version, kind)
         except KindMissing as error:
-            yield error
+            yield str(error)
 
 
 def _old_version(cluster: Cluster) -> Iterator[str]:
@@ -77,30 +79,9 @@ def _old_version(cluster: Cluster) -> Iterator[str]:
         yield f"Knative Serving {version} is too old; upgrade it to {oldest} or newer"
 
 
-def _missing_features(cluster: Cluster, objects: list[KubernetesObject]) -> Iterator[str]:
-    """Fields of pods that the webhook lets through only where a flag of config-features says so."""
-    wanted: dict[str, list[str]] = {}
-    features: FeatureFlags | None = None
-    for service in filter(is_knative_service, objects):
-        if missing_flags(service):  # by Knative's defaults: the cluster is asked only where it matters
-            features = features or _features(cluster)
-            for flag, field in missing_flags(service, features).items():
-                wanted.setdefault(flag, []).append(f"{service['metadata']['name']} sets {field.rpartition('.')[2]}")
-    for flag, who in wanted.items():
-        patch = f"""'{{"data":{{"{flag}":"enabled"}}}}'"""
-        yield (
-            f"{', '.join(who)}, which needs Knative's feature {flag}; enable it with: "
-            f"kubectl -n {_SYSTEM_NAMESPACE} patch configmap config-features --type merge -p {patch}"
-        )
-
-
-def _features(cluster: Cluster) -> FeatureFlags:
-    found = cluster.get(Ref("v1", "ConfigMap", _SYSTEM_NAMESPACE, "config-features"))
-    return FeatureFlags() if found is None else read_features(found)
-
-
-def _no_hpa(cluster: Cluster, objects: list[KubernetesObject]) -> Iterator[str]:
-    if not any("hpa" in annotations.get(_CLASS, "") for annotations in _template_annotations(objects)):
+def _missing_hpa(cluster: Cluster, objects: list[KubernetesObject]) -> Iterator[str]:
+    templates = [each["spec"]["template"] for each in objects if each["kind"] == "Service"]
+    if not any("hpa" in template["metadata"].get("annotations", {}).get(_CLASS, "") for template in templates):
         return
     if cluster.get(Ref("apps/v1", "Deployment", _SYSTEM_NAMESPACE, "autoscaler-hpa")) is None:
         yield "the class hpa needs Knative's HPA extension (Deployment autoscaler-hpa): install it, or use kpa"
@@ -108,10 +89,24 @@ def _no_hpa(cluster: Cluster, objects: list[KubernetesObject]) -> Iterator[str]:
         yield "the class hpa needs a metrics server (API metrics.k8s.io): install one, or use the class kpa"
 
 
-def _template_annotations(objects: list[KubernetesObject]) -> Iterator[dict[str, str]]:
-    for each in objects:
-        if each["kind"] == "Service":
-            yield each["spec"]["template"]["metadata"].get("annotations", {})
+def _missing_features(cluster: Cluster, objects: list[KubernetesObject]) -> Iterator[str]:
+    """Pod fields whose flag of config-features is off, so that the webhook would reject them."""
+    wanted: dict[str, list[str]] = {}
+    features: FeatureFlags | None = None
+    for service in filter(is_knative_service, objects):
+        if not missing_flags(service):  # by Knative's defaults, so that clusters are not asked without need
+            continue
+        if features is None:
+            config_map = cluster.get(Ref("v1", "ConfigMap", _SYSTEM_NAMESPACE, "config-features"))
+            features = FeatureFlags() if config_map is None else read_features(config_map)
+        for flag, field in missing_flags(service, features).items():
+            wanted.setdefault(flag, []).append(f"{service['metadata']['name']} sets {field.rpartition('.')[2]}")
+    for flag, users in wanted.items():
+        patch = f"""'{{"data":{{"{flag}":"enabled"}}}}'"""
+        yield (
+            f"{', '.join(users)}, which needs Knative's feature {flag}; enable it with: "
+            f"kubectl -n {_SYSTEM_NAMESPACE} patch configmap config-features --type merge -p {patch}"
+        )
 
 
 def _missing_secrets(cluster: Cluster, objects: list[KubernetesObject]) -> Iterator[str]:
@@ -120,11 +115,14 @@ def _missing_secrets(cluster: Cluster, objects: list[KubernetesObject]) -> Itera
         if found is None and wanted.is_token:
             continue  # the deployer makes it
         if found is None or not wanted.keys <= set(found.get("data") or {}):
-            yield f"{ref} is missing or lacks {', '.join(sorted(wanted.keys))}; make it with: {_command(ref, wanted.keys)}"
+            keys = sorted(wanted.keys)
+            literals = " ".join(f"--from-literal={key}=…" for key in keys)
+            command = f"kubectl -n {ref.namespace} create secret generic {ref.name} {literals}"
+            yield f"{ref} is missing or lacks {', '.join(keys)}; create it with: {command}"
 
 
 def _missing_for_pods(cluster: Cluster, objects: list[KubernetesObject]) -> Iterator[str]:
-    """As whom pods run, and what their image is pulled with: without the first no pod is made, and nobody says why."""
+    """ServiceAccounts and pull secrets of pods. Without its account no pod is created, and Knative does not say why."""
     own = set(map(Ref.of, objects))
     wanted: dict[Ref, list[str]] = {}
     for service in filter(is_knative_service, objects):
@@ -134,9 +132,9 @@ def _missing_for_pods(cluster: Cluster, objects: list[KubernetesObject]) -> Iter
         for kind, name in names:
             if name and (ref := Ref("v1", kind, metadata["namespace"], name)) not in own:
                 wanted.setdefault(ref, []).append(metadata["name"])
-    for ref, who in wanted.items():
+    for ref, users in wanted.items():
         if cluster.get(ref) is None:
-            yield f"{ref} is missing, which pods of {', '.join(who)} need"
+            yield f"{ref} is missing; pods of {', '.join(users)} need it"
 
 
 def _missing_sinks(cluster: Cluster, objects: list[KubernetesObject]) -> Iterator[str]:
@@ -144,25 +142,57 @@ def _missing_sinks(cluster: Cluster, objects: list[KubernetesObject]) -> Iterato
     for each in objects:
         if each["apiVersion"].split("/")[0] not in _EVENTING:
             continue
-        for ref in dict.fromkeys(_references(each["spec"], each["metadata"]["namespace"])):
+        for ref in dict.fromkeys(_destinations(each["spec"], each["metadata"]["namespace"])):
             if ref not in own and cluster.serves(ref.api_version, ref.kind) and cluster.get(ref) is None:
-                by = f"{each['kind']} {each['metadata']['name']}"
-                yield f"{ref}, to which {by} leads, is not there; make it, or name another sink"
+                user = f"{each['kind']} {each['metadata']['name']}"
+                yield f"{ref}, a destination of {user}, does not exist; create it, or name another sink"
 
 
-def _references(value: Any, namespace: str) -> Iterator[Ref]:
-    """Every `ref: {apiVersion, kind, name}` below."""
+def _destinations(value: Any, namespace: str) -> Iterator[Ref]:
+    """Every `ref: {apiVersion, kind, name}` in a spec."""
     if isinstance(value, dict):
         reference = value.get("ref")
         if isinstance(reference, dict):
             yield Ref(reference["apiVersion"], reference["kind"], reference.get("namespace", namespace), reference["name"])
-        for inner in value.values():
-            yield from _references(inner, namespace)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _references(inner, namespace)
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _destinations(inner, namespace)
 
 
-def _command(ref: Ref, keys: frozenset[str]) -> str:
-    literals = " ".join(f"--from-literal={key}=…" for key in sorted(keys))
-    return f"kubectl -n {ref.namespace} create secret generic {ref.name} {literals}"
+def check_pod_network(
+    cluster: Cluster, gateway: KubernetesObject, stages: Iterable[KubernetesObject], say: Callable[[str], None]
+) -> None:
+    """Raises DeployFailed if the gateway would not follow a pod of a stage. Call it before the gateway switches."""
+    networks = followed_networks(gateway)
+    try:
+        refused = [
+            refused
+            for stage in stages
+            for refused in refused_pods(
+                networks,
+                cluster.find("v1", "Pod", stage["metadata"]["namespace"], f"{SERVICE_LABEL}={stage['metadata']['name']}"),
+            )
+        ]
+    except NotPermitted as error:
+        say(f"the pods' network is not checked, because reading pods is not permitted: {error}")
+        return
+    if refused:
+        raise DeployFailed(
+            f"the gateway would not follow pods outside of {networks}: {', '.join(refused)}; set gateway.pod_network to the "
+            "network of this cluster's pods. The gateway that serves was not changed"
+        )
+
+
+def followed_networks(gateway: KubernetesObject) -> str:
+    """Comma-separated CIDRs whose pods the gateway follows, by its Service's environment."""
+    env = gateway["spec"]["template"]["spec"]["containers"][0].get("env", [])
+    return next((entry["value"] for entry in env if entry["name"] == "LAMINA_POD_NETWORK"), PRIVATE_NETWORKS)
+
+
+def refused_pods(networks: str, pods: Iterable[KubernetesObject]) -> Iterator[str]:
+    """Name and addresses of pods with no address in `networks`. A pod may have an IPv4 and an IPv6 address."""
+    followed = [ipaddress.ip_network(each.strip()) for each in networks.split(",")]
+    for pod in pods:
+        status = pod.get("status") or {}
+        addresses = [each["ip"] for each in status.get("podIPs", [])] or [each for each in [status.get("podIP")] if each]
+        if addresses and not any(ipaddress.ip_address(each) in network for each in addresses for network in followed):
+            yield f"{pod['metadata']['name']} ({', '.join(addresses)})"

@@ -1,16 +1,32 @@
-"""What a pipeline on a cluster is doing: a row for each revision that gets requests, and why something is not as it should."""
+"""What pipelines on a cluster do: one pipeline in detail, revision by revision, and a list of all."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from knative.cluster.advice import pinned_elsewhere, unreachable_url
 from knative.cluster.client import Cluster
-from knative.cluster.diagnosis import diagnose, failed_conditions
+from knative.cluster.diagnosis import diagnose
 from knative.cluster.errors import NotPermitted
-from knative.cluster.history import COMPONENT, INSTANCE, MANAGED_BY, PIPELINE, History, Outcome, last_served
-from knative.cluster.lease import lease_ref, told
-from knative.cluster.pod_network import followed_networks, refused_pods
-from knative.cluster.readiness import REVISION_LABEL, SERVICE_LABEL, SERVING, readiness, traffic_of
+from knative.cluster.history import History, Outcome, last_served
+from knative.cluster.lease import holder, lease_ref
+from knative.cluster.objects import (
+    COMPONENT,
+    INSTANCE,
+    MANAGED_BY,
+    PIPELINE,
+    REVISION_LABEL,
+    SERVICE_LABEL,
+    SERVING,
+    container_statuses,
+    failed_conditions,
+    label,
+    own_selector,
+    phase_of,
+    readiness,
+    services_of,
+    traffic_of,
+)
+from knative.cluster.preflight import followed_networks, refused_pods
+from knative.cluster.traffic import traffic_warnings
 from knative.spec.kubernetes_object import KubernetesObject
 
 COLUMNS: Final = (
@@ -26,6 +42,7 @@ COLUMNS: Final = (
     "pipeline",
     "url",
 )
+LIST_COLUMNS: Final = ("namespace", "pipeline", "ready", "stages", "pods", "fingerprint", "url")
 _SCALING: Final = ("autoscaling.internal.knative.dev/v1alpha1", "PodAutoscaler")
 _EVENTING: Final = (
     ("eventing.knative.dev/v1", "Broker"),
@@ -35,27 +52,29 @@ _EVENTING: Final = (
 
 
 def cluster_status(cluster: Cluster, namespace: str, name: str) -> dict[str, Any]:
-    """`services`: gateway first, each with its revisions; `eventing`; `notes`: who deploys, what was deployed; `troubles`."""
+    """A JSON document of one pipeline.
+
+    `services`: the gateway first, each with its revisions; `eventing`; `notes`: current deployment and versions; `troubles`.
+    """
     services = services_of(cluster, namespace, name)
-    selector = f"{INSTANCE}={name},{MANAGED_BY}=lamina"
-    pods = cluster.find("v1", "Pod", namespace, selector)
-    desired = _desired(cluster, namespace, selector)
+    pods = cluster.find("v1", "Pod", namespace, own_selector(name))
+    desired = _desired_scales(cluster, namespace, own_selector(name))
     eventing = [
         each
         for api_version, kind in _EVENTING
         if services and cluster.serves(api_version, kind)
-        for each in cluster.find(api_version, kind, namespace, selector)
+        for each in cluster.find(api_version, kind, namespace, own_selector(name))
     ]
     return {
         "services": [_service(each, pods, desired) for each in services],
         "eventing": [_eventing(each) for each in eventing],
         "notes": list(_notes(cluster, namespace, name)) if services else [],
-        "troubles": [*_troubles(cluster, services, eventing, name), *_not_followed(services, pods, name)],
+        "troubles": [*_troubles(cluster, services, eventing, name), *_refused_pods(services, pods, name)],
     }
 
 
 def status_rows(status: dict[str, Any]) -> list[tuple[str, ...]]:
-    """For a table under COLUMNS."""
+    """Rows of a table with COLUMNS."""
     return [
         (
             service["name"],
@@ -71,62 +90,36 @@ def status_rows(status: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def status_lines(status: dict[str, Any]) -> list[str]:
-    """What the table has no place for."""
+    """Lines below the table."""
     eventing = [f"{each['kind']} {each['name']}: {each['ready']}{each['reason']}" for each in status["eventing"]]
     return [*status["notes"], *eventing, *status["troubles"]]
 
 
-def services_of(cluster: Cluster, namespace: str, name: str) -> list[KubernetesObject]:
-    """The pipeline's Services: gateway first, then stages by name."""
-    found = cluster.find(SERVING, "Service", namespace, f"{INSTANCE}={name},{MANAGED_BY}=lamina")
-    return sorted(found, key=lambda service: (service["metadata"]["name"] != name, service["metadata"]["name"]))
-
-
-def phase_of(pod: KubernetesObject) -> str:
-    """ready, starting, leaving, or over."""
-    status = pod.get("status") or {}
-    if status.get("phase") in ("Succeeded", "Failed"):
-        return "over"
-    if pod["metadata"].get("deletionTimestamp"):
-        return "leaving"
-    containers = status.get("containerStatuses") or []
-    return "ready" if containers and all(each.get("ready") for each in containers) else "starting"
-
-
 def _service(service: KubernetesObject, pods: list[KubernetesObject], desired: dict[str, int]) -> dict[str, Any]:
-    metadata, status = service["metadata"], service.get("status") or {}
+    name, status = service["metadata"]["name"], service.get("status") or {}
     traffic = traffic_of(service)
-    own = [pod for pod in pods if pod["metadata"]["labels"].get(SERVICE_LABEL) == metadata["name"]]
-    names = dict.fromkeys(
-        [*sorted(traffic), *(pod["metadata"]["labels"].get(REVISION_LABEL, "") for pod in own if phase_of(pod) != "over")]
-    )
-    newest = status.get("latestCreatedRevisionName", "")
-    fallback = metadata["labels"].get(PIPELINE, "")
-    return {
-        "name": metadata["name"],
-        "ready": readiness(service).word,
-        "url": status.get("url", ""),
-        "revisions": [_revision(each, own, desired, traffic, fallback) for each in names or {newest: None}],
-    }
+    own = [pod for pod in pods if label(pod, SERVICE_LABEL) == name]
+    with_pods = [label(pod, REVISION_LABEL) for pod in own if phase_of(pod) != "over"]
+    names = list(dict.fromkeys([*sorted(traffic), *with_pods])) or [status.get("latestCreatedRevisionName", "")]
+    revisions = []
+    for revision in names:
+        members = [pod for pod in own if label(pod, REVISION_LABEL) == revision]
+        phases = [phase_of(pod) for pod in members]
+        revisions.append(
+            {
+                "name": revision,
+                "percent": traffic.get(revision, 0),
+                "pipeline": (members and label(members[0], PIPELINE)) or label(service, PIPELINE),
+                "desired": desired.get(revision, "-"),
+                "restarts": sum(each.get("restartCount", 0) for pod in members for each in container_statuses(pod)),
+                **{phase: phases.count(phase) for phase in ("ready", "starting", "leaving")},
+            }
+        )
+    return {"name": name, "ready": readiness(service).word, "url": status.get("url", ""), "revisions": revisions}
 
 
-def _revision(
-    name: str, pods: list[KubernetesObject], desired: dict[str, int], traffic: dict[str, int], fallback: str
-) -> dict[str, Any]:
-    own = [pod for pod in pods if pod["metadata"]["labels"].get(REVISION_LABEL) == name]
-    phases = [phase_of(pod) for pod in own]
-    return {
-        "name": name,
-        "percent": traffic.get(name, 0),
-        "pipeline": own[0]["metadata"]["labels"].get(PIPELINE, fallback) if own else fallback,
-        "desired": desired.get(name, "-"),
-        "restarts": sum(each.get("restartCount", 0) for pod in own for each in pod["status"].get("containerStatuses") or []),
-        **{phase: phases.count(phase) for phase in ("ready", "starting", "leaving")},
-    }
-
-
-def _desired(cluster: Cluster, namespace: str, selector: str) -> dict[str, int]:
-    """Revision → pods that the autoscaler wants; empty where nobody may look."""
+def _desired_scales(cluster: Cluster, namespace: str, selector: str) -> dict[str, int]:
+    """Revision → pods that the autoscaler wants; empty if we may not list them."""
     try:
         found = cluster.find(*_SCALING, namespace, selector) if cluster.serves(*_SCALING) else []
     except NotPermitted:
@@ -145,7 +138,7 @@ def _eventing(manifest: KubernetesObject) -> dict[str, Any]:
 
 
 def _notes(cluster: Cluster, namespace: str, name: str) -> Iterator[str]:
-    """The newest version, the one that serves where that is another, and who is at work."""
+    """The version that serves, the newest if it is another one, and a deployment under way."""
     try:
         versions = History(cluster, namespace, name).versions()
         lease = cluster.get(lease_ref(namespace, name))
@@ -160,7 +153,7 @@ def _notes(cluster: Cluster, namespace: str, name: str) -> Iterator[str]:
         reason = f", {newest.reason}" if newest.reason else ""
         yield f"version {newest.number}, pipeline {newest.fingerprint}: {newest.outcome}{reason}"
     if lease is not None:
-        yield f"being changed by {told(lease)}"
+        yield f"being changed by {holder(lease)}"
 
 
 def _troubles(cluster: Cluster, services: list[KubernetesObject], eventing: list[KubernetesObject], name: str) -> Iterator[str]:
@@ -168,21 +161,56 @@ def _troubles(cluster: Cluster, services: list[KubernetesObject], eventing: list
         if readiness(service).ready is not True:
             yield from diagnose(cluster, service)
         if service["metadata"]["name"] == name:
-            yield from unreachable_url(service)
-            yield from pinned_elsewhere(service)
+            yield from traffic_warnings(service)
     for each in eventing:
         if readiness(each).ready is False:
             yield from (f"{each['kind']} {each['metadata']['name']}: {text}" for text in failed_conditions(each))
 
 
-def _not_followed(services: list[KubernetesObject], pods: list[KubernetesObject], name: str) -> Iterator[str]:
-    """Pods of stages that the gateway's network leaves out."""
-    stages = [pod for pod in pods if pod["metadata"]["labels"].get(COMPONENT) == "stage" and phase_of(pod) != "over"]
-    for gateway in services[:1]:
-        networks = followed_networks(gateway)
-        refused = ", ".join(refused_pods(networks, stages)) if gateway["metadata"]["name"] == name else ""
-        if refused:
+def _refused_pods(services: list[KubernetesObject], pods: list[KubernetesObject], name: str) -> Iterator[str]:
+    """Pods of stages outside the network that the gateway follows."""
+    stages = [pod for pod in pods if label(pod, COMPONENT) == "stage" and phase_of(pod) != "over"]
+    if services and services[0]["metadata"]["name"] == name:
+        networks = followed_networks(services[0])
+        if refused := ", ".join(refused_pods(networks, stages)):
             yield (
                 f"{name} does not follow pods outside of {networks}: {refused}; requests go by the stage's Service URL. "
                 "Set gateway.pod_network to the network of pods"
             )
+
+
+def pipelines(cluster: Cluster, namespace: str | None, say: Callable[[str], None]) -> list[tuple[str, ...]]:
+    """All pipelines, as rows of a table with LIST_COLUMNS.
+
+    namespace None: of all namespaces or, if we may not list those, of the context's own, which is reported.
+    """
+    try:
+        services = cluster.find(SERVING, "Service", namespace, f"{MANAGED_BY}=lamina")
+        pods = cluster.find("v1", "Pod", namespace, f"{MANAGED_BY}=lamina")
+    except NotPermitted as error:
+        if namespace is not None:
+            raise
+        say(f"only namespace {cluster.default_namespace}: {error}")
+        return pipelines(cluster, cluster.default_namespace, say)
+    gateways = [each for each in services if each["metadata"]["name"] == label(each, INSTANCE)]
+    return sorted(_list_row(each, services, pods) for each in gateways)
+
+
+def _list_row(gateway: KubernetesObject, services: list[KubernetesObject], pods: list[KubernetesObject]) -> tuple[str, ...]:
+    namespace, name = gateway["metadata"]["namespace"], gateway["metadata"]["name"]
+
+    def own(found: list[KubernetesObject]) -> list[KubernetesObject]:
+        return [each for each in found if (each["metadata"]["namespace"], label(each, INSTANCE)) == (namespace, name)]
+
+    states = [readiness(each).ready for each in own(services)]
+    running = [pod for pod in own(pods) if phase_of(pod) in ("ready", "starting")]
+    canary = " (canary)" if len(traffic_of(gateway)) > 1 else ""
+    return (
+        namespace,
+        name,
+        "no" if False in states else "not yet" if None in states else "yes",
+        str(sum(label(each, COMPONENT) == "stage" for each in own(services))),
+        str(len(running)),
+        label(gateway, PIPELINE) + canary,
+        (gateway.get("status") or {}).get("url", ""),
+    )

@@ -1,7 +1,7 @@
-"""The command line, a file for each command. A command's module is imported when it is called.
+"""The command line. A command's module is imported when the command is called; short commands share a module.
 
-`terminal` is what people see, `sources` where commands find clusters, stores and files.
+`options` and `state_folder` find the cluster, store and pipeline that a command works on; `console` prints.
 
-May import: storage, storage.store, storage.checkpoints, storage.kv, storage.models, eventing, eventing.wire,
-functions.configuration, functions.gateway.scheduling, knative.*.
+May import: storage, storage.store, storage.checkpoints, storage.kv, storage.models, eventing, eventing.http, eventing.wire,
+functions.configuration, functions.gateway.scheduling, functions.stage.engine, functions.stage.native, knative.*.
 """

@@ -1,22 +1,53 @@
-"""`python -m knative ask`: one question to a gateway, the answer as it streams."""
+"""`python -m knative ask`: asks a gateway one question, as an HTTP CloudEvent, and prints the answer as it streams."""
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any, Final
 
+import aiohttp
 import click
+import msgspec
 from rich.console import Console
 
-from eventing.wire.generation import GenerateResponse
-from knative.commands.terminal.asking import AskFailed, Question, is_question
-from knative.commands.terminal.asking import ask as ask_gateway
+from eventing.http.binding import from_http, to_binary_http
+from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE, ServerSentEvent, SSEDecoder
+from eventing.problems import MalformedEvent, problem_from_document
+from eventing.wire.cloud_event import json_event
+from eventing.wire.events import EventType
+from eventing.wire.generation import ErrorEvent, GenerateRequest, GenerateResponse, Message, TokenEvent
+
+_SENTENCE_ENDS: Final = ("?", ".", "!", "…", "？", "。", "！", "؟", "।")
+_TYPES: Final[dict[str, type[TokenEvent | GenerateResponse | ErrorEvent]]] = {
+    "dev.lamina.generate.token": TokenEvent,
+    "dev.lamina.generate.response": GenerateResponse,
+    "dev.lamina.generate.error": ErrorEvent,
+}
+
+Answer = TokenEvent | GenerateResponse
 
 chat_option = click.option(
     "--chat/--raw",
     default=None,
-    help="Through the model's chat template, or the prompt as it is. Default: a prompt that ends like a sentence is asked, "
-    "an open one, such as 'The capital of France is', is continued.",
+    help="Apply the model's chat template, or continue the prompt as it is. Default: chat for a prompt that ends like a "
+    "sentence, raw for an open one, such as 'The capital of France is'.",
 )
+
+
+class AskFailed(Exception):
+    """The gateway did not answer, or rejected the request. The message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    text: str
+    max_tokens: int
+    temperature: float = 0.0
+    chat: bool = True  # apply the model's chat template; False: continue the text
+    api_key: str | None = None
+    timeout_seconds: float = 900.0  # for the whole answer
+    host: str | None = None  # the gateway's host, if the URL is an ingress's address
 
 
 @click.command()
@@ -25,8 +56,8 @@ chat_option = click.option(
 @click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True, help="0 is greedy.")
 @chat_option
-@click.option("--api-key", envvar="LAMINA_API_KEY", show_envvar=True, help="Where the gateway wants one.")
-@click.option("--host", help="Where URL is an ingress's address: the host of the gateway's URL, which does not resolve here.")
+@click.option("--api-key", envvar="LAMINA_API_KEY", show_envvar=True, help="If the gateway requires one.")
+@click.option("--host", help="If URL is an ingress's address: the host of the gateway's URL, which does not resolve here.")
 @click.option("--timeout", type=click.FloatRange(min=1), default=900.0, show_default=True, help="Seconds for the whole answer.")
 def ask(
     url: str,
@@ -38,7 +69,7 @@ def ask(
     host: str | None,
     timeout: float,
 ) -> None:
-    """Ask the gateway at URL, as an HTTP CloudEvent, and print the answer while it streams.
+    """Ask the gateway at URL, and print the answer while it streams.
 
     \b
     python -m knative ask http://127.0.0.1:8080 "What is the capital of France?"
@@ -49,36 +80,85 @@ def ask(
     asyncio.run(show_answer(Console(), url, Question(prompt, max_tokens, temperature, as_chat, api_key, timeout, host)))
 
 
-async def show_answer(
-    console: Console, url: str, question: Question, begins: Callable[[], object] = lambda: None
-) -> GenerateResponse:
-    """Prints the answer's text as it comes, then one line on how it went. `begins` is called ahead of each piece.
+def is_question(text: str) -> bool:
+    """Whether the text ends like a sentence, and so asks for an answer rather than a continuation."""
+    return text.rstrip().rstrip("\"')").endswith(_SENTENCE_ENDS)
 
-    Raises AskFailed.
+
+async def show_answer(
+    console: Console, url: str, question: Question, before_text: Callable[[], object] = lambda: None
+) -> GenerateResponse:
+    """Prints the answer's text as it comes, then one line of timings. Calls before_text ahead of each piece of text.
+
+    Times are the caller's: the gateway's own clock starts after a cold start and stops before the network. Raises AskFailed.
     """
     asked_at = time.monotonic()
     first_at: float | None = None
-    async for answer in ask_gateway(url, question):
+    async for answer in stream_answer(url, question):
         now = time.monotonic()
-        if isinstance(answer, GenerateResponse):
-            first_at = now if first_at is None else first_at
-            _show_timings(console, answer, first_at - asked_at, now - first_at)
-            return answer
         first_at = now if first_at is None else first_at
-        begins()
+        if isinstance(answer, GenerateResponse):
+            usage, seconds = answer.usage, now - first_at
+            rate = (usage.completion_tokens - 1) / seconds if usage.completion_tokens > 1 and seconds > 0 else 0.0
+            console.out()
+            console.out(
+                f"({usage.prompt_tokens} + {usage.completion_tokens} tokens, first after {first_at - asked_at:.2f} s, "
+                f"then {rate:.1f} tokens/s, {answer.finish_reason})",
+                highlight=False,
+                style="dim",
+            )
+            return answer
+        before_text()
         console.out(answer.text, end="", highlight=False)
         console.file.flush()
     raise AskFailed(f"{url}: the answer had no end")
 
 
-def _show_timings(console: Console, answer: GenerateResponse, first_seconds: float, other_seconds: float) -> None:
-    """By the clock of whoever waited: the gateway's own begins when it has started, and ends before the network."""
-    usage = answer.usage
-    rate = (usage.completion_tokens - 1) / other_seconds if usage.completion_tokens > 1 and other_seconds > 0 else 0.0
-    console.out()
-    console.out(
-        f"({usage.prompt_tokens} + {usage.completion_tokens} tokens, first after {first_seconds:.2f} s, "
-        f"then {rate:.1f} tokens/s, {answer.finish_reason})",
-        highlight=False,
-        style="dim",
-    )
+async def stream_answer(url: str, question: Question) -> AsyncIterator[Answer]:
+    """Token events as they come, then the response. Raises AskFailed."""
+    headers, body = _request(question)
+    timeout = aiohttp.ClientTimeout(total=question.timeout_seconds, sock_connect=10)
+    try:
+        async with aiohttp.ClientSession(timeout=timeout) as session, session.post(url, data=body, headers=headers) as reply:
+            if reply.status != 200:
+                body = await reply.read()
+                reason = str(problem_from_document(body) or body[:300].decode(errors="replace").strip() or "nothing")
+                raise AskFailed(f"{url} answered {reply.status}: {reason}")
+            decoder = SSEDecoder()
+            async for chunk in reply.content.iter_any():
+                for event in decoder.feed(chunk):
+                    answer = _read(event)
+                    if isinstance(answer, ErrorEvent):
+                        raise AskFailed(f"the answer broke off: {answer.title}: {answer.detail}")
+                    yield answer
+                    if isinstance(answer, GenerateResponse):
+                        return
+            raise AskFailed("the answer broke off: the stream ended before its last event")
+    except aiohttp.ClientConnectorError as error:
+        raise AskFailed(f"{url}: no connection ({error.strerror or error}); is the pipeline running?") from error
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise AskFailed(f"{url}: {error or f'no answer in {question.timeout_seconds:g} seconds'}") from error
+
+
+def _request(question: Question) -> tuple[dict[str, str], bytes]:
+    sampling: dict[str, Any] = {"max_tokens": question.max_tokens, "temperature": question.temperature}
+    if question.chat:
+        data = GenerateRequest(messages=(Message(role="user", content=question.text),), **sampling)
+    else:
+        data = GenerateRequest(prompt=question.text, **sampling)
+    headers, pieces = to_binary_http(json_event(EventType.GENERATE_REQUEST, "lamina/cli", data))
+    headers["accept"] = EVENT_STREAM_CONTENT_TYPE
+    if question.api_key is not None:
+        headers["authorization"] = f"Bearer {question.api_key}"
+    if question.host is not None:
+        headers["host"] = question.host
+    return headers, b"".join(pieces)
+
+
+def _read(event: ServerSentEvent) -> TokenEvent | GenerateResponse | ErrorEvent:
+    """Each message of the stream is a CloudEvent in structured mode."""
+    try:
+        cloud_event = from_http({"content-type": "application/cloudevents+json"}, event.data.encode())
+        return msgspec.json.decode(cloud_event.get_data() or b"", type=_TYPES[cloud_event.get_type()])  # type: ignore[arg-type]
+    except (MalformedEvent, KeyError, msgspec.MsgspecError) as error:
+        raise AskFailed(f"the stream holds something other than events of an answer: {event.data[:200]!r}") from error

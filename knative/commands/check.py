@@ -1,18 +1,21 @@
-"""`python -m knative check FILE…`: would a cluster's Knative accept these Services?"""
+"""Comparisons with Knative: `check` with its webhook, `kpa-replay` with recorded decisions of its autoscaler."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
-from knative.commands.sources.cluster_access import cluster_options
-from knative.commands.sources.manifest_files import FileObject, ManifestError, read_manifests
+from knative.commands.manifest_files import FileObject, ManifestError, read_manifests
+from knative.commands.options import cluster_options
+from knative.local.autoscaler.replay import TraceError, replay
 from knative.webhook.check import in_one_line, is_knative_service, validate, warnings
 from knative.webhook.feature_flags import FeatureFlags, NoFeatures, read_features
 
 if TYPE_CHECKING:
     from knative.cluster.client import Cluster
+
+_SHOWN_DIFFERENCES: Final = 10
 
 
 @click.command("check")
@@ -20,15 +23,15 @@ if TYPE_CHECKING:
 @click.option(
     "--features",
     metavar="FILE|cluster",
-    help="Feature flags of the cluster: a file with its ConfigMap config-features, or `cluster` to ask it. Default: Knative's.",
+    help="Feature flags: a file with a cluster's ConfigMap config-features, or `cluster` to read it. Default: Knative's own.",
 )
 @cluster_options
 def check(files: tuple[Path, ...], features: str | None, connect: "Callable[[], Cluster]") -> None:
     """Say for each Knative Service in each FILE (YAML, several documents, or JSON) whether Knative's webhook would accept it.
 
-    Prints `FILE: accepted` or `FILE: refused: REASON`, with the Service's name behind FILE where there are several, and
-    `FILE: warning: …` for what Knative accepts in silence and is surely a mistake. Status 1 where a Service is refused or
-    a file cannot be read.
+    Prints `FILE: accepted` or `FILE: refused: REASON`, with the Service's name after FILE if there are several, and
+    `FILE: warning: …` for mistakes that Knative accepts without a word. Status 1 if a Service is refused or a file cannot be
+    read.
 
     \b
     python -m knative check manifests/*.yaml
@@ -49,48 +52,55 @@ def _flags(features: str | None, connect: "Callable[[], Cluster]") -> FeatureFla
     if features is None:
         return FeatureFlags()
     if features == "cluster":
-        return _of_cluster(connect())
+        from knative.cluster.client import Ref
+
+        where = Ref("v1", "ConfigMap", "knative-serving", "config-features")
+        config_map = connect().get(where)
+        if config_map is None:
+            raise click.ClickException(f"{where} does not exist; is Knative Serving in another namespace? Give a file instead")
+        return read_features(config_map)
     try:
         found = read_manifests(Path(features))
         return read_features(found[0].object if found else None)
-    except ManifestError as error:
-        raise click.ClickException(str(error)) from error
     except NoFeatures as error:
         raise click.ClickException(f"{features}: {error}") from error
-
-
-def _of_cluster(cluster: "Cluster") -> FeatureFlags:
-    from knative.cluster.client import Ref
-
-    where = Ref("v1", "ConfigMap", "knative-serving", "config-features")
-    found = cluster.get(where)
-    if found is None:
-        raise click.ClickException(f"{where} is not there; is Knative Serving in another namespace? Give a file instead")
-    return read_features(found)
 
 
 def _check(file: Path, manifests: list[FileObject], flags: FeatureFlags) -> bool:
     services = [manifest for manifest in manifests if is_knative_service(manifest.object)]
     for manifest in manifests:
         if manifest not in services:
-            click.echo(
-                f"{file}: note: {manifest.kind} {manifest.name} is no Knative Service and was passed over".replace("  ", " ")
-            )
+            name = f"{manifest.kind} {manifest.name}".strip()
+            click.echo(f"{file}: note: {name} is not a Knative Service and was skipped")
     if not services:
-        click.echo(f"{file}: note: no Knative Service in it")
+        click.echo(f"{file}: note: it has no Knative Service")
     accepted = True
     for service in services:
         label = f"{file} {service.name}" if len(services) > 1 else str(file)
-        violations = validate(service.object, features=flags)
-        accepted &= not violations
-        click.echo(f"{label}: refused: {in_one_line(violations)}" if violations else f"{label}: accepted")
-        for warning in () if violations else _warnings(service):
-            click.echo(f"{label}: warning: {warning}")
+        if violations := validate(service.object, features=flags):
+            click.echo(f"{label}: refused: {in_one_line(violations)}")
+            accepted = False
+            continue
+        click.echo(f"{label}: accepted")
+        for warning in warnings(service.object):
+            click.echo(f"{label}: warning: {warning.field}: {warning.reason}")
+        for key in service.repeated_keys:
+            click.echo(f"{label}: warning: {key} occurs twice; only the last one counts")
     return accepted
 
 
-def _warnings(service: FileObject) -> Iterator[str]:
-    for warning in warnings(service.object):
-        yield f"{warning.field}: {warning.reason}"
-    for key in service.repeated_keys:
-        yield f"{key} stands twice; only the last one counts"
+@click.command("kpa-replay")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def kpa_replay(file: Path) -> None:
+    """Replay recorded traces of Knative's autoscaler (JSON lines, plain or gzip) through the local one.
+
+    Prints `N decisions, M differ`, and the first differences to standard error. Status 1 if any differ.
+    """
+    try:
+        result = replay(file)
+    except (TraceError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    for difference in result.differences[:_SHOWN_DIFFERENCES]:
+        click.echo(str(difference), err=True)
+    click.echo(f"{result.decisions} decisions, {len(result.differences)} differ")
+    raise SystemExit(1 if result.differences else 0)

@@ -1,30 +1,59 @@
-"""`python -m knative deploy`: a pipeline onto a cluster, or what that would change."""
+"""Commands that change a pipeline on a cluster: preflight, deploy, promote, abort, rollback, rotate-token, delete."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from knative.commands.render import image_option, read_spec, rendered_objects
-from knative.commands.sources.cluster_access import cluster_options, force_option, say, timeout_option
-from knative.commands.sources.manifest_files import ManifestError
-from knative.commands.sources.rendered_folder import read_rendered
-from knative.commands.sources.store_access import StoreOptions, store_options
-from knative.spec.kubernetes_object import KubernetesObject
+from knative.commands.manifest_files import read_rendered
+from knative.commands.options import (
+    StoreOptions,
+    cluster_options,
+    force_option,
+    image_option,
+    pipeline_options,
+    say,
+    store_options,
+    timeout_option,
+)
+from knative.commands.render import read_spec, rendered_objects
 
 if TYPE_CHECKING:
     from knative.cluster.client import Cluster
+    from knative.cluster.deployer import Deployer
+
+
+def _on_a_pipeline(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds PIPELINE and the options of the cluster; the command gets the pipeline's `name` and a `deployer`."""
+
+    @pipeline_options
+    @timeout_option
+    @cluster_options
+    @functools.wraps(command)
+    def with_deployer(
+        *args: Any, namespace: str | None, timeout: float, connect: "Callable[[], Cluster]", **kwargs: Any
+    ) -> Any:
+        from knative.cluster.deployer import Deployer
+
+        cluster = connect()
+        deployer = Deployer(cluster, namespace or cluster.default_namespace, say, timeout)
+        return command(*args, deployer=deployer, **kwargs)
+
+    return with_deployer
 
 
 @click.command()
 @click.argument("spec", metavar="SPEC|FOLDER", type=click.Path(exists=True, path_type=Path))
-@click.option("--dry-run", type=click.Choice(["server"]), help="Change nothing; print the difference as the cluster sees it.")
+@click.option(
+    "--dry-run", type=click.Choice(["server"]), help="Change nothing; print the difference that the cluster computes."
+)
 @click.option(
     "--canary",
     type=click.IntRange(1, 99),
     metavar="PERCENT",
-    help="Beside the pipeline that serves, for so many percent of the requests; then `promote` or `abort`.",
+    help="Run beside the serving pipeline and take this percentage of requests; then `promote` or `abort`.",
 )
 @image_option
 @timeout_option
@@ -41,11 +70,11 @@ def deploy(
     connect: "Callable[[], Cluster]",
     store: StoreOptions,
 ) -> None:
-    """Bring the pipeline that SPEC describes, or that `render` wrote into FOLDER, onto a cluster, and print the gateway's URL.
+    """Deploy the pipeline of SPEC, or of a FOLDER that `render` wrote, to a cluster, and print the gateway's URL.
 
-    New stages come up beside the old ones; then the gateway moves; the old stages go when their last answer ended. Done means
-    that everything is Ready, Eventing as well. Deploying the same again changes nothing. Of two deploys at the same time the
-    second is told who is at work.
+    New stages start beside the old ones, then the gateway switches; old stages are deleted after their last answer. The command
+    ends when everything is Ready, Eventing included. Deploying the same again changes nothing. If another deployment of the
+    pipeline is under way, the command names its holder and stops.
 
     \b
     python -m knative deploy pipeline.yaml --dry-run=server
@@ -53,26 +82,104 @@ def deploy(
     python -m knative render pipeline.yaml --output manifests/; python -m knative deploy manifests/
     python -m knative ask "$(python -m knative deploy pipeline.yaml)" "Hello?"
     """
-    objects = _objects(spec, image, store)
+    if not spec.is_dir():
+        objects = rendered_objects(read_spec(spec, image), store)
+    elif image is not None:
+        raise click.UsageError("--image needs a SPEC; manifests in a folder name their image themselves")
+    else:
+        objects = read_rendered(spec)
     from knative.cluster.deployer import Deployer
 
     deployer = Deployer(connect(), objects[0]["metadata"]["namespace"], say, timeout)
     if dry_run:
         lines = list(deployer.diff(objects))
         click.echo("\n".join(lines) if lines else "nothing would change")
-        return
-    if canary is not None:
+    elif canary is not None:
         click.echo(deployer.canary(objects, canary, force=force_conflicts))
-        return
-    click.echo(deployer.deploy(objects, force=force_conflicts))
+    else:
+        click.echo(deployer.deploy(objects, force=force_conflicts))
 
 
-def _objects(spec: Path, image: str | None, store: StoreOptions) -> list[KubernetesObject]:
-    if not spec.is_dir():
-        return rendered_objects(read_spec(spec, image), store)
-    if image is not None:
-        raise click.UsageError("--image belongs to a spec; the manifests in a folder name their image themselves")
-    try:
-        return read_rendered(spec)
-    except ManifestError as error:
-        raise click.ClickException(str(error)) from error
+@click.command()
+@click.argument("spec", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@image_option
+@cluster_options
+@store_options
+def preflight(spec: Path, image: str | None, connect: "Callable[[], Cluster]", store: StoreOptions) -> None:
+    """List everything that a cluster lacks for the pipeline of SPEC. If nothing, create the pipeline's token Secret.
+
+    `deploy` starts with the same checks. Use this command before kn, kubectl or GitOps apply the manifests.
+    """
+    objects = rendered_objects(read_spec(spec, image), store)
+    from knative.cluster.pipeline_token import ensure_token
+    from knative.cluster.preflight import check
+
+    cluster = connect()
+    check(cluster, objects, say)
+    ensure_token(cluster, objects, say)
+    click.echo("nothing is missing")
+
+
+@click.command()
+@_on_a_pipeline
+@force_option
+def promote(name: str, deployer: "Deployer", force_conflicts: bool) -> None:
+    """Send all requests of PIPELINE (its name, or the file of its spec) to its canary, and print the gateway's URL.
+
+    The previous pipeline is deleted after its last answer, as in any deployment. Eventing, monitoring and network follow the
+    canary.
+    """
+    click.echo(deployer.promote(name, force=force_conflicts))
+
+
+@click.command()
+@_on_a_pipeline
+@force_option
+def abort(name: str, deployer: "Deployer", force_conflicts: bool) -> None:
+    """Remove the canary of PIPELINE (its name, or the file of its spec), and print the gateway's URL.
+
+    The canary gets no more requests at once; it finishes its answers, then its stages are deleted.
+    """
+    click.echo(deployer.abort(name, force=force_conflicts))
+
+
+@click.command()
+@_on_a_pipeline
+@click.option(
+    "--to",
+    "number",
+    type=click.IntRange(min=1),
+    help="Number of the version. Default: the last that served, or the one before.",
+)
+@force_option
+def rollback(name: str, deployer: "Deployer", number: int | None, force_conflicts: bool) -> None:
+    """Deploy an earlier version of PIPELINE (its name, or the file of its spec), and print the gateway's URL.
+
+    After a failed deployment this is the version that still serves, and the leftovers of the failure are deleted. Otherwise it
+    is the version that served before. The cluster keeps the last ten versions. A rollback is a deployment like any other: old
+    stages run beside new ones until the gateway has switched.
+    """
+    click.echo(deployer.rollback(name, number, force=force_conflicts))
+
+
+@click.command("rotate-token")
+@_on_a_pipeline
+@force_option
+def rotate_token(name: str, deployer: "Deployer", force_conflicts: bool) -> None:
+    """Replace the token between gateway and stages of PIPELINE (its name, or the file of its spec).
+
+    Pods are replaced three times: stages accept both tokens, gateways send the new one, the old one becomes invalid. No answer
+    is lost. Prints the gateway's URL. If it is interrupted, run it again: it continues.
+    """
+    click.echo(deployer.rotate_token(name, force=force_conflicts))
+
+
+@click.command()
+@_on_a_pipeline
+def delete(name: str, deployer: "Deployer") -> None:
+    """Delete PIPELINE (its name, or the file of its spec) with everything that was created for it.
+
+    The published model stays in the store. A token Secret that another pipeline uses stays as well.
+    """
+    count = deployer.delete(name)
+    click.echo(f"{count} objects deleted" if count else f"nothing of {name} is in namespace {deployer.namespace}")

@@ -1,30 +1,38 @@
-"""`python -m knative keys`: makes, lists and revokes API keys of a gateway, in the manifest of their Secret or in a list."""
+"""`python -m knative keys`: makes, lists and revokes API keys in the manifest of their Secret, or in a list of keys."""
 
+import base64
+import binascii
 import dataclasses
+import os
 import secrets
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Self
 
 import click
+import yaml
 from rich.console import Console
 
-from functions.configuration.api_keys import LIMITS, ApiKey, Quota, limit, sha256_of
-from knative.commands.sources.key_file import KeyFile
-from knative.commands.terminal.console import show_table
+from functions.configuration.api_keys import LIMITS, ApiKey, Quota, limit, parse_keys, sha256_of
+from knative.commands.console import show_table
+from knative.render.services import KEYS_ENTRY
 from knative.spec.errors import SpecError
+from knative.spec.kubernetes_object import to_yaml
 
 
 @click.command()
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--make", "name", metavar="NAME", help="Make a key for NAME and print it, the only time that it is seen.")
-@click.option("--limit", "limits", metavar="NAME=NUMBER", multiple=True, help=f"Of the key that is made: {', '.join(LIMITS)}.")
-@click.option("--revoke", metavar="ID|NAME", help="Take a key out of the file.")
+@click.option("--make", "name", metavar="NAME", help="Make a key for NAME and print it; it is shown only this once.")
+@click.option("--limit", "limits", metavar="NAME=NUMBER", multiple=True, help=f"Limit of the new key: {', '.join(LIMITS)}.")
+@click.option("--revoke", metavar="ID|NAME", help="Remove a key from the file.")
 def keys(file: Path, name: str | None, limits: tuple[str, ...], revoke: str | None) -> None:
     """List the API keys in FILE, make another one or revoke one.
 
-    FILE is the manifest of a Secret (.yaml; a new one is named as the file is), or a list of keys as a gateway reads it. It has
-    hashes, names and limits, and no key: it may lie beside the pipeline's other manifests. A running gateway follows half a
-    second after its file has changed; on a cluster the kubelet first writes the applied Secret there, within a minute or so.
+    FILE is the manifest of a Secret (.yaml; a new Secret gets the file's name), or a list of keys as a gateway reads it. It
+    holds hashes, names and limits, but no key, so it may be stored with the pipeline's other manifests. A running gateway
+    follows within half a second after its file has changed; on a cluster the kubelet first updates the file from the applied
+    Secret, within about a minute.
 
     \b
     python -m knative keys smollm2-api-keys.yaml --make alice --limit requests_per_minute=60 --limit concurrent=4
@@ -33,56 +41,110 @@ def keys(file: Path, name: str | None, limits: tuple[str, ...], revoke: str | No
     python -m knative keys smollm2-api-keys.yaml --revoke alice
     """
     if name is not None and revoke is not None:
-        raise click.UsageError("--make and --revoke: one of them at a time")
+        raise click.UsageError("--make and --revoke cannot be combined")
     if limits and name is None:
-        raise click.UsageError("--limit belongs to --make; limits of a key that is there are changed in the file")
+        raise click.UsageError("--limit needs --make; change the limits of an existing key in the file")
     found = KeyFile.read(file)
     if name is not None:
         _make(found, name, _quota(limits))
     elif revoke is not None:
         _revoke(found, revoke)
     else:
-        _show(found)
+        rows = []
+        for key in found.keys:
+            own = {limit: value for limit, value in dataclasses.asdict(key.quota).items() if value is not None}
+            shown = ", ".join(f"{limit} {value}" for limit, value in own.items()) or "-"
+            rows.append((key.id, key.name or "-", shown, "clear text: make another one" if key.in_clear_text else "hash"))
+        show_table(Console(), f"{len(rows)} keys in {file}", ("id", "name", "own limits", "stored as"), rows)
 
 
-def _make(file: KeyFile, name: str, quota: Quota) -> None:
+def _make(file: "KeyFile", name: str, quota: Quota) -> None:
     if any(key.name == name for key in file.keys):
-        raise SpecError(f"{file.path}: {name} has a key; revoke that, or take another name")
+        raise SpecError(f"{file.path}: {name} has a key; revoke that, or choose another name")
     secret = f"lamina-{secrets.token_urlsafe(32)}"
     made = ApiKey(sha256_of(secret), name, quota)
     file.write((*file.keys, made))
-    click.echo(f"{name} is {made.id} in logs; the key itself is kept nowhere:", err=True)
+    click.echo(f"logs call {name} {made.id}; this is the key, which is stored nowhere:", err=True)
     click.echo(secret)
 
 
-def _revoke(file: KeyFile, revoke: str) -> None:
+def _revoke(file: "KeyFile", revoke: str) -> None:
     left = tuple(key for key in file.keys if revoke not in (key.id, key.name))
     if len(left) == len(file.keys):
         raise SpecError(f"{file.path}: no key has the id or the name {revoke!r}; without options this command lists them")
     file.write(left)
-    click.echo(f"{revoke} is out of {file.path}" + ("" if left else ", which was the last: nobody may ask"), err=True)
+    click.echo(f"{revoke} is removed from {file.path}" + ("" if left else "; no key is left, so no client may ask"), err=True)
 
 
-def _show(file: KeyFile) -> None:
-    rows = [
-        (key.id, key.name or "-", _limits(key), "clear text: make another one" if key.in_clear_text else "hash")
-        for key in file.keys
-    ]
-    show_table(Console(), f"{len(rows)} keys in {file.path}", ("id", "name", "limits of its own", "kept as"), rows)
-
-
-def _limits(key: ApiKey) -> str:
-    said = dataclasses.asdict(key.quota)
-    return ", ".join(f"{name} {value}" for name, value in said.items() if value is not None) or "-"
-
-
-def _quota(said: Sequence[str]) -> Quota:
+def _quota(limits: Sequence[str]) -> Quota:
     """Raises click.BadParameter."""
     found: dict[str, int] = {}
-    for each in said:
+    for each in limits:
         name, _, value = each.partition("=")
         try:
             found[name] = limit(name, value)
         except ValueError as error:
             raise click.BadParameter(f"{each!r}: {error}", param_hint="--limit") from error
     return Quota(**found)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class KeyFile:
+    """API keys in a file: a Secret's manifest if it is called .yaml or .yml, else a list as a gateway reads it."""
+
+    path: Path
+    keys: tuple[ApiKey, ...]
+    manifest: dict[str, Any] | None  # None: the file is a list
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """If the file does not exist there are no keys, and a new Secret has the file's name. Raises SpecError."""
+        manifest = None
+        if path.suffix in (".yaml", ".yml"):
+            manifest = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": path.stem}, "type": "Opaque"}
+            if path.exists():
+                manifest = _read_secret(path)
+            text = _entry(path, manifest)
+        else:
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
+        try:
+            return cls(path, parse_keys(text), manifest)
+        except ValueError as error:
+            raise SpecError(f"{path}: {error}") from error
+
+    def write(self, keys: tuple[ApiKey, ...]) -> None:
+        """Replaces the file atomically, because a gateway may be reading it. Keys in clear text become hashes."""
+        text = "".join(f"{key.written()}\n" for key in keys)
+        if self.manifest is not None:
+            manifest = {name: value for name, value in self.manifest.items() if name != "data"}
+            data = {name: value for name, value in (self.manifest.get("data") or {}).items() if name != KEYS_ENTRY}
+            if data:
+                manifest["data"] = data
+            manifest["stringData"] = {**(self.manifest.get("stringData") or {}), KEYS_ENTRY: text}
+            text = to_yaml([manifest])
+        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}-")
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        if self.path.exists():
+            os.chmod(temporary, self.path.stat().st_mode)
+        os.replace(temporary, self.path)
+
+
+def _read_secret(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: cannot be read as one YAML document ({error})") from error
+    if not isinstance(found, dict) or found.get("kind") != "Secret" or not isinstance(found.get("metadata"), dict):
+        raise SpecError(f"{path}: holds no Secret; name another file, or one that does not exist yet")
+    return found
+
+
+def _entry(path: Path, secret: dict[str, Any]) -> str:
+    text = (secret.get("stringData") or {}).get(KEYS_ENTRY)
+    if text is not None:
+        return str(text)
+    try:
+        return base64.b64decode((secret.get("data") or {}).get(KEYS_ENTRY, ""), validate=True).decode()
+    except (binascii.Error, ValueError, TypeError) as error:
+        raise SpecError(f"{path}: data.{KEYS_ENTRY} is not base64 of a text ({error})") from error

@@ -1,41 +1,36 @@
-"""`python -m knative plan`: where a model would be cut, and what each stage will need."""
+"""`python -m knative plan`: where a model would be cut, what each stage needs, and what a spec gives it."""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
 
 import click
 from rich.console import Console
 
-from eventing.wire.events import Cut
 from functions.gateway.scheduling.batching import SchedulerLimits
-from knative.commands.sources.store_access import StoreOptions, open_store, store_options
-from knative.commands.terminal.console import show_table, size
-from knative.commands.terminal.pod_table import show_pods
+from knative.commands.console import show_table, size
+from knative.commands.options import StoreOptions, open_store, store_options
 from knative.spec.cut import cut_evenly, format_cut, parse_cut
 from knative.spec.model_shape import ModelShape, published_shape, shape_from_folder
-from knative.spec.pipeline_spec import DTYPES, PipelineSpec, StageSpec
-from knative.spec.sizing import Link, StagePlan, check_memory, network_plan, plan_mixed, plan_stages, replicas_for
+from knative.spec.pipeline_spec import DTYPES, Autoscaling, GatewaySpec, PodSpec, StageSpec, quantity
+from knative.spec.sizing import Link, StagePlan, check_memory, needed_bytes, network_plan, plan_mixed, plan_stages, replicas_for
 from knative.spec.spec_file import load_spec
 from storage.models.model_repository import read_manifest
 
-_POSITIVE: Final = click.FloatRange(min=0, min_open=True)
+_POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
 @click.command()
 @click.argument("spec_file", metavar="[SPEC]", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--model", help="A Hugging Face folder (its config.json is enough), or a published name.  [default: the spec's]")
-@click.option("--stages", type=click.IntRange(min=1), default=3, show_default=True, help="How many groups of layers.")
-@click.option("--cut", "cut_text", help="Your own cut instead, such as 0:10,10:20,20:30.")
+@click.option("--stages", type=click.IntRange(min=1), default=3, show_default=True, help="Number of groups of layers.")
+@click.option("--cut", "cut_text", help="A cut of your own instead, such as 0:10,10:20,20:30.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
-@click.option("--wire-dtype", type=click.Choice(["int8"]), help="Hidden states in 8 bits.  [default: as they are computed]")
-@click.option("--conversations", type=click.IntRange(min=1), help="Also: replicas that so many at once will ask for.")
-@click.option(
-    "--step-seconds", type=click.FloatRange(min=0, min_open=True), help="Also what a network costs: of a step of all layers."
-)
-@click.option("--delay-seconds", type=click.FloatRange(min=0), default=0.0, help="With it: between pods, each way.")
-@click.option("--bytes-per-second", type=_POSITIVE, help="With it: of a pod's link, each way.")
+@click.option("--wire-dtype", type=click.Choice(["int8"]), help="Send hidden states in 8 bits.  [default: as computed]")
+@click.option("--conversations", type=click.IntRange(min=1), help="Also show the replicas that this many at once need.")
+@click.option("--step-seconds", type=_POSITIVE, help="Also show the cost of a network, for this long a step of all layers.")
+@click.option("--delay-seconds", type=click.FloatRange(min=0), default=0.0, help="With --step-seconds: between pods, each way.")
+@click.option("--bytes-per-second", type=_POSITIVE, help="With --step-seconds: of a pod's link, each way.")
 @store_options
 def plan(
     spec_file: Path | None,
@@ -50,7 +45,7 @@ def plan(
     bytes_per_second: float | None,
     store: StoreOptions,
 ) -> None:
-    """Show where a model would be cut, and what each stage will need; with SPEC, what each is given.
+    """Show where a model would be cut and what each stage needs; with SPEC, also what each stage is given.
 
     \b
     python -m knative plan --model ./Llama-2-13b-hf --stages 4
@@ -59,36 +54,33 @@ def plan(
     python -m knative plan --model ./Llama-2-13b-hf --step-seconds 0.04 --delay-seconds 0.005 --bytes-per-second 1.25e8
     python -m knative plan pipeline.yaml --model ./Llama-2-13b-hf
     """
-    spec = None if spec_file is None else load_spec(spec_file)
-    if model is None and spec is None:
-        raise click.UsageError("--model or SPEC says of which model")
-    shape = _shape(model or spec.model.name, dtype if spec is None else spec.model.dtype, store)  # type: ignore[union-attr]
-    cut = _cut(shape, stages, cut_text, spec)
-    plans = plan_stages(shape, cut, wire_dtype) if spec is None else _mixed(spec, model or spec.model.name, shape, cut, store)
-    given = (StageSpec(),) * len(cut) if spec is None else spec.stages_of(cut)
     console = Console()
-    _show(console, shape, cut, plans)
-    if spec is not None:
-        show_pods(console, plans, given, spec.gateway)
+    micro_batch = SchedulerLimits().micro_batch_sequences
+    if spec_file is None:
+        if model is None:
+            raise click.UsageError("name a model with --model, or a SPEC")
+        shape = _shape(model, dtype, store)
+        cut = parse_cut(cut_text, "--cut") if cut_text else cut_evenly(shape, stages)
+        plans, given = plan_stages(shape, cut, wire_dtype), (StageSpec(),) * len(cut)
+        _show_stages(console, shape, plans)
+    else:
+        spec = load_spec(spec_file)
+        model = model or spec.model.name
+        shape = _shape(model, spec.model.dtype, store)
+        text = cut_text or spec.cut
+        cut = parse_cut(text, "--cut" if cut_text else "$.cut") if text else cut_evenly(shape, spec.stages or stages)
+        shapes = {each: shape if each == shape.dtype else _shape(model, each, store) for each in spec.dtypes}
+        plans, given = plan_mixed(shapes, spec.dtypes_of(cut), cut, spec.wire_dtype), spec.stages_of(cut)
+        micro_batch = spec.gateway.micro_batch_sequences or micro_batch
+        _show_stages(console, shape, plans)
+        _show_pods(console, plans, given, spec.gateway)
     if conversations is not None:
-        _show_replicas(console, plans, given, spec, conversations)
+        _show_replicas(console, plans, given, conversations, micro_batch)
     if step_seconds is not None:
-        _show_network(console, plans, spec, conversations, step_seconds, Link(delay_seconds, bytes_per_second))
-    if spec is not None:
+        link = Link(delay_seconds, bytes_per_second)
+        _show_network(console, plans, conversations or 1, micro_batch, step_seconds, link)
+    if spec_file is not None:
         check_memory(given, [each.weight_bytes for each in plans])
-
-
-def _cut(shape: ModelShape, stages: int, cut_text: str | None, spec: PipelineSpec | None) -> Cut:
-    text = cut_text or (spec and spec.cut)
-    if text:
-        return parse_cut(text, "--cut" if cut_text else "$.cut")
-    return cut_evenly(shape, stages if spec is None else spec.stages or stages)
-
-
-def _mixed(spec: PipelineSpec, model: str, shape: ModelShape, cut: Cut, store: StoreOptions) -> tuple[StagePlan, ...]:
-    """Of a spec whose stages may compute in dtypes of their own."""
-    shapes = {dtype: _shape(model, dtype, store) for dtype in spec.dtypes if dtype != shape.dtype}
-    return plan_mixed({**shapes, shape.dtype: shape}, spec.dtypes_of(cut), cut, spec.wire_dtype)
 
 
 def _shape(model: str, dtype: str, store: StoreOptions) -> ModelShape:
@@ -100,7 +92,7 @@ def _shape(model: str, dtype: str, store: StoreOptions) -> ModelShape:
         return published_shape(opened, read_manifest(opened, model, dtype))
 
 
-def _show(console: Console, shape: ModelShape, cut: Cut, plans: tuple[StagePlan, ...]) -> None:
+def _show_stages(console: Console, shape: ModelShape, plans: Sequence[StagePlan]) -> None:
     columns = ("stage", "layers", "weights", "compute", "KV per token", "KV per 4k sequence", "hop per token")
     rows = [
         (
@@ -116,52 +108,80 @@ def _show(console: Console, shape: ModelShape, cut: Cut, plans: tuple[StagePlan,
     ]
     show_table(console, f"{shape.name}, {shape.num_layers} layers, {shape.dtype}", columns, rows)
     total = sum(plan.weight_bytes for plan in plans)
-    console.out(f"cut: {format_cut(cut)}", highlight=False)
+    cut = format_cut(tuple((plan.first_layer, plan.last_layer) for plan in plans))
+    console.out(f"cut: {cut}", highlight=False)
     if shape.slow_because is not None:
         console.out(f"on CPUs layers do not run in C, which is slower: {shape.slow_because}", highlight=False)
     console.out(f"weights: {size(total)} in all; a hop carries {plans[0].hop_bytes_per_token} bytes per token", highlight=False)
 
 
+def _show_pods(console: Console, plans: Sequence[StagePlan], stages: Sequence[StageSpec], gateway: GatewaySpec) -> None:
+    columns = ("pods of", "cpu", "memory", "needs", "kv_cache", "tokens", "gpu", "device", "scale", "target", "other")
+    rows = []
+    for plan, stage in zip(plans, stages, strict=True):
+        other = [stage.dtype or "", stage.layer_group if stage.layer_group != "auto" else "", *_placement(stage.pod)]
+        rows.append(
+            (
+                f"stage {plan.index}",
+                stage.resources.cpu,
+                stage.resources.memory,
+                "" if stage.resources.gpu else size(int(needed_bytes(stage, plan.weight_bytes))),
+                stage.kv_cache,
+                str(int(quantity(stage.kv_cache)) // plan.kv_bytes_per_token),
+                str(stage.resources.gpu or ""),
+                stage.device,
+                *_scale(stage.autoscaling),
+                " ".join(filter(None, other)),
+            )
+        )
+    own = ("gateway", gateway.resources.cpu, gateway.resources.memory, "", "", "", "", "cpu")
+    rows.append((*own, *_scale(gateway.autoscaling), " ".join(_placement(gateway.pod))))
+    show_table(console, "what the spec gives", columns, rows)
+
+
+def _scale(scaling: Autoscaling) -> tuple[str, str]:
+    hpa = scaling.autoscaler_class == "hpa"
+    target = scaling.target or (70 if hpa else scaling.default_target)
+    return f"{scaling.min_scale}-{scaling.max_scale}", f"{target:g} % CPU" if hpa else f"{target:g}"
+
+
+def _placement(pod: PodSpec) -> list[str]:
+    selected = [f"{name}={value}" for name, value in pod.node_selector.items()]
+    return selected + [value for value in (pod.runtime_class, pod.priority_class) if value]
+
+
 def _show_replicas(
-    console: Console, plans: tuple[StagePlan, ...], stages: Sequence[StageSpec], spec: PipelineSpec | None, conversations: int
+    console: Console, plans: tuple[StagePlan, ...], stages: Sequence[StageSpec], conversations: int, micro_batch: int
 ) -> None:
     scalings = [stage.autoscaling for stage in stages]
     if any(scaling.autoscaler_class == "hpa" for scaling in scalings):
-        console.out("replicas: by CPU where the class is hpa, which conversations do not tell", highlight=False)
+        console.out("replicas: cannot be derived from conversations for class hpa, which scales on CPU", highlight=False)
         return
-    per_pod = [each.target_concurrency for each in scalings]
-    most = [each.max_scale for each in scalings]
-    micro_batch = (spec and spec.gateway.micro_batch_sequences) or SchedulerLimits().micro_batch_sequences
-    replicas = replicas_for(plans, conversations, micro_batch, per_pod, most)
+    targets, most = [each.target_concurrency for each in scalings], [each.max_scale for each in scalings]
+    replicas = replicas_for(plans, conversations, micro_batch, targets, most)
     text = ", ".join(f"stage {plan.index}: {count}" for plan, count in zip(plans, replicas, strict=True))
     console.out(
         f"replicas for {conversations} conversations in micro-batches of at most {micro_batch}, "
-        f"{_alike(per_pod)} in flight for each pod, at most {_alike(most)}: {text}",
+        f"{_alike(targets)} in flight for each pod, at most {_alike(most)}: {text}",
         highlight=False,
     )
 
 
 def _show_network(
-    console: Console,
-    plans: tuple[StagePlan, ...],
-    spec: PipelineSpec | None,
-    conversations: int | None,
-    step_seconds: float,
-    link: Link,
+    console: Console, plans: Sequence[StagePlan], conversations: int, micro_batch: int, step_seconds: float, link: Link
 ) -> None:
-    """Of one conversation and, where so many are named, of these: without the network and with it."""
+    """For one conversation and for `conversations`: throughput with the network, and its share of that without."""
     steps = [step_seconds * plan.compute_share for plan in plans]
-    micro_batch = (spec and spec.gateway.micro_batch_sequences) or SchedulerLimits().micro_batch_sequences
-    for count in sorted({1, conversations or 1}):
+    for count in sorted({1, conversations}):
         near, far = (network_plan(plans, steps, count, micro_batch, each) for each in (Link(0.0, None), link))
         share = far.tokens_per_second / near.tokens_per_second
         console.out(
-            f"network: {count} at a time, one replica each: {far.tokens_per_second:.1f} tokens/s, {share:.2f} of what there is "
+            f"network: {count} at a time, one replica each: {far.tokens_per_second:.1f} tokens/s, {share:.2f} of the speed "
             f"without it; micro-batches in flight {far.micro_batches}, bytes a token between pods {far.bytes_per_token}",
             highlight=False,
         )
 
 
 def _alike(numbers: Sequence[float]) -> str:
-    """One number, where all are the same."""
+    """One number if all are equal, else all."""
     return "/".join(f"{each:g}" for each in (numbers[:1] if len(set(numbers)) == 1 else numbers))

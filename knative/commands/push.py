@@ -1,36 +1,37 @@
-"""`python -m knative push`: publishes a checkpoint into the store."""
+"""`push` publishes a checkpoint into the store; `requirements` names the packages that a model needs (the Makefile asks)."""
 
 from pathlib import Path
 
 import click
 from rich.console import Console
 
-from knative.commands.sources.store_access import StoreOptions, open_store, store_options
-from knative.commands.terminal.console import publish_progress, size
-from knative.spec.model_sources import DEFAULT_MODEL, packaged_model, published_name
+from knative.commands.console import publish_progress, size
+from knative.commands.model_choice import DEFAULT_MODEL, best_dtype, packaged_model, published_name, torch_needed
+from knative.commands.options import StoreOptions, open_store, store_options
 from knative.spec.pipeline_spec import DTYPES, ModelSpec
 from knative.spec.spec_file import load_spec
-from storage.errors import ModelNotPublished
+from storage.checkpoints.model_source import locate, open_checkpoint
+from storage.errors import CheckpointInvalid, LibraryMissing, ModelNotPublished
 from storage.models.model_repository import ModelManifest, Reader, read_manifest
 from storage.models.publisher import publish
 
 
 @click.command()
 @click.argument("source", required=False)
-@click.option("--name", help="What it is called in the store. Default: the source's own name.")
+@click.option("--name", help="Name in the store. Default: the source's own name.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: bfloat16.")
 @click.option(
     "--spec",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Name and dtype from this PipelineSpec. Without SOURCE nothing is done where that model is published already.",
+    help="Take name and dtype from this PipelineSpec. Without SOURCE nothing is done if that model is already published.",
 )
-@click.option("--afresh", is_flag=True, help="Write every object again, also those that the store seems to have: mends damage.")
+@click.option("--afresh", is_flag=True, help="Write every object again, also those that the store has: repairs damage.")
 @store_options
 def push(source: str | None, name: str | None, dtype: str | None, spec: Path | None, afresh: bool, store: StoreOptions) -> None:
-    """Publish SOURCE (a Hugging Face folder, a GGUF file, or a hub id) into the store, an object for each layer.
+    """Publish SOURCE (a Hugging Face folder, a GGUF file, or a hub id) into the store, one object per layer.
 
-    Without SOURCE it is the packaged default model. An interrupted push goes on where it stopped; nothing is visible before all
-    of it is there.
+    Without SOURCE it is the packaged default model. An interrupted push continues where it stopped; the model becomes visible
+    when it is complete.
 
     \b
     python -m knative push ./Llama-2-13b-hf --name llama-2-13b --dtype bfloat16
@@ -51,17 +52,12 @@ def push(source: str | None, name: str | None, dtype: str | None, spec: Path | N
 
 
 def _models(source: str | None, name: str | None, dtype: str | None, spec: Path | None) -> list[ModelSpec]:
-    """One, or where a spec's stages compute in dtypes of their own, the model in each of them."""
-    model = _model(source, name, dtype, spec)
-    if spec is None or dtype is not None:
-        return [model]
-    return [ModelSpec(name=model.name, dtype=each) for each in load_spec(spec).dtypes]
-
-
-def _model(source: str | None, name: str | None, dtype: str | None, spec: Path | None) -> ModelSpec:
-    """What it shall be called: as the options say, then the spec, then the source."""
-    wanted = load_spec(spec).model if spec is not None else ModelSpec(name=published_name(source) if source else DEFAULT_MODEL)
-    return ModelSpec(name=name or wanted.name, dtype=dtype or wanted.dtype)
+    """Names come from the options, then the spec, then the source. A spec may need its model in several dtypes."""
+    if spec is None:
+        default = published_name(source) if source else DEFAULT_MODEL
+        return [ModelSpec(name=name or default, dtype=dtype or ModelSpec(name=default).dtype)]
+    loaded = load_spec(spec)
+    return [ModelSpec(name=name or loaded.model.name, dtype=each) for each in ([dtype] if dtype else loaded.dtypes)]
 
 
 def _published(reader: Reader, model: ModelSpec) -> ModelManifest | None:
@@ -77,3 +73,28 @@ def _default_source(model: ModelSpec) -> str:
             f"{model.name} is not published as {model.dtype}; name its SOURCE: a folder, a GGUF file or a hub id"
         )
     return packaged_model()
+
+
+@click.command()
+@click.option("--model", help="A folder, GGUF file or hub id, which is fetched. Default: the packaged model.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Default: the one that `run` would choose.")
+def requirements(model: str | None, dtype: str | None) -> None:
+    """Print the list of packages that a model needs in addition to requirements-lean.txt, if any.
+
+    The reason goes to standard error.
+
+    \b
+    python -m knative requirements --model ./my-model --dtype bfloat16
+    """
+    try:
+        path = locate(packaged_model() if model in (None, DEFAULT_MODEL) else model)
+    except CheckpointInvalid:
+        return  # a published name, or an unknown one, which `run` will report
+    try:
+        checkpoint = open_checkpoint(path)
+        reason = torch_needed(checkpoint.config, dtype or best_dtype(checkpoint))
+    except LibraryMissing as error:
+        reason = str(error)
+    if reason is not None:
+        click.echo(f"{model or DEFAULT_MODEL} needs torch: {reason}", err=True)
+        click.echo("requirements-torch.txt")

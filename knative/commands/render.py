@@ -5,8 +5,8 @@ from pathlib import Path
 import click
 import msgspec
 
-from knative.commands.sources.store_access import StoreOptions, open_store, store_options
-from knative.render.access import deployer_role as rendered_role
+from knative.commands.options import StoreOptions, image_option, open_store, store_options
+from knative.render import access
 from knative.render.gitops import for_gitops, with_kustomization
 from knative.render.rendering import render as render_files
 from knative.render.rendering import resolve
@@ -17,21 +17,19 @@ from knative.spec.pipeline_spec import PipelineSpec
 from knative.spec.spec_file import load_spec
 from storage.models.model_repository import ModelManifest, read_manifest
 
-image_option = click.option("--image", help="Instead of the spec's.")
-
 
 @click.command()
 @click.argument("spec", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--output", "-o", type=click.Path(file_okay=False, path_type=Path), help="Folder to write into, a file each.")
-@click.option("--gitops", is_flag=True, help="For Argo CD or Flux: waves, what is not theirs to prune, a Job that prunes it.")
-@click.option("--deployer-role", is_flag=True, help="Instead: the Role that whoever deploys it needs in its namespace.")
+@click.option("--output", "-o", type=click.Path(file_okay=False, path_type=Path), help="Folder to write the files into.")
+@click.option("--gitops", is_flag=True, help="Add what Argo CD or Flux need: sync waves, prune protection, a pruning Job.")
+@click.option("--deployer-role", is_flag=True, help="Render instead the Role that deploying needs in the namespace.")
 @image_option
 @store_options
 def render(spec: Path, output: Path | None, gitops: bool, deployer_role: bool, image: str | None, store: StoreOptions) -> None:
     """Render the pipeline that SPEC describes: a Knative Service for each stage, one for the gateway, and its Role.
 
-    The store is asked for what the spec leaves open; one with `cut` and `model.digest` needs none. What Knative would
-    refuse, or accept and surely not as meant, is not rendered.
+    Reads digests and cut from the store unless the spec has `cut` and `model.digest`. Fails for manifests that Knative would
+    reject, and for mistakes that Knative would accept.
 
     \b
     python -m knative render pipeline.yaml | kubectl apply -f -
@@ -39,7 +37,7 @@ def render(spec: Path, output: Path | None, gitops: bool, deployer_role: bool, i
     python -m knative render pipeline.yaml --deployer-role | kubectl apply -f -
     """
     if deployer_role:
-        click.echo(to_yaml([rendered_role(load_spec(spec).namespace)]), nl=False)
+        click.echo(to_yaml([access.deployer_role(load_spec(spec).namespace)]), nl=False)
         return
     pipeline = resolved(read_spec(spec, image), store)
     files = for_gitops(pipeline, render_files(pipeline)) if gitops else render_files(pipeline)
@@ -60,19 +58,15 @@ def read_spec(path: Path, image: str | None) -> PipelineSpec:
 
 def resolved(spec: PipelineSpec, store: StoreOptions) -> ResolvedPipeline:
     """Raises what `resolve` does."""
-    return resolve(spec, lambda dtype: _published(spec, dtype, store))
 
+    def published(dtype: str) -> tuple[ModelManifest, ModelShape]:
+        with open_store(store) as opened:
+            manifest = read_manifest(opened, spec.model.name, dtype)
+            return manifest, published_shape(opened, manifest)
 
-def rendered_files(spec: PipelineSpec, store: StoreOptions) -> dict[str, list[KubernetesObject]]:
-    """File name → objects, in the order in which they are applied. Raises what `resolve` does."""
-    return render_files(resolved(spec, store))
+    return resolve(spec, published)
 
 
 def rendered_objects(spec: PipelineSpec, store: StoreOptions) -> list[KubernetesObject]:
-    return [manifest for objects in rendered_files(spec, store).values() for manifest in objects]
-
-
-def _published(spec: PipelineSpec, dtype: str, store: StoreOptions) -> tuple[ModelManifest, ModelShape]:
-    with open_store(store) as opened:
-        manifest = read_manifest(opened, spec.model.name, dtype)
-        return manifest, published_shape(opened, manifest)
+    """In the order in which they are applied. Raises what `resolve` does."""
+    return [manifest for objects in render_files(resolved(spec, store)).values() for manifest in objects]

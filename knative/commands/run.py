@@ -1,4 +1,4 @@
-"""`python -m knative run`: a model answers through a pipeline of functions on this machine, then is served."""
+"""`python -m knative run`: a pipeline of functions on this machine answers one question, then serves."""
 
 import asyncio
 import contextlib
@@ -14,18 +14,16 @@ import click
 from rich.console import Console
 
 from eventing.claim_check import sweep
-from knative.commands.ask import chat_option, show_answer
-from knative.commands.sources.local_pipeline import (
+from knative.commands.ask import Question, chat_option, is_question, show_answer
+from knative.commands.local_pipeline import (
     LocalPipeline,
     ensure_published,
     kept_kv_key,
     local_pipeline,
 )
-from knative.commands.sources.state_folder import RunningPlatform, StateFolder, naming_a_full_disk
-from knative.commands.sources.store_access import STORE_FOLDER, state_option
-from knative.commands.terminal.asking import Question, is_question
-from knative.commands.terminal.stage_table import show_stages
-from knative.commands.terminal.start_watch import watch_starts
+from knative.commands.local_pods import show_stages, watch_starts
+from knative.commands.options import STORE_FOLDER, state_option
+from knative.commands.state_folder import RunningPlatform, StateFolder, naming_a_full_disk
 from knative.local.kubelet.containers import data_folders, read_data_folder
 from knative.local.platform import Platform, PlatformOptions
 from knative.render.eventing import eventing_objects
@@ -39,9 +37,8 @@ from storage.store.payload_store import PayloadStore
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _CACHE_FOLDER: Final = "weights"
-_KEPT: Final = Retention(10 * 2**30, timedelta(days=7))
-_STOP_SECONDS: Final = 3.0
-"""What pods get to finish when the run ends."""
+_KV_RETENTION: Final = Retention(10 * 2**30, timedelta(days=7))
+_STOP_SECONDS: Final = 3.0  # how long pods may finish their work when the run ends
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +62,7 @@ class RunOptions:
     "--spec", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A PipelineSpec instead of --stages …"
 )
 @click.option("--model", help="A folder, GGUF file, hub id or published name. Default: the packaged SmolLM2-135M-Instruct.")
-@click.option("--stages", type=click.IntRange(min=1), default=3, show_default=True, help="How many groups of layers.")
+@click.option("--stages", type=click.IntRange(min=1), default=3, show_default=True, help="Number of groups of layers.")
 @click.option(
     "--dtype", type=click.Choice(DTYPES), help="Default: the smallest that loses nothing the model has (docs/trying.md)."
 )
@@ -93,19 +90,19 @@ def run(**options: Any) -> None:
     chosen, console = RunOptions(**options), Console()
     with StateFolder(chosen.state) as state:
         if state.recovered:
-            console.out(f"an earlier run in {state.path} ended without cleaning up; its leftovers are gone", highlight=False)
+            console.out(f"an earlier run in {state.path} ended without cleaning up; its leftovers are removed", highlight=False)
         with EmbeddedStore(chosen.state / STORE_FOLDER) as embedded:
             store = ObjectStore(embedded.settings)
-            sweep(store, datetime.now(UTC))  # payloads of events that nobody awaits any more
+            sweep(store, datetime.now(UTC))  # payloads of events that expired
             with PayloadStore(embedded.settings) as objects:
-                prune(objects, KV_PREFIX, _KEPT, datetime.now(UTC))  # conversations, also of pipelines that are no more
+                prune(objects, KV_PREFIX, _KV_RETENTION, datetime.now(UTC))  # idle conversations, of any pipeline
             with naming_a_full_disk(state.path):
                 local = _prepare(chosen, store, console)
             asyncio.run(_Run(chosen, state, local, store, console).run())
 
 
 def _interrupt(*_: object) -> None:
-    """SIGTERM before the event loop runs takes the way of Ctrl-C, so that everything is closed."""
+    """SIGTERM before the event loop runs is handled like Ctrl-C, so that everything is closed."""
     raise KeyboardInterrupt
 
 
@@ -113,13 +110,12 @@ def _prepare(options: RunOptions, store: ObjectStore, console: Console) -> Local
     spec = load_spec(options.spec) if options.spec else None
     model, dtype = (spec.model.name, spec.model.dtype) if spec and not options.model else (options.model, options.dtype)
     manifest = ensure_published(store, model, dtype, console)
-    cache = options.state / _CACHE_FOLDER
-    kv_key = kept_kv_key(options.state)
+    cache, kv_key = options.state / _CACHE_FOLDER, kept_kv_key(options.state)
     return local_pipeline(store, manifest, options.stages, spec, read_data_folder(options.secrets), cache, kv_key)
 
 
 class _Run:
-    """The part that has an event loop: platform, question, table, serving."""
+    """The part that needs an event loop: platform, question, table, serving."""
 
     def __init__(
         self, options: RunOptions, state: StateFolder, local: LocalPipeline, store: ObjectStore, console: Console
@@ -127,6 +123,7 @@ class _Run:
         self._options = options
         self._state = state
         self._local = local
+        self._spec = local.pipeline.spec
         self._store = store
         self._console = console
         self._stop = asyncio.Event()
@@ -136,27 +133,17 @@ class _Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop.set)
         async with self._platform() as platform:
-            url = platform.url(self._gateway, self._local.pipeline.spec.namespace)
+            url = platform.url(self._spec.name, self._spec.namespace)
             self._announce(platform, url)
             if not await self._until_stopped(self._first_answer(platform, url)) or self._options.once:
                 return
             self._say(f"serving on {url} until Ctrl-C; python -m knative status shows what runs")
             await self._stop.wait()
 
-    @property
-    def _gateway(self) -> str:
-        return self._local.pipeline.spec.name
-
-    @property
-    def _asks_in_chat(self) -> bool:
-        if self._options.chat is not None:
-            return self._options.chat
-        return self._local.has_chat_template and is_question(self._options.prompt)
-
     @contextlib.asynccontextmanager
     async def _platform(self) -> AsyncIterator[Platform]:
         options = PlatformOptions(
-            ports={self._gateway: self._options.port},
+            ports={self._spec.name: self._options.port},
             secrets=self._local.secrets,
             secret_folders=data_folders(self._options.secrets),
             config_maps=read_data_folder(self._options.config_maps),
@@ -171,35 +158,33 @@ class _Run:
             await platform.stop(_STOP_SECONDS)
 
     def _announce(self, platform: Platform, url: str) -> None:
-        self._state.publish(
-            RunningPlatform(
-                pid=platform.status()["pid"], admin_url=platform.admin_url, gateway_url=url, store=self._store.settings
-            )
-        )
-        if self._local.pipeline.spec.gateway.page != "off":
+        pid = platform.status()["pid"]
+        running = RunningPlatform(pid=pid, admin_url=platform.admin_url, gateway_url=url, store=self._store.settings)
+        self._state.publish(running)
+        shape, stages = self._local.shape, len(self._local.pipeline.cut)
+        if self._spec.gateway.page != "off":
             self._say(f"{url}/ in a browser: chat, and the pipeline alive")
-        stages = len(self._local.pipeline.cut)
-        self._say(f"{self._local.shape.name} as {self._local.shape.dtype} in {stages} stages, all at zero; gateway {url}")
+        self._say(f"{shape.name} as {shape.dtype} in {stages} stages, all at zero; gateway {url}")
         if self._local.api_key is not None:
-            self._say(f"the gateway wants a key: Authorization: Bearer {self._local.api_key}")
-        for name in self._local.pipeline.spec.gateway.api_keys_secrets:
+            self._say(f"the gateway requires a key: Authorization: Bearer {self._local.api_key}")
+        for name in self._spec.gateway.api_keys_secrets:
             file = platform.secret_folder(name) / KEYS_ENTRY
-            self._say(f"keys are made, listed and revoked while it runs by python -m knative keys {file}")
-        if self._local.pipeline.spec.eventing is not None:
-            broker = platform.eventing.broker_url(self._local.pipeline.spec.name, self._local.pipeline.spec.namespace)
-            self._say(f"events go to the broker {broker}")
+            self._say(f"make, list and revoke keys while it runs: python -m knative keys {file}")
+        if self._spec.eventing is not None:
+            self._say(f"events go to the broker {platform.eventing.broker_url(self._spec.name, self._spec.namespace)}")
         self._say(f"> {self._options.prompt}")
 
     async def _first_answer(self, platform: Platform, url: str) -> None:
+        options, chat = self._options, self._options.chat
+        if chat is None:
+            chat = self._local.has_chat_template and is_question(options.prompt)
+        question = Question(options.prompt, options.max_tokens, chat=chat, api_key=self._local.api_key)
         watch = asyncio.create_task(watch_starts(platform.status, lambda text: self._say(f"  {text}")))
-        question = Question(
-            self._options.prompt, self._options.max_tokens, chat=self._asks_in_chat, api_key=self._local.api_key
-        )
-        answer = asyncio.create_task(show_answer(self._console, url, question, begins=watch.cancel))
+        answer = asyncio.create_task(show_answer(self._console, url, question, before_text=watch.cancel))
         try:
             await asyncio.wait((watch, answer), return_when=asyncio.FIRST_COMPLETED)
             if watch.done() and not watch.cancelled():
-                await watch
+                await watch  # raises PodsFailed
             await answer
         finally:
             for task in (watch, answer):
@@ -208,7 +193,7 @@ class _Run:
         await show_stages(self._console, self._local.pipeline, self._local.shape, platform.status())
 
     async def _until_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
-        """False where the run was told to stop before `work` was done."""
+        """False if the run was told to stop before `work` was done."""
         task, stopped = asyncio.create_task(work), asyncio.create_task(self._stop.wait())
         await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()

@@ -4,139 +4,129 @@ import json
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 from rich.console import Console, Group
 from rich.live import Live
 
-from knative.commands.sources.cluster_access import cluster_options
-from knative.commands.sources.pipeline_name import named_pipeline
-from knative.commands.sources.state_folder import StateError, find_running
-from knative.commands.sources.store_access import state_option
-from knative.commands.terminal.console import rich_table, show_table, size
-from knative.commands.terminal.pod_metrics import RevisionRates
+from knative.commands.console import rich_table, show_table, size
+from knative.commands.local_pods import RevisionRates
+from knative.commands.options import cluster_options, named_pipeline, state_option
+from knative.commands.state_folder import StateError, find_running
 
 if TYPE_CHECKING:
     from knative.cluster.client import Cluster
 
-_COLUMNS: Final = (
+_LOCAL_COLUMNS: Final = (
     "service", "ready", "starting", "leaving", "desired", "stable", "panic", "panicking", "tokens/s", "waiting", "restarts",
     "memory",
 )  # fmt: skip
 _REFRESH_SECONDS: Final = 1.0
 _FIRST_RATE_SECONDS: Final = 0.5
 
+_Lines = tuple[list[tuple[str, ...]], list[str]]  # rows of the table, and lines below it
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where a status comes from. Both functions raise if there is none."""
+
+    columns: Sequence[str]
+    document: Callable[[], dict[str, Any]]
+    lines: Callable[[], _Lines]
+
 
 @click.command()
 @click.argument("pipeline", required=False)
-@click.option("--watch", is_flag=True, help="Again every second, until Ctrl-C.")
-@click.option("--json", "as_json", is_flag=True, help="All that is known, as JSON.")
-@click.option("--namespace", "-n", help="On a cluster: of the pipeline; the context's own by default.")
+@click.option("--watch", is_flag=True, help="Repeat every second, until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything that is known, as JSON.")
+@click.option("--namespace", "-n", help="On a cluster: namespace of the pipeline. Default: the context's own.")
 @cluster_options
 @state_option
 def status(
     pipeline: str | None, watch: bool, as_json: bool, namespace: str | None, connect: "Callable[[], Cluster]", state: Path
 ) -> None:
-    """Show the pipeline that `run` serves on this machine: replicas, concurrency, and what the autoscaler wants.
+    """Show the pipeline that `run` serves on this machine: replicas, concurrency, and the scale that the autoscaler wants.
 
-    With a PIPELINE, its name or the file of its spec: its Services on a cluster, each revision that gets requests, what was
-    deployed, and why something is not ready.
+    With a PIPELINE (its name, or the file of its spec): its Services on a cluster, each revision that gets requests, the
+    versions that were deployed, and why something is not ready.
 
     \b
     python -m knative status
     python -m knative status --watch
     python -m knative status chat --context production
     """
-    view: _View
     if pipeline is None:
-        view = _LocalView(state)
+        source = _on_this_machine(state)
     else:
         name, where = named_pipeline(pipeline, namespace)
-        view = _ClusterView(connect(), where, name)
+        cluster = connect()
+        source = _on_a_cluster(cluster, where or cluster.default_namespace, name)
     if as_json:
-        click.echo(json.dumps(view.document(), indent=2))
+        click.echo(json.dumps(source.document(), indent=2))
         return
     console = Console()
     if watch and console.is_terminal:
-        _live(console, view)
+        with Live(console=console, auto_refresh=False) as live:
+            while True:
+                rows, lines = source.lines()
+                live.update(Group(rich_table("", source.columns, rows), *lines), refresh=True)
+                time.sleep(_REFRESH_SECONDS)
     while True:
-        _show(console, view)
+        rows, lines = source.lines()
+        show_table(console, "", source.columns, rows)
+        for text in lines:
+            console.out(text, highlight=False)
         if not watch:
             return
         time.sleep(_REFRESH_SECONDS)
 
 
-class _View(Protocol):
-    """One status after the other."""
+def _on_a_cluster(cluster: "Cluster", namespace: str, name: str) -> _Source:
+    from knative.cluster.status import COLUMNS, cluster_status, status_lines, status_rows
 
-    @property
-    def columns(self) -> Sequence[str]: ...
-
-    def document(self) -> dict[str, Any]: ...
-
-    def rows(self) -> tuple[list[tuple[str, ...]], list[str]]:
-        """The table, and lines beside it."""
-
-
-class _ClusterView:
-    def __init__(self, cluster: "Cluster", namespace: str | None, name: str) -> None:
-        from knative.cluster.status import COLUMNS
-
-        self.columns: Sequence[str] = COLUMNS
-        self._cluster = cluster
-        self._namespace = namespace or cluster.default_namespace
-        self._name = name
-
-    def document(self) -> dict[str, Any]:
-        from knative.cluster.status import cluster_status
-
-        found = cluster_status(self._cluster, self._namespace, self._name)
+    def document() -> dict[str, Any]:
+        found = cluster_status(cluster, namespace, name)
         if not found["services"]:
-            raise click.ClickException(
-                f"no pipeline {self._name} is in namespace {self._namespace} of {self._cluster.description}"
-            )
+            raise click.ClickException(f"no pipeline {name} is in namespace {namespace} of {cluster.description}")
         return found
 
-    def rows(self) -> tuple[list[tuple[str, ...]], list[str]]:
-        from knative.cluster.status import status_lines, status_rows
-
-        found = self.document()
+    def lines() -> _Lines:
+        found = document()
         return status_rows(found), status_lines(found)
 
+    return _Source(COLUMNS, document, lines)
 
-class _LocalView:
-    """Rates need two."""
 
-    columns: Sequence[str] = _COLUMNS
+def _on_this_machine(state: Path) -> _Source:
+    rates = RevisionRates()
+    looked = False
 
-    def __init__(self, state: Path) -> None:
-        self._state = state
-        self._rates: RevisionRates | None = None
+    def look() -> _Lines:
+        answer, now = _local_status(state), time.monotonic()
+        rows = []
+        for service in answer["services"]:
+            for revision in service["revisions"]:
+                single = len(service["revisions"]) == 1
+                label = str(service["name"]) if single else f"{revision['name']} {revision['percent']} %"
+                rows.append(_row(label, revision, *rates.tokens_per_second(revision, now)))
+        return rows, [*_event_lines(answer.get("eventing") or {}), *_trouble_lines(answer)]
 
-    def document(self) -> dict[str, Any]:
-        return _ask(self._state)
-
-    def rows(self) -> tuple[list[tuple[str, ...]], list[str]]:
-        """The table, and lines about events and what is wrong."""
-        if self._rates is None:
-            self._rates = RevisionRates()
-            self._rows(self._rates)
+    def lines() -> _Lines:
+        nonlocal looked
+        if not looked:  # a rate needs two looks
+            looked = True
+            look()
             time.sleep(_FIRST_RATE_SECONDS)
-        return self._rows(self._rates)
+        return look()
 
-    def _rows(self, rates: RevisionRates) -> tuple[list[tuple[str, ...]], list[str]]:
-        answer, now = _ask(self._state), time.monotonic()
-        rows = [
-            _row(_label(service, revision), revision, *rates.tokens_per_second(revision, now))
-            for service in answer["services"]
-            for revision in service["revisions"]
-        ]
-        return rows, [*_events(answer.get("eventing") or {}), *_troubles(answer)]
+    return _Source(_LOCAL_COLUMNS, lambda: _local_status(state), lines)
 
 
-def _ask(state: Path) -> dict[str, Any]:
+def _local_status(state: Path) -> dict[str, Any]:
     running = find_running(state)
     if running is None:
         raise StateError(f"nothing runs here with the state folder {state}; start it with: python -m knative run")
@@ -146,26 +136,6 @@ def _ask(state: Path) -> dict[str, Any]:
     except OSError as error:
         raise StateError(f"process {running.pid} runs, but does not answer at {running.admin_url}: {error}") from error
     return answer
-
-
-def _show(console: Console, view: _View) -> None:
-    rows, troubles = view.rows()
-    show_table(console, "", view.columns, rows)
-    for text in troubles:
-        console.out(text, highlight=False)
-
-
-def _live(console: Console, view: _View) -> None:
-    with Live(console=console, auto_refresh=False) as live:
-        while True:
-            rows, troubles = view.rows()
-            live.update(Group(rich_table("", view.columns, rows), *troubles), refresh=True)
-            time.sleep(_REFRESH_SECONDS)
-
-
-def _label(service: dict[str, Any], revision: dict[str, Any]) -> str:
-    single = len(service["revisions"]) == 1
-    return str(service["name"]) if single else f"{revision['name']} {revision['percent']} %"
 
 
 def _row(name: str, revision: dict[str, Any], rate: float | None, queued: int) -> tuple[str, ...]:
@@ -186,8 +156,8 @@ def _row(name: str, revision: dict[str, Any], rate: float | None, queued: int) -
     )
 
 
-def _events(eventing: dict[str, Any]) -> list[str]:
-    """A line for each Broker, and for each Trigger and step of a Sequence."""
+def _event_lines(eventing: dict[str, Any]) -> list[str]:
+    """A line for each Broker, Trigger, and step of a Sequence."""
     brokers = eventing.get("brokers", [])
     names = [(each["name"], each) for broker in brokers for each in broker["triggers"]]
     names += [(f"step {each['url'].rpartition('/sequences/')[2]}", each) for each in eventing.get("steps", [])]
@@ -198,7 +168,7 @@ def _events(eventing: dict[str, Any]) -> list[str]:
     ]
 
 
-def _troubles(answer: dict[str, Any]) -> list[str]:
+def _trouble_lines(answer: dict[str, Any]) -> list[str]:
     revisions = [revision for service in answer["services"] for revision in service["revisions"]]
     failures = [f"{revision['name']}: {revision['failure']}" for revision in revisions if revision["failure"]]
     return failures + [

@@ -15,7 +15,7 @@ from eventing.http.binding import to_binary_http
 from eventing.wire.cloud_event import json_event
 from eventing.wire.events import EventType
 from eventing.wire.generation import GenerateRequest
-from knative.commands.terminal.pod_metrics import read_metrics
+from knative.commands.local_pods import read_metrics
 from knative.local.platform import Platform
 from knative.local.serving.revisions import Revision
 from knative.render.services import services

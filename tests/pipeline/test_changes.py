@@ -7,7 +7,7 @@ import asyncio
 from dataclasses import replace
 from pathlib import Path
 
-from knative.commands.terminal.pod_metrics import read_metrics
+from knative.commands.local_pods import read_metrics
 from knative.local.kubelet.pods import LocalPod, Phase
 from knative.render.services import services
 from tests.support.functions.served import Conversations, serving, stage_revisions, tiny_pipeline

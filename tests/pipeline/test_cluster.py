@@ -25,10 +25,10 @@ from knative.cluster.errors import ClusterError, DeployInProgress
 from knative.cluster.lease import deploy_lease
 from knative.cluster.pipeline_token import ensure_token
 from knative.cluster.status import COLUMNS, cluster_status, status_rows
+from knative.commands.model_choice import packaged_model
 from knative.render.access import deployer_role
 from knative.render.prune_script import is_ready
 from knative.spec.model_shape import published_shape
-from knative.spec.model_sources import packaged_model
 from knative.spec.pipeline_spec import EventingSpec, GatewaySpec
 from storage.models.model_repository import read_file
 from storage.models.publisher import publish

@@ -9,7 +9,7 @@ import torch
 
 from eventing.wire.generation import GenerateResponse
 from functions.hosting.startup import PHASES
-from knative.commands.terminal.asking import Question, ask
+from knative.commands.ask import Question, stream_answer
 from tests.support.knative.cold_pipeline import cold_pipeline, pods_of
 from tests.support.storage.published import CUT, Published, until_end
 from tests.support.storage.storage import FaultProxy
@@ -26,7 +26,7 @@ async def cold_answer(
     endpoints = dict.fromkeys(range(len(CUT)), proxy.settings.endpoint_url)
     async with cold_pipeline(published, folder, endpoints, cache) as (platform, local):
         url = platform.url(local.pipeline.spec.name)
-        *_, answer = [each async for each in ask(url, Question(PROMPT, 8, chat=False))]
+        *_, answer = [each async for each in stream_answer(url, Question(PROMPT, 8, chat=False))]
         assert isinstance(answer, GenerateResponse)
         pods = [pods_of(platform, local.pipeline.stage_name(index)) for index in range(len(CUT))]
     assert [len(each) for each in pods] == [1] * len(CUT)

@@ -10,7 +10,7 @@ import torch
 
 from eventing.wire.generation import GenerateResponse
 from functions.hosting.startup import PHASES
-from knative.commands.terminal.asking import Question, ask
+from knative.commands.ask import Question, stream_answer
 from tests.support.functions.functions import FunctionProcess, gateway_environment, stage_environment, wait_until
 from tests.support.knative.cold_pipeline import cold_pipeline, pods_of
 from tests.support.storage.published import Published, until_end
@@ -70,7 +70,7 @@ def test_a_request_survives_a_store_that(fault: str, published: Published, proxy
         endpoints = {STAGE: proxy.settings.endpoint_url}
         async with cold_pipeline(published, tmp_path, endpoints) as (platform, local):
             url = platform.url(local.pipeline.spec.name)
-            *_, answer = [each async for each in ask(url, Question(PROMPT, 12, chat=False))]
+            *_, answer = [each async for each in stream_answer(url, Question(PROMPT, 12, chat=False))]
             assert isinstance(answer, GenerateResponse)
             assert answer.text == expected_text(published)
             (pod,) = pods_of(platform, local.pipeline.stage_name(STAGE))

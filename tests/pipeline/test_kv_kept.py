@@ -10,7 +10,7 @@ from typing import Final
 
 from eventing.wire.generation import GenerateResponse
 from eventing.wire.prefix_chain import BLOCK_TOKENS
-from knative.commands.terminal.asking import Question, ask
+from knative.commands.ask import Question, stream_answer
 from knative.local.platform import Platform
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import services
@@ -26,7 +26,7 @@ NEW_TOKENS: Final = 24
 
 
 async def answer(platform: Platform, prompt: str) -> GenerateResponse:
-    async for part in ask(platform.url("tiny"), Question(prompt, NEW_TOKENS, chat=False, timeout_seconds=100)):
+    async for part in stream_answer(platform.url("tiny"), Question(prompt, NEW_TOKENS, chat=False, timeout_seconds=100)):
         if isinstance(part, GenerateResponse):
             return part
     raise AssertionError("no answer came")

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from eventing.wire.generation import TokenEvent
-from knative.commands.terminal.asking import Question, ask
+from knative.commands.ask import Question, stream_answer
 from knative.local.proxies.network import EmulatedNetwork
 from knative.render.services import services
 from knative.spec.model_shape import published_shape
@@ -27,7 +27,7 @@ TOKENS = 12
 
 async def seconds_per_token(url: str) -> float:
     times = []
-    async for answer in ask(url, Question("The capital of France is", TOKENS, chat=False)):
+    async for answer in stream_answer(url, Question("The capital of France is", TOKENS, chat=False)):
         if isinstance(answer, TokenEvent):
             times.append(time.perf_counter())
     return median(later - earlier for earlier, later in pairwise(times[1:]))

@@ -3,8 +3,8 @@
 import asyncio
 from pathlib import Path
 
-from knative.commands.sources.local_pipeline import local_pipeline
-from knative.commands.terminal.asking import Question, ask
+from knative.commands.ask import Question, stream_answer
+from knative.commands.local_pipeline import local_pipeline
 from knative.local.platform import Platform, PlatformOptions
 from knative.render.services import services
 from knative.spec.pipeline_spec import Autoscaling, GatewaySpec, ModelSpec, PipelineSpec, StageSpec, StoreSpec
@@ -24,7 +24,7 @@ DEADLINE_SECONDS = 90.0
 
 
 async def _converse(url: str, number: int) -> None:
-    async for _ in ask(url, Question(f"number {number:02d}", TOKENS, chat=False)):
+    async for _ in stream_answer(url, Question(f"number {number:02d}", TOKENS, chat=False)):
         pass
 
 

@@ -4,9 +4,9 @@ import pytest
 
 from knative.cluster.client import Cluster
 from knative.cluster.deployer import Deployer
-from knative.cluster.errors import DeployFailed, FieldConflict, NothingServes, Refused
+from knative.cluster.errors import DeployFailed, FieldConflict, NothingServes, Rejected
 from knative.cluster.history import History
-from knative.cluster.readiness import traffic_of
+from knative.cluster.objects import traffic_of
 from knative.cluster.status import cluster_status, status_lines, status_rows
 from knative.webhook.check import validate, warnings
 from tests.support.knative.deployments import GATEWAY, objects, other, services, sink, stage_name, traffic
@@ -117,12 +117,12 @@ def test_what_a_canary_needs_is_said(api: KubernetesApi, deployer: Deployer) -> 
     deployer.deploy(objects())
     with pytest.raises(NothingServes, match="no canary of chat"):
         deployer.promote("chat")
-    with pytest.raises(Refused, match="a canary needs another model, dtype or cut"):
+    with pytest.raises(Rejected, match="a canary needs another model, dtype or cut"):
         deployer.canary(objects(kv_cache="1Gi"), 10)
     deployer.canary(other(), 10)
-    with pytest.raises(Refused, match="is a canary already"):
+    with pytest.raises(Rejected, match="is a canary already"):
         deployer.canary(objects(digest="f" * 64), 10)
-    with pytest.raises(Refused, match="`promote` or `abort` it"):
+    with pytest.raises(Rejected, match="`promote` or `abort` it"):
         deployer.deploy(objects(digest="f" * 64))
 
 

@@ -17,7 +17,7 @@ from knative.cluster.errors import (
     KindMissing,
     NotPermitted,
     PreflightFailed,
-    Refused,
+    Rejected,
 )
 from knative.cluster.garbage import GarbageCollector
 from knative.cluster.history import History, gateway_of
@@ -176,13 +176,13 @@ def test_somebody_elses_fields_are_not_taken_without_being_asked(
 def test_the_webhooks_refusal_names_the_field(deployer: Deployer) -> None:
     rendered = objects()
     gateway_of(rendered)["spec"]["template"]["spec"]["timeoutSeconds"] = 601
-    with pytest.raises(Refused, match=r"timeoutSeconds"):
+    with pytest.raises(Rejected, match=r"timeoutSeconds"):
         deployer.deploy(rendered)
 
 
 def test_quota_is_named_with_what_to_do(api: KubernetesApi, deployer: Deployer) -> None:
     api.quota_message = "cpu: requested 3, limited 2"
-    with pytest.raises(Refused, match=r"exceeded quota: cpu.*lower the resources"):
+    with pytest.raises(Rejected, match=r"exceeded quota: cpu.*lower the resources"):
         deployer.deploy(objects())
 
 

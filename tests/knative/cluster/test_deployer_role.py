@@ -9,9 +9,8 @@ from knative.cluster.cost import usage_since_start
 from knative.cluster.deployer import Deployer
 from knative.cluster.errors import DeployFailed
 from knative.cluster.garbage import OWN_KINDS
-from knative.cluster.inventory import pipelines
 from knative.cluster.lease import deploy_lease
-from knative.cluster.status import cluster_status
+from knative.cluster.status import cluster_status, pipelines
 from knative.render.access import deployer_role, gateway_access
 from tests.support.knative.deployments import account, objects, other, sink, stage_name, until
 from tests.support.knative.knative_controllers import crash_loops

@@ -8,7 +8,7 @@ from knative.cluster.client import Cluster
 from knative.cluster.deployer import Deployer
 from knative.cluster.errors import DeployFailed
 from knative.cluster.history import History, Outcome
-from knative.cluster.readiness import readiness
+from knative.cluster.objects import readiness
 from knative.cluster.status import cluster_status, status_lines
 from knative.cluster.waiting import ReadinessWait
 from tests.support.knative.deployments import GATEWAY, objects, other, sink, stage_name
@@ -95,7 +95,7 @@ def test_the_same_deploy_works_once_the_cause_of_its_failure_is_mended(
         deployer.deploy(rendered)
     del api.behaviours[stage]
     deployer.deploy(rendered)
-    assert f"deleted Service default/{stage}, of which no revision ever ran, to make it anew" in said
+    assert f"deleted Service default/{stage}, because none of its revisions ever ran, to create it again" in said
 
 
 def test_pods_that_crashed_before_get_another_try(api: KubernetesApi, deployer: Deployer) -> None:

@@ -131,4 +131,4 @@ def test_what_may_not_be_listed_is_left_and_the_deploy_stands(
     deployer.deploy(objects())
     api.forbidden.add(("list", "networkpolicies"))
     assert deployer.deploy(other()) == "http://chat.default.example"
-    assert any(line.startswith("not looked for what the spec does not ask for any more") for line in said)
+    assert any(line.startswith("did not look for objects that the spec no longer needs") for line in said)

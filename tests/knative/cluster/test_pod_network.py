@@ -6,7 +6,7 @@ from functions.configuration.config import GatewayConfig, read_config
 from knative.cluster.client import Cluster
 from knative.cluster.deployer import Deployer
 from knative.cluster.errors import DeployFailed
-from knative.cluster.pod_network import PRIVATE, refused_pods
+from knative.cluster.preflight import PRIVATE_NETWORKS, refused_pods
 from knative.cluster.status import cluster_status
 from knative.spec.kubernetes_object import KubernetesObject
 from tests.support.environments import GATEWAY
@@ -44,7 +44,7 @@ def test_without_the_right_to_look_it_is_said(api: KubernetesApi, deployer: Depl
     api.put(pod("far", stage_name(rendered, 1), "192.168.3.4"))
     api.forbidden.add(("list", "pods"))
     deployer.deploy(rendered)
-    assert any(line.startswith("the network of pods is not checked") for line in said)
+    assert any(line.startswith("the pods' network is not checked") for line in said)
 
 
 def test_status_says_which_pods_are_not_followed(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
@@ -69,4 +69,4 @@ def test_which_addresses_count() -> None:
 def test_the_default_is_the_gateways() -> None:
     config = read_config(GATEWAY)
     assert isinstance(config, GatewayConfig)
-    assert ",".join(map(str, config.pod_network)) == PRIVATE
+    assert ",".join(map(str, config.pod_network)) == PRIVATE_NETWORKS

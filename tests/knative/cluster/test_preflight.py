@@ -17,7 +17,7 @@ def test_all_that_is_missing_is_said_and_nothing_is_made(api: KubernetesApi, dep
     for text in (
         "lamina-store is missing",
         "chat-api-keys is missing",
-        "Service default/dead-letters, to which Broker chat leads",
+        "Service default/dead-letters, a destination of Broker chat",
     ):
         assert text in str(failure.value)
     assert api.applied == []
@@ -42,7 +42,7 @@ def test_without_the_right_to_see_the_namespace_the_apis_own_words_are_told(
 ) -> None:
     api.forbidden.add(("get", "namespaces"))
     deployer.deploy(objects())
-    assert any("not checked, since we may not look" in line for line in said)
+    assert any("not checked, because reading it is not permitted" in line for line in said)
 
 
 def config_features(api: KubernetesApi, **flags: str) -> None:
@@ -73,9 +73,9 @@ def test_accounts_and_pull_secrets_that_are_not_there_are_named(api: KubernetesA
     with pytest.raises(PreflightFailed) as failure:
         deployer.deploy(rendered)
     first, second = str(failure.value).splitlines()
-    assert first.startswith("ServiceAccount default/chat-reader is missing, which pods of chat-")
+    assert first.startswith("ServiceAccount default/chat-reader is missing; pods of chat-")
     assert first.count("-s") == 3
-    assert second.startswith("Secret default/registry is missing, which pods of chat-")
+    assert second.startswith("Secret default/registry is missing; pods of chat-")
     assert api.applied == []
     api.put(account("chat-reader"))
     api.put(secret("registry", ".dockerconfigjson"))

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from eventing.wire.generation import GenerateResponse, Timings, TokenEvent, Usage
 from knative.commands import ask
-from knative.commands.terminal.asking import Answer, Question
+from knative.commands.ask import Answer, Question
 
 
 @pytest.mark.parametrize("tokens", [0, 3])
@@ -27,7 +27,7 @@ def test_the_clock_is_the_callers(tokens: int, monkeypatch: pytest.MonkeyPatch) 
         timings = Timings(0.0, 0.02, 0.03, 1000.0)
         yield GenerateResponse("aaa", (7,) * tokens, "stop", Usage(5, tokens + 1, tokens + 6), timings)
 
-    monkeypatch.setattr(ask, "ask_gateway", answers)
+    monkeypatch.setattr(ask, "stream_answer", answers)
     monkeypatch.setattr(ask.time, "monotonic", lambda: now)
     out = io.StringIO()
     asyncio.run(ask.show_answer(Console(file=out), "http://gateway", Question("hello", 8)))

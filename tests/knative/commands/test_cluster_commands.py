@@ -64,7 +64,7 @@ def test_a_pipeline_goes_out_is_changed_goes_back_and_is_taken_away(api: Kuberne
 
     api.logs["chat-00003-pod"] = "one\ntwo\n"
     assert run(tmp_path, "logs", "chat").stdout == "chat-00003-pod: one\nchat-00003-pod: two\n"
-    assert "it may be at zero" in run(tmp_path, "logs", "other").stderr
+    assert "it may be scaled to zero" in run(tmp_path, "logs", "other").stderr
 
     deleted = run(tmp_path, "delete", "chat")
     assert "objects deleted" in deleted.stdout, deleted.stderr
@@ -90,7 +90,7 @@ def test_no_cluster_is_one_line(tmp_path: Path) -> None:
 def test_check_asks_the_cluster_for_its_feature_flags(api: KubernetesApi, tmp_path: Path) -> None:
     (tmp_path / "service.yaml").write_text(yaml.safe_dump(service({"nodeSelector": {"disk": "fast"}})))
     command = ("check", "--features", "cluster", str(tmp_path / "service.yaml"))
-    assert "config-features is not there" in run(tmp_path, *command).stderr
+    assert "config-features does not exist" in run(tmp_path, *command).stderr
     metadata = {"name": "config-features", "namespace": "knative-serving"}
     data = {"kubernetes.podspec-nodeselector": "enabled"}
     api.put({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data})
@@ -107,7 +107,7 @@ def test_logs_of_a_container_that_kn_has_renamed(api: KubernetesApi, tmp_path: P
     api.logs["chat-00001-pod"] = "one\n"
     read = run(tmp_path, "logs", str(tmp_path / "pipeline.yaml"))
     assert read.stdout == "chat-00001-pod: one\n"
-    assert read.stderr.count("no log of its container user-container") == 3, "those that have none are named"
+    assert read.stderr.count("its container user-container has no log") == 3, "those that have none are named"
 
 
 def test_canary_promote_and_abort(api: KubernetesApi, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_pipelines_of_a_cluster_are_listed_and_counted(api: KubernetesApi, tmp_p
     api.forbidden_everywhere = True
     alone = run(tmp_path, "list")
     assert [line.split()[0] for line in alone.stdout.splitlines()[1:]] == ["default"]
-    assert "of namespace default alone" in alone.stderr
+    assert "only namespace default" in alone.stderr
     counted = run(tmp_path, "cost", str(spec))
     assert [line.split()[0] for line in counted.stdout.splitlines()[1:]][-1] == "all"
     assert "name a Prometheus with --prometheus" in counted.stderr

@@ -13,7 +13,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from knative.__main__ import main
-from knative.commands.terminal.asking import is_question
+from knative.commands.ask import is_question
 from knative.local.platform import ROOT
 from tests.support.knative.run_command import Run
 
@@ -140,7 +140,7 @@ def test_plan_refuses_int8_where_no_stage_would_run_it(tmp_path: Path) -> None:
             "41 stages requested, but llama-2-13b has 40 layers; ask for at most",
         ),
         (("plan", "--model", LLAMA, "--cut", "0:10,20:40"), "group 20:40 must begin with layer 10"),
-        (("ask", "http://127.0.0.1:9", "hi"), "nobody listens there"),
+        (("ask", "http://127.0.0.1:9", "hi"), "no connection"),
     ],
 )
 def test_failures_are_one_line(arguments: tuple[str, ...], message: str) -> None:

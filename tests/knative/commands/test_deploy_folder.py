@@ -83,7 +83,7 @@ def test_any_other_folder_is_refused(tmp_path: Path) -> None:
     result = deploy(tmp_path, str(tmp_path / "empty"))
     assert (result.exit_code, result.output) == (
         1,
-        f"Error: {tmp_path / 'empty'}: 0 gateways are in it, one is wanted; is this what `render --output` wrote?\n",
+        f"Error: {tmp_path / 'empty'}: has 0 gateways, and needs one; did `render --output` write this folder?\n",
     )
 
 

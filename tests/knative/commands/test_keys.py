@@ -39,7 +39,7 @@ def test_made_listed_and_revoked(tmp_path: Path) -> None:
     assert "alice" not in secret.read_text()
     last = keys(secret, "--revoke", pipeline.prompts[1].client_id)
     assert last.exit_code == 0
-    assert "nobody may ask" in last.stderr
+    assert "no client may ask" in last.stderr
 
 
 def test_a_key_has_limits_of_its_own(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def keep(objects: PayloadStore, pipeline: str, layers: tuple[int, int], parts: i
 
 
 def test_shown_by_pipeline_and_stage_and_pruned(objects: PayloadStore) -> None:
-    assert "nothing is kept" in kv().stdout
+    assert "nothing is stored" in kv().stdout
     objects.put("models/tiny/manifest.json", b"{}")
     keep(objects, "1f0a", (0, 10), 3)
     keep(objects, "1f0a", (10, 20), 2)

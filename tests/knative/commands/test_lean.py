@@ -10,8 +10,8 @@ from rich.console import Console
 
 from functions.stage.native.limits import DTYPES
 from knative.__main__ import _COMMANDS, main
-from knative.commands.sources.local_pipeline import ensure_published
-from knative.commands.sources.model_fit import best_dtype, torch_needed
+from knative.commands.local_pipeline import ensure_published
+from knative.commands.model_choice import best_dtype, torch_needed
 from storage.checkpoints.model_source import open_checkpoint
 from storage.models.publisher import publish
 from storage.store.embedded import EmbeddedStore
@@ -62,7 +62,7 @@ def test_others_do_and_it_says_why(tmp_path: Path) -> None:
     tiny_models.whole_model("gpt2").save_pretrained(tmp_path)
     list_name, reason = needed("--model", str(tmp_path))
     assert list_name == "requirements-torch.txt"
-    assert reason.startswith(f"{tmp_path} takes torch: model_type 'gpt2' is not one of llama")
+    assert reason.startswith(f"{tmp_path} needs torch: model_type 'gpt2' is not one of llama")
 
 
 def test_an_odd_head_does(tmp_path: Path) -> None:

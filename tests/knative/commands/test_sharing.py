@@ -3,7 +3,7 @@
 import pytest
 
 from functions.gateway.scheduling.batching import micro_batches_wanted
-from knative.commands.sources.local_pipeline import Sharing
+from knative.commands.local_pipeline import Sharing
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from knative.commands.sources.state_folder import RunningPlatform, StateError, StateFolder, find_running
+from knative.commands.state_folder import RunningPlatform, StateError, StateFolder, find_running
 
 
 def test_a_second_run_is_told_where_the_first_is(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_plan_says_what_a_network_costs() -> None:
     outcome = CliRunner().invoke(main, [*arguments, "--delay-seconds", "0.005", "--conversations", "64"])
     assert outcome.exit_code == 0, outcome.output
     lines = [line for line in outcome.output.splitlines() if line.startswith("network: ")]
-    assert lines[0].startswith("network: 1 at a time, one replica each: 12.5 tokens/s, 0.50 of what there is without it;")
+    assert lines[0].startswith("network: 1 at a time, one replica each: 12.5 tokens/s, 0.50 of the speed without it;")
     assert lines[1].endswith("bytes a token between pods 61440")
     outcome = CliRunner().invoke(main, [*arguments, "--wire-dtype", "int8"])
     assert "a hop carries 5124 bytes per token" in outcome.output

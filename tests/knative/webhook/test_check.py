@@ -47,7 +47,7 @@ def test_several_services_are_named_and_other_kinds_ignored(tmp_path: Path) -> N
     result = run(file)
     assert result.exit_code == 1
     assert result.output.splitlines() == [
-        f"{file}: note: Service core is no Knative Service and was passed over",
+        f"{file}: note: Service core is not a Knative Service and was skipped",
         f"{file} a: accepted",
         f"{file} b: accepted",
         f"{file} c: refused: {OFF.format('hostnetwork')}: spec.template.spec.hostNetwork",
@@ -90,7 +90,7 @@ def test_an_empty_file_holds_no_service(tmp_path: Path) -> None:
     file = tmp_path / "empty.yaml"
     file.write_text("---\n")
     result = run(file)
-    assert (result.exit_code, result.output) == (0, f"{file}: note: no Knative Service in it\n")
+    assert (result.exit_code, result.output) == (0, f"{file}: note: it has no Knative Service\n")
 
 
 def test_dates_and_keys_are_strings_as_kubernetes_takes_them(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from eventing.http.binding import to_binary_http
 from eventing.wire.cloud_event import json_event
 from eventing.wire.events import EventType, Sampling
 from eventing.wire.generation import GenerateRequest, GenerateResponse
-from knative.commands.terminal.pod_metrics import read_metrics
+from knative.commands.local_pods import read_metrics
 from knative.local.kubelet.pods import PodTiming
 from knative.local.serving.revisions import Revision
 from tests.support.knative.platform import until

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 from rich.console import Console
 
-from knative.commands.sources.local_pipeline import LocalPipeline, ensure_published, local_pipeline
+from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
 from knative.local.platform import Platform
 from knative.render.services import services
 from knative.spec.pipeline_spec import Autoscaling, GatewayAutoscaling, PipelineSpec

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from eventing.wire.generation import GenerateResponse
-from knative.commands.terminal.asking import Question, ask
+from knative.commands.ask import Question, stream_answer
 from knative.local.kubelet.pods import PodTiming
 from knative.local.platform import Platform
 from knative.local.serving.revisions import Revision
@@ -113,9 +113,9 @@ class Conversations:
         for prompt in PROMPTS:
             self._expected[prompt] = greedy(self.published.model, self.published.tokenizer.encode(prompt).ids, tokens)
 
-    async def ask(self, url: str, number: int, tokens: int) -> None:
+    async def stream_answer(self, url: str, number: int, tokens: int) -> None:
         prompt, seen = PROMPTS[number % len(PROMPTS)], 0
-        async for answer in ask(url, Question(prompt, tokens, chat=False, timeout_seconds=100)):
+        async for answer in stream_answer(url, Question(prompt, tokens, chat=False, timeout_seconds=100)):
             if isinstance(answer, GenerateResponse):
                 self._check(prompt, tokens, answer)
             else:

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from knative.commands.sources.local_pipeline import LocalPipeline, local_pipeline
+from knative.commands.local_pipeline import LocalPipeline, local_pipeline
 from knative.local.platform import Platform, PlatformOptions
 from knative.render.services import services
 from storage.store.object_store import ObjectStore

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from knative.commands.kpa_replay import kpa_replay
+from knative.commands.check import kpa_replay
 from knative.local.autoscaler.replay import Replay, TraceError, replay
 from tests.support.paths import DATA
 

@@ -1,4 +1,4 @@
-"""What people see: rich tables and progress on a terminal, plain lines where there is none."""
+"""Output for people: rich tables and progress bars on a terminal, plain lines elsewhere."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,16 +13,13 @@ _PLAIN_STEPS = 4
 
 
 def show_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """The first column is a name, the others are numbers. Plain: one line each, columns aligned by blanks."""
+    """The first column is a name, the others are numbers. Plain: one line per row, without the title."""
     if console.is_terminal:
         console.print(rich_table(title, columns, rows))
         return
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-    for row in (columns, *rows):
-        cells = [
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
+    for name, *numbers in (columns, *rows):
+        cells = [name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=True))]
         console.out("  ".join(cells).rstrip(), highlight=False)
 
 
@@ -37,30 +34,33 @@ def rich_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
 @contextmanager
 def publish_progress(console: Console, what: str) -> Iterator[ProgressCallback]:
-    if not console.is_terminal:
-        yield _plain_progress(console, what)
+    """A progress bar on a terminal; elsewhere a line per quarter."""
+    if console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task(what, total=None)
+            yield lambda seen: progress.update(task, completed=seen.done_bytes, total=seen.total_bytes)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda seen: progress.update(task, completed=seen.done_bytes, total=seen.total_bytes)
+    shown = 0
 
-
-def _plain_progress(console: Console, what: str) -> ProgressCallback:
-    told = 0
-
-    def tell(seen: PublishProgress) -> None:
-        nonlocal told
+    def show(seen: PublishProgress) -> None:
+        nonlocal shown
         step = seen.done_bytes * _PLAIN_STEPS // max(1, seen.total_bytes)
-        if step > told:
-            told = step
+        if step > shown:
+            shown = step
             console.out(f"{what}: {100 * step // _PLAIN_STEPS} % of {size(seen.total_bytes)}", highlight=False)
 
-    return tell
+    yield show
 
 
 def size(count: float) -> str:
-    """Bytes for people: 1.5 GiB."""
+    """1610612736 → 1.5 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -1,9 +1,10 @@
-"""Which exceptions are answers to the person at the terminal: their message says what was seen and what to do."""
+"""Expected failures of commands. They are reported in one line; any other exception keeps its traceback."""
 
 from eventing.problems import Problem
 from knative.cluster.errors import ClusterError
-from knative.commands.terminal.asking import AskFailed
-from knative.commands.terminal.start_watch import PodsFailed
+from knative.commands.ask import AskFailed
+from knative.commands.local_pods import PodsFailed
+from knative.commands.manifest_files import ManifestError
 from knative.local.autoscaler.revision_settings import SettingsError
 from knative.local.errors import LocalError
 from knative.render.rendering import RenderFailed
@@ -14,6 +15,7 @@ _EXPECTED = (
     AskFailed,
     ClusterError,
     LocalError,
+    ManifestError,
     PodsFailed,
     Problem,
     RenderFailed,
@@ -26,10 +28,10 @@ _EXPECTED = (
 
 
 def one_line(error: Exception) -> str | None:
-    """The message to print; None for what is a fault of Lamina's own and wants its traceback."""
+    """The message to print; None if the exception is not an expected one."""
     if isinstance(error, _EXPECTED):
         return str(error)
-    if isinstance(error, OSError) and error.strerror:  # a full disk, a missing right: about the machine, not about Lamina
+    if isinstance(error, OSError) and error.strerror:  # such as a full disk or a missing permission
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}"
     return None

@@ -1,4 +1,4 @@
-"""What `run` runs: a model in the embedded store, the pipeline made of it, and the platform's options for this machine."""
+"""The pipeline of `run`: a model in the embedded store, a spec for this machine, and its secrets."""
 
 import math
 import secrets
@@ -11,15 +11,14 @@ from rich.console import Console
 
 from functions.configuration.api_keys import HASHED
 from functions.stage.engine.threads import usable_cores
-from knative.commands.sources.model_fit import best_dtype
-from knative.commands.terminal.console import publish_progress
+from knative.commands.console import publish_progress
+from knative.commands.model_choice import DEFAULT_MODEL, best_dtype, packaged_model, published_name
 from knative.local.kubelet.containers import NamedData
 from knative.render.rendering import resolve
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import KEYS_ENTRY
 from knative.spec.cut import cut_evenly
 from knative.spec.model_shape import ModelShape, published_shape
-from knative.spec.model_sources import DEFAULT_MODEL, packaged_model, published_name
 from knative.spec.pipeline_spec import (
     Autoscaling,
     GatewaySpec,
@@ -38,17 +37,13 @@ from storage.kv.sealed import KEY_BYTES
 from storage.models.model_repository import ModelManifest, list_models, read_manifest
 from storage.models.publisher import publish
 from storage.store.object_store import ObjectStore
-from storage.store.settings import StoreSettings
 
-_RUNTIME_BYTES: Final = 2**30
-"""Python, torch and what a pass needs beside weights and KV."""
+_RUNTIME_BYTES: Final = 2**30  # Python, torch and what a forward pass needs besides weights and KV
 _KV_CACHE: Final = "256Mi"
-_CACHE: Final = "8Gi"
-"""Of verified weights, of all models that were run here lately."""
+_WEIGHTS_CACHE: Final = "8Gi"  # verified weights of all models that ran here lately
 _KV_KEY_FILE: Final = "kv-key"
 _KV_SECRET: Final = "lamina-kv"
-_MAX_SCALE: Final = 3
-"""Of a stage on one machine, whose cores more replicas do not multiply."""
+_MAX_SCALE: Final = 3  # more replicas of a stage do not add cores to this machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +59,7 @@ class LocalPipeline:
 
     @property
     def api_key(self) -> str | None:
-        """One that the gateway takes; None where it is open."""
+        """A key that the gateway accepts; None if it needs none, or only hashes are known."""
         for name in self.pipeline.spec.gateway.api_keys_secrets:
             for part in self.secrets[name][KEYS_ENTRY].replace("\n", ",").split(","):
                 if part.strip() and not part.lstrip().startswith(("#", HASHED)):
@@ -74,13 +69,13 @@ class LocalPipeline:
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """How `stages` share the `cores` of one machine. docs/log.md has what was measured."""
+    """How stages share the cores of one machine. docs/log.md has the measurements."""
 
     cores: int
     stages: int
 
+    # Fewer and larger micro-batches than on a cluster, because each forward pass reads all weights through the same memory.
     micro_batch_sequences: ClassVar[int] = 16
-    """Fewer and larger than on a cluster, because each pass reads all weights through the same memory."""
 
     @property
     def busy_threads(self) -> int:
@@ -88,16 +83,15 @@ class Sharing:
 
     @property
     def stages_at_once(self) -> int:
-        """With less than two cores for each, one after the other with both is quicker than side by side."""
+        """With less than two cores per stage, stages that take turns with two cores are faster than side by side."""
         return max(1, min(self.stages, self.cores // 2))
 
 
 def ensure_published(store: ObjectStore, model: str | None, dtype: str | None, console: Console) -> ModelManifest:
-    """model: None or its name for the default one, a published name, or what `push` takes. Publishes only what is not there.
+    """Publishes the model unless the store has it.
 
-    dtype: None for the one that suits the checkpoint; of a published name, for the smallest that there is.
-
-    Raises a StorageError.
+    model: None or DEFAULT_MODEL for the packaged one, a published name, or a source as for `push`. dtype: None for the best one
+    of the checkpoint; for a published name, the smallest that is published. Raises a StorageError.
     """
     source: str | Path
     if model in (None, DEFAULT_MODEL):
@@ -122,28 +116,36 @@ def local_pipeline(
     weights_cache: Path | None = None,
     kv_key: str | None = None,
 ) -> LocalPipeline:
-    """spec: None for one made for this machine, whose stages keep verified weights in the folder `weights_cache`, and idle
-    conversations in the store, encrypted with `kv_key`.
+    """The pipeline of a spec, or without one of a spec made for this machine. Secrets that are not given are generated.
 
-    Secrets that are not given are made up for this run. Raises TooManyStages, RenderFailed or SpecError.
+    weights_cache: folder for verified weights; kv_key: encrypts idle conversations in the store; both only without a spec.
+    Raises TooManyStages, RenderFailed or SpecError.
     """
+    replace = msgspec.structs.replace
     shape = published_shape(store, manifest)
-    here = StoreSpec(endpoint=store.settings.endpoint_url, bucket=store.settings.bucket, region=store.settings.region)
+    settings = store.settings
+    here = StoreSpec(endpoint=settings.endpoint_url, bucket=settings.bucket, region=settings.region)
     if spec is None:
         spec = _spec_for_this_machine(manifest, shape, stages, here)
         if weights_cache is not None:
-            stage = msgspec.structs.replace(spec.stage, weights_cache=str(weights_cache.resolve()), weights_cache_size=_CACHE)
-            spec = msgspec.structs.replace(spec, stage=stage)
+            cache = str(weights_cache.resolve())
+            spec = replace(spec, stage=replace(spec.stage, weights_cache=cache, weights_cache_size=_WEIGHTS_CACHE))
         if kv_key is not None:
-            spec = msgspec.structs.replace(spec, kv_store=KVStoreSpec(secret=_KV_SECRET))
+            spec = replace(spec, kv_store=KVStoreSpec(secret=_KV_SECRET))
     else:
-        spec = msgspec.structs.replace(spec, store=msgspec.structs.replace(here, secret=spec.store.secret or here.secret))
+        spec = replace(spec, store=replace(here, secret=spec.store.secret or here.secret))
         if spec.kv_store is not None:
-            spec = msgspec.structs.replace(spec, kv_store=msgspec.structs.replace(spec.kv_store, endpoint=None, bucket=None))
-    made = {str(spec.store.secret): _store_secret(store.settings), spec.token_secret: {"token": secrets.token_hex(16)}}
-    made |= {name: {KEYS_ENTRY: secrets.token_hex(16)} for name in spec.gateway.api_keys_secrets}
+            spec = replace(spec, kv_store=replace(spec.kv_store, endpoint=None, bucket=None))
+    generated = {
+        str(spec.store.secret): {
+            "AWS_ACCESS_KEY_ID": settings.access_key_id or "",
+            "AWS_SECRET_ACCESS_KEY": settings.secret_access_key or "",
+        },
+        spec.token_secret: {"token": secrets.token_hex(16)},
+        **{name: {KEYS_ENTRY: secrets.token_hex(16)} for name in spec.gateway.api_keys_secrets},
+    }
     if spec.kv_store is not None:
-        made[spec.kv_store.secret] = {"key": kv_key or secrets.token_hex(KEY_BYTES)}
+        generated[spec.kv_store.secret] = {"key": kv_key or secrets.token_hex(KEY_BYTES)}
     found: dict[str, tuple[ModelManifest, ModelShape]] = {manifest.dtype: (manifest, shape)}
 
     def published(dtype: str) -> tuple[ModelManifest, ModelShape]:
@@ -152,11 +154,11 @@ def local_pipeline(
             found[dtype] = (other, published_shape(store, other))
         return found[dtype]
 
-    return LocalPipeline(resolve(spec, published), manifest, shape, {**made, **named_secrets})
+    return LocalPipeline(resolve(spec, published), manifest, shape, {**generated, **named_secrets})
 
 
 def kept_kv_key(state: Path) -> str:
-    """Of this state folder, made when it is first asked for: what an earlier run kept can be read by a later one."""
+    """The key of this state folder, made at first use, so that a later run can read conversations of an earlier one."""
     file = state / _KV_KEY_FILE
     if not file.exists():
         file.touch(mode=0o600)
@@ -174,7 +176,7 @@ def _already_published(store: ObjectStore, name: str, dtype: str) -> ModelManife
         return read_manifest(store, name, dtype)
     except ModelNotPublished as error:
         known = ", ".join(f"{model} as {kind}" for model, kind in list_models(store)) or "nothing"
-        raise ModelNotPublished(f"{name!r} is no folder here, and not published as {dtype}; published is {known}") from error
+        raise ModelNotPublished(f"{name!r} is no folder here, and not published as {dtype}; published: {known}") from error
 
 
 def _spec_for_this_machine(manifest: ModelManifest, shape: ModelShape, stages: int, store: StoreSpec) -> PipelineSpec:
@@ -196,7 +198,3 @@ def _spec_for_this_machine(manifest: ModelManifest, shape: ModelShape, stages: i
         gateway=GatewaySpec(micro_batch_sequences=sharing.micro_batch_sequences, stages_at_once=sharing.stages_at_once),
         store=store,
     )
-
-
-def _store_secret(settings: StoreSettings) -> dict[str, str]:
-    return {"AWS_ACCESS_KEY_ID": settings.access_key_id or "", "AWS_SECRET_ACCESS_KEY": settings.secret_access_key or ""}

@@ -1,0 +1,132 @@
+"""Labels and status of a pipeline's objects: readiness, traffic, revisions, pods."""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from knative.cluster.client import Cluster, Ref
+from knative.cluster.errors import NotPermitted
+from knative.spec.kubernetes_object import KubernetesObject
+
+SERVING: Final = "serving.knative.dev/v1"
+SERVICE_LABEL: Final = "serving.knative.dev/service"
+REVISION_LABEL: Final = "serving.knative.dev/revision"
+INSTANCE: Final = "app.kubernetes.io/instance"
+MANAGED_BY: Final = "app.kubernetes.io/managed-by"
+COMPONENT: Final = "app.kubernetes.io/component"
+PIPELINE: Final = "lamina.dev/pipeline"
+_SIDECAR: Final = "queue-proxy"
+
+
+def own_selector(name: str) -> str:
+    """Selects what Lamina made for the pipeline."""
+    return f"{INSTANCE}={name},{MANAGED_BY}=lamina"
+
+
+def label(manifest: KubernetesObject, name: str) -> str:
+    return str((manifest["metadata"].get("labels") or {}).get(name, ""))
+
+
+def gateway_of(objects: list[KubernetesObject]) -> KubernetesObject:
+    return next(each for each in objects if each["kind"] == "Service" and label(each, COMPONENT) == "gateway")
+
+
+def fingerprint_of(manifest: KubernetesObject) -> str:
+    return str(manifest["metadata"]["labels"][PIPELINE])
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyCondition:
+    """ready: True, False (failed) or None (not known yet)."""
+
+    ready: bool | None
+    reason: str = ""  # Knative's own
+
+    @property
+    def word(self) -> str:
+        return {True: "yes", False: "no", None: "not yet"}[self.ready]
+
+
+def readiness(manifest: KubernetesObject) -> ReadyCondition:
+    """Of the generation that was applied last; Services, Brokers, Triggers and Sequences report it the same way."""
+    if not observed(manifest):
+        return ReadyCondition(None, "not seen by Knative yet")
+    condition = _ready_condition(manifest)
+    reason = ": ".join(part for part in (condition.get("reason"), condition.get("message")) if part)
+    return ReadyCondition({"True": True, "False": False}.get(condition.get("status", "")), reason)
+
+
+def observed(manifest: KubernetesObject) -> bool:
+    """Whether the status is of the generation that was applied last."""
+    return bool((manifest.get("status") or {}).get("observedGeneration") == manifest["metadata"].get("generation"))
+
+
+def failed_conditions(manifest: KubernetesObject) -> list[str]:
+    conditions = (manifest.get("status") or {}).get("conditions") or []
+    failed = [condition for condition in conditions if condition.get("status") != "True" and condition.get("message")]
+    return [f"{condition['type']} {condition.get('reason', '')}: {condition['message']}" for condition in failed]
+
+
+def _ready_condition(manifest: KubernetesObject) -> dict[str, Any]:
+    conditions = (manifest.get("status") or {}).get("conditions") or []
+    return next((condition for condition in conditions if condition.get("type") == "Ready"), {})
+
+
+def newest_revision(cluster: Cluster, service: KubernetesObject) -> str | None:
+    """Name of the Revision of the template that was applied last; None until Knative has made it.
+
+    The Service's controller sees a change before the Configuration's does, and names the previous Revision meanwhile.
+    """
+    if not observed(service):
+        return None
+    namespace, name = service["metadata"]["namespace"], service["metadata"]["name"]
+    try:
+        source = cluster.get(Ref(SERVING, "Configuration", namespace, name))
+    except NotPermitted:
+        source = None if _ready_condition(service).get("reason") == "OutOfDate" else service
+    if source is None or not observed(source):
+        return None
+    return (source.get("status") or {}).get("latestCreatedRevisionName") or None
+
+
+def newest_pods(cluster: Cluster, service: KubernetesObject) -> list[KubernetesObject]:
+    """Pods of the newest revision. Raises NotPermitted."""
+    revision = newest_revision(cluster, service)
+    if revision is None:
+        return []
+    return cluster.find("v1", "Pod", service["metadata"]["namespace"], f"{REVISION_LABEL}={revision}")
+
+
+def traffic_of(service: KubernetesObject) -> dict[str, int]:
+    """Revision → percent of requests that it gets now; a revision with only a tag has 0."""
+    percents: dict[str, int] = {}
+    for each in (service.get("status") or {}).get("traffic") or []:
+        name = each.get("revisionName", "")
+        percents[name] = percents.get(name, 0) + int(each.get("percent") or 0)
+    return percents
+
+
+def services_of(cluster: Cluster, namespace: str, name: str) -> list[KubernetesObject]:
+    """The pipeline's Services: the gateway first, then the others by name."""
+    found = cluster.find(SERVING, "Service", namespace, own_selector(name))
+    return sorted(found, key=lambda service: (service["metadata"]["name"] != name, service["metadata"]["name"]))
+
+
+def phase_of(pod: KubernetesObject) -> str:
+    """ready, starting, leaving (it terminates), or over (it has ended, or was evicted)."""
+    status = pod.get("status") or {}
+    if status.get("phase") in ("Succeeded", "Failed"):
+        return "over"
+    if pod["metadata"].get("deletionTimestamp"):
+        return "leaving"
+    containers = container_statuses(pod)
+    return "ready" if containers and all(each.get("ready") for each in containers) else "starting"
+
+
+def container_statuses(pod: KubernetesObject) -> list[dict[str, Any]]:
+    return (pod.get("status") or {}).get("containerStatuses") or []
+
+
+def function_container(pod: KubernetesObject) -> str:
+    """Name of the function's container, whatever it is called; the other one is Knative's queue-proxy."""
+    names: list[str] = [container["name"] for container in pod["spec"]["containers"]]
+    return next((name for name in names if name != _SIDECAR), names[0])

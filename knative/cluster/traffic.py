@@ -1,0 +1,66 @@
+"""Splits of requests between revisions of the gateway, for a canary; and warnings if requests do not reach the gateway.
+
+Each revision drives its own stages, so an answer begins and ends in one pipeline. The canary is `latestRevision`, which for
+Knative is the last one that became Ready: until then all requests stay with the stable revision.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+from knative.cluster.client import FIELD_MANAGER, Cluster, Ref
+from knative.cluster.errors import NothingServes
+from knative.cluster.history import DeployedVersion
+from knative.cluster.objects import PIPELINE, SERVING, label, traffic_of
+from knative.spec.kubernetes_object import KubernetesObject
+
+Traffic = list[dict[str, Any]]  # `spec.traffic` of a Service
+
+
+def split(stable: str, percent: int) -> Traffic:
+    """percent: share of the canary; the rest goes to the revision `stable`."""
+    return [{"revisionName": stable, "percent": 100 - percent}, {"latestRevision": True, "percent": percent}]
+
+
+def pinned_traffic(service: KubernetesObject | None) -> Traffic:
+    """The split that a Service asks for; empty if everything goes to the latest revision."""
+    traffic: Traffic = ((service or {}).get("spec") or {}).get("traffic") or []
+    return traffic if any(each.get("revisionName") for each in traffic) else []
+
+
+def is_ours(service: KubernetesObject) -> bool:
+    """Whether our canary made the split, rather than somebody's kubectl or kn."""
+    own = (each for each in service["metadata"].get("managedFields") or [] if each.get("manager") == FIELD_MANAGER)
+    return any("f:traffic" in (each.get("fieldsV1") or {}).get("f:spec", {}) for each in own)
+
+
+def stable_revision(cluster: Cluster, namespace: str, name: str, serving: DeployedVersion) -> str:
+    """The gateway's revision that gets most requests and drives the stages of `serving`. Raises NothingServes."""
+    service = cluster.get(Ref(SERVING, "Service", namespace, name))
+    traffic = traffic_of(service) if service is not None else {}
+    for revision_name in sorted(traffic, key=lambda each: -traffic[each]):
+        revision = cluster.get(Ref(SERVING, "Revision", namespace, revision_name))
+        if revision is not None and label(revision, PIPELINE) == serving.fingerprint:
+            return revision_name
+    raise NothingServes(
+        f"no revision of {name} in namespace {namespace} that gets requests drives pipeline {serving.fingerprint}, although "
+        f"version {serving.number} is recorded as serving; deploy it again before a canary"
+    )
+
+
+def traffic_warnings(gateway: KubernetesObject) -> Iterator[str]:
+    """What is wrong with the way to a gateway that is Ready. gateway: as the cluster has it."""
+    metadata, status = gateway["metadata"], gateway.get("status") or {}
+    host = urlsplit(status.get("url", "")).hostname or ""
+    if host.endswith(".svc.cluster.local") and not label(gateway, "networking.knative.dev/visibility"):
+        namespace, name = metadata["namespace"], metadata["name"]
+        pod = f"kubectl -n {namespace} get pods -o name -l serving.knative.dev/service={name} | head -1"
+        yield (
+            f"warning: http://{host} is an address inside the cluster, and the ingress answers 404 to clients outside: Knative "
+            "has no domain. Set one in the ConfigMap config-domain of knative-serving, and the URL changes by itself; "
+            f'until then ask from a pod, or through: kubectl -n {namespace} port-forward "$({pod})" 8080'
+        )
+    traffic, newest = traffic_of(gateway), status.get("latestReadyRevisionName", "")
+    if traffic and traffic.get(newest, 0) < 100 and not is_ours(gateway):
+        shares = ", ".join(f"{percent} % to {name}" for name, percent in sorted(traffic.items()))
+        yield f"warning: requests do not all go to {newest}, which was deployed: {shares}, by a split that Lamina did not make"

@@ -1,0 +1,125 @@
+"""Pods of the pipeline that runs on this machine: their metrics, how they start, and what each stage's start took."""
+
+import asyncio
+import re
+import urllib.request
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
+
+from rich.console import Console
+
+from knative.commands.console import show_table, size
+from knative.render.resolved_pipeline import ResolvedPipeline
+from knative.spec.model_shape import ModelShape
+from knative.spec.sizing import plan_stages
+
+_SAMPLE: Final = re.compile(r"^(\w+)(?:\{[^}]*\})? ([-+.\deE]+)$", re.MULTILINE)
+_POLL_SECONDS: Final = 0.1
+_HOPELESS_RESTARTS: Final = 2  # a function that ended twice before it was ever ready will end again
+
+
+class PodsFailed(Exception):
+    """A pod cannot start. The message has its last output and the path of its log."""
+
+
+def read_metrics(pod: Mapping[str, Any]) -> defaultdict[str, float]:
+    """Name → value, summed over labels; empty if the pod does not answer.
+
+    pod: as in the platform's status. Metrics have a port of their own, so that reading them does not keep a pod alive.
+    """
+    samples: defaultdict[str, float] = defaultdict(float)
+    if pod["metrics_port"] is None:
+        return samples
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{pod['metrics_port']}/metrics", timeout=2) as reply:
+            text = reply.read().decode()
+    except OSError:
+        return samples
+    for name, value in _SAMPLE.findall(text):
+        samples[name] += float(value)
+    return samples
+
+
+class RevisionRates:
+    """Token rates of revisions between one status and the next."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[str, tuple[float, float]] = {}  # by pod: tokens so far, and when they were read
+
+    def tokens_per_second(self, revision: Mapping[str, Any], now: float) -> tuple[float | None, int]:
+        """Tokens per second of the revision's pods (None the first time), and requests that wait in its gateway."""
+        rates, waiting = [], 0
+        for pod in revision["pods"]:
+            samples = read_metrics(pod)
+            if not samples:
+                continue
+            tokens = samples["lamina_stage_tokens_total"] + samples["lamina_gateway_tokens_total"]
+            waiting += int(samples["lamina_gateway_waiting_sequences"])
+            before = self._tokens.get(pod["name"])
+            if before is not None and now > before[1]:
+                rates.append(max(0.0, tokens - before[0]) / (now - before[1]))
+            self._tokens[pod["name"]] = (tokens, now)
+        return (sum(rates) if rates else None), waiting
+
+
+async def watch_starts(status: Callable[[], Mapping[str, Any]], tell: Callable[[str], None]) -> None:
+    """Tells how pods start, until it is cancelled. Raises PodsFailed when one never will."""
+    seen: dict[str, str] = {}
+    while True:
+        for service, revision, pod in _pods(status()):
+            if revision["failure"]:
+                raise PodsFailed(f"{service}: {revision['failure']}; log: {pod['log']}")
+            if pod["restarts"] >= _HOPELESS_RESTARTS and not pod["readiness"]:
+                raise PodsFailed(f"{service} cannot start: {pod['trouble']}; log: {pod['log']}")
+            if pod["phase"] != seen.get(pod["name"], "") and pod["phase"] in ("starting", "ready", "back-off"):
+                tell(f"{service}: {pod['phase']}" + (f" ({pod['trouble']})" if pod["phase"] == "back-off" else ""))
+            seen[pod["name"]] = pod["phase"]
+        await asyncio.sleep(_POLL_SECONDS)
+
+
+async def show_stages(console: Console, pipeline: ResolvedPipeline, shape: ModelShape, status: Mapping[str, Any]) -> None:
+    """A table of the stages: layers, weights, seconds of each phase of the start, tokens per second of compute."""
+    ready = {service: pod for service, _, pod in reversed([*_pods(status)]) if pod["phase"] == "ready"}
+    pods = [ready.get(name) for name in pipeline.stage_names]
+    rates = await asyncio.gather(*(asyncio.to_thread(_compute_rate, pod) for pod in pods))
+    rows = []
+    for plan, pod, rate in zip(plan_stages(shape, pipeline.cut), pods, rates, strict=True):
+        readiness = pod["readiness"] if pod else None
+        phases = readiness.get("start_up", {}) if isinstance(readiness, dict) else {}
+        process, imports, place, warm_up = (phases.get(name) for name in ("process", "import", "place", "warm_up"))
+        rows.append(
+            (
+                str(plan.index),
+                f"{plan.first_layer}:{plan.last_layer}",
+                size(plan.weight_bytes),
+                _seconds(None, process),
+                _seconds(process, imports),
+                _seconds(imports, place),
+                _seconds(place, warm_up),
+                _seconds(None, warm_up),
+                "-" if rate is None else f"{rate:.0f}",
+            )
+        )
+    columns = ("stage", "layers", "weights", "process", "import", "weights in", "first step", "ready after", "tokens/s")
+    show_table(console, f"{shape.name} as {shape.dtype}, pipeline {pipeline.fingerprint}", columns, rows)
+
+
+def _seconds(begin: float | None, end: float | None) -> str:
+    """A phase that overlapped with the one before counts only from that one's end."""
+    return "-" if end is None else f"{max(0.0, end - (begin or 0.0)):.2f} s"
+
+
+def _compute_rate(pod: Mapping[str, Any] | None) -> float | None:
+    """Tokens per second of compute, from the stage's own metrics."""
+    samples = {} if pod is None else read_metrics(pod)
+    seconds = samples.get("lamina_stage_compute_seconds_sum", 0.0)
+    return samples.get("lamina_stage_tokens_total", 0.0) / seconds if seconds else None
+
+
+def _pods(status: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
+    """Name of the Service, revision and pod."""
+    for service in status["services"]:
+        for revision in service["revisions"]:
+            for pod in revision["pods"]:
+                yield service["name"], revision, pod

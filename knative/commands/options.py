@@ -1,0 +1,148 @@
+"""Options that several commands share: which cluster, pipeline and store a command works on."""
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from knative.commands.state_folder import DEFAULT_FOLDER, find_running
+from knative.spec.spec_file import load_spec
+from storage.store.embedded import EmbeddedStore
+from storage.store.object_store import ObjectStore
+from storage.store.settings import StoreSettings
+
+if TYPE_CHECKING:
+    from knative.cluster.client import Cluster
+
+STORE_FOLDER: Final = "store"  # of the embedded store, in the state folder
+
+force_option = click.option("--force-conflicts", is_flag=True, help="Take over fields that another field manager has set.")
+timeout_option = click.option(
+    "--timeout", type=click.FloatRange(min=1), default=900, show_default=True, help="Seconds to wait for each step."
+)
+image_option = click.option("--image", help="Image to use instead of the spec's.")
+state_option = click.option(
+    "--state",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=DEFAULT_FOLDER,
+    show_default=True,
+    help="Folder of the run on this machine: embedded store, logs, lock.",
+)
+
+
+def say(line: str) -> None:
+    """Progress goes to standard error; standard output has only the result."""
+    click.echo(line, err=True)
+
+
+def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --kubeconfig and --context; the command gets `connect`, which it calls when it needs the cluster."""
+
+    @click.option("--kubeconfig", envvar="KUBECONFIG", show_envvar=True, help="File with clusters and credentials.")
+    @click.option("--context", help="Context of the kubeconfig; its current one by default.")
+    @functools.wraps(command)
+    def with_cluster(*args: Any, kubeconfig: str | None, context: str | None, **kwargs: Any) -> Any:
+        def connect() -> "Cluster":
+            from knative.cluster.client import Cluster  # the kubernetes client takes a third of a second to import
+
+            return Cluster.connect(kubeconfig, context)
+
+        return command(*args, connect=connect, **kwargs)
+
+    return with_cluster
+
+
+def pipeline_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds PIPELINE and --namespace; the command gets `name` and `namespace`, None for the context's own."""
+
+    @click.argument("pipeline")
+    @click.option("--namespace", "-n", help="Namespace of the pipeline. Default: the spec's, or the context's own.")
+    @functools.wraps(command)
+    def with_pipeline(*args: Any, pipeline: str, namespace: str | None, **kwargs: Any) -> Any:
+        name, namespace = named_pipeline(pipeline, namespace)
+        return command(*args, name=name, namespace=namespace, **kwargs)
+
+    return with_pipeline
+
+
+def named_pipeline(pipeline: str, namespace: str | None) -> tuple[str, str | None]:
+    """Name and namespace of a pipeline that is given by its name or by the file of its spec. Raises SpecError."""
+    if not pipeline.endswith((".yaml", ".yml")):
+        return pipeline, namespace
+    spec = load_spec(Path(pipeline))
+    return spec.name, namespace or spec.namespace
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOptions:
+    """Without an endpoint the store is the one of this machine."""
+
+    endpoint: str | None
+    bucket: str
+    region: str
+    access_key_id: str | None
+    secret_access_key: str | None
+    session_token: str | None
+    state: Path
+
+
+def store_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options of the store; the command gets them as `store`."""
+
+    @click.option("--store-endpoint", envvar="LAMINA_STORE_ENDPOINT", show_envvar=True, help="S3-compatible store.")
+    @click.option("--store-bucket", envvar="LAMINA_STORE_BUCKET", show_envvar=True, default="lamina", show_default=True)
+    @click.option("--store-region", envvar="LAMINA_STORE_REGION", show_envvar=True, default="us-east-1", show_default=True)
+    @state_option
+    @functools.wraps(command)
+    def with_store(
+        *args: Any, store_endpoint: str | None, store_bucket: str, store_region: str, state: Path, **kwargs: Any
+    ) -> Any:
+        options = StoreOptions(
+            endpoint=store_endpoint,
+            bucket=store_bucket,
+            region=store_region,
+            access_key_id=os.environ.get("AWS_ACCESS_KEY_ID"),
+            secret_access_key=os.environ.get("AWS_SECRET_ACCESS_KEY"),
+            session_token=os.environ.get("AWS_SESSION_TOKEN"),
+            state=state,
+        )
+        return command(*args, store=options, **kwargs)
+
+    return with_store
+
+
+@contextmanager
+def open_store(options: StoreOptions) -> Iterator[ObjectStore]:
+    """The named store, or that of the pipeline running here, or the embedded one.
+
+    Raises a StorageError, or click.UsageError if keys are missing.
+    """
+    if options.endpoint is None:
+        running = find_running(options.state)
+        if running is not None and running.store is not None:
+            yield ObjectStore(running.store)
+            return
+        with EmbeddedStore(options.state / STORE_FOLDER) as store:
+            yield ObjectStore(store.settings)
+        return
+    if not options.access_key_id or not options.secret_access_key:
+        raise click.UsageError(
+            f"the store at {options.endpoint} needs keys: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
+        )
+    try:
+        settings = StoreSettings(
+            endpoint_url=options.endpoint,
+            bucket=options.bucket,
+            region=options.region,
+            access_key_id=options.access_key_id,
+            secret_access_key=options.secret_access_key,
+            session_token=options.session_token,
+        )
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    yield ObjectStore(settings)
