@@ -29,6 +29,7 @@ _PACKAGES: Final = ("eventing", "functions", "knative", "storage")
 _API: Final = (
     *(f"functions/gateway/{package}/" for package in ("answers", "cloudevents", "openai", "openapi", "page", "text")),
     "functions/hosting/",
+    "eventing/http/sse.py",
 )
 _LAYERS: Final = ("functions/stage/models/", "functions/stage/native/", "storage/")
 _REPORT: Final = "BENCH_WALK_REPORT"  # environment key: the file that a traced process writes its counts to

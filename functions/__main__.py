@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from functions.configuration.config import Config, GatewayConfig, StageConfig, read_config
 from functions.configuration.environment_page import help_text, markdown_page
 from functions.configuration.settings import ConfigError
-from functions.hosting.imports import without_collection
-from functions.hosting.startup import StartUp
+from functions.hosting.startup import StartUp, without_collection
 
 if TYPE_CHECKING:
     from functions.hosting.server import Service
@@ -65,8 +64,8 @@ def _explain(arguments: Sequence[str]) -> int:
 def _serve(config: Config, start_up: StartUp) -> int:
     # Imported only now: the wrong environment and --help need none of it, and each role only its own.
     with without_collection():
-        from functions.hosting.allocator import use_few_arenas
         from functions.hosting.server import Server
+        from functions.hosting.startup import use_few_arenas
         from functions.observing.telemetry import set_up_logging
 
         use_few_arenas()

@@ -1,55 +1,92 @@
-"""A client's connection: what it may still take its time for, and the request that is coming in on it."""
+"""A client's connection: how long it may take, the request that comes in on it, and the reply that goes out."""
 
 import contextlib
+import logging
 import select
 import socket
 import time
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Iterable
+from dataclasses import dataclass
+from email.utils import formatdate
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final
 
-from functions.hosting.limits import Limits
-from functions.hosting.request_reader import BadRequest, ClientClosed, RequestReader
+from functions.hosting.requests import BadRequest, ClientClosed, RequestReader
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIApplication, WSGIEnvironment
+
+_log = logging.getLogger(__name__)
 
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+_JOIN_BELOW_BYTES: Final = 16 * 1024  # smaller replies are sent with their head: a copy costs less than a packet
+_FAILED: Final = b"the function failed; its log has the traceback\n"
+_REASONS: Final = {
+    400: "Bad Request",
+    408: "Request Timeout",
+    431: "Request Header Fields Too Large",
+    501: "Not Implemented",
+    503: "Service Unavailable",
+}
 
 
-class Connection:
-    """Waits for a whole request, then is one thread's until that is answered. `deadline`: of the wait, time.monotonic()."""
+@dataclass(frozen=True, slots=True)
+class ServerLimits:
+    """Time and connections that clients may make a server hold. A connection that exceeds a limit is closed."""
 
-    def __init__(self, sock: socket.socket, reader: RequestReader, limits: Limits, door: Any) -> None:
+    head_seconds: float = 10.0  # from a request's first byte, or the connection's start, to the end of its headers
+    transfer_seconds: float = 10.0  # for a body or a reply, beside what its bytes take at the slowest rate
+    slowest_bytes_per_second: float = 32 * 1024
+    keep_alive_seconds: float = 75.0  # more than senders keep an idle connection (eventing/http/delivery): they close first
+    linger_seconds: float = 2.0  # for a client to read a refusal while it sends; for requests on their way at the stop
+    graceful_seconds: float = 600.0  # after SIGTERM; Knative's upper limit of timeoutSeconds, after which the platform kills
+    waiting_connections: int = 1024  # without a complete request; for one more, the connection that waited longest is closed
+
+
+class ClientConnection:
+    """Waits for a complete request, then belongs to one thread until that is answered."""
+
+    def __init__(self, sock: socket.socket, reader: RequestReader, limits: ServerLimits, port: Any) -> None:
+        """port: the poller's ListeningPort that it came by."""
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setblocking(False)
         self.sock = sock
         self.reader = reader
-        self.door = door
-        self.lingers = False
-        """The last reply is out; what still comes is not read, so that a client that sends finds its refusal."""
+        self.port = port
+        self.lingers = False  # the last reply is sent; what the client still sends is read and dropped
         self._limits = limits
         self._began = time.monotonic()
-        self.deadline = self._began + limits.head_seconds
+        self.deadline = self._began + limits.head_seconds  # of the wait, in time.monotonic()
 
     def receive(self) -> bool:
-        """Whether a whole request is there, after what has arrived. Raises BadRequest, ClientClosed, OSError."""
+        """Takes what has arrived; whether the request is complete. Raises BadRequest, ClientClosed, OSError."""
         if self.lingers:
-            self._discard()
+            with contextlib.suppress(BlockingIOError):
+                if not self.sock.recv(2**16):
+                    raise ClientClosed
             return False
-        reader, had_begun, had_head = self.reader, self.reader.begun, self.reader.environ is not None
-        with contextlib.suppress(BlockingIOError):
+        reader = self.reader
+        had_begun, had_head = reader.begun, reader.environ is not None
+        try:
             reader.receive(self.sock)
+        except BlockingIOError:
+            return reader.complete
+        if reader.complete:
+            return True
         now = time.monotonic()
         if reader.environ is not None:
             if not had_head:
                 self._began = now
-                if reader.expects_continue and not reader.complete:
+                if reader.expects_continue:
                     self.sock.send(_CONTINUE)
-            rate = self._limits.slowest_bytes_per_second
-            self.deadline = self._began + self._limits.transfer_seconds + reader.received_bytes / rate
+            transfer = self._limits.transfer_seconds + reader.received_bytes / self._limits.slowest_bytes_per_second
+            self.deadline = self._began + transfer
         elif reader.begun and not had_begun:
             self.deadline = now + self._limits.head_seconds
-        return reader.complete
+        return False
 
     def receive_soon(self, seconds: float) -> bool:
-        """The same for one who waits for it, for so long at most."""
+        """Waits at most `seconds` for a complete request, in the thread that answered the last one."""
         end = time.monotonic() + seconds
         poll = select.poll()
         poll.register(self.sock, select.POLLIN)
@@ -59,7 +96,7 @@ class Connection:
         return False
 
     def next_request(self) -> bool:
-        """After a reply. Whether the next request has come with the last one. Raises BadRequest."""
+        """After a reply: whether the next request arrived with the last one. Raises BadRequest."""
         self.reader = self.reader.following()
         self.sock.setblocking(False)
         now = time.monotonic()
@@ -67,7 +104,7 @@ class Connection:
         return self.reader.complete
 
     def linger(self) -> None:
-        """Nothing more is said; what the client sends is taken for a while, or its reading would end with a reset."""
+        """Ends sending, and goes on reading for a while: a reset would keep the client from reading the reply."""
         self.lingers = True
         self.deadline = time.monotonic() + self._limits.linger_seconds
         self.sock.setblocking(False)
@@ -75,7 +112,7 @@ class Connection:
             self.sock.shutdown(socket.SHUT_WR)
 
     def refuse(self, error: BadRequest) -> bool:
-        """A short reply, if it is taken at once, and then `linger`. False where the client is gone."""
+        """Sends a short reply, if it can be sent at once, and lingers. False: the client is gone."""
         detail = f"{error}\n".encode("latin-1", "replace")
         head = f"HTTP/1.1 {error.status} {_REASONS[error.status]}\r\nContent-Type: text/plain\r\n"
         try:
@@ -88,27 +125,126 @@ class Connection:
     def close(self) -> None:
         self.sock.close()
 
-    def _discard(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            if not self.sock.recv(2**16):
-                raise ClientClosed
-
-
-_REASONS: Final = {
-    400: "Bad Request",
-    408: "Request Timeout",
-    431: "Request Header Fields Too Large",
-    501: "Not Implemented",
-    503: "Service Unavailable",
-}
-
-
-def client_gone(sock: socket.socket) -> Callable[[], bool]:
-    """Whether the client has closed its side. Never waits."""
-
-    def gone() -> bool:
+    def client_gone(self) -> bool:
+        """Whether the client has closed its side. Never waits."""
         poll = select.poll()
-        poll.register(sock, select.POLLRDHUP)
+        poll.register(self.sock, select.POLLRDHUP)
         return bool(poll.poll(0))
 
-    return gone
+
+class ReplyWriter:
+    """Writes a WSGI application's reply to a socket, in chunks if its length is not known (PEP 3333, HTTP/1.1)."""
+
+    def __init__(self, sock: socket.socket, environ: "WSGIEnvironment", limits: ServerLimits, *, keeps: bool) -> None:
+        self.keeps = keeps  # the connection can be used again; False after a failure
+        self._sock = sock
+        self._limits = limits
+        self._method = environ["REQUEST_METHOD"]
+        self._speaks_1_1 = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
+        self._status = ""
+        self._headers: list[tuple[str, str]] = []
+        self._head_is_out = False
+        self._chunked = False
+        self._has_body = True
+        self._left: int | None = None  # bytes of the body still to come, if its length was announced
+        self._whole_bytes: int | None = None  # length of a body that the application returned at once
+
+    def answer(self, application: "WSGIApplication", environ: "WSGIEnvironment") -> None:
+        """Runs the application and sends its reply. Raises OSError if the client does not take it."""
+        pieces: Iterable[bytes] = ()
+        try:
+            pieces = application(environ, self.start_response)
+            if isinstance(pieces, list | tuple):
+                self._whole_bytes = sum(map(len, pieces))
+            for piece in pieces:
+                self.write(piece)
+            self._end()
+        except OSError:
+            raise
+        except Exception:  # noqa: BLE001 - one request must not take its thread with it
+            _log.exception("%s %s failed", self._method, environ["PATH_INFO"])
+            self._fail()
+        finally:
+            close = getattr(pieces, "close", None)
+            if close is not None:
+                close()
+
+    def start_response(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None, /) -> Any:
+        if exc_info is not None and self._head_is_out:
+            raise exc_info[1]
+        self._status, self._headers = status, list(headers)
+        return self.write
+
+    def write(self, data: bytes, /) -> None:
+        """Raises OSError; TimeoutError if the client reads more slowly than the slowest rate."""
+        if not data:
+            return
+        head = b"" if self._head_is_out else self._head()
+        if not self._has_body:
+            self._send(head)
+            return
+        if self._left is not None:
+            if len(data) > self._left:
+                raise ValueError(f"{len(data)} bytes, and {self._left} of the announced length are left")
+            self._left -= len(data)
+        if self._chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        if head and len(head) + len(data) <= _JOIN_BELOW_BYTES:
+            self._send(head + data)
+            return
+        self._send(head)
+        self._send(data)
+
+    def _end(self) -> None:
+        if not self._head_is_out:
+            self._send(self._head())
+        if self._chunked:
+            self._send(b"0\r\n\r\n")
+        elif self._left:
+            raise ValueError(f"the body ended {self._left} bytes before the announced length")
+
+    def _fail(self) -> None:
+        """Answers 500; a reply that has begun can only be broken off."""
+        self.keeps = False
+        if not self._head_is_out:
+            self._status = "500 Internal Server Error"
+            self._headers, self._whole_bytes = [("Content-Type", "text/plain")], len(_FAILED)
+            self.write(_FAILED)
+
+    def _head(self) -> bytes:
+        """Decides how the body is framed (RFC 9112, section 6.3)."""
+        self._head_is_out = True
+        bodiless = self._status[:1] == "1" or self._status[:3] in ("204", "304")
+        self._has_body = not bodiless and self._method != "HEAD"
+        lines = [f"HTTP/1.1 {self._status}", f"Date: {_date(int(time.time()))}"]
+        length = None
+        for name, value in self._headers:
+            if "\n" in value or "\r" in value:
+                raise ValueError(f"a line break in the header {name}")
+            if name.lower() == "content-length":
+                length = int(value)
+            lines.append(f"{name}: {value}")
+        if length is None and self._whole_bytes is not None:
+            length = self._whole_bytes
+            lines.append(f"Content-Length: {length}")
+        if length is None and not bodiless:
+            self._chunked = self._speaks_1_1 and self._has_body
+            self.keeps = self.keeps and self._speaks_1_1
+            if self._speaks_1_1:
+                lines.append("Transfer-Encoding: chunked")
+        self._left = length if self._has_body else None
+        if not self.keeps:
+            lines.append("Connection: close")
+        elif not self._speaks_1_1:
+            lines.append("Connection: keep-alive")
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+    def _send(self, data: bytes) -> None:
+        if data:
+            self._sock.settimeout(self._limits.transfer_seconds + len(data) / self._limits.slowest_bytes_per_second)
+            self._sock.sendall(data)
+
+
+@lru_cache(maxsize=2)
+def _date(second: int) -> str:
+    return formatdate(second, usegmt=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
-from functions.hosting.environ import MANAGEMENT
+from functions.hosting.requests import MANAGEMENT
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment

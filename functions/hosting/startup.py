@@ -1,37 +1,36 @@
-"""The phases of a function's start, as seconds since its process began."""
+"""The start of a function's process: its phases as seconds since the process began, and settings of allocator and collector."""
 
+import ctypes
+import gc
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+# In the order in which they end unless some overlap: Python runs, libraries are imported, the store answered, the first and the
+# last byte of the weights arrived, the weights lie in the layers, one step has run.
 PHASES: Final = ("process", "import", "connect", "first_byte", "last_byte", "place", "warm_up")
-"""In the order in which they end, were nothing overlapping: Python runs, libraries are imported, the store answered, weights
-began to arrive, all arrived, they lie in the layers, one step has run."""
 
-
-def process_age_seconds() -> float:
-    """How long this process has existed, by the kernel's account (to 10 ms)."""
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # proc(5): starttime is field 22, the third behind the name is 0
-    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
+_M_ARENA_MAX: Final = -8  # mallopt(3)
+_ARENAS: Final = 2
 
 
 class StartUp:
-    """Marks phases from any thread."""
+    """Records when phases end. Thread-safe."""
 
     def __init__(self) -> None:
         """Marks `process`."""
-        self._began = time.monotonic() - process_age_seconds()
+        self._began = time.monotonic() - _process_age_seconds()
         self._lock = threading.Lock()
         self._phases: dict[str, float] = {}
         self._listeners: list[Callable[[str, float], None]] = []
         self.mark("process")
 
     def mark(self, phase: str, at: float | None = None) -> None:
-        """The phase ended now, or at this reading of time.monotonic(). The first mark of a phase counts."""
+        """The phase ended now, or at this reading of time.monotonic(). Only the first mark of a phase counts."""
         seconds = (time.monotonic() if at is None else at) - self._began
         with self._lock:
             if phase in self._phases:
@@ -41,13 +40,47 @@ class StartUp:
                 tell(phase, self._phases[phase])
 
     def report_to(self, tell: Callable[[str, float], None]) -> None:
-        """`tell` gets every phase with its seconds: those that have ended at once, the others when they end."""
+        """Calls `tell` with every phase and its seconds: ended phases now, the others when they end."""
         with self._lock:
             self._listeners.append(tell)
             for phase, seconds in self._phases.items():
                 tell(phase, seconds)
 
     def phases(self) -> dict[str, float]:
-        """Phase → seconds from the start of the process to its end, of the phases that ended."""
+        """Ended phases → seconds from the start of the process."""
         with self._lock:
             return dict(self._phases)
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Turns the garbage collector off while modules are imported, and keeps it from ever looking at them.
+
+    Torch makes some 170,000 objects. Collections while their number grows take 0.15 s of a stage's start, and each later one
+    0.05 s.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def use_few_arenas() -> None:
+    """Lets all threads allocate from two arenas of glibc. Call it before there are threads. Other C libraries: no effect.
+
+    glibc makes up to eight arenas per core, and memory freed in one cannot be used by another. Hundreds of a gateway's threads,
+    each of which reads a large body now and then, made 16 arenas that grew for ever: 46 of 228 MiB were in use (docs/log.md).
+    Most work holds the interpreter's lock, so threads seldom wait for an arena.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, _ARENAS)
+
+
+def _process_age_seconds() -> float:
+    """How long this process has existed, by the kernel's account (to 10 ms)."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # proc(5): starttime is field 22, the third after the name is 0
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)

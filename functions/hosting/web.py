@@ -7,7 +7,7 @@ from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from eventing.problems import PROBLEM_CONTENT_TYPE, EventTooLarge, Problem
-from functions.hosting.environ import REFUSED
+from functions.hosting.requests import REFUSED
 
 _log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What a function tells of itself: logs, metrics, traces.
+"""Logs, metrics and traces.
 
 May import: nothing of Lamina.
 """

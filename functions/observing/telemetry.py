@@ -1,4 +1,4 @@
-"""Logs, metrics and traces that every function has. Each application has a registry of its own; nothing is global."""
+"""Logs, metrics and traces that both roles have. Each application has a registry of its own; nothing is global."""
 
 import logging
 import sys
@@ -10,15 +10,14 @@ from functions.observing.tracing import PASSING, Attributes, Tracer
 
 _log: Final = logging.getLogger(__name__)
 
+# Buckets of histograms: for parts of a step, and for answers. An alert's threshold is one of the latter, because a quantile
+# within a bucket is a guess.
 STEP_SECONDS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-"""Buckets for what happens in every step."""
-
 ANSWER_SECONDS: Final = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
-"""Buckets for what a person waits for. An alert's threshold is one of them: within a bucket, quantiles are guesses."""
 
 
 def set_up_logging(level: str) -> None:
-    """Everything from `level` on goes to stderr, one line each, with time, level and origin."""
+    """Logs from `level` on go to stderr, one line each, with time, level and origin."""
     logging.basicConfig(
         level=level.upper(),
         stream=sys.stderr,
@@ -28,9 +27,9 @@ def set_up_logging(level: str) -> None:
 
 
 def make_tracer(endpoint: str | None, service: str, attributes: Attributes) -> Tracer:
-    """endpoint: None, or where traces go; OpenTelemetry reads it and the other OTEL_* keys by itself.
+    """endpoint: of an OTLP collector, which OpenTelemetry reads itself with the other OTEL_* keys; None: no traces.
 
-    service: its name, unless OTEL_SERVICE_NAME says another. attributes: of everything that this process records.
+    service: its name, unless OTEL_SERVICE_NAME overrides it. attributes: of all spans of this process.
     """
     if endpoint is None:
         return PASSING
@@ -43,7 +42,7 @@ def make_tracer(endpoint: str | None, service: str, attributes: Attributes) -> T
 
 
 class FunctionMetrics:
-    """What stage and gateway both measure."""
+    """Metrics that stage and gateway share."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

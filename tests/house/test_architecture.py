@@ -37,7 +37,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "gguf": ("storage/checkpoints/gguf_checkpoint.py",),
     "huggingface_hub": ("storage/checkpoints/model_source.py", "storage/checkpoints/model_description.py"),
     "flask": ("functions/",),
-    "httptools": ("functions/hosting/request_reader.py", "eventing/http/delivery.py", "knative/local/http/"),
+    "httptools": ("functions/hosting/requests.py", "eventing/http/delivery.py", "knative/local/http/"),
     "tokenizers": (
         "functions/gateway/text/encoder.py",
         "functions/gateway/text/tokenizer.py",

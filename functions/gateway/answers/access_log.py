@@ -15,7 +15,7 @@ from werkzeug.wsgi import ClosingIterator
 
 from eventing.wire.generation import GenerateRequest
 from functions.gateway.answers.generation import Generation
-from functions.hosting.environ import ARRIVED
+from functions.hosting.requests import ARRIVED
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment

@@ -12,7 +12,7 @@ from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE
 from eventing.problems import Problem
 from eventing.wire.generation import TokenEvent
 from functions.gateway.answers.generation import ClientLeft
-from functions.hosting.environ import ARRIVED, CLIENT_GONE
+from functions.hosting.requests import ARRIVED, CLIENT_GONE
 
 _log: Final = logging.getLogger(__name__)
 STREAM_HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # keeps proxies from buffering tokens

@@ -13,7 +13,7 @@ from eventing.wire.cloud_event import Buffer, one_piece
 from eventing.wire.events import SAFE_EVENT_BYTES, Attribute
 from eventing.wire.kv_query import HELD_HEADER, KV_PATH
 from eventing.wire.signature import verify
-from functions.hosting.environ import ADMITTED_BYTES, REFUSED
+from functions.hosting.requests import ADMITTED_BYTES, REFUSED
 from functions.stage.serving.handlers import EventHandlers
 from functions.stage.serving.metrics import StageMetrics
 

@@ -14,9 +14,8 @@ import msgspec
 
 from functions.configuration.config import StageConfig
 from functions.configuration.pass_times import PassTimes
-from functions.hosting.imports import without_collection
 from functions.hosting.publication import read_publication
-from functions.hosting.startup import StartUp
+from functions.hosting.startup import StartUp, without_collection
 from functions.stage.engine.threads import PassThreads, set_openmp, thread_count
 from functions.stage.serving.metrics import StageMetrics
 from storage.loading.weight_cache import WeightCache

@@ -83,6 +83,8 @@ class StageFunction:
 
     def engine(self, wait_seconds: float = 0.0) -> "Engine":
         """The engine once it has run one step. Raises NotReady after `wait_seconds`."""
+        if self._engine is not None:
+            return self._engine
         with self._changed:
             self._changed.wait_for(self._is_decided, max(0.0, wait_seconds))
             if self._engine is not None:

@@ -30,8 +30,7 @@ class StageMetrics(FunctionMetrics):
         for type_ in EVENT_TYPES:
             for status in STATUSES:
                 self.events.labels(type_, status)
-        for row_status in Status:
-            self.rows.labels(str(row_status))
+        self._rows = {status: self.rows.labels(str(status)) for status in Status}
         self.tokens = Counter("lamina_stage_tokens", "Tokens that went through the layers", registry=registry)
         self.queue = Histogram(
             "lamina_stage_queue_seconds", "An event waited in the stage", buckets=STEP_SECONDS, registry=registry
@@ -77,8 +76,8 @@ class StageMetrics(FunctionMetrics):
             self.queue.observe(seconds)
         self.compute.observe(statistics.compute_seconds)
         self.tokens.inc(statistics.tokens)
-        for status in statistics.rows:
-            self.rows.labels(str(status)).inc()
+        for status in set(statistics.rows):
+            self._rows[status].inc(statistics.rows.count(status))
 
     def observe_restore(self, tier: str, *, num_bytes: int, seconds: float, failed: bool) -> None:
         self.restored_bytes.labels(tier).inc(num_bytes)

@@ -10,7 +10,7 @@ from knative.local.platform import ROOT
 
 _ALLOCATES = """
 import ctypes, os, sys, threading
-from functions.hosting.allocator import use_few_arenas
+from functions.hosting.startup import use_few_arenas
 if sys.argv[1] == "few":
     use_few_arenas()
 libc = ctypes.CDLL(None)

@@ -9,9 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eventing.problems import EventTooLarge, Overloaded, Unauthorized
-from functions.hosting.environ import REFUSED
-from functions.hosting.limits import MAX_HEAD_BYTES, MAX_HEADERS, SMALL_BODY_BYTES, Body, BodyBudget
-from functions.hosting.request_reader import BadRequest, RequestReader
+from functions.hosting.requests import (
+    MAX_HEAD_BYTES,
+    MAX_HEADERS,
+    REFUSED,
+    SMALL_BODY_BYTES,
+    BadRequest,
+    Body,
+    BodyBudget,
+    RequestReader,
+)
 
 START = b"POST /a%20b?c=d HTTP/1.1\r\nHost: here\r\n"
 PLAIN = START + b"Content-Length: 5\r\nX-One: 1\r\nX-One: 2\r\nx_two: 3\r\n\r\nhello"

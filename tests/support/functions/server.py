@@ -16,8 +16,8 @@ from tests.support.paths import ROOT
 _SERVER: Final = """
 import json, sys, threading, time
 import functions.hosting.server
-from functions.hosting.environ import CLIENT_GONE
-from functions.hosting.limits import Limits
+from functions.hosting.requests import CLIENT_GONE
+from functions.hosting.connection import ServerLimits
 from functions.hosting.server import Server, Service
 given = json.loads(sys.argv[1])
 functions.hosting.server.NEXT_REQUEST_SECONDS = given["next_request_seconds"]
@@ -55,7 +55,7 @@ def stream():
 def management(environ, start_response):
     start_response("200 OK", [])
     return [b"management" if environ["lamina.management"] else b"probe"]
-server = Server("127.0.0.1", 0, 0, Limits(**given["limits"]))
+server = Server("127.0.0.1", 0, 0, ServerLimits(**given["limits"]))
 print(server.port, server.management_port, flush=True)
 service = Service(application, management, lambda environ: given["body_bytes"], given["threads"], given["request_bytes"])
 sys.exit(server.run(service, lambda: None))

@@ -1,0 +1,392 @@
+"""A request from its bytes to WSGI's environment (PEP 3333): head, then body, each bounded before memory is touched.
+
+Nothing here blocks. httptools reads the head and chunks. A body of known length goes from the socket into memory of its own,
+which the application gets without a copy.
+"""
+
+import io
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final
+from urllib.parse import unquote_to_bytes
+
+import httptools
+
+from eventing.problems import EventTooLarge, Overloaded, Problem
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+    from _typeshed.wsgi import WSGIEnvironment
+
+    # Maximum bytes of body for a request with this head. Raises a Problem to refuse it. The poller's thread calls it, so it may
+    # take microseconds only.
+    Admit = Callable[[WSGIEnvironment], int]
+
+MAX_HEAD_BYTES: Final = 2**16  # request line and headers; an event's attributes may have 4096 characters each
+MAX_HEADERS: Final = 128
+SMALL_BODY_BYTES: Final = 2**14  # so many bytes of each body are not counted, so that large bodies do not shut out small ones
+
+# Keys of the environment.
+REFUSED: Final = "lamina.refused"  # the Problem that ended the request before its body was received; the application raises it
+ADMITTED_BYTES: Final = "lamina.admitted_bytes"  # what the application's `Admit` returned for this head
+MANAGEMENT: Final = "lamina.management"  # whether the request came by the management port, which clients do not reach
+CLIENT_GONE: Final = "lamina.client_gone"  # () -> bool: whether the client has closed its connection
+ARRIVED: Final = "lamina.arrived"  # when the head was complete, before body and thread, in time.monotonic()
+
+_READ_BYTES: Final = 2**18
+_END_OF_HEAD: Final = b"\r\n\r\n"
+_MAX_FRAMING: Final = 8  # bytes of chunked framing per byte of body; a chunk of one byte takes six
+
+
+class BadRequest(Exception):
+    """Bytes that no application can answer: the connection is answered with `status` and ends."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+
+
+class ClientClosed(Exception):
+    """The connection ended before the request was complete."""
+
+
+class BodyBudget:
+    """Bytes of bodies in memory, over all requests. Thread-safe."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._held = 0
+        self._given_back: deque[int] = deque()  # and not yet subtracted from _held
+
+    @property
+    def held_bytes(self) -> int:
+        with self._lock:
+            self._settle()
+            return self._held
+
+    def take(self, count: int) -> None:
+        """Raises Overloaded if less is left."""
+        with self._lock:
+            self._settle()
+            if self._held + count > self._max_bytes:
+                raise Overloaded(
+                    f"requests in hand have {self._held} bytes, the most is {self._max_bytes}; send it again a little later"
+                )
+            self._held += count
+
+    def give_back(self, count: int) -> None:
+        """Takes no lock: destructors call it, and the garbage collector may run one inside of `take`."""
+        self._given_back.append(count)
+
+    def _settle(self) -> None:
+        while self._given_back:
+            self._held -= self._given_back.popleft()
+
+
+class Body(bytearray):
+    """A request's body. It counts against the budget until its memory is freed, whoever holds it by then."""
+
+    _budget: BodyBudget | None = None
+    _charged = 0
+
+    def charge(self, budget: BodyBudget, received: int) -> None:
+        """`received` bytes have come in so far. Raises Overloaded."""
+        due = received - SMALL_BODY_BYTES - self._charged
+        if due > 0:
+            budget.take(due)
+            self._budget = budget
+            self._charged += due
+
+    def __del__(self) -> None:
+        if self._budget is not None:
+            self._budget.give_back(self._charged)
+
+
+class BodyStream(io.RawIOBase):
+    """`wsgi.input`. One read of all of a large body returns the very buffer, which the stream then forgets."""
+
+    def __init__(self, body: bytes | bytearray) -> None:
+        self._body = body
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = len(self._body) - self._position
+        count = left if size is None or size < 0 else min(size, left)
+        if self._position == 0 and count == left > SMALL_BODY_BYTES:
+            whole, self._body = self._body, b""
+            return whole  # type: ignore[return-value]  # a bytearray, which is read like bytes and is not copied
+        piece = bytes(memoryview(self._body)[self._position : self._position + count])
+        self._position += count
+        if count == left:
+            self._body, self._position = b"", 0
+        return piece
+
+    def readinto(self, buffer: "WriteableBuffer", /) -> int:
+        view = memoryview(buffer).cast("B")
+        piece = self.read(min(len(view), SMALL_BODY_BYTES))
+        view[: len(piece)] = piece
+        return len(piece)
+
+
+class RequestReader:
+    """Reads one request; `following` reads the next. `environ` is None until the head is complete."""
+
+    def __init__(self, admit: "Admit", budget: BodyBudget, base: "WSGIEnvironment") -> None:
+        self._admit = admit
+        self._budget = budget
+        self._base = base
+        self.environ: WSGIEnvironment | None = None
+        self.complete = False
+        self.keeps = False  # another request may follow on the connection
+        self.unread = False  # refused before the body was received: the client may still be sending
+        self.expects_continue = False  # the client waits for `100 Continue` before it sends the body
+        self.begun = False
+        self.received_bytes = 0  # of the body
+        self._head = bytearray()
+        self._searched = 0
+        self._url = b""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._heads = self._messages = 0
+        self._body: Body | None = None
+        self._framed = 0  # bytes of chunks and their framing
+        self._max_body_bytes = 0
+        self._length: int | None = None  # of the body; None: in chunks
+        self._rest = b""
+        self._parser = httptools.HttpRequestParser(self)
+
+    def following(self) -> "RequestReader":
+        """Reader of the next request on the connection, which may be complete already. Raises BadRequest."""
+        reader = RequestReader(self._admit, self._budget, self._base)
+        if self._rest:
+            reader.feed(self._rest)
+        return reader
+
+    def receive(self, sock: socket.socket) -> None:
+        """Takes what has arrived. Raises BadRequest, ClientClosed, OSError; BlockingIOError if nothing has."""
+        if self.environ is None or self._length is None:
+            data = sock.recv(_READ_BYTES)
+            if not data:
+                raise ClientClosed
+            self.feed(data)
+            return
+        assert self._body is not None
+        view = memoryview(self._body)[self.received_bytes : self.received_bytes + 4 * _READ_BYTES]
+        try:
+            count = sock.recv_into(view)
+        finally:
+            view.release()
+        if not count:
+            raise ClientClosed
+        self._received(count)
+
+    def feed(self, data: bytes) -> None:
+        """Takes bytes that were received before. Raises BadRequest."""
+        self.begun = True
+        if self.environ is None:
+            self._feed_head(data)
+        elif self._length is None:
+            self._feed_chunks(data)
+        else:
+            count = min(len(data), self._length - self.received_bytes)
+            assert self._body is not None
+            self._body[self.received_bytes : self.received_bytes + count] = data[:count]
+            self._rest = data[count:]
+            self._received(count)
+
+    # Called by the parser.
+
+    def on_message_begin(self) -> None:
+        self._messages += 1
+
+    def on_url(self, url: bytes) -> None:
+        if self._messages == 1:
+            self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._messages == 1 and not self._heads:  # trailers are ignored
+            self._headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        self._heads += 1
+        self.keeps = self._parser.should_keep_alive()  # asked later, it would be of the next message
+
+    def on_body(self, data: bytes) -> None:
+        if self._messages == 1 and not self.complete and self._body is not None:
+            self._body += data
+            self.received_bytes += len(data)
+
+    def on_message_complete(self) -> None:
+        if self.environ is not None and self._length is None:
+            self.complete = True
+
+    def _feed_head(self, data: bytes) -> None:
+        head: bytes | bytearray = data
+        if self._head:
+            head = self._head
+            head += data
+        if not self._searched:
+            while head.startswith((b"\r\n", b"\n")):  # RFC 9112, section 2.2
+                head = head[head.index(b"\n") + 1 :]
+        end = head.find(_END_OF_HEAD, self._searched)
+        if end > MAX_HEAD_BYTES or (end < 0 and len(head) > MAX_HEAD_BYTES):
+            raise BadRequest(431, f"request line and headers have more than {MAX_HEAD_BYTES} bytes")
+        if end < 0:
+            self._head = head if head is self._head else bytearray(head)
+            self._searched = max(0, len(head) - len(_END_OF_HEAD) + 1)
+            self.begun = bool(head)
+            return
+        end += len(_END_OF_HEAD)
+        rest = bytes(head[end:])
+        self._head = bytearray()
+        self._parse(bytes(head[:end]))
+        self._open()
+        if self.complete:
+            self._rest = rest
+        elif rest:
+            self.feed(rest)
+
+    def _parse(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            pass  # declined by answering in the protocol that the request came in (RFC 9110, section 7.8)
+        except httptools.HttpParserError as error:
+            raise BadRequest(400, f"no HTTP/1.1: {error}") from error
+
+    def _open(self) -> None:
+        """The head is complete: makes the environment and decides how much body may follow."""
+        if self._heads != 1 or self._messages != 1:
+            raise BadRequest(400, "no HTTP/1.1: a blank line inside of the headers")
+        if len(self._headers) > MAX_HEADERS:
+            raise BadRequest(431, f"the request has {len(self._headers)} headers, the most is {MAX_HEADERS}")
+        environ = wsgi_environ(self._parser.get_method(), self._url, self._parser.get_http_version(), self._headers, self._base)
+        self.environ = environ
+        encoding = environ.get("HTTP_TRANSFER_ENCODING", "").lower()
+        if encoding not in ("", "chunked"):
+            raise BadRequest(501, f"the transfer coding {encoding[:40]!r} is not served, chunked is")
+        self._length = None if encoding else int(environ.get("CONTENT_LENGTH") or 0)
+        try:
+            self._max_body_bytes = environ[ADMITTED_BYTES] = self._admit(environ)
+            self._check_size(self._length or 0)
+        except Problem as problem:
+            self._refuse(problem)
+            return
+        if self._length == 0:
+            self._complete()
+        else:
+            self._body = Body(self._length or 0)  # untouched memory, which costs nothing until it is written to
+            self.expects_continue = environ.get("HTTP_EXPECT", "").lower() == "100-continue"
+
+    def _feed_chunks(self, data: bytes) -> None:
+        self._parse(data)
+        self._framed += len(data)
+        if self._framed > MAX_HEAD_BYTES + _MAX_FRAMING * self.received_bytes:
+            raise BadRequest(400, f"{self._framed} bytes of chunks hold {self.received_bytes} of a body")
+        assert self._body is not None
+        try:
+            self._check_size(self.received_bytes)
+            self._body.charge(self._budget, self.received_bytes)
+        except Problem as problem:
+            self._refuse(problem)
+            return
+        if self.complete:
+            self.keeps = self.keeps and self._messages == 1
+            self._complete()
+
+    def _received(self, count: int) -> None:
+        """`count` bytes more of a body of known length are in its memory."""
+        assert self._body is not None
+        self.received_bytes += count
+        try:
+            self._body.charge(self._budget, self.received_bytes)
+        except Problem as problem:
+            self._refuse(problem)
+            return
+        if self.received_bytes == self._length:
+            self._complete()
+
+    def _check_size(self, size: int) -> None:
+        if size > self._max_body_bytes:
+            raise EventTooLarge(f"the body has {size} bytes or more, the most is {self._max_body_bytes}")
+
+    def _complete(self) -> None:
+        assert self.environ is not None
+        self.environ["CONTENT_LENGTH"] = str(self.received_bytes)
+        self.environ.pop("HTTP_TRANSFER_ENCODING", None)
+        self.environ["wsgi.input"] = BodyStream(b"" if self._body is None else self._body)
+        self._body = None
+        self.complete = True
+
+    def _refuse(self, problem: Problem) -> None:
+        """Completes the request without its body. The connection then ends, since the body is not read."""
+        assert self.environ is not None
+        self.environ[REFUSED] = problem.with_traceback(None)  # its frames would hold the body's memory
+        self._body = None
+        self.unread = self._length != 0
+        self.received_bytes, self.keeps = 0, self.keeps and not self.unread
+        self._complete()
+
+
+def wsgi_environ(
+    method: bytes, url: bytes, version: str, headers: Iterable[tuple[bytes, bytes]], base: "WSGIEnvironment"
+) -> "WSGIEnvironment":
+    """The environment of a request without its `wsgi.input`. base: keys of the server and the connection."""
+    if not url.startswith(b"/"):
+        url = _target(url)
+    path, _, query = url.partition(b"?")
+    environ = base.copy()
+    environ[ARRIVED] = time.monotonic()
+    environ["REQUEST_METHOD"] = method.decode("latin-1")
+    environ["PATH_INFO"] = (unquote_to_bytes(path) if b"%" in path else path).decode("latin-1")
+    environ["QUERY_STRING"] = query.decode("latin-1")
+    environ["SERVER_PROTOCOL"] = f"HTTP/{version}"
+    for name, value in headers:
+        key = _key(name)
+        if key is None:
+            continue
+        text = value.decode("latin-1").strip()
+        environ[key] = f"{environ[key]},{text}" if key in environ else text
+    return environ
+
+
+def base_environ(host: str, port: int, client: tuple[str, int]) -> "WSGIEnvironment":
+    return {
+        "SCRIPT_NAME": "",
+        "SERVER_NAME": host,
+        "SERVER_PORT": str(port),
+        "REMOTE_ADDR": client[0],
+        "REMOTE_PORT": str(client[1]),
+        "wsgi.version": (1, 0),
+        "wsgi.url_scheme": "http",
+        "wsgi.errors": sys.stderr,
+        "wsgi.multithread": True,
+        "wsgi.multiprocess": False,
+        "wsgi.run_once": False,
+    }
+
+
+def _target(url: bytes) -> bytes:
+    """Path and query of the absolute form that clients send to proxies (RFC 9112, section 3.2.2)."""
+    scheme, found, rest = url.partition(b"://")
+    if not found or b"/" in scheme:
+        return b"/" + url
+    _, slash, path = rest.partition(b"/")
+    return slash + path or b"/"
+
+
+@lru_cache(maxsize=512)
+def _key(name: bytes) -> str | None:
+    """None for a name with an underscore, which would be mistaken for another header's (`ce_id`, `ce-id`)."""
+    if b"_" in name:
+        return None
+    key = name.decode("latin-1").upper().replace("-", "_")
+    return key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{key}"
