@@ -1,4 +1,4 @@
-"""Logs, metrics and traces.
+"""Logs, metrics and traces of both roles.
 
 May import: nothing of Lamina.
 """
