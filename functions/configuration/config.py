@@ -23,15 +23,15 @@ class StoreConfig(StoreSettings):
     """The S3-compatible store of models."""
 
     endpoint_url: str = setting("LAMINA_STORE_ENDPOINT", parsers.url, "URL of the S3-compatible store")
-    bucket: str = setting("LAMINA_STORE_BUCKET", parsers.text, "bucket that holds the models")
-    region: str = setting("LAMINA_STORE_REGION", parsers.text, "region that requests are signed for", "us-east-1")
-    access_key_id: str | None = setting("AWS_ACCESS_KEY_ID", parsers.text, "access key of the store", "")
-    secret_access_key: str | None = setting("AWS_SECRET_ACCESS_KEY", parsers.text, "secret key of the store", "", secret=True)
-    session_token: str | None = setting("AWS_SESSION_TOKEN", parsers.text, "token of temporary keys", "", secret=True)
+    bucket: str = setting("LAMINA_STORE_BUCKET", str, "bucket that holds the models")
+    region: str = setting("LAMINA_STORE_REGION", str, "region that requests are signed for", "us-east-1")
+    access_key_id: str | None = setting("AWS_ACCESS_KEY_ID", str, "access key of the store", "")
+    secret_access_key: str | None = setting("AWS_SECRET_ACCESS_KEY", str, "secret key of the store", "", secret=True)
+    session_token: str | None = setting("AWS_SESSION_TOKEN", str, "token of temporary keys", "", secret=True)
     web_identity_token_file: str | None = setting(
-        "AWS_WEB_IDENTITY_TOKEN_FILE", parsers.text, "instead of keys: file with a token that is exchanged for some", ""
+        "AWS_WEB_IDENTITY_TOKEN_FILE", str, "instead of keys: file with a token that is exchanged for some", ""
     )
-    role_arn: str | None = setting("AWS_ROLE_ARN", parsers.text, "role that the token is exchanged for", "")
+    role_arn: str | None = setting("AWS_ROLE_ARN", str, "role that the token is exchanged for", "")
     sts_endpoint: str | None = setting(
         "AWS_ENDPOINT_URL_STS", parsers.url, "URL that exchanges the token; unset: AWS's own in LAMINA_STORE_REGION", ""
     )
@@ -51,11 +51,9 @@ class KVStoreConfig:
         "LAMINA_KV_STORE_ENDPOINT", parsers.url, "URL of that store; unset: LAMINA_STORE_ENDPOINT", ""
     )
     access_key_id: str | None = setting(
-        "LAMINA_KV_STORE_ACCESS_KEY_ID", parsers.text, "access key that may write there; unset: as for models", ""
+        "LAMINA_KV_STORE_ACCESS_KEY_ID", str, "access key that may write there; unset: as for models", ""
     )
-    secret_access_key: str | None = setting(
-        "LAMINA_KV_STORE_SECRET_ACCESS_KEY", parsers.text, "its secret key", "", secret=True
-    )
+    secret_access_key: str | None = setting("LAMINA_KV_STORE_SECRET_ACCESS_KEY", str, "its secret key", "", secret=True)
     key: bytes | None = setting(
         "LAMINA_KV_KEY", parsers.key_256, "key that encrypts what is kept there: 64 hexadecimal digits", "", secret=True
     )
@@ -88,8 +86,8 @@ class CommonConfig:
         "9464",
     )
     pipeline: str = setting("LAMINA_PIPELINE", parsers.fingerprint, "fingerprint of the pipeline, which every event has")
-    pipeline_token: str = setting("LAMINA_PIPELINE_TOKEN", parsers.text, "bearer token between gateway and stages", secret=True)
-    model: str = setting("LAMINA_MODEL", parsers.text, "name of the model in the store")
+    pipeline_token: str = setting("LAMINA_PIPELINE_TOKEN", str, "bearer token between gateway and stages", secret=True)
+    model: str = setting("LAMINA_MODEL", str, "name of the model in the store")
     dtype: str = setting(
         "LAMINA_DTYPE", parsers.one_of("float32", "bfloat16", "float16", "int8", "q4"), "dtype of the publication in the store"
     )
@@ -133,7 +131,7 @@ class StageConfig(CommonConfig):
 
     layers: LayerRange = setting("LAMINA_LAYERS", parsers.layers, "this stage's group of the cut, such as 10:20")  # noqa: RUF009
     second_pipeline_token: str | None = setting(
-        "LAMINA_SECOND_PIPELINE_TOKEN", parsers.text, "accepted beside the other, while the token is rotated", "", secret=True
+        "LAMINA_SECOND_PIPELINE_TOKEN", str, "accepted beside the other, while the token is rotated", "", secret=True
     )
     layer_group: str = setting(
         "LAMINA_LAYER_GROUP",
@@ -182,7 +180,7 @@ class StageConfig(CommonConfig):
     )
     kv_store: KVStoreConfig
     weights_cache: str | None = setting(
-        "LAMINA_WEIGHTS_CACHE", parsers.text, "folder of verified weights that outlives the pod; unset: none", ""
+        "LAMINA_WEIGHTS_CACHE", str, "folder of verified weights that outlives the pod; unset: none", ""
     )
     weights_cache_bytes: int = setting(
         "LAMINA_WEIGHTS_CACHE_BYTES", parsers.integer(1), "most bytes in this folder", str(20 * 2**30)
@@ -344,7 +342,7 @@ class GatewayConfig(CommonConfig):
     page: str = setting(
         "LAMINA_PAGE", parsers.one_of("on", "off"), "on: `GET /` is a page that chats and shows the pipeline", "on"
     )
-    namespace: str = setting("LAMINA_NAMESPACE", parsers.text, "namespace of the stages", "default")
+    namespace: str = setting("LAMINA_NAMESPACE", str, "namespace of the stages", "default")
 
     @property
     def sharing(self) -> str:

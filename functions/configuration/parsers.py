@@ -13,10 +13,6 @@ MAX_SECONDS = 10_000_000  # some months; from about 9e9 on a lock cannot be wait
 LayerRange = tuple[int, int]
 
 
-def text(value: str) -> str:
-    return value
-
-
 def one_of(*allowed: str) -> Callable[[str], str]:
     def parse(value: str) -> str:
         if value not in allowed:

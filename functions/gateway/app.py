@@ -21,9 +21,9 @@ from functions.gateway.cloudevents.api import CloudEventsAPI
 from functions.gateway.cloudevents.scoring import ScoreEntry
 from functions.gateway.openai.api import OpenAIAPI
 from functions.gateway.openai.tokens import TokensAPI
-from functions.gateway.openapi.document import OpenAPIDocument
+from functions.gateway.openapi.document import register_document
 from functions.gateway.openapi.operations import operations
-from functions.gateway.page.page import Page
+from functions.gateway.page.page import register_page
 from functions.gateway.page.pipeline_events import PipelineEventsAPI
 from functions.gateway.page.pipeline_watch import PipelineWatch, StageDescription, Watched
 from functions.gateway.stages.endpoints import service_name
@@ -92,9 +92,9 @@ def create_app(
     if watched is not None:
         PipelineEventsAPI(PipelineWatch(watched), clients).register(app)
     if config.page == "on":
-        Page().register(app)
+        register_page(app)
     described = list(operations(with_page=config.page == "on"))
-    OpenAPIDocument(described, config.model, with_keys=not keys.is_open).register(app)
+    register_document(app, described, config.model, with_keys=not keys.is_open)
     OpenAIAPI(service, clients, config.model, config.pipeline, config.request_timeout_seconds).register(app)
     return app
 

@@ -1,9 +1,7 @@
 """Turns a request into prompts for the scheduler, and its tokens into answers. All APIs use it. Knows no HTTP."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from eventing.problems import ContextExceeded, InvalidRequest, Problem
 from eventing.wire.events import Grammar
@@ -14,21 +12,11 @@ from functions.gateway.answers.answer import Answer
 from functions.gateway.answers.client_limits import ClientLimits, Release
 from functions.gateway.answers.generation import Generation
 from functions.gateway.answers.metrics import GatewayMetrics, GenAIOperation
+from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.scheduling.sequence import Prompt
-from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.text.text_stream import TextStream
 from functions.gateway.text.tokenizer import ModelText
 from functions.observing.tracing import PASSING, TraceContext, Tracer
-
-
-class Submitter(Protocol):
-    """The part of a Scheduler that takes prompts. Tests have another."""
-
-    def entering(self) -> AbstractContextManager[None]:
-        """Counts a request as queued while it is prepared for `submit`. Raises QueueFull, NotReady."""
-
-    def submit(self, prompt: Prompt) -> TokenStream:
-        """Returns at once. Raises QueueFull, NotReady, InvalidRequest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +46,7 @@ class AnswerService:
     def __init__(
         self,
         text: ModelText,
-        scheduler: Submitter,
+        scheduler: Scheduler,
         metrics: GatewayMetrics,
         tracer: Tracer = PASSING,
         limits: ClientLimits | None = None,

@@ -13,7 +13,7 @@ from functions.gateway.answers.access_log import log_entry
 from functions.gateway.answers.authentication import Clients
 from functions.gateway.answers.service import AnswerService, RequestContext
 from functions.gateway.answers.streaming import arrival_time, client_gone, stream_response, whole_response
-from functions.gateway.openai.documents import Document, Envelope, chat_document, completion_document
+from functions.gateway.openai.documents import ChoicesDocument, Envelope, chat_document, completion_document
 from functions.gateway.openai.errors import model_not_found, path_not_served, refused, unexpected
 from functions.gateway.openai.requests import ChatRequest, CompletionRequest
 from functions.gateway.openai.responses import ResponsesDocument
@@ -64,7 +64,9 @@ class OpenAIAPI:
         self._clients.identify(request)
         return json_response(self._model_document) if model == self._model else model_not_found(model, self._model)
 
-    def _answer(self, type_: type[R], id_prefix: str, document_of: Callable[[Envelope, R], Document]) -> Response:
+    def _answer(
+        self, type_: type[R], id_prefix: str, document_of: Callable[[Envelope, R], ChoicesDocument | ResponsesDocument]
+    ) -> Response:
         arrived, entry = arrival_time(), log_entry()
         entry.client_id = self._clients.identify(request)
         body = read_request(request.get_data(cache=False), type_)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -28,42 +28,14 @@ class Envelope:
     pipeline: str
 
 
-class Document(Protocol):
-    """Writes what one request is answered with."""
-
-    def whole(self, generation: Generation, text: ModelText) -> dict[str, Any]:
-        """The document; only after the last token."""
-
-    def stream(self, generation: Generation, text: ModelText) -> Iterator[bytes]:
-        """Server-sent events with heartbeats between them."""
-
-    def failure(self, problem: Problem) -> bytes:
-        """The last event of a stream that breaks off."""
-
-
-class Writer(Protocol):
-    """Writes one answer of a request. Either `whole` is used, or the three others."""
-
-    def first(self) -> list[dict[str, Any]]:
-        """Chunks before the first token."""
-
-    def chunks(self, token: TokenEvent) -> list[dict[str, Any]]:
-        """Chunks with the text of `token`."""
-
-    def last(self, choice: Choice) -> list[dict[str, Any]]:
-        """Chunks after the last token, with the finish reason."""
-
-    def whole(self, choice: Choice) -> dict[str, Any]: ...
-
-
 class ChoicesDocument:
-    """A Document with `choices`, one for each answer."""
+    """A document with `choices`, one for each answer. Has the same methods as ResponsesDocument."""
 
     def __init__(
         self,
         envelope: Envelope,
         request: ChatRequest | CompletionRequest,
-        new_writer: Callable[[int, Sequence[int], ModelText], Writer],
+        new_writer: "Callable[[int, Sequence[int], ModelText], Writer]",
     ) -> None:
         """new_writer: makes the writer for the answer with this index and these prompt tokens."""
         self._envelope = envelope
@@ -75,12 +47,14 @@ class ChoicesDocument:
         self._with_continuous_usage = self._with_usage and options is not None and bool(options.continuous_usage_stats)
 
     def whole(self, generation: Generation, text: ModelText) -> dict[str, Any]:
+        """The document; only after the last token."""
         response = generation.response()
         writers = self._writers(generation, text)
         choices = [writer.whole(answer.choice()) for writer, answer in zip(writers, generation.answers, strict=True)]
         return self._document(self._object, choices, usage=response.usage)
 
     def stream(self, generation: Generation, text: ModelText) -> Iterator[bytes]:
+        """Server-sent events with heartbeats between them."""
         writers = self._writers(generation, text)
 
         def events(chunks: list[dict[str, Any]]) -> Iterator[bytes]:
@@ -104,9 +78,10 @@ class ChoicesDocument:
         yield encode_sse("[DONE]")
 
     def failure(self, problem: Problem) -> bytes:
+        """The last event of a stream that breaks off."""
         return encode_sse(msgspec.json.encode(error_document(problem.status, str(problem), problem.name)))
 
-    def _writers(self, generation: Generation, text: ModelText) -> list[Writer]:
+    def _writers(self, generation: Generation, text: ModelText) -> "list[Writer]":
         return [self._new_writer(index, answer.prompt_ids, text) for index, answer in enumerate(generation.answers)]
 
     def _document(self, object_: str, choices: Sequence[dict[str, Any]], **more: object) -> dict[str, Any]:
@@ -124,7 +99,7 @@ class ChoicesDocument:
 def chat_document(envelope: Envelope, request: ChatRequest) -> ChoicesDocument:
     tools, constrained = request.callable_tools, request.constrained
 
-    def new_writer(index: int, prompt_ids: Sequence[int], text: ModelText) -> Writer:
+    def new_writer(index: int, prompt_ids: Sequence[int], text: ModelText) -> ChatWriter:
         reasoning = None if constrained else text.reasoning(prompt_ids)  # a grammar allows no thoughts
         return ChatWriter(index, text, reasoning, text.tools.parser(tools) if tools else None)
 
@@ -139,7 +114,7 @@ def completion_document(envelope: Envelope, request: CompletionRequest) -> Choic
 
 @dataclass(slots=True)
 class ChatWriter:
-    """Splits an answer into thoughts, content and tool calls."""
+    """Splits one answer into thoughts, content and tool calls. Used by `whole` alone, or by the three other methods."""
 
     index: int
     text: ModelText
@@ -148,14 +123,17 @@ class ChatWriter:
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of tokens whose text is not yet certain
 
     def first(self) -> list[dict[str, Any]]:
+        """Chunks before the first token."""
         return [self._chunk({"role": "assistant", "content": ""})]
 
     def chunks(self, token: TokenEvent) -> list[dict[str, Any]]:
+        """Chunks with the text of `token`."""
         if token.logprob is not None:
             self.logprobs.append(token.logprob)
         return [self._chunk(delta) for delta in self._deltas(token.text)]
 
     def last(self, choice: Choice) -> list[dict[str, Any]]:
+        """Chunks after the last token, with the finish reason."""
         chunks = [self._chunk(delta) for delta in self._last_deltas()]
         if self.logprobs:
             chunks.append(self._chunk({"content": ""}))
@@ -229,6 +207,8 @@ class ChatWriter:
 
 @dataclass(slots=True)
 class CompletionWriter:
+    """Has the same methods as ChatWriter."""
+
     index: int
     text: ModelText
     top_logprobs: int
@@ -278,6 +258,9 @@ class CompletionWriter:
         for token_id, logprob in (*position.top, (position.token_id, position.logprob)):
             by_text.setdefault(self.text.token_text(token_id), logprob)
         return by_text
+
+
+Writer = ChatWriter | CompletionWriter
 
 
 def chat_logprobs(text: ModelText, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:

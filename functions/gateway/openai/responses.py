@@ -157,7 +157,7 @@ class Output:
 
 
 class ResponsesDocument:
-    """A Document with items."""
+    """A document with items. Has the same methods as ChoicesDocument."""
 
     def __init__(self, envelope: Envelope, request: ResponsesRequest) -> None:
         self._envelope = envelope

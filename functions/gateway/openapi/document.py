@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from functools import cached_property
+from functools import cache
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -48,20 +48,10 @@ def openapi_document(operations: Iterable[Operation], model: str, *, with_keys: 
     }
 
 
-class OpenAPIDocument:
-    """Serves the document. Generates it on the first request, because that would delay the gateway's start."""
-
-    def __init__(self, operations: Iterable[Operation], model: str, *, with_keys: bool) -> None:
-        self._operations = operations
-        self._model = model
-        self._with_keys = with_keys
-
-    def register(self, app: Flask) -> None:
-        app.get("/openapi.json", endpoint="openapi")(lambda: Response(self._document, content_type=JSON))
-
-    @cached_property
-    def _document(self) -> bytes:
-        return msgspec.json.encode(openapi_document(self._operations, self._model, with_keys=self._with_keys))
+def register_document(app: Flask, operations: Iterable[Operation], model: str, *, with_keys: bool) -> None:
+    """Serves the document. It is generated for the first request, because that would delay the gateway's start."""
+    document = cache(lambda: msgspec.json.encode(openapi_document(operations, model, with_keys=with_keys)))
+    app.get("/openapi.json", endpoint="openapi")(lambda: Response(document(), content_type=JSON))
 
 
 def _types(operations: Iterable[Operation]) -> list[Any]:

@@ -11,29 +11,23 @@ from flask import Flask, Response
 _FILE: Final = "page.html"
 
 
-class Page:
+def register_page(app: Flask) -> None:
     """Serves the file with a Content-Security-Policy that allows its own script and style, by their hashes, and no others."""
-
-    def __init__(self) -> None:
-        self._html = files(__package__).joinpath(_FILE).read_text("utf-8")
-        policy = (
-            "default-src 'none'",
-            f"script-src '{_hash_of('script', self._html)}'",
-            f"style-src '{_hash_of('style', self._html)}'",
-            "connect-src 'self'",
-            "img-src data:",
-            "base-uri 'none'",
-            "form-action 'none'",
-            "frame-ancestors 'none'",
-            "require-trusted-types-for 'script'",
-            "trusted-types 'none'",
-        )
-        self._headers = {"Content-Security-Policy": "; ".join(policy)}
-
-    def register(self, app: Flask) -> None:
-        app.get("/", endpoint="page")(
-            lambda: Response(self._html, content_type="text/html; charset=utf-8", headers=self._headers)
-        )
+    html = files(__package__).joinpath(_FILE).read_text("utf-8")
+    policy = (
+        "default-src 'none'",
+        f"script-src '{_hash_of('script', html)}'",
+        f"style-src '{_hash_of('style', html)}'",
+        "connect-src 'self'",
+        "img-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
+    )
+    headers = {"Content-Security-Policy": "; ".join(policy)}
+    app.get("/", endpoint="page")(lambda: Response(html, content_type="text/html; charset=utf-8", headers=headers))
 
 
 def _hash_of(element: str, html: str) -> str:
