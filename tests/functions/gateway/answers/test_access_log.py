@@ -1,4 +1,4 @@
-"""The access log: a line for each request at any door, whatever became of it; and what browsers and other origins are told."""
+"""The access log has a line for each request, however it ended; and headers that restrict browsers."""
 
 import hashlib
 import json
@@ -18,14 +18,14 @@ CHAT = {"model": "tiny", "messages": [{"role": "user", "content": PROMPT}]}
 
 
 class Log(list[str]):
-    """Lines, and the client whose requests they are of."""
+    """The lines, and a client whose requests write them."""
 
     def __init__(self, pipeline: Pipeline, **environ: str) -> None:
         super().__init__()
         self.client: FlaskClient = client_of(pipeline, self.append, LAMINA_API_KEYS=KEY, **environ)
 
     def post(self, path: str, **asked: Any) -> TestResponse:
-        """Read to its end and closed, as the server does."""
+        """Reads the reply to its end and closes it, as the server does."""
         return self.client.post(path, buffered=True, **asked)
 
     @property
@@ -35,7 +35,7 @@ class Log(list[str]):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_line_says_who_asked_and_what_it_took_and_never_what(pipeline: Pipeline, stream: bool) -> None:
+def test_a_line_has_client_and_tokens_but_no_key_and_no_text(pipeline: Pipeline, stream: bool) -> None:
     log = Log(pipeline)
     chat = log.post("/v1/chat/completions", json=CHAT | {"stream": stream}, headers=BEARER)
     assert chat.data.endswith(b"data: [DONE]\n\n" if stream else b"}")
@@ -56,7 +56,7 @@ def test_a_line_says_who_asked_and_what_it_took_and_never_what(pipeline: Pipelin
         assert secret not in "".join(log)
 
 
-def test_prompts_and_answers_are_there_where_they_are_asked_for(pipeline: Pipeline) -> None:
+def test_prompts_and_answers_are_logged_if_configured(pipeline: Pipeline) -> None:
     log = Log(pipeline, LAMINA_ACCESS_LOG="prompts")
     assert log.post("/v1/chat/completions", json=CHAT, headers=BEARER).status_code == 200
     assert log.last["messages"] == [{"role": "user", "content": PROMPT}]
@@ -64,13 +64,13 @@ def test_prompts_and_answers_are_there_where_they_are_asked_for(pipeline: Pipeli
     assert KEY not in "".join(log)
 
 
-def test_off_is_off(pipeline: Pipeline) -> None:
+def test_the_log_can_be_turned_off(pipeline: Pipeline) -> None:
     log = Log(pipeline, LAMINA_ACCESS_LOG="off")
     assert log.post("/v1/chat/completions", json=CHAT, headers=BEARER).status_code == 200
     assert not log
 
 
-def test_whoever_is_refused_has_a_line_too(pipeline: Pipeline) -> None:
+def test_a_refused_request_has_a_line(pipeline: Pipeline) -> None:
     log = Log(pipeline)
     asked = log.post
     replies = [
@@ -85,7 +85,7 @@ def test_whoever_is_refused_has_a_line_too(pipeline: Pipeline) -> None:
         assert secret not in "".join(log)
 
 
-def test_a_stream_that_nobody_reads_to_its_end_is_told_when_it_ends(pipeline: Pipeline) -> None:
+def test_a_stream_that_its_client_leaves_has_a_line(pipeline: Pipeline) -> None:
     log = Log(pipeline)
     pipeline.script = pipeline.say("Hello there", end=False)
     reply = log.client.post("/v1/chat/completions", json=CHAT | {"stream": True}, headers=BEARER)
@@ -95,7 +95,7 @@ def test_a_stream_that_nobody_reads_to_its_end_is_told_when_it_ends(pipeline: Pi
     assert (log.last["status"], log.last["outcome"]) == (200, "cancelled")
 
 
-def test_other_origins_are_told_nothing_and_browsers_make_nothing_of_replies(pipeline: Pipeline) -> None:
+def test_replies_have_no_cors_headers_and_a_restrictive_policy_by_default(pipeline: Pipeline) -> None:
     client = Log(pipeline).client
     origin = {"Origin": "https://elsewhere.example", "Access-Control-Request-Method": "POST"}
     for reply in (

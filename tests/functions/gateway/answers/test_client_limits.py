@@ -1,4 +1,4 @@
-"""What one client may ask, at both doors; whoever is refused costs nothing, and nobody else is touched."""
+"""Limits of a client in both APIs, alone and counted by several gateways in one Redis."""
 
 import time
 from collections import Counter
@@ -8,10 +8,13 @@ import pytest
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
+from eventing.problems import RateLimited
 from functions.configuration.api_keys import Quota
+from functions.gateway.answers import client_limits
 from functions.gateway.answers.client_limits import ClientLimits
 from functions.gateway.text.tokenizer import ModelText
 from tests.support.functions.scripted_gateway import EVENT, Pipeline, client_of
+from tests.support.redis_server import redis_server
 
 KEYS = {"LAMINA_API_KEYS": "alice,bob"}
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
@@ -27,7 +30,7 @@ def later(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "time", lambda: now)
 
 
-def test_requests_a_minute(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_per_minute_are_limited(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     client = client_of(pipeline, **KEYS, LAMINA_CLIENT_REQUESTS_PER_MINUTE="3")
     assert [chat(client).status_code for _ in range(3)] == [200] * 3
     refused = chat(client)
@@ -38,14 +41,14 @@ def test_requests_a_minute(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) 
     assert error["message"].startswith("3 requests a minute are what this client may have; ask again in ")
     event = client.post("/", json={"prompt": "Hi"}, headers=EVENT | {"Authorization": "Bearer alice"})
     assert (event.status_code, event.get_json()["type"]) == (429, "urn:lamina:problem:rate-limited")
-    assert pipeline.entered == 3, "who is refused is not tokenized"
+    assert pipeline.entered == 3, "a refused request is not tokenized"
     assert chat(client, "bob").status_code == 200
     assert pipeline.value("answers_total", outcome="rate-limited") == 2
     later(121, monkeypatch)
     assert chat(client).status_code == 200
 
 
-def test_tokens_a_minute_of_prompts_and_answers(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_per_minute_of_prompts_and_answers_are_limited(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     client = client_of(pipeline, **KEYS, LAMINA_CLIENT_TOKENS_PER_MINUTE="50")
     used = chat(client).get_json()["usage"]["total_tokens"]
     assert 25 < used < 50
@@ -58,7 +61,7 @@ def test_tokens_a_minute_of_prompts_and_answers(pipeline: Pipeline, monkeypatch:
     assert chat(client).status_code == 200
 
 
-def test_who_may_never_have_so_many_answers_at_once_is_not_told_to_wait(pipeline: Pipeline) -> None:
+def test_a_request_for_more_answers_than_a_client_may_ever_have_is_invalid(pipeline: Pipeline) -> None:
     client = client_of(pipeline, **KEYS, LAMINA_CLIENT_CONCURRENT="2")
     refused = chat(client, n=3)
     assert (refused.status_code, pipeline.entered) == (400, 0)
@@ -66,7 +69,7 @@ def test_who_may_never_have_so_many_answers_at_once_is_not_told_to_wait(pipeline
     assert chat(client, n=2).status_code == 200
 
 
-def test_answers_at_once(pipeline: Pipeline) -> None:
+def test_concurrent_answers_are_limited(pipeline: Pipeline) -> None:
     client = client_of(pipeline, **KEYS, LAMINA_CLIENT_CONCURRENT="2")
     pipeline.script = pipeline.say("Hello", end=False)
     open_ = [chat(client, stream=True) for _ in range(2)]
@@ -76,11 +79,11 @@ def test_answers_at_once(pipeline: Pipeline) -> None:
     open_[0].close()
     pipeline.script = pipeline.say("Hello")
     assert chat(client).status_code == 200
-    assert chat(client).status_code == 200, "its place was given back"
+    assert chat(client).status_code == 200, "a finished answer no longer counts"
     open_[1].close()
 
 
-def test_who_fails_before_the_answer_begins_gives_its_place_back(pipeline: Pipeline) -> None:
+def test_a_request_that_fails_before_its_answer_begins_no_longer_counts(pipeline: Pipeline) -> None:
     client = client_of(pipeline, **KEYS, LAMINA_CLIENT_CONCURRENT="1")
     for _ in range(3):
         assert chat(client, messages=[{"role": "user", "content": "x" * 1000}]).status_code == 400
@@ -88,7 +91,6 @@ def test_who_fails_before_the_answer_begins_gives_its_place_back(pipeline: Pipel
 
 
 def test_ten_thousand_requests_beyond_a_limit_are_not_tokenized(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole way from a request to its answer, tokenizations counted where all of them are."""
     read: list[object] = []
     real = ModelText.encode
 
@@ -110,8 +112,64 @@ def test_ten_thousand_requests_beyond_a_limit_are_not_tokenized(pipeline: Pipeli
     assert chat(client, "bob").status_code == 200
 
 
-def test_without_limits_nothing_is_counted() -> None:
+def test_nothing_is_counted_without_limits() -> None:
     limits = ClientLimits(Quota())
     for _ in range(100):
         limits.admit("client")(1000)
     assert limits._windows is None
+
+
+def admitted(gateways: list[ClientLimits], asked: int, client: str = "alice") -> int:
+    """Sends requests to each gateway in turn. Returns how many were admitted."""
+    waits = []
+    for number in range(asked):
+        try:
+            gateways[number % len(gateways)].admit(client)(0)
+        except RateLimited as refused:
+            waits.append(refused.retry_after_seconds or 0)
+    assert all(1 <= seconds <= 60 for seconds in waits)
+    return asked - len(waits)
+
+
+def gateways(url: str | None, quota: Quota, scope: str = "tiny") -> list[ClientLimits]:
+    return [ClientLimits(quota, store=url, scope=scope) for _ in range(3)]
+
+
+def test_gateways_count_requests_together_in_a_store_and_alone_without_one() -> None:
+    with redis_server() as port:
+        url = f"redis://127.0.0.1:{port}/0"
+        assert admitted(gateways(url, Quota(requests_per_minute=10)), 60) == 10
+        assert admitted(gateways(url, Quota(requests_per_minute=10)), 60, "bob") == 10
+        assert admitted(gateways(url, Quota(requests_per_minute=10), "another model"), 60) == 10
+    assert admitted(gateways(None, Quota(requests_per_minute=10)), 60) == 30
+
+
+def test_gateways_count_tokens_together_in_a_store() -> None:
+    with redis_server() as port:
+        one, two, _ = gateways(f"redis://127.0.0.1:{port}/0", Quota(tokens_per_minute=100))
+        one.admit("alice")(60)
+        two.admit("alice")(70)
+        with pytest.raises(RateLimited, match="100 tokens a minute"):
+            one.admit("alice")
+        one.admit("bob")(5)
+
+
+def test_a_gateway_counts_alone_while_its_store_is_down(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(client_limits, "_STORE_RETRY_SECONDS", 0.3)
+    with redis_server() as port:
+        url = f"redis://127.0.0.1:{port}/0"
+        (gateway, *_) = gateways(url, Quota(requests_per_minute=10))
+        assert admitted([gateway], 5) == 5
+        assert not caplog.text
+    began = time.monotonic()
+    assert admitted([gateway], 30) == 10, "its own count"
+    assert time.monotonic() - began < 5
+    assert caplog.text.count("counted by this gateway alone") >= 1
+    (stranger, *_) = gateways(url.replace("//", "//:s3cret@"), Quota(requests_per_minute=10))
+    assert admitted([stranger], 30) == 10
+    assert "s3cret" not in caplog.text
+    with redis_server(port):
+        time.sleep(0.3)
+        assert admitted([gateway], 30) == 10, "the store's again, which is new"

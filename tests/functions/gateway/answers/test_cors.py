@@ -1,4 +1,4 @@
-"""What a browser is told of other origins: nothing, unless they are named."""
+"""CORS headers are sent for configured origins only."""
 
 import pytest
 from flask.testing import FlaskClient
@@ -16,40 +16,40 @@ ASKS = {
 }
 
 
-def told(client: FlaskClient, path: str = "/v1/chat/completions", **headers: str) -> dict[str, str]:
-    """Of CORS, by a preflight."""
+def preflight(client: FlaskClient, path: str = "/v1/chat/completions", **headers: str) -> dict[str, str]:
+    """CORS headers of the reply to a preflight request."""
     reply = client.options(path, headers=ASKS | headers)
     return {name: value for name, value in reply.headers if name.startswith("Access-Control")}
 
 
-def test_unless_origins_are_named_nobody_is_told_anything(client: FlaskClient) -> None:
-    assert told(client) == {}
+def test_without_configured_origins_there_are_no_cors_headers(client: FlaskClient) -> None:
+    assert preflight(client) == {}
     reply = client.get("/v1/models", headers={"Origin": PAGE})
     assert reply.status_code == 200
     assert not [name for name, _ in reply.headers if name.startswith("Access-Control")]
 
 
 @pytest.mark.parametrize("path", ["/", "/v1/chat/completions", "/v1/models", "/tokenize"])
-def test_a_page_that_is_named_may_ask(path: str, pipeline: Pipeline) -> None:
+def test_a_configured_origin_may_send_requests(path: str, pipeline: Pipeline) -> None:
     client = client_of(pipeline, LAMINA_CORS_ORIGINS=f"http://localhost:3000, {PAGE}", LAMINA_API_KEYS="key")
-    assert told(client, path) == {
+    assert preflight(client, path) == {
         "Access-Control-Allow-Origin": PAGE,
         "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
         "Access-Control-Allow-Headers": "authorization,content-type",
         "Access-Control-Expose-Headers": "X-Request-Id, Retry-After",
         "Access-Control-Max-Age": "600",
     }
-    assert "Access-Control-Allow-Credentials" not in told(client, path)
+    assert "Access-Control-Allow-Credentials" not in preflight(client, path)
 
 
-def test_others_are_told_nothing_and_caches_know_it_depends(pipeline: Pipeline) -> None:
+def test_other_origins_get_no_headers_and_caches_learn_that_replies_vary(pipeline: Pipeline) -> None:
     client = client_of(pipeline, LAMINA_CORS_ORIGINS=PAGE)
     for origin in ("https://evil.example", f"{PAGE}.evil.example", "null", f"{PAGE}:8443", "http://chat.example"):
-        assert told(client, Origin=origin) == {}
+        assert preflight(client, Origin=origin) == {}
     assert "Origin" in client.get("/v1/models").headers["Vary"]
 
 
-def test_a_page_reads_answers_and_refusals(pipeline: Pipeline) -> None:
+def test_a_configured_origin_may_read_answers_and_errors(pipeline: Pipeline) -> None:
     client = client_of(pipeline, LAMINA_CORS_ORIGINS=PAGE, LAMINA_API_KEYS="key")
     asked = {"json": {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}}
     for key, status in (("key", 200), ("wrong", 401)):
@@ -59,15 +59,15 @@ def test_a_page_reads_answers_and_refusals(pipeline: Pipeline) -> None:
     assert client.get("/nowhere", headers={"Origin": PAGE}).headers["Access-Control-Allow-Origin"] == PAGE
 
 
-def test_all_pages(pipeline: Pipeline) -> None:
+def test_a_star_allows_all_origins(pipeline: Pipeline) -> None:
     client = client_of(pipeline, LAMINA_CORS_ORIGINS="*")
-    assert told(client, Origin="https://any.example")["Access-Control-Allow-Origin"] == "*"
+    assert preflight(client, Origin="https://any.example")["Access-Control-Allow-Origin"] == "*"
     assert chat(client).status_code == 200
 
 
 @pytest.mark.parametrize(
     "wrong", ["chat.example", "https://chat.example/", "https://Chat.example", "https://a@b", "https://a,"]
 )
-def test_what_no_browser_writes_is_refused(wrong: str) -> None:
+def test_an_origin_that_no_browser_sends_is_a_configuration_error(wrong: str) -> None:
     with pytest.raises(ConfigError, match=r"LAMINA_CORS_ORIGINS: .* origins such as"):
         read_config(GATEWAY | {"LAMINA_CORS_ORIGINS": wrong})

@@ -1,22 +1,183 @@
-"""Spans and metrics by OpenTelemetry's conventions for generative AI: their names are those of its own package."""
+"""Metrics of answers: their times by the client's clock, their outcomes, and OpenTelemetry's names for generative AI."""
 
+import time
+from collections.abc import Callable
 from typing import Any
 
+import pytest
+from flask.testing import FlaskClient
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 from opentelemetry.semconv._incubating.metrics import gen_ai_metrics
 from opentelemetry.semconv.attributes import error_attributes
+from werkzeug.test import TestResponse
 
-from eventing.problems import DeadlineExceeded
+from eventing.problems import DeadlineExceeded, InvalidRequest, NotReady, PipelineUnavailable, Problem, QueueFull
 from eventing.wire.generation import GenerateRequest, Message
+from functions.gateway.answers import generation as core
 from functions.gateway.answers.metrics import GenAIOperation, end_attributes
-from tests.support.functions.scripted_gateway import Pipeline, ask, chat, client_of
+from functions.gateway.app import MAX_REQUEST_BYTES
+from functions.gateway.scheduling.token_stream import TokenStream
+from functions.gateway.text.tokenizer import ModelText
+from tests.support.functions.scripted_gateway import EVENT, TOKENIZER, Pipeline, ask, chat, client_of, refuse
+
+Ask = Callable[[FlaskClient], TestResponse]
+APIS: list[Ask] = [lambda client: ask(client, {"prompt": "Hi"}), chat]
+
+
+@pytest.mark.parametrize("ask_api", APIS, ids=["events", "openai"])
+def test_time_is_measured_from_the_requests_arrival(
+    client: FlaskClient, pipeline: Pipeline, ask_api: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokenizing a request takes its client's time, so it counts, also against the deadline."""
+    for name in ("encode", "encode_messages"):
+        real = getattr(ModelText, name)
+        monkeypatch.setattr(
+            ModelText, name, lambda text, *asked, real=real: (noted.append(time.monotonic()), real(text, *asked))[1]
+        )
+    noted: list[float] = []
+    assert ask_api(client).status_code == 200
+    ((read_at,), (prompt,)) = noted, pipeline.prompts
+    assert prompt.arrived is not None
+    assert prompt.arrived < read_at
+    seen = pipeline.stream.timings().time_to_first_token_seconds
+    assert seen is not None
+    assert seen > pipeline.stream._put_at[0] - read_at
+    assert pipeline.value("time_to_first_token_seconds_sum") == seen
+
+
+def test_the_servers_time_of_arrival_is_used(client: FlaskClient, pipeline: Pipeline) -> None:
+    """Reading the body and waiting for a thread count, too."""
+    environ = {"lamina.arrived": time.monotonic() - 4.0}
+    client.post("/", json={"prompt": "Hi"}, headers=EVENT, environ_overrides=environ)
+    client.post("/v1/completions", json={"model": "tiny", "prompt": "Hi"}, headers={"Accept": "*/*"}, environ_overrides=environ)
+    assert [prompt.arrived for prompt in pipeline.prompts] == [environ["lamina.arrived"]] * 2
+    assert pipeline.value("time_to_first_token_seconds_sum") >= 8.0
+
+
+def test_the_first_token_of_a_failed_answer_is_measured(client: FlaskClient, pipeline: Pipeline) -> None:
+    pipeline.script = pipeline.say("Hel", end=False, then=PipelineUnavailable("stage 1 is gone"))
+    for ask_api in APIS:
+        assert ask_api(client).status_code == 503
+    assert pipeline.value("time_to_first_token_seconds_count") == 2
+    assert pipeline.value("inter_token_latency_seconds_count") == 2 * 2
+    assert pipeline.value("answer_seconds_count") == 0
+    assert pipeline.value("answers_total", outcome="pipeline-unavailable") == 2
+    pipeline.script = pipeline.say("", end=True)
+    assert ask(client, {"prompt": "Hi"}).status_code == 200
+    assert pipeline.value("time_to_first_token_seconds_count") == 3, "an end-of-text token is a first token, too"
+
+
+def test_time_between_tokens_is_the_pipelines_and_not_the_readers(client: FlaskClient, pipeline: Pipeline) -> None:
+    """Tokens may be ready long before they are read, or may never be read."""
+
+    def script(stream: TokenStream) -> None:
+        pipeline.say("Hello", end=False)(stream)
+        stream._put_at[:] = [stream._put_at[0] + 100.0 * number for number in range(5)]
+
+    pipeline.script = script
+    response = ask(client, {"prompt": "Hi"}, Accept="text/event-stream")
+    chunks = iter(response.response)
+    assert [b"event" in next(chunks) for _ in range(2)]
+    response.close()
+    assert pipeline.value("inter_token_latency_seconds_count") == 4
+    assert pipeline.value("inter_token_latency_seconds_sum") == pytest.approx(400.0)
+
+
+@pytest.mark.parametrize("ask_api", APIS, ids=["events", "openai"])
+@pytest.mark.parametrize("problem", [InvalidRequest("no"), QueueFull("256 wait"), NotReady("draining")])
+def test_refusals_are_counted_by_outcome(client: FlaskClient, pipeline: Pipeline, ask_api: Ask, problem: Problem) -> None:
+    pipeline.script = refuse(problem)
+    status = 400 if ask_api is chat and isinstance(problem, InvalidRequest) else problem.status
+    assert ask_api(client).status_code == status
+    assert pipeline.value("answers_total", outcome=problem.name) == 1
+    pipeline.script, pipeline.full = pipeline.say("Hi"), problem
+    assert ask_api(client).status_code == status
+    assert pipeline.value("answers_total", outcome=problem.name) == 2
+
+
+def test_requests_without_a_key_and_too_large_ones_are_counted(pipeline: Pipeline) -> None:
+    closed = client_of(pipeline, LAMINA_API_KEYS="a-key")
+    for ask_api in APIS:
+        assert ask_api(closed).status_code == 401
+    assert closed.get("/v1/models").status_code == 401
+    assert pipeline.value("answers_total", outcome="unauthorized") == 2, "only requests for an answer count"
+    opened = client_of(pipeline)
+    for path in ("/", "/v1/chat/completions"):
+        assert opened.post(path, data=bytes(MAX_REQUEST_BYTES + 1), headers=EVENT).status_code == 413
+        assert opened.post(path, data=b"{", headers=EVENT).status_code == 400
+    assert pipeline.value("answers_total", outcome="event-too-large") == 2
+    assert pipeline.value("answers_total", outcome="malformed-event") == 2
+
+
+def test_an_answer_that_ends_at_a_stop_string_is_not_counted_as_cancelled(client: FlaskClient, pipeline: Pipeline) -> None:
+    pipeline.script = pipeline.say("One. Two. Three.", end=False)
+    assert ask(client, {"prompt": "Hi", "stop": " Two"}).status_code == 200
+    assert pipeline.stream.finish_reason == "stop", "which is what the scheduler counts it by"
+    assert pipeline.value("answers_total", outcome="stop") == 1
+    assert pipeline.value("answers_total", outcome="cancelled") == 0
+
+
+@pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_client_that_leaves_is_noticed_without_writing_to_it(
+    client: FlaskClient, pipeline: Pipeline, accept: str, begun: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether tokens come or not. The gateway looks at least twice a second."""
+    assert core.LOOK_SECONDS <= 0.5
+    monkeypatch.setattr(core, "LOOK_SECONDS", 0.01)
+    pipeline.script = pipeline.say("Hel", end=False) if begun else lambda stream: None
+    looks = [False, False, True]
+    environ = {"lamina.client_gone": lambda: looks.pop(0)}
+    headers = EVENT | {"Accept": accept}
+    response = client.post("/", json={"prompt": "Hi"}, headers=headers, environ_overrides=environ)
+    assert response.data.count(b"dev.lamina.generate.response") == 0
+    assert (looks, pipeline.cancelled.is_set()) == ([], True)
+    assert pipeline.value("answers_total", outcome="cancelled") == 1
+    looks += [True]
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "stream": accept != "application/json"}
+    assert b"[DONE]" not in client.post("/v1/chat/completions", json=body, environ_overrides=environ).data
+    assert pipeline.value("answers_total", outcome="cancelled") == 2
+
+
+def test_a_client_that_leaves_before_the_first_byte_is_counted_once(client: FlaskClient, pipeline: Pipeline) -> None:
+    pipeline.script = lambda _: None
+    gone = {"lamina.client_gone": lambda: True}
+    client.post("/", json={"prompt": "Hi"}, headers=EVENT | {"Accept": "text/event-stream"}, environ_overrides=gone)
+    assert pipeline.value("answers_total", outcome="cancelled") == 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_log_lines_name_the_request(
+    client: FlaskClient, pipeline: Pipeline, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline.script = lambda stream: setattr(stream, "next_token", None)
+    assert chat(client, stream=stream).data
+    (prompt,) = pipeline.prompts
+    assert prompt.request_id.startswith("chatcmpl-")
+    assert prompt.request_id in caplog.text
+    caplog.clear()
+    reply = ask(client, {"prompt": "Hi"}, **({"Accept": "text/event-stream"} if stream else {}))
+    assert b"traceback" in reply.data
+    assert pipeline.prompts[1].request_id in caplog.text
+
+
+def test_every_token_has_its_latency() -> None:
+    stream = TokenStream(3, arrived=time.monotonic() - 5)
+    assert stream.waits(0) == []
+    for token in TOKENIZER.encode("abc", add_special_tokens=False).ids:
+        stream.put(token)
+    first, *others = stream.waits(0)
+    assert first >= 5
+    assert stream.waits(1) == others
+    assert len(others) == 2
+
 
 OPERATIONS = {each.value for each in gen_ai_attributes.GenAiOperationNameValues}
 NAMES = {value for name, value in vars(gen_ai_attributes).items() if name.startswith("GEN_AI_") and isinstance(value, str)}
 LABELS = {"gen_ai_operation_name": "chat", "gen_ai_provider_name": "lamina", "gen_ai_request_model": "tiny"}
 
 
-def test_attributes_are_the_conventions_own_and_hold_no_text() -> None:
+def test_span_attributes_have_the_conventions_names_and_no_text() -> None:
     message = Message("user", "s3cret words")
     request = GenerateRequest(
         messages=(message,),
@@ -40,7 +201,7 @@ def test_attributes_are_the_conventions_own_and_hold_no_text() -> None:
     assert "s3cret" not in str(told)
 
 
-def test_what_nobody_asked_for_is_not_told() -> None:
+def test_options_that_are_not_set_are_no_attributes() -> None:
     told = GenAIOperation("text_completion", "tiny").begin_attributes(GenerateRequest("Hi"), "cmpl-1", 1, 16)
     assert not told.keys() & {f"gen_ai.request.{name}" for name in ("top_p", "top_k", "seed", "presence_penalty")}
 
@@ -50,7 +211,7 @@ def sampled(pipeline: Pipeline, name: str, **labels: str) -> float:
 
 
 def prometheus(name: str) -> str:
-    """As OpenTelemetry's exporter writes a metric's name: dots as underscores, the unit behind it."""
+    """A metric's name as OpenTelemetry's exporter writes it: with underscores for dots, and its unit."""
     return name.replace(".", "_") + "_seconds"
 
 
@@ -59,7 +220,7 @@ FIRST = prometheus(gen_ai_metrics.GEN_AI_SERVER_TIME_TO_FIRST_TOKEN)
 EACH = prometheus(gen_ai_metrics.GEN_AI_SERVER_TIME_PER_OUTPUT_TOKEN)
 
 
-def test_metrics_of_answers_and_failures(pipeline: Pipeline) -> None:
+def test_gen_ai_metrics_count_answers_and_failures(pipeline: Pipeline) -> None:
     client = client_of(pipeline)
     assert chat(client).status_code == 200
     counts: dict[str, Any] = {name: sampled(pipeline, name) for name in (FIRST, EACH)}

@@ -1,4 +1,4 @@
-"""Answers, whichever door they leave by: how they end, break off, and are refused."""
+"""Answers in both APIs: how they end, fail, and are refused."""
 
 import json
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def test_a_stop_string_ends_the_answer_and_frees_the_pipeline(client: FlaskClien
     assert pipeline.cancelled.is_set()
 
 
-def test_an_answer_that_breaks_ends_with_an_error_event(client: FlaskClient, pipeline: Pipeline) -> None:
+def test_a_stream_that_fails_ends_with_an_error_event(client: FlaskClient, pipeline: Pipeline) -> None:
     pipeline.script = pipeline.say("Hel", end=False, then=PipelineUnavailable("stage 1 is gone"))
     *tokens, error = stream(ask(client, {"prompt": "Hi"}, Accept="text/event-stream"))
     assert "".join(event["data"]["text"] for event in tokens) == "Hel"
@@ -49,7 +49,7 @@ def test_an_answer_that_breaks_ends_with_an_error_event(client: FlaskClient, pip
 
 @pytest.mark.parametrize("problem", [QueueFull("256 wait"), NotReady("draining")])
 @pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
-def test_a_refusal_has_its_status_also_where_a_stream_was_wanted(
+def test_a_refusal_has_its_status_also_for_a_stream(
     client: FlaskClient, pipeline: Pipeline, problem: Problem, accept: str
 ) -> None:
     pipeline.script = refuse(problem)
@@ -57,28 +57,27 @@ def test_a_refusal_has_its_status_also_where_a_stream_was_wanted(
     assert (response.status_code, response.content_type) == (problem.status, "application/problem+json")
     response = chat(client, stream=accept != "application/json")
     assert response.status_code == problem.status
-    assert response.json is not None
-    assert response.json["error"]["code"] == problem.name.replace("-", "_")
+    assert response.get_json()["error"]["code"] == problem.name.replace("-", "_")
 
 
-def test_a_broken_answer_that_is_no_stream_has_its_status(client: FlaskClient, pipeline: Pipeline) -> None:
+def test_a_failed_answer_has_its_status(client: FlaskClient, pipeline: Pipeline) -> None:
     pipeline.script = pipeline.say("Hel", end=False, then=PipelineUnavailable("stage 1 is gone"))
     assert ask(client, {"prompt": "Hi"}).status_code == 503
     assert chat(client).status_code == 503
 
 
 @pytest.mark.parametrize(
-    "door", [lambda c: ask(c, {"prompt": "Hi"}, Accept="text/event-stream"), lambda c: chat(c, stream=True)]
+    "ask_api", [lambda c: ask(c, {"prompt": "Hi"}, Accept="text/event-stream"), lambda c: chat(c, stream=True)]
 )
 @pytest.mark.parametrize("tokens", [0, 2])
-def test_an_unexpected_error_is_told_without_its_details(
+def test_an_unexpected_error_is_reported_without_its_details(
     client: FlaskClient,
     pipeline: Pipeline,
     tokens: int,
-    door: Callable[[FlaskClient], TestResponse],
+    ask_api: Callable[[FlaskClient], TestResponse],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """As the status and the reply where nothing was said yet, as the last event of a stream that has begun."""
+    """Before the first token by the status, later by the last event of the stream."""
 
     def script(stream: TokenStream) -> None:
         pipeline.say("Hello", end=False)(stream)
@@ -87,7 +86,7 @@ def test_an_unexpected_error_is_told_without_its_details(
         stream.next_token = lambda _: next(again)  # type: ignore[method-assign, assignment]  # then StopIteration
 
     pipeline.script = script
-    response = door(client)
+    response = ask_api(client)
     assert response.status_code == (200 if tokens else 500)
     last = stream(response)[-1] if tokens else response.json
     assert "traceback" in json.dumps(last)
@@ -95,7 +94,7 @@ def test_an_unexpected_error_is_told_without_its_details(
     assert "StopIteration" in caplog.text
 
 
-def test_silence_is_filled_and_a_client_that_leaves_ends_its_answer(
+def test_a_stream_without_tokens_has_heartbeats_and_a_client_that_leaves_ends_it(
     client: FlaskClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(core.Generation.tokens, "__defaults__", (0.01,))
@@ -109,10 +108,10 @@ def test_silence_is_filled_and_a_client_that_leaves_ends_its_answer(
         assert pipeline.cancelled.wait(5)
 
 
-def test_nothing_is_said_before_the_first_token(
+def test_nothing_is_sent_before_the_first_token(
     client: FlaskClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither a heartbeat nor the first chunk, which says who speaks: a proxy may still be sending the request."""
+    """Neither a heartbeat nor the chunk with the role: a proxy may still be sending the request."""
     monkeypatch.setattr(core.Generation.tokens, "__defaults__", (0.01,))
     waited: list[object] = []
 
@@ -128,16 +127,16 @@ def test_nothing_is_said_before_the_first_token(
         stream.next_token = next_token  # type: ignore[method-assign]
 
     pipeline.script = script
-    for door in (lambda: ask(client, {"prompt": "Hi"}, Accept="text/event-stream"), lambda: chat(client, stream=True)):
+    for ask_api in (lambda: ask(client, {"prompt": "Hi"}, Accept="text/event-stream"), lambda: chat(client, stream=True)):
         waited.clear()
-        response = door()
+        response = ask_api()
         assert waited[:5] == [None] * 5
         assert next(iter(response.response)).startswith(b"data: ")
         response.close()
 
 
 @pytest.mark.parametrize("problem", [PipelineUnavailable("stage 1 is gone"), NotReady("draining")])
-def test_what_breaks_before_the_first_token_has_its_status_though_a_stream_was_wanted(
+def test_a_stream_that_fails_before_its_first_token_has_the_status_of_the_failure(
     client: FlaskClient, pipeline: Pipeline, problem: Problem
 ) -> None:
     pipeline.script = pipeline.say("", end=False, then=problem)
@@ -145,12 +144,11 @@ def test_what_breaks_before_the_first_token_has_its_status_though_a_stream_was_w
     assert (response.status_code, response.content_type) == (problem.status, "application/problem+json")
     response = chat(client, stream=True)
     assert response.status_code == problem.status
-    assert response.json is not None
-    assert response.json["error"]["code"] == problem.name.replace("-", "_")
+    assert response.get_json()["error"]["code"] == problem.name.replace("-", "_")
     assert pipeline.value("answers_total", outcome=problem.name) == 2
 
 
-def test_a_client_that_leaves_before_the_first_byte_ends_its_answer(client: FlaskClient, pipeline: Pipeline) -> None:
+def test_an_answer_is_cancelled_if_its_client_leaves_before_the_first_byte(client: FlaskClient, pipeline: Pipeline) -> None:
     pipeline.script = lambda _: None
     gone = {"lamina.client_gone": lambda: True}
     response = client.post("/", json={"prompt": "Hi"}, headers=EVENT | {"Accept": "text/event-stream"}, environ_overrides=gone)
@@ -158,25 +156,26 @@ def test_a_client_that_leaves_before_the_first_byte_ends_its_answer(client: Flas
     assert pipeline.cancelled.is_set()
 
 
-def test_the_answer_fits_into_the_context(client: FlaskClient, pipeline: Pipeline) -> None:
+def test_prompt_and_answer_fit_into_the_context(client: FlaskClient, pipeline: Pipeline) -> None:
     ask(client, {"prompt": "x" * 50, "max_tokens": 1000})
     assert pipeline.prompts[0].max_tokens == CONTEXT - 51
     refused = ask(client, {"prompt": "x" * 63})
     assert refused.status_code == 422
-    assert refused.json is not None
-    assert "64 tokens" in refused.json["detail"]
+    assert "64 tokens" in refused.get_json()["detail"]
     refused = chat(client, messages=[{"role": "user", "content": "x" * 63}])
     assert refused.status_code == 400
-    assert refused.json is not None
-    assert (refused.json["error"]["code"], refused.json["error"]["param"]) == ("context_length_exceeded", "messages")
+    assert (refused.get_json()["error"]["code"], refused.get_json()["error"]["param"]) == (
+        "context_length_exceeded",
+        "messages",
+    )
 
 
 @pytest.mark.parametrize("content", ["7" * 100_000, "7" * 500])
 @pytest.mark.parametrize("full", [None, QueueFull("256 wait")])
-def test_what_will_be_refused_is_not_read(
+def test_a_request_that_will_be_refused_is_not_tokenized(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, content: str, full: QueueFull | None
 ) -> None:
-    """Too long by its characters: refused first. Else the queue is looked at, and only then is anything rendered or read."""
+    """Its length is checked first, then the queue. Only then is it rendered or tokenized."""
     read: list[str] = []
     monkeypatch.setattr(ModelText, "encode", lambda _, prompt: read.append(prompt) or [1])
     monkeypatch.setattr(ModelText, "encode_messages", lambda _, messages, __, ___: read.append(messages[0].content) or [1])
@@ -190,7 +189,7 @@ def test_what_will_be_refused_is_not_read(
     assert (pipeline.entered, len(read)) == (0 if long else 2, 2 if expected == 200 else 0)
 
 
-def test_bodies_that_cannot_be_read(client: FlaskClient) -> None:
+def test_bodies_that_cannot_be_parsed_are_refused(client: FlaskClient) -> None:
     for content_type, body in (("application/json", b'{"prompt": "\xff"}'), ("application/cloudevents+json", b"\xff{")):
         response = client.post("/", data=body, headers=EVENT | {"Content-Type": content_type})
         assert response.status_code == 400
@@ -201,7 +200,7 @@ def test_bodies_that_cannot_be_read(client: FlaskClient) -> None:
     assert client.post("/v1/chat/completions", data=bytes(MAX_REQUEST_BYTES + 1)).status_code == 413
 
 
-def test_a_continuation_has_the_space_before_its_first_word_and_a_message_has_not(pipeline: Pipeline) -> None:
+def test_a_completion_keeps_the_space_before_its_first_word_and_a_message_has_none(pipeline: Pipeline) -> None:
     tokenizer = llama_2()
     config = read_config(GATEWAY)
     assert isinstance(config, GatewayConfig)
@@ -217,16 +216,14 @@ def test_a_continuation_has_the_space_before_its_first_word_and_a_message_has_no
     pipeline.script = script
     continued = client.post("/v1/completions", json={"model": "tiny", "prompt": CONTINUED})
     answered = chat(client, messages=[{"role": "user", "content": CONTINUED}])
-    assert continued.json is not None
-    assert answered.json is not None
-    assert continued.json["choices"][0]["text"] == " Paris."
-    assert answered.json["choices"][0]["message"]["content"] == "Paris."
+    assert continued.get_json()["choices"][0]["text"] == " Paris."
+    assert answered.get_json()["choices"][0]["message"]["content"] == "Paris."
 
 
-def test_what_is_refused_is_not_written_out_for_each_of_its_answers(
+def test_a_refused_request_is_not_copied_for_each_of_its_answers(
     client: FlaskClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """128 answers to a million tokens took 4 s, before anybody had looked how many they are."""
+    """Copying a million tokens for 128 answers took 4 s before their number was checked."""
     monkeypatch.setattr(GenerateRequest, "each", None)
     assert ask(client, {"prompt": [65] * (CONTEXT + 1), "n": 128}).status_code == 422
     limited = client_of(pipeline, LAMINA_CLIENT_CONCURRENT="1")
@@ -251,12 +248,11 @@ def test_a_prompt_of_one_token_is_echoed_with_its_logprobs(
     assert [one for each in logprobs for one in each["token_logprobs"]] == [None, -1.0][: 1 + bool(max_tokens)]
 
 
-def test_an_echo_alone_has_no_logprobs_that_nobody_asked_for(client: FlaskClient, pipeline: Pipeline) -> None:
+def test_an_echo_has_no_logprobs_unless_they_are_requested(client: FlaskClient, pipeline: Pipeline) -> None:
     def script(stream: TokenStream) -> None:
         stream.scored(1, [TokenLogprob(66, -1.0)])
         stream.finish("length")
 
     pipeline.script = script
     response = client.post("/v1/completions", json={"model": "tiny", "prompt": [65, 66], "echo": True, "max_tokens": 0})
-    assert response.json is not None
-    assert response.json["choices"][0]["logprobs"] is None
+    assert response.get_json()["choices"][0]["logprobs"] is None

@@ -1,4 +1,4 @@
-"""The same event, delivered again and again, is computed once and answered each time."""
+"""An event that is delivered several times is computed once and answered each time."""
 
 import gc
 import threading
@@ -11,13 +11,13 @@ from flask.testing import FlaskClient
 
 from eventing.problems import PipelineUnavailable
 from functions.gateway.answers.generation import Generation
-from functions.gateway.cloudevents import deduplication as once
+from functions.gateway.cloudevents import deduplication
 from functions.gateway.scheduling.token_stream import TokenStream
 from tests.support.functions.gateway import wait_until
 from tests.support.functions.scripted_gateway import EVENT, Pipeline, ask, client_of, refuse, stream
 
 
-def test_a_delivery_that_comes_again_is_answered_from_the_first(client: FlaskClient, pipeline: Pipeline) -> None:
+def test_a_repeated_delivery_gets_the_same_answer_without_computing_it(client: FlaskClient, pipeline: Pipeline) -> None:
     first = ask(client, {"prompt": "Hi"}, ce_id="7")
     again = ask(client, {"prompt": "Hi"}, ce_id="7")
     assert first.data == again.data
@@ -29,20 +29,22 @@ def test_a_delivery_that_comes_again_is_answered_from_the_first(client: FlaskCli
 
 
 @pytest.mark.parametrize("other", [{"ce_id": "8"}, {"ce_source": "/another"}, {"data": {"prompt": "Ho"}}])
-def test_another_event_is_another_question(client: FlaskClient, pipeline: Pipeline, other: dict[str, Any]) -> None:
+def test_an_event_with_other_id_source_or_data_is_computed(
+    client: FlaskClient, pipeline: Pipeline, other: dict[str, Any]
+) -> None:
     ask(client, {"prompt": "Hi"}, ce_id="7")
     ask(client, other.pop("data", {"prompt": "Hi"}), **({"ce_id": "7"} | other))
     assert len(pipeline.prompts) == 2
 
 
-def test_clients_share_no_answers(pipeline: Pipeline) -> None:
+def test_clients_do_not_share_answers(pipeline: Pipeline) -> None:
     client = client_of(pipeline, LAMINA_API_KEYS="first-key,second-key")
     for key in ("first-key", "second-key"):
         assert ask(client, {"prompt": "Hi"}, ce_id="7", Authorization=f"Bearer {key}").status_code == 200
     assert len(pipeline.prompts) == 2
 
 
-def test_what_failed_is_computed_anew(client: FlaskClient, pipeline: Pipeline) -> None:
+def test_a_failed_answer_is_computed_again(client: FlaskClient, pipeline: Pipeline) -> None:
     said = pipeline.script
     for script, status in (
         (refuse(PipelineUnavailable("gone")), 503),
@@ -54,17 +56,17 @@ def test_what_failed_is_computed_anew(client: FlaskClient, pipeline: Pipeline) -
     assert len(pipeline.prompts) == 3
 
 
-def test_after_a_while_it_is_computed_anew(client: FlaskClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_answer_is_computed_again(client: FlaskClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     ask(client, {"prompt": "Hi"}, ce_id="7")
-    monkeypatch.setattr(once, "KEPT_SECONDS", -1.0)
+    monkeypatch.setattr(deduplication, "KEPT_SECONDS", -1.0)
     ask(client, {"prompt": "Hi"}, ce_id="7")
     assert len(pipeline.prompts) == 2
 
 
-def test_the_oldest_answers_go_where_there_are_too_many(
+def test_the_oldest_answers_are_dropped_if_there_are_too_many_tokens(
     client: FlaskClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(once, "MAX_KEPT_TOKENS", 30)  # "Hello there" has 9
+    monkeypatch.setattr(deduplication, "MAX_KEPT_TOKENS", 30)  # "Hello there" has 9
     for id_ in "123412341":
         ask(client, {"prompt": "Hi"}, ce_id=id_)
     assert len(pipeline.prompts) == 9
@@ -72,8 +74,8 @@ def test_the_oldest_answers_go_where_there_are_too_many(
     assert len(pipeline.prompts) == 9
 
 
-def test_deliveries_at_the_same_time_share_one_computation(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever of them leaves: whoever stays goes on, and the last who leaves ends it."""
+def test_concurrent_deliveries_share_one_computation(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on when some of them leave, also the one that began it."""
     streams: list[TokenStream] = []
     pipeline.script = streams.append
     client = client_of(pipeline)
@@ -84,8 +86,10 @@ def test_deliveries_at_the_same_time_share_one_computation(pipeline: Pipeline, m
         return client.post("/", **body, environ_overrides={"lamina.client_gone": gone.is_set} if leaves else {})
 
     listening: list[object] = []
-    listen = once.Deduplicator.listen
-    monkeypatch.setattr(once.Deduplicator, "listen", lambda *asked: listening.append(listener := listen(*asked)) or listener)
+    listen = deduplication.Deduplicator.listen
+    monkeypatch.setattr(
+        deduplication.Deduplicator, "listen", lambda *asked: listening.append(listener := listen(*asked)) or listener
+    )
     with ThreadPoolExecutor(6) as executor:
         leaving = [executor.submit(deliver, True)]
         wait_until(lambda: streams, "the first delivery, which computes")
@@ -98,11 +102,11 @@ def test_deliveries_at_the_same_time_share_one_computation(pipeline: Pipeline, m
         pipeline.say("Hello there")(streams[0])
         replies = [reply.result(30) for reply in staying]
     assert len({reply.data for reply in replies}) == 1
-    assert replies[0].json["text"] == "Hello there"
+    assert replies[0].get_json()["text"] == "Hello there"
     assert len(pipeline.prompts) == 1
 
 
-def test_when_all_have_left_the_answer_is_given_up(client: FlaskClient, pipeline: Pipeline) -> None:
+def test_the_answer_is_cancelled_when_all_deliveries_have_left(client: FlaskClient, pipeline: Pipeline) -> None:
     pipeline.script = lambda _: None
     gone = {"lamina.client_gone": lambda: True}
     for _ in range(2):
@@ -111,8 +115,10 @@ def test_when_all_have_left_the_answer_is_given_up(client: FlaskClient, pipeline
     assert len(pipeline.prompts) == 2
 
 
-def test_what_is_remembered_holds_no_prompt(client: FlaskClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only answers are counted; prompts may be as long as the context."""
+def test_a_kept_answer_does_not_keep_its_prompt(
+    client: FlaskClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only answers count against the limit, and a prompt may be as long as the context."""
     replies: list[weakref.ref[Generation]] = []
     tokens = Generation.tokens
     monkeypatch.setattr(Generation, "tokens", lambda reply, *rest: replies.append(weakref.ref(reply)) or tokens(reply, *rest))

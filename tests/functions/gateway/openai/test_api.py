@@ -1,4 +1,4 @@
-"""The door for clients of the OpenAI API."""
+"""The OpenAI API: options that are served, and refusals of others."""
 
 from typing import Any
 
@@ -35,19 +35,28 @@ from tests.support.storage.published import CHAT_TEMPLATE
         ({"structured_outputs": {}}, 400, "exactly one of json"),
         ({"structured_outputs": {"regex": "a"}, "guided_choice": ["a"]}, 400, "said more than once"),
         ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, 400, "ignore_eos does not go with"),
-        ({"temperature": 3}, 400, "`temperature` is 3"),
+        ({"temperature": 3}, 400, "`temperature` is 3, which is not served here: expected a number, at least 0 and at most 2"),
+        ({"stop": 5}, 400, "expected a text, length at least 1 and length at most 256 or an array, length at most 16"),
+        ({"n": True}, 400, "`n` is true"),
+        ({"stream_options": {"x": 1}}, 400, "`stream_options.x` is no option that is served here"),
+        ({"logit_bias": {"7": 101}}, 400, "`logit_bias.7` is 101"),
+        ({"functions": [1]}, 400, "`functions` is [1], which is not served here: expected an empty array"),
+        ({"tool_choice": "maybe"}, 400, '`tool_choice` is "maybe", which is not served here: expected "auto" or "none" or'),
+        ({"prediction": {"type": "x", "content": ""}}, 400, '`prediction.type` is "x", which is not served here: expected'),
+        ({"response_format": {}}, 400, "`response_format` is {}, which is not served here: it lacks `type`"),
+        ({"messages": [{"role": "user"}]}, 400, '`messages[0]` is {"role":"user"}, which is not served here: a message has no'),
+        ({"messages": None}, 400, "`messages` is null, which is not served here: expected an array, length at least 1"),
         ({"no_such_field": 1}, 400, "`no_such_field` is no option that is served here; leave it out"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "image_url"),
     ],
 )
-def test_what_the_openai_door_does_not_serve_it_names(
+def test_an_option_that_is_not_served_is_refused_by_name(
     client: FlaskClient, fields: dict[str, Any], status: int, words: str
 ) -> None:
     response = chat(client, **fields)
     assert response.status_code == status
-    assert response.json is not None
-    assert words in response.json["error"]["message"]
-    assert response.json["error"]["type"] == "invalid_request_error"
+    assert words in response.get_json()["error"]["message"]
+    assert response.get_json()["error"]["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize("content", ["Hi there", [{"type": "text", "text": "Hi"}, {"type": "text", "text": " there"}]])
@@ -58,7 +67,7 @@ def test_a_prediction_reaches_the_pipeline(client: FlaskClient, pipeline: Pipeli
     assert TOKENIZER.decode(prompt.predicted_ids) == "Hi there"
 
 
-def test_openai_options_reach_the_pipeline(client: FlaskClient, pipeline: Pipeline) -> None:
+def test_options_reach_the_pipeline(client: FlaskClient, pipeline: Pipeline) -> None:
     parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
     fields = {"n": 1, "user": "me", "logit_bias": {}, "top_k": 3, "max_completion_tokens": 7, "max_tokens": 9, "stop": "x"}
     response = chat(client, messages=[{"role": "developer", "content": parts}], **fields)
@@ -79,29 +88,23 @@ def test_openai_options_reach_the_pipeline(client: FlaskClient, pipeline: Pipeli
         {"stop_token_ids": None, "include_stop_str_in_output": False, "chat_template_kwargs": {}, "reasoning_effort": None},
     ],
 )
-def test_what_changes_nothing_is_taken(client: FlaskClient, pipeline: Pipeline, nothing: dict[str, Any]) -> None:
+def test_options_at_values_without_effect_are_accepted(
+    client: FlaskClient, pipeline: Pipeline, nothing: dict[str, Any]
+) -> None:
     assert chat(client, seed=3, **nothing).status_code == 200
     assert chat(client, seed=3).status_code == 200
     assert pipeline.prompts[0].sampling == pipeline.prompts[1].sampling
 
 
-def test_what_clients_put_into_messages_counts_for_nothing(client: FlaskClient, pipeline: Pipeline) -> None:
-    """lm-eval says `type`, others send back answers as they got them."""
-    told = {
-        "role": "user",
-        "content": "Hi",
-        "type": "text",
-        "refusal": None,
-        "annotations": [],
-        "reasoning": "x",
-        "tool_calls": [],
-    }
-    assert chat(client, messages=[told]).status_code == 200
+def test_other_fields_of_messages_are_ignored(client: FlaskClient, pipeline: Pipeline) -> None:
+    """lm-eval sends `type`, others send answers back as they received them."""
+    others = {"type": "text", "refusal": None, "annotations": [], "reasoning": "x", "tool_calls": []}
+    assert chat(client, messages=[{"role": "user", "content": "Hi"} | others]).status_code == 200
     assert chat(client).status_code == 200
     assert pipeline.prompts[0].token_ids == pipeline.prompts[1].token_ids
 
 
-def test_penalties_biases_and_lengths_reach_the_last_stage(client: FlaskClient, pipeline: Pipeline) -> None:
+def test_penalties_biases_and_min_tokens_reach_the_last_stage(client: FlaskClient, pipeline: Pipeline) -> None:
     fields = {"presence_penalty": 0.5, "frequency_penalty": -1, "logit_bias": {"7": -100}, "min_tokens": 3, "seed": -1}
     assert chat(client, max_tokens=9, **fields).status_code == 200
     (prompt,) = pipeline.prompts
@@ -112,13 +115,13 @@ def test_penalties_biases_and_lengths_reach_the_last_stage(client: FlaskClient, 
     assert sampling.seed == 2**63 - 1
 
 
-def test_an_answer_goes_on_behind_the_models_end_where_that_is_ignored(client: FlaskClient, pipeline: Pipeline) -> None:
+def test_the_end_token_can_be_ignored(client: FlaskClient, pipeline: Pipeline) -> None:
     assert chat(client, ignore_eos=True, max_tokens=4).status_code == 200
     (prompt,) = pipeline.prompts
     assert prompt.eos_ids == frozenset()
 
 
-def test_everything_under_v1_is_refused_as_the_api_does(client: FlaskClient) -> None:
+def test_errors_under_v1_have_the_apis_shape(client: FlaskClient) -> None:
     for response, status in (
         (client.get("/v1/chat/completions"), 405),
         (client.post("/v1/embeddings", json={}), 404),
@@ -126,11 +129,10 @@ def test_everything_under_v1_is_refused_as_the_api_does(client: FlaskClient) -> 
         (client.post("/v1/completions", data=b"{"), 400),
     ):
         assert response.status_code == status
-        assert response.json is not None, response.data
-        assert set(response.json["error"]) == {"message", "type", "param", "code"}
+        assert set(response.get_json()["error"]) == {"message", "type", "param", "code"}
 
 
-def test_a_text_is_read_as_an_answer_would_read_it(client: FlaskClient, pipeline: Pipeline) -> None:
+def test_tokenize_returns_the_tokens_that_a_chat_would_use(client: FlaskClient, pipeline: Pipeline) -> None:
     chat(client)
     read = client.post("/tokenize", json={"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}).json
     assert read == {
@@ -138,12 +140,11 @@ def test_a_text_is_read_as_an_answer_would_read_it(client: FlaskClient, pipeline
         "max_model_len": 64,
         "tokens": list(pipeline.prompts[0].token_ids),
     }
-    plain = client.post("/tokenize", json={"prompt": "Hi", "add_special_tokens": False}).json
-    assert plain is not None
+    plain = client.post("/tokenize", json={"prompt": "Hi", "add_special_tokens": False}).get_json()
     assert client.post("/detokenize", json={"tokens": plain["tokens"]}).json == {"prompt": "Hi"}
 
 
-def test_what_cannot_be_read_is_refused_in_words(client: FlaskClient) -> None:
+def test_tokenize_and_detokenize_refuse_invalid_input(client: FlaskClient) -> None:
     beyond = client.post("/detokenize", json={"tokens": [2**30]})
     assert beyond.status_code == 422
     assert b"outside of the vocabulary" in beyond.data
@@ -151,7 +152,7 @@ def test_what_cannot_be_read_is_refused_in_words(client: FlaskClient) -> None:
     assert client.post("/tokenize", json={"prompt": "x" * 10_000}).status_code == 422
 
 
-def test_clients_that_look_whether_somebody_is_there_find_somebody(client: FlaskClient) -> None:
+def test_health_and_version(client: FlaskClient) -> None:
     assert client.get("/health").status_code == 200
     assert client.get("/version").json == {"version": "0.1.0"}
 
@@ -167,10 +168,10 @@ def test_clients_that_look_whether_somebody_is_there_find_somebody(client: Flask
         b"\xff",
     ],
 )
-def test_what_is_wrong_at_two_places_is_refused_for_the_first(client: FlaskClient, body: bytes) -> None:
-    """The sentence shows what stands there, and the rest may be no JSON at all."""
+def test_malformed_json_is_refused_also_if_it_begins_with_a_wrong_option(client: FlaskClient, body: bytes) -> None:
     response = client.post("/v1/chat/completions", data=body)
     assert response.status_code == 400, response.data
+    assert "the request is no JSON" in response.get_json()["error"]["message"]
 
 
 _THINKING = CHAT_TEMPLATE + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
@@ -180,10 +181,10 @@ def _thinking(pipeline: Pipeline) -> FlaskClient:
     return client_of(pipeline, template=_THINKING)
 
 
-def test_thoughts_have_a_field_of_their_own(pipeline: Pipeline) -> None:
+def test_thoughts_have_their_own_field(pipeline: Pipeline) -> None:
     client = _thinking(pipeline)
     pipeline.script = pipeline.say("<think>\nHm.\n</think>\n\nSaid")
-    assert chat(client).json["choices"][0]["message"] == {  # type: ignore[index]
+    assert chat(client).get_json()["choices"][0]["message"] == {  # type: ignore[index]
         "role": "assistant",
         "content": "Said",
         "reasoning_content": "Hm.",
@@ -194,7 +195,7 @@ def test_thoughts_have_a_field_of_their_own(pipeline: Pipeline) -> None:
     assert "".join(delta.get("content", "") for delta in deltas) == "Said"
 
 
-def test_a_variable_that_the_template_knows_reaches_it(pipeline: Pipeline) -> None:
+def test_a_variable_reaches_the_chat_template(pipeline: Pipeline) -> None:
     client = _thinking(pipeline)
     assert chat(client, chat_template_kwargs={"enable_thinking": False}).status_code == 200
     (prompt,) = pipeline.prompts

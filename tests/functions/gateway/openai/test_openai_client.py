@@ -1,4 +1,4 @@
-"""The official client, unmodified, against a gateway over three stages, all of them processes; the oracle is transformers."""
+"""The official client against a gateway over three stages, each a process. The oracle is transformers."""
 
 import asyncio
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ def client(gateway: FunctionProcess) -> Iterator[openai.OpenAI]:
 
 
 def oracle(published: Published, token_ids: list[int]) -> torch.Tensor:
-    """Log-probabilities behind each token, [len(token_ids), vocab]."""
+    """Log-probabilities after each token, [len(token_ids), vocab]."""
     with torch.inference_mode():
         return torch.log_softmax(published.model(torch.tensor([token_ids])).logits[0].float(), -1)
 
@@ -48,7 +48,7 @@ def hi(**fields: Any) -> Any:
     return asked(messages=[{"role": "user", "content": "Hi"}], **fields)
 
 
-def test_lists_of_prompts_are_answered_in_their_order(client: openai.OpenAI, published: Published) -> None:
+def test_lists_of_prompts_are_answered_in_order(client: openai.OpenAI, published: Published) -> None:
     texts = ["hello", "The capital of France is", "12345"]
     ids = [published.tokenizer.encode(text).ids for text in texts]
     expected = [published.tokenizer.decode(until_end(greedy(published.model, each, 8))) for each in ids]
@@ -66,7 +66,7 @@ def test_lists_of_prompts_are_answered_in_their_order(client: openai.OpenAI, pub
     assert streamed == expected
 
 
-def test_several_answers_differ_by_their_seeds_and_are_the_same_again(client: openai.OpenAI) -> None:
+def test_several_answers_have_successive_seeds(client: openai.OpenAI) -> None:
     fields = hi(n=4, temperature=1, seed=11)
     texts = [choice.message.content for choice in client.chat.completions.create(**fields).choices]
     assert len(set(texts)) > 1
@@ -145,7 +145,7 @@ def test_an_echoed_prompt_streams_before_its_answer(client: openai.OpenAI) -> No
     assert found == {name: getattr(whole.logprobs, name) for name in found}
 
 
-def test_without_a_length_an_answer_goes_to_its_end_or_the_contexts(client: openai.OpenAI, published: Published) -> None:
+def test_an_answer_without_max_tokens_may_fill_the_context(client: openai.OpenAI, published: Published) -> None:
     completion = client.completions.create(
         model="tiny", prompt="hello", temperature=0, extra_body={"ignore_eos": True}, timeout=120
     )
@@ -156,7 +156,7 @@ def test_without_a_length_an_answer_goes_to_its_end_or_the_contexts(client: open
     assert completion.choices[0].text == published.tokenizer.decode(greedy(published.model, ids, CONTEXT - len(ids)))
 
 
-def test_tokens_and_strings_that_stop_are_kept_where_that_is_wanted(client: openai.OpenAI, published: Published) -> None:
+def test_stop_tokens_and_strings_can_be_included_in_the_answer(client: openai.OpenAI, published: Published) -> None:
     prompt = published.tokenizer.encode("hello").ids
     drawn = until_end(greedy(published.model, prompt, 8))
     stop = next(token for token in drawn[1:] if token not in drawn[:1])
@@ -174,7 +174,7 @@ def test_tokens_and_strings_that_stop_are_kept_where_that_is_wanted(client: open
         assert choice.text == text[: text.index(character) + kept]
 
 
-def test_usage_comes_with_every_chunk_where_that_is_wanted(client: openai.OpenAI) -> None:
+def test_continuous_usage_comes_with_every_chunk(client: openai.OpenAI) -> None:
     options: Any = {"include_usage": True, "continuous_usage_stats": True}
     chunks = list(client.chat.completions.create(**hi(stream=True, stream_options=options)))
     counts = [chunk.usage.completion_tokens for chunk in chunks if chunk.usage]
@@ -184,7 +184,7 @@ def test_usage_comes_with_every_chunk_where_that_is_wanted(client: openai.OpenAI
     assert counts[-1] == counts[-2] > 0
 
 
-def test_refusals_are_the_clients_own_exceptions(client: openai.OpenAI) -> None:
+def test_refusals_raise_the_clients_exceptions(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x" * 2 * CONTEXT}])
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
@@ -194,8 +194,8 @@ def test_refusals_are_the_clients_own_exceptions(client: openai.OpenAI) -> None:
         client.completions.create(model="other", prompt="hello")
 
 
-def test_the_asynchronous_client_streams_many_and_leaves_some(gateway: FunctionProcess, published: Published) -> None:
-    """Those that are left half-way free what they hold; the others are whole."""
+def test_the_asynchronous_client_may_leave_streams(gateway: FunctionProcess, published: Published) -> None:
+    """Streams that it leaves free what they hold; the others are complete."""
     expected = published.tokenizer.decode(until_end(greedy(published.model, published.tokenizer.encode("hello").ids, 8)))
 
     async def stream(client: openai.AsyncOpenAI, leave: bool) -> str:

@@ -1,4 +1,4 @@
-"""`/v1/responses` by the official client against a real pipeline, and by its own types to the letter."""
+"""`/v1/responses`: the official client against a real pipeline, and every document checked by the client's types."""
 
 import json
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from eventing.http.sse import SSEDecoder
+from eventing.problems import PipelineUnavailable
 from tests.support.functions.functions import FunctionProcess, running_gateway
 from tests.support.functions.scripted_gateway import Pipeline, client_of
 from tests.support.storage.published import CHAT_TEMPLATE, Published, until_end
@@ -42,7 +43,7 @@ def asked(**fields: Any) -> Any:
     return {"model": "tiny", "temperature": 0, "max_output_tokens": 8} | fields
 
 
-def test_a_text_is_answered_with_its_instructions(client: openai.OpenAI, published: Published) -> None:
+def test_instructions_are_the_system_message(client: openai.OpenAI, published: Published) -> None:
     response = client.responses.create(**asked(input="Hi", instructions="Be kind."))
     assert response.output_text == expected(published, ("system", "Be kind."), ("user", "Hi"))
     assert response.status in ("completed", "incomplete")
@@ -51,7 +52,7 @@ def test_a_text_is_answered_with_its_instructions(client: openai.OpenAI, publish
     assert response.usage.total_tokens == response.usage.input_tokens + response.usage.output_tokens
 
 
-def test_a_conversation_goes_on_with_what_was_answered(client: openai.OpenAI, published: Published) -> None:
+def test_output_items_can_be_sent_back_as_input(client: openai.OpenAI, published: Published) -> None:
     first = client.responses.create(**asked(input="Hi"))
     items: Any = [{"role": "user", "content": "Hi"}, *(item.model_dump() for item in first.output)]
     items.append({"role": "user", "content": [{"type": "input_text", "text": "And"}, {"type": "input_text", "text": " now?"}]})
@@ -60,7 +61,7 @@ def test_a_conversation_goes_on_with_what_was_answered(client: openai.OpenAI, pu
     assert second.output_text == expected(published, *said)
 
 
-def test_a_stream_builds_the_response_up(client: openai.OpenAI) -> None:
+def test_a_streams_events_build_the_response(client: openai.OpenAI) -> None:
     answer = client.responses.create(**asked(input="Hi")).output_text
     stops = {"stop": answer[len(answer) // 2 :][:1]}
     whole = client.responses.create(**asked(input="Hi"), extra_body=stops)
@@ -85,7 +86,7 @@ def test_a_stream_builds_the_response_up(client: openai.OpenAI) -> None:
     ]
 
 
-def test_every_document_is_as_the_clients_types_say(gateway: FunctionProcess) -> None:
+def test_documents_and_events_have_the_clients_types(gateway: FunctionProcess) -> None:
     include = ["message.output_text.logprobs"]
     fields = asked(input="Hi", include=include, top_logprobs=2)
     document = httpx.post(f"{gateway.url}/v1/responses", json=fields).json()
@@ -102,7 +103,7 @@ def test_every_document_is_as_the_clients_types_say(gateway: FunctionProcess) ->
     assert done["logprobs"] == json.loads(json.dumps([one.model_dump() for one in logprobs]))
 
 
-def test_a_schema_holds(client: openai.OpenAI) -> None:
+def test_an_answer_follows_its_schema(client: openai.OpenAI) -> None:
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
     text: Any = {"format": {"type": "json_schema", "name": "one", "schema": schema}}
     response = client.responses.create(**asked(input="Hi", text=text, max_output_tokens=64))
@@ -122,14 +123,13 @@ def test_a_schema_holds(client: openai.OpenAI) -> None:
         ({"top_logprobs": 2}, "top_logprobs takes `include`"),
     ],
 )
-def test_what_is_not_served_is_named(fields: dict[str, Any], words: str) -> None:
+def test_an_option_that_is_not_served_is_refused_by_name(fields: dict[str, Any], words: str) -> None:
     refused = client_of(Pipeline()).post("/v1/responses", json={"model": "tiny", "input": "Hi"} | fields)
     assert refused.status_code == 400
-    assert refused.json is not None
-    assert words in refused.json["error"]["message"]
+    assert words in refused.get_json()["error"]["message"]
 
 
-def test_thoughts_are_an_item_of_their_own() -> None:
+def test_thoughts_are_their_own_item() -> None:
     pipeline = Pipeline()
     client = client_of(pipeline, template=CHAT_TEMPLATE + "{# </think> #}")
     pipeline.script = pipeline.say("<think>\nHm.\n</think>\n\nSaid")
@@ -148,9 +148,7 @@ def test_thoughts_are_an_item_of_their_own() -> None:
     assert "".join(thoughts) == "Hm."
 
 
-def test_a_stream_that_breaks_off_says_so() -> None:
-    from eventing.problems import PipelineUnavailable
-
+def test_a_stream_that_fails_ends_with_an_error_event() -> None:
     pipeline = Pipeline()
     pipeline.script = pipeline.say("Hel", end=False, then=PipelineUnavailable("stage 1 is gone"))
     reply = client_of(pipeline).post("/v1/responses", json={"model": "tiny", "input": "Hi", "stream": True})

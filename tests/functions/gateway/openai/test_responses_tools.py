@@ -1,4 +1,4 @@
-"""Tools of `/v1/responses`, by the official client's own types to the letter."""
+"""Tools of `/v1/responses`, checked by the official client's types."""
 
 import json
 from typing import Any
@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from eventing.http.sse import SSEDecoder
 from eventing.wire.generation import Message
-from functions.gateway.openai import responses_requests as openai_responses_types
+from functions.gateway.openai import responses_requests
 from tests.support.functions.scripted_gateway import TOKENIZER, Pipeline, client_of
 
 ADD = {"type": "function", "name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
@@ -28,7 +28,7 @@ def respond(client: FlaskClient, **fields: Any) -> Any:
     return client.post("/v1/responses", json={"model": "tiny", "input": "Hi", "tools": [ADD], **fields})
 
 
-def test_calls_are_items_of_their_own(client: FlaskClient, pipeline: Pipeline) -> None:
+def test_calls_are_their_own_items(client: FlaskClient, pipeline: Pipeline) -> None:
     pipeline.script = pipeline.say("I add. " + "\n".join(CALLS))
     response = Response.model_validate_json(respond(client).data)
     assert response.status == "completed"
@@ -69,10 +69,10 @@ def test_a_forced_call_has_a_grammar(client: FlaskClient, pipeline: Pipeline) ->
         assert pipeline.prompts[-1].sampling.grammar is not None
     refused = respond(client, tool_choice={"type": "function", "name": "other"})
     assert refused.status_code == 400
-    assert "none of the tools" in refused.json["error"]["message"]
+    assert "none of the tools" in refused.get_json()["error"]["message"]
 
 
-def test_calls_and_what_came_of_them_are_told(client: FlaskClient, pipeline: Pipeline) -> None:
+def test_calls_and_their_outputs_reach_the_prompt(client: FlaskClient, pipeline: Pipeline) -> None:
     items = [
         {"role": "user", "content": "1 and 1?"},
         {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I add."}]},
@@ -88,11 +88,11 @@ def test_calls_and_what_came_of_them_are_told(client: FlaskClient, pipeline: Pip
     assert "<tool_response>\ntwo\n</tool_response>" in told
     lacks = respond(client, input=[{"type": "function_call", "name": "add"}])
     assert lacks.status_code == 400
-    assert "lacks `call_id`" in lacks.json["error"]["message"]
+    assert "lacks `call_id`" in lacks.get_json()["error"]["message"]
 
 
 def test_many_calls_are_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not again for each that follows: 40,000 of them took 10 s before anything was bounded."""
+    """Copying them again for each call took 10 s for 40,000 calls, before any limit was checked."""
     copied = 0
 
     def counting(message: Message, **fields: Any) -> Message:
@@ -100,9 +100,9 @@ def test_many_calls_are_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
         copied += len(fields["tool_calls"])
         return replace(message, **fields)
 
-    monkeypatch.setattr(openai_responses_types, "replace", counting)
-    call = openai_responses_types.InputItem(type="function_call", call_id="c", name="add", arguments="{}")
-    said = openai_responses_types.InputItem(role="assistant", content="I add.")
-    (message,) = openai_responses_types.ResponsesRequest(model="tiny", input=(said, *[call] * 100)).messages()
+    monkeypatch.setattr(responses_requests, "replace", counting)
+    call = responses_requests.InputItem(type="function_call", call_id="c", name="add", arguments="{}")
+    said = responses_requests.InputItem(role="assistant", content="I add.")
+    (message,) = responses_requests.ResponsesRequest(model="tiny", input=(said, *[call] * 100)).messages()
     assert len(message.tool_calls) == 100
     assert copied <= 100

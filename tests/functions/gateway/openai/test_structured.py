@@ -1,4 +1,4 @@
-"""Structured output at the doors: every way to ask for it becomes the one grammar that the last stage is told."""
+"""Structured output: every option for it becomes the same grammar for the last stage."""
 
 import json
 from typing import Any
@@ -10,8 +10,7 @@ from eventing.wire.events import Grammar, grammar_digest
 from functions.grammars.sources import of_schema
 from tests.support.functions.scripted_gateway import EVENT, Pipeline, chat
 
-SCHEMA = {"properties": {"a": {"type": "integer"}}, "type": "object"}
-"""In the order of the alphabet, in which the test client writes it."""
+SCHEMA = {"properties": {"a": {"type": "integer"}}, "type": "object"}  # sorted, as the test client writes it
 
 
 def grammar(pipeline: Pipeline) -> Grammar:
@@ -32,7 +31,9 @@ def grammar(pipeline: Pipeline) -> Grammar:
         {"guided_json": SCHEMA},
     ],
 )
-def test_every_way_to_ask_for_a_schema_is_the_same(client: FlaskClient, pipeline: Pipeline, asked: dict[str, Any]) -> None:
+def test_every_option_for_a_schema_gives_the_same_grammar(
+    client: FlaskClient, pipeline: Pipeline, asked: dict[str, Any]
+) -> None:
     assert chat(client, **asked).status_code == 200
     assert grammar(pipeline).source == of_schema(SCHEMA)
 
@@ -51,12 +52,12 @@ def test_every_way_to_ask_for_a_schema_is_the_same(client: FlaskClient, pipeline
         ({"guided_grammar": "start: /x/"}, "start: /x/"),
     ],
 )
-def test_the_other_ways(client: FlaskClient, pipeline: Pipeline, asked: dict[str, Any], said: str) -> None:
+def test_options_for_other_structures(client: FlaskClient, pipeline: Pipeline, asked: dict[str, Any], said: str) -> None:
     assert chat(client, **asked).status_code == 200
     assert said in grammar(pipeline).source
 
 
-def test_events_and_completions_ask_for_it_too(client: FlaskClient, pipeline: Pipeline) -> None:
+def test_events_and_completions_have_structured_output(client: FlaskClient, pipeline: Pipeline) -> None:
     told = {"prompt": "Hi", "structured_outputs": {"json": SCHEMA}}
     assert client.post("/", headers=EVENT, json=told).status_code == 200
     assert grammar(pipeline).source == of_schema(SCHEMA)
@@ -64,7 +65,7 @@ def test_events_and_completions_ask_for_it_too(client: FlaskClient, pipeline: Pi
     assert grammar(pipeline).source == of_schema(SCHEMA)
 
 
-def test_what_does_not_compile_is_never_queued(client: FlaskClient, pipeline: Pipeline) -> None:
+def test_a_grammar_that_does_not_compile_is_never_queued(client: FlaskClient, pipeline: Pipeline) -> None:
     for _ in range(2):
         assert chat(client, structured_outputs={"grammar": "start: nothing"}).status_code == 400
     nested: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Tools at the OpenAI door: what the model is told, what it may answer, and what is made of its answer."""
+"""Tools of chat completions: how the model is told of them, forced calls, and calls in answers."""
 
 import json
 import re
@@ -37,46 +37,42 @@ def client(pipeline: Pipeline) -> FlaskClient:
     return client_of(pipeline, context=4096)
 
 
-def told(pipeline: Pipeline) -> str:
+def prompt_text(pipeline: Pipeline) -> str:
     text: str = TOKENIZER.decode(list(pipeline.prompts[-1].token_ids), skip_special_tokens=False)
     return text
 
 
-def test_a_template_that_knows_no_tools_is_told_of_them_as_hermes_is(client: FlaskClient, pipeline: Pipeline) -> None:
+def test_a_template_without_tools_gets_hermes_system_prompt(client: FlaskClient, pipeline: Pipeline) -> None:
     assert chat(client, tools=[ADD], messages=HISTORY).status_code == 200
-    text = told(pipeline)
+    text = prompt_text(pipeline)
     assert text.startswith("<|im_start|>system\nYou are a function calling AI model.")
     (described,) = re.findall(r"<tools>\n(.*)\n</tools>", text, re.DOTALL)
     assert json.loads(described) == ADD
     assert '<|im_start|>assistant\n<tool_call>\n{"name": "add", "arguments": {"a": 7}}\n</tool_call><|im_end|>' in text
     assert "<|im_start|>user\n<tool_response>\n2\n</tool_response><|im_end|>" in text
     assert chat(client, tools=[ADD], messages=[{"role": "system", "content": "Be brief."}, *HISTORY]).status_code == 200
-    assert told(pipeline).startswith("<|im_start|>system\nBe brief.\n\nYou are a function calling AI model.")
+    assert prompt_text(pipeline).startswith("<|im_start|>system\nBe brief.\n\nYou are a function calling AI model.")
 
 
-def test_a_template_that_knows_tools_is_given_them(pipeline: Pipeline) -> None:
+def test_a_template_with_tools_gets_them(pipeline: Pipeline) -> None:
     client = client_of(pipeline, context=4096, template=TOLD)
     assert chat(client, tools=[ADD], messages=HISTORY).status_code == 200
-    assert told(pipeline).endswith("user: 1 and 1?;assistant:  c1 add 7;tool: 2 (c1);")
-    assert json.loads(told(pipeline).removeprefix("[TOOLS]").partition("user:")[0]) == [ADD]
+    assert prompt_text(pipeline).endswith("user: 1 and 1?;assistant:  c1 add 7;tool: 2 (c1);")
+    assert json.loads(prompt_text(pipeline).removeprefix("[TOOLS]").partition("user:")[0]) == [ADD]
 
 
 @pytest.mark.parametrize("nothing", [{"tools": [ADD], "tool_choice": "none"}, {"tools": []}, {"tools": None}])
-def test_without_tools_nothing_is_told_and_nothing_looked_for(
-    client: FlaskClient, pipeline: Pipeline, nothing: dict[str, Any]
-) -> None:
+def test_without_tools_calls_are_text(client: FlaskClient, pipeline: Pipeline, nothing: dict[str, Any]) -> None:
     pipeline.script = pipeline.say(CALL)
     response = chat(client, **nothing)
-    assert response.json is not None
-    assert response.json["choices"][0]["message"]["content"] == CALL
-    assert "function calling" not in told(pipeline)
+    assert response.get_json()["choices"][0]["message"]["content"] == CALL
+    assert "function calling" not in prompt_text(pipeline)
 
 
-def test_calls_are_answered_as_the_api_has_them(client: FlaskClient, pipeline: Pipeline) -> None:
+def test_calls_have_the_apis_shape(client: FlaskClient, pipeline: Pipeline) -> None:
     pipeline.script = pipeline.say(f"I look. {TWO}")
     response = chat(client, tools=[ADD, LOOK_UP])
-    assert response.json is not None
-    (choice,) = response.json["choices"]
+    (choice,) = response.get_json()["choices"]
     assert choice["finish_reason"] == "tool_calls"
     assert choice["message"]["content"] == "I look."
     calls = choice["message"]["tool_calls"]
@@ -84,15 +80,12 @@ def test_calls_are_answered_as_the_api_has_them(client: FlaskClient, pipeline: P
     assert [json.loads(call["function"]["arguments"]) for call in calls] == [{"a": 1}, {"q": "x"}]
     assert len({call["id"] for call in calls}) == 2
     pipeline.script = pipeline.say(CALL)
-    answer = chat(client, tools=[ADD]).json
-    assert answer is not None
-    assert answer["choices"][0]["message"]["content"] is None
+    assert chat(client, tools=[ADD]).get_json()["choices"][0]["message"]["content"] is None
 
 
-def test_an_answer_without_calls_is_one_without_tools(client: FlaskClient) -> None:
+def test_an_answer_without_calls_has_no_tool_calls(client: FlaskClient) -> None:
     response = chat(client, tools=[ADD])
-    assert response.json is not None
-    (choice,) = response.json["choices"]
+    (choice,) = response.get_json()["choices"]
     assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", "Hello there")
     assert "tool_calls" not in choice["message"]
 
@@ -114,11 +107,10 @@ def test_calls_stream_in_deltas(client: FlaskClient, pipeline: Pipeline) -> None
     assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
-def test_what_ran_out_of_tokens_says_so(client: FlaskClient, pipeline: Pipeline) -> None:
+def test_a_call_that_is_cut_off_finishes_with_length(client: FlaskClient, pipeline: Pipeline) -> None:
     pipeline.script = pipeline.say(CALL)
     response = chat(client, tools=[ADD], max_tokens=20)
-    assert response.json is not None
-    assert response.json["choices"][0]["finish_reason"] == "length"
+    assert response.get_json()["choices"][0]["finish_reason"] == "length"
 
 
 NAMED = {"type": "function", "function": {"name": "look_up"}}
@@ -135,7 +127,7 @@ FORCED: list[tuple[dict[str, Any], str, bool]] = [
 
 
 @pytest.mark.parametrize(("options", "text", "fits"), FORCED)
-def test_a_forced_call_is_a_grammar_in_the_models_format(
+def test_a_forced_call_has_a_grammar_in_the_models_format(
     client: FlaskClient, pipeline: Pipeline, options: dict[str, Any], text: str, fits: bool
 ) -> None:
     assert chat(client, tools=[ADD, LOOK_UP], **options).status_code == 200
@@ -153,20 +145,19 @@ def test_a_forced_call_is_a_grammar_in_the_models_format(
         ("<|python_tag|>", '{"name": "add", "parameters": {"a": 1}}'),
     ],
 )
-def test_forced_calls_of_other_models_are_read_as_they_are_written(pipeline: Pipeline, template: str, text: str) -> None:
+def test_forced_calls_of_other_formats_are_parsed(pipeline: Pipeline, template: str, text: str) -> None:
     client = client_of(pipeline, context=4096, template=TOLD + "{# " + template + " #}")
     pipeline.script = pipeline.say(text)
     response = chat(client, tools=[ADD, LOOK_UP], tool_choice="required")
-    assert response.json is not None
-    assert response.json["choices"][0]["finish_reason"] == "tool_calls"
-    assert response.json["choices"][0]["message"]["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"a": 1}'}
+    assert response.get_json()["choices"][0]["finish_reason"] == "tool_calls"
+    assert response.get_json()["choices"][0]["message"]["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"a": 1}'}
     grammar = pipeline.prompts[-1].sampling.grammar
     assert grammar is not None
     assert allows(grammar.source, text)
 
 
 def allows(source: str, text: str) -> bool:
-    """Whether a whole answer may be `text`."""
+    """Tells whether the grammar allows `text` as a whole answer."""
     tokens = TOKENIZER.encode(text, add_special_tokens=False).ids
     try:
         (mask,) = GrammarCompiler(TOKENIZER.to_str).compile(source, END_IDS).allowed(tokens)
@@ -189,32 +180,30 @@ def allows(source: str, text: str) -> bool:
         ({"messages": [{"role": "user", "content": "x", "tool_calls": HISTORY[1]["tool_calls"]}]}, "are the assistant's"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_said(client: FlaskClient, pipeline: Pipeline, fields: dict[str, Any], words: str) -> None:
+def test_contradicting_options_are_refused(client: FlaskClient, pipeline: Pipeline, fields: dict[str, Any], words: str) -> None:
     response = chat(client, **fields)
     assert response.status_code == 400
-    assert response.json is not None
-    assert words in response.json["error"]["message"]
+    assert words in response.get_json()["error"]["message"]
     assert not pipeline.prompts
 
 
-def test_events_take_tools_and_are_answered_with_what_the_model_wrote(client: FlaskClient, pipeline: Pipeline) -> None:
+def test_events_with_tools_are_answered_with_the_models_own_text(client: FlaskClient, pipeline: Pipeline) -> None:
     pipeline.script = pipeline.say(CALL)
     asked = {"messages": [{"role": "user", "content": "Hi"}], "tools": [ADD], "tool_choice": "required"}
     response = client.post("/", headers=EVENT, json=asked)
-    assert response.json is not None
-    assert response.json["text"] == CALL
+    assert response.get_json()["text"] == CALL
     assert pipeline.prompts[-1].sampling.grammar is not None
 
 
 @pytest.mark.parametrize("template", [TOLD, None])
-def test_arguments_that_are_no_text_stay_as_they_were_sent(pipeline: Pipeline, template: str | None) -> None:
+def test_arguments_with_lone_surrogates_stay_as_they_were_sent(pipeline: Pipeline, template: str | None) -> None:
     client = client_of(pipeline, context=4096, **({} if template is None else {"template": template}))
     call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": "\\ud800"}'}}
     assert chat(client, messages=[{"role": "assistant", "tool_calls": [call]}]).status_code == 200
 
 
-def test_tools_that_are_nested_too_deeply_are_refused(client: FlaskClient) -> None:
-    """Whether they are read or not depends on what else is on the stack then."""
+def test_deeply_nested_tools_are_refused(client: FlaskClient) -> None:
+    """Whether they can be parsed depends on the depth of the stack."""
     for depth in range(900, 1000, 2):
         parameters = '{"a":' * depth + "1" + "}" * depth
         tool = f'{{"type": "function", "function": {{"name": "f", "parameters": {parameters}}}}}'

@@ -1,4 +1,4 @@
-"""The OpenAPI document names every path and method that is served, and each of its references leads somewhere."""
+"""The OpenAPI document has every path and method that is served, its references resolve, and replies match it."""
 
 import json
 import re
@@ -25,7 +25,7 @@ from tests.functions.gateway.page.test_pipeline_events import Pipe
 from tests.support.environments import GATEWAY
 from tests.support.functions.scripted_gateway import Pipeline, client_of
 
-OF_MANAGEMENT = {("get", path) for path in PROBES}
+PROBE_ROUTES = {("get", path) for path in PROBES}
 
 
 def served(page: str) -> set[tuple[str, str]]:
@@ -37,10 +37,10 @@ def served(page: str) -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("page", ["on", "off"])
-def test_every_path_of_the_gateway_is_described_and_no_other(page: str) -> None:
+def test_the_document_describes_exactly_the_paths_that_are_served(page: str) -> None:
     document = openapi_document(operations(with_page=page == "on"), "tiny", with_keys=False)
     described = {(method, path) for path, methods in document["paths"].items() for method in methods}
-    assert described == served(page) | OF_MANAGEMENT, "functions/gateway/openapi/operations.py has every path"
+    assert described == served(page) | PROBE_ROUTES, "functions/gateway/openapi/operations.py has every path"
 
 
 def references(node: Any) -> set[str]:
@@ -50,7 +50,7 @@ def references(node: Any) -> set[str]:
     return set().union(*map(references, node)) if isinstance(node, list) else set()
 
 
-def test_the_document_is_served_and_whole() -> None:
+def test_the_document_is_served_and_its_references_resolve() -> None:
     reply = client_of(Pipeline(), LAMINA_API_KEYS="a-key").get("/openapi.json")
     assert (reply.status_code, reply.content_type) == (200, "application/json")
     document = reply.get_json()
@@ -65,7 +65,7 @@ def chat(**more: Any) -> dict[str, Any]:
     return {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, **more}
 
 
-def test_answers_are_what_the_document_calls_them() -> None:
+def test_replies_have_the_types_of_the_document() -> None:
     client = client_of(Pipeline())
     msgspec.json.decode(client.post("/v1/chat/completions", json=chat()).data, type=ChatCompletion)
     asked = {"model": "tiny", "prompt": "Hi", "max_tokens": 8}

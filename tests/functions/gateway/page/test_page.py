@@ -1,21 +1,15 @@
-"""The page as it is sent: nothing from elsewhere, and a policy that lets a browser run its own script and style only."""
+"""The page loads nothing from elsewhere, and its policy allows its own script and style only."""
 
 import base64
 import hashlib
 import re
 
-import pytest
 from flask.testing import FlaskClient
 
 from tests.support.functions.scripted_gateway import Pipeline, client_of
 
 
-@pytest.fixture
-def client() -> FlaskClient:
-    return client_of(Pipeline())
-
-
-def test_the_policy_names_the_hashes_of_what_is_sent(client: FlaskClient) -> None:
+def test_the_policy_has_the_hashes_of_script_and_style(client: FlaskClient) -> None:
     reply = client.get("/")
     assert (reply.status_code, reply.content_type) == (200, "text/html; charset=utf-8")
     policy = dict(each.split(" ", 1) for each in reply.headers["Content-Security-Policy"].split("; "))
@@ -28,14 +22,14 @@ def test_the_policy_names_the_hashes_of_what_is_sent(client: FlaskClient) -> Non
     assert "unsafe" not in reply.headers["Content-Security-Policy"]
 
 
-def test_the_page_is_one_file_without_anything_from_outside(client: FlaskClient) -> None:
+def test_the_page_loads_nothing_from_elsewhere(client: FlaskClient) -> None:
     html = client.get("/").text
     assert not re.findall(r"""(?:src|href|action)\s*=\s*(?!["']data:)[^ >]*""", html)
     assert not re.search(r"""\son\w+=|style=|@import|url\(|innerHTML|eval\(|localStorage\.setItem\([^)]*key""", html)
     assert "https://" not in html.replace("https://www.w3.org", "")
 
 
-def test_without_the_page_the_path_is_the_events_door_alone() -> None:
+def test_the_page_can_be_turned_off() -> None:
     reply = client_of(Pipeline(), LAMINA_PAGE="off").get("/")
     assert reply.status_code == 405
     assert "POST" in reply.headers["Allow"]

@@ -1,4 +1,4 @@
-"""Whoever watches the pipeline: what the stream says, who may read it, how many at once, and when it ends."""
+"""The stream of the pipeline's state: its events, who may read it, how many at once, and when it ends."""
 
 import dataclasses
 import itertools
@@ -10,6 +10,8 @@ from typing import Any
 import msgspec
 import pytest
 from flask.testing import FlaskClient
+from hypothesis import given
+from hypothesis import strategies as st
 from werkzeug.test import TestResponse
 
 from eventing.http.sse import ServerSentEvent, SSEDecoder
@@ -17,11 +19,11 @@ from functions.configuration.config import GatewayConfig, read_config
 from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.app import create_app
 from functions.gateway.page import pipeline_events, pipeline_watch
+from functions.gateway.page.pipeline_events import merge_patch
 from functions.gateway.page.pipeline_state import PipelineState
 from functions.gateway.page.pipeline_watch import StageDescription, Watched
 from functions.gateway.scheduling.pipeline_status import AnswerStatus, InstanceStatus, PipelineStatus, StageStatus
 from functions.gateway.scheduling.wake_up import ColdStart
-from tests.functions.gateway.page.test_merge_patch import applied
 from tests.support.environments import GATEWAY
 from tests.support.functions.scripted_gateway import Pipeline, refuse
 
@@ -37,7 +39,7 @@ def answer(request_id: str, client_id: str = ADDRESS) -> AnswerStatus:
 
 
 class Pipe:
-    """One stage, which is what `now` says."""
+    """A pipeline with one stage, whose state is `now`."""
 
     def __init__(self) -> None:
         stage = StageStatus((replica(1),), 0, 0.0, False, None)
@@ -83,7 +85,7 @@ def events(response: TestResponse) -> Iterator[ServerSentEvent]:
 
 
 def documents(response: TestResponse) -> Iterator[dict[str, Any]]:
-    """The state after each event, put together as a reader does it."""
+    """The state after each event, as a reader computes it."""
     document: dict[str, Any] = {}
     for number, event in enumerate(events(response)):
         assert event.event == ("change" if number else "snapshot")
@@ -91,7 +93,7 @@ def documents(response: TestResponse) -> Iterator[dict[str, Any]]:
         yield document
 
 
-def test_a_snapshot_says_everything_and_nothing_of_others(pipe: Pipe) -> None:
+def test_a_snapshot_has_the_whole_state_without_other_clients_answers(pipe: Pipe) -> None:
     with closing(pipe.client().get("/v1/pipeline/events")) as response:
         first = next(documents(response))
     state = msgspec.convert(first, PipelineState)
@@ -101,7 +103,7 @@ def test_a_snapshot_says_everything_and_nothing_of_others(pipe: Pipe) -> None:
     assert state.answers["mine"].route == (1,)
 
 
-def test_of_many_answers_those_are_seen_that_compute(pipe: Pipe) -> None:
+def test_running_answers_come_before_waiting_ones(pipe: Pipe) -> None:
     waiting = tuple(dataclasses.replace(answer(f"waits-{number}"), route=()) for number in range(40))
     pipe.now = dataclasses.replace(pipe.now, answers=(*waiting, answer("computes")))
     with closing(pipe.client().get("/v1/pipeline/events")) as response:
@@ -110,7 +112,7 @@ def test_of_many_answers_those_are_seen_that_compute(pipe: Pipe) -> None:
     assert seen["computes"]["route"] == [1]
 
 
-def test_changes_are_told_until_the_stream_ends(pipe: Pipe) -> None:
+def test_changes_are_sent_until_the_gateway_drains(pipe: Pipe) -> None:
     with closing(pipe.client().get("/v1/pipeline/events")) as response:
         told = documents(response)
         assert list(next(told)["stages"]["0"]["replicas"]) == ["1"]
@@ -127,14 +129,14 @@ def test_changes_are_told_until_the_stream_ends(pipe: Pipe) -> None:
         assert not list(told)
 
 
-def test_who_has_no_key_sees_nothing(pipe: Pipe) -> None:
+def test_the_stream_requires_a_key(pipe: Pipe) -> None:
     client = pipe.client(LAMINA_API_KEYS="a-key")
     assert client.get("/v1/pipeline/events").status_code == 401
     with closing(client.get("/v1/pipeline/events", headers={"Authorization": "Bearer a-key"})) as response:
         assert response.status_code == 200
 
 
-def test_so_many_may_watch_and_the_place_of_one_who_left_is_free(pipe: Pipe) -> None:
+def test_the_number_of_concurrent_streams_is_limited(pipe: Pipe) -> None:
     client = pipe.client()
     with ExitStack() as watching:
         for _ in range(pipeline_events.MAX_STREAMS):
@@ -147,9 +149,43 @@ def test_so_many_may_watch_and_the_place_of_one_who_left_is_free(pipe: Pipe) -> 
             assert response.status_code == 200
 
 
-def test_a_stream_in_which_nothing_happens_has_heartbeats_and_an_end(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_without_changes_has_heartbeats_and_an_end(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline_events, "HEARTBEAT_SECONDS", 0.01)
     monkeypatch.setattr(pipeline_events, "MAX_STREAM_SECONDS", 0.2)
     with closing(pipe.client().get("/v1/pipeline/events")) as response:
         _, *rest = itertools.chain(response.response)
     assert set(rest) == {b":\n\n"}
+
+
+VALUES = st.recursive(
+    st.integers() | st.text(max_size=2) | st.lists(st.integers(), max_size=2),
+    lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+    max_leaves=8,
+)
+DOCUMENTS = st.dictionaries(st.sampled_from("abc"), VALUES, max_size=3)
+
+
+def applied(patch: Any, document: Any) -> Any:
+    """RFC 7396, section 2."""
+    if not isinstance(patch, dict):
+        return patch
+    result = dict(document) if isinstance(document, dict) else {}
+    for name, value in patch.items():
+        if value is None:
+            result.pop(name, None)
+        else:
+            result[name] = applied(value, result.get(name))
+    return result
+
+
+@given(DOCUMENTS, DOCUMENTS)
+def test_a_patch_turns_the_old_document_into_the_new_one(old: Any, new: Any) -> None:
+    patch = merge_patch(old, new)
+    assert applied(patch, old) == new
+    assert bool(patch) == (old != new)
+
+
+def test_a_patch_has_only_what_changed() -> None:
+    old = {"stages": {"0": {"replicas": {"1": {"routes": 1, "state": "ready"}}}}, "queue": {"waiting": 0}}
+    new = {"stages": {"0": {"replicas": {"1": {"routes": 2, "state": "ready"}}}}, "queue": {"waiting": 0}}
+    assert merge_patch(old, new) == {"stages": {"0": {"replicas": {"1": {"routes": 2}}}}}
