@@ -32,7 +32,7 @@ def admit(state: SchedulerState, now: float) -> list[Reserve]:
         batch = _choose_micro_batch(state, sequence, now, reserving)
         if batch is None:
             break
-        queue.pop(excluded)
+        queue.take(sequence)
         _join(state, batch, sequence)
         backlog.overtaken(sequence)
         admitted.setdefault(batch, []).append(sequence)

@@ -81,7 +81,12 @@ def _chunk_over(state: SchedulerState, sequence: Sequence, chunk: Chunk, result:
     elif result is not None and result.tokens:
         _drawn(state, sequence, len(chunk.draft_tokens), result.tokens, result)
         if not sequence.stream.over and len(sequence.tokens) >= sequence.reserve_tokens:
-            _memory_filled(state, sequence)
+            # It gives back what it holds and queues again for more memory, so that no two sequences wait for each other's.
+            if sequence.grow():
+                state.stats.grown += 1
+                sequence.must_restart = True
+            else:
+                sequence.stream.finish("length")
     settle(state, sequence)
 
 
@@ -108,15 +113,6 @@ def _drawn(state: SchedulerState, sequence: Sequence, drafted: int, tokens: Item
             return
         sequence.tokens.append(token)
         stream.put(token, logprob)
-
-
-def _memory_filled(state: SchedulerState, sequence: Sequence) -> None:
-    """Queues the sequence again to get more memory. It gives back what it holds, so that no two wait for each other's."""
-    if sequence.grow():
-        state.stats.grown += 1
-        sequence.must_restart = True
-    else:
-        sequence.stream.finish("length")
 
 
 def logprobs_of(tokens: Items[int], result: Result) -> list[TokenLogprob]:
@@ -212,12 +208,6 @@ def _stage_failed(state: SchedulerState, instance: Instance, failure: StageFaile
         state.placement.avoid(instance)
 
 
-def give_up_waiting(state: SchedulerState, problem: Problem) -> None:
-    """A stage refuses this gateway, so no waiting sequence can be served."""
-    for sequence in list(state.waiting):
-        state.end(sequence, problem)
-
-
 def gateway_failed(state: SchedulerState, sequences: Iterable[Sequence]) -> None:
     """An error in the gateway left these sequences in an unknown state: ends them, so that others go on."""
     for sequence in list(sequences):
@@ -254,22 +244,18 @@ def reservation_over(state: SchedulerState, wanted: Reserve, reservation: Reserv
         if status is not Status.OK:
             _reservation_refused(state, sequence, status)
             continue
-        _granted(state, sequence, held, wanted.instances[0].stage)
+        sequence.reserved = True
+        held_before = sequence.progress.held_everywhere
+        for stage, tokens in enumerate(held, wanted.instances[0].stage):
+            sequence.progress.found(stage, min(tokens, len(sequence.tokens) - 1))
+        if sequence.leader is not None:
+            stop_following(sequence, held_before)
+        state.waiting.backlog.granted()
+        settle(state, sequence)
         if sequence.reserved and sequence.route is not None and reservation.caches_prefixes:
             state.where_held.put(sequence.reserved_chain, sequence.route.instances)
             if wanted.moved_from is None:
                 follow(sequence, state)
-
-
-def _granted(state: SchedulerState, sequence: Sequence, held: Items[int], first_stage: int) -> None:
-    sequence.reserved = True
-    before = sequence.progress.held_everywhere
-    for stage, tokens in enumerate(held, first_stage):
-        sequence.progress.found(stage, min(tokens, len(sequence.tokens) - 1))
-    if sequence.leader is not None:
-        stop_following(sequence, before)
-    state.waiting.backlog.granted()
-    settle(state, sequence)
 
 
 def _reservation_refused(state: SchedulerState, sequence: Sequence, status: Status) -> None:

@@ -17,28 +17,29 @@ from functions.gateway.stages.trip import Trip
 
 def decide(state: SchedulerState, now: float) -> list[Action]:
     """Returns what must be sent, in order. now: in time.monotonic()."""
-    waiting = state.waiting
+    backlog = state.waiting.backlog
     state.expire(now)
-    if waiting.backing_off:
-        waiting.resume(now)
+    if state.waiting.backing_off:
+        state.waiting.resume(now)
     close_empty_micro_batches(state)
     actions: list[Action] = [*migrate(state, now)]
     if not state.micro_batches or now >= state.leases.renew_at:
         used = [instance for batch in state.micro_batches for instance in batch.route.instances]
         actions += state.leases.renew(used, state.sequences, now)
-    actions += reserve_for_followers(state)
-    if waiting.queue or waiting.backlog.sequences:
+    if [sequence for batch in state.micro_batches for sequence in batch.sequences if sequence.leader is not None]:
+        actions += reserve_for_followers(state)
+    if state.has_waiting:
         actions += admit(state, now)
     if state.suspects or state.trial is not None:
         choose_trial(state)
     actions += begin_decode_steps(state)
     actions += begin_prompt_steps(state, now)
     stranded = [batch for batch in state.micro_batches if state.placement.strands(batch.route)]
-    if now >= state.wake_ups.next_at and (stranded or waiting):
+    if now >= state.wake_ups.next_at and (stranded or state.has_waiting):
         first_round = state.no_route_since is None or now - state.no_route_since < PAUSE_SECONDS
         actions += state.begin_wake_up(all_stages=first_round)
-    if waiting.backlog.sequences:
-        actions += state.backlog_signals.send(waiting.backlog, state.placement, now)
+    if backlog.sequences:
+        actions += state.backlog_signals.send(backlog, state.placement, now)
     actions += state.take_releases()
     return actions
 
@@ -46,7 +47,7 @@ def decide(state: SchedulerState, now: float) -> list[Action]:
 def next_due(state: SchedulerState, now: float) -> float:
     """When something must be decided although nothing came back, in time.monotonic(); infinity: never."""
     due = [sequence.deadline for sequence in state.sequences.values()]
-    if state.waiting:
+    if state.has_waiting:
         timeout = state.limits.cold_start_timeout_seconds
         due += [since + timeout for since, _ in state.without_route()]
         due += [sequence.retry_budget.retry_at for sequence in state.waiting.backing_off]

@@ -23,13 +23,12 @@ from eventing.wire.events import MAX_POSITION
 from functions.gateway.scheduling.actions import Action, Release, Reserve, Wake, reserve_at_once, reserve_in_order
 from functions.gateway.scheduling.apply import (
     gateway_failed,
-    give_up_waiting,
     note_origin,
     reservation_over,
     stage_replied,
     trip_failed,
 )
-from functions.gateway.scheduling.batching import SchedulerLimits, max_waiting
+from functions.gateway.scheduling.batching import SchedulerLimits, admissible_sequences, max_waiting
 from functions.gateway.scheduling.decide import decide, next_due
 from functions.gateway.scheduling.metrics import Stats
 from functions.gateway.scheduling.pipeline_status import PipelineStatus, pipeline_status
@@ -215,8 +214,11 @@ class Scheduler:
     def _check_queue(self) -> None:
         if self._closing:
             raise NotReady(_SHUTTING_DOWN)
-        waiting = len(self._state.waiting) + self._entering
-        if waiting >= max_waiting(self._limits.queue_limit, self._state.admissible_sequences()):
+        state = self._state
+        waiting = len(state.waiting) + self._entering
+        allowed = state.micro_batches_allowed()
+        admissible = admissible_sequences(state.running, allowed, self._limits.micro_batch_sequences)
+        if waiting >= max_waiting(self._limits.queue_limit, admissible):
             raise QueueFull(f"{waiting} requests wait already; ask again later")
 
     def _act(self) -> None:
@@ -356,7 +358,9 @@ class Scheduler:
             with self._changed:
                 self._state.wake_ups.stage_failed(stage, failure.cause)
                 if failure.final:
-                    give_up_waiting(self._state, PipelineUnavailable(str(failure)))
+                    # The stage refuses this gateway, so no waiting sequence can be served.
+                    for sequence in list(self._state.waiting):
+                        self._state.end(sequence, PipelineUnavailable(str(failure)))
             return
         with self._changed:
             self._state.wake_ups.stage_woke(stage, reply)

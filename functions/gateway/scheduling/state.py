@@ -15,7 +15,6 @@ from functions.gateway.scheduling.actions import Release, Wake
 from functions.gateway.scheduling.batching import (
     FAR_SHARE,
     SchedulerLimits,
-    admissible_sequences,
     micro_batches_allowed,
     micro_batches_that_fill,
     micro_batches_wanted,
@@ -59,6 +58,11 @@ class SchedulerState:
         return sum([len(batch.sequences) for batch in self.micro_batches])
 
     @property
+    def has_waiting(self) -> bool:
+        """Some sequence is in no micro-batch."""
+        return len(self.sequences) > sum([len(batch.sequences) for batch in self.micro_batches])
+
+    @property
     def idle(self) -> bool:
         return not (self.sequences or self.steps or self._releases)
 
@@ -84,10 +88,6 @@ class SchedulerState:
                 network_seconds=sum([stage.network_seconds for stage in self.stats.stages]),
             )
         return micro_batches_wanted(sequences, stages_at_once, self.limits.micro_batch_sequences, allowed, filling)
-
-    def admissible_sequences(self) -> int:
-        """How many more sequences could join micro-batches now; negative if there are more than allowed."""
-        return admissible_sequences(self.running, self.micro_batches_allowed(), self.limits.micro_batch_sequences)
 
     def _is_far(self) -> bool:
         """The network takes so much of a round that other micro-batches should compute meanwhile."""

@@ -53,21 +53,12 @@ class FairQueue:
         first = [waiting[0] for client_id, waiting in self._clients.items() if client_id not in excluded]
         return max(first, key=lambda sequence: sequence.prompt.priority, default=None)  # among equals the client next in turn
 
-    def pop(self, excluded: Container[str] = ()) -> Sequence:
-        """Takes out what `peek` returns, and moves its client to the end of the round. Raises IndexError if there is none."""
-        sequence = self.peek(excluded)
-        if sequence is None:
-            raise IndexError("no sequence is waiting")
-        if sequence in self._returned:
-            self._returned.remove(sequence)
-            return sequence
-        client_id = sequence.prompt.client_id
-        self._clients[client_id].popleft()
-        if self._clients[client_id]:
-            self._clients.move_to_end(client_id)
-        else:
-            del self._clients[client_id]
-        return sequence
+    def take(self, sequence: Sequence) -> None:
+        """Takes out what `peek` returned. If it is new, its client goes to the end of the round."""
+        is_new = sequence not in self._returned
+        self.remove(sequence)
+        if is_new and sequence.prompt.client_id in self._clients:
+            self._clients.move_to_end(sequence.prompt.client_id)
 
     def remove(self, sequence: Sequence) -> bool:
         """Returns whether `sequence` was in the queue."""
