@@ -23,7 +23,7 @@ def write_document(
     networks: tuple[str, str] | None,
 ) -> dict[str, str]:
     """Section → Markdown, written where there is a document. Figures lie beside it."""
-    facts = f"`{command}` on {machine()}; {seconds / 60:.0f} minutes, what was found before not counted."
+    facts = f"`{command}` on {machine()}; {seconds / 60:.0f} minutes, earlier results are not counted."
     pages: dict[str, str] = {}
     profile = read_profile(SMOLLM2_PROFILE)
     for name, title, note in (
@@ -32,7 +32,7 @@ def write_document(
         (
             "measured",
             "Five ways, simulated by measured passes",
-            f" Passes as measured of {profile.source}; the fit is off by {profile.worst_error or 0:.0%} where it is worst.",
+            f" Passes as measured of {profile.source}; the fit is off by {profile.worst_error or 0:.0%} at its worst point.",
         ),
     ):
         if found.get(name):
@@ -45,10 +45,10 @@ def write_document(
         table, verdict = networks
         text = (
             "SmolLM2-135M in bfloat16, three stages with real layers, one replica each, micro-batches of 8; questions whose "
-            "answers quote. Delay and rate are those of every pod's link (`knative/local/proxies/network.py`). What plan "
-            f"says is computed from the passes where there is no network. **{verdict}** Behind it what each remedy alone makes "
-            "of the same network, as tokens/s and against the tokens/s without one: draft tokens (at most 16 a row), hidden "
-            "states in 8 bits ([what that does to answers](#8-bits-on-the-wire)), and the same model in two stages."
+            "answers quote. Delay and rate are those of every pod's link (`knative/local/proxies/network.py`). The "
+            f"prediction of `plan` is computed from the passes without a network. **{verdict}** The last columns show each "
+            "remedy alone, in tokens/s and relative to the tokens/s without a network: draft tokens (at most 16 a row), hidden "
+            "states in 8 bits ([effect on answers](#8-bits-on-the-wire)), and the same model in two stages."
         )
         pages["network"] = f"## What a network between the pods costs\n\n{facts} {text}\n\n{table}"
     if document is not None:

@@ -60,8 +60,9 @@ def main(dtypes: Sequence[str], rounds: int, parts: Sequence[str], llama_cpp: bo
     peer = bench.of_llama_cpp() if llama_cpp else "llama.cpp was not asked"
     facts = (
         f"`{' '.join(['python -m bench.kv', *sys.argv[1:]])}` on {machine()}; SmolLM2-135M-Instruct, greedy, three stages and "
-        "two gateways, one with `LAMINA_PREFIX_SHARING=off`: they ask the stages directly for what is in memory, and are on "
-        "the local platform, behind its ingress and activator, where pods come and go. Second turns at 2,000 tokens. "
+        "two gateways, one with `LAMINA_PREFIX_SHARING=off`: for cases in memory they ask the stages directly; for cases with "
+        "starting and ending pods they run on the local platform, behind its ingress and activator. "
+        "Second turns at 2,000 tokens. "
         f"{running} conversations run while a stage is scaled in; that and zero are measured in {dtypes[0]} only. {peer}. "
         f"The run took {bench.seconds:.0f} s; the load average before it was {load:.1f}."
     )

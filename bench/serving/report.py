@@ -114,7 +114,7 @@ def _round_table(rounds: Mapping[str, RoundTime]) -> str:
     ]
     columns = ["", "compute", "queue", "codec", "HTTP", "gateway", "round", "codec and HTTP"]
     return (
-        "\n### Where a decode step's time goes\n\n"
+        "\n### Parts of a decode step\n\n"
         "A micro-batch's round through the three stages, milliseconds; `2 × 8`: two micro-batches of eight are under way.\n\n"
         + table(columns, rows)
     )

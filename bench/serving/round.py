@@ -1,4 +1,4 @@
-"""Where a decode step's time goes: sends micro-batches round the running stages and splits the time of each hop.
+"""The parts of a decode step: sends micro-batches round the running stages and splits the time of each hop.
 
 The hops are the gateway's own (`functions.gateway.stages.client` over `eventing.http.delivery`), with a thread for each
 micro-batch. The reply's Server-Timing states a hop's time at the stage; the stages' metrics say how much of it was waiting.

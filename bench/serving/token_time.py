@@ -1,4 +1,4 @@
-"""Where a token's time goes in a stream of one conversation, as gateway, stages and client count it.
+"""The parts of a token's time in a stream of one conversation, as gateway, stages and client count it.
 
 Answers of two lengths are subtracted, so that only decode steps remain; counters are read while nothing runs. In each round
 the gateway counts the time of its own work (`lamina_gateway_step_seconds_total`), and the stages count computing, decoding and
@@ -125,7 +125,7 @@ def token_time_table(found: Mapping[str, TokenTime]) -> str:
         for name, each in found.items()
     ]
     return (
-        "\n### Where a token's time goes: single stream, milliseconds\n\n"
+        "\n### Parts of a token's time: single stream, milliseconds\n\n"
         "Counted by gateway and stages themselves; *seen*: by a client that streams. Detokenizing and writing to the client "
         "run beside the next round.\n\n" + table(["", *names, "accounted for", "compute"], rows)
     )

@@ -192,7 +192,7 @@ def _document(records: list[Record]) -> None:
     text = (
         f"## Soak\n\n`python -m bench.soak` · {machine()} · {began.model}, {len(began.services) - 1} stages of one pod each, "
         f"{began.honest} honest clients at a time, {began.seconds / 60:g} minutes, a stage killed every {began.kill_seconds:g} "
-        f"seconds. Counts of connections where a client opens several.\n\n{markdown(records)}\n\n"
+        f"seconds. A client that opens several connections is counted for each.\n\n{markdown(records)}\n\n"
         f"![answers and faults, health, threads, descriptors, memory]({_PICTURE.name})"
     )
     write_section(_DOCUMENT, "soak", text)

@@ -89,7 +89,7 @@ def _told_when(records: Sequence[Record]) -> Verdict:
     refusals = of(Refused, records)
     silent = [refusal for refusal in refusals if refusal.retry_after is None]
     return Verdict(
-        "whoever honest is refused is told when to come again (Retry-After)",
+        "refusals of honest clients say when to retry (Retry-After)",
         f"{len(silent)} of {len(refusals)} refusals without",
         not silent,
     )
