@@ -7,24 +7,21 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
 from bench.report import with_section
 from functions.configuration.environment_page import markdown_page
 from knative.__main__ import main as command_line
-from knative.commands.options import StoreOptions
-from knative.commands.render import resolved
 from knative.render.dashboard import dashboard
 from knative.render.gitops import with_kustomization
 from knative.render.monitoring import rule_groups
-from knative.render.rendering import render
+from knative.render.rendering import render, resolve
 from knative.spec.kubernetes_object import to_yaml
 from knative.spec.spec_file import load_spec
 
 ROOT = Path(__file__).resolve().parent.parent
-# Examples pin cut and digest, so rendering them asks no store.
-NO_STORE = StoreOptions(None, "lamina", "us-east-1", None, None, None, ROOT / ".lamina")
 
 
 def generated() -> Iterator[tuple[Path, str]]:
@@ -33,8 +30,12 @@ def generated() -> Iterator[tuple[Path, str]]:
     yield ROOT / "monitoring" / "dashboard.json", json.dumps(dashboard(), indent=1) + "\n"
     yield ROOT / "monitoring" / "alerts.yaml", to_yaml([{"groups": rule_groups()}])
     for spec in sorted((ROOT / "examples").glob("*/pipeline.yaml")):
-        for name, objects in with_kustomization(render(resolved(load_spec(spec), NO_STORE))).items():
+        for name, objects in with_kustomization(render(resolve(load_spec(spec), _no_store))).items():
             yield spec.parent / "rendered" / name, to_yaml(objects)
+
+
+def _no_store(dtype: str) -> NoReturn:
+    raise AssertionError(f"an example does not pin its cut or its digest for {dtype}")
 
 
 def stale() -> list[str]:

@@ -42,7 +42,7 @@ class RevisionUsage:
 
 
 def usage_since_start(cluster: Cluster, namespace: str, name: str, now: datetime | None = None) -> list[RevisionUsage]:
-    """Of the pods that run now, each since its start; pods that ended before are not counted."""
+    """Counts the pods that run now, each since its start, and none that ended before."""
     moment = now or datetime.now(UTC)
     seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
     requests: dict[tuple[str, str], dict[str, float]] = {}

@@ -223,7 +223,7 @@ class Deployer:
         preflight.check_pod_network(self._cluster, gateway, stages, self._say)
 
     def _clear_failed(self, services: list[KubernetesObject]) -> None:
-        """Deletes Services of which no revision ever ran: Knative never tries a failed revision again."""
+        """Deletes Services without a revision that ever ran: Knative never tries a failed revision again."""
         for ref in map(Ref.of, services):
             live = self._cluster.get(ref)
             if live is None or (live.get("status") or {}).get("latestReadyRevisionName"):
@@ -246,7 +246,7 @@ class Deployer:
         return _ready_url(gateway, wait)
 
     def _apply_gateway(self, gateway: KubernetesObject, traffic: Traffic, wait: ReadinessWait, force: bool) -> str:
-        """Applies the gateway with this split, which is never a conflict; other fields that somebody set are."""
+        """Applies the gateway with this split, which is never a conflict. Other fields that another manager set are."""
         self._cluster.apply(gateway, force=force, dry_run=True)
         self._check()
         self._cluster.apply({**gateway, "spec": {**gateway["spec"], "traffic": traffic}}, force=True)

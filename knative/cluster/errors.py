@@ -15,7 +15,7 @@ class ClusterUnreachable(ClusterError):
 
 
 class NotPermitted(ClusterError):
-    """401 or 403 from the API itself. Somebody must grant the right."""
+    """401 or 403 from the API itself. An administrator must grant the right."""
 
 
 class KindMissing(ClusterError):

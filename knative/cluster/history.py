@@ -82,7 +82,7 @@ class History:
         return noted
 
     def serving(self) -> DeployedVersion | None:
-        """The last version that served. It serves now unless somebody changed the pipeline by other means."""
+        """The last version that served. It serves now unless the pipeline was changed by other means."""
         return last_served(self.versions())
 
     def canary(self) -> DeployedVersion | None:

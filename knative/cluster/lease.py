@@ -31,7 +31,7 @@ def lease_ref(namespace: str, name: str) -> Ref:
 
 
 def holder(lease: KubernetesObject) -> str:
-    """Who holds it, and since when."""
+    """Its holder, and since when."""
     return f"{lease['spec'].get('holderIdentity')} since {lease['spec'].get('acquireTime')}"
 
 

@@ -47,7 +47,7 @@ class ReadyCondition:
 
 
 def readiness(manifest: KubernetesObject) -> ReadyCondition:
-    """Of the generation that was applied last; Services, Brokers, Triggers and Sequences report it the same way."""
+    """For the generation that was applied last. Services, Brokers, Triggers and Sequences report it the same way."""
     if not observed(manifest):
         return ReadyCondition(None, "not seen by Knative yet")
     condition = _ready_condition(manifest)

@@ -7,7 +7,7 @@ A rotation has three states of the Secret, with a deployment after each:
 3. The old token is gone.
 
 Pods read Secrets when they start. So the state is counted in an annotation of the Secret and of the pods' templates, which
-makes a new revision for each state. An interrupted rotation continues where it stopped.
+makes a new revision for each state. An interrupted rotation resumes.
 """
 
 import base64

@@ -1,4 +1,4 @@
-"""What pipelines on a cluster do: one pipeline in detail, revision by revision, and a list of all."""
+"""Status of one pipeline on a cluster, revision by revision, and a list of all pipelines."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Final
@@ -30,18 +30,8 @@ from knative.cluster.traffic import traffic_warnings
 from knative.spec.kubernetes_object import KubernetesObject
 
 COLUMNS: Final = (
-    "service",
-    "ready",
-    "pods",
-    "starting",
-    "leaving",
-    "desired",
-    "restarts",
-    "revision",
-    "traffic",
-    "pipeline",
-    "url",
-)
+    "service", "ready", "pods", "starting", "leaving", "desired", "restarts", "revision", "traffic", "pipeline", "url",
+)  # fmt: skip
 LIST_COLUMNS: Final = ("namespace", "pipeline", "ready", "stages", "pods", "fingerprint", "url")
 _SCALING: Final = ("autoscaling.internal.knative.dev/v1alpha1", "PodAutoscaler")
 _EVENTING: Final = (

@@ -29,7 +29,7 @@ def pinned_traffic(service: KubernetesObject | None) -> Traffic:
 
 
 def is_ours(service: KubernetesObject) -> bool:
-    """Whether our canary made the split, rather than somebody's kubectl or kn."""
+    """Whether our canary made the split, rather than kubectl or kn."""
     own = (each for each in service["metadata"].get("managedFields") or [] if each.get("manager") == FIELD_MANAGER)
     return any("f:traffic" in (each.get("fieldsV1") or {}).get("f:spec", {}) for each in own)
 

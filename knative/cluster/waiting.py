@@ -24,7 +24,7 @@ class _Waiting:
 
 
 class ReadinessWait:
-    """Of one deployment. Calls `check` again and again, which may raise; `say` gets each change."""
+    """Waits for the objects of one deployment. Calls `check` repeatedly, which may raise; `say` gets each change."""
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ import click
 
 from knative.commands.manifest_files import read_rendered
 from knative.commands.options import (
-    StoreOptions,
+    OpenStore,
     cluster_options,
     force_option,
     image_option,
@@ -68,7 +68,7 @@ def deploy(
     timeout: float,
     force_conflicts: bool,
     connect: "Callable[[], Cluster]",
-    store: StoreOptions,
+    open_store: OpenStore,
 ) -> None:
     """Deploy the pipeline of SPEC, or of a FOLDER that `render` wrote, to a cluster, and print the gateway's URL.
 
@@ -83,7 +83,7 @@ def deploy(
     python -m knative ask "$(python -m knative deploy pipeline.yaml)" "Hello?"
     """
     if not spec.is_dir():
-        objects = rendered_objects(read_spec(spec, image), store)
+        objects = rendered_objects(read_spec(spec, image), open_store)
     elif image is not None:
         raise click.UsageError("--image needs a SPEC; manifests in a folder name their image themselves")
     else:
@@ -105,12 +105,12 @@ def deploy(
 @image_option
 @cluster_options
 @store_options
-def preflight(spec: Path, image: str | None, connect: "Callable[[], Cluster]", store: StoreOptions) -> None:
+def preflight(spec: Path, image: str | None, connect: "Callable[[], Cluster]", open_store: OpenStore) -> None:
     """List everything that a cluster lacks for the pipeline of SPEC. If nothing, create the pipeline's token Secret.
 
     `deploy` starts with the same checks. Use this command before kn, kubectl or GitOps apply the manifests.
     """
-    objects = rendered_objects(read_spec(spec, image), store)
+    objects = rendered_objects(read_spec(spec, image), open_store)
     from knative.cluster.pipeline_token import ensure_token
     from knative.cluster.preflight import check
 

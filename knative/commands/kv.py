@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from knative.commands.options import StoreOptions, open_store, store_options
+from knative.commands.options import OpenStore, store_options
 from knative.spec.pipeline_spec import KV_PREFIX
 from storage.kv.kv_store import Retention, pipeline_and_layers
 from storage.store.object_reader import ObjectInfo
@@ -25,7 +25,7 @@ _MIB: Final = 2**20
 @click.option("--max-mib", type=click.IntRange(min=0), help="With --prune: delete the oldest objects beyond this size.")
 @store_options
 def kv(
-    store: StoreOptions, prefix: str, prune: bool, pipeline: str | None, max_age_hours: float | None, max_mib: int | None
+    open_store: OpenStore, prefix: str, prune: bool, pipeline: str | None, max_age_hours: float | None, max_mib: int | None
 ) -> None:
     """Show the storage of idle conversations by pipeline and stage, and prune it.
 
@@ -39,7 +39,7 @@ def kv(
     if not prune and (max_age_hours, max_mib) != (None, None):
         raise click.UsageError("--max-age-hours and --max-mib need --prune")
     console, now = Console(), datetime.now(UTC)
-    with open_store(store) as opened, PayloadStore(opened.settings) as objects:
+    with open_store() as opened, PayloadStore(opened.settings) as objects:
         listed = objects.list(prefix.strip("/") + "/")
         found = [each for each in listed if pipeline_and_layers(each.key, prefix)[0].startswith(pipeline or "")]
         if prune:

@@ -3,8 +3,7 @@
 import functools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,6 +17,8 @@ from storage.store.settings import StoreSettings
 
 if TYPE_CHECKING:
     from knative.cluster.client import Cluster
+
+OpenStore = Callable[[], AbstractContextManager[ObjectStore]]  # raises a StorageError, or click.UsageError without keys
 
 STORE_FOLDER: Final = "store"  # of the embedded store, in the state folder
 
@@ -78,21 +79,8 @@ def named_pipeline(pipeline: str, namespace: str | None) -> tuple[str, str | Non
     return spec.name, namespace or spec.namespace
 
 
-@dataclass(frozen=True, slots=True)
-class StoreOptions:
-    """Without an endpoint the store is the one of this machine."""
-
-    endpoint: str | None
-    bucket: str
-    region: str
-    access_key_id: str | None
-    secret_access_key: str | None
-    session_token: str | None
-    state: Path
-
-
 def store_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options of the store; the command gets them as `store`."""
+    """Adds the options of the store; the command gets `open_store`, which it calls when it needs the store."""
 
     @click.option("--store-endpoint", envvar="LAMINA_STORE_ENDPOINT", show_envvar=True, help="S3-compatible store.")
     @click.option("--store-bucket", envvar="LAMINA_STORE_BUCKET", show_envvar=True, default="lamina", show_default=True)
@@ -102,47 +90,42 @@ def store_options(command: Callable[..., Any]) -> Callable[..., Any]:
     def with_store(
         *args: Any, store_endpoint: str | None, store_bucket: str, store_region: str, state: Path, **kwargs: Any
     ) -> Any:
-        options = StoreOptions(
-            endpoint=store_endpoint,
-            bucket=store_bucket,
-            region=store_region,
-            access_key_id=os.environ.get("AWS_ACCESS_KEY_ID"),
-            secret_access_key=os.environ.get("AWS_SECRET_ACCESS_KEY"),
-            session_token=os.environ.get("AWS_SESSION_TOKEN"),
-            state=state,
-        )
-        return command(*args, store=options, **kwargs)
+        def open_store() -> AbstractContextManager[ObjectStore]:
+            if store_endpoint is None:
+                return _store_of_this_machine(state)
+            return nullcontext(ObjectStore(_store_settings(store_endpoint, store_bucket, store_region)))
+
+        return command(*args, open_store=open_store, **kwargs)
 
     return with_store
 
 
 @contextmanager
-def open_store(options: StoreOptions) -> Iterator[ObjectStore]:
-    """The named store, or that of the pipeline running here, or the embedded one.
-
-    Raises a StorageError, or click.UsageError if keys are missing.
-    """
-    if options.endpoint is None:
-        running = find_running(options.state)
-        if running is not None and running.store is not None:
-            yield ObjectStore(running.store)
-            return
-        with EmbeddedStore(options.state / STORE_FOLDER) as store:
-            yield ObjectStore(store.settings)
+def _store_of_this_machine(state: Path) -> Iterator[ObjectStore]:
+    """The store of the pipeline that runs here, or the embedded one of the state folder. Raises a StorageError."""
+    running = find_running(state)
+    if running is not None and running.store is not None:
+        yield ObjectStore(running.store)
         return
-    if not options.access_key_id or not options.secret_access_key:
+    with EmbeddedStore(state / STORE_FOLDER) as store:
+        yield ObjectStore(store.settings)
+
+
+def _store_settings(endpoint: str, bucket: str, region: str) -> StoreSettings:
+    """Keys come from the environment. Raises click.UsageError."""
+    access_key_id, secret_access_key = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
+    if not access_key_id or not secret_access_key:
         raise click.UsageError(
-            f"the store at {options.endpoint} needs keys: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
+            f"the store at {endpoint} needs keys: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
         )
     try:
-        settings = StoreSettings(
-            endpoint_url=options.endpoint,
-            bucket=options.bucket,
-            region=options.region,
-            access_key_id=options.access_key_id,
-            secret_access_key=options.secret_access_key,
-            session_token=options.session_token,
+        return StoreSettings(
+            endpoint_url=endpoint,
+            bucket=bucket,
+            region=region,
+            access_key_id=access_key_id,
+            secret_access_key=secret_access_key,
+            session_token=os.environ.get("AWS_SESSION_TOKEN"),
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    yield ObjectStore(settings)

@@ -1,4 +1,4 @@
-"""`python -m knative plan`: where a model would be cut, what each stage needs, and what a spec gives it."""
+"""`python -m knative plan`: the cut of a model, and what each stage needs and a spec gives it."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from rich.console import Console
 
 from functions.gateway.scheduling.batching import SchedulerLimits
 from knative.commands.console import show_table, size
-from knative.commands.options import StoreOptions, open_store, store_options
+from knative.commands.options import OpenStore, store_options
 from knative.spec.cut import cut_evenly, format_cut, parse_cut
 from knative.spec.model_shape import ModelShape, published_shape, shape_from_folder
 from knative.spec.pipeline_spec import DTYPES, Autoscaling, GatewaySpec, PodSpec, StageSpec, quantity
@@ -43,9 +43,9 @@ def plan(
     step_seconds: float | None,
     delay_seconds: float,
     bytes_per_second: float | None,
-    store: StoreOptions,
+    open_store: OpenStore,
 ) -> None:
-    """Show where a model would be cut and what each stage needs; with SPEC, also what each stage is given.
+    """Show where a model would be cut and what each stage needs; with SPEC, also what the spec gives it.
 
     \b
     python -m knative plan --model ./Llama-2-13b-hf --stages 4
@@ -59,17 +59,17 @@ def plan(
     if spec_file is None:
         if model is None:
             raise click.UsageError("name a model with --model, or a SPEC")
-        shape = _shape(model, dtype, store)
+        shape = _shape(model, dtype, open_store)
         cut = parse_cut(cut_text, "--cut") if cut_text else cut_evenly(shape, stages)
         plans, given = plan_stages(shape, cut, wire_dtype), (StageSpec(),) * len(cut)
         _show_stages(console, shape, plans)
     else:
         spec = load_spec(spec_file)
         model = model or spec.model.name
-        shape = _shape(model, spec.model.dtype, store)
+        shape = _shape(model, spec.model.dtype, open_store)
         text = cut_text or spec.cut
         cut = parse_cut(text, "--cut" if cut_text else "$.cut") if text else cut_evenly(shape, spec.stages or stages)
-        shapes = {each: shape if each == shape.dtype else _shape(model, each, store) for each in spec.dtypes}
+        shapes = {each: shape if each == shape.dtype else _shape(model, each, open_store) for each in spec.dtypes}
         plans, given = plan_mixed(shapes, spec.dtypes_of(cut), cut, spec.wire_dtype), spec.stages_of(cut)
         micro_batch = spec.gateway.micro_batch_sequences or micro_batch
         _show_stages(console, shape, plans)
@@ -83,12 +83,12 @@ def plan(
         check_memory(given, [each.weight_bytes for each in plans])
 
 
-def _shape(model: str, dtype: str, store: StoreOptions) -> ModelShape:
+def _shape(model: str, dtype: str, open_store: OpenStore) -> ModelShape:
     if Path(model).is_dir():
         return shape_from_folder(Path(model), dtype)
     if re.search(r"[/\\]", model):
         raise click.UsageError(f"--model: there is no folder {model}")
-    with open_store(store) as opened:
+    with open_store() as opened:
         return published_shape(opened, read_manifest(opened, model, dtype))
 
 

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from knative.commands.console import publish_progress, size
 from knative.commands.model_choice import DEFAULT_MODEL, best_dtype, packaged_model, published_name, torch_needed
-from knative.commands.options import StoreOptions, open_store, store_options
+from knative.commands.options import OpenStore, store_options
 from knative.spec.pipeline_spec import DTYPES, ModelSpec
 from knative.spec.spec_file import load_spec
 from storage.checkpoints.model_source import locate, open_checkpoint
@@ -27,10 +27,12 @@ from storage.models.publisher import publish
 )
 @click.option("--afresh", is_flag=True, help="Write every object again, also those that the store has: repairs damage.")
 @store_options
-def push(source: str | None, name: str | None, dtype: str | None, spec: Path | None, afresh: bool, store: StoreOptions) -> None:
+def push(
+    source: str | None, name: str | None, dtype: str | None, spec: Path | None, afresh: bool, open_store: OpenStore
+) -> None:
     """Publish SOURCE (a Hugging Face folder, a GGUF file, or a hub id) into the store, one object per layer.
 
-    Without SOURCE it is the packaged default model. An interrupted push continues where it stopped; the model becomes visible
+    Without SOURCE it is the packaged default model. An interrupted push resumes; the model becomes visible
     when it is complete.
 
     \b
@@ -40,7 +42,7 @@ def push(source: str | None, name: str | None, dtype: str | None, spec: Path | N
     """
     console = Console()
     for model in _models(source, name, dtype, spec):
-        with open_store(store) as opened:
+        with open_store() as opened:
             manifest = _published(opened, model) if spec is not None and source is None and not afresh else None
             if manifest is None:
                 path = source or _default_source(model)

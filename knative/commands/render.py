@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from knative.commands.options import StoreOptions, image_option, open_store, store_options
+from knative.commands.options import OpenStore, image_option, store_options
 from knative.render import access
 from knative.render.gitops import for_gitops, with_kustomization
 from knative.render.rendering import render as render_files
@@ -25,7 +25,9 @@ from storage.models.model_repository import ModelManifest, read_manifest
 @click.option("--deployer-role", is_flag=True, help="Render instead the Role that deploying needs in the namespace.")
 @image_option
 @store_options
-def render(spec: Path, output: Path | None, gitops: bool, deployer_role: bool, image: str | None, store: StoreOptions) -> None:
+def render(
+    spec: Path, output: Path | None, gitops: bool, deployer_role: bool, image: str | None, open_store: OpenStore
+) -> None:
     """Render the pipeline that SPEC describes: a Knative Service for each stage, one for the gateway, and its Role.
 
     Reads digests and cut from the store unless the spec has `cut` and `model.digest`. Fails for manifests that Knative would
@@ -39,7 +41,7 @@ def render(spec: Path, output: Path | None, gitops: bool, deployer_role: bool, i
     if deployer_role:
         click.echo(to_yaml([access.deployer_role(load_spec(spec).namespace)]), nl=False)
         return
-    pipeline = resolved(read_spec(spec, image), store)
+    pipeline = resolved(read_spec(spec, image), open_store)
     files = for_gitops(pipeline, render_files(pipeline)) if gitops else render_files(pipeline)
     if output is None:
         click.echo("".join(to_yaml(objects) for objects in files.values()), nl=False)
@@ -56,17 +58,17 @@ def read_spec(path: Path, image: str | None) -> PipelineSpec:
     return spec if image is None else msgspec.structs.replace(spec, image=image)
 
 
-def resolved(spec: PipelineSpec, store: StoreOptions) -> ResolvedPipeline:
+def resolved(spec: PipelineSpec, open_store: OpenStore) -> ResolvedPipeline:
     """Raises what `resolve` does."""
 
     def published(dtype: str) -> tuple[ModelManifest, ModelShape]:
-        with open_store(store) as opened:
+        with open_store() as opened:
             manifest = read_manifest(opened, spec.model.name, dtype)
             return manifest, published_shape(opened, manifest)
 
     return resolve(spec, published)
 
 
-def rendered_objects(spec: PipelineSpec, store: StoreOptions) -> list[KubernetesObject]:
+def rendered_objects(spec: PipelineSpec, open_store: OpenStore) -> list[KubernetesObject]:
     """In the order in which they are applied. Raises what `resolve` does."""
-    return [manifest for objects in render_files(resolved(spec, store)).values() for manifest in objects]
+    return [manifest for objects in render_files(resolved(spec, open_store)).values() for manifest in objects]

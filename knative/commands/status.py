@@ -32,7 +32,7 @@ _Lines = tuple[list[tuple[str, ...]], list[str]]  # rows of the table, and lines
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """Where a status comes from. Both functions raise if there is none."""
+    """A source of statuses. Both functions raise if there is no status."""
 
     columns: Sequence[str]
     document: Callable[[], dict[str, Any]]

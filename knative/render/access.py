@@ -26,7 +26,7 @@ _DEPLOYER_RULES: Final[tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]]
     ("batch", ("jobs",), ("delete", "get", "list")),  # of `render --gitops`
     ("policy", ("poddisruptionbudgets",), _APPLIED),
     (RBAC, ("roles", "rolebindings"), _APPLIED),
-    # Kubernetes lets nobody grant a right that they lack, and the gateway's Role grants this one.
+    # Kubernetes lets a user grant only rights that the user has, and the gateway's Role grants this one.
     ("discovery.k8s.io", ("endpointslices",), ("get", "list", "watch")),
     ("", ("configmaps", "serviceaccounts"), _APPLIED),
     ("", ("secrets",), ("create", "delete", "get", "list", "update")),

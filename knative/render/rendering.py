@@ -79,7 +79,7 @@ def resolve(spec: PipelineSpec, published: Callable[[str], tuple[ModelManifest, 
 
 
 def checked(pipeline: ResolvedPipeline) -> ResolvedPipeline:
-    """Returns the pipeline. Raises RenderFailed for what Knative rejects, and for certain mistakes that it accepts."""
+    """Returns the pipeline. Raises RenderFailed if Knative rejects it, or accepts a certain mistake in it."""
     found = []
     for service in services(pipeline):
         complaints = [*map(str, validate(service, features=_ALL_FEATURES))]

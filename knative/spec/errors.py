@@ -14,11 +14,11 @@ class TooManyStages(ValueError):
 
 
 class UnknownShape(ValueError):
-    """The model's sizes cannot be derived. The message names what is missing and where it was looked for."""
+    """The model's sizes cannot be derived. The message names the missing part and the place that was searched."""
 
 
 def describe_fault(document: Any, type_: type, path: str) -> str:
-    """Where and why `document`, which stands at `path` of the spec, does not fit its type."""
+    """A message with the path and the reason why the document does not fit its type. path: the document's own in the spec."""
     fault = find_fault(document, type_)
     if fault is None:
         return f"{path}: no valid {type_.__name__}"

@@ -69,8 +69,8 @@ class Autoscaling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     target: Annotated[float, Meta(ge=0.01)] | None = None
     target_utilization_percentage: Annotated[float, Meta(ge=1, le=100)] = 70
     window_seconds: Annotated[float, Meta(ge=6, le=3600)] = 10
-    # Of the window: 6 s, the same as Knative's defaults of 10 % of 60 s. With 10 % of 10 s, a few prompts within one second
-    # count as a surge, and the pods that they ask for stay for the scale-down delay.
+    # Percent of the window: 6 s, as with Knative's defaults of 10 % of 60 s. With 10 % of 10 s, a few prompts within one second
+    # would count as a surge, and the pods that they ask for stay for the scale-down delay.
     panic_window_percentage: Annotated[float, Meta(ge=1, le=100)] = 60
     # Longer than a micro-batch ever stays away from a stage; otherwise idle pods that hold KV are removed.
     scale_down_delay_seconds: Annotated[float, Meta(ge=0, le=3600)] = 30
@@ -164,7 +164,7 @@ class GatewaySpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     stages_at_once: Positive | None = None  # stages that can compute at the same time, if they share cores. Unset: all
     chunk_tokens: Positive | None = None
     draft_tokens: Natural | None = None  # most draft tokens of a row in one step; 0: no speculation
-    # Who may reuse the KV of a prompt's prefix. Unset: client if there are API keys, else pipeline.
+    # Sharing of cached prefixes. Unset: client if there are API keys, else pipeline.
     prefix_sharing: Annotated[str, Meta(pattern="^(pipeline|client|off)$")] | None = None
     tool_parser: Literal["hermes", "llama3_json", "mistral"] | None = None  # syntax of tool calls. Unset: by the chat template
     queue_limit: Positive | None = None
@@ -226,7 +226,7 @@ class StoreSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class KVStoreSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where the KV of idle conversations is kept, encrypted, when its pod ends, so that it is not computed again."""
+    """Keeps the KV of idle conversations, encrypted, when its pod ends, so that it is not computed again."""
 
     # Secret whose key `key` (64 hexadecimal digits) encrypts. Its AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY may read, write,
     # list and delete below the prefix; without them the pods' own keys are used.
@@ -280,7 +280,7 @@ class Tracing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Traces of gateway and stages, by OTLP over HTTP."""
 
     endpoint: Url  # of a collector, without /v1/traces
-    # Of requests without a sampling decision; each step is a span per stage.
+    # Share of the requests without a sampling decision; each step is a span per stage.
     sample_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.1
 
 
