@@ -151,16 +151,24 @@ async def test_a_crash_breaks_the_request_and_the_container_comes_back(tmp_path:
         assert (await fetch(session, platform.url("echo") + "/pid"))[0] == 200
 
 
-async def test_a_container_that_crashes_at_once_backs_off_and_its_last_log_line_is_shown(tmp_path: Path) -> None:
-    manifest = echo_service(environment={"CRASH": "1"}, full_annotations={"serving.knative.dev/progress-deadline": "3s"})
+@pytest.mark.parametrize(
+    ("environment", "cause"), [("CRASH", "exit status 1: told to crash"), ("NEVER_READY", "readiness probe: ")]
+)
+async def test_a_revision_without_a_ready_pod_fails_at_its_deadline_with_the_cause(
+    tmp_path: Path, environment: str, cause: str
+) -> None:
+    deadline = {"serving.knative.dev/progress-deadline": "3s"}
+    manifest = echo_service(environment={environment: "1"}, full_annotations=deadline)
     async with running_platform(tmp_path, manifest) as platform, client() as session:
         status, text = await fetch(session, platform.url("echo"))
         assert status == 503
         assert "ProgressDeadlineExceeded: echo-00001 had no ready pod for 3 seconds" in text
-        assert "exit status 1: told to crash" in text
-        pod = platform.status()["services"][0]["revisions"][0]["pods"][0]
-        assert pod["phase"] in (Phase.BACK_OFF, Phase.STARTING)
-        assert pod["restarts"] >= 2
+        assert cause in text
+        found = platform.status()["services"][0]["revisions"][0]
+        assert found["failure"].startswith("ProgressDeadlineExceeded")
+        if environment == "CRASH":
+            assert found["pods"][0]["phase"] in (Phase.BACK_OFF, Phase.STARTING)
+            assert found["pods"][0]["restarts"] >= 2
 
 
 async def test_a_restarting_container_shows_its_last_end_and_its_probe(tmp_path: Path) -> None:
@@ -174,16 +182,6 @@ async def test_a_restarting_container_shows_its_last_end_and_its_probe(tmp_path:
         await until(lambda: pod.restarts == 1 and "readiness probe" in pod.trouble)
         assert pod.trouble.startswith("exit status 7; readiness probe: ")
         waiting.cancel()
-
-
-async def test_a_pod_that_never_becomes_ready_fails_at_its_deadline_with_the_probes_text(tmp_path: Path) -> None:
-    deadline = {"serving.knative.dev/progress-deadline": "2s"}
-    manifest = echo_service(environment={"NEVER_READY": "1"}, full_annotations=deadline)
-    async with running_platform(tmp_path, manifest) as platform, client() as session:
-        status, text = await fetch(session, platform.url("echo"))
-        assert status == 503
-        assert "readiness probe" in text
-        assert platform.status()["services"][0]["revisions"][0]["failure"].startswith("ProgressDeadlineExceeded")
 
 
 async def test_a_leaving_pod_finishes_its_requests_and_answers_until_it_is_quiet(tmp_path: Path) -> None:
@@ -272,12 +270,6 @@ async def test_traffic_to_a_revision_that_does_not_exist_starts_nothing(tmp_path
         assert [each.name.revision for each in platform.services["default", "echo"].revisions] == ["echo-00001"]
 
 
-async def test_a_container_gets_knatives_environment(tmp_path: Path) -> None:
-    async with running_platform(tmp_path, echo_service()) as platform, client() as session:
-        for key, value in {"K_SERVICE": "echo", "K_CONFIGURATION": "echo", "K_REVISION": "echo-00001"}.items():
-            assert await fetch(session, f"{platform.url('echo')}/environment?{key}") == (200, value)
-
-
 async def test_ignored_fields_are_named_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     manifest = echo_service()
     manifest["metadata"]["annotations"] = {"serving.knative.dev/rollout-duration": "380s"}
@@ -335,7 +327,7 @@ async def test_a_mounted_secret_is_a_file(tmp_path: Path) -> None:
     assert not Path(seen[1]).exists()
 
 
-async def test_secrets_and_cluster_names_are_resolved(tmp_path: Path) -> None:
+async def test_a_container_gets_knatives_environment_secrets_and_local_urls(tmp_path: Path) -> None:
     container = {
         "env": [
             {"name": "TOKEN", "valueFrom": {"secretKeyRef": {"name": "keys", "key": "token"}}},
@@ -347,12 +339,19 @@ async def test_secrets_and_cluster_names_are_resolved(tmp_path: Path) -> None:
     secrets = {"keys": {"token": "sesame"}, "store": {"AWS_ACCESS_KEY_ID": "mine"}}
     async with running_platform(tmp_path, *manifests, secrets=secrets) as platform, client() as session:
         url = platform.url("echo") + "/environment?"
-        assert (await fetch(session, url + "TOKEN"))[1] == "sesame"
-        assert (await fetch(session, url + "AWS_ACCESS_KEY_ID"))[1] == "mine"
-        assert (await fetch(session, url + "OTHER"))[1] == "0:1=" + platform.url("other")
-        assert (await fetch(session, url + "LAMINA_LISTEN"))[1] == "127.0.0.1"
-        own = str(revision(platform).pods[0].metrics_port)
-        assert (await fetch(session, url + "LAMINA_METRICS_PORT"))[1] == own
+        await fetch(session, platform.url("echo"))
+        expected = {
+            "TOKEN": "sesame",
+            "AWS_ACCESS_KEY_ID": "mine",
+            "OTHER": "0:1=" + platform.url("other"),
+            "K_SERVICE": "echo",
+            "K_CONFIGURATION": "echo",
+            "K_REVISION": "echo-00001",
+            "LAMINA_LISTEN": "127.0.0.1",
+            "LAMINA_METRICS_PORT": str(revision(platform).pods[0].metrics_port),
+        }
+        for name, value in expected.items():
+            assert await fetch(session, url + name) == (200, value)
 
 
 @pytest.mark.parametrize(

@@ -38,16 +38,19 @@ VOLUMES: dict[str, Any] = {
     "csi": {"driver": "csi.example"},
     "ephemeral": {"volumeClaimTemplate": {}},
 }
-CONTAINER: dict[str, tuple[str, dict[str, Any]]] = {
-    "kubernetes.podspec-fieldref": (
-        "env[0].valueFrom.fieldRef",
-        {"env": [{"name": "IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}]},
+MOUNT = {"volumeMounts": [{"name": "data", "mountPath": "/data"}]}
+VARIABLE = {"name": "IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}
+CAPABILITIES = service(container={"securityContext": {"capabilities": {"add": ["SYS_PTRACE"]}}})
+# (flag, field of the pod, Service that needs the flag)
+FLAGGED: list[tuple[str, str, dict[str, Any]]] = [
+    *((POD_FIELDS[name], name, service({name: value})) for name, value in POD.items()),
+    *(
+        (VOLUME_FIELDS[kind], f"volumes[0].{kind}", service({"volumes": [{"name": "data", kind: value}]}, MOUNT))
+        for kind, value in VOLUMES.items()
     ),
-    "kubernetes.containerspec-addcapabilities": (
-        "securityContext.capabilities.add",
-        {"securityContext": {"capabilities": {"add": ["SYS_PTRACE"]}}},
-    ),
-}
+    ("kubernetes.podspec-fieldref", "containers[0].env[0].valueFrom.fieldRef", service(container={"env": [VARIABLE]})),
+    ("kubernetes.containerspec-addcapabilities", "containers[0].securityContext.capabilities.add", CAPABILITIES),
+]
 
 
 def refused(manifest: dict[str, Any], **flags: str) -> dict[str, str]:
@@ -67,43 +70,24 @@ def test_every_field_behind_a_flag_is_tried_here() -> None:
     assert VOLUMES.keys() | {"emptyDir"} == VOLUME_FIELDS.keys()
 
 
-@pytest.mark.parametrize("name", POD)
-@pytest.mark.parametrize("value", ["Enabled", "allowed"])
-def test_a_field_of_the_pod_passes_only_with_its_flag(name: str, value: str) -> None:
-    manifest, flag = service({name: POD[name]}), POD_FIELDS[name]
-    reasons = refused(manifest)
-    assert flag in reasons[f"{AT}.{name}"]
-    assert refused(manifest, **on(flag, value)) == {}
-    others = {other: "Enabled" for other in POD_FIELDS.values() if other != flag}
-    assert refused(manifest, **others).keys() >= {f"{AT}.{name}"}
-
-
-@pytest.mark.parametrize("kind", VOLUMES)
-def test_a_volume_passes_with_its_flag(kind: str) -> None:
-    mount = {"volumeMounts": [{"name": "data", "mountPath": "/data"}]}
-    manifest = service({"volumes": [{"name": "data", kind: VOLUMES[kind]}]}, mount)
-    assert VOLUME_FIELDS[kind] in refused(manifest)[f"{AT}.volumes[0].{kind}"]
-    assert refused(manifest, **on(VOLUME_FIELDS[kind])) == {}
+@pytest.mark.parametrize(("flag", "field", "manifest"), FLAGGED, ids=[flag for flag, _, _ in FLAGGED])
+def test_a_field_passes_only_with_its_flag(flag: str, field: str, manifest: dict[str, Any]) -> None:
+    assert flag in refused(manifest)[f"{AT}.{field}"]
+    assert refused(manifest, **on(flag)) == {}
+    if flag in POD_FIELDS.values():
+        assert refused(manifest, **on(flag, "allowed")) == {}
+        others = {other: "Enabled" for other in POD_FIELDS.values() if other != flag}
+        assert refused(manifest, **others).keys() >= {f"{AT}.{field}"}
 
 
 def test_empty_dir_passes_unless_its_flag_is_off() -> None:
-    mount = {"volumeMounts": [{"name": "data", "mountPath": "/data"}]}
-    manifest = service({"volumes": [{"name": "data", "emptyDir": {}}]}, mount)
+    manifest = service({"volumes": [{"name": "data", "emptyDir": {}}]}, MOUNT)
     assert refused(manifest) == {}
     assert refused(manifest, **on(VOLUME_FIELDS["emptyDir"], "Disabled")).keys() == {f"{AT}.volumes[0].emptyDir"}
 
 
-@pytest.mark.parametrize("flag", CONTAINER)
-def test_a_field_of_a_container_passes_with_its_flag(flag: str) -> None:
-    field, fields = CONTAINER[flag]
-    manifest = service(container=fields)
-    assert flag in refused(manifest)[f"{AT}.containers[0].{field}"]
-    assert refused(manifest, **on(flag)) == {}
-
-
 def test_added_capabilities_need_enabled_not_allowed() -> None:
-    manifest = service(container=CONTAINER["kubernetes.containerspec-addcapabilities"][1])
-    assert refused(manifest, **on("kubernetes.containerspec-addcapabilities", "Allowed"))
+    assert refused(CAPABILITIES, **on("kubernetes.containerspec-addcapabilities", "Allowed"))
 
 
 @pytest.mark.parametrize("value", ["Enabled", "AllowRootBounded"])

@@ -46,56 +46,56 @@ def event(id_: str = "1", type_: str = "ask", data: bytes = b"{}", **more: str) 
 
 
 class Local:
-    """A running LocalEventing and a client of it."""
+    """A running LocalEventing, a subscriber, and the sink of dead letters or answers."""
 
-    def __init__(self, eventing: LocalEventing, session: aiohttp.ClientSession) -> None:
-        self.eventing = eventing
+    def __init__(
+        self, folder: Path, session: aiohttp.ClientSession, subscriber: EventSink, other: EventSink, limit: int
+    ) -> None:
+        self.services: dict[str, str] = {}
+        self.eventing = LocalEventing(lambda _, name: self.services.get(name), folder, limit)
+        self.subscriber = subscriber
+        self.other = other
         self._session = session
 
-    async def send(self, *events: CloudEvent, broker: str = "b") -> list[tuple[int, str]]:
-        return [await post(self._session, self.eventing.broker_url(broker), each) for each in events]
+    async def apply(self, *manifests: dict[str, Any]) -> None:
+        await self.eventing.apply([a("Broker", "b"), *manifests])
 
-    async def rest(self) -> None:
-        """Waits until no delivery is in progress."""
+    async def send(self, *events: CloudEvent) -> list[tuple[int, str]]:
+        return [await post(self._session, self.eventing.broker_url("b"), each) for each in events]
+
+    async def deliver(self, *events: CloudEvent) -> list[tuple[int, str]]:
+        """Sends events and waits until no delivery is in progress."""
+        answers = await self.send(*events)
         await until(lambda: self.eventing.status()["in_progress"] == 0)
+        return answers
 
-    def trigger(self, name: str) -> dict[str, Any]:
+    def counts(self, name: str) -> dict[str, Any]:
         (broker,) = self.eventing.status()["brokers"]
         found: dict[str, Any] = next(each for each in broker["triggers"] if each["name"] == f"default/{name}")
         return found
 
 
 @asynccontextmanager
-async def local(folder: Path, *manifests: dict[str, Any], limit: int = 100, **services: str) -> AsyncIterator[Local]:
-    eventing = LocalEventing(lambda _, name: services.get(name), folder, limit)
-    async with client() as session:
+async def running(folder: Path, limit: int = 100) -> AsyncIterator[Local]:
+    async with event_sink() as subscriber, event_sink() as other, client() as session:
+        local = Local(folder, session, subscriber, other, limit)
         try:
-            await eventing.apply(manifests)
-            yield Local(eventing, session)
+            yield local
         finally:
-            await eventing.stop()
-
-
-@asynccontextmanager
-async def sinks() -> AsyncIterator[tuple[EventSink, EventSink]]:
-    """A subscriber, and the sink of dead letters or answers."""
-    async with event_sink() as subscriber, event_sink() as other:
-        yield subscriber, other
+            await local.eventing.stop()
 
 
 async def test_an_event_goes_unchanged_to_every_matching_trigger(tmp_path: Path) -> None:
-    async with sinks() as (first, second):
-        manifests = [a("Broker", "b"), trigger("all", first.url), trigger("asks", second.url, filter=of_type("ask"))]
-        async with local(tmp_path, *manifests) as eventing:
-            binary = make_event("tell", "/me", b"\0\1", "application/vnd.lamina.batch", id="2", subject="ü")
-            assert await eventing.send(event("1", data=b'{"a": 1}'), binary) == [(202, "")] * 2
-            await eventing.rest()
-        assert sorted(first.ids()) == ["1", "2"]
-        assert second.ids() == ["1"]
-        told = next(each for each in first.events if each.get_id() == "2")
+    async with running(tmp_path) as local:
+        await local.apply(trigger("all", local.subscriber.url), trigger("asks", local.other.url, filter=of_type("ask")))
+        binary = make_event("tell", "/me", b"\0\1", "application/vnd.lamina.batch", id="2", subject="ü")
+        assert await local.deliver(event("1", data=b'{"a": 1}'), binary) == [(202, "")] * 2
+        assert sorted(local.subscriber.ids()) == ["1", "2"]
+        assert local.other.ids() == ["1"]
+        told = next(each for each in local.subscriber.events if each.get_id() == "2")
         assert dict(told.get_attributes()) == dict(binary.get_attributes())
         assert b"".join(data_buffers(told)) == b"\0\1"
-        assert {headers["prefer"] for headers in first.headers} == {"reply"}
+        assert {headers["prefer"] for headers in local.subscriber.headers} == {"reply"}
 
 
 @pytest.mark.parametrize(
@@ -120,62 +120,52 @@ def test_filters(filters: dict[str, Any], expected: list[str]) -> None:
 
 
 async def test_a_reply_returns_to_the_broker(tmp_path: Path) -> None:
-    async with sinks() as (subscriber, answers):
-        subscriber.answer = lambda asked: Reply(event=event(f"reply-{asked.get_id()}", "answer"))
-        asks, gets = trigger("a", subscriber.url, filter=of_type("ask")), trigger("b", answers.url, filter=of_type("answer"))
-        async with local(tmp_path, a("Broker", "b"), asks, gets) as eventing:
-            await eventing.send(event("1"), event("2"))
-            await eventing.rest()
-            assert eventing.trigger("a")["delivered"] == eventing.trigger("b")["delivered"] == 2
-        assert sorted(answers.ids()) == ["reply-1", "reply-2"]
-        for each in [*answers.events, *subscriber.events]:
+    async with running(tmp_path) as local:
+        local.subscriber.answer = lambda asked: Reply(event=event(f"reply-{asked.get_id()}", "answer"))
+        gets = trigger("b", local.other.url, filter=of_type("answer"))
+        await local.apply(trigger("a", local.subscriber.url, filter=of_type("ask")), gets)
+        await local.deliver(event("1"), event("2"))
+        assert local.counts("a")["delivered"] == local.counts("b")["delivered"] == 2
+        assert sorted(local.other.ids()) == ["reply-1", "reply-2"]
+        for each in [*local.other.events, *local.subscriber.events]:
             assert each.get_extension("knativebrokerttl") is None
 
 
 async def test_replies_that_match_their_own_trigger_end_as_a_dead_letter(tmp_path: Path) -> None:
-    async with sinks() as (subscriber, dead_letters):
-        subscriber.answer = lambda asked: Reply(event=asked)
-        async with local(
-            tmp_path, a("Broker", "b"), trigger("a", subscriber.url, delivery=delivery(dead_letters.url))
-        ) as eventing:
-            await eventing.send(event())
-            await eventing.rest()
-        assert len(subscriber.events) == 255
-        (letter,) = dead_letters.events
+    async with running(tmp_path) as local:
+        local.subscriber.answer = lambda asked: Reply(event=asked)
+        await local.apply(trigger("a", local.subscriber.url, delivery=delivery(local.other.url)))
+        await local.deliver(event())
+        assert len(local.subscriber.events) == 255
+        (letter,) = local.other.events
         assert "came back too often" in base64.b64decode(str(letter.get_extension("knativeerrordata"))).decode()
 
 
 @pytest.mark.parametrize("status", [404, 408, 409, 429, 500, 502, 503])
 async def test_a_temporary_failure_is_retried(tmp_path: Path, status: int) -> None:
-    async with sinks() as (subscriber, dead_letters):
-        subscriber.answer = lambda _: Reply(status if len(subscriber.events) < 3 else 202)
-        async with local(
-            tmp_path, a("Broker", "b"), trigger("a", subscriber.url, delivery=delivery(dead_letters.url))
-        ) as eventing:
-            await eventing.send(event())
-            await eventing.rest()
-            assert eventing.trigger("a") | {"subscriber": ""} == {
-                "name": "default/a", "subscriber": "", "delivered": 1, "retries": 2, "dead_letters": 0, "lost": 0,
-            }  # fmt: skip
-        assert subscriber.ids() == ["1"] * 3
-        assert dead_letters.events == []
+    async with running(tmp_path) as local:
+        local.subscriber.answer = lambda _: Reply(status if len(local.subscriber.events) < 3 else 202)
+        await local.apply(trigger("a", local.subscriber.url, delivery=delivery(local.other.url)))
+        await local.deliver(event())
+        assert local.counts("a") | {"subscriber": ""} == {
+            "name": "default/a", "subscriber": "", "delivered": 1, "retries": 2, "dead_letters": 0, "lost": 0,
+        }  # fmt: skip
+        assert local.subscriber.ids() == ["1"] * 3
+        assert local.other.events == []
 
 
 @pytest.mark.parametrize(("status", "attempts"), [(400, 1), (401, 1), (410, 1), (421, 1), (422, 1), (302, 1), (503, 3)])
 async def test_a_dead_letter_is_the_event_with_the_reason(tmp_path: Path, status: int, attempts: int) -> None:
-    async with sinks() as (subscriber, dead_letters):
-        subscriber.answer = lambda _: Reply(status, body=b"because " * 200)
-        async with local(
-            tmp_path, a("Broker", "b"), trigger("a", subscriber.url, delivery=delivery(dead_letters.url))
-        ) as eventing:
-            await eventing.send(event(data=b'{"a": 1}', subject="s"))
-            await eventing.rest()
-            assert eventing.trigger("a")["dead_letters"] == 1
-        assert len(subscriber.events) == attempts
-        (letter,) = dead_letters.events
+    async with running(tmp_path) as local:
+        local.subscriber.answer = lambda _: Reply(status, body=b"because " * 200)
+        await local.apply(trigger("a", local.subscriber.url, delivery=delivery(local.other.url)))
+        await local.deliver(event(data=b'{"a": 1}', subject="s"))
+        assert local.counts("a")["dead_letters"] == 1
+        assert len(local.subscriber.events) == attempts
+        (letter,) = local.other.events
         assert (letter.get_id(), letter.get_subject(), data_buffers(letter)) == ("1", "s", [b'{"a": 1}'])
         assert letter.get_extension("knativeerrorcode") == str(status)
-        assert letter.get_extension("knativeerrordest") == subscriber.url
+        assert letter.get_extension("knativeerrordest") == local.subscriber.url
         data = str(letter.get_extension("knativeerrordata"))
         assert len(data) == 1024
         assert base64.b64decode(data).startswith(b"because because")
@@ -190,39 +180,34 @@ async def test_a_dead_letter_is_the_event_with_the_reason(tmp_path: Path, status
     ],
 )
 async def test_a_missing_or_malformed_reply_is_a_failure(tmp_path: Path, reply: Reply, words: str) -> None:
-    async with sinks() as (subscriber, dead_letters):
-        subscriber.answer = lambda _: reply
-        spec = delivery(dead_letters.url, retry=1, timeout="PT0.1S")
-        async with local(tmp_path, a("Broker", "b"), trigger("a", subscriber.url, delivery=spec)) as eventing:
-            await eventing.send(event())
-            await eventing.rest()
-        assert len(subscriber.events) == 2
-        assert words in base64.b64decode(str(dead_letters.events[0].get_extension("knativeerrordata"))).decode()
+    async with running(tmp_path) as local:
+        local.subscriber.answer = lambda _: reply
+        await local.apply(trigger("a", local.subscriber.url, delivery=delivery(local.other.url, retry=1, timeout="PT0.1S")))
+        await local.deliver(event())
+        assert len(local.subscriber.events) == 2
+        assert words in base64.b64decode(str(local.other.events[0].get_extension("knativeerrordata"))).decode()
 
 
 async def test_an_event_without_a_reachable_subscriber_is_retried_and_lost(tmp_path: Path) -> None:
     async with event_sink() as gone:
         pass
-    spec = delivery(retry=3, backoffPolicy="exponential")
-    async with local(tmp_path, a("Broker", "b"), trigger("a", gone.url, delivery=spec)) as eventing:
-        await eventing.send(event())
-        await eventing.rest()
-        assert eventing.trigger("a") | {"subscriber": ""} == {
+    async with running(tmp_path) as local:
+        await local.apply(trigger("a", gone.url, delivery=delivery(retry=3, backoffPolicy="exponential")))
+        await local.deliver(event())
+        assert local.counts("a") | {"subscriber": ""} == {
             "name": "default/a", "subscriber": "", "delivered": 0, "retries": 3, "dead_letters": 0, "lost": 1,
         }  # fmt: skip
 
 
 async def test_a_trigger_without_a_dead_letter_sink_uses_its_brokers(tmp_path: Path) -> None:
-    async with sinks() as (subscriber, dead_letters):
-        subscriber.answer = lambda _: Reply(503)
-        broker = a("Broker", "b", {"delivery": delivery(dead_letters.url)})
-        own = trigger("own", subscriber.url, delivery=delivery(retry=0), filter=of_type("ask"))
-        none = trigger("none", subscriber.url, filter=of_type("tell"))
-        async with local(tmp_path, broker, own, none) as eventing:
-            await eventing.send(event("1", "ask"), event("2", "tell"))
-            await eventing.rest()
-        assert sorted(subscriber.ids()) == ["1", "2", "2", "2"]
-        assert sorted(dead_letters.ids()) == ["1", "2"]
+    async with running(tmp_path) as local:
+        local.subscriber.answer = lambda _: Reply(503)
+        own = trigger("own", local.subscriber.url, delivery=delivery(retry=0), filter=of_type("ask"))
+        none = trigger("none", local.subscriber.url, filter=of_type("tell"))
+        await local.apply(a("Broker", "b", {"delivery": delivery(local.other.url)}), own, none)
+        await local.deliver(event("1", "ask"), event("2", "tell"))
+        assert sorted(local.subscriber.ids()) == ["1", "2", "2", "2"]
+        assert sorted(local.other.ids()) == ["1", "2"]
 
 
 @pytest.mark.parametrize(("policy", "pauses"), [("linear", [0, 2, 4, 6]), ("exponential", [2, 4, 8, 16]), (None, [0, 0, 0, 0])])
@@ -247,54 +232,49 @@ TO_BROKER = {"ref": {"apiVersion": "eventing.knative.dev/v1", "kind": "Broker", 
 
 
 async def test_the_reply_of_each_step_goes_to_the_next_and_the_last_to_the_sequences_reply(tmp_path: Path) -> None:
-    async with sinks() as (step, answers):
+    async with running(tmp_path) as local:
+        step = local.subscriber
         step.answer = lambda seen: Reply(event=event(seen.get_id() + "+", "step" if len(seen.get_id()) < 3 else "answer"))
-        manifests = [
+        await local.apply(
             trigger("in", TO_SEQUENCE, filter=of_type("ask")),
-            trigger("out", answers.url, filter=of_type("answer")),
+            trigger("out", local.other.url, filter=of_type("answer")),
             sequence(step.url, step.url, step.url + "/path", reply=TO_BROKER),
-            a("Broker", "b"),
-        ]
-        async with local(tmp_path, *manifests) as eventing:
-            await eventing.send(event("1"))
-            await eventing.rest()
-            assert [each["delivered"] for each in eventing.eventing.status()["steps"]] == [1, 1, 1]
+        )
+        await local.deliver(event("1"))
+        assert [each["delivered"] for each in local.eventing.status()["steps"]] == [1, 1, 1]
         assert step.ids() == ["1", "1+", "1++"]
-        assert answers.ids() == ["1+++"]
+        assert local.other.ids() == ["1+++"]
 
 
 async def test_a_sequence_ends_at_a_step_without_a_reply_or_with_a_failure(tmp_path: Path) -> None:
-    async with sinks() as (step, dead_letters):
-        replies = {"ends": Reply(202), "says": Reply(200, body=b"no event"), "fails": Reply(422)}
+    async with running(tmp_path) as local:
+        replies, step = {"ends": Reply(202), "says": Reply(200, body=b"no event"), "fails": Reply(422)}, local.subscriber
         step.answer = lambda seen: replies[seen.get_id()]
-        manifests = a("Broker", "b"), trigger("in", TO_SEQUENCE), sequence(step.url, step.url, dead_letters=dead_letters.url)
-        async with local(tmp_path, *manifests) as eventing:
-            await eventing.send(*(event(id_) for id_ in replies))
-            await eventing.rest()
+        await local.apply(trigger("in", TO_SEQUENCE), sequence(step.url, step.url, dead_letters=local.other.url))
+        await local.deliver(*(event(id_) for id_ in replies))
         assert sorted(step.ids()) == ["ends", "fails", "says"]
-        assert dead_letters.ids() == ["fails"]
+        assert local.other.ids() == ["fails"]
 
 
 async def test_a_full_broker_refuses_events_but_takes_replies(tmp_path: Path) -> None:
-    async with sinks() as (subscriber, answers):
-        subscriber.answer = lambda asked: Reply(event=event(f"reply-{asked.get_id()}", "answer"), after_seconds=0.3)
-        asks, gets = trigger("a", subscriber.url, filter=of_type("ask")), trigger("b", answers.url, filter=of_type("answer"))
-        async with local(tmp_path, a("Broker", "b"), asks, gets, limit=3) as eventing:
-            sent = await eventing.send(*(event(str(number)) for number in range(5)))
-            assert [status for status, _ in sent] == [202] * 3 + [429] * 2
-            assert "3 deliveries are in progress" in sent[-1][1]
-            await eventing.rest()
-            assert (await eventing.send(event("6")))[0][0] == 202
-            await eventing.rest()
-        assert sorted(answers.ids()) == ["reply-0", "reply-1", "reply-2", "reply-6"]
+    async with running(tmp_path, limit=3) as local:
+        local.subscriber.answer = lambda asked: Reply(event=event(f"reply-{asked.get_id()}", "answer"), after_seconds=0.3)
+        gets = trigger("b", local.other.url, filter=of_type("answer"))
+        await local.apply(trigger("a", local.subscriber.url, filter=of_type("ask")), gets)
+        sent = await local.deliver(*(event(str(number)) for number in range(5)))
+        assert [status for status, _ in sent] == [202] * 3 + [429] * 2
+        assert "3 deliveries are in progress" in sent[-1][1]
+        assert (await local.deliver(event("6")))[0][0] == 202
+        assert sorted(local.other.ids()) == ["reply-0", "reply-1", "reply-2", "reply-6"]
 
 
 async def test_stopping_does_not_wait_for_deliveries(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async with sinks() as (subscriber, _):
-        subscriber.answer = lambda _: Reply(after_seconds=30)
-        async with asyncio.timeout(5), local(tmp_path, a("Broker", "b"), trigger("a", subscriber.url)) as eventing:
-            await eventing.send(event())
-            await until(lambda: subscriber.events != [])
+    async with asyncio.timeout(5), running(tmp_path) as local:
+        local.subscriber.answer = lambda _: Reply(after_seconds=30)
+        await local.apply(trigger("a", local.subscriber.url))
+        await local.send(event())
+        await until(lambda: local.subscriber.events != [])
+        await local.eventing.stop()
     assert "1 deliveries were still in progress" in caplog.text
 
 
@@ -313,18 +293,18 @@ async def test_stopping_does_not_wait_for_deliveries(tmp_path: Path, caplog: pyt
 async def test_the_ingress_refuses(
     tmp_path: Path, method: str, path: str, headers: dict[str, str], body: bytes, expected: tuple[int, str]
 ) -> None:
-    async with local(tmp_path, a("Broker", "b")) as eventing, client() as session:
-        url = eventing.eventing.broker_url("b").removesuffix("/default/b") + path
+    async with running(tmp_path) as local, client() as session:
+        await local.apply()
+        url = local.eventing.broker_url("b").removesuffix("/default/b") + path
         async with session.request(method, url, data=io.BytesIO(body), headers=headers) as reply:
             assert reply.status == expected[0]
             assert expected[1] in await reply.text()
 
 
 async def test_events_for_services_elsewhere_are_written_into_files(tmp_path: Path) -> None:
-    sink = {"ref": {"apiVersion": "serving.knative.dev/v1", "kind": "Service", "name": "answers"}}
-    async with local(tmp_path, a("Broker", "b"), trigger("a", sink)) as eventing:
-        await eventing.send(event("1", data=b'{"a": 1}'), make_event("ask", "/me", b"\0", "application/x", id="2"))
-        await eventing.rest()
+    async with running(tmp_path) as local:
+        await local.apply(trigger("a", {"ref": {"apiVersion": "serving.knative.dev/v1", "kind": "Service", "name": "answers"}}))
+        await local.deliver(event("1", data=b'{"a": 1}'), make_event("ask", "/me", b"\0", "application/x", id="2"))
     lines = [json.loads(line) for line in (tmp_path / "events-answers.jsonl").read_text().splitlines()]
     found = {line["id"]: line for line in lines}
     assert found["1"]["data"] == {"a": 1}
@@ -332,25 +312,23 @@ async def test_events_for_services_elsewhere_are_written_into_files(tmp_path: Pa
 
 
 async def test_the_uri_of_a_destination_is_appended_to_a_services_url(tmp_path: Path) -> None:
-    async with sinks() as (subscriber, _):
+    async with running(tmp_path) as local:
+        local.services["here"] = local.subscriber.url
         ref = {"apiVersion": "serving.knative.dev/v1", "kind": "Service", "name": "here"}
-        async with local(tmp_path, a("Broker", "b"), trigger("a", {"ref": ref, "uri": "/x"}), here=subscriber.url) as eventing:
-            await eventing.send(event())
-            await eventing.rest()
-            assert eventing.trigger("a")["subscriber"] == f"{subscriber.url}/x"
-        assert subscriber.ids() == ["1"]
+        await local.apply(trigger("a", {"ref": ref, "uri": "/x"}))
+        await local.deliver(event())
+        assert local.counts("a")["subscriber"] == f"{local.subscriber.url}/x"
+        assert local.subscriber.ids() == ["1"]
 
 
 async def test_a_changed_trigger_keeps_its_counts(tmp_path: Path) -> None:
-    async with sinks() as (first, second):
-        async with local(tmp_path, a("Broker", "b"), trigger("a", first.url)) as eventing:
-            await eventing.send(event("1"))
-            await eventing.rest()
-            await eventing.eventing.apply([trigger("a", second.url)])
-            await eventing.send(event("2"))
-            await eventing.rest()
-            assert eventing.trigger("a")["delivered"] == 2
-        assert (first.ids(), second.ids()) == (["1"], ["2"])
+    async with running(tmp_path) as local:
+        await local.apply(trigger("a", local.subscriber.url))
+        await local.deliver(event("1"))
+        await local.eventing.apply([trigger("a", local.other.url)])
+        await local.deliver(event("2"))
+        assert local.counts("a")["delivered"] == 2
+        assert (local.subscriber.ids(), local.other.ids()) == (["1"], ["2"])
 
 
 NO_BROKER = a("Trigger", "t", {"broker": "other", "subscriber": {"uri": "http://sink.example"}})
@@ -374,9 +352,9 @@ NO_BROKER = a("Trigger", "t", {"broker": "other", "subscriber": {"uri": "http://
     ],
 )
 async def test_unsupported_objects_are_refused_by_name(tmp_path: Path, manifest: dict[str, Any], words: str) -> None:
-    with pytest.raises(UnsupportedManifest, match=words):
-        async with local(tmp_path, a("Broker", "b"), manifest):
-            pass
+    async with running(tmp_path) as local:
+        with pytest.raises(UnsupportedManifest, match=words):
+            await local.apply(manifest)
 
 
 async def test_the_platform_wakes_a_service_for_an_event(tmp_path: Path) -> None:
@@ -390,5 +368,6 @@ async def test_the_platform_wakes_a_service_for_an_event(tmp_path: Path) -> None
 
 
 async def test_other_kinds_are_ignored(tmp_path: Path) -> None:
-    async with local(tmp_path, {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "x"}}) as eventing:
-        assert eventing.eventing.status() == {}
+    async with running(tmp_path) as local:
+        await local.eventing.apply([{"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "x"}}])
+        assert local.eventing.status() == {}

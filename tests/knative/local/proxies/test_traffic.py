@@ -54,33 +54,21 @@ async def let_go(held: list[HeldProxy], tasks: list[asyncio.Task[None]]) -> None
     await asyncio.gather(*tasks)
 
 
-async def test_up_to_three_the_first_pod_with_a_free_slot_is_taken() -> None:
-    held, pods = proxies(3)
-    subject = activator(2)
+@pytest.mark.parametrize(
+    ("concurrency", "requests", "served"),
+    [
+        pytest.param(2, 5, [2, 2, 1], id="up to three the first pod with a free slot"),
+        pytest.param(10, 9, [3, 3, 3], id="above three in turn"),
+        pytest.param(0, 40, [20, 20], id="without a limit the less busy of two"),
+    ],
+)
+async def test_balancing(concurrency: int, requests: int, served: list[int]) -> None:
+    held, pods = proxies(len(served))
+    subject = activator(concurrency)
     subject.set_pods(pods)
-    tasks = send(subject, 5)
-    await until(lambda: sum(proxy.served for proxy in held) == 5)
-    assert [proxy.served for proxy in held] == [2, 2, 1]
-    await let_go(held, tasks)
-
-
-async def test_above_three_pods_take_turns() -> None:
-    held, pods = proxies(3)
-    subject = activator(10)
-    subject.set_pods(pods)
-    tasks = send(subject, 9)
-    await until(lambda: sum(proxy.served for proxy in held) == 9)
-    assert [proxy.served for proxy in held] == [3, 3, 3]
-    await let_go(held, tasks)
-
-
-async def test_without_a_limit_the_less_busy_of_two_is_taken() -> None:
-    held, pods = proxies(2)
-    subject = activator(0)
-    subject.set_pods(pods)
-    tasks = send(subject, 40)
-    await until(lambda: sum(proxy.served for proxy in held) == 40)
-    assert [proxy.served for proxy in held] == [20, 20]
+    tasks = send(subject, requests)
+    await until(lambda: sum(proxy.served for proxy in held) == requests)
+    assert [proxy.served for proxy in held] == served
     await let_go(held, tasks)
 
 
