@@ -1,5 +1,4 @@
-"""Programs that people ask models with, unmodified, against a real pipeline.
+"""Unmodified client programs against a real pipeline.
 
-Their dependencies are heavy, and live in an environment of their own (`make test-clients`); a test whose client is not there
-says so and is skipped.
+Their heavy dependencies are in their own environment (`make test-clients`). A test whose client is not installed is skipped.
 """

@@ -1,4 +1,4 @@
-"""A pipeline of processes, the clients' environment, and the model's tokenizer as a folder, since nothing is downloaded."""
+"""A pipeline of processes, the clients' environment, and the tokenizer as a folder: nothing is downloaded."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFF
 
 
 def needs(command: str) -> pytest.MarkDecorator:
-    """Tests of a client whose command is not there are skipped, before anything is started for them."""
+    """Skips tests of a client whose command is not installed, before anything is started for them."""
     reason = f"{command} is not in {CLIENTS.parent}: make test-clients installs it"
     return pytest.mark.skipif(not (CLIENTS / command).exists(), reason=reason)
 
@@ -33,7 +33,7 @@ def gateway(published: Published) -> Iterator[FunctionProcess]:
 
 @pytest.fixture
 def run_client(tmp_path: Path) -> Run:
-    """Runs a command of the clients' environment to its end, in a home of its own. Fails with what it said where it fails."""
+    """Runs a command of the clients' environment to its end, with its own home. If the command fails, so does the test."""
 
     def run(command: str, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
         home = {"HOME": str(tmp_path), "PATH": f"{CLIENTS}:{os.environ['PATH']}", "NO_PROXY": "127.0.0.1"}
@@ -55,7 +55,7 @@ def run_client(tmp_path: Path) -> Run:
 
 @pytest.fixture
 def tokenizer_folder(published: Published, tmp_path: Path) -> Path:
-    """As transformers reads it."""
+    """The tokenizer as files that transformers reads."""
     from transformers import PreTrainedTokenizerFast
 
     folder = tmp_path / "tokenizer"

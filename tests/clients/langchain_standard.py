@@ -1,8 +1,8 @@
-"""LangChain's own standard tests of chat models, with `ChatOpenAI` against a pipeline. Run in the clients' environment, by
-test_langchain.py; LAMINA_URL says where it is.
+"""LangChain's standard tests of chat models, with `ChatOpenAI` against the pipeline at LAMINA_URL. test_langchain.py runs them
+in the clients' environment.
 
-What must fail is named below with its reason; all else must pass. LangChain itself leaves out what the model is not said to
-take: images, sound, PDF and Anthropic's blocks; and the test of time by recorded replies (VCR).
+Tests that must fail are listed below with the reason; all others must pass. LangChain itself skips features that the model does
+not claim (images, sound, PDF, Anthropic's blocks) and the test of time with recorded replies (VCR).
 """
 
 import os
@@ -20,7 +20,7 @@ class TestLamina(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, object]:
-        """The penalty is for answers to end: without it, greedy, so small a model says the same again and again."""
+        """Without the penalty, so small a model repeats itself without end."""
         return {
             "model": "smollm2",
             "base_url": os.environ["LAMINA_URL"] + "/v1",

@@ -1,4 +1,4 @@
-"""guidellm to its end."""
+"""guidellm runs a whole benchmark."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ REQUESTS = 6
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_guidellm_measures_to_its_end(
+def test_guidellm_completes_all_requests(
     gateway: FunctionProcess, run_client: Run, tokenizer_folder: Path, tmp_path: Path, path: str
 ) -> None:
     output = tmp_path / "report.json"

@@ -1,4 +1,4 @@
-"""LangChain's standard tests for chat models, against three stages of the default model: a tiny one follows no instruction."""
+"""LangChain's standard tests of chat models against the default model: a tiny one follows no instruction."""
 
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ SUITE = Path(__file__).with_name("langchain_standard.py")
 
 @pytest.fixture(scope="module")
 def default_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FunctionProcess]:
-    """A gateway. In q4, as the package has the model."""
+    """A gateway over three stages in q4, the dtype of the packaged model."""
     with EmbeddedStore(tmp_path_factory.mktemp("langchain")) as store:
         manifest = publish(default_model_gguf(), ObjectStore(store.settings), "smollm2", "q4")
         published = Published(store.settings, manifest, None, None)  # type: ignore[arg-type]  # no oracle is needed
@@ -40,6 +40,6 @@ def test_langchains_standard_tests_pass(default_model: FunctionProcess, run_clie
     options = ["-c", "/dev/null", "--noconftest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), *loops]
     run_client("pytest", *options, f"--junitxml={report}", str(SUITE), LAMINA_URL=default_model.url)
     suite = ElementTree.parse(report).getroot()[0]
-    left_out = int(suite.attrib["skipped"])  # what is expected to fail among them
+    left_out = int(suite.attrib["skipped"])  # with those that are expected to fail
     assert int(suite.attrib["tests"]) - left_out >= 35
     assert suite.attrib["failures"] == suite.attrib["errors"] == "0"

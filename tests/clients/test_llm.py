@@ -10,7 +10,7 @@ from tests.support.storage.tiny_models import greedy
 pytestmark = needs("llm")
 
 
-def test_the_command_line_llm_answers(gateway: FunctionProcess, published: Published, run_client: Run, tmp_path: Path) -> None:
+def test_llm_prints_the_answer(gateway: FunctionProcess, published: Published, run_client: Run, tmp_path: Path) -> None:
     models = tmp_path / "llm"
     models.mkdir()
     line = f"- model_id: tiny\n  model_name: tiny\n  api_base: {gateway.url}/v1\n  api_key_name: none\n"

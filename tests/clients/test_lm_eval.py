@@ -1,4 +1,4 @@
-"""lm-eval on a small task made on the spot: its log-likelihoods are transformers', through both of its models."""
+"""lm-eval on a small generated task: log-likelihoods and answers are those of transformers."""
 
 import json
 from pathlib import Path
@@ -55,7 +55,7 @@ def tasks(tmp_path: Path) -> Path:
 
 
 def evaluate(run_client: Run, tasks: Path, task: str, model: str, arguments: dict[str, object], *more: str) -> list[Any]:
-    """The samples that lm-eval wrote down, in the order of the questions."""
+    """The samples that lm-eval wrote, in the order of the questions."""
     output = tasks.parent / "results"
     joined = ",".join(f"{name}={value}" for name, value in arguments.items())
     options = ["--include_path", str(tasks), "--output_path", str(output), "--log_samples", *more]
@@ -65,7 +65,7 @@ def evaluate(run_client: Run, tasks: Path, task: str, model: str, arguments: dic
 
 
 def log_likelihood(published: Published, context: str, continuation: str) -> tuple[float, bool]:
-    """As lm-eval defines it, by the whole model."""
+    """Log-likelihood by lm-eval's definition, from the whole model, and whether each token is the most probable one."""
     whole = published.tokenizer.encode(context + continuation, add_special_tokens=False).ids
     begin = len(published.tokenizer.encode(context, add_special_tokens=False).ids)
     with torch.inference_mode():

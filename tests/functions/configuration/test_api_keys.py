@@ -1,4 +1,4 @@
-"""API keys as people write them down, with names and limits; what is wrong is said without showing any of it."""
+"""Lists of API keys with names and quotas. Errors never show what was written."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from functions.configuration.api_keys import ApiKey, Quota, parse_keys, sha256_o
 HASH = sha256_of("one")
 
 
-def test_commas_lines_and_comments() -> None:
+def test_a_list_may_have_commas_lines_and_comments() -> None:
     written = (
         f"# of the team\n\n  sha256:{HASH} name=alice  concurrent=4 \nsecond, third name=bob priority=-1,sha256:{'0' * 64}\n"
     )
@@ -19,7 +19,7 @@ def test_commas_lines_and_comments() -> None:
     assert parse_keys(" \n# nothing\n") == ()
 
 
-def test_what_is_written_is_read_again() -> None:
+def test_a_written_key_can_be_parsed() -> None:
     quota = Quota(60, 100_000, 4, 0, 10)
     key = ApiKey(HASH, "alice@example.com", quota)
     limits = "requests_per_minute=60 tokens_per_minute=100000 concurrent=4 max_tokens=0 priority=10"
@@ -46,12 +46,12 @@ def test_what_is_written_is_read_again() -> None:
         (f"one,sha256:{HASH}", "key 2 is key 1 again"),
     ],
 )
-def test_a_mistake_is_counted_and_not_shown(written: str, said: str) -> None:
+def test_an_error_gives_the_number_of_key_and_word(written: str, said: str) -> None:
     with pytest.raises(ValueError, match=said) as caught:
         parse_keys(written)
     assert "s3cret" not in str(caught.value)
 
 
-def test_what_a_key_says_goes_before_what_is_said_of_all() -> None:
+def test_a_keys_quota_overrides_the_default() -> None:
     of_all = Quota(60, 1000, 4)
     assert Quota(concurrent=0, priority=2).over(of_all) == Quota(60, 1000, 0, None, 2)

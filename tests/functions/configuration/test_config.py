@@ -1,4 +1,4 @@
-"""The environment of a function: defaults, every kind of mistake, and what `python -m functions` says about them."""
+"""The environment of a function: defaults, every kind of mistake, and the output of `python -m functions`."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ def errors(environ: Mapping[str, str]) -> tuple[str, ...]:
     return caught.value.errors
 
 
-def test_a_stage_reads_its_keys_and_takes_defaults_for_the_rest() -> None:
+def test_a_stage_reads_its_keys_and_uses_defaults_for_others() -> None:
     config = read_config({**STAGE, "LAMINA_THREADS": "3", "LAMINA_WEIGHTS_CACHE": "", "HOME": "/nowhere"})
     assert isinstance(config, StageConfig)
     assert (config.layers, config.cut, config.threads) == ((2, 4), ((0, 2), (2, 4)), 3)
@@ -29,14 +29,11 @@ def test_a_stage_reads_its_keys_and_takes_defaults_for_the_rest() -> None:
     assert config.store.endpoint_url == "http://127.0.0.1:9000"
 
 
-_ADDRESSES = (
-    *("10.1.2.3", "172.31.0.1", "192.168.7.7", "100.64.0.9", "fd12::1"),
-    *("127.0.0.1", "169.254.169.254", "8.8.8.8", "2001:db8::1", "fe80::1"),
-)
-"""Private ones, of which pods have theirs unless somebody says otherwise, and others."""
+_PRIVATE = ("10.1.2.3", "172.31.0.1", "192.168.7.7", "100.64.0.9", "fd12::1")
+_OTHERS = ("127.0.0.1", "169.254.169.254", "8.8.8.8", "2001:db8::1", "fe80::1")
 
 
-def test_the_store_wants_keys_or_a_token_to_exchange_for_some() -> None:
+def test_the_store_needs_keys_or_a_web_identity_token() -> None:
     without = {name: value for name, value in GATEWAY.items() if not name.startswith("AWS_")}
     with pytest.raises(ConfigError) as failure:
         read_config(without)
@@ -56,7 +53,7 @@ def test_the_store_wants_keys_or_a_token_to_exchange_for_some() -> None:
         ({"LAMINA_API_KEY_FILES": "/keys/one", "LAMINA_PREFIX_SHARING": "pipeline"}, "pipeline"),
     ],
 )
-def test_clients_that_have_keys_find_only_what_they_left_themselves(environ: Mapping[str, str], sharing: str) -> None:
+def test_clients_with_keys_do_not_share_prefixes_by_default(environ: Mapping[str, str], sharing: str) -> None:
     config = read_config(GATEWAY | environ)
     assert isinstance(config, GatewayConfig)
     assert config.sharing == sharing
@@ -70,12 +67,12 @@ def test_a_gateway_reads_its_keys() -> None:
     assert config.pod_network == (IPv4Network("10.0.0.0/8"), IPv6Network("fd00::/64"))
     unset = read_config(GATEWAY)
     assert isinstance(unset, GatewayConfig)
-    followed = [any(ip_address(each) in network for network in unset.pod_network) for each in _ADDRESSES]
-    assert followed == [True] * 5 + [False] * 5
+    pods = [each for each in (*_PRIVATE, *_OTHERS) if any(ip_address(each) in network for network in unset.pod_network)]
+    assert pods == list(_PRIVATE)
 
 
-def test_what_closes_the_gateway_is_not_empty_by_mistake() -> None:
-    """As it is where a Secret has the key and no value; unset it is open, and says so."""
+def test_an_empty_list_of_keys_is_an_error() -> None:
+    """As from a Secret whose value is empty. If the key is not set, the gateway is open."""
     config = read_config(GATEWAY)
     assert isinstance(config, GatewayConfig)
     assert config.api_keys is None
@@ -84,7 +81,7 @@ def test_what_closes_the_gateway_is_not_empty_by_mistake() -> None:
     assert len(errors({**GATEWAY, "LAMINA_API_KEYS": " "})) == 1
 
 
-def test_no_secret_is_shown() -> None:
+def test_secrets_are_not_shown() -> None:
     shown = repr(read_config({**GATEWAY, "LAMINA_API_KEYS": "secret-api"})) + str(
         errors({**GATEWAY, "LAMINA_API_KEYS": "secret-api,,"})
     )
@@ -139,12 +136,12 @@ def test_no_secret_is_shown() -> None:
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_a_mistake_is_named_with_what_is_allowed(environ: Mapping[str, str], words: tuple[str, ...]) -> None:
+def test_an_error_names_the_key_and_what_is_allowed(environ: Mapping[str, str], words: tuple[str, ...]) -> None:
     (error,) = errors(environ)
     assert all(word in error for word in words), error
 
 
-def test_all_mistakes_come_at_once() -> None:
+def test_all_mistakes_are_reported_at_once() -> None:
     seen = errors({**STAGE, "LAMINA_DTYPE": "x", "LAMINA_MODEL": "", "LAMINA_THREADS": "-1", "LAMINA_NOTHING": "1"})
     assert [error.split(":")[0].split()[0] for error in seen] == [
         "LAMINA_NOTHING",
@@ -154,7 +151,7 @@ def test_all_mistakes_come_at_once() -> None:
     ]
 
 
-def test_the_page_of_the_environment_is_up_to_date() -> None:
+def test_the_reference_is_up_to_date() -> None:
     page = (ROOT / "docs" / "reference.md").read_text()
     assert markdown_page() in page, "run: make generate"
 
@@ -168,13 +165,13 @@ def run(arguments: list[str], environ: Mapping[str, str]) -> subprocess.Complete
     return subprocess.run(command, cwd=ROOT, env=dict(environ), capture_output=True, text=True, timeout=30, check=False)
 
 
-def test_the_program_names_each_mistake_and_ends_with_status_2() -> None:
+def test_the_program_prints_each_mistake_and_exits_with_status_2() -> None:
     ended = run([], {**STAGE, "LAMINA_DTYPE": "x", "LAMINA_CACHE": "1"})
     assert ended.returncode == 2
     assert [line.split()[:2] for line in ended.stderr.splitlines()] == [["error:", "LAMINA_CACHE"], ["error:", "LAMINA_DTYPE:"]]
 
 
-def test_the_program_explains_itself_without_an_environment() -> None:
+def test_help_needs_no_environment() -> None:
     assert run(["--help"], {}).stdout == help_text()
     assert run(["--environment"], {}).stdout == markdown_page()
     refused = run(["--port", "80"], {})

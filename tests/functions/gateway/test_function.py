@@ -1,4 +1,4 @@
-"""What the gateway says of its own health."""
+"""The gateway's health."""
 
 import threading
 
@@ -11,7 +11,7 @@ from functions.hosting.startup import StartUp
 from tests.support.environments import GATEWAY
 
 
-def test_it_is_sick_where_its_scheduler_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gateway_with_a_dead_scheduler_thread_is_not_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     config = read_config(GATEWAY)
     assert isinstance(config, GatewayConfig)
     function = GatewayFunction(config, StartUp())

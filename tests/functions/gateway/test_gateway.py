@@ -1,4 +1,4 @@
-"""A gateway process over three stage processes: the answers of the whole model through both doors, and the official client."""
+"""A gateway process over three stage processes gives the whole model's answers, by CloudEvents and by the official client."""
 
 import http.client
 import json
@@ -55,7 +55,7 @@ def post(gateway: FunctionProcess, data: object, **headers: str) -> bytes:
 
 
 def expected_ids(published: Published, prompt_ids: list[int], count: int) -> list[int]:
-    """As transformers continues, up to the end token."""
+    """Transformers' continuation, up to the end token."""
     with torch.inference_mode():
         ids = greedy(published.model, prompt_ids, count)
     return until_end(ids)
@@ -79,7 +79,7 @@ def test_answers_are_those_of_the_whole_model(gateway: FunctionProcess, publishe
         assert answer["finish_reason"] == ("length" if len(expected) == 12 else "stop")
 
 
-def test_a_streamed_answer_is_the_same(gateway: FunctionProcess, published: Published) -> None:
+def test_a_streamed_answer_is_that_of_the_whole_model(gateway: FunctionProcess, published: Published) -> None:
     data = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 10}
     events = [json.loads(event.data) for event in SSEDecoder().feed(post(gateway, data, Accept="text/event-stream"))]
     expected = expected_ids(published, chat_ids(published, "Hi"), 10)
@@ -87,7 +87,7 @@ def test_a_streamed_answer_is_the_same(gateway: FunctionProcess, published: Publ
     assert "".join(event["data"]["text"] for event in events[:-1]) == events[-1]["data"]["text"]
 
 
-def test_a_seed_gives_the_same_answer_again(gateway: FunctionProcess) -> None:
+def test_a_seed_repeats_an_answer(gateway: FunctionProcess) -> None:
     asked = {"prompt": "hello", "max_tokens": 12, "temperature": 1.0}
     first, again, other = (json.loads(post(gateway, asked | {"seed": seed}))["token_ids"] for seed in (1, 1, 2))
     assert first == again != other
@@ -120,7 +120,7 @@ def test_the_official_client_completes_and_lists_models(client: openai.OpenAI, p
     assert client.models.retrieve("tiny").owned_by == "lamina"
 
 
-def test_the_official_client_is_told_what_is_wrong(client: openai.OpenAI) -> None:
+def test_errors_reach_the_official_client(client: openai.OpenAI) -> None:
     too_long: Any = [{"role": "user", "content": "x" * CONTEXT}]
     with pytest.raises(openai.BadRequestError, match=f"context is {CONTEXT}"):
         client.chat.completions.create(model="tiny", messages=too_long)
@@ -130,7 +130,7 @@ def test_the_official_client_is_told_what_is_wrong(client: openai.OpenAI) -> Non
         client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hi"}], n=0)
 
 
-def test_a_client_that_goes_away_frees_the_pipeline(gateway: FunctionProcess) -> None:
+def test_a_client_that_leaves_a_stream_frees_the_pipeline(gateway: FunctionProcess) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=30)
     connection.request("POST", "/", json.dumps({"prompt": "hello", "max_tokens": 200}), EVENT | {"Accept": "text/event-stream"})
     response = connection.getresponse()
@@ -142,9 +142,9 @@ def test_a_client_that_goes_away_frees_the_pipeline(gateway: FunctionProcess) ->
     wait_until(lambda: "lamina_gateway_running_sequences 0.0" in metrics(gateway))
 
 
-def test_a_client_that_goes_away_is_noticed_though_nothing_was_said_to_it(published: Published) -> None:
-    """Its answer waits for stages that take connections and say nothing, for five minutes if need be. Nor does a stream begin
-    before its first token: a proxy that still sends the request would break it off."""
+def test_a_client_that_leaves_before_the_first_token_frees_the_pipeline(published: Published) -> None:
+    """The stages accept connections and never reply. Nothing is sent before the first token, also not of a stream: a proxy that
+    is still sending the request would break it off."""
     stream = {"Accept": "text/event-stream"}
     asked: list[tuple[str, dict[str, object], dict[str, str]]] = [
         ("/", {"prompt": "hello"}, {}),
@@ -160,15 +160,15 @@ def test_a_client_that_goes_away_is_noticed_though_nothing_was_said_to_it(publis
             connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=30)
             connection.request("POST", path, json.dumps(body), EVENT | headers)
             wait_until(lambda: "lamina_gateway_waiting_sequences 1.0" in metrics(gateway))
-            assert not select.select([connection.sock], [], [], 0.2)[0], "something was said"
+            assert not select.select([connection.sock], [], [], 0.2)[0], "something was sent"
             connection.close()
             wait_until(lambda: "lamina_gateway_waiting_sequences 0.0" in metrics(gateway))
         assert 'lamina_gateway_answers_total{outcome="cancelled"} 4.0' in metrics(gateway)
         assert "open to everybody: neither LAMINA_API_KEYS nor" in gateway.log
 
 
-def test_a_wrong_network_of_pods_is_no_outage(published: Published, stage_urls: list[str]) -> None:
-    """Every address that the API knows is outside of it: requests go to the stages' Service URLs, and it is said."""
+def test_a_wrong_pod_network_is_no_outage(published: Published, stage_urls: list[str]) -> None:
+    """All addresses of the API are outside of it: requests go to the stages' Service URLs, and a warning is logged."""
     address = {"addresses": ["192.168.3.4"], "conditions": {"ready": True}}
     port = {"name": "http", "port": 8012}
     with WatchServer() as api:
@@ -189,7 +189,7 @@ def metrics(gateway: FunctionProcess) -> str:
     return text
 
 
-def test_what_the_gateway_measures(gateway: FunctionProcess) -> None:
+def test_the_gateway_has_metrics(gateway: FunctionProcess) -> None:
     post(gateway, {"prompt": "hello", "max_tokens": 3})
     text = metrics(gateway)
     for name in (
@@ -205,7 +205,7 @@ def test_what_the_gateway_measures(gateway: FunctionProcess) -> None:
         assert name in text
 
 
-def test_sigterm_lets_a_stream_come_to_its_end(published: Published, stage_urls: list[str]) -> None:
+def test_a_stream_is_finished_after_sigterm(published: Published, stage_urls: list[str]) -> None:
     with FunctionProcess(gateway_environment(published, stage_urls)) as gateway:
         gateway.wait_ready()
         connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=60)

@@ -1,4 +1,4 @@
-"""Texts of any length: refused by their length first, read without holding up anybody, and never further than the context."""
+"""Encoding of long texts: refused early if they cannot fit, and without blocking other threads."""
 
 import sys
 import threading
@@ -17,8 +17,8 @@ CONTEXT = 64
 LONGEST = len("<|im_start|>")
 
 
-class Noting:
-    """The tokenizer, with the characters of each text that it was given."""
+class RecordingTokenizer:
+    """A tokenizer that records the length of each text that it encodes."""
 
     def __init__(self) -> None:
         self._tokenizer = byte_tokenizer()
@@ -33,7 +33,7 @@ class Noting:
 
 
 def test_a_text_that_cannot_fit_is_refused_by_its_length() -> None:
-    tokenizer = Noting()
+    tokenizer = RecordingTokenizer()
     encoder = Encoder(tokenizer, CONTEXT)  # type: ignore[arg-type]
     assert encoder.max_characters == CONTEXT * LONGEST
     with pytest.raises(InvalidRequest, match=f"1000000 characters; the model's context is {CONTEXT} tokens"):
@@ -41,16 +41,16 @@ def test_a_text_that_cannot_fit_is_refused_by_its_length() -> None:
     assert tokenizer.characters == []
 
 
-def test_no_more_is_read_of_a_text_than_shows_that_it_does_not_fit() -> None:
-    tokenizer = Noting()
+def test_encoding_stops_when_a_prefix_shows_that_the_text_cannot_fit() -> None:
+    tokenizer = RecordingTokenizer()
     encoder = Encoder(tokenizer, CONTEXT)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match=f"the first {2 * CONTEXT} of the text's {CONTEXT * LONGEST} characters"):
         encoder.encode("7" * CONTEXT * LONGEST, add_special_tokens=True)
     assert tokenizer.characters == [2 * CONTEXT]
 
 
-def test_what_fits_is_read_as_it_is_whatever_its_length() -> None:
-    """Tokens of many characters: the text is far longer than it has tokens."""
+def test_a_text_that_fits_is_encoded_whatever_its_length() -> None:
+    """Its tokens have many characters each."""
     tokenizer = byte_tokenizer()
     text = "<|im_start|>" * (CONTEXT - 1)
     found = Encoder(tokenizer, CONTEXT).encode(text, add_special_tokens=True)
@@ -58,10 +58,10 @@ def test_what_fits_is_read_as_it_is_whatever_its_length() -> None:
     assert len(found) == CONTEXT
 
 
-def test_others_go_on_while_a_text_is_read() -> None:
-    """With switches at wish only, another thread takes steps only if the tokenizer lets go of the interpreter."""
+def test_encoding_releases_the_interpreter_lock() -> None:
+    """With a long switch interval, another thread runs only if the tokenizer releases the lock."""
     encoder = Encoder(byte_tokenizer(), 2**20)
-    with _switching_at_wish(), _counting() as steps:
+    with _long_switch_interval(), _counting() as steps:
         before = len(steps)
         encoder.encode("1234567890" * 20_000, add_special_tokens=True)
         after = len(steps)
@@ -69,7 +69,7 @@ def test_others_go_on_while_a_text_is_read() -> None:
 
 
 @contextmanager
-def _switching_at_wish() -> Iterator[None]:
+def _long_switch_interval() -> Iterator[None]:
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1000.0)
     try:
@@ -80,7 +80,7 @@ def _switching_at_wish() -> Iterator[None]:
 
 @contextmanager
 def _counting() -> Iterator[list[None]]:
-    """Grows with every step of another thread."""
+    """A list that grows with every step of another thread."""
     steps: list[None] = []
     over = False
 

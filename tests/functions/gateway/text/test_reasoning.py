@@ -1,4 +1,4 @@
-"""Thoughts are told from what is said, however the text is cut into pieces."""
+"""Thoughts are separated from content, however the text is cut into pieces."""
 
 import pytest
 
@@ -20,7 +20,7 @@ CASES = [
 
 @pytest.mark.parametrize(("inside", "text", "thought", "said"), CASES)
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
-def test_thoughts_and_words(inside: bool, text: str, thought: str, said: str, size: int) -> None:
+def test_thoughts_and_content_are_separated(inside: bool, text: str, thought: str, said: str, size: int) -> None:
     reasoning = Reasoning(inside=inside)
     parts = [part for begin in range(0, len(text), size) for part in reasoning.push(text[begin : begin + size])]
     parts += reasoning.finish()
@@ -31,7 +31,7 @@ def test_thoughts_and_words(inside: bool, text: str, thought: str, said: str, si
     assert kinds == sorted(kinds, reverse=True), "thoughts come first"
 
 
-def test_a_prompt_says_whether_thoughts_have_begun() -> None:
+def test_a_prompt_may_end_with_an_open_thought() -> None:
     assert begins_inside("<|im_start|>assistant\n<think>\n")
     assert not begins_inside("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert not begins_inside("<|im_start|>assistant\n")

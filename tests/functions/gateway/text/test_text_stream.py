@@ -1,4 +1,4 @@
-"""Answers on their way out: text that is certain, whole characters only, and nothing of a stop string."""
+"""Text of an answer: whole characters only, and nothing of a stop string."""
 
 from collections.abc import Callable, Sequence
 
@@ -21,14 +21,14 @@ def tokenizer() -> Tokenizer:
 
 
 def pieces_of(tokenizer: Tokenizer, ids: Sequence[int], before: Sequence[int] = ()) -> list[str]:
-    """What each token gives out, and what is left in the end."""
+    """The text that each token returns, and the rest."""
     detokenizer = Detokenizer(tokenizer, before)
     return [*(detokenizer.push(token_id) for token_id in ids), detokenizer.finish()]
 
 
 @given(st.lists(st.integers(5, 263), max_size=40))
 @settings(deadline=None, max_examples=200)
-def test_pieces_of_text_are_the_whole_text(ids: list[int]) -> None:
+def test_pieces_together_are_the_whole_text(ids: list[int]) -> None:
     tokenizer = byte_tokenizer()
     detokenizer = Detokenizer(tokenizer)
     pieces = [detokenizer.push(token_id) for token_id in ids]
@@ -46,7 +46,7 @@ def test_valid_text_comes_back_in_whole_characters(text: str) -> None:
 
 
 @pytest.mark.parametrize("make", SENTENCEPIECE)
-def test_what_continues_a_text_keeps_the_space_of_its_first_word(make: Callable[[], Tokenizer]) -> None:
+def test_a_continuation_keeps_the_space_before_its_first_word(make: Callable[[], Tokenizer]) -> None:
     tokenizer = make()
     answer = ids_of(tokenizer, "▁Paris", ".")
     assert pieces_of(tokenizer, answer, tokenizer.encode(CONTINUED).ids) == [" Paris", ".", ""]
@@ -62,7 +62,7 @@ def test_a_space_within_an_answer_is_kept(make: Callable[[], Tokenizer]) -> None
 
 
 @pytest.mark.parametrize("before", [(), ("</s>",), ("▁is", "<s>"), ("▁is", "<0xE2>", "<0x82>", "<0xAC>")])
-def test_before_an_answer_may_be_what_is_no_text_by_itself(before: tuple[str, ...]) -> None:
+def test_tokens_before_an_answer_may_be_no_text_by_themselves(before: tuple[str, ...]) -> None:
     tokenizer = llama_2()
     shown = pieces_of(tokenizer, ids_of(tokenizer, "▁Paris", "."), ids_of(tokenizer, *before))
     assert shown == [" Paris" if "▁is" in before else "Paris", ".", ""]
@@ -74,7 +74,7 @@ def test_before_an_answer_may_be_what_is_no_text_by_itself(before: tuple[str, ..
     data=st.data(),
 )
 @settings(deadline=None, max_examples=300)
-def test_an_answer_behind_a_prompt_reads_as_both_together(
+def test_prompt_and_answer_together_are_the_decoded_text(
     make: Callable[[], Tokenizer], text: list[str], data: st.DataObject
 ) -> None:
     tokenizer = make()
@@ -89,8 +89,8 @@ def test_an_answer_behind_a_prompt_reads_as_both_together(
 
 @given(st.lists(st.integers(0, 2 + 256 + len(PIECES)), max_size=40))
 @settings(deadline=None, max_examples=300)
-def test_bytes_that_are_no_characters_cost_no_text_around_them(ids: list[int]) -> None:
-    """A run of bytes is decoded as a whole: one too many makes replacement characters of those that were fine before."""
+def test_bytes_that_are_no_characters_change_no_text_around_them(ids: list[int]) -> None:
+    """A run of bytes is decoded as a whole, so one more may turn valid characters into replacement characters."""
     tokenizer = llama_2()
     high = {tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(128, 256)}
     low = {tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(128)}
@@ -101,13 +101,13 @@ def test_bytes_that_are_no_characters_cost_no_text_around_them(ids: list[int]) -
     assert shown.encode("ascii", "ignore") == tokenizer.decode(prompt + pieces).encode("ascii", "ignore")
 
 
-def test_a_character_that_was_shown_stays_though_more_bytes_come() -> None:
+def test_a_returned_character_does_not_change_with_further_bytes() -> None:
     tokenizer = llama_2()
     answer = ids_of(tokenizer, "<0xE2>", "<0x82>", "<0xAC>", "<0xE2>", "▁Paris", "▁is")
     assert pieces_of(tokenizer, answer) == ["", "", "€", "", "\ufffd Paris", " is", ""]
 
 
-def test_bytes_that_never_become_a_character_are_given_out_in_the_end(tokenizer: Tokenizer) -> None:
+def test_bytes_that_never_become_a_character_are_returned_in_the_end(tokenizer: Tokenizer) -> None:
     (continuation,) = (token_id for token, token_id in tokenizer.get_vocab().items() if token == "Ģ")  # byte 0x80 alone
     detokenizer = Detokenizer(tokenizer)
     assert "".join(detokenizer.push(continuation) for _ in range(20)) == "\ufffd" * 18
@@ -116,7 +116,7 @@ def test_bytes_that_never_become_a_character_are_given_out_in_the_end(tokenizer:
 
 @given(st.lists(st.text("abc", max_size=4), max_size=10), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
 @settings(deadline=None)
-def test_stop_strings_never_show(pieces: list[str], stops: list[str]) -> None:
+def test_stop_strings_are_never_returned(pieces: list[str], stops: list[str]) -> None:
     stream = StopStrings(stops)
     whole = "".join(pieces)
     seen = ""
@@ -134,7 +134,7 @@ def test_stop_strings_never_show(pieces: list[str], stops: list[str]) -> None:
         assert seen == whole
 
 
-def test_a_stop_string_over_token_boundaries(tokenizer: Tokenizer) -> None:
+def test_a_stop_string_may_span_tokens(tokenizer: Tokenizer) -> None:
     stream = TextStream(tokenizer, ["\nUser:"])
     ids = tokenizer.encode("Sure.\nUse it.\nUser: more", add_special_tokens=False).ids
     shown = ""
@@ -146,7 +146,7 @@ def test_a_stop_string_over_token_boundaries(tokenizer: Tokenizer) -> None:
     assert shown + stream.finish() == "Sure.\nUse it."
 
 
-def test_text_that_only_began_like_a_stop_string_is_given_out(tokenizer: Tokenizer) -> None:
+def test_text_that_only_begins_like_a_stop_string_is_returned(tokenizer: Tokenizer) -> None:
     stream = TextStream(tokenizer, ["###"])
     shown = "".join(stream.push(token_id) for token_id in tokenizer.encode("a##", add_special_tokens=False).ids)
     assert shown == "a"
@@ -159,7 +159,7 @@ def test_text_that_only_began_like_a_stop_string_is_given_out(tokenizer: Tokeniz
     [(("two",), "one two"), (("wo", "two"), "one two"), (("th", "one"), "one"), (("x",), "one two three")],
 )
 @pytest.mark.parametrize("size", [1, 2, 5, 100])
-def test_a_stop_string_may_be_part_of_the_text(stops: tuple[str, ...], expected: str, size: int) -> None:
+def test_a_stop_string_can_be_included_in_the_text(stops: tuple[str, ...], expected: str, size: int) -> None:
     text = "one two three"
     stream = StopStrings(stops, included=True)
     said = [stream.push(text[begin : begin + size]) for begin in range(0, len(text), size) if not stream.found]

@@ -1,4 +1,4 @@
-"""Prompts on their way in: chat template and tokenizer as transformers has them."""
+"""Chat templates and tokens are those of transformers."""
 
 import hashlib
 import json
@@ -50,7 +50,7 @@ def transformers_tokenizer(folder: Path, template: str) -> Any:
 
 
 class Folder:
-    """Reads a publication's files from a dict, as an ObjectReader would."""
+    """An ObjectReader over a dict of a publication's files."""
 
     def __init__(self, files: dict[str, Any]) -> None:
         self.files = {name: data if isinstance(data, bytes) else json.dumps(data).encode() for name, data in files.items()}
@@ -86,8 +86,7 @@ def load(**files: Any) -> ModelText:
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_templates_render_as_in_transformers(tmp_path: Path, template: str) -> None:
     reference = transformers_tokenizer(tmp_path, template)
-    turns = [{"role": message.role, "content": message.content} for message in MESSAGES]
-    expected = reference.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    expected = reference.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True)
     rendered = ChatTemplate(template, {"bos_token": "<s>", "eos_token": "<|im_end|>"}).render(TURNS, 1000)
     assert rendered == expected
 
@@ -97,8 +96,7 @@ def test_tokens_are_those_of_transformers(tmp_path: Path) -> None:
     text = load(chat_template__jinja=CHAT_TEMPLATE.encode(), tokenizer_config__json={"eos_token": "<|im_end|>"})
     for prompt in TEXTS:
         assert text.encode(prompt) == reference(prompt)["input_ids"]
-    turns = [{"role": message.role, "content": message.content} for message in MESSAGES]
-    expected = reference.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    expected = reference.apply_chat_template(TURNS, add_generation_prompt=True, return_dict=False)
     assert text.encode_messages(MESSAGES) == expected
 
 
@@ -112,12 +110,12 @@ def test_tokens_are_those_of_transformers(tmp_path: Path) -> None:
         ("{{ messages.append(1) }}", "refuses"),
     ],
 )
-def test_what_a_template_refuses_is_an_invalid_request(template: str, words: str) -> None:
+def test_an_error_in_a_template_is_an_invalid_request(template: str, words: str) -> None:
     with pytest.raises(InvalidRequest, match=words):
         ChatTemplate(template, {}).render(TURNS, 1000)
 
 
-def test_a_template_is_given_up_where_its_text_becomes_too_long() -> None:
+def test_rendering_stops_when_the_text_becomes_too_long() -> None:
     template = ChatTemplate("{% for m in messages %}{% for n in range(90000) %}{{ m.content }}{% endfor %}{% endfor %}", {})
     rendered: list[int] = []
 
@@ -139,7 +137,7 @@ def test_more_messages_than_tokens_are_not_rendered() -> None:
         text.encode_messages([Message("user", "x" * 5000)] * 2)
 
 
-def test_the_template_may_be_one_of_several_in_the_tokenizers_configuration() -> None:
+def test_the_default_template_of_several_is_used() -> None:
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "the"}]
     assert (
         load(tokenizer_config__json={"chat_template": named}).encode_messages(MESSAGES)
@@ -159,5 +157,5 @@ def test_the_template_may_be_one_of_several_in_the_tokenizers_configuration() ->
         ({}, set()),
     ],
 )
-def test_where_answers_end(files: dict[str, Any], expected: set[int]) -> None:
+def test_end_tokens_come_from_the_first_file_that_names_them(files: dict[str, Any], expected: set[int]) -> None:
     assert load(**files).eos_ids == expected

@@ -1,4 +1,4 @@
-"""Calls in an answer's text are found whatever pieces it comes in, and what is none stays text."""
+"""Tool calls are found in an answer's text, however it is cut into pieces; everything else stays text."""
 
 import json
 import random
@@ -66,7 +66,7 @@ def read(format: ToolFormat, pieces: list[str]) -> tuple[str, list[tuple[str, ob
 
 
 @pytest.mark.parametrize(("format", "text", "content", "calls"), CASES, ids=[text[:40] for _, text, _, _ in CASES])
-def test_calls_are_found_in_whatever_pieces(
+def test_calls_are_found_however_the_text_is_cut(
     format: ToolFormat, text: str, content: str, calls: list[tuple[str, object]]
 ) -> None:
     dice = random.Random(text)
@@ -79,7 +79,7 @@ def test_calls_are_found_in_whatever_pieces(
         assert (found.strip(), said) == (content, calls), pieces
 
 
-def test_arguments_come_as_they_are_written() -> None:
+def test_arguments_are_returned_as_they_come() -> None:
     parser = ToolCallParser(HERMES, NAMES)
     assert parser.push('<tool_call>\n{"name": "add", "arg') == []
     assert parser.push('uments": {"a"') == [ToolCallDelta(call=0, name="add"), ToolCallDelta(call=0, arguments='{"a"')]
@@ -87,7 +87,7 @@ def test_arguments_come_as_they_are_written() -> None:
     assert parser.push("\n</tool_call>") == []
 
 
-def test_text_is_held_back_no_longer_than_it_could_be_a_call() -> None:
+def test_text_is_held_back_only_while_it_may_be_a_call() -> None:
     parser = ToolCallParser(HERMES, NAMES)
     assert parser.push("One <tool") == [ToolCallDelta("One")]
     assert parser.push("box> two") == [ToolCallDelta(" <toolbox> two")]
