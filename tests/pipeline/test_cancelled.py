@@ -1,7 +1,7 @@
-"""A client that leaves frees its sequences at every stage within a second: any API, plain or streaming, through every proxy.
+"""A client that leaves frees its sequences at every stage within a second, in every API, plain or streaming.
 
-A local platform, so that the client's leaving has to pass the platform's ingress and the gateway's queue-proxy; stages that
-sleep, so that nobody's answer is done by itself meanwhile.
+It runs on a local platform, so the client's leaving passes the ingress and the gateway's queue-proxy. The stages sleep, so that
+no answer ends by itself meanwhile.
 """
 
 import asyncio
@@ -24,11 +24,9 @@ from tests.support.knative.platform import until
 from tests.support.storage.published import Published
 
 FREED_SECONDS = 1.0
-MEASURED_SECONDS = 0.5
-"""What it takes to look at the metrics of all stages on a busy machine."""
+MEASURING_SECONDS = 0.5  # to read the metrics of all stages on a busy machine
 TOKENS = 100
-STEP_SECONDS = 0.1
-"""Of each stage: such an answer takes half a minute."""
+STEP_SECONDS = 0.1  # of each stage, so that an answer takes half a minute
 PROMPT = "The capital of France is"
 
 
@@ -66,14 +64,14 @@ async def send(url: str, path: str, headers: dict[str, str], body: bytes) -> asy
 
 
 async def held(stages: list[Revision]) -> list[float]:
-    """Sequences at each stage."""
+    """The number of sequences at each stage."""
     pods = [pod for stage in stages for pod in stage.ready_pods]
     samples = await asyncio.gather(*(asyncio.to_thread(read_metrics, {"metrics_port": pod.metrics_port}) for pod in pods))
     return [sample["lamina_stage_sequences"] for sample in samples]
 
 
 async def until_held(stages: list[Revision], number: int, seconds: float) -> float:
-    """How long it took until every stage held so many."""
+    """Waits until every stage holds so many sequences. Returns the seconds that it took."""
     began = time.monotonic()
     async with asyncio.timeout(seconds):
         while await held(stages) != [number] * len(stages):
@@ -82,7 +80,7 @@ async def until_held(stages: list[Revision], number: int, seconds: float) -> flo
 
 
 async def freed_seconds(platform: Platform, stages: list[Revision]) -> dict[str, float]:
-    """By request, from the moment when its client left."""
+    """Seconds from when a client left until its sequence was freed, by request."""
     found = {}
     for name, (path, headers, body) in REQUESTS.items():
         writer = await send(platform.url("tiny"), path, headers, body)
@@ -92,7 +90,7 @@ async def freed_seconds(platform: Platform, stages: list[Revision]) -> dict[str,
     return found
 
 
-def test_a_client_that_leaves_frees_its_sequence_everywhere_within_a_second(published: Published, tmp_path: Path) -> None:
+def test_a_client_that_leaves_frees_its_sequence_at_every_stage_within_a_second(published: Published, tmp_path: Path) -> None:
     async def scenario() -> dict[str, float]:
         pipeline = tiny_pipeline(published, layer_group="sleep", sleep_seconds=[STEP_SECONDS] * 3)
         async with serving(tmp_path, published, services(pipeline)) as platform, asyncio.timeout(240):
@@ -106,4 +104,4 @@ def test_a_client_that_leaves_frees_its_sequence_everywhere_within_a_second(publ
 
     took = asyncio.run(scenario())
     assert set(took) == set(REQUESTS)
-    assert max(took.values()) < FREED_SECONDS + MEASURED_SECONDS, took
+    assert max(took.values()) < FREED_SECONDS + MEASURING_SECONDS, took

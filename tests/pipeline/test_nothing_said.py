@@ -1,4 +1,4 @@
-"""No key, no prompt and no answer in any log of any process, whatever becomes of a request: answered, refused or broken."""
+"""No log has a key, a prompt or an answer, whether a request is answered, refused or fails."""
 
 import json
 import urllib.error
@@ -10,8 +10,7 @@ from tests.support.functions.functions import TOKEN, FunctionProcess, gateway_en
 from tests.support.storage.published import CUT, Published
 
 KEY = "key-of-a-client-that-nobody-else-may-know"
-WORD = "unmistakable"
-"""In every prompt."""
+WORD = "unmistakable"  # in every prompt
 
 
 def ask(
@@ -27,7 +26,7 @@ def ask(
             return error.code, error.read()
 
 
-def test_what_clients_say_stays_between_them_and_the_model(published: Published) -> None:
+def test_no_log_has_keys_prompts_or_answers(published: Published) -> None:
     with running(stage_environment(published, group, LAMINA_LOG_LEVEL="debug") for group in range(len(CUT))) as stages:
         urls = [stage.url for stage in stages]
         environ = gateway_environment(published, urls, LAMINA_API_KEYS=KEY, LAMINA_LOG_LEVEL="debug")
@@ -60,10 +59,10 @@ def test_what_clients_say_stays_between_them_and_the_model(published: Published)
                 ask(gateway, "/v1/completions", {"prompt": WORD}, seconds=3)
             status = gateway.stop()
         text = json.loads(answered)["choices"][0]["message"]["content"]
-        assert len(text) > 5, "long enough to be no accident in a log"
+        assert len(text) > 5, "too short to search for in logs"
     logs = {"gateway": gateway.log, **{f"stage {number}": stage.log for number, stage in enumerate(stages)}}
     assert gateway.log.count('"path":"/v1/completions"') >= 4, "the access log is on"
-    for who, log in logs.items():
+    for name, log in logs.items():
         for secret in (KEY, TOKEN, WORD, text):
-            assert secret not in log, f"{who} says {secret!r}"
+            assert secret not in log, f"the log of {name} has {secret!r}"
     assert status == 0

@@ -1,7 +1,7 @@
-"""A real pipeline, asked at random by its own OpenAPI document (schemathesis): every answer is as the document says.
+"""Random requests by the OpenAPI document to a real pipeline (schemathesis): every reply conforms to the document.
 
-`make test-api CASES=500` asks each operation so often, half of the time against its schema. The stream of the pipeline's
-state has no end, and tests of its own.
+`make test-api CASES=500` sends so many requests to each operation, half of them against its schema. The endless stream of the
+pipeline's state has its own tests.
 """
 
 import json
@@ -30,8 +30,7 @@ from tests.support.functions.functions import FunctionProcess, running_gateway
 from tests.support.storage.published import Published
 
 CASES = int(os.environ.get("CASES") or 25)
-MANY = 200
-"""Of so many cases some are right from end to end, whatever the operation."""
+MANY = 200  # among so many requests to an operation, some succeed
 ENDLESS = "/v1/pipeline/events"
 CHECKS = [status_code_conformance, content_type_conformance, response_schema_conformance, response_headers_conformance]
 OPERATIONS = [
@@ -52,13 +51,13 @@ def document(gateway: FunctionProcess) -> dict[str, Any]:
     return found
 
 
-def test_the_document_is_the_one_that_the_code_makes(document: dict[str, Any]) -> None:
+def test_the_served_document_is_the_generated_one(document: dict[str, Any]) -> None:
     assert document == json.loads(json.dumps(openapi_document(operations(with_page=True), "tiny", with_keys=False)))
 
 
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize(("method", "path"), OPERATIONS)
-def test_every_answer_is_as_the_document_says(
+def test_every_reply_conforms_to_the_document(
     gateway: FunctionProcess, document: dict[str, Any], method: str, path: str
 ) -> None:
     operation: APIOperation = schemathesis.openapi.from_dict(document)[path][method]
@@ -75,7 +74,7 @@ def test_every_answer_is_as_the_document_says(
     def holds(data: st.DataObject) -> None:
         mode = data.draw(st.sampled_from(GenerationMode), "mode")
         if method == "get":
-            mode = GenerationMode.POSITIVE  # Nothing of it can be wrong.
+            mode = GenerationMode.POSITIVE  # it has nothing that could be wrong
         case = data.draw(operation.as_strategy(generation_mode=mode), "case")
         reply = case.call(base_url=gateway.url, timeout=60)
         seen[reply.status_code] += 1
@@ -83,6 +82,6 @@ def test_every_answer_is_as_the_document_says(
         case.validate_response(reply, checks=CHECKS)
 
     holds()
-    assert seen[200] or CASES < MANY, f"{seen}: nothing was answered"
+    assert seen[200] or CASES < MANY, f"{seen}: no request succeeded"
     assert method == "get" or seen.total() >= CASES // 2
     assert gateway.process.poll() is None

@@ -1,6 +1,6 @@
-"""The page in a real browser, over a real pipeline of the packaged model: what a person sees from the key to an error.
+"""The page in a real browser, over a real pipeline of the packaged model.
 
-One scenario in order, since each step needs what the one before brought about. `SCREENSHOTS=docs` writes the pictures of
+The tests are one scenario, in order: each needs the state that the one before left. `SCREENSHOTS=docs` writes the pictures of
 docs/openai.md.
 """
 
@@ -58,12 +58,12 @@ def until_answered(page: Browser, answers: int) -> None:
     page.until(lambda: page.text(".turn.assistant .note").count("tokens, first after") == answers, f"{answers} answers")
 
 
-def begin_anew(page: Browser) -> None:
+def clear_conversation(page: Browser) -> None:
     page.find("#new").click()
     page.until(lambda: not page.text("#turns"), "an empty conversation")
 
 
-def test_a_key_is_asked_for_and_kept_in_the_tab_alone(page: Browser, pipeline: RealPipeline) -> None:
+def test_the_page_asks_for_a_key_and_keeps_it_in_the_tab_only(page: Browser, pipeline: RealPipeline) -> None:
     page.until(lambda: page.text("#link") == "needs an API key", "that a key is needed")
     ask(page, "What is the capital of France?")
     page.until(lambda: "An API key is needed" in page.text("[role=alert]"), "the refusal")
@@ -75,21 +75,20 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_alone(page: Browser, pipeline: R
     page.until(lambda: page.text("#link") == "live", "the stream")
     kept = page.run("return [Object.values(sessionStorage), Object.values(localStorage), document.cookie, location.href]")
     assert kept == [[pipeline.api_key], ["system"], "", f"{pipeline.url}/"]
-    assert all("401" in line for line in page.said()), "the refusals alone are in the console"
+    assert all("401" in line for line in page.console()), "the console has the refusals only"
 
 
-def test_a_question_is_answered(page: Browser) -> None:
-    """The one that was refused for want of a key: it is asked again by itself."""
+def test_the_refused_question_is_asked_again_and_answered(page: Browser) -> None:
     until_answered(page, 1)
     assert "Paris" in page.text(".turn.assistant .said")
     assert "Paris" in page.run("return document.getElementById('say').textContent"), "it is read out when it is whole"
     assert page.run("return document.activeElement.id") in ("question", "")
 
 
-def test_a_cold_start_is_seen_while_it_happens_and_with_its_phases(page: Browser, pictures: Path) -> None:
+def test_a_cold_start_is_shown_with_its_phases(page: Browser, pictures: Path) -> None:
     page.until(lambda: page.text(".stage").count("At zero: no replica runs.") == 3, "all stages asleep")
-    page.until(lambda: "Stage 2 is at zero" in page.text("#happened"), "that it is said in words")
-    begin_anew(page)
+    page.until(lambda: "Stage 2 is at zero" in page.text("#happened"), "the announcement")
+    clear_conversation(page)
     assert not page.violations()
     ask(page, "Why is the sky blue?")
     page.until(lambda: page.text(".start.under-way").count("Starting from zero") == 3, "all stages waking at once")
@@ -107,12 +106,11 @@ def test_a_cold_start_is_seen_while_it_happens_and_with_its_phases(page: Browser
 
 
 class Load:
-    """Other people's conversations, one after the other until its end."""
+    """Other clients that send one request after another."""
 
     def __init__(self, pipeline: RealPipeline) -> None:
         self._enough = threading.Event()
-        self.answered: list[int] = []
-        """Tokens of each."""
+        self.answered: list[int] = []  # tokens of each answer
         self._pipeline = pipeline
         self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(CONVERSATIONS)]
 
@@ -141,12 +139,12 @@ class Load:
 
 
 def test_a_replica_is_added_under_load(page: Browser, pipeline: RealPipeline, pictures: Path) -> None:
-    begin_anew(page)
+    clear_conversation(page)
     page.until(lambda: page.run(MOST_REPLICAS) <= 1, "one replica of each stage, or none")
     with Load(pipeline) as load:
         page.until(lambda: page.run(MOST_REPLICAS) == 2, "another replica")
-        page.until(lambda: max(pipeline.replicas()) == 2, "that it is ready")
-        page.until(lambda: page.text("#happened").count("is ready") >= 1, "that it is said")
+        page.until(lambda: max(pipeline.replicas()) == 2, "its readiness")
+        page.until(lambda: page.text("#happened").count("is ready") >= 1, "the announcement")
         ask(page, "Tell me about the sea.")
         page.until(lambda: len(page.text(".turn.assistant .said")) > 200, "a part of an answer amid others")
         page.until(lambda: page.run("return document.querySelectorAll('.replica.on-route').length") == 3, "its route")
@@ -163,7 +161,7 @@ def test_a_replica_is_added_under_load(page: Browser, pipeline: RealPipeline, pi
     assert set(load.answered) == {LONG_TOKENS}
 
 
-def test_the_narrow_page_shows_one_thing_at_a_time(page: Browser, pictures: Path) -> None:
+def test_a_narrow_page_shows_chat_or_pipeline(page: Browser, pictures: Path) -> None:
     page.resize(*NARROW)
     try:
         assert not page.find("#pipeline").is_displayed()
@@ -181,9 +179,9 @@ def test_the_narrow_page_shows_one_thing_at_a_time(page: Browser, pictures: Path
         page.resize(*WIDE)
 
 
-def test_an_error_is_shown_with_what_the_gateway_says_and_a_way_on(page: Browser, pictures: Path) -> None:
-    begin_anew(page)
-    assert not page.said(), "nothing in the console since the key was given"
+def test_an_error_is_shown_and_the_conversation_can_go_on(page: Browser, pictures: Path) -> None:
+    clear_conversation(page)
+    assert not page.console(), "the console is empty since the key was entered"
     page.run("document.getElementById('question').value = 'Tell me about the word. '.repeat(2000)")
     page.find("#send").click()
     page.until(lambda: "The question was refused" in page.text("[role=alert]"), "the error")
@@ -191,13 +189,13 @@ def test_an_error_is_shown_with_what_the_gateway_says_and_a_way_on(page: Browser
     assert "context" in page.text("[role=alert]")
     page.picture(pictures / "page-error.png")
     assert not page.violations()
-    assert all(" 4" in line for line in page.said()), "the refusal alone is in the console"
-    begin_anew(page)
+    assert all(" 4" in line for line in page.console()), "the console has the refusal only"
+    clear_conversation(page)
     ask(page, "What is the capital of Italy?")
     until_answered(page, 1)
 
 
-def test_it_works_by_keyboard_and_remembers_the_theme(page: Browser) -> None:
+def test_the_page_works_by_keyboard_and_remembers_the_theme(page: Browser) -> None:
     before = page.run("return getComputedStyle(document.body).backgroundColor")
     page.find("#theme").send_keys("\n")
     page.find("#theme").send_keys("\n")
@@ -212,9 +210,9 @@ def test_it_works_by_keyboard_and_remembers_the_theme(page: Browser) -> None:
     page.until(lambda: page.text(".turn.assistant .note") == "Stopped.", "the end")
 
 
-def test_nobody_else_was_asked_for_anything(page: Browser, pipeline: RealPipeline) -> None:
+def test_the_page_sent_requests_to_the_gateway_only(page: Browser, pipeline: RealPipeline) -> None:
     urls = page.requested()
     assert any(url.endswith("/v1/chat/completions") for url in urls)
     assert not [url for url in urls if not url.startswith((f"{pipeline.url}/", "data:"))]
     assert not [url for url in urls if str(pipeline.api_key) in url]
-    assert not page.said()
+    assert not page.console()

@@ -1,6 +1,6 @@
-"""Two hundred streams at once, a fifth of them of clients that read slowly or not at all: nobody else waits for those.
+"""Two hundred concurrent streams, a fifth of whose clients do not read: the other clients do not wait for them.
 
-Stages sleep instead of computing, so that the pace is the pipeline's and not this machine's.
+The stages sleep instead of computing, so that the pace does not depend on this machine.
 """
 
 import asyncio
@@ -26,18 +26,15 @@ TOKENS = 60
 ROUNDS = 2
 SLOWER = 1.10
 MORE_BYTES = 16 * 2**20
-_SEGMENT_BYTES = 536
-"""As on a network of old. On loopback a segment is 64 KiB, and the kernel would hold a whole answer for who reads nothing."""
+_SEGMENT_BYTES = 536  # the minimum; a loopback segment has 64 KiB, so the kernel would hold a whole answer of a slow reader
 
 
 @dataclass
 class Round:
     slow: int
-    seconds: list[float] = field(default_factory=list)
-    """Of each answer that was read as it came."""
+    seconds: list[float] = field(default_factory=list)  # of each answer that was read as it came
     broken: int = 0
-    held_bytes: int = 0
-    """That the kernel could not give to slow readers when everybody else was done."""
+    unsent_bytes: int = 0  # to slow readers, in the kernel when all others were done
     most_memory: int = 0
 
 
@@ -51,34 +48,34 @@ def gateway(published: Published) -> Iterator[FunctionProcess]:
             yield gateway.wait_ready()
 
 
-def test_nobody_waits_for_a_slow_reader_and_memory_stays(gateway: FunctionProcess) -> None:
-    asyncio.run(_round(gateway, 0))  # Everything has been there once.
+def test_slow_readers_delay_no_other_client_and_cost_little_memory(gateway: FunctionProcess) -> None:
+    asyncio.run(_round(gateway, 0))  # warm-up
     rounds = [asyncio.run(_round(gateway, slow)) for _ in range(ROUNDS) for slow in (0, SLOW)]
     assert all(not each.broken and len(each.seconds) == STREAMS - each.slow for each in rounds)
-    assert all((each.held_bytes > 0) == (each.slow > 0) for each in rounds), "they are slow"
+    assert all((each.unsent_bytes > 0) == (each.slow > 0) for each in rounds), "slow readers are slow"
     ordinary, beside_slow = ([each for each in rounds if each.slow == slow] for slow in (0, SLOW))
     for of_all in (median, max):
         before = min(of_all(each.seconds) for each in ordinary)
         beside = min(of_all(each.seconds) for each in beside_slow)
         assert beside <= SLOWER * before, (of_all, before, beside)
     assert rounds[-1].most_memory - rounds[0].most_memory <= MORE_BYTES
-    assert rounds[-1].most_memory - rounds[-2].most_memory <= MORE_BYTES, "what slow readers have not read is little"
+    assert rounds[-1].most_memory - rounds[-2].most_memory <= MORE_BYTES, "unread answers are small"
 
 
 async def _round(gateway: FunctionProcess, slow: int) -> Round:
     seen = Round(slow)
-    slow_ones = [await _asked(gateway.port) for _ in range(slow)]
+    slow_ones = [await _slow_reader(gateway.port) for _ in range(slow)]
     watching = asyncio.create_task(_watch(gateway.process.pid, seen))
     await asyncio.gather(*(_read(gateway.port, seen) for _ in range(STREAMS - slow)))
-    seen.held_bytes = _unsent_bytes(gateway.port)
+    seen.unsent_bytes = _unsent_bytes(gateway.port)
     watching.cancel()
     for sock in slow_ones:
         sock.close()
     return seen
 
 
-async def _asked(port: int) -> socket.socket:
-    """One who reads nothing, but what the kernel takes in for it."""
+async def _slow_reader(port: int) -> socket.socket:
+    """A connection whose client reads nothing; its kernel buffers some bytes."""
     sock = socket.socket()
     sock.setblocking(False)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
@@ -102,7 +99,7 @@ async def _read(port: int, seen: Round) -> None:
 
 
 def _request() -> bytes:
-    """For an answer with an event for each token."""
+    """A request for a stream with an event for each token."""
     event = json_event(EventType.GENERATE_REQUEST, "/test", GenerateRequest("Hi", max_tokens=TOKENS, ignore_eos=True))
     headers, pieces = to_binary_http(event)
     body = b"".join(pieces)
@@ -118,6 +115,6 @@ async def _watch(pid: int, seen: Round) -> None:
 
 
 def _unsent_bytes(port: int) -> int:
-    """Of connections to the port, as proc(5) has them: local address, remote address, state, send queue."""
+    """Send queues of connections to the port. proc(5): local address, remote address, state, send queue."""
     lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return sum(int(line[4].partition(":")[0], 16) for line in lines if int(line[1].partition(":")[2], 16) == port)

@@ -1,6 +1,6 @@
-"""Answers that must look like something, through three real stages that are killed meanwhile: they all do, and none is another.
+"""Structured answers keep their structure and their tokens while stages are killed.
 
-`python -m bench.structured` asks 200 of the default model.
+`python -m bench.structured` does the same with 200 answers of the default model.
 """
 
 import asyncio
@@ -20,14 +20,14 @@ DEADLINE_SECONDS: Final = 150.0
 
 def test_structured_answers_survive_killed_stages(published: Published, tmp_path: Path) -> None:
     killed, alone = asyncio.run(_both(tmp_path, published))
-    assert killed == alone, "a replay drew something else"
+    assert killed == alone, "a replay gave other answers"
     wrong = [answer for answer in alone.values() if not answer.fits]
     assert not wrong, wrong
     assert sum(answer.finish_reason == "stop" for answer in alone.values()) >= len(NUMBERS) - 2, alone
 
 
 async def _both(folder: Path, published: Published) -> tuple[dict[int, Ended], dict[int, Ended]]:
-    """While stages are killed, and then left alone."""
+    """Answers while stages are killed, then answers without that."""
     pipeline = tiny_pipeline(published)
     killed: dict[int, Ended] = {}
     alone: dict[int, Ended] = {}

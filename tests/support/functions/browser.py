@@ -1,4 +1,4 @@
-"""A real browser without a window: Debian's Chromium with its driver, by selenium."""
+"""A headless Chromium, driven by selenium."""
 
 import json
 import shutil
@@ -34,12 +34,12 @@ class Browser:
         self.driver.get(url)
 
     def resize(self, width: int, height: int) -> None:
-        """Of what the page sees."""
+        """Sets the size of the viewport."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
     def prefer(self, scheme: str) -> None:
-        """dark or light, as the system would say, and nothing that moves: a picture has no middle of a transition."""
+        """Sets the system's scheme, dark or light, and turns off animations, which would blur pictures."""
         wanted = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}
         features = [{"name": name, "value": value} for name, value in wanted.items()]
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
@@ -48,7 +48,7 @@ class Browser:
         return self.driver.find_element(By.CSS_SELECTOR, selector)
 
     def text(self, selector: str) -> str:
-        """Of all that match; empty where none does."""
+        """The text of all matching elements."""
         found: str = self.run("return [...document.querySelectorAll(arguments[0])].map(e => e.innerText).join('\\n')", selector)
         return found
 
@@ -66,24 +66,24 @@ class Browser:
             assert time.monotonic() < deadline, f"not within {seconds} s: {what}; the page says:\n{self.text('body')}"
             time.sleep(0.05)
 
-    def said(self) -> list[str]:
-        """What the console has, and forgets it."""
+    def console(self) -> list[str]:
+        """Messages of the console since the last call."""
         return [entry["message"] for entry in self.driver.get_log("browser")]  # type: ignore[no-untyped-call]
 
     def requested(self) -> list[str]:
-        """Every URL since the last call."""
+        """URLs that were requested since the last call."""
         entries = self.driver.get_log("performance")  # type: ignore[no-untyped-call]
         messages = [json.loads(entry["message"])["message"] for entry in entries]
         return [each["params"]["request"]["url"] for each in messages if each["method"] == "Network.requestWillBeSent"]
 
     def violations(self) -> list[str]:
-        """What axe-core finds, WCAG 2.2 AA and good practice, in the page as it stands."""
+        """Accessibility violations that axe-core finds now, by WCAG 2.2 AA and best practices."""
         self.run(_axe())
         found = self.driver.execute_async_script("axe.run(document).then(arguments[arguments.length - 1])")  # type: ignore[no-untyped-call]
         return [f"{each['id']}: {node['html'][:200]}" for each in found["violations"] for node in each["nodes"]]
 
     def picture(self, file: Path) -> None:
-        """A small PNG of what is seen."""
+        """Saves the viewport as a small PNG."""
         image = Image.open(BytesIO(self.driver.get_screenshot_as_png())).convert("RGB")
         image.quantize(96, dither=Image.Dither.NONE).save(file, optimize=True)
 
@@ -93,7 +93,7 @@ def browser() -> Iterator[Browser]:
     assert CHROMIUM is not None
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    # As root, in a container with little shared memory, and with nothing that the browser asks of its maker.
+    # For root in a container with little shared memory, and without requests to the browser's maker.
     for argument in (
         "--headless=new",
         "--no-sandbox",
@@ -113,7 +113,7 @@ def browser() -> Iterator[Browser]:
 
 
 def _axe() -> str:
-    """The file alone, of a package that is not imported: it would want a browser of its own."""
+    """The script from a package that is not imported, because it would need another browser."""
     files = metadata.distribution("axe-playwright-python").files or ()
     file = next(file for file in files if file.name == "axe.min.js")
     return file.locate().read_text("utf-8")  # type: ignore[no-any-return, attr-defined]

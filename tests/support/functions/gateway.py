@@ -1,4 +1,4 @@
-"""A scheduler over stages of a test (`stage_server`), and the door's side of it."""
+"""A scheduler over stages of a test (`stage_server`), and what an API does with it."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +16,7 @@ from functions.gateway.stages.routes import Placement
 from tests.support.functions.counting_group import VOCAB
 from tests.support.functions.stage_server import FINGERPRINT, TOKEN, StageServer
 
-WAIT_SECONDS: Final = 60.0
-"""Deadline of everything that a test waits for."""
+WAIT_SECONDS: Final = 60.0  # deadline of everything that a test waits for
 
 
 @contextmanager
@@ -47,7 +46,7 @@ def submit(scheduler: Scheduler, token_ids: Sequence[int], max_tokens: int, **se
 
 
 def tokens_of(stream: TokenStream) -> list[int]:
-    """All of them, as a door takes them. Raises what the answer ended with."""
+    """All tokens, taken as an API takes them. Raises the Problem that ended the answer."""
     deadline = time.monotonic() + WAIT_SECONDS
     tokens = []
     while not stream.finish_reason or len(tokens) < len(stream.token_ids):
@@ -59,7 +58,7 @@ def tokens_of(stream: TokenStream) -> list[int]:
 
 
 def counted(prompt: Sequence[int], max_tokens: int) -> list[int]:
-    """What the stages answer, undisturbed."""
+    """The answer that the stages compute."""
     total, tokens = sum(prompt), []
     for _ in range(max_tokens):
         tokens.append(total % VOCAB)
@@ -75,7 +74,7 @@ def wait_until(condition: Callable[[], object], what: str = "the condition") -> 
 
 
 def answers_of(scheduler: Scheduler, prompts: list[list[int]], max_tokens: int) -> list[TokenStream]:
-    """All at once; checks every token."""
+    """Submits all prompts at once and checks every token."""
     streams = [submit(scheduler, prompt, max_tokens) for prompt in prompts]
     for stream, prompt in zip(streams, prompts, strict=True):
         assert tokens_of(stream) == counted(prompt, max_tokens)

@@ -1,4 +1,4 @@
-"""A receiver of traces as OpenTelemetry's collector is one: OTLP over HTTP, `POST /v1/traces`, protobuf."""
+"""A receiver of traces like OpenTelemetry's collector: OTLP over HTTP, `POST /v1/traces`, protobuf."""
 
 import gzip
 import threading
@@ -29,8 +29,7 @@ class SeenSpan:
 @dataclass
 class Receiver:
     endpoint: str = ""
-    headers: dict[str, str] = field(default_factory=dict)
-    """Of the last request, names in lower case."""
+    headers: dict[str, str] = field(default_factory=dict)  # of the last request, names in lower case
     spans: list[SeenSpan] = field(default_factory=list)
 
 

@@ -1,4 +1,4 @@
-"""Both doors of the gateway over a scripted pipeline: what is said in every case that a real one brings about seldom."""
+"""The gateway's APIs over a scripted pipeline, for cases that a real one rarely has."""
 
 import json
 import threading
@@ -39,15 +39,14 @@ Script = Callable[[TokenStream], None]
 
 
 class Pipeline:
-    """Answers each prompt with `text` and an end token, or does what `script` says."""
+    """Answers each prompt with "Hello there" and an end token, or runs `script`."""
 
     def __init__(self) -> None:
         self.prompts: list[Prompt] = []
         self.cancelled = threading.Event()
         self.metrics = GatewayMetrics()
         self.entered = 0
-        self.full: Problem | None = None
-        """What is said to whoever enters."""
+        self.full: Problem | None = None  # raised by `entering`
         self.script: Script = self.say("Hello there")
 
     @contextmanager
@@ -66,7 +65,7 @@ class Pipeline:
         return stream
 
     def value(self, name: str, **labels: str) -> float:
-        """Of a metric of the gateway, without its prefix."""
+        """The value of a metric, whose name is given without `lamina_gateway_`."""
         return self.metrics.registry.get_sample_value(f"lamina_gateway_{name}", labels) or 0.0
 
     def say(self, text: str, end: bool = True, then: Problem | None = None) -> Script:
@@ -103,7 +102,7 @@ def client_of(
 
 
 def ask(client: FlaskClient, data: Any, **headers: str) -> TestResponse:
-    """Another event each time, unless `ce_id` says which."""
+    """Sends an event with a new id, unless `ce_id` is given."""
     return client.post(
         "/",
         json=data,

@@ -1,4 +1,4 @@
-"""Tokenizers as Llama-2 and Mistral have them, with a handful of pieces: a word's space is its piece's first character."""
+"""Small tokenizers of the kind of Llama-2 and Mistral: the space before a word is the first character of its piece."""
 
 from typing import Final
 
@@ -7,12 +7,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 SPECIAL: Final = ("<unk>", "<s>", "</s>")
 BYTES: Final = tuple(f"<0x{byte:02X}>" for byte in range(256))
 PIECES: Final = ("▁", "▁The", "▁capital", "▁of", "▁France", "▁is", "▁Paris", "Par", "is", ".", ",", "a", "b", "é", "▁▁")
-CONTINUED: Final = "The capital of France is"
-"""Whose continuation begins with a word."""
+CONTINUED: Final = "The capital of France is"  # its continuation begins with a word
 
 
 def llama_2() -> Tokenizer:
-    """A text gets a space in front, its spaces become ▁, and decoding takes the first one away again."""
+    """Encoding prepends a space and writes spaces as ▁; decoding removes the first space."""
     tokenizer = _unigram()
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
@@ -22,7 +21,7 @@ def llama_2() -> Tokenizer:
 
 
 def metaspace() -> Tokenizer:
-    """The same by the library's own pre-tokenizer and decoder, which knows no bytes."""
+    """The same by the library's Metaspace pre-tokenizer and decoder."""
     tokenizer = _unigram()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first", split=False)])
@@ -30,7 +29,7 @@ def metaspace() -> Tokenizer:
 
 
 def _unigram() -> Tokenizer:
-    """What no piece covers becomes bytes. Longer pieces win."""
+    """Text without a piece becomes bytes. Longer pieces win."""
     scores = [(token, 0.0) for token in SPECIAL] + [(byte, -20.0) for byte in BYTES]
     scores += [(piece, -10.0 + len(piece)) for piece in PIECES]
     tokenizer = Tokenizer(models.Unigram(scores, unk_id=0, byte_fallback=True))
@@ -39,7 +38,6 @@ def _unigram() -> Tokenizer:
 
 
 def ids_of(tokenizer: Tokenizer, *tokens: str) -> list[int]:
-    """By the tokens' names."""
     ids = [tokenizer.token_to_id(token) for token in tokens]
     assert None not in ids
     return ids

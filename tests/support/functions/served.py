@@ -1,4 +1,4 @@
-"""A pipeline of the tiny model on a local platform, function processes and all, and conversations with it."""
+"""A pipeline of the tiny model on a local platform, with real function processes, and conversations with it."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -34,14 +34,13 @@ from tests.support.storage.tiny_models import greedy
 
 PROMPTS = ("hello", "The capital of France is", "12345", "the the", "x" * 40, "a river", "no", "winter", "?", "north")
 TIMING = PodTiming(drain_quiet_seconds=1.0, restart_backoff_seconds=0.2)
-_BEGUN_AT = 5
-"""Tokens."""
+_BEGUN_AT_TOKENS = 5
 
 
 def tiny_pipeline(
     published: Published, cut: str = "0:2,2:4,4:6", wire_dtype: Literal["int8"] | None = None, **stage: Any
 ) -> ResolvedPipeline:
-    """stage: more of the spec's stage."""
+    """stage: further fields of the spec's stage."""
     scaling = Autoscaling(target=8, window_seconds=6, scale_down_delay_seconds=0, max_scale=3)
     spec = PipelineSpec(
         name="tiny",
@@ -61,14 +60,14 @@ def tiny_pipeline(
 
 
 def keeping(pipeline: ResolvedPipeline, published: Published, kv_cache: str = "16Mi") -> ResolvedPipeline:
-    """The same, and idle conversations go into the store; with a small KV cache, as soon as memory is wanted."""
+    """The same pipeline with a KV store. With a small KV cache, idle conversations go there when memory is needed."""
     stage = msgspec.structs.replace(pipeline.spec.stage, kv_cache=kv_cache)
     spec = msgspec.structs.replace(pipeline.spec, kv_store=KVStoreSpec(secret=f"{pipeline.spec.name}-kv"), stage=stage)
     return ResolvedPipeline(spec, pipeline.cut, published.manifest.digest)
 
 
 def kept_objects(published: Published) -> list[str]:
-    """Keys of what stages keep of conversations."""
+    """Keys of the objects that stages keep of conversations."""
     with PayloadStore(published.store) as store:
         return [found.key for found in store.list(f"{KV_PREFIX}/")]
 
@@ -91,25 +90,24 @@ async def serving(
 
 
 def stage_revisions(platform: Platform, pipeline: ResolvedPipeline) -> list[list[Revision]]:
-    """Per stage, oldest first."""
+    """Revisions of each stage, oldest first."""
     names = [pipeline.stage_name(index) for index in range(len(pipeline.cut))]
     return [platform.services["default", name].revisions for name in names]
 
 
 @dataclass
 class Conversations:
-    """Asks; every answer is held against the whole model's. What is not answered, or answered otherwise, is raised."""
+    """Sends requests and compares every answer with the whole model's. Raises an error for a failed or different answer."""
 
     published: Published
     answered: int = 0
-    begun: int = 0
-    """Answers whose first tokens have come."""
+    begun: int = 0  # answers whose first tokens have come
     replays: int = 0
     over: asyncio.Event = field(default_factory=asyncio.Event)
     _expected: dict[str, list[int]] = field(default_factory=dict)
 
     def prepare(self, tokens: int) -> None:
-        """Computes what is expected, before the platform runs: it would hold up the event loop."""
+        """Computes the expected answers before the platform runs, because that would block the event loop."""
         for prompt in PROMPTS:
             self._expected[prompt] = greedy(self.published.model, self.published.tokenizer.encode(prompt).ids, tokens)
 
@@ -120,7 +118,7 @@ class Conversations:
                 self._check(prompt, tokens, answer)
             else:
                 seen += 1
-                self.begun += seen == _BEGUN_AT
+                self.begun += seen == _BEGUN_AT_TOKENS
 
     def _check(self, prompt: str, tokens: int, answer: GenerateResponse) -> None:
         expected = until_end(self._expected[prompt][:tokens])

@@ -1,4 +1,4 @@
-"""The HTTP server in a process of its own, with an application that can be held, and clients that do as no client should."""
+"""The HTTP server in its own process, with an application that can be held, and misbehaving clients."""
 
 import contextlib
 import json
@@ -60,8 +60,7 @@ print(server.port, server.management_port, flush=True)
 service = Service(application, management, lambda environ: given["body_bytes"], given["threads"], given["request_bytes"])
 sys.exit(server.run(service, lambda: None))
 """
-ENOUGH: Final = 60.0
-"""Seconds; far longer than anything here takes."""
+ENOUGH: Final = 60.0  # seconds; far longer than anything here takes
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def serving(
 
 @contextmanager
 def half_sent(server: Serving, count: int, begun: bytes) -> Iterator[list[socket.socket]]:
-    """So many connections on which a request has begun, and does not go on."""
+    """Connections that have each sent the begin of a request."""
     with ExitStack() as stack:
         opened = [stack.enter_context(server.connect()) for _ in range(count)]
         for sock in opened:
@@ -119,7 +118,7 @@ def half_sent(server: Serving, count: int, begun: bytes) -> Iterator[list[socket
 
 
 def reply(sock: socket.socket) -> bytes:
-    """Everything until the server closes the connection, or resets it because it has not read all."""
+    """Everything until the server closes the connection, or resets it because it left bytes unread."""
     seen = b""
     with contextlib.suppress(ConnectionResetError):
         while piece := sock.recv(2**16):

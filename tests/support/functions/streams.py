@@ -1,4 +1,4 @@
-"""Events that a gateway's process is asked by: answered whole, or by a stream that is caught when it has begun."""
+"""Requests to a gateway process by CloudEvents, answered whole or by a stream."""
 
 import urllib.request
 from collections.abc import Iterator
@@ -22,11 +22,11 @@ class _Last(msgspec.Struct):
 
 
 class BrokenStream(Exception):
-    """It ended before the answer did."""
+    """The stream ended before the answer."""
 
 
 def tokens_of(url: str, prompt: str, max_tokens: int) -> list[int]:
-    """Of the whole answer, greedy."""
+    """Tokens of a greedy answer."""
     with urllib.request.urlopen(_asked(url, GenerateRequest(prompt=prompt, max_tokens=max_tokens)), timeout=120) as reply:
         return list(msgspec.json.decode(reply.read(), type=GenerateResponse).token_ids)
 
@@ -38,7 +38,7 @@ def _asked(url: str, request: GenerateRequest) -> urllib.request.Request:
 
 @contextmanager
 def began(gateway: FunctionProcess, request: GenerateRequest) -> Iterator[HTTPResponse]:
-    """A stream of tokens of which the first has come."""
+    """A stream whose first token has come."""
     asked = _asked(gateway.url, request)
     asked.add_header("accept", "text/event-stream")
     with urllib.request.urlopen(asked, timeout=60) as stream:
@@ -48,7 +48,7 @@ def began(gateway: FunctionProcess, request: GenerateRequest) -> Iterator[HTTPRe
 
 
 def answer_of(stream: HTTPResponse) -> GenerateResponse:
-    """The whole answer, which the stream's last event has. Raises BrokenStream."""
+    """The whole answer, from the stream's last event. Raises BrokenStream."""
     try:
         events = [line.removeprefix(b"data:") for line in stream if line.startswith(b"data:")]
     except (HTTPException, OSError) as error:

@@ -1,4 +1,4 @@
-"""A scheduler over three stages, the middle one with several instances, whose watch is the test."""
+"""A scheduler over three stages, the middle one with several instances. The test plays the watch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from tests.support.functions.stage_server import StageServer, counting_stage, co
 
 
 class Watched:
-    """Three stages; `instances` are those of stage 1. What the watch would say is said by `publish`."""
+    """Three stages; `instances` are those of stage 1. `publish` does what the watch would do."""
 
     def __init__(self, stages: list[StageServer], scheduler: Scheduler, spare: list[StageServer]) -> None:
         self.stages = stages

@@ -107,7 +107,7 @@ def test_log_probabilities_of_an_answer_are_transformers(client: openai.OpenAI, 
 def test_an_echoed_prompt_has_transformers_log_likelihoods(
     client: openai.OpenAI, published: Published, max_tokens: int
 ) -> None:
-    """As lm-eval asks: token ids in, `echo`, the most probable token beside each."""
+    """A request of lm-eval: token ids, `echo`, and one top log-probability per token."""
     texts = ["The capital of France is Paris, as everybody knows.", "日本", "x" * 150]
     prompts = [published.tokenizer.encode(text).ids for text in texts]
     completion = client.completions.create(**asked(prompt=prompts, echo=True, logprobs=1, max_tokens=max_tokens))
