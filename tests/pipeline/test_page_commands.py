@@ -32,6 +32,7 @@ def test_pages_show_how_to_ask() -> None:
     assert len(COMMANDS) >= 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
 def test_the_command_is_answered(gateway: FunctionProcess, page: str, command: str) -> None:
     script = command.replace("http://127.0.0.1:8080/", f"http://127.0.0.1:{gateway.port}/")
