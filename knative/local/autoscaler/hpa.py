@@ -30,7 +30,7 @@ _DEFAULT_DOWN_STABILIZATION_SECONDS: Final = 300.0
 _UP_PERIOD_SECONDS: Final = 15
 _UP_PODS: Final = 4
 _UP_FACTOR: Final = 2
-_CPU_WINDOW_SECONDS: Final = 15.0  # a pod's CPU is averaged over so long, as a metrics server does
+_CPU_WINDOW_SECONDS: Final = 15.0  # window over which a pod's CPU is averaged, as by a metrics server
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,7 @@ class HpaRevisionAutoscaler:
         """Does nothing: this class does not scale by requests."""
 
     def observe(self, now: float, pods: Sequence[tuple[int | None, bool]]) -> None:
-        """pods: (process id, or None if no process runs; ready) of every pod that stays."""
+        """pods: (process id or None, ready) of every pod that is not leaving."""
         self._samples = {pid: self._sampled(now, pid) for pid, _ in pods if pid is not None}
         found = [self._percent(pid) for pid, ready in pods if ready]
         self.cpu_percent = [percent for percent in found if percent is not None]

@@ -86,7 +86,9 @@ class EventingContext:
     spool: Spool
     find_service: Callable[[str, str], str | None]  # (namespace, name) → URL of a Service on this machine
     sinks: Path  # folder for events to Services that are not on this machine
-    counts: defaultdict[str, Counts] = field(default_factory=lambda: defaultdict(Counts))  # by Trigger or step; kept on changes
+    counts: defaultdict[str, Counts] = field(
+        default_factory=lambda: defaultdict(Counts)
+    )  # by Trigger or step; kept when objects change
 
 
 def broker_path(namespace: str, name: str) -> str:
@@ -98,7 +100,7 @@ def sequence_path(namespace: str, name: str, step: int = 0) -> str:
 
 
 class Wiring:
-    """inboxes: by the path of their URL."""
+    """The objects of Eventing, joined. inboxes: path of the URL → inbox."""
 
     def __init__(self, objects: Iterable[EventingObject], context: EventingContext) -> None:
         """Raises UnsupportedManifest if an object names another that is not here."""

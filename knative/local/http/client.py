@@ -31,7 +31,7 @@ class UpstreamPool:
         self._open: set[_Upstream] = set()
 
     async def forward(self, exchange: Exchange) -> None:
-        """Raises UpstreamFailed; `exchange.started` tells whether its answer had begun."""
+        """Raises UpstreamFailed; `exchange.started` tells whether the answer had begun."""
         upstream = self._take() or await self._connect()
         self._open.add(upstream)
         try:
@@ -89,7 +89,7 @@ class _Upstream(asyncio.Protocol):
         self._sent = True  # the request is sent to its end
         self._skip = False  # the parser is in an answer that is not passed on
         self._keep_alive = True
-        self._collected: list[bytes] | None = None  # the request's first bytes, until they are written at once
+        self._collected: list[bytes] | None = None  # the request's first bytes, until they are written together
 
     @property
     def reusable(self) -> bool:

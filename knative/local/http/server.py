@@ -41,7 +41,7 @@ class Exchange:
         self.method = method
         self.target = target
         self.headers = headers
-        self.peers: list[bytes] = []  # addresses that the proxies passed so far saw: the client's, then this machine's
+        self.peers: list[bytes] = []  # the peer's address at each proxy so far: the client's, then this machine's
         self.started = False  # the head of the answer has been sent
         self.ended = False  # the answer is complete
         self.written_at: float | None = None  # when a part of the answer was last sent, by the event loop's clock

@@ -14,10 +14,10 @@ _MEMORY_CHECK_SECONDS: Final = 1.0
 
 
 class ContainerLife:
-    """`run` returns why the process ended. The callbacks come from the event loop meanwhile."""
+    """`run`, called once, returns why the process ended. Until then it calls back from the event loop."""
 
     def __init__(self, container: Container, log: Path, on_port: Callable[[int], None], on_ready: Callable[[bool, str], None]):
-        """on_port: the process runs and will listen there. on_ready: the readiness probe's verdict and its text."""
+        """on_port: gets the port when the process runs. on_ready: gets each verdict of the readiness probe and its text."""
         self.process: Process | None = None
         self.metrics_port: int | None = None
         self._container = container
@@ -60,7 +60,7 @@ class ContainerLife:
             result = await run_probe(current, port)
             passed, failed = (passed + 1, 0) if result.passed else (0, failed + 1)
             if passed == probe.success_threshold and not details:
-                at_metrics_port = await run_probe(probe, metrics_port)  # there a function of Lamina tells its phases as well
+                at_metrics_port = await run_probe(probe, metrics_port)  # Lamina's functions tell more there
                 details = at_metrics_port.text if at_metrics_port.passed else ""
             was_ready = was_ready or passed >= probe.success_threshold
             if result.passed and passed >= probe.success_threshold:

@@ -25,7 +25,7 @@ _BACKOFF_RESET_SECONDS: Final = 600.0  # a container that ran this long starts w
 class PodTiming:
     """Constants of kubelet and queue-proxy."""
 
-    drain_quiet_seconds: float = 30.0  # a leaving pod is told to end when no new request came for so long
+    drain_quiet_seconds: float = 30.0  # time without new requests after which a leaving pod gets SIGTERM
     # Pause before the second restart in a row, doubled each time up to the maximum. The first restart is immediate.
     restart_backoff_seconds: float = 10.0
     restart_backoff_max_seconds: float = 300.0

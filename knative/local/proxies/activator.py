@@ -84,7 +84,7 @@ class Activator:
         self._hand_out()
 
     async def _wait(self) -> _PodTracker:
-        """The pod that `_hand_out` gives to this request, counted in flight there."""
+        """Waits for a pod from `_hand_out`, which counts the request as in flight there."""
         if len(self._waiting) >= self._queue_depth:
             raise HttpError(HTTPStatus.SERVICE_UNAVAILABLE, f"{self._queue_depth} requests wait for a pod already")
         waiter: asyncio.Future[_PodTracker] = asyncio.get_running_loop().create_future()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 _CHUNK_BYTES: Final = 2**16
-_TICK_SECONDS: Final = 0.001  # an event loop wakes up to this much late, which is long on a link of a tenth of it
+_TICK_SECONDS: Final = 0.001  # an event loop may wake this much late, too much for a delay of a tenth of it
 
 
 @dataclass(frozen=True, slots=True)

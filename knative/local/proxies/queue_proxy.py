@@ -24,8 +24,8 @@ _log = logging.getLogger(__name__)
 FULL_DUPLEX_ANNOTATION: Final = "features.knative.dev/http-full-duplex"  # `Enabled` on a template; see `broken_off`
 _PROBE: Final = (b"k-network-probe", b"queue")  # a request with this header asks whether the pod is ready; not counted
 _QUEUE_FACTOR: Final = 10
-_BUFFERED_BYTES: Final = 2048  # Go's server sends nothing of an answer with a Content-Length up to this before its end
-_END_SEEN_SECONDS: Final = 0.002  # after so long ReverseProxy has seen the end of a body that it has passed on
+_BUFFERED_BYTES: Final = 2048  # Go's server sends answers with a Content-Length up to this in one piece
+_END_SEEN_SECONDS: Final = 0.002  # ReverseProxy has seen the end of a body this long after it passed it on
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,10 +67,6 @@ def answering(answer: bytes, seen: list[bytes] | None = None, *, times: int = 1)
     return talk
 
 
-async def read_all(reader: asyncio.StreamReader) -> bytes:
-    return await reader.read()
-
-
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"
 
 
@@ -100,42 +96,37 @@ async def test_hop_by_hop_headers_and_knatives_marks_do_not_pass() -> None:
     assert seen == [b"POST /path?q=1 HTTP/1.1\r\nHost: a\r\nce-id: 7\r\nContent-Length: 4\r\n%b\r\n\r\nbody" % own]
 
 
+GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+LONG = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n"
+
+
 @pytest.mark.parametrize(
-    ("answer", "expected"),
+    ("request_bytes", "answer", "expected"),
     [
         # a body that ends with its connection becomes chunks
+        (GET, b"HTTP/1.0 200 OK\r\n\r\nto the end", CHUNKED + b"a\r\nto the end\r\n0\r\n\r\n"),
+        (GET, b"HTTP/1.1 204 No Content\r\n\r\n", b"HTTP/1.1 204 No Content\r\n\r\n"),
+        (GET, b"HTTP/1.1 304 Not Modified\r\nETag: x\r\n\r\n", b"HTTP/1.1 304 Not Modified\r\nETag: x\r\n\r\n"),
+        (GET, b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + OK, OK),
+        (GET, CHUNKED + b"2\r\nhi\r\n0\r\n\r\n", CHUNKED + b"2\r\nhi\r\n0\r\n\r\n"),
+        (GET, b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"),
+        # the answer to HEAD has a length but no body; an HTTP/1.0 client gets a body that ends with its connection
+        (b"HEAD / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", LONG + b"\r\n", LONG + b"Connection: close\r\n\r\n"),
         (
-            b"HTTP/1.0 200 OK\r\n\r\nto the end",
-            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\na\r\nto the end\r\n0\r\n\r\n",
+            b"GET / HTTP/1.0\r\n\r\n",
+            CHUNKED + b"2\r\nhi\r\n0\r\n\r\n",
+            b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhi",
         ),
-        (b"HTTP/1.1 204 No Content\r\n\r\n", b"HTTP/1.1 204 No Content\r\n\r\n"),
-        (b"HTTP/1.1 304 Not Modified\r\nETag: x\r\n\r\n", b"HTTP/1.1 304 Not Modified\r\nETag: x\r\n\r\n"),
-        (b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + OK, OK),
-        (
-            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n",
-            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n",
-        ),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"),
     ],
 )
-async def test_answers_are_reframed(answer: bytes, expected: bytes) -> None:
+async def test_answers_are_reframed(request_bytes: bytes, answer: bytes, expected: bytes) -> None:
     async with proxy_to(answering(answer)) as (reader, writer):
-        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
-        assert await reader.readexactly(len(expected)) == expected
-
-
-async def test_a_head_request_has_no_body_though_it_has_a_length() -> None:
-    head = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n"
-    async with proxy_to(answering(head)) as (reader, writer):
-        writer.write(b"HEAD / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
-        assert await read_all(reader) == head[:-2] + b"Connection: close\r\n\r\n"
-
-
-async def test_an_http_1_0_client_gets_an_unframed_body() -> None:
-    answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n"
-    async with proxy_to(answering(answer)) as (reader, writer):
-        writer.write(b"GET / HTTP/1.0\r\n\r\n")
-        assert await read_all(reader) == b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhi"
+        writer.write(request_bytes)
+        if b"Connection: close" in expected:
+            assert await reader.read() == expected
+        else:
+            assert await reader.readexactly(len(expected)) == expected
 
 
 async def test_the_proxy_answers_expect_100_continue() -> None:
@@ -173,7 +164,7 @@ async def test_a_server_that_fails(answer: bytes, seen: bytes) -> None:
     async with proxy_to(answering(answer)) as (reader, writer):
         writer.write(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
         try:
-            text = await read_all(reader)
+            text = await reader.read()
         except ConnectionResetError:
             text = seen
         assert text.startswith(seen)
@@ -207,7 +198,7 @@ async def test_a_port_without_a_listener_is_502() -> None:
 async def test_an_unsupported_request_gets_a_status_and_ends_the_connection(request_bytes: bytes, status: bytes) -> None:
     async with proxy_to(answering(OK)) as (reader, writer):
         writer.write(request_bytes)
-        assert (await read_all(reader)).startswith(status)
+        assert (await reader.read()).startswith(status)
 
 
 async def test_a_client_that_goes_away_ends_the_request_at_the_server() -> None:
