@@ -211,6 +211,14 @@ def test_named_settings_exist() -> None:
         assert re.search(rf"^    {name}: ", fields, re.MULTILINE), f"{named}.{name}"
 
 
+@each_page
+def test_named_keys_of_the_environment_exist(page: Path) -> None:
+    """Keys of functions, commands, the Makefile and tests."""
+    readers = [ROOT / "Makefile", *(ROOT / path for path in source_files())]
+    known = {key for path in readers for key in re.findall(r"\bLAMINA_[A-Z_]+\b", path.read_text())}
+    assert set(re.findall(r"\bLAMINA_[A-Z_]+\b", page.read_text())) <= known
+
+
 def test_the_picture_has_a_description_and_dark_colours() -> None:
     picture = ElementTree.parse(DOCS / "request.svg").getroot()
     said = {each.get("id"): (each.text or "").strip() for each in picture if each.tag.endswith(("}title", "}desc"))}
