@@ -7,8 +7,8 @@ import pytest
 
 from knative.cluster.client import Cluster
 from knative.cluster.deployer import Deployer
-from tests.support.knative.deployments import secret
-from tests.support.knative.kubernetes_api import KubernetesApi
+from tests.support.knative.deployments import secret, sink
+from tests.support.knative.kubernetes_api import EVENTING, KubernetesApi
 
 
 @pytest.fixture
@@ -17,6 +17,14 @@ def api() -> Iterator[KubernetesApi]:
     server.put(secret("lamina-store", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"))
     yield server
     server.close()
+
+
+@pytest.fixture
+def eventing(api: KubernetesApi) -> None:
+    """Knative Eventing is installed, and the sinks exist."""
+    api.kinds |= EVENTING
+    for name in ("dead-letters", "answers"):
+        api.put(sink(name))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Another pipeline for a part of the requests; then for all, or for none."""
+"""A canary gets a part of the requests; then all, or none."""
 
 import pytest
 
@@ -9,9 +9,9 @@ from knative.cluster.history import History
 from knative.cluster.objects import traffic_of
 from knative.cluster.status import cluster_status, status_lines, status_rows
 from knative.webhook.check import validate, warnings
-from tests.support.knative.deployments import GATEWAY, objects, other, services, sink, stage_name, traffic
+from tests.support.knative.deployments import GATEWAY, objects, other, services, stage_name, traffic
 from tests.support.knative.knative_controllers import crash_loops
-from tests.support.knative.kubernetes_api import EVENTING, KubernetesApi
+from tests.support.knative.kubernetes_api import KubernetesApi
 
 SPLIT = [{"revisionName": "chat-00001", "percent": 90}, {"latestRevision": True, "percent": 10}]
 ALL = [{"latestRevision": True, "percent": 100}]
@@ -39,14 +39,14 @@ def test_requests_are_split_between_two_gateways_with_stages_of_their_own(
     assert list(warnings(api.objects[GATEWAY] | {"metadata": {"name": "chat"}})) == []
 
 
-def test_another_share_of_the_same_canary(api: KubernetesApi, deployer: Deployer) -> None:
+def test_a_second_canary_deploy_changes_the_share(api: KubernetesApi, deployer: Deployer) -> None:
     deployer.deploy(objects())
     deployer.canary(other(), 10)
     deployer.canary(other(), 50)
     assert routed(api) == {"chat-00001": 50, "chat-00002": 50}
 
 
-def test_side_by_side_in_status(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
+def test_status_shows_both_revisions_of_the_gateway(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
     old, new = objects(), other()
     deployer.deploy(old)
     api.lingering_gateways = 1000
@@ -59,24 +59,28 @@ def test_side_by_side_in_status(api: KubernetesApi, cluster: Cluster, deployer: 
         ("chat-00002", "10 %", fingerprints[1]),
     ]
     assert any(line.endswith("canary, 10 % of the requests") for line in status_lines(status))
-    assert not any("not this deployer's" in line for line in status_lines(status))
+    assert not any("that Lamina did not make" in line for line in status_lines(status))
 
 
-def test_promoted_it_gets_all_and_the_old_one_goes(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
+def test_a_promoted_canary_gets_all_requests_and_the_old_pipeline_is_deleted(
+    api: KubernetesApi, cluster: Cluster, deployer: Deployer
+) -> None:
     new = other()
     deployer.deploy(objects())
     deployer.canary(new, 10)
     deployer.promote("chat")
     assert traffic(api) == ALL
-    assert routed(api) == {"chat-00002": 100}, "no third revision: the canary itself"
+    assert routed(api) == {"chat-00002": 100}, "a third revision was made"
     assert api.named("services") == services(new)
     assert outcomes(cluster) == ["served", "served"]
     deployer.rollback("chat")
     assert api.named("services") == services(objects())
 
 
-def test_aborted_it_gets_none_at_once_and_goes(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
-    """And no request reaches it while the gateway's old template is rolled out again."""
+def test_an_aborted_canary_gets_no_request_at_once_and_is_deleted(
+    api: KubernetesApi, cluster: Cluster, deployer: Deployer
+) -> None:
+    """No request reaches it while the gateway's old template is rolled out again."""
     deployer.deploy(objects())
     deployer.canary(other(), 10)
     seen: list[dict[str, int]] = []
@@ -89,7 +93,7 @@ def test_aborted_it_gets_none_at_once_and_goes(api: KubernetesApi, cluster: Clus
     assert outcomes(cluster) == ["served", "aborted", "served"]
 
 
-def test_a_rollback_is_an_abort(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
+def test_a_rollback_aborts_the_canary(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
     deployer.deploy(objects())
     deployer.canary(other(), 10)
     deployer.rollback("chat")
@@ -111,7 +115,9 @@ def test_a_canary_that_fails_gets_no_request(api: KubernetesApi, cluster: Cluste
     assert traffic(api) == ALL
 
 
-def test_what_a_canary_needs_is_said(api: KubernetesApi, deployer: Deployer) -> None:
+def test_a_canary_needs_a_serving_pipeline_with_other_stages_and_no_second_canary(
+    api: KubernetesApi, deployer: Deployer
+) -> None:
     with pytest.raises(NothingServes, match="deploy it without --canary"):
         deployer.canary(objects(), 10)
     deployer.deploy(objects())
@@ -126,9 +132,8 @@ def test_what_a_canary_needs_is_said(api: KubernetesApi, deployer: Deployer) -> 
         deployer.deploy(objects(digest="f" * 64))
 
 
-def test_eventing_and_network_stay_with_what_serves(api: KubernetesApi, deployer: Deployer) -> None:
-    api.kinds |= EVENTING
-    api.put(sink("dead-letters"))
+@pytest.mark.usefixtures("eventing")
+def test_eventing_and_network_stay_with_the_serving_pipeline(api: KubernetesApi, deployer: Deployer) -> None:
     section = {"eventing": {"dead_letter_sink": "dead-letters"}}
     old = objects(spec=section)
     deployer.deploy(old)
@@ -140,7 +145,7 @@ def test_eventing_and_network_stay_with_what_serves(api: KubernetesApi, deployer
     assert api.named("sequences") == [each["metadata"]["name"] for each in other(**section) if each["kind"] == "Sequence"]
 
 
-def test_somebody_elses_fields_are_a_conflict_here_too(api: KubernetesApi, deployer: Deployer) -> None:
+def test_fields_of_another_manager_are_a_conflict(api: KubernetesApi, deployer: Deployer) -> None:
     deployer.deploy(objects())
     path = ("spec", "template", "metadata", "annotations", "autoscaling.knative.dev/max-scale")
     api.edit(GATEWAY, "kubectl-edit", path, "99")

@@ -1,4 +1,4 @@
-"""What a pipeline used, from a Prometheus that counted or from what runs."""
+"""Resources that a pipeline used, from a Prometheus or from running pods."""
 
 import json
 from collections.abc import Iterator
@@ -17,12 +17,11 @@ from tests.support.knative.deployments import objects, stage_name
 from tests.support.knative.kubernetes_api import KubernetesApi
 from tests.support.knative.promql import asked
 
-NOON = datetime(2026, 1, 1, 0, 10, tzinfo=UTC)
-"""Ten minutes after the stand-in's pods began."""
+NOW = datetime(2026, 1, 1, 0, 10, tzinfo=UTC)  # ten minutes after the start of the stand-in's pods
 
 
 class Prometheus:
-    """Answers query_range with the same series whatever is asked, and remembers the question."""
+    """Answers every query_range with the same series, and records the query."""
 
     def __init__(self) -> None:
         self.series: list[dict[str, Any]] = []
@@ -56,13 +55,13 @@ def prometheus() -> Iterator[Prometheus]:
     thread.join()
 
 
-def test_pods_that_run_count_since_their_start(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
+def test_running_pods_count_since_their_start(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
     rendered = objects()
     deployer.deploy(rendered)
     key = ("v1", "pods", "default", "chat-00001-pod")
     evicted = {**api.objects[key], "metadata": {**api.objects[key]["metadata"], "name": "evicted"}}
     api.put({**evicted, "status": {**evicted["status"], "phase": "Failed"}})
-    usage = {each.revision: each for each in usage_since_start(cluster, "default", "chat", NOON)}
+    usage = {each.revision: each for each in usage_since_start(cluster, "default", "chat", NOW)}
     assert {each.replica_seconds for each in usage.values()} == {600.0}
     assert usage["chat-00001"].seconds_of("memory") == 600 * 512 * 2**20
     assert usage["chat-00001"].seconds_of("cpu") == 300
@@ -70,7 +69,9 @@ def test_pods_that_run_count_since_their_start(api: KubernetesApi, cluster: Clus
     assert usage["chat-00001"].seconds_of("nvidia.com/gpu") == 0
 
 
-def test_what_was_counted_is_added_up(api: KubernetesApi, cluster: Cluster, deployer: Deployer, prometheus: Prometheus) -> None:
+def test_counts_of_a_prometheus_are_added_up(
+    api: KubernetesApi, cluster: Cluster, deployer: Deployer, prometheus: Prometheus
+) -> None:
     deployer.deploy(objects())
     labels = {"kn_service_name": "chat", "k8s_namespace_name": "default"}
     prometheus.series = [
@@ -79,14 +80,14 @@ def test_what_was_counted_is_added_up(api: KubernetesApi, cluster: Cluster, depl
     ]
     usage = usage_from_prometheus(cluster, "default", "chat", prometheus.url, 3600, 7200.0)
     assert [(each.revision, each.replica_seconds) for each in usage] == [("chat-00000", 30.0), ("chat-00001", 60.0)]
-    assert usage[0].seconds_of("memory") is None, "that revision is gone: nobody knows what it requested"
+    assert usage[0].seconds_of("memory") is None, "the revision is gone, so its requests are unknown"
     assert usage[1].seconds_of("memory") == 60 * 512 * 2**20
     assert (prometheus.seen["start"], prometheus.seen["end"], prometheus.seen["step"]) == (["3615.0"], ["7200.0"], ["15"])
     (metric,) = asked(prometheus.seen["query"][0])
     assert (metric.metric, metric.labels) == ("kn_revision_pods_count", {"k8s_namespace_name", "kn_service_name"})
 
 
-def test_a_long_time_is_counted_in_longer_steps(
+def test_a_long_window_has_longer_steps(
     api: KubernetesApi, cluster: Cluster, deployer: Deployer, prometheus: Prometheus
 ) -> None:
     deployer.deploy(objects())
@@ -95,12 +96,12 @@ def test_a_long_time_is_counted_in_longer_steps(
     assert usage.replica_seconds == pytest.approx(259.2)
 
 
-def test_what_is_needed_is_said(cluster: Cluster, prometheus: Prometheus) -> None:
+def test_a_prometheus_without_the_gauge_or_without_a_reply_is_an_error(cluster: Cluster, prometheus: Prometheus) -> None:
     with pytest.raises(NotCounted, match=r"has no kn_revision_pods_count of chat.*metrics-protocol: prometheus"):
         usage_from_prometheus(cluster, "default", "chat", prometheus.url, 3600, 7200.0)
     with pytest.raises(NotCounted, match="does not answer as a Prometheus does"):
         usage_from_prometheus(cluster, "default", "chat", "http://127.0.0.1:1", 3600, 7200.0)
 
 
-def test_a_step_counts_what_it_saw() -> None:
+def test_each_sample_counts_for_one_step() -> None:
     assert replica_seconds([(0, "2"), (15, "2"), (30, "0"), (45, "1")], 15) == 75

@@ -1,4 +1,4 @@
-"""The Role that is rendered for deployers: what the commands ask of an API, and no more."""
+"""The rendered Role of a deployer has the rights that the commands use, and no others."""
 
 import contextlib
 
@@ -18,8 +18,7 @@ from tests.support.knative.kubernetes_api import EVENTING, KubernetesApi
 from tests.support.knative.pipelines import resolved_pipeline
 
 SECTIONS = {"eventing": {"dead_letter_sink": "dead-letters"}, "monitoring": {"labels": {}}}
-ELSEWHERE = ("get", "apps", "deployments")
-"""Knative's version, in its own namespace; without the right it is not checked, and that is said."""
+OTHER_NAMESPACE = ("get", "apps", "deployments")  # Knative's version; without the right it is reported as not checked
 NEVER_APPLIED_HERE = ("policy", "poddisruptionbudgets")
 
 
@@ -32,7 +31,7 @@ def granted() -> set[tuple[str, str, str]]:
     }
 
 
-def live_a_whole_life(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
+def run_every_command(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
     everything = {**SECTIONS, "gateway": {}}
     deployer.deploy(objects(spec=everything))
     list(deployer.diff(objects(spec=everything)))
@@ -59,26 +58,26 @@ def live_a_whole_life(api: KubernetesApi, cluster: Cluster, deployer: Deployer) 
 
 
 @pytest.mark.timeout(120)
-def test_it_is_what_a_pipelines_whole_life_asks_for(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
+def test_the_role_has_the_rights_that_all_commands_use(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
     api.kinds |= EVENTING | {"monitoring.coreos.com/v1": {"PodMonitor": "podmonitors", "PrometheusRule": "prometheusrules"}}
     api.put(sink("dead-letters"))
-    live_a_whole_life(api, cluster, deployer)
-    asked = {(verb, group, resource) for verb, group, resource, _ in api.calls} - {ELSEWHERE}
+    run_every_command(api, cluster, deployer)
+    asked = {(verb, group, resource) for verb, group, resource, _ in api.calls} - {OTHER_NAMESPACE}
     allowed = granted()
-    assert sorted(asked - allowed) == [], "asked for and not granted"
+    assert sorted(asked - allowed) == [], "used and not granted"
     unused = {each for each in allowed - asked if each[1:] != NEVER_APPLIED_HERE and each[2] != "endpointslices"}
-    assert sorted(unused) == [], "granted and never asked for"
+    assert sorted(unused) == [], "granted and never used"
 
 
-def test_it_may_grant_what_the_gateway_gets() -> None:
-    """Kubernetes refuses a Role with rights that its maker has not."""
+def test_a_deployer_may_grant_the_gateways_rights() -> None:
+    """Kubernetes rejects a Role with rights that its creator lacks."""
     role = next(each for each in gateway_access(resolved_pipeline()) if each["kind"] == "Role")
     for rule in role["rules"]:
         for verb in rule["verbs"]:
             assert (verb, rule["apiGroups"][0], rule["resources"][0]) in granted()
 
 
-def test_it_may_take_away_all_that_a_pipeline_consists_of() -> None:
+def test_a_deployer_may_delete_every_kind_of_a_pipeline() -> None:
     deleted = {(group, resource) for verb, group, resource in granted() if verb == "delete"}
     for api_version, kind in OWN_KINDS:
         group = api_version.split("/")[0] if "/" in api_version else ""
@@ -86,9 +85,7 @@ def test_it_may_take_away_all_that_a_pipeline_consists_of() -> None:
         assert (group, plural) in deleted
 
 
-def test_nothing_outside_its_namespace_is_needed(
-    api: KubernetesApi, cluster: Cluster, deployer: Deployer, said: list[str]
-) -> None:
+def test_no_right_outside_the_namespace_is_needed(api: KubernetesApi, deployer: Deployer) -> None:
     api.forbidden.add(("get", "deployments"))
     deployer.deploy(objects())
     namespaces = {namespace for *_, resource, namespace in api.calls if resource != "deployments"}

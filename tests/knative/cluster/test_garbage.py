@@ -1,14 +1,13 @@
-"""What is taken away, what stays because somebody needs it, and what is waited for."""
+"""Objects that a deployment or `delete` removes, keeps because they are in use, or waits for."""
 
 import time
 
 import pytest
 
-from knative.cluster.client import Cluster
 from knative.cluster.deployer import Deployer
-from tests.support.knative.deployments import GATEWAY, account, objects, other, secret, services, sink, stage_name
+from tests.support.knative.deployments import GATEWAY, account, objects, other, secret, services, stage_name
 from tests.support.knative.knative_controllers import add_pod
-from tests.support.knative.kubernetes_api import EVENTING, KubernetesApi
+from tests.support.knative.kubernetes_api import KubernetesApi
 from tests.support.knative.pipelines import rendered_pipeline
 
 MONITORING = {"PodMonitor": "podmonitors", "PrometheusRule": "prometheusrules"}
@@ -17,28 +16,35 @@ PLURALS = ("brokers", "triggers", "sequences", "podmonitors", "prometheusrules",
 
 
 @pytest.fixture
-def everything(api: KubernetesApi) -> None:
-    api.kinds |= EVENTING | {"monitoring.coreos.com/v1": dict(MONITORING)}
-    api.put(sink("dead-letters"))
+def everything(api: KubernetesApi, eventing: None) -> None:
+    api.kinds |= {"monitoring.coreos.com/v1": dict(MONITORING)}
 
 
 def counts(api: KubernetesApi) -> dict[str, int]:
     return {plural: len(api.named(plural)) for plural in PLURALS if api.named(plural)}
 
 
+def test_delete_removes_everything_it_made_and_nothing_else(api: KubernetesApi, deployer: Deployer) -> None:
+    deployer.deploy(objects())
+    api.put(secret("of-another-owner", "token"))
+    assert deployer.delete("chat") > 0
+    assert {key[3] for key in api.objects} == {"default", "lamina-store", "of-another-owner"}
+    assert deployer.delete("chat") == 0
+
+
 @pytest.mark.usefixtures("everything")
 @pytest.mark.parametrize("digest", ["d" * 64, "e" * 64], ids=["the same pipeline", "another model"])
-def test_sections_that_are_taken_out_go(api: KubernetesApi, deployer: Deployer, digest: str) -> None:
+def test_objects_of_removed_sections_are_deleted(api: KubernetesApi, deployer: Deployer, digest: str) -> None:
     deployer.deploy(objects(spec=SECTIONS))
     assert counts(api) == dict.fromkeys(PLURALS, 1) | {"triggers": 2, "networkpolicies": 2}
     bare = objects(digest=digest, spec={"network": {"policies": False}})
     deployer.deploy(bare)
     assert counts(api) == {}
-    assert [name for name in api.named("services") if name != "dead-letters"] == services(bare)
+    assert [name for name in api.named("services") if name not in ("answers", "dead-letters")] == services(bare)
 
 
 @pytest.mark.usefixtures("everything")
-def test_a_rollback_takes_sections_away_and_brings_them_back(api: KubernetesApi, deployer: Deployer) -> None:
+def test_a_rollback_removes_sections_and_restores_them(api: KubernetesApi, deployer: Deployer) -> None:
     deployer.deploy(objects(spec=SECTIONS))
     deployer.deploy(other(network={"policies": False}))
     deployer.rollback("chat")
@@ -48,7 +54,7 @@ def test_a_rollback_takes_sections_away_and_brings_them_back(api: KubernetesApi,
 
 
 def test_stages_that_a_pinned_gateway_drives_stay(api: KubernetesApi, deployer: Deployer, said: list[str]) -> None:
-    """Also at zero, where no pod shows it."""
+    """Even if the gateway is scaled to zero."""
     old, new = objects(), other()
     deployer.deploy(old)
     api.edit(GATEWAY, "kn", ("spec", "traffic"), [{"revisionName": "chat-00001", "percent": 100}])
@@ -63,8 +69,8 @@ def test_stages_that_a_pinned_gateway_drives_stay(api: KubernetesApi, deployer: 
 
 
 @pytest.mark.parametrize("phase", ["Failed", "Succeeded"])
-def test_pods_that_run_no_more_hold_up_nobody(api: KubernetesApi, deployer: Deployer, phase: str) -> None:
-    """Evicted ones stay for hours."""
+def test_ended_pods_delay_no_deployment(api: KubernetesApi, deployer: Deployer, phase: str) -> None:
+    """Kubernetes keeps evicted pods for hours."""
     old, new = objects(), other()
     deployer.deploy(old)
     add_pod(api, {**api.objects[GATEWAY], "metadata": {**api.objects[GATEWAY]["metadata"]}}, "chat-00000", {}, phase)
@@ -88,7 +94,7 @@ def test_the_gateways_account_stays_while_a_pod_runs_as_it(api: KubernetesApi, d
     assert (api.named("serviceaccounts"), api.named("roles"), api.named("rolebindings")) == (["ours"], [], [])
 
 
-def test_each_pipeline_has_its_own_token_which_is_made_once(api: KubernetesApi, deployer: Deployer) -> None:
+def test_each_pipeline_has_its_own_token_which_is_created_once(api: KubernetesApi, deployer: Deployer) -> None:
     deployer.deploy(objects())
     token = dict(api.objects["v1", "secrets", "default", "chat-pipeline"]["data"])
     deployer.deploy(rendered_pipeline(name="draft"))
@@ -100,7 +106,9 @@ def test_each_pipeline_has_its_own_token_which_is_made_once(api: KubernetesApi, 
     assert api.named("services") == services(rendered_pipeline(name="draft"))
 
 
-def test_a_token_that_two_pipelines_share_goes_with_the_second(api: KubernetesApi, deployer: Deployer, said: list[str]) -> None:
+def test_a_token_that_two_pipelines_share_stays_with_the_second(
+    api: KubernetesApi, deployer: Deployer, said: list[str]
+) -> None:
     deployer.deploy(objects(spec={"pipeline_token_secret": "shared"}))
     deployer.deploy(rendered_pipeline(name="draft", pipeline_token_secret="shared"))
     deployer.delete("chat")
@@ -108,15 +116,15 @@ def test_a_token_that_two_pipelines_share_goes_with_the_second(api: KubernetesAp
     assert "kept Secret default/shared: pipeline draft uses it, too" in said
 
 
-def test_a_token_that_is_there_already_stays_as_it_is(api: KubernetesApi, deployer: Deployer) -> None:
+def test_an_existing_token_stays_as_it_is(api: KubernetesApi, deployer: Deployer) -> None:
     api.put(secret("chat-pipeline", "token"))
     deployer.deploy(objects())
     assert api.objects["v1", "secrets", "default", "chat-pipeline"]["data"] == {"token": "eA=="}
     deployer.delete("chat")
-    assert "chat-pipeline" in api.named("secrets"), "it was not made here"
+    assert "chat-pipeline" in api.named("secrets"), "Lamina did not create it"
 
 
-def test_the_job_that_prunes_for_gitops_goes_with_its_pipeline(api: KubernetesApi, deployer: Deployer) -> None:
+def test_the_pruning_job_of_gitops_is_deleted_with_its_pipeline(api: KubernetesApi, deployer: Deployer) -> None:
     deployer.deploy(objects())
     labels = {"app.kubernetes.io/instance": "chat", "app.kubernetes.io/managed-by": "lamina"}
     metadata = {"name": "chat-prune", "namespace": "default", "labels": labels}
@@ -125,8 +133,8 @@ def test_the_job_that_prunes_for_gitops_goes_with_its_pipeline(api: KubernetesAp
     assert api.named("jobs") == []
 
 
-def test_what_may_not_be_listed_is_left_and_the_deploy_stands(
-    api: KubernetesApi, cluster: Cluster, deployer: Deployer, said: list[str]
+def test_objects_that_may_not_be_listed_stay_and_the_deploy_succeeds(
+    api: KubernetesApi, deployer: Deployer, said: list[str]
 ) -> None:
     deployer.deploy(objects())
     api.forbidden.add(("list", "networkpolicies"))

@@ -1,4 +1,4 @@
-"""Versions keep what became of them, and `rollback` goes to what last served."""
+"""The history records the outcome of every version, and `rollback` deploys the last that served."""
 
 import pytest
 import yaml
@@ -23,7 +23,17 @@ def fail(api: KubernetesApi, deployer: Deployer, rendered: list[KubernetesObject
         deployer.deploy(rendered)
 
 
-def test_a_rollback_after_a_failure_goes_to_what_serves_and_takes_the_rest_away(
+def test_a_rollback_deploys_the_previous_version_again(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
+    deployer.deploy(objects())
+    deployer.deploy(other())
+    deployer.rollback("chat")
+    assert api.named("services") == services(objects())
+    assert outcomes(cluster) == [(1, "served"), (2, "served"), (3, "served")]
+    deployer.rollback("chat")
+    assert api.named("services") == services(other())
+
+
+def test_a_rollback_after_a_failure_keeps_the_serving_version_and_deletes_the_rest(
     api: KubernetesApi, cluster: Cluster, deployer: Deployer
 ) -> None:
     first, second = objects(), other()
@@ -38,8 +48,8 @@ def test_a_rollback_after_a_failure_goes_to_what_serves_and_takes_the_rest_away(
     assert api.named("services") == services(first)
 
 
-def test_a_rollback_of_a_failed_change_of_settings(api: KubernetesApi, deployer: Deployer) -> None:
-    """The same Services: what Knative still serves is what was before."""
+def test_a_rollback_restores_the_settings_before_a_failed_change(api: KubernetesApi, deployer: Deployer) -> None:
+    """The Services are the same; Knative still serves their previous revisions."""
     first = objects()
     deployer.deploy(first)
     fail(api, deployer, objects(kv_cache="1Gi"))
@@ -51,14 +61,14 @@ def test_a_rollback_of_a_failed_change_of_settings(api: KubernetesApi, deployer:
     assert stage["status"]["latestReadyRevisionName"] == f"{stage_name(first, 1)}-00003"
 
 
-def test_where_nothing_served_a_rollback_says_so(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
+def test_a_rollback_fails_if_no_version_has_served(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
     fail(api, deployer, objects())
     assert outcomes(cluster) == [(1, "failed")]
-    with pytest.raises(NothingServes, match=r"known are 1 \(failed\); `delete`"):
+    with pytest.raises(NothingServes, match=r"known are 1 \(failed\); `delete` removes"):
         deployer.rollback("chat")
 
 
-def test_many_failures_in_a_row_leave_what_served(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
+def test_many_failures_in_a_row_keep_the_version_that_served(cluster: Cluster, deployer: Deployer) -> None:
     served = objects()
     deployer.deploy(served)
     history = History(cluster, "default", "chat")
@@ -69,14 +79,16 @@ def test_many_failures_in_a_row_leave_what_served(api: KubernetesApi, cluster: C
     assert history.to_go_back_to(None).number == 1
 
 
-def test_what_a_failure_said_is_kept(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
+def test_the_first_line_of_a_failure_is_recorded(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
     fail(api, deployer, objects())
     newest = History(cluster, "default", "chat").versions()[-1]
     assert "CrashLoopBackOff" in newest.reason
     assert "\n" not in newest.reason
 
 
-def test_the_same_again_after_a_failure_is_the_same_version(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
+def test_the_same_objects_after_a_failure_are_the_same_version(
+    api: KubernetesApi, cluster: Cluster, deployer: Deployer
+) -> None:
     rendered = objects()
     fail(api, deployer, rendered)
     api.behaviours.clear()
@@ -84,17 +96,17 @@ def test_the_same_again_after_a_failure_is_the_same_version(api: KubernetesApi, 
     assert outcomes(cluster) == [(1, "served")]
 
 
-def test_an_interrupted_deploy_is_not_taken_for_one_that_served(
-    api: KubernetesApi, cluster: Cluster, deployer: Deployer
-) -> None:
+def test_an_interrupted_deploy_does_not_count_as_served(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
     deployer.deploy(objects())
-    History(cluster, "default", "chat").begin(other())  # and then Ctrl-C, or the laptop was shut
+    History(cluster, "default", "chat").begin(other())  # and then Ctrl-C
     assert outcomes(cluster)[-1] == (2, "started")
     deployer.rollback("chat")
     assert api.named("services") == services(objects())
 
 
-def test_versions_from_before_there_were_outcomes_have_served(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
+def test_versions_of_older_releases_without_an_outcome_have_served(
+    api: KubernetesApi, cluster: Cluster, deployer: Deployer
+) -> None:
     deployer.deploy(objects())
     key = ("v1", "configmaps", "default", "chat-v1")
     del api.objects[key]["metadata"]["annotations"]["lamina.dev/outcome"]
@@ -102,7 +114,11 @@ def test_versions_from_before_there_were_outcomes_have_served(api: KubernetesApi
     assert list(yaml.safe_load_all(api.objects[key]["data"]["manifests.yaml"])) == objects()
 
 
-def test_rollback_to_a_number_says_which_are_known(deployer: Deployer) -> None:
+def test_a_rollback_without_a_target_names_the_known_versions(deployer: Deployer) -> None:
+    with pytest.raises(ClusterError, match="deploy it first"):
+        deployer.rollback("chat")
     deployer.deploy(objects())
+    with pytest.raises(ClusterError, match="nothing to go back to"):
+        deployer.rollback("chat")
     with pytest.raises(ClusterError, match=r"version 7 is not known; known are 1 \(served\)"):
         deployer.rollback("chat", 7)

@@ -1,4 +1,4 @@
-"""Two deployments of one pipeline do not cross."""
+"""Two deployments of one pipeline never run at the same time."""
 
 import contextlib
 import threading
@@ -35,7 +35,7 @@ def lost(lease: DeployLease) -> bool:
     return False
 
 
-def test_the_second_deploy_is_told_who_is_at_work_and_since_when(api: KubernetesApi, deployer: Deployer) -> None:
+def test_a_second_deploy_is_told_who_holds_the_lease_and_since_when(api: KubernetesApi, deployer: Deployer) -> None:
     api.put(held("somebody@their-machine/7", 5))
     on_chat = [partial(act, "chat") for act in (deployer.rollback, deployer.promote, deployer.abort, deployer.rotate_token)]
     for act in (partial(deployer.deploy, objects()), partial(deployer.delete, "chat"), *on_chat):
@@ -44,7 +44,7 @@ def test_the_second_deploy_is_told_who_is_at_work_and_since_when(api: Kubernetes
     assert api.applied == []
 
 
-def test_while_one_deploys_the_other_waits_outside(api: KubernetesApi, cluster: Cluster, said: list[str]) -> None:
+def test_a_deployment_locks_out_others_of_the_same_pipeline(api: KubernetesApi, cluster: Cluster, said: list[str]) -> None:
     rendered = objects()
     api.behaviours[stage_name(rendered, 0)] = never_ready
     first = Deployer(cluster, "default", said.append, timeout_seconds=3)
@@ -64,30 +64,30 @@ def test_while_one_deploys_the_other_waits_outside(api: KubernetesApi, cluster: 
     assert KEY not in api.objects, "released, also after a failure"
 
 
-def test_one_that_was_not_renewed_is_taken_over(api: KubernetesApi, deployer: Deployer, said: list[str]) -> None:
+def test_a_lease_that_was_not_renewed_is_taken_over(api: KubernetesApi, deployer: Deployer, said: list[str]) -> None:
     api.put(held("somebody@a-laptop-that-was-shut/7", 61))
     deployer.deploy(objects())
     assert any(line.startswith("took over Lease default/chat-deploy, which somebody@a-laptop-that-was-shut/7") for line in said)
     assert KEY not in api.objects
 
 
-def test_it_is_renewed_while_work_goes_on(api: KubernetesApi, cluster: Cluster, said: list[str]) -> None:
+def test_the_lease_is_renewed_during_the_deployment(api: KubernetesApi, cluster: Cluster, said: list[str]) -> None:
     with deploy_lease(cluster, "default", "chat", said.append, duration_seconds=1) as lease:
         first = api.objects[KEY]["spec"]["renewTime"]
         until(lambda: api.objects[KEY]["spec"]["renewTime"] > first)
         lease.check()
 
 
-def test_who_lost_it_stops(api: KubernetesApi, cluster: Cluster, said: list[str]) -> None:
+def test_a_deployment_that_lost_its_lease_stops(api: KubernetesApi, cluster: Cluster, said: list[str]) -> None:
     with deploy_lease(cluster, "default", "chat", said.append, duration_seconds=0.4) as lease:
         api.put(held("the-next@one/8", 0))
         until(lambda: lost(lease))
         with pytest.raises(DeployInProgress, match="taken over by the-next@one/8"):
             lease.check()
-    assert api.objects[KEY]["spec"]["holderIdentity"] == "the-next@one/8", "and leaves it to its holder"
+    assert api.objects[KEY]["spec"]["holderIdentity"] == "the-next@one/8", "the lease is left to its holder"
 
 
-def test_where_leases_may_not_be_made_it_is_said(api: KubernetesApi, deployer: Deployer, said: list[str]) -> None:
+def test_missing_rights_on_leases_are_reported(api: KubernetesApi, deployer: Deployer, said: list[str]) -> None:
     api.forbidden.add(("create", "leases"))
     deployer.deploy(objects())
     assert any(line.startswith("other deployments are not locked out") for line in said)

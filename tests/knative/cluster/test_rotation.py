@@ -1,4 +1,4 @@
-"""Another token, without an answer lost: at no time does a gateway send what a stage does not take."""
+"""Rotation of the token: at no time does a gateway send a token that a stage does not accept."""
 
 import base64
 from typing import Any
@@ -21,7 +21,7 @@ def tokens(api: KubernetesApi) -> dict[str, str]:
 
 
 class Readers:
-    """What each pod has read of the Secret when it started."""
+    """The tokens that each pod read from the Secret when it started."""
 
     def __init__(self, api: KubernetesApi) -> None:
         self._api = api
@@ -47,7 +47,7 @@ class Readers:
         return self.read.get(gateway["metadata"]["uid"], {"token": "?"})["token"]
 
 
-def test_at_no_time_is_a_gateway_refused(api: KubernetesApi, deployer: Deployer, said: list[str]) -> None:
+def test_no_stage_ever_refuses_a_gateway(api: KubernetesApi, deployer: Deployer, said: list[str]) -> None:
     readers = Readers(api)
     deployer.deploy(objects())
     old = tokens(api)["token"]
@@ -66,10 +66,10 @@ def test_every_state_makes_new_pods_and_no_new_version(api: KubernetesApi, clust
     assert api.objects[GATEWAY]["status"]["latestReadyRevisionName"] == "chat-00004"
     assert len(History(cluster, "default", "chat").versions()) == 1
     deployer.deploy(objects())
-    assert api.objects[GATEWAY]["status"]["latestReadyRevisionName"] == "chat-00004", "and the same again changes nothing"
+    assert api.objects[GATEWAY]["status"]["latestReadyRevisionName"] == "chat-00004", "another deploy changed something"
 
 
-def test_interrupted_it_goes_on_where_it_was(api: KubernetesApi, deployer: Deployer) -> None:
+def test_an_interrupted_rotation_resumes(api: KubernetesApi, deployer: Deployer) -> None:
     readers = Readers(api)
     deployer.deploy(objects())
     stage = stage_name(objects(), 1)
@@ -85,7 +85,7 @@ def test_interrupted_it_goes_on_where_it_was(api: KubernetesApi, deployer: Deplo
     assert readers.refused == []
 
 
-def test_old_gateways_end_before_their_token_does(api: KubernetesApi, cluster: Cluster, said: list[str]) -> None:
+def test_a_rotation_waits_for_old_gateways(api: KubernetesApi, cluster: Cluster, said: list[str]) -> None:
     impatient = Deployer(cluster, "default", said.append, timeout_seconds=2)
     impatient.deploy(objects())
     api.lingering_gateways = 10_000
@@ -94,6 +94,6 @@ def test_old_gateways_end_before_their_token_does(api: KubernetesApi, cluster: C
     assert sorted(tokens(api)) == ["second", "token"]
 
 
-def test_without_a_pipeline_there_is_nothing_to_rotate(deployer: Deployer) -> None:
+def test_a_rotation_needs_a_serving_pipeline(deployer: Deployer) -> None:
     with pytest.raises(NothingServes, match="deploy it first"):
         deployer.rotate_token("chat")

@@ -1,4 +1,4 @@
-"""What `status` says of a pipeline on a cluster."""
+"""`status` of a pipeline on a cluster."""
 
 import json
 
@@ -29,7 +29,7 @@ def fail(api: KubernetesApi, deployer: Deployer) -> str:
     raise AssertionError("it worked")
 
 
-def test_pods_are_counted_by_what_they_do(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
+def test_pods_are_counted_by_phase(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
     deployer.deploy(objects())
     pod = api.objects["v1", "pods", "default", "chat-00001-pod"]
     for name, change, status in (
@@ -44,7 +44,9 @@ def test_pods_are_counted_by_what_they_do(api: KubernetesApi, cluster: Cluster, 
     assert gateway["url"] == "http://chat.default.example"
 
 
-def test_a_failure_is_shown_with_its_reason_and_what_serves(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
+def test_a_failure_is_shown_with_its_reason_and_the_serving_version(
+    api: KubernetesApi, cluster: Cluster, deployer: Deployer
+) -> None:
     deployer.deploy(objects())
     broken = fail(api, deployer)
     said = lines(cluster)
@@ -63,16 +65,14 @@ def test_a_pipeline_at_zero_is_ready_and_has_no_pods(api: KubernetesApi, cluster
     assert {(row["ready"], row["pods"], row["traffic"]) for row in rows(cluster)} == {("yes", "0", "100 %")}
 
 
-def test_what_may_not_be_looked_at_takes_only_its_own_part_away(
-    api: KubernetesApi, cluster: Cluster, deployer: Deployer
-) -> None:
+def test_a_missing_right_removes_only_its_own_part(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
     deployer.deploy(objects())
     api.forbidden |= {("list", "podautoscalers"), ("list", "configmaps")}
     assert [row["desired"] for row in rows(cluster)] == ["-"] * 4
     assert any(line.startswith("versions not looked at") for line in lines(cluster))
 
 
-def test_addresses_that_no_gateway_follows_are_named(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
+def test_pods_outside_the_gateways_network_are_named(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
     rendered = objects(spec={"gateway": {"pod_network": "10.0.0.0/8"}})
     deployer.deploy(rendered)
     key = ("v1", "pods", "default", f"{stage_name(rendered, 0)}-00001-pod")
@@ -82,7 +82,7 @@ def test_addresses_that_no_gateway_follows_are_named(api: KubernetesApi, cluster
     )
 
 
-def test_all_of_it_is_a_document(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
+def test_the_status_is_a_json_document(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
     deployer.deploy(objects())
     deployer.deploy(other())
     document = json.loads(json.dumps(cluster_status(cluster, "default", "chat")))

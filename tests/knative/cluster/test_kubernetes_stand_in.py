@@ -1,4 +1,4 @@
-"""The stand-in for the Kubernetes API, held to what a real one was seen to do."""
+"""The stand-in for the Kubernetes API behaves as a real one was seen to behave."""
 
 import json
 import urllib.error
@@ -15,23 +15,23 @@ from tests.support.knative.kubernetes_api import KubernetesApi
 from tests.support.paths import DATA
 
 CASES = json.loads((DATA / "webhook-cases.json").read_text())
-BEYOND = {
-    "2 containers, no port",  # what is missing was refused: there is no field to go by
-    "requests > limits",  # two fields of which each is fine
+NOT_JUDGED_BY_FIELD = {
+    "2 containers, no port",  # a missing field was refused
+    "requests > limits",  # two fields that are valid one by one
     "volume not mounted",  # likewise
 }
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["case"] for case in CASES])
-def test_recorded_verdicts_are_its_own(case: dict[str, Any]) -> None:
+def test_it_gives_the_recorded_verdicts(case: dict[str, Any]) -> None:
     said = refusal(case["manifest"], set())
     if case["accepted"]:
         assert (said, unknown_fields(case["manifest"], set())) == (None, [])
-    elif case["case"] not in BEYOND:
+    elif case["case"] not in NOT_JUDGED_BY_FIELD:
         assert said is not None or unknown_fields(case["manifest"], set())
 
 
-def test_a_field_of_which_nothing_is_known_is_no_verdict(api: KubernetesApi, cluster: Cluster) -> None:
+def test_a_field_without_a_recorded_verdict_is_an_error(api: KubernetesApi, cluster: Cluster) -> None:
     rendered = objects()[-1]
     rendered["spec"]["template"]["spec"]["dnsConfig"] = {"nameservers": ["192.0.2.1"]}
     with pytest.raises(Exception, match="stand-in does not know a verdict on "):
@@ -47,7 +47,7 @@ def test_a_field_of_which_nothing_is_known_is_no_verdict(api: KubernetesApi, clu
         "/api/v1/namespaces/default/pods?labelSelector=a%20in%20(b)",
     ],
 )
-def test_what_it_does_not_know_it_says(api: KubernetesApi, path: str) -> None:
+def test_an_unknown_request_is_answered_with_501(api: KubernetesApi, path: str) -> None:
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(api.url + path)
     status = json.load(error.value)
@@ -56,7 +56,7 @@ def test_what_it_does_not_know_it_says(api: KubernetesApi, path: str) -> None:
     api.unknown.clear()
 
 
-def test_objects_carry_what_a_server_gives_them(api: KubernetesApi, deployer: Deployer) -> None:
+def test_objects_have_the_metadata_that_a_server_adds(api: KubernetesApi, deployer: Deployer) -> None:
     deployer.deploy(objects())
     gateway = api.objects[GATEWAY]
     metadata = gateway["metadata"]
@@ -64,7 +64,7 @@ def test_objects_carry_what_a_server_gives_them(api: KubernetesApi, deployer: De
     (managed,) = metadata["managedFields"]
     assert (managed["manager"], managed["operation"], managed["fieldsType"]) == ("lamina", "Apply", "FieldsV1")
     assert "f:containers" in managed["fieldsV1"]["f:spec"]["f:template"]["f:spec"]
-    assert "f:traffic" not in managed["fieldsV1"]["f:spec"], "Knative's default belongs to nobody"
+    assert "f:traffic" not in managed["fieldsV1"]["f:spec"], "Knative's default has no owner"
 
 
 def test_conditions_come_in_the_order_seen_on_a_cluster(api: KubernetesApi, deployer: Deployer) -> None:

@@ -1,4 +1,4 @@
-"""`deploy` says done when everything is Ready, and failed only for what it applied itself."""
+"""`deploy` ends when everything is Ready, and fails only for what it applied itself, with the cause."""
 
 import threading
 
@@ -11,83 +11,103 @@ from knative.cluster.history import History, Outcome
 from knative.cluster.objects import readiness
 from knative.cluster.status import cluster_status, status_lines
 from knative.cluster.waiting import ReadinessWait
-from tests.support.knative.deployments import GATEWAY, objects, other, sink, stage_name
+from tests.support.knative.deployments import GATEWAY, objects, other, stage_name
 from tests.support.knative.knative_controllers import (
     BROKER,
     Behaviour,
     become_ready,
     broker_fails,
     crash_loops,
+    image_pull_fails,
+    never_ready,
     revision_fails,
     slow_to_configure,
     slow_to_look,
 )
-from tests.support.knative.kubernetes_api import EVENTING, KubernetesApi
+from tests.support.knative.kubernetes_api import KubernetesApi
 
-SECTION = {"eventing": {"dead_letter_sink": "dead-letters", "reply_sink": "answers"}}
+WITH_EVENTING = {"eventing": {"dead_letter_sink": "dead-letters", "reply_sink": "answers"}}
 
 
-@pytest.fixture
-def eventing(api: KubernetesApi) -> None:
-    api.kinds |= EVENTING
-    for name in ("dead-letters", "answers"):
-        api.put(sink(name))
+@pytest.mark.parametrize(
+    ("behaviour", "expected"),
+    [
+        (
+            image_pull_fails,
+            ["does not become ready", "ImagePullBackOff", "registry.example/lamina:missing", "next: check the image's"],
+        ),
+        (crash_loops, ["CrashLoopBackOff", "ended with 1", "bucket 'lamina' does not exist", "next: the last log lines"]),
+        (revision_fails, ["initial scale was never achieved", "FailedCreate", "exceeded quota", "next: lower the resources"]),
+    ],
+)
+def test_a_failed_stage_is_explained_and_the_gateway_stays_as_it_was(
+    api: KubernetesApi, deployer: Deployer, behaviour: Behaviour, expected: list[str]
+) -> None:
+    deployer.deploy(objects())
+    broken = other()
+    api.behaviours[stage_name(broken, 1)] = behaviour
+    serving = api.objects[GATEWAY]["spec"]
+    with pytest.raises(DeployFailed) as failure:
+        deployer.deploy(broken)
+    assert [text for text in (stage_name(broken, 1), *expected) if text not in str(failure.value)] == []
+    assert api.objects[GATEWAY]["spec"] == serving
+
+
+def test_a_stage_that_never_becomes_ready_fails_at_the_timeout(api: KubernetesApi, cluster: Cluster) -> None:
+    rendered = objects()
+    api.behaviours[stage_name(rendered, 2)] = never_ready
+    with pytest.raises(DeployFailed, match=r"not ready after 0\.5 s"):
+        Deployer(cluster, "default", print, timeout_seconds=0.5).deploy(rendered)
 
 
 @pytest.mark.usefixtures("eventing")
 def test_when_deploy_returns_broker_sequence_and_triggers_are_ready(api: KubernetesApi, deployer: Deployer) -> None:
-    deployer.deploy(objects(spec=SECTION))
+    deployer.deploy(objects(spec=WITH_EVENTING))
     found = [each for key, each in api.objects.items() if key[1] in ("brokers", "sequences", "triggers")]
     assert len(found) == 6
     assert [each["metadata"]["name"] for each in found if not readiness(each).ready] == []
 
 
 @pytest.mark.usefixtures("eventing")
-def test_a_broker_that_stays_unready_is_a_failure_that_says_why(
+def test_a_broker_that_stays_unready_is_a_failure_with_its_reason(
     api: KubernetesApi, cluster: Cluster, deployer: Deployer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("knative.cluster.waiting._EVENTING_SETTLES_SECONDS", 0.5)
     api.behaviours["chat"] = broker_fails
     with pytest.raises(DeployFailed, match=r"Broker chat does not become ready: BrokerClass: no controller") as failure:
-        deployer.deploy(objects(spec=SECTION))
+        deployer.deploy(objects(spec=WITH_EVENTING))
     assert "IngressReady" in str(failure.value)
     assert History(cluster, "default", "chat").versions()[-1].outcome is Outcome.FAILED
     lines = status_lines(cluster_status(cluster, "default", "chat"))
     assert any(line.startswith("Broker chat: NOT ready, BrokerClass: no controller") for line in lines)
 
 
-def test_a_condition_that_is_false_on_its_way_is_waited_for(api: KubernetesApi, cluster: Cluster, said: list[str]) -> None:
+@pytest.mark.usefixtures("eventing")
+def test_a_condition_that_is_false_for_a_moment_is_waited_for(cluster: Cluster, said: list[str]) -> None:
     """A Broker's filter comes up after its ingress."""
-    api.kinds |= EVENTING
-    broker = {
-        "apiVersion": BROKER[0],
-        "kind": "Broker",
-        "metadata": {"name": "chat", "namespace": "default", "labels": {"app.kubernetes.io/instance": "chat"}},
-        "spec": {},
-    }
+    metadata = {"name": "chat", "namespace": "default", "labels": {"app.kubernetes.io/instance": "chat"}}
+    broker = {"apiVersion": BROKER[0], "kind": "Broker", "metadata": metadata, "spec": {}}
     cluster.apply(broker)
     ReadinessWait(cluster, "default", said.append, 10).await_ready([broker])
     assert said[-1] == "Broker chat is ready"
 
 
 @pytest.mark.parametrize("knative", [become_ready, slow_to_look, slow_to_configure])
-def test_the_mended_revision_of_a_crash_loop_is_judged_by_itself(
+def test_the_fixed_revision_of_a_crash_loop_is_judged_by_its_own_pods(
     api: KubernetesApi, deployer: Deployer, knative: Behaviour
 ) -> None:
     deployer.deploy(objects())
-    broken, mended = objects(kv_cache="1Gi"), objects(kv_cache="768Mi")
+    broken, fixed = objects(kv_cache="1Gi"), objects(kv_cache="768Mi")
     stage = stage_name(broken, 1)
     api.behaviours[stage] = crash_loops
     with pytest.raises(DeployFailed, match="CrashLoopBackOff"):
         deployer.deploy(broken)
     api.behaviours[stage] = knative
-    deployer.deploy(mended)
+    deployer.deploy(fixed)
 
 
-def test_the_same_deploy_works_once_the_cause_of_its_failure_is_mended(
-    api: KubernetesApi, deployer: Deployer, said: list[str]
-) -> None:
-    """Knative has given that revision up: it would never look again."""
+def test_the_same_deploy_works_once_the_cause_is_fixed(api: KubernetesApi, deployer: Deployer, said: list[str]) -> None:
+    """Knative has given that revision up, and would never try it again."""
     rendered = objects()
     stage = stage_name(rendered, 0)
     api.behaviours[stage] = revision_fails
@@ -99,7 +119,7 @@ def test_the_same_deploy_works_once_the_cause_of_its_failure_is_mended(
 
 
 def test_pods_that_crashed_before_get_another_try(api: KubernetesApi, deployer: Deployer) -> None:
-    """The cause was outside, such as a bucket: the same again, and the kubelet's next restart works."""
+    """The cause was outside, such as a missing bucket: the same spec works at the kubelet's next restart."""
     deployer.deploy(objects())
     changed = objects(kv_cache="1Gi")
     stage = stage_name(changed, 1)
@@ -113,25 +133,29 @@ def test_pods_that_crashed_before_get_another_try(api: KubernetesApi, deployer: 
     restart.join()
 
 
-def test_events_that_may_not_be_read_hide_no_reason(api: KubernetesApi, deployer: Deployer) -> None:
+@pytest.mark.parametrize(
+    ("behaviour", "forbidden", "expected"),
+    [
+        (
+            crash_loops,
+            {("list", "events"), ("get", "revisions"), ("get", "pods/log")},
+            ["CrashLoopBackOff", "ended with 1", "not looked at: events: ", "next: the last log lines"],
+        ),
+        (revision_fails, {("list", "pods"), ("list", "events")}, ["initial scale was never achieved"]),
+    ],
+)
+def test_missing_rights_hide_no_reason_that_may_be_read(
+    api: KubernetesApi, deployer: Deployer, behaviour: Behaviour, forbidden: set[tuple[str, str]], expected: list[str]
+) -> None:
     rendered = objects()
-    api.behaviours[stage_name(rendered, 1)] = crash_loops
-    api.forbidden |= {("list", "events"), ("get", "revisions"), ("get", "pods/log")}
+    api.behaviours[stage_name(rendered, 1)] = behaviour
+    api.forbidden |= forbidden
     with pytest.raises(DeployFailed) as failure:
         deployer.deploy(rendered)
-    for text in ("CrashLoopBackOff", "ended with 1", "not looked at: events: ", "next: the last log lines"):
-        assert text in str(failure.value)
+    assert [text for text in expected if text not in str(failure.value)] == []
 
 
-def test_without_the_right_to_see_pods_knatives_own_reason_is_told(api: KubernetesApi, deployer: Deployer) -> None:
-    rendered = objects()
-    api.behaviours[stage_name(rendered, 1)] = revision_fails
-    api.forbidden |= {("list", "pods"), ("list", "events")}
-    with pytest.raises(DeployFailed, match="initial scale was never achieved"):
-        deployer.deploy(rendered)
-
-
-def test_a_gateway_inside_the_cluster_is_warned_of(
+def test_a_gateway_that_only_the_cluster_can_reach_is_a_warning(
     api: KubernetesApi, cluster: Cluster, deployer: Deployer, said: list[str]
 ) -> None:
     """Knative without a config-domain: the ingress answers 404 for such names."""
@@ -141,7 +165,9 @@ def test_a_gateway_inside_the_cluster_is_warned_of(
     assert any("config-domain" in line for line in status_lines(cluster_status(cluster, "default", "chat")))
 
 
-def test_requests_that_somebody_pinned_elsewhere_are_told(api: KubernetesApi, deployer: Deployer, said: list[str]) -> None:
+def test_requests_that_another_split_pins_elsewhere_are_a_warning(
+    api: KubernetesApi, deployer: Deployer, said: list[str]
+) -> None:
     deployer.deploy(objects())
     api.edit(GATEWAY, "kn", ("spec", "traffic"), [{"revisionName": "chat-00001", "percent": 100}])
     deployer.deploy(other())
