@@ -1,16 +1,15 @@
-"""`make bench-kv`: the same questions where keys and values are remembered and where they are not.
+"""`make bench-kv`: the same questions with a prefix cache and without.
 
     python -m bench.kv                            bfloat16 and float32, then llama.cpp; some nine minutes on two cores
     python -m bench.kv --dtype bfloat16 --rounds 1
-    python -m bench.kv --part pods                peers, store, scale-in and zero alone
+    python -m bench.kv --part pods                peers, store, scale-in and zero only
 
-Two gateways ask the same three stage processes, one with LAMINA_PREFIX_SHARING=off; ratios are of one run, medians of the
-rounds. A stage that is scaled in, and everything at zero, are measured in the first dtype only. Needs the packages of
+Two gateways ask the same three stage processes, one with LAMINA_PREFIX_SHARING=off. Ratios are medians of the rounds of one
+run. Scaling a stage in and starting from zero are measured in the first dtype only. Needs the packages of
 requirements-bench.txt, and a machine with nothing else to do.
 """
 
 import asyncio
-import sys
 import time
 from collections.abc import Sequence
 from os import getloadavg
@@ -19,7 +18,6 @@ from typing import Final
 
 import aiohttp
 import click
-from tokenizers import Tokenizer
 
 from bench.kv.cases import Texts, second_turns, shared_prompt
 from bench.kv.client import Server
@@ -27,15 +25,13 @@ from bench.kv.deployed import deployed
 from bench.kv.pods import from_peer, from_store, from_zero, scaled_in
 from bench.kv.report import Case, Found, NotMeasured, markdown, verdicts
 from bench.pipeline import DidNotStart, RunningPipeline, gateway_beside, running_pipeline
-from bench.report import ROOT, machine, write_section
+from bench.report import STATE, command_line, machine, output_option, write_section
 from bench.serving.peers_llama_cpp import running_llama_cpp
 from bench.serving.requests import Requests
 from functions.stage.engine.threads import usable_cores
 from knative.commands.model_choice import packaged_model
-from storage.models.model_repository import read_file, read_manifest
-from storage.store.object_store import ObjectStore
 
-_STATE: Final = ROOT / ".lamina" / "bench-kv"
+_STATE: Final = STATE / "bench-kv"
 _KV_CACHE: Final = "640Mi"  # for the shared prompt's 32 sequences in float32
 _LLAMA_CPP_SLOTS: Final = 8  # of 4,096 tokens each
 _PARTS: Final = ("memory", "pods")
@@ -47,22 +43,21 @@ _PARTS: Final = ("memory", "pods")
 @click.option("--part", "parts", type=click.Choice(_PARTS), multiple=True, default=_PARTS, show_default=True)
 @click.option("--llama-cpp/--no-llama-cpp", default=True, show_default=True)
 @click.option("--running", type=click.IntRange(min=1), default=16, show_default=True, help="While a stage is scaled in.")
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=ROOT / "docs" / "benchmarks.md")
+@output_option
 def main(dtypes: Sequence[str], rounds: int, parts: Sequence[str], llama_cpp: bool, running: int, output: Path) -> None:
     bench = _Bench(rounds, running)
     load = getloadavg()[0]
     for dtype in dtypes:
         if "memory" in parts:
             with running_pipeline(dtype, _STATE / dtype, _KV_CACHE) as pipeline:
-                bench.of_pipeline(pipeline)
+                bench.measure_memory(pipeline)
         if "pods" in parts:
-            asyncio.run(bench.of_pods(dtype, everything=dtype == dtypes[0]))
-    peer = bench.of_llama_cpp() if llama_cpp else "llama.cpp was not asked"
+            asyncio.run(bench.measure_pods(dtype, everything=dtype == dtypes[0]))
+    peer = bench.measure_llama_cpp() if llama_cpp else "llama.cpp was not asked"
     facts = (
-        f"`{' '.join(['python -m bench.kv', *sys.argv[1:]])}` on {machine()}; SmolLM2-135M-Instruct, greedy, three stages and "
-        "two gateways, one with `LAMINA_PREFIX_SHARING=off`: for cases in memory they ask the stages directly; for cases with "
-        "starting and ending pods they run on the local platform, behind its ingress and activator. "
-        "Second turns at 2,000 tokens. "
+        f"{command_line('bench.kv')} on {machine()}; SmolLM2-135M-Instruct, greedy, three stages and "
+        "two gateways, one with `LAMINA_PREFIX_SHARING=off`. For keys and values in memory they ask the stages directly; if "
+        "pods come and go, they are on the local platform behind ingress and activator. Second turns at 2,000 tokens. "
         f"{running} conversations run while a stage is scaled in; that and zero are measured in {dtypes[0]} only. {peer}. "
         f"The run took {bench.seconds:.0f} s; the load average before it was {load:.1f}."
     )
@@ -78,16 +73,15 @@ class _Bench:
         self._rounds = rounds
         self._running = running
         self._began = time.monotonic()
-        self._texts: Texts
-        """For the model's tokenizer, the same in each dtype."""
+        self._texts: Texts  # for the model's tokenizer, the same in each dtype
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._began
 
-    def of_pipeline(self, pipeline: RunningPipeline) -> None:
-        """What a pod's own memory holds."""
-        texts = self._texts = Texts(Requests(_tokenizer(pipeline)))
+    def measure_memory(self, pipeline: RunningPipeline) -> None:
+        """Keys and values in a pod's own memory."""
+        texts = self._texts = Texts(Requests(pipeline.tokenizer()))
         stages, logs = [stage.function for stage in pipeline.stages], _STATE / pipeline.dtype
         sharing = {name: {"LAMINA_PREFIX_SHARING": name} for name in ("pipeline", "off")}
         with (
@@ -99,8 +93,8 @@ class _Bench:
                 self._add(pipeline.dtype, one)
             self._add(pipeline.dtype, shared_prompt(holding, plain, texts))
 
-    async def of_pods(self, dtype: str, *, everything: bool) -> None:
-        """What is read from other pods and from the store. everything: conversations that run, and zero, too."""
+    async def measure_pods(self, dtype: str, *, everything: bool) -> None:
+        """Keys and values from other pods and from the store. everything: also scaling in and starting from zero."""
         async with deployed(dtype, _STATE / f"{dtype}-pods") as at:
             texts = self._texts = Texts(Requests(at.tokenizer))
             cases = {Case.PEER: from_peer(at, texts, self._rounds), Case.STORE: from_store(at, texts, self._rounds)}
@@ -115,8 +109,8 @@ class _Bench:
                     click.echo(f"{self.seconds:.0f} s: {dtype}: {case}: not measured: {error}")
                     return
 
-    def of_llama_cpp(self) -> str:
-        """Who was asked."""
+    def measure_llama_cpp(self) -> str:
+        """Returns a description of the peer, or the reason why it is missing."""
         logs = _STATE / "llama.cpp"
         logs.mkdir(parents=True, exist_ok=True)
         try:
@@ -131,12 +125,6 @@ class _Bench:
     def _add(self, dtype: str, one: Found) -> None:
         self.found.setdefault((dtype, one.case), []).append(one)
         click.echo(f"{self.seconds:.0f} s: {dtype}: {one.case}: {one.seconds:.3f} s against {one.plain_seconds:.3f} s")
-
-
-def _tokenizer(pipeline: RunningPipeline) -> Tokenizer:
-    store = ObjectStore(pipeline.store)
-    manifest = read_manifest(store, pipeline.model, pipeline.dtype)
-    return Tokenizer.from_str(read_file(store, manifest, "tokenizer.json").decode())
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""What is asked with and without keys and values that are held. Each text is used once: only what is meant is found."""
+"""The questions that one process answers with and without a prefix cache. Each text is used once: nothing else is found."""
 
+import asyncio
 from collections.abc import Iterator
 from itertools import count
 from typing import Final
@@ -16,7 +17,7 @@ _AT_ONCE: Final = 32
 
 
 class Texts:
-    """Of a stated number of tokens, none of which begins like another."""
+    """Texts of a stated number of tokens, all with different beginnings."""
 
     def __init__(self, requests: Requests) -> None:
         self._requests = requests
@@ -25,28 +26,28 @@ class Texts:
     def text(self, tokens: int) -> str:
         return self._requests.text(next(self._starts), tokens)
 
+    def question(self, tokens: int) -> dict[str, str]:
+        """A user's message."""
+        return {"role": "user", "content": self.text(tokens)}
+
 
 def second_turns(case: Case, holding: Server, plain: Server, texts: Texts, rounds: int) -> Iterator[Found]:
-    """A conversation of 2,000 tokens goes on: where its first turn was answered, and where nothing is remembered."""
+    """A conversation of 2,000 tokens goes on, at the server that answered its first turn and at one without a cache."""
     for _ in range(rounds):
-        messages = [said("user", texts.text(TURN_TOKENS))]
+        messages = [texts.question(TURN_TOKENS)]
         answer = holding.ask(messages, ANSWER_TOKENS)
-        messages += [said("assistant", answer.text), said("user", texts.text(OWN_TOKENS))]
+        messages += [{"role": "assistant", "content": answer.text}, texts.question(OWN_TOKENS)]
         held = holding.ask(messages, ANSWER_TOKENS)
         without = plain.ask(messages, ANSWER_TOKENS)
         yield Found(case, held.seconds, without.seconds, int(held.text != without.text))
 
 
 def shared_prompt(holding: Server, plain: Server, texts: Texts) -> Found:
-    """Many at once that begin alike."""
-    system = said("system", texts.text(_SHARED_TOKENS))
-    questions: list[Messages] = [[system, said("user", texts.text(OWN_TOKENS))] for _ in range(_AT_ONCE)]
-    without, plain_seconds = plain.ask_at_once(questions, 2)
-    answers, seconds = holding.ask_at_once(questions, 2)
+    """Many conversations at once with the same system prompt."""
+    system = {"role": "system", "content": texts.text(_SHARED_TOKENS)}
+    questions: list[Messages] = [[system, texts.question(OWN_TOKENS)] for _ in range(_AT_ONCE)]
+    without, plain_seconds = asyncio.run(plain.answers(questions, 2))
+    answers, seconds = asyncio.run(holding.answers(questions, 2))
     different = sum(one.text != other.text for one, other in zip(answers, without, strict=True))
     computed = sum(one.prompt_tokens - one.cached_tokens for one in answers)
     return Found(Case.SHARED_PROMPT, seconds, plain_seconds, different, computed)
-
-
-def said(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}

@@ -1,6 +1,6 @@
-"""A pipeline whose pods come and go as `bench.kv` says: the local platform, real processes, clients through two gateways.
+"""A pipeline on the local platform whose pods `bench.kv` starts and stops, with two gateways before the same stages.
 
-Both gateways use the same stages; `plain` has LAMINA_PREFIX_SHARING=off, so that it looks for nothing and leaves nothing.
+The gateway `plain` has LAMINA_PREFIX_SHARING=off: it neither uses nor fills the prefix cache.
 """
 
 import asyncio
@@ -74,26 +74,26 @@ class Deployed:
         return [self._revision(self.pipeline.stage_name(index)) for index in range(NUM_STAGES)]
 
     async def another_pod(self, stage: Revision) -> LocalPod:
-        """Beside the one that there is, and ready."""
+        """Starts a second pod and waits until it is ready."""
         _scale(stage, 2)
         await until(lambda: len(stage.ready_pods) == 2, f"a second pod of {stage.name.service}")
         return stage.ready_pods[-1]
 
     def scale_in(self, stage: Revision) -> None:
-        """The oldest pod leaves, and drains, as one does that is evicted; the others stay."""
+        """The oldest pod drains like an evicted one; the others stay."""
         oldest = stage.ready_pods[0]
         _scale(stage, len(stage.ready_pods) - 1)
         self.drains.append(asyncio.create_task(oldest.leave()))
 
     async def to_zero(self, *, gateways: bool) -> None:
-        """Every stage, and what it remembers went where it goes; returns when no process is left."""
+        """Scales all stages to zero; returns when no process is left and their keys and values are stored."""
         gone = self.stages + ([self._revision(name) for name in (HOLDING, PLAIN)] if gateways else [])
         for revision in gone:
             _scale(revision, 0)
         await until(lambda: not any(revision.pods for revision in gone), "nothing left of the stages")
 
     async def stay_up(self) -> None:
-        """What is awake does not go to zero any more."""
+        """Keeps one pod of each service from now on."""
         revisions = [*self.stages, *(self._revision(name) for name in (HOLDING, PLAIN))]
         for revision in revisions:
             _scale(revision, 1)
@@ -107,19 +107,19 @@ class Deployed:
 
 
 def _scale(revision: Revision, pods: int) -> None:
-    """0: down to zero when nobody asks, up to one."""
+    """0: scales to zero without requests, and to one with them."""
     settings = revision.autoscaler.settings
     revision.autoscaler.settings = replace(settings, min_scale=pods, max_scale=max(1, pods))
 
 
 async def tokens_computed(pod: LocalPod) -> int:
-    """That went through the layers of a stage's pod."""
+    """Tokens that a pod has computed."""
     samples = await asyncio.to_thread(read_metrics, {"metrics_port": pod.metrics_port})
     return int(samples["lamina_stage_tokens_total"])
 
 
 async def until(what: Callable[[], bool], name: str) -> None:
-    """Raises TimeoutError, which says what did not come."""
+    """Raises TimeoutError, which names the condition."""
     deadline = time.monotonic() + _WAIT_SECONDS
     while not what():
         if time.monotonic() > deadline:
@@ -129,7 +129,7 @@ async def until(what: Callable[[], bool], name: str) -> None:
 
 @asynccontextmanager
 async def deployed(dtype: str, state: Path) -> AsyncIterator[Deployed]:
-    """Everything up, nothing kept of an earlier run."""
+    """Starts everything, without keys and values of an earlier run."""
     logs = state / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     with EmbeddedStore(state / "store") as embedded:

@@ -1,4 +1,4 @@
-"""What is asked while pods come and go: from a peer, from the store, under running conversations, with everything at zero."""
+"""Questions while pods come and go: keys and values from a peer, from the store, under running conversations, from zero."""
 
 import asyncio
 import time
@@ -10,49 +10,50 @@ from typing import Final
 
 import aiohttp
 
-from bench.kv.cases import ANSWER_TOKENS, OWN_TOKENS, TURN_TOKENS, Texts, said
-from bench.kv.client import Answered, Messages, Server, connections, said_in
+from bench.client import connections
+from bench.kv.cases import ANSWER_TOKENS, OWN_TOKENS, TURN_TOKENS, Texts
+from bench.kv.client import Answered, Messages, Server, text_in
 from bench.kv.deployed import Deployed, tokens_computed
 from bench.kv.report import Case, Found
 
 CONVERSATIONS_GOING_ON: Final = 10
-_LONGEST_ANSWER: Final = 1_024  # of the conversations that run while a stage is scaled in; they end before
-_AFTER: Final = 8  # pieces of text that each has to say after it
+_LONGEST_ANSWER: Final = 1_024  # of running conversations; they are cancelled before its end
+_AFTER: Final = 8  # pieces of text that each conversation must get after a stage is scaled in
 
 
 async def from_peer(at: Deployed, texts: Texts, rounds: int) -> AsyncIterator[Found]:
-    """The pods that hold the conversations drain, others have taken over."""
+    """The pods that hold the conversations drain; new pods take over."""
     turns = await _first_turns(at.holding, texts, rounds)
     for stage in at.stages:
         await at.another_pod(stage)
     for stage in at.stages:
         at.scale_in(stage)
-    await _something_else(at.holding, texts)
+    await _warm_up(at.holding, texts)
     async for found in _second_turns(Case.PEER, at, turns):
         yield found
     await asyncio.gather(*at.drains)
 
 
 async def from_store(at: Deployed, texts: Texts, rounds: int) -> AsyncIterator[Found]:
-    """All stages were at zero, and are awake again when the conversations go on."""
+    """All stages went to zero, and are awake again when the conversations go on."""
     turns = await _first_turns(at.holding, texts, rounds)
     await at.to_zero(gateways=False)
-    await _something_else(at.holding, texts)
+    await _warm_up(at.holding, texts)
     await at.stay_up()
     async for found in _second_turns(Case.STORE, at, turns):
         yield found
 
 
 async def from_zero(at: Deployed, texts: Texts) -> AsyncIterator[Found]:
-    """Everything was at zero, gateways too: the last of ten first tokens, against ten that pods which are awake compute."""
+    """All pods, gateways too, went to zero: the last of ten first tokens, compared with ten that awake pods compute."""
     turns = await _first_turns(at.holding, texts, CONVERSATIONS_GOING_ON)
     await at.to_zero(gateways=True)
     held, _ = await at.holding.answers(turns, ANSWER_TOKENS)
-    await _something_else(at.plain, texts)
+    await _warm_up(at.plain, texts)
     await at.stay_up()
     plain, _ = await at.plain.answers(turns, ANSWER_TOKENS)
     await at.to_zero(gateways=True)
-    (cold,), _ = await at.holding.answers([[said("user", texts.text(OWN_TOKENS))]], 1)
+    (cold,), _ = await at.holding.answers([[texts.question(OWN_TOKENS)]], 1)
     await at.stay_up()
     seconds, plain_seconds = (max(one.seconds for one in answers) for answers in (held, plain))
     yield Found(
@@ -61,8 +62,8 @@ async def from_zero(at: Deployed, texts: Texts) -> AsyncIterator[Found]:
 
 
 async def scaled_in(at: Deployed, texts: Texts, conversations: int) -> AsyncIterator[Found]:
-    """The middle stage loses the pod that they are on: the longest pause of any, and what the other pod computed."""
-    questions: list[Messages] = [[said("user", texts.text(TURN_TOKENS))] for _ in range(conversations)]
+    """The middle stage loses the pod of all conversations: the longest pause, and the tokens that the other pod computed."""
+    questions: list[Messages] = [[texts.question(TURN_TOKENS)] for _ in range(conversations)]
     without = await _scaled_in(at, at.plain, questions)
     with_it = await _scaled_in(at, at.holding, questions)
     both = zip(with_it.streams, without.streams, strict=True)
@@ -72,15 +73,15 @@ async def scaled_in(at: Deployed, texts: Texts, conversations: int) -> AsyncIter
 
 @dataclass(slots=True)
 class Stream:
-    """An answer that is being given."""
+    """An answer that is being streamed."""
 
     text: str = ""
     arrived: list[float] = field(default_factory=list)  # seconds of each piece of text
 
     async def read(self, server: Server, session: aiohttp.ClientSession, question: Messages, over: asyncio.Event) -> None:
-        async with aclosing(server.pieces(session, question, _LONGEST_ANSWER)) as documents:
+        async with aclosing(server.stream(session, question, _LONGEST_ANSWER)) as documents:
             async for document in documents:
-                if text := said_in(document):
+                if text := text_in(document):
                     self.text += text
                     self.arrived.append(time.perf_counter())
                 if over.is_set():
@@ -90,7 +91,7 @@ class Stream:
         return [each for each in self.arrived if each > moment]
 
     def pause(self, moment: float) -> float:
-        """The longest after `moment`."""
+        """The longest pause after `moment`."""
         return max(later - earlier for earlier, later in pairwise([moment, *self.since(moment)]))
 
 
@@ -115,14 +116,14 @@ async def _scaled_in(at: Deployed, server: Server, questions: Sequence[Messages]
         at.scale_in(middle)
         await _each(streams, readers, moment, _AFTER)
         computed = await tokens_computed(pod) - before
-        told = sum(len(stream.since(moment)) for stream in streams)
+        pieces = sum(len(stream.since(moment)) for stream in streams)
         over.set()
     await asyncio.gather(*at.drains)
-    return _ScaledIn(streams, max(stream.pause(moment) for stream in streams), max(0, computed - told))
+    return _ScaledIn(streams, max(stream.pause(moment) for stream in streams), max(0, computed - pieces))
 
 
 async def _each(streams: Sequence[Stream], readers: Sequence["asyncio.Task[None]"], moment: float, pieces: int) -> None:
-    """Waits until each has said so many pieces since. Raises RuntimeError where one ended before."""
+    """Waits until each stream got this many pieces since `moment`. Raises RuntimeError if one ended before."""
     while any(len(stream.since(moment)) < pieces for stream in streams):
         if any(reader.done() for reader in readers):
             raise RuntimeError("an answer ended before the stage was scaled in: this machine is too slow for so many")
@@ -130,26 +131,26 @@ async def _each(streams: Sequence[Stream], readers: Sequence["asyncio.Task[None]
 
 
 async def _first_turns(server: Server, texts: Texts, count: int) -> list[Messages]:
-    """As they go on: what was asked, what was answered, what is asked then."""
-    firsts = [said("user", texts.text(TURN_TOKENS)) for _ in range(count)]
+    """Asks first questions and returns the conversations with their second questions."""
+    firsts = [texts.question(TURN_TOKENS) for _ in range(count)]
     answers, _ = await server.answers([[first] for first in firsts], ANSWER_TOKENS)
     return [
-        [first, said("assistant", answer.text), said("user", texts.text(OWN_TOKENS))]
+        [first, {"role": "assistant", "content": answer.text}, texts.question(OWN_TOKENS)]
         for first, answer in zip(firsts, answers, strict=True)
     ]
 
 
 async def _second_turns(case: Case, at: Deployed, turns: Sequence[Messages]) -> AsyncIterator[Found]:
-    """First those that are held, one after the other: what drains does not wait."""
+    """Asks the cached ones first, one after the other: a draining pod does not wait."""
     held = [(await at.holding.answers([turn], ANSWER_TOKENS))[0][0] for turn in turns]
     for one, turn in zip(held, turns, strict=True):
         (other,), _ = await at.plain.answers([turn], ANSWER_TOKENS)
         yield Found(case, one.seconds, other.seconds, _different([one], [other]), held=_least_held([one]))
 
 
-async def _something_else(server: Server, texts: Texts) -> None:
-    """So that no start is measured."""
-    await server.answers([[said("user", texts.text(OWN_TOKENS))]], 4)
+async def _warm_up(server: Server, texts: Texts) -> None:
+    """Asks another question, so that no start is measured."""
+    await server.answers([[texts.question(OWN_TOKENS)]], 4)
 
 
 def _different(some: Sequence[Answered], others: Sequence[Answered]) -> int:
@@ -157,10 +158,9 @@ def _different(some: Sequence[Answered], others: Sequence[Answered]) -> int:
 
 
 def _least_held(answers: Sequence[Answered]) -> float:
-    """Share of a prompt."""
+    """The smallest cached share of a prompt."""
     return min(one.cached_tokens / one.prompt_tokens for one in answers)
 
 
 def _cut(text: str, other: str) -> str:
-    """As long as the other one, at most."""
     return text[: len(other)]

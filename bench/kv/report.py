@@ -1,10 +1,12 @@
-"""What `bench.kv` found, what was wanted of it, and the section of docs/benchmarks.md that says so."""
+"""The findings of `bench.kv`, their targets, and the section of docs/benchmarks.md."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from statistics import median
 from typing import Final
+
+from bench.report import table
 
 
 class Case(StrEnum):
@@ -17,6 +19,7 @@ class Case(StrEnum):
     LLAMA_CPP = "llama.cpp's server, its prompt cache: second turn, first token"
 
 
+# Upper bounds of the time with cached keys and values, divided by the time without.
 WANTED: Final = {
     Case.SECOND_TURN: 0.12,
     Case.PEER: 0.25,
@@ -25,33 +28,31 @@ WANTED: Final = {
     Case.SCALED_IN: 0.3,
     Case.FROM_ZERO: 0.2,
 }
-"""Seconds with what is held, by those without it: at most so much."""
+# Upper bounds of computed prompt tokens. When a stage is scaled in, the pod that stays may compute a few tokens beyond the
+# pieces of text that came: steps under way, and tokens whose text came with the next one's. A recomputed conversation has 2,000.
 MOST_COMPUTED: Final = {
     Case.SHARED_PROMPT: round(1.2 * (1_000 + 32 * 50)),
     Case.SCALED_IN: 16 * 8,
 }
-"""Prompt tokens; where a stage is scaled in, what the pod that stays computed beyond the pieces of text that came: steps under
-way, and tokens whose text came with the next one's. One conversation that is computed again has 2,000."""
-LEAST_HELD: Final = 0.9  # of a prompt, where it was to be read from elsewhere
+LEAST_HELD: Final = 0.9  # share of a prompt that must come from another pod or the store
+_WORDS: Final = {True: "met", False: "missed", None: ""}
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One try: the same question with what is held and without."""
+    """One try: the same question with cached keys and values and without."""
 
     case: Case
     seconds: float
     plain_seconds: float
-    different: int  # answers that are not those without
-    computed_tokens: int | None = None  # where that is judged
-    start_seconds: float = 0.0  # of a cold start, of which `seconds` has one more than `plain_seconds`
-    held: float | None = None  # share of the prompt that was not computed, the least of all, where that is judged
+    different: int  # answers that differ from those without a cache
+    computed_tokens: int | None = None  # None: not judged
+    start_seconds: float = 0.0  # of a cold start, which `seconds` contains and `plain_seconds` does not
+    held: float | None = None  # smallest share of a prompt that was not computed; None: not judged
 
 
 @dataclass(frozen=True, slots=True)
 class NotMeasured:
-    """why: and what to do."""
-
     case: Case
     why: str
 
@@ -61,54 +62,72 @@ Missing = Mapping[str, Sequence[NotMeasured]]  # by dtype
 
 
 def met(tries: Sequence[Found]) -> bool | None:
-    """None: nothing was wanted."""
+    """None: the case has no target."""
     case = tries[0].case
     if case not in WANTED:
         return None
-    few = all(one.computed_tokens is None or one.computed_tokens <= MOST_COMPUTED[case] for one in tries)
-    held = all(one.held is None or one.held >= LEAST_HELD for one in tries)
-    return few and held and ratio(tries) <= WANTED[case] and not any(one.different for one in tries)
+    few = all(each.computed_tokens is None or each.computed_tokens <= MOST_COMPUTED[case] for each in tries)
+    held = all(each.held is None or each.held >= LEAST_HELD for each in tries)
+    return few and held and ratio(tries) <= WANTED[case] and not any(each.different for each in tries)
 
 
 def ratio(tries: Sequence[Found]) -> float:
-    return median(max(0.0, one.seconds - one.start_seconds) / one.plain_seconds for one in tries)
+    return median(max(0.0, each.seconds - each.start_seconds) / each.plain_seconds for each in tries)
 
 
 def verdicts(found: Tries, missing: Missing) -> list[str]:
     """A line for each case."""
-    words = {True: "met", False: "missed", None: "told"}
-    said = [f"{words[met(tries)]}: {dtype}: {case}: {ratio(tries):.3f}{_why(tries)}" for (dtype, case), tries in found.items()]
-    return said + [f"not measured: {dtype}: {one.case}: {one.why}" for dtype, those in missing.items() for one in those]
+    lines = [
+        f"{_WORDS[met(tries)] or 'told'}: {dtype}: {case}: {ratio(tries):.3f}{_reason(tries)}"
+        for (dtype, case), tries in found.items()
+    ]
+    return lines + [f"not measured: {dtype}: {each.case}: {each.why}" for dtype, those in missing.items() for each in those]
 
 
-def _why(tries: Sequence[Found]) -> str:
-    """Where the ratio alone does not say it."""
-    held = [one.held for one in tries if one.held is not None]
+def _reason(tries: Sequence[Found]) -> str:
+    """The cause of a miss that the ratio does not show."""
+    held = [each.held for each in tries if each.held is not None]
     if held and min(held) < LEAST_HELD:
         return f"; only {min(held):.0%} of a prompt was held: logs of the stages name what failed, a busy machine computes"
-    computed = max((one.computed_tokens or 0 for one in tries), default=0)
+    computed = max((each.computed_tokens or 0 for each in tries), default=0)
     if computed > MOST_COMPUTED.get(tries[0].case, computed):
         return f"; {computed} tokens were computed, {MOST_COMPUTED[tries[0].case]} at most were wanted"
-    different = sum(one.different for one in tries)
+    different = sum(each.different for each in tries)
     return f"; {different} answers are not those without" if different else ""
 
 
 def markdown(found: Tries, missing: Missing, facts: str) -> str:
-    rows = [
-        "| dtype | case | tries | held, s | computed, s | ratio | wanted | verdict | tokens computed | other answers |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    words = {True: "met", False: "missed", None: ""}
+    rows: list[Sequence[object]] = []
     for (dtype, case), tries in found.items():
-        held, plain = (median(getattr(one, name) for one in tries) for name in ("seconds", "plain_seconds"))
-        start = median(one.start_seconds for one in tries)
-        beyond = f" (a cold start {start:.3f})" if start else ""
-        computed = [one.computed_tokens for one in tries if one.computed_tokens is not None]
-        judged = f"{max(computed)}, wanted at most {MOST_COMPUTED[case]}" if computed else ""
+        held, plain = (median(getattr(each, name) for each in tries) for name in ("seconds", "plain_seconds"))
+        start = median(each.start_seconds for each in tries)
+        computed = [each.computed_tokens for each in tries if each.computed_tokens is not None]
         rows.append(
-            f"| {dtype} | {case} | {len(tries)} | {held:.3f}{beyond} | {plain:.3f} | {ratio(tries):.3f} "
-            f"| {WANTED.get(case, '')} | {words[met(tries)]} | {judged} | {sum(one.different for one in tries)} |"
+            [
+                dtype,
+                case,
+                len(tries),
+                f"{held:.3f}" + (f" (a cold start {start:.3f})" if start else ""),
+                f"{plain:.3f}",
+                f"{ratio(tries):.3f}",
+                WANTED.get(case, ""),
+                _WORDS[met(tries)],
+                f"{max(computed)}, wanted at most {MOST_COMPUTED[case]}" if computed else "",
+                sum(each.different for each in tries),
+            ]
         )
     for dtype, those in missing.items():
-        rows += [f"| {dtype} | {one.case} | 0 | | | | {WANTED[one.case]} | not measured: {one.why} | | |" for one in those]
-    return "\n".join(["## Keys and values that are held", "", facts, "", *rows])
+        rows += [[dtype, each.case, 0, "", "", "", WANTED[each.case], f"not measured: {each.why}", "", ""] for each in those]
+    columns = [
+        "dtype",
+        "case",
+        "tries",
+        "held, s",
+        "computed, s",
+        "ratio",
+        "wanted",
+        "verdict",
+        "tokens computed",
+        "other answers",
+    ]
+    return f"## Keys and values that are held\n\n{facts}\n\n{table(columns, rows)}"

@@ -3,14 +3,12 @@
     python -m bench.speculation                       bfloat16 and int8, near and 5 ms away; some twenty minutes on two cores
     python -m bench.speculation --dtype int8 --delay 0
 
-With sixteen at once a turn is over in seconds and says little, so there are five turns of each gateway, whoever was second in
-one being first in the next, and the median of their ratios is judged. Two gateways ask the same three stage processes directly,
-one with LAMINA_DRAFT_TOKENS=0. The questions are in prompts.yaml, with the rule for what is in them. Needs the packages of
-requirements-bench.txt, and a machine with nothing else to do.
+A turn of sixteen at once takes only seconds, so each gateway has five of them; the order alternates, and the median of the
+ratios is judged. Two gateways ask the same three stage processes directly, one with LAMINA_DRAFT_TOKENS=0. The questions and the
+rule for them are in prompts.yaml. Needs the packages of requirements-bench.txt, and a machine with nothing else to do.
 """
 
 import asyncio
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,12 +21,12 @@ import click
 import yaml
 
 from bench.pipeline import RunningPipeline, cpu_seconds, gateway_beside, running_pipeline
-from bench.report import ROOT, machine, write_section
+from bench.report import STATE, command_line, machine, output_option, write_section
 from bench.speculation.answers import Answered, ask
 from bench.speculation.delay import delayed
-from bench.speculation.report import KEPT, Pair, Setting, kept_throughput, markdown, wanted
+from bench.speculation.report import Pair, Setting, markdown, verdicts
 
-_STATE: Final = ROOT / ".lamina" / "bench-speculation"
+_STATE: Final = STATE / "bench-speculation"
 _PROMPTS: Final = Path(__file__).with_name("prompts.yaml")
 _CONCURRENT: Final = 16
 
@@ -45,7 +43,7 @@ _CONCURRENT: Final = 16
 @click.option("--rounds-at-once", type=click.IntRange(min=1), default=5, show_default=True, help="The same, sixteen at once.")
 @click.option("--questions", "chosen", type=click.Choice(["quoting", "free"]), multiple=True, default=("quoting", "free"))
 @click.option("--at-once", type=click.Choice(["1", "16"]), multiple=True, default=("1", "16"), show_default=True)
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=ROOT / "docs" / "benchmarks.md")
+@output_option
 def main(
     dtypes: Sequence[str],
     delays: Sequence[float],
@@ -59,23 +57,15 @@ def main(
     began, load = time.monotonic(), getloadavg()[0]
     turns = {int(number): rounds if number == "1" else rounds_at_once for number in at_once}
     found = dict(pair for dtype in dtypes for pair in _of_dtype(dtype, delays, max_tokens, chosen, turns))
-    command = " ".join(["python -m bench.speculation", *sys.argv[1:]])
     facts = (
-        f"`{command}` on {machine()}; SmolLM2-135M-Instruct, greedy, at most {max_tokens} tokens; 20 questions whose answers "
-        "quote and 20 whose answers do not (`bench/speculation/prompts.yaml`), each gateway in its turn, the same stages "
-        f"behind both. The run took {time.monotonic() - began:.0f} s; the load average before it was {load:.1f}."
+        f"{command_line('bench.speculation')} on {machine()}; SmolLM2-135M-Instruct, greedy, at most {max_tokens} tokens; "
+        "20 questions whose answers quote and 20 whose answers do not (`bench/speculation/prompts.yaml`), each gateway in its "
+        "turn, the same stages behind both. "
+        f"The run took {time.monotonic() - began:.0f} s; the load average before it was {load:.1f}."
     )
     write_section(output, "speculation", markdown(found, facts))
-    for setting, pair in found.items():
-        verdict = "met" if pair.ratio >= wanted(setting) and not pair.different else "missed"
-        click.echo(
-            f"{verdict}: {setting}: {pair.ratio:.2f} ({min(pair.ratios):.2f} to {max(pair.ratios):.2f}; "
-            f"by CPU {pair.cpu_ratio:.2f}), wanted {wanted(setting):g}; {pair.different} other answers"
-        )
-    for setting, share in kept_throughput(found).items():
-        click.echo(
-            f"{'met' if share >= KEPT else 'missed'}: {setting}: {share:.2f} of the throughput without delay, wanted {KEPT:g}"
-        )
+    for verdict in verdicts(found):
+        click.echo(verdict)
 
 
 def _of_dtype(
@@ -99,7 +89,7 @@ Gateway = tuple[str, int]  # its URL, and its process id
 
 
 def _gateways(stack: ExitStack, pipeline: RunningPipeline, delay_seconds: float) -> tuple[Gateway, Gateway]:
-    """With draft tokens, without."""
+    """The gateway with draft tokens, and the one without."""
     stages = [stage.function for stage in pipeline.stages]
     if delay_seconds:
         stages = stack.enter_context(delayed(stages, delay_seconds))
@@ -119,7 +109,7 @@ def _in_turns(
     at_once: int,
     rounds: int,
 ) -> Pair:
-    """A B, B A, A B …: what changes on the machine meanwhile meets both, and so does being first."""
+    """In the order A B, B A, A B …, so that changes on the machine meet both, and each is first equally often."""
     turns: tuple[list[Answered], list[Answered]] = ([], [])
     for number in range(rounds):
         for which in (1, 0) if number % 2 == 0 else (0, 1):

@@ -1,26 +1,24 @@
-"""Questions asked of a gateway, some at a time, and what their answers took."""
+"""Asks a gateway questions, a few at a time, and measures their answers."""
 
 import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
-import aiohttp
-
-_TIMEOUT: Final = aiohttp.ClientTimeout(total=600)
+from bench.client import answered, connections
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """All questions of a set, by one gateway."""
+    """One gateway's answers to all questions of a set."""
 
     seconds: float
     texts: tuple[str, ...]
     prompt_tokens: int
     tokens: int
-    accepted: int  # draft tokens that came true, and those that did not
-    rejected: int
+    accepted: int  # draft tokens
+    rejected: int  # draft tokens
     cpu_seconds: float = 0.0  # of the gateway and the stages
 
     @property
@@ -33,9 +31,9 @@ class Answered:
 
 
 async def ask(url: str, model: str, questions: Sequence[str], max_tokens: int, at_once: int) -> Answered:
-    """Greedy. Raises aiohttp.ClientError where one is not answered."""
+    """Asks greedily. Raises aiohttp.ClientError for a question that fails."""
     turns = asyncio.Semaphore(at_once)
-    async with aiohttp.ClientSession(timeout=_TIMEOUT, raise_for_status=True) as session:
+    async with connections() as session:
 
         async def one(question: str) -> tuple[str, dict[str, Any]]:
             asked = {
@@ -44,8 +42,8 @@ async def ask(url: str, model: str, questions: Sequence[str], max_tokens: int, a
                 "temperature": 0,
                 "max_tokens": max_tokens,
             }
-            async with turns, session.post(f"{url}/v1/chat/completions", json=asked) as reply:
-                document = await reply.json()
+            async with turns:
+                document = await answered(session, f"{url}/v1/chat/completions", asked)
             return document["choices"][0]["message"]["content"], document["usage"]
 
         began = time.perf_counter()

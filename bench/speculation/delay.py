@@ -1,4 +1,4 @@
-"""A network between gateway and stages: relays on which every byte arrives so many seconds later, in both directions."""
+"""A slow network between gateway and stages: relays that delay every byte, in both directions."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ _STOP_SECONDS: Final = 10.0
 
 @contextlib.contextmanager
 def delayed(urls: Sequence[str], seconds: float) -> Iterator[list[str]]:
-    """URLs on 127.0.0.1 behind which `urls` of this machine answer, `seconds` away each way."""
+    """URLs of relays to `urls`, all on this machine, with a delay of `seconds` each way."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="delays", daemon=True)
     thread.start()

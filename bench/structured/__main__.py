@@ -1,8 +1,7 @@
-"""`python -m bench.structured`: what a token costs with a grammar and without; then 200 random schemas and the like at
-temperature 1 through three stages, one of which is killed now and then, and whether answers are as asked.
+"""`make bench-structured`: the cost of a token with a grammar, and the answers to random grammars while stages are killed.
 
-Exit status 1 where an answer is not as asked. Needs the packages of requirements-bench.txt; the first part a machine with
-nothing else to do.
+200 random schemas, expressions, choices and grammars are asked at temperature 1 through three stages. Exit status 1 if an
+answer does not match. Needs the packages of requirements-bench.txt; the first part a machine with nothing else to do.
 """
 
 import asyncio
@@ -10,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from os import getloadavg
 from pathlib import Path
 from typing import Final
@@ -18,22 +18,21 @@ import click
 import psutil
 
 from bench.pipeline import RunningPipeline, running_pipeline
-from bench.report import ROOT, machine, write_section
+from bench.report import STATE, command_line, machine, output_option, table, write_section
 from bench.structured.asking import Ended, ask_all
-from bench.structured.report import markdown
-from bench.structured.speed import compare
+from bench.structured.speed import Ratio, compare
 
-_STATE: Final = ROOT / ".lamina" / "bench-structured"
+_STATE: Final = STATE / "bench-structured"
 _MAX_TOKENS: Final = 256
-_KILL_ANSWERS: Final = 30
-"""After so many a stage is killed, each in its turn: one that is killed often is started ever later, as on a cluster."""
+_KILL_ANSWERS: Final = 30  # a stage is killed after so many, in turn: one that dies often is restarted ever later
+_WANTED: Final = 1.1
 
 
 @click.command(help=__doc__)
 @click.option("--dtype", default="int8", show_default=True)
 @click.option("--cases", type=click.IntRange(min=1), default=200, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Turns with and without a grammar.")
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=ROOT / "docs" / "benchmarks.md")
+@output_option
 def main(dtype: str, cases: int, rounds: int, output: Path) -> None:
     began, load = time.monotonic(), getloadavg()[0]
     with running_pipeline(dtype, _STATE / dtype) as pipeline:
@@ -41,21 +40,35 @@ def main(dtype: str, cases: int, rounds: int, output: Path) -> None:
         for ratio in ratios:
             click.echo(f"{ratio.at_once} at once: {ratio.ratio:.3f} of the time per token without")
         found, kills = asyncio.run(_killed(pipeline, cases))
-    command = " ".join(["python -m bench.structured", *sys.argv[1:]])
     facts = (
-        f"`{command}` on {machine()}; SmolLM2-135M-Instruct in {dtype}, three stages. The run took "
+        f"{command_line('bench.structured')} on {machine()}; SmolLM2-135M-Instruct in {dtype}, three stages. The run took "
         f"{time.monotonic() - began:.0f} s; the load average before it was {load:.1f}."
     )
     write_section(output, "structured", markdown(list(found.values()), kills, ratios, facts))
     wrong = [answer for answer in found.values() if not answer.fits]
     for answer in wrong:
         click.echo(f"case {answer.number}: {answer.text!r}")
-    click.echo(f"{len(found)} answers, {kills} kills, {len(wrong)} not as asked")
+    click.echo(f"{len(found)} answers, {kills} kills, {len(wrong)} wrong")
     sys.exit(bool(wrong))
 
 
+def markdown(answers: Sequence[Ended], kills: int, ratios: Sequence[Ratio], facts: str) -> str:
+    ended = sum(answer.finish_reason == "stop" for answer in answers)
+    wrong = sum(not answer.fits for answer in answers)
+    columns = ["answers at once", "ms per token, plain", "with a grammar", f"ratio (wanted: at most {_WANTED})"]
+    rows = [
+        [each.at_once, f"{1000 * each.plain_seconds:.2f}", f"{1000 * each.grammar_seconds:.2f}", f"{each.ratio:.3f}"]
+        for each in ratios
+    ]
+    return (
+        f"## Structured output\n\n{facts}\n\n"
+        f"{len(answers)} random schemas, expressions, choices and grammars at temperature 1, {kills} kills of a stage meanwhile: {ended} answers ended by themselves, {wrong} of them wrong; "
+        f"{len(answers) - ended} ran into max_tokens.\n\n{table(columns, rows)}"
+    )
+
+
 async def _killed(pipeline: RunningPipeline, cases: int) -> tuple[dict[int, Ended], int]:
-    """By the gateway of the platform, which knows of stages that are away."""
+    """Asks the platform's gateway, which knows which stages are away. Returns the answers by case, and the number of kills."""
     found: dict[int, Ended] = {}
     kills = 0
     asked = asyncio.create_task(ask_all(pipeline.url, pipeline.model, range(cases), _MAX_TOKENS, found))
@@ -69,7 +82,7 @@ async def _killed(pipeline: RunningPipeline, cases: int) -> tuple[dict[int, Ende
 
 
 def _stages(pipeline: RunningPipeline) -> list[int]:
-    """Process ids of stages that run, children of the platform all; the first stage's first."""
+    """Process ids of the running stages, in order; all are children of the platform."""
     children = psutil.Process(pipeline.pids[0]).children(recursive=True)
     told = {child.pid: _environ(child) for child in children}
     stages = {pid: int(told[pid]["LAMINA_LAYERS"].split(":")[0]) for pid in told if told[pid].get("LAMINA_ROLE") == "stage"}

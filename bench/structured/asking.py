@@ -1,4 +1,4 @@
-"""Structured answers of a gateway, many at once, and how they ended."""
+"""Asks a gateway for structured answers, several at a time."""
 
 import asyncio
 from collections.abc import Iterable
@@ -24,12 +24,12 @@ class Ended:
 
     @property
     def fits(self) -> bool:
-        """As asked; one that ran into max_tokens is not held to it."""
+        """Whether the answer matches; one that ran into max_tokens need not."""
         return self.finish_reason == "length" or case(self.number).fits(self.text)
 
 
 async def ask_all(url: str, model: str, numbers: Iterable[int], max_tokens: int, found: dict[int, Ended]) -> None:
-    """The cases of these numbers at temperature 1; found: by number, as they end. Raises AssertionError for any but a 200."""
+    """Asks these cases at temperature 1, and adds the answers to `found`. Raises AssertionError for any status but 200."""
     left = iter(numbers)
 
     async def keep_asking(session: aiohttp.ClientSession) -> None:

@@ -1,4 +1,4 @@
-"""What answers are asked to look like, at random: JSON schemas, regular expressions, choices, grammars; and whether they do."""
+"""Random constraints for answers (JSON schemas, regular expressions, choices, grammars), and checks for them."""
 
 import json
 import random
@@ -16,10 +16,8 @@ _ARITHMETIC: Final = 'start: sum\nsum: product ("+" product){0,2}\nproduct: NUMB
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """options: of an OpenAI request. fits: whether an answer that ended by itself is as asked."""
-
-    options: dict[str, Any]
-    fits: Callable[[str], bool]
+    options: dict[str, Any]  # fields of an OpenAI request
+    fits: Callable[[str], bool]  # whether a complete answer matches
 
 
 def case(number: int) -> Case:
@@ -62,38 +60,22 @@ def _object(dice: random.Random, depth: int) -> dict[str, Any]:
 
 
 def _value(dice: random.Random, depth: int) -> dict[str, Any]:
-    flat = (_string, _integer, _constant, _pattern, _flag)
-    deep = (_object, _array, _either)
-    kind = dice.randrange(len(flat) + len(deep) if depth else len(flat))
-    return flat[kind](dice) if kind < len(flat) else deep[kind - len(flat)](dice, depth)
-
-
-def _flag(_: random.Random) -> dict[str, Any]:
-    return {"type": ["boolean", "null"]}
-
-
-def _string(dice: random.Random) -> dict[str, Any]:
-    least = dice.randint(0, 3)
-    return {"type": "string", "minLength": least, "maxLength": least + dice.randint(1, 8)}
-
-
-def _integer(dice: random.Random) -> dict[str, Any]:
-    least = dice.randint(-1000, 1000)
-    return {"type": "integer", "minimum": least, "maximum": least + dice.randint(0, 500)}
-
-
-def _constant(dice: random.Random) -> dict[str, Any]:
-    return dice.choice([{"const": dice.choice(_WORDS)}, {"enum": [*dice.sample(_WORDS, 3), 7, None]}])
-
-
-def _pattern(dice: random.Random) -> dict[str, Any]:
-    return dice.choice([{"type": "string", "pattern": "^[a-f0-9]{4,8}$"}, {"type": "string", "format": "date"}])
-
-
-def _array(dice: random.Random, depth: int) -> dict[str, Any]:
-    least = dice.randint(0, 2)
-    return {"type": "array", "items": _value(dice, depth - 1), "minItems": least, "maxItems": least + dice.randint(0, 2)}
-
-
-def _either(dice: random.Random, depth: int) -> dict[str, Any]:
+    match dice.randrange(8 if depth else 5):
+        case 0:
+            least = dice.randint(0, 3)
+            return {"type": "string", "minLength": least, "maxLength": least + dice.randint(1, 8)}
+        case 1:
+            least = dice.randint(-1000, 1000)
+            return {"type": "integer", "minimum": least, "maximum": least + dice.randint(0, 500)}
+        case 2:
+            return dice.choice([{"const": dice.choice(_WORDS)}, {"enum": [*dice.sample(_WORDS, 3), 7, None]}])
+        case 3:
+            return dice.choice([{"type": "string", "pattern": "^[a-f0-9]{4,8}$"}, {"type": "string", "format": "date"}])
+        case 4:
+            return {"type": ["boolean", "null"]}
+        case 5:
+            return _object(dice, depth)
+        case 6:
+            least, most = dice.randint(0, 2), dice.randint(0, 2)
+            return {"type": "array", "items": _value(dice, depth - 1), "minItems": least, "maxItems": least + most}
     return {"anyOf": [_value(dice, depth - 1) for _ in range(2)]}

@@ -1,4 +1,4 @@
-"""What a token costs with a grammar and without: the same prompts and lengths in turns, through the same stages."""
+"""The time of a token with a grammar and without: the same prompts and lengths in turns, through the same stages."""
 
 import asyncio
 import time
@@ -9,6 +9,7 @@ from typing import Any, Final
 import aiohttp
 
 _TOKENS: Final = 96
+# A schema that no answer completes before its last token.
 _LONG: Final = {
     "type": "array",
     "minItems": 100,
@@ -23,13 +24,12 @@ _LONG: Final = {
         "additionalProperties": False,
     },
 }
-"""Never done before the last token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
     at_once: int
-    plain_seconds: float  # a token, median over turns; of one answer where several come at once
+    plain_seconds: float  # per token of one answer, median over turns
     grammar_seconds: float
 
     @property
@@ -43,7 +43,7 @@ async def compare(url: str, model: str, at_once: int, rounds: int) -> Ratio:
         for number in range(rounds + 1):
             first = await _turn(session, model, at_once, number, {"ignore_eos": True})
             second = await _turn(session, model, at_once, number, {"structured_outputs": {"json": _LONG}})
-            if number:  # the first turn is for whatever is made once
+            if number:  # the first turn is a warm-up
                 plain.append(first)
                 constrained.append(second)
     return Ratio(at_once, median(plain), median(constrained))

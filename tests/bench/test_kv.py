@@ -1,4 +1,4 @@
-"""What `bench.kv` judges and tells, and how it reads an answer that is streamed."""
+"""The judging and reporting of `bench.kv`, and its reading of streamed answers."""
 
 import asyncio
 from dataclasses import replace
@@ -40,28 +40,28 @@ def test_a_cold_start_is_not_counted() -> None:
 
 
 @pytest.mark.parametrize("case", [Case.PEER, Case.STORE, Case.FROM_ZERO])
-def test_what_was_computed_after_all_is_a_miss_that_says_so(case: Case) -> None:
+def test_a_prompt_that_was_computed_is_a_miss_with_a_reason(case: Case) -> None:
     tries = [Found(case, 0.1, 1.0, 0, held=0.01)]
     assert met(tries) is False
     (line,) = verdicts({("float32", case): tries}, {})
     assert "only 1% of a prompt was held" in line
 
 
-def test_what_could_not_be_measured_is_told_with_why() -> None:
+def test_a_case_that_was_not_measured_is_reported_with_its_reason() -> None:
     missing = {"bfloat16": [NotMeasured(Case.SCALED_IN, "an answer ended before")]}
     assert verdicts({}, missing) == [f"not measured: bfloat16: {Case.SCALED_IN}: an answer ended before"]
     assert "| bfloat16 | a stage scaled in" in markdown({}, missing, "facts")
     assert "not measured: an answer ended before" in markdown({}, missing, "facts")
 
 
-def test_a_peer_is_told_and_not_judged() -> None:
+def test_a_peer_is_reported_and_not_judged() -> None:
     tries = [Found(Case.LLAMA_CPP, 0.1, 1.0, 1)]
     assert met(tries) is None
     (row,) = [line for line in markdown({("Q4_1", Case.LLAMA_CPP): tries}, {}, "facts").splitlines() if "Q4_1" in line]
     assert row == f"| Q4_1 | {Case.LLAMA_CPP} | 1 | 0.100 | 1.000 | 0.100 |  |  |  | 1 |"
 
 
-def test_the_longest_pause_is_of_what_came_after_the_moment() -> None:
+def test_the_longest_pause_is_after_the_moment() -> None:
     stream = Stream("abcd", [1.0, 9.0, 9.5, 11.5])
     assert stream.since(9.2) == [9.5, 11.5]
     assert stream.pause(9.2) == pytest.approx(2.0)
@@ -81,7 +81,7 @@ data: [DONE]
 """
 
 
-def test_an_answer_is_read_with_what_was_held() -> None:
+def test_cached_tokens_are_read_from_the_answer() -> None:
     async def scenario() -> None:
         async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await reader.readuntil(b"\r\n\r\n")

@@ -1,4 +1,4 @@
-"""What the benchmark of speculation makes of its turns, and that its network delays what passes and keeps it whole."""
+"""The report of the speculation benchmark, and its emulated network."""
 
 import socket
 import threading
@@ -19,13 +19,13 @@ def answered(seconds: float, *texts: str) -> Answered:
     return Answered(seconds, texts, prompt_tokens=50, tokens=100, accepted=30, rejected=10)
 
 
-def test_a_ratio_is_that_of_turns_beside_each_other_and_other_answers_are_seen() -> None:
+def test_ratios_compare_turns_pairwise_and_different_answers_are_counted() -> None:
     pair = Pair([answered(1.0, "a", "b"), answered(2.0, "a", "c")], [answered(2.0, "a", "b"), answered(6.0, "a", "b")])
     assert pair.ratio == pytest.approx(2.5)
     assert pair.different == 1
 
 
-def test_the_table_says_what_came_true_and_what_a_network_leaves() -> None:
+def test_the_table_has_accepted_drafts_and_the_throughput_that_a_network_leaves() -> None:
     pair = Pair([replace(answered(1.0, "a"), cpu_seconds=0.5)], [replace(answered(2.0, "a"), cpu_seconds=2.0)])
     slow = Pair([answered(2.0, "a")], [answered(4.0, "a")])
     text = markdown({Setting("int8", "quoting", 16, 0.0): pair, Setting("int8", "quoting", 16, 0.005): slow}, "facts")
@@ -33,7 +33,7 @@ def test_the_table_says_what_came_true_and_what_a_network_leaves() -> None:
     assert "5 ms each way leave 0.50 of the throughput without them" in text
 
 
-def test_what_is_wanted_depends_on_the_questions_and_the_network() -> None:
+def test_targets_depend_on_the_questions_and_the_network() -> None:
     assert wanted(Setting("int8", "quoting", 1, 0.0)) == 1.8
     assert wanted(Setting("int8", "quoting", 1, 0.005)) == 2.0
     assert wanted(Setting("int8", "free", 1, 0.0)) == wanted(Setting("int8", "quoting", 16, 0.0)) == 0.97
@@ -44,7 +44,7 @@ def test_there_are_twenty_questions_of_each_kind() -> None:
     assert {name: len(set(questions)) for name, questions in sets.items()} == {"quoting": 20, "free": 20}
 
 
-def test_a_delay_is_felt_in_both_directions_and_bytes_arrive_in_order() -> None:
+def test_both_directions_are_delayed_and_bytes_arrive_in_order() -> None:
     sent = bytes(range(256)) * 4096
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -67,8 +67,8 @@ def test_a_delay_is_felt_in_both_directions_and_bytes_arrive_in_order() -> None:
     assert seconds >= 0.1
 
 
-def test_a_network_ends_in_silence_while_something_is_on_its_way(caplog: pytest.LogCaptureFixture) -> None:
-    """asyncio logs what a connection's task was cancelled with."""
+def test_a_network_ends_without_log_lines_while_bytes_are_under_way(caplog: pytest.LogCaptureFixture) -> None:
+    """asyncio would log the exception of a cancelled connection."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         with delayed([f"http://127.0.0.1:{listener.getsockname()[1]}"], 60.0) as (url,):
             client = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=30)
