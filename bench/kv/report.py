@@ -29,7 +29,7 @@ WANTED: Final = {
     Case.FROM_ZERO: 0.2,
 }
 # Upper bounds of computed prompt tokens. When a stage is scaled in, the pod that stays may compute a few tokens beyond the
-# pieces of text that came: steps under way, and tokens whose text came with the next one's. A recomputed conversation has 2,000.
+# pieces of text that came: steps under way, and tokens whose text came with the next one's. A whole conversation has 2,000.
 MOST_COMPUTED: Final = {
     Case.SHARED_PROMPT: round(1.2 * (1_000 + 32 * 50)),
     Case.SCALED_IN: 16 * 8,

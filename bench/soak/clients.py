@@ -1,19 +1,22 @@
-"""All clients of a soak in a process of their own, so that they take nothing from the platform's event loop.
+"""All clients of a soak in a process of their own, so that they take no time of the platform's event loop.
 
 `python -m bench.soak.clients PLAN`, with a plan of `bench.soak.records` as JSON.
 """
 
 import asyncio
+import random
 import resource
 import sys
+from collections import Counter
 from pathlib import Path
 
+import aiohttp
 import msgspec
 
+from bench.soak.attacks import KINDS
 from bench.soak.honest import HonestClient, session_of
-from bench.soak.hostile import HostileClients
-from bench.soak.records import Plan, Recorder
-from bench.soak.target import Target
+from bench.soak.records import Attempt, Lull, Plan, Recorder
+from bench.soak.target import Kind, Target
 
 
 async def run(plan: Plan, recorder: Recorder) -> None:
@@ -22,6 +25,60 @@ async def run(plan: Plan, recorder: Recorder) -> None:
         for number in range(plan.honest):
             clients.create_task(HonestClient(session, plan, recorder).keep_asking(number))
         clients.create_task(HostileClients(Target(plan, session), plan, recorder).run())
+
+
+class HostileClients:
+    """All kinds attack in rounds; each round ends with a lull without them."""
+
+    def __init__(self, target: Target, plan: Plan, recorder: Recorder) -> None:
+        self._target = target
+        self._plan = plan
+        self._recorder = recorder
+
+    async def run(self) -> None:
+        """Attacks until the plan is over."""
+        over = self._recorder.now + self._plan.seconds
+        dice = {kind.name: random.Random(f"hostile {self._plan.seed} {kind.name}") for kind in KINDS}
+        while (now := self._recorder.now) + self._plan.round_seconds <= over + 1:
+            await self._attack(dice, self._plan.round_seconds - self._plan.lull_seconds)
+            lull = now + self._plan.round_seconds
+            self._recorder.write(Lull(self._recorder.now, lull))
+            await asyncio.sleep(max(0.0, lull - self._recorder.now))
+
+    async def _attack(self, dice: dict[str, random.Random], seconds: float) -> None:
+        clients = [asyncio.create_task(self._keep_attacking(kind, dice[kind.name])) for kind in KINDS]
+        try:
+            await asyncio.wait(clients, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            for client in clients:
+                client.cancel()
+            results = await asyncio.gather(*clients, return_exceptions=True)
+        for error in results:
+            if isinstance(error, Exception):
+                raise error
+
+    async def _keep_attacking(self, kind: Kind, dice: random.Random) -> None:
+        while True:
+            await self._attempt(kind, dice)
+            await asyncio.sleep(dice.uniform(0.5, 1.5) * kind.pause_seconds)
+
+    async def _attempt(self, kind: Kind, dice: random.Random) -> None:
+        outcomes: Counter[str] = Counter()
+        started = self._recorder.now
+        try:
+            await self._target.look()
+            await kind.attack(self._target, dice, outcomes)
+        except TimeoutError:
+            outcomes["silent"] += 1
+        except (OSError, KeyError, aiohttp.ClientError):
+            outcomes["closed"] += 1
+        except asyncio.CancelledError:
+            if not outcomes:
+                outcomes["unanswered until the lull"] += 1
+            raise
+        finally:
+            now = self._recorder.now
+            self._recorder.write(Attempt(now, kind.name, round(now - started, 4), dict(outcomes)))
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""What is done to the pipeline itself: stages killed, a stage that accepts connections and never answers, a store that is away.
+"""Faults of the pipeline itself: killed stages, stages that accept connections and never answer, a store that is away.
 
-Kills of the first third meet every stage, those of the second the first stage, and those of the last the last one: so every
-process lives long enough, under all else, to show whether it grows.
+Kills meet every stage in the first third, the first stage in the second, and the last stage in the last third, so that every
+process lives long enough to show whether it grows.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ class Faults:
     _dice: random.Random = field(default_factory=lambda: random.Random(6))
 
     async def run(self) -> None:
-        """Until the plan is over; what was stopped goes on, and the store is there, whatever happens."""
+        """Runs until the plan is over. Stopped processes go on and the store comes back in any case."""
         async with asyncio.TaskGroup() as faults:
             faults.create_task(self._kill())
             faults.create_task(self._hang())
@@ -43,7 +43,7 @@ class Faults:
         return [service for service in self.plan.services if service != GATEWAY]
 
     def _pod(self, service: str) -> LocalPod | None:
-        """The one that answers, where there is one."""
+        """The ready pod; None: it has none."""
         found = self.platform.services["default", self.plan.services[service]].revisions[-1].ready_pods
         return found[0] if found else None
 
@@ -56,15 +56,15 @@ class Faults:
             service = self._dice.choice(victims)
             pod = self._pod(service)
             if service == self._hanging or pod is None or pod.pid is None:
-                continue  # nobody is there to be killed
-            with suppress(ProcessLookupError):  # It has just been killed for something else.
+                continue
+            with suppress(ProcessLookupError):  # it has just been killed otherwise
                 os.kill(pod.pid, signal.SIGKILL)
                 self.recorder.write(Fault(self.recorder.now, "kill", service, self.recorder.now))
 
     async def _rest(self) -> None:
-        """Between two kills somebody honest is answered; where the machine is too slow for that, they come more seldom.
+        """Waits until an honest client has been answered since the last kill, up to three times `kill_seconds`.
 
-        Else a soak would show how fast the machine is, and not what the pipeline does about kills.
+        Otherwise a soak would test the speed of the machine, and not the pipeline.
         """
         began, before = self.recorder.now, answers(self.plan.records)
         await asyncio.sleep(self.kill_seconds)
@@ -72,7 +72,7 @@ class Faults:
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def _hang(self) -> None:
-        """Each stage in turn, twice."""
+        """Stops each stage in turn, twice."""
         every = self.plan.seconds / (2 * len(self._stages))
         for service in (*self._stages, *self._stages):
             await asyncio.sleep(every / 2)
@@ -92,7 +92,7 @@ class Faults:
             return
         try:
             os.kill(pid, signal.SIGSTOP)
-        except ProcessLookupError:  # It was killed meanwhile.
+        except ProcessLookupError:  # it was killed meanwhile
             return
         self._hanging = service
         try:
@@ -105,7 +105,7 @@ class Faults:
             self.recorder.write(Fault(began, "hang", service, self.recorder.now))
 
     async def _send_store_away(self) -> None:
-        """Three times."""
+        """Stops the store three times."""
         every = self.plan.seconds / 4
         for _ in range(3):
             away = min(30.0, every / 3)
@@ -120,12 +120,12 @@ class Faults:
 
 
 def answers(records: str) -> int:
-    """That honest clients have had so far; they record them in a process of their own."""
+    """The number of honest answers so far, which another process records."""
     return Path(records).read_bytes().count(b'"kind":"answer"')
 
 
 def victims_at(share: float, stages: list[str]) -> list[str]:
-    """share: of the run that is over."""
+    """share: the elapsed part of the run."""
     if share < 1 / 3:
         return stages
     return [stages[0]] if share < 2 / 3 else [stages[-1]]

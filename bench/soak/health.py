@@ -1,6 +1,6 @@
-"""Asks every process for `/healthz`, twice a second, as a kubelet does: from a process of its own, which nothing else slows.
+"""Asks every process for `/healthz`, twice a second, like a kubelet, from a process of its own.
 
-`python -m bench.soak.health PLAN`, until it is ended.
+`python -m bench.soak.health PLAN`, until it is terminated.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ _GONE: Final = (aiohttp.ClientError, OSError, TimeoutError)
 
 
 async def watch(plan: Plan, recorder: Recorder) -> None:
-    """Each process by itself: one that hangs must not delay the question to another."""
+    """Asks processes independently: one that hangs must not delay the others."""
     timeout = aiohttp.ClientTimeout(total=_PATIENCE_SECONDS)
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session, asyncio.TaskGroup() as watches:

@@ -1,4 +1,4 @@
-"""Honest clients: the same questions through every door, again and again, waiting as they are told to."""
+"""Honest clients: they ask the same questions by every API, again and again, and wait as they are told to."""
 
 import asyncio
 import random
@@ -10,21 +10,72 @@ from typing import Any, Final, Literal
 import aiohttp
 import msgspec
 
-from bench.soak.questions import QUESTIONS, Question
 from bench.soak.records import Answer, Lost, Plan, Recorder, Reference, Refused
 from eventing.http.binding import from_http, to_binary_http
 from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE, ServerSentEvent, SSEDecoder
 from eventing.wire.cloud_event import json_event
 from eventing.wire.events import EventType
-from eventing.wire.generation import GenerateResponse, TokenEvent
+from eventing.wire.generation import GenerateRequest, GenerateResponse, Message, TokenEvent
 
-PATIENCE_SECONDS: Final = 240.0  # for one answer, refusals included; whoever waits longer counts as lost
+_TEXTS: Final = (
+    "What is the capital of France?",
+    "Name three rivers of Europe.",
+    "The lighthouse keeper climbed the stairs and",
+    "Why does ice float on water?",
+    "1, 1, 2, 3, 5, 8,",
+    "Write one sentence about a winter morning.",
+)
+_TOKENS: Final = (16, 24, 32)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    name: str
+    text: str
+    chat: bool  # by the chat template; else the text is continued
+    max_tokens: int
+    temperature: float
+    seed: int
+
+    def event_data(self) -> GenerateRequest:
+        options: dict[str, Any] = {"max_tokens": self.max_tokens, "temperature": self.temperature, "seed": self.seed}
+        if self.chat:
+            return GenerateRequest(messages=(Message("user", self.text),), **options)
+        return GenerateRequest(prompt=self.text, **options)
+
+    def openai_body(self, model: str, stream: bool) -> dict[str, Any]:
+        asked = {"messages": [{"role": "user", "content": self.text}]} if self.chat else {"prompt": self.text}
+        more = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        options = {"max_tokens": self.max_tokens, "temperature": self.temperature, "seed": self.seed}
+        return {"model": model, **asked, **options, **more}
+
+    @property
+    def openai_path(self) -> str:
+        return "/v1/chat/completions" if self.chat else "/v1/completions"
+
+
+QUESTIONS: Final = tuple(
+    Question(
+        f"{'chat' if chat else 'text'} {number}{' drawn' if drawn else ''}",
+        text,
+        chat,
+        _TOKENS[number % len(_TOKENS)],
+        0.8 if drawn else 0.0,
+        number,
+    )
+    for number, text in enumerate(_TEXTS)
+    for chat in (True, False)
+    for drawn in (False, True)
+)
+
+
+PATIENCE_SECONDS: Final = 240.0  # for one answer, refusals included; after that it counts as lost
 _PAUSE_SECONDS: Final = 1.0  # after a refusal that names no time
 _LONGEST_PAUSE_SECONDS: Final = 30.0
 _COME_AGAIN: Final = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 
-Door = Literal["event", "event stream", "openai", "openai stream"]
-DOORS: Final[tuple[Door, ...]] = ("event", "event stream", "openai", "openai stream")
+Api = Literal["event", "event stream", "openai", "openai stream"]
+APIS: Final[tuple[Api, ...]] = ("event", "event stream", "openai", "openai stream")
 
 
 class ComeAgain(Exception):
@@ -35,7 +86,7 @@ class ComeAgain(Exception):
 
 
 class NoAnswer(Exception):
-    """What came was no answer, or not all of one."""
+    """The reply is no answer, or not a complete one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,51 +104,38 @@ class HonestClient:
         self._recorder = recorder
 
     async def keep_asking(self, number: int) -> None:
-        """Until the plan is over; the last answer is awaited."""
+        """Asks until the plan is over, and awaits the last answer."""
         dice = random.Random(f"honest {self._plan.seed} {number}")
         until = self._recorder.now + self._plan.seconds
         while self._recorder.now < until:
-            await self._ask(dice.choice(DOORS), dice.choice(QUESTIONS))
+            await self._ask(dice.choice(APIS), dice.choice(QUESTIONS))
 
-    async def _ask(self, door: Door, question: Question) -> None:
+    async def _ask(self, api: Api, question: Question) -> None:
         started = self._recorder.now
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
-                given = await self._until_answered(door, question)
+                given = await self._until_answered(api, question)
         except (NoAnswer, TimeoutError, aiohttp.ClientError, msgspec.MsgspecError) as error:
             reason = str(error) or type(error).__name__
-            self._recorder.write(Lost(self._recorder.now, question.name, door, started, reason))
+            self._recorder.write(Lost(self._recorder.now, question.name, api, started, reason))
             await asyncio.sleep(_PAUSE_SECONDS)
             return
-        self._recorder.write(
-            Answer(
-                self._recorder.now,
-                question.name,
-                door,
-                started,
-                given.text,
-                given.completion_tokens,
-                given.token_ids,
-                given.replays,
-            )
-        )
+        told = (given.text, given.completion_tokens, given.token_ids, given.replays)
+        self._recorder.write(Answer(self._recorder.now, question.name, api, started, *told))
 
-    async def _until_answered(self, door: Door, question: Question) -> Given:
+    async def _until_answered(self, api: Api, question: Question) -> Given:
         while True:
             try:
-                return await ask(self._session, self._plan, door, question)
+                return await ask(self._session, self._plan, api, question)
             except ComeAgain as refusal:
-                self._recorder.write(Refused(self._recorder.now, door, refusal.status, refusal.retry_after))
-                await asyncio.sleep(_pause(refusal.retry_after))
-
-
-def _pause(retry_after: str | None) -> float:
-    said = float(retry_after) if retry_after is not None and retry_after.isdigit() else _PAUSE_SECONDS
-    return min(said, _LONGEST_PAUSE_SECONDS)
+                self._recorder.write(Refused(self._recorder.now, api, refusal.status, refusal.retry_after))
+                seconds = refusal.retry_after or ""
+                pause = float(seconds) if seconds.isdigit() else _PAUSE_SECONDS
+                await asyncio.sleep(min(pause, _LONGEST_PAUSE_SECONDS))
 
 
 async def take_references(plan: Plan, recorder: Recorder) -> None:
-    """One question after the other, before anything disturbs. Raises NoAnswer, ComeAgain."""
+    """Records the undisturbed answers, one after the other. Raises NoAnswer, ComeAgain."""
     async with session_of(plan) as session:
         for question in QUESTIONS:
             given = await ask(session, plan, "event", question)
@@ -106,37 +144,40 @@ async def take_references(plan: Plan, recorder: Recorder) -> None:
 
 
 def session_of(plan: Plan) -> aiohttp.ClientSession:
-    """A connection for each request: one that broke with its pod must not count against the next answer."""
+    """Uses a connection for each request: one that broke with its pod must not fail the next request."""
     headers = {"authorization": f"Bearer {plan.honest_key}"}
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
     return aiohttp.ClientSession(headers=headers, timeout=timeout, connector=aiohttp.TCPConnector(limit=0, force_close=True))
 
 
-async def ask(session: aiohttp.ClientSession, plan: Plan, door: Door, question: Question) -> Given:
+async def ask(session: aiohttp.ClientSession, plan: Plan, api: Api, question: Question) -> Given:
     """Raises ComeAgain, NoAnswer, aiohttp.ClientError, msgspec.MsgspecError."""
-    url, headers, body = _request(plan, door, question)
+    url, headers, body = _request(plan, api, question)
     async with session.post(url, data=body, headers=headers) as reply:
         if reply.status in _COME_AGAIN:
             raise ComeAgain(reply.status, reply.headers.get("retry-after"))
         if reply.status != HTTPStatus.OK:
             raise NoAnswer(f"{reply.status}: {(await reply.read())[:300].decode(errors='replace')}")
-        match door:
+        match api:
             case "event":
                 return _of_response(msgspec.json.decode(await reply.read(), type=GenerateResponse))
             case "event stream":
                 return await _of_events(_messages(reply))
             case "openai":
-                return _of_openai(await reply.json(), question)
+                document = await reply.json()
+                choice = document["choices"][0]
+                text = choice["message"]["content"] if question.chat else choice["text"]
+                return Given(text, document["usage"]["completion_tokens"])
             case "openai stream":
                 return await _of_chunks(_messages(reply))
 
 
-def _request(plan: Plan, door: Door, question: Question) -> tuple[str, dict[str, str], bytes]:
-    if door.startswith("openai"):
-        body = question.openai_body(plan.model, stream=door == "openai stream")
+def _request(plan: Plan, api: Api, question: Question) -> tuple[str, dict[str, str], bytes]:
+    if api.startswith("openai"):
+        body = question.openai_body(plan.model, stream=api == "openai stream")
         return plan.url + question.openai_path, {"content-type": "application/json"}, msgspec.json.encode(body)
     headers, pieces = to_binary_http(json_event(EventType.GENERATE_REQUEST, "bench/soak", question.event_data()))
-    if door == "event stream":
+    if api == "event stream":
         headers["accept"] = EVENT_STREAM_CONTENT_TYPE
     return plan.url, headers, b"".join(pieces)
 
@@ -153,7 +194,7 @@ def _of_response(response: GenerateResponse) -> Given:
 
 
 async def _of_events(messages: AsyncIterator[ServerSentEvent]) -> Given:
-    """The tokens as they came; the last event must say the same."""
+    """Checks that the last event repeats the tokens of the stream."""
     tokens: list[TokenEvent] = []
     async for message in messages:
         event = from_http({"content-type": "application/cloudevents+json"}, message.data.encode())
@@ -161,22 +202,14 @@ async def _of_events(messages: AsyncIterator[ServerSentEvent]) -> Given:
         if event.get_type() == EventType.TOKEN:
             tokens.append(msgspec.json.decode(data, type=TokenEvent))
         elif event.get_type() == EventType.GENERATE_RESPONSE:
-            return _same(tokens, _of_response(msgspec.json.decode(data, type=GenerateResponse)))
+            given = _of_response(msgspec.json.decode(data, type=GenerateResponse))
+            text, ids = "".join(token.text for token in tokens), tuple(token.token_id for token in tokens)
+            if (text, ids) != (given.text, given.token_ids):
+                raise NoAnswer("the stream's tokens are not those of its last event")
+            return given
         else:
             raise NoAnswer(f"the stream ended with {event.get_type()}: {data[:300].decode(errors='replace')}")
     raise NoAnswer("the stream ended before its last event")
-
-
-def _same(tokens: list[TokenEvent], given: Given) -> Given:
-    if tuple(token.token_id for token in tokens) != given.token_ids or "".join(token.text for token in tokens) != given.text:
-        raise NoAnswer("the stream's tokens are not those of its last event")
-    return given
-
-
-def _of_openai(document: Any, question: Question) -> Given:
-    choice = document["choices"][0]
-    text = choice["message"]["content"] if question.chat else choice["text"]
-    return Given(text, document["usage"]["completion_tokens"])
 
 
 async def _of_chunks(messages: AsyncIterator[ServerSentEvent]) -> Given:

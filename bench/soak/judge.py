@@ -1,14 +1,17 @@
-"""What must show in a soak, judged from its records."""
+"""Judges a soak from its records."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean, linear_regression
 from typing import Final
 
-from bench.soak.growth import QUANTITIES, Growth, growths
+from bench.report import Verdict
+from bench.soak.attacks import KINDS
 from bench.soak.records import (
     FREE,
     GATEWAY,
+    ROUND_LULLS,
     STORE,
     Answer,
     Attempt,
@@ -17,101 +20,91 @@ from bench.soak.records import (
     Fault,
     Health,
     Lost,
+    Lull,
     Record,
     Reference,
     Refused,
     Rest,
+    Usage,
     of,
 )
 
 HEALTHY_SECONDS: Final = 1.0
+RECOVERY_SECONDS: Final = 20.0  # after a fault of a service, or of the store, the service's health is not judged
+_FEWEST_LULLS: Final = 2
+_GROWTH_SHARE: Final = 0.05
+# Growth that honest clients, who are there in lulls too, and the allocator cause; or 5 % of the level, if that is more.
+_ALLOWED_GROWTH: Final = {"threads": 6.0, "descriptors": 12.0, "own_bytes": 16.0 * 2**20}
 _NAMES: Final = {
     "threads": "threads",
     "descriptors": "descriptors",
     "own_bytes": "resident memory, without what is reserved for keys and values,",
 }
-RECOVERY_SECONDS: Final = 20.0
-"""After a fault of a service, or of the store that it starts from: so long its own health is not asked for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    what: str
-    seen: str
-    holds: bool
-
-
-def judge(records: Sequence[Record], refused_kinds: frozenset[str]) -> list[Verdict]:
-    """refused_kinds: names of those hostile clients that nothing good or broken may be answered to."""
+def verdicts(records: Sequence[Record]) -> list[Verdict]:
     return [
-        _right(records),
+        _answers_equal(records),
         _none_lost(records),
-        _told_when(records),
-        _nobody_left(records),
+        _refusals_name_a_time(records),
+        _nothing_held(records),
         _memory_free(records),
-        *(_flat(records, quantity) for quantity in QUANTITIES),
+        *(_flat(records, quantity) for quantity in _ALLOWED_GROWTH),
         _healthy(records),
         _ended_by_faults_only(records),
-        _refused(records, refused_kinds),
+        _invalid_requests_refused(records),
         _disturbed(records),
     ]
 
 
 def wrong(records: Sequence[Record]) -> list[Answer]:
-    """Answers that are not, token for token, what the question was answered while nothing disturbed."""
+    """Answers that differ, in any token, from the undisturbed answer to the same question."""
     references = {reference.question: reference for reference in of(Reference, records)}
-    return [answer for answer in of(Answer, records) if not _as_before(answer, references.get(answer.question))]
+
+    def as_before(answer: Answer) -> bool:
+        before = references.get(answer.question)
+        if before is None or (answer.text, answer.completion_tokens) != (before.text, before.completion_tokens):
+            return False
+        return answer.token_ids is None or answer.token_ids == before.token_ids
+
+    return [answer for answer in of(Answer, records) if not as_before(answer)]
 
 
-def _as_before(answer: Answer, before: Reference | None) -> bool:
-    if before is None or (answer.text, answer.completion_tokens) != (before.text, before.completion_tokens):
-        return False
-    return answer.token_ids is None or answer.token_ids == before.token_ids
-
-
-def _right(records: Sequence[Record]) -> Verdict:
+def _answers_equal(records: Sequence[Record]) -> Verdict:
     answers, found = of(Answer, records), wrong(records)
-    first = f"; first: {found[0].question!r} by {found[0].door}: {found[0].text!r}" if found else ""
-    return Verdict(
-        "every honest answer is, token for token, the undisturbed one",
-        f"{len(found)} of {len(answers)} wrong{first}",
-        bool(answers) and not found,
-    )
+    first = f"; first: {found[0].question!r} by {found[0].api}: {found[0].text!r}" if found else ""
+    what = "every honest answer equals the undisturbed one, token for token"
+    return Verdict(what, f"{len(found)} of {len(answers)} wrong{first}", bool(answers) and not found)
 
 
 def _none_lost(records: Sequence[Record]) -> Verdict:
     lost = of(Lost, records)
-    first = f"; first, at {lost[0].t:.0f} s by {lost[0].door}: {lost[0].reason}" if lost else ""
+    first = f"; first, at {lost[0].t:.0f} s by {lost[0].api}: {lost[0].reason}" if lost else ""
     return Verdict("no honest question is lost", f"{len(lost)} lost{first}", not lost)
 
 
-def _told_when(records: Sequence[Record]) -> Verdict:
+def _refusals_name_a_time(records: Sequence[Record]) -> Verdict:
     refusals = of(Refused, records)
-    silent = [refusal for refusal in refusals if refusal.retry_after is None]
-    return Verdict(
-        "refusals of honest clients say when to retry (Retry-After)",
-        f"{len(silent)} of {len(refusals)} refusals without",
-        not silent,
-    )
+    silent = sum(refusal.retry_after is None for refusal in refusals)
+    seen = f"{silent} of {len(refusals)} refusals without"
+    return Verdict("refusals of honest clients say when to retry (Retry-After)", seen, not silent)
 
 
 def _rest(records: Sequence[Record], moment: str) -> dict[str, dict[str, float]]:
     return {rest.service: rest.gauges for rest in of(Rest, records) if rest.moment == moment}
 
 
-def _nobody_left(records: Sequence[Record]) -> Verdict:
+def _nothing_held(records: Sequence[Record]) -> Verdict:
     after = _rest(records, "after")
-    left = {
-        f"{service} {name.removeprefix('lamina_')}": value
+    held = [
+        f"{service} {name.removeprefix('lamina_')} {value:g}"
         for service, gauges in after.items()
         for name, value in gauges.items()
         if name != FREE and value
-    }
-    seen = ", ".join(f"{name} {value:g}" for name, value in left.items()) or "0 everywhere"
+    ]
     complete = bool(after) and all(after.values())
-    return Verdict(
-        "afterwards nothing runs, waits or holds memory", seen if complete else "not all answered", complete and not left
-    )
+    seen = (", ".join(held) or "0 everywhere") if complete else "not all answered"
+    return Verdict("afterwards nothing runs, waits or holds memory", seen, complete and not held)
 
 
 def _memory_free(records: Sequence[Record]) -> Verdict:
@@ -120,34 +113,79 @@ def _memory_free(records: Sequence[Record]) -> Verdict:
         for moment in ("before", "after")
     )
     pairs = [f"{service} {after.get(service)} of {free}" for service, free in before.items() if after.get(service) != free]
-    holds = bool(before) and not pairs and None not in before.values()
-    return Verdict("keys and values are free everywhere as at the start", ", ".join(pairs) or "as at the start", holds)
+    met = bool(before) and not pairs and None not in before.values()
+    return Verdict("keys and values are free everywhere as at the start", ", ".join(pairs) or "as at the start", met)
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """One quantity of one process, compared with itself at the lulls of the last two thirds of a soak.
+
+    Memory for keys and values is left out: a stage reserves all of it at its start, so that it cannot leak, but the kernel
+    provides it page by page when sequences first use it. Another verdict says that sequences release it.
+    """
+
+    service: str
+    pid: int
+    quantity: str
+    lulls: int
+    level: float
+    grown: float  # along the fitted line, from the first of these lulls to the last
+
+    @property
+    def allowed(self) -> float:
+        return max(_ALLOWED_GROWTH[self.quantity], _GROWTH_SHARE * self.level)
+
+    def __str__(self) -> str:
+        factor, unit = (2**-20, " MiB") if self.quantity == "own_bytes" else (1, "")
+        return f"{self.service} {self.grown * factor:+.1f}{unit} at {self.level * factor:.0f}{unit} ({self.lulls} lulls)"
+
+
+def growths(records: Sequence[Record]) -> list[Growth]:
+    """Of every process that lived through at least two lulls of the last two thirds."""
+    found = []
+    for (service, pid), points in _at_lulls(records).items():
+        if len(points) < _FEWEST_LULLS:
+            continue
+        times = [point.t for point in points]
+        for quantity in _ALLOWED_GROWTH:
+            values = [float(getattr(point, quantity)) for point in points]
+            grown = linear_regression(times, values).slope * (times[-1] - times[0])
+            found.append(Growth(service, pid, quantity, len(points), fmean(values), grown))
+    return found
+
+
+def _at_lulls(records: Sequence[Record]) -> dict[tuple[str, int], list[Usage]]:
+    """(service, pid) → its last usage in each lull, without its first round, in which it loads and its pools fill."""
+    found: dict[tuple[str, int], list[Usage]] = {}
+    born = {(usage.service, usage.pid): usage.t for usage in reversed(of(Usage, records))}
+    for lull in late_lulls(records):
+        second_half = (usage for usage in of(Usage, records) if (lull.t + lull.until) / 2 <= usage.t < lull.until)
+        for key, usage in {(usage.service, usage.pid): usage for usage in second_half}.items():
+            if lull.t - born[key] >= ROUND_LULLS * (lull.until - lull.t):
+                found.setdefault(key, []).append(usage)
+    return found
+
+
+def late_lulls(records: Sequence[Record]) -> Iterator[Lull]:
+    """The lulls of the last two thirds."""
+    for began in of(Began, records)[:1]:
+        yield from (lull for lull in of(Lull, records) if lull.t >= began.t + began.seconds / 3)
 
 
 def _flat(records: Sequence[Record], quantity: str) -> Verdict:
     services = of(Began, records)[0].services if of(Began, records) else ()
     seen = [growth for growth in growths(records) if growth.quantity == quantity]
     unseen = [service for service in services if service not in {growth.service for growth in seen}]
-    told = [_grown(growth) for growth in seen if not growth.flat] or [_grown(each) for each in _most_grown(seen)]
-    told += [f"{service}: no process lived long enough" for service in unseen]
-    return Verdict(
-        f"{_NAMES[quantity]} of every process flat over the last two thirds",
-        "; ".join(told) or "nothing seen",
-        bool(seen) and not unseen and all(growth.flat for growth in seen),
-    )
-
-
-def _most_grown(seen: Sequence[Growth]) -> list[Growth]:
-    return [max(seen, key=lambda growth: growth.grown / growth.allowed)] if seen else []
-
-
-def _grown(growth: Growth) -> str:
-    factor, unit = (2**-20, " MiB") if growth.quantity == "own_bytes" else (1, "")
-    return f"{growth.service} {growth.grown * factor:+.1f}{unit} at {growth.level * factor:.0f}{unit} ({growth.lulls} lulls)"
+    grown = [growth for growth in seen if growth.grown > growth.allowed]
+    worst = [max(seen, key=lambda growth: growth.grown / growth.allowed)] if seen else []
+    told = [*map(str, grown or worst), *(f"{service}: no process lived long enough" for service in unseen)]
+    what = f"{_NAMES[quantity]} of every process flat over the last two thirds"
+    return Verdict(what, "; ".join(told) or "nothing seen", bool(seen) and not unseen and not grown)
 
 
 def late(records: Sequence[Record]) -> list[Health]:
-    """Answers of `/healthz` that were none or late, where no fault of the service's own or the store's excuses them."""
+    """Missing or late answers of `/healthz` that no fault of the service or of the store excuses."""
     faults = of(Fault, records)
     found = [health for health in of(Health, records) if health.status != 200 or health.seconds > HEALTHY_SECONDS]
     return [health for health in found if not any(_excuses(fault, health) for fault in faults)]
@@ -161,34 +199,26 @@ def _excuses(fault: Fault, health: Health) -> bool:
 
 def _healthy(records: Sequence[Record]) -> Verdict:
     asked, found = of(Health, records), late(records)
-    seen = f"{len(found)} of {len(asked)} not" + (f": {', '.join(_worst(found))}" if found else "")
-    gateway_asked = any(health.service == GATEWAY for health in asked)
-    return Verdict(
-        f"/healthz is answered within {HEALTHY_SECONDS:g} s throughout, where the process itself is not broken",
-        seen,
-        gateway_asked and not found,
-    )
-
-
-def _worst(found: Sequence[Health]) -> Iterator[str]:
+    told = []
     for service, count in Counter(health.service for health in found).items():
         worst = max((health for health in found if health.service == service), key=lambda health: health.seconds)
         how = f"after {worst.seconds:.1f} s" if worst.status else f"nothing for {worst.seconds:.1f} s"
-        yield f"{service} {count}, worst {how} at {worst.t:.0f} s"
+        told.append(f"{service} {count}, worst {how} at {worst.t:.0f} s")
+    what = f"/healthz is answered within {HEALTHY_SECONDS:g} s throughout, unless the process itself is broken"
+    seen = f"{len(found)} of {len(asked)} not" + (f": {', '.join(told)}" if told else "")
+    return Verdict(what, seen, any(health.service == GATEWAY for health in asked) and not found)
 
 
 def unexplained(records: Sequence[Record]) -> list[Ended]:
-    """Ends of processes that nobody made: all of the gateway's; a stage's that no kill and no store's absence goes before."""
+    """Ends of processes without a cause: all of the gateway's, and those of a stage after neither a kill nor a store outage."""
     faults = [fault for fault in of(Fault, records) if fault.fault != "hang"]
-    return [
-        ended
-        for ended in of(Ended, records)
-        if not any(
-            fault.service in (ended.service, STORE) and fault.t <= ended.t <= fault.until + RECOVERY_SECONDS
-            for fault in faults
-            if ended.service != GATEWAY
+
+    def explained(ended: Ended) -> bool:
+        return ended.service != GATEWAY and any(
+            fault.service in (ended.service, STORE) and fault.t <= ended.t <= fault.until + RECOVERY_SECONDS for fault in faults
         )
-    ]
+
+    return [ended for ended in of(Ended, records) if not explained(ended)]
 
 
 def _ended_by_faults_only(records: Sequence[Record]) -> Verdict:
@@ -197,19 +227,20 @@ def _ended_by_faults_only(records: Sequence[Record]) -> Verdict:
     return Verdict("no process ends that was not killed", f"{len(found)} did" + (f": {seen}" if seen else ""), not found)
 
 
-def _refused(records: Sequence[Record], kinds: frozenset[str]) -> Verdict:
+def _invalid_requests_refused(records: Sequence[Record]) -> Verdict:
+    refused = {kind.name for kind in KINDS if kind.refused}
     bad = Counter(
         f"{attempt.name}: {outcome}"
         for attempt in of(Attempt, records)
         for outcome in attempt.outcomes
-        if attempt.name in kinds and (outcome.startswith("2") or outcome == "500")
+        if attempt.name in refused and (outcome.startswith("2") or outcome == "500")
     )
     seen = "; ".join(f"{what} ({count} ×)" for what, count in bad.most_common(3))
-    return Verdict("what is no request is neither served nor breaks anything (2xx, 500)", seen or "none was", not bad)
+    return Verdict("invalid requests are neither served nor break anything (2xx, 500)", seen or "none was", not bad)
 
 
 def _disturbed(records: Sequence[Record]) -> Verdict:
-    """A soak in which nothing happened shows nothing."""
+    """Holds only if the planned attacks and faults happened."""
     began = of(Began, records)
     if not began:
         return Verdict("everything was disturbed as planned", "the run never began", False)

@@ -1,4 +1,4 @@
-"""Looks at the processes while they are soaked, and at their gauges while they rest."""
+"""Records the processes' resources during a soak, and their gauges while they rest."""
 
 import asyncio
 import contextlib
@@ -15,7 +15,7 @@ from knative.local.kubelet.processes import memory_bytes
 from knative.local.platform import Platform
 
 _EVERY_SECONDS: Final = 1.0
-SETTLE_SECONDS: Final = 90.0  # what everything gets to come to rest when nobody asks any more
+SETTLE_SECONDS: Final = 90.0  # for all services to come to rest after the last request
 KV_RESIDENT: Final = "lamina_stage_kv_resident_bytes"
 GAUGES: Final[Mapping[str, tuple[str, ...]]] = {
     GATEWAY: ("lamina_gateway_running_sequences", "lamina_gateway_waiting_sequences"),
@@ -29,7 +29,7 @@ class Observer:
     plan: Plan
     recorder: Recorder
     _restarts: dict[str, int] = field(default_factory=dict)
-    _kv_bytes: dict[int | None, int] = field(default_factory=dict)  # by pid, where a stage has said it
+    _kv_bytes: dict[int | None, int] = field(default_factory=dict)  # by pid, as a stage reported last
 
     async def run(self) -> None:
         while True:
@@ -40,13 +40,13 @@ class Observer:
             await asyncio.sleep(_EVERY_SECONDS)
 
     async def _look_at_kv(self, pod: Mapping[str, Any]) -> None:
-        """A stage that is busy with something else, or hangs, is taken for what it said last: it uses no more meanwhile."""
+        """A stage that is busy or hangs keeps its last figure: it uses no more meanwhile."""
         samples = await asyncio.to_thread(read_metrics, pod)
         if samples:
             self._kv_bytes[pod["pid"]] = int(samples[KV_RESIDENT])
 
     def _pods(self) -> Iterator[tuple[str, Any]]:
-        """As the platform's status has them."""
+        """Services and pods of the platform's status."""
         names = {platform_name: name for name, platform_name in self.plan.services.items()}
         for service in self.platform.status()["services"]:
             for revision in service["revisions"]:
@@ -57,12 +57,12 @@ class Observer:
             self._restarts[pod["name"]] = pod["restarts"]
             self.recorder.write(Ended(self.recorder.now, service, pod["last_end"]))
         pid = pod["pid"]
-        # A process that has ended, and that nobody has waited for yet, has no memory.
+        # A process that has ended and is not reaped yet has no memory.
         if pid is not None and (resident := memory_bytes(pid)) and (usage := read_usage(pid)) is not None:
             self.recorder.write(Usage(self.recorder.now, service, pid, *usage, resident, self._kv_bytes.get(pid, 0)))
 
     async def rest(self, moment: Literal["before", "after"], wanted: Mapping[str, dict[str, float]] | None = None) -> None:
-        """Records the gauges once they are as `wanted` (None: once nothing is held), or when waiting has been long enough."""
+        """Records the gauges when they equal `wanted` (None: when nothing is held), or after SETTLE_SECONDS."""
         until = self.recorder.now + SETTLE_SECONDS
         while not self._rests(seen := await self._gauges(), wanted) and self.recorder.now < until:
             await asyncio.sleep(_EVERY_SECONDS)
@@ -70,7 +70,7 @@ class Observer:
             self.recorder.write(Rest(self.recorder.now, moment, service, gauges))
         self.seen = seen
 
-    seen: dict[str, dict[str, float]] = field(default_factory=dict)  # gauges as they were recorded last, by service
+    seen: dict[str, dict[str, float]] = field(default_factory=dict)  # the gauges recorded last, by service
 
     def _rests(self, seen: dict[str, dict[str, float]], wanted: Mapping[str, dict[str, float]] | None) -> bool:
         if wanted is not None:
@@ -88,7 +88,7 @@ class Observer:
 
 
 def read_usage(pid: int) -> tuple[int, int] | None:
-    """(threads, open descriptors) of a process of ours; None where it has gone."""
+    """(threads, open descriptors) of a process; None: it has ended."""
     with contextlib.suppress(OSError):
         found = re.search(r"^Threads:\s+(\d+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
         if found is not None:

@@ -1,4 +1,4 @@
-"""What is soaked: SmolLM2 in fp32 on a local platform, each stage with one pod, so that a kill takes it away from everybody."""
+"""The pipeline of a soak: SmolLM2 in fp32 on a local platform, each stage with one pod, so that a kill stops the stage."""
 
 import contextlib
 import secrets
@@ -29,13 +29,13 @@ from storage.store.settings import StoreSettings
 MODEL: Final = "smollm2-135m-instruct"
 KEYS_SECRET: Final = "soak-keys"
 _STOP_SECONDS: Final = 5.0
+# Short back-off: otherwise a pod that is killed again and again would be down for most of the run.
 _TIMING: Final = PodTiming(restart_backoff_seconds=0.5, restart_backoff_max_seconds=5.0)
-"""A pod that is killed again and again would else be waited for rather than soaked."""
 _ALWAYS_ONE: Final = Autoscaling(min_scale=1, max_scale=1)
 
 
 def spec_of(stages: int) -> PipelineSpec:
-    """Everything that is not said here is a default. fp32: answers must be equal token for token."""
+    """All other fields have their defaults. fp32: answers must be equal token for token."""
     return PipelineSpec(
         name="soak",
         model=ModelSpec(name=MODEL, dtype="float32"),
@@ -52,7 +52,7 @@ def spec_of(stages: int) -> PipelineSpec:
 
 
 def services_of(local: LocalPipeline) -> dict[str, str]:
-    """Name in the records → the Service's."""
+    """Name in the records → name of the Service."""
     stages = range(len(local.pipeline.cut))
     return {GATEWAY: local.pipeline.spec.name, **{f"stage {index}": local.pipeline.stage_name(index) for index in stages}}
 
@@ -71,7 +71,7 @@ async def serving(state: StateFolder, local: LocalPipeline, store: StoreSettings
 
 
 class ReturningStore:
-    """The embedded store, which can go away and come back where clients look for it. A context manager."""
+    """The embedded store, which can stop and start again at the same address. A context manager."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

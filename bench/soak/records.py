@@ -1,4 +1,4 @@
-"""What a soak records: JSON lines, one file that all of its processes append to."""
+"""The records of a soak: JSON lines in one file, to which all of its processes append."""
 
 import os
 import time
@@ -12,8 +12,8 @@ import msgspec
 
 GATEWAY: Final = "gateway"
 STORE: Final = "store"
-FREE: Final = "lamina_stage_free_tokens"  # the gauge that is as large as it can be, not 0, when nothing is held
-ROUND_LULLS: Final = 3  # a round is as long as so many lulls
+FREE: Final = "lamina_stage_free_tokens"  # the gauge that is at its maximum, not 0, if nothing is held
+ROUND_LULLS: Final = 3  # length of a round in lulls
 
 
 class Record(msgspec.Struct, frozen=True, tag_field="kind", tag=str.lower):
@@ -23,18 +23,18 @@ class Record(msgspec.Struct, frozen=True, tag_field="kind", tag=str.lower):
 
 
 class Began(Record, frozen=True):
-    """The disturbance began, and is to last so long."""
+    """The beginning of the disturbance."""
 
     seconds: float
     services: tuple[str, ...]  # the gateway, then the stages in order
     model: str
     honest: int  # clients at a time
     kill_seconds: float
-    hostile: tuple[str, ...] = ()  # kinds of clients that are to come
+    hostile: tuple[str, ...] = ()  # planned kinds of clients
 
 
 class Reference(Record, frozen=True):
-    """What a question is answered while nothing disturbs."""
+    """The undisturbed answer to a question."""
 
     question: str
     text: str
@@ -43,36 +43,36 @@ class Reference(Record, frozen=True):
 
 
 class Answer(Record, frozen=True):
-    """An answer that an honest client got."""
+    """An honest client's answer."""
 
     question: str
-    door: str
+    api: str
     started: float
     text: str
     completion_tokens: int
-    token_ids: tuple[int, ...] | None = None  # none: the OpenAI API tells no ids
+    token_ids: tuple[int, ...] | None = None  # None: the OpenAI API returns no ids
     replays: int = 0
 
 
 class Refused(Record, frozen=True):
     """An honest client was told to come again: 429 or 503."""
 
-    door: str
+    api: str
     status: int
     retry_after: str | None  # the header, as it came
 
 
 class Lost(Record, frozen=True):
-    """An honest client got no answer, or half of one."""
+    """An honest client got no complete answer."""
 
     question: str
-    door: str
+    api: str
     started: float
     reason: str
 
 
 class Attempt(Record, frozen=True):
-    """What one hostile client did, and what became of its requests or connections: outcome → how many."""
+    """One attempt of a hostile client; outcomes: outcome → number of its requests or connections."""
 
     name: str
     seconds: float
@@ -80,7 +80,7 @@ class Attempt(Record, frozen=True):
 
 
 class Fault(Record, frozen=True):
-    """From `t` to `until`. kill: SIGKILL; hang: SIGSTOP; away: the store is not there."""
+    """From `t` to `until`. kill: SIGKILL; hang: SIGSTOP; away: the store does not run."""
 
     fault: Literal["kill", "hang", "away"]
     service: str
@@ -88,7 +88,7 @@ class Fault(Record, frozen=True):
 
 
 class Lull(Record, frozen=True):
-    """From `t` to `until` no hostile client is there, so that processes can be compared with themselves."""
+    """From `t` to `until` no hostile client runs, so that processes can be compared with themselves."""
 
     until: float
 
@@ -102,31 +102,30 @@ class Health(Record, frozen=True):
 
 
 class Usage(Record, frozen=True):
-    """Of one process."""
+    """Resources of one process."""
 
     service: str
     pid: int
     threads: int
     descriptors: int
     resident_bytes: int
-    kv_bytes: int = 0
-    """Of them, the memory for keys and values, which is reserved from the start and becomes resident where it is used first."""
+    kv_bytes: int = 0  # part of resident_bytes: keys and values, reserved at the start and resident from their first use
 
     @property
     def own_bytes(self) -> int:
-        """Resident, without keys and values."""
+        """Resident memory without keys and values."""
         return self.resident_bytes - self.kv_bytes
 
 
 class Ended(Record, frozen=True):
-    """A process of the service has ended, seen at `t`; the platform started another."""
+    """A process of the service has ended before `t`; the platform started another."""
 
     service: str
     cause: str
 
 
 class Rest(Record, frozen=True):
-    """A service's gauges while nobody asks: before the disturbance, and when it is over."""
+    """A service's gauges without requests: before and after the disturbance."""
 
     moment: Literal["before", "after"]
     service: str
@@ -151,7 +150,7 @@ def of(kind: type[R], records: Sequence[Record]) -> list[R]:
 
 @dataclass
 class Recorder:
-    """Appends records as they happen. Processes share the clock by `started` (`time.monotonic` of the machine)."""
+    """Appends records. Processes share a clock by `started` (the machine's `time.monotonic`)."""
 
     path: Path
     started: float = field(default_factory=time.monotonic)
@@ -169,16 +168,16 @@ class Recorder:
         return round(time.monotonic() - self.started, 4)
 
     def write(self, record: Record) -> None:
-        """One write to a file opened for appending: lines of several processes do not mix."""
+        """A single write to a file opened for appending, so that lines of several processes do not mix."""
         os.write(self._file, msgspec.json.encode(record) + b"\n")
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What the processes of a run are told, as JSON on their command line."""
+    """The settings that a run's processes get, as JSON on their command line."""
 
     records: str
     started: float  # of the recorder's clock
-    seconds: float  # how long to disturb
+    seconds: float  # of disturbance
     url: str  # of the gateway, as clients know it
     admin_url: str
     services: Mapping[str, str]  # name in the records → the Service's name on the platform
@@ -190,7 +189,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def round_seconds(self) -> float:
-        """Hostile clients, then a lull: enough rounds for a trend, none too short to hold a connection open in."""
+        """A round has hostile clients, then a lull. It is short enough for a trend, and long enough to hold connections."""
         return min(60.0, max(15.0, self.seconds / 9))
 
     @property

@@ -1,4 +1,4 @@
-"""Whom hostile clients reach: the gateway as clients know it, and every process at its own port; connections byte by byte."""
+"""What hostile clients attack: the gateway's URL and every process at its own port, over connections byte by byte."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ import msgspec
 from bench.soak.records import GATEWAY, Plan
 
 ANSWER_SECONDS: Final = 20.0  # how long a hostile client waits for an answer that it wants to see
-_RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends RST, as a client does that was killed
+_RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends RST, like a killed client
 
 Outcomes = Counter[str]
 
@@ -32,7 +32,7 @@ class Connection:
         await self.writer.drain()
 
     async def status(self, seconds: float = ANSWER_SECONDS) -> str:
-        """The status of the reply that comes; "closed" where none does, "silent" where nothing happens for so long."""
+        """The reply's status; "closed": no reply; "silent": nothing happened within `seconds`."""
         try:
             async with asyncio.timeout(seconds):
                 line = await self.reader.readline()
@@ -55,25 +55,25 @@ class Target:
         self._ports: dict[str, int] = {}
 
     async def look(self) -> None:
-        """Where the functions listen now. Raises aiohttp.ClientError."""
+        """Reads the functions' ports. Raises aiohttp.ClientError."""
         async with self._session.get(f"{self.plan.admin_url}/status") as reply:
             status = await reply.json()
         self._ports = function_ports(status, self.plan.services)
 
     @property
     def services(self) -> list[str]:
-        """Those that have a process now."""
+        """Services with a running process."""
         return list(self._ports)
 
     def address(self, service: str | None) -> tuple[str, int]:
-        """service: None for the gateway's URL. Raises KeyError where it has no process."""
+        """service: None for the gateway's URL. Raises KeyError if it has no process."""
         if service is not None:
             return "127.0.0.1", self._ports[service]
         parts = urlsplit(self.plan.url)
         return parts.hostname or "127.0.0.1", parts.port or 80
 
     def some_way(self, dice: random.Random) -> str | None:
-        """To the gateway: by its URL or by its own port."""
+        """A random way to the gateway: its URL (None) or its own port."""
         return GATEWAY if GATEWAY in self._ports and dice.random() < 0.5 else None
 
     @contextlib.asynccontextmanager
@@ -95,7 +95,7 @@ class Target:
             writer.close()
 
     def head(self, path: str, length: int | None, **headers: str) -> bytes:
-        """Of a POST. length: None to say none. headers: underscores stand for dashes; an empty one is left out."""
+        """The head of a POST. length: None: no Content-Length. headers: with _ for -; an empty one is left out."""
         all_headers = {
             "host": "soak",
             "authorization": f"Bearer {self.plan.hostile_key}",
@@ -114,7 +114,7 @@ class Target:
         return self.post("/v1/completions", msgspec.json.encode(body))
 
     async def answered(self, service: str | None, data: bytes) -> str:
-        """What a whole request is answered; "closed" also where it is not read to its end."""
+        """The status of the reply to a whole request; "closed" also if the request is not read to its end."""
         async with self.connect(service) as connection:
             with contextlib.suppress(ConnectionError):
                 async with asyncio.timeout(ANSWER_SECONDS):
@@ -123,7 +123,7 @@ class Target:
 
 
 def function_ports(status: Mapping[str, Any], services: Mapping[str, str]) -> dict[str, int]:
-    """Of the platform's status document: name in the records → port, of those that have a process."""
+    """Name in the records → port of its process, from the platform's status document."""
     names = {platform_name: name for name, platform_name in services.items()}
     return {
         names[service["name"]]: pod["function_port"]
@@ -134,14 +134,11 @@ def function_ports(status: Mapping[str, Any], services: Mapping[str, str]) -> di
     }
 
 
-Attack = Callable[[Target, random.Random, Outcomes], Awaitable[None]]
-
-
 @dataclass(frozen=True, slots=True)
 class Kind:
     """A kind of hostile client."""
 
     name: str
-    attack: Attack
+    attack: Callable[[Target, random.Random, Outcomes], Awaitable[None]]
     pause_seconds: float  # between two attempts
-    refused: bool = False  # what it sends is wrong in itself: neither 2xx nor a failure of the server's (500) may come of it
+    refused: bool = False  # its requests are invalid: the reply must be neither 2xx nor 500

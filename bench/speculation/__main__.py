@@ -4,8 +4,8 @@
     python -m bench.speculation --dtype int8 --delay 0
 
 A turn of sixteen at once takes only seconds, so each gateway has five of them; the order alternates, and the median of the
-ratios is judged. Two gateways ask the same three stage processes directly, one with LAMINA_DRAFT_TOKENS=0. The questions and the
-rule for them are in prompts.yaml. Needs the packages of requirements-bench.txt, and a machine with nothing else to do.
+ratios is judged. Two gateways ask the same three stage processes directly, one with LAMINA_DRAFT_TOKENS=0. prompts.yaml has the
+questions and the rule for them. Needs the packages of requirements-bench.txt, and a machine with nothing else to do.
 """
 
 import asyncio

@@ -62,8 +62,9 @@ def markdown(answers: Sequence[Ended], kills: int, ratios: Sequence[Ratio], fact
     ]
     return (
         f"## Structured output\n\n{facts}\n\n"
-        f"{len(answers)} random schemas, expressions, choices and grammars at temperature 1, {kills} kills of a stage meanwhile: {ended} answers ended by themselves, {wrong} of them wrong; "
-        f"{len(answers) - ended} ran into max_tokens.\n\n{table(columns, rows)}"
+        f"{len(answers)} random schemas, expressions, choices and grammars at temperature 1, {kills} kills of a stage "
+        f"meanwhile: {ended} answers ended by themselves, {wrong} of them wrong; {len(answers) - ended} ran into max_tokens."
+        f"\n\n{table(columns, rows)}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Clients of a soak against servers that are easy to understand: what they send arrives, and what came of it is recorded."""
+"""Clients of a soak against simple servers: their requests arrive, and the outcomes are recorded."""
 
 import asyncio
 import json
@@ -13,9 +13,20 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from bench.soak.honest import DOORS, ComeAgain, Door, Given, HonestClient, NoAnswer, ask, session_of, take_references
-from bench.soak.hostile import KINDS
-from bench.soak.questions import QUESTIONS, Question
+from bench.soak.attacks import KINDS
+from bench.soak.honest import (
+    APIS,
+    QUESTIONS,
+    Api,
+    ComeAgain,
+    Given,
+    HonestClient,
+    NoAnswer,
+    Question,
+    ask,
+    session_of,
+    take_references,
+)
 from bench.soak.records import GATEWAY, Answer, Lost, Plan, Recorder, Refused, of, read_records
 from bench.soak.target import Outcomes, Target
 from eventing.http.binding import to_structured_http
@@ -55,7 +66,7 @@ async def gateway(handler: Handler) -> AsyncIterator[str]:
 
 
 async def answering(request: web.Request) -> web.StreamResponse:
-    """The same two tokens, in the way of the door that is asked."""
+    """The same two tokens, in the form of the API that is asked."""
     body = await request.json()
     if request.path == "/":
         if "text/event-stream" not in request.headers.get("accept", ""):
@@ -71,24 +82,24 @@ async def answering(request: web.Request) -> web.StreamResponse:
     return web.Response(body=b"".join(map(encode_sse, [*map(json.dumps, chunks), "[DONE]"])))
 
 
-def asked(handler: Handler, door: Door, question: Question = TEXT) -> Given:
+def asked(handler: Handler, api: Api, question: Question = TEXT) -> Given:
     async def scenario() -> Given:
         async with gateway(handler) as url, session_of(plan(url)) as session:
-            return await ask(session, plan(url), door, question)
+            return await ask(session, plan(url), api, question)
 
     return asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("question", [CHAT, TEXT], ids=["chat", "text"])
-@pytest.mark.parametrize("door", DOORS)
-def test_every_door_gives_the_same_answer(door: Door, question: Question) -> None:
-    given = asked(answering, door, question)
+@pytest.mark.parametrize("api", APIS)
+def test_every_api_gives_the_same_answer(api: Api, question: Question) -> None:
+    given = asked(answering, api, question)
     assert (given.text, given.completion_tokens) == ("ab", 2)
-    assert given.token_ids == (None if door.startswith("openai") else (5, 6))
+    assert given.token_ids == (None if api.startswith("openai") else (5, 6))
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_a_refusal_says_when_to_come_again(status: int) -> None:
+def test_a_refusal_carries_its_retry_after(status: int) -> None:
     async def refusing(_: web.Request) -> web.Response:
         return web.Response(status=status, headers={"Retry-After": "7"})
 
@@ -98,7 +109,7 @@ def test_a_refusal_says_when_to_come_again(status: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("door", "stream"),
+    ("api", "stream"),
     [
         ("event stream", message(EventType.TOKEN, TOKENS[0])),
         ("event stream", message(EventType.TOKEN, TOKENS[0]) + message(EventType.GENERATE_RESPONSE, RESPONSE)),
@@ -107,15 +118,15 @@ def test_a_refusal_says_when_to_come_again(status: int) -> None:
     ],
     ids=["no last event", "a token is missing", "no end", "an error"],
 )
-def test_half_an_answer_is_none(door: Door, stream: bytes) -> None:
+def test_an_incomplete_answer_is_none(api: Api, stream: bytes) -> None:
     async def broken(_: web.Request) -> web.Response:
         return web.Response(body=stream)
 
     with pytest.raises(NoAnswer):
-        asked(broken, door)
+        asked(broken, api)
 
 
-def test_an_honest_client_comes_again_and_records_what_it_lost(tmp_path: Path) -> None:
+def test_an_honest_client_retries_and_records_lost_questions(tmp_path: Path) -> None:
     statuses = iter([503, 500])
 
     async def moody(request: web.Request) -> web.StreamResponse:
@@ -137,8 +148,8 @@ def test_an_honest_client_comes_again_and_records_what_it_lost(tmp_path: Path) -
     assert all(answer.text == "ab" for answer in of(Answer, records))
 
 
-def test_every_hostile_client_is_heard_and_its_outcome_counted() -> None:
-    """By a server that refuses whatever comes; only who reads nothing of it does not see that."""
+def test_every_hostile_client_reaches_the_server_and_its_outcome_is_counted() -> None:
+    """The server refuses everything; only the client that reads nothing does not see that."""
     heard = Counter[bool]()
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,0 +1,341 @@
+"""The kinds of hostile clients: they leave early, hold connections, send invalid requests, or ask for too much."""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Final
+
+import msgspec
+
+from bench.soak.records import GATEWAY
+from bench.soak.target import ANSWER_SECONDS, Connection, Kind, Outcomes, Target
+from eventing.http.binding import to_binary_http
+from eventing.wire.cloud_event import json_event
+from eventing.wire.events import EventType
+from eventing.wire.generation import GenerateRequest
+
+_LONG_TOKENS: Final = 400
+_PROMPT: Final = "Tell the story of a lighthouse."
+
+
+async def leaves_plain(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+    """Leaves before the answer begins, so that no write fails: the server must check the connection."""
+    async with target.connect(target.some_way(dice)) as connection:
+        await connection.send(_request(target, dice, stream=False))
+        status = await connection.status(dice.uniform(0.0, 3.0))
+        _leave(connection, dice)
+    outcomes["left" if status == "silent" else status] += 1
+
+
+async def leaves_stream(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+    async with target.connect(target.some_way(dice)) as connection:
+        await connection.send(_request(target, dice, stream=True))
+        status = await connection.status()
+        for _ in range(dice.randrange(5)):
+            async with asyncio.timeout(5):
+                await connection.reader.read(256)
+        _leave(connection, dice)
+    outcomes[f"{status}, left" if status == "200" else status] += 1
+
+
+def _leave(connection: Connection, dice: random.Random) -> None:
+    if dice.random() < 0.5:
+        connection.reset_on_close()
+
+
+def _request(target: Target, dice: random.Random, *, stream: bool) -> bytes:
+    match dice.randrange(3):
+        case 0:
+            return target.completion(_PROMPT, _LONG_TOKENS, stream=stream)
+        case 1:
+            messages = [{"role": "user", "content": _PROMPT}]
+            body = {"model": target.plan.model, "messages": messages, "max_tokens": _LONG_TOKENS, "stream": stream}
+            return target.post("/v1/chat/completions", msgspec.json.encode(body))
+    event = json_event(EventType.GENERATE_REQUEST, "bench/soak", GenerateRequest(_PROMPT, max_tokens=_LONG_TOKENS))
+    headers, pieces = to_binary_http(event)
+    accept = "text/event-stream" if stream else "application/json"
+    return target.post("/", b"".join(pieces), **{**headers, "accept": accept})
+
+
+_GATEWAY_CONNECTIONS: Final = 400
+_STAGE_CONNECTIONS: Final = 50  # per kind: two kinds together are more than a function has threads
+_URL_CONNECTIONS: Final = 50
+_DRIPPING: Final = 20
+_STALLED: Final = 6
+_UNTIL_THE_LULL_SECONDS: Final = 3600.0
+
+
+async def half_head(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+    await _everywhere(target, outcomes, lambda service: target.head("/", 10)[:-4])
+
+
+async def half_body(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+    """A stage reads bodies only with the pipeline's token, or with a signature that it checks later."""
+
+    def half(service: str | None) -> bytes:
+        if service in (None, GATEWAY):
+            return target.head("/v1/completions", 1000) + b'{"model": '
+        return target.head("/", 1000, authorization="", ce_signature="0" * 64) + b"{"
+
+    await _everywhere(target, outcomes, half)
+
+
+async def drips(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+    """Sends a byte a second, of a body that would take a day."""
+
+    async def send(connection: Connection) -> None:
+        await connection.send(target.head("/v1/completions", 86_400))
+        while not connection.reader.at_eof():
+            await connection.send(b" ")
+            await asyncio.sleep(1)
+
+    async with asyncio.TaskGroup() as clients:
+        for number in range(_DRIPPING):
+            service = GATEWAY if number % 2 and GATEWAY in target.services else None
+            clients.create_task(_hold(target, service, send, outcomes))
+
+
+async def stalls_reading(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+    """Asks for a stream and reads nothing of it, with the smallest possible buffer."""
+    async with asyncio.TaskGroup() as clients:
+        for _ in range(_STALLED):
+            clients.create_task(_stall(target, target.some_way(dice), outcomes))
+
+
+async def _stall(target: Target, service: str | None, outcomes: Outcomes) -> None:
+    outcome = "held until the lull"
+    try:
+        async with target.connect(service, buffer_bytes=2048) as connection:
+            await connection.send(target.completion("Count to a thousand.", 400, stream=True))
+            connection.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            await asyncio.sleep(_UNTIL_THE_LULL_SECONDS)
+    except (OSError, KeyError):
+        outcome = "closed"
+    finally:
+        outcomes[outcome] += 1
+
+
+async def _everywhere(target: Target, outcomes: Outcomes, half: Callable[[str | None], bytes]) -> None:
+    counts: dict[str | None, int] = {None: _URL_CONNECTIONS}
+    counts |= {service: _GATEWAY_CONNECTIONS if service == GATEWAY else _STAGE_CONNECTIONS for service in target.services}
+    async with asyncio.TaskGroup() as clients:
+        for service, count in counts.items():
+            for _ in range(count):
+                clients.create_task(_hold(target, service, partial(_send, half(service)), outcomes))
+
+
+async def _send(data: bytes, connection: Connection) -> None:
+    await connection.send(data)
+
+
+async def _hold(target: Target, service: str | None, send: Callable[[Connection], Awaitable[None]], outcomes: Outcomes) -> None:
+    """Holds a connection until the server closes it or the lull comes."""
+    outcome = "held until the lull"
+    try:
+        async with target.connect(service) as connection, asyncio.TaskGroup() as both:
+            sending = both.create_task(_quietly(send(connection)))
+            outcome = await connection.status(_UNTIL_THE_LULL_SECONDS)
+            sending.cancel()
+    except (OSError, KeyError):
+        outcome = "closed"
+    finally:
+        outcomes[outcome] += 1
+
+
+async def _quietly(sending: Awaitable[None]) -> None:
+    with contextlib.suppress(OSError):
+        await sending
+
+
+_PATHS: Final = ("/", "/v1/completions", "/v1/chat/completions")
+_BROKEN: Final = (
+    b"",
+    b"{",
+    b'{"model": "x", "prompt": ',
+    b"[]",
+    b"null",
+    b'{"model": 7, "prompt": 8}',
+    b'{"model": "\xff\xfe", "prompt": "a"}',
+    b'{"prompt": "a", "max_tokens": 1e400}',
+    b'{"prompt": "a", "max_tokens": -1, "nonsense": true}',
+)
+_EVENT: Final = {
+    "ce_specversion": "1.0",
+    "ce_id": "1",
+    "ce_source": "/soak",
+    "ce_type": "dev.lamina.generate.request",
+    "ce_expirytime": "",
+}
+_WRONG_EVENTS: Final = (
+    {"ce_specversion": "9.9"},
+    {"ce_id": ""},
+    {"ce_type": "dev.lamina.forward"},
+    {"ce_type": "\xff\xfe"},
+    {"ce_expirytime": "yesterday"},
+    {"ce_expirytime": "1999-01-01T00:00:00Z"},
+    {"ce_dataref": "http://127.0.0.1:1/etc/passwd"},
+    {"content_type": "application/cloudevents+json; charset=utf-7"},
+    {"content_type": "application/cloudevents-batch+json"},
+)
+_WRONG_HEADS: Final = (
+    b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: -5\r\n\r\n",
+    b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\nhello!",
+    b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\nxyz\r\n",
+    b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: gzip, chunked\r\ncontent-length: 3\r\n\r\n0\r\n\r\n",
+    b"POST / HTTP/9.9\r\nhost: a\r\n\r\n",
+    b"POST / HTTP/1.1\r\nno colon here\r\n\r\n",
+    b"BREW " + b"/" * 9000 + b" HTTP/1.1\r\n\r\n",
+    b"POST / HTTP/1.1\r\n" + b"".join(b"x-%d: y\r\n" % number for number in range(2000)) + b"\r\n",
+    b"POST / HTTP/1.1\r\nx: " + b"y" * 200_000 + b"\r\n\r\n",
+)
+
+
+async def broken_json(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+    data = target.post(dice.choice(_PATHS[1:]), dice.choice(_BROKEN))
+    outcomes[await target.answered(target.some_way(dice), data)] += 1
+
+
+async def wrong_event(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+    body = b'{"prompt": "a", "max_tokens": 1}'
+    headers = {**_EVENT, **dice.choice(_WRONG_EVENTS)}
+    outcomes[await target.answered(target.some_way(dice), target.post("/", body, **headers))] += 1
+
+
+async def wrong_head(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+    """Sends it to any process: such requests need no key."""
+    service = dice.choice([None, *target.services])
+    outcomes[await target.answered(service, dice.choice(_WRONG_HEADS))] += 1
+
+
+async def binary(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+    """Sends noise as a body, or instead of a request."""
+    noise = dice.randbytes(dice.choice((1, 100, 100_000)))
+    if dice.random() < 0.5:
+        outcomes[await target.answered(target.some_way(dice), target.post(dice.choice(_PATHS), noise))] += 1
+    else:
+        outcomes[await target.answered(dice.choice([None, *target.services]), noise + b"\r\n\r\n")] += 1
+
+
+async def wrong_key(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+    """Sends a valid question with a wrong key, to the gateway or to a stage, which admits only its gateway."""
+    body = msgspec.json.encode({"model": target.plan.model, "prompt": "a", "max_tokens": 1})
+    stages = [service for service in target.services if service.startswith("stage")]
+    service = dice.choice([target.some_way(dice), *stages])
+    path = "/" if service in stages else "/v1/completions"
+    authorization = dice.choice(("", "Bearer guess", "Basic Zm9v", "Bearer \xff"))
+    outcomes[await target.answered(service, target.post(path, body, authorization=authorization))] += 1
+
+
+_PROMPT_CHARACTERS: Final = (500_000, 4_000_000)
+_TOO_MANY_WORDS: Final = 12_000  # somewhat more tokens than the model's context of 8,192
+_NESTED: Final = 100_000
+_KEYS: Final = 20_000
+_MESSAGES: Final = 50_000
+_TOO_LARGE_BYTES: Final = 2**28 + 2**20
+_BLOCK: Final = b"x" * 2**16
+_MOST_BLOCKS: Final = 512  # 32 MiB: enough to see whether the server stops it
+_BURST: Final = 300  # more than the gateway's queue holds
+
+
+async def huge_prompt(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+    """Sends digits: each is a token, the largest number that a text can have."""
+    data = target.completion("7" * dice.choice(_PROMPT_CHARACTERS), 1)
+    outcomes[await target.answered(target.some_way(dice), data)] += 1
+
+
+async def too_many_tokens(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+    data = target.completion("river " * _TOO_MANY_WORDS, dice.choice((1, 2**31)))
+    outcomes[await target.answered(target.some_way(dice), data)] += 1
+
+
+async def many_messages(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+    body = {"model": target.plan.model, "messages": [{"role": "user", "content": "a"}] * _MESSAGES, "max_tokens": 1}
+    data = target.post("/v1/chat/completions", msgspec.json.encode(body))
+    outcomes[await target.answered(target.some_way(dice), data)] += 1
+
+
+async def deep_nesting(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+    body = dice.choice((b"[" * _NESTED, b'{"a":' * _NESTED, b'{"prompt":' + b"[" * _NESTED + b"]" * _NESTED + b"}"))
+    if dice.random() < 0.5:
+        data = target.post("/v1/completions", body)
+    else:
+        data = target.post("/", body, content_type="application/cloudevents+json")
+    outcomes[await target.answered(target.some_way(dice), data)] += 1
+
+
+async def many_keys(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+    """Sends a structured event with very many attributes, also to a stage, with a signature that it checks last."""
+    body = b"{" + b",".join(b'"a%d":1' % number for number in range(_KEYS)) + b"}"
+    service = dice.choice([target.some_way(dice), *target.services])
+    headers = {"content_type": "application/cloudevents+json"}
+    if service is not None and service.startswith("stage"):
+        headers |= {"authorization": "", "ce_signature": "0" * 64}
+    outcomes[await target.answered(service, target.post("/", body, **headers))] += 1
+
+
+async def huge_body(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+    """Sends until the server stops reading: with far too large a length, or chunks without end."""
+    if dice.random() < 0.5:
+        begin, piece = target.head("/v1/completions", _TOO_LARGE_BYTES), _BLOCK
+    else:
+        begin = target.head("/v1/completions", None, transfer_encoding="chunked")
+        piece = b"%x\r\n%s\r\n" % (len(_BLOCK), _BLOCK)
+    async with target.connect(target.some_way(dice)) as connection:
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await connection.send(begin)
+                for _ in range(_MOST_BLOCKS):
+                    await connection.send(piece)
+                    if connection.reader.at_eof():
+                        break
+        outcomes[await connection.status(ANSWER_SECONDS)] += 1
+
+
+async def hoards(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+    """Reserves nearly all memory for an answer that it never reads."""
+    async with target.connect(None) as connection:
+        await connection.send(target.completion("Go on for ever.", 8_000, stream=True))
+        outcomes[await connection.status(5.0)] += 1
+        await asyncio.sleep(2)
+
+
+async def burst(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+    """Sends all requests at once; the accepted ones leave together."""
+    data = target.completion("One of very many.", 100)
+
+    async def ask() -> None:
+        try:
+            async with target.connect(None) as connection:
+                await connection.send(data)
+                outcomes[await connection.status(3.0)] += 1
+        except OSError:
+            outcomes["closed"] += 1
+
+    async with asyncio.TaskGroup() as clients:
+        for _ in range(_BURST):
+            clients.create_task(ask())
+
+
+KINDS: Final = (
+    Kind("leaves before a plain answer", leaves_plain, 0.7),
+    Kind("leaves in a stream", leaves_stream, 0.7),
+    Kind("half a head, and stays", half_head, 5.0),
+    Kind("half a body, and stays", half_body, 5.0),
+    Kind("a byte a second", drips, 5.0),
+    Kind("reads nothing of its stream", stalls_reading, 5.0),
+    Kind("broken JSON", broken_json, 0.5, refused=True),
+    Kind("an event with wrong headers", wrong_event, 0.5, refused=True),
+    Kind("a wrong head", wrong_head, 0.5, refused=True),
+    Kind("binary", binary, 0.5, refused=True),
+    Kind("a wrong key", wrong_key, 1.0, refused=True),
+    Kind("a prompt of millions of digits", huge_prompt, 4.0, refused=True),
+    Kind("more tokens than the context", too_many_tokens, 3.0, refused=True),
+    Kind("50,000 messages", many_messages, 5.0, refused=True),
+    Kind("nested 100,000 deep", deep_nesting, 2.0, refused=True),
+    Kind("20,000 attributes", many_keys, 3.0, refused=True),
+    Kind("a body without end", huge_body, 3.0, refused=True),
+    Kind("wants all memory", hoards, 6.0),
+    Kind("300 at once", burst, 8.0),
+)
