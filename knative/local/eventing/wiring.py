@@ -86,9 +86,8 @@ class EventingContext:
     spool: Spool
     find_service: Callable[[str, str], str | None]  # (namespace, name) → URL of a Service on this machine
     sinks: Path  # folder for events to Services that are not on this machine
-    counts: defaultdict[str, Counts] = field(
-        default_factory=lambda: defaultdict(Counts)
-    )  # by Trigger or step; kept when objects change
+    # By Trigger or step; kept when objects change.
+    counts: defaultdict[str, Counts] = field(default_factory=lambda: defaultdict(Counts))
 
 
 def broker_path(namespace: str, name: str) -> str:

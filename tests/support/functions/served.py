@@ -111,7 +111,7 @@ class Conversations:
         for prompt in PROMPTS:
             self._expected[prompt] = greedy(self.published.model, self.published.tokenizer.encode(prompt).ids, tokens)
 
-    async def stream_answer(self, url: str, number: int, tokens: int) -> None:
+    async def ask(self, url: str, number: int, tokens: int) -> None:
         prompt, seen = PROMPTS[number % len(PROMPTS)], 0
         async for answer in stream_answer(url, Question(prompt, tokens, chat=False, timeout_seconds=100)):
             if isinstance(answer, GenerateResponse):
