@@ -7,7 +7,7 @@ import hashlib
 import re
 from collections.abc import Iterable
 from functools import cached_property
-from typing import Annotated, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Final, Literal, Protocol
 
 import msgspec
 from blake3 import blake3
@@ -21,7 +21,9 @@ from storage.errors import (
     ModelNotPublished,
     ObjectNotFound,
 )
-from storage.store.object_reader import ObjectInfo
+
+if TYPE_CHECKING:
+    from storage.store.object_reader import ObjectInfo
 
 MANIFEST_VERSION: Final = 2  # version 1 is refused: its checksums were xxh3, which can be forged
 # Unit of ranged reads and of their checksums. Measured: 16 to 32 MiB over four connections read fastest.
@@ -102,7 +104,7 @@ class Reader(Protocol):
 class Lister(Protocol):
     """Implemented by ObjectStore."""
 
-    def list(self, prefix: str) -> Iterable[ObjectInfo]: ...
+    def list(self, prefix: str) -> "Iterable[ObjectInfo]": ...
 
 
 class _Version(msgspec.Struct):

@@ -83,5 +83,5 @@ class Constraints:
                 sequence.matcher, sequence.grammar = self._compiled[digest].copy(), digest
             return sequence.matcher.allowed(row.tokens, row.draft_tokens)
         except UnusableGrammar as error:
-            sequence.matcher, sequence.grammar = None, ""  # the matcher may be stuck where it failed
+            sequence.matcher, sequence.grammar = None, ""  # the matcher may be stuck
             return error

@@ -79,9 +79,9 @@ class Engine:
         """num_stages, max_merge: see `EventQueue`. max_memory_waiters: see `MemoryWaiters`.
 
         idle_sequence_seconds: a sequence that no event named for so long is released. lease_seconds: all sequences of a gateway
-        from which nothing came for so long are released. threads: of a pass; None: the group's default. tiers: asked, in this
-        order, for what the prefix cache lacks. rate: measures passes. grammars: for the last stage. wire_dtype: I8 if hidden
-        states travel in 8 bits; None: as the group has them. clock: seconds since the epoch.
+        from which nothing came for so long are released. threads: of a pass; None: the group's default. tiers: asked in this
+        order after the prefix cache. rate: measures passes. grammars: for the last stage. wire_dtype: I8 if hidden states
+        travel in 8 bits; None: as the group has them. clock: seconds since the epoch.
         """
         self._group = group
         self._wire_dtype = wire_dtype or group.hidden_dtype
@@ -182,8 +182,8 @@ class Engine:
     def reserve(self, rows: Sequence[ReserveRow], *, source: str, expires_at: float | None = None) -> list[ReservedRow]:
         """Status of each row (ok, full, stale or invalid), and what is held. Rows that fit stay reserved if others do not.
 
-        Then asks the tiers, in the caller's thread, for what the prefix cache lacks. This may take a share of the time until
-        `expires_at`, seconds since the epoch, when the reply is due. Raises NotReady.
+        Then asks the tiers for tokens that the prefix cache lacks, in the caller's thread. This may take a share of the time
+        until `expires_at`, seconds since the epoch, when the reply is due. Raises NotReady.
         """
         self._leases.renew(source)
         deadline = math.inf if expires_at is None else time.monotonic() + _RESTORING_SHARE * (expires_at - self._clock())

@@ -1,4 +1,4 @@
-"""Where a stage looks for keys and values besides its own memory: the interface of a tier, and what finding them saves.
+"""Tiers of keys and values besides a stage's own memory: their interface, and how much time a hit saves.
 
 A tier is a peer or the store (`functions/stage/kv`). No tier is ever needed for a right answer.
 """

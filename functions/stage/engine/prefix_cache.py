@@ -6,7 +6,7 @@ free. They are evicted, least recently used first, when a reservation needs thei
 Only the thread that has the engine's turn may call this.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from eventing.wire.prefix_chain import BLOCK_TOKENS, Chain, common_blocks
@@ -22,60 +22,11 @@ class CachedPrefix:
     chain: Chain  # of all tokens held
 
 
-class PrefixIndex:
-    """Finds handles by the digests of their chains. A digest identifies its block and all blocks before it.
-
-    A chain says what a handle may come to hold. How many tokens it holds now is known to the KV cache, so that lookups take a
-    `length` function: handle → tokens held.
-    """
-
-    def __init__(self) -> None:
-        self._chains: dict[int, Chain] = {}
-        self._holders: dict[bytes, set[int]] = {}
-
-    def __len__(self) -> int:
-        """Number of digests."""
-        return len(self._holders)
-
-    def chain(self, handle: int) -> Chain:
-        return self._chains.get(handle, ())
-
-    def put(self, handle: int, chain: Chain) -> None:
-        """Replaces the handle's chain."""
-        self.remove(handle)
-        if chain:
-            self._chains[handle] = chain
-        for digest in chain:
-            self._holders.setdefault(digest, set()).add(handle)
-
-    def remove(self, handle: int) -> None:
-        for digest in self._chains.pop(handle, ()):
-            holders = self._holders[digest]
-            holders.discard(handle)
-            if not holders:
-                del self._holders[digest]
-
-    def longest(self, chain: Chain, length: Callable[[int], int], but: int | None = None) -> tuple[int | None, int]:
-        """The handle that holds most of `chain`, and how many tokens of it. but: a handle that is not considered."""
-        for blocks in range(len(chain), 0, -1):
-            for handle in self._holders.get(chain[blocks - 1], ()):
-                if handle != but and length(handle) >= blocks * BLOCK_TOKENS:
-                    return handle, blocks * BLOCK_TOKENS
-        return None, 0
-
-    def holder(self, digest: bytes, blocks: int, length: Callable[[int], int]) -> int | None:
-        """A handle that holds the `blocks` blocks that end with `digest`."""
-        holders = self._holders.get(digest, ())
-        return next((handle for handle in holders if length(handle) >= blocks * BLOCK_TOKENS), None)
-
-    def prefixes(self, chain: Chain) -> Iterator[int]:
-        """Handles whose whole chain is a prefix of `chain`, or equal to it."""
-        for blocks, digest in enumerate(chain, 1):
-            yield from [handle for handle in self._holders.get(digest, ()) if len(self._chains[handle]) == blocks]
-
-
 class PrefixCache:
     """Hands out the memory of a `KVCache`. A cache without ranges (transformers' modules) never finds anything.
+
+    A digest identifies its block and all blocks before it, so handles are found by the digests of their chains. A chain says what
+    a handle may come to hold; the KV cache knows how many tokens it holds now.
 
     on_evicted: called with a prefix just before it is evicted. on_found: called with the number of tokens that were found.
     """
@@ -83,7 +34,8 @@ class PrefixCache:
     def __init__(self, kv: KVCache, on_evicted: Callable[[CachedPrefix], None] = lambda prefix: None) -> None:
         self._kv = kv
         self.ranges = kv if isinstance(kv, KVRanges) else None  # the arena; None: what is held cannot be read
-        self._index = PrefixIndex()
+        self._chains: dict[int, Chain] = {}
+        self._holders: dict[bytes, set[int]] = {}  # handles by the digests of their chains
         self._cached: dict[int, None] = {}  # handles of ended sequences, least recently used first
         self.cached_tokens = 0
         self.on_evicted = on_evicted
@@ -94,20 +46,15 @@ class PrefixCache:
         """KV tokens that can be reserved, cached ones included."""
         return self._kv.free_tokens + self.cached_tokens
 
-    @property
-    def digests(self) -> int:
-        """Size of the index."""
-        return len(self._index)
-
     def reserve(self, tokens: int, chain: Chain) -> int:
         """A handle with memory for `tokens`, which holds as much of `chain` as was found. Raises KVCacheFull."""
         source, held = self.longest(chain)
-        if source is not None and source in self._cached and held == BLOCK_TOKENS * len(self._index.chain(source)):
+        if source is not None and source in self._cached and held == BLOCK_TOKENS * len(self._chains.get(source, ())):
             handle = self._take_over(source, tokens, held)
         else:
             handle = self._allocate(tokens, source)
             self._copy(source, handle, held)
-        self._index.put(handle, chain if self.ranges is not None else ())
+        self._set_chain(handle, chain)
         return handle
 
     def fill(self, handle: int, chain: Chain) -> int:
@@ -119,17 +66,16 @@ class PrefixCache:
         source, held = self.longest(chain, but=handle)
         if held > self._kv.length(handle):
             self._copy(source, handle, held)
-        if self.ranges is not None:
-            self._index.put(handle, chain)
+        self._set_chain(handle, chain)
         return min(self._kv.length(handle), BLOCK_TOKENS * len(chain))
 
     def keep(self, handle: int, chain: Chain) -> None:
         """Cuts what `handle` holds to its common prefix with `chain`."""
-        self._kv.truncate(handle, BLOCK_TOKENS * common_blocks(self._index.chain(handle), chain))
+        self._kv.truncate(handle, BLOCK_TOKENS * common_blocks(self._chains.get(handle, ()), chain))
 
     def end(self, handle: int, chain: Chain = ()) -> None:
         """The sequence has ended: caches what it holds. chain: of its tokens; empty: the one that it was reserved with."""
-        chain = chain or self._index.chain(handle)
+        chain = chain or self._chains.get(handle, ())
         chain = chain[: self._kv.length(handle) // BLOCK_TOKENS]
         holder, held = self.longest(chain, but=handle)
         if self.ranges is None or not chain or held == BLOCK_TOKENS * len(chain):
@@ -137,33 +83,51 @@ class PrefixCache:
                 self._touch(holder)
             self.drop(handle)
             return
-        for other in self._index.prefixes(chain):
-            if other in self._cached:
-                self._forget(other)
+        for blocks, digest in enumerate(chain, 1):  # what is cached of a prefix of this chain is not needed any more
+            for other in [other for other in self._holders.get(digest, ()) if len(self._chains[other]) == blocks]:
+                if other in self._cached:
+                    self._forget(other)
         self.ranges.shrink(handle, BLOCK_TOKENS * len(chain))
-        self._index.put(handle, chain)
+        self._set_chain(handle, chain)
         self._cached[handle] = None
         self.cached_tokens += self._size(handle)
 
     def drop(self, handle: int) -> None:
         """Releases the handle and caches nothing."""
-        self._index.remove(handle)
+        self._set_chain(handle, ())
         self._kv.release(handle)
 
     def cached(self) -> list[CachedPrefix]:
         """Everything cached, most recently used first."""
-        return [CachedPrefix(handle, self._index.chain(handle)) for handle in reversed(self._cached)]
+        return [CachedPrefix(handle, self._chains.get(handle, ())) for handle in reversed(self._cached)]
 
     def still_holds(self, prefix: CachedPrefix) -> bool:
-        return prefix.handle in self._cached and self._index.chain(prefix.handle) == prefix.chain
+        return prefix.handle in self._cached and self._chains.get(prefix.handle) == prefix.chain
 
     def holder(self, digest: bytes, blocks: int) -> int | None:
         """A handle that holds the `blocks` blocks that end with `digest`, of a running sequence or a cached one."""
-        return self._index.holder(digest, blocks, self._kv.length)
+        holders = self._holders.get(digest, ())
+        return next((handle for handle in holders if self._kv.length(handle) >= blocks * BLOCK_TOKENS), None)
 
     def longest(self, chain: Chain, but: int | None = None) -> tuple[int | None, int]:
         """The handle that holds most of `chain`, running or cached, and how many tokens of it. but: is not considered."""
-        return self._index.longest(chain, self._kv.length, but)
+        for blocks in range(len(chain), 0, -1):
+            for handle in self._holders.get(chain[blocks - 1], ()):
+                if handle != but and self._kv.length(handle) >= blocks * BLOCK_TOKENS:
+                    return handle, blocks * BLOCK_TOKENS
+        return None, 0
+
+    def _set_chain(self, handle: int, chain: Chain) -> None:
+        """Replaces the handle's chain."""
+        for digest in self._chains.pop(handle, ()):
+            holders = self._holders[digest]
+            holders.discard(handle)
+            if not holders:
+                del self._holders[digest]
+        if chain and self.ranges is not None:
+            self._chains[handle] = chain
+            for digest in chain:
+                self._holders.setdefault(digest, set()).add(handle)
 
     def _take_over(self, source: int, tokens: int, held: int) -> int:
         """Grows the cached range in place if there is free memory after it. Otherwise moves it, or gives it up."""
@@ -193,7 +157,7 @@ class PrefixCache:
 
     def _copy(self, source: int | None, target: int, held: int) -> bool:
         """Copies the first `held` tokens. False if there is no source, or it was evicted."""
-        if self.ranges is None or source is None or not self._index.chain(source):
+        if self.ranges is None or source is None or not self._chains.get(source, ()):
             return False
         self.on_found(held - self._kv.length(target))
         self.ranges.copy(source, target, held)
@@ -206,7 +170,7 @@ class PrefixCache:
 
     def _evict(self, handle: int) -> None:
         if handle in self._cached:
-            self.on_evicted(CachedPrefix(handle, self._index.chain(handle)))
+            self.on_evicted(CachedPrefix(handle, self._chains.get(handle, ())))
             self._forget(handle)
 
     def _forget(self, handle: int) -> None:

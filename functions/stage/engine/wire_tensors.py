@@ -29,7 +29,7 @@ def hidden_array(hidden: Tensor, dtype: HiddenDtype) -> Array:
 
 
 def wire_tensor(hidden: Array, dtype: HiddenDtype, wire_dtype: str) -> Tensor:
-    """Of finite hidden states [n, hidden_size], n > 0. If `dtype` is the wire's and the array contiguous, nothing is copied.
+    """The tensor of finite hidden states [n, hidden_size], n > 0. Copies nothing if `dtype` is the wire's.
 
     I8 scales each row by itself, so that its bits do not depend on the other rows: its largest number becomes 127 or -127.
     """

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Kind = Literal["auto", "native", "llama", "transformers", "sleep"]
 
 FLOAT_DTYPES: Final = ("float32", "bfloat16", "float16")  # of publications that run on GPUs and in transformers
-# Of CUDA, ROCm, and CUDA under WSL. Without any of them there is no GPU, and torch need not be imported to find out.
+# Device files of CUDA, ROCm, and CUDA under WSL. Without any of them there is no GPU, and no reason to import torch.
 _GPU_FILES: Final = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 _MODULES: Final = {

@@ -1,9 +1,8 @@
-"""The model families that a stage can run, and what slicing each of them takes. Imports no heavy library.
+"""The model families that a stage can run, and how transformers' modules of each are sliced. Imports no heavy library.
 
-A family is a `model_type` of a checkpoint's config.json. The transformers group runs all of them; which of them the lean
-group knows is in `storage.checkpoints.llama_config`. Some families do more around their layers than embed and normalize: a
-stage that is not the first must not add position embeddings a second time, and so on. What follows from a layer's number in
-the whole model is in `cut_config`.
+A family is a `model_type` of a checkpoint's config.json. The transformers group runs all of them;
+`storage.checkpoints.llama_config` has those that run in C. Some families do more around their layers than embed and normalize:
+for example, only the first stage may add position embeddings. `cut_config` handles what depends on a layer's number.
 """
 
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any, Final
 
 
 class UnsupportedArchitecture(Exception):
-    """The checkpoint's `model_type` is none that a stage can run. Publish a model of a supported family instead."""
+    """No stage can run the checkpoint's `model_type`. Publish a model of a supported family instead."""
 
     def __init__(self, model_type: str) -> None:
         super().__init__(f"model_type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
@@ -21,19 +20,15 @@ class UnsupportedArchitecture(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Module names are those of the module that holds the list of layers."""
+    """Names are attributes of the module that holds the list of layers."""
 
     layers: str = "layers"
-    before: tuple[str, ...] = ("embed_tokens",)
-    """Applied to the input ahead of the layers, embedding first: the identity in every stage but the first."""
-    added_before: tuple[str, ...] = ()
-    """Whose output is added to the input: zero in every stage but the first."""
-    behind: tuple[str, ...] = ("norm",)
-    """Applied behind the layers: the identity in every stage but the last."""
+    before: tuple[str, ...] = ("embed_tokens",)  # applied before the layers by the first stage, embedding first
+    added_before: tuple[str, ...] = ()  # the first stage adds their output to the input
+    behind: tuple[str, ...] = ("norm",)  # applied after the layers by the last stage
+    # Config values that act on the input → the value that does nothing, which all stages but the first get.
     neutral_unless_first: Mapping[str, float] = field(default_factory=dict)
-    """Config values that act on the input, with the value that does nothing."""
-    attention: str | None = None
-    """Attention implementation of transformers, where its own choice would compute something else."""
+    attention: str | None = None  # attention implementation, if transformers' own choice would compute something else
 
 
 _PLAIN: Final = Family()
@@ -47,7 +42,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "exaone4": _PLAIN,
     "falcon": Family(before=("word_embeddings",), behind=("ln_f",), layers="h"),
     "gemma": _PLAIN,
-    # SDPA has no soft cap on attention scores and would drop it in silence.
+    # SDPA has no soft cap on attention scores, and would silently drop it.
     "gemma2": Family(attention="eager"),
     "gemma3_text": _PLAIN,
     "glm4": _PLAIN,
@@ -93,31 +88,26 @@ def family_of(config: Mapping[str, Any]) -> Family:
 
 
 def cut_config(config: Any, family: Family, first_layer: int, last_layer: int) -> None:
-    """Makes a transformers config describe the layers [first_layer, last_layer) alone, with local numbers."""
+    """Changes a transformers config to describe only the layers [first_layer, last_layer), with local numbers."""
     num_layers = last_layer - first_layer
     if num_layers < config.num_hidden_layers:
-        # Embedding and head are in one group no more, or at least one of them is in another.
+        # Embedding and head may be in different groups.
         config.tie_word_embeddings = False
     for name in _LIST_PER_LAYER:
         values = getattr(config, name, None)
         if values is not None:
             setattr(config, name, list(values[first_layer:last_layer]))
     if config.model_type == "qwen3_moe":
-        _cut_sparse_layers(config, first_layer, last_layer)
+        # Which layers are sparse follows from their number in the whole model: list the dense ones instead.
+        config.mlp_only_layers = [
+            layer - first_layer
+            for layer in range(first_layer, last_layer)
+            if layer in config.mlp_only_layers or (layer + 1) % config.decoder_sparse_step != 0
+        ]
+        config.decoder_sparse_step = 1
     if config.model_type == "deepseek_v3":
         config.first_k_dense_replace = max(0, config.first_k_dense_replace - first_layer)
     if first_layer > 0:
         for name, value in family.neutral_unless_first.items():
             setattr(config, name, value)
     config.num_hidden_layers = num_layers
-
-
-def _cut_sparse_layers(config: Any, first_layer: int, last_layer: int) -> None:
-    """Which layers are sparse follows from their number in the whole model: say it layer by layer instead."""
-    dense = [
-        layer - first_layer
-        for layer in range(first_layer, last_layer)
-        if layer in config.mlp_only_layers or (layer + 1) % config.decoder_sparse_step != 0
-    ]
-    config.mlp_only_layers = dense
-    config.decoder_sparse_step = 1

@@ -40,15 +40,11 @@ class CheckedKV:
     payload: memoryview
 
 
-def read_kv(pool: KVRanges, handle: int, first: int, end: int) -> bytearray:
-    """A copy of tokens [first, end); `first` begins a block. Raises ValueError if the sequence does not hold them."""
-    data = copied_kv(pool, handle, first, end)
-    stamp(data)
-    return data
-
-
 def copied_kv(pool: KVRanges, handle: int, first: int, end: int) -> bytearray:
-    """As `read_kv`, without the digest. `stamp` adds that, which takes longest, in any thread."""
+    """A copy of tokens [first, end); `first` begins a block. Raises ValueError if the sequence does not hold them.
+
+    Lacks the digest, which takes longest: `stamp` adds it in any thread.
+    """
     layout = pool.layout
     if not 0 <= first < end <= pool.length(handle) or first % layout.block_tokens:
         raise ValueError(f"tokens {first} to {end} of a sequence that holds {pool.length(handle)}")
@@ -65,16 +61,11 @@ def stamp(data: bytearray) -> None:
     data[HEADER_BYTES - _DIGEST_BYTES : HEADER_BYTES] = blake3(memoryview(data)[HEADER_BYTES:]).digest()
 
 
-def write_kv(pool: KVRanges, handle: int, data: bytes | bytearray | memoryview) -> int:
-    """Writes the tokens of `data` that the sequence lacks. Returns how many it holds then.
-
-    Raises ForeignKV, AlteredKV, and ValueError if tokens between would be missing, or too little is reserved.
-    """
-    return put_kv(pool, handle, checked(pool.layout, data))
-
-
 def put_kv(pool: KVRanges, handle: int, found: CheckedKV) -> int:
-    """As `write_kv`, for bytes that were checked with the pool's layout."""
+    """Writes the tokens that the sequence lacks. Returns how many it holds then.
+
+    found: checked with the pool's layout. Raises ValueError if tokens between would be missing, or too little is reserved.
+    """
     first, end = found.first, found.end
     held = pool.length(handle)
     if held >= end:

@@ -116,7 +116,7 @@ class KVRanges(KVBudget):
         raise NotImplementedError
 
     def start(self, handle: int) -> int:
-        """Where in the arena a sequence's tokens begin."""
+        """The arena's index of a sequence's first token."""
         return self._starts[handle]
 
     def reserve(self, tokens: int) -> int:
@@ -206,7 +206,7 @@ class KVRanges(KVBudget):
         return dropped
 
     def _oldest_window(self, wanted: int, oldest_first: Sequence[int]) -> list[int]:
-        """Of all windows of `wanted` tokens that hold candidates only, the one whose newest is the oldest. Empty: none."""
+        """The window of `wanted` tokens that holds only candidates, and whose newest range is the oldest; or empty."""
         ages = {handle: age for age, handle in enumerate(oldest_first)}
         ranges = [*self._by_start(), (-1, self.capacity_tokens)]
         best: list[int] = []

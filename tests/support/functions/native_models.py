@@ -2,17 +2,18 @@
 
 from collections.abc import Collection, Sequence
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 
 from functions.stage.models.llama.group import LlamaGroup
 from functions.stage.models.native.group import NativeGroup
-from storage.loading.weight_loader import RawTensor
 from tests.support.functions.borders import raw
 from tests.support.functions.int8_checkpoints import dequantized, int8_checkpoint
 from tests.support.functions.q4_checkpoints import plain, q4_checkpoint
 from tests.support.storage import tiny_models
+
+Group = TypeVar("Group", NativeGroup, LlamaGroup)
 
 NAMES: Final = tiny_models.LLAMA_SHAPED
 CUT: Final = ((0, 2), (2, 3), (3, 6))
@@ -61,7 +62,17 @@ def native_groups(
     name: str, dtype: str, cut: Sequence[tuple[int, int]] = CUT, keep_wide: Collection[str] = ()
 ) -> list[NativeGroup]:
     tensors = checkpoint(name, dtype, keep_wide)
-    return [NativeGroup.build(config(name), _own(tensors, first, last), first, last, dtype, BUDGET) for first, last in cut]
+    return [
+        finished(NativeGroup(config(name), first, last, dtype, BUDGET), tiny_models.stage_tensors(tensors, first, last))
+        for first, last in cut
+    ]
+
+
+def finished(group: Group, tensors: dict[str, torch.Tensor]) -> Group:
+    """The group with its weights."""
+    group.place(raw(tensors))
+    group.finish()
+    return group
 
 
 def torch_groups(name: str, dtype: str) -> list[LlamaGroup]:
@@ -79,11 +90,8 @@ def _exact(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _torch_group(name: str, dtype: str, tensors: dict[str, torch.Tensor], first: int, last: int) -> LlamaGroup:
-    return LlamaGroup.build(config(name), _own(tensors, first, last), first, last, dtype, "cpu", BUDGET)
-
-
-def _own(tensors: dict[str, torch.Tensor], first: int, last: int) -> dict[str, RawTensor]:
-    return raw(tiny_models.stage_tensors(tensors, first, last))
+    group = LlamaGroup(config(name), first, last, dtype, "cpu", BUDGET)
+    return finished(group, tiny_models.stage_tensors(tensors, first, last))
 
 
 def error(found: torch.Tensor, exact: torch.Tensor) -> float:

@@ -5,7 +5,7 @@ by sequence. Weights are placed layer by layer while later ones are still being 
 """
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import torch
 from torch.nn import functional
@@ -23,7 +23,7 @@ from storage.loading.weight_loader import RawTensor
 
 
 class LlamaGroup:
-    """Implements `LayerGroup`. Create it, `place` its weights in any order, `finish` it; or `build` it in one go."""
+    """Implements `LayerGroup`. Create it, `place` its weights in any order, then `finish` it."""
 
     shares_work: Final = False
 
@@ -65,26 +65,6 @@ class LlamaGroup:
         self._embedding: torch.Tensor | None = None
         self._norm: RmsNorm | None = None
         self._head: Callable[[torch.Tensor], torch.Tensor] | None = None
-
-    @classmethod
-    def build(
-        cls,
-        config: Mapping[str, Any],
-        tensors: MutableMapping[str, RawTensor],
-        first_layer: int,
-        last_layer: int,
-        dtype: str,
-        device: torch.device | str,
-        kv_budget_bytes: int,
-    ) -> Self:
-        """A finished group. Removes what it uses from `tensors`, which are keyed by checkpoint name, so that it is freed.
-
-        Raises UnsupportedConfig, MissingTensors, ValueError.
-        """
-        group = cls(config, first_layer, last_layer, dtype, device, kv_budget_bytes)
-        group.place(tensors)
-        group.finish()
-        return group
 
     def place(self, tensors: MutableMapping[str, RawTensor]) -> None:
         """Takes this group's weights out of `tensors`, which may be any part of the model. A layer comes whole or not at all.

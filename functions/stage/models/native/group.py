@@ -1,12 +1,12 @@
 """The layer group of the Llama-shaped families on a CPU: layers and head in C, embedding and final norm in numpy.
 
-A sequence gets the same bits whatever its chunks, the rows beside it and the threads: every sum is of one row. Weights are
+A sequence's bits never depend on its chunks, on other rows or on threads, because every sum is of one row. Weights are
 placed layer by layer while later ones are still being read. They stay in the memory that they were read into, except for
 queries, keys and values, which C wants as one matrix.
 """
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import numpy as np
 
@@ -35,7 +35,7 @@ _TABLE_ROWS: Final = 1024  # positions that the rotations' table grows by: 1.4 m
 
 
 class NativeGroup:
-    """Implements `LayerGroup`. Create it, `place` its weights in any order, `finish` it; or `build` it in one go."""
+    """Implements `LayerGroup`. Create it, `place` its weights in any order, then `finish` it."""
 
     shares_work: Final = True
 
@@ -84,25 +84,6 @@ class NativeGroup:
         self._embedding: MatrixArrays | None = None
         self._final_gain: Float32 | None = None
         self._head: NativeLinear | None = None
-
-    @classmethod
-    def build(
-        cls,
-        config: Mapping[str, Any],
-        tensors: MutableMapping[str, RawTensor],
-        first_layer: int,
-        last_layer: int,
-        dtype: str,
-        kv_budget_bytes: int,
-    ) -> Self:
-        """A finished group. Removes what it uses from `tensors`, which are keyed by checkpoint name.
-
-        Raises UnsupportedConfig, MissingTensors, ValueError.
-        """
-        group = cls(config, first_layer, last_layer, dtype, kv_budget_bytes)
-        group.place(tensors)
-        group.finish()
-        return group
 
     def place(self, tensors: MutableMapping[str, RawTensor]) -> None:
         """Takes this group's weights out of `tensors`, which may be any part of the model. A layer comes whole or not at all.
@@ -195,7 +176,7 @@ class Rotations:
 
 
 def rms_norm(x: Float32, gain: Float32, eps: float) -> Float32:
-    """x * gain / sqrt(mean(x²) + eps), for contiguous x [n, size]. A row gets the same bits whatever rows are beside it.
+    """x * gain / sqrt(mean(x²) + eps), for contiguous x [n, size]. A row's bits do not depend on other rows.
 
     One row of 576 takes 12 µs, 256 rows 160 (Xeon with AMX, one thread).
     """

@@ -1,7 +1,7 @@
-"""KV of many sequences as transformers' modules want it: one cache object per sequence, under one budget of tokens.
+"""The KV cache of transformers' modules: one cache object for each sequence, under one budget of tokens.
 
-A sequence's memory is allocated in full when its first token comes, so a reservation never runs out and a step copies
-nothing. Layers with a sliding window keep everything too: the mask applies the window, and rolling back stays exact.
+A sequence's memory is allocated in full with its first token, so that a reservation never runs out and a step copies nothing.
+Layers with a sliding window keep all tokens as well: the mask applies the window, and rollbacks stay exact.
 """
 
 import torch
@@ -61,9 +61,9 @@ class TransformersKVCache(KVBudget):
         del self._caches[handle]
 
     def cache(self, handle: int) -> Cache:
-        """What modules of transformers take as `cache`, holding `length(handle)` tokens in every layer.
+        """The cache object of a sequence, holding `length(handle)` tokens in every layer.
 
-        Said here and not in `truncate`, because a pass that failed half-way has extended some layers and not others.
+        Lengths are set here and not in `truncate`, because a pass that failed half-way has extended some layers only.
         """
         cache = self._caches[handle]
         for layer in cache.layers:

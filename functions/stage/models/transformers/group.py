@@ -28,12 +28,9 @@ from functions.stage.models.transformers.long_rope import LongRope
 from storage.loading.weight_loader import RawTensor
 
 _HEADS: Final = ("lm_head", "embed_out")
-_LAYER_NUMBER: Final = re.compile(r"(?<![^.])\d+(?=\.)")
-"""The first number in a tensor's name is its layer's."""
-_ALIBI_CONTEXT: Final = 2048
-"""For configs that state no context, as BLOOM's: what it was trained with."""
-_SCORES_AT_ONCE: Final = 2**22
-"""Numbers in what attention may make at once, rows times tokens and, where it makes all scores, heads."""
+_LAYER_NUMBER: Final = re.compile(r"(?<![^.])\d+(?=\.)")  # the first number in a tensor's name is its layer's
+_ALIBI_CONTEXT: Final = 2048  # for configs that state no context, as BLOOM's: the context of its training
+_SCORES_AT_ONCE: Final = 2**22  # most numbers in a mask (rows times tokens) or in all scores (times heads)
 
 
 class TransformersGroup:
@@ -61,7 +58,7 @@ class TransformersGroup:
         self.hidden_dtype = hidden_dtype
         self._device: torch.device = model.device
         self._base: nn.Module = model.base_model
-        # transformers 5.24 renamed it.
+        # transformers 5.24 renamed the argument.
         takes = inspect.signature(self._base.forward).parameters
         self._cache_argument = "cache" if "cache" in takes else "past_key_values"
         self._long_rope = LongRope(self._base)
@@ -85,12 +82,12 @@ class TransformersGroup:
     ) -> Self:
         """Layers [first_layer, last_layer) of the model that `config` (a config.json) describes.
 
-        tensors: by their names in the checkpoint; at least this group's layers, and the embedding and head it owns.
-        They are used in place where dtype and device are theirs already. dtype: of floats.
+        tensors: by checkpoint name; at least this group's layers, and the embedding and head that it owns. They are used in
+        place if they have the dtype and device already. dtype: of floats.
         Raises UnsupportedArchitecture, UnsupportedRope, MissingTensors.
         """
         family = family_of(config)
-        # Whatever the weights were quantized with before, they were published as plain floats.
+        # A quantized checkpoint was published as plain floats.
         cut = AutoConfig.for_model(**{name: value for name, value in config.items() if name != "quantization_config"})
         num_layers: int = cut.num_hidden_layers
         own = _own_tensors(weight_tensors(tensors), family, cut, first_layer, last_layer == num_layers)
@@ -110,7 +107,7 @@ class TransformersGroup:
         return output_array(torch.cat(outputs).to("cpu", DTYPES[self.hidden_dtype]))
 
     def _forward_one(self, inputs: torch.Tensor, handle: int) -> torch.Tensor:
-        """A long segment part after part: masks, and in some families scores, grow with the product of rows and tokens."""
+        """Runs a long segment in parts: masks, and in some families scores, grow with the product of rows and tokens."""
         name = "input_ids" if self.first_layer == 0 else "inputs_embeds"
         cache = self.kv.cache(handle)
         self._long_rope.choose(self.kv.reserved(handle))
@@ -132,7 +129,7 @@ class TransformersGroup:
         use_threads(count)
 
     def _kv_bytes_per_token(self) -> int:
-        """What the modules really keep for one token: families differ in how, and some compress it."""
+        """Measures what the modules keep for one token: families differ, and some compress it."""
         handle = self.kv.reserve(1)
         if self.first_layer == 0:
             inputs: Array = np.zeros(1, np.int64)
@@ -143,11 +140,11 @@ class TransformersGroup:
 
 
 class _GivenHiddenStates(nn.Module):
-    """Stands where a causal model has its layers, so that the model's own forward turns hidden states into logits."""
+    """Replaces the layers of a causal model, so that the model's own forward turns hidden states into logits."""
 
     @property
     def decoder(self) -> nn.Module:
-        """Where OPT's causal model looks for its layers."""
+        """OPT's causal model finds its layers here."""
         return self
 
     def forward(self, *_: object, inputs_embeds: torch.Tensor, **__: object) -> "_HiddenStates":
@@ -155,7 +152,7 @@ class _GivenHiddenStates(nn.Module):
 
 
 class _HiddenStates(MoeModelOutputWithPast):  # type: ignore[misc]
-    """Whatever a causal model of any family copies from its layers' output: some know routers, GPT-2 cross-attention."""
+    """Has all fields that any family's causal model copies from its layers' output: routers, GPT-2's cross-attention."""
 
     cross_attentions = None
 
@@ -182,7 +179,7 @@ def _sliced(
         if config.model_type == "gpt2" and config.scale_attn_by_inverse_layer_idx:
             _scale_attention_by_layer(owner.h, first_layer)
 
-    # The library finds a family's checkpoint conversion by the name of the class.
+    # transformers finds a family's checkpoint conversion by the name of the class.
     return type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
 
 
@@ -200,7 +197,7 @@ def _scale_attention_by_layer(blocks: Any, first_layer: int) -> None:
 def _own_tensors(
     tensors: Mapping[str, torch.Tensor], family: Family, config: Any, first_layer: int, is_last: bool
 ) -> dict[str, torch.Tensor]:
-    """Layer numbers made local; what other stages own left out; a tied head taken from the embedding."""
+    """The group's tensors with local layer numbers. A tied head is taken from the embedding."""
     own: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         modules = set(name.split("."))
@@ -222,7 +219,7 @@ def _load(
     dtype: torch.dtype,
     first_layer: int,
 ) -> Any:
-    """first_layer: for messages, which name tensors as the whole model has them."""
+    """first_layer: for error messages, which name tensors as the whole model does."""
 
     def whole(name: str) -> str:
         return _LAYER_NUMBER.sub(lambda number: str(int(number[0]) + first_layer), name, count=1)

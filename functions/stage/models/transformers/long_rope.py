@@ -1,9 +1,9 @@
-"""LongRoPE's frequencies, one set for a whole sequence.
+"""Chooses LongRoPE's frequencies once for a whole sequence.
 
-It has two: for sequences within the context that the model was first trained for, and for longer ones. transformers chooses
-anew in every call, by the positions in it. Keys stay in the cache, so a sequence that grows beyond that context would have
-keys of both kinds, and so would a long prompt in chunks. Here the length that a sequence has reserved chooses: what it may
-become is known at all stages before its first token is computed, and is the same in every attempt.
+LongRoPE has two sets: for sequences within the model's original context, and for longer ones. transformers chooses in every
+call, by the positions in it. Keys stay in the cache, so a sequence that grows beyond the original context would have keys of
+both kinds, and so would a long prompt in chunks. Here the reserved length decides: all stages know it before the first token is
+computed, and it is the same in every attempt.
 """
 
 from collections.abc import Mapping
@@ -14,19 +14,18 @@ from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 _LONGROPE: Final = "longrope"
-_CHOSEN: Final = "chosen here"
-"""Of no type that transformers would choose frequencies for."""
+_CHOSEN: Final = "chosen here"  # a type for which transformers chooses no frequencies
 
 
 class UnsupportedRope(ValueError):
-    """The positions of this checkpoint's config cannot be served right. Publish another model."""
+    """The position embeddings of this checkpoint's config are not supported. Publish another model."""
 
 
 class LongRope:
-    """All modules of a model that rotate by LongRoPE; most models have none."""
+    """The modules of a model that use LongRoPE; most models have none."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Raises UnsupportedRope for layers of several kinds with it, which no published family has."""
+        """Raises UnsupportedRope if only some kinds of layers use it, which no published family does."""
         self._rotaries: list[_Rotary] = []
         for module in model.modules():
             rope_type = getattr(module, "rope_type", None)
@@ -36,7 +35,7 @@ class LongRope:
                 raise UnsupportedRope("longrope in some kinds of layers and not in others is not supported")
 
     def choose(self, reserved_tokens: int) -> None:
-        """For the sequence that is computed next, which will have at most so many tokens."""
+        """Sets the frequencies for the sequence that is computed next, which has so many tokens reserved."""
         for rotary in self._rotaries:
             rotary.choose(reserved_tokens)
 

@@ -1,13 +1,37 @@
-/* Matrices in bf16 and int8 by the tiles of AMX, one row of activations as well as many: so all of them get the same bits.
+/* Matrices in bf16 and int8 by the tiles of AMX. One row of activations takes the same way as many, so all get the same bits.
 
-   A tile of weights is 16 outputs by 64 bytes of their rows, as they lie. Activations lie across: a group of 16 rows is turned
-   (`arrange`), so that each line of 64 bytes has four bytes of every row; a row by itself need not be, its lines are of 4 bytes. What
-   comes out is [outputs, rows]. An int8 matrix is multiplied with two bytes of each 16-bit activation apart, 256 * high + low, so that
-   its sums are exact.
+   A tile of weights is 16 outputs by 64 bytes of their rows, as they are stored. Activations are transposed: `arrange` makes lines of
+   64 bytes out of a group of 16 rows, with four bytes of every row. A single row need not be arranged, its lines have 4 bytes. The
+   result is [outputs, rows]. For an int8 matrix the two bytes of each 16-bit activation are multiplied apart, 256 * high + low, so
+   that its sums are exact.
 
-   TDPBF16PS adds up even and odd numbers of a step of 32 apart, then both, then that to the sum: an order that is no other level's. */
+   TDPBF16PS adds up even and odd numbers of a step of 32 apart, then both, then that to the sum: an order that no other level has. */
 
-/* In place: line k of a step of 64 bytes becomes four bytes of each row. Behind `rows` there is memory for 16. */
+enum {
+    STRIP = 16,      /* outputs, or rows, of a tile */
+    TILE_BYTES = 64, /* of a line */
+    STRIPS = 2,      /* strips of outputs that are multiplied together */
+};
+
+/* What a thread tells the CPU about its tiles before it uses them. */
+typedef struct {
+    uint8_t palette, first_line, none[14];
+    uint16_t line_bytes[16];
+    uint8_t lines[16];
+} TileConfig;
+
+/* Tiles 0 to 3 are sums, 4 and 5 weights, 6 and 7 activations. */
+INLINE void configure_tiles(int64_t columns)
+{
+    TileConfig config = {.palette = 1};
+    for (int tile = 0; tile < 8; tile++) {
+        config.lines[tile] = STRIP;
+        config.line_bytes[tile] = (uint16_t)(tile == 4 || tile == 5 ? TILE_BYTES : 4 * columns);
+    }
+    _tile_loadconfig(&config);
+}
+
+/* In place: line k of a step of 64 bytes becomes four bytes of each row. There is memory for 16 rows. */
 static void arrange(Dtype dtype, int64_t rows, int64_t row_bytes, uint8_t *packed)
 {
     if (dtype != LAMINA_BF16 && dtype != LAMINA_INT8)
@@ -22,7 +46,7 @@ static void arrange(Dtype dtype, int64_t rows, int64_t row_bytes, uint8_t *packe
     }
 }
 
-/* 64 numbers' high bytes, then their low bytes, and so on. */
+/* High bytes of 64 numbers, then their low bytes, and so on. */
 static float pack_for_tiles_of_int8(const float *x, int64_t size, uint8_t *packed)
 {
     float largest = largest_of(x, size);
@@ -41,12 +65,12 @@ static float pack_for_tiles(Dtype dtype, const float *x, int64_t size, uint8_t *
     return dtype == LAMINA_INT8 ? pack_for_tiles_of_int8(x, size, packed) : pack(dtype, x, size, packed);
 }
 
-/* Sixteen outputs of a matrix, or fewer at its end. */
+/* 16 outputs of a matrix, or fewer at its end. */
 typedef struct {
     const uint8_t *weights;
     int64_t row_bytes;
     int64_t outs;
-    int64_t to_next; /* bytes to the strip that this tile's turn is next */
+    int64_t to_next; /* bytes to the strip that follows these */
 } Strip;
 
 INLINE Strip strip_of(const Matrix *matrix, int64_t out, int64_t outs_to_next)
@@ -56,10 +80,10 @@ INLINE Strip strip_of(const Matrix *matrix, int64_t out, int64_t outs_to_next)
                    outs_to_next * row_bytes};
 }
 
-/* Rows of activations that are multiplied together: those of two tiles, or of int8 the high and the low bytes of one. */
+/* Rows of activations that are multiplied together: two tiles, or for int8 the high and the low bytes of one. */
 typedef struct {
     const uint8_t *first, *second;
-    bool two;           /* or only the first */
+    bool two;           /* false: only the first */
     int64_t stride;     /* of lines */
     int64_t step_bytes;
 } TileColumns;
@@ -94,7 +118,7 @@ INLINE void add_tiles(const int dtype, const bool two_strips, const bool two_col
         _tile_dpbf16ps(3, 5, 7);
 }
 
-/* What of a tile of weights there is, and zeros. */
+/* Copies an incomplete tile of weights, padded with zeros. */
 INLINE void copy_tile(const Strip *strip, int64_t step, uint8_t *tile)
 {
     memset(tile, 0, STRIP * TILE_BYTES);
@@ -103,7 +127,7 @@ INLINE void copy_tile(const Strip *strip, int64_t step, uint8_t *tile)
                (size_t)smaller(TILE_BYTES, strip->row_bytes - step));
 }
 
-/* The hot loop of tiles: [outputs, rows] of one or two strips and columns. Fetches the strips that follow these. */
+/* The hot loop of AMX: sums [outputs, rows] of one or two strips and columns. Prefetches the strips that follow. */
 INLINE void tile_products(const int dtype, const bool two_strips, const bool two_columns, bool fetch, const Strip *strips,
                           const TileColumns *columns)
 {
@@ -165,18 +189,18 @@ NOINLINE void tile_products_of_int8(bool two_strips, bool fetch, const Strip *st
         tile_products(LAMINA_INT8, false, true, fetch, strips, columns);
 }
 
-/* [strip, row, output] sums. */
+/* Sums [strip, row, output]. */
 typedef struct {
     _Alignas(64) float of[STRIPS][2 * STRIP][STRIP];
 } TileSums;
 
-/* Sums of 256 * high + low; an int32 of either stays exact, and one rounding makes a float of both. */
+/* 256 * high + low: both int32 sums are exact, and are rounded to a float once. */
 INLINE vec sum_of_bytes(const void *high, const void *low)
 {
     return fma_f32(f32_of_i32(load(high)), every_f32(256.0f), f32_of_i32(load(low)));
 }
 
-/* A tile [outputs, rows], of int8 two of them, becomes [rows, outputs]. */
+/* Transposes a tile [outputs, rows], two of them for int8, to [rows, outputs]. */
 INLINE void turn_sums(const int dtype, bool arranged, const float *tile, const float *low, float *sums)
 {
     vec lines[STRIP];
@@ -188,7 +212,7 @@ INLINE void turn_sums(const int dtype, bool arranged, const float *tile, const f
         store(sums + line * STRIP, lines[line]);
 }
 
-/* Sums of one or two strips from a row on, of 32 rows at most, of int8 of 16. */
+/* Sums of one or two strips for up to 32 rows from `row` on, up to 16 for int8. */
 INLINE void sum_strips(const int dtype, const Strip *strips, bool two_strips, const Rows *x, int64_t row, TileSums *sums)
 {
     const TileColumns columns = columns_of(dtype, x, row);
@@ -209,7 +233,7 @@ INLINE void sum_strips(const int dtype, const Strip *strips, bool two_strips, co
     }
 }
 
-/* What a strip's sums are multiplied with, and what is added. */
+/* A strip's factors and biases. */
 typedef struct {
     vec scales, biases;
 } Ends;
@@ -271,28 +295,4 @@ INLINE void multiply_gated_by_tiles(const int dtype, const Matrix *gate, const M
         }
     }
     _tile_release();
-}
-
-static void multiply(const Matrix *matrix, const Rows *x, int64_t first, int64_t last, bool add, float *y)
-{
-    if (matrix->dtype == LAMINA_Q4)
-        multiply_q4(matrix, x, first, last, add, y);
-    else if (matrix->dtype == LAMINA_INT8)
-        multiply_by_tiles(LAMINA_INT8, matrix, x, first, last, add, y);
-    else if (matrix->dtype == LAMINA_BF16)
-        multiply_by_tiles(LAMINA_BF16, matrix, x, first, last, add, y);
-    else
-        multiply_by(LAMINA_F32, matrix, x, first, last, add, y);
-}
-
-static void multiply_gated(const Matrix *gate, const Matrix *up, const Rows *x, int64_t first, int64_t last, float *y)
-{
-    if (gate->dtype == LAMINA_Q4)
-        multiply_gated_q4(gate, up, x, first, last, y);
-    else if (gate->dtype == LAMINA_INT8)
-        multiply_gated_by_tiles(LAMINA_INT8, gate, up, x, first, last, y);
-    else if (gate->dtype == LAMINA_BF16)
-        multiply_gated_by_tiles(LAMINA_BF16, gate, up, x, first, last, y);
-    else
-        multiply_gated_by(LAMINA_F32, gate, up, x, first, last, y);
 }

@@ -1,21 +1,21 @@
-/* Attention over the KV arena, and what goes into it.
+/* Attention over the KV arena, and the writing of keys and values.
 
-   Scores are added up pair by pair, each in a lane of its own, and what values give token pair by token pair from a block's
-   begin on, whether one query reads them or eight do: so chunks and company do not show in the bits. Keys and values lie as
-   they are read then (`native.h`). */
+   A score is added up pair by pair in a lane of its own, and values are added up token pair by token pair from the beginning of a
+   block, whether one query reads them or eight do. So bits do not depend on chunks and on other rows. Keys and values are stored
+   in the order in which they are read (`native.h`). */
 
 enum {
     BLOCK = LAMINA_BLOCK_TOKENS,
     QUERIES = LAMINA_QUERIES,
 #ifdef WITH_TILES
-    FROM_BLOCK = 32, /* tokens: what is attended to is read from a multiple of so many on */
+    FROM_BLOCK = 32, /* tokens: reading begins at a multiple of it */
 #else
     FROM_BLOCK = BLOCK,
 #endif
-    MOST_PARTS = 4, /* vectors that a few queries are multiplied with at a time; more queries, half as many */
+    MOST_PARTS = 4, /* vectors of columns in one tile for up to four queries; half as many for more */
 };
 
-/* In place; rotation [size / 2, 2] or NULL, gain [size] or NULL. */
+/* Normalizes and rotates a head in place. rotation [size / 2, 2] or NULL, gain [size] or NULL. */
 INLINE void prepare_head(float *head, int64_t size, const float *gain, float eps, const float *rotation)
 {
     if (gain)
@@ -28,7 +28,7 @@ INLINE void prepare_head(float *head, int64_t size, const float *gain, float eps
         }
 }
 
-/* Of packed numbers: exponents of ones only. */
+/* False if a packed number has an exponent of ones only. */
 INLINE bool all_finite(const int dtype, const uint8_t *packed, int64_t count)
 {
     int32_t found = 0;
@@ -54,7 +54,8 @@ INLINE void write_kv_as(const int dtype, const Group *group, const Layer *layer,
     pack((Dtype)dtype, key, size, packed_key);
     pack((Dtype)dtype, value, size, packed_value);
     if (!all_finite(dtype, packed_key, size) || !all_finite(dtype, packed_value, size)) {
-        /* Scores of NaN reach whoever attends to the token, and nobody else: a value of NaN would, by a share of 0. */
+        /* A key of NaN makes NaN the scores of queries that attend to the token, and of no others. A value of NaN would reach others
+           too, by a weight of 0. */
         memset(packed_key, 0xFF, (size_t)(size * number));
         memset(packed_value, 0, (size_t)(size * number));
     }
@@ -69,7 +70,7 @@ INLINE void write_kv_as(const int dtype, const Group *group, const Layer *layer,
     uint16_t *pair = (uint16_t *)values + slot / 2 * 2 * padded;
     for (int64_t i = 0; i < size; i++)
         pair[2 * i + slot % 2] = ((const uint16_t *)packed_value)[i];
-    if (is_last && slot % 2 == 0) /* what lay there before may be NaN, which a share of 0 does not take away */
+    if (is_last && slot % 2 == 0) /* old data may be NaN, which a weight of 0 does not remove */
         for (int64_t i = 0; i < size; i++)
             pair[2 * i + 1] = 0;
 }
@@ -90,7 +91,7 @@ static void write_kv(const Group *group, const Layer *layer, int64_t kv_head, in
         write_kv_as(LAMINA_F32, group, layer, kv_head, slot, is_last, heads + key * size, heads + value * size);
 }
 
-/* What rows are multiplied with: `parts` vectors for every pair, of which each lane is a column. */
+/* Columns that rows are multiplied with: for every pair some vectors (parts), with a column in each lane. */
 typedef struct {
     const uint8_t *data;
     int64_t pairs;
@@ -98,7 +99,7 @@ typedef struct {
     int64_t part_bytes;
 } Columns;
 
-/* The second hot loop: out [rows, parts, LANES] = products of rows with columns, pair by pair in every lane. */
+/* The hot loop of attention: out [rows, parts, LANES] = products of rows with columns, pair by pair in every lane. */
 INLINE void columns_tile(const int dtype, const int rows, const int parts, const Columns *columns, const uint8_t *x,
                          int64_t row_bytes, float *out, int64_t out_stride)
 {
@@ -154,10 +155,10 @@ COLUMNS_TILES_OF(columns_tile_of_f32, LAMINA_F32)
 #undef COLUMNS_TILES_OF
 
 #ifdef WITH_TILES
-#include "columns.inc.h"
+#include "attention_tiles.inc.h"
 #endif
 
-/* Of `parts` vectors side by side, however many: some at a time. */
+/* Multiplies with any number of parts, a few at a time. */
 INLINE void multiply_columns(const int dtype, int64_t rows, int64_t parts, const Columns *columns, const uint8_t *x,
                              int64_t row_bytes, float *out, int64_t out_stride)
 {
@@ -179,8 +180,8 @@ INLINE void multiply_columns(const int dtype, int64_t rows, int64_t parts, const
     }
 }
 
-/* scores [tokens], of which [first, last) are attended to and the others become 0; sums run over whole vectors from a block's
-   begin on. */
+/* Softmax of scores [first, last) in place; the other ones of scores [tokens] become 0. Sums run over whole vectors from the
+   beginning of a block. */
 INLINE void softmax(float *scores, int64_t first, int64_t last, int64_t tokens)
 {
     const float unseen = -__builtin_inff();
@@ -206,7 +207,7 @@ INLINE void softmax(float *scores, int64_t first, int64_t last, int64_t tokens)
         store(scores + token, mul_f32(load(scores + token), share));
 }
 
-/* A few queries, numbered by head and row, which read keys and values together. */
+/* Attention of queries [first, first + count), numbered by head and row, which read keys and values together. */
 INLINE void attend_together(const int dtype, const Group *group, const Layer *layer, const Queries *queries, int64_t first,
                             int64_t count, uint8_t *scratch)
 {
@@ -240,7 +241,7 @@ INLINE void attend_together(const int dtype, const Group *group, const Layer *la
         softmax(scores + query * tokens, from, to, rounded_up(to, BLOCK));
         for (int64_t token = rounded_up(to, BLOCK); token < tokens; token++)
             scores[query * tokens + token] = 0;
-        if (dtype == LAMINA_BF16) /* in place: what is packed lies before what is still to be */
+        if (dtype == LAMINA_BF16) /* in place: packed scores take less memory */
             for (int64_t token = 0; token < tokens; token += 2 * LANES)
                 store((uint8_t *)(scores + query * tokens) + 2 * token,
                       bf16_of_f32(row_part(scores + query * tokens, token, tokens),

@@ -1,10 +1,8 @@
-/* The border: what Python gives is checked here, before any of its memory is touched. */
+/* The functions that Python calls. They check all arguments before any memory is touched. */
 
 #include "forward.h"
-#include "workspace.h"
 
-/* Of any size: products of three of them stay far inside of 63 bits. */
-enum { MOST = 1 << 20 };
+enum { MOST = 1 << 20 }; /* largest size: products of three sizes stay far below 2^63 */
 static const int64_t MOST_TOKENS = 1 << 30;
 
 static bool within(int64_t number, int64_t least, int64_t most)
@@ -12,7 +10,7 @@ static bool within(int64_t number, int64_t least, int64_t most)
     return number >= least && number <= most;
 }
 
-/* LAMINA_OK for memory of at least so many bytes, at a multiple of `alignment`. */
+/* Memory has at least so many bytes, and its address is a multiple of `alignment`. */
 static Status check_memory(const Memory *memory, int64_t bytes, int64_t alignment)
 {
     if (!memory->data || memory->bytes < bytes)
@@ -97,7 +95,7 @@ static Status check_group(const Group *group)
     return LAMINA_OK;
 }
 
-/* Which are all of the rows, each inside the arena; most_tokens: that one of them comes to. */
+/* Segments cover all rows and lie inside the arena. Raises most_tokens to the length of the longest sequence. */
 static Status check_segments(const Group *group, const Pass *pass, int64_t *most_tokens)
 {
     if (pass->segments.bytes % (int64_t)sizeof(Segment))
@@ -186,11 +184,11 @@ const char *lamina_message(int status)
     switch (status) {
     case LAMINA_OK: return "all is well";
     case LAMINA_BAD_SIZE: return "a number is out of range";
-    case LAMINA_BAD_DTYPE: return "a dtype is unknown, or not possible there";
-    case LAMINA_BAD_MATRIX: return "a matrix does not have the shape that the group's sizes ask for";
-    case LAMINA_SHORT_MEMORY: return "memory is missing, or smaller than its shape";
-    case LAMINA_UNALIGNED: return "an address is no multiple of what lies there";
-    case LAMINA_BAD_SEGMENT: return "a segment leaves the arena or begins inside a block, or segments are not all of the rows";
+    case LAMINA_BAD_DTYPE: return "a dtype is unknown, or not allowed there";
+    case LAMINA_BAD_MATRIX: return "a matrix does not have the shape that the group's sizes require";
+    case LAMINA_SHORT_MEMORY: return "memory is absent, or smaller than its shape";
+    case LAMINA_UNALIGNED: return "an address is not a multiple of its element's size";
+    case LAMINA_BAD_SEGMENT: return "a segment leaves the arena or begins inside a block, or the segments do not cover all rows";
     default: return "an unknown status";
     }
 }

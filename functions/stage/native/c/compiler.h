@@ -1,4 +1,4 @@
-/* What the compilers, gcc and clang, spell differently. */
+/* Hides the differences between gcc and clang. */
 
 #ifndef LAMINA_COMPILER_H
 #define LAMINA_COMPILER_H
@@ -6,7 +6,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define NOINLINE static __attribute__((noinline))
 
-/* Everything between the two is compiled for CPUs that have the features: a string such as "avx2,fma". */
+/* Code between BEGIN_TARGET and END_TARGET is compiled for CPUs with the features, a string such as "avx2,fma". */
 #define LAMINA_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")

@@ -1,32 +1,43 @@
-/* A pass: the layers of a group, from top to bottom as the model has them, run by several threads together.
+/* A forward pass: the layers of a group, from top to bottom as the model has them, run by several threads together.
 
-   A layer is a few phases, in each of which the threads share the work piece by piece (`sharing.h`). Small operators (norms,
-   packing) are done by each thread for the pieces that it takes, so that nobody waits for them. */
+   A layer is a few phases, whose pieces the threads share (`threads.h`). Norms and packing are done by the thread that takes a
+   piece, so that they are no phases of their own. */
 
 #include "forward.h"
 
-#include "pool.h"
-#include "workspace.h"
+enum {
+    UNIT_BYTES = 98304, /* weights in a piece of work: some microseconds */
+    SET = 0,
+    ADD = 1,
+};
 
-/* Of weights in a piece of work: some microseconds. */
-enum { UNIT_BYTES = 98304 };
-
-enum { SET, ADD };
-
-/* What the threads of a pass have in common. */
+/* What all threads of a pass share. */
 typedef struct {
     const Level *level;
     const Group *group;
     const Segment *segments;
-    const float *rotations;
-    float *hidden;
+    const float *rotations; /* [rows, head_dim / 2, 2] */
+    float *hidden;          /* [rows, hidden_size] */
     int64_t rows;
     int64_t threads;
     int64_t num_bundles;
     Workspace at;
-} Run;
+} Forward;
 
-/* How a product is cut into pieces: blocks of rows and, of each, units of outputs. */
+/* y = x Wᵀ + b, or += it, or silu(y) * (x Upᵀ + b): one product of a pass. */
+typedef struct {
+    const Level *level;
+    const Matrix *matrix;
+    const Matrix *up;   /* or NULL */
+    const float *x;     /* [rows, width] */
+    const Memory *gain; /* of the norm that x goes through first, or NULL */
+    float eps;
+    int64_t rows;
+    int add;
+    float *y; /* [rows, outs] */
+} Task;
+
+/* How a product is cut into pieces: blocks of rows, and units of outputs in each block. */
 typedef struct {
     int64_t blocks, block_rows;
     int64_t units, unit_outs;
@@ -43,26 +54,7 @@ static Pieces pieces_of(int64_t rows, const Matrix *matrix, int64_t matrices)
     return pieces;
 }
 
-/* A thread keeps to its blocks where there are several, which are in its cache then. */
-static int64_t take_of_product(const Worker *worker, int64_t phase, const Pieces *pieces)
-{
-    return pieces->blocks == 1 ? take_piece(worker, phase, pieces->units, 1)
-                               : take_piece(worker, phase, pieces->blocks, pieces->units);
-}
-
-typedef struct {
-    const Level *level;
-    const Matrix *matrix;
-    const Matrix *up;   /* NULL, or what silu of the matrix's product is multiplied with */
-    const float *x;     /* [rows, width] */
-    const Memory *gain; /* of the norm that x goes through, or NULL */
-    float eps;
-    int64_t rows;
-    int add;
-    float *y; /* [rows, outs] */
-} Task;
-
-/* Rows from `row` on, 16 of them or fewer, through the norm where there is one, as the matrix wants them. */
+/* Normalizes and packs up to 16 rows from `row` on. */
 static void pack_rows(const Task *task, int64_t row, int64_t rows, float *normalized, float *scales, uint8_t *packed)
 {
     const Matrix *matrix = task->matrix;
@@ -81,35 +73,33 @@ static void pack_rows(const Task *task, int64_t row, int64_t rows, float *normal
         task->level->arrange((Dtype)matrix->dtype, rows, row_bytes, packed);
 }
 
-static Rows packed_alone(const Task *task, const Worker *worker)
-{
-    MatrixScratch scratch = matrix_scratch(task->matrix, worker->scratch);
-    pack_rows(task, 0, task->rows, scratch.normalized, scratch.scales, scratch.packed);
-    return (Rows){scratch.packed, scratch.scales, task->rows, packed_row_bytes(task->matrix->dtype, task->matrix->width),
-                  task->rows > 1};
-}
-
-/* A whole phase, whose pieces are 16 rows each. */
-static Rows packed_together(const Task *task, const Workspace *at, const Worker *worker, int64_t phase)
+/* Packs the rows of a task: a few rows each thread packs for itself, many rows the threads pack together in one phase. */
+static Rows pack_all(const Task *task, const Workspace *at, const Worker *worker, int64_t phase)
 {
     const int64_t row_bytes = packed_row_bytes(task->matrix->dtype, task->matrix->width), pieces = (task->rows + 15) / 16;
-    float *normalized = matrix_scratch(task->matrix, worker->scratch).normalized;
+    MatrixScratch scratch = matrix_scratch(task->matrix, worker->scratch);
+    if (task->rows <= FEW_ROWS) {
+        pack_rows(task, 0, task->rows, scratch.normalized, scratch.scales, scratch.packed);
+        return (Rows){scratch.packed, scratch.scales, task->rows, row_bytes, task->rows > 1};
+    }
     int64_t done = 0, piece;
     for (; (piece = take_piece(worker, phase, pieces, 1)) >= 0; done++)
-        pack_rows(task, piece * 16, smaller(16, task->rows - piece * 16), normalized, at->scales + piece * 16 * LAMINA_TILE_OUTS,
-                  at->packed + piece * 16 * row_bytes);
+        pack_rows(task, piece * 16, smaller(16, task->rows - piece * 16), scratch.normalized,
+                  at->scales + piece * 16 * LAMINA_TILE_OUTS, at->packed + piece * 16 * row_bytes);
     finish_phase(worker, phase, done, pieces);
     return (Rows){at->packed, at->scales, task->rows, row_bytes, true};
 }
 
-/* Two phases: y = x Wᵀ + b of all rows. */
+/* Two phases: packs all rows, then computes y. */
 static void run_product(const Task *task, const Workspace *at, const Worker *worker, int64_t phase)
 {
     const Matrix *matrix = task->matrix;
     const Pieces pieces = pieces_of(task->rows, matrix, task->up ? 2 : 1);
-    const Rows all = task->rows <= FEW_ROWS ? packed_alone(task, worker) : packed_together(task, at, worker, phase);
+    /* With several blocks of rows, a thread keeps to its own, which are in its cache. */
+    const int64_t things = pieces.blocks == 1 ? pieces.units : pieces.blocks, parts = pieces.blocks == 1 ? 1 : pieces.units;
+    const Rows all = pack_all(task, at, worker, phase);
     int64_t done = 0, piece;
-    for (; (piece = take_of_product(worker, phase + 1, &pieces)) >= 0; done++) {
+    for (; (piece = take_piece(worker, phase + 1, things, parts)) >= 0; done++) {
         int64_t row = piece / pieces.units * pieces.block_rows, first = piece % pieces.units * pieces.unit_outs;
         int64_t last = smaller(matrix->outs, first + pieces.unit_outs);
         const Rows x = {all.data + row * all.row_bytes, all.scales + row * LAMINA_TILE_OUTS,
@@ -122,117 +112,81 @@ static void run_product(const Task *task, const Workspace *at, const Worker *wor
     finish_phase(worker, phase + 1, done, pieces.blocks * pieces.units);
 }
 
-static void multiply(const Run *run, const Matrix *matrix, const float *x, const Memory *gain, float *y, int add,
-                     const Worker *worker, int64_t phase)
+static void multiply(const Forward *forward, const Matrix *matrix, const Matrix *up, const float *x, const Memory *gain, float *y,
+                     int add, const Worker *worker, int64_t phase)
 {
-    Task task = {run->level, matrix, NULL, x, gain, (float)run->group->eps, run->rows, add, y};
-    run_product(&task, &run->at, worker, phase);
+    Task task = {forward->level, matrix, up, x, gain, (float)forward->group->eps, forward->rows, add, y};
+    run_product(&task, &forward->at, worker, phase);
 }
 
-static void multiply_gated(const Run *run, const Layer *layer, const float *x, float *inner, const Worker *worker,
-                           int64_t phase)
+/* All segments are single tokens: their keys and values are written by the piece that attends to them. */
+static bool only_decodes(const Forward *forward)
 {
-    Task task = {run->level, &layer->gate, &layer->up, x, &layer->mlp_gain, (float)run->group->eps, run->rows, SET, inner};
-    run_product(&task, &run->at, worker, phase);
+    return forward->num_bundles == forward->rows;
 }
 
-/* Tokens of one each, whose keys and values are written right where they are attended to. */
-static bool only_steps(const Run *run)
+static void write_kv_of_row(const Forward *forward, const Layer *layer, int64_t row, int64_t kv_head)
 {
-    return run->num_bundles == run->rows;
+    const Group *group = forward->group;
+    const Place *place = &forward->at.places[row];
+    float *heads = forward->at.heads + row * (group->heads + 2 * group->kv_heads) * group->head_dim;
+    forward->level->write_kv(group, layer, kv_head, place->slot, place->is_last, forward->rotations + row * group->head_dim, heads);
 }
 
-static void write_kv_of_row(const Run *run, const Layer *layer, int64_t row, int64_t kv_head)
+static void write_kv(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase)
 {
-    const Group *group = run->group;
-    const Place *place = &run->at.places[row];
-    float *heads = run->at.heads + row * (group->heads + 2 * group->kv_heads) * group->head_dim;
-    run->level->write_kv(group, layer, kv_head, place->slot, place->is_last, run->rotations + row * group->head_dim, heads);
-}
-
-static void attend_bundle(const Run *run, const Layer *layer, int64_t number, int64_t kv_head, uint8_t *scratch)
-{
-    const Group *group = run->group;
-    const Bundle *bundle = &run->at.bundles[number];
-    if (only_steps(run))
-        write_kv_of_row(run, layer, bundle->first_row, kv_head);
-    Queries queries = {
-        .segment = &run->segments[bundle->segment],
-        .first_position = run->at.places[bundle->first_row].position,
-        .rows = bundle->rows,
-        .kv_head = kv_head,
-        .heads = run->at.heads + bundle->first_row * (group->heads + 2 * group->kv_heads) * group->head_dim,
-        .attended = run->at.attended + bundle->first_row * group->heads * group->head_dim,
-    };
-    run->level->attend(group, layer, &queries, scratch);
-}
-
-static void write_kv(const Run *run, const Layer *layer, const Worker *worker, int64_t phase)
-{
-    const int64_t kv_heads = run->group->kv_heads;
+    const int64_t kv_heads = forward->group->kv_heads;
     int64_t done = 0, piece;
-    for (; (piece = take_piece(worker, phase, run->rows, kv_heads)) >= 0; done++)
-        write_kv_of_row(run, layer, piece / kv_heads, piece % kv_heads);
-    finish_phase(worker, phase, done, run->rows * kv_heads);
+    for (; (piece = take_piece(worker, phase, forward->rows, kv_heads)) >= 0; done++)
+        write_kv_of_row(forward, layer, piece / kv_heads, piece % kv_heads);
+    finish_phase(worker, phase, done, forward->rows * kv_heads);
 }
 
-static void attend(const Run *run, const Layer *layer, const Worker *worker, int64_t phase)
+static void attend(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase)
 {
-    const int64_t kv_heads = run->group->kv_heads;
+    const Group *group = forward->group;
     int64_t done = 0, piece;
-    for (; (piece = take_piece(worker, phase, run->num_bundles, kv_heads)) >= 0; done++)
-        attend_bundle(run, layer, piece / kv_heads, piece % kv_heads, worker->scratch);
-    finish_phase(worker, phase, done, run->num_bundles * kv_heads);
+    for (; (piece = take_piece(worker, phase, forward->num_bundles, group->kv_heads)) >= 0; done++) {
+        const Bundle *bundle = &forward->at.bundles[piece / group->kv_heads];
+        const int64_t kv_head = piece % group->kv_heads;
+        if (only_decodes(forward))
+            write_kv_of_row(forward, layer, bundle->first_row, kv_head);
+        Queries queries = {
+            .segment = &forward->segments[bundle->segment],
+            .first_position = forward->at.places[bundle->first_row].position,
+            .rows = bundle->rows,
+            .kv_head = kv_head,
+            .heads = forward->at.heads + bundle->first_row * (group->heads + 2 * group->kv_heads) * group->head_dim,
+            .attended = forward->at.attended + bundle->first_row * group->heads * group->head_dim,
+        };
+        forward->level->attend(group, layer, &queries, worker->scratch);
+    }
+    finish_phase(worker, phase, done, forward->num_bundles * group->kv_heads);
 }
 
-/* phase: the layer's first. */
-static void run_layer(const Run *run, const Layer *layer, const Worker *worker, int64_t phase)
+/* One thread's share of a pass. */
+static void forward_layers(void *argument, int64_t number)
 {
-    const Workspace *at = &run->at;
-    multiply(run, &layer->qkv, run->hidden, &layer->input_gain, at->heads, SET, worker, phase + PACK_QKV);
-    if (!only_steps(run))
-        write_kv(run, layer, worker, phase + WRITE_KV);
-    attend(run, layer, worker, phase + ATTEND);
-    multiply(run, &layer->out, at->attended, NULL, run->hidden, ADD, worker, phase + PACK_OUT);
-    multiply_gated(run, layer, run->hidden, at->inner, worker, phase + PACK_GATED);
-    multiply(run, &layer->down, at->inner, NULL, run->hidden, ADD, worker, phase + PACK_DOWN);
-}
-
-static Worker worker_of(const Workspace *at, int64_t number, int64_t threads)
-{
-    return (Worker){number, threads, at->counters, at->scratch + number * at->scratch_bytes};
-}
-
-/* What a thread does of a pass. */
-static void run_layers(void *argument, int64_t number)
-{
-    const Run *run = argument;
-    const Layer *layers = run->group->layers.data;
-    const Worker worker = worker_of(&run->at, number, run->threads);
-    for (int64_t layer = 0; layer < run->group->num_layers; layer++)
-        run_layer(run, &layers[layer], &worker, layer * PHASES);
-}
-
-/* Fills in where each row is, and which rows' attention is computed together. */
-static void lay_out(Run *run, int64_t num_segments)
-{
-    int64_t row = 0;
-    for (int64_t number = 0; number < num_segments; number++) {
-        const Segment *segment = &run->segments[number];
-        for (int64_t token = 0; token < segment->length; token++) {
-            int64_t position = segment->position + token;
-            run->at.places[row + token] = (Place){segment->first_slot + position, position, token == segment->length - 1};
-        }
-        for (int64_t token = 0; token < segment->length; token += LAMINA_QUERIES)
-            run->at.bundles[run->num_bundles++] =
-                (Bundle){number, row + token, smaller(LAMINA_QUERIES, segment->length - token)};
-        row += segment->length;
+    const Forward *forward = argument;
+    const Workspace *at = &forward->at;
+    float *hidden = forward->hidden;
+    const Worker worker = {number, forward->threads, at->counters, at->scratch + number * at->scratch_bytes};
+    int64_t phase = 0; /* the layer's first */
+    for (int64_t i = 0; i < forward->group->num_layers; i++, phase += PHASES) {
+        const Layer *layer = (const Layer *)forward->group->layers.data + i;
+        multiply(forward, &layer->qkv, NULL, hidden, &layer->input_gain, at->heads, SET, &worker, phase + PACK_QKV);
+        if (!only_decodes(forward))
+            write_kv(forward, layer, &worker, phase + WRITE_KV);
+        attend(forward, layer, &worker, phase + ATTEND);
+        multiply(forward, &layer->out, NULL, at->attended, NULL, hidden, ADD, &worker, phase + PACK_OUT);
+        multiply(forward, &layer->gate, &layer->up, hidden, &layer->mlp_gain, at->inner, SET, &worker, phase + PACK_GATED);
+        multiply(forward, &layer->down, NULL, at->inner, NULL, hidden, ADD, &worker, phase + PACK_DOWN);
     }
 }
 
 void run_pass(Pool *pool, const Group *group, const Pass *pass, int64_t most_tokens)
 {
-    Run run = {
+    Forward forward = {
         .level = lamina_chosen_level(),
         .group = group,
         .segments = pass->segments.data,
@@ -242,11 +196,23 @@ void run_pass(Pool *pool, const Group *group, const Pass *pass, int64_t most_tok
         .threads = pass->threads,
         .at = pass_workspace(group, pass->rows, most_tokens, pass->threads, pass->workspace.data),
     };
-    lay_out(&run, pass->segments.bytes / (int64_t)sizeof(Segment));
-    memset(run.at.counters, 0, (size_t)run.at.counters_bytes);
-    pool_run(pool, pass->threads, run_layers, &run);
+    int64_t row = 0;
+    for (int64_t number = 0; row < pass->rows; number++) {
+        const Segment *segment = &forward.segments[number];
+        for (int64_t token = 0; token < segment->length; token++) {
+            int64_t position = segment->position + token;
+            forward.at.places[row + token] = (Place){segment->first_slot + position, position, token == segment->length - 1};
+        }
+        for (int64_t token = 0; token < segment->length; token += LAMINA_QUERIES)
+            forward.at.bundles[forward.num_bundles++] =
+                (Bundle){number, row + token, smaller(LAMINA_QUERIES, segment->length - token)};
+        row += segment->length;
+    }
+    memset(forward.at.counters, 0, (size_t)forward.at.counters_bytes);
+    pool_run(pool, pass->threads, forward_layers, &forward);
 }
 
+/* A product outside the layers. */
 typedef struct {
     Task task;
     Workspace at;
@@ -256,7 +222,7 @@ typedef struct {
 static void run_share_of_product(void *argument, int64_t number)
 {
     const ProductRun *run = argument;
-    const Worker worker = worker_of(&run->at, number, run->threads);
+    const Worker worker = {number, run->threads, run->at.counters, run->at.scratch + number * run->at.scratch_bytes};
     run_product(&run->task, &run->at, &worker, 0);
 }
 

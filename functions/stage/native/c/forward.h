@@ -1,9 +1,61 @@
+/* A forward pass, its phases, and the memory that it works in. */
+
 #ifndef LAMINA_FORWARD_H
 #define LAMINA_FORWARD_H
 
-#include "native.h"
+#include "level.h"
+#include "threads.h"
 
-/* Both take what `border.c` has checked. most_tokens: that any row attends to. */
+enum {
+    BLOCK_BYTES = 768 << 10, /* packed rows that go through a matrix together: they stay in the second-level cache */
+    FEW_ROWS = 16,           /* up to so many rows, each thread packs all for itself instead of waiting for other threads */
+};
+
+/* The phases of a layer, in order. The pieces of a phase are computed in any order. */
+enum { PACK_QKV, QKV, WRITE_KV, ATTEND, PACK_OUT, OUT, PACK_GATED, GATED, PACK_DOWN, DOWN, PHASES };
+
+/* The place of a row's token in the arena and in its sequence. */
+typedef struct {
+    int64_t slot;
+    int64_t position;
+    int64_t is_last; /* of its segment */
+} Place;
+
+/* Rows of one segment whose attention is computed together: at most LAMINA_QUERIES. */
+typedef struct {
+    int64_t segment;
+    int64_t first_row;
+    int64_t rows;
+} Bundle;
+
+/* A thread's memory while it packs rows. */
+typedef struct {
+    float *scales;     /* [FEW_ROWS, LAMINA_TILE_OUTS] of packed rows */
+    float *normalized; /* [width] one row */
+    uint8_t *packed;   /* [FEW_ROWS, packed_row_bytes] */
+} MatrixScratch;
+
+typedef struct {
+    float *heads;      /* [rows, heads + 2 * kv_heads, head_dim] queries, keys and values */
+    float *attended;   /* [rows, heads * head_dim] */
+    float *inner;      /* [rows, inner_size] */
+    float *scales;     /* [rows, LAMINA_TILE_OUTS] of packed rows, if there are more than FEW_ROWS, and */
+    uint8_t *packed;   /* [rows, packed_row_bytes] these rows, rounded up to 16 */
+    Place *places;     /* [rows] */
+    Bundle *bundles;   /* [rows] at most */
+    Counter *counters; /* [num_layers * PHASES, threads + 1] */
+    uint8_t *scratch;  /* [threads, scratch_bytes] */
+    int64_t scratch_bytes;
+    int64_t counters_bytes;
+    int64_t bytes; /* of all */
+} Workspace;
+
+/* Lays out a workspace from `memory` on. With NULL it only computes the bytes. */
+Workspace pass_workspace(const Group *group, int64_t rows, int64_t most_tokens, int64_t threads, uint8_t *memory);
+Workspace product_workspace(const Matrix *matrix, int64_t rows, int64_t threads, uint8_t *memory);
+MatrixScratch matrix_scratch(const Matrix *matrix, uint8_t *scratch);
+
+/* Both take what `border.c` has checked. No row attends to more than most_tokens. */
 void run_pass(Pool *pool, const Group *group, const Pass *pass, int64_t most_tokens);
 void run_matrix(Pool *pool, const Product *product);
 

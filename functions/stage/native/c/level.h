@@ -1,8 +1,8 @@
-/* A level of CPUs: what of the work is written for its vectors. Inside the library only.
+/* A level of CPU: the functions that are compiled for its vector instructions. Internal to the library.
 
-   One table for each level, chosen once. All levels are made of the same source (`level.inc.h`) over another kind of vector
-   (`vectors_*.h`), compiled with that level's instructions; sums run in an order that is the level's own and depends on
-   lengths and positions alone. The level with AMX multiplies by tiles instead (`amx.inc.h`). */
+   Each level is a table of functions, and one table is chosen once. All levels compile the same source (`level.inc.h`) over
+   another kind of vector (`vectors_*.h`). The order of a sum is the level's own, and depends on lengths and positions alone. The
+   level with AMX multiplies by tiles instead (`amx.inc.h`). */
 
 #ifndef LAMINA_LEVEL_H
 #define LAMINA_LEVEL_H
@@ -12,45 +12,45 @@
 
 #include "native.h"
 
-/* Rows of activations as a matrix of some dtype wants them. */
+/* Rows of activations, packed for a matrix. */
 typedef struct {
     const uint8_t *data;  /* [rows, stride] of bf16, of 16-bit integers, or of float32; for q4 see `q4.inc.h` */
-    const float *scales;  /* [rows, LAMINA_TILE_OUTS], one number repeated: what an int8 matrix's sums are multiplied with */
+    const float *scales;  /* [rows, LAMINA_TILE_OUTS], each row's number repeated: the factor of an int8 matrix's sums */
     int64_t rows;
     int64_t row_bytes;
-    bool arranged;        /* a row by itself is not */
+    bool arranged;        /* by `arrange`; false for a single row */
 } Rows;
 
-/* Some queries of one sequence in the heads that share a key head. */
+/* Some rows of one sequence, in the query heads that share a key head. */
 typedef struct {
     const Segment *segment;
     int64_t first_position;
     int64_t rows;           /* at most LAMINA_QUERIES */
     int64_t kv_head;
-    const float *heads;     /* of the first row, [rows, heads + 2 * kv_heads, head_dim] */
-    float *attended;        /* of the first row, [rows, heads * head_dim] */
+    const float *heads;     /* [rows, heads + 2 * kv_heads, head_dim] */
+    float *attended;        /* [rows, heads * head_dim] */
 } Queries;
 
 typedef struct {
     const char *name;
 
-    /* out [size] = x [size] through the RMSNorm of `gain` [size] */
+    /* out [size] = RMSNorm of x [size] with `gain` [size] */
     void (*normalize)(const float *x, const float *gain, float eps, int64_t size, float *out);
 
-    /* Packs x [size] for a matrix of dtype: packed_row_bytes, zeros behind size. Returns what sums are to be multiplied with. */
+    /* Packs x [size] for a matrix of dtype into packed_row_bytes, padded with zeros. Returns the factor of the row's sums. */
     float (*pack)(Dtype dtype, const float *x, int64_t size, uint8_t *packed);
 
-    /* Puts packed rows, 16 of a pass's or what is left, into the order that `multiply` reads them in; NULL: the one that they are in. */
+    /* Reorders up to 16 packed rows for `multiply`. NULL: it reads them as they are. */
     void (*arrange)(Dtype dtype, int64_t rows, int64_t row_bytes, uint8_t *packed);
 
-    /* y [rows, outs] of outputs [first, last), which begin with a group: = x Wᵀ + b, where `add` on top of what is there. */
+    /* Computes outputs [first, last) of y [rows, outs] = x Wᵀ + b, or adds them to y. `first` begins a group of outputs. */
     void (*multiply)(const Matrix *matrix, const Rows *x, int64_t first, int64_t last, bool add, float *y);
 
-    /* y [rows, outs] of outputs [first, last): silu(gate x) * (up x) */
+    /* Computes outputs [first, last) of y [rows, outs] = silu(gate x) * (up x). */
     void (*multiply_gated)(const Matrix *gate, const Matrix *up, const Rows *x, int64_t first, int64_t last, float *y);
 
-    /* A row's heads [heads + 2 * kv_heads, head_dim] that share a key head: normalized and rotated in place, and key and value
-       written to the arena. is_last: no later token of its sequence is in the pass. */
+    /* Normalizes and rotates, in place, the heads of a row [heads + 2 * kv_heads, head_dim] that share a key head, and writes key
+       and value to the arena. is_last: no later token of its sequence is in the pass. */
     void (*write_kv)(const Group *group, const Layer *layer, int64_t kv_head, int64_t slot, bool is_last,
                      const float *rotation, float *heads);
 
@@ -75,18 +75,18 @@ static inline int64_t bytes_of(int64_t dtype)
     return dtype == LAMINA_INT8 ? 1 : dtype == LAMINA_BF16 ? 2 : 4;
 }
 
-/* Of a row of activations. */
+/* Bytes of a packed row of activations. */
 static inline int64_t packed_row_bytes(int64_t dtype, int64_t width)
 {
     int64_t stride = rounded_up(width, LAMINA_STEP);
     if (dtype == LAMINA_Q4)
         return rounded_up(stride * 2 + stride / LAMINA_Q4_BLOCK * 8, LAMINA_LINE_BYTES);
-    if (dtype == LAMINA_INT8) /* AMX takes 64 numbers of 8 bits at a time */
+    if (dtype == LAMINA_INT8) /* AMX reads 64 numbers of 8 bits at a time */
         return rounded_up(width, 64) * 2;
     return stride * (dtype == LAMINA_F32 ? 4 : 2);
 }
 
-/* Of the first `outs` rows of a matrix; in four bits, of whole groups. */
+/* Bytes of the first `outs` rows of weights; of whole groups for q4. */
 static inline int64_t weight_bytes(const Matrix *matrix, int64_t outs)
 {
     int64_t stride = rounded_up(matrix->width, LAMINA_STEP);
@@ -110,7 +110,7 @@ static inline int64_t larger(int64_t a, int64_t b)
     return a > b ? a : b;
 }
 
-/* The first token that one at `position` attends to. */
+/* The first token that the token at `position` attends to. */
 static inline int64_t first_attended(const Layer *layer, int64_t position)
 {
     return layer->window ? larger(0, position - layer->window + 1) : 0;

@@ -1,4 +1,4 @@
-/* The source of every level. Before it: INLINE, UNROLL, `vec` with its functions, and LEVEL, the name of the table. */
+/* The source of every level. It needs INLINE, UNROLL, `vec` with its functions, and LEVEL, the name of the table. */
 
 #include "level.h"
 
@@ -7,14 +7,10 @@ enum { LANES = 16 };
 #include "row.inc.h"
 #include "matrix.inc.h"
 #ifdef WITH_TILES
-#include "tiles.inc.h"
+#include "amx.inc.h"
 #endif
 #include "q4.inc.h"
-#ifdef WITH_TILES
-#include "amx.inc.h"
-#else
 #include "multiply.inc.h"
-#endif
 #include "attention.inc.h"
 
 const Level LEVEL = {

@@ -1,4 +1,4 @@
-/* Which level of CPU this is: asked once, by cpuid. */
+/* Chooses the level of this CPU once, by cpuid. */
 
 #include <stdatomic.h>
 
@@ -14,7 +14,7 @@
 static const Level *const LEVELS[] = {&lamina_portable, &lamina_avx2, &lamina_avx512_vnni, &lamina_avx512_bf16,
                                       &lamina_avx512_amx};
 
-/* Whether the operating system keeps the registers: bits of XCR0. */
+/* The operating system saves these registers: bits of XCR0. */
 static bool keeps(uint32_t wanted)
 {
     uint32_t low, high;
@@ -22,7 +22,7 @@ static bool keeps(uint32_t wanted)
     return (low & wanted) == wanted;
 }
 
-/* Linux gives a process the memory that tiles are saved in only when it asks; what is forked from it has it, too. */
+/* Linux allocates the memory in which tiles are saved only on request. Forked processes inherit it. */
 static bool may_use_tiles(void)
 {
 #if defined(__linux__)

@@ -1,12 +1,12 @@
-/* Matrices: packed rows times rows of weights, a tile of LAMINA_TILE_OUTS × LAMINA_TILE_ROWS sums at a time. */
+/* Products of packed rows with rows of weights, a tile of LAMINA_TILE_OUTS × LAMINA_TILE_ROWS sums at a time. */
 
 enum {
     OUTS = LAMINA_TILE_OUTS,
     ROWS = LAMINA_TILE_ROWS,
-    STEP_BYTES = 64, /* of a packed row that one instruction multiplies: 32 numbers of 16 bits, or 16 floats */
-    /* How far ahead of the weights in use those that follow are fetched. Four rows are read at once, which the CPU's own
-       prefetcher loses track of. Read once a pass, they need not drive everything else out of the caches: on AMD's CPUs that
-       gains some hundredths, on Intel's, which alone have AMX, it takes more than twice as long as the second level of the cache. */
+    STEP_BYTES = 64, /* of a packed row, multiplied by one instruction: 32 numbers of 16 bits, or 16 floats */
+    /* Distance and cache level of prefetched weights. Four rows are read at once, and the CPU's own prefetcher loses track of
+       them. Weights are read once a pass, so fetching them past the caches (0) gains a few hundredths on AMD's CPUs. On Intel's,
+       which alone have AMX, it takes more than twice as long as fetching them into the second level (2). */
 #ifdef WITH_TILES
     AHEAD_BYTES = 8192,
     FETCHED = 2,
@@ -27,8 +27,8 @@ INLINE vec multiply_add(const int dtype, vec sum, vec a, vec b)
     return dtype == LAMINA_INT8 ? dot_i16(sum, a, b) : dtype == LAMINA_BF16 ? dot_bf16(sum, a, b) : fma_f32(a, b, sum);
 }
 
-/* The hot loop: [row * OUTS + out] = the products of `rows` packed rows with OUTS rows of weights, every sum in a register.
-   The order of a sum depends on the number of steps alone, never on how many rows are multiplied together. */
+/* The hot loop: [row * OUTS + out] = products of `rows` packed rows with OUTS rows of weights, each sum in a register. The order
+   of a sum depends on the number of steps alone, never on how many rows are multiplied together. */
 INLINE vec tile(const int dtype, const int rows, const bool fetch, const uint8_t *const weights[OUTS], const uint8_t *x,
                 int64_t row_bytes, int64_t steps)
 {
@@ -65,7 +65,7 @@ INLINE vec tile(const int dtype, const int rows, const bool fetch, const uint8_t
     return sum_tile(rows, sums);
 }
 
-/* What a tile is made of. */
+/* The operands of a tile. */
 typedef struct {
     const uint8_t *const *weights; /* [OUTS] rows of weights */
     const uint8_t *x;
@@ -89,7 +89,7 @@ INLINE vec tile_of_dtype(const int dtype, int64_t rows, bool fetch, const Operan
     }
 }
 
-/* One copy of each, or compiling would take five times as long. */
+/* One copy of each: inlined, they would take five times as long to compile. */
 NOINLINE vec tile_of_bf16(int64_t rows, bool fetch, const Operands *of) { return tile_of_dtype(LAMINA_BF16, rows, fetch, of); }
 NOINLINE vec tile_of_int8(int64_t rows, bool fetch, const Operands *of) { return tile_of_dtype(LAMINA_INT8, rows, fetch, of); }
 NOINLINE vec tile_of_f32(int64_t rows, bool fetch, const Operands *of) { return tile_of_dtype(LAMINA_F32, rows, fetch, of); }
@@ -101,7 +101,7 @@ INLINE vec tile_of(const int dtype, int64_t rows, bool fetch, const Operands *of
                                   : tile_of_f32(rows, fetch, of);
 }
 
-/* OUTS outputs of a matrix. Behind the last one: that one again, of which nothing is stored. */
+/* OUTS outputs of a matrix. Past its end the last output is repeated, and not stored. */
 typedef struct {
     const uint8_t *weights[OUTS];
     vec scales, biases; /* [row * OUTS + out] */
@@ -141,7 +141,7 @@ INLINE vec product(const int dtype, const Outputs *outputs, const Rows *x, int64
     return fma_f32(mul_f32(sums, load(x->scales + row * OUTS)), outputs->scales, outputs->biases);
 }
 
-/* The tile's rows and outputs that there are, to y [rows, outs]. */
+/* Stores the rows and outputs of a tile that exist to y [rows, outs]. */
 INLINE void store_tile(vec numbers, int64_t rows, int64_t count, int64_t outs, bool add, float *y)
 {
     float lanes[ROWS * OUTS];

@@ -1,24 +1,24 @@
-/* Matrices in four bits; storage/models/q4.py has their layout: a group is 16 outputs, one for each lane.
+/* Matrices in four bits, in the layout of storage/models/q4.py: a group is 16 outputs, one for each lane.
 
-   Rows are whole numbers of 12 bits in blocks (`pack_for_q4`), so that what a block of 32 weights gives is exact. Blocks are added up from the
-   first to the last, whatever else is multiplied. */
+   Activations are integers of 12 bits in blocks (`pack_for_q4`), so that the product of a block of 32 weights is exact. Blocks are
+   added up from first to last, whatever else is multiplied. */
 
 enum { PARTS = 4 };
 
-/* Scales of a packed row's blocks; sums follow. */
+/* The scales of a packed row's blocks. Their sums follow. */
 INLINE const float *block_scales(const uint8_t *packed, int64_t blocks)
 {
     return (const float *)(packed + blocks * LAMINA_Q4_BLOCK * 2);
 }
 
-/* Adds a block to the sums of a group: products are [LANES] whole numbers, scale and sum those of a row's block. */
+/* Adds a block to a group's sums. products: integers [LANES]; scale, sum_of_row: of the row's block. */
 INLINE vec with_block(vec sum, vec products, const uint8_t *block, float scale, float sum_of_row)
 {
     sum = fma_f32(mul_f32(f32_of_i32(products), every_f32(scale)), f32_of_f16(block + LAMINA_Q4_ENDS), sum);
     return fma_f32(every_f32(sum_of_row), f32_of_f16(block + LAMINA_Q4_ENDS + 2 * LANES), sum);
 }
 
-/* The third hot loop: sums [rows] of a group's outputs. */
+/* The hot loop of q4: sums [rows] of a group's outputs. */
 INLINE void q4_tile(const int rows, const uint8_t *block, const uint8_t *x, int64_t row_bytes, int64_t blocks, vec sums[ROWS])
 {
     const vec lower = every_i32(0x0F0F0F0F);
@@ -64,7 +64,7 @@ NOINLINE void q4_tile_of(int64_t rows, const uint8_t *block, const uint8_t *x, i
 
 enum { Q4_ROWS = 128 };
 
-/* [row, output] sums of a group. */
+/* Sums [row, output] of a group. */
 typedef struct {
     _Alignas(64) float of[Q4_ROWS][LAMINA_GROUP_OUTS];
 } GroupSums;

@@ -1,8 +1,8 @@
-/* Matrices in four bits by the tiles of AMX, where rows are more than a few.
+/* Matrices in four bits by the tiles of AMX, for more than a few rows.
 
-   16 rows of a block of 32 numbers, high parts and low parts, are a tile as they lie. The weights of a group become one, too: 16
-   times each, then each. So one instruction makes the exact products of the block, and the block is added to the sums as vectors
-   add it (`with_block`): the same bits for one row and for many. Weights are unpacked once for all rows. */
+   16 rows of a block of 32 numbers, high parts and low parts, are a tile as they are stored. The weights of a group become a tile:
+   16 times each weight, then each weight. One instruction makes the exact products of the block, which are added to the sums as
+   vectors add them (`with_block`): the same bits for one row and for many. Weights are unpacked once for all rows. */
 
 enum {
     MANY_ROWS = 5,

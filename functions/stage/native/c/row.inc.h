@@ -1,6 +1,6 @@
 /* Rows of numbers: RMSNorm, exp, and packing for a matrix. */
 
-/* Up to LANES numbers of a row from i on, zeros behind its end. */
+/* Up to LANES numbers of a row from i on, padded with zeros. */
 INLINE vec row_part(const float *row, int64_t i, int64_t size)
 {
     int64_t left = size - i;
@@ -27,8 +27,8 @@ static void normalize(const float *x, const float *gain, float eps, int64_t size
         store_row_part(out, i, size, mul_f32(mul_f32(row_part(x, i, size), inverse), row_part(gain, i, size)));
 }
 
-/* 2^n times a polynomial (Cephes' expf), relative error about 2e-7. 0 below -87, and for -infinity; e^88 above 88; NaN for NaN
-   and infinity. */
+/* 2^n times a polynomial (Cephes' expf), relative error about 2e-7. Gives 0 below -87 and for -infinity, e^88 above 88, and NaN
+   for NaN and infinity. */
 INLINE vec exp_f32(vec x)
 {
     const vec lowest = every_f32(-87.0f);
@@ -48,17 +48,17 @@ INLINE vec exp_f32(vec x)
     return if_less_f32(x, lowest, zeros(), add_f32(mul_f32(y, power), zero_or_nan));
 }
 
-/* What a row's largest number becomes as an integer. Partial sums stay in int32: a lane adds up so many products with 127. */
+/* The integer that a row's largest number becomes. A lane's sum of products with up to 127 must fit an int32. */
 INLINE float largest_integer(int64_t size)
 {
     int64_t products = (size + LANES - 1) / LANES;
     return (float)smaller(32767, INT32_MAX / (127 * products));
 }
 
-/* Of the magnitudes of a row, which it is divided by: of zeros 1e-30. NaN where there is one. */
+/* The largest magnitude of a row, at least 1e-30, or NaN if there is one. */
 INLINE float largest_of(const float *x, int64_t size)
 {
-    /* Positive floats are in the order of their bits, NaN the largest. */
+    /* Positive floats are ordered as their bits are, NaN largest. */
     vec largest_bits = every_f32(1e-30f);
     for (int64_t i = 0; i < size; i += LANES)
         largest_bits = max_i32(largest_bits, and_i32(row_part(x, i, size), every_i32(0x7FFFFFFF)));
@@ -81,7 +81,7 @@ INLINE float pack_for_int8(const float *x, int64_t size, uint8_t *packed)
 
 enum { LARGEST_OF_12_BITS = 2047 };
 
-/* Of 32 numbers, as `largest_of`. */
+/* As `largest_of`, for 32 numbers. */
 INLINE float largest_of_block(vec first, vec second)
 {
     const vec magnitude = every_i32(0x7FFFFFFF);
@@ -91,8 +91,8 @@ INLINE float largest_of_block(vec first, vec second)
     return largest;
 }
 
-/* Block by block a number is 16 * high + low, times a scale that the block's own largest gives: 32 bytes of high parts, -128 to
-   127, then 32 of low ones, 0 to 15. Behind all of them a float32 for each block, its scale, and one more, its sum. */
+/* A number is (16 * high + low) times its block's scale. A block has 32 bytes of high parts, -128 to 127, then 32 bytes of low
+   parts, 0 to 15. After all blocks come their scales, then their sums, one float32 for each block. */
 INLINE void pack_for_q4(const float *x, int64_t size, uint8_t *packed)
 {
     const int64_t blocks = rounded_up(size, LAMINA_Q4_BLOCK) / LAMINA_Q4_BLOCK;

@@ -90,7 +90,7 @@ INLINE vec f32_of_f16(const void *at)
     const __m128i *halves = at;
     return (vec){BITS(_mm256_cvtph_ps(_mm_loadu_si128(halves))), BITS(_mm256_cvtph_ps(_mm_loadu_si128(halves + 1)))};
 }
-/* The lowest byte of each lane. */
+/* Stores the lowest byte of each lane. */
 INLINE void store_bytes(void *at, vec a)
 {
     const __m256i lowest = _mm256_set1_epi32(255);
@@ -105,8 +105,8 @@ INLINE vec every_4_bytes(const void *at)
     return every_i32(bytes);
 }
 
-/* Of four bits, a, with signed bytes: eight times at most, so that 16 bits hold the sums (15 * 128 * 2 * 8 = 30720), until
-   `whole_q4` makes integers of 32 bits, 16 * high + low. */
+/* Adds products of four bits, a, with signed bytes, at most eight times: 16 bits hold the sums (15 * 128 * 2 * 8 = 30720). Then
+   `whole_q4` makes 16 * high + low of 32 bits. */
 INLINE vec dot_q4(vec sum, vec a, vec b)
 {
     return (vec){_mm256_add_epi16(sum.low, _mm256_maddubs_epi16(a.low, b.low)),
@@ -129,7 +129,7 @@ INLINE vec dot_i16(vec sum, vec a, vec b)
                  _mm256_add_epi32(sum.high, _mm256_madd_epi16(a.high, b.high))};
 }
 
-/* Packing puts lanes of 128 bits side by side: back into their order. */
+/* Packing interleaves lanes of 128 bits: this restores their order. */
 INLINE __m256i in_order(__m256i packed) { return _mm256_permute4x64_epi64(packed, 0xD8); }
 INLINE vec i16_of_f32(vec first, vec second)
 {
@@ -145,7 +145,7 @@ INLINE vec dot_bf16(vec sum, vec a, vec b)
     return fma_f32(and_i32(a, upper), and_i32(b, upper), sum);
 }
 
-/* To the nearest, ties to even; not finite stays not finite. */
+/* Rounds to the nearest, ties to even. Numbers that are not finite stay so. */
 INLINE __m256i upper_halves(__m256i a)
 {
     __m256i even = _mm256_and_si256(_mm256_srli_epi32(a, 16), _mm256_set1_epi32(1));
@@ -176,7 +176,7 @@ INLINE float sum_f32(vec a)
     return _mm_cvtss_f32(sum_4(sums));
 }
 
-/* [row * 4 + out] = the sum of sums[row][out]; zeros from `rows` on. */
+/* [row * 4 + out] = the sum of sums[row][out], zeros for the rows beyond `rows`. */
 INLINE vec sum_tile(const int rows, vec sums[4][4])
 {
     __m128 row[4] = {_mm_setzero_ps(), _mm_setzero_ps(), _mm_setzero_ps(), _mm_setzero_ps()};

@@ -1,4 +1,4 @@
-/* Vectors of AVX-512 with VNNI: `vec` is 64 bytes, and a function's name says what it takes them for. */
+/* Vectors of AVX-512 with VNNI: `vec` is 64 bytes, and a function's name says what they hold. */
 
 #include <immintrin.h>
 
@@ -42,7 +42,7 @@ INLINE vec shift_right_i32(vec a, int by) { return _mm512_srli_epi32(a, (unsigne
 INLINE vec i16_of_i8(const void *at) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256(at)); }
 INLINE vec dot_i16(vec sum, vec a, vec b) { return _mm512_dpwssd_epi32(sum, a, b); }
 
-/* 32 numbers of two vectors, one behind the other. */
+/* 32 numbers of two vectors, the first one's first. */
 INLINE vec i16_of_f32(vec first, vec second)
 {
     __m256i low = _mm512_cvtsepi32_epi16(i32_of_f32(first)), high = _mm512_cvtsepi32_epi16(i32_of_f32(second));
@@ -51,7 +51,7 @@ INLINE vec i16_of_f32(vec first, vec second)
 
 INLINE int32_t largest_i32(vec a) { return _mm512_reduce_max_epi32(a); }
 INLINE vec f32_of_f16(const void *at) { return BITS(_mm512_cvtph_ps(_mm256_loadu_si256(at))); }
-/* The lowest byte of each lane. */
+/* Stores the lowest byte of each lane. */
 INLINE void store_bytes(void *at, vec a) { _mm_storeu_si128(at, _mm512_cvtepi32_epi8(a)); }
 INLINE vec every_4_bytes(const void *at)
 {
@@ -60,7 +60,7 @@ INLINE vec every_4_bytes(const void *at)
     return every_i32(bytes);
 }
 
-/* Of four bits, a, with signed bytes: eight times at most, until `whole_q4` makes integers of 32 bits, 16 * high + low. */
+/* Adds products of four bits, a, with signed bytes: at most eight times, then `whole_q4` makes 16 * high + low of 32 bits. */
 INLINE vec dot_q4(vec sum, vec a, vec b) { return _mm512_dpbusd_epi32(sum, a, b); }
 INLINE vec whole_q4(vec high, vec low) { return add_i32(shift_left_i32(high, 4), low); }
 
@@ -76,7 +76,7 @@ INLINE vec dot_bf16(vec sum, vec a, vec b)
     return fma_f32(and_i32(a, upper), and_i32(b, upper), sum);
 }
 
-/* To the nearest, ties to even; not finite stays not finite. */
+/* Rounds to the nearest, ties to even. Numbers that are not finite stay so. */
 INLINE __m256i upper_halves(vec a)
 {
     vec even = and_i32(_mm512_srli_epi32(a, 16), every_i32(1));
@@ -100,7 +100,7 @@ INLINE float sum_f32(vec a)
     return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
 }
 
-/* Lanes of four vectors summed up as far as lanes of 128 bits go: each holds a part of each sum. */
+/* Adds up four vectors within lanes of 128 bits: each such lane then holds a part of each sum. */
 INLINE __m512 quarters(const vec sums[4])
 {
     __m512 a = F32(sums[0]), b = F32(sums[1]), c = F32(sums[2]), d = F32(sums[3]);
@@ -114,7 +114,7 @@ INLINE __m512 added_lanes(__m512 a, __m512 b)
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
 }
 
-/* [row * 4 + out] = the sum of sums[row][out]; zeros from `rows` on. */
+/* [row * 4 + out] = the sum of sums[row][out], zeros for the rows beyond `rows`. */
 INLINE vec sum_tile(const int rows, vec sums[4][4])
 {
     __m512 none = _mm512_setzero_ps(), first = added_lanes(quarters(sums[0]), rows > 1 ? quarters(sums[1]) : none);
@@ -123,7 +123,7 @@ INLINE vec sum_tile(const int rows, vec sums[4][4])
     return BITS(added_lanes(first, added_lanes(quarters(sums[2]), rows > 3 ? quarters(sums[3]) : none)));
 }
 
-/* 16 vectors of 16 lanes: lane i of vector j becomes lane j of vector i. */
+/* Transposes 16 vectors of 16 lanes: lane i of vector j becomes lane j of vector i. */
 INLINE void transpose(vec rows[16])
 {
     vec pairs[16], fours[16];

@@ -1,4 +1,4 @@
-/* Vectors for any CPU: the compiler's own (gcc and clang), 64 bytes that it makes the CPU's instructions of. */
+/* Vectors for any CPU: the 64-byte vectors of gcc and clang, which compile to the CPU's instructions. */
 
 #include <string.h>
 
@@ -39,7 +39,7 @@ INLINE vec add_f32(vec a, vec b) { return BITS(F32(a) + F32(b)); }
 INLINE vec sub_f32(vec a, vec b) { return BITS(F32(a) - F32(b)); }
 INLINE vec mul_f32(vec a, vec b) { return BITS(F32(a) * F32(b)); }
 INLINE vec div_f32(vec a, vec b) { return BITS(F32(a) / F32(b)); }
-/* Rounded twice: a fused one is a function call where the CPU has none. */
+/* Rounds twice: on a CPU without fused multiply-add, a fused one would be a function call. */
 INLINE vec fma_f32(vec a, vec b, vec c) { return BITS(F32(a) * F32(b) + F32(c)); }
 INLINE vec if_less_f32(vec a, vec b, vec yes, vec no)
 {
@@ -49,20 +49,20 @@ INLINE vec if_less_f32(vec a, vec b, vec yes, vec no)
 INLINE vec max_f32(vec a, vec b) { return if_less_f32(b, a, a, b); }
 INLINE vec min_f32(vec a, vec b) { return if_less_f32(a, b, a, b); }
 
-/* Of numbers below 2^22: what a float of that size has no bits for is rounded off, ties to even. */
+/* Rounds numbers below 2^22 to integers, ties to even: a float of the added size has no bits for fractions. */
 INLINE vec round_f32(vec a)
 {
     vec large = every_f32(12582912.0f);
     return sub_f32(add_f32(a, large), large);
 }
-/* Of whole numbers; what is not finite or too large becomes 0. */
+/* Converts integers; numbers that are not finite or too large become 0. */
 INLINE vec i32_of_f32(vec a)
 {
     vec fits = (F32(a) > -2147483648.0f) & (F32(a) < 2147483648.0f);
     return __builtin_convertvector(F32(a & fits), vec);
 }
 INLINE vec f32_of_i32(vec a) { return BITS(__builtin_convertvector(a, f32x16)); }
-/* Wraps around, as vectors of the CPU do. */
+/* Wraps around, as the CPU's instructions do. */
 INLINE vec add_i32(vec a, vec b)
 {
     typedef uint32_t u32x16 __attribute__((vector_size(64)));
@@ -94,7 +94,7 @@ INLINE int32_t largest_i32(vec a)
     return most;
 }
 
-/* Numbers below float16's least normal one become right by a subtraction, which is exact. */
+/* Subnormal numbers are corrected by a subtraction, which is exact. */
 INLINE vec f32_of_f16(const void *at)
 {
     int32_t lanes[16];
@@ -108,7 +108,7 @@ INLINE vec f32_of_f16(const void *at)
     vec is_small = exponent == 0, is_infinite = exponent == 0x7C00;
     return sign | (is_small & small) | (is_infinite & infinite) | (~is_small & ~is_infinite & normal);
 }
-/* The lowest byte of each lane. */
+/* Stores the lowest byte of each lane. */
 INLINE void store_bytes(void *at, vec a)
 {
     uint8_t *bytes = at;
@@ -122,7 +122,7 @@ INLINE vec every_4_bytes(const void *at)
     return every_i32(bytes);
 }
 
-/* Of four bits, a, with signed bytes: eight times at most, until `whole_q4` makes integers of 32 bits, 16 * high + low. */
+/* Adds products of four bits, a, with signed bytes: at most eight times, then `whole_q4` makes 16 * high + low of 32 bits. */
 INLINE vec dot_q4(vec sum, vec a, vec b)
 {
     for (int shift = 0; shift < 32; shift += 8)
@@ -159,7 +159,7 @@ INLINE vec dot_bf16(vec sum, vec a, vec b)
     sum = fma_f32(shift_left_i32(a, 16), shift_left_i32(b, 16), sum);
     return fma_f32(a & upper, b & upper, sum);
 }
-/* To the nearest, ties to even; not finite stays not finite. */
+/* Rounds to the nearest, ties to even. Numbers that are not finite stay so. */
 INLINE vec rounded_to_bf16(vec a)
 {
     vec ordered = F32(a) == F32(a);
@@ -184,7 +184,7 @@ INLINE float sum_f32(vec a)
     return lanes[0];
 }
 
-/* [row * 4 + out] = the sum of sums[row][out]; zeros from `rows` on. */
+/* [row * 4 + out] = the sum of sums[row][out], zeros for the rows beyond `rows`. */
 INLINE vec sum_tile(const int rows, vec sums[4][4])
 {
     f32x16 all = {0};

@@ -1,6 +1,6 @@
-#include "workspace.h"
+#include "forward.h"
 
-/* The next `bytes`, in lines of their own. */
+/* Takes the next `bytes` of a workspace, on cache lines of their own. */
 static void *taken(Workspace *workspace, uint8_t *memory, int64_t bytes)
 {
     void *at = memory ? memory + workspace->bytes : NULL;
@@ -13,7 +13,7 @@ static int64_t matrix_scratch_bytes(int64_t width, int64_t row_bytes)
     return FEW_ROWS * LAMINA_TILE_OUTS * 4 + rounded_up(width, LAMINA_STEP) * 4 + FEW_ROWS * row_bytes;
 }
 
-/* Rows that all threads pack together. */
+/* Memory for rows that all threads pack together. */
 static void take_packed(Workspace *workspace, uint8_t *memory, int64_t rows, int64_t row_bytes)
 {
     rows = rows <= FEW_ROWS ? 0 : rounded_up(rows, 16);
@@ -29,7 +29,7 @@ MatrixScratch matrix_scratch(const Matrix *matrix, uint8_t *scratch)
     return parts;
 }
 
-/* Packed queries, what they get, and their scores (`attention.inc.h`). A window begins with a block, as does what is read. */
+/* Packed queries, their results and their scores (`attention.inc.h`). A window is read from the beginning of a block. */
 static int64_t attention_scratch_bytes(const Group *group, int64_t most_tokens)
 {
     int64_t tokens = rounded_up(most_tokens, LAMINA_BLOCK_TOKENS);
@@ -50,7 +50,8 @@ Workspace pass_workspace(const Group *group, int64_t rows, int64_t most_tokens, 
     workspace.counters_bytes = group->num_layers * PHASES * (threads + 1) * (int64_t)sizeof(Counter);
     workspace.counters = taken(&workspace, memory, workspace.counters_bytes);
     workspace.scratch_bytes = rounded_up(
-        larger(matrix_scratch_bytes(widest, packed_row_bytes(LAMINA_F32, widest)), attention_scratch_bytes(group, most_tokens)), LAMINA_LINE_BYTES);
+        larger(matrix_scratch_bytes(widest, packed_row_bytes(LAMINA_F32, widest)), attention_scratch_bytes(group, most_tokens)),
+        LAMINA_LINE_BYTES);
     workspace.scratch = taken(&workspace, memory, threads * workspace.scratch_bytes);
     return workspace;
 }

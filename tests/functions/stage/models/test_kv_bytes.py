@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from functions.stage.models.kv_bytes import HEADER_BYTES, AlteredKV, ForeignKV, read_kv, write_kv
+from functions.stage.models.kv_bytes import HEADER_BYTES, AlteredKV, ForeignKV, checked, copied_kv, put_kv, stamp
 from functions.stage.models.kv_cache import KVRanges
 from functions.stage.models.layer_group import LayerGroup, Segment
 from tests.support.functions.native_models import native_groups, torch_groups
@@ -32,6 +32,16 @@ def group(kind: str, dtype: str) -> LayerGroup:
 def pool(of: LayerGroup) -> KVRanges:
     assert isinstance(of.kv, KVRanges)
     return of.kv
+
+
+def read_kv(pool: KVRanges, handle: int, first: int, end: int) -> bytearray:
+    data = copied_kv(pool, handle, first, end)
+    stamp(data)
+    return data
+
+
+def write_kv(pool: KVRanges, handle: int, data: bytes | bytearray) -> int:
+    return put_kv(pool, handle, checked(pool.layout, data))
 
 
 def run(of: LayerGroup, handle: int, tokens: np.ndarray, position: int) -> np.ndarray:

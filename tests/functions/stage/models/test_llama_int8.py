@@ -8,16 +8,15 @@ import torch
 from functions.stage.models.layer_group import Segment
 from functions.stage.models.llama.group import LlamaGroup
 from functions.stage.models.llama.linear import Int8Linear, Matrix, linear
-from tests.support.functions.borders import forwarded, logits_of, raw
+from tests.support.functions.borders import forwarded, logits_of
 from tests.support.functions.int8_checkpoints import MATRICES, int8_checkpoint, quantized
+from tests.support.functions.native_models import finished
 from tests.support.storage import tiny_models
 
 
 def group(name: str, keep_wide: Collection[str] = ()) -> LlamaGroup:
     tensors = tiny_models.checkpoint_tensors(tiny_models.whole_model(name))
-    return LlamaGroup.build(
-        tiny_models.tiny_config(name), raw(int8_checkpoint(tensors, keep_wide)), 0, 6, "int8", "cpu", kv_budget_bytes=2**20
-    )
+    return finished(LlamaGroup(tiny_models.tiny_config(name), 0, 6, "int8", "cpu", 2**20), int8_checkpoint(tensors, keep_wide))
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

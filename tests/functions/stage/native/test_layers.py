@@ -24,7 +24,16 @@ from functions.stage.models.native.group import NativeGroup
 from tests.support.functions.borders import forwarded, raw, states
 from tests.support.functions.group_chain import GroupChain, by_plan, tokens_of
 from tests.support.functions.int8_checkpoints import MATRICES
-from tests.support.functions.native_models import NAMES, checkpoint, config, error, exact_groups, native_groups, torch_groups
+from tests.support.functions.native_models import (
+    NAMES,
+    checkpoint,
+    config,
+    error,
+    exact_groups,
+    finished,
+    native_groups,
+    torch_groups,
+)
 
 DTYPES: Final = ("bfloat16", "int8", "q4")
 ALL_DTYPES: Final = (*DTYPES, "float32")
@@ -133,7 +142,7 @@ def test_a_sequence_gets_the_same_bits_in_any_chunks_and_company_on_any_threads(
 def test_windows_longer_than_a_block_begin_alike_for_steps_and_chunks(window: int, dtype: str) -> None:
     """A chunk's first query begins to read where its window does, in whole blocks, the others in the same place."""
     windowed = {**config("mistral_sliding"), "sliding_window": window}
-    group = NativeGroup.build(windowed, raw(dict(checkpoint("mistral_sliding", dtype))), 0, 6, dtype, 2**22)
+    group = finished(NativeGroup(windowed, 0, 6, dtype, 2**22), dict(checkpoint("mistral_sliding", dtype)))
     text = {"a": tokens_of(1, 90)}
     in_steps = states_of(group, text, {"a": (1,) * 90})["a"]
     for chunks in ((90,), (27, 8, 55), (5, 43, 1, 41)):

@@ -10,6 +10,7 @@ from functions.stage.models.build import Kind, build_layer_group
 from functions.stage.models.native.group import NativeGroup
 from tests.support.functions.borders import raw
 from tests.support.functions.group_chain import GroupChain, by_plan, tokens_of
+from tests.support.functions.native_models import finished
 from tests.support.storage import tiny_models
 
 NEW_TOKENS: Final = 12
@@ -103,7 +104,7 @@ def test_tokens_are_those_of_generate_and_logits_those_of_the_whole_model(name: 
     family, changes = MODELS[name]
     model = tiny_models.whole_model(family, **changes)
     config, tensors = tiny_models.tiny_config(family, **changes), tiny_models.checkpoint_tensors(model)
-    group = NativeGroup.build(config, raw(tensors), 0, 6, "float32", 2**22)
+    group = finished(NativeGroup(config, 0, 6, "float32", 2**22), tensors)
     chain = GroupChain([group])
     prompt = [token % config["vocab_size"] for token in tokens_of(3, 21)]
     chain.reserve("a", "b")

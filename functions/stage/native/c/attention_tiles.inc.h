@@ -1,11 +1,11 @@
-/* Columns of keys and values in bf16 by the tiles of AMX: 16 of them, and 16 pairs of each, are a tile as they lie in the arena.
+/* Products with columns of keys and values in bf16 by the tiles of AMX. A tile is 16 columns of 16 pairs, as the arena stores them.
 
-   A step of 16 pairs begins with the sequence's begin or 16 pairs on, and what a shorter last one lacks would be zeros: so one query
-   gets the same bits as eight, and in any chunks. */
+   Steps of 16 pairs begin at the beginning of the sequence, and a shorter last step acts as if padded with zeros. So one query gets
+   the same bits as eight, and in any chunks. */
 
 enum { STEP_PAIRS = 16 };
 
-/* 0 to 3 are results [rows, 16], 4 rows and 6 columns of a whole step, 5 and 7 those of the last. */
+/* Tiles 0 to 3 are results [rows, 16], 4 rows and 6 columns of a whole step, 5 and 7 those of the last step. */
 INLINE void configure_columns(int64_t rows, int64_t last_pairs)
 {
     TileConfig config = {.palette = 1};
@@ -19,7 +19,7 @@ INLINE void configure_columns(int64_t rows, int64_t last_pairs)
     _tile_loadconfig(&config);
 }
 
-/* out [rows, together, LANES] for one to four vectors of columns side by side. */
+/* out [rows, together, LANES] for one to four parts. */
 INLINE void tiles_of_columns(const int together, const Columns *columns, const uint8_t *x, int64_t row_bytes, float *out,
                              int64_t out_stride)
 {

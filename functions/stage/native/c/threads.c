@@ -1,23 +1,33 @@
-/* Threads that help with a pass.
+/* The pool of threads, and the sharing of work (`threads.h`).
 
-   A pass has seats. Helpers that sleep are woken and take one each; whoever called computes meanwhile, and takes away the seats
-   that are still free when the work is done. So nobody waits for a thread that has not come. A forked process, in which the
-   helpers are not, begins with new ones. Between passes helpers stay awake for some microseconds only: three stages may share two
-   cores, and a guest's scheduler takes a halted core for one that is away (docs/log.md, "Native layers"). */
+   A pass has seats. Sleeping helpers are woken and take one each. The caller computes meanwhile, and removes the free seats when
+   the work is done, so it never waits for a thread that has not started. A forked process, which has no helpers, creates new
+   ones. Between passes helpers stay awake for a few microseconds only: three stages may share two cores, and a guest's scheduler
+   takes a halted core for one that is away (docs/log.md, "Native layers"). */
 
-#include "pool.h"
+#include "threads.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <unistd.h>
 
-#include "sharing.h"
+enum {
+    POOL_TURNS = 2000, /* turns of a loop that waits for the next pass, or for the last helper to leave */
+    PHASE_TURNS = 256, /* turns until a thread that waits for others yields its core: some microseconds */
+};
 
-/* Of looking for the next pass, or for the last helper to leave. */
-enum { TURNS_AWAKE = 2000 };
+static inline void pause_thread(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
 
 struct Pool {
     pid_t process;
@@ -40,7 +50,7 @@ static void *help(void *argument)
     for (;;) {
         if (!pool->seats && !pool->ends) {
             pthread_mutex_unlock(&pool->mutex);
-            for (int turns = 0; turns < TURNS_AWAKE && !atomic_load_explicit(&pool->seats, memory_order_relaxed); turns++)
+            for (int turns = 0; turns < POOL_TURNS && !atomic_load_explicit(&pool->seats, memory_order_relaxed); turns++)
                 pause_thread();
             pthread_mutex_lock(&pool->mutex);
         }
@@ -61,7 +71,7 @@ static void *help(void *argument)
     return NULL;
 }
 
-/* As many helpers as there can be; signals go to the threads of the program. */
+/* Creates as many helpers as possible, with signals blocked: they go to the program's own threads. */
 static void hire(Pool *pool, int64_t wanted)
 {
     sigset_t all, before;
@@ -98,7 +108,7 @@ void pool_run(Pool *pool, int64_t threads, void (*work)(void *argument, int64_t 
     pthread_mutex_lock(&pool->mutex);
     pool->seats = 0;
     pthread_mutex_unlock(&pool->mutex);
-    for (int turns = 0; turns < TURNS_AWAKE && atomic_load_explicit(&pool->inside, memory_order_acquire); turns++)
+    for (int turns = 0; turns < POOL_TURNS && atomic_load_explicit(&pool->inside, memory_order_acquire); turns++)
         pause_thread();
     pthread_mutex_lock(&pool->mutex);
     while (pool->inside)
@@ -132,4 +142,35 @@ void lamina_free_pool(Pool *pool)
     pthread_cond_destroy(&pool->seats_free);
     pthread_mutex_destroy(&pool->mutex);
     free(pool);
+}
+
+static Counter *counter(const Worker *worker, int64_t phase, int64_t which)
+{
+    return worker->counters + phase * (worker->threads + 1) + which;
+}
+
+int64_t take_piece(const Worker *worker, int64_t phase, int64_t things, int64_t parts)
+{
+    for (int64_t other = 0; other < worker->threads; other++) {
+        int64_t owner = (worker->number + other) % worker->threads;
+        int64_t begin = things * owner / worker->threads * parts, end = things * (owner + 1) / worker->threads * parts;
+        Counter *taken = counter(worker, phase, owner);
+        if (atomic_load_explicit(&taken->count, memory_order_relaxed) < end - begin) {
+            int64_t piece = begin + atomic_fetch_add_explicit(&taken->count, 1, memory_order_relaxed);
+            if (piece < end)
+                return piece;
+        }
+    }
+    return -1;
+}
+
+void finish_phase(const Worker *worker, int64_t phase, int64_t done, int64_t pieces)
+{
+    Counter *all = counter(worker, phase, worker->threads);
+    atomic_fetch_add_explicit(&all->count, done, memory_order_acq_rel);
+    for (int turns = 0; atomic_load_explicit(&all->count, memory_order_acquire) < pieces; turns++)
+        if (turns < PHASE_TURNS)
+            pause_thread();
+        else
+            sched_yield();
 }
