@@ -25,8 +25,8 @@ class CachedPrefix:
 class PrefixCache:
     """Hands out the memory of a `KVCache`. A cache without ranges (transformers' modules) never finds anything.
 
-    A digest identifies its block and all blocks before it, so handles are found by the digests of their chains. A chain says what
-    a handle may come to hold; the KV cache knows how many tokens it holds now.
+    A digest identifies its block and all blocks before it, so handles are found by the digests of their chains. A chain says
+    what a handle may come to hold; the KV cache knows how many tokens it holds now.
 
     on_evicted: called with a prefix just before it is evicted. on_found: called with the number of tokens that were found.
     """
