@@ -4,6 +4,7 @@ Most tests have stages that count (see `counting_group`): the next token is the 
 every token lost, repeated or out of place. What goes wrong at a stage is a test's to say, event by event.
 """
 
+import math
 import socket
 import struct
 import threading
@@ -67,6 +68,27 @@ class Seen:
 
 
 Inspect = Callable[[Seen], Fault | None]
+
+
+def inspecting(when: Callable[[Seen], bool], then: Fault | Callable[[], object], times: float = math.inf) -> Inspect:
+    """For the first `times` events that `when` accepts: the fault, or the call, which the event waits for."""
+    happened = 0
+
+    def inspect(seen: Seen) -> Fault | None:
+        nonlocal happened
+        if happened >= times or not when(seen):
+            return None
+        happened += 1
+        if isinstance(then, Fault):
+            return then
+        then()
+        return None
+
+    return inspect
+
+
+def is_type(type_: EventType) -> Callable[[Seen], bool]:
+    return lambda seen: seen.type == type_
 
 
 class _Handler(WSGIRequestHandler):

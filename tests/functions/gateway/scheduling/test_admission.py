@@ -1,24 +1,65 @@
-"""Who comes in: clients take turns, the queue is bounded, a burst shares reservations, nothing begins on an older revision."""
+"""Admission: clients take turns, the queue is bounded, a burst shares reservations, nothing begins on an older revision."""
 
 import threading
 from contextlib import ExitStack
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from eventing.problems import QueueFull
 from eventing.wire.events import EventType
+from functions.gateway.scheduling.waiting import FairQueue
 from functions.gateway.stages.instances import Endpoint
 from functions.gateway.stages.routes import Placement
 from tests.support.functions.gateway import answers_of, counted, scheduling, submit, tokens_of, wait_until
-from tests.support.functions.stage_server import Seen, counting_stage, counting_stages, running
+from tests.support.functions.stage_server import counting_stage, counting_stages, inspecting, is_type, running
 
 
-def test_clients_take_turns() -> None:
+def waiting(client_id: str, number: int, priority: int = 0) -> Any:
+    return SimpleNamespace(number=number, prompt=SimpleNamespace(client_id=client_id, priority=priority))
+
+
+def drain(queue: FairQueue) -> list[int]:
+    """Numbers of all sequences in the order in which they are taken."""
+    numbers = []
+    while (sequence := queue.peek()) is not None:
+        queue.take(sequence)
+        numbers.append(sequence.number)
+    return numbers
+
+
+def test_the_queue_gives_each_client_its_turn() -> None:
+    queue = FairQueue()
+    for number, client in enumerate("aaaabbc"):
+        queue.push(waiting(client, number))
+    returned = waiting("a", 9)
+    assert queue.remove(waiting("a", 1))
+    assert not queue.remove(waiting("a", 1))
+    queue.push_returned(returned)
+    assert len(queue) == len(list(queue)) == 7
+    assert queue.peek() == returned
+    other = queue.peek(excluded={"a"})
+    assert other is not None
+    assert other.number == 4
+    assert queue.peek(excluded={"a", "b", "c"}) is None
+    assert drain(queue) == [9, 0, 4, 6, 2, 5, 3]
+    assert len(queue) == 0
+
+
+def test_the_queue_serves_higher_priorities_first() -> None:
+    queue = FairQueue()
+    for number, (client, priority) in enumerate([("low", -1), ("a", 0), ("a", 0), ("b", 0), ("high", 5), ("high", 5)]):
+        queue.push(waiting(client, number, priority))
+    queue.push_returned(waiting("low", 9, -1))
+    assert drain(queue) == [9, 4, 5, 1, 3, 2, 0]
+
+
+def test_a_crowd_does_not_hold_up_a_single_request_of_another_client() -> None:
     with counting_stages(1) as (stage,), scheduling([stage], micro_batch_sequences=1) as scheduler:
         stage.seconds = 0.005
         crowd = [submit(scheduler, [1], 6, client_id="crowd") for _ in range(12)]
-        single = submit(scheduler, [2], 6, client_id="single")
-        tokens_of(single)
+        tokens_of(submit(scheduler, [2], 6, client_id="single"))
         assert sum(stream.finish_reason is None for stream in crowd) >= 8
         for stream in crowd:
             tokens_of(stream)
@@ -35,7 +76,7 @@ def test_the_queue_is_bounded() -> None:
         answers_of(scheduler, [[1]], max_tokens=2)
 
 
-def test_who_is_being_read_counts_as_waiting() -> None:
+def test_a_request_that_is_being_read_counts_as_waiting() -> None:
     with counting_stages(1) as (stage,), scheduling([stage], micro_batch_sequences=1, queue_limit=1) as scheduler:
         with ExitStack() as stack:
             for _ in range(2 * 1 + 1):
@@ -49,16 +90,10 @@ def test_who_is_being_read_counts_as_waiting() -> None:
 
 def test_a_burst_shares_reservations() -> None:
     go_on = threading.Event()
-
-    def hold_reservations(seen: Seen) -> None:
-        if seen.type == EventType.RESERVE:
-            assert go_on.wait(20)
-
     with counting_stages() as stages, scheduling(stages, micro_batch_sequences=32) as scheduler:
-        first = submit(scheduler, [1, 2], 2)
-        tokens_of(first)  # The stages are awake.
+        tokens_of(submit(scheduler, [1, 2], 2))  # wakes the stages
         before = sum(seen.type == EventType.RESERVE for seen in stages[0].seen)
-        stages[0].inspect = hold_reservations
+        stages[0].inspect = inspecting(is_type(EventType.RESERVE), lambda: go_on.wait(20))
         burst = [submit(scheduler, [3, number], 3) for number in range(24)]
         go_on.set()
         assert [tokens_of(stream) for stream in burst] == [counted([3, number], 3) for number in range(24)]
@@ -66,20 +101,20 @@ def test_a_burst_shares_reservations() -> None:
     assert reservations <= 2 * len(stages)
 
 
-def test_nothing_begins_on_an_older_revision_and_what_runs_there_ends_there() -> None:
+def test_sequences_end_on_the_revision_where_they_began_and_none_begins_on_an_older_one() -> None:
     with running(lambda _: counting_stage(0, 1), 2) as (old, new):
         placement = Placement([old.url], watched=True)
         placement.update(0, [Endpoint(old.url, "s0-00001")])
         old.seconds = 0.01
         with scheduling([old], placement=placement) as scheduler:
-            running_one = submit(scheduler, [1, 2], 60)
-            wait_until(lambda: len(running_one.token_ids) > 3)
+            early = submit(scheduler, [1, 2], 60)
+            wait_until(lambda: len(early.token_ids) > 3)
             scheduler.endpoints_changed(0, [Endpoint(old.url, "s0-00001"), Endpoint(new.url, "s0-00002")])
             seen_by_old = {id_ for seen in old.forwards for id_ in seen.ids}
             later = [submit(scheduler, [3, number], 4) for number in range(6)]
             assert [tokens_of(stream) for stream in later] == [counted([3, number], 4) for number in range(6)]
-            assert running_one.finish_reason is None
-            assert tokens_of(running_one) == counted([1, 2], 60)
+            assert early.finish_reason is None
+            assert tokens_of(early) == counted([1, 2], 60)
             assert scheduler.stats().replays == {}
         assert {id_ for seen in old.forwards for id_ in seen.ids} == seen_by_old
         assert len({id_ for seen in new.forwards for id_ in seen.ids}) == len(later)

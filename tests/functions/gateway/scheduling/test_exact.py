@@ -1,4 +1,4 @@
-"""A real (tiny) model through gateway and stages, while stages are killed: the whole model's tokens, sampled ones too."""
+"""A tiny real model through gateway and stages, while stages are killed: greedy and sampled tokens are the whole model's."""
 
 import random
 import threading
@@ -47,7 +47,7 @@ def requests(number: int) -> list[tuple[list[int], Sampling]]:
 def generate(
     scheduler: Scheduler, wanted: list[tuple[list[int], Sampling]], expected: list[list[int]] | None = None
 ) -> list[TokenStream]:
-    """expected: answers; every fifth token of them is expected to be another."""
+    """expected: the answers. Clients predict them with every fifth token wrong."""
     streams = []
     for index, (prompt, sampling) in enumerate(wanted):
         predicted = [token if place % 5 else 3 for place, token in enumerate(expected[index])] if expected else []
@@ -67,7 +67,7 @@ def gateways(stages: list[StageServer], *stages_at_once: int, draft_tokens: int 
 
 @pytest.fixture(scope="module")
 def undisturbed() -> list[list[int]]:
-    """One at a time through the same engines: greedy answers as transformers gives them, and the sampled ones."""
+    """Answers of one request at a time through the same engines; greedy ones are checked against transformers."""
     groups = build_groups(MODEL, CUT, "llama", kv_budget_bytes=2**22)
     with engines(groups) as stages:
         answers = [
@@ -82,9 +82,7 @@ def undisturbed() -> list[list[int]]:
 
 @pytest.mark.parametrize("stages_at_once", [0, 1, 2])
 @pytest.mark.parametrize("draft_tokens", [0, 6])
-def test_batched_answers_are_those_of_the_whole_model(
-    undisturbed: list[list[int]], stages_at_once: int, draft_tokens: int
-) -> None:
+def test_batched_answers_equal_the_whole_models(undisturbed: list[list[int]], stages_at_once: int, draft_tokens: int) -> None:
     with running(stage, 3) as stages, gateways(stages, stages_at_once, draft_tokens=draft_tokens) as (scheduler,):
         streams = generate(scheduler, requests(REQUESTS), undisturbed)
         assert [tokens_of(stream) for stream in streams] == undisturbed
@@ -92,10 +90,10 @@ def test_batched_answers_are_those_of_the_whole_model(
 
 
 @pytest.mark.parametrize("draft_tokens", [0, 6])
-def test_answers_survive_everything_that_stages_can_do(undisturbed: list[list[int]], draft_tokens: int) -> None:
-    """Two gateways; fifteen times, every 15 to 30 events, one befalls what the dice say; some clients go away.
+def test_answers_survive_all_faults_of_stages(undisturbed: list[list[int]], draft_tokens: int) -> None:
+    """Two gateways. Fifteen times, after 15 to 30 events each, a random fault happens; some clients cancel.
 
-    By events and not by time: on a slow machine one sequence would meet three troubles without a step between them.
+    Faults are paced by events and not by time: on a slow machine one sequence would meet three without a step between them.
     """
     dice = random.Random(5)
     lock = threading.Lock()
@@ -125,4 +123,4 @@ def test_answers_survive_everything_that_stages_can_do(undisturbed: list[list[in
         assert len(set(happened)) >= 3
         again = generate(other, requests(REQUESTS), undisturbed)
         assert [tokens_of(stream) for stream in again] == undisturbed
-        assert sum(stream.cached_tokens for stream in again) > 0, "of what the stages remember after all that"
+        assert sum(stream.cached_tokens for stream in again) > 0, "the stages still have prefixes cached"

@@ -1,5 +1,7 @@
-"""Conversations of several turns, each turn at either of two gateways, while stages break and one moves to and fro: what is
-found, in memory and at peers, is what would have been computed, to the token, in arenas that are too small for all."""
+"""Conversations through two gateways, while stages break and micro-batches migrate: cached KV changes no token.
+
+Each turn goes to one of the two gateways. The stages' memory is too small for all conversations.
+"""
 
 import random
 import threading
@@ -27,11 +29,9 @@ TALKS: Final = 6
 TURNS: Final = 3
 NEW_TOKENS: Final = 16
 MIDDLE: Final = 1
-BUDGET: Final = 2**19
-"""Of a stage's keys and values, in bytes."""
+BUDGET: Final = 2**19  # bytes for a stage's KV
 FAULTS: Final = 12
-LEASE: Final = 4.0
-"""Seconds, for the last release that is lost."""
+LEASE: Final = 4.0  # seconds; frees what the last lost release left
 TROUBLES: Final = (Fault.KILLED_RESTARTED, Fault.REFUSED, Fault.REPLY_LOST, Fault.TWICE, Fault.UNAVAILABLE)
 SAMPLINGS: Final = (
     Sampling(),
@@ -39,8 +39,7 @@ SAMPLINGS: Final = (
     Sampling(temperature=1.0, seed=5, repetition_penalty=1.3, presence_penalty=0.5),
 )
 
-Ask = Callable[[int, list[int]], list[int]]
-"""The answer in a conversation, by its number and all that was said in it."""
+Ask = Callable[[int, list[int]], list[int]]  # a conversation's number and its tokens so far → the answer
 
 
 def stage(dtype: str, index: int) -> StageServer:
@@ -51,7 +50,7 @@ def stage(dtype: str, index: int) -> StageServer:
 
 
 def talk(number: int, ask: Ask) -> list[list[int]]:
-    """Its answers. All begin alike, some for longer."""
+    """The answers of one conversation. All conversations share a prefix, some a longer one."""
     shared = random.Random(1).choices(range(3, tiny_models.VOCAB_SIZE), k=70)
     dice = random.Random(100 + number)
     said, answers = shared[: dice.choice([16, 66, 70])], []
@@ -64,7 +63,7 @@ def talk(number: int, ask: Ask) -> list[list[int]]:
 
 @contextmanager
 def two_gateways(stages: list[StageServer], middle: list[StageServer]) -> Iterator[list[Scheduler]]:
-    """One of them drafts tokens. Until the end the middle stage moves from one instance to the other, and to both."""
+    """One of them drafts tokens. Until the end, one or both of the instances in `middle` are ready, at random."""
     over = threading.Event()
     places = [Placement([each.url for each in stages], watched=True) for _ in range(2)]
     limits = {"chunk_tokens": 32, "micro_batch_sequences": 3}
@@ -97,7 +96,7 @@ def two_gateways(stages: list[StageServer], middle: list[StageServer]) -> Iterat
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_whatever_two_gateways_find_is_what_they_would_have_computed(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_kv_gives_the_tokens_that_computing_gives(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_models, "BUDGET", BUDGET)
     monkeypatch.setattr(leases, "RENEWAL_SECONDS", LEASE / 8)
     dice, lock = random.Random(4), threading.Lock()
@@ -115,7 +114,7 @@ def test_whatever_two_gateways_find_is_what_they_would_have_computed(dtype: str,
             return happened[-1]
 
     def answer(gateway: Scheduler, number: int, said: list[int]) -> tuple[list[int], int]:
-        """And how many tokens of what was said need not be computed."""
+        """The answer, and how many prompt tokens were cached."""
         stream = submit(gateway, said, NEW_TOKENS, sampling=SAMPLINGS[number % 3])
         return tokens_of(stream), stream.cached_tokens
 
@@ -128,7 +127,7 @@ def test_whatever_two_gateways_find_is_what_they_would_have_computed(dtype: str,
             found: list[int] = []
 
             def ask(number: int, said: list[int]) -> list[int]:
-                """At the two in turn; what is asked at the same time begins at both."""
+                """Alternates between the gateways, so that one prefix begins at both at the same time."""
                 tokens, cached = answer(gateways[(number + len(found)) % 2], number, said)
                 found.append(cached)
                 return tokens

@@ -1,15 +1,22 @@
-"""Stages that fail: whatever happens to events and stages, no token is lost or repeated."""
+"""Failures of stages and events lose and repeat no token, and cost attempts of a bounded retry budget."""
 
+import itertools
 import threading
+import time
+from collections.abc import Callable
+from typing import Any
 
+import msgspec
 import pytest
 
 from eventing.problems import InvalidRequest, PipelineUnavailable, ReplaysExhausted
-from eventing.wire.events import EventType, Status
+from eventing.wire.events import Batch, EventType, Status
+from functions.gateway.scheduling.progress import Chunk
 from functions.gateway.scheduling.scheduler import Scheduler
+from functions.gateway.scheduling.sequence import RetryBudget
 from functions.gateway.stages.routes import Placement
 from tests.support.functions.gateway import counted, nothing_left, scheduling, submit, tokens_of, wait_until
-from tests.support.functions.stage_server import Fault, Inspect, Seen, counting_stages
+from tests.support.functions.stage_server import Fault, Inspect, Seen, counting_stages, inspecting
 
 PROMPTS = [[(5 * sequence + token) % 90 for token in range(2 + 6 * sequence)] for sequence in range(8)]
 POISON = 96
@@ -24,15 +31,13 @@ def run(scheduler: Scheduler, max_tokens: int = 12) -> int:
 
 
 def on_forwards(fault: Fault, *numbers: int) -> Inspect:
-    """The fault befalls the forward events with these numbers, counted from 1."""
-    count = 0
+    """The fault happens to the forward events with these numbers, counted from 1."""
+    forwards = itertools.count(1)
+    return inspecting(lambda seen: seen.type == EventType.FORWARD and next(forwards) in numbers, fault)
 
-    def inspect(seen: Seen) -> Fault | None:
-        nonlocal count
-        count += seen.type == EventType.FORWARD
-        return fault if seen.type == EventType.FORWARD and count in numbers else None
 
-    return inspect
+def at_position(position: int) -> Callable[[Seen], bool]:
+    return lambda seen: seen.type == EventType.FORWARD and seen.rows[0].position == position
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -70,20 +75,15 @@ def test_a_stage_that_never_comes_back() -> None:
 
 
 def test_a_restart_between_steps_costs_a_recomputation_up_to_that_stage() -> None:
-    """The rows miss; nobody's attempt fails, and the stages behind keep what they hold."""
+    """The rows miss. No attempt fails, and later stages keep what they hold."""
     with counting_stages() as stages, scheduling(stages, chunk_tokens=16) as scheduler:
+
+        def restart() -> None:
+            stages[1].kill()
+            stages[1].start()
+
+        stages[0].inspect = inspecting(at_position(50), restart, times=1)
         stream = submit(scheduler, [3] * 40, 30)
-        restarted = False
-
-        def restart_before_reply(seen: Seen) -> Fault | None:
-            nonlocal restarted
-            if seen.type == EventType.FORWARD and seen.rows[0].position == 50 and not restarted:
-                restarted = True
-                stages[1].kill()
-                stages[1].start()
-            return None
-
-        stages[0].inspect = restart_before_reply
         assert tokens_of(stream) == counted([3] * 40, 30)
         rows = [[row for seen in stage.forwards for row in seen.rows] for stage in stages]
         assert {row.attempt for of_stage in rows for row in of_stage} == {0}
@@ -91,36 +91,22 @@ def test_a_restart_between_steps_costs_a_recomputation_up_to_that_stage() -> Non
         assert stream.timings().replays == 1
 
 
-def test_a_stage_that_forgets_idle_sequences() -> None:
+def test_a_stage_that_drops_idle_sequences_costs_a_recomputation() -> None:
     with counting_stages(idle_seconds=0.15) as stages, scheduling(stages) as scheduler:
+        stages[1].inspect = inspecting(at_position(15), lambda: wait_until(lambda: not stages[2].engine.sequences), times=1)
         stream = submit(scheduler, [3] * 10, 12)
-        held_up = False
-
-        def hold_up(seen: Seen) -> Fault | None:
-            nonlocal held_up
-            if seen.type == EventType.FORWARD and seen.rows[0].position == 15 and not held_up:
-                held_up = True
-                wait_until(lambda: not stages[2].engine.sequences)
-            return None
-
-        stages[1].inspect = hold_up
         assert tokens_of(stream) == counted([3] * 10, 12)
-        assert stream.timings().replays in (1, 2), "stage 1 may have forgotten it too"
+        assert stream.timings().replays in (1, 2), "stage 1 may have dropped it too"
 
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_stage_that_hangs_and_answers_late(stage: int) -> None:
-    """The step times out; the late event then finds a newer attempt and touches nothing."""
+    """The step times out. The late event then finds a newer attempt and changes nothing."""
     with counting_stages() as stages, scheduling(stages, step_timeout_seconds=0.3) as scheduler:
-        resumed = threading.Event()
-        inspect = on_forwards(Fault.TWICE, 6, 7)
-
-        def hang(seen: Seen) -> Fault | None:
-            if inspect(seen) is not None:
-                resumed.wait(10)
-            return None
-
-        stages[stage].inspect = hang
+        resumed, forwards = threading.Event(), itertools.count(1)
+        stages[stage].inspect = inspecting(
+            lambda seen: seen.type == EventType.FORWARD and next(forwards) in (6, 7), lambda: resumed.wait(10)
+        )
         threading.Timer(0.8, resumed.set).start()
         assert run(scheduler) > 0
         assert scheduler.stats().replays["timeout"] > 0
@@ -129,34 +115,22 @@ def test_a_stage_that_hangs_and_answers_late(stage: int) -> None:
 def test_a_stopped_stage_costs_no_attempts() -> None:
     """While a stage answers nothing at all, only the first step of each sequence counts against it."""
     with counting_stages() as stages, scheduling(stages, step_timeout_seconds=0.15) as scheduler:
-        stopped = threading.Event()
-        resumed = threading.Event()
-
-        def stop(seen: Seen) -> Fault | None:
-            if stopped.is_set():
-                resumed.wait(10)
-            return None
-
-        stages[1].inspect = stop
-        stop_timer, resume_timer = threading.Timer(0.1, stopped.set), threading.Timer(1.5, resumed.set)
-        stop_timer.start()
-        resume_timer.start()
+        stopped, resumed = threading.Event(), threading.Event()
+        stages[1].inspect = inspecting(lambda _: stopped.is_set(), lambda: resumed.wait(10))
+        threading.Timer(0.1, stopped.set).start()
+        threading.Timer(1.5, resumed.set).start()
         run(scheduler, max_tokens=60)
         assert not scheduler.stats().sequences["replays-exhausted"]
 
 
-def test_a_poisonous_sequence_ends_alone() -> None:
-    """It kills every stage it touches; three times, then it ends with an error and all others have their answers."""
+def is_poisonous(seen: Seen) -> bool:
+    return POISON in seen.token_ids
+
+
+def test_a_sequence_that_kills_stages_ends_alone() -> None:
+    """After its third kill it ends with an error, and all others have their answers."""
     with counting_stages() as stages, scheduling(stages, chunk_tokens=16) as scheduler:
-        deaths = []
-
-        def die(seen: Seen) -> Fault | None:
-            if POISON not in seen.token_ids:
-                return None
-            deaths.append(seen)
-            return Fault.KILLED_RESTARTED
-
-        stages[1].inspect = die
+        stages[1].inspect = inspecting(is_poisonous, Fault.KILLED_RESTARTED)
         prompts = [[token, 2, 3] for token in range(90) if POISON not in counted([token, 2, 3], 30)][:20]
         streams = [submit(scheduler, prompt, 30) for prompt in prompts[:10]]
         poison = submit(scheduler, [1, POISON, 2], 5)
@@ -165,33 +139,37 @@ def test_a_poisonous_sequence_ends_alone() -> None:
             tokens_of(poison)
         for stream, prompt in zip(streams, prompts, strict=True):
             assert tokens_of(stream) == counted(prompt, 30)
+        deaths = list(filter(is_poisonous, stages[1].seen))
         assert len(deaths) == 3
-        assert [len(seen.ids) for seen in deaths[1:]] == [1, 1]
+        assert [len(seen.ids) for seen in deaths[1:]] == [1, 1], "it travelled alone"
 
 
-def test_a_sequence_that_dies_of_its_own_answer() -> None:
-    """Poison that appears only when it is generated ends that sequence, after all its tokens up to there."""
+def test_a_sequence_whose_answer_kills_stages_ends_after_all_tokens_before() -> None:
     prompt = next([first, second] for first in range(90) for second in range(90) if counted([first, second], 6)[4] == POISON)
     with counting_stages() as stages, scheduling(stages) as scheduler:
-        stages[2].inspect = lambda seen: Fault.KILLED_RESTARTED if POISON in seen.token_ids else None
+        stages[2].inspect = inspecting(is_poisonous, Fault.KILLED_RESTARTED)
         stream = submit(scheduler, prompt, 20)
         with pytest.raises(ReplaysExhausted):
             tokens_of(stream)
         assert stream.token_ids == counted(prompt, 5)
 
 
-def test_what_a_stage_says_of_rows_is_believed() -> None:
-    """A stage that answers stale without end is no reason to go on for ever."""
+@pytest.mark.parametrize(
+    ("status", "problem", "message"),
+    [(Status.STALE, ReplaysExhausted, "answered stale again"), (Status.INVALID, InvalidRequest, "as the test wants it")],
+)
+def test_a_stage_that_refuses_all_rows_ends_the_answer(status: Status, problem: type[Exception], message: str) -> None:
+    def refused(batch: Batch, **more: Any) -> Batch:
+        reply = real(batch, **more)
+        reason = "as the test wants it"
+        rows = tuple(msgspec.structs.replace(row, status=status, length=0, reason=reason) for row in reply.rows)
+        return msgspec.structs.replace(reply, rows=rows, token_ids=reply.token_ids[:0], hidden=None)
+
     with counting_stages() as stages, scheduling(stages) as scheduler:
         real = stages[1].engine.handle
-        stages[1].engine.handle = lambda batch, **more: _with_status(real(batch, **more), Status.STALE)  # type: ignore[method-assign]
-        stream = submit(scheduler, [1, 2, 3], 5)
-        with pytest.raises(ReplaysExhausted, match="answered stale again"):
-            tokens_of(stream)
-        stages[1].engine.handle = lambda batch, **more: _with_status(real(batch, **more), Status.INVALID)  # type: ignore[method-assign]
-        stream = submit(scheduler, [1, 2, 3], 5)
-        with pytest.raises(InvalidRequest, match="as the test wants it"):
-            tokens_of(stream)
+        stages[1].engine.handle = refused  # type: ignore[method-assign]
+        with pytest.raises(problem, match=message):
+            tokens_of(submit(scheduler, [1, 2, 3], 5))
 
 
 def test_an_invalid_row_fails_alone(caplog: pytest.LogCaptureFixture) -> None:
@@ -208,10 +186,10 @@ def test_an_invalid_row_fails_alone(caplog: pytest.LogCaptureFixture) -> None:
     (refused,) = (record for record in caplog.records if "is refused" in record.message)
     (told,) = (record for record in caplog.records if "refuses it" in record.message)
     assert refused.name.startswith("functions.stage")
-    assert f"bad-one ({refused.message.split()[0]})" in told.message, "the stage's line is found by the gateway's"
+    assert f"bad-one ({refused.message.split()[0]})" in told.message, "the gateway's line names the id in the stage's"
 
 
-def test_a_stage_of_another_pipeline_is_no_route() -> None:
+def test_a_stage_with_other_layers_is_no_route() -> None:
     with counting_stages() as stages:
         swapped = Placement([stage.url for stage in reversed(stages)], watched=False)
         with scheduling(stages, placement=swapped) as scheduler:
@@ -220,11 +198,31 @@ def test_a_stage_of_another_pipeline_is_no_route() -> None:
                 tokens_of(stream)
 
 
-def _with_status(batch: object, status: Status) -> object:
-    import msgspec
+# The retry budget.
 
-    rows = tuple(
-        msgspec.structs.replace(row, status=status, length=0, reason="as the test wants it")
-        for row in batch.rows  # type: ignore[attr-defined]
-    )
-    return msgspec.structs.replace(batch, rows=rows, token_ids=batch.token_ids[:0], hidden=None)  # type: ignore[attr-defined, type-var]
+
+def test_failures_at_one_place_exhaust_the_budget_sooner_than_accidents() -> None:
+    accident, poison = RetryBudget(), RetryBudget()
+    for stage, position in ((0, 0), (1, 0), (1, 64), (0, 64), (2, 64), (1, 0)):
+        accident.failed_at(stage, Chunk(position, 64, 2))
+        assert accident.failures_here == 1
+    for position in (0, 32, 60):
+        poison.failed_at(1, Chunk(position, 64, 2))
+    assert poison.failures_here == 3
+    assert poison.exhausted
+    assert not accident.exhausted
+    for stage in (0, 1, 0):
+        accident.failed_at(stage, Chunk(0, 64, 2))
+    assert accident.exhausted, "nothing is tried for ever"
+    accident.reset()
+    assert not accident.exhausted
+
+
+def test_each_back_off_is_longer() -> None:
+    suspect = RetryBudget()
+    pauses = []
+    for _ in range(3):
+        suspect.failed_at(1, Chunk(0, 64, 2))
+        pauses.append(suspect.retry_at - time.monotonic())
+    assert pauses == sorted(pauses)
+    assert pauses[0] > 0

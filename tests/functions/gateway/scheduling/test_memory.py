@@ -1,17 +1,22 @@
-"""Memory at the stages: it is waited for in order, given back everywhere, and shared between gateways."""
+"""Memory at the stages: waited for in order, shown to autoscalers, reserved as answers grow, and freed everywhere."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
 from eventing.problems import InvalidRequest
-from functions.gateway.scheduling.scheduler import Scheduler
+from eventing.wire.control import ROOM_SECONDS
+from eventing.wire.events import EventType
+from functions.gateway.stages.instances import Endpoint
+from functions.gateway.stages.routes import Placement
+from functions.stage.engine.sequences import MAX_MEMORY_WAITERS
 from tests.support.functions.gateway import counted, nothing_left, scheduling, submit, tokens_of, wait_until
-from tests.support.functions.stage_server import StageServer, counting_stages
+from tests.support.functions.stage_server import Fault, StageServer, counting_stage, counting_stages, inspecting, running
 
 
-def test_what_can_never_fit_is_refused_and_holds_nobody_up() -> None:
+def test_a_sequence_that_can_never_fit_is_refused_and_delays_no_other() -> None:
     with counting_stages(capacity_tokens=100) as stages, scheduling(stages) as scheduler:
         impossible = submit(scheduler, [1] * 60, 41)
         possible = submit(scheduler, [1] * 60, 40)
@@ -22,17 +27,20 @@ def test_what_can_never_fit_is_refused_and_holds_nobody_up() -> None:
 
 
 @pytest.mark.parametrize("num_stages", [1, 3])
-def test_two_gateways_on_memory_for_one_and_a_half_sequences_both_finish(num_stages: int) -> None:
-    with counting_stages(num_stages, capacity_tokens=90) as stages, _two_gateways(stages) as gateways:
+def test_two_gateways_finish_on_memory_for_one_and_a_half_sequences(num_stages: int) -> None:
+    with (
+        counting_stages(num_stages, capacity_tokens=90) as stages,
+        scheduling(stages) as one,
+        scheduling(stages) as other,
+    ):
         prompts = [[number] * 40 for number in range(4)]
-        streams = [[submit(gateway, prompt, 20) for prompt in prompts] for gateway in gateways]
-        for own in streams:
-            for stream, prompt in zip(own, prompts, strict=True):
+        for streams in [[submit(gateway, prompt, 20) for prompt in prompts] for gateway in (one, other)]:
+            for stream, prompt in zip(streams, prompts, strict=True):
                 assert tokens_of(stream) == counted(prompt, 20)
         nothing_left(stages)
 
 
-def test_nobody_overtakes_a_large_sequence_that_waits_for_memory() -> None:
+def test_a_client_does_not_overtake_its_own_sequence_in_the_memory_backlog() -> None:
     with counting_stages(capacity_tokens=100) as stages, scheduling(stages) as scheduler:
         stages[0].seconds = 0.005
         first = [submit(scheduler, [1] * 20, 10) for _ in range(2)]
@@ -45,30 +53,28 @@ def test_nobody_overtakes_a_large_sequence_that_waits_for_memory() -> None:
 
 
 def test_a_client_that_wants_most_of_the_memory_does_not_hold_up_others() -> None:
-    """There is room for many small ones beside what runs; only what waits of the same client stays behind."""
     with counting_stages(capacity_tokens=100) as stages, scheduling(stages, micro_batch_sequences=16) as scheduler:
         stages[0].seconds = 0.01
         holder = submit(scheduler, [1] * 5, 55, client_id="holder")
         wait_until(lambda: holder.token_ids, "its first token")
         greedy = [submit(scheduler, [2] * 70, 10, client_id="greedy") for _ in range(4)]
-        wait_until(lambda: scheduler.stats().memory_backlog, "a sequence that waits for memory")
+        wait_until(lambda: scheduler.stats().memory_backlog, "a sequence in the memory backlog")
         for number in range(5):
             assert tokens_of(submit(scheduler, [number], 2, client_id="modest")) == counted([number], 2)
-        assert holder.finish_reason is None, "all of that beside what still runs"
+        assert holder.finish_reason is None, "all of that while it runs"
         assert not any(stream.token_ids for stream in greedy)
         for stream in (holder, *greedy):
             tokens_of(stream)
         nothing_left(stages)
 
 
-def test_who_waits_for_memory_is_overtaken_so_far_and_no_further() -> None:
-    """However many others there are, and though each of them would fit."""
+def test_a_sequence_in_the_memory_backlog_is_overtaken_only_so_far() -> None:
     with counting_stages(capacity_tokens=100) as stages, scheduling(stages, micro_batch_sequences=16) as scheduler:
         stages[0].seconds = 0.002
         holder = submit(scheduler, [1] * 5, 20, client_id="holder")
         wait_until(lambda: holder.token_ids, "its first token")
         large = submit(scheduler, [2] * 80, 10, client_id="large")
-        wait_until(lambda: scheduler.stats().memory_backlog, "a sequence that waits for memory")
+        wait_until(lambda: scheduler.stats().memory_backlog, "a sequence in the memory backlog")
         crowd = [submit(scheduler, [3] * 20, 10, client_id=f"client-{number}") for number in range(40)]
         assert tokens_of(large) == counted([2] * 80, 10)
         served = sum(bool(stream.token_ids) for stream in crowd)
@@ -82,18 +88,157 @@ def test_cancelling_frees_memory_everywhere_at_once() -> None:
     with counting_stages() as stages, scheduling(stages, chunk_tokens=8) as scheduler:
         stages[1].seconds = 0.05
         others = [submit(scheduler, [3], 8), submit(scheduler, [4] * 50, 4)]
-        running, prefilling = submit(scheduler, [1], 1000), submit(scheduler, [2] * 400, 10)
-        running.next_token(10)
+        decoding, prefilling = submit(scheduler, [1], 1000), submit(scheduler, [2] * 400, 10)
+        decoding.next_token(10)
         prefilling.cancel()
-        running.cancel()
-        assert running.finish_reason == prefilling.finish_reason == "cancelled"
+        decoding.cancel()
+        assert decoding.finish_reason == prefilling.finish_reason == "cancelled"
         assert prefilling.next_token(1) is None
         assert [tokens_of(other) for other in others] == [counted([3], 8), counted([4] * 50, 4)]
         nothing_left(stages)
         assert scheduler.stats().sequences["cancelled"] == 2
 
 
+# The memory backlog is in flight at full stages, where autoscalers see it.
+
+
 @contextmanager
-def _two_gateways(stages: list[StageServer]) -> Iterator[tuple[Scheduler, Scheduler]]:
-    with scheduling(stages) as one, scheduling(stages) as other:
-        yield one, other
+def narrow_in_the_middle() -> Iterator[list[StageServer]]:
+    """Three stages. The second has memory for one and a half sequences of 60 tokens, the others for any number."""
+    with running(lambda index: counting_stage(index, 3, 90 if index == 1 else 100_000), 3) as stages:
+        stages[1].seconds = 0.02
+        yield stages
+
+
+def signals(stages: list[StageServer]) -> list[int]:
+    """Per stage, the replies that it holds until it has memory."""
+    return [stage.engine._memory_waiters.waiting for stage in stages]
+
+
+@pytest.mark.parametrize(("backlog", "held"), [(1, 1), (2, 2), (5, MAX_MEMORY_WAITERS)])
+def test_the_memory_backlog_is_in_flight_at_full_stages_only(backlog: int, held: int) -> None:
+    with narrow_in_the_middle() as stages, scheduling(stages) as scheduler:
+        streams = [submit(scheduler, [number] * 20, 40) for number in range(1 + backlog)]
+        wait_until(lambda: signals(stages) == [0, held, 0])
+        for number, stream in enumerate(streams):
+            assert tokens_of(stream) == counted([number] * 20, 40)
+        wait_until(lambda: signals(stages) == [0, 0, 0])
+        nothing_left(stages)
+
+
+def test_a_cancelled_sequence_leaves_no_signal() -> None:
+    with narrow_in_the_middle() as stages, scheduling(stages) as scheduler:
+        stages[1].seconds = 0.05
+        holder, leaving = (submit(scheduler, [number] * 5, 80) for number in range(2))
+        wait_until(lambda: signals(stages) == [0, 1, 0])
+        leaving.cancel()
+        wait_until(lambda: signals(stages) == [0, 0, 0])
+        asked = sum(seen.type == EventType.RELEASE for seen in stages[1].seen)
+        time.sleep(0.3)
+        assert holder.finish_reason is None, "the stage is still full"
+        assert signals(stages) == [0, 0, 0]
+        assert sum(seen.type == EventType.RELEASE for seen in stages[1].seen) <= asked + 1, "one may renew the lease"
+        tokens_of(holder)
+
+
+def test_several_gateways_share_the_few_signals() -> None:
+    with narrow_in_the_middle() as stages, scheduling(stages) as one, scheduling(stages) as other:
+        streams = [submit(gateway, [number] * 20, 40) for number in range(4) for gateway in (one, other)]
+        most = 0
+        while any(stream.finish_reason is None for stream in streams):
+            most = max(most, *signals(stages))
+            time.sleep(0.002)
+        assert most == MAX_MEMORY_WAITERS
+        for index, stream in enumerate(streams):
+            assert tokens_of(stream) == counted([index // 2] * 20, 40)
+        nothing_left(stages)
+
+
+def test_a_stage_that_replies_at_once_is_not_asked_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older stage, which does not know the attribute."""
+    with narrow_in_the_middle() as stages, scheduling(stages) as scheduler:
+        asked: list[float] = []
+        monkeypatch.setattr(stages[1].engine, "await_memory", lambda *_, **__: asked.append(time.monotonic()))
+        streams = [submit(scheduler, [number] * 20, 60) for number in range(3)]
+        for number, stream in enumerate(streams):
+            assert tokens_of(stream) == counted([number] * 20, 60)
+        seconds = asked[-1] - asked[0]
+        assert len(asked) <= MAX_MEMORY_WAITERS * (1 + seconds / ROOM_SECONDS) + 2 * len(streams)
+
+
+def test_signals_that_fail_cost_no_answer() -> None:
+    with narrow_in_the_middle() as stages, scheduling(stages) as scheduler:
+        stages[1].inspect = inspecting(
+            lambda seen: seen.type == EventType.RELEASE and b'"rows":[]' in seen.body, Fault.UNAVAILABLE
+        )
+        streams = [submit(scheduler, [number] * 20, 40) for number in range(4)]
+        for number, stream in enumerate(streams):
+            assert tokens_of(stream) == counted([number] * 20, 40)
+            assert stream.timings().replays == 0
+        nothing_left(stages)
+
+
+def test_a_new_instance_is_used_for_its_memory_although_one_micro_batch_could_hold_all() -> None:
+    with counting_stages(1, capacity_tokens=100) as (old,), counting_stages(1, capacity_tokens=100) as (new,):
+        placement = Placement([old.url], watched=True)
+        placement.update(0, [Endpoint(old.url)])
+        old.seconds = new.seconds = 0.01
+        with scheduling([old], placement=placement, micro_batch_sequences=8) as scheduler:
+            streams = [submit(scheduler, [number] * 5, 45) for number in range(4)]
+            wait_until(lambda: scheduler.stats().memory_backlog == 2)
+            scheduler.endpoints_changed(0, [Endpoint(old.url), Endpoint(new.url)])
+            wait_until(lambda: all(stream.token_ids for stream in streams), "a token of each")
+            assert not any(stream.finish_reason for stream in streams[:1]), "all of them run at the same time"
+            assert (old.engine.sequences, new.engine.sequences) == (2, 2)
+            for number, stream in enumerate(streams):
+                assert tokens_of(stream) == counted([number] * 5, 45)
+
+
+# Memory for open-ended answers is reserved as they grow.
+
+
+@pytest.fixture
+def first_reserved_tokens(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    monkeypatch.setattr("functions.gateway.scheduling.sequence.FIRST_RESERVED_TOKENS", request.param)
+
+
+@pytest.mark.parametrize("first_reserved_tokens", [8], indirect=True)
+@pytest.mark.usefixtures("first_reserved_tokens")
+def test_an_answer_that_fills_its_memory_goes_on_with_more() -> None:
+    with counting_stages(capacity_tokens=200) as stages, scheduling(stages) as scheduler:
+        stream = submit(scheduler, [1, 2, 3], 60, open_ended=True)
+        assert tokens_of(stream) == counted([1, 2, 3], 60)
+        assert stream.finish_reason == "length"
+        assert scheduler.stats().grown == 3, "8, 16, 32 and 60 tokens"
+        assert not scheduler.stats().replays
+        nothing_left(stages)
+
+
+@pytest.mark.parametrize("first_reserved_tokens", [8], indirect=True)
+@pytest.mark.usefixtures("first_reserved_tokens")
+def test_many_answers_that_could_fill_the_memory_alone_run_beside_each_other() -> None:
+    with counting_stages(capacity_tokens=100) as stages, scheduling(stages) as scheduler:
+        prompts = [[number] for number in range(1, 9)]
+        streams = [submit(scheduler, prompt, 90, open_ended=True) for prompt in prompts]
+        assert submit(scheduler, [5], 4).next_token(10) == 5
+        for stream, prompt in zip(streams, prompts, strict=True):
+            assert tokens_of(stream) == counted(prompt, 90)
+        nothing_left(stages)
+
+
+@pytest.mark.parametrize("first_reserved_tokens", [16], indirect=True)
+@pytest.mark.usefixtures("first_reserved_tokens")
+@pytest.mark.parametrize("capacity", [20, 31, 64, 65, 67])
+def test_an_open_ended_answer_ends_when_a_stage_can_hold_no_more(capacity: int) -> None:
+    with counting_stages(capacity_tokens=capacity) as stages, scheduling(stages) as scheduler:
+        stream = submit(scheduler, [1, 2, 3, 4], 400, open_ended=True)
+        assert tokens_of(stream) == counted([1, 2, 3, 4], capacity - 4)
+        assert stream.finish_reason == "length"
+        nothing_left(stages)
+
+
+def test_an_open_ended_prompt_that_can_never_fit_is_refused() -> None:
+    with counting_stages(capacity_tokens=50) as stages, scheduling(stages) as scheduler:
+        with pytest.raises(InvalidRequest, match="more than a stage can ever hold"):
+            tokens_of(submit(scheduler, [1] * 60, 400, open_ended=True))
+        nothing_left(stages)

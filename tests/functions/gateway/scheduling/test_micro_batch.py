@@ -1,18 +1,23 @@
-"""Micro-batches exchange sequences, and what one event carries of prompts."""
+"""Micro-batches exchange sequences; events carry chunks of several prompts, and each grammar once."""
+
+from array import array
 
 import pytest
 
-from functions.gateway.scheduling.micro_batch import MicroBatch, level, prompt_chunks
-from functions.gateway.scheduling.progress import Progress
+from eventing.wire.events import Grammar, Sampling, grammar_digest
+from functions.gateway.scheduling import micro_batch
+from functions.gateway.scheduling.micro_batch import MicroBatch, first_batch, level, prompt_chunks
+from functions.gateway.scheduling.progress import Chunk, Progress
 from functions.gateway.scheduling.sequence import Prompt, RetryBudget, Sequence
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.stages.instances import Instance
 from functions.gateway.stages.routes import Route
 
 
-def sequence(number: int, prompt_tokens: int = 10, *, decoding: bool = False, strikes: int = 0) -> Sequence:
-    prompt = Prompt([1] * prompt_tokens, 5)
-    made = Sequence(f"id-{number}", number, prompt, TokenStream(5), Progress(1), RetryBudget(strikes), reserved=True)
+def sequence(number: int, prompt_tokens: int = 10, *, decoding: bool = False, failures: int = 0, grammar: str = "") -> Sequence:
+    sampling = Sampling(grammar=Grammar(grammar_digest(grammar), (2,), grammar)) if grammar else Sampling()
+    prompt = Prompt(list(range(1, 1 + prompt_tokens)), 5, sampling=sampling)
+    made = Sequence(f"id-{number}", number, prompt, TokenStream(5), Progress(1), RetryBudget(failures), reserved=True)
     if decoding:
         chunk = made.progress.next_chunk(prompt_tokens, prompt_tokens)
         assert chunk is not None
@@ -33,21 +38,25 @@ def batches(*sizes: int) -> list[MicroBatch]:
     return made
 
 
-@pytest.mark.parametrize(("sizes", "after"), [((5, 1, 1), (3, 2, 2)), ((3, 2, 2), (3, 2, 2)), ((1, 5, 5), (1, 5, 5))])
-def test_a_micro_batch_gives_sequences_to_smaller_ones_on_its_route(sizes: tuple[int, ...], after: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "too_many", "after"),
+    [
+        ((5, 1, 1), False, (3, 2, 2)),
+        ((3, 2, 2), False, (3, 2, 2)),
+        ((1, 5, 5), False, (1, 5, 5)),
+        pytest.param((2, 3, 4), True, (0, 5, 4), id="one too many"),
+    ],
+)
+def test_a_micro_batch_gives_sequences_to_smaller_ones_on_its_route(
+    sizes: tuple[int, ...], too_many: bool, after: tuple[int, ...]
+) -> None:
     own, *others = batches(*sizes)
-    level(own, [own, *others], too_many=False, max_sequences=8)
+    level(own, [own, *others], too_many=too_many, max_sequences=8)
     assert (len(own.sequences), *(len(other.sequences) for other in others)) == after
     assert all(each.route is batch.route for batch in (own, *others) for each in batch.sequences)
 
 
-def test_a_micro_batch_too_many_dissolves() -> None:
-    own, *others = batches(2, 3, 4)
-    level(own, [own, *others], too_many=True, max_sequences=8)
-    assert [len(batch.sequences) for batch in (own, *others)] == [0, 5, 4]
-
-
-def test_sequences_do_not_change_routes() -> None:
+def test_sequences_do_not_change_to_another_route() -> None:
     own, other = batches(5, 1)
     other.route = Route([Instance(0, "http://b")])
     level(own, [own, other], too_many=True, max_sequences=8)
@@ -56,9 +65,40 @@ def test_sequences_do_not_change_routes() -> None:
 
 def test_an_event_is_filled_with_chunks_of_several_prompts() -> None:
     sequences = [sequence(0, 10), sequence(1, 100), sequence(2, 100)]
-    assert [(one.number, chunk.length) for one, chunk in prompt_chunks(sequences, 64)] == [(0, 10), (1, 54)]
+    assert [(each.number, chunk.length) for each, chunk in prompt_chunks(sequences, 64)] == [(0, 10), (1, 54)]
 
 
 def test_a_suspect_travels_alone() -> None:
-    assert [one.number for one, _ in prompt_chunks([sequence(0), sequence(1, strikes=1), sequence(2)], 64)] == [0, 2]
-    assert [one.number for one, _ in prompt_chunks([sequence(1, strikes=1), sequence(2)], 64)] == [1]
+    assert [each.number for each, _ in prompt_chunks([sequence(0), sequence(1, failures=1), sequence(2)], 64)] == [0, 2]
+    assert [each.number for each, _ in prompt_chunks([sequence(1, failures=1), sequence(2)], 64)] == [1]
+
+
+def sources(*sequences: Sequence, length: int = 3) -> list[str | None]:
+    """Grammar sources of an event with a row of each sequence; None: the row draws nothing."""
+    batch = first_batch([(each, Chunk(0, length, 0)) for each in sequences], 1)
+    assert batch.token_ids == array("i", [1, 2, 3][:length] * len(sequences))
+    sent = [row.sampling and row.sampling.grammar for row in batch.rows]
+    full = [each.prompt.sampling.grammar for each in sequences]
+    assert all(one is None or (other and one.digest == other.digest) for one, other in zip(sent, full, strict=True))
+    return [one and one.source for one in sent]
+
+
+def test_a_grammar_is_sent_until_a_token_is_drawn_and_again_after_a_failure() -> None:
+    one = sequence(1, 3, grammar="start: /x/")
+    assert sources(one, length=2) == [None]
+    assert sources(one) == sources(one) == ["start: /x/"]
+    one.progress.grammar_known = True  # as the first drawn token sets it
+    assert sources(one) == [""]
+    one.progress.missed(0, 3)
+    assert sources(one) == ["start: /x/"]
+    one.progress.grammar_known = True
+    one.progress.restart()
+    assert sources(one) == ["start: /x/"]
+
+
+def test_an_event_carries_each_grammar_once_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["start: /x/", "start: /x/", "start: /y/", "start: /zzzz/"]
+    sequences = [sequence(number, 3, grammar=text) for number, text in enumerate(texts)]
+    assert sources(*sequences) == ["start: /x/", "", "start: /y/", "start: /zzzz/"]
+    monkeypatch.setattr(micro_batch, "_MAX_GRAMMAR_BYTES", 22)
+    assert sources(*sequences) == ["start: /x/", "", "start: /y/", ""]

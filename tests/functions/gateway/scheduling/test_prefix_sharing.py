@@ -1,4 +1,4 @@
-"""What others left at the stages is found, and answers are those without it, token for token."""
+"""Cached prefixes are found, and answers are the same, token for token, as without a prefix cache."""
 
 import random
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def text(seed: int, tokens: int) -> list[int]:
 
 
 def talk(scheduler: Scheduler, stages: list[StageServer], sampling: Sampling) -> tuple[list[list[int]], list[TokenStream]]:
-    """Three turns of a conversation, each when the one before has been released."""
+    """Three turns of a conversation, each after the memory of the last one is released."""
     tokens, answers, streams = text(1, 70), [], []
     for turn in range(3):
         streams.append(submit(scheduler, tokens, NEW_TOKENS, sampling=sampling))
@@ -52,7 +52,7 @@ def talk(scheduler: Scheduler, stages: list[StageServer], sampling: Sampling) ->
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sampling", [Sampling(), PENALIZED])
-def test_a_follow_up_computes_only_what_is_new_and_answers_as_without(dtype: str, sampling: Sampling) -> None:
+def test_a_follow_up_computes_only_new_tokens(dtype: str, sampling: Sampling) -> None:
     with running(native_stage(dtype), 3) as stages:
         with scheduling(stages, chunk_tokens=32, sharing="off") as scheduler:
             expected, streams = talk(scheduler, stages, sampling)
@@ -67,7 +67,7 @@ def test_a_follow_up_computes_only_what_is_new_and_answers_as_without(dtype: str
 
 
 @pytest.mark.parametrize("dtype", ["float32", "q4"])
-def test_prompts_that_begin_alike_and_come_together_compute_it_once(dtype: str) -> None:
+def test_prompts_that_arrive_together_compute_their_common_prefix_once(dtype: str) -> None:
     common, own, number = 100, 9, 12
     prompts = [text(1, common) + text(10 + index, own) for index in range(number)]
     with running(native_stage(dtype), 3) as stages:
@@ -83,7 +83,7 @@ def test_prompts_that_begin_alike_and_come_together_compute_it_once(dtype: str) 
         nothing_left(stages)
 
 
-def test_who_waits_for_one_that_leaves_goes_on_with_what_it_left() -> None:
+def test_followers_of_a_cancelled_leader_use_what_it_computed() -> None:
     prompts = [text(1, 150) + text(10 + index, 5) for index in range(6)]
     with running(native_stage("float32"), 3) as stages, scheduling(stages, chunk_tokens=32) as scheduler:
         for stage in stages:
@@ -96,7 +96,7 @@ def test_who_waits_for_one_that_leaves_goes_on_with_what_it_left() -> None:
         assert scheduler.stats().prompt_tokens < 2 * 160 + 5 * 40
 
 
-def test_stages_that_remember_nothing_let_nobody_wait() -> None:
+def test_no_sequence_follows_if_stages_have_no_prefix_cache() -> None:
     with counting_stages() as stages, scheduling(stages, chunk_tokens=32, micro_batch_sequences=4) as scheduler:
         streams = [submit(scheduler, [*[1] * 100, number], 2) for number in range(4)]
         assert all(len(tokens_of(stream)) == 2 for stream in streams)
@@ -106,7 +106,7 @@ def test_stages_that_remember_nothing_let_nobody_wait() -> None:
 
 
 @pytest.mark.parametrize(("sharing", "found"), [("pipeline", True), ("client", False), ("off", False)])
-def test_another_client_finds_it_where_all_share(sharing: str, found: bool) -> None:
+def test_another_client_finds_a_prefix_if_all_share(sharing: str, found: bool) -> None:
     prompt = text(1, 80)
     with running(native_stage("float32"), 3) as stages, scheduling(stages, sharing=sharing) as scheduler:
         streams = []
@@ -116,7 +116,7 @@ def test_another_client_finds_it_where_all_share(sharing: str, found: bool) -> N
         assert [bool(stream.cached_tokens) for stream in streams] == [False, found, sharing != "off"]
 
 
-def test_what_a_stage_has_lost_is_computed_by_that_one_and_those_before_it() -> None:
+def test_a_stage_that_lost_a_prefix_and_the_stages_before_it_compute_it() -> None:
     prompt = text(1, 80)
     with running(native_stage("float32"), 3) as stages, scheduling(stages) as scheduler:
         first = tokens_of(submit(scheduler, prompt, NEW_TOKENS))
@@ -132,7 +132,7 @@ def test_what_a_stage_has_lost_is_computed_by_that_one_and_those_before_it() -> 
         assert computed[2] == 80 - 64 + NEW_TOKENS - 1
 
 
-def test_a_follow_up_goes_to_the_instance_that_holds_it() -> None:
+def test_a_follow_up_goes_to_the_instance_that_has_its_prefix() -> None:
     make = native_stage("float32")
     with running(make, 3) as stages, running(lambda _: make(1), 2) as spare:
         middle = [stages[1], *spare]
@@ -147,10 +147,10 @@ def test_a_follow_up_goes_to_the_instance_that_holds_it() -> None:
                     tokens += [*tokens_of(stream), *text(turn, 20)]
                 nothing_left([*stages, *spare])
                 assert all(bool(stream.cached_tokens) == (turn > 0) for stream in streams)
-                talks.append(talks.pop(0))  # or the same order alone would bring each where it was
+                talks.append(talks.pop(0))  # otherwise their order alone would lead to the same instances
 
 
-def test_one_that_has_to_go_elsewhere_says_who_holds_it() -> None:
+def test_a_sequence_on_another_instance_names_the_peer_that_has_its_prefix() -> None:
     make = native_stage("float32")
     with running(make, 3) as stages, running(lambda _: make(1), 1) as (other,):
         placed = Placement([stage.url for stage in stages], watched=True)
@@ -172,7 +172,7 @@ def test_one_that_has_to_go_elsewhere_says_who_holds_it() -> None:
             tokens_of(busy)
 
 
-def test_token_ids_travel_only_where_a_penalty_needs_them() -> None:
+def test_reservations_carry_token_ids_only_for_penalties() -> None:
     with running(native_stage("float32"), 3) as stages, scheduling(stages) as scheduler:
         for sampling in (Sampling(temperature=0.5), PENALIZED):
             tokens_of(submit(scheduler, text(1, 200), 2, sampling=sampling))

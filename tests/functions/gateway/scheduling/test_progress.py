@@ -1,4 +1,4 @@
-"""What is sent next of a sequence, whatever stages have lost."""
+"""Which chunk of a sequence is sent next, whatever the stages have lost."""
 
 import random
 
@@ -11,7 +11,7 @@ BLOCK_TOKENS = 3
 
 
 class Stages:
-    """What stages hold of one sequence, by the position rule; they may forget and events may get lost."""
+    """What stages hold of one sequence. They may lose it, and events may get lost."""
 
     def __init__(self, num_stages: int, dice: random.Random, trouble: float) -> None:
         self.held: list[list[int]] = [[] for _ in range(num_stages)]
@@ -19,7 +19,7 @@ class Stages:
         self.trouble = trouble
 
     def compute(self, stage: int, position: int, tokens: list[int]) -> int | None:
-        """None: computed. Else what is held, less than `position`."""
+        """None: computed. Otherwise how many tokens the stage holds, fewer than `position`."""
         held = self.held[stage]
         if self.dice.random() < self.trouble:
             del held[self.dice.randrange(len(held) + 1) :]
@@ -29,7 +29,7 @@ class Stages:
         return None
 
     def reserve(self, stage: int, tokens: list[int]) -> int:
-        """Of `tokens`, whole blocks that others left at `stage`: the reply to a reservation."""
+        """The reply to a reservation: how many of `tokens` the prefix cache of `stage` holds, in whole blocks."""
         found = self.dice.randrange(len(tokens)) // BLOCK_TOKENS * BLOCK_TOKENS
         if found > len(self.held[stage]):
             self.held[stage] = tokens[:found]
@@ -44,10 +44,10 @@ class Stages:
     st.sampled_from([0.0, 0.1, 0.3]),
     st.sampled_from([0.0, 0.1, 0.5]),
 )
-def test_whatever_stages_forget_or_remember_every_token_is_computed_from_all_before_it(
+def test_every_token_is_computed_from_all_tokens_before_it(
     num_stages: int, prompt_tokens: int, chunk_tokens: int, seed: int, trouble: float, remembers: float
 ) -> None:
-    """Pieces overlap in flight as trips do; a stage sees chunks in the order in which they were sent."""
+    """Chunks overlap in flight as trips do. A stage sees them in the order in which they were sent."""
     dice = random.Random(seed)
     stages = Stages(num_stages, dice, trouble)
     progress = Progress(num_stages)

@@ -1,5 +1,6 @@
-"""Log-probabilities of a prompt's own tokens and of what is drawn, whatever the chunks, draft tokens and failures."""
+"""Log-probabilities of prompt and answer do not depend on chunks, draft tokens and failures."""
 
+import itertools
 import math
 
 import pytest
@@ -7,15 +8,14 @@ import pytest
 from eventing.wire.generation import TokenLogprob
 from tests.support.functions.counting_group import VOCAB
 from tests.support.functions.gateway import counted, nothing_left, scheduling, submit, tokens_of
-from tests.support.functions.stage_server import Fault, Seen, counting_stages
+from tests.support.functions.stage_server import Fault, counting_stages, inspecting
 
 PROMPT = [7, 7, 14, 28, 50, 3, 2, 1, 1, 90, 5]
-LOG_SUM = math.log(math.e + VOCAB - 1)
-"""Of the counting stages' logits: 1 for the next token, 0 for every other."""
+LOG_SUM = math.log(math.e + VOCAB - 1)  # counting stages have the logit 1 for the next token, 0 for every other
 
 
 def expected(tokens: list[int], position: int) -> list[TokenLogprob]:
-    """Of the tokens from `position` on, with the most probable one."""
+    """Log-probabilities of the tokens from `position` on, each with the most probable token."""
     found = []
     for index in range(position, len(tokens)):
         next_token = sum(tokens[:index]) % VOCAB
@@ -54,17 +54,10 @@ def test_a_prompt_of_one_token_has_nothing_to_score(max_tokens: int) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("fault", [Fault.REPLY_LOST, Fault.REFUSED, Fault.KILLED_RESTARTED, Fault.TWICE])
-def test_scores_are_the_same_when_a_stage_breaks_in_between(stage: int, fault: Fault) -> None:
+def test_scores_are_the_same_if_a_stage_breaks_meanwhile(stage: int, fault: Fault) -> None:
     with counting_stages(3) as stages, scheduling(stages, chunk_tokens=3) as scheduler:
-        events: list[Seen] = []
-
-        def inspect(seen: Seen) -> Fault | None:
-            if not seen.type.endswith("forward"):
-                return None
-            events.append(seen)
-            return fault if len(events) == 3 else None
-
-        stages[stage].inspect = inspect
+        forwards = itertools.count(1)
+        stages[stage].inspect = inspecting(lambda seen: seen.type.endswith("forward") and next(forwards) == 3, fault)
         stream = submit(scheduler, PROMPT, 3, scored=True, top_logprobs=1)
         assert tokens_of(stream) == counted(PROMPT, 3)
         assert same(stream.prompt_logprobs(), expected(PROMPT, 1))
@@ -72,7 +65,7 @@ def test_scores_are_the_same_when_a_stage_breaks_in_between(stage: int, fault: F
 
 
 def test_draft_tokens_change_no_log_probability() -> None:
-    """The same token again and again, which is drafted, then one that is not."""
+    """The answer repeats one token, which is drafted."""
     zeros = [0] * 8
     with counting_stages() as stages, scheduling(stages, draft_tokens=4) as scheduler:
         stream = submit(scheduler, zeros, 24, top_logprobs=1)

@@ -1,4 +1,4 @@
-"""Which steps are on their way at the same time, and what each of them carries."""
+"""Steps: how many are under way at the same time, and what each of them carries."""
 
 import itertools
 
@@ -8,12 +8,12 @@ from tests.support.functions.stage_server import Seen, StageServer, counting_sta
 
 
 def at_once(events: list[Seen]) -> int:
-    """The most events that were at the stage or behind it at the same time."""
+    """The most events that were in flight at the same time."""
     moments = sorted([(seen.arrived, 1) for seen in events] + [(seen.left, -1) for seen in events])
     return max(itertools.accumulate(step for _, step in moments))
 
 
-def test_there_is_a_micro_batch_for_each_stage_and_they_are_equally_large() -> None:
+def test_each_stage_gets_a_micro_batch_of_equal_size() -> None:
     with counting_stages() as stages, scheduling(stages) as scheduler:
         for stage in stages:
             stage.seconds = 0.01
@@ -25,24 +25,24 @@ def test_there_is_a_micro_batch_for_each_stage_and_they_are_equally_large() -> N
     assert {len(seen.rows) for seen in decodes[6:-6]} <= {5, 6}
 
 
-def test_few_sequences_are_spread_and_a_single_one_is_not_split() -> None:
+def test_two_sequences_are_spread_over_micro_batches() -> None:
     with counting_stages() as stages, scheduling(stages) as scheduler:
         answers_of(scheduler, [[1], [2]], max_tokens=5)
         assert {len(seen.rows) for seen in stages[0].forwards} == {1}
         answers_of(scheduler, [[3]], max_tokens=5)
 
 
-def test_where_one_stage_computes_at_a_time_all_sequences_travel_together() -> None:
+def test_all_sequences_share_a_micro_batch_if_one_stage_computes_at_a_time() -> None:
     with counting_stages() as stages, scheduling(stages, stages_at_once=1) as scheduler:
         for stage in stages:
             stage.seconds = 0.002
         answers_of(scheduler, [[number] * 4 for number in range(6)], max_tokens=20)
         together = [len(seen.rows) for seen in stages[0].forwards if seen.rows[0].length == 1]
     assert max(together) == 6
-    assert together.count(6) >= 10, "but for those who came late, every step is one event"
+    assert together.count(6) >= 10, "every step is one event, once all have joined"
 
 
-def test_sequences_join_and_leave_at_step_boundaries() -> None:
+def test_sequences_join_and_leave_between_steps() -> None:
     with counting_stages(1) as (stage,), scheduling([stage], micro_batch_sequences=4) as scheduler:
         stage.seconds = 0.005
         long = submit(scheduler, [5], 60)
@@ -54,7 +54,7 @@ def test_sequences_join_and_leave_at_step_boundaries() -> None:
     assert {1, 4} <= {len(seen.rows) for seen in stage.forwards}
 
 
-def test_chunks_of_one_prompt_are_in_different_stages_at_once_and_never_two_in_one() -> None:
+def test_chunks_of_one_prompt_are_at_different_stages_at_the_same_time() -> None:
     with counting_stages() as stages, scheduling(stages, chunk_tokens=8) as scheduler:
         for stage in stages:
             stage.seconds = 0.05
@@ -66,7 +66,7 @@ def test_chunks_of_one_prompt_are_in_different_stages_at_once_and_never_two_in_o
 
 
 def test_running_decodes_wait_for_at_most_one_chunk() -> None:
-    """In steps, not in seconds: between two tokens of a running sequence a stage computes at most one chunk of the prompts."""
+    """Between two tokens of a running sequence, a stage computes at most one chunk of the prompts."""
     with counting_stages(max_merge=1) as stages, scheduling(stages, chunk_tokens=64) as scheduler:
         for stage in stages:
             stage.seconds = 0.002
@@ -77,19 +77,18 @@ def test_running_decodes_wait_for_at_most_one_chunk() -> None:
         running.cancel()
     for stage in stages:
         waits = [_chunks_waited_for(stage, over, rows[0]) for over, rows in stage.queued if rows[0].length == 1]
-        assert max(waits) == 1, "it met chunks, and never two"
+        assert max(waits) == 1, "some waited for a chunk, none for two"
 
 
 def _chunks_waited_for(stage: StageServer, over: int, step: Row) -> int:
-    """Passes with a chunk that began or ran on between the arrival of a decode step and its own pass."""
+    """Forward passes with a chunk between the arrival of a decode step and its own forward pass."""
     own = next((n for n, segments in enumerate(stage.passes) if (step.position, step.length) in segments), None)
-    if own is None:  # Its sequence was cancelled while it waited.
+    if own is None:  # its sequence was cancelled while it waited
         return 0
     return sum(any(length > 1 for _, length in segments) for segments in stage.passes[over:own])
 
 
-def test_prompts_take_turns() -> None:
-    """A short prompt does not wait until a long one is through."""
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     with counting_stages() as stages, scheduling(stages, chunk_tokens=16) as scheduler:
         for stage in stages:
             stage.seconds = 0.005

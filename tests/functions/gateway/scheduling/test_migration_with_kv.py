@@ -1,4 +1,4 @@
-"""Micro-batches that move take their keys and values along: nothing is computed again, and answers are those without."""
+"""A micro-batch that migrates takes its KV along: nothing is computed again, and the answers are the same."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from tests.support.storage import tiny_models
 MODEL: Final = "llama"
 MIDDLE: Final = 1
 NEW_TOKENS: Final = 100
-DRAWN: Final = Sampling(temperature=1.0, seed=7)
+SAMPLED: Final = Sampling(temperature=1.0, seed=7)
 PENALIZED: Final = Sampling(temperature=1.0, seed=7, repetition_penalty=1.3, presence_penalty=0.5)
 
 
@@ -38,13 +38,13 @@ def native_stage(dtype: str) -> Callable[[int], StageServer]:
 
 
 def prompts() -> list[list[int]]:
-    """Of lengths that are no whole blocks, and some that are."""
+    """Some of their lengths are whole blocks, others are not."""
     dice = random.Random(5)
     return [dice.choices(range(3, tiny_models.VOCAB_SIZE), k=length) for length in (70, 81, 96, 113)]
 
 
 @dataclass
-class Moving:
+class Migration:
     scheduler: Scheduler
     stages: list[StageServer]
     new: StageServer
@@ -53,25 +53,25 @@ class Moving:
     def old(self) -> StageServer:
         return self.stages[MIDDLE]
 
-    def move(self) -> None:
+    def leave(self) -> None:
         self.scheduler.endpoints_changed(
             MIDDLE, [Endpoint(self.old.url, ready=False, terminating=True), Endpoint(self.new.url)]
         )
 
     def answers(self, sampling: Sampling, after: int | None = None) -> list[list[int]]:
-        """after: the middle stage moves when so many tokens of each have come."""
+        """after: the middle stage's instance leaves once so many tokens of each answer have come."""
         streams = [submit(self.scheduler, prompt, NEW_TOKENS, sampling=sampling) for prompt in prompts()]
         if after is not None:
             wait_until(lambda: all(len(stream.token_ids) >= after for stream in streams), "tokens of each")
-            self.move()
-            wait_until(lambda: self.new.passes, "the move")
+            self.leave()
+            wait_until(lambda: self.new.passes, "the migration")
         for stream in streams:
             tokens_of(stream)
         return [list(stream.token_ids) for stream in streams]
 
 
 @contextmanager
-def moving(dtype: str) -> Iterator[Moving]:
+def migration(dtype: str) -> Iterator[Migration]:
     with running(native_stage(dtype), len(CUT)) as stages, running(lambda _: native_stage(dtype)(MIDDLE), 1) as (new,):
         placed = Placement([stage.url for stage in stages], watched=True)
         with scheduling(stages, placement=placed, chunk_tokens=64, draft_tokens=0) as scheduler:
@@ -79,18 +79,18 @@ def moving(dtype: str) -> Iterator[Moving]:
                 scheduler.endpoints_changed(index, [Endpoint(stage.url)])
             for stage in (*stages, new):
                 stage.seconds = 0.002
-            yield Moving(scheduler, stages, new)
+            yield Migration(scheduler, stages, new)
 
 
 @pytest.mark.parametrize(
     ("dtype", "sampling"),
-    [("float32", Sampling()), ("float32", DRAWN), ("bfloat16", Sampling()), ("int8", DRAWN), ("q4", Sampling())],
-    ids=["fp32", "fp32-drawn", "bf16", "int8-drawn", "q4"],
+    [("float32", Sampling()), ("float32", SAMPLED), ("bfloat16", Sampling()), ("int8", SAMPLED), ("q4", Sampling())],
+    ids=["fp32", "fp32-sampled", "bf16", "int8-sampled", "q4"],
 )
 def test_a_stage_that_leaves_hands_over_and_no_token_is_computed_again(dtype: str, sampling: Sampling) -> None:
-    with moving(dtype) as undisturbed:
+    with migration(dtype) as undisturbed:
         expected = undisturbed.answers(sampling)
-    with moving(dtype) as pipeline:
+    with migration(dtype) as pipeline:
         assert pipeline.answers(sampling, after=20) == expected
         segments = [segment for each in pipeline.new.passes for segment in each]
         assert segments
@@ -100,46 +100,46 @@ def test_a_stage_that_leaves_hands_over_and_no_token_is_computed_again(dtype: st
         nothing_left([*pipeline.stages, pipeline.new])
 
 
-def test_what_draws_by_its_tokens_computes_only_those_behind_its_last_block() -> None:
-    with moving("float32") as undisturbed:
+def test_a_penalized_sequence_computes_only_tokens_after_its_last_whole_block() -> None:
+    with migration("float32") as undisturbed:
         expected = undisturbed.answers(PENALIZED)
-    with moving("float32") as pipeline:
+    with migration("float32") as pipeline:
         assert pipeline.answers(PENALIZED, after=20) == expected
         assert min(position for each in pipeline.new.passes for position, _ in each) > 70
 
 
-def test_an_old_instance_that_hands_over_nothing_costs_what_it_cost_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    with moving("float32") as undisturbed:
-        expected = undisturbed.answers(DRAWN)
+def test_without_a_hand_over_all_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with migration("float32") as undisturbed:
+        expected = undisturbed.answers(SAMPLED)
     monkeypatch.setattr(peer_tier, "hand_over", lambda *_: None)
-    with moving("float32") as pipeline:
-        assert pipeline.answers(DRAWN, after=20) == expected
+    with migration("float32") as pipeline:
+        assert pipeline.answers(SAMPLED, after=20) == expected
         assert min(position for each in pipeline.new.passes for position, _ in each) == 0
         nothing_left([*pipeline.stages, pipeline.new])
 
 
-def test_an_old_instance_that_is_gone_when_it_is_asked_costs_nobody_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    with moving("float32") as undisturbed:
-        expected = undisturbed.answers(DRAWN)
-    with moving("float32") as pipeline:
+def test_an_old_instance_that_dies_at_the_hand_over_costs_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    with migration("float32") as undisturbed:
+        expected = undisturbed.answers(SAMPLED)
+    with migration("float32") as pipeline:
         asked = []
 
-        def dies(*_: object) -> None:
+        def die(*_: object) -> None:
             asked.append(1)
             pipeline.old.kill()
 
-        monkeypatch.setattr(peer_tier, "hand_over", dies)
-        assert pipeline.answers(DRAWN, after=20) == expected
+        monkeypatch.setattr(peer_tier, "hand_over", die)
+        assert pipeline.answers(SAMPLED, after=20) == expected
         assert asked
 
 
 def test_an_idle_conversation_is_read_from_the_instance_that_leaves() -> None:
-    with moving("float32") as pipeline:
+    with migration("float32") as pipeline:
         (prompt, *_) = prompts()
         first = submit(pipeline.scheduler, prompt, 20)
         tokens = [*prompt, *tokens_of(first)]
         nothing_left(pipeline.stages)
-        pipeline.move()
+        pipeline.leave()
         second = submit(pipeline.scheduler, [*tokens, 5, 6, 7], 20)
         tokens_of(second)
         assert second.cached_tokens == (len(tokens) - 1) // 16 * 16

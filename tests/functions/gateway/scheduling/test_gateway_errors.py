@@ -1,4 +1,4 @@
-"""What nobody expects happens inside the gateway: the answers in question end with an error, others go on, nothing leaks."""
+"""Unexpected errors in the gateway end the answers that they concern; others go on, and nothing leaks."""
 
 import threading
 import time
@@ -15,14 +15,14 @@ from functions.gateway.stages import client
 from functions.gateway.stages.client import StageClient
 from functions.gateway.stages.instances import Endpoint
 from tests.support.functions.gateway import answers_of, nothing_left, scheduling, submit, tokens_of, wait_until
-from tests.support.functions.stage_server import Seen, StageServer, counting_stages
+from tests.support.functions.stage_server import counting_stages, inspecting, is_type
 from tests.support.functions.watched import watched
 
 
 def fails_once(
     owner: object, name: str, monkeypatch: pytest.MonkeyPatch, after: int = 0, while_: Callable[[], bool] = lambda: True
 ) -> None:
-    """The call behind the next `after` ones raises what nobody expects; counted are those `while_` holds."""
+    """Of the calls for which `while_` holds, the one after the next `after` raises."""
     real: Callable[..., Any] = getattr(owner, name)
     calls = 0
 
@@ -51,13 +51,13 @@ def fails_once(
         (decide, "migrate"),
     ],
 )
-def test_it_ends_what_it_was_about_and_everybody_else_goes_on(
+def test_an_unexpected_error_ends_the_answers_that_it_concerns(
     owner: object, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with counting_stages() as stages, scheduling(stages, stages_at_once=1) as scheduler:
         answers_of(scheduler, [[1, 2]], max_tokens=2)
         nothing_left(stages)
-        # It still decides now and then, about nobody: what fails then ends nothing.
+        # Decisions without sequences are not counted: an error in one of them would end nothing.
         fails_once(owner, name, monkeypatch, while_=lambda: bool(scheduler._state.sequences))
         stream = submit(scheduler, [1, 2, 3], 8, request_id="the-request")
         with pytest.raises(Problem, match="the gateway failed"):
@@ -70,7 +70,7 @@ def test_it_ends_what_it_was_about_and_everybody_else_goes_on(
         assert scheduler.sick() is None
 
 
-def test_chunks_that_were_on_their_way_hold_no_memory_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_that_were_in_flight_leave_no_memory_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     with counting_stages() as stages, scheduling(stages, chunk_tokens=8) as scheduler:
         stages[1].seconds = 0.02
         fails_once(scheduler_module, "stage_replied", monkeypatch, after=4)
@@ -80,13 +80,13 @@ def test_chunks_that_were_on_their_way_hold_no_memory_afterwards(monkeypatch: py
         nothing_left(stages)
 
 
-def test_a_round_of_warm_ups_that_fails_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warm_up_events_are_sent_again_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with counting_stages() as stages, scheduling(stages) as scheduler:
         fails_once(scheduler._client, "warm_up", monkeypatch)
         answers_of(scheduler, [[1, 2]], max_tokens=2)
 
 
-def test_where_no_further_thread_can_start_those_that_are_there_do_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_no_thread_can_start_the_others_do_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
     with counting_stages() as stages, scheduling(stages) as scheduler:
         answers_of(scheduler, [[1, 2], [3]], max_tokens=2)
         fails_once(scheduler._trips, "_start_thread", monkeypatch)
@@ -105,7 +105,7 @@ def test_no_deadline_is_too_far_for_the_clock() -> None:
         assert scheduler.sick() is None
 
 
-def test_a_scheduler_says_what_is_wrong_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scheduler_reports_what_is_wrong_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with counting_stages(1) as stages, scheduling(stages) as scheduler:
         assert scheduler.sick() is None
         with scheduler._changed:
@@ -129,56 +129,47 @@ def test_a_scheduler_says_what_is_wrong_with_itself(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("type_", [EventType.RESERVE, EventType.FORWARD, EventType.WARMUP])
 def test_closing_waits_for_no_stage_that_hangs(type_: EventType) -> None:
     closed, waited = threading.Event(), threading.Event()
-
-    def hang(seen: Seen) -> None:
-        if seen.type == type_ and not closed.wait(40):
-            waited.set()
-
     with counting_stages() as stages:
         with scheduling(stages, step_timeout_seconds=600) as scheduler:
-            stages[1].inspect = hang
+            stages[1].inspect = inspecting(is_type(type_), lambda: closed.wait(40) or waited.set())
             submit(scheduler, [1, 2], 5)
-            wait_until(lambda: any(seen.type == type_ for seen in stages[1].seen), "the event that hangs")
+            wait_until(lambda: any(map(is_type(type_), stages[1].seen)), "the event that hangs")
         assert not waited.is_set()
         closed.set()
-        wait_until(lambda: not _threads(), "the end of the scheduler's threads")
+        wait_until(
+            lambda: not [each for each in threading.enumerate() if each.name.startswith(("trip", "call", "scheduler"))],
+            "the end of the scheduler's threads",
+        )
 
 
-def _threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("trip", "call", "scheduler"))]
-
-
-def hang_until(event: threading.Event, stage: StageServer) -> None:
-    stage.inspect = lambda seen: None if seen.type != EventType.FORWARD else event.wait(20) and None
-
-
-def test_an_instance_that_says_nothing_to_a_reservation_is_left_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long before the time of a step is over."""
+def test_an_instance_that_does_not_reply_to_a_reservation_is_left_before_a_steps_timeout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(client, "RESERVATION_SECONDS", 0.2)
     resumed = threading.Event()
     with watched(step_timeout_seconds=600) as pipeline:
         hung, other = pipeline.instances
-        hung.inspect = lambda seen: None if seen.type != EventType.RESERVE else resumed.wait(20) and None
+        hung.inspect = inspecting(is_type(EventType.RESERVE), lambda: resumed.wait(20))
         pipeline.publish_ends()
         pipeline.publish(Endpoint(hung.url))
         streams = pipeline.run(1, 5)
-        wait_until(lambda: any(seen.type == EventType.RESERVE for seen in hung.seen), "the reservation that hangs")
+        wait_until(lambda: any(map(is_type(EventType.RESERVE), hung.seen)), "the reservation that hangs")
         pipeline.publish(Endpoint(hung.url), Endpoint(other.url))
         pipeline.check(streams, 5)
         assert not resumed.is_set()
         resumed.set()
 
 
-def test_a_deadline_of_the_client_says_nothing_of_the_stage() -> None:
+def test_a_clients_deadline_counts_against_no_stage() -> None:
     resumed = threading.Event()
     with counting_stages() as stages, scheduling(stages) as scheduler:
         answers_of(scheduler, [[1, 2]], max_tokens=2)
-        hang_until(resumed, stages[1])
+        stages[1].inspect = inspecting(is_type(EventType.FORWARD), lambda: resumed.wait(20))
         with pytest.raises(Problem, match=r"within 0\.2 seconds"):
             tokens_of(submit(scheduler, [1, 2], 5, deadline_seconds=0.2))
         wait_until(lambda: not scheduler.stats().trips, "the end of the event")
         resumed.set()
-        instances = [instance for of_stage in scheduler._state.placement._stages for instance in of_stage.values()]
+        instances = [scheduler._state.placement.instances(stage)[0] for stage in range(3)]
         assert [instance.failures for instance in instances] == [0, 0, 0]
         assert all(instance.awake for instance in instances)
         answers_of(scheduler, [[1, 2]], max_tokens=2)
