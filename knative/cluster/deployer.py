@@ -63,7 +63,7 @@ class Deployer:
     def deploy(self, objects: list[KubernetesObject], *, force: bool = False) -> str:
         """Idempotent. Returns when everything is Ready; until the new stages are, it changes nothing that serves."""
         preflight.check(self._cluster, objects, self._say)
-        with self._alone(_name_of(objects)) as (history, wait):
+        with self._alone(gateway_of(objects)["metadata"]["name"]) as (history, wait):
             _refuse_beside_a_canary(history)
             return self._deploy(objects, history, wait, force)
 
@@ -86,7 +86,8 @@ class Deployer:
 
         Called again it changes the percentage. Monitoring, network and Eventing stay with the pipeline that serves.
         """
-        name, fingerprint = _name_of(objects), fingerprint_of(gateway_of(objects))
+        gateway = gateway_of(objects)
+        name, fingerprint = gateway["metadata"]["name"], fingerprint_of(gateway)
         preflight.check(self._cluster, objects, self._say)
         with self._alone(name) as (history, wait):
             serving, running = history.serving(), history.canary()
@@ -188,7 +189,7 @@ class Deployer:
         for line in traffic_warnings(live) if live is not None else ():
             self._say(line)
         self._say(f"version {version.number}, pipeline {version.fingerprint}: {url}")
-        self._garbage.collect(_name_of(objects), objects)
+        self._garbage.collect(parts.gateway["metadata"]["name"], objects)
         return url
 
     @contextmanager
@@ -278,10 +279,6 @@ def _refuse_beside_a_canary(history: History) -> None:
         raise Rejected(
             f"version {running.number} is a canary ({running.reason}); `promote` or `abort` it before another deploy"
         )
-
-
-def _name_of(objects: list[KubernetesObject]) -> str:
-    return str(gateway_of(objects)["metadata"]["name"])
 
 
 def _ready_url(gateway: KubernetesObject, wait: ReadinessWait) -> str:

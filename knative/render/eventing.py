@@ -21,7 +21,7 @@ def eventing_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
     if eventing is None:
         return []
     subscribers = {
-        "generate": (EventType.GENERATE_REQUEST, _service(pipeline.events_gateway_name)),
+        "generate": (EventType.GENERATE_REQUEST, _sink(pipeline.events_gateway_name)),
         "score": (EventType.SCORE_REQUEST, _destination("flows.knative.dev/v1", "Sequence", pipeline.sequence_name)),
     }
     if eventing.reply_sink is not None:
@@ -34,8 +34,7 @@ def eventing_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
     sequence = {
         "channelTemplate": {"apiVersion": eventing.channel.api_version, "kind": eventing.channel.kind},
         "steps": [
-            {**_service(step), "delivery": _delivery(eventing)}
-            for step in (pipeline.events_gateway_name, *pipeline.stage_names)
+            {**_sink(step), "delivery": _delivery(eventing)} for step in (pipeline.events_gateway_name, *pipeline.stage_names)
         ],
         "reply": _destination("eventing.knative.dev/v1", "Broker", name),
     }
@@ -71,11 +70,7 @@ def _delivery(eventing: EventingSpec) -> KubernetesObject:
 
 def _sink(sink: str) -> KubernetesObject:
     """The destination for a URL or the name of a Knative Service."""
-    return {"uri": sink} if "://" in sink else _service(sink)
-
-
-def _service(name: str) -> KubernetesObject:
-    return _destination("serving.knative.dev/v1", "Service", name)
+    return {"uri": sink} if "://" in sink else _destination("serving.knative.dev/v1", "Service", sink)
 
 
 def _destination(api_version: str, kind: str, name: str) -> KubernetesObject:

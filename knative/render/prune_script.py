@@ -32,25 +32,25 @@ class NamespaceApi:
         self._context = ssl.create_default_context(cafile=str(authority)) if authority.exists() else None
 
     def gateway(self) -> Any:
-        return self._request(f"{SERVING}/namespaces/{self._namespace}/services/{self._name}")
+        return self._request(self._path(f"{SERVING}/services", self._name))
 
-    def own(self, path: str, more: str = "") -> list[Any]:
-        """Objects of this pipeline, of any fingerprint. Empty if the cluster does not have their kind."""
-        found = self._list(path, f"app.kubernetes.io/instance={self._name},app.kubernetes.io/managed-by=lamina{more}")
+    def find(self, path: str, selector: str) -> list[Any]:
+        """Objects of the kind whose path is /apis/GROUP/VERSION/PLURAL. Empty if the cluster does not have the kind."""
+        found = self._request(f"{self._path(path)}?labelSelector={quote(selector)}")
         return [] if found is None else list(found["items"])
 
-    def revisions(self) -> list[Any]:
-        return list(self._list(f"{SERVING}/revisions", f"serving.knative.dev/service={self._name}")["items"])
+    def own(self, path: str, more: str = "") -> list[Any]:
+        """Objects of this pipeline, of any fingerprint."""
+        return self.find(path, f"app.kubernetes.io/instance={self._name},app.kubernetes.io/managed-by=lamina{more}")
 
     def delete(self, path: str, found: Any) -> None:
-        root, _, plural = path.rpartition("/")
         name = found["metadata"]["name"]
-        self._request(f"{root}/namespaces/{self._namespace}/{plural}/{name}", "DELETE")
-        print(f"deleted {plural} {name}", flush=True)
+        self._request(self._path(path, name), "DELETE")
+        print(f"deleted {path.rpartition('/')[2]} {name}", flush=True)
 
-    def _list(self, path: str, selector: str) -> Any:
+    def _path(self, path: str, name: str = "") -> str:
         root, _, plural = path.rpartition("/")
-        return self._request(f"{root}/namespaces/{self._namespace}/{plural}?labelSelector={quote(selector)}")
+        return f"{root}/namespaces/{self._namespace}/{plural}" + (f"/{name}" if name else "")
 
     def _request(self, path: str, method: str = "GET") -> Any:
         """The reply's JSON; None for 404."""
@@ -82,7 +82,8 @@ def routed(api: NamespaceApi, service: Any) -> set[str]:
     """Fingerprints whose gateways get requests."""
     targets = [*(service["spec"].get("traffic") or []), *((service.get("status") or {}).get("traffic") or [])]
     names = {each.get("revisionName") for each in targets}
-    return {fingerprint_of(each) for each in api.revisions() if each["metadata"]["name"] in names}
+    revisions = api.find(f"{SERVING}/revisions", f"serving.knative.dev/service={service['metadata']['name']}")
+    return {fingerprint_of(each) for each in revisions if each["metadata"]["name"] in names}
 
 
 def answering(api: NamespaceApi) -> set[str]:

@@ -36,6 +36,34 @@ Concurrency = Annotated[int, Meta(ge=0, le=1000)]
 Url = Annotated[str, Meta(pattern="^https?://")]
 
 
+def quantity(text: str) -> float:
+    """A Kubernetes quantity as a number: `500m` → 0.5, `512Mi` → 536870912. Raises SpecError."""
+    try:
+        amount = parse_quantity(text)
+    except ValueError as error:
+        raise SpecError(str(error)) from error
+    if amount < 0:
+        raise SpecError(f"{text!r} is negative")
+    return float(amount)
+
+
+def _check_quantity(path: str, text: str) -> None:
+    try:
+        quantity(text)
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from error
+
+
+def _check_label(path: str, value: str, longest: int) -> None:
+    if not _LABEL.fullmatch(value) or len(value) > longest:
+        raise SpecError(f"{path}: {value!r} is not a DNS label of at most {longest} characters (a-z, 0-9, '-'; a letter first)")
+
+
+def _check_choice(path: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise SpecError(f"{path}: {value!r} is not one of {', '.join(choices)}")
+
+
 class ModelSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A publication in the model repository, as `python -m knative push` makes it."""
 
@@ -87,6 +115,16 @@ class Autoscaling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             return 0.0
         return round((self.target or self.default_target) * self.target_utilization_percentage / 100, 4)
 
+    def check(self, path: str) -> None:
+        """Raises SpecError. path: of these settings in the spec."""
+        if self.min_scale > self.max_scale:
+            raise SpecError(f"{path}.min_scale: {self.min_scale} is above max_scale {self.max_scale}")
+        limit = self.container_concurrency
+        if self.autoscaler_class == "kpa" and limit and (self.target or 0) > limit:
+            raise SpecError(f"{path}.target: {self.target} is above container_concurrency {limit} and would never be reached")
+        if self.autoscaler_class == "hpa" and self.min_scale == 0:
+            raise SpecError(f"{path}.min_scale: 0, but the class hpa cannot scale to zero; use 1 or the class kpa")
+
 
 class GatewayAutoscaling(Autoscaling, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Defaults for a gateway, which mostly waits for stages."""
@@ -128,6 +166,21 @@ class PodSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         }
         return {name: value for name, value in fields.items() if value}
 
+    def check(self, path: str) -> None:
+        """Raises SpecError. path: of these settings in the spec."""
+        for name in self.env:
+            if not _ENV_NAME.fullmatch(name):
+                raise SpecError(f"{path}.env: {name!r} is not a valid name of a variable")
+            if name.startswith("LAMINA_"):
+                raise SpecError(f"{path}.env: {name} is set by a field of the spec; set that field instead (docs/reference.md)")
+        for kind, names, reserved in (
+            ("labels", self.labels, _RESERVED_LABELS),
+            ("annotations", self.annotations, _RESERVED_ANNOTATIONS),
+        ):
+            for name in names:
+                if name.startswith(reserved):
+                    raise SpecError(f"{path}.{kind}: {name} is reserved for Lamina or Knative; set the spec's field instead")
+
 
 class StageSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of every stage; `stage_overrides` changes them for some."""
@@ -154,6 +207,26 @@ class StageSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     service_account: str | None = None  # for example one with workload identity. Unset: the namespace's default
     pod: PodSpec = PodSpec()
     autoscaling: Autoscaling = Autoscaling()
+
+    def check(self, path: str, model_dtype: str) -> None:
+        """Raises SpecError. path: of these settings in the spec."""
+        dtype = self.dtype or model_dtype
+        _check_choice(f"{path}.dtype", dtype, DTYPES)
+        if dtype != model_dtype and not {dtype, model_dtype} <= MIXABLE_DTYPES:
+            raise SpecError(
+                f"{path}.dtype: {dtype} cannot be combined with $.model.dtype {model_dtype}, because hidden states travel "
+                f"in different dtypes; only {', '.join(sorted(MIXABLE_DTYPES))} can be combined"
+            )
+        self.autoscaling.check(f"{path}.autoscaling")
+        _check_quantity(f"{path}.resources.cpu", self.resources.cpu)
+        _check_quantity(f"{path}.resources.memory", self.resources.memory)
+        _check_quantity(f"{path}.kv_cache", self.kv_cache)
+        _check_quantity(f"{path}.weights_cache_size", self.weights_cache_size)
+        self.pod.check(f"{path}.pod")
+        if self.device == "cuda" and dtype in ("int8", "q4"):
+            raise SpecError(f"{path}.device: 'cuda' does not run dtype {dtype}; use auto or cpu, or another dtype")
+        if self.layer_group == "transformers" and dtype in ("int8", "q4"):
+            raise SpecError(f"{path}.layer_group: 'transformers' does not run dtype {dtype}; use auto, or another dtype")
 
 
 class GatewaySpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -193,6 +266,19 @@ class GatewaySpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     max_unavailable: Positive | None = None  # pods that may be evicted at once (PodDisruptionBudget). Unset: all
     pod: PodSpec = PodSpec()
     autoscaling: GatewayAutoscaling = GatewayAutoscaling()
+
+    def __post_init__(self) -> None:
+        self.autoscaling.check("$.gateway.autoscaling")
+        _check_quantity("$.gateway.resources.cpu", self.resources.cpu)
+        _check_quantity("$.gateway.resources.memory", self.resources.memory)
+        self.pod.check("$.gateway.pod")
+        try:
+            for part in self.pod_network.split(",") if self.pod_network else ():
+                ipaddress.ip_network(part.strip())
+        except ValueError as error:
+            raise SpecError(
+                f"$.gateway.pod_network: {self.pod_network!r} is not a list of networks such as 10.244.0.0/16 ({error})"
+            ) from error
 
     @property
     def api_keys_secrets(self) -> tuple[str, ...]:
@@ -238,6 +324,10 @@ class KVStoreSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     max_age_seconds: Seconds | None = None  # older objects are deleted. Unset: seven days
     write_rate: str | None = None  # most bytes per second that a pod writes, a quantity. Unset: 64Mi
 
+    def __post_init__(self) -> None:
+        _check_quantity("$.kv_store.max_bytes", self.max_bytes)
+        _check_quantity("$.kv_store.write_rate", self.write_rate or "1")
+
 
 class NetworkSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Namespaces whose pods may reach the pipeline, in addition to Knative's own."""
@@ -265,6 +355,13 @@ class EventingSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     backoff_policy: Annotated[str, Meta(pattern="^(exponential|linear)$")] = "exponential"
     backoff_seconds: Annotated[float, Meta(gt=0, le=3600)] = 1
     timeout_seconds: TimeoutSeconds = 600  # of one delivery: as long as the longest answer, cold start included
+
+    def __post_init__(self) -> None:
+        for field, sink in (("dead_letter_sink", self.dead_letter_sink), ("reply_sink", self.reply_sink)):
+            if sink is not None and not re.match("https?://[^/]", sink):
+                if "/" in sink or ":" in sink:
+                    raise SpecError(f"$.eventing.{field}: {sink!r} is neither an http(s) URL nor the name of a Service")
+                _check_label(f"$.eventing.{field}", sink, 63)
 
 
 class MonitoringSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -311,21 +408,11 @@ class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         _check_label("$.name", self.name, MAX_NAME if self.eventing is None else MAX_NAME_WITH_EVENTING)
         _check_label("$.namespace", self.namespace, 63)
         _check_choice("$.model.dtype", self.model.dtype, DTYPES)
-        _check_stage("$.stage", self.stage, self.model.dtype)
+        self.stage.check("$.stage", self.model.dtype)
         for number, override in enumerate(self.stage_overrides):
-            _check_stage(f"{PATH}[{number}]", changed(self.stage, override, number), self.model.dtype)
+            changed(self.stage, override, number).check(f"{PATH}[{number}]", self.model.dtype)
         for dtype in self.model.digests:
             _check_choice("$.model.digests", dtype, DTYPES)
-        _check_autoscaling("$.gateway.autoscaling", self.gateway.autoscaling)
-        _check_quantity("$.gateway.resources.cpu", self.gateway.resources.cpu)
-        _check_quantity("$.gateway.resources.memory", self.gateway.resources.memory)
-        _check_pod("$.gateway.pod", self.gateway.pod)
-        _check_networks(self.gateway.pod_network)
-        if self.eventing is not None:
-            _check_sinks(self.eventing)
-        if self.kv_store is not None:
-            _check_quantity("$.kv_store.max_bytes", self.kv_store.max_bytes)
-            _check_quantity("$.kv_store.write_rate", self.kv_store.write_rate or "1")
         if (self.stages is None) == (self.cut is None):
             raise SpecError(f"$.stages, $.cut: exactly one of them is needed, seen {self.stages!r} and {self.cut!r}")
         if self.cut is not None:
@@ -348,92 +435,3 @@ class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """All dtypes that the model must be published in, the model's own first."""
         own = [self.stage.dtype, *(override.get("dtype") for override in self.stage_overrides)]
         return tuple(dict.fromkeys([self.model.dtype, *(dtype for dtype in own if dtype)]))
-
-
-def quantity(text: str) -> float:
-    """A Kubernetes quantity as a number: `500m` → 0.5, `512Mi` → 536870912. Raises SpecError."""
-    try:
-        amount = parse_quantity(text)
-    except ValueError as error:
-        raise SpecError(str(error)) from error
-    if amount < 0:
-        raise SpecError(f"{text!r} is negative")
-    return float(amount)
-
-
-def _check_stage(path: str, stage: StageSpec, model_dtype: str) -> None:
-    dtype = stage.dtype or model_dtype
-    _check_choice(f"{path}.dtype", dtype, DTYPES)
-    if dtype != model_dtype and not {dtype, model_dtype} <= MIXABLE_DTYPES:
-        raise SpecError(
-            f"{path}.dtype: {dtype} cannot be combined with $.model.dtype {model_dtype}, because their hidden states travel in "
-            f"different dtypes; only {', '.join(sorted(MIXABLE_DTYPES))} can be combined"
-        )
-    _check_autoscaling(f"{path}.autoscaling", stage.autoscaling)
-    _check_quantity(f"{path}.resources.cpu", stage.resources.cpu)
-    _check_quantity(f"{path}.resources.memory", stage.resources.memory)
-    _check_quantity(f"{path}.kv_cache", stage.kv_cache)
-    _check_quantity(f"{path}.weights_cache_size", stage.weights_cache_size)
-    _check_pod(f"{path}.pod", stage.pod)
-    if stage.device == "cuda" and dtype in ("int8", "q4"):
-        raise SpecError(f"{path}.device: 'cuda' does not run dtype {dtype}; use auto or cpu, or another dtype")
-    if stage.layer_group == "transformers" and dtype in ("int8", "q4"):
-        raise SpecError(f"{path}.layer_group: 'transformers' does not run dtype {dtype}; use auto, or another dtype")
-
-
-def _check_pod(path: str, pod: PodSpec) -> None:
-    for name in pod.env:
-        if not _ENV_NAME.fullmatch(name):
-            raise SpecError(f"{path}.env: {name!r} is not a valid name of a variable")
-        if name.startswith("LAMINA_"):
-            raise SpecError(f"{path}.env: {name} is set by a field of the spec; set that field instead (docs/reference.md)")
-    for kind, names, reserved in (
-        ("labels", pod.labels, _RESERVED_LABELS),
-        ("annotations", pod.annotations, _RESERVED_ANNOTATIONS),
-    ):
-        for name in names:
-            if name.startswith(reserved):
-                raise SpecError(f"{path}.{kind}: {name} is reserved for Lamina or Knative; set its field of the spec instead")
-
-
-def _check_quantity(path: str, text: str) -> None:
-    try:
-        quantity(text)
-    except SpecError as error:
-        raise SpecError(f"{path}: {error}") from error
-
-
-def _check_networks(text: str | None) -> None:
-    try:
-        for part in text.split(",") if text else ():
-            ipaddress.ip_network(part.strip())
-    except ValueError as error:
-        raise SpecError(f"$.gateway.pod_network: {text!r} is not a list of networks such as 10.244.0.0/16 ({error})") from error
-
-
-def _check_label(path: str, value: str, longest: int) -> None:
-    if not _LABEL.fullmatch(value) or len(value) > longest:
-        raise SpecError(f"{path}: {value!r} is not a DNS label of at most {longest} characters (a-z, 0-9, '-'; a letter first)")
-
-
-def _check_choice(path: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise SpecError(f"{path}: {value!r} is not one of {', '.join(choices)}")
-
-
-def _check_sinks(eventing: EventingSpec) -> None:
-    for field, sink in (("dead_letter_sink", eventing.dead_letter_sink), ("reply_sink", eventing.reply_sink)):
-        if sink is not None and not re.match("https?://[^/]", sink):
-            if "/" in sink or ":" in sink:
-                raise SpecError(f"$.eventing.{field}: {sink!r} is neither an http(s) URL nor the name of a Service")
-            _check_label(f"$.eventing.{field}", sink, 63)
-
-
-def _check_autoscaling(path: str, scaling: Autoscaling) -> None:
-    if scaling.min_scale > scaling.max_scale:
-        raise SpecError(f"{path}.min_scale: {scaling.min_scale} is above max_scale {scaling.max_scale}")
-    limit = scaling.container_concurrency
-    if scaling.autoscaler_class == "kpa" and limit and (scaling.target or 0) > limit:
-        raise SpecError(f"{path}.target: {scaling.target} is above container_concurrency {limit} and would never be reached")
-    if scaling.autoscaler_class == "hpa" and scaling.min_scale == 0:
-        raise SpecError(f"{path}.min_scale: 0, but the class hpa cannot scale to zero; use 1 or the class kpa")
