@@ -1,7 +1,7 @@
-"""What travels: events, their bytes, and how they are delivered. Holds bytes, dtypes and shapes; imports no torch, no Flask.
+"""Events, their bytes, and their delivery over HTTP. Holds bytes, dtypes and shapes; imports neither torch nor Flask.
 
-`wire` is the contract, `http` carries it. Here: `problems` (what goes wrong with an event as a whole) and `claim_check`
-(payloads too large for an intermediary).
+`wire` has the formats, `http` delivers them, `problems` has the reasons to refuse an event, and `claim_check` keeps payloads in
+the store that are too large for an intermediary.
 
 May import: storage, storage.store, eventing.wire.
 """

@@ -1,8 +1,8 @@
-"""Claim check: data too large for an intermediary waits in the object store, and the event carries where (`dataref`).
+"""Claim check: data too large for an intermediary is put into the object store, and the event carries a reference (`dataref`).
 
-Brokers and channels pass on 64 KiB and may drop more. Between gateway and stages, which talk directly, nothing goes this way.
-A payload's key is its expiry, rounded up to the hour, and its SHA-256: a repeated delivery writes the same object, and `sweep`
-knows what is over without asking for each object. Reading a payload does not delete it, because the same event may come again.
+Brokers and channels pass on 64 KiB and may drop more. Gateway and stages talk directly and do not use it. A payload's key is
+its expiry, rounded up to the hour, and its SHA-256, so a repeated delivery writes the same object, and `sweep` finds expired
+payloads by their names. Reading a payload does not delete it, because the same event may be delivered again.
 """
 
 import hashlib
@@ -28,8 +28,7 @@ from storage.errors import ObjectNotFound, StorageError
 from storage.store.object_reader import ObjectInfo
 from storage.store.payload_store import MAX_PAYLOAD_BYTES
 
-CLAIMS_PREFIX: Final = "claims/"
-"""In the bucket of the models: a lifecycle rule of the store may delete what is older than a few days there."""
+CLAIMS_PREFIX: Final = "claims/"  # in the models' bucket; a lifecycle rule may delete objects older than a few days there
 DEFAULT_LIFETIME: Final = timedelta(hours=24)
 
 _HOUR: Final = "%Y%m%dT%HZ"
@@ -38,7 +37,7 @@ _REFERENCE: Final = (Attribute.DATAREF, Attribute.DATAREF_BYTES, Attribute.DATAR
 
 
 class Payloads(Protocol):
-    """What is needed of one bucket; `storage.store.payload_store.PayloadStore` is one."""
+    """A bucket, such as `storage.store.payload_store.PayloadStore`."""
 
     def put(self, key: str, data: bytes) -> None: ...
 
@@ -47,7 +46,7 @@ class Payloads(Protocol):
 
 
 class SweepableStore(Protocol):
-    """What sweeping needs; `storage.store.object_store.ObjectStore` is one."""
+    """A store to sweep, such as `storage.store.object_store.ObjectStore`."""
 
     def delete(self, key: str) -> None: ...
 
@@ -55,12 +54,12 @@ class SweepableStore(Protocol):
 
 
 class ClaimCheck:
-    """Both sides of it, for one bucket and one prefix in it; references to any other place are refused, not followed."""
+    """Puts payloads under one prefix of one bucket and gets them back. References to any other place are refused."""
 
     def __init__(
         self, store: Payloads, bucket: str, prefix: str = CLAIMS_PREFIX, lifetime: timedelta = DEFAULT_LIFETIME
     ) -> None:
-        """`prefix` ends in `/`. `lifetime` is how long the payload of an event without `expirytime` is kept."""
+        """prefix: ends in `/`. lifetime: of the payload of an event without `expirytime`."""
         if not prefix.endswith("/"):
             raise ValueError(f"the prefix {prefix!r} must end in '/'")
         self._store = store
@@ -69,9 +68,9 @@ class ClaimCheck:
         self._root = f"s3://{bucket}/{prefix}"
 
     def check_in(self, event: CloudEvent, now: datetime) -> CloudEvent:
-        """The event itself if every intermediary must pass it on, else one without data, which waits in the store.
+        """The event itself if every intermediary must pass it on, else one with a reference in place of its data.
 
-        Raises NotReady where the store does not take it.
+        Raises NotReady if the store fails.
         """
         if event_bytes(event) <= SAFE_EVENT_BYTES:
             return event
@@ -86,7 +85,7 @@ class ClaimCheck:
     def redeem(self, event: CloudEvent) -> CloudEvent:
         """The event with its data, fetched and verified if it carries a reference.
 
-        Raises MalformedEvent, EventTooLarge, EventExpired (the payload is gone), NotReady (the store does not give it).
+        Raises MalformedEvent, EventTooLarge, EventExpired (the payload was deleted), NotReady (the store failed).
         """
         reference = event.get_extension(Attribute.DATAREF)
         if reference is None:
@@ -112,7 +111,7 @@ class ClaimCheck:
         return data
 
     def _key(self, reference: str) -> str:
-        """The key behind a reference to one of our own payloads. Raises MalformedEvent for any other."""
+        """The key in a reference to a payload of this claim check. Raises MalformedEvent for any other reference."""
         name = reference.removeprefix(self._root)
         hour, _, digest = name.partition("/")
         if name == reference or _end_of_hour(hour) is None or not _DIGEST.fullmatch(digest):
@@ -121,7 +120,7 @@ class ClaimCheck:
 
 
 def sweep(store: SweepableStore, now: datetime, prefix: str = CLAIMS_PREFIX) -> int:
-    """Deletes the payloads whose hour is over; how many."""
+    """Deletes expired payloads; returns how many."""
     over = [info.key for info in store.list(prefix) if _is_over(info.key.removeprefix(prefix), now)]
     for key in over:
         store.delete(key)
@@ -129,7 +128,7 @@ def sweep(store: SweepableStore, now: datetime, prefix: str = CLAIMS_PREFIX) -> 
 
 
 def event_bytes(event: CloudEvent) -> int:
-    """Data and attributes, roughly as long as they are in either mode."""
+    """Approximate size of data and attributes in either mode."""
     attributes = event.get_attributes().items()
     return sum(memoryview(buffer).nbytes for buffer in data_buffers(event)) + sum(
         len(name) + len(attribute_text(value) or "") + len("ce-: \r\n") for name, value in attributes
@@ -138,17 +137,17 @@ def event_bytes(event: CloudEvent) -> int:
 
 @contextmanager
 def _store_errors() -> Iterator[None]:
-    """Whoever delivers the event tries again, and in the end its dead letter says what was wrong with the store."""
+    """Turns failures of the store into NotReady: the event is delivered again, and a dead letter names the store's error."""
     try:
         yield
     except ObjectNotFound:
         raise
     except StorageError as error:
-        raise NotReady(f"the store that large payloads wait in: {error}") from error
+        raise NotReady(f"the store of large payloads failed: {error}") from error
 
 
 def _hour_after(moment: datetime) -> str:
-    """Of the last moment that there is, its own."""
+    """The hour in which a payload that expires at `moment` may be deleted; for the last hour of the calendar, that hour."""
     latest = datetime.max.replace(tzinfo=UTC) - timedelta(hours=1)
     return (min(moment.astimezone(UTC), latest) + timedelta(hours=1)).strftime(_HOUR)
 

@@ -1,9 +1,10 @@
-"""What can go wrong with an event as a whole: problem documents (RFC 9457) and the exceptions behind them.
+"""Reasons to refuse an event as a whole, as exceptions and as problem documents (RFC 9457).
 
-One class per condition. `type` tells a refusal of Lamina's from one of the infrastructure's, whatever the status.
-Eventing retries 404, 408, 409, 429 and 5xx and takes any other 4xx as final; the statuses are chosen for that.
+There is one class per condition. Its `type` tells Lamina's refusals from the infrastructure's. Knative Eventing retries 404,
+408, 409, 429 and 5xx and takes any other 4xx as final; the statuses are chosen for that.
 """
 
+from collections.abc import Iterator
 from typing import ClassVar, Final
 
 import msgspec
@@ -19,8 +20,7 @@ class Problem(Exception):
     name: ClassVar[str] = "internal"
     title: ClassVar[str] = "Something failed inside; the log of the instance says what"
 
-    retry_after_seconds: int | None = None
-    """Said to the client as Retry-After."""
+    retry_after_seconds: int | None = None  # the client gets it as Retry-After
 
     @property
     def type(self) -> str:
@@ -40,19 +40,19 @@ class MalformedEvent(Problem):
 
 
 class Unauthorized(Problem):
-    """401. No token, or another's. A retry does not help."""
+    """401. The bearer token is missing or wrong. A retry does not help."""
 
     status, name, title = 401, "unauthorized", "The bearer token is missing or wrong"
 
 
 class UnknownEventType(Problem):
-    """400. An event type that this function does not serve. A retry does not help."""
+    """400. This function does not serve events of this type. A retry does not help."""
 
     status, name, title = 400, "unknown-event-type", "This function does not serve events of this type"
 
 
 class EventExpired(Problem):
-    """410. `expirytime` has passed, so nobody awaits the answer. A retry does not help."""
+    """410. `expirytime` has passed: the answer is no longer awaited. A retry does not help."""
 
     status, name, title = 410, "event-expired", "The event expired before it was worked on"
 
@@ -70,7 +70,7 @@ class UnsupportedMediaType(Problem):
 
 
 class WrongPipeline(Problem):
-    """421. Another pipeline's fingerprint: other weights, cut, dtype or wire version. A retry does not help."""
+    """421. The event has another fingerprint: other weights, cut, dtype or wire version. A retry does not help."""
 
     status, name, title = 421, "wrong-pipeline", "The event belongs to another pipeline"
 
@@ -82,7 +82,7 @@ class WrongLayer(Problem):
 
 
 class InvalidRequest(Problem):
-    """422. A well-formed request whose values cannot be served, such as a prompt beyond the context."""
+    """422. The request is well-formed and its values cannot be served. A retry does not help."""
 
     status, name, title = 422, "invalid-request", "The request cannot be served as it is"
 
@@ -100,7 +100,7 @@ class QueueFull(Problem):
 
 
 class RateLimited(Problem):
-    """429. This client has had what it may have for now. A retry helps, when Retry-After is over."""
+    """429. This client has used up its rate. A retry helps after Retry-After."""
 
     status, name, title = 429, "rate-limited", "This client asks for more than it may"
     retry_after_seconds: int | None = 1
@@ -117,13 +117,13 @@ class ReplaysExhausted(Problem):
 
 
 class NotReady(Problem):
-    """503. Weights are not in yet, or the function is draining. A retry helps."""
+    """503. The weights are not loaded yet, or the function is draining. A retry helps."""
 
     status, name, title, retry_after_seconds = 503, "not-ready", "This instance does not take work now", 1
 
 
 class Overloaded(NotReady):
-    """503. As many bytes of requests are in memory as may be. A retry helps, a little later."""
+    """503. Requests in memory have reached their limit of bytes. A retry helps, a little later."""
 
     name, title = "overloaded", "This instance holds as much as it can"
 
@@ -136,34 +136,18 @@ class PipelineUnavailable(Problem):
 
 
 class DeadlineExceeded(Problem):
-    """504. The answer took longer than it may. A retry may help."""
+    """504. The answer took longer than allowed. A retry may help."""
 
     status, name, title = 504, "deadline-exceeded", "The answer took too long"
 
 
-PROBLEMS: Final[dict[str, type[Problem]]] = {
-    _TYPE_PREFIX + problem.name: problem
-    for problem in (
-        Problem,
-        MalformedEvent,
-        Unauthorized,
-        UnknownEventType,
-        EventExpired,
-        EventTooLarge,
-        UnsupportedMediaType,
-        WrongPipeline,
-        WrongLayer,
-        InvalidRequest,
-        ContextExceeded,
-        QueueFull,
-        RateLimited,
-        ReplaysExhausted,
-        NotReady,
-        Overloaded,
-        PipelineUnavailable,
-        DeadlineExceeded,
-    )
-}
+def _subclasses(problem: type[Problem]) -> Iterator[type[Problem]]:
+    yield problem
+    for each in problem.__subclasses__():
+        yield from _subclasses(each)
+
+
+PROBLEMS: Final = {_TYPE_PREFIX + problem.name: problem for problem in _subclasses(Problem)}  # every class, by its type
 
 
 class _Document(msgspec.Struct):
@@ -172,7 +156,7 @@ class _Document(msgspec.Struct):
 
 
 def problem_from_document(body: bytes) -> Problem | None:
-    """The exception that a reply's body describes; None where it is no problem document of Lamina's."""
+    """The exception that a reply's body describes; None if it is not a problem document of Lamina's."""
     try:
         document = msgspec.json.decode(body, type=_Document)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

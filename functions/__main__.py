@@ -1,4 +1,4 @@
-"""`python -m functions`: one entry point for a stage and for the gateway, told what to be by its environment."""
+"""`python -m functions`: the entry point of stages and of the gateway, chosen by the environment."""
 
 import logging
 import os
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
-from functions.configuration.config import Config, GatewayConfig, StageConfig, read_config
+from functions.configuration.config import Config, StageConfig, read_config
 from functions.configuration.environment_page import help_text, markdown_page
 from functions.configuration.settings import ConfigError
 from functions.hosting.startup import StartUp, without_collection
@@ -20,7 +20,7 @@ USAGE_STATUS: Final = 2
 
 
 class Function(Protocol):
-    """A role. `start` returns at once; what goes wrong later is told to its argument as an exit status."""
+    """A stage or a gateway. `start` returns at once; after a later failure it calls `stop` with an exit status."""
 
     @property
     def service(self) -> "Service": ...
@@ -28,10 +28,10 @@ class Function(Protocol):
     def start(self, stop: Callable[[int], None]) -> None: ...
 
     def drain(self) -> None:
-        """The function was told to stop: it finishes what it has in hand, and refuses what waits for readiness."""
+        """Called at SIGTERM: finishes requests in hand, and refuses those that wait for readiness."""
 
     def close(self) -> None:
-        """After the last request."""
+        """Called after the last request."""
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -42,11 +42,11 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     try:
         config = read_config(environ)
     except ConfigError as error:
-        return _told(error)
+        return _report(error)
     return _serve(config, start_up)
 
 
-def _told(error: ConfigError) -> int:
+def _report(error: ConfigError) -> int:
     for sentence in error.errors:
         print(f"error: {sentence}", file=sys.stderr)
     return USAGE_STATUS
@@ -55,14 +55,14 @@ def _told(error: ConfigError) -> int:
 def _explain(arguments: Sequence[str]) -> int:
     pages = {"--help": help_text, "-h": help_text, "--environment": markdown_page}
     if len(arguments) != 1 or arguments[0] not in pages:
-        print(f"error: {' '.join(arguments)}: the environment says everything; --help lists it", file=sys.stderr)
+        print(f"error: {' '.join(arguments)}: functions are configured by the environment, which --help lists", file=sys.stderr)
         return USAGE_STATUS
     print(pages[arguments[0]](), end="")
     return 0
 
 
 def _serve(config: Config, start_up: StartUp) -> int:
-    # Imported only now: the wrong environment and --help need none of it, and each role only its own.
+    # Imported late: a wrong environment and --help need none of it, and each role only its own modules.
     with without_collection():
         from functions.hosting.server import Server
         from functions.hosting.startup import use_few_arenas
@@ -73,7 +73,7 @@ def _serve(config: Config, start_up: StartUp) -> int:
         try:
             function = _function(config, start_up)
         except ConfigError as error:
-            return _told(error)
+            return _report(error)
     try:
         server = Server(config.listen, config.port, config.metrics_port)
     except OSError as error:
@@ -93,10 +93,6 @@ def _function(config: Config, start_up: StartUp) -> Function:
         from functions.stage.serving.function import StageFunction
 
         return StageFunction(config, start_up)
-    return _gateway(config, start_up)
-
-
-def _gateway(config: GatewayConfig, start_up: StartUp) -> Function:
     from functions.gateway.function import GatewayFunction
 
     return GatewayFunction(config, start_up)
@@ -106,5 +102,5 @@ if __name__ == "__main__":
     status = main(sys.argv[1:], os.environ)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: nothing is left to do, and a thread that still imports torch or waits for the store would be waited for.
+    # Not sys.exit, which would wait for threads that still import torch or wait for the store.
     os._exit(status)

@@ -16,7 +16,7 @@ from typing import Final
 
 from bench.pipeline import TOKEN, RunningPipeline, read_metrics
 from bench.serving.requests import Request
-from eventing.http.delivery import HttpReply, Sender, Target
+from eventing.http.delivery import HttpReply, RequestTarget, Sender
 from eventing.wire.batch_codec import encode_batch
 from eventing.wire.cloud_event import Buffer
 from eventing.wire.control import ReleaseRow
@@ -55,7 +55,7 @@ class _Timed(Sender):
         super().__init__()
         self.of_thread = threading.local()
 
-    def deliver(self, target: Target, head: bytes, buffers: Sequence[Buffer], deadline: float) -> HttpReply:
+    def deliver(self, target: RequestTarget, head: bytes, buffers: Sequence[Buffer], deadline: float) -> HttpReply:
         began = time.perf_counter()
         reply = super().deliver(target, head, buffers, deadline)
         timing = {name: float(value) / 1000 for name, value in _TIMING.findall(reply.headers.get("server-timing", ""))}

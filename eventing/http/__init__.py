@@ -1,4 +1,4 @@
-"""Events over HTTP: the CloudEvents binding, connections that are kept, one request and its reply, server-sent events.
+"""Events over HTTP: the CloudEvents binding, framing of a hop, delivery over kept connections, server-sent events.
 
 May import: eventing, eventing.wire.
 """

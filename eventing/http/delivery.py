@@ -91,7 +91,7 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class RequestTarget:
     """A URL, split once into what a request needs of it."""
 
     url: str
@@ -100,7 +100,7 @@ class Target:
     path: str  # with the query
 
     @classmethod
-    def of(cls, url: str) -> "Target":
+    def of(cls, url: str) -> "RequestTarget":
         """Raises ValueError if `url` is not an http or https URL."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -218,7 +218,7 @@ def exchange(sock: socket.socket, head: bytes, buffers: Sequence[Buffer], deadli
             return reply
 
 
-def request_head(target: Target, headers: Mapping[str, str], method: str = "POST") -> bytes:
+def request_head(target: RequestTarget, headers: Mapping[str, str], method: str = "POST") -> bytes:
     """Raises ValueError if a line break or a blank would end the request line or a header early."""
     lines = [f"{method} {target.path} HTTP/1.1", f"Host: {target.host}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
@@ -387,17 +387,17 @@ class Sender:
     def send(self, url: str, headers: Mapping[str, str], buffers: Sequence[Buffer], timeout_seconds: float) -> HttpReply:
         """POSTs `buffers` as one body; the whole reply must come within `timeout_seconds`. Raises as `deliver` does."""
         length = {"Content-Length": str(sum(memoryview(buffer).nbytes for buffer in buffers))}
-        target = Target.of(url)
+        target = RequestTarget.of(url)
         head = request_head(target, fixed_headers(headers) | length)
         return self.deliver(target, head, buffers, time.monotonic() + timeout_seconds)
 
     def get(self, url: str, headers: Mapping[str, str], timeout_seconds: float) -> HttpReply:
         """The same with GET and without a body."""
-        target = Target.of(url)
+        target = RequestTarget.of(url)
         head = request_head(target, fixed_headers(headers), "GET")
         return self.deliver(target, head, (), time.monotonic() + timeout_seconds)
 
-    def deliver(self, target: Target, head: bytes, buffers: Sequence[Buffer], deadline: float) -> HttpReply:
+    def deliver(self, target: RequestTarget, head: bytes, buffers: Sequence[Buffer], deadline: float) -> HttpReply:
         """Sends a request whose head is made already, and returns its 2xx reply. deadline: in time.monotonic().
 
         Raises a Problem that Lamina answered with, InfrastructureError for any other refusal, or another DeliveryError.

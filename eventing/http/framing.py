@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Final
 from urllib.parse import unquote
 
-from eventing.http.delivery import Target, fixed_headers, request_head
+from eventing.http.delivery import RequestTarget, fixed_headers, request_head
 from eventing.problems import MalformedEvent
 from eventing.wire.cloud_event import FORBIDDEN, MAX_VALUE_LENGTH, NAME, bad_attribute, zoned_time
 
@@ -23,8 +23,8 @@ _QUOTED_PAIR: Final = re.compile(r"\\(.)")
 class EventTemplate:
     """The head of every request that brings one type of event to one URL."""
 
-    def __init__(self, event_type: str, target: Target, headers: Mapping[str, str]) -> None:
-        """headers: of any such event, as `binding.to_binary_http` makes them, and what is sent beside them."""
+    def __init__(self, event_type: str, target: RequestTarget, headers: Mapping[str, str]) -> None:
+        """headers: those of one such event by `binding.to_binary_http`, and further headers of the requests."""
         self.event_type = event_type
         self.target = target
         constant = {name: value for name, value in headers.items() if name.lower() not in _VARYING}
@@ -42,7 +42,7 @@ class ReplyTemplate:
     """The headers of every reply with one type of event from one function."""
 
     def __init__(self, headers: Mapping[str, str]) -> None:
-        """headers: of any such event, as `binding.to_binary_http` makes them."""
+        """headers: those of one such event by `binding.to_binary_http`."""
         self._constant = [(name, value) for name, value in headers.items() if name not in _VARYING]
 
     def headers(self, id: str, extensions: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:

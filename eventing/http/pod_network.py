@@ -1,4 +1,4 @@
-"""Which addresses of an EndpointSlice are followed: who can write one must not lead prompts and token elsewhere."""
+"""Limits which addresses of an EndpointSlice are used: a forged slice must not divert prompts and the pipeline token."""
 
 import ipaddress
 from collections.abc import Sequence
@@ -9,11 +9,10 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 @dataclass(frozen=True, slots=True)
 class PodNetwork:
-    """Pods' addresses, and their one port."""
+    """Addresses of pods, and their port."""
 
     networks: Sequence[Network]
-    port: int
-    """0: any."""
+    port: int  # 0: any
 
     def admits(self, address: str, port: int) -> bool:
         try:

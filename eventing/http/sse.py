@@ -1,4 +1,4 @@
-"""Server-sent events (WHATWG HTML, section 9.2): what streams of tokens are written in and read from."""
+"""Server-sent events (WHATWG HTML, section 9.2), the format of token streams."""
 
 import re
 from collections.abc import Iterator
@@ -8,18 +8,16 @@ from msgspec import Struct
 
 from eventing.problems import MalformedEvent
 
-MAX_EVENT_BYTES: Final = 2**24
-"""Of one event on a stream that is read, its comments included."""
+MAX_EVENT_BYTES: Final = 2**24  # longest event that is read, with its comments
 EVENT_STREAM_CONTENT_TYPE: Final = "text/event-stream"
-HEARTBEAT: Final = b":\n\n"
-"""A comment: readers ignore it, and proxies see that the stream lives."""
+HEARTBEAT: Final = b":\n\n"  # a comment: readers ignore it, and proxies see that the stream is alive
 
 _LINE_END: Final = re.compile(rb"\r\n|\n|\r")
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
 
 class ServerSentEvent(Struct, frozen=True):
-    """`id` is the last one seen on the stream, which may be an earlier event's."""
+    """id: the last one on the stream so far, perhaps an earlier event's."""
 
     data: str
     event: str = "message"
@@ -27,24 +25,21 @@ class ServerSentEvent(Struct, frozen=True):
 
 
 def encode_sse(data: str | bytes, *, event: str = "", id: str = "") -> bytes:
-    """One event. `data` may have several lines (UTF-8); `event` and `id` may not: ValueError."""
+    """One event. data: UTF-8, may have several lines. Raises ValueError if `event` or `id` has several."""
     lines = [*_field(b"event", event), *_field(b"id", id)]
     lines += [b"data: " + line for line in _LINE_END.split(data.encode() if isinstance(data, str) else data)]
     return b"\n".join([*lines, b"", b""])
 
 
 class SSEDecoder:
-    """The events of a stream that comes in chunks cut anywhere, each as soon as it is complete; comments are left out.
+    """Reads a stream that arrives in arbitrary chunks. Drops comments, and an event that the stream's end cuts off.
 
-    An event that the stream's end cuts off is dropped. Raises MalformedEvent where one event has more than
-    MAX_EVENT_BYTES.
+    Raises MalformedEvent for an event of more than MAX_EVENT_BYTES.
     """
 
     def __init__(self) -> None:
-        self._rest: list[bytes] = []
-        """A line that has no end yet, in pieces: joined once, when it has."""
-        self._held_bytes = 0
-        """Of that line and of the event that it belongs to."""
+        self._rest: list[bytes] = []  # pieces of a line whose end has not arrived
+        self._held_bytes = 0  # size of that line and of the event so far
         self._after_carriage_return = False
         self._at_start = True
         self._event = ""
@@ -64,7 +59,7 @@ class SSEDecoder:
         if not chunk:
             return
         ends_in_carriage_return = chunk.endswith(b"\r")
-        if self._after_carriage_return:  # That line has been taken already; this is the second half of its end.
+        if self._after_carriage_return:  # the line was taken already; this is the second half of its end
             chunk = chunk.removeprefix(b"\n")
         self._after_carriage_return = ends_in_carriage_return
         first, *others = _LINE_END.split(chunk)

@@ -1,4 +1,4 @@
-"""Batch ↔ bytes. Nothing is copied but the table: token ids and tensor go out and come in as views.
+"""Batch ↔ bytes. Only the table is copied: token ids and tensor are views on both sides.
 
 The body, all numbers little endian (wire version 3):
 
@@ -8,14 +8,14 @@ The body, all numbers little endian (wire version 3):
     4       4      u32 rows, 1 to MAX_ROWS
     8       4      u32 tokens, the sum of the rows' lengths, at most MAX_BATCH_TOKENS
     12      4      u32 table_bytes, at most MAX_TABLE_BYTES
-    16      4      dtype of the tensor in ASCII, filled up with zero bytes: F32, BF16, F16, I8; four zero bytes: no tensor
+    16      4      dtype of the tensor in ASCII, padded with zero bytes: F32, BF16, F16, I8; four zero bytes: no tensor
     20      4      u32 hidden_size, 1 to MAX_HIDDEN_SIZE; 0: no tensor
     24      4 × tokens            token ids, int32
-    …       table_bytes           the table: MessagePack array of `events.Row` as maps, fields with default values left out
+    …       table_bytes           the table: MessagePack array of `events.Row` as maps without fields that have their default
     …       0 to 63               zero bytes up to a multiple of 64, only with a tensor
-    …       tokens × bytes of a row     the tensor, C order: hidden_size numbers a row; in I8 behind a float32, their scale
+    …       tokens × bytes of a row     the tensor, C order: hidden_size numbers a row; in I8 after a float32, their scale
 
-Every size follows from the first 24 bytes, so a body whose length differs is refused before anything in it is read.
+The first 24 bytes determine every size, so a body of another length is refused before the rest is read.
 """
 
 import struct
@@ -51,10 +51,7 @@ _decoder: Final = msgspec.msgpack.Decoder(tuple[Row, ...])
 
 
 def encode_batch(batch: Batch) -> list[bytes | memoryview]:
-    """The body in pieces, to be written one after the other; views of token ids and tensor, not copies.
-
-    Raises MalformedEvent or EventTooLarge where the parts of the batch do not fit each other.
-    """
+    """The body as buffers, to be sent one after the other. Raises MalformedEvent or EventTooLarge for an inconsistent batch."""
     tokens = len(batch.token_ids)
     table = _encoder.encode(batch.rows)
     dtype, hidden_size = _tensor_header(batch.hidden, tokens)
@@ -69,10 +66,7 @@ def encode_batch(batch: Batch) -> list[bytes | memoryview]:
 
 
 def decode_batch(body: bytes | bytearray | memoryview) -> Batch:
-    """The batch in `body`, whose token ids and tensor are views into it.
-
-    Raises MalformedEvent or EventTooLarge, which name what was seen.
-    """
+    """The batch in `body`; its token ids and tensor are views into it. Raises MalformedEvent or EventTooLarge."""
     view = memoryview(body)
     rows, tokens, table_bytes, tensor_dtype, hidden_size = _read_header(view)
     token_end = _HEADER.size + 4 * tokens
@@ -95,7 +89,7 @@ def decode_batch(body: bytes | bytearray | memoryview) -> Batch:
 def select_rows(batch: Batch, keep: Sequence[int]) -> Batch:
     """Only the rows at the indices `keep` (ascending), with their tokens and their part of the tensor.
 
-    Nothing is copied where what is kept lies in one piece: always when only rows of length 0 are dropped.
+    Copies only if rows with tokens are dropped from between others.
     """
     if len(keep) == len(batch.rows):
         return batch
@@ -192,12 +186,12 @@ def _padding(tokens: int, table_bytes: int) -> int:
 
 
 def _raw(view: memoryview) -> list[memoryview]:
-    """The view as plain bytes; none where it is empty, because Python cannot cast an empty view."""
+    """The view as plain bytes. An empty list for an empty view, which Python cannot cast."""
     return [view.cast("B")] if view.nbytes else []
 
 
 def _merged(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Ascending spans without the empty ones, neighbours made one."""
+    """Joins neighbouring spans (ascending) and drops empty ones."""
     first = last = 0
     for begin, end in spans:
         if begin == end:

@@ -1,7 +1,7 @@
-"""Building CloudEvents and reading them: attributes by name, data as a typed value.
+"""Makes CloudEvents and reads their attributes and data. Nothing here knows HTTP.
 
-The data of an event is bytes in memory too (one buffer, or several that belong together), never a parsed object, so that
-an event can be passed on byte for byte; attributes are strings, but for `time`. Nothing here knows HTTP.
+An event's data stays bytes (one buffer, or several in their order), so that an event can be passed on byte for byte. Attributes
+are strings, except for `time`.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ def make_event(
     id: str | None = None,
     **extensions: AttributeValue,
 ) -> CloudEvent:
-    """An event of this moment, with a fresh id unless one is given. Extensions that are None are left out."""
+    """An event with the present time, and with a fresh id unless one is given. Extensions that are None are left out."""
     attributes: dict[str, Any] = {
         name: text for name, value in extensions.items() if (text := attribute_text(value)) is not None
     }
@@ -62,7 +62,7 @@ def json_event(
 
 
 def batch_event(type: str, source: str, batch: Batch, *, id: str | None = None, **extensions: AttributeValue) -> CloudEvent:
-    """An event with `batch` as its data, in pieces that are views of the batch's own memory."""
+    """An event whose data are views of the batch's own memory."""
     return make_event(type, source, encode_batch(batch), BATCH_CONTENT_TYPE, id=id, **extensions)
 
 
@@ -99,7 +99,7 @@ def bad_attribute(name: str, value: str) -> MalformedEvent:
 
 
 def attribute_text(value: AttributeValue) -> str | None:
-    """The canonical string of a value (CloudEvents 1.0.2, section 3.1); None stays None: the attribute is not set."""
+    """The canonical string of a value (CloudEvents 1.0.2, section 3.1); None for None: the attribute is not set."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, datetime):
@@ -137,7 +137,7 @@ def read_batch(attributes: Mapping[str, Any], data: Buffer) -> Batch:
 
 
 def data_buffers(event: CloudEvent) -> list[Buffer]:
-    """The event's data as the buffers it is made of; none where there is no data."""
+    """The buffers of the event's data; an empty list if it has none."""
     data = cast("Data", event.get_data())
     if data is None:
         return []
@@ -172,7 +172,7 @@ def zoned_time(name: str, text: str) -> datetime:
 
 
 def expiry_time(attributes: Mapping[str, Any]) -> datetime | None:
-    """When the answer is no longer awaited; None: never. Raises MalformedEvent."""
+    """The time after which the answer is no longer awaited, in UTC; None: never. Raises MalformedEvent."""
     value = attributes.get(Attribute.EXPIRY_TIME)
     if value is None:
         return None
@@ -183,7 +183,7 @@ def expiry_time(attributes: Mapping[str, Any]) -> datetime | None:
 
 
 def check_not_expired(attributes: Mapping[str, Any], now: datetime) -> datetime | None:
-    """Returns `expiry_time`. Raises EventExpired if it is not after `now`, which knows its time zone."""
+    """Returns `expiry_time`. Raises EventExpired if that is over. now: with a time zone."""
     expiry = expiry_time(attributes)
     if expiry is not None and expiry <= now:
         raise EventExpired(f"{attributes['type']} {attributes['id']} expired at {attribute_text(expiry)}")
@@ -191,7 +191,7 @@ def check_not_expired(attributes: Mapping[str, Any], now: datetime) -> datetime 
 
 
 def reply_id(cause: CloudEvent) -> str:
-    """The id of the one reply to `cause`: the same for every delivery of it, so that a sink can drop repetitions."""
+    """The id of the reply to `cause`: the same for every delivery of it, so that a sink can drop repetitions."""
     return reply_id_of(cause.get_source(), cause.get_id())
 
 
@@ -201,7 +201,7 @@ def reply_id_of(source: str, id: str) -> str:
 
 
 def reply_seed(cause: CloudEvent) -> int:
-    """A seed for a request that names none: the same for every delivery, so that every delivery has the same answer."""
+    """The seed of a request that names none: the same for every delivery, so that every delivery has the same answer."""
     return int.from_bytes(hashlib.sha256(_cause(cause.get_source(), cause.get_id())).digest()[:8]) >> 1
 
 
@@ -211,7 +211,7 @@ def is_json(content_type: str) -> bool:
 
 
 def _cause(source: str, id: str) -> bytes:
-    """Source and id, which together are unique (CloudEvents 1.0.2, section 3.1.1); the length keeps them apart."""
+    """Source and id, unique together (CloudEvents 1.0.2, section 3.1.1). The length separates them unambiguously."""
     return f"{len(source)} {source} {id}".encode()
 
 

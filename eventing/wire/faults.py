@@ -1,4 +1,4 @@
-"""What is wrong with a document that does not fit its type.
+"""Finds the fault of a document that does not fit its type.
 
 msgspec reports a fault only in words, which differ between its versions, so the document is compared with the type again.
 """

@@ -1,8 +1,7 @@
-"""What clients ask of the gateway and get from it when a text is to be continued: the JSON data of `dev.lamina.generate.*`.
+"""Requests to generate text and their answers: the JSON data of `dev.lamina.generate.*`.
 
-Requests refuse unknown fields, because an option dropped in silence is an answer to another question; replies do not, so
-that an older client reads a newer gateway. Bounds stand in the types: msgspec names the path of a value that is out of them.
-The same holds for `score` and `control`.
+Requests refuse unknown fields, because dropping an option in silence would answer another question. Replies accept them, so
+that an older client can read a newer gateway. Bounds are part of the types. The same holds for `score` and `control`.
 """
 
 from collections.abc import Collection, Sequence
@@ -17,17 +16,16 @@ from eventing.wire.tools import ToolCall, ToolChoice, Tools, callable_tools
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKENS = 128
-MAX_CHOICES = 128
-"""Answers to one request: its prompts, n times each."""
+MAX_CHOICES = 128  # answers to one request: its prompts, n times each
 
 StopString = Annotated[str, Meta(min_length=1, max_length=256)]
 PromptText = Annotated[str, Meta(min_length=1)]
 PromptIds = Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=MAX_POSITION)]
+# One text, several texts, the token ids of one text, or several such lists; not mixed.
 Prompts = PromptText | Annotated[tuple[PromptText | TokenId | PromptIds, ...], Meta(min_length=1, max_length=MAX_POSITION)]
-"""A text, several of them, the ids of a text's tokens, or several such lists; no mixture."""
 
+# stop: an end token or a stop string; length: max_tokens or the context; cancelled: the client went away.
 FinishReason = Literal["stop", "length", "cancelled"]
-"""stop: an end token or a stop string; length: max_tokens or the context; cancelled: the client went away."""
 
 
 class Message(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -35,64 +33,49 @@ class Message(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=Tru
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str
-    tool_calls: tuple[ToolCall, ...] = ()
-    """Of the assistant's turn."""
-    tool_call_id: str | None = None
-    """Which of them a tool's turn answers."""
+    tool_calls: tuple[ToolCall, ...] = ()  # made in an assistant's turn
+    tool_call_id: str | None = None  # the call that a tool's turn answers
     name: str | None = None
 
 
 class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """Data of `dev.lamina.generate.request`. Whether the answer streams is the client's Accept header, not a field."""
 
+    # Text without the chat template, or its tokens. Exactly one of `prompt` and `messages` is given.
     prompt: Prompts | None = None
-    """Text as it is, without the chat template, or its tokens. Exactly one of `prompt` and `messages` is given."""
     messages: Annotated[tuple[Message, ...], Meta(min_length=1)] | None = None
-    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
-    """Answers to each prompt, with seeds that follow each other."""
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1  # answers to each prompt, with consecutive seeds
+    # None: what the prompt leaves of the model's context. 0: nothing, with `echo`.
     max_tokens: Annotated[int, Meta(ge=0, le=MAX_POSITION)] | None = None
-    """None: what the prompt leaves of the model's context. 0: nothing, with `echo`."""
-    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
-    """0 is greedy."""
-    top_k: Annotated[int, Meta(ge=-1, lt=2**31)] = 0
-    """0 and -1 keep all."""
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0  # 0 is greedy
+    top_k: Annotated[int, Meta(ge=-1, lt=2**31)] = 0  # 0 and -1 keep all
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    # None: `cloud_event.reply_seed` of the request, so that a repeated delivery has the same answer.
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
-    """None: `cloud_event.reply_seed` of the request, so that a repeated delivery has the same answer."""
+    # Text that much of the answer is expected to repeat, such as a file to be edited. Changes the speed, not the answer.
     prediction: str = ""
-    """What much of the answer is expected to be, such as a file that is to be edited: makes answers faster, never others."""
+    # Subtracted from the logit of a token in the answer: once, and once per occurrence.
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
-    """Taken off the logit of a token that the answer has already: once, and as often as it has it."""
+    # Added to the logits of these tokens.
     logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASES)] = {}
-    """By token id, added to its logit."""
-    min_tokens: Annotated[int, Meta(ge=0, le=MAX_POSITION)] = 0
-    """The model's own end does not come before so many."""
-    ignore_eos: bool = False
-    """The answer goes on behind the model's own end, which is a token like others."""
+    min_tokens: Annotated[int, Meta(ge=0, le=MAX_POSITION)] = 0  # an end token cannot come earlier
+    ignore_eos: bool = False  # the model's end token does not end the answer
+    # The text ends before the first of these strings, which is not part of the answer; likewise before one of the tokens.
     stop: StopString | Annotated[tuple[StopString, ...], Meta(max_length=MAX_STOP_STRINGS)] = ()
-    """The text ends before the first of these; it is not part of the answer."""
     stop_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_STOP_TOKENS)] = ()
-    """So does it before one of these tokens."""
-    include_stop_str_in_output: bool = False
-    """What ended the text is part of the answer after all: the stop string, or the token of `stop_token_ids`."""
+    include_stop_str_in_output: bool = False  # the stop string, or the token of `stop_token_ids`, is part of the answer
+    # The log-probability of each token is wanted, and of so many alternatives to it.
     logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    """The log-probability of each token, and so many of the most probable ones at its place."""
-    echo: bool = False
-    """The answer begins with the prompt, and so do its log-probabilities. Not with `messages`."""
-    chat_template_kwargs: dict[str, Any] = {}
-    """Further names for the model's chat template, such as `enable_thinking`."""
-    reasoning_effort: Annotated[str, Meta(max_length=64)] | None = None
-    """The same under that name, for templates that know it."""
-    tools: Tools = ()
-    """Functions that the answer may call; the calls are text of it, in the model's own format."""
+    echo: bool = False  # answer and log-probabilities begin with the prompt; not with `messages`
+    chat_template_kwargs: dict[str, Any] = {}  # variables for the model's chat template, such as `enable_thinking`
+    reasoning_effort: Annotated[str, Meta(max_length=64)] | None = None  # a further variable for the chat template
+    tools: Tools = ()  # functions that the answer may call; calls are part of its text, in the model's own format
     tool_choice: ToolChoice = "auto"
-    parallel_tool_calls: bool = True
-    """A call that is forced may be followed by others."""
-    structured_outputs: StructuredOutputs | None = None
-    """What the answer must look like. Where it may end, and only there, the model's own end comes."""
+    parallel_tool_calls: bool = True  # a forced call may be followed by others
+    structured_outputs: StructuredOutputs | None = None  # the form of the answer, which ends when the form is complete
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.messages is None):
@@ -117,7 +100,7 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
 
     @property
     def prompts(self) -> Sequence[str | Sequence[int] | None]:
-        """Each a text or token ids; one None where there are `messages`. Raises ValueError where kinds are mixed."""
+        """Each is a text or token ids; a single None for `messages`. Raises ValueError if kinds are mixed."""
         if self.prompt is None or isinstance(self.prompt, str):
             return (self.prompt,)
         kinds = {type(part) for part in self.prompt}
@@ -126,7 +109,7 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
         return (self.prompt,) if kinds == {int} else self.prompt  # type: ignore[return-value]
 
     def each(self, seed: int) -> list["GenerateRequest"]:
-        """One request for each answer: of the first prompt all n, then of the next; `seed` where the request names none."""
+        """One request per answer: the n answers to the first prompt, then to the next. seed: if the request names none."""
         seed = seed if self.seed is None else self.seed % 2**63
         prompts = [prompt for prompt in self.prompts for _ in range(self.n)]
         if len(prompts) == 1:
@@ -139,13 +122,13 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
 
     @property
     def template_values(self) -> dict[str, Any]:
-        """Further variables of the chat template."""
+        """Variables for the chat template beside the messages."""
         effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
         return self.chat_template_kwargs | effort
 
     @property
     def scores(self) -> bool:
-        """The log-probabilities of the prompt's tokens are wanted."""
+        """Whether log-probabilities of the prompt's tokens are wanted."""
         return self.echo and self.logprobs is not None
 
     def end_ids(self, eos_ids: Collection[int]) -> frozenset[int]:
@@ -155,8 +138,7 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
     def sampling(
         self, seed: int, prompt_tokens: int = 0, eos_ids: Collection[int] = (), grammar: Grammar | None = None
     ) -> Sampling:
-        """What the last stage needs to know of an answer behind so many tokens; `seed` counts where the request names none.
-        eos_ids: the model's own."""
+        """How the last stage draws an answer after `prompt_tokens`. seed: if the request has none. eos_ids: the model's."""
         penalized = self.presence_penalty or self.frequency_penalty
         banned = tuple(sorted(self.end_ids(eos_ids))) if self.min_tokens else ()
         return Sampling(
@@ -177,16 +159,14 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
 
 
 class CompletionTokensDetails(Struct, frozen=True):
-    """What became of draft tokens: tokens that were computed several a round, and those that were computed for nothing."""
+    """Draft tokens that were accepted and rejected."""
 
     accepted_prediction_tokens: int = 0
     rejected_prediction_tokens: int = 0
 
 
 class PromptTokensDetails(Struct, frozen=True):
-    """What of a prompt was held already, everywhere, and not computed."""
-
-    cached_tokens: int = 0
+    cached_tokens: int = 0  # tokens of the prompt that every stage had in its prefix cache
 
 
 class Usage(Struct, frozen=True):
@@ -200,65 +180,56 @@ class Usage(Struct, frozen=True):
 
 
 class Timings(Struct, frozen=True):
-    """Where an answer's time went."""
+    """How long an answer took."""
 
     queue_seconds: float
-    time_to_first_token_seconds: float
-    """From the request's arrival, so it contains queue_seconds."""
+    time_to_first_token_seconds: float  # from the request's arrival, queue_seconds included
     total_seconds: float
-    tokens_per_second: float
-    """Of the tokens behind the first; 0 where there is none."""
-    replays: int = 0
-    """How often a broken route made the sequence begin again."""
+    tokens_per_second: float  # after the first token; 0 for a single token
+    replays: int = 0  # how often a broken route made the sequence begin again
 
 
 class TokenLogprob(Struct, frozen=True, omit_defaults=True):
-    """A token's log-probability, and the most probable tokens of its place with theirs, the most probable first."""
+    """A token's log-probability, and the most probable tokens at its position with theirs, most probable first."""
 
     token_id: int
-    logprob: float | None
-    """None: of a text's first token."""
+    logprob: float | None  # None for a text's first token
     top: tuple[tuple[int, float], ...] = ()
 
 
 class Choice(Struct, frozen=True, omit_defaults=True):
-    """One answer of several, or the only one. With `echo` text and token_ids begin with the prompt's."""
+    """One of a request's answers. With `echo` its text and token_ids begin with the prompt's."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
-    logprobs: tuple[TokenLogprob, ...] | None = None
-    """Of all token_ids, where they were asked for."""
+    logprobs: tuple[TokenLogprob, ...] | None = None  # of all token_ids, if asked for
 
 
 class GenerateResponse(Struct, frozen=True, omit_defaults=True):
-    """Data of `dev.lamina.generate.response`; on a stream, the last event. What is said of one answer is said of the first."""
+    """Data of `dev.lamina.generate.response`; on a stream, of the last event. text to finish_reason are the first answer's."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
-    usage: Usage
-    """Of all answers."""
-    timings: Timings
-    """From the request's arrival to the end of the last answer."""
+    usage: Usage  # of all answers together
+    timings: Timings  # from the request's arrival to the end of the last answer
     logprobs: tuple[TokenLogprob, ...] | None = None
-    choices: tuple[Choice, ...] = ()
-    """All answers, where there are several."""
+    choices: tuple[Choice, ...] = ()  # all answers, if there are several
 
 
 class TokenEvent(Struct, frozen=True, omit_defaults=True):
-    """Data of `dev.lamina.generate.token`: the text that token `index` of the answer has completed, which may be empty."""
+    """Data of `dev.lamina.generate.token`: the text that token `index` of the answer completes, which may be empty."""
 
     index: int
     token_id: int
     text: str
-    choice: int = 0
-    """Of which answer, where there are several."""
+    choice: int = 0  # index of the answer, if there are several
     logprob: TokenLogprob | None = None
 
 
 class ErrorEvent(Struct, frozen=True):
-    """Data of `dev.lamina.generate.error`, the end of a stream that cannot go on: a problem document (RFC 9457)."""
+    """Data of `dev.lamina.generate.error`, the last event of a stream that failed: a problem document (RFC 9457)."""
 
     type: str
     title: str

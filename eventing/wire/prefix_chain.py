@@ -1,8 +1,8 @@
-"""What a sequence begins with, as a chain of digests: one for each whole block of tokens, of it and of all before it.
+"""The prefix chain of a sequence: one digest per whole block of tokens, over the block and all blocks before it.
 
-Two sequences that share the first n digests have the same first n blocks, so keys and values of the one are those of the
-other. The key of the digests is made of the pipeline and of whoever may share, so that what others hold is never found. The
-gateway computes chains; stages only compare. Pure functions.
+Sequences with the same first n digests have the same first n blocks, hence the same keys and values for them. Digests are keyed
+by the pipeline and by the clients that may share, so one client cannot find another's KV. The gateway computes chains; stages
+only compare them. All functions are pure.
 """
 
 from array import array
@@ -11,22 +11,21 @@ from typing import Final
 
 from blake3 import blake3
 
+# Tokens after the last whole block are computed again: of prompts of 1,050 tokens that share 1,000, blocks of 64 leave 90 to
+# compute and blocks of 16 leave 58.
 BLOCK_TOKENS: Final = 16
-"""Of a digest. What lies behind the last whole block is computed again: in 32 prompts of 1,050 tokens that share 1,000, blocks
-of 64 would leave 90 for each, blocks of 16 leave 58."""
 DIGEST_BYTES: Final = 16
 
-Chain = tuple[bytes, ...]
-"""A digest for each block, in their order."""
+Chain = tuple[bytes, ...]  # the digests of successive blocks
 
 
 def chain_key(pipeline: str, sharer: str) -> bytes:
-    """32 bytes. pipeline: its fingerprint. sharer: who may find what is held; empty: all of the pipeline."""
+    """32 bytes. pipeline: its fingerprint. sharer: the client whose sequences share KV; empty: all clients of the pipeline."""
     return blake3(f"{pipeline} {sharer}".encode(), derive_key_context="lamina prefix chain 1").digest()
 
 
 def extended(chain: Chain, token_ids: Sequence[int], key: bytes) -> Chain:
-    """The chain of all whole blocks of `token_ids`, of which `chain` is the beginning."""
+    """The chain of all whole blocks of `token_ids`. chain: of its beginning, computed before."""
     digests = list(chain)
     last = digests[-1] if digests else b""
     blocks = len(token_ids) // BLOCK_TOKENS
@@ -38,19 +37,19 @@ def extended(chain: Chain, token_ids: Sequence[int], key: bytes) -> Chain:
 
 
 def packed(chain: Chain) -> bytes:
-    """As it travels: one digest behind the other."""
+    """The wire format: digests one after the other."""
     return b"".join(chain)
 
 
 def unpacked(data: bytes) -> Chain:
-    """Raises ValueError where `data` is not whole digests."""
+    """Raises ValueError if `data` is not whole digests."""
     if len(data) % DIGEST_BYTES:
         raise ValueError(f"a chain of {len(data)} bytes is not a multiple of {DIGEST_BYTES}")
     return tuple(data[first : first + DIGEST_BYTES] for first in range(0, len(data), DIGEST_BYTES))
 
 
 def common_blocks(one: Chain, other: Chain) -> int:
-    """Blocks that both begin with. A digest stands for all before it, so that a few comparisons are enough."""
+    """Number of blocks that both begin with, by bisection: a digest covers all blocks before it."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,12 +1,10 @@
-"""Scoring a text in a single pass: the JSON data of `dev.lamina.score.*`, and the row that goes through the stages for it."""
+"""Scoring a text in a single pass: the JSON data of `dev.lamina.score.*`, and the row that passes through the stages."""
 
 from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from eventing.wire.events import MAX_BATCH_TOKENS, Row, Want
-
-TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+from eventing.wire.events import MAX_BATCH_TOKENS, Row, TokenId, Want
 
 
 class ScoreRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -25,11 +23,10 @@ class ScoreResponse(Struct, frozen=True):
     """Data of `dev.lamina.score.response`."""
 
     token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    """Log-probability of each token but the first, given those before it, natural logarithm."""
+    logprobs: tuple[float, ...]  # of each token but the first, given those before it; natural logarithms
     logprob_sum: float
 
 
 def score_row(id_: str, tokens: int) -> Row:
-    """A row from position 0 on that wants the log-probability of each of its `tokens` tokens but the first."""
+    """A row of `tokens` tokens at position 0 that wants their log-probabilities."""
     return Row(id_, attempt=0, position=0, length=tokens, want=Want.LOGPROBS, reserve_tokens=tokens)

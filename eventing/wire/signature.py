@@ -1,10 +1,9 @@
-"""Signed events: who has the pipeline token says so in the event itself, where nobody can add a header on the way.
+"""Signed events: an attribute that proves knowledge of the pipeline token, for events that travel without our headers.
 
-A Sequence of Knative Eventing passes events on from stage to stage and sends no Authorization header. So the gateway signs
-the event that begins a score, each stage signs its reply, and a stage takes a signed event without a bearer token. The
-signature is HMAC-SHA256 with the pipeline token over what the event is and until when it is good; intermediaries may add
-other attributes, which count for nothing. Until it expires a signed event can be sent again, which does no harm: a pass over
-the same tokens has the same answer, and keeps nothing.
+A Sequence of Knative Eventing passes events from stage to stage and sends no Authorization header. So the gateway signs the
+event that begins a score, each stage signs its reply, and a stage accepts a signed event without a bearer token. The signature
+is HMAC-SHA256 with the pipeline token over the event's identity, data and expiry. Intermediaries may add other attributes,
+which are ignored. A signed event can be replayed until it expires, without harm: the same tokens have the same answer.
 """
 
 import hashlib
@@ -19,28 +18,22 @@ from eventing.problems import Unauthorized
 from eventing.wire.cloud_event import check_not_expired, checked_event, data_buffers
 from eventing.wire.events import Attribute
 
-_PURPOSE: Final = "lamina signed event 1"
-"""First of what is signed: the token signs nothing else that could be taken for an event."""
+_PURPOSE: Final = "lamina signed event 1"  # signed too, so that no other use of the token can be passed off as an event
 _SIGNED: Final = (Attribute.PIPELINE, Attribute.LAYER, Attribute.EXPIRY_TIME)
 
 
 def sign(event: CloudEvent, token: str) -> CloudEvent:
-    """The event with its signature. It must have `expirytime`: a signature without an end would be good for ever."""
+    """The event with its signature. Raises ValueError without `expirytime`: the signature would be valid for ever."""
     if event.get_extension(Attribute.EXPIRY_TIME) is None:
         raise ValueError(f"{event.get_type()} {event.get_id()} has no {Attribute.EXPIRY_TIME}, so it cannot be signed")
     return checked_event({**event.get_attributes(), Attribute.SIGNATURE.value: _signature(event, token)}, event.get_data())
 
 
-def is_signed(event: CloudEvent) -> bool:
-    """Whether it carries a signature, right or wrong."""
-    return event.get_extension(Attribute.SIGNATURE) is not None
-
-
 def verify(event: CloudEvent, *tokens: str) -> None:
-    """Raises Unauthorized where the signature is of none of the tokens, EventExpired where it is no longer good.
+    """Raises Unauthorized if none of the tokens made the signature, and EventExpired if it is no longer valid.
 
-    An event whose data waits in the store (`dataref`) is held to the SHA-256 that it names; `ClaimCheck.redeem` then holds
-    the data to the same.
+    For an event whose data is in the store (`dataref`) the signature covers the SHA-256 that it names; `ClaimCheck.redeem` then
+    checks the data against that.
     """
     given = str(event.get_extension(Attribute.SIGNATURE) or "").encode()
     known = [hmac.compare_digest(given, _signature(event, token).encode()) for token in tokens]
@@ -54,11 +47,11 @@ def verify(event: CloudEvent, *tokens: str) -> None:
 
 def _signature(event: CloudEvent, token: str) -> str:
     attributes = [event.get_extension(name) for name in _SIGNED]
-    # A JSON array keeps its elements apart, whatever they contain.
-    said = msgspec.json.encode(
+    # A JSON array separates its elements unambiguously.
+    signed = msgspec.json.encode(
         [_PURPOSE, event.get_type(), event.get_source(), event.get_id(), *attributes, _data_sha256(event)]
     )
-    return hmac.new(token.encode(), said, hashlib.sha256).hexdigest()
+    return hmac.new(token.encode(), signed, hashlib.sha256).hexdigest()
 
 
 def _data_sha256(event: CloudEvent) -> str:

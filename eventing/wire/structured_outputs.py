@@ -1,4 +1,4 @@
-"""What an answer must look like, as clients say it: the fields are those of vLLM's `structured_outputs`."""
+"""The form that an answer must have, as clients request it: the fields of vLLM's `structured_outputs`."""
 
 from typing import Annotated, Any
 
@@ -13,16 +13,12 @@ MAX_CHOICES = 4096
 class StructuredOutputs(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """Exactly one of these is given."""
 
-    json: dict[str, Any] | GrammarText | None = None
-    """A JSON schema, or the text of one."""
-    json_object: bool | None = None
-    """Any JSON object."""
-    regex: GrammarText | None = None
-    """Of the whole answer."""
+    json: dict[str, Any] | GrammarText | None = None  # a JSON schema, or its text
+    json_object: bool | None = None  # any JSON object
+    regex: GrammarText | None = None  # matches the whole answer
+    # The answer is one of these texts.
     choice: Annotated[tuple[GrammarText, ...], Meta(min_length=1, max_length=MAX_CHOICES)] | None = None
-    """The answer is one of these."""
-    grammar: GrammarText | None = None
-    """In Lark as llguidance has it, or in llama.cpp's GBNF."""
+    grammar: GrammarText | None = None  # in llguidance's Lark, or in llama.cpp's GBNF
 
     def __post_init__(self) -> None:
         given = [name for name in self.__struct_fields__ if getattr(self, name)]

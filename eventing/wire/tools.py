@@ -11,10 +11,8 @@ ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.\-]{1,128}$")]
 class ToolFunction(Struct, frozen=True, omit_defaults=True):
     name: ToolName
     description: str | None = None
-    parameters: dict[str, Any] | None = None
-    """A JSON schema of the object that its arguments are; None: whatever they are."""
-    strict: bool | None = None
-    """Changes nothing: a call that is forced has arguments as the schema says, others are the model's."""
+    parameters: dict[str, Any] | None = None  # JSON schema of the object of its arguments; None: any arguments
+    strict: bool | None = None  # has no effect: arguments of forced calls fit the schema, others are the model's own
 
 
 class Tool(Struct, frozen=True):
@@ -39,8 +37,7 @@ Tools = Annotated[tuple[Tool, ...], Meta(max_length=MAX_TOOLS)]
 
 class FunctionCall(Struct, frozen=True):
     name: str
-    arguments: str
-    """JSON, as the model wrote it."""
+    arguments: str  # JSON, as the model wrote it
 
 
 class ToolCall(Struct, frozen=True):
@@ -50,7 +47,7 @@ class ToolCall(Struct, frozen=True):
 
 
 def callable_tools(tools: Tools, choice: ToolChoice) -> Tools:
-    """Those that the model is told of. Raises ValueError where the one that must be called is none of them."""
+    """The tools that the prompt names. Raises ValueError if `choice` names another tool."""
     if choice == "none":
         return ()
     if choice == "required" and not tools:
@@ -61,7 +58,7 @@ def callable_tools(tools: Tools, choice: ToolChoice) -> Tools:
 
 
 def forced_tools(tools: Tools, choice: ToolChoice) -> Tools:
-    """Of which one must be called; none where the model decides."""
+    """The tools to choose a forced call from; an empty tuple if the model decides whether to call one."""
     if isinstance(choice, NamedTool):
         return tuple(tool for tool in tools if tool.function.name == choice.function.name)
     return tools if choice == "required" else ()

@@ -1,8 +1,7 @@
-"""JSON into structs, whichever threads do so first.
+"""Decodes JSON into structs, safely for threads.
 
-msgspec (0.22) looks at a struct's fields when it is first decoded, and runs Python meanwhile where one of them is a struct,
-too: another thread that decodes the same struct then reads a table that is half filled, and the process ends by SIGSEGV.
-Decoders are complete when they are made; here one thread at a time makes them.
+msgspec 0.22 prepares a struct's fields when it is first decoded, and may run Python code meanwhile. Another thread that decodes
+the same struct then reads a half-filled table, and the process ends with SIGSEGV. So decoders are made here, one at a time.
 """
 
 import threading

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 from typing import Final
 
-from eventing.wire.events import MAX_DRAFT_TOKENS, Weights
+from eventing.wire.events import MAX_DRAFT_TOKENS, StageWeights
 from functions.configuration import parsers
 from functions.configuration.api_keys import ApiKey
 from functions.configuration.parsers import LayerRange
@@ -92,7 +92,7 @@ class CommonConfig:
         "LAMINA_DTYPE", parsers.one_of("float32", "bfloat16", "float16", "int8", "q4"), "dtype of the publication in the store"
     )
     cut: tuple[LayerRange, ...] = setting("LAMINA_CUT", parsers.cut, "all layer groups, such as 0:10,10:20,20:30")
-    weights: tuple[Weights, ...] | None = setting(
+    weights: tuple[StageWeights, ...] | None = setting(
         "LAMINA_WEIGHTS",
         parsers.weights,
         "if groups compute in different dtypes: DTYPE=DIGEST of each group's publication; unset: all in LAMINA_DTYPE",

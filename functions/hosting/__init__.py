@@ -1,4 +1,4 @@
-"""What makes a process of a function: the server, its start, and what the Flask applications share.
+"""Runs a function as a process: the HTTP server, the start-up, and parts that the Flask applications share.
 
 May import: eventing, eventing.wire, storage, storage.models, functions.configuration, functions.threads.
 """

@@ -1,4 +1,4 @@
-"""Probes and metrics, for whoever runs the function: bare WSGI, so that they answer whatever the applications are busy with."""
+"""Probes and metrics for the platform, as plain WSGI: they do not depend on the application."""
 
 from collections.abc import Callable, Iterable, Mapping
 from http import HTTPStatus
@@ -17,9 +17,9 @@ _Answer = tuple[HTTPStatus, bytes, str]
 
 
 class Management:
-    """`/healthz`, `/readyz` and `/metrics`. `sick` says what is wrong, if anything; `ready` comes with details.
+    """Answers `/healthz`, `/readyz` and `/metrics`. `sick` returns a defect or None; `ready` returns details as well.
 
-    On the clients' port there are the first two, without details: the platform's probes come that way, and so may anybody.
+    On the clients' port it answers only the two probes, without details: the platform probes that port, and strangers may too.
     """
 
     def __init__(

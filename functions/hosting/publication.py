@@ -1,4 +1,4 @@
-"""The publication that a function was made for: found in the store, and held against its configuration."""
+"""Reads a function's publication from the store and checks it against the configuration."""
 
 from eventing.wire.events import fingerprint_of
 from functions.configuration.config import CommonConfig
@@ -7,13 +7,13 @@ from storage.models.model_repository import ModelManifest, Reader, read_manifest
 
 
 class WrongPublication(Exception):
-    """The store holds another model than this function was made for. Render the pipeline again."""
+    """The store holds another model than the configuration names. Render the pipeline again."""
 
 
 def read_publication(config: CommonConfig, reader: Reader, group: LayerRange | None = None) -> ModelManifest:
-    """The manifest. group: of a stage, whose weights must be its own; a gateway reads the text's files only.
+    """The manifest. group: a stage's layers, whose weights are checked; None for a gateway, which reads no weights.
 
-    Raises WrongPublication naming what was found, or a StorageError.
+    Raises WrongPublication, which names what was found, or a StorageError.
     """
     manifest = read_manifest(reader, config.model, config.dtype)
     what = f"model {config.model!r} in {config.dtype} in {config.store.place}"

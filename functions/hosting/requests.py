@@ -90,7 +90,7 @@ class BodyBudget:
 
 
 class Body(bytearray):
-    """A request's body. It counts against the budget until its memory is freed, whoever holds it by then."""
+    """A request's body. It counts against the budget until its memory is freed."""
 
     _budget: BodyBudget | None = None
     _charged = 0

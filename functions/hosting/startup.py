@@ -70,9 +70,9 @@ def without_collection() -> Iterator[None]:
 def use_few_arenas() -> None:
     """Lets all threads allocate from two arenas of glibc. Call it before there are threads. Other C libraries: no effect.
 
-    glibc makes up to eight arenas per core, and memory freed in one cannot be used by another. Hundreds of a gateway's threads,
-    each of which reads a large body now and then, made 16 arenas that grew for ever: 46 of 228 MiB were in use (docs/log.md).
-    Most work holds the interpreter's lock, so threads seldom wait for an arena.
+    glibc makes up to eight arenas per core, and memory freed in one cannot be used by another. A gateway's hundreds of threads
+    read large bodies now and then, and their 16 arenas grew for ever: 46 of 228 MiB were in use (docs/log.md). Most work holds
+    the interpreter's lock, so threads seldom wait for an arena.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

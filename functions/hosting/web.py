@@ -27,13 +27,13 @@ def with_retry_after(response: Response, problem: Problem) -> Response:
 
 
 def not_served(error: HTTPException) -> Response:
-    """For a path or a method that nobody serves."""
+    """The reply for an unknown path or method."""
     document = {"type": "about:blank", "title": error.name, "status": error.code, "detail": error.description}
     return with_allow(Response(msgspec.json.encode(document), error.code, content_type=PROBLEM_CONTENT_TYPE), error)
 
 
 def with_allow(response: Response, error: HTTPException) -> Response:
-    """Where another method is served, it is named."""
+    """Adds the error's Allow header, if it has one."""
     for name, value in error.get_headers():
         if name.lower() == "allow":
             response.headers[name] = value
@@ -41,9 +41,9 @@ def with_allow(response: Response, error: HTTPException) -> Response:
 
 
 def add_problem_handlers(app: Flask) -> None:
-    """Whatever is raised becomes a problem document; what nobody expected is logged with its traceback.
+    """Turns every exception into a problem document. Unexpected ones are logged with their traceback.
 
-    So does what the server refused before the body was in, in the words of the door that it knocked at.
+    A request that the server refused by its head is answered in the same way.
     """
 
     @app.before_request

@@ -1,4 +1,4 @@
-"""Spans recorded and exported by OpenTelemetry over OTLP/HTTP. The only importer of it; imported where it is configured."""
+"""Records spans and exports them over OTLP/HTTP by OpenTelemetry. Imported only if traces are configured."""
 
 from collections.abc import Sequence
 from types import TracebackType

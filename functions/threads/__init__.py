@@ -1,4 +1,4 @@
-"""Threads that wait for others: a pool that grows with what there is to do and shrinks when it is done.
+"""A pool of threads that grows with its work and shrinks when the work is done.
 
 May import: nothing of Lamina.
 """

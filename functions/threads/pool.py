@@ -1,4 +1,4 @@
-"""A pool of threads that end when they have nothing to do: what a burst needed is given back once it is over."""
+"""A pool of threads that end when they are idle, so that a burst's threads are given back after it."""
 
 import logging
 import threading
@@ -13,13 +13,12 @@ _log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-IDLE_SECONDS: Final = 5.0
-"""A thread with nothing to do for so long ends."""
+IDLE_SECONDS: Final = 5.0  # a thread that is idle for so long ends
 
 
 @dataclass(slots=True)
 class _Call:
-    """One that was submitted."""
+    """A submitted call."""
 
     future: "Future[Any]"
     function: Callable[..., Any]
@@ -31,7 +30,7 @@ class _Call:
             return
         try:
             result = self.function(*self.arguments, **self.named)
-        except BaseException as error:  # noqa: BLE001 - it is told to whoever waits for the future
+        except BaseException as error:  # noqa: BLE001 - the future passes it on
             self.future.set_exception(error)
         else:
             self.future.set_result(result)
@@ -39,7 +38,7 @@ class _Call:
 
 @dataclass(slots=True, eq=False)
 class _Idle:
-    """A thread that waits for a call."""
+    """An idle thread."""
 
     woken: threading.Lock = field(default_factory=threading.Lock)
     call: _Call | None = None
@@ -49,20 +48,19 @@ class _Idle:
 
 
 class ThreadPool(Executor):
-    """At most `most` threads, started as they are needed.
+    """At most `max_threads` threads, started when they are needed.
 
-    The library's `ThreadPoolExecutor` keeps for ever whatever it started, and is waited for when the process ends. Here the
-    thread that was busy last is the first to be woken, so that those a burst was for become idle, and an idle one ends.
+    The library's ThreadPoolExecutor keeps its threads for ever, and the process waits for them when it ends. Here the thread
+    that was busy last is woken first, so that the threads of a burst stay idle and end.
     """
 
-    def __init__(self, most: int, name: str, idle_seconds: float = IDLE_SECONDS) -> None:
-        self.most = most
+    def __init__(self, max_threads: int, name: str, idle_seconds: float = IDLE_SECONDS) -> None:
+        self._max_threads = max_threads
         self._name = name
         self._idle_seconds = idle_seconds
         self._lock = threading.Lock()
         self._waiting: deque[_Call] = deque()
-        self._idle: list[_Idle] = []
-        """The one that became idle last is last."""
+        self._idle: list[_Idle] = []  # most recently used last
         self._threads = 0
         self._started = 0
         self._closed = False
@@ -73,16 +71,16 @@ class ThreadPool(Executor):
 
     @property
     def waiting(self) -> int:
-        """Calls that no thread has taken yet."""
+        """Calls that wait for a thread."""
         return len(self._waiting)
 
     @property
     def mostly_free(self) -> bool:
-        """Whether half of the threads that may be have nothing to do, and nothing waits."""
-        return (self._threads - len(self._idle) + len(self._waiting)) * 2 <= self.most
+        """Whether calls take up at most half of `max_threads`."""
+        return (self._threads - len(self._idle) + len(self._waiting)) * 2 <= self._max_threads
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
-        """Raises RuntimeError where the pool is closed. Where the machine gives no further thread, it waits for those there."""
+        """Raises RuntimeError if the pool is closed. If a thread cannot be started, the call waits for the others."""
         call = _Call(Future(), fn, args, kwargs)
         with self._lock:
             if self._closed:
@@ -91,14 +89,14 @@ class ThreadPool(Executor):
                 idle = self._idle.pop()
                 idle.call = call
                 idle.woken.release()
-            elif self._threads < self.most:
+            elif self._threads < self._max_threads:
                 self._start(call)
             else:
                 self._waiting.append(call)
         return call.future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Takes no call any more; idle threads end. wait is not for this pool: nobody waits for its threads."""
+        """Refuses further calls and ends idle threads. wait: has no effect, threads are never waited for."""
         with self._lock:
             self._closed = True
             while cancel_futures and self._waiting:
@@ -108,26 +106,24 @@ class ThreadPool(Executor):
 
     def _start(self, call: _Call) -> None:
         """With the lock held."""
-        self._threads += 1
         self._started += 1
+        thread = threading.Thread(target=self._run, args=(call,), name=f"{self._name}-{self._started}", daemon=True)
         try:
-            self._start_thread(call)
+            thread.start()
         except RuntimeError as error:
-            _log.error("no thread more to %s than the %d there are: %s", self._name, self._threads - 1, error)
-            self._threads -= 1
+            _log.error("the pool %s cannot start a thread beside its %d: %s", self._name, self._threads, error)
             self._waiting.append(call)
-
-    def _start_thread(self, call: _Call) -> None:
-        threading.Thread(target=self._run, args=(call,), name=f"{self._name}-{self._started}", daemon=True).start()
+        else:
+            self._threads += 1
 
     def _run(self, call: _Call | None) -> None:
         while call is not None:
             call.run()
-            del call  # What it was about is not held while the thread is idle.
+            del call  # an idle thread must not keep its arguments alive
             call = self._next()
 
     def _next(self) -> _Call | None:
-        """None: this thread ends."""
+        """Waits for a call; None: this thread ends."""
         with self._lock:
             if self._waiting:
                 return self._waiting.popleft()
@@ -142,7 +138,7 @@ class ThreadPool(Executor):
                     self._idle.remove(idle)
                     self._threads -= 1
                     return None
-        if idle.call is None:  # Closed.
+        if idle.call is None:  # the pool was closed
             with self._lock:
                 self._threads -= 1
         return idle.call

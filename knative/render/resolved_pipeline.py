@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from eventing.wire.events import Cut, Weights, fingerprint_of
+from eventing.wire.events import Cut, StageWeights, fingerprint_of
 from knative.spec.pipeline_spec import PipelineSpec, StageSpec
 
 
@@ -25,7 +25,7 @@ class ResolvedPipeline:
         return fingerprint_of(self.weights, self.cut, self.spec.wire_dtype)
 
     @property
-    def weights(self) -> tuple[Weights, ...]:
+    def weights(self) -> tuple[StageWeights, ...]:
         """Dtype and digest of each stage. Raises SpecError."""
         digests = {**self.other_digests, self.spec.model.dtype: self.weights_digest}
         return tuple((dtype, digests[dtype]) for dtype in self.spec.dtypes_of(self.cut))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence as Items
 from collections.abc import Set
 
-from eventing.wire.control import MOST_PEERS
+from eventing.wire.control import MAX_PEERS
 from functions.gateway.scheduling.actions import Reserve, reserve
 from functions.gateway.scheduling.micro_batch import MicroBatch
 from functions.gateway.scheduling.prefix_sharing import leader_is_done
@@ -134,4 +134,4 @@ def _peers(state: SchedulerState, instance: Instance, sequences: Items[Sequence]
     places = [state.where_held.find(sequence.prefix_chain()) for sequence in sequences]
     others = [held.instances[instance.stage] for held in places if held.tokens >= state.limits.chunk_tokens]
     urls = [other.url for other in others if other is not instance and other.ready and not other.is_service]
-    return tuple(dict.fromkeys([*state.placement.leaving(instance), *urls]))[:MOST_PEERS]
+    return tuple(dict.fromkeys([*state.placement.leaving(instance), *urls]))[:MAX_PEERS]

@@ -7,7 +7,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Container, Iterator
 from typing import Final
 
-from eventing.wire.control import ROOM_SECONDS
+from eventing.wire.control import HOLD_SECONDS
 from functions.gateway.scheduling.actions import Release
 from functions.gateway.scheduling.batching import IN_FLIGHT_PER_INSTANCE
 from functions.gateway.scheduling.sequence import Sequence
@@ -151,7 +151,7 @@ class BacklogSignals:
         if free_tokens is not None and free_tokens >= release.awaited_tokens:
             backlog.freed()
         else:
-            self._not_before[release.instance] = sent_at + ROOM_SECONDS
+            self._not_before[release.instance] = sent_at + HOLD_SECONDS
         return True
 
 

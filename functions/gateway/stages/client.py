@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from eventing.http.binding import to_binary_http
-from eventing.http.delivery import DeliveryError, HttpReply, Sender, Target
+from eventing.http.delivery import DeliveryError, HttpReply, RequestTarget, Sender
 from eventing.http.framing import EventTemplate, read_attributes
 from eventing.problems import MalformedEvent, Problem
 from eventing.wire.batch_codec import decode_batch
@@ -128,7 +128,7 @@ class StageClient:
     def release(self, instance: Instance, rows: Sequence[ReleaseRow], awaited_tokens: int = 0) -> ReplyOrigin:
         """Frees the rows' memory. Without rows it renews this gateway's lease. Raises StageFailed.
 
-        awaited_tokens: unless 0, the stage holds its reply until it could reserve so many, or for ROOM_SECONDS.
+        awaited_tokens: unless 0, the stage holds its reply until it could reserve so many, or for HOLD_SECONDS.
         """
         timeout = self._step_timeout_seconds if rows else min(RENEWAL_SECONDS, self._step_timeout_seconds)
         template = self._template(instance, EventType.RELEASE, JSON_CONTENT_TYPE)
@@ -195,7 +195,7 @@ class StageClient:
         layer = identity.first_layers[stage]
         event = make_event(event_type, identity.source, b"", content_type, pipeline=identity.fingerprint, layer=layer)
         headers, _ = to_binary_http(event)
-        return EventTemplate(event_type, Target.of(url), headers | {"authorization": f"Bearer {identity.token}"})
+        return EventTemplate(event_type, RequestTarget.of(url), headers | {"authorization": f"Bearer {identity.token}"})
 
     def _span(self, event_type: str, stage: int, url: str, traces: Traces) -> Span:
         attributes: Attributes = {"lamina.stage": stage, "lamina.sequences": len(traces), "url.full": url}

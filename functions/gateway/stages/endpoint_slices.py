@@ -1,6 +1,6 @@
 """EndpointSlices from the Kubernetes API: list and watch, over plain urllib3.
 
-The kubernetes client costs half a second of import. `knative/local` serves the same, so this is the code everywhere.
+Importing the kubernetes client takes half a second. `knative/local` serves the same API, so the same code runs everywhere.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,10 +18,8 @@ SERVICE_ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 CLUSTER_API: Final = "https://kubernetes.default.svc"
 IN_CLUSTER: Final = "cluster"
 
-WATCH_SECONDS: Final = 20.0
-"""How long one watch lasts. The server ends it, with a bookmark where the next one begins: an empty request each time."""
-SILENCE_SECONDS: Final = 5.0
-"""A connection that has died in silence is noticed so long after the server should have ended the watch."""
+WATCH_SECONDS: Final = 20.0  # length of one watch; the server ends it with a bookmark from which the next one goes on
+SILENCE_SECONDS: Final = 5.0  # a dead connection is noticed so long after the server should have ended the watch
 CONNECT_SECONDS: Final = 5.0
 _LIST_SECONDS: Final = 30.0
 GONE: Final = 410
@@ -74,7 +72,7 @@ S = TypeVar("S", SliceList, WatchEvent, Slice, _Status)
 
 
 class Unreadable(ValueError):
-    """What the API said is not what Kubernetes says there, or no JSON."""
+    """The API's reply is not JSON, or not of the expected type."""
 
 
 def _reader(type: type[S]) -> Callable[[bytes | msgspec.Raw], S]:
@@ -99,8 +97,8 @@ class Expired(Exception):
     """The resourceVersion is too old: list again."""
 
 
-class Refused(Exception):
-    """The API answered with an error. 401 and 403: this gateway has not the right to watch."""
+class KubernetesError(Exception):
+    """The API answered with an error. 401 and 403: this gateway may not watch."""
 
     def __init__(self, status: int, detail: str) -> None:
         super().__init__(f"the Kubernetes API answered {status}: {detail}")
@@ -129,7 +127,7 @@ class KubernetesAPI:
         return read_list(response.data)
 
     def watch(self, service: str, resource_version: str) -> urllib3.BaseHTTPResponse:
-        """The open stream of changes; the caller closes it."""
+        """An open stream of changes, which the caller closes."""
         lasts = f"{max(1.0, self._watch_seconds):.0f}"
         address = self._address(
             service, watch="1", resourceVersion=resource_version, allowWatchBookmarks="true", timeoutSeconds=lasts
@@ -146,7 +144,7 @@ class KubernetesAPI:
         return f"{self._url}?{urlencode({'labelSelector': selector, **parameters})}"
 
     def _headers(self) -> dict[str, str]:
-        """The token is read anew each time: Kubernetes rotates it."""
+        """Reads the token for each request, because Kubernetes rotates it."""
         if not self._in_cluster:
             return {}
         return {"Authorization": f"Bearer {(SERVICE_ACCOUNT / 'token').read_text().strip()}"}
@@ -156,18 +154,18 @@ def _check(response: urllib3.BaseHTTPResponse) -> None:
     if response.status == GONE:
         raise Expired
     if response.status != 200:
-        raise Refused(response.status, response.data[:200].decode("utf-8", "replace"))
+        raise KubernetesError(response.status, response.data[:200].decode("utf-8", "replace"))
 
 
 def lines_of(stream: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
-    """Whole lines as they come. A connection cut within one ends quietly: what it said is said again."""
+    """Complete lines as they arrive. A line cut off by the connection's end is dropped: the next watch repeats it."""
     begun, length = [], 0
     while part := stream.read1(2**16):
         first, *others = part.split(b"\n")
         begun.append(first)
         length += len(first)
         if length > _MAX_LINE_BYTES:
-            raise Refused(200, f"a line of more than {_MAX_LINE_BYTES} bytes")
+            raise KubernetesError(200, f"a line of more than {_MAX_LINE_BYTES} bytes")
         if others:
             yield from filter(None, [b"".join(begun), *others[:-1]])
             begun, length = [others[-1]], len(others[-1])

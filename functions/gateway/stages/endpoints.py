@@ -1,6 +1,6 @@
-"""The watch of ready instances: the EndpointSlices behind each stage's private Services.
+"""Watches the ready instances of each stage: the EndpointSlices of its private Services.
 
-List, then watch from the list's resourceVersion, list again on 410, reconnect with back-off.
+Lists, then watches from the list's resourceVersion, lists again on 410, and reconnects with back-off.
 """
 
 import logging
@@ -21,8 +21,8 @@ from functions.gateway.stages.endpoint_slices import (
     Conditions,
     Expired,
     KubernetesAPI,
+    KubernetesError,
     Port,
-    Refused,
     Slice,
     WatchEvent,
     lines_of,
@@ -41,12 +41,10 @@ _LONGEST_PAUSE_SECONDS: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a stage's EndpointSlices name."""
+    """Endpoints in a stage's EndpointSlices."""
 
-    endpoints: list[Endpoint]
-    """All that may be followed, one for each address and port."""
-    refused: dict[str, str]
-    """Addresses that may not, and where they were seen: slice and port."""
+    endpoints: list[Endpoint]  # inside the pod network, one per address and port
+    refused: dict[str, str]  # addresses outside of it, with slice and port for the log
 
 
 def service_name(url: str) -> str:
@@ -55,7 +53,7 @@ def service_name(url: str) -> str:
 
 
 def endpoints_of(slices: Iterable[Slice], pods: PodNetwork) -> Found:
-    """A slice's fields default as Kubernetes says they do."""
+    """Missing fields of a slice have Kubernetes's defaults."""
     found: dict[str, Endpoint] = {}
     refused: dict[str, str] = {}
     for each in slices:
@@ -82,20 +80,20 @@ def _endpoint(host: str, port: int, each: Slice, conditions: Conditions) -> Endp
 
 
 def _port(ports: Sequence[Port]) -> int | None:
-    """The one named http, else the only one."""
+    """The port named http, else the only port; None if that is ambiguous."""
     named = [port for port in ports if port.name == "http"] or ports
     return named[0].port if len(named) == 1 else None
 
 
 class EndpointsWatch:
-    """Tells `on_change` what instances each stage has, from a thread per stage."""
+    """Reports the instances of each stage to `on_change`, from one thread per stage."""
 
     def __init__(self, api: KubernetesAPI, services: Sequence[str], pods: PodNetwork, on_change: OnChange) -> None:
-        """services: per stage, the name of its Knative Service."""
+        """services: names of the stages' Knative Services."""
         self._followers = [_Follower(api, stage, service, pods, on_change) for stage, service in enumerate(services)]
 
     def refused(self, stage: int) -> int:
-        """How many addresses of `stage` are outside of the network of pods, and therefore not followed."""
+        """How many addresses of `stage` are ignored because they are outside of the pod network."""
         return len(self._followers[stage].refused)
 
     def start(self) -> None:
@@ -110,7 +108,7 @@ class EndpointsWatch:
 
 
 class _Follower:
-    """List and watch of one stage."""
+    """Lists and watches one stage."""
 
     def __init__(self, api: KubernetesAPI, stage: int, service: str, pods: PodNetwork, on_change: OnChange) -> None:
         self._api = api
@@ -120,11 +118,9 @@ class _Follower:
         self._on_change = on_change
         self._slices: dict[str, Slice] = {}
         self.refused: dict[str, str] = {}
-        self._falls_back = False
-        """All addresses are refused: requests go to the Service URL, or nobody would be asked at all."""
+        self._falls_back = False  # all addresses are refused, so requests go to the Service URL
         self._resource_version = ""
-        self._knows = False
-        """It has listed once: what it knows is better than nothing while the API is away."""
+        self._has_listed = False  # then its endpoints are kept while the API is unavailable
         self._stopped = threading.Event()
         self._stream: urllib3.BaseHTTPResponse | None = None
         self.thread = threading.Thread(target=self._run, name=f"endpoints-{service}", daemon=True)
@@ -136,7 +132,7 @@ class _Follower:
             stream.shutdown()
 
     def _run(self) -> None:
-        """Goes on whatever happens: without it the gateway would send to instances of long ago."""
+        """Survives all errors: without it the gateway would go on sending to instances that are gone."""
         pause = _FIRST_PAUSE_SECONDS
         while not self._stopped.is_set():
             try:
@@ -148,7 +144,7 @@ class _Follower:
                 continue
             except Expired:
                 self._resource_version = ""
-            except Exception as error:  # noqa: BLE001 - also of whoever is told: one bad turn must not be the last
+            except Exception as error:  # noqa: BLE001 - errors of `on_change` too must not end the thread
                 if self._stopped.is_set():
                     return
                 self._failed(error)
@@ -156,26 +152,26 @@ class _Follower:
             pause = min(_LONGEST_PAUSE_SECONDS, 2 * pause)
 
     def _failed(self, error: Exception) -> None:
-        expected = isinstance(error, Refused | urllib3.exceptions.HTTPError | OSError | ValueError)
+        expected = isinstance(error, KubernetesError | urllib3.exceptions.HTTPError | OSError | ValueError)
         _log.warning(
             "watching the instances of %s failed, trying again: %s", self._service, error, exc_info=None if expected else error
         )
         self._resource_version = ""
-        if not self._knows or (isinstance(error, Refused) and error.without_right):
+        if not self._has_listed or (isinstance(error, KubernetesError) and error.without_right):
             try:
                 self._on_change(self._stage, None)
-            except Exception:  # noqa: BLE001 - the same
-                _log.exception("nobody could be told that the instances of %s are unknown", self._service)
+            except Exception:  # noqa: BLE001 - must not end the thread
+                _log.exception("the scheduler could not be told that the instances of %s are unknown", self._service)
 
     def _list(self) -> None:
         found = self._api.list(self._service)
         self._slices = {each.metadata.name: each for each in found.items}
         self._resource_version = found.metadata.resource_version
-        self._knows = True
+        self._has_listed = True
         self._tell()
 
     def _follow(self) -> None:
-        """Until the server ends the watch."""
+        """Applies changes until the server ends the watch."""
         stream = self._api.watch(self._service, self._resource_version)
         self._stream = stream
         try:
@@ -189,7 +185,7 @@ class _Follower:
     def _apply(self, event: WatchEvent) -> None:
         if event.type == "ERROR":
             status = read_status(event.object)
-            raise Expired if status.code == GONE else Refused(status.code, status.message)
+            raise Expired if status.code == GONE else KubernetesError(status.code, status.message)
         each = read_slice(event.object)
         self._resource_version = each.metadata.resource_version or self._resource_version
         if event.type == "BOOKMARK":
@@ -203,15 +199,15 @@ class _Follower:
     def _tell(self) -> None:
         found = endpoints_of(self._slices.values(), self._pods)
         for host in found.refused.keys() - self.refused.keys():
-            _log.warning("%s is not followed: not one of %s", found.refused[host], self._pods)
+            _log.warning("%s is ignored: it is not in the pod network, %s", found.refused[host], self._pods)
         self.refused = found.refused
         fell_back, self._falls_back = self._falls_back, bool(found.refused) and not found.endpoints
         if not self._falls_back:
             self._on_change(self._stage, found.endpoints)
         elif not fell_back:
             _log.error(
-                "no instance of %s is in the network of pods, %s: requests go to its Service URL, which is slower and spreads "
-                "them badly; set gateway.pod_network to the pods' network",
+                "no instance of %s is in the pod network, %s: requests go to its Service URL, which is slower and spreads them "
+                "badly; set gateway.pod_network to the pods' network",
                 self._service,
                 self._pods,
             )

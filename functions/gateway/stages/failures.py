@@ -1,4 +1,4 @@
-"""What it means that an event got no usable reply: whether the event may be the cause, and whether asking again can help."""
+"""Classifies events without a usable reply: whether the event may be the cause, and whether a retry can help."""
 
 import time
 from typing import Final
@@ -24,30 +24,29 @@ class StageFailed(Exception):
     ) -> None:
         super().__init__(f"stage {stage}: {detail}")
         self.stage = stage
+        # For metrics: refused, broken, timeout, deadline, infrastructure, not-ready, malformed, or a problem's name.
         self.cause = cause
-        """One word for metrics: refused, broken, timeout, deadline, infrastructure, not-ready, malformed, a problem's name."""
-        self.blames = blames
-        """The event may have done it: it was at the stage when the stage failed."""
-        self.final = final
-        """The stage refuses this gateway, not this event: asking again does not help."""
-        self.expired = expired
-        """Nobody awaits the reply any more, because a client wanted its answer sooner: nobody has failed."""
+        self.blames = blames  # the event was at the stage when the stage failed, and may have broken it
+        self.final = final  # the stage refuses this gateway: a retry does not help
+        self.expired = expired  # the client's deadline has passed: the stage did not fail
 
 
 _REFUSES_GATEWAY: Final = (WrongPipeline, WrongLayer, Unauthorized, UnknownEventType, UnsupportedMediaType)
 
+# In the text of a queue-proxy's 502, in Go's words: the function is dead or not started, so the event did not reach it. If the
+# function broke with the event in hand, the text says EOF or that the connection was reset.
 _REFUSED: Final = "connect: connection refused"
-"""In the text of a queue-proxy's 502: Go's words where nobody listens behind it, the function being dead or not there yet, so
-that the event reached nobody. One that broke with the event in hand says EOF, or that the connection was reset."""
 
 
-def stage_failed(stage: int, error: DeliveryError | Problem, awaited_until: float | None = None) -> StageFailed:
-    """What `error` means for the sequences that were in the event.
+def stage_failed(stage: int, error: DeliveryError | Problem, client_deadline: float | None = None) -> StageFailed:
+    """What `error` means for the sequences in the event.
 
-    awaited_until: in time.monotonic(), where the client's deadline came before the time that the stage may take.
+    client_deadline: in time.monotonic(), if it comes before the stage's own timeout.
     """
-    if awaited_until is not None and _is_expiry(error, awaited_until):
-        return StageFailed(stage, "deadline", str(error), expired=True)
+    if client_deadline is not None:
+        late = isinstance(error, DeliveryTimeout | Unreachable) and time.monotonic() >= client_deadline
+        if late or isinstance(error, EventExpired):
+            return StageFailed(stage, "deadline", str(error), expired=True)
     if isinstance(error, Problem):
         final = isinstance(error, _REFUSES_GATEWAY)
         blames = not final and not isinstance(error, NotReady)
@@ -57,12 +56,7 @@ def stage_failed(stage: int, error: DeliveryError | Problem, awaited_until: floa
     if isinstance(error, InfrastructureError):
         if error.status == 502 and _REFUSED in error.excerpt:
             return StageFailed(stage, "refused", str(error))
-        # 503 comes from an activator or a queue-proxy that is full or has nobody behind it: the event reached no function.
+        # 503: an activator or a queue-proxy is full or has no instance, so the event did not reach a function.
         return StageFailed(stage, "infrastructure", str(error), blames=error.status != 503)
     cause = "timeout" if isinstance(error, DeliveryTimeout) else "broken"
     return StageFailed(stage, cause, str(error), blames=True)
-
-
-def _is_expiry(error: DeliveryError | Problem, awaited_until: float) -> bool:
-    late = isinstance(error, DeliveryTimeout | Unreachable) and time.monotonic() >= awaited_until
-    return late or isinstance(error, EventExpired)

@@ -1,7 +1,7 @@
 """Instances of stages: what is known of each, whether it is used now, and the order in which prompt chunks enter it.
 
-The scheduler's lock is held around what changes. `stage`, `url` and `prompts` never do, which is what the thread of a trip
-reads (and `failures`, for how long it waits); a `Turnstile` and an `InFlight` have locks of their own.
+The scheduler's lock protects what changes. Threads of trips read `stage`, `url` and `prompts`, which do not change, and
+`failures` for a timeout. `Turnstile` and `InFlight` have locks of their own.
 """
 
 import random
@@ -19,7 +19,7 @@ LONGEST_SUSPENSION_SECONDS: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """What is known of one instance from outside."""
+    """One instance as Kubernetes describes it."""
 
     url: str
     revision: str = ""
@@ -28,7 +28,7 @@ class Endpoint:
 
 
 class Turnstile:
-    """One at a time, in the order of `queue`."""
+    """Admits one event at a time, in the order of `queue`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -39,7 +39,7 @@ class Turnstile:
         return not self._queue
 
     def queue(self) -> threading.Event:
-        """Set when it is one's turn; `leave` afterwards, always."""
+        """The event is set when the caller may enter. Call `leave` afterwards, always."""
         turn = threading.Event()
         with self._lock:
             if not self._queue:
@@ -89,33 +89,27 @@ class InFlight:
 
 @dataclass(eq=False, slots=True)
 class Instance:
-    """One instance of a stage, or a Service URL where there is no watch."""
+    """One instance of a stage, or its Service URL if instances are not watched."""
 
     stage: int
     url: str
     revision: str = ""
     ready: bool = True
     terminating: bool = False
-    is_service: bool = False
-    """The Service URL stands in for instances that nobody watches."""
-    awake: bool = True
-    """False for a Service URL that has not replied since it last failed."""
-    number: int = 0
-    """Which one of its stage's it is, in the order in which this gateway learned of them, from 1 on."""
+    is_service: bool = False  # it is a Service URL
+    awake: bool = True  # False for a Service URL that has not replied since it last failed
+    number: int = 0  # from 1 on, in the order in which this gateway learned of the stage's instances
     routes: int = 0
-    free_tokens: int | None = None
-    """As its last reply said."""
-    boot: str = ""
-    """Who replied last, with a nonce of its boot."""
-    prompts: Turnstile = field(default_factory=Turnstile)
-    """One event with prompt chunks at a time, so that running decodes wait for at most one."""
+    free_tokens: int | None = None  # in its last reply
+    boot: str = ""  # name with a nonce of its boot, in its last reply
+    prompts: Turnstile = field(default_factory=Turnstile)  # one event with prompt chunks, so that decodes wait for at most one
     in_flight: InFlight = field(default_factory=InFlight)  # forward events of this gateway
     templates: dict[str, EventTemplate] = field(default_factory=dict)  # by event type; see StageClient
     failures: int = 0
     suspended_until: float = 0.0
 
     def suspended(self, now: float) -> bool:
-        """It has just broken, and what is sent to it now would probably break too."""
+        """Whether it failed so recently that events to it would probably fail too."""
         return now < self.suspended_until
 
     def usable(self, now: float) -> bool:
@@ -128,10 +122,10 @@ class Instance:
             self.free_tokens = free_tokens
 
     def suspend(self, now: float) -> None:
-        """Left alone for a while, longer each time.
+        """Suspends it for a while, longer after each failure.
 
-        What fails meanwhile was on its way already, and says nothing new: a pod may die with many events in hand and be back
-        in no time.
+        Failures during a suspension are not counted: these events were under way already. A pod may die with many events in
+        hand and be back at once.
         """
         if self.suspended(now):
             return

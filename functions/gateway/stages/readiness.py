@@ -1,9 +1,9 @@
-"""Instances that are ready before Kubernetes says so: asked as the activator asks them, through their queue-proxy.
+"""Finds instances that are ready before Kubernetes reports them, by probing their queue-proxy as the activator does.
 
-queue-proxy answers a request with `K-Network-Probe: queue` itself: 200 and `queue` once the function is ready, whom it asks
-every 50 ms for up to ten seconds, and counts no such request (knative/serving pkg/queue/health, pkg/queue/readiness). The
-kubelet asks the same when a container starts, gives up after a second and comes again ten seconds later: an EndpointSlice
-alone is that late.
+queue-proxy answers a request with `K-Network-Probe: queue` itself: 200 and `queue` once the function is ready. It probes the
+function every 50 ms for up to ten seconds and does not count such requests (knative/serving pkg/queue/health,
+pkg/queue/readiness). The kubelet gives up its first probe after a second and repeats it ten seconds later, so an EndpointSlice
+alone can be ten seconds late.
 """
 
 import logging
@@ -21,27 +21,21 @@ _log = logging.getLogger(__name__)
 _PROBE: Final = {"K-Network-Probe": "queue", "User-Agent": "lamina-gateway"}
 _PASSED: Final = b"queue"
 _CONNECT_SECONDS: Final = 1.0
-_ANSWER_SECONDS: Final = 12.0
-"""Longer than queue-proxy holds the question."""
-_PAUSE_SECONDS: Final = 0.2
-"""The activator's, after an answer that was no."""
+_ANSWER_SECONDS: Final = 12.0  # longer than queue-proxy holds a probe
+_PAUSE_SECONDS: Final = 0.2  # the activator's, after a negative answer
 
-OnChange = Callable[[int, Sequence[Endpoint] | None], None]
-"""Stage and all its endpoints, whenever they changed; None when they cannot be known."""
+OnChange = Callable[[int, Sequence[Endpoint] | None], None]  # a stage and all its endpoints after a change; None: unknown
 
 
 class EarlyReadiness:
-    """Stands between the watch and `on_change`, which it tells of instances as ready that have said so themselves."""
+    """Passes endpoints from the watch to `on_change`, and marks those as ready that answered a probe."""
 
     def __init__(self, on_change: OnChange) -> None:
         self._on_change = on_change
-        self._lock = threading.Lock()
-        """Held while `on_change` is told, so that what is newer is told later."""
+        self._lock = threading.Lock()  # held during `on_change`, so that changes are passed on in their order
         self._known: dict[int, Sequence[Endpoint]] = {}
-        self._ready: set[str] = set()
-        """URLs that have said so, until Kubernetes says it too, or calls them gone."""
-        self._asked: set[str] = set()
-        """URLs for which a thread is asking."""
+        self._ready: set[str] = set()  # URLs that answered a probe, until Kubernetes reports them ready or gone
+        self._asked: set[str] = set()  # URLs that a thread is probing
         self._stopped = threading.Event()
         self._pool = urllib3.PoolManager(num_pools=64, retries=False)
 
@@ -71,7 +65,7 @@ class EarlyReadiness:
         self._on_change(stage, told)
 
     def _ask(self, stage: int, url: str) -> None:
-        """Until it is ready, or Kubernetes knows better."""
+        """Probes until the instance is ready, or Kubernetes reports it ready or gone."""
         try:
             while not self._passes(url):
                 self._stopped.wait(_PAUSE_SECONDS)
@@ -82,8 +76,8 @@ class EarlyReadiness:
                 if url in self._starting():
                     self._ready.add(url)
                     self._tell(stage)
-        except Exception:  # noqa: BLE001 - the end of a thread; Kubernetes will say it, some seconds later
-            _log.exception("asking %s whether it is ready failed", url)
+        except Exception:  # noqa: BLE001 - ends this thread alone; Kubernetes reports the instance some seconds later
+            _log.exception("probing %s failed", url)
         finally:
             with self._lock:
                 self._asked.discard(url)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from itertools import count
 from typing import Final
 
-from eventing.wire.control import MOST_PEERS
+from eventing.wire.control import MAX_PEERS
 from functions.gateway.stages.instances import Endpoint, Instance
 from functions.gateway.stages.where_held import NOTHING, Held
 
@@ -147,7 +147,7 @@ class Placement:
         """URLs of other instances of the same stage that terminate and still answer."""
         others = self._stages[instance.stage].values()
         urls = [other.url for other in others if other.terminating and not other.is_service and other is not instance]
-        return tuple(urls[:MOST_PEERS])
+        return tuple(urls[:MAX_PEERS])
 
     def strands(self, route: Route) -> bool:
         """An instance of `route` terminates and its stage has no other: the stage has to be woken."""

@@ -1,7 +1,7 @@
-"""One event's way through the stages: request, reply, next stage.
+"""A trip: one step's way through the stages, request after reply.
 
-The relay is pass-through: while every row is ok, the body of a stage's reply is the body of the next request, byte for byte.
-Only the table is read on the way. Rows that are not ok are taken out of what goes on; the others are unharmed.
+While every row is ok, the body of a stage's reply is the body of the next request, byte for byte; only its table is read. Rows
+that are not ok are left out of the next request, without harm to the others.
 """
 
 import time
@@ -20,36 +20,31 @@ from functions.observing.tracing import TraceContext
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Trip:
-    """What is sent, and which way. Never changes: who still travels is known to the thread that walks it alone."""
+    """What is sent, and along which instances. Immutable: the walking thread knows which rows are still under way."""
 
     instances: tuple[Instance, ...]
-    batch: Batch
-    """For the first stage: token ids and no tensor."""
-    traces: Mapping[str, TraceContext]
-    """By the id of their row."""
-    depth: int
-    """The last stage that it goes to."""
-    chunks: bool
-    """Chunks of prompts, whose turn at the first stage is taken already."""
-    deadline: float
-    """When nobody awaits it any more, in time.monotonic()."""
+    batch: Batch  # for the first stage: token ids and no tensor
+    traces: Mapping[str, TraceContext]  # by row id
+    depth: int  # index of the last stage of the trip
+    chunks: bool  # it carries prompt chunks, and has queued at the first stage's turnstile
+    deadline: float  # of the clients, in time.monotonic()
 
 
 class TripLog(Protocol):
-    """Who is told how a trip goes on; called from the trip's thread."""
+    """Receives the events of a trip, in the trip's thread."""
 
     def replied(self, trip: Trip, stage: int, reply: ForwardReply, seconds: float) -> None:
-        """`stage` replied after `seconds`; the rows that are ok go on, if it is not the last. Raises StageFailed to end it."""
+        """`stage` replied after `seconds`. Rows that are ok go on to the next stage. Raises StageFailed to end the trip."""
 
     def failed(self, trip: Trip, ids: Sequence[str], failure: StageFailed) -> None:
-        """The trip ended at `failure.stage`; `ids` are the rows that had come so far."""
+        """The trip ended at `failure.stage` with the rows `ids`."""
 
     def first_stage_free(self) -> None:
-        """A trip with prompt chunks has left its first stage: the next one may enter it."""
+        """A trip with prompt chunks has left its first stage, so that another may enter it."""
 
 
 def walk(trip: Trip, client: StageClient, log: TripLog) -> None:
-    """Sends the trip round its stages and returns when it is over. What it raises nobody expected, and `log` was not told."""
+    """Sends the trip to its stages and returns when it is over. Unexpected errors are raised and not reported to `log`."""
     turn = trip.instances[0].prompts if trip.chunks else None
     ids = [row.id for row in trip.batch.rows]
     try:
@@ -85,7 +80,7 @@ def _hop(trip: Trip, stage: int, body: Sequence[Buffer], ids: Sequence[str], cli
 
 
 def _next_turn(left: Turnstile, entered: Turnstile) -> Turnstile:
-    """Queues for the next stage before it leaves the last one, so that chunks of one prompt stay in order."""
+    """Queues at the next stage before it leaves the last, so that chunks of one prompt stay in order."""
     turn = entered.queue()
     left.leave()
     turn.wait()

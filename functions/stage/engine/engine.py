@@ -20,7 +20,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from eventing.problems import EventExpired
-from eventing.wire.control import LEASE_SECONDS, ROOM_SECONDS, ReleaseRow, ReservedRow, ReserveRow
+from eventing.wire.control import HOLD_SECONDS, LEASE_SECONDS, ReleaseRow, ReservedRow, ReserveRow
 from eventing.wire.events import Batch, Row, Status, Want
 from eventing.wire.prefix_chain import BLOCK_TOKENS
 from functions.grammars.compiler import GrammarCompiler
@@ -211,7 +211,7 @@ class Engine:
         """Returns when `tokens` can be reserved, or early enough for a reply before `expires_at`. Reserves nothing."""
         self._leases.renew(source)
         left = math.inf if expires_at is None else (expires_at - self._clock()) / 2
-        self._memory_waiters.wait(tokens, min(ROOM_SECONDS, left))
+        self._memory_waiters.wait(tokens, min(HOLD_SECONDS, left))
 
     def warm_up(self) -> None:
         """Runs one token through all layers, so that the first event finds all kernels ready."""

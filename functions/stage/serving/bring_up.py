@@ -1,4 +1,4 @@
-"""From the configuration to a running engine, one thing beside the other: bytes flow while libraries are being imported."""
+"""Starts a stage's engine from its configuration. Weights are read while libraries are still being imported."""
 
 import os
 import threading
@@ -35,28 +35,28 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class ArrivingModel:
-    """Its config.json, and this stage's objects as they come in."""
+    """A model's config.json, and this stage's objects as they arrive."""
 
     config: dict[str, Any]
     objects: Iterator[LoadedObject]
 
 
 class UnservableModel(Exception):
-    """The layers cannot be run here: the architecture, the dtype, or tensors that are missing. The message has the cause."""
+    """The layers cannot run here, because of architecture, dtype or missing tensors; the message says which."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
-    """An engine that has run one step, and the tiers behind its memory."""
+class StartedEngine:
+    """An engine that has run one step, and the tiers of its KV cache."""
 
     engine: "Engine"
     tiers: "Tiers"
 
 
-def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> Ready:
+def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> StartedEngine:
     """Raises WrongPublication, UnservableModel or a StorageError."""
     threads = thread_count(config.threads)
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's, which nothing here multiplies with; read when numpy is loaded
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of numpy, which multiplies no matrices here; read when numpy is loaded
     opening = _in_background(lambda: open_model(config, start_up, metrics), "open-model")
     with without_collection():
         from functions.grammars.compiler import GrammarCompiler
@@ -87,11 +87,11 @@ def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> R
     engine.start()
     engine.warm_up()
     start_up.mark("warm_up")
-    return Ready(engine, tiers)
+    return StartedEngine(engine, tiers)
 
 
 def open_model(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> ArrivingModel:
-    """Checks that the publication is the one that the configuration names, and lets its bytes flow."""
+    """Checks that the publication is the configured one, and starts reading its objects."""
     reader = ObjectReader(config.store)
     manifest = read_publication(config, reader, config.layers)
     start_up.mark("connect")
@@ -107,19 +107,19 @@ def open_model(config: StageConfig, start_up: StartUp, metrics: StageMetrics) ->
 
 
 def _read_tokenizer(config: StageConfig) -> str:
-    """When the first grammar comes: most pods never need it. Raises a StorageError or WrongPublication."""
+    """Called for the first grammar, since most pods never need it. Raises a StorageError or WrongPublication."""
     with closing(ObjectReader(config.store)) as reader:
         return read_file(reader, read_publication(config, reader, config.layers), "tokenizer.json").decode()
 
 
 def _in_background(action: Callable[[], T], name: str) -> "Future[T]":
-    """What `action` returns or raises. A ThreadPoolExecutor would be waited for at the process's end, whatever it hangs on."""
+    """A future of `action`, in a daemon thread. The process would wait for a ThreadPoolExecutor's threads when it ends."""
     future: Future[T] = Future()
 
     def run() -> None:
         try:
             future.set_result(action())
-        except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it
+        except BaseException as error:  # noqa: BLE001 - the future passes it on
             future.set_exception(error)
 
     threading.Thread(target=run, name=name, daemon=True).start()
@@ -173,7 +173,7 @@ def _built(config: StageConfig, opening: "Future[ArrivingModel]", threads: int, 
 
 
 def _placed_as_it_comes(config: StageConfig, choice: "GroupChoice", model: ArrivingModel, start_up: StartUp) -> "LayerGroup":
-    """Packs one layer while the next ones are still on their way, so that memory stays at the weights and a few parts."""
+    """Packs each layer as it arrives, so that memory holds little more than the weights."""
     from functions.stage.models.build import empty_group
 
     group = empty_group(choice, model.config, *config.layers, config.dtype, config.kv_cache_bytes)
@@ -185,7 +185,7 @@ def _placed_as_it_comes(config: StageConfig, choice: "GroupChoice", model: Arriv
 
 
 class _Progress:
-    """Marks the first and the last byte; the loader itself logs what is in."""
+    """Reports loading to start-up phases and metrics; the loader itself logs it."""
 
     def __init__(self, start_up: StartUp, metrics: StageMetrics) -> None:
         self._start_up = start_up

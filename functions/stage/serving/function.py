@@ -1,4 +1,4 @@
-"""The stage as a function: brings the engine up beside the server, and says how it is."""
+"""The stage as a function: starts the engine while the server runs already, and answers probes."""
 
 import logging
 import secrets
@@ -26,15 +26,11 @@ if TYPE_CHECKING:
 
 _log: Final = logging.getLogger(__name__)
 
-_STUCK_AFTER_SECONDS: Final = 300.0
-"""No pass takes so long: a chunk of a large model on one slow core takes tens of seconds."""
-_KEEPING_SECONDS: Final = 20.0
-"""For what is remembered when the function is told to end, out of what queue-proxy's drain leaves of the pod's grace."""
+_STUCK_AFTER_SECONDS: Final = 300.0  # far longer than any pass: a chunk of a large model on a slow core takes tens of seconds
+_KV_WRITE_SECONDS: Final = 20.0  # for writing cached KV at the end, within what queue-proxy's drain leaves of the grace period
 _FAILED_STATUS: Final = 1
-_THREADS: Final = 64
-"""Far above any containerConcurrency: events that wait for the weights must not keep others from being answered."""
-_REQUEST_BYTES: Final = 2 * MAX_EVENT_BYTES
-"""Of all events together."""
+_THREADS: Final = 64  # far above any containerConcurrency, so that events that wait for weights do not block others
+_REQUEST_BYTES: Final = 2 * MAX_EVENT_BYTES  # of all events together
 
 
 class StageFunction:
@@ -62,11 +58,11 @@ class StageFunction:
         )
 
     def start(self, stop: Callable[[int], None]) -> None:
-        """Brings the engine up in a thread; where that fails, logs the cause and stops with status 1."""
+        """Starts the engine in a thread. If that fails, logs the cause and stops with status 1."""
         threading.Thread(target=self._bring_up, args=(stop,), name="start-up", daemon=True).start()
 
     def drain(self) -> None:
-        """Takes no warm-up event any more that the weights would have to come for, and lets go of who waits for memory."""
+        """Refuses warm-up events that would wait for weights, and answers releases that wait for memory."""
         with self._changed:
             self._draining = True
             self._changed.notify_all()
@@ -74,19 +70,19 @@ class StageFunction:
                 self._engine.drain()
 
     def close(self) -> None:
-        """After the last request: nothing waits in the engine any more. What it remembers goes into the store."""
+        """Called after the last request. Writes the prefix cache to the store."""
         if self._engine is not None:
             if self._kv_writer is not None:
-                self._kv_writer.drain(self._engine, _KEEPING_SECONDS)
+                self._kv_writer.drain(self._engine, _KV_WRITE_SECONDS)
             self._engine.stop(drain=False)
         self._tracer.close()
 
     def engine(self, wait_seconds: float = 0.0) -> "Engine":
-        """The engine once it has run one step. Raises NotReady after `wait_seconds`."""
+        """The engine, after it has run one step. Raises NotReady if that takes longer than `wait_seconds`."""
         if self._engine is not None:
             return self._engine
         with self._changed:
-            self._changed.wait_for(self._is_decided, max(0.0, wait_seconds))
+            self._changed.wait_for(lambda: self._engine or self._failed or self._draining, max(0.0, wait_seconds))
             if self._engine is not None:
                 return self._engine
         if self._failed:
@@ -94,9 +90,6 @@ class StageFunction:
         if self._draining:
             raise NotReady(f"{self.instance} was told to stop before its weights were in; another instance will answer")
         raise NotReady(f"{self.instance} is starting; ended are the phases {', '.join(self.phases())}")
-
-    def _is_decided(self) -> bool:
-        return self._engine is not None or self._failed or self._draining
 
     def phases(self) -> dict[str, float]:
         return self._start_up.phases()
@@ -108,7 +101,7 @@ class StageFunction:
             _log.error("the stage cannot start: %s", error)
             self._fail(stop)
             return
-        except Exception:  # noqa: BLE001 - logged, and told to the server
+        except Exception:  # noqa: BLE001 - logged, and the server stops
             _log.exception("the stage cannot start")
             self._fail(stop)
             return

@@ -1,6 +1,7 @@
-"""What a stage measures."""
+"""The metrics of a stage."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -22,54 +23,40 @@ STATUSES: Final = ("200", *sorted({str(problem.status) for problem in PROBLEMS.v
 class StageMetrics(FunctionMetrics):
     def __init__(self) -> None:
         super().__init__()
-        registry = self.registry
-        self.events = Counter("lamina_stage_events", "Events answered", ["type", "status"], registry=registry)
-        self.in_flight = Gauge("lamina_stage_events_in_flight", "Events that are being answered", registry=registry)
-        self.rows = Counter("lamina_stage_rows", "Rows answered", ["status"], registry=registry)
-        # From 0 on, or a rate would not see the first of a kind.
+        counter, gauge = partial(Counter, registry=self.registry), partial(Gauge, registry=self.registry)
+        histogram = partial(Histogram, buckets=STEP_SECONDS, registry=self.registry)
+        self.events = counter("lamina_stage_events", "Events answered", ["type", "status"])
+        self.in_flight = gauge("lamina_stage_events_in_flight", "Events that are being answered")
+        self.rows = counter("lamina_stage_rows", "Rows answered", ["status"])
+        self.tokens = counter("lamina_stage_tokens", "Tokens that went through the layers")
+        self.queue = histogram("lamina_stage_queue_seconds", "An event waited in the stage")
+        self.compute = histogram("lamina_stage_compute_seconds", "One pass through the layers")
+        self.codec = histogram("lamina_stage_codec_seconds", "Decoding and encoding of an event")
+
+        kv = partial(counter, labelnames=["tier"])
+        self.restored_bytes = kv("lamina_stage_kv_restored_bytes", "Bytes of keys and values restored from a tier")
+        self.restore_seconds = kv("lamina_stage_kv_restore_seconds", "Seconds of waiting for a tier, found or not")
+        self.restores_failed = kv("lamina_stage_kv_restores_failed", "A tier was unavailable, slow, or had unusable data")
+        self.kv_hits = kv("lamina_stage_kv_hits", "Reservations that found a cached prefix")
+        self.kv_tokens = kv("lamina_stage_kv_tokens", "Tokens of cached prefixes, which were not computed")
+        self.kv_saved = kv("lamina_stage_kv_saved_seconds", "Seconds that computing them would have taken")
+        self.kept_bytes = counter("lamina_stage_kv_kept_bytes", "Bytes of idle conversations written to the store")
+        self.handed_over_bytes = counter("lamina_stage_kv_handed_over_bytes", "Bytes handed over to other instances")
+
+        self.weights_bytes = gauge("lamina_stage_weights_bytes", "Bytes of this stage's objects in the store")
+        self.loaded_bytes = gauge("lamina_stage_loaded_bytes", "Bytes of them that were loaded and verified")
+
+        # Every series starts at 0, or a rate would miss its first increment.
         for type_ in EVENT_TYPES:
             for status in STATUSES:
                 self.events.labels(type_, status)
         self._rows = {status: self.rows.labels(str(status)) for status in Status}
-        self.tokens = Counter("lamina_stage_tokens", "Tokens that went through the layers", registry=registry)
-        self.queue = Histogram(
-            "lamina_stage_queue_seconds", "An event waited in the stage", buckets=STEP_SECONDS, registry=registry
-        )
-        self.compute = Histogram(
-            "lamina_stage_compute_seconds", "One pass through the layers", buckets=STEP_SECONDS, registry=registry
-        )
-        self.codec = Histogram(
-            "lamina_stage_codec_seconds", "Decoding and encoding of an event", buckets=STEP_SECONDS, registry=registry
-        )
-
-        self.restored_bytes, self.restore_seconds, self.restores_failed = (
-            Counter(f"lamina_stage_kv_{name}", meaning, ["tier"], registry=registry)
-            for name, meaning in (
-                ("restored_bytes", "Keys and values that came from a tier"),
-                ("restore_seconds", "That was waited for a tier, also where it had nothing"),
-                ("restores_failed", "A tier was away, slow, or had what is not to be used"),
-            )
-        )
-        self.kept_bytes = Counter("lamina_stage_kv_kept_bytes", "Of conversations, written to the store", registry=registry)
-        self.handed_over_bytes = Counter("lamina_stage_kv_handed_over_bytes", "To other instances", registry=registry)
         for tier in TIERS:
-            for counter in (self.restored_bytes, self.restore_seconds, self.restores_failed):
-                counter.labels(tier)
-        self.kv_hits = Counter("lamina_stage_kv_hits", "Reservations that found something held", ["tier"], registry=registry)
-        self.kv_tokens = Counter(
-            "lamina_stage_kv_tokens", "Tokens that were found and not computed", ["tier"], registry=registry
-        )
-        self.kv_saved = Counter(
-            "lamina_stage_kv_saved_seconds", "What computing them would have taken", ["tier"], registry=registry
-        )
+            for metric in (self.restored_bytes, self.restore_seconds, self.restores_failed):
+                metric.labels(tier)
         for tier in ("memory", *TIERS):
-            for counter in (self.kv_hits, self.kv_tokens, self.kv_saved):
-                counter.labels(tier)
-
-        self.weights_bytes = Gauge("lamina_stage_weights_bytes", "Of this stage's objects in the store", registry=registry)
-        self.loaded_bytes = Gauge(
-            "lamina_stage_loaded_bytes", "How many of them have come in and are verified", registry=registry
-        )
+            for metric in (self.kv_hits, self.kv_tokens, self.kv_saved):
+                metric.labels(tier)
 
     def observe_pass(self, statistics: "PassStatistics") -> None:
         for seconds in statistics.queue_seconds:
@@ -96,13 +83,11 @@ class StageMetrics(FunctionMetrics):
         remembered_tokens: Callable[[], float],
         kv_resident_bytes: Callable[[], float],
     ) -> None:
-        """Reads the engine whenever the metrics are read."""
-        registry = self.registry
-        Gauge("lamina_stage_free_tokens", "KV tokens that can still be reserved", registry=registry).set_function(free_tokens)
-        Gauge("lamina_stage_sequences", "Sequences that hold KV", registry=registry).set_function(sequences)
-        Gauge(
-            "lamina_stage_kv_remembered_tokens", "KV tokens of ended sequences, which count as free", registry=registry
-        ).set_function(remembered_tokens)
-        Gauge(
-            "lamina_stage_kv_resident_bytes", "Of LAMINA_KV_CACHE_BYTES, what has been used once", registry=registry
-        ).set_function(kv_resident_bytes)
+        """Registers gauges that read the engine when the metrics are scraped."""
+        for name, help_text, read in (
+            ("free_tokens", "KV tokens that can still be reserved", free_tokens),
+            ("sequences", "Sequences that hold KV", sequences),
+            ("kv_remembered_tokens", "KV tokens of ended sequences, which count as free", remembered_tokens),
+            ("kv_resident_bytes", "Bytes of LAMINA_KV_CACHE_BYTES that have been used once", kv_resident_bytes),
+        ):
+            Gauge(f"lamina_stage_{name}", help_text, registry=self.registry).set_function(read)

@@ -1,4 +1,4 @@
-"""What a stage answers to requests that it does not serve and to events that went wrong: problem documents, by Flask."""
+"""Problem documents for requests that a stage does not serve and for events that failed, by Flask."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final, NoReturn
@@ -12,13 +12,13 @@ from functions.stage.serving.metrics import StageMetrics
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
-_ERROR: Final = "lamina.error"
-_EVENT_TYPE: Final = "lamina.event_type"
-"""In the WSGI environment of a refused event: the exception, and the type as metrics name it."""
+# Keys of the WSGI environment of a refused event.
+_ERROR: Final = "lamina.error"  # the exception
+_EVENT_TYPE: Final = "lamina.event_type"  # label in metrics
 
 
 class Refusals:
-    """A WSGI application that serves nothing."""
+    """A WSGI application that refuses every request."""
 
     def __init__(self, metrics: StageMetrics, max_event_bytes: int) -> None:
         self._flask = Flask("stage", static_folder=None)
@@ -35,7 +35,7 @@ class Refusals:
     def refuse(
         self, environ: "WSGIEnvironment", start_response: "StartResponse", error: Exception, type_: str
     ) -> Iterable[bytes]:
-        """An event. type_: as metrics name it."""
+        """Answers an event with its error. type_: label in metrics."""
         environ[_ERROR], environ[_EVENT_TYPE] = error, type_
         return self._flask(environ, start_response)
 
@@ -46,5 +46,5 @@ class Refusals:
 
 
 def _raise_what_went_wrong() -> NoReturn:
-    """The error handlers make a reply of that."""
+    """Flask's error handlers make a reply of the error."""
     raise request.environ[_ERROR]

@@ -1,9 +1,9 @@
-"""Scoring a text in a single pass: what an Eventing Sequence of gateway and stages does, each reply the next step's event.
+"""Scores a text in a single pass through an Eventing Sequence of gateway and stages, where each reply is the next step's event.
 
-The gateway has begun a Batch of one row; each stage runs its layers over it, and the last one answers with a ScoreResponse.
-Nothing is kept between events: the row's memory is reserved and freed within one, under a name that no other delivery has,
-so that repeated deliveries, also at the same time, do not meet. All events of a score have one id, that of the reply to the
-request. What is too large for a channel waits in the store.
+The gateway makes a Batch of one row, each stage runs its layers over it, and the last stage answers with a ScoreResponse. A
+stage keeps nothing between events: it reserves and frees the row's memory within one event, under an id of its own, so that
+repeated deliveries do not interfere. All events of a score have the id of the reply to the request. The claim check carries data
+that is too large for a channel.
 """
 
 import secrets
@@ -23,7 +23,7 @@ from functions.stage.serving.identity import EngineSource, StageEngine, StageIde
 
 
 class Scorer:
-    """token: of the pipeline; signs what the next stage gets."""
+    """token: the pipeline's, which signs the next stage's event."""
 
     def __init__(self, identity: StageIdentity, engines: EngineSource, claims: ClaimCheck, token: str) -> None:
         self._identity = identity
@@ -42,7 +42,7 @@ class Scorer:
         return self._claims.check_in(self._reply(event, batch, reply, engine.free_tokens), datetime.now(UTC))
 
     def _run(self, engine: StageEngine, batch: Batch, event: CloudEvent) -> Batch:
-        """The engine's reply, whose only row is ok. Raises NotReady where trying again helps, else InvalidRequest."""
+        """The engine's reply, whose only row is ok. Raises NotReady if a retry helps, else InvalidRequest."""
         expiry = expiry_time(event.get_attributes())
         own = score_row(secrets.token_hex(12), len(batch.token_ids))
         try:
@@ -74,7 +74,7 @@ class Scorer:
 def _one_text(event: CloudEvent) -> Batch:
     batch = batch_data(event)
     if len(batch.rows) != 1 or len(batch.token_ids) < 2:
-        raise MalformedEvent(f"{len(batch.rows)} rows with {len(batch.token_ids)} tokens; to be scored is one text at a time")
+        raise MalformedEvent(f"{len(batch.rows)} rows with {len(batch.token_ids)} tokens; send one text at a time")
     return batch
 
 

@@ -15,8 +15,8 @@ from eventing.http.delivery import (
     DeliveryTimeout,
     InfrastructureError,
     Origin,
+    RequestTarget,
     Sender,
-    Target,
     Unreachable,
 )
 from eventing.problems import PROBLEM_CONTENT_TYPE, MalformedEvent, NotReady, WrongPipeline
@@ -90,7 +90,7 @@ def test_a_connection_closed_while_idle_is_not_used_again(sender: Sender) -> Non
 
 def _wait_until_dropped(sender: Sender, url: str) -> None:
     """The FIN may still be on its way when the reply is there already."""
-    connection = sender._pool.take(Target.of(url).origin, 1)
+    connection = sender._pool.take(RequestTarget.of(url).origin, 1)
     if connection.sock is not None:
         connection.sock.settimeout(5)
         assert connection.sock.recv(1, socket.MSG_PEEK) == b""

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from eventing.http.delivery import BadReply, HttpReply, Target, exchange, request_head
+from eventing.http.delivery import BadReply, HttpReply, RequestTarget, exchange, request_head
 
-ROOT = Target.of("http://127.0.0.1/")
+ROOT = RequestTarget.of("http://127.0.0.1/")
 HEAD = request_head(ROOT, {"Content-Length": "1"})
 
 

@@ -181,7 +181,7 @@ def test_a_wrong_pod_network_is_no_outage(published: Published, stage_urls: list
             assert answer["token_ids"] == expected_ids(published, published.tokenizer.encode("hello").ids, 6)
             for first, last in CUT:
                 assert f'lamina_gateway_refused_addresses{{stage="{first}:{last}"}} 1.0' in metrics(gateway)
-            assert "no instance of s0 is in the network of pods, 10.0.0.0/8 port 8012" in gateway.log
+            assert "no instance of s0 is in the pod network, 10.0.0.0/8 port 8012" in gateway.log
 
 
 def metrics(gateway: FunctionProcess) -> str:

@@ -1,4 +1,4 @@
-"""A pool of threads: as many as there is to do at once, none for long after."""
+"""The pool of threads: it grows with concurrent calls and ends idle threads."""
 
 import gc
 import threading
@@ -13,12 +13,12 @@ from tests.support.functions.functions import wait_until
 
 
 def _burst(pool: ThreadPool, count: int) -> None:
-    """That many calls at once."""
+    """Makes `count` concurrent calls."""
     together = threading.Barrier(count)
     wait([pool.submit(together.wait, 20) for _ in range(count)])
 
 
-def test_results_and_failures_come_to_whoever_submitted() -> None:
+def test_futures_have_results_and_failures() -> None:
     pool = ThreadPool(2, "test")
     assert pool.submit(divmod, 7, 2).result(20) == (3, 1)
     with pytest.raises(ZeroDivisionError):
@@ -69,7 +69,7 @@ def test_no_call_is_lost_between_a_thread_that_ends_and_one_that_begins() -> Non
     wait_until(lambda: pool.threads == 0)
 
 
-def test_where_the_machine_gives_no_thread_calls_wait_for_those_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_wait_for_other_threads_if_none_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = ThreadPool(2, "test")
     go = threading.Event()
     first = pool.submit(go.wait, 20)
@@ -77,7 +77,7 @@ def test_where_the_machine_gives_no_thread_calls_wait_for_those_there(monkeypatc
     def refused(*_: Any) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(pool, "_start_thread", refused)
+    monkeypatch.setattr(threading.Thread, "start", refused)
     second = pool.submit(int, "7")
     assert (pool.threads, pool.waiting) == (1, 1)
     go.set()
@@ -86,7 +86,7 @@ def test_where_the_machine_gives_no_thread_calls_wait_for_those_there(monkeypatc
     pool.shutdown()
 
 
-def test_an_idle_thread_holds_nothing_of_what_it_did() -> None:
+def test_an_idle_thread_keeps_no_argument_alive() -> None:
     class Large:
         pass
 
@@ -100,7 +100,7 @@ def test_an_idle_thread_holds_nothing_of_what_it_did() -> None:
     pool.shutdown()
 
 
-def test_a_closed_pool_takes_nothing_and_its_threads_end() -> None:
+def test_a_closed_pool_refuses_calls_and_its_threads_end() -> None:
     pool = ThreadPool(1, "test", idle_seconds=3600)
     go = threading.Event()
     running, waiting = pool.submit(go.wait, 20), pool.submit(int)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from eventing.http.pod_network import PodNetwork
 from functions.gateway.stages import endpoint_slices
 from functions.gateway.stages.endpoint_slices import (
-    Refused,
+    KubernetesError,
     Slice,
     Unreadable,
     lines_of,
@@ -122,5 +122,5 @@ def test_a_line_that_comes_in_crumbs_is_put_together_once() -> None:
 def test_a_line_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint_slices, "_MAX_LINE_BYTES", 1000)
     assert read_lines([b"x" * 999, b"x\n"]) == [b"x" * 1000]
-    with pytest.raises(Refused, match="a line of more than 1000 bytes"):
+    with pytest.raises(KubernetesError, match="a line of more than 1000 bytes"):
         read_lines([b"x" * 999, b"xx", b"\n"])

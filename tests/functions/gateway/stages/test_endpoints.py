@@ -133,14 +133,14 @@ def test_foreign_addresses_and_ports_are_not_followed(server: WatchServer, caplo
     server.put(slice_of("own", ("10.1.0.9", READY)))
     with caplog.at_level(logging.WARNING), watching(server) as told:
         told.wait(Endpoint("http://10.1.0.9:8012", "stage-0-00001"))
-    assert "foreign: 169.254.169.254 port 8012 is not followed" in caplog.text
-    assert "port: 10.1.0.7 port 22 is not followed" in caplog.text
+    assert "foreign: 169.254.169.254 port 8012 is ignored" in caplog.text
+    assert "port: 10.1.0.7 port 22 is ignored" in caplog.text
 
 
 def test_where_all_addresses_are_refused_the_service_url_is_asked(
     server: WatchServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A wrong network of pods was a pipeline that never answered."""
+    """A pipeline with a wrong pod network would never answer."""
     told = Told()
     watch = EndpointsWatch(KubernetesAPI(server.url, "lamina"), ["stage-0"], PODS, told)
     with caplog.at_level(logging.WARNING):
@@ -159,8 +159,8 @@ def test_where_all_addresses_are_refused_the_service_url_is_asked(
             assert watch.refused(0) == 0
         finally:
             watch.stop()
-    assert caplog.text.count("no instance of stage-0 is in the network of pods, 10.1.0.0/16 port 8012") == 1
-    assert caplog.text.count("192.168.0.1 port 8012 is not followed") == 1
+    assert caplog.text.count("no instance of stage-0 is in the pod network, 10.1.0.0/16 port 8012") == 1
+    assert caplog.text.count("192.168.0.1 port 8012 is ignored") == 1
 
 
 def test_ipv6(server: WatchServer) -> None:

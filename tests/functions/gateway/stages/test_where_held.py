@@ -3,7 +3,7 @@
 from eventing.wire.prefix_chain import BLOCK_TOKENS, chain_key, extended
 from functions.gateway.stages.instances import Endpoint, Instance
 from functions.gateway.stages.routes import TOKENS_OF_A_ROUTE, Placement
-from functions.gateway.stages.where_held import MOST_DIGESTS, NOTHING, Held, WhereHeld
+from functions.gateway.stages.where_held import MAX_DIGESTS, NOTHING, Held, WhereHeld
 
 KEY = chain_key("0" * 32, "")
 
@@ -40,7 +40,7 @@ def test_ten_thousand_conversations_leave_it_as_large_as_a_thousand() -> None:
     where, one = WhereHeld(), instances("one")
     for number in range(10_000):
         where.put(extended((), [number] * 10 * BLOCK_TOKENS, KEY), one)
-    assert len(where) == MOST_DIGESTS
+    assert len(where) == MAX_DIGESTS
     assert where.find(extended((), [9_999] * 10 * BLOCK_TOKENS, KEY)).tokens == 10 * BLOCK_TOKENS
     assert where.find(extended((), [0] * 10 * BLOCK_TOKENS, KEY)) is NOTHING
 

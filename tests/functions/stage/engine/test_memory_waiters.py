@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from eventing.wire.control import ROOM_SECONDS, ReleaseRow, ReserveRow
+from eventing.wire.control import HOLD_SECONDS, ReleaseRow, ReserveRow
 from eventing.wire.events import Status
 from functions.stage.engine.engine import Engine
 from functions.stage.engine.sequences import MAX_MEMORY_WAITERS
@@ -15,7 +15,7 @@ from tests.support.functions.counting_group import CountingGroup
 from tests.support.functions.stage_pipeline import engines, reserved
 
 CAPACITY = 100
-LONG_BEFORE = ROOM_SECONDS / 2
+LONG_BEFORE = HOLD_SECONDS / 2
 """What ends sooner was not ended by the clock."""
 
 
@@ -72,7 +72,7 @@ def test_it_ends_when_a_gateway_that_is_gone_gives_nothing_back() -> None:
 
 
 def test_it_ends_when_its_time_is_over(full: Engine) -> None:
-    with waiting(full, 1, lambda seconds: seconds >= ROOM_SECONDS):
+    with waiting(full, 1, lambda seconds: seconds >= HOLD_SECONDS):
         pass
 
 
@@ -94,8 +94,8 @@ def test_a_few_wait_and_no_more(full: Engine) -> None:
     """Each takes a place of containerConcurrency."""
     assert MAX_MEMORY_WAITERS == 2
     with (
-        waiting(full, 1, lambda seconds: seconds >= ROOM_SECONDS),
-        waiting(full, 1, lambda seconds: seconds >= ROOM_SECONDS),
+        waiting(full, 1, lambda seconds: seconds >= HOLD_SECONDS),
+        waiting(full, 1, lambda seconds: seconds >= HOLD_SECONDS),
         waiting(full, 1, lambda seconds: seconds < LONG_BEFORE),
     ):
         pass

@@ -227,5 +227,5 @@ def test_a_reservation_names_few_peers() -> None:
 
 
 def test_a_chain_is_no_longer_than_the_room_for_it() -> None:
-    with pytest.raises(ValueError, match="a chain of 3 blocks and room for 47 tokens only"):
+    with pytest.raises(ValueError, match="a chain of 3 blocks does not fit into 47 reserved tokens"):
         ReserveRow("a", 0, 47, bytes(48))
