@@ -2,8 +2,8 @@
 
 The gateway makes a Batch of one row, each stage runs its layers over it, and the last stage answers with a ScoreResponse. A
 stage keeps nothing between events: it reserves and frees the row's memory within one event, under an id of its own, so that
-repeated deliveries do not interfere. All events of a score have the id of the reply to the request. The claim check carries data
-that is too large for a channel.
+repeated deliveries do not interfere. All events of a score have the id of the reply to the request. Data that is too large for
+a channel goes by claim check.
 """
 
 import secrets
