@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 from eventing.problems import InvalidRequest
-from eventing.wire.control import ROOM_SECONDS
+from eventing.wire.control import HOLD_SECONDS
 from eventing.wire.events import EventType
 from functions.gateway.stages.instances import Endpoint
 from functions.gateway.stages.routes import Placement
@@ -163,7 +163,7 @@ def test_a_stage_that_replies_at_once_is_not_asked_again_and_again(monkeypatch: 
         for number, stream in enumerate(streams):
             assert tokens_of(stream) == counted([number] * 20, 60)
         seconds = asked[-1] - asked[0]
-        assert len(asked) <= MAX_MEMORY_WAITERS * (1 + seconds / ROOM_SECONDS) + 2 * len(streams)
+        assert len(asked) <= MAX_MEMORY_WAITERS * (1 + seconds / HOLD_SECONDS) + 2 * len(streams)
 
 
 def test_signals_that_fail_cost_no_answer() -> None:
