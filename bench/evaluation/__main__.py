@@ -1,12 +1,12 @@
-"""`make evaluate`: the experiments of docs/benchmarks.md, which it writes from what they find.
+"""`make evaluate`: runs the experiments and writes their sections of docs/benchmarks.md.
 
-    python -m bench.evaluation                               all, about an hour on two cores that do nothing else
-    python -m bench.evaluation --quick                       all in small, some minutes: it shows that all runs, no more
+    python -m bench.evaluation                               all, about an hour on two idle cores
+    python -m bench.evaluation --quick                       small versions, some minutes: only shows that all of them run
     python -m bench.evaluation simulated scale               some of: emulated, calibration, simulated, measured, scale, network
     python -m bench.evaluation --trace azure-2023.csv.gz     with the arrivals and sizes of a recorded trace
 
-Each run's result is a file in the state folder: what is there is not run again, so that a broken-off evaluation goes on
-where it was. `--anew` takes them away first. A quick one has a folder of its own and leaves the documentation alone.
+Each run's result is a file in the state folder, and a run with a result is not repeated: an interrupted evaluation resumes.
+`--anew` deletes them first. A quick evaluation has a folder of its own and leaves the documentation alone.
 """
 
 import logging
@@ -24,25 +24,23 @@ import msgspec
 
 from bench.evaluation import experiments
 from bench.evaluation import network as network_experiment
-from bench.evaluation.document import write_document
+from bench.evaluation.emulated import measure_overheads
 from bench.evaluation.experiments import NAMES, QUICK, Plan, Run
 from bench.evaluation.network import Measured
-from bench.evaluation.overheads import measure_overheads
+from bench.evaluation.report import write_document
 from bench.evaluation.results import Result, Results
 from bench.evaluation.rounds import Overheads
 from bench.evaluation.trace import TraceInvalid
+from bench.report import ROOT, STATE
 from knative.commands.options import STORE_FOLDER
-from knative.local.platform import ROOT
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
 
-_FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
-_STATE: Final = ROOT / ".lamina" / "evaluation"
-_DOCUMENT: Final = ROOT / "docs" / "benchmarks.md"
+_FILE: Final = click.Path(dir_okay=False, path_type=Path)
 
 
 class Evaluation:
-    """What the experiments share: results, and a store and overheads that are made when they are first asked for."""
+    """What the experiments share: results, and a store and overheads, which are made on first use."""
 
     def __init__(self, plan: Plan, state: Path, stack: ExitStack) -> None:
         self.results = Results(state / "results")
@@ -58,12 +56,12 @@ class Evaluation:
 
     @cached_property
     def store(self) -> ObjectStore:
-        embedded = self._stack.enter_context(EmbeddedStore(ROOT / ".lamina" / "load" / STORE_FOLDER))
+        embedded = self._stack.enter_context(EmbeddedStore(STATE / "load" / STORE_FOLDER))
         return ObjectStore(embedded.settings)
 
     @cached_property
     def overheads(self) -> Overheads:
-        """Measured once, and kept beside the results."""
+        """Measured once and stored with the results."""
         path = self._state / "overheads.yaml"
         if path.exists():
             return msgspec.yaml.decode(path.read_bytes(), type=Overheads)
@@ -74,14 +72,14 @@ class Evaluation:
 
 
 def _followed(name: str, runs: Sequence[Run], results: Results, say: Callable[[str], None]) -> list[Result]:
-    """All results, in order, with a line for each."""
+    """All results in order; reports each with a line."""
     found, began, fresh = [], time.monotonic(), 0
     for number, run in enumerate(runs, start=1):
         there = results.read(run.key) is not None
         result = results.of(run.key, run.action)
         fresh += not there
         found.append(result)
-        took = "was there" if there else f"{result.wall_seconds or 0:.1f} s"
+        took = "on disk" if there else f"{result.wall_seconds or 0:.1f} s"
         left = (time.monotonic() - began) / fresh * (len(runs) - number) if fresh else 0.0
         outcome = result.outcome
         say(
@@ -92,7 +90,7 @@ def _followed(name: str, runs: Sequence[Run], results: Results, say: Callable[[s
 
 
 def _networks(plan: Plan, state: Path, evaluation: Evaluation, say: Callable[[str], None]) -> tuple[str, str]:
-    """The table and the verdict; each network and remedy is a file, as other results are."""
+    """The table and the verdict. Each network and remedy has a file, like other results."""
     found: list[Measured] = []
     for network, remedies in plan.networks.items():
         for what in ("no remedy", *remedies):
@@ -114,22 +112,18 @@ def _networks(plan: Plan, state: Path, evaluation: Evaluation, say: Callable[[st
 
 @click.command(help=__doc__)
 @click.argument("names", nargs=-1, type=click.Choice(NAMES))
-@click.option("--quick", is_flag=True, help="In small.")
-@click.option(
-    "--trace", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="TIMESTAMP,ContextTokens,GeneratedTokens."
-)
-@click.option("--state", type=click.Path(file_okay=False, path_type=Path), default=_STATE)
-@click.option(
-    "--document", type=click.Path(dir_okay=False, path_type=Path), help="Where to write; unless quick: docs/benchmarks.md."
-)
-@click.option("--anew", is_flag=True, help="Forget what was found before.")
+@click.option("--quick", is_flag=True, help="Small versions.")
+@click.option("--trace", type=_FILE, help="TIMESTAMP,ContextTokens,GeneratedTokens.")
+@click.option("--state", type=click.Path(file_okay=False, path_type=Path), default=STATE / "evaluation")
+@click.option("--document", type=_FILE, help="To write into; default: docs/benchmarks.md, for a quick evaluation none.")
+@click.option("--anew", is_flag=True, help="Delete earlier results first.")
 def main(names: Sequence[str], quick: bool, trace: Path | None, state: Path, document: Path | None, anew: bool) -> None:
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
     plan = replace(QUICK if quick else Plan(), trace=trace)
     state = state / ("quick" if quick else "full")
     if anew:
         shutil.rmtree(state, ignore_errors=True)
-    document = document or (None if quick else _DOCUMENT)
+    document = document or (None if quick else ROOT / "docs" / "benchmarks.md")
     began = time.monotonic()
     with ExitStack() as stack:
         evaluation = Evaluation(plan, state, stack)

@@ -1,7 +1,8 @@
-"""One way under one trace, as it is: all is real but the devices, whose passes and weights are waited for."""
+"""Emulated runs: one way under one trace on the real system, whose stages sleep for passes and weights instead of computing."""
 
 import asyncio
 import contextlib
+import hashlib
 import sys
 import urllib.error
 import urllib.request
@@ -10,18 +11,32 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
 
 from bench.evaluation.outcome import Cost, Objective, Outcome, outcome_of
-from bench.evaluation.publication import publish_emulated
 from bench.evaluation.replay import BEGUN
-from bench.evaluation.setting import Setting
+from bench.evaluation.rounds import Overheads, Work, flow
+from bench.evaluation.setting import WAYS, Setting
 from bench.evaluation.trace import Floats, Trace
-from knative.commands.local_pipeline import LocalPipeline, local_pipeline
+from functions.configuration.pass_times import PassTimes, pairs
+from functions.gateway.scheduling.batching import SchedulerLimits
+from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
 from knative.local.kubelet.pods import LocalPod
 from knative.local.platform import ROOT, Platform, PlatformOptions
 from knative.render.services import services
+from storage.checkpoints.safetensors_format import ALIGNMENT, TensorSpan
+from storage.models.model_repository import (
+    PART_BYTES,
+    ModelManifest,
+    StoredFile,
+    StoredObject,
+    encode_manifest,
+    manifest_key,
+    object_names,
+)
 from storage.store.object_store import ObjectStore
 
 _LOOK_SECONDS: Final = 0.5
@@ -31,14 +46,14 @@ _PAGE_SECONDS: Final = 1.0
 
 
 class NotReady(RuntimeError):
-    """Pods that a way keeps awake did not come up. The logs say why."""
+    """Pods that a way always keeps did not start. The logs say why."""
 
 
 class EmulatedRun:
-    """`run` once."""
+    """One run: call `run` once."""
 
     def __init__(self, setting: Setting, way: str, trace: Trace, store: ObjectStore, folder: Path, tail_seconds: float) -> None:
-        """folder: for logs and what is handed to the process that asks. tail_seconds: how long pods count behind the end."""
+        """folder: for logs and the files of the replaying process. tail_seconds: how long pods count after the last arrival."""
         folder.mkdir(parents=True, exist_ok=True)
         self._setting, self._way, self._folder = setting, way, folder
         self._trace = trace.within(setting.context_tokens)
@@ -46,11 +61,9 @@ class EmulatedRun:
         cut = setting.cut(way)
         self._local: LocalPipeline = local_pipeline(store, manifest, len(cut), setting.spec(way), {})
         self._plans = setting.plans(way)
-        self.passes: list[tuple[float, float]] = []
-        """Of each stage at the end: seconds in passes and their number."""
+        self.passes: list[tuple[float, float]] = []  # per stage at the end: seconds in passes, and their number
         self._tail_seconds = tail_seconds
-        self._busy: dict[int, float] = {}
-        """Of each process: seconds in passes."""
+        self._busy: dict[int, float] = {}  # process id → seconds in passes
         self._seen: set[str] = set()
         self._cold_starts = 0
         self._replica_seconds = [0.0] * len(cut)
@@ -82,13 +95,13 @@ class EmulatedRun:
         return outcome_of(self._trace, first, last, seconds, cost, objective)
 
     def _pods(self, platform: Platform) -> Iterator[list[LocalPod]]:
-        """Of each stage, those that cost something."""
+        """The pods of each stage, in any state."""
         for name in self._local.pipeline.stage_names:
             service = platform.services[self._local.pipeline.spec.namespace, name]
             yield [pod for revision in service.revisions for pod in revision.pods]
 
     async def _all_awake(self, platform: Platform) -> None:
-        """The gateway, and what the way keeps awake."""
+        """Waits for the gateway and for the pods that the way always keeps."""
         spec = self._local.pipeline.spec
         least = spec.stage.autoscaling.min_scale
         gateway = platform.services[spec.namespace, spec.name]
@@ -102,7 +115,7 @@ class EmulatedRun:
             raise NotReady(f"{self._way}: not awake in {_READY_SECONDS:g} s; {self._folder} says why") from error
 
     async def _count(self, platform: Platform, seconds: float) -> None:
-        """What pods cost, for so long from now."""
+        """Counts replica-seconds and cold starts for `seconds`."""
         loop = asyncio.get_running_loop()
         before = loop.time()
         end = before + seconds
@@ -125,7 +138,7 @@ class EmulatedRun:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _read_busy(self, platform: Platform) -> None:
-        """Where the class is HPA: its metric is how busy a device is, which the system cannot tell of one that is emulated."""
+        """For the HPA class: its metric is the load of a device, which the system cannot see for an emulated one."""
         if self._local.pipeline.spec.stage.autoscaling.autoscaler_class != "hpa":
             return
         while True:
@@ -136,7 +149,7 @@ class EmulatedRun:
 
     @contextlib.asynccontextmanager
     async def _asking(self, url: str) -> AsyncIterator[Process]:
-        """The process that asks, from the moment when the trace begins."""
+        """The replaying process, from the beginning of the trace."""
         trace_file = self._folder / "trace.npz"
         trace = self._trace
         np.savez(
@@ -150,7 +163,7 @@ class EmulatedRun:
         try:
             assert process.stdout is not None
             if (await process.stdout.readline()).decode().strip() != BEGUN:
-                raise RuntimeError(f"the process that asks ended with status {await process.wait()}")
+                raise RuntimeError(f"the replaying process ended with status {await process.wait()}")
             yield process
         finally:
             if process.returncode is None:
@@ -159,7 +172,7 @@ class EmulatedRun:
 
     async def _answered(self, asking: Process) -> tuple[Floats, Floats, int]:
         if await asking.wait():
-            raise RuntimeError(f"the process that asks ended with status {asking.returncode}")
+            raise RuntimeError(f"the replaying process ended with status {asking.returncode}")
         times = np.load(self._times_file)
         return times["first"], times["last"], int(times["prompts"])
 
@@ -169,7 +182,7 @@ class EmulatedRun:
 
 
 def passes_of(pods: Sequence[LocalPod]) -> tuple[float, float]:
-    """Seconds in passes and their number, of all these; a pod that does not answer counts nothing."""
+    """Seconds in passes, and their number, of all these pods; a pod that does not answer counts nothing."""
     found = {"_sum": 0.0, "_count": 0.0}
     for pod in pods:
         for family in text_string_to_metric_families(_page(pod.metrics_port) if pod.metrics_port else ""):
@@ -185,3 +198,92 @@ def _page(metrics_port: int) -> str:
             return str(reply.read().decode())
     except (OSError, urllib.error.URLError):
         return ""
+
+
+_PUBLICATION: Final = "emulated"
+_CONFIG: Final = "config.json"
+
+
+def publish_emulated(store: ObjectStore, setting: Setting) -> ModelManifest:
+    """Publishes the model's shape and sizes with the default model's tokenizer, without weights. Raises a StorageError.
+
+    The stages emulate their devices and read no objects; the sizes decide how long a pod takes to start.
+    """
+    base = ensure_published(store, None, setting.dtype, Console(quiet=True))
+    config = msgspec.json.encode({**setting.config, "vocab_size": base.vocab_size})
+    key = f"models/{setting.model}/{setting.dtype}/{_PUBLICATION}/{_CONFIG}"
+    store.put(key, config)
+    shape = setting.shape
+    sizes = [shape.embedding_bytes, *shape.layer_bytes, shape.head_bytes]
+    manifest = msgspec.structs.replace(
+        base,
+        name=setting.model,
+        publication=_PUBLICATION,
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        context_length=setting.context_tokens,
+        tied=False,
+        objects={
+            name: _object(f"models/{setting.model}/{name}", name, size)
+            for name, size in zip(object_names(shape.num_layers), sizes, strict=True)
+        },
+        files={**base.files, _CONFIG: StoredFile(key, len(config), hashlib.sha256(config).hexdigest())},
+    )
+    store.put(manifest_key(setting.model, setting.dtype), encode_manifest(manifest))
+    return manifest
+
+
+def _object(key: str, name: str, size: int) -> StoredObject:
+    size -= size % ALIGNMENT
+    tensor = TensorSpan("U8", (size - ALIGNMENT,), ALIGNMENT, size)
+    return StoredObject(key, size, PART_BYTES, ("0" * 64,) * -(-size // PART_BYTES), {name: tensor})
+
+
+_REQUESTS: Final = 40
+_A_SECOND: Final = 1.0
+_PROMPT_TOKENS: Final = 1024
+_ANSWER_TOKENS: Final = 160
+_TAIL_SECONDS: Final = 20.0
+
+
+def measure_overheads(setting: Setting, store: ObjectStore, folder: Path) -> Overheads:
+    """What an emulated run costs beyond its profile on this machine, measured from outside under a steady load.
+
+    The time of a token is that of all passes and hops. The stages' metrics have the passes; the rest is hops. They are measured
+    while prompts come and others decode: alone, a conversation's hop takes 1.4 ms here, and 2.0 ms while hidden states of
+    prompts, megabytes each, pass through the same two cores. The run is a static pipeline with a micro-batch for each stage.
+    """
+    way = WAYS[2]
+    arrivals = 1.0 + np.arange(_REQUESTS) / _A_SECOND
+    trace = Trace("steady", arrivals, np.full(_REQUESTS, _PROMPT_TOKENS), np.full(_REQUESTS, _ANSWER_TOKENS))
+    run = EmulatedRun(setting, way, trace, store, folder, _TAIL_SECONDS)
+    token_seconds = asyncio.run(run.run()).token_seconds[0]
+    times = setting.pass_times(way)
+    answering = _A_SECOND * _ANSWER_TOKENS * token_seconds
+    work = Work(
+        decoding=round(answering),
+        micro_batches=len(times),
+        held_tokens=_PROMPT_TOKENS + _ANSWER_TOKENS / 2,
+        prompt_tokens=0,
+        chunk_tokens=1,
+        hop_bytes_per_token=0,
+    )
+    measured = [seconds / passes for seconds, passes in run.passes if passes]
+    beyond = max(0.0, float(np.mean(measured)) - _mean_pass(times, work))
+    ready = [setting.replicas(way)] * len(times)
+    unhindered = flow(times, ready, work, Overheads(pass_seconds=beyond, hop_seconds=0.0)).round_seconds
+    return Overheads(pass_seconds=beyond, hop_seconds=max(0.0, (token_seconds - unhindered) / len(times)))
+
+
+def _mean_pass(times: list[PassTimes], work: Work) -> float:
+    """Seconds by the profile, over the steps and chunks of one answer."""
+    rows = work.decoding / work.micro_batches
+    chunk = SchedulerLimits().chunk_tokens
+    chunks, steps = _PROMPT_TOKENS / chunk, _ANSWER_TOKENS / rows
+    held = rows * work.held_tokens
+    seconds = [
+        steps * (each.forward_seconds(rows, held, held) + each.logits_seconds(rows))
+        + chunks * (each.forward_seconds(chunk, pairs(_PROMPT_TOKENS / 2, chunk), _PROMPT_TOKENS / 2) + each.logits_seconds(1))
+        for each in times
+    ]
+    return float(np.mean(seconds)) / (steps + chunks)

@@ -1,4 +1,4 @@
-"""The experiments, each a list of runs by name: what is run, with what, how often."""
+"""The experiments: each is a list of runs, with their settings and repetitions."""
 
 import asyncio
 import hashlib
@@ -14,7 +14,6 @@ import msgspec
 import numpy as np
 
 from bench.evaluation.emulated import EmulatedRun
-from bench.evaluation.loads import LOADS, make_loads
 from bench.evaluation.network import REMEDIES, Lengths, all_networks
 from bench.evaluation.outcome import Cost, Outcome
 from bench.evaluation.profile import DoesNotFit, read_profile
@@ -22,7 +21,7 @@ from bench.evaluation.results import Result, RunKey
 from bench.evaluation.rounds import Overheads
 from bench.evaluation.setting import MODELS, SMOLLM2_PROFILE, WAYS, Setting
 from bench.evaluation.simulator import Simulation, World
-from bench.evaluation.trace import Sizes, Trace, drawn, read_trace
+from bench.evaluation.trace import LOADS, Sizes, Trace, drawn, make_loads, read_trace
 from knative.local.proxies.network import EmulatedNetwork
 from storage.store.object_store import ObjectStore
 
@@ -35,13 +34,13 @@ _TRACE_RATE: Final = 5.53  # requests a second of the Azure trace
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """How much of everything."""
+    """The sizes of all experiments."""
 
     emulated_loads: Sequence[str] = ("bursts", "trace")
     emulated_ways: Sequence[str] = WAYS
     emulated_seconds: int = 40
-    tail_seconds: float = 30.0  # behind a load's last arrival, for answers that still run
-    answer_tokens: int = 256  # most, so that answers end within a run of a minute; but in `at_scale`
+    tail_seconds: float = 30.0  # after a load's last arrival, for answers that still run
+    answer_tokens: int = 256  # upper bound, so that answers end within a run of a minute; not in `at_scale`
     emulated_peak: float = 4.0
     runs: int = 3
     simulated_seconds: int = 600
@@ -52,10 +51,9 @@ class Plan:
     scale_seconds: int = 1200
     scale_runs: int = 3
     scale_stages: Sequence[int] = SCALE_STAGES
-    networks: Mapping[EmulatedNetwork, Sequence[str]] = field(
+    networks: Mapping[EmulatedNetwork, Sequence[str]] = field(  # network → remedies that are measured in it
         default_factory=lambda: dict.fromkeys(all_networks(), tuple(REMEDIES))
     )
-    """With the remedies that are measured in each."""
     network_lengths: Lengths = field(default_factory=Lengths)
     trace: Path | None = None
 
@@ -79,10 +77,8 @@ QUICK: Final = Plan(
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One line of progress: `action` is called where its result is not on disk yet."""
-
     key: RunKey
-    action: Callable[[], Result]
+    action: Callable[[], Result]  # called if the result is not on disk yet
 
 
 def setting_13b(stages: int = 4, devices: int = 8, device: str = "l40s") -> Setting:
@@ -90,16 +86,12 @@ def setting_13b(stages: int = 4, devices: int = 8, device: str = "l40s") -> Sett
 
 
 def setting_smollm2() -> Setting:
-    """On as many cores as 13B has GPUs, each with the memory of a small pod, by a profile that was measured on one."""
+    """As many cores as 13B has GPUs, each with the memory of a small pod, with a profile measured on one core."""
     name = "smollm2-135m-instruct"
     measured = read_profile(SMOLLM2_PROFILE)
     return Setting(
         model=name, config=_config(name), device_name="cores", stages=4, devices=8, measured=measured, memory_bytes=2e9
     )
-
-
-def _scaled_13b(stages: int) -> Setting:
-    return setting_13b(stages, _SCALE_DEVICES, "a100-80g")
 
 
 def _scaled_70b(stages: int) -> Setting:
@@ -113,7 +105,7 @@ def _config(model: str) -> dict[str, object]:
 
 
 def emulated(plan: Plan, store: Callable[[], ObjectStore], folder: Path) -> Iterator[Run]:
-    """The five ways on the real system, devices emulated."""
+    """The five ways on the real system with emulated devices."""
     setting, trace = setting_13b(), _trace(plan)
     for load in plan.emulated_loads:
         for way in plan.emulated_ways:
@@ -123,22 +115,15 @@ def emulated(plan: Plan, store: Callable[[], ObjectStore], folder: Path) -> Iter
 
 
 def calibration(plan: Plan, overheads: Overheads) -> Iterator[Run]:
-    """The same runs, simulated: what an emulated run costs beside the profile is given by `overheads`, as measured."""
+    """The same runs, simulated. overheads: the measured costs of an emulated run beyond its profile."""
     setting, trace = setting_13b(), _trace(plan)
     for load in plan.emulated_loads:
         for way in plan.emulated_ways:
             for seed in range(plan.runs):
                 key = _key("calibration", plan, setting, load, way, seed, plan.emulated_seconds, plan.emulated_peak)
                 key = msgspec.structs.replace(key, overheads=(overheads.pass_seconds, overheads.hop_seconds))
-                yield Run(
-                    key,
-                    _simulate(
-                        key,
-                        setting,
-                        _load(plan, key, trace),
-                        World(overheads=overheads, step_seconds=0.05, tail_seconds=key.tail_seconds),
-                    ),
-                )
+                world = World(overheads=overheads, step_seconds=0.05, tail_seconds=key.tail_seconds)
+                yield Run(key, _simulate(key, setting, _load(plan, key, trace), world))
 
 
 def simulated(plan: Plan) -> Iterator[Run]:
@@ -147,7 +132,7 @@ def simulated(plan: Plan) -> Iterator[Run]:
 
 
 def measured(plan: Plan) -> Iterator[Run]:
-    """The same for a model whose passes were measured rather than computed from figures."""
+    """The same for a model whose passes were measured, not computed from published figures."""
     return _five_ways("measured", plan, setting_smollm2(), plan.measured_loads, plan.measured_runs)
 
 
@@ -163,21 +148,13 @@ def _five_ways(experiment: str, plan: Plan, setting: Setting, loads: Sequence[st
 def at_scale(plan: Plan) -> Iterator[Run]:
     """13B and 70B under a hundred times the trace: whole-model replicas and pipelines of 2 to 16 stages."""
     trace = _trace(plan)
-    for make in (_scaled_13b, _scaled_70b):
+    for make in (lambda stages: setting_13b(stages, _SCALE_DEVICES, "a100-80g"), _scaled_70b):
         for stages in plan.scale_stages:
             setting, way = make(stages), WAYS[1] if stages == 1 else WAYS[4]
             for seed in range(plan.scale_runs):
                 name = f"{setting.model}, {stages} {'stage' if stages == 1 else 'stages'}"
                 key = _key("scale", plan, setting, name, way, seed, plan.scale_seconds, _TRACE_RATE * _TIMES_THE_TRACE)
                 yield Run(key, _simulate_scale(key, setting, trace))
-
-
-def fits(setting: Setting, way: str) -> bool:
-    try:
-        setting.kv_tokens(way)
-    except DoesNotFit:
-        return False
-    return True
 
 
 def _key(experiment: str, plan: Plan, setting: Setting, load: str, way: str, seed: int, seconds: int, peak: float) -> RunKey:
@@ -230,7 +207,9 @@ def _simulate(key: RunKey, setting: Setting, load: Trace, world: World) -> Calla
 
 def _simulate_scale(key: RunKey, setting: Setting, trace: Trace | None) -> Callable[[], Result]:
     def run() -> Result:
-        if not fits(setting, key.way):
+        try:
+            setting.kv_tokens(key.way)
+        except DoesNotFit:
             return Result(key, _no_outcome(), 0, None, 0.0)
         if trace is None:
             load = drawn("drawn", np.full(key.seconds, key.peak), 1.0, key.seed, Sizes())
@@ -242,16 +221,8 @@ def _simulate_scale(key: RunKey, setting: Setting, trace: Trace | None) -> Calla
 
 
 def _no_outcome() -> Outcome:
-    """Of a setting that does not fit its devices."""
-    nothing = (float("inf"),) * 3
+    """The outcome of a setting that does not fit its devices."""
+    never = (float("inf"),) * 3
     cost = Cost(replica_seconds=0, byte_seconds=0, cold_starts=0, network_bytes=0)
-    return Outcome(
-        requests=0,
-        failed=0,
-        seconds=0,
-        tokens_per_second=0,
-        first_token_seconds=nothing,
-        token_seconds=nothing,
-        attainment=0,
-        cost=cost,
-    )
+    counts: dict[str, int] = dict.fromkeys(("requests", "failed", "seconds", "tokens_per_second", "attainment"), 0)
+    return Outcome(**counts, first_token_seconds=never, token_seconds=never, cost=cost)

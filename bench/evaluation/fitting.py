@@ -1,7 +1,8 @@
-"""From measured points to a profile: least squares that minds relative errors and gives nothing a negative price."""
+"""Fits a profile to measured points, by least squares of relative errors with coefficients of at least 0."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -10,15 +11,23 @@ import numpy.typing as npt
 from bench.evaluation.profile import Profile, ProfileInvalid
 from functions.configuration.pass_times import pairs
 
-if TYPE_CHECKING:
-    from bench.evaluation.measure_profile import Point
-
 _Floats = npt.NDArray[np.float64]
 _DIMENSIONS: Final = ("layers", "rows", "position")
 
 
-def fit_profile(points: "Sequence[Point]", heads: Iterable[tuple[int, float]], model: str, source: str) -> Profile:
-    """heads: (rows, seconds). Raises ProfileInvalid where the points leave something open, and says what is missing."""
+@dataclass(frozen=True, slots=True)
+class Point:
+    """The measured time of one kind of pass."""
+
+    layers: int
+    rows: int
+    length: int  # new tokens of each row: 1 of a step
+    position: int  # tokens that each row held before
+    seconds: float
+
+
+def fit_profile(points: Sequence[Point], heads: Iterable[tuple[int, float]], model: str, source: str) -> Profile:
+    """heads: (rows, seconds). Raises ProfileInvalid, which names the missing points, if they do not determine the profile."""
     steps = [point for point in points if point.length == 1]
     chunks = [point for point in points if point.length > 1]
     _check(steps, "steps", _DIMENSIONS)
@@ -50,7 +59,7 @@ def fit_profile(points: "Sequence[Point]", heads: Iterable[tuple[int, float]], m
     return msgspec.structs.replace(profile, worst_error=round(max(errors), 3))
 
 
-def _fitted(profile: Profile, point: "Point") -> float:
+def _fitted(profile: Profile, point: Point) -> float:
     times = profile.of_stage(1, 1 + point.layers, 2 + point.layers)
     tokens = point.rows * point.length
     return times.forward_seconds(
@@ -58,7 +67,7 @@ def _fitted(profile: Profile, point: "Point") -> float:
     )
 
 
-def _check(points: "Sequence[Point]", what: str, dimensions: Iterable[str]) -> None:
+def _check(points: Sequence[Point], what: str, dimensions: Iterable[str]) -> None:
     for name in dimensions:
         seen = {getattr(point, name) for point in points}
         if len(seen) < 2:
@@ -67,7 +76,7 @@ def _check(points: "Sequence[Point]", what: str, dimensions: Iterable[str]) -> N
 
 
 def _fit(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
-    """Coefficients of at least 0; what would be less is left out. Each point counts by its relative error."""
+    """Coefficients of at least 0: negative ones are left out and the others fitted again."""
     target = np.array(seconds)
     matrix: _Floats = np.array(rows, np.float64) / target[:, None]
     wanted: npt.NDArray[Any] = np.ones(len(target))

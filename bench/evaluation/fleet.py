@@ -1,7 +1,7 @@
-"""The pods of one stage in the simulator: as many as Knative's own autoscaler wants, which is the platform's, imported.
+"""The pods of one stage in the simulator, scaled by the platform's own autoscaler.
 
-Pods are a count of ready ones and processes of simpy that start or leave. What `knative/local/serving/revisions.py` does each
-second and every two is done here on the simulation's clock.
+Ready pods are a number; starting and leaving ones are processes of simpy. What `knative/local/serving/revisions.py` does every
+second and every two seconds happens here on the simulation's clock.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -33,15 +33,15 @@ def reconcile_forever(env: simpy.Environment, fleets: "Sequence[Fleet]") -> _Wai
 
 
 def settings_of(template: Mapping[str, Any]) -> RevisionSettings:
-    """As the platform reads a rendered Service."""
+    """The settings that the platform reads from a rendered Service."""
     return revision_settings(template, from_zero())
 
 
 class Fleet:
-    """`demand` is set by who simulates the requests: requests in flight, and the share of the ready pods' time that is busy."""
+    """The simulation sets `in_flight`, requests, and `busy_share`, the busy part of the ready pods' time."""
 
     def __init__(self, env: simpy.Environment, settings: RevisionSettings, start_seconds: Callable[[], float]) -> None:
-        """start_seconds: of a pod that starts now. Pods that the settings always keep are ready from the beginning."""
+        """start_seconds: the start time of a pod that starts now. The settings' minimum of pods is ready from the beginning."""
         self.ready = settings.min_scale
         self.starting = 0
         self.leaving = 0
@@ -51,8 +51,7 @@ class Fleet:
         self.busy_share = 0.0
         self._env = env
         self._start_seconds = start_seconds
-        self._unwanted = 0
-        """Of those that start: they go as soon as they are seen to."""
+        self._unwanted = 0  # starting pods that end as soon as they have started
         self._counted_at = 0.0
         self._hpa = HorizontalPodAutoscaler(hpa_spec(settings)) if settings.autoscaler_class == HPA else None
         self.autoscaler = RevisionAutoscaler(settings, ready=self.ready, now=env.now)
@@ -62,7 +61,7 @@ class Fleet:
         return self.ready + self.starting - self._unwanted
 
     def poke(self) -> None:
-        """A request finds the stage at zero: it does not wait for the next tick."""
+        """A request finds the stage at zero: it is scaled at once, not at the next tick."""
         if self.staying or self._hpa is not None:
             return
         self.autoscaler.record(self._env.now, 1.0, 1.0)
@@ -88,7 +87,7 @@ class Fleet:
         self._scale_to(self.autoscaler.reconcile(now, replicas=self.staying, ready=self.ready).replicas)
 
     def _scale_to(self, replicas: int) -> None:
-        """As a ReplicaSet does it: those that are not ready go first."""
+        """Like a ReplicaSet: pods that are not ready end first."""
         self.count()
         for _ in range(replicas - self.staying):
             self.starting += 1

@@ -1,15 +1,14 @@
-"""The profile of a stage that runs alone on this machine: its native layers, one thread, fitted to points of two shapes.
+"""Measures the profile of a stage that runs alone on this machine: native layers, one thread.
 
     python -m bench.evaluation.measure_profile --dtype bfloat16 --output bench/evaluation/profiles/smollm2-bfloat16.yaml
 
-Steps of many rows over keys and values of several lengths say what bytes cost, prompt chunks what arithmetic costs, and
-groups of two sizes what belongs to a pass and what to a layer. The best of several passes each; less than a minute. The
-published model is read from the state folder of `bench.load`, or published there.
+Steps with many rows and several lengths of keys and values determine the cost of bytes, prompt chunks that of arithmetic, and
+groups of two sizes the shares of a pass and of a layer. Each point is the best of several passes; all take less than a minute.
+The published model is read from the state folder of `bench.load`, or published there.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +18,7 @@ import msgspec
 import numpy as np
 from rich.console import Console
 
-from bench.evaluation.fitting import fit_profile
+from bench.evaluation.fitting import Point, fit_profile
 from bench.report import machine
 from functions.stage.models.build import build_layer_group
 from functions.stage.models.floats import DTYPES
@@ -39,17 +38,6 @@ HELD: Final = (64, 512)
 CHUNKS: Final = (64, 256)
 _KV_BYTES: Final = 2**28
 _PASSES: Final = 9
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """What one kind of pass took."""
-
-    layers: int
-    rows: int
-    length: int  # new tokens of each row: 1 of a step
-    position: int  # tokens that each row held before
-    seconds: float
 
 
 def forward_points(group: LayerGroup, passes: int = _PASSES) -> Iterator[Point]:
@@ -87,7 +75,7 @@ def _hidden(group: LayerGroup, tokens: int) -> np.ndarray[Any, Any]:
 
 
 def _timed(work: Callable[[], object]) -> float:
-    """Processor time, in which waiting for a processor does not count."""
+    """Processor time, without waiting for a processor."""
     began = time.thread_time()
     work()
     return time.thread_time() - began

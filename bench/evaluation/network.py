@@ -1,7 +1,7 @@
-"""What a network between pods costs the real pipeline: real layers, a relay before every pod, one network after the other.
+"""The cost of a network between pods for the real pipeline: real layers, and a relay before every pod.
 
-For one question at a time and sixteen, and what `plan` says of it, from what passes take where there is no network. Beside it
-the remedies, each alone: draft tokens (several tokens a round), hidden states in 8 bits, and the same model in fewer stages.
+Each network is measured with one question at a time and sixteen, and compared with `plan`'s prediction from the passes without
+a network. Three remedies are measured, each alone: draft tokens, hidden states in 8 bits, and the same model in fewer stages.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ import yaml
 from rich.console import Console
 
 from bench.evaluation.emulated import passes_of
+from bench.report import table
 from bench.speculation.answers import ask
 from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
 from knative.local.kubelet.pods import LocalPod
@@ -37,7 +38,7 @@ from storage.store.object_store import ObjectStore
 DELAYS_SECONDS: Final = (0.0, 0.001, 0.005, 0.02, 0.05)
 RATES: Final = (1.25e9, 1.25e8, 1.25e7)  # 10, 1 and 0.1 Gbit/s in bytes
 AT_ONCE: Final = (1, 16)
-_NEARLY_NONE: Final = 1e-6  # seconds: where there is no network there are its relays, too, so that they are not taken for it
+_NEARLY_NONE: Final = 1e-6  # seconds of delay without a network: its relays run too, so that their own cost cancels out
 _DTYPE: Final = "bfloat16"
 _MICRO_BATCH: Final = 8
 _PROMPTS: Final = ROOT / "bench" / "speculation" / "prompts.yaml"
@@ -47,7 +48,7 @@ _STOP_SECONDS: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """What a pipeline does about its network."""
+    """Settings of a pipeline against a slow network."""
 
     draft_tokens: int = 0
     wire_dtype: Literal["int8"] | None = None
@@ -63,7 +64,7 @@ REMEDIES: Final = {
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """One network, one pipeline, so many questions at a time."""
+    """The result for one network, one pipeline and one number of questions at a time."""
 
     delay_seconds: float
     bytes_per_second: float | None
@@ -71,8 +72,8 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     wire_dtype: Literal["int8"] | None = None
     stages: int = NOTHING.stages
     at_once: int
-    prompt_tokens: float = 0.0  # of a question, mean, and of its answer
-    answer_tokens: float = 0.0
+    prompt_tokens: float = 0.0  # mean
+    answer_tokens: float = 0.0  # mean
     tokens_per_second: float
     step_seconds: tuple[float, ...]  # of a pass of each stage, mean
 
@@ -103,7 +104,7 @@ def file_name(network: EmulatedNetwork, remedy: Remedy, lengths: Lengths) -> str
 
 
 def measure(network: EmulatedNetwork, remedy: Remedy, lengths: Lengths, store: ObjectStore, logs: Path) -> list[Measured]:
-    """For each of `AT_ONCE`."""
+    """A result for each of `AT_ONCE`."""
     manifest = ensure_published(store, None, _DTYPE, Console(quiet=True))
     local = local_pipeline(store, manifest, remedy.stages, _spec(manifest.name, remedy), {})
     logs.mkdir(parents=True, exist_ok=True)
@@ -177,20 +178,16 @@ def _spec(model: str, remedy: Remedy) -> PipelineSpec:
 
 
 def stage_plans(store: ObjectStore) -> tuple[StagePlan, ...]:
-    """Of what is measured without a remedy."""
+    """The stages without a remedy."""
     manifest = ensure_published(store, None, _DTYPE, Console(quiet=True))
     local = local_pipeline(store, manifest, NOTHING.stages, _spec(manifest.name, NOTHING), {})
     return plan_stages(local.shape, local.pipeline.cut)
 
 
 def network_table(plans: Sequence[StagePlan], results: Sequence[Measured]) -> tuple[str, str]:
-    """The table, and in a sentence how far off the prediction is."""
+    """The table, and a sentence about the prediction's error."""
     by_key = {(one.delay_seconds, one.bytes_per_second, one.remedy, one.at_once): one for one in results}
-    lines = [
-        "| delay each way | Gbit/s | at once | tokens/s | share of none | plan says | error | " + " | ".join(REMEDIES) + " |",
-        "|---" * (7 + len(REMEDIES)) + "|",
-    ]
-    worst = 0.0
+    rows, worst = [], 0.0
     for one in (each for each in results if each.remedy == NOTHING):
         near = by_key.get((0.0, None, NOTHING, one.at_once))
         if near is None:
@@ -201,17 +198,19 @@ def network_table(plans: Sequence[StagePlan], results: Sequence[Measured]) -> tu
         remedied = [by_key.get((one.delay_seconds, one.bytes_per_second, each, one.at_once)) for each in REMEDIES.values()]
         rate = "any" if one.bytes_per_second is None else f"{one.bytes_per_second * 8 / 1e9:g}"
         cells = ["–" if each is None else _beside(each, one) for each in remedied]
-        lines.append(
-            f"| {one.delay_seconds * 1e3:g} ms | {rate} | {one.at_once} | {one.tokens_per_second:.1f} "
-            f"| {one.tokens_per_second / near.tokens_per_second:.2f} | {said:.1f} | {error:+.0%} | {' | '.join(cells)} |"
-        )
-    return "\n".join(lines), f"The prediction is off by at most {worst:.0%} (wanted: 15 %)."
+        share = f"{one.tokens_per_second / near.tokens_per_second:.2f}"
+        told = [f"{one.delay_seconds * 1e3:g} ms", rate, one.at_once, f"{one.tokens_per_second:.1f}", share, f"{said:.1f}"]
+        rows.append([*told, f"{error:+.0%}", *cells])
+    columns = ["delay each way", "Gbit/s", "at once", "tokens/s", "share of none", "plan says", "error", *REMEDIES]
+    return table(columns, rows), f"The prediction is off by at most {worst:.0%} (wanted: 15 %)."
 
 
 def predicted(plans: Sequence[StagePlan], near: Measured, link: Link) -> float:
-    """Tokens a second behind `link`, by what was measured where there is none: `plan`'s round, longer by what it took there
-    beside passes. `plan` knows rounds only. Prompts: one conversation waits for its own on all links, one behind the other; of
-    many the links carry several at a time, and each direction of a link one."""
+    """Predicted tokens a second with `link`, from the measurement `near` without a network.
+
+    A round takes what `plan` says, and the time beyond passes that it took in `near`. `plan` knows rounds only, so prompts are
+    added: one conversation waits for its prompt on all links in turn; of many, each link carries one at a time.
+    """
     alone = network_plan(plans, near.step_seconds, near.at_once, _MICRO_BATCH, Link(0.0, None))
     beside = max(0.0, near.at_once / near.tokens_per_second - alone.round_seconds)
     steps = [step + beside / len(plans) for step in near.step_seconds]

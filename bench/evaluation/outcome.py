@@ -1,4 +1,4 @@
-"""What a run came to, emulated or simulated: latencies, objective, cost."""
+"""The outcome of a run, emulated or simulated: latencies, objective, cost."""
 
 from typing import Final
 
@@ -8,14 +8,14 @@ import numpy as np
 from bench.evaluation.trace import Floats, Trace
 
 QUANTILES: Final = (0.5, 0.95, 0.99)
-PATIENCE_SECONDS: Final = 120.0  # an answer that ends later has failed: nobody waits for it any more
+PATIENCE_SECONDS: Final = 120.0  # an answer that takes longer has failed: clients give up
 
 
 class Objective(msgspec.Struct, frozen=True):
-    """Of one request: what a reader notices."""
+    """Upper bounds for one request."""
 
     first_token_seconds: float = 2.0
-    token_seconds: float = 0.2  # mean, behind the first
+    token_seconds: float = 0.2  # mean, after the first
 
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,7 +28,7 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     requests: int
     failed: int
-    seconds: float  # from the first arrival's clock to the last answer, at least the load's length
+    seconds: float  # from the beginning to the last answer, at least the load's length
     tokens_per_second: float
     first_token_seconds: tuple[float, float, float]  # p50, p95, p99
     token_seconds: tuple[float, float, float]
@@ -39,7 +39,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 def outcome_of(
     trace: Trace, first: Floats, last: Floats, seconds: float, cost: Cost, objective: Objective | None = None
 ) -> Outcome:
-    """first, last: when each request's first and last token came, seconds of the trace's clock; NaN: never."""
+    """first, last: times of each request's first and last token on the trace's clock; NaN: never."""
     wanted = objective or Objective()
     first_token = first - trace.arrival_seconds
     per_token = (last - first) / np.maximum(1, trace.answer_tokens - 1)

@@ -1,8 +1,7 @@
-"""A profile: what a pass takes as a function of rows, prompt tokens, keys and values held, and layers.
+"""A profile: the time of a forward pass as a function of rows, prompt tokens, keys and values held, and layers.
 
-Computed from a device's published figures (a roofline), or fitted to a stage that was measured alone (`measure_profile`).
-Either way it is the same numbers, and `of_stage` gives those of one group of layers, by which an emulated stage waits and
-the simulator computes.
+It is computed from a device's published figures (a roofline), or fitted to a stage that was measured alone (`measure_profile`).
+`of_stage` gives the figures of one group of layers, by which an emulated stage sleeps and the simulator computes.
 """
 
 from pathlib import Path
@@ -10,9 +9,35 @@ from typing import Annotated, Final
 
 import msgspec
 
-from bench.evaluation.devices import Device
 from functions.configuration.pass_times import PassTimes
 from knative.spec.model_shape import ModelShape
+
+_DEVICES: Final = Path(__file__).with_name("devices.yaml")
+_Rate = Annotated[float, msgspec.Meta(gt=0)]
+_Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
+
+
+class UnknownDevice(ValueError):
+    """No device has this name. The message lists the known ones."""
+
+
+class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    flops_per_second: _Rate  # of bf16, dense, as published
+    bandwidth_bytes_per_second: _Rate  # of its memory, as published
+    memory_bytes: _Rate
+    flops_share: _Share = 0.5
+    bandwidth_share: _Share = 0.75
+    pass_seconds: Annotated[float, msgspec.Meta(ge=0)] = 0.001  # of the host, before the first and after the last kernel
+    layer_seconds: Annotated[float, msgspec.Meta(ge=0)] = 20e-6  # of launches that graphs do not hide, for each layer
+
+
+def read_device(name: str, path: Path = _DEVICES) -> Device:
+    """Raises UnknownDevice, or msgspec.ValidationError that names the figure."""
+    found = msgspec.yaml.decode(path.read_bytes(), type=dict[str, Device])
+    if name not in found:
+        raise UnknownDevice(f"device {name!r}: there is {', '.join(found)}; add its published figures to {path.name}")
+    return found[name]
+
 
 _FLOPS_PER_MULTIPLY_ADD: Final = 2
 _ATTENTION_MULTIPLY_ADDS: Final = 2  # per number of a query: one with the key, one with the value
@@ -20,15 +45,15 @@ _Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class DoesNotFit(ValueError):
-    """A stage's weights and the least of keys and values are more than the device's memory. Cut into more stages."""
+    """A stage's weights and the minimum of keys and values exceed the device's memory. Cut into more stages."""
 
 
 class ProfileInvalid(ValueError):
-    """The file is no profile. The message says what is missing."""
+    """The file is no profile. The message names what is missing."""
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Of one model in one dtype on one device. Names as in `PassTimes`; `layer_…`: of one layer."""
+    """One model in one dtype on one device. Names as in `PassTimes`; `layer_…` is for one layer."""
 
     model: str
     source: str  # how it was made, for people
@@ -41,8 +66,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     layer_kv_token_seconds: _Seconds
     head_row_seconds: _Seconds
     head_stream_seconds: _Seconds
-    worst_error: _Seconds | None = None
-    """Of a measured profile, over the points it was fitted to: |fitted − measured| ÷ measured."""
+    worst_error: _Seconds | None = None  # largest |fitted − measured| ÷ measured over the points of a measured profile
 
     def of_stage(self, first: int, last: int, num_layers: int) -> PassTimes:
         layers, ends = last - first, last == num_layers
@@ -59,7 +83,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def roofline(shape: ModelShape, device: Device, name: str) -> Profile:
-    """All layers are taken to be like the first. name: the device's, for people."""
+    """Takes all layers to be like the first. name: of the device, for people."""
     per_flop = 1 / (device.flops_per_second * device.flops_share)
     per_byte = 1 / (device.bandwidth_bytes_per_second * device.bandwidth_share)
     return Profile(
@@ -89,9 +113,9 @@ def read_profile(path: Path) -> Profile:
 
 
 def kv_tokens_beside(weight_bytes: int, kv_bytes_per_token: int, memory_bytes: float, least_tokens: int, name: str) -> int:
-    """Tokens of keys and values that a device holds beside a stage's weights; 10 % are left for what a pass needs.
+    """Tokens of keys and values that fit into a device with a stage's weights; 10 % are left for a pass.
 
-    Raises DoesNotFit where those are fewer than `least_tokens`.
+    Raises DoesNotFit if they are fewer than `least_tokens`.
     """
     tokens = int((memory_bytes * _USABLE - weight_bytes) // kv_bytes_per_token)
     if tokens < least_tokens:

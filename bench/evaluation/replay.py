@@ -1,6 +1,6 @@
-"""Asks a gateway as a trace says, in a process of its own: when each answer's first and last token came.
+"""Replays a trace against a gateway, in a process of its own, and records each answer's first and last token.
 
-It prints BEGUN when the trace begins, so that whoever counts meanwhile does not count how long it took to start.
+It prints BEGUN when the trace begins, so that its own start is not counted.
 
 python -m bench.evaluation.replay URL TRACE.npz TIMES.npz TAIL_SECONDS
 """
@@ -20,14 +20,14 @@ from eventing.wire.generation import TokenEvent
 from knative.commands.ask import AskFailed, Question, stream_answer
 
 BEGUN: Final = "begun"
+# Each is one token, with the space before it, of the default model's tokenizer.
 _WORDS: Final = ("river", "stone", "lamp", "seven", "north", "glass", "quiet", "engine", "paper", "winter", "copper", "field")
-"""A token each, with the space before it, of the default model's tokenizer."""
 
 
 async def replay(url: str, trace: Trace, tail_seconds: float) -> tuple[Floats, Floats, int]:
-    """First and last token's time of each request since the start, NaN: it did not come to that; and tokens of all prompts.
+    """Times of each request's first and last token since the start (NaN: none), and the tokens of all prompts.
 
-    tail_seconds: behind the last arrival; what has not ended then is broken off.
+    tail_seconds: after the last arrival; answers that have not ended then are cancelled.
     """
     loop = asyncio.get_running_loop()
     print(BEGUN, flush=True)

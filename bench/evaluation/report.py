@@ -1,13 +1,20 @@
-"""docs/benchmarks.md: a section for each experiment, from results alone."""
+"""The sections of docs/benchmarks.md and their figures, from results alone."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
-from typing import Final
+from typing import Any, Final
 
-from bench.evaluation.outcome import Outcome
+import matplotlib
+
+from bench.evaluation.outcome import Objective, Outcome
+from bench.evaluation.profile import read_profile
 from bench.evaluation.results import Result, interval
-from bench.evaluation.setting import WAYS
+from bench.evaluation.rounds import Overheads
+from bench.evaluation.setting import SMOLLM2_PROFILE, WAYS
+from bench.evaluation.trace import LOADS
+from bench.report import machine, table, write_section
 
 Column = tuple[str, Callable[[Outcome], float], str]
 COLUMNS: Final[tuple[Column, ...]] = (
@@ -25,29 +32,27 @@ COLUMNS: Final[tuple[Column, ...]] = (
     ("cold starts", lambda o: o.cost.cold_starts, "{:.0f}"),
     ("network", lambda o: o.cost.network_bytes / 1e9, "{:.1f} GB"),
 )
+# What the simulation must predict, and the allowed error.
 CALIBRATED: Final[tuple[tuple[str, Callable[[Outcome], float], float], ...]] = (
     ("tokens/s", lambda o: o.tokens_per_second, 0.10),
     ("first token p95", lambda o: o.first_token_seconds[1], 0.10),
     ("per token p95", lambda o: o.token_seconds[1], 0.10),
     ("replica-seconds", lambda o: o.cost.replica_seconds, 0.05),
 )
-"""What the simulation is held to, and how near it has to be."""
 
 
 def ways_table(results: Sequence[Result], load: str) -> str:
     """Means and 95 % intervals of the five ways under one load."""
-    lines = ["| way | runs | " + " | ".join(name for name, _, _ in COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    rows: list[list[object]] = []
     for way in WAYS:
-        found = [each.outcome for each in results if (each.key.load, each.key.way) == (load, way)]
-        if found:
-            cells = " | ".join(_cell([read(one) for one in found], form) for _, read, form in COLUMNS)
-            lines.append(f"| {way} | {len(found)} | {cells} |")
-    return "\n".join(lines)
+        if found := [each.outcome for each in results if (each.key.load, each.key.way) == (load, way)]:
+            rows.append([way, len(found), *(_cell([read(one) for one in found], form) for _, read, form in COLUMNS)])
+    return table(["way", "runs", *(name for name, _, _ in COLUMNS)], rows)
 
 
 def claims(results: Sequence[Result], loads: Iterable[str]) -> str:
-    """The paper's two claims for the pipelines that scale: against what stands still, and against whole-model replicas."""
-    lines = ["| load | way | against | first token p95 | tokens/s | within objective | replica-seconds |", "|---" * 7 + "|"]
+    """The paper's two claims: scaling pipelines compared with static deployments and with whole-model replicas."""
+    rows = []
     for load in loads:
         means = {way: _means(results, load, way) for way in WAYS}
         for way in WAYS[3:]:
@@ -57,8 +62,9 @@ def claims(results: Sequence[Result], loads: Iterable[str]) -> str:
                     continue
                 ratios = [f"{a / b:.2f} ×" if b else "–" for a, b in zip(one[:2], two[:2], strict=True)]
                 points = f"{(one[2] - two[2]) * 100:+.0f} points"
-                lines.append(f"| {load} | {way} | {other} | {ratios[0]} | {ratios[1]} | {points} | {one[3] / two[3]:.2f} × |")
-    return "\n".join(lines)
+                rows.append([load, way, other, *ratios, points, f"{one[3] / two[3]:.2f} ×"])
+    columns = ["load", "way", "against", "first token p95", "tokens/s", "within objective", "replica-seconds"]
+    return table(columns, rows)
 
 
 def _means(results: Sequence[Result], load: str, way: str) -> tuple[float, float, float, float] | None:
@@ -77,7 +83,7 @@ def _means(results: Sequence[Result], load: str, way: str) -> tuple[float, float
 
 def calibration_table(emulated: Sequence[Result], simulated: Sequence[Result]) -> tuple[str, int, int]:
     """Means of emulated and simulated runs side by side; how many comparisons are within their bound, and of how many."""
-    lines = ["| load | way | what | emulated | simulated | error | bound |", "|---" * 7 + "|"]
+    rows = []
     met = count = 0
     pairs = dict.fromkeys((each.key.load, each.key.way) for each in emulated)
     for load, way in pairs:
@@ -93,29 +99,25 @@ def calibration_table(emulated: Sequence[Result], simulated: Sequence[Result]) -
             within = abs(error) <= bound
             met, count = met + within, count + 1
             mark = "" if within else " **missed**"
-            lines.append(f"| {load} | {way} | {name} | {seen:.3g} | {said:.3g} | {error:+.0%}{mark} | {bound:.0%} |")
-    return "\n".join(lines), met, count
+            rows.append([load, way, name, f"{seen:.3g}", f"{said:.3g}", f"{error:+.0%}{mark}", f"{bound:.0%}"])
+    return table(["load", "way", "quantity", "emulated", "simulated", "error", "bound"], rows), met, count
 
 
 def scale_table(results: Sequence[Result]) -> str:
-    lines = [
-        "| model, cut | devices | peak pods | first token p50 | p95 | per token p50 | tokens/s | within objective | failed "
-        "| replica-seconds | TB-seconds | cold starts | × real time |",
-        "|---" * 13 + "|",
-    ]
+    columns = [COLUMNS[index] for index in (0, 1, 3, 6, 7, 8, 9, 10, 11)]
+    rows: list[list[object]] = []
     for load in dict.fromkeys(each.key.load for each in results):
         found = [each for each in results if each.key.load == load]
         device = found[0].key.setting.split(" on ")[1].split(",")[0]
         outcomes = [each.outcome for each in found]
         if not any(one.requests for one in outcomes):
-            lines.append(f"| {load} | {device} | does not fit a device |" + " |" * 10)
+            rows.append([load, device, "does not fit a device", *[""] * 10])
             continue
         peak = max(each.peak_pods or 0 for each in found)
-        reads = [COLUMNS[index] for index in (0, 1, 3, 6, 7, 8, 9, 10, 11)]
-        cells = " | ".join(_cell([read(one) for one in outcomes], form) for _, read, form in reads)
+        cells = [_cell([read(one) for one in outcomes], form) for _, read, form in columns]
         speed = fmean(each.outcome.seconds / (each.wall_seconds or math.nan) for each in found)
-        lines.append(f"| {load} | {device} | {peak} | {cells} | {speed:.0f} |")
-    return "\n".join(lines)
+        rows.append([load, device, peak, *cells, f"{speed:.0f}"])
+    return table(["model, cut", "devices", "peak pods", *(name for name, _, _ in columns), "× real time"], rows)
 
 
 def _cell(values: Sequence[float], form: str) -> str:
@@ -127,3 +129,164 @@ def _cell(values: Sequence[float], form: str) -> str:
         return text
     number, _, unit = form.partition("}")
     return f"{(number + '}').format(mean)} ± {(number + '}').format(half)}{unit}"
+
+
+_PANELS: Final[tuple[tuple[str, Callable[[Outcome], float]], ...]] = (
+    ("first token p95, s", lambda o: o.first_token_seconds[1]),
+    ("within the objective, %", lambda o: o.attainment * 100),
+    ("replica-seconds", lambda o: o.cost.replica_seconds),
+)
+
+
+def draw_ways(results: Sequence[Result], loads: Sequence[str], path: Path) -> None:
+    """A panel for each measure, a group of bars for each load."""
+    figure, panels = _figure(len(_PANELS))
+    width = 0.8 / len(WAYS)
+    for panel, (title, read) in zip(panels, _PANELS, strict=True):
+        for number, way in enumerate(WAYS):
+            mine = [[each.outcome for each in results if (each.key.load, each.key.way) == (load, way)] for load in loads]
+            found = [interval(map(read, outcomes)) for outcomes in mine]
+            places = [index + (number - 2) * width for index in range(len(loads))]
+            halves = [0.0 if half != half else half for _, half in found]
+            panel.bar(places, [mean for mean, _ in found], width, yerr=halves, label=way, capsize=2)
+        panel.set_xticks(range(len(loads)), loads)
+        panel.set_title(title)
+    panels[0].set_yscale("log")
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="lower center", ncols=len(WAYS))
+    _save(figure, path, below=0.08)
+
+
+def draw_scale(results: Sequence[Result], path: Path) -> None:
+    """Against the number of stages, a line for each model."""
+    figure, panels = _figure(len(_PANELS))
+    for panel, (title, read) in zip(panels, _PANELS, strict=True):
+        for model in dict.fromkeys(each.key.load.split(",")[0] for each in results):
+            by_stages: dict[int, list[float]] = {}
+            for each in results:
+                name, _, cut = each.key.load.partition(", ")
+                if name == model and each.outcome.requests:
+                    by_stages.setdefault(int(cut.split()[0]), []).append(read(each.outcome))
+            found = {stages: interval(values)[0] for stages, values in sorted(by_stages.items())}
+            panel.plot(list(found), list(found.values()), "o-", label=model)
+        panel.set_xscale("log", base=2)
+        panel.set_xlabel("stages")
+        panel.set_title(title)
+    panels[0].legend()
+    _save(figure, path)
+
+
+def _figure(panels: int) -> tuple[Any, Any]:
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(1, panels, figsize=(5 * panels, 4))
+
+
+def _save(figure: Any, path: Path, below: float = 0.0) -> None:
+    """below: share of the height that is kept for a legend."""
+    from matplotlib import pyplot
+
+    figure.tight_layout(rect=(0, below, 1, 1))
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def write_document(
+    document: Path | None,
+    found: Mapping[str, Sequence[Result]],
+    overheads: Overheads | None,
+    command: str,
+    seconds: float,
+    networks: tuple[str, str] | None,
+) -> dict[str, str]:
+    """Section → Markdown. Writes the sections and their figures if a document is given."""
+    facts = f"`{command}` on {machine()}; {seconds / 60:.0f} minutes, earlier results are not counted."
+    pages: dict[str, str] = {}
+    profile = read_profile(SMOLLM2_PROFILE)
+    for name, title, note in (
+        ("emulated", "Five ways, devices emulated and the system real", ""),
+        ("simulated", "Five ways, simulated for longer", ""),
+        (
+            "measured",
+            "Five ways, simulated by measured passes",
+            f" Passes as measured of {profile.source}; the fit is off by {profile.worst_error or 0:.0%} at its worst point.",
+        ),
+    ):
+        if found.get(name):
+            pages[name] = _ways(found[name], f"## {title}", facts + note, document, name)
+    if found.get("calibration") and overheads is not None:
+        pages["calibration"] = _calibration(found.get("emulated", []), found["calibration"], overheads, facts)
+    if found.get("scale"):
+        pages["scale"] = _scale(found["scale"], facts, document)
+    if networks is not None:
+        network_table, verdict = networks
+        text = (
+            "SmolLM2-135M in bfloat16, three stages with real layers, one replica each, micro-batches of 8; questions whose "
+            "answers quote. Delay and rate are those of every pod's link (`knative/local/proxies/network.py`). The "
+            f"prediction of `plan` is computed from the passes without a network. **{verdict}** The last columns show each "
+            "remedy alone, in tokens/s and relative to the tokens/s without a network: draft tokens (at most 16 a row), hidden "
+            "states in 8 bits ([effect on answers](#8-bits-on-the-wire)), and the same model in two stages."
+        )
+        pages["network"] = f"## What a network between the pods costs\n\n{facts} {text}\n\n{network_table}"
+    if document is not None:
+        for name, text in pages.items():
+            write_section(document, name, text)
+    return pages
+
+
+def _ways(results: Sequence[Result], title: str, facts: str, document: Path | None, name: str) -> str:
+    key, wanted = results[0].key, Objective()
+    loads = [load for load in LOADS if any(each.key.load == load for each in results)]
+    source = (
+        "drawn from a seed, with the sizes of the Azure trace of 2023" if key.trace is None else "of the trace that was named"
+    )
+    averages = [each.load_average for each in results if each.load_average is not None]
+    busy = f" Load average of the machine behind each run: {min(averages):.1f} to {max(averages):.1f}." if averages else ""
+    lines = [
+        title,
+        "",
+        f"{facts} {key.setting}; {key.seconds} s of each load with a peak of {key.peak:g} requests/s, {source}; answers of at "
+        f"most {key.answer_tokens} tokens. Objective: first token in {wanted.first_token_seconds:g} s, then "
+        f"{wanted.token_seconds * 1000:g} ms a token. Means and 95 % intervals over runs of different seeds.{busy}",
+    ]
+    for load in loads:
+        lines += ["", f"### {load.capitalize()}", "", ways_table(results, load)]
+    lines += ["", "### The paper's claims: the pipelines that scale, against the others", "", claims(results, loads)]
+    if document is not None:
+        picture = document.with_name(f"evaluation-{name}.png")
+        draw_ways(results, loads, picture)
+        lines += ["", f"![first token, objective and cost of five ways under each load]({picture.name})"]
+    return "\n".join(lines)
+
+
+def _calibration(emulated: Sequence[Result], simulated: Sequence[Result], overheads: Overheads, facts: str) -> str:
+    calibrated, met, count = calibration_table(emulated, simulated)
+    return "\n".join(
+        [
+            "## How far the simulation is to be believed",
+            "",
+            f"{facts} The emulated runs once more, simulated. What they cost beside the profile was measured under a "
+            f"steady load: {overheads.pass_seconds * 1e3:.1f} ms a pass and {overheads.hop_seconds * 1e3:.1f} ms a hop. "
+            f"**{met} of {count} comparisons are within their bounds.**",
+            "",
+            calibrated,
+        ]
+    )
+
+
+def _scale(results: Sequence[Result], facts: str, document: Path | None) -> str:
+    key = results[0].key
+    source = "a Poisson load with the trace's rate and sizes" if key.trace is None else "the trace"
+    lines = [
+        "## A hundred times the trace: 13B and 70B, whole or in pieces",
+        "",
+        f"{facts} Simulated, {key.seconds} s of {source}, 100 times over, from zero, at most 1,024 devices, Knative's "
+        f"autoscaler; {sum(each.key.load == key.load for each in results)} runs each.",
+        "",
+        scale_table(results),
+    ]
+    if document is not None:
+        picture = document.with_name("evaluation-scale.png")
+        draw_scale(results, picture)
+        lines += ["", f"![cost and first token by the number of stages]({picture.name})"]
+    return "\n".join(lines)

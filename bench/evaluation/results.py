@@ -1,4 +1,4 @@
-"""What runs came to, on disk, one file each: what is there is not run again."""
+"""Results of runs on disk, one file each, so that no run is repeated."""
 
 import hashlib
 import math
@@ -11,13 +11,13 @@ import msgspec
 
 from bench.evaluation.outcome import Outcome
 
+# Of two-sided intervals of 95 %, by degrees of freedom.
 _STUDENT_95: Final = (math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Of a two-sided interval of 95 %, by degrees of freedom."""
 R = TypeVar("R", bound="RunKey")
 
 
 class RunKey(msgspec.Struct, frozen=True, kw_only=True):
-    """What was run. Whatever changes a result is in here, so that an old one is never taken for it."""
+    """Identifies a run. It contains everything that changes a result, so that no outdated result is reused."""
 
     experiment: str
     load: str
@@ -28,7 +28,7 @@ class RunKey(msgspec.Struct, frozen=True, kw_only=True):
     setting: str  # model, device, stages, devices: for people and for the file's name
     tail_seconds: float
     answer_tokens: int
-    trace: str | None = None  # digest of the file that the user named
+    trace: str | None = None  # digest of the named file
     profile: str | None = None  # digest of a measured one
     overheads: tuple[float, float] | None = None
 
@@ -48,13 +48,13 @@ class Result(msgspec.Struct, frozen=True):
 
 
 class Results:
-    """A folder of them."""
+    """A folder of results."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def of(self, key: RunKey, run: Callable[[], Result]) -> Result:
-        """What is on disk, else what `run` finds. A file that cannot be read is run again."""
+        """The result on disk, or else of `run`. An unreadable file is run again."""
         path = self._folder / key.file_name
         if (found := self.read(key)) is not None:
             return found

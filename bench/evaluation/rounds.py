@@ -1,9 +1,8 @@
-"""How long a round of the pipeline takes, and how fast prompts go through: what a queue of passes comes to on average.
+"""The average time of a round of the pipeline, and the average speed of prompts through it: a model of queues of passes.
 
-A stage's pods compute one pass at a time. Micro-batches go round; each pod takes at most one event with prompt chunks at a
-time, and a step waits for at most one of them, so a pod that has both takes them in turns. Passes last what they last, not
-exponentially long, so that a round takes the longer of what it takes when nobody waits and of what the narrowest stage
-allows.
+A stage's pods compute one pass at a time. Micro-batches go round. A pod takes at most one event with prompt chunks at a time,
+and a step waits for at most one of them, so a pod with both alternates. Pass times are constant, not exponential, so a round
+takes the longer of two times: without any waiting, and as the narrowest stage allows.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,49 +13,48 @@ from typing import Final
 from functions.configuration.pass_times import PassTimes, pairs
 from functions.stage.engine.event_queue import most_merged
 
-_MAX_MERGE: Final = 4  # LAMINA_MAX_MERGE, where it is not said
-_SETTLED: Final = 24  # passes after which their sizes repeat themselves, by far
-_SHARPNESS: Final = 8  # who waits does so at the narrowest stage, and where several are nearly as narrow, at all of these
+_MAX_MERGE: Final = 4  # the default of LAMINA_MAX_MERGE
+_SETTLED: Final = 24  # passes; after far fewer their sizes repeat
+_SHARPNESS: Final = 8  # events wait at the narrowest stage, and at all stages that are nearly as narrow
 
 
 @dataclass(frozen=True, slots=True)
 class Overheads:
-    """Of what is real in an emulated run: measured there, see `calibrate`."""
+    """The costs of the real parts of an emulated run, as `measure_overheads` finds them."""
 
-    pass_seconds: float = 0.0  # that a pod is busy beyond its profile's time, for each pass
+    pass_seconds: float = 0.0  # per pass, beyond the profile's time
     hop_seconds: float = 0.001  # from the end of a pass to the next stage's queue
     bytes_per_second: float = float("inf")  # of the network between pods
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What there is to do now."""
+    """The work at one moment."""
 
-    decoding: int  # sequences that answer
-    micro_batches: int  # into which they are divided
-    held_tokens: float  # keys and values of one of them, mean
-    prompt_tokens: float  # that wait to be computed
-    chunk_tokens: int  # most of them in one pass
+    decoding: int  # sequences
+    micro_batches: int  # that the decoding sequences form
+    held_tokens: float  # keys and values of a decoding sequence, mean
+    prompt_tokens: float  # still to be computed
+    chunk_tokens: int  # upper bound in one pass
     hop_bytes_per_token: float
 
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """How it goes on now."""
+    """The speed at one moment."""
 
-    round_seconds: float  # a token for each sequence that answers
+    round_seconds: float  # in which each decoding sequence gets a token
     prompt_tokens_per_second: float  # through the whole pipeline
-    prompt_tokens_per_second_alone: float  # of one prompt, whose chunks go through one pod of each stage one behind the other
-    fill_seconds: float  # from the reservation, which waits for the pass that runs, to the last stage's end of a chunk
-    in_flight: tuple[float, ...]  # requests at each of the stages that were given
+    prompt_tokens_per_second_alone: float  # of one prompt, whose chunks pass one pod of each stage in turn
+    fill_seconds: float  # from the reservation, which waits for a running pass, to a chunk's end at the last stage
+    in_flight: tuple[float, ...]  # requests at each of the given stages
     busy_share: tuple[float, ...]  # of its pods' time
 
 
 def flow(
     times: Sequence[PassTimes], ready: Sequence[int], work: Work, overheads: Overheads, alike: Sequence[int] | None = None
 ) -> Flow:
-    """ready: pods of each stage, at least one. alike: stages that each of these stands for, since they fare the same; None:
-    itself only."""
+    """ready: pods of each stage, at least one. alike: the number of equal stages that each one stands for; None: 1 each."""
     many = alike or [1] * len(times)
     num_stages = sum(many)
     kinds = range(len(times))
@@ -86,7 +84,7 @@ def flow(
     round_seconds = max(unhindered, *(at_pod[k] * busy_step[k] for k in kinds)) if rows else 0.0
     rate = 0.0
     if size:
-        # Of the micro-batches that go round, each stage has its part waiting when a chunk comes.
+        # When a chunk comes, each stage has its part of the micro-batches waiting.
         left = [1 - at_pod[k] * busy_step[k] / round_seconds if rows else 1.0 for k in kinds]
         share = [max(left[k], busy_chunk[k] / (busy_chunk[k] + max(1.0, at_pod[k] / num_stages) * busy_step[k])) for k in kinds]
         rate = min(ready[k] * share[k] / busy_chunk[k] for k in kinds)
@@ -107,7 +105,7 @@ def flow(
         if size:
             mine += min(ready[k], rate * (chunk[k] + chunk_hop / 2 + min(1.0, at_pod[k]) * step[k]))
         in_flight.append(mine)
-    # The next chunk comes when the gateway has heard of the last one.
+    # The next chunk is sent after the gateway got the reply for the last one.
     alone = chunk_hop + max((chunk[k] + (step[k] if rows else 0.0) for k in kinds), default=0.0)
     reservation = overheads.hop_seconds + (max(step) / 2 if rows else 0.0)
     busy = [min(1.0, taken[k] + (at_pod[k] * busy_step[k] / round_seconds if rows else 0.0)) for k in kinds]
@@ -127,7 +125,7 @@ def flow(
 def _merged(
     times: PassTimes, steps: float, num_stages: int, rows: float, held: float, size: float, overheads: Overheads
 ) -> float:
-    """Of a busy pod's time, what is left where events that wait are merged into one pass."""
+    """The share of a busy pod's time that remains when waiting events are merged into one pass."""
     events = steps + (1 if size else 0)
     passes = events / _at_once(events, num_stages)
     if passes == events:
@@ -148,7 +146,7 @@ def _merged(
 
 
 def _at_once(events: float, num_stages: int) -> float:
-    """Events in one pass of a pod that has so many to go round: while some are computed the others wait. At least one."""
+    """Mean number of events in a pass of a pod with so many events going round; at least one."""
     few = max(1, int(events))
     if events <= few:
         return _mean_merged(few, num_stages)

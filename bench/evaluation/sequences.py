@@ -1,4 +1,4 @@
-"""All requests of a simulation as places on curves: what was admitted, what of the prompts computed, what each sequence got."""
+"""All requests of a simulation as places on curves over time: admitted, prompt tokens computed, tokens per sequence."""
 
 from typing import Any, Final
 
@@ -13,37 +13,31 @@ _ALMOST: Final = 1e-3  # tokens
 
 
 class Sequences:
-    """All requests; whoever came first is admitted, and has its prompt computed, first. Who has waited for as long as anybody
-    does is gone."""
+    """All requests. They are admitted, and their prompts computed, in the order of arrival; clients give up after a time."""
 
     def __init__(self, trace: Trace) -> None:
         count = len(trace)
         self._trace = trace
         self._queue: Integers = np.zeros(0, np.int64)
+        # Requests' indexes in the order of admission, which the other arrays share.
         self._admissions: Integers = np.zeros(count, np.int64)
-        """Indexes of requests in the order of their admission; what follows is in this order, too."""
-        self._prompts: Floats = np.zeros(count + 1)
-        """Tokens of all prompts before."""
+        self._prompts: Floats = np.zeros(count + 1)  # tokens of all earlier prompts
         most = int(trace.answer_tokens.max(initial=1)) + 2
+        # Rings, by the tokens that a sequence which decodes throughout has got: how many end then, and what they free.
         self._ends = np.zeros(most, np.int64)
         self._ends_reserved = np.zeros(most, np.float64)
-        """By the tokens that each sequence got since the beginning, a ring: who ends then, and what it frees."""
         self._arrived = self._admitted = self._prompted = self._ended = 0
-        self._computed = 0.0
-        """Of all prompts."""
+        self._computed = 0.0  # prompt tokens
         self._replay = self.replayed_tokens = 0.0
-        self._tokens = 0.0
-        """That a sequence which answers throughout got."""
+        self._tokens = 0.0  # of a sequence that decodes throughout
         self._reserved = 0.0
         self.held_tokens = 0.0
         self._admitted_at = np.zeros(count)
         self._at: list[float] = [0.0]
         self._computed_curve: list[float] = [0.0]
         self._tokens_curve: list[float] = [0.0]
-        self._flows: list[tuple[float, float]] = [(0.0, 1.0)]
-        """(seconds of the fill, tokens a second of a prompt alone)."""
-        self._last_round = (0.0, 1.0)
-        """When anybody answered, and what a round took."""
+        self._flows: list[tuple[float, float]] = [(0.0, 1.0)]  # (seconds of the fill, tokens a second of a prompt alone)
+        self._last_round = (0.0, 1.0)  # the last time with decoding sequences, and the seconds of a round then
 
     @property
     def waiting(self) -> int:
@@ -70,7 +64,7 @@ class Sequences:
         self._arrived = come
 
     def admit(self, most: int, capacity_tokens: float) -> None:
-        """Since the last mark."""
+        """Admits up to `most` waiting requests, as of the last mark."""
         first = self._queue[: max(0, most)]
         reserves = np.cumsum(self._trace.prompt_tokens[first] + self._trace.answer_tokens[first])
         count = int(np.searchsorted(reserves, capacity_tokens - self._reserved, "right"))
@@ -86,19 +80,19 @@ class Sequences:
         self._admitted = until
 
     def replay(self, tokens: float) -> None:
-        """Whoever ends meanwhile need not move any more."""
+        """Adds tokens to compute again after migrations, at most those that are held."""
         self._replay = min(self._replay + tokens, self.held_tokens)
 
     def stand_still(self, now: float) -> None:
         self._mark(now, self._flows[-1])
 
     def go_on(self, now: float, seconds: float, pace: Flow, micro_batches: int) -> None:
-        """Micro-batches move one at a time; whoever is in that one gets no token until all of it is computed again."""
+        """Advances all requests. A migrating micro-batch, one at a time, gets no token until it is computed again."""
         if pace.round_seconds:
             moving = min(self._replay / max(1.0, self.held_tokens), 1 / micro_batches)
             self._answer((1 - moving) * seconds / pace.round_seconds)
         computed = pace.prompt_tokens_per_second * seconds
-        # One that moves (`functions/gateway/scheduling/migration.py`) goes through one pod of every stage.
+        # A migrating one (`functions/gateway/scheduling/migration.py`) passes one pod of every stage.
         again = min(self._replay, computed, pace.prompt_tokens_per_second_alone * seconds)
         self._replay -= again
         self.replayed_tokens += again
@@ -112,7 +106,7 @@ class Sequences:
         self._mark(now, (pace.fill_seconds, alone) if alone else self._flows[-1])
 
     def _begin(self, until: int) -> None:
-        """Prompts up to here are computed: their sequences have a first token and go on."""
+        """Prompts up to `until` are computed: their sequences have a first token and decode on."""
         chosen = self._admissions[self._prompted : until]
         places = (int(self._tokens) + self._trace.answer_tokens[chosen]) % len(self._ends)
         reserves = self._trace.prompt_tokens[chosen] + self._trace.answer_tokens[chosen]
@@ -122,7 +116,7 @@ class Sequences:
         self._prompted = until
 
     def _answer(self, tokens: float) -> None:
-        """Each sequence that answers gets so many more."""
+        """Gives each decoding sequence this many tokens more."""
         before, self._tokens = int(self._tokens), self._tokens + tokens
         self.held_tokens += self.decoding * tokens
         for place in range(before + 1, int(self._tokens) + 1):
@@ -141,7 +135,7 @@ class Sequences:
         self._flows.append(pace)
 
     def times(self) -> tuple[Floats, Floats]:
-        """When each request's first and last token came; NaN: not yet, or never."""
+        """Times of each request's first and last token; NaN: not yet, or never."""
         at, computed, tokens = map(np.array, (self._at, self._computed_curve, self._tokens_curve))
         fill, alone = np.array(self._flows).T
         chosen = self._admissions[: self._prompted]
@@ -149,13 +143,13 @@ class Sequences:
         rising, growing = _rising(computed), _rising(tokens)
         ends = self._prompts[: self._prompted + 1]
         begun = np.maximum(np.interp(ends[:-1], computed[rising], at[rising]), self._admitted_at[: self._prompted])
-        # Where nothing follows at once the end is a level part of the curve, whose other side comes with the next prompt.
+        # If no prompt follows at once, the end is on a level part of the curve, whose other side comes with the next prompt.
         done = np.interp(ends[1:] - _ALMOST, computed[rising], at[rising])
-        # A mark tells of the step that ends with it.
+        # A mark describes the step that ends with it.
         step = np.minimum(np.searchsorted(at, begun, "right"), len(at) - 1)
         first = np.maximum(begun + self._trace.prompt_tokens[chosen] / alone[step] + fill[step], done)
         wanted = np.interp(first, at, tokens) + answers - 1
-        # Who began within a step counted from its end, and ended as much too early: their last tokens came at the last pace.
+        # Sequences that began within a step count from its end and so ended too early: their last tokens follow the last pace.
         when, seconds = self._last_round
         beyond = when + (wanted - tokens[-1]) * seconds
         last = np.where(wanted > tokens[-1], beyond, np.interp(wanted, tokens[growing], at[growing]))
@@ -168,7 +162,7 @@ class Sequences:
 
 
 def _rising(curve: Floats) -> Any:
-    """Indexes where a curve that never falls is about to rise or has just: its level parts would have no inverse."""
+    """Indexes at which a monotonic curve rises or has just risen: its level parts have no inverse."""
     kept = np.ones(len(curve), bool)
     kept[1:] = np.diff(curve) > 0
     kept[:-1] |= np.diff(curve) > 0

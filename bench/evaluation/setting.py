@@ -1,4 +1,4 @@
-"""What is served by which devices, and the five ways to do it as specs: the same for emulated and for simulated runs."""
+"""A model on a kind of device, and the five ways to serve it as specs, for emulated and for simulated runs."""
 
 import math
 from dataclasses import dataclass
@@ -6,8 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
-from bench.evaluation.devices import Device, read_device
-from bench.evaluation.profile import Profile, kv_tokens_beside, roofline
+from bench.evaluation.profile import Device, Profile, kv_tokens_beside, read_device, roofline
 from eventing.wire.events import Cut
 from functions.configuration.pass_times import PassTimes
 from knative.local.platform import ROOT
@@ -27,14 +26,14 @@ from knative.spec.sizing import StagePlan, plan_stages
 
 NAME: Final = "evaluation"
 WAYS: Final = ("one static copy", "replicas, KPA", "static pipeline", "pipeline, HPA", "pipeline, KPA")
-QUEUE_LIMIT: Final = 1024  # of the gateway: with a hundred times the trace, what comes in two seconds
+QUEUE_LIMIT: Final = 1024  # of the gateway: the arrivals of two seconds at a hundred times the trace
 _CUT_WAYS: Final = WAYS[2:]
 _OTHER_BYTES: Final = 2**30
 _HERE: Final = Path(__file__).parent
 
 
 class OverBudget(ValueError):
-    """The devices are too few for one of each stage. Give more devices, or cut into fewer stages."""
+    """There are fewer devices than stages. Give more devices, or cut into fewer stages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +48,7 @@ class Setting:
     micro_batch_sequences: int = 16
     weights_bytes_per_second: float = 3.125e9  # into a pod that starts: 25 Gbit/s
     dtype: str = "bfloat16"
-    measured: Profile | None = None  # in place of what the device's published figures come to
+    measured: Profile | None = None  # instead of a profile from the device's published figures
     memory_bytes: float | None = None  # of a device; None: as published
 
     def __post_init__(self) -> None:
@@ -74,12 +73,12 @@ class Setting:
         return int(str(self.config["max_position_embeddings"]))
 
     @cached_property
-    def pieces(self) -> Cut:
-        """By the planner, which takes longer for many stages than a simulation."""
+    def even_cut(self) -> Cut:
+        """Cached: for many stages the planner takes longer than a simulation."""
         return cut_evenly(self.shape, self.stages)
 
     def cut(self, way: str) -> Cut:
-        return self.pieces if way in _CUT_WAYS else ((0, self.shape.num_layers),)
+        return self.even_cut if way in _CUT_WAYS else ((0, self.shape.num_layers),)
 
     def plans(self, way: str) -> tuple[StagePlan, ...]:
         return plan_stages(self.shape, self.cut(way))
@@ -88,7 +87,7 @@ class Setting:
         return [self.profile.of_stage(first, last, self.shape.num_layers) for first, last in self.cut(way)]
 
     def kv_tokens(self, way: str) -> int:
-        """That a pod of every stage holds. Raises DoesNotFit."""
+        """Tokens that a pod of every stage can hold. Raises DoesNotFit."""
         return min(
             kv_tokens_beside(
                 plan.weight_bytes,
@@ -101,7 +100,7 @@ class Setting:
         )
 
     def replicas(self, way: str) -> int:
-        """Most of each stage."""
+        """Upper bound for each stage."""
         return 1 if way == WAYS[0] else self.devices // len(self.cut(way))
 
     def spec(self, way: str) -> PipelineSpec:
@@ -143,10 +142,10 @@ class Setting:
         return sum(2 * plan.hop_bytes_per_token for plan in self.plans(way))
 
 
+# Published shapes.
 MODELS: Final = {
     "llama-2-13b": ROOT / "examples" / "llama-2-13b" / "config.json",
     "llama-2-70b": _HERE / "models" / "llama-2-70b.json",
     "smollm2-135m-instruct": _HERE / "models" / "smollm2-135m-instruct.json",
 }
-"""Published shapes."""
 SMOLLM2_PROFILE: Final = _HERE / "profiles" / "smollm2-bfloat16.yaml"

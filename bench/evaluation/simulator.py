@@ -1,10 +1,10 @@
-"""A pipeline of any number of pods under a trace, faster than it would be: a discrete-event simulation (simpy).
+"""Simulates a pipeline of any number of pods under a trace, faster than real time (discrete events, simpy).
 
-What decides is the project's own code, imported: the autoscaler (`fleet`), how many micro-batches may be in flight, into how
-many sequences are divided, who is admitted and who refused (`functions/gateway/scheduling/batching.py`), when one moves to
-another pod (`functions/gateway/stages/routes.py`), the planner's cut, and the manifests' settings. What computes is a profile.
-Requests are not walked one by one: between two ticks all that answer go on at the same pace, so a request is three places on
-curves, how much was admitted, how much of the prompts was computed, how many tokens each sequence got.
+All decisions are made by the project's own code: the autoscaler (`fleet`), the number of micro-batches in flight and of their
+sequences, the admission and refusal of requests (`functions/gateway/scheduling/batching.py`), migrations to another pod
+(`functions/gateway/stages/routes.py`), the planner's cut, and the manifests' settings. A profile replaces the computation.
+Requests are not simulated one by one: between two ticks all decoding sequences advance at the same pace, so a request is three
+places on curves: admitted, prompt tokens computed, tokens per sequence.
 """
 
 from collections import Counter
@@ -39,17 +39,17 @@ _Wait = Generator[simpy.Event, None, None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class World:
-    """Around the pipeline."""
+    """The environment of the pipeline."""
 
     overheads: Overheads = field(default_factory=Overheads)
     start_seconds: float = START_SECONDS
-    store_bytes_per_second: float = float("inf")  # that all pods which start share
-    tail_seconds: float = 30.0  # behind the last arrival, for answers that still run; what has not ended then never does
-    step_seconds: float = 0.1  # between two looks at the requests
+    store_bytes_per_second: float = float("inf")  # shared by all starting pods
+    tail_seconds: float = 30.0  # after the last arrival; an answer that has not ended then never ends
+    step_seconds: float = 0.1  # between two ticks
 
 
 class Simulation:
-    """One way under one trace: `run` once."""
+    """One way under one trace: call `run` once."""
 
     def __init__(self, setting: Setting, way: str, trace: Trace, world: World) -> None:
         """Raises DoesNotFit, OverBudget."""
@@ -57,8 +57,7 @@ class Simulation:
         self._world = world
         self._trace = trace.within(setting.context_tokens)
         stages = zip(setting.pass_times(way), (plan.weight_bytes for plan in setting.plans(way)), strict=True)
-        self._kinds = Counter(stages)
-        """Of stages: those with the same passes and weights fare alike, and are simulated once."""
+        self._kinds = Counter(stages)  # stages with the same passes and weights behave alike, and are simulated once
         self._times = [times for times, _ in self._kinds]
         self._many = list(self._kinds.values())
         self._bandwidth = setting.weights_bytes_per_second
@@ -71,16 +70,16 @@ class Simulation:
         self._kv_tokens = setting.kv_tokens(way)
         self._hop_bytes = max(plan.hop_bytes_per_token for plan in setting.plans(way)) * 2.0
         self._network_bytes_per_token = setting.network_bytes_per_token(way)
+        # Of a step at each stage without waiting.
         self._seconds_alone = self._of_all(
             [each.forward_seconds(1, 0, 0) + world.overheads.hop_seconds for each in self._times]
         )
-        """Of a step at each stage that does not wait."""
         self._peak = 0
         self._micro_batches = 0
         self._last_ready: list[int] = [fleet.ready for fleet in self._fleets]
 
     def run(self, objective: Objective | None = None) -> tuple[Outcome, int]:
-        """The outcome, and the most pods that were there at once."""
+        """The outcome, and the peak number of pods."""
         end = self._trace.seconds + self._world.tail_seconds
         self._env.process(reconcile_forever(self._env, self._fleets))
         self._env.process(self._serve(end))
@@ -128,9 +127,9 @@ class Simulation:
         self._moved(ready)
         one.admit(beyond, min(ready) * self._kv_tokens)
         decoding = one.decoding
-        # Admission opens one for whoever comes; what the running do not need joins another before its next step (next_steps).
+        # Admission opens micro-batches for arrivals; superfluous ones join others before their next step.
         wanted = micro_batches_wanted(one.running, len(of_all), self._most_sequences, allowed)
-        # Who still has its prompt computed is in one, too; a micro-batch steps for as many of its sequences as answer.
+        # Sequences whose prompts are being computed belong to a micro-batch too; only decoding ones take part in its steps.
         micro_batches = self._micro_batches = min(decoding, wanted)
         work = Work(
             decoding=decoding,
@@ -146,7 +145,7 @@ class Simulation:
             fleet.in_flight, fleet.busy_share = in_flight, busy
 
     def _of_all(self, of_kinds: Sequence[T]) -> list[T]:
-        """For each stage, in no particular order."""
+        """A value for each stage, in no particular order."""
         return [each for each, many in zip(of_kinds, self._many, strict=True) for _ in range(many)]
 
     def _wake(self, wanted: int) -> None:
@@ -156,7 +155,7 @@ class Simulation:
                 fleet.poke()
 
     def _moved(self, ready: list[int]) -> None:
-        """Micro-batches go over to new pods or away from those that leave, and what is not there is computed anew."""
+        """Micro-batches migrate to new pods and away from leaving ones; their keys and values are computed anew."""
         changed = {(before, now) for before, now in zip(self._last_ready, ready, strict=True) if before not in (0, now)}
         self._last_ready = ready
         if changed and self._micro_batches:
@@ -165,9 +164,11 @@ class Simulation:
 
 
 def moves_of(routes: int, before: int, now: int) -> int:
-    """Of so many routes, spread over `before` pods of a stage, those that change pods when there are `now`. Pods that leave are
-    left by all; to new ones they go one by one, from the pod with the most to that with the least, until the gateway leaves it
-    at that."""
+    """The number of routes that change pods when a stage goes from `before` to `now` pods.
+
+    All routes leave a leaving pod. New pods get routes one by one, from the pod with most to the one with fewest, until the
+    gateway's rule (`uneven`) stops.
+    """
     if now < before:
         return round(routes * (before - now) / before)
     each, more = divmod(routes, before)

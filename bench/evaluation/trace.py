@@ -1,21 +1,22 @@
-"""Requests over time: when they arrive, how long prompt and answer are. Read from a file, or drawn from a seed.
+"""Requests over time: their arrivals and the lengths of prompts and answers, read from a file or drawn from a seed.
 
-The file is in the form of the Azure LLM inference traces (https://github.com/Azure/AzurePublicDataset, described in Patel et
-al., "Splitwise", ISCA 2024): `TIMESTAMP,ContextTokens,GeneratedTokens`, plain or gzip.
+A file has the form of the Azure LLM inference traces (https://github.com/Azure/AzurePublicDataset, described in Patel et al.,
+"Splitwise", ISCA 2024): `TIMESTAMP,ContextTokens,GeneratedTokens`, plain or gzip.
 """
 
 import csv
 import gzip
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final, TextIO
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 COLUMNS: Final = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-MOST_TOKENS: Final = 1_000_000  # of a prompt or an answer: more is taken for a broken file, not for a request
+MOST_TOKENS: Final = 1_000_000  # of a prompt or an answer: a larger number means a broken file
 MOST_GAP_SECONDS: Final = 600.0
 _TICKS: Final = 26  # characters of a timestamp down to microseconds; the published files have one digit more
 
@@ -24,7 +25,7 @@ Integers = npt.NDArray[np.int64]
 
 
 class TraceInvalid(ValueError):
-    """The file is no trace. The message names line, column and what stands there, and says what to do."""
+    """The file is no trace. The message names line, column and content, and says what to do."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -44,14 +45,14 @@ class Trace:
         return float(self.arrival_seconds[-1]) if len(self) else 0.0
 
     def part(self, begin: float, end: float) -> "Trace":
-        """Arrivals in [begin, end), from 0 on. Raises TraceInvalid where there are none."""
+        """The arrivals in [begin, end), shifted to 0. Raises TraceInvalid if it has none."""
         kept = (self.arrival_seconds >= begin) & (self.arrival_seconds < end)
         if not kept.any():
             raise TraceInvalid(f"{self.name}: no request between {begin:g} and {end:g} s; it has {self.seconds:.0f} s")
         return Trace(self.name, self.arrival_seconds[kept] - begin, self.prompt_tokens[kept], self.answer_tokens[kept])
 
     def times(self, factor: float, seed: int) -> "Trace":
-        """As if `factor` times as many came: whole copies shifted round the trace's length, and a random part of one more."""
+        """The trace with `factor` times as many requests: shifted copies, and a random part of one more."""
         dice = np.random.default_rng(seed)
         arrivals, chosen = [], []
         for copy in range(int(np.ceil(factor))):
@@ -66,12 +67,12 @@ class Trace:
         return Trace(f"{self.name} × {factor:g}", arrival[order], self.prompt_tokens[index], self.answer_tokens[index])
 
     def within(self, context_tokens: int) -> "Trace":
-        """Prompts cut so that prompt and answer fit a context, as a server that truncates does; answers to half of it."""
+        """Truncates prompts so that prompt and answer fit a context, and answers to half of it."""
         answers = np.minimum(self.answer_tokens, context_tokens // 2)
         return Trace(self.name, self.arrival_seconds, np.minimum(self.prompt_tokens, context_tokens - answers), answers)
 
     def with_answers_within(self, most_tokens: int) -> "Trace":
-        """For runs of a minute, whose longest answers would not end in it."""
+        """Truncates answers, for runs of a minute in which the longest would not end."""
         return Trace(self.name, self.arrival_seconds, self.prompt_tokens, np.minimum(self.answer_tokens, most_tokens))
 
     def cut_by(self, context_tokens: int) -> int:
@@ -82,12 +83,12 @@ class Trace:
 def read_trace(path: Path, *, most_gap_seconds: float = MOST_GAP_SECONDS) -> Trace:
     """Raises TraceInvalid, OSError.
 
-    most_gap_seconds: a longer silence is taken for a hole in the recording: what lies on both sides is not one load.
+    most_gap_seconds: a longer silence counts as a hole in the recording, whose two sides are not one load.
     """
     arrivals: list[float] = []
     sizes: list[tuple[int, int]] = []
     try:
-        with _opened(path) as file:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
             rows = csv.reader(file)
             header = next(rows, [])
             if tuple(header) != COLUMNS:
@@ -112,10 +113,6 @@ def read_trace(path: Path, *, most_gap_seconds: float = MOST_GAP_SECONDS) -> Tra
     return Trace(path.name.split(".")[0], np.array(arrivals) - arrivals[0], found[:, 0], found[:, 1])
 
 
-def _opened(path: Path) -> TextIO:
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-
-
 def _row(row: list[str], where: str) -> tuple[float, int, int]:
     if len(row) != len(COLUMNS) or not all(row):
         raise TraceInvalid(f"{where}: {','.join(row)[:80]!r} has not three values; complete the line or take it out")
@@ -132,7 +129,7 @@ def _row(row: list[str], where: str) -> tuple[float, int, int]:
 
 
 def drawn(name: str, rates: Floats, seconds_each: float, seed: int, sizes: "Sizes") -> Trace:
-    """Poisson arrivals whose rate (requests a second) changes every `seconds_each`, sizes as `sizes` has them."""
+    """Poisson arrivals with a rate (requests a second) that changes every `seconds_each`, and lengths drawn from `sizes`."""
     dice = np.random.default_rng(seed)
     counts = dice.poisson(rates * seconds_each)
     begins = np.repeat(np.arange(len(rates)) * seconds_each, counts)
@@ -142,7 +139,7 @@ def drawn(name: str, rates: Floats, seconds_each: float, seed: int, sizes: "Size
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Of prompts and answers, log-normal. The defaults are those of the conversational Azure trace of 2023."""
+    """Log-normal lengths of prompts and answers. The defaults fit the conversational Azure trace of 2023."""
 
     prompt_log_mean: float = 6.633
     prompt_log_deviation: float = 0.985
@@ -160,3 +157,34 @@ class Sizes:
 def _whole(drawn_sizes: npt.NDArray[Any], most: int) -> Integers:
     whole: Integers = np.clip(np.rint(drawn_sizes), 1, most).astype(np.int64)
     return whole
+
+
+LOADS: Final = ("ramp", "bursts", "day", "trace")
+STEP_SECONDS: Final = 1.0
+_NIGHT_SHARE: Final = 0.02
+
+
+def rates(load: str, seconds: int, peak: float) -> Floats:
+    """Requests a second, for every second of the load."""
+    at = np.arange(seconds) / seconds
+    if load == "ramp":
+        return peak * np.minimum(1.0, at / 0.8)
+    if load == "bursts":
+        return np.where((at * 4) % 1 < 0.4, peak, 0.1 * peak)
+    if load == "day":
+        return peak * np.maximum(_NIGHT_SHARE, np.sin(np.pi * np.clip((at - 0.2) / 0.6, 0, 1)))
+    if load == "trace":
+        return np.full(seconds, 0.6 * peak)
+    raise ValueError(f"load {load!r}: there is {', '.join(LOADS)}")
+
+
+def make_loads(seconds: int, peak: float, seed: int, trace: Trace | None, sizes: Sizes | None = None) -> Mapping[str, Trace]:
+    """peak: requests a second. trace: the load "trace" is a part of it, at 0.6 × peak; None: it is drawn."""
+    drawn_sizes = sizes or Sizes()
+    found = {load: drawn(load, rates(load, seconds, peak), STEP_SECONDS, seed, drawn_sizes) for load in LOADS}
+    if trace is not None:
+        begin = (trace.seconds / 2 + seed * seconds) % max(1.0, trace.seconds - seconds)
+        wanted = 0.6 * peak / (len(trace) / trace.seconds)
+        part = trace.times(wanted, seed).part(begin, begin + seconds)
+        found["trace"] = Trace("trace", part.arrival_seconds, part.prompt_tokens, part.answer_tokens)
+    return found

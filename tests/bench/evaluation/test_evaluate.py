@@ -58,7 +58,7 @@ def test_simulations_write_their_sections_and_go_on_where_they_were(tmp_path: Pa
     removed = next((tmp_path / "state").rglob("ramp-pipeline-KPA-1-*.yaml"))
     removed.write_text("broken off: [")
     again = evaluated(monkeypatch, SMALL, *given)
-    assert again.count("was there") == 10 + 5 + 4 - 1
+    assert again.count("on disk") == 10 + 5 + 4 - 1
 
 
 def test_the_system_runs_with_emulated_devices_and_is_compared_with_its_simulation(

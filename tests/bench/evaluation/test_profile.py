@@ -5,10 +5,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from bench.evaluation.devices import UnknownDevice, read_device
-from bench.evaluation.fitting import fit_profile
-from bench.evaluation.measure_profile import Point
-from bench.evaluation.profile import DoesNotFit, ProfileInvalid, kv_tokens_beside, read_profile, roofline
+from bench.evaluation.fitting import Point, fit_profile
+from bench.evaluation.profile import (
+    DoesNotFit,
+    ProfileInvalid,
+    UnknownDevice,
+    kv_tokens_beside,
+    read_device,
+    read_profile,
+    roofline,
+)
 from functions.configuration.pass_times import PassTimes, pairs
 from knative.spec.model_shape import shape_from_folder
 from tests.support.paths import ROOT

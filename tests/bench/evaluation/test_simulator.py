@@ -50,7 +50,7 @@ def test_what_decides_is_the_platforms_own_and_no_copy() -> None:
     for name, users, module in (
         ("micro_batches_allowed", (simulator, state), batching),
         ("micro_batches_wanted", (simulator, state), batching),
-        ("admissible_sequences", (simulator, state), batching),
+        ("admissible_sequences", (simulator, scheduler), batching),
         ("max_waiting", (simulator, scheduler), batching),
         ("uneven", (simulator,), routes),
         ("most_merged", (rounds,), event_queue),

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.evaluation.loads import LOADS, make_loads
-from bench.evaluation.trace import Sizes, Trace, TraceInvalid, drawn, read_trace
+from bench.evaluation.trace import LOADS, Sizes, Trace, TraceInvalid, drawn, make_loads, read_trace
 
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 LINES = ("2023-11-16 18:15:46.6805900,374,44", "2023-11-16 18:15:50.9951690,396,109", "2023-11-16 18:15:51.2224670,879,55")
