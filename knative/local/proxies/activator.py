@@ -110,8 +110,8 @@ class Activator:
     def _pick(self) -> _PodTracker | None:
         """A pod with a free slot, by Knative's policy for this containerConcurrency."""
         if not self._limit:
-            pair = random.sample(self._trackers, min(2, len(self._trackers)))
-            return min(pair, key=lambda tracker: tracker.in_flight, default=None)
+            drawn = random.sample(self._trackers, 2) if len(self._trackers) > 1 else self._trackers
+            return min(drawn, key=lambda tracker: tracker.in_flight, default=None)
         if self._limit <= _FIRST_AVAILABLE_UP_TO:
             return next((tracker for tracker in self._trackers if tracker.in_flight < self._limit), None)
         for _ in self._trackers:

@@ -6,8 +6,7 @@ It counts requests, applies containerConcurrency and the time limits, and keeps 
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
@@ -84,10 +83,14 @@ class QueueProxy:
         clock = asyncio.get_running_loop().time
         self.all.enter(clock())
         try:
-            async with in_time(exchange, self._limits.timeouts, "request timeout"), self._breaker.slot():
-                if self._upstream is None:
-                    raise HttpError(HTTPStatus.BAD_GATEWAY, f"dial tcp 127.0.0.1: {REFUSED}")
-                await self._upstream.forward(exchange)
+            async with in_time(exchange, self._limits.timeouts, "request timeout"):
+                await self._breaker.acquire()
+                try:
+                    if self._upstream is None:
+                        raise HttpError(HTTPStatus.BAD_GATEWAY, f"dial tcp 127.0.0.1: {REFUSED}")
+                    await self._upstream.forward(exchange)
+                finally:
+                    self._breaker.release()
         except UpstreamFailed as error:
             raise HttpError(HTTPStatus.BAD_GATEWAY, str(error)) from error
         finally:
@@ -162,19 +165,11 @@ class Breaker:
         self._running = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
 
-    @asynccontextmanager
-    async def slot(self) -> AsyncIterator[None]:
-        """Holds a slot. Raises HttpError 503 if the queue is full."""
+    async def acquire(self) -> None:
+        """Takes a slot, which `release` returns. Raises HttpError 503 if the queue is full."""
         if not self._limit or (self._running < self._limit and not self._waiting):
             self._running += 1
-        else:
-            await self._wait()
-        try:
-            yield
-        finally:
-            self._hand_on()
-
-    async def _wait(self) -> None:
+            return
         if len(self._waiting) >= _QUEUE_FACTOR * self._limit:
             raise HttpError(HTTPStatus.SERVICE_UNAVAILABLE, "pending request queue full")
         slot: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -183,12 +178,12 @@ class Breaker:
             await slot
         except asyncio.CancelledError:
             if slot.done() and not slot.cancelled():
-                self._hand_on()
-            elif slot in self._waiting:  # else _hand_on has just skipped it
+                self.release()
+            elif slot in self._waiting:  # else `release` has just skipped it
                 self._waiting.remove(slot)
             raise
 
-    def _hand_on(self) -> None:
+    def release(self) -> None:
         """Gives the slot to the request that waits longest, if one waits."""
         while self._waiting:
             slot = self._waiting.popleft()
