@@ -212,3 +212,12 @@ def test_owners_exist() -> None:
 def test_importing_a_package_loads_no_torch(package: str) -> None:
     code = f"import sys, {package}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_class_name_has_one_home() -> None:
+    homes: dict[str, list[str]] = {}
+    for path in source_files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(name(path))
+    assert not {each: paths for each, paths in homes.items() if len(paths) > 1}
