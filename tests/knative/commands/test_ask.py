@@ -1,4 +1,4 @@
-"""What `ask` says of an answer's time: what its caller waited, not what the gateway saw of it."""
+"""`ask` reports the time that its caller waited, not the gateway's."""
 
 import asyncio
 import io
@@ -13,8 +13,8 @@ from knative.commands.ask import Answer, Question
 
 
 @pytest.mark.parametrize("tokens", [0, 3])
-def test_the_clock_is_the_callers(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through a gateway that was at zero, and answered in no time once it was there."""
+def test_times_are_those_of_the_caller(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gateway was scaled to zero, and answered quickly once it ran."""
     now = 100.0
 
     async def answers(url: str, question: Question) -> AsyncIterator[Answer]:

@@ -1,9 +1,8 @@
-"""deploy, rollback, logs and delete as a person types them, against the stand-in for the Kubernetes API."""
+"""Commands of a cluster, run as a person types them, against the stand-in for the Kubernetes API."""
 
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,16 +17,9 @@ from tests.support.paths import ROOT
 SPEC = document(model={"name": "smollm2", "digest": DIGEST})
 
 
-@pytest.fixture
-def api(tmp_path: Path) -> Iterator[KubernetesApi]:
-    server = KubernetesApi()
-    keys = {"AWS_ACCESS_KEY_ID": "eA==", "AWS_SECRET_ACCESS_KEY": "eA=="}
-    metadata = {"name": "lamina-store", "namespace": "default"}
-    server.put({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": keys})
-    (tmp_path / "kubeconfig").write_text(server.kubeconfig())
+@pytest.fixture(autouse=True)
+def spec_file(tmp_path: Path) -> None:
     (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(SPEC))
-    yield server
-    server.close()
 
 
 def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -35,7 +27,7 @@ def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_a_pipeline_goes_out_is_changed_goes_back_and_is_taken_away(api: KubernetesApi, tmp_path: Path) -> None:
+def test_a_pipeline_is_deployed_changed_rolled_back_and_deleted(api: KubernetesApi, tmp_path: Path) -> None:
     spec = str(tmp_path / "pipeline.yaml")
     planned = run(tmp_path, "deploy", spec, "--dry-run=server")
     assert (planned.returncode, api.named("services")) == (0, []), planned.stderr
@@ -72,7 +64,7 @@ def test_a_pipeline_goes_out_is_changed_goes_back_and_is_taken_away(api: Kuberne
     assert run(tmp_path, "delete", "chat").stdout == "nothing of chat is in namespace default\n"
 
 
-def test_a_failure_is_told_with_its_cause_and_without_a_traceback(api: KubernetesApi, tmp_path: Path) -> None:
+def test_a_failure_has_its_cause_and_no_traceback(api: KubernetesApi, tmp_path: Path) -> None:
     api.behaviours["chat"] = image_pull_fails
     failed = run(tmp_path, "deploy", str(tmp_path / "pipeline.yaml"))
     assert failed.returncode == 1
@@ -80,14 +72,14 @@ def test_a_failure_is_told_with_its_cause_and_without_a_traceback(api: Kubernete
     assert "Traceback" not in failed.stderr
 
 
-def test_no_cluster_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_cluster_is_one_line(tmp_path: Path) -> None:
     result = run(tmp_path, "delete", "chat")
     assert (result.returncode, result.stdout) == (1, "")
     assert "no cluster to talk to" in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_check_asks_the_cluster_for_its_feature_flags(api: KubernetesApi, tmp_path: Path) -> None:
+def test_check_reads_the_clusters_feature_flags(api: KubernetesApi, tmp_path: Path) -> None:
     (tmp_path / "service.yaml").write_text(yaml.safe_dump(service({"nodeSelector": {"disk": "fast"}})))
     command = ("check", "--features", "cluster", str(tmp_path / "service.yaml"))
     assert "config-features does not exist" in run(tmp_path, *command).stderr
@@ -97,8 +89,8 @@ def test_check_asks_the_cluster_for_its_feature_flags(api: KubernetesApi, tmp_pa
     assert run(tmp_path, *command).stdout == f"{tmp_path / 'service.yaml'}: accepted\n"
 
 
-def test_logs_of_a_container_that_kn_has_renamed(api: KubernetesApi, tmp_path: Path) -> None:
-    """`kn service apply` of the same file a second time calls it user-container."""
+def test_logs_find_a_container_that_kn_has_renamed(api: KubernetesApi, tmp_path: Path) -> None:
+    """A second `kn service apply` of the same file calls it user-container."""
     assert run(tmp_path, "deploy", str(tmp_path / "pipeline.yaml")).returncode == 0
     for key in [key for key in api.objects if key[1] == "pods"]:
         pod = api.objects[key]
@@ -107,7 +99,7 @@ def test_logs_of_a_container_that_kn_has_renamed(api: KubernetesApi, tmp_path: P
     api.logs["chat-00001-pod"] = "one\n"
     read = run(tmp_path, "logs", str(tmp_path / "pipeline.yaml"))
     assert read.stdout == "chat-00001-pod: one\n"
-    assert read.stderr.count("its container user-container has no log") == 3, "those that have none are named"
+    assert read.stderr.count("its container user-container has no log") == 3, "pods without a log are named"
 
 
 def test_canary_promote_and_abort(api: KubernetesApi, tmp_path: Path) -> None:
@@ -123,7 +115,7 @@ def test_canary_promote_and_abort(api: KubernetesApi, tmp_path: Path) -> None:
         assert len(api.named("services")) == {"abort": 4, "promote": 3}[command]
 
 
-def test_pipelines_of_a_cluster_are_listed_and_counted(api: KubernetesApi, tmp_path: Path) -> None:
+def test_list_and_cost(api: KubernetesApi, tmp_path: Path) -> None:
     spec = tmp_path / "pipeline.yaml"
     assert "no pipeline is in any namespace" in run(tmp_path, "list").stderr
     api.add_namespace("models")
@@ -144,7 +136,7 @@ def test_pipelines_of_a_cluster_are_listed_and_counted(api: KubernetesApi, tmp_p
     assert run(tmp_path, "cost", "chat", "--since", "soon").returncode == 2
 
 
-def test_what_a_deployer_may_do_and_what_a_cluster_lacks(api: KubernetesApi, tmp_path: Path) -> None:
+def test_deployer_role_and_preflight(api: KubernetesApi, tmp_path: Path) -> None:
     spec = str(tmp_path / "pipeline.yaml")
     command = [sys.executable, "-m", "knative", "render", spec, "--deployer-role"]
     role = yaml.safe_load(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout)

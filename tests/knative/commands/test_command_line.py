@@ -1,4 +1,4 @@
-"""The command line: one clear line for what goes wrong, and `run` from a folder to an answer, with nothing left behind."""
+"""The command line: failures are one clear line, and `run` leaves no process behind."""
 
 import json
 import re
@@ -24,7 +24,7 @@ def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(main, arguments, prog_name="python -m knative")
 
 
-def test_a_running_pipeline_is_asked_and_shown_and_ended_by_ctrl_c(running: Run) -> None:
+def test_run_ask_status_and_ctrl_c(running: Run) -> None:
     running.start()
     running.read_until("serving on http://")
     running.note_store()
@@ -49,7 +49,7 @@ def test_a_running_pipeline_is_asked_and_shown_and_ended_by_ctrl_c(running: Run)
     ("after", "number"),
     [("publishing", signal.SIGINT), ("all at zero", signal.SIGINT), ("s0: starting", signal.SIGTERM)],
 )
-def test_ended_at_any_phase_nothing_is_left(running: Run, after: str, number: signal.Signals) -> None:
+def test_a_signal_at_any_phase_leaves_no_process(running: Run, after: str, number: signal.Signals) -> None:
     running.start()
     running.read_until(after)
     if (running.state / "platform.json").exists():
@@ -61,7 +61,7 @@ def test_ended_at_any_phase_nothing_is_left(running: Run, after: str, number: si
     assert running.processes() == []
 
 
-def test_killed_outright_nothing_is_left_and_the_next_run_says_so_and_answers(running: Run) -> None:
+def test_a_killed_run_leaves_no_process_and_the_next_one_reports_it(running: Run) -> None:
     running.start()
     running.read_until("serving on")
     running.note_store()
@@ -92,7 +92,7 @@ def test_plan_of_llama_2_13b() -> None:
     assert f"{asked}: stage 0: 2, stage 1: 2, stage 2: 2, stage 3: 2" in result.output
 
 
-def test_plan_shows_what_a_spec_gives_to_pieces_that_differ(tmp_path: Path) -> None:
+def test_plan_shows_stage_overrides_of_a_spec(tmp_path: Path) -> None:
     spec = yaml.safe_load((Path(LLAMA) / "pipeline.yaml").read_text())
     large = {"gpu": 0, "memory": "24Gi"}
     large_first = {"stage": 0, "device": "cpu", "resources": large, "autoscaling": {"max_scale": 1, "target": 4}}
@@ -114,7 +114,7 @@ def test_plan_shows_what_a_spec_gives_to_pieces_that_differ(tmp_path: Path) -> N
     assert re.search(r"^stage 0 ", refused.output, re.MULTILINE), "the table comes first"
 
 
-def test_plan_says_where_layers_will_be_slow(tmp_path: Path) -> None:
+def test_plan_warns_of_slow_layers(tmp_path: Path) -> None:
     config = json.loads((Path(LLAMA) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "head_dim": 81}))
     slow = invoke("plan", "--model", str(tmp_path), "--dtype", "bfloat16").output
@@ -123,7 +123,7 @@ def test_plan_says_where_layers_will_be_slow(tmp_path: Path) -> None:
         assert "slower" not in invoke("plan", "--model", LLAMA, "--dtype", dtype).output
 
 
-def test_plan_refuses_int8_where_no_stage_would_run_it(tmp_path: Path) -> None:
+def test_plan_refuses_int8_if_no_stage_would_run_it(tmp_path: Path) -> None:
     config = json.loads((Path(LLAMA) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}))
     refused = invoke("plan", "--model", str(tmp_path), "--dtype", "int8")
@@ -151,7 +151,7 @@ def test_failures_are_one_line(arguments: tuple[str, ...], message: str) -> None
     assert message in line
 
 
-def test_failures_that_need_a_folder_are_one_line(tmp_path: Path) -> None:
+def test_failures_with_a_folder_are_one_line(tmp_path: Path) -> None:
     state = ("--state", str(tmp_path / "state"))
     nothing = invoke("status", *state)
     assert "nothing runs here" in nothing.output
@@ -165,14 +165,14 @@ def test_failures_that_need_a_folder_are_one_line(tmp_path: Path) -> None:
     assert {result.exit_code for result in (nothing, unknown, bad)} == {1}
 
 
-def test_every_command_teaches() -> None:
+def test_every_command_has_an_example() -> None:
     listed = invoke("--help").output
     for command in ("run", "ask", "plan", "push", "render", "status"):
         assert re.search(rf"^  {command} ", listed, re.MULTILINE)
         assert f"python -m knative {command}" in invoke(command, "--help").output
 
 
-def test_help_needs_no_heavy_import() -> None:
+def test_help_imports_no_heavy_library() -> None:
     code = "import sys, knative.__main__; sys.exit(any(m in sys.modules for m in ('torch', 'boto3', 'aiohttp', 'kubernetes')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 

@@ -1,10 +1,8 @@
-"""`deploy FOLDER`: what `render` wrote, edited by hand, on a cluster; and what is no such folder."""
+"""`deploy FOLDER` of a folder that `render` wrote, possibly edited; other folders are refused."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 from click.testing import CliRunner, Result
 
@@ -13,17 +11,6 @@ from tests.support.knative.kubernetes_api import EVENTING, KubernetesApi
 from tests.support.knative.pipelines import DIGEST, document
 
 SINKS = {"dead_letter_sink": "http://sink.example", "reply_sink": "http://sink.example"}
-
-
-@pytest.fixture
-def api(tmp_path: Path) -> Iterator[KubernetesApi]:
-    server = KubernetesApi()
-    keys = {"AWS_ACCESS_KEY_ID": "eA==", "AWS_SECRET_ACCESS_KEY": "eA=="}
-    metadata = {"name": "lamina-store", "namespace": "default"}
-    server.put({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": keys})
-    (tmp_path / "kubeconfig").write_text(server.kubeconfig())
-    yield server
-    server.close()
 
 
 def rendered(tmp_path: Path, *arguments: str, **changes: Any) -> Path:
@@ -38,7 +25,7 @@ def deploy(tmp_path: Path, *arguments: str) -> Result:
     return CliRunner().invoke(main, ["deploy", *arguments, "--kubeconfig", str(tmp_path / "kubeconfig")])
 
 
-def test_an_edited_folder_goes_out_and_the_spec_then_differs_by_the_edit_alone(api: KubernetesApi, tmp_path: Path) -> None:
+def test_an_edited_folder_is_deployed_and_differs_from_the_spec_by_the_edit_alone(api: KubernetesApi, tmp_path: Path) -> None:
     out = rendered(tmp_path, "--gitops")
     stage = (out / "stage-1.yaml").read_text()
     (out / "stage-1.yaml").write_text(stage.replace('max-scale: "10"', 'max-scale: "4"'))
@@ -48,7 +35,7 @@ def test_an_edited_folder_goes_out_and_the_spec_then_differs_by_the_edit_alone(a
     assert [name for name in api.applied if name in api.named("services")][-1] == "chat"
     (found,) = (each for each in api.found("services", {}) if each["metadata"]["name"].endswith("-s1"))
     assert found["spec"]["template"]["metadata"]["annotations"]["autoscaling.knative.dev/max-scale"] == "4"
-    assert api.named("serviceaccounts") == ["chat-gateway"], "what prunes belongs to a controller of manifests"
+    assert api.named("serviceaccounts") == ["chat-gateway"], "objects for GitOps controllers are not deployed"
     difference = deploy(tmp_path, str(tmp_path / "pipeline.yaml"), "--dry-run", "server").stdout
     assert [line for line in difference.splitlines() if "max-scale" in line] == [
         '-        autoscaling.knative.dev/max-scale: "4"',
@@ -56,12 +43,12 @@ def test_an_edited_folder_goes_out_and_the_spec_then_differs_by_the_edit_alone(a
     ]
 
 
-def test_the_gateway_for_events_is_not_taken_for_the_gateway(api: KubernetesApi, tmp_path: Path) -> None:
+def test_the_gateway_for_events_is_not_the_main_gateway(api: KubernetesApi, tmp_path: Path) -> None:
     api.kinds |= EVENTING
     assert deploy(tmp_path, str(rendered(tmp_path, eventing=SINKS))).stdout == "http://chat.default.example\n"
 
 
-def test_a_folder_that_a_kustomization_changes_is_to_be_built_first(tmp_path: Path) -> None:
+def test_a_folder_with_a_changing_kustomization_must_be_built_first(tmp_path: Path) -> None:
     out = rendered(tmp_path)
     with (out / "kustomization.yaml").open("a") as file:
         file.write("nameSuffix: -mine\n")
@@ -87,5 +74,5 @@ def test_any_other_folder_is_refused(tmp_path: Path) -> None:
     )
 
 
-def test_an_image_belongs_to_a_spec(tmp_path: Path) -> None:
+def test_an_image_needs_a_spec(tmp_path: Path) -> None:
     assert deploy(tmp_path, str(rendered(tmp_path)), "--image", "registry.example/other:1").exit_code == 2

@@ -1,4 +1,4 @@
-"""API keys: made once, kept as hashes, listed by what logs call them, and good at a gateway until they are revoked."""
+"""API keys are stored as hashes, listed by their id in logs, and valid at a gateway until they are revoked."""
 
 import base64
 from pathlib import Path
@@ -16,14 +16,14 @@ def keys(*arguments: object) -> Result:
 
 
 def status(secret: Path, key: str, pipeline: Pipeline) -> int:
-    """What a gateway that reads the Secret says to the key."""
+    """The status with which a gateway that reads the Secret answers the key."""
     document = yaml.safe_load(secret.read_text())
     assert (document["kind"], document["metadata"]["name"]) == ("Secret", secret.stem)
     client = client_of(pipeline, LAMINA_API_KEYS=document["stringData"]["api-keys"])
     return ask(client, {"prompt": "Hi"}, Authorization=f"Bearer {key}").status_code
 
 
-def test_made_listed_and_revoked(tmp_path: Path) -> None:
+def test_keys_are_made_listed_and_revoked(tmp_path: Path) -> None:
     secret, pipeline = tmp_path / "chat-api-keys.yaml", Pipeline()
     made = {name: keys(secret, "--make", name).stdout.strip() for name in ("alice", "bob")}
     assert len({*made.values()}) == 2
@@ -42,8 +42,8 @@ def test_made_listed_and_revoked(tmp_path: Path) -> None:
     assert "no client may ask" in last.stderr
 
 
-def test_a_key_has_limits_of_its_own(tmp_path: Path) -> None:
-    """In a list as a gateway reads it, which a running one follows."""
+def test_a_key_has_its_own_limits(tmp_path: Path) -> None:
+    """In a list, as a gateway reads it."""
     file = tmp_path / "api-keys"
     made = keys(file, "--make", "alice", "--limit", "requests_per_minute=2", "--limit", "priority=-3").stdout.strip()
     assert file.read_text().split()[1:] == ["name=alice", "requests_per_minute=2", "priority=-3"]
@@ -55,7 +55,7 @@ def test_a_key_has_limits_of_its_own(tmp_path: Path) -> None:
     assert pipeline.prompts[0].priority == -3
 
 
-def test_a_secret_as_kubectl_gives_it_keeps_what_else_it_has(tmp_path: Path) -> None:
+def test_other_fields_of_a_secret_are_kept(tmp_path: Path) -> None:
     secret = tmp_path / "chat-api-keys.yaml"
     data = {"api-keys": base64.b64encode(b"by-hand, other").decode(), "more": "eA=="}
     metadata = {"name": "chat-api-keys", "namespace": "chat", "annotations": {"a": "b"}}
@@ -70,7 +70,7 @@ def test_a_secret_as_kubectl_gives_it_keeps_what_else_it_has(tmp_path: Path) -> 
     assert "name=alice" in lines[2]
 
 
-def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
+def test_failures_are_one_line(tmp_path: Path) -> None:
     secret, other = tmp_path / "keys.yaml", tmp_path / "other.yaml"
     broken = tmp_path / "broken"
     broken.write_text("one-key another-key\n")

@@ -1,4 +1,4 @@
-"""What idle conversations take in the store is shown and pruned, with a real S3 server."""
+"""`kv` shows and prunes the storage of idle conversations, with a real S3 server."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +33,7 @@ def keep(objects: PayloadStore, pipeline: str, layers: tuple[int, int], parts: i
         store.put(store.key("native", bytes(16), KVPart(number, 1)), bytes(2**20))
 
 
-def test_shown_by_pipeline_and_stage_and_pruned(objects: PayloadStore) -> None:
+def test_kv_is_shown_by_pipeline_and_stage_and_pruned(objects: PayloadStore) -> None:
     assert "nothing is stored" in kv().stdout
     objects.put("models/tiny/manifest.json", b"{}")
     keep(objects, "1f0a", (0, 10), 3)

@@ -1,4 +1,4 @@
-"""The command line where torch and transformers are not installed, and which models ask for them."""
+"""The command line without torch and transformers, and the models that need them."""
 
 import json
 from pathlib import Path
@@ -23,14 +23,14 @@ from tests.support.storage.storage import default_model_gguf
 
 
 @pytest.mark.parametrize("command", _COMMANDS)
-def test_no_command_imports_them(command: str, tmp_path: Path) -> None:
+def test_no_command_imports_torch(command: str, tmp_path: Path) -> None:
     done = run_without(HEAVY, tmp_path, "-m", "knative", command, "--help")
     assert done.returncode == 0, done.stderr
     assert "Usage: python -m knative" in done.stdout
 
 
 def test_the_default_model_answers(tmp_path: Path) -> None:
-    """All of it in processes without torch: publishing, platform, gateway, stages."""
+    """Publishing, platform, gateway and stages run in processes without torch."""
     arguments = ("--once", "--port", "0", "--prompt", "The capital of France is", "--max-tokens", "2")
     done = run_without(HEAVY, tmp_path, "-m", "knative", "run", *arguments, "--state", str(tmp_path / "state"))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -45,7 +45,7 @@ def needed(*arguments: str) -> tuple[str, str]:
     return result.stdout.strip(), result.stderr.strip()
 
 
-def test_the_default_model_takes_no_torch() -> None:
+def test_the_default_model_needs_no_torch() -> None:
     assert needed() == ("", "")
     for dtype in DTYPES:
         assert needed("--dtype", dtype) == ("", "")
@@ -53,26 +53,26 @@ def test_the_default_model_takes_no_torch() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "ministral"])
-def test_llama_shaped_models_take_none(family: str, tmp_path: Path) -> None:
+def test_llama_shaped_models_need_no_torch(family: str, tmp_path: Path) -> None:
     tiny_models.whole_model(family).save_pretrained(tmp_path)
     assert needed("--model", str(tmp_path)) == ("", "")
 
 
-def test_others_do_and_it_says_why(tmp_path: Path) -> None:
+def test_other_models_need_torch_for_a_reason(tmp_path: Path) -> None:
     tiny_models.whole_model("gpt2").save_pretrained(tmp_path)
     list_name, reason = needed("--model", str(tmp_path))
     assert list_name == "requirements-torch.txt"
     assert reason.startswith(f"{tmp_path} needs torch: model_type 'gpt2' is not one of llama")
 
 
-def test_an_odd_head_does(tmp_path: Path) -> None:
+def test_an_odd_head_size_needs_torch(tmp_path: Path) -> None:
     tiny_models.whole_model("llama", head_dim=8).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert torch_needed(config, "bfloat16") is None
     assert "head_dim" in str(torch_needed({**config, "head_dim": 7}, "bfloat16"))
 
 
-def test_a_published_name_asks_for_nothing() -> None:
+def test_a_published_name_needs_no_list() -> None:
     assert needed("--model", "published-before") == ("", "")
 
 
@@ -96,7 +96,7 @@ def test_the_best_dtype_is_the_smallest_that_loses_nothing(kinds: tuple[Kind, ..
     assert best_dtype(checkpoint) == expected
 
 
-def test_run_takes_the_smallest_that_is_published_and_publishes_what_suits(tmp_path: Path) -> None:
+def test_run_uses_the_smallest_published_dtype_or_publishes_the_best(tmp_path: Path) -> None:
     tiny_models.whole_model("qwen2").save_pretrained(tmp_path / "tiny")
     with EmbeddedStore(tmp_path / "store") as embedded:
         store = ObjectStore(embedded.settings)
@@ -108,7 +108,7 @@ def test_run_takes_the_smallest_that_is_published_and_publishes_what_suits(tmp_p
         assert ensure_published(store, str(tmp_path / "tiny"), None, console).dtype == "bfloat16"
 
 
-def test_a_checkpoint_in_floats_stays_in_bfloat16(tmp_path: Path) -> None:
+def test_an_unquantized_checkpoint_stays_in_bfloat16(tmp_path: Path) -> None:
     tiny_models.whole_model("qwen2").save_pretrained(tmp_path)
     assert best_dtype(open_checkpoint(tmp_path)) == "bfloat16"
     assert best_dtype(open_checkpoint(default_model_gguf())) == ("q4" if "q4" in DTYPES else "int8")

@@ -1,4 +1,4 @@
-"""What can go wrong with `run`: one line says it, and no process is left. More of it in test_command_line.py."""
+"""Failures of `run` are one line, and leave no process. test_command_line.py has more."""
 
 import re
 import shutil
@@ -21,7 +21,7 @@ store: {endpoint: "http://127.0.0.1:1"}
 
 
 def error_of(run: Run) -> str:
-    """The one line with which it ended."""
+    """Its one line of error."""
     assert run.finish() == 1, run.seen
     assert "Traceback" not in run.seen
     assert run.processes() == []
@@ -36,7 +36,7 @@ def test_a_port_in_use(running: Run) -> None:
         assert error_of(running) == f"port {port} of 127.0.0.1 is in use by another process; choose another with --port"
 
 
-def test_functions_that_end_at_once(running: Run, tmp_path: Path) -> None:
+def test_functions_that_exit_at_once(running: Run, tmp_path: Path) -> None:
     spec = tmp_path / "small.yaml"
     spec.write_text(SMALL + "stage: {pod: {env: {PYTHONHOME: /nowhere}}}")
     running.start("--spec", str(spec))
@@ -44,7 +44,7 @@ def test_functions_that_end_at_once(running: Run, tmp_path: Path) -> None:
     assert re.search(r"small-\w+-s\d cannot start: exit status 1: .*; log: .*\.log$", error)
 
 
-def test_a_spec_that_knative_would_refuse(running: Run, tmp_path: Path) -> None:
+def test_a_spec_that_knative_would_reject(running: Run, tmp_path: Path) -> None:
     spec = tmp_path / "refused.yaml"
     spec.write_text(SMALL + "gateway: {autoscaling: {target_burst_capacity: -1}}")
     running.start("--spec", str(spec))
@@ -62,8 +62,7 @@ def test_a_full_disk(running: Run) -> None:
 
 
 @pytest.mark.parametrize("after", ["publishing", "s0: starting", "serving on"])
-def test_ctrl_c_and_again(running: Run, after: str) -> None:
-    """The second one, while it is closing, may end it as it likes: nothing is left all the same."""
+def test_a_second_ctrl_c_leaves_no_process(running: Run, after: str) -> None:
     running.start()
     running.read_until(after)
     if (running.state / "platform.json").exists():

@@ -1,4 +1,4 @@
-"""A model that lies in the store in a dtype that no stage would run it in, as an older version published it: no deployment."""
+"""A model that an older version published in a dtype that no stage runs is not deployed."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ store: {{endpoint: "{endpoint}", bucket: {bucket}}}
 
 
 @pytest.mark.parametrize("command", ["render", "deploy"])
-def test_nothing_is_made_of_it(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unservable_model_is_refused(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = tmp_path / "odd"
     save_checkpoint(checkpoint)
     config = json.loads((checkpoint / "config.json").read_text())

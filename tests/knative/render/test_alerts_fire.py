@@ -1,4 +1,4 @@
-"""Every alert is fired, and kept quiet, over pages of the functions' own exporters, scraped by a clock of the test's own."""
+"""Every alert fires when it should, and none on an ordinary day: rules evaluated over pages of the functions' exporters."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -41,7 +41,7 @@ class Gateway:
 
 @dataclass
 class Pipeline:
-    """A gateway and a stage of two pods; what a story does not touch goes on as it should."""
+    """A gateway and a stage of two pods. A story changes what it needs."""
 
     gateway: Gateway = field(default_factory=Gateway)
     gateway_pod: str | None = "gateway-1"
@@ -59,12 +59,11 @@ class Pipeline:
             stage.events.labels("dev.lamina.forward", status).inc(count)
 
 
-Story = Callable[[Pipeline, int], None]
-"""What happens in the half minute before a scrape; the number of the minute."""
+Story = Callable[[Pipeline, int], None]  # what happens in the half minute before a scrape; the number of the minute
 
 
 def fired(story: Story, minutes: int = 40) -> set[str]:
-    """Names of the alerts that were firing at any moment: true for as long as they ask, at every evaluation."""
+    """Names of alerts that fired at any time: their expression held at every evaluation for as long as the rule says."""
     pipeline, recorded = Pipeline(), Recorded(SCRAPE_SECONDS)
     rules = rule_groups('namespace="models",pipeline="chat"')[0]["rules"]
     pending: dict[tuple[str, object], float] = {}
@@ -91,7 +90,7 @@ def fired(story: Story, minutes: int = 40) -> set[str]:
 
 
 def well(pipeline: Pipeline) -> None:
-    """Half a minute of an ordinary day."""
+    """Half a minute without trouble."""
     pipeline.pod("s0-1").tokens.inc(100)
     pipeline.pod("s0-2")
     pipeline.forwarded(count=40)
@@ -100,7 +99,7 @@ def well(pipeline: Pipeline) -> None:
 
 
 def ordinary(pipeline: Pipeline, minute: int) -> None:
-    """Even a long queue for a while, a restart, single failures, refusals of clients' mistakes and a slow cold start."""
+    """Including a long queue for a while, a restart, single failures, clients' mistakes and a slow cold start."""
     well(pipeline)
     stats = pipeline.gateway.stats
     stats.waiting = 200 if 5 <= minute < 10 else 2
@@ -117,11 +116,11 @@ def ordinary(pipeline: Pipeline, minute: int) -> None:
 
 
 def asleep(pipeline: Pipeline, minute: int) -> None:
-    """Nothing has been asked, and the stage is at zero."""
+    """No requests; the stage is at zero."""
 
 
 def slow_start(pipeline: Pipeline, minute: int) -> None:
-    """Weights take four minutes; those who asked wait."""
+    """Weights load for four minutes, and requests wait."""
     pipeline.pod("s0-1", ready=minute >= 4)
     if minute >= 4:
         well(pipeline)
@@ -136,7 +135,7 @@ def stuck(pipeline: Pipeline, minute: int) -> None:
 
 
 def first_failures_ever(pipeline: Pipeline, minute: int) -> None:
-    """No answer has failed before; every one fails now, and few are asked."""
+    """All of a few answers fail, after none ever has."""
     if minute < 8:
         return
     pipeline.gateway.answer("pipeline-unavailable")
@@ -153,7 +152,7 @@ def long_queue(pipeline: Pipeline, minute: int) -> None:
 
 
 def long_queue_of_a_short_limit(pipeline: Pipeline, minute: int) -> None:
-    """Of 32 that may wait, nearly all do: more than 64 never can."""
+    """The queue of 32 is nearly full."""
     well(pipeline)
     pipeline.gateway.metrics.queue_limit.set(32)
     pipeline.gateway.stats.waiting = 30
@@ -170,7 +169,7 @@ def replays_and_nothing_else(pipeline: Pipeline, minute: int) -> None:
 
 
 def failing_stage(pipeline: Pipeline, minute: int) -> None:
-    """A single conversation a minute, and none gets through."""
+    """One conversation a minute, and all fail."""
     pipeline.pod("s0-1")
     if minute >= 5:
         for type_ in ("reserve", "release"):
@@ -179,7 +178,7 @@ def failing_stage(pipeline: Pipeline, minute: int) -> None:
 
 
 def full_memory(pipeline: Pipeline, minute: int) -> None:
-    """Every request wants more than is free, and much is."""
+    """Every request needs more memory than is free."""
     well(pipeline)
     pipeline.gateway.stats.memory_backlog = 2
 
@@ -190,20 +189,20 @@ def foreign_network(pipeline: Pipeline, minute: int) -> None:
 
 
 def never_ready(pipeline: Pipeline, minute: int) -> None:
-    """Pods that Knative takes away when their ten minutes are over, and starts again."""
+    """Knative removes each pod after ten minutes and starts another."""
     pipeline.stages.clear()
     if minute % 11 < 10:
         pipeline.pod(f"s0-{minute // 11}", ready=False)
 
 
 def gateway_never_ready(pipeline: Pipeline, minute: int) -> None:
-    """A gateway has two minutes, and then another one begins."""
+    """Each gateway is replaced after two minutes."""
     pipeline.gateway.metrics.ready.set(0)
     pipeline.gateway_pod = None if minute % 3 == 2 else f"gateway-{minute // 3}"
 
 
 def crash_loop(pipeline: Pipeline, minute: int) -> None:
-    """One pod works; the container of the other begins anew, and is away in between."""
+    """One pod works; the container of the other restarts again and again."""
     well(pipeline)
     pipeline.stages.pop("s0-2", None)
     if minute % 3 == 0:
@@ -241,7 +240,7 @@ def test_every_alert_is_fired_by_a_test() -> None:
     assert {alert for alert, _ in FIRES} == {alert.name for alert in ALERTS}
 
 
-def test_clients_mistakes_are_no_failures_and_all_others_are() -> None:
+def test_only_clients_mistakes_are_no_failures() -> None:
     mistakes = {problem.name for problem in PROBLEMS.values() if problem.status < 500 and problem.name != "queue-full"}
     assert set(monitoring._NO_FAILURES.split("|")) == {"stop", "length", "cancelled"} | mistakes
 
@@ -270,5 +269,5 @@ def counters() -> Iterator[tuple[str, float]]:
         'lamina_stage_rows_total{status="full"}',
     ],
 )
-def test_counters_are_born_at_zero(series: str) -> None:
+def test_counters_start_at_zero(series: str) -> None:
     assert dict(counters())[series] == 0.0

@@ -1,4 +1,4 @@
-"""The `eventing` section of a spec: what is rendered of it, what it refuses, and how long names may be."""
+"""The `eventing` section of a spec: rendered objects, errors, and the length of names."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def secrets(service: KubernetesObject) -> set[str]:
     return {entry["name"] for entry in container["env"] if "valueFrom" in entry or entry["name"].endswith("KEY_FILES")}
 
 
-def test_the_events_gateway_asks_for_no_key_and_is_not_seen_from_outside() -> None:
+def test_the_events_gateway_needs_no_key_and_is_cluster_local() -> None:
     public, events = gateway_service(pipeline(WITH)), events_gateway_service(pipeline(WITH))
     assert secrets(public) == {"LAMINA_PIPELINE_TOKEN", "LAMINA_API_KEY_FILES"}
     assert secrets(events) == {"LAMINA_PIPELINE_TOKEN"}
@@ -42,7 +42,7 @@ def test_the_events_gateway_asks_for_no_key_and_is_not_seen_from_outside() -> No
     assert (validate(events), warnings(events)) == ([], [])
 
 
-def test_the_policies_of_the_gateway_hold_for_it_and_let_eventing_in() -> None:
+def test_the_gateways_policy_covers_the_events_gateway_and_admits_eventing() -> None:
     pod_labels = events_gateway_service(pipeline(WITH))["spec"]["template"]["metadata"]["labels"]
     for eventing, expected in ((WITH, True), (None, False)):
         _, gateway = network_policies(pipeline(eventing))
@@ -51,7 +51,7 @@ def test_the_policies_of_the_gateway_hold_for_it_and_let_eventing_in() -> None:
             assert ("knative-eventing" in str(policy["spec"]["ingress"][0])) is expected
 
 
-def test_everything_that_a_sequence_needs_is_of_one_pipeline() -> None:
+def test_all_steps_of_a_sequence_are_of_one_pipeline() -> None:
     one = pipeline(WITH)
     (sequence,) = named(eventing_objects(one), "Sequence").values()
     steps = [step["ref"]["name"] for step in sequence["spec"]["steps"]]
@@ -60,7 +60,7 @@ def test_everything_that_a_sequence_needs_is_of_one_pipeline() -> None:
     assert set(steps) <= {service["metadata"]["name"] for service in services(one)}
 
 
-def test_names_of_broker_and_triggers_stay_and_lead_to_the_current_pipeline() -> None:
+def test_broker_and_triggers_keep_their_names_and_lead_to_the_current_pipeline() -> None:
     objects = eventing_objects(pipeline(WITH))
     assert list(named(objects, "Broker")) == ["chat"]
     subscribers = {
@@ -71,7 +71,7 @@ def test_names_of_broker_and_triggers_stay_and_lead_to_the_current_pipeline() ->
     assert subscribers[EventType.SCORE_RESPONSE] == {"uri": "https://answers.example/x"}
 
 
-def test_every_event_type_has_its_subscriber_and_what_has_no_sink_stays_with_the_broker() -> None:
+def test_replies_have_triggers_only_with_a_reply_sink() -> None:
     triggers = [list(named(eventing_objects(pipeline(spec)), "Trigger")) for spec in (WITH, {"dead_letter_sink": "x"})]
     assert triggers == [
         ["chat-generate", "chat-score", "chat-generate-reply", "chat-score-reply"],
@@ -79,7 +79,7 @@ def test_every_event_type_has_its_subscriber_and_what_has_no_sink_stays_with_the
     ]
 
 
-def test_the_sequence_answers_the_broker_and_is_applied_before_what_names_it() -> None:
+def test_the_sequence_replies_to_the_broker_and_comes_before_its_triggers() -> None:
     objects = eventing_objects(pipeline(WITH))
     assert [each["kind"] for each in objects] == ["Broker", "Sequence", *["Trigger"] * 4]
     broker, sequence = objects[:2]
@@ -89,27 +89,27 @@ def test_the_sequence_answers_the_broker_and_is_applied_before_what_names_it() -
     assert {each["metadata"]["namespace"] for each in objects} == {"models"}
 
 
-def test_every_delivery_is_bounded_and_ends_in_the_dead_letter_sink() -> None:
+def test_every_delivery_has_the_same_bounds_and_dead_letter_sink() -> None:
     broker, sequence, *triggers = eventing_objects(pipeline(WITH))
     deliveries = [each["spec"]["delivery"] for each in triggers] + [step["delivery"] for step in sequence["spec"]["steps"]]
     assert deliveries == [broker["spec"]["delivery"]] * 8
 
 
-def test_they_are_plain_values_that_share_nothing() -> None:
+def test_objects_share_no_values() -> None:
     objects = eventing_objects(pipeline(WITH))
     text = yaml.safe_dump_all(objects)
     assert list(yaml.safe_load_all(text)) == objects
     assert "&id" not in text, "shared parts become YAML anchors, which readers of manifests do not expect"
 
 
-def test_delivery_is_what_the_spec_says() -> None:
+def test_the_delivery_follows_the_spec() -> None:
     delivery = named(eventing_objects(pipeline(WITH | {"backoff_policy": "linear"})), "Broker")["chat"]["spec"]["delivery"]
     sink = {"ref": {"apiVersion": "serving.knative.dev/v1", "kind": "Service", "name": "dead-letters"}}
     expected = {"deadLetterSink": sink, "retry": 3, "backoffPolicy": "linear", "backoffDelay": "PT0.5S", "timeout": "PT600S"}
     assert delivery == expected
 
 
-def test_without_the_section_there_is_nothing() -> None:
+def test_without_the_section_nothing_is_rendered() -> None:
     assert eventing_objects(pipeline(None)) == []
     assert len(services(pipeline(None))) + 1 == len(services(pipeline(WITH)))
 
@@ -127,12 +127,12 @@ def test_without_the_section_there_is_nothing() -> None:
         ({"dead_letter_sink": "x", "broker": "b"}, r"\$\.eventing\.broker: unknown field"),
     ],
 )
-def test_what_is_refused(eventing: dict[str, Any], message: str) -> None:
+def test_a_faulty_section_is_refused(eventing: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         pipeline(eventing)
 
 
-def test_eventing_makes_longer_names_of_a_pipelines() -> None:
+def test_eventing_needs_shorter_names() -> None:
     pipeline(None, "a" * MAX_NAME)
     (name,) = named(eventing_objects(pipeline(WITH, "a" * MAX_NAME_WITH_EVENTING)), "Sequence")
     assert len(f"{name}-kn-sequence-10-kn-channel") <= 63

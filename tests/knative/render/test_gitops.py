@@ -1,4 +1,4 @@
-"""What a controller of manifests gets: a kustomization, waves, what it must not prune, and the Job that prunes instead."""
+"""Manifests for GitOps: kustomization, sync waves, prune protection, and the Job that prunes instead."""
 
 import shutil
 import subprocess
@@ -49,14 +49,14 @@ def test_the_kustomization_names_every_other_file(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl (Debian: kubernetes-client)")
 @pytest.mark.parametrize("gitops", [(), ("--gitops",)])
-def test_kubectl_makes_of_it_what_was_rendered(tmp_path: Path, gitops: tuple[str, ...]) -> None:
+def test_kubectl_kustomize_returns_the_rendered_objects(tmp_path: Path, gitops: tuple[str, ...]) -> None:
     out = folder(tmp_path, *gitops, eventing=EVENTING)
     built = subprocess.run(["kubectl", "kustomize", str(out)], capture_output=True, text=True, timeout=60, check=True).stdout
     by_name = {(each["kind"], each["metadata"]["name"]): each for each in yaml.safe_load_all(built)}
     assert by_name == {(each["kind"], each["metadata"]["name"]): each for each in objects(out)}
 
 
-def test_without_it_nothing_is_annotated(tmp_path: Path) -> None:
+def test_without_gitops_nothing_is_annotated(tmp_path: Path) -> None:
     assert all(ARGO not in key for each in objects(folder(tmp_path)) for key in each["metadata"].get("annotations", {}))
 
 
@@ -71,7 +71,7 @@ def test_stages_come_before_the_gateway_and_eventing_after_it(tmp_path: Path) ->
     assert max(found) < waves["Service chat"] < min(waves["Broker chat"], waves["Trigger chat-generate"])
 
 
-def test_what_carries_a_fingerprint_is_not_the_controllers_to_prune(tmp_path: Path) -> None:
+def test_objects_named_by_fingerprint_are_protected_from_pruning(tmp_path: Path) -> None:
     found = objects(folder(tmp_path, "--gitops", eventing=EVENTING))
     kept = {each["metadata"]["name"] for each in found if "Prune=false" in _option(each)}
     fingerprint = resolved_pipeline().fingerprint[:8]
@@ -84,7 +84,7 @@ def _option(manifest: dict[str, Any]) -> str:
     return option
 
 
-def test_knative_takes_the_annotated_services_and_makes_no_new_revision_of_them() -> None:
+def test_annotations_are_valid_and_make_no_new_revision() -> None:
     pipeline = resolved_pipeline()
     plain, marked = render(pipeline), for_gitops(pipeline, render(pipeline))
     for name, found in plain.items():
@@ -94,7 +94,7 @@ def test_knative_takes_the_annotated_services_and_makes_no_new_revision_of_them(
                 assert after["spec"] == before["spec"]
 
 
-def test_the_jobs_pod_may_run_where_gateways_may() -> None:
+def test_the_jobs_pod_is_placed_like_a_gateways() -> None:
     pod = {"node_selector": {"pool": "system"}, "image_pull_secrets": ["pull"], "affinity": {"podAntiAffinity": {}}}
     (job,) = (each for each in prune_objects(resolved_pipeline(gateway={"pod": pod})) if each["kind"] == "Job")
     spec = job["spec"]["template"]["spec"]
@@ -116,7 +116,7 @@ def cluster(api: KubernetesApi, tmp_path: Path) -> Cluster:
 
 
 def sync(cluster: Cluster, digest: str = DIGEST) -> None:
-    """As a controller of manifests does it: everything is applied, nothing pruned; done when the gateway is Ready."""
+    """As a controller does: applies everything and prunes nothing, until the gateway is Ready."""
     for each in rendered_pipeline(digest):
         cluster.apply(each, force=True)
     gateway = Ref("serving.knative.dev/v1", "Service", "default", "chat")
@@ -129,11 +129,18 @@ def stages(api: KubernetesApi, digest: str) -> set[str]:
 
 
 def start_job(api: KubernetesApi, digest: str, seconds: float = 20) -> "subprocess.Popen[str]":
-    """The Job's own command, as the rendered manifest has it, against the stand-in."""
+    """Runs the command of the rendered Job against the stand-in."""
     (job,) = (each for each in prune_objects(resolved_pipeline(digest)) if each["kind"] == "Job")
     _, *command = job["spec"]["template"]["spec"]["containers"][0]["command"]
     command = [sys.executable, *command[:-1], str(seconds), api.url]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def put_old_gateway(api: KubernetesApi, phase: str) -> None:
+    """A pod of the gateway that was replaced."""
+    labels = next(each for each in rendered_pipeline(DIGEST) if each["metadata"]["name"] == "chat")["metadata"]["labels"]
+    metadata = {"name": "old", "namespace": "default", "labels": labels}
+    api.put({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "status": {"phase": phase}})
 
 
 def test_the_job_deletes_the_old_stages_and_nothing_else(api: KubernetesApi, cluster: Cluster) -> None:
@@ -148,25 +155,21 @@ def test_the_job_deletes_the_old_stages_and_nothing_else(api: KubernetesApi, clu
 def test_the_job_waits_for_answers_of_an_old_gateway(api: KubernetesApi, cluster: Cluster) -> None:
     sync(cluster)
     sync(cluster, OTHER)
-    labels = next(each for each in rendered_pipeline(DIGEST) if each["metadata"]["name"] == "chat")["metadata"]["labels"]
-    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "old", "namespace": "default", "labels": labels}}
-    api.put(pod | {"status": {"phase": "Running"}})
+    put_old_gateway(api, "Running")
     with start_job(api, OTHER) as job:
         with pytest.raises(subprocess.TimeoutExpired):
             job.wait(4)
         assert len(stages(api, DIGEST)) == 3
-        api.put(pod | {"status": {"phase": "Succeeded"}})
+        put_old_gateway(api, "Succeeded")
         assert job.wait(60) == 0
     assert stages(api, DIGEST) == set()
     assert len(stages(api, OTHER)) == 3
 
 
-def test_the_job_says_what_it_waited_for_in_vain(api: KubernetesApi, cluster: Cluster) -> None:
+def test_the_job_fails_with_the_reason_at_its_timeout(api: KubernetesApi, cluster: Cluster) -> None:
     sync(cluster)
     sync(cluster, OTHER)
-    labels = next(each for each in rendered_pipeline(DIGEST) if each["metadata"]["name"] == "chat")["metadata"]["labels"]
-    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "old", "namespace": "default", "labels": labels}}
-    api.put(pod | {"status": {"phase": "Running"}})
+    put_old_gateway(api, "Running")
     with start_job(api, OTHER, seconds=1) as job:
         output, _ = job.communicate(timeout=60)
         assert job.returncode == 1
@@ -174,7 +177,7 @@ def test_the_job_says_what_it_waited_for_in_vain(api: KubernetesApi, cluster: Cl
     assert len(stages(api, DIGEST)) == 3
 
 
-def test_a_job_of_a_pipeline_that_was_replaced_again_leaves_all_alone(api: KubernetesApi, cluster: Cluster) -> None:
+def test_the_job_of_a_replaced_pipeline_deletes_nothing(api: KubernetesApi, cluster: Cluster) -> None:
     sync(cluster)
     sync(cluster, OTHER)
     with start_job(api, DIGEST) as job:
@@ -182,7 +185,7 @@ def test_a_job_of_a_pipeline_that_was_replaced_again_leaves_all_alone(api: Kuber
     assert len(stages(api, DIGEST)) == len(stages(api, OTHER)) == 3
 
 
-def test_the_container_is_named_as_kn_names_it_when_it_applies_a_manifest_again() -> None:
-    """Any other name made a new revision of every Service at the second `make deploy-kn`."""
+def test_the_container_has_the_name_that_kn_gives_it() -> None:
+    """With any other name, a second `make deploy-kn` made a new revision of every Service."""
     for each in filter(is_knative_service, rendered_pipeline()):
         assert [container["name"] for container in each["spec"]["template"]["spec"]["containers"]] == ["user-container"]

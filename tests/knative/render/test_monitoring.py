@@ -1,4 +1,4 @@
-"""Panels, alerts and the page on operating ask for what functions export: held against /metrics of real processes."""
+"""Panels, alerts and docs/operating.md use metrics that functions export, compared with /metrics of real processes."""
 
 import json
 import re
@@ -76,13 +76,13 @@ def panel_queries() -> Iterator[tuple[str, str, str]]:
 
 def _hold(expression: str, exported: Metrics) -> None:
     for each in asked(expression):
-        assert each.metric in exported or each.metric in KNATIVE, f"nobody exports {each.metric}: {expression}"
+        assert each.metric in exported or each.metric in KNATIVE, f"no function exports {each.metric}: {expression}"
         labels = exported.get(each.metric, KNATIVE.get(each.metric))
         missing = each.labels - OF_THE_POD - (labels or set()) if labels is not None else set()
         assert not missing, f"{each.metric} has no label {missing}: {expression}"
 
 
-def test_every_panel_asks_for_what_is_exported(exported: Metrics) -> None:
+def test_every_panel_uses_exported_metrics(exported: Metrics) -> None:
     queries = list(panel_queries())
     assert len(queries) > 30
     for _, expression, legend in queries:
@@ -92,8 +92,8 @@ def test_every_panel_asks_for_what_is_exported(exported: Metrics) -> None:
         assert set(re.findall(r"{{(\w+)}}", legend)) <= labels, expression
 
 
-def test_the_last_row_is_of_one_pipeline_alone() -> None:
-    """Grafana puts the pipeline's name into a regular expression, which Prometheus anchors."""
+def test_knatives_metrics_are_those_of_one_pipeline() -> None:
+    """Grafana inserts the pipeline's name into a regular expression, which Prometheus anchors."""
     seen = 0
     named = pipeline()
     own = [named.spec.name, named.stage_name(0), named.stage_name(11), named.events_gateway_name]
@@ -108,26 +108,26 @@ def test_the_last_row_is_of_one_pipeline_alone() -> None:
     assert seen >= 5
 
 
-def test_every_alert_asks_for_what_is_exported(exported: Metrics) -> None:
+def test_every_alert_uses_exported_metrics(exported: Metrics) -> None:
     for matchers in ("", 'namespace="models",pipeline="chat"'):
         for rule in rule_groups(matchers)[0]["rules"]:
             _hold(rule["expr"], exported)
             assert all({"namespace", "pipeline"} <= each.labels for each in asked(rule["expr"]) if matchers)
 
 
-def test_the_page_on_operating_explains_every_metric_and_no_other(exported: Metrics) -> None:
+def test_operating_md_explains_every_metric(exported: Metrics) -> None:
     page = (ROOT / "docs" / "operating.md").read_text()
     explained = set(re.findall(r"^\| `((?:lamina|gen_ai)_\w+)` \|", page, re.MULTILINE))
     families = {re.sub("_(bucket|sum|count)$", "", name) for name in exported}
     assert explained == families
 
 
-def test_every_alert_has_a_section_that_says_what_to_do() -> None:
+def test_operating_md_has_a_section_for_every_alert() -> None:
     page = (ROOT / "docs" / "operating.md").read_text()
     assert [alert.name for alert in ALERTS] == re.findall(r"^### (Lamina\w+)$", page, re.MULTILINE)
 
 
-def test_the_dashboard_can_be_imported() -> None:
+def test_panels_have_unique_ids_and_do_not_overlap() -> None:
     model = dashboard()
     panels = model["panels"]
     assert [panel["id"] for panel in panels] == list(range(1, len(panels) + 1))
@@ -156,7 +156,7 @@ def _relabelled(endpoint: dict[str, Any], address: str) -> str:
     return address
 
 
-def test_the_pods_are_scraped_where_their_metrics_are() -> None:
+def test_the_pod_monitor_scrapes_the_metrics_ports() -> None:
     rendered = render(pipeline(labels={"release": "prometheus"}, queue_proxy_metrics=True))
     monitor, rules = rendered["monitoring.yaml"]
     assert (monitor["kind"], rules["kind"]) == ("PodMonitor", "PrometheusRule")
@@ -174,7 +174,7 @@ def test_the_pods_are_scraped_where_their_metrics_are() -> None:
         assert each["metadata"]["labels"]["app.kubernetes.io/managed-by"] == "lamina"
 
 
-def test_monitoring_is_what_the_spec_says() -> None:
+def test_monitoring_follows_the_spec() -> None:
     assert [each["kind"] for each in monitoring_objects(pipeline(alerts=False))] == ["PodMonitor"]
     (endpoint,) = monitoring_objects(pipeline(interval_seconds=30))[0]["spec"]["podMetricsEndpoints"]
     assert endpoint["interval"] == "30s"

@@ -1,11 +1,11 @@
-"""What a company's cluster wants of pods, rendered, and what Knative's webhook says of it."""
+"""Pod settings of a spec, as rendered and as Knative's webhook judges them."""
 
 from typing import Any
 
 import pytest
 
 from functions.configuration.config import read_config
-from knative.render.rendering import checked, render, resolve
+from knative.render.rendering import checked, resolve
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import services
 from knative.spec.errors import SpecError
@@ -57,7 +57,7 @@ def rendered(**changes: Any) -> list[KubernetesObject]:
 
 
 @pytest.mark.parametrize("component", ["stage", "gateway"])
-def test_everything_a_pod_needs_in_a_company(component: str) -> None:
+def test_pod_settings_reach_only_their_component(component: str) -> None:
     variant = resolved_pipeline(**{component: {"pod": EVERYTHING}})
     *stages, gateway = services(variant)
     with_it, without = ([*stages], [gateway]) if component == "stage" else ([gateway], [*stages])
@@ -77,8 +77,8 @@ def test_everything_a_pod_needs_in_a_company(component: str) -> None:
     checked(variant)
 
 
-def test_each_flag_that_a_cluster_lacks_is_known_by_its_field() -> None:
-    """By the rules that recorded verdicts hold: refused by default for exactly these, accepted with exactly these."""
+def test_each_pod_field_needs_its_feature_flag() -> None:
+    """Without these flags Knative refuses the Service, with them it accepts it."""
     stage, *_ = rendered(stage={"pod": EVERYTHING})
     assert {flag: field.rpartition(".")[2] for flag, field in missing_flags(stage).items()} == FLAGS
     assert validate(stage, features=FeatureFlags(dict.fromkeys(FLAGS, "enabled"))) == []
@@ -87,7 +87,7 @@ def test_each_flag_that_a_cluster_lacks_is_known_by_its_field() -> None:
     assert missing_flags(rendered()[0]) == {}
 
 
-def test_pieces_that_differ_are_rendered_so() -> None:
+def test_stage_overrides_are_rendered() -> None:
     override = {
         "stage": 1,
         "device": "cuda",
@@ -107,7 +107,7 @@ def test_pieces_that_differ_are_rendered_so() -> None:
     assert [each["spec"].get("nodeSelector") for each in (first, second, third)] == [None, {"gpu": "a"}, None]
 
 
-def test_a_gateways_autoscaling_starts_from_its_own_defaults() -> None:
+def test_a_gateways_autoscaling_has_its_own_defaults() -> None:
     gateway = template_of(rendered(gateway={"autoscaling": {"min_scale": 1}})[-1])
     annotations = gateway["metadata"]["annotations"]
     wanted = {"min-scale": "1", "max-scale": "3", "target": "100"}
@@ -115,7 +115,7 @@ def test_a_gateways_autoscaling_starts_from_its_own_defaults() -> None:
     assert gateway["spec"]["containerConcurrency"] == 0
 
 
-def test_without_keys_pods_are_who_their_accounts_are() -> None:
+def test_without_keys_pods_authenticate_by_their_accounts() -> None:
     """Workload identity: no Secret is named, and stages still mount no token of the Kubernetes API."""
     keyless = {"endpoint": "https://s3.example.com", "secret": None}
     *stages, gateway = map(template_of, rendered(store=keyless, stage={"service_account": "chat-reader"}))
@@ -126,7 +126,7 @@ def test_without_keys_pods_are_who_their_accounts_are() -> None:
     assert gateway["spec"]["serviceAccountName"] == "chat-gateway"
 
 
-def test_a_token_that_the_store_knows_is_mounted_where_nobody_else_brings_it() -> None:
+def test_a_web_identity_token_is_mounted_and_read() -> None:
     identity = {"audience": "minio", "sts_endpoint": "http://minio.storage:9000"}
     store = {"endpoint": "http://minio.storage:9000", "secret": None, "web_identity": identity}
     variant = resolved_pipeline(store=store, stage={"service_account": "chat-reader"})
@@ -149,16 +149,6 @@ def test_a_token_that_the_store_knows_is_mounted_where_nobody_else_brings_it() -
         spec_from_dict(document(store=store | {"secret": "lamina-store"}))
 
 
-def test_a_budget_keeps_gateways_when_nodes_are_drained() -> None:
-    files = render(resolved_pipeline(gateway={"max_unavailable": 1}))
-    (budget,) = files["disruption.yaml"]
-    assert (budget["kind"], budget["spec"]["maxUnavailable"]) == ("PodDisruptionBudget", 1)
-    selected = budget["spec"]["selector"]["matchLabels"]
-    labels = [template_of(each)["metadata"]["labels"] for each in files["stage-0.yaml"] + files["gateway.yaml"]]
-    assert [selected.items() <= each.items() for each in labels] == [False, True]
-    assert "disruption.yaml" not in render(resolved_pipeline())
-
-
 @pytest.mark.parametrize(
     ("pod", "message"),
     [
@@ -169,12 +159,12 @@ def test_a_budget_keeps_gateways_when_nodes_are_drained() -> None:
         ({"node_selectors": {}}, r"pod\.node_selectors: unknown field"),
     ],
 )
-def test_what_would_not_be_what_it_seems_is_refused(pod: dict[str, Any], message: str) -> None:
+def test_reserved_and_unknown_pod_settings_are_refused(pod: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         spec_from_dict(document(gateway={"pod": pod}))
 
 
-def test_networks_of_pods_are_read_with_the_spec() -> None:
+def test_the_pod_network_is_checked_with_the_spec() -> None:
     spec_from_dict(document(gateway={"pod_network": "10.244.0.0/16, fd00::/64"}))
     with pytest.raises(SpecError, match=r"\$\.gateway\.pod_network: '10\.1\.0\.1/8' is not a list of networks"):
         spec_from_dict(document(gateway={"pod_network": "10.1.0.1/8"}))
@@ -185,8 +175,8 @@ def environ_of(service: KubernetesObject) -> dict[str, str]:
     return {each["name"]: each["value"] for each in container["env"] if "value" in each}
 
 
-def test_stages_in_dtypes_of_their_own_are_told_of_all_weights() -> None:
-    """And are another pipeline than stages that are alike."""
+def test_functions_of_a_mixed_pipeline_know_all_weights() -> None:
+    """The pipeline has another fingerprint than one with equal stages."""
     digests = {"int8": "b" * 64}
     alike = resolved_pipeline()
     spec = spec_from_dict(document(stage_overrides=[{"stage": 1, "dtype": "int8"}]))
@@ -199,7 +189,7 @@ def test_stages_in_dtypes_of_their_own_are_told_of_all_weights() -> None:
     assert all("LAMINA_WEIGHTS" not in environ_of(service) for service in services(alike))
 
 
-def test_a_pinned_spec_wants_a_digest_for_each_dtype() -> None:
+def test_a_pinned_spec_needs_a_digest_for_each_dtype() -> None:
     asked: list[str] = []
 
     def published(dtype: str) -> Any:

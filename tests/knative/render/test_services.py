@@ -1,4 +1,4 @@
-"""PipelineSpec and the manifests rendered from it; their environment is held to functions/configuration/config.py itself."""
+"""Services rendered from a PipelineSpec; functions/configuration/config.py itself reads their environment."""
 
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,6 @@ from functions.configuration.config import GatewayConfig, StageConfig, read_conf
 from functions.configuration.pass_times import PassTimes
 from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.app import client_limits
-from knative.render.access import gateway_access
-from knative.render.rendering import render
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import METRICS_PORT, services, stage_service
 from knative.spec.cut import parse_cut
@@ -42,7 +40,7 @@ def pipeline(**changes: Any) -> ResolvedPipeline:
 
 
 def environment(service: dict[str, Any]) -> dict[str, str]:
-    """What the container would see, every secret being `secret`."""
+    """The container's environment; every secret is `secret`."""
     container = service["spec"]["template"]["spec"]["containers"][0]
     found = {entry["name"]: entry.get("value", "secret") for entry in container["env"]}
     if "LAMINA_LIMITS_STORE" in found:
@@ -51,8 +49,8 @@ def environment(service: dict[str, Any]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("places", "awaiting"), [(0, 2), (8, 2), (4, 2), (3, 1), (2, 0), (1, 0)])
-def test_who_waits_for_memory_leaves_places_to_those_who_compute(places: int, awaiting: int) -> None:
-    """A queue-proxy lets no more in than containerConcurrency: one of 2 would be full of those who wait."""
+def test_requests_that_wait_for_memory_leave_places_to_those_that_compute(places: int, awaiting: int) -> None:
+    """With a containerConcurrency of 2, waiting requests could fill the queue-proxy."""
     autoscaling = {"container_concurrency": places, "target": 1}
     config = read_config(environment(stage_service(pipeline(stage={"autoscaling": autoscaling}), 1)))
     assert isinstance(config, StageConfig)
@@ -105,7 +103,7 @@ def test_functions_accept_every_rendered_environment() -> None:
     assert (gateway.proxies, gateway.scores) == (2, "off")
 
 
-def test_a_stage_is_told_where_it_keeps_conversations_and_what_its_share_is() -> None:
+def test_each_stage_gets_the_kv_store_and_its_share_of_the_bytes() -> None:
     kept = {"secret": "chat-kv", "bucket": "talk", "max_bytes": "30Gi", "write_rate": "8Mi", "max_age_seconds": 3600}
     for index, (first, last) in enumerate(CUT):
         service, others = (stage_service(pipeline(kv_store=kept), index), stage_service(pipeline(), index))
@@ -126,7 +124,7 @@ def test_names_carry_the_fingerprint() -> None:
     assert names == [*(f"chat-{expected[:8]}-s{k}" for k in range(3)), "chat"]
 
 
-def test_hidden_states_in_8_bits_are_another_pipeline_and_everybody_is_told() -> None:
+def test_a_wire_dtype_is_part_of_the_fingerprint_and_reaches_every_function() -> None:
     variant = pipeline(wire_dtype="int8")
     assert variant.fingerprint == pipeline_fingerprint(DIGEST, CUT, "int8", "int8") != pipeline().fingerprint
     configs = [read_config(environment(service)) for service in services(variant)]
@@ -141,14 +139,14 @@ def test_stages_are_cluster_local_and_the_gateway_is_not() -> None:
     assert visible == ["cluster-local"] * 3 + [None]
 
 
-def test_stages_mount_no_token_and_gateways_may_answer_before_they_have_read() -> None:
+def test_stages_mount_no_token_and_gateways_are_full_duplex() -> None:
     *stages, gateway = (service["spec"]["template"] for service in services(pipeline()))
     assert [stage["spec"]["automountServiceAccountToken"] for stage in stages] == [False] * 3
     assert gateway["metadata"]["annotations"]["features.knative.dev/http-full-duplex"] == "Enabled"
 
 
-def test_queue_proxy_probes_by_itself() -> None:
-    """A period of its own would switch off the probing every 50 ms: 0.4 to 0.9 s of every cold start on a cluster."""
+def test_queue_proxy_probes_without_a_period() -> None:
+    """A period would turn off the probing every 50 ms: 0.4 to 0.9 s of every cold start on a cluster."""
     variant = pipeline(eventing={"dead_letter_sink": "letters"})
     probes = [service["spec"]["template"]["spec"]["containers"][0]["readinessProbe"] for service in services(variant)]
     assert probes == [{"httpGet": {"path": "/readyz"}}] * 5
@@ -181,7 +179,7 @@ def test_hpa_scales_on_cpu() -> None:
     assert "autoscaling.knative.dev/window" not in annotations
 
 
-def test_gateways_know_at_what_concurrency_a_stage_grows_and_only_the_clients_one_has_a_page() -> None:
+def test_gateways_know_the_stages_targets_and_only_the_clients_gateway_has_a_page() -> None:
     overrides = [
         {"stage": 1, "autoscaling": {"target": 4, "target_utilization_percentage": 50}},
         {"stage": 2, "autoscaling": {"class": "hpa", "min_scale": 1}},
@@ -206,8 +204,8 @@ def test_gpu_and_volumes() -> None:
     assert {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]} == {"/tmp", "/var/cache/weights"}
 
 
-def test_a_weights_cache_stays_below_what_evicts_its_pod() -> None:
-    """The kubelet evicts beyond the volume's limit, and first of all whoever uses more ephemeral storage than it asked for."""
+def test_a_weights_cache_stays_below_the_limits_of_eviction() -> None:
+    """The kubelet evicts a pod beyond the volume's limit, and first of all pods that use more than they requested."""
     stage = {"weights_cache": "/cache", "weights_cache_size": "8Gi"}
     pod = services(pipeline(stage=stage))[0]["spec"]["template"]["spec"]
     container = pod["containers"][0]
@@ -221,20 +219,11 @@ def test_a_weights_cache_stays_below_what_evicts_its_pod() -> None:
     assert "ephemeral-storage" not in plain["resources"]["requests"]
 
 
-def test_secrets_are_named_and_never_shown() -> None:
+def test_secrets_are_only_named() -> None:
     container = services(pipeline())[0]["spec"]["template"]["spec"]["containers"][0]
     assert container["envFrom"] == [{"secretRef": {"name": "store-keys"}}]
     token = next(entry for entry in container["env"] if entry["name"] == "LAMINA_PIPELINE_TOKEN")
-    assert token["valueFrom"] == {"secretKeyRef": {"name": "chat-pipeline", "key": "token"}}, "each pipeline has its own"
-
-
-def test_the_gateway_may_only_read_endpoint_slices() -> None:
-    account, role, binding = gateway_access(pipeline())
-    assert role["rules"] == [
-        {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["get", "list", "watch"]}
-    ]
-    assert binding["subjects"][0]["name"] == account["metadata"]["name"] == "chat-gateway"
-    assert "access.yaml" not in render(pipeline(gateway={"service_account": "mine"}))
+    assert token["valueFrom"] == {"secretKeyRef": {"name": "chat-pipeline", "key": "token"}}, "each pipeline has its own token"
 
 
 def test_yaml_is_deterministic_and_reads_back() -> None:
@@ -286,12 +275,12 @@ def test_errors_name_path_and_value(change: dict[str, Any], message: str) -> Non
         spec_from_dict(document(**change))
 
 
-def test_a_list_of_sleeps_must_reach_every_stage() -> None:
+def test_a_list_of_sleep_seconds_needs_one_for_each_stage() -> None:
     with pytest.raises(SpecError, match=r"sleep_seconds: 2 given, none for stage 2"):
         services(pipeline(stage={"layer_group": "sleep", "sleep_seconds": [0.1, 0.2]}))
 
 
-def test_a_device_is_emulated_only_where_stages_are_said_to_sleep() -> None:
+def test_only_the_layer_group_sleep_emulates_a_device() -> None:
     emulated = {"sleep_pass_times": [{"token_seconds": 0.5}, {}, {"stream_seconds": 1}], "sleep_bytes_per_second": 10**9}
     with pytest.raises(SpecError, match=r"sleep_pass_times: emulates a device, and \$\.stage\.layer_group is auto"):
         services(pipeline(stage=emulated))
@@ -305,7 +294,7 @@ def test_a_device_is_emulated_only_where_stages_are_said_to_sleep() -> None:
     assert {config.sleep_bytes_per_second for config in stages} == {10**9}
 
 
-def test_a_file_is_named_in_front(tmp_path: Path) -> None:
+def test_errors_begin_with_the_file(tmp_path: Path) -> None:
     path = tmp_path / "pipeline.yaml"
     path.write_text("name: [")
     with pytest.raises(SpecError, match=r"pipeline\.yaml: cannot be read as YAML"):

@@ -1,4 +1,4 @@
-"""The planner: its cuts are optimal, and its numbers are those of published models."""
+"""Cuts are optimal, and a model's sizes are those of its publication."""
 
 import json
 import struct
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from knative.spec.cut import cut_evenly
 from knative.spec.errors import TooManyStages, UnknownShape
 from knative.spec.model_shape import ModelShape, published_shape, shape_from_config, shape_from_folder
-from knative.spec.sizing import plan_stages, replicas_for
+from knative.spec.sizing import plan_stages
 from storage.models.publisher import publish
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
@@ -33,7 +33,7 @@ SMOLLM2 = {
 
 
 def heaviest(shape: ModelShape, cut: tuple[tuple[int, int], ...]) -> float:
-    """The weight of the heaviest group, computed the slow way."""
+    """Weight of the heaviest group, computed without cut.py."""
     plans = plan_stages(shape, cut)
     size = sum(plan.weight_bytes for plan in plans)
     work = sum(plan.compute for plan in plans)
@@ -81,10 +81,10 @@ def test_llama_2_13b_in_four_stages() -> None:
     assert plans[0].kv_bytes_per_sequence == 800 * 2**20
     assert [plan.hop_bytes_per_token for plan in plans] == [10240, 10240, 10240, 0]
     in_8_bits = plan_stages(shape, cut_evenly(shape, 4), "int8")
-    assert [plan.hop_bytes_per_token for plan in in_8_bits] == [5124, 5124, 5124, 0], "a number a byte, and a scale of four"
+    assert [plan.hop_bytes_per_token for plan in in_8_bits] == [5124, 5124, 5124, 0], "a byte per number, and a scale of four"
 
 
-def test_a_small_models_head_weighs_as_much_as_eight_layers() -> None:
+def test_the_head_of_a_small_model_counts_like_eight_layers() -> None:
     shape = shape_from_config(SMOLLM2, "smollm2", "bfloat16")
     cut = cut_evenly(shape, 3)
     assert cut == ((0, 10), (10, 24), (24, 30))
@@ -92,7 +92,7 @@ def test_a_small_models_head_weighs_as_much_as_eight_layers() -> None:
     assert max(shares) < 0.37
 
 
-def test_float32_doubles_what_moves_and_what_is_quantized_shrinks_only_the_weights() -> None:
+def test_quantization_shrinks_only_weights_and_float32_doubles_all_bytes() -> None:
     shapes = {d: shape_from_config(SMOLLM2, "s", d) for d in ("float32", "bfloat16", "int8", "q4")}
     plans = {d: plan_stages(shape, ((0, 15), (15, 30)))[0] for d, shape in shapes.items()}
     assert plans["float32"].hop_bytes_per_token == 4 * 576
@@ -106,7 +106,7 @@ def test_float32_doubles_what_moves_and_what_is_quantized_shrinks_only_the_weigh
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "q4"])
-def test_a_config_alone_tells_what_is_published(dtype: str, tmp_path: Path) -> None:
+def test_sizes_from_a_config_are_close_to_the_published_ones(dtype: str, tmp_path: Path) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
     tiny_models.whole_model("llama", **sizes, vocab_size=2048).save_pretrained(tmp_path)
     with EmbeddedStore(tmp_path / "store") as embedded:
@@ -117,7 +117,7 @@ def test_a_config_alone_tells_what_is_published(dtype: str, tmp_path: Path) -> N
     assert told.embedding_bytes == pytest.approx(exact.embedding_bytes, rel=0.05)
 
 
-def test_experts_weigh_in_bytes_and_only_the_chosen_in_compute() -> None:
+def test_all_experts_count_in_bytes_and_the_chosen_ones_in_compute() -> None:
     mixtral = SMOLLM2 | {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
     shape = shape_from_config(mixtral, "mixtral", "bfloat16")
     dense = shape_from_config(SMOLLM2, "dense", "bfloat16")
@@ -146,7 +146,7 @@ def test_more_stages_than_layers() -> None:
         cut_evenly(shape_from_config(SMOLLM2, "s", "int8"), 31)
 
 
-def test_a_config_without_layers_is_named() -> None:
+def test_a_missing_key_of_a_config_is_named() -> None:
     with pytest.raises(UnknownShape, match=r"odd: config.json has no positive integer num_hidden_layers or n_layer"):
         shape_from_config({"hidden_size": 8}, "odd", "bfloat16")
 
@@ -154,18 +154,3 @@ def test_a_config_without_layers_is_named() -> None:
 def test_a_folder_without_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(UnknownShape, match=r"config\.json: cannot be read as JSON"):
         shape_from_folder(tmp_path, "bfloat16")
-
-
-def test_replicas_follow_the_compute_share() -> None:
-    plans = plan_stages(shape_from_config(SMOLLM2, "s", "bfloat16"), ((0, 10), (10, 24), (24, 30)))
-    assert replicas_for(plans, conversations=8, micro_batch=8, targets=[1.4] * 3, max_scales=[10] * 3) == [1, 1, 1]
-    assert replicas_for(plans, conversations=128, micro_batch=8, targets=[1.4] * 3, max_scales=[10] * 3) == [4, 5, 5]
-    assert replicas_for(plans, conversations=1280, micro_batch=8, targets=[1.4] * 3, max_scales=[10] * 3) == [10, 10, 10]
-
-
-def test_few_conversations_are_still_a_micro_batch_for_each_stage() -> None:
-    """As the gateway divides them: half of three micro-batches in one stage are more than one pod is meant for."""
-    plans = plan_stages(shape_from_config(SMOLLM2, "s", "bfloat16"), ((0, 2), (2, 28), (28, 30)))
-    assert plans[1].compute_share * 1 < 1.4 < plans[1].compute_share * 3
-    assert replicas_for(plans, conversations=1, micro_batch=8, targets=[1.4] * 3, max_scales=[10] * 3) == [1, 1, 1]
-    assert replicas_for(plans, conversations=3, micro_batch=8, targets=[1.4] * 3, max_scales=[10] * 3) == [1, 2, 1]

@@ -1,4 +1,4 @@
-"""The examples: what is checked in as rendered is what `render` makes of them, and Knative takes it."""
+"""The examples: their checked-in manifests are up to date, and Knative accepts them."""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def test_rendered_files_are_up_to_date(example: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
-def test_knative_accepts_them_without_a_warning(example: Path) -> None:
+def test_knative_accepts_the_manifests_without_a_warning(example: Path) -> None:
     found = services(example)
     assert len(found) == len(list((example / "rendered").glob("stage-*.yaml"))) + len(
         list((example / "rendered").glob("gateway*.yaml"))

@@ -1,4 +1,4 @@
-"""Pieces that differ, and defaults that are each their own."""
+"""Stages that differ from `stage`, and the gateway's own defaults."""
 
 from typing import Any
 
@@ -7,7 +7,6 @@ import pytest
 from knative.spec.cut import parse_cut
 from knative.spec.errors import SpecError
 from knative.spec.pipeline_spec import PipelineSpec, StageSpec
-from knative.spec.sizing import check_memory, needed_bytes
 from knative.spec.spec_file import spec_from_dict
 from tests.support.knative.pipelines import document
 
@@ -18,11 +17,11 @@ def spec(*overrides: Any, **changes: Any) -> PipelineSpec:
     return spec_from_dict(document(stage_overrides=list(overrides), **changes))
 
 
-def test_stages_are_alike_unless_said_otherwise() -> None:
+def test_stages_are_equal_without_overrides() -> None:
     assert spec().stages_of(CUT) == (StageSpec(),) * 3
 
 
-def test_a_stage_differs_by_its_number_and_stages_by_their_layers() -> None:
+def test_overrides_select_stages_by_number_or_by_layers() -> None:
     first, second, third = spec(
         {"layers": "10:30", "resources": {"memory": "8Gi", "gpu": 1}, "device": "cuda", "autoscaling": {"max_scale": 4}},
         {"stage": 2, "resources": {"memory": "12Gi"}, "autoscaling": {"target": 3}, "pod": {"node_selector": {"gpu": "large"}}},
@@ -38,7 +37,7 @@ def test_a_stage_differs_by_its_number_and_stages_by_their_layers() -> None:
     assert (second.pod.node_selector, third.pod.node_selector, third.pod.labels) == ({}, {"gpu": "large"}, {"team": "a"})
 
 
-def test_null_takes_a_default_away() -> None:
+def test_null_resets_a_field() -> None:
     stages = spec({"stage": 0, "weights_cache": None}, stage={"weights_cache": "/cache"}).stages_of(CUT)
     assert [each.weights_cache for each in stages] == [None, "/cache", "/cache"]
 
@@ -59,7 +58,7 @@ def test_null_takes_a_default_away() -> None:
         ({"stage": 0, "pod": {"env": {"LAMINA_DTYPE": "x"}}}, r"\$\.stage_overrides\[0\]\.pod\.env: LAMINA_DTYPE is set by"),
     ],
 )
-def test_what_is_wrong_with_an_override_is_said_when_the_spec_is_read(override: dict[str, Any], message: str) -> None:
+def test_a_faulty_override_is_an_error_of_the_spec(override: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         spec(override)
 
@@ -73,13 +72,13 @@ def test_what_is_wrong_with_an_override_is_said_when_the_spec_is_read(override: 
         ({"layers": "all", "device": "cpu"}, r"\.layers: 'all' is not a range of layers such as '0:10'"),
     ],
 )
-def test_an_override_must_be_for_stages_of_the_cut(override: dict[str, Any], message: str) -> None:
+def test_an_override_must_select_stages_of_the_cut(override: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         spec(override).stages_of(CUT)
 
 
-def test_a_gateways_defaults_are_its_own_whatever_else_is_said() -> None:
-    """One changed number used to bring the stages' defaults for all others: eight answers at a time, target 2."""
+def test_changing_one_field_of_a_gateway_keeps_its_other_defaults() -> None:
+    """One changed number used to replace the others by the stages' defaults: eight answers at a time, target 2."""
     gateway = spec(gateway={"autoscaling": {"min_scale": 1}, "resources": {"memory": "1Gi"}}).gateway
     scaling = gateway.autoscaling
     assert (scaling.min_scale, scaling.max_scale, scaling.container_concurrency, scaling.target) == (1, 3, 0, None)
@@ -87,26 +86,10 @@ def test_a_gateways_defaults_are_its_own_whatever_else_is_said() -> None:
     assert (gateway.resources.cpu, gateway.resources.memory) == ("500m", "1Gi")
 
 
-def test_memory_is_held_against_weights_and_keys_and_the_sum_is_said() -> None:
-    stages = spec({"stage": 1, "kv_cache": "1Gi"}, stage={"kv_cache": "512Mi", "resources": {"memory": "2Gi"}}).stages_of(CUT)
-    weights = [400 * 2**20] * 3
-    assert needed_bytes(stages[0], weights[0]) == 400 * 2**20 * 1.2 + 2**29 + 2**30
-    check_memory(stages[:1], weights[:1])
-    sums = r"stage 1 has 2Gi and needs 2528 MiB: weights 400 MiB × 1\.2, kv_cache 1Gi and 1024 MiB for the rest"
-    with pytest.raises(SpecError, match=sums):
-        check_memory(stages, weights)
-    with pytest.raises(SpecError, match=r"stage 0 has 1Gi and needs 1536 MiB: weights \(size unknown here\)"):
-        check_memory(spec(stage={"resources": {"memory": "1Gi"}}).stages_of(CUT), [None] * 3)
-    on_gpus = spec(stage={"resources": {"memory": "1Gi", "gpu": 1}}).stages_of(CUT)
-    check_memory(on_gpus, weights)
-    asleep = spec(stage={"layer_group": "sleep"}).stages_of(CUT)
-    check_memory(asleep, [2**40] * 3)
-
-
-def test_a_stage_may_compute_in_a_dtype_of_its_own() -> None:
+def test_stages_may_have_different_dtypes() -> None:
     mixed = spec({"stage": 0, "dtype": "int8"}, {"layers": "20:30", "dtype": "q4"})
     assert mixed.dtypes_of(CUT) == ("int8", "bfloat16", "q4")
-    assert mixed.dtypes == ("bfloat16", "int8", "q4"), "what push --spec publishes"
+    assert mixed.dtypes == ("bfloat16", "int8", "q4"), "the dtypes that push --spec publishes"
     assert spec().dtypes == ("bfloat16",)
 
 
@@ -121,6 +104,6 @@ def test_a_stage_may_compute_in_a_dtype_of_its_own() -> None:
         ({"stage": 0, "dtype": "int8", "device": "cuda"}, r"\$\.stage_overrides\[0\]\.device: 'cuda' does not run dtype int8"),
     ],
 )
-def test_dtypes_that_do_not_go_together_are_refused(override: dict[str, Any], message: str) -> None:
+def test_dtypes_that_cannot_be_combined_are_refused(override: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         spec(override)
