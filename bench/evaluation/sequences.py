@@ -92,7 +92,7 @@ class Sequences:
             moving = min(self._replay / max(1.0, self.held_tokens), 1 / micro_batches)
             self._answer((1 - moving) * seconds / pace.round_seconds)
         computed = pace.prompt_tokens_per_second * seconds
-        # A migrating one (`functions/gateway/scheduling/migration.py`) passes one pod of every stage.
+        # A migrating one (`functions/gateway/scheduling/decide.py`) passes one pod of every stage.
         again = min(self._replay, computed, pace.prompt_tokens_per_second_alone * seconds)
         self._replay -= again
         self.replayed_tokens += again

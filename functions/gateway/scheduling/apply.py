@@ -123,7 +123,7 @@ def logprobs_of(tokens: Items[int], result: Result) -> list[TokenLogprob]:
 
 def _is_incomplete(result: Result | None, sequence: Sequence, chunk: Chunk) -> bool:
     """The last stage's result lacks something, or accepts other draft tokens than were sent."""
-    if not (chunk.scores or chunk.end == len(sequence.tokens)):
+    if not (chunk.scores or chunk.position + chunk.length == len(sequence.tokens)):
         return False
     if result is None:
         return True

@@ -1,28 +1,20 @@
-"""How many micro-batches there may be, how many sequences may wait, and what a step costs by its number of tokens.
+"""How many micro-batches there may be, how sequences are divided among them, and how many may wait.
 
 Pure functions of counts and measured seconds: the scheduler, `knative plan` and the simulator in bench/evaluation share them.
 """
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Final
+
+from functions.gateway.scheduling.stats import RowCosts, seconds_on
 
 IN_FLIGHT_PER_INSTANCE: Final = 2  # micro-batches at each instance of the narrowest stage: above Knative's target, so it grows
 FAR_SHARE: Final = 0.5  # the network must take this share of the stages' seconds before micro-batches are divided for it
 _MAX_FACTOR_FOR_NETWORK: Final = 4  # bounds micro-batches added for a network, whose seconds are estimates
-_MIN_RATE_GAIN: Final = (
-    1.08  # tokens/s must rise by this factor to divide further: costs are estimates, and dividing costs, too
-)
-
-_SIZE_LIMITS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # sizes up to each limit are taken as alike
-_QUICKER_WEIGHT: Final = 0.3  # weight of a new measurement that is quicker than the estimate
-_SLOWER_WEIGHT: Final = 0.02  # weight of a slower one: waiting makes steps slow, nothing makes them quick
-_ASSUMED_TOKEN_COST: Final = 0.02  # share of a step that one more token is assumed to cost beyond all measured sizes
-_MAX_AGE_STEPS: Final = 2_000  # older measurements are dropped, so that their size is tried again
+_MIN_RATE_GAIN: Final = 1.08  # factor that dividing further must gain in tokens/s: costs are estimates, and dividing costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,60 +73,6 @@ def admissible_sequences(running: int, allowed: int, max_sequences: int) -> int:
 def max_waiting(queue_limit: int, admissible: int) -> int:
     """With so many waiting, a request is refused. Those that the next decision admits do not count against the limit."""
     return queue_limit + max(0, admissible)
-
-
-@dataclass(slots=True)
-class _Measured:
-    tokens: float
-    seconds: float
-    at_step: int
-
-
-@dataclass(slots=True)
-class RowCosts:
-    """Seconds of one stage's decode steps by their number of tokens: four often cost hardly more than one, sixteen do."""
-
-    _measured: dict[int, _Measured] = field(default_factory=dict)  # by index in _SIZE_LIMITS
-    _steps: int = 0
-
-    def step(self, tokens: int, seconds: float) -> None:
-        """Takes in a measured decode step."""
-        self._steps += 1
-        size = bisect_left(_SIZE_LIMITS, tokens)
-        old = self._measured.get(size)
-        if old is None or self._steps - old.at_step > _MAX_AGE_STEPS:
-            self._measured[size] = _Measured(tokens, seconds, self._steps)
-            return
-        weight = _QUICKER_WEIGHT if seconds < old.seconds else _SLOWER_WEIGHT
-        old.seconds += weight * (seconds - old.seconds)
-        old.tokens += weight * (tokens - old.tokens)
-        old.at_step = self._steps
-
-    def points(self) -> list[tuple[float, float]]:
-        """(tokens, seconds) of measured sizes, both ascending.
-
-        A step that took longer than a larger one has waited, so it counts as the larger one's seconds. If instead the larger
-        one were raised, one slow step of a rare size would make all further tokens look free.
-        """
-        points: list[tuple[float, float]] = []
-        for size in sorted(self._measured, reverse=True):
-            measured = self._measured[size]
-            if self._steps - measured.at_step <= _MAX_AGE_STEPS and (not points or measured.tokens < points[-1][0]):
-                points.append((measured.tokens, min(measured.seconds, points[-1][1] if points else math.inf)))
-        return points[::-1]
-
-
-def seconds_on(points: Items[tuple[float, float]], tokens: int) -> float | None:
-    """Seconds of a step with `tokens` tokens, interpolated on `RowCosts.points`. None: nothing is measured."""
-    if not points:
-        return None
-    if tokens <= points[0][0]:
-        return points[0][1] / (1 + _ASSUMED_TOKEN_COST * (points[0][0] - tokens))
-    for (fewer, less), (more, longer) in pairwise(points):
-        if tokens <= more:
-            return less + (longer - less) * (tokens - fewer) / (more - fewer)
-    last, seconds = points[-1]
-    return seconds * (1 + _ASSUMED_TOKEN_COST * (tokens - last))
 
 
 def micro_batches_that_fill(

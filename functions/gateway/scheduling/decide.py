@@ -2,10 +2,9 @@
 
 import math
 
-from functions.gateway.scheduling.actions import Action
+from functions.gateway.scheduling.actions import Action, Reserve, reserve
 from functions.gateway.scheduling.admission import admit, reserve_for_followers
-from functions.gateway.scheduling.micro_batch import Step, level, make_step, prompt_chunks
-from functions.gateway.scheduling.migration import migrate
+from functions.gateway.scheduling.micro_batch import MicroBatch, Step, level, make_step, prompt_chunks
 from functions.gateway.scheduling.progress import Chunk
 from functions.gateway.scheduling.sequence import TRIAL_AFTER_FAILURES, Sequence
 from functions.gateway.scheduling.speculation import draft_lengths, step_seconds
@@ -28,14 +27,15 @@ def decide(state: SchedulerState, now: float) -> list[Action]:
         actions += state.leases.renew(used, state.sequences, now)
     if [sequence for batch in state.micro_batches for sequence in batch.sequences if sequence.leader is not None]:
         actions += reserve_for_followers(state)
-    if state.has_waiting:
+    if has_waiting := state.has_waiting:
         actions += admit(state, now)
+        has_waiting = state.has_waiting
     if state.suspects or state.trial is not None:
         choose_trial(state)
     actions += begin_decode_steps(state)
     actions += begin_prompt_steps(state, now)
     stranded = [batch for batch in state.micro_batches if state.placement.strands(batch.route)]
-    if now >= state.wake_ups.next_at and (stranded or state.has_waiting):
+    if now >= state.wake_ups.next_at and (stranded or has_waiting):
         first_round = state.no_route_since is None or now - state.no_route_since < PAUSE_SECONDS
         actions += state.begin_wake_up(all_stages=first_round)
     if backlog.sequences:
@@ -65,6 +65,64 @@ def close_empty_micro_batches(state: SchedulerState) -> None:
     for batch in [batch for batch in state.micro_batches if not batch.sequences and not batch.decoding]:
         batch.route.close()
         state.micro_batches.remove(batch)
+
+
+# Micro-batches migrate to other instances: at once from instances that leave, and one at a time for balance.
+
+
+def migrate(state: SchedulerState, now: float) -> list[Reserve]:
+    """Chooses which micro-batches migrate and moves those that are at rest. Returns the reservations at their new instances."""
+    reservations: list[Reserve] = []
+    placement = state.placement
+    _rebalance(state)
+    for batch in state.micro_batches:
+        if batch.target is not None and not batch.target.usable(now):
+            batch.target = None
+        leaving = placement.must_leave(batch.route)
+        if leaving is not None and batch.target is None:
+            state.stats.migrations["leaving"] += 1
+        batch.target = leaving or batch.target
+        while batch.target is not None and batch.at_rest:
+            reservations += _move(state, batch, batch.target)
+            batch.target = placement.must_leave(batch.route)
+    return reservations
+
+
+def _rebalance(state: SchedulerState) -> None:
+    """Chooses one micro-batch to migrate if an instance carries too many routes, once the last one has caught up."""
+    settling = state.settling
+    if settling is not None and settling in state.micro_batches and (settling.target or not settling.caught_up):
+        return
+    state.settling = None
+    unbalanced = state.placement.unbalanced()
+    if unbalanced is None:
+        return
+    most, least = unbalanced
+    movable = [
+        batch for batch in state.micro_batches if most in batch.route.instances and batch.target is None and batch.caught_up
+    ]
+    if movable:
+        # The one with the fewest tokens, which may have to be computed again.
+        state.settling = min(movable, key=lambda batch: sum(len(sequence.tokens) for sequence in batch.sequences))
+        state.settling.target = least
+        state.stats.migrations["balance"] += 1
+
+
+def _move(state: SchedulerState, batch: MicroBatch, target: Instance) -> list[Reserve]:
+    """Moves a micro-batch at rest. The new instance fetches the KV from the old one if it can; otherwise it is computed."""
+    batch.target = None
+    left = batch.route.replace(target)
+    fetched = []
+    for sequence in batch.sequences:
+        sequence.progress.missed(target.stage, 0)
+        sequence.stream.replayed()
+        state.stats.replays["moved"] += 1
+        if sequence.prefix_chain() and not (left.is_service or target.is_service):
+            sequence.reserved = False
+            fetched.append(sequence)
+        else:
+            state.release_at(left, sequence)
+    return [reserve((target,), fetched, peers={target: (left.url,)}, moved_from=left)] if fetched else []
 
 
 # Suspects run alone.

@@ -1,10 +1,6 @@
-"""What the scheduler counts and measures, and the same as Prometheus metrics, which are made when somebody reads them."""
+"""The scheduler's statistics as Prometheus metrics, made at each scrape."""
 
-import copy
-import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Final, get_args
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -13,10 +9,7 @@ from prometheus_client.registry import Collector
 from eventing.problems import PROBLEMS
 from eventing.wire.events import Status
 from eventing.wire.generation import FinishReason
-from functions.gateway.scheduling.batching import RowCosts
-
-_QUICKER_WEIGHT: Final = 0.3  # weight of a new measurement that is quicker than the estimate
-_SLOWER_WEIGHT: Final = 0.01  # weight of a slower one: waiting makes steps slow, nothing makes them quick
+from functions.gateway.scheduling.stats import Stats
 
 _PROBLEMS: Final = tuple(problem.name for problem in PROBLEMS.values())
 _OUTCOMES: Final = (*get_args(FinishReason), *_PROBLEMS)
@@ -24,80 +17,6 @@ _BROKEN_ROUTES: Final = ("refused", "broken", "timeout", "infrastructure", "malf
 _STATUSES: Final = tuple(str(status) for status in Status if status is not Status.OK)
 _REPLAY_CAUSES: Final = (*_BROKEN_ROUTES, *_PROBLEMS, *_STATUSES, "rebooted", "moved")
 _MIGRATION_CAUSES: Final = ("leaving", "balance")
-
-
-@dataclass(slots=True)
-class StageStats:
-    """What the gateway measured of one stage."""
-
-    steps: int = 0
-    seconds: float = 0.0  # of all steps, from request to reply: network, queueing and compute
-    exchange_seconds: float = 0.0  # part of `seconds`: from the request's first byte to the reply's last
-    service_seconds: float = 0.0  # a decode step that does not wait, network included; moving estimate, 0: unknown
-    network_seconds: float = 0.0  # an event's way to the stage and back; moving estimate
-    costs: RowCosts = field(default_factory=RowCosts)  # decode steps at the stage, without the network
-
-    def step(
-        self, seconds: float, decode_tokens: int, exchange_seconds: float = 0.0, engine_seconds: float | None = None
-    ) -> None:
-        """Takes in a step. decode_tokens: 0 for prompt chunks. engine_seconds: the stage's own account, if it gave one."""
-        self.steps += 1
-        self.seconds += seconds
-        self.exchange_seconds += exchange_seconds
-        if decode_tokens:
-            at_stage = seconds if engine_seconds is None else engine_seconds
-            self.costs.step(decode_tokens, at_stage)
-            self.service_seconds = _moved_estimate(self.service_seconds, seconds)
-            self.network_seconds = _moved_estimate(self.network_seconds, max(0.0, seconds - at_stage))
-
-
-def _moved_estimate(estimate: float, seconds: float) -> float:
-    weight = 1.0 if not estimate else _QUICKER_WEIGHT if seconds < estimate else _SLOWER_WEIGHT
-    return estimate + weight * (seconds - estimate)
-
-
-@dataclass(slots=True)
-class Stats:
-    """Counters since the start. `waiting` to `trips` say how it stands now; `Scheduler.stats` sets them."""
-
-    stages: list[StageStats]
-    waiting: int = 0
-    memory_backlog: int = 0  # those of `waiting` that a stage refused for lack of memory
-    running: int = 0
-    micro_batches: int = 0
-    trips: int = 0
-    steps_seconds: float = 0.0  # all seconds of the threads that walk trips
-    deciding_seconds: float = 0.0  # part of `steps_seconds`: with the lock, or waiting for it
-    tokens: int = 0  # drawn by the last stage
-    prompt_tokens: int = 0  # sent to the first stage, replays included
-    cached_tokens: int = 0  # prompt tokens that every stage held when the first chunk was sent
-    draft_tokens_accepted: int = 0
-    draft_tokens_rejected: int = 0
-    sequences: Counter[str] = field(default_factory=Counter)  # ended, by finish reason or problem name
-    replays: Counter[str] = field(default_factory=Counter)  # sequences whose KV was computed again, by cause
-    grown: int = 0  # times that an open-ended answer filled its memory and asked for more
-    migrations: Counter[str] = field(default_factory=Counter)  # micro-batches, by cause: leaving or balance
-    wake_ups: int = 0  # rounds of warm-up events
-
-    def step_over(self, began: float, walked: float) -> float:
-        """Counts a thread's step, from `began`; its trip was over at `walked`. Returns now, when its next step begins.
-
-        All in time.perf_counter().
-        """
-        now = time.perf_counter()
-        self.deciding_seconds += now - walked
-        self.steps_seconds += now - began
-        return now
-
-    def seconds_by_part(self) -> dict[str, float]:
-        """What the seconds of steps were spent on."""
-        hops = sum(stage.seconds for stage in self.stages)
-        exchange = sum(stage.exchange_seconds for stage in self.stages)
-        rows = max(0.0, self.steps_seconds - hops - self.deciding_seconds)
-        return {"exchange": exchange, "events": hops - exchange, "deciding": self.deciding_seconds, "rows": rows}
-
-    def snapshot(self) -> "Stats":
-        return copy.deepcopy(self)
 
 
 class SchedulerCollector(Collector):

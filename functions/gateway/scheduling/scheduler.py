@@ -30,13 +30,13 @@ from functions.gateway.scheduling.apply import (
 )
 from functions.gateway.scheduling.batching import SchedulerLimits, admissible_sequences, max_waiting
 from functions.gateway.scheduling.decide import decide, next_due
-from functions.gateway.scheduling.metrics import Stats
 from functions.gateway.scheduling.pipeline_status import PipelineStatus, pipeline_status
 from functions.gateway.scheduling.prefix_sharing import KeyOf, no_sharing, prompt_chain
 from functions.gateway.scheduling.progress import Progress
 from functions.gateway.scheduling.sequence import Prompt, Sequence, names_of
 from functions.gateway.scheduling.speculation import Drafter, PromptLookup, SharedRates
 from functions.gateway.scheduling.state import SchedulerState
+from functions.gateway.scheduling.stats import Stats
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.stages.client import ForwardReply, StageClient
 from functions.gateway.stages.failures import StageFailed

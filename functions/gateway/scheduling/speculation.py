@@ -13,7 +13,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Final
 
-from functions.gateway.scheduling.batching import RowCosts, seconds_on
+from functions.gateway.scheduling.stats import RowCosts, seconds_on
 
 MATCH_TOKENS: Final = (2, 3, 4, 6, 8, 12, 16, 32)  # suffix lengths looked up; a single token stands in too many places
 MAX_LOOKED_UP_TOKENS: Final = 16_384  # the latest ones, some 10 µs; a whole long context would slow down every step

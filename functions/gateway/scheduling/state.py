@@ -20,9 +20,9 @@ from functions.gateway.scheduling.batching import (
     micro_batches_wanted,
 )
 from functions.gateway.scheduling.leases import LeaseRenewals
-from functions.gateway.scheduling.metrics import StageStats, Stats
 from functions.gateway.scheduling.micro_batch import MicroBatch, Step
 from functions.gateway.scheduling.sequence import Sequence
+from functions.gateway.scheduling.stats import StageStats, Stats
 from functions.gateway.scheduling.waiting import BacklogSignals, WaitingSequences
 from functions.gateway.scheduling.wake_up import WakeUps
 from functions.gateway.stages.instances import Instance

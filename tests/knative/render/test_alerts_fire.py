@@ -9,7 +9,8 @@ from prometheus_client import generate_latest
 
 from eventing.problems import PROBLEMS
 from functions.gateway.answers.metrics import GatewayMetrics
-from functions.gateway.scheduling.metrics import SchedulerCollector, StageStats, Stats
+from functions.gateway.scheduling.metrics import SchedulerCollector
+from functions.gateway.scheduling.stats import StageStats, Stats
 from functions.stage.serving.metrics import StageMetrics
 from knative.render import monitoring
 from knative.render.monitoring import ALERTS, rule_groups

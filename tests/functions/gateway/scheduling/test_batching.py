@@ -7,13 +7,11 @@ import time
 import pytest
 
 from functions.gateway.scheduling.batching import (
-    RowCosts,
     micro_batches_allowed,
     micro_batches_that_fill,
     micro_batches_wanted,
-    seconds_on,
 )
-from functions.gateway.scheduling.metrics import StageStats
+from functions.gateway.scheduling.stats import RowCosts, StageStats, seconds_on
 from tests.support.functions.gateway import counted, scheduling, submit, tokens_of
 from tests.support.functions.stage_server import counting_stages
 

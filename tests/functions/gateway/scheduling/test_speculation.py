@@ -6,7 +6,6 @@ from collections.abc import Callable
 import pytest
 
 from eventing.wire.events import Row, Status
-from functions.gateway.scheduling.batching import RowCosts, seconds_on
 from functions.gateway.scheduling.speculation import (
     MATCH_TOKENS,
     MAX_LOOKED_UP_TOKENS,
@@ -16,6 +15,7 @@ from functions.gateway.scheduling.speculation import (
     draft_lengths,
     step_seconds,
 )
+from functions.gateway.scheduling.stats import RowCosts, seconds_on
 from tests.support.functions.gateway import counted, nothing_left, scheduling, submit, tokens_of
 from tests.support.functions.stage_server import StageServer, counting_stages
 

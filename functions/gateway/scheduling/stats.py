@@ -1,0 +1,146 @@
+"""What the scheduler counts and measures: how long steps take at each stage, and what became of sequences."""
+
+import copy
+import math
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Final
+
+_QUICKER_WEIGHT: Final = 0.3  # weight of a new measurement that is quicker than the estimate
+_SLOWER_WEIGHT: Final = 0.01  # weight of a slower one: waiting makes steps slow, nothing makes them quick
+_SLOWER_COST_WEIGHT: Final = 0.02  # the same for costs of rows
+_SIZE_LIMITS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # sizes up to each limit are taken as alike
+_ASSUMED_TOKEN_COST: Final = 0.02  # share of a step that one more token is assumed to cost beyond all measured sizes
+_MAX_AGE_STEPS: Final = 2_000  # older measurements are dropped, so that their size is tried again
+
+
+@dataclass(slots=True)
+class _Measured:
+    tokens: float
+    seconds: float
+    at_step: int
+
+
+@dataclass(slots=True)
+class RowCosts:
+    """Seconds of one stage's decode steps by their number of tokens: four often cost hardly more than one, sixteen do."""
+
+    _measured: dict[int, _Measured] = field(default_factory=dict)  # by index in _SIZE_LIMITS
+    _steps: int = 0
+
+    def step(self, tokens: int, seconds: float) -> None:
+        """Takes in a measured decode step."""
+        self._steps += 1
+        size = bisect_left(_SIZE_LIMITS, tokens)
+        old = self._measured.get(size)
+        if old is None or self._steps - old.at_step > _MAX_AGE_STEPS:
+            self._measured[size] = _Measured(tokens, seconds, self._steps)
+            return
+        weight = _QUICKER_WEIGHT if seconds < old.seconds else _SLOWER_COST_WEIGHT
+        old.seconds += weight * (seconds - old.seconds)
+        old.tokens += weight * (tokens - old.tokens)
+        old.at_step = self._steps
+
+    def points(self) -> list[tuple[float, float]]:
+        """(tokens, seconds) of measured sizes, both ascending.
+
+        A step that took longer than a larger one has waited, so it counts as the larger one's seconds. If instead the larger
+        one were raised, one slow step of a rare size would make all further tokens look free.
+        """
+        points: list[tuple[float, float]] = []
+        for size in sorted(self._measured, reverse=True):
+            measured = self._measured[size]
+            if self._steps - measured.at_step <= _MAX_AGE_STEPS and (not points or measured.tokens < points[-1][0]):
+                points.append((measured.tokens, min(measured.seconds, points[-1][1] if points else math.inf)))
+        return points[::-1]
+
+
+def seconds_on(points: Items[tuple[float, float]], tokens: int) -> float | None:
+    """Seconds of a step with `tokens` tokens, interpolated on `RowCosts.points`. None: nothing is measured."""
+    if not points:
+        return None
+    if tokens <= points[0][0]:
+        return points[0][1] / (1 + _ASSUMED_TOKEN_COST * (points[0][0] - tokens))
+    for (fewer, less), (more, longer) in pairwise(points):
+        if tokens <= more:
+            return less + (longer - less) * (tokens - fewer) / (more - fewer)
+    last, seconds = points[-1]
+    return seconds * (1 + _ASSUMED_TOKEN_COST * (tokens - last))
+
+
+@dataclass(slots=True)
+class StageStats:
+    """What the gateway measured of one stage."""
+
+    steps: int = 0
+    seconds: float = 0.0  # of all steps, from request to reply: network, queueing and compute
+    exchange_seconds: float = 0.0  # part of `seconds`: from the request's first byte to the reply's last
+    service_seconds: float = 0.0  # a decode step that does not wait, network included; moving estimate, 0: unknown
+    network_seconds: float = 0.0  # an event's way to the stage and back; moving estimate
+    costs: RowCosts = field(default_factory=RowCosts)  # decode steps at the stage, without the network
+
+    def step(
+        self, seconds: float, decode_tokens: int, exchange_seconds: float = 0.0, engine_seconds: float | None = None
+    ) -> None:
+        """Takes in a step. decode_tokens: 0 for prompt chunks. engine_seconds: the stage's own account, if it gave one."""
+        self.steps += 1
+        self.seconds += seconds
+        self.exchange_seconds += exchange_seconds
+        if decode_tokens:
+            at_stage = seconds if engine_seconds is None else engine_seconds
+            self.costs.step(decode_tokens, at_stage)
+            self.service_seconds = _moved_estimate(self.service_seconds, seconds)
+            self.network_seconds = _moved_estimate(self.network_seconds, max(0.0, seconds - at_stage))
+
+
+def _moved_estimate(estimate: float, seconds: float) -> float:
+    weight = 1.0 if not estimate else _QUICKER_WEIGHT if seconds < estimate else _SLOWER_WEIGHT
+    return estimate + weight * (seconds - estimate)
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counters since the start. `waiting` to `trips` say how it stands now; `Scheduler.stats` sets them."""
+
+    stages: list[StageStats]
+    waiting: int = 0
+    memory_backlog: int = 0  # those of `waiting` that a stage refused for lack of memory
+    running: int = 0
+    micro_batches: int = 0
+    trips: int = 0
+    steps_seconds: float = 0.0  # all seconds of the threads that walk trips
+    deciding_seconds: float = 0.0  # part of `steps_seconds`: with the lock, or waiting for it
+    tokens: int = 0  # drawn by the last stage
+    prompt_tokens: int = 0  # sent to the first stage, replays included
+    cached_tokens: int = 0  # prompt tokens that every stage held when the first chunk was sent
+    draft_tokens_accepted: int = 0
+    draft_tokens_rejected: int = 0
+    sequences: Counter[str] = field(default_factory=Counter)  # ended, by finish reason or problem name
+    replays: Counter[str] = field(default_factory=Counter)  # sequences whose KV was computed again, by cause
+    grown: int = 0  # times that an open-ended answer filled its memory and asked for more
+    migrations: Counter[str] = field(default_factory=Counter)  # micro-batches, by cause: leaving or balance
+    wake_ups: int = 0  # rounds of warm-up events
+
+    def step_over(self, began: float, walked: float) -> float:
+        """Counts a thread's step, from `began`; its trip was over at `walked`. Returns now, when its next step begins.
+
+        All in time.perf_counter().
+        """
+        now = time.perf_counter()
+        self.deciding_seconds += now - walked
+        self.steps_seconds += now - began
+        return now
+
+    def seconds_by_part(self) -> dict[str, float]:
+        """What the seconds of steps were spent on."""
+        hops = sum(stage.seconds for stage in self.stages)
+        exchange = sum(stage.exchange_seconds for stage in self.stages)
+        rows = max(0.0, self.steps_seconds - hops - self.deciding_seconds)
+        return {"exchange": exchange, "events": hops - exchange, "deciding": self.deciding_seconds, "rows": rows}
+
+    def snapshot(self) -> "Stats":
+        return copy.deepcopy(self)
