@@ -47,52 +47,36 @@ class RevisionSettings:
 def revision_settings(template: Mapping[str, Any], config: AutoscalerConfig = _DEFAULTS) -> RevisionSettings:
     """template: a Service's `spec.template`. Raises SettingsError."""
     read = _AnnotationReader(template.get("metadata", {}).get("annotations") or {})
-    autoscaler_class = read.text(annotated.CLASS, config.pod_autoscaler_class)
-    metric = read.text(annotated.METRIC, "cpu" if autoscaler_class == annotated.HPA else "concurrency")
+    autoscaler_class = read(annotated.CLASS, str, config.pod_autoscaler_class)
+    metric = read(annotated.METRIC, str, "cpu" if autoscaler_class == annotated.HPA else "concurrency")
     container_concurrency = int(template.get("spec", {}).get("containerConcurrency") or 0)
-    initial_scale = read.integer(annotated.INITIAL_SCALE, config.initial_scale)
+    initial_scale = read(annotated.INITIAL_SCALE, parse_int, config.initial_scale)
     if initial_scale == 0 and not config.allow_zero_initial_scale:
         initial_scale = config.initial_scale
     retention, progress = config.scale_to_zero_pod_retention_period_seconds, config.progress_deadline_seconds
     return RevisionSettings(
         autoscaler_class=autoscaler_class,
         metric=metric,
-        metric_aggregation_algorithm=read.text(annotated.METRIC_AGGREGATION_ALGORITHM, "linear"),
-        target=read.number(annotated.TARGET, None),
+        metric_aggregation_algorithm=read(annotated.METRIC_AGGREGATION_ALGORITHM, str, "linear"),
+        target=read(annotated.TARGET, _finite, None),
         decider=_decider(read, config, metric, container_concurrency),
-        window_seconds=read.seconds(annotated.WINDOW, None),
-        min_scale=read.integer(annotated.MIN_SCALE, config.min_scale),
-        max_scale=read.integer(annotated.MAX_SCALE, config.max_scale),
+        window_seconds=read(annotated.WINDOW, _seconds, None),
+        min_scale=read(annotated.MIN_SCALE, parse_int, config.min_scale),
+        max_scale=read(annotated.MAX_SCALE, parse_int, config.max_scale),
         initial_scale=initial_scale,
         scale_to_zero_grace_period_seconds=config.scale_to_zero_grace_period_seconds,
-        scale_to_zero_pod_retention_period_seconds=read.seconds(annotated.SCALE_TO_ZERO_POD_RETENTION_PERIOD, retention),
+        scale_to_zero_pod_retention_period_seconds=read(annotated.SCALE_TO_ZERO_POD_RETENTION_PERIOD, _seconds, retention),
         enable_scale_to_zero=config.enable_scale_to_zero,
-        progress_deadline_seconds=read.seconds(annotated.PROGRESS_DEADLINE, progress),
+        progress_deadline_seconds=read(annotated.PROGRESS_DEADLINE, _seconds, progress),
     )
 
 
 class _AnnotationReader:
-    """Annotations by type, with a default for absent ones. Raises SettingsError."""
-
     def __init__(self, annotations: Mapping[str, str]) -> None:
         self._annotations = annotations
 
-    def text(self, annotation: Annotation, default: str) -> str:
-        return self._parse(annotation, str, default)
-
-    def integer(self, annotation: Annotation, default: int) -> int:
-        return self._parse(annotation, parse_int, default)
-
-    def number(self, annotation: Annotation, default: D) -> float | D:
-        number = self._parse(annotation, parse_float, default)
-        if isinstance(number, float) and not math.isfinite(number):
-            raise SettingsError(f"{annotation.key}: {number} is no number to scale by")
-        return number
-
-    def seconds(self, annotation: Annotation, default: D) -> float | D:
-        return self._parse(annotation, lambda text: parse_duration(text) / NANOSECONDS, default)
-
-    def _parse(self, annotation: Annotation, parse: Callable[[str], T], default: D) -> T | D:
+    def __call__(self, annotation: Annotation, parse: Callable[[str], T], default: D) -> T | D:
+        """The parsed value, or `default` if the annotation is absent. Raises SettingsError."""
         key, value = annotation.get(self._annotations)
         if value is None:
             return default
@@ -102,21 +86,32 @@ class _AnnotationReader:
             raise SettingsError(f"{key}: {error}") from error
 
 
+def _finite(text: str) -> float:
+    number = parse_float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is no number to scale by")
+    return number
+
+
+def _seconds(text: str) -> float:
+    return parse_duration(text) / NANOSECONDS
+
+
 def _decider(read: _AnnotationReader, config: AutoscalerConfig, metric: str, container_concurrency: int) -> DeciderSpec:
     target, total = _target(read, config, metric, container_concurrency)
-    window = read.seconds(annotated.WINDOW, config.stable_window_seconds)
-    panic_percentage = read.number(annotated.PANIC_WINDOW_PERCENTAGE, config.panic_window_percentage)
+    window = read(annotated.WINDOW, _seconds, config.stable_window_seconds)
+    panic_percentage = read(annotated.PANIC_WINDOW_PERCENTAGE, _finite, config.panic_window_percentage)
     return DeciderSpec(
         target_value=target,
         total_value=total,
-        target_burst_capacity=read.number(annotated.TARGET_BURST_CAPACITY, config.target_burst_capacity),
+        target_burst_capacity=read(annotated.TARGET_BURST_CAPACITY, _finite, config.target_burst_capacity),
         max_scale_up_rate=config.max_scale_up_rate,
         max_scale_down_rate=config.max_scale_down_rate,
-        panic_threshold=read.number(annotated.PANIC_THRESHOLD_PERCENTAGE, config.panic_threshold_percentage) / 100,
+        panic_threshold=read(annotated.PANIC_THRESHOLD_PERCENTAGE, _finite, config.panic_threshold_percentage) / 100,
         stable_window_seconds=window,
         panic_window_seconds=max(_BUCKET_SECONDS, math.floor(window * panic_percentage / 100 + 0.5)),
-        scale_down_delay_seconds=read.seconds(annotated.SCALE_DOWN_DELAY, config.scale_down_delay_seconds),
-        activation_scale=read.integer(annotated.ACTIVATION_SCALE, 0),
+        scale_down_delay_seconds=read(annotated.SCALE_DOWN_DELAY, _seconds, config.scale_down_delay_seconds),
+        activation_scale=read(annotated.ACTIVATION_SCALE, parse_int, 0),
     )
 
 
@@ -127,12 +122,12 @@ def _target(read: _AnnotationReader, config: AutoscalerConfig, metric: str, cont
     else:
         total = float(container_concurrency) or config.container_concurrency_target_default
         utilization = config.container_concurrency_target_fraction
-    target = read.number(annotated.TARGET, None)
+    target = read(annotated.TARGET, _finite, None)
     if target is not None:
         # The target is never above the requests that containerConcurrency lets into a pod.
         bounded = metric == "concurrency" and container_concurrency > 0
         total = min(target, container_concurrency) if bounded else target
-    percentage = read.number(annotated.TARGET_UTILIZATION_PERCENTAGE, None)
+    percentage = read(annotated.TARGET_UTILIZATION_PERCENTAGE, _finite, None)
     if percentage is not None:
         utilization = percentage / 100
     return max(annotated.TARGET_MIN, total * utilization), float(total)

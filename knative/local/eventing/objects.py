@@ -104,23 +104,19 @@ def read_eventing_object(manifest: Mapping[str, Any]) -> EventingObject | None:
         if kind == BROKER:
             return Broker(namespace, name, _delivery(spec.get("delivery"), namespace))
         if kind == TRIGGER:
-            return _trigger(namespace, name, spec)
+            return Trigger(
+                namespace,
+                name,
+                str(_required(spec, "broker")),
+                read_filter(spec),
+                _destination(_required(spec, "subscriber"), namespace, "subscriber"),
+                _delivery(spec.get("delivery"), namespace),
+            )
         if kind == SEQUENCE:
             return _sequence(namespace, name, spec)
     except UnsupportedManifest as error:
         raise UnsupportedManifest(f"{kind[1]} {name}: {error}") from error
     raise UnsupportedManifest(f"{kind[1]} {name} ({kind[0]}) is not run on one machine; Broker, Trigger and Sequence are")
-
-
-def _trigger(namespace: str, name: str, spec: Mapping[str, Any]) -> Trigger:
-    return Trigger(
-        namespace,
-        name,
-        str(_required(spec, "broker")),
-        read_filter(spec),
-        _destination(_required(spec, "subscriber"), namespace, "subscriber"),
-        _delivery(spec.get("delivery"), namespace),
-    )
 
 
 def _sequence(namespace: str, name: str, spec: Mapping[str, Any]) -> EventSequence:
@@ -178,7 +174,7 @@ def _required(spec: Mapping[str, Any], key: str) -> Any:
 
 
 def read_filter(spec: Mapping[str, Any]) -> Filter:
-    """spec: of a Trigger. `filters`, all of which must match, takes precedence over `filter`. Raises UnsupportedManifest."""
+    """spec: of a Trigger. `filters`, which must all match, takes precedence over `filter`. Raises UnsupportedManifest."""
     if filters := spec.get("filters"):
         return _all([_dialect_filter(each) for each in filters])
     attributes: Mapping[str, str] = (spec.get("filter") or {}).get("attributes") or {}

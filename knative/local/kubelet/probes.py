@@ -82,27 +82,26 @@ def _read(container: Mapping[str, Any], name: str) -> Probe | None:
 
 
 async def run_probe(probe: Probe, port: int) -> ProbeResult:
+    answer = b""
     try:
         async with asyncio.timeout(probe.timeout_seconds):
-            return await _run(probe.path, port)
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                if probe.path is not None:
+                    # HTTP/1.0: the server closes the connection after the answer.
+                    request = b"GET %b HTTP/1.0\r\nHost: 127.0.0.1\r\nUser-Agent: kube-probe/lamina\r\n\r\n"
+                    writer.write(request % probe.path.encode())
+                    answer = await reader.read()
+            finally:
+                writer.close()
+                with contextlib.suppress(OSError):
+                    await writer.wait_closed()
     except TimeoutError:
         return ProbeResult(False, f"no answer in {probe.timeout_seconds:g} seconds")
     except OSError as error:
         return ProbeResult(False, error.strerror or str(error))
-
-
-async def _run(path: str | None, port: int) -> ProbeResult:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    try:
-        if path is None:
-            return ProbeResult(True, "")
-        # HTTP/1.0: the server closes the connection after the answer.
-        writer.write(b"GET %b HTTP/1.0\r\nHost: 127.0.0.1\r\nUser-Agent: kube-probe/lamina\r\n\r\n" % path.encode())
-        answer = await reader.read()
-    finally:
-        writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
+    if probe.path is None:
+        return ProbeResult(True, "")
     head, _, body = answer.partition(b"\r\n\r\n")
     status = head.split(b" ", 2)[1:2]
     if not status or not status[0].isdigit():
