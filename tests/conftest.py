@@ -1,6 +1,6 @@
-"""Settings for the whole suite, and the fixtures that many tests use; others live beside their tests, or in tests/support.
+"""Settings for the whole suite, and fixtures that many tests use.
 
-What a fixture needs is imported in it: most tests need neither torch nor a store.
+A fixture imports its libraries itself: most tests need neither torch nor a store.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tests.support.storage.published import Published
     from tests.support.storage.storage import FaultProxy
 
-# Tests run torch in this process and in stage processes beside it: one thread each, or they spin against one another.
+# Tests run torch in this process and in stage processes: with one thread each they do not spin against one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # How long an example takes says how busy the machine is, and nothing about the code.

@@ -192,7 +192,7 @@ def test_the_shown_plan_is_what_plan_prints() -> None:
 
 
 def test_explained_messages_are_the_codes_own() -> None:
-    """Checks the first column of every table of "Called at night"; `…` stands for what is filled in."""
+    """Checks the first column of every table of "Called at night"; `…` stands for a value."""
     rows = [row for table in tables(section((DOCS / "operating.md").read_text(), "Called at night")) for row in table]
     messages = [message for row in rows for message in spans(row[0])]
     assert len(messages) > 50

@@ -16,10 +16,10 @@ from tests.support.paths import ROOT
 from tests.support.storage import tiny_models
 from tests.support.storage.published import Published
 
+# Tools of recipes, without kn, kubectl or a container engine of this machine.
 TOOLS = ("awk", "bash", "cat", "env", "mktemp", "rm", "sh")
-"""What recipes use; no kn, kubectl or container engine that this machine may have."""
+# Keeps make from installing anything.
 STAMPS = ("-o", ".venv/run.stamp", "-o", ".venv/native.stamp", "-o", ".venv/dev.stamp")
-"""What is installed stays as it is."""
 
 
 @pytest.fixture

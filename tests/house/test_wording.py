@@ -32,7 +32,7 @@ def is_foreign(exception: str) -> bool:
 
 
 def wording_decides(handler: ast.ExceptHandler) -> Iterator[ast.expr]:
-    """Where the text of the caught error is compared, searched or taken apart."""
+    """Expressions that compare, search or split the text of the caught error."""
 
     def is_text(node: ast.AST) -> bool:
         if isinstance(node, ast.Subscript):

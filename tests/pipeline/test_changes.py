@@ -57,7 +57,7 @@ async def last_held(pod: LocalPod) -> float:
 
 
 def test_a_new_revision_under_load(published: Published, tmp_path: Path) -> None:
-    """Sequences end where they began, so none is computed anew; the old pods leave behind the last of them."""
+    """Sequences end on the pods where they began, so none is computed again; old pods end after their last sequence."""
 
     async def scenario() -> None:
         pipeline, changed = tiny_pipeline(published), tiny_pipeline(published, idle_sequence_seconds=500)

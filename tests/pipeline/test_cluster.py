@@ -1,7 +1,7 @@
 """The life of a pipeline on a real cluster: `make test-cluster`. One scenario, in the order of this file.
 
-SmolLM2 in fp32, where a replayed or batched answer is never a different one: what is expected of every answer is what the same
-question got while nothing else ran.
+SmolLM2 in fp32, in which replays and batches change no answer: every answer must equal the one that the same question got while
+nothing else ran.
 """
 
 import os
@@ -168,7 +168,7 @@ def test_a_stage_killed_in_mid_answer_costs_a_pause(scenario: Scenario) -> None:
 
 
 def test_24_streams_for_90_seconds_are_whole(scenario: Scenario) -> None:
-    """Through the ingress, from what is there: stages scale out under them. 4 to 19 % of such streams broke once."""
+    """Streams pass the ingress while stages scale out under them. Such streams once broke."""
     with scenario.streams.running(24) as streams:
         time.sleep(90)
     print(f"{streams.answers} streams")

@@ -32,7 +32,7 @@ def expected_text(published: Published) -> str:
 
 
 def every_read(**fault: int) -> list[Fault]:
-    """Of the weights, for ever."""
+    """The fault in every read of weights."""
     return [Fault(WEIGHTS, times=10_000, **fault)]
 
 

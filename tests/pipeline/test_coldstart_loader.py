@@ -17,7 +17,7 @@ DEADLINE_SECONDS: Final = 20.0
 
 
 def manifest_of(contents: dict[str, bytes]) -> ModelManifest:
-    """Of a model whose layers these are."""
+    """The manifest of a model with these layers."""
     objects = {
         name: StoredObject(
             key=name,
@@ -48,7 +48,7 @@ def manifest_of(contents: dict[str, bytes]) -> ModelManifest:
 
 
 class MeetingReader:
-    """Reads out of memory, and lets nobody through before `together` are reading."""
+    """Reads from memory; a read returns when `together` reads are in progress."""
 
     def __init__(self, contents: dict[str, bytes], together: int) -> None:
         self._contents = contents
@@ -70,7 +70,7 @@ class MeetingReader:
 
 
 class MeetingCache:
-    """Has everything, or nothing, and answers nobody before `together` have asked."""
+    """Has everything or nothing; a lookup returns when `together` lookups are in progress."""
 
     def __init__(self, contents: dict[str, bytes], together: int) -> None:
         self._contents = contents

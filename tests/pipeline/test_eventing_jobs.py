@@ -66,7 +66,7 @@ class Functions:
             process.wait_ready()
 
     def url(self, namespace: str, service: str) -> str | None:
-        """Of the Service that the rendered objects name."""
+        """The URL of the Service that the rendered objects name."""
         process = self.processes.get(service.rpartition("-")[2])
         return None if process is None else process.url
 

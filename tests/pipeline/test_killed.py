@@ -1,9 +1,9 @@
 """Stage processes killed with SIGKILL every two seconds during 200 generations: all complete, and all as undisturbed.
 
-Pods of a tiny model on a local platform, each stage with one pod, so that a kill takes a stage away from everybody. What is
-expected comes from the whole model in transformers: greedy answers by `generate` alone, the others with Lamina's sampler
-drawing from its logits. At none of these 15,000 steps are the two best scores closer than 1e-4, and rounding moves a logit by
-4e-5 at most (measured): not one token may differ. In other dtypes it comes from the same pipeline, left alone.
+Pods of a tiny model on a local platform, one per stage, so that a kill takes a stage away from every sequence. The whole model in
+transformers gives the expected answers: greedy ones by `generate`, the others by Lamina's sampler on its logits. At none of
+these 15,000 steps are the best two scores closer than 1e-4, and rounding moves a logit by at most 4e-5 (measured), so no token
+may differ. In other dtypes the same pipeline, undisturbed, gives the expected answers.
 """
 
 import asyncio
@@ -27,18 +27,18 @@ from tests.support.storage.published import Published, published_model, until_en
 
 WireDtype = Literal["int8"] | None
 
+# Numbers of the generations. In the two that are left out, the best two scores come closer than 1e-4 once.
 NUMBERS: Final = [number for number in range(202) if number not in (39, 90)]
-"""Of the generations. In the two that are left out two scores are closer than that once."""
 NEW_TOKENS: Final = 100
 LEAST_KILLS: Final = 5
 DEADLINE_SECONDS: Final = 240.0
 
+# Generations in other dtypes, two thirds as long.
 FEWER: Final = range(60)
-"""Of the generations in other dtypes, two thirds as long."""
+# Generations that are asked again while stages are killed: prompts of at least a whole block.
 TWICE: Final = [number for number in range(100) if number % len(ENDINGS) in (2, 3)]
-"""Of the generations that are asked again while stages are killed: prompts of a whole block and more."""
+# KV caches that hold the running sequences, but not all of TWICE: the others go into the store.
 TOO_SMALL: Final = {"float32": "384Ki", "bfloat16": "192Ki"}
-"""KV caches that hold those that run, but not all of TWICE: the others go into the store."""
 
 
 class Draws(LogitsProcessor):  # type: ignore[misc]
@@ -109,7 +109,7 @@ async def left_alone(
 async def killed_twice(
     folder: Path, published: Published, numbers: Sequence[int], new_tokens: int
 ) -> tuple[Killer, list[dict[int, GenerateResponse]]]:
-    """All tiers are on. Two rounds while stages are killed, then one generation, and once more: nobody is killed any more."""
+    """Two rounds while stages are killed, then two without kills. All tiers are on."""
     pipeline = keeping(tiny_pipeline(published), published, TOO_SMALL[published.manifest.dtype])
     rounds: list[dict[int, GenerateResponse]] = [{} for _ in range(4)]
     async with (
@@ -162,8 +162,8 @@ def test_answers_of_native_stages_that_are_killed_are_those_of_stages_left_alone
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_answers_of_stages_that_are_killed_are_the_same_with_every_tier_on(dtype: Dtype, tmp_path: Path) -> None:
-    """All is asked twice, so that it is found in memory where that lives, and in the store; expected is what one that is left
-    alone computes."""
+    """Everything is asked twice, so that KV is found in living memory and in the store. An undisturbed pipeline computes the
+    expected answers."""
     alone, killing = tmp_path / "alone", tmp_path / "killing"
     alone.mkdir()
     killing.mkdir()

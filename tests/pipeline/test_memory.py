@@ -54,7 +54,7 @@ print(json.dumps([resident() - before, plan.kv_bytes_per_token * pool.capacity_t
 @pytest.mark.parametrize("head_dim", [16, 20])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "q4"])
 def test_keys_and_values_take_the_bytes_that_the_plan_says(dtype: str, head_dim: int) -> None:
-    """Of the process that holds them, to within 5 %; heads are padded in memory."""
+    """Compares with the memory of the process that holds them, to within 5 %; heads are padded in memory."""
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     said = subprocess.run(
         [sys.executable, "-c", FILL, dtype, str(BUDGET_BYTES), str(head_dim)],

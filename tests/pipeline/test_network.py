@@ -34,7 +34,7 @@ async def seconds_per_token(url: str) -> float:
 
 
 def test_plan_predicts_what_a_delay_between_pods_costs(published: Published, tmp_path: Path) -> None:
-    """Passes and delays so long that what a busy machine adds to each is little beside them."""
+    """Passes and delays are so long that a busy machine adds little to each."""
     pipeline = tiny_pipeline(published, layer_group="sleep", sleep_seconds=[STEP_SECONDS] * 3)
     gateway = msgspec.structs.replace(pipeline.spec.gateway, draft_tokens=0)
     pipeline = replace(pipeline, spec=msgspec.structs.replace(pipeline.spec, gateway=gateway))

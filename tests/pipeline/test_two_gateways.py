@@ -34,15 +34,14 @@ ANSWERS: Final = (12, 12, 40, 40, 40)
 """Tokens of each turn's; the long ones are long enough for something to happen meanwhile."""
 MIDDLE: Final = 1
 """The stage whose instances come and go."""
-NAMES: Final = ("leaving", "killed", "spare")
-"""Of its instances."""
+NAMES: Final = ("leaving", "killed", "spare")  # its instances
 SERVICES: Final = tuple(f"stage-{stage}" for stage in range(len(CUT)))
 PODS: Final = {"LAMINA_POD_NETWORK": "127.0.0.0/8", "LAMINA_POD_PORT": "0"}
 
 
 @dataclass(frozen=True)
 class Turn:
-    """Of all conversations."""
+    """One turn of all conversations."""
 
     prompts: list[list[int]]
     expected: list[list[int]]
@@ -131,7 +130,7 @@ def put(api: WatchServer, stage: int, name: str, function: FunctionProcess, stat
 
 
 def states_of(gateway: FunctionProcess) -> list[str]:
-    """Of the middle stage's instances, as the gateway knows them."""
+    """States of the middle stage's instances, as the gateway knows them."""
     with urllib.request.urlopen(gateway.url + "/v1/pipeline/events", timeout=30) as stream:
         line = next(line for line in stream if line.startswith(b"data:"))
     replicas = json.loads(line.removeprefix(b"data:"))["stages"][str(MIDDLE)]["replicas"]

@@ -16,8 +16,7 @@ from tests.support.storage import tiny_models
 from tests.support.storage.published import CUT, Published, published_model, until_end
 
 NEW_TOKENS: Final = 12
-IDLE_BYTES: Final = 90 * 2**20
-"""Of an idle native stage beside its weights, and those of the tiny model are next to nothing."""
+IDLE_BYTES: Final = 90 * 2**20  # of an idle native stage; the tiny model's weights are next to nothing
 FUNCTION: Final = """
 import os, sys
 from functions.__main__ import main

@@ -1,4 +1,4 @@
-"""Complete environments of a stage and of a gateway that nobody starts."""
+"""Complete environments of a stage and of a gateway that are never started."""
 
 COMMON = {
     "LAMINA_PIPELINE": "0123456789abcdef0123456789abcdef",

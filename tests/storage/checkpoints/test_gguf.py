@@ -206,7 +206,7 @@ def gpt2_words(text: str) -> list[str]:
         while end < len(text) and kind(text[end]) == kind(text[start]):
             end += 1
         if kind(text[start]) == "space" and end < len(text) and end - start > 1:
-            end -= 1  # the last space goes with the word behind it, or stands alone
+            end -= 1  # the last space belongs to the next word, or stands alone
         words.append(text[at:end])
         at = end
     return words

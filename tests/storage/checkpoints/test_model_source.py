@@ -1,4 +1,4 @@
-"""Where checkpoints come from: the hub, by way of its local cache, and what tells a checkpoint from its successor."""
+"""Sources of checkpoints: the hub through its local cache, and how a checkpoint is told from its successor."""
 
 import os
 import shutil

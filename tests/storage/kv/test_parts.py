@@ -1,4 +1,4 @@
-"""Blocks grouped into parts: aligned, without gaps, and found by whoever shares the chain's beginning."""
+"""Blocks grouped into parts: aligned, without gaps, and found by a chain with the same beginning."""
 
 from collections import deque
 from itertools import pairwise

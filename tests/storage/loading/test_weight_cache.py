@@ -162,7 +162,7 @@ def test_a_folder_that_cannot_be_written_costs_only_the_cache(tmp_path: Path) ->
 
 @contextmanager
 def writing(folder: Path, size: int) -> Iterator[Path]:
-    """A file as somebody has it who is at it."""
+    """A file that another process is writing."""
     path = folder / f"{secrets.token_hex(4)}.unfinished"
     with path.open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

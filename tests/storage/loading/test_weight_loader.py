@@ -191,8 +191,8 @@ def test_an_altered_object_is_named_and_never_served(manifest: ModelManifest, pr
 def forgeable(first: int, second: int) -> bytes:
     """2 KiB whose xxh3 depends on the sum of the two numbers alone.
 
-    xxh3 multiplies the two halves of eight bytes, each after an exclusive or with a constant: where that makes the lower half
-    zero, the upper half goes only into a sum with its like.
+    xxh3 multiplies the two halves of eight bytes, each after an exclusive or with a constant. If that makes the lower half
+    zero, the upper half enters only a sum with others like it.
     """
     data = bytearray(2048)
     data[0:8] = bytes.fromhex("b8fe6c39") + first.to_bytes(4, "little")
@@ -201,7 +201,7 @@ def forgeable(first: int, second: int) -> bytes:
 
 
 def test_forged_weights_are_refused(manifest: ModelManifest, settings: StoreSettings) -> None:
-    """Whoever can write to the bucket puts other weights there, under the very checksum that the manifest once had."""
+    """A writer of the bucket puts other weights there, with the checksum that manifests of version 1 had."""
     honest, forged = forgeable(1000, 2000), forgeable(1001, 1999)
     assert honest != forged
     assert xxhash.xxh3_128_hexdigest(honest) == xxhash.xxh3_128_hexdigest(forged)

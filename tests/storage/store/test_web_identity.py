@@ -125,7 +125,7 @@ def test_keys_that_are_good_still_are_used_while_the_service_is_away(keyless: St
 
 
 def _use_until(deadline: float, keys: Callable[[], StoreSettings]) -> None:
-    """Beyond their end, where nobody stops that."""
+    """Requests keys until the deadline, which may be after their expiry."""
     while time.monotonic() < deadline:
         keys()
         time.sleep(0.05)

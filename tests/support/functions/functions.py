@@ -35,7 +35,7 @@ _OF_MANAGEMENT: Final = ("/metrics", "/readyz")
 
 
 def stage_environment(published: Published, group: int, cut: Cut = CUT, **more: str) -> dict[str, str]:
-    """Of the stage that runs `cut[group]`."""
+    """The environment of the stage that runs `cut[group]`."""
     first, last = cut[group]
     own = {
         "LAMINA_ROLE": "stage",
@@ -127,7 +127,7 @@ class FunctionProcess:
             time.sleep(0.05)
 
     def get(self, path: str) -> tuple[int, Any]:
-        """Status and body, parsed where it is JSON; what clients do not get is asked for where they do not come."""
+        """Status and body, parsed if it is JSON. Paths of management are requested at their own port."""
         url = f"http://127.0.0.1:{self.metrics_port}" if path in _OF_MANAGEMENT else self.url
         try:
             with urllib.request.urlopen(url + path, timeout=30) as response:
@@ -183,7 +183,7 @@ class FunctionProcess:
 
 
 def _secrets_of(environ: Mapping[str, str]) -> set[str]:
-    """Those that are no words of everyday use."""
+    """Secrets of eight characters and more; shorter ones may occur in any text."""
     values = [value for name in _SECRET_SETTINGS for value in environ.get(name, "").split(",")]
     return {value.strip() for value in values if len(value.strip()) >= 8}
 

@@ -1,4 +1,4 @@
-"""Clients that ask a pipeline, and somebody who kills its stages meanwhile."""
+"""Clients that ask a pipeline, and a killer of its stages."""
 
 import asyncio
 import itertools
@@ -51,7 +51,7 @@ async def ask(session: aiohttp.ClientSession, url: str, number: int, new_tokens:
 
 
 async def ask_all(url: str, numbers: Sequence[int], new_tokens: int, answers: dict[int, GenerateResponse]) -> None:
-    """Of all numbers. As many at once as there are clients, each of which asks again as soon as it is answered."""
+    """Asks for all numbers. Each client asks again as soon as it is answered."""
     left = iter(numbers)
 
     async def keep_asking(session: aiohttp.ClientSession) -> None:
@@ -77,7 +77,7 @@ class Killer:
 
     @property
     def kills_that_cost(self) -> int:
-        """After which somebody who was being answered had to be computed anew."""
+        """Kills after which a running sequence was replayed."""
         costs = (after > before for before, after in itertools.pairwise(self.replays))
         return sum(cost and running > 0 for cost, running in zip(costs, self.running, strict=True))
 

@@ -98,7 +98,7 @@ def chain_of(tokens: Sequence[int], sharer: str = "") -> Chain:
 
 @contextmanager
 def kv_stage(dtype: str = "float32", store: PayloadStore | None = None, sealer: Sealer = SEALER) -> Iterator[KVStage]:
-    """All layers in one stage, with a tier of peers, and one of the store where there is one."""
+    """All layers in one stage, with a tier of peers and, with `store`, a tier of the store."""
     (group,) = native_groups("llama", dtype, (LAYERS,))
     assert isinstance(group.kv, KVRanges)
     restores, estimate = Restores(), FetchEstimate(ComputeRate())

@@ -26,7 +26,7 @@ _BIASES: Final = {"qwen3": ("attention_bias",), "seed_oss": ("attention_out_bias
 
 
 def changes(name: str) -> dict[str, Any]:
-    """Of the tiny model: every size a multiple of 32, and no two of them the same."""
+    """Changes to the tiny model: every size is a multiple of 32, and all differ."""
     hidden_size, heads, kv_heads = _SHAPES[NAMES.index(name) % len(_SHAPES)]
     return {
         "hidden_size": hidden_size,

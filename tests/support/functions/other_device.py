@@ -94,7 +94,7 @@ def other_device(*groups: type[LayerGroup]) -> Iterator[None]:
             for name in ("forward", "logits"):
                 # Without their `inference_mode`, in which a tensor like these has no views.
                 stack.enter_context(patch.object(group, name, inspect.unwrap(getattr(group, name))))
-        # It moves what it makes where no mode sees it.
+        # No mode sees how torch.tensor moves its result, so it is moved here.
         stack.enter_context(patch.object(torch, "tensor", then_moved))
         stack.enter_context(_Mode())
         yield

@@ -104,7 +104,7 @@ def batch(rows: Sequence[Row], token_ids: Sequence[int]) -> Batch:
 
 
 def through(stages: Sequence[Engine], into: Batch, source: str = "gateway") -> Batch:
-    """The last stage's reply; stops early where no row is ok any more."""
+    """The last stage's reply; stops early if no row is ok."""
     for engine in stages:
         into = engine.handle(into, source=source)
         if all(row.status is not Status.OK for row in into.rows):

@@ -187,7 +187,7 @@ class StageServer:
         self._thread.start()
 
     def kill(self) -> None:
-        """As SIGKILL: every connection is reset, nobody listens any more, what was held is gone."""
+        """Acts like SIGKILL: every connection is reset, the port is closed, the KV is lost."""
         with self._lock:
             server, self._server = self._server, None
         if server is None:
@@ -258,7 +258,7 @@ class _NotingEngine(Engine):
 
 
 class _Slow:
-    """The group, each pass of which takes as long as its stage says."""
+    """A group whose passes take as long as its stage says."""
 
     def __init__(self, group: LayerGroup, stage: StageServer) -> None:
         self._group = group

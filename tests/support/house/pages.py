@@ -99,7 +99,7 @@ def source_files() -> tuple[str, ...]:
 
 @cache
 def strings_of_the_code() -> tuple[str, ...]:
-    """Every string of the product except docstrings; literal parts are joined, and `…` stands for what is filled in."""
+    """Every string of the product except docstrings; literal parts are joined, and `…` stands for a value."""
     return tuple(text for path in source_files() if path.startswith(SOURCES) for text in _strings(ROOT / path))
 
 

@@ -28,7 +28,7 @@ def stages(**build_arguments: str) -> dict[str, Stage]:
 
 
 def refusal() -> str | None:
-    """Why the kernel of this machine does not let us; None where it does."""
+    """Why the kernel of this machine refuses user namespaces, or None."""
     if shutil.which("unshare") is None or shutil.which("setpriv") is None:
         return "unshare or setpriv is not installed (package util-linux)"
     command = [*_UNSHARE, "sh", "-c", "mount --bind /usr /usr && unshare --user --map-user=65532 true"]
@@ -37,13 +37,13 @@ def refusal() -> str | None:
 
 
 def build(folder: Path, target: str) -> None:
-    """Each stage in a folder of its own, and the target's is `folder`. Raises CalledProcessError where a step fails."""
+    """Builds each stage in its own folder; the target's is `folder`. Raises CalledProcessError if a step fails."""
     with ExitStack() as others:
         _Build(others).build(folder, target)
 
 
 def size_bytes(folder: Path) -> int:
-    """Of what the Containerfile adds to its base image."""
+    """Size of everything that the Containerfile adds to its base image."""
     files = (path for top in ("lamina", "venv") for path in (folder / top).rglob("*"))
     return sum(path.stat().st_size for path in files if path.is_file() and not path.is_symlink())
 
@@ -101,7 +101,7 @@ def _entering(mode: str, folder: Path, stage: Stage, command: Sequence[str]) -> 
 
 
 def _pip_configuration() -> Mapping[str, str]:
-    """Where this machine has its packages from; a file of a person's own would not be there."""
+    """This machine's package indexes as environment variables, since the user's pip.conf is not in the folder."""
     listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True).stdout
     settings = (line.partition("=") for line in listed.splitlines())
     return {f"PIP_{name.split('.')[-1].upper().replace('-', '_')}": value.strip("'\"") for name, _, value in settings}

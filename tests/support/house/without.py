@@ -22,7 +22,7 @@ sys.meta_path.insert(0, Refusal())
 
 
 def refusal(libraries: Collection[str]) -> str:
-    """What to run ahead of the code that is to do without these."""
+    """Code to run first: after it, importing these libraries fails."""
     return _REFUSAL.format(libraries=sorted(libraries))
 
 

@@ -1,4 +1,4 @@
-"""What tests of the deployer deploy: a pipeline of three stages and its like, and what is there beside it."""
+"""Objects for tests of the deployer: pipelines of three stages, and other objects of the namespace."""
 
 import time
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def account(name: str) -> KubernetesObject:
 
 
 def sink(name: str) -> KubernetesObject:
-    """A Knative Service of somebody else's."""
+    """A Knative Service that does not belong to the pipeline."""
     metadata = {"name": name, "namespace": "default", "labels": {}}
     return {"apiVersion": "serving.knative.dev/v1", "kind": "Service", "metadata": metadata, "spec": {"template": {}}}
 

@@ -1,6 +1,6 @@
 """What Knative's controllers make of Services, Brokers, Triggers and Sequences, one step after the other, as seen on a cluster.
 
-A behaviour is a generator: what it does up to a `yield` is seen by clients before what comes behind it. Until the first step
+A behaviour is a generator: clients see its changes up to a `yield` before the later ones. Until the first step
 the status is the one of the generation before, which is what a deployer must not fall for.
 """
 
@@ -45,7 +45,7 @@ class Controllers:
             self._running[key] = self._api.behaviours.get(key[3], play)(self._api, self._api.objects[key])
 
     def deleted(self, key: tuple[str, str, str, str]) -> None:
-        """What the object owns is collected."""
+        """Collects the objects that it owns."""
         self._running.pop(key, None)
         if key[:2] != SERVICE:
             return
@@ -201,7 +201,7 @@ def set_conditions(
 
 
 def route(api: "KubernetesApi", service: Object, revision: str) -> None:
-    """Ready, with traffic as the Service asks for it; not, where it names a Revision that is not there."""
+    """Becomes Ready with the Service's traffic, unless that names a Revision that does not exist."""
     metadata = service["metadata"]
     traffic = [dict(each) for each in service["spec"].get("traffic") or [{"latestRevision": True, "percent": 100}]]
     for each in traffic:
@@ -304,7 +304,7 @@ def broker_ready(api: "KubernetesApi", broker: Object) -> Steps:
 
 
 def broker_fails(api: "KubernetesApi", broker: Object) -> Steps:
-    """Of a class that nothing on this cluster looks after."""
+    """A Broker whose class has no controller on this cluster."""
     if broker["kind"] != "Broker":
         yield from become_ready(api, broker)  # the gateway has the same name
         return

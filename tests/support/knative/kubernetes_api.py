@@ -1,4 +1,4 @@
-"""A stand-in for the Kubernetes API with Knative behind it, over real HTTP: what a deployer can see of one.
+"""A stand-in for the Kubernetes API of a cluster with Knative, over real HTTP, as far as a deployer sees it.
 
 Here is the API server: objects with uid, generation and managed fields, lists, watches, server-side apply, create and
 replace, deletion with finalizers and preconditions, dry runs, logs, Status objects. What is admitted is in admission.py;
@@ -76,8 +76,7 @@ class KubernetesApi:
         self.enabled: set[str] = set()
         """Fields that a feature flag of Knative lets through."""
         self.quota_message: str | None = None
-        self.domain = "example"
-        """Of the URLs of Services that are not cluster-local."""
+        self.domain = "example"  # of URLs of Services that are not cluster-local
         self.logs: dict[str, str] = {}
         self.on_change: Callable[[Key], object] = lambda _: None
         """Is told of every change, after it."""
@@ -137,7 +136,7 @@ class KubernetesApi:
         self.controllers.deleted(key)
 
     def edit(self, key: Key, manager: str, path: tuple[str, ...], value: Any) -> None:
-        """Somebody else sets one field, and owns it from then on."""
+        """Another manager sets one field, and owns it from then on."""
         with self.changed:
             live = copy.deepcopy(self.objects[key])
             inner = live

@@ -1,4 +1,4 @@
-"""A real cluster, as tests/pipeline/test_cluster.py needs it: where it is, how to ask its gateway, who asks from inside."""
+"""A real cluster for tests/pipeline/test_cluster.py: its address, requests to its gateway, and requests from inside."""
 
 import contextlib
 import http.client
@@ -78,7 +78,7 @@ def wait_until(condition: Callable[[], bool], timeout_seconds: float, what: str)
 
 @contextmanager
 def core_api(where: Settings) -> Iterator[client.CoreV1Api]:
-    """For what the deployer never does: namespaces, and killing pods."""
+    """The API for actions that the deployer never takes: making namespaces, killing pods."""
     api = config.new_client_from_config(where.kubeconfig, where.context)
     try:
         yield client.CoreV1Api(api)
@@ -88,7 +88,7 @@ def core_api(where: Settings) -> Iterator[client.CoreV1Api]:
 
 @contextmanager
 def namespace(where: Settings) -> Iterator[None]:
-    """There is one; where it was made here it is removed in the end."""
+    """Makes the namespace unless it exists; removes it in the end if it was made here."""
     with core_api(where) as core:
         try:
             core.create_namespace({"metadata": {"name": where.namespace}})
@@ -205,7 +205,7 @@ class Conversations:
 
     @contextmanager
     def running(self, count: int) -> Iterator["Conversations"]:
-        """At its end every answer has come; fails where one was wrong or missing."""
+        """Waits for every answer in the end; fails if one was wrong or missing."""
         over = threading.Event()
         with ThreadPoolExecutor(count) as executor:
             asked = [executor.submit(self._converse, number, over) for number in range(count)]

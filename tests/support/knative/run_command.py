@@ -25,7 +25,7 @@ class Run:
         self.seen = ""
 
     def start(self, *more: str, inside: Sequence[str] = ()) -> None:
-        """inside: a command that runs the command behind it."""
+        """inside: a command that runs its arguments as a command."""
         command = [*inside, sys.executable, "-m", "knative", "run", *self._arguments, *more]
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

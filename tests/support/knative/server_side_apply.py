@@ -1,4 +1,4 @@
-"""Server-side apply as an API server does it: who owns which field, conflicts, fields that nobody wants any more.
+"""Server-side apply as an API server does it: ownership of fields, conflicts, removal of fields without an owner.
 
 Lists count as one field, as they do in Knative's CRDs.
 """
@@ -30,7 +30,8 @@ def conflicts(live: Object, manifest: Object, manager: str, owners: Owners) -> d
 
 
 def merged(live: Object, manifest: Object, manager: str, owners: Owners) -> Object:
-    """What this manager set before and leaves out now goes, unless somebody else owns it, too."""
+    """The live object with the manifest applied. Fields that this manager set before and omits now are removed, unless
+    another manager owns them as well."""
     others = set().union(*(owned for other, owned in owners.items() if other != manager))
     dropped = owners.get(manager, set()) - fields_of(manifest) - others
     return _merge(_without(live, dropped, ()), manifest)

@@ -49,8 +49,7 @@ class FaultProxy:
     requests: list[tuple[str, str]] = field(default_factory=list)
     """Method and path of everything that was asked."""
     connections: int = 0
-    sent_bytes: int = 0
-    """Of bodies."""
+    sent_bytes: int = 0  # of bodies
     on_request: Callable[[str, str], None] = lambda method, path: None
     closing: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -113,7 +112,7 @@ def default_model_gguf() -> Path:
 
 @cache
 def default_model_metadata() -> dict[str, Any]:
-    """Of that file; takes seconds to read, so once for all tests. Not to be changed."""
+    """Metadata of that file. Reading takes seconds, so it is read once for all tests; do not change the result."""
     return {name: field.contents() for name, field in GGUFReader(default_model_gguf()).fields.items()}
 
 

@@ -254,10 +254,10 @@ def checkpoint_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def stage_tensors(
     tensors: Mapping[str, torch.Tensor], first_layer: int, last_layer: int, num_layers: int = NUM_LAYERS
 ) -> dict[str, torch.Tensor]:
-    """What a stage [first_layer, last_layer) is given: its layers, and at either end everything that is no layer's.
+    """Tensors of a stage [first_layer, last_layer): its layers, and at either end every tensor that belongs to no layer.
 
-    The first stage gets what comes before the layers and the last one what comes behind them; as no file here knows
-    which is which, either end gets both, which is also what a tied embedding needs.
+    Both ends get the tensors before and after the layers, since this file cannot tell them apart; a tied embedding needs
+    that anyway.
     """
     is_end = first_layer == 0 or last_layer == num_layers
     chosen = {}
