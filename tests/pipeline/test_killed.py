@@ -1,9 +1,9 @@
 """Stage processes killed with SIGKILL every two seconds during 200 generations: all complete, and all as undisturbed.
 
-Pods of a tiny model on a local platform, one per stage, so that a kill takes a stage away from every sequence. The whole model in
-transformers gives the expected answers: greedy ones by `generate`, the others by Lamina's sampler on its logits. At none of
-these 15,000 steps are the best two scores closer than 1e-4, and rounding moves a logit by at most 4e-5 (measured), so no token
-may differ. In other dtypes the same pipeline, undisturbed, gives the expected answers.
+Pods of a tiny model on a local platform, one per stage, so that a kill takes a stage away from every sequence. The whole model
+in transformers gives the expected answers: greedy ones by `generate`, the others by Lamina's sampler on its logits. At none
+of these 15,000 steps are the best two scores closer than 1e-4, and rounding moves a logit by at most 4e-5 (measured), so no
+token may differ. In other dtypes the same pipeline, undisturbed, gives the expected answers.
 """
 
 import asyncio
