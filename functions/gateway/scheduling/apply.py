@@ -75,7 +75,7 @@ def _chunk_over(state: SchedulerState, sequence: Sequence, chunk: Chunk, result:
     sequence.progress.returned()
     if result is not None and chunk.scores:
         tokens = sequence.tokens[chunk.position + 1 : chunk.end + 1]
-        scored = sequence.stream.scored(chunk.position + 1, logprobs_of(tokens, result))
+        scored = sequence.stream.scored(chunk.position + 1, _logprobs_of(tokens, result))
         if not sequence.prompt.max_tokens and scored == len(sequence.prompt.token_ids) - 1:
             sequence.stream.finish("length")
     elif result is not None and result.tokens:
@@ -87,7 +87,7 @@ def _chunk_over(state: SchedulerState, sequence: Sequence, chunk: Chunk, result:
                 sequence.must_restart = True
             else:
                 sequence.stream.finish("length")
-    settle(state, sequence)
+    _settle(state, sequence)
 
 
 def _drawn(state: SchedulerState, sequence: Sequence, drafted: int, tokens: Items[int], result: Result) -> None:
@@ -107,7 +107,7 @@ def _drawn(state: SchedulerState, sequence: Sequence, drafted: int, tokens: Item
     sequence.progress.grammar_known = True
     if sequence.drafter is not None:
         sequence.drafter.drawn(tokens)
-    logprobs = repeat(None) if sequence.prompt.top_logprobs is None else logprobs_of(tokens, result)
+    logprobs = repeat(None) if sequence.prompt.top_logprobs is None else _logprobs_of(tokens, result)
     for token, logprob in zip(tokens, logprobs, strict=False):
         if stream.over:
             return
@@ -115,7 +115,7 @@ def _drawn(state: SchedulerState, sequence: Sequence, drafted: int, tokens: Item
         stream.put(token, logprob)
 
 
-def logprobs_of(tokens: Items[int], result: Result) -> list[TokenLogprob]:
+def _logprobs_of(tokens: Items[int], result: Result) -> list[TokenLogprob]:
     logprobs = result.logprobs or ()
     tops = result.top_logprobs or ((),) * len(logprobs)
     return [TokenLogprob(token, logprob, top) for token, logprob, top in zip(tokens, logprobs, tops, strict=True)]
@@ -152,7 +152,7 @@ def trip_failed(state: SchedulerState, step: Step, ids: Items[str], failure: Sta
         sequence.progress.failing = True
         sequence.must_restart = True
         sequence.progress.returned()
-        settle(state, sequence, failure.cause)
+        _settle(state, sequence, failure.cause)
 
 
 def _row_failed(state: SchedulerState, sequence: Sequence, chunk: Chunk, stage: int, row: Row) -> None:
@@ -173,7 +173,7 @@ def _row_failed(state: SchedulerState, sequence: Sequence, chunk: Chunk, stage: 
         sequence.progress.failing = True
         sequence.must_restart = True
     sequence.progress.returned()
-    settle(state, sequence, str(status))
+    _settle(state, sequence, str(status))
 
 
 def _lost(state: SchedulerState, sequence: Sequence, stage: int, status: Status) -> None:
@@ -235,7 +235,7 @@ def reservation_over(state: SchedulerState, wanted: Reserve, reservation: Reserv
         if present and present[0][0].route is not None:
             _stage_failed(state, present[0][0].route.instances[reservation.failure.stage], reservation.failure)
         for sequence, _, _ in present:
-            start_again(state, sequence)
+            _start_again(state, sequence)
         return
     state.no_route_since = None
     if Status.FULL in reservation.statuses:
@@ -251,7 +251,7 @@ def reservation_over(state: SchedulerState, wanted: Reserve, reservation: Reserv
         if sequence.leader is not None:
             stop_following(sequence, held_before)
         state.waiting.backlog.granted()
-        settle(state, sequence)
+        _settle(state, sequence)
         if sequence.reserved and sequence.route is not None and reservation.caches_prefixes:
             state.where_held.put(sequence.reserved_chain, sequence.route.instances)
             if wanted.moved_from is None:
@@ -266,7 +266,7 @@ def _reservation_refused(state: SchedulerState, sequence: Sequence, status: Stat
         sequence.reserves_in_order = True
         state.waiting.backlog.add(sequence)
     elif status is Status.STALE:
-        start_again(state, sequence)
+        _start_again(state, sequence)
     elif sequence.shrink():
         state.put_back(sequence)
     elif sequence.has_drawn:
@@ -280,17 +280,17 @@ def _reservation_refused(state: SchedulerState, sequence: Sequence, status: Stat
 # Beginning again.
 
 
-def settle(state: SchedulerState, sequence: Sequence, cause: str | None = None) -> None:
+def _settle(state: SchedulerState, sequence: Sequence, cause: str | None = None) -> None:
     """If none of its chunks is in flight: dismisses a sequence that has ended, starts again one whose route broke."""
     if not sequence.at_rest:
         return
     if sequence.stream.over:
         state.dismiss(sequence)
     elif sequence.must_restart:
-        start_again(state, sequence, cause)
+        _start_again(state, sequence, cause)
 
 
-def start_again(state: SchedulerState, sequence: Sequence, cause: str | None = None) -> None:
+def _start_again(state: SchedulerState, sequence: Sequence, cause: str | None = None) -> None:
     """Queues the sequence for another route. cause: None if nothing of it was computed yet."""
     if cause is not None and not sequence.stream.over:
         sequence.waiting_since = time.monotonic()

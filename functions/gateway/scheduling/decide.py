@@ -15,8 +15,11 @@ from functions.gateway.stages.trip import Trip
 
 
 def decide(state: SchedulerState, now: float) -> list[Action]:
-    """Returns what must be sent, in order. now: in time.monotonic()."""
-    backlog = state.waiting.backlog
+    """Returns what must be sent, in order. now: in time.monotonic().
+
+    Sequences expire and resume; micro-batches migrate; sequences get memory; decode and prompt steps begin; cold stages are
+    woken; memory is released.
+    """
     state.expire(now)
     if state.waiting.backing_off:
         state.waiting.resume(now)
@@ -25,7 +28,8 @@ def decide(state: SchedulerState, now: float) -> list[Action]:
     if not state.micro_batches or now >= state.leases.renew_at:
         used = [instance for batch in state.micro_batches for instance in batch.route.instances]
         actions += state.leases.renew(used, state.sequences, now)
-    if [sequence for batch in state.micro_batches for sequence in batch.sequences if sequence.leader is not None]:
+    followers = [sequence for batch in state.micro_batches for sequence in batch.sequences if sequence.leader is not None]
+    if followers:
         actions += reserve_for_followers(state)
     if has_waiting := state.has_waiting:
         actions += admit(state, now)
@@ -37,9 +41,9 @@ def decide(state: SchedulerState, now: float) -> list[Action]:
     stranded = [batch for batch in state.micro_batches if state.placement.strands(batch.route)]
     if now >= state.wake_ups.next_at and (stranded or has_waiting):
         first_round = state.no_route_since is None or now - state.no_route_since < PAUSE_SECONDS
-        actions += state.begin_wake_up(all_stages=first_round)
-    if backlog.sequences:
-        actions += state.backlog_signals.send(backlog, state.placement, now)
+        actions += state.wake_ups.begin(state.placement, all_stages=first_round)
+    if state.waiting.backlog.sequences:
+        actions += state.backlog_signals.send(state.waiting.backlog, state.placement, now)
     actions += state.take_releases()
     return actions
 
@@ -121,7 +125,7 @@ def _move(state: SchedulerState, batch: MicroBatch, target: Instance) -> list[Re
             sequence.reserved = False
             fetched.append(sequence)
         else:
-            state.release_at(left, sequence)
+            state.release_at((left,), sequence)
     return [reserve((target,), fetched, peers={target: (left.url,)}, moved_from=left)] if fetched else []
 
 

@@ -19,14 +19,10 @@ MIN_SHARED_TOKENS: Final = 64  # a shorter prefix is computed sooner than waited
 KeyOf = Callable[[str], bytes | None]  # client id → key of the client's prefix chains; None: no prefix caching
 
 
-def no_sharing(client_id: str) -> None:
-    """A KeyOf: no prefix is cached or found."""
-
-
 def keys_of(pipeline: str, sharing: str) -> KeyOf:
     """pipeline: its fingerprint. sharing: `pipeline` (all clients share), `client` (each with itself), or `off`."""
     if sharing == "off":
-        return no_sharing
+        return lambda client_id: None
     if sharing == "client":
         return lambda client_id: chain_key(pipeline, client_id)
     shared = chain_key(pipeline, "")
@@ -40,7 +36,7 @@ def prompt_chain(key_of: KeyOf, prompt: Prompt) -> tuple[bytes | None, Chain]:
 
 
 def follow(sequence: Sequence, state: SchedulerState) -> None:
-    """Lets a sequence with memory, of which nothing is sent yet, wait for the leader that saves it most."""
+    """Chooses the leader that saves a sequence most. It has its memory, and no chunk of it has been sent."""
     if sequence.follow_failed or sequence.retry_budget.failures_here or not sequence.at_rest or sequence.stream.over:
         return
     assert sequence.route is not None

@@ -1,9 +1,9 @@
 """What each stage holds of one sequence, and what must be sent next.
 
 One rule covers prompts, decode steps, misses, migrations and replays: the next chunk begins at the position of the stage that
-holds least, and goes as far as the last stage that lacks it. No stage holds anything of a new sequence. A migration puts one
-stage back to 0. A miss or a reservation puts a stage to the number of tokens that it says it holds. After a broken route a new
-attempt begins, of which no stage holds anything.
+holds least, and goes as far as the last stage that lacks it. A new sequence starts at 0 everywhere. A migration puts one stage
+back to 0. A miss or a reservation puts a stage to the number of tokens that it says it holds. A broken route begins a new
+attempt, again at 0 everywhere.
 """
 
 from dataclasses import dataclass
@@ -66,7 +66,7 @@ class Progress:
         self._held[stage] = chunk.position + chunk.length
 
     def accepted(self, draft_tokens: int) -> None:
-        """So many draft tokens of the only chunk in flight have become tokens of the sequence, which every stage holds."""
+        """The first `draft_tokens` of the only chunk in flight became tokens of the sequence. Every stage holds them."""
         if draft_tokens:
             self._held = [held + draft_tokens for held in self._held]
             self._sent = [sent + draft_tokens for sent in self._sent]
@@ -79,7 +79,7 @@ class Progress:
         self._settle()
 
     def returned(self) -> None:
-        """A chunk is no longer in flight, whatever became of it."""
+        """A chunk is no longer in flight, computed or not."""
         self.in_flight -= 1
         if self.failing:
             self._settle()

@@ -31,7 +31,7 @@ from functions.gateway.scheduling.apply import (
 from functions.gateway.scheduling.batching import SchedulerLimits, admissible_sequences, max_waiting
 from functions.gateway.scheduling.decide import decide, next_due
 from functions.gateway.scheduling.pipeline_status import PipelineStatus, pipeline_status
-from functions.gateway.scheduling.prefix_sharing import KeyOf, no_sharing, prompt_chain
+from functions.gateway.scheduling.prefix_sharing import KeyOf, prompt_chain
 from functions.gateway.scheduling.progress import Progress
 from functions.gateway.scheduling.sequence import Prompt, Sequence, names_of
 from functions.gateway.scheduling.speculation import Drafter, PromptLookup, SharedRates
@@ -58,7 +58,7 @@ _SHUTTING_DOWN: Final = "this gateway is shutting down; ask again, another one w
 class Scheduler:
     """Takes prompts and puts tokens into their streams. Thread-safe."""
 
-    def __init__(self, client: StageClient, placement: Placement, limits: SchedulerLimits, key_of: KeyOf = no_sharing) -> None:
+    def __init__(self, client: StageClient, placement: Placement, limits: SchedulerLimits, key_of: KeyOf) -> None:
         self._client = client
         self._limits = limits
         self._key_of = key_of
@@ -137,7 +137,7 @@ class Scheduler:
     def wake(self) -> None:
         """If a stage is cold, sends warm-up events to all stages at once, before a request needs them."""
         with self._changed:
-            self._start(self._state.begin_wake_up(all_stages=True))
+            self._start(self._state.wake_ups.begin(self._state.placement, all_stages=True))
 
     def sick(self) -> str | None:
         """What is wrong with the scheduler, if anything. Takes no lock: its holder may be what is stuck."""
@@ -175,7 +175,7 @@ class Scheduler:
             stats = state.stats.snapshot()
             stats.waiting, stats.running = len(state.waiting), state.running
             stats.micro_batches, stats.trips = len(state.micro_batches), len(state.steps)
-            stats.memory_backlog = len(state.waiting.backlog.sequences)
+            stats.memory_backlog, stats.wake_ups = len(state.waiting.backlog.sequences), state.wake_ups.rounds
             return stats
 
     def status(self) -> PipelineStatus:
@@ -303,7 +303,7 @@ class Scheduler:
                 began = self._state.stats.step_over(began, walked)
 
     def _end_after_failure(self, sequences: Items[Sequence]) -> None:
-        """Called in an except block: ends the sequences that wait for what this thread was doing."""
+        """Called in an except block: ends the sequences whose step or reservation was this thread's."""
         _log.exception("the gateway failed; the answers that it had in hand end: %s", names_of(sequences))
         with self._changed:
             gateway_failed(self._state, sequences)

@@ -1,7 +1,7 @@
 """The scheduler's state: all sequences, micro-batches, steps under way, and what must be sent to stages.
 
-It does no input or output, and the scheduler's lock guards it. `decide` changes it by what can happen next, `apply` by what
-came back from the stages.
+The scheduler's lock guards it, and it does no input or output. `decide` makes the changes that can happen next, `apply` those
+that follow from the stages' replies.
 """
 
 from collections import defaultdict
@@ -11,7 +11,7 @@ from functools import partial
 from eventing.problems import DeadlineExceeded, PipelineUnavailable, Problem
 from eventing.wire.control import ReleaseRow
 from eventing.wire.prefix_chain import packed
-from functions.gateway.scheduling.actions import Release, Wake
+from functions.gateway.scheduling.actions import Release
 from functions.gateway.scheduling.batching import (
     FAR_SHARE,
     SchedulerLimits,
@@ -44,7 +44,7 @@ class SchedulerState:
         self.where_held = WhereHeld()
         self.no_route_since: float | None = None  # since when a stage has no instance for a new route, in time.monotonic()
         self.settling: MicroBatch | None = None  # migrated for balance; the next one waits until it has caught up
-        self.suspects: set[Sequence] = set()  # whose retry budget is not whole
+        self.suspects: set[Sequence] = set()  # sequences with failures since their last token
         self.trial: Sequence | None = None  # the suspect that runs alone now
         self.leases = LeaseRenewals()
         self.wake_ups = WakeUps()
@@ -182,18 +182,16 @@ class SchedulerState:
     # What must be sent.
 
     def release(self, sequence: Sequence, *, had_memory: bool = True) -> None:
-        """Frees memory at every stage of the route. Also where nothing is held: a lost event may have arrived."""
+        """Frees memory at every stage of the route, also at stages that did not reply: they may have got a lost event."""
         if sequence.route is None:
             return
-        for instance in sequence.route.instances:
-            self.release_at(instance, sequence)
+        self.release_at(sequence.route.instances, sequence)
         if had_memory:
             self.where_held.put(sequence.prefix_chain(), sequence.route.instances)
             self.waiting.backlog.freed()
 
-    def release_at(self, instance: Instance, sequence: Sequence) -> None:
-        row = ReleaseRow(sequence.id, sequence.progress.attempt, packed(sequence.prefix_chain()))
-        self._releases[instance].append(row)
+    def release_at(self, instances: Iterable[Instance], sequence: Sequence) -> None:
+        self.release_row(instances, ReleaseRow(sequence.id, sequence.progress.attempt, packed(sequence.prefix_chain())))
 
     def release_row(self, instances: Iterable[Instance], row: ReleaseRow) -> None:
         """For a sequence that is no longer at these instances."""
@@ -204,9 +202,3 @@ class SchedulerState:
         releases = [Release(instance, rows) for instance, rows in self._releases.items()]
         self._releases.clear()
         return releases
-
-    def begin_wake_up(self, *, all_stages: bool) -> list[Wake]:
-        """Warm-up events to cold stages, or to all stages if one is cold. Empty: none is cold, or a round is under way."""
-        wakes = self.wake_ups.begin(self.placement, all_stages=all_stages)
-        self.stats.wake_ups += len(wakes)
-        return wakes
