@@ -15,15 +15,9 @@ from typing import Final, Protocol
 from cloudevents.core.v1.event import CloudEvent
 
 from eventing.problems import EventExpired, EventTooLarge, MalformedEvent, NotReady
-from eventing.wire.cloud_event import (
-    attribute_text,
-    checked_event,
-    data_buffers,
-    expiry_time,
-    integer_attribute,
-    required_attribute,
-)
+from eventing.wire.cloud_event import attribute_text, checked_event, data_buffers
 from eventing.wire.events import SAFE_EVENT_BYTES, Attribute
+from eventing.wire.framing import expiry_time, integer_attribute, required_attribute
 from storage.errors import ObjectNotFound, StorageError
 from storage.store.object_reader import ObjectInfo
 from storage.store.payload_store import MAX_PAYLOAD_BYTES

@@ -18,9 +18,9 @@ from bench.pipeline import TOKEN, RunningPipeline, read_metrics
 from bench.serving.requests import Request
 from eventing.http.delivery import HttpReply, RequestTarget, Sender
 from eventing.wire.batch_codec import encode_batch
-from eventing.wire.cloud_event import Buffer
 from eventing.wire.control import ReleaseRow
 from eventing.wire.events import Batch, Row, Want
+from eventing.wire.framing import Buffer
 from functions.gateway.stages.client import PipelineIdentity, StageClient
 from functions.gateway.stages.instances import Instance
 

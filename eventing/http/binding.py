@@ -17,19 +17,10 @@ from cloudevents.core.bindings.http import HTTPMessage, from_structured, to_bina
 from cloudevents.core.formats.json import JSONFormat
 from cloudevents.core.v1.event import CloudEvent
 
-from eventing.http.framing import REQUIRED, read_attributes
 from eventing.problems import MalformedEvent, UnsupportedMediaType
-from eventing.wire.cloud_event import (
-    JSON_CONTENT_TYPE,
-    Buffer,
-    attribute_text,
-    checked_event,
-    data_buffers,
-    event_of,
-    is_json,
-    zoned_time,
-)
+from eventing.wire.cloud_event import attribute_text, checked_event, data_buffers, event_of
 from eventing.wire.events import BATCH_CONTENT_TYPE
+from eventing.wire.framing import JSON_CONTENT_TYPE, REQUIRED, Buffer, is_json, read_attributes, zoned_time
 
 STRUCTURED_CONTENT_TYPE: Final = JSONFormat.CONTENT_TYPE
 BATCHED_CONTENT_TYPE: Final = "application/cloudevents-batch+json"

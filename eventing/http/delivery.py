@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import httptools
 
 from eventing.problems import PROBLEM_CONTENT_TYPE, problem_from_document
-from eventing.wire.cloud_event import Buffer
+from eventing.wire.framing import Buffer
 
 USER_AGENT: Final = "lamina"
 MAX_REPLY_BYTES: Final = 2**30
@@ -225,6 +225,18 @@ def request_head(target: RequestTarget, headers: Mapping[str, str], method: str 
     if not target.path.isprintable() or " " in target.path or any("\r" in line or "\n" in line for line in lines):
         raise ValueError(f"a line break, or a blank in the target, in {lines}")
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+class RequestTemplate:
+    """The head of every POST to one URL, but for a few lines that differ from request to request."""
+
+    def __init__(self, target: RequestTarget, headers: Mapping[str, str]) -> None:
+        self.target = target
+        self._head = request_head(target, fixed_headers(headers)).removesuffix(b"\r\n")
+
+    def head(self, body_bytes: int, lines: bytes) -> bytes:
+        """lines: further headers, each with its line end."""
+        return b"%b%bContent-Length: %d\r\n\r\n" % (self._head, lines, body_bytes)
 
 
 def remaining(deadline: float) -> float:

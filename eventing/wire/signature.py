@@ -15,8 +15,9 @@ import msgspec
 from cloudevents.core.v1.event import CloudEvent
 
 from eventing.problems import Unauthorized
-from eventing.wire.cloud_event import check_not_expired, checked_event, data_buffers
+from eventing.wire.cloud_event import checked_event, data_buffers
 from eventing.wire.events import Attribute
+from eventing.wire.framing import check_not_expired
 
 _PURPOSE: Final = "lamina signed event 1"  # signed too, so that no other use of the token can be passed off as an event
 _SIGNED: Final = (Attribute.PIPELINE, Attribute.LAYER, Attribute.EXPIRY_TIME)

@@ -20,18 +20,10 @@ from eventing.http.delivery import BadReply, exchange
 from eventing.http.sse import MAX_EVENT_BYTES, SSEDecoder
 from eventing.problems import MalformedEvent, Problem, problem_from_document
 from eventing.wire.batch_codec import decode_batch
-from eventing.wire.cloud_event import (
-    batch_data,
-    check_not_expired,
-    data_buffers,
-    expiry_time,
-    integer_attribute,
-    json_data,
-    reply_id,
-    reply_seed,
-)
+from eventing.wire.cloud_event import batch_data, data_buffers, json_data, reply_id, reply_seed
 from eventing.wire.control import ReleaseRequest, ReserveRequest
 from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute
+from eventing.wire.framing import check_not_expired, expiry_time, integer_attribute
 from eventing.wire.generation import GenerateRequest
 from eventing.wire.score import ScoreRequest
 from eventing.wire.signature import verify

@@ -27,21 +27,13 @@ from eventing.problems import (
     UnknownEventType,
     WrongLayer,
 )
-from eventing.wire.cloud_event import (
-    batch_event,
-    checked_event,
-    data_buffers,
-    expiry_time,
-    json_data,
-    json_event,
-    make_event,
-    reply_id,
-)
+from eventing.wire.cloud_event import batch_event, checked_event, data_buffers, json_data, json_event, make_event, reply_id
 from eventing.wire.control import ReleaseRow
 from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType, Result, Row, Status, Tensor, Want
+from eventing.wire.framing import expiry_time
 from eventing.wire.score import ScoreRequest, ScoreResponse, score_row
 from eventing.wire.signature import sign, verify
-from functions.stage.serving.identity import StageIdentity
+from functions.stage.serving.handlers import StageIdentity
 from functions.stage.serving.scoring import Scorer
 from storage.store.object_store import ObjectStore
 from storage.store.payload_store import PayloadStore

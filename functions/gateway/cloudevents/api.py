@@ -25,17 +25,9 @@ from eventing.http.binding import (
 )
 from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE, HEARTBEAT, encode_sse
 from eventing.problems import MalformedEvent, Problem, UnknownEventType, UnsupportedMediaType
-from eventing.wire.cloud_event import (
-    Buffer,
-    check_not_expired,
-    data_buffers,
-    expiry_time,
-    json_data,
-    json_event,
-    reply_id,
-    reply_seed,
-)
+from eventing.wire.cloud_event import data_buffers, json_data, json_event, reply_id, reply_seed
 from eventing.wire.events import Attribute, EventType
+from eventing.wire.framing import Buffer, check_not_expired, expiry_time
 from eventing.wire.generation import MAX_CHOICES, ErrorEvent, GenerateRequest, TokenEvent
 from functions.gateway.answers.access_log import log_entry
 from functions.gateway.answers.authentication import Clients

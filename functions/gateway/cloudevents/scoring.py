@@ -9,8 +9,9 @@ from cloudevents.core.v1.event import CloudEvent
 
 from eventing.claim_check import ClaimCheck
 from eventing.problems import InvalidRequest
-from eventing.wire.cloud_event import AttributeValue, batch_event, expiry_time, json_data, reply_id
+from eventing.wire.cloud_event import AttributeValue, batch_event, json_data, reply_id
 from eventing.wire.events import Attribute, Batch, EventType
+from eventing.wire.framing import expiry_time
 from eventing.wire.score import ScoreRequest, score_row
 from eventing.wire.signature import sign
 from functions.gateway.text.tokenizer import ModelText

@@ -13,10 +13,9 @@ from eventing.wire.control import ReleaseRow, ReserveReply, ReserveRow
 from eventing.wire.events import Status
 from eventing.wire.prefix_chain import BLOCK_TOKENS, packed
 from functions.gateway.scheduling.sequence import Sequence
-from functions.gateway.stages.client import ReplyOrigin, StageClient, Traces
+from functions.gateway.stages.client import ReplyOrigin, StageClient, Traces, Trip
 from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.instances import Instance
-from functions.gateway.stages.trip import Trip
 
 _WORST_FIRST: Final = (Status.INVALID, Status.STALE, Status.MISS, Status.FULL, Status.OK)
 

@@ -10,8 +10,8 @@ from functions.gateway.scheduling.sequence import TRIAL_AFTER_FAILURES, Sequence
 from functions.gateway.scheduling.speculation import draft_lengths, step_seconds
 from functions.gateway.scheduling.state import SchedulerState
 from functions.gateway.scheduling.wake_up import PAUSE_SECONDS
+from functions.gateway.stages.client import Trip
 from functions.gateway.stages.instances import Instance
-from functions.gateway.stages.trip import Trip
 
 
 def decide(state: SchedulerState, now: float) -> list[Action]:

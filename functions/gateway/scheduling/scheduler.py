@@ -38,11 +38,10 @@ from functions.gateway.scheduling.speculation import Drafter, PromptLookup, Shar
 from functions.gateway.scheduling.state import SchedulerState
 from functions.gateway.scheduling.stats import Stats
 from functions.gateway.scheduling.token_stream import TokenStream
-from functions.gateway.stages.client import ForwardReply, StageClient
+from functions.gateway.stages.client import ForwardReply, StageClient, Trip, walk
 from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.instances import Endpoint
 from functions.gateway.stages.routes import Placement
-from functions.gateway.stages.trip import Trip, walk
 from functions.threads.pool import ThreadPool
 
 _log = logging.getLogger(__name__)
@@ -193,7 +192,7 @@ class Scheduler:
                 self._state.placement.update(stage, endpoints)
             self._act()
 
-    # For trips (trip.TripLog).
+    # For trips (client.TripLog).
 
     def replied(self, trip: Trip, stage: int, reply: ForwardReply, seconds: float) -> None:
         with self._changed:

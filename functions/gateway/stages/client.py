@@ -1,24 +1,26 @@
-"""Events that the gateway sends to instances of stages.
+"""Events that the gateway sends to instances of stages, and the trip of a step through all stages.
 
 What goes wrong with an event as a whole is raised as `StageFailed` (`failures`); what goes wrong with a row is in the row.
+
+On a trip, while every row is ok, the body of a stage's reply is the body of the next request, byte for byte; only its table is
+read. Rows that are not ok are left out of the next request, without harm to the others.
 """
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import msgspec
 from msgspec import Struct
 
 from eventing.http.binding import to_binary_http
-from eventing.http.delivery import DeliveryError, HttpReply, RequestTarget, Sender
-from eventing.http.framing import EventTemplate, read_attributes
+from eventing.http.delivery import DeliveryError, HttpReply, RequestTarget, RequestTemplate, Sender
 from eventing.problems import MalformedEvent, Problem
-from eventing.wire.batch_codec import decode_batch
-from eventing.wire.cloud_event import JSON_CONTENT_TYPE, Buffer, make_event, read_json
+from eventing.wire.batch_codec import decode_batch, encode_batch, select_rows
+from eventing.wire.cloud_event import make_event
 from eventing.wire.control import (
     RENEWAL_SECONDS,
     ReleaseReply,
@@ -30,9 +32,10 @@ from eventing.wire.control import (
     WarmupReply,
     WarmupRequest,
 )
-from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType
+from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType, Status
+from eventing.wire.framing import JSON_CONTENT_TYPE, Buffer, event_lines, read_attributes, read_json
 from functions.gateway.stages.failures import StageFailed, stage_failed
-from functions.gateway.stages.instances import Instance
+from functions.gateway.stages.instances import Instance, Turnstile
 from functions.observing.tracing import PASSING, Attributes, Span, TraceContext, Tracer
 
 RESERVATION_SECONDS: Final = 10.0  # reply timeout of a reservation, for an instance that has not failed lately
@@ -91,10 +94,9 @@ class StageClient:
         ids: of the rows, in their order. deadline: in time.monotonic(). traces: of the rows' sequences.
         """
         timeout, client_deadline = _time_left(self._step_timeout_seconds, deadline)
-        template = self._template(instance, EventType.FORWARD, BATCH_CONTENT_TYPE)
-        with instance.in_flight, self._span(EventType.FORWARD, instance.stage, instance.url, traces) as span:
+        with instance.in_flight, self._span(instance, EventType.FORWARD, traces) as span:
             sent = time.perf_counter()
-            reply = self._send(instance.stage, template, body, timeout, span.context, (), client_deadline)
+            reply = self._send(instance, EventType.FORWARD, body, timeout, span.context, client_deadline)
             exchange_seconds = time.perf_counter() - sent
         try:
             origin = _origin(instance, read_attributes(reply.headers.items()))
@@ -116,10 +118,9 @@ class StageClient:
         """
         seconds = min(self._step_timeout_seconds, RESERVATION_SECONDS * 2 ** min(instance.failures, 8))
         timeout, client_deadline = _time_left(seconds, deadline)
-        template = self._template(instance, EventType.RESERVE, JSON_CONTENT_TYPE)
         request = ReserveRequest(tuple(rows))
         attributes, reply = self._call(
-            instance.stage, template, request, ReserveReply, timeout, traces, client_deadline=client_deadline
+            instance, EventType.RESERVE, request, ReserveReply, timeout, traces, client_deadline=client_deadline
         )
         if [(row.id, row.attempt) for row in reply.rows] != [(row.id, row.attempt) for row in rows]:
             raise StageFailed(instance.stage, "malformed", "its reply to a reservation has other rows than the request")
@@ -131,21 +132,19 @@ class StageClient:
         awaited_tokens: unless 0, the stage holds its reply until it could reserve so many, or for HOLD_SECONDS.
         """
         timeout = self._step_timeout_seconds if rows else min(RENEWAL_SECONDS, self._step_timeout_seconds)
-        template = self._template(instance, EventType.RELEASE, JSON_CONTENT_TYPE)
         extensions = [(Attribute.AWAITED_TOKENS.value, str(awaited_tokens))] if awaited_tokens else []
         request = ReleaseRequest(tuple(rows))
-        attributes, _ = self._call(instance.stage, template, request, ReleaseReply, timeout, extensions=extensions)
+        attributes, _ = self._call(instance, EventType.RELEASE, request, ReleaseReply, timeout, extensions=extensions)
         return _origin(instance, attributes)
 
     def warm_up(self, stage: int, url: str, timeout_seconds: float) -> WarmupReply:
         """Wakes a stage and returns once its weights are loaded. Raises StageFailed."""
-        template = self._new_template(stage, url, EventType.WARMUP, JSON_CONTENT_TYPE)
-        return self._call(stage, template, WarmupRequest(), WarmupReply, timeout_seconds)[1]
+        return self._call(Instance(stage, url), EventType.WARMUP, WarmupRequest(), WarmupReply, timeout_seconds)[1]
 
     def _call(
         self,
-        stage: int,
-        template: EventTemplate,
+        instance: Instance,
+        event_type: EventType,
         request: Struct,
         reply_type: type[S],
         timeout_seconds: float,
@@ -156,49 +155,52 @@ class StageClient:
     ) -> tuple[dict[str, str], S]:
         """Sends one JSON event; returns its reply's attributes and data. Raises StageFailed."""
         body = [msgspec.json.encode(request)]
-        with self._span(template.event_type, stage, template.target.url, traces) as span:
-            reply = self._send(stage, template, body, timeout_seconds, span.context, extensions, client_deadline)
+        with self._span(instance, event_type, traces) as span:
+            reply = self._send(instance, event_type, body, timeout_seconds, span.context, client_deadline, extensions)
             try:
                 attributes = read_attributes(reply.headers.items())
                 return attributes, read_json(attributes, reply.body, reply_type)
             except Problem as error:
-                raise StageFailed(stage, "malformed", f"its reply: {error}") from error
+                raise StageFailed(instance.stage, "malformed", f"its reply: {error}") from error
 
     def _send(
         self,
-        stage: int,
-        template: EventTemplate,
+        instance: Instance,
+        event_type: EventType,
         body: Sequence[Buffer],
         timeout_seconds: float,
         trace: TraceContext,
-        extensions: Sequence[tuple[str, str]],
         client_deadline: float | None,
+        extensions: Sequence[tuple[str, str]] = (),
     ) -> HttpReply:
+        template = instance.templates.get(event_type) or self._make_template(instance, event_type)
         expiry = (datetime.now(UTC) + timedelta(seconds=timeout_seconds)).isoformat()[:-6] + "Z"
-        varying = (("expirytime", expiry), ("traceparent", trace.traceparent), *extensions)
-        head = template.head(sum(map(len, body)), varying)
+        lines = event_lines((("expirytime", expiry), ("traceparent", trace.traceparent), *extensions))
+        head = template.head(sum(map(len, body)), lines)
         try:
             return self._sender.deliver(template.target, head, body, time.monotonic() + max(0.001, timeout_seconds))
         except (DeliveryError, Problem) as error:
-            raise stage_failed(stage, error, client_deadline) from error
+            raise stage_failed(instance.stage, error, client_deadline) from error
 
-    def _template(self, instance: Instance, event_type: EventType, content_type: str) -> EventTemplate:
-        """Made at the first event of its type; an instance keeps its templates."""
-        template = instance.templates.get(event_type)
-        if template is None:
-            template = self._new_template(instance.stage, instance.url, event_type, content_type)
-            instance.templates[event_type] = template
+    def _make_template(self, instance: Instance, event_type: EventType) -> RequestTemplate:
+        """Frames what is the same in all events of a type to an instance, which keeps it."""
+        content_type = BATCH_CONTENT_TYPE if event_type is EventType.FORWARD else JSON_CONTENT_TYPE
+        own = self._identity
+        layer = own.first_layers[instance.stage]
+        headers, _ = to_binary_http(
+            make_event(event_type, own.source, b"", content_type, pipeline=own.fingerprint, layer=layer)
+        )
+        del headers["ce-id"], headers["ce-time"]
+        headers["authorization"] = f"Bearer {own.token}"
+        template = instance.templates[event_type] = RequestTemplate(RequestTarget.of(instance.url), headers)
         return template
 
-    def _new_template(self, stage: int, url: str, event_type: EventType, content_type: str) -> EventTemplate:
-        identity = self._identity
-        layer = identity.first_layers[stage]
-        event = make_event(event_type, identity.source, b"", content_type, pipeline=identity.fingerprint, layer=layer)
-        headers, _ = to_binary_http(event)
-        return EventTemplate(event_type, RequestTarget.of(url), headers | {"authorization": f"Bearer {identity.token}"})
-
-    def _span(self, event_type: str, stage: int, url: str, traces: Traces) -> Span:
-        attributes: Attributes = {"lamina.stage": stage, "lamina.sequences": len(traces), "url.full": url}
+    def _span(self, instance: Instance, event_type: EventType, traces: Traces) -> Span:
+        attributes: Attributes = {
+            "lamina.stage": instance.stage,
+            "lamina.sequences": len(traces),
+            "url.full": instance.url,
+        }
         return self._tracer.send(f"send {event_type.removeprefix('dev.lamina.')}", traces, attributes)
 
 
@@ -211,3 +213,67 @@ def _time_left(own_seconds: float, deadline: float) -> tuple[float, float | None
 def _origin(instance: Instance, attributes: dict[str, str]) -> ReplyOrigin:
     free = attributes.get(Attribute.FREE_TOKENS, "")
     return ReplyOrigin(instance, attributes.get(Attribute.INSTANCE, ""), int(free) if free.isdecimal() else None)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Trip:
+    """What is sent, and along which instances. Immutable: the walking thread knows which rows are still under way."""
+
+    instances: tuple[Instance, ...]
+    batch: Batch  # for the first stage: token ids and no tensor
+    traces: Mapping[str, TraceContext]  # by row id
+    depth: int  # index of the last stage of the trip
+    chunks: bool  # it carries prompt chunks, and has queued at the first stage's turnstile
+    deadline: float  # of the clients, in time.monotonic()
+
+
+class TripLog(Protocol):
+    """Receives the events of a trip, in the trip's thread."""
+
+    def replied(self, trip: Trip, stage: int, reply: ForwardReply, seconds: float) -> None:
+        """`stage` replied after `seconds`. Rows that are ok go on to the next stage. Raises StageFailed to end the trip."""
+
+    def failed(self, trip: Trip, ids: Sequence[str], failure: StageFailed) -> None:
+        """The trip ended at `failure.stage` with the rows `ids`."""
+
+    def first_stage_free(self) -> None:
+        """A trip with prompt chunks has left its first stage, so that another may enter it."""
+
+
+def walk(trip: Trip, client: StageClient, log: TripLog) -> None:
+    """Sends the trip to its stages and returns when it is over. Unexpected errors are raised and not reported to `log`."""
+    turn = trip.instances[0].prompts if trip.chunks else None
+    ids = [row.id for row in trip.batch.rows]
+    try:
+        body: Sequence[Buffer] = encode_batch(trip.batch)
+        for stage, instance in enumerate(trip.instances[: trip.depth + 1]):
+            if turn is not None and stage > 0:
+                turn = _next_turn(turn, instance.prompts)
+                if stage == 1:
+                    log.first_stage_free()
+            traces = [trip.traces[id_] for id_ in ids if id_ in trip.traces]
+            sent = time.monotonic()
+            reply = client.forward(instance, body, ids, trip.deadline, traces)
+            log.replied(trip, stage, reply, time.monotonic() - sent)
+            rows = reply.batch.rows
+            going = [index for index, row in enumerate(rows) if row.status is Status.OK]
+            if len(going) == len(rows):
+                body = [reply.body]
+                continue
+            ids = [rows[index].id for index in going]
+            if not ids or stage == trip.depth:
+                break
+            body = encode_batch(select_rows(reply.batch, going))
+    except StageFailed as failure:
+        log.failed(trip, ids, failure)
+    finally:
+        if turn is not None:
+            turn.leave()
+
+
+def _next_turn(left: Turnstile, entered: Turnstile) -> Turnstile:
+    """Queues at the next stage before it leaves the last, so that chunks of one prompt stay in order."""
+    turn = entered.queue()
+    left.leave()
+    turn.wait()
+    return entered

@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Final
 
-from eventing.http.framing import EventTemplate
+from eventing.http.delivery import RequestTemplate
 
 FIRST_SUSPENSION_SECONDS: Final = 0.1
 LONGEST_SUSPENSION_SECONDS: Final = 5.0
@@ -104,7 +104,7 @@ class Instance:
     boot: str = ""  # name with a nonce of its boot, in its last reply
     prompts: Turnstile = field(default_factory=Turnstile)  # one event with prompt chunks, so that decodes wait for at most one
     in_flight: InFlight = field(default_factory=InFlight)  # forward events of this gateway
-    templates: dict[str, EventTemplate] = field(default_factory=dict)  # by event type; see StageClient
+    templates: dict[str, RequestTemplate] = field(default_factory=dict)  # by event type; see StageClient
     failures: int = 0
     suspended_until: float = 0.0
 

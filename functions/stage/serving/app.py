@@ -7,10 +7,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from eventing.http.binding import from_http
-from eventing.http.framing import read_attributes
 from eventing.problems import EventTooLarge, MalformedEvent, Unauthorized
-from eventing.wire.cloud_event import Buffer, one_piece
+from eventing.wire.cloud_event import one_piece
 from eventing.wire.events import SAFE_EVENT_BYTES, Attribute
+from eventing.wire.framing import Buffer, read_attributes
 from eventing.wire.kv_query import HELD_HEADER, KV_PATH
 from eventing.wire.signature import verify
 from functions.hosting.requests import ADMITTED_BYTES, REFUSED

@@ -4,47 +4,117 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
 
 import msgspec
 from msgspec import Struct
 
 from eventing.claim_check import ClaimCheck
 from eventing.http.binding import to_binary_http
-from eventing.http.framing import ReplyTemplate
-from eventing.problems import UnknownEventType
+from eventing.problems import UnknownEventType, WrongLayer, WrongPipeline
 from eventing.wire.batch_codec import encode_batch
-from eventing.wire.cloud_event import (
+from eventing.wire.cloud_event import event_of, make_event
+from eventing.wire.control import (
+    ReleaseReply,
+    ReleaseRequest,
+    ReleaseRow,
+    ReservedRow,
+    ReserveReply,
+    ReserveRequest,
+    ReserveRow,
+    WarmupReply,
+    WarmupRequest,
+)
+from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType
+from eventing.wire.framing import (
     JSON_CONTENT_TYPE,
     Buffer,
+    ReplyTemplate,
     check_not_expired,
-    event_of,
     integer_attribute,
-    make_event,
     read_batch,
     read_json,
     reply_id_of,
     required_attribute,
 )
-from eventing.wire.control import (
-    ReleaseReply,
-    ReleaseRequest,
-    ReserveReply,
-    ReserveRequest,
-    WarmupReply,
-    WarmupRequest,
-)
-from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, EventType
 from eventing.wire.kv_query import KVQuery
 from functions.configuration.config import StageConfig
 from functions.observing.tracing import PASSING, Tracer, read_traceparent
-from functions.stage.serving.identity import EngineSource, StageEngine, StageIdentity
 from functions.stage.serving.scoring import Scorer
 from storage.store.payload_store import PayloadStore
+
+if TYPE_CHECKING:
+    from functions.stage.engine.sequences import SequenceTable
 
 WARM_UP_SECONDS: Final = 600.0  # a warm-up event waits at most this long for the weights, whatever its expirytime
 
 Attributes = Mapping[str, Any]
+T = TypeVar("T")
+
+
+class StageEngine(Protocol):
+    """functions.stage.engine.engine.Engine, which is not imported here because a start must not wait for numpy."""
+
+    @property
+    def free_tokens(self) -> int: ...
+
+    @property
+    def has_prefix_cache(self) -> bool: ...
+
+    def handle(self, batch: Batch, *, source: str, expires_at: float | None = None) -> Batch: ...
+
+    def reserve(
+        self, reservations: Sequence[ReserveRow], *, source: str, expires_at: float | None = None
+    ) -> list[ReservedRow]: ...
+
+    def release(self, releases: Sequence[ReleaseRow], *, source: str) -> int: ...
+
+    def await_memory(self, tokens: int, *, source: str, expires_at: float | None = None) -> None: ...
+
+    def with_sequences(self, action: "Callable[[SequenceTable], T]") -> T: ...
+
+
+class EngineSource(Protocol):
+    """Gives out the engine once it has started."""
+
+    def engine(self, wait_seconds: float = 0.0) -> StageEngine:
+        """Raises NotReady if it has not started after `wait_seconds`."""
+
+    def phases(self) -> dict[str, float]:
+        """Seconds of each phase of the start that has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageIdentity:
+    """Layers [first, last) of a pipeline, and the instance that runs them."""
+
+    pipeline: str
+    first: int
+    last: int
+    is_last_stage: bool
+    instance: str
+
+    @classmethod
+    def of(cls, config: StageConfig, instance: str) -> Self:
+        first, last = config.layers
+        return cls(config.pipeline, first, last, config.layers == config.cut[-1], instance)
+
+    @property
+    def source(self) -> str:
+        """Of all replies. Instances share it, so that a repeated delivery has the same reply from any of them."""
+        return f"/pipelines/{self.pipeline}/stages/{self.first}-{self.last}"
+
+    def check_pipeline(self, seen: str) -> None:
+        """Raises WrongPipeline."""
+        if seen != self.pipeline:
+            raise WrongPipeline(
+                f"the event is of pipeline {seen!r} and this stage of {self.pipeline!r}; send it to its own pipeline's stage"
+            )
+
+    def check_layer(self, layer: int) -> None:
+        """Raises WrongLayer."""
+        if layer != self.first:
+            raise WrongLayer(f"the event wants layer {layer} and this stage runs {self.first} to {self.last - 1}")
 
 
 @dataclass(slots=True)
@@ -67,6 +137,7 @@ class EventHandlers:
         self._tracer = tracer
         self._identity = identity = StageIdentity.of(config, instance)
         self._engines = engines
+        self._started: StageEngine | None = None
         claims = ClaimCheck(PayloadStore(config.store), config.store.bucket)
         self._scorer = Scorer(identity, engines, claims, config.pipeline_token)
         self._layers = f"{config.layers[0]}:{config.layers[1]}"
@@ -105,17 +176,23 @@ class EventHandlers:
         asked = KVQuery.read(query)
         self._identity.check_pipeline(asked.pipeline)
         self._identity.check_layer(asked.layer)
-        engine = self._engines.engine()
+        engine = self._engine()
         from functions.stage.kv.peer_tier import hand_over  # imports numpy, as the engine has by now
 
         return hand_over(asked, engine)
+
+    def _engine(self, wait_seconds: float = 0.0) -> StageEngine:
+        """Raises NotReady."""
+        if self._started is None:
+            self._started = self._engines.engine(wait_seconds)
+        return self._started
 
     def _forward(self, attributes: Attributes, data: Buffer, expiry: datetime | None) -> EventReply:
         if Attribute.SIGNATURE in attributes:  # from a Sequence, which passes each reply on
             headers, body = to_binary_http(self._scorer.answer(event_of(attributes, data)))
             return EventReply(list(headers.items()), body)
         self._identity.check_layer(integer_attribute(attributes, Attribute.LAYER))
-        engine = self._engines.engine()
+        engine = self._engine()
         began = time.perf_counter()
         batch = read_batch(attributes, data)
         decoded = time.perf_counter()
@@ -129,19 +206,19 @@ class EventHandlers:
     def _warm_up(self, attributes: Attributes, data: Buffer, expiry: datetime | None) -> EventReply:
         read_json(attributes, data, WarmupRequest)
         left = WARM_UP_SECONDS if expiry is None else (expiry - datetime.now(UTC)).total_seconds()
-        engine = self._engines.engine(wait_seconds=min(left, WARM_UP_SECONDS))
+        engine = self._engine(min(left, WARM_UP_SECONDS))
         return self._json_reply(attributes, WarmupReply(self._identity.instance, self._engines.phases()), engine)
 
     def _reserve(self, attributes: Attributes, data: Buffer, expiry: datetime | None) -> EventReply:
         rows = read_json(attributes, data, ReserveRequest).rows
-        engine = self._engines.engine()
+        engine = self._engine()
         expires_at = None if expiry is None else expiry.timestamp()
         reserved = engine.reserve(rows, source=attributes["source"], expires_at=expires_at)
         return self._json_reply(attributes, ReserveReply(tuple(reserved), engine.has_prefix_cache), engine)
 
     def _release(self, attributes: Attributes, data: Buffer, expiry: datetime | None) -> EventReply:
         rows = read_json(attributes, data, ReleaseRequest).rows
-        engine = self._engines.engine()
+        engine = self._engine()
         source, awaits_memory = attributes["source"], Attribute.AWAITED_TOKENS in attributes
         released = engine.release(rows, source=source) if rows or not awaits_memory else 0
         if awaits_memory:

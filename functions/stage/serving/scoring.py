@@ -8,24 +8,28 @@ a channel goes by claim check.
 
 import secrets
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import msgspec
 from cloudevents.core.v1.event import CloudEvent
 
 from eventing.claim_check import ClaimCheck
 from eventing.problems import InvalidRequest, MalformedEvent, NotReady
-from eventing.wire.cloud_event import batch_data, batch_event, expiry_time, integer_attribute, json_event, required_attribute
+from eventing.wire.cloud_event import batch_data, batch_event, json_event
 from eventing.wire.control import ReleaseRow
 from eventing.wire.events import Attribute, Batch, EventType, Row, Status
+from eventing.wire.framing import expiry_time, integer_attribute, required_attribute
 from eventing.wire.score import ScoreResponse, score_row
 from eventing.wire.signature import sign
-from functions.stage.serving.identity import EngineSource, StageEngine, StageIdentity
+
+if TYPE_CHECKING:
+    from functions.stage.serving.handlers import EngineSource, StageEngine, StageIdentity
 
 
 class Scorer:
     """token: the pipeline's, which signs the next stage's event."""
 
-    def __init__(self, identity: StageIdentity, engines: EngineSource, claims: ClaimCheck, token: str) -> None:
+    def __init__(self, identity: "StageIdentity", engines: "EngineSource", claims: ClaimCheck, token: str) -> None:
         self._identity = identity
         self._engines = engines
         self._claims = claims
@@ -41,7 +45,7 @@ class Scorer:
         reply = self._run(engine, batch, event)
         return self._claims.check_in(self._reply(event, batch, reply, engine.free_tokens), datetime.now(UTC))
 
-    def _run(self, engine: StageEngine, batch: Batch, event: CloudEvent) -> Batch:
+    def _run(self, engine: "StageEngine", batch: Batch, event: CloudEvent) -> Batch:
         """The engine's reply, whose only row is ok. Raises NotReady if a retry helps, else InvalidRequest."""
         expiry = expiry_time(event.get_attributes())
         own = score_row(secrets.token_hex(12), len(batch.token_ids))

@@ -14,7 +14,8 @@ from cloudevents.core.v1.event import CloudEvent
 
 from eventing.http.binding import from_http, to_binary_http
 from eventing.problems import Problem
-from eventing.wire.cloud_event import attribute_text, data_buffers, is_json
+from eventing.wire.cloud_event import attribute_text, data_buffers
+from eventing.wire.framing import is_json
 
 # Deliveries to one URL at the same time. Knative has no such limit; here it keeps a backlog out of the functions' own queues.
 _CONCURRENT_DELIVERIES: Final = 64

@@ -18,18 +18,15 @@ from eventing.problems import EventExpired, MalformedEvent, Problem, Unsupported
 from eventing.wire.cloud_event import (
     batch_data,
     batch_event,
-    check_not_expired,
     data_buffers,
-    expiry_time,
-    integer_attribute,
     json_data,
     json_event,
     make_event,
     reply_id,
     reply_seed,
-    required_attribute,
 )
 from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, EventType
+from eventing.wire.framing import check_not_expired, expiry_time, integer_attribute, required_attribute
 from eventing.wire.generation import GenerateRequest, Message
 from tests.support.functions.batches import make_batch
 

@@ -12,9 +12,10 @@ from eventing.http.binding import from_http, to_binary_http
 from eventing.http.delivery import Sender
 from eventing.problems import PROBLEM_CONTENT_TYPE, EventExpired, EventTooLarge, NotReady, Problem, Unauthorized, WrongPipeline
 from eventing.wire.batch_codec import encode_batch
-from eventing.wire.cloud_event import batch_event, expiry_time, integer_attribute, json_data, json_event, make_event
+from eventing.wire.cloud_event import batch_event, json_data, json_event, make_event
 from eventing.wire.control import ReleaseReply, ReleaseRequest, ReleaseRow, ReservedRow, ReserveReply, ReserveRow, WarmupReply
 from eventing.wire.events import Attribute, Batch, EventType, Row, Status
+from eventing.wire.framing import expiry_time, integer_attribute
 from functions.gateway.stages.client import PipelineIdentity, StageClient
 from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.instances import Instance

@@ -9,10 +9,9 @@ import pytest
 
 from eventing.wire.batch_codec import decode_batch, encode_batch
 from eventing.wire.events import Batch, Row, Status
-from functions.gateway.stages.client import ForwardReply, ReplyOrigin
+from functions.gateway.stages.client import ForwardReply, ReplyOrigin, Trip, walk
 from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.instances import Instance
-from functions.gateway.stages.trip import Trip, walk
 
 IDS = ("a", "b", "c")
 BATCH = Batch(tuple(Row(id_, 0, 5, 1) for id_ in IDS), memoryview(array("i", [1, 2, 3])))

@@ -1,0 +1,187 @@
+"""Attributes and data of events in HTTP's binary mode, without event objects: what a hop needs of CloudEvents.
+
+A sender writes the attributes that differ from event to event after a template of the others. A receiver reads all attributes
+into a dictionary. CloudEvents 1.0.2 with its HTTP protocol binding, as in `eventing.http.binding`.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any, Final, TypeVar
+from urllib.parse import unquote
+
+import msgspec
+
+from eventing.problems import EventExpired, MalformedEvent, UnsupportedMediaType
+from eventing.wire.batch_codec import decode_batch
+from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch
+from eventing.wire.typed_json import decode_json
+
+JSON_CONTENT_TYPE: Final = "application/json"
+REQUIRED: Final = ("specversion", "id", "source", "type")
+MAX_NAME_LENGTH: Final = 20
+MAX_VALUE_LENGTH: Final = 4096
+
+Buffer = bytes | memoryview
+T = TypeVar("T")
+
+NAME: Final = re.compile(rf"[a-z0-9]{{1,{MAX_NAME_LENGTH}}}")
+# What no attribute may contain (CloudEvents 1.0.2, section 3.1), and U+FFFD, which stands for bytes that were not UTF-8.
+FORBIDDEN: Final = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffd]")
+_QUOTED_PAIR: Final = re.compile(r"\\(.)")
+
+
+def event_lines(extensions: Iterable[tuple[str, str]]) -> bytes:
+    """Header lines with a fresh id, the present time, and attributes whose values need no quoting."""
+    lines = f"ce-id: {os.urandom(16).hex()}\r\nce-time: {datetime.now(UTC).isoformat()[:-6]}Z\r\n"
+    for name, value in extensions:
+        lines += f"ce-{name}: {value}\r\n"
+    return lines.encode("ascii")
+
+
+class ReplyTemplate:
+    """The headers of every reply with one type of event from one function."""
+
+    def __init__(self, headers: Mapping[str, str]) -> None:
+        """headers: those of one such event by `binding.to_binary_http`."""
+        self._constant = [(name, value) for name, value in headers.items() if name not in ("ce-id", "ce-time")]
+
+    def headers(self, id: str, extensions: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        """With the present time. extensions: attributes of this reply; their values need no quoting."""
+        headers = [*self._constant, ("ce-id", id), ("ce-time", datetime.now(UTC).isoformat()[:-6] + "Z")]
+        for name, value in extensions:
+            headers.append((f"ce-{name}", value))
+        return headers
+
+
+def read_attributes(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The attributes of an event in binary mode, the content type as `datacontenttype`.
+
+    Raises MalformedEvent, which names the attribute.
+    """
+    attributes: dict[str, str] = {}
+    for header, text in headers:
+        name, value = header.lower(), text
+        if name == "content-type":
+            name = "datacontenttype"
+        elif name == "ce-datacontenttype":
+            raise MalformedEvent("the attribute datacontenttype travels as Content-Type, not as ce-datacontenttype")
+        elif name.startswith("ce-"):
+            name = name[3:]
+            if text[:1] == '"' == text[1:][-1:]:  # HTTP binding, section 3.1.3.2
+                value = _QUOTED_PAIR.sub(r"\1", text[1:-1])
+            if "%" in value:
+                value = unquote(value)
+        else:
+            continue
+        if name in attributes:
+            raise MalformedEvent(f"the header {header.lower()} is there twice: {attributes[name][:40]!r} and {value[:40]!r}")
+        if not NAME.fullmatch(name) or len(value) > MAX_VALUE_LENGTH or FORBIDDEN.search(value):
+            raise bad_attribute(name, value)
+        attributes[name] = value
+    found = attributes.get
+    if found("specversion") != "1.0" or not (found("id") and found("source") and found("type")):
+        raise _not_an_event(attributes)
+    if "time" in attributes:
+        zoned_time("time", attributes["time"])
+    return attributes
+
+
+def bad_attribute(name: str, value: str) -> MalformedEvent:
+    """What is wrong with an attribute whose name or value is not allowed."""
+    if not NAME.fullmatch(name):
+        return MalformedEvent(f"attribute {name[:40]!r}: names are 1 to {MAX_NAME_LENGTH} characters of a-z and 0-9")
+    if len(value) > MAX_VALUE_LENGTH:
+        return MalformedEvent(f"attribute {name} has {len(value)} characters, the most is {MAX_VALUE_LENGTH}")
+    return MalformedEvent(f"attribute {name} contains a control character or is not UTF-8: {value[:40]!r}")
+
+
+def required_attribute(attributes: Mapping[str, Any], name: str) -> str:
+    """Raises MalformedEvent if the attribute is missing."""
+    value = attributes.get(name)
+    if value is None:
+        raise MalformedEvent(f"{attributes['type']}: the attribute {name} is missing")
+    return str(value)
+
+
+def integer_attribute(attributes: Mapping[str, Any], name: str) -> int:
+    """A required attribute of digits. Raises MalformedEvent."""
+    value = required_attribute(attributes, name)
+    if not (value.isascii() and value.isdigit() and len(value) <= 10):
+        raise MalformedEvent(f"{attributes['type']}: the attribute {name} is {value!r}, not a number")
+    return int(value)
+
+
+def zoned_time(name: str, text: str) -> datetime:
+    """The value of a time attribute: RFC 3339, and other forms of ISO 8601 as the SDK reads them. Raises MalformedEvent."""
+    try:
+        moment = datetime.fromisoformat(text.replace("z", "Z"))
+    except ValueError as error:
+        raise MalformedEvent(f"the attribute {name} is {text!r}: {error}") from error
+    if moment.tzinfo is None:
+        raise MalformedEvent(f"the attribute {name} is {text!r}, a time without a timezone")
+    return moment
+
+
+def expiry_time(attributes: Mapping[str, Any]) -> datetime | None:
+    """The time after which the answer is no longer awaited, in UTC; None: never. Raises MalformedEvent."""
+    value = attributes.get(Attribute.EXPIRY_TIME)
+    if value is None:
+        return None
+    try:
+        return zoned_time(Attribute.EXPIRY_TIME, value).astimezone(UTC)
+    except OverflowError as error:  # before the year 1 or after 9999 in UTC
+        raise MalformedEvent(f"the attribute {Attribute.EXPIRY_TIME} is {value!r}: {error}") from error
+
+
+def check_not_expired(attributes: Mapping[str, Any], now: datetime) -> datetime | None:
+    """Returns `expiry_time`. Raises EventExpired if that is over. now: with a time zone."""
+    expiry = expiry_time(attributes)
+    if expiry is not None and expiry <= now:
+        raise EventExpired(f"{attributes['type']} {attributes['id']} expired at {expiry.isoformat()[:-6]}Z")
+    return expiry
+
+
+def read_json(attributes: Mapping[str, Any], data: Buffer, type: type[T]) -> T:
+    """Data of an event with these attributes. Raises UnsupportedMediaType, or MalformedEvent with the path of the error."""
+    content_type = attributes.get("datacontenttype") or JSON_CONTENT_TYPE
+    if not is_json(content_type):
+        raise UnsupportedMediaType(f"{attributes['type']} wants {JSON_CONTENT_TYPE}, its data is {content_type}")
+    try:
+        return decode_json(data, type)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedEvent(f"the data of {attributes['type']}: {error}") from error
+
+
+def read_batch(attributes: Mapping[str, Any], data: Buffer) -> Batch:
+    """Data of an event with these attributes, as a view. Raises UnsupportedMediaType, MalformedEvent and EventTooLarge."""
+    content_type = attributes.get("datacontenttype")
+    if content_type != BATCH_CONTENT_TYPE:
+        raise UnsupportedMediaType(f"{attributes['type']} wants {BATCH_CONTENT_TYPE}, its data is {content_type}")
+    return decode_batch(data)
+
+
+def reply_id_of(source: str, id: str) -> str:
+    """The id of the reply to the event with this source and id."""
+    return hashlib.sha256(cause_key(source, id)).hexdigest()[:32]
+
+
+def is_json(content_type: str) -> bool:
+    media_type = content_type.partition(";")[0].strip().lower()
+    return media_type.endswith(("/json", "+json"))
+
+
+def cause_key(source: str, id: str) -> bytes:
+    """Source and id, unique together (CloudEvents 1.0.2, section 3.1.1). The length separates them unambiguously."""
+    return f"{len(source)} {source} {id}".encode()
+
+
+def _not_an_event(attributes: Mapping[str, str]) -> MalformedEvent:
+    missing = [f"ce-{name}" for name in REQUIRED if not attributes.get(name)]
+    if len(missing) == len(REQUIRED):
+        return MalformedEvent("not a CloudEvent: neither ce- headers nor the content type application/cloudevents+json")
+    if missing:
+        return MalformedEvent(f"the header {', '.join(missing)} is missing or empty")
+    return MalformedEvent(f"the attribute specversion is {attributes['specversion'][:40]!r}, served is 1.0")
