@@ -1,5 +1,6 @@
 """What a stage answers to each type of event. Knows events and an engine, no HTTP server."""
 
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,13 +8,14 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
 
 import msgspec
+from cloudevents.core.v1.event import CloudEvent
 from msgspec import Struct
 
 from eventing.claim_check import ClaimCheck
 from eventing.http.binding import to_binary_http
-from eventing.problems import UnknownEventType, WrongLayer, WrongPipeline
+from eventing.problems import InvalidRequest, MalformedEvent, NotReady, UnknownEventType, WrongLayer, WrongPipeline
 from eventing.wire.batch_codec import encode_batch
-from eventing.wire.cloud_event import event_of, make_event
+from eventing.wire.cloud_event import batch_data, batch_event, event_of, json_event, make_event
 from eventing.wire.control import (
     ReleaseReply,
     ReleaseRequest,
@@ -25,12 +27,13 @@ from eventing.wire.control import (
     WarmupReply,
     WarmupRequest,
 )
-from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType
+from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType, Row, Status
 from eventing.wire.framing import (
     JSON_CONTENT_TYPE,
     Buffer,
     ReplyTemplate,
     check_not_expired,
+    expiry_time,
     integer_attribute,
     read_batch,
     read_json,
@@ -38,9 +41,10 @@ from eventing.wire.framing import (
     required_attribute,
 )
 from eventing.wire.kv_query import KVQuery
+from eventing.wire.score import ScoreResponse, score_row
+from eventing.wire.signature import sign
 from functions.configuration.config import StageConfig
 from functions.observing.tracing import PASSING, Tracer, read_traceparent
-from functions.stage.serving.scoring import Scorer
 from storage.store.payload_store import PayloadStore
 
 if TYPE_CHECKING:
@@ -237,3 +241,78 @@ class EventHandlers:
         own = self._identity
         event = make_event(type_, own.source, b"", content_type, pipeline=own.pipeline, instance=own.instance, layer=next_layer)
         return ReplyTemplate(to_binary_http(event)[0])
+
+
+class Scorer:
+    """Scores a text in a single pass, for a Sequence of Eventing in which each reply is the next step's event.
+
+    The gateway makes a Batch of one row, each stage runs its layers over it, and the last stage answers with a ScoreResponse.
+    Stages keep nothing between events: each reserves and frees the row's memory within one event, under an id of its own, so
+    that repeated deliveries do not interfere. All events of a score have the id of the reply to the request. Data that is too
+    large for a channel goes by claim check.
+    """
+
+    def __init__(self, identity: StageIdentity, engines: EngineSource, claims: ClaimCheck, token: str) -> None:
+        self._identity = identity
+        self._engines = engines
+        self._claims = claims
+        self._token = token
+        self._source = f"{identity.source}/scores"
+
+    def answer(self, event: CloudEvent) -> CloudEvent:
+        """The next stage's event, or the response. Raises a Problem."""
+        self._identity.check_layer(integer_attribute(event.get_attributes(), Attribute.LAYER))
+        required_attribute(event.get_attributes(), Attribute.EXPIRY_TIME)  # what follows is signed, too
+        engine = self._engines.engine()
+        batch = _one_text(self._claims.redeem(event))
+        reply = self._run(engine, batch, event)
+        return self._claims.check_in(self._reply(event, batch, reply, engine.free_tokens), datetime.now(UTC))
+
+    def _run(self, engine: StageEngine, batch: Batch, event: CloudEvent) -> Batch:
+        """The engine's reply, whose only row is ok. Raises NotReady if a retry helps, else InvalidRequest."""
+        expiry = expiry_time(event.get_attributes())
+        own = score_row(secrets.token_hex(12), len(batch.token_ids))
+        try:
+            reply = engine.handle(
+                msgspec.structs.replace(batch, rows=(own,)),
+                source=self._source,
+                expires_at=None if expiry is None else expiry.timestamp(),
+            )
+        finally:
+            engine.release([ReleaseRow(own.id, own.attempt)], source=self._source)
+        _check_status(reply.rows[0])
+        return reply
+
+    def _reply(self, cause: CloudEvent, asked: Batch, reply: Batch, free_tokens: int) -> CloudEvent:
+        source, id_ = self._identity.source, cause.get_id()
+        attributes: dict[str, str | int | None] = {
+            Attribute.PIPELINE: self._identity.pipeline,
+            Attribute.INSTANCE: self._identity.instance,
+            Attribute.FREE_TOKENS: free_tokens,
+            **{name: cause.get_extension(name) for name in (Attribute.EXPIRY_TIME, Attribute.TRACEPARENT)},
+        }
+        if self._identity.is_last_stage:
+            return json_event(EventType.SCORE_RESPONSE, source, _response(asked, reply), id=id_, **attributes)
+        attributes[Attribute.LAYER] = self._identity.last
+        onward = msgspec.structs.replace(reply, rows=asked.rows)
+        return sign(batch_event(EventType.FORWARD, source, onward, id=id_, **attributes), self._token)
+
+
+def _one_text(event: CloudEvent) -> Batch:
+    batch = batch_data(event)
+    if len(batch.rows) != 1 or len(batch.token_ids) < 2:
+        raise MalformedEvent(f"{len(batch.rows)} rows with {len(batch.token_ids)} tokens; send one text at a time")
+    return batch
+
+
+def _check_status(row: Row) -> None:
+    if row.status is Status.INVALID:
+        raise InvalidRequest(row.reason or "the text cannot be scored")
+    if row.status is not Status.OK:
+        raise NotReady(f"the text was not scored now: {row.status}, {row.reason or 'no reason given'}")
+
+
+def _response(asked: Batch, reply: Batch) -> ScoreResponse:
+    result = reply.rows[0].result
+    logprobs = () if result is None else result.logprobs or ()
+    return ScoreResponse(tuple(asked.token_ids), logprobs, sum(logprobs))
