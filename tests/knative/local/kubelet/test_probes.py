@@ -1,6 +1,5 @@
 """How often a readiness probe runs, and which probes are refused."""
 
-import asyncio
 import time
 from pathlib import Path
 from typing import Any
@@ -12,31 +11,24 @@ from knative.local.kubelet.probes import Probe, liveness_probe, readiness_probe
 from tests.support.knative.platform import client, echo_service, fetch, running_platform
 
 
-def ready_after(folder: Path, failing_probes: int, **probe: Any) -> float:
-    """Seconds from the first request, which starts a pod, to its answer."""
-
-    async def scenario() -> float:
-        container = {"readinessProbe": {"httpGet": {"path": "/readyz"}, **probe}}
-        manifest = echo_service(environment={"FAILING_PROBES": str(failing_probes)}, container=container)
-        async with running_platform(folder, manifest) as platform, client() as session:
-            began = time.monotonic()
-            assert (await fetch(session, platform.url("echo") + "/pid"))[0] == 200
-            return time.monotonic() - began
-
-    return asyncio.run(scenario())
-
-
-def test_a_probe_without_a_period_runs_every_50_ms(tmp_path: Path) -> None:
-    assert 30 * 0.05 <= ready_after(tmp_path, 30) < 15
-
-
-def test_a_probe_with_a_period_runs_once_a_period(tmp_path: Path) -> None:
-    """At least three: the first one comes before the process listens."""
-    assert ready_after(tmp_path, 2, periodSeconds=1) >= 2
-
-
-def test_the_success_threshold_counts_probes_that_passed_in_a_row(tmp_path: Path) -> None:
-    assert ready_after(tmp_path, 0, periodSeconds=1, successThreshold=3) >= 2
+@pytest.mark.parametrize(
+    ("failing_probes", "probe", "at_least"),
+    [
+        pytest.param(30, {}, 30 * 0.05, id="without a period every 50 ms"),
+        pytest.param(2, {"periodSeconds": 1}, 2, id="with a period once a period"),
+        pytest.param(0, {"periodSeconds": 1, "successThreshold": 3}, 2, id="as often in a row as the success threshold"),
+    ],
+)
+async def test_a_readiness_probe_is_repeated(
+    tmp_path: Path, failing_probes: int, probe: dict[str, Any], at_least: float
+) -> None:
+    """at_least: seconds from the first request, which starts a pod, to its answer."""
+    container = {"readinessProbe": {"httpGet": {"path": "/readyz"}, **probe}}
+    manifest = echo_service(environment={"FAILING_PROBES": str(failing_probes)}, container=container)
+    async with running_platform(tmp_path, manifest) as platform, client() as session:
+        began = time.monotonic()
+        assert (await fetch(session, platform.url("echo") + "/pid"))[0] == 200
+        assert at_least <= time.monotonic() - began < 15
 
 
 def test_a_container_without_a_probe_is_probed_by_connection_every_50_ms() -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -44,46 +44,32 @@ async def sent(relay: Relay, data: bytes) -> tuple[bytes, float]:
     return answer, seconds
 
 
-def run(network: EmulatedNetwork, action: Callable[[Relay], Awaitable[None]]) -> None:
-    async def whole() -> None:
-        async with relayed(network) as relay:
-            await action(relay)
-
-    asyncio.run(whole())
-
-
-def test_every_byte_is_delayed_each_way() -> None:
-    async def check(relay: Relay) -> None:
+async def test_every_byte_is_delayed_each_way() -> None:
+    async with relayed(EmulatedNetwork(delay_seconds=DELAY)) as relay:
         for size in (1, 3_000_000):
             data = bytes(range(256)) * (size // 256) + b"x"
             answer, seconds = await sent(relay, data)
             assert answer == data
             assert 2 * DELAY <= seconds < 2 * DELAY + 1.0
 
-    run(EmulatedNetwork(delay_seconds=DELAY), check)
 
-
-def test_the_link_limits_bytes_per_second_each_way() -> None:
-    async def check(relay: Relay) -> None:
+async def test_the_link_limits_bytes_per_second_each_way() -> None:
+    async with relayed(EmulatedNetwork(bytes_per_second=5e6)) as relay:
         data = b"x" * 2_000_000
         answer, seconds = await sent(relay, data)
         assert answer == data
         assert 0.4 <= seconds < 1.2, "both directions at the same time, as chunks come"
 
-    run(EmulatedNetwork(bytes_per_second=5e6), check)
 
-
-def test_connections_of_a_pod_share_its_link() -> None:
-    async def check(relay: Relay) -> None:
+async def test_connections_of_a_pod_share_its_link() -> None:
+    async with relayed(EmulatedNetwork(bytes_per_second=5e6)) as relay:
         began = time.perf_counter()
         await asyncio.gather(*(sent(relay, b"x" * 500_000) for _ in range(4)))
         assert 0.4 <= time.perf_counter() - began < 1.2
 
-    run(EmulatedNetwork(bytes_per_second=5e6), check)
 
-
-def test_a_broken_connection_breaks_on_the_other_side() -> None:
-    async def check(relay: Relay) -> None:
+async def test_a_broken_connection_breaks_on_the_other_side() -> None:
+    async with relayed(EmulatedNetwork(delay_seconds=0.01)) as relay:
         reader, writer = await asyncio.open_connection("127.0.0.1", relay.port)
         writer.write(b"x")
         assert await reader.read(1) == b"x"
@@ -91,5 +77,3 @@ def test_a_broken_connection_breaks_on_the_other_side() -> None:
         with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
             await reader.readexactly(1)
         writer.close()
-
-    run(EmulatedNetwork(delay_seconds=0.01), check)
