@@ -1,21 +1,20 @@
 """Cold starts on the local platform: the first token of a pipeline, or a monolith, that has no running pod."""
 
 import contextlib
-import json
-import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import aiohttp
 
+from bench.network import relayed
 from knative.commands.ask import Question, stream_answer
 from knative.commands.local_pipeline import local_pipeline
 from knative.local.platform import Platform, PlatformOptions
+from knative.local.proxies.network import EmulatedNetwork
 from knative.render.services import services
 from storage.loading.weight_loader import stage_objects
 from storage.models.model_repository import ModelManifest
@@ -147,18 +146,10 @@ def _monolith(store: ObjectStore, endpoint: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _endpoints(store: ObjectStore, bytes_per_second: float | None, count: int) -> Iterator[list[str]]:
-    """URLs of the store, one for each pod; with a limit each has a proxy of its own."""
+    """URLs of the store, one for each pod; with a limit each has a link of its own."""
+    urls = [store.settings.endpoint_url] * count
     if bytes_per_second is None:
-        yield [store.settings.endpoint_url] * count
+        yield urls
         return
-    upstream = urlsplit(store.settings.endpoint_url).netloc
-    command = [sys.executable, "-m", "bench.coldstart.throttle", "--upstream", upstream]
-    command += ["--bytes-per-second", str(bytes_per_second), "--count", str(count)]
-    # A session of its own: Linux shares processors out by sessions, and the stand-in for a network must not share one.
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as proxies:
-        assert proxies.stdin is not None
-        assert proxies.stdout is not None
-        try:
-            yield [f"http://127.0.0.1:{port}" for port in json.loads(proxies.stdout.readline())]
-        finally:
-            proxies.stdin.close()
+    with relayed(urls, EmulatedNetwork(bytes_per_second=bytes_per_second)) as limited:
+        yield limited

@@ -20,11 +20,12 @@ from typing import Final
 import click
 import yaml
 
+from bench.network import relayed
 from bench.pipeline import RunningPipeline, cpu_seconds, gateway_beside, running_pipeline
 from bench.report import STATE, command_line, machine, output_option, write_section
 from bench.speculation.answers import Answered, ask
-from bench.speculation.delay import delayed
 from bench.speculation.report import Pair, Setting, markdown, verdicts
+from knative.local.proxies.network import EmulatedNetwork
 
 _STATE: Final = STATE / "bench-speculation"
 _PROMPTS: Final = Path(__file__).with_name("prompts.yaml")
@@ -92,7 +93,7 @@ def _gateways(stack: ExitStack, pipeline: RunningPipeline, delay_seconds: float)
     """The gateway with draft tokens, and the one without."""
     stages = [stage.function for stage in pipeline.stages]
     if delay_seconds:
-        stages = stack.enter_context(delayed(stages, delay_seconds))
+        stages = stack.enter_context(relayed(stages, EmulatedNetwork(delay_seconds)))
     logs = _STATE / pipeline.dtype
 
     def gateway(name: str, environ: dict[str, str]) -> Gateway:

@@ -1,8 +1,5 @@
-"""The report of the speculation benchmark, and its emulated network."""
+"""The report of the speculation benchmark."""
 
-import socket
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +8,6 @@ import yaml
 
 from bench.speculation import report
 from bench.speculation.answers import Answered
-from bench.speculation.delay import delayed
 from bench.speculation.report import Pair, Setting, markdown, wanted
 
 
@@ -42,38 +38,3 @@ def test_targets_depend_on_the_questions_and_the_network() -> None:
 def test_there_are_twenty_questions_of_each_kind() -> None:
     sets = yaml.safe_load(Path(report.__file__).with_name("prompts.yaml").read_text(encoding="utf-8"))
     assert {name: len(set(questions)) for name, questions in sets.items()} == {"quoting": 20, "free": 20}
-
-
-def test_both_directions_are_delayed_and_bytes_arrive_in_order() -> None:
-    sent = bytes(range(256)) * 4096
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def echo() -> None:
-            connection, _ = listener.accept()
-            with connection:
-                while data := connection.recv(2**16):
-                    connection.sendall(data)
-
-        thread = threading.Thread(target=echo)
-        thread.start()
-        with delayed([f"http://127.0.0.1:{listener.getsockname()[1]}"], 0.05) as (url,):
-            with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=30) as client:
-                began = time.perf_counter()
-                threading.Thread(target=lambda: (client.sendall(sent), client.shutdown(socket.SHUT_WR))).start()
-                got = b"".join(iter(lambda: client.recv(2**16), b""))
-                seconds = time.perf_counter() - began
-            thread.join(30)
-    assert got == sent
-    assert seconds >= 0.1
-
-
-def test_a_network_ends_without_log_lines_while_bytes_are_under_way(caplog: pytest.LogCaptureFixture) -> None:
-    """asyncio would log the exception of a cancelled connection."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        with delayed([f"http://127.0.0.1:{listener.getsockname()[1]}"], 60.0) as (url,):
-            client = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=30)
-            client.sendall(b"never to arrive")
-            upstream, _ = listener.accept()
-        upstream.close()
-        client.close()
-    assert not caplog.records
