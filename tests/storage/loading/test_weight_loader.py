@@ -4,7 +4,6 @@ import ctypes
 import threading
 import time
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -20,20 +19,13 @@ from storage.loading.weight_cache import WeightCache
 from storage.loading.weight_loader import LoadedObject, LoadProgress, iterate_layers, load_layers, stage_objects
 from storage.models.model_repository import PART_BYTES, ModelManifest, StoredObject
 from storage.models.publisher import publish
-from storage.store.embedded import EmbeddedStore
 from storage.store.object_reader import ObjectReader
 from storage.store.object_store import ObjectStore
 from storage.store.settings import StoreSettings
 from tests.support.storage import tiny_models
-from tests.support.storage.storage import Fault, FaultProxy, fault_proxy
+from tests.support.storage.storage import Fault, FaultProxy
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
-
-
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreSettings]:
-    with EmbeddedStore(tmp_path_factory.mktemp("store")) as store:
-        yield store.settings
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +46,6 @@ def tied(tmp_path_factory: pytest.TempPathFactory, settings: StoreSettings) -> M
     folder = tmp_path_factory.mktemp("tied")
     tiny_models.whole_model("llama_tied").save_pretrained(folder)
     return publish(folder, ObjectStore(settings), "tied", "float32")
-
-
-@pytest.fixture
-def proxy(settings: StoreSettings) -> Iterator[FaultProxy]:
-    with fault_proxy(settings) as proxy:
-        yield proxy
 
 
 def assert_loads(settings: StoreSettings, manifest: ModelManifest, checkpoint: Path, cache: WeightCache | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Publishing Hugging Face folders: every family's tensors come back, runs resume, a second one uploads nothing."""
+"""Publishing Hugging Face folders: all families, conversions, resumed and repeated runs, and damaged checkpoints."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,27 +32,11 @@ from storage.store.object_store import ObjectStore
 from storage.store.settings import StoreSettings
 from tests.support.paths import ROOT
 from tests.support.storage import tiny_models
-from tests.support.storage.storage import FaultProxy, fault_proxy
+from tests.support.storage.storage import FaultProxy
 
 O_PROJ, GATE = "model.layers.3.self_attn.o_proj.weight", "model.layers.2.mlp.gate_proj.weight"
+Damage = Callable[[Path], object]
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8}
-
-
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreSettings]:
-    with EmbeddedStore(tmp_path_factory.mktemp("store")) as store:
-        yield store.settings
-
-
-@pytest.fixture(scope="module")
-def store(settings: StoreSettings) -> ObjectStore:
-    return ObjectStore(settings)
-
-
-@pytest.fixture
-def proxy(settings: StoreSettings) -> Iterator[FaultProxy]:
-    with fault_proxy(settings) as proxy:
-        yield proxy
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +79,7 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 
 
 @pytest.mark.parametrize("family", tiny_models.ALL)
-def test_every_family_comes_back(family: str, settings: StoreSettings, store: ObjectStore, tmp_path: Path) -> None:
+def test_every_family_is_published_unchanged(family: str, settings: StoreSettings, store: ObjectStore, tmp_path: Path) -> None:
     model = tiny_models.whole_model(family)
     save(model, tmp_path)
     manifest = publish(tmp_path, store, family, "float32")
@@ -156,7 +140,7 @@ def test_a_second_run_uploads_nothing(llama: Path, proxy: FaultProxy) -> None:
     assert [method for method, _ in proxy.requests] == ["GET"]
 
 
-def test_the_digest_is_the_contents(llama: Path, copied: Path, store: ObjectStore, tmp_path: Path) -> None:
+def test_the_digest_depends_on_contents_only(llama: Path, copied: Path, store: ObjectStore, tmp_path: Path) -> None:
     first = publish(llama, store, "original", "float32")
     with EmbeddedStore(tmp_path / "elsewhere") as other:
         again = publish(copied, ObjectStore(other.settings), "copy", "float32")
@@ -173,7 +157,7 @@ def test_a_changed_checkpoint_replaces_the_old_one(copied: Path, settings: Store
     assert_equal(loaded(settings, read_manifest(store, "changing", "float32")), checkpoint_of(copied))
 
 
-def test_an_interrupted_run_is_invisible_and_goes_on(llama: Path, settings: StoreSettings, proxy: FaultProxy) -> None:
+def test_an_interrupted_run_is_invisible_and_resumes(llama: Path, settings: StoreSettings, proxy: FaultProxy) -> None:
     store = ObjectStore(proxy.settings)
     with pytest.raises(Stopped):
         publish(llama, store, "interrupted", "float32", progress=stop_at("layer-00003"))
@@ -204,24 +188,18 @@ def test_a_store_that_fails_leaves_the_old_model(llama: Path, copied: Path, prox
     assert read_manifest(store, "kept", "float32") == first
 
 
-def test_a_tied_checkpoint_may_carry_its_head(store: ObjectStore, settings: StoreSettings, tmp_path: Path) -> None:
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_tied_checkpoint_with_a_head_is_untied_if_the_head_differs(
+    equal: bool, store: ObjectStore, settings: StoreSettings, tmp_path: Path
+) -> None:
     save(tiny_models.whole_model("llama_tied"), tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors")
-    manifest = publish(tmp_path, store, "tied", "float32")
-    assert manifest.tied
-    assert_equal(loaded(settings, manifest), tensors)
-
-
-def test_a_head_of_its_own_is_believed(store: ObjectStore, settings: StoreSettings, tmp_path: Path) -> None:
-    save(tiny_models.whole_model("llama_tied"), tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
-    save_file(tensors, tmp_path / "model.safetensors")
-    manifest = publish(tmp_path, store, "untied", "float32")
-    assert not manifest.tied
-    assert json.loads(read_file(store, manifest, "config.json"))["tie_word_embeddings"] is False
-    assert_equal(loaded(settings, manifest), tensors)
+    found = load_file(tmp_path / "model.safetensors")
+    head = {"lm_head.weight": found["model.embed_tokens.weight"] + (0 if equal else 1)}
+    save_file(found | head, tmp_path / "model.safetensors")
+    manifest = publish(tmp_path, store, f"tied-{equal}", "float32")
+    assert manifest.tied is equal
+    assert json.loads(read_file(store, manifest, "config.json"))["tie_word_embeddings"] is equal
+    assert_equal(loaded(settings, manifest), found if equal else found | head)
 
 
 def test_a_chat_template_in_the_tokenizer_s_configuration_is_found(copied: Path, store: ObjectStore) -> None:
@@ -232,7 +210,7 @@ def test_a_chat_template_in_the_tokenizer_s_configuration_is_found(copied: Path,
 
 
 def with_one_bit_more(folder: Path) -> None:
-    """Another checkpoint of the same sizes and times of change, as a copy that keeps both has it."""
+    """Changes the contents, but neither sizes nor times of change."""
     for shard in folder.glob("*.safetensors"):
         times = shard.stat()
         tensors = {name: tensor + 1 for name, tensor in load_file(shard).items()}
@@ -241,7 +219,9 @@ def with_one_bit_more(folder: Path) -> None:
         os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-def test_equal_sizes_and_times_are_no_equal_checkpoints(copied: Path, settings: StoreSettings, store: ObjectStore) -> None:
+def test_checkpoints_with_equal_sizes_and_times_are_told_apart(
+    copied: Path, settings: StoreSettings, store: ObjectStore
+) -> None:
     first = publish(copied, store, "same-times", "float32")
     with_one_bit_more(copied)
     second = publish(copied, store, "same-times", "float32")
@@ -249,7 +229,7 @@ def test_equal_sizes_and_times_are_no_equal_checkpoints(copied: Path, settings: 
     assert_equal(loaded(settings, second), checkpoint_of(copied))
 
 
-def test_a_damaged_object_is_mended_by_publishing_afresh(llama: Path, settings: StoreSettings, store: ObjectStore) -> None:
+def test_publishing_afresh_repairs_a_damaged_object(llama: Path, settings: StoreSettings, store: ObjectStore) -> None:
     first = publish(llama, store, "mended", "float32")
     key = first.objects["layer-00002"].key
     store.put(key, bytes(first.objects["layer-00002"].bytes))
@@ -261,7 +241,7 @@ def test_a_damaged_object_is_mended_by_publishing_afresh(llama: Path, settings: 
 
 
 class Stopped(Exception):
-    """Stands for anything that ends a publisher."""
+    """Any error that ends a publisher."""
 
 
 def stop_at(name: str) -> Callable[[PublishProgress], None]:
@@ -280,10 +260,10 @@ def test_a_resume_never_mixes_two_checkpoints(copied: Path, settings: StoreSetti
     assert_equal(loaded(settings, manifest), checkpoint_of(copied))
 
 
-def test_a_resume_verifies_what_it_leaves_out(
+def test_a_resume_verifies_the_objects_that_it_skips(
     copied: Path, settings: StoreSettings, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even where two checkpoints were to have one fingerprint, or a newer publisher converts otherwise."""
+    """Even if two checkpoints had one fingerprint, or a newer publisher converted differently."""
     monkeypatch.setattr("storage.models.publisher.checkpoint_fingerprint", lambda path: "the same for all")
     with pytest.raises(Stopped):
         publish(copied, store, "verified", "int8", progress=stop_at("layer-00003"))
@@ -309,23 +289,25 @@ def test_a_checkpoint_that_changes_while_it_is_published_is_refused(copied: Path
         read_manifest(store, "moving", "float32")
 
 
-def truncate(folder: Path) -> None:
-    shard = sorted(folder.glob("*.safetensors"))[1]
-    shard.write_bytes(shard.read_bytes()[:-1])
+def cut_a_shard(keep: slice) -> Damage:
+    def damage(folder: Path) -> None:
+        shard = sorted(folder.glob("*.safetensors"))[1]
+        shard.write_bytes(shard.read_bytes()[keep])
+
+    return damage
 
 
-def cut_the_header(folder: Path) -> None:
-    shard = sorted(folder.glob("*.safetensors"))[1]
-    shard.write_bytes(shard.read_bytes()[:40])
+def tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Damage:
+    return lambda folder: replace_tensors(folder, change(checkpoint_of(folder)))
 
 
-def drop_a_shard(folder: Path) -> None:
-    sorted(folder.glob("*.safetensors"))[1].unlink()
+def tensor(name: str, shape: tuple[int, ...]) -> Damage:
+    """The tensor in another shape, or one more."""
+    return tensors(lambda found: found | {name: torch.ones(shape)})
 
 
-def drop_a_layer(folder: Path) -> None:
-    tensors = {name: tensor for name, tensor in checkpoint_of(folder).items() if ".layers.4." not in name}
-    replace_tensors(folder, tensors)
+def without(part: str) -> Damage:
+    return tensors(lambda found: {name: tensor for name, tensor in found.items() if part not in name})
 
 
 def replace_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -340,7 +322,7 @@ def pickle_only(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
 
 
-def config(**changes: object) -> object:
+def config(**changes: object) -> Damage:
     def change(folder: Path) -> None:
         path = folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -348,47 +330,24 @@ def config(**changes: object) -> object:
     return change
 
 
-def integers(folder: Path) -> None:
-    tensors = checkpoint_of(folder)
-    replace_tensors(folder, tensors | {"model.norm.weight": tensors["model.norm.weight"].to(torch.int32)})
-
-
-def tensor(name: str, shape: tuple[int, ...]) -> object:
-    """The tensor in another shape, or one more."""
-
-    def change(folder: Path) -> None:
-        replace_tensors(folder, checkpoint_of(folder) | {name: torch.ones(shape)})
-
-    return change
-
-
-def without(name: str) -> object:
-    def change(folder: Path) -> None:
-        tensors = checkpoint_of(folder)
-        del tensors[name]
-        replace_tensors(folder, tensors)
-
-    return change
-
-
-def vision(folder: Path) -> None:
-    replace_tensors(folder, checkpoint_of(folder) | {"vision_tower.patch.weight": torch.zeros(2)})
-
-
 @pytest.mark.parametrize(
     ("damage", "error", "words"),
     [
-        (truncate, CheckpointInvalid, "model-00002.* is truncated"),
-        (cut_the_header, CheckpointInvalid, "only its beginning: 40 bytes"),
-        (drop_a_shard, CheckpointInvalid, "lacks the shard 'model-00002"),
-        (drop_a_layer, CheckpointInvalid, "no tensor of the checkpoint is for layer-00004; config.json says 6 layers"),
+        (cut_a_shard(slice(-1)), CheckpointInvalid, "model-00002.* is truncated"),
+        (cut_a_shard(slice(40)), CheckpointInvalid, "only its beginning: 40 bytes"),
+        (lambda folder: sorted(folder.glob("*.safetensors"))[1].unlink(), CheckpointInvalid, "lacks the shard 'model-00002"),
+        (without(".layers.4."), CheckpointInvalid, "no tensor of the checkpoint is for layer-00004; config.json says 6 layers"),
         (pickle_only, CheckpointInvalid, "pytorch_model.bin, a pickle"),
         (config(num_hidden_layers=5), CheckpointInvalid, r"'model.layers.5..*', but config.json says 5 layers"),
         (config(model_type="mystery"), ArchitectureUnsupported, "model_type 'mystery'"),
         (config(num_attention_heads="four"), CheckpointInvalid, "num_attention_heads"),
         (config(model_type="t5"), ArchitectureUnsupported, "'t5' is no decoder-only"),
         (config(quantization_config={"quant_method": "gptq"}), CheckpointInvalid, "quantized with gptq"),
-        (integers, CheckpointInvalid, "'model.norm.weight' is I32"),
+        (
+            tensors(lambda found: found | {"model.norm.weight": found["model.norm.weight"].int()}),
+            CheckpointInvalid,
+            "'model.norm.weight' is I32",
+        ),
         (tensor(O_PROJ, (40, 32)), CheckpointInvalid, rf"'{O_PROJ}' is \[40, 32\] and config.json makes it \[32, 32\]"),
         (tensor(GATE, (64, 48)), CheckpointInvalid, rf"'{GATE}' is \[64, 48\] and config.json makes it \[64, 32\]"),
         (tensor("lm_head.weight", (64, 32)), CheckpointInvalid, r"is \[64, 32\] and config.json makes it \[128, 32\]"),
@@ -397,15 +356,15 @@ def vision(folder: Path) -> None:
         (without(GATE), CheckpointInvalid, f"lacks '{GATE}', which its config.json asks for"),
         (config(hidden_size=64), CheckpointInvalid, r"is \[128, 32\] and config.json makes it \[128, 64\]"),
         (config(num_hidden_layers=10**12), CheckpointInvalid, r"1000000000000 layers, and the checkpoint has \d+ tensors"),
-        (vision, ArchitectureUnsupported, "'vision_tower.patch.weight'"),
+        (tensor("vision_tower.patch.weight", (2,)), ArchitectureUnsupported, "'vision_tower.patch.weight'"),
         (lambda folder: (folder / "config.json").unlink(), CheckpointInvalid, "has no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), CheckpointInvalid, "not the JSON"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_nothing_is_visible(
-    damage: object, error: type[StorageError], words: str, copied: Path, store: ObjectStore
+    damage: Damage, error: type[StorageError], words: str, copied: Path, store: ObjectStore
 ) -> None:
-    damage(copied)  # type: ignore[operator]
+    damage(copied)
     with pytest.raises(error, match=words):
         publish(copied, store, "damaged", "float32")
     with pytest.raises(ModelNotPublished):
@@ -414,9 +373,7 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_visible(
 
 
 def test_values_beyond_float16_are_refused(copied: Path, store: ObjectStore) -> None:
-    tensors = checkpoint_of(copied)
-    tensors["model.norm.weight"][0] = 1e6
-    replace_tensors(copied, tensors)
+    tensors(lambda found: found | {"model.norm.weight": found["model.norm.weight"] + 1e6})(copied)
     with pytest.raises(CheckpointInvalid, match=r"'model\.norm\.weight' has values beyond float16"):
         publish(copied, store, "beyond", "float16")
 
@@ -433,7 +390,7 @@ def test_shapes_of_other_families_are_those_of_transformers(family: str, store: 
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma", "mixtral", "olmo2"])
-def test_int8_is_refused_where_no_stage_would_run_it(family: str, store: ObjectStore, tmp_path: Path) -> None:
+def test_int8_is_refused_for_families_that_no_stage_runs_in_it(family: str, store: ObjectStore, tmp_path: Path) -> None:
     save(tiny_models.whole_model(family), tmp_path)
     with pytest.raises(
         ArchitectureUnsupported, match=f"no stage would run it in int8: model_type '{family}' is not one of llama"
@@ -450,10 +407,10 @@ def test_int8_is_refused_where_no_stage_would_run_it(family: str, store: ObjectS
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rotation"),
     ],
 )
-def test_int8_is_refused_for_a_llama_that_no_stage_would_run_in_it(
+def test_int8_is_refused_for_a_config_that_no_stage_runs_in_it(
     changes: dict[str, object], words: str, copied: Path, store: ObjectStore
 ) -> None:
-    config(**changes)(copied)  # type: ignore[operator]
+    config(**changes)(copied)
     with pytest.raises(ArchitectureUnsupported, match=words):
         publish(copied, store, "odd", "int8")
     assert list(store.list("models/odd/int8/")) == []
@@ -470,7 +427,7 @@ def test_files_of_other_formats_are_refused(content: bytes, words: str, store: O
         publish(path, store, "format", "float32")
 
 
-def test_a_source_that_is_nowhere_is_refused(store: ObjectStore) -> None:
+def test_a_missing_source_is_refused(store: ObjectStore) -> None:
     with pytest.raises(CheckpointInvalid, match="neither a folder, nor a file, nor a hub id"):
         publish("no such folder", store, "nowhere", "float32")
 

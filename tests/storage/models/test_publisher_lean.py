@@ -1,13 +1,11 @@
 """Publishing where torch and transformers are not installed: the same publication, and words where they are needed."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from storage.models.model_repository import read_manifest
 from storage.models.publisher import publish
-from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
 from tests.support.house.without import HEAVY, run_without
 from tests.support.storage import tiny_models
@@ -22,12 +20,6 @@ source, name, dtype, endpoint, key, secret = sys.argv[1:]
 settings = StoreSettings(endpoint_url=endpoint, bucket="lamina", access_key_id=key, secret_access_key=secret)
 print(publish(source, ObjectStore(settings), name, dtype).digest)
 """
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    with EmbeddedStore(tmp_path_factory.mktemp("store")) as embedded:
-        yield ObjectStore(embedded.settings)
 
 
 @pytest.fixture(scope="module")

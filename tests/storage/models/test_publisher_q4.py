@@ -1,7 +1,6 @@
 """Publishing in four bits: a GGUF's own are stored as they are, others by least squares, and what cannot be is refused."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +19,6 @@ from storage.models.checks import is_layer_matrix
 from storage.models.model_repository import ModelManifest
 from storage.models.publisher import publish
 from storage.models.q4 import dequantize
-from storage.store.embedded import EmbeddedStore
 from storage.store.object_reader import ObjectReader
 from storage.store.object_store import ObjectStore
 from tests.storage.checkpoints.test_gguf_families import write_gguf
@@ -30,12 +28,6 @@ from tests.support.storage.storage import default_model_gguf
 Array = np.ndarray[Any, Any]
 NUMPY: Final = {"F32": np.float32, "I8": np.int8, "U8": np.uint8}
 OUTER: Final = ("model.embed_tokens.weight", "lm_head.weight")
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    with EmbeddedStore(tmp_path_factory.mktemp("store")) as embedded:
-        yield ObjectStore(embedded.settings)
 
 
 def stored(store: ObjectStore, manifest: ModelManifest) -> dict[str, RawTensor]:

@@ -29,7 +29,7 @@ from storage.store.object_reader import ObjectReader
 from storage.store.object_store import ObjectStore
 from storage.store.settings import StoreSettings
 from storage.store.signing import object_path, signed_headers
-from tests.support.storage.storage import Fault, FaultProxy, answering_every_get_with, fault_proxy
+from tests.support.storage.storage import Fault, FaultProxy, answering_every_get_with
 
 CONTENT = bytes(range(251)) * 20_000
 
@@ -39,12 +39,6 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreSettings
     with EmbeddedStore(tmp_path_factory.mktemp("store")) as store:
         ObjectStore(store.settings).put("content", CONTENT)
         yield store.settings
-
-
-@pytest.fixture
-def proxy(settings: StoreSettings) -> Iterator[FaultProxy]:
-    with fault_proxy(settings) as proxy:
-        yield proxy
 
 
 def read(settings: StoreSettings, start: int, length: int, **options: Any) -> bytes:

@@ -1,27 +1,15 @@
 """The object store against a real S3 server: what it keeps, and what it says when something is wrong."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from storage.errors import AccessDenied, BucketNotFound, ObjectNotFound, StorageError, StoreUnreachable
-from storage.store.embedded import EmbeddedStore
 from storage.store.object_reader import ObjectReader
 from storage.store.object_store import ObjectStore
 from storage.store.settings import StoreSettings
-
-
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreSettings]:
-    with EmbeddedStore(tmp_path_factory.mktemp("store")) as store:
-        yield store.settings
-
-
-@pytest.fixture(scope="module")
-def store(settings: StoreSettings) -> ObjectStore:
-    return ObjectStore(settings)
 
 
 def test_objects_come_back_as_they_were_put(store: ObjectStore) -> None:

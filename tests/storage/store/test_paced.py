@@ -17,11 +17,9 @@ from tests.support.storage.dripping_store import Drips, dripping_store
 NOWHERE = StoreSettings(
     endpoint_url="http://127.0.0.1:9", bucket="lamina", access_key_id="key", secret_access_key="secret", region="us-east-1"
 )
-STALL_SECONDS = 0.3
-"""Six times as long as a byte takes: never without one for so long."""
+STALL_SECONDS = 0.3  # six times as long as a byte takes: never without one for so long
 LENGTH = 2**24
-AT_MOST_SECONDS = 40.0
-"""Attempts, pauses between them, and a busy machine. By bytes it would be a week."""
+AT_MOST_SECONDS = 40.0  # attempts, pauses between them, and a busy machine. By bytes it would be a week
 
 
 @pytest.mark.parametrize("drips", ["head", "body"])

@@ -1,6 +1,5 @@
 """What pods write payloads with, against a real S3 server: written and read again, overwritten, and every refusal named."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -8,18 +7,11 @@ from typing import Any
 import pytest
 
 from storage.errors import AccessDenied, BucketNotFound, ObjectNotFound, StorageError, StoreUnreachable, UnexpectedAnswer
-from storage.store.embedded import EmbeddedStore
 from storage.store.payload_store import PayloadStore
 from storage.store.settings import StoreSettings
 from tests.support.storage.storage import fault_proxy
 
 KEY = "claims/20261124T13Z/payload"
-
-
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreSettings]:
-    with EmbeddedStore(tmp_path_factory.mktemp("store")) as server:
-        yield server.settings
 
 
 @pytest.mark.parametrize("size", [0, 1, 3 * 2**20])

@@ -9,8 +9,7 @@ from typing import Literal
 
 from storage.store.settings import StoreSettings
 
-DRIP_SECONDS = 0.05
-"""Between two bytes."""
+DRIP_SECONDS = 0.05  # between two bytes
 _RECEIVE_BYTES = 4096
 
 Drips = Literal["request", "head", "body"]

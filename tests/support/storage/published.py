@@ -22,10 +22,8 @@ from storage.store.settings import StoreSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SPECIAL: Final = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
-"""Ids 0 to 4; the 256 byte tokens follow."""
-END_IDS: Final = (2, 4)
-"""Either of them ends an answer."""
+SPECIAL: Final = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")  # ids 0 to 4; the 256 byte tokens follow
+END_IDS: Final = (2, 4)  # either of them ends an answer
 VOCAB_SIZE: Final = len(SPECIAL) + 256 + 3
 CUT: Final = ((0, 2), (2, 4), (4, 6))
 _CONFIG: Final[dict[str, Any]] = {

@@ -28,16 +28,11 @@ class Fault:
 
     path: str = ""
     times: int = 1
-    status: int = 0
-    """Answered instead of asking the store."""
-    end_after: int | None = None
-    """Body bytes after which the connection is closed in good order, too early."""
-    reset_after: int | None = None
-    """Body bytes after which the connection is reset; what was on its way is lost."""
-    stall_after: int | None = None
-    """Body bytes after which nothing more comes."""
-    flip_byte: int | None = None
-    """Offset in the body of a byte that arrives altered."""
+    status: int = 0  # answered instead of asking the store
+    end_after: int | None = None  # body bytes after which the connection is closed in good order, too early
+    reset_after: int | None = None  # body bytes after which the connection is reset; what was on its way is lost
+    stall_after: int | None = None  # body bytes after which nothing more comes
+    flip_byte: int | None = None  # offset in the body of a byte that arrives altered
 
 
 @dataclass
@@ -46,8 +41,7 @@ class FaultProxy:
 
     upstream: StoreSettings
     faults: list[Fault] = field(default_factory=list)
-    requests: list[tuple[str, str]] = field(default_factory=list)
-    """Method and path of everything that was asked."""
+    requests: list[tuple[str, str]] = field(default_factory=list)  # method and path of everything that was asked
     connections: int = 0
     sent_bytes: int = 0  # of bodies
     on_request: Callable[[str, str], None] = lambda method, path: None

@@ -201,10 +201,8 @@ _OTHERS: Final[dict[str, dict[str, Any]]] = {
     ),
 }
 
-LLAMA_SHAPED: Final = tuple(_LLAMA_SHAPED)
-"""Names of the tiny models that the lean group must run."""
-ALL: Final = (*_LLAMA_SHAPED, *_OTHERS)
-"""Names of all tiny models; several may be of one family."""
+LLAMA_SHAPED: Final = tuple(_LLAMA_SHAPED)  # names of the tiny models that the lean group must run
+ALL: Final = (*_LLAMA_SHAPED, *_OTHERS)  # names of all tiny models; several may be of one family
 
 
 def tiny_config(name: str, **changes: Any) -> dict[str, Any]:
