@@ -92,6 +92,8 @@ class Engine:
         self.rate = rate or ComputeRate()
         self._sequences = SequenceTable(group.kv, idle_sequence_seconds, clock)
         self._cache = self._sequences.cache
+        self.has_prefix_cache = self._cache.ranges is not None  # sequences find what ended sequences held
+        self.runs_by = group.runs_by
         self._cache.on_found = lambda tokens: on_reuse(self.rate.reuse(MEMORY, tokens))
         if on_evicted is not None:
             self._cache.on_evicted = on_evicted
@@ -116,11 +118,6 @@ class Engine:
         return self._group.kv.resident_bytes
 
     @property
-    def has_prefix_cache(self) -> bool:
-        """Sequences find what ended sequences held."""
-        return self._cache.ranges is not None
-
-    @property
     def cached_tokens(self) -> int:
         """KV tokens of ended sequences."""
         return self._cache.cached_tokens
@@ -129,11 +126,6 @@ class Engine:
     def sequences(self) -> int:
         """Number of sequences that have KV reserved."""
         return len(self._sequences)
-
-    @property
-    def runs_by(self) -> str:
-        """What computes the layers; see `LayerGroup`."""
-        return self._group.runs_by
 
     def start(self) -> None:
         self._thread.start()

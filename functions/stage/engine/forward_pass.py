@@ -2,7 +2,7 @@
 
 import math
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Final
@@ -17,7 +17,7 @@ from functions.stage.engine.event_queue import ForwardEvent
 from functions.stage.engine.row_checks import invalid_rows
 from functions.stage.engine.sampler import GREEDY, TopLogprobs, draw, log_probabilities
 from functions.stage.engine.sequences import Refusal, SequenceState, SequenceTable
-from functions.stage.engine.wire_tensors import hidden_array, token_array, wire_tensor
+from functions.stage.engine.wire_tensors import hidden_array, wire_tensor
 from functions.stage.models.floats import DTYPES, Array, all_finite, finite_rows
 from functions.stage.models.layer_group import LayerGroup, Segment
 
@@ -103,7 +103,7 @@ class ForwardPass:
         batch = event.batch
         hidden = None if batch.hidden is None else hidden_array(batch.hidden, self._group.hidden_dtype)
         invalid = invalid_rows(batch, hidden, self._group)
-        inputs = token_array(batch.token_ids) if hidden is None else hidden
+        inputs = np.array(batch.token_ids, np.int64) if hidden is None else hidden
         part = _EventPart(batch, inputs, list(batch.rows))
         ids: set[str] = set()
         begin = 0
@@ -186,7 +186,7 @@ class ForwardPass:
             for row in part.rows:
                 asked = row.row
                 if asked.want is Want.LOGPROBS:
-                    self._score(row, token_array(part.batch.token_ids[row.span]), hidden)
+                    self._score(row, part.batch.token_ids[row.span], hidden)
                 if row.refusal is not None:
                     part.refuse(row.index, row.refusal)
                 else:
@@ -231,7 +231,7 @@ class ForwardPass:
             else:
                 row.result = _with_logprobs(row, log_probabilities(own[: len(tokens)], tokens, asked.top_logprobs), tokens)
 
-    def _score(self, row: _PassRow, token_ids: Array, hidden: Array) -> None:
+    def _score(self, row: _PassRow, token_ids: memoryview, hidden: Array) -> None:
         """Each token's log-probability under the logits of the token before it, so none for the row's first token."""
         found: list[tuple[float, TopLogprobs]] = []
         predicting, predicted = hidden[row.begin : row.end - 1], token_ids[1:]
@@ -260,18 +260,17 @@ def _constrained_row(row: _PassRow) -> ConstrainedRow:
     return ConstrainedRow(row.grammar, row.sequence, token_ids[row.sampling.prompt_tokens : certain], token_ids[certain:])
 
 
-def _split_by_logits(rows: Sequence[_PassRow]) -> Iterator[list[_PassRow]]:
+def _split_by_logits(rows: Sequence[_PassRow]) -> list[list[_PassRow]]:
     """Splits rows into lists of at most _LOGITS_AT_ONCE logits, or of a single row."""
-    some: list[_PassRow] = []
-    logits = 0
+    lists: list[list[_PassRow]] = []
+    logits = _LOGITS_AT_ONCE
     for row in rows:
-        if some and logits + 1 + row.row.draft_tokens > _LOGITS_AT_ONCE:
-            yield some
-            some, logits = [], 0
-        some.append(row)
         logits += 1 + row.row.draft_tokens
-    if some:
-        yield some
+        if logits > _LOGITS_AT_ONCE:
+            lists.append([])
+            logits = 1 + row.row.draft_tokens
+        lists[-1].append(row)
+    return lists
 
 
 def _segments_within(segments: Sequence[Segment], first: int, end: int) -> list[Segment]:

@@ -1,4 +1,4 @@
-"""A Batch's token ids and hidden states ↔ the numpy arrays that a layer group takes and gives."""
+"""Hidden states on the wire ↔ the numpy arrays that a layer group takes and gives."""
 
 from typing import Final
 
@@ -9,11 +9,6 @@ from functions.stage.models.floats import DTYPES, Array, HiddenDtype, narrowed, 
 
 _LEAST_SCALE: Final = np.finfo(np.float32).tiny  # rows with a smaller scale become zeros
 _MOST_SCALE: Final = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0))  # 127 times it is still finite
-
-
-def token_array(token_ids: memoryview) -> Array:
-    """int64 [tokens]: a copy, because embeddings take another width than the wire has."""
-    return np.array(token_ids, dtype=np.int64)
 
 
 def hidden_array(hidden: Tensor, dtype: HiddenDtype) -> Array:

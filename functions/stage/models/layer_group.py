@@ -27,12 +27,8 @@ class MissingTensors(Exception):
 class KVCache(Protocol):
     """Keys and values of many sequences under one byte budget. Handles are small integers, reused after release."""
 
-    @property
-    def capacity_tokens(self) -> int: ...
-
-    @property
-    def free_tokens(self) -> int:
-        """Tokens that can still be reserved."""
+    capacity_tokens: int
+    free_tokens: int  # that can still be reserved
 
     @property
     def resident_bytes(self) -> int:

@@ -3,7 +3,6 @@
 Dtypes have the wire's names (`floats`).
 """
 
-from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
@@ -33,10 +32,6 @@ def output_array(tensor: torch.Tensor) -> Array:
 def weight_tensor(raw: RawTensor) -> torch.Tensor:
     """A tensor in the memory that the bytes were read into."""
     return torch.frombuffer(raw.data, dtype=DTYPES[raw.dtype]).view(raw.shape)
-
-
-def weight_tensors(raw: Mapping[str, RawTensor]) -> dict[str, torch.Tensor]:
-    return {name: weight_tensor(each) for name, each in raw.items()}
 
 
 def use_threads(count: int) -> None:

@@ -25,19 +25,6 @@ from functions.stage.native.records import (
 
 
 @dataclass(frozen=True, slots=True)
-class GroupSizes:
-    num_layers: int
-    hidden_size: int
-    inner_size: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    eps: float
-    capacity_tokens: int
-    kv_dtype: Dtype
-
-
-@dataclass(frozen=True, slots=True)
 class MatrixArrays:
     """A matrix [outs, width] in the arrays that C reads."""
 
@@ -65,23 +52,14 @@ class NativeThreads:
 class NativeLayers:
     """The layers of a group. Arrays that it is given stay in use: the caller must not change them."""
 
-    def __init__(self, library: Library, sizes: GroupSizes) -> None:
+    def __init__(self, library: Library, group: GroupRecord) -> None:
+        """group: the sizes; its layers are set here."""
         self._library = library
         self._threads = NativeThreads(library)
-        self._layers = (LayerRecord * sizes.num_layers)()
+        self._layers = (LayerRecord * group.num_layers)()
         self._kept: list[Array] = []  # arrays whose addresses the records have
-        self._group = GroupRecord(
-            layers=MemoryRecord(ctypes.addressof(self._layers), ctypes.sizeof(self._layers)),
-            num_layers=sizes.num_layers,
-            hidden_size=sizes.hidden_size,
-            inner_size=sizes.inner_size,
-            heads=sizes.heads,
-            kv_heads=sizes.kv_heads,
-            head_dim=sizes.head_dim,
-            capacity_tokens=sizes.capacity_tokens,
-            kv_dtype=sizes.kv_dtype,
-            eps=sizes.eps,
-        )
+        self._group = group
+        group.layers = MemoryRecord(ctypes.addressof(self._layers), ctypes.sizeof(self._layers))
         self._workspace_array = np.empty(0, np.uint8)
         self._workspace = memory_of(self._workspace_array)
 

@@ -1,4 +1,4 @@
-"""What a grammar allows is a function of the tokens so far, and nothing that a client sends makes it cost much."""
+"""The tokens that a grammar allows depend on the answer alone, and hostile grammars are bounded in cost."""
 
 import random
 import time
@@ -37,7 +37,7 @@ def allowed(matcher: Matcher, text: str) -> set[str]:
     return {str(TOKENIZER.id_to_token(int(token))) for token in np.flatnonzero(mask)}
 
 
-def test_what_is_allowed_depends_on_the_tokens_alone(compiler: GrammarCompiler) -> None:
+def test_allowed_tokens_depend_on_the_answer_alone(compiler: GrammarCompiler) -> None:
     """However it was walked: forwards, back, to another branch, or anew."""
     source, dice = of_schema(SCHEMA), random.Random(3)
     texts = ['{"a": 1', '{"a": 12}', '{"a": -7, "b": "', '{"a": -7, "b": "xyz"}', "{", "", '{"a": 1, "b": "q']
@@ -48,15 +48,15 @@ def test_what_is_allowed_depends_on_the_tokens_alone(compiler: GrammarCompiler) 
         assert allowed(walked, text) == allowed(fresh, text), text
 
 
-def test_only_the_end_is_allowed_behind_the_end(compiler: GrammarCompiler) -> None:
+def test_only_end_tokens_are_allowed_after_the_end(compiler: GrammarCompiler) -> None:
     matcher = compiler.compile(of_choices(["yes", "no"]), END_IDS)
     assert allowed(matcher, "") == {"y", "n"}
     assert allowed(matcher, "no") == {"</s>", "<|im_end|>"}
     assert allowed(matcher, "ye") == {"s"}
 
 
-def test_draft_tokens_are_weighed_as_if_they_had_come(compiler: GrammarCompiler) -> None:
-    """As far as they are allowed; and they leave no trace."""
+def test_masks_follow_draft_tokens_as_if_they_were_accepted(compiler: GrammarCompiler) -> None:
+    """Masks end at the first draft token that is not allowed. Later calls are not affected."""
     matcher = compiler.compile(of_schema(SCHEMA), END_IDS)
     so_far, drafted = ids('{"a": '), [*ids('12, "b": "'), *ids("\n"), *ids("x")]
     masks = matcher.allowed(so_far, drafted)
@@ -68,7 +68,7 @@ def test_draft_tokens_are_weighed_as_if_they_had_come(compiler: GrammarCompiler)
     assert (again == masks[0]).all()
 
 
-def test_what_could_not_have_come_is_said(compiler: GrammarCompiler) -> None:
+def test_an_impossible_answer_is_reported(compiler: GrammarCompiler) -> None:
     matcher = compiler.compile(of_choices(["yes"]), END_IDS)
     with pytest.raises(UnusableGrammar, match="number 1 of the answer, is not allowed"):
         matcher.allowed(ids("yo"))
@@ -90,7 +90,7 @@ def test_what_could_not_have_come_is_said(compiler: GrammarCompiler) -> None:
         (StructuredOutputs(json={"not": {}, "x-guidance": {"lenient": True}}), "not"),
     ],
 )
-def test_what_does_not_compile_is_said(compiler: GrammarCompiler, asked: StructuredOutputs, said: str) -> None:
+def test_a_grammar_that_does_not_compile_is_reported(compiler: GrammarCompiler, asked: StructuredOutputs, said: str) -> None:
     with pytest.raises(UnusableGrammar, match=said):
         compiler.compile(source_of(asked), END_IDS)
 
@@ -115,7 +115,7 @@ EXPENSIVE = {
 
 
 @pytest.mark.parametrize("what", EXPENSIVE)
-def test_nothing_costs_much(compiler: GrammarCompiler, what: str) -> None:
+def test_hostile_grammars_are_bounded_in_cost(compiler: GrammarCompiler, what: str) -> None:
     """It is refused, at once or half-way, or each step is quick. Seconds of this process, so that others do not count."""
     dice, tokens, steps = random.Random(1), list[int](), list[float]()
     began = time.thread_time()
@@ -135,7 +135,7 @@ def test_nothing_costs_much(compiler: GrammarCompiler, what: str) -> None:
     assert time.thread_time() - began - sum(steps) < 3
 
 
-def test_where_a_word_of_a_schema_stands() -> None:
+def test_the_place_of_a_word_in_a_schema() -> None:
     schema = {"properties": {"a": {"items": [{"type": "integer"}, {"type": "strin"}]}, "b": {"not": {}}}}
     assert place_of(schema, ["strin"]) == "#/properties/a/items/1/type"
     assert place_of(schema, ["Unimplemented", "keys", "not"]) == "#/properties/b/not"

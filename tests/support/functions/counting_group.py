@@ -1,4 +1,4 @@
-"""A layer group whose results say which tokens it saw, and that fails when told to: for tests of the engine alone."""
+"""A layer group whose results tell which tokens it saw, and which fails on demand: for tests of the engine alone."""
 
 import threading
 from collections.abc import Sequence

@@ -35,7 +35,7 @@ SEALER: Final = Sealer(b"k" * 32)
 
 @dataclass
 class Restores:
-    """What tiers told, and what the engine counts of them."""
+    """Records what tiers report, and what the engine counts."""
 
     tokens: dict[str, int] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
@@ -62,7 +62,7 @@ class KVStage:
         return answer
 
     def converse(self, id_: str, tokens: Sequence[int], new_tokens: int = 4, **fields: Any) -> tuple[int, list[int]]:
-        """Reserves, computes what is not held, draws. How much was held, and what was drawn; the sequence stays."""
+        """Reserves, computes, draws. Returns how much was held, and the tokens drawn. The sequence stays."""
         answer = self.reserve(id_, tokens, **fields)
         assert answer.status is Status.OK
         return answer.held, self.go_on(id_, tokens, answer.held, new_tokens)
@@ -81,12 +81,12 @@ class KVStage:
         return known[len(tokens) :]
 
     def end(self, id_: str, tokens: Sequence[int]) -> None:
-        """tokens: all of it."""
+        """tokens: the whole conversation."""
         self.engine.release([ReleaseRow(id_, 0, packed(chain_of(tokens[:-1])))], source="gateway")
 
 
 def peer_tiers(group: LayerGroup, first_layer: int) -> list[Tier]:
-    """For an instance that others may be asked by."""
+    """The tier of an instance that may ask others."""
     assert isinstance(group.kv, KVRanges)
     fetcher = Fetcher("peer", group.kv.layout, FetchEstimate(ComputeRate()), ThreadPoolExecutor(4), Restores())
     return [PeerTier(PeerClient(LOOPBACK, FINGERPRINT, first_layer, TOKEN), fetcher)]

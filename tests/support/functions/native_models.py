@@ -1,4 +1,4 @@
-"""Tiny models of sizes that the native layers run, and float32 groups with the same numbers in their matrices."""
+"""Tiny models for layers in C, and float32 groups with the same numbers in their matrices."""
 
 from collections.abc import Collection, Sequence
 from functools import cache
@@ -20,9 +20,9 @@ CUT: Final = ((0, 2), (2, 3), (3, 6))
 BUDGET: Final = 2**22
 
 _SHAPES: Final = ((64, 4, 2), (96, 6, 2), (160, 5, 1), (64, 4, 4), (64, 8, 4), (224, 7, 1))
-"""Hidden size and heads, so many on so many: 1 to 7 queries share a key head."""
+"""Hidden size, heads, key heads: 1 to 7 queries share a key head."""
 _BIASES: Final = {"qwen3": ("attention_bias",), "seed_oss": ("attention_out_bias", "mlp_bias")}
-"""Beyond those that a family has anyway."""
+"""In addition to a family's own."""
 
 
 def changes(name: str) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def checkpoint(name: str, dtype: str, keep_wide: Collection[str] = ()) -> dict[s
     for key, tensor in tensors.items():
         if tensor.ndim == 1:
             usual, times = (0, 10) if key.endswith(".bias") else (1, 5)
-            tensor.sub_(usual).mul_(times).add_(usual)  # far enough from it that one that is lost shows
+            tensor.sub_(usual).mul_(times).add_(usual)  # far enough from the usual value that a missing one shows
     if dtype == "int8":
         return int8_checkpoint(tensors, keep_wide)
     if dtype == "q4":
@@ -76,12 +76,12 @@ def finished(group: Group, tensors: dict[str, torch.Tensor]) -> Group:
 
 
 def torch_groups(name: str, dtype: str) -> list[LlamaGroup]:
-    """The same by torch's operators."""
+    """The same models by torch's operators."""
     return [_torch_group(name, dtype, checkpoint(name, dtype), first, last) for first, last in CUT]
 
 
 def exact_groups(name: str, dtype: str, keep_wide: Collection[str] = ()) -> list[LlamaGroup]:
-    """What `native_groups` approximate: torch's layers in float32, cut once, on numbers rounded to `dtype` before."""
+    """The exact results that `native_groups` approximate: one torch group in float32 on numbers rounded to `dtype`."""
     return [_torch_group(name, "float32", _exact(checkpoint(name, dtype, keep_wide)), 0, tiny_models.NUM_LAYERS)]
 
 
@@ -95,5 +95,5 @@ def _torch_group(name: str, dtype: str, tensors: dict[str, torch.Tensor], first:
 
 
 def error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """How long the difference is in relation to what is exact."""
+    """Length of the difference relative to the exact result."""
     return float((found - exact).norm() / exact.norm())

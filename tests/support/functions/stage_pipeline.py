@@ -1,8 +1,9 @@
 """A pipeline of layer groups, or of engines, in this process: what the stage tests drive."""
 
 import functools
+import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,7 +36,7 @@ def tensors(name: str) -> dict[str, torch.Tensor]:
 
 
 def stage_tensors(name: str, first: int, last: int) -> dict[str, RawTensor]:
-    """What a stage reads from the store."""
+    """The tensors that a stage reads from the store."""
     return raw(tiny_models.stage_tensors(tensors(name), first, last))
 
 
@@ -93,8 +94,15 @@ def engines(groups: Sequence[LayerGroup], **settings: Any) -> Iterator[list[Engi
             engine.stop(drain=False)
 
 
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come about"
+        time.sleep(0.001)
+
+
 def reserved(engine: Engine, rows: Sequence[ReserveRow], *, source: str = "gateway") -> list[Status]:
-    """What becomes of each row's reservation."""
+    """The status of each row's reservation."""
     return [row.status for row in engine.reserve(rows, source=source)]
 
 

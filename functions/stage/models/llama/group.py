@@ -16,7 +16,7 @@ from functions.stage.models.llama.attention import PassAttention
 from functions.stage.models.llama.kv_pool import KVPool
 from functions.stage.models.llama.layer import LayerWeights, LlamaLayer, PassState, RmsNorm, Rope
 from functions.stage.models.llama.linear import PRECISIONS, Matrix, TorchWeights, linear
-from functions.stage.models.llama.structure import LAYER_NAME, GroupStructure, check_shapes, checked_positions
+from functions.stage.models.llama.structure import LAYER_NAME, check_layers, check_placed, check_shapes, checked_positions
 from functions.stage.models.torch_border import input_tensor, output_array, use_threads
 from storage.checkpoints.llama_config import LlamaConfig
 from storage.loading.weight_loader import RawTensor
@@ -26,6 +26,7 @@ class LlamaGroup:
     """Implements `LayerGroup`. Create it, `place` its weights in any order, then `finish` it."""
 
     shares_work: Final = False
+    use_threads = staticmethod(use_threads)
 
     def __init__(
         self,
@@ -42,7 +43,8 @@ class LlamaGroup:
         Raises UnsupportedConfig, and ValueError for an impossible cut, budget, dtype or device.
         """
         model = self._model = LlamaConfig.from_dict(config)
-        self._structure = GroupStructure(model, first_layer, last_layer)
+        check_layers(model, first_layer, last_layer)
+        self._is_last = last_layer == model.num_layers
         self._device = torch.device(device)
         if dtype not in PRECISIONS:
             raise ValueError(f"dtype {dtype!r} is none of {', '.join(PRECISIONS)}")
@@ -78,28 +80,29 @@ class LlamaGroup:
                 weights = LayerWeights.take(self._model, own)
                 self._layers[layer] = LlamaLayer(self._model, layer, layer - self.first_layer, weights, self._precision)
         others = TorchWeights(tensors, "", self._precision, self._device)
-        if self._structure.has_embedding and "model.embed_tokens.weight" in others:
+        needs_embedding = self.first_layer == 0 or (self._is_last and self._model.tie_word_embeddings)
+        if needs_embedding and "model.embed_tokens.weight" in others:
             self._embedding = others.matrix("model.embed_tokens").weight
-        if self._structure.is_last and "model.norm.weight" in others:
+        if self._is_last and "model.norm.weight" in others:
             self._norm = RmsNorm(others.vector("model.norm.weight"), self._model.rms_norm_eps)
-        if self._structure.is_last and "lm_head.weight" in others:
+        if self._is_last and "lm_head.weight" in others:
             self._head = linear([others.matrix("lm_head")], self._precision.activations)
 
     def finish(self) -> None:
         """Ends placing. Raises MissingTensors, naming what has not been placed."""
-        if self._structure.is_last and self._head is None and self._model.tie_word_embeddings and self._embedding is not None:
+        if self._is_last and self._head is None and self._model.tie_word_embeddings and self._embedding is not None:
             self._head = linear([Matrix(self._embedding)], self._precision.activations)
-        self._structure.check_placed(
+        check_placed(
+            self._model,
+            self.first_layer,
+            self.last_layer,
             self._layers,
             embedding=self._embedding is not None,
             norm=self._norm is not None,
             head=self._head is not None,
         )
-        if not self._structure.is_first:
+        if self.first_layer > 0:  # it was needed for the head alone
             self._embedding = None
-
-    def use_threads(self, count: int) -> None:
-        use_threads(count)
 
     @torch.inference_mode()
     def forward(self, inputs: Array, segments: Sequence[Segment]) -> Array:

@@ -6,7 +6,6 @@ that is not its own, so every tensor is checked. No torch.
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from functions.stage.models.layer_group import KVCache, MissingTensors, Segment
@@ -25,43 +24,28 @@ class WrongShape(MissingTensors):
         super().__init__(f"{name} is {list(seen)}, and the config makes it {list(expected)}")
 
 
-@dataclass(frozen=True, slots=True)
-class GroupStructure:
-    """Layers [first, last), the embedding before the model's first layer, norm and head after its last."""
+def check_layers(model: LlamaConfig, first: int, last: int) -> None:
+    """Raises ValueError if [first, last) are not layers of the model."""
+    if not 0 <= first < last <= model.num_layers:
+        raise ValueError(f"layers {first}:{last} are no group of a model of {model.num_layers}")
 
-    model: LlamaConfig
-    first: int
-    last: int
 
-    def __post_init__(self) -> None:
-        """Raises ValueError for a group that the model does not have."""
-        if not 0 <= self.first < self.last <= self.model.num_layers:
-            raise ValueError(f"layers {self.first}:{self.last} are no group of a model of {self.model.num_layers}")
+def check_placed(
+    model: LlamaConfig, first: int, last: int, layers: Collection[int], *, embedding: bool, norm: bool, head: bool
+) -> None:
+    """Raises MissingTensors if the group [first, last) lacks a layer, the embedding, or the norm and the head.
 
-    @property
-    def is_first(self) -> bool:
-        return self.first == 0
-
-    @property
-    def is_last(self) -> bool:
-        return self.last == self.model.num_layers
-
-    @property
-    def has_embedding(self) -> bool:
-        """The group needs the embedding's matrix, for the embedding or for a head that is tied to it."""
-        return self.is_first or (self.is_last and self.model.tie_word_embeddings)
-
-    def check_placed(self, layers: Collection[int], *, embedding: bool, norm: bool, head: bool) -> None:
-        """Raises MissingTensors, naming what has not been placed."""
-        missing = [f"model.layers.{layer}" for layer in range(self.first, self.last) if layer not in layers]
-        if self.is_first and not embedding:
-            missing.append("model.embed_tokens.weight")
-        if self.is_last and not norm:
-            missing.append("model.norm.weight")
-        if self.is_last and not head:
-            missing.append("model.embed_tokens.weight" if self.model.tie_word_embeddings else "lm_head.weight")
-        if missing:
-            raise MissingTensors(f"not placed: {', '.join(missing)}")
+    The first group has the embedding, the last one norm and head.
+    """
+    missing = [f"model.layers.{layer}" for layer in range(first, last) if layer not in layers]
+    if first == 0 and not embedding:
+        missing.append("model.embed_tokens.weight")
+    if last == model.num_layers and not norm:
+        missing.append("model.norm.weight")
+    if last == model.num_layers and not head:
+        missing.append("model.embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight")
+    if missing:
+        raise MissingTensors(f"not placed: {', '.join(missing)}")
 
 
 def checked_positions(kv: KVCache, rows: int, segments: Sequence[Segment]) -> list[int]:

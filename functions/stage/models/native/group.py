@@ -15,7 +15,8 @@ from functions.stage.models.layer_group import Segment
 from functions.stage.models.llama.rope import rope_frequencies
 from functions.stage.models.llama.structure import (
     LAYER_NAME,
-    GroupStructure,
+    check_layers,
+    check_placed,
     check_shapes,
     checked_positions,
     layer_shapes,
@@ -23,9 +24,9 @@ from functions.stage.models.llama.structure import (
 )
 from functions.stage.models.native.kv_pool import NativeKVPool
 from functions.stage.models.native.weights import NativeWeights, rows_of, take_layer
-from functions.stage.native.layers import GroupSizes, MatrixArrays, NativeLayers, NativeLinear
+from functions.stage.native.layers import MatrixArrays, NativeLayers, NativeLinear
 from functions.stage.native.library import library
-from functions.stage.native.records import Dtype
+from functions.stage.native.records import Dtype, GroupRecord
 from storage.checkpoints.llama_config import LlamaConfig
 from storage.loading.weight_loader import RawTensor
 
@@ -45,7 +46,8 @@ class NativeGroup:
         Raises UnsupportedConfig, ValueError for an impossible cut or budget, and one of `library.UNAVAILABLE`.
         """
         model = self._model = LlamaConfig.from_dict(config)
-        self._structure = GroupStructure(model, first_layer, last_layer)
+        check_layers(model, first_layer, last_layer)
+        self._is_last = last_layer == model.num_layers
         self._dtype = dtype
         self.first_layer = first_layer
         self.last_layer = last_layer
@@ -67,7 +69,7 @@ class NativeGroup:
         self._rotations = Rotations(model.rope, model.head_dim)
         self._layers = NativeLayers(
             library(),
-            GroupSizes(
+            GroupRecord(
                 num_layers=last_layer - first_layer,
                 hidden_size=model.hidden_size,
                 inner_size=model.intermediate_size,
@@ -101,24 +103,28 @@ class NativeGroup:
                 self._layers.place(slot, matrices, gains, self.kv.arena(slot), window, rotary)
                 self._placed.add(layer)
         others = NativeWeights(tensors, "", self._dtype, outer_shapes(self._model))
-        if self._structure.has_embedding and "model.embed_tokens.weight" in others:
+        needs_embedding = self.first_layer == 0 or (self._is_last and self._model.tie_word_embeddings)
+        if needs_embedding and "model.embed_tokens.weight" in others:
             self._embedding = others.matrix("model.embed_tokens")
-        if self._structure.is_last and "model.norm.weight" in others:
+        if self._is_last and "model.norm.weight" in others:
             self._final_gain = others.vector("model.norm.weight")
-        if self._structure.is_last and "lm_head.weight" in others:
+        if self._is_last and "lm_head.weight" in others:
             self._head = self._layers.linear(others.matrix("lm_head"))
 
     def finish(self) -> None:
         """Ends placing. Raises MissingTensors, naming what has not been placed."""
-        if self._structure.is_last and self._head is None and self._model.tie_word_embeddings and self._embedding is not None:
+        if self._is_last and self._head is None and self._model.tie_word_embeddings and self._embedding is not None:
             self._head = self._layers.linear(self._embedding)
-        self._structure.check_placed(
+        check_placed(
+            self._model,
+            self.first_layer,
+            self.last_layer,
             self._placed,
             embedding=self._embedding is not None,
             norm=self._final_gain is not None,
             head=self._head is not None,
         )
-        if not self._structure.is_first:
+        if self.first_layer > 0:  # it was needed for the head alone
             self._embedding = None
 
     def use_threads(self, count: int) -> None:

@@ -22,7 +22,7 @@ from functions.stage.models import floats
 from functions.stage.models.families import Family, cut_config, family_of
 from functions.stage.models.floats import HIDDEN_DTYPES, Array, Float32, HiddenDtype
 from functions.stage.models.layer_group import MissingTensors, Segment
-from functions.stage.models.torch_border import DTYPES, input_tensor, output_array, use_threads, weight_tensors
+from functions.stage.models.torch_border import DTYPES, input_tensor, output_array, use_threads, weight_tensor
 from functions.stage.models.transformers.cache import TransformersKVCache
 from functions.stage.models.transformers.long_rope import LongRope
 from storage.loading.weight_loader import RawTensor
@@ -37,6 +37,7 @@ class TransformersGroup:
     """Implements `LayerGroup`."""
 
     shares_work: Final = False
+    use_threads = staticmethod(use_threads)
     runs_by = "transformers' modules"
 
     def __init__(
@@ -90,7 +91,8 @@ class TransformersGroup:
         # A quantized checkpoint was published as plain floats.
         cut = AutoConfig.for_model(**{name: value for name, value in config.items() if name != "quantization_config"})
         num_layers: int = cut.num_hidden_layers
-        own = _own_tensors(weight_tensors(tensors), family, cut, first_layer, last_layer == num_layers)
+        loaded = {name: weight_tensor(tensor) for name, tensor in tensors.items()}
+        own = _own_tensors(loaded, family, cut, first_layer, last_layer == num_layers)
         cut_config(cut, family, first_layer, last_layer)
         hidden_dtype = HIDDEN_DTYPES[dtype]
         model_class = _sliced(MODEL_FOR_CAUSAL_LM_MAPPING[type(cut)], family, first_layer, last_layer, num_layers)
@@ -124,9 +126,6 @@ class TransformersGroup:
         states = input_tensor(hidden, self.hidden_dtype).to(self._device)
         logits: torch.Tensor = self._head(inputs_embeds=states[None], use_cache=False).logits[0]
         return output_array(logits.float().cpu())
-
-    def use_threads(self, count: int) -> None:
-        use_threads(count)
 
     def _kv_bytes_per_token(self) -> int:
         """Measures what the modules keep for one token: families differ, and some compress it."""

@@ -1,4 +1,4 @@
-"""Rows with a grammar draw only what it allows, whatever chunks, draft tokens and neighbours; a stage that lost it says so."""
+"""Rows with a grammar draw only allowed tokens, whatever chunks, draft tokens and other rows. Unknown grammars are a miss."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -17,8 +17,7 @@ from tests.support.functions.stage_pipeline import batch, engines
 from tests.support.storage import tiny_models
 from tests.support.storage.published import END_IDS, byte_tokenizer
 
-VOCAB = 300
-"""Of the model: more than the tokenizer has, as published heads often are."""
+VOCAB = 300  # of the model: larger than the tokenizer's, as heads often are published
 TOKENIZER = byte_tokenizer()
 SCHEMA = {
     "type": "object",
@@ -92,7 +91,7 @@ def text(tokens: Sequence[int]) -> str:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_an_answer_is_as_its_grammar_says_and_ends_where_that_ends(engine: Engine, seed: int) -> None:
+def test_an_answer_follows_its_grammar_and_ends_with_it(engine: Engine, seed: int) -> None:
     tokens = generate(engine, "s", sampling(of_schema(SCHEMA), seed))
     assert tokens[-1] in END_IDS
     answer = json.loads(text(tokens))
@@ -100,7 +99,7 @@ def test_an_answer_is_as_its_grammar_says_and_ends_where_that_ends(engine: Engin
     assert set(answer) <= {"a", "b", "c"}
 
 
-def test_replays_draw_the_same_wherever_they_begin(engine: Engine) -> None:
+def test_a_replay_from_any_position_draws_the_same(engine: Engine) -> None:
     """Also where the sequence goes back behind what its matcher has seen, and where another stage knows nothing of it."""
     sampled = sampling(of_schema(SCHEMA), 3)
     whole = generate(engine, "whole", sampled)
@@ -111,7 +110,7 @@ def test_replays_draw_the_same_wherever_they_begin(engine: Engine) -> None:
 
 
 def test_draft_tokens_change_nothing(engine: Engine) -> None:
-    """Right ones are kept, one that the grammar forbids ends them, and the masks behind them are theirs."""
+    """Correct draft tokens are accepted, with their own masks. A forbidden one ends the draw."""
     sampled = sampling(of_schema(SCHEMA), 5)
     whole = generate(engine, "alone", sampled)
     assert drawn(ask(engine, "right", 0, PROMPT, sampled, whole[:6])) == tuple(whole[:7])
@@ -119,7 +118,7 @@ def test_draft_tokens_change_nothing(engine: Engine) -> None:
     assert drawn(ask(engine, "whole", 0, PROMPT, sampled, whole)) == tuple(whole)
 
 
-def test_a_stage_that_does_not_know_a_grammar_misses_it_where_the_row_is(engine: Engine) -> None:
+def test_an_unknown_grammar_is_a_miss_at_the_rows_position(engine: Engine) -> None:
     """All that it holds it keeps: the same row with the grammar in full is answered."""
     sampled = sampling(of_choices(["yes", "no"]), 1)
     assert ask(engine, "s", 0, PROMPT[:-1], None).status is Status.OK
@@ -128,9 +127,7 @@ def test_a_stage_that_does_not_know_a_grammar_misses_it_where_the_row_is(engine:
     assert text(drawn(ask(engine, "s", len(PROMPT) - 1, PROMPT[-1:], sampled))) in ("y", "n")
 
 
-def test_grammars_are_kept_while_there_is_room_and_by_who_is_being_answered(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recent_grammars_and_those_of_running_sequences_are_kept(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constraints, "MOST_GRAMMARS", 2)
     first = sampling(of_choices(["yes", "no"]), 1)
     (token,) = drawn(ask(engine, "first", 0, PROMPT, first))
@@ -163,8 +160,8 @@ def test_an_answer_that_left_its_grammar_is_refused(engine: Engine) -> None:
     assert "not allowed" in (wrong.reason or "")
 
 
-def test_a_grammar_comes_before_bans_and_penalties(engine: Engine) -> None:
-    """The end is banned for 30 tokens, and yet comes where nothing else may; biases choose among what is allowed."""
+def test_a_grammar_overrides_bans_and_penalties(engine: Engine) -> None:
+    """The end token is banned for 30 tokens, but comes if nothing else is allowed. Biases choose among allowed tokens."""
     banned = msgspec.structs.replace(sampling(of_choices(["yes", "no"]), 1), banned=END_IDS, banned_until=1000)
     assert text(generate(engine, "banned", banned)) in ("yes", "no")
     y, n = (TOKENIZER.token_to_id(letter) for letter in "yn")

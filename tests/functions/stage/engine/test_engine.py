@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
@@ -17,13 +17,13 @@ from functions.stage.engine.event_queue import EventQueue, ForwardEvent
 from functions.stage.models.floats import Array
 from functions.stage.models.layer_group import Segment
 from tests.support.functions.counting_group import CountingGroup, Poisoned
-from tests.support.functions.stage_pipeline import batch, engines, reserved
+from tests.support.functions.stage_pipeline import batch, engines, reserved, wait_for
 
 GATEWAY = "gateway"
 DEADLINE_SECONDS = 30
 
 
-@pytest.fixture(autouse=True, params=[False, True], ids=["its own thread", "who brings an event"])
+@pytest.fixture(autouse=True, params=[False, True], ids=["engine thread", "calling thread"])
 def who_computes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CountingGroup, "shares_work", request.param)
 
@@ -37,7 +37,7 @@ class Clock:
 
 
 class Crowd:
-    """Sends events from many threads while the group is held in a first pass, so that what waits is known."""
+    """Sends events from many threads while the group is held in a first pass, so that tests know which events wait."""
 
     def __init__(self, engine: Engine, group: CountingGroup) -> None:
         self.engine = engine
@@ -54,7 +54,7 @@ class Crowd:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """While inside, the engine's thread is in a pass with a sequence named "holder"."""
+        """While inside, a pass with a sequence named "holder" is running."""
         self.group.gate.clear()
         self.group.began.clear()
         holder = self.send(step("holder", 0, 1, reserve=2))
@@ -71,13 +71,6 @@ class Crowd:
     def close(self) -> None:
         self.group.gate.set()
         self._pool.shutdown()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come about"
-        time.sleep(0.001)
 
 
 def step(id_: str, position: int, length: int, attempt: int = 0, reserve: int | None = None) -> Row:
@@ -105,7 +98,7 @@ def crowd(capacity_tokens: int = 1000, **settings: Any) -> Iterator[Crowd]:
             people.close()
 
 
-def test_what_waits_is_merged_and_split_again() -> None:
+def test_waiting_events_are_merged_and_their_replies_split() -> None:
     seen: list[PassStatistics] = []
     began = time.perf_counter()
     with crowd(max_merge=8, on_pass=seen.append) as people:
@@ -122,7 +115,7 @@ def test_what_waits_is_merged_and_split_again() -> None:
 
 
 @pytest.mark.parametrize(("num_stages", "max_merge", "first_pass"), [(1, 8, 8), (3, 8, 3), (3, 2, 2), (8, 8, 1), (1, 1, 1)])
-def test_a_pass_takes_the_stages_share_of_what_waits(num_stages: int, max_merge: int, first_pass: int) -> None:
+def test_a_pass_merges_at_most_the_stages_share_of_waiting_events(num_stages: int, max_merge: int, first_pass: int) -> None:
     with crowd(num_stages=num_stages, max_merge=max_merge) as people:
         with people.held():
             futures = [people.send(step(str(n), 0, 1, reserve=5)) for n in range(8)]
@@ -142,7 +135,7 @@ def test_large_events_are_not_merged() -> None:
         people.close()
 
 
-def test_two_steps_of_a_sequence_never_meet_and_keep_their_order() -> None:
+def test_two_steps_of_a_sequence_are_not_merged_and_keep_their_order() -> None:
     with crowd(num_stages=1, max_merge=8) as people:
         with people.held():
             first = people.send(step("a", 0, 2, reserve=10), step("b", 0, 1, reserve=10), tokens=[1, 2, 3])
@@ -155,7 +148,7 @@ def test_two_steps_of_a_sequence_never_meet_and_keep_their_order() -> None:
         assert people.group.passes == [[1], [2, 1, 1], [1, 1], [1]]
 
 
-def test_a_duplicate_of_a_step_that_is_here_waits_its_turn() -> None:
+def test_a_duplicate_of_a_waiting_step_is_answered_after_it() -> None:
     with crowd() as people:
         with people.held():
             both = [people.send(step("a", 0, 2, reserve=10), tokens=[1, 2]) for _ in range(2)]
@@ -183,7 +176,7 @@ def test_an_older_attempt_is_stale_even_while_the_newer_one_waits() -> None:
         assert answer(older).status is Status.STALE
 
 
-def test_a_release_reaches_what_still_waits() -> None:
+def test_a_release_makes_waiting_rows_stale() -> None:
     with crowd(capacity_tokens=100) as people:
         with people.held():
             waiting = people.send(step("a", 0, 1, reserve=10), step("b", 0, 1, reserve=10))
@@ -225,7 +218,7 @@ def test_an_expired_event_is_dropped_before_it_is_computed() -> None:
         assert people.engine.sequences == 2
 
 
-def test_idle_sequences_expire_and_those_heard_of_do_not() -> None:
+def test_idle_sequences_expire_and_active_ones_do_not() -> None:
     clock = Clock()
     with crowd(capacity_tokens=100, clock=clock, idle_sequence_seconds=60.0) as people:
         for id_ in ("a", "b"):
@@ -238,7 +231,7 @@ def test_idle_sequences_expire_and_those_heard_of_do_not() -> None:
         assert answer(people.send(step("b", 1, 1))).status is Status.MISS
 
 
-def test_a_thousand_abandoned_sequences_leave_nothing_behind() -> None:
+def test_a_thousand_abandoned_sequences_are_all_freed() -> None:
     group = CountingGroup(capacity_tokens=10_000)
     with engines([group], idle_sequence_seconds=0.2) as (engine,):
         for first in range(0, 1000, 100):
@@ -249,7 +242,7 @@ def test_a_thousand_abandoned_sequences_leave_nothing_behind() -> None:
         assert not engine._queue._steps
 
 
-def test_draining_answers_what_waits_and_takes_nothing_more() -> None:
+def test_draining_answers_waiting_events_and_takes_no_more() -> None:
     with crowd() as people:
         with people.held():
             waiting = people.send(step("a", 0, 1, reserve=10))
@@ -276,7 +269,7 @@ def test_stopping_without_draining_answers_not_ready() -> None:
         stopping.join(DEADLINE_SECONDS)
 
 
-def test_a_stuck_pass_is_seen() -> None:
+def test_a_stuck_pass_is_reported() -> None:
     with crowd() as people:
         assert people.engine.alive(stuck_after_seconds=0.01)
         with people.held():
@@ -286,7 +279,7 @@ def test_a_stuck_pass_is_seen() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_dead_thread_is_seen_and_nobody_waits_for_it_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_engine_thread_is_reported_and_fails_all_waiting_events(monkeypatch: pytest.MonkeyPatch) -> None:
     def die(*_: object) -> None:
         raise SystemExit
 
@@ -302,7 +295,7 @@ def test_a_dead_thread_is_seen_and_nobody_waits_for_it_for_ever(monkeypatch: pyt
             people.engine.reserve([ReserveRow("a", 0, 1)], source=GATEWAY)
 
 
-def test_warming_up_leaves_nothing_behind() -> None:
+def test_warm_up_holds_no_memory() -> None:
     groups = [CountingGroup(0, 2, 6), CountingGroup(2, 4, 6), CountingGroup(4, 6, 6)]
     with engines(groups) as stages:
         for engine in stages:
@@ -311,7 +304,7 @@ def test_warming_up_leaves_nothing_behind() -> None:
     assert [group.passes for group in groups] == [[[1]]] * 3
 
 
-def test_the_queue_gives_nothing_when_nothing_comes() -> None:
+def test_an_empty_queue_gives_nothing() -> None:
     queue = EventQueue(num_stages=1, max_merge=1)
     assert queue.wait(0.001)
     assert queue.take() == ([], [])
@@ -321,7 +314,7 @@ def test_the_queue_gives_nothing_when_nothing_comes() -> None:
         queue.put(ForwardEvent(batch([step("a", 0, 1)], [1]), GATEWAY))
 
 
-def test_who_brings_an_event_while_nobody_computes_computes_it(who_computes: None) -> None:
+def test_the_thread_that_brings_an_event_computes_it_if_the_turn_is_free(who_computes: None) -> None:
     class Noting(CountingGroup):
         def forward(self, inputs: Array, segments: Sequence[Segment]) -> Array:
             threads.append(threading.current_thread().name)

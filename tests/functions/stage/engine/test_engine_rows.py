@@ -1,4 +1,4 @@
-"""The row contract: what each row of an event is answered, one row failing alone."""
+"""The row contract: the answer to each row of an event. A row fails alone."""
 
 import math
 from array import array
@@ -87,14 +87,14 @@ def test_a_duplicate_of_the_first_row_reserves_once(stage: Stage) -> None:
     assert stage.engine.free_tokens == 80
 
 
-def test_a_rollback_drops_what_lies_beyond(stage: Stage) -> None:
+def test_a_rollback_drops_later_tokens(stage: Stage) -> None:
     stage.begin("a", [1, 2, 3])
     stage.step("a", 3, [50])
     assert token_of(stage.step("a", 1, [10])) == 11
     assert stage.step("a", 3, [1]).held == 2
 
 
-def test_a_gap_is_a_miss_that_says_what_is_held_and_touches_nothing(stage: Stage) -> None:
+def test_a_gap_is_a_miss_that_reports_held_tokens_and_changes_nothing(stage: Stage) -> None:
     stage.begin("a", [1, 2, 3])
     answer = stage.step("a", 5, [1])
     assert (answer.status, answer.held, answer.length) == (Status.MISS, 3, 0)
@@ -108,7 +108,7 @@ def test_an_unknown_sequence_is_a_miss(stage: Stage, position: int, reserve: int
     assert stage.engine.free_tokens == 100
 
 
-def test_a_newer_attempt_begins_with_nothing(stage: Stage) -> None:
+def test_a_newer_attempt_begins_with_nothing_held(stage: Stage) -> None:
     stage.begin("a", [1, 2, 3])
     answer = stage.step("a", 3, [6], attempt=1)
     assert (answer.status, answer.held) == (Status.MISS, 0)
@@ -151,7 +151,7 @@ def test_a_larger_reservation_at_the_start_replaces_the_smaller(stage: Stage) ->
     assert stage.engine.free_tokens == 60
 
 
-def test_reserve_events_are_idempotent_and_make_first_rows_welcome(stage: Stage) -> None:
+def test_reservations_are_idempotent_and_serve_first_rows(stage: Stage) -> None:
     wanted = [ReserveRow("a", 0, 30), ReserveRow("b", 0, 60), ReserveRow("c", 0, 20)]
     statuses = [Status.OK, Status.OK, Status.FULL]
     for _ in range(2):
@@ -226,7 +226,7 @@ def test_a_sequence_whose_states_become_not_finite_fails_alone(stage: Stage) -> 
     assert token_of(stage.step("b", 0, [3, 13])) == 16
 
 
-def test_extreme_sampling_values_break_no_pass(stage: Stage) -> None:
+def test_extreme_sampling_values_do_not_fail_a_pass(stage: Stage) -> None:
     extremes = (
         Sampling(temperature=1e-40, top_p=0.9),
         Sampling(temperature=1.0, top_p=1e-50),
@@ -242,7 +242,7 @@ def test_extreme_sampling_values_break_no_pass(stage: Stage) -> None:
 
 @pytest.mark.parametrize("want", [Want.TOKEN, Want.LOGPROBS])
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
-def test_a_row_whose_logits_are_no_numbers_fails_alone(stage: Stage, want: Want, wrong: float) -> None:
+def test_a_row_whose_logits_are_not_finite_fails_alone(stage: Stage, want: Want, wrong: float) -> None:
     sound = stage.group.logits
 
     def overflowing(hidden: Array) -> Float32:
@@ -266,7 +266,7 @@ def test_log_probabilities_are_of_each_token_but_the_first(stage: Stage) -> None
     assert answer.result.tokens is None
     other = -math.log(VOCAB - 1 + math.e)
     hit = {0: other, 1: other + 1}
-    # Behind 1 the group predicts 1, behind 1 1 it predicts 2, behind 1 1 3 it predicts 5.
+    # The group predicts 1 after 1, 2 after 1 1, and 5 after 1 1 3.
     assert answer.result.logprobs == pytest.approx([hit[1], hit[0], hit[1]])
 
 
@@ -287,9 +287,7 @@ def test_log_probabilities_are_of_each_token_but_the_first(stage: Stage) -> None
         ),
     ],
 )
-def test_an_event_that_makes_no_sense_is_refused_as_a_whole(
-    stage: Stage, into: Batch, problem: type[Exception], message: str
-) -> None:
+def test_a_malformed_event_is_refused_as_a_whole(stage: Stage, into: Batch, problem: type[Exception], message: str) -> None:
     with pytest.raises(problem, match=message):
         stage.engine.handle(into, source=GATEWAY)
     assert stage.begin("a", [1]) == 1
@@ -306,7 +304,7 @@ def middle() -> Iterator[Stage]:
         yield Stage(engine, group)
 
 
-def test_where_all_rows_are_ok_rows_and_tokens_are_passed_through(middle: Stage) -> None:
+def test_rows_and_tokens_pass_through_unchanged_if_all_rows_are_ok(middle: Stage) -> None:
     rows = [Row("a", 0, 0, 2, Want.NONE, reserve_tokens=9), Row("b", 1, 0, 1, Want.TOKEN, reserve_tokens=9)]
     into = middle_batch(rows, [5, 6, 7], np.arange(12, dtype=np.float32).reshape(3, 4))
     reply = middle.engine.handle(into, source=GATEWAY)
@@ -317,7 +315,7 @@ def test_where_all_rows_are_ok_rows_and_tokens_are_passed_through(middle: Stage)
     assert decode_batch(b"".join(encode_batch(reply))).rows == into.rows
 
 
-def test_finite_states_pass_even_where_their_sum_over_rows_is_not(middle: Stage) -> None:
+def test_finite_states_pass_even_if_their_sum_is_not_finite(middle: Stage) -> None:
     rows = [Row(id_, 0, 0, 1, reserve_tokens=9) for id_ in "ab"]
     states = np.zeros((2, 4), np.float32)
     states[:, 0] = 3e38
@@ -325,7 +323,7 @@ def test_finite_states_pass_even_where_their_sum_over_rows_is_not(middle: Stage)
     assert [row.status for row in reply.rows] == [Status.OK, Status.OK]
 
 
-def test_rows_that_fail_leave_the_tensor(middle: Stage) -> None:
+def test_failed_rows_are_removed_from_the_tensor(middle: Stage) -> None:
     rows = [Row(id_, 0, 0, 2, reserve_tokens=9) for id_ in "abc"] + [Row("d", 0, 5, 1)]
     states = np.arange(28, dtype=np.float32).reshape(7, 4)
     states[3, 2] = float("inf")
@@ -339,7 +337,7 @@ def test_rows_that_fail_leave_the_tensor(middle: Stage) -> None:
     assert decode_batch(b"".join(encode_batch(reply))).rows == reply.rows
 
 
-def test_an_event_without_any_good_row_gets_its_statuses(middle: Stage) -> None:
+def test_an_event_without_ok_rows_is_answered_with_statuses_only(middle: Stage) -> None:
     reply = middle.engine.handle(middle_batch([Row("a", 0, 3, 1)], [1], np.zeros((1, 4), np.float32)), source=GATEWAY)
     assert reply.rows[0].status is Status.MISS
     assert reply.hidden is None
@@ -374,13 +372,13 @@ def drawn(answer: Row) -> tuple[int, ...] | None:
     return None if answer.result is None else answer.result.tokens
 
 
-def test_draft_tokens_that_come_true_bring_a_token_each_and_one_more(stage: Stage) -> None:
+def test_each_accepted_draft_token_gives_one_more_token(stage: Stage) -> None:
     assert stage.begin("a", [1, 2, 3]) == 6
     assert drawn(drafted(stage, 3, [6, 12, 24, 48], draft_tokens=3)) == (12, 24, 48, 96)
     assert token_of(stage.step("a", 7, [96])) == 96 * 2 % VOCAB
 
 
-def test_behind_a_draft_token_that_does_not_come_true_nothing_counts(stage: Stage) -> None:
+def test_nothing_counts_after_a_rejected_draft_token(stage: Stage) -> None:
     assert stage.begin("a", [1, 2, 3]) == 6
     assert drawn(drafted(stage, 3, [6, 12, 25, 48], draft_tokens=3)) == (12, 24)
     assert drawn(drafted(stage, 4, [12, 9], draft_tokens=1)) == (24,), (
@@ -389,15 +387,15 @@ def test_behind_a_draft_token_that_does_not_come_true_nothing_counts(stage: Stag
     assert token_of(stage.step("a", 5, [24])) == 48
 
 
-def test_the_history_of_a_draw_ends_before_it(stage: Stage) -> None:
-    """With a repetition penalty a token that stands among later draft tokens counts for nothing yet."""
+def test_a_draws_history_ends_before_the_draw(stage: Stage) -> None:
+    """A repetition penalty does not count tokens among later draft tokens."""
     assert stage.begin("a", [1, 2, 3]) == 6
     row = Row("a", 0, 3, 3, Want.TOKEN, Sampling(repetition_penalty=1e9), draft_tokens=2)
     (answer,) = stage.engine.handle(batch([row], [6, 12, 24]), source=GATEWAY).rows
     assert drawn(answer) == (12, 24, 48)
 
 
-def test_logits_that_are_no_numbers_behind_a_draft_token_say_nothing_of_the_tokens_before(stage: Stage) -> None:
+def test_logits_that_are_not_finite_after_a_draft_token_keep_earlier_tokens(stage: Stage) -> None:
     assert stage.begin("a", [1, 2, 3]) == 6
     sound = stage.group.logits
 
@@ -417,8 +415,8 @@ def test_the_first_token_of_a_row_is_no_draft_token(stage: Stage) -> None:
     assert refused.reason == "2 of the row's 2 tokens are draft tokens; the first must be known"
 
 
-def test_draft_tokens_are_computed_where_nothing_is_wanted(stage: Stage) -> None:
-    """In an inner stage, or where a client has gone: a row is a row."""
+def test_draft_tokens_are_computed_even_if_the_row_wants_nothing(stage: Stage) -> None:
+    """In an inner stage, or after a client has gone."""
     stage.begin("a", [1, 2, 3])
     assert drawn(drafted(stage, 3, [6, 12], draft_tokens=1, want=Want.NONE)) is None
     assert token_of(stage.step("a", 4, [12])) == 24

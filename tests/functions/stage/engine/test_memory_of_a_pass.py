@@ -60,7 +60,7 @@ def little_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
-def test_no_tensor_grows_with_the_square_of_a_text(kind: Kind, name: str) -> None:
+def test_memory_does_not_grow_with_the_square_of_a_text(kind: Kind, name: str) -> None:
     running = passes_of(build(kind, name, max_position_embeddings=2 * TOKENS))
     for position in (0, TOKENS):
         with Allocations() as made:
@@ -69,7 +69,7 @@ def test_no_tensor_grows_with_the_square_of_a_text(kind: Kind, name: str) -> Non
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
-def test_a_text_in_parts_has_the_whole_models_numbers(kind: Kind, name: str) -> None:
+def test_a_text_scored_in_parts_has_the_whole_models_log_probabilities(kind: Kind, name: str) -> None:
     running = passes_of(build(kind, name))
     text = tokens_of(3, 250)
     logits = tiny_models.all_logits(whole_model(name), text)
@@ -77,7 +77,7 @@ def test_a_text_in_parts_has_the_whole_models_numbers(kind: Kind, name: str) -> 
     assert scored(running, text) == pytest.approx(expected.tolist(), abs=2e-3)
 
 
-def test_rows_of_several_texts_are_divided_where_they_fall() -> None:
+def test_rows_of_several_texts_are_split_at_token_limits() -> None:
     running = passes_of(build("llama", "llama"))
     texts = [tokens_of(seed, length) for seed, length in ((4, 150), (5, 60), (6, 1), (7, 240))]
     alone = [scored(passes_of(build("llama", "llama")), text) for text in texts]

@@ -1,4 +1,4 @@
-"""What ended sequences held: found by content, copied or taken over, forgotten when memory is wanted, and nothing else."""
+"""The prefix cache: prefixes are found by content, copied or taken over, and evicted when memory is needed."""
 
 import random
 from collections.abc import Iterator
@@ -16,8 +16,7 @@ from functions.stage.models.native.kv_pool import NativeKVPool
 from functions.stage.native.records import Dtype
 
 KEY = chain_key("0" * 32, "")
-BLOCKS = 12
-"""Of the arena."""
+BLOCKS = 12  # of the arena
 
 
 def pool(blocks: int = BLOCKS) -> NativeKVPool:
@@ -25,7 +24,7 @@ def pool(blocks: int = BLOCKS) -> NativeKVPool:
 
 
 class Stage:
-    """Sequences of tokens over a pool, whose arena holds each token where its keys and values would be."""
+    """Sequences over a pool. The arena holds a token's id in place of its keys and values."""
 
     def __init__(self, blocks: int = BLOCKS) -> None:
         self.kv = pool(blocks)
@@ -37,7 +36,7 @@ class Stage:
         self.evicted.append(prefix.chain)
 
     def begin(self, tokens: list[int], more: int = 1) -> tuple[int, int]:
-        """A sequence of `tokens` that computes what it does not find, and how much it found. Raises KVCacheFull."""
+        """Begins a sequence and computes the tokens that it lacks. Returns handle and tokens found. Raises KVCacheFull."""
         chain = extended((), tokens[:-1], KEY)
         handle = self.cache.reserve(len(tokens) + more, chain)
         held = self.cache.fill(handle, chain)
@@ -72,7 +71,7 @@ def stage() -> Iterator[Stage]:
     assert stage.cache.free_tokens == stage.kv.free_tokens + stage.cache.cached_tokens
 
 
-def test_a_follow_up_turn_takes_the_memory_over(stage: Stage) -> None:
+def test_a_follow_up_turn_takes_over_the_cached_range_in_place(stage: Stage) -> None:
     first = text(1, 3.5)
     handle, held = stage.begin(first)
     start = stage.kv.start(handle)
@@ -84,7 +83,7 @@ def test_a_follow_up_turn_takes_the_memory_over(stage: Stage) -> None:
     assert (stage.kv.start(again), stage.cache.cached_tokens) == (start, 0)
 
 
-def test_without_room_behind_it_the_memory_moves(stage: Stage) -> None:
+def test_a_cached_range_that_cannot_grow_in_place_moves(stage: Stage) -> None:
     first = text(1, 3)
     handle, _ = stage.begin([*first, 1])
     other, _ = stage.begin(text(3, 2))
@@ -95,7 +94,7 @@ def test_without_room_behind_it_the_memory_moves(stage: Stage) -> None:
     assert stage.cache.cached_tokens == 0
 
 
-def test_a_shared_beginning_is_copied_also_from_one_that_runs(stage: Stage) -> None:
+def test_a_shared_prefix_is_copied_even_from_a_running_sequence(stage: Stage) -> None:
     prompt = text(1, 2)
     handle, _ = stage.begin([*prompt, 1])
     other, held = stage.begin([*prompt, *text(2, 1)])
@@ -106,11 +105,11 @@ def test_a_shared_beginning_is_copied_also_from_one_that_runs(stage: Stage) -> N
     stage.end(other, [*prompt, *text(2, 1)])
     third, held = stage.begin([*prompt, *text(4, 1)])
     assert held == 2 * BLOCK_TOKENS
-    assert stage.cache.cached_tokens == 3 * BLOCK_TOKENS, "what was copied from is remembered still"
+    assert stage.cache.cached_tokens == 3 * BLOCK_TOKENS, "the source of the copy stays cached"
     stage.cache.drop(third)
 
 
-def test_what_is_computed_only_now_is_found_when_it_is_asked_again(stage: Stage) -> None:
+def test_tokens_computed_meanwhile_are_found_by_a_second_search(stage: Stage) -> None:
     prompt = [*text(1, 4), 1]
     chain = extended((), prompt[:-1], KEY)
     first, second = stage.cache.reserve(70, chain), stage.cache.reserve(70, chain)
@@ -120,8 +119,8 @@ def test_what_is_computed_only_now_is_found_when_it_is_asked_again(stage: Stage)
     stage.check(second, prompt[: 2 * BLOCK_TOKENS])
 
 
-def test_draft_tokens_that_were_rolled_back_elsewhere_are_not_taken_for_what_came_instead(stage: Stage) -> None:
-    """A sequence that moves away with draft tokens behind it, and comes back before it was released here."""
+def test_rejected_draft_tokens_are_not_taken_for_the_answer_that_replaced_them(stage: Stage) -> None:
+    """The sequence migrated away with draft tokens, and comes back before it was released here."""
     prompt = text(1, 2)
     handle = stage.cache.reserve(5 * BLOCK_TOKENS, extended((), prompt, KEY))
     stage.compute(handle, prompt + text(2, 1))
@@ -132,7 +131,7 @@ def test_draft_tokens_that_were_rolled_back_elsewhere_are_not_taken_for_what_cam
     assert stage.cache.fill(other, chain) == len(prompt)
 
 
-def test_an_answer_that_goes_on_otherwise_leaves_the_old_one(stage: Stage) -> None:
+def test_a_different_continuation_keeps_the_cached_one(stage: Stage) -> None:
     one, other = text(1, 2) + text(2, 1), text(1, 2) + text(3, 1)
     handle, _ = stage.begin([*one, 1])
     stage.end(handle, one)
@@ -142,7 +141,7 @@ def test_an_answer_that_goes_on_otherwise_leaves_the_old_one(stage: Stage) -> No
     assert [prefix.chain for prefix in stage.cache.cached()] == [extended((), other, KEY), extended((), one, KEY)]
 
 
-def test_the_least_recently_used_go_first_and_nothing_is_full_because_of_them(stage: Stage) -> None:
+def test_the_least_recently_used_prefixes_are_evicted_first(stage: Stage) -> None:
     texts = [text(seed, 3) for seed in range(4)]
     for tokens in texts:
         handle, _ = stage.begin(tokens, more=0)
@@ -159,7 +158,7 @@ def test_the_least_recently_used_go_first_and_nothing_is_full_because_of_them(st
     stage.cache.drop(handle)
 
 
-def test_what_does_not_fit_anyway_drives_nothing_out(stage: Stage) -> None:
+def test_a_reservation_that_cannot_fit_evicts_nothing(stage: Stage) -> None:
     running, _ = stage.begin(text(1, 8), more=0)
     handle, _ = stage.begin([*text(2, 2), 1])
     stage.end(handle, text(2, 2))
@@ -170,7 +169,7 @@ def test_what_does_not_fit_anyway_drives_nothing_out(stage: Stage) -> None:
     stage.cache.drop(running)
 
 
-def test_one_that_leaves_no_room_for_a_copy_is_computed_again(stage: Stage) -> None:
+def test_a_cached_prefix_is_evicted_if_its_memory_is_needed_for_the_follow_up(stage: Stage) -> None:
     tokens = text(1, 6)
     front, _ = stage.begin(text(2, 1), more=0)
     handle, _ = stage.begin([*tokens, 1], more=0)
@@ -183,7 +182,7 @@ def test_one_that_leaves_no_room_for_a_copy_is_computed_again(stage: Stage) -> N
     stage.cache.drop(behind)
 
 
-def test_a_cache_without_ranges_remembers_nothing() -> None:
+def test_a_cache_without_ranges_caches_no_prefix() -> None:
     cache = PrefixCache(KVBudget(100))
     chain = extended((), text(1, 2), KEY)
     handle = cache.reserve(40, chain)
@@ -197,8 +196,8 @@ turns = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 60), st.booleans())
 
 @settings(max_examples=60, deadline=None)
 @given(turns, st.integers(0, 2**32))
-def test_whatever_comes_each_finds_what_it_would_have_computed(turns: list[tuple[int, int, bool]], seed: int) -> None:
-    """Conversations that go on, begin alike, branch and run at the same time, in an arena that is too small for them."""
+def test_any_mix_of_conversations_finds_the_right_keys_and_values(turns: list[tuple[int, int, bool]], seed: int) -> None:
+    """Conversations continue, share prefixes, branch and run at the same time in an arena that is too small for them."""
     dice = random.Random(seed)
     stage = Stage()
     talks = [text(0, 1.5) for _ in range(6)]
@@ -221,7 +220,7 @@ def test_whatever_comes_each_finds_what_it_would_have_computed(turns: list[tuple
     assert stage.cache.free_tokens == stage.kv.capacity_tokens
 
 
-def test_ten_thousand_conversations_leave_it_as_large_as_a_hundred() -> None:
+def test_the_prefix_cache_does_not_grow_beyond_the_arena() -> None:
     stage = Stage(blocks=200)
     sizes = []
     for number in range(10_000):

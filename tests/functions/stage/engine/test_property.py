@@ -173,7 +173,7 @@ def test_tokens_are_the_whole_models_whatever_happens_on_the_way(
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_a_stage_that_starts_anew_costs_a_prefill_and_no_token(stage: int) -> None:
+def test_a_restarted_stage_costs_a_prefill_and_no_token(stage: int) -> None:
     conversation = Conversation("a", [5, 9, 33, 7, 100], Sampling(temperature=1.0, seed=7), chunk=2)
     micro_batch = MicroBatch([conversation], [])
     with engines(build_groups("llama")) as stages, engines(build_groups("llama")) as fresh:

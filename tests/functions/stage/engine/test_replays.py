@@ -1,7 +1,6 @@
-"""Answers that are broken off at token 32 of 96 and computed anew elsewhere, in chunks of 16: they do not differ, in any dtype.
+"""Answers that break off at token 32 of 96 and are replayed by other stages in chunks of 16 do not differ, in any dtype.
 
-Sixteen prompts through engines of native stages, greedy and drawn at temperature 1, eight at the same time: what was alone
-comes again in other company.
+Sixteen prompts go through engines of native stages, greedy and at temperature 1: first one by one, then eight at a time.
 """
 
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ def test_answers_that_are_replayed_do_not_differ(dtype: str, temperature: float)
 def answers(
     dtype: str, temperature: float, texts: Sequence[list[int]], new_tokens: int, *, chunk: int, at_once: int
 ) -> list[list[int]]:
-    """Of fresh stages, so many texts at the same time."""
+    """Answers of new stages; `at_once` texts run at the same time."""
     with engines(native_groups("llama", dtype)) as stages, ThreadPoolExecutor(at_once) as clients:
         asked = [
             clients.submit(

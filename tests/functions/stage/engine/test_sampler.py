@@ -93,14 +93,14 @@ def test_every_sampling_value_draws_a_token_whatever_the_logits(
 
 @pytest.mark.parametrize("temperature", [1e-20, 1e-39, 1e-40, 5e-324])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 1e-50])
-def test_hardly_any_temperature_is_greedy(temperature: float, top_p: float) -> None:
+def test_a_tiny_temperature_is_greedy(temperature: float, top_p: float) -> None:
     logits = random_logits(5, rows=20)
     cold = Sampling(temperature=temperature, top_p=top_p, seed=1)
     assert sample(logits, [cold] * 20, list(range(20)), [[]] * 20) == logits.argmax(axis=-1).tolist()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_hardly_any_penalty_prefers_what_was_there_in_its_order(temperature: float) -> None:
+def test_a_tiny_penalty_prefers_seen_tokens_in_their_order(temperature: float) -> None:
     logits = np.array([[3.0, 1.0, 2.0, -1.0]], np.float32)
     for penalty in (1e-38, 1e-42, 5e-324):
         sampling = Sampling(temperature=temperature, repetition_penalty=penalty)
@@ -108,7 +108,7 @@ def test_hardly_any_penalty_prefers_what_was_there_in_its_order(temperature: flo
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-def test_a_row_of_logits_that_are_no_numbers_has_no_token(wrong: float) -> None:
+def test_logits_that_are_not_finite_give_no_token(wrong: float) -> None:
     logits = random_logits(6, rows=3)
     logits[1, 7 if wrong > -math.inf or math.isnan(wrong) else slice(None)] = wrong
     for sampling in (Sampling(), Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.1)):
@@ -146,7 +146,7 @@ def test_the_filters_keep_what_transformers_keeps(
 
 
 @pytest.mark.parametrize("history", [[1, 2, 3, 3, 3], [5], list(range(VOCAB))])
-def test_the_repetition_penalty_is_transformers(history: list[int]) -> None:
+def test_the_repetition_penalty_equals_transformers(history: list[int]) -> None:
     for seed in range(20):
         logits = random_logits(seed)
         expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([history]), torch.tensor(logits)).argmax().item()
@@ -159,7 +159,7 @@ def test_greedy_takes_the_lowest_of_equal_tokens() -> None:
     assert sample(logits, [Sampling(), Sampling()], [0, 0], [[], []]) == [0, 17]
 
 
-def test_greedy_generation_with_a_penalty_is_generates() -> None:
+def test_greedy_generation_with_a_penalty_equals_generates() -> None:
     model = whole_model("llama")
     prompt = [5, 9, 33]
     ids = torch.tensor([prompt])
@@ -175,7 +175,7 @@ def test_greedy_generation_with_a_penalty_is_generates() -> None:
     assert tokens == expected
 
 
-def test_a_draw_depends_on_nothing_but_logits_values_seed_and_position() -> None:
+def test_a_draw_depends_only_on_logits_sampling_seed_and_position() -> None:
     logits = random_logits(1, rows=64)
     samplings = [Sampling(temperature=1.0, seed=row, top_k=(0, 40)[row % 2]) for row in range(64)]
     positions = list(range(100, 164))
@@ -185,7 +185,7 @@ def test_a_draw_depends_on_nothing_but_logits_values_seed_and_position() -> None
     assert len(set(together)) > 10
 
 
-def test_the_draws_are_these_for_ever() -> None:
+def test_recorded_draws_never_change() -> None:
     """Replays may run on another version of this code: the generator must never change."""
     logits = np.arange(211, dtype=np.float32)[None] / 40
     draws = [sample(logits, [Sampling(temperature=1.0, seed=seed)], [position], [[]])[0] for seed, position in CASES]
@@ -209,7 +209,7 @@ RECORDED = (
     (Sampling(temperature=50.0, top_p=0.97), [503, 681, 535, 250, 918, 717, 677, 130]),
     (Sampling(temperature=1e-40, top_p=0.5), [186, 393, 593, 991, 455, 532, 743, 394]),
 )
-"""What the sampler drew when it was made of torch's operators, for eight seeds each."""
+"""Draws of an earlier sampler made of torch's operators, for eight seeds each."""
 
 
 @pytest.mark.parametrize("case", range(len(RECORDED)))
@@ -230,7 +230,7 @@ def recorded_logits(number: int) -> Logits:
     return (raw.astype(np.float32) * np.float32(2.0**-20) - np.float32(8))[None]
 
 
-def test_draws_follow_the_softmax_of_what_is_kept() -> None:
+def test_draws_follow_the_softmax_of_the_kept_scores() -> None:
     logits = np.array([[0.0, 1.0, 2.0, -1.0, 0.5, -20.0]], np.float32)
     sampling = Sampling(temperature=0.8, top_k=4)
     scores, tokens = keep(logits[0] / np.float32(0.8), sampling)
@@ -254,7 +254,7 @@ def test_log_probabilities_are_the_log_softmax() -> None:
     assert [logprob for logprob, _ in log_probabilities(logits, tokens)] == pytest.approx(expected, abs=1e-5)
 
 
-# The OpenAI API's penalties and biases, and bans.
+# The OpenAI API's penalties and biases, and banned tokens.
 
 
 def adjusted(scores: list[float], position: int = 5, history: list[int] | None = None, **sampling: Any) -> int | None:
@@ -262,24 +262,24 @@ def adjusted(scores: list[float], position: int = 5, history: list[int] | None =
     return token
 
 
-def test_presence_and_frequency_count_behind_the_prompt_only() -> None:
+def test_presence_and_frequency_penalties_count_only_after_the_prompt() -> None:
     scores, history = [3.0, 2.5, 2.0, 0.0], [0, 0, 0, 1, 1, 2]
     assert adjusted(scores, history=history) == 0
-    # Behind three tokens of prompt 1 came twice and 2 once.
+    # After a prompt of three tokens, 1 came twice and 2 once.
     assert adjusted([0.0, 2.5, 2.0, 0.0], history=history, prompt_tokens=3, presence_penalty=1.0) == 1
     assert adjusted([0.0, 2.5, 2.0, 0.0], history=history, prompt_tokens=3, frequency_penalty=1.0) == 2
     assert adjusted(scores, history=history, prompt_tokens=3, presence_penalty=2.0, frequency_penalty=2.0) == 0
     assert adjusted(scores, history=history, prompt_tokens=0, presence_penalty=2.0) == 0
 
 
-def test_a_bias_moves_a_token_and_one_outside_of_the_vocabulary_none() -> None:
+def test_a_bias_moves_its_token_and_is_ignored_outside_the_vocabulary() -> None:
     assert adjusted([3.0, 2.0, 1.0], logit_bias={2: 5.0}) == 2
     assert adjusted([3.0, 2.0, 1.0], logit_bias={0: -100.0}) == 1
     assert adjusted([3.0, 2.0, 1.0], logit_bias={99: 100.0}) == 0
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 1e-40])
-def test_what_is_banned_is_not_drawn_before_its_position(temperature: float) -> None:
+def test_banned_tokens_are_not_drawn_before_their_position(temperature: float) -> None:
     banned = {"banned": (0, 99), "banned_until": 10, "temperature": temperature}
     assert adjusted([30.0, 2.0, -50.0], position=9, **banned) == 1
     assert adjusted([30.0, 2.0, -50.0], position=10, **banned) == 0
@@ -287,7 +287,7 @@ def test_what_is_banned_is_not_drawn_before_its_position(temperature: float) -> 
 
 
 @given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=2, max_size=20), st.data())
-def test_whatever_is_asked_some_token_is_drawn(scores: list[float], data: st.DataObject) -> None:
+def test_any_sampling_draws_a_token_of_the_vocabulary(scores: list[float], data: st.DataObject) -> None:
     tokens = st.integers(0, len(scores) + 2)
     history = data.draw(st.lists(st.integers(0, len(scores) - 1), max_size=10))
     token = adjusted(
@@ -310,7 +310,7 @@ def test_whatever_is_asked_some_token_is_drawn(scores: list[float], data: st.Dat
 @pytest.mark.parametrize(
     "values", [{}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.2}, {"temperature": 0.0}, {"logit_bias": {5: 9.0}}]
 )
-def test_a_mask_leaves_the_draw_among_what_is_allowed(values: dict[str, Any]) -> None:
+def test_a_mask_restricts_the_draw_to_allowed_tokens(values: dict[str, Any]) -> None:
     """The same as if the model gave the other tokens no chance; whether the mask is shorter than the vocabulary or longer."""
     dice = np.random.default_rng(2)
     for position in range(50):

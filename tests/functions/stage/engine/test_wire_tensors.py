@@ -23,7 +23,7 @@ def in_8_bits(hidden: Array, dtype: HiddenDtype = "F32") -> Tensor:
 
 @given(rows_of_hidden)
 @example(np.array([[np.finfo(np.float32).max, 1.0], [-np.finfo(np.float32).max, 0.0]], np.float32))
-def test_what_comes_out_is_within_half_a_step_of_what_went_in(hidden: Array) -> None:
+def test_i8_is_within_half_a_step_of_its_input(hidden: Array) -> None:
     tensor = in_8_bits(hidden)
     assert tensor.data.nbytes == len(hidden) * row_bytes("I8", hidden.shape[1])
     given_back = hidden_array(tensor, "F32").astype(np.float64)
@@ -33,7 +33,7 @@ def test_what_comes_out_is_within_half_a_step_of_what_went_in(hidden: Array) -> 
 
 
 @given(ordinary, st.sampled_from(["F32", "BF16", "F16"]))
-def test_a_row_has_the_same_bits_in_any_company(numbers: Array, dtype: HiddenDtype) -> None:
+def test_a_rows_bits_do_not_depend_on_other_rows(numbers: Array, dtype: HiddenDtype) -> None:
     hidden = narrowed(numbers, dtype)
     together = in_8_bits(hidden, dtype)
     alone = [in_8_bits(hidden[index : index + 1], dtype) for index in range(len(hidden))]
@@ -50,7 +50,7 @@ def test_the_bytes_are_those_of_the_page() -> None:
 
 
 @given(st.lists(st.binary(min_size=row_bytes("I8", HIDDEN), max_size=row_bytes("I8", HIDDEN)), min_size=1, max_size=9))
-def test_whatever_the_bytes_are_a_row_is_computed_where_they_are_numbers_and_refused_where_not(rows: list[bytes]) -> None:
+def test_rows_of_any_bytes_are_computed_if_finite_and_refused_otherwise(rows: list[bytes]) -> None:
     data = b"".join(rows)
     with np.errstate(over="ignore", invalid="ignore"):
         expected = [

@@ -56,7 +56,7 @@ def without(dtype: str, tokens: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_sequence_that_moves_has_nothing_computed_again(dtype: str) -> None:
+def test_a_migrated_sequence_computes_nothing_again(dtype: str) -> None:
     with peer(dtype) as server, kv_stage(dtype) as stage:
         tokens = conversation(server, ended=False)
         held, drawn = stage.converse("moving", tokens, 6, peers=(server.url,))
@@ -75,7 +75,7 @@ def test_an_idle_conversation_is_found_by_its_content(dtype: str) -> None:
     assert drawn == without(dtype, follow_up)
 
 
-def test_what_draws_by_its_tokens_computes_those_that_nobody_named() -> None:
+def test_a_sequence_with_penalties_computes_tokens_after_its_last_block() -> None:
     with peer() as server, kv_stage() as stage:
         tokens = conversation(server, ended=False)
         blocks = (len(tokens) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
@@ -83,7 +83,7 @@ def test_what_draws_by_its_tokens_computes_those_that_nobody_named() -> None:
         assert stage.reserve("moving", tokens, peers=(server.url,), token_ids=known).held == blocks
 
 
-def test_the_first_peer_that_has_it_is_enough_and_one_that_lacks_it_does_no_harm() -> None:
+def test_peers_are_asked_until_one_holds_the_conversation() -> None:
     with peer() as without_it, peer() as server, kv_stage() as stage:
         tokens = conversation(server, ended=True)
         assert stage.reserve("a", tokens, peers=(without_it.url, server.url)).held == (len(tokens) - 1) // 16 * 16
@@ -91,7 +91,7 @@ def test_the_first_peer_that_has_it_is_enough_and_one_that_lacks_it_does_no_harm
 
 
 @pytest.mark.parametrize("when", ["before", "in the middle"])
-def test_a_peer_that_dies_costs_only_what_it_held(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_peer_dies_the_rest_is_computed(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with peer() as server, kv_stage() as stage:
         tokens = conversation(server, ended=True)
         asked: list[int] = []
@@ -114,7 +114,7 @@ def test_a_peer_that_dies_costs_only_what_it_held(when: str, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("spoiling", ["altered", "truncated", "of another place", "slow", "none"])
-def test_what_a_peer_says_wrong_is_computed(spoiling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_data_of_a_peer_is_computed_instead(spoiling: str, monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
     hand_over = peer_tier.hand_over
 
@@ -146,7 +146,7 @@ def test_what_a_peer_says_wrong_is_computed(spoiling: str, monkeypatch: pytest.M
     assert drawn == without("float32", tokens)
 
 
-def test_many_sequences_wait_for_a_peer_that_is_away_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_is_away_delays_many_sequences_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with peer() as server, kv_stage() as stage:
         stage.estimate._rate.computed(100, 0.1)
         tokens = conversation(server, ended=True)
@@ -174,7 +174,7 @@ def test_only_pods_get_the_token() -> None:
         assert stage.restores.tokens == {}
 
 
-def test_the_door_is_for_the_pipelines_own() -> None:
+def test_the_kv_endpoint_serves_only_its_own_pipeline() -> None:
     def status(target: str, token: str = TOKEN) -> int:
         request = urllib.request.Request(server.url + target, headers={"Authorization": f"Bearer {token}"})
         try:
@@ -209,23 +209,23 @@ def test_the_door_is_for_the_pipelines_own() -> None:
         "&".join(f"a{number}=1" for number in range(100)),
     ],
 )
-def test_a_query_that_makes_no_sense_is_refused(query: str) -> None:
+def test_a_malformed_query_is_refused(query: str) -> None:
     with pytest.raises(MalformedEvent, match="/kv"):
         KVQuery.read(query)
 
 
-def test_a_query_is_read_as_it_was_written() -> None:
+def test_a_query_survives_a_round_trip() -> None:
     query = KVQuery(FINGERPRINT, 10, 16, 32, "0a" * 16, "id &=%", 3, "/gateways/a b")
     assert KVQuery.read(query.target.partition("?")[2]) == query
 
 
-def test_a_reservation_names_few_peers() -> None:
+def test_a_reservation_with_too_many_peers_is_refused() -> None:
     row = {"id": "a", "attempt": 0, "reserve_tokens": 1, "peers": ["http://10.0.0.1:8012"] * 5}
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert(row, ReserveRow)
     assert find_fault(row, ReserveRow).path == "peers"
 
 
-def test_a_chain_is_no_longer_than_the_room_for_it() -> None:
+def test_a_chain_longer_than_its_reservation_is_refused() -> None:
     with pytest.raises(ValueError, match="a chain of 3 blocks does not fit into 47 reserved tokens"):
         ReserveRow("a", 0, 47, bytes(48))

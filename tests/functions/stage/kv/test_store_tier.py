@@ -61,7 +61,7 @@ def without(dtype: str, tokens: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_conversation_goes_on_where_its_stage_went_to_zero(store: PayloadStore, dtype: str) -> None:
+def test_a_conversation_continues_after_its_stage_scaled_to_zero(store: PayloadStore, dtype: str) -> None:
     tokens = first_turn(store, dtype)
     follow_up = [*tokens, *text(40, seed=9)]
     with kv_stage(dtype, store) as stage:
@@ -71,7 +71,7 @@ def test_a_conversation_goes_on_where_its_stage_went_to_zero(store: PayloadStore
     assert drawn == without(dtype, follow_up)
 
 
-def test_what_another_wrote_is_not_written_again_and_what_goes_on_is_added(store: PayloadStore) -> None:
+def test_stored_parts_are_not_written_again_and_new_ones_are_added(store: PayloadStore) -> None:
     tokens = first_turn(store)
     before = {found.key: found.modified for found in store.list("kv/")}
     with kv_stage(store=store) as stage:
@@ -86,7 +86,7 @@ def test_what_another_wrote_is_not_written_again_and_what_goes_on_is_added(store
         assert stage.reserve("third", longer).held == (len(longer) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
 
 
-def test_what_memory_is_taken_from_is_found_again(store: PayloadStore) -> None:
+def test_evicted_conversations_are_found_in_the_store(store: PayloadStore) -> None:
     with kv_stage(store=store) as stage:
         conversations = [text(240, seed) for seed in range(8)]  # more than the arena has
         for number, tokens in enumerate(conversations):
@@ -99,7 +99,7 @@ def test_what_memory_is_taken_from_is_found_again(store: PayloadStore) -> None:
         assert stage.restores.tokens["store"] == 224
 
 
-def test_a_longer_time_without_and_the_rest_of_another_conversation(store: PayloadStore) -> None:
+def test_a_shared_prefix_is_restored_for_another_conversation(store: PayloadStore) -> None:
     tokens = first_turn(store)
     other = [*tokens[:140], *text(90, seed=5)]
     with kv_stage(store=store) as stage:
@@ -114,7 +114,7 @@ def test_a_longer_time_without_and_the_rest_of_another_conversation(store: Paylo
     [Fault(path="/kv/", flip_byte=5000), Fault(path="/kv/", end_after=3000), Fault(path="/kv/", status=404)],
     ids=["altered", "truncated", "gone"],
 )
-def test_a_part_that_is_wrong_on_its_way_is_computed(settings: StoreSettings, store: PayloadStore, fault: Fault) -> None:
+def test_a_part_damaged_in_transfer_is_computed_instead(settings: StoreSettings, store: PayloadStore, fault: Fault) -> None:
     tokens = first_turn(store)
     with fault_proxy(settings) as proxy, PayloadStore(proxy.settings, stall_seconds=1.0, retry_seconds=0.5) as through:
         fault.times = 1000
@@ -126,7 +126,7 @@ def test_a_part_that_is_wrong_on_its_way_is_computed(settings: StoreSettings, st
     assert drawn == without("float32", tokens)
 
 
-def test_an_object_that_was_altered_is_computed_and_written_anew(store: PayloadStore) -> None:
+def test_an_altered_object_is_computed_instead_and_written_again(store: PayloadStore) -> None:
     tokens = first_turn(store)
     for found in store.list("kv/"):
         data = bytearray(store.get(found.key))
@@ -142,7 +142,7 @@ def test_an_object_that_was_altered_is_computed_and_written_anew(store: PayloadS
         assert stage.reserve("third", tokens).held > 0
 
 
-def test_a_store_that_is_away_or_slow_holds_nobody_up_for_long(settings: StoreSettings, store: PayloadStore) -> None:
+def test_a_store_that_is_away_or_slow_delays_reservations_only_briefly(settings: StoreSettings, store: PayloadStore) -> None:
     tokens = first_turn(store)
     away = PayloadStore(replace(settings, endpoint_url="http://127.0.0.1:1"), stall_seconds=1.0, retry_seconds=0.5)
     with fault_proxy(settings) as proxy:
@@ -162,7 +162,7 @@ def test_a_store_that_is_away_or_slow_holds_nobody_up_for_long(settings: StoreSe
             assert drawn == without("float32", tokens)
 
 
-def test_many_that_wait_for_a_slow_store_are_reserved_while_somebody_waits_for_them(
+def test_many_reservations_with_a_slow_store_are_answered_before_they_expire(
     store: PayloadStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(StoreTier, "_part", lambda *_: time.sleep(0.3))
@@ -174,7 +174,7 @@ def test_many_that_wait_for_a_slow_store_are_reserved_while_somebody_waits_for_t
         assert [answer.status for answer in answers] == [Status.OK] * 6
 
 
-def test_a_clients_short_deadline_leaves_the_store_to_others(store: PayloadStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clients_short_deadline_does_not_mark_the_store_as_away(store: PayloadStore, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = first_turn(store)
     part = StoreTier._part
 
@@ -192,7 +192,7 @@ def test_a_clients_short_deadline_leaves_the_store_to_others(store: PayloadStore
         assert drawn == without("float32", tokens)
 
 
-def test_what_nobody_expected_ends_no_writing(store: PayloadStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_does_not_end_the_writer(store: PayloadStore, monkeypatch: pytest.MonkeyPatch) -> None:
     with kv_stage(store=store) as stage:
         assert stage.writer is not None
         writer = stage.writer
@@ -210,7 +210,7 @@ def test_what_nobody_expected_ends_no_writing(store: PayloadStore, monkeypatch: 
     assert list(store.list("kv/"))
 
 
-def test_another_key_or_another_sharer_finds_nothing(store: PayloadStore) -> None:
+def test_another_key_or_sharer_finds_nothing(store: PayloadStore) -> None:
     tokens = first_turn(store)
     with kv_stage(store=store, sealer=Sealer(b"o" * 32)) as stage:
         assert stage.reserve("second", tokens).held == 0
@@ -219,7 +219,7 @@ def test_another_key_or_another_sharer_finds_nothing(store: PayloadStore) -> Non
         assert row.held == 0
 
 
-def test_a_full_arena_says_so_and_asks_no_tier(store: PayloadStore) -> None:
+def test_a_full_arena_is_reported_and_no_tier_is_asked(store: PayloadStore) -> None:
     tokens = first_turn(store)
     with kv_stage(store=store) as stage:
         stage.reserve("large", text(1, 1), more=stage.engine.free_tokens - 48)

@@ -1,4 +1,4 @@
-"""Which layer group runs what, what it imports for it, and the group that sleeps."""
+"""The choice of a layer group, the libraries that it imports, and the group that sleeps."""
 
 import json
 import pickle
@@ -59,7 +59,7 @@ def modules_loaded(name: str, kind: str, folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(("name", "kind"), [("llama", "auto"), ("qwen3", "auto"), ("llama", "native"), ("llama", "sleep")])
-def test_a_native_stage_imports_numpy_and_hardly_more(name: str, kind: str, tmp_path: Path) -> None:
+def test_a_native_stage_imports_few_packages_besides_numpy(name: str, kind: str, tmp_path: Path) -> None:
     packages = modules_loaded(name, kind, tmp_path) - sys.stdlib_module_names
     packages = {package for package in packages if not package.startswith("_")}
     assert packages <= {
@@ -82,7 +82,7 @@ def test_torchs_operators_need_torch_alone(tmp_path: Path) -> None:
     assert not loaded & {"transformers", "boto3", "flask", "prometheus_client"}
 
 
-def test_what_is_made_of_torch_says_what_is_missing_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_torch_is_named_if_a_model_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     gpt2, llama = tiny_models.tiny_config("gpt2"), tiny_models.tiny_config("llama")
     assert choose("auto", llama, "float32", "auto") == GroupChoice("native", "cpu")
@@ -95,13 +95,13 @@ def test_what_is_made_of_torch_says_what_is_missing_where_it_is_not_installed(mo
             choose("auto", config, dtype, device)
 
 
-def test_what_transformers_runs_says_so_where_only_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_transformers_is_named_if_a_model_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(LibraryMissing, match="takes transformers, which is not installed here"):
         choose("auto", tiny_models.tiny_config("gpt2"), "float32", "auto")
 
 
-def test_layers_that_are_to_run_in_c_and_do_not_are_refused() -> None:
+def test_requesting_native_layers_that_cannot_run_is_refused() -> None:
     with pytest.raises(UnsupportedConfig, match="the layers do not run in C: float16 is not"):
         choose("native", tiny_models.tiny_config("llama"), "float16", "cpu")
     with pytest.raises(UnsupportedConfig, match="gpt2"):
@@ -118,7 +118,7 @@ def test_every_llama_shaped_model_runs_in_c_and_no_other(name: str) -> None:
     assert kind == ("native" if name in tiny_models.LLAMA_SHAPED else "transformers")
 
 
-def test_what_the_lean_group_declines_goes_to_transformers() -> None:
+def test_configs_that_the_llama_groups_decline_go_to_transformers() -> None:
     odd = tiny_models.tiny_config("llama", hidden_act="gelu_new")
     assert choose("auto", odd, "float32", "cpu").kind == "transformers"
     stage = stage_tensors("llama", 2, 4)
@@ -151,13 +151,13 @@ def test_q4_runs_in_c_or_not_at_all(kind: Kind, head_dim: int, why: str) -> None
         choose(kind, tiny_models.tiny_config("llama", head_dim=head_dim), "q4", "cpu")
 
 
-def test_lean_families_are_families() -> None:
+def test_llama_shaped_families_are_supported_families() -> None:
     assert set(FAMILIES) >= set(LLAMA_FAMILIES)
 
 
 @pytest.mark.parametrize("name", ["ministral", "seed_oss"])
-def test_no_llama_shaped_family_is_left_to_the_slower_group(name: str) -> None:
-    """Which families are lean once stood in two lists, and these in one of them only."""
+def test_recently_added_families_run_in_c(name: str) -> None:
+    """Families that run in C were once in two lists, and these were missing from one."""
     groups = build_groups(name, kind="auto")
     assert {type(group).__name__ for group in groups} == {"NativeGroup"}
     with engines(groups) as stages:
@@ -187,8 +187,8 @@ def test_a_sleeping_pass_takes_its_time_whatever_its_size() -> None:
     assert [group.kv.length(handle) for handle in handles] == [10] * 3
 
 
-def test_an_emulated_pass_takes_longer_for_what_its_device_would_take_longer_for() -> None:
-    """By arithmetic for a prompt, by bytes for a step over much that is held, and by the head where it is the last stage."""
+def test_an_emulated_pass_takes_as_long_as_its_device_would() -> None:
+    """A prompt takes arithmetic, a step over many held tokens takes bandwidth, and the last stage has a head."""
     times = PassTimes(
         fixed_seconds=0.01,
         token_seconds=0.001,
@@ -225,7 +225,7 @@ def test_a_sleeping_group_accounts_for_kv_as_a_real_one() -> None:
 
 
 @pytest.mark.parametrize("wire_dtype", ["BF16", "I8"])
-def test_a_large_vocabulary_survives_the_sleeping_stages(wire_dtype: str) -> None:
+def test_sleeping_stages_carry_token_ids_of_a_large_vocabulary(wire_dtype: str) -> None:
     config = tiny_models.tiny_config("llama", vocab_size=300_000)
     first = build_layer_group("sleep", config, {}, 0, 3, "bfloat16", "cpu", 2**20)
     last = build_layer_group("sleep", config, {}, 3, 6, "bfloat16", "cpu", 2**20)

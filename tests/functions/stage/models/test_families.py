@@ -30,7 +30,7 @@ def test_a_family_cut_in_three_gives_the_whole_models_tokens(name: str) -> None:
     for _ in range(NEW_TOKENS):
         token_ids.append(int(logits[-1][-1].argmax()))
         if len(token_ids) == len(PROMPT) + NEW_TOKENS // 2:
-            # A step that was wrong, then a rollback far behind it: what follows must be as if neither had been.
+            # A wrong step, then a rollback to an earlier position: neither may affect what follows.
             pipeline.logits([1, 2, 3], len(token_ids) - 1)
             pipeline.logits(token_ids[6:-1], 6)
         logits.append(pipeline.logits(token_ids[-1:], len(token_ids) - 1))
@@ -42,7 +42,7 @@ def test_a_family_cut_in_three_gives_the_whole_models_tokens(name: str) -> None:
 
 @pytest.mark.parametrize("name", tiny_models.ALL)
 def test_the_objects_of_a_publication_give_the_whole_models_logits_to_the_bit(name: str) -> None:
-    """A prompt in one piece, through stages that got exactly what the model repository would give them."""
+    """A whole prompt through stages that got exactly the objects that the model repository would give them."""
     config = tiny_models.tiny_config(name)
     model = describe_model(config)
     sources: Any = tensors(name)  # placing looks at their names and shapes alone
@@ -75,8 +75,8 @@ def test_bfloat16_is_the_whole_models_bfloat16(name: str) -> None:
     assert torch.equal(GroupPipeline(groups).logits(PROMPT, 0), tiny_models.all_logits(whole, PROMPT))
 
 
-def test_names_of_a_bare_checkpoint_are_understood() -> None:
-    """The GPT-2 and BLOOM checkpoints that people have were saved without the causal model's prefix."""
+def test_names_of_a_checkpoint_without_a_head_are_understood() -> None:
+    """Published GPT-2 and BLOOM checkpoints were saved without the causal model's prefix."""
     config = tiny_models.tiny_config("gpt2")
     bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors("gpt2").items()}
     stages = [(first, last, tiny_models.stage_tensors(bare, first, last)) for first, last in CUT]
@@ -90,7 +90,7 @@ def test_every_family_has_a_tiny_model() -> None:
 
 
 def test_sequences_of_one_pass_do_not_touch_each_other() -> None:
-    """To rounding alone: which kernel multiplies, and in which order it sums, depends on how many rows there are."""
+    """Except for rounding: the kernel and its order of sums depend on the number of rows."""
     (group,) = build_groups("qwen3_moe", ((0, 6),))
     texts = [PROMPT[:3], PROMPT[3:10], PROMPT[::-1]]
     alone = [GroupPipeline([group]).logits(text, 0) for text in texts]
@@ -106,7 +106,7 @@ def test_weights_are_used_in_place() -> None:
     assert matrix.data_ptr() == stage["model.layers.3.mlp.up_proj.weight"].data_ptr()
 
 
-def test_a_stage_holds_nothing_of_the_others() -> None:
+def test_a_stage_has_no_modules_of_other_stages() -> None:
     group = build("gpt2", tiny_models.stage_tensors(tensors("gpt2"), 2, 3), 2, 3)
     names = [name for name, _ in group._base.named_parameters()]
     assert names
@@ -114,7 +114,7 @@ def test_a_stage_holds_nothing_of_the_others() -> None:
     assert not [name for name, _ in group._head.named_parameters()]
 
 
-def test_kv_memory_is_what_was_planned() -> None:
+def test_kv_memory_is_as_planned() -> None:
     group = build("llama", tiny_models.stage_tensors(tensors("llama"), 0, 2), 0, 2, kv_budget_bytes=64 * 512)
     bytes_per_token = 2 * 2 * 2 * 8 * 4  # layers, keys and values, KV heads, head size, float32
     assert group.kv.capacity_tokens == 64 * 512 // bytes_per_token

@@ -1,4 +1,4 @@
-"""Keys and values as bytes: the same bits behind a round trip, whatever the dtype; all else is refused before it is used."""
+"""Keys and values as bytes: the same bits after a round trip in any dtype. Other bytes are refused before they are used."""
 
 from collections.abc import Callable
 
@@ -51,7 +51,7 @@ def run(of: LayerGroup, handle: int, tokens: np.ndarray, position: int) -> np.nd
 @pytest.mark.parametrize(("kind", "dtype"), KINDS)
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
-def test_what_goes_on_behind_a_round_trip_has_the_same_bits(kind: str, dtype: str, data: st.DataObject) -> None:
+def test_restored_keys_and_values_continue_with_the_same_bits(kind: str, dtype: str, data: st.DataObject) -> None:
     of = group(kind, dtype)
     length = data.draw(st.integers(2, 90))
     held = data.draw(st.integers(1, length - 1))
@@ -79,7 +79,7 @@ def _filled(of: LayerGroup, tokens: int = 48) -> int:
     return handle
 
 
-def test_tokens_that_are_held_already_stay_as_they_are() -> None:
+def test_held_tokens_are_not_overwritten() -> None:
     of = group("native", "float32")
     source, target = _filled(of), of.kv.reserve(64)
     of.forward(np.arange(16) + 5, [Segment(target, 0, 16)])
@@ -112,7 +112,7 @@ SPOILT: list[tuple[str, Callable[[bytearray], bytes], type[Exception]]] = [
 
 
 @pytest.mark.parametrize(("spoil", "error"), [row[1:] for row in SPOILT], ids=[row[0] for row in SPOILT])
-def test_other_bytes_are_refused_and_nothing_is_written(spoil: Callable[[bytearray], bytes], error: type[Exception]) -> None:
+def test_damaged_bytes_are_refused_and_nothing_is_written(spoil: Callable[[bytearray], bytes], error: type[Exception]) -> None:
     of = group("native", "bfloat16")
     source, target = _filled(of), of.kv.reserve(48)
     good = read_kv(pool(of), source, 0, 48)
@@ -125,7 +125,7 @@ def test_other_bytes_are_refused_and_nothing_is_written(spoil: Callable[[bytearr
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("native", "int8"), ("native", "float32"), ("torch", "bfloat16")])
-def test_another_dtype_or_way_to_run_is_foreign(kind: str, dtype: str) -> None:
+def test_keys_and_values_of_another_dtype_or_kind_are_refused(kind: str, dtype: str) -> None:
     of, other = group("native", "bfloat16"), group(kind, dtype)
     source, target = _filled(of), other.kv.reserve(48)
     with pytest.raises(ForeignKV, match="native bfloat16"):
@@ -134,7 +134,7 @@ def test_another_dtype_or_way_to_run_is_foreign(kind: str, dtype: str) -> None:
     other.kv.release(target)
 
 
-def test_there_are_no_gaps_and_nothing_beyond_what_is_reserved() -> None:
+def test_gaps_and_tokens_beyond_the_reservation_are_refused() -> None:
     of = group("native", "float32")
     source, short, empty = _filled(of), of.kv.reserve(32), of.kv.reserve(48)
     with pytest.raises(ValueError, match="room for 32"):

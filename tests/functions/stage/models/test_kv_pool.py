@@ -1,4 +1,4 @@
-"""The lean group's KV memory: what is free can be reserved, what is reserved is never another's, bytes are as planned."""
+"""The KV arena: all free memory can be reserved, ranges never overlap, and bytes are as planned."""
 
 import random
 from collections.abc import Sequence
@@ -44,14 +44,14 @@ def test_capacity_is_the_budget_to_the_token() -> None:
         pool(0)
 
 
-def test_what_does_not_fit_says_what_is_free() -> None:
+def test_a_refused_reservation_reports_free_tokens() -> None:
     kv = pool(100)
     kv.reserve(40)
     with pytest.raises(KVCacheFull, match="61 tokens wanted, 60 free"):
         kv.reserve(61)
 
 
-def test_a_reservation_that_no_hole_takes_moves_the_others_together() -> None:
+def test_a_reservation_larger_than_every_hole_compacts_the_arena() -> None:
     kv = pool(100)
     handles = [kv.reserve(20) for _ in range(5)]
     for number, handle in enumerate(handles):
@@ -67,7 +67,7 @@ def test_a_reservation_that_no_hole_takes_moves_the_others_together() -> None:
 
 
 class _CopiesFail(TorchDispatchMode):
-    """The `last`th copy into memory, counted from 0, fails, and all behind it; as a GPU's do once it has failed."""
+    """All copies after the first `last` fail, as a GPU's do after an error."""
 
     def __init__(self, last: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class _CopiesFail(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("copies", range(24))
-def test_moving_that_fails_half_way_leaves_no_sequence_wrong(copies: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_compaction_leaves_no_wrong_keys_and_values(copies: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_cache, "_MOVED_AT_ONCE", 5 * 2 * 2 * 4 * 4)
     kv = pool(100)
     handles = [kv.reserve(20) for _ in range(5)]
@@ -104,7 +104,7 @@ def test_moving_that_fails_half_way_leaves_no_sequence_wrong(copies: int, monkey
         assert_holds(kv, handle, value)
 
 
-def test_moving_takes_its_memory_before_it_moves_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compaction_allocates_all_memory_before_it_moves_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     kv = pool(100)
     first, second = kv.reserve(30), kv.reserve(30)
     fill(kv, second, 0, 30, 7.0)
@@ -121,7 +121,7 @@ def test_moving_takes_its_memory_before_it_moves_anything(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_any_order_of_reserving_and_releasing_keeps_every_cache_whole(seed: int) -> None:
+def test_sequences_keep_their_tokens_through_any_reservations_and_releases(seed: int) -> None:
     chance = random.Random(seed)
     kv = pool(500)
     held: dict[int, float] = {}

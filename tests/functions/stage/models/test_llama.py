@@ -1,12 +1,10 @@
 """Llama-shaped groups, in C and by torch's operators, against the whole model: every family, cut in three, chunks and steps."""
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Final
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from functions.stage.models.build import GroupChoice, Kind, build_layer_group, choose, empty_group
 from functions.stage.models.layer_group import LayerGroup, MissingTensors, Segment
@@ -16,30 +14,16 @@ from functions.stage.native.library import library
 from functions.stage.native.limits import padded_head
 from storage.checkpoints.llama_config import UnsupportedConfig
 from storage.errors import ArchitectureUnsupported
-from storage.loading.weight_loader import RawTensor
 from storage.models.checks import check_quantizable
 from tests.support.functions.borders import forwarded, raw
 from tests.support.functions.group_chain import GroupChain, by_plan, tokens_of
+from tests.support.functions.stage_pipeline import stage_tensors, tensors, whole_model
 from tests.support.storage import tiny_models
 
 CUT: Final = ((0, 2), (2, 4), (4, 6))
 NAMES: Final = tiny_models.LLAMA_SHAPED
 TOLERANCE: Final = 1e-4
 KINDS: Final[tuple[Kind, ...]] = ("native", "llama")
-
-
-@cache
-def model(name: str) -> PreTrainedModel:
-    return tiny_models.whole_model(name)
-
-
-@cache
-def checkpoint(name: str) -> dict[str, torch.Tensor]:
-    return tiny_models.checkpoint_tensors(model(name))
-
-
-def stage_tensors(name: str, first: int, last: int) -> dict[str, RawTensor]:
-    return raw(tiny_models.stage_tensors(checkpoint(name), first, last))
 
 
 def build(
@@ -64,7 +48,7 @@ def test_chunks_and_steps_of_ragged_sequences_in_one_pass_give_the_whole_models_
     plan = {"a": (7, 1, 9, 1, 1, 21), "b": (0, 5, 20, 1, 1, 3), "c": (0, 0, 1, 1, 10, 13)}
     logits = by_plan(stages.logits, texts, plan)
     for id, text in texts.items():
-        expected = tiny_models.all_logits(model(name), text)
+        expected = tiny_models.all_logits(whole_model(name), text)
         torch.testing.assert_close(logits[id], expected, atol=TOLERANCE, rtol=0)
 
 
@@ -74,7 +58,7 @@ def test_greedy_tokens_are_those_of_generate(kind: Kind, name: str) -> None:
     stages = GroupChain(build(kind, name))
     stages.reserve("a")
     prompt = tokens_of(4, 20)
-    assert stages.greedy("a", prompt, 20) == tiny_models.greedy(model(name), prompt, 20)
+    assert stages.greedy("a", prompt, 20) == tiny_models.greedy(whole_model(name), prompt, 20)
 
 
 @pytest.mark.parametrize("cut", [((0, 6),), ((0, 1), (1, 6)), ((0, 5), (5, 6))])
@@ -84,12 +68,12 @@ def test_any_cut_gives_the_same_tokens(kind: Kind, name: str, cut: Sequence[tupl
     stages = GroupChain(build(kind, name, cut, tokens=600))
     stages.reserve("a")
     prompt = tokens_of(5, 12)
-    assert stages.greedy("a", prompt, 12) == tiny_models.greedy(model(name), prompt, 12)
+    assert stages.greedy("a", prompt, 12) == tiny_models.greedy(whole_model(name), prompt, 12)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral_sliding"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_lies_behind_a_position_is_forgotten(kind: Kind, name: str) -> None:
+def test_tokens_after_a_position_are_dropped(kind: Kind, name: str) -> None:
     stages = GroupChain(build(kind, name))
     stages.reserve("a")
     text = tokens_of(6, 30)
@@ -97,7 +81,7 @@ def test_what_lies_behind_a_position_is_forgotten(kind: Kind, name: str) -> None
     stages.logits({"a": (0, text[:10])})
     stages.logits({"a": (10, tokens_of(8, 15))})
     logits = stages.logits({"a": (10, text[10:])})["a"]
-    torch.testing.assert_close(logits, tiny_models.all_logits(model(name), text)[10:], atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(logits, tiny_models.all_logits(whole_model(name), text)[10:], atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -112,7 +96,7 @@ def test_sequences_moved_together_keep_their_cache(kind: Kind) -> None:
     stages.reserve("d", tokens=80)  # 80 are free, but in two holes
     logits = stages.logits({"c": (20, texts["c"][20:]), "d": (0, texts["d"])})
     for id, part in logits.items():
-        expected = tiny_models.all_logits(model("llama"), texts[id])[-len(part) :]
+        expected = tiny_models.all_logits(whole_model("llama"), texts[id])[-len(part) :]
         torch.testing.assert_close(part, expected, atol=TOLERANCE, rtol=0)
 
 
@@ -122,7 +106,7 @@ def test_bfloat16_is_as_close_as_transformers_in_bfloat16(kind: Kind) -> None:
     assert stages.groups[0].hidden_dtype == "BF16"
     stages.reserve("a")
     text = tokens_of(9, 40)
-    exact = tiny_models.all_logits(model("llama"), text)
+    exact = tiny_models.all_logits(whole_model("llama"), text)
     library = tiny_models.all_logits(tiny_models.whole_model("llama", dtype=torch.bfloat16), text)
     ours = stages.logits({"a": (0, text)})["a"]
     assert (ours - exact).abs().mean() < 1.2 * (library - exact).abs().mean()
@@ -132,7 +116,7 @@ def test_bfloat16_is_as_close_as_transformers_in_bfloat16(kind: Kind) -> None:
 def test_layers_can_be_placed_one_by_one_in_any_order(kind: Kind) -> None:
     config = tiny_models.tiny_config("llama_tied")
     group = empty_group(GroupChoice(kind, "cpu"), config, 0, 6, "float32", 2**20)
-    named = raw(checkpoint("llama_tied"))
+    named = raw(tensors("llama_tied"))
     for layer in (5, 0, 3, 1, 4, 2):
         part = {name: tensor for name, tensor in named.items() if name.startswith(f"model.layers.{layer}.")}
         group.place(part)
@@ -144,12 +128,12 @@ def test_layers_can_be_placed_one_by_one_in_any_order(kind: Kind) -> None:
     stages = GroupChain([group])
     stages.reserve("a")
     prompt = tokens_of(10, 10)
-    assert stages.greedy("a", prompt, 5) == tiny_models.greedy(model("llama_tied"), prompt, 5)
+    assert stages.greedy("a", prompt, 5) == tiny_models.greedy(whole_model("llama_tied"), prompt, 5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_layer_that_is_not_whole_is_refused_by_name(kind: Kind) -> None:
-    part = {name: tensor for name, tensor in raw(checkpoint("llama")).items() if "layers.1" in name and "up_proj" not in name}
+def test_an_incomplete_layer_is_refused_and_the_missing_tensor_named(kind: Kind) -> None:
+    part = {name: tensor for name, tensor in raw(tensors("llama")).items() if "layers.1" in name and "up_proj" not in name}
     group = empty_group(GroupChoice(kind, "cpu"), tiny_models.tiny_config("llama"), 0, 2, "float32", 2**20)
     with pytest.raises(MissingTensors, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
         group.place(part)
@@ -189,7 +173,7 @@ def test_segments_that_do_not_fit_the_cache_are_refused_and_change_nothing(kind:
         {"num_key_value_heads": 3},
     ],
 )
-def test_what_it_cannot_run_exactly_is_declined(changes: dict[str, object]) -> None:
+def test_configs_that_cannot_be_run_exactly_are_declined(changes: dict[str, object]) -> None:
     config = {**tiny_models.tiny_config("llama"), **changes}
     with pytest.raises(UnsupportedConfig):
         LlamaGroup(config, 0, 6, "float32", "cpu", 2**20)
@@ -208,7 +192,7 @@ def test_what_it_cannot_run_exactly_is_declined(changes: dict[str, object]) -> N
         (8, "float16", "float16 is not float32, bfloat16, int8 or q4"),
     ],
 )
-def test_layers_that_are_not_in_c_say_why(head_dim: int, dtype: str, why: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_group_says_why_it_is_not_native(head_dim: int, dtype: str, why: str, caplog: pytest.LogCaptureFixture) -> None:
     config = tiny_models.tiny_config("llama", head_dim=head_dim)
     group = empty_group(choose("auto", config, dtype, "cpu"), config, 0, 6, dtype, 2**20)
     assert group.runs_by == f"torch's operators: {why}"
@@ -217,7 +201,7 @@ def test_layers_that_are_not_in_c_say_why(head_dim: int, dtype: str, why: str, c
     )
 
 
-def test_layers_in_c_say_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_group_says_that_layers_run_in_c(caplog: pytest.LogCaptureFixture) -> None:
     config = tiny_models.tiny_config("llama", hidden_size=64, head_dim=32)
     group = empty_group(choose("auto", config, "int8", "cpu"), config, 0, 6, "int8", 2**20)
     assert (group.runs_by, caplog.records) == (f"C, {library().level}", [])

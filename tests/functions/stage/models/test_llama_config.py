@@ -56,7 +56,7 @@ def test_rotations_are_those_of_transformers(parameters: dict[str, Any], old_spe
 
 
 @pytest.mark.parametrize("name", tiny_models.LLAMA_SHAPED)
-def test_a_config_that_leaves_out_defaults_reads_the_same(name: str) -> None:
+def test_a_config_without_defaults_reads_the_same(name: str) -> None:
     full = tiny_models.tiny_config(name)
     lean = AutoConfig.for_model(**full).to_diff_dict()
     assert LlamaConfig.from_dict(lean) == LlamaConfig.from_dict(full)

@@ -1,4 +1,4 @@
-"""int8 in the lean group: exact products, rows that do not see each other, any matrix kept wide."""
+"""int8 by torch's operators: exact products, independent rows, any matrix kept wide."""
 
 from collections.abc import Collection
 
@@ -37,7 +37,7 @@ def test_products_are_those_of_the_quantized_operands(rows: int, biased: bool) -
     assert ((Int8Linear(weight, scale, bias)(x) - exact).abs() <= 2 * scale * row_scale + 1e-5).all()
 
 
-def test_rows_of_zeros_and_rows_of_infinities_harm_no_other() -> None:
+def test_rows_of_zeros_or_infinities_do_not_affect_others() -> None:
     layer = Int8Linear(*quantized(random(32, 64)), None)
     x = random(4, 64, seed=3)
     alone = layer(x[3:])
@@ -58,7 +58,7 @@ def test_residual_silu_and_product_are_those_of_the_plain_result() -> None:
     torch.testing.assert_close(layer.times(x, other), plain * other)
 
 
-def test_stacked_matrices_of_several_kinds_are_side_by_side() -> None:
+def test_stacked_matrices_of_different_dtypes_are_concatenated() -> None:
     wide, narrow = random(16, 32), random(24, 32, seed=1)
     weight, scale = quantized(narrow)
     x = random(3, 32, seed=2)
@@ -68,7 +68,7 @@ def test_stacked_matrices_of_several_kinds_are_side_by_side() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "llama_biased", "qwen2", "qwen3", "smollm3"])
-def test_a_sequence_gets_the_same_bits_alone_and_among_eight(name: str) -> None:
+def test_a_sequences_bits_are_the_same_alone_and_among_eight(name: str) -> None:
     """Matrices are exact whatever stands beside a row; so is attention, which reads each sequence by itself."""
     whole = group(name)
     texts = [torch.randint(128, (9 + 3 * index,), generator=torch.Generator().manual_seed(index)) for index in range(8)]
@@ -96,7 +96,7 @@ def chunk_and_steps(whole: LlamaGroup, texts: list[torch.Tensor]) -> list[torch.
 
 
 @pytest.mark.parametrize("keep_wide", [(), ("down_proj", "lm_head"), ("v_proj", "up_proj"), MATRICES])
-def test_it_stays_near_the_model_whatever_is_kept_wide(keep_wide: Collection[str]) -> None:
+def test_int8_stays_near_the_model_whichever_matrices_are_kept_wide(keep_wide: Collection[str]) -> None:
     """Its error is under a quarter of how much logits differ among themselves."""
     whole = group("llama", keep_wide)
     text = list(range(40))

@@ -1,4 +1,4 @@
-"""The contract of layer groups where layers are not on the CPU: token ids and bytes come in, arrays come out."""
+"""Layer groups on another device than the CPU: token ids and bytes go in, numpy arrays come out."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -48,7 +48,7 @@ def on_the_device(kind: Kind, name: str, dtype: str = "float32") -> Iterator[lis
         parts = [(stage_tensors(name, first, last), first, last) for first, last in CUT]
         return [build_layer_group(kind, config, *part, dtype, device.type, 2**20) for part in parts]
 
-    # What transformers reads a checkpoint with has tensors without numbers of its own: it does so outside.
+    # transformers loads checkpoints through tensors without data, which the fake device cannot have: load outside of it.
     with patch.object(transformers_group, "_load", remember):
         build(torch.device("cpu"))
     with (
@@ -104,8 +104,8 @@ def test_stages_generate_and_score_as_they_do_on_the_cpu(kind: Kind, name: str) 
     assert scored.logprobs == pytest.approx([float(whole[n, token]) for n, token in enumerate(PROMPT[1:])], abs=1e-3)
 
 
-def test_the_device_refuses_what_a_gpu_refuses() -> None:
-    """Or these tests would hold nothing."""
+def test_the_fake_device_refuses_what_a_gpu_refuses() -> None:
+    """Otherwise these tests would prove nothing."""
     with other_device():
         there = torch.ones(3).to(DEVICE)
         assert (there[torch.tensor([0, 2])] + 1).cpu().tolist() == [2.0, 2.0]

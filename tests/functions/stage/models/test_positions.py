@@ -1,4 +1,4 @@
-"""Every way to encode positions, far beyond the context that a model was first trained for, against the whole model."""
+"""Every kind of position embedding, far beyond a model's original context, against the whole model."""
 
 from typing import Any
 
@@ -137,8 +137,8 @@ def test_longrope_in_some_kinds_of_layers_is_refused() -> None:
         LongRope(torch.nn.Sequential(module))
 
 
-def test_a_group_takes_the_frequencies_of_each_pass_anew() -> None:
-    """Company does not matter: a long sequence beside a short one, before it and behind it."""
+def test_frequencies_are_chosen_again_in_each_pass() -> None:
+    """A short sequence is not affected by a long one in the same pass."""
     stages, _ = chain(*LONG["Phi-3"])
     group = stages.groups[0]
     text = tokens_of(5, 20)

@@ -1,4 +1,4 @@
-"""Shapes of what is loaded, held against the config: no kernel sees a tensor of another shape, and the error names it."""
+"""Shapes are checked against the config: no kernel sees a tensor of another shape, and the error names it."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def tensors_of(name: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", tiny_models.LLAMA_SHAPED)
-def test_the_table_is_transformers_own(name: str) -> None:
+def test_the_table_of_shapes_equals_transformers(name: str) -> None:
     model = LlamaConfig.from_dict(tiny_models.tiny_config(name))
     table = dict(outer_shapes(model))
     for layer in range(model.num_layers):
@@ -40,7 +40,7 @@ def test_int8_is_published_for_the_families_that_run_it() -> None:
 
 
 def plain_config(model_type: str) -> dict[str, Any]:
-    """Nothing in it that the lean group could decline but the family."""
+    """A config that only its family could make unsuitable for layers in C."""
     return {**tiny_models.tiny_config("llama"), "model_type": model_type}
 
 
@@ -49,7 +49,7 @@ def is_llama_shaped(config: dict[str, Any]) -> bool:
 
 
 def wrong(shape: tuple[int, ...], seen: int) -> tuple[int, ...]:
-    """Taller, wider, flat, and with a dimension more."""
+    """Taller, wider, flat, and with one more dimension."""
     return [(shape[0] + 8, *shape[1:]), (*shape[:-1], shape[-1] + 8), (shape[0] * shape[-1],), (*shape, 1)][seen]
 
 
@@ -77,7 +77,7 @@ def test_scales_of_another_length_are_refused(kind: Any) -> None:
         build_layer_group(kind, config, raw(tensors), 0, tiny_models.NUM_LAYERS, "int8", "cpu", BUDGET_BYTES)
 
 
-def test_four_bits_are_for_matrices_in_groups_and_blocks() -> None:
+def test_q4_tensors_that_are_not_packed_matrices_are_refused() -> None:
     config, tensors = tiny_models.tiny_config("llama"), q4_checkpoint(tensors_of("llama"))
     group = empty_group(GroupChoice("native", "cpu"), config, 0, tiny_models.NUM_LAYERS, "q4", BUDGET_BYTES)
     name = "model.layers.2.mlp.up_proj.weight"
@@ -93,7 +93,7 @@ def test_four_bits_are_for_matrices_in_groups_and_blocks() -> None:
 
 @pytest.mark.parametrize("kind", ["native", "llama"])
 @pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.bias", "model.layers.6.input_layernorm.weight"])
-def test_a_tensor_without_a_place_is_refused(kind: Any, name: str) -> None:
+def test_a_tensor_that_the_config_does_not_have_is_refused(kind: Any, name: str) -> None:
     config = tiny_models.tiny_config("llama")
     group = empty_group(GroupChoice(kind, "cpu"), config, 0, tiny_models.NUM_LAYERS, "float32", BUDGET_BYTES)
     with pytest.raises(MissingTensors, match=rf"the config has no place for {name} \[32\]"):

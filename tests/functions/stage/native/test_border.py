@@ -1,4 +1,4 @@
-"""What the library must not touch: numbers out of range, shapes that do not fit, memory that is too small, is refused."""
+"""The library refuses numbers out of range, shapes that do not fit and memory that is too small, before it touches any."""
 
 import copy
 import re
@@ -10,21 +10,23 @@ import pytest
 
 from functions.stage.native import limits, records
 from functions.stage.native.compiler import SOURCE
-from functions.stage.native.layers import GroupSizes, MatrixArrays, NativeLayers, NativeLinear, NativeThreads
+from functions.stage.native.layers import MatrixArrays, NativeLayers, NativeLinear, NativeThreads
 from functions.stage.native.library import NativeError, library
 from functions.stage.native.records import Array, Dtype, MemoryRecord, memory_of
 
-SIZES: Final = GroupSizes(
-    num_layers=2,
-    hidden_size=48,
-    inner_size=40,
-    heads=4,
-    kv_heads=2,
-    head_dim=10,
-    eps=1e-5,
-    capacity_tokens=64,
-    kv_dtype=Dtype.F32,
-)
+
+def sizes() -> records.GroupRecord:
+    return records.GroupRecord(
+        num_layers=2,
+        hidden_size=48,
+        inner_size=40,
+        heads=4,
+        kv_heads=2,
+        head_dim=10,
+        eps=1e-5,
+        capacity_tokens=64,
+        kv_dtype=Dtype.F32,
+    )
 
 
 def zeros(*shape: int) -> Array:
@@ -32,7 +34,7 @@ def zeros(*shape: int) -> Array:
 
 
 def group() -> NativeLayers:
-    layers = NativeLayers(library(), SIZES)
+    layers = NativeLayers(library(), sizes())
     shapes = {"qkv": (80, 48), "out": (48, 40), "gate": (40, 48), "up": (40, 48), "down": (48, 40)}
     for slot in range(2):
         layers.place(
@@ -53,7 +55,7 @@ def run(layers: NativeLayers, segments: list[tuple[int, int, int]], threads: int
     return hidden
 
 
-def test_what_fits_runs() -> None:
+def test_a_correct_call_runs() -> None:
     assert (run(group(), [(0, 0, 16), (48, 15, 1), (16, 3, 29)]) == 1).all()
 
 
@@ -71,29 +73,29 @@ def test_what_fits_runs() -> None:
         [(2**62, 2**62, 1)],
     ],
 )
-def test_segments_lie_in_the_arena(segments: list[tuple[int, int, int]]) -> None:
+def test_segments_outside_the_arena_are_refused(segments: list[tuple[int, int, int]]) -> None:
     with pytest.raises(NativeError, match=r"segment|range"):
         run(group(), segments)
 
 
 @pytest.mark.parametrize("rows", [2, 4])
-def test_segments_are_all_of_the_rows(rows: int) -> None:
+def test_segments_that_do_not_cover_all_rows_are_refused(rows: int) -> None:
     with pytest.raises(NativeError, match="segments do not cover all rows"):
         run(group(), [(0, 0, 1), (16, 0, 2)], rows=rows)
 
 
 @pytest.mark.parametrize("threads", [0, -1])
-def test_threads_are_some(threads: int) -> None:
+def test_zero_or_negative_threads_are_refused(threads: int) -> None:
     with pytest.raises(NativeError, match="out of range"):
         run(group(), [(0, 0, 1)], threads)
 
 
-def test_of_many_cores_as_many_compute_as_a_pool_has_room_for() -> None:
+def test_the_number_of_threads_is_capped() -> None:
     assert (run(group(), [(0, 0, 40)], 1000) == 1).all()
 
 
 @pytest.mark.parametrize("name", ["hidden", "rotations", "segments", "workspace"])
-def test_memory_of_a_pass_is_as_large_as_its_shape(name: str) -> None:
+def test_too_little_or_unaligned_memory_is_refused(name: str) -> None:
     layers = group()
     group_record = layers._group
     arrays = {
@@ -165,7 +167,7 @@ WRONG_LAYER: Final[dict[str, tuple[Callable[[Any], None], str]]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_group_fits_together(case: str) -> None:
+def test_an_inconsistent_group_is_refused(case: str) -> None:
     change, why = WRONG[case]
     layers = group()
     change(layers._group)
@@ -174,7 +176,7 @@ def test_a_group_fits_together(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", WRONG_LAYER)
-def test_every_layer_fits_its_group(case: str) -> None:
+def test_a_layer_that_does_not_fit_its_group_is_refused(case: str) -> None:
     change, why = WRONG_LAYER[case]
     layers = group()
     change(layers._layers[1])
@@ -184,10 +186,10 @@ def test_every_layer_fits_its_group(case: str) -> None:
 
 def test_a_layer_that_was_not_placed_is_refused() -> None:
     with pytest.raises(NativeError):
-        run(NativeLayers(library(), SIZES), [(0, 0, 1)])
+        run(NativeLayers(library(), sizes()), [(0, 0, 1)])
 
 
-def test_a_product_fits_its_matrix() -> None:
+def test_a_product_that_does_not_fit_its_matrix_is_refused() -> None:
     linear = NativeLinear(library(), NativeThreads(library()), MatrixArrays(Dtype.F32, zeros(3, 32)))
     with pytest.raises(NativeError, match="memory"):
         linear(zeros(2, 31), 1)
@@ -199,19 +201,19 @@ def test_a_product_fits_its_matrix() -> None:
         wrong(zeros(2, 32), 1)
 
 
-def test_arrays_must_be_contiguous() -> None:
+def test_arrays_that_are_not_contiguous_are_refused() -> None:
     with pytest.raises(ValueError, match="not contiguous"):
         memory_of(zeros(4, 6)[:, ::2])
 
 
-def test_every_status_has_words() -> None:
+def test_every_status_has_a_message() -> None:
     message = library().functions["lamina_message"]
     words = [message(status) for status in range(9)]
     assert len(set(words[:7])) == 7
     assert words[7] == words[8] == b"an unknown status"
 
 
-def test_records_and_numbers_are_those_of_the_header() -> None:
+def test_records_and_constants_match_the_header() -> None:
     assert library().functions["lamina_size_of"](len(records.RECORDS)) == 0
     header = (SOURCE / "native.h").read_text()
     numbers = dict(re.findall(r"LAMINA_(\w+) = (\d+)", header))

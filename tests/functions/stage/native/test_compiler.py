@@ -1,4 +1,4 @@
-"""Where the compiled library comes from: which compiler, which file, and what happens where neither is there."""
+"""The compiled library: which compiler makes it, which file is used, and what happens without either."""
 
 import importlib.util
 import shutil
@@ -26,7 +26,7 @@ PLAN: Final = {"a": (1, 20, 9), "b": (3, 1, 17)}
 
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """Nothing compiled yet, in a folder of its own; and a user's folder beside it."""
+    """Empty folders for the cache and for the user's cache."""
     monkeypatch.setattr(compiler, "_CACHE", tmp_path / "beside")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "of-user"))
     yield tmp_path
@@ -42,7 +42,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, found: "Compiler | None", calls: list[
     monkeypatch.setattr(Compiler, "compile", compiled)
 
 
-def test_the_environments_compiler_goes_before_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cc_takes_precedence_over_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", f"{sys.executable} -s")
     found = Compiler.found()
     assert found is not None
@@ -54,7 +54,7 @@ def test_the_environments_compiler_goes_before_the_package(monkeypatch: pytest.M
     assert of_package.command[:4] == (sys.executable, "-m", "ziglang", "cc")
 
 
-def test_a_compiler_that_is_not_there_or_refuses_says_so(monkeypatch: pytest.MonkeyPatch, elsewhere: Path) -> None:
+def test_a_missing_or_failing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, elsewhere: Path) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(CompilationFailed, match="no-such-compiler cannot be run"):
         compiler.library_file()
@@ -81,7 +81,7 @@ def test_it_is_compiled_once_for_each_source_and_compiler(monkeypatch: pytest.Mo
     assert len(calls) == 3
 
 
-def test_without_a_compiler_what_is_there_is_used(monkeypatch: pytest.MonkeyPatch, elsewhere: Path) -> None:
+def test_a_cached_library_is_used_without_a_compiler(monkeypatch: pytest.MonkeyPatch, elsewhere: Path) -> None:
     fake(monkeypatch, Compiler(("cc",), "1"), [])
     made = compiler.library_file()
     fake(monkeypatch, None, [])
@@ -91,7 +91,7 @@ def test_without_a_compiler_what_is_there_is_used(monkeypatch: pytest.MonkeyPatc
         compiler.library_file()
 
 
-def test_where_the_source_is_read_only_the_users_folder_is_taken(monkeypatch: pytest.MonkeyPatch, elsewhere: Path) -> None:
+def test_the_users_folder_is_used_if_the_source_is_read_only(monkeypatch: pytest.MonkeyPatch, elsewhere: Path) -> None:
     fake(monkeypatch, Compiler(("cc",), "1"), [])
     (elsewhere / "beside").write_text("a file, in which no folder can be made, not by root either")
     made = compiler.library_file()
@@ -107,7 +107,7 @@ def test_where_the_source_is_read_only_the_users_folder_is_taken(monkeypatch: py
         compiler.library_file()
 
 
-def test_torch_runs_the_layers_where_nothing_can_be_compiled(
+def test_torch_runs_the_layers_if_nothing_can_be_compiled(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, elsewhere: Path
 ) -> None:
     wanted = logits_of(torch_groups("llama", "bfloat16"))

@@ -1,4 +1,4 @@
-"""The border under the sanitizers of whatever compiler is here: right and wrong calls touch nothing that is not theirs."""
+"""Random calls of the library under the sanitizers of all installed compilers touch no foreign memory."""
 
 import re
 import shutil
@@ -26,7 +26,7 @@ SANITIZERS: Final[dict[str, tuple[Sequence[str], str]]] = {
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("compiler", SANITIZERS)
-def test_random_calls_stay_in_their_memory(compiler: str, tmp_path: Path) -> None:
+def test_random_calls_touch_no_foreign_memory(compiler: str, tmp_path: Path) -> None:
     command, sanitizers = SANITIZERS[compiler]
     if shutil.which(command[0]) is None:
         pytest.skip(f"no {compiler} here")

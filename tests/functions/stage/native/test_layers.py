@@ -1,8 +1,8 @@
-"""The layers in C: nearer to torch's in float32 than torch's in bfloat16 are, and the same bits in any chunks and company.
+"""Layers in C are nearer to torch's float32 than torch's bfloat16, and their bits do not depend on chunks and other rows.
 
-That bound, 1.1 to 7 % of the length of the logits, finds what is wrong in one place of one layer of six: two heads of a matrix
-exchanged, a bias or a gain left out, a window one token too short or too long, a rotation where there is none, each of which
-alone moves the exact logits at least 1.7 times as far.
+The bound, 1.1 to 7 % of the length of the logits, finds a single error in one of six layers: two exchanged heads of a matrix, a
+missing bias or gain, a window one token too short or too long, an additional rotation. Each moves the exact logits at least 1.7
+times as far.
 """
 
 import gc
@@ -37,7 +37,7 @@ from tests.support.functions.native_models import (
 
 DTYPES: Final = ("bfloat16", "int8", "q4")
 ALL_DTYPES: Final = (*DTYPES, "float32")
-# Each column is a pass: of 1 to 5 rows, chunks beside steps, more rows than go through a matrix at once.
+# Each column is a pass: 1 to 5 rows, chunks with steps, more rows than go through a matrix at once.
 PLAN: Final = {
     "a": (1, 2, 2, 3, 3, 7, 1, 9, 1, 8),
     "b": (0, 0, 1, 1, 1, 5, 20, 1, 0, 1),
@@ -53,7 +53,7 @@ def logits_of(groups: Sequence[LayerGroup]) -> torch.Tensor:
     return torch.cat(list(by_plan(chain.logits, TEXTS, PLAN).values()))
 
 
-def test_only_native_layers_share_their_work() -> None:
+def test_only_native_layers_share_their_threads() -> None:
     assert all(group.shares_work for group in native_groups("llama", "bfloat16"))
     assert not any(group.shares_work for group in torch_groups("llama", "bfloat16"))
 
@@ -74,7 +74,7 @@ def test_logits_are_nearer_to_float32_than_those_of_torchs_layers(name: str, dty
 
 @pytest.mark.parametrize("cut", [((0, 6),), ((0, 1), (1, 6))])
 @pytest.mark.parametrize("name", ["llama_tied", "smollm3", "qwen2_sliding"])
-def test_any_cut_will_do(name: str, cut: Sequence[tuple[int, int]]) -> None:
+def test_any_cut_is_as_exact(name: str, cut: Sequence[tuple[int, int]]) -> None:
     exact = logits_of(exact_groups(name, "int8"))
     assert error(logits_of(native_groups(name, "int8", cut)), exact) < error_of_torch(name)
 
@@ -92,14 +92,14 @@ def test_any_cut_will_do(name: str, cut: Sequence[tuple[int, int]]) -> None:
         MATRICES,
     ],
 )
-def test_any_matrix_of_a_quantized_model_may_be_wide(keep_wide: Collection[str], dtype: str) -> None:
+def test_any_matrix_of_a_quantized_model_may_stay_wide(keep_wide: Collection[str], dtype: str) -> None:
     exact = logits_of(exact_groups("llama_biased", dtype, keep_wide))
     found = logits_of(native_groups("llama_biased", dtype, keep_wide=keep_wide))
     assert error(found, exact) < error_of_torch("llama_biased")
 
 
 def first_layers(name: str, dtype: str) -> NativeGroup:
-    """That give their hidden states as they are, not rounded for the wire."""
+    """Layers whose hidden states are not rounded for the wire."""
     (group,) = native_groups(name, dtype, ((0, 4),))
     group.hidden_dtype = "F32"
     return group
@@ -122,8 +122,8 @@ PASSES: Final = 8
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_sequence_gets_the_same_bits_in_any_chunks_and_company_on_any_threads(name: str, dtype: str) -> None:
-    """Those that it gets token by token, alone, on one thread."""
+def test_a_sequences_bits_do_not_depend_on_chunks_other_rows_or_threads(name: str, dtype: str) -> None:
+    """They are the bits of the sequence alone, token by token, on one thread."""
     group = first_layers(name, dtype)
     texts = {str(number): tokens_of(number, length) for number, length in enumerate(LENGTHS)}
     group.use_threads(1)
@@ -139,8 +139,8 @@ def test_a_sequence_gets_the_same_bits_in_any_chunks_and_company_on_any_threads(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [17, 21, 33, 50])
-def test_windows_longer_than_a_block_begin_alike_for_steps_and_chunks(window: int, dtype: str) -> None:
-    """A chunk's first query begins to read where its window does, in whole blocks, the others in the same place."""
+def test_windows_longer_than_a_block_give_the_same_bits_in_steps_and_chunks(window: int, dtype: str) -> None:
+    """All queries of a chunk begin to read at the block of the first query's window."""
     windowed = {**config("mistral_sliding"), "sliding_window": window}
     group = finished(NativeGroup(windowed, 0, 6, dtype, 2**22), dict(checkpoint("mistral_sliding", dtype)))
     text = {"a": tokens_of(1, 90)}
@@ -150,7 +150,7 @@ def test_windows_longer_than_a_block_begin_alike_for_steps_and_chunks(window: in
 
 
 def any_chunks(dice: random.Random, tokens: int) -> tuple[int, ...]:
-    """In so many passes, in some of which there may be nothing of the sequence."""
+    """Lengths of chunks for PASSES passes; some may be 0."""
     cuts = [0, *sorted(dice.choices(range(tokens + 1), k=PASSES - 1)), tokens]
     return tuple(end - begin for begin, end in itertools.pairwise(cuts))
 
@@ -191,7 +191,7 @@ def test_a_sequence_that_was_cut_back_gets_the_same_bits(dtype: str) -> None:
         forwarded(group, text[:position], [Segment(handle, 0, position)])
         assert group._embedding is not None
         weights, scales = group._embedding.weights, group._embedding.scales
-        # Of rows that are bytes the scale is what can be no number.
+        # In rows of bytes only the scale can be NaN.
         spoilt = weights if scales is None else scales
         kept = spoilt[text[0]].copy()
         spoilt[text[0]] = 0x7FC0 if spoilt.dtype == np.uint16 else np.nan
@@ -204,7 +204,7 @@ def test_a_sequence_that_was_cut_back_gets_the_same_bits(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
-def test_more_threads_than_cores_and_those_of_a_forked_process_change_nothing(dtype: str) -> None:
+def test_bits_are_the_same_with_more_threads_than_cores_and_in_a_forked_process(dtype: str) -> None:
     """Most of the many come late, and a process that was forked from one that has computed begins with one thread."""
     (group,) = native_groups("llama_biased", dtype, ((2, 5),))
     hidden = torch.randn(75, group.hidden_size, generator=torch.Generator().manual_seed(3))
@@ -222,7 +222,7 @@ def test_more_threads_than_cores_and_those_of_a_forked_process_change_nothing(dt
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
-def test_a_row_that_is_not_finite_stays_alone_with_it(dtype: str) -> None:
+def test_a_row_that_is_not_finite_does_not_affect_others(dtype: str) -> None:
     (group,) = native_groups("llama_biased", dtype, ((2, 5),))
     lengths = (5, 1, 3, 1, 4, 2)
     hidden = torch.randn(sum(lengths), group.hidden_size, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -262,7 +262,7 @@ def new_sequences(group: LayerGroup, inputs: torch.Tensor, lengths: Sequence[int
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
-def test_inputs_may_lie_in_memory_in_any_order_and_stay_what_they_are(dtype: str) -> None:
+def test_inputs_may_have_any_memory_order_and_are_not_changed(dtype: str) -> None:
     (group,) = native_groups("llama", dtype, ((2, 5),))
     hidden = states(group, torch.randn(6, group.hidden_size, generator=torch.Generator().manual_seed(2)))
     wanted = passed(group, hidden)
@@ -283,7 +283,7 @@ def passed(group: NativeGroup, hidden: Array) -> Array:
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
-def test_matrices_are_held_once_and_in_place(dtype: str) -> None:
+def test_matrices_are_kept_once_and_in_place(dtype: str) -> None:
     tensors = {name: tensor for name, tensor in checkpoint("llama_biased", dtype).items() if ".layers.3." in name}
     group = NativeGroup(config("llama_biased"), 3, 4, dtype, 2**20)
     given = raw(tensors)

@@ -1,4 +1,4 @@
-"""Every level of CPU that this one has computes the same but for the order of sums; any compiler's copy gives the same bits."""
+"""All levels of this CPU compute the same except for the order of sums. All compilers give the same bits."""
 
 import shutil
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def logits_of(groups: Any) -> torch.Tensor:
     return torch.cat(list(by_plan(chain.logits, TEXTS, PLAN).values()))
 
 
-def test_the_best_level_is_in_use() -> None:
+def test_the_best_level_is_chosen() -> None:
     assert library().level == library().levels[-1]
     assert library().levels[0] == "portable"
     with pytest.raises(ValueError, match="avx1024"):
@@ -57,7 +57,7 @@ def test_each_level_is_nearer_to_float32_than_torchs_layers_in_bfloat16(name: st
 
 
 @pytest.mark.parametrize("level", library().levels)
-def test_a_sequence_gets_the_same_bits_in_any_chunks_on_every_level(level: str) -> None:
+def test_a_sequences_bits_do_not_depend_on_chunks_on_any_level(level: str) -> None:
     library().use_level(level)
     for dtype in ("bfloat16", "float32"):
         groups = native_groups("mistral_sliding", dtype)

@@ -1,4 +1,4 @@
-"""One matrix in C against numpy, in every dtype, size and level: what is exact is equal, the rest is near."""
+"""One matrix in C against numpy, in every dtype, size and level: exact results are equal, others near."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +14,7 @@ from storage.models import q4
 
 LEVELS: Final = library().levels
 SIZES: Final = ((32, 4), (64, 7), (100, 1), (1, 3), (33, 66), (576, 130))
-"""Width and outputs: whole steps and tiles, and what is left over of both."""
+"""Width and outputs: whole steps and tiles, and incomplete ones."""
 ROWS: Final = (1, 2, 3, 4, 5, 70, 200)
 
 
@@ -128,7 +128,7 @@ def matrix_of(dtype: Dtype, outs: int, width: int) -> MatrixArrays:
 
 
 @pytest.mark.parametrize("dtype", Dtype)
-def test_a_row_gets_the_same_bits_beside_any_others_on_any_threads(dtype: Dtype) -> None:
+def test_a_rows_bits_do_not_depend_on_other_rows_or_threads(dtype: Dtype) -> None:
     matrix = matrix_of(dtype, 70, 96)
     x = random(200, 96, seed=2)
     alone = np.concatenate([product(matrix, x[row : row + 1], 1) for row in range(200)])
@@ -138,7 +138,7 @@ def test_a_row_gets_the_same_bits_beside_any_others_on_any_threads(dtype: Dtype)
 
 
 @pytest.mark.parametrize("dtype", Dtype)
-def test_what_is_not_finite_stays_in_its_row_and_zeros_are_zeros(dtype: Dtype) -> None:
+def test_numbers_that_are_not_finite_stay_in_their_row_and_zeros_give_zeros(dtype: Dtype) -> None:
     matrix = matrix_of(dtype, 9, 64)
     x = random(6, 64, seed=2)
     good = product(matrix, x)
@@ -150,5 +150,5 @@ def test_what_is_not_finite_stays_in_its_row_and_zeros_are_zeros(dtype: Dtype) -
     assert (found[4] == 0).all()
 
 
-def test_no_rows_are_no_work() -> None:
+def test_zero_rows_give_an_empty_result() -> None:
     assert product(MatrixArrays(Dtype.F32, random(3, 32)), random(0, 32)).shape == (0, 3)

@@ -95,7 +95,7 @@ MODELS: Final[Mapping[str, tuple[str, dict[str, Any]]]] = {
 }
 
 
-def test_they_are_many() -> None:
+def test_there_are_at_least_38_unusual_models() -> None:
     assert len(MODELS) >= 38
 
 
@@ -125,7 +125,7 @@ def test_tokens_are_those_of_generate_and_logits_those_of_the_whole_model(name: 
     ],
 )
 def test_a_window_of_one_token_sees_that_token(kind: Kind, family: str, changes: dict[str, Any]) -> None:
-    """As the whole model has it without a cache: the cache of its `generate` keeps all tokens where it should keep none."""
+    """Compared with the whole model without a cache: the cache of its `generate` wrongly keeps all tokens."""
     model = tiny_models.whole_model(family, **changes)
     config, tensors = tiny_models.tiny_config(family, **changes), raw(tiny_models.checkpoint_tensors(model))
     chain = GroupChain([build_layer_group(kind, config, tensors, 0, 6, "float32", "cpu", 2**22)])
