@@ -26,7 +26,7 @@ class WakeUps:
     """Rounds of warm-up events: to all stages the first time, then to those that are still cold."""
 
     def __init__(self) -> None:
-        self.rounds = 0
+        self.rounds = 0  # begun so far
         self.under_way = False
         self.next_at = 0.0  # when the next round may begin, in time.monotonic()
         self._starting: dict[int, ColdStart] = {}
@@ -45,7 +45,6 @@ class WakeUps:
 
     def round_over(self) -> None:
         """All warm-up events of the round were answered or have failed."""
-        self.rounds = 0
         self.under_way = False
         self.next_at = time.monotonic() + PAUSE_SECONDS
 

@@ -20,7 +20,7 @@ from tests.support.functions.watched import watched
 
 
 def fails_once(
-    owner: object, name: str, monkeypatch: pytest.MonkeyPatch, after: int = 0, while_: Callable[[], bool] = lambda: True
+    owner: object, name: str, monkeypatch: pytest.MonkeyPatch, after: int = 0, while_: Callable[..., bool] = lambda *_: True
 ) -> None:
     """Of the calls for which `while_` holds, the one after the next `after` raises."""
     real: Callable[..., Any] = getattr(owner, name)
@@ -28,7 +28,7 @@ def fails_once(
 
     def call(*given: Any, **named: Any) -> Any:
         nonlocal calls
-        if while_():
+        if while_(*given):
             calls += 1
             if calls == after + 1:
                 raise RuntimeError("as the test wants it")
@@ -58,7 +58,7 @@ def test_an_unexpected_error_ends_the_answers_that_it_concerns(
         answers_of(scheduler, [[1, 2]], max_tokens=2)
         nothing_left(stages)
         # Decisions without sequences are not counted: an error in one of them would end nothing.
-        fails_once(owner, name, monkeypatch, while_=lambda: bool(scheduler._state.sequences))
+        fails_once(owner, name, monkeypatch, while_=lambda *_: bool(scheduler._state.sequences))
         stream = submit(scheduler, [1, 2, 3], 8, request_id="the-request")
         with pytest.raises(Problem, match="the gateway failed"):
             tokens_of(stream)
@@ -89,7 +89,7 @@ def test_warm_up_events_are_sent_again_after_an_error(monkeypatch: pytest.Monkey
 def test_if_no_thread_can_start_the_others_do_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
     with counting_stages() as stages, scheduling(stages) as scheduler:
         answers_of(scheduler, [[1, 2], [3]], max_tokens=2)
-        fails_once(scheduler._trips, "_start_thread", monkeypatch)
+        fails_once(threading.Thread, "start", monkeypatch, while_=lambda thread: thread.name.startswith("trip"))
         answers_of(scheduler, [[1, 2], [3]], max_tokens=5)
         nothing_left(stages)
 
