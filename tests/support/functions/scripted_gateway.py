@@ -27,6 +27,7 @@ from tests.support.storage.published import CHAT_TEMPLATE, byte_tokenizer
 TOKENIZER = byte_tokenizer()
 END = 4
 CONTEXT = 64
+APIS = ("events", "openai")
 EVENT = {
     "ce-specversion": "1.0",
     "ce-id": "1",
@@ -117,6 +118,14 @@ def chat(client: FlaskClient, **fields: Any) -> TestResponse:
     return client.post("/v1/chat/completions", json=body)
 
 
+def ask_either(client: FlaskClient, api: str, *, streams: bool = False) -> TestResponse:
+    """Sends "Hi" by one of APIS."""
+    if api == "openai":
+        return chat(client, stream=streams)
+    return ask(client, {"prompt": "Hi"}, Accept="text/event-stream" if streams else "application/json")
+
+
 def stream(response: TestResponse) -> list[Any]:
+    """Data of the events of a stream."""
     events = [event.data for event in SSEDecoder().feed(response.data)]
     return [event if event == "[DONE]" else json.loads(event) for event in events]

@@ -1,12 +1,14 @@
 """CORS headers are sent for configured origins only."""
 
+from typing import Any
+
 import pytest
 from flask.testing import FlaskClient
 
 from functions.configuration.config import read_config
 from functions.configuration.settings import ConfigError
 from tests.support.environments import GATEWAY
-from tests.support.functions.scripted_gateway import Pipeline, chat, client_of
+from tests.support.functions.scripted_gateway import EVENT, Pipeline, chat, client_of
 
 PAGE = "https://chat.example"
 ASKS = {
@@ -22,11 +24,21 @@ def preflight(client: FlaskClient, path: str = "/v1/chat/completions", **headers
     return {name: value for name, value in reply.headers if name.startswith("Access-Control")}
 
 
-def test_without_configured_origins_there_are_no_cors_headers(client: FlaskClient) -> None:
+def test_replies_have_no_cors_headers_and_a_restrictive_policy_by_default(client: FlaskClient) -> None:
+    asked: dict[str, Any] = {"headers": {"Origin": PAGE}, "json": {"model": "tiny", "prompt": "Hi"}}
+    streamed: dict[str, Any] = asked | {"json": asked["json"] | {"stream": True}}
     assert preflight(client) == {}
-    reply = client.get("/v1/models", headers={"Origin": PAGE})
-    assert reply.status_code == 200
-    assert not [name for name, _ in reply.headers if name.startswith("Access-Control")]
+    for reply in (
+        client.get("/v1/models", headers=asked["headers"]),
+        client.post("/v1/completions", **asked),
+        client.post("/v1/completions", **streamed),
+        client.post("/", json={"prompt": "Hi"}, headers=EVENT | asked["headers"]),
+        client.get("/nowhere", headers=asked["headers"]),
+    ):
+        assert "access-control-" not in str(reply.headers).lower()
+        assert reply.headers["X-Content-Type-Options"] == "nosniff"
+        assert reply.headers["Content-Security-Policy"] == "default-src 'none'; frame-ancestors 'none'"
+        assert "no-" in reply.headers["Cache-Control"]
 
 
 @pytest.mark.parametrize("path", ["/", "/v1/chat/completions", "/v1/models", "/tokenize"])

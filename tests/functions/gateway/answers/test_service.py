@@ -1,11 +1,9 @@
 """Answers in both APIs: how they end, fail, and are refused."""
 
 import json
-from collections.abc import Callable
 
 import pytest
 from flask.testing import FlaskClient
-from werkzeug.test import TestResponse
 
 from eventing.problems import NotReady, PipelineUnavailable, Problem, QueueFull
 from eventing.wire.generation import GenerateRequest, TokenLogprob
@@ -18,7 +16,18 @@ from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.text.chat_template import ChatTemplate
 from functions.gateway.text.tokenizer import ModelText
 from tests.support.environments import GATEWAY
-from tests.support.functions.scripted_gateway import CONTEXT, EVENT, Pipeline, ask, chat, client_of, refuse, stream
+from tests.support.functions.scripted_gateway import (
+    APIS,
+    CONTEXT,
+    EVENT,
+    Pipeline,
+    ask,
+    ask_either,
+    chat,
+    client_of,
+    refuse,
+    stream,
+)
 from tests.support.functions.sentencepiece import CONTINUED, ids_of, llama_2
 
 
@@ -39,42 +48,40 @@ def test_a_stream_that_fails_ends_with_an_error_event(client: FlaskClient, pipel
     assert error["data"]["type"] == "urn:lamina:problem:pipeline-unavailable"
     assert (error["data"]["status"], error["data"]["detail"]) == (503, "stage 1 is gone")
     *_, error = stream(chat(client, stream=True))
-    assert error["error"] == {
-        "message": "stage 1 is gone",
-        "type": "server_error",
-        "param": None,
-        "code": "pipeline_unavailable",
-    }
+    named = {"message": "stage 1 is gone", "type": "server_error", "param": None, "code": "pipeline_unavailable"}
+    assert error["error"] == named
 
 
-@pytest.mark.parametrize("problem", [QueueFull("256 wait"), NotReady("draining")])
-@pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
-def test_a_refusal_has_its_status_also_for_a_stream(
-    client: FlaskClient, pipeline: Pipeline, problem: Problem, accept: str
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("submitted", [False, True])
+@pytest.mark.parametrize("problem", [QueueFull("256 wait"), NotReady("draining"), PipelineUnavailable("stage 1 is gone")])
+def test_a_problem_before_the_first_token_has_its_status(
+    client: FlaskClient, pipeline: Pipeline, problem: Problem, submitted: bool, streams: bool, api: str
 ) -> None:
-    pipeline.script = refuse(problem)
-    response = ask(client, {"prompt": "Hi"}, Accept=accept)
-    assert (response.status_code, response.content_type) == (problem.status, "application/problem+json")
-    response = chat(client, stream=accept != "application/json")
+    pipeline.script = pipeline.say("", end=False, then=problem) if submitted else refuse(problem)
+    response = ask_either(client, api, streams=streams)
     assert response.status_code == problem.status
-    assert response.get_json()["error"]["code"] == problem.name.replace("-", "_")
+    if api == "openai":
+        assert response.get_json()["error"]["code"] == problem.name.replace("-", "_")
+    else:
+        assert response.content_type == "application/problem+json"
+    assert pipeline.value("answers_total", outcome=problem.name) == 1
 
 
-def test_a_failed_answer_has_its_status(client: FlaskClient, pipeline: Pipeline) -> None:
+@pytest.mark.parametrize("api", APIS)
+def test_a_failed_answer_has_its_status(client: FlaskClient, pipeline: Pipeline, api: str) -> None:
     pipeline.script = pipeline.say("Hel", end=False, then=PipelineUnavailable("stage 1 is gone"))
-    assert ask(client, {"prompt": "Hi"}).status_code == 503
-    assert chat(client).status_code == 503
+    assert ask_either(client, api).status_code == 503
 
 
-@pytest.mark.parametrize(
-    "ask_api", [lambda c: ask(c, {"prompt": "Hi"}, Accept="text/event-stream"), lambda c: chat(c, stream=True)]
-)
+@pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("tokens", [0, 2])
 def test_an_unexpected_error_is_reported_without_its_details(
     client: FlaskClient,
     pipeline: Pipeline,
     tokens: int,
-    ask_api: Callable[[FlaskClient], TestResponse],
+    api: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Before the first token by the status, later by the last event of the stream."""
@@ -86,7 +93,7 @@ def test_an_unexpected_error_is_reported_without_its_details(
         stream.next_token = lambda _: next(again)  # type: ignore[method-assign, assignment]  # then StopIteration
 
     pipeline.script = script
-    response = ask_api(client)
+    response = ask_either(client, api, streams=True)
     assert response.status_code == (200 if tokens else 500)
     last = stream(response)[-1] if tokens else response.json
     assert "traceback" in json.dumps(last)
@@ -99,8 +106,9 @@ def test_a_stream_without_tokens_has_heartbeats_and_a_client_that_leaves_ends_it
 ) -> None:
     monkeypatch.setattr(core.Generation.tokens, "__defaults__", (0.01,))
     pipeline.script = pipeline.say("Hel", end=False)
-    for response in (ask(client, {"prompt": "Hi"}, Accept="text/event-stream"), chat(client, stream=True)):
+    for api in APIS:
         pipeline.cancelled.clear()
+        response = ask_either(client, api, streams=True)
         chunks = iter(response.response)
         seen = [next(chunks) for _ in range(8)]
         assert seen[-1] == b":\n\n"
@@ -127,25 +135,12 @@ def test_nothing_is_sent_before_the_first_token(
         stream.next_token = next_token  # type: ignore[method-assign]
 
     pipeline.script = script
-    for ask_api in (lambda: ask(client, {"prompt": "Hi"}, Accept="text/event-stream"), lambda: chat(client, stream=True)):
+    for api in APIS:
         waited.clear()
-        response = ask_api()
+        response = ask_either(client, api, streams=True)
         assert waited[:5] == [None] * 5
         assert next(iter(response.response)).startswith(b"data: ")
         response.close()
-
-
-@pytest.mark.parametrize("problem", [PipelineUnavailable("stage 1 is gone"), NotReady("draining")])
-def test_a_stream_that_fails_before_its_first_token_has_the_status_of_the_failure(
-    client: FlaskClient, pipeline: Pipeline, problem: Problem
-) -> None:
-    pipeline.script = pipeline.say("", end=False, then=problem)
-    response = ask(client, {"prompt": "Hi"}, Accept="text/event-stream")
-    assert (response.status_code, response.content_type) == (problem.status, "application/problem+json")
-    response = chat(client, stream=True)
-    assert response.status_code == problem.status
-    assert response.get_json()["error"]["code"] == problem.name.replace("-", "_")
-    assert pipeline.value("answers_total", outcome=problem.name) == 2
 
 
 def test_an_answer_is_cancelled_if_its_client_leaves_before_the_first_byte(client: FlaskClient, pipeline: Pipeline) -> None:
@@ -154,6 +149,7 @@ def test_an_answer_is_cancelled_if_its_client_leaves_before_the_first_byte(clien
     response = client.post("/", json={"prompt": "Hi"}, headers=EVENT | {"Accept": "text/event-stream"}, environ_overrides=gone)
     assert (response.status_code, response.data) == (499, b"")
     assert pipeline.cancelled.is_set()
+    assert pipeline.value("answers_total", outcome="cancelled") == 1, "counted once"
 
 
 def test_prompt_and_answer_fit_into_the_context(client: FlaskClient, pipeline: Pipeline) -> None:
