@@ -1,4 +1,4 @@
-"""A gateway process over three stage processes gives the whole model's answers, by CloudEvents and by the official client."""
+"""A gateway process over three stage processes gives the whole model's answers."""
 
 import http.client
 import json
@@ -8,9 +8,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any
 
-import openai
 import pytest
 import torch
 
@@ -18,7 +16,7 @@ from eventing.http.sse import SSEDecoder
 from tests.support.functions.functions import FunctionProcess, gateway_environment, running, stage_environment, wait_until
 from tests.support.knative.kubernetes_watch import WatchServer
 from tests.support.storage.published import CUT, Published, until_end
-from tests.support.storage.tiny_models import CONTEXT, greedy
+from tests.support.storage.tiny_models import greedy
 
 EVENT = {
     "ce-specversion": "1.0",
@@ -39,12 +37,6 @@ def stage_urls(published: Published) -> Iterator[list[str]]:
 def gateway(published: Published, stage_urls: list[str]) -> Iterator[FunctionProcess]:
     with FunctionProcess(gateway_environment(published, stage_urls)) as started:
         yield started.wait_ready()
-
-
-@pytest.fixture(scope="module")
-def client(gateway: FunctionProcess) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def post(gateway: FunctionProcess, data: object, **headers: str) -> bytes:
@@ -91,43 +83,6 @@ def test_a_seed_repeats_an_answer(gateway: FunctionProcess) -> None:
     asked = {"prompt": "hello", "max_tokens": 12, "temperature": 1.0}
     first, again, other = (json.loads(post(gateway, asked | {"seed": seed}))["token_ids"] for seed in (1, 1, 2))
     assert first == again != other
-
-
-def test_the_official_client_chats(client: openai.OpenAI, published: Published) -> None:
-    asked: Any = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 10, "temperature": 0}
-    completion = client.chat.completions.create(**asked)
-    expected = expected_ids(published, chat_ids(published, "Hi"), 10)
-    assert completion.choices[0].message.content == published.tokenizer.decode(expected)
-    assert completion.usage is not None
-    assert completion.usage.prompt_tokens == len(chat_ids(published, "Hi"))
-    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
-    texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
-    assert "".join(texts) == completion.choices[0].message.content
-    assert chunks[-1].usage == completion.usage
-    assert chunks[-2].choices[0].finish_reason == completion.choices[0].finish_reason
-
-
-def test_the_official_client_completes_and_lists_models(client: openai.OpenAI, published: Published) -> None:
-    asked: Any = {"model": "tiny", "prompt": "hello", "max_tokens": 6, "temperature": 0}
-    completion = client.completions.create(**asked)
-    expected = expected_ids(published, published.tokenizer.encode("hello").ids, 6)
-    assert completion.choices[0].text == published.tokenizer.decode(expected)
-    assert (
-        "".join(chunk.choices[0].text for chunk in client.completions.create(**asked, stream=True))
-        == completion.choices[0].text
-    )
-    assert [model.id for model in client.models.list()] == ["tiny"]
-    assert client.models.retrieve("tiny").owned_by == "lamina"
-
-
-def test_errors_reach_the_official_client(client: openai.OpenAI) -> None:
-    too_long: Any = [{"role": "user", "content": "x" * CONTEXT}]
-    with pytest.raises(openai.BadRequestError, match=f"context is {CONTEXT}"):
-        client.chat.completions.create(model="tiny", messages=too_long)
-    with pytest.raises(openai.NotFoundError, match="serves 'tiny'"):
-        client.models.retrieve("gpt-4")
-    with pytest.raises(openai.BadRequestError, match="`n` is 0"):
-        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hi"}], n=0)
 
 
 def test_a_client_that_leaves_a_stream_frees_the_pipeline(gateway: FunctionProcess) -> None:

@@ -1,18 +1,24 @@
 """The official client against a gateway over three stages, each a process. The oracle is transformers."""
 
 import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import torch
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
 
+from eventing.http.sse import SSEDecoder
 from tests.support.functions.functions import FunctionProcess, running_gateway, wait_until
 from tests.support.storage.published import Published, until_end
 from tests.support.storage.tiny_models import CONTEXT, greedy
 
 TOLERANCE = 1e-3
+EVENTS: TypeAdapter[ResponseStreamEvent] = TypeAdapter(ResponseStreamEvent)
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +39,17 @@ def oracle(published: Published, token_ids: list[int]) -> torch.Tensor:
         return torch.log_softmax(published.model(torch.tensor([token_ids])).logits[0].float(), -1)
 
 
-def chat_ids(published: Published, text: str) -> list[int]:
-    ids: list[int] = published.tokenizer.encode(
-        f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False
-    ).ids
+def chat_ids(published: Published, *turns: tuple[str, str]) -> list[int]:
+    """The prompt of a conversation. turns: role and text."""
+    prompt = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns or [("user", "Hi")])
+    ids: list[int] = published.tokenizer.encode(f"{prompt}<|im_start|>assistant\n", add_special_tokens=False).ids
     return ids
+
+
+def continued(published: Published, ids: list[int], count: int = 8) -> str:
+    """The whole model's continuation."""
+    text: str = published.tokenizer.decode(until_end(greedy(published.model, ids, count)))
+    return text
 
 
 def asked(**fields: Any) -> Any:
@@ -48,10 +60,28 @@ def hi(**fields: Any) -> Any:
     return asked(messages=[{"role": "user", "content": "Hi"}], **fields)
 
 
+def test_a_chat_is_answered_whole_and_streamed(client: openai.OpenAI, published: Published) -> None:
+    client.chat.completions.create(**hi())  # from here on the prompt is in the prefix cache
+    completion = client.chat.completions.create(**hi())
+    assert completion.choices[0].message.content == continued(published, chat_ids(published))
+    assert completion.usage is not None
+    assert completion.usage.prompt_tokens == len(chat_ids(published))
+    chunks = list(client.chat.completions.create(**hi(stream=True, stream_options={"include_usage": True})))
+    texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(texts) == completion.choices[0].message.content
+    assert chunks[-1].usage == completion.usage
+    assert chunks[-2].choices[0].finish_reason == completion.choices[0].finish_reason
+
+
+def test_models_are_listed(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "lamina"
+
+
 def test_lists_of_prompts_are_answered_in_order(client: openai.OpenAI, published: Published) -> None:
     texts = ["hello", "The capital of France is", "12345"]
     ids = [published.tokenizer.encode(text).ids for text in texts]
-    expected = [published.tokenizer.decode(until_end(greedy(published.model, each, 8))) for each in ids]
+    expected = [continued(published, each) for each in ids]
     for prompt in (texts, ids):
         completion = client.completions.create(**asked(prompt=prompt))
         assert [choice.index for choice in completion.choices] == [0, 1, 2]
@@ -89,7 +119,7 @@ def test_log_probabilities_of_an_answer_are_transformers(client: openai.OpenAI, 
     choice = completion.choices[0]
     assert choice.logprobs is not None
     content = choice.logprobs.content or []
-    prompt = chat_ids(published, "Hi")
+    prompt = chat_ids(published)
     drawn = until_end(greedy(published.model, prompt, 8))
     truth = oracle(published, prompt + drawn)[len(prompt) - 1 :]
     assert len(content) == len(drawn)
@@ -190,13 +220,17 @@ def test_refusals_raise_the_clients_exceptions(client: openai.OpenAI) -> None:
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
     with pytest.raises(openai.BadRequestError, match="token 1000000 is outside of the vocabulary"):
         client.completions.create(**asked(prompt=[1000000]))
+    with pytest.raises(openai.BadRequestError, match="`n` is 0"):
+        client.chat.completions.create(**hi(n=0))
     with pytest.raises(openai.NotFoundError, match="'other'"):
         client.completions.create(model="other", prompt="hello")
+    with pytest.raises(openai.NotFoundError, match="serves 'tiny'"):
+        client.models.retrieve("gpt-4")
 
 
 def test_the_asynchronous_client_may_leave_streams(gateway: FunctionProcess, published: Published) -> None:
     """Streams that it leaves free what they hold; the others are complete."""
-    expected = published.tokenizer.decode(until_end(greedy(published.model, published.tokenizer.encode("hello").ids, 8)))
+    expected = continued(published, published.tokenizer.encode("hello").ids)
 
     async def stream(client: openai.AsyncOpenAI, leave: bool) -> str:
         fields = asked(prompt="hello", stream=True) | ({"max_tokens": CONTEXT // 2, "n": 2} if leave else {})
@@ -214,3 +248,76 @@ def test_the_asynchronous_client_may_leave_streams(gateway: FunctionProcess, pub
     texts = asyncio.run(scenario())
     assert [text for number, text in enumerate(texts) if number % 3] == [expected] * 8
     wait_until(lambda: "lamina_gateway_running_sequences 0.0" in gateway.get("/metrics")[1])
+
+
+def response_to(input_: Any, **fields: Any) -> Any:
+    """Arguments of /v1/responses."""
+    return {"model": "tiny", "temperature": 0, "max_output_tokens": 8, "input": input_} | fields
+
+
+def test_instructions_are_the_system_message(client: openai.OpenAI, published: Published) -> None:
+    response = client.responses.create(**response_to("Hi", instructions="Be kind."))
+    assert response.output_text == continued(published, chat_ids(published, ("system", "Be kind."), ("user", "Hi")))
+    assert response.status in ("completed", "incomplete")
+    assert (response.status == "incomplete") == (response.incomplete_details is not None)
+    assert response.usage is not None
+    assert response.usage.total_tokens == response.usage.input_tokens + response.usage.output_tokens
+
+
+def test_output_items_can_be_sent_back_as_input(client: openai.OpenAI, published: Published) -> None:
+    first = client.responses.create(**response_to("Hi"))
+    items: Any = [{"role": "user", "content": "Hi"}, *(item.model_dump() for item in first.output)]
+    items.append({"role": "user", "content": [{"type": "input_text", "text": "And"}, {"type": "input_text", "text": " now?"}]})
+    second = client.responses.create(**response_to(items))
+    said = ("user", "Hi"), ("assistant", first.output_text), ("user", "And now?")
+    assert second.output_text == continued(published, chat_ids(published, *said))
+
+
+def test_a_streams_events_build_the_response(client: openai.OpenAI) -> None:
+    answer = client.responses.create(**response_to("Hi")).output_text
+    stops = {"stop": answer[len(answer) // 2 :][:1]}
+    whole = client.responses.create(**response_to("Hi"), extra_body=stops)
+    with client.responses.stream(**response_to("Hi"), extra_body=stops) as stream:
+        events = list(stream)
+        final = stream.get_final_response()
+    assert final.output_text == whole.output_text
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == whole.output_text
+    assert [event.sequence_number for event in events] == sorted(event.sequence_number for event in events)
+    types = [event.type for event in events]
+    assert types[:4] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+    ]
+    assert types[-4:] == [
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+
+
+def test_documents_and_events_have_the_clients_types(gateway: FunctionProcess) -> None:
+    include = ["message.output_text.logprobs"]
+    fields = response_to("Hi", include=include, top_logprobs=2)
+    document = httpx.post(f"{gateway.url}/v1/responses", json=fields).json()
+    response = Response.model_validate(document, strict=True)
+    part: Any = response.output[0]
+    logprobs = part.content[0].logprobs
+    assert b"".join(bytes(one.bytes) for one in logprobs).decode(errors="replace") == response.output_text
+    streamed = httpx.post(f"{gateway.url}/v1/responses", json=fields | {"stream": True})
+    events = [(event.event, json.loads(event.data)) for event in SSEDecoder().feed(streamed.content)]
+    for name, event in events:
+        assert EVENTS.validate_python(event).type == name
+    assert [event["sequence_number"] for _, event in events] == list(range(len(events)))
+    (done,) = [event for name, event in events if name == "response.output_text.done"]
+    assert done["logprobs"] == json.loads(json.dumps([one.model_dump() for one in logprobs]))
+
+
+def test_an_answer_follows_its_schema(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    text: Any = {"format": {"type": "json_schema", "name": "one", "schema": schema}}
+    response = client.responses.create(**response_to("Hi", text=text, max_output_tokens=64))
+    assert json.loads(response.output_text)["a"] in (1, 2)
+    assert response.status == "completed"
