@@ -15,7 +15,7 @@ from knative.cluster.cost import NotCounted, replica_seconds, usage_from_prometh
 from knative.cluster.deployer import Deployer
 from tests.support.knative.deployments import objects, stage_name
 from tests.support.knative.kubernetes_api import KubernetesApi
-from tests.support.knative.promql import asked
+from tests.support.knative.promql import used_metrics
 
 NOW = datetime(2026, 1, 1, 0, 10, tzinfo=UTC)  # ten minutes after the start of the stand-in's pods
 
@@ -83,7 +83,7 @@ def test_counts_of_a_prometheus_are_added_up(
     assert usage[0].seconds_of("memory") is None, "the revision is gone, so its requests are unknown"
     assert usage[1].seconds_of("memory") == 60 * 512 * 2**20
     assert (prometheus.seen["start"], prometheus.seen["end"], prometheus.seen["step"]) == (["3615.0"], ["7200.0"], ["15"])
-    (metric,) = asked(prometheus.seen["query"][0])
+    (metric,) = used_metrics(prometheus.seen["query"][0])
     assert (metric.metric, metric.labels) == ("kn_revision_pods_count", {"k8s_namespace_name", "kn_service_name"})
 
 

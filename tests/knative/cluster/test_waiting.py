@@ -1,4 +1,4 @@
-"""`deploy` ends when everything is Ready, and fails only by objects that it applied itself, with the cause."""
+"""`deploy` ends when everything is Ready; it fails only for objects of its own, and names the cause."""
 
 import threading
 

@@ -14,7 +14,7 @@ from functions.gateway.scheduling.stats import StageStats, Stats
 from functions.stage.serving.metrics import StageMetrics
 from knative.render import monitoring
 from knative.render.monitoring import ALERTS, rule_groups
-from tests.support.knative.promql_evaluation import Recorded
+from tests.support.knative.promql import Recorded
 
 SCRAPE_SECONDS = 30
 MINUTE = 60

@@ -17,13 +17,13 @@ from knative.render.services import METRICS_PORT
 from knative.spec.errors import SpecError
 from tests.support.functions.functions import gateway_environment, running, stage_environment
 from tests.support.knative.pipelines import resolved_pipeline
-from tests.support.knative.promql import asked
+from tests.support.knative.promql import used_metrics
 from tests.support.paths import ROOT
 from tests.support.storage.published import published_model
 
 CUT = ((0, 6),)
 OF_THE_POD = {"namespace", "pipeline", "fingerprint", "component", "service", "revision", "pod"}
-"""What the PodMonitor and the operator put on every series."""
+"""Labels that the PodMonitor and the operator add to every series."""
 KNATIVE = {
     name: {"k8s_namespace_name", "kn_service_name", "kn_configuration_name", "kn_revision_name"}
     for name in (
@@ -44,7 +44,7 @@ Metrics = dict[str, set[str] | None]
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Metrics]:
-    """Of a stage and a gateway that have answered a question."""
+    """Metrics of a stage and a gateway that have answered a question."""
     with (
         published_model(tmp_path_factory.mktemp("published")) as published,
         running([stage_environment(published, 0, CUT)]) as (stage,),
@@ -75,7 +75,7 @@ def panel_queries() -> Iterator[tuple[str, str, str]]:
 
 
 def _hold(expression: str, exported: Metrics) -> None:
-    for each in asked(expression):
+    for each in used_metrics(expression):
         assert each.metric in exported or each.metric in KNATIVE, f"no function exports {each.metric}: {expression}"
         labels = exported.get(each.metric, KNATIVE.get(each.metric))
         missing = each.labels - OF_THE_POD - (labels or set()) if labels is not None else set()
@@ -88,7 +88,9 @@ def test_every_panel_uses_exported_metrics(exported: Metrics) -> None:
     for _, expression, legend in queries:
         assert "$" not in expression
         _hold(expression, exported)
-        labels = set().union(*(each.labels for each in asked(expression))) | OF_THE_POD | KNATIVE["kn_revision_pods_count"]
+        labels = (
+            set().union(*(each.labels for each in used_metrics(expression))) | OF_THE_POD | KNATIVE["kn_revision_pods_count"]
+        )
         assert set(re.findall(r"{{(\w+)}}", legend)) <= labels, expression
 
 
@@ -112,7 +114,7 @@ def test_every_alert_uses_exported_metrics(exported: Metrics) -> None:
     for matchers in ("", 'namespace="models",pipeline="chat"'):
         for rule in rule_groups(matchers)[0]["rules"]:
             _hold(rule["expr"], exported)
-            assert all({"namespace", "pipeline"} <= each.labels for each in asked(rule["expr"]) if matchers)
+            assert all({"namespace", "pipeline"} <= each.labels for each in used_metrics(rule["expr"]) if matchers)
 
 
 def test_operating_md_explains_every_metric(exported: Metrics) -> None:

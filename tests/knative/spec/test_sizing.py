@@ -62,7 +62,7 @@ def test_plan_shows_the_cost_of_a_network() -> None:
         (((0, 10), (10, 24), (24, 30)), 128, [4, 5, 5]),
         (((0, 10), (10, 24), (24, 30)), 1280, [10, 10, 10]),
         (((0, 2), (2, 28), (28, 30)), 1, [1, 1, 1]),
-        # Three micro-batches, half of which are in one stage, are more than one pod is meant for.
+        # Half of three micro-batches in one stage are above the target of one pod.
         (((0, 2), (2, 28), (28, 30)), 3, [1, 2, 1]),
     ],
 )

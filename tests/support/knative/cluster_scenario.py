@@ -1,4 +1,4 @@
-"""What the steps of tests/pipeline/test_cluster.py share: a pipeline on a real cluster, its answers, its Services and pods."""
+"""A pipeline on a real cluster, with its answers, Services and pods: shared by the steps of tests/pipeline/test_cluster.py."""
 
 import base64
 from pathlib import Path
@@ -30,8 +30,6 @@ PROMPTS: Final = ("The capital of France is", "Once upon a time", "Water is made
 
 
 class Scenario:
-    """What the steps share."""
-
     def __init__(self, where: Settings, publication: ModelManifest, shape: ModelShape, tokenizer: Tokenizer) -> None:
         self.where = where
         self.tokenizer = tokenizer
@@ -79,7 +77,7 @@ class Scenario:
         return [each for rendered in render(self.resolved(spec)).values() for each in rendered]
 
     def write_folder(self, folder: Path, spec: PipelineSpec) -> ResolvedPipeline:
-        """As `render --gitops --output` does it, nothing of what lay there before being left."""
+        """As `render --gitops --output` does, into an emptied folder."""
         folder.mkdir(exist_ok=True)
         for file in folder.iterdir():
             file.unlink()
@@ -93,7 +91,7 @@ class Scenario:
         self._gateway = self.gateway_at(url)
 
     def stage_pods(self) -> dict[str, int]:
-        """Pods that stay, by Service."""
+        """Number of pods that are not terminating, by Service."""
         counts: dict[str, int] = {}
         for pod in pods(self.cluster, self.where, STAGES):
             service = pod["metadata"]["labels"][SERVICE]

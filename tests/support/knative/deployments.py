@@ -1,4 +1,4 @@
-"""Objects for tests of the deployer: pipelines of three stages, and other objects of the namespace."""
+"""Objects for tests of the deployer: a pipeline of three stages, another one, and their Secrets and sinks."""
 
 import time
 from collections.abc import Callable
@@ -10,19 +10,18 @@ from tests.support.knative.kubernetes_api import KubernetesApi
 from tests.support.knative.pipelines import rendered_pipeline
 
 CUT = ((0, 10), (10, 20), (20, 30))
-GATEWAY = ("serving.knative.dev/v1", "services", "default", "chat")
-"""Key of the gateway's Service in the stand-in."""
+GATEWAY = ("serving.knative.dev/v1", "services", "default", "chat")  # key of the gateway's Service in the stand-in
 
 
 def objects(
     cut: tuple[tuple[int, int], ...] = CUT, digest: str = "d" * 64, spec: dict[str, Any] | None = None, **stage: object
 ) -> list[KubernetesObject]:
-    """spec: other fields of it; stage: fields of its stage."""
+    """spec: more fields of the spec; stage: fields of its `stage`."""
     return rendered_pipeline(digest, cut=format_cut(cut), stage=stage, **(spec or {}))
 
 
 def other(**spec: Any) -> list[KubernetesObject]:
-    """The same with another model."""
+    """The same pipeline with another model."""
     return objects(digest="e" * 64, spec=spec)
 
 
@@ -44,13 +43,13 @@ def account(name: str) -> KubernetesObject:
 
 
 def sink(name: str) -> KubernetesObject:
-    """A Knative Service that does not belong to the pipeline."""
+    """A Knative Service that is not Lamina's."""
     metadata = {"name": name, "namespace": "default", "labels": {}}
     return {"apiVersion": "serving.knative.dev/v1", "kind": "Service", "metadata": metadata, "spec": {"template": {}}}
 
 
 def traffic(api: KubernetesApi) -> list[dict[str, Any]]:
-    """What the gateway's Service asks for."""
+    """The split in the spec of the gateway's Service."""
     asked: list[dict[str, Any]] = api.objects[GATEWAY]["spec"]["traffic"]
     return asked
 

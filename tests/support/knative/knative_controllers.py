@@ -1,7 +1,7 @@
-"""What Knative's controllers make of Services, Brokers, Triggers and Sequences, one step after the other, as seen on a cluster.
+"""Knative's controllers for Services, Brokers, Triggers and Sequences: the steps that were seen on a cluster, one by one.
 
-A behaviour is a generator: clients see its changes up to a `yield` before the later ones. Until the first step
-the status is the one of the generation before, which is what a deployer must not fall for.
+A behaviour is a generator: clients see what it does up to a `yield` before the next step. Until the first step the status is
+that of the previous generation, which must not mislead a deployer.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ _GATEWAY = "app.kubernetes.io/component"
 
 
 class Controllers:
-    """A thread that takes the next step of every object that changed."""
+    """A thread that runs the next step of every object that changed."""
 
     def __init__(self, api: "KubernetesApi") -> None:
         self._api = api
@@ -45,7 +45,7 @@ class Controllers:
             self._running[key] = self._api.behaviours.get(key[3], play)(self._api, self._api.objects[key])
 
     def deleted(self, key: tuple[str, str, str, str]) -> None:
-        """Collects the objects that it owns."""
+        """Removes the objects that it owned."""
         self._running.pop(key, None)
         if key[:2] != SERVICE:
             return
@@ -55,11 +55,11 @@ class Controllers:
                 self._api.remove(*self._api.key_of(each))
 
     def end_old_pods(self) -> None:
-        """Pods of gateways whose revision gets no traffic any more."""
+        """Removes pods of gateway revisions without traffic."""
         for pod in self._api.found("pods", {_GATEWAY: "gateway"}):
             labels = pod["metadata"]["labels"]
             service = self._api.objects.get((*SERVICE, pod["metadata"]["namespace"], labels["serving.knative.dev/service"]))
-            over = pod["status"].get("phase") in ("Failed", "Succeeded")  # evicted ones stay for hours
+            over = pod["status"].get("phase") in ("Failed", "Succeeded")  # Kubernetes keeps evicted pods for hours
             if service and not over and labels["serving.knative.dev/revision"] not in _revisions_with_traffic(service):
                 self._api.remove(*self._api.key_of(pod))
 
@@ -128,7 +128,7 @@ def revision_fails(api: "KubernetesApi", service: Object) -> Steps:
 
 
 def slow_to_look(api: "KubernetesApi", service: Object) -> Steps:
-    """Knative's controller sees the change after a second only; pods of before go on crashing meanwhile."""
+    """The controller sees the change only after a second; old pods go on crashing meanwhile."""
     restart_pods(api, service)
     for _ in range(100):
         yield
@@ -136,7 +136,7 @@ def slow_to_look(api: "KubernetesApi", service: Object) -> Steps:
 
 
 def slow_to_configure(api: "KubernetesApi", service: Object) -> Steps:
-    """The Service's controller has seen the change, and the Configuration's has not for a second."""
+    """The Service's controller sees the change a second before the Configuration's does."""
     yield
     old = (api.objects[_key(service)].get("status") or {}).get("latestCreatedRevisionName", "")
     _configure(api, service)
@@ -155,7 +155,7 @@ def restart_pods(api: "KubernetesApi", service: Object) -> None:
 
 
 def make_revision(api: "KubernetesApi", service: Object) -> Iterator[None]:
-    """The Configuration sees the template; a Revision of it, unless it is the one that is there. Returns its name."""
+    """The Configuration sees the template and makes a Revision, unless it has one. Returns the Revision's name."""
     yield
     key, metadata = _key(service), service["metadata"]
     _route_meanwhile(api, service)
@@ -185,7 +185,7 @@ def make_revision(api: "KubernetesApi", service: Object) -> Iterator[None]:
 def set_conditions(
     api: "KubernetesApi", service: Object, revision: str, status: str, reason: str, message: str, *, routes: bool = False
 ) -> None:
-    """What stands in the way of Ready; the other conditions as they were. routes: it is the Route, not the Configuration."""
+    """Sets Ready and its cause. routes: the cause is the Route, not the Configuration."""
     live = api.objects.get(_key(service))
     if live is None:
         return
@@ -201,7 +201,7 @@ def set_conditions(
 
 
 def route(api: "KubernetesApi", service: Object, revision: str) -> None:
-    """Becomes Ready with the Service's traffic, unless that names a Revision that does not exist."""
+    """Ready, with the traffic of the Service's spec; failed if that names a Revision that does not exist."""
     metadata = service["metadata"]
     traffic = [dict(each) for each in service["spec"].get("traffic") or [{"latestRevision": True, "percent": 100}]]
     for each in traffic:
@@ -227,7 +227,7 @@ def route(api: "KubernetesApi", service: Object, revision: str) -> None:
 
 
 def _route_meanwhile(api: "KubernetesApi", service: Object) -> None:
-    """The Route follows the Service at once: until the new revision is ready, `latestRevision` is the one that was before."""
+    """The Route follows the Service at once: until the new revision is ready, `latestRevision` is the previous one."""
     status = (api.objects.get(_key(service)) or {}).get("status") or {}
     latest = status.get("latestReadyRevisionName")
     if latest:
@@ -269,7 +269,7 @@ def add_pod(api: "KubernetesApi", service: Object, revision: str, container_stat
 
 
 def _configure(api: "KubernetesApi", service: Object) -> Object:
-    """The Configuration with the Service's template; its generation counts templates, not changes of traffic."""
+    """Updates the Configuration; its generation counts templates, not changes of traffic."""
     metadata, template = service["metadata"], service["spec"]["template"]
     old = api.objects.get((SERVICE[0], "configurations", metadata["namespace"], metadata["name"]))
     if old is not None and old["spec"]["template"] == template:
@@ -304,7 +304,7 @@ def broker_ready(api: "KubernetesApi", broker: Object) -> Steps:
 
 
 def broker_fails(api: "KubernetesApi", broker: Object) -> Steps:
-    """A Broker whose class has no controller on this cluster."""
+    """A Broker of a class that has no controller."""
     if broker["kind"] != "Broker":
         yield from become_ready(api, broker)  # the gateway has the same name
         return
@@ -328,7 +328,7 @@ def sequence_ready(api: "KubernetesApi", sequence: Object) -> Steps:
 
 
 def _eventing(api: "KubernetesApi", manifest: Object, kind: tuple[str, str], types: tuple[str, ...]) -> Steps:
-    """Seen a moment later; Unknown first; then Ready, unless something that it names is not there."""
+    """Unknown, then False for a moment, then Ready unless it names an object that does not exist."""
     key = (*kind, manifest["metadata"]["namespace"], manifest["metadata"]["name"])
     generation = manifest["metadata"]["generation"]
     yield
@@ -338,7 +338,7 @@ def _eventing(api: "KubernetesApi", manifest: Object, kind: tuple[str, str], typ
     coming = [_condition(each, "False", "NotReady", "the deployment is not available yet") for each in types]
     api.set_status(key, {"conditions": coming, "observedGeneration": generation})
     yield
-    missing = next((ref for ref in _references(manifest["spec"]) if not _there(api, manifest, ref)), None)
+    missing = next((ref for ref in _references(manifest["spec"]) if not _exists(api, manifest, ref)), None)
     conditions = [_condition(each, "True") for each in types]
     if missing is not None:
         group = missing["apiVersion"].split("/")[0]
@@ -363,7 +363,7 @@ def _references(value: Any) -> Iterator[Object]:
             yield from _references(inner)
 
 
-def _there(api: "KubernetesApi", manifest: Object, ref: Object) -> bool:
+def _exists(api: "KubernetesApi", manifest: Object, ref: Object) -> bool:
     with contextlib.suppress(KeyError):
         plural = api.kinds[ref["apiVersion"]][ref["kind"]]
         return (ref["apiVersion"], plural, manifest["metadata"]["namespace"], ref["name"]) in api.objects

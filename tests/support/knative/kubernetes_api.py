@@ -1,10 +1,10 @@
-"""A stand-in for the Kubernetes API of a cluster with Knative, over real HTTP, as far as a deployer sees it.
+"""A stand-in for the Kubernetes API of a cluster with Knative, over real HTTP, as far as a deployer can see it.
 
-Here is the API server: objects with uid, generation and managed fields, lists, watches, server-side apply, create and
-replace, deletion with finalizers and preconditions, dry runs, logs, Status objects. What is admitted is in admission.py;
-what Knative's controllers make of it in knative_controllers.py.
+This file is the API server: objects with uid, generation and managed fields, lists, watches, server-side apply, create and
+replace, deletion with finalizers and preconditions, dry runs, logs, Status objects. admission.py decides what is admitted,
+knative_controllers.py acts as Knative's controllers.
 
-**What it does not know it answers with 501, and `close` fails the test.**
+**It answers unknown requests with 501, and then `close` fails the test.**
 """
 
 import copy
@@ -23,8 +23,7 @@ from tests.support.knative.admission import refusal, unknown_fields
 from tests.support.knative.knative_controllers import BROKER, SEQUENCE, SERVICE, TRIGGER, Behaviour, Controllers
 from tests.support.knative.server_side_apply import Object, Owners, conflicts, managed_fields, merged, taken_over
 
-Key = tuple[str, str, str, str]
-"""apiVersion, plural, namespace, name."""
+Key = tuple[str, str, str, str]  # apiVersion, plural, namespace, name
 
 KINDS: dict[str, dict[str, str]] = {
     "v1": {
@@ -67,26 +66,18 @@ class KubernetesApi:
         self.kinds = copy.deepcopy(KINDS)
         self.objects: dict[Key, Object] = {}
         self.owners: dict[Key, Owners] = {}
-        self.behaviours: dict[str, Behaviour] = {}
-        """Name of an object that controllers look after → what they make of it; others become Ready."""
-        self.forbidden: set[tuple[str, str]] = set()
-        """(verb, plural) pairs that this identity may not use."""
-        self.forbidden_everywhere = False
-        """Whether this identity may list in single namespaces only."""
-        self.enabled: set[str] = set()
-        """Fields that a feature flag of Knative lets through."""
+        self.behaviours: dict[str, Behaviour] = {}  # by name of an object; others become Ready
+        self.forbidden: set[tuple[str, str]] = set()  # (verb, plural)
+        self.forbidden_everywhere = False  # only single namespaces may be listed
+        self.enabled: set[str] = set()  # fields whose feature flag is on
         self.quota_message: str | None = None
         self.domain = "example"  # of URLs of Services that are not cluster-local
         self.logs: dict[str, str] = {}
-        self.on_change: Callable[[Key], object] = lambda _: None
-        """Is told of every change, after it."""
+        self.on_change: Callable[[Key], object] = lambda _: None  # called after every change
         self.applied: list[str] = []
-        self.calls: set[tuple[str, str, str, str]] = set()
-        """(verb, API group, resource, namespace) of all that was asked."""
-        self.unknown: list[str] = []
-        """What was asked that a real API may know and this one does not."""
-        self.lingering_gateways = 0
-        """How many lists of the pipeline's pods still show the old gateway's pods after it was replaced."""
+        self.calls: set[tuple[str, str, str, str]] = set()  # (verb, API group, resource, namespace) of all requests
+        self.unknown: list[str] = []  # requests that a real API may know and this one does not
+        self.lingering_gateways = 0  # number of pod lists that still show pods of a replaced gateway
         self._version = itertools.count(1)
         self.changed = threading.Condition()
         self.controllers = Controllers(self)
@@ -98,14 +89,14 @@ class KubernetesApi:
         self._thread.start()
 
     def close(self) -> None:
-        """Raises AssertionError where something was asked that the stand-in does not know."""
+        """Raises AssertionError if there were unknown requests."""
         self.controllers.close()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
         assert not self.unknown, f"the stand-in does not know: {self.unknown}"
 
-    # -- What tests and controllers do past all checks ------------------------------------------------------------------
+    # -- Changes by tests and controllers, without checks ------------------------------------------------------------------
 
     def put(self, manifest: Object) -> Object:
         """Writes an object, as a controller would."""
@@ -119,7 +110,7 @@ class KubernetesApi:
             return self.objects[key]
 
     def set_status(self, key: Key, status: Object) -> None:
-        """Nothing happens where the object is gone."""
+        """Does nothing if the object is gone."""
         with self.changed:
             if key in self.objects:
                 self.put({**self.objects[key], "status": status})
@@ -131,7 +122,7 @@ class KubernetesApi:
             self.changed.notify_all()
 
     def finish_deletion(self, key: Key) -> None:
-        """What held the object lets go of it; what it owned is collected."""
+        """Removes the object, as after its last finalizer, and the objects that it owns."""
         self.remove(*key)
         self.controllers.deleted(key)
 
@@ -218,7 +209,7 @@ class KubernetesApi:
         api_version = f"{group}/{version}" if group else version
         watched = bool(request.args.get("watch"))
         verb = "create" if request.method == "POST" else "watch" if watched else "list"
-        refused = self._looked_up(verb, api_version, plural, namespace)
+        refused = self._denied(verb, api_version, plural, namespace)
         if refused is not None:
             return refused
         if verb == "create":
@@ -260,12 +251,12 @@ class KubernetesApi:
                         yield json.dumps({"type": "MODIFIED" if name in seen else "ADDED", "object": each}) + "\n"
                         seen[name] = each
                 if not self.changed.wait(min(left, 0.3)):
-                    return  # a real watch goes on; a client has to bear its end at any time
+                    return  # a real watch lasts longer; a client must accept its end at any time
 
     def _one(self, version: str, namespace: str, plural: str, name: str, group: str = "") -> Any:
         key = (f"{group}/{version}" if group else version, plural, namespace, name)
         verb = {"GET": "get", "PATCH": "patch", "PUT": "update", "DELETE": "delete"}[request.method]
-        refused = self._looked_up(verb, key[0], plural, namespace or (name if plural == "namespaces" else ""), name)
+        refused = self._denied(verb, key[0], plural, namespace or (name if plural == "namespaces" else ""), name)
         if refused is not None:
             return refused
         with self.changed:
@@ -278,7 +269,7 @@ class KubernetesApi:
             return self._replace(key) if verb == "update" else self.objects[key]
 
     def _log(self, namespace: str, name: str) -> Any:
-        refused = self._looked_up("get", "v1", "pods/log", namespace, name)
+        refused = self._denied("get", "v1", "pods/log", namespace, name)
         if refused is not None:
             return refused
         pod = self.objects.get(("v1", "pods", namespace, name))
@@ -291,8 +282,8 @@ class KubernetesApi:
             return _status(400, f'previous terminated container "{container}" in pod "{name}" not found', name)
         return Response(self.logs[name], mimetype="text/plain")
 
-    def _looked_up(self, verb: str, api_version: str, plural: str, namespace: str, name: str = "") -> Any:
-        """What stands against the request before anything else; notes that it was made."""
+    def _denied(self, verb: str, api_version: str, plural: str, namespace: str, name: str = "") -> Any:
+        """Records the request, and returns an error if it is not permitted or unknown."""
         group = api_version.split("/")[0] if "/" in api_version else ""
         if plural.split("/")[0] not in self.kinds.get(api_version, {}).values():
             return Response("404 page not found\n", 404, mimetype="text/plain")
@@ -321,7 +312,7 @@ class KubernetesApi:
         manifest, manager = json.loads(request.data), request.args["fieldManager"]
         live, owners = copy.deepcopy(self.objects.get(key)) or {}, self.owners.get(key, {})
         if not live:
-            refused = self._looked_up("create", *key[:3], key[3])
+            refused = self._denied("create", *key[:3], key[3])
             if refused is not None:
                 return refused
         if manifest["metadata"].get("managedFields"):

@@ -10,7 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 
 
 class WatchServer:
-    """One collection, whatever path is asked for. Each change has a new version."""
+    """Serves one collection at every path. Each change has a new version."""
 
     def __init__(self, port: int = 0) -> None:
         self.objects: dict[str, dict[str, Any]] = {}
@@ -19,11 +19,9 @@ class WatchServer:
         self.watches: list[SimpleQueue[bytes | None]] = []
         self._history: list[tuple[int, bytes]] = []
         self._lock = Lock()
-        self.failures: list[int] = []
-        """Statuses of the next answers; 200 stands for one that is no JSON."""
+        self.failures: list[int] = []  # statuses of the next replies; 200: a reply that is not JSON
         self._gone = ""
-        self.always_gone = False
-        """Every watch is answered 410."""
+        self.always_gone = False  # answer every watch with 410
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -48,7 +46,7 @@ class WatchServer:
         return f"http://127.0.0.1:{self.port}"
 
     def put(self, obj: dict[str, Any], *, silently: bool = False) -> None:
-        """Creates or replaces; `silently`: watches are not told."""
+        """Creates or replaces an object. silently: without an event for watches."""
         kind = "MODIFIED" if obj["metadata"]["name"] in self.objects else "ADDED"
         self._version(obj)
         self.objects[obj["metadata"]["name"]] = obj
@@ -64,11 +62,11 @@ class WatchServer:
         self._tell("BOOKMARK", {"kind": "EndpointSlice", "metadata": {"resourceVersion": version}})
 
     def expire(self, how: str) -> None:
-        """The next watch is answered 410: as the `status` of the reply, or in an `event`."""
+        """Answers the next watch with 410: how is "status" (of the reply) or "event"."""
         self._gone = how
 
     def end_watches(self, *, broken: bool = False) -> None:
-        """`broken`: in the middle of a line, as a lost connection does it."""
+        """broken: in the middle of a line, like a lost connection."""
         watches, self.watches = self.watches, []
         for watch in watches:
             watch.put(b"" if broken else None)
@@ -134,7 +132,7 @@ class WatchServer:
 
 
 def _selected(obj: dict[str, Any], query: dict[str, list[str]]) -> bool:
-    """By those labels that it has: one without any is in every collection."""
+    """Compares only labels that the object has; one without labels is in every collection."""
     labels = obj.get("metadata", {}).get("labels", {})
     wanted = dict(term.split("=") for term in query["labelSelector"][0].split(","))
     return all(labels.get(name, value) == value for name, value in wanted.items())

@@ -1,4 +1,4 @@
-"""A real cluster for tests/pipeline/test_cluster.py: its address, requests to its gateway, and requests from inside."""
+"""A real cluster for tests/pipeline/test_cluster.py: its settings, clients of its gateway, a probe inside it."""
 
 import contextlib
 import http.client
@@ -21,15 +21,15 @@ from knative.spec.kubernetes_object import KubernetesObject
 from storage.store.settings import StoreSettings
 
 NEEDED: Final = {
-    "LAMINA_TEST_KUBECONFIG": "kubeconfig of a cluster with Knative Serving, and room for ten pods of 1 CPU and 2 GiB",
+    "LAMINA_TEST_KUBECONFIG": "kubeconfig of a cluster with Knative Serving, with resources for ten pods of 1 CPU and 2 GiB",
     "LAMINA_TEST_IMAGE": "an image made by `make image`, where that cluster can pull it",
     "LAMINA_TEST_STORE_ENDPOINT": "S3-compatible store as pods reach it",
     "AWS_ACCESS_KEY_ID": "its keys; the bucket (LAMINA_TEST_STORE_BUCKET, lamina) must exist",
     "AWS_SECRET_ACCESS_KEY": "likewise",
 }
-"""May be set too: LAMINA_TEST_CONTEXT; LAMINA_TEST_NAMESPACE (lamina-test), made if it is not there, and then removed;
-LAMINA_TEST_STORE_LOCAL_ENDPOINT, the store as this machine reaches it; LAMINA_TEST_INGRESS, such as http://203.0.113.7, where
-the domain of Knative's URLs does not resolve here."""
+"""Optional: LAMINA_TEST_CONTEXT; LAMINA_TEST_NAMESPACE (lamina-test), which is created, and then removed, if it does not exist;
+LAMINA_TEST_STORE_LOCAL_ENDPOINT, the store as this machine reaches it; LAMINA_TEST_INGRESS, such as http://203.0.113.7, if the
+domain of Knative's URLs does not resolve here."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,13 @@ class Settings:
     context: str | None
     namespace: str
     image: str
-    store: StoreSettings
-    """As this machine reaches it."""
-    store_endpoint: str
-    """As pods do."""
+    store: StoreSettings  # as this machine reaches it
+    store_endpoint: str  # as pods reach it
     ingress: str | None
 
 
 def missing() -> list[str]:
-    """What the environment lacks."""
+    """Variables that the environment lacks."""
     return [name for name in NEEDED if not os.environ.get(name)]
 
 
@@ -78,7 +76,7 @@ def wait_until(condition: Callable[[], bool], timeout_seconds: float, what: str)
 
 @contextmanager
 def core_api(where: Settings) -> Iterator[client.CoreV1Api]:
-    """The API for actions that the deployer never takes: making namespaces, killing pods."""
+    """For namespaces and killing pods, which the deployer never does."""
     api = config.new_client_from_config(where.kubeconfig, where.context)
     try:
         yield client.CoreV1Api(api)
@@ -88,7 +86,7 @@ def core_api(where: Settings) -> Iterator[client.CoreV1Api]:
 
 @contextmanager
 def namespace(where: Settings) -> Iterator[None]:
-    """Makes the namespace unless it exists; removes it in the end if it was made here."""
+    """The namespace exists meanwhile; it is removed afterwards if it was created here."""
     with core_api(where) as core:
         try:
             core.create_namespace({"metadata": {"name": where.namespace}})
@@ -105,7 +103,7 @@ def namespace(where: Settings) -> Iterator[None]:
 
 @contextmanager
 def as_deployer(cluster: Cluster, where: Settings, role: KubernetesObject) -> Iterator[Cluster]:
-    """The same cluster, seen by a ServiceAccount that has this Role and nothing else."""
+    """The cluster as seen by a ServiceAccount with this Role only."""
     name = role["metadata"]["name"]
     metadata = {"name": name, "namespace": where.namespace}
     reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": name}
@@ -134,26 +132,26 @@ def as_deployer(cluster: Cluster, where: Settings, role: KubernetesObject) -> It
 
 
 def kill(where: Settings, pod: str) -> None:
-    """At once: no SIGTERM, no drain."""
+    """Deletes the pod at once, without SIGTERM."""
     with core_api(where) as core:
         core.delete_namespaced_pod(pod, where.namespace, grace_period_seconds=0)
 
 
 def drain(where: Settings, pod: str) -> None:
-    """With all the time that it has to finish what it has in hand, as a node that is emptied gives it."""
+    """Deletes the pod with its full grace period, as draining a node does."""
     with core_api(where) as core:
         core.delete_namespaced_pod(pod, where.namespace)
 
 
 def pods(cluster: Cluster, where: Settings, selector: str) -> list[KubernetesObject]:
-    """Pods that are not on their way out."""
+    """Pods that are not terminating."""
     found = cluster.find("v1", "Pod", where.namespace, selector)
     return [pod for pod in found if not pod["metadata"].get("deletionTimestamp")]
 
 
 @dataclass(frozen=True)
 class Gateway:
-    """Asked as clients do, through the ingress."""
+    """A gateway, asked through the ingress as clients do."""
 
     url: str
     ingress: str | None
@@ -166,7 +164,7 @@ class Gateway:
         return text
 
     def stream(self, prompt: str, max_tokens: int) -> Iterator[str]:
-        """The same, piece by piece."""
+        """As `complete`, piece by piece."""
         with self._asked(prompt, max_tokens, stream=True) as response:
             for line in response:
                 data = line.decode().strip().removeprefix("data: ")
@@ -194,7 +192,7 @@ class Gateway:
 
 @dataclass
 class Conversations:
-    """Questions asked over and over, by many at a time; every answer must be what it was when nothing else ran."""
+    """Many clients ask questions repeatedly; every answer must equal the one without load."""
 
     gateway: Gateway
     expected: dict[str, str]
@@ -205,7 +203,7 @@ class Conversations:
 
     @contextmanager
     def running(self, count: int) -> Iterator["Conversations"]:
-        """Waits for every answer in the end; fails if one was wrong or missing."""
+        """Waits for all answers at the end, and fails if one was wrong or missing."""
         over = threading.Event()
         with ThreadPoolExecutor(count) as executor:
             asked = [executor.submit(self._converse, number, over) for number in range(count)]
@@ -264,7 +262,7 @@ print("ANSWERS " + json.dumps(seen), flush=True)
 
 
 class Probe:
-    """A pod that sends one event to a Broker, twice, and is the sink of what comes back."""
+    """A pod that sends one event to a Broker, twice, and is the sink of the replies."""
 
     name: Final = "lamina-test-probe"
 

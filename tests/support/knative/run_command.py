@@ -1,4 +1,4 @@
-"""`python -m knative run` in a process of its own, and whether anything outlives it."""
+"""`python -m knative run` of a tiny model in a process of its own, and the processes that outlive it."""
 
 import json
 import os
@@ -13,8 +13,6 @@ DEADLINE_SECONDS = 90
 
 
 class Run:
-    """`python -m knative run` of the tiny model, in a process of its own."""
-
     def __init__(self, checkpoint: Path, state: Path) -> None:
         self.state = state
         self._arguments = [
@@ -25,7 +23,7 @@ class Run:
         self.seen = ""
 
     def start(self, *more: str, inside: Sequence[str] = ()) -> None:
-        """inside: a command that runs its arguments as a command."""
+        """inside: a command to run the command with, such as unshare."""
         command = [*inside, sys.executable, "-m", "knative", "run", *self._arguments, *more]
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -49,7 +47,7 @@ class Run:
             self.process.communicate()
 
     def processes(self) -> list[str]:
-        """Command lines of all processes that know this run's state folder or store."""
+        """Command lines of all processes with this run's state folder or store in their arguments or environment."""
         found = []
         for folder in Path("/proc").iterdir():
             try:

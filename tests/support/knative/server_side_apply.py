@@ -1,4 +1,4 @@
-"""Server-side apply as an API server does it: ownership of fields, conflicts, removal of fields without an owner.
+"""Server-side apply as an API server does it: owners of fields, conflicts, and removal of fields without an owner.
 
 Lists count as one field, as they do in Knative's CRDs.
 """
@@ -8,8 +8,7 @@ from typing import Any
 
 Object = dict[str, Any]
 Path = tuple[str, ...]
-Owners = dict[str, set[Path]]
-"""Field manager → the leaves that it set last."""
+Owners = dict[str, set[Path]]  # by field manager: the leaves that it set last
 
 _NAMES = {("apiVersion",), ("kind",), ("metadata", "name"), ("metadata", "namespace")}
 
@@ -19,7 +18,7 @@ def fields_of(manifest: Object) -> set[Path]:
 
 
 def conflicts(live: Object, manifest: Object, manager: str, owners: Owners) -> dict[str, list[str]]:
-    """Other managers → their fields to which the manifest gives another value, written as the API server writes them."""
+    """Other managers → their fields that the manifest would change, in the API server's notation."""
     paths = fields_of(manifest)
     found = {
         other: sorted(_dotted(path) for path in paths & owned if value_at(live, path) != value_at(manifest, path))
@@ -30,8 +29,7 @@ def conflicts(live: Object, manifest: Object, manager: str, owners: Owners) -> d
 
 
 def merged(live: Object, manifest: Object, manager: str, owners: Owners) -> Object:
-    """The live object with the manifest applied. Fields that this manager set before and omits now are removed, unless
-    another manager owns them as well."""
+    """Removes fields that this manager set before and leaves out now, unless another manager owns them."""
     others = set().union(*(owned for other, owned in owners.items() if other != manager))
     dropped = owners.get(manager, set()) - fields_of(manifest) - others
     return _merge(_without(live, dropped, ()), manifest)
