@@ -18,13 +18,10 @@ from eventing.problems import MalformedEvent
 from eventing.wire.batch_codec import encode_batch
 from eventing.wire.events import BATCH_CONTENT_TYPE, Batch
 from eventing.wire.framing import (
-    FORBIDDEN,
     JSON_CONTENT_TYPE,
-    MAX_VALUE_LENGTH,
-    NAME,
     Buffer,
-    bad_attribute,
     cause_key,
+    check_attribute,
     read_batch,
     read_json,
     reply_id_of,
@@ -71,8 +68,7 @@ def batch_event(type: str, source: str, batch: Batch, *, id: str | None = None, 
 def checked_event(attributes: dict[str, Any], data: Any) -> CloudEvent:
     """An event that owns `attributes`; `data` is Data. Raises MalformedEvent, which names the attribute."""
     for name, value in attributes.items():
-        if not NAME.fullmatch(name) or (isinstance(value, str) and (len(value) > MAX_VALUE_LENGTH or FORBIDDEN.search(value))):
-            raise bad_attribute(name, value)
+        check_attribute(name, value if isinstance(value, str) else "")
     has_time = "time" in attributes
     try:
         event = CloudEvent(attributes, data)

@@ -21,6 +21,7 @@ from eventing.wire.typed_json import decode_json
 
 JSON_CONTENT_TYPE: Final = "application/json"
 REQUIRED: Final = ("specversion", "id", "source", "type")
+_KNOWN: Final = {*REQUIRED, "time", "datacontenttype", *Attribute}  # names that need no check
 MAX_NAME_LENGTH: Final = 20
 MAX_VALUE_LENGTH: Final = 4096
 
@@ -62,40 +63,48 @@ def read_attributes(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
     Raises MalformedEvent, which names the attribute.
     """
     attributes: dict[str, str] = {}
-    for header, text in headers:
-        name, value = header.lower(), text
-        if name == "content-type":
-            name = "datacontenttype"
-        elif name == "ce-datacontenttype":
-            raise MalformedEvent("the attribute datacontenttype travels as Content-Type, not as ce-datacontenttype")
-        elif name.startswith("ce-"):
+    for header, value in headers:
+        name = header.lower()
+        if name.startswith("ce-"):
             name = name[3:]
-            if text[:1] == '"' == text[1:][-1:]:  # HTTP binding, section 3.1.3.2
-                value = _QUOTED_PAIR.sub(r"\1", text[1:-1])
-            if "%" in value:
-                value = unquote(value)
+            if name == "datacontenttype":
+                raise MalformedEvent("the attribute datacontenttype travels as Content-Type, not as ce-datacontenttype")
+            text = unquoted(value) if "%" in value or value[:1] == '"' else value
+        elif name == "content-type":
+            name, text = "datacontenttype", value
         else:
             continue
         if name in attributes:
-            raise MalformedEvent(f"the header {header.lower()} is there twice: {attributes[name][:40]!r} and {value[:40]!r}")
-        if not NAME.fullmatch(name) or len(value) > MAX_VALUE_LENGTH or FORBIDDEN.search(value):
-            raise bad_attribute(name, value)
-        attributes[name] = value
+            raise MalformedEvent(f"the header {header.lower()} is there twice: {attributes[name][:40]!r} and {text[:40]!r}")
+        attributes[name] = text
     found = attributes.get
     if found("specversion") != "1.0" or not (found("id") and found("source") and found("type")):
         raise _not_an_event(attributes)
+    unknown = attributes.keys() - _KNOWN
+    values = attributes.values()
+    if unknown or FORBIDDEN.search("".join(values)) or max(map(len, values)) > MAX_VALUE_LENGTH:
+        for name, text in attributes.items():
+            check_attribute(name, text)
     if "time" in attributes:
         zoned_time("time", attributes["time"])
     return attributes
 
 
-def bad_attribute(name: str, value: str) -> MalformedEvent:
-    """What is wrong with an attribute whose name or value is not allowed."""
+def unquoted(value: str) -> str:
+    """The text of a header's value (HTTP binding, section 3.1.3.2)."""
+    if len(value) > 1 and value[0] == value[-1] == '"':
+        value = _QUOTED_PAIR.sub(r"\1", value[1:-1])
+    return unquote(value)
+
+
+def check_attribute(name: str, value: str) -> None:
+    """Raises MalformedEvent if a name or a value is not allowed."""
     if not NAME.fullmatch(name):
-        return MalformedEvent(f"attribute {name[:40]!r}: names are 1 to {MAX_NAME_LENGTH} characters of a-z and 0-9")
+        raise MalformedEvent(f"attribute {name[:40]!r}: names are 1 to {MAX_NAME_LENGTH} characters of a-z and 0-9")
     if len(value) > MAX_VALUE_LENGTH:
-        return MalformedEvent(f"attribute {name} has {len(value)} characters, the most is {MAX_VALUE_LENGTH}")
-    return MalformedEvent(f"attribute {name} contains a control character or is not UTF-8: {value[:40]!r}")
+        raise MalformedEvent(f"attribute {name} has {len(value)} characters, the most is {MAX_VALUE_LENGTH}")
+    if FORBIDDEN.search(value):
+        raise MalformedEvent(f"attribute {name} contains a control character or is not UTF-8: {value[:40]!r}")
 
 
 def required_attribute(attributes: Mapping[str, Any], name: str) -> str:

@@ -179,7 +179,7 @@ def test_a_missing_attribute_is_named(name: str, value: str | None) -> None:
         ({"ce-no_underscore": "x"}, "attribute 'no_underscore'"),
         ({"ce-": "x"}, "attribute ''"),
         ({"ce-data": "x"}, "data"),
-        ({"ce-datacontenttype": "text/plain"}, "datacontenttype"),
+        ({"ce-datacontenttype": "text/plain"}, "datacontenttype travels as Content-Type"),
         ({"ce-pipeline": "x" * 5000}, "pipeline has 5000 characters"),
         ({"ce-pipeline": "a%0Ab"}, "pipeline contains a control character"),
         ({"ce-pipeline": "%ff"}, "pipeline contains a control character or is not UTF-8"),
