@@ -1,4 +1,4 @@
-"""The doors of a test, open to all."""
+"""A client of a gateway without keys, over a scripted pipeline."""
 
 import pytest
 from flask.testing import FlaskClient

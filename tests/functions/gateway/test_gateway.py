@@ -14,17 +14,11 @@ import torch
 
 from eventing.http.sse import SSEDecoder
 from tests.support.functions.functions import FunctionProcess, gateway_environment, running, stage_environment, wait_until
+from tests.support.functions.metrics import metric
+from tests.support.functions.scripted_gateway import EVENT
 from tests.support.knative.kubernetes_watch import WatchServer
 from tests.support.storage.published import CUT, Published, until_end
 from tests.support.storage.tiny_models import greedy
-
-EVENT = {
-    "ce-specversion": "1.0",
-    "ce-id": "1",
-    "ce-source": "/client",
-    "ce-type": "dev.lamina.generate.request",
-    "Content-Type": "application/json",
-}
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +47,6 @@ def expected_ids(published: Published, prompt_ids: list[int], count: int) -> lis
     return until_end(ids)
 
 
-def chat_ids(published: Published, text: str) -> list[int]:
-    prompt = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
-    ids: list[int] = published.tokenizer.encode(prompt, add_special_tokens=False).ids
-    return ids
-
-
 def test_answers_are_those_of_the_whole_model(gateway: FunctionProcess, published: Published) -> None:
     prompts = ["hello", "The capital of France is", "12345", "日本", "x" * 100, "the"]
     with ThreadPoolExecutor(len(prompts)) as executor:
@@ -74,7 +62,8 @@ def test_answers_are_those_of_the_whole_model(gateway: FunctionProcess, publishe
 def test_a_streamed_answer_is_that_of_the_whole_model(gateway: FunctionProcess, published: Published) -> None:
     data = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 10}
     events = [json.loads(event.data) for event in SSEDecoder().feed(post(gateway, data, Accept="text/event-stream"))]
-    expected = expected_ids(published, chat_ids(published, "Hi"), 10)
+    prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    expected = expected_ids(published, published.tokenizer.encode(prompt, add_special_tokens=False).ids, 10)
     assert [event["data"]["token_id"] for event in events[:-1]] == expected
     assert "".join(event["data"]["text"] for event in events[:-1]) == events[-1]["data"]["text"]
 
@@ -94,7 +83,7 @@ def test_a_client_that_leaves_a_stream_frees_the_pipeline(gateway: FunctionProce
     response.close()
     connection.close()
     wait_until(lambda: 'lamina_gateway_answers_total{outcome="cancelled"} 1.0' in metrics(gateway))
-    wait_until(lambda: "lamina_gateway_running_sequences 0.0" in metrics(gateway))
+    wait_until(lambda: metric(gateway, "lamina_gateway_running_sequences") == 0)
 
 
 def test_a_client_that_leaves_before_the_first_token_frees_the_pipeline(published: Published) -> None:
@@ -114,10 +103,10 @@ def test_a_client_that_leaves_before_the_first_token_frees_the_pipeline(publishe
         for path, body, headers in asked:
             connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=30)
             connection.request("POST", path, json.dumps(body), EVENT | headers)
-            wait_until(lambda: "lamina_gateway_waiting_sequences 1.0" in metrics(gateway))
+            wait_until(lambda: metric(gateway, "lamina_gateway_waiting_sequences") == 1)
             assert not select.select([connection.sock], [], [], 0.2)[0], "something was sent"
             connection.close()
-            wait_until(lambda: "lamina_gateway_waiting_sequences 0.0" in metrics(gateway))
+            wait_until(lambda: metric(gateway, "lamina_gateway_waiting_sequences") == 0)
         assert 'lamina_gateway_answers_total{outcome="cancelled"} 4.0' in metrics(gateway)
         assert "open to everybody: neither LAMINA_API_KEYS nor" in gateway.log
 

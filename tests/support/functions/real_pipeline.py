@@ -65,8 +65,8 @@ def _spec(spec: PipelineSpec, with_key: bool, gateway: dict[str, Any]) -> Pipeli
     stage = msgspec.structs.replace(spec.stage, autoscaling=Autoscaling(target=0.4, max_scale=2, **quick))
     scaling = GatewayAutoscaling(max_scale=1, **quick)
     keys = "api-keys" if with_key else None
-    door = msgspec.structs.replace(spec.gateway, autoscaling=scaling, api_keys_secret=keys, **gateway)
-    return msgspec.structs.replace(spec, stage=stage, gateway=door)
+    gateway_spec = msgspec.structs.replace(spec.gateway, autoscaling=scaling, api_keys_secret=keys, **gateway)
+    return msgspec.structs.replace(spec, stage=stage, gateway=gateway_spec)
 
 
 @contextmanager
