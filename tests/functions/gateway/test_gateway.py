@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
-import torch
 
 from eventing.http.sse import SSEDecoder
 from tests.support.functions.functions import FunctionProcess, gateway_environment, running, stage_environment, wait_until
@@ -42,9 +41,7 @@ def post(gateway: FunctionProcess, data: object, **headers: str) -> bytes:
 
 def expected_ids(published: Published, prompt_ids: list[int], count: int) -> list[int]:
     """Transformers' continuation, up to the end token."""
-    with torch.inference_mode():
-        ids = greedy(published.model, prompt_ids, count)
-    return until_end(ids)
+    return until_end(greedy(published.model, prompt_ids, count))
 
 
 def test_answers_are_those_of_the_whole_model(gateway: FunctionProcess, published: Published) -> None:
