@@ -10,11 +10,15 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
+
+from blake3 import blake3
 
 from storage.errors import ChecksumMismatch
 from storage.loading.memory import new_memory, populate
-from storage.models.model_repository import ModelManifest, StoredObject, layer_object, new_digest
+from storage.loading.weight_cache import WeightCache
+from storage.models.model_repository import ModelManifest, StoredObject, layer_object
+from storage.store.object_reader import ObjectReader
 
 _log = logging.getLogger(__name__)
 
@@ -55,29 +59,6 @@ class LoadProgress:
 ProgressCallback = Callable[[LoadProgress], None]
 
 
-class RangeReader(Protocol):
-    """Implemented by ObjectReader."""
-
-    def read_range_into(
-        self,
-        key: str,
-        start: int,
-        view: memoryview,
-        *,
-        total_bytes: int | None = None,
-        on_bytes: Callable[[memoryview], object] | None = None,
-    ) -> None: ...
-
-
-class Cache(Protocol):
-    """Implemented by WeightCache."""
-
-    def get(self, stored: StoredObject) -> memoryview | None:
-        """The verified bytes of an object, writable; None: not in the cache."""
-
-    def put(self, stored: StoredObject, data: memoryview) -> None: ...
-
-
 def stage_objects(manifest: ModelManifest, first: int, last: int) -> list[str]:
     """Names of the objects that layers [first, last) need, in the order of a forward pass.
 
@@ -95,12 +76,12 @@ def stage_objects(manifest: ModelManifest, first: int, last: int) -> list[str]:
 
 
 def load_layers(
-    reader: RangeReader,
+    reader: ObjectReader,
     manifest: ModelManifest,
     first: int,
     last: int,
     *,
-    cache: Cache | None = None,
+    cache: WeightCache | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> dict[str, RawTensor]:
     """All tensors that layers [first, last) need, by their names in the checkpoint.
@@ -114,12 +95,12 @@ def load_layers(
 
 
 def iterate_layers(
-    reader: RangeReader,
+    reader: ObjectReader,
     manifest: ModelManifest,
     first: int,
     last: int,
     *,
-    cache: Cache | None = None,
+    cache: WeightCache | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> Iterator[LoadedObject]:
     """Like load_layers, object by object in the order of a forward pass, while later objects are still being read.
@@ -158,10 +139,10 @@ class _Load:
 
     def __init__(
         self,
-        reader: RangeReader,
+        reader: ObjectReader,
         manifest: ModelManifest,
         names: list[str],
-        cache: Cache | None,
+        cache: WeightCache | None,
         on_progress: ProgressCallback | None,
     ) -> None:
         self._reader = reader
@@ -250,7 +231,7 @@ class _Load:
         seen = ""
         for _ in range(_READS_OF_A_BAD_PART):
             # Hashed piece by piece, in the processor's cache: that takes two thirds of the time of hashing the whole part.
-            digest = new_digest()
+            digest = blake3()
             self._reader.read_range_into(stored.key, start, part, total_bytes=stored.bytes, on_bytes=digest.update)
             seen = digest.hexdigest()
             if seen == published:

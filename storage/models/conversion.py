@@ -5,7 +5,6 @@ head as I8, and all other tensors as float32. Stages run both for Llama-shaped m
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -36,91 +35,67 @@ def convert_tensor(name: str, source: SourceTensor, dtype: Dtype, keep_wide: Col
         raise CheckpointInvalid(f"tensor {name!r} is {source.dtype}, no float; publish the unquantized checkpoint")
     in_layer, outside = is_layer_matrix(name, source.shape), is_outer_matrix(name)
     if dtype in ("int8", "q4") and (in_layer or outside) and name.split(".")[-2] in keep_wide:
-        return {name: _FloatTensor(name, source, "BF16")}
+        return {name: _float_tensor(name, source, "BF16")}
     if dtype == "q4" and in_layer:
-        return {name: _Q4Matrix(name, source)}
+        return {name: _q4_matrix(name, source)}
     if (dtype == "int8" and in_layer) or (dtype == "q4" and outside):
-        matrix = _Int8Matrix(name, source)
-        return {name: matrix, f"{name}_scale": matrix.scale}
-    return {name: _FloatTensor(name, source, _FLOATS_OF[dtype])}
+        return _int8_matrix(name, source)
+    return {name: _float_tensor(name, source, _FLOATS_OF[dtype])}
 
 
-@dataclass(frozen=True, slots=True)
-class _FloatTensor:
-    name: str
-    source: SourceTensor
-    dtype: FloatName
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
-
-    def blocks(self) -> Iterator[memoryview]:
-        for block in self.source.blocks():
-            if self.source.dtype == self.dtype:
+def _float_tensor(name: str, source: SourceTensor, dtype: FloatName) -> TargetTensor:
+    def blocks() -> Iterator[memoryview]:
+        for block in source.blocks():
+            if source.dtype == dtype:
                 yield block
                 continue
-            values = read_floats(block, self.source.dtype)
-            converted = rounded(values, self.dtype)
-            if self.dtype == "F16" and np.isinf(converted).any() and not np.isinf(values).any():
-                raise CheckpointInvalid(f"tensor {self.name!r} has values beyond float16; publish it as bfloat16 or float32")
+            values = read_floats(block, source.dtype)
+            converted = rounded(values, dtype)
+            if dtype == "F16" and np.isinf(converted).any() and not np.isinf(values).any():
+                raise CheckpointInvalid(f"tensor {name!r} has values beyond float16; publish it as bfloat16 or float32")
             yield as_bytes(converted)
 
+    return TargetTensor(dtype, source.shape, blocks)
 
-class _Int8Matrix:
-    """Symmetric: `weight[i, j] = int8[i, j] * scale[i]`, scale = largest magnitude of output channel i / 127."""
 
-    dtype = "I8"
+def _int8_matrix(name: str, source: SourceTensor) -> dict[str, TargetTensor]:
+    """Symmetric: `weight[i, j] = int8[i, j] * scale[i]`, scale = largest magnitude of output channel i / 127.
 
-    def __init__(self, name: str, source: SourceTensor) -> None:
-        self._name = name
-        self._source = source
-        self.shape = source.shape
-        self.scale = _Int8Scale(source.shape[:1], [])
+    The scales are known once the matrix has been iterated over, and are written after it.
+    """
+    scales: list[memoryview] = []
 
-    def blocks(self) -> Iterator[memoryview]:
-        self.scale.written.clear()
-        for block in self._source.blocks():
-            weights, scales = _int8(read_floats(block, self._source.dtype).reshape(-1, self.shape[1]))
-            if not np.isfinite(scales).all():
-                raise _not_finite(self._name, "int8")
-            self.scale.written.append(as_bytes(scales))
+    def blocks() -> Iterator[memoryview]:
+        scales.clear()
+        for block in source.blocks():
+            weights, ends = _int8(read_floats(block, source.dtype).reshape(-1, source.shape[1]))
+            if not np.isfinite(ends).all():
+                raise _not_finite(name, "int8")
+            scales.append(as_bytes(ends))
             yield as_bytes(weights)
 
-
-@dataclass(frozen=True, slots=True)
-class _Int8Scale:
-    """Written after its matrix."""
-
-    shape: tuple[int, ...]
-    written: list[memoryview]  # by the matrix's last iteration
-    dtype: str = "F32"
-
-    def blocks(self) -> Iterator[memoryview]:
-        yield from self.written
+    return {
+        name: TargetTensor("I8", source.shape, blocks),
+        f"{name}_scale": TargetTensor("F32", source.shape[:1], lambda: iter(scales)),
+    }
 
 
-class _Q4Matrix:
+def _q4_matrix(name: str, source: SourceTensor) -> TargetTensor:
     """As `q4` packs it: the numbers of a checkpoint that has four bits itself, else those with the least square error."""
 
-    dtype = "U8"
-
-    def __init__(self, name: str, source: SourceTensor) -> None:
-        outs, width = source.shape
-        self._name = name
-        self._source = source
-        self.shape = packed_shape(outs, width)
-
-    def blocks(self) -> Iterator[memoryview]:
-        for first, last in self._source.row_ranges(GROUP):
-            if self._source.read_four_bits is not None:
-                rows = self._source.read_four_bits(first, last)
+    def blocks() -> Iterator[memoryview]:
+        for first, last in source.row_ranges(GROUP):
+            if source.read_four_bits is not None:
+                rows = source.read_four_bits(first, last)
             else:
-                values = read_floats(self._source.read_rows(first, last), self._source.dtype)
+                values = read_floats(source.read_rows(first, last), source.dtype)
                 rows = FourBits(*quantize(values.reshape(last - first, -1)))
             if not (np.isfinite(rows.scales).all() and np.isfinite(rows.minima).all()):
-                raise _not_finite(self._name, "q4")
+                raise _not_finite(name, "q4")
             yield as_bytes(pack(rows.quants, rows.scales, rows.minima))
+
+    outs, width = source.shape
+    return TargetTensor("U8", packed_shape(outs, width), blocks)
 
 
 def _int8(rows: Floats) -> tuple[NDArray[np.int8], Floats]:

@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Final, Literal, Protocol
 
 import msgspec
-from blake3 import blake3
 
 from storage.checkpoints.safetensors_format import ALIGNMENT, MAX_DIMENSIONS, TensorSpan, tensor_bytes
 from storage.errors import (
@@ -46,7 +45,8 @@ class StoredObject(msgspec.Struct, frozen=True):
     key: str
     bytes: _Size
     part_bytes: _Size
-    parts: tuple[Digest, ...]  # BLAKE3 (hex) of each `part_bytes` of the object, the last one shorter
+    # BLAKE3 (hex) of each `part_bytes` of the object, the last one shorter: a cryptographic hash, fast enough for all bytes.
+    parts: tuple[Digest, ...]
     tensors: dict[str, TensorSpan]  # without the fillers
 
     @property
@@ -134,11 +134,6 @@ def model_prefix(name: str, dtype: str) -> str:
 
 def manifest_key(name: str, dtype: str) -> str:
     return model_prefix(name, dtype) + "manifest.json"
-
-
-def new_digest() -> blake3:
-    """The hash of a part: BLAKE3, a cryptographic hash that is fast enough for every loaded byte (docs/log.md)."""
-    return blake3()
 
 
 def read_manifest(reader: Reader, name: str, dtype: str) -> ModelManifest:

@@ -4,22 +4,23 @@ import io
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, cast
+
+from blake3 import blake3
 
 from storage.checkpoints.safetensors_format import FILLER_PREFIX, TensorSpan, lay_out
 from storage.errors import CheckpointInvalid
-from storage.models.model_repository import PART_BYTES, StoredObject, new_digest
+from storage.models.model_repository import PART_BYTES, StoredObject
 from storage.store.object_store import ObjectStore
 
 
-class TargetTensor(Protocol):
-    """A tensor to write. Each reading of the object iterates over `blocks` once, in the order of the tensors."""
+@dataclass(frozen=True, slots=True)
+class TargetTensor:
+    """A tensor to write."""
 
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    def blocks(self) -> Iterator[memoryview]: ...
+    dtype: str  # a safetensors name
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterator[memoryview]]  # called once for each reading of the object, in the order of the tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class _PlanStream(io.RawIOBase):
         self._block = memoryview(b"")
         self._on_bytes = on_bytes
         self._parts: list[str] = []
-        self._hash = new_digest()
+        self._hash = blake3()
         self._hashed = 0
 
     def readable(self) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from dataclasses import replace as with_changes
+from functools import partial
 from pathlib import Path
 from typing import Final, cast
 
@@ -85,16 +86,27 @@ def publish(
             if current.publication == publication:
                 _log.info("%s is published as %s in %s already", source, name, dtype)
                 return current
+    from storage.models.conversion import convert_tensor  # numpy, which only a real publication needs
+
     checkpoint = open_checkpoint(path)
     check_quantizable(checkpoint.config, dtype)
     model, placed = _settle_tie(describe_model(checkpoint.config), checkpoint)
     check_shapes(checkpoint.config, {name: tensor.shape for members in placed.values() for name, tensor in members.items()})
     if dtype == "q4":
         _warn_of_losses(source, placed)
-    plans = _plans(placed, cast("Dtype", dtype), keep_wide)
+    plans = []
+    for object_name, members in placed.items():
+        targets: dict[str, TargetTensor] = {}
+        for tensor_name, tensor in members.items():
+            targets |= convert_tensor(tensor_name, tensor, cast("Dtype", dtype), keep_wide)
+        plans.append(plan_object(object_name, targets))
     upload = _Upload(store, f"{prefix}{publication}/", plans, progress, afresh)
     objects = upload.objects()
-    files = upload.files(_files(checkpoint, model))
+    files = dict(checkpoint.files)
+    if checkpoint.config.get("tie_word_embeddings", model.tied) != model.tied:
+        config = {**checkpoint.config, "tie_word_embeddings": model.tied}
+        files["config.json"] = msgspec.json.format(msgspec.json.encode(config), indent=2)
+    stored_files = upload.files(files)
     if checkpoint_state(path) != state and checkpoint_fingerprint(path) != contents:
         raise CheckpointInvalid(f"{path} changed while it was published; publish it again when nothing writes to it")
     described = {field: value for field, value in asdict(model).items() if field != "ignored_layers"}
@@ -104,7 +116,7 @@ def publish(
         dtype=cast("Dtype", dtype),
         publication=publication,
         objects=objects,
-        files=files,
+        files=stored_files,
         **described,
     )
     store.put(manifest_key(name, dtype), encode_manifest(manifest))
@@ -131,18 +143,6 @@ def _equal(left: SourceTensor, right: SourceTensor) -> bool:
     return all(ours == theirs for ours, theirs in zip(left.blocks(), right.blocks(), strict=True))
 
 
-def _plans(placed: Placement, dtype: Dtype, keep_wide: Collection[str]) -> list[ObjectPlan]:
-    from storage.models.conversion import convert_tensor  # numpy, which only a real publication needs
-
-    plans = []
-    for name, members in placed.items():
-        tensors: dict[str, TargetTensor] = {}
-        for tensor_name, source in members.items():
-            tensors |= convert_tensor(tensor_name, source, dtype, keep_wide)
-        plans.append(plan_object(name, tensors))
-    return plans
-
-
 def _warn_of_losses(source: str | Path, placed: Placement) -> None:
     """Warns if only some matrices of the checkpoint are in four bits already."""
     matrices = [
@@ -156,14 +156,6 @@ def _warn_of_losses(source: str | Path, placed: Placement) -> None:
             others,
             len(matrices),
         )
-
-
-def _files(checkpoint: Checkpoint, model: ModelDescription) -> dict[str, bytes]:
-    files = dict(checkpoint.files)
-    if checkpoint.config.get("tie_word_embeddings", model.tied) != model.tied:
-        config = dict(checkpoint.config) | {"tie_word_embeddings": model.tied}
-        files["config.json"] = msgspec.json.format(msgspec.json.encode(config), indent=2)
-    return files
 
 
 class _Upload:
@@ -181,7 +173,7 @@ class _Upload:
         self._present = {} if afresh else {item.key: item.bytes for item in store.list(prefix)}
 
     def objects(self) -> dict[str, StoredObject]:
-        return {plan.name: self._verified(plan) or self._written(plan) for plan in self._plans}
+        return {plan.name: self._verified_or_written(plan) for plan in self._plans}
 
     def files(self, files: Mapping[str, bytes]) -> dict[str, StoredFile]:
         for name, data in files.items():
@@ -192,42 +184,25 @@ class _Upload:
 
     def delete_fragments(self) -> None:
         for plan in self._plans:
-            self._store.delete(self._fragment_key(plan))
+            self._store.delete(f"{self._prefix}{plan.name}{_FRAGMENT_SUFFIX}")
 
-    def _verified(self, plan: ObjectPlan) -> StoredObject | None:
-        """The object of an earlier run, if the checkpoint still gives the same bytes; None: it must be written."""
-        if (stored := self._finished(plan)) is None:
-            return None
+    def _verified_or_written(self, plan: ObjectPlan) -> StoredObject:
+        """Writes the object, unless an earlier run has finished it and the checkpoint still gives the same bytes."""
+        key, fragment_key = f"{self._prefix}{plan.name}.safetensors", f"{self._prefix}{plan.name}{_FRAGMENT_SUFFIX}"
+        report = partial(self._report, plan.name)
         done_before = self._done_bytes
-        if planned_digests(plan, lambda count: self._report(plan, count)) == stored.parts:
-            return stored
+        if self._present.get(key) == plan.bytes and fragment_key in self._present:
+            with suppress(msgspec.MsgspecError):
+                found = msgspec.json.decode(self._store.get(fragment_key), type=StoredObject)
+                same_layout = (found.key, found.bytes, found.tensors) == (key, plan.bytes, plan.named_spans)
+                if same_layout and planned_digests(plan, report) == found.parts:
+                    return found
         self._done_bytes = done_before
-        return None
-
-    def _finished(self, plan: ObjectPlan) -> StoredObject | None:
-        fragment_key = self._fragment_key(plan)
-        if self._present.get(self._key(plan)) != plan.bytes or fragment_key not in self._present:
-            return None
-        try:
-            stored = msgspec.json.decode(self._store.get(fragment_key), type=StoredObject)
-        except msgspec.MsgspecError:
-            return None
-        if (stored.key, stored.bytes, stored.tensors) != (self._key(plan), plan.bytes, plan.named_spans):
-            return None
+        stored = write_object(self._store, key, plan, report)
+        self._store.put(fragment_key, msgspec.json.encode(stored))
         return stored
 
-    def _written(self, plan: ObjectPlan) -> StoredObject:
-        stored = write_object(self._store, self._key(plan), plan, lambda count: self._report(plan, count))
-        self._store.put(self._fragment_key(plan), msgspec.json.encode(stored))
-        return stored
-
-    def _report(self, plan: ObjectPlan, count: int) -> None:
+    def _report(self, name: str, count: int) -> None:
         self._done_bytes += count
         if self._progress:
-            self._progress(PublishProgress(plan.name, self._done_bytes, self._total_bytes))
-
-    def _key(self, plan: ObjectPlan) -> str:
-        return f"{self._prefix}{plan.name}.safetensors"
-
-    def _fragment_key(self, plan: ObjectPlan) -> str:
-        return f"{self._prefix}{plan.name}{_FRAGMENT_SUFFIX}"
+            self._progress(PublishProgress(name, self._done_bytes, self._total_bytes))
