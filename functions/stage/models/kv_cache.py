@@ -95,8 +95,8 @@ class KVLayout:
 class KVRanges(KVBudget):
     """Implements `KVCache` except for the arena, which subclasses own."""
 
-    layers: Sequence[Any]
-    """[2, num_kv_heads, capacity_tokens, head_dim] each, of anything that is sliced as numpy's arrays are."""
+    layers: Sequence[Any]  # keys and values [2, num_kv_heads, capacity_tokens, head_dim] each, sliced as numpy arrays are
+    layout: KVLayout  # of the bytes of `copy_out` and `copy_in`
 
     def __init__(self, budget_bytes: int, num_layers: int, layer_bytes_per_token: int, block_tokens: int = 1) -> None:
         """block_tokens: ranges are rounded up to it. Raises ValueError if the budget is less than one block."""
@@ -109,11 +109,6 @@ class KVRanges(KVBudget):
                 f"a KV budget of {budget_bytes} bytes holds no {of_tokens} of {self.bytes_per_token} bytes: raise it"
             )
         self._starts: dict[int, int] = {}
-
-    @property
-    def layout(self) -> KVLayout:
-        """How `copy_out` and `copy_in` have the arena's bytes."""
-        raise NotImplementedError
 
     def start(self, handle: int) -> int:
         """The arena's index of a sequence's first token."""

@@ -68,15 +68,16 @@ class NativeLayers:
         slot: int,
         matrices: Mapping[str, MatrixArrays],
         gains: Mapping[str, Array | None],
-        arena: tuple[Array, Array],
+        keys: Array,
+        values: Array,
         window: int | None,
         rotary: bool,
     ) -> None:
-        """Sets the layer in `slot`. Names are those of `c/native.h`. arena: keys and values, which passes write to."""
+        """Sets the layer in `slot`. Names are those of `c/native.h`. Passes write to keys and values."""
         layer = self._layers[slot]
         for name, arrays in matrices.items():
             setattr(layer, name, matrix_record(arrays, self._kept))
-        for name, array in {**gains, "keys": arena[0], "values": arena[1]}.items():
+        for name, array in {**gains, "keys": keys, "values": values}.items():
             setattr(layer, name, memory_of(array))
             if array is not None:
                 self._kept.append(array)

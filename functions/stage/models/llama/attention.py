@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from functions.stage.models.layer_group import Segment
-from functions.stage.models.llama.kv_pool import KVPool
+from functions.stage.models.llama.kv_pool import TorchKVPool
 
 _MASK_NUMBERS: Final = 2**20  # of one mask, unless a single row has more
 _MASKS_KEPT: Final = 16
@@ -22,7 +22,7 @@ _MASKS_KEPT: Final = 16
 class PassAttention:
     """The segments of one pass, in layers that look back `window` tokens (None: over all)."""
 
-    def __init__(self, segments: Sequence[Segment], pool: KVPool, window: int | None, dtype: torch.dtype) -> None:
+    def __init__(self, segments: Sequence[Segment], pool: TorchKVPool, window: int | None, dtype: torch.dtype) -> None:
         self._segments = segments
         self._window = window
         self._dtype = dtype

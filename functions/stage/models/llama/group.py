@@ -13,7 +13,7 @@ from torch.nn import functional
 from functions.stage.models.floats import HIDDEN_DTYPES, Array, Float32
 from functions.stage.models.layer_group import Segment
 from functions.stage.models.llama.attention import PassAttention
-from functions.stage.models.llama.kv_pool import KVPool
+from functions.stage.models.llama.kv_pool import TorchKVPool
 from functions.stage.models.llama.layer import LayerWeights, LlamaLayer, PassState, RmsNorm, Rope
 from functions.stage.models.llama.linear import PRECISIONS, Matrix, TorchWeights, linear
 from functions.stage.models.llama.structure import LAYER_NAME, check_layers, check_placed, check_shapes, checked_positions
@@ -58,7 +58,7 @@ class LlamaGroup:
         self.vocab_size = model.vocab_size
         self.max_positions = model.max_positions
         self.hidden_dtype = HIDDEN_DTYPES[dtype]
-        self.kv = KVPool(
+        self.kv = TorchKVPool(
             last_layer - first_layer, model.num_kv_heads, model.head_dim, self._precision.kv, self._device, kv_budget_bytes
         )
         self._rope = Rope(model.rope, model.head_dim, self._device)

@@ -1,16 +1,16 @@
 """The KV cache of torch's operators: one arena of tokens, in which every sequence has a contiguous range.
 
-Why ranges, and neither slots of one size nor pages: Attention of one layer beside its matrices, bf16, 9 heads on 3, µs
-(Xeon with AMX, one thread; docs/log.md has more):
+Ranges, rather than slots of one size or pages, because of what attention of one layer takes besides its matrices: bf16, 9 heads
+on 3, in µs (Xeon with AMX, one thread; docs/log.md has more):
 
     sequences, lengths   slots of one size, masked   pages gathered   a range each
     8, all 128                      150                    216             239
     8, 64 to 512                    508                    694             371
     16, 64 to 512                  1241                   1298             780
 
-Pages must be copied together for torch's attention, which costs more than it saves. Slots win while all lengths are
-alike, and lose with ragged ones even before their padding (a slot is as long as the longest sequence may get) is paid
-for in memory. Ranges (`kv_ranges`) waste nothing.
+Pages must be gathered for torch's attention, which costs more than they save. Slots win if all lengths are alike, and lose if
+they are ragged, even without counting the memory of their padding: a slot is as long as the longest sequence may become. Ranges
+(`kv_cache`) waste nothing.
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ from functions.stage.models.floats import Array
 from functions.stage.models.kv_cache import KVLayout, KVRanges
 
 
-class KVPool(KVRanges):
+class TorchKVPool(KVRanges):
     """Implements `KVCache`. Memory is one tensor [num_layers, 2, num_kv_heads, capacity_tokens, head_dim]."""
 
     def __init__(
@@ -32,10 +32,9 @@ class KVPool(KVRanges):
         super().__init__(budget_bytes, num_layers, 2 * num_kv_heads * head_dim * dtype.itemsize)
         self._arena = torch.empty((num_layers, 2, num_kv_heads, self.capacity_tokens, head_dim), dtype=dtype, device=device)
         self.layers = self._arena.unbind(0)
-
-    @property
-    def device(self) -> torch.device:
-        return self._arena.device
+        self.device = self._arena.device
+        kind = f"torch {str(dtype).removeprefix('torch.')} {self.device.type}"
+        self.layout = KVLayout(kind, num_layers, num_kv_heads, head_dim * dtype.itemsize)
 
     def slots(self, spans: Iterable[tuple[int, int, int]]) -> torch.Tensor:
         """Indexes in the arena, int64, of the tokens of all spans (handle, first token, end)."""
@@ -53,12 +52,6 @@ class KVPool(KVRanges):
         tokens = self._arena.narrow(3, self._starts[handle] + first, last - first)
         views = tokens.unsqueeze(3).flatten(0, 1).unbind(0)
         return list(zip(views[::2], views[1::2], strict=True))
-
-    @property
-    def layout(self) -> KVLayout:
-        dtype = str(self._arena.dtype).removeprefix("torch.")
-        layers, _, heads, _, head_dim = self._arena.shape
-        return KVLayout(f"torch {dtype} {self.device.type}", layers, heads, head_dim * self._arena.itemsize)
 
     def _as_bytes(self, part: torch.Tensor) -> Array:
         array: Array = part.view(torch.uint8).cpu().numpy()

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from functions.stage.models.llama.attention import PassAttention
-from functions.stage.models.llama.kv_pool import KVPool
+from functions.stage.models.llama.kv_pool import TorchKVPool
 from functions.stage.models.llama.linear import Matrix, Precision, TorchWeights, linear, stacked
 from functions.stage.models.llama.rope import interleaved_rows, rope_frequencies
 from storage.checkpoints.llama_config import LlamaConfig
@@ -79,7 +79,7 @@ class LlamaLayer:
         self._mlp_norm = RmsNorm(weights.mlp_gain, model.rms_norm_eps)
         self._mlp = GatedMlp(weights.gate, weights.up, weights.down, precision.activations)
 
-    def __call__(self, hidden: torch.Tensor, state: PassState, pool: KVPool) -> torch.Tensor:
+    def __call__(self, hidden: torch.Tensor, state: PassState, pool: TorchKVPool) -> torch.Tensor:
         """hidden [n, hidden_size] → the same. Writes keys and values of the n tokens to the pool."""
         heads = self._qkv(self._input_norm(hidden)).view(len(hidden), -1, self._head_dim)
         queries_and_keys = heads.narrow(1, 0, self._heads + self._kv_heads)

@@ -100,7 +100,8 @@ class NativeGroup:
                 matrices, gains = take_layer(self._model, weights)
                 slot = layer - self.first_layer
                 window, rotary = self._model.windows[layer], self._model.rotary[layer]
-                self._layers.place(slot, matrices, gains, self.kv.arena(slot), window, rotary)
+                keys, values = self.kv.layers[slot]
+                self._layers.place(slot, matrices, gains, keys, values, window, rotary)
                 self._placed.add(layer)
         others = NativeWeights(tensors, "", self._dtype, outer_shapes(self._model))
         needs_embedding = self.first_layer == 0 or (self._is_last and self._model.tie_word_embeddings)

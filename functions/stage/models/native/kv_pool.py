@@ -30,22 +30,13 @@ class NativeKVPool(KVRanges):
         super().__init__(budget_bytes, num_layers, 2 * num_kv_heads * padded_head(head_dim) * numbers.itemsize, BLOCK_TOKENS)
         shape = (num_layers, 2, num_kv_heads, self.capacity_tokens, padded_head(head_dim))
         memory = new_memory(self.bytes_per_token * self.capacity_tokens)
-        self._layout = KVLayout(f"native {written_by}", num_layers, num_kv_heads, shape[-1] * numbers.itemsize, BLOCK_TOKENS)
+        self.layout = KVLayout(f"native {written_by}", num_layers, num_kv_heads, shape[-1] * numbers.itemsize, BLOCK_TOKENS)
         self._arena = np.frombuffer(memory, numbers).reshape(shape)
         self.layers: list[Array] = list(self._arena)
 
     @property
     def resident_bytes(self) -> int:
         return resident_bytes(self._arena.ctypes.data, self._arena.nbytes)
-
-    def arena(self, layer: int) -> tuple[Array, Array]:
-        """Views of a layer's keys and of its values, [num_kv_heads, capacity_tokens, padded head_dim] each."""
-        keys, values = self.layers[layer]
-        return keys, values
-
-    @property
-    def layout(self) -> KVLayout:
-        return self._layout
 
     def _as_bytes(self, part: Array) -> Array:
         return part.view(np.uint8)

@@ -7,6 +7,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from functions.stage.models import build
 from functions.stage.models.build import GroupChoice, Kind, UnsupportedDtype, build_layer_group, choose, device_for
 from functions.stage.models.families import FAMILIES
 from functions.stage.models.kv_cache import KVBudget
-from functions.stage.models.layer_group import KVCacheFull, Segment
+from functions.stage.models.layer_group import KVCacheFull, LayerGroup, Segment
 from storage.checkpoints.llama_config import UnsupportedConfig
 from storage.checkpoints.llama_shaped import LLAMA_FAMILIES
 from storage.errors import LibraryMissing
@@ -170,6 +171,11 @@ def test_native_transformers_and_torchs_stages_can_be_mixed_in_one_pipeline() ->
         assert generate(stages, "a", PROMPT, 10) == tiny_models.greedy(whole_model("llama"), PROMPT, 10)
 
 
+def sleeping(first: int, last: int, times: PassTimes | None = None, **changes: Any) -> LayerGroup:
+    config = tiny_models.tiny_config("llama", **changes)
+    return build_layer_group("sleep", config, {}, first, last, "bfloat16", "cpu", 2**20, sleep_times=times)
+
+
 def test_sleeping_stages_answer_the_token_they_were_given() -> None:
     with engines(build_groups("llama", kind="sleep")) as stages:
         for last in (7, 100, 127):
@@ -177,8 +183,7 @@ def test_sleeping_stages_answer_the_token_they_were_given() -> None:
 
 
 def test_a_sleeping_pass_takes_its_time_whatever_its_size() -> None:
-    config = tiny_models.tiny_config("llama")
-    group = build_layer_group("sleep", config, {}, 2, 4, "bfloat16", "cpu", 2**20, sleep_times=PassTimes(fixed_seconds=0.05))
+    group = sleeping(2, 4, PassTimes(fixed_seconds=0.05))
     handles = [group.kv.reserve(20) for _ in range(3)]
     began = time.perf_counter()
     hidden = group.forward(np.zeros((30, 32), np.uint16), [Segment(handle, 0, 10) for handle in handles])
@@ -198,8 +203,7 @@ def test_an_emulated_pass_takes_as_long_as_its_device_would() -> None:
         logits_row_seconds=0.01,
         logits_stream_seconds=0.03,
     )
-    config = tiny_models.tiny_config("llama")
-    group = build_layer_group("sleep", config, {}, 2, 6, "bfloat16", "cpu", 2**20, sleep_times=times)
+    group = sleeping(2, 6, times)
     handle = group.kv.reserve(100)
 
     def taken(position: int, length: int) -> float:
@@ -219,16 +223,14 @@ def test_a_sleeping_group_accounts_for_kv_as_a_real_one() -> None:
         config = tiny_models.tiny_config("llama")
         stage = stage_tensors("llama", first, last)
         real = build_layer_group("transformers", config, stage, first, last, "bfloat16", "cpu", 2**20)
-        sleeping = build_layer_group("sleep", config, {}, first, last, "bfloat16", "cpu", 2**20)
-        assert sleeping.kv.capacity_tokens == real.kv.capacity_tokens
-        assert sleeping.hidden_dtype == real.hidden_dtype
+        group = sleeping(first, last)
+        assert group.kv.capacity_tokens == real.kv.capacity_tokens
+        assert group.hidden_dtype == real.hidden_dtype
 
 
 @pytest.mark.parametrize("wire_dtype", ["BF16", "I8"])
 def test_sleeping_stages_carry_token_ids_of_a_large_vocabulary(wire_dtype: str) -> None:
-    config = tiny_models.tiny_config("llama", vocab_size=300_000)
-    first = build_layer_group("sleep", config, {}, 0, 3, "bfloat16", "cpu", 2**20)
-    last = build_layer_group("sleep", config, {}, 3, 6, "bfloat16", "cpu", 2**20)
+    first, last = sleeping(0, 3, vocab_size=300_000), sleeping(3, 6, vocab_size=300_000)
     token_ids = np.array([0, 1, 127, 128, 49_151, 151_936, 299_999])
     hidden = first.forward(token_ids, [Segment(first.kv.reserve(7), 0, 7)])
     hidden = hidden_array(wire_tensor(hidden, first.hidden_dtype, wire_dtype), last.hidden_dtype)
@@ -255,14 +257,8 @@ def test_a_budget_counts_reservations() -> None:
 
 def test_sleeping_stages_work_at_the_same_time() -> None:
     """Eight micro-batches keep the slowest stage busy; walked one by one, a round would take the sum of all stages."""
-    config = tiny_models.tiny_config("llama")
     seconds = (0.01, 0.03, 0.01)
-    groups = [
-        build_layer_group(
-            "sleep", config, {}, first, last, "bfloat16", "cpu", 2**20, sleep_times=PassTimes(fixed_seconds=pause)
-        )
-        for (first, last), pause in zip(CUT, seconds, strict=True)
-    ]
+    groups = [sleeping(*cut, PassTimes(fixed_seconds=pause)) for cut, pause in zip(CUT, seconds, strict=True)]
     tokens = 5
     with engines(groups, max_merge=1) as stages, ThreadPoolExecutor(max_workers=8) as pool:
         began = time.perf_counter()

@@ -10,23 +10,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from functions.stage.models import kv_cache
 from functions.stage.models.layer_group import KVCacheFull
-from functions.stage.models.llama.kv_pool import KVPool
+from functions.stage.models.llama.kv_pool import TorchKVPool
 
 TOKEN_BYTES = 3 * 2 * 2 * 4 * 4
 
 
-def pool(tokens: int) -> KVPool:
-    return KVPool(3, 2, 4, torch.float32, torch.device("cpu"), tokens * TOKEN_BYTES + TOKEN_BYTES - 1)
+def pool(tokens: int) -> TorchKVPool:
+    return TorchKVPool(3, 2, 4, torch.float32, torch.device("cpu"), tokens * TOKEN_BYTES + TOKEN_BYTES - 1)
 
 
-def fill(kv: KVPool, handle: int, first: int, last: int, value: float) -> None:
+def fill(kv: TorchKVPool, handle: int, first: int, last: int, value: float) -> None:
     slots = kv.slots([(handle, first, last)])
     for layer in range(3):
         kv.write(layer, slots, torch.full((last - first, 2, 2, 4), value + layer))
     kv.extend(handle, last - first)
 
 
-def assert_holds(kv: KVPool, handle: int, value: float) -> None:
+def assert_holds(kv: TorchKVPool, handle: int, value: float) -> None:
     for layer, (keys, values) in enumerate(kv.read(handle, 0, kv.length(handle))):
         assert keys.shape == values.shape == (2, 1, kv.length(handle), 4)
         assert keys.eq(value + layer).all()

@@ -8,7 +8,9 @@ import torch
 from functions.stage.models.build import GroupChoice, build_layer_group, choose, empty_group
 from functions.stage.models.families import FAMILIES
 from functions.stage.models.layer_group import MissingTensors
+from functions.stage.models.llama.group import LlamaGroup
 from functions.stage.models.llama.structure import WrongShape, layer_shapes, outer_shapes
+from functions.stage.models.native.group import NativeGroup
 from storage.checkpoints.llama_config import LlamaConfig
 from storage.checkpoints.llama_shaped import LLAMA_FAMILIES
 from tests.support.functions.borders import raw
@@ -17,6 +19,11 @@ from tests.support.functions.q4_checkpoints import q4_checkpoint
 from tests.support.storage import tiny_models
 
 BUDGET_BYTES = 2**20
+
+
+def empty(kind: Any, name: str, dtype: str) -> NativeGroup | LlamaGroup:
+    config = tiny_models.tiny_config(name)
+    return empty_group(GroupChoice(kind, "cpu"), config, 0, tiny_models.NUM_LAYERS, dtype, BUDGET_BYTES)
 
 
 def tensors_of(name: str) -> dict[str, torch.Tensor]:
@@ -57,9 +64,8 @@ def wrong(shape: tuple[int, ...], seen: int) -> tuple[int, ...]:
 @pytest.mark.parametrize("seen", range(4))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_tensor_of_another_shape_is_refused_by_name(kind: Any, dtype: str, seen: int) -> None:
-    config, tensors = tiny_models.tiny_config("llama_biased"), tensors_of("llama_biased")
-    group = empty_group(GroupChoice(kind, "cpu"), config, 0, tiny_models.NUM_LAYERS, dtype, BUDGET_BYTES)
-    for name, tensor in tensors.items():
+    group = empty(kind, "llama_biased", dtype)
+    for name, tensor in tensors_of("llama_biased").items():
         shape = wrong(tuple(tensor.shape), seen)
         if shape == tuple(tensor.shape):
             continue
@@ -78,8 +84,7 @@ def test_scales_of_another_length_are_refused(kind: Any) -> None:
 
 
 def test_q4_tensors_that_are_not_packed_matrices_are_refused() -> None:
-    config, tensors = tiny_models.tiny_config("llama"), q4_checkpoint(tensors_of("llama"))
-    group = empty_group(GroupChoice("native", "cpu"), config, 0, tiny_models.NUM_LAYERS, "q4", BUDGET_BYTES)
+    tensors, group = q4_checkpoint(tensors_of("llama")), empty("native", "llama", "q4")
     name = "model.layers.2.mlp.up_proj.weight"
     right = tuple(tensors[name].shape)
     for wrong_shape in ((right[0] + 1, *right[1:]), (*right[:2], 319), (right[0], right[1] * right[2])):
@@ -94,10 +99,8 @@ def test_q4_tensors_that_are_not_packed_matrices_are_refused() -> None:
 @pytest.mark.parametrize("kind", ["native", "llama"])
 @pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.bias", "model.layers.6.input_layernorm.weight"])
 def test_a_tensor_that_the_config_does_not_have_is_refused(kind: Any, name: str) -> None:
-    config = tiny_models.tiny_config("llama")
-    group = empty_group(GroupChoice(kind, "cpu"), config, 0, tiny_models.NUM_LAYERS, "float32", BUDGET_BYTES)
     with pytest.raises(MissingTensors, match=rf"the config has no place for {name} \[32\]"):
-        group.place(raw({name: torch.zeros(32)}))
+        empty(kind, "llama", "float32").place(raw({name: torch.zeros(32)}))
 
 
 @pytest.mark.parametrize("family", ["gemma", "gpt2"])
@@ -107,15 +110,7 @@ def test_other_families_name_the_tensor_and_both_shapes(family: str) -> None:
     tall = (tensors[name].shape[0] + 1, tensors[name].shape[1])
     expected = list(tensors[name].shape)
     tensors[name] = torch.zeros(tall)
+    config = tiny_models.tiny_config(family)
     with pytest.raises(MissingTensors) as error:
-        build_layer_group(
-            "transformers",
-            tiny_models.tiny_config(family),
-            raw(tensors),
-            0,
-            tiny_models.NUM_LAYERS,
-            "float32",
-            "cpu",
-            BUDGET_BYTES,
-        )
+        build_layer_group("transformers", config, raw(tensors), 0, tiny_models.NUM_LAYERS, "float32", "cpu", BUDGET_BYTES)
     assert str(error.value) == f"{family}: {name} is {list(tall)}, and the config makes it {expected}"

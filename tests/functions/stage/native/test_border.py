@@ -41,7 +41,8 @@ def group() -> NativeLayers:
             slot,
             {name: MatrixArrays(Dtype.F32, zeros(*shape), biases=zeros(shape[0])) for name, shape in shapes.items()},
             {"input_gain": zeros(48), "qk_gain": zeros(6, 10), "mlp_gain": zeros(48)},
-            (zeros(2, 64, 16), zeros(2, 64, 16)),
+            zeros(2, 64, 16),
+            zeros(2, 64, 16),
             window=None,
             rotary=True,
         )
