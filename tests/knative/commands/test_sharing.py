@@ -20,4 +20,4 @@ def test_stages_compute_side_by_side_only_with_two_cores_each(
 @pytest.mark.parametrize(("sequences", "wanted"), [(1, 1), (16, 1), (17, 2), (64, 4)])
 def test_one_stage_at_a_time_gets_full_micro_batches(sequences: int, wanted: int) -> None:
     most = Sharing(cores=2, stages=3).micro_batch_sequences
-    assert micro_batches_wanted(sequences, stages_at_once=1, most_sequences=most, allowed=6) == wanted
+    assert micro_batches_wanted(sequences, stages_at_once=1, max_sequences=most, allowed=6) == wanted
