@@ -1,7 +1,7 @@
 """A scheduler over stages of a test (`stage_server`), and what an API does with it."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -73,12 +73,17 @@ def wait_until(condition: Callable[[], object], what: str = "the condition") -> 
         time.sleep(0.002)
 
 
-def answers_of(scheduler: Scheduler, prompts: list[list[int]], max_tokens: int) -> list[TokenStream]:
-    """Submits all prompts at once and checks every token."""
-    streams = [submit(scheduler, prompt, max_tokens) for prompt in prompts]
+def check(streams: Iterable[TokenStream], prompts: Iterable[list[int]], max_tokens: int) -> None:
+    """Checks every token of every answer."""
     for stream, prompt in zip(streams, prompts, strict=True):
         assert tokens_of(stream) == counted(prompt, max_tokens)
-        assert stream.finish_reason == "length"
+
+
+def answers_of(scheduler: Scheduler, prompts: list[list[int]], max_tokens: int) -> list[TokenStream]:
+    """Submits all at once, and checks every token."""
+    streams = [submit(scheduler, prompt, max_tokens) for prompt in prompts]
+    check(streams, prompts, max_tokens)
+    assert {stream.finish_reason for stream in streams} == {"length"}
     return streams
 
 

@@ -2,7 +2,7 @@
 
 import ipaddress
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,9 +23,9 @@ from functions.stage.models.layer_group import LayerGroup
 from storage.kv.kv_store import KVObjects, Retention
 from storage.kv.sealed import Sealer
 from storage.store.payload_store import PayloadStore
-from tests.support.functions.native_models import native_groups
+from tests.support.functions.native_models import CUT, native_groups
 from tests.support.functions.stage_pipeline import batch, engines
-from tests.support.functions.stage_server import FINGERPRINT, TOKEN
+from tests.support.functions.stage_server import FINGERPRINT, TOKEN, StageServer
 
 LOOPBACK: Final = PodNetwork((ipaddress.ip_network("127.0.0.0/8"),), 0)
 LAYERS: Final = (0, 6)
@@ -83,6 +83,19 @@ class KVStage:
     def end(self, id_: str, tokens: Sequence[int]) -> None:
         """tokens: the whole conversation."""
         self.engine.release([ReleaseRow(id_, 0, packed(chain_of(tokens[:-1])))], source="gateway")
+
+
+def native_stage(dtype: str, *, with_peers: bool = False, **settings: Any) -> Callable[[int], StageServer]:
+    """Makes a stage of the tiny llama in C by its index. with_peers: it may fetch KV from other instances."""
+
+    def make(index: int) -> StageServer:
+        def build() -> LayerGroup:
+            return native_groups("llama", dtype, CUT[index : index + 1])[0]
+
+        tiers = (lambda group: peer_tiers(group, CUT[index][0])) if with_peers else lambda _: ()
+        return StageServer(index, CUT, build, tiers=tiers, **settings)
+
+    return make
 
 
 def peer_tiers(group: LayerGroup, first_layer: int) -> list[Tier]:

@@ -7,7 +7,7 @@ from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.stages.instances import Endpoint
 from functions.gateway.stages.routes import Placement
-from tests.support.functions.gateway import counted, scheduling, submit, tokens_of
+from tests.support.functions.gateway import check, scheduling, submit
 from tests.support.functions.stage_server import StageServer, counting_stage, counting_stages
 
 
@@ -30,8 +30,7 @@ class Watched:
         return [submit(self.scheduler, prompt(index), max_tokens) for index in range(number)]
 
     def check(self, streams: list[TokenStream], max_tokens: int) -> None:
-        for index, stream in enumerate(streams):
-            assert tokens_of(stream) == counted(prompt(index), max_tokens)
+        check(streams, map(prompt, range(len(streams))), max_tokens)
 
 
 def prompt(index: int) -> list[int]:

@@ -17,11 +17,9 @@ from functions.gateway.scheduling import leases
 from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.stages.instances import Endpoint
 from functions.gateway.stages.routes import Placement
-from functions.stage.models.layer_group import LayerGroup
 from tests.support.functions import native_models
 from tests.support.functions.gateway import nothing_left, scheduling, submit, tokens_of
-from tests.support.functions.kv_stages import peer_tiers
-from tests.support.functions.native_models import CUT, native_groups
+from tests.support.functions.kv_stages import native_stage
 from tests.support.functions.stage_server import Fault, Seen, StageServer, running
 from tests.support.storage import tiny_models
 
@@ -40,13 +38,6 @@ SAMPLINGS: Final = (
 )
 
 Ask = Callable[[int, list[int]], list[int]]  # a conversation's number and its tokens so far → the answer
-
-
-def stage(dtype: str, index: int) -> StageServer:
-    def build() -> LayerGroup:
-        return native_groups("llama", dtype, CUT[index : index + 1])[0]
-
-    return StageServer(index, CUT, build, tiers=lambda group: peer_tiers(group, CUT[index][0]), lease_seconds=LEASE)
 
 
 def talk(number: int, ask: Ask) -> list[list[int]]:
@@ -118,7 +109,8 @@ def test_cached_kv_gives_the_tokens_that_computing_gives(dtype: str, monkeypatch
         stream = submit(gateway, said, NEW_TOKENS, sampling=SAMPLINGS[number % 3])
         return tokens_of(stream), stream.cached_tokens
 
-    with running(lambda index: stage(dtype, index), 3) as stages, running(lambda _: stage(dtype, MIDDLE), 1) as (spare,):
+    make = native_stage(dtype, with_peers=True, lease_seconds=LEASE)
+    with running(make, 3) as stages, running(lambda _: make(MIDDLE), 1) as (spare,):
         with scheduling(stages, sharing="off", draft_tokens=0) as alone:
             expected = [talk(number, lambda number, said: answer(alone, number, said)[0]) for number in range(TALKS)]
         for each in (*stages, spare):

@@ -15,7 +15,7 @@ from functions.gateway.scheduling.progress import Chunk
 from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.scheduling.sequence import RetryBudget
 from functions.gateway.stages.routes import Placement
-from tests.support.functions.gateway import counted, nothing_left, scheduling, submit, tokens_of, wait_until
+from tests.support.functions.gateway import check, counted, nothing_left, scheduling, submit, tokens_of, wait_until
 from tests.support.functions.stage_server import Fault, Inspect, Seen, counting_stages, inspecting
 
 PROMPTS = [[(5 * sequence + token) % 90 for token in range(2 + 6 * sequence)] for sequence in range(8)]
@@ -25,8 +25,7 @@ POISON = 96
 def run(scheduler: Scheduler, max_tokens: int = 12) -> int:
     """Eight answers, every token checked; how often sequences were replayed."""
     streams = [submit(scheduler, prompt, max_tokens) for prompt in PROMPTS]
-    for stream, prompt in zip(streams, PROMPTS, strict=True):
-        assert tokens_of(stream) == counted(prompt, max_tokens)
+    check(streams, PROMPTS, max_tokens)
     return sum(stream.timings().replays for stream in streams)
 
 
@@ -137,8 +136,7 @@ def test_a_sequence_that_kills_stages_ends_alone() -> None:
         streams += [submit(scheduler, prompt, 30) for prompt in prompts[10:]]
         with pytest.raises(ReplaysExhausted, match="gave up after 3 attempts"):
             tokens_of(poison)
-        for stream, prompt in zip(streams, prompts, strict=True):
-            assert tokens_of(stream) == counted(prompt, 30)
+        check(streams, prompts, 30)
         deaths = list(filter(is_poisonous, stages[1].seen))
         assert len(deaths) == 3
         assert [len(seen.ids) for seen in deaths[1:]] == [1, 1], "it travelled alone"

@@ -12,7 +12,7 @@ from eventing.wire.events import EventType
 from functions.gateway.stages.instances import Endpoint
 from functions.gateway.stages.routes import Placement
 from functions.stage.engine.sequences import MAX_MEMORY_WAITERS
-from tests.support.functions.gateway import counted, nothing_left, scheduling, submit, tokens_of, wait_until
+from tests.support.functions.gateway import check, counted, nothing_left, scheduling, submit, tokens_of, wait_until
 from tests.support.functions.stage_server import Fault, StageServer, counting_stage, counting_stages, inspecting, running
 
 
@@ -35,8 +35,7 @@ def test_two_gateways_finish_on_memory_for_one_and_a_half_sequences(num_stages: 
     ):
         prompts = [[number] * 40 for number in range(4)]
         for streams in [[submit(gateway, prompt, 20) for prompt in prompts] for gateway in (one, other)]:
-            for stream, prompt in zip(streams, prompts, strict=True):
-                assert tokens_of(stream) == counted(prompt, 20)
+            check(streams, prompts, 20)
         nothing_left(stages)
 
 
@@ -120,8 +119,7 @@ def test_the_memory_backlog_is_in_flight_at_full_stages_only(backlog: int, held:
     with narrow_in_the_middle() as stages, scheduling(stages) as scheduler:
         streams = [submit(scheduler, [number] * 20, 40) for number in range(1 + backlog)]
         wait_until(lambda: signals(stages) == [0, held, 0])
-        for number, stream in enumerate(streams):
-            assert tokens_of(stream) == counted([number] * 20, 40)
+        check(streams, [[number] * 20 for number in range(len(streams))], 40)
         wait_until(lambda: signals(stages) == [0, 0, 0])
         nothing_left(stages)
 
@@ -149,8 +147,7 @@ def test_several_gateways_share_the_few_signals() -> None:
             most = max(most, *signals(stages))
             time.sleep(0.002)
         assert most == MAX_MEMORY_WAITERS
-        for index, stream in enumerate(streams):
-            assert tokens_of(stream) == counted([index // 2] * 20, 40)
+        check(streams, [[index // 2] * 20 for index in range(len(streams))], 40)
         nothing_left(stages)
 
 
@@ -160,8 +157,7 @@ def test_a_stage_that_replies_at_once_is_not_asked_again_and_again(monkeypatch: 
         asked: list[float] = []
         monkeypatch.setattr(stages[1].engine, "await_memory", lambda *_, **__: asked.append(time.monotonic()))
         streams = [submit(scheduler, [number] * 20, 60) for number in range(3)]
-        for number, stream in enumerate(streams):
-            assert tokens_of(stream) == counted([number] * 20, 60)
+        check(streams, [[number] * 20 for number in range(len(streams))], 60)
         seconds = asked[-1] - asked[0]
         assert len(asked) <= MAX_MEMORY_WAITERS * (1 + seconds / HOLD_SECONDS) + 2 * len(streams)
 
@@ -190,8 +186,7 @@ def test_a_new_instance_is_used_for_its_memory_although_one_micro_batch_could_ho
             wait_until(lambda: all(stream.token_ids for stream in streams), "a token of each")
             assert not any(stream.finish_reason for stream in streams[:1]), "all of them run at the same time"
             assert (old.engine.sequences, new.engine.sequences) == (2, 2)
-            for number, stream in enumerate(streams):
-                assert tokens_of(stream) == counted([number] * 5, 45)
+            check(streams, [[number] * 5 for number in range(len(streams))], 45)
 
 
 # Memory for open-ended answers is reserved as they grow.
@@ -221,8 +216,7 @@ def test_many_answers_that_could_fill_the_memory_alone_run_beside_each_other() -
         prompts = [[number] for number in range(1, 9)]
         streams = [submit(scheduler, prompt, 90, open_ended=True) for prompt in prompts]
         assert submit(scheduler, [5], 4).next_token(10) == 5
-        for stream, prompt in zip(streams, prompts, strict=True):
-            assert tokens_of(stream) == counted(prompt, 90)
+        check(streams, prompts, 90)
         nothing_left(stages)
 
 

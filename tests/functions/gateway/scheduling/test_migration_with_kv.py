@@ -1,7 +1,7 @@
 """A micro-batch that migrates takes its KV along: nothing is computed again, and the answers are the same."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -13,28 +13,16 @@ from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.stages.instances import Endpoint
 from functions.gateway.stages.routes import Placement
 from functions.stage.kv import peer_tier
-from functions.stage.models.layer_group import LayerGroup
 from tests.support.functions.gateway import nothing_left, scheduling, submit, tokens_of, wait_until
-from tests.support.functions.kv_stages import peer_tiers
-from tests.support.functions.native_models import CUT, native_groups
+from tests.support.functions.kv_stages import native_stage
+from tests.support.functions.native_models import CUT
 from tests.support.functions.stage_server import StageServer, running
 from tests.support.storage import tiny_models
 
-MODEL: Final = "llama"
 MIDDLE: Final = 1
 NEW_TOKENS: Final = 100
 SAMPLED: Final = Sampling(temperature=1.0, seed=7)
 PENALIZED: Final = Sampling(temperature=1.0, seed=7, repetition_penalty=1.3, presence_penalty=0.5)
-
-
-def native_stage(dtype: str) -> Callable[[int], StageServer]:
-    def make(index: int) -> StageServer:
-        def build() -> LayerGroup:
-            return native_groups(MODEL, dtype, CUT[index : index + 1])[0]
-
-        return StageServer(index, CUT, build, tiers=lambda group: peer_tiers(group, CUT[index][0]))
-
-    return make
 
 
 def prompts() -> list[list[int]]:
@@ -72,7 +60,8 @@ class Migration:
 
 @contextmanager
 def migration(dtype: str) -> Iterator[Migration]:
-    with running(native_stage(dtype), len(CUT)) as stages, running(lambda _: native_stage(dtype)(MIDDLE), 1) as (new,):
+    make = native_stage(dtype, with_peers=True)
+    with running(make, len(CUT)) as stages, running(lambda _: make(MIDDLE), 1) as (new,):
         placed = Placement([stage.url for stage in stages], watched=True)
         with scheduling(stages, placement=placed, chunk_tokens=64, draft_tokens=0) as scheduler:
             for index, stage in enumerate(stages):

@@ -1,7 +1,6 @@
 """Cached prefixes are found, and answers are the same, token for token, as without a prefix cache."""
 
 import random
-from collections.abc import Callable
 
 import msgspec
 import pytest
@@ -13,26 +12,14 @@ from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.stages.instances import Endpoint
 from functions.gateway.stages.routes import Placement
-from functions.stage.models.layer_group import LayerGroup
 from tests.support.functions.gateway import nothing_left, scheduling, submit, tokens_of, wait_until
-from tests.support.functions.native_models import CUT, native_groups
+from tests.support.functions.kv_stages import native_stage
 from tests.support.functions.stage_server import StageServer, counting_stages, running
 from tests.support.storage import tiny_models
 
-MODEL = "llama"
 DTYPES = ("float32", "bfloat16", "int8", "q4")
 NEW_TOKENS = 12
 PENALIZED = Sampling(temperature=1.0, seed=7, repetition_penalty=1.3, presence_penalty=0.5)
-
-
-def native_stage(dtype: str) -> Callable[[int], StageServer]:
-    def make(index: int) -> StageServer:
-        def build() -> LayerGroup:
-            return native_groups(MODEL, dtype, CUT[index : index + 1])[0]
-
-        return StageServer(index, CUT, build)
-
-    return make
 
 
 def text(seed: int, tokens: int) -> list[int]:
