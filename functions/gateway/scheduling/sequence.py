@@ -70,10 +70,9 @@ class RetryBudget:
 
     def failed_at(self, stage: int, chunk: Chunk) -> None:
         """`stage` failed with `chunk` in hand. Tokens that break a stage break it each time; accidents happen anywhere."""
-        if self.last_failure is not None:
-            last_stage, last = self.last_failure
-            if last_stage != stage or chunk.position >= last.end or last.position >= chunk.end:
-                self.failures_here = 0
+        last_stage, last = self.last_failure or (-1, chunk)
+        if last_stage != stage or chunk.position >= last.end or last.position >= chunk.end:
+            self.failures_here = 0
         self.last_failure = (stage, chunk)
         self.failed()
 
