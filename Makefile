@@ -36,6 +36,8 @@ BIN := $(VENV)/bin
 CLIENTS ?= .venv-clients
 CLIENTS_LIST ?= requirements-clients
 LOCK_TORCH ?= 2.13.0
+ROOM ?=
+WORKERS ?= 3
 FOLDERS := storage eventing functions knative
 
 ##@ Use
@@ -152,7 +154,11 @@ setup: $(VENV)/dev.stamp ## The virtual environment with everything that tests a
 
 .PHONY: test
 test: $(VENV)/dev.stamp $(VENV)/native.stamp ## Every test; no GPU, cluster, Docker or root
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/clients
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=10 --ignore=tests/clients
+
+.PHONY: test-fast
+test-fast: $(VENV)/test.stamp $(VENV)/native.stamp ## The quick tests, without torch, in a minute; ROOM=functions/gateway/scheduling: those of one package
+	$(BIN)/python -m pytest --fast -q $(if $(ROOM),tests/$(ROOM),-n 2 --dist loadfile --durations=10)
 
 .PHONY: test-clients
 test-clients: $(VENV)/dev.stamp $(VENV)/native.stamp $(CLIENTS)/$(CLIENTS_LIST).stamp ## Programs that people ask models with, in an environment of their own (CLIENTS_LIST=requirements-clients-light for the light ones)

@@ -6,6 +6,7 @@ A fixture imports its libraries itself: most tests need neither torch nor a stor
 import asyncio
 import inspect
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 # Tests run torch in this process and in stage processes: with one thread each they do not spin against one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+TESTS = Path(__file__).parent
+
 # How long an example takes says how busy the machine is, and nothing about the code.
 settings.register_profile("lamina", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("lamina")
@@ -31,7 +34,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """None: other rules decide."""
-    if not config.getoption("--fast") or collection_path.suffix != ".py":
+    if not config.getoption("--fast"):
+        return None
+    if collection_path in (TESTS / "pipeline", TESTS / "clients"):
+        return True  # real processes from end to end
+    if collection_path.suffix != ".py":
         return None
     from tests.support.fast import needs_torch
 
@@ -53,6 +60,14 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     names = inspect.signature(pyfuncitem.obj).parameters
     asyncio.run(pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in names}))
     return True
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    failed = [report.nodeid for kind in ("failed", "error") for report in terminalreporter.getreports(kind)]
+    if failed:
+        terminalreporter.section("to repeat one of them")
+        for nodeid in dict.fromkeys(failed):
+            terminalreporter.write_line(f".venv/bin/python -m pytest {shlex.quote(nodeid)}")
 
 
 @pytest.fixture(scope="module")
