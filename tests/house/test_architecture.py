@@ -13,9 +13,10 @@ import pytest
 
 from tests.support.paths import ROOT
 
+# A folder may import those before it, never those after it.
 LAYERS = ("storage", "eventing", "functions", "knative")
-"""A folder may import those before it, never those behind it."""
 
+# Library → the files, or folders, that may import it.
 OWNERS: dict[str, tuple[str, ...]] = {
     "boto3": ("storage/store/object_store.py",),
     "kubernetes": ("knative/cluster/client.py",),
@@ -50,7 +51,6 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "aiohttp": ("knative/",),
     "rich": ("knative/",),
 }
-"""Library → the files, or folders, that may import it."""
 
 
 @cache
@@ -59,30 +59,30 @@ def source_files() -> list[Path]:
 
 
 @cache
-def rooms() -> list[str]:
-    """Every folder with an `__init__.py`, as a package."""
+def packages() -> list[str]:
+    """Every folder with an `__init__.py`, by its dotted name."""
     return sorted(".".join(path.parent.relative_to(ROOT).parts) for path in source_files() if path.name == "__init__.py")
 
 
-def files_of(room: str) -> list[Path]:
-    return sorted((ROOT / room.replace(".", "/")).glob("*.py"))
+def files_of(package: str) -> list[Path]:
+    return sorted((ROOT / package.replace(".", "/")).glob("*.py"))
 
 
 def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def room_of(module: str) -> str:
-    return module if module in rooms() else module.rpartition(".")[0]
+def package_of(module: str) -> str:
+    return module if module in packages() else module.rpartition(".")[0]
 
 
-def room_docstring(room: str) -> str:
-    return ast.get_docstring(ast.parse((ROOT / room.replace(".", "/") / "__init__.py").read_text())) or ""
+def docstring_of(package: str) -> str:
+    return ast.get_docstring(ast.parse((ROOT / package.replace(".", "/") / "__init__.py").read_text())) or ""
 
 
-def may_import(room: str) -> set[str]:
-    """What the room's docstring allows: packages, whose own files are meant, or with `.*` all that is below them."""
-    allowed = room_docstring(room).partition("\n\nMay import: ")[2].rstrip(".")
+def may_import(package: str) -> set[str]:
+    """Packages that the docstring allows: their own files, or with `.*` everything below them."""
+    allowed = docstring_of(package).partition("\n\nMay import: ")[2].rstrip(".")
     return set() if allowed == "nothing of Lamina" else set(re.split(r",\s+", allowed))
 
 
@@ -122,37 +122,37 @@ def name(path: Path) -> str:
 @pytest.mark.parametrize("path", source_files(), ids=name)
 def test_imports_point_one_way(path: Path) -> None:
     layer = name(path).split("/")[0]
-    behind = set(LAYERS[LAYERS.index(layer) + 1 :])
-    wrong = {module for module in imports(path) if module.split(".")[0] in behind | {"tests", "bench"}}
+    later = set(LAYERS[LAYERS.index(layer) + 1 :])
+    wrong = {module for module in imports(path) if module.split(".")[0] in later | {"tests", "bench"}}
     assert not wrong, f"{name(path)} imports {sorted(wrong)}; the direction is {' ← '.join(LAYERS)}"
 
 
-@pytest.mark.parametrize("room", rooms())
-def test_a_room_says_what_it_is_for(room: str) -> None:
-    said, _, allowed = room_docstring(room).partition("\n\nMay import: ")
-    assert len(said.split()) >= 5, f"{room}/__init__.py does not say what lives there"
-    assert allowed, f"{room}/__init__.py does not say what it may import"
-    unknown = {each.removesuffix(".*") for each in may_import(room)} - set(rooms())
-    assert not unknown, f"{room} may import {unknown}, which are no rooms"
+@pytest.mark.parametrize("package", packages())
+def test_a_package_says_what_lives_there(package: str) -> None:
+    said, _, allowed = docstring_of(package).partition("\n\nMay import: ")
+    assert len(said.split()) >= 5, f"{package}/__init__.py does not say what lives there"
+    assert allowed, f"{package}/__init__.py does not say what it may import"
+    unknown = {each.removesuffix(".*") for each in may_import(package)} - set(packages())
+    assert not unknown, f"{package} may import {unknown}, which are no packages"
 
 
-@pytest.mark.parametrize("room", rooms())
-def test_a_room_imports_what_it_says(room: str) -> None:
-    allowed = may_import(room)
-    used = {room_of(module) for path in files_of(room) for module in modules_imported(path)} - {room}
+@pytest.mark.parametrize("package", packages())
+def test_a_package_imports_what_it_names(package: str) -> None:
+    allowed = may_import(package)
+    used = {package_of(module) for path in files_of(package) for module in modules_imported(path)} - {package}
     wrong = {each for each in used if each not in allowed and not any(each.startswith(prefix) for prefix in whole(allowed))}
-    assert not wrong, f"{room} imports {sorted(wrong)}, which its __init__.py does not name"
+    assert not wrong, f"{package} imports {sorted(wrong)}, which its __init__.py does not name"
 
 
-@pytest.mark.parametrize("room", rooms())
-def test_a_room_says_no_more_than_it_imports(room: str) -> None:
-    used = {room_of(module) for path in files_of(room) for module in modules_imported(path)}
-    idle = {each for each in may_import(room) if not any((other + ".").startswith(each.removesuffix("*")) for other in used)}
-    assert not idle, f"{room} does not import {sorted(idle)}: take it out of its __init__.py"
+@pytest.mark.parametrize("package", packages())
+def test_a_package_names_only_what_it_imports(package: str) -> None:
+    used = {package_of(module) for path in files_of(package) for module in modules_imported(path)}
+    idle = {each for each in may_import(package) if not any((other + ".").startswith(each.removesuffix("*")) for other in used)}
+    assert not idle, f"{package} does not import {sorted(idle)}: take it out of its __init__.py"
 
 
 def test_no_import_circle() -> None:
-    """Of modules, also of imports inside functions and for types alone."""
+    """Includes imports inside functions and imports for types only."""
     graph = {module_name(path): set(modules_imported(path)) - {module_name(path)} for path in source_files()}
     try:
         TopologicalSorter(graph).prepare()
@@ -160,18 +160,18 @@ def test_no_import_circle() -> None:
         pytest.fail(f"import circle: {' → '.join(reversed(error.args[1]))}")
 
 
-def test_rooms_of_a_folder_point_one_way() -> None:
-    """Between rooms beside each other, whatever their own files do."""
+def test_packages_of_a_folder_point_one_way() -> None:
+    """Checks packages of one folder as wholes, with everything below them."""
     for folder in ("storage", "eventing", "functions.gateway", "functions.stage", "knative", "knative.local"):
-        graph: dict[str, set[str]] = {room: set() for room in rooms() if room.rpartition(".")[0] == folder}
+        graph: dict[str, set[str]] = {package: set() for package in packages() if package.rpartition(".")[0] == folder}
         for path in source_files():
-            here = next((room for room in graph if module_name(path).startswith(room + ".")), None)
+            here = next((package for package in graph if module_name(path).startswith(package + ".")), None)
             for module in modules_imported(path) if here else ():
-                graph[here] |= {room for room in graph if room != here and (module + ".").startswith(room + ".")}
+                graph[here] |= {package for package in graph if package != here and (module + ".").startswith(package + ".")}
         try:
             TopologicalSorter(graph).prepare()
         except CycleError as error:
-            pytest.fail(f"rooms of {folder} go round in a circle: {' → '.join(reversed(error.args[1]))}")
+            pytest.fail(f"packages of {folder} import each other in a circle: {' → '.join(reversed(error.args[1]))}")
 
 
 def test_gateway_and_stage_know_nothing_of_each_other() -> None:
