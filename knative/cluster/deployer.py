@@ -32,7 +32,7 @@ class _Parts:
 
     gateway: KubernetesObject
     first: list[KubernetesObject]  # access, network, monitoring
-    stages: list[KubernetesObject]  # and the gateway for events, which gets none before Eventing is applied
+    stages: list[KubernetesObject]  # and the gateway for events, which gets no event before Eventing is applied
     eventing: list[KubernetesObject]  # which names Services
 
     @classmethod
@@ -61,7 +61,7 @@ class Deployer:
         self._check: Callable[[], None] = lambda: None  # raises if this deployment has lost its Lease
 
     def deploy(self, objects: list[KubernetesObject], *, force: bool = False) -> str:
-        """Idempotent. Returns when everything is Ready; until the new stages are, it changes nothing that serves."""
+        """Idempotent. Returns when everything is Ready. Nothing that serves is changed before the new stages are Ready."""
         preflight.check(self._cluster, objects, self._say)
         with self._alone(gateway_of(objects)["metadata"]["name"]) as (history, wait):
             _refuse_beside_a_canary(history)
@@ -224,7 +224,7 @@ class Deployer:
         preflight.check_pod_network(self._cluster, gateway, stages, self._say)
 
     def _clear_failed(self, services: list[KubernetesObject]) -> None:
-        """Deletes Services without a revision that ever ran: Knative never tries a failed revision again."""
+        """Deletes Services whose revisions all failed, because Knative never tries a failed revision again."""
         for ref in map(Ref.of, services):
             live = self._cluster.get(ref)
             if live is None or (live.get("status") or {}).get("latestReadyRevisionName"):
@@ -247,7 +247,7 @@ class Deployer:
         return _ready_url(gateway, wait)
 
     def _apply_gateway(self, gateway: KubernetesObject, traffic: Traffic, wait: ReadinessWait, force: bool) -> str:
-        """Applies the gateway with this split, which is never a conflict. Other fields that another manager set are."""
+        """Applies the gateway with this split. Fields of another manager are a conflict, but a split is not."""
         self._cluster.apply(gateway, force=force, dry_run=True)
         self._check()
         self._cluster.apply({**gateway, "spec": {**gateway["spec"], "traffic": traffic}}, force=True)

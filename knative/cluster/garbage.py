@@ -106,15 +106,10 @@ class GarbageCollector:
             else:
                 rest.setdefault(fingerprint_of(each), []).append(ref)
         for fingerprint, refs in rest.items():
-            driver = self._drivers(name).get(fingerprint)
+            driver, gateways = self._drivers(name).get(fingerprint), f"{INSTANCE}={name},{COMPONENT}=gateway"
             if driver is not None:
                 self._say(f"the stages of pipeline {fingerprint} stay: {driver} still gets requests")
-            elif not self._await_end_of_gateways(
-                lambda fingerprint=fingerprint: self._live_pods(  # type: ignore[misc]
-                    f"{INSTANCE}={name},{COMPONENT}=gateway,{PIPELINE}={fingerprint}"
-                ),
-                f"of pipeline {fingerprint}",
-            ):
+            elif not self._await_gateways(f"{gateways},{PIPELINE}={fingerprint}", f"of pipeline {fingerprint}"):
                 self._say(f"sequences of pipeline {fingerprint} still run; the next deploy prunes its stages")
             else:
                 for ref in refs:
@@ -163,19 +158,17 @@ class GarbageCollector:
     def await_end_of_old_gateways(self, name: str) -> bool:
         """False if pods of gateway revisions without requests still run after the timeout."""
 
-        def old() -> list[KubernetesObject]:
+        def is_old(pod: KubernetesObject) -> bool:
             services = self._cluster.find(SERVING, "Service", self._namespace, own_selector(name))
-            routed = {revision for service in services for revision in traffic_of(service)}
-            pods = self._live_pods(f"{INSTANCE}={name},{COMPONENT}=gateway")
-            return [pod for pod in pods if label(pod, REVISION_LABEL) not in routed]
+            return not any(label(pod, REVISION_LABEL) in traffic_of(service) for service in services)
 
-        return self._await_end_of_gateways(old, "of old revisions")
+        return self._await_gateways(f"{INSTANCE}={name},{COMPONENT}=gateway", "of old revisions", is_old)
 
-    def _await_end_of_gateways(self, look: Callable[[], list[KubernetesObject]], which: str) -> bool:
-        """False if pods are left after the timeout."""
+    def _await_gateways(self, selector: str, which: str, is_meant: Callable[[KubernetesObject], bool] = lambda _: True) -> bool:
+        """Waits for the end of these gateway pods. False if some are left after the timeout."""
         deadline = time.monotonic() + self._timeout_seconds
         said = False
-        while pods := look():
+        while pods := [pod for pod in self._live_pods(selector) if is_meant(pod)]:
             if time.monotonic() > deadline:
                 return False
             if not said:

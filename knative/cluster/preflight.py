@@ -28,33 +28,28 @@ _EVENTING: Final = ("eventing.knative.dev", "flows.knative.dev")
 def check(cluster: Cluster, objects: list[KubernetesObject], say: Callable[[str], None]) -> None:
     """Raises KindMissing or PreflightFailed, with a line for each thing that is missing. Reports what could not be checked."""
 
-    def found_by(look: Callable[[], Iterable[str]]) -> list[str]:
+    def found_by(look: Callable[[Cluster, list[KubernetesObject]], Iterator[str]]) -> list[str]:
         try:
-            return list(look())
+            return list(look(cluster, objects))
         except NotPermitted as error:
             say(f"not checked, because reading it is not permitted: {error}")
             return []
 
-    namespace = objects[0]["metadata"]["namespace"]
-    if problems := found_by(lambda: _namespace_problems(cluster, namespace)):
+    if problems := found_by(_namespace_problems):
         raise PreflightFailed(problems[0])
     missing = list(_missing_kinds(cluster, objects))
-    problems = [
-        *missing,
-        *found_by(lambda: _old_version(cluster)),
-        *found_by(lambda: _missing_hpa(cluster, objects)),
-        *found_by(lambda: _missing_features(cluster, objects)),
-        *found_by(lambda: _missing_secrets(cluster, objects)),
-        *found_by(lambda: _missing_for_pods(cluster, objects)),
-        *found_by(lambda: [] if missing else _missing_sinks(cluster, objects)),
-    ]
+    looks = [_old_version, _missing_hpa, _missing_features, _missing_secrets, _missing_for_pods]
+    if not missing:
+        looks.append(_missing_sinks)
+    problems = [*missing, *(problem for look in looks for problem in found_by(look))]
     if problems:
         if len(problems) == len(missing):
             raise KindMissing("\n".join(problems))
         raise PreflightFailed("\n".join(problems))
 
 
-def _namespace_problems(cluster: Cluster, name: str) -> Iterator[str]:
+def _namespace_problems(cluster: Cluster, objects: list[KubernetesObject]) -> Iterator[str]:
+    name = objects[0]["metadata"]["namespace"]
     namespace = cluster.get(Ref("v1", "Namespace", "", name))
     if namespace is None:
         yield f"namespace {name} does not exist; create it with: kubectl create namespace {name}"
@@ -70,7 +65,7 @@ def _missing_kinds(cluster: Cluster, objects: list[KubernetesObject]) -> Iterato
             yield str(error)
 
 
-def _old_version(cluster: Cluster) -> Iterator[str]:
+def _old_version(cluster: Cluster, _: list[KubernetesObject]) -> Iterator[str]:
     controller = cluster.get(Ref("apps/v1", "Deployment", _SYSTEM_NAMESPACE, "controller"))
     version = (controller or {"metadata": {}})["metadata"].get("labels", {}).get("app.kubernetes.io/version", "")
     match = re.match(r"v?(\d+)\.(\d+)", version)

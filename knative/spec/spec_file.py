@@ -1,4 +1,4 @@
-"""Reads a PipelineSpec from YAML. Errors name the path in the document and the value found there."""
+"""Reads a PipelineSpec from YAML. Errors name the path in the document and the value at that path."""
 
 from pathlib import Path
 from typing import Any
