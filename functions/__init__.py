@@ -1,7 +1,7 @@
-"""`python -m functions`: one entry point for a stage and for the gateway; its environment says which.
+"""The functions that run in pods: stages and gateways, with one entry point, `python -m functions`.
 
-`gateway` and `stage` know nothing of each other but what `eventing.wire` says. What both need is in `configuration`,
-`hosting` and `observing`.
+`gateway` and `stage` share only the wire format, `eventing.wire`. Code that both need is in `configuration`, `hosting` and
+`observing`.
 
 May import: functions.configuration, functions.hosting, functions.observing, functions.gateway, functions.stage.serving.
 """

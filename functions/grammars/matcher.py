@@ -66,7 +66,7 @@ class Matcher:
         self._check()
         mask = np.unpackbits(self._mask[0].view(np.uint8), count=self._vocab_size, bitorder="little").view(np.bool_)
         if not mask.any():
-            raise UnusableGrammar(f"no token is allowed behind {len(self._consumed)} tokens of the answer")
+            raise UnusableGrammar(f"no token is allowed after {len(self._consumed)} tokens of the answer")
         return mask
 
     def _check(self) -> None:

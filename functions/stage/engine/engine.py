@@ -274,7 +274,7 @@ class Engine:
     def _work(self) -> None:
         """Takes what is next and does it, within the turn.
 
-        An error that escapes here is a defect. The stage then takes no more work, and fails what waits rather than leave it.
+        An error that escapes here is a defect. The stage then takes no more work, and fails all waiting work.
         """
         calls, events = self._queue.take()
         try:

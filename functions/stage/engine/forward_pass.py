@@ -164,7 +164,7 @@ class ForwardPass:
             for row in list(part.rows):
                 if not finite[row.begin : row.end].all():
                     self._group.kv.truncate(row.sequence.handle, row.row.position)
-                    reason = f"hidden states that came out, behind layer {self._group.last_layer - 1}, are not finite"
+                    reason = f"hidden states that came out of layer {self._group.last_layer - 1} are not finite"
                     part.refuse(row.index, Refusal(Status.INVALID, reason=reason))
                     part.rows.remove(row)
 
@@ -172,7 +172,7 @@ class ForwardPass:
         """Waits for the masks that were computed while the layers ran."""
         for row, own in zip(rows, masks.result(), strict=True):
             if isinstance(own, UnusableGrammar):
-                self._refuse(row, f"the grammar cannot be followed here: {own}")
+                self._refuse(row, f"this stage cannot follow the grammar: {own}")
             else:
                 row.masks = own
 

@@ -67,5 +67,5 @@ def _find_bad_content(batch: Batch, hidden: Array | None, group: LayerGroup, inv
             if wrong:
                 invalid[index] = f"token id {wrong[0]} is outside the vocabulary of {group.vocab_size}"
             elif hidden is not None and not finite_rows(hidden[begin:end], group.hidden_dtype).all():
-                invalid[index] = f"hidden states that came in, ahead of layer {group.first_layer}, are not finite"
+                invalid[index] = f"hidden states that came into layer {group.first_layer} are not finite"
         begin = end

@@ -220,7 +220,7 @@ def test_a_sequence_whose_states_become_not_finite_fails_alone(stage: Stage) -> 
     rows = [Row(id_, 0, 0, 2, Want.TOKEN, reserve_tokens=10) for id_ in ("a", "b", "c")]
     reply = stage.engine.handle(batch(rows, [1, 2, 3, 13, 5, 6]), source=GATEWAY)
     assert reply.rows[1].status is Status.INVALID
-    assert reply.rows[1].reason == "hidden states that came out, behind layer 1, are not finite"
+    assert reply.rows[1].reason == "hidden states that came out of layer 1 are not finite"
     assert (token_of(reply.rows[0]), token_of(reply.rows[2])) == (3, 11)
     stage.group.not_a_number = None
     assert token_of(stage.step("b", 0, [3, 13])) == 16
@@ -329,7 +329,7 @@ def test_failed_rows_are_removed_from_the_tensor(middle: Stage) -> None:
     states[3, 2] = float("inf")
     reply = middle.engine.handle(middle_batch(rows, [1, 2, 3, 4, 5, 6, 7], states), source=GATEWAY)
     assert [row.status for row in reply.rows] == [Status.OK, Status.INVALID, Status.OK, Status.MISS]
-    assert reply.rows[1].reason == "hidden states that came in, ahead of layer 2, are not finite"
+    assert reply.rows[1].reason == "hidden states that came into layer 2 are not finite"
     assert [row.length for row in reply.rows] == [2, 0, 2, 0]
     assert reply.token_ids.tolist() == [1, 2, 5, 6]
     assert reply.hidden is not None

@@ -64,5 +64,5 @@ def test_rows_of_any_bytes_are_computed_if_finite_and_refused_otherwise(rows: li
         reply = stage.handle(decode_batch(b"".join(encode_batch(into))), source="gateway")
     assert [row.status is Status.OK for row in reply.rows] == expected
     refused = {row.reason for row in reply.rows if row.status is Status.INVALID}
-    assert refused <= {"hidden states that came in, ahead of layer 2, are not finite"}
+    assert refused <= {"hidden states that came into layer 2 are not finite"}
     assert reply.hidden is None or (reply.hidden.dtype, reply.hidden.shape) == ("I8", (sum(expected), HIDDEN))
