@@ -11,7 +11,7 @@ import msgspec
 
 from bench.evaluation.outcome import Outcome
 
-# Of two-sided intervals of 95 %, by degrees of freedom.
+# Two-sided intervals of 95 %, by degrees of freedom.
 _STUDENT_95: Final = (math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 R = TypeVar("R", bound="RunKey")
 

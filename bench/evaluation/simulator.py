@@ -70,7 +70,7 @@ class Simulation:
         self._kv_tokens = setting.kv_tokens(way)
         self._hop_bytes = max(plan.hop_bytes_per_token for plan in setting.plans(way)) * 2.0
         self._network_bytes_per_token = setting.network_bytes_per_token(way)
-        # Of a step at each stage without waiting.
+        # A step at each stage without waiting.
         self._seconds_alone = self._of_all(
             [each.forward_seconds(1, 0, 0) + world.overheads.hop_seconds for each in self._times]
         )

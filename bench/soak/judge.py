@@ -142,7 +142,7 @@ class Growth:
 
 
 def growths(records: Sequence[Record]) -> list[Growth]:
-    """Of every process that lived through at least two lulls of the last two thirds."""
+    """One for every process that lived through at least two lulls of the last two thirds."""
     found = []
     for (service, pid), points in _at_lulls(records).items():
         if len(points) < _FEWEST_LULLS:

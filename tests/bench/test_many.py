@@ -1,4 +1,4 @@
-"""What the benchmark of many conversations reads, and how it judges."""
+"""The benchmark of many conversations: its reading of streams and its verdicts."""
 
 import asyncio
 from dataclasses import replace
@@ -18,7 +18,7 @@ def words(**two: float) -> list[str]:
     return [verdict.word for verdict in verdicts({Load(1000, 1): ONE, Load(1000, 2): replace(ONE, **two)})]
 
 
-def test_two_gateways_are_judged_only_where_they_had_cores_to_run_on() -> None:
+def test_two_gateways_are_judged_only_if_cores_were_free() -> None:
     assert words(seconds=5.0) == ["met", "met", "met"]
     assert words(seconds=9.0) == ["met", "met", "missed"]
     assert words(seconds=9.0, cores=2, busy_cores=1.8) == ["met", "met", "not measurable"]

@@ -52,7 +52,7 @@ MANIFEST = json.loads(encode_manifest(a_manifest()))
 
 @few
 @given(st.data())
-def test_a_manifest_with_anything_in_it(data: st.DataObject) -> None:
+def test_a_manifest_with_random_values_raises_declared_errors_only(data: st.DataObject) -> None:
     try:
         manifest = decode_manifest(json.dumps(mutated(MANIFEST, data.draw)).encode(), "key")
     except ManifestInvalid:
@@ -65,7 +65,7 @@ def test_a_manifest_with_anything_in_it(data: st.DataObject) -> None:
 @given(st.binary(max_size=200))
 @example(DEEP.encode())
 @example(b'{"manifest_version": 2, "objects": ' + b'{"a":' * 50_000)
-def test_bytes_that_are_no_manifest(data: bytes) -> None:
+def test_random_bytes_are_no_manifest(data: bytes) -> None:
     with pytest.raises(ManifestInvalid):
         decode_manifest(data, "key")
 
@@ -84,7 +84,7 @@ def test_the_work_for_a_manifest_grows_with_its_length() -> None:
     assert large < 2.2 * small
 
 
-def test_layers_that_are_only_said_cost_nothing() -> None:
+def test_a_large_number_of_declared_layers_costs_nothing() -> None:
     data = json.dumps(MANIFEST | {"num_layers": 2**40}).encode()
     assert lines(lambda: decode_manifest(data, "key"), expect=ManifestInvalid) < 100
 
@@ -100,7 +100,7 @@ def safetensors_file(path: Path, header: bytes, length: int | None = None) -> Pa
 
 @few
 @given(st.data())
-def test_a_safetensors_header_with_anything_in_it(tmp_path: Path, data: st.DataObject) -> None:
+def test_a_safetensors_header_with_random_values_raises_declared_errors_only(tmp_path: Path, data: st.DataObject) -> None:
     path = safetensors_file(tmp_path / "x.safetensors", json.dumps(mutated(ENTRIES, data.draw)).encode())
     try:
         spans = read_spans(path)
@@ -114,7 +114,7 @@ def test_a_safetensors_header_with_anything_in_it(tmp_path: Path, data: st.DataO
 @example(DEEP.encode(), None)
 @example(b"[]", None)
 @example(b'{"a": {"dtype": "F32", "shape": [' + b"9223372036854775807," * 50_000 + b"1]}}", None)
-def test_bytes_that_are_no_safetensors_header(tmp_path: Path, header: bytes, length: int | None) -> None:
+def test_random_bytes_are_no_safetensors_header(tmp_path: Path, header: bytes, length: int | None) -> None:
     path = safetensors_file(tmp_path / "x.safetensors", header, length)
     try:
         assert read_spans(path) == {}
@@ -175,7 +175,7 @@ TENSOR = st.tuples(
     st.dictionaries(st.sampled_from([*LLAMA, "llama.rope.dimension_count", "general.alignment", "other"]), field(), max_size=3),
     st.none() | st.lists(TENSOR, max_size=3),
 )
-def test_a_gguf_file_with_anything_in_it(
+def test_a_gguf_file_with_random_fields_raises_declared_errors_only(
     tmp_path: Path, changes: dict[str, tuple[int, Any]], tensors: list[Any] | None
 ) -> None:
     path = tmp_path / "x.gguf"
@@ -191,7 +191,7 @@ def test_a_gguf_file_with_anything_in_it(
 WHOLE = gguf_file()
 
 
-def test_the_file_that_is_changed_here_is_right(tmp_path: Path) -> None:
+def test_the_file_for_mutations_is_valid(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(WHOLE)
     checkpoint = open_gguf(tmp_path / "x.gguf")
     assert checkpoint.tensors["model.embed_tokens.weight"].shape == (4, 8)
@@ -200,7 +200,7 @@ def test_the_file_that_is_changed_here_is_right(tmp_path: Path) -> None:
 
 @few
 @given(st.integers(0, len(WHOLE)), st.integers(0, len(WHOLE) - 1), st.binary(max_size=12))
-def test_a_gguf_file_that_was_cut_and_scribbled_on(tmp_path: Path, end: int, at: int, ink: bytes) -> None:
+def test_a_truncated_or_altered_gguf_file_raises_declared_errors_only(tmp_path: Path, end: int, at: int, ink: bytes) -> None:
     path = tmp_path / "x.gguf"
     path.write_bytes((WHOLE[:at] + ink + WHOLE[at + len(ink) :])[:end])
     try:
@@ -211,7 +211,7 @@ def test_a_gguf_file_that_was_cut_and_scribbled_on(tmp_path: Path, end: int, at:
 
 @few
 @given(st.binary(max_size=100), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
-def test_bytes_that_are_no_gguf_header(tmp_path: Path, raw: bytes, tensors: int, fields: int) -> None:
+def test_random_bytes_are_no_gguf_header(tmp_path: Path, raw: bytes, tensors: int, fields: int) -> None:
     path = tmp_path / "x.gguf"
     path.write_bytes(gguf_file(counts=(tensors, fields), raw=raw or b"\0"))
     try:
@@ -233,7 +233,7 @@ NESTED = struct.pack("<IQ", ARRAY, 1)
     ],
     ids=["bytes", "strings", "nesting", "name"],
 )
-def test_counts_are_not_believed(raw: bytes, tmp_path: Path) -> None:
+def test_counts_beyond_the_file_are_refused(raw: bytes, tmp_path: Path) -> None:
     """gguf's own reader goes on until memory is gone."""
     path = tmp_path / "x.gguf"
     path.write_bytes(gguf_file(counts=(2**60, 2**60), raw=raw))

@@ -1,4 +1,4 @@
-"""`make evaluate`, in small: its shape and its going on where it was, not its times."""
+"""`make evaluate` in a small version: its sections and how it resumes, not its times."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch, plan: Plan, *arguments: str) -> s
     return outcome.output
 
 
-def test_simulations_write_their_sections_and_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_simulations_write_their_sections_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document = tmp_path / "page.md"
     given = ("simulated", "measured", "scale", "--state", str(tmp_path / "state"), "--document", str(document))
     said = evaluated(monkeypatch, SMALL, *given)
@@ -105,7 +105,7 @@ def experiments_results(state: Path) -> experiments.Result:
     return found[0]
 
 
-def test_a_trace_that_is_none_ends_it_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_trace_ends_the_command_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trace = tmp_path / "some.csv"
     trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,0,44\n")
     monkeypatch.setattr(command, "QUICK", SMALL)

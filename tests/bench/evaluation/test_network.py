@@ -1,4 +1,4 @@
-"""The table of the network: shares, what plan says, and what draft tokens bring, from results alone."""
+"""The table of the network experiment: shares, predictions and remedies, from results alone."""
 
 import msgspec
 import pytest
@@ -30,7 +30,7 @@ def measured(delay: float, at_once: int, remedy: Remedy, factor: float = 1.0) ->
     )
 
 
-def test_what_went_as_planned_has_no_error_and_what_did_not_is_the_worst() -> None:
+def test_the_worst_prediction_error_is_reported() -> None:
     results = [measured(delay, at_once, NOTHING) for delay in (0.0, 0.005) for at_once in (1, 16)]
     remedied = [measured(0.005, 1, REMEDIES["drafts"], 2.0), measured(0.005, 1, REMEDIES["two stages"], 1.25)]
     table, verdict = network_table(PLANS, [*results, *remedied])
@@ -41,7 +41,7 @@ def test_what_went_as_planned_has_no_error_and_what_did_not_is_the_worst() -> No
     assert "off by at most 25%" in verdict
 
 
-def test_what_a_round_takes_beside_passes_it_takes_behind_a_network_too() -> None:
+def test_time_beyond_passes_is_added_to_a_networks_round() -> None:
     near = network_plan(PLANS, STEPS, 16, 8, Link(0.0, None))
     far = network_plan(PLANS, STEPS, 16, 8, Link(0.05, None))
     beside = 0.03
@@ -49,7 +49,7 @@ def test_what_a_round_takes_beside_passes_it_takes_behind_a_network_too() -> Non
     assert predicted(PLANS, slow, Link(0.05, None)) == pytest.approx(16 / (far.round_seconds + beside))
 
 
-def test_a_prompt_goes_over_a_thin_link_as_well() -> None:
+def test_prompts_are_predicted_on_a_slow_link() -> None:
     thin = Link(0.0, 1e6)
     without = measured(0.0, 1, NOTHING)
     asked = replace(without, prompt_tokens=100, answer_tokens=50)
@@ -58,7 +58,7 @@ def test_a_prompt_goes_over_a_thin_link_as_well() -> None:
     assert seconds == pytest.approx(carried)
 
 
-def test_each_remedy_has_a_file_of_its_own_and_one_of_before_there_were_others_is_read() -> None:
+def test_each_remedy_has_its_own_file_and_older_files_are_read() -> None:
     names = {file_name(EmulatedNetwork(0.005), remedy, Lengths()) for remedy in (NOTHING, *REMEDIES.values())}
     assert len(names) == 4
     assert "network/0.005s-any-drafts-16-16x48.yaml" in names

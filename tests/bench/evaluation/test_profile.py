@@ -1,4 +1,4 @@
-"""Profiles: what is computed is bytes and arithmetic over published figures, what is fitted says how far off it is."""
+"""Profiles: computed from bytes and arithmetic over published figures, or fitted with a stated error."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def test_a_step_of_the_whole_model_streams_its_weights_once() -> None:
     )
 
 
-def test_pieces_of_a_cut_take_together_what_the_whole_takes_and_a_pass_more_each() -> None:
+def test_stages_take_the_time_of_the_whole_model_and_a_pass_more_each() -> None:
     profile = roofline(SHAPE, read_device("l40s"), "l40s")
     whole = profile.of_stage(0, 40, 40)
     pieces = [profile.of_stage(first, first + 10, 40) for first in range(0, 40, 10)]
@@ -60,7 +60,7 @@ def test_pieces_of_a_cut_take_together_what_the_whole_takes_and_a_pass_more_each
     assert [each.logits_stream_seconds > 0 for each in pieces] == [False, False, False, True]
 
 
-def test_a_fit_finds_what_the_points_were_made_of() -> None:
+def test_a_fit_recovers_the_profile_that_made_the_points() -> None:
     profile = fit_profile(POINTS, HEADS, "some", "made up")
     times = profile.of_stage(0, 10, 20)
     assert profile.worst_error is not None
@@ -81,14 +81,14 @@ def test_a_fit_finds_what_the_points_were_made_of() -> None:
         (POINTS, HEADS[:1], "heads of 1 points: at least two"),
     ],
 )
-def test_points_that_leave_something_open_are_refused(
+def test_points_that_do_not_determine_a_profile_are_refused(
     points: list[Point], heads: list[tuple[int, float]], message: str
 ) -> None:
     with pytest.raises(ProfileInvalid, match=message):
         fit_profile(points, heads, "some", "made up")
 
 
-def test_profiles_that_come_along_can_be_read_and_one_that_lacks_a_figure_cannot(tmp_path: Path) -> None:
+def test_packaged_profiles_are_read_and_incomplete_ones_are_refused(tmp_path: Path) -> None:
     for path in sorted((ROOT / "bench" / "evaluation" / "profiles").glob("*.yaml")):
         assert isinstance(read_profile(path).of_stage(0, 10, 30), PassTimes)
     profile = msgspec.to_builtins(fit_profile(POINTS, HEADS, "some", "made up"))

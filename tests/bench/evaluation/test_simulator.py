@@ -1,4 +1,4 @@
-"""The simulator: it decides by the project's own code, comes to what can be counted by hand, and is quick."""
+"""The simulator: it decides by the project's own code, agrees with counting by hand, and is fast."""
 
 import ast
 import json
@@ -42,7 +42,7 @@ def simulated(way: str, trace: Trace, given: Setting | None = None, world: World
     return Simulation(given or setting(), way, trace, world or World()).run()
 
 
-def test_what_decides_is_the_platforms_own_and_no_copy() -> None:
+def test_decisions_are_the_products_own_code() -> None:
     assert fleet.RevisionAutoscaler is revision_autoscaler.RevisionAutoscaler
     assert fleet.HorizontalPodAutoscaler is hpa.HorizontalPodAutoscaler
     assert setting().cut(KPA) == cut_evenly(setting().shape, 4)
@@ -63,7 +63,7 @@ def test_what_decides_is_the_platforms_own_and_no_copy() -> None:
         assert not own & theirs, f"{path.name} has {own & theirs} of its own"
 
 
-def test_another_decision_of_knatives_is_another_number_of_pods(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_autoscaler_decision_changes_the_number_of_pods(monkeypatch: pytest.MonkeyPatch) -> None:
     trace = steady(3.0, 60)
     _, before = simulated(KPA, trace)
     real = kpa.scale
@@ -77,7 +77,7 @@ def test_another_decision_of_knatives_is_another_number_of_pods(monkeypatch: pyt
     assert before > 4 == after
 
 
-def test_another_admission_is_another_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_admission_rule_changes_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     trace = steady(3.0, 60)
     before, _ = simulated(STATIC, trace)
     monkeypatch.setattr(simulator, "micro_batches_allowed", lambda *_: 1)
@@ -85,7 +85,7 @@ def test_another_admission_is_another_latency(monkeypatch: pytest.MonkeyPatch) -
     assert after.first_token_seconds[1] > 2 * before.first_token_seconds[1]
 
 
-def test_another_bound_of_who_is_admitted_or_may_wait_is_another_latency_or_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_bounds_of_admission_and_queue_change_latency_and_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     trace = steady(3.0, 60)
     before, _ = simulated(STATIC, trace)
     monkeypatch.setattr(simulator, "admissible_sequences", lambda running, *_: 1 - running)
@@ -97,7 +97,7 @@ def test_another_bound_of_who_is_admitted_or_may_wait_is_another_latency_or_fail
     assert refusing.failed > before.failed == 0
 
 
-def test_nothing_is_computed_anew_where_no_micro_batch_may_move(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_migrations_nothing_is_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
     trace = steady(3.0, 60)
     moving, _ = simulated(KPA, trace)
     monkeypatch.setattr(simulator, "uneven", lambda *_: False)
@@ -109,7 +109,7 @@ def test_nothing_is_computed_anew_where_no_micro_batch_may_move(monkeypatch: pyt
 @pytest.mark.parametrize(
     ("micro_batches", "before", "now"), [(1, 1, 8), (8, 4, 8), (7, 4, 5), (13, 1, 3), (20, 3, 4), (8, 4, 2), (3, 3, 1)]
 )
-def test_as_many_micro_batches_move_as_the_gateway_moves(micro_batches: int, before: int, now: int) -> None:
+def test_as_many_micro_batches_migrate_as_in_the_gateway(micro_batches: int, before: int, now: int) -> None:
     placed = routes.Placement(["http://stage-0"], watched=True)
     placed.update(0, [Endpoint(f"pod-{pod}") for pod in range(before)])
     there = [route for _ in range(micro_batches) if (route := placed.place(1)) is not None]
@@ -125,7 +125,7 @@ def test_as_many_micro_batches_move_as_the_gateway_moves(micro_batches: int, bef
     assert simulator.moves_of(micro_batches, before, now) == moves
 
 
-def test_one_conversation_takes_what_passes_and_hops_take() -> None:
+def test_one_conversation_takes_the_time_of_its_passes_and_hops() -> None:
     trace = Trace("one", np.zeros(1), np.array([200]), np.array([101]))
     world = World(overheads=Overheads(pass_seconds=0.002, hop_seconds=0.005), step_seconds=0.02)
     outcome, pods = simulated(STATIC, trace, world=world)
@@ -137,7 +137,7 @@ def test_one_conversation_takes_what_passes_and_hops_take() -> None:
     assert pods == 8
 
 
-def test_everybody_is_answered_and_the_cost_is_what_pods_were_there() -> None:
+def test_every_request_is_answered_and_the_cost_counts_all_pods() -> None:
     trace = steady(2.0, 120)
     outcome, pods = simulated(STATIC, trace)
     assert (outcome.requests, outcome.failed, pods) == (len(trace), 0, 8)
@@ -152,7 +152,7 @@ def test_everybody_is_answered_and_the_cost_is_what_pods_were_there() -> None:
     assert kpa_outcome.first_token_seconds[2] > 2.5, "nobody waited for pods that start from zero"
 
 
-def test_a_copy_alone_cannot_do_what_eight_devices_can() -> None:
+def test_one_copy_is_slower_than_eight_devices() -> None:
     trace = steady(4.0, 90)
     alone, _ = simulated(COPY, trace)
     many, pods = simulated(REPLICAS, trace)
@@ -161,7 +161,7 @@ def test_a_copy_alone_cannot_do_what_eight_devices_can() -> None:
     assert many.attainment > alone.attainment
 
 
-def test_whoever_waits_for_the_same_pod_is_computed_together() -> None:
+def test_events_that_wait_for_the_same_pod_are_merged() -> None:
     """One stage: of two micro-batches and a chunk one is computed alone, the others in one pass, which takes as long."""
     times, hops = PassTimes(fixed_seconds=1.0), Overheads(hop_seconds=0.0)
     work = Work(decoding=2, micro_batches=2, held_tokens=0, prompt_tokens=256, chunk_tokens=256, hop_bytes_per_token=0)
@@ -176,7 +176,7 @@ def test_the_first_token_before_a_lull_does_not_wait_for_its_end() -> None:
     assert outcome.first_token_seconds[2] < 1
 
 
-def test_memory_bounds_who_is_admitted() -> None:
+def test_memory_bounds_admission() -> None:
     """A pod with room for the longest sequence alone serves them one by one, whatever the micro-batches would hold."""
     trace = Trace("three", np.zeros(3), np.full(3, 3000), np.full(3, 100))
     roomy = setting()
@@ -186,7 +186,7 @@ def test_memory_bounds_who_is_admitted() -> None:
     assert slow.first_token_seconds[2] > fast.first_token_seconds[2] + 3
 
 
-def test_a_round_is_what_nobody_waits_for_or_what_the_narrowest_stage_allows() -> None:
+def test_a_round_takes_the_unhindered_time_or_the_narrowest_stages() -> None:
     times = [PassTimes(fixed_seconds=seconds) for seconds in (0.03, 0.09, 0.03)]
 
     def work(micro_batches: int) -> Work:
@@ -201,7 +201,7 @@ def test_a_round_is_what_nobody_waits_for_or_what_the_narrowest_stage_allows() -
     assert busy.busy_share[1] == pytest.approx(1.0)
 
 
-def test_stages_that_fare_alike_are_computed_once() -> None:
+def test_equal_stages_are_simulated_once() -> None:
     inner, last = PassTimes(fixed_seconds=0.03), PassTimes(fixed_seconds=0.05, token_seconds=0.001)
     work = Work(9, 9, 100.0, 500.0, 256, 1e4)
     once = flow([inner, last], [2, 3], work, Overheads(), [3, 1])
@@ -222,7 +222,7 @@ def test_a_thousand_pods_are_simulated_a_thousand_times_faster_than_they_live() 
     assert outcome.seconds / (time.process_time() - began) > 1000
 
 
-def test_what_does_not_fit_says_so() -> None:
+def test_a_stage_that_does_not_fit_is_reported() -> None:
     with pytest.raises(DoesNotFit, match=r"replicas, KPA, stage 0 of llama-2-70b on l40s: 1[34].* GB of weights"):
         simulated(REPLICAS, steady(1.0, 10), setting("llama-2-70b"))
     with pytest.raises(OverBudget, match="3 devices for 4 stages"):

@@ -1,4 +1,4 @@
-"""Traces: what is read is what stands there, what is wrong is named with its line, what is drawn is like the published one."""
+"""Traces: files are read unchanged, errors name their line, and drawn traces resemble the published one."""
 
 import gzip
 from pathlib import Path
@@ -18,7 +18,7 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
-def test_a_trace_is_read_as_it_stands(tmp_path: Path) -> None:
+def test_a_trace_is_read_unchanged(tmp_path: Path) -> None:
     trace = read_trace(written(tmp_path, HEADER + "\n".join(LINES)))
     assert trace.arrival_seconds == pytest.approx([0, 4.314579, 4.541877], abs=1e-5)
     assert (trace.prompt_tokens.tolist(), trace.answer_tokens.tolist(), trace.name) == ([374, 396, 879], [44, 109, 55], "some")
@@ -44,7 +44,7 @@ def test_a_trace_is_read_as_it_stands(tmp_path: Path) -> None:
         (HEADER + "yesterday,1,5", "line 2: 'yesterday' is no TIMESTAMP"),
     ],
 )
-def test_what_is_no_trace_is_refused_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+def test_an_invalid_trace_is_refused_with_its_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(TraceInvalid, match=message):
         read_trace(written(tmp_path, text))
 
@@ -56,7 +56,7 @@ def test_a_file_that_breaks_off_is_refused(tmp_path: Path) -> None:
         read_trace(path)
 
 
-def test_many_times_a_trace_is_as_many_requests_in_order_of_the_same_sizes() -> None:
+def test_a_multiplied_trace_has_ordered_requests_of_the_same_sizes() -> None:
     once = drawn("one", np.full(100, 2.0), 1.0, 1, Sizes())
     many = once.times(2.5, 7)
     assert 2.3 * len(once) < len(many) < 2.7 * len(once)
@@ -65,7 +65,7 @@ def test_many_times_a_trace_is_as_many_requests_in_order_of_the_same_sizes() -> 
     assert set(many.prompt_tokens) <= set(once.prompt_tokens)
 
 
-def test_what_is_drawn_is_like_the_published_trace_and_follows_its_seed() -> None:
+def test_a_drawn_trace_resembles_the_published_one_and_depends_on_its_seed() -> None:
     """19,366 requests have 1,020 and 1,155 tokens of prompt as median and mean, 129 and 211 of answer."""
     one, again, other = (drawn("x", np.full(4000, 5.0), 1.0, seed, Sizes()) for seed in (1, 1, 2))
     assert np.array_equal(one.arrival_seconds, again.arrival_seconds)

@@ -62,7 +62,7 @@ def test_weights_are_bit_equal_to_transformers(checkpoint: Checkpoint, read_by_t
         assert torch.equal(ours, expected[name]), name
 
 
-def test_the_configuration_is_the_metadata_s(checkpoint: Checkpoint, read_by_transformers: dict[str, Any]) -> None:
+def test_the_configuration_equals_the_metadata(checkpoint: Checkpoint, read_by_transformers: dict[str, Any]) -> None:
     theirs = AutoConfig.for_model(**read_by_transformers["config"]).to_dict()
     ours = AutoConfig.for_model(**checkpoint.config).to_dict()
     ignored = {"_model_name_or_path", "architectures", "dtype", "pad_token_id", "unk_token_id"}
@@ -93,7 +93,7 @@ def test_rules_that_are_not_known_are_refused(fields: dict[str, Any], key: str, 
         tokenizer_files(Path("x.gguf"), fields | {key: value})
 
 
-def test_a_begin_token_is_added_where_the_file_says_so(fields: dict[str, Any]) -> None:
+def test_a_begin_token_is_added_if_the_file_says_so(fields: dict[str, Any]) -> None:
     files = tokenizer_files(Path("x.gguf"), fields | {"tokenizer.ggml.add_bos_token": True})
     assert Tokenizer.from_str(files["tokenizer.json"].decode()).encode("a").tokens == ["<|im_start|>", "a"]
 

@@ -31,7 +31,7 @@ CONFIGS: Final = (
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: str(config["model_type"]))
-def test_a_manifest_says_what_transformers_would(config: dict[str, Any]) -> None:
+def test_a_manifest_describes_a_model_as_transformers_does(config: dict[str, Any]) -> None:
     assert describe_model(config) == describe_by_transformers(config, config["model_type"])
 
 
@@ -56,7 +56,7 @@ def test_tensors_are_those_of_the_model(config: dict[str, Any]) -> None:
         ({"intermediate_size": None}, "has intermediate_size = 'None'"),
     ],
 )
-def test_what_is_no_size_is_named(change: dict[str, Any], words: str) -> None:
+def test_an_invalid_size_is_named(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ArchitectureUnsupported, match=words):
         describe_model({"model_type": "llama", **BARE, **change})
 

@@ -1,4 +1,4 @@
-"""Sources of checkpoints: the hub through its local cache, and how a checkpoint is told from its successor."""
+"""Sources of checkpoints: the hub through its local cache, and the detection of changes."""
 
 import os
 import shutil
@@ -45,7 +45,7 @@ def test_a_hub_id_that_cannot_be_fetched_is_named(hub: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["missing", "a/b/c", "https://example.com/model", "owner/"])
-def test_what_is_no_source_is_refused(source: str) -> None:
+def test_an_invalid_source_is_refused(source: str) -> None:
     with pytest.raises(CheckpointInvalid, match="neither a folder, nor a file, nor a hub id"):
         locate(source)
 
@@ -65,7 +65,7 @@ def test_a_fingerprint_stays_until_something_changes(folder: Path, tmp_path: Pat
     assert checkpoint_fingerprint(copy) not in (first, second)
 
 
-def test_contents_decide_and_not_size_and_time_of_change(folder: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_contents_not_on_size_and_time(folder: Path, tmp_path: Path) -> None:
     """In a large file, too, and wherever the byte lies."""
     copy = shutil.copytree(folder, tmp_path / "copy")
     shard = copy / "model-extra.safetensors"

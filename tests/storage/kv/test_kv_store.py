@@ -1,4 +1,4 @@
-"""Parts of conversations in a real S3 server: kept under names that say nothing, refused where they were altered, pruned."""
+"""Keys and values in a real S3 server: kept under opaque names, refused if altered, pruned."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -28,7 +28,7 @@ def kv_store(objects: PayloadStore, pipeline: str = "0123456789", layers: tuple[
     return KVObjects(objects, SEALER, "kv", pipeline, layers)
 
 
-def test_what_was_put_is_got_and_only_under_its_own_name(objects: PayloadStore) -> None:
+def test_a_part_is_read_under_its_own_name_only(objects: PayloadStore) -> None:
     store = kv_store(objects)
     key = store.key("native", DIGEST, KVPart(0, 8))
     assert store.get(key) is None
@@ -47,7 +47,7 @@ def test_what_was_put_is_got_and_only_under_its_own_name(objects: PayloadStore) 
     assert all(store.get(other) is None for other in others)
 
 
-def test_nothing_of_it_can_be_read_in_the_store(objects: PayloadStore) -> None:
+def test_stored_names_and_contents_reveal_nothing(objects: PayloadStore) -> None:
     store = kv_store(objects, "secret0000")
     key = store.key("native", DIGEST, KVPart(0, 1))
     store.put(key, b"what a client said" * 100)
@@ -69,7 +69,7 @@ def test_an_altered_truncated_or_exchanged_object_is_refused(objects: PayloadSto
     assert store.get(key) == b"a" * 1000
 
 
-def test_what_is_too_old_goes_and_then_the_oldest_until_the_rest_fits(objects: PayloadStore) -> None:
+def test_old_objects_expire_and_then_the_oldest_until_the_rest_fits(objects: PayloadStore) -> None:
     def found(name: str, size: int, hours: int) -> ObjectInfo:
         return ObjectInfo(name, size, NOW - timedelta(hours=hours))
 

@@ -25,7 +25,7 @@ def test_parts_are_aligned_powers_of_two_without_gaps(first: int, end: int, most
 
 
 @given(st.integers(0, 300), st.integers(0, 300), st.integers(0, 300), MOSTS)
-def test_who_goes_on_finds_all_that_was_written(first: int, written: int, beyond: int, most: int) -> None:
+def test_a_longer_chain_finds_all_parts_of_its_beginning(first: int, written: int, beyond: int, most: int) -> None:
     there = set(parts_between(0, written, most))
     wanted = deque(parts_between(first, written + beyond, most))
     held = first

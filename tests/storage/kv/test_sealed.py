@@ -1,4 +1,4 @@
-"""Sealed objects: what was sealed is opened again, by its own key and under its own name, and by nothing else."""
+"""Sealed objects: only their own key opens them, and only under their own name."""
 
 import os
 import subprocess
@@ -16,14 +16,14 @@ SEALER = Sealer(bytes(range(KEY_BYTES)))
 
 
 @given(st.binary(max_size=2000))
-def test_what_was_sealed_is_opened(plain: bytes) -> None:
+def test_opening_reverses_sealing(plain: bytes) -> None:
     sealed = SEALER.seal("kv/p/0-10/a", plain)
     assert SEALER.open("kv/p/0-10/a", sealed) == plain
     assert len(plain) < 8 or plain not in sealed
 
 
 @given(st.binary(min_size=1, max_size=200), st.data())
-def test_any_bit_that_changes_is_noticed(plain: bytes, data: st.DataObject) -> None:
+def test_every_changed_bit_is_detected(plain: bytes, data: st.DataObject) -> None:
     sealed = SEALER.seal("name", plain)
     sealed[data.draw(st.integers(0, len(sealed) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     with pytest.raises(SealBroken):
@@ -31,7 +31,7 @@ def test_any_bit_that_changes_is_noticed(plain: bytes, data: st.DataObject) -> N
 
 
 @given(st.binary(max_size=200), st.data())
-def test_what_is_truncated_is_noticed(plain: bytes, data: st.DataObject) -> None:
+def test_truncation_is_detected(plain: bytes, data: st.DataObject) -> None:
     sealed = SEALER.seal("name", plain)
     with pytest.raises(SealBroken):
         SEALER.open("name", sealed[: data.draw(st.integers(0, len(sealed) - 1))])
@@ -59,6 +59,6 @@ def test_a_short_key_is_refused() -> None:
         Sealer(b"k" * 31)
 
 
-def test_a_key_alone_imports_no_cryptography_which_a_start_would_wait_for() -> None:
+def test_a_sealer_does_not_import_cryptography_at_the_start() -> None:
     code = "import sys; from storage.kv.sealed import Sealer; Sealer(bytes(32)); sys.exit('cryptography' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Memory as the kernel counts it."""
+"""Resident memory as the kernel counts it."""
 
 import ctypes
 import mmap
@@ -6,7 +6,7 @@ import mmap
 from storage.loading.memory import new_memory, resident_bytes
 
 
-def test_what_has_been_touched_is_resident() -> None:
+def test_touched_memory_is_resident() -> None:
     size = 3 * 2**20
     memory = new_memory(size)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -16,13 +16,13 @@ def test_what_has_been_touched_is_resident() -> None:
     assert resident_bytes(address, size) == 2**20 + mmap.PAGESIZE
 
 
-def test_memory_of_no_whole_page_has_no_more_than_it_has() -> None:
+def test_resident_bytes_of_a_partial_page_are_at_most_its_size() -> None:
     memory = new_memory(mmap.PAGESIZE + 10)
     memory[mmap.PAGESIZE] = 1
     assert resident_bytes(ctypes.addressof(ctypes.c_char.from_buffer(memory)), 10 + mmap.PAGESIZE) == mmap.PAGESIZE
 
 
-def test_memory_of_many_pages_is_looked_at_in_parts() -> None:
+def test_memory_of_many_pages_is_counted_in_parts() -> None:
     size = 2**31 + mmap.PAGESIZE
     memory = new_memory(size)
     memory[size - 1] = 1

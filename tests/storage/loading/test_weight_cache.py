@@ -25,7 +25,7 @@ def an_object(seed: int, size: int = 1000) -> tuple[StoredObject, memoryview]:
     return StoredObject(f"key-{seed}", size, 256, parts, {}), data
 
 
-def test_what_is_put_comes_back_and_writes_stay_private(tmp_path: Path) -> None:
+def test_a_kept_object_is_returned_and_writes_to_it_stay_private(tmp_path: Path) -> None:
     cache = WeightCache(tmp_path / "new" / "folder", 10_000)
     stored, data = an_object(1)
     assert cache.get(stored) is None
@@ -37,7 +37,7 @@ def test_what_is_put_comes_back_and_writes_stay_private(tmp_path: Path) -> None:
     assert cache.get(stored) == data
 
 
-def test_the_name_is_the_contents(tmp_path: Path) -> None:
+def test_the_name_depends_on_contents_only(tmp_path: Path) -> None:
     cache = WeightCache(tmp_path, 10_000)
     stored, data = an_object(1)
     cache.put(stored, data)
@@ -45,7 +45,7 @@ def test_the_name_is_the_contents(tmp_path: Path) -> None:
     assert cache.get(elsewhere) == data
 
 
-def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
+def test_the_least_recently_used_object_is_evicted_first(tmp_path: Path) -> None:
     cache = WeightCache(tmp_path, 3000)
     objects = [an_object(seed) for seed in range(4)]
     for age, (stored, data) in enumerate(objects[:3]):
@@ -59,7 +59,7 @@ def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
     assert sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) <= 3000
 
 
-def test_what_is_mapped_survives_its_eviction(tmp_path: Path) -> None:
+def test_a_mapped_object_survives_its_eviction(tmp_path: Path) -> None:
     cache, of_another_process = WeightCache(tmp_path, 1500), WeightCache(tmp_path, 1500)
     first, data = an_object(1)
     cache.put(first, data)
@@ -69,7 +69,7 @@ def test_what_is_mapped_survives_its_eviction(tmp_path: Path) -> None:
     assert mapped == data
 
 
-def test_what_this_process_has_mapped_stays(tmp_path: Path) -> None:
+def test_objects_that_this_process_has_mapped_are_not_evicted(tmp_path: Path) -> None:
     cache = WeightCache(tmp_path, 1500)
     first, data = an_object(1)
     cache.put(first, data)
@@ -103,7 +103,7 @@ def test_a_file_cut_short_under_its_mapping_costs_one_start(tmp_path: Path) -> N
     assert cache.get(stored) == data
 
 
-def test_what_is_being_written_counts(tmp_path: Path) -> None:
+def test_unfinished_files_count(tmp_path: Path) -> None:
     cache = WeightCache(tmp_path, 2500)
     stored, data = an_object(1)
     with writing(tmp_path, 1000), writing(tmp_path, 1000):
@@ -133,7 +133,7 @@ def test_the_folder_is_never_larger_than_the_limit(tmp_path: Path, monkeypatch: 
     assert 2000 < most <= 3000
 
 
-def test_what_is_larger_than_the_cache_is_not_kept(tmp_path: Path) -> None:
+def test_an_object_larger_than_the_cache_is_not_kept(tmp_path: Path) -> None:
     cache = WeightCache(tmp_path, 999)
     stored, data = an_object(1)
     cache.put(stored, data)
@@ -174,7 +174,7 @@ def held_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def test_what_a_dead_process_left_is_removed(tmp_path: Path) -> None:
+def test_unfinished_files_of_a_dead_process_are_removed(tmp_path: Path) -> None:
     left = tmp_path / "left.unfinished"
     left.write_bytes(b"x")
     with writing(tmp_path, 1) as alive:

@@ -99,7 +99,7 @@ def test_a_layer_can_be_placed_while_the_next_one_flows(manifest: ModelManifest,
         assert [loaded.name for loaded in objects] == ["layer-00005", "head"]
 
 
-def test_reading_begins_before_anybody_asks(manifest: ModelManifest, settings: StoreSettings) -> None:
+def test_reading_begins_with_the_call(manifest: ModelManifest, settings: StoreSettings) -> None:
     complete = threading.Event()
 
     def note(progress: LoadProgress) -> None:
@@ -112,7 +112,7 @@ def test_reading_begins_before_anybody_asks(manifest: ModelManifest, settings: S
         assert len(list(objects)) == 8
 
 
-def test_an_object_s_memory_goes_with_it(manifest: ModelManifest, settings: StoreSettings) -> None:
+def test_an_objects_memory_is_freed_with_it(manifest: ModelManifest, settings: StoreSettings) -> None:
     with ObjectReader(settings) as reader:
         objects = iterate_layers(reader, manifest, 0, 6)
         memory = weakref.ref(next(iter(next(objects).tensors.values())).data.obj)
@@ -142,7 +142,7 @@ def test_progress_ends_at_the_total(manifest: ModelManifest, settings: StoreSett
     ],
     ids=["resets", "early ends", "stalls", "500s", "altered once", "altered twice"],
 )
-def test_faults_that_pass_are_survived(fault: Fault, manifest: ModelManifest, checkpoint: Path, proxy: FaultProxy) -> None:
+def test_transient_faults_are_survived(fault: Fault, manifest: ModelManifest, checkpoint: Path, proxy: FaultProxy) -> None:
     proxy.faults.append(fault)
     assert_loads(proxy.settings, manifest, checkpoint)
     assert fault.times == 0
@@ -212,7 +212,7 @@ def shorten(store: ObjectStore, key: str) -> None:
     [(ObjectStore.delete, ObjectNotFound, "no object .*layer-00001"), (shorten, ObjectAltered, "layer-00001.* were published")],
     ids=["missing", "truncated"],
 )
-def test_an_object_that_is_not_as_published_is_named(
+def test_an_object_that_differs_from_its_manifest_is_named(
     damage: object, error: type[StorageError], words: str, checkpoint: Path, settings: StoreSettings
 ) -> None:
     store = ObjectStore(settings)
@@ -223,7 +223,7 @@ def test_an_object_that_is_not_as_published_is_named(
 
 
 @pytest.mark.parametrize("empty", ["embedding", "layer-00000", "head"])
-def test_an_object_without_bytes_keeps_nobody_waiting(empty: str, manifest: ModelManifest, settings: StoreSettings) -> None:
+def test_an_object_without_bytes_is_complete_at_once(empty: str, manifest: ModelManifest, settings: StoreSettings) -> None:
     """No manifest that was read has one; who asks gets an answer all the same."""
     nothing = msgspec.structs.replace(manifest.objects[empty], bytes=0, parts=(), tensors={})
     changed = msgspec.structs.replace(manifest, objects=manifest.objects | {empty: nothing})

@@ -1,4 +1,4 @@
-"""Conversion in numpy, held to torch's own rounding bit for bit: what was published before stays what it was."""
+"""Conversion in numpy, compared with torch's rounding bit for bit, so that earlier publications stay valid."""
 
 from typing import Any, Final
 
@@ -67,7 +67,7 @@ def test_floats_are_rounded_as_torch_rounds(name: str, dtype: Dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", TARGETS)
-def test_what_is_no_number_stays_none(dtype: Dtype) -> None:
+def test_nan_stays_nan(dtype: Dtype) -> None:
     bits = np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF], np.uint32)
     values = torch.from_numpy(bits.view(np.float32))
     (target,) = convert_tensor("model.norm.weight", source(values), dtype, ()).values()
@@ -75,7 +75,7 @@ def test_what_is_no_number_stays_none(dtype: Dtype) -> None:
 
 
 @pytest.mark.parametrize("name", TORCH)
-def test_int8_is_what_torch_makes(name: str) -> None:
+def test_int8_equals_torchs(name: str) -> None:
     """The recipe that published models were made by, in torch."""
     generator = torch.Generator().manual_seed(7)
     values = torch.randn(1031, 577, generator=generator, dtype=torch.float64) * torch.logspace(-30, 4, 1031)[:, None]
@@ -93,7 +93,7 @@ def test_int8_is_what_torch_makes(name: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_int8_refuses_what_it_has_no_number_for(bad: float) -> None:
+def test_int8_refuses_numbers_that_are_not_finite(bad: float) -> None:
     values = torch.ones(4, 32)
     values[2, 5] = bad
     matrix = convert_tensor(NAME, source(values), "int8", ())[NAME]

@@ -73,7 +73,7 @@ class Objects(dict[str, bytes]):
         return [ObjectInfo(key, len(value), datetime.now(UTC)) for key, value in self.items() if key.startswith(prefix)]
 
 
-def test_a_manifest_comes_back_as_it_was_written() -> None:
+def test_a_manifest_is_read_as_it_was_written() -> None:
     manifest = a_manifest()
     objects = Objects({manifest_key("tiny", "float32"): encode_manifest(manifest)})
     assert read_manifest(objects, "tiny", "float32") == manifest
@@ -85,12 +85,12 @@ def test_an_unpublished_model_is_named() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "../x", ".hidden", "a b", "ä", "x" * 129])
-def test_names_that_cannot_be_are_refused(name: str) -> None:
+def test_invalid_names_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="model name"):
         manifest_key(name, "float32")
 
 
-def test_a_dtype_that_is_none_is_refused() -> None:
+def test_an_unknown_dtype_is_refused() -> None:
     with pytest.raises(ValueError, match="'float8' is none of float32"):
         manifest_key("tiny", "float8")
 
@@ -100,7 +100,7 @@ def test_a_newer_manifest_is_refused_by_its_version_alone() -> None:
         decode_manifest(b'{"manifest_version": 3, "unknown": []}', "key")
 
 
-def test_a_manifest_whose_checksums_can_be_forged_is_refused_and_says_what_to_do() -> None:
+def test_a_manifest_with_forgeable_checksums_is_refused() -> None:
     with pytest.raises(
         ManifestTooOld, match=r"version 1, whose checksums do not hold against forgery.*; publish the model again"
     ):
@@ -111,7 +111,7 @@ DEEP = b'{"manifest_version": 2, "unknown": ' + b"[" * 100_000
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"[1]", b"\xff", b'{"manifest_version": 2}', b'{"manifest_version": "2"}', DEEP])
-def test_what_is_no_manifest_is_refused(data: bytes) -> None:
+def test_an_invalid_manifest_is_refused(data: bytes) -> None:
     with pytest.raises(ManifestInvalid, match="key cannot be read"):
         decode_manifest(data, "key")
 
@@ -154,7 +154,7 @@ def test_a_manifest_that_contradicts_itself_is_refused(manifest: ModelManifest) 
         decode_manifest(encode_manifest(manifest), "key")
 
 
-def test_the_digest_is_of_contents_and_not_of_places() -> None:
+def test_the_digest_covers_contents_not_places() -> None:
     digest = a_manifest().digest
     assert a_manifest("models/other/float32/2", name="other", publication="2").digest == digest
     assert changed(parts=("a" * 64, "c" * 64)).digest != digest

@@ -125,7 +125,7 @@ def test_objects_are_safetensors_files_with_aligned_tensors(llama: Path, store: 
     assert all(span.start % 64 == 0 for stored in manifest.objects.values() for span in stored.tensors.values())
 
 
-def test_tensors_of_odd_lengths_are_aligned_too(store: ObjectStore, settings: StoreSettings, tmp_path: Path) -> None:
+def test_tensors_of_odd_lengths_are_aligned(store: ObjectStore, settings: StoreSettings, tmp_path: Path) -> None:
     save(tiny_models.whole_model("llama", hidden_size=40, intermediate_size=37), tmp_path)
     manifest = publish(tmp_path, store, "odd", "bfloat16")
     assert all(span.start % 64 == 0 for stored in manifest.objects.values() for span in stored.tensors.values())

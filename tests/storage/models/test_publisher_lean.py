@@ -1,4 +1,4 @@
-"""Publishing where torch and transformers are not installed: the same publication, and words where they are needed."""
+"""Publishing without torch and transformers: the same publication, and an error that names them if they are needed."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def keys(store: ObjectStore) -> list[str]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "q4"])
-def test_a_folder_is_published_alike(dtype: str, store: ObjectStore, keys: list[str], tmp_path: Path) -> None:
+def test_a_folder_is_published_equally(dtype: str, store: ObjectStore, keys: list[str], tmp_path: Path) -> None:
     tiny_models.whole_model("qwen3").save_pretrained(tmp_path)
     done = run_without(HEAVY, tmp_path, "-c", PUBLISH, str(tmp_path), "lean", dtype, *keys)
     assert done.returncode == 0, done.stderr
@@ -42,7 +42,7 @@ def test_the_default_model_is_published(store: ObjectStore, keys: list[str], tmp
     assert done.stdout.strip() == read_manifest(store, "default", "int8").digest
 
 
-def test_a_family_without_a_table_says_what_it_needs(store: ObjectStore, keys: list[str], tmp_path: Path) -> None:
+def test_a_family_without_a_table_names_the_missing_libraries(store: ObjectStore, keys: list[str], tmp_path: Path) -> None:
     tiny_models.whole_model("gpt2").save_pretrained(tmp_path)
     done = run_without(HEAVY, tmp_path, "-c", PUBLISH, str(tmp_path), "gpt2", "float32", *keys)
     words = "LibraryMissing: publishing a 'gpt2' takes transformers, which is not installed here"

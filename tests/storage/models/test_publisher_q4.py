@@ -1,4 +1,4 @@
-"""Publishing in four bits: a GGUF's own are stored as they are, others by least squares, and what cannot be is refused."""
+"""Publishing in four bits: those of a GGUF file are stored unchanged, others are rounded by least squares or refused."""
 
 import json
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_the_default_model_is_stored_without_loss(store: ObjectStore) -> None:
 
 @pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_every_gguf_in_four_bits_is(
+def test_every_gguf_in_four_bits_is_stored_without_loss(
     family: str, kind: Kind, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In pieces of one group of rows, so that rows which rotation parts lie in several."""
@@ -96,7 +96,7 @@ def test_matrices_of_other_types_are_quantized_anew(
     assert "6 of 42 matrices are not in four bits (Q4_0 or Q4_1)" in caplog.text
 
 
-def test_a_checkpoint_in_floats_is_rounded_better_than_by_ends(store: ObjectStore, tmp_path: Path) -> None:
+def test_least_squares_round_floats_better_than_minimum_and_maximum(store: ObjectStore, tmp_path: Path) -> None:
     """GGUF's own Q4_1 lets the smallest and the largest weight of a block be 0 and 15."""
     model = tiny_models.whole_model("llama_tied")
     model.save_pretrained(tmp_path)
@@ -130,7 +130,7 @@ def test_q4_is_refused_for_heads_that_c_does_not_take(head_dim: int, words: str,
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e6])
-def test_what_four_bits_have_no_number_for_is_refused(bad: float, store: ObjectStore, tmp_path: Path) -> None:
+def test_numbers_that_four_bits_cannot_hold_are_refused(bad: float, store: ObjectStore, tmp_path: Path) -> None:
     model = tiny_models.whole_model("llama")
     with torch.no_grad():
         model.get_parameter("model.layers.2.mlp.up_proj.weight")[40, 3] = bad

@@ -1,4 +1,4 @@
-"""Four bits: what is packed comes back, a lane is a row, and GGUF's own numbers are what is stored."""
+"""The layout of four bits: packing is reversible, a lane is a row, and GGUF's numbers are stored unchanged."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def parts(outs: int, width: int, seed: int = 0) -> tuple[Array, Array, Array]:
 
 
 @pytest.mark.parametrize(("outs", "width"), SHAPES)
-def test_what_is_packed_comes_back(outs: int, width: int) -> None:
+def test_unpacking_reverses_packing(outs: int, width: int) -> None:
     packed = pack(*parts(outs, width))
     assert packed.shape == packed_shape(outs, width)
     for found, given in zip(unpack(packed, outs, width), parts(outs, width), strict=True):
@@ -37,7 +37,7 @@ def test_bytes_are_where_the_layout_says() -> None:
     assert not packed[2, :, 256:].view(np.float16).reshape(3, 2, 16)[..., 8:].any()
 
 
-def test_rows_in_pieces_are_the_matrix() -> None:
+def test_a_matrix_can_be_packed_in_pieces() -> None:
     q, scales, minima = parts(53, 64)
     pieces = [pack(q[a:b], scales[a:b], minima[a:b]) for a, b in ((0, 16), (16, 48), (48, 53))]
     assert np.array_equal(np.concatenate(pieces), pack(q, scales, minima))
@@ -63,7 +63,7 @@ def test_numbers_are_those_of_a_gguf() -> None:
     ("change", "words"),
     [(("q", 16), "hold 0 to 15"), (("scales", np.inf), "scales are beyond float16"), (("minima", -7e4), "minima are beyond")],
 )
-def test_what_has_no_bits_is_refused(change: tuple[str, float], words: str) -> None:
+def test_numbers_without_bits_are_refused(change: tuple[str, float], words: str) -> None:
     numbers = dict(zip(("q", "scales", "minima"), parts(3, 32), strict=True))
     numbers[change[0]] = numbers[change[0]].astype(np.float32 if change[0] != "q" else np.uint8)
     numbers[change[0]].flat[1] = change[1]
@@ -71,7 +71,7 @@ def test_what_has_no_bits_is_refused(change: tuple[str, float], words: str) -> N
         pack(*numbers.values())
 
 
-def test_shapes_that_do_not_belong_together_are_refused() -> None:
+def test_mismatched_shapes_are_refused() -> None:
     q, scales, minima = parts(3, 64)
     with pytest.raises(ValueError, match=r"scales are \[3, 1\]; a matrix \[3, 64\] has \[3, 2\]"):
         pack(q, scales[:, :1], minima)

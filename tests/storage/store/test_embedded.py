@@ -66,7 +66,7 @@ def command_lines() -> str:
     return "\n".join(found)
 
 
-def test_what_was_put_is_there_on_the_next_start(tmp_path: Path) -> None:
+def test_objects_survive_a_restart(tmp_path: Path) -> None:
     with EmbeddedStore(tmp_path / "data", bucket="models") as store:
         ObjectStore(store.settings).put("key", b"value")
         first = store.settings

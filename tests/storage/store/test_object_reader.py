@@ -1,4 +1,4 @@
-"""What pods read with: the signature against botocore's, ranges into memory, and every fault of a store on the way."""
+"""Reading in pods: the signature compared with botocore's, ranges into memory, and every fault of a store."""
 
 import hashlib
 import subprocess
@@ -110,19 +110,19 @@ def test_connections_are_reused_by_many_threads(proxy: FaultProxy) -> None:
     ],
     ids=str,
 )
-def test_faults_that_pass_are_survived(proxy: FaultProxy, fault: Fault) -> None:
+def test_transient_faults_are_survived(proxy: FaultProxy, fault: Fault) -> None:
     proxy.faults.append(fault)
     assert read(proxy.settings, 7, len(CONTENT) - 7, stall_seconds=0.3) == CONTENT[7:]
     assert fault.times == 0
 
 
-def test_a_broken_read_goes_on_where_it_stopped(proxy: FaultProxy) -> None:
+def test_a_broken_read_resumes(proxy: FaultProxy) -> None:
     proxy.faults.append(Fault(end_after=3_000_000))
     assert read(proxy.settings, 0, len(CONTENT)) == CONTENT
     assert proxy.sent_bytes < len(CONTENT) + 2**20, "the first two MiB were not sent again"
 
 
-def test_pieces_are_told_once_and_in_order_also_across_a_break(proxy: FaultProxy) -> None:
+def test_on_bytes_gets_every_piece_once_and_in_order(proxy: FaultProxy) -> None:
     proxy.faults.append(Fault(times=2, end_after=1_500_000))
     view, told = memoryview(bytearray(len(CONTENT))), bytearray()
     with ObjectReader(proxy.settings) as reader:
@@ -154,7 +154,7 @@ def test_retries_count_from_the_last_progress(slow: FaultProxy) -> None:
 
 
 @pytest.mark.parametrize("delivered", [0, 1000])
-def test_a_few_bytes_are_no_progress(slow: FaultProxy, delivered: int) -> None:
+def test_a_few_bytes_do_not_count_as_progress(slow: FaultProxy, delivered: int) -> None:
     slow.faults.append(Fault(times=99, end_after=delivered))
     with pytest.raises(StoreUnreachable, match="in 2 attempts"):
         read(slow.settings, 0, len(CONTENT), retry_seconds=40.0)
@@ -169,13 +169,13 @@ def test_a_few_bytes_are_no_progress(slow: FaultProxy, delivered: int) -> None:
     ],
     ids=["failing", "stalling", "dropping"],
 )
-def test_faults_that_stay_are_named(proxy: FaultProxy, fault: Fault, cause: str) -> None:
+def test_permanent_faults_are_named(proxy: FaultProxy, fault: Fault, cause: str) -> None:
     proxy.faults.append(fault)
     with pytest.raises(StoreUnreachable, match=f"'content' in .* attempts .*{cause}"):
         read(proxy.settings, 0, 1000, stall_seconds=0.2, retry_seconds=0.5)
 
 
-def test_nobody_there_is_named(settings: StoreSettings) -> None:
+def test_an_endpoint_that_does_not_answer_is_named(settings: StoreSettings) -> None:
     with pytest.raises(StoreUnreachable, match=r"127\.0\.0\.1:9 did not deliver 'content' .*ConnectionRefused"):
         read(replace(settings, endpoint_url="http://127.0.0.1:9"), 0, 10, retry_seconds=0.3)
 

@@ -1,4 +1,4 @@
-"""The object store against a real S3 server: what it keeps, and what it says when something is wrong."""
+"""The object store against a real S3 server: objects, listings, and errors."""
 
 import io
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from storage.store.object_store import ObjectStore
 from storage.store.settings import StoreSettings
 
 
-def test_objects_come_back_as_they_were_put(store: ObjectStore) -> None:
+def test_objects_are_read_as_they_were_put(store: ObjectStore) -> None:
     store.put("folder/with space/ü+%25&=.bin", b"\0\1\2")
     assert store.get("folder/with space/ü+%25&=.bin") == b"\0\1\2"
     (listed,) = store.list("folder/with space/")
     assert (listed.key, listed.bytes) == ("folder/with space/ü+%25&=.bin", 3)
 
 
-def test_streams_of_many_parts_come_back_whole(store: ObjectStore) -> None:
+def test_streams_of_many_parts_are_stored_whole(store: ObjectStore) -> None:
     content = bytes(range(256)) * (40 * 2**20 // 256) + b"end"
     store.put_stream("streams/large", io.BytesIO(content))
     assert store.get("streams/large") == content
@@ -86,7 +86,7 @@ CALLS: dict[str, Callable[[ObjectStore], object]] = {
         ({"endpoint_url": "http://127.0.0.1:9"}, StoreUnreachable, "127.0.0.1:9"),
     ],
 )
-def test_what_is_wrong_is_named(
+def test_errors_name_their_cause(
     settings: StoreSettings,
     changes: dict[str, str],
     error: type[StorageError],

@@ -1,4 +1,4 @@
-"""A store that drips, reading and writing: it is left like one that stalls, and told by name. Slow ones are waited for."""
+"""A store that drips bytes is given up like one that stalls, when reading and writing. A slow one is waited for."""
 
 import io
 import time
@@ -66,7 +66,7 @@ def test_a_claimed_payload_is_not_written_for_ever() -> None:
             store.put("key", bytes(LENGTH))
 
 
-def test_slow_is_not_too_slow_and_pauses_are_forgiven() -> None:
+def test_a_slow_transfer_with_pauses_is_not_too_slow() -> None:
     pace = Pace(stall_seconds=10.0)
     for _ in range(1000):
         pace.waited(4.0, 4 * LEAST_BYTES_PER_SECOND)

@@ -1,4 +1,4 @@
-"""What pods write payloads with, against a real S3 server: written and read again, overwritten, and every refusal named."""
+"""Writing in pods, against a real S3 server: objects are written, read, replaced and listed, and refusals are named."""
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -15,7 +15,7 @@ KEY = "claims/20261124T13Z/payload"
 
 
 @pytest.mark.parametrize("size", [0, 1, 3 * 2**20])
-def test_what_was_put_is_got(settings: StoreSettings, size: int) -> None:
+def test_an_object_is_read_as_it_was_put(settings: StoreSettings, size: int) -> None:
     with PayloadStore(settings) as store:
         for filling in (b"a", b"b"):
             store.put(KEY, filling * size)
@@ -50,7 +50,7 @@ def test_refusals_are_named(settings: StoreSettings, changes: dict[str, Any], er
         store.put(KEY, b"x")
 
 
-def test_what_is_not_there_is_named(settings: StoreSettings) -> None:
+def test_a_missing_file_is_named(settings: StoreSettings) -> None:
     with PayloadStore(settings) as store, pytest.raises(ObjectNotFound, match="claims/nothing"):
         store.get("claims/nothing")
 
@@ -78,9 +78,7 @@ def test_a_listing_that_is_refused_says_so(settings: StoreSettings) -> None:
         list(store.list("kept/"))
 
 
-def test_keys_that_cannot_be_had_now_are_asked_for_again_whatever_they_are_for(
-    settings: StoreSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_keys_are_asked_for_again_for_every_operation(settings: StoreSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> StoreSettings:
         raise OSError("the token service is away")
 

@@ -139,7 +139,7 @@ def test_a_service_that_comes_back_is_waited_for(keyless: StoreSettings, service
     assert len(service.asked) > 1
 
 
-def test_what_is_refused_is_said_at_once(keyless: StoreSettings, service: TokenService) -> None:
+def test_refused_keys_are_reported_at_once(keyless: StoreSettings, service: TokenService) -> None:
     service.failure = (403, "AccessDenied")
     with ObjectReader(keyless) as reader, pytest.raises(AccessDenied, match=f"let this pod be {ROLE} .HTTP 403 AccessDenied"):
         reader.get("models/one")
@@ -155,5 +155,5 @@ def test_what_is_refused_is_said_at_once(keyless: StoreSettings, service: TokenS
         reader.get("models/one")
 
 
-def test_settings_with_keys_are_themselves(keyed: StoreSettings) -> None:
+def test_settings_with_keys_are_used_unchanged(keyed: StoreSettings) -> None:
     assert keys_of(keyed)() is keyed
