@@ -1,4 +1,4 @@
-"""Which sequences go round the stages together, when, and what is done when something breaks (docs/scheduling.md).
+"""Scheduling: which sequences share a step, when it starts, and what follows a failure (docs/scheduling.md).
 
 May import: eventing, eventing.wire, functions.observing, functions.threads, functions.gateway.stages.
 """

@@ -1,6 +1,6 @@
-"""Which sequences share computed prefixes.
+"""Prefix sharing: the keys of prefix chains, and leaders that compute a prefix for their followers.
 
-A prefix cache hit is visible in its time, so it tells a client what another one has asked: the configuration says who shares.
+The time of a cache hit tells a client that another one has asked the same, so the configuration says which clients share.
 
 Sequences that begin alike and arrive together compute their common prefix once. The first is the leader. The others, its
 followers, have their memory and their place in a micro-batch, and wait. When every stage holds the prefix, the followers ask

@@ -139,7 +139,7 @@ class Scheduler:
             self._start(self._state.wake_ups.begin(self._state.placement, all_stages=True))
 
     def sick(self) -> str | None:
-        """What is wrong with the scheduler, if anything. Takes no lock: its holder may be what is stuck."""
+        """A defect of the scheduler; None: there is none. Takes no lock, because its holder may be stuck."""
         if self._closed:
             return None
         if not self._clock.is_alive():

@@ -19,7 +19,7 @@ REBALANCE_AT: Final = 2  # an instance that carries so many routes more than ano
 
 
 def uneven(most_routes: int, least_routes: int) -> bool:
-    """Of two instances of a stage, the one with the most routes gives one to the one with the least."""
+    """Whether the instance of a stage with the most routes gives one to the instance with the least."""
     return most_routes - least_routes >= REBALANCE_AT
 
 

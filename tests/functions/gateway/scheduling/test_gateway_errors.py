@@ -22,7 +22,7 @@ from tests.support.functions.watched import watched
 def fails_once(
     owner: object, name: str, monkeypatch: pytest.MonkeyPatch, after: int = 0, while_: Callable[..., bool] = lambda *_: True
 ) -> None:
-    """Of the calls for which `while_` holds, the one after the next `after` raises."""
+    """Makes one call raise: the call after `after` others, counting calls for which `while_` holds."""
     real: Callable[..., Any] = getattr(owner, name)
     calls = 0
 

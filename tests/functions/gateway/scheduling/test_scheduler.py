@@ -1,4 +1,4 @@
-"""The scheduler over real stage applications and engines: every token, what is on the wire, and how answers end."""
+"""The scheduler over real stage applications and engines: every token, the events on the wire, and the ends of answers."""
 
 import itertools
 import time

@@ -1,4 +1,4 @@
-"""Speculation: what is drafted, how much of it is sent, and that answers only come in fewer rounds."""
+"""Speculation: drafts, the number of draft tokens in a step, and answers that are equal and take fewer rounds."""
 
 import random
 from collections.abc import Callable
