@@ -1,4 +1,4 @@
-"""Text to token ids and back: the published tokenizer, chat templates, text as it becomes certain, stop strings.
+"""Text to token ids and back: tokenizer, chat templates, incremental decoding, stop strings, thoughts, tool calls, grammars.
 
 May import: eventing, eventing.wire, functions.grammars, storage.models.
 """
