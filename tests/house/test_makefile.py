@@ -192,7 +192,7 @@ def test_a_model_that_takes_torch_gets_it_and_the_default_one_does_not(tmp_path:
     assert "--no-compile -r requirements-lean.lock.txt" in lean.stdout
     assert "requirements-torch.lock.txt" not in lean.stdout
     wanted = make(tmp_path, "-n", "run", f"VENV={tmp_path / 'venv'}", f"MODEL={tmp_path / 'gpt2'}")
-    assert "takes torch: model_type 'gpt2' is not one of" in wanted.stderr
+    assert "needs torch: model_type 'gpt2' is not one of" in wanted.stderr
     assert "pip install --disable-pip-version-check -r requirements-torch.lock.txt" in wanted.stdout
 
 
