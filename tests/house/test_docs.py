@@ -166,6 +166,14 @@ def test_the_map_leads_to_files_and_names() -> None:
         assert not [name for name in spans(look_for) if not re.search(rf"\b{name}\b", text)], f"{question} {look_for}"
 
 
+def test_one_tokens_way_names_what_its_files_have() -> None:
+    steps = re.findall(r"^\d\. .*$", section((DOCS / "structures.md").read_text(), "One token's way"), re.MULTILINE)
+    assert len(steps) >= 5
+    for step in steps:
+        text = "".join((ROOT / span).read_text() for span in spans(step) if span.endswith(".py"))
+        assert not [name for name in spans(step) if not name.endswith(".py") and not re.search(rf"\b{name}\b", text)], step
+
+
 def test_the_vocabulary_has_at_most_forty_words() -> None:
     (table,) = tables(section((DOCS / "structures.md").read_text(), "Vocabulary"))
     assert len(table) <= 40
