@@ -25,7 +25,7 @@ class Family:
     layers: str = "layers"
     before: tuple[str, ...] = ("embed_tokens",)  # applied before the layers by the first stage, embedding first
     added_before: tuple[str, ...] = ()  # the first stage adds their output to the input
-    behind: tuple[str, ...] = ("norm",)  # applied after the layers by the last stage
+    after: tuple[str, ...] = ("norm",)  # applied after the layers by the last stage
     # Config values that act on the input → the value that does nothing, which all stages but the first get.
     neutral_unless_first: Mapping[str, float] = field(default_factory=dict)
     attention: str | None = None  # attention implementation, if transformers' own choice would compute something else
@@ -35,21 +35,21 @@ _PLAIN: Final = Family()
 
 FAMILIES: Final[dict[str, Family]] = {
     "apertus": _PLAIN,
-    "bloom": Family(before=("word_embeddings", "word_embeddings_layernorm"), behind=("ln_f",), layers="h"),
+    "bloom": Family(before=("word_embeddings", "word_embeddings_layernorm"), after=("ln_f",), layers="h"),
     "cohere": _PLAIN,
     "deepseek_v3": _PLAIN,
     "ernie4_5": _PLAIN,
     "exaone4": _PLAIN,
-    "falcon": Family(before=("word_embeddings",), behind=("ln_f",), layers="h"),
+    "falcon": Family(before=("word_embeddings",), after=("ln_f",), layers="h"),
     "gemma": _PLAIN,
     # SDPA has no soft cap on attention scores, and would silently drop it.
     "gemma2": Family(attention="eager"),
     "gemma3_text": _PLAIN,
     "glm4": _PLAIN,
-    "gpt2": Family(before=("wte",), added_before=("wpe",), behind=("ln_f",), layers="h"),
-    "gpt_neox": Family(before=("embed_in",), behind=("final_layer_norm",)),
+    "gpt2": Family(before=("wte",), added_before=("wpe",), after=("ln_f",), layers="h"),
+    "gpt_neox": Family(before=("embed_in",), after=("final_layer_norm",)),
     "gpt_oss": _PLAIN,
-    "gptj": Family(before=("wte",), behind=("ln_f",), layers="h"),
+    "gptj": Family(before=("wte",), after=("ln_f",), layers="h"),
     "granite": Family(neutral_unless_first={"embedding_multiplier": 1.0}),
     "hunyuan_v1_dense": _PLAIN,
     "llama": _PLAIN,
@@ -62,9 +62,9 @@ FAMILIES: Final[dict[str, Family]] = {
     "opt": Family(
         before=("embed_tokens", "project_in"),
         added_before=("embed_positions",),
-        behind=("final_layer_norm", "project_out"),
+        after=("final_layer_norm", "project_out"),
     ),
-    "phi": Family(behind=("final_layernorm",)),
+    "phi": Family(after=("final_layernorm",)),
     "phi3": _PLAIN,
     "qwen2": _PLAIN,
     "qwen3": _PLAIN,

@@ -73,7 +73,7 @@ def put_kv(pool: KVRanges, handle: int, found: CheckedKV) -> int:
     layout = pool.layout
     if held < first or held % layout.block_tokens or end > pool.reserved(handle):
         reserved = pool.reserved(handle)
-        raise ValueError(f"tokens {first} to {end} for a sequence that holds {held} and has room for {reserved}")
+        raise ValueError(f"tokens {first} to {end} for a sequence that holds {held} and has {reserved} reserved")
     rows = layout.rounded(end) - first
     arrays = np.frombuffer(found.payload, np.uint8).reshape(_shape(layout, rows))
     pool.copy_in(pool.start(handle) + held, arrays[:, :, :, held - first :])

@@ -1,4 +1,4 @@
-"""The bookkeeping of a KV cache: how much each sequence has reserved and filled, and where in the arena its range lies.
+"""The bookkeeping of a KV cache: how much each sequence has reserved and filled, and the place of its range in the arena.
 
 Every sequence has one contiguous range, and all that is free can be reserved. Ranges waste nothing: a reservation takes exactly
 its tokens (rounded up to blocks). They fragment, so if no hole is large enough for a reservation, ranges are moved together

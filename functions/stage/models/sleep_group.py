@@ -16,7 +16,7 @@ from functions.stage.models.kv_cache import KVBudget
 from functions.stage.models.layer_group import Segment
 
 _BF16_BYTES: Final = 2
-# A token id travels as digits of 7 bits, which every dtype of hidden states holds exactly; I8 does beside the largest digit.
+# A token id travels as digits of 7 bits. Every dtype of hidden states holds them exactly, I8 because _LARGEST is in each row.
 _DIGITS: Final = np.array([1, 2**7, 2**14, 2**21])
 _LARGEST: Final = 2**7 - 1
 

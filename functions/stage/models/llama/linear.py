@@ -158,8 +158,8 @@ class OneDnnLinear:
 class Int8Linear(_Unfused):
     """int8 weights per output channel; activations per row, each value as two int8 numbers. For float32 on CPUs.
 
-    A row is divided by its own largest value, and products are summed exactly in int32: a row's result never depends on the
-    rows beside it. The kernel is oneDNN's, on weights laid out once. It is fast with AMX. Other CPUs have a reference kernel,
+    A row is divided by its own largest value, and products are summed exactly in int32: a row's result never depends on
+    other rows. The kernel is oneDNN's, on weights laid out once. It is fast with AMX. Other CPUs have a reference kernel,
     hundreds of times slower. It serves when layers cannot run in C.
 
     One int8 number per activation costs 3 to 5 % of perplexity, because a few channels of a row are far larger than the rest.

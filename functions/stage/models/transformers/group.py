@@ -1,9 +1,8 @@
 """A layer group made of transformers' own modules: any family of `families`, at the library's speed.
 
-The library builds the whole causal model class with the cut config and without what other stages own; its own loader
-renames and fuses checkpoint tensors as that family needs; its own causal head computes the logits. Sequences run one
-after the other, never padded together, so their results are those of the whole model to the bit. The one importer of
-transformers beside `cache`.
+transformers builds the whole causal model class from the cut config, without the modules of other stages. Its loader renames
+and fuses checkpoint tensors as the family needs, and its causal head computes the logits. Sequences run one after the other and
+are never padded together, so their results equal those of the whole model to the bit.
 """
 
 import inspect
@@ -173,7 +172,7 @@ def _sliced(
             _replace(owner, family.before, nn.Identity)
             _replace(owner, family.added_before, _Zero)
         if last_layer < num_layers:
-            _replace(owner, family.behind, nn.Identity)
+            _replace(owner, family.after, nn.Identity)
             _replace(self, ("lm_head",), nn.Identity)
         if config.model_type == "gpt2" and config.scale_attn_by_inverse_layer_idx:
             _scale_attention_by_layer(owner.h, first_layer)
@@ -205,7 +204,7 @@ def _own_tensors(
         elif first_layer > 0 and modules.intersection(family.before + family.added_before):
             if is_last and config.tie_word_embeddings and family.before[0] in modules:
                 own.setdefault("lm_head.weight", tensor)
-        elif is_last or not modules.intersection((*family.behind, *_HEADS)):
+        elif is_last or not modules.intersection((*family.after, *_HEADS)):
             own[name] = tensor
     return own
 

@@ -2,7 +2,7 @@
 
    Every pointer comes with its number of bytes, and a comment gives the shape of its memory. The functions check all pointers
    and numbers before they touch any memory, and return a status. They keep nothing: the caller owns all memory. Within one
-   level of CPU (`level.h`) a sequence gets the same bits whatever its chunks, the rows beside it and the threads. */
+   level of CPU (`level.h`) a sequence's bits do not depend on its chunks, on other rows or on threads. */
 
 #ifndef LAMINA_NATIVE_H
 #define LAMINA_NATIVE_H
