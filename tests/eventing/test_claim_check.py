@@ -1,4 +1,4 @@
-"""Claim check against a real S3 server: what travels, what waits, and what is refused instead of followed."""
+"""Claim check against a real S3 server: small and large events, and references that are refused."""
 
 import hashlib
 from collections.abc import Iterator
@@ -90,12 +90,12 @@ def test_the_limit_counts_attributes_too(claims: ClaimCheck) -> None:
         assert (ticket.get_extension("dataref") is None) is travels
 
 
-def test_a_payload_without_an_end_is_kept_until_the_last_hour_there_is(claims: ClaimCheck) -> None:
+def test_a_payload_that_expires_in_the_last_year_is_kept_until_the_last_hour(claims: ClaimCheck) -> None:
     event = _large_event(expirytime="9999-12-31T23:59:59Z")
     assert claims.redeem(claims.check_in(event, NOW)).get_type() == EventType.FORWARD
 
 
-def test_sweep_deletes_what_is_over_and_nothing_else(claims: ClaimCheck, store: ObjectStore) -> None:
+def test_sweep_deletes_expired_payloads_only(claims: ClaimCheck, store: ObjectStore) -> None:
     store.put("models/x/manifest.json", b"{}")
     store.put(PREFIX + "by-hand", b"kept")
     claims.check_in(_large_event(), NOW)

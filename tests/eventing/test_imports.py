@@ -1,4 +1,4 @@
-"""What importing `eventing` costs: no file of it loads a heavy library, because every function and the CLI import it."""
+"""`import eventing` loads no heavy library, because every function and the CLI import it."""
 
 import subprocess
 import sys

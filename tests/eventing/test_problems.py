@@ -25,7 +25,7 @@ def test_the_table_is_complete_and_names_are_unique() -> None:
     assert all(problem.__module__ == problems.__name__ for problem in _classes())
 
 
-def test_whoever_shall_come_again_is_told_when() -> None:
+def test_problems_that_a_retry_helps_say_when_to_retry() -> None:
     assert {problem.name for problem in _classes() if problem.retry_after_seconds} == {
         problem.name for problem in _classes() if problem.status in (429, 503)
     }

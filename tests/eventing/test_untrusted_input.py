@@ -1,4 +1,4 @@
-"""Whatever comes in: parsers raise what they declare and nothing else, and look at each byte a bounded number of times."""
+"""Untrusted input: parsers raise only declared errors, and read each byte a bounded number of times."""
 
 import contextlib
 import re
@@ -47,7 +47,7 @@ JSON = st.recursive(
 
 
 def read_everything(headers: dict[str, str], body: bytes) -> None:
-    """As gateways and stages do; each reader by itself, so that none is kept from being tried by the one before."""
+    """Runs every reader of gateways and stages by itself, so that all run even if one fails."""
     try:
         event = from_http(headers, body)
     except Problem:
@@ -92,7 +92,7 @@ def test_any_damaged_batch(batch: Any, headers: dict[str, str], position: int, d
 
 
 @pytest.mark.parametrize("moment", TIMES)
-def test_moments_that_are_not_in_the_calendar(moment: str) -> None:
+def test_times_outside_of_the_calendar_are_refused(moment: str) -> None:
     with pytest.raises(MalformedEvent, match="expirytime"):
         expiry_time(from_http(COMPLETE | {"ce-expirytime": moment}, b"").get_attributes())
 
@@ -100,7 +100,7 @@ def test_moments_that_are_not_in_the_calendar(moment: str) -> None:
 @pytest.mark.parametrize("name", ["data", "specversion", "id", "time", "layer", "data_base64", "datacontenttype"])
 @pytest.mark.parametrize("depth", [*range(900, 1000, 7), 10_000])
 def test_nesting_of_any_depth_in_any_member(name: str, depth: int) -> None:
-    """Around the depth at which one reader gives up, another is still to come."""
+    """Depths around the one at which the first reader gives up."""
     members = {"specversion": '"1.0"', "id": '"7"', "source": '"/me"', "type": '"t"'} | {name: "[" * depth + "]" * depth}
     body = "{" + ",".join(f'"{key}":{value}' for key, value in members.items()) + "}"
     read_everything({"content-type": STRUCTURED_CONTENT_TYPE}, body.encode())

@@ -1,4 +1,4 @@
-"""CloudEvents over HTTP and the reading of their attributes and data: both modes, and every bad event named."""
+"""CloudEvents over HTTP: both modes, attributes and data, and errors that name the fault."""
 
 import contextlib
 import json
@@ -69,7 +69,7 @@ def test_structured_round_trip() -> None:
     assert json_data(back, Message) == Message("user", "grüß \U0001f600")
 
 
-def test_the_sdk_reads_what_is_written_and_the_other_way_round() -> None:
+def test_the_sdk_and_this_binding_read_each_others_events() -> None:
     event = json_event("t", "/me", Message("user", "x"), expirytime=datetime(2026, 1, 2, tzinfo=UTC))
     for write in (to_binary_http, to_structured_http):
         headers, buffers = write(event)
@@ -223,7 +223,7 @@ def test_a_bad_structured_event_is_named(body: bytes, seen: str) -> None:
         from_http(STRUCTURED, body)
 
 
-def test_what_is_no_cloud_event_says_what_would_be() -> None:
+def test_a_request_without_an_event_is_told_how_to_send_one() -> None:
     with pytest.raises(MalformedEvent, match="neither ce- headers nor the content type application/cloudevents"):
         from_http({"content-type": "application/json", "accept": "*/*"}, b"{}")
 
@@ -272,7 +272,7 @@ def test_structured_values_beyond_the_types_are_named() -> None:
 
 
 @pytest.mark.parametrize("value", ["", "-1", "1.0", "ten", "١", "1" * 11])
-def test_what_is_no_number_is_named(value: str) -> None:
+def test_an_attribute_that_is_not_a_number_is_named(value: str) -> None:
     with pytest.raises(MalformedEvent, match=r"layer is|subject"):
         integer_attribute(make_event("t", "/me", layer=value).get_attributes(), Attribute.LAYER)
     with pytest.raises(MalformedEvent, match="pipeline is missing"):

@@ -1,23 +1,31 @@
-"""The sender over real sockets: connections used again, time limits, and every way an exchange can break."""
+"""The sender over real sockets: kept connections, timeouts, and every way in which an exchange can fail.
+
+The last part reads replies from a socket pair, piece by piece.
+"""
 
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import pytest
 
 from eventing.http.delivery import (
+    BadReply,
     ConnectionBroken,
     ConnectionPool,
     DeliveryTimeout,
+    HttpReply,
     InfrastructureError,
     Origin,
     RequestTarget,
     Sender,
     Unreachable,
+    exchange,
+    request_head,
 )
 from eventing.problems import PROBLEM_CONTENT_TYPE, MalformedEvent, NotReady, WrongPipeline
 from tests.support.http_server import Exchange, serving, unused_port
@@ -50,7 +58,7 @@ def test_body_and_headers_arrive_and_come_back(sender: Sender) -> None:
     assert request.headers["Accept-Encoding"] == "identity"
 
 
-def test_what_hides_a_request_from_the_autoscaler_is_never_sent(sender: Sender) -> None:
+def test_headers_that_hide_a_request_from_the_autoscaler_are_never_sent(sender: Sender) -> None:
     hidden = {"K-Proxy-Request": "activator", "k-kubelet-probe": "queue", "User-Agent": "kube-probe/1.36", "Host": "x"}
     with serving(_echo) as server:
         sender.send(server.url, hidden, [], 5)
@@ -89,7 +97,7 @@ def test_a_connection_closed_while_idle_is_not_used_again(sender: Sender) -> Non
 
 
 def _wait_until_dropped(sender: Sender, url: str) -> None:
-    """The FIN may still be on its way when the reply is there already."""
+    """Waits for the FIN, which may arrive after the reply."""
     connection = sender._pool.take(RequestTarget.of(url).origin, 1)
     if connection.sock is not None:
         connection.sock.settimeout(5)
@@ -130,7 +138,7 @@ def test_a_chunked_reply_and_one_that_ends_with_the_connection(sender: Sender) -
         assert bytes(sender.send(server.url, {}, [], 5).body) == b"until the end"
 
 
-def test_nobody_listens(sender: Sender) -> None:
+def test_a_refused_connection_is_unreachable(sender: Sender) -> None:
     url = f"http://127.0.0.1:{unused_port()}/"
     with pytest.raises(Unreachable, match=rf"{url}.*refused"):
         sender.send(url, {}, [b"x"], 5)
@@ -144,7 +152,7 @@ def test_tls_is_verified() -> None:
 
 
 @pytest.mark.parametrize("url", ["ftp://127.0.0.1/", "127.0.0.1:8080", "http://"])
-def test_what_is_no_url_is_named(sender: Sender, url: str) -> None:
+def test_an_invalid_url_is_named(sender: Sender, url: str) -> None:
     with pytest.raises(ValueError, match=url):
         sender.send(url, {}, [], 5)
 
@@ -319,7 +327,7 @@ def test_nothing_is_sent_once_closed(sender: Sender) -> None:
         assert len(server.requests) == 1
 
 
-def test_hosts_nobody_talks_to_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unused_hosts_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eventing.http.delivery._LOOK_SECONDS", 0.0)
     pool = ConnectionPool(max_connections_per_host=2)
     for port in range(1, 50):
@@ -330,7 +338,7 @@ def test_hosts_nobody_talks_to_are_forgotten(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_connections_of_a_burst_are_closed_though_their_host_is_asked_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One at a time takes the connection that was used last, and never looks at those below it."""
+    """Single requests take the connection that was used last and never look at the others."""
     monkeypatch.setattr("eventing.http.delivery.IDLE_SECONDS", 0.5)
     monkeypatch.setattr("eventing.http.delivery._LOOK_SECONDS", 0.1)
     everyone = threading.Barrier(8)
@@ -350,3 +358,77 @@ def test_connections_of_a_burst_are_closed_though_their_host_is_asked_on(monkeyp
             sender.send(server.url, {}, [], 5)
         assert len(host.idle) == 1
         assert server.connections == 8
+
+
+ROOT = RequestTarget.of("http://127.0.0.1/")
+HEAD = request_head(ROOT, {"Content-Length": "1"})
+
+
+def answered(*pieces: bytes, closes: bool = False) -> HttpReply:
+    """The reply that `exchange` reads from pieces that arrive one by one."""
+    here, there = socket.socketpair()
+    with here, there:
+
+        def answer() -> None:
+            there.recv(2**16)
+            for piece in pieces:
+                there.sendall(piece)
+                time.sleep(0.01)
+            if closes:
+                there.shutdown(socket.SHUT_WR)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            return exchange(here, HEAD, [b"x"], time.monotonic() + 2)
+        finally:
+            thread.join()
+
+
+def bytes_of(text: bytes) -> Iterator[bytes]:
+    return (text[index : index + 1] for index in range(len(text)))
+
+
+def test_a_reply_may_come_byte_by_byte() -> None:
+    reply = answered(*bytes_of(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nCE-Id: 7\r\n\r\nabc"))
+    assert (reply.status, reply.headers["ce-id"], bytes(reply.body), reply.keeps) == (200, "7", b"abc", True)
+
+
+def test_an_interim_reply_is_passed_over() -> None:
+    reply = answered(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\n", b"HTTP/1.1 204 No\r\n\r\n")
+    assert (reply.status, reply.headers, bytes(reply.body), reply.keeps) == (204, {}, b"", True)
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.0 200 OK\r\n", b"HTTP/1.1 200 OK\r\nConnection: close\r\n"])
+def test_a_reply_that_ends_the_connection_says_so(head: bytes) -> None:
+    assert not answered(head + b"Content-Length: 1\r\n\r\na").keeps
+
+
+def test_a_connection_that_says_more_than_it_was_asked_is_not_used_again() -> None:
+    reply = answered(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nabc")
+    assert (bytes(reply.body), reply.keeps) == (b"a", False)
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        (b"", "closed without a reply"),
+        (b"HTTP/1.1 200 OK\r\nContent-Le", "no HTTP reply, but"),
+        (b"HTTP/1.1 two hundred\r\n\r\n", "two hundred"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n", "Content-Length"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nabc", "closed after 3 bytes, 2 more expected"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n", "closed after 3 bytes, before the last chunk"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n", "the most is"),
+        (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 2**17, "no HTTP reply, but"),
+    ],
+)
+def test_an_incomplete_or_invalid_reply_is_refused(reply: bytes, said: str) -> None:
+    with pytest.raises(BadReply, match=said):
+        answered(reply, closes=True)
+
+
+@pytest.mark.parametrize("given", [("/", {"ce-id": "1\r\nevil: 1"}), ("/", {"a\nb": "c"}), ("/a b", {}), ("/\r\n", {})])
+def test_nothing_breaks_out_of_its_line(given: tuple[str, dict[str, str]]) -> None:
+    path, headers = given
+    with pytest.raises(ValueError, match="line break"):
+        request_head(replace(ROOT, path=path), headers)

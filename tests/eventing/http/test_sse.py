@@ -20,7 +20,7 @@ def _read(chunks: list[bytes]) -> list[ServerSentEvent]:
 
 
 @given(st.lists(st.tuples(st.lists(_LINE, min_size=1), _LINE)), st.data())
-def test_what_is_written_is_read_back_however_it_is_cut(events: list[tuple[list[str], str]], data: st.DataObject) -> None:
+def test_written_events_are_read_back_from_any_chunks(events: list[tuple[list[str], str]], data: st.DataObject) -> None:
     stream = b"".join(
         HEARTBEAT + encode_sse("\n".join(lines), event=name, id=str(number)) for number, (lines, name) in enumerate(events)
     )

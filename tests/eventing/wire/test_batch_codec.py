@@ -1,4 +1,4 @@
-"""The Batch codec: round trips without copies, and every malformed body refused by name before anything in it is read."""
+"""The Batch codec: round trips without copies, and malformed bodies that are refused before they are read."""
 
 import contextlib
 import struct

@@ -1,4 +1,4 @@
-"""What the gateway says to a stage besides forward events: bounds that are named, and what requests refuse."""
+"""JSON of reserve, release and warm-up events: bounds that errors name, and requests that are refused."""
 
 import msgspec
 import pytest

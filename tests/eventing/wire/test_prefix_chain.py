@@ -1,4 +1,4 @@
-"""Chains say what sequences begin with, to whoever may share it."""
+"""Prefix chains: equal for equal beginnings, and different for other clients."""
 
 import pytest
 from hypothesis import given
@@ -12,7 +12,7 @@ token_ids = st.lists(st.integers(0, 2**31 - 1), max_size=5 * BLOCK_TOKENS)
 
 
 @given(token_ids, token_ids, token_ids)
-def test_what_two_chains_have_in_common_is_what_their_tokens_have(prefix: list[int], one: list[int], other: list[int]) -> None:
+def test_common_blocks_of_chains_are_common_blocks_of_tokens(prefix: list[int], one: list[int], other: list[int]) -> None:
     one, other = prefix + one, prefix + other
     same = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     assert common_blocks(extended((), one, KEY), extended((), other, KEY)) == same // BLOCK_TOKENS
@@ -27,14 +27,14 @@ def test_a_chain_goes_on_from_its_beginning(first: list[int], more: list[int]) -
 
 
 @pytest.mark.parametrize("key", [chain_key("0" * 32, "somebody"), chain_key("1" * 32, "")])
-def test_nobody_else_finds_it(key: bytes) -> None:
+def test_other_clients_and_pipelines_have_other_chains(key: bytes) -> None:
     tokens = list(range(BLOCK_TOKENS))
     (own,), (foreign,) = extended((), tokens, KEY), extended((), tokens, key)
     assert own != foreign
     assert len(own) == DIGEST_BYTES
 
 
-def test_what_is_no_chain_is_refused() -> None:
+def test_an_invalid_chain_is_refused() -> None:
     with pytest.raises(ValueError, match="17 bytes is not a multiple of 16"):
         ReserveRow("a", 0, 1, chain=bytes(17))
     with pytest.raises(ValueError, match="17 bytes"):

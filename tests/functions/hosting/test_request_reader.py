@@ -1,4 +1,4 @@
-"""A request from its bytes: the same however they are cut, refused by name where it is none, within its budget."""
+"""The request reader: independent of packet boundaries, strict, and within its budget of bytes."""
 
 import contextlib
 import gc
@@ -60,7 +60,7 @@ def test_a_request_is_the_same_however_it_is_cut(request: bytes, data: st.DataOb
 
 
 @given(st.lists(st.binary(max_size=30) | st.sampled_from([START, b"\r\n", b"\r\n\r\n", b"Content-Length: 5\r\n", b"5\r\n"])))
-def test_any_bytes_raise_nothing_but_what_is_declared(pieces: list[bytes]) -> None:
+def test_any_bytes_raise_only_declared_errors(pieces: list[bytes]) -> None:
     for beginning in (b"", START, START + b"Transfer-Encoding: chunked\r\n\r\n"):
         read = reader()
         with contextlib.suppress(BadRequest):
@@ -88,13 +88,13 @@ def test_any_bytes_raise_nothing_but_what_is_declared(pieces: list[bytes]) -> No
         (START + b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"a: b\r\n" * MAX_HEAD_BYTES, 400),
     ],
 )
-def test_what_is_no_request_is_refused(request_: bytes, status: int) -> None:
+def test_an_invalid_request_is_refused(request_: bytes, status: int) -> None:
     with pytest.raises(BadRequest) as refused:
         fed(request_)
     assert refused.value.status == status
 
 
-def test_whoever_may_not_send_is_refused_by_the_head_alone() -> None:
+def test_an_unauthorized_request_is_refused_by_its_head_alone() -> None:
     def admit(_: object) -> int:
         raise Unauthorized("no")
 
@@ -142,7 +142,7 @@ def test_bodies_count_until_their_memory_is_free(framing: str) -> None:
 
 @pytest.mark.parametrize("framing", ["length", "chunks"])
 def test_a_refused_body_is_free_at_once(framing: str) -> None:
-    """Not when the garbage collector next looks: until then others would be refused for it."""
+    """Not only at the next garbage collection, or other requests would be refused meanwhile."""
     budget = BodyBudget(500_000)
     head = b"Content-Length: 900000\r\n\r\n" if framing == "length" else b"Transfer-Encoding: chunked\r\n\r\ndbba0\r\n"
     gc.disable()
@@ -158,7 +158,7 @@ def test_a_refused_body_is_free_at_once(framing: str) -> None:
 
 
 def test_a_body_may_be_freed_in_the_middle_of_counting_another() -> None:
-    """The garbage collector runs its destructor wherever something is made, in the thread that holds what `take` locks."""
+    """The garbage collector may run the destructor in the thread that holds the lock of `take`."""
 
     class Collects(int):
         def __radd__(self, other: int) -> int:

@@ -1,4 +1,4 @@
-"""The server in a process of its own: which thread answers whom, and that nobody is forgotten for another's sake."""
+"""The server in a process of its own: threads, kept connections, framing and stopping."""
 
 import signal
 import socket
@@ -42,7 +42,7 @@ def test_a_thread_that_has_answered_takes_the_next_request_of_the_connection() -
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_more_connections_than_threads_are_all_answered(threads: int) -> None:
-    """Threads that wait for a next request leave as many free as there are of them."""
+    """At most half of the threads wait for a next request."""
     with serving(threads, ENOUGH) as server, connections(server.port, 7) as opened:
         answered = [answering_thread(connection) for _ in range(3) for connection in opened]
     assert len(answered) == 21
@@ -58,15 +58,15 @@ def test_requests_sent_in_one_piece_are_all_answered() -> None:
     assert seen.count(b"HTTP/1.1 200 OK") == 3
 
 
-def test_a_connection_whose_next_request_is_awaited_does_not_keep_the_server_from_stopping() -> None:
+def test_a_kept_connection_does_not_keep_the_server_from_stopping() -> None:
     with serving(8, 0.25) as server, connections(server.port, 1) as (connection,):
         answering_thread(connection)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(timeout=ENOUGH) == 0
 
 
-def test_a_body_is_read_whichever_way_it_is_framed() -> None:
-    """By its length, in chunks, and with `100 Continue` awaited before it; each twice on one connection."""
+def test_a_body_is_read_in_every_framing() -> None:
+    """With its length, in chunks, and after `100 Continue`; twice each on one connection."""
     plain = b"POST /echo HTTP/1.1\r\nHost: here\r\nContent-Length: 5\r\n\r\nhello"
     chunks = b"POST /echo HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n"
     waits = b"POST /echo HTTP/1.1\r\nHost: here\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n"
@@ -100,8 +100,8 @@ def test_a_request_on_its_way_when_the_server_stops_is_answered() -> None:
         assert server.process.wait(timeout=ENOUGH) == 0
 
 
-def test_a_server_listens_where_it_is_told_to() -> None:
-    """127.0.0.2 is this machine as well, and a server at all of its addresses would answer there."""
+def test_a_server_listens_at_its_address_only() -> None:
+    """127.0.0.2 is this machine too; a server at all addresses would answer there."""
     with serving(2) as server:
         for port in (server.port, server.management_port):
             with pytest.raises(ConnectionRefusedError):

@@ -1,4 +1,4 @@
-"""Nobody holds a thread for nothing: half-sent requests, stalled readers, too many connections, too many bytes."""
+"""Limits of the server: half-sent requests, stalled readers, too many connections, too many bytes."""
 
 import resource
 import socket
@@ -47,7 +47,7 @@ def test_a_connection_without_a_request_is_closed() -> None:
 
 
 def test_a_client_that_reads_nothing_ends_its_stream() -> None:
-    """The application learns of it by its generator being closed, and has its thread back."""
+    """The server closes the application's generator, which frees the thread."""
     with serving(2, transfer_seconds=0.1, slowest_bytes_per_second=1e9) as server, server.connect() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.sendall(b"GET /stream HTTP/1.1\r\nHost: here\r\n\r\n")
@@ -61,21 +61,21 @@ def test_an_application_can_ask_whether_its_client_is_gone() -> None:
         assert server.get("/gone").startswith(b"request-")
 
 
-def test_whoever_has_waited_longest_makes_room() -> None:
+def test_the_connection_that_waited_longest_is_closed_for_a_new_one() -> None:
     with serving(2, waiting_connections=20, head_seconds=ENOUGH) as server, half_sent(server, 60, HALF_A_HEAD) as opened:
         assert server.get("/").startswith(b"request-")
         assert reply(opened[0]) == b""
 
 
-def test_a_server_out_of_file_descriptors_closes_whoever_waits() -> None:
+def test_a_server_out_of_file_descriptors_closes_waiting_connections() -> None:
     with serving(2, head_seconds=ENOUGH) as server:
         resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (40, 40))
         with half_sent(server, 80, HALF_A_HEAD):
             assert server.get("/").startswith(b"request-")
 
 
-def test_whole_requests_that_no_thread_takes_are_bounded() -> None:
-    """Two are in hand, 256 wait; whoever comes then is told to come again, and probes are answered."""
+def test_complete_requests_that_wait_for_a_thread_are_bounded() -> None:
+    """Two are in hand and 256 wait. The next gets 503, and probes are still answered."""
     request = b"GET /hold HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n"
     with serving(2) as server, half_sent(server, 2 + 256 + 40, request) as opened:
         assert reply(opened[-1]).startswith(b"HTTP/1.1 503 Service Unavailable")
@@ -92,7 +92,7 @@ def test_a_body_larger_than_admitted_is_not_read() -> None:
 
 
 def test_bodies_in_memory_have_one_limit_together() -> None:
-    """What does not fit is refused, small bodies never are, and what has gone makes room again."""
+    """Bodies beyond the limit are refused, small ones never, and freed memory can be used again."""
     large = b"POST %b HTTP/1.1\r\nHost: here\r\nConnection: close\r\nContent-Length: 900000\r\n\r\n"
     small = b"POST / HTTP/1.1\r\nHost: here\r\nConnection: close\r\nContent-Length: 10\r\n\r\n0123456789"
     with serving(8, request_bytes=10**6) as server:

@@ -1,4 +1,4 @@
-"""How functions start, fail to start, and end; and what each role imports."""
+"""Start, failure and end of functions, and what each role imports."""
 
 import json
 import signal
@@ -108,8 +108,8 @@ def test_a_port_in_use_is_named(published: Published) -> None:
     assert f"cannot listen on port {port}" in stage.log
 
 
-def test_a_starting_stage_says_so_and_can_be_ended(published: Published, sender: Sender) -> None:
-    """Its store does not answer: it goes on trying, alive and not ready, and keeps nobody waiting once it shall end."""
+def test_a_starting_stage_is_alive_and_not_ready_and_can_be_stopped(published: Published, sender: Sender) -> None:
+    """Its store does not answer: it goes on trying, and answers waiting events when it is stopped."""
     silent = {"LAMINA_STORE_ENDPOINT": f"http://127.0.0.1:{free_port()}"}
     with FunctionProcess(stage_environment(published, 0) | silent) as stage:
         assert stage.get("/healthz")[0] == 200
@@ -130,7 +130,7 @@ def test_a_starting_stage_says_so_and_can_be_ended(published: Published, sender:
 
 @pytest.mark.parametrize("expirytime", [None, "9999-12-31T23:59:59Z"])
 def test_a_warm_up_event_waits_for_the_weights(published: Published, sender: Sender, expirytime: str | None) -> None:
-    """However far its end is: no lock can be waited for as long as that."""
+    """Also with an expiry in the year 9999, which is longer than a lock can wait."""
     with FunctionProcess(stage_environment(published, 2)) as stage:
         attributes = {"pipeline": published.fingerprint(), "expirytime": expirytime}
         event = json_event(EventType.WARMUP, "/test", WarmupRequest(), **attributes)
@@ -142,7 +142,7 @@ def test_a_warm_up_event_waits_for_the_weights(published: Published, sender: Sen
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_a_stage_finish_what_it_has(published: Published, sender: Sender, number: signal.Signals) -> None:
+def test_a_stage_finishes_requests_in_hand_after_a_signal(published: Published, sender: Sender, number: signal.Signals) -> None:
     sleeping = {"LAMINA_LAYER_GROUP": "sleep", "LAMINA_SLEEP_SECONDS": "1"}
     row = Row("slow", 0, 0, 1, reserve_tokens=8)
     body = encode_batch(Batch((row,), memoryview(array("i", [5]))))
@@ -217,7 +217,7 @@ def test_a_stage_by_torchs_operators_imports_little_more_than_torch(published: P
     assert not NEVER.intersection(modules)
 
 
-def test_a_gateway_imports_no_torch_and_is_there_at_once() -> None:
+def test_a_gateway_imports_no_torch_and_starts_at_once() -> None:
     *modules, cpu_seconds = imported(IMPORTS_OF_A_GATEWAY, GATEWAY)
     assert not (NEVER | {"torch", "numpy", "safetensors"}).intersection(modules)
     # CPU time rather than the clock's, which other processes of a busy machine are in.

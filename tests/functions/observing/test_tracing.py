@@ -44,7 +44,7 @@ def test_a_traceparent_is_read_as_the_w3c_says() -> None:
         f"00-{TRACE}-{SPAN}",
     ],
 )
-def test_what_cannot_be_read_begins_a_new_trace(text: str | None) -> None:
+def test_an_unreadable_traceparent_begins_a_new_trace(text: str | None) -> None:
     assert read_traceparent(text) is None
     made = PASSING.serve("anything", None, {}).context
     assert read_traceparent(made.traceparent) == made
@@ -58,7 +58,7 @@ def test_without_an_exporter_contexts_are_passed_on() -> None:
         assert sent.context.sampled
 
 
-def test_the_main_cause_is_one_that_is_recorded() -> None:
+def test_the_main_cause_is_a_sampled_one() -> None:
     quiet, loud = TraceContext("a" * 32, "b" * 16, sampled=False), TraceContext(TRACE, SPAN, sampled=True)
     assert main_cause([quiet, loud]) is loud
     assert main_cause([quiet]) is quiet
@@ -66,7 +66,7 @@ def test_the_main_cause_is_one_that_is_recorded() -> None:
 
 
 @pytest.mark.parametrize("environ", [STAGE, GATEWAY], ids=["stage", "gateway"])
-def test_nothing_is_imported_where_nothing_is_configured(environ: dict[str, str]) -> None:
+def test_opentelemetry_is_not_imported_without_an_endpoint(environ: dict[str, str]) -> None:
     code = (
         "import os, sys; from functions.configuration.config import read_config; from functions.__main__ import _function;"
         "from functions.hosting.startup import StartUp; _function(read_config(os.environ), StartUp());"
@@ -86,7 +86,7 @@ def test_without_opentelemetry_a_function_says_so_and_runs(
     assert "pip install -r requirements-tracing.txt" in caplog.text
 
 
-def test_the_spec_says_where_traces_go() -> None:
+def test_the_spec_configures_the_endpoint_of_traces() -> None:
     document = {
         "name": "chat",
         "model": {"name": "tiny", "digest": "d" * 64},
@@ -109,7 +109,7 @@ def test_the_spec_says_where_traces_go() -> None:
 
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Receiver]:
-    """What came in after one event with a traceparent, and six conversations at once; all processes have ended."""
+    """Spans of one event with a traceparent and of six concurrent conversations, after all processes have ended."""
     with otlp_receiver() as receiver, published_model(tmp_path_factory.mktemp("published")) as published:
         told = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint, "OTEL_EXPORTER_OTLP_HEADERS": "x-tenant=lamina"}
         environments = [stage_environment(published, group, CUT) | told for group in range(2)]
@@ -191,7 +191,7 @@ def test_opentelemetrys_own_settings_hold(traced: Receiver) -> None:
     assert all(len(span.attributes["lamina.pipeline"]) == 32 for span in traced.spans)
 
 
-def test_a_span_that_ends_by_an_exception_says_so_and_what_is_not_sampled_is_not_exported(
+def test_a_failed_span_has_its_error_and_unsampled_spans_are_not_exported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with otlp_receiver() as receiver:

@@ -36,7 +36,7 @@ def test_a_burst_is_taken_at_once_and_its_threads_end_when_it_is_over() -> None:
 
 
 def test_little_work_keeps_few_threads_however_steady_it_is() -> None:
-    """A pool that wakes its threads in turn would keep all of them busy enough to stay."""
+    """A pool that woke its threads in turn would keep all of them alive."""
     pool = ThreadPool(64, "test", idle_seconds=0.5)
     _burst(pool, 64)
 

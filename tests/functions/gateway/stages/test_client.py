@@ -1,4 +1,4 @@
-"""What the gateway says to stages, and what it makes of every way in which they can fail."""
+"""Events that the gateway sends to stages, and how it classifies every failure of them."""
 
 import time
 from array import array
@@ -50,13 +50,13 @@ def answer_problem(problem: Problem) -> Respond:
 
 
 def forward(respond: Respond, **settings: float) -> StageFailed:
-    """How a step fails."""
+    """The failure of a forward event."""
     with client_of(respond, **settings) as (client, instance, _), pytest.raises(StageFailed) as failed:
         client.forward(instance, encode_batch(BATCH), IDS, time.monotonic() + 10)
     return failed.value
 
 
-def test_a_step_and_what_it_carries() -> None:
+def test_a_forward_event_carries_attributes_and_batch() -> None:
     with client_of(lambda exchange: answer_batch(exchange, instance="i-1", freetokens=99)) as (client, instance, server):
         reply = client.forward(instance, encode_batch(BATCH), IDS, time.monotonic() + 2)
         (exchange,) = server.requests
@@ -110,7 +110,7 @@ def test_refusals_of_a_stage(problem: Problem, cause: str, blames: bool, final: 
 
 
 @pytest.mark.parametrize(("status", "blames"), [(502, True), (503, False), (504, True), (404, True)])
-def test_what_something_in_between_says(status: int, blames: bool) -> None:
+def test_errors_of_proxies_blame_the_event_unless_it_was_not_delivered(status: int, blames: bool) -> None:
     failed = forward(lambda exchange: exchange.answer(status, b"upstream"))
     assert (failed.cause, failed.blames) == ("infrastructure", blames)
 
@@ -123,14 +123,12 @@ def test_what_something_in_between_says(status: int, blames: bool) -> None:
         (b"read tcp 127.0.0.1:41234->127.0.0.1:8080: read: connection reset by peer\n", "infrastructure", True),
     ],
 )
-def test_what_a_queue_proxy_says_of_a_function_that_is_dead_and_of_one_that_just_died(
-    text: bytes, cause: str, blames: bool
-) -> None:
+def test_a_queue_proxy_tells_a_dead_function_from_one_that_died_with_the_event(text: bytes, cause: str, blames: bool) -> None:
     failed = forward(lambda exchange: exchange.answer(502, text))
     assert (failed.cause, failed.blames) == (cause, blames)
 
 
-def test_no_answer_at_all() -> None:
+def test_connections_without_a_reply_fail_the_step() -> None:
     broken = forward(lambda exchange: exchange.reset())
     assert (broken.cause, broken.blames) == ("broken", True)
     late = forward(lambda exchange: exchange.server.released.wait(5) and None, step_timeout_seconds=0.1)
@@ -142,8 +140,8 @@ def test_no_answer_at_all() -> None:
     assert (refused.value.cause, refused.value.blames) == ("refused", False)
 
 
-def test_a_client_that_waits_no_longer_is_no_failure_of_the_stage() -> None:
-    """Whether the time is over here, or the stage says so."""
+def test_a_passed_deadline_of_the_client_is_no_failure_of_the_stage() -> None:
+    """Both if the gateway notices it and if the stage says so."""
     rows = [ReserveRow(id_, 0, 10) for id_ in IDS]
     for respond in (lambda exchange: exchange.server.released.wait(5) and None, answer_problem(EventExpired("late"))):
         with client_of(respond) as (client, instance, _):
@@ -157,8 +155,8 @@ def test_a_client_that_waits_no_longer_is_no_failure_of_the_stage() -> None:
 
 
 @pytest.mark.parametrize(("failures", "seconds"), [(0, 10), (1, 20), (2, 40), (9, 120)])
-def test_a_reservation_has_a_time_of_its_own(failures: int, seconds: float) -> None:
-    """Shorter than a step's, so that a stage which says nothing is soon left; longer after each failure, for slow ones."""
+def test_a_reservation_has_a_timeout_of_its_own(failures: int, seconds: float) -> None:
+    """Shorter than a step's, so that a silent instance is soon left; longer after each failure, for slow stages."""
     reserved = ReserveReply((ReservedRow("a", 0, Status.OK),))
     with client_of(lambda exchange: answer_json(exchange, reserved), step_timeout_seconds=120.0) as (client, instance, server):
         instance.failures = failures
@@ -178,12 +176,12 @@ def test_a_reservation_has_a_time_of_its_own(failures: int, seconds: float) -> N
     ],
     ids=["no event", "a row lacks", "rows in another order", "no batch"],
 )
-def test_answers_that_make_no_sense(respond: Respond) -> None:
+def test_malformed_replies_fail_the_step(respond: Respond) -> None:
     failed = forward(respond)
     assert (failed.cause, failed.blames) == ("malformed", True)
 
 
-def test_a_reservation_of_other_rows_makes_no_sense() -> None:
+def test_a_reservation_reply_with_other_rows_is_malformed() -> None:
     rows = (ReservedRow("z", 0, Status.OK),)
     with client_of(lambda exchange: answer_json(exchange, ReserveReply(rows))) as (client, instance, _):
         with pytest.raises(StageFailed, match="other rows") as failed:

@@ -1,4 +1,4 @@
-"""Whatever the Kubernetes API, or who stands in for it, says: errors that are declared, and each byte looked at once."""
+"""Untrusted replies of the Kubernetes API: only declared errors, and each byte is read once."""
 
 import ipaddress
 import json
@@ -81,7 +81,7 @@ def test_any_bytes(data: bytes) -> None:
 
 
 class Stream:
-    """What a watch reads from."""
+    """The stream of a watch."""
 
     def __init__(self, parts: list[bytes]) -> None:
         self._parts = iter(parts)

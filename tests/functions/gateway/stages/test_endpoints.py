@@ -41,7 +41,7 @@ TERMINATING: dict[str, bool | None] = {"ready": False, "serving": True, "termina
 
 
 class Told:
-    """What the watch said of stage 0, newest last."""
+    """Reports of the watch about stage 0, newest last."""
 
     def __init__(self) -> None:
         self.all: list[list[Endpoint]] = []
@@ -120,7 +120,7 @@ def test_an_address_in_two_slices_is_one_instance(server: WatchServer) -> None:
         told.wait(Endpoint("http://10.1.0.5:8012", "stage-0-00001"))
 
 
-def test_conditions_that_are_not_given_mean_what_kubernetes_says(server: WatchServer) -> None:
+def test_missing_conditions_have_kubernetes_defaults(server: WatchServer) -> None:
     server.put(slice_of("one", ("10.1.0.5", {}), ("10.1.0.6", {"ready": None, "terminating": None})))
     with watching(server) as told:
         told.wait(Endpoint("http://10.1.0.5:8012", "stage-0-00001"), Endpoint("http://10.1.0.6:8012", "stage-0-00001"))
@@ -137,9 +137,7 @@ def test_foreign_addresses_and_ports_are_not_followed(server: WatchServer, caplo
     assert "port: 10.1.0.7 port 22 is ignored" in caplog.text
 
 
-def test_where_all_addresses_are_refused_the_service_url_is_asked(
-    server: WatchServer, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_service_url_is_used_if_all_addresses_are_refused(server: WatchServer, caplog: pytest.LogCaptureFixture) -> None:
     """A pipeline with a wrong pod network would never answer."""
     told = Told()
     watch = EndpointsWatch(KubernetesAPI(server.url, "lamina"), ["stage-0"], PODS, told)
@@ -180,7 +178,7 @@ def test_an_expired_version_is_listed_anew(server: WatchServer, how: str) -> Non
         told.wait(Endpoint("http://10.1.0.6:8012", "stage-0-00001"))
 
 
-def test_a_watch_that_ends_goes_on_where_it_was(server: WatchServer) -> None:
+def test_a_watch_that_ends_is_resumed(server: WatchServer) -> None:
     server.put(slice_of("one", ("10.1.0.5", READY)))
     with watching(server) as told:
         told.wait(Endpoint("http://10.1.0.5:8012", "stage-0-00001"))
@@ -215,7 +213,7 @@ def test_without_the_right_to_watch_the_instances_are_unknown(server: WatchServe
         assert told.unknown == 1
 
 
-def test_an_api_that_is_not_there_is_waited_for() -> None:
+def test_an_unavailable_api_is_retried() -> None:
     with WatchServer() as server:
         port = server.port
     told = Told()
@@ -229,7 +227,7 @@ def test_an_api_that_is_not_there_is_waited_for() -> None:
         watch.stop()
 
 
-def test_whoever_is_told_may_fail_and_is_told_again(server: WatchServer, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_listener_that_fails_is_called_again(server: WatchServer, caplog: pytest.LogCaptureFixture) -> None:
     server.put(slice_of("one", ("10.1.0.5", READY)))
     told, failures = Told(), ["first", "second"]
 
@@ -269,7 +267,7 @@ def test_versions_that_expire_at_once_are_asked_for_more_and_more_slowly(
 
 
 def test_a_watch_that_has_died_in_silence_is_noticed(server: WatchServer) -> None:
-    """The server neither ends it in time nor says anything, though there is news."""
+    """The server neither ends the watch in time nor sends the changes that there are."""
     assert WATCH_SECONDS + SILENCE_SECONDS < 30
     server.put(slice_of("one", ("10.1.0.5", READY)))
     told = Told()

@@ -1,4 +1,4 @@
-"""Concurrency is weighted by time, whatever overlaps."""
+"""Concurrency at an instance is weighted by time."""
 
 import pytest
 

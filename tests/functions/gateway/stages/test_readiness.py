@@ -1,4 +1,4 @@
-"""Instances that say themselves that they are ready, over HTTP, before Kubernetes says so."""
+"""Instances that answer a probe over HTTP before Kubernetes reports them ready."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -86,7 +86,7 @@ def test_an_instance_is_ready_once_its_queue_proxy_says_so(proxy: QueueProxy) ->
 
 
 def test_only_queue_proxy_can_say_it(proxy: QueueProxy) -> None:
-    """A function that answers its own health check says nothing of its weights."""
+    """The function's own health check does not say that its weights are loaded."""
     told = Told()
     proxy.verdict = (200, b"ok")
     with asking(told) as readiness:
@@ -95,7 +95,7 @@ def test_only_queue_proxy_can_say_it(proxy: QueueProxy) -> None:
         assert len(told.all) == 1
 
 
-def test_what_leaves_or_cannot_be_known_is_not_asked(proxy: QueueProxy) -> None:
+def test_terminating_and_unknown_instances_are_not_probed(proxy: QueueProxy) -> None:
     told = Told()
     before = threading.active_count()
     with asking(told) as readiness:

@@ -1,4 +1,4 @@
-"""A trip round three stages: who goes on, and who is told what when it ends before its time."""
+"""A trip through three stages: rows that go on, and reports of a trip that fails."""
 
 import time
 from array import array
@@ -52,11 +52,11 @@ class Log:
         self.failures.append((list(ids), failure))
 
     def first_stage_free(self) -> None:
-        """Nobody waits for it."""
+        """Not needed here."""
 
 
 def walked(stages: Stages, *, depth: int = 2, chunks: bool = False) -> Log:
-    """Afterwards nobody is left at the entrance of any stage."""
+    """Walks a trip and checks that it has left every turnstile."""
     instances = tuple(Instance(stage, f"http://{stage}") for stage in range(3))
     if chunks:
         instances[0].prompts.queue()
@@ -66,26 +66,26 @@ def walked(stages: Stages, *, depth: int = 2, chunks: bool = False) -> Log:
     return log
 
 
-def test_rows_that_are_not_ok_stay_behind_and_the_others_go_on() -> None:
+def test_rows_that_are_not_ok_are_left_out_and_the_others_go_on() -> None:
     stages = Stages({(0, "b"), (1, "a")})
     log = walked(stages)
     assert stages.sent == [["a", "b", "c"], ["a", "c"], ["c"]]
     assert (log.replies, log.failures) == ([0, 1, 2], [])
 
 
-def test_it_goes_no_deeper_than_it_shall_and_no_further_than_anybody_is_ok() -> None:
+def test_a_trip_ends_at_its_depth_or_when_no_row_is_ok() -> None:
     assert walked(Stages(), depth=1, chunks=True).replies == [0, 1]
     assert walked(Stages({(0, id_) for id_ in IDS})).replies == [0]
 
 
 @pytest.mark.parametrize("chunks", [False, True])
-def test_a_failure_is_told_of_the_rows_that_had_come_so_far(chunks: bool) -> None:
+def test_a_failure_is_reported_for_the_rows_under_way(chunks: bool) -> None:
     log = walked(Stages({(0, "b")}, {1: StageFailed(1, "refused", "nobody")}), chunks=chunks)
     ((ids, failure),) = log.failures
     assert (ids, failure.cause, failure.stage, log.replies) == (["a", "c"], "refused", 1, [0])
 
 
-def test_what_nobody_expected_is_for_whoever_walks_it() -> None:
+def test_an_unexpected_error_is_raised() -> None:
     instances = tuple(Instance(stage, f"http://{stage}") for stage in range(3))
     instances[0].prompts.queue()
     stages, log = Stages(set(), {1: ValueError("a bug")}), Log()

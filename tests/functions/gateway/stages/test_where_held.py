@@ -1,4 +1,4 @@
-"""Where sequences were: found by what others begin with, forgotten in time, weighed against load."""
+"""The memory of prefix locations: found by a sequence's beginning, bounded, and weighed against load."""
 
 from eventing.wire.prefix_chain import BLOCK_TOKENS, chain_key, extended
 from functions.gateway.stages.instances import Endpoint, Instance
@@ -15,7 +15,7 @@ def instances(name: str) -> tuple[Instance, ...]:
     return made
 
 
-def test_the_longest_beginning_counts_and_whoever_had_it_last() -> None:
+def test_the_longest_prefix_and_its_last_instances_are_found() -> None:
     where, one, other = WhereHeld(), instances("one"), instances("other")
     first, second = list(range(100)), [*range(60), *range(500, 600)]
     where.put(extended((), first, KEY), one)
@@ -45,7 +45,7 @@ def test_ten_thousand_conversations_leave_it_as_large_as_a_thousand() -> None:
     assert where.find(extended((), [0] * 10 * BLOCK_TOKENS, KEY)) is NOTHING
 
 
-def test_a_route_goes_where_it_is_held_unless_others_have_much_less_to_do() -> None:
+def test_a_route_goes_to_its_cached_prefix_unless_others_have_much_less_load() -> None:
     placed = Placement(["http://stage-0"], watched=True)
     placed.update(0, [Endpoint("x"), Endpoint("y")])
     holder = placed.least_used(0)

@@ -51,7 +51,7 @@ from tests.support.storage.tiny_models import greedy
 SOURCE = "/test"
 SECOND_TOKEN = "the-token-of-before"
 NOTHING = encode_batch(Batch((Row("refused", 0, 0, 0, status=Status.FULL),), memoryview(array("i"))))
-"""A batch whose only row was refused before: every stage takes it and computes nothing."""
+"""A batch whose only row was refused before: every stage accepts it and computes nothing."""
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 
 
@@ -69,7 +69,7 @@ def sender() -> Iterator[Sender]:
 
 
 class Client:
-    """Says to one stage what a gateway says."""
+    """Sends events to one stage as a gateway does."""
 
     def __init__(self, sender: Sender, stage: FunctionProcess, published: Published, group: int) -> None:
         self._sender = sender
@@ -114,7 +114,7 @@ def rows_of(id_: str, tokens: list[int], position: int = 0, reserve: int | None 
 
 
 def step(clients: list[Client], batch: Batch) -> Batch:
-    """Round all stages; the body of each reply is the body of the next request."""
+    """Sends a batch through all stages; the body of each reply is the body of the next request."""
     body: Data = encode_batch(batch)
     for client in clients:
         reply = client.forward(body)
@@ -138,7 +138,7 @@ def test_three_stages_give_the_tokens_of_the_whole_model(clients: list[Client], 
     assert seen == expected
 
 
-def test_a_reply_says_who_answered_and_what_is_free(clients: list[Client], published: Published) -> None:
+def test_a_reply_has_its_instance_and_free_tokens(clients: list[Client], published: Published) -> None:
     reply = clients[0].forward(encode_batch(rows_of("who", [5])))
     assert reply.get_type() == EventType.FORWARD
     assert reply.get_extension(Attribute.LAYER) == str(CUT[1][0])
@@ -164,7 +164,7 @@ def test_reserve_and_release(first: Client) -> None:
     assert json_data(first.send(event), ReleaseReply).released == 1
 
 
-def test_a_release_that_awaits_room_frees_what_it_says_and_is_answered_when_there_is_some(first: Client) -> None:
+def test_a_release_that_waits_for_memory_frees_its_rows_and_is_answered_once_there_is_memory(first: Client) -> None:
     event = json_event(EventType.RESERVE, SOURCE, ReserveRequest((ReserveRow("one", 0, 16),)), **first.attributes)
     free = int(first.send(event).get_extension(Attribute.FREE_TOKENS))
     began = time.monotonic()
@@ -176,7 +176,7 @@ def test_a_release_that_awaits_room_frees_what_it_says_and_is_answered_when_ther
     assert time.monotonic() - began >= HOLD_SECONDS
 
 
-def test_a_stage_that_is_told_to_stop_answers_who_awaits_room(published: Published, sender: Sender) -> None:
+def test_a_stopping_stage_answers_releases_that_wait_for_memory(published: Published, sender: Sender) -> None:
     with running([stage_environment(published, 0)]) as (stage,), ThreadPoolExecutor(1) as threads:
         client = Client(sender, stage, published, 0)
         began = time.monotonic()
@@ -232,7 +232,9 @@ def past(seconds: float) -> datetime:
         ({"expirytime": "soon"}, MalformedEvent, "'soon'"),
     ],
 )
-def test_events_of_others_are_refused(first: Client, changes: dict[str, Any], problem: type[Problem], words: str) -> None:
+def test_events_of_other_pipelines_layers_and_times_are_refused(
+    first: Client, changes: dict[str, Any], problem: type[Problem], words: str
+) -> None:
     with pytest.raises(problem, match=words):
         first.forward(encode_batch(rows_of("refused", [5])), **changes)
     assert_still_serving(first)
@@ -251,13 +253,13 @@ def assert_still_serving(client: Client) -> None:
         ({"Authorization": TOKEN}, "another token"),
     ],
 )
-def test_a_stage_takes_its_pipelines_token_only(first: Client, authorization: dict[str, str], words: str) -> None:
+def test_a_stage_accepts_its_pipelines_token_only(first: Client, authorization: dict[str, str], words: str) -> None:
     with pytest.raises(Unauthorized, match=words):
         first.send(first.event(EventType.FORWARD, encode_batch(rows_of("token", [5]))), authorization)
     assert_still_serving(first)
 
 
-def test_while_a_token_is_rotated_a_stage_takes_either(first: Client) -> None:
+def test_a_stage_accepts_both_tokens_during_rotation(first: Client) -> None:
     body = encode_batch(rows_of("second token", [5]))
     reply = first.send(first.event(EventType.FORWARD, body), {"Authorization": f"Bearer {SECOND_TOKEN}"})
     assert [row.status for row in batch_data(reply).rows] == [Status.OK]
@@ -290,7 +292,7 @@ def test_malformed_events_are_refused(
     assert_still_serving(first)
 
 
-def test_what_is_no_event_is_refused(first: Client) -> None:
+def test_a_request_without_an_event_is_refused(first: Client) -> None:
     with pytest.raises(MalformedEvent, match="not a CloudEvent"):
         first.post(AUTHORIZED | {"Content-Type": "application/json"}, [b"{}"])
     with pytest.raises(MalformedEvent, match="UTF-8"):
@@ -329,7 +331,7 @@ def test_an_event_whose_body_comes_in_chunks_is_answered(first: Client) -> None:
     assert [row.status for row in decode_batch(answer).rows] == [Status.OK]
 
 
-def test_refused_events_are_counted_by_what_was_known_of_them(stages: list[FunctionProcess], first: Client) -> None:
+def test_refused_events_are_counted_by_type_and_status(stages: list[FunctionProcess], first: Client) -> None:
     with pytest.raises(Unauthorized):
         first.send(first.event(EventType.WARMUP, b"{}", "application/json"), {})
     with pytest.raises(UnknownEventType):
@@ -341,7 +343,7 @@ def test_refused_events_are_counted_by_what_was_known_of_them(stages: list[Funct
         assert f"lamina_stage_events_total{{{labels}}}" in text
 
 
-def test_clients_get_the_verdicts_of_probes_and_nothing_else(first: Client) -> None:
+def test_probes_on_the_clients_port_have_no_details(first: Client) -> None:
     def get(path: str) -> tuple[int, bytes]:
         connection = HTTPConnection(first.url.removeprefix("http://"), timeout=30)
         with closing(connection):
@@ -355,7 +357,7 @@ def test_clients_get_the_verdicts_of_probes_and_nothing_else(first: Client) -> N
 
 
 def test_strangers_are_refused_before_their_body_is_read(first: Client) -> None:
-    """With a signature that nobody has seen, too, where it would take reading the event as JSON to see it."""
+    """Also with a signature that could be seen only by parsing the event's JSON."""
     host, port = first.url.removeprefix("http://").split(":")
     structured = b"Content-Type: application/cloudevents+json\r\nce-signature: 00\r\n"
     for headers in (b"", b"Authorization: Bearer wrong\r\n", structured):
