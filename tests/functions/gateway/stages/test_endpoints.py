@@ -14,6 +14,7 @@ from eventing.http.pod_network import PodNetwork
 from functions.gateway.stages.endpoint_slices import SILENCE_SECONDS, WATCH_SECONDS, KubernetesAPI
 from functions.gateway.stages.endpoints import EndpointsWatch, service_name
 from functions.gateway.stages.instances import Endpoint
+from functions.gateway.stages.readiness import OnChange
 from tests.support.functions.gateway import wait_until
 from tests.support.knative.kubernetes_watch import WatchServer
 
@@ -36,12 +37,16 @@ def slice_of(
     }
 
 
+FIRST, SECOND = (Endpoint(f"http://10.1.0.{number}:8012", "stage-0-00001") for number in (5, 6))
 READY: dict[str, bool | None] = {"ready": True, "serving": True, "terminating": False}
 TERMINATING: dict[str, bool | None] = {"ready": False, "serving": True, "terminating": True}
+FIRST_READY, SECOND_READY = ("10.1.0.5", READY), ("10.1.0.6", READY)
 
 
 class Told:
     """Reports of the watch about stage 0, newest last."""
+
+    watch: EndpointsWatch
 
     def __init__(self) -> None:
         self.all: list[list[Endpoint]] = []
@@ -59,14 +64,17 @@ class Told:
 
 
 @contextmanager
-def watching(server: WatchServer, pods: PodNetwork = PODS) -> Iterator[Told]:
+def watching(
+    server: WatchServer, pods: PodNetwork = PODS, on_change: OnChange | None = None, **seconds: float
+) -> Iterator[Told]:
+    """on_change: instead of what it yields, which has its `watch`. seconds: of the watch."""
     told = Told()
-    watch = EndpointsWatch(KubernetesAPI(server.url, "lamina"), ["stage-0"], pods, told)
-    watch.start()
+    told.watch = EndpointsWatch(KubernetesAPI(server.url, "lamina", **seconds), ["stage-0"], pods, on_change or told)
+    told.watch.start()
     try:
         yield told
     finally:
-        watch.stop()
+        told.watch.stop()
 
 
 @pytest.fixture
@@ -76,16 +84,15 @@ def server() -> Iterator[WatchServer]:
 
 
 def test_lists_then_follows(server: WatchServer) -> None:
-    server.put(slice_of("one", ("10.1.0.5", READY)))
-    first = Endpoint("http://10.1.0.5:8012", "stage-0-00001")
+    server.put(slice_of("one", FIRST_READY))
     with watching(server) as told:
-        told.wait(first)
-        server.put(slice_of("one", ("10.1.0.5", READY), ("10.1.0.6", {"ready": False})))
-        told.wait(first, Endpoint("http://10.1.0.6:8012", "stage-0-00001", ready=False))
-        server.put(slice_of("one", ("10.1.0.5", TERMINATING), ("10.1.0.6", READY)))
+        told.wait(FIRST)
+        server.put(slice_of("one", FIRST_READY, ("10.1.0.6", {"ready": False})))
+        told.wait(FIRST, Endpoint("http://10.1.0.6:8012", "stage-0-00001", ready=False))
+        server.put(slice_of("one", ("10.1.0.5", TERMINATING), SECOND_READY))
         told.wait(
             Endpoint("http://10.1.0.5:8012", "stage-0-00001", ready=False, terminating=True),
-            Endpoint("http://10.1.0.6:8012", "stage-0-00001"),
+            SECOND,
         )
         server.delete("one")
         told.wait()
@@ -115,15 +122,15 @@ def test_slices_are_merged(server: WatchServer) -> None:
 
 def test_an_address_in_two_slices_is_one_instance(server: WatchServer) -> None:
     server.put(slice_of("old", ("10.1.0.5", {"ready": False})))
-    server.put(slice_of("new", ("10.1.0.5", READY)))
+    server.put(slice_of("new", FIRST_READY))
     with watching(server) as told:
-        told.wait(Endpoint("http://10.1.0.5:8012", "stage-0-00001"))
+        told.wait(FIRST)
 
 
 def test_missing_conditions_have_kubernetes_defaults(server: WatchServer) -> None:
     server.put(slice_of("one", ("10.1.0.5", {}), ("10.1.0.6", {"ready": None, "terminating": None})))
     with watching(server) as told:
-        told.wait(Endpoint("http://10.1.0.5:8012", "stage-0-00001"), Endpoint("http://10.1.0.6:8012", "stage-0-00001"))
+        told.wait(FIRST, SECOND)
 
 
 def test_foreign_addresses_and_ports_are_not_followed(server: WatchServer, caplog: pytest.LogCaptureFixture) -> None:
@@ -139,24 +146,18 @@ def test_foreign_addresses_and_ports_are_not_followed(server: WatchServer, caplo
 
 def test_the_service_url_is_used_if_all_addresses_are_refused(server: WatchServer, caplog: pytest.LogCaptureFixture) -> None:
     """A pipeline with a wrong pod network would never answer."""
-    told = Told()
-    watch = EndpointsWatch(KubernetesAPI(server.url, "lamina"), ["stage-0"], PODS, told)
-    with caplog.at_level(logging.WARNING):
-        server.put(slice_of("one", ("192.168.0.1", READY)))
-        watch.start()
-        try:
-            wait_until(lambda: told.unknown == 1, "the fallback")
-            assert watch.refused(0) == 1
-            server.put(slice_of("one", ("192.168.0.1", READY), ("192.168.0.2", READY)))
-            wait_until(lambda: watch.refused(0) == 2, "the second pod")
-            server.put(slice_of("one", ("192.168.0.1", READY), ("10.1.0.5", READY)))
-            told.wait(Endpoint("http://10.1.0.5:8012", "stage-0-00001"))
-            assert (watch.refused(0), told.unknown) == (1, 1)
-            server.delete("one")
-            told.wait()
-            assert watch.refused(0) == 0
-        finally:
-            watch.stop()
+    server.put(slice_of("one", ("192.168.0.1", READY)))
+    with caplog.at_level(logging.WARNING), watching(server) as told:
+        wait_until(lambda: told.unknown == 1, "the fallback")
+        assert told.watch.refused(0) == 1
+        server.put(slice_of("one", ("192.168.0.1", READY), ("192.168.0.2", READY)))
+        wait_until(lambda: told.watch.refused(0) == 2, "the second pod")
+        server.put(slice_of("one", ("192.168.0.1", READY), FIRST_READY))
+        told.wait(FIRST)
+        assert (told.watch.refused(0), told.unknown) == (1, 1)
+        server.delete("one")
+        told.wait()
+        assert told.watch.refused(0) == 0
     assert caplog.text.count("no instance of stage-0 is in the pod network, 10.1.0.0/16 port 8012") == 1
     assert caplog.text.count("192.168.0.1 port 8012 is ignored") == 1
 
@@ -169,19 +170,19 @@ def test_ipv6(server: WatchServer) -> None:
 
 @pytest.mark.parametrize("how", ["status", "event"])
 def test_an_expired_version_is_listed_anew(server: WatchServer, how: str) -> None:
-    server.put(slice_of("one", ("10.1.0.5", READY)))
+    server.put(slice_of("one", FIRST_READY))
     with watching(server) as told:
-        told.wait(Endpoint("http://10.1.0.5:8012", "stage-0-00001"))
+        told.wait(FIRST)
         server.expire(how)
-        server.put(slice_of("one", ("10.1.0.6", READY)), silently=True)
+        server.put(slice_of("one", SECOND_READY), silently=True)
         server.end_watches()
-        told.wait(Endpoint("http://10.1.0.6:8012", "stage-0-00001"))
+        told.wait(SECOND)
 
 
 def test_a_watch_that_ends_is_resumed(server: WatchServer) -> None:
-    server.put(slice_of("one", ("10.1.0.5", READY)))
+    server.put(slice_of("one", FIRST_READY))
     with watching(server) as told:
-        told.wait(Endpoint("http://10.1.0.5:8012", "stage-0-00001"))
+        told.wait(FIRST)
         wait_until(lambda: server.watches, "the watch")
         server.bookmark("77")
         server.end_watches()
@@ -190,13 +191,13 @@ def test_a_watch_that_ends_is_resumed(server: WatchServer) -> None:
 
 
 def test_an_api_that_fails_is_asked_again(server: WatchServer, caplog: pytest.LogCaptureFixture) -> None:
-    server.put(slice_of("one", ("10.1.0.5", READY)))
+    server.put(slice_of("one", FIRST_READY))
     server.failures = [500, 403, 200]
     with caplog.at_level(logging.WARNING), watching(server) as told:
-        told.wait(Endpoint("http://10.1.0.5:8012", "stage-0-00001"))
+        told.wait(FIRST)
     assert "watching the instances of stage-0 failed, trying again: the Kubernetes API answered 500" in caplog.text
     assert "answered 403" in caplog.text
-    assert "trying again: no SliceList: Input data was truncated" in caplog.text
+    assert "trying again: no SliceList: " in caplog.text
 
 
 def test_without_the_right_to_watch_the_instances_are_unknown(server: WatchServer) -> None:
@@ -214,21 +215,18 @@ def test_without_the_right_to_watch_the_instances_are_unknown(server: WatchServe
 
 
 def test_an_unavailable_api_is_retried() -> None:
-    with WatchServer() as server:
-        port = server.port
-    told = Told()
-    api = KubernetesAPI(f"http://127.0.0.1:{port}", "lamina")
-    watch = EndpointsWatch(api, ["stage-0"], PODS, told)
-    watch.start()
-    wait_until(lambda: told.unknown, "the news that nothing is known")
-    with WatchServer(port) as server:
-        server.put(slice_of("one", ("10.1.0.5", READY)))
-        told.wait(Endpoint("http://10.1.0.5:8012", "stage-0-00001"))
-        watch.stop()
+    with WatchServer() as closed:
+        port = closed.port
+    with watching(closed) as told:
+        wait_until(lambda: told.unknown, "the report that nothing is known")
+        with WatchServer(port) as server:
+            server.put(slice_of("one", FIRST_READY))
+            told.wait(FIRST)
+            told.watch.stop()
 
 
 def test_a_listener_that_fails_is_called_again(server: WatchServer, caplog: pytest.LogCaptureFixture) -> None:
-    server.put(slice_of("one", ("10.1.0.5", READY)))
+    server.put(slice_of("one", FIRST_READY))
     told, failures = Told(), ["first", "second"]
 
     def fail(stage: int, endpoints: Any) -> None:
@@ -236,14 +234,10 @@ def test_a_listener_that_fails_is_called_again(server: WatchServer, caplog: pyte
             raise KeyError(failures.pop())
         told(stage, endpoints)
 
-    watch = EndpointsWatch(KubernetesAPI(server.url, "lamina"), ["stage-0"], PODS, fail)
-    watch.start()
-    try:
-        told.wait(Endpoint("http://10.1.0.5:8012", "stage-0-00001"))
-        server.put(slice_of("one", ("10.1.0.6", READY)))
-        told.wait(Endpoint("http://10.1.0.6:8012", "stage-0-00001"))
-    finally:
-        watch.stop()
+    with watching(server, on_change=fail):
+        told.wait(FIRST)
+        server.put(slice_of("one", SECOND_READY))
+        told.wait(SECOND)
     assert "KeyError" in caplog.text
 
 
@@ -269,18 +263,12 @@ def test_versions_that_expire_at_once_are_asked_for_more_and_more_slowly(
 def test_a_watch_that_has_died_in_silence_is_noticed(server: WatchServer) -> None:
     """The server neither ends the watch in time nor sends the changes that there are."""
     assert WATCH_SECONDS + SILENCE_SECONDS < 30
-    server.put(slice_of("one", ("10.1.0.5", READY)))
-    told = Told()
-    api = KubernetesAPI(server.url, "lamina", watch_seconds=0.2, silence_seconds=0.1)
-    watch = EndpointsWatch(api, ["stage-0"], PODS, told)
-    watch.start()
-    try:
-        told.wait(Endpoint("http://10.1.0.5:8012", "stage-0-00001"))
+    server.put(slice_of("one", FIRST_READY))
+    with watching(server, watch_seconds=0.2, silence_seconds=0.1) as told:
+        told.wait(FIRST)
         wait_until(lambda: server.watches, "the watch")
-        server.put(slice_of("one", ("10.1.0.6", READY)), silently=True)
-        told.wait(Endpoint("http://10.1.0.6:8012", "stage-0-00001"))
-    finally:
-        watch.stop()
+        server.put(slice_of("one", SECOND_READY), silently=True)
+        told.wait(SECOND)
 
 
 def test_stopping_ends_an_open_watch(server: WatchServer) -> None:
