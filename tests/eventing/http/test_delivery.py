@@ -6,7 +6,7 @@ The last part reads replies from a socket pair, piece by piece.
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -157,63 +157,61 @@ def test_an_invalid_url_is_named(sender: Sender, url: str) -> None:
         sender.send(url, {}, [], 5)
 
 
-def test_reset_before_the_reply(sender: Sender) -> None:
-    with serving(Exchange.reset) as server, pytest.raises(ConnectionBroken, match=server.url):
-        sender.send(server.url, {}, [b"x"], 5)
+def _announced(exchange: Exchange, length: int) -> None:
+    """Sends half of a body of 100 bytes at most, and closes the connection."""
+    exchange.send_response(200)
+    exchange.send_header("Content-Length", str(length))
+    exchange.end_headers()
+    exchange.wfile.write(bytes(50 if length == 100 else 0))
+    exchange.close_connection = True
 
 
-def test_closed_in_the_middle_of_the_reply(sender: Sender) -> None:
-    def half(exchange: Exchange) -> None:
-        exchange.send_response(200)
-        exchange.send_header("Content-Length", "100")
-        exchange.end_headers()
-        exchange.wfile.write(bytes(50))
+def _trickle(exchange: Exchange) -> None:
+    exchange.send_response(200)
+    exchange.send_header("Transfer-Encoding", "chunked")
+    exchange.end_headers()
+    try:
+        while not exchange.server.released.wait(0.05):
+            exchange.wfile.write(b"1\r\nx\r\n")
+    except OSError:
         exchange.close_connection = True
 
-    with serving(half) as server:
-        with pytest.raises(ConnectionBroken, match="50 more expected"):
+
+def _silence(exchange: Exchange) -> None:
+    exchange.server.released.wait(30)
+
+
+@pytest.mark.parametrize(
+    ("respond", "error", "seen"),
+    [
+        (Exchange.reset, ConnectionBroken, "the connection broke"),
+        (partial(_announced, length=100), ConnectionBroken, "50 more expected"),
+        (lambda exchange: exchange.wfile.write(b"SSH-2.0-OpenSSH\r\n"), ConnectionBroken, "SSH-2"),
+        (partial(_announced, length=2**31), InfrastructureError, "answered 200: a body of 2147483648 bytes, the most"),
+    ],
+    ids=["reset", "half a body", "not HTTP", "too large"],
+)
+def test_a_broken_reply_raises_after_one_attempt(
+    sender: Sender, respond: Callable[[Exchange], None], error: type[Exception], seen: str
+) -> None:
+    with serving(respond) as server:
+        with pytest.raises(error, match=f"{server.url}.*{seen}"):
             sender.send(server.url, {}, [b"x"], 5)
         server.respond = _echo
         assert bytes(sender.send(server.url, {}, [b"again"], 5).body) == b"again"
+        assert len(server.requests) == 2
 
 
-def test_what_is_not_http(sender: Sender) -> None:
-    with serving(lambda exchange: None) as server:
-        server.respond = lambda exchange: exchange.wfile.write(b"SSH-2.0-OpenSSH\r\n")  # type: ignore[func-returns-value]
-        with pytest.raises(ConnectionBroken, match="SSH-2"):
-            sender.send(server.url, {}, [b"x"], 5)
-
-
-def test_no_answer_in_time(sender: Sender) -> None:
-    with serving(lambda exchange: None) as server:
-        server.respond = lambda exchange: (server.released.wait(30), None)[1]
-        begin = time.monotonic()
+@pytest.mark.parametrize(
+    ("respond", "size"), [(_silence, 1), (_trickle, 1), (_silence, 64 * 2**20)], ids=["no reply", "slow reply", "slow reader"]
+)
+def test_the_timeout_bounds_the_whole_exchange(sender: Sender, respond: Callable[[Exchange], None], size: int) -> None:
+    with serving(respond) as server:
+        server.read_bodies = size == 1
+        began = time.monotonic()
         with pytest.raises(DeliveryTimeout, match=server.url):
-            sender.send(server.url, {}, [b"x"], 0.2)
-        assert time.monotonic() - begin < 5
-
-
-def test_a_reply_that_trickles_is_bounded_by_the_whole_time(sender: Sender) -> None:
-    def trickle(exchange: Exchange) -> None:
-        exchange.send_response(200)
-        exchange.send_header("Transfer-Encoding", "chunked")
-        exchange.end_headers()
-        try:
-            while not exchange.server.released.wait(0.05):
-                exchange.wfile.write(b"1\r\nx\r\n")
-        except OSError:
-            exchange.close_connection = True
-
-    with serving(trickle) as server, pytest.raises(DeliveryTimeout):
-        sender.send(server.url, {}, [b"x"], 0.3)
-
-
-def test_sending_is_bounded_by_the_whole_time(sender: Sender) -> None:
-    with serving(lambda exchange: None) as server:
-        server.read_bodies = False
-        server.respond = lambda exchange: (server.released.wait(30), None)[1]
-        with pytest.raises(DeliveryTimeout):
-            sender.send(server.url, {}, [memoryview(bytes(64 * 2**20))], 0.3)
+            sender.send(server.url, {}, [memoryview(bytes(size))], 0.3)
+        assert time.monotonic() - began < 5
 
 
 def test_waiting_for_a_free_connection_is_bounded() -> None:
@@ -283,22 +281,6 @@ def test_a_refusal_while_the_body_is_still_being_sent(sender: Sender) -> None:
 
 
 NOT_READY = (503, NotReady("loading").document(), {"Content_Type": PROBLEM_CONTENT_TYPE})
-
-
-def test_a_reply_that_is_too_large_is_the_infrastructures(sender: Sender) -> None:
-    def too_large(exchange: Exchange) -> None:
-        exchange.send_response(200)
-        exchange.send_header("Content-Length", str(2**31))
-        exchange.end_headers()
-        exchange.close_connection = True
-
-    with (
-        serving(too_large) as server,
-        pytest.raises(InfrastructureError, match="a body of 2147483648 bytes, the most") as raised,
-    ):
-        sender.send(server.url, {}, [b"x"], 5)
-    assert raised.value.status == 200
-    assert len(server.requests) == 1
 
 
 def test_send_makes_one_attempt(sender: Sender) -> None:
