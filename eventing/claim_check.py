@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from cloudevents.core.v1.event import CloudEvent
 
@@ -19,8 +19,10 @@ from eventing.wire.cloud_event import attribute_text, checked_event, data_buffer
 from eventing.wire.events import SAFE_EVENT_BYTES, Attribute
 from eventing.wire.framing import expiry_time, integer_attribute, required_attribute
 from storage.errors import ObjectNotFound, StorageError
-from storage.store.object_reader import ObjectInfo
-from storage.store.payload_store import MAX_PAYLOAD_BYTES
+from storage.store.payload_store import MAX_PAYLOAD_BYTES, PayloadStore
+
+if TYPE_CHECKING:
+    from storage.store.object_store import ObjectStore  # imports boto3
 
 CLAIMS_PREFIX: Final = "claims/"  # in the models' bucket; a lifecycle rule may delete objects older than a few days there
 DEFAULT_LIFETIME: Final = timedelta(hours=24)
@@ -30,28 +32,11 @@ _DIGEST: Final = re.compile("[0-9a-f]{64}")
 _REFERENCE: Final = (Attribute.DATAREF, Attribute.DATAREF_BYTES, Attribute.DATAREF_SHA256)
 
 
-class Payloads(Protocol):
-    """A bucket, such as `storage.store.payload_store.PayloadStore`."""
-
-    def put(self, key: str, data: bytes) -> None: ...
-
-    def get(self, key: str) -> bytes:
-        """Raises ObjectNotFound."""
-
-
-class SweepableStore(Protocol):
-    """A store to sweep, such as `storage.store.object_store.ObjectStore`."""
-
-    def delete(self, key: str) -> None: ...
-
-    def list(self, prefix: str) -> Iterator[ObjectInfo]: ...
-
-
 class ClaimCheck:
     """Puts payloads under one prefix of one bucket and gets them back. References to any other place are refused."""
 
     def __init__(
-        self, store: Payloads, bucket: str, prefix: str = CLAIMS_PREFIX, lifetime: timedelta = DEFAULT_LIFETIME
+        self, store: PayloadStore, bucket: str, prefix: str = CLAIMS_PREFIX, lifetime: timedelta = DEFAULT_LIFETIME
     ) -> None:
         """prefix: ends in `/`. lifetime: of the payload of an event without `expirytime`."""
         if not prefix.endswith("/"):
@@ -113,7 +98,7 @@ class ClaimCheck:
         return self._prefix + name
 
 
-def sweep(store: SweepableStore, now: datetime, prefix: str = CLAIMS_PREFIX) -> int:
+def sweep(store: "ObjectStore", now: datetime, prefix: str = CLAIMS_PREFIX) -> int:
     """Deletes expired payloads; returns how many."""
     over = [info.key for info in store.list(prefix) if _is_over(info.key.removeprefix(prefix), now)]
     for key in over:

@@ -57,12 +57,12 @@ class Poller:
     def take_back(self, connection: ClientConnection, *, keeps: bool) -> None:
         """Called by the thread that answered on it. keeps: more may follow."""
         self._returned.append((connection, keeps))
-        self._wake_up()
+        os.eventfd_write(self._wake, 1)
 
     def stop(self) -> None:
         """Accepts no connection any more, finishes what has begun, and lets `run` return. A signal's handler may call it."""
         self.stopping = True
-        self._wake_up()
+        os.eventfd_write(self._wake, 1)
 
     def run(self) -> None:
         """Runs until `stop`, then until no connection is left, or for ServerLimits.graceful_seconds."""
@@ -189,6 +189,3 @@ class Poller:
             for connection in port.waiting:
                 if not connection.reader.begun:
                     connection.deadline = min(connection.deadline, end)
-
-    def _wake_up(self) -> None:
-        os.eventfd_write(self._wake, 1)

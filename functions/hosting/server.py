@@ -65,18 +65,11 @@ class Server:
         self._limits = limits or ServerLimits()
         self._listener = _listen(host, port)
         self._management_listener = _listen(host, management_port)
+        self.port, self.management_port = _port(self._listener), _port(self._management_listener)
         self._host = host
         self._lock = threading.Lock()
         self._stop: Callable[[], None] | None = None
         self._status: int | None = None
-
-    @property
-    def port(self) -> int:
-        return _port(self._listener)
-
-    @property
-    def management_port(self) -> int:
-        return _port(self._management_listener)
 
     def run(self, service: Service, on_stop: Callable[[], None]) -> int:
         """Serves until SIGTERM, SIGINT or `stop`; then calls `on_stop` and finishes requests in hand. Main thread only.

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Final, Protocol, Self
+from typing import Final, Self
 
 from msgspec import Struct
 
@@ -30,31 +30,41 @@ class TraceContext(Struct, frozen=True):
         return f"00-{self.trace_id}-{self.span_id}-{int(self.sampled):02x}"
 
 
-class Span(Protocol):
-    """An operation that takes time. A context manager, which ends it with the exception of the block, if any."""
+class Span:
+    """An operation that takes time. A context manager, which ends it with the exception of its block, if any.
 
-    @property
-    def context(self) -> TraceContext: ...
+    This class records nothing.
+    """
+
+    def __init__(self, context: TraceContext) -> None:
+        self.context = context
 
     def end(self, error: str | None = None, attributes: Attributes | None = None) -> None:
-        """Only the first call has an effect."""
+        """Records the end of the operation. Only the first call has an effect."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.end(None if error is None else f"{type(error).__name__}: {error}")
 
 
-class Tracer(Protocol):
-    """Thread-safe."""
+class Tracer:
+    """Makes contexts and records nothing; `tracing_export.ExportingTracer` exports. Thread-safe."""
 
     def serve(self, name: str, parent: TraceContext | None, attributes: Attributes) -> Span:
         """Begins handling a request: a child of the sender's span, or the first span of a new trace."""
+        return Span(_child_of(parent))
 
     def send(self, name: str, causes: Sequence[TraceContext], attributes: Attributes) -> Span:
         """Begins sending on for `causes`: a child of one of them, of a sampled one if there is any, with links to all."""
+        return Span(_child_of(main_cause(causes)))
 
     def close(self) -> None:
         """Exports what has not been exported yet."""
+
+
+PASSING: Final = Tracer()
 
 
 def read_traceparent(text: str | None) -> TraceContext | None:
@@ -71,31 +81,6 @@ def main_cause(causes: Sequence[TraceContext]) -> TraceContext | None:
     return causes[0] if causes else None
 
 
-class _PassingSpan:
-    """Has a context and records nothing."""
-
-    def __init__(self, parent: TraceContext | None) -> None:
-        trace_id = os.urandom(16).hex() if parent is None else parent.trace_id
-        self.context = TraceContext(trace_id, os.urandom(8).hex(), parent is not None and parent.sampled)
-
-    def end(self, error: str | None = None, attributes: Attributes | None = None) -> None: ...
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-class PassingTracer:
-    """Makes contexts and records nothing."""
-
-    def serve(self, name: str, parent: TraceContext | None, attributes: Attributes) -> Span:
-        return _PassingSpan(parent)
-
-    def send(self, name: str, causes: Sequence[TraceContext], attributes: Attributes) -> Span:
-        return _PassingSpan(main_cause(causes))
-
-    def close(self) -> None: ...
-
-
-PASSING: Final = PassingTracer()
+def _child_of(parent: TraceContext | None) -> TraceContext:
+    trace_id = os.urandom(16).hex() if parent is None else parent.trace_id
+    return TraceContext(trace_id, os.urandom(8).hex(), parent is not None and parent.sampled)

@@ -1,8 +1,6 @@
 """Records spans and exports them over OTLP/HTTP by OpenTelemetry. Imported only if traces are configured."""
 
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
@@ -11,10 +9,10 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Link, NonRecordingSpan, SpanContext, SpanKind, StatusCode, TraceFlags, set_span_in_context
 from opentelemetry.trace import Span as RecordedSpan
 
-from functions.observing.tracing import Attributes, Span, TraceContext, main_cause
+from functions.observing.tracing import Attributes, Span, TraceContext, Tracer, main_cause
 
 
-class ExportingTracer:
+class ExportingTracer(Tracer):
     """Exports in the background. Endpoint, headers, sampler and the like are OpenTelemetry's own OTEL_* keys."""
 
     def __init__(self, service: str, attributes: Attributes) -> None:
@@ -40,16 +38,12 @@ class ExportingTracer:
         return _ExportedSpan(self._tracer.start_span(name, context, kind, dict(attributes), links))
 
 
-class _ExportedSpan:
+class _ExportedSpan(Span):
     def __init__(self, span: RecordedSpan) -> None:
-        self._span = span
         own = span.get_span_context()
-        self._context = TraceContext(f"{own.trace_id:032x}", f"{own.span_id:016x}", own.trace_flags.sampled)
+        super().__init__(TraceContext(f"{own.trace_id:032x}", f"{own.span_id:016x}", own.trace_flags.sampled))
+        self._span = span
         self._ended = False
-
-    @property
-    def context(self) -> TraceContext:
-        return self._context
 
     def end(self, error: str | None = None, attributes: Attributes | None = None) -> None:
         if self._ended:
@@ -59,12 +53,6 @@ class _ExportedSpan:
         if error is not None:
             self._span.set_status(StatusCode.ERROR, error)
         self._span.end()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.end(None if error is None else f"{type(error).__name__}: {error}")
 
 
 def _remote(context: TraceContext) -> SpanContext:

@@ -18,7 +18,6 @@ from functions.gateway.stages.endpoint_slices import (
     CONNECT_SECONDS,
     GONE,
     REVISION_LABEL,
-    Conditions,
     Expired,
     KubernetesAPI,
     KubernetesError,
@@ -63,20 +62,16 @@ def endpoints_of(slices: Iterable[Slice], pods: PodNetwork) -> Found:
                 if port is None or not pods.admits(host, port):
                     refused[host] = f"{each.metadata.name}: {host} port {port}"
                     continue
-                endpoint = _endpoint(host, port, each, address.conditions)
+                endpoint = Endpoint(
+                    url=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}",
+                    revision=(each.metadata.labels or {}).get(REVISION_LABEL, ""),
+                    ready=address.conditions.ready is not False,
+                    terminating=bool(address.conditions.terminating),
+                )
                 known = found.get(endpoint.url)
                 if known is None or (endpoint.ready and not known.ready):
                     found[endpoint.url] = endpoint
     return Found(list(found.values()), refused)
-
-
-def _endpoint(host: str, port: int, each: Slice, conditions: Conditions) -> Endpoint:
-    return Endpoint(
-        url=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}",
-        revision=(each.metadata.labels or {}).get(REVISION_LABEL, ""),
-        ready=conditions.ready is not False,
-        terminating=bool(conditions.terminating),
-    )
 
 
 def _port(ports: Sequence[Port]) -> int | None:

@@ -57,10 +57,6 @@ class WhereHeld:
         """The longest known part of the chain. Instances that have rebooted or are terminating hold nothing."""
         for blocks in range(len(chain), 0, -1):
             place = self._places.get(chain[blocks - 1], ())
-            if any(_is_there(*each) for each in place):
+            if any(instance.boot == boot and instance.ready and not instance.terminating for instance, boot in place):
                 return Held(blocks * BLOCK_TOKENS, tuple(instance for instance, _ in place))
         return NOTHING
-
-
-def _is_there(instance: Instance, boot: str) -> bool:
-    return instance.boot == boot and instance.ready and not instance.terminating

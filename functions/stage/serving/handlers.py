@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 import msgspec
 from cloudevents.core.v1.event import CloudEvent
@@ -20,10 +20,8 @@ from eventing.wire.control import (
     ReleaseReply,
     ReleaseRequest,
     ReleaseRow,
-    ReservedRow,
     ReserveReply,
     ReserveRequest,
-    ReserveRow,
     WarmupReply,
     WarmupRequest,
 )
@@ -48,40 +46,17 @@ from functions.observing.tracing import PASSING, Tracer, read_traceparent
 from storage.store.payload_store import PayloadStore
 
 if TYPE_CHECKING:
-    from functions.stage.engine.sequences import SequenceTable
+    from functions.stage.engine.engine import Engine  # imports numpy, which a start must not wait for
 
 WARM_UP_SECONDS: Final = 600.0  # a warm-up event waits at most this long for the weights, whatever its expirytime
 
 Attributes = Mapping[str, Any]
-T = TypeVar("T")
-
-
-class StageEngine(Protocol):
-    """functions.stage.engine.engine.Engine, which is not imported here because a start must not wait for numpy."""
-
-    @property
-    def free_tokens(self) -> int: ...
-
-    @property
-    def has_prefix_cache(self) -> bool: ...
-
-    def handle(self, batch: Batch, *, source: str, expires_at: float | None = None) -> Batch: ...
-
-    def reserve(
-        self, reservations: Sequence[ReserveRow], *, source: str, expires_at: float | None = None
-    ) -> list[ReservedRow]: ...
-
-    def release(self, releases: Sequence[ReleaseRow], *, source: str) -> int: ...
-
-    def await_memory(self, tokens: int, *, source: str, expires_at: float | None = None) -> None: ...
-
-    def with_sequences(self, action: "Callable[[SequenceTable], T]") -> T: ...
 
 
 class EngineSource(Protocol):
     """Gives out the engine once it has started."""
 
-    def engine(self, wait_seconds: float = 0.0) -> StageEngine:
+    def engine(self, wait_seconds: float = 0.0) -> "Engine":
         """Raises NotReady if it has not started after `wait_seconds`."""
 
     def phases(self) -> dict[str, float]:
@@ -105,7 +80,7 @@ class StageIdentity:
 
     @property
     def source(self) -> str:
-        """Of all replies. Instances share it, so that a repeated delivery has the same reply from any of them."""
+        """The source of all replies. Instances share it, so that repeated deliveries have the same reply from each."""
         return f"/pipelines/{self.pipeline}/stages/{self.first}-{self.last}"
 
     def check_pipeline(self, seen: str) -> None:
@@ -141,7 +116,7 @@ class EventHandlers:
         self._tracer = tracer
         self._identity = identity = StageIdentity.of(config, instance)
         self._engines = engines
-        self._started: StageEngine | None = None
+        self._started: Engine | None = None
         claims = ClaimCheck(PayloadStore(config.store), config.store.bucket)
         self._scorer = Scorer(identity, engines, claims, config.pipeline_token)
         self._layers = f"{config.layers[0]}:{config.layers[1]}"
@@ -185,7 +160,7 @@ class EventHandlers:
 
         return hand_over(asked, engine)
 
-    def _engine(self, wait_seconds: float = 0.0) -> StageEngine:
+    def _engine(self, wait_seconds: float = 0.0) -> "Engine":
         """Raises NotReady."""
         if self._started is None:
             self._started = self._engines.engine(wait_seconds)
@@ -230,10 +205,10 @@ class EventHandlers:
             engine.await_memory(tokens, source=source, expires_at=None if expiry is None else expiry.timestamp())
         return self._json_reply(attributes, ReleaseReply(released), engine)
 
-    def _json_reply(self, cause: Attributes, value: Struct, engine: StageEngine) -> EventReply:
+    def _json_reply(self, cause: Attributes, value: Struct, engine: "Engine") -> EventReply:
         return EventReply(self._headers(self._json_replies[cause["type"]], cause, engine), [msgspec.json.encode(value)])
 
-    def _headers(self, template: ReplyTemplate, cause: Attributes, engine: StageEngine) -> list[tuple[str, str]]:
+    def _headers(self, template: ReplyTemplate, cause: Attributes, engine: "Engine") -> list[tuple[str, str]]:
         free = (Attribute.FREE_TOKENS.value, str(engine.free_tokens))
         return template.headers(reply_id_of(cause["source"], cause["id"]), [free])
 
@@ -268,7 +243,7 @@ class Scorer:
         reply = self._run(engine, batch, event)
         return self._claims.check_in(self._reply(event, batch, reply, engine.free_tokens), datetime.now(UTC))
 
-    def _run(self, engine: StageEngine, batch: Batch, event: CloudEvent) -> Batch:
+    def _run(self, engine: "Engine", batch: Batch, event: CloudEvent) -> Batch:
         """The engine's reply, whose only row is ok. Raises NotReady if a retry helps, else InvalidRequest."""
         expiry = expiry_time(event.get_attributes())
         own = score_row(secrets.token_hex(12), len(batch.token_ids))
