@@ -1,6 +1,6 @@
 """A Kubernetes Lease that keeps two deployments of one pipeline from running at the same time.
 
-A second deployment is told who holds the Lease and since when. A Lease that was not renewed in time is taken over; its former
+A second deployment fails and names the holder of the Lease. A Lease that was not renewed in time is taken over; its former
 holder, if it still runs, stops at its next step. Times come from the machines' own clocks: if they differ by more than the
 lease's duration, it is taken over too early.
 """

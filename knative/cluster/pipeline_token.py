@@ -130,7 +130,7 @@ def advance_rotation(cluster: Cluster, objects: list[KubernetesObject]) -> int:
     metadata = {key: value for key, value in secret["metadata"].items() if key != "managedFields"}
     metadata["annotations"] = {**(metadata.get("annotations") or {}), _ROTATION: f"{rotation}.{state}"}
     if cluster.replace({**secret, "metadata": metadata, "data": data}) is None:
-        raise Rejected(f"Secret {metadata['name']} was changed by somebody else meanwhile; look at it, and rotate again")
+        raise Rejected(f"Secret {metadata['name']} was changed by another client meanwhile; check it, and rotate again")
     return state
 
 

@@ -50,7 +50,7 @@ class Question:
     host: str | None = None  # the gateway's host, if the URL is an ingress's address
 
 
-@click.command()
+@click.command(short_help="Ask a gateway, and print the answer as it streams.")
 @click.argument("url")
 @click.argument("prompt")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True)

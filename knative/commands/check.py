@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _SHOWN_DIFFERENCES: Final = 10
 
 
-@click.command("check")
+@click.command("check", short_help="Check Knative Services as Knative's webhook would.")
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--features",
@@ -89,7 +89,7 @@ def _check(file: Path, manifests: list[FileObject], flags: FeatureFlags) -> bool
     return accepted
 
 
-@click.command("kpa-replay")
+@click.command("kpa-replay", short_help="Compare the local autoscaler with recorded decisions.")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def kpa_replay(file: Path) -> None:
     """Replay recorded traces of Knative's autoscaler (JSON lines, plain or gzip) through the local one.

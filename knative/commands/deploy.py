@@ -44,7 +44,7 @@ def _on_a_pipeline(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_deployer
 
 
-@click.command()
+@click.command(short_help="Deploy a pipeline to a cluster.")
 @click.argument("spec", metavar="SPEC|FOLDER", type=click.Path(exists=True, path_type=Path))
 @click.option(
     "--dry-run", type=click.Choice(["server"]), help="Change nothing; print the difference that the cluster computes."
@@ -100,7 +100,7 @@ def deploy(
         click.echo(deployer.deploy(objects, force=force_conflicts))
 
 
-@click.command()
+@click.command(short_help="List what a cluster lacks for a pipeline.")
 @click.argument("spec", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @image_option
 @cluster_options
@@ -120,7 +120,7 @@ def preflight(spec: Path, image: str | None, connect: "Callable[[], Cluster]", o
     click.echo("nothing is missing")
 
 
-@click.command()
+@click.command(short_help="Send all requests to the canary.")
 @_on_a_pipeline
 @force_option
 def promote(name: str, deployer: "Deployer", force_conflicts: bool) -> None:
@@ -132,7 +132,7 @@ def promote(name: str, deployer: "Deployer", force_conflicts: bool) -> None:
     click.echo(deployer.promote(name, force=force_conflicts))
 
 
-@click.command()
+@click.command(short_help="Remove the canary.")
 @_on_a_pipeline
 @force_option
 def abort(name: str, deployer: "Deployer", force_conflicts: bool) -> None:
@@ -143,7 +143,7 @@ def abort(name: str, deployer: "Deployer", force_conflicts: bool) -> None:
     click.echo(deployer.abort(name, force=force_conflicts))
 
 
-@click.command()
+@click.command(short_help="Deploy an earlier version of a pipeline.")
 @_on_a_pipeline
 @click.option(
     "--to",
@@ -162,7 +162,7 @@ def rollback(name: str, deployer: "Deployer", number: int | None, force_conflict
     click.echo(deployer.rollback(name, number, force=force_conflicts))
 
 
-@click.command("rotate-token")
+@click.command("rotate-token", short_help="Replace the token between gateway and stages.")
 @_on_a_pipeline
 @force_option
 def rotate_token(name: str, deployer: "Deployer", force_conflicts: bool) -> None:
@@ -174,7 +174,7 @@ def rotate_token(name: str, deployer: "Deployer", force_conflicts: bool) -> None
     click.echo(deployer.rotate_token(name, force=force_conflicts))
 
 
-@click.command()
+@click.command(short_help="Delete a pipeline from a cluster.")
 @_on_a_pipeline
 def delete(name: str, deployer: "Deployer") -> None:
     """Delete PIPELINE (its name, or the file of its spec) with everything that was created for it.

@@ -21,7 +21,7 @@ from knative.spec.errors import SpecError
 from knative.spec.kubernetes_object import to_yaml
 
 
-@click.command()
+@click.command(short_help="List, make and revoke API keys.")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--make", "name", metavar="NAME", help="Make a key for NAME and print it; it is shown only this once.")
 @click.option("--limit", "limits", metavar="NAME=NUMBER", multiple=True, help=f"Limit of the new key: {', '.join(LIMITS)}.")

@@ -17,7 +17,7 @@ from storage.store.payload_store import PayloadStore
 _MIB: Final = 2**20
 
 
-@click.command()
+@click.command(short_help="Show and prune the storage of idle conversations.")
 @click.option("--prefix", default=KV_PREFIX, show_default=True, help="Prefix in the bucket, as in the spec's kv_store.")
 @click.option("--prune", is_flag=True, help="Delete what is beyond the age or size; without either, delete everything.")
 @click.option("--pipeline", help="Only pipelines whose fingerprint begins with this.")

@@ -20,7 +20,7 @@ from storage.models.model_repository import read_manifest
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
-@click.command()
+@click.command(short_help="Show the cut of a model, and what each stage needs.")
 @click.argument("spec_file", metavar="[SPEC]", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--model", help="A Hugging Face folder (its config.json is enough), or a published name.  [default: the spec's]")
 @click.option("--stages", type=click.IntRange(min=1), default=3, show_default=True, help="Number of groups of layers.")

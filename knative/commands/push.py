@@ -16,7 +16,7 @@ from storage.models.model_repository import ModelManifest, Reader, read_manifest
 from storage.models.publisher import publish
 
 
-@click.command()
+@click.command(short_help="Publish a model into the store.")
 @click.argument("source", required=False)
 @click.option("--name", help="Name in the store. Default: the source's own name.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: bfloat16.")
@@ -77,7 +77,7 @@ def _default_source(model: ModelSpec) -> str:
     return packaged_model()
 
 
-@click.command()
+@click.command(short_help="Print the packages that a model needs.")
 @click.option("--model", help="A folder, GGUF file or hub id, which is fetched. Default: the packaged model.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: the one that `run` would choose.")
 def requirements(model: str | None, dtype: str | None) -> None:

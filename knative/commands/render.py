@@ -18,7 +18,7 @@ from knative.spec.spec_file import load_spec
 from storage.models.model_repository import ModelManifest, read_manifest
 
 
-@click.command()
+@click.command(short_help="Render the Kubernetes objects of a pipeline.")
 @click.argument("spec", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--output", "-o", type=click.Path(file_okay=False, path_type=Path), help="Folder to write the files into.")
 @click.option("--gitops", is_flag=True, help="Add what Argo CD or Flux need: sync waves, prune protection, a pruning Job.")

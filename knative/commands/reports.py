@@ -19,7 +19,7 @@ _RESOURCES: Final = (("memory", 2.0**30), ("cpu", 1.0), ("nvidia.com/gpu", 1.0))
 _UNIT_SECONDS: Final = {"m": 60, "h": 3600, "d": 86_400}
 
 
-@click.command("list")
+@click.command("list", short_help="List all pipelines of a cluster.")
 @click.option("--namespace", "-n", help="Only this one. Default: all, or the context's own if you may not list all.")
 @cluster_options
 def list_(namespace: str | None, connect: "Callable[[], Cluster]") -> None:
@@ -34,7 +34,7 @@ def list_(namespace: str | None, connect: "Callable[[], Cluster]") -> None:
     show_table(Console(), "", LIST_COLUMNS, rows)
 
 
-@click.command()
+@click.command(short_help="Print the last log lines of a pipeline's pods.")
 @pipeline_options
 @click.option("--stage", type=click.IntRange(min=0), help="Only this stage. Default: the gateway and all stages.")
 @click.option("--lines", type=click.IntRange(min=1), default=20, show_default=True, help="Last lines of each pod.")
@@ -69,7 +69,7 @@ def logs(
             click.echo(f"{pod}: {line}")
 
 
-@click.command()
+@click.command(short_help="Add up the resources that a pipeline used.")
 @pipeline_options
 @click.option(
     "--prometheus", metavar="URL", help="A Prometheus that scrapes Knative's autoscaler. Default: count running pods."

@@ -57,7 +57,7 @@ class RunOptions:
     state: Path
 
 
-@click.command()
+@click.command(short_help="Run a pipeline on this machine, ask a question, serve.")
 @click.option(
     "--spec", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A PipelineSpec instead of --stages …"
 )

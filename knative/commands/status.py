@@ -39,7 +39,7 @@ class _Source:
     lines: Callable[[], _Lines]
 
 
-@click.command()
+@click.command(short_help="Show what runs here or on a cluster, and why.")
 @click.argument("pipeline", required=False)
 @click.option("--watch", is_flag=True, help="Repeat every second, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything that is known, as JSON.")

@@ -72,16 +72,6 @@ def test_a_missing_right_removes_only_its_own_part(api: KubernetesApi, cluster: 
     assert any(line.startswith("versions not looked at") for line in lines(cluster))
 
 
-def test_pods_outside_the_gateways_network_are_named(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
-    rendered = objects(spec={"gateway": {"pod_network": "10.0.0.0/8"}})
-    deployer.deploy(rendered)
-    key = ("v1", "pods", "default", f"{stage_name(rendered, 0)}-00001-pod")
-    api.put({**api.objects[key], "status": {**api.objects[key]["status"], "podIP": "192.168.3.4"}})
-    assert any(
-        line.startswith(f"chat does not follow pods outside of 10.0.0.0/8: {key[3]} (192.168.3.4)") for line in lines(cluster)
-    )
-
-
 def test_the_status_is_a_json_document(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
     deployer.deploy(objects())
     deployer.deploy(other())
