@@ -10,11 +10,11 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import psutil
 import yaml
@@ -28,6 +28,7 @@ from knative.commands.local_pipeline import LocalPipeline, Sharing, local_pipeli
 from knative.commands.model_choice import packaged_model, published_name
 from knative.commands.state_folder import find_running
 from knative.local.kubelet.containers import LocalData, read_container
+from knative.local.platform import Platform, PlatformOptions
 from knative.render.services import gateway_service
 from knative.spec.spec_file import load_spec
 from storage.models.model_repository import read_file, read_manifest
@@ -39,6 +40,7 @@ NUM_STAGES: Final = 3
 _TOKEN_SECRET: Final = "bench-token"
 _START_SECONDS: Final = 180.0
 _STOP_SECONDS: Final = 20.0
+_PLATFORM_STOP_SECONDS: Final = 5.0
 _PORTS: Final = ("port", "function_port", "metrics_port")
 _LISTENING: Final = re.compile(r"listening on port (\d+)")
 
@@ -103,6 +105,18 @@ def running_pipeline(dtype: str, state: Path, kv_cache: str = "256Mi") -> Iterat
         with gateway_beside(local, [stage.function for stage in stages], state / "gateway.log") as (direct_url, pid):
             pids = (run.pid, pid)
             yield RunningPipeline(dtype, running.gateway_url, direct_url, stages, local, running.store, pids)
+
+
+@asynccontextmanager
+async def running_platform(options: PlatformOptions, manifests: Sequence[dict[str, Any]]) -> AsyncIterator[Platform]:
+    """A local platform in this process, with these manifests applied. It stops at the end."""
+    platform = Platform(options)
+    await platform.start()
+    try:
+        await platform.apply(manifests)
+        yield platform
+    finally:
+        await platform.stop(_PLATFORM_STOP_SECONDS)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +11,7 @@ from typing import Any, Final
 import aiohttp
 
 from bench.network import relayed
+from bench.pipeline import running_platform
 from knative.commands.ask import Question, stream_answer
 from knative.commands.local_pipeline import local_pipeline
 from knative.local.platform import Platform, PlatformOptions
@@ -22,7 +23,6 @@ from storage.store.object_store import ObjectStore
 
 PROMPT: Final = "What is the capital of France?"
 _NAME: Final = "monolith"
-_STOP_SECONDS: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ async def cold_pipeline(
         for manifest, endpoint in zip(manifests, endpoints, strict=True):
             _set_environment(manifest, "LAMINA_STORE_ENDPOINT", endpoint)
         options = PlatformOptions(logs=at.logs, secrets=local.secrets)
-        async with _running(options, manifests) as platform:
+        async with running_platform(options, manifests) as platform:
             url = platform.url(local.pipeline.spec.name, local.pipeline.spec.namespace)
             began = time.perf_counter()
             token = await _first_token(url)
@@ -76,7 +76,7 @@ async def cold_pipeline(
 async def cold_monolith(at: Store, *, bytes_per_second: float | None = None) -> ColdStart:
     with _endpoints(at.objects, bytes_per_second, 1) as (endpoint,):
         options = PlatformOptions(logs=at.logs)
-        async with _running(options, [_monolith(at.objects, endpoint)]) as platform:
+        async with running_platform(options, [_monolith(at.objects, endpoint)]) as platform:
             began = time.perf_counter()
             async with (
                 aiohttp.ClientSession() as session,
@@ -95,17 +95,6 @@ async def _first_token(url: str) -> str:
     async for answer in stream_answer(url, Question(PROMPT, max_tokens=1)):
         return answer.text
     raise RuntimeError(f"{url} ended its answer without a token")
-
-
-@contextlib.asynccontextmanager
-async def _running(options: PlatformOptions, manifests: Sequence[dict[str, Any]]) -> AsyncIterator[Platform]:
-    platform = Platform(options)
-    await platform.start()
-    try:
-        await platform.apply(manifests)
-        yield platform
-    finally:
-        await platform.stop(_STOP_SECONDS)
 
 
 def _phases(platform: Platform, name: str) -> Mapping[str, float]:

@@ -21,6 +21,7 @@ from bench.evaluation.replay import BEGUN
 from bench.evaluation.rounds import Overheads, Work, flow
 from bench.evaluation.setting import WAYS, Setting
 from bench.evaluation.trace import Floats, Trace
+from bench.pipeline import running_platform
 from functions.configuration.pass_times import PassTimes, pairs
 from functions.gateway.scheduling.batching import SchedulerLimits
 from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
@@ -41,7 +42,6 @@ from storage.store.object_store import ObjectStore
 
 _LOOK_SECONDS: Final = 0.5
 _READY_SECONDS: Final = 180.0
-_STOP_SECONDS: Final = 5.0
 _PAGE_SECONDS: Final = 1.0
 
 
@@ -71,10 +71,7 @@ class EmulatedRun:
     async def run(self, objective: Objective | None = None) -> Outcome:
         """Raises NotReady."""
         options = PlatformOptions(secrets=self._local.secrets, logs=self._folder, cpu=self._busy.get)
-        platform = Platform(options)
-        await platform.start()
-        try:
-            await platform.apply(services(self._local.pipeline))
+        async with running_platform(options, services(self._local.pipeline)) as platform:
             await self._all_awake(platform)
             self._seen = {pod.name for pods in self._pods(platform) for pod in pods}
             seconds = self._trace.seconds + self._tail_seconds
@@ -83,8 +80,6 @@ class EmulatedRun:
                     await self._count(platform, seconds)
                 self.passes = [await asyncio.to_thread(passes_of, pods) for pods in self._pods(platform)]
                 first, last, prompts = await self._answered(asking)
-        finally:
-            await platform.stop(_STOP_SECONDS)
         tokens = prompts + int(self._trace.answer_tokens[np.isfinite(last)].sum())
         cost = Cost(
             replica_seconds=sum(self._replica_seconds),

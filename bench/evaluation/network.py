@@ -15,6 +15,7 @@ import yaml
 from rich.console import Console
 
 from bench.evaluation.emulated import passes_of
+from bench.pipeline import running_platform
 from bench.report import table
 from bench.speculation.answers import ask
 from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
@@ -43,7 +44,6 @@ _DTYPE: Final = "bfloat16"
 _MICRO_BATCH: Final = 8
 _PROMPTS: Final = ROOT / "bench" / "speculation" / "prompts.yaml"
 _READY_SECONDS: Final = 180.0
-_STOP_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +115,8 @@ async def _measured(
     local: LocalPipeline, network: EmulatedNetwork, remedy: Remedy, lengths: Lengths, logs: Path
 ) -> list[Measured]:
     relayed = EmulatedNetwork(_NEARLY_NONE) if network.is_loopback else network
-    platform = Platform(PlatformOptions(secrets=local.secrets, logs=logs, network=relayed))
-    await platform.start()
-    try:
-        await platform.apply(services(local.pipeline))
+    options = PlatformOptions(secrets=local.secrets, logs=logs, network=relayed)
+    async with running_platform(options, services(local.pipeline)) as platform:
         url = platform.url(local.pipeline.spec.name)
         async with asyncio.timeout(_READY_SECONDS):
             while not all(revision.ready_pods for each in platform.services.values() for revision in each.revisions):
@@ -147,8 +145,6 @@ async def _measured(
                 )
             )
         return found
-    finally:
-        await platform.stop(_STOP_SECONDS)
 
 
 async def _passes(local: LocalPipeline, platform: Platform) -> list[tuple[float, float]]:

@@ -17,7 +17,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from bench.kv.client import Server
-from bench.pipeline import NUM_STAGES
+from bench.pipeline import NUM_STAGES, running_platform
 from functions.stage.engine.threads import usable_cores
 from knative.commands.local_pipeline import Sharing, ensure_published, local_pipeline
 from knative.commands.local_pods import read_metrics
@@ -51,7 +51,6 @@ TIMING: Final = PodTiming(drain_quiet_seconds=5.0)  # not Knative's 30 s: runs o
 _FROM_ZERO: Final = AutoscalerConfig(allow_zero_initial_scale=True, initial_scale=0, scale_to_zero_grace_period_seconds=0.5)
 _KV_CACHE: Final = "640Mi"
 _WAIT_SECONDS: Final = 120.0
-_STOP_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,15 +138,11 @@ async def deployed(dtype: str, state: Path) -> AsyncIterator[Deployed]:
         manifest = ensure_published(store, None, dtype, Console(quiet=True))
         local = local_pipeline(store, manifest, NUM_STAGES, _spec(manifest.name, dtype), {})
         tokenizer = Tokenizer.from_str(read_file(store, manifest, "tokenizer.json").decode())
-        platform = Platform(PlatformOptions(secrets=local.secrets, logs=logs, timing=TIMING, autoscaler=_FROM_ZERO))
-        await platform.start()
-        try:
-            await platform.apply(_with_a_plain_gateway(services(local.pipeline)))
+        options = PlatformOptions(secrets=local.secrets, logs=logs, timing=TIMING, autoscaler=_FROM_ZERO)
+        async with running_platform(options, _with_a_plain_gateway(services(local.pipeline))) as platform:
             running = Deployed(platform, local.pipeline, tokenizer)
             await running.stay_up()
             yield running
-        finally:
-            await platform.stop(_STOP_SECONDS)
 
 
 def _with_a_plain_gateway(manifests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

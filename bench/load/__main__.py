@@ -21,17 +21,16 @@ from rich.console import Console
 from bench.load.plot import draw
 from bench.load.report import Setting, judge, markdown
 from bench.load.series import Record, read_records
+from bench.pipeline import running_platform
 from bench.report import ROOT, STATE, machine, write_section
 from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
 from knative.commands.options import STORE_FOLDER
 from knative.commands.state_folder import RunningPlatform, StateFolder
-from knative.local.platform import Platform, PlatformOptions
+from knative.local.platform import PlatformOptions
 from knative.render.services import services
 from knative.spec.pipeline_spec import Autoscaling, GatewaySpec, ModelSpec, PipelineSpec, Resources, StageSpec, StoreSpec
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
-
-_STOP_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,10 +89,7 @@ async def _record(run: Run, state: StateFolder, local: LocalPipeline, store: Obj
 
     The load generator has a process of its own, so that it takes no time of the platform's event loop.
     """
-    platform = Platform(PlatformOptions(secrets=local.secrets, logs=state.logs))
-    await platform.start()
-    try:
-        await platform.apply(services(local.pipeline))
+    async with running_platform(PlatformOptions(secrets=local.secrets, logs=state.logs), services(local.pipeline)) as platform:
         url = platform.url(local.pipeline.spec.name)
         state.publish(RunningPlatform(platform.status()["pid"], platform.admin_url, url, store.settings))
         options = ["--plan", run.plan, "--max-tokens", *map(str, run.max_tokens)]
@@ -108,8 +104,6 @@ async def _record(run: Run, state: StateFolder, local: LocalPipeline, store: Obj
                 await process.wait()
         if status not in (0, 1):
             raise RuntimeError(f"the load generator ended with status {status}")
-    finally:
-        await platform.stop(_STOP_SECONDS)
 
 
 def _write(run: Run, model: str, setting: Setting, records: Sequence[Record]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final, Self
 from urllib.parse import urlsplit
 
+from bench.pipeline import running_platform
 from bench.soak.records import GATEWAY
 from knative.commands.local_pipeline import LocalPipeline
 from knative.commands.state_folder import RunningPlatform, StateFolder
@@ -28,7 +29,6 @@ from storage.store.settings import StoreSettings
 
 MODEL: Final = "smollm2-135m-instruct"
 KEYS_SECRET: Final = "soak-keys"
-_STOP_SECONDS: Final = 5.0
 # Short back-off: otherwise a pod that is killed again and again would be down for most of the run.
 _TIMING: Final = PodTiming(restart_backoff_seconds=0.5, restart_backoff_max_seconds=5.0)
 _ALWAYS_ONE: Final = Autoscaling(min_scale=1, max_scale=1)
@@ -59,15 +59,11 @@ def services_of(local: LocalPipeline) -> dict[str, str]:
 
 @contextlib.asynccontextmanager
 async def serving(state: StateFolder, local: LocalPipeline, store: StoreSettings) -> AsyncIterator[Platform]:
-    platform = Platform(PlatformOptions(secrets=local.secrets, logs=state.logs, timing=_TIMING))
-    await platform.start()
-    try:
-        await platform.apply(services(local.pipeline))
+    options = PlatformOptions(secrets=local.secrets, logs=state.logs, timing=_TIMING)
+    async with running_platform(options, services(local.pipeline)) as platform:
         url = platform.url(local.pipeline.spec.name)
         state.publish(RunningPlatform(platform.status()["pid"], platform.admin_url, url, store))
         yield platform
-    finally:
-        await platform.stop(_STOP_SECONDS)
 
 
 class ReturningStore:
