@@ -26,6 +26,34 @@ class ClientLeft(Exception):
     """The client has disconnected and the answer was cancelled."""
 
 
+class StreamPace:
+    """When a stream without tokens needs a heartbeat, and when to look whether its client has left."""
+
+    def __init__(self, gone: Callable[[], bool], heartbeat_seconds: float) -> None:
+        self._gone = gone
+        self._heartbeat_seconds = heartbeat_seconds
+        self._look_at = time.monotonic() + LOOK_SECONDS
+        self.restart()
+
+    def restart(self) -> None:
+        """Call it when something was sent."""
+        self._heartbeat_at = time.monotonic() + self._heartbeat_seconds
+
+    def seconds_to_wait(self) -> float:
+        return max(0.0, min(self._heartbeat_at, self._look_at) - time.monotonic())
+
+    def is_heartbeat_due(self, found: bool) -> bool:
+        """Call it after each wait for tokens. found: tokens came, and were sent. Raises ClientLeft."""
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + LOOK_SECONDS
+            if self._gone():
+                raise ClientLeft
+        if found:
+            self._heartbeat_at = now + self._heartbeat_seconds
+        return not found and now >= self._heartbeat_at
+
+
 class Generation:
     """Iterate `tokens` to its end, then call `response`; or `close` it to cancel."""
 
@@ -53,23 +81,14 @@ class Generation:
 
         Raises the Problem that ended an answer early, or ClientLeft. Closing the iterator cancels unfinished answers.
         """
-        now = time.monotonic()
-        heartbeat_at, look_at = now + heartbeat_seconds, now + LOOK_SECONDS
+        pace = StreamPace(self._gone, heartbeat_seconds)
         found = True
         try:
             while not all(answer.done for answer in self.answers):
-                found = yield from self._take(0.0 if found else max(0.0, min(heartbeat_at, look_at) - now))
-                now = time.monotonic()
-                if now >= look_at:
-                    look_at = now + LOOK_SECONDS
-                    if self._gone():
-                        raise ClientLeft
-                if not found:
-                    if now < heartbeat_at:
-                        continue
+                found = yield from self._take(0.0 if found else pace.seconds_to_wait())
+                if pace.is_heartbeat_due(found):
                     yield None
-                    now = time.monotonic()
-                heartbeat_at = now + heartbeat_seconds
+                    pace.restart()
         finally:
             self.close()
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from eventing.wire.generation import GenerateResponse, TokenEvent
-from functions.gateway.answers.generation import HEARTBEAT_SECONDS, LOOK_SECONDS, ClientLeft, Generation
+from functions.gateway.answers.generation import HEARTBEAT_SECONDS, LOOK_SECONDS, Generation, StreamPace
 
 KEPT_SECONDS: Final = 300.0  # after the end; longer than a Broker waits before its last retry, with Knative's back-off
 MAX_KEPT_TOKENS: Final = 2**18  # of all complete answers, with the tokens in their log-probabilities; the oldest are dropped
@@ -68,21 +68,14 @@ class Listener:
     def tokens(self, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> Iterator[TokenEvent | None]:
         """The same as Generation.tokens, from the first token on."""
         given = 0
-        now = time.monotonic()
-        heartbeat_at, look_at = now + heartbeat_seconds, now + LOOK_SECONDS
+        pace = StreamPace(self._gone, heartbeat_seconds)
         try:
             while (new := self._new_tokens(given, heartbeat_seconds)) is not None:
                 given += len(new)
                 yield from new
-                now = time.monotonic()
-                if now >= look_at:
-                    look_at = now + LOOK_SECONDS
-                    if self._gone():
-                        raise ClientLeft
-                if not new and now >= heartbeat_at:
+                if pace.is_heartbeat_due(bool(new)):
                     yield None
-                if new or now >= heartbeat_at:
-                    heartbeat_at = time.monotonic() + heartbeat_seconds
+                    pace.restart()
         finally:
             self.close()
 
