@@ -116,10 +116,12 @@ def traced() -> int:
                 counts[_HAND_OVER, code.co_name, owner(frame)] += 1
 
     def write(*_: object) -> None:
+        sys.setprofile(None)  # its own calls are not the round's
         seen = [[_relative(file), name, owner, calls] for (file, name, owner), calls in list(counts.items())]
         draft = Path(os.environ[_REPORT] + ".draft")
         draft.write_text(json.dumps(seen), encoding="utf-8")
         draft.rename(os.environ[_REPORT])
+        sys.setprofile(profile)
 
     signal.signal(signal.SIGUSR1, write)
     threading.setprofile(profile)
