@@ -120,7 +120,7 @@ def _needs_other_instances(state: SchedulerState, current: Items[MicroBatch], se
 def _seems_to_fit(state: SchedulerState, sequence: Sequence) -> bool:
     """By the stages' last replies, some instance of each stage has memory for it."""
     placement = state.placement
-    return all(placement.has_room(stage, sequence.reserve_tokens) for stage in range(placement.num_stages))
+    return all(placement.has_memory(stage, sequence.reserve_tokens) for stage in range(placement.num_stages))
 
 
 def _reserve(state: SchedulerState, batch: MicroBatch, sequences: Items[Sequence], *, in_order: bool = False) -> Reserve:

@@ -135,7 +135,7 @@ class BacklogSignals:
         tokens = backlog.sequences[0].reserve_tokens
         sent: list[Release] = []
         for stage in range(placement.num_stages):
-            instances = [] if placement.has_room(stage, tokens) else placement.usable(stage)
+            instances = [] if placement.has_memory(stage, tokens) else placement.usable(stage)
             wanted = [*instances] * IN_FLIGHT_PER_INSTANCE
             lacking = Counter(wanted[: len(backlog.sequences)]) - Counter(release.instance for release in self._open)
             sent += [Release(instance, (), tokens) for instance in lacking.elements() if instance not in self._not_before]

@@ -130,7 +130,7 @@ class Placement:
 
         return min(self.usable(stage), key=load, default=None)
 
-    def has_room(self, stage: int, reserve_tokens: int) -> bool:
+    def has_memory(self, stage: int, reserve_tokens: int) -> bool:
         """By its last reply, some usable instance of `stage` has so much memory."""
         return any(not _lacks(instance, reserve_tokens) for instance in self.usable(stage))
 

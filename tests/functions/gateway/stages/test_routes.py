@@ -2,6 +2,9 @@
 
 import time
 
+import pytest
+
+from functions.gateway.stages import routes
 from functions.gateway.stages.instances import Endpoint, Instance, Turnstile
 from functions.gateway.stages.routes import Placement
 
@@ -9,7 +12,7 @@ SERVICES = ["http://stage-0", "http://stage-1"]
 
 
 def placement(*urls: str) -> Placement:
-    """Two stages: one instance of the first, `urls` of the second."""
+    """Two stages. The first has one instance, the second one for each of `urls`."""
     placed = Placement(SERVICES, watched=True)
     placed.update(0, [Endpoint("a")])
     placed.update(1, [Endpoint(url) for url in urls])
@@ -31,7 +34,7 @@ def test_a_new_route_takes_the_instances_with_the_fewest_routes() -> None:
     assert url(placed.least_used(1)) == seconds[1]
 
 
-def test_instances_that_said_they_are_full_come_last() -> None:
+def test_full_instances_come_last() -> None:
     placed = placement("x", "y")
     full = placed.least_used(1)
     assert full is not None
@@ -40,7 +43,7 @@ def test_instances_that_said_they_are_full_come_last() -> None:
     assert url(placed.least_used(1, 51)) != full.url
 
 
-def test_only_the_current_revision_is_placed_on_and_old_routes_end_where_they_began() -> None:
+def test_new_routes_use_the_current_revision_and_old_ones_stay() -> None:
     placed = Placement(SERVICES[:1], watched=True)
     placed.update(0, [Endpoint("old", "stage-0-00009")])
     route = placed.place(1)
@@ -71,7 +74,7 @@ def test_a_route_leaves_an_instance_that_terminates_once_there_is_another() -> N
     assert placed.strands(route)
 
 
-def test_an_address_that_comes_back_is_another_instance() -> None:
+def test_an_address_that_comes_back_is_a_new_instance() -> None:
     placed = placement("x")
     before = placed.least_used(1)
     placed.update(1, [])
@@ -79,7 +82,7 @@ def test_an_address_that_comes_back_is_another_instance() -> None:
     assert placed.least_used(1) is not before
 
 
-def test_two_routes_more_than_another_is_unbalanced() -> None:
+def test_two_routes_more_than_another_instance_are_unbalanced() -> None:
     placed = placement("x")
     for _ in range(2):
         placed.place(1)
@@ -91,7 +94,7 @@ def test_two_routes_more_than_another_is_unbalanced() -> None:
     assert placed.unbalanced() is None
 
 
-def test_a_broken_instance_is_left_alone_for_longer_each_time() -> None:
+def test_each_suspension_of_a_broken_instance_is_longer() -> None:
     placed = placement("x", "y")
     broken = placed.least_used(1)
     assert broken is not None
@@ -108,7 +111,7 @@ def test_a_broken_instance_is_left_alone_for_longer_each_time() -> None:
     assert broken.suspended_until - moment < pauses[1]
 
 
-def test_an_instance_that_dies_with_many_events_in_hand_broke_once() -> None:
+def test_many_events_that_fail_together_count_as_one_failure() -> None:
     placed = placement("x")
     instance = placed.least_used(1)
     assert instance is not None
@@ -131,6 +134,19 @@ def test_without_a_watch_the_service_url_is_the_instance_once_it_is_awake() -> N
     assert placed.ready_counts() == [0, 0], "unknown"
     placed.avoid(route.instances[1])
     assert placed.cold() == [1]
+
+
+def test_revisions_are_compared_only_when_endpoints_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every decision of the scheduler asks for the current instances, under its lock."""
+    placed = placement("x", "y")
+    monkeypatch.setattr(routes, "_revision_order", lambda _: pytest.fail("compared again"))
+    route = placed.place(10)
+    assert route is not None
+    assert placed.ready_counts() == [1, 2]
+    assert (placed.cold(), placed.strands(route), placed.outdated(route), placed.unbalanced()) == ([], False, False, None)
+    monkeypatch.undo()
+    placed.update(1, [Endpoint("x")])
+    assert placed.ready_counts() == [1, 1]
 
 
 def test_a_turnstile_keeps_order() -> None:
