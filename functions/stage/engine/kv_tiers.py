@@ -5,8 +5,8 @@ A tier is a peer or the store (`functions/stage/kv`). No tier is ever needed for
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Final, Protocol, Self
+from dataclasses import dataclass
+from typing import Final, Protocol
 
 from eventing.wire.prefix_chain import BLOCK_TOKENS, Chain
 from functions.stage.models.kv_cache import KVRanges
@@ -37,9 +37,6 @@ class RestoreRequest:
     @property
     def lacks_blocks(self) -> bool:
         return self.held < BLOCK_TOKENS * len(self.chain)
-
-    def holding(self, held: int) -> Self:
-        return replace(self, held=held)
 
 
 class Tier(Protocol):

@@ -6,6 +6,7 @@ The gateway names the instances that may hold a conversation. This file has both
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final, Protocol, TypeVar
 from urllib.parse import urlsplit
 
@@ -103,7 +104,7 @@ class PeerTier:
         for peer in filter(self._peers.admits, request.peers):
             if request.lacks_blocks:
                 restore = _PeerRestore(self._peers, self._fetcher, peer, request)
-                request = request.holding(self._fetcher.restore(request, restore.part, peer))
+                request = replace(request, held=self._fetcher.restore(request, restore.part, peer))
                 if not request.lacks_blocks and not request.draws_by_tokens:
                     return restore.rest(request.held)
         return request.held

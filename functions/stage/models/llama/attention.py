@@ -55,7 +55,9 @@ class PassAttention:
     ) -> Iterator[torch.Tensor]:
         """first: position that keys and values begin with."""
         if segment.length == 1:
-            yield _decode(queries, keys, values)
+            # The heads that share a key head take the place of a chunk's tokens, so that each key is read once. Key heads are
+            # the batch: the kernel's result is then in the order that the next matrix reads.
+            yield functional.scaled_dot_product_attention(queries.transpose(0, 1), keys, values).view(1, -1)
         elif segment.position == 0 and (self._window is None or segment.length <= self._window):
             yield _chunk(queries, keys, values, None)
         else:
@@ -88,14 +90,6 @@ class PassAttention:
                 mask += everything.tril_(back - self._window)
             self._masks[rows, back] = mask
         return self._masks[rows, back]
-
-
-def _decode(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """One token: the heads that share a key head take the place of a chunk's tokens, so that each key is read once.
-
-    Key heads are the batch: the kernel's result is then in the order that the next matrix reads.
-    """
-    return functional.scaled_dot_product_attention(queries.transpose(0, 1), keys, values).view(1, -1)
 
 
 def _chunk(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -175,7 +175,8 @@ def _sliced(
             _replace(owner, family.after, nn.Identity)
             _replace(self, ("lm_head",), nn.Identity)
         if config.model_type == "gpt2" and config.scale_attn_by_inverse_layer_idx:
-            _scale_attention_by_layer(owner.h, first_layer)
+            for number, block in enumerate(owner.h):
+                block.attn.scaling = block.attn.head_dim**-0.5 / (first_layer + number + 1)
 
     # transformers finds a family's checkpoint conversion by the name of the class.
     return type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
@@ -185,11 +186,6 @@ def _replace(owner: nn.Module, names: Sequence[str], replacement: type[nn.Module
     for name in names:
         if getattr(owner, name) is not None:
             setattr(owner, name, replacement())
-
-
-def _scale_attention_by_layer(blocks: Any, first_layer: int) -> None:
-    for number, block in enumerate(blocks):
-        block.attn.scaling = block.attn.head_dim**-0.5 / (first_layer + number + 1)
 
 
 def _own_tensors(

@@ -25,10 +25,10 @@ static int64_t any(int64_t least, int64_t most)
 static void *taken[4096];
 static int num_taken;
 
-/* Of any bits, among them NaN and infinity; now and then all of them plain. */
+/* Memory of random bits, NaN and infinity among them; sometimes of plain numbers only. */
 static Memory memory_of(int64_t bytes)
 {
-    uint8_t *data = malloc((size_t)bytes); /* whose end is exact to the byte */
+    uint8_t *data = malloc((size_t)bytes); /* ends exactly at its last byte */
     taken[num_taken++] = data;
     int plain = any(0, 3) > 0;
     for (int64_t i = 0; i < bytes; i++)
@@ -102,7 +102,7 @@ static void spoil(void *record, size_t bytes)
     int64_t *numbers = record;
     int64_t *chosen = &numbers[any(0, (int64_t)(bytes / 8) - 1)];
     static const int64_t odd[] = {0, -1, 1, INT64_MAX, INT64_MIN, 1 << 20, 1ll << 40};
-    /* An address becomes none, or the next one, of a byte less: one that is nobody's memory no check can know. */
+    /* An address becomes NULL, or moves by one byte: no check can recognize an address that is not allocated. */
     if (is_address(*chosen)) {
         if (any(0, 1))
             *chosen = 0;
