@@ -99,6 +99,10 @@ def unquoted(value: str) -> str:
 
 def check_attribute(name: str, value: str) -> None:
     """Raises MalformedEvent if a name or a value is not allowed."""
+    if name == "data":
+        raise MalformedEvent("attribute 'data': an event's data is its body, and no attribute has this name")
+    if not value and name in ("subject", "dataschema"):
+        raise MalformedEvent(f"attribute {name} is empty; leave it out")
     if not NAME.fullmatch(name):
         raise MalformedEvent(f"attribute {name[:40]!r}: names are 1 to {MAX_NAME_LENGTH} characters of a-z and 0-9")
     if len(value) > MAX_VALUE_LENGTH:

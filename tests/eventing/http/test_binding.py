@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eventing.http.binding import from_http, to_binary_http, to_structured_http
+from eventing.http.delivery import RequestTarget, RequestTemplate
 from eventing.problems import EventExpired, MalformedEvent, Problem, UnsupportedMediaType
 from eventing.wire.cloud_event import (
     batch_data,
@@ -26,7 +27,15 @@ from eventing.wire.cloud_event import (
     reply_seed,
 )
 from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, EventType
-from eventing.wire.framing import check_not_expired, expiry_time, integer_attribute, required_attribute
+from eventing.wire.framing import (
+    ReplyTemplate,
+    check_not_expired,
+    event_lines,
+    expiry_time,
+    integer_attribute,
+    read_attributes,
+    required_attribute,
+)
 from eventing.wire.generation import GenerateRequest, Message
 from tests.support.functions.batches import make_batch
 
@@ -114,6 +123,29 @@ def test_a_time_that_only_the_sdk_reads_is_read() -> None:
     assert from_http(headers | {"ce-time": "20260203T040506Z"}, b"").get_time() == datetime(2026, 2, 3, 4, 5, 6, tzinfo=UTC)
 
 
+def test_framed_requests_and_replies_have_the_bindings_headers() -> None:
+    """Templates leave out an event object; what they write is what the binding writes of the same event."""
+    varying = {"expirytime": "2026-01-02T00:00:00Z", "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+    constant, _ = to_binary_http(make_event("t", "/søurce", b"{}", layer=10, pipeline="abc"))
+    whole, _ = to_binary_http(make_event("t", "/søurce", b"{}", layer=10, pipeline="abc", **varying))
+    reply = dict(ReplyTemplate(constant).headers("7", varying.items()))
+    del constant["ce-id"], constant["ce-time"]
+    template = RequestTemplate(RequestTarget.of("http://stage:8012/path"), constant)
+    line, *lines = template.head(2, event_lines(varying.items())).decode("ascii").split("\r\n")
+    request = dict(each.split(": ", 1) for each in lines if each)
+    assert (line, lines[-2:], request["Host"], request["Content-Length"]) == (
+        "POST /path HTTP/1.1",
+        ["", ""],
+        "stage:8012",
+        "2",
+    )
+    for framed in (request, reply):
+        event = from_http(framed, b"{}")
+        assert abs((datetime.now(UTC) - event.get_time()).total_seconds()) < 60
+        same = {"ce-id": whole["ce-id"], "ce-time": whole["ce-time"]}
+        assert {name: value for name, value in framed.items() if name in whole} | same == whole
+
+
 def test_a_batch_goes_out_and_comes_in_without_a_copy() -> None:
     batch = make_batch([2, 1], hidden_size=4)
     assert batch.hidden is not None
@@ -188,8 +220,9 @@ def test_a_missing_attribute_is_named(name: str, value: str | None) -> None:
     ],
 )
 def test_a_bad_attribute_is_named_in_binary_mode(changes: dict[str, str], seen: str) -> None:
-    with pytest.raises(MalformedEvent, match=seen):
-        from_http(BINARY | changes, b"{}")
+    for read in (lambda headers: from_http(headers, b"{}"), lambda headers: read_attributes(headers.items())):
+        with pytest.raises(MalformedEvent, match=seen):
+            read(BINARY | changes)
 
 
 @pytest.mark.parametrize(
