@@ -80,7 +80,7 @@ def _source(path: Path, tensor: GgufTensor, config: Mapping[str, Any], file_byte
     return SourceTensor(
         "F32",
         tensor.shape,
-        lambda first, last: _float_bytes(dequantize(read(first, last))),
+        lambda first, last: np.ascontiguousarray(dequantize(read(first, last)), np.float32).reshape(-1).view(np.uint8).data,
         tensor.kind not in _FLOATS,
         (lambda first, last: _four_bits(tensor.kind, read(first, last))) if tensor.kind in _FOUR_BITS else None,
     )
@@ -158,7 +158,3 @@ def _read_rows(
     finally:
         os.close(descriptor)
     return data[places - lowest]
-
-
-def _float_bytes(rows: Any) -> memoryview:
-    return np.ascontiguousarray(rows, dtype=np.float32).reshape(-1).view(np.uint8).data

@@ -40,11 +40,6 @@ def is_layer_matrix(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and name.endswith(tuple(f".{matrix}.weight" for matrix in _LAYER_MATRICES))
 
 
-def is_outer_matrix(name: str) -> bool:
-    """Whether this tensor is the matrix of a Llama-shaped model's embedding or head."""
-    return name in ("model.embed_tokens.weight", "lm_head.weight")
-
-
 def check_shapes(config: Mapping[str, Any], seen: Shapes) -> None:
     """Raises CheckpointInvalid naming a tensor, its shape and the shape by `config`, a config.json. Raises LibraryMissing.
 

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from storage.checkpoints.checkpoint import FourBits, SourceTensor
 from storage.errors import CheckpointInvalid
-from storage.models.checks import is_layer_matrix, is_outer_matrix
+from storage.models.checks import is_layer_matrix
 from storage.models.floats import FLOATS, FloatName, Floats, as_bytes, read_floats, rounded
 from storage.models.model_repository import Dtype
 from storage.models.object_writer import TargetTensor
 from storage.models.q4 import GROUP, pack, packed_shape, quantize
 
 _INT8_MAX: Final = 127
+_OUTER_MATRICES: Final = ("model.embed_tokens.weight", "lm_head.weight")  # of a Llama-shaped model
 # The type of tensors that are not quantized.
 _FLOATS_OF: Final[Mapping[Dtype, FloatName]] = {
     "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "BF16", "q4": "F32",
@@ -33,7 +34,7 @@ def convert_tensor(name: str, source: SourceTensor, dtype: Dtype, keep_wide: Col
     """
     if source.dtype not in FLOATS:
         raise CheckpointInvalid(f"tensor {name!r} is {source.dtype}, no float; publish the unquantized checkpoint")
-    in_layer, outside = is_layer_matrix(name, source.shape), is_outer_matrix(name)
+    in_layer, outside = is_layer_matrix(name, source.shape), name in _OUTER_MATRICES
     if dtype in ("int8", "q4") and (in_layer or outside) and name.split(".")[-2] in keep_wide:
         return {name: _float_tensor(name, source, "BF16")}
     if dtype == "q4" and in_layer:

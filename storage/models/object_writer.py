@@ -31,19 +31,14 @@ class ObjectPlan:
     tensors: Mapping[str, TargetTensor]
     header: bytes
     spans: Mapping[str, TensorSpan]  # in the file's order, fillers included
-
-    @property
-    def bytes(self) -> int:
-        return max((span.end for span in self.spans.values()), default=len(self.header))
-
-    @property
-    def named_spans(self) -> dict[str, TensorSpan]:
-        return {name: span for name, span in self.spans.items() if not name.startswith(FILLER_PREFIX)}
+    named_spans: dict[str, TensorSpan]  # without the fillers
+    bytes: int
 
 
 def plan_object(name: str, tensors: Mapping[str, TargetTensor]) -> ObjectPlan:
     header, spans = lay_out({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()})
-    return ObjectPlan(name, tensors, header, spans)
+    named = {name: span for name, span in spans.items() if not name.startswith(FILLER_PREFIX)}
+    return ObjectPlan(name, tensors, header, spans, named, max((span.end for span in spans.values()), default=len(header)))
 
 
 def write_object(store: ObjectStore, key: str, plan: ObjectPlan, on_bytes: Callable[[int], None]) -> StoredObject:

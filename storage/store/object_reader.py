@@ -10,7 +10,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from http.client import HTTPConnection, HTTPException, HTTPResponse, IncompleteRead
@@ -104,14 +104,9 @@ class ObjectReader:
     def close(self) -> None:
         """Closes idle connections now and busy ones after their answers, and ends running retries."""
         self._closed.set()
-        self._close_idle()
-
-    def _close_idle(self) -> None:
-        while True:
-            try:
+        with suppress(Empty):
+            while True:
                 self._idle.get_nowait().close()
-            except Empty:
-                return
 
     def __enter__(self) -> Self:
         return self
@@ -199,7 +194,7 @@ class ObjectReader:
             return
         self._idle.put(connection)
         if self._closed.is_set():
-            self._close_idle()
+            self.close()
 
     def _connection(self) -> HTTPConnection:
         try:
