@@ -96,7 +96,8 @@ class AnswerService:
     def _grammar(self, request: GenerateRequest) -> Grammar | None:
         """Raises MalformedEvent."""
         if forced := forced_tools(request.tools, request.tool_choice):
-            return self.text.grammars.of_tools(self.text.tools.grammar(forced, request.parallel_tool_calls))
+            tools = self.text.tools
+            return self.text.grammars.of_tools(tools.format.grammar(forced, request.parallel_tool_calls, tools.special))
         return None if request.structured_outputs is None else self.text.grammars.of(request.structured_outputs)
 
     def _encode(self, request: GenerateRequest, prompt: str | Sequence[int] | None, predicted_ids: list[int]) -> EncodedPrompt:

@@ -39,10 +39,6 @@ class ModelTools:
     def parser(self, tools: Sequence[Tool]) -> ToolCallParser:
         return ToolCallParser(self.format, frozenset(tool.function.name for tool in tools))
 
-    def grammar(self, tools: Sequence[Tool], parallel: bool) -> str:
-        """Source of a grammar for answers that call at least one of `tools`."""
-        return self.format.grammar(tools, parallel, self.special)
-
     def turns(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[dict[str, Any]]:
         """Messages for the template. Adds a system prompt with `tools` if the template does not present them."""
         if self.in_template:
