@@ -3,23 +3,19 @@
 Answers of two lengths are subtracted, so that only decode steps remain; counters are read while nothing runs. In each round
 the gateway counts the time of its own work (`lamina_gateway_step_seconds_total`), and the stages count computing, decoding and
 waiting. HTTP is the rest of an exchange.
-
-    python -m bench.serving.token_time --dtype bfloat16 --dtype int8        some two minutes on two cores
 """
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from os import getloadavg
 from pathlib import Path
 from statistics import median
 from typing import Final
 
-import click
 from prometheus_client.parser import text_string_to_metric_families
 
-from bench.pipeline import RunningPipeline, gateway_beside, read_metrics, read_page, running_pipeline
-from bench.report import STATE, Verdict, judged, milliseconds, table
+from bench.pipeline import RunningPipeline, gateway_beside, read_metrics, read_page
+from bench.report import Verdict, judged, milliseconds, table
 from bench.serving.client import Client
 from bench.serving.requests import Requests
 from knative.local.kubelet.processes import free_port
@@ -129,22 +125,3 @@ def token_time_table(found: Mapping[str, TokenTime]) -> str:
         "Counted by gateway and stages themselves; *seen*: by a client that streams. Detokenizing and writing to the client "
         "run beside the next round.\n\n" + table(["", *names, "accounted for", "compute"], rows)
     )
-
-
-@click.command(help=__doc__)
-@click.option("--dtype", "dtypes", multiple=True, default=("bfloat16", "int8"), show_default=True)
-@click.option("--tokens", type=click.IntRange(min=8), default=96, show_default=True)
-@click.option("--turns", type=click.IntRange(min=1), default=5, show_default=True)
-def main(dtypes: Sequence[str], tokens: int, turns: int) -> None:
-    state = STATE / "bench"
-    for dtype in dtypes:
-        with running_pipeline(dtype, state / dtype) as pipeline:
-            found = dict(token_times(pipeline, Requests(pipeline.tokenizer()), state, tokens, turns))
-        click.echo(f"{token_time_table(found)}\nload average {getloadavg()[0]:.1f}")
-        for name, each in found.items():
-            for verdict in token_time_verdicts(name, each):
-                click.echo(verdict)
-
-
-if __name__ == "__main__":
-    main()
