@@ -104,9 +104,14 @@ class Cluster:
             return False
         return True
 
-    def require(self, api_version: str, kind: str) -> None:
-        """Raises KindMissing, which says what brings the kind."""
-        self._resource(api_version, kind)
+    def require(self, api_version: str, kind: str) -> Any:
+        """The client's resource. Raises KindMissing, which says what brings the kind."""
+        with self._errors(f"looking for {kind}"):
+            try:
+                return self._dynamic.resources.get(api_version=api_version, kind=kind)
+            except ResourceNotFoundError as error:
+                hint = _INSTALL_HINTS.get(api_version.split("/")[0], "install what brings it")
+                raise KindMissing(f"{self.description} does not serve {kind} ({api_version}); {hint}") from error
 
     def serves_group(self, group: str) -> bool:
         """Whether an API group exists, such as metrics.k8s.io."""
@@ -114,7 +119,7 @@ class Cluster:
             return group in self._dynamic.resources.api_groups
 
     def get(self, ref: Ref) -> KubernetesObject | None:
-        resource = self._resource(ref.api_version, ref.kind)
+        resource = self.require(ref.api_version, ref.kind)
         with self._errors(f"reading {ref}"):
             try:
                 return _plain(resource.get(name=ref.name, namespace=ref.namespace, _request_timeout=_TIMEOUT_SECONDS))
@@ -123,7 +128,7 @@ class Cluster:
 
     def find(self, api_version: str, kind: str, namespace: str | None, selector: str = "") -> list[KubernetesObject]:
         """Objects whose labels match the selector, `a=b,c=d`; namespace None: of all namespaces."""
-        resource = self._resource(api_version, kind)
+        resource = self.require(api_version, kind)
         with self._errors(f"listing {kind} in {namespace or 'all namespaces'}"):
             found = resource.get(namespace=namespace, label_selector=selector, _request_timeout=_TIMEOUT_SECONDS)
         # Items of a list have neither kind nor apiVersion.
@@ -132,7 +137,7 @@ class Cluster:
     def apply(self, manifest: KubernetesObject, *, force: bool = False, dry_run: bool = False) -> KubernetesObject:
         """Server-side apply as field manager `lamina`. Returns the object as it then is, or with dry_run would be."""
         ref = Ref.of(manifest)
-        resource = self._resource(ref.api_version, ref.kind)
+        resource = self.require(ref.api_version, ref.kind)
         with self._errors(f"applying {ref}"):
             return _plain(
                 resource.server_side_apply(
@@ -156,7 +161,7 @@ class Cluster:
 
     def _write(self, doing: str, verb: str, manifest: KubernetesObject, *expected: type[Exception]) -> KubernetesObject | None:
         ref = Ref.of(manifest)
-        write = getattr(self._resource(ref.api_version, ref.kind), verb)
+        write = getattr(self.require(ref.api_version, ref.kind), verb)
         with self._errors(f"{doing} {ref}"):
             try:
                 return _plain(write(body=manifest, namespace=ref.namespace, _request_timeout=_TIMEOUT_SECONDS))
@@ -165,7 +170,7 @@ class Cluster:
 
     def delete(self, ref: Ref, resource_version: str | None = None) -> bool:
         """False if there is no such object, or none of that version. Dependents are deleted in the background."""
-        resource = self._resource(ref.api_version, ref.kind)
+        resource = self.require(ref.api_version, ref.kind)
         body: dict[str, Any] = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background"}
         if resource_version is not None:
             body["preconditions"] = {"resourceVersion": resource_version}
@@ -180,7 +185,7 @@ class Cluster:
         self, api_version: str, kind: str, namespace: str, selector: str, timeout_seconds: int
     ) -> Iterator[KubernetesObject]:
         """Each object now and after every change, for that long. Deletions are not reported."""
-        resource = self._resource(api_version, kind)
+        resource = self.require(api_version, kind)
         with self._errors(f"watching {kind} in {namespace}"):
             for event in self._dynamic.watch(resource, namespace=namespace, label_selector=selector, timeout=timeout_seconds):
                 if event["type"] != "DELETED":
@@ -206,14 +211,6 @@ class Cluster:
                 pod, namespace, container=container, tail_lines=lines, follow=True, _preload_content=False
             )
             yield from (line.decode(errors="replace").rstrip("\n") for line in response)
-
-    def _resource(self, api_version: str, kind: str) -> Any:
-        with self._errors(f"looking for {kind}"):
-            try:
-                return self._dynamic.resources.get(api_version=api_version, kind=kind)
-            except ResourceNotFoundError as error:
-                hint = _INSTALL_HINTS.get(api_version.split("/")[0], "install what brings it")
-                raise KindMissing(f"{self.description} does not serve {kind} ({api_version}); {hint}") from error
 
     @contextmanager
     def _errors(self, doing: str) -> Iterator[None]:

@@ -8,7 +8,6 @@ import json
 import urllib.parse
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -79,13 +78,8 @@ def usage_from_prometheus(
     found: defaultdict[tuple[str, str], float] = defaultdict(float)
     for each in series:
         key = (each["metric"].get("kn_service_name", ""), each["metric"].get("kn_revision_name", ""))
-        found[key] += replica_seconds(each["values"], step)
+        found[key] += sum(float(count) for _, count in each["values"]) * step  # a step without a value counts as 0
     return [RevisionUsage(*key, found[key], requests.get(key[1])) for key in sorted(found)]
-
-
-def replica_seconds(values: Iterable[tuple[float, str]], step_seconds: float) -> float:
-    """values: Unix time and number of pods, a step apart; a step without a value counts as 0."""
-    return sum(float(count) for _, count in values) * step_seconds
 
 
 def _query_range(url: str, query: str, start: float, end: float, step: float) -> list[dict[str, Any]]:

@@ -107,7 +107,8 @@ class Deployer:
                 parts = self._prepare(objects)
                 self._apply([each for each in parts.first if self._is_missing_access(each)], force)
                 stages = [each for each in parts.stages if label(each, COMPONENT) != "gateway"]
-                self._bring_up_stages(parts.gateway, stages, wait, force)
+                self._bring_up(stages, wait, force)
+                preflight.check_pod_network(self._cluster, parts.gateway, stages, self._say)
                 url = self._apply_gateway(parts.gateway, split(stable, percent), wait, force)
             self._say(f"version {version.number}, pipeline {fingerprint}, gets {percent} % of the requests of {url}")
             return url
@@ -181,7 +182,8 @@ class Deployer:
         with self._noted(history, objects, Outcome.SERVED) as version:
             parts = self._prepare(objects)
             self._apply(parts.first, force)
-            self._bring_up_stages(parts.gateway, parts.stages, wait, force)
+            self._bring_up(parts.stages, wait, force)
+            preflight.check_pod_network(self._cluster, parts.gateway, parts.stages, self._say)
             url = self._switch_gateway(parts.gateway, wait, force)
             self._apply(parts.eventing, force)
             wait.await_ready(parts.eventing)
@@ -213,18 +215,11 @@ class Deployer:
         ensure_token(self._cluster, objects, self._say)
         return _Parts.of(with_rotation(self._cluster, objects))
 
-    def _bring_up_stages(
-        self, gateway: KubernetesObject, stages: list[KubernetesObject], wait: ReadinessWait, force: bool
-    ) -> None:
-        """gateway: the one that will follow the stages' pods."""
-        self._clear_failed(stages)
-        wait.note_hopeless(stages)
-        self._apply(stages, force)
-        wait.await_ready(stages)
-        preflight.check_pod_network(self._cluster, gateway, stages, self._say)
+    def _bring_up(self, services: list[KubernetesObject], wait: ReadinessWait, force: bool) -> dict[str, KubernetesObject]:
+        """Applies the Services; returns them by name when they are Ready.
 
-    def _clear_failed(self, services: list[KubernetesObject]) -> None:
-        """Deletes Services whose revisions all failed, because Knative never tries a failed revision again."""
+        First deletes Services whose revisions all failed, because Knative never tries a failed revision again.
+        """
         for ref in map(Ref.of, services):
             live = self._cluster.get(ref)
             if live is None or (live.get("status") or {}).get("latestReadyRevisionName"):
@@ -233,6 +228,9 @@ class Deployer:
                 self._cluster.delete(ref)
                 self._garbage.await_absence([ref])
                 self._say(f"deleted {ref}, because none of its revisions ever ran, to create it again")
+        wait.note_hopeless(services)
+        self._apply(services, force)
+        return wait.await_ready(services)
 
     def _switch_gateway(self, gateway: KubernetesObject, wait: ReadinessWait, force: bool) -> str:
         """Sends all requests to this gateway, once it is Ready. Returns its URL."""
@@ -241,10 +239,7 @@ class Deployer:
         if pinned:
             # Without a split, requests would go to the last revision that is Ready, a canary, until this one is.
             self._apply_gateway(gateway, pinned, wait, force)
-        self._clear_failed([gateway])
-        wait.note_hopeless([gateway])
-        self._apply([gateway], force)
-        return _ready_url(gateway, wait)
+        return _url_of(gateway, self._bring_up([gateway], wait, force))
 
     def _apply_gateway(self, gateway: KubernetesObject, traffic: Traffic, wait: ReadinessWait, force: bool) -> str:
         """Applies the gateway with this split. Fields of another manager are a conflict, but a split is not."""
@@ -252,7 +247,7 @@ class Deployer:
         self._check()
         self._cluster.apply({**gateway, "spec": {**gateway["spec"], "traffic": traffic}}, force=True)
         self._say(f"applied {Ref.of(gateway)}")
-        return _ready_url(gateway, wait)
+        return _url_of(gateway, wait.await_ready([gateway]))
 
     def _apply(self, objects: list[KubernetesObject], force: bool) -> None:
         for each in objects:
@@ -281,9 +276,9 @@ def _refuse_beside_a_canary(history: History) -> None:
         )
 
 
-def _ready_url(gateway: KubernetesObject, wait: ReadinessWait) -> str:
-    live = wait.await_ready([gateway])[gateway["metadata"]["name"]]
-    return str((live.get("status") or {}).get("url", ""))
+def _url_of(gateway: KubernetesObject, ready: dict[str, KubernetesObject]) -> str:
+    status = ready[gateway["metadata"]["name"]].get("status") or {}
+    return str(status.get("url", ""))
 
 
 def _comparable(manifest: KubernetesObject) -> str:

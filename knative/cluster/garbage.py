@@ -68,32 +68,29 @@ class GarbageCollector:
 
         Objects that we may not list stay, and are reported.
         """
-        try:
-            self._collect(name, objects)
-        except NotPermitted as error:
-            self._say(f"did not look for objects that the spec no longer needs: {error}")
-
-    def _collect(self, name: str, objects: list[KubernetesObject]) -> None:
         wanted, current = set(map(Ref.of, objects)), fingerprint_of(gateway_of(objects))
         old_pipelines, access = [], []
-        for each in self._own(name):
-            ref, kind = Ref.of(each), (each["apiVersion"], each["kind"])
-            if ref in wanted or ref.kind in _KEPT:
-                continue
-            if kind in ((SERVING, "Service"), (_FLOWS, "Sequence")) and fingerprint_of(each) != current:
-                old_pipelines.append(each)
-            elif kind in _ACCESS:
-                access.append(ref)
-            else:
-                self._delete(ref, f"deleted {ref}, which the spec no longer needs")
-        self._prune(name, old_pipelines)
-        if access:
-            accounts = {pod["spec"].get("serviceAccountName") for pod in self._live_pods(f"{INSTANCE}={name}")}
+        try:
+            for each in self._own(name):
+                ref, kind = Ref.of(each), (each["apiVersion"], each["kind"])
+                if ref in wanted or ref.kind in _KEPT:
+                    continue
+                if kind in ((SERVING, "Service"), (_FLOWS, "Sequence")) and fingerprint_of(each) != current:
+                    old_pipelines.append(each)
+                elif kind in _ACCESS:
+                    access.append(ref)
+                else:
+                    self._delete(ref, f"deleted {ref}, which the spec no longer needs")
+            self._prune(name, old_pipelines)
+            pods = self._live_pods(f"{INSTANCE}={name}") if access else []
+            accounts = {pod["spec"].get("serviceAccountName") for pod in pods}
             for ref in access:
                 if ref.name in accounts:
                     self._say(f"{ref} stays while a pod runs as {ref.name}; the next deploy deletes it")
                 else:
                     self._delete(ref, f"deleted {ref}, which the spec no longer needs")
+        except NotPermitted as error:
+            self._say(f"did not look for objects that the spec no longer needs: {error}")
 
     def _prune(self, name: str, old: list[KubernetesObject]) -> None:
         """Deletes stages, Sequences and gateways for events of old pipelines."""

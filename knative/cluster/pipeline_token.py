@@ -14,7 +14,6 @@ import base64
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Final
 
 from knative.cluster.client import Cluster, Ref
@@ -42,29 +41,28 @@ def wanted_secrets(objects: list[KubernetesObject]) -> dict[Ref, WantedSecret]:
     wanted: dict[Ref, WantedSecret] = {}
     for service in (each for each in objects if each["kind"] == "Service"):
         pod = service["spec"]["template"]["spec"]
-        for name, keys, is_token in chain(_mounted(pod), *map(_referenced, pod["containers"])):
+        for name, keys, is_token in _secrets_of(pod):
             ref = Ref("v1", "Secret", service["metadata"]["namespace"], name)
             before = wanted.get(ref, WantedSecret("", frozenset(), False))
             wanted[ref] = WantedSecret(label(service, INSTANCE), keys | before.keys, is_token or before.is_token)
     return wanted
 
 
-def _mounted(pod: KubernetesObject) -> Iterator[tuple[str, frozenset[str], bool]]:
+def _secrets_of(pod: KubernetesObject) -> Iterator[tuple[str, frozenset[str], bool]]:
+    """Name of each Secret, its keys, whether it is the token."""
     for volume in pod.get("volumes", []):
         secret = volume.get("secret")
         if secret and not secret.get("optional"):
             yield secret["secretName"], frozenset(item["key"] for item in secret.get("items", [])), False
 
-
-def _referenced(container: KubernetesObject) -> Iterator[tuple[str, frozenset[str], bool]]:
-    """Name of the Secret, its keys, whether it is the token."""
-    for entry in container.get("env", []):
-        reference = (entry.get("valueFrom") or {}).get("secretKeyRef")
-        if reference and not reference.get("optional"):
-            yield reference["name"], frozenset({reference["key"]}), entry["name"] == _TOKEN
-    for source in container.get("envFrom", []):
-        if "secretRef" in source and not source["secretRef"].get("optional"):
-            yield source["secretRef"]["name"], _STORE_KEYS, False
+    for container in pod["containers"]:
+        for entry in container.get("env", []):
+            reference = (entry.get("valueFrom") or {}).get("secretKeyRef")
+            if reference and not reference.get("optional"):
+                yield reference["name"], frozenset({reference["key"]}), entry["name"] == _TOKEN
+        for source in container.get("envFrom", []):
+            if "secretRef" in source and not source["secretRef"].get("optional"):
+                yield source["secretRef"]["name"], _STORE_KEYS, False
 
 
 def ensure_token(cluster: Cluster, objects: list[KubernetesObject], say: Callable[[str], None]) -> None:

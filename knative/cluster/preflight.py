@@ -37,7 +37,12 @@ def check(cluster: Cluster, objects: list[KubernetesObject], say: Callable[[str]
 
     if problems := found_by(_namespace_problems):
         raise PreflightFailed(problems[0])
-    missing = list(_missing_kinds(cluster, objects))
+    missing = []
+    for api_version, kind in dict.fromkeys((each["apiVersion"], each["kind"]) for each in objects):
+        try:
+            cluster.require(api_version, kind)
+        except KindMissing as error:
+            missing.append(str(error))
     looks = [_old_version, _missing_hpa, _missing_features, _missing_secrets, _missing_for_pods]
     if not missing:
         looks.append(_missing_sinks)
@@ -55,14 +60,6 @@ def _namespace_problems(cluster: Cluster, objects: list[KubernetesObject]) -> It
         yield f"namespace {name} does not exist; create it with: kubectl create namespace {name}"
     elif namespace["metadata"].get("deletionTimestamp") or (namespace.get("status") or {}).get("phase") == "Terminating":
         yield f"namespace {name} is being deleted and accepts nothing new; wait, then: kubectl create namespace {name}"
-
-
-def _missing_kinds(cluster: Cluster, objects: list[KubernetesObject]) -> Iterator[str]:
-    for api_version, kind in dict.fromkeys((each["apiVersion"], each["kind"]) for each in objects):
-        try:
-            cluster.require(api_version, kind)
-        except KindMissing as error:
-            yield str(error)
 
 
 def _old_version(cluster: Cluster, _: list[KubernetesObject]) -> Iterator[str]:

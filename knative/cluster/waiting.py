@@ -74,7 +74,7 @@ class ReadinessWait:
             self._say(f"{_display_name(live)} is ready")
             return True
         if state.ready is False and live["apiVersion"] == SERVING:
-            raise DeployFailed(_failure(f"{name} failed: {state.reason}", diagnose(self._cluster, live)))
+            raise self._failure(live, f"{name} failed: {state.reason}")
         known = waiting[name]
         known.failed_since = None if state.ready is None else known.failed_since or time.monotonic()
         if state.reason and state.reason != known.reason:
@@ -95,15 +95,14 @@ class ReadinessWait:
         if reason is None and now > known.started + self._timeout_seconds:
             reason = f"not ready after {self._timeout_seconds:g} s; --timeout waits longer"
         if reason is not None:
-            headline = f"{_display_name(live)} does not become ready: {reason}"
-            raise DeployFailed(_failure(headline, diagnose(self._cluster, live)))
+            raise self._failure(live, f"{_display_name(live)} does not become ready: {reason}")
+
+    def _failure(self, live: KubernetesObject, headline: str) -> DeployFailed:
+        lines = [headline, *diagnose(self._cluster, live)]
+        return DeployFailed("\n  ".join([*lines, next_step(lines)]))
 
 
 def _display_name(live: KubernetesObject) -> str:
     """Services, the most common kind, are called by their name alone."""
     name: str = live["metadata"]["name"]
     return name if live["apiVersion"] == SERVING else f"{live['kind']} {name}"
-
-
-def _failure(headline: str, details: list[str]) -> str:
-    return "\n  ".join([headline, *details, next_step([headline, *details])])

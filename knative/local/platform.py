@@ -153,20 +153,19 @@ class Platform:
 
     def _make_revision(self, name: RevisionName, template: Mapping[str, Any]) -> Revision:
         settings = revision_settings(template, self._options.autoscaler)
-        serving = any(revision.staying_pods for service in self.services.values() for revision in service.revisions)
+        services = self.services.values()
+        serving = any(revision.staying_pods for service in services for revision in service.revisions)
         if serving and not settings.initial_scale:
             # While other pods serve, a new revision starts warm, as on a cluster: else traffic would move to zero pods.
             settings = replace(settings, initial_scale=1)
-        in_cluster = {
-            "LAMINA_KUBERNETES_API": self.admin_url,
-            "LAMINA_POD_NETWORK": "127.0.0.0/8",
-            "LAMINA_POD_PORT": "0",
-        }
+
         local = LocalData(
             self._options.secrets,
             self._options.config_maps,
-            replacements={service.cluster_url: service.url for service in self.services.values()},
-            in_cluster=in_cluster,
+            replacements={
+                f"http://{each.name}.{each.namespace}.svc.cluster.local": each.url for each in self.services.values()
+            },
+            in_cluster={"LAMINA_KUBERNETES_API": self.admin_url, "LAMINA_POD_NETWORK": "127.0.0.0/8", "LAMINA_POD_PORT": "0"},
             secret_folders=self._secrets.folders,
             entrypoint=self._options.entrypoint,
         )

@@ -59,10 +59,6 @@ def head(first_line: bytes, headers: Headers) -> bytes:
     return b"\r\n".join([first_line, *(b"%b: %b" % header for header in headers), b"", b""])
 
 
-def response_head(status: int, reason: bytes, headers: Headers) -> bytes:
-    return head(b"HTTP/1.1 %d %b" % (status, reason), headers)
-
-
 def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 

@@ -12,7 +12,7 @@ from typing import Final, Protocol
 
 import httptools
 
-from knative.local.http.messages import CHUNKED, LAST_CHUNK, Headers, HttpError, chunk, find, has_body, response_head
+from knative.local.http.messages import CHUNKED, LAST_CHUNK, Headers, HttpError, chunk, find, has_body, head
 
 _log = logging.getLogger(__name__)
 
@@ -50,13 +50,13 @@ class Exchange:
         self.body_ended_at: float | None = None
         self._keep_alive = keep_alive
         self._chunked = False
-        self._sink: BodySink | None = None
+        self.sink: BodySink | None = None  # gets the request's body
         self._held: list[bytes] = []
         self._held_bytes = 0
 
     def attach(self, sink: BodySink) -> None:
         """Sends the request's body to `sink` from here on, the part that is held first."""
-        self._sink = sink
+        self.sink = sink
         for data in self._held:
             sink.write_body(data)
         self._held.clear()
@@ -76,7 +76,7 @@ class Exchange:
                 self._keep_alive = False
         if not self._keep_alive:
             extra.append((b"Connection", b"close"))
-        return response_head(status, reason, headers + extra)
+        return head(b"HTTP/1.1 %d %b" % (status, reason), headers + extra)
 
     def framed(self, data: bytes) -> bytes:
         return chunk(data) if self._chunked else data
@@ -107,8 +107,8 @@ class Exchange:
 
     def body_arrived(self, data: bytes) -> None:
         self.has_body = True
-        if self._sink is not None:
-            self._sink.write_body(data)
+        if self.sink is not None:
+            self.sink.write_body(data)
         elif not self.ended:
             self._held.append(data)
             self._held_bytes += len(data)
@@ -118,12 +118,8 @@ class Exchange:
     def body_ended(self) -> None:
         self.body_complete = True
         self.body_ended_at = asyncio.get_running_loop().time()
-        if self._sink is not None:
-            self._sink.end_body()
-
-    def pause_answer(self, paused: bool) -> None:
-        if self._sink is not None:
-            self._sink.pause(paused)
+        if self.sink is not None:
+            self.sink.end_body()
 
 
 Handler = Callable[[Exchange], Awaitable[None]]
@@ -198,12 +194,12 @@ class _ClientConnection(asyncio.Protocol):
             self._refuse(HTTPStatus.BAD_REQUEST, f"no HTTP/1.1: {error}")
 
     def pause_writing(self) -> None:
-        if self._exchange is not None:
-            self._exchange.pause_answer(True)
+        if self._exchange is not None and self._exchange.sink is not None:
+            self._exchange.sink.pause(True)
 
     def resume_writing(self) -> None:
-        if self._exchange is not None:
-            self._exchange.pause_answer(False)
+        if self._exchange is not None and self._exchange.sink is not None:
+            self._exchange.sink.pause(False)
 
     # Callbacks of the parser.
 
@@ -299,7 +295,7 @@ class _ClientConnection(asyncio.Protocol):
         if self._exchange is None:
             body = text.encode() + b"\n"
             headers = [(b"Content-Length", b"%d" % len(body)), (b"Connection", b"close")]
-            self.write(response_head(status.value, status.phrase.encode(), headers) + body)
+            self.write(head(b"HTTP/1.1 %d %b" % (status, status.phrase.encode()), headers) + body)
         if self._transport is not None:
             with contextlib.suppress(RuntimeError):
                 self._transport.close()

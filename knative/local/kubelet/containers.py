@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from knative.local.errors import UnsupportedManifest
-from knative.local.kubelet.probes import Probe, liveness_probe, readiness_probe
+from knative.local.kubelet.probes import Probe, read_probe, readiness_probe
 from knative.local.proxies.queue_proxy import FULL_DUPLEX_ANNOTATION, RequestLimits
 from knative.local.proxies.timeouts import Timeouts
 from knative.webhook.values import parse_quantity
@@ -102,7 +102,7 @@ def read_container(template: Mapping[str, Any], local: LocalData, knative_enviro
         command=(*entrypoint, *(container.get("args") or ())),
         environ=environ | dict(knative_environ),
         readiness=readiness_probe(container),
-        liveness=liveness_probe(container),
+        liveness=read_probe(container, "livenessProbe"),
         limits=RequestLimits(
             container_concurrency=int(pod.get("containerConcurrency") or 0),
             timeouts=_timeouts(pod),

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Final
 
 from knative.local.kubelet.container_life import ContainerLife
 from knative.local.kubelet.containers import Container
-from knative.local.kubelet.processes import kill_group, send_signal
+from knative.local.kubelet.processes import kill_group
 from knative.local.proxies.network import EmulatedNetwork
 from knative.local.proxies.queue_proxy import QueueProxy
 
@@ -109,7 +110,8 @@ class LocalPod:
             if (pid := self.pid) is None:
                 self._task.cancel()  # between two lives of the container
             else:
-                send_signal(pid, signal.SIGTERM)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
                 await asyncio.wait([self._task], timeout=max(0.0, grace_seconds if self.readiness else 0.0))
                 kill_group(pid)
             await asyncio.wait([self._task])

@@ -52,17 +52,12 @@ class ProbeResult:
 
 def readiness_probe(container: Mapping[str, Any]) -> Probe:
     """Raises UnsupportedManifest."""
-    probe = _read(container, "readinessProbe") or Probe(path=None)
+    probe = read_probe(container, "readinessProbe") or Probe(path=None)
     return replace(probe, aggressive=not (container.get("readinessProbe") or {}).get("periodSeconds"))
 
 
-def liveness_probe(container: Mapping[str, Any]) -> Probe | None:
-    """Raises UnsupportedManifest."""
-    return _read(container, "livenessProbe")
-
-
-def _read(container: Mapping[str, Any], name: str) -> Probe | None:
-    """A process has one port here and speaks HTTP on it. `host` is ignored, as in Knative."""
+def read_probe(container: Mapping[str, Any], name: str) -> Probe | None:
+    """A process has one port here and speaks HTTP on it. `host` is ignored, as in Knative. Raises UnsupportedManifest."""
     probe = container.get(name)
     if not probe:
         return None

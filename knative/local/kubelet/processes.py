@@ -55,11 +55,6 @@ def dying_with_parent(command: Sequence[str], environ: Mapping[str, str]) -> tup
     return (sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), executable, *command)
 
 
-def send_signal(pid: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
-
-
 def kill_group(pid: int) -> None:
     """Sends SIGKILL to the process and to all others of its session."""
     with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 _CHUNK_BYTES: Final = 2**16
@@ -38,11 +39,7 @@ class Relay:
 
     async def start(self, port: int) -> None:
         """port: the destination."""
-
-        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await self._serve(port, reader, writer)
-
-        self._server = await asyncio.start_server(serve, "127.0.0.1", 0, limit=_CHUNK_BYTES)
+        self._server = await asyncio.start_server(partial(self._serve, port), "127.0.0.1", 0, limit=_CHUNK_BYTES)
         self.port = self._server.sockets[0].getsockname()[1]
 
     def close(self) -> None:

@@ -72,7 +72,7 @@ class EndpointSlices:
 
     def put(self, found: Slice) -> None:
         """Adds or changes a slice. Putting an equal one is no change."""
-        key = _key(found)
+        key = (found["metadata"]["namespace"], found["metadata"]["name"])
         known = self._slices.get(key)
         if known is not None:
             unversioned = {name: value for name, value in known["metadata"].items() if name != "resourceVersion"}
@@ -82,7 +82,7 @@ class EndpointSlices:
         self._slices[key] = self._history[-1].object
 
     def remove(self, found: Slice) -> None:
-        known = self._slices.pop(_key(found), None)
+        known = self._slices.pop((found["metadata"]["namespace"], found["metadata"]["name"]), None)
         if known is not None:
             self._record("DELETED", known)
 
@@ -160,10 +160,6 @@ def _requirement(text: str) -> Callable[[dict[str, str]], bool]:
 
 def _line(kind: str, found: dict[str, Any]) -> bytes:
     return json.dumps({"type": kind, "object": found}, separators=(",", ":")).encode() + b"\n"
-
-
-def _key(found: Slice) -> tuple[str, str]:
-    return found["metadata"]["namespace"], found["metadata"]["name"]
 
 
 def _labels(found: Slice) -> dict[str, str]:

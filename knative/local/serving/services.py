@@ -42,10 +42,6 @@ class LocalService:
     def url(self) -> str:
         return self.server.url
 
-    @property
-    def cluster_url(self) -> str:
-        return f"http://{self.name}.{self.namespace}.svc.cluster.local"
-
     def apply(self, manifest: Mapping[str, Any]) -> None:
         """A changed template becomes a new revision, to which traffic moves when it is ready.
 

@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from knative.cluster.client import Cluster
-from knative.cluster.cost import NotCounted, replica_seconds, usage_from_prometheus, usage_since_start
+from knative.cluster.cost import NotCounted, usage_from_prometheus, usage_since_start
 from knative.cluster.deployer import Deployer
 from tests.support.knative.deployments import objects, stage_name
 from tests.support.knative.kubernetes_api import KubernetesApi
@@ -101,7 +101,3 @@ def test_a_prometheus_without_the_gauge_or_without_a_reply_is_an_error(cluster: 
         usage_from_prometheus(cluster, "default", "chat", prometheus.url, 3600, 7200.0)
     with pytest.raises(NotCounted, match="does not answer as a Prometheus does"):
         usage_from_prometheus(cluster, "default", "chat", "http://127.0.0.1:1", 3600, 7200.0)
-
-
-def test_each_sample_counts_for_one_step() -> None:
-    assert replica_seconds([(0, "2"), (15, "2"), (30, "0"), (45, "1")], 15) == 75

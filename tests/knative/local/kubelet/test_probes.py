@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from knative.local.errors import UnsupportedManifest
-from knative.local.kubelet.probes import Probe, liveness_probe, readiness_probe
+from knative.local.kubelet.probes import Probe, read_probe, readiness_probe
 from tests.support.knative.platform import client, echo_service, fetch, running_platform
 
 
@@ -34,7 +34,7 @@ async def test_a_readiness_probe_is_repeated(
 def test_a_container_without_a_probe_is_probed_by_connection_every_50_ms() -> None:
     probe = readiness_probe({"image": "app"})
     assert (probe.path, probe.until_ready.period_seconds, probe.until_ready.timeout_seconds) == (None, 0.05, 0.1)
-    assert liveness_probe({"image": "app"}) is None
+    assert read_probe({"image": "app"}, "livenessProbe") is None
 
 
 def test_a_probe_with_a_period_is_not_aggressive() -> None:
