@@ -1,9 +1,10 @@
 """Finds instances that are ready before Kubernetes reports them, by probing their queue-proxy as the activator does.
 
-queue-proxy answers a request with `K-Network-Probe: queue` itself: 200 and `queue` once the function is ready. It probes the
-function every 50 ms for up to ten seconds and does not count such requests (knative/serving pkg/queue/health,
-pkg/queue/readiness). The kubelet gives up its first probe after a second and repeats it ten seconds later, so an EndpointSlice
-alone can be ten seconds late.
+queue-proxy recognizes a probe by its User-Agent (HealthCheckUAPrefixes in knative/serving pkg/queue/sharedmain/handlers.go).
+With another one the request goes to the function. It answers 200 and `queue` once the function is ready, and 400 unless
+`K-Network-Probe` is `queue` (pkg/queue/health). It probes the function every 50 ms for up to ten seconds and does not count
+such requests. The kubelet gives up its first probe after a second and repeats it ten seconds later, so an EndpointSlice alone
+can be ten seconds late.
 """
 
 import logging
@@ -18,7 +19,7 @@ from functions.gateway.stages.instances import Endpoint
 
 _log = logging.getLogger(__name__)
 
-_PROBE: Final = {"K-Network-Probe": "queue", "User-Agent": "lamina-gateway"}
+_PROBE: Final = {"K-Network-Probe": "queue", "User-Agent": "Knative-Activator-Probe"}
 _PASSED: Final = b"queue"
 _CONNECT_SECONDS: Final = 1.0
 _ANSWER_SECONDS: Final = 12.0  # longer than queue-proxy holds a probe

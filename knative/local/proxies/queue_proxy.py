@@ -21,7 +21,7 @@ from knative.local.proxies.timeouts import Timeouts, in_time
 _log = logging.getLogger(__name__)
 
 FULL_DUPLEX_ANNOTATION: Final = "features.knative.dev/http-full-duplex"  # `Enabled` on a template; see `broken_off`
-_PROBE: Final = (b"k-network-probe", b"queue")  # a request with this header asks whether the pod is ready; not counted
+_PROBERS: Final = (b"Knative-Activator-Probe", b"Knative-Autoscaling-Probe")  # User-Agents that ask whether the pod is ready
 _QUEUE_FACTOR: Final = 10
 _BUFFERED_BYTES: Final = 2048  # Go's server sends answers with a Content-Length up to this in one piece
 _END_SEEN_SECONDS: Final = 0.002  # ReverseProxy has seen the end of a body this long after it passed it on
@@ -119,11 +119,14 @@ class QueueProxy:
             await asyncio.sleep(left)
 
     async def _serve_direct(self, exchange: Exchange) -> None:
-        name, value = _PROBE
-        if find(exchange.headers, name) != value:
+        """Answers probes itself, uncounted (knative/serving pkg/queue/sharedmain/handlers.go and pkg/queue/health)."""
+        probe = find(exchange.headers, b"k-network-probe") or b""
+        if not (find(exchange.headers, b"user-agent") or b"").startswith(_PROBERS):
             await self.serve(exchange)
+        elif probe != b"queue":
+            exchange.respond(HTTPStatus.BAD_REQUEST, b"unexpected probe header value: " + probe)
         elif self._ready():
-            exchange.respond(HTTPStatus.OK, value)
+            exchange.respond(HTTPStatus.OK, b"queue")
         else:
             exchange.respond(HTTPStatus.SERVICE_UNAVAILABLE, b"")
 

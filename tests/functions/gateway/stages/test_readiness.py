@@ -23,7 +23,8 @@ class QueueProxy:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 proxy.probes.append(self.headers["K-Network-Probe"])
-                status, body = proxy.verdict
+                is_probe = self.headers["User-Agent"] == "Knative-Activator-Probe"
+                status, body = proxy.verdict if is_probe else (404, b"asked of the function")
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()

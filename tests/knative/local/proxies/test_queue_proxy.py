@@ -38,19 +38,24 @@ async def test_a_function_that_breaks_during_a_request_is_502_without_them() -> 
         assert REFUSED not in text
 
 
-async def test_queue_proxy_answers_readiness_itself_and_does_not_count_it() -> None:
+@pytest.mark.parametrize("prober", ["Knative-Activator-Probe", "Knative-Autoscaling-Probe"])
+async def test_queue_proxy_answers_readiness_itself_and_does_not_count_it(prober: str) -> None:
     ready = False
     proxy = QueueProxy(RequestLimits(1, Timeouts(10)), lambda: ready)
     await proxy.start()
-    url, began, probe = f"http://127.0.0.1:{proxy.port}/healthz", proxy.all.last_arrival, {"K-Network-Probe": "queue"}
+    url, began = f"http://127.0.0.1:{proxy.port}/healthz", proxy.all.last_arrival
+    probe = {"K-Network-Probe": "queue", "User-Agent": prober}
     async with aiohttp.ClientSession() as session:
         async with session.get(url, headers=probe) as answer:
             assert (answer.status, await answer.read()) == (503, b"")
         ready = True
         async with session.get(url, headers=probe) as answer:
             assert (answer.status, await answer.read()) == (200, b"queue")
+        async with session.get(url, headers=probe | {"K-Network-Probe": "probe"}) as answer:
+            assert answer.status == 400
         assert proxy.all.last_arrival == began
-        assert (await fetch(session, url))[0] == 502, "without the header it goes to the function, which does not run"
+        async with session.get(url, headers=probe | {"User-Agent": "another"}) as answer:
+            assert answer.status == 502, "with another User-Agent it goes to the function, which does not run"
         assert proxy.all.last_arrival > began
     proxy.close()
 
