@@ -7,24 +7,20 @@ import pytest
 import yaml
 
 from knative.cluster.client import Cluster
-from knative.cluster.deployer import Deployer
 from knative.cluster.errors import ClusterUnreachable
-from tests.support.knative.deployments import objects
-from tests.support.knative.kubernetes_api import KubernetesApi
+from tests.support.knative.manifests import objects
+from tests.support.knative.site import Site
 from tests.support.storage.storage import answering_every_get_with
 
 
-def test_an_unreachable_cluster_is_one_clear_message(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, api: KubernetesApi
-) -> None:
+def test_an_unreachable_cluster_is_one_clear_message(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(ClusterUnreachable, match="--kubeconfig"):
         Cluster.connect(str(tmp_path / "absent"))
     kubeconfig = tmp_path / "kubeconfig"
-    kubeconfig.write_text(api.kubeconfig())
     with pytest.raises(ClusterUnreachable, match="nowhere"):
         Cluster.connect(str(kubeconfig), "nowhere")
-    api.close()
+    site.api.close()
     with pytest.raises(ClusterUnreachable, match="does not answer"):
         Cluster.connect(str(kubeconfig))
 
@@ -38,18 +34,18 @@ def test_a_file_that_is_not_a_kubeconfig_is_named(tmp_path: Path, monkeypatch: p
         Cluster.connect(str(path))
 
 
-def test_a_server_that_is_not_a_kubernetes_api_is_named(tmp_path: Path, api: KubernetesApi) -> None:
+def test_a_server_that_is_not_a_kubernetes_api_is_named(site: Site, tmp_path: Path) -> None:
     with answering_every_get_with(b"<html>hello</html>") as url:
         kubeconfig = tmp_path / "kubeconfig"
-        own = urlsplit(yaml.safe_load(api.kubeconfig())["clusters"][0]["cluster"]["server"]).netloc
-        kubeconfig.write_text(api.kubeconfig().replace(own, urlsplit(url).netloc))
+        own = urlsplit(yaml.safe_load(site.api.kubeconfig())["clusters"][0]["cluster"]["server"]).netloc
+        kubeconfig.write_text(site.api.kubeconfig().replace(own, urlsplit(url).netloc))
         with pytest.raises(ClusterUnreachable, match="answers, but not as a Kubernetes API does"):
             Cluster.connect(str(kubeconfig))
 
 
-def test_logs_are_read_and_followed(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
-    deployer.deploy(objects())
-    api.logs["chat-00001-pod"] = "one\ntwo\n"
-    assert cluster.log_tail("default", "chat-00001-pod", "user-container", 10) == ["one", "two"]
-    assert list(cluster.follow_log("default", "chat-00001-pod", "user-container", 10)) == ["one", "two"]
-    assert cluster.log_tail("default", "unknown", "user-container", 10) == []
+def test_logs_are_read_and_followed(site: Site) -> None:
+    site.deployer.deploy(objects())
+    site.api.logs["chat-00001-pod"] = "one\ntwo\n"
+    assert site.cluster.log_tail("default", "chat-00001-pod", "user-container", 10) == ["one", "two"]
+    assert list(site.cluster.follow_log("default", "chat-00001-pod", "user-container", 10)) == ["one", "two"]
+    assert site.cluster.log_tail("default", "unknown", "user-container", 10) == []

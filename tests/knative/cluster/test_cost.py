@@ -10,12 +10,10 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from knative.cluster.client import Cluster
 from knative.cluster.cost import NotCounted, usage_from_prometheus, usage_since_start
-from knative.cluster.deployer import Deployer
-from tests.support.knative.deployments import objects, stage_name
-from tests.support.knative.kubernetes_api import KubernetesApi
+from tests.support.knative.manifests import objects, stage_name
 from tests.support.knative.promql import used_metrics
+from tests.support.knative.site import Site
 
 NOW = datetime(2026, 1, 1, 0, 10, tzinfo=UTC)  # ten minutes after the start of the stand-in's pods
 
@@ -55,13 +53,13 @@ def prometheus() -> Iterator[Prometheus]:
     thread.join()
 
 
-def test_running_pods_count_since_their_start(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
+def test_running_pods_count_since_their_start(site: Site) -> None:
     rendered = objects()
-    deployer.deploy(rendered)
+    site.deployer.deploy(rendered)
     key = ("v1", "pods", "default", "chat-00001-pod")
-    evicted = {**api.objects[key], "metadata": {**api.objects[key]["metadata"], "name": "evicted"}}
-    api.put({**evicted, "status": {**evicted["status"], "phase": "Failed"}})
-    usage = {each.revision: each for each in usage_since_start(cluster, "default", "chat", NOW)}
+    evicted = {**site.api.objects[key], "metadata": {**site.api.objects[key]["metadata"], "name": "evicted"}}
+    site.api.put({**evicted, "status": {**evicted["status"], "phase": "Failed"}})
+    usage = {each.revision: each for each in usage_since_start(site.cluster, "default", "chat", NOW)}
     assert {each.replica_seconds for each in usage.values()} == {600.0}
     assert usage["chat-00001"].seconds_of("memory") == 600 * 512 * 2**20
     assert usage["chat-00001"].seconds_of("cpu") == 300
@@ -69,16 +67,14 @@ def test_running_pods_count_since_their_start(api: KubernetesApi, cluster: Clust
     assert usage["chat-00001"].seconds_of("nvidia.com/gpu") == 0
 
 
-def test_counts_of_a_prometheus_are_added_up(
-    api: KubernetesApi, cluster: Cluster, deployer: Deployer, prometheus: Prometheus
-) -> None:
-    deployer.deploy(objects())
+def test_counts_of_a_prometheus_are_added_up(site: Site, prometheus: Prometheus) -> None:
+    site.deployer.deploy(objects())
     labels = {"kn_service_name": "chat", "k8s_namespace_name": "default"}
     prometheus.series = [
         {"metric": {**labels, "kn_revision_name": "chat-00001"}, "values": [[0, "1"], [15, "3"], [30, "0"]]},
         {"metric": {**labels, "kn_revision_name": "chat-00000"}, "values": [[0, "2"]]},
     ]
-    usage = usage_from_prometheus(cluster, "default", "chat", prometheus.url, 3600, 7200.0)
+    usage = usage_from_prometheus(site.cluster, "default", "chat", prometheus.url, 3600, 7200.0)
     assert [(each.revision, each.replica_seconds) for each in usage] == [("chat-00000", 30.0), ("chat-00001", 60.0)]
     assert usage[0].seconds_of("memory") is None, "the revision is gone, so its requests are unknown"
     assert usage[1].seconds_of("memory") == 60 * 512 * 2**20
@@ -87,17 +83,15 @@ def test_counts_of_a_prometheus_are_added_up(
     assert (metric.metric, metric.labels) == ("kn_revision_pods_count", {"k8s_namespace_name", "kn_service_name"})
 
 
-def test_a_long_window_has_longer_steps(
-    api: KubernetesApi, cluster: Cluster, deployer: Deployer, prometheus: Prometheus
-) -> None:
-    deployer.deploy(objects())
+def test_a_long_window_has_longer_steps(site: Site, prometheus: Prometheus) -> None:
+    site.deployer.deploy(objects())
     prometheus.series = [{"metric": {}, "values": [[0, "1"]]}]
-    (usage,) = usage_from_prometheus(cluster, "default", "chat", prometheus.url, 30 * 86_400.0, 1e9)
+    (usage,) = usage_from_prometheus(site.cluster, "default", "chat", prometheus.url, 30 * 86_400.0, 1e9)
     assert usage.replica_seconds == pytest.approx(259.2)
 
 
-def test_a_prometheus_without_the_gauge_or_without_a_reply_is_an_error(cluster: Cluster, prometheus: Prometheus) -> None:
+def test_a_prometheus_without_the_gauge_or_without_a_reply_is_an_error(site: Site, prometheus: Prometheus) -> None:
     with pytest.raises(NotCounted, match=r"has no kn_revision_pods_count of chat.*metrics-protocol: prometheus"):
-        usage_from_prometheus(cluster, "default", "chat", prometheus.url, 3600, 7200.0)
+        usage_from_prometheus(site.cluster, "default", "chat", prometheus.url, 3600, 7200.0)
     with pytest.raises(NotCounted, match="does not answer as a Prometheus does"):
-        usage_from_prometheus(cluster, "default", "chat", "http://127.0.0.1:1", 3600, 7200.0)
+        usage_from_prometheus(site.cluster, "default", "chat", "http://127.0.0.1:1", 3600, 7200.0)

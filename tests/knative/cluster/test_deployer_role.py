@@ -1,24 +1,21 @@
 """The rendered Role of a deployer has the rights that the commands use, and no others."""
 
-import contextlib
-
 import pytest
 
-from knative.cluster.client import Cluster
 from knative.cluster.cost import usage_since_start
-from knative.cluster.deployer import Deployer
-from knative.cluster.errors import DeployFailed
 from knative.cluster.garbage import OWN_KINDS
 from knative.cluster.lease import deploy_lease
-from knative.cluster.status import cluster_status, pipelines
+from knative.cluster.status import pipelines
 from knative.render.access import deployer_role, gateway_access
-from tests.support.knative.deployments import account, objects, other, sink, stage_name, until
+from tests.support.functions.functions import wait_until
 from tests.support.knative.knative_controllers import crash_loops
-from tests.support.knative.kubernetes_api import EVENTING, KubernetesApi
-from tests.support.knative.pipelines import resolved_pipeline
+from tests.support.knative.kubernetes_api import EVENTING
+from tests.support.knative.manifests import MONITORING, OF_CHAT, objects, other, resolved_pipeline, resource
+from tests.support.knative.site import Site
 
 SECTIONS = {"eventing": {"dead_letter_sink": "dead-letters"}, "monitoring": {"labels": {}}}
 OTHER_NAMESPACE = ("get", "apps", "deployments")  # Knative's version; without the right it is reported as not checked
+LEASE = ("coordination.k8s.io/v1", "leases", "default", "chat-deploy")
 NEVER_APPLIED_HERE = ("policy", "poddisruptionbudgets")
 
 
@@ -31,38 +28,34 @@ def granted() -> set[tuple[str, str, str]]:
     }
 
 
-def run_every_command(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
+def run_every_command(site: Site) -> None:
     everything = {**SECTIONS, "gateway": {}}
-    deployer.deploy(objects(spec=everything))
-    list(deployer.diff(objects(spec=everything)))
-    broken = objects(digest="f" * 64, spec=everything)
-    api.behaviours[stage_name(broken, 0)] = crash_loops
-    with contextlib.suppress(DeployFailed):
-        deployer.deploy(broken)
-    deployer.rollback("chat")
-    deployer.rotate_token("chat")
-    for end in (deployer.abort, deployer.promote):
-        deployer.canary(other(**SECTIONS), 10)
+    site.deployer.deploy(objects(**everything))
+    list(site.deployer.diff(objects(**everything)))
+    site.fail(objects("f" * 64, **everything), crash_loops)
+    site.deployer.rollback("chat")
+    site.deployer.rotate_token("chat")
+    for end in (site.deployer.abort, site.deployer.promote):
+        site.deployer.canary(other(**SECTIONS), 10)
         end("chat")
-    api.put(account("ours"))
-    deployer.deploy(objects(spec={"gateway": {"service_account": "ours"}, "network": {"policies": False}}))
-    with deploy_lease(cluster, "default", "chat", lambda _: None, duration_seconds=0.4):
-        first = dict(api.objects["coordination.k8s.io/v1", "leases", "default", "chat-deploy"])
-        until(lambda: api.objects["coordination.k8s.io/v1", "leases", "default", "chat-deploy"] != first)
-    cluster_status(cluster, "default", "chat")
-    pipelines(cluster, "default", lambda _: None)
-    usage_since_start(cluster, "default", "chat")
-    labels = {"app.kubernetes.io/instance": "chat", "app.kubernetes.io/managed-by": "lamina"}
-    api.put({"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "prune", "namespace": "default", "labels": labels}})
-    deployer.delete("chat")
+    site.api.put(resource("ServiceAccount", "ours"))
+    site.deployer.deploy(objects(gateway={"service_account": "ours"}, network={"policies": False}))
+    with deploy_lease(site.cluster, "default", "chat", lambda _: None, duration_seconds=0.4):
+        first = dict(site.api.objects[LEASE])
+        wait_until(lambda: site.api.objects[LEASE] != first)
+    site.status()
+    pipelines(site.cluster, "default", lambda _: None)
+    usage_since_start(site.cluster, "default", "chat")
+    site.api.put(resource("Job", "prune", "batch/v1", labels=OF_CHAT))
+    site.deployer.delete("chat")
 
 
 @pytest.mark.timeout(120)
-def test_the_role_has_the_rights_that_all_commands_use(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
-    api.kinds |= EVENTING | {"monitoring.coreos.com/v1": {"PodMonitor": "podmonitors", "PrometheusRule": "prometheusrules"}}
-    api.put(sink("dead-letters"))
-    run_every_command(api, cluster, deployer)
-    asked = {(verb, group, resource) for verb, group, resource, _ in api.calls} - {OTHER_NAMESPACE}
+def test_the_role_has_the_rights_that_all_commands_use(site: Site) -> None:
+    site.api.kinds |= EVENTING | MONITORING
+    site.api.put(resource("Service", "dead-letters", "serving.knative.dev/v1", spec={"template": {}}))
+    run_every_command(site)
+    asked = {(verb, group, plural) for verb, group, plural, _ in site.api.calls} - {OTHER_NAMESPACE}
     allowed = granted()
     assert sorted(asked - allowed) == [], "used and not granted"
     unused = {each for each in allowed - asked if each[1:] != NEVER_APPLIED_HERE and each[2] != "endpointslices"}
@@ -85,8 +78,8 @@ def test_a_deployer_may_delete_every_kind_of_a_pipeline() -> None:
         assert (group, plural) in deleted
 
 
-def test_no_right_outside_the_namespace_is_needed(api: KubernetesApi, deployer: Deployer) -> None:
-    api.forbidden.add(("get", "deployments"))
-    deployer.deploy(objects())
-    namespaces = {namespace for *_, resource, namespace in api.calls if resource != "deployments"}
+def test_no_right_outside_the_namespace_is_needed(site: Site) -> None:
+    site.api.forbidden.add(("get", "deployments"))
+    site.deployer.deploy(objects())
+    namespaces = {namespace for *_, plural, namespace in site.api.calls if plural != "deployments"}
     assert namespaces == {"default"}

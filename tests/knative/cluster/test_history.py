@@ -3,122 +3,98 @@
 import pytest
 import yaml
 
-from knative.cluster.client import Cluster
-from knative.cluster.deployer import Deployer
-from knative.cluster.errors import ClusterError, DeployFailed, NothingServes
-from knative.cluster.history import KEPT_VERSIONS, History
-from knative.spec.kubernetes_object import KubernetesObject
-from tests.support.knative.deployments import objects, other, services, stage_name
+from knative.cluster.errors import ClusterError, NothingServes
+from knative.cluster.history import KEPT_VERSIONS
 from tests.support.knative.knative_controllers import crash_loops
-from tests.support.knative.kubernetes_api import KubernetesApi
+from tests.support.knative.manifests import names_of, objects, other, stage_name
+from tests.support.knative.site import Site
 
 
-def outcomes(cluster: Cluster) -> list[tuple[int, str]]:
-    return [(version.number, str(version.outcome)) for version in History(cluster, "default", "chat").versions()]
+def test_a_rollback_deploys_the_previous_version_again(site: Site) -> None:
+    site.deployer.deploy(objects())
+    site.deployer.deploy(other())
+    site.deployer.rollback("chat")
+    assert site.api.named("services") == names_of(objects())
+    assert site.outcomes() == [(1, "served"), (2, "served"), (3, "served")]
+    site.deployer.rollback("chat")
+    assert site.api.named("services") == names_of(other())
 
 
-def fail(api: KubernetesApi, deployer: Deployer, rendered: list[KubernetesObject]) -> None:
-    api.behaviours[stage_name(rendered, 1)] = crash_loops
-    with pytest.raises(DeployFailed):
-        deployer.deploy(rendered)
-
-
-def test_a_rollback_deploys_the_previous_version_again(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
-    deployer.deploy(objects())
-    deployer.deploy(other())
-    deployer.rollback("chat")
-    assert api.named("services") == services(objects())
-    assert outcomes(cluster) == [(1, "served"), (2, "served"), (3, "served")]
-    deployer.rollback("chat")
-    assert api.named("services") == services(other())
-
-
-def test_a_rollback_after_a_failure_keeps_the_serving_version_and_deletes_the_rest(
-    api: KubernetesApi, cluster: Cluster, deployer: Deployer
-) -> None:
+def test_a_rollback_after_a_failure_keeps_the_serving_version_and_deletes_the_rest(site: Site) -> None:
     first, second = objects(), other()
-    deployer.deploy(first)
-    deployer.deploy(second)
-    fail(api, deployer, objects(digest="f" * 64))
-    assert len(api.named("services")) == 7
-    deployer.rollback("chat")
-    assert api.named("services") == services(second)
-    assert outcomes(cluster) == [(1, "served"), (2, "served"), (3, "failed"), (4, "served")]
-    deployer.rollback("chat")
-    assert api.named("services") == services(first)
+    site.deployer.deploy(first)
+    site.deployer.deploy(second)
+    site.fail(objects("f" * 64), crash_loops)
+    assert len(site.api.named("services")) == 7
+    site.deployer.rollback("chat")
+    assert site.api.named("services") == names_of(second)
+    assert site.outcomes() == [(1, "served"), (2, "served"), (3, "failed"), (4, "served")]
+    site.deployer.rollback("chat")
+    assert site.api.named("services") == names_of(first)
 
 
-def test_a_rollback_restores_the_settings_before_a_failed_change(api: KubernetesApi, deployer: Deployer) -> None:
+def test_a_rollback_restores_the_settings_before_a_failed_change(site: Site) -> None:
     """The Services are the same; Knative still serves their previous revisions."""
     first = objects()
-    deployer.deploy(first)
-    fail(api, deployer, objects(kv_cache="1Gi"))
-    del api.behaviours[stage_name(first, 1)]
-    deployer.rollback("chat")
-    stage = api.objects["serving.knative.dev/v1", "services", "default", stage_name(first, 1)]
+    site.deployer.deploy(first)
+    site.fail(objects(stage={"kv_cache": "1Gi"}), crash_loops)
+    del site.api.behaviours[stage_name(first, 1)]
+    site.deployer.rollback("chat")
+    stage = site.api.objects["serving.knative.dev/v1", "services", "default", stage_name(first, 1)]
     applied = next(each for each in first if each["metadata"]["name"] == stage_name(first, 1))
     assert stage["spec"]["template"] == applied["spec"]["template"]
     assert stage["status"]["latestReadyRevisionName"] == f"{stage_name(first, 1)}-00003"
 
 
-def test_a_rollback_fails_if_no_version_has_served(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
-    fail(api, deployer, objects())
-    assert outcomes(cluster) == [(1, "failed")]
-    with pytest.raises(NothingServes, match=r"known are 1 \(failed\); `delete` removes"):
-        deployer.rollback("chat")
-
-
-def test_many_failures_in_a_row_keep_the_version_that_served(cluster: Cluster, deployer: Deployer) -> None:
-    served = objects()
-    deployer.deploy(served)
-    history = History(cluster, "default", "chat")
-    for count in range(KEPT_VERSIONS + 2):
-        history.begin(objects(digest=f"{count:064}"))
-    known = history.versions()
-    assert [version.number for version in known] == [1, *range(4, KEPT_VERSIONS + 4)]
-    assert history.to_go_back_to(None).number == 1
-
-
-def test_the_first_line_of_a_failure_is_recorded(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
-    fail(api, deployer, objects())
-    newest = History(cluster, "default", "chat").versions()[-1]
+def test_a_failure_is_recorded_with_its_first_line_and_there_is_nothing_to_roll_back_to(site: Site) -> None:
+    site.fail(objects(), crash_loops)
+    assert site.outcomes() == [(1, "failed")]
+    newest = site.history.versions()[-1]
     assert "CrashLoopBackOff" in newest.reason
     assert "\n" not in newest.reason
+    with pytest.raises(NothingServes, match=r"known are 1 \(failed\); `delete` removes"):
+        site.deployer.rollback("chat")
 
 
-def test_the_same_objects_after_a_failure_are_the_same_version(
-    api: KubernetesApi, cluster: Cluster, deployer: Deployer
-) -> None:
+def test_many_failures_in_a_row_keep_the_version_that_served(site: Site) -> None:
+    served = objects()
+    site.deployer.deploy(served)
+    for count in range(KEPT_VERSIONS + 2):
+        site.history.begin(objects(f"{count:064}"))
+    known = site.history.versions()
+    assert [version.number for version in known] == [1, *range(4, KEPT_VERSIONS + 4)]
+    assert site.history.to_go_back_to(None).number == 1
+
+
+def test_the_same_objects_after_a_failure_are_the_same_version(site: Site) -> None:
     rendered = objects()
-    fail(api, deployer, rendered)
-    api.behaviours.clear()
-    deployer.deploy(rendered)
-    assert outcomes(cluster) == [(1, "served")]
+    site.fail(rendered, crash_loops)
+    site.api.behaviours.clear()
+    site.deployer.deploy(rendered)
+    assert site.outcomes() == [(1, "served")]
 
 
-def test_an_interrupted_deploy_does_not_count_as_served(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
-    deployer.deploy(objects())
-    History(cluster, "default", "chat").begin(other())  # and then Ctrl-C
-    assert outcomes(cluster)[-1] == (2, "started")
-    deployer.rollback("chat")
-    assert api.named("services") == services(objects())
+def test_an_interrupted_deploy_does_not_count_as_served(site: Site) -> None:
+    site.deployer.deploy(objects())
+    site.history.begin(other())  # and then Ctrl-C
+    assert site.outcomes()[-1] == (2, "started")
+    site.deployer.rollback("chat")
+    assert site.api.named("services") == names_of(objects())
 
 
-def test_versions_of_older_releases_without_an_outcome_have_served(
-    api: KubernetesApi, cluster: Cluster, deployer: Deployer
-) -> None:
-    deployer.deploy(objects())
+def test_versions_of_older_releases_without_an_outcome_have_served(site: Site) -> None:
+    site.deployer.deploy(objects())
     key = ("v1", "configmaps", "default", "chat-v1")
-    del api.objects[key]["metadata"]["annotations"]["lamina.dev/outcome"]
-    assert outcomes(cluster) == [(1, "served")]
-    assert list(yaml.safe_load_all(api.objects[key]["data"]["manifests.yaml"])) == objects()
+    del site.api.objects[key]["metadata"]["annotations"]["lamina.dev/outcome"]
+    assert site.outcomes() == [(1, "served")]
+    assert list(yaml.safe_load_all(site.api.objects[key]["data"]["manifests.yaml"])) == objects()
 
 
-def test_a_rollback_without_a_target_names_the_known_versions(deployer: Deployer) -> None:
+def test_a_rollback_without_a_target_names_the_known_versions(site: Site) -> None:
     with pytest.raises(ClusterError, match="deploy it first"):
-        deployer.rollback("chat")
-    deployer.deploy(objects())
+        site.deployer.rollback("chat")
+    site.deployer.deploy(objects())
     with pytest.raises(ClusterError, match="nothing to go back to"):
-        deployer.rollback("chat")
+        site.deployer.rollback("chat")
     with pytest.raises(ClusterError, match=r"version 7 is not known; known are 1 \(served\)"):
-        deployer.rollback("chat", 7)
+        site.deployer.rollback("chat", 7)

@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 
-from knative.cluster.client import Cluster
-from knative.cluster.deployer import Deployer
 from tests.support.knative.admission import refusal, unknown_fields
-from tests.support.knative.deployments import GATEWAY, objects
-from tests.support.knative.kubernetes_api import KubernetesApi
+from tests.support.knative.manifests import objects
+from tests.support.knative.site import GATEWAY, Site
 from tests.support.paths import DATA
 
 CASES = json.loads((DATA / "webhook-cases.json").read_text())
@@ -31,34 +29,17 @@ def test_it_gives_the_recorded_verdicts(case: dict[str, Any]) -> None:
         assert said is not None or unknown_fields(case["manifest"], set())
 
 
-def test_a_field_without_a_recorded_verdict_is_an_error(api: KubernetesApi, cluster: Cluster) -> None:
+def test_a_field_without_a_recorded_verdict_is_an_error(site: Site) -> None:
     rendered = objects()[-1]
     rendered["spec"]["template"]["spec"]["dnsConfig"] = {"nameservers": ["192.0.2.1"]}
     with pytest.raises(Exception, match="stand-in does not know a verdict on "):
-        cluster.apply(rendered)
-    assert api.unknown.pop() == "a verdict on spec.template.spec.dnsConfig.nameservers.* of chat"
+        site.cluster.apply(rendered)
+    assert site.api.unknown.pop() == "a verdict on spec.template.spec.dnsConfig.nameservers.* of chat"
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/api/v1/nodes/one/proxy",
-        "/api/v1/namespaces/default/pods?fieldSelector=status.phase=Failed",
-        "/api/v1/namespaces/default/pods?labelSelector=a%20in%20(b)",
-    ],
-)
-def test_an_unknown_request_is_answered_with_501(api: KubernetesApi, path: str) -> None:
-    with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.urlopen(api.url + path)
-    status = json.load(error.value)
-    assert (error.value.code, status["kind"], status["reason"]) == (501, "Status", "NotImplemented")
-    assert len(api.unknown) == 1
-    api.unknown.clear()
-
-
-def test_objects_have_the_metadata_that_a_server_adds(api: KubernetesApi, deployer: Deployer) -> None:
-    deployer.deploy(objects())
-    gateway = api.objects[GATEWAY]
+def test_objects_have_the_metadata_that_a_server_adds(site: Site) -> None:
+    site.deployer.deploy(objects())
+    gateway = site.api.objects[GATEWAY]
     metadata = gateway["metadata"]
     assert {"uid", "creationTimestamp", "resourceVersion", "generation", "managedFields"} <= metadata.keys()
     (managed,) = metadata["managedFields"]
@@ -67,17 +48,17 @@ def test_objects_have_the_metadata_that_a_server_adds(api: KubernetesApi, deploy
     assert "f:traffic" not in managed["fieldsV1"]["f:spec"], "Knative's default has no owner"
 
 
-def test_conditions_come_in_the_order_seen_on_a_cluster(api: KubernetesApi, deployer: Deployer) -> None:
+def test_conditions_come_in_the_order_seen_on_a_cluster(site: Site) -> None:
     seen: list[str] = []
 
     def note(key: tuple[str, str, str, str]) -> None:
-        status = api.objects[key].get("status") if key == GATEWAY else None
+        status = site.api.objects[key].get("status") if key == GATEWAY else None
         if status:
             ready = next(each for each in status["conditions"] if each["type"] == "Ready")
             seen.append(ready.get("reason", ready["status"]))
 
-    api.on_change = note
-    deployer.deploy(objects())
+    site.api.on_change = note
+    site.deployer.deploy(objects())
     assert list(dict.fromkeys(seen)) == ["OutOfDate", "RevisionMissing", "IngressNotConfigured", "Uninitialized", "True"]
 
 
@@ -94,16 +75,20 @@ def test_conditions_come_in_the_order_seen_on_a_cluster(api: KubernetesApi, depl
             "Conflict",
         ),
         ("GET", "/api/v1/namespaces/default/events", None, 403, "Forbidden"),
+        ("GET", "/api/v1/nodes/one/proxy", None, 501, "NotImplemented"),
+        ("GET", "/api/v1/namespaces/default/pods?fieldSelector=status.phase=Failed", None, 501, "NotImplemented"),
+        ("GET", "/api/v1/namespaces/default/pods?labelSelector=a%20in%20(b)", None, 501, "NotImplemented"),
     ],
 )
-def test_refusals_are_status_objects(
-    api: KubernetesApi, method: str, path: str, body: dict[str, Any] | None, code: int, reason: str
+def test_refusals_and_unknown_requests_get_status_objects(
+    site: Site, method: str, path: str, body: dict[str, Any] | None, code: int, reason: str
 ) -> None:
-    api.forbidden.add(("list", "events"))
+    site.api.forbidden.add(("list", "events"))
     data = None if body is None else json.dumps(body).encode()
+    asked = urllib.request.Request(site.api.url + path, data, {"Content-Type": "application/json"}, method=method)
     with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.urlopen(
-            urllib.request.Request(api.url + path, data, {"Content-Type": "application/json"}, method=method)
-        )
+        urllib.request.urlopen(asked)
     status = json.load(error.value)
     assert (status["kind"], status["status"], status["code"], status["reason"]) == ("Status", "Failure", code, reason)
+    assert len(site.api.unknown) == (code == 501)
+    site.api.unknown.clear()

@@ -3,40 +3,26 @@
 import pytest
 
 from functions.configuration.config import GatewayConfig, read_config
-from knative.cluster.client import Cluster
-from knative.cluster.deployer import Deployer
-from knative.cluster.errors import ClusterError, DeployFailed, KindMissing, PreflightFailed
+from knative.cluster.errors import DeployFailed, KindMissing, PreflightFailed
 from knative.cluster.preflight import PRIVATE_NETWORKS, refused_pods
-from knative.cluster.status import cluster_status
 from knative.spec.kubernetes_object import KubernetesObject
 from tests.support.environments import GATEWAY
-from tests.support.knative.deployments import account, objects, secret, stage_name
-from tests.support.knative.kubernetes_api import EVENTING, KubernetesApi
-
-MONITOR = {
-    "apiVersion": "monitoring.coreos.com/v1",
-    "kind": "PodMonitor",
-    "metadata": {"name": "chat", "namespace": "default", "labels": {}},
-}
+from tests.support.knative.kubernetes_api import EVENTING
+from tests.support.knative.manifests import features, objects, resource, secret, stage_name
+from tests.support.knative.site import Site
 
 
-def failure_of(deployer: Deployer, rendered: list[KubernetesObject], expected: type[ClusterError] = PreflightFailed) -> str:
-    with pytest.raises(expected) as failure:
-        deployer.deploy(rendered)
-    return str(failure.value)
-
-
-def test_all_that_is_missing_is_reported_and_nothing_is_created(api: KubernetesApi, deployer: Deployer) -> None:
-    api.kinds |= EVENTING
-    api.remove("v1", "secrets", "default", "lamina-store")
+def test_all_that_is_missing_is_reported_and_nothing_is_created(site: Site) -> None:
+    site.api.kinds |= EVENTING
+    site.api.remove("v1", "secrets", "default", "lamina-store")
     spec = {"eventing": {"dead_letter_sink": "dead-letters"}, "gateway": {"api_keys_secret": "chat-api-keys"}}
-    message = failure_of(deployer, objects(spec=spec))
+    message = site.fail(objects(**spec), expected=PreflightFailed)
     assert "lamina-store is missing or lacks" in message
     assert "kubectl -n default create secret generic lamina-store" in message
     assert "chat-api-keys is missing" in message
     assert "Service default/dead-letters, a destination of Broker chat" in message
-    assert api.applied == []
-    assert api.named("secrets") == api.named("configmaps") == api.named("leases") == []
+    assert site.api.applied == []
+    assert site.api.named("secrets") == site.api.named("configmaps") == site.api.named("leases") == []
 
 
 @pytest.mark.parametrize(
@@ -47,79 +33,76 @@ def test_all_that_is_missing_is_reported_and_nothing_is_created(api: KubernetesA
     ],
 )
 @pytest.mark.usefixtures("eventing")
-def test_without_a_part_of_knative_nothing_is_applied(
-    api: KubernetesApi, cluster: Cluster, deployer: Deployer, absent: str, spec: dict[str, object], message: str
-) -> None:
-    del api.kinds[absent]
-    assert message in failure_of(deployer, objects(spec=spec), KindMissing)
-    assert api.applied == []
+def test_without_a_part_of_knative_nothing_is_applied(site: Site, absent: str, spec: dict[str, object], message: str) -> None:
+    del site.api.kinds[absent]
+    assert message in site.fail(objects(**spec), expected=KindMissing)
+    assert site.api.applied == []
 
 
-def test_without_the_prometheus_operator_monitoring_is_refused(api: KubernetesApi, deployer: Deployer) -> None:
-    message = failure_of(deployer, [*objects(), MONITOR], KindMissing)
+def test_without_the_prometheus_operator_monitoring_is_refused(site: Site) -> None:
+    message = site.fail([*objects(), resource("PodMonitor", "chat", "monitoring.coreos.com/v1")], expected=KindMissing)
     assert "does not serve PodMonitor" in message
     assert "Prometheus operator, or leave monitoring out" in message
-    assert api.applied == []
+    assert site.api.applied == []
 
 
 def deployment(name: str, version: str) -> KubernetesObject:
-    metadata = {"name": name, "namespace": "knative-serving", "labels": {"app.kubernetes.io/version": version}}
-    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata}
+    labels = {"app.kubernetes.io/version": version}
+    return resource("Deployment", name, "apps/v1", namespace="knative-serving", labels=labels)
 
 
-def test_an_old_knative_is_refused(api: KubernetesApi, deployer: Deployer) -> None:
-    api.put(deployment("controller", "1.9.2"))
-    assert "1.9.2 is too old" in failure_of(deployer, objects())
+def test_an_old_knative_is_refused(site: Site) -> None:
+    site.api.put(deployment("controller", "1.9.2"))
+    assert "1.9.2 is too old" in site.fail(objects(), expected=PreflightFailed)
 
 
-def test_hpa_needs_its_extension_and_a_metrics_server(api: KubernetesApi, deployer: Deployer, cluster: Cluster) -> None:
-    rendered = objects(autoscaling={"class": "hpa", "min_scale": 1})
-    assert "HPA extension" in failure_of(deployer, rendered)
-    api.put(deployment("autoscaler-hpa", "1.18.0"))
-    assert "metrics server" in failure_of(deployer, rendered)
-    api.kinds["metrics.k8s.io/v1"] = {"PodMetrics": "pods"}
-    deployer.deploy(rendered)
+def test_hpa_needs_its_extension_and_a_metrics_server(site: Site) -> None:
+    rendered = objects(stage={"autoscaling": {"class": "hpa", "min_scale": 1}})
+    assert "HPA extension" in site.fail(rendered, expected=PreflightFailed)
+    site.api.put(deployment("autoscaler-hpa", "1.18.0"))
+    assert "metrics server" in site.fail(rendered, expected=PreflightFailed)
+    site.api.kinds["metrics.k8s.io/v1"] = {"PodMetrics": "pods"}
+    site.deployer.deploy(rendered)
 
 
-def test_a_missing_namespace_and_one_that_is_being_deleted_are_named(api: KubernetesApi, deployer: Deployer) -> None:
-    api.add_namespace("default", phase="Terminating")
-    message = failure_of(deployer, objects())
+def test_a_missing_namespace_and_one_that_is_being_deleted_are_named(site: Site) -> None:
+    site.api.add_namespace("default", phase="Terminating")
+    message = site.fail(objects(), expected=PreflightFailed)
     assert "namespace default is being deleted" in message
     assert "kubectl create namespace default" in message
-    api.remove("v1", "namespaces", "", "default")
-    assert "kubectl create namespace default" in failure_of(deployer, objects())
-    assert api.applied == []
+    site.api.remove("v1", "namespaces", "", "default")
+    assert "kubectl create namespace default" in site.fail(objects(), expected=PreflightFailed)
+    assert site.api.applied == []
 
 
-def test_a_namespace_that_may_not_be_read_is_reported(api: KubernetesApi, deployer: Deployer, said: list[str]) -> None:
-    api.forbidden.add(("get", "namespaces"))
-    deployer.deploy(objects())
-    assert any("not checked, because reading it is not permitted" in line for line in said)
+def test_a_namespace_that_may_not_be_read_is_reported(site: Site) -> None:
+    site.api.forbidden.add(("get", "namespaces"))
+    site.deployer.deploy(objects())
+    assert any("not checked, because reading it is not permitted" in line for line in site.said)
 
 
-def test_a_feature_that_is_off_is_named_with_field_and_command(api: KubernetesApi, deployer: Deployer) -> None:
-    metadata = {"name": "config-features", "namespace": "knative-serving"}
-    data = {"kubernetes.podspec-nodeselector": "enabled"}
-    api.put({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data})
-    message = failure_of(deployer, objects(pod={"node_selector": {"pool": "models"}, "priority_class": "serving"}))
+def test_a_feature_that_is_off_is_named_with_field_and_command(site: Site) -> None:
+    site.api.put(features(**{"kubernetes.podspec-nodeselector": "enabled"}))
+    pod = {"node_selector": {"pool": "models"}, "priority_class": "serving"}
+    message = site.fail(objects(stage={"pod": pod}), expected=PreflightFailed)
     assert "-s0 sets priorityClassName, chat" in message
     command = "which needs Knative's feature kubernetes.podspec-priorityclassname; enable it with: kubectl -n knative-serving"
     assert command in message
     assert "nodeSelector" not in message
-    assert api.applied == []
+    assert site.api.applied == []
 
 
-def test_missing_accounts_and_pull_secrets_are_named(api: KubernetesApi, deployer: Deployer) -> None:
+def test_missing_accounts_and_pull_secrets_are_named(site: Site) -> None:
     """Knative makes a Deployment of them, and no pod ever comes."""
-    rendered = objects(service_account="chat-reader", pod={"image_pull_secrets": ["registry"]})
-    first, second = failure_of(deployer, rendered).splitlines()
+    rendered = objects(stage={"service_account": "chat-reader", "pod": {"image_pull_secrets": ["registry"]}})
+    first, second = site.fail(rendered, expected=PreflightFailed).splitlines()
     assert first.startswith("ServiceAccount default/chat-reader is missing; pods of chat-")
     assert first.count("-s") == 3
     assert second.startswith("Secret default/registry is missing; pods of chat-")
-    assert api.applied == []
-    api.put(account("chat-reader"))
-    api.put(secret("registry", ".dockerconfigjson"))
-    deployer.deploy(rendered)
+    assert site.api.applied == []
+    site.api.put(resource("ServiceAccount", "chat-reader"))
+    site.api.put(secret("registry", ".dockerconfigjson"))
+    site.deployer.deploy(rendered)
 
 
 # -- The network that the gateway follows -----------------------------------------------------------------------------
@@ -129,42 +112,41 @@ ONLY_TEN = {"gateway": {"pod_network": "10.0.0.0/8"}}
 
 def pod(name: str, service: str, *addresses: str, **labels: str) -> KubernetesObject:
     own = {"serving.knative.dev/service": service, **{f"app.kubernetes.io/{key}": value for key, value in labels.items()}}
-    metadata = {"name": name, "namespace": "default", "labels": own}
     status = {"phase": "Running", "podIP": addresses[0], "podIPs": [{"ip": each} for each in addresses]} if addresses else {}
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "status": status}
+    return resource("Pod", name, labels=own, status=status)
 
 
-def test_a_wrong_pod_network_is_found_before_the_gateway_switches(api: KubernetesApi, deployer: Deployer) -> None:
+def test_a_wrong_pod_network_is_found_before_the_gateway_switches(site: Site) -> None:
     """It was a silent outage: the gateway refused every address, and deploy reported success."""
-    rendered = objects(spec=ONLY_TEN)
-    api.put(pod("far", stage_name(rendered, 1), "192.168.3.4"))
-    message = failure_of(deployer, rendered, DeployFailed)
+    rendered = objects(**ONLY_TEN)
+    site.api.put(pod("far", stage_name(rendered, 1), "192.168.3.4"))
+    message = site.fail(rendered, expected=DeployFailed)
     assert "outside of 10.0.0.0/8: far (192.168.3.4); set gateway.pod_network" in message
-    assert "chat" not in api.applied
+    assert "chat" not in site.api.applied
 
 
-def test_pods_inside_the_network_are_accepted(api: KubernetesApi, deployer: Deployer) -> None:
+def test_pods_inside_the_network_are_accepted(site: Site) -> None:
     rendered = objects()
-    api.put(pod("near", stage_name(rendered, 1), "192.168.3.4"))
-    assert deployer.deploy(rendered).startswith("http")
+    site.api.put(pod("near", stage_name(rendered, 1), "192.168.3.4"))
+    assert site.deployer.deploy(rendered).startswith("http")
 
 
-def test_pods_that_may_not_be_read_are_reported(api: KubernetesApi, deployer: Deployer, said: list[str]) -> None:
-    rendered = objects(spec=ONLY_TEN)
-    api.put(pod("far", stage_name(rendered, 1), "192.168.3.4"))
-    api.forbidden.add(("list", "pods"))
-    deployer.deploy(rendered)
-    assert any(line.startswith("the pods' network is not checked") for line in said)
+def test_pods_that_may_not_be_read_are_reported(site: Site) -> None:
+    rendered = objects(**ONLY_TEN)
+    site.api.put(pod("far", stage_name(rendered, 1), "192.168.3.4"))
+    site.api.forbidden.add(("list", "pods"))
+    site.deployer.deploy(rendered)
+    assert any(line.startswith("the pods' network is not checked") for line in site.said)
 
 
-def test_status_names_pods_that_the_gateway_does_not_follow(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
+def test_status_names_pods_that_the_gateway_does_not_follow(site: Site) -> None:
     """For example pods on new nodes with a network of their own."""
-    rendered = objects(spec=ONLY_TEN)
-    deployer.deploy(rendered)
-    assert cluster_status(cluster, "default", "chat")["troubles"] == []
+    rendered = objects(**ONLY_TEN)
+    site.deployer.deploy(rendered)
+    assert site.status()["troubles"] == []
     labels = {"instance": "chat", "component": "stage", "managed-by": "lamina"}
-    api.put(pod("far", stage_name(rendered, 1), "192.168.3.4", **labels))
-    (trouble,) = cluster_status(cluster, "default", "chat")["troubles"]
+    site.api.put(pod("far", stage_name(rendered, 1), "192.168.3.4", **labels))
+    (trouble,) = site.status()["troubles"]
     assert trouble.startswith("chat does not follow pods outside of 10.0.0.0/8: far (192.168.3.4); requests go by the")
 
 

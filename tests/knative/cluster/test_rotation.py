@@ -5,13 +5,11 @@ from typing import Any
 
 import pytest
 
-from knative.cluster.client import Cluster
-from knative.cluster.deployer import Deployer
 from knative.cluster.errors import DeployFailed, NothingServes
-from knative.cluster.history import History
-from tests.support.knative.deployments import GATEWAY, objects, stage_name
 from tests.support.knative.knative_controllers import never_ready
 from tests.support.knative.kubernetes_api import KubernetesApi, labels_of
+from tests.support.knative.manifests import objects, stage_name
+from tests.support.knative.site import GATEWAY, Site
 
 SECRET = ("v1", "secrets", "default", "chat-pipeline")
 
@@ -47,53 +45,53 @@ class Readers:
         return self.read.get(gateway["metadata"]["uid"], {"token": "?"})["token"]
 
 
-def test_no_stage_ever_refuses_a_gateway(api: KubernetesApi, deployer: Deployer, said: list[str]) -> None:
-    readers = Readers(api)
-    deployer.deploy(objects())
-    old = tokens(api)["token"]
-    assert deployer.rotate_token("chat") == "http://chat.default.example"
+def test_no_stage_ever_refuses_a_gateway(site: Site) -> None:
+    readers = Readers(site.api)
+    site.deployer.deploy(objects())
+    old = tokens(site.api)["token"]
+    assert site.deployer.rotate_token("chat") == "http://chat.default.example"
     assert readers.refused == []
-    new = tokens(api)
+    new = tokens(site.api)
     assert list(new) == ["token"]
     assert new["token"] != old
     assert len(base64.b64decode(new["token"])) >= 32
-    assert [line for line in said if line.startswith("token: state")] == [f"token: state {k} of 3" for k in (1, 2, 3)]
+    assert [line for line in site.said if line.startswith("token: state")] == [f"token: state {k} of 3" for k in (1, 2, 3)]
 
 
-def test_every_state_makes_new_pods_and_no_new_version(api: KubernetesApi, cluster: Cluster, deployer: Deployer) -> None:
-    deployer.deploy(objects())
-    deployer.rotate_token("chat")
-    assert api.objects[GATEWAY]["status"]["latestReadyRevisionName"] == "chat-00004"
-    assert len(History(cluster, "default", "chat").versions()) == 1
-    deployer.deploy(objects())
-    assert api.objects[GATEWAY]["status"]["latestReadyRevisionName"] == "chat-00004", "another deploy changed something"
+def test_every_state_makes_new_pods_and_no_new_version(site: Site) -> None:
+    site.deployer.deploy(objects())
+    site.deployer.rotate_token("chat")
+    assert site.api.objects[GATEWAY]["status"]["latestReadyRevisionName"] == "chat-00004"
+    assert len(site.history.versions()) == 1
+    site.deployer.deploy(objects())
+    assert site.api.objects[GATEWAY]["status"]["latestReadyRevisionName"] == "chat-00004", "another deploy changed something"
 
 
-def test_an_interrupted_rotation_resumes(api: KubernetesApi, deployer: Deployer) -> None:
-    readers = Readers(api)
-    deployer.deploy(objects())
+def test_an_interrupted_rotation_resumes(site: Site) -> None:
+    readers = Readers(site.api)
+    site.deployer.deploy(objects())
     stage = stage_name(objects(), 1)
-    api.behaviours[stage] = never_ready
+    site.api.behaviours[stage] = never_ready
     with pytest.raises(DeployFailed):
-        deployer.rotate_token("chat")
-    assert sorted(tokens(api)) == ["second", "token"]
-    half = tokens(api)
-    del api.behaviours[stage]
-    api.controllers.reconcile(("serving.knative.dev/v1", "services", "default", stage))
-    deployer.rotate_token("chat")
-    assert tokens(api) == {"token": half["second"]}
+        site.deployer.rotate_token("chat")
+    assert sorted(tokens(site.api)) == ["second", "token"]
+    half = tokens(site.api)
+    del site.api.behaviours[stage]
+    site.api.controllers.reconcile(("serving.knative.dev/v1", "services", "default", stage))
+    site.deployer.rotate_token("chat")
+    assert tokens(site.api) == {"token": half["second"]}
     assert readers.refused == []
 
 
-def test_a_rotation_waits_for_old_gateways(api: KubernetesApi, cluster: Cluster, said: list[str]) -> None:
-    impatient = Deployer(cluster, "default", said.append, timeout_seconds=2)
+def test_a_rotation_waits_for_old_gateways(site: Site) -> None:
+    impatient = site.deployer_for(2)
     impatient.deploy(objects())
-    api.lingering_gateways = 10_000
+    site.api.lingering_gateways = 10_000
     with pytest.raises(DeployFailed, match="old gateway pods still answer"):
         impatient.rotate_token("chat")
-    assert sorted(tokens(api)) == ["second", "token"]
+    assert sorted(tokens(site.api)) == ["second", "token"]
 
 
-def test_a_rotation_needs_a_serving_pipeline(deployer: Deployer) -> None:
+def test_a_rotation_needs_a_serving_pipeline(site: Site) -> None:
     with pytest.raises(NothingServes, match="deploy it first"):
-        deployer.rotate_token("chat")
+        site.deployer.rotate_token("chat")

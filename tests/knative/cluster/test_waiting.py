@@ -4,14 +4,11 @@ import threading
 
 import pytest
 
-from knative.cluster.client import Cluster
-from knative.cluster.deployer import Deployer
 from knative.cluster.errors import DeployFailed
-from knative.cluster.history import History, Outcome
+from knative.cluster.history import Outcome
 from knative.cluster.objects import readiness
-from knative.cluster.status import cluster_status, status_lines
+from knative.cluster.status import status_lines
 from knative.cluster.waiting import ReadinessWait
-from tests.support.knative.deployments import GATEWAY, objects, other, stage_name
 from tests.support.knative.knative_controllers import (
     BROKER,
     Behaviour,
@@ -24,7 +21,8 @@ from tests.support.knative.knative_controllers import (
     slow_to_configure,
     slow_to_look,
 )
-from tests.support.knative.kubernetes_api import KubernetesApi
+from tests.support.knative.manifests import objects, other, resource, stage_name
+from tests.support.knative.site import GATEWAY, Site
 
 WITH_EVENTING = {"eventing": {"dead_letter_sink": "dead-letters", "reply_sink": "answers"}}
 
@@ -41,95 +39,82 @@ WITH_EVENTING = {"eventing": {"dead_letter_sink": "dead-letters", "reply_sink": 
     ],
 )
 def test_a_failed_stage_is_explained_and_the_gateway_stays_as_it_was(
-    api: KubernetesApi, deployer: Deployer, behaviour: Behaviour, expected: list[str]
+    site: Site, behaviour: Behaviour, expected: list[str]
 ) -> None:
-    deployer.deploy(objects())
+    site.deployer.deploy(objects())
     broken = other()
-    api.behaviours[stage_name(broken, 1)] = behaviour
-    serving = api.objects[GATEWAY]["spec"]
-    with pytest.raises(DeployFailed) as failure:
-        deployer.deploy(broken)
-    assert [text for text in (stage_name(broken, 1), *expected) if text not in str(failure.value)] == []
-    assert api.objects[GATEWAY]["spec"] == serving
+    serving = site.api.objects[GATEWAY]["spec"]
+    message = site.fail(broken, behaviour)
+    assert [text for text in (stage_name(broken, 1), *expected) if text not in message] == []
+    assert site.api.objects[GATEWAY]["spec"] == serving
 
 
-def test_a_stage_that_never_becomes_ready_fails_at_the_timeout(api: KubernetesApi, cluster: Cluster) -> None:
+def test_a_stage_that_never_becomes_ready_fails_at_the_timeout(site: Site) -> None:
     rendered = objects()
-    api.behaviours[stage_name(rendered, 2)] = never_ready
+    site.api.behaviours[stage_name(rendered, 2)] = never_ready
     with pytest.raises(DeployFailed, match=r"not ready after 0\.5 s"):
-        Deployer(cluster, "default", print, timeout_seconds=0.5).deploy(rendered)
+        site.deployer_for(0.5).deploy(rendered)
 
 
 @pytest.mark.usefixtures("eventing")
-def test_when_deploy_returns_broker_sequence_and_triggers_are_ready(api: KubernetesApi, deployer: Deployer) -> None:
-    deployer.deploy(objects(spec=WITH_EVENTING))
-    found = [each for key, each in api.objects.items() if key[1] in ("brokers", "sequences", "triggers")]
+def test_when_deploy_returns_broker_sequence_and_triggers_are_ready(site: Site) -> None:
+    site.deployer.deploy(objects(**WITH_EVENTING))
+    found = [each for key, each in site.api.objects.items() if key[1] in ("brokers", "sequences", "triggers")]
     assert len(found) == 6
     assert [each["metadata"]["name"] for each in found if not readiness(each).ready] == []
 
 
 @pytest.mark.usefixtures("eventing")
-def test_a_broker_that_stays_unready_is_a_failure_with_its_reason(
-    api: KubernetesApi, cluster: Cluster, deployer: Deployer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broker_that_stays_unready_is_a_failure_with_its_reason(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("knative.cluster.waiting._EVENTING_SETTLES_SECONDS", 0.5)
-    api.behaviours["chat"] = broker_fails
-    with pytest.raises(DeployFailed, match=r"Broker chat does not become ready: BrokerClass: no controller") as failure:
-        deployer.deploy(objects(spec=WITH_EVENTING))
-    assert "IngressReady" in str(failure.value)
-    assert History(cluster, "default", "chat").versions()[-1].outcome is Outcome.FAILED
-    lines = status_lines(cluster_status(cluster, "default", "chat"))
+    site.api.behaviours["chat"] = broker_fails
+    message = site.fail(objects(**WITH_EVENTING))
+    assert "Broker chat does not become ready: BrokerClass: no controller" in message
+    assert "IngressReady" in message
+    assert site.history.versions()[-1].outcome is Outcome.FAILED
+    lines = status_lines(site.status())
     assert any(line.startswith("Broker chat: NOT ready, BrokerClass: no controller") for line in lines)
 
 
 @pytest.mark.usefixtures("eventing")
-def test_a_condition_that_is_false_for_a_moment_is_waited_for(cluster: Cluster, said: list[str]) -> None:
+def test_a_condition_that_is_false_for_a_moment_is_waited_for(site: Site) -> None:
     """A Broker's filter comes up after its ingress."""
-    metadata = {"name": "chat", "namespace": "default", "labels": {"app.kubernetes.io/instance": "chat"}}
-    broker = {"apiVersion": BROKER[0], "kind": "Broker", "metadata": metadata, "spec": {}}
-    cluster.apply(broker)
-    ReadinessWait(cluster, "default", said.append, 10).await_ready([broker])
-    assert said[-1] == "Broker chat is ready"
+    broker = resource("Broker", "chat", BROKER[0], labels={"app.kubernetes.io/instance": "chat"}, spec={})
+    site.cluster.apply(broker)
+    ReadinessWait(site.cluster, "default", site.said.append, 10).await_ready([broker])
+    assert site.said[-1] == "Broker chat is ready"
 
 
 @pytest.mark.parametrize("knative", [become_ready, slow_to_look, slow_to_configure])
-def test_the_fixed_revision_of_a_crash_loop_is_judged_by_its_own_pods(
-    api: KubernetesApi, deployer: Deployer, knative: Behaviour
-) -> None:
-    deployer.deploy(objects())
-    broken, fixed = objects(kv_cache="1Gi"), objects(kv_cache="768Mi")
+def test_the_fixed_revision_of_a_crash_loop_is_judged_by_its_own_pods(site: Site, knative: Behaviour) -> None:
+    site.deployer.deploy(objects())
+    broken, fixed = objects(stage={"kv_cache": "1Gi"}), objects(stage={"kv_cache": "768Mi"})
     stage = stage_name(broken, 1)
-    api.behaviours[stage] = crash_loops
-    with pytest.raises(DeployFailed, match="CrashLoopBackOff"):
-        deployer.deploy(broken)
-    api.behaviours[stage] = knative
-    deployer.deploy(fixed)
+    assert "CrashLoopBackOff" in site.fail(broken, crash_loops)
+    site.api.behaviours[stage] = knative
+    site.deployer.deploy(fixed)
 
 
-def test_the_same_deploy_works_once_the_cause_is_fixed(api: KubernetesApi, deployer: Deployer, said: list[str]) -> None:
+def test_the_same_deploy_works_once_the_cause_is_fixed(site: Site) -> None:
     """Knative has given that revision up, and would never try it again."""
     rendered = objects()
     stage = stage_name(rendered, 0)
-    api.behaviours[stage] = revision_fails
-    with pytest.raises(DeployFailed, match="initial scale"):
-        deployer.deploy(rendered)
-    del api.behaviours[stage]
-    deployer.deploy(rendered)
-    assert f"deleted Service default/{stage}, because none of its revisions ever ran, to create it again" in said
+    assert "initial scale" in site.fail(rendered, revision_fails, stage=0)
+    del site.api.behaviours[stage]
+    site.deployer.deploy(rendered)
+    assert f"deleted Service default/{stage}, because none of its revisions ever ran, to create it again" in site.said
 
 
-def test_pods_that_crashed_before_get_another_try(api: KubernetesApi, deployer: Deployer) -> None:
+def test_pods_that_crashed_before_get_another_try(site: Site) -> None:
     """The cause was outside, such as a missing bucket: the same spec works at the kubelet's next restart."""
-    deployer.deploy(objects())
-    changed = objects(kv_cache="1Gi")
+    site.deployer.deploy(objects())
+    changed = objects(stage={"kv_cache": "1Gi"})
     stage = stage_name(changed, 1)
-    api.behaviours[stage] = crash_loops
-    with pytest.raises(DeployFailed, match="CrashLoopBackOff"):
-        deployer.deploy(changed)
-    del api.behaviours[stage]
-    restart = threading.Timer(1, api.controllers.reconcile, [("serving.knative.dev/v1", "services", "default", stage)])
+    assert "CrashLoopBackOff" in site.fail(changed, crash_loops)
+    del site.api.behaviours[stage]
+    restart = threading.Timer(1, site.api.controllers.reconcile, [("serving.knative.dev/v1", "services", "default", stage)])
     restart.start()
-    deployer.deploy(changed)
+    site.deployer.deploy(changed)
     restart.join()
 
 
@@ -145,30 +130,23 @@ def test_pods_that_crashed_before_get_another_try(api: KubernetesApi, deployer: 
     ],
 )
 def test_missing_rights_hide_no_reason_that_may_be_read(
-    api: KubernetesApi, deployer: Deployer, behaviour: Behaviour, forbidden: set[tuple[str, str]], expected: list[str]
+    site: Site, behaviour: Behaviour, forbidden: set[tuple[str, str]], expected: list[str]
 ) -> None:
-    rendered = objects()
-    api.behaviours[stage_name(rendered, 1)] = behaviour
-    api.forbidden |= forbidden
-    with pytest.raises(DeployFailed) as failure:
-        deployer.deploy(rendered)
-    assert [text for text in expected if text not in str(failure.value)] == []
+    site.api.forbidden |= forbidden
+    message = site.fail(objects(), behaviour)
+    assert [text for text in expected if text not in message] == []
 
 
-def test_a_gateway_that_only_the_cluster_can_reach_is_a_warning(
-    api: KubernetesApi, cluster: Cluster, deployer: Deployer, said: list[str]
-) -> None:
+def test_a_gateway_that_only_the_cluster_can_reach_is_a_warning(site: Site) -> None:
     """Knative without a config-domain: the ingress answers 404 for such names."""
-    api.domain = "svc.cluster.local"
-    deployer.deploy(objects())
-    assert [line for line in said if "config-domain" in line and "port-forward" in line]
-    assert any("config-domain" in line for line in status_lines(cluster_status(cluster, "default", "chat")))
+    site.api.domain = "svc.cluster.local"
+    site.deployer.deploy(objects())
+    assert [line for line in site.said if "config-domain" in line and "port-forward" in line]
+    assert any("config-domain" in line for line in status_lines(site.status()))
 
 
-def test_requests_that_another_split_pins_elsewhere_are_a_warning(
-    api: KubernetesApi, deployer: Deployer, said: list[str]
-) -> None:
-    deployer.deploy(objects())
-    api.edit(GATEWAY, "kn", ("spec", "traffic"), [{"revisionName": "chat-00001", "percent": 100}])
-    deployer.deploy(other())
-    assert any(line.startswith("warning: requests do not all go to chat-00002") for line in said)
+def test_requests_that_another_split_pins_elsewhere_are_a_warning(site: Site) -> None:
+    site.deployer.deploy(objects())
+    site.api.edit(GATEWAY, "kn", ("spec", "traffic"), [{"revisionName": "chat-00001", "percent": 100}])
+    site.deployer.deploy(other())
+    assert any(line.startswith("warning: requests do not all go to chat-00002") for line in site.said)

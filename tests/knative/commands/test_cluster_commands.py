@@ -10,8 +10,7 @@ import yaml
 
 from tests.support.knative.knative_controllers import image_pull_fails
 from tests.support.knative.kubernetes_api import KubernetesApi
-from tests.support.knative.pipelines import DIGEST, document
-from tests.support.knative.services import service
+from tests.support.knative.manifests import DIGEST, document, features, service
 from tests.support.paths import ROOT
 
 SPEC = document(model={"name": "smollm2", "digest": DIGEST})
@@ -83,9 +82,7 @@ def test_check_reads_the_clusters_feature_flags(api: KubernetesApi, tmp_path: Pa
     (tmp_path / "service.yaml").write_text(yaml.safe_dump(service({"nodeSelector": {"disk": "fast"}})))
     command = ("check", "--features", "cluster", str(tmp_path / "service.yaml"))
     assert "config-features does not exist" in run(tmp_path, *command).stderr
-    metadata = {"name": "config-features", "namespace": "knative-serving"}
-    data = {"kubernetes.podspec-nodeselector": "enabled"}
-    api.put({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data})
+    api.put(features(**{"kubernetes.podspec-nodeselector": "enabled"}))
     assert run(tmp_path, *command).stdout == f"{tmp_path / 'service.yaml'}: accepted\n"
 
 

@@ -1,24 +1,14 @@
 """`deploy FOLDER` of a folder that `render` wrote, possibly edited; other folders are refused."""
 
 from pathlib import Path
-from typing import Any
 
-import yaml
 from click.testing import CliRunner, Result
 
 from knative.__main__ import main
 from tests.support.knative.kubernetes_api import EVENTING, KubernetesApi
-from tests.support.knative.pipelines import DIGEST, document
+from tests.support.knative.manifests import rendered_folder
 
 SINKS = {"dead_letter_sink": "http://sink.example", "reply_sink": "http://sink.example"}
-
-
-def rendered(tmp_path: Path, *arguments: str, **changes: Any) -> Path:
-    spec, out = tmp_path / "pipeline.yaml", tmp_path / "manifests"
-    spec.write_text(yaml.safe_dump(document(model={"name": "smollm2", "digest": DIGEST}, **changes)))
-    result = CliRunner().invoke(main, ["render", str(spec), "--output", str(out), *arguments])
-    assert result.exit_code == 0, result.output
-    return out
 
 
 def deploy(tmp_path: Path, *arguments: str) -> Result:
@@ -26,7 +16,7 @@ def deploy(tmp_path: Path, *arguments: str) -> Result:
 
 
 def test_an_edited_folder_is_deployed_and_differs_from_the_spec_by_the_edit_alone(api: KubernetesApi, tmp_path: Path) -> None:
-    out = rendered(tmp_path, "--gitops")
+    out = rendered_folder(tmp_path, "--gitops")
     stage = (out / "stage-1.yaml").read_text()
     (out / "stage-1.yaml").write_text(stage.replace('max-scale: "10"', 'max-scale: "4"'))
     assert (out / "stage-1.yaml").read_text() != stage
@@ -45,11 +35,11 @@ def test_an_edited_folder_is_deployed_and_differs_from_the_spec_by_the_edit_alon
 
 def test_the_gateway_for_events_is_not_the_main_gateway(api: KubernetesApi, tmp_path: Path) -> None:
     api.kinds |= EVENTING
-    assert deploy(tmp_path, str(rendered(tmp_path, eventing=SINKS))).stdout == "http://chat.default.example\n"
+    assert deploy(tmp_path, str(rendered_folder(tmp_path, eventing=SINKS))).stdout == "http://chat.default.example\n"
 
 
 def test_a_folder_with_a_changing_kustomization_must_be_built_first(tmp_path: Path) -> None:
-    out = rendered(tmp_path)
+    out = rendered_folder(tmp_path)
     with (out / "kustomization.yaml").open("a") as file:
         file.write("nameSuffix: -mine\n")
     result = deploy(tmp_path, str(out))
@@ -58,7 +48,7 @@ def test_a_folder_with_a_changing_kustomization_must_be_built_first(tmp_path: Pa
 
 
 def test_two_pipelines_in_one_folder_are_refused(tmp_path: Path) -> None:
-    out = rendered(tmp_path)
+    out = rendered_folder(tmp_path)
     document = (out / "stage-0.yaml").read_text()
     (out / "stage-9.yaml").write_text(document.replace("lamina.dev/pipeline: ", "lamina.dev/pipeline: f"))
     result = deploy(tmp_path, str(out))
@@ -75,4 +65,4 @@ def test_any_other_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_image_needs_a_spec(tmp_path: Path) -> None:
-    assert deploy(tmp_path, str(rendered(tmp_path)), "--image", "registry.example/other:1").exit_code == 2
+    assert deploy(tmp_path, str(rendered_folder(tmp_path)), "--image", "registry.example/other:1").exit_code == 2

@@ -4,7 +4,7 @@ from knative.render.access import gateway_access, network_policies
 from knative.render.rendering import render
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import CONTAINER_PORT, METRICS_PORT, gateway_service, stage_service
-from tests.support.knative.pipelines import resolved_pipeline
+from tests.support.knative.manifests import resolved_pipeline
 
 
 def pipeline() -> ResolvedPipeline:

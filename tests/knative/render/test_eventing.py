@@ -14,7 +14,7 @@ from knative.spec.errors import SpecError
 from knative.spec.kubernetes_object import KubernetesObject
 from knative.spec.pipeline_spec import MAX_NAME, MAX_NAME_WITH_EVENTING
 from knative.webhook.check import validate, warnings
-from tests.support.knative.pipelines import resolved_pipeline
+from tests.support.knative.manifests import resolved_pipeline
 
 
 def pipeline(eventing: dict[str, Any] | None, name: str = "chat") -> ResolvedPipeline:

@@ -3,45 +3,33 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner
 
-from knative.__main__ import main
-from knative.cluster.client import Cluster, Ref
+from knative.cluster.client import Ref
 from knative.render.gitops import for_gitops, prune_objects
 from knative.render.prune_script import is_ready
 from knative.render.rendering import render
 from knative.webhook.check import is_knative_service, validate, warnings
 from tests.support.functions.functions import wait_until
 from tests.support.knative.kubernetes_api import KubernetesApi
-from tests.support.knative.pipelines import DIGEST, document, rendered_pipeline, resolved_pipeline
+from tests.support.knative.manifests import DIGEST, OTHER_DIGEST, objects, rendered_folder, resolved_pipeline, resource
+from tests.support.knative.site import Site
 
 ARGO = "argocd.argoproj.io/"
-OTHER = "e" * 64
 EVENTING = {"dead_letter_sink": "http://sink.example", "reply_sink": "http://sink.example"}
 
 
-def folder(tmp_path: Path, *arguments: str, **changes: Any) -> Path:
-    spec = tmp_path / "pipeline.yaml"
-    spec.write_text(yaml.safe_dump(document(model={"name": "smollm2", "digest": DIGEST}, **changes)))
-    out = tmp_path / "manifests"
-    result = CliRunner().invoke(main, ["render", str(spec), "--output", str(out), *arguments])
-    assert result.exit_code == 0, result.output
-    return out
-
-
-def objects(out: Path) -> list[dict[str, Any]]:
+def written(out: Path) -> list[dict[str, Any]]:
     (names,) = yaml.safe_load_all((out / "kustomization.yaml").read_text())
     return [each for name in names["resources"] for each in yaml.safe_load_all((out / name).read_text())]
 
 
 def test_the_kustomization_names_every_other_file(tmp_path: Path) -> None:
-    out = folder(tmp_path, "--gitops", eventing=EVENTING)
+    out = rendered_folder(tmp_path, "--gitops", eventing=EVENTING)
     named = set(yaml.safe_load((out / "kustomization.yaml").read_text())["resources"])
     assert named | {"kustomization.yaml"} == {path.name for path in out.iterdir()}
     assert "prune.yaml" in named
@@ -50,20 +38,22 @@ def test_the_kustomization_names_every_other_file(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl (Debian: kubernetes-client)")
 @pytest.mark.parametrize("gitops", [(), ("--gitops",)])
 def test_kubectl_kustomize_returns_the_rendered_objects(tmp_path: Path, gitops: tuple[str, ...]) -> None:
-    out = folder(tmp_path, *gitops, eventing=EVENTING)
+    out = rendered_folder(tmp_path, *gitops, eventing=EVENTING)
     built = subprocess.run(["kubectl", "kustomize", str(out)], capture_output=True, text=True, timeout=60, check=True).stdout
     by_name = {(each["kind"], each["metadata"]["name"]): each for each in yaml.safe_load_all(built)}
-    assert by_name == {(each["kind"], each["metadata"]["name"]): each for each in objects(out)}
+    assert by_name == {(each["kind"], each["metadata"]["name"]): each for each in written(out)}
 
 
 def test_without_gitops_nothing_is_annotated(tmp_path: Path) -> None:
-    assert all(ARGO not in key for each in objects(folder(tmp_path)) for key in each["metadata"].get("annotations", {}))
+    assert all(
+        ARGO not in key for each in written(rendered_folder(tmp_path)) for key in each["metadata"].get("annotations", {})
+    )
 
 
 def test_stages_come_before_the_gateway_and_eventing_after_it(tmp_path: Path) -> None:
     waves = {
         f"{each['kind']} {each['metadata']['name']}": int(each["metadata"]["annotations"][ARGO + "sync-wave"])
-        for each in objects(folder(tmp_path, "--gitops", eventing=EVENTING))
+        for each in written(rendered_folder(tmp_path, "--gitops", eventing=EVENTING))
         if ARGO + "sync-wave" in each["metadata"].get("annotations", {})
     }
     found = [wave for name, wave in waves.items() if name[:-1].endswith("-s")]
@@ -72,7 +62,7 @@ def test_stages_come_before_the_gateway_and_eventing_after_it(tmp_path: Path) ->
 
 
 def test_objects_named_by_fingerprint_are_protected_from_pruning(tmp_path: Path) -> None:
-    found = objects(folder(tmp_path, "--gitops", eventing=EVENTING))
+    found = written(rendered_folder(tmp_path, "--gitops", eventing=EVENTING))
     kept = {each["metadata"]["name"] for each in found if "Prune=false" in _option(each)}
     fingerprint = resolved_pipeline().fingerprint[:8]
     assert kept == {f"chat-{fingerprint}{end}" for end in ("-s0", "-s1", "-s2", "-ev", "")}
@@ -103,24 +93,14 @@ def test_the_jobs_pod_is_placed_like_a_gateways() -> None:
 
 
 @pytest.fixture
-def api() -> Iterator[KubernetesApi]:
-    server = KubernetesApi()
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def cluster(api: KubernetesApi, tmp_path: Path) -> Cluster:
-    (tmp_path / "kubeconfig").write_text(api.kubeconfig())
-    return Cluster.connect(str(tmp_path / "kubeconfig"))
-
-
-def sync(cluster: Cluster, digest: str = DIGEST) -> None:
-    """As a controller does: applies everything and prunes nothing, until the gateway is Ready."""
-    for each in rendered_pipeline(digest):
-        cluster.apply(each, force=True)
+def api(site: Site) -> KubernetesApi:
+    """A cluster on which the pipeline was replaced as a controller does it: everything applied, nothing pruned."""
     gateway = Ref("serving.knative.dev/v1", "Service", "default", "chat")
-    wait_until(lambda: is_ready(cluster.get(gateway)))
+    for digest in (DIGEST, OTHER_DIGEST):
+        for each in objects(digest):
+            site.cluster.apply(each, force=True)
+        wait_until(lambda: is_ready(site.cluster.get(gateway)))
+    return site.api
 
 
 def stages(api: KubernetesApi, digest: str) -> set[str]:
@@ -138,54 +118,45 @@ def start_job(api: KubernetesApi, digest: str, seconds: float = 20) -> "subproce
 
 def put_old_gateway(api: KubernetesApi, phase: str) -> None:
     """A pod of the gateway that was replaced."""
-    labels = next(each for each in rendered_pipeline(DIGEST) if each["metadata"]["name"] == "chat")["metadata"]["labels"]
-    metadata = {"name": "old", "namespace": "default", "labels": labels}
-    api.put({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "status": {"phase": phase}})
+    labels = next(each for each in objects(DIGEST) if each["metadata"]["name"] == "chat")["metadata"]["labels"]
+    api.put(resource("Pod", "old", labels=labels, status={"phase": phase}))
 
 
-def test_the_job_deletes_the_old_stages_and_nothing_else(api: KubernetesApi, cluster: Cluster) -> None:
-    sync(cluster)
-    sync(cluster, OTHER)
+def test_the_job_deletes_the_old_stages_and_nothing_else(api: KubernetesApi) -> None:
     before = set(api.named("services"))
-    with start_job(api, OTHER) as job:
+    with start_job(api, OTHER_DIGEST) as job:
         assert job.wait(60) == 0
     assert before - set(api.named("services")) == set(resolved_pipeline(DIGEST).stage_names)
 
 
-def test_the_job_waits_for_answers_of_an_old_gateway(api: KubernetesApi, cluster: Cluster) -> None:
-    sync(cluster)
-    sync(cluster, OTHER)
+def test_the_job_waits_for_answers_of_an_old_gateway(api: KubernetesApi) -> None:
     put_old_gateway(api, "Running")
-    with start_job(api, OTHER) as job:
+    with start_job(api, OTHER_DIGEST) as job:
         with pytest.raises(subprocess.TimeoutExpired):
             job.wait(4)
         assert len(stages(api, DIGEST)) == 3
         put_old_gateway(api, "Succeeded")
         assert job.wait(60) == 0
     assert stages(api, DIGEST) == set()
-    assert len(stages(api, OTHER)) == 3
+    assert len(stages(api, OTHER_DIGEST)) == 3
 
 
-def test_the_job_fails_with_the_reason_at_its_timeout(api: KubernetesApi, cluster: Cluster) -> None:
-    sync(cluster)
-    sync(cluster, OTHER)
+def test_the_job_fails_with_the_reason_at_its_timeout(api: KubernetesApi) -> None:
     put_old_gateway(api, "Running")
-    with start_job(api, OTHER, seconds=1) as job:
+    with start_job(api, OTHER_DIGEST, seconds=1) as job:
         output, _ = job.communicate(timeout=60)
         assert job.returncode == 1
     assert "still finish answers" in output
     assert len(stages(api, DIGEST)) == 3
 
 
-def test_the_job_of_a_replaced_pipeline_deletes_nothing(api: KubernetesApi, cluster: Cluster) -> None:
-    sync(cluster)
-    sync(cluster, OTHER)
+def test_the_job_of_a_replaced_pipeline_deletes_nothing(api: KubernetesApi) -> None:
     with start_job(api, DIGEST) as job:
         assert job.wait(60) == 0
-    assert len(stages(api, DIGEST)) == len(stages(api, OTHER)) == 3
+    assert len(stages(api, DIGEST)) == len(stages(api, OTHER_DIGEST)) == 3
 
 
 def test_the_container_has_the_name_that_kn_gives_it() -> None:
     """With any other name, a second `make deploy-kn` made a new revision of every Service."""
-    for each in filter(is_knative_service, rendered_pipeline()):
+    for each in filter(is_knative_service, objects()):
         assert [container["name"] for container in each["spec"]["template"]["spec"]["containers"]] == ["user-container"]

@@ -16,7 +16,7 @@ from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import METRICS_PORT
 from knative.spec.errors import SpecError
 from tests.support.functions.functions import gateway_environment, running, stage_environment
-from tests.support.knative.pipelines import resolved_pipeline
+from tests.support.knative.manifests import resolved_pipeline
 from tests.support.knative.promql import used_metrics
 from tests.support.paths import ROOT
 from tests.support.storage.published import published_model

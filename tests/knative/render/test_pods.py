@@ -14,7 +14,7 @@ from knative.spec.spec_file import spec_from_dict
 from knative.webhook.check import missing_flags, validate
 from knative.webhook.feature_flags import FeatureFlags
 from storage.errors import ModelNotPublished
-from tests.support.knative.pipelines import document, resolved_pipeline
+from tests.support.knative.manifests import document, resolved_pipeline
 
 TOLERATION = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
 SPREAD = {

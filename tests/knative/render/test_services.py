@@ -19,24 +19,21 @@ from knative.spec.errors import SpecError
 from knative.spec.kubernetes_object import to_yaml
 from knative.spec.pipeline_spec import quantity
 from knative.spec.spec_file import load_spec, spec_from_dict
+from tests.support.knative.manifests import document, resolved_pipeline
 
 CUT = ((0, 10), (10, 20), (20, 30))
 DIGEST = "sha256:0123"
 
 
-def document(**changes: Any) -> dict[str, Any]:
-    return {
-        "name": "chat",
-        "namespace": "models",
-        "model": {"name": "smollm2", "dtype": "int8"},
-        "cut": "0:10,10:20,20:30",
-        "image": "registry.example/lamina:1",
-        "store": {"endpoint": "http://store.example:9000", "secret": "store-keys"},
-    } | changes
+IN_INT8 = {
+    "namespace": "models",
+    "model": {"name": "smollm2", "dtype": "int8"},
+    "store": {"endpoint": "http://store.example:9000", "secret": "store-keys"},
+}
 
 
 def pipeline(**changes: Any) -> ResolvedPipeline:
-    return ResolvedPipeline(spec_from_dict(document(**changes)), CUT, DIGEST)
+    return resolved_pipeline(DIGEST, **(IN_INT8 | changes))
 
 
 def environment(service: dict[str, Any]) -> dict[str, str]:
@@ -272,7 +269,7 @@ def test_a_label_that_looks_like_a_float_is_quoted() -> None:
 )
 def test_errors_name_path_and_value(change: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        spec_from_dict(document(**change))
+        spec_from_dict(document(**(IN_INT8 | change)))
 
 
 def test_a_list_of_sleep_seconds_needs_one_for_each_stage() -> None:

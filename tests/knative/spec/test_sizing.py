@@ -12,7 +12,7 @@ from knative.spec.pipeline_spec import StageSpec
 from knative.spec.sizing import Link, check_memory, needed_bytes, network_plan, plan_stages, replicas_for
 from knative.spec.spec_file import spec_from_dict
 from tests.knative.spec.test_cut import SMOLLM2
-from tests.support.knative.pipelines import document
+from tests.support.knative.manifests import document
 from tests.support.paths import ROOT
 
 SHAPE = shape_from_folder(ROOT / "examples" / "llama-2-13b", "bfloat16")

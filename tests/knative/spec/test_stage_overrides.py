@@ -8,7 +8,7 @@ from knative.spec.cut import parse_cut
 from knative.spec.errors import SpecError
 from knative.spec.pipeline_spec import PipelineSpec, StageSpec
 from knative.spec.spec_file import spec_from_dict
-from tests.support.knative.pipelines import document
+from tests.support.knative.manifests import document
 
 CUT = parse_cut("0:10,10:20,20:30")
 

@@ -4,7 +4,7 @@ import pytest
 
 from knative.webhook.autoscaling_annotations import AutoscalerConfig
 from knative.webhook.check import validate
-from tests.support.knative.services import service
+from tests.support.knative.manifests import service
 
 GROUP = "autoscaling.knative.dev/"
 AT = "spec.template.metadata.annotations."

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from knative.commands.check import check
 from knative.webhook.check import validate, warnings
-from tests.support.knative.services import service
+from tests.support.knative.manifests import service
 
 GROUP = "autoscaling.knative.dev/"
 OFF = "must not set the field(s) (config-features has kubernetes.podspec-{} off)"

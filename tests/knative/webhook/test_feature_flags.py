@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 from knative.commands.check import check
 from knative.webhook.check import validate
 from knative.webhook.feature_flags import POD_FIELDS, VOLUME_FIELDS, FeatureFlags, NoFeatures, read_features
-from tests.support.knative.services import service
+from tests.support.knative.manifests import service
 
 AT = "spec.template.spec"
 POD: dict[str, Any] = {

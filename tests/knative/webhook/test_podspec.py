@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from knative.webhook.check import validate
-from tests.support.knative.services import service
+from tests.support.knative.manifests import service
 
 AT = "spec.template.spec"
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knative.webhook.check import is_knative_service, validate, warnings
-from tests.support.knative.services import service
+from tests.support.knative.manifests import service
 
 
 def fields(manifest: dict[str, Any]) -> set[str]:
