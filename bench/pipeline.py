@@ -29,7 +29,7 @@ from knative.commands.model_choice import packaged_model, published_name
 from knative.commands.state_folder import find_running
 from knative.local.kubelet.containers import LocalData, read_container
 from knative.local.platform import Platform, PlatformOptions
-from knative.render.services import gateway_service
+from knative.render.services import gateway_service, stage_service
 from knative.spec.spec_file import load_spec
 from storage.models.model_repository import read_file, read_manifest
 from storage.store.object_store import ObjectStore
@@ -127,15 +127,30 @@ def gateway_beside(
 
     Yields its URL and its process id. Raises DidNotStart.
     """
-    template = gateway_service(local.pipeline)["spec"]["template"]
     services = {local.pipeline.stage_url(index): url for index, url in enumerate(urls)}
-    told = dict(read_container(template, LocalData(local.secrets, {}, services, {}), {}).environ)
-    del told["LAMINA_KUBERNETES_API"]  # Service URLs are the stages themselves.
+    with _function(gateway_service(local.pipeline), LocalData(local.secrets, {}, services, {}), log, environ) as gateway:
+        yield gateway
+
+
+@contextmanager
+def stage_alone(local: LocalPipeline, index: int, log: Path) -> Iterator[tuple[str, int]]:
+    """A stage without queue-proxy and autoscaler. Yields its URL and its process id. Raises DidNotStart."""
+    with _function(stage_service(local.pipeline, index), LocalData(local.secrets, {}, {}, {}), log) as stage:
+        yield stage
+
+
+@contextmanager
+def _function(
+    service: dict[str, Any], data: LocalData, log: Path, environ: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, int]]:
+    """The process of a rendered Service's pod, once it is ready: its URL and its id."""
+    told = dict(read_container(service["spec"]["template"], data, {}).environ)
+    told.pop("LAMINA_KUBERNETES_API", None)  # Service URLs are the stages themselves.
     told |= {"PORT": "0", "LAMINA_LISTEN": "127.0.0.1", "LAMINA_METRICS_PORT": "0", **(environ or {})}
-    with started([sys.executable, "-m", "functions"], log, told) as gateway:
-        url = wait_for(lambda: _listening_url(log), gateway, log)
-        wait_for(lambda: _is_ready(url), gateway, log)
-        yield url, gateway.pid
+    with started([sys.executable, "-m", "functions"], log, told) as process:
+        url = wait_for(lambda: _listening_url(log), process, log)
+        wait_for(lambda: _is_ready(url), process, log)
+        yield url, process.pid
 
 
 @contextmanager
@@ -188,9 +203,9 @@ def read_metrics(url: str) -> dict[str, float]:
     return found
 
 
-def read_page(url: str) -> str:
-    """A function's page of metrics."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as reply:
+def read_page(url: str, timeout_seconds: float = 30.0) -> str:
+    """A function's page of metrics. Raises OSError."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=timeout_seconds) as reply:
         page: str = reply.read().decode()
     return page
 

@@ -4,8 +4,6 @@ import asyncio
 import contextlib
 import hashlib
 import sys
-import urllib.error
-import urllib.request
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
@@ -16,12 +14,12 @@ import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
-from bench.evaluation.outcome import Cost, Objective, Outcome, outcome_of
-from bench.evaluation.replay import BEGUN
+from bench.evaluation.outcome import Cost, Outcome, outcome_of
+from bench.evaluation.replay import ARRAYS, BEGUN
 from bench.evaluation.rounds import Overheads, Work, flow
 from bench.evaluation.setting import WAYS, Setting
-from bench.evaluation.trace import Floats, Trace
-from bench.pipeline import running_platform
+from bench.evaluation.trace import Trace
+from bench.pipeline import read_page, running_platform
 from functions.configuration.pass_times import PassTimes, pairs
 from functions.gateway.scheduling.batching import SchedulerLimits
 from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
@@ -68,18 +66,26 @@ class EmulatedRun:
         self._cold_starts = 0
         self._replica_seconds = [0.0] * len(cut)
 
-    async def run(self, objective: Objective | None = None) -> Outcome:
+    async def run(self) -> Outcome:
         """Raises NotReady."""
         options = PlatformOptions(secrets=self._local.secrets, logs=self._folder, cpu=self._busy.get)
         async with running_platform(options, services(self._local.pipeline)) as platform:
             await self._all_awake(platform)
             self._seen = {pod.name for pods in self._pods(platform) for pod in pods}
             seconds = self._trace.seconds + self._tail_seconds
-            async with self._asking(platform.url(self._local.pipeline.spec.name)) as asking:
-                async with self._reading_busy(platform):
+            times_file = self._folder / "times.npz"
+            async with self._asking(platform.url(self._local.pipeline.spec.name), times_file) as asking:
+                reading = asyncio.create_task(self._read_busy(platform))
+                try:
                     await self._count(platform, seconds)
+                finally:
+                    reading.cancel()
+                    await asyncio.gather(reading, return_exceptions=True)
                 self.passes = [await asyncio.to_thread(passes_of, pods) for pods in self._pods(platform)]
-                first, last, prompts = await self._answered(asking)
+                if await asking.wait():
+                    raise RuntimeError(f"the replaying process ended with status {asking.returncode}")
+        times = np.load(times_file)
+        first, last, prompts = times["first"], times["last"], int(times["prompts"])
         tokens = prompts + int(self._trace.answer_tokens[np.isfinite(last)].sum())
         cost = Cost(
             replica_seconds=sum(self._replica_seconds),
@@ -87,7 +93,7 @@ class EmulatedRun:
             cold_starts=self._cold_starts,
             network_bytes=float(tokens * self._setting.network_bytes_per_token(self._way)),
         )
-        return outcome_of(self._trace, first, last, seconds, cost, objective)
+        return outcome_of(self._trace, first, last, seconds, cost)
 
     def _pods(self, platform: Platform) -> Iterator[list[LocalPod]]:
         """The pods of each stage, in any state."""
@@ -123,15 +129,6 @@ class EmulatedRun:
                 self._seen |= {pod.name for pod in pods}
             before = now
 
-    @contextlib.asynccontextmanager
-    async def _reading_busy(self, platform: Platform) -> AsyncIterator[None]:
-        task = asyncio.create_task(self._read_busy(platform))
-        try:
-            yield
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
     async def _read_busy(self, platform: Platform) -> None:
         """For the HPA class: its metric is the load of a device, which the system cannot see for an emulated one."""
         if self._local.pipeline.spec.stage.autoscaling.autoscaler_class != "hpa":
@@ -143,17 +140,11 @@ class EmulatedRun:
                     self._busy[pod.pid], _ = await asyncio.to_thread(passes_of, [pod])
 
     @contextlib.asynccontextmanager
-    async def _asking(self, url: str) -> AsyncIterator[Process]:
+    async def _asking(self, url: str, times_file: Path) -> AsyncIterator[Process]:
         """The replaying process, from the beginning of the trace."""
         trace_file = self._folder / "trace.npz"
-        trace = self._trace
-        np.savez(
-            trace_file,
-            arrival_seconds=trace.arrival_seconds,
-            prompt_tokens=trace.prompt_tokens,
-            answer_tokens=trace.answer_tokens,
-        )
-        command = ["-m", "bench.evaluation.replay", url, str(trace_file), str(self._times_file), str(self._tail_seconds)]
+        np.savez(trace_file, **{name: getattr(self._trace, name) for name in ARRAYS})
+        command = ["-m", "bench.evaluation.replay", url, str(trace_file), str(times_file), str(self._tail_seconds)]
         process = await asyncio.create_subprocess_exec(sys.executable, *command, cwd=ROOT, stdout=PIPE)
         try:
             assert process.stdout is not None
@@ -165,34 +156,18 @@ class EmulatedRun:
                 process.terminate()
                 await process.wait()
 
-    async def _answered(self, asking: Process) -> tuple[Floats, Floats, int]:
-        if await asking.wait():
-            raise RuntimeError(f"the replaying process ended with status {asking.returncode}")
-        times = np.load(self._times_file)
-        return times["first"], times["last"], int(times["prompts"])
-
-    @property
-    def _times_file(self) -> Path:
-        return self._folder / "times.npz"
-
 
 def passes_of(pods: Sequence[LocalPod]) -> tuple[float, float]:
     """Seconds in passes, and their number, of all these pods; a pod that does not answer counts nothing."""
     found = {"_sum": 0.0, "_count": 0.0}
     for pod in pods:
-        for family in text_string_to_metric_families(_page(pod.metrics_port) if pod.metrics_port else ""):
-            for sample in family.samples:
-                if (kind := sample.name.removeprefix("lamina_stage_compute_seconds")) in found:
-                    found[kind] += sample.value
+        with contextlib.suppress(OSError):
+            page = read_page(f"http://127.0.0.1:{pod.metrics_port}", _PAGE_SECONDS) if pod.metrics_port else ""
+            for family in text_string_to_metric_families(page):
+                for sample in family.samples:
+                    if (kind := sample.name.removeprefix("lamina_stage_compute_seconds")) in found:
+                        found[kind] += sample.value
     return found["_sum"], found["_count"]
-
-
-def _page(metrics_port: int) -> str:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=_PAGE_SECONDS) as reply:
-            return str(reply.read().decode())
-    except (OSError, urllib.error.URLError):
-        return ""
 
 
 _PUBLICATION: Final = "emulated"

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Final
 
@@ -14,7 +15,7 @@ import msgspec
 import numpy as np
 
 from bench.evaluation.emulated import EmulatedRun
-from bench.evaluation.network import REMEDIES, Lengths, all_networks
+from bench.evaluation.network import NETWORKS, REMEDIES, Lengths
 from bench.evaluation.outcome import Cost, Outcome
 from bench.evaluation.profile import DoesNotFit, read_profile
 from bench.evaluation.results import Result, RunKey
@@ -52,7 +53,7 @@ class Plan:
     scale_runs: int = 3
     scale_stages: Sequence[int] = SCALE_STAGES
     networks: Mapping[EmulatedNetwork, Sequence[str]] = field(  # network → remedies that are measured in it
-        default_factory=lambda: dict.fromkeys(all_networks(), tuple(REMEDIES))
+        default_factory=lambda: dict.fromkeys(NETWORKS, tuple(REMEDIES))
     )
     network_lengths: Lengths = field(default_factory=Lengths)
     trace: Path | None = None
@@ -106,24 +107,18 @@ def _config(model: str) -> dict[str, object]:
 
 def emulated(plan: Plan, store: Callable[[], ObjectStore], folder: Path) -> Iterator[Run]:
     """The five ways on the real system with emulated devices."""
-    setting, trace = setting_13b(), _trace(plan)
-    for load in plan.emulated_loads:
-        for way in plan.emulated_ways:
-            for seed in range(plan.runs):
-                key = _key("emulated", plan, setting, load, way, seed, plan.emulated_seconds, plan.emulated_peak)
-                yield Run(key, _emulate(key, setting, _load(plan, key, trace), store, folder))
+    setting = setting_13b()
+    for key, load in _emulated_loads("emulated", plan, setting):
+        yield Run(key, _emulate(key, setting, load, store, folder))
 
 
 def calibration(plan: Plan, overheads: Overheads) -> Iterator[Run]:
     """The same runs, simulated. overheads: the measured costs of an emulated run beyond its profile."""
-    setting, trace = setting_13b(), _trace(plan)
-    for load in plan.emulated_loads:
-        for way in plan.emulated_ways:
-            for seed in range(plan.runs):
-                key = _key("calibration", plan, setting, load, way, seed, plan.emulated_seconds, plan.emulated_peak)
-                key = msgspec.structs.replace(key, overheads=(overheads.pass_seconds, overheads.hop_seconds))
-                world = World(overheads=overheads, step_seconds=0.05, tail_seconds=key.tail_seconds)
-                yield Run(key, _simulate(key, setting, _load(plan, key, trace), world))
+    setting = setting_13b()
+    for emulated_key, load in _emulated_loads("calibration", plan, setting):
+        key = msgspec.structs.replace(emulated_key, overheads=(overheads.pass_seconds, overheads.hop_seconds))
+        world = World(overheads=overheads, step_seconds=0.05, tail_seconds=key.tail_seconds)
+        yield Run(key, _simulate(key, setting, load, world))
 
 
 def simulated(plan: Plan) -> Iterator[Run]:
@@ -137,12 +132,22 @@ def measured(plan: Plan) -> Iterator[Run]:
 
 
 def _five_ways(experiment: str, plan: Plan, setting: Setting, loads: Sequence[str], runs: int) -> Iterator[Run]:
+    for key, load in _loads(experiment, plan, setting, loads, WAYS, runs, plan.simulated_seconds):
+        yield Run(key, _simulate(key, setting, load, World(tail_seconds=key.tail_seconds)))
+
+
+def _emulated_loads(experiment: str, plan: Plan, setting: Setting) -> Iterator[tuple[RunKey, Trace]]:
+    return _loads(experiment, plan, setting, plan.emulated_loads, plan.emulated_ways, plan.runs, plan.emulated_seconds)
+
+
+def _loads(
+    experiment: str, plan: Plan, setting: Setting, loads: Sequence[str], ways: Sequence[str], runs: int, seconds: int
+) -> Iterator[tuple[RunKey, Trace]]:
+    """Each run's key and load. Raises TraceInvalid."""
     trace = _trace(plan)
-    for load in loads:
-        for way in WAYS:
-            for seed in range(runs):
-                key = _key(experiment, plan, setting, load, way, seed, plan.simulated_seconds, plan.emulated_peak)
-                yield Run(key, _simulate(key, setting, _load(plan, key, trace), World(tail_seconds=key.tail_seconds)))
+    for load, way, seed in product(loads, ways, range(runs)):
+        key = _key(experiment, plan, setting, load, way, seed, seconds, plan.emulated_peak)
+        yield key, make_loads(seconds, key.peak, seed, trace)[load].with_answers_within(key.answer_tokens)
 
 
 def at_scale(plan: Plan) -> Iterator[Run]:
@@ -178,10 +183,6 @@ def _key(experiment: str, plan: Plan, setting: Setting, load: str, way: str, see
 def _trace(plan: Plan) -> Trace | None:
     """Raises TraceInvalid."""
     return None if plan.trace is None else read_trace(plan.trace)
-
-
-def _load(plan: Plan, key: RunKey, trace: Trace | None) -> Trace:
-    return make_loads(key.seconds, key.peak, key.seed, trace)[key.load].with_answers_within(key.answer_tokens)
 
 
 def _emulate(

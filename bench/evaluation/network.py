@@ -5,7 +5,7 @@ a network. Three remedies are measured, each alone: draft tokens, hidden states 
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -36,8 +36,10 @@ from knative.spec.pipeline_spec import (
 from knative.spec.sizing import Link, StagePlan, network_plan, plan_stages
 from storage.store.object_store import ObjectStore
 
-DELAYS_SECONDS: Final = (0.0, 0.001, 0.005, 0.02, 0.05)
-RATES: Final = (1.25e9, 1.25e8, 1.25e7)  # 10, 1 and 0.1 Gbit/s in bytes
+NETWORKS: Final = (
+    *(EmulatedNetwork(delay) for delay in (0.0, 0.001, 0.005, 0.02, 0.05)),
+    *(EmulatedNetwork(0.0, rate) for rate in (1.25e9, 1.25e8, 1.25e7)),  # 10, 1 and 0.1 Gbit/s in bytes
+)
 AT_ONCE: Final = (1, 16)
 _NEARLY_NONE: Final = 1e-6  # seconds of delay without a network: its relays run too, so that their own cost cancels out
 _DTYPE: Final = "bfloat16"
@@ -86,11 +88,6 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 class Lengths:
     questions: int = 16
     max_tokens: int = 48
-
-
-def all_networks() -> Iterator[EmulatedNetwork]:
-    yield from (EmulatedNetwork(delay) for delay in DELAYS_SECONDS)
-    yield from (EmulatedNetwork(0.0, rate) for rate in RATES)
 
 
 def file_name(network: EmulatedNetwork, remedy: Remedy, lengths: Lengths) -> str:
@@ -193,7 +190,10 @@ def network_table(plans: Sequence[StagePlan], results: Sequence[Measured]) -> tu
         worst = max(worst, abs(error))
         remedied = [by_key.get((one.delay_seconds, one.bytes_per_second, each, one.at_once)) for each in REMEDIES.values()]
         rate = "any" if one.bytes_per_second is None else f"{one.bytes_per_second * 8 / 1e9:g}"
-        cells = ["–" if each is None else _beside(each, one) for each in remedied]
+        cells = [
+            f"{each.tokens_per_second:.1f} ({each.tokens_per_second / one.tokens_per_second:.2f} ×)" if each else "–"
+            for each in remedied
+        ]
         share = f"{one.tokens_per_second / near.tokens_per_second:.2f}"
         told = [f"{one.delay_seconds * 1e3:g} ms", rate, one.at_once, f"{one.tokens_per_second:.1f}", share, f"{said:.1f}"]
         rows.append([*told, f"{error:+.0%}", *cells])
@@ -216,7 +216,3 @@ def predicted(plans: Sequence[StagePlan], near: Measured, link: Link) -> float:
     waited_for = said.bytes_per_token if near.at_once == 1 else max(plan.hop_bytes_per_token for plan in plans)
     prompt = near.prompt_tokens * waited_for / link.bytes_per_second
     return near.answer_tokens / (near.answer_tokens / said.tokens_per_second + prompt)
-
-
-def _beside(remedied: Measured, plain: Measured) -> str:
-    return f"{remedied.tokens_per_second:.1f} ({remedied.tokens_per_second / plain.tokens_per_second:.2f} ×)"

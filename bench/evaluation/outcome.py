@@ -7,15 +7,10 @@ import numpy as np
 
 from bench.evaluation.trace import Floats, Trace
 
-QUANTILES: Final = (0.5, 0.95, 0.99)
 PATIENCE_SECONDS: Final = 120.0  # an answer that takes longer has failed: clients give up
-
-
-class Objective(msgspec.Struct, frozen=True):
-    """Upper bounds for one request."""
-
-    first_token_seconds: float = 2.0
-    token_seconds: float = 0.2  # mean, after the first
+# The objective: upper bounds for one request.
+MOST_FIRST_TOKEN_SECONDS: Final = 2.0
+MOST_TOKEN_SECONDS: Final = 0.2  # mean, after the first
 
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,15 +31,12 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     cost: Cost
 
 
-def outcome_of(
-    trace: Trace, first: Floats, last: Floats, seconds: float, cost: Cost, objective: Objective | None = None
-) -> Outcome:
+def outcome_of(trace: Trace, first: Floats, last: Floats, seconds: float, cost: Cost) -> Outcome:
     """first, last: times of each request's first and last token on the trace's clock; NaN: never."""
-    wanted = objective or Objective()
     first_token = first - trace.arrival_seconds
     per_token = (last - first) / np.maximum(1, trace.answer_tokens - 1)
     answered = np.isfinite(last) & (last - trace.arrival_seconds <= PATIENCE_SECONDS)
-    met = answered & (first_token <= wanted.first_token_seconds) & (per_token <= wanted.token_seconds)
+    met = answered & (first_token <= MOST_FIRST_TOKEN_SECONDS) & (per_token <= MOST_TOKEN_SECONDS)
     several = answered & (trace.answer_tokens > 1)
     return Outcome(
         requests=len(trace),
@@ -61,5 +53,5 @@ def outcome_of(
 def _quantiles(values: Floats) -> tuple[float, float, float]:
     if not len(values):
         return (float("nan"),) * 3
-    p50, p95, p99 = np.quantile(values, QUANTILES)
+    p50, p95, p99 = np.quantile(values, (0.5, 0.95, 0.99))
     return float(p50), float(p95), float(p99)

@@ -20,6 +20,7 @@ from eventing.wire.generation import TokenEvent
 from knative.commands.ask import AskFailed, Question, stream_answer
 
 BEGUN: Final = "begun"
+ARRAYS: Final = ("arrival_seconds", "prompt_tokens", "answer_tokens")  # of a trace, in TRACE.npz
 # Each is one token, with the space before it, of the default model's tokenizer.
 _WORDS: Final = ("river", "stone", "lamp", "seven", "north", "glass", "quiet", "engine", "paper", "winter", "copper", "field")
 
@@ -65,7 +66,7 @@ async def replay(url: str, trace: Trace, tail_seconds: float) -> tuple[Floats, F
 @click.argument("tail_seconds", type=float)
 def main(url: str, trace_file: Path, times_file: Path, tail_seconds: float) -> None:
     arrays = np.load(trace_file)
-    trace = Trace("trace", arrays["arrival_seconds"], arrays["prompt_tokens"], arrays["answer_tokens"])
+    trace = Trace("trace", *(arrays[name] for name in ARRAYS))
     first, last, prompts = asyncio.run(replay(url, trace, tail_seconds))
     np.savez(times_file, first=first, last=last, prompts=prompts)
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Final, TypeVar
+from typing import Final
 
 import msgspec
 
@@ -13,7 +13,6 @@ from bench.evaluation.outcome import Outcome
 
 # Two-sided intervals of 95 %, by degrees of freedom.
 _STUDENT_95: Final = (math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-R = TypeVar("R", bound="RunKey")
 
 
 class RunKey(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 import simpy
 
 from bench.evaluation.fleet import Fleet, reconcile_forever, settings_of
-from bench.evaluation.outcome import Cost, Objective, Outcome, outcome_of
+from bench.evaluation.outcome import Cost, Outcome, outcome_of
 from bench.evaluation.rounds import Overheads, Work, flow
 from bench.evaluation.sequences import Sequences
 from bench.evaluation.setting import Setting
@@ -78,7 +78,7 @@ class Simulation:
         self._micro_batches = 0
         self._last_ready: list[int] = [fleet.ready for fleet in self._fleets]
 
-    def run(self, objective: Objective | None = None) -> tuple[Outcome, int]:
+    def run(self) -> tuple[Outcome, int]:
         """The outcome, and the peak number of pods."""
         end = self._trace.seconds + self._world.tail_seconds
         self._env.process(reconcile_forever(self._env, self._fleets))
@@ -96,7 +96,7 @@ class Simulation:
             cold_starts=sum(fleet.cold_starts * many for fleet, many in fleets),
             network_bytes=tokens * self._network_bytes_per_token,
         )
-        return outcome_of(self._trace, first, last, end, cost, objective), self._peak
+        return outcome_of(self._trace, first, last, end, cost), self._peak
 
     def _starts(self, weight_bytes: int) -> Any:
         def seconds() -> float:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 COLUMNS: Final = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 MOST_TOKENS: Final = 1_000_000  # of a prompt or an answer: a larger number means a broken file
-MOST_GAP_SECONDS: Final = 600.0
+MOST_GAP_SECONDS: Final = 600.0  # a longer silence is a hole in the recording, whose two sides are not one load
 _TICKS: Final = 26  # characters of a timestamp down to microseconds; the published files have one digit more
 
 Floats = npt.NDArray[np.float64]
@@ -75,16 +75,9 @@ class Trace:
         """Truncates answers, for runs of a minute in which the longest would not end."""
         return Trace(self.name, self.arrival_seconds, self.prompt_tokens, np.minimum(self.answer_tokens, most_tokens))
 
-    def cut_by(self, context_tokens: int) -> int:
-        """Requests that `within` would change."""
-        return int((self.prompt_tokens + self.answer_tokens > context_tokens).sum())
 
-
-def read_trace(path: Path, *, most_gap_seconds: float = MOST_GAP_SECONDS) -> Trace:
-    """Raises TraceInvalid, OSError.
-
-    most_gap_seconds: a longer silence counts as a hole in the recording, whose two sides are not one load.
-    """
+def read_trace(path: Path) -> Trace:
+    """Raises TraceInvalid, OSError."""
     arrivals: list[float] = []
     sizes: list[tuple[int, int]] = []
     try:
@@ -97,12 +90,9 @@ def read_trace(path: Path, *, most_gap_seconds: float = MOST_GAP_SECONDS) -> Tra
                 at, prompt, answer = _row(row, f"{path}, line {line}")
                 if arrivals and at < arrivals[-1]:
                     raise TraceInvalid(f"{path}, line {line}: {row[0]} is before the line above it; sort the file by TIMESTAMP")
-                if arrivals and at - arrivals[-1] > most_gap_seconds:
-                    gap = f"nothing for {at - arrivals[-1]:.0f} s before it, more than {most_gap_seconds:g}"
-                    raise TraceInvalid(
-                        f"{path}, line {line}: {gap}: a hole in the recording? Take one side of it, or allow it with "
-                        "--most-gap-seconds"
-                    )
+                if arrivals and at - arrivals[-1] > MOST_GAP_SECONDS:
+                    gap = f"nothing for {at - arrivals[-1]:.0f} s before it, more than {MOST_GAP_SECONDS:g}"
+                    raise TraceInvalid(f"{path}, line {line}: {gap}: a hole in the recording? Take one side of it")
                 arrivals.append(at)
                 sizes.append((prompt, answer))
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, csv.Error) as error:
@@ -160,7 +150,6 @@ def _whole(drawn_sizes: npt.NDArray[Any], most: int) -> Integers:
 
 
 LOADS: Final = ("ramp", "bursts", "day", "trace")
-STEP_SECONDS: Final = 1.0
 _NIGHT_SHARE: Final = 0.02
 
 
@@ -178,10 +167,9 @@ def rates(load: str, seconds: int, peak: float) -> Floats:
     raise ValueError(f"load {load!r}: there is {', '.join(LOADS)}")
 
 
-def make_loads(seconds: int, peak: float, seed: int, trace: Trace | None, sizes: Sizes | None = None) -> Mapping[str, Trace]:
+def make_loads(seconds: int, peak: float, seed: int, trace: Trace | None) -> Mapping[str, Trace]:
     """peak: requests a second. trace: the load "trace" is a part of it, at 0.6 × peak; None: it is drawn."""
-    drawn_sizes = sizes or Sizes()
-    found = {load: drawn(load, rates(load, seconds, peak), STEP_SECONDS, seed, drawn_sizes) for load in LOADS}
+    found = {load: drawn(load, rates(load, seconds, peak), 1.0, seed, Sizes()) for load in LOADS}
     if trace is not None:
         begin = (trace.seconds / 2 + seed * seconds) % max(1.0, trace.seconds - seconds)
         wanted = 0.6 * peak / (len(trace) / trace.seconds)

@@ -22,8 +22,7 @@ from rich.console import Console
 
 from bench.many.conversations import Conversation, converse
 from bench.many.report import Found, Load, markdown, verdicts
-from bench.many.sleeping_stages import Sleeping, sleeping_stages
-from bench.pipeline import NUM_STAGES, TOKEN, gateway_beside
+from bench.pipeline import NUM_STAGES, gateway_beside, stage_alone
 from bench.report import STATE, machine, output_option, write_section
 from functions.stage.engine.threads import usable_cores
 from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
@@ -35,7 +34,7 @@ _STATE: Final = STATE / "bench-many"
 _PASS_SECONDS: Final = 0.04
 _MICRO_BATCH_SEQUENCES: Final = 170  # three equal stages get six micro-batches, which hold 1,000 conversations
 _MOST_MERGED: Final = 8
-_SECRET: Final = "many-token"
+_KV_CACHE: Final = "4Gi"  # of stages that sleep: a number, not memory
 
 
 @click.command(help=__doc__)
@@ -75,20 +74,24 @@ def _pipeline() -> Iterator[tuple[LocalPipeline, list[str], list[int]]]:
             stages=NUM_STAGES,
             image="lamina:local",
             stage=StageSpec(
-                resources=Resources(cpu="1", memory="2Gi"), layer_group="sleep", sleep_seconds=[_PASS_SECONDS] * NUM_STAGES
+                resources=Resources(cpu="1", memory="5Gi"),
+                kv_cache=_KV_CACHE,
+                max_merge=_MOST_MERGED,
+                layer_group="sleep",
+                sleep_seconds=[_PASS_SECONDS] * NUM_STAGES,
             ),
             gateway=GatewaySpec(
                 micro_batch_sequences=_MICRO_BATCH_SEQUENCES, queue_limit=1000, draft_tokens=0, access_log="off"
             ),
             store=StoreSpec(endpoint="http://127.0.0.1"),
-            pipeline_token_secret=_SECRET,
         )
         manifest = ensure_published(store, None, spec.model.dtype, Console())
-        local = local_pipeline(store, manifest, NUM_STAGES, spec, {_SECRET: {"token": TOKEN}})
-        pipeline = local.pipeline
-        stages = Sleeping((_PASS_SECONDS,) * NUM_STAGES, pipeline.cut, pipeline.fingerprint, TOKEN, _MOST_MERGED)
-        with sleeping_stages(stages) as urls:
-            yield local, urls, [child.pid for child in psutil.Process().children() if child.name() != "rclone"]
+        local = local_pipeline(store, manifest, NUM_STAGES, spec, {})
+        with ExitStack() as stack:
+            stages = [
+                stack.enter_context(stage_alone(local, index, _STATE / f"stage-{index}.log")) for index in range(NUM_STAGES)
+            ]
+            yield local, [url for url, _ in stages], [pid for _, pid in stages]
 
 
 def _measure(local: LocalPipeline, urls: Sequence[str], stage_pids: Sequence[int], load: Load, max_tokens: int) -> Found:

@@ -82,7 +82,6 @@ def test_sequences_are_cut_to_the_context() -> None:
     trace = Trace("x", np.arange(3.0), np.array([10, 5000, 90]), np.array([5, 10, 4000]))
     cut = trace.within(4096)
     assert (cut.prompt_tokens.tolist(), cut.answer_tokens.tolist()) == ([10, 4086, 90], [5, 10, 2048])
-    assert trace.cut_by(4096) == 1
 
 
 def test_loads_have_their_shape_and_the_trace_its_rate() -> None:
