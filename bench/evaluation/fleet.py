@@ -14,7 +14,7 @@ from knative.local.autoscaler.kpa import TICK_SECONDS
 from knative.local.autoscaler.revision_autoscaler import RevisionAutoscaler
 from knative.local.autoscaler.revision_settings import RevisionSettings, revision_settings
 from knative.local.kubelet.pods import PodTiming
-from knative.local.platform import from_zero
+from knative.local.platform import FROM_ZERO
 from knative.webhook.autoscaling_annotations import HPA
 
 SCRAPE_SECONDS: Final = 1.0
@@ -34,7 +34,7 @@ def reconcile_forever(env: simpy.Environment, fleets: "Sequence[Fleet]") -> _Wai
 
 def settings_of(template: Mapping[str, Any]) -> RevisionSettings:
     """The settings that the platform reads from a rendered Service."""
-    return revision_settings(template, from_zero())
+    return revision_settings(template, FROM_ZERO)
 
 
 class Fleet:

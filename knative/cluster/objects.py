@@ -41,10 +41,6 @@ class ReadyCondition:
     ready: bool | None
     reason: str = ""  # Knative's own
 
-    @property
-    def word(self) -> str:
-        return {True: "yes", False: "no", None: "not yet"}[self.ready]
-
 
 def readiness(manifest: KubernetesObject) -> ReadyCondition:
     """For the generation that was applied last. Services, Brokers, Triggers and Sequences report it the same way."""

@@ -105,7 +105,8 @@ def _service(service: KubernetesObject, pods: list[KubernetesObject], desired: d
                 **{phase: phases.count(phase) for phase in ("ready", "starting", "leaving")},
             }
         )
-    return {"name": name, "ready": readiness(service).word, "url": status.get("url", ""), "revisions": revisions}
+    ready = {True: "yes", False: "no", None: "not yet"}[readiness(service).ready]
+    return {"name": name, "ready": ready, "url": status.get("url", ""), "revisions": revisions}
 
 
 def _desired_scales(cluster: Cluster, namespace: str, selector: str) -> dict[str, int]:

@@ -70,7 +70,7 @@ def _check(file: Path, manifests: list[FileObject], flags: FeatureFlags) -> bool
     services = [manifest for manifest in manifests if is_knative_service(manifest.object)]
     for manifest in manifests:
         if manifest not in services:
-            name = f"{manifest.kind} {manifest.name}".strip()
+            name = f"{manifest.object.get('kind', 'object without kind')} {manifest.name}".strip()
             click.echo(f"{file}: note: {name} is not a Knative Service and was skipped")
     if not services:
         click.echo(f"{file}: note: it has no Knative Service")

@@ -54,10 +54,6 @@ class LocalPipeline:
     secrets: NamedData
 
     @property
-    def has_chat_template(self) -> bool:
-        return "chat_template.jinja" in self.manifest.files
-
-    @property
     def api_key(self) -> str | None:
         """A key that the gateway accepts; None if it needs none, or only hashes are known."""
         for name in self.pipeline.spec.gateway.api_keys_secrets:

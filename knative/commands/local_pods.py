@@ -41,26 +41,25 @@ def read_metrics(pod: Mapping[str, Any]) -> defaultdict[str, float]:
     return samples
 
 
-class RevisionRates:
-    """Token rates of revisions between one status and the next."""
+def tokens_per_second(
+    revision: Mapping[str, Any], now: float, seen: dict[str, tuple[float, float]]
+) -> tuple[float | None, int]:
+    """Tokens per second of the revision's pods (None the first time), and requests that wait in its gateway.
 
-    def __init__(self) -> None:
-        self._tokens: dict[str, tuple[float, float]] = {}  # by pod: tokens so far, and when they were read
-
-    def tokens_per_second(self, revision: Mapping[str, Any], now: float) -> tuple[float | None, int]:
-        """Tokens per second of the revision's pods (None the first time), and requests that wait in its gateway."""
-        rates, waiting = [], 0
-        for pod in revision["pods"]:
-            samples = read_metrics(pod)
-            if not samples:
-                continue
-            tokens = samples["lamina_stage_tokens_total"] + samples["lamina_gateway_tokens_total"]
-            waiting += int(samples["lamina_gateway_waiting_sequences"])
-            before = self._tokens.get(pod["name"])
-            if before is not None and now > before[1]:
-                rates.append(max(0.0, tokens - before[0]) / (now - before[1]))
-            self._tokens[pod["name"]] = (tokens, now)
-        return (sum(rates) if rates else None), waiting
+    seen: pod → its tokens and when they were read, from one call to the next.
+    """
+    rates, waiting = [], 0
+    for pod in revision["pods"]:
+        samples = read_metrics(pod)
+        if not samples:
+            continue
+        tokens = samples["lamina_stage_tokens_total"] + samples["lamina_gateway_tokens_total"]
+        waiting += int(samples["lamina_gateway_waiting_sequences"])
+        before = seen.get(pod["name"])
+        if before is not None and now > before[1]:
+            rates.append(max(0.0, tokens - before[0]) / (now - before[1]))
+        seen[pod["name"]] = (tokens, now)
+    return (sum(rates) if rates else None), waiting
 
 
 async def watch_starts(status: Callable[[], Mapping[str, Any]], tell: Callable[[str], None]) -> None:

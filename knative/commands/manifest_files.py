@@ -24,10 +24,6 @@ class FileObject:
     repeated_keys: tuple[str, ...]  # keys that occur twice in one mapping, with their line; the last one counts
 
     @property
-    def kind(self) -> str:
-        return str(self.object.get("kind", "object without kind"))
-
-    @property
     def name(self) -> str:
         metadata = self.object.get("metadata")
         return str(metadata.get("name", "")) if isinstance(metadata, dict) else ""

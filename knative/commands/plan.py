@@ -13,7 +13,17 @@ from knative.commands.options import OpenStore, store_options
 from knative.spec.cut import cut_evenly, format_cut, parse_cut
 from knative.spec.model_shape import ModelShape, published_shape, shape_from_folder
 from knative.spec.pipeline_spec import DTYPES, Autoscaling, GatewaySpec, PodSpec, StageSpec, quantity
-from knative.spec.sizing import Link, StagePlan, check_memory, needed_bytes, network_plan, plan_mixed, plan_stages, replicas_for
+from knative.spec.sizing import (
+    SEQUENCE_TOKENS,
+    Link,
+    StagePlan,
+    check_memory,
+    needed_bytes,
+    network_plan,
+    plan_mixed,
+    plan_stages,
+    replicas_for,
+)
 from knative.spec.spec_file import load_spec
 from storage.models.model_repository import read_manifest
 
@@ -101,7 +111,7 @@ def _show_stages(console: Console, shape: ModelShape, plans: Sequence[StagePlan]
             size(plan.weight_bytes),
             f"{plan.compute_share:.0%}",
             size(plan.kv_bytes_per_token),
-            size(plan.kv_bytes_per_sequence),
+            size(plan.kv_bytes_per_token * SEQUENCE_TOKENS),
             size(plan.hop_bytes_per_token) if plan.hop_bytes_per_token else "a token",
         )
         for plan in plans

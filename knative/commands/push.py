@@ -1,5 +1,6 @@
 """`push` publishes a checkpoint into the store; `requirements` names the packages that a model needs (the Makefile asks)."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -12,7 +13,7 @@ from knative.spec.pipeline_spec import DTYPES, ModelSpec
 from knative.spec.spec_file import load_spec
 from storage.checkpoints.model_source import locate, open_checkpoint
 from storage.errors import CheckpointInvalid, LibraryMissing, ModelNotPublished
-from storage.models.model_repository import ModelManifest, Reader, read_manifest
+from storage.models.model_repository import read_manifest
 from storage.models.publisher import publish
 
 
@@ -43,7 +44,10 @@ def push(
     console = Console()
     for model in _models(source, name, dtype, spec):
         with open_store() as opened:
-            manifest = _published(opened, model) if spec is not None and source is None and not afresh else None
+            manifest = None
+            if spec is not None and source is None and not afresh:
+                with suppress(ModelNotPublished):
+                    manifest = read_manifest(opened, model.name, model.dtype)
             if manifest is None:
                 path = source or _default_source(model)
                 with publish_progress(console, f"publishing {model.name} as {model.dtype}") as progress:
@@ -60,13 +64,6 @@ def _models(source: str | None, name: str | None, dtype: str | None, spec: Path 
         return [ModelSpec(name=name or default, dtype=dtype or ModelSpec(name=default).dtype)]
     loaded = load_spec(spec)
     return [ModelSpec(name=name or loaded.model.name, dtype=each) for each in ([dtype] if dtype else loaded.dtypes)]
-
-
-def _published(reader: Reader, model: ModelSpec) -> ModelManifest | None:
-    try:
-        return read_manifest(reader, model.name, model.dtype)
-    except ModelNotPublished:
-        return None
 
 
 def _default_source(model: ModelSpec) -> str:

@@ -86,7 +86,7 @@ def run(**options: Any) -> None:
     python -m knative run --spec examples/smollm2-cpu/pipeline.yaml
     """
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # before the event loop runs: like Ctrl-C, closes everything
     chosen, console = RunOptions(**options), Console()
     with StateFolder(chosen.state) as state:
         if state.recovered:
@@ -99,11 +99,6 @@ def run(**options: Any) -> None:
             with naming_a_full_disk(state.path):
                 local = _prepare(chosen, store, console)
             asyncio.run(_Run(chosen, state, local, store, console).run())
-
-
-def _interrupt(*_: object) -> None:
-    """SIGTERM before the event loop runs is handled like Ctrl-C, so that everything is closed."""
-    raise KeyboardInterrupt
 
 
 def _prepare(options: RunOptions, store: ObjectStore, console: Console) -> LocalPipeline:
@@ -168,7 +163,7 @@ class _Run:
         if self._local.api_key is not None:
             self._say(f"the gateway requires a key: Authorization: Bearer {self._local.api_key}")
         for name in self._spec.gateway.api_keys_secrets:
-            file = platform.secret_folder(name) / KEYS_ENTRY
+            file = platform.secret_folders[name] / KEYS_ENTRY
             self._say(f"make, list and revoke keys while it runs: python -m knative keys {file}")
         if self._spec.eventing is not None:
             self._say(f"events go to the broker {platform.eventing.broker_url(self._spec.name, self._spec.namespace)}")
@@ -177,7 +172,7 @@ class _Run:
     async def _first_answer(self, platform: Platform, url: str) -> None:
         options, chat = self._options, self._options.chat
         if chat is None:
-            chat = self._local.has_chat_template and is_question(options.prompt)
+            chat = "chat_template.jinja" in self._local.manifest.files and is_question(options.prompt)
         question = Question(options.prompt, options.max_tokens, chat=chat, api_key=self._local.api_key)
         watch = asyncio.create_task(watch_starts(platform.status, lambda text: self._say(f"  {text}")))
         answer = asyncio.create_task(show_answer(self._console, url, question, before_text=watch.cancel))

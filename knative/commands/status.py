@@ -13,7 +13,7 @@ from rich.console import Console, Group
 from rich.live import Live
 
 from knative.commands.console import rich_table, show_table, size
-from knative.commands.local_pods import RevisionRates
+from knative.commands.local_pods import tokens_per_second
 from knative.commands.options import cluster_options, named_pipeline, state_option
 from knative.commands.state_folder import StateError, find_running
 
@@ -102,7 +102,7 @@ def _on_a_cluster(cluster: "Cluster", namespace: str, name: str) -> _Source:
 
 
 def _on_this_machine(state: Path) -> _Source:
-    rates = RevisionRates()
+    seen: dict[str, tuple[float, float]] = {}
     looked = False
 
     def look() -> _Lines:
@@ -112,7 +112,7 @@ def _on_this_machine(state: Path) -> _Source:
             for revision in service["revisions"]:
                 single = len(service["revisions"]) == 1
                 label = str(service["name"]) if single else f"{revision['name']} {revision['percent']} %"
-                rows.append(_row(label, revision, *rates.tokens_per_second(revision, now)))
+                rows.append(_row(label, revision, *tokens_per_second(revision, now, seen)))
         return rows, [*_event_lines(answer.get("eventing") or {}), *_trouble_lines(answer)]
 
     def lines() -> _Lines:

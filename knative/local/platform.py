@@ -44,11 +44,8 @@ _PLACEMENT_FIELDS: Final = (
     "topologySpreadConstraints",
 )
 _PLACEMENT_ALLOWED: Final = FeatureFlags({POD_FIELDS[name]: ENABLED for name in _PLACEMENT_FIELDS})
-
-
-def from_zero() -> AutoscalerConfig:
-    """Knative's defaults, except that new Services begin at zero: on one machine nothing starts without a request."""
-    return AutoscalerConfig(allow_zero_initial_scale=True, initial_scale=0)
+# Knative's defaults, except that new Services begin at zero: on one machine nothing starts without a request.
+FROM_ZERO: Final = AutoscalerConfig(allow_zero_initial_scale=True, initial_scale=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +57,7 @@ class PlatformOptions:
     secret_folders: Mapping[str, Path] = field(default_factory=dict)  # folders of Secrets; pods that mount one see changes
     config_maps: NamedData = field(default_factory=dict)
     logs: Path
-    autoscaler: AutoscalerConfig = field(default_factory=from_zero)
+    autoscaler: AutoscalerConfig = FROM_ZERO
     features: FeatureFlags = _PLACEMENT_ALLOWED
     timing: PodTiming = field(default_factory=PodTiming)
     folder: Path = ROOT  # working folder of the processes
@@ -78,6 +75,7 @@ class Platform:
         self.eventing = LocalEventing(self._find, options.logs)
         self._options = options
         self._secrets = SecretFolders(options.secrets, options.secret_folders)
+        self.secret_folders = self._secrets.folders  # Secret → folder, as pods that mount it see it
         slices = EndpointSlices()
         self._admin = Admin(slices, self.status, lambda: render_metrics(self.services.values()))
         self._context = PlatformContext(
@@ -125,10 +123,6 @@ class Platform:
         self._admin.server.close()
         self._secrets.remove()
 
-    def secret_folder(self, name: str) -> Path:
-        """The folder of a Secret, as pods that mount it see it. Raises KeyError."""
-        return self._secrets.folders[name]
-
     def url(self, name: str, namespace: str = "default") -> str:
         return self.services[namespace, name].url
 
@@ -166,7 +160,7 @@ class Platform:
                 f"http://{each.name}.{each.namespace}.svc.cluster.local": each.url for each in self.services.values()
             },
             in_cluster={"LAMINA_KUBERNETES_API": self.admin_url, "LAMINA_POD_NETWORK": "127.0.0.0/8", "LAMINA_POD_PORT": "0"},
-            secret_folders=self._secrets.folders,
+            secret_folders=self.secret_folders,
             entrypoint=self._options.entrypoint,
         )
         return Revision(name, template, settings, local, self._context)

@@ -105,30 +105,26 @@ def network_policies(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
     # By default Eventing comes through the ingress; with a service mesh it comes from its own pods.
     eventing = [] if pipeline.spec.eventing is None else [_namespace("knative-eventing")]
     return [
-        _network_policy(pipeline, "stage", [*callers, *own, *eventing]),
-        _network_policy(pipeline, "gateway", [*callers, *eventing]),
+        {
+            "apiVersion": "networking.k8s.io/v1",
+            "kind": "NetworkPolicy",
+            "metadata": {
+                "name": f"{pipeline.spec.name}-{component}",
+                "namespace": pipeline.spec.namespace,
+                "labels": labels(pipeline, component),
+            },
+            "spec": {
+                "podSelector": _selector(pipeline, component),
+                "policyTypes": ["Ingress"],
+                "ingress": [
+                    _allow(clients, _QUEUE_PROXY),
+                    _allow([_pods("knative-serving", app="autoscaler")], _QUEUE_PROXY_STATS),
+                    _allow([_namespace(pipeline.spec.network.monitoring_namespace)], _QUEUE_PROXY_METRICS, METRICS_PORT),
+                ],
+            },
+        }
+        for component, clients in (("stage", [*callers, *own, *eventing]), ("gateway", [*callers, *eventing]))
     ]
-
-
-def _network_policy(pipeline: ResolvedPipeline, component: str, callers: list[KubernetesObject]) -> KubernetesObject:
-    return {
-        "apiVersion": "networking.k8s.io/v1",
-        "kind": "NetworkPolicy",
-        "metadata": {
-            "name": f"{pipeline.spec.name}-{component}",
-            "namespace": pipeline.spec.namespace,
-            "labels": labels(pipeline, component),
-        },
-        "spec": {
-            "podSelector": _selector(pipeline, component),
-            "policyTypes": ["Ingress"],
-            "ingress": [
-                _allow(callers, _QUEUE_PROXY),
-                _allow([_pods("knative-serving", app="autoscaler")], _QUEUE_PROXY_STATS),
-                _allow([_namespace(pipeline.spec.network.monitoring_namespace)], _QUEUE_PROXY_METRICS, METRICS_PORT),
-            ],
-        },
-    }
 
 
 def _allow(callers: list[KubernetesObject], *ports: int) -> KubernetesObject:

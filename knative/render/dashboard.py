@@ -14,6 +14,10 @@ _KNATIVE_OF: Final = 'k8s_namespace_name="$namespace",kn_service_name=~"$pipelin
 _RATE: Final = "[$__rate_interval]"
 _WIDTH, _HEIGHT, _COLUMNS = 8, 8, 24
 _DATASOURCE: Final = {"type": "prometheus", "uid": "${datasource}"}
+_VARIABLES: Final = {
+    "namespace": "label_values(lamina_ready, namespace)",
+    "pipeline": 'label_values(lamina_ready{namespace="$namespace"}, pipeline)',
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,16 +138,14 @@ def dashboard() -> dict[str, Any]:
         "templating": {
             "list": [
                 {"type": "datasource", "name": "datasource", "label": "Data source", "query": "prometheus"},
-                _variable("namespace", "label_values(lamina_ready, namespace)"),
-                _variable("pipeline", 'label_values(lamina_ready{namespace="$namespace"}, pipeline)'),
+                *(
+                    {"type": "query", "name": name, "datasource": _DATASOURCE, "query": query, "refresh": 2, "sort": 1}
+                    for name, query in _VARIABLES.items()
+                ),
             ]
         },
         "panels": list(_panels()),
     }
-
-
-def _variable(name: str, query: str) -> dict[str, Any]:
-    return {"type": "query", "name": name, "datasource": _DATASOURCE, "query": query, "refresh": 2, "sort": 1}
 
 
 def _panels() -> Iterator[dict[str, Any]]:

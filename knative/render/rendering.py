@@ -7,7 +7,7 @@ from knative.render.access import disruption_budgets, gateway_access, network_po
 from knative.render.eventing import eventing_objects
 from knative.render.monitoring import monitoring_objects
 from knative.render.resolved_pipeline import ResolvedPipeline
-from knative.render.services import events_gateway_service, gateway_service, services, stage_service
+from knative.render.services import gateway_service, services, stage_service
 from knative.spec.cut import cut_evenly, parse_cut
 from knative.spec.kubernetes_object import KubernetesObject
 from knative.spec.model_shape import ModelShape
@@ -41,7 +41,7 @@ def render(pipeline: ResolvedPipeline) -> dict[str, list[KubernetesObject]]:
         files[f"stage-{index}.yaml"] = [stage_service(pipeline, index)]
     files["gateway.yaml"] = [gateway_service(pipeline)]
     if spec.eventing is not None:
-        files["gateway-events.yaml"] = [events_gateway_service(pipeline)]
+        files["gateway-events.yaml"] = [gateway_service(pipeline, for_events=True)]
         files["eventing.yaml"] = eventing_objects(pipeline)
     return files
 

@@ -43,7 +43,7 @@ NON_ROOT: Final = {
 def services(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
     """Stages in their order, the gateway and, with Eventing, the events' gateway."""
     stages = [stage_service(pipeline, index) for index in range(len(pipeline.cut))]
-    events = [] if pipeline.spec.eventing is None else [events_gateway_service(pipeline)]
+    events = [] if pipeline.spec.eventing is None else [gateway_service(pipeline, for_events=True)]
     return [*stages, gateway_service(pipeline), *events]
 
 
@@ -66,21 +66,14 @@ def stage_service(pipeline: ResolvedPipeline, index: int) -> KubernetesObject:
     return _service(pipeline, pipeline.stage_name(index), "stage", template, stage.pod, cluster_local=True)
 
 
-def gateway_service(pipeline: ResolvedPipeline) -> KubernetesObject:
-    return _gateway(pipeline, pipeline.spec.name, pipeline.spec.gateway.api_keys_secrets, for_events=False)
-
-
-def events_gateway_service(pipeline: ResolvedPipeline) -> KubernetesObject:
-    """A gateway for Eventing, which cannot send an API key: it asks for none, and only the cluster can reach it."""
-    return _gateway(pipeline, pipeline.events_gateway_name, (), for_events=True)
-
-
 def gateway_service_account(spec: PipelineSpec) -> str:
     return spec.gateway.service_account or f"{spec.name}-gateway"
 
 
-def _gateway(pipeline: ResolvedPipeline, name: str, key_secrets: Sequence[str], for_events: bool) -> KubernetesObject:
+def gateway_service(pipeline: ResolvedPipeline, *, for_events: bool = False) -> KubernetesObject:
+    """for_events: the one for Eventing, which cannot send an API key: it asks for none, and only the cluster can reach it."""
     spec, gateway = pipeline.spec, pipeline.spec.gateway
+    name, key_secrets = (pipeline.events_gateway_name, ()) if for_events else (spec.name, gateway.api_keys_secrets)
     container = _container(spec, gateway.resources, _gateway_env(pipeline, key_secrets, for_events), gateway.pod)
     template = _template(spec, gateway.autoscaling, container, gateway.timeout_seconds, _GATEWAY_PROGRESS_SECONDS)
     # Otherwise queue-proxy (Go's ReverseProxy) closes the connection if an answer begins before the request's body was read to

@@ -32,10 +32,6 @@ class StagePlan:
     kv_bytes_per_token: int
     hop_bytes_per_token: int  # hidden states that leave the stage; 0 for the last one, which sends a token
 
-    @property
-    def kv_bytes_per_sequence(self) -> int:
-        return self.kv_bytes_per_token * SEQUENCE_TOKENS
-
 
 def plan_stages(shape: ModelShape, cut: Cut, wire_dtype: str | None = None) -> tuple[StagePlan, ...]:
     """wire_dtype: "int8" if hidden states travel in 8 bits. Raises ValueError if the cut does not cover the model's layers."""

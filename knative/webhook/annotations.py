@@ -53,7 +53,11 @@ def template_annotations(annotations: Annotations, config: AutoscalerConfig, at:
     yield from _class_metric_and_algorithm(annotations, config, at)
     yield from _scales(annotations, config, at)
     for annotation, lowest, highest in _PERCENTAGES:
-        yield from _in_range(annotation, lowest, highest, annotations, at)
+        for key, value, number in _read(annotation, annotations, parse_float):
+            if number is None:
+                yield invalid(f"{at}.{key}", value)
+            elif number < lowest or number > highest:
+                yield out_of_bounds(f"{at}.{key}", value, lowest, highest)
     for key, value, number in _read(annotated.TARGET, annotations, parse_float):
         if number is None:
             yield invalid(f"{at}.{key}", value)
@@ -153,14 +157,6 @@ def _scales(annotations: Annotations, config: AutoscalerConfig, at: str) -> Viol
             yield invalid(f"{at}.{key}", value, "must be greater than 0")
         elif scale == 0 and not config.allow_zero_initial_scale:
             yield invalid(f"{at}.{key}", value, "0 not allowed by cluster")
-
-
-def _in_range(annotation: Annotation, lowest: int, highest: int, annotations: Annotations, at: str) -> Violations:
-    for key, value, number in _read(annotation, annotations, parse_float):
-        if number is None:
-            yield invalid(f"{at}.{key}", value)
-        elif number < lowest or number > highest:
-            yield out_of_bounds(f"{at}.{key}", value, lowest, highest)
 
 
 def _duration(annotation: Annotation, least_seconds: int, whole: bool, annotations: Annotations, at: str) -> Violations:

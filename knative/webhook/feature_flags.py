@@ -67,10 +67,6 @@ class FeatureFlags:
     def enabled(self, flag: str) -> bool:
         return self.value(flag) == ENABLED
 
-    @property
-    def secure_pod_defaults(self) -> bool:
-        return self.let_through(SECURE_POD_DEFAULTS)
-
 
 def read_features(document: Any) -> FeatureFlags:
     """Reads the ConfigMap config-features, as `kubectl get` writes it. Raises NoFeatures."""

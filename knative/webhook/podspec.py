@@ -11,6 +11,7 @@ from knative.webhook.feature_flags import (
     MOUNT_PROPAGATION,
     MULTI_CONTAINER_PROBING,
     POD_FIELDS,
+    SECURE_POD_DEFAULTS,
     VOLUME_FIELDS,
     FeatureFlags,
 )
@@ -100,14 +101,14 @@ def revision_spec(spec: Fields, at: str, features: FeatureFlags) -> Violations:
 def _fields_with_flags(spec: Fields, at: str, features: FeatureFlags) -> Violations:
     for name, flag in POD_FIELDS.items():
         given = spec.get(name) is not None if name in _POINTERS else bool(spec.get(name))
-        judged_below = name == "securityContext" and features.secure_pod_defaults
+        judged_below = name == "securityContext" and features.let_through(SECURE_POD_DEFAULTS)
         if given and not judged_below and not features.let_through(flag):
             yield disallowed(f"{at}.{name}", flag)
     security = spec.get("securityContext")
     flag = POD_FIELDS["securityContext"]
     for name, value in security.items() if isinstance(security, dict) else ():
         # secure-pod-defaults lets a pod choose its seccomp profile
-        opted_out = features.secure_pod_defaults and name == "seccompProfile" and value in _SECCOMP_PROFILES
+        opted_out = features.let_through(SECURE_POD_DEFAULTS) and name == "seccompProfile" and value in _SECCOMP_PROFILES
         if name not in _SECURITY:
             yield disallowed(f"{at}.securityContext.{name}")
         elif not features.let_through(flag) and not opted_out:
@@ -198,7 +199,7 @@ def _container(item: Fields, volumes: set[str], port_name: str | None, at: str, 
         yield from exactly_one_of(source, ("configMapRef", "secretRef"), field)
     yield from _port(item.get("ports", []), f"{at}.ports")
     added = item.get("securityContext", {}).get("capabilities", {}).get("add")
-    harmless = features.secure_pod_defaults and added == ["NET_BIND_SERVICE"]
+    harmless = features.let_through(SECURE_POD_DEFAULTS) and added == ["NET_BIND_SERVICE"]
     if added and not harmless and not features.enabled(ADD_CAPABILITIES):
         yield disallowed(f"{at}.securityContext.capabilities.add", ADD_CAPABILITIES)
     yield from _mounts(item.get("volumeMounts", []), volumes, f"{at}.volumeMounts", features)

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from knative.local.autoscaler.metric_window import WINDOWS, LinearWindow, MetricWindow
+from knative.local.autoscaler.metric_window import WINDOWS, LinearWindow
 
 TICK_SECONDS: Final = 2  # how often Knative decides
 
@@ -125,8 +125,7 @@ class Autoscaler:
         self._pods_report = pods_report
         self.state = initial_state(ready, now)
         window = WINDOWS.get(algorithm, LinearWindow)
-        self._stable: MetricWindow = window(spec.stable_window_seconds)
-        self._panic: MetricWindow = window(spec.panic_window_seconds)
+        self._stable, self._panic = window(spec.stable_window_seconds), window(spec.panic_window_seconds)
 
     def record(self, now: float, value: float) -> None:
         """value: of the whole revision in the second `now`, activator included: concurrency, or requests per second."""

@@ -5,7 +5,6 @@ weighs the newest most. Times are in seconds of any clock that only grows.
 """
 
 import math
-from collections.abc import Callable
 from typing import Final
 
 _DIGITS: Final = 10**6  # Knative rounds linear averages to six decimals, which hides the error of adding and subtracting
@@ -14,7 +13,10 @@ _LEAST_SMOOTHING: Final = 0.2  # with a smaller decay a long window would hardly
 
 
 class MetricWindow:
-    """A ring of one-second sums, with the first and last second written and the total. Subclasses average it."""
+    """A ring of one-second sums, with the first and last second written and the total.
+
+    Subclasses have `average`: of the window that ends now; 0 if nothing was recorded in it.
+    """
 
     def __init__(self, window_seconds: float) -> None:
         self.size = math.ceil(window_seconds)
@@ -22,10 +24,6 @@ class MetricWindow:
         self._total = 0.0
         self._first: int | None = None
         self._last: int | None = None
-
-    def average(self, now: float) -> float:
-        """The average of the window that ends now; 0 if nothing was recorded in it."""
-        raise NotImplementedError
 
     def record(self, now: float, value: float) -> None:
         """Adds `value` to the bucket of the second `now`; a value that is a window older than the newest is dropped."""
@@ -101,7 +99,7 @@ class ExponentialWindow(MetricWindow):
 
 
 # By the value of `autoscaling.knative.dev/metric-aggregation-algorithm`; any other value means linear to Knative.
-WINDOWS: Final[dict[str, Callable[[float], MetricWindow]]] = {
+WINDOWS: Final[dict[str, type[LinearWindow] | type[ExponentialWindow]]] = {
     "linear": LinearWindow,
     "weighted-exponential": ExponentialWindow,
     "weightedExponential": ExponentialWindow,

@@ -321,7 +321,7 @@ async def test_a_mounted_secret_is_a_file(tmp_path: Path) -> None:
         seen = (await fetch(session, platform.url("echo") + "/environment?PATHS"))[1].split(",")
         assert [Path(path).read_text() for path in seen] == ["one", "two"]
         assert Path(seen[0]) == given / "keys"
-        assert Path(seen[1]).parent == platform.secret_folder("made")
+        assert Path(seen[1]).parent == platform.secret_folders["made"]
         assert Path(seen[1]).parent.parent.stat().st_mode & 0o077 == 0
     assert (given / "keys").exists()
     assert not Path(seen[1]).exists()

@@ -9,7 +9,7 @@ from eventing.wire.events import EventType
 from knative.render.access import network_policies
 from knative.render.eventing import eventing_objects
 from knative.render.resolved_pipeline import ResolvedPipeline
-from knative.render.services import events_gateway_service, gateway_service, services
+from knative.render.services import gateway_service, services
 from knative.spec.errors import SpecError
 from knative.spec.kubernetes_object import KubernetesObject
 from knative.spec.pipeline_spec import MAX_NAME, MAX_NAME_WITH_EVENTING
@@ -34,7 +34,7 @@ def secrets(service: KubernetesObject) -> set[str]:
 
 
 def test_the_events_gateway_needs_no_key_and_is_cluster_local() -> None:
-    public, events = gateway_service(pipeline(WITH)), events_gateway_service(pipeline(WITH))
+    public, events = (gateway_service(pipeline(WITH), for_events=each) for each in (False, True))
     assert secrets(public) == {"LAMINA_PIPELINE_TOKEN", "LAMINA_API_KEY_FILES"}
     assert secrets(events) == {"LAMINA_PIPELINE_TOKEN"}
     assert "networking.knative.dev/visibility" not in public["metadata"]["labels"]
@@ -43,7 +43,7 @@ def test_the_events_gateway_needs_no_key_and_is_cluster_local() -> None:
 
 
 def test_the_gateways_policy_covers_the_events_gateway_and_admits_eventing() -> None:
-    pod_labels = events_gateway_service(pipeline(WITH))["spec"]["template"]["metadata"]["labels"]
+    pod_labels = gateway_service(pipeline(WITH), for_events=True)["spec"]["template"]["metadata"]["labels"]
     for eventing, expected in ((WITH, True), (None, False)):
         _, gateway = network_policies(pipeline(eventing))
         assert gateway["spec"]["podSelector"]["matchLabels"].items() <= pod_labels.items()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from knative.spec.cut import cut_evenly
 from knative.spec.errors import TooManyStages, UnknownShape
 from knative.spec.model_shape import ModelShape, published_shape, shape_from_config, shape_from_folder
-from knative.spec.sizing import plan_stages
+from knative.spec.sizing import SEQUENCE_TOKENS, plan_stages
 from storage.models.publisher import publish
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
@@ -78,7 +78,7 @@ def test_llama_2_13b_in_four_stages() -> None:
     assert [(plan.first_layer, plan.last_layer) for plan in plans] == [(0, 10), (10, 20), (20, 30), (30, 40)]
     assert sum(plan.weight_bytes for plan in plans) == 2 * 13_015_864_320  # the parameters that Meta's checkpoint has
     assert [plan.kv_bytes_per_token for plan in plans] == [10 * 2 * 40 * 128 * 2] * 4
-    assert plans[0].kv_bytes_per_sequence == 800 * 2**20
+    assert plans[0].kv_bytes_per_token * SEQUENCE_TOKENS == 800 * 2**20
     assert [plan.hop_bytes_per_token for plan in plans] == [10240, 10240, 10240, 0]
     in_8_bits = plan_stages(shape, cut_evenly(shape, 4), "int8")
     assert [plan.hop_bytes_per_token for plan in in_8_bits] == [5124, 5124, 5124, 0], "a byte per number, and a scale of four"
