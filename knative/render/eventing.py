@@ -12,6 +12,7 @@ chosen for that. A dead letter gives its reason in `knativeerrorcode` and `knati
 from eventing.wire.events import EventType
 from knative.render.resolved_pipeline import ResolvedPipeline, labels
 from knative.spec.kubernetes_object import KubernetesObject
+from knative.spec.pipeline_spec import EventingSpec
 
 
 def eventing_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
@@ -26,20 +27,15 @@ def eventing_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
     if eventing.reply_sink is not None:
         for event_type in (EventType.GENERATE_RESPONSE, EventType.SCORE_RESPONSE):
             subscribers[f"{event_type.split('.')[2]}-reply"] = (event_type, _sink(eventing.reply_sink))
-    delivery = {
-        "deadLetterSink": _sink(eventing.dead_letter_sink),
-        "retry": eventing.retry,
-        "backoffPolicy": eventing.backoff_policy,
-        "backoffDelay": f"PT{eventing.backoff_seconds:g}S",  # retry n, counted from 0, comes after this × 2^n, or × n
-        "timeout": f"PT{eventing.timeout_seconds}S",
-    }
     # The Broker's delivery applies to Triggers of others that set none.
-    broker = _object(pipeline, "eventing.knative.dev/v1", "Broker", name, {"delivery": delivery})
+    broker = _object(pipeline, "eventing.knative.dev/v1", "Broker", name, {"delivery": _delivery(eventing)})
     broker["metadata"]["annotations"] = {"eventing.knative.dev/broker.class": eventing.broker_class}
     # The reply of each step is the event of the next; the last reply goes to the Broker.
     sequence = {
         "channelTemplate": {"apiVersion": eventing.channel.api_version, "kind": eventing.channel.kind},
-        "steps": [{**_sink(step), "delivery": delivery} for step in (pipeline.events_gateway_name, *pipeline.stage_names)],
+        "steps": [
+            {**_sink(step), "delivery": _delivery(eventing)} for step in (pipeline.events_gateway_name, *pipeline.stage_names)
+        ],
         "reply": _destination("eventing.knative.dev/v1", "Broker", name),
     }
     triggers = {
@@ -47,7 +43,7 @@ def eventing_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
             "broker": name,
             "filter": {"attributes": {"type": str(event_type)}},
             "subscriber": subscriber,
-            "delivery": delivery,
+            "delivery": _delivery(eventing),
         }
         for suffix, (event_type, subscriber) in subscribers.items()
     }
@@ -59,6 +55,17 @@ def eventing_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
             for suffix, trigger in triggers.items()
         ),
     ]
+
+
+def _delivery(eventing: EventingSpec) -> KubernetesObject:
+    """Retry n, counted from 0, comes after backoff_seconds × 2^n, or × n."""
+    return {
+        "deadLetterSink": _sink(eventing.dead_letter_sink),
+        "retry": eventing.retry,
+        "backoffPolicy": eventing.backoff_policy,
+        "backoffDelay": f"PT{eventing.backoff_seconds:g}S",
+        "timeout": f"PT{eventing.timeout_seconds}S",
+    }
 
 
 def _sink(sink: str) -> KubernetesObject:
