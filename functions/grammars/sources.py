@@ -4,7 +4,7 @@ llguidance is imported when a source needs it.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from eventing.wire.structured_outputs import StructuredOutputs
@@ -64,16 +64,14 @@ def of_choices(choices: Sequence[str]) -> str:
 
 def place_of(schema: Any, words: Sequence[str], path: str = "#") -> str | None:
     """JSON pointer to the first key or value of the schema that is one of `words`."""
-    return next(_places(schema, frozenset(words), path), None)
-
-
-def _places(node: Any, words: frozenset[str], path: str) -> Iterator[str]:
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    items = schema.items() if isinstance(schema, dict) else enumerate(schema) if isinstance(schema, list) else ()
     for key, value in items:
         here = f"{path}/{key}"
         if key in words or (isinstance(value, str) and value in words):
-            yield here
-        yield from _places(value, words, here)
+            return here
+        if (inside := place_of(value, words, here)) is not None:
+            return inside
+    return None
 
 
 def from_regex(regex: str) -> str:

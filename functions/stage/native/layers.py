@@ -46,7 +46,7 @@ class NativeThreads:
 
     def __init__(self, library: Library) -> None:
         self.pool = library.new_pool()
-        weakref.finalize(self, library.free_pool, self.pool)
+        weakref.finalize(self, library.functions["lamina_free_pool"], self.pool)
 
 
 class NativeLayers:

@@ -70,9 +70,6 @@ class Library:
             raise MemoryError("no memory for a pool of threads")
         return pool
 
-    def free_pool(self, pool: int) -> None:
-        self.functions["lamina_free_pool"](pool)
-
     def run_layers(self, pool: int, group: GroupRecord, forward_pass: PassRecord) -> None:
         """Raises NativeError."""
         status = self.functions["lamina_run_layers"](pool, ctypes.byref(group), ctypes.byref(forward_pass))

@@ -226,15 +226,12 @@ class ConcatLinear(_Unfused):
 
 def stacked(matrices: Sequence[Matrix]) -> list[Matrix]:
     """One matrix of several; as they are if their dtypes differ. All have biases or none."""
-    if len({matrix.weight.dtype for matrix in matrices}) > 1:
+    if len(matrices) == 1 or len({matrix.weight.dtype for matrix in matrices}) > 1:
         return list(matrices)
-    return [
-        Matrix(
-            _cat([matrix.weight for matrix in matrices]),
-            None if matrices[0].scale is None else _cat([matrix.scale for matrix in matrices if matrix.scale is not None]),
-            None if matrices[0].bias is None else _cat([matrix.bias for matrix in matrices if matrix.bias is not None]),
-        )
-    ]
+    scales = [matrix.scale for matrix in matrices if matrix.scale is not None]
+    biases = [matrix.bias for matrix in matrices if matrix.bias is not None]
+    weight = torch.cat([matrix.weight for matrix in matrices])
+    return [Matrix(weight, torch.cat(scales) if scales else None, torch.cat(biases) if biases else None)]
 
 
 def linear(matrices: Sequence[Matrix], dtype: torch.dtype) -> Linear:
@@ -250,10 +247,6 @@ def linear(matrices: Sequence[Matrix], dtype: torch.dtype) -> Linear:
         own = OneDnnLinear(weight, bias) if _is_for_onednn(weight) else PlainLinear(weight, bias)
     own_dtype = torch.float32 if weight.dtype == torch.int8 else weight.dtype
     return own if own_dtype == dtype else CastLinear(own, own_dtype)
-
-
-def _cat(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _is_for_onednn(weight: torch.Tensor) -> bool:

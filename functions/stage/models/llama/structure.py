@@ -9,9 +9,8 @@ from collections.abc import Collection, Sequence
 from typing import Final
 
 from functions.stage.models.layer_group import KVCache, MissingTensors, Segment
-from storage.checkpoints import llama_shaped
 from storage.checkpoints.llama_config import LlamaConfig
-from storage.checkpoints.llama_shaped import Shapes
+from storage.checkpoints.llama_shaped import Shapes, layer_shapes, outer_shapes
 from storage.models.q4 import packed_shape
 
 LAYER_NAME: Final = re.compile(r"model\.layers\.(\d+)\.")
@@ -19,9 +18,6 @@ LAYER_NAME: Final = re.compile(r"model\.layers\.(\d+)\.")
 
 class WrongShape(MissingTensors):
     """A published tensor has another shape than the config says. Publish the model again from a sound checkpoint."""
-
-    def __init__(self, name: str, seen: tuple[int, ...], expected: tuple[int, ...]) -> None:
-        super().__init__(f"{name} is {list(seen)}, and the config makes it {list(expected)}")
 
 
 def check_layers(model: LlamaConfig, first: int, last: int) -> None:
@@ -73,7 +69,7 @@ def check_shapes(model: LlamaConfig, seen: Shapes, in_four_bits: Collection[str]
 
     Raises WrongShape, and MissingTensors for a tensor that the config has no place for: without it the model would be another.
     """
-    of_layers, of_others = layer_shapes(model), outer_shapes(model)
+    of_layers, of_others = _with_scales(layer_shapes(model)), _with_scales(outer_shapes(model))
     for name, shape in seen.items():
         found = LAYER_NAME.match(name)
         in_layer = found is not None and int(found[1]) < model.num_layers
@@ -85,19 +81,10 @@ def check_shapes(model: LlamaConfig, seen: Shapes, in_four_bits: Collection[str]
                 raise MissingTensors(f"{name} {list(shape)} is in four bits, which matrices alone are")
             expected = packed_shape(*expected)
         if shape != expected:
-            raise WrongShape(name, shape, expected)
+            raise WrongShape(f"{name} is {list(shape)}, and the config makes it {list(expected)}")
 
 
-def layer_shapes(model: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of one layer's matrices, scales of int8 matrices, biases and norms, by name without `model.layers.N.`."""
-    return _with_scales(llama_shaped.layer_shapes(model))
-
-
-def outer_shapes(model: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors outside layers, by whole name."""
-    return _with_scales(llama_shaped.outer_shapes(model))
-
-
-def _with_scales(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+def _with_scales(shapes: Shapes) -> Shapes:
+    """The shapes, and those of the scales that int8 matrices have."""
     scales = {f"{name}_scale": shape[:1] for name, shape in shapes.items() if len(shape) == 2}
     return {**shapes, **scales}

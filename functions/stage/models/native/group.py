@@ -13,21 +13,14 @@ import numpy as np
 from functions.stage.models.floats import HIDDEN_DTYPES, Array, Float32, narrowed, widened
 from functions.stage.models.layer_group import Segment
 from functions.stage.models.llama.rope import rope_frequencies
-from functions.stage.models.llama.structure import (
-    LAYER_NAME,
-    check_layers,
-    check_placed,
-    check_shapes,
-    checked_positions,
-    layer_shapes,
-    outer_shapes,
-)
+from functions.stage.models.llama.structure import LAYER_NAME, check_layers, check_placed, check_shapes, checked_positions
 from functions.stage.models.native.kv_pool import NativeKVPool
 from functions.stage.models.native.weights import NativeWeights, rows_of, take_layer
 from functions.stage.native.layers import MatrixArrays, NativeLayers, NativeLinear
 from functions.stage.native.library import library
 from functions.stage.native.records import Dtype, GroupRecord
 from storage.checkpoints.llama_config import LlamaConfig
+from storage.checkpoints.llama_shaped import layer_shapes, outer_shapes
 from storage.loading.weight_loader import RawTensor
 
 # dtype of a publication → of keys and values

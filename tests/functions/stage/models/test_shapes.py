@@ -9,13 +9,13 @@ from functions.stage.models.build import GroupChoice, build_layer_group, choose,
 from functions.stage.models.families import FAMILIES
 from functions.stage.models.layer_group import MissingTensors
 from functions.stage.models.llama.group import LlamaGroup
-from functions.stage.models.llama.structure import WrongShape, layer_shapes, outer_shapes
+from functions.stage.models.llama.structure import WrongShape
 from functions.stage.models.native.group import NativeGroup
-from storage.checkpoints.llama_config import LlamaConfig
 from storage.checkpoints.llama_shaped import LLAMA_FAMILIES
 from tests.support.functions.borders import raw
 from tests.support.functions.int8_checkpoints import int8_checkpoint
 from tests.support.functions.q4_checkpoints import q4_checkpoint
+from tests.support.functions.stage_pipeline import tensors as tensors_of
 from tests.support.storage import tiny_models
 
 BUDGET_BYTES = 2**20
@@ -26,33 +26,11 @@ def empty(kind: Any, name: str, dtype: str) -> NativeGroup | LlamaGroup:
     return empty_group(GroupChoice(kind, "cpu"), config, 0, tiny_models.NUM_LAYERS, dtype, BUDGET_BYTES)
 
 
-def tensors_of(name: str) -> dict[str, torch.Tensor]:
-    return tiny_models.checkpoint_tensors(tiny_models.whole_model(name))
-
-
-@pytest.mark.parametrize("name", tiny_models.LLAMA_SHAPED)
-def test_the_table_of_shapes_equals_transformers(name: str) -> None:
-    model = LlamaConfig.from_dict(tiny_models.tiny_config(name))
-    table = dict(outer_shapes(model))
-    for layer in range(model.num_layers):
-        table |= {f"model.layers.{layer}.{key}": shape for key, shape in layer_shapes(model).items()}
-    of_floats = {key: shape for key, shape in table.items() if not key.endswith("_scale")}
-    if model.tie_word_embeddings:
-        del of_floats["lm_head.weight"]
-    assert of_floats == {key: tuple(tensor.shape) for key, tensor in tensors_of(name).items()}
-
-
 def test_int8_is_published_for_the_families_that_run_it() -> None:
-    assert {model_type for model_type in FAMILIES if is_llama_shaped(plain_config(model_type))} == LLAMA_FAMILIES.keys()
-
-
-def plain_config(model_type: str) -> dict[str, Any]:
-    """A config that only its family could make unsuitable for layers in C."""
-    return {**tiny_models.tiny_config("llama"), "model_type": model_type}
-
-
-def is_llama_shaped(config: dict[str, Any]) -> bool:
-    return choose("auto", config, "float32", "cpu").kind == "native"
+    """Each family has a config that only the family itself could make unsuitable for layers in C."""
+    configs = {model_type: {**tiny_models.tiny_config("llama"), "model_type": model_type} for model_type in FAMILIES}
+    kinds = {model_type: choose("auto", config, "float32", "cpu").kind for model_type, config in configs.items()}
+    assert {model_type for model_type, kind in kinds.items() if kind == "native"} == LLAMA_FAMILIES.keys()
 
 
 def wrong(shape: tuple[int, ...], seen: int) -> tuple[int, ...]:
@@ -105,7 +83,7 @@ def test_a_tensor_that_the_config_does_not_have_is_refused(kind: Any, name: str)
 
 @pytest.mark.parametrize("family", ["gemma", "gpt2"])
 def test_other_families_name_the_tensor_and_both_shapes(family: str) -> None:
-    tensors = tensors_of(family)
+    tensors = dict(tensors_of(family))
     name = next(name for name, tensor in tensors.items() if ".3." in name and tensor.ndim == 2)
     tall = (tensors[name].shape[0] + 1, tensors[name].shape[1])
     expected = list(tensors[name].shape)
