@@ -1,6 +1,7 @@
 """Engines over a tiny model in C, with tiers behind their memory: conversations that begin, end and go on."""
 
 import ipaddress
+import random
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from tests.support.functions.stage_server import FINGERPRINT, TOKEN, StageServer
 LOOPBACK: Final = PodNetwork((ipaddress.ip_network("127.0.0.0/8"),), 0)
 LAYERS: Final = (0, 6)
 ONE_WEEK: Final = timedelta(days=7)
+DTYPES: Final = ("float32", "bfloat16", "int8", "q4")
 SEALER: Final = Sealer(b"k" * 32)
 
 
@@ -107,6 +109,18 @@ def peer_tiers(group: LayerGroup, first_layer: int) -> list[Tier]:
 
 def chain_of(tokens: Sequence[int], sharer: str = "") -> Chain:
     return extended((), array("i", tokens), chain_key(FINGERPRINT, sharer))
+
+
+def text(length: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(100), k=length)
+
+
+def drawn_without_tiers(dtype: str, tokens: list[int]) -> list[int]:
+    """The six tokens after `tokens`, which a new stage computes from the first to the last."""
+    with kv_stage(dtype) as stage:
+        held, new_tokens = stage.converse("alone", tokens, 6)
+        assert held == 0
+    return new_tokens
 
 
 @contextmanager

@@ -111,6 +111,14 @@ def batch(rows: Sequence[Row], token_ids: Sequence[int]) -> Batch:
     return Batch(tuple(rows), memoryview(array("i", token_ids)))
 
 
+def drawn(answer: Row) -> tuple[int, ...]:
+    """The tokens of a row that was answered with some."""
+    assert answer.status is Status.OK, answer
+    assert answer.result is not None
+    assert answer.result.tokens is not None
+    return answer.result.tokens
+
+
 def through(stages: Sequence[Engine], into: Batch, source: str = "gateway") -> Batch:
     """The last stage's reply; stops early if no row is ok."""
     for engine in stages:

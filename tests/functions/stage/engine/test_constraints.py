@@ -13,7 +13,7 @@ from functions.stage.engine import constraints
 from functions.stage.engine.engine import Engine
 from functions.stage.models.build import build_layer_group
 from tests.support.functions.borders import raw
-from tests.support.functions.stage_pipeline import batch, engines
+from tests.support.functions.stage_pipeline import batch, drawn, engines
 from tests.support.storage import tiny_models
 from tests.support.storage.published import END_IDS, byte_tokenizer
 
@@ -65,13 +65,6 @@ def ask(
     row = Row(id_, 0, position, length, want, sampled, reserve, len(draft_tokens))
     (answer,) = engine.handle(batch([row], [*tokens, *draft_tokens]), source="gateway").rows
     return answer
-
-
-def drawn(answer: Row) -> tuple[int, ...]:
-    assert answer.status is Status.OK, answer
-    assert answer.result is not None
-    assert answer.result.tokens is not None
-    return answer.result.tokens
 
 
 def generate(engine: Engine, id_: str, sampled: Sampling, begun: Sequence[int] = ()) -> list[int]:

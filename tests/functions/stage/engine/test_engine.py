@@ -17,7 +17,7 @@ from functions.stage.engine.event_queue import EventQueue, ForwardEvent
 from functions.stage.models.floats import Array
 from functions.stage.models.layer_group import Segment
 from tests.support.functions.counting_group import CountingGroup, Poisoned
-from tests.support.functions.stage_pipeline import batch, engines, reserved, wait_for
+from tests.support.functions.stage_pipeline import batch, drawn, engines, reserved, wait_for
 
 GATEWAY = "gateway"
 DEADLINE_SECONDS = 30
@@ -26,14 +26,6 @@ DEADLINE_SECONDS = 30
 @pytest.fixture(autouse=True, params=[False, True], ids=["engine thread", "calling thread"])
 def who_computes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CountingGroup, "shares_work", request.param)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Crowd:
@@ -82,14 +74,13 @@ def answer(future: "Future[Batch]") -> Row:
     return row
 
 
-def token(future: "Future[Batch]") -> int | None:
-    result = answer(future).result
-    return None if result is None or result.tokens is None else result.tokens[0]
+def token(future: "Future[Batch]") -> int:
+    return drawn(answer(future))[0]
 
 
 @contextmanager
-def crowd(capacity_tokens: int = 1000, **settings: Any) -> Iterator[Crowd]:
-    group = CountingGroup(capacity_tokens=capacity_tokens)
+def crowd(capacity_tokens: int = 1000, max_positions: int = 64, **settings: Any) -> Iterator[Crowd]:
+    group = CountingGroup(capacity_tokens=capacity_tokens, max_positions=max_positions)
     with engines([group], **settings) as (engine,):
         people = Crowd(engine, group)
         try:
@@ -124,15 +115,12 @@ def test_a_pass_merges_at_most_the_stages_share_of_waiting_events(num_stages: in
 
 
 def test_large_events_are_not_merged() -> None:
-    group = CountingGroup(capacity_tokens=2000, max_positions=1000)
-    with engines([group], num_stages=1, max_merge=8) as (engine,):
-        people = Crowd(engine, group)
+    with crowd(capacity_tokens=2000, max_positions=1000, num_stages=1, max_merge=8) as people:
         with people.held():
             futures = [people.send(step(str(n), 0, 300, reserve=300)) for n in range(2)]
             futures += [people.send(step("small", 0, 1, reserve=1))]
         wait(futures, DEADLINE_SECONDS)
-        assert group.passes == [[1], [300, 1], [300]]
-        people.close()
+        assert people.group.passes == [[1], [300, 1], [300]]
 
 
 def test_two_steps_of_a_sequence_are_not_merged_and_keep_their_order() -> None:
@@ -206,12 +194,12 @@ def test_a_poisoned_event_fails_alone() -> None:
 
 
 def test_an_expired_event_is_dropped_before_it_is_computed() -> None:
-    clock = Clock()
-    with crowd(clock=clock) as people:
+    now = [1000.0]
+    with crowd(clock=lambda: now[0]) as people:
         with people.held():
             expired = people.send(step("a", 0, 1, reserve=10), expires_at=1005.0)
             timely = people.send(step("b", 0, 1, reserve=10), expires_at=1020.0)
-            clock.now = 1010.0
+            now[0] = 1010.0
         with pytest.raises(EventExpired):
             expired.result()
         assert token(timely) == 1
@@ -219,13 +207,13 @@ def test_an_expired_event_is_dropped_before_it_is_computed() -> None:
 
 
 def test_idle_sequences_expire_and_active_ones_do_not() -> None:
-    clock = Clock()
-    with crowd(capacity_tokens=100, clock=clock, idle_sequence_seconds=60.0) as people:
+    now = [1000.0]
+    with crowd(capacity_tokens=100, clock=lambda: now[0], idle_sequence_seconds=60.0) as people:
         for id_ in ("a", "b"):
             assert token(people.send(step(id_, 0, 1, reserve=10))) == 1
-        clock.now += 50
+        now[0] += 50
         assert token(people.send(step("a", 1, 1))) == 2
-        clock.now += 20
+        now[0] += 20
         assert reserved(people.engine, [ReserveRow("c", 0, 90)], source=GATEWAY) == [Status.OK]
         assert people.engine.free_tokens == 0
         assert answer(people.send(step("b", 1, 1))).status is Status.MISS
@@ -332,10 +320,10 @@ def test_many_threads_at_once_get_their_own_answers() -> None:
     with engines([group], num_stages=2) as (engine,), ThreadPoolExecutor(max_workers=16) as pool:
 
         def converse(n: int) -> list[int]:
-            replies = [engine.handle(batch([step(str(n), 0, 1, reserve=20)], [n]), source=GATEWAY)]
-            replies += [engine.handle(batch([step(str(n), k, 1)], [n]), source=GATEWAY) for k in range(1, 10)]
+            steps = [step(str(n), position, 1, reserve=None if position else 20) for position in range(10)]
+            replies = [engine.handle(batch([row], [n]), source=GATEWAY) for row in steps]
             engine.release([ReleaseRow(str(n), 0)], source=GATEWAY)
-            return [result.tokens[0] for reply in replies if (result := reply.rows[0].result) and result.tokens]
+            return [drawn(reply.rows[0])[0] for reply in replies]
 
         for n, tokens in enumerate(pool.map(converse, range(90))):
             assert tokens == [n * k % 97 for k in range(1, 11)]

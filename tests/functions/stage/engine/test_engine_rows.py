@@ -15,7 +15,7 @@ from functions.stage.engine.engine import Engine
 from functions.stage.engine.wire_tensors import hidden_array, wire_tensor
 from functions.stage.models.floats import Array, Float32
 from tests.support.functions.counting_group import HIDDEN, VOCAB, CountingGroup
-from tests.support.functions.stage_pipeline import batch, engines, reserved
+from tests.support.functions.stage_pipeline import batch, drawn, engines, reserved
 
 GATEWAY = "gateway"
 
@@ -33,16 +33,22 @@ class Stage:
         return answer
 
     def begin(self, id_: str, tokens: list[int], attempt: int = 0, reserve: int = 20) -> int:
-        answer = self.step(id_, 0, tokens, attempt, reserve)
-        assert answer.status is Status.OK, answer
-        return token_of(answer)
+        return token_of(self.step(id_, 0, tokens, attempt, reserve))
+
+    def spoil_logits(self, least: int, number: float) -> None:
+        """Makes logits of sequences whose tokens add up to `least` or more contain `number`."""
+        sound = self.group.logits
+
+        def spoilt(hidden: Array) -> Float32:
+            logits = sound(hidden)
+            logits[hidden[:, 0] >= least, 9] = number
+            return logits
+
+        self.group.logits = spoilt  # type: ignore[method-assign]
 
 
 def token_of(row: Row) -> int:
-    assert row.status is Status.OK, row
-    assert row.result is not None
-    assert row.result.tokens is not None
-    (token,) = row.result.tokens
+    (token,) = drawn(row)
     return token
 
 
@@ -81,10 +87,11 @@ def test_a_duplicate_of_the_current_step_gives_the_same_answer(stage: Stage) -> 
     assert token_of(stage.step("a", 4, [12])) == 24
 
 
-def test_a_duplicate_of_the_first_row_reserves_once(stage: Stage) -> None:
-    stage.begin("a", [1, 2, 3])
-    stage.begin("a", [1, 2, 3])
-    assert stage.engine.free_tokens == 80
+@pytest.mark.parametrize(("first", "second"), [(20, 20), (4, 40)], ids=["a duplicate", "a larger one"])
+def test_a_first_row_that_comes_again_has_one_reservation(stage: Stage, first: int, second: int) -> None:
+    stage.begin("a", [1, 2, 3], reserve=first)
+    stage.begin("a", [1, 2, 3], reserve=second)
+    assert stage.engine.free_tokens == 100 - second
 
 
 def test_a_rollback_drops_later_tokens(stage: Stage) -> None:
@@ -143,12 +150,6 @@ def test_a_row_beyond_its_reservation_is_invalid(stage: Stage) -> None:
     assert token_of(stage.step("a", 3, [6])) == 12
     answer = stage.step("a", 4, [1])
     assert (answer.status, answer.reason) == (Status.INVALID, "the row ends at position 5, 4 tokens are reserved")
-
-
-def test_a_larger_reservation_at_the_start_replaces_the_smaller(stage: Stage) -> None:
-    stage.begin("a", [1], reserve=4)
-    stage.begin("a", [1], reserve=40)
-    assert stage.engine.free_tokens == 60
 
 
 def test_reservations_are_idempotent_and_serve_first_rows(stage: Stage) -> None:
@@ -244,13 +245,7 @@ def test_extreme_sampling_values_do_not_fail_a_pass(stage: Stage) -> None:
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_a_row_whose_logits_are_not_finite_fails_alone(stage: Stage, want: Want, wrong: float) -> None:
     sound = stage.group.logits
-
-    def overflowing(hidden: Array) -> Float32:
-        logits = sound(hidden)
-        logits[hidden[:, 0] >= 15, 9] = wrong
-        return logits
-
-    stage.group.logits = overflowing  # type: ignore[method-assign]
+    stage.spoil_logits(15, wrong)
     rows = [Row(id_, 0, 0, 3, want, reserve_tokens=10) for id_ in "abc"]
     reply = stage.engine.handle(batch(rows, [1, 2, 3, 1, 14, 5, 5, 6, 1]), source=GATEWAY)
     assert [row.status for row in reply.rows] == [Status.OK, Status.INVALID, Status.OK]
@@ -367,11 +362,6 @@ def drafted(stage: Stage, position: int, tokens: list[int], draft_tokens: int, w
     return answer
 
 
-def drawn(answer: Row) -> tuple[int, ...] | None:
-    assert answer.status is Status.OK, answer
-    return None if answer.result is None else answer.result.tokens
-
-
 def test_each_accepted_draft_token_gives_one_more_token(stage: Stage) -> None:
     assert stage.begin("a", [1, 2, 3]) == 6
     assert drawn(drafted(stage, 3, [6, 12, 24, 48], draft_tokens=3)) == (12, 24, 48, 96)
@@ -397,14 +387,7 @@ def test_a_draws_history_ends_before_the_draw(stage: Stage) -> None:
 
 def test_logits_that_are_not_finite_after_a_draft_token_keep_earlier_tokens(stage: Stage) -> None:
     assert stage.begin("a", [1, 2, 3]) == 6
-    sound = stage.group.logits
-
-    def overflowing(hidden: Array) -> Float32:
-        logits = sound(hidden)
-        logits[hidden[:, 0] >= 48, 9] = math.nan
-        return logits
-
-    stage.group.logits = overflowing  # type: ignore[method-assign]
+    stage.spoil_logits(48, math.nan)
     assert drawn(drafted(stage, 3, [6, 12, 24, 48], draft_tokens=3)) == (12, 24)
 
 
@@ -418,5 +401,6 @@ def test_the_first_token_of_a_row_is_no_draft_token(stage: Stage) -> None:
 def test_draft_tokens_are_computed_even_if_the_row_wants_nothing(stage: Stage) -> None:
     """In an inner stage, or after a client has gone."""
     stage.begin("a", [1, 2, 3])
-    assert drawn(drafted(stage, 3, [6, 12], draft_tokens=1, want=Want.NONE)) is None
+    answer = drafted(stage, 3, [6, 12], draft_tokens=1, want=Want.NONE)
+    assert (answer.status, answer.result) == (Status.OK, None)
     assert token_of(stage.step("a", 4, [12])) == 24

@@ -1,6 +1,5 @@
 """Conversations from one instance to another over HTTP: idle ones by content, moving ones to their very last token."""
 
-import random
 import threading
 import time
 import urllib.error
@@ -19,15 +18,9 @@ from eventing.wire.kv_query import KVQuery
 from eventing.wire.prefix_chain import BLOCK_TOKENS
 from functions.stage.kv import peer_tier
 from functions.stage.models.kv_bytes import stamp
-from tests.support.functions.kv_stages import LAYERS, KVStage, chain_of, kv_stage
+from tests.support.functions.kv_stages import DTYPES, LAYERS, KVStage, chain_of, drawn_without_tiers, kv_stage, text
 from tests.support.functions.native_models import native_groups
 from tests.support.functions.stage_server import FINGERPRINT, TOKEN, StageServer
-
-DTYPES = ("float32", "bfloat16", "int8", "q4")
-
-
-def text(length: int, seed: int = 0) -> list[int]:
-    return random.Random(seed).choices(range(100), k=length)
 
 
 @contextmanager
@@ -50,18 +43,13 @@ def conversation(server: StageServer, length: int = 180, *, ended: bool, id_: st
     return tokens
 
 
-def without(dtype: str, tokens: list[int]) -> list[int]:
-    with kv_stage(dtype) as stage:
-        return stage.converse("alone", tokens, 6)[1]
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_migrated_sequence_computes_nothing_again(dtype: str) -> None:
     with peer(dtype) as server, kv_stage(dtype) as stage:
         tokens = conversation(server, ended=False)
         held, drawn = stage.converse("moving", tokens, 6, peers=(server.url,))
         assert held == len(tokens) - 1
-    assert drawn == without(dtype, tokens)
+    assert drawn == drawn_without_tiers(dtype, tokens)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -72,7 +60,7 @@ def test_an_idle_conversation_is_found_by_its_content(dtype: str) -> None:
         held, drawn = stage.converse("another", follow_up, 6, peers=(server.url,))
         assert held == (len(tokens) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
         assert stage.restores.tokens == {"peer": held}
-    assert drawn == without(dtype, follow_up)
+    assert drawn == drawn_without_tiers(dtype, follow_up)
 
 
 def test_a_sequence_with_penalties_computes_tokens_after_its_last_block() -> None:
@@ -110,7 +98,7 @@ def test_after_a_peer_dies_the_rest_is_computed(when: str, monkeypatch: pytest.M
         held, drawn = stage.converse("second", tokens, 6, peers=(server.url,))
         assert held < (len(tokens) - 1) // 16 * 16
         assert stage.restores.failed == ["peer"]
-    assert drawn == without("float32", tokens)
+    assert drawn == drawn_without_tiers("float32", tokens)
 
 
 @pytest.mark.parametrize("spoiling", ["altered", "truncated", "of another place", "slow", "none"])
@@ -143,7 +131,7 @@ def test_wrong_data_of_a_peer_is_computed_instead(spoiling: str, monkeypatch: py
         assert time.monotonic() - began < 4
         released.set()
         assert (held > 0, stage.restores.failed) == ((True, []) if spoiling == "none" else (False, ["peer"]))
-    assert drawn == without("float32", tokens)
+    assert drawn == drawn_without_tiers("float32", tokens)
 
 
 def test_a_peer_that_is_away_delays_many_sequences_only_once(monkeypatch: pytest.MonkeyPatch) -> None:

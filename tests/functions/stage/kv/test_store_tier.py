@@ -1,6 +1,5 @@
 """Conversations into a real S3 server and back: the same bits go on, and whatever is wrong there is computed instead."""
 
-import random
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,10 +15,8 @@ from storage.kv.sealed import Sealer
 from storage.store.embedded import EmbeddedStore
 from storage.store.payload_store import PayloadStore
 from storage.store.settings import StoreSettings
-from tests.support.functions.kv_stages import KVStage, chain_of, kv_stage
+from tests.support.functions.kv_stages import DTYPES, KVStage, chain_of, drawn_without_tiers, kv_stage, text
 from tests.support.storage.storage import Fault, fault_proxy
-
-DTYPES = ("float32", "bfloat16", "int8", "q4")
 
 
 @pytest.fixture
@@ -32,10 +29,6 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreSettings
 def store(settings: StoreSettings) -> Iterator[PayloadStore]:
     with PayloadStore(settings, stall_seconds=1.0, retry_seconds=0.5) as store:
         yield store
-
-
-def text(length: int, seed: int = 0) -> list[int]:
-    return random.Random(seed).choices(range(100), k=length)
 
 
 def first_turn(store: PayloadStore, dtype: str = "float32", length: int = 180, seed: int = 0) -> list[int]:
@@ -53,13 +46,6 @@ def drain(stage: KVStage) -> None:
     stage.writer.drain(stage.engine, 20.0)
 
 
-def without(dtype: str, tokens: list[int]) -> list[int]:
-    with kv_stage(dtype) as stage:
-        held, drawn = stage.converse("alone", tokens, 6)
-        assert held == 0
-    return drawn
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_conversation_continues_after_its_stage_scaled_to_zero(store: PayloadStore, dtype: str) -> None:
     tokens = first_turn(store, dtype)
@@ -68,7 +54,7 @@ def test_a_conversation_continues_after_its_stage_scaled_to_zero(store: PayloadS
         held, drawn = stage.converse("second", follow_up, 6)
         assert held == (len(tokens) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
         assert stage.restores.tokens == {"store": held}
-    assert drawn == without(dtype, follow_up)
+    assert drawn == drawn_without_tiers(dtype, follow_up)
 
 
 def test_stored_parts_are_not_written_again_and_new_ones_are_added(store: PayloadStore) -> None:
@@ -106,7 +92,7 @@ def test_a_shared_prefix_is_restored_for_another_conversation(store: PayloadStor
         held, drawn = stage.converse("other", other, 6)
         assert 0 < held <= 128
         assert held % BLOCK_TOKENS == 0
-    assert drawn == without("float32", other)
+    assert drawn == drawn_without_tiers("float32", other)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +109,7 @@ def test_a_part_damaged_in_transfer_is_computed_instead(settings: StoreSettings,
             held, drawn = stage.converse("second", tokens, 6)
             assert held < 100
             assert stage.restores.failed == ([] if fault.status else ["store"])
-    assert drawn == without("float32", tokens)
+    assert drawn == drawn_without_tiers("float32", tokens)
 
 
 def test_an_altered_object_is_computed_instead_and_written_again(store: PayloadStore) -> None:
@@ -137,7 +123,7 @@ def test_an_altered_object_is_computed_instead_and_written_again(store: PayloadS
         assert (held, stage.restores.failed) == (0, ["store"])
         stage.end("second", tokens)
         drain(stage)
-    assert drawn == without("float32", tokens)
+    assert drawn == drawn_without_tiers("float32", tokens)
     with kv_stage(store=store) as stage:
         assert stage.reserve("third", tokens).held > 0
 
@@ -159,7 +145,7 @@ def test_a_store_that_is_away_or_slow_delays_reservations_only_briefly(settings:
                     stage.end("second", tokens)
                     drain(stage)
                     assert time.monotonic() - began < 10
-            assert drawn == without("float32", tokens)
+            assert drawn == drawn_without_tiers("float32", tokens)
 
 
 def test_many_reservations_with_a_slow_store_are_answered_before_they_expire(
@@ -189,7 +175,7 @@ def test_a_clients_short_deadline_does_not_mark_the_store_as_away(store: Payload
         assert (answer.status, answer.held) == (Status.OK, 0)
         held, drawn = stage.converse("patient", tokens, 6)
         assert held > 0
-        assert drawn == without("float32", tokens)
+        assert drawn == drawn_without_tiers("float32", tokens)
 
 
 def test_an_unexpected_error_does_not_end_the_writer(store: PayloadStore, monkeypatch: pytest.MonkeyPatch) -> None:
