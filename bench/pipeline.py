@@ -30,13 +30,15 @@ from knative.commands.state_folder import find_running
 from knative.local.kubelet.containers import LocalData, read_container
 from knative.local.platform import Platform, PlatformOptions
 from knative.render.services import gateway_service, stage_service
-from knative.spec.spec_file import load_spec
+from knative.spec.pipeline_spec import PipelineSpec
+from knative.spec.spec_file import load_spec, spec_from_dict
 from storage.models.model_repository import read_file, read_manifest
 from storage.store.object_store import ObjectStore
 from storage.store.settings import StoreSettings
 
 TOKEN: Final = "bench-pipeline-token"
 NUM_STAGES: Final = 3
+ALWAYS_ONE: Final[Mapping[str, Any]] = {"min_scale": 1, "max_scale": 1}  # `autoscaling` of a spec
 _TOKEN_SECRET: Final = "bench-token"
 _START_SECONDS: Final = 180.0
 _STOP_SECONDS: Final = 20.0
@@ -105,6 +107,11 @@ def running_pipeline(dtype: str, state: Path, kv_cache: str = "256Mi") -> Iterat
         with gateway_beside(local, [stage.function for stage in stages], state / "gateway.log") as (direct_url, pid):
             pids = (run.pid, pid)
             yield RunningPipeline(dtype, running.gateway_url, direct_url, stages, local, running.store, pids)
+
+
+def local_spec(name: str, **fields: Any) -> PipelineSpec:
+    """A spec for the local platform, which replaces image and store. fields: further ones as in YAML; others have defaults."""
+    return spec_from_dict({"name": name, "image": "lamina:local", "store": {"endpoint": "http://embedded.invalid"}, **fields})
 
 
 @asynccontextmanager
@@ -212,7 +219,7 @@ def read_page(url: str, timeout_seconds: float = 30.0) -> str:
 
 def _write_spec(dtype: str, state: Path, kv_cache: str) -> tuple[Path, Path]:
     """Writes the spec and a folder of secrets, with the token that the direct gateway needs too."""
-    cores, stays_up = usable_cores(), {"min_scale": 1, "max_scale": 1}
+    cores = usable_cores()
     sharing = Sharing(cores, NUM_STAGES)
     spec = {
         "name": "bench",
@@ -224,14 +231,14 @@ def _write_spec(dtype: str, state: Path, kv_cache: str) -> tuple[Path, Path]:
             "resources": {"cpu": str(cores), "memory": "2Gi"},
             "busy_threads": sharing.busy_threads,
             "kv_cache": kv_cache,
-            "autoscaling": stays_up,
+            "autoscaling": {**ALWAYS_ONE},
         },
         "gateway": {
             "micro_batch_sequences": sharing.micro_batch_sequences,
             "draft_tokens": 0,
             "prefix_sharing": "off",
             "stages_at_once": sharing.stages_at_once,
-            "autoscaling": {"container_concurrency": 0, "target": 100, **stays_up},
+            "autoscaling": {"container_concurrency": 0, "target": 100, **ALWAYS_ONE},
         },
         "store": {"endpoint": "http://embedded.invalid"},
     }

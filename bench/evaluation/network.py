@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 
 from bench.evaluation.emulated import passes_of
-from bench.pipeline import running_platform
+from bench.pipeline import ALWAYS_ONE, local_spec, running_platform
 from bench.report import table
 from bench.speculation.answers import ask
 from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
@@ -23,16 +23,7 @@ from knative.local.kubelet.pods import LocalPod
 from knative.local.platform import ROOT, Platform, PlatformOptions
 from knative.local.proxies.network import EmulatedNetwork
 from knative.render.services import services
-from knative.spec.pipeline_spec import (
-    Autoscaling,
-    GatewayAutoscaling,
-    GatewaySpec,
-    ModelSpec,
-    PipelineSpec,
-    Resources,
-    StageSpec,
-    StoreSpec,
-)
+from knative.spec.pipeline_spec import PipelineSpec
 from knative.spec.sizing import Link, StagePlan, network_plan, plan_stages
 from storage.store.object_store import ObjectStore
 
@@ -153,20 +144,18 @@ async def _passes(local: LocalPipeline, platform: Platform) -> list[tuple[float,
 
 
 def _spec(model: str, remedy: Remedy) -> PipelineSpec:
-    return PipelineSpec(
-        name="network",
-        model=ModelSpec(name=model, dtype=_DTYPE),
+    return local_spec(
+        "network",
+        model={"name": model, "dtype": _DTYPE},
         stages=remedy.stages,
         wire_dtype=remedy.wire_dtype,
-        image="lamina:local",
-        stage=StageSpec(resources=Resources(memory="2Gi"), kv_cache="256Mi", autoscaling=Autoscaling(min_scale=1, max_scale=1)),
-        gateway=GatewaySpec(
-            micro_batch_sequences=_MICRO_BATCH,
-            draft_tokens=remedy.draft_tokens,
-            access_log="off",
-            autoscaling=GatewayAutoscaling(min_scale=1, max_scale=1),
-        ),
-        store=StoreSpec(endpoint="http://127.0.0.1"),
+        stage={"resources": {"memory": "2Gi"}, "kv_cache": "256Mi", "autoscaling": ALWAYS_ONE},
+        gateway={
+            "micro_batch_sequences": _MICRO_BATCH,
+            "draft_tokens": remedy.draft_tokens,
+            "access_log": "off",
+            "autoscaling": ALWAYS_ONE,
+        },
     )
 
 

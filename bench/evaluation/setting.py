@@ -7,27 +7,17 @@ from pathlib import Path
 from typing import Final
 
 from bench.evaluation.profile import Device, Profile, kv_tokens_beside, read_device, roofline
+from bench.pipeline import ALWAYS_ONE, local_spec
 from eventing.wire.events import Cut
 from functions.configuration.pass_times import PassTimes
 from knative.local.platform import ROOT
 from knative.spec.cut import cut_evenly, format_cut
 from knative.spec.model_shape import ModelShape, shape_from_config
-from knative.spec.pipeline_spec import (
-    Autoscaling,
-    GatewayAutoscaling,
-    GatewaySpec,
-    ModelSpec,
-    PipelineSpec,
-    Resources,
-    StageSpec,
-    StoreSpec,
-)
+from knative.spec.pipeline_spec import PipelineSpec
 from knative.spec.sizing import StagePlan, plan_stages
 
-NAME: Final = "evaluation"
 WAYS: Final = ("one static copy", "replicas, KPA", "static pipeline", "pipeline, HPA", "pipeline, KPA")
-QUEUE_LIMIT: Final = 1024  # of the gateway: the arrivals of two seconds at a hundred times the trace
-_CUT_WAYS: Final = WAYS[2:]
+_QUEUE_LIMIT: Final = 1024  # of the gateway: the arrivals of two seconds at a hundred times the trace
 _OTHER_BYTES: Final = 2**30
 _HERE: Final = Path(__file__).parent
 
@@ -72,13 +62,13 @@ class Setting:
     def context_tokens(self) -> int:
         return int(str(self.config["max_position_embeddings"]))
 
+    def cut(self, way: str) -> Cut:
+        return self._even_cut if way in WAYS[2:] else ((0, self.shape.num_layers),)
+
     @cached_property
-    def even_cut(self) -> Cut:
+    def _even_cut(self) -> Cut:
         """Cached: for many stages the planner takes longer than a simulation."""
         return cut_evenly(self.shape, self.stages)
-
-    def cut(self, way: str) -> Cut:
-        return self.even_cut if way in _CUT_WAYS else ((0, self.shape.num_layers),)
 
     def plans(self, way: str) -> tuple[StagePlan, ...]:
         return plan_stages(self.shape, self.cut(way))
@@ -106,36 +96,32 @@ class Setting:
     def spec(self, way: str) -> PipelineSpec:
         """Raises DoesNotFit."""
         kv_bytes = self.kv_tokens(way) * max(plan.kv_bytes_per_token for plan in self.plans(way))
-        return PipelineSpec(
-            name=NAME,
-            model=ModelSpec(name=self.model, dtype=self.dtype),
-            cut=format_cut(self.cut(way)),
-            image="lamina:local",
-            stage=StageSpec(
-                resources=Resources(cpu="1", memory=f"{math.ceil((kv_bytes + _OTHER_BYTES) / 2**20)}Mi"),
-                kv_cache=str(kv_bytes),
-                layer_group="sleep",
-                sleep_pass_times=self.pass_times(way),
-                sleep_bytes_per_second=int(self.weights_bytes_per_second),
-                autoscaling=self._autoscaling(way),
-            ),
-            gateway=GatewaySpec(
-                micro_batch_sequences=self.micro_batch_sequences,
-                draft_tokens=0,
-                queue_limit=QUEUE_LIMIT,
-                access_log="off",
-                autoscaling=GatewayAutoscaling(min_scale=1, max_scale=1),
-            ),
-            store=StoreSpec(endpoint="http://127.0.0.1"),
-        )
-
-    def _autoscaling(self, way: str) -> Autoscaling:
         most = self.replicas(way)
+        autoscaling: dict[str, object] = {"min_scale": most, "max_scale": most}
         if way.endswith("KPA"):
-            return Autoscaling(max_scale=most)
-        if way.endswith("HPA"):
-            return Autoscaling(autoscaler_class="hpa", min_scale=1, max_scale=most)
-        return Autoscaling(min_scale=most, max_scale=most)
+            autoscaling = {"max_scale": most}
+        elif way.endswith("HPA"):
+            autoscaling = {"class": "hpa", "min_scale": 1, "max_scale": most}
+        return local_spec(
+            "evaluation",
+            model={"name": self.model, "dtype": self.dtype},
+            cut=format_cut(self.cut(way)),
+            stage={
+                "resources": {"cpu": "1", "memory": f"{math.ceil((kv_bytes + _OTHER_BYTES) / 2**20)}Mi"},
+                "kv_cache": str(kv_bytes),
+                "layer_group": "sleep",
+                "sleep_pass_times": self.pass_times(way),
+                "sleep_bytes_per_second": int(self.weights_bytes_per_second),
+                "autoscaling": autoscaling,
+            },
+            gateway={
+                "micro_batch_sequences": self.micro_batch_sequences,
+                "draft_tokens": 0,
+                "queue_limit": _QUEUE_LIMIT,
+                "access_log": "off",
+                "autoscaling": ALWAYS_ONE,
+            },
+        )
 
     def network_bytes_per_token(self, way: str) -> int:
         """Hidden states from stage to gateway and on to the next stage, for each token of prompt and answer."""

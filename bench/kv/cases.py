@@ -24,7 +24,7 @@ class Texts:
         self._starts = count(0, 61)
 
     def text(self, tokens: int) -> str:
-        return self._requests.text(next(self._starts), tokens)
+        return self._requests.cut(next(self._starts), tokens, 1).text
 
     def question(self, tokens: int) -> dict[str, str]:
         """A user's message."""

@@ -17,7 +17,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from bench.kv.client import Server
-from bench.pipeline import NUM_STAGES, running_platform
+from bench.pipeline import ALWAYS_ONE, NUM_STAGES, local_spec, running_platform
 from functions.stage.engine.threads import usable_cores
 from knative.commands.local_pipeline import Sharing, ensure_published, local_pipeline
 from knative.commands.local_pods import read_metrics
@@ -26,18 +26,7 @@ from knative.local.platform import Platform, PlatformOptions
 from knative.local.serving.revisions import Revision
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import services
-from knative.spec.pipeline_spec import (
-    KV_PREFIX,
-    Autoscaling,
-    GatewayAutoscaling,
-    GatewaySpec,
-    KVStoreSpec,
-    ModelSpec,
-    PipelineSpec,
-    Resources,
-    StageSpec,
-    StoreSpec,
-)
+from knative.spec.pipeline_spec import KV_PREFIX, PipelineSpec
 from knative.webhook.autoscaling_annotations import AutoscalerConfig
 from storage.kv.kv_store import Retention, prune
 from storage.models.model_repository import read_file
@@ -158,25 +147,23 @@ def _with_a_plain_gateway(manifests: Sequence[dict[str, Any]]) -> list[dict[str,
 def _spec(model: str, dtype: str) -> PipelineSpec:
     cores = usable_cores()
     sharing = Sharing(cores, NUM_STAGES)
-    quick: dict[str, Any] = {"window_seconds": 6, "scale_down_delay_seconds": 0, "min_scale": 1, "max_scale": 1}
-    return PipelineSpec(
-        name=HOLDING,
-        model=ModelSpec(name=model, dtype=dtype),
+    quick = {"window_seconds": 6, "scale_down_delay_seconds": 0, **ALWAYS_ONE}
+    return local_spec(
+        HOLDING,
+        model={"name": model, "dtype": dtype},
         stages=NUM_STAGES,
-        image="lamina:local",
-        stage=StageSpec(
-            resources=Resources(cpu=str(cores), memory="3Gi"),
-            busy_threads=sharing.busy_threads,
-            kv_cache=_KV_CACHE,
-            autoscaling=Autoscaling(**quick),
-        ),
-        gateway=GatewaySpec(
-            micro_batch_sequences=sharing.micro_batch_sequences,
-            draft_tokens=0,
-            prefix_sharing="pipeline",
-            stages_at_once=sharing.stages_at_once,
-            autoscaling=GatewayAutoscaling(target=100, **quick),
-        ),
-        store=StoreSpec(endpoint="http://embedded.invalid"),
-        kv_store=KVStoreSpec(secret="bench-kv"),
+        stage={
+            "resources": {"cpu": str(cores), "memory": "3Gi"},
+            "busy_threads": sharing.busy_threads,
+            "kv_cache": _KV_CACHE,
+            "autoscaling": quick,
+        },
+        gateway={
+            "micro_batch_sequences": sharing.micro_batch_sequences,
+            "draft_tokens": 0,
+            "prefix_sharing": "pipeline",
+            "stages_at_once": sharing.stages_at_once,
+            "autoscaling": {"target": 100, **quick},
+        },
+        kv_store={"secret": "bench-kv"},
     )

@@ -18,17 +18,16 @@ from typing import Final
 import click
 from rich.console import Console
 
-from bench.load.plot import draw
-from bench.load.report import Setting, judge, markdown
+from bench.load.report import Setting, draw, judge, markdown
 from bench.load.series import Record, read_records
-from bench.pipeline import running_platform
+from bench.pipeline import local_spec, running_platform
 from bench.report import ROOT, STATE, machine, write_section
 from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
 from knative.commands.options import STORE_FOLDER
 from knative.commands.state_folder import RunningPlatform, StateFolder
 from knative.local.platform import PlatformOptions
 from knative.render.services import services
-from knative.spec.pipeline_spec import Autoscaling, GatewaySpec, ModelSpec, PipelineSpec, Resources, StageSpec, StoreSpec
+from knative.spec.pipeline_spec import PipelineSpec
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
 
@@ -66,21 +65,18 @@ COMPUTING: Final = Run(
 )
 
 
-def spec_of(run: Run) -> PipelineSpec:
-    """All other fields have their defaults."""
-    return PipelineSpec(
-        name="load",
-        model=ModelSpec(name="smollm2-135m-instruct", dtype="bfloat16"),
+def _spec(run: Run) -> PipelineSpec:
+    return local_spec(
+        "load",
+        model={"name": "smollm2-135m-instruct", "dtype": "bfloat16"},
         stages=3,
-        image="lamina:local",
-        stage=StageSpec(
-            resources=Resources(cpu="1", memory="2Gi"),
-            layer_group="sleep" if run.sleep_seconds else "auto",
-            sleep_seconds=list(run.sleep_seconds) if run.sleep_seconds else None,
-            autoscaling=Autoscaling(max_scale=run.max_scale),
-        ),
-        gateway=GatewaySpec(micro_batch_sequences=run.micro_batch_sequences),
-        store=StoreSpec(endpoint="http://127.0.0.1"),
+        stage={
+            "resources": {"cpu": "1", "memory": "2Gi"},
+            "layer_group": "sleep" if run.sleep_seconds else "auto",
+            "sleep_seconds": run.sleep_seconds,
+            "autoscaling": {"max_scale": run.max_scale},
+        },
+        gateway={"micro_batch_sequences": run.micro_batch_sequences},
     )
 
 
@@ -137,7 +133,7 @@ def main(compute: bool, plan: str | None, state: Path) -> None:
     run = run if plan is None else replace(run, plan=plan)
     with StateFolder(state) as folder, EmbeddedStore(state / STORE_FOLDER) as embedded:
         store = ObjectStore(embedded.settings)
-        spec = spec_of(run)
+        spec = _spec(run)
         manifest = ensure_published(store, None, spec.model.dtype, Console())
         local = local_pipeline(store, manifest, spec.stages or 1, spec, {})
         output = state / f"{run.section}.jsonl"

@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
-from typing import Final, TypeGuard
+from typing import Any, Final, TypeGuard
+
+from matplotlib.figure import Figure
 
 from bench.load.series import (
     Answer,
@@ -22,6 +25,7 @@ from bench.report import Verdict, judged, table, verdict_table
 SETTLED_SECONDS: Final = 30.0  # after a rise; from then on throughput counts
 LEAST_SHARE: Final = 0.7
 MOST_COST: Final = 0.5
+_WINDOW_SECONDS: Final = 10.0  # of times to the first token in the picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,3 +176,60 @@ def markdown(setting: Setting, records: Sequence[Record]) -> str:
 
 def _slashed(numbers: Sequence[float]) -> str:
     return "/".join(f"{number:.1f}".removesuffix(".0") for number in numbers)
+
+
+def draw(records: Sequence[Record], picture: Path, title: str) -> None:
+    """Conversations, replicas, tokens a second, and time to first token over time."""
+    figure = Figure(figsize=(10, 10), layout="constrained")
+    load, replicas, throughput, first_token = figure.subplots(4, 1, sharex=True)
+    seconds = [record for record in records if isinstance(record, Second)]
+    _draw_load(load, records, seconds)
+    _draw_replicas(replicas, records)
+    throughput.plot([each.t for each in seconds], [each.tokens for each in seconds])
+    answers = [record for record in records if isinstance(record, Answer)]
+    waits = [
+        [
+            answer.time_to_first_token_seconds
+            for answer in answers
+            if each.t - _WINDOW_SECONDS < answer.started + answer.time_to_first_token_seconds <= each.t
+        ]
+        for each in seconds
+    ]
+    first_token.plot([each.t for each in seconds], [percentile(recent, 0.95) for recent in waits])
+    named = {
+        "conversations": load,
+        "ready replicas": replicas,
+        "tokens/s": throughput,
+        "time to first token,\np95 of 10 s (s)": first_token,
+    }
+    for name, panel in named.items():
+        panel.set_ylabel(name)
+        panel.set_ylim(bottom=0)
+        panel.grid(visible=True, alpha=0.3)
+    first_token.set_xlabel("seconds")
+    figure.suptitle(title)
+    figure.savefig(picture, dpi=120)
+
+
+def _draw_load(panel: Any, records: Sequence[Record], seconds: Sequence[Second]) -> None:
+    times, counts = [0.0], [0]
+    for phase, end in phases(records):
+        times += [phase.t, end]
+        counts += [phase.conversations, phase.conversations]
+    panel.plot(times, counts, color="black", label="wanted")
+    panel.plot([each.t for each in seconds], [each.in_flight for each in seconds], alpha=0.6, label="in flight")
+    failed = [record.t for record in records if isinstance(record, Failure)]
+    panel.plot(failed, [0.0] * len(failed), "rx", label=f"failed ({len(failed)})")
+    panel.legend(loc="upper left")
+
+
+def _draw_replicas(panel: Any, records: Sequence[Record]) -> None:
+    by_service: dict[str, dict[float, float]] = {}
+    for record in records:
+        if isinstance(record, Replicas):
+            by_time = by_service.setdefault(record.service, {})
+            by_time[record.t] = by_time.get(record.t, 0.0) + record.ready
+    for service, by_time in sorted(by_service.items()):
+        panel.step(list(by_time), list(by_time.values()), where="post", label=service)
+    if by_service:
+        panel.legend(loc="upper left")

@@ -22,11 +22,10 @@ from rich.console import Console
 
 from bench.many.conversations import Conversation, converse
 from bench.many.report import Found, Load, markdown, verdicts
-from bench.pipeline import NUM_STAGES, gateway_beside, stage_alone
+from bench.pipeline import NUM_STAGES, gateway_beside, local_spec, stage_alone
 from bench.report import STATE, machine, output_option, write_section
 from functions.stage.engine.threads import usable_cores
 from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
-from knative.spec.pipeline_spec import GatewaySpec, ModelSpec, PipelineSpec, Resources, StageSpec, StoreSpec
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
 
@@ -68,22 +67,23 @@ def _pipeline() -> Iterator[tuple[LocalPipeline, list[str], list[int]]]:
     _STATE.mkdir(parents=True, exist_ok=True)
     with EmbeddedStore(_STATE / "store") as embedded:
         store = ObjectStore(embedded.settings)
-        spec = PipelineSpec(
-            name="many",
-            model=ModelSpec(name="smollm2-135m-instruct", dtype="bfloat16"),
+        spec = local_spec(
+            "many",
+            model={"name": "smollm2-135m-instruct", "dtype": "bfloat16"},
             stages=NUM_STAGES,
-            image="lamina:local",
-            stage=StageSpec(
-                resources=Resources(cpu="1", memory="5Gi"),
-                kv_cache=_KV_CACHE,
-                max_merge=_MOST_MERGED,
-                layer_group="sleep",
-                sleep_seconds=[_PASS_SECONDS] * NUM_STAGES,
-            ),
-            gateway=GatewaySpec(
-                micro_batch_sequences=_MICRO_BATCH_SEQUENCES, queue_limit=1000, draft_tokens=0, access_log="off"
-            ),
-            store=StoreSpec(endpoint="http://127.0.0.1"),
+            stage={
+                "resources": {"cpu": "1", "memory": "5Gi"},
+                "kv_cache": _KV_CACHE,
+                "max_merge": _MOST_MERGED,
+                "layer_group": "sleep",
+                "sleep_seconds": [_PASS_SECONDS] * NUM_STAGES,
+            },
+            gateway={
+                "micro_batch_sequences": _MICRO_BATCH_SEQUENCES,
+                "queue_limit": 1000,
+                "draft_tokens": 0,
+                "access_log": "off",
+            },
         )
         manifest = ensure_published(store, None, spec.model.dtype, Console())
         local = local_pipeline(store, manifest, NUM_STAGES, spec, {})

@@ -21,11 +21,11 @@ import click
 
 from bench.pipeline import DidNotStart, RunningPipeline, running_pipeline
 from bench.report import STATE, machine, output_option, write_section
-from bench.serving.contenders import CONCURRENT, PREFILL, SINGLE, lamina, llama_cpp, measure_all, transformers, workloads
+from bench.serving.client import Client
+from bench.serving.contenders import CONCURRENT, LLAMA_CPP, PREFILL, SINGLE, Contender, lamina, measure_all, transformers
 from bench.serving.peers import running_transformers
 from bench.serving.peers_llama_cpp import LLAMA_CPP_SLOTS, LlamaCpp, running_llama_cpp
-from bench.serving.plot import draw
-from bench.serving.report import LLAMA_CPP, Findings, markdown, verdicts
+from bench.serving.report import Findings, draw, markdown, verdicts
 from bench.serving.requests import Requests
 from bench.serving.round import RoundTime, measure_rounds
 from bench.serving.token_time import token_times
@@ -65,12 +65,18 @@ def measure(rounds: int, new_tokens: int, dtypes: Sequence[str], chosen: Sequenc
         did_not_run = {}
         try:
             peer = stack.enter_context(running_llama_cpp(model, len(sched_getaffinity(0)), log))
-            contenders.append(llama_cpp(peer))
+            client = Client(peer.url, "any", {"ignore_eos": True, "cache_prompt": False})
+            contenders.append(Contender(LLAMA_CPP, (peer.pid,), client.measure))
         except DidNotStart as error:
             click.echo(f"llama.cpp did not run: {error}")
             did_not_run[LLAMA_CPP] = error.why
         requests = Requests(pipelines[0].tokenizer())
-        work = {name: asked for name, asked in workloads(requests, new_tokens).items() if name in chosen}
+        workloads = {
+            SINGLE: [requests.cut(0, 128, new_tokens)],
+            CONCURRENT: requests.ragged(16),
+            PREFILL: [requests.cut(0, 1024, 1)],
+        }
+        work = {name: asked for name, asked in workloads.items() if name in chosen}
         return Findings(
             asyncio.run(measure_all(contenders, work, rounds, click.echo)),
             dict(_rounds(pipelines, requests)),
@@ -84,7 +90,8 @@ def measure(rounds: int, new_tokens: int, dtypes: Sequence[str], chosen: Sequenc
 
 def _rounds(pipelines: Sequence[RunningPipeline], requests: Requests) -> Iterator[tuple[str, RoundTime]]:
     for pipeline in pipelines:
-        asked = requests.decoding(16, 2 * _ROUNDS_OF_A_STEP)
+        # Short prompts, so that decoding dominates.
+        asked = [requests.cut(97 * index, 64, 2 * _ROUNDS_OF_A_STEP) for index in range(16)]
         for name, batches in (("1", [asked[:1]]), ("2 × 8", [asked[:8], asked[8:]])):
             for suffix, through_proxies in (("", False), (", through queue-proxies", True)):
                 found = measure_rounds(pipeline, batches, _ROUNDS_OF_A_STEP, through_proxies=through_proxies)

@@ -1,20 +1,22 @@
 """The contenders of `bench.serving`, the three workloads, and the turns in which they are measured."""
 
-from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Final
 
 from bench.pipeline import RunningPipeline, cpu_seconds
 from bench.serving.client import Client, Measurement
 from bench.serving.peers import Transformers
-from bench.serving.peers_llama_cpp import LlamaCpp
-from bench.serving.requests import Request, Requests
+from bench.serving.requests import Request
 
 SINGLE: Final = "single stream"
 CONCURRENT: Final = "16 concurrent"
 PREFILL: Final = "prefill of 1k"
+GENERATE: Final = "transformers generate, bf16"
+GENERATE_BATCH: Final = "transformers generate_batch, bf16"
+LLAMA_CPP: Final = "llama.cpp server, Q4_1"
 Workload = str
 
 
@@ -41,54 +43,27 @@ def lamina(pipeline: RunningPipeline) -> list[Contender]:
 def transformers(peer: Transformers) -> list[Contender]:
     """`generate`, with one request or a static batch, and continuous batching."""
     return [
-        Contender("transformers generate, bf16", peer.pids, lambda requests: peer.measure("generate", requests)),
-        Contender(
-            "transformers generate_batch, bf16",
-            peer.pids,
-            lambda requests: peer.measure("generate_batch", requests),
-            (CONCURRENT,),
-        ),
+        Contender(GENERATE, peer.pids, partial(peer.measure, "generate")),
+        Contender(GENERATE_BATCH, peer.pids, partial(peer.measure, "generate_batch"), (CONCURRENT,)),
     ]
 
 
-def llama_cpp(peer: LlamaCpp) -> Contender:
-    return Contender("llama.cpp server, Q4_1", peer.pids, peer.measure)
+Results = dict[Workload, dict[str, list[Measurement]]]  # by workload and contender, a measurement of each round
 
 
-class Results:
-    """All measurements by workload and contender."""
-
-    def __init__(self) -> None:
-        self._found: dict[Workload, dict[str, list[Measurement]]] = defaultdict(lambda: defaultdict(list))
-
-    def add(self, workload: Workload, name: str, measurement: Measurement) -> None:
-        self._found[workload][name].append(measurement)
-
-    def workloads(self) -> list[Workload]:
-        return list(self._found)
-
-    def names(self, workload: Workload) -> list[str]:
-        return list(self._found[workload])
-
-    def of(self, workload: Workload, name: str) -> list[Measurement]:
-        return self._found[workload][name]
-
-    def rate(self, workload: Workload, name: str) -> float:
-        """Tokens per second, generated (in `PREFILL`: of the prompt): the median of all rounds; 0: not measured."""
-        rates = [each.tokens / each.seconds for each in self._found.get(workload, {}).get(name, ())]
-        return median(rates) if rates else 0.0
-
-    def ratio(self, workload: Workload, name: str, other: str) -> float:
-        """The rate divided by that of `other`: the median of the ratios within each round, whose noise both have met."""
-        found = self._found.get(workload, {})
-        pairs = zip(found.get(name, ()), found.get(other, ()), strict=False)
-        ratios = [(own.tokens / own.seconds) / (their.tokens / their.seconds) for own, their in pairs]
-        return median(ratios) if ratios else 0.0
+def rate(measured: Sequence[Measurement]) -> float:
+    """Tokens per second, generated (in `PREFILL`: of the prompt): the median of all rounds."""
+    return median(each.tokens / each.seconds for each in measured)
 
 
-def workloads(requests: Requests, new_tokens: int) -> dict[Workload, list[Request]]:
-    """new_tokens: of the single stream."""
-    return {SINGLE: [requests.single(new_tokens)], CONCURRENT: requests.ragged(16), PREFILL: [requests.prefill()]}
+def ratio(measured: Mapping[str, Sequence[Measurement]], name: str, other: str) -> float:
+    """One contender's rate divided by another's in one workload; 0: not measured.
+
+    The median of the ratios within each round, whose noise both have met.
+    """
+    pairs = zip(measured.get(name, ()), measured.get(other, ()), strict=False)
+    ratios = [(own.tokens / own.seconds) / (their.tokens / their.seconds) for own, their in pairs]
+    return median(ratios) if ratios else 0.0
 
 
 async def measure_all(
@@ -97,7 +72,7 @@ async def measure_all(
     """In the order A B C A B C …, so that changes on the machine meet all of them."""
     for contender in contenders:
         await contender.answer([replace(request, max_tokens=8) for request in next(iter(work.values()))[:1]])
-    results = Results()
+    results: Results = {}
     for number in range(rounds):
         for workload, asked in work.items():
             for contender in contenders:
@@ -107,6 +82,6 @@ async def measure_all(
                     found = replace(found, cpu_seconds=cpu_seconds(contender.pids) - cpu)
                     if workload == PREFILL:
                         found = replace(found, tokens=sum(len(request.token_ids) for request in asked))
-                    results.add(workload, contender.name, found)
+                    results.setdefault(workload, {}).setdefault(contender.name, []).append(found)
                     say(f"{number + 1}/{rounds} {workload}: {contender.name}: {found.tokens / found.seconds:.1f} tokens/s")
     return results

@@ -17,25 +17,19 @@ from typing import Final
 import aiohttp
 
 from bench.pipeline import DidNotStart, started, wait_for
-from bench.serving.client import Client, Measurement
-from bench.serving.requests import Request
 from knative.local.kubelet.processes import free_port
 
 LLAMA_CPP_SLOTS: Final = 16
 _CONTEXT_TOKENS: Final = 32768
 
 
+@dataclass(frozen=True, slots=True)
 class LlamaCpp:
-    """A llama.cpp server with the packaged GGUF as it is (Q4_1). build: package, version and instruction set."""
+    """A llama.cpp server with the packaged GGUF as it is (Q4_1)."""
 
-    def __init__(self, url: str, pid: int, build: str) -> None:
-        self.url = url
-        self.pids = (pid,)
-        self.build = build
-        self._client = Client(url, "any", {"ignore_eos": True, "cache_prompt": False})
-
-    async def measure(self, requests: Sequence[Request]) -> Measurement:
-        return await self._client.measure(requests)
+    url: str
+    pid: int
+    build: str  # package, version and instruction set
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,17 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Final
 
+from matplotlib.figure import Figure
+
 from bench.report import Verdict, judged, milliseconds, p99, table, verdict_table
-from bench.serving.contenders import CONCURRENT, PREFILL, SINGLE, Results
+from bench.serving.contenders import CONCURRENT, GENERATE, GENERATE_BATCH, LLAMA_CPP, PREFILL, SINGLE, Results, rate, ratio
 from bench.serving.round import RoundTime
 from bench.serving.token_time import TokenTime, token_time_table, token_time_verdicts
 
-GENERATE: Final = "transformers generate, bf16"
-GENERATE_BATCH: Final = "transformers generate_batch, bf16"
-LLAMA_CPP: Final = "llama.cpp server, Q4_1"
 BF16: Final = "Lamina bfloat16"
 INT8: Final = "Lamina int8"
 Q4: Final = "Lamina q4"
@@ -38,17 +38,17 @@ class Findings:
 
 def verdicts(found: Findings) -> list[Verdict]:
     """The targets that this run could measure."""
-    ratio = found.results.ratio
+    single, concurrent, prefill = (found.results.get(workload, {}) for workload in (SINGLE, CONCURRENT, PREFILL))
     speeds = [
-        ("single stream, bf16, × generate", 2.2, ratio(SINGLE, BF16, GENERATE)),
-        ("single stream, int8, × generate", 2.8, ratio(SINGLE, INT8, GENERATE)),
-        ("16 concurrent, bf16, × static batch", 3.6, ratio(CONCURRENT, BF16, GENERATE)),
-        ("16 concurrent, bf16, × generate_batch", 1.3, ratio(CONCURRENT, BF16, GENERATE_BATCH)),
+        ("single stream, bf16, × generate", 2.2, ratio(single, BF16, GENERATE)),
+        ("single stream, int8, × generate", 2.8, ratio(single, INT8, GENERATE)),
+        ("16 concurrent, bf16, × static batch", 3.6, ratio(concurrent, BF16, GENERATE)),
+        ("16 concurrent, bf16, × generate_batch", 1.3, ratio(concurrent, BF16, GENERATE_BATCH)),
     ]
     against_llama_cpp = [
-        ("single stream, q4, × llama.cpp", 1.35, ratio(SINGLE, Q4, LLAMA_CPP)),
-        ("16 concurrent, best dtype, × llama.cpp", 4.3, max(ratio(CONCURRENT, own, LLAMA_CPP) for own in (BF16, INT8, Q4))),
-        ("prefill of 1k, best dtype, × llama.cpp", 5.0, max(ratio(PREFILL, own, LLAMA_CPP) for own in (BF16, INT8, Q4))),
+        ("single stream, q4, × llama.cpp", 1.35, ratio(single, Q4, LLAMA_CPP)),
+        ("16 concurrent, best dtype, × llama.cpp", 4.3, max(ratio(concurrent, own, LLAMA_CPP) for own in (BF16, INT8, Q4))),
+        ("prefill of 1k, best dtype, × llama.cpp", 5.0, max(ratio(prefill, own, LLAMA_CPP) for own in (BF16, INT8, Q4))),
     ]
     told = [judged(what, seen, wanted) for what, wanted, seen in speeds if seen]
     told += [
@@ -65,28 +65,27 @@ def verdicts(found: Findings) -> list[Verdict]:
 
 def markdown(found: Findings, facts: Sequence[str], picture: str) -> str:
     parts = ["## Serving", *facts, f"![Tokens per second of all contenders]({picture})\n", verdict_table(verdicts(found))]
-    parts += [_workload_table(found, workload) for workload in found.results.workloads()]
+    parts += [_workload_table(found, workload) for workload in found.results]
     if found.token_times:
         parts.append(token_time_table(found.token_times))
     return "\n".join([*parts, _round_table(found.rounds)])
 
 
 def _workload_table(found: Findings, workload: str) -> str:
-    results, rows = found.results, list[Sequence[str]]()
-    for name in results.names(workload):
-        measured = results.of(workload, name)
+    results, rows = found.results[workload], list[Sequence[str]]()
+    for name, measured in results.items():
         first = [seconds for each in measured for seconds in each.first_token_seconds]
         gaps = [seconds for each in measured for seconds in each.gap_seconds]
         cpu = median(each.cpu_seconds / each.tokens * 1000 for each in measured)
-        ratio = results.ratio(workload, name, GENERATE)
+        against_generate = ratio(results, name, GENERATE)
         rows.append(
             [
                 name,
                 milliseconds(median(first)) if first else "–",
                 milliseconds(median(gaps)) if gaps else "–",
                 milliseconds(p99(gaps)) if gaps else "–",
-                f"{results.rate(workload, name):.1f}",
-                f"{ratio:.2f}" if ratio else "–",
+                f"{rate(measured):.1f}",
+                f"{against_generate:.2f}" if against_generate else "–",
                 f"{cpu:.1f}",
             ]
         )
@@ -118,3 +117,25 @@ def _round_table(rounds: Mapping[str, RoundTime]) -> str:
         "A micro-batch's round through the three stages, milliseconds; `2 × 8`: two micro-batches of eight are under way.\n\n"
         + table(columns, rows)
     )
+
+
+def draw(found: Findings, picture: Path) -> None:
+    """Tokens per second of all contenders, and the parts of a decode step."""
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    *panels, last = figure.subplots(2, 2).flat
+    for panel, (workload, measured) in zip(panels, found.results.items(), strict=False):
+        names = list(measured)[::-1]
+        rates = [rate(measured[name]) for name in names]
+        colors = ["tab:blue" if name.startswith("Lamina") else "tab:gray" for name in names]
+        panel.bar_label(panel.barh(names, rates, color=colors), fmt="%.0f", padding=2)
+        panel.set_title(f"{workload}: tokens/s")
+        panel.margins(x=0.12)
+    names = list(found.rounds)[::-1]
+    left = [0.0] * len(names)
+    for part in ("compute", "queue", "codec", "http", "gateway"):
+        widths = [getattr(found.rounds[name], part) * 1000 for name in names]
+        last.barh(names, widths, left=left, label=part)
+        left = [begin + width for begin, width in zip(left, widths, strict=True)]
+    last.set_title("one round of a micro-batch, ms")
+    last.legend(fontsize="small")
+    figure.savefig(picture, dpi=110)

@@ -26,28 +26,12 @@ class Requests:
         self._tokenizer = tokenizer
         self._corpus: list[int] = tokenizer.encode("\n\n".join(file.read_text(encoding="utf-8") for file in _CORPUS)).ids
 
-    def single(self, max_tokens: int) -> Request:
-        """One stream: a prompt of 128 tokens."""
-        return self._request(0, 128, max_tokens)
-
-    def prefill(self) -> Request:
-        """A prompt of 1,024 tokens, one token of answer."""
-        return self._request(0, 1024, 1)
-
-    def decoding(self, count: int, max_tokens: int) -> list[Request]:
-        """Short prompts, so that decoding dominates."""
-        return [self._request(97 * index, 64, max_tokens) for index in range(count)]
-
     def ragged(self, count: int) -> list[Request]:
         """Prompts of 16 to 512 and answers of 16 to 256 tokens."""
         draw = random.Random(_SEED)
-        return [self._request(draw.randrange(2000), draw.randint(16, 512), draw.randint(16, 256)) for _ in range(count)]
+        return [self.cut(draw.randrange(2000), draw.randint(16, 512), draw.randint(16, 256)) for _ in range(count)]
 
-    def text(self, start: int, length: int) -> str:
-        """A text of `length` tokens, from about token `start` of the corpus on."""
-        return self._request(start, length, 1).text
-
-    def _request(self, start: int, length: int, max_tokens: int) -> Request:
+    def cut(self, start: int, length: int, max_tokens: int) -> Request:
         """The first text from token `start` on with exactly `length` tokens: a cut may change how text is tokenized."""
         corpus = self._corpus * (1 + (start + 2 * length) // len(self._corpus))
         for first in range(start, start + length):

@@ -83,7 +83,7 @@ def _turn(client: Client, requests: Requests, tokens: int, gateway: str, stages:
 
 def _decode_seconds(client: Client, requests: Requests, tokens: int) -> float:
     """From an answer's first token to its last."""
-    found = asyncio.run(client.measure([requests.single(tokens)]))
+    found = asyncio.run(client.measure([requests.cut(0, 128, tokens)]))
     if found.tokens != tokens:
         raise RuntimeError(f"an answer of {found.tokens} tokens instead of {tokens}: choose another prompt")
     return sum(found.gap_seconds)

@@ -22,13 +22,14 @@ import click
 import msgspec
 from rich.console import Console
 
+from bench.pipeline import running_platform
 from bench.report import ROOT, STATE, machine, write_section
 from bench.soak.attacks import KINDS
 from bench.soak.faults import Faults
 from bench.soak.honest import ComeAgain, NoAnswer, take_references
 from bench.soak.judge import verdicts
 from bench.soak.observe import Observer
-from bench.soak.pipeline import KEYS_SECRET, MODEL, ReturningStore, services_of, serving, spec_of
+from bench.soak.pipeline import KEYS_SECRET, MODEL, TIMING, ReturningStore, spec_of
 from bench.soak.records import (
     GATEWAY,
     Answer,
@@ -47,8 +48,9 @@ from bench.soak.records import (
 from bench.soak.report import draw, markdown
 from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
 from knative.commands.options import STORE_FOLDER
-from knative.commands.state_folder import StateFolder
-from knative.local.platform import Platform
+from knative.commands.state_folder import RunningPlatform, StateFolder
+from knative.local.platform import Platform, PlatformOptions
+from knative.render.services import services
 from storage.store.object_store import ObjectStore
 
 _PICTURE: Final = ROOT / "docs" / "soak.png"
@@ -135,15 +137,19 @@ def run(seconds: float, honest: int, kill_seconds: float, records: Path, state_p
     async def whole(state: StateFolder, local: LocalPipeline, store: ReturningStore) -> None:
         records.unlink(missing_ok=True)
         honest_key, hostile_key = local.secrets[KEYS_SECRET]["api-keys"].split(",")
+        options = PlatformOptions(secrets=local.secrets, logs=state.logs, timing=TIMING)
+        name, stages = local.pipeline.spec.name, local.pipeline.stage_names
         with Recorder(records) as recorder:
-            async with serving(state, local, store.settings) as platform:
+            async with running_platform(options, services(local.pipeline)) as platform:
+                url = platform.url(name)
+                state.publish(RunningPlatform(platform.status()["pid"], platform.admin_url, url, store.settings))
                 plan = Plan(
                     records=str(records),
                     started=recorder.started,
                     seconds=seconds,
-                    url=platform.url(local.pipeline.spec.name),
+                    url=url,
                     admin_url=platform.admin_url,
-                    services=services_of(local),
+                    services={GATEWAY: name, **{f"stage {index}": stage for index, stage in enumerate(stages)}},
                     model=local.manifest.name,
                     honest_key=honest_key,
                     hostile_key=hostile_key,

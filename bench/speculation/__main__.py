@@ -29,7 +29,6 @@ from knative.local.proxies.network import EmulatedNetwork
 
 _STATE: Final = STATE / "bench-speculation"
 _PROMPTS: Final = Path(__file__).with_name("prompts.yaml")
-_CONCURRENT: Final = 16
 
 
 @click.command(help=__doc__)

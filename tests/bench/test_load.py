@@ -9,7 +9,7 @@ import pytest
 from aiohttp import web
 
 from bench.load.conversations import Load, Recorder, parse_plan, read_replicas, run
-from bench.load.plot import draw
+from bench.load.report import draw
 from bench.load.series import Answer, Failure, Phase, Replicas, Second, percentile, read_records, replica_seconds
 from eventing.http.binding import to_structured_http
 from eventing.http.sse import encode_sse

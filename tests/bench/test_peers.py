@@ -8,9 +8,9 @@ import pytest
 
 from bench.pipeline import DidNotStart
 from bench.serving.client import Measurement
-from bench.serving.contenders import PREFILL, SINGLE, Results
+from bench.serving.contenders import LLAMA_CPP, PREFILL, SINGLE
 from bench.serving.peers_llama_cpp import Build, builds_for, running_llama_cpp
-from bench.serving.report import BF16, LLAMA_CPP, Findings, markdown, verdicts
+from bench.serving.report import BF16, Findings, markdown, verdicts
 
 DIES = "import os, signal; os.kill(os.getpid(), signal.SIGILL)"
 SERVES = """
@@ -51,11 +51,8 @@ def test_the_reason_of_every_failed_build_is_reported(tmp_path: Path) -> None:
 
 
 def findings(did_not_run: dict[str, str], measured: tuple[str, ...]) -> Findings:
-    results = Results()
-    for workload in (SINGLE, PREFILL):
-        for name in measured:
-            results.add(workload, name, Measurement(1.0, 100, [0.1], [0.01]))
-    return Findings(results, {}, 1e9, {}, "", did_not_run)
+    results = {name: [Measurement(1.0, 100, [0.1], [0.01])] for name in measured}
+    return Findings({SINGLE: results, PREFILL: results}, {}, 1e9, {}, "", did_not_run)
 
 
 def test_the_report_of_a_run_without_a_peer() -> None:
