@@ -102,7 +102,7 @@ def measure(network: EmulatedNetwork, remedy: Remedy, lengths: Lengths, store: O
 async def _measured(
     local: LocalPipeline, network: EmulatedNetwork, remedy: Remedy, lengths: Lengths, logs: Path
 ) -> list[Measured]:
-    relayed = EmulatedNetwork(_NEARLY_NONE) if network.is_loopback else network
+    relayed = EmulatedNetwork(_NEARLY_NONE) if network == EmulatedNetwork() else network
     options = PlatformOptions(secrets=local.secrets, logs=logs, network=relayed)
     async with running_platform(options, services(local.pipeline)) as platform:
         url = platform.url(local.pipeline.spec.name)

@@ -211,7 +211,11 @@ class Deployer:
         history.note(version, outcome, reason)
 
     def _prepare(self, objects: list[KubernetesObject]) -> _Parts:
-        self._garbage.await_deletions(objects)
+        for ref in map(Ref.of, objects):
+            live = self._cluster.get(ref)
+            if live is not None and live["metadata"].get("deletionTimestamp"):  # it accepts no changes
+                self._say(f"{ref} is being deleted: waiting until it is gone")
+                self._garbage.await_absence([ref])
         ensure_token(self._cluster, objects, self._say)
         return _Parts.of(with_rotation(self._cluster, objects))
 
@@ -222,13 +226,15 @@ class Deployer:
         """
         for ref in map(Ref.of, services):
             live = self._cluster.get(ref)
-            if live is None or (live.get("status") or {}).get("latestReadyRevisionName"):
+            if live is None:
                 continue
-            if readiness(live).ready is False or any(hopeless_pods(self._cluster, live)):
+            hopeless, status = set(hopeless_pods(self._cluster, live)), live.get("status") or {}
+            if not status.get("latestReadyRevisionName") and (hopeless or readiness(live).ready is False):
                 self._cluster.delete(ref)
                 self._garbage.await_absence([ref])
                 self._say(f"deleted {ref}, because none of its revisions ever ran, to create it again")
-        wait.note_hopeless(services)
+            else:  # pods that fail now get another try, because their cause may be fixed
+                wait.known_hopeless |= hopeless
         self._apply(services, force)
         return wait.await_ready(services)
 

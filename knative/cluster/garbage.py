@@ -144,14 +144,6 @@ class GarbageCollector:
                     raise DeployFailed(f"{ref} still exists; its finalizers: {finalizers}; check what should remove them")
                 time.sleep(_POLL_SECONDS)
 
-    def await_deletions(self, objects: list[KubernetesObject]) -> None:
-        """Waits for those of the objects that are being deleted, because they accept no changes."""
-        for ref in map(Ref.of, objects):
-            live = self._cluster.get(ref)
-            if live is not None and live["metadata"].get("deletionTimestamp"):
-                self._say(f"{ref} is being deleted: waiting until it is gone")
-                self.await_absence([ref])
-
     def await_end_of_old_gateways(self, name: str) -> bool:
         """False if pods of gateway revisions without requests still run after the timeout."""
 

@@ -42,7 +42,8 @@ class DeployedVersion:
 
     @property
     def objects(self) -> list[KubernetesObject]:
-        return _objects(self.manifests)
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, in C
+        return list(yaml.load_all(self.manifests, Loader=loader))
 
     def __str__(self) -> str:
         return f"{self.number} ({self.outcome})"
@@ -145,11 +146,7 @@ def _outdated(known: list[DeployedVersion]) -> list[DeployedVersion]:
 
 def _read(config_map: KubernetesObject) -> DeployedVersion:
     annotations = config_map["metadata"]["annotations"]
-    manifests: str = config_map["data"][_MANIFESTS]
     outcome = Outcome(annotations.get(_OUTCOME, Outcome.SERVED))  # versions of older releases had all served
-    fingerprint = annotations.get(PIPELINE) or fingerprint_of(gateway_of(_objects(manifests)))
-    return DeployedVersion(int(annotations[_NUMBER]), manifests, fingerprint, outcome, annotations.get(_REASON, ""))
-
-
-def _objects(manifests: str) -> list[KubernetesObject]:
-    return list(yaml.load_all(manifests, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))  # ten times as fast, in C
+    number, fingerprint, reason = int(annotations[_NUMBER]), annotations.get(PIPELINE, ""), annotations.get(_REASON, "")
+    version = DeployedVersion(number, config_map["data"][_MANIFESTS], fingerprint, outcome, reason)
+    return version if fingerprint else replace(version, fingerprint=fingerprint_of(gateway_of(version.objects)))

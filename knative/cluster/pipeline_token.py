@@ -110,13 +110,13 @@ def with_rotation(cluster: Cluster, objects: list[KubernetesObject]) -> list[Kub
 
 
 def rotation_is_unfinished(cluster: Cluster, objects: list[KubernetesObject]) -> bool:
-    return 0 < _rotation_of(_token_of(cluster, objects))[1] < LAST_STATE
+    _, _, state = _token_of(cluster, objects)
+    return 0 < state < LAST_STATE
 
 
 def advance_rotation(cluster: Cluster, objects: list[KubernetesObject]) -> int:
     """Writes the next state of the Secret; returns its number, 1 to 3. Raises PreflightFailed, Rejected."""
-    secret = _token_of(cluster, objects)
-    rotation, state = _rotation_of(secret)
+    secret, rotation, state = _token_of(cluster, objects)
     rotation, state = (rotation, state + 1) if 0 < state < LAST_STATE else (rotation + 1, 1)
     data = dict(secret["data"])
     if state == 1:
@@ -136,18 +136,14 @@ def _token_ref(objects: list[KubernetesObject]) -> Ref | None:
     return next((ref for ref, wanted in wanted_secrets(objects).items() if wanted.is_token), None)
 
 
-def _token_of(cluster: Cluster, objects: list[KubernetesObject]) -> KubernetesObject:
+def _token_of(cluster: Cluster, objects: list[KubernetesObject]) -> tuple[KubernetesObject, int, int]:
+    """The token's Secret, the number of its rotation and that one's state; 0 before the first. Raises PreflightFailed."""
     ref = _token_ref(objects)
     secret = None if ref is None else cluster.get(ref)
     if secret is None:
         raise PreflightFailed(f"{ref} does not exist; deploy again, which creates it")
-    return secret
-
-
-def _rotation_of(secret: KubernetesObject) -> tuple[int, int]:
-    """Number of the rotation and its state; 0 before the first."""
     rotation, _, state = (secret["metadata"].get("annotations") or {}).get(_ROTATION, "0.0").partition(".")
-    return int(rotation), int(state)
+    return secret, int(rotation), int(state)
 
 
 def _new_token() -> str:

@@ -39,14 +39,7 @@ class ReadinessWait:
         self._say = say
         self._timeout_seconds = timeout_seconds
         self._check = check
-        self._known_hopeless: set[HopelessPod] = set()
-
-    def note_hopeless(self, services: list[KubernetesObject]) -> None:
-        """Call it before applying: pods that fail now get another try, because their cause may be fixed."""
-        for ref in map(Ref.of, services):
-            live = self._cluster.get(ref)
-            if live is not None:
-                self._known_hopeless |= set(hopeless_pods(self._cluster, live))
+        self.known_hopeless: set[HopelessPod] = set()  # failed before the deployment; only other pods count
 
     def await_ready(self, objects: list[KubernetesObject]) -> dict[str, KubernetesObject]:
         """Name → object when Ready. Raises DeployFailed as soon as one cannot become Ready, or at the timeout."""
@@ -88,7 +81,7 @@ class ReadinessWait:
             raise DeployFailed(f"{ref} was deleted by someone else while this deployment waited for it")
         now, reason = time.monotonic(), None
         if ref.api_version == SERVING:
-            hopeless = (pod for pod in hopeless_pods(self._cluster, live) if pod not in self._known_hopeless)
+            hopeless = (pod for pod in hopeless_pods(self._cluster, live) if pod not in self.known_hopeless)
             reason = next((pod.reason for pod in hopeless), None)
         elif known.failed_since is not None and now > known.failed_since + _EVENTING_SETTLES_SECONDS:
             reason = readiness(live).reason

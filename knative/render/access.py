@@ -99,11 +99,11 @@ def network_policies(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
     Requests come through queue-proxy alone: on the function's own port they would not be counted. Stages call each other to
     hand over keys and values. Probes come from the node, which no policy blocks.
     """
-    callers = [_pods("knative-serving", app="activator"), _namespace(pipeline.spec.network.ingress_namespace)]
+    callers = [_peer("knative-serving", app="activator"), _peer(pipeline.spec.network.ingress_namespace)]
     # Selectors without a fingerprint: during a change the old gateway still drives the old stages.
     own = [{"podSelector": _selector(pipeline, component)} for component in ("gateway", "stage")]
     # By default Eventing comes through the ingress; with a service mesh it comes from its own pods.
-    eventing = [] if pipeline.spec.eventing is None else [_namespace("knative-eventing")]
+    eventing = [] if pipeline.spec.eventing is None else [_peer("knative-eventing")]
     return [
         {
             "apiVersion": "networking.k8s.io/v1",
@@ -118,8 +118,8 @@ def network_policies(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
                 "policyTypes": ["Ingress"],
                 "ingress": [
                     _allow(clients, _QUEUE_PROXY),
-                    _allow([_pods("knative-serving", app="autoscaler")], _QUEUE_PROXY_STATS),
-                    _allow([_namespace(pipeline.spec.network.monitoring_namespace)], _QUEUE_PROXY_METRICS, METRICS_PORT),
+                    _allow([_peer("knative-serving", app="autoscaler")], _QUEUE_PROXY_STATS),
+                    _allow([_peer(pipeline.spec.network.monitoring_namespace)], _QUEUE_PROXY_METRICS, METRICS_PORT),
                 ],
             },
         }
@@ -131,12 +131,10 @@ def _allow(callers: list[KubernetesObject], *ports: int) -> KubernetesObject:
     return {"from": callers, "ports": [{"protocol": "TCP", "port": port} for port in ports]}
 
 
-def _namespace(name: str) -> dict[str, Any]:
-    return {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}}}
-
-
-def _pods(namespace: str, **own_labels: str) -> dict[str, Any]:
-    return {**_namespace(namespace), "podSelector": {"matchLabels": own_labels}}
+def _peer(namespace: str, **own_labels: str) -> dict[str, Any]:
+    """The namespace's pods with these labels; without any, all of them."""
+    peer: dict[str, Any] = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace}}}
+    return {**peer, "podSelector": {"matchLabels": own_labels}} if own_labels else peer
 
 
 def _selector(pipeline: ResolvedPipeline, component: str) -> dict[str, Any]:

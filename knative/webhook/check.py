@@ -79,7 +79,7 @@ def _webhook(service: dict[str, Any], config: AutoscalerConfig, features: Featur
 
 def _metadata(metadata: dict[str, Any]) -> Violations:
     name, prefix = metadata.get("name", ""), metadata.get("generateName", "")
-    if prefix and not _is_name_prefix(prefix):
+    if prefix and not is_dns_1035_label(prefix, is_prefix=True):
         yield Violation("metadata.generateName", f'not a DNS 1035 label prefix: "{prefix}"')
     if name and not is_dns_1035_label(name):
         yield Violation("metadata.name", f'not a DNS 1035 label: "{name}"')
@@ -96,7 +96,7 @@ def _metadata(metadata: dict[str, Any]) -> Violations:
 def _revision_name(template: dict[str, Any], service: dict[str, Any]) -> Violations:
     """The name that a template gives its revision begins with the Service's name."""
     at, name, prefix = f"{_TEMPLATE}.metadata", template.get("name", ""), template.get("generateName", "")
-    if prefix and not _is_name_prefix(prefix):
+    if prefix and not is_dns_1035_label(prefix, is_prefix=True):
         yield invalid(f"{at}.generateName", prefix, "not a DNS 1035 label prefix")
     if not name:
         return
@@ -106,11 +106,6 @@ def _revision_name(template: dict[str, Any], service: dict[str, Any]) -> Violati
         yield missing("metadata.name")
     elif not name.startswith(f"{service['name']}-"):
         yield invalid(f"{at}.name", f'"{name}" must have prefix "{service["name"]}-"')
-
-
-def _is_name_prefix(prefix: str) -> bool:
-    """A generated name goes on after the prefix, so that a trailing dash is allowed."""
-    return is_dns_1035_label(prefix[:-1] + "a" if prefix.endswith("-") else prefix)
 
 
 def _traffic(targets: Sequence[dict[str, Any]], at: str) -> Violations:

@@ -79,8 +79,10 @@ def parse_quantity(value: str | float) -> Fraction:
     return number * _SUFFIX_FACTOR[match["suffix"]] if match["suffix"] else number
 
 
-def is_dns_1035_label(name: str) -> bool:
-    """True for names of Services, revisions and tags."""
+def is_dns_1035_label(name: str, *, is_prefix: bool = False) -> bool:
+    """True for names of Services, revisions and tags; is_prefix: for beginnings of generated names."""
+    if is_prefix and name.endswith("-"):
+        name = name[:-1] + "a"
     return len(name) <= 63 and bool(_DNS_1035_LABEL.fullmatch(name))
 
 

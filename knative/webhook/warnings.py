@@ -43,8 +43,12 @@ def warnings(service: dict[str, Any]) -> list[Violation]:
     return [
         *_unread(metadata.get("annotations", {}), _SERVICE),
         *_unread(annotations, _TEMPLATE),
-        *_labels(metadata.get("labels", {}), "metadata.labels"),
-        *_labels(template.get("metadata", {}).get("labels", {}), "spec.template.metadata.labels"),
+        *(
+            Violation(f"{at}.labels.{key}", f"Knative ignores it as a label; it belongs under {_TEMPLATE}")
+            for at, given in (("metadata", metadata), ("spec.template.metadata", template.get("metadata", {})))
+            for key in given.get("labels", {})
+            if key.startswith(f"{GROUP}/")
+        ),
         *_autoscaling(annotations, spec),
         *_timeouts(spec, "spec.template.spec"),
         *_environment(spec["containers"], "spec.template.spec.containers"),
@@ -53,6 +57,8 @@ def warnings(service: dict[str, Any]) -> list[Violation]:
 
 def _unread(annotations: dict[str, str], at: str) -> Violations:
     """Keys that look like Knative's but are not read at `at`."""
+    # Names are compared without their group, which would make any two keys alike.
+    by_name = {_plain(known): known for known in _PREFERRED}
     for key in annotations:
         group = key.rpartition("/")[0]
         if "knative" not in group or key in _ANYWHERE or _PLACE.get(key) == at:
@@ -60,8 +66,6 @@ def _unread(annotations: dict[str, str], at: str) -> Violations:
         if key in _PLACE:
             yield Violation(f"{at}.{key}", f"Knative ignores it here; it belongs under {_PLACE[key]}")
             continue
-        # Names are compared without their group, which would make any two keys alike.
-        by_name = {_plain(known): known for known in _PREFERRED}
         near = difflib.get_close_matches(_plain(key), by_name, n=1)
         hint = f"; did you mean {by_name[near[0]]}?" if near else ""
         yield Violation(f"{at}.{key}", f"Knative knows no such annotation and ignores it{hint}")
@@ -69,12 +73,6 @@ def _unread(annotations: dict[str, str], at: str) -> Violations:
 
 def _plain(key: str) -> str:
     return key.rpartition("/")[2].lower().replace("-", "").replace("_", "")
-
-
-def _labels(labels: dict[str, str], at: str) -> Violations:
-    for key in labels:
-        if key.startswith(f"{GROUP}/"):
-            yield Violation(f"{at}.{key}", f"Knative ignores it as a label; it belongs under {_TEMPLATE}")
 
 
 def _autoscaling(annotations: dict[str, str], spec: dict[str, Any]) -> Violations:

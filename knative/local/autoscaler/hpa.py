@@ -112,12 +112,10 @@ class HorizontalPodAutoscaler:
         longest = max(self.spec.up_stabilization_seconds, self.spec.down_stabilization_seconds)
         while self._recommendations[0][0] <= now - longest and len(self._recommendations) > 1:
             self._recommendations.popleft()
-        lowest = min(self._within(now - self.spec.up_stabilization_seconds))
-        highest = max(self._within(now - self.spec.down_stabilization_seconds))
+        up_since, down_since = now - self.spec.up_stabilization_seconds, now - self.spec.down_stabilization_seconds
+        lowest = min((pods for at, pods in self._recommendations if at > up_since), default=recommendation)
+        highest = max((pods for at, pods in self._recommendations if at > down_since), default=recommendation)
         return min(max(current, lowest), highest)
-
-    def _within(self, since: float) -> list[int]:
-        return [pods for at, pods in self._recommendations if at > since] or [self._recommendations[-1][1]]
 
 
 class HpaRevisionAutoscaler:

@@ -40,10 +40,6 @@ class AutoscalerState:
     # (tick, pods) of decisions that can still be the greatest of the scale-down delay: ticks rise, pods fall.
     delayed: tuple[tuple[int, int], ...] = ()
 
-    @property
-    def panicking(self) -> bool:
-        return self.panic_since is not None
-
 
 @dataclass(frozen=True, slots=True)
 class Decision:

@@ -103,7 +103,7 @@ def _compare(trace: _Trace) -> Iterator[Difference | None]:
         got, expected = autoscaler.decide(step.t, step.ready), None
         if step.valid:
             expected = Decision(step.desired, step.excess_burst_capacity, step.stable, step.panic, step.panicking)
-        same = _same(expected, got) and step.panicking == autoscaler.state.panicking
+        same = _same(expected, got) and step.panicking == (autoscaler.state.panic_since is not None)
         yield None if same else Difference(trace.name, step.t, _words(expected), _words(got))
 
 

@@ -55,7 +55,7 @@ class RevisionAutoscaler:
 
     @property
     def panicking(self) -> bool:
-        return self._autoscaler.state.panicking
+        return self._autoscaler.state.panic_since is not None
 
     def record(self, now: float, concurrency: float, requests_per_second: float) -> None:
         """Takes the load of the whole revision in this second: in its pods and held by the activator."""

@@ -46,44 +46,41 @@ class RevisionSettings:
 
 def revision_settings(template: Mapping[str, Any], config: AutoscalerConfig = _DEFAULTS) -> RevisionSettings:
     """template: a Service's `spec.template`. Raises SettingsError."""
-    read = _AnnotationReader(template.get("metadata", {}).get("annotations") or {})
-    autoscaler_class = read(annotated.CLASS, str, config.pod_autoscaler_class)
-    metric = read(annotated.METRIC, str, "cpu" if autoscaler_class == annotated.HPA else "concurrency")
+    given = template.get("metadata", {}).get("annotations") or {}
+    autoscaler_class = _read(given, annotated.CLASS, str, config.pod_autoscaler_class)
+    metric = _read(given, annotated.METRIC, str, "cpu" if autoscaler_class == annotated.HPA else "concurrency")
     container_concurrency = int(template.get("spec", {}).get("containerConcurrency") or 0)
-    initial_scale = read(annotated.INITIAL_SCALE, parse_int, config.initial_scale)
+    initial_scale = _read(given, annotated.INITIAL_SCALE, parse_int, config.initial_scale)
     if initial_scale == 0 and not config.allow_zero_initial_scale:
         initial_scale = config.initial_scale
-    retention, progress = config.scale_to_zero_pod_retention_period_seconds, config.progress_deadline_seconds
+    unset_retention = config.scale_to_zero_pod_retention_period_seconds
+    retention = _read(given, annotated.SCALE_TO_ZERO_POD_RETENTION_PERIOD, _seconds, unset_retention)
     return RevisionSettings(
         autoscaler_class=autoscaler_class,
         metric=metric,
-        metric_aggregation_algorithm=read(annotated.METRIC_AGGREGATION_ALGORITHM, str, "linear"),
-        target=read(annotated.TARGET, _finite, None),
-        decider=_decider(read, config, metric, container_concurrency),
-        window_seconds=read(annotated.WINDOW, _seconds, None),
-        min_scale=read(annotated.MIN_SCALE, parse_int, config.min_scale),
-        max_scale=read(annotated.MAX_SCALE, parse_int, config.max_scale),
+        metric_aggregation_algorithm=_read(given, annotated.METRIC_AGGREGATION_ALGORITHM, str, "linear"),
+        target=_read(given, annotated.TARGET, _finite, None),
+        decider=_decider(given, config, metric, container_concurrency),
+        window_seconds=_read(given, annotated.WINDOW, _seconds, None),
+        min_scale=_read(given, annotated.MIN_SCALE, parse_int, config.min_scale),
+        max_scale=_read(given, annotated.MAX_SCALE, parse_int, config.max_scale),
         initial_scale=initial_scale,
         scale_to_zero_grace_period_seconds=config.scale_to_zero_grace_period_seconds,
-        scale_to_zero_pod_retention_period_seconds=read(annotated.SCALE_TO_ZERO_POD_RETENTION_PERIOD, _seconds, retention),
+        scale_to_zero_pod_retention_period_seconds=retention,
         enable_scale_to_zero=config.enable_scale_to_zero,
-        progress_deadline_seconds=read(annotated.PROGRESS_DEADLINE, _seconds, progress),
+        progress_deadline_seconds=_read(given, annotated.PROGRESS_DEADLINE, _seconds, config.progress_deadline_seconds),
     )
 
 
-class _AnnotationReader:
-    def __init__(self, annotations: Mapping[str, str]) -> None:
-        self._annotations = annotations
-
-    def __call__(self, annotation: Annotation, parse: Callable[[str], T], default: D) -> T | D:
-        """The parsed value, or `default` if the annotation is absent. Raises SettingsError."""
-        key, value = annotation.get(self._annotations)
-        if value is None:
-            return default
-        try:
-            return parse(value)
-        except ValueError as error:
-            raise SettingsError(f"{key}: {error}") from error
+def _read(given: Mapping[str, str], annotation: Annotation, parse: Callable[[str], T], default: D) -> T | D:
+    """The parsed value, or `default` if the annotation is not given. Raises SettingsError."""
+    key, value = annotation.get(given)
+    if value is None:
+        return default
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise SettingsError(f"{key}: {error}") from error
 
 
 def _finite(text: str) -> float:
@@ -97,37 +94,37 @@ def _seconds(text: str) -> float:
     return parse_duration(text) / NANOSECONDS
 
 
-def _decider(read: _AnnotationReader, config: AutoscalerConfig, metric: str, container_concurrency: int) -> DeciderSpec:
-    target, total = _target(read, config, metric, container_concurrency)
-    window = read(annotated.WINDOW, _seconds, config.stable_window_seconds)
-    panic_percentage = read(annotated.PANIC_WINDOW_PERCENTAGE, _finite, config.panic_window_percentage)
+def _decider(given: Mapping[str, str], config: AutoscalerConfig, metric: str, container_concurrency: int) -> DeciderSpec:
+    target, total = _target(given, config, metric, container_concurrency)
+    window = _read(given, annotated.WINDOW, _seconds, config.stable_window_seconds)
+    panic_percentage = _read(given, annotated.PANIC_WINDOW_PERCENTAGE, _finite, config.panic_window_percentage)
     return DeciderSpec(
         target_value=target,
         total_value=total,
-        target_burst_capacity=read(annotated.TARGET_BURST_CAPACITY, _finite, config.target_burst_capacity),
+        target_burst_capacity=_read(given, annotated.TARGET_BURST_CAPACITY, _finite, config.target_burst_capacity),
         max_scale_up_rate=config.max_scale_up_rate,
         max_scale_down_rate=config.max_scale_down_rate,
-        panic_threshold=read(annotated.PANIC_THRESHOLD_PERCENTAGE, _finite, config.panic_threshold_percentage) / 100,
+        panic_threshold=_read(given, annotated.PANIC_THRESHOLD_PERCENTAGE, _finite, config.panic_threshold_percentage) / 100,
         stable_window_seconds=window,
         panic_window_seconds=max(_BUCKET_SECONDS, math.floor(window * panic_percentage / 100 + 0.5)),
-        scale_down_delay_seconds=read(annotated.SCALE_DOWN_DELAY, _seconds, config.scale_down_delay_seconds),
-        activation_scale=read(annotated.ACTIVATION_SCALE, parse_int, 0),
+        scale_down_delay_seconds=_read(given, annotated.SCALE_DOWN_DELAY, _seconds, config.scale_down_delay_seconds),
+        activation_scale=_read(given, annotated.ACTIVATION_SCALE, parse_int, 0),
     )
 
 
-def _target(read: _AnnotationReader, config: AutoscalerConfig, metric: str, container_concurrency: int) -> tuple[float, float]:
+def _target(given: Mapping[str, str], config: AutoscalerConfig, metric: str, container_concurrency: int) -> tuple[float, float]:
     """(what the autoscaler aims for per pod, what a pod can bear)."""
     if metric == "rps":
         total, utilization = config.requests_per_second_target_default, config.target_utilization
     else:
         total = float(container_concurrency) or config.container_concurrency_target_default
         utilization = config.container_concurrency_target_fraction
-    target = read(annotated.TARGET, _finite, None)
+    target = _read(given, annotated.TARGET, _finite, None)
     if target is not None:
         # The target is never above the requests that containerConcurrency lets into a pod.
         bounded = metric == "concurrency" and container_concurrency > 0
         total = min(target, container_concurrency) if bounded else target
-    percentage = read(annotated.TARGET_UTILIZATION_PERCENTAGE, _finite, None)
+    percentage = _read(given, annotated.TARGET_UTILIZATION_PERCENTAGE, _finite, None)
     if percentage is not None:
         utilization = percentage / 100
     return max(annotated.TARGET_MIN, total * utilization), float(total)

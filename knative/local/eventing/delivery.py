@@ -100,18 +100,12 @@ class Subscription:
 class Spool:
     """All deliveries in progress. They are in memory only: a stop of the platform drops them."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self) -> None:
         self.closed = False
-        self._limit = limit
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
         return len(self._tasks)
-
-    @property
-    def full(self) -> bool:
-        """Whether events from outside are refused. Replies and steps never are: each follows an event that was in progress."""
-        return len(self._tasks) >= self._limit
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -39,7 +39,8 @@ class LocalEventing:
     ) -> None:
         self._find_service = find_service
         self._sinks = sinks
-        self._spool = Spool(max_deliveries)
+        self._max_deliveries = max_deliveries
+        self._spool = Spool()
         self._server = HttpServer(self._serve)
         self._context: EventingContext | None = None
         self._wiring: Wiring | None = None
@@ -108,7 +109,8 @@ class LocalEventing:
     def _check_capacity(self) -> None:
         if self._spool.closed:
             raise HttpError(HTTPStatus.SERVICE_UNAVAILABLE, "the broker is stopping")
-        if self._spool.full:
+        # Replies and steps are never refused: each follows an event that was in progress.
+        if len(self._spool) >= self._max_deliveries:
             raise HttpError(HTTPStatus.TOO_MANY_REQUESTS, f"{len(self._spool)} deliveries are in progress already; try later")
 
 

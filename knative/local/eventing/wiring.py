@@ -119,7 +119,7 @@ class Wiring:
 
     def _wire_sequence(self, sequence: EventSequence) -> None:
         paths = [sequence_path(sequence.namespace, sequence.name, index) for index in range(len(sequence.steps))]
-        replies = [self._inbox(following) for _, following in pairwise(paths)]
+        replies = [_InboxReference(self._context.base_url, following, self.inboxes) for _, following in pairwise(paths)]
         last = None if sequence.reply is None else self._target(sequence.reply, f"Sequence {sequence.name}")
         for index, (step, path, reply) in enumerate(zip(sequence.steps, paths, [*replies, last], strict=True)):
             name = f"{sequence.namespace}/{sequence.name}[{index}]"
@@ -133,7 +133,8 @@ class Wiring:
         path = broker_path(broker.namespace, broker.name)
         name = f"{trigger.namespace}/{trigger.name}"
         delivery = _effective(trigger.delivery, broker.delivery)
-        subscription = self._subscription(name, trigger.subscriber, delivery, self._inbox(path), needs_event_replies=True)
+        reply = _InboxReference(self._context.base_url, path, self.inboxes)
+        subscription = self._subscription(name, trigger.subscriber, delivery, reply, needs_event_replies=True)
         inbox = self.inboxes[path]
         assert isinstance(inbox, BrokerInbox)
         inbox.subscribers.append(Subscriber(name, trigger.filter, subscription))
@@ -161,7 +162,8 @@ class Wiring:
             return self._http_target(urljoin(url, destination.uri or "/"), needs_event_replies)
         if key not in (self._brokers if destination.kind == BROKER else self._sequences):
             raise UnsupportedManifest(f"{of}: there is no {destination}")
-        return self._inbox((broker_path if destination.kind == BROKER else sequence_path)(*key))
+        path = (broker_path if destination.kind == BROKER else sequence_path)(*key)
+        return _InboxReference(self._context.base_url, path, self.inboxes)
 
     def _http_target(self, url: str, needs_event_replies: bool) -> HttpTarget:
         """One target for each URL, so that its limit holds for all deliveries there."""
@@ -170,15 +172,12 @@ class Wiring:
             self._http[key] = HttpTarget(self._context.session, url, needs_event_replies=needs_event_replies)
         return self._http[key]
 
-    def _inbox(self, path: str) -> "_InboxReference":
-        return _InboxReference(self._context.base_url + path, path, self.inboxes)
-
 
 class _InboxReference:
     """A Target that is looked up when an event comes, because objects may name each other in any order."""
 
-    def __init__(self, name: str, path: str, inboxes: Mapping[str, Target]) -> None:
-        self.name = name
+    def __init__(self, base_url: str, path: str, inboxes: Mapping[str, Target]) -> None:
+        self.name = base_url + path
         self._path = path
         self._inboxes = inboxes
 

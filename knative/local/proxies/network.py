@@ -17,14 +17,10 @@ _TICK_SECONDS: Final = 0.001  # an event loop may wake this much late, too much 
 
 @dataclass(frozen=True, slots=True)
 class EmulatedNetwork:
-    """The link of one pod."""
+    """The link of one pod. The defaults are those of loopback."""
 
     delay_seconds: float = 0.0  # each way
     bytes_per_second: float | None = None  # each way; None: no limit
-
-    @property
-    def is_loopback(self) -> bool:
-        return not self.delay_seconds and self.bytes_per_second is None
 
 
 class Relay:

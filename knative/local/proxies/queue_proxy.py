@@ -51,7 +51,7 @@ class QueueProxy:
         self._breaker = Breaker(limits.container_concurrency)
         self._upstream: UpstreamPool | None = None
         self._server = HttpServer(self._serve_direct)
-        self._relay = None if network is None or network.is_loopback else Relay(network)
+        self._relay = None if network is None or network == EmulatedNetwork() else Relay(network)
 
     @property
     def port(self) -> int:

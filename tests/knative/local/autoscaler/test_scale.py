@@ -123,7 +123,7 @@ def test_a_new_target_counts_at_once() -> None:
 
 def test_an_autoscaler_that_starts_with_several_pods_panics() -> None:
     assert initial_state(5, 7.0) == AutoscalerState(panic_since=7.0, max_panic_pods=5)
-    assert not initial_state(1, 7.0).panicking
+    assert initial_state(1, 7.0).panic_since is None
     assert Revision(spec(10, 100), initial_state(5, 0)).ask(5, 0, 0, now=2).desired_scale == 5
 
 
