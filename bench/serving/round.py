@@ -22,7 +22,7 @@ from eventing.wire.control import ReleaseRow
 from eventing.wire.events import Batch, Row, Want
 from eventing.wire.framing import Buffer
 from functions.gateway.stages.client import PipelineIdentity, StageClient
-from functions.gateway.stages.instances import Instance
+from functions.gateway.stages.routes import Instance
 
 _TIMING: Final = re.compile(r"(engine|codec);dur=([0-9.]+)")
 _TIMEOUT_SECONDS: Final = 60.0

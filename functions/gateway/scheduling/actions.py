@@ -15,7 +15,7 @@ from eventing.wire.prefix_chain import BLOCK_TOKENS, packed
 from functions.gateway.scheduling.sequence import Sequence
 from functions.gateway.stages.client import ReplyOrigin, StageClient, Traces, Trip
 from functions.gateway.stages.failures import StageFailed
-from functions.gateway.stages.instances import Instance
+from functions.gateway.stages.routes import Instance
 
 _WORST_FIRST: Final = (Status.INVALID, Status.STALE, Status.MISS, Status.FULL, Status.OK)
 

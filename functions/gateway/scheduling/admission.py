@@ -9,7 +9,7 @@ from functions.gateway.scheduling.micro_batch import MicroBatch
 from functions.gateway.scheduling.prefix_sharing import leader_is_done
 from functions.gateway.scheduling.sequence import Sequence
 from functions.gateway.scheduling.state import SchedulerState
-from functions.gateway.stages.instances import Instance
+from functions.gateway.stages.routes import Instance
 
 
 def admit(state: SchedulerState, now: float) -> list[Reserve]:

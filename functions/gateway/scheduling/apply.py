@@ -17,12 +17,11 @@ from eventing.wire.generation import TokenLogprob
 from functions.gateway.scheduling.actions import Reservation, Reserve
 from functions.gateway.scheduling.micro_batch import Step
 from functions.gateway.scheduling.prefix_sharing import follow, stop_following
-from functions.gateway.scheduling.progress import Chunk
-from functions.gateway.scheduling.sequence import Sequence, names_of
+from functions.gateway.scheduling.sequence import Chunk, Sequence, names_of
 from functions.gateway.scheduling.state import SchedulerState
 from functions.gateway.stages.client import ForwardReply, ReplyOrigin
 from functions.gateway.stages.failures import StageFailed
-from functions.gateway.stages.instances import Instance
+from functions.gateway.stages.routes import Instance
 
 _log: Final = logging.getLogger(__name__)
 

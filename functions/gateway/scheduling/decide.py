@@ -5,13 +5,12 @@ import math
 from functions.gateway.scheduling.actions import Action, Reserve, reserve
 from functions.gateway.scheduling.admission import admit, reserve_for_followers
 from functions.gateway.scheduling.micro_batch import MicroBatch, Step, level, make_step, prompt_chunks
-from functions.gateway.scheduling.progress import Chunk
-from functions.gateway.scheduling.sequence import TRIAL_AFTER_FAILURES, Sequence
+from functions.gateway.scheduling.sequence import TRIAL_AFTER_FAILURES, Chunk, Sequence
 from functions.gateway.scheduling.speculation import draft_lengths, step_seconds
 from functions.gateway.scheduling.state import SchedulerState
 from functions.gateway.scheduling.wake_up import PAUSE_SECONDS
 from functions.gateway.stages.client import Trip
-from functions.gateway.stages.instances import Instance
+from functions.gateway.stages.routes import Instance
 
 
 def decide(state: SchedulerState, now: float) -> list[Action]:

@@ -9,7 +9,7 @@ from typing import Final
 from eventing.wire.control import LEASE_SECONDS, RENEWAL_SECONDS, ReleaseRow
 from functions.gateway.scheduling.actions import Release
 from functions.gateway.scheduling.sequence import Sequence
-from functions.gateway.stages.instances import Instance
+from functions.gateway.stages.routes import Instance
 
 _KEPT_SECONDS: Final = 2 * LEASE_SECONDS  # after so long without contact a stage has freed all that was this gateway's
 

@@ -13,11 +13,9 @@ from typing import Final
 import msgspec
 
 from eventing.wire.events import Batch, Row, Sampling, Want
-from functions.gateway.scheduling.progress import Chunk
-from functions.gateway.scheduling.sequence import Sequence
+from functions.gateway.scheduling.sequence import Chunk, Sequence
 from functions.gateway.stages.client import Trip
-from functions.gateway.stages.instances import Instance
-from functions.gateway.stages.routes import Route
+from functions.gateway.stages.routes import Instance, Route
 
 _MAX_GRAMMAR_BYTES: Final = 2**20  # of grammar sources in one event; a grammar left out is a miss, and is sent with the next
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from functions.gateway.scheduling.state import SchedulerState
 from functions.gateway.scheduling.wake_up import ColdStart
-from functions.gateway.stages.instances import Instance
+from functions.gateway.stages.routes import Instance
 
 # asleep: a Service URL, without a watch of its instances, that has to be woken. suspended: it has just failed.
 InstanceState = Literal["asleep", "starting", "ready", "suspended", "leaving"]

@@ -32,16 +32,14 @@ from functions.gateway.scheduling.batching import SchedulerLimits, admissible_se
 from functions.gateway.scheduling.decide import decide, next_due
 from functions.gateway.scheduling.pipeline_status import PipelineStatus, pipeline_status
 from functions.gateway.scheduling.prefix_sharing import KeyOf, prompt_chain
-from functions.gateway.scheduling.progress import Progress
-from functions.gateway.scheduling.sequence import Prompt, Sequence, names_of
+from functions.gateway.scheduling.sequence import Progress, Prompt, Sequence, names_of
 from functions.gateway.scheduling.speculation import Drafter, PromptLookup, SharedRates
 from functions.gateway.scheduling.state import SchedulerState
 from functions.gateway.scheduling.stats import Stats
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.stages.client import ForwardReply, StageClient, Trip, walk
 from functions.gateway.stages.failures import StageFailed
-from functions.gateway.stages.instances import Endpoint
-from functions.gateway.stages.routes import Placement
+from functions.gateway.stages.routes import Endpoint, Placement
 from functions.threads.pool import ThreadPool
 
 _log = logging.getLogger(__name__)

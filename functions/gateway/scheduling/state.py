@@ -26,8 +26,7 @@ from functions.gateway.scheduling.stats import StageStats, Stats
 from functions.gateway.scheduling.waiting import BacklogSignals, WaitingSequences
 from functions.gateway.scheduling.wake_up import WakeUps
 from functions.gateway.stages.client import Trip
-from functions.gateway.stages.instances import Instance
-from functions.gateway.stages.routes import Placement
+from functions.gateway.stages.routes import Instance, Placement
 from functions.gateway.stages.where_held import WhereHeld
 
 

@@ -11,8 +11,7 @@ from eventing.wire.control import HOLD_SECONDS
 from functions.gateway.scheduling.actions import Release
 from functions.gateway.scheduling.batching import IN_FLIGHT_PER_INSTANCE
 from functions.gateway.scheduling.sequence import Sequence
-from functions.gateway.stages.instances import Instance
-from functions.gateway.stages.routes import Placement
+from functions.gateway.stages.routes import Instance, Placement
 
 _FIRST_BACK_OFF_SECONDS: Final = 0.02
 _LONGEST_BACK_OFF_SECONDS: Final = 1.0

@@ -35,7 +35,7 @@ from eventing.wire.control import (
 from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType, Status
 from eventing.wire.framing import JSON_CONTENT_TYPE, Buffer, event_lines, read_attributes, read_json
 from functions.gateway.stages.failures import StageFailed, stage_failed
-from functions.gateway.stages.instances import Instance, Turnstile
+from functions.gateway.stages.routes import Instance, Turnstile
 from functions.observing.tracing import PASSING, Attributes, Span, TraceContext, Tracer
 
 RESERVATION_SECONDS: Final = 10.0  # reply timeout of a reservation, for an instance that has not failed lately

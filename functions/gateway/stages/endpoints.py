@@ -29,8 +29,8 @@ from functions.gateway.stages.endpoint_slices import (
     read_slice,
     read_status,
 )
-from functions.gateway.stages.instances import Endpoint
 from functions.gateway.stages.readiness import OnChange
+from functions.gateway.stages.routes import Endpoint
 
 _log = logging.getLogger(__name__)
 

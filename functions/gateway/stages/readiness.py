@@ -15,7 +15,7 @@ from typing import Final
 
 import urllib3
 
-from functions.gateway.stages.instances import Endpoint
+from functions.gateway.stages.routes import Endpoint
 
 _log = logging.getLogger(__name__)
 

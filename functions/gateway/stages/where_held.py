@@ -6,32 +6,12 @@ reservation says what an instance really holds.
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from eventing.wire.prefix_chain import BLOCK_TOKENS, Chain
-from functions.gateway.stages.instances import Instance
+from functions.gateway.stages.routes import NOTHING, Held, Instance
 
 MAX_DIGESTS: Final = 2**15  # of half a million tokens; some 8 MB
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A number of tokens of a chain that one instance of each stage probably holds."""
-
-    tokens: int = 0
-    instances: tuple[Instance, ...] = ()
-
-    def at(self, instance: Instance) -> int:
-        """Tokens that `instance` probably need not compute."""
-        return self.tokens if self.instances and self.instances[instance.stage] is instance else 0
-
-    def on(self, instances: Sequence[Instance]) -> float:
-        """The mean of `at` over the instances of a route."""
-        return sum(map(self.at, instances)) / len(instances)
-
-
-NOTHING: Final = Held()
 
 
 class WhereHeld:

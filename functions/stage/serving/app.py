@@ -1,44 +1,48 @@
-"""A stage over HTTP: authentication, limits of size, and the headers of replies."""
+"""A stage over HTTP: authentication, limits of size, the headers of replies, and its metrics."""
 
 import hmac
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final
 
+from prometheus_client import Counter, Gauge, Histogram
+
 from eventing.http.binding import from_http
-from eventing.problems import EventTooLarge, MalformedEvent, Unauthorized
+from eventing.problems import PROBLEMS, EventTooLarge, MalformedEvent, Unauthorized
 from eventing.wire.cloud_event import one_piece
-from eventing.wire.events import SAFE_EVENT_BYTES, Attribute
+from eventing.wire.events import SAFE_EVENT_BYTES, Attribute, EventType, Status
 from eventing.wire.framing import Buffer, read_attributes
 from eventing.wire.kv_query import HELD_HEADER, KV_PATH
 from eventing.wire.signature import verify
 from functions.hosting.requests import ADMITTED_BYTES, REFUSED
+from functions.observing.telemetry import STEP_SECONDS, FunctionMetrics
 from functions.stage.serving.handlers import EventHandlers
-from functions.stage.serving.metrics import StageMetrics
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
+    from functions.stage.engine.engine import PassStatistics
+    from functions.stage.engine.kv_tiers import Reuse
     from functions.stage.serving.refusals import Refusals
 
 MAX_EVENT_BYTES: Final = 2**28  # a chunk of 512 tokens of the widest published models takes 32 MiB in fp32
 _SIGNATURE: Final = f"HTTP_CE_{Attribute.SIGNATURE.upper()}"
 
+EVENT_TYPES: Final = (EventType.FORWARD, EventType.WARMUP, EventType.RESERVE, EventType.RELEASE, KV_PATH, "unknown", "unread")
+TIERS: Final = ("peer", "store")
+STATUSES: Final = ("200", *sorted({str(problem.status) for problem in PROBLEMS.values()}))
 
-def create_app(handlers: EventHandlers, metrics: StageMetrics, *pipeline_tokens: str) -> "WSGIApplication":
-    """Answers events but not probes. pipeline_tokens: each of them is accepted."""
-    return _StageApp(handlers, metrics, pipeline_tokens)
 
-
-class _StageApp:
-    """Answers `POST /` as plain WSGI; Flask answers all other requests and all refusals.
+class StageApp:
+    """Answers events at `POST /` as plain WSGI. Flask answers all other requests but probes, and all refusals.
 
     Flask would cost a request as much as a small stage's layers do when these have emptied the caches, as they have in every
     step of a stream; docs/log.md has the numbers.
     """
 
-    def __init__(self, handlers: EventHandlers, metrics: StageMetrics, pipeline_tokens: tuple[str, ...]) -> None:
+    def __init__(self, handlers: EventHandlers, metrics: "StageMetrics", *pipeline_tokens: str) -> None:
+        """pipeline_tokens: each of them is accepted."""
         self._handlers = handlers
         self._pipeline_tokens = pipeline_tokens
         self._admit = stage_admission(*pipeline_tokens)
@@ -159,3 +163,78 @@ def _body(environ: "WSGIEnvironment", max_bytes: int) -> bytes:
     if len(body) < length:
         raise MalformedEvent(f"the body ended after {len(body)} of {length} bytes")
     return body
+
+
+class StageMetrics(FunctionMetrics):
+    """The metrics of a stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        counter, gauge = partial(Counter, registry=self.registry), partial(Gauge, registry=self.registry)
+        histogram = partial(Histogram, buckets=STEP_SECONDS, registry=self.registry)
+        self.events = counter("lamina_stage_events", "Events answered", ["type", "status"])
+        self.in_flight = gauge("lamina_stage_events_in_flight", "Events that are being answered")
+        self.rows = counter("lamina_stage_rows", "Rows answered", ["status"])
+        self.tokens = counter("lamina_stage_tokens", "Tokens that went through the layers")
+        self.queue = histogram("lamina_stage_queue_seconds", "An event waited in the stage")
+        self.compute = histogram("lamina_stage_compute_seconds", "One pass through the layers")
+        self.codec = histogram("lamina_stage_codec_seconds", "Decoding and encoding of an event")
+
+        kv = partial(counter, labelnames=["tier"])
+        self.restored_bytes = kv("lamina_stage_kv_restored_bytes", "Bytes of keys and values restored from a tier")
+        self.restore_seconds = kv("lamina_stage_kv_restore_seconds", "Seconds of waiting for a tier, found or not")
+        self.restores_failed = kv("lamina_stage_kv_restores_failed", "A tier was unavailable, slow, or had unusable data")
+        self.kv_hits = kv("lamina_stage_kv_hits", "Reservations that found a cached prefix")
+        self.kv_tokens = kv("lamina_stage_kv_tokens", "Tokens of cached prefixes, which were not computed")
+        self.kv_saved = kv("lamina_stage_kv_saved_seconds", "Seconds that computing them would have taken")
+        self.kept_bytes = counter("lamina_stage_kv_kept_bytes", "Bytes of idle conversations written to the store")
+        self.handed_over_bytes = counter("lamina_stage_kv_handed_over_bytes", "Bytes handed over to other instances")
+
+        self.weights_bytes = gauge("lamina_stage_weights_bytes", "Bytes of this stage's objects in the store")
+        self.loaded_bytes = gauge("lamina_stage_loaded_bytes", "Bytes of them that were loaded and verified")
+
+        # Every series starts at 0, or a rate would miss its first increment.
+        for type_ in EVENT_TYPES:
+            for status in STATUSES:
+                self.events.labels(type_, status)
+        self._rows = {status: self.rows.labels(str(status)) for status in Status}
+        for tier in TIERS:
+            for metric in (self.restored_bytes, self.restore_seconds, self.restores_failed):
+                metric.labels(tier)
+        for tier in ("memory", *TIERS):
+            for metric in (self.kv_hits, self.kv_tokens, self.kv_saved):
+                metric.labels(tier)
+
+    def observe_pass(self, statistics: "PassStatistics") -> None:
+        for seconds in statistics.queue_seconds:
+            self.queue.observe(seconds)
+        self.compute.observe(statistics.compute_seconds)
+        self.tokens.inc(statistics.tokens)
+        for status in set(statistics.rows):
+            self._rows[status].inc(statistics.rows.count(status))
+
+    def observe_restore(self, tier: str, *, num_bytes: int, seconds: float, failed: bool) -> None:
+        self.restored_bytes.labels(tier).inc(num_bytes)
+        self.restore_seconds.labels(tier).inc(seconds)
+        self.restores_failed.labels(tier).inc(failed)
+
+    def observe_reuse(self, reuse: "Reuse") -> None:
+        self.kv_hits.labels(reuse.tier).inc()
+        self.kv_tokens.labels(reuse.tier).inc(reuse.tokens)
+        self.kv_saved.labels(reuse.tier).inc(reuse.saved_seconds)
+
+    def watch(
+        self,
+        free_tokens: Callable[[], float],
+        sequences: Callable[[], float],
+        remembered_tokens: Callable[[], float],
+        kv_resident_bytes: Callable[[], float],
+    ) -> None:
+        """Registers gauges that read the engine when the metrics are scraped."""
+        for name, help_text, read in (
+            ("free_tokens", "KV tokens that can still be reserved", free_tokens),
+            ("sequences", "Sequences that hold KV", sequences),
+            ("kv_remembered_tokens", "KV tokens of ended sequences, which count as free", remembered_tokens),
+            ("kv_resident_bytes", "Bytes of LAMINA_KV_CACHE_BYTES that have been used once", kv_resident_bytes),
+        ):
+            Gauge(f"lamina_stage_{name}", help_text, registry=self.registry).set_function(read)

@@ -17,7 +17,7 @@ from functions.configuration.pass_times import PassTimes
 from functions.hosting.publication import read_publication
 from functions.hosting.startup import StartUp, without_collection
 from functions.stage.engine.threads import PassThreads, set_openmp, thread_count
-from functions.stage.serving.metrics import StageMetrics
+from functions.stage.serving.app import StageMetrics
 from storage.loading.weight_cache import WeightCache
 from storage.loading.weight_loader import LoadedObject, LoadProgress, iterate_layers, stage_objects
 from storage.models.model_repository import read_file

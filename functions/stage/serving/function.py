@@ -14,10 +14,9 @@ from functions.hosting.publication import WrongPublication
 from functions.hosting.server import Service
 from functions.hosting.startup import StartUp
 from functions.observing.telemetry import make_tracer
-from functions.stage.serving.app import MAX_EVENT_BYTES, create_app, stage_admission
+from functions.stage.serving.app import MAX_EVENT_BYTES, StageApp, StageMetrics, stage_admission
 from functions.stage.serving.bring_up import UnservableModel, bring_up
 from functions.stage.serving.handlers import EventHandlers
-from functions.stage.serving.metrics import StageMetrics
 from storage.errors import StorageError
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ class StageFunction:
         self._tracer = make_tracer(config.traces_endpoint, "lamina-stage", {"lamina.pipeline": config.pipeline})
         handlers = EventHandlers(config, self.instance, self, self._tracer)
         self.service = Service(
-            create_app(handlers, self._metrics, *config.pipeline_tokens),
+            StageApp(handlers, self._metrics, *config.pipeline_tokens),
             Management(self._metrics.registry, sick=self._sick, ready=self._ready),
             stage_admission(*config.pipeline_tokens),
             threads=_THREADS,

@@ -7,7 +7,7 @@ from flask import Flask, Response, request
 
 from eventing.wire.kv_query import KV_PATH
 from functions.hosting.web import add_problem_handlers
-from functions.stage.serving.metrics import StageMetrics
+from functions.stage.serving.app import StageMetrics
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment

@@ -20,7 +20,7 @@ from bench.evaluation.trace import Sizes, Trace, drawn
 from functions.configuration.pass_times import PassTimes
 from functions.gateway.scheduling import batching, scheduler, state
 from functions.gateway.stages import routes
-from functions.gateway.stages.instances import Endpoint
+from functions.gateway.stages.routes import Endpoint
 from functions.stage.engine import event_queue
 from knative.local.autoscaler import hpa, kpa, revision_autoscaler
 from knative.spec.cut import cut_evenly

@@ -166,7 +166,7 @@ from functions.__main__ import _function
 from functions.hosting.server import Server
 from functions.stage.serving.bring_up import bring_up
 from functions.hosting.startup import StartUp
-from functions.stage.serving.metrics import StageMetrics
+from functions.stage.serving.app import StageMetrics
 config = read_config(os.environ)
 start_up = StartUp()
 _function(config, start_up)

@@ -11,7 +11,7 @@ from eventing.problems import PROBLEMS
 from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.scheduling.metrics import SchedulerCollector
 from functions.gateway.scheduling.stats import StageStats, Stats
-from functions.stage.serving.metrics import StageMetrics
+from functions.stage.serving.app import StageMetrics
 from knative.render import monitoring
 from knative.render.monitoring import ALERTS, rule_groups
 from tests.support.knative.promql import Recorded

@@ -26,9 +26,8 @@ from functions.configuration.config import StageConfig, read_config
 from functions.stage.engine.engine import Engine
 from functions.stage.engine.kv_tiers import Tier
 from functions.stage.models.layer_group import LayerGroup
-from functions.stage.serving.app import create_app
+from functions.stage.serving.app import StageApp, StageMetrics
 from functions.stage.serving.handlers import EventHandlers
-from functions.stage.serving.metrics import StageMetrics
 from knative.local.kubelet.processes import free_port
 from tests.support.functions.counting_group import CountingGroup
 
@@ -202,7 +201,7 @@ class StageServer:
         readiness = SimpleNamespace(engine=lambda wait_seconds=0.0: self.engine, phases=dict)
         config = _config(self._cut, self.index)
         handlers = EventHandlers(config, f"stage-{self.index}-boot-{self._boots}", cast("Any", readiness))
-        app = create_app(handlers, StageMetrics(), TOKEN)
+        app = StageApp(handlers, StageMetrics(), TOKEN)
 
         def with_faults(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
             body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))

@@ -5,8 +5,7 @@ from contextlib import contextmanager
 
 from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.scheduling.token_stream import TokenStream
-from functions.gateway.stages.instances import Endpoint
-from functions.gateway.stages.routes import Placement
+from functions.gateway.stages.routes import Endpoint, Placement
 from tests.support.functions.gateway import check, scheduling, submit
 from tests.support.functions.stage_server import StageServer, counting_stage, counting_stages
 

@@ -10,8 +10,7 @@ import pytest
 from eventing.problems import QueueFull
 from eventing.wire.events import EventType
 from functions.gateway.scheduling.waiting import FairQueue
-from functions.gateway.stages.instances import Endpoint
-from functions.gateway.stages.routes import Placement
+from functions.gateway.stages.routes import Endpoint, Placement
 from tests.support.functions.gateway import answers_of, counted, scheduling, submit, tokens_of, wait_until
 from tests.support.functions.stage_server import counting_stage, counting_stages, inspecting, is_type, running
 

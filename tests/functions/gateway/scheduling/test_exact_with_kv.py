@@ -15,8 +15,7 @@ import pytest
 from eventing.wire.events import EventType, Sampling
 from functions.gateway.scheduling import leases
 from functions.gateway.scheduling.scheduler import Scheduler
-from functions.gateway.stages.instances import Endpoint
-from functions.gateway.stages.routes import Placement
+from functions.gateway.stages.routes import Endpoint, Placement
 from tests.support.functions import native_models
 from tests.support.functions.gateway import nothing_left, scheduling, submit, tokens_of
 from tests.support.functions.kv_stages import native_stage

@@ -11,9 +11,8 @@ import pytest
 
 from eventing.problems import InvalidRequest, PipelineUnavailable, ReplaysExhausted
 from eventing.wire.events import Batch, EventType, Status
-from functions.gateway.scheduling.progress import Chunk
 from functions.gateway.scheduling.scheduler import Scheduler
-from functions.gateway.scheduling.sequence import RetryBudget
+from functions.gateway.scheduling.sequence import Chunk, RetryBudget
 from functions.gateway.stages.routes import Placement
 from tests.support.functions.gateway import check, counted, nothing_left, scheduling, submit, tokens_of, wait_until
 from tests.support.functions.stage_server import Fault, Inspect, Seen, counting_stages, inspecting

@@ -13,7 +13,7 @@ from functions.gateway.scheduling import apply, decide
 from functions.gateway.scheduling import scheduler as scheduler_module
 from functions.gateway.stages import client
 from functions.gateway.stages.client import StageClient
-from functions.gateway.stages.instances import Endpoint
+from functions.gateway.stages.routes import Endpoint
 from tests.support.functions.gateway import answers_of, nothing_left, scheduling, submit, tokens_of, wait_until
 from tests.support.functions.stage_server import counting_stages, inspecting, is_type
 from tests.support.functions.watched import watched

@@ -9,8 +9,7 @@ import pytest
 from eventing.problems import InvalidRequest
 from eventing.wire.control import HOLD_SECONDS
 from eventing.wire.events import EventType
-from functions.gateway.stages.instances import Endpoint
-from functions.gateway.stages.routes import Placement
+from functions.gateway.stages.routes import Endpoint, Placement
 from functions.stage.engine.sequences import MAX_MEMORY_WAITERS
 from tests.support.functions.gateway import check, counted, nothing_left, scheduling, submit, tokens_of, wait_until
 from tests.support.functions.stage_server import Fault, StageServer, counting_stage, counting_stages, inspecting, running

@@ -7,11 +7,9 @@ import pytest
 from eventing.wire.events import Grammar, Sampling, grammar_digest
 from functions.gateway.scheduling import micro_batch
 from functions.gateway.scheduling.micro_batch import MicroBatch, first_batch, level, prompt_chunks
-from functions.gateway.scheduling.progress import Chunk, Progress
-from functions.gateway.scheduling.sequence import Prompt, RetryBudget, Sequence
+from functions.gateway.scheduling.sequence import Chunk, Progress, Prompt, RetryBudget, Sequence
 from functions.gateway.scheduling.token_stream import TokenStream
-from functions.gateway.stages.instances import Instance
-from functions.gateway.stages.routes import Route
+from functions.gateway.stages.routes import Instance, Route
 
 
 def sequence(number: int, prompt_tokens: int = 10, *, decoding: bool = False, failures: int = 0, grammar: str = "") -> Sequence:

@@ -5,7 +5,7 @@ import random
 import time
 
 from eventing.wire.events import EventType
-from functions.gateway.stages.instances import Endpoint
+from functions.gateway.stages.routes import Endpoint
 from tests.support.functions.gateway import counted, tokens_of, wait_until
 from tests.support.functions.stage_server import Fault
 from tests.support.functions.watched import prompt, watched

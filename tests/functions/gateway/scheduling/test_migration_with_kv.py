@@ -10,8 +10,7 @@ import pytest
 
 from eventing.wire.events import Sampling
 from functions.gateway.scheduling.scheduler import Scheduler
-from functions.gateway.stages.instances import Endpoint
-from functions.gateway.stages.routes import Placement
+from functions.gateway.stages.routes import Endpoint, Placement
 from functions.stage.kv import peer_tier
 from tests.support.functions.gateway import nothing_left, scheduling, submit, tokens_of, wait_until
 from tests.support.functions.kv_stages import native_stage

@@ -5,7 +5,7 @@ import threading
 from eventing.wire.events import EventType
 from functions.gateway.scheduling.pipeline_status import InstanceStatus
 from functions.gateway.scheduling.scheduler import Scheduler
-from functions.gateway.stages.instances import Endpoint
+from functions.gateway.stages.routes import Endpoint
 from tests.support.functions.gateway import counted, scheduling, submit, tokens_of, wait_until
 from tests.support.functions.stage_server import counting_stages, inspecting, is_type
 from tests.support.functions.watched import watched

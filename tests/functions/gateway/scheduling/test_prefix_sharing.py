@@ -10,8 +10,7 @@ from eventing.wire.events import EventType, Sampling
 from eventing.wire.prefix_chain import BLOCK_TOKENS
 from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.scheduling.token_stream import TokenStream
-from functions.gateway.stages.instances import Endpoint
-from functions.gateway.stages.routes import Placement
+from functions.gateway.stages.routes import Endpoint, Placement
 from tests.support.functions.gateway import nothing_left, scheduling, submit, tokens_of, wait_until
 from tests.support.functions.kv_stages import native_stage
 from tests.support.functions.stage_server import StageServer, counting_stages, running

@@ -5,7 +5,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from functions.gateway.scheduling.progress import Chunk, Progress
+from functions.gateway.scheduling.sequence import Chunk, Progress
 
 BLOCK_TOKENS = 3
 

@@ -9,8 +9,7 @@ from eventing.wire.control import WarmupReply
 from eventing.wire.events import EventType
 from functions.gateway.scheduling import wake_up
 from functions.gateway.scheduling.wake_up import WakeUps
-from functions.gateway.stages.instances import Endpoint
-from functions.gateway.stages.routes import Placement
+from functions.gateway.stages.routes import Endpoint, Placement
 from tests.support.functions.gateway import counted, scheduling, submit, tokens_of, wait_until
 from tests.support.functions.stage_server import StageServer, counting_stages, inspecting, is_type
 from tests.support.functions.watched import watched

@@ -18,7 +18,7 @@ from eventing.wire.events import Attribute, Batch, EventType, Row, Status
 from eventing.wire.framing import expiry_time, integer_attribute
 from functions.gateway.stages.client import PipelineIdentity, StageClient
 from functions.gateway.stages.failures import StageFailed
-from functions.gateway.stages.instances import Instance
+from functions.gateway.stages.routes import Instance
 from tests.support.http_server import Exchange, Server, serving, unused_port
 
 IDS = ["a", "b"]

@@ -13,8 +13,8 @@ import pytest
 from eventing.http.pod_network import PodNetwork
 from functions.gateway.stages.endpoint_slices import SILENCE_SECONDS, WATCH_SECONDS, KubernetesAPI
 from functions.gateway.stages.endpoints import EndpointsWatch, service_name
-from functions.gateway.stages.instances import Endpoint
 from functions.gateway.stages.readiness import OnChange
+from functions.gateway.stages.routes import Endpoint
 from tests.support.functions.gateway import wait_until
 from tests.support.knative.kubernetes_watch import WatchServer
 

@@ -2,13 +2,13 @@
 
 import pytest
 
-from functions.gateway.stages import instances
-from functions.gateway.stages.instances import InFlight
+from functions.gateway.stages import routes
+from functions.gateway.stages.routes import InFlight
 
 
 def test_event_seconds_add_up_over_events_that_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(instances.time, "monotonic", lambda: now)
+    monkeypatch.setattr(routes.time, "monotonic", lambda: now)
     instance = InFlight()
     now = 101.0
     with instance:

@@ -7,8 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from functions.gateway.stages.instances import Endpoint
 from functions.gateway.stages.readiness import EarlyReadiness
+from functions.gateway.stages.routes import Endpoint
 from tests.support.functions.gateway import wait_until
 
 

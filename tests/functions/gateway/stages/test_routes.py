@@ -5,8 +5,7 @@ import time
 import pytest
 
 from functions.gateway.stages import routes
-from functions.gateway.stages.instances import Endpoint, Instance, Turnstile
-from functions.gateway.stages.routes import Placement
+from functions.gateway.stages.routes import Endpoint, Instance, Placement, Turnstile
 
 SERVICES = ["http://stage-0", "http://stage-1"]
 

@@ -11,7 +11,7 @@ from eventing.wire.batch_codec import decode_batch, encode_batch
 from eventing.wire.events import Batch, Row, Status
 from functions.gateway.stages.client import ForwardReply, ReplyOrigin, Trip, walk
 from functions.gateway.stages.failures import StageFailed
-from functions.gateway.stages.instances import Instance
+from functions.gateway.stages.routes import Instance
 
 IDS = ("a", "b", "c")
 BATCH = Batch(tuple(Row(id_, 0, 5, 1) for id_ in IDS), memoryview(array("i", [1, 2, 3])))

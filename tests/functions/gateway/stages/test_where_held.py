@@ -1,8 +1,7 @@
 """The memory of prefix locations: found by a sequence's beginning, bounded, and weighed against load."""
 
 from eventing.wire.prefix_chain import BLOCK_TOKENS, chain_key, extended
-from functions.gateway.stages.instances import Endpoint, Instance
-from functions.gateway.stages.routes import TOKENS_OF_A_ROUTE, Placement
+from functions.gateway.stages.routes import TOKENS_OF_A_ROUTE, Endpoint, Instance, Placement
 from functions.gateway.stages.where_held import MAX_DIGESTS, NOTHING, Held, WhereHeld
 
 KEY = chain_key("0" * 32, "")
