@@ -106,11 +106,6 @@ def _plain_headers(event: CloudEvent) -> dict[str, str] | None:
     return headers
 
 
-def _check_version(version: object) -> None:
-    if version != "1.0":
-        raise MalformedEvent(f"the attribute specversion is {_shown(version)}, served is 1.0")
-
-
 class _PassThrough(JSONFormat):
     """Event data as bytes, in whatever form they come, and JSON read strictly."""
 
@@ -122,7 +117,8 @@ class _PassThrough(JSONFormat):
 
     def read(self, event_factory: EventFactory | None, data: Any) -> BaseCloudEvent:
         members = _json_object(data)
-        _check_version(members.get("specversion"))
+        if members.get("specversion") != "1.0":
+            raise MalformedEvent(f"the attribute specversion is {_shown(members.get('specversion'))}, served is 1.0")
         content = _structured_data(members)
         for name in REQUIRED:
             if not members.get(name):
@@ -193,26 +189,18 @@ def _structured_data(members: dict[str, Any]) -> bytes | None:
         return None
     members["datacontenttype"] = content_type
     if encoded is not None:
-        return _from_base64(encoded)
+        try:
+            return base64.b64decode(cast("str", encoded), validate=True)
+        except (ValueError, TypeError) as error:
+            raise MalformedEvent(f"data_base64 is not base64: {error}") from error
     if isinstance(content_type, str) and not is_json(content_type):
         if not isinstance(data, str):
             raise MalformedEvent(f"data of {content_type} must be a JSON string, or travel as data_base64")
         return data.encode("utf-8", "surrogatepass")
-    return _written(data)
-
-
-def _written(data: object) -> bytes:
     try:
         return json.dumps(data).encode()
     except RecursionError as error:  # Writing takes a little more of the stack than reading did.
         raise MalformedEvent("the data is JSON that is nested too deeply") from error
-
-
-def _from_base64(encoded: object) -> bytes:
-    try:
-        return base64.b64decode(cast("str", encoded), validate=True)
-    except (ValueError, TypeError) as error:
-        raise MalformedEvent(f"data_base64 is not base64: {error}") from error
 
 
 def _attribute(name: str, value: object) -> str | datetime:

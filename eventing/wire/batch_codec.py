@@ -107,10 +107,9 @@ def select_rows(batch: Batch, keep: Sequence[int]) -> Batch:
 def _tensor_header(hidden: Tensor | None, tokens: int) -> tuple[bytes, int]:
     if hidden is None:
         return _NO_DTYPE, 0
-    _check_dtype(hidden.dtype)
     if len(hidden.shape) != 2 or hidden.shape[0] != tokens:
         raise MalformedEvent(f"the tensor has shape {list(hidden.shape)}, wanted is [{tokens}, hidden_size]")
-    _check_hidden_size(hidden.shape[1])
+    _check_tensor(hidden.dtype, hidden.shape[1])
     expected = tokens * row_bytes(hidden.dtype, hidden.shape[1])
     if hidden.data.nbytes != expected:
         shape = f"{hidden.dtype} {list(hidden.shape)}"
@@ -133,8 +132,7 @@ def _read_header(view: memoryview) -> tuple[int, int, int, str, int]:
             raise MalformedEvent(f"hidden_size is {hidden_size} although there is no tensor")
         return rows, tokens, table_bytes, "", 0
     name = dtype.decode("ascii", "backslashreplace").rstrip("\0")
-    _check_dtype(name)
-    _check_hidden_size(hidden_size)
+    _check_tensor(name, hidden_size)
     return rows, tokens, table_bytes, name, hidden_size
 
 
@@ -171,12 +169,9 @@ def _check_rows(rows: Sequence[Row], expected_rows: int, tokens: int) -> None:
         raise MalformedEvent(f"the rows' lengths add up to {total}, there are {tokens} token ids")
 
 
-def _check_dtype(name: str) -> None:
-    if name not in ITEM_BYTES:
-        raise MalformedEvent(f"the tensor has dtype {name!r}, served are {', '.join(ITEM_BYTES)}")
-
-
-def _check_hidden_size(hidden_size: int) -> None:
+def _check_tensor(dtype: str, hidden_size: int) -> None:
+    if dtype not in ITEM_BYTES:
+        raise MalformedEvent(f"the tensor has dtype {dtype!r}, served are {', '.join(ITEM_BYTES)}")
     if not 1 <= hidden_size <= MAX_HIDDEN_SIZE:
         raise MalformedEvent(f"hidden_size is {hidden_size}, it must be 1 to {MAX_HIDDEN_SIZE}")
 

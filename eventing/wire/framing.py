@@ -7,6 +7,7 @@ into a dictionary. CloudEvents 1.0.2 with its HTTP protocol binding, as in `even
 import hashlib
 import os
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
@@ -17,7 +18,6 @@ import msgspec
 from eventing.problems import EventExpired, MalformedEvent, UnsupportedMediaType
 from eventing.wire.batch_codec import decode_batch
 from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch
-from eventing.wire.typed_json import decode_json
 
 JSON_CONTENT_TYPE: Final = "application/json"
 REQUIRED: Final = ("specversion", "id", "source", "type")
@@ -27,6 +27,9 @@ MAX_VALUE_LENGTH: Final = 4096
 
 Buffer = bytes | memoryview
 T = TypeVar("T")
+
+_making: Final = threading.Lock()
+_decoders: Final[dict[type, msgspec.json.Decoder[Any]]] = {}
 
 NAME: Final = re.compile(rf"[a-z0-9]{{1,{MAX_NAME_LENGTH}}}")
 # What no attribute may contain (CloudEvents 1.0.2, section 3.1), and U+FFFD, which stands for bytes that were not UTF-8.
@@ -166,6 +169,21 @@ def read_json(attributes: Mapping[str, Any], data: Buffer, type: type[T]) -> T:
         return decode_json(data, type)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedEvent(f"the data of {attributes['type']}: {error}") from error
+
+
+def decode_json(data: bytes | memoryview, type_: type[T]) -> T:
+    """Decodes JSON into structs. Raises msgspec.DecodeError, UnicodeDecodeError and RecursionError.
+
+    msgspec 0.22 prepares a struct's fields when it is first decoded, and may run Python code meanwhile. Another thread that
+    decodes the same struct then reads a half-filled table, and the process ends with SIGSEGV. So decoders are made here, one
+    at a time.
+    """
+    decoder = _decoders.get(type_)
+    if decoder is None:
+        with _making:
+            decoder = _decoders.setdefault(type_, msgspec.json.Decoder(type_))
+    decoded: T = decoder.decode(data)
+    return decoded
 
 
 def read_batch(attributes: Mapping[str, Any], data: Buffer) -> Batch:

@@ -6,7 +6,7 @@ import msgspec
 
 from eventing.problems import MalformedEvent
 from eventing.wire.faults import find_fault
-from eventing.wire.typed_json import decode_json
+from eventing.wire.framing import decode_json
 
 T = TypeVar("T")
 

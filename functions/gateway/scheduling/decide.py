@@ -22,7 +22,9 @@ def decide(state: SchedulerState, now: float) -> list[Action]:
     state.expire(now)
     if state.waiting.backing_off:
         state.waiting.resume(now)
-    close_empty_micro_batches(state)
+    for batch in [batch for batch in state.micro_batches if not batch.sequences and not batch.decoding]:
+        batch.route.close()
+        state.micro_batches.remove(batch)
     actions: list[Action] = [*migrate(state, now)]
     if not state.micro_batches or now >= state.leases.renew_at:
         used = [instance for batch in state.micro_batches for instance in batch.route.instances]
@@ -62,12 +64,6 @@ def next_due(state: SchedulerState, now: float) -> float:
         due.append(state.leases.renew_at)
     due.append(state.placement.next_resumption(now))
     return min([moment for moment in due if moment > now], default=math.inf)
-
-
-def close_empty_micro_batches(state: SchedulerState) -> None:
-    for batch in [batch for batch in state.micro_batches if not batch.sequences and not batch.decoding]:
-        batch.route.close()
-        state.micro_batches.remove(batch)
 
 
 # Micro-batches migrate to other instances: at once from instances that leave, and one at a time for balance.

@@ -7,6 +7,7 @@ There is a thread for each event in flight rather than an event loop: `eventing.
 CPU for a request than an asyncio client, and a hop's time is spent waiting in a system call.
 """
 
+import copy
 import logging
 import math
 import secrets
@@ -169,7 +170,7 @@ class Scheduler:
     def stats(self) -> Stats:
         with self._changed:
             state = self._state
-            stats = state.stats.snapshot()
+            stats = copy.deepcopy(state.stats)
             stats.waiting, stats.running = len(state.waiting), state.running
             stats.micro_batches, stats.trips = len(state.micro_batches), len(state.steps)
             stats.memory_backlog, stats.wake_ups = len(state.waiting.backlog.sequences), state.wake_ups.rounds

@@ -1,6 +1,5 @@
 """What the scheduler counts and measures: how long steps take at each stage, and what became of sequences."""
 
-import copy
 import math
 import time
 from bisect import bisect_left
@@ -141,6 +140,3 @@ class Stats:
         exchange = sum(stage.exchange_seconds for stage in self.stages)
         rows = max(0.0, self.steps_seconds - hops - self.deciding_seconds)
         return {"exchange": exchange, "events": hops - exchange, "deciding": self.deciding_seconds, "rows": rows}
-
-    def snapshot(self) -> "Stats":
-        return copy.deepcopy(self)

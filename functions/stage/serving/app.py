@@ -21,12 +21,15 @@ from functions.stage.serving.handlers import EventHandlers
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
+    from flask import Flask
 
     from functions.stage.engine.engine import PassStatistics
     from functions.stage.engine.kv_tiers import Reuse
-    from functions.stage.serving.refusals import Refusals
 
 MAX_EVENT_BYTES: Final = 2**28  # a chunk of 512 tokens of the widest published models takes 32 MiB in fp32
+# Keys of the WSGI environment of a refused event.
+ERROR: Final = "lamina.error"  # the exception
+EVENT_TYPE: Final = "lamina.event_type"  # label in metrics
 _SIGNATURE: Final = f"HTTP_CE_{Attribute.SIGNATURE.upper()}"
 
 EVENT_TYPES: Final = (EventType.FORWARD, EventType.WARMUP, EventType.RESERVE, EventType.RELEASE, KV_PATH, "unknown", "unread")
@@ -57,7 +60,7 @@ class StageApp:
         if path == KV_PATH and method == "GET":
             return self._hand_over(environ, start_response)
         if path != "/" or method != "POST":
-            return self._refusals(environ, start_response)
+            return self._refusing_app(environ, start_response)
         type_ = "unread"
         with self._lock:
             self._in_flight += 1
@@ -66,7 +69,7 @@ class StageApp:
             type_ = attributes["type"] if attributes["type"] in self._handlers.table else "unknown"
             reply = self._handlers.answer(attributes, data)
         except Exception as error:  # noqa: BLE001 - Flask's error handlers make a reply of it
-            return self._refusals.refuse(environ, start_response, error, type_)
+            return self._refuse(environ, start_response, error, type_)
         finally:
             with self._lock:
                 self._in_flight -= 1
@@ -86,7 +89,7 @@ class StageApp:
             _check_token(environ.get("HTTP_AUTHORIZATION", ""), self._pipeline_tokens)
             found = self._handlers.hand_over(environ.get("QUERY_STRING", ""))
         except Exception as error:  # noqa: BLE001 - Flask's error handlers make a reply of it
-            return self._refusals.refuse(environ, start_response, error, KV_PATH)
+            return self._refuse(environ, start_response, error, KV_PATH)
         if found is None:
             start_response("204 No Content", [])
             return ()
@@ -96,12 +99,19 @@ class StageApp:
         start_response("200 OK", [("Content-Type", "application/octet-stream"), length, (HELD_HEADER, str(held))])
         return (bytes(data),)
 
-    @cached_property
-    def _refusals(self) -> "Refusals":
-        """Made at the first refusal: Flask is a third of a native stage's imports, and a start needs none of it."""
-        from functions.stage.serving.refusals import Refusals
+    def _refuse(
+        self, environ: "WSGIEnvironment", start_response: "StartResponse", error: Exception, type_: str
+    ) -> Iterable[bytes]:
+        """Answers an event with its error. type_: label in metrics."""
+        environ[ERROR], environ[EVENT_TYPE] = error, type_
+        return self._refusing_app(environ, start_response)
 
-        return Refusals(self._metrics, MAX_EVENT_BYTES)
+    @cached_property
+    def _refusing_app(self) -> "Flask":
+        """Made at the first refusal: Flask is a third of a native stage's imports, and a start needs none of it."""
+        from functions.stage.serving.refusals import refusing_app
+
+        return refusing_app(self._metrics)
 
     def _read_event(self, environ: "WSGIEnvironment") -> tuple[Mapping[str, Any], Buffer]:
         """Attributes and data of an event whose sender is known by its bearer token or by the event's signature.

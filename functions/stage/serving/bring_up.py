@@ -26,7 +26,6 @@ from storage.store.object_reader import ObjectReader
 if TYPE_CHECKING:
     from functions.stage.engine.engine import Engine
     from functions.stage.kv.build import Tiers
-    from functions.stage.models.build import GroupChoice
     from functions.stage.models.layer_group import LayerGroup
     from storage.loading.weight_loader import RawTensor
 
@@ -101,8 +100,16 @@ def open_model(config: StageConfig, start_up: StartUp, metrics: StageMetrics) ->
             weights = sum(manifest.objects[name].bytes for name in stage_objects(manifest, *config.layers))
             time.sleep(weights / config.sleep_bytes_per_second)
         return ArrivingModel(model_config, iter(()))
+
+    def loaded(progress: LoadProgress) -> None:
+        start_up.mark("first_byte")
+        metrics.loaded_bytes.set(progress.done_bytes)
+        metrics.weights_bytes.set(progress.total_bytes)
+        if progress.done_bytes == progress.total_bytes:
+            start_up.mark("last_byte")
+
     cache = WeightCache(Path(config.weights_cache), config.weights_cache_bytes) if config.weights_cache else None
-    objects = iterate_layers(reader, manifest, *config.layers, cache=cache, on_progress=_Progress(start_up, metrics))
+    objects = iterate_layers(reader, manifest, *config.layers, cache=cache, on_progress=loaded)
     return ArrivingModel(model_config, objects)
 
 
@@ -146,7 +153,7 @@ def _layer_group(config: StageConfig, opening: "Future[ArrivingModel]", threads:
 
 
 def _built(config: StageConfig, opening: "Future[ArrivingModel]", threads: int, start_up: StartUp) -> "LayerGroup":
-    from functions.stage.models.build import Kind, build_layer_group, choose, import_group
+    from functions.stage.models.build import Kind, build_layer_group, choose, empty_group, import_group
 
     model = opening.result()
     kind: Kind = config.layer_group  # type: ignore[assignment]  # the parser allows nothing else
@@ -155,7 +162,13 @@ def _built(config: StageConfig, opening: "Future[ArrivingModel]", threads: int, 
         import_group(choice)
     start_up.mark("import")
     if choice.kind in ("native", "llama"):
-        return _placed_as_it_comes(config, choice, model, start_up)
+        # Packs each layer as it arrives, so that memory holds little more than the weights.
+        group = empty_group(choice, model.config, *config.layers, config.dtype, config.kv_cache_bytes)
+        for loaded in model.objects:
+            group.place(loaded.tensors)
+        start_up.mark("last_byte")
+        group.finish()
+        return group
     tensors: dict[str, RawTensor] = {}
     for loaded in model.objects:
         tensors |= loaded.tensors
@@ -170,30 +183,3 @@ def _built(config: StageConfig, opening: "Future[ArrivingModel]", threads: int, 
         config.kv_cache_bytes,
         config.sleep_pass_times or PassTimes(fixed_seconds=config.sleep_seconds),
     )
-
-
-def _placed_as_it_comes(config: StageConfig, choice: "GroupChoice", model: ArrivingModel, start_up: StartUp) -> "LayerGroup":
-    """Packs each layer as it arrives, so that memory holds little more than the weights."""
-    from functions.stage.models.build import empty_group
-
-    group = empty_group(choice, model.config, *config.layers, config.dtype, config.kv_cache_bytes)
-    for loaded in model.objects:
-        group.place(loaded.tensors)
-    start_up.mark("last_byte")
-    group.finish()
-    return group
-
-
-class _Progress:
-    """Reports loading to start-up phases and metrics; the loader itself logs it."""
-
-    def __init__(self, start_up: StartUp, metrics: StageMetrics) -> None:
-        self._start_up = start_up
-        self._metrics = metrics
-
-    def __call__(self, progress: LoadProgress) -> None:
-        self._start_up.mark("first_byte")
-        self._metrics.loaded_bytes.set(progress.done_bytes)
-        self._metrics.weights_bytes.set(progress.total_bytes)
-        if progress.done_bytes == progress.total_bytes:
-            self._start_up.mark("last_byte")

@@ -25,7 +25,7 @@ from eventing.wire.control import (
     WarmupReply,
     WarmupRequest,
 )
-from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType, Row, Status
+from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType, Status
 from eventing.wire.framing import (
     JSON_CONTENT_TYPE,
     Buffer,
@@ -239,7 +239,9 @@ class Scorer:
         self._identity.check_layer(integer_attribute(event.get_attributes(), Attribute.LAYER))
         required_attribute(event.get_attributes(), Attribute.EXPIRY_TIME)  # what follows is signed, too
         engine = self._engines.engine()
-        batch = _one_text(self._claims.redeem(event))
+        batch = batch_data(self._claims.redeem(event))
+        if len(batch.rows) != 1 or len(batch.token_ids) < 2:
+            raise MalformedEvent(f"{len(batch.rows)} rows with {len(batch.token_ids)} tokens; send one text at a time")
         reply = self._run(engine, batch, event)
         return self._claims.check_in(self._reply(event, batch, reply, engine.free_tokens), datetime.now(UTC))
 
@@ -255,7 +257,11 @@ class Scorer:
             )
         finally:
             engine.release([ReleaseRow(own.id, own.attempt)], source=self._source)
-        _check_status(reply.rows[0])
+        row = reply.rows[0]
+        if row.status is Status.INVALID:
+            raise InvalidRequest(row.reason or "the text cannot be scored")
+        if row.status is not Status.OK:
+            raise NotReady(f"the text was not scored now: {row.status}, {row.reason or 'no reason given'}")
         return reply
 
     def _reply(self, cause: CloudEvent, asked: Batch, reply: Batch, free_tokens: int) -> CloudEvent:
@@ -267,27 +273,10 @@ class Scorer:
             **{name: cause.get_extension(name) for name in (Attribute.EXPIRY_TIME, Attribute.TRACEPARENT)},
         }
         if self._identity.is_last_stage:
-            return json_event(EventType.SCORE_RESPONSE, source, _response(asked, reply), id=id_, **attributes)
+            result = reply.rows[0].result
+            logprobs = () if result is None else result.logprobs or ()
+            response = ScoreResponse(tuple(asked.token_ids), logprobs, sum(logprobs))
+            return json_event(EventType.SCORE_RESPONSE, source, response, id=id_, **attributes)
         attributes[Attribute.LAYER] = self._identity.last
         onward = msgspec.structs.replace(reply, rows=asked.rows)
         return sign(batch_event(EventType.FORWARD, source, onward, id=id_, **attributes), self._token)
-
-
-def _one_text(event: CloudEvent) -> Batch:
-    batch = batch_data(event)
-    if len(batch.rows) != 1 or len(batch.token_ids) < 2:
-        raise MalformedEvent(f"{len(batch.rows)} rows with {len(batch.token_ids)} tokens; send one text at a time")
-    return batch
-
-
-def _check_status(row: Row) -> None:
-    if row.status is Status.INVALID:
-        raise InvalidRequest(row.reason or "the text cannot be scored")
-    if row.status is not Status.OK:
-        raise NotReady(f"the text was not scored now: {row.status}, {row.reason or 'no reason given'}")
-
-
-def _response(asked: Batch, reply: Batch) -> ScoreResponse:
-    result = reply.rows[0].result
-    logprobs = () if result is None else result.logprobs or ()
-    return ScoreResponse(tuple(asked.token_ids), logprobs, sum(logprobs))

@@ -9,7 +9,7 @@ from tests.support.paths import ROOT
 RACE: Final = """
 import sys, threading
 import msgspec
-from eventing.wire.typed_json import decode_json
+from eventing.wire.framing import decode_json
 
 def struct(**fields):
     return type(msgspec.Struct)("S", (msgspec.Struct,), {"__annotations__": fields, **dict.fromkeys(fields)})
