@@ -4,7 +4,7 @@ import hmac
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 MAX_EVENT_BYTES: Final = 2**28  # a chunk of 512 tokens of the widest published models takes 32 MiB in fp32
 # Keys of the WSGI environment of a refused event.
-ERROR: Final = "lamina.error"  # the exception
-EVENT_TYPE: Final = "lamina.event_type"  # label in metrics
+_ERROR: Final = "lamina.error"  # the exception
+_EVENT_TYPE: Final = "lamina.event_type"  # label in metrics
 _SIGNATURE: Final = f"HTTP_CE_{Attribute.SIGNATURE.upper()}"
 
 EVENT_TYPES: Final = (EventType.FORWARD, EventType.WARMUP, EventType.RESERVE, EventType.RELEASE, KV_PATH, "unknown", "unread")
@@ -103,15 +103,35 @@ class StageApp:
         self, environ: "WSGIEnvironment", start_response: "StartResponse", error: Exception, type_: str
     ) -> Iterable[bytes]:
         """Answers an event with its error. type_: label in metrics."""
-        environ[ERROR], environ[EVENT_TYPE] = error, type_
+        environ[_ERROR], environ[_EVENT_TYPE] = error, type_
         return self._refusing_app(environ, start_response)
 
     @cached_property
     def _refusing_app(self) -> "Flask":
-        """Made at the first refusal: Flask is a third of a native stage's imports, and a start needs none of it."""
-        from functions.stage.serving.refusals import refusing_app
+        """Refuses every request: an event with the error in its environment, any other as not served.
 
-        return refusing_app(self._metrics)
+        Made at the first refusal: Flask is a third of a native stage's imports, and a start needs none of it.
+        """
+        from flask import Flask, Response, request
+
+        from functions.hosting.web import add_problem_handlers
+
+        app = Flask("stage", static_folder=None)
+        app.config["MAX_CONTENT_LENGTH"] = MAX_EVENT_BYTES
+        add_problem_handlers(app)
+
+        @app.post("/")
+        @app.get(KV_PATH)
+        def raise_error() -> NoReturn:
+            raise request.environ[_ERROR]
+
+        @app.after_request
+        def count(response: Response) -> Response:
+            if _EVENT_TYPE in request.environ:
+                self._metrics.events.labels(request.environ[_EVENT_TYPE], str(response.status_code)).inc()
+            return response
+
+        return app
 
     def _read_event(self, environ: "WSGIEnvironment") -> tuple[Mapping[str, Any], Buffer]:
         """Attributes and data of an event whose sender is known by its bearer token or by the event's signature.
