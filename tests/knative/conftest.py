@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.knative.kubernetes_api import EVENTING, KubernetesApi
-from tests.support.knative.manifests import resource, secret
+from tests.support.knative.manifests import objects, resource, secret
 from tests.support.knative.site import Site
 
 
@@ -17,6 +17,13 @@ def site(tmp_path: Path) -> Iterator[Site]:
     api.put(secret("lamina-store", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"))
     yield Site(api, tmp_path / "kubeconfig")
     api.close()
+
+
+@pytest.fixture
+def serving(site: Site) -> Site:
+    """The pipeline of `objects()` is deployed."""
+    site.deployer.deploy(objects())
+    return site
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from knative.spec.pipeline_spec import EventingSpec, GatewaySpec
 from storage.models.model_repository import read_file
 from storage.models.publisher import publish
 from storage.store.object_store import ObjectStore
-from tests.support.knative.cluster_scenario import (
+from tests.support.knative.real_cluster import (
     INSTANCE,
     MAX_TOKENS,
     MODEL,
@@ -41,11 +41,8 @@ from tests.support.knative.cluster_scenario import (
     PROMPTS,
     SERVICE,
     STAGES,
-    Scenario,
-    store_secret,
-)
-from tests.support.knative.real_cluster import (
     Probe,
+    Scenario,
     as_deployer,
     drain,
     kill,
@@ -53,6 +50,7 @@ from tests.support.knative.real_cluster import (
     namespace,
     pods,
     settings,
+    store_secret,
     wait_until,
 )
 from tests.support.paths import ROOT

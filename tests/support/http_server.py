@@ -26,6 +26,8 @@ class Exchange(BaseHTTPRequestHandler):
         self.server.requests.append(self)
         self.server.respond(self)
 
+    do_GET = do_POST
+
     def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
         """Header names with `_` for `-`."""
         self.send_response(status)

@@ -30,11 +30,10 @@ def test_requests_are_split_between_two_gateways_with_stages_of_their_own(site: 
     assert list(warnings(site.api.objects[GATEWAY] | {"metadata": {"name": "chat"}})) == []
 
 
-def test_a_second_canary_deploy_changes_the_share(site: Site) -> None:
-    site.deployer.deploy(objects())
-    site.deployer.canary(other(), 10)
-    site.deployer.canary(other(), 50)
-    assert routed(site) == {"chat-00001": 50, "chat-00002": 50}
+def test_a_second_canary_deploy_changes_the_share(serving: Site) -> None:
+    serving.deployer.canary(other(), 10)
+    serving.deployer.canary(other(), 50)
+    assert routed(serving) == {"chat-00001": 50, "chat-00002": 50}
 
 
 def test_status_shows_both_revisions_of_the_gateway(site: Site) -> None:
@@ -66,26 +65,24 @@ def test_a_promoted_canary_gets_all_requests_and_the_old_pipeline_is_deleted(sit
     assert site.api.named("services") == names_of(objects())
 
 
-def test_an_aborted_canary_gets_no_request_at_once_and_is_deleted(site: Site) -> None:
+def test_an_aborted_canary_gets_no_request_at_once_and_is_deleted(serving: Site) -> None:
     """No request reaches it while the gateway's old template is rolled out again."""
-    site.deployer.deploy(objects())
-    site.deployer.canary(other(), 10)
+    serving.deployer.canary(other(), 10)
     seen: list[dict[str, int]] = []
-    site.api.on_change = lambda key: seen.append(routed(site)) if key == GATEWAY else None
-    site.deployer.abort("chat")
+    serving.api.on_change = lambda key: seen.append(routed(serving)) if key == GATEWAY else None
+    serving.deployer.abort("chat")
     first = seen.index({"chat-00001": 100})
     assert all("chat-00002" not in each for each in seen[first:])
-    assert site.api.objects[GATEWAY]["spec"]["traffic"] == ALL
-    assert site.api.named("services") == names_of(objects())
-    assert site.outcomes() == [(1, "served"), (2, "aborted"), (3, "served")]
+    assert serving.api.objects[GATEWAY]["spec"]["traffic"] == ALL
+    assert serving.api.named("services") == names_of(objects())
+    assert serving.outcomes() == [(1, "served"), (2, "aborted"), (3, "served")]
 
 
-def test_a_rollback_aborts_the_canary(site: Site) -> None:
-    site.deployer.deploy(objects())
-    site.deployer.canary(other(), 10)
-    site.deployer.rollback("chat")
-    assert site.api.named("services") == names_of(objects())
-    assert site.outcomes() == [(1, "served"), (2, "aborted"), (3, "served")]
+def test_a_rollback_aborts_the_canary(serving: Site) -> None:
+    serving.deployer.canary(other(), 10)
+    serving.deployer.rollback("chat")
+    assert serving.api.named("services") == names_of(objects())
+    assert serving.outcomes() == [(1, "served"), (2, "aborted"), (3, "served")]
 
 
 def test_a_canary_that_fails_gets_no_request(site: Site) -> None:
@@ -130,10 +127,9 @@ def test_eventing_and_network_stay_with_the_serving_pipeline(site: Site) -> None
     assert site.api.named("sequences") == [each["metadata"]["name"] for each in other(**section) if each["kind"] == "Sequence"]
 
 
-def test_fields_of_another_manager_are_a_conflict(site: Site) -> None:
-    site.deployer.deploy(objects())
+def test_fields_of_another_manager_are_a_conflict(serving: Site) -> None:
     path = ("spec", "template", "metadata", "annotations", "autoscaling.knative.dev/max-scale")
-    site.api.edit(GATEWAY, "kubectl-edit", path, "99")
+    serving.api.edit(GATEWAY, "kubectl-edit", path, "99")
     with pytest.raises(FieldConflict, match="kubectl-edit"):
-        site.deployer.canary(other(), 10)
-    assert stage_name(objects(), 0) in site.api.named("services")
+        serving.deployer.canary(other(), 10)
+    assert stage_name(objects(), 0) in serving.api.named("services")

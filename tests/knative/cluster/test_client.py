@@ -8,7 +8,6 @@ import yaml
 
 from knative.cluster.client import Cluster
 from knative.cluster.errors import ClusterUnreachable
-from tests.support.knative.manifests import objects
 from tests.support.knative.site import Site
 from tests.support.storage.storage import answering_every_get_with
 
@@ -43,9 +42,8 @@ def test_a_server_that_is_not_a_kubernetes_api_is_named(site: Site, tmp_path: Pa
             Cluster.connect(str(kubeconfig))
 
 
-def test_logs_are_read_and_followed(site: Site) -> None:
-    site.deployer.deploy(objects())
-    site.api.logs["chat-00001-pod"] = "one\ntwo\n"
-    assert site.cluster.log_tail("default", "chat-00001-pod", "user-container", 10) == ["one", "two"]
-    assert list(site.cluster.follow_log("default", "chat-00001-pod", "user-container", 10)) == ["one", "two"]
-    assert site.cluster.log_tail("default", "unknown", "user-container", 10) == []
+def test_logs_are_read_and_followed(serving: Site) -> None:
+    serving.api.logs["chat-00001-pod"] = "one\ntwo\n"
+    assert serving.cluster.log_tail("default", "chat-00001-pod", "user-container", 10) == ["one", "two"]
+    assert list(serving.cluster.follow_log("default", "chat-00001-pod", "user-container", 10)) == ["one", "two"]
+    assert serving.cluster.log_tail("default", "unknown", "user-container", 10) == []

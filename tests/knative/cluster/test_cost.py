@@ -3,14 +3,13 @@
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 from knative.cluster.cost import NotCounted, usage_from_prometheus, usage_since_start
+from tests.support.http_server import Exchange, serving
 from tests.support.knative.manifests import objects, stage_name
 from tests.support.knative.promql import used_metrics
 from tests.support.knative.site import Site
@@ -19,38 +18,25 @@ NOW = datetime(2026, 1, 1, 0, 10, tzinfo=UTC)  # ten minutes after the start of 
 
 
 class Prometheus:
-    """Answers every query_range with the same series, and records the query."""
+    """Answers every query_range with the same series."""
 
     def __init__(self) -> None:
+        self.url = ""
         self.series: list[dict[str, Any]] = []
-        self.seen: dict[str, list[str]] = {}
-        outer = self
+        self.seen: dict[str, list[str]] = {}  # the newest query
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                outer.seen = parse_qs(urlsplit(self.path).query)
-                body = json.dumps({"status": "success", "data": {"resultType": "matrix", "result": outer.series}}).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *_: object) -> None:
-                """Tests are silent."""
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+    def respond(self, exchange: Exchange) -> None:
+        self.seen = parse_qs(urlsplit(exchange.path).query)
+        found = {"status": "success", "data": {"resultType": "matrix", "result": self.series}}
+        exchange.answer(200, json.dumps(found).encode())
 
 
 @pytest.fixture
 def prometheus() -> Iterator[Prometheus]:
     found = Prometheus()
-    thread = Thread(target=found.server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield found
-    found.server.shutdown()
-    found.server.server_close()
-    thread.join()
+    with serving(found.respond) as server:
+        found.url = server.url.rstrip("/")
+        yield found
 
 
 def test_running_pods_count_since_their_start(site: Site) -> None:
@@ -67,14 +53,13 @@ def test_running_pods_count_since_their_start(site: Site) -> None:
     assert usage["chat-00001"].seconds_of("nvidia.com/gpu") == 0
 
 
-def test_counts_of_a_prometheus_are_added_up(site: Site, prometheus: Prometheus) -> None:
-    site.deployer.deploy(objects())
+def test_counts_of_a_prometheus_are_added_up(serving: Site, prometheus: Prometheus) -> None:
     labels = {"kn_service_name": "chat", "k8s_namespace_name": "default"}
     prometheus.series = [
         {"metric": {**labels, "kn_revision_name": "chat-00001"}, "values": [[0, "1"], [15, "3"], [30, "0"]]},
         {"metric": {**labels, "kn_revision_name": "chat-00000"}, "values": [[0, "2"]]},
     ]
-    usage = usage_from_prometheus(site.cluster, "default", "chat", prometheus.url, 3600, 7200.0)
+    usage = usage_from_prometheus(serving.cluster, "default", "chat", prometheus.url, 3600, 7200.0)
     assert [(each.revision, each.replica_seconds) for each in usage] == [("chat-00000", 30.0), ("chat-00001", 60.0)]
     assert usage[0].seconds_of("memory") is None, "the revision is gone, so its requests are unknown"
     assert usage[1].seconds_of("memory") == 60 * 512 * 2**20
@@ -83,10 +68,9 @@ def test_counts_of_a_prometheus_are_added_up(site: Site, prometheus: Prometheus)
     assert (metric.metric, metric.labels) == ("kn_revision_pods_count", {"k8s_namespace_name", "kn_service_name"})
 
 
-def test_a_long_window_has_longer_steps(site: Site, prometheus: Prometheus) -> None:
-    site.deployer.deploy(objects())
+def test_a_long_window_has_longer_steps(serving: Site, prometheus: Prometheus) -> None:
     prometheus.series = [{"metric": {}, "values": [[0, "1"]]}]
-    (usage,) = usage_from_prometheus(site.cluster, "default", "chat", prometheus.url, 30 * 86_400.0, 1e9)
+    (usage,) = usage_from_prometheus(serving.cluster, "default", "chat", prometheus.url, 30 * 86_400.0, 1e9)
     assert usage.replica_seconds == pytest.approx(259.2)
 
 

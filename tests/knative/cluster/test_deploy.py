@@ -22,12 +22,11 @@ def test_stages_come_before_the_gateway_whose_url_is_returned(site: Site) -> Non
     assert any("version 1" in line for line in site.said)
 
 
-def test_a_second_deploy_changes_nothing(site: Site) -> None:
-    site.deployer.deploy(objects())
-    before = {key: each["metadata"].get("generation") for key, each in site.api.objects.items()}
-    site.deployer.deploy(objects())
-    assert {key: each["metadata"].get("generation") for key, each in site.api.objects.items()} == before
-    assert [version.number for version in site.history.versions()] == [1]
+def test_a_second_deploy_changes_nothing(serving: Site) -> None:
+    before = {key: each["metadata"].get("generation") for key, each in serving.api.objects.items()}
+    serving.deployer.deploy(objects())
+    assert {key: each["metadata"].get("generation") for key, each in serving.api.objects.items()} == before
+    assert [version.number for version in serving.history.versions()] == [1]
 
 
 def test_old_stages_are_pruned_when_their_sequences_have_ended(site: Site) -> None:
@@ -50,23 +49,21 @@ def test_old_stages_stay_while_an_old_gateway_lives(site: Site) -> None:
     assert any("next deploy prunes" in line for line in site.said)
 
 
-def test_diff_is_the_clusters_own_dry_run(site: Site) -> None:
-    site.deployer.deploy(objects())
-    assert list(site.deployer.diff(objects())) == []
-    before = dict(site.api.objects)
-    lines = list(site.deployer.diff(objects(stage={"kv_cache": "1Gi"})))
+def test_diff_is_the_clusters_own_dry_run(serving: Site) -> None:
+    assert list(serving.deployer.diff(objects())) == []
+    before = dict(serving.api.objects)
+    lines = list(serving.deployer.diff(objects(stage={"kv_cache": "1Gi"})))
     assert any(line.startswith("-") and "536870912" in line for line in lines)
     assert any(line.startswith("+") and "1073741824" in line for line in lines)
-    assert site.api.objects == before
+    assert serving.api.objects == before
 
 
-def test_fields_of_another_manager_are_taken_over_only_by_force(site: Site) -> None:
-    site.deployer.deploy(objects())
-    site.api.edit(GATEWAY, "kubectl-edit", MAX_SCALE, "99")
+def test_fields_of_another_manager_are_taken_over_only_by_force(serving: Site) -> None:
+    serving.api.edit(GATEWAY, "kubectl-edit", MAX_SCALE, "99")
     with pytest.raises(FieldConflict, match=r"kubectl-edit.*max-scale.*--force-conflicts"):
-        site.deployer.deploy(objects())
-    site.deployer.deploy(objects(), force=True)
-    annotations = site.api.objects[GATEWAY]["spec"]["template"]["metadata"]["annotations"]
+        serving.deployer.deploy(objects())
+    serving.deployer.deploy(objects(), force=True)
+    annotations = serving.api.objects[GATEWAY]["spec"]["template"]["metadata"]["annotations"]
     assert annotations["autoscaling.knative.dev/max-scale"] == "3"
 
 
@@ -92,17 +89,16 @@ def test_a_missing_right_to_read_is_reported_and_one_to_write_is_an_error(site: 
         site.deployer.deploy(other())
 
 
-def test_an_object_that_is_being_deleted_is_waited_for(site: Site) -> None:
-    site.deployer.deploy(objects())
+def test_an_object_that_is_being_deleted_is_waited_for(serving: Site) -> None:
     held = {"deletionTimestamp": "2026-01-01T00:00:00Z", "finalizers": ["example.com/hold"]}
-    site.api.put({**site.api.objects[GATEWAY], "metadata": {**site.api.objects[GATEWAY]["metadata"], **held}})
+    serving.api.put({**serving.api.objects[GATEWAY], "metadata": {**serving.api.objects[GATEWAY]["metadata"], **held}})
     with pytest.raises(DeployFailed, match=r"example\.com/hold"):
-        site.deployer.deploy(objects())
-    timer = threading.Timer(0.5, site.api.finish_deletion, [GATEWAY])
+        serving.deployer.deploy(objects())
+    timer = threading.Timer(0.5, serving.api.finish_deletion, [GATEWAY])
     timer.start()
-    site.deployer.deploy(objects())
+    serving.deployer.deploy(objects())
     timer.join()
-    assert any("being deleted" in line for line in site.said)
+    assert any("being deleted" in line for line in serving.said)
 
 
 # -- Eventing ---------------------------------------------------------------------------------------------------------

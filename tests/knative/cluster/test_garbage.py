@@ -21,13 +21,12 @@ def counts(site: Site) -> dict[str, int]:
     return {plural: len(site.api.named(plural)) for plural in PLURALS if site.api.named(plural)}
 
 
-def test_delete_removes_everything_it_made_and_nothing_else(site: Site) -> None:
-    site.deployer.deploy(objects())
-    site.api.put(secret("of-another-owner", "token"))
-    site.api.put(resource("Job", "chat-prune", "batch/v1", labels=OF_CHAT))  # of GitOps
-    assert site.deployer.delete("chat") > 0
-    assert {key[3] for key in site.api.objects} == {"default", "lamina-store", "of-another-owner"}
-    assert site.deployer.delete("chat") == 0
+def test_delete_removes_everything_it_made_and_nothing_else(serving: Site) -> None:
+    serving.api.put(secret("of-another-owner", "token"))
+    serving.api.put(resource("Job", "chat-prune", "batch/v1", labels=OF_CHAT))  # of GitOps
+    assert serving.deployer.delete("chat") > 0
+    assert {key[3] for key in serving.api.objects} == {"default", "lamina-store", "of-another-owner"}
+    assert serving.deployer.delete("chat") == 0
 
 
 @pytest.mark.usefixtures("everything")
@@ -80,29 +79,31 @@ def test_ended_pods_delay_no_deployment(site: Site, phase: str) -> None:
     assert stage_name(old, 0) not in site.api.named("services")
 
 
-def test_the_gateways_account_stays_while_a_pod_runs_as_it(site: Site) -> None:
-    site.deployer.deploy(objects())
+def test_the_gateways_account_stays_while_a_pod_runs_as_it(serving: Site) -> None:
     own = objects(gateway={"service_account": "ours"})
-    site.api.put(resource("ServiceAccount", "ours"))
-    site.api.lingering_gateways = 1000
-    site.deployer.deploy(own)
-    assert site.api.named("serviceaccounts") == ["chat-gateway", "ours"]
-    assert any("stays while a pod runs as chat-gateway" in line for line in site.said)
-    site.api.lingering_gateways = 1
-    site.deployer.deploy(own)
-    assert (site.api.named("serviceaccounts"), site.api.named("roles"), site.api.named("rolebindings")) == (["ours"], [], [])
+    serving.api.put(resource("ServiceAccount", "ours"))
+    serving.api.lingering_gateways = 1000
+    serving.deployer.deploy(own)
+    assert serving.api.named("serviceaccounts") == ["chat-gateway", "ours"]
+    assert any("stays while a pod runs as chat-gateway" in line for line in serving.said)
+    serving.api.lingering_gateways = 1
+    serving.deployer.deploy(own)
+    assert (serving.api.named("serviceaccounts"), serving.api.named("roles"), serving.api.named("rolebindings")) == (
+        ["ours"],
+        [],
+        [],
+    )
 
 
-def test_each_pipeline_has_its_own_token_which_is_created_once(site: Site) -> None:
-    site.deployer.deploy(objects())
-    token = dict(site.api.objects["v1", "secrets", "default", "chat-pipeline"]["data"])
-    site.deployer.deploy(objects(name="draft"))
-    site.deployer.deploy(other())
-    assert site.api.objects["v1", "secrets", "default", "chat-pipeline"]["data"] == token
-    assert "draft-pipeline" in site.api.named("secrets")
-    site.deployer.delete("chat")
-    assert site.api.named("secrets") == ["draft-pipeline", "lamina-store"]
-    assert site.api.named("services") == names_of(objects(name="draft"))
+def test_each_pipeline_has_its_own_token_which_is_created_once(serving: Site) -> None:
+    token = dict(serving.api.objects["v1", "secrets", "default", "chat-pipeline"]["data"])
+    serving.deployer.deploy(objects(name="draft"))
+    serving.deployer.deploy(other())
+    assert serving.api.objects["v1", "secrets", "default", "chat-pipeline"]["data"] == token
+    assert "draft-pipeline" in serving.api.named("secrets")
+    serving.deployer.delete("chat")
+    assert serving.api.named("secrets") == ["draft-pipeline", "lamina-store"]
+    assert serving.api.named("services") == names_of(objects(name="draft"))
 
 
 def test_a_token_that_two_pipelines_share_stays_with_the_second(site: Site) -> None:
@@ -121,8 +122,7 @@ def test_an_existing_token_stays_as_it_is(site: Site) -> None:
     assert "chat-pipeline" in site.api.named("secrets"), "Lamina did not create it"
 
 
-def test_objects_that_may_not_be_listed_stay_and_the_deploy_succeeds(site: Site) -> None:
-    site.deployer.deploy(objects())
-    site.api.forbidden.add(("list", "networkpolicies"))
-    assert site.deployer.deploy(other()) == "http://chat.default.example"
-    assert any(line.startswith("did not look for objects that the spec no longer needs") for line in site.said)
+def test_objects_that_may_not_be_listed_stay_and_the_deploy_succeeds(serving: Site) -> None:
+    serving.api.forbidden.add(("list", "networkpolicies"))
+    assert serving.deployer.deploy(other()) == "http://chat.default.example"
+    assert any(line.startswith("did not look for objects that the spec no longer needs") for line in serving.said)

@@ -10,14 +10,13 @@ from tests.support.knative.manifests import names_of, objects, other, stage_name
 from tests.support.knative.site import Site
 
 
-def test_a_rollback_deploys_the_previous_version_again(site: Site) -> None:
-    site.deployer.deploy(objects())
-    site.deployer.deploy(other())
-    site.deployer.rollback("chat")
-    assert site.api.named("services") == names_of(objects())
-    assert site.outcomes() == [(1, "served"), (2, "served"), (3, "served")]
-    site.deployer.rollback("chat")
-    assert site.api.named("services") == names_of(other())
+def test_a_rollback_deploys_the_previous_version_again(serving: Site) -> None:
+    serving.deployer.deploy(other())
+    serving.deployer.rollback("chat")
+    assert serving.api.named("services") == names_of(objects())
+    assert serving.outcomes() == [(1, "served"), (2, "served"), (3, "served")]
+    serving.deployer.rollback("chat")
+    assert serving.api.named("services") == names_of(other())
 
 
 def test_a_rollback_after_a_failure_keeps_the_serving_version_and_deletes_the_rest(site: Site) -> None:
@@ -74,20 +73,18 @@ def test_the_same_objects_after_a_failure_are_the_same_version(site: Site) -> No
     assert site.outcomes() == [(1, "served")]
 
 
-def test_an_interrupted_deploy_does_not_count_as_served(site: Site) -> None:
-    site.deployer.deploy(objects())
-    site.history.begin(other())  # and then Ctrl-C
-    assert site.outcomes()[-1] == (2, "started")
-    site.deployer.rollback("chat")
-    assert site.api.named("services") == names_of(objects())
+def test_an_interrupted_deploy_does_not_count_as_served(serving: Site) -> None:
+    serving.history.begin(other())  # and then Ctrl-C
+    assert serving.outcomes()[-1] == (2, "started")
+    serving.deployer.rollback("chat")
+    assert serving.api.named("services") == names_of(objects())
 
 
-def test_versions_of_older_releases_without_an_outcome_have_served(site: Site) -> None:
-    site.deployer.deploy(objects())
+def test_versions_of_older_releases_without_an_outcome_have_served(serving: Site) -> None:
     key = ("v1", "configmaps", "default", "chat-v1")
-    del site.api.objects[key]["metadata"]["annotations"]["lamina.dev/outcome"]
-    assert site.outcomes() == [(1, "served")]
-    assert list(yaml.safe_load_all(site.api.objects[key]["data"]["manifests.yaml"])) == objects()
+    del serving.api.objects[key]["metadata"]["annotations"]["lamina.dev/outcome"]
+    assert serving.outcomes() == [(1, "served")]
+    assert list(yaml.safe_load_all(serving.api.objects[key]["data"]["manifests.yaml"])) == objects()
 
 
 def test_a_rollback_without_a_target_names_the_known_versions(site: Site) -> None:

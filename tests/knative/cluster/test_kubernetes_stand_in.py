@@ -37,9 +37,8 @@ def test_a_field_without_a_recorded_verdict_is_an_error(site: Site) -> None:
     assert site.api.unknown.pop() == "a verdict on spec.template.spec.dnsConfig.nameservers.* of chat"
 
 
-def test_objects_have_the_metadata_that_a_server_adds(site: Site) -> None:
-    site.deployer.deploy(objects())
-    gateway = site.api.objects[GATEWAY]
+def test_objects_have_the_metadata_that_a_server_adds(serving: Site) -> None:
+    gateway = serving.api.objects[GATEWAY]
     metadata = gateway["metadata"]
     assert {"uid", "creationTimestamp", "resourceVersion", "generation", "managedFields"} <= metadata.keys()
     (managed,) = metadata["managedFields"]

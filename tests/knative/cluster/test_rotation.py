@@ -58,13 +58,12 @@ def test_no_stage_ever_refuses_a_gateway(site: Site) -> None:
     assert [line for line in site.said if line.startswith("token: state")] == [f"token: state {k} of 3" for k in (1, 2, 3)]
 
 
-def test_every_state_makes_new_pods_and_no_new_version(site: Site) -> None:
-    site.deployer.deploy(objects())
-    site.deployer.rotate_token("chat")
-    assert site.api.objects[GATEWAY]["status"]["latestReadyRevisionName"] == "chat-00004"
-    assert len(site.history.versions()) == 1
-    site.deployer.deploy(objects())
-    assert site.api.objects[GATEWAY]["status"]["latestReadyRevisionName"] == "chat-00004", "another deploy changed something"
+def test_every_state_makes_new_pods_and_no_new_version(serving: Site) -> None:
+    serving.deployer.rotate_token("chat")
+    assert serving.api.objects[GATEWAY]["status"]["latestReadyRevisionName"] == "chat-00004"
+    assert len(serving.history.versions()) == 1
+    serving.deployer.deploy(objects())
+    assert serving.api.objects[GATEWAY]["status"]["latestReadyRevisionName"] == "chat-00004", "another deploy changed something"
 
 
 def test_an_interrupted_rotation_resumes(site: Site) -> None:

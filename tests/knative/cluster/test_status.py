@@ -4,7 +4,7 @@ import json
 
 from knative.cluster.status import COLUMNS, status_lines, status_rows
 from tests.support.knative.knative_controllers import crash_loops
-from tests.support.knative.manifests import objects, other, stage_name
+from tests.support.knative.manifests import other, stage_name
 from tests.support.knative.site import Site
 
 
@@ -12,51 +12,46 @@ def rows(site: Site) -> list[dict[str, str]]:
     return [dict(zip(COLUMNS, row, strict=True)) for row in status_rows(site.status())]
 
 
-def test_pods_are_counted_by_phase(site: Site) -> None:
-    site.deployer.deploy(objects())
-    pod = site.api.objects["v1", "pods", "default", "chat-00001-pod"]
+def test_pods_are_counted_by_phase(serving: Site) -> None:
+    pod = serving.api.objects["v1", "pods", "default", "chat-00001-pod"]
     for name, change, status in (
         ("leaving", {"deletionTimestamp": "2026-01-01T00:00:00Z"}, {}),
         ("starting", {}, {"containerStatuses": [{"name": "function", "ready": False, "restartCount": 2}]}),
         ("evicted", {}, {"phase": "Failed", "reason": "Evicted"}),
     ):
-        site.api.put({**pod, "metadata": {**pod["metadata"], "name": name, **change}, "status": {**pod["status"], **status}})
-    gateway = rows(site)[0]
+        serving.api.put({**pod, "metadata": {**pod["metadata"], "name": name, **change}, "status": {**pod["status"], **status}})
+    gateway = rows(serving)[0]
     assert [gateway[key] for key in ("service", "ready", "pods", "starting", "leaving")] == ["chat", "yes", "1", "1", "1"]
     assert [gateway[key] for key in ("desired", "restarts", "revision", "traffic")] == ["1", "2", "chat-00001", "100 %"]
     assert gateway["url"] == "http://chat.default.example"
 
 
-def test_a_failure_is_shown_with_its_reason_and_the_serving_version(site: Site) -> None:
-    site.deployer.deploy(objects())
-    site.fail(other(), crash_loops)
+def test_a_failure_is_shown_with_its_reason_and_the_serving_version(serving: Site) -> None:
+    serving.fail(other(), crash_loops)
     broken = stage_name(other(), 1)
-    said = status_lines(site.status())
+    said = status_lines(serving.status())
     assert said[0].startswith("version 1 serves, pipeline ")
     assert said[1].startswith("version 2, pipeline ")
     assert "failed, " in said[1]
     assert "CrashLoopBackOff" in said[1]
     assert any(line.startswith(f"Pod {broken}-00001-pod, container user-container: waiting, Crash") for line in said)
-    assert {row["service"]: row["ready"] for row in rows(site)}[broken] == "not yet"
+    assert {row["service"]: row["ready"] for row in rows(serving)}[broken] == "not yet"
 
 
-def test_a_pipeline_at_zero_is_ready_and_has_no_pods(site: Site) -> None:
-    site.deployer.deploy(objects())
-    for pod in site.api.found("pods", {}):
-        site.api.remove(*site.api.key_of(pod))
-    assert {(row["ready"], row["pods"], row["traffic"]) for row in rows(site)} == {("yes", "0", "100 %")}
+def test_a_pipeline_at_zero_is_ready_and_has_no_pods(serving: Site) -> None:
+    for pod in serving.api.found("pods", {}):
+        serving.api.remove(*serving.api.key_of(pod))
+    assert {(row["ready"], row["pods"], row["traffic"]) for row in rows(serving)} == {("yes", "0", "100 %")}
 
 
-def test_a_missing_right_removes_only_its_own_part(site: Site) -> None:
-    site.deployer.deploy(objects())
-    site.api.forbidden |= {("list", "podautoscalers"), ("list", "configmaps")}
-    assert [row["desired"] for row in rows(site)] == ["-"] * 4
-    assert any(line.startswith("versions not looked at") for line in status_lines(site.status()))
+def test_a_missing_right_removes_only_its_own_part(serving: Site) -> None:
+    serving.api.forbidden |= {("list", "podautoscalers"), ("list", "configmaps")}
+    assert [row["desired"] for row in rows(serving)] == ["-"] * 4
+    assert any(line.startswith("versions not looked at") for line in status_lines(serving.status()))
 
 
-def test_the_status_is_a_json_document(site: Site) -> None:
-    site.deployer.deploy(objects())
-    site.deployer.deploy(other())
-    document = json.loads(json.dumps(site.status()))
+def test_the_status_is_a_json_document(serving: Site) -> None:
+    serving.deployer.deploy(other())
+    document = json.loads(json.dumps(serving.status()))
     assert sorted(document) == ["eventing", "notes", "services", "troubles"]
     assert document["troubles"] == []

@@ -39,14 +39,13 @@ WITH_EVENTING = {"eventing": {"dead_letter_sink": "dead-letters", "reply_sink": 
     ],
 )
 def test_a_failed_stage_is_explained_and_the_gateway_stays_as_it_was(
-    site: Site, behaviour: Behaviour, expected: list[str]
+    serving: Site, behaviour: Behaviour, expected: list[str]
 ) -> None:
-    site.deployer.deploy(objects())
     broken = other()
-    serving = site.api.objects[GATEWAY]["spec"]
-    message = site.fail(broken, behaviour)
+    serving = serving.api.objects[GATEWAY]["spec"]
+    message = serving.fail(broken, behaviour)
     assert [text for text in (stage_name(broken, 1), *expected) if text not in message] == []
-    assert site.api.objects[GATEWAY]["spec"] == serving
+    assert serving.api.objects[GATEWAY]["spec"] == serving
 
 
 def test_a_stage_that_never_becomes_ready_fails_at_the_timeout(site: Site) -> None:
@@ -86,13 +85,12 @@ def test_a_condition_that_is_false_for_a_moment_is_waited_for(site: Site) -> Non
 
 
 @pytest.mark.parametrize("knative", [become_ready, slow_to_look, slow_to_configure])
-def test_the_fixed_revision_of_a_crash_loop_is_judged_by_its_own_pods(site: Site, knative: Behaviour) -> None:
-    site.deployer.deploy(objects())
+def test_the_fixed_revision_of_a_crash_loop_is_judged_by_its_own_pods(serving: Site, knative: Behaviour) -> None:
     broken, fixed = objects(stage={"kv_cache": "1Gi"}), objects(stage={"kv_cache": "768Mi"})
     stage = stage_name(broken, 1)
-    assert "CrashLoopBackOff" in site.fail(broken, crash_loops)
-    site.api.behaviours[stage] = knative
-    site.deployer.deploy(fixed)
+    assert "CrashLoopBackOff" in serving.fail(broken, crash_loops)
+    serving.api.behaviours[stage] = knative
+    serving.deployer.deploy(fixed)
 
 
 def test_the_same_deploy_works_once_the_cause_is_fixed(site: Site) -> None:
@@ -105,16 +103,15 @@ def test_the_same_deploy_works_once_the_cause_is_fixed(site: Site) -> None:
     assert f"deleted Service default/{stage}, because none of its revisions ever ran, to create it again" in site.said
 
 
-def test_pods_that_crashed_before_get_another_try(site: Site) -> None:
+def test_pods_that_crashed_before_get_another_try(serving: Site) -> None:
     """The cause was outside, such as a missing bucket: the same spec works at the kubelet's next restart."""
-    site.deployer.deploy(objects())
     changed = objects(stage={"kv_cache": "1Gi"})
     stage = stage_name(changed, 1)
-    assert "CrashLoopBackOff" in site.fail(changed, crash_loops)
-    del site.api.behaviours[stage]
-    restart = threading.Timer(1, site.api.controllers.reconcile, [("serving.knative.dev/v1", "services", "default", stage)])
+    assert "CrashLoopBackOff" in serving.fail(changed, crash_loops)
+    del serving.api.behaviours[stage]
+    restart = threading.Timer(1, serving.api.controllers.reconcile, [("serving.knative.dev/v1", "services", "default", stage)])
     restart.start()
-    site.deployer.deploy(changed)
+    serving.deployer.deploy(changed)
     restart.join()
 
 
@@ -145,8 +142,7 @@ def test_a_gateway_that_only_the_cluster_can_reach_is_a_warning(site: Site) -> N
     assert any("config-domain" in line for line in status_lines(site.status()))
 
 
-def test_requests_that_another_split_pins_elsewhere_are_a_warning(site: Site) -> None:
-    site.deployer.deploy(objects())
-    site.api.edit(GATEWAY, "kn", ("spec", "traffic"), [{"revisionName": "chat-00001", "percent": 100}])
-    site.deployer.deploy(other())
-    assert any(line.startswith("warning: requests do not all go to chat-00002") for line in site.said)
+def test_requests_that_another_split_pins_elsewhere_are_a_warning(serving: Site) -> None:
+    serving.api.edit(GATEWAY, "kn", ("spec", "traffic"), [{"revisionName": "chat-00001", "percent": 100}])
+    serving.deployer.deploy(other())
+    assert any(line.startswith("warning: requests do not all go to chat-00002") for line in serving.said)

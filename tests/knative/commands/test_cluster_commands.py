@@ -13,6 +13,7 @@ from tests.support.knative.kubernetes_api import KubernetesApi
 from tests.support.knative.manifests import DIGEST, document, features, service
 from tests.support.paths import ROOT
 
+URL = "http://chat.default.example\n"
 SPEC = document(model={"name": "smollm2", "digest": DIGEST})
 
 
@@ -26,22 +27,25 @@ def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 
 
+def output(tmp_path: Path, *arguments: str) -> str:
+    """What a command prints that succeeds."""
+    done = run(tmp_path, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_a_pipeline_is_deployed_changed_rolled_back_and_deleted(api: KubernetesApi, tmp_path: Path) -> None:
     spec = str(tmp_path / "pipeline.yaml")
-    planned = run(tmp_path, "deploy", spec, "--dry-run=server")
-    assert (planned.returncode, api.named("services")) == (0, []), planned.stderr
-    assert "+kind: Service" in planned.stdout
-
-    deployed = run(tmp_path, "deploy", spec)
-    assert (deployed.returncode, deployed.stdout) == (0, "http://chat.default.example\n"), deployed.stderr
+    assert "+kind: Service" in output(tmp_path, "deploy", spec, "--dry-run=server")
+    assert api.named("services") == []
+    assert output(tmp_path, "deploy", spec) == URL
     assert len(api.named("services")) == 4
     assert run(tmp_path, "deploy", spec, "--dry-run=server").stdout == "nothing would change\n"
 
     Path(spec).write_text(yaml.safe_dump(SPEC | {"cut": "0:15,15:30"}))
-    assert run(tmp_path, "deploy", spec).returncode == 0
+    assert output(tmp_path, "deploy", spec) == URL
     assert len(api.named("services")) == 3
-    back = run(tmp_path, "rollback", "chat")
-    assert (back.returncode, back.stdout) == (0, "http://chat.default.example\n"), back.stderr
+    assert output(tmp_path, "rollback", "chat") == URL
     assert len(api.named("services")) == 4
 
     shown = run(tmp_path, "status", "chat")
@@ -57,8 +61,7 @@ def test_a_pipeline_is_deployed_changed_rolled_back_and_deleted(api: KubernetesA
     assert run(tmp_path, "logs", "chat").stdout == "chat-00003-pod: one\nchat-00003-pod: two\n"
     assert "it may be scaled to zero" in run(tmp_path, "logs", "other").stderr
 
-    deleted = run(tmp_path, "delete", "chat")
-    assert "objects deleted" in deleted.stdout, deleted.stderr
+    assert "objects deleted" in output(tmp_path, "delete", "chat")
     assert {key[3] for key in api.objects} == {"default", "lamina-store"}
     assert run(tmp_path, "delete", "chat").stdout == "nothing of chat is in namespace default\n"
 
@@ -88,7 +91,7 @@ def test_check_reads_the_clusters_feature_flags(api: KubernetesApi, tmp_path: Pa
 
 def test_logs_find_a_container_that_kn_has_renamed(api: KubernetesApi, tmp_path: Path) -> None:
     """A second `kn service apply` of the same file calls it user-container."""
-    assert run(tmp_path, "deploy", str(tmp_path / "pipeline.yaml")).returncode == 0
+    assert output(tmp_path, "deploy", str(tmp_path / "pipeline.yaml")) == URL
     for key in [key for key in api.objects if key[1] == "pods"]:
         pod = api.objects[key]
         renamed = [{**each, "name": "user-container"} for each in pod["spec"]["containers"][:1]]
@@ -102,13 +105,11 @@ def test_logs_find_a_container_that_kn_has_renamed(api: KubernetesApi, tmp_path:
 def test_canary_promote_and_abort(api: KubernetesApi, tmp_path: Path) -> None:
     spec, other = tmp_path / "pipeline.yaml", tmp_path / "other.yaml"
     other.write_text(yaml.safe_dump(SPEC | {"cut": "0:15,15:30"}))
-    assert run(tmp_path, "deploy", str(spec)).returncode == 0
+    assert output(tmp_path, "deploy", str(spec)) == URL
     for command in ("abort", "promote"):
-        began = run(tmp_path, "deploy", str(other), "--canary", "10")
-        assert (began.returncode, began.stdout) == (0, "http://chat.default.example\n"), began.stderr
+        assert output(tmp_path, "deploy", str(other), "--canary", "10") == URL
         assert len(api.named("services")) == 6
-        ended = run(tmp_path, command, "chat")
-        assert (ended.returncode, ended.stdout) == (0, "http://chat.default.example\n"), ended.stderr
+        assert output(tmp_path, command, "chat") == URL
         assert len(api.named("services")) == {"abort": 4, "promote": 3}[command]
 
 
@@ -120,7 +121,7 @@ def test_list_and_cost(api: KubernetesApi, tmp_path: Path) -> None:
     api.put({**keys, "metadata": {**keys["metadata"], "namespace": "models"}})
     for namespace in ("default", "models"):
         spec.write_text(yaml.safe_dump(SPEC | {"namespace": namespace}))
-        assert run(tmp_path, "deploy", str(spec)).returncode == 0
+        assert output(tmp_path, "deploy", str(spec)) == f"http://chat.{namespace}.example\n"
     rows = [line.split() for line in run(tmp_path, "list").stdout.splitlines()[1:]]
     assert [row[:5] for row in rows] == [[namespace, "chat", "yes", "3", "4"] for namespace in ("default", "models")]
     api.forbidden_everywhere = True
@@ -148,8 +149,7 @@ def test_deployer_role_and_preflight(api: KubernetesApi, tmp_path: Path) -> None
 
 def test_a_token_is_rotated(api: KubernetesApi, tmp_path: Path) -> None:
     secret = "v1", "secrets", "default", "chat-pipeline"
-    assert run(tmp_path, "deploy", str(tmp_path / "pipeline.yaml")).returncode == 0
+    assert output(tmp_path, "deploy", str(tmp_path / "pipeline.yaml")) == URL
     before = api.objects[secret]["data"]["token"]
-    rotated = run(tmp_path, "rotate-token", "chat")
-    assert (rotated.returncode, rotated.stdout) == (0, "http://chat.default.example\n"), rotated.stderr
+    assert output(tmp_path, "rotate-token", "chat") == URL
     assert api.objects[secret]["data"]["token"] != before

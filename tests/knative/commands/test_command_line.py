@@ -28,6 +28,7 @@ def test_run_ask_status_and_ctrl_c(running: Run) -> None:
     running.start()
     running.read_until("serving on http://")
     running.note_store()
+    assert running.store_endpoint is not None
     url = re.findall(r"serving on (http://[\d.:]+)", running.seen)[0]
     asked = invoke("ask", url, "ab", "--max-tokens", "2")
     assert asked.exit_code == 0, asked.output
@@ -39,8 +40,7 @@ def test_run_ask_status_and_ctrl_c(running: Run) -> None:
     second = invoke("run", "--state", str(running.state))
     assert second.exit_code == 1
     assert "another run uses" in second.output
-    assert running.process is not None
-    running.process.send_signal(signal.SIGINT)
+    running.send(signal.SIGINT)
     assert running.finish() == 0
     assert running.processes() == []
 
@@ -52,10 +52,8 @@ def test_run_ask_status_and_ctrl_c(running: Run) -> None:
 def test_a_signal_at_any_phase_leaves_no_process(running: Run, after: str, number: signal.Signals) -> None:
     running.start()
     running.read_until(after)
-    if (running.state / "platform.json").exists():
-        running.note_store()
-    assert running.process is not None
-    running.process.send_signal(number)
+    running.note_store()
+    running.send(number)
     assert running.finish() in (0, 130), running.seen
     assert "Traceback" not in running.seen
     assert running.processes() == []
@@ -65,8 +63,8 @@ def test_a_killed_run_leaves_no_process_and_the_next_one_reports_it(running: Run
     running.start()
     running.read_until("serving on")
     running.note_store()
-    assert running.process is not None
-    running.process.kill()
+    assert running.store_endpoint is not None
+    running.send(signal.SIGKILL)
     running.finish()
     deadline = time.monotonic() + 20
     while running.processes() and time.monotonic() < deadline:

@@ -65,10 +65,8 @@ def test_a_full_disk(running: Run) -> None:
 def test_a_second_ctrl_c_leaves_no_process(running: Run, after: str) -> None:
     running.start()
     running.read_until(after)
-    if (running.state / "platform.json").exists():
-        running.note_store()
-    assert running.process is not None
-    running.process.send_signal(signal.SIGINT)
-    running.process.send_signal(signal.SIGINT)
+    running.note_store()
+    running.send(signal.SIGINT)
+    running.send(signal.SIGINT)
     running.finish()
     assert running.processes() == []

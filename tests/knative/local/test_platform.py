@@ -279,19 +279,10 @@ async def test_ignored_fields_are_named_in_the_log(tmp_path: Path, caplog: pytes
 
 
 async def test_placement_of_pods_is_ignored(tmp_path: Path) -> None:
-    manifest = echo_service()
     placed = {"nodeSelector": {"disk": "fast"}, "tolerations": [{"key": "gpu", "operator": "Exists"}]}
-    manifest["spec"]["template"]["spec"] |= placed | {"imagePullSecrets": [{"name": "pull"}]}
-    async with running_platform(tmp_path, manifest) as platform, client() as session:
+    pull = {"imagePullSecrets": [{"name": "pull"}]}
+    async with running_platform(tmp_path, echo_service(pod=placed | pull)) as platform, client() as session:
         assert (await fetch(session, platform.url("echo") + "/pid"))[0] == 200
-
-
-async def test_a_field_behind_a_feature_flag_is_refused_by_default(tmp_path: Path) -> None:
-    manifest = echo_service()
-    manifest["spec"]["template"]["spec"]["hostNetwork"] = True
-    with pytest.raises(ManifestRefused, match=r"kubernetes\.podspec-hostnetwork"):
-        async with running_platform(tmp_path, manifest):
-            pass
 
 
 async def test_the_hpa_class_keeps_a_pod_without_requests(tmp_path: Path) -> None:
@@ -309,12 +300,12 @@ async def test_a_mounted_secret_is_a_file(tmp_path: Path) -> None:
     (given / "keys").write_text("one")
     mounts = [{"name": f"v-{name}", "mountPath": f"/etc/{name}"} for name in ("given", "made", "scratch")]
     paths = {"name": "PATHS", "value": "/etc/given/keys,/etc/made/keys"}
-    manifest = echo_service(container={"env": [paths], "volumeMounts": mounts})
-    manifest["spec"]["template"]["spec"]["volumes"] = [
+    volumes = [
         {"name": "v-given", "secret": {"secretName": "given"}},
         {"name": "v-made", "secret": {"secretName": "made", "items": [{"key": "keys", "path": "keys"}]}},
         {"name": "v-scratch", "emptyDir": {}},
     ]
+    manifest = echo_service(container={"env": [paths], "volumeMounts": mounts}, pod={"volumes": volumes})
     secrets = {"given": {"keys": "one"}, "made": {"keys": "two"}}
     more = {"secrets": secrets, "secret_folders": {"given": given}}
     async with running_platform(tmp_path, manifest, **more) as platform, client() as session:
@@ -364,6 +355,7 @@ async def test_a_container_gets_knatives_environment_secrets_and_local_urls(tmp_
         ),
         (echo_service(annotations={"initial-scale": "-1"}), ManifestRefused, "initial-scale"),
         (echo_service(concurrency=1001), ManifestRefused, "containerConcurrency"),
+        (echo_service(pod={"hostNetwork": True}), ManifestRefused, r"kubernetes\.podspec-hostnetwork"),
         (echo_service(traffic=[{"revisionName": "echo-00009", "percent": 100}]), UnknownRevision, "echo-00009"),
         (
             echo_service(traffic=[{"latestRevision": True, "percent": 100, "tag": "new"}]),

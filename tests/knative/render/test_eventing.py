@@ -14,7 +14,7 @@ from knative.spec.errors import SpecError
 from knative.spec.kubernetes_object import KubernetesObject
 from knative.spec.pipeline_spec import MAX_NAME, MAX_NAME_WITH_EVENTING
 from knative.webhook.check import validate, warnings
-from tests.support.knative.manifests import resolved_pipeline
+from tests.support.knative.manifests import container_of, resolved_pipeline
 
 
 def pipeline(eventing: dict[str, Any] | None, name: str = "chat") -> ResolvedPipeline:
@@ -29,8 +29,9 @@ def named(objects: list[KubernetesObject], kind: str) -> dict[str, KubernetesObj
 
 
 def secrets(service: KubernetesObject) -> set[str]:
-    (container,) = service["spec"]["template"]["spec"]["containers"]
-    return {entry["name"] for entry in container["env"] if "valueFrom" in entry or entry["name"].endswith("KEY_FILES")}
+    return {
+        entry["name"] for entry in container_of(service)["env"] if "valueFrom" in entry or entry["name"].endswith("KEY_FILES")
+    }
 
 
 def test_the_events_gateway_needs_no_key_and_is_cluster_local() -> None:
@@ -112,24 +113,6 @@ def test_the_delivery_follows_the_spec() -> None:
 def test_without_the_section_nothing_is_rendered() -> None:
     assert eventing_objects(pipeline(None)) == []
     assert len(services(pipeline(None))) + 1 == len(services(pipeline(WITH)))
-
-
-@pytest.mark.parametrize(
-    ("eventing", "message"),
-    [
-        ({}, r"\$\.eventing: .*dead_letter_sink"),
-        ({"dead_letter_sink": "dead letters"}, r"dead_letter_sink: 'dead letters' is not a DNS label"),
-        ({"dead_letter_sink": "ftp://x"}, r"dead_letter_sink: 'ftp://x' is neither an http\(s\) URL"),
-        ({"dead_letter_sink": "x", "reply_sink": "http://"}, r"reply_sink: 'http://' is neither an http"),
-        ({"dead_letter_sink": "x", "retry": -1}, r"\$\.eventing\.retry: .*seen -1"),
-        ({"dead_letter_sink": "x", "backoff_policy": "random"}, r"backoff_policy: .*seen 'random'"),
-        ({"dead_letter_sink": "x", "timeout_seconds": 601}, r"timeout_seconds: .*seen 601"),
-        ({"dead_letter_sink": "x", "broker": "b"}, r"\$\.eventing\.broker: unknown field"),
-    ],
-)
-def test_a_faulty_section_is_refused(eventing: dict[str, Any], message: str) -> None:
-    with pytest.raises(SpecError, match=message):
-        pipeline(eventing)
 
 
 def test_eventing_needs_shorter_names() -> None:

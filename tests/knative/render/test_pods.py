@@ -14,7 +14,7 @@ from knative.spec.spec_file import spec_from_dict
 from knative.webhook.check import missing_flags, validate
 from knative.webhook.feature_flags import FeatureFlags
 from storage.errors import ModelNotPublished
-from tests.support.knative.manifests import document, resolved_pipeline
+from tests.support.knative.manifests import document, environment_of, resolved_pipeline
 
 TOLERATION = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
 SPREAD = {
@@ -96,10 +96,11 @@ def test_stage_overrides_are_rendered() -> None:
         "autoscaling": {"max_scale": 2, "target": 4},
         "pod": {"node_selector": {"gpu": "a"}},
     }
-    first, second, third, _ = map(template_of, rendered(stage_overrides=[override]))
+    services_ = rendered(stage_overrides=[override])
+    first, second, third, _ = map(template_of, services_)
     assert first["spec"]["containers"][0]["resources"] == third["spec"]["containers"][0]["resources"]
     assert second["spec"]["containers"][0]["resources"]["limits"] == {"cpu": "4", "memory": "16Gi", "nvidia.com/gpu": "1"}
-    env = {each["name"]: each.get("value") for each in second["spec"]["containers"][0]["env"]}
+    env = environment_of(services_[1])
     assert (env["LAMINA_DEVICE"], env["LAMINA_KV_CACHE_BYTES"]) == ("cuda", str(6 * 2**30))
     scales = [each["metadata"]["annotations"]["autoscaling.knative.dev/max-scale"] for each in (first, second, third)]
     assert scales == ["10", "2", "10"]
@@ -149,32 +150,6 @@ def test_a_web_identity_token_is_mounted_and_read() -> None:
         spec_from_dict(document(store=store | {"secret": "lamina-store"}))
 
 
-@pytest.mark.parametrize(
-    ("pod", "message"),
-    [
-        ({"env": {"LAMINA_THREADS": "1"}}, r"\$\.gateway\.pod\.env: LAMINA_THREADS is set by a field of the spec"),
-        ({"env": {"A-B": "1"}}, r"'A-B' is not a valid name of a variable"),
-        ({"labels": {"app.kubernetes.io/instance": "x"}}, r"pod\.labels: app\.kubernetes\.io/instance is reserved for Lamina"),
-        ({"annotations": {"autoscaling.knative.dev/target": "1"}}, r"pod\.annotations: autoscaling\.knative\.dev/target is"),
-        ({"node_selectors": {}}, r"pod\.node_selectors: unknown field"),
-    ],
-)
-def test_reserved_and_unknown_pod_settings_are_refused(pod: dict[str, Any], message: str) -> None:
-    with pytest.raises(SpecError, match=message):
-        spec_from_dict(document(gateway={"pod": pod}))
-
-
-def test_the_pod_network_is_checked_with_the_spec() -> None:
-    spec_from_dict(document(gateway={"pod_network": "10.244.0.0/16, fd00::/64"}))
-    with pytest.raises(SpecError, match=r"\$\.gateway\.pod_network: '10\.1\.0\.1/8' is not a list of networks"):
-        spec_from_dict(document(gateway={"pod_network": "10.1.0.1/8"}))
-
-
-def environ_of(service: KubernetesObject) -> dict[str, str]:
-    container = template_of(service)["spec"]["containers"][0]
-    return {each["name"]: each["value"] for each in container["env"] if "value" in each}
-
-
 def test_functions_of_a_mixed_pipeline_know_all_weights() -> None:
     """The pipeline has another fingerprint than one with equal stages."""
     digests = {"int8": "b" * 64}
@@ -182,11 +157,11 @@ def test_functions_of_a_mixed_pipeline_know_all_weights() -> None:
     spec = spec_from_dict(document(stage_overrides=[{"stage": 1, "dtype": "int8"}]))
     mixed = ResolvedPipeline(spec, alike.cut, alike.weights_digest, digests)
     assert mixed.fingerprint != alike.fingerprint
-    environs = [environ_of(service) for service in services(mixed)]
+    environs = [environment_of(service) for service in services(mixed)]
     assert [environ["LAMINA_DTYPE"] for environ in environs] == ["bfloat16", "int8", "bfloat16", "bfloat16"]
     wanted = ",".join(f"{dtype}={digest}" for dtype, digest in mixed.weights)
     assert {environ["LAMINA_WEIGHTS"] for environ in environs} == {wanted}
-    assert all("LAMINA_WEIGHTS" not in environ_of(service) for service in services(alike))
+    assert all("LAMINA_WEIGHTS" not in environment_of(service) for service in services(alike))
 
 
 def test_a_pinned_spec_needs_a_digest_for_each_dtype() -> None:

@@ -11,6 +11,7 @@ from functions.configuration.config import GatewayConfig, read_config
 from knative.__main__ import main
 from knative.local.platform import ROOT
 from knative.webhook.check import is_knative_service, validate, warnings
+from tests.support.knative.manifests import environment_of
 
 EXAMPLES = sorted(path.parent for path in (ROOT / "examples").glob("*/pipeline.yaml"))
 
@@ -50,9 +51,7 @@ def test_knative_accepts_the_manifests_without_a_warning(example: Path) -> None:
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_functions_accept_their_environment(example: Path) -> None:
     for service in services(example):
-        (container,) = service["spec"]["template"]["spec"]["containers"]
-        environ = {entry["name"]: entry.get("value", "a-secret") for entry in container["env"]}
-        config = read_config(environ | {"AWS_ACCESS_KEY_ID": "a-secret", "AWS_SECRET_ACCESS_KEY": "a-secret"})
+        config = read_config(environment_of(service))
         if isinstance(config, GatewayConfig):
             assert config.stage_services is not None
             assert all(

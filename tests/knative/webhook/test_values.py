@@ -15,50 +15,44 @@ from knative.webhook.values import (
 )
 
 SECOND = 10**9
+DURATIONS = {
+    "0": 0,
+    "+0": 0,
+    "30s": 30 * SECOND,
+    "1m30s": 90 * SECOND,
+    "1h15m30.918s": 4_530_918_000_000,
+    "1.5h": 5400 * SECOND,
+    ".5s": SECOND // 2,
+    "5.s": 5 * SECOND,
+    "-10s": -10 * SECOND,
+    "39µs": 39_000,
+    "1ns": 1,
+}
+QUANTITIES: dict[str | int, Fraction | int] = {
+    "500m": Fraction(1, 2),
+    "1Gi": 2**30,
+    "1.5Gi": 3 * 2**29,
+    "2k": 2000,
+    "1e3": 1000,
+    "1E": 10**18,
+    ".5": Fraction(1, 2),
+    "-1": -1,
+    2: 2,
+    "100n": Fraction(1, 10**7),
+}
+NUMBERS = {"1": 1, "1.": 1, ".5": 0.5, "1e-2": 0.01, "+Inf": float("inf")}
 
 
 @pytest.mark.parametrize(
-    ("text", "nanoseconds"),
+    ("parse", "text", "expected"),
     [
-        ("0", 0),
-        ("+0", 0),
-        ("30s", 30 * SECOND),
-        ("1m30s", 90 * SECOND),
-        ("1h15m30.918s", 4_530_918_000_000),
-        ("1.5h", 5400 * SECOND),
-        (".5s", SECOND // 2),
-        ("5.s", 5 * SECOND),
-        ("-10s", -10 * SECOND),
-        ("39µs", 39_000),
-        ("1ns", 1),
+        *((parse_duration, *pair) for pair in DURATIONS.items()),
+        *((parse_quantity, *pair) for pair in QUANTITIES.items()),
+        *((parse_float, *pair) for pair in NUMBERS.items()),
     ],
 )
-def test_durations(text: str, nanoseconds: int) -> None:
-    assert parse_duration(text) == nanoseconds
-
-
-@pytest.mark.parametrize(
-    ("value", "number"),
-    [
-        ("500m", Fraction(1, 2)),
-        ("1Gi", 2**30),
-        ("1.5Gi", 3 * 2**29),
-        ("2k", 2000),
-        ("1e3", 1000),
-        ("1E", 10**18),
-        (".5", Fraction(1, 2)),
-        ("-1", -1),
-        (2, 2),
-        ("100n", Fraction(1, 10**7)),
-    ],
-)
-def test_quantities(value: str | int, number: Fraction | int) -> None:
-    assert parse_quantity(value) == number
-
-
-@pytest.mark.parametrize(("text", "number"), [("1", 1), ("1.", 1), (".5", 0.5), ("1e-2", 0.01), ("+Inf", float("inf"))])
-def test_numbers(text: str, number: float) -> None:
-    assert parse_float(text) == number
+def test_values(parse: Callable[[object], object], text: object, expected: object) -> None:
+    assert parse(text) == expected
 
 
 @pytest.mark.parametrize(

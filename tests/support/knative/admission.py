@@ -65,7 +65,10 @@ def refusal(manifest: dict[str, Any], enabled: set[str]) -> str | None:
 
 def unknown_fields(manifest: dict[str, Any], enabled: set[str]) -> list[str]:
     """Fields without a known verdict."""
-    known = [*(path for case in _CASES if case["accepted"] for path, _ in _fields(case["manifest"])), *_seen_running()]
+    known = [
+        *(path for case in _CASES if case["accepted"] for path, _ in _fields(case["manifest"])),
+        *map(_path, _RUN_ON_A_CLUSTER.split()),
+    ]
     return sorted(
         {
             ".".join(path)
@@ -79,22 +82,13 @@ def _refused(manifest: dict[str, Any], path: Path, value: Any) -> bool:
     """Whether the manifest has the field with this value, or with any value if accepted manifests never have the field."""
     found = list(_values(manifest, path))
     accepted = [each for case in _CASES if case["accepted"] for each in _values(case["manifest"], path)]
-    if accepted or any(_fits(path, pattern) for pattern in _seen_running()):
+    if accepted or any(_fits(path, pattern) for pattern in map(_path, _RUN_ON_A_CLUSTER.split())):
         return value in found and value not in accepted  # else another field was the reason
     return bool(found)
 
 
-def _seen_running() -> list[Path]:
-    return [tuple(_split(line)) for line in _RUN_ON_A_CLUSTER.split()]
-
-
-def _split(line: str) -> list[str]:
-    """The keys of annotations have dots of their own."""
-    head, found, key = line.partition("annotations.")
-    return [*head.strip(".").split("."), "annotations", key] if found else line.split(".")
-
-
 def _path(field: str) -> Path:
+    """The keys of annotations have dots of their own."""
     head, found, key = field.partition("annotations.")
     parts = re.sub(r"\[[^\]]*\]", ".*", head.strip(".")).split(".")
     return (*parts, "annotations", key) if found else tuple(parts)

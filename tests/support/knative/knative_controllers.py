@@ -40,8 +40,8 @@ class Controllers:
         self._thread.join()
 
     def reconcile(self, key: tuple[str, str, str, str]) -> None:
-        play = {SERVICE: become_ready, BROKER: broker_ready, TRIGGER: trigger_ready, SEQUENCE: sequence_ready}.get(key[:2])
-        if play is not None:
+        if key[:2] in (SERVICE, *_CONDITIONS):
+            play = become_ready if key[:2] == SERVICE else eventing_ready
             self._running[key] = self._api.behaviours.get(key[3], play)(self._api, self._api.objects[key])
 
     def deleted(self, key: tuple[str, str, str, str]) -> None:
@@ -138,7 +138,7 @@ def slow_to_look(api: "KubernetesApi", service: Object) -> Steps:
 def slow_to_configure(api: "KubernetesApi", service: Object) -> Steps:
     """The Service's controller sees the change a second before the Configuration's does."""
     yield
-    old = (api.objects[_key(service)].get("status") or {}).get("latestCreatedRevisionName", "")
+    old = (api.objects[api.key_of(service)].get("status") or {}).get("latestCreatedRevisionName", "")
     _configure(api, service)
     set_conditions(api, service, old, "Unknown", "OutOfDate", _OUT_OF_DATE)
     restart_pods(api, service)
@@ -157,7 +157,7 @@ def restart_pods(api: "KubernetesApi", service: Object) -> None:
 def make_revision(api: "KubernetesApi", service: Object) -> Iterator[None]:
     """The Configuration sees the template and makes a Revision, unless it has one. Returns the Revision's name."""
     yield
-    key, metadata = _key(service), service["metadata"]
+    key, metadata = api.key_of(service), service["metadata"]
     _route_meanwhile(api, service)
     old = (api.objects[key].get("status") or {}).get("latestCreatedRevisionName", "")
     configuration = _configure(api, service)
@@ -186,7 +186,7 @@ def set_conditions(
     api: "KubernetesApi", service: Object, revision: str, status: str, reason: str, message: str, *, routes: bool = False
 ) -> None:
     """Sets Ready and its cause. routes: the cause is the Route, not the Configuration."""
-    live = api.objects.get(_key(service))
+    live = api.objects.get(api.key_of(service))
     if live is None:
         return
     conditions = [
@@ -197,7 +197,7 @@ def set_conditions(
     old = live.get("status") or {}
     names = {"latestCreatedRevisionName": revision} if revision else {}
     generation = service["metadata"]["generation"]
-    api.set_status(_key(service), {**old, "conditions": conditions, "observedGeneration": generation, **names})
+    api.set_status(api.key_of(service), {**old, "conditions": conditions, "observedGeneration": generation, **names})
 
 
 def route(api: "KubernetesApi", service: Object, revision: str) -> None:
@@ -220,19 +220,21 @@ def route(api: "KubernetesApi", service: Object, revision: str) -> None:
         "traffic": traffic,
         "url": f"http://{metadata['name']}.{metadata['namespace']}.{domain}",
     }
-    api.set_status(_key(service), status)
+    api.set_status(api.key_of(service), status)
     for pod in api.found("pods", {"serving.knative.dev/service": metadata["name"], _GATEWAY: "stage"}):
-        if pod["metadata"]["labels"]["serving.knative.dev/revision"] not in _revisions_with_traffic(api.objects[_key(service)]):
+        if pod["metadata"]["labels"]["serving.knative.dev/revision"] not in _revisions_with_traffic(
+            api.objects[api.key_of(service)]
+        ):
             api.remove(*api.key_of(pod))
 
 
 def _route_meanwhile(api: "KubernetesApi", service: Object) -> None:
     """The Route follows the Service at once: until the new revision is ready, `latestRevision` is the previous one."""
-    status = (api.objects.get(_key(service)) or {}).get("status") or {}
+    status = (api.objects.get(api.key_of(service)) or {}).get("status") or {}
     latest = status.get("latestReadyRevisionName")
     if latest:
         traffic = [{"revisionName": latest, **each} for each in service["spec"].get("traffic") or []]
-        api.set_status(_key(service), {**status, "traffic": traffic})
+        api.set_status(api.key_of(service), {**status, "traffic": traffic})
 
 
 def add_pod(api: "KubernetesApi", service: Object, revision: str, container_status: Object, phase: str = "Running") -> None:
@@ -298,9 +300,11 @@ def _cluster_local(service: Object) -> bool:
 # -- Eventing ---------------------------------------------------------------------------------------------------------
 
 
-def broker_ready(api: "KubernetesApi", broker: Object) -> Steps:
-    kinds = ("Addressable", "DeadLetterSinkResolved", "FilterReady", "IngressReady", "Ready", "TriggerChannelReady")
-    yield from _eventing(api, broker, BROKER, kinds)
+_CONDITIONS = {
+    BROKER: ("Addressable", "DeadLetterSinkResolved", "FilterReady", "IngressReady", "Ready", "TriggerChannelReady"),
+    TRIGGER: ("BrokerReady", "DeadLetterSinkResolved", "DependencyReady", "Ready", "SubscriberResolved", "SubscriptionReady"),
+    SEQUENCE: ("Addressable", "ChannelsReady", "Ready", "SubscriptionsReady"),
+}
 
 
 def broker_fails(api: "KubernetesApi", broker: Object) -> Steps:
@@ -309,27 +313,18 @@ def broker_fails(api: "KubernetesApi", broker: Object) -> Steps:
         yield from become_ready(api, broker)  # the gateway has the same name
         return
     yield
-    key = (*BROKER, broker["metadata"]["namespace"], broker["metadata"]["name"])
     reason = ("BrokerClass", "no controller looks after this class")
     conditions = [
         _condition("Addressable", "Unknown"),
         *(_condition(each, "False", *reason) for each in ("IngressReady", "Ready")),
     ]
-    api.set_status(key, {"conditions": conditions, "observedGeneration": broker["metadata"]["generation"]})
+    api.set_status(api.key_of(broker), {"conditions": conditions, "observedGeneration": broker["metadata"]["generation"]})
 
 
-def trigger_ready(api: "KubernetesApi", trigger: Object) -> Steps:
-    kinds = ("BrokerReady", "DeadLetterSinkResolved", "DependencyReady", "Ready", "SubscriberResolved", "SubscriptionReady")
-    yield from _eventing(api, trigger, TRIGGER, kinds)
-
-
-def sequence_ready(api: "KubernetesApi", sequence: Object) -> Steps:
-    yield from _eventing(api, sequence, SEQUENCE, ("Addressable", "ChannelsReady", "Ready", "SubscriptionsReady"))
-
-
-def _eventing(api: "KubernetesApi", manifest: Object, kind: tuple[str, str], types: tuple[str, ...]) -> Steps:
+def eventing_ready(api: "KubernetesApi", manifest: Object) -> Steps:
     """Unknown, then False for a moment, then Ready unless it names an object that does not exist."""
-    key = (*kind, manifest["metadata"]["namespace"], manifest["metadata"]["name"])
+    key = api.key_of(manifest)
+    types = _CONDITIONS[key[:2]]
     generation = manifest["metadata"]["generation"]
     yield
     yield
@@ -348,7 +343,7 @@ def _eventing(api: "KubernetesApi", manifest: Object, kind: tuple[str, str], typ
             _condition(each, "False", reason, text) if each in ("Ready", "DeadLetterSinkResolved") else _condition(each, "True")
             for each in types
         ]
-    address = {"address": {"url": f"http://broker-ingress.example/{key[2]}/{key[3]}"}} if kind == BROKER else {}
+    address = {"address": {"url": f"http://broker-ingress.example/{key[2]}/{key[3]}"}} if key[:2] == BROKER else {}
     api.set_status(key, {"conditions": conditions, "observedGeneration": generation, **address})
 
 
@@ -373,7 +368,3 @@ def _exists(api: "KubernetesApi", manifest: Object, ref: Object) -> bool:
 def _condition(kind: str, status: str, reason: str = "", message: str = "") -> Object:
     condition = {"type": kind, "status": status, "lastTransitionTime": "2026-01-01T00:00:00Z"}
     return condition if status == "True" or not reason else {**condition, "reason": reason, "message": message}
-
-
-def _key(service: Object) -> tuple[str, str, str, str]:
-    return (*SERVICE, service["metadata"]["namespace"], service["metadata"]["name"])

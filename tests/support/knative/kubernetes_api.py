@@ -173,7 +173,8 @@ class KubernetesApi:
         app.get("/apis")(self._groups)
         app.get("/api/v1", endpoint="core")(lambda: self._resources("v1"))
         app.get("/apis/<group>/<version>", endpoint="group")(lambda group, version: self._resources(f"{group}/{version}"))
-        app.add_url_rule("/api/<version>/namespaces/<name>", "namespace", self._namespace, methods=["GET"])
+        of_no_namespace = {"plural": "namespaces", "namespace": ""}
+        app.add_url_rule("/api/<version>/namespaces/<name>", "namespace", self._one, methods=["GET"], defaults=of_no_namespace)
         for i, prefix in enumerate(("/api/<version>", "/apis/<group>/<version>")):
             collection = f"{prefix}/namespaces/<namespace>/<plural>"
             app.add_url_rule(f"{prefix}/<plural>", f"everywhere{i}", self._collection, methods=["GET"])
@@ -201,9 +202,6 @@ class KubernetesApi:
             for kind, plural in self.kinds[api_version].items()
         ]
         return {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": api_version, "resources": resources}
-
-    def _namespace(self, version: str, name: str) -> Any:
-        return self._one(version, "", "namespaces", name)
 
     def _collection(self, version: str, plural: str, namespace: str = "", group: str = "") -> Any:
         api_version = f"{group}/{version}" if group else version

@@ -91,6 +91,20 @@ def other(**changes: Any) -> list[KubernetesObject]:
     return objects(OTHER_DIGEST, **changes)
 
 
+def container_of(service: KubernetesObject) -> dict[str, Any]:
+    container: dict[str, Any]
+    (container,) = service["spec"]["template"]["spec"]["containers"]
+    return container
+
+
+def environment_of(service: KubernetesObject) -> dict[str, str]:
+    """The container's environment as a function reads it; every secret is `secret`."""
+    found = {entry["name"]: entry.get("value", "secret") for entry in container_of(service)["env"]}
+    if "LAMINA_LIMITS_STORE" in found:
+        found["LAMINA_LIMITS_STORE"] = "redis://secret:6379"
+    return found | {"PORT": "8080", "AWS_ACCESS_KEY_ID": "secret", "AWS_SECRET_ACCESS_KEY": "secret"}
+
+
 def rendered_folder(tmp_path: Path, *arguments: str, **changes: Any) -> Path:
     """The folder that `render --output` writes for a spec in tmp_path/pipeline.yaml. changes: of the spec's fields."""
     spec, out = tmp_path / "pipeline.yaml", tmp_path / "manifests"

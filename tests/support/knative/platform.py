@@ -20,7 +20,7 @@ DEADLINE_SECONDS = 30.0
 
 
 def echo_service(name: str = "echo", *, concurrency: int = 8, timeout: int = 30, **parts: Any) -> dict[str, Any]:
-    """parts: environment (dict), annotations (dict, short names), traffic (list), container (dict of more fields)."""
+    """parts: environment, annotations (short names), traffic, container and pod (more fields of each)."""
     annotations = {f"autoscaling.knative.dev/{key}": value for key, value in parts.get("annotations", {}).items()}
     annotations |= parts.get("full_annotations", {})
     container = {
@@ -30,7 +30,7 @@ def echo_service(name: str = "echo", *, concurrency: int = 8, timeout: int = 30,
         "readinessProbe": {"httpGet": {"path": "/readyz"}},
         **parts.get("container", {}),
     }
-    spec = {"containerConcurrency": concurrency, "timeoutSeconds": timeout, "containers": [container]}
+    spec = {"containerConcurrency": concurrency, "timeoutSeconds": timeout, "containers": [container], **parts.get("pod", {})}
     service: dict[str, Any] = {
         "apiVersion": "serving.knative.dev/v1",
         "kind": "Service",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ class Run:
         ]
         self.process: subprocess.Popen[str] | None = None
         self.seen = ""
+        self.store_endpoint: str | None = None
 
     def start(self, *more: str, inside: Sequence[str] = ()) -> None:
         """inside: a command to run the command with, such as unshare."""
@@ -35,6 +37,10 @@ class Run:
             assert line, self.seen
             self.seen += line
 
+    def send(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
     def finish(self) -> int:
         assert self.process is not None
         rest, _ = self.process.communicate(timeout=DEADLINE_SECONDS)
@@ -48,21 +54,19 @@ class Run:
 
     def processes(self) -> list[str]:
         """Command lines of all processes with this run's state folder or store in their arguments or environment."""
+        marks = [mark.encode() for mark in (str(self.state), self.store_endpoint) if mark is not None]
         found = []
         for folder in Path("/proc").iterdir():
             try:
                 text = (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
             except OSError:
                 continue
-            if folder.name.isdigit() and folder.name != str(os.getpid()) and self._marks(text):
+            if folder.name.isdigit() and folder.name != str(os.getpid()) and any(mark in text for mark in marks):
                 found.append(text.split(b"\0LAMINA")[0].decode(errors="replace"))
         return found
 
-    def _marks(self, text: bytes) -> bool:
-        endpoint = self.store_endpoint
-        return str(self.state).encode() in text or (endpoint is not None and endpoint.encode() in text)
-
-    store_endpoint: str | None = None
-
     def note_store(self) -> None:
-        self.store_endpoint = json.loads((self.state / "platform.json").read_text())["store"]["endpoint_url"]
+        """Remembers the store's URL, by which its process is found, if the store runs already."""
+        file = self.state / "platform.json"
+        if file.exists():
+            self.store_endpoint = json.loads(file.read_text())["store"]["endpoint_url"]

@@ -4,71 +4,57 @@ import pytest
 
 from knative.local.autoscaler.metric_window import ExponentialWindow, LinearWindow
 
-
-def filled(*values: float, window: LinearWindow | ExponentialWindow) -> None:
-    for second, value in enumerate(values):
-        window.record(second, value)
+Recorded = list[tuple[float, float]]  # second, value
 
 
-def test_linear_average_is_over_the_recorded_seconds() -> None:
-    window = LinearWindow(5)
-    window.record(0, 1)
-    assert window.average(0) == 1
-    filled(0, 2, 3, 4, 5, window=window)
-    assert window.average(4) == 3
-    assert window.average(3.6) == 3, "a reader that lags behind sees what was written last"
+def seconds_of(*values: float) -> Recorded:
+    return list(enumerate(values))
 
 
-def test_linear_average_leaves_out_the_newest_seconds_without_data() -> None:
-    window = LinearWindow(5)
-    filled(1, 2, 3, 4, 5, window=window)
-    assert window.average(6) == (3 + 4 + 5) / 3
-    assert window.average(10) == 0
-
-
-def test_linear_average_counts_missing_seconds_as_zero() -> None:
-    window = LinearWindow(5)
-    filled(1, 2, 3, 4, 5, window=window)
-    window.record(6, 91)
-    assert window.average(6) == (3 + 4 + 5 + 0 + 91) / 5
-
-
-def test_a_window_of_silence_starts_it_anew() -> None:
-    window = LinearWindow(5)
-    filled(1, 2, 3, window=window)
-    window.record(60, 1984)
-    assert window.average(60) == 1984
-    window.record(57, 4)
-    assert window.average(60) == (4 + 1984) / 4
-    window.record(61, 5)
-    assert window.average(61) == pytest.approx((4 + 1984 + 5) / 5)
-    window.record(58, 10)
-    window.record(55, 10)
-    window.record(56, 10)
-    assert window.average(61) == pytest.approx((4 + 10 + 1984 + 5) / 5), "a value a window old is dropped"
-    window.record(66, 10)
-    assert window.average(66) == 10, "silence for exactly the window"
-
-
-def test_linear_average_of_times_that_run_backwards() -> None:
-    window = LinearWindow(5)
-    for second in range(8, -1, -1):
-        window.record(second, 5)
-    assert window.average(5) == 5
-
-
-def test_values_of_one_second_add_up() -> None:
-    window = LinearWindow(60)
-    window.record(7, 1)
-    window.record(7.1, 10)
-    assert window.average(7.9) == 11
-
-
-def test_linear_average_is_rounded_to_six_digits_half_away_from_zero() -> None:
-    window = LinearWindow(2)
-    window.record(0, 0.000001)
-    window.record(1, 0.000002)
-    assert window.average(1) == 0.000002
+@pytest.mark.parametrize(
+    ("seconds", "steps"),
+    [
+        pytest.param(
+            5,
+            [
+                ([(0, 1)], 0, 1),
+                (seconds_of(0, 2, 3, 4, 5), 4, 3),
+                ([], 3.6, 3),  # a reader that lags behind sees what was written last
+            ],
+            id="over the recorded seconds",
+        ),
+        pytest.param(
+            5,
+            [(seconds_of(1, 2, 3, 4, 5), 6, (3 + 4 + 5) / 3), ([], 10, 0)],
+            id="without the newest seconds if they have no data",
+        ),
+        pytest.param(
+            5, [([*seconds_of(1, 2, 3, 4, 5), (6, 91)], 6, (3 + 4 + 5 + 0 + 91) / 5)], id="a missing second counts as zero"
+        ),
+        pytest.param(
+            5,
+            [
+                ([*seconds_of(1, 2, 3), (60, 1984)], 60, 1984),
+                ([(57, 4)], 60, (4 + 1984) / 4),
+                ([(61, 5)], 61, pytest.approx((4 + 1984 + 5) / 5)),
+                # a value a window old is dropped
+                ([(58, 10), (55, 10), (56, 10)], 61, pytest.approx((4 + 10 + 1984 + 5) / 5)),
+                ([(66, 10)], 66, 10),  # silence for exactly the window
+            ],
+            id="a window of silence starts it anew",
+        ),
+        pytest.param(5, [([(second, 5) for second in range(8, -1, -1)], 5, 5)], id="of times that run backwards"),
+        pytest.param(60, [([(7, 1), (7.1, 10)], 7.9, 11)], id="values of one second add up"),
+        pytest.param(2, [(seconds_of(0.000001, 0.000002), 1, 0.000002)], id="rounded to six digits half away from zero"),
+    ],
+)
+def test_linear_average(seconds: int, steps: list[tuple[Recorded, float, float]]) -> None:
+    """Each step records values and reads the average at a time."""
+    window = LinearWindow(seconds)
+    for recorded, now, average in steps:
+        for second, value in recorded:
+            window.record(second, value)
+        assert window.average(now) == average
 
 
 @pytest.mark.parametrize(("seconds", "smoothing"), [(100, 0.2), (60, 0.2), (40, 0.20567), (6, 0.78456)])
@@ -91,7 +77,8 @@ def test_exponential_average_weighs_the_newest_second_most() -> None:
 
 def test_exponential_average_known_by_hand() -> None:
     window = ExponentialWindow(5)
-    filled(1, 2, 3, 4, 5, 6, window=window)
+    for second, value in seconds_of(1, 2, 3, 4, 5, 6):
+        window.record(second, value)
     assert round(window.average(5), 3) == 5.812
 
 

@@ -34,23 +34,25 @@ class HeldProxy:
     serve = serve_proxied
 
 
-def activator(concurrency: int, wake: Callable[[], None] = lambda: None) -> Activator:
-    return Activator(concurrency, Timeouts(30), 100, wake)
+class Scene:
+    """An activator and its pods, which hold every request until `let_go`."""
 
+    def __init__(self, concurrency: int, pods: int, wake: Callable[[], None] = lambda: None) -> None:
+        self.held = [HeldProxy(str(index)) for index in range(pods)]
+        self.pods = cast("list[QueueProxy]", self.held)
+        self.activator = Activator(concurrency, Timeouts(30), 100, wake)
+        self.activator.set_pods(self.pods)
 
-def proxies(count: int) -> tuple[list[HeldProxy], list[QueueProxy]]:
-    held = [HeldProxy(str(index)) for index in range(count)]
-    return held, cast("list[QueueProxy]", held)
+    def send(self, count: int) -> list[asyncio.Task[None]]:
+        return [asyncio.create_task(self.activator.serve(cast(Exchange, ASKED))) for _ in range(count)]
 
+    def served(self) -> list[int]:
+        return [proxy.served for proxy in self.held]
 
-def send(to: Activator, count: int) -> list[asyncio.Task[None]]:
-    return [asyncio.create_task(to.serve(cast(Exchange, ASKED))) for _ in range(count)]
-
-
-async def let_go(held: list[HeldProxy], tasks: list[asyncio.Task[None]]) -> None:
-    for proxy in held:
-        proxy.gate.set()
-    await asyncio.gather(*tasks)
+    async def let_go(self, tasks: list[asyncio.Task[None]]) -> None:
+        for proxy in self.held:
+            proxy.gate.set()
+        await asyncio.gather(*tasks)
 
 
 @pytest.mark.parametrize(
@@ -62,58 +64,51 @@ async def let_go(held: list[HeldProxy], tasks: list[asyncio.Task[None]]) -> None
     ],
 )
 async def test_balancing(concurrency: int, requests: int, served: list[int]) -> None:
-    held, pods = proxies(len(served))
-    subject = activator(concurrency)
-    subject.set_pods(pods)
-    tasks = send(subject, requests)
-    await until(lambda: sum(proxy.served for proxy in held) == requests)
-    assert [proxy.served for proxy in held] == served
-    await let_go(held, tasks)
+    scene = Scene(concurrency, len(served))
+    tasks = scene.send(requests)
+    await until(lambda: sum(scene.served()) == requests)
+    assert scene.served() == served
+    await scene.let_go(tasks)
 
 
 async def test_full_pods_keep_requests_waiting_and_a_new_pod_gets_them() -> None:
-    held, pods = proxies(2)
-    subject = activator(1)
-    subject.set_pods(pods[:1])
-    tasks = send(subject, 3)
-    await until(lambda: subject.waiting == 2)
-    subject.set_pods(pods)
-    await until(lambda: held[1].served == 1)
-    assert subject.waiting == 1
-    await let_go(held, tasks)
-    assert subject.meter.in_flight == 0
+    scene = Scene(1, 2)
+    scene.activator.set_pods(scene.pods[:1])
+    tasks = scene.send(3)
+    await until(lambda: scene.activator.waiting == 2)
+    scene.activator.set_pods(scene.pods)
+    await until(lambda: scene.held[1].served == 1)
+    assert scene.activator.waiting == 1
+    await scene.let_go(tasks)
+    assert scene.activator.meter.in_flight == 0
 
 
 async def test_an_activator_out_of_the_path_holds_and_counts_nothing() -> None:
-    held, pods = proxies(2)
-    subject = activator(1)
-    subject.in_path = False
-    subject.set_pods(pods)
-    tasks = send(subject, 6)
-    await until(lambda: sum(proxy.served for proxy in held) == 6)
-    assert (subject.meter.in_flight, subject.waiting) == (0, 0)
-    await let_go(held, tasks)
+    scene = Scene(1, 2)
+    scene.activator.in_path = False
+    tasks = scene.send(6)
+    await until(lambda: sum(scene.served()) == 6)
+    assert (scene.activator.meter.in_flight, scene.activator.waiting) == (0, 0)
+    await scene.let_go(tasks)
 
 
 async def test_a_cancelled_wait_returns_its_slot() -> None:
-    held, pods = proxies(1)
-    subject = activator(1)
-    subject.set_pods(pods)
-    running, *waiting = send(subject, 3)
-    await until(lambda: subject.waiting == 2)
+    scene = Scene(1, 1)
+    running, *waiting = scene.send(3)
+    await until(lambda: scene.activator.waiting == 2)
     waiting[0].cancel()
     await asyncio.wait([waiting[0]])
-    await let_go(held, [running, waiting[1]])
-    await let_go(held, send(subject, 2))
+    await scene.let_go([running, waiting[1]])
+    await scene.let_go(scene.send(2))
 
 
 async def test_every_request_at_zero_wakes_the_revision_and_learns_why_it_failed() -> None:
     woken: list[None] = []
-    subject = activator(1, wake=lambda: woken.append(None))
-    tasks = send(subject, 2)
-    await until(lambda: subject.waiting == 2)
+    scene = Scene(1, 0, wake=lambda: woken.append(None))
+    tasks = scene.send(2)
+    await until(lambda: scene.activator.waiting == 2)
     assert len(woken) == 2
-    subject.fail_waiting("no luck")
+    scene.activator.fail_waiting("no luck")
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert [str(result) for result in results] == ["no luck", "no luck"]
 
