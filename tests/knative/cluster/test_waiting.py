@@ -42,10 +42,10 @@ def test_a_failed_stage_is_explained_and_the_gateway_stays_as_it_was(
     serving: Site, behaviour: Behaviour, expected: list[str]
 ) -> None:
     broken = other()
-    serving = serving.api.objects[GATEWAY]["spec"]
+    before = serving.api.objects[GATEWAY]["spec"]
     message = serving.fail(broken, behaviour)
     assert [text for text in (stage_name(broken, 1), *expected) if text not in message] == []
-    assert serving.api.objects[GATEWAY]["spec"] == serving
+    assert serving.api.objects[GATEWAY]["spec"] == before
 
 
 def test_a_stage_that_never_becomes_ready_fails_at_the_timeout(site: Site) -> None:
