@@ -9,7 +9,6 @@ never show them, because any word may be a key.
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -65,7 +64,9 @@ def sha256_of(key: str) -> str:
 
 def parse_keys(text: str) -> tuple[ApiKey, ...]:
     """Raises ValueError, also for an empty entry between two commas."""
-    found = [_key(number, words) for number, words in enumerate(_parts(text), 1)]
+    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    entries = [entry.split() for line in lines for entry in line.split(",")]
+    found = [_key(number, words) for number, words in enumerate(entries, 1)]
     numbers: dict[str, int] = {}
     for number, key in enumerate(found, 1):
         first = numbers.setdefault(key.hashed, number)
@@ -80,12 +81,6 @@ def limit(name: str, value: str) -> int:
     if name not in LIMITS or not re.fullmatch("-?[0-9]{1,13}", value) or not least <= int(value) <= _MOST:
         raise ValueError(f"a limit is NAME=NUMBER, NAME one of {', '.join(LIMITS)}")
     return int(value)
-
-
-def _parts(text: str) -> Iterator[list[str]]:
-    for line in text.splitlines():
-        if line.strip() and not line.lstrip().startswith("#"):
-            yield from (part.split() for part in line.split(","))
 
 
 def _key(number: int, words: list[str]) -> ApiKey:

@@ -366,7 +366,9 @@ def read_config(environ: Mapping[str, str]) -> Config:
         role = _ROLE.read(environ)
     except ValueError as error:
         raise ConfigError([*errors, str(error)]) from error
-    errors += _keys_of_another_role(role, environ)
+    for key, owner in _all_keys():
+        if owner not in ("both", role) and key.name in environ:
+            errors.append(f"{key.name} is a key of the {owner}, and {ROLE_KEY} is {role}")
     try:
         config = read(_ROLES[role], environ)
     except ConfigError as error:
@@ -388,12 +390,6 @@ def _all_keys() -> list[tuple[Key, str]]:
     common = list(keys(CommonConfig))
     own = [(key, role) for role, settings in _ROLES.items() for key in keys(settings) if key not in common]
     return [(_ROLE, "both"), *((key, "both") for key in common), *own]
-
-
-def _keys_of_another_role(role: str, environ: Mapping[str, str]) -> Iterator[str]:
-    for key, owner in _all_keys():
-        if owner not in ("both", role) and key.name in environ:
-            yield f"{key.name} is a key of the {owner}, and {ROLE_KEY} is {role}"
 
 
 def _contradictions(config: Config) -> Iterator[str]:

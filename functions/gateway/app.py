@@ -2,7 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from flask import Flask, Request, Response, g, request
@@ -76,7 +77,7 @@ def create_app(
     add_problem_handlers(app)
     app.after_request(_add_headers)
     if config.cors_origins is not None:
-        app.after_request(CrossOrigin(config.cors_origins).add_headers)
+        app.after_request(partial(_add_cross_origin_headers, frozenset(config.cors_origins)))
     if config.access_log != "off":
         app.wsgi_app = AccessLog(app.wsgi_app, write_line, with_prompts=config.access_log == "prompts")  # type: ignore[method-assign]
     clients = Clients(keys, config.proxies)
@@ -107,29 +108,24 @@ def _add_headers(response: Response) -> Response:
     return response
 
 
-class CrossOrigin:
+def _add_cross_origin_headers(origins: frozenset[str], response: Response) -> Response:
     """Cross-Origin Resource Sharing (Fetch Standard, section 3.2): lets browsers run requests of other sites' pages.
 
     Credentials are never allowed: a page sets the header with its key itself, and cookies are ignored.
+    origins: as browsers send them in `Origin`; `*` for all.
     """
-
-    def __init__(self, origins: Sequence[str]) -> None:
-        """origins: as browsers send them in `Origin`; `*` for all."""
-        self._origins = frozenset(origins)
-
-    def add_headers(self, response: Response) -> Response:
-        origin = request.headers.get("Origin", "")
-        response.vary.add("Origin")
-        if not origin or not self._origins & {origin, "*"}:
-            return response
-        response.headers["Access-Control-Allow-Origin"] = "*" if "*" in self._origins else origin
-        response.headers["Access-Control-Expose-Headers"] = "X-Request-Id, Retry-After"
-        if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
-            response.headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
-            if requested := request.headers.get("Access-Control-Request-Headers"):
-                response.headers["Access-Control-Allow-Headers"] = requested
-            response.headers["Access-Control-Max-Age"] = "600"
+    origin = request.headers.get("Origin", "")
+    response.vary.add("Origin")
+    if not origin or not origins & {origin, "*"}:
         return response
+    response.headers["Access-Control-Allow-Origin"] = "*" if "*" in origins else origin
+    response.headers["Access-Control-Expose-Headers"] = "X-Request-Id, Retry-After"
+    if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
+        response.headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
+        if requested := request.headers.get("Access-Control-Request-Headers"):
+            response.headers["Access-Control-Allow-Headers"] = requested
+        response.headers["Access-Control-Max-Age"] = "600"
+    return response
 
 
 def stage_descriptions(config: GatewayConfig) -> tuple[StageDescription, ...]:

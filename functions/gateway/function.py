@@ -72,7 +72,7 @@ class GatewayFunction:
         self._draining = True
 
     def close(self) -> None:
-        """Only after the last request."""
+        """Call it only after the last request."""
         self._running.close()
         self._tracer.close()
 

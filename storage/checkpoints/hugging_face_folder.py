@@ -31,7 +31,7 @@ def open_folder(folder: Path) -> Checkpoint:
         raise CheckpointInvalid(
             f"{folder} is quantized with {method}; publish the unquantized checkpoint, with dtype int8 if wanted"
         )
-    return Checkpoint(config, dict(_files(folder)), dict(_tensors(folder)))
+    return Checkpoint(config, _files(folder), dict(_tensors(folder)))
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, SourceTensor]]:
@@ -84,13 +84,13 @@ def _indexed_shards(folder: Path) -> dict[Path, list[str]]:
     return shards
 
 
-def _files(folder: Path) -> Iterator[tuple[str, bytes]]:
+def _files(folder: Path) -> dict[str, bytes]:
     present = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
     if "tokenizer.json" not in present and any((folder / name).is_file() for name in _SLOW_TOKENIZERS):
         present["tokenizer.json"] = _converted_tokenizer(folder)
     if "chat_template.jinja" not in present and (template := _embedded_chat_template(folder)):
         present["chat_template.jinja"] = template.encode()
-    yield from present.items()
+    return present
 
 
 def _embedded_chat_template(folder: Path) -> str | None:

@@ -14,7 +14,7 @@ import mmap
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -47,7 +47,7 @@ class WeightCache:
             path = next(self._folder.glob(f"{stored.digest}.*{_SUFFIX}"), None)
             if path is None:
                 return None
-            data = _mapped(path, stored.bytes)
+            data = _map_file(path, stored.bytes)
             if data is not None and xxh3_128_hexdigest(data) == path.name.split(".")[1]:
                 os.utime(path)
                 self._mapped.add(path)
@@ -81,7 +81,8 @@ class WeightCache:
 
     def _reserve(self, unfinished: Path, size: int) -> BinaryIO | None:
         """A file of this size that counts from now on, locked for as long as its writer lives; None: it does not fit."""
-        with self._locked():
+        with (self._folder / ".lock").open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one thread of one process at a time evicts and reserves
             if not self._evict_for(size):
                 return None
             # Readers open it later, its writer has it open already: so its mode is read-only.
@@ -109,13 +110,6 @@ class WeightCache:
             with suppress(FileNotFoundError):
                 yield path, path.stat()
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """One thread of one process at a time evicts and reserves."""
-        with (self._folder / ".lock").open("ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-
 
 def _removed_if_abandoned(path: Path) -> bool:
     """A live writer holds a lock on its file."""
@@ -130,7 +124,7 @@ def _removed_if_abandoned(path: Path) -> bool:
     return True
 
 
-def _mapped(path: Path, size: int) -> memoryview | None:
+def _map_file(path: Path, size: int) -> memoryview | None:
     """None: the file has another size."""
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size != size:

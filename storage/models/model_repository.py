@@ -5,7 +5,6 @@ The manifest is written last: a publication is visible as a whole or not at all.
 
 import hashlib
 import re
-from collections.abc import Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Final, Literal, Protocol
 
@@ -22,7 +21,7 @@ from storage.errors import (
 )
 
 if TYPE_CHECKING:
-    from storage.store.object_reader import ObjectInfo
+    from storage.store.object_store import ObjectStore
 
 MANIFEST_VERSION: Final = 2  # version 1 is refused: its checksums were xxh3, which can be forged
 # Unit of ranged reads and of their checksums. Measured: 16 to 32 MiB over four connections read fastest.
@@ -99,12 +98,6 @@ class Reader(Protocol):
     """Implemented by ObjectReader and ObjectStore."""
 
     def get(self, key: str) -> bytes: ...
-
-
-class Lister(Protocol):
-    """Implemented by ObjectStore."""
-
-    def list(self, prefix: str) -> "Iterable[ObjectInfo]": ...
 
 
 class _Version(msgspec.Struct):
@@ -185,7 +178,7 @@ def read_file(reader: Reader, manifest: ModelManifest, name: str) -> bytes:
     return data
 
 
-def list_models(store: Lister) -> list[tuple[str, Dtype]]:
+def list_models(store: "ObjectStore") -> list[tuple[str, Dtype]]:
     """Name and dtype of every published model, sorted."""
     found = []
     for item in store.list(_ROOT):

@@ -85,24 +85,22 @@ class _PlanStream(io.RawIOBase):
     def blocks(self) -> Iterator[memoryview]:
         """The stream's bytes, block by block."""
         for block in self._unhashed_blocks():
-            self._hash_parts(block)
+            rest = block
+            while len(rest):
+                piece = rest[: PART_BYTES - self._hashed]
+                self._hash.update(piece)
+                self._hashed += len(piece)
+                rest = rest[len(piece) :]
+                if self._hashed == PART_BYTES:
+                    self._parts.append(self._hash.hexdigest())
+                    self._hash.reset()
+                    self._hashed = 0
             self._on_bytes(len(block))
             yield block
 
     def part_digests(self) -> tuple[str, ...]:
-        """Valid after the end of the stream."""
+        """Call it only after the end of the stream."""
         return tuple(self._parts) if not self._hashed else (*self._parts, self._hash.hexdigest())
-
-    def _hash_parts(self, block: memoryview) -> None:
-        while len(block):
-            piece = block[: PART_BYTES - self._hashed]
-            self._hash.update(piece)
-            self._hashed += len(piece)
-            block = block[len(piece) :]
-            if self._hashed == PART_BYTES:
-                self._parts.append(self._hash.hexdigest())
-                self._hash.reset()
-                self._hashed = 0
 
     def _unhashed_blocks(self) -> Iterator[memoryview]:
         yield memoryview(self._plan.header)

@@ -101,7 +101,7 @@ def publish(
             targets |= convert_tensor(tensor_name, tensor, cast("Dtype", dtype), keep_wide)
         plans.append(plan_object(object_name, targets))
     upload = _Upload(store, f"{prefix}{publication}/", plans, progress, afresh)
-    objects = upload.objects()
+    objects = {plan.name: upload.verified_or_written(plan) for plan in plans}
     files = dict(checkpoint.files)
     if checkpoint.config.get("tie_word_embeddings", model.tied) != model.tied:
         config = {**checkpoint.config, "tie_word_embeddings": model.tied}
@@ -172,9 +172,6 @@ class _Upload:
         self._total_bytes = sum(plan.bytes for plan in plans)
         self._present = {} if afresh else {item.key: item.bytes for item in store.list(prefix)}
 
-    def objects(self) -> dict[str, StoredObject]:
-        return {plan.name: self._verified_or_written(plan) for plan in self._plans}
-
     def files(self, files: Mapping[str, bytes]) -> dict[str, StoredFile]:
         for name, data in files.items():
             self._store.put(self._prefix + name, data)
@@ -186,7 +183,7 @@ class _Upload:
         for plan in self._plans:
             self._store.delete(f"{self._prefix}{plan.name}{_FRAGMENT_SUFFIX}")
 
-    def _verified_or_written(self, plan: ObjectPlan) -> StoredObject:
+    def verified_or_written(self, plan: ObjectPlan) -> StoredObject:
         """Writes the object, unless an earlier run has finished it and the checkpoint still gives the same bytes."""
         key, fragment_key = f"{self._prefix}{plan.name}.safetensors", f"{self._prefix}{plan.name}{_FRAGMENT_SUFFIX}"
         report = partial(self._report, plan.name)

@@ -145,9 +145,6 @@ class ObjectReader:
     def _attempts(self, key: str, clock: "_RetryClock | None" = None) -> tenacity.Retrying:
         since = clock or _RetryClock()
 
-        def is_over(_: tenacity.RetryCallState) -> bool:
-            return self._closed.is_set() or time.monotonic() - since.progress_at >= self._retry_seconds
-
         def give_up(state: tenacity.RetryCallState) -> None:
             cause = state.outcome.exception() if state.outcome else None
             raise StoreUnreachable(
@@ -162,7 +159,7 @@ class ObjectReader:
         return tenacity.Retrying(
             retry=tenacity.retry_if_exception_type((OSError, HTTPException, _TransientAnswer)),
             wait=tenacity.wait_random_exponential(multiplier=0.1, max=2),
-            stop=is_over,
+            stop=lambda _: self._closed.is_set() or time.monotonic() - since.progress_at >= self._retry_seconds,
             sleep=tenacity.sleep_using_event(self._closed),
             before_sleep=log,
             retry_error_callback=give_up,

@@ -8,7 +8,7 @@ import ssl
 import urllib.request
 from collections.abc import Callable, Iterator
 from http.client import HTTPException
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, NoReturn, TypeVar, cast
+from typing import Any, BinaryIO, Final, NoReturn, TypeVar, cast
 from urllib.parse import urlsplit
 
 import boto3
@@ -33,9 +33,6 @@ from storage.store.paced import CONNECT_SECONDS, TooSlow, connect
 from storage.store.refusals import refusal
 from storage.store.settings import StoreSettings
 
-if TYPE_CHECKING:
-    from types_boto3_s3.literals import BucketLocationConstraintType
-
 _PART_BYTES: Final = 16 * 2**20
 _READ_BYTES: Final = 2**20
 _BODY_READ_BYTES: Final = 2**16
@@ -52,6 +49,7 @@ class ObjectStore:
     def __init__(self, settings: StoreSettings, *, stall_seconds: float = _STALL_SECONDS) -> None:
         """A transfer that stalls for `stall_seconds`, or is hardly faster (`paced`), ends an attempt; there are four."""
         self.settings = settings
+        self._bucket = settings.bucket
         session = boto3.session.Session(
             aws_access_key_id=settings.access_key_id,
             aws_secret_access_key=settings.secret_access_key,
@@ -81,25 +79,22 @@ class ObjectStore:
 
     def get(self, key: str) -> bytes:
         """The whole object; for small ones."""
-        bucket = self.settings.bucket
-        return self._call(key, lambda: bytes(self._client.get_object(Bucket=bucket, Key=key)["Body"].read()))
+        return self._call(key, lambda: bytes(self._client.get_object(Bucket=self._bucket, Key=key)["Body"].read()))
 
     def put(self, key: str, data: bytes) -> None:
         """Writes or replaces an object atomically."""
-        bucket = self.settings.bucket
-        self._call(key, lambda: self._client.put_object(Bucket=bucket, Key=key, Body=data))
+        self._call(key, lambda: self._client.put_object(Bucket=self._bucket, Key=key, Body=data))
 
     def put_stream(self, key: str, stream: BinaryIO) -> None:
         """Writes an object of any length from a stream, in parts, holding a few parts of 16 MiB in memory.
 
         The object becomes visible when the last part is in. Exceptions of the stream pass through unchanged.
         """
-        bucket = self.settings.bucket
-        self._call(key, lambda: self._client.upload_fileobj(stream, bucket, key, Config=self._transfer))
+        self._call(key, lambda: self._client.upload_fileobj(stream, self._bucket, key, Config=self._transfer))
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Every object whose key begins with `prefix`, in the store's order."""
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.settings.bucket, Prefix=prefix)
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix)
         iterator = iter(pages)
         while page := self._call(prefix, lambda: next(iterator, None)):
             for item in page.get("Contents", []):
@@ -107,27 +102,21 @@ class ObjectStore:
 
     def delete(self, key: str) -> None:
         """Deletes an object; a missing one is no error."""
-        bucket = self.settings.bucket
         try:
-            self._call(key, lambda: self._client.delete_object(Bucket=bucket, Key=key))
+            self._call(key, lambda: self._client.delete_object(Bucket=self._bucket, Key=key))
         except ObjectNotFound:
             return
 
     def ensure_bucket(self) -> None:
         """Creates the bucket if it does not exist."""
-        bucket = self.settings.bucket
         try:
-            self._call("", lambda: self._client.head_bucket(Bucket=bucket))
+            self._call("", lambda: self._client.head_bucket(Bucket=self._bucket))
         except BucketNotFound:
-            self._call("", self._create_bucket)
-
-    def _create_bucket(self) -> None:
-        # Amazon refuses its oldest region as a constraint, and a request without one everywhere else.
-        if self.settings.region == "us-east-1":
-            self._client.create_bucket(Bucket=self.settings.bucket)
-        else:
-            region = cast("BucketLocationConstraintType", self.settings.region)
-            self._client.create_bucket(Bucket=self.settings.bucket, CreateBucketConfiguration={"LocationConstraint": region})
+            options: dict[str, Any] = {}
+            # Amazon refuses its oldest region as a constraint, and a request without one everywhere else.
+            if self.settings.region != "us-east-1":
+                options["CreateBucketConfiguration"] = {"LocationConstraint": self.settings.region}
+            self._call("", lambda: self._client.create_bucket(Bucket=self._bucket, **options))
 
     def _call(self, key: str, action: Callable[[], _Returned]) -> _Returned:
         try:

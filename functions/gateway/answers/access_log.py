@@ -25,7 +25,7 @@ _ENTRY: Final = "lamina.access"
 
 @dataclass(slots=True)
 class LogEntry:
-    """What the handlers tell the log about a request."""
+    """Facts about a request, which its handler fills in for the log."""
 
     arrived: float = 0.0  # in time.monotonic()
     request_id: str | None = None

@@ -87,7 +87,7 @@ class Answer:
         self._metrics.gen_ai.observe(self._operation, failure, *seconds, self.completion_tokens)
 
     def choice(self) -> Choice:
-        """Only after the last token."""
+        """Call it only after the last token."""
         return Choice(self.text, tuple(self._token_ids), self._finish_reason(), tuple(self._logprobs) or None)
 
     @property

@@ -56,7 +56,7 @@ class KeyRing:
         if not self._files or time.monotonic() < self._check_at or not self._lock.acquire(blocking=False):
             return
         try:
-            changed = [file for file in self._files if file.has_changed()]
+            changed = [file for file in self._files if file.state() != file.seen]
             for file in changed:
                 if (error := file.read()) is not None:
                     _log.error("%s; its keys stay as they were", error)
@@ -77,15 +77,12 @@ class KeyRing:
 class _KeyFile:
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._seen: tuple[int, ...] = ()
+        self.seen: tuple[int, ...] = ()  # the state that was read
         self.keys: tuple[ApiKey, ...] = ()
-
-    def has_changed(self) -> bool:
-        return self._stat() != self._seen
 
     def read(self) -> str | None:
         """Returns an error, or None. An empty or removed file has no keys; one with an error keeps the keys that it had."""
-        existed, self._seen = bool(self._seen), self._stat()
+        existed, self.seen = bool(self.seen), self.state()
         try:
             self.keys = parse_keys(self._path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -97,7 +94,7 @@ class _KeyFile:
             return f"{self._path}: {error}"
         return None
 
-    def _stat(self) -> tuple[int, ...]:
+    def state(self) -> tuple[int, ...]:
         """Changes when the file is replaced, as Kubernetes does, and when it is written to."""
         try:
             found = os.stat(self._path)

@@ -124,7 +124,7 @@ class Generation:
         return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, drafts, cached)
 
     def response(self) -> GenerateResponse:
-        """Only after the last token."""
+        """Call it only after the last token."""
         timings = self._timings()
         self._metrics.answer.observe(timings.total_seconds)
         choices = tuple(answer.choice() for answer in self.answers)

@@ -145,12 +145,14 @@ class AnswerService:
             span.end(problem.name, {"error.type": problem.name})
             raise
         self._metrics.prompt_tokens.inc(len(token_ids))
+        tools = self.text.tools
+        marked_specially = tools.format.marker in tools.special  # a call begins with a special token
         text_stream = TextStream(
             self.text.tokenizer,
             request.stop_strings,
             () if request.messages is not None else token_ids,  # a message is a text of its own, a completion continues one
             stop_included=request.include_stop_str_in_output,
-            special=bool(callable_tools(request.tools, request.tool_choice)) and self.text.tools.marked_specially,
+            special=bool(callable_tools(request.tools, request.tool_choice)) and marked_specially,
         )
         echo = encoded.text if request.echo else None
         return Answer(

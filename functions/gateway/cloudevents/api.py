@@ -28,7 +28,7 @@ from eventing.problems import MalformedEvent, Problem, UnknownEventType, Unsuppo
 from eventing.wire.cloud_event import data_buffers, json_data, json_event, reply_id, reply_seed
 from eventing.wire.events import Attribute, EventType
 from eventing.wire.framing import Buffer, check_not_expired, expiry_time
-from eventing.wire.generation import MAX_CHOICES, ErrorEvent, GenerateRequest, TokenEvent
+from eventing.wire.generation import MAX_CHOICES, ErrorEvent, GenerateRequest
 from functions.gateway.answers.access_log import log_entry
 from functions.gateway.answers.authentication import Clients
 from functions.gateway.answers.generation import ClientLeft, Generation
@@ -93,7 +93,7 @@ class CloudEventsAPI:
                 listener, self._stream(event, listener), lambda problem: _structured_sse(self._problem(event, problem))
             )
         to_http = to_structured_http if content_type.startswith(STRUCTURED_CONTENT_TYPE) else to_binary_http
-        return whole_response(listener, lambda: _response(to_http(self._response(event, listener))))
+        return whole_response(listener, lambda: _http_response(to_http(self._response(event, listener))))
 
     def _score(self, event: CloudEvent) -> Response:
         """The reply is signed with the pipeline's token, so it may go to the next step of a Sequence only."""
@@ -101,7 +101,7 @@ class CloudEventsAPI:
             raise UnknownEventType(f"{event.get_type()} goes to the Broker, whose gateway is not this one")
         if "reply" not in request.headers.get("Prefer", "").lower().split():
             raise UnknownEventType(f"{event.get_type()} goes to the Broker: this gateway takes it from a Sequence only")
-        return _response(to_binary_http(self._scores.begin(event)))
+        return _http_response(to_binary_http(self._scores.begin(event)))
 
     def _listen(self, event: CloudEvent, client_id: str, arrived: float) -> Listener:
         """Begins the answer, or joins it if the same event is being answered or was answered recently."""
@@ -151,7 +151,7 @@ class CloudEventsAPI:
             for listener in begun:
                 if isinstance(listener, Listener):
                     listener.close()
-        return _response(to_batched_http(replies))
+        return _http_response(to_batched_http(replies))
 
     def _wait(self, event: CloudEvent, listener: Listener | Problem) -> CloudEvent:
         """The reply of one event of a batch."""
@@ -170,7 +170,8 @@ class CloudEventsAPI:
             if token is None:
                 yield HEARTBEAT
             else:
-                yield _structured_sse(self._event(cause, EventType.TOKEN, token, _token_id(id_, token)))
+                number = f"{token.index}" if token.choice == 0 else f"{token.choice}-{token.index}"
+                yield _structured_sse(self._event(cause, EventType.TOKEN, token, f"{id_}-{number}"))
         yield _structured_sse(self._response(cause, listener))
 
     def _response(self, cause: CloudEvent, listener: Listener) -> CloudEvent:
@@ -205,16 +206,12 @@ def _wants_stream() -> bool:
     return any(kind == EVENT_STREAM_CONTENT_TYPE and quality > 0 for kind, quality in request.accept_mimetypes)
 
 
-def _token_id(id_: str, token: TokenEvent) -> str:
-    return f"{id_}-{token.index}" if token.choice == 0 else f"{id_}-{token.choice}-{token.index}"
-
-
 def _structured_sse(event: CloudEvent) -> bytes:
     """One server-sent event with the CloudEvent in structured mode."""
     _, body = to_structured_http(event)
     return encode_sse(b"".join(body))
 
 
-def _response(message: tuple[dict[str, str], list[Buffer]]) -> Response:
+def _http_response(message: tuple[dict[str, str], list[Buffer]]) -> Response:
     headers, body = message
     return Response(b"".join(body), 200, headers)

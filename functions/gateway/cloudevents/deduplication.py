@@ -97,7 +97,7 @@ class Listener:
         return []
 
     def response(self) -> GenerateResponse:
-        """Only after the last token."""
+        """Call it only after the last token."""
         assert self._shared.response is not None
         return self._shared.response
 

@@ -1,6 +1,6 @@
 """Answers of chat completions and completions: one document with choices, or a stream of chunks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from functions.gateway.answers.generation import Generation
 from functions.gateway.answers.streaming import after_first_token
 from functions.gateway.openai.errors import error_document
 from functions.gateway.openai.requests import ChatRequest, CompletionRequest
-from functions.gateway.text.reasoning import Reasoning
+from functions.gateway.text.reasoning import Reasoning, TextDelta
 from functions.gateway.text.tokenizer import ModelText
 from functions.gateway.text.tool_calls import ToolCallDelta, ToolCallParser
 
@@ -165,26 +165,23 @@ class ChatWriter:
         }
 
     def _deltas(self, text: str) -> Iterator[dict[str, Any]]:
-        if not text:
-            return
-        if self.reasoning is None:
-            yield from self._content(text)
-        else:
-            for kind, part in self.reasoning.push(text):
-                yield from self._content(part) if kind == "content" else [{"reasoning_content": part}]
+        if text:
+            yield from self._split([TextDelta("content", text)] if self.reasoning is None else self.reasoning.push(text))
 
     def _last_deltas(self) -> Iterator[dict[str, Any]]:
         if self.reasoning is not None:
-            for kind, part in self.reasoning.finish():
-                yield from self._content(part) if kind == "content" else [{"reasoning_content": part}]
+            yield from self._split(self.reasoning.finish())
         if self.parser is not None:
             yield from map(self._call_delta, self.parser.finish())
 
-    def _content(self, text: str) -> Iterator[dict[str, Any]]:
-        if self.parser is None:
-            yield {"content": text}
-        else:
-            yield from map(self._call_delta, self.parser.push(text))
+    def _split(self, parts: Iterable[TextDelta]) -> Iterator[dict[str, Any]]:
+        for kind, text in parts:
+            if kind == "reasoning":
+                yield {"reasoning_content": text}
+            elif self.parser is None:
+                yield {"content": text}
+            else:
+                yield from map(self._call_delta, self.parser.push(text))
 
     def _call_delta(self, part: ToolCallDelta) -> dict[str, Any]:
         if part.call is None:

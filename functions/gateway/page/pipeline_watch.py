@@ -25,7 +25,7 @@ WINDOW_SECONDS: Final = 2.0  # rates and averages are taken over it
 
 @dataclass(frozen=True, slots=True)
 class StageDescription:
-    """What never changes about a stage."""
+    """The constant properties of a stage."""
 
     service: str
     layers: tuple[int, int]

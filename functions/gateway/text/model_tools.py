@@ -31,11 +31,6 @@ class ModelTools:
     in_template: bool  # the chat template presents tools
     special: Mapping[str, int]  # special tokens by text; encoding never yields them, and decoding only on request
 
-    @property
-    def marked_specially(self) -> bool:
-        """A call begins with a special token."""
-        return self.format.marker in self.special
-
     def parser(self, tools: Sequence[Tool]) -> ToolCallParser:
         return ToolCallParser(self.format, frozenset(tool.function.name for tool in tools))
 

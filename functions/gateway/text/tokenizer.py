@@ -74,7 +74,7 @@ class ModelText:
         self.encoder.check(len(prompt))
 
     def check_messages(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> None:
-        """The same for a conversation and its tools. Every message takes at least one token."""
+        """Raises ContextExceeded if a conversation and its tools cannot fit. Every message takes at least one token."""
         if len(messages) > self.context_length:
             raise ContextExceeded(
                 f"{len(messages)} messages are more than the model's context has tokens, {self.context_length}; send fewer"
@@ -86,7 +86,7 @@ class ModelText:
         self.encoder.check(characters)
 
     def check_ids(self, token_ids: Sequence[int]) -> None:
-        """The same for tokens, which must be in the vocabulary. Raises InvalidRequest."""
+        """Raises InvalidRequest for a token outside of the vocabulary, ContextExceeded for too many tokens."""
         vocabulary = self.tokenizer.get_vocab_size(with_added_tokens=True)
         if (greatest := max(token_ids)) >= vocabulary:
             raise InvalidRequest(f"token {greatest} is outside of the vocabulary of {vocabulary}")
