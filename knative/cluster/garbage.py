@@ -82,8 +82,8 @@ class GarbageCollector:
                 else:
                     self._delete(ref, f"deleted {ref}, which the spec no longer needs")
             self._prune(name, old_pipelines)
-            pods = self._live_pods(f"{INSTANCE}={name}") if access else []
-            accounts = {pod["spec"].get("serviceAccountName") for pod in pods}
+            pods = self._cluster.find("v1", "Pod", self._namespace, f"{INSTANCE}={name}") if access else []
+            accounts = {pod["spec"].get("serviceAccountName") for pod in pods if phase_of(pod) != "over"}
             for ref in access:
                 if ref.name in accounts:
                     self._say(f"{ref} stays while a pod runs as {ref.name}; the next deploy deletes it")
@@ -157,14 +157,17 @@ class GarbageCollector:
         """Waits for the end of these gateway pods. False if some are left after the timeout."""
         deadline = time.monotonic() + self._timeout_seconds
         said = False
-        while pods := [pod for pod in self._live_pods(selector) if is_meant(pod)]:
+        while True:
+            found = self._cluster.find("v1", "Pod", self._namespace, selector)
+            pods = [pod for pod in found if phase_of(pod) != "over" and is_meant(pod)]
+            if not pods:
+                return True
             if time.monotonic() > deadline:
                 return False
             if not said:
                 self._say(f"{len(pods)} gateway pod(s) {which} still finish their answers")
                 said = True
             time.sleep(_POLL_SECONDS)
-        return True
 
     def _delete(self, ref: Ref, line: str) -> bool:
         """Whether it existed."""
@@ -179,6 +182,3 @@ class GarbageCollector:
             if self._cluster.serves(api_version, kind)
             for each in self._cluster.find(api_version, kind, self._namespace, own_selector(name))
         ]
-
-    def _live_pods(self, selector: str) -> list[KubernetesObject]:
-        return [pod for pod in self._cluster.find("v1", "Pod", self._namespace, selector) if phase_of(pod) != "over"]

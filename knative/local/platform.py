@@ -8,6 +8,8 @@ import asyncio
 import errno
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from knative.local.autoscaler.hpa import CpuSeconds, cpu_seconds
 from knative.local.autoscaler.revision_settings import revision_settings
 from knative.local.errors import ManifestRefused, PortInUse
 from knative.local.eventing.local_eventing import LocalEventing
-from knative.local.kubelet.containers import LAMINA_FUNCTION, LocalData, NamedData, SecretFolders
+from knative.local.kubelet.containers import LAMINA_FUNCTION, LocalData, NamedData, write_secrets
 from knative.local.kubelet.pods import PodTiming
 from knative.local.proxies.network import EmulatedNetwork
 from knative.local.serving.endpoint_slices import EndpointSlices
@@ -74,8 +76,9 @@ class Platform:
         self.services: dict[tuple[str, str], LocalService] = {}  # (namespace, name) → Service
         self.eventing = LocalEventing(self._find, options.logs)
         self._options = options
-        self._secrets = SecretFolders(options.secrets, options.secret_folders)
-        self.secret_folders = self._secrets.folders  # Secret → folder, as pods that mount it see it
+        self._made_secrets = Path(tempfile.mkdtemp(prefix="lamina-secrets-"))  # only its owner can read it
+        # Secret → folder, as pods that mount it see it.
+        self.secret_folders = write_secrets(options.secrets, options.secret_folders, self._made_secrets)
         slices = EndpointSlices()
         self._admin = Admin(slices, self.status, lambda: render_metrics(self.services.values()))
         self._context = PlatformContext(
@@ -121,7 +124,7 @@ class Platform:
         await self.eventing.stop()
         await asyncio.gather(*(service.stop(grace_seconds) for service in self.services.values()))
         self._admin.server.close()
-        self._secrets.remove()
+        shutil.rmtree(self._made_secrets, ignore_errors=True)
 
     def url(self, name: str, namespace: str = "default") -> str:
         return self.services[namespace, name].url

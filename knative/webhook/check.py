@@ -45,7 +45,10 @@ def validate(
         lambda: unknown_fields(service),
         lambda: wrong_types(decoded),
         lambda: _webhook(decoded, config, features),
-        lambda: pod(decoded["spec"]["template"]["spec"], "spec"),
+        lambda: (
+            Violation(each.field, f"dry run of the pod failed: {each.reason}")
+            for each in pod(decoded["spec"]["template"]["spec"], "spec")
+        ),
     )
     for rule in rules:
         if found := list(dict.fromkeys(rule())):

@@ -75,11 +75,6 @@ _REQUIRED: Final = (
 
 def pod(spec: dict[str, Any], at: str) -> Violations:
     """at: the pod's own path, "spec", because Kubernetes speaks of the pod."""
-    for violation in _pod(spec, at):
-        yield Violation(violation.field, f"dry run of the pod failed: {violation.reason}")
-
-
-def _pod(spec: dict[str, Any], at: str) -> Violations:
     yield from broken_rules(_RULES, spec, at)
     for path, name in _REQUIRED:
         found = select(spec, path, at)

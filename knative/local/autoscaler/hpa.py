@@ -162,7 +162,7 @@ class HpaRevisionAutoscaler:
         """The activator is in the path only while no pod is ready."""
         threshold = max(1, self.settings.min_scale, 0 if self.status.initialized else self.settings.initial_scale)
         self.status = replace(self.status, initialized=self.status.initialized or ready >= threshold)
-        return Reconciliation(self.desired_scale, ready == 0, self.status.activity, None)
+        return Reconciliation(self.desired_scale, ready == 0)
 
     def _sampled(self, now: float, pid: int) -> deque[tuple[float, float]]:
         samples = self._samples.get(pid) or deque()

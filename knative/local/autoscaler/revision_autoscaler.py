@@ -88,5 +88,4 @@ class RevisionAutoscaler:
         status = next_status(self.settings, self.status, target.want, ready, now, reachable=reachable)
         since = (self.status.proxied_since if self.status.proxied_since is not None else now) if proxy else None
         self.status = status if since == status.proxied_since else replace(status, proxied_since=since)
-        wanted = target.want if target.apply else replicas
-        return Reconciliation(wanted, proxy, status.activity, target.check_after_seconds)
+        return Reconciliation(target.want if target.apply else replicas, proxy)

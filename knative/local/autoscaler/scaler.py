@@ -50,8 +50,6 @@ class Reconciliation:
 
     replicas: int
     proxy: bool  # whether the activator shall be in the path
-    activity: Activity
-    check_after_seconds: float | None  # when to reconcile again at the latest; None: with the next decision
 
 
 def scale_target(

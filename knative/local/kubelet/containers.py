@@ -2,9 +2,7 @@
 
 import math
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,21 +47,15 @@ class Container:
     memory_limit_bytes: int | None
 
 
-class SecretFolders:
-    """Secrets as files, for pods that mount them: given folders as they are, other Secrets in temporary folders."""
-
-    def __init__(self, secrets: NamedData, given: Mapping[str, Path]) -> None:
-        self._temporary = Path(tempfile.mkdtemp(prefix="lamina-secrets-"))  # only its owner can read it
-        self.folders: dict[str, Path] = {name: folder.resolve() for name, folder in given.items()}
-        for name in set(secrets) - set(given):
-            self.folders[name] = self._temporary / name
-            self.folders[name].mkdir()
-            for key, value in secrets[name].items():
-                (self.folders[name] / key).write_text(value, encoding="utf-8")
-
-    def remove(self) -> None:
-        """Removes the temporary folders."""
-        shutil.rmtree(self._temporary, ignore_errors=True)
+def write_secrets(secrets: NamedData, given: Mapping[str, Path], parent: Path) -> dict[str, Path]:
+    """Folder of each Secret, for pods that mount it: given folders as they are, other Secrets in new folders in `parent`."""
+    folders = {name: folder.resolve() for name, folder in given.items()}
+    for name in set(secrets) - set(given):
+        folders[name] = parent / name
+        folders[name].mkdir()
+        for key, value in secrets[name].items():
+            (folders[name] / key).write_text(value, encoding="utf-8")
+    return folders
 
 
 def read_data_folder(folder: Path | None) -> NamedData:
