@@ -24,7 +24,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-ROOT: Final = Path(__file__).resolve().parents[1]
+from bench import report
+from bench.report import ROOT
+
 _PACKAGES: Final = ("eventing", "functions", "knative", "storage")
 _API: Final = (
     *(f"functions/gateway/{package}/" for package in ("answers", "cloudevents", "openai", "openapi", "page", "text")),
@@ -160,12 +162,12 @@ def measure(folder: Path, tokens: int = 64) -> tuple[Walk, Walk]:
     return gateway_walk, stage_walk
 
 
-def _counted(url: str, pids: Sequence[int], reports: Sequence[Path], tokens: int) -> Iterator[list[Counts]]:
+def _counted(url: str, pids: Sequence[int], files: Sequence[Path], tokens: int) -> Iterator[list[Counts]]:
     """Counts of the processes after a warm-up, after a short answer, and after one that is longer by `tokens`."""
     for length in (_SHORT_TOKENS + tokens, _SHORT_TOKENS, _SHORT_TOKENS + tokens):
         _stream(url, length)
         time.sleep(0.5)  # threads finish what follows an answer
-        yield [_report(pid, report) for pid, report in zip(pids, reports, strict=True)]
+        yield [_report(pid, file) for pid, file in zip(pids, files, strict=True)]
 
 
 def _stream(url: str, tokens: int) -> None:
@@ -180,15 +182,15 @@ def _stream(url: str, tokens: int) -> None:
         raise RuntimeError(f"{tokens} tokens were asked for, and the answer was {answer[-500:]}")
 
 
-def _report(pid: int, report: Path) -> Counts:
-    report.unlink(missing_ok=True)
+def _report(pid: int, file: Path) -> Counts:
+    file.unlink(missing_ok=True)
     os.kill(pid, signal.SIGUSR1)
     deadline = time.monotonic() + _WAIT_SECONDS
-    while not report.exists():
+    while not file.exists():
         if time.monotonic() > deadline:
-            raise RuntimeError(f"process {pid} wrote no counts to {report}")
+            raise RuntimeError(f"process {pid} wrote no counts to {file}")
         time.sleep(0.01)
-    return {(file, name, owner): calls for file, name, owner, calls in json.loads(report.read_text(encoding="utf-8"))}
+    return {(path, name, owner): calls for path, name, owner, calls in json.loads(file.read_text(encoding="utf-8"))}
 
 
 def parts(gateway: Walk, stage: Walk) -> dict[str, Walk]:
@@ -205,12 +207,12 @@ def parts(gateway: Walk, stage: Walk) -> dict[str, Walk]:
 
 
 def table(walks: Mapping[str, Walk]) -> str:
-    rows = ["| one decode round | modules | lines | calls of the project | Python calls in all | hand-overs |"]
-    rows.append("|---|---:|---:|---:|---:|---:|")
+    columns = ["one decode round", "modules", "lines", "calls of the project", "Python calls in all", "hand-overs"]
+    rows = []
     for name, walk in walks.items():
         numbers = (len(walk.modules), walk.lines, walk.project_calls, walk.all_calls)
-        rows.append(f"| {name} | {' | '.join(f'{number:.0f}' for number in numbers)} | {walk.hand_overs:.1f} |")
-    return "\n".join(rows)
+        rows.append([name, *(f"{number:.0f}" for number in numbers), f"{walk.hand_overs:.1f}"])
+    return report.table(columns, rows)
 
 
 def functions(walk: Walk) -> str:

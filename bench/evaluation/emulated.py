@@ -236,7 +236,6 @@ def measure_overheads(setting: Setting, store: ObjectStore, folder: Path) -> Ove
         held_tokens=_PROMPT_TOKENS + _ANSWER_TOKENS / 2,
         prompt_tokens=0,
         chunk_tokens=1,
-        hop_bytes_per_token=0,
     )
     measured = [seconds / passes for seconds, passes in run.passes if passes]
     beyond = max(0.0, float(np.mean(measured)) - _mean_pass(times, work))

@@ -4,17 +4,16 @@ Ready pods are a number; starting and leaving ones are processes of simpy. What 
 second and every two seconds happens here on the simulation's clock.
 """
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Generator, Sequence
+from typing import Final
 
 import simpy
 
 from knative.local.autoscaler.hpa import SYNC_SECONDS, HorizontalPodAutoscaler, hpa_spec
 from knative.local.autoscaler.kpa import TICK_SECONDS
 from knative.local.autoscaler.revision_autoscaler import RevisionAutoscaler
-from knative.local.autoscaler.revision_settings import RevisionSettings, revision_settings
+from knative.local.autoscaler.revision_settings import RevisionSettings
 from knative.local.kubelet.pods import PodTiming
-from knative.local.platform import FROM_ZERO
 from knative.webhook.autoscaling_annotations import HPA
 
 SCRAPE_SECONDS: Final = 1.0
@@ -32,16 +31,11 @@ def reconcile_forever(env: simpy.Environment, fleets: "Sequence[Fleet]") -> _Wai
             fleet.decide()
 
 
-def settings_of(template: Mapping[str, Any]) -> RevisionSettings:
-    """The settings that the platform reads from a rendered Service."""
-    return revision_settings(template, FROM_ZERO)
-
-
 class Fleet:
     """The simulation sets `in_flight`, requests, and `busy_share`, the busy part of the ready pods' time."""
 
-    def __init__(self, env: simpy.Environment, settings: RevisionSettings, start_seconds: Callable[[], float]) -> None:
-        """start_seconds: the start time of a pod that starts now. The settings' minimum of pods is ready from the beginning."""
+    def __init__(self, env: simpy.Environment, settings: RevisionSettings, start_seconds: float) -> None:
+        """start_seconds: of a pod. The settings' minimum of pods is ready from the beginning."""
         self.ready = settings.min_scale
         self.starting = 0
         self.leaving = 0
@@ -100,7 +94,7 @@ class Fleet:
             self._env.process(self._leave(surplus - from_starting))
 
     def _start(self) -> _Wait:
-        yield self._env.timeout(self._start_seconds())
+        yield self._env.timeout(self._start_seconds)
         self.count()
         self.starting -= 1
         if self._unwanted:

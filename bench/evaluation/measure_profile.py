@@ -8,7 +8,7 @@ The published model is read from the state folder of `bench.load`, or published 
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -40,28 +40,20 @@ _KV_BYTES: Final = 2**28
 _PASSES: Final = 9
 
 
-def forward_points(group: LayerGroup, passes: int = _PASSES) -> Iterator[Point]:
+def _points(group: LayerGroup) -> Iterator[Point]:
     layers = group.last_layer - group.first_layer
     for position in HELD:
-        for rows in ROWS:
-            yield Point(layers, rows, 1, position, _best(group, rows, 1, position, passes))
-        for length in CHUNKS:
-            yield Point(layers, 1, length, position, _best(group, 1, length, position, passes))
+        for rows, length in (*((rows, 1) for rows in ROWS), *((1, length) for length in CHUNKS)):
+            yield Point(layers, rows, length, position, _best(group, rows, length, position))
 
 
-def head_points(group: LayerGroup, passes: int = _PASSES) -> Iterator[tuple[int, float]]:
-    """(rows, seconds); the group is the last."""
-    for rows in ROWS:
-        yield rows, min(_timed(partial(group.logits, _hidden(group, rows))) for _ in range(passes))
-
-
-def _best(group: LayerGroup, rows: int, length: int, position: int, passes: int) -> float:
+def _best(group: LayerGroup, rows: int, length: int, position: int) -> float:
     handles = [group.kv.reserve(position + length) for _ in range(rows)]
     for handle in handles:
         group.forward(_hidden(group, position), [Segment(handle, 0, position)])
     inputs = _hidden(group, rows * length)
     seconds = float("inf")
-    for _ in range(passes):
+    for _ in range(_PASSES):
         seconds = min(seconds, _timed(lambda: group.forward(inputs, [Segment(each, position, length) for each in handles])))
         for handle in handles:
             group.kv.truncate(handle, position)
@@ -99,10 +91,9 @@ def main(dtype: str, output: Path) -> None:
         manifest = ensure_published(ObjectStore(embedded.settings), None, dtype, Console())
         reader = ObjectReader(embedded.settings)
         count = manifest.num_layers
-        points: Sequence[Point] = [
-            point for layers in LAYERS for point in forward_points(_group(reader, manifest, 1, 1 + layers))
-        ]
-        heads = list(head_points(_group(reader, manifest, count - 1, count)))
+        points = [point for layers in LAYERS for point in _points(_group(reader, manifest, 1, 1 + layers))]
+        last = _group(reader, manifest, count - 1, count)
+        heads = [(rows, min(_timed(partial(last.logits, _hidden(last, rows))) for _ in range(_PASSES))) for rows in ROWS]
     profile = fit_profile(points, heads, manifest.name, f"native layers in {dtype}, one thread, {machine()}")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(msgspec.yaml.encode(profile))

@@ -31,11 +31,11 @@ class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layer_seconds: Annotated[float, msgspec.Meta(ge=0)] = 20e-6  # of launches that graphs do not hide, for each layer
 
 
-def read_device(name: str, path: Path = _DEVICES) -> Device:
+def read_device(name: str) -> Device:
     """Raises UnknownDevice, or msgspec.ValidationError that names the figure."""
-    found = msgspec.yaml.decode(path.read_bytes(), type=dict[str, Device])
+    found = msgspec.yaml.decode(_DEVICES.read_bytes(), type=dict[str, Device])
     if name not in found:
-        raise UnknownDevice(f"device {name!r}: there is {', '.join(found)}; add its published figures to {path.name}")
+        raise UnknownDevice(f"device {name!r}: there is {', '.join(found)}; add its published figures to {_DEVICES.name}")
     return found[name]
 
 

@@ -24,7 +24,6 @@ class Overheads:
 
     pass_seconds: float = 0.0  # per pass, beyond the profile's time
     hop_seconds: float = 0.001  # from the end of a pass to the next stage's queue
-    bytes_per_second: float = float("inf")  # of the network between pods
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +35,6 @@ class Work:
     held_tokens: float  # keys and values of a decoding sequence, mean
     prompt_tokens: float  # still to be computed
     chunk_tokens: int  # upper bound in one pass
-    hop_bytes_per_token: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +62,12 @@ def flow(
 
     rows = work.decoding / work.micro_batches if work.micro_batches else 0.0
     held = rows * work.held_tokens
-    hop = overheads.hop_seconds + rows * work.hop_bytes_per_token / overheads.bytes_per_second
+    hop = overheads.hop_seconds
     step = [
         each.forward_seconds(rows, held, held) + each.logits_seconds(rows) + overheads.pass_seconds if rows else 0.0
         for each in times
     ]
     size = min(work.prompt_tokens, work.chunk_tokens)
-    chunk_hop = overheads.hop_seconds + size * work.hop_bytes_per_token / overheads.bytes_per_second
     chunk = [
         each.forward_seconds(size, pairs(size, size), 2 * size) + each.logits_seconds(1) + overheads.pass_seconds
         if size
@@ -103,20 +100,17 @@ def flow(
             here = step[k] + hop / 2 + taken[k] * chunk[k] / 2 + slack * narrowness[k] / total(narrowness)
             mine += work.micro_batches * here / round_seconds
         if size:
-            mine += min(ready[k], rate * (chunk[k] + chunk_hop / 2 + min(1.0, at_pod[k]) * step[k]))
+            mine += min(ready[k], rate * (chunk[k] + hop / 2 + min(1.0, at_pod[k]) * step[k]))
         in_flight.append(mine)
     # The next chunk is sent after the gateway got the reply for the last one.
-    alone = chunk_hop + max((chunk[k] + (step[k] if rows else 0.0) for k in kinds), default=0.0)
-    reservation = overheads.hop_seconds + (max(step) / 2 if rows else 0.0)
+    alone = hop + max((chunk[k] + (step[k] if rows else 0.0) for k in kinds), default=0.0)
+    reservation = hop + (max(step) / 2 if rows else 0.0)
     busy = [min(1.0, taken[k] + (at_pod[k] * busy_step[k] / round_seconds if rows else 0.0)) for k in kinds]
     return Flow(
         round_seconds=round_seconds,
         prompt_tokens_per_second=rate * size,
         prompt_tokens_per_second_alone=size / alone if size else 0.0,
-        fill_seconds=reservation
-        + total(chunk)
-        + num_stages * chunk_hop
-        + total(min(1.0, at_pod[k]) * step[k] / 2 for k in kinds),
+        fill_seconds=reservation + total(chunk) + num_stages * hop + total(min(1.0, at_pod[k]) * step[k] / 2 for k in kinds),
         in_flight=tuple(in_flight),
         busy_share=tuple(busy),
     )

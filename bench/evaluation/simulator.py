@@ -10,11 +10,11 @@ places on curves: admitted, prompt tokens computed, tokens per sequence.
 from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import simpy
 
-from bench.evaluation.fleet import Fleet, reconcile_forever, settings_of
+from bench.evaluation.fleet import Fleet, reconcile_forever
 from bench.evaluation.outcome import Cost, Outcome, outcome_of
 from bench.evaluation.rounds import Overheads, Work, flow
 from bench.evaluation.sequences import Sequences
@@ -28,6 +28,8 @@ from functions.gateway.scheduling.batching import (
     micro_batches_wanted,
 )
 from functions.gateway.stages.routes import uneven
+from knative.local.autoscaler.revision_settings import revision_settings
+from knative.local.platform import FROM_ZERO
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import stage_service
 
@@ -42,8 +44,6 @@ class World:
     """The environment of the pipeline."""
 
     overheads: Overheads = field(default_factory=Overheads)
-    start_seconds: float = START_SECONDS
-    store_bytes_per_second: float = float("inf")  # shared by all starting pods
     tail_seconds: float = 30.0  # after the last arrival; an answer that has not ended then never ends
     step_seconds: float = 0.1  # between two ticks
 
@@ -60,15 +60,16 @@ class Simulation:
         self._kinds = Counter(stages)  # stages with the same passes and weights behave alike, and are simulated once
         self._times = [times for times, _ in self._kinds]
         self._many = list(self._kinds.values())
-        self._bandwidth = setting.weights_bytes_per_second
         pipeline = ResolvedPipeline(setting.spec(way), setting.cut(way), _NO_DIGEST)
-        settings = settings_of(stage_service(pipeline, 0)["spec"]["template"])
-        self._fleets = [Fleet(self._env, settings, self._starts(weight_bytes)) for _, weight_bytes in self._kinds]
+        settings = revision_settings(stage_service(pipeline, 0)["spec"]["template"], FROM_ZERO)
+        self._fleets = [
+            Fleet(self._env, settings, START_SECONDS + weight_bytes / setting.weights_bytes_per_second)
+            for _, weight_bytes in self._kinds
+        ]
         self._sequences = Sequences(self._trace)
         self._queue_limit = pipeline.spec.gateway.queue_limit or SchedulerLimits().queue_limit
         self._most_sequences = setting.micro_batch_sequences
         self._kv_tokens = setting.kv_tokens(way)
-        self._hop_bytes = max(plan.hop_bytes_per_token for plan in setting.plans(way)) * 2.0
         self._network_bytes_per_token = setting.network_bytes_per_token(way)
         # A step at each stage without waiting.
         self._seconds_alone = self._of_all(
@@ -97,14 +98,6 @@ class Simulation:
             network_bytes=tokens * self._network_bytes_per_token,
         )
         return outcome_of(self._trace, first, last, end, cost), self._peak
-
-    def _starts(self, weight_bytes: int) -> Any:
-        def seconds() -> float:
-            loading = 1 + sum(fleet.starting * many for fleet, many in zip(self._fleets, self._many, strict=True))
-            rate = min(self._bandwidth, self._world.store_bytes_per_second / loading)
-            return self._world.start_seconds + weight_bytes / rate
-
-        return seconds
 
     def _serve(self, end: float) -> _Wait:
         step = self._world.step_seconds
@@ -137,7 +130,6 @@ class Simulation:
             held_tokens=one.held_tokens / decoding if decoding else 0.0,
             prompt_tokens=one.prompt_backlog,
             chunk_tokens=SchedulerLimits().chunk_tokens,
-            hop_bytes_per_token=self._hop_bytes,
         )
         now = flow(self._times, ready, work, self._world.overheads, self._many)
         one.go_on(self._env.now, step, now, max(1, micro_batches))

@@ -64,11 +64,12 @@ async def from_zero(at: Deployed, texts: Texts) -> AsyncIterator[Found]:
 async def scaled_in(at: Deployed, texts: Texts, conversations: int) -> AsyncIterator[Found]:
     """The middle stage loses the pod of all conversations: the longest pause, and the tokens that the other pod computed."""
     questions: list[Messages] = [[texts.question(TURN_TOKENS)] for _ in range(conversations)]
-    without = await _scaled_in(at, at.plain, questions)
-    with_it = await _scaled_in(at, at.holding, questions)
-    both = zip(with_it.streams, without.streams, strict=True)
-    different = sum(_cut(one.text, other.text) != _cut(other.text, one.text) for one, other in both)
-    yield Found(Case.SCALED_IN, with_it.pause, without.pause, different, with_it.computed_again)
+    plain, plain_pause, _ = await _scaled_in(at, at.plain, questions)
+    held, pause, computed_again = await _scaled_in(at, at.holding, questions)
+    # Answers were cancelled at different lengths.
+    texts_of_both = [(one.text, other.text) for one, other in zip(held, plain, strict=True)]
+    different = sum(one[: len(other)] != other[: len(one)] for one, other in texts_of_both)
+    yield Found(Case.SCALED_IN, pause, plain_pause, different, computed_again)
 
 
 @dataclass(slots=True)
@@ -95,14 +96,8 @@ class Stream:
         return max(later - earlier for earlier, later in pairwise([moment, *self.since(moment)]))
 
 
-@dataclass(frozen=True, slots=True)
-class _ScaledIn:
-    streams: Sequence[Stream]
-    pause: float
-    computed_again: int
-
-
-async def _scaled_in(at: Deployed, server: Server, questions: Sequence[Messages]) -> _ScaledIn:
+async def _scaled_in(at: Deployed, server: Server, questions: Sequence[Messages]) -> tuple[list[Stream], float, int]:
+    """The answers, their longest pause, and the tokens that the remaining pod computed beyond theirs."""
     middle, over = at.stages[1], asyncio.Event()
     streams = [Stream() for _ in questions]
     async with connections() as session, asyncio.TaskGroup() as group:
@@ -119,7 +114,7 @@ async def _scaled_in(at: Deployed, server: Server, questions: Sequence[Messages]
         pieces = sum(len(stream.since(moment)) for stream in streams)
         over.set()
     await asyncio.gather(*at.drains)
-    return _ScaledIn(streams, max(stream.pause(moment) for stream in streams), max(0, computed - pieces))
+    return streams, max(stream.pause(moment) for stream in streams), max(0, computed - pieces)
 
 
 async def _each(streams: Sequence[Stream], readers: Sequence["asyncio.Task[None]"], moment: float, pieces: int) -> None:
@@ -160,7 +155,3 @@ def _different(some: Sequence[Answered], others: Sequence[Answered]) -> int:
 def _least_held(answers: Sequence[Answered]) -> float:
     """The smallest cached share of a prompt."""
     return min(one.cached_tokens / one.prompt_tokens for one in answers)
-
-
-def _cut(text: str, other: str) -> str:
-    return text[: len(other)]

@@ -19,8 +19,9 @@ import click
 from rich.console import Console
 
 from bench.load.report import Setting, draw, judge, markdown
-from bench.load.series import Record, read_records
+from bench.load.series import read_records
 from bench.pipeline import local_spec, running_platform
+from bench.records import Record
 from bench.report import ROOT, STATE, machine, write_section
 from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
 from knative.commands.options import STORE_FOLDER

@@ -12,18 +12,18 @@ import asyncio
 import contextlib
 import random
 import sys
-import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TextIO
+from typing import Final
 
 import aiohttp
 import click
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
-from bench.load.series import Answer, Failure, Phase, Record, Replicas, Second
+from bench.load.series import Answer, Failure, Phase, Replicas, Second, read_records
+from bench.records import Recorder, of
 from eventing.wire.generation import TokenEvent
 from knative.commands.ask import AskFailed, Question, stream_answer
 
@@ -56,26 +56,12 @@ class Load:
 
 
 @dataclass
-class Recorder:
-    """Writes records as they happen; `t` is seconds since the start."""
-
-    file: TextIO
-    started: float = field(default_factory=time.monotonic)
+class LoadRecorder(Recorder):
     tokens: int = 0  # since the last `Second`
     in_flight: int = 0
-    records: list[Record] = field(default_factory=list)
-
-    @property
-    def now(self) -> float:
-        return round(time.monotonic() - self.started, 4)
-
-    def write(self, record: Record) -> None:
-        self.records.append(record)
-        self.file.write(msgspec.json.encode(record).decode() + "\n")
-        self.file.flush()
 
 
-async def run(load: Load, recorder: Recorder) -> None:
+async def run(load: Load, recorder: LoadRecorder) -> None:
     """Follows the whole plan; returns when the last answer has ended."""
     observers = [asyncio.create_task(_seconds(recorder))]
     if load.metrics_url is not None:
@@ -88,7 +74,7 @@ async def run(load: Load, recorder: Recorder) -> None:
         await asyncio.gather(*observers, return_exceptions=True)
 
 
-async def _follow(load: Load, recorder: Recorder) -> None:
+async def _follow(load: Load, recorder: LoadRecorder) -> None:
     running: list[tuple[asyncio.Event, asyncio.Task[None]]] = []
     all_tasks: list[asyncio.Task[None]] = []
     for conversations, seconds in load.plan:
@@ -106,7 +92,7 @@ async def _follow(load: Load, recorder: Recorder) -> None:
     await asyncio.gather(*all_tasks)
 
 
-async def _converse(load: Load, number: int, over: asyncio.Event, recorder: Recorder) -> None:
+async def _converse(load: Load, number: int, over: asyncio.Event, recorder: LoadRecorder) -> None:
     """Asks question after question until the plan ends this conversation."""
     words = random.Random(f"{load.seed} {number}")
     while not over.is_set():
@@ -125,7 +111,7 @@ async def _converse(load: Load, number: int, over: asyncio.Event, recorder: Reco
             recorder.in_flight -= 1
 
 
-async def _answer(url: str, question: Question, number: int, started: float, recorder: Recorder) -> None:
+async def _answer(url: str, question: Question, number: int, started: float, recorder: LoadRecorder) -> None:
     """Raises AskFailed."""
     first: float | None = None
     async for answer in stream_answer(url, question):
@@ -147,13 +133,13 @@ async def _answer(url: str, question: Question, number: int, started: float, rec
         )
 
 
-async def _seconds(recorder: Recorder) -> None:
+async def _seconds(recorder: LoadRecorder) -> None:
     async for _ in _every_second(recorder):
         tokens, recorder.tokens = recorder.tokens, 0
         recorder.write(Second(t=recorder.now, in_flight=recorder.in_flight, tokens=tokens))
 
 
-async def _scrape(url: str, recorder: Recorder) -> None:
+async def _scrape(url: str, recorder: LoadRecorder) -> None:
     timeout = aiohttp.ClientTimeout(total=5)
     async with aiohttp.ClientSession(timeout=timeout) as session:
         async for _ in _every_second(recorder):
@@ -168,7 +154,7 @@ async def _scrape(url: str, recorder: Recorder) -> None:
                 recorder.write(record)
 
 
-async def _every_second(recorder: Recorder) -> AsyncIterator[int]:
+async def _every_second(recorder: LoadRecorder) -> AsyncIterator[int]:
     second = 0
     while True:
         second += 1
@@ -212,10 +198,10 @@ def parse_plan(text: str) -> tuple[tuple[int, float], ...]:
 @click.option("--seed", default=1, show_default=True, help="Of the prompts.")
 def main(output: Path, **load: object) -> None:
     """Load the gateway at URL as the plan says; status 1 if an answer failed."""
-    with output.open("w") as file:
-        recorder = Recorder(file)
+    output.unlink(missing_ok=True)
+    with LoadRecorder(output) as recorder:
         asyncio.run(run(msgspec.convert(load, Load), recorder))
-    answers, failed = (sum(isinstance(record, kind) for record in recorder.records) for kind in (Answer, Failure))
+    answers, failed = (len(of(kind, read_records(output))) for kind in (Answer, Failure))
     click.echo(f"{answers} answers, {failed} failures")
     sys.exit(1 if failed else 0)
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Final, TypeGuard
+from typing import Any, Final
 
 from matplotlib.figure import Figure
 
@@ -12,7 +12,6 @@ from bench.load.series import (
     Answer,
     Failure,
     Phase,
-    Record,
     Replicas,
     Second,
     idle_seconds,
@@ -20,6 +19,7 @@ from bench.load.series import (
     phases,
     replica_seconds,
 )
+from bench.records import Record, of
 from bench.report import Verdict, judged, table, verdict_table
 
 SETTLED_SECONDS: Final = 30.0  # after a rise; from then on throughput counts
@@ -71,13 +71,11 @@ def _figures(setting: Setting, records: Sequence[Record], phase: Phase, end: flo
     within = [record for record in records if phase.t <= record.t < end]
     settled_at = phase.t + min(SETTLED_SECONDS, (end - phase.t) / 2)
     settled = [record for record in within if record.t >= settled_at]
-    ready = [
-        [record.ready for record in settled if isinstance(record, Replicas) and record.service == stage]
-        for stage in setting.stages
-    ]
+    pods = of(Replicas, settled)
+    ready = [[record.ready for record in pods if record.service == stage] for stage in setting.stages]
     replicas = tuple(fmean(found) if found else 0.0 for found in ready)
-    first = [record.time_to_first_token_seconds for record in within if isinstance(record, Answer)]
-    tokens = [record.tokens for record in settled if isinstance(record, Second)]
+    first = [answer.time_to_first_token_seconds for answer in of(Answer, within)]
+    tokens = [second.tokens for second in of(Second, settled)]
     return PhaseFigures(
         conversations=phase.conversations,
         seconds=end - phase.t,
@@ -87,20 +85,19 @@ def _figures(setting: Setting, records: Sequence[Record], phase: Phase, end: flo
         first_token_p50=percentile(first, 0.5),
         first_token_p95=percentile(first, 0.95),
         answers=len(first),
-        failed=sum(map(_is_failed_request, within)),
+        failed=len(_failed_requests(within)),
         rises=rises,
     )
 
 
-def _is_failed_request(record: Record) -> TypeGuard[Failure]:
-    """A failed reading of the metrics has conversation -1."""
-    return isinstance(record, Failure) and record.conversation >= 0
+def _failed_requests(records: Sequence[Record]) -> list[Failure]:
+    """A failed reading of the metrics, with conversation -1, is none."""
+    return [failure for failure in of(Failure, records) if failure.conversation >= 0]
 
 
 def judge(setting: Setting, records: Sequence[Record]) -> list[Verdict]:
     """The targets. Real layers on a machine that cannot multiply them have one: that no request fails."""
-    failures = [record for record in records if _is_failed_request(record)]
-    answers = sum(isinstance(record, Answer) for record in records)
+    failures, answers = _failed_requests(records), len(of(Answer, records))
     seen = f"{len(failures)} of {answers + len(failures)}" + (f"; first: {failures[0].reason}" if failures else "")
     verdicts = [Verdict("no request failed", seen, bool(answers) and not failures)]
     if not setting.sleep_seconds:
@@ -120,16 +117,17 @@ def judge(setting: Setting, records: Sequence[Record]) -> list[Verdict]:
 
 
 def _at_zero(records: Sequence[Record]) -> Verdict:
-    last = {record.service: record for record in records if isinstance(record, Replicas)}
+    replicas = of(Replicas, records)
+    last = {record.service: record for record in replicas}
     held = {service: record.held for service, record in last.items() if record.held}
-    since = max((record.t for record in records if isinstance(record, Replicas) and record.held), default=0.0)
+    since = max((record.t for record in replicas if record.held), default=0.0)
     fall = max((phase.t for phase, _ in phases(records) if phase.conversations == 0), default=0.0)
     seen = f"{held} left" if held else f"{since - fall:.0f} s after the last fall"
     return Verdict("all at zero at the end", seen, bool(last) and not held)
 
 
 def _only_the_slow_stage(setting: Setting, seconds: Sequence[float], records: Sequence[Record]) -> Verdict:
-    pods = [record for record in records if isinstance(record, Replicas)]
+    pods = of(Replicas, records)
     peaks = [max((each.ready + each.starting for each in pods if each.service == stage), default=0) for stage in setting.stages]
     slow = max(range(len(peaks)), key=lambda stage: seconds[stage])
     holds = peaks[slow] > 1 and all(peak <= 1 for stage, peak in enumerate(peaks) if stage != slow)
@@ -182,11 +180,11 @@ def draw(records: Sequence[Record], picture: Path, title: str) -> None:
     """Conversations, replicas, tokens a second, and time to first token over time."""
     figure = Figure(figsize=(10, 10), layout="constrained")
     load, replicas, throughput, first_token = figure.subplots(4, 1, sharex=True)
-    seconds = [record for record in records if isinstance(record, Second)]
+    seconds = of(Second, records)
     _draw_load(load, records, seconds)
     _draw_replicas(replicas, records)
     throughput.plot([each.t for each in seconds], [each.tokens for each in seconds])
-    answers = [record for record in records if isinstance(record, Answer)]
+    answers = of(Answer, records)
     waits = [
         [
             answer.time_to_first_token_seconds
@@ -218,17 +216,16 @@ def _draw_load(panel: Any, records: Sequence[Record], seconds: Sequence[Second])
         counts += [phase.conversations, phase.conversations]
     panel.plot(times, counts, color="black", label="wanted")
     panel.plot([each.t for each in seconds], [each.in_flight for each in seconds], alpha=0.6, label="in flight")
-    failed = [record.t for record in records if isinstance(record, Failure)]
+    failed = [failure.t for failure in of(Failure, records)]
     panel.plot(failed, [0.0] * len(failed), "rx", label=f"failed ({len(failed)})")
     panel.legend(loc="upper left")
 
 
 def _draw_replicas(panel: Any, records: Sequence[Record]) -> None:
     by_service: dict[str, dict[float, float]] = {}
-    for record in records:
-        if isinstance(record, Replicas):
-            by_time = by_service.setdefault(record.service, {})
-            by_time[record.t] = by_time.get(record.t, 0.0) + record.ready
+    for record in of(Replicas, records):
+        by_time = by_service.setdefault(record.service, {})
+        by_time[record.t] = by_time.get(record.t, 0.0) + record.ready
     for service, by_time in sorted(by_service.items()):
         panel.step(list(by_time), list(by_time.values()), where="post", label=service)
     if by_service:

@@ -7,11 +7,7 @@ from typing import Final
 
 import msgspec
 
-
-class Record(msgspec.Struct, frozen=True, tag_field="kind", tag=str.lower):
-    """`t`: seconds since the start of the run."""
-
-    t: float
+from bench.records import Record, decoded, of
 
 
 class Phase(Record, frozen=True):
@@ -67,12 +63,12 @@ class Replicas(Record, frozen=True):
         return self.ready + self.starting + self.not_ready + self.leaving
 
 
-_DECODER: Final = msgspec.json.Decoder(Phase | Second | Answer | Failure | Replicas)
+_DECODER: Final[msgspec.json.Decoder[Record]] = msgspec.json.Decoder(Phase | Second | Answer | Failure | Replicas)
 
 
 def read_records(path: Path) -> list[Record]:
-    """Raises msgspec.DecodeError, OSError."""
-    return [_DECODER.decode(line) for line in path.read_bytes().splitlines() if line.strip()]
+    """In order of time. Raises msgspec.DecodeError, OSError."""
+    return decoded(path, _DECODER)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -84,7 +80,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 def phases(records: Iterable[Record]) -> Iterator[tuple[Phase, float]]:
     """Each phase with its end; the last one lasts until the last record."""
     records = list(records)
-    found = [record for record in records if isinstance(record, Phase)]
+    found = of(Phase, records)
     ends = [phase.t for phase in found[1:]] + [records[-1].t if records else 0.0]
     yield from zip(found, ends, strict=True)
 
@@ -92,10 +88,9 @@ def phases(records: Iterable[Record]) -> Iterator[tuple[Phase, float]]:
 def replica_seconds(records: Iterable[Record]) -> dict[str, tuple[float, float]]:
     """Service → (its replica-seconds, the replica-seconds of its peak held throughout)."""
     held: dict[str, dict[float, float]] = {}
-    for record in records:
-        if isinstance(record, Replicas):
-            by_time = held.setdefault(record.service, {})
-            by_time[record.t] = by_time.get(record.t, 0.0) + record.held
+    for record in of(Replicas, records):
+        by_time = held.setdefault(record.service, {})
+        by_time[record.t] = by_time.get(record.t, 0.0) + record.held
     result = {}
     for service, by_time in held.items():
         times = sorted(by_time)
@@ -107,7 +102,6 @@ def replica_seconds(records: Iterable[Record]) -> dict[str, tuple[float, float]]
 def idle_seconds(records: Iterable[Record]) -> float:
     """How long no service held a pod."""
     held: dict[float, float] = {}
-    for record in records:
-        if isinstance(record, Replicas):
-            held[record.t] = held.get(record.t, 0.0) + record.held
+    for record in of(Replicas, records):
+        held[record.t] = held.get(record.t, 0.0) + record.held
     return sum(end - start for start, end in pairwise(sorted(held)) if not held[start])

@@ -23,6 +23,7 @@ import msgspec
 from rich.console import Console
 
 from bench.pipeline import running_platform
+from bench.records import Record, Recorder, of
 from bench.report import ROOT, STATE, machine, write_section
 from bench.soak.attacks import KINDS
 from bench.soak.faults import Faults
@@ -30,21 +31,7 @@ from bench.soak.honest import ComeAgain, NoAnswer, take_references
 from bench.soak.judge import verdicts
 from bench.soak.observe import Observer
 from bench.soak.pipeline import KEYS_SECRET, MODEL, TIMING, ReturningStore, spec_of
-from bench.soak.records import (
-    GATEWAY,
-    Answer,
-    Attempt,
-    Began,
-    Fault,
-    Health,
-    Lost,
-    Plan,
-    Record,
-    Recorder,
-    Refused,
-    of,
-    read_records,
-)
+from bench.soak.records import GATEWAY, Answer, Attempt, Began, Fault, Health, Lost, Plan, Refused, read_records
 from bench.soak.report import draw, markdown
 from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
 from knative.commands.options import STORE_FOLDER
@@ -72,8 +59,7 @@ async def soak(plan: Plan, kill_seconds: float, platform: Platform, store: Retur
         await take_references(plan, recorder)
     except (NoAnswer, ComeAgain, aiohttp.ClientError) as error:
         raise click.ClickException(f"a question fails even undisturbed: {error}") from error
-    await observer.rest("before")
-    before = observer.seen
+    before = await observer.rest("before")
     kinds = tuple(kind.name for kind in KINDS)
     model = f"{plan.model} in float32"
     recorder.write(Began(recorder.now, plan.seconds, tuple(plan.services), model, plan.honest, kill_seconds, kinds))

@@ -123,11 +123,7 @@ async def _everywhere(target: Target, outcomes: Outcomes, half: Callable[[str | 
     async with asyncio.TaskGroup() as clients:
         for service, count in counts.items():
             for _ in range(count):
-                clients.create_task(_hold(target, service, partial(_send, half(service)), outcomes))
-
-
-async def _send(data: bytes, connection: Connection) -> None:
-    await connection.send(data)
+                clients.create_task(_hold(target, service, partial(Connection.send, data=half(service)), outcomes))
 
 
 async def _hold(target: Target, service: str | None, send: Callable[[Connection], Awaitable[None]], outcomes: Outcomes) -> None:

@@ -13,9 +13,10 @@ from pathlib import Path
 import aiohttp
 import msgspec
 
+from bench.records import Recorder
 from bench.soak.attacks import KINDS
 from bench.soak.honest import HonestClient, session_of
-from bench.soak.records import Attempt, Lull, Plan, Recorder
+from bench.soak.records import Attempt, Lull, Plan
 from bench.soak.target import Kind, Target
 
 
@@ -59,26 +60,23 @@ class HostileClients:
 
     async def _keep_attacking(self, kind: Kind, dice: random.Random) -> None:
         while True:
-            await self._attempt(kind, dice)
+            outcomes: Counter[str] = Counter()
+            started = self._recorder.now
+            try:
+                await self._target.look()
+                await kind.attack(self._target, dice, outcomes)
+            except TimeoutError:
+                outcomes["silent"] += 1
+            except (OSError, KeyError, aiohttp.ClientError):
+                outcomes["closed"] += 1
+            except asyncio.CancelledError:
+                if not outcomes:
+                    outcomes["unanswered until the lull"] += 1
+                raise
+            finally:
+                now = self._recorder.now
+                self._recorder.write(Attempt(now, kind.name, round(now - started, 4), dict(outcomes)))
             await asyncio.sleep(dice.uniform(0.5, 1.5) * kind.pause_seconds)
-
-    async def _attempt(self, kind: Kind, dice: random.Random) -> None:
-        outcomes: Counter[str] = Counter()
-        started = self._recorder.now
-        try:
-            await self._target.look()
-            await kind.attack(self._target, dice, outcomes)
-        except TimeoutError:
-            outcomes["silent"] += 1
-        except (OSError, KeyError, aiohttp.ClientError):
-            outcomes["closed"] += 1
-        except asyncio.CancelledError:
-            if not outcomes:
-                outcomes["unanswered until the lull"] += 1
-            raise
-        finally:
-            now = self._recorder.now
-            self._recorder.write(Attempt(now, kind.name, round(now - started, 4), dict(outcomes)))
 
 
 def main() -> None:

@@ -12,8 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.records import Recorder
 from bench.soak.pipeline import ReturningStore
-from bench.soak.records import GATEWAY, STORE, Fault, Plan, Recorder
+from bench.soak.records import GATEWAY, STORE, Fault, Plan
 from knative.local.kubelet.pods import LocalPod
 from knative.local.platform import Platform
 

@@ -13,7 +13,8 @@ from typing import Final
 import aiohttp
 import msgspec
 
-from bench.soak.records import Health, Plan, Recorder
+from bench.records import Recorder
+from bench.soak.records import Health, Plan
 from bench.soak.target import function_ports
 
 _EVERY_SECONDS: Final = 0.5

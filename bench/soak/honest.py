@@ -10,7 +10,8 @@ from typing import Any, Final, Literal
 import aiohttp
 import msgspec
 
-from bench.soak.records import Answer, Lost, Plan, Recorder, Reference, Refused
+from bench.records import Recorder
+from bench.soak.records import Answer, Lost, Plan, Reference, Refused
 from eventing.http.binding import from_http, to_binary_http
 from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE, ServerSentEvent, SSEDecoder
 from eventing.wire.cloud_event import json_event
@@ -48,10 +49,6 @@ class Question:
         more = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
         options = {"max_tokens": self.max_tokens, "temperature": self.temperature, "seed": self.seed}
         return {"model": model, **asked, **options, **more}
-
-    @property
-    def openai_path(self) -> str:
-        return "/v1/chat/completions" if self.chat else "/v1/completions"
 
 
 QUESTIONS: Final = tuple(
@@ -175,7 +172,8 @@ async def ask(session: aiohttp.ClientSession, plan: Plan, api: Api, question: Qu
 def _request(plan: Plan, api: Api, question: Question) -> tuple[str, dict[str, str], bytes]:
     if api.startswith("openai"):
         body = question.openai_body(plan.model, stream=api == "openai stream")
-        return plan.url + question.openai_path, {"content-type": "application/json"}, msgspec.json.encode(body)
+        path = "/v1/chat/completions" if question.chat else "/v1/completions"
+        return plan.url + path, {"content-type": "application/json"}, msgspec.json.encode(body)
     headers, pieces = to_binary_http(json_event(EventType.GENERATE_REQUEST, "bench/soak", question.event_data()))
     if api == "event stream":
         headers["accept"] = EVENT_STREAM_CONTENT_TYPE

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, linear_regression
 from typing import Final
 
+from bench.records import Record, of
 from bench.report import Verdict
 from bench.soak.attacks import KINDS
 from bench.soak.records import (
@@ -21,12 +22,10 @@ from bench.soak.records import (
     Health,
     Lost,
     Lull,
-    Record,
     Reference,
     Refused,
     Rest,
     Usage,
-    of,
 )
 
 HEALTHY_SECONDS: Final = 1.0

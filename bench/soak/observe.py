@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from bench.soak.records import FREE, GATEWAY, Ended, Plan, Recorder, Rest, Usage
+from bench.records import Recorder
+from bench.soak.records import FREE, GATEWAY, Ended, Plan, Rest, Usage
 from knative.commands.local_pods import read_metrics
 from knative.local.kubelet.processes import memory_bytes
 from knative.local.platform import Platform
@@ -61,16 +62,19 @@ class Observer:
         if pid is not None and (resident := memory_bytes(pid)) and (usage := read_usage(pid)) is not None:
             self.recorder.write(Usage(self.recorder.now, service, pid, *usage, resident, self._kv_bytes.get(pid, 0)))
 
-    async def rest(self, moment: Literal["before", "after"], wanted: Mapping[str, dict[str, float]] | None = None) -> None:
-        """Records the gauges when they equal `wanted` (None: when nothing is held), or after SETTLE_SECONDS."""
+    async def rest(
+        self, moment: Literal["before", "after"], wanted: Mapping[str, dict[str, float]] | None = None
+    ) -> dict[str, dict[str, float]]:
+        """Records the gauges when they equal `wanted` (None: when nothing is held), or after SETTLE_SECONDS.
+
+        Returns them by service.
+        """
         until = self.recorder.now + SETTLE_SECONDS
         while not self._rests(seen := await self._gauges(), wanted) and self.recorder.now < until:
             await asyncio.sleep(_EVERY_SECONDS)
         for service, gauges in seen.items():
             self.recorder.write(Rest(self.recorder.now, moment, service, gauges))
-        self.seen = seen
-
-    seen: dict[str, dict[str, float]] = field(default_factory=dict)  # the gauges recorded last, by service
+        return seen
 
     def _rests(self, seen: dict[str, dict[str, float]], wanted: Mapping[str, dict[str, float]] | None) -> bool:
         if wanted is not None:

@@ -1,25 +1,17 @@
-"""The records of a soak: JSON lines in one file, to which all of its processes append."""
+"""The records of a soak, to which all of its processes append."""
 
-import os
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Literal, Self, TypeVar
+from typing import Final, Literal
 
 import msgspec
+
+from bench.records import Record, decoded
 
 GATEWAY: Final = "gateway"
 STORE: Final = "store"
 FREE: Final = "lamina_stage_free_tokens"  # the gauge that is at its maximum, not 0, if nothing is held
 ROUND_LULLS: Final = 3  # length of a round in lulls
-
-
-class Record(msgspec.Struct, frozen=True, tag_field="kind", tag=str.lower):
-    """`t`: seconds since the start of the run."""
-
-    t: float
 
 
 class Began(Record, frozen=True):
@@ -132,44 +124,14 @@ class Rest(Record, frozen=True):
     gauges: dict[str, float]
 
 
-_DECODER: Final = msgspec.json.Decoder(
+_DECODER: Final[msgspec.json.Decoder[Record]] = msgspec.json.Decoder(
     Began | Reference | Answer | Refused | Lost | Attempt | Fault | Lull | Health | Usage | Ended | Rest
 )
-R = TypeVar("R", bound=Record)
 
 
 def read_records(path: Path) -> list[Record]:
     """In order of time. Raises msgspec.DecodeError, OSError."""
-    found: list[Record] = [_DECODER.decode(line) for line in path.read_bytes().splitlines() if line.strip()]
-    return sorted(found, key=lambda record: record.t)
-
-
-def of(kind: type[R], records: Sequence[Record]) -> list[R]:
-    return [record for record in records if isinstance(record, kind)]
-
-
-@dataclass
-class Recorder:
-    """Appends records. Processes share a clock by `started` (the machine's `time.monotonic`)."""
-
-    path: Path
-    started: float = field(default_factory=time.monotonic)
-    _file: int = -1
-
-    def __enter__(self) -> Self:
-        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        os.close(self._file)
-
-    @property
-    def now(self) -> float:
-        return round(time.monotonic() - self.started, 4)
-
-    def write(self, record: Record) -> None:
-        """A single write to a file opened for appending, so that lines of several processes do not mix."""
-        os.write(self._file, msgspec.json.encode(record) + b"\n")
+    return decoded(path, _DECODER)
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):

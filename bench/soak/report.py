@@ -8,9 +8,10 @@ from typing import Any, Final
 
 from matplotlib.figure import Figure
 
+from bench.records import Record, of
 from bench.report import table
 from bench.soak.judge import HEALTHY_SECONDS, growths, late_lulls, verdicts
-from bench.soak.records import Answer, Attempt, Began, Fault, Health, Lost, Record, Refused, Usage, of
+from bench.soak.records import Answer, Attempt, Began, Fault, Health, Lost, Refused, Usage
 
 _BIN_SECONDS: Final = 10.0
 _COLORS: Final = {"kill": "tab:red", "hang": "tab:purple", "away": "tab:orange"}

@@ -10,7 +10,7 @@ import aiohttp
 from bench.structured.cases import case
 
 AT_ONCE: Final = 8
-_TIMEOUT: Final = aiohttp.ClientTimeout(total=600)
+TIMEOUT: Final = aiohttp.ClientTimeout(total=600)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ async def ask_all(url: str, model: str, numbers: Iterable[int], max_tokens: int,
         for number in left:
             found[number] = await _ask(session, model, number, max_tokens)
 
-    async with aiohttp.ClientSession(url, timeout=_TIMEOUT) as session, asyncio.TaskGroup() as clients:
+    async with aiohttp.ClientSession(url, timeout=TIMEOUT) as session, asyncio.TaskGroup() as clients:
         for _ in range(AT_ONCE):
             clients.create_task(keep_asking(session))
 
@@ -50,8 +50,13 @@ async def _ask(session: aiohttp.ClientSession, model: str, number: int, max_toke
         "seed": number,
         **case(number).options,
     }
-    async with session.post("/v1/chat/completions", json=body) as reply:
-        answer = await reply.json()
-        assert reply.status == 200, f"case {number}: {reply.status} {answer}"
+    answer = await answered(session, "/v1/chat/completions", body)
     choice = answer["choices"][0]
     return Ended(number, choice["message"]["content"], choice["finish_reason"], answer["usage"]["completion_tokens"])
+
+
+async def answered(session: aiohttp.ClientSession, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    async with session.post(path, json=body) as reply:
+        answer: dict[str, Any] = await reply.json()
+        assert reply.status == 200, f"seed {body['seed']}: {reply.status} {answer}"
+    return answer

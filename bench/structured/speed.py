@@ -8,6 +8,8 @@ from typing import Any, Final
 
 import aiohttp
 
+from bench.structured.asking import TIMEOUT, answered
+
 _TOKENS: Final = 96
 # A schema that no answer completes before its last token.
 _LONG: Final = {
@@ -39,7 +41,7 @@ class Ratio:
 
 async def compare(url: str, model: str, at_once: int, rounds: int) -> Ratio:
     plain, constrained = list[float](), list[float]()
-    async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(total=600)) as session:
+    async with aiohttp.ClientSession(url, timeout=TIMEOUT) as session:
         for number in range(rounds + 1):
             first = await _turn(session, model, at_once, number, {"ignore_eos": True})
             second = await _turn(session, model, at_once, number, {"structured_outputs": {"json": _LONG}})
@@ -64,7 +66,5 @@ async def _ask(session: aiohttp.ClientSession, model: str, number: int, options:
         "seed": number,
         **options,
     }
-    async with session.post("/v1/completions", json=body) as reply:
-        answer = await reply.json()
-        assert reply.status == 200, answer
-        assert answer["usage"]["completion_tokens"] == _TOKENS, answer
+    answer = await answered(session, "/v1/completions", body)
+    assert answer["usage"]["completion_tokens"] == _TOKENS, answer

@@ -8,9 +8,10 @@ import click
 import pytest
 from aiohttp import web
 
-from bench.load.conversations import Load, Recorder, parse_plan, read_replicas, run
+from bench.load.conversations import Load, LoadRecorder, parse_plan, read_replicas, run
 from bench.load.report import draw
 from bench.load.series import Answer, Failure, Phase, Replicas, Second, percentile, read_records, replica_seconds
+from bench.records import of
 from eventing.http.binding import to_structured_http
 from eventing.http.sse import encode_sse
 from eventing.wire.cloud_event import json_event
@@ -65,8 +66,8 @@ def load(folder: Path, handler: Callable[[web.Request], Awaitable[web.StreamResp
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        with output.open("w") as file:
-            await run(Load(url, parse_plan(plan), (2, 4), (3, 3), None, 10, f"{url}/metrics", 1), Recorder(file))
+        with LoadRecorder(output) as recorder:
+            await run(Load(url, parse_plan(plan), (2, 4), (3, 3), None, 10, f"{url}/metrics", 1), recorder)
         await runner.cleanup()
 
     asyncio.run(whole())
@@ -75,15 +76,15 @@ def load(folder: Path, handler: Callable[[web.Request], Awaitable[web.StreamResp
 
 def test_a_run_is_recorded_second_by_second(tmp_path: Path) -> None:
     records = read_records(load(tmp_path, answering, "1:1.2,4:1.2,0:0"))
-    answers = [record for record in records if isinstance(record, Answer)]
-    assert [phase.conversations for phase in records if isinstance(phase, Phase)] == [1, 4, 0]
-    assert not [record for record in records if isinstance(record, Failure)]
+    answers = of(Answer, records)
+    assert [phase.conversations for phase in of(Phase, records)] == [1, 4, 0]
+    assert not of(Failure, records)
     assert {answer.conversation for answer in answers} == {0, 1, 2, 3}
     assert all(answer.tokens == 3 and answer.replays == 1 and answer.text == "aaa" for answer in answers)
-    seconds = [record for record in records if isinstance(record, Second)]
+    seconds = of(Second, records)
     assert len(seconds) == 2
     assert 0 < sum(second.tokens for second in seconds) <= 3 * len(answers)
-    replicas = [record for record in records if isinstance(record, Replicas)]
+    replicas = of(Replicas, records)
     assert replicas[0] == Replicas(replicas[0].t, "stage", "stage-00001", ready=2, starting=1)
     picture = tmp_path / "load.png"
     draw(records, picture, "a run")
@@ -91,8 +92,7 @@ def test_a_run_is_recorded_second_by_second(tmp_path: Path) -> None:
 
 
 def test_failures_are_recorded_and_do_not_storm(tmp_path: Path) -> None:
-    records = read_records(load(tmp_path, failing, "2:1.5,0:0"))
-    failures = [record for record in records if isinstance(record, Failure)]
+    failures = of(Failure, read_records(load(tmp_path, failing, "2:1.5,0:0")))
     assert 2 <= len(failures) <= 6
     assert all("503" in failure.reason and "asleep" in failure.reason for failure in failures)
 

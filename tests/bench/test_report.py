@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from bench.load.report import Setting, judge, markdown, phase_figures
-from bench.load.series import Answer, Failure, Phase, Record, Replicas, Second, idle_seconds
+from bench.load.series import Answer, Failure, Phase, Replicas, Second, idle_seconds
+from bench.records import Record
 from bench.report import write_section
 
 SETTING = Setting(("s0", "s1"), (0.1, 0.3), 4)

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from bench.records import Record, Recorder, of
 from bench.soak.attacks import KINDS
 from bench.soak.faults import answers, victims_at
 from bench.soak.honest import QUESTIONS
@@ -27,13 +28,10 @@ from bench.soak.records import (
     Lost,
     Lull,
     Plan,
-    Record,
-    Recorder,
     Reference,
     Refused,
     Rest,
     Usage,
-    of,
     read_records,
 )
 from bench.soak.report import draw, markdown

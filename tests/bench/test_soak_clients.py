@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from aiohttp import web
 
+from bench.records import Recorder, of
 from bench.soak.attacks import KINDS
 from bench.soak.honest import (
     APIS,
@@ -27,7 +28,7 @@ from bench.soak.honest import (
     session_of,
     take_references,
 )
-from bench.soak.records import GATEWAY, Answer, Lost, Plan, Recorder, Refused, of, read_records
+from bench.soak.records import GATEWAY, Answer, Lost, Plan, Refused, read_records
 from bench.soak.target import Outcomes, Target
 from eventing.http.binding import to_structured_http
 from eventing.http.sse import encode_sse

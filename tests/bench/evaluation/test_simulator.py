@@ -164,7 +164,7 @@ def test_one_copy_is_slower_than_eight_devices() -> None:
 def test_events_that_wait_for_the_same_pod_are_merged() -> None:
     """One stage: of two micro-batches and a chunk one is computed alone, the others in one pass, which takes as long."""
     times, hops = PassTimes(fixed_seconds=1.0), Overheads(hop_seconds=0.0)
-    work = Work(decoding=2, micro_batches=2, held_tokens=0, prompt_tokens=256, chunk_tokens=256, hop_bytes_per_token=0)
+    work = Work(decoding=2, micro_batches=2, held_tokens=0, prompt_tokens=256, chunk_tokens=256)
     one = flow([times], [1], work, hops)
     assert one.round_seconds == pytest.approx(2.0)
     assert one.prompt_tokens_per_second == pytest.approx(256 / 2.0)
@@ -190,7 +190,7 @@ def test_a_round_takes_the_unhindered_time_or_the_narrowest_stages() -> None:
     times = [PassTimes(fixed_seconds=seconds) for seconds in (0.03, 0.09, 0.03)]
 
     def work(micro_batches: int) -> Work:
-        return Work(micro_batches, micro_batches, 0.0, 0.0, 256, 0.0)
+        return Work(micro_batches, micro_batches, 0.0, 0.0, 256)
 
     none = Overheads(hop_seconds=0.0)
     assert flow(times, [1, 1, 1], work(1), none).round_seconds == pytest.approx(0.15)
@@ -203,7 +203,7 @@ def test_a_round_takes_the_unhindered_time_or_the_narrowest_stages() -> None:
 
 def test_equal_stages_are_simulated_once() -> None:
     inner, last = PassTimes(fixed_seconds=0.03), PassTimes(fixed_seconds=0.05, token_seconds=0.001)
-    work = Work(9, 9, 100.0, 500.0, 256, 1e4)
+    work = Work(9, 9, 100.0, 500.0, 256)
     once = flow([inner, last], [2, 3], work, Overheads(), [3, 1])
     each = flow([inner, inner, inner, last], [2, 2, 2, 3], work, Overheads())
     assert once.round_seconds == pytest.approx(each.round_seconds)
