@@ -73,14 +73,17 @@ class ClaimCheck:
         return checked_event(attributes, self._fetch(event, str(reference)))
 
     def _fetch(self, event: CloudEvent, reference: str) -> bytes:
-        key = self._key(reference)
+        name = reference.removeprefix(self._root)
+        hour, _, digest = name.partition("/")
+        if name == reference or _end_of_hour(hour) is None or not _DIGEST.fullmatch(digest):
+            raise MalformedEvent(f"the attribute dataref is {reference[:200]!r}, followed is only {self._root}<hour>/<sha256>")
         expected_bytes = integer_attribute(event.get_attributes(), Attribute.DATAREF_BYTES)
         expected_digest = required_attribute(event.get_attributes(), Attribute.DATAREF_SHA256)
         if expected_bytes > MAX_PAYLOAD_BYTES:
             raise EventTooLarge(f"the payload {reference} has {expected_bytes} bytes, the most is {MAX_PAYLOAD_BYTES}")
         try:
             with _store_errors():
-                data = self._store.get(key)
+                data = self._store.get(self._prefix + name)
         except ObjectNotFound as error:
             raise EventExpired(f"the payload {reference} is not in the store any more") from error
         if len(data) != expected_bytes:
@@ -89,18 +92,14 @@ class ClaimCheck:
             raise MalformedEvent(f"the payload {reference} is not the one that was checked in: its SHA-256 differs")
         return data
 
-    def _key(self, reference: str) -> str:
-        """The key in a reference to a payload of this claim check. Raises MalformedEvent for any other reference."""
-        name = reference.removeprefix(self._root)
-        hour, _, digest = name.partition("/")
-        if name == reference or _end_of_hour(hour) is None or not _DIGEST.fullmatch(digest):
-            raise MalformedEvent(f"the attribute dataref is {reference[:200]!r}, followed is only {self._root}<hour>/<sha256>")
-        return self._prefix + name
-
 
 def sweep(store: "ObjectStore", now: datetime, prefix: str = CLAIMS_PREFIX) -> int:
     """Deletes expired payloads; returns how many."""
-    over = [info.key for info in store.list(prefix) if _is_over(info.key.removeprefix(prefix), now)]
+    over = []
+    for info in store.list(prefix):
+        end = _end_of_hour(info.key.removeprefix(prefix).partition("/")[0])
+        if end is not None and end <= now:
+            over.append(info.key)
     for key in over:
         store.delete(key)
     return len(over)
@@ -129,11 +128,6 @@ def _hour_after(moment: datetime) -> str:
     """The hour in which a payload that expires at `moment` may be deleted; for the last hour of the calendar, that hour."""
     latest = datetime.max.replace(tzinfo=UTC) - timedelta(hours=1)
     return (min(moment.astimezone(UTC), latest) + timedelta(hours=1)).strftime(_HOUR)
-
-
-def _is_over(name: str, now: datetime) -> bool:
-    end = _end_of_hour(name.partition("/")[0])
-    return end is not None and end <= now
 
 
 def _end_of_hour(hour: str) -> datetime | None:

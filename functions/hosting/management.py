@@ -40,18 +40,17 @@ class Management:
 
     def _answer(self, environ: "WSGIEnvironment") -> _Answer:
         path, detailed = environ["PATH_INFO"], bool(environ.get(MANAGEMENT))
+        document: dict[str, object]
         if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
             return HTTPStatus.METHOD_NOT_ALLOWED, b"GET only\n", "text/plain"
         if path == "/healthz":
             cause = self._sick()
-            return _verdict(cause is None, {"alive": cause is None, **({"cause": cause} if detailed else {})})
-        if path == "/readyz":
-            ready, details = self._ready()
-            return _verdict(ready, {"ready": ready, **(details if detailed else {})})
-        if path == "/metrics" and detailed:
+            good, document = cause is None, {"alive": cause is None, **({"cause": cause} if detailed else {})}
+        elif path == "/readyz":
+            good, details = self._ready()
+            document = {"ready": good, **(details if detailed else {})}
+        elif path == "/metrics" and detailed:
             return HTTPStatus.OK, generate_latest(self._registry), CONTENT_TYPE_LATEST
-        return HTTPStatus.NOT_FOUND, b"/healthz, /readyz and /metrics are here\n", "text/plain"
-
-
-def _verdict(good: bool, document: Mapping[str, object]) -> _Answer:
-    return HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE, msgspec.json.encode(document), _JSON
+        else:
+            return HTTPStatus.NOT_FOUND, b"/healthz, /readyz and /metrics are here\n", "text/plain"
+        return HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE, msgspec.json.encode(document), _JSON

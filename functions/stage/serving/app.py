@@ -141,7 +141,13 @@ class StageApp:
         if REFUSED in environ:
             raise environ[REFUSED]
         most = environ[ADMITTED_BYTES] if ADMITTED_BYTES in environ else self._admit(environ)
-        body = _body(environ, most)
+        length = int(environ.get("CONTENT_LENGTH") or 0)
+        if length > most:
+            raise EventTooLarge(f"the event has {length} bytes, the most is {most}; send fewer tokens at once")
+        # All of it in one read, which functions/hosting answers with the memory that it was received into.
+        body: bytes = environ["wsgi.input"].read(length)
+        if len(body) < length:
+            raise MalformedEvent(f"the body ended after {len(body)} of {length} bytes")
         headers = [(name[5:].replace("_", "-"), value) for name, value in environ.items() if name.startswith("HTTP_CE_")]
         content_type = environ.get("CONTENT_TYPE", "")
         if content_type:
@@ -182,17 +188,6 @@ def _check_token(given: str, pipeline_tokens: tuple[str, ...]) -> None:
     if not known:
         seen = "no Authorization header" if not given else "another token"
         raise Unauthorized(f"{seen}; send Authorization: Bearer with the pipeline token")
-
-
-def _body(environ: "WSGIEnvironment", max_bytes: int) -> bytes:
-    """All of it in one read, which functions/hosting answers with the memory that it was received into."""
-    length = int(environ.get("CONTENT_LENGTH") or 0)
-    if length > max_bytes:
-        raise EventTooLarge(f"the event has {length} bytes, the most is {max_bytes}; send fewer tokens at once")
-    body: bytes = environ["wsgi.input"].read(length)
-    if len(body) < length:
-        raise MalformedEvent(f"the body ended after {len(body)} of {length} bytes")
-    return body
 
 
 class StageMetrics(FunctionMetrics):

@@ -106,7 +106,7 @@ class EventReply:
     codec_seconds: float = 0.0
 
 
-Handler = Callable[[Attributes, Buffer, datetime | None], EventReply]
+Handler = Callable[[Attributes, Buffer, float | None], EventReply]  # the float: when the event expires, in time.time()
 
 
 class EventHandlers:
@@ -143,7 +143,7 @@ class EventHandlers:
         expiry = check_not_expired(attributes, datetime.now(UTC))
         asked = read_traceparent(attributes.get(Attribute.TRACEPARENT))
         with self._tracer.serve(type_.removeprefix("dev.lamina."), asked, {"lamina.layers": self._layers}) as span:
-            reply = handler(attributes, data, expiry)
+            reply = handler(attributes, data, None if expiry is None else expiry.timestamp())
             span.end(None, {"lamina.engine_seconds": reply.engine_seconds, "lamina.codec_seconds": reply.codec_seconds})
         return reply
 
@@ -166,7 +166,7 @@ class EventHandlers:
             self._started = self._engines.engine(wait_seconds)
         return self._started
 
-    def _forward(self, attributes: Attributes, data: Buffer, expiry: datetime | None) -> EventReply:
+    def _forward(self, attributes: Attributes, data: Buffer, expires_at: float | None) -> EventReply:
         if Attribute.SIGNATURE in attributes:  # from a Sequence, which passes each reply on
             headers, body = to_binary_http(self._scorer.answer(event_of(attributes, data)))
             return EventReply(list(headers.items()), body)
@@ -175,34 +175,33 @@ class EventHandlers:
         began = time.perf_counter()
         batch = read_batch(attributes, data)
         decoded = time.perf_counter()
-        result = engine.handle(batch, source=attributes["source"], expires_at=None if expiry is None else expiry.timestamp())
+        result = engine.handle(batch, source=attributes["source"], expires_at=expires_at)
         computed = time.perf_counter()
         reply = EventReply(self._headers(self._batch_reply, attributes, engine), encode_batch(result))
         reply.engine_seconds = computed - decoded
         reply.codec_seconds = decoded - began + time.perf_counter() - computed
         return reply
 
-    def _warm_up(self, attributes: Attributes, data: Buffer, expiry: datetime | None) -> EventReply:
+    def _warm_up(self, attributes: Attributes, data: Buffer, expires_at: float | None) -> EventReply:
         read_json(attributes, data, WarmupRequest)
-        left = WARM_UP_SECONDS if expiry is None else (expiry - datetime.now(UTC)).total_seconds()
+        left = WARM_UP_SECONDS if expires_at is None else expires_at - time.time()
         engine = self._engine(min(left, WARM_UP_SECONDS))
         return self._json_reply(attributes, WarmupReply(self._identity.instance, self._engines.phases()), engine)
 
-    def _reserve(self, attributes: Attributes, data: Buffer, expiry: datetime | None) -> EventReply:
+    def _reserve(self, attributes: Attributes, data: Buffer, expires_at: float | None) -> EventReply:
         rows = read_json(attributes, data, ReserveRequest).rows
         engine = self._engine()
-        expires_at = None if expiry is None else expiry.timestamp()
         reserved = engine.reserve(rows, source=attributes["source"], expires_at=expires_at)
         return self._json_reply(attributes, ReserveReply(tuple(reserved), engine.has_prefix_cache), engine)
 
-    def _release(self, attributes: Attributes, data: Buffer, expiry: datetime | None) -> EventReply:
+    def _release(self, attributes: Attributes, data: Buffer, expires_at: float | None) -> EventReply:
         rows = read_json(attributes, data, ReleaseRequest).rows
         engine = self._engine()
         source, awaits_memory = attributes["source"], Attribute.AWAITED_TOKENS in attributes
         released = engine.release(rows, source=source) if rows or not awaits_memory else 0
         if awaits_memory:
             tokens = integer_attribute(attributes, Attribute.AWAITED_TOKENS)
-            engine.await_memory(tokens, source=source, expires_at=None if expiry is None else expiry.timestamp())
+            engine.await_memory(tokens, source=source, expires_at=expires_at)
         return self._json_reply(attributes, ReleaseReply(released), engine)
 
     def _json_reply(self, cause: Attributes, value: Struct, engine: "Engine") -> EventReply:
