@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
+    from tests.support.functions.functions import FunctionProcess
     from tests.support.storage.published import Published
     from tests.support.storage.storage import FaultProxy
 
@@ -77,6 +78,15 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Published]"
 
     with published_model(tmp_path_factory.mktemp("published")) as model:
         yield model
+
+
+@pytest.fixture(scope="module")
+def gateway(published: "Published") -> "Iterator[FunctionProcess]":
+    """A gateway process before the three stage processes of `published`."""
+    from tests.support.functions.functions import running_gateway
+
+    with running_gateway(published) as gateway:
+        yield gateway
 
 
 @pytest.fixture

@@ -2,12 +2,11 @@
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.support.functions.functions import FunctionProcess, running_gateway
 from tests.support.paths import ROOT
 from tests.support.storage.published import CHAT_TEMPLATE, Published
 
@@ -23,12 +22,6 @@ def needs(command: str) -> pytest.MarkDecorator:
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture(scope="module")
-def gateway(published: Published) -> Iterator[FunctionProcess]:
-    with running_gateway(published) as gateway:
-        yield gateway
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ import torch
 
 from tests.clients.conftest import Run, needs
 from tests.support.functions.functions import FunctionProcess
-from tests.support.storage.published import Published, until_end
-from tests.support.storage.tiny_models import greedy
+from tests.support.storage.published import Published
 
 pytestmark = needs("lm_eval")
 QUESTIONS = [
@@ -103,5 +102,5 @@ def test_answers_through_the_chat_are_transformers(
     for sample, question in zip(samples, QUESTIONS, strict=True):
         prompt = f"<|im_start|>user\n{question['question']}<|im_end|>\n<|im_start|>assistant\n"
         ids = published.tokenizer.encode(prompt, add_special_tokens=False).ids
-        expected = published.tokenizer.decode(until_end(greedy(published.model, ids, 8)))
+        expected = published.tokenizer.decode(published.expected(ids, 8))
         assert sample["resps"] == [[expected]]

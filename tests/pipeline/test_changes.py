@@ -4,11 +4,15 @@ Real processes of a tiny model; every answer is held against the whole model's.
 """
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from knative.commands.local_pods import read_metrics
 from knative.local.kubelet.pods import LocalPod, Phase
+from knative.local.platform import Platform
+from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import services
 from tests.support.functions.served import Conversations, serving, stage_revisions, tiny_pipeline
 from tests.support.knative.platform import until
@@ -56,27 +60,40 @@ async def last_held(pod: LocalPod) -> float:
     return held
 
 
+@asynccontextmanager
+async def under_load(
+    published: Published, pipeline: ResolvedPipeline, folder: Path
+) -> AsyncIterator[tuple[Platform, Conversations]]:
+    """A pipeline that answers conversations all the time. Fails at the end if a sequence was computed again."""
+    conversations = Conversations(published)
+    conversations.prepare(SHORT)
+    async with serving(folder, published, services(pipeline)) as platform, asyncio.TaskGroup() as group:
+        url = platform.url("tiny")
+        for number in range(CONVERSATIONS):
+            group.create_task(conversations.keep_asking(url, number, SHORT))
+        await another_round(conversations)
+        yield platform, conversations
+        conversations.over.set()
+    assert conversations.replays == 0
+
+
+async def another_round(conversations: Conversations) -> None:
+    answered = conversations.answered
+    await until(lambda: conversations.answered >= answered + CONVERSATIONS)
+
+
 def test_a_new_revision_under_load(published: Published, tmp_path: Path) -> None:
     """Sequences end on the pods where they began, so none is computed again; old pods end after their last sequence."""
 
     async def scenario() -> None:
         pipeline, changed = tiny_pipeline(published), tiny_pipeline(published, idle_sequence_seconds=500)
         assert changed.fingerprint == pipeline.fingerprint
-        conversations = Conversations(published)
-        conversations.prepare(SHORT)
-        async with serving(tmp_path, published, services(pipeline)) as platform, asyncio.TaskGroup() as group:
-            url = platform.url("tiny")
-            for number in range(CONVERSATIONS):
-                group.create_task(conversations.keep_asking(url, number, SHORT))
-            await until(lambda: conversations.answered >= CONVERSATIONS)
+        async with under_load(published, pipeline, tmp_path) as (platform, conversations):
             await platform.apply(services(changed))
             revisions = stage_revisions(platform, pipeline)
             assert [len(of_stage) for of_stage in revisions] == [2, 2, 2]
             await until(lambda: all(new.ready_pods and not old.pods for old, new in revisions), 60)
-            answered = conversations.answered
-            await until(lambda: conversations.answered >= answered + CONVERSATIONS)
-            conversations.over.set()
-        assert conversations.replays == 0
+            await another_round(conversations)
 
     asyncio.run(scenario())
 
@@ -87,22 +104,13 @@ def test_a_new_cut_under_load(published: Published, tmp_path: Path) -> None:
     async def scenario() -> None:
         old, new = tiny_pipeline(published), tiny_pipeline(published, cut="0:3,3:6")
         assert new.fingerprint != old.fingerprint
-        conversations = Conversations(published)
-        conversations.prepare(SHORT)
-        async with serving(tmp_path, published, services(old)) as platform, asyncio.TaskGroup() as group:
-            url = platform.url("tiny")
-            for number in range(CONVERSATIONS):
-                group.create_task(conversations.keep_asking(url, number, SHORT))
-            await until(lambda: conversations.answered >= CONVERSATIONS)
+        async with under_load(published, old, tmp_path) as (platform, conversations):
             await platform.apply(services(new))
             old_gateway, new_gateway = platform.services["default", "tiny"].revisions
             ending = [*(revision for (revision,) in stage_revisions(platform, old)), old_gateway]
             await until(lambda: not any(revision.pods for revision in ending), 60)
-            answered = conversations.answered
-            await until(lambda: conversations.answered >= answered + CONVERSATIONS)
+            await another_round(conversations)
             assert new_gateway.ready_pods
             assert all(revision.ready_pods for (revision,) in stage_revisions(platform, new))
-            conversations.over.set()
-        assert conversations.replays == 0
 
     asyncio.run(scenario())

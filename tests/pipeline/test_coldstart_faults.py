@@ -6,34 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from eventing.wire.generation import GenerateResponse
 from functions.hosting.startup import PHASES
-from knative.commands.ask import Question, stream_answer
 from tests.support.functions.functions import FunctionProcess, gateway_environment, stage_environment, wait_until
+from tests.support.functions.served import answer_to
 from tests.support.knative.cold_pipeline import cold_pipeline, pods_of
-from tests.support.storage.published import Published, until_end
+from tests.support.storage.published import Published
 from tests.support.storage.storage import Fault, FaultProxy
-from tests.support.storage.tiny_models import greedy
 
-STAGE = 1
-"""The one whose store misbehaves: it has layers 2 and 3."""
+STAGE = 1  # whose store misbehaves: it has layers 2 and 3
 WEIGHTS = "layer-0000"
 DEADLINE_SECONDS = 90.0
 PROMPT = "The capital of France is"
-
-
-def expected_text(published: Published) -> str:
-    with torch.inference_mode():
-        ids = greedy(published.model, published.tokenizer.encode(PROMPT).ids, 12)
-    text: str = published.tokenizer.decode(until_end(ids))
-    return text
-
-
-def every_read(**fault: int) -> list[Fault]:
-    """The fault in every read of weights."""
-    return [Fault(WEIGHTS, times=10_000, **fault)]
 
 
 def disappear(proxy: FaultProxy, seconds: float) -> None:
@@ -65,14 +49,14 @@ SURVIVED: dict[str, Callable[[FaultProxy], None]] = {
 @pytest.mark.parametrize("fault", SURVIVED)
 def test_a_request_survives_a_store_that(fault: str, published: Published, proxy: FaultProxy, tmp_path: Path) -> None:
     SURVIVED[fault](proxy)
+    wanted = published.expected(PROMPT, 12)
 
     async def run() -> None:
         endpoints = {STAGE: proxy.settings.endpoint_url}
         async with cold_pipeline(published, tmp_path, endpoints) as (platform, local):
-            url = platform.url(local.pipeline.spec.name)
-            *_, answer = [each async for each in stream_answer(url, Question(PROMPT, 12, chat=False))]
-            assert isinstance(answer, GenerateResponse)
-            assert answer.text == expected_text(published)
+            answer = await answer_to(platform.url(local.pipeline.spec.name), PROMPT, 12)
+            assert list(answer.token_ids) == wanted
+            assert answer.text == published.tokenizer.decode(wanted)
             (pod,) = pods_of(platform, local.pipeline.stage_name(STAGE))
             assert pod["restarts"] == 0
 
@@ -91,7 +75,7 @@ FATAL: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
 @pytest.mark.parametrize("fault", FATAL)
 def test_a_stage_ends_and_names_the_cause_where_its_store(fault: str, published: Published, proxy: FaultProxy) -> None:
     broken, words = FATAL[fault]
-    proxy.faults.extend(every_read(**broken))
+    proxy.faults.append(Fault(WEIGHTS, times=10_000, **broken))
     environ = stage_environment(published, STAGE) | {"LAMINA_STORE_ENDPOINT": proxy.settings.endpoint_url}
     with FunctionProcess(environ) as stage:
         assert stage.get("/readyz")[0] == 503

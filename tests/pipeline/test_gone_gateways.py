@@ -6,11 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from eventing.wire.control import LEASE_SECONDS
 from eventing.wire.generation import GenerateRequest
-from tests.support.functions.functions import FunctionProcess, gateway_environment, running, stage_environment, wait_until
+from tests.support.functions.functions import FunctionProcess, gateway_environment, running, running_stages, wait_until
 from tests.support.functions.metrics import metric
 from tests.support.functions.streams import answer_of, began
-from tests.support.storage.published import CUT, Published, until_end
-from tests.support.storage.tiny_models import greedy
+from tests.support.storage.published import Published
 
 PROMPT = "The capital of France is"
 LONG_TOKENS = 200
@@ -20,9 +19,9 @@ FREED_SECONDS = LEASE_SECONDS + 10.0
 
 
 def test_a_killed_gateway_frees_what_it_held_and_a_paused_one_answers_right(published: Published) -> None:
-    expected = until_end(greedy(published.model, published.tokenizer.encode(PROMPT).ids, LONG_TOKENS))
+    expected = published.expected(PROMPT, LONG_TOKENS)
     assert len(expected) > 50, "long enough to be killed or paused in its midst"
-    with running(stage_environment(published, group) for group in range(len(CUT))) as stages:
+    with running_stages(published) as stages:
         capacity = free(stages)
         environ = gateway_environment(published, [stage.url for stage in stages])
         with running([environ] * 3) as (killed, paused, honest), ThreadPoolExecutor(1) as honest_client:

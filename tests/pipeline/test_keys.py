@@ -11,8 +11,8 @@ from click.testing import CliRunner
 
 from knative.__main__ import main
 from tests.pipeline.test_nothing_said import ask
-from tests.support.functions.functions import FunctionProcess, gateway_environment, running, stage_environment, wait_until
-from tests.support.storage.published import CUT, Published
+from tests.support.functions.functions import FunctionProcess, gateway_environment, running_stages, wait_until
+from tests.support.storage.published import Published
 
 REQUESTS = 10_000
 ALLOWED = 5
@@ -47,7 +47,7 @@ class RunningPipeline:
 def pipeline(published: Published, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningPipeline]:
     keys = tmp_path_factory.mktemp("keys") / "api-keys"
     keys.touch()
-    with running(stage_environment(published, group) for group in range(len(CUT))) as stages:
+    with running_stages(published) as stages:
         environ = gateway_environment(published, [stage.url for stage in stages], LAMINA_API_KEY_FILES=str(keys))
         with FunctionProcess(environ) as gateway:
             gateway.wait_ready()

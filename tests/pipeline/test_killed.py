@@ -21,8 +21,8 @@ from eventing.wire.generation import GenerateResponse
 from functions.stage.engine.sampler import sample
 from knative.render.services import services
 from storage.models.model_repository import Dtype
-from tests.support.functions.killing import ENDINGS, TIMING, Killer, ask_all, prompt, sampling
-from tests.support.functions.served import keeping, kept_objects, serving, stage_revisions, tiny_pipeline
+from tests.support.functions.killing import ENDINGS, TIMING, Killer, ask_all, killing, prompt, sampling
+from tests.support.functions.served import keeping, kept_objects, serving, tiny_pipeline
 from tests.support.storage.published import Published, published_model, until_end
 
 WireDtype = Literal["int8"] | None
@@ -82,16 +82,9 @@ async def killed(
 ) -> tuple[Killer, dict[int, GenerateResponse]]:
     pipeline = tiny_pipeline(published, wire_dtype=wire_dtype)
     answers: dict[int, GenerateResponse] = {}
-    async with (
-        serving(folder, published, services(pipeline), TIMING) as platform,
-        asyncio.timeout(DEADLINE_SECONDS),
-    ):
-        (gateway,) = platform.services["default", "tiny"].revisions
-        killer = Killer(gateway, [revision for (revision,) in stage_revisions(platform, pipeline)])
-        asked = asyncio.create_task(ask_all(platform.url("tiny"), numbers, new_tokens, answers))
-        await killer.kill_until_done(asked, answers)
-        await asked
-    return killer, answers
+    async with serving(folder, published, services(pipeline), TIMING) as platform, asyncio.timeout(DEADLINE_SECONDS):
+        asking = ask_all(platform.url("tiny"), numbers, new_tokens, answers)
+        return await killing(platform, pipeline, asking, answers), answers
 
 
 async def left_alone(
@@ -112,22 +105,14 @@ async def killed_twice(
     """Two rounds while stages are killed, then two without kills. All tiers are on."""
     pipeline = keeping(tiny_pipeline(published), published, TOO_SMALL[published.manifest.dtype])
     rounds: list[dict[int, GenerateResponse]] = [{} for _ in range(4)]
-    async with (
-        serving(folder, published, services(pipeline), TIMING) as platform,
-        asyncio.timeout(DEADLINE_SECONDS),
-    ):
-        (gateway,) = platform.services["default", "tiny"].revisions
-        killer = Killer(gateway, [revision for (revision,) in stage_revisions(platform, pipeline)])
+    async with serving(folder, published, services(pipeline), TIMING) as platform, asyncio.timeout(DEADLINE_SECONDS):
 
-        async def ask_twice() -> None:
-            for answers in rounds[:2]:
+        async def ask_rounds(first: int, last: int, numbers: Sequence[int]) -> None:
+            for answers in rounds[first:last]:
                 await ask_all(platform.url("tiny"), numbers, new_tokens, answers)
 
-        asked = asyncio.create_task(ask_twice())
-        await killer.kill_until_done(asked, ChainMap(*rounds))
-        await asked
-        for answers in rounds[2:]:
-            await ask_all(platform.url("tiny"), numbers[-1:], new_tokens, answers)
+        killer = await killing(platform, pipeline, ask_rounds(0, 2, numbers), ChainMap(*rounds))
+        await ask_rounds(2, 4, numbers[-1:])
     return killer, rounds
 
 
@@ -151,12 +136,9 @@ def test_answers_of_native_stages_that_are_killed_are_those_of_stages_left_alone
     dtype: Dtype, wire_dtype: WireDtype, tmp_path: Path
 ) -> None:
     """To the token, greedy and sampled: a replay computes the same bits in chunks that it had in steps."""
-    alone, killing = tmp_path / "alone", tmp_path / "killing"
-    alone.mkdir()
-    killing.mkdir()
     with published_model(tmp_path, dtype) as published:
-        expected = asyncio.run(left_alone(alone, published, FEWER, 2 * NEW_TOKENS // 3, wire_dtype))
-        killer, answers = asyncio.run(killed(killing, published, FEWER, 2 * NEW_TOKENS // 3, wire_dtype))
+        expected = asyncio.run(left_alone(tmp_path, published, FEWER, 2 * NEW_TOKENS // 3, wire_dtype))
+        killer, answers = asyncio.run(killed(tmp_path, published, FEWER, 2 * NEW_TOKENS // 3, wire_dtype))
     check(killer, answers, expected, 1)
 
 
@@ -164,13 +146,10 @@ def test_answers_of_native_stages_that_are_killed_are_those_of_stages_left_alone
 def test_answers_of_stages_that_are_killed_are_the_same_with_every_tier_on(dtype: Dtype, tmp_path: Path) -> None:
     """Everything is asked twice, so that KV is found in living memory and in the store. An undisturbed pipeline computes the
     expected answers."""
-    alone, killing = tmp_path / "alone", tmp_path / "killing"
-    alone.mkdir()
-    killing.mkdir()
     tokens = NEW_TOKENS // 2
     with published_model(tmp_path, dtype) as published:
-        expected = asyncio.run(left_alone(alone, published, TWICE, tokens))
-        killer, rounds = asyncio.run(killed_twice(killing, published, TWICE, tokens))
+        expected = asyncio.run(left_alone(tmp_path, published, TWICE, tokens))
+        killer, rounds = asyncio.run(killed_twice(tmp_path, published, TWICE, tokens))
         kept = kept_objects(published)
     for answers in rounds:
         wrong = [number for number, answer in answers.items() if list(answer.token_ids) != expected[number]]

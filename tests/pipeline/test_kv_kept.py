@@ -4,43 +4,22 @@ Answers are those of the whole model, token for token; what was computed again i
 """
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 from eventing.wire.generation import GenerateResponse
 from eventing.wire.prefix_chain import BLOCK_TOKENS
-from knative.commands.ask import Question, stream_answer
 from knative.local.platform import Platform
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import services
 from storage.store.payload_store import PayloadStore
-from tests.support.functions.served import keeping, kept_objects, serving, stage_revisions, tiny_pipeline
+from tests.support.functions.served import answer_to, keeping, kept_objects, serving, stage_revisions, tiny_pipeline
 from tests.support.knative.platform import until
-from tests.support.storage.published import Published, until_end
-from tests.support.storage.tiny_models import greedy
+from tests.support.storage.published import Published
 
 FIRST: Final = "the river " * 5
 MORE: Final = " and the sea"
 NEW_TOKENS: Final = 24
-
-
-async def answer(platform: Platform, prompt: str) -> GenerateResponse:
-    async for part in stream_answer(platform.url("tiny"), Question(prompt, NEW_TOKENS, chat=False, timeout_seconds=100)):
-        if isinstance(part, GenerateResponse):
-            return part
-    raise AssertionError("no answer came")
-
-
-def oracle(published: Published) -> Callable[[str], list[int]]:
-    known: dict[str, list[int]] = {}
-
-    def expected(prompt: str) -> list[int]:
-        if prompt not in known:
-            known[prompt] = until_end(greedy(published.model, published.tokenizer.encode(prompt).ids, NEW_TOKENS))
-        return known[prompt]
-
-    return expected
 
 
 async def all_at_zero(platform: Platform, pipeline: ResolvedPipeline) -> None:
@@ -50,28 +29,28 @@ async def all_at_zero(platform: Platform, pipeline: ResolvedPipeline) -> None:
 
 
 def test_everything_at_zero_and_a_conversation_goes_on(published: Published, tmp_path: Path) -> None:
-    expected = oracle(published)
-    first_answer = published.tokenizer.decode(expected(FIRST))
-    follow_up = FIRST + first_answer + MORE
+    first_wanted = published.expected(FIRST, NEW_TOKENS)
+    follow_up = FIRST + published.tokenizer.decode(first_wanted) + MORE
+    follow_up_wanted = published.expected(follow_up, NEW_TOKENS)
     shared = published.tokenizer.encode(FIRST).ids
-    wanted = (expected(FIRST), expected(follow_up))
 
     async def scenario() -> None:
         pipeline = keeping(tiny_pipeline(published), published)
         async with serving(tmp_path, published, services(pipeline)) as platform:
-            first = await answer(platform, FIRST)
-            assert list(first.token_ids) == wanted[0]
+            url = platform.url("tiny")
+            first = await answer_to(url, FIRST, NEW_TOKENS)
+            assert list(first.token_ids) == first_wanted
             assert cached(first) == 0
             await all_at_zero(platform, pipeline)
             kept = await asyncio.to_thread(kept_objects, published)
             assert {key.split("/")[2] for key in kept} == {"0-2", "2-4", "4-6"}
-            second = await answer(platform, follow_up)
-            assert list(second.token_ids) == wanted[1]
+            second = await answer_to(url, follow_up, NEW_TOKENS)
+            assert list(second.token_ids) == follow_up_wanted
             assert cached(second) >= (len(shared) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
             await all_at_zero(platform, pipeline)
             await asyncio.to_thread(spoil, published)
-            third = await answer(platform, follow_up)
-            assert list(third.token_ids) == wanted[1], "what was altered is computed"
+            third = await answer_to(url, follow_up, NEW_TOKENS)
+            assert list(third.token_ids) == follow_up_wanted, "what was altered is computed"
             assert cached(third) == 0
 
     asyncio.run(scenario())

@@ -13,12 +13,11 @@ from tests.support.functions.functions import (
     ROOT,
     FunctionProcess,
     gateway_environment,
-    running,
-    stage_environment,
+    running_stages,
     wait_until,
 )
 from tests.support.functions.metrics import metric
-from tests.support.storage.published import CUT, Published
+from tests.support.storage.published import Published
 
 SEQUENCES = 1000
 AT_ONCE = 16
@@ -72,7 +71,7 @@ def test_keys_and_values_take_the_bytes_that_the_plan_says(dtype: str, head_dim:
 
 def test_a_thousand_abandoned_sequences_leave_nothing_behind(published: Published) -> None:
     """Clients that leave before anything came, at the first byte, and in the middle of the answer."""
-    with running(stage_environment(published, group) for group in range(len(CUT))) as stages:
+    with running_stages(published) as stages:
         capacity = [metric(stage, "lamina_stage_free_tokens") for stage in stages]
         environ = gateway_environment(published, [stage.url for stage in stages], LAMINA_QUEUE_LIMIT=str(SEQUENCES))
         with FunctionProcess(environ) as gateway, ThreadPoolExecutor(AT_ONCE) as clients:

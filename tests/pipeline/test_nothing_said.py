@@ -6,8 +6,8 @@ import urllib.request
 from contextlib import suppress
 from typing import Any
 
-from tests.support.functions.functions import TOKEN, FunctionProcess, gateway_environment, running, stage_environment
-from tests.support.storage.published import CUT, Published
+from tests.support.functions.functions import TOKEN, FunctionProcess, gateway_environment, running_stages
+from tests.support.storage.published import Published
 
 KEY = "key-of-a-client-that-nobody-else-may-know"
 WORD = "unmistakable"  # in every prompt
@@ -27,7 +27,7 @@ def ask(
 
 
 def test_no_log_has_keys_prompts_or_answers(published: Published) -> None:
-    with running(stage_environment(published, group, LAMINA_LOG_LEVEL="debug") for group in range(len(CUT))) as stages:
+    with running_stages(published, LAMINA_LOG_LEVEL="debug") as stages:
         urls = [stage.url for stage in stages]
         environ = gateway_environment(published, urls, LAMINA_API_KEYS=KEY, LAMINA_LOG_LEVEL="debug")
         with FunctionProcess(environ) as gateway:

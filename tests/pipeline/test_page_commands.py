@@ -3,13 +3,11 @@
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 
 import pytest
 
-from tests.support.functions.functions import FunctionProcess, running_gateway
+from tests.support.functions.functions import FunctionProcess
 from tests.support.house.pages import PAGES, by_hand
-from tests.support.storage.published import Published
 
 TIMED_OUT = 28  # curl's status after --max-time; a stream that does not end by itself is cut off
 COMMANDS = [
@@ -20,12 +18,6 @@ COMMANDS = [
 ]
 
 pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-
-
-@pytest.fixture(scope="module")
-def gateway(published: Published) -> Iterator[FunctionProcess]:
-    with running_gateway(published) as gateway:
-        yield gateway
 
 
 def test_pages_show_how_to_ask() -> None:

@@ -5,17 +5,15 @@ from pathlib import Path
 
 from knative.commands.ask import Question, stream_answer
 from knative.commands.local_pipeline import local_pipeline
-from knative.local.platform import Platform, PlatformOptions
 from knative.render.services import services
 from knative.spec.pipeline_spec import Autoscaling, GatewaySpec, ModelSpec, PipelineSpec, StageSpec, StoreSpec
 from storage.store.object_store import ObjectStore
-from tests.support.knative.cold_pipeline import pods_of, set_environment
+from tests.support.knative.cold_pipeline import deployed, pods_of, set_environment
 from tests.support.knative.platform import until
 from tests.support.storage.published import Published
 
 STAGES, MAX_SCALE = 2, 3
-FIT = 4
-"""Sequences, in the memory of one pod: half of a micro-batch."""
+FIT = 4  # sequences in the memory of one pod: half of a micro-batch
 PASS_SECONDS = 0.15
 TOKENS = 200
 KV_BYTES = FIT * (TOKENS + 20) * 2 * 3 * 2 * 8 * 2
@@ -43,20 +41,16 @@ async def _grows(published: Published, folder: Path) -> None:
     manifests = services(local.pipeline)
     for manifest in manifests[:STAGES]:
         set_environment(manifest, {"LAMINA_KV_CACHE_BYTES": str(KV_BYTES)})
-    platform = Platform(PlatformOptions(logs=folder, secrets=local.secrets))
-    await platform.start()
-    answers: list[asyncio.Task[None]] = []
-    try:
-        await platform.apply(manifests)
+    async with deployed(local, manifests, folder) as platform:
         url = platform.url(spec.name)
-        answers += [asyncio.create_task(_converse(url, number)) for number in range(FIT * MAX_SCALE)]
-        await until(lambda: all(len(pods_of(platform, name)) == MAX_SCALE for name in names), DEADLINE_SECONDS)
-        assert not any(answer.done() for answer in answers), "it is those who wait, and not those who end"
-    finally:
-        for answer in answers:
-            answer.cancel()
-        await asyncio.gather(*answers, return_exceptions=True)
-        await platform.stop(1.0)
+        answers = [asyncio.create_task(_converse(url, number)) for number in range(FIT * MAX_SCALE)]
+        try:
+            await until(lambda: all(len(pods_of(platform, name)) == MAX_SCALE for name in names), DEADLINE_SECONDS)
+            assert not any(answer.done() for answer in answers), "stages grew because sequences waited, not because some ended"
+        finally:
+            for answer in answers:
+                answer.cancel()
+            await asyncio.gather(*answers, return_exceptions=True)
 
 
 def test_stages_grow_while_sequences_wait_for_memory(published: Published, tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from eventing.wire.cloud_event import json_event
 from eventing.wire.events import EventType
 from eventing.wire.generation import GenerateRequest
 from knative.local.kubelet.processes import memory_bytes
-from tests.support.functions.functions import FunctionProcess, gateway_environment, running, stage_environment
-from tests.support.storage.published import CUT, Published
+from tests.support.functions.functions import FunctionProcess, gateway_environment, running_stages
+from tests.support.storage.published import Published
 
 STREAMS, SLOW = 200, 40
 TOKENS = 60
@@ -41,7 +41,7 @@ class Round:
 @pytest.fixture(scope="module")
 def gateway(published: Published) -> Iterator[FunctionProcess]:
     sleeping = {"LAMINA_LAYER_GROUP": "sleep", "LAMINA_SLEEP_SECONDS": "0.06", "LAMINA_KV_CACHE_BYTES": "200000000"}
-    with running(stage_environment(published, group, **sleeping) for group in range(len(CUT))) as stages:
+    with running_stages(published, **sleeping) as stages:
         urls = [stage.url for stage in stages]
         told = {"LAMINA_MICRO_BATCH_SEQUENCES": "128", "LAMINA_DRAFT_TOKENS": "0", "LAMINA_ACCESS_LOG": "off"}
         with FunctionProcess(gateway_environment(published, urls, **told)) as gateway:

@@ -6,25 +6,18 @@ it likes; without it only a gateway that says nothing before its first token get
 
 import asyncio
 import json
-from collections.abc import Iterator
 
 import aiohttp
 import pytest
 
 from knative.local.proxies.queue_proxy import QueueProxy, RequestLimits
 from knative.local.proxies.timeouts import Timeouts
-from tests.support.functions.functions import FunctionProcess, running_gateway
+from tests.support.functions.functions import FunctionProcess
 from tests.support.storage.published import Published
 
 ANSWERS = 1000
 AT_ONCE = 8
 TOKENS = 2
-
-
-@pytest.fixture(scope="module")
-def gateway(published: Published) -> Iterator[FunctionProcess]:
-    with running_gateway(published) as gateway:
-        yield gateway
 
 
 @pytest.mark.timeout(300)

@@ -9,8 +9,8 @@ from typing import Final
 
 from bench.structured.asking import Ended, ask_all
 from knative.render.services import services
-from tests.support.functions.killing import TIMING, Killer
-from tests.support.functions.served import serving, stage_revisions, tiny_pipeline
+from tests.support.functions.killing import TIMING, killing
+from tests.support.functions.served import serving, tiny_pipeline
 from tests.support.storage.published import Published
 
 NUMBERS: Final = range(16)
@@ -32,11 +32,8 @@ async def _both(folder: Path, published: Published) -> tuple[dict[int, Ended], d
     killed: dict[int, Ended] = {}
     alone: dict[int, Ended] = {}
     async with serving(folder, published, services(pipeline), TIMING) as platform, asyncio.timeout(DEADLINE_SECONDS):
-        (gateway,) = platform.services["default", "tiny"].revisions
-        killer = Killer(gateway, [revision for (revision,) in stage_revisions(platform, pipeline)])
-        asked = asyncio.create_task(ask_all(platform.url("tiny"), "tiny", NUMBERS, MAX_TOKENS, killed))
-        await killer.kill_until_done(asked, killed)
-        await asked
+        asking = ask_all(platform.url("tiny"), "tiny", NUMBERS, MAX_TOKENS, killed)
+        killer = await killing(platform, pipeline, asking, killed)
         await ask_all(platform.url("tiny"), "tiny", NUMBERS, MAX_TOKENS, alone)
     assert killer.kills_that_cost >= 1, killer.replays
     return killed, alone

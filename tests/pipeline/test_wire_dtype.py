@@ -13,7 +13,7 @@ from functions.stage.models.floats import Array, HiddenDtype, narrowed, widened
 from functions.stage.models.layer_group import LayerGroup, Segment
 from storage.models.model_repository import Dtype
 from storage.store.object_reader import ObjectReader
-from tests.support.functions.functions import FunctionProcess, gateway_environment, running, stage_environment
+from tests.support.functions.functions import FunctionProcess, gateway_environment, running, running_stages, stage_environment
 from tests.support.functions.stage_pipeline import published_group
 from tests.support.functions.streams import tokens_of
 from tests.support.storage.published import CUT, Published, published_model, until_end
@@ -76,7 +76,7 @@ def test_answers_are_those_of_layers_between_which_each_row_is_rounded(published
     assert expected != exact, "eight bits make no difference, so that nothing is told by this"
     more = told(published)
     with (
-        running(stage_environment(published, group, **more) for group in range(len(CUT))) as stages,
+        running_stages(published, **more) as stages,
         running([gateway_environment(published, [stage.url for stage in stages], **more)]) as (gateway,),
     ):
         assert [tokens_of(gateway.url, prompt, NEW_TOKENS) for prompt in PROMPTS[:2]] == expected[:2]

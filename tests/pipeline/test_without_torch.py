@@ -12,8 +12,7 @@ from storage.models.model_repository import Dtype
 from tests.support.functions.functions import FunctionProcess, gateway_environment, stage_environment
 from tests.support.functions.streams import tokens_of
 from tests.support.house.without import HEAVY, refusal
-from tests.support.storage import tiny_models
-from tests.support.storage.published import CUT, Published, published_model, until_end
+from tests.support.storage.published import CUT, Published, published_model
 
 NEW_TOKENS: Final = 12
 IDLE_BYTES: Final = 90 * 2**20  # of an idle native stage; the tiny model's weights are next to nothing
@@ -41,8 +40,7 @@ def loaded(process: FunctionProcess) -> set[str]:
 
 @pytest.mark.parametrize("installed", [True, False])
 def test_a_pipeline_answers_with_the_whole_models_tokens_and_loads_no_torch(published: Published, installed: bool) -> None:
-    prompt = published.tokenizer.encode(PROMPT).ids
-    wanted = until_end(tiny_models.greedy(published.model, prompt, NEW_TOKENS))
+    wanted = published.expected(PROMPT, NEW_TOKENS)
     with ExitStack() as stack:
         environs = [stage_environment(published, group) for group in range(len(CUT))]
         stages = [stack.enter_context(function(environ, installed=installed)) for environ in environs]
@@ -56,7 +54,7 @@ def test_a_pipeline_answers_with_the_whole_models_tokens_and_loads_no_torch(publ
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "q4"])
 def test_first_middle_and_last_stage_run_a_step_in_every_native_dtype(dtype: Dtype, tmp_path: Path) -> None:
-    """Ready means that."""
+    """A stage is ready after its first step."""
     with published_model(tmp_path, dtype) as published, ExitStack() as stack:
         environs = [stage_environment(published, group) for group in range(len(CUT))]
         stages = [stack.enter_context(function(environ, installed=False)) for environ in environs]

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 import pytest
 
 from eventing.http.sse import SSEDecoder
-from tests.support.functions.functions import FunctionProcess, gateway_environment, running, stage_environment, wait_until
+from tests.support.functions.functions import FunctionProcess, gateway_environment, running_stages, wait_until
 from tests.support.functions.metrics import metric
 from tests.support.functions.scripted_gateway import EVENT
 from tests.support.knative.kubernetes_watch import WatchServer
@@ -22,7 +22,7 @@ from tests.support.storage.tiny_models import greedy
 
 @pytest.fixture(scope="module")
 def stage_urls(published: Published) -> Iterator[list[str]]:
-    with running(stage_environment(published, group) for group in range(len(CUT))) as started:
+    with running_stages(published) as started:
         yield [stage.url for stage in started]
 
 

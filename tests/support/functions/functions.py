@@ -199,10 +199,17 @@ def running(environments: Iterable[Mapping[str, str]]) -> Iterator[list[Function
 
 
 @contextmanager
+def running_stages(published: Published, **more: str) -> Iterator[list[FunctionProcess]]:
+    """The ready stages of a published model. more: of each stage's environment."""
+    with running(stage_environment(published, group, CUT, **more) for group in range(len(CUT))) as stages:
+        yield stages
+
+
+@contextmanager
 def running_gateway(published: Published, **more: str) -> Iterator[FunctionProcess]:
     """A ready gateway before the ready stages of a published model. more: of the gateway's environment."""
     with (
-        running(stage_environment(published, group) for group in range(len(CUT))) as stages,
+        running_stages(published) as stages,
         running([gateway_environment(published, [stage.url for stage in stages], CUT, **more)]) as (gateway,),
     ):
         yield gateway

@@ -5,10 +5,10 @@ import itertools
 import os
 import random
 import signal
-from collections.abc import Sequence, Sized
+from collections.abc import Coroutine, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import aiohttp
 import msgspec
@@ -19,14 +19,16 @@ from eventing.wire.events import EventType, Sampling
 from eventing.wire.generation import GenerateRequest, GenerateResponse
 from knative.commands.local_pods import read_metrics
 from knative.local.kubelet.pods import PodTiming
+from knative.local.platform import Platform
 from knative.local.serving.revisions import Revision
+from knative.render.resolved_pipeline import ResolvedPipeline
+from tests.support.functions.served import stage_revisions
 from tests.support.knative.platform import until
 
 CLIENTS: Final = 16
 ENDINGS: Final = ("", " hello", " The capital of France is", "x" * 30, " the the the north")
 KILL_SECONDS: Final = 2.0
-KILL_ANSWERS: Final = 20
-"""Or after so many answers, where the machine is so fast that there would be too few kills."""
+KILL_ANSWERS: Final = 20  # a kill follows after so many answers at the latest, so that a fast machine has enough kills
 TIMING: Final = PodTiming(restart_backoff_seconds=0.2, restart_backoff_max_seconds=0.2)
 
 
@@ -63,16 +65,26 @@ async def ask_all(url: str, numbers: Sequence[int], new_tokens: int, answers: di
             clients.create_task(keep_asking(session))
 
 
+async def killing(
+    platform: Platform, pipeline: ResolvedPipeline, asking: Coroutine[Any, Any, None], answers: Sized
+) -> "Killer":
+    """Runs `asking`, which adds to `answers`, and kills stages until it has ended."""
+    (gateway,) = platform.services["default", "tiny"].revisions
+    killer = Killer(gateway, [revision for (revision,) in stage_revisions(platform, pipeline)])
+    asked = asyncio.create_task(asking)
+    await killer.kill_until_done(asked, answers)
+    await asked
+    return killer
+
+
 @dataclass
 class Killer:
     """Kills a stage that the dice choose, again and again."""
 
     gateway: Revision
     stages: list[Revision]
-    running: list[float] = field(default_factory=list)
-    """Before each kill: sequences that the gateway was answering."""
-    replays: list[float] = field(default_factory=list)
-    """Before each kill, and at the end: sequences that were computed anew so far."""
+    running: list[float] = field(default_factory=list)  # before each kill: sequences that the gateway was answering
+    replays: list[float] = field(default_factory=list)  # before each kill, and at the end: sequences computed anew so far
     _dice: random.Random = field(default_factory=lambda: random.Random(6))
 
     @property

@@ -95,6 +95,13 @@ def stage_revisions(platform: Platform, pipeline: ResolvedPipeline) -> list[list
     return [platform.services["default", name].revisions for name in names]
 
 
+async def answer_to(url: str, prompt: str, tokens: int) -> GenerateResponse:
+    async for part in stream_answer(url, Question(prompt, tokens, chat=False, timeout_seconds=100)):
+        if isinstance(part, GenerateResponse):
+            return part
+    raise AssertionError("no answer came")
+
+
 @dataclass
 class Conversations:
     """Sends requests and compares every answer with the whole model's. Raises an error for a failed or different answer."""

@@ -24,11 +24,18 @@ async def cold_pipeline(
     manifests = services(local.pipeline)
     for index, endpoint in endpoints.items():
         set_environment(manifests[index], {"LAMINA_STORE_ENDPOINT": endpoint})
+    async with deployed(local, manifests, folder) as platform:
+        yield platform, local
+
+
+@asynccontextmanager
+async def deployed(local: LocalPipeline, manifests: list[dict[str, Any]], folder: Path) -> AsyncIterator[Platform]:
+    """A platform with its default timing, to which the manifests are applied. folder: for logs."""
     platform = Platform(PlatformOptions(logs=folder, secrets=local.secrets))
     await platform.start()
     try:
         await platform.apply(manifests)
-        yield platform, local
+        yield platform
     finally:
         await platform.stop(1.0)
 

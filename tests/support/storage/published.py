@@ -1,7 +1,7 @@
 """A seeded tiny chat model, published into a real S3 server, for the functions that a test starts. Needs no torch."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -68,6 +68,13 @@ class Published:
     def model(self) -> "PreTrainedModel":
         """The oracle: the whole model in transformers."""
         return self.load_model().eval()
+
+    def expected(self, prompt: str | Sequence[int], new_tokens: int) -> list[int]:
+        """The oracle's greedy answer: token ids up to the first end token. Imports torch."""
+        from tests.support.storage.tiny_models import greedy
+
+        ids = self.tokenizer.encode(prompt).ids if isinstance(prompt, str) else prompt
+        return until_end(greedy(self.model, ids, new_tokens))
 
     def fingerprint(self, cut: Cut = CUT) -> str:
         return pipeline_fingerprint(self.manifest.digest, cut, self.manifest.dtype)

@@ -13,18 +13,12 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from eventing.http.sse import SSEDecoder
-from tests.support.functions.functions import FunctionProcess, running_gateway, wait_until
-from tests.support.storage.published import Published, until_end
+from tests.support.functions.functions import FunctionProcess, wait_until
+from tests.support.storage.published import Published
 from tests.support.storage.tiny_models import CONTEXT, greedy
 
 TOLERANCE = 1e-3
 EVENTS: TypeAdapter[ResponseStreamEvent] = TypeAdapter(ResponseStreamEvent)
-
-
-@pytest.fixture(scope="module")
-def gateway(published: Published) -> Iterator[FunctionProcess]:
-    with running_gateway(published) as gateway:
-        yield gateway
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +42,7 @@ def chat_ids(published: Published, *turns: tuple[str, str]) -> list[int]:
 
 def continued(published: Published, ids: list[int], count: int = 8) -> str:
     """The whole model's continuation."""
-    text: str = published.tokenizer.decode(until_end(greedy(published.model, ids, count)))
+    text: str = published.tokenizer.decode(published.expected(ids, count))
     return text
 
 
@@ -120,7 +114,7 @@ def test_log_probabilities_of_an_answer_are_transformers(client: openai.OpenAI, 
     assert choice.logprobs is not None
     content = choice.logprobs.content or []
     prompt = chat_ids(published)
-    drawn = until_end(greedy(published.model, prompt, 8))
+    drawn = published.expected(prompt, 8)
     truth = oracle(published, prompt + drawn)[len(prompt) - 1 :]
     assert len(content) == len(drawn)
     for token, row, one in zip(drawn, truth, content, strict=False):
@@ -146,7 +140,7 @@ def test_an_echoed_prompt_has_transformers_log_likelihoods(
         assert logprobs is not None
         assert logprobs.token_logprobs is not None
         assert logprobs.top_logprobs is not None
-        drawn = until_end(greedy(published.model, prompt, max_tokens)) if max_tokens else []
+        drawn = published.expected(prompt, max_tokens) if max_tokens else []
         ids = prompt + drawn
         truth = oracle(published, ids)
         wanted = [truth[place - 1][ids[place]].item() for place in range(1, len(ids))]
@@ -188,7 +182,7 @@ def test_an_answer_without_max_tokens_may_fill_the_context(client: openai.OpenAI
 
 def test_stop_tokens_and_strings_can_be_included_in_the_answer(client: openai.OpenAI, published: Published) -> None:
     prompt = published.tokenizer.encode("hello").ids
-    drawn = until_end(greedy(published.model, prompt, 8))
+    drawn = published.expected(prompt, 8)
     stop = next(token for token in drawn[1:] if token not in drawn[:1])
     place = drawn.index(stop)
     for kept in (False, True):
