@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
@@ -10,17 +11,16 @@ from typing import Any
 
 import gguf
 import pytest
-import torch
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+from transformers import AutoConfig
 
 from storage.checkpoints.checkpoint import Checkpoint
 from storage.checkpoints.gguf_checkpoint import open_gguf
 from storage.checkpoints.gguf_format import read_header
 from storage.checkpoints.gguf_tokenizer import tokenizer_files
-from storage.errors import ArchitectureUnsupported, CheckpointInvalid
+from storage.errors import ArchitectureUnsupported, CheckpointInvalid, StorageError
 from tests.support.storage.storage import default_model_gguf, default_model_metadata
+from tests.support.storage.torch_tensors import assert_equal, checkpoint_floats, gguf_by_transformers
 
 TEXT = """In 2024, 1234567 people paid $3,141.59 (or 2 718 €) for 0x1F600 items; call +49-30-901820 at 10:45:07.
 The quick brown fox doesn't jump; it's we'll-known, they'd've said  —  "naïve café", ﬁancé.
@@ -47,19 +47,11 @@ def fields() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def read_by_transformers(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Its own reading: config and tensors."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**checkpoint.config))
-    parsed: dict[str, Any] = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)
-    return parsed
+    return gguf_by_transformers(path, checkpoint)
 
 
 def test_weights_are_bit_equal_to_transformers(checkpoint: Checkpoint, read_by_transformers: dict[str, Any]) -> None:
-    expected = read_by_transformers["tensors"]
-    assert checkpoint.tensors.keys() == expected.keys()
-    for name, source in checkpoint.tensors.items():
-        ours = torch.cat([torch.frombuffer(block, dtype=torch.float32) for block in source.blocks()]).view(source.shape)
-        assert torch.equal(ours, expected[name]), name
+    assert_equal(checkpoint_floats(checkpoint), read_by_transformers["tensors"])
 
 
 def test_the_configuration_equals_the_metadata(checkpoint: Checkpoint, read_by_transformers: dict[str, Any]) -> None:
@@ -98,34 +90,30 @@ def test_a_begin_token_is_added_if_the_file_says_so(fields: dict[str, Any]) -> N
     assert Tokenizer.from_str(files["tokenizer.json"].decode()).encode("a").tokens == ["<|im_start|>", "a"]
 
 
-def a_gguf(path: Path, architecture: str, extra: dict[str, str] | None = None) -> Path:
-    writer = gguf.GGUFWriter(path, architecture)
-    for key, value in (extra or {}).items():
+@pytest.mark.parametrize(
+    ("architecture", "fields", "error", "words"),
+    [
+        ("mamba", {}, ArchitectureUnsupported, "holds a 'mamba'; known are llama, qwen2, qwen3"),
+        ("llama", {"llama.rope.scaling.type": "yarn"}, ArchitectureUnsupported, "scales its rotary positions"),
+        ("llama", {}, CheckpointInvalid, r"lacks llama\.block_count"),
+    ],
+)
+def test_metadata_that_are_not_supported_or_missing_are_named(
+    architecture: str, fields: dict[str, str], error: type[StorageError], words: str, tmp_path: Path
+) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", architecture)
+    for key, value in fields.items():
         writer.add_string(key, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    return path
-
-
-def test_other_architectures_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArchitectureUnsupported, match="holds a 'mamba'; known are llama, qwen2, qwen3"):
-        open_gguf(a_gguf(tmp_path / "x.gguf", "mamba"))
-
-
-def test_scaled_positions_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArchitectureUnsupported, match="scales its rotary positions"):
-        open_gguf(a_gguf(tmp_path / "x.gguf", "llama", {"llama.rope.scaling.type": "yarn"}))
+    with pytest.raises(error, match=words):
+        open_gguf(tmp_path / "x.gguf")
 
 
 def test_metadata_are_those_that_gguf_reads(path: Path, fields: dict[str, Any]) -> None:
     header = read_header(path)
     assert header.fields == {name: value for name, value in fields.items() if not name.startswith("GGUF.")}
-
-
-def test_missing_metadata_are_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointInvalid, match=r"lacks llama\.block_count"):
-        open_gguf(a_gguf(tmp_path / "x.gguf", "llama"))
 
 
 @pytest.mark.parametrize("size", [10, 100_000, 50_000_000])
@@ -173,8 +161,6 @@ class IndependentReading:
 
 def digits_apart(text: str) -> list[str]:
     r"""\p{N} by itself; str.isnumeric is a little more than \p{N}, so the categories are asked."""
-    import unicodedata
-
     pieces, run = [], ""
     for character in text:
         if unicodedata.category(character) in ("Nd", "Nl", "No"):
@@ -187,7 +173,6 @@ def digits_apart(text: str) -> list[str]:
 
 def gpt2_words(text: str) -> list[str]:
     r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ without a regex library."""
-    import unicodedata
 
     def kind(character: str) -> str:
         if character.isspace():

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Tokenizer, Qwen2Tokenizer
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+from transformers import GPT2Tokenizer, Qwen2Tokenizer
 
 from storage.checkpoints.gguf_checkpoint import open_gguf
 from storage.checkpoints.gguf_tokenizer import tokenizer_files
-from storage.errors import ArchitectureUnsupported, CheckpointInvalid
+from storage.errors import ArchitectureUnsupported, CheckpointInvalid, StorageError
 from tests.storage.checkpoints.test_gguf import TEXT
 from tests.support.storage import tiny_models
 from tests.support.storage.storage import default_model_metadata
+from tests.support.storage.torch_tensors import assert_equal, checkpoint_floats, gguf_by_transformers
 
 TOKENS = [*map(chr, range(33, 127)), "ab"]
 NAMES = {
@@ -111,23 +111,26 @@ def default_fields() -> dict[str, Any]:
 def test_tensors_are_those_that_transformers_reads(family: str, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", family)
     checkpoint = open_gguf(path)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**checkpoint.config))
-    expected = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
-    assert checkpoint.tensors.keys() == expected.keys()
-    for name, source in checkpoint.tensors.items():
-        ours = torch.cat([torch.frombuffer(block, dtype=torch.float32) for block in source.blocks()]).view(source.shape)
-        assert torch.equal(ours, expected[name]), name
+    assert_equal(checkpoint_floats(checkpoint), gguf_by_transformers(path, checkpoint)["tensors"])
 
 
-def test_a_tensor_that_is_not_llama_shaped_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArchitectureUnsupported, match=r"'blk\.0\.ffn_gate_inp\.weight' that no Llama-shaped"):
-        open_gguf(write_gguf(tmp_path / "x.gguf", "llama", extra_tensor="blk.0.ffn_gate_inp.weight"))
-
-
-def test_a_frequency_table_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArchitectureUnsupported, match="scales its rotary positions"):
-        open_gguf(write_gguf(tmp_path / "x.gguf", "llama", extra_tensor="rope_freqs.weight"))
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (
+            {"extra_tensor": "blk.0.ffn_gate_inp.weight"},
+            ArchitectureUnsupported,
+            r"'blk\.0\.ffn_gate_inp\.weight' that no Llama-shaped",
+        ),
+        ({"extra_tensor": "rope_freqs.weight"}, ArchitectureUnsupported, "scales its rotary positions"),
+        ({"drop_tensor": "model.embed_tokens.weight"}, CheckpointInvalid, r"lacks token_embd\.weight"),
+    ],
+)
+def test_tensors_that_have_no_place_or_are_missing_are_named(
+    change: dict[str, Any], error: type[StorageError], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=words):
+        open_gguf(write_gguf(tmp_path / "x.gguf", "llama", **change))
 
 
 @pytest.mark.parametrize(
@@ -176,11 +179,6 @@ def test_partly_rotated_heads_are_refused(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_heads_of_another_length_are_honoured(tmp_path: Path) -> None:
     assert open_gguf(write_gguf(tmp_path / "x.gguf", "llama_wide_heads")).config["head_dim"] == 16
-
-
-def test_a_missing_embedding_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointInvalid, match=r"lacks token_embd\.weight"):
-        open_gguf(write_gguf(tmp_path / "x.gguf", "llama", drop_tensor="model.embed_tokens.weight"))
 
 
 def test_a_merge_without_tokens_is_refused(default_fields: dict[str, Any]) -> None:

@@ -18,8 +18,7 @@ BARE: Final[dict[str, Any]] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 32,
     "pad_token_id": 0,
-}
-"""What every config.json says; for all else a family has a default."""
+}  # what every config.json says; a family has a default for everything else
 CONFIGS: Final = (
     *(tiny_models.tiny_config(name) for name in tiny_models.LLAMA_SHAPED),
     # Without a head size transformers does not build a Ministral.
@@ -54,13 +53,11 @@ def test_tensors_are_those_of_the_model(config: dict[str, Any]) -> None:
         ({"vocab_size": True}, "has vocab_size = 'True'"),
         ({"attention_bias": 1}, "has attention_bias = '1'; a 'llama' has true or false there"),
         ({"intermediate_size": None}, "has intermediate_size = 'None'"),
+        ({"hidden_size": ...}, "config.json lacks hidden_size; a 'llama' has a number of at least 1"),
     ],
 )
-def test_an_invalid_size_is_named(change: dict[str, Any], words: str) -> None:
+def test_an_invalid_or_missing_size_is_named(change: dict[str, Any], words: str) -> None:
+    """In `change`, `...` takes a size away."""
+    config = {name: value for name, value in (BARE | change).items() if value is not ...}
     with pytest.raises(ArchitectureUnsupported, match=words):
-        describe_model({"model_type": "llama", **BARE, **change})
-
-
-def test_a_missing_size_is_named() -> None:
-    with pytest.raises(ArchitectureUnsupported, match=r"config.json lacks hidden_size; a 'llama' has a number of at least 1"):
-        describe_model({"model_type": "llama", **{name: value for name, value in BARE.items() if name != "hidden_size"}})
+        describe_model({"model_type": "llama", **config})

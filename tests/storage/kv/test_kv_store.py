@@ -9,9 +9,9 @@ from storage.errors import SealBroken
 from storage.kv.kv_store import KVObjects, Retention
 from storage.kv.parts import KVPart
 from storage.kv.sealed import Sealer
-from storage.store.embedded import EmbeddedStore
 from storage.store.object_reader import ObjectInfo
 from storage.store.payload_store import PayloadStore
+from storage.store.settings import StoreSettings
 
 DIGEST = bytes(range(16))
 SEALER = Sealer(b"k" * 32)
@@ -19,8 +19,8 @@ NOW = datetime(2026, 11, 26, tzinfo=UTC)
 
 
 @pytest.fixture(scope="module")
-def objects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PayloadStore]:
-    with EmbeddedStore(tmp_path_factory.mktemp("store")) as server, PayloadStore(server.settings) as store:
+def objects(settings: StoreSettings) -> Iterator[PayloadStore]:
+    with PayloadStore(settings) as store:
         yield store
 
 

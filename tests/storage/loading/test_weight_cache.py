@@ -25,24 +25,25 @@ def an_object(seed: int, size: int = 1000) -> tuple[StoredObject, memoryview]:
     return StoredObject(f"key-{seed}", size, 256, parts, {}), data
 
 
+STORED, DATA = an_object(1)
+
+
 def test_a_kept_object_is_returned_and_writes_to_it_stay_private(tmp_path: Path) -> None:
     cache = WeightCache(tmp_path / "new" / "folder", 10_000)
-    stored, data = an_object(1)
-    assert cache.get(stored) is None
-    cache.put(stored, data)
-    first = cache.get(stored)
+    assert cache.get(STORED) is None
+    cache.put(STORED, DATA)
+    first = cache.get(STORED)
     assert first is not None
-    assert first == data
+    assert first == DATA
     first[0] = 99
-    assert cache.get(stored) == data
+    assert cache.get(STORED) == DATA
 
 
 def test_the_name_depends_on_contents_only(tmp_path: Path) -> None:
     cache = WeightCache(tmp_path, 10_000)
-    stored, data = an_object(1)
-    cache.put(stored, data)
-    elsewhere = StoredObject("another/key", stored.bytes, stored.part_bytes, stored.parts, {})
-    assert cache.get(elsewhere) == data
+    cache.put(STORED, DATA)
+    elsewhere = StoredObject("another/key", STORED.bytes, STORED.part_bytes, STORED.parts, {})
+    assert cache.get(elsewhere) == DATA
 
 
 def test_the_least_recently_used_object_is_evicted_first(tmp_path: Path) -> None:
@@ -61,21 +62,19 @@ def test_the_least_recently_used_object_is_evicted_first(tmp_path: Path) -> None
 
 def test_a_mapped_object_survives_its_eviction(tmp_path: Path) -> None:
     cache, of_another_process = WeightCache(tmp_path, 1500), WeightCache(tmp_path, 1500)
-    first, data = an_object(1)
-    cache.put(first, data)
-    mapped = cache.get(first)
+    cache.put(STORED, DATA)
+    mapped = cache.get(STORED)
     of_another_process.put(*an_object(2))
-    assert cache.get(first) is None
-    assert mapped == data
+    assert cache.get(STORED) is None
+    assert mapped == DATA
 
 
 def test_objects_that_this_process_has_mapped_are_not_evicted(tmp_path: Path) -> None:
     cache = WeightCache(tmp_path, 1500)
-    first, data = an_object(1)
-    cache.put(first, data)
-    assert cache.get(first) == data
+    cache.put(STORED, DATA)
+    assert cache.get(STORED) == DATA
     cache.put(*an_object(2))
-    assert cache.get(first) == data
+    assert cache.get(STORED) == DATA
     assert held_bytes(tmp_path) <= 1500
 
 
@@ -105,13 +104,12 @@ def test_a_file_cut_short_under_its_mapping_costs_one_start(tmp_path: Path) -> N
 
 def test_unfinished_files_count(tmp_path: Path) -> None:
     cache = WeightCache(tmp_path, 2500)
-    stored, data = an_object(1)
     with writing(tmp_path, 1000), writing(tmp_path, 1000):
-        cache.put(stored, data)
-        assert cache.get(stored) is None
+        cache.put(STORED, DATA)
+        assert cache.get(STORED) is None
         assert held_bytes(tmp_path) <= 2500
-    cache.put(stored, data)
-    assert cache.get(stored) is not None
+    cache.put(STORED, DATA)
+    assert cache.get(STORED) is not None
 
 
 def test_the_folder_is_never_larger_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,29 +133,26 @@ def test_the_folder_is_never_larger_than_the_limit(tmp_path: Path, monkeypatch: 
 
 def test_an_object_larger_than_the_cache_is_not_kept(tmp_path: Path) -> None:
     cache = WeightCache(tmp_path, 999)
-    stored, data = an_object(1)
-    cache.put(stored, data)
-    assert cache.get(stored) is None
+    cache.put(STORED, DATA)
+    assert cache.get(STORED) is None
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:500] + b"\0" + data[501:], lambda data: b""])
 def test_a_file_that_fails_its_check_is_removed(tmp_path: Path, damage: object) -> None:
     cache = WeightCache(tmp_path, 10_000)
-    stored, data = an_object(1)
-    cache.put(stored, data)
+    cache.put(STORED, DATA)
     (file,) = tmp_path.glob("*.safetensors")
     file.chmod(0o600)
     file.write_bytes(damage(file.read_bytes()))  # type: ignore[operator]
-    assert cache.get(stored) is None
+    assert cache.get(STORED) is None
     assert not file.exists()
 
 
 def test_a_folder_that_cannot_be_written_costs_only_the_cache(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     cache = WeightCache(tmp_path / "file" / "folder", 10_000)
-    stored, data = an_object(1)
-    cache.put(stored, data)
-    assert cache.get(stored) is None
+    cache.put(STORED, DATA)
+    assert cache.get(STORED) is None
 
 
 @contextmanager

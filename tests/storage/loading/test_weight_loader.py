@@ -4,11 +4,11 @@ import ctypes
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
-import torch
 import xxhash
 from blake3 import blake3
 from safetensors.torch import load_file
@@ -24,8 +24,7 @@ from storage.store.object_store import ObjectStore
 from storage.store.settings import StoreSettings
 from tests.support.storage import tiny_models
 from tests.support.storage.storage import Fault, FaultProxy
-
-TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+from tests.support.storage.torch_tensors import as_torch, assert_equal
 
 
 @pytest.fixture(scope="module")
@@ -37,24 +36,28 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def manifest(checkpoint: Path, settings: StoreSettings) -> ModelManifest:
-    return publish(checkpoint, ObjectStore(settings), "tiny", "float32")
+def manifest(checkpoint: Path, store: ObjectStore) -> ModelManifest:
+    return publish(checkpoint, store, "tiny", "float32")
 
 
 @pytest.fixture(scope="module")
-def tied(tmp_path_factory: pytest.TempPathFactory, settings: StoreSettings) -> ModelManifest:
+def tied(tmp_path_factory: pytest.TempPathFactory, store: ObjectStore) -> ModelManifest:
     folder = tmp_path_factory.mktemp("tied")
     tiny_models.whole_model("llama_tied").save_pretrained(folder)
-    return publish(folder, ObjectStore(settings), "tied", "float32")
+    return publish(folder, store, "tied", "float32")
+
+
+@pytest.fixture
+def reader(settings: StoreSettings) -> Iterator[ObjectReader]:
+    with ObjectReader(settings) as reader:
+        yield reader
 
 
 def assert_loads(settings: StoreSettings, manifest: ModelManifest, checkpoint: Path, cache: WeightCache | None = None) -> None:
     expected = load_file(checkpoint / "model.safetensors")
     with ObjectReader(settings, stall_seconds=0.5, retry_seconds=20) as reader:
         tensors = load_layers(reader, manifest, 0, manifest.num_layers, cache=cache)
-    assert tensors.keys() == expected.keys()
-    for name, raw in tensors.items():
-        assert torch.equal(torch.frombuffer(raw.data, dtype=TORCH_DTYPES[raw.dtype]).view(raw.shape), expected[name]), name
+    assert_equal(as_torch(tensors), expected)
 
 
 def test_a_stage_reads_its_own_objects_and_no_others(manifest: ModelManifest, tied: ModelManifest, proxy: FaultProxy) -> None:
@@ -77,16 +80,14 @@ def test_a_range_that_is_not_in_the_model_is_refused(manifest: ModelManifest, fi
         stage_objects(manifest, first, last)
 
 
-def test_buffers_are_writable_and_aligned(manifest: ModelManifest, settings: StoreSettings) -> None:
-    with ObjectReader(settings) as reader:
-        for raw in load_layers(reader, manifest, 0, 6).values():
-            assert not raw.data.readonly
-            assert ctypes.addressof(ctypes.c_char.from_buffer(raw.data)) % 64 == 0
+def test_buffers_are_writable_and_aligned(manifest: ModelManifest, reader: ObjectReader) -> None:
+    for raw in load_layers(reader, manifest, 0, 6).values():
+        assert not raw.data.readonly
+        assert ctypes.addressof(ctypes.c_char.from_buffer(raw.data)) % 64 == 0
 
 
-def test_objects_come_in_the_order_of_a_forward_pass(manifest: ModelManifest, settings: StoreSettings) -> None:
-    with ObjectReader(settings) as reader:
-        assert [loaded.name for loaded in iterate_layers(reader, manifest, 0, 6)] == stage_objects(manifest, 0, 6)
+def test_objects_come_in_the_order_of_a_forward_pass(manifest: ModelManifest, reader: ObjectReader) -> None:
+    assert [loaded.name for loaded in iterate_layers(reader, manifest, 0, 6)] == stage_objects(manifest, 0, 6)
 
 
 def test_a_layer_can_be_placed_while_the_next_one_flows(manifest: ModelManifest, proxy: FaultProxy) -> None:
@@ -99,32 +100,29 @@ def test_a_layer_can_be_placed_while_the_next_one_flows(manifest: ModelManifest,
         assert [loaded.name for loaded in objects] == ["layer-00005", "head"]
 
 
-def test_reading_begins_with_the_call(manifest: ModelManifest, settings: StoreSettings) -> None:
+def test_reading_begins_with_the_call(manifest: ModelManifest, reader: ObjectReader) -> None:
     complete = threading.Event()
 
     def note(progress: LoadProgress) -> None:
         if progress.done_bytes == progress.total_bytes:
             complete.set()
 
-    with ObjectReader(settings) as reader:
-        objects = iterate_layers(reader, manifest, 0, 6, on_progress=note)
-        assert complete.wait(20)
-        assert len(list(objects)) == 8
+    objects = iterate_layers(reader, manifest, 0, 6, on_progress=note)
+    assert complete.wait(20)
+    assert len(list(objects)) == 8
 
 
-def test_an_objects_memory_is_freed_with_it(manifest: ModelManifest, settings: StoreSettings) -> None:
-    with ObjectReader(settings) as reader:
-        objects = iterate_layers(reader, manifest, 0, 6)
-        memory = weakref.ref(next(iter(next(objects).tensors.values())).data.obj)
-        assert next(objects).name == "layer-00000"
-        assert memory() is None
-        assert len(list(objects)) == 6
+def test_an_objects_memory_is_freed_with_it(manifest: ModelManifest, reader: ObjectReader) -> None:
+    objects = iterate_layers(reader, manifest, 0, 6)
+    memory = weakref.ref(next(iter(next(objects).tensors.values())).data.obj)
+    assert next(objects).name == "layer-00000"
+    assert memory() is None
+    assert len(list(objects)) == 6
 
 
-def test_progress_ends_at_the_total(manifest: ModelManifest, settings: StoreSettings) -> None:
+def test_progress_ends_at_the_total(manifest: ModelManifest, reader: ObjectReader) -> None:
     seen: list[LoadProgress] = []
-    with ObjectReader(settings) as reader:
-        load_layers(reader, manifest, 2, 4, on_progress=seen.append)
+    load_layers(reader, manifest, 2, 4, on_progress=seen.append)
     total = sum(manifest.objects[name].bytes for name in stage_objects(manifest, 2, 4))
     assert max(progress.done_bytes for progress in seen) == total
     assert {progress.total_bytes for progress in seen} == {total}
@@ -186,7 +184,7 @@ def forgeable(first: int, second: int) -> bytes:
     return bytes(data)
 
 
-def test_forged_weights_are_refused(manifest: ModelManifest, settings: StoreSettings) -> None:
+def test_forged_weights_are_refused(manifest: ModelManifest, reader: ObjectReader, store: ObjectStore) -> None:
     """A writer of the bucket puts other weights there, with the checksum that manifests of version 1 had."""
     honest, forged = forgeable(1000, 2000), forgeable(1001, 1999)
     assert honest != forged
@@ -194,13 +192,11 @@ def test_forged_weights_are_refused(manifest: ModelManifest, settings: StoreSett
     part = blake3(honest).hexdigest()
     stored = StoredObject("forged", len(honest), PART_BYTES, (part,), {"x": TensorSpan("I8", (1024,), 64, 1088)})
     changed = msgspec.structs.replace(manifest, objects=manifest.objects | {"layer-00003": stored})
-    store = ObjectStore(settings)
-    with ObjectReader(settings) as reader:
-        store.put("forged", honest)
-        assert load_layers(reader, changed, 3, 4)["x"].data == honest[64:1088]
-        store.put("forged", forged)
-        with pytest.raises(ChecksumMismatch, match=f"forged, part 0 .*: BLAKE3 {part} was published"):
-            load_layers(reader, changed, 3, 4)
+    store.put("forged", honest)
+    assert load_layers(reader, changed, 3, 4)["x"].data == honest[64:1088]
+    store.put("forged", forged)
+    with pytest.raises(ChecksumMismatch, match=f"forged, part 0 .*: BLAKE3 {part} was published"):
+        load_layers(reader, changed, 3, 4)
 
 
 def shorten(store: ObjectStore, key: str) -> None:
@@ -213,25 +209,23 @@ def shorten(store: ObjectStore, key: str) -> None:
     ids=["missing", "truncated"],
 )
 def test_an_object_that_differs_from_its_manifest_is_named(
-    damage: object, error: type[StorageError], words: str, checkpoint: Path, settings: StoreSettings
+    damage: object, error: type[StorageError], words: str, checkpoint: Path, store: ObjectStore, reader: ObjectReader
 ) -> None:
-    store = ObjectStore(settings)
     manifest = publish(checkpoint, store, f"damaged-{error.__name__}", "float32")
     damage(store, manifest.objects["layer-00001"].key)  # type: ignore[operator]
-    with ObjectReader(settings) as reader, pytest.raises(error, match=words):
+    with pytest.raises(error, match=words):
         load_layers(reader, manifest, 0, 2)
 
 
 @pytest.mark.parametrize("empty", ["embedding", "layer-00000", "head"])
-def test_an_object_without_bytes_is_complete_at_once(empty: str, manifest: ModelManifest, settings: StoreSettings) -> None:
-    """No manifest that was read has one; who asks gets an answer all the same."""
+def test_an_object_without_bytes_is_complete_at_once(empty: str, manifest: ModelManifest, reader: ObjectReader) -> None:
+    """A manifest that was read has no such object; the loader does not wait for it for ever."""
     nothing = msgspec.structs.replace(manifest.objects[empty], bytes=0, parts=(), tensors={})
     changed = msgspec.structs.replace(manifest, objects=manifest.objects | {empty: nothing})
     loaded: list[LoadedObject] = []
-    with ObjectReader(settings) as reader:
-        thread = threading.Thread(target=lambda: loaded.extend(iterate_layers(reader, changed, 0, 6)), daemon=True)
-        thread.start()
-        thread.join(60)
+    thread = threading.Thread(target=lambda: loaded.extend(iterate_layers(reader, changed, 0, 6)), daemon=True)
+    thread.start()
+    thread.join(60)
     assert [each.name for each in loaded] == stage_objects(manifest, 0, 6)
     assert {each.name for each in loaded if not each.tensors} == {empty}
 

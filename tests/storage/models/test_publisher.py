@@ -23,7 +23,7 @@ from storage.errors import (
     StorageError,
     StoreUnreachable,
 )
-from storage.loading.weight_loader import RawTensor, load_layers
+from storage.loading.weight_loader import load_layers
 from storage.models.model_repository import ModelManifest, object_names, read_file, read_manifest
 from storage.models.publisher import PublishProgress, publish
 from storage.store.embedded import EmbeddedStore
@@ -32,11 +32,11 @@ from storage.store.object_store import ObjectStore
 from storage.store.settings import StoreSettings
 from tests.support.paths import ROOT
 from tests.support.storage import tiny_models
-from tests.support.storage.storage import FaultProxy
+from tests.support.storage.storage import STORE_OF_ARGUMENTS, FaultProxy, store_arguments
+from tests.support.storage.torch_tensors import as_torch, assert_equal, folder_tensors
 
 O_PROJ, GATE = "model.layers.3.self_attn.o_proj.weight", "model.layers.2.mlp.gate_proj.weight"
 Damage = Callable[[Path], object]
-TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8}
 
 
 @pytest.fixture(scope="module")
@@ -59,23 +59,9 @@ def save(model: PreTrainedModel, folder: Path, max_shard_size: str = "1GB") -> P
     return folder
 
 
-def checkpoint_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
 def loaded(settings: StoreSettings, manifest: ModelManifest) -> dict[str, torch.Tensor]:
     with ObjectReader(settings) as reader:
-        return {name: as_torch(raw) for name, raw in load_layers(reader, manifest, 0, manifest.num_layers).items()}
-
-
-def as_torch(raw: RawTensor) -> torch.Tensor:
-    return torch.frombuffer(raw.data, dtype=TORCH_DTYPES[raw.dtype]).view(raw.shape)
-
-
-def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert torch.equal(ours[name], tensor), name
+        return as_torch(load_layers(reader, manifest, 0, manifest.num_layers))
 
 
 @pytest.mark.parametrize("family", tiny_models.ALL)
@@ -83,7 +69,7 @@ def test_every_family_is_published_unchanged(family: str, settings: StoreSetting
     model = tiny_models.whole_model(family)
     save(model, tmp_path)
     manifest = publish(tmp_path, store, family, "float32")
-    assert_equal(loaded(settings, manifest), checkpoint_of(tmp_path))
+    assert_equal(loaded(settings, manifest), folder_tensors(tmp_path))
     config = model.config
     assert list(manifest.objects) == object_names(tiny_models.NUM_LAYERS)
     assert manifest.model_type == config.model_type
@@ -98,13 +84,13 @@ def test_other_float_types_are_rounded_as_torch_does(
     dtype: str, llama: Path, settings: StoreSettings, store: ObjectStore
 ) -> None:
     manifest = publish(llama, store, "rounded", dtype)
-    expected = {name: tensor.to(getattr(torch, dtype)) for name, tensor in checkpoint_of(llama).items()}
+    expected = {name: tensor.to(getattr(torch, dtype)) for name, tensor in folder_tensors(llama).items()}
     assert_equal(loaded(settings, manifest), expected)
 
 
 def test_int8_has_a_scale_per_output_channel(llama: Path, settings: StoreSettings, store: ObjectStore) -> None:
     manifest = publish(llama, store, "quantized", "int8", keep_wide=["down_proj"])
-    tensors, checkpoint = loaded(settings, manifest), checkpoint_of(llama)
+    tensors, checkpoint = loaded(settings, manifest), folder_tensors(llama)
     matrix = "model.layers.3.mlp.up_proj.weight"
     assert tensors[matrix].dtype == torch.int8
     scale = tensors[f"{matrix}_scale"]
@@ -120,7 +106,7 @@ def test_objects_are_safetensors_files_with_aligned_tensors(llama: Path, store: 
     path = tmp_path / "layer.safetensors"
     path.write_bytes(store.get(manifest.objects["layer-00002"].key))
     with safe_open(path, framework="pt") as file:
-        expected = {name: tensor for name, tensor in checkpoint_of(llama).items() if ".layers.2." in name}
+        expected = {name: tensor for name, tensor in folder_tensors(llama).items() if ".layers.2." in name}
         assert_equal({name: file.get_tensor(name) for name in file.keys()}, expected)  # noqa: SIM118  not a dict
     assert all(span.start % 64 == 0 for stored in manifest.objects.values() for span in stored.tensors.values())
 
@@ -129,7 +115,7 @@ def test_tensors_of_odd_lengths_are_aligned(store: ObjectStore, settings: StoreS
     save(tiny_models.whole_model("llama", hidden_size=40, intermediate_size=37), tmp_path)
     manifest = publish(tmp_path, store, "odd", "bfloat16")
     assert all(span.start % 64 == 0 for stored in manifest.objects.values() for span in stored.tensors.values())
-    assert_equal(loaded(settings, manifest), {name: t.bfloat16() for name, t in checkpoint_of(tmp_path).items()})
+    assert_equal(loaded(settings, manifest), {name: t.bfloat16() for name, t in folder_tensors(tmp_path).items()})
 
 
 def test_a_second_run_uploads_nothing(llama: Path, proxy: FaultProxy) -> None:
@@ -154,7 +140,7 @@ def test_a_changed_checkpoint_replaces_the_old_one(copied: Path, settings: Store
     save_file({name: tensor + 1 for name, tensor in load_file(shard).items()}, shard, {"format": "pt"})
     second = publish(copied, store, "changing", "float32")
     assert second.digest != first.digest
-    assert_equal(loaded(settings, read_manifest(store, "changing", "float32")), checkpoint_of(copied))
+    assert_equal(loaded(settings, read_manifest(store, "changing", "float32")), folder_tensors(copied))
 
 
 def test_an_interrupted_run_is_invisible_and_resumes(llama: Path, settings: StoreSettings, proxy: FaultProxy) -> None:
@@ -169,7 +155,7 @@ def test_an_interrupted_run_is_invisible_and_resumes(llama: Path, settings: Stor
     uploaded = {path.rsplit("/", 1)[-1] for method, path in proxy.requests if method == "PUT" and "safetensors" in path}
     assert uploaded == {f"layer-0000{number}.safetensors" for number in (3, 4, 5)} | {"head.safetensors"}
     assert seen[-1].done_bytes == seen[-1].total_bytes == sum(stored.bytes for stored in manifest.objects.values())
-    assert_equal(loaded(settings, manifest), checkpoint_of(llama))
+    assert_equal(loaded(settings, manifest), folder_tensors(llama))
     assert not [item.key for item in store.list("models/interrupted/") if "fragment" in item.key]
 
 
@@ -226,7 +212,7 @@ def test_checkpoints_with_equal_sizes_and_times_are_told_apart(
     with_one_bit_more(copied)
     second = publish(copied, store, "same-times", "float32")
     assert second.digest != first.digest
-    assert_equal(loaded(settings, second), checkpoint_of(copied))
+    assert_equal(loaded(settings, second), folder_tensors(copied))
 
 
 def test_publishing_afresh_repairs_a_damaged_object(llama: Path, settings: StoreSettings, store: ObjectStore) -> None:
@@ -237,7 +223,7 @@ def test_publishing_afresh_repairs_a_damaged_object(llama: Path, settings: Store
     with pytest.raises(ChecksumMismatch, match="push --afresh"):
         loaded(settings, first)
     assert publish(llama, store, "mended", "float32", afresh=True) == first
-    assert_equal(loaded(settings, first), checkpoint_of(llama))
+    assert_equal(loaded(settings, first), folder_tensors(llama))
 
 
 class Stopped(Exception):
@@ -257,7 +243,7 @@ def test_a_resume_never_mixes_two_checkpoints(copied: Path, settings: StoreSetti
         publish(copied, store, "mixed", "float32", progress=stop_at("layer-00003"))
     with_one_bit_more(copied)
     manifest = publish(copied, store, "mixed", "float32")
-    assert_equal(loaded(settings, manifest), checkpoint_of(copied))
+    assert_equal(loaded(settings, manifest), folder_tensors(copied))
 
 
 def test_a_resume_verifies_the_objects_that_it_skips(
@@ -298,7 +284,7 @@ def cut_a_shard(keep: slice) -> Damage:
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Damage:
-    return lambda folder: replace_tensors(folder, change(checkpoint_of(folder)))
+    return lambda folder: replace_tensors(folder, change(folder_tensors(folder)))
 
 
 def tensor(name: str, shape: tuple[int, ...]) -> Damage:
@@ -381,7 +367,7 @@ def test_values_beyond_float16_are_refused(copied: Path, store: ObjectStore) -> 
 @pytest.mark.parametrize("family", sorted({*tiny_models.ALL} - {*tiny_models.LLAMA_SHAPED}))
 def test_shapes_of_other_families_are_those_of_transformers(family: str, store: ObjectStore, tmp_path: Path) -> None:
     save(tiny_models.whole_model(family), tmp_path)
-    tensors = checkpoint_of(tmp_path)
+    tensors = folder_tensors(tmp_path)
     name = next(name for name, tensor in tensors.items() if ".3." in name and tensor.ndim == 2)
     replace_tensors(tmp_path, tensors | {name: torch.ones(tensors[name].shape[0] + 1, tensors[name].shape[1])})
     with pytest.raises(CheckpointInvalid, match=re.escape(f"tensor {name!r} is [")):
@@ -435,13 +421,10 @@ def test_a_missing_source_is_refused(store: ObjectStore) -> None:
 def test_a_second_run_imports_nothing_heavy(llama: Path, settings: StoreSettings, store: ObjectStore) -> None:
     publish(llama, store, "light", "float32")
     code = (
-        "import sys; from storage.store.object_store import ObjectStore; from storage.models.publisher import publish\n"
-        "from storage.store.settings import StoreSettings\n"
-        "folder, endpoint, key, secret = sys.argv[1:]\n"
-        "settings = StoreSettings(endpoint_url=endpoint, bucket='lamina', access_key_id=key, secret_access_key=secret)\n"
-        "publish(folder, ObjectStore(settings), 'light', 'float32')\n"
+        f"{STORE_OF_ARGUMENTS}from storage.models.publisher import publish\n"
+        "publish(sys.argv[1], store, 'light', 'float32')\n"
         "print({'torch', 'numpy', 'transformers', 'gguf', 'tokenizers', 'huggingface_hub'} & set(sys.modules))\n"
     )
-    arguments = [str(llama), settings.endpoint_url, settings.access_key_id, settings.secret_access_key]
+    arguments = [str(llama), *store_arguments(settings)]
     run = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, check=True, capture_output=True, text=True)
     assert run.stdout == "set()\n"

@@ -16,20 +16,14 @@ from storage.models.model_repository import read_manifest
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
 from tests.support.paths import ROOT
+from tests.support.storage.storage import STORE_OF_ARGUMENTS, store_arguments
 
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 2048, 5632, 17, 32_000
 MEMORY_LIMIT_BYTES = 10**9
 
-PUBLISH = """
-import sys
-from pathlib import Path
-from storage.store.object_store import ObjectStore
+PUBLISH = f"""{STORE_OF_ARGUMENTS}
 from storage.models.publisher import publish
-from storage.store.settings import StoreSettings
-
-folder, endpoint, key, secret = sys.argv[1:]
-store = ObjectStore(StoreSettings(endpoint_url=endpoint, bucket="lamina", access_key_id=key, secret_access_key=secret))
-publish(folder, store, "large", "bfloat16", progress=lambda now: print(now.done_bytes, now.total_bytes, flush=True))
+publish(sys.argv[1], store, "large", "bfloat16", progress=lambda now: print(now.done_bytes, now.total_bytes, flush=True))
 print("peak", next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
@@ -80,9 +74,8 @@ def make_checkpoint(folder: Path) -> None:
 
 
 def publisher(folder: Path, store: EmbeddedStore) -> subprocess.Popen[str]:
-    settings = store.settings
-    arguments = [str(folder), settings.endpoint_url, settings.access_key_id, settings.secret_access_key]
-    return subprocess.Popen([sys.executable, "-c", PUBLISH, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    arguments = [sys.executable, "-c", PUBLISH, str(folder), *store_arguments(store.settings)]
+    return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
 def peak_bytes(process: subprocess.Popen[str]) -> int:

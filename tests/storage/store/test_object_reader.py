@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -24,7 +24,6 @@ from storage.errors import (
     StoreUnreachable,
     UnexpectedAnswer,
 )
-from storage.store.embedded import EmbeddedStore
 from storage.store.object_reader import ObjectReader
 from storage.store.object_store import ObjectStore
 from storage.store.settings import StoreSettings
@@ -34,11 +33,9 @@ from tests.support.storage.storage import Fault, FaultProxy, answering_every_get
 CONTENT = bytes(range(251)) * 20_000
 
 
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreSettings]:
-    with EmbeddedStore(tmp_path_factory.mktemp("store")) as store:
-        ObjectStore(store.settings).put("content", CONTENT)
-        yield store.settings
+@pytest.fixture(scope="module", autouse=True)
+def content(store: ObjectStore) -> None:
+    store.put("content", CONTENT)
 
 
 def read(settings: StoreSettings, start: int, length: int, **options: Any) -> bytes:
@@ -81,17 +78,8 @@ def test_ranges_land_in_the_given_memory(settings: StoreSettings) -> None:
 
 def test_connections_are_reused_by_many_threads(proxy: FaultProxy) -> None:
     reader = ObjectReader(proxy.settings)
-    results: list[bytes] = []
-
-    def work() -> None:
-        for _ in range(5):
-            results.append(reader.get("content"))
-
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(3) as threads:
+        results = list(threads.map(lambda _: reader.get("content"), range(15)))
     reader.close()
     assert results == [CONTENT] * 15
     assert proxy.connections <= 3
@@ -181,11 +169,7 @@ def test_an_endpoint_that_does_not_answer_is_named(settings: StoreSettings) -> N
 
 
 @pytest.mark.parametrize(
-    ("changes", "error"),
-    [
-        ({"secret_access_key": "wrong"}, AccessDenied),
-        ({"bucket": "missing"}, BucketNotFound),
-    ],
+    ("changes", "error"), [({"secret_access_key": "wrong"}, AccessDenied), ({"bucket": "missing"}, BucketNotFound)]
 )
 def test_refusals_are_named_at_once(settings: StoreSettings, changes: dict[str, str], error: type[StorageError]) -> None:
     started = time.monotonic()

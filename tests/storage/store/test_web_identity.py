@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,7 +12,6 @@ from urllib.parse import parse_qsl
 import pytest
 
 from storage.errors import AccessDenied, StoreUnreachable
-from storage.store.embedded import EmbeddedStore
 from storage.store.object_reader import ObjectReader
 from storage.store.payload_store import PayloadStore
 from storage.store.settings import StoreSettings
@@ -59,24 +58,18 @@ class TokenService:
         )
 
 
-@pytest.fixture(scope="module")
-def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreSettings]:
-    with EmbeddedStore(tmp_path_factory.mktemp("store")) as server:
-        yield server.settings
-
-
 @pytest.fixture
-def service(keyed: StoreSettings) -> Iterator[TokenService]:
-    started = TokenService(keyed)
+def service(settings: StoreSettings) -> Iterator[TokenService]:
+    started = TokenService(settings)
     yield started
     started.server.shutdown()
     started.server.server_close()
 
 
 @pytest.fixture
-def keyless(keyed: StoreSettings, service: TokenService, tmp_path: Path) -> StoreSettings:
+def keyless(settings: StoreSettings, service: TokenService, tmp_path: Path) -> StoreSettings:
     (tmp_path / "token").write_text("first\n")
-    nobody = replace(keyed, access_key_id=None, secret_access_key=None)
+    nobody = replace(settings, access_key_id=None, secret_access_key=None)
     return replace(nobody, web_identity_token_file=str(tmp_path / "token"), role_arn=ROLE, sts_endpoint=service.url)
 
 
@@ -120,15 +113,14 @@ def test_keys_that_are_good_still_are_used_while_the_service_is_away(keyless: St
         assert keys() == known
         time.sleep(0.02)
     assert len(service.asked) >= 2
+
+    def use_until_expiry() -> None:
+        while time.monotonic() < deadline:
+            keys()
+            time.sleep(0.05)
+
     with pytest.raises(OSError, match="HTTP 503 SlowDown"):
-        _use_until(deadline, keys)
-
-
-def _use_until(deadline: float, keys: Callable[[], StoreSettings]) -> None:
-    """Requests keys until the deadline, which may be after their expiry."""
-    while time.monotonic() < deadline:
-        keys()
-        time.sleep(0.05)
+        use_until_expiry()
 
 
 def test_a_service_that_comes_back_is_waited_for(keyless: StoreSettings, service: TokenService) -> None:
@@ -155,5 +147,5 @@ def test_refused_keys_are_reported_at_once(keyless: StoreSettings, service: Toke
         reader.get("models/one")
 
 
-def test_settings_with_keys_are_used_unchanged(keyed: StoreSettings) -> None:
-    assert keys_of(keyed)() is keyed
+def test_settings_with_keys_are_used_unchanged(settings: StoreSettings) -> None:
+    assert keys_of(settings)() is settings

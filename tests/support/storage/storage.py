@@ -20,6 +20,18 @@ from gguf import GGUFReader
 from storage.store.settings import StoreSettings
 
 _CHUNK_BYTES = 65_536
+# The beginning of a program whose last arguments are `store_arguments`.
+STORE_OF_ARGUMENTS = """
+import sys
+from storage.store.object_store import ObjectStore
+from storage.store.settings import StoreSettings
+endpoint, key, secret = sys.argv[-3:]
+store = ObjectStore(StoreSettings(endpoint_url=endpoint, bucket="lamina", access_key_id=key, secret_access_key=secret))
+"""
+
+
+def store_arguments(settings: StoreSettings) -> tuple[str, str, str]:
+    return settings.endpoint_url, settings.access_key_id or "", settings.secret_access_key or ""
 
 
 @dataclass

@@ -42,6 +42,11 @@ def _like_llama(model_type: str, **fields: Any) -> dict[str, Any]:
     return {"model_type": model_type, **_COMMON, **fields}
 
 
+def _like_gpt2(model_type: str, **fields: Any) -> dict[str, Any]:
+    sizes = {"vocab_size": VOCAB_SIZE, "n_positions": CONTEXT, "n_embd": 32, "n_layer": NUM_LAYERS, "n_head": 4}
+    return {"model_type": model_type, **sizes, "bos_token_id": 1, "eos_token_id": 2, **fields}
+
+
 _LLAMA_SHAPED: Final[dict[str, dict[str, Any]]] = {
     "llama": _like_llama("llama"),
     "llama_tied": _like_llama("llama", tie_word_embeddings=True),
@@ -51,8 +56,8 @@ _LLAMA_SHAPED: Final[dict[str, dict[str, Any]]] = {
     "llama_rope_llama3": _like_llama(
         "llama",
         rope_parameters={
+            **_ROPE,
             "rope_type": "llama3",
-            "rope_theta": 10_000.0,
             "factor": 8.0,
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
@@ -61,12 +66,7 @@ _LLAMA_SHAPED: Final[dict[str, dict[str, Any]]] = {
     ),
     "llama_rope_yarn": _like_llama(
         "llama",
-        rope_parameters={
-            "rope_type": "yarn",
-            "rope_theta": 10_000.0,
-            "factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
+        rope_parameters={**_ROPE, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
     ),
     "smollm3": _like_llama("smollm3", no_rope_layers=[1, 1, 1, 0, 1, 1]),
     "mistral": _like_llama("mistral", sliding_window=None),
@@ -113,18 +113,7 @@ _OTHERS: Final[dict[str, dict[str, Any]]] = {
     "starcoder2": _like_llama("starcoder2", sliding_window=SLIDING_WINDOW, tie_word_embeddings=True),
     "gpt_neox": _like_llama("gpt_neox", use_parallel_residual=True),
     "gpt_neox_sequential": _like_llama("gpt_neox", use_parallel_residual=False),
-    "gptj": {
-        "model_type": "gptj",
-        "vocab_size": VOCAB_SIZE,
-        "n_positions": CONTEXT,
-        "n_embd": 32,
-        "n_layer": NUM_LAYERS,
-        "n_head": 4,
-        "rotary_dim": 4,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "tie_word_embeddings": False,
-    },
+    "gptj": _like_gpt2("gptj", rotary_dim=4, tie_word_embeddings=False),
     "cohere": _like_llama("cohere", logit_scale=0.25, use_qk_norm=True, tie_word_embeddings=True),
     "stablelm": _like_llama("stablelm", use_qkv_bias=True),
     "stablelm_parallel": _like_llama("stablelm", use_parallel_residual=True, qk_layernorm=True),
@@ -149,27 +138,8 @@ _OTHERS: Final[dict[str, dict[str, Any]]] = {
     "exaone4": _like_llama("exaone4", sliding_window=SLIDING_WINDOW, layer_types=_SLIDING_AND_FULL),
     "hunyuan_v1_dense": _like_llama("hunyuan_v1_dense", head_dim=8),
     "apertus": _like_llama("apertus", rope_parameters=dict(_ROPE)),
-    "gpt2": {
-        "model_type": "gpt2",
-        "vocab_size": VOCAB_SIZE,
-        "n_positions": CONTEXT,
-        "n_embd": 32,
-        "n_layer": NUM_LAYERS,
-        "n_head": 4,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "gpt2_scaled_by_layer": {
-        "model_type": "gpt2",
-        "vocab_size": VOCAB_SIZE,
-        "n_positions": CONTEXT,
-        "n_embd": 32,
-        "n_layer": NUM_LAYERS,
-        "n_head": 4,
-        "scale_attn_by_inverse_layer_idx": True,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
+    "gpt2": _like_gpt2("gpt2"),
+    "gpt2_scaled_by_layer": _like_gpt2("gpt2", scale_attn_by_inverse_layer_idx=True),
     "opt": _like_llama("opt", ffn_dim=64, word_embed_proj_dim=32, tie_word_embeddings=True),
     "opt_projected": _like_llama(
         "opt", ffn_dim=64, word_embed_proj_dim=16, do_layer_norm_before=False, tie_word_embeddings=True
