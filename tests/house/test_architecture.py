@@ -77,7 +77,7 @@ def package_of(module: str) -> str:
 
 
 def docstring_of(package: str) -> str:
-    return ast.get_docstring(ast.parse((ROOT / package.replace(".", "/") / "__init__.py").read_text())) or ""
+    return ast.get_docstring(tree(ROOT / package.replace(".", "/") / "__init__.py")) or ""
 
 
 def may_import(package: str) -> set[str]:
@@ -95,7 +95,7 @@ def modules_imported(path: Path) -> frozenset[str]:
     """Modules of Lamina that the file imports anywhere; `from package import module` is the module."""
     known = {module_name(other) for other in source_files()}
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names} & known
         elif isinstance(node, ast.ImportFrom):
@@ -105,9 +105,14 @@ def modules_imported(path: Path) -> frozenset[str]:
     return frozenset(found)
 
 
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imports(path: Path) -> Iterator[str]:
     """Every module that the file imports anywhere, also inside functions."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -153,7 +158,10 @@ def test_a_package_names_only_what_it_imports(package: str) -> None:
 
 def test_no_import_circle() -> None:
     """Includes imports inside functions and imports for types only."""
-    graph = {module_name(path): set(modules_imported(path)) - {module_name(path)} for path in source_files()}
+    assert_no_circle({module_name(path): set(modules_imported(path)) - {module_name(path)} for path in source_files()})
+
+
+def assert_no_circle(graph: dict[str, set[str]]) -> None:
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -168,10 +176,7 @@ def test_packages_of_a_folder_point_one_way() -> None:
             here = next((package for package in graph if module_name(path).startswith(package + ".")), None)
             for module in modules_imported(path) if here else ():
                 graph[here] |= {package for package in graph if package != here and (module + ".").startswith(package + ".")}
-        try:
-            TopologicalSorter(graph).prepare()
-        except CycleError as error:
-            pytest.fail(f"packages of {folder} import each other in a circle: {' → '.join(reversed(error.args[1]))}")
+        assert_no_circle(graph)
 
 
 def test_gateway_and_stage_know_nothing_of_each_other() -> None:
@@ -217,7 +222,7 @@ def test_importing_a_package_loads_no_torch(package: str) -> None:
 def test_a_class_name_has_one_home() -> None:
     homes: dict[str, list[str]] = {}
     for path in source_files():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree(path)):
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes.setdefault(node.name, []).append(name(path))
     assert not {each: paths for each, paths in homes.items() if len(paths) > 1}

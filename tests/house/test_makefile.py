@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from storage.store.settings import StoreSettings
 from tests.support.functions.functions import gateway_environment, running, stage_environment
 from tests.support.knative.kubernetes_api import KubernetesApi
 from tests.support.paths import ROOT
@@ -20,11 +19,6 @@ from tests.support.storage.published import Published
 TOOLS = ("awk", "bash", "cat", "env", "mktemp", "rm", "sh")
 # Keeps make from installing anything.
 STAMPS = ("-o", ".venv/run.stamp", "-o", ".venv/native.stamp", "-o", ".venv/dev.stamp")
-
-
-@pytest.fixture
-def store(published: Published) -> StoreSettings:
-    return published.store
 
 
 def make(folder: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -50,7 +44,9 @@ def tool(folder: Path, name: str) -> None:
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
 
 
-def environment(store: StoreSettings) -> dict[str, str]:
+@pytest.fixture
+def environ(published: Published) -> dict[str, str]:
+    store = published.store
     return {
         "LAMINA_STORE_ENDPOINT": store.endpoint_url,
         "LAMINA_STORE_BUCKET": store.bucket,
@@ -59,53 +55,53 @@ def environment(store: StoreSettings) -> dict[str, str]:
     }
 
 
-def spec(folder: Path, store: StoreSettings) -> str:
+@pytest.fixture
+def spec(tmp_path: Path, published: Published) -> Path:
     document = {
         "name": "chat",
         "namespace": "models",
         "model": {"name": "tiny", "dtype": "float32"},
         "stages": 2,
         "image": "registry.example/lamina:1",
-        "store": {"endpoint": store.endpoint_url},
+        "store": {"endpoint": published.store.endpoint_url},
         "gateway": {"max_unavailable": 1},
     }
-    (folder / "pipeline.yaml").write_text(yaml.safe_dump(document))
-    return str(folder / "pipeline.yaml")
+    (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(document))
+    return tmp_path / "pipeline.yaml"
 
 
 @pytest.fixture
-def api(tmp_path: Path) -> Iterator[KubernetesApi]:
-    """A cluster with the namespace `models`, and the store's keys in it."""
+def api(tmp_path: Path, environ: dict[str, str]) -> Iterator[KubernetesApi]:
+    """A cluster with the namespace `models`, and the store's keys in it. KUBECONFIG of `environ` names it."""
     api = KubernetesApi()
     api.add_namespace("models")
     keys = {"AWS_ACCESS_KEY_ID": "eA==", "AWS_SECRET_ACCESS_KEY": "eA=="}
     metadata = {"name": "lamina-store", "namespace": "models"}
     api.put({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": keys})
     (tmp_path / "kubeconfig").write_text(api.kubeconfig("there"))
+    environ["KUBECONFIG"] = str(tmp_path / "kubeconfig")
     yield api
     api.close()
 
 
-def on_cluster(folder: Path, store: StoreSettings) -> dict[str, str]:
-    return {**environment(store), "KUBECONFIG": str(folder / "kubeconfig")}
-
-
-def test_kn_waits_for_nothing_that_is_missing(tmp_path: Path, store: StoreSettings, api: KubernetesApi) -> None:
+def test_kn_waits_for_nothing_that_is_missing(tmp_path: Path, spec: Path, environ: dict[str, str], api: KubernetesApi) -> None:
     """Without a Secret pods never start: kn waited for the first stage to its limit."""
     api.remove("v1", "secrets", "models", "lamina-store")
     tool(tmp_path, "kn")
     tool(tmp_path, "kubectl")
-    done = make(tmp_path, "deploy-kn", f"SPEC={spec(tmp_path, store)}", "CONTEXT=there", **on_cluster(tmp_path, store))
+    done = make(tmp_path, "deploy-kn", f"SPEC={spec}", "CONTEXT=there", **environ)
     assert done.returncode == 2
     assert "Secret models/lamina-store is missing" in done.stderr
     assert not (tmp_path / "calls").exists()
 
 
-def test_kn_gets_a_file_for_each_service_and_kubectl_the_rest(tmp_path: Path, store: StoreSettings, api: KubernetesApi) -> None:
+def test_kn_gets_a_file_for_each_service_and_kubectl_the_rest(
+    tmp_path: Path, spec: Path, environ: dict[str, str], api: KubernetesApi
+) -> None:
     tool(tmp_path, "kn")
     tool(tmp_path, "kubectl")
-    arguments = (f"SPEC={spec(tmp_path, store)}", "CONTEXT=there", "IMAGE=registry.example/other:2")
-    done = make(tmp_path, "deploy-kn", *arguments, **on_cluster(tmp_path, store))
+    arguments = (f"SPEC={spec}", "CONTEXT=there", "IMAGE=registry.example/other:2")
+    done = make(tmp_path, "deploy-kn", *arguments, **environ)
     assert done.returncode == 0, done.stderr
     assert api.named("secrets") == ["chat-pipeline", "lamina-store"], "the token is made before anything waits for it"
     calls = (tmp_path / "calls").read_text().splitlines()
@@ -127,16 +123,15 @@ def test_kn_gets_a_file_for_each_service_and_kubectl_the_rest(tmp_path: Path, st
 
 
 def test_deploy_all_pushes_applies_waits_and_asks(
-    tmp_path: Path, store: StoreSettings, published: Published, api: KubernetesApi
+    tmp_path: Path, spec: Path, environ: dict[str, str], published: Published, api: KubernetesApi
 ) -> None:
     """The cluster is a stand-in; what answers is a pipeline of real functions, behind what stands for the ingress."""
     cut = ((0, 6),)
-    environ = on_cluster(tmp_path, store)
     with (
         running([stage_environment(published, 0, cut)]) as (stage,),
         running([gateway_environment(published, [stage.url], cut)]) as (gateway,),
     ):
-        arguments = (f"SPEC={spec(tmp_path, store)}", f"INGRESS={gateway.url}", "PROMPT=the weather", "MAX_TOKENS=4")
+        arguments = (f"SPEC={spec}", f"INGRESS={gateway.url}", "PROMPT=the weather", "MAX_TOKENS=4")
         done = make(tmp_path, "deploy-all", *arguments, **environ)
     assert done.returncode == 0, done.stderr
     assert "digest: " + published.manifest.digest in done.stdout
@@ -144,25 +139,24 @@ def test_deploy_all_pushes_applies_waits_and_asks(
     assert "tokens, first after" in done.stdout
     services = api.named("services")
     assert len(services) == 3
-    undone = make(tmp_path, "undeploy-all", f"SPEC={tmp_path / 'pipeline.yaml'}", **environ)
+    undone = make(tmp_path, "undeploy-all", f"SPEC={spec}", **environ)
     assert "objects deleted" in undone.stdout, undone.stderr
     assert api.named("services") == []
 
 
-def test_what_is_missing_is_named_before_anything_is_done(tmp_path: Path, store: StoreSettings) -> None:
+def test_what_is_missing_is_named_before_anything_is_done(tmp_path: Path, spec: Path, environ: dict[str, str]) -> None:
     bare = make(tmp_path, "deploy-all")
     assert "SPEC= names the pipeline" in bare.stderr
-    nowhere = make(tmp_path, "deploy-all", f"SPEC={spec(tmp_path, store)}")
+    nowhere = make(tmp_path, "deploy-all", f"SPEC={spec}")
     assert "LAMINA_STORE_ENDPOINT is not set" in nowhere.stderr
-    without_kn = make(tmp_path, "deploy-kn", f"SPEC={spec(tmp_path, store)}", **environment(store))
+    without_kn = make(tmp_path, "deploy-kn", f"SPEC={spec}", **environ)
     assert "kn not found" in without_kn.stderr
     assert {bare.returncode, nowhere.returncode, without_kn.returncode} == {2}
 
 
-def test_an_unpublished_model_needs_a_source(tmp_path: Path, store: StoreSettings) -> None:
-    path = Path(spec(tmp_path, store))
-    path.write_text(path.read_text().replace("name: tiny", "name: huge"))
-    done = make(tmp_path, "deploy-all", f"SPEC={path}", **environment(store))
+def test_an_unpublished_model_needs_a_source(tmp_path: Path, spec: Path, environ: dict[str, str]) -> None:
+    spec.write_text(spec.read_text().replace("name: tiny", "name: huge"))
+    done = make(tmp_path, "deploy-all", f"SPEC={spec}", **environ)
     assert done.returncode == 2
     assert "huge is not published as float32; name its SOURCE" in done.stderr
 

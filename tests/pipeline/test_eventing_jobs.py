@@ -9,8 +9,8 @@ import asyncio
 import base64
 import itertools
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
@@ -47,8 +47,7 @@ POISON = {
     "no-such-token": (EventType.SCORE_REQUEST, {"token_ids": [5, 300]}, "422", "invalid-request"),
     "not-understood": (EventType.GENERATE_REQUEST, {"prompt": "x", "max_token": 5}, "400", "malformed-event"),
     "too-late": (EventType.GENERATE_REQUEST, {"prompt": "x"}, "410", "event-expired"),
-}
-"""Event id → type, data, and the code and problem that its dead letter names."""
+}  # event id → type, data, and the code and problem that its dead letter names
 
 
 class Functions:
@@ -177,11 +176,6 @@ async def score(session: aiohttp.ClientSession, functions: Functions, event: Clo
     return event
 
 
-async def send_all(session: aiohttp.ClientSession, url: str, events: list[CloudEvent]) -> None:
-    for event in events:
-        assert await post(session, url, event) == (202, "")
-
-
 async def restart_meanwhile(functions: Functions, answers: EventSink) -> None:
     """With a third of the answers in."""
     await until(lambda: len(answers.once()) >= 2 * JOBS / 3)
@@ -189,24 +183,18 @@ async def restart_meanwhile(functions: Functions, answers: EventSink) -> None:
     functions.restart("ev")
 
 
-@asynccontextmanager
-async def stopped_at_the_end(eventing: LocalEventing) -> AsyncIterator[None]:
-    try:
-        yield
-    finally:
-        await eventing.stop()
-
-
 async def run_jobs(
     published: Published, functions: Functions, folder: Path, jobs: list[CloudEvent]
 ) -> tuple[EventSink, EventSink]:
     """The sinks of answers and of dead letters, when everything that was sent has come to one of them."""
-    eventing = LocalEventing(functions.url, folder)
-    async with event_sink() as answers, event_sink() as dead_letters, client() as session, stopped_at_the_end(eventing):
+    async with event_sink() as answers, event_sink() as dead_letters, client() as session, AsyncExitStack() as stack:
+        eventing = LocalEventing(functions.url, folder)
+        stack.push_async_callback(eventing.stop)
         rendered = to_yaml(eventing_objects(pipeline(published, answers.url, dead_letters.url)))
         await eventing.apply(yaml.safe_load_all(rendered))
         restarting = asyncio.create_task(restart_meanwhile(functions, answers))
-        await send_all(session, eventing.broker_url("jobs"), jobs)
+        for job in jobs:
+            assert await post(session, eventing.broker_url("jobs"), job) == (202, "")
         await restarting
         await until(lambda: eventing.status()["in_progress"] == 0, 60)
         return answers, dead_letters

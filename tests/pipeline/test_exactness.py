@@ -54,8 +54,7 @@ PROMPTS: list[Any] = [
     "The quick brown fox jumps over the lazy dog. " * 30 + "After that, the fox",
     [{"role": "user", "content": "What is the capital of France?"}],
     [{"role": "system", "content": "You answer in one word."}, {"role": "user", "content": "Name a colour."}],
-]
-"""Short, long, digits, several scripts, code; lists are chats."""
+]  # short, long, digits, several scripts, code; lists are chats
 
 
 @dataclass(frozen=True)

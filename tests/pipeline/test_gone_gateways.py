@@ -14,8 +14,7 @@ from tests.support.storage.published import Published
 PROMPT = "The capital of France is"
 LONG_TOKENS = 200
 SHORT_TOKENS = 5
-FREED_SECONDS = LEASE_SECONDS + 10.0
-"""What a busy machine takes longer."""
+FREED_SECONDS = LEASE_SECONDS + 10.0  # the ten are for a busy machine
 
 
 def test_a_killed_gateway_frees_what_it_held_and_a_paused_one_answers_right(published: Published) -> None:

@@ -16,8 +16,8 @@ STAGES, MAX_SCALE = 2, 3
 FIT = 4  # sequences in the memory of one pod: half of a micro-batch
 PASS_SECONDS = 0.15
 TOKENS = 200
+# Keys and values of three layers with two heads of eight numbers in 16 bits, as stages that sleep count them.
 KV_BYTES = FIT * (TOKENS + 20) * 2 * 3 * 2 * 8 * 2
-"""For keys and values of three layers with two heads of eight numbers in 16 bits, as stages that sleep count them."""
 DEADLINE_SECONDS = 90.0
 
 

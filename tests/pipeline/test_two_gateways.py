@@ -28,12 +28,9 @@ from tests.support.storage.published import CUT, SPECIAL, VOCAB_SIZE, Published
 
 CONVERSATIONS: Final = 6
 SHARED_TOKENS: Final = 81
-OWN_TOKENS: Final = 4
-"""In front of each answer."""
-ANSWERS: Final = (12, 12, 40, 40, 40)
-"""Tokens of each turn's; the long ones are long enough for something to happen meanwhile."""
-MIDDLE: Final = 1
-"""The stage whose instances come and go."""
+OWN_TOKENS: Final = 4  # of a conversation before each answer
+ANSWERS: Final = (12, 12, 40, 40, 40)  # tokens of each turn's answer; during the long ones something goes away
+MIDDLE: Final = 1  # the stage whose instances come and go
 NAMES: Final = ("leaving", "killed", "spare")  # its instances
 SERVICES: Final = tuple(f"stage-{stage}" for stage in range(len(CUT)))
 PODS: Final = {"LAMINA_POD_NETWORK": "127.0.0.0/8", "LAMINA_POD_PORT": "0"}
@@ -44,8 +41,7 @@ class Turn:
     """One turn of all conversations."""
 
     prompts: list[list[int]]
-    expected: list[list[int]]
-    """The whole model's answers."""
+    expected: list[list[int]]  # the whole model's answers
 
     @property
     def left(self) -> int:
@@ -86,10 +82,8 @@ def turns(published: Published) -> list[Turn]:
 @dataclass
 class Pipeline:
     api: WatchServer
-    ends: list[FunctionProcess]
-    """First and last stage."""
-    middle: list[FunctionProcess]
-    """Instances of the one between."""
+    ends: list[FunctionProcess]  # first and last stage
+    middle: list[FunctionProcess]  # instances of the stage between them
     gateways: list[FunctionProcess]
 
     def publish(self, **states: str) -> None:
